@@ -1,0 +1,185 @@
+//! Compression of one block of a stream, on its own.
+
+use crate::{Compression, CompressionKind};
+use libdeflater::{CompressionLvl, Compressor};
+use shipway_fault::{Fault, Result};
+
+/// Bytes of the stream per block. Part of the format of our blobs: changing it changes their digests.
+pub const BLOCK: usize = 512 * 1024;
+/// A block is judged in pieces of this size: tars mix what shrinks with what does not, at places of their own.
+const PIECE: usize = 64 * 1024;
+/// Bytes in the middle of a piece that are looked at to see whether it can be compressed at all.
+const SAMPLE: usize = 4 * 1024;
+/// What deflate does by default: the fastest level, for blobs are waited for; `compression-level` asks for more.
+const GZIP_LEVEL: i32 = 1;
+/// zstd's own default.
+const ZSTD_LEVEL: i32 = 3;
+
+/// Compresses blocks one by one; has no memory between them that could reach the output.
+pub struct BlockCompressor {
+    codec: Codec,
+    /// Compressed forms of runs of zeros, by length, which holes and padding produce in numbers.
+    zeros: Vec<(usize, Vec<u8>)>,
+}
+
+/// What is to be done with a piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Nature {
+    Zero,
+    Normal,
+    /// It hardly shrinks, so that trying is a waste.
+    Hard,
+}
+
+enum Codec {
+    None,
+    Gzip { normal: Compressor, stored: Compressor },
+    Zstd { normal: zstd::bulk::Compressor<'static>, fast: zstd::bulk::Compressor<'static> },
+}
+
+impl BlockCompressor {
+    /// A compressor of the kind and level that `compression` names.
+    pub fn new(compression: Compression) -> Result<Self> {
+        let codec = match compression.kind {
+            CompressionKind::Uncompressed => Codec::None,
+            CompressionKind::Gzip => {
+                // BuildKit counts 0 to 9 and -1 for the default.
+                let level = compression.level.filter(|l| *l >= 0).unwrap_or(GZIP_LEVEL).min(12);
+                Codec::Gzip { normal: Compressor::new(gzip_level(level)?), stored: Compressor::new(gzip_level(0)?) }
+            }
+            CompressionKind::Zstd => {
+                let level = compression.level.filter(|l| *l >= 0).unwrap_or(ZSTD_LEVEL).min(22);
+                Codec::Zstd { normal: zstd_of(level)?, fast: zstd_of(-7)? }
+            }
+        };
+        Ok(Self { codec, zeros: Vec::new() })
+    }
+
+    /// Appends the compressed form of `block` to `out`: a member or frame for each run of pieces of one nature.
+    pub fn compress(&mut self, block: &[u8], out: &mut Vec<u8>) -> Result<()> {
+        if matches!(self.codec, Codec::None) {
+            out.extend_from_slice(block);
+            return Ok(());
+        }
+        let mut pieces = block.chunks(PIECE);
+        let Some(first) = pieces.next() else { return Ok(()) };
+        let (mut run, mut nature) = (0..first.len(), self.judge(first)?);
+        for piece in pieces {
+            let next = self.judge(piece)?;
+            if next != nature {
+                self.run(&block[run.clone()], nature, out)?;
+                (run, nature) = (run.end..run.end, next);
+            }
+            run.end += piece.len();
+        }
+        self.run(&block[run], nature, out)
+    }
+
+    fn run(&mut self, run: &[u8], nature: Nature, out: &mut Vec<u8>) -> Result<()> {
+        if nature == Nature::Zero {
+            if let Some((_, done)) = self.zeros.iter().find(|(len, _)| *len == run.len()) {
+                out.extend_from_slice(done);
+                return Ok(());
+            }
+            let start = out.len();
+            self.encode(run, false, out)?;
+            // All lengths but the stream's last are multiples of a piece, so there are few.
+            self.zeros.push((run.len(), out[start..].to_vec()));
+            return Ok(());
+        }
+        self.encode(run, nature == Nature::Hard, out)
+    }
+
+    fn judge(&mut self, piece: &[u8]) -> Result<Nature> {
+        if is_zero(piece) {
+            return Ok(Nature::Zero);
+        }
+        if piece.len() < 2 * SAMPLE {
+            return Ok(Nature::Normal);
+        }
+        let at = (piece.len() - SAMPLE) / 2;
+        let sample = &piece[at..at + SAMPLE];
+        if !looks_random(sample) {
+            return Ok(Nature::Normal);
+        }
+        let mut small = Vec::new();
+        self.encode(sample, false, &mut small)?;
+        Ok(if small.len() * 100 > SAMPLE * 98 { Nature::Hard } else { Nature::Normal })
+    }
+
+    fn encode(&mut self, block: &[u8], hard: bool, out: &mut Vec<u8>) -> Result<()> {
+        let start = out.len();
+        match &mut self.codec {
+            Codec::None => out.extend_from_slice(block),
+            Codec::Gzip { normal, stored } => {
+                let codec = if hard { stored } else { normal };
+                out.resize(start + codec.gzip_compress_bound(block.len()), 0);
+                let n = codec.gzip_compress(block, &mut out[start..]).map_err(|e| Fault::internal(format!("gzip a layer: {e}")))?;
+                out.truncate(start + n);
+            }
+            Codec::Zstd { normal, fast } => {
+                let codec = if hard { fast } else { normal };
+                out.resize(start + zstd::zstd_safe::compress_bound(block.len()), 0);
+                let n = codec.compress_to_buffer(block, &mut out[start..]).map_err(|e| Fault::internal(format!("zstd a layer: {e}")))?;
+                out.truncate(start + n);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn gzip_level(level: i32) -> Result<CompressionLvl> {
+    CompressionLvl::new(level).map_err(|_| Fault::invalid(format!("compression-level {level} is not a level of gzip")).hint("use 0 to 9"))
+}
+
+fn zstd_of(level: i32) -> Result<zstd::bulk::Compressor<'static>> {
+    zstd::bulk::Compressor::new(level).map_err(|e| Fault::invalid(format!("compression-level {level} is not a level of zstd: {e}")))
+}
+
+/// Whether bytes occur about equally often. What repeats in longer pieces may look so, too, and only trying tells.
+fn looks_random(sample: &[u8]) -> bool {
+    let mut counts = [0u32; 256];
+    for byte in sample {
+        counts[usize::from(*byte)] += 1;
+    }
+    let squares: u64 = counts.iter().map(|c| u64::from(*c) * u64::from(*c)).sum();
+    let n = sample.len() as u64;
+    // What is expected of random bytes, and a tenth more.
+    squares * 2560 < (n * 256 + n * n) * 11
+}
+
+fn is_zero(block: &[u8]) -> bool {
+    let (head, words, tail) = (block.first(), block.chunks_exact(64), block.chunks_exact(64).remainder());
+    head == Some(&0) && words.into_iter().all(|w| w.iter().fold(0, |a, b| a | b) == 0) && tail.iter().all(|b| *b == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_judged_where_they_lie() {
+        let mut x = 1u64;
+        let random: Vec<u8> = std::iter::repeat_with(|| {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (x >> 56) as u8
+        })
+        .take(PIECE)
+        .collect();
+        let repeated: Vec<u8> = random[..1024].iter().copied().cycle().take(PIECE).collect();
+        let text = b"fn main() { println!(\"hello\"); }\n".iter().copied().cycle().take(PIECE).collect();
+        let mut compressor = BlockCompressor::new(Compression::default()).expect("a compressor");
+        for (piece, nature) in
+            [(vec![0; PIECE], Nature::Zero), (random.clone(), Nature::Hard), (repeated, Nature::Normal), (text, Nature::Normal)]
+        {
+            assert_eq!(compressor.judge(&piece).expect("judged"), nature);
+        }
+        // As tars have it: a header, then what does not shrink, then a hole.
+        let mut block = vec![0; BLOCK];
+        block[1536..BLOCK / 2].fill(7);
+        block[1536..1536 + PIECE].copy_from_slice(&random);
+        let mut out = Vec::new();
+        compressor.compress(&block, &mut out).expect("compressed");
+        assert!((PIECE..PIECE + 4096).contains(&out.len()), "{}", out.len());
+    }
+}

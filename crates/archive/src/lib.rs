@@ -1,0 +1,25 @@
+//! Layer tars: what a step wrote, as a deterministic tar stream, hashed and compressed in parallel.
+//!
+//! - [`LayerTree`] walks an overlay upper directory (or a whole tree) in path order and says what a layer holds: entries, whiteouts, opaque directories.
+//! - [`diff_id`] hashes the stream and keeps nothing; [`pack()`] compresses it too. The bytes depend on the tree and the
+//!   [`Compression`] alone, never on the number of threads: the stream is cut into blocks of fixed size, and every block becomes a gzip member or
+//!   zstd frame of its own (RFC 1952 2.2, RFC 8878 3; every reader of layers takes several in a row).
+//!
+//! Nothing here knows containerd or mounts anything. Dependencies that need a word: `libdeflater` is a deflate several
+//! times faster than zlib's for whole blocks, `zstd` the reference implementation; `flate2` (over zlib-rs)
+//! inflates streams, which `libdeflater` cannot; `tar`, `bzip2` and `liblzma` read archives that builds are given ([`newest_file`]).
+
+mod block;
+mod compression;
+mod decompress;
+mod header;
+mod newest;
+mod pack;
+mod retime;
+mod tree;
+
+pub use compression::{Compression, CompressionKind};
+pub use newest::newest_file;
+pub use pack::{Packed, diff_id, pack, pack_below, recompress};
+pub use retime::retime;
+pub use tree::{Entry, EntryKind, LayerTree};

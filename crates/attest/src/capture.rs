@@ -1,0 +1,171 @@
+//! What a build was seen to use (row `at.prov.capture`).
+
+use crate::request::{Local, Named, redact};
+use shipway_oci::{Digest, ImageName, Platform};
+use std::collections::HashSet;
+
+/// An image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct ImageSource {
+    /// Full name.
+    pub name: ImageName,
+    pub platform: Option<Platform>,
+    pub digest: Option<Digest>,
+    /// Whether it came from an OCI layout.
+    pub local: bool,
+}
+
+/// A commit of a repository.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct GitSource {
+    /// Remote, with `#reference` if one was asked for.
+    pub url: String,
+    pub commit: String,
+}
+
+/// A downloaded file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct HttpSource {
+    pub url: String,
+    pub digest: Digest,
+}
+
+/// Everything that went in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Sources {
+    pub images: Vec<ImageSource>,
+    pub git: Vec<GitSource>,
+    pub http: Vec<HttpSource>,
+    pub local: Vec<Local>,
+}
+
+/// What one result was seen to use.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Capture {
+    /// What went in.
+    pub sources: Sources,
+    /// Secrets by id.
+    pub secrets: Vec<Named>,
+    /// SSH agents by id.
+    pub ssh: Vec<Named>,
+    /// Whether a step could reach a network.
+    pub network: bool,
+    /// Whether something went in that is not among `sources`.
+    pub incomplete: bool,
+}
+
+fn same_platform(a: &Option<Platform>, b: &Option<Platform>) -> bool {
+    match (a, b) {
+        (Some(a), Some(b)) => (&a.os, &a.architecture, &a.variant, &a.os_version) == (&b.os, &b.architecture, &b.variant, &b.os_version),
+        (None, None) => true,
+        _ => false,
+    }
+}
+
+fn add_named(all: &mut Vec<Named>, named: Named) {
+    match all.iter_mut().find(|n| n.id == named.id) {
+        // Needed once is needed.
+        Some(known) => known.optional &= named.optional,
+        None => all.push(named),
+    }
+}
+
+impl Capture {
+    /// Notes an image.
+    pub fn add_image(&mut self, image: ImageSource) {
+        let known = |i: &ImageSource| i.name == image.name && i.local == image.local && same_platform(&i.platform, &image.platform);
+        if !self.sources.images.iter().any(known) {
+            self.sources.images.push(image);
+        }
+    }
+
+    /// Notes a repository, without the password in its address.
+    pub fn add_git(&mut self, git: GitSource) {
+        let git = GitSource { url: redact(&git.url), ..git };
+        if !self.sources.git.iter().any(|g| g.url == git.url) {
+            self.sources.git.push(git);
+        }
+    }
+
+    /// Notes a file, without the password in its address.
+    pub fn add_http(&mut self, http: HttpSource) {
+        let http = HttpSource { url: redact(&http.url), ..http };
+        if !self.sources.http.iter().any(|h| h.url == http.url) {
+            self.sources.http.push(http);
+        }
+    }
+
+    /// Notes a client's directory.
+    pub fn add_local(&mut self, name: &str) {
+        if !self.sources.local.iter().any(|l| l.name == name) {
+            self.sources.local.push(Local { name: name.to_owned() });
+        }
+    }
+
+    /// Notes a secret.
+    pub fn add_secret(&mut self, id: &str, optional: bool) {
+        add_named(&mut self.secrets, Named { id: id.to_owned(), optional });
+    }
+
+    /// Notes an SSH agent.
+    pub fn add_ssh(&mut self, id: &str, optional: bool) {
+        let id = if id.is_empty() { "default" } else { id };
+        add_named(&mut self.ssh, Named { id: id.to_owned(), optional });
+    }
+
+    /// Notes all that `other` noted.
+    pub fn merge(&mut self, other: Capture) {
+        other.sources.images.into_iter().for_each(|i| self.add_image(i));
+        other.sources.git.into_iter().for_each(|g| self.add_git(g));
+        other.sources.http.into_iter().for_each(|h| self.add_http(h));
+        other.sources.local.iter().for_each(|l| self.add_local(&l.name));
+        other.secrets.iter().for_each(|s| self.add_secret(&s.id, s.optional));
+        other.ssh.iter().for_each(|s| self.add_ssh(&s.id, s.optional));
+        self.network |= other.network;
+        self.incomplete |= other.incomplete;
+    }
+
+    /// Puts it in an order that does not depend on the order of events, and leaves out images by digest that are there by tag.
+    #[must_use]
+    pub fn tidied(mut self) -> Self {
+        let label = |n: &ImageName| format!("{}:{}", n.locator(), n.tag().unwrap_or("latest"));
+        let tagged: HashSet<String> = self.sources.images.iter().filter(|i| i.name.digest().is_none()).map(|i| label(&i.name)).collect();
+        self.sources.images.retain(|i| i.name.digest().is_none() || !tagged.contains(&label(&i.name)));
+        self.sources.images.sort_by_key(|i| i.name.to_string());
+        self.sources.git.sort_by(|a, b| a.url.cmp(&b.url));
+        self.sources.http.sort_by(|a, b| a.url.cmp(&b.url));
+        self.sources.local.sort_by(|a, b| a.name.cmp(&b.name));
+        self.secrets.sort_by(|a, b| a.id.cmp(&b.id));
+        self.ssh.sort_by(|a, b| a.id.cmp(&b.id));
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(name: &str) -> ImageSource {
+        ImageSource { name: name.parse().unwrap(), platform: None, digest: None, local: false }
+    }
+
+    #[test]
+    fn things_are_noted_once_and_a_need_stays_a_need() {
+        let mut c = Capture::default();
+        for i in ["b", "a", "a"] {
+            c.add_image(image(i));
+        }
+        c.add_image(image(&format!("a:latest@{}", Digest::of("x"))));
+        c.add_secret("s", true);
+        c.add_secret("s", false);
+        c.add_ssh("", true);
+        let c = c.tidied();
+        let names: Vec<String> = c.sources.images.iter().map(|i| i.name.familiar()).collect();
+        assert_eq!(names, ["a:latest", "b:latest"]);
+        assert_eq!((c.secrets[0].optional, c.ssh[0].id.as_str()), (false, "default"));
+    }
+}

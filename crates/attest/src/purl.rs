@@ -1,0 +1,70 @@
+//! Package URLs of images.
+
+use shipway_oci::{ImageName, Platform};
+use std::fmt::Write as _;
+
+/// Where an image lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PurlKind {
+    /// In a registry.
+    Docker,
+    /// In an OCI layout.
+    Oci,
+}
+
+/// Percent-encodes what a segment of a path cannot have.
+fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' | b'$' | b'&' | b'+' | b'=' | b':' | b'@' => {
+                out.push(byte as char);
+            }
+            _ => _ = write!(out, "%{byte:02X}"),
+        }
+    }
+    out
+}
+
+/// The package URL of an image: its familiar name, the tag as version, digest and platform as qualifiers.
+pub fn image_purl(kind: PurlKind, name: &ImageName, platform: Option<&Platform>) -> String {
+    let full = name.locator();
+    let short = full.strip_prefix("docker.io/library/").or_else(|| full.strip_prefix("docker.io/")).unwrap_or(&full);
+    let segments: Vec<String> = short.split('/').map(escape).collect();
+    let mut out = format!("pkg:{}/{}", if kind == PurlKind::Oci { "oci" } else { "docker" }, segments.join("/"));
+    let tag = name.tag().or(name.digest().is_none().then_some("latest"));
+    if let Some(tag) = tag {
+        _ = write!(out, "@{}", escape(tag));
+    }
+    let digest = name.digest().map(|d| format!("digest={}", escape(&d.to_string())));
+    let platform = platform.map(|p| format!("platform={}", escape(&p.clone().normalized().to_string())));
+    let qualifiers: Vec<String> = digest.into_iter().chain(platform).collect();
+    if !qualifiers.is_empty() {
+        _ = write!(out, "?{}", qualifiers.join("&"));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shipway_oci::Digest;
+
+    #[test]
+    fn names_become_package_urls() {
+        let digest = Digest::of("x");
+        for (name, platform, want) in [
+            ("alpine", None, "pkg:docker/alpine@latest".to_owned()),
+            ("library/alpine:3.15", None, "pkg:docker/alpine@3.15".to_owned()),
+            ("user/test:v2", None, "pkg:docker/user/test@v2".to_owned()),
+            ("ghcr.io/foo/bar", None, "pkg:docker/ghcr.io/foo/bar@latest".to_owned()),
+            ("localhost:5000/a/b:1", None, "pkg:docker/localhost:5000/a/b@1".to_owned()),
+            (&format!("alpine@{digest}"), None, format!("pkg:docker/alpine?digest={digest}")),
+            (&format!("alpine:1@{digest}"), None, format!("pkg:docker/alpine@1?digest={digest}")),
+            ("busybox", Some("linux/arm/v7"), "pkg:docker/busybox@latest?platform=linux%2Farm%2Fv7".to_owned()),
+        ] {
+            let platform = platform.map(|p| p.parse().unwrap());
+            assert_eq!(image_purl(PurlKind::Docker, &name.parse().unwrap(), platform.as_ref()), want);
+        }
+    }
+}

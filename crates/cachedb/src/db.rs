@@ -1,0 +1,354 @@
+//! The file: keys, records, and which records a result has.
+
+use redb::{Database, Durability, MultimapTableDefinition, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use serde::{Deserialize, Serialize};
+use shipway_fault::{Class, Code, Context as _, Fault, Result};
+use shipway_oci::Digest;
+use shipway_solver::{CacheKey, RecordMeta};
+use std::{
+    collections::{HashMap, HashSet},
+    path::Path,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+use tokio::sync::Notify;
+
+type Key = [u8; 32];
+
+/// Key to primary key; a primary leads to itself. Outlives records, so that later results get the same primary.
+const ALIASES: TableDefinition<Key, Key> = TableDefinition::new("aliases");
+/// Primary key to a [`Stored`] in JSON.
+const RECORDS: TableDefinition<Key, &[u8]> = TableDefinition::new("records");
+/// Name of a result to the primaries of its records.
+const RESULTS: MultimapTableDefinition<&str, Key> = MultimapTableDefinition::new("results");
+/// `format` to [`FORMAT`].
+const ABOUT: TableDefinition<&str, u64> = TableDefinition::new("about");
+
+const FORMAT: u64 = 1;
+/// Beyond so many keys, those that lead to no record are dropped at the next start.
+const MANY_KEYS: u64 = 200_000;
+/// How long a write may stay in memory only.
+const FLUSH_AFTER: Duration = Duration::from_millis(500);
+const CACHE_BYTES: usize = 32 << 20;
+
+pub(crate) struct Inner {
+    db: Database,
+    dirty: AtomicBool,
+    pub(crate) wake: Arc<Notify>,
+}
+
+/// What is stored under a primary key.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// Name of the result.
+    pub result: String,
+    /// When it was stored.
+    pub created: SystemTime,
+    /// How it came about.
+    pub meta: RecordMeta,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Stored {
+    result: String,
+    /// Seconds since 1970.
+    created: u64,
+    op_keys: Vec<Digest>,
+    output: usize,
+    inputs: Vec<(Vec<Digest>, Option<Digest>)>,
+    description: String,
+}
+
+impl Stored {
+    fn new(result: String, meta: &RecordMeta) -> Self {
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs()).unwrap_or_default();
+        let inputs = meta.inputs.iter().map(|(keys, selector)| (keys.iter().map(|k| k.0).collect(), *selector)).collect();
+        Self { result, created, op_keys: meta.op_keys.clone(), output: meta.output, inputs, description: meta.description.clone() }
+    }
+
+    pub(crate) fn into_record(self) -> Record {
+        let inputs = self.inputs.into_iter().map(|(keys, selector)| (keys.into_iter().map(CacheKey).collect(), selector)).collect();
+        let meta = RecordMeta { op_keys: self.op_keys, output: self.output, inputs, description: self.description };
+        Record { result: self.result, created: UNIX_EPOCH + Duration::from_secs(self.created), meta }
+    }
+}
+
+fn fault(error: impl Into<redb::Error>) -> Fault {
+    let error = error.into();
+    Fault::new(Code::Internal, format!("the build cache index: {error}")).with_class(Class::Environment).with_source(error)
+}
+
+fn key(key: &CacheKey) -> Key {
+    *key.0.as_bytes()
+}
+
+fn cache_key(key: Key) -> CacheKey {
+    CacheKey(Digest::from_bytes(key))
+}
+
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(e) => Err(Fault::internal(format!("the build cache index failed: {e}"))),
+    }
+}
+
+/// Flushes a while after each first write, until the database is gone.
+pub(crate) async fn keep_flushing(inner: Weak<Inner>, wake: Arc<Notify>) {
+    loop {
+        wake.notified().await;
+        tokio::time::sleep(FLUSH_AFTER).await;
+        let Some(inner) = inner.upgrade() else { return };
+        if let Err(error) = blocking(move || inner.flush()).await {
+            tracing::warn!(%error, "the build cache index was not made durable");
+        }
+    }
+}
+
+fn create_tables(tx: &redb::WriteTransaction) -> Result<()> {
+    tx.open_table(ALIASES).map_err(fault)?;
+    tx.open_table(RECORDS).map_err(fault)?;
+    tx.open_multimap_table(RESULTS).map_err(fault)?;
+    tx.open_table(ABOUT).map_err(fault)?.insert("format", FORMAT).map_err(fault)?;
+    Ok(())
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.wake.notify_one();
+        if let Err(error) = self.flush() {
+            tracing::warn!(%error, "the build cache index was not made durable");
+        }
+    }
+}
+
+impl Inner {
+    /// Opens the file at `path`, or makes it. A damaged one, or one of another format, is moved aside.
+    pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent).map_err(|e| Fault::io(format!("make {}", parent.display()), e))?;
+        }
+        let attempt = || match std::panic::catch_unwind(|| Self::try_open(path)) {
+            Ok(result) => result,
+            Err(_) => Err(OpenError::Damaged("it made the database panic".into())),
+        };
+        let problem = match attempt() {
+            Ok(inner) => return Ok(Arc::new(inner)),
+            Err(OpenError::Fault(fault)) => return Err(fault.context(format!("open {}", path.display()))),
+            Err(OpenError::Damaged(problem)) => problem,
+        };
+        let aside = path.with_extension(format!("damaged-{}", std::process::id()));
+        tracing::warn!(path = %path.display(), aside = %aside.display(), problem, "the build cache index is moved aside and begun anew");
+        std::fs::rename(path, &aside).map_err(|e| Fault::io(format!("move {} aside", path.display()), e))?;
+        match attempt() {
+            Ok(inner) => Ok(Arc::new(inner)),
+            Err(OpenError::Fault(fault)) => Err(fault),
+            Err(OpenError::Damaged(problem)) => Err(Fault::internal(problem)),
+        }
+        .context(|| format!("make {} anew", path.display()))
+    }
+
+    fn try_open(path: &Path) -> std::result::Result<Self, OpenError> {
+        use redb::{DatabaseError, StorageError};
+        let db = match Database::builder().set_cache_size(CACHE_BYTES).create(path) {
+            Ok(db) => db,
+            Err(DatabaseError::DatabaseAlreadyOpen) => {
+                return Err(OpenError::Fault(
+                    Fault::new(Code::FailedPrecondition, "another process has the build cache index open")
+                        .hint("give each daemon its own root directory, or stop the other one"),
+                ));
+            }
+            // An ordinary I/O error (no permission, disk full) says nothing about the file's content; unfit content does.
+            Err(DatabaseError::Storage(StorageError::Io(e))) if e.kind() != std::io::ErrorKind::InvalidData => {
+                return Err(OpenError::Fault(Fault::io("the build cache index", e)));
+            }
+            Err(e) => return Err(OpenError::Damaged(e.to_string())),
+        };
+        let inner = Self { db, dirty: AtomicBool::new(false), wake: Arc::default() };
+        match inner.begin() {
+            Ok(()) => Ok(inner),
+            Err(fault) => Err(OpenError::Damaged(fault.to_string())),
+        }
+    }
+
+    /// Makes the tables, and drops keys that lead nowhere when there are very many.
+    fn begin(&self) -> Result<()> {
+        self.write(|tx| {
+            let about = tx.open_table(ABOUT).map_err(fault)?;
+            let format = about.get("format").map_err(fault)?.map(|f| f.value());
+            drop(about);
+            if format.is_some_and(|f| f != FORMAT) {
+                return Err(Fault::invalid(format!("it has format {}, this daemon writes {FORMAT}", format.unwrap_or_default())));
+            }
+            create_tables(tx)?;
+            let mut aliases = tx.open_table(ALIASES).map_err(fault)?;
+            if aliases.len().map_err(fault)? > MANY_KEYS {
+                let records = tx.open_table(RECORDS).map_err(fault)?;
+                aliases.retain(|_, primary| records.get(primary).is_ok_and(|r| r.is_some())).map_err(fault)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Runs `work` in a transaction that a flush makes durable later.
+    fn write<T>(&self, work: impl FnOnce(&redb::WriteTransaction) -> Result<T>) -> Result<T> {
+        let mut tx = self.db.begin_write().map_err(fault)?;
+        tx.set_durability(Durability::None).map_err(fault)?;
+        let value = work(&tx)?;
+        tx.commit().map_err(fault)?;
+        if !self.dirty.swap(true, Ordering::AcqRel) {
+            self.wake.notify_one();
+        }
+        Ok(value)
+    }
+
+    pub(crate) fn flush(&self) -> Result<()> {
+        if !self.dirty.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let flush = || {
+            let mut tx = self.db.begin_write().map_err(fault)?;
+            // Opening after a crash then needs no walk through the whole file.
+            tx.set_quick_repair(true);
+            tx.commit().map_err(fault)
+        };
+        flush().inspect_err(|_| self.dirty.store(true, Ordering::Release))
+    }
+
+    pub(crate) fn clear(&self) -> Result<()> {
+        self.write(|tx| {
+            tx.delete_table(ALIASES).map_err(fault)?;
+            tx.delete_table(RECORDS).map_err(fault)?;
+            tx.delete_multimap_table(RESULTS).map_err(fault)?;
+            create_tables(tx)
+        })
+    }
+
+    pub(crate) fn primary(&self, of: &CacheKey) -> Result<Option<CacheKey>> {
+        let tx = self.db.begin_read().map_err(fault)?;
+        let aliases = tx.open_table(ALIASES).map_err(fault)?;
+        Ok(aliases.get(key(of)).map_err(fault)?.map(|p| cache_key(p.value())))
+    }
+
+    pub(crate) fn primaries(&self, keys: &[CacheKey]) -> Result<Vec<CacheKey>> {
+        let tx = self.db.begin_read().map_err(fault)?;
+        let aliases = tx.open_table(ALIASES).map_err(fault)?;
+        let (mut found, mut seen) = (Vec::new(), HashSet::new());
+        for k in keys {
+            if let Some(primary) = aliases.get(key(k)).map_err(fault)?.map(|p| cache_key(p.value()))
+                && seen.insert(primary)
+            {
+                found.push(primary);
+            }
+        }
+        Ok(found)
+    }
+
+    pub(crate) fn aliases_of(&self, primaries: &HashSet<CacheKey>) -> Result<HashMap<CacheKey, Vec<CacheKey>>> {
+        let tx = self.db.begin_read().map_err(fault)?;
+        let aliases = tx.open_table(ALIASES).map_err(fault)?;
+        let mut found: HashMap<CacheKey, Vec<CacheKey>> = HashMap::new();
+        for entry in aliases.iter().map_err(fault)? {
+            let (alias, primary) = entry.map_err(fault)?;
+            let primary = cache_key(primary.value());
+            if primaries.contains(&primary) {
+                found.entry(primary).or_default().push(cache_key(alias.value()));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The name of the result under a primary.
+    pub(crate) fn result_of(&self, primary: &CacheKey) -> Result<Option<String>> {
+        Ok(self.record(primary)?.map(|r| r.result))
+    }
+
+    pub(crate) fn record(&self, primary: &CacheKey) -> Result<Option<Stored>> {
+        let tx = self.db.begin_read().map_err(fault)?;
+        let records = tx.open_table(RECORDS).map_err(fault)?;
+        let Some(bytes) = records.get(key(primary)).map_err(fault)? else { return Ok(None) };
+        // What cannot be read is as good as absent.
+        Ok(serde_json::from_slice(bytes.value()).ok())
+    }
+
+    pub(crate) fn keys_of(&self, result: &str) -> Result<Vec<CacheKey>> {
+        let tx = self.db.begin_read().map_err(fault)?;
+        let results = tx.open_multimap_table(RESULTS).map_err(fault)?;
+        let keys = results.get(result).map_err(fault)?;
+        keys.map(|k| k.map(|k| cache_key(k.value())).map_err(fault)).collect()
+    }
+
+    /// Stores a record of `result`, if there is one, under the primary that the first of `keys` has or becomes; all keys lead to it.
+    pub(crate) fn save(&self, keys: &[CacheKey], result: Option<String>, meta: &RecordMeta) -> Result<CacheKey> {
+        let Some(first) = keys.first() else { return Err(Fault::internal("a result to store has no key")) };
+        self.write(|tx| {
+            let mut aliases = tx.open_table(ALIASES).map_err(fault)?;
+            let primary = aliases.get(key(first)).map_err(fault)?.map(|p| p.value()).unwrap_or(key(first));
+            for k in keys.iter().map(key).chain([primary]) {
+                aliases.insert(k, primary).map_err(fault)?;
+            }
+            if let Some(result) = result {
+                let mut results = tx.open_multimap_table(RESULTS).map_err(fault)?;
+                let mut records = tx.open_table(RECORDS).map_err(fault)?;
+                let stored = Stored::new(result, meta);
+                let bytes = serde_json::to_vec(&stored).map_err(|e| Fault::internal(format!("encode a cache record: {e}")))?;
+                let before = records.insert(primary, bytes.as_slice()).map_err(fault)?.map(|b| b.value().to_vec());
+                if let Some(before) = before.and_then(|b| serde_json::from_slice::<Stored>(&b).ok()) {
+                    results.remove(before.result.as_str(), primary).map_err(fault)?;
+                }
+                results.insert(stored.result.as_str(), primary).map_err(fault)?;
+            }
+            Ok(cache_key(primary))
+        })
+    }
+
+    /// Makes `keys` lead to `primary`; nothing is written if they do.
+    pub(crate) fn alias(&self, primary: CacheKey, keys: &[CacheKey]) -> Result<()> {
+        let wanted: Vec<CacheKey> = keys.iter().copied().chain([primary]).collect();
+        let known = wanted.iter().map(|k| self.primary(k)).collect::<Result<Vec<_>>>()?;
+        if known.iter().all(|k| *k == Some(primary)) {
+            return Ok(());
+        }
+        self.write(|tx| {
+            let mut aliases = tx.open_table(ALIASES).map_err(fault)?;
+            for k in &wanted {
+                aliases.insert(key(k), key(&primary)).map_err(fault)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Drops the record under `primary` if it is still that of `result`.
+    pub(crate) fn drop_record(&self, primary: &CacheKey, result: &str) -> Result<()> {
+        self.write(|tx| {
+            let mut records = tx.open_table(RECORDS).map_err(fault)?;
+            let now = records.get(key(primary)).map_err(fault)?.and_then(|b| serde_json::from_slice::<Stored>(b.value()).ok());
+            if now.is_some_and(|r| r.result == result) {
+                records.remove(key(primary)).map_err(fault)?;
+                tx.open_multimap_table(RESULTS).map_err(fault)?.remove(result, key(primary)).map_err(fault)?;
+            }
+            Ok(())
+        })
+    }
+
+    pub(crate) fn forget_result(&self, result: &str) -> Result<usize> {
+        self.write(|tx| {
+            let mut results = tx.open_multimap_table(RESULTS).map_err(fault)?;
+            let mut records = tx.open_table(RECORDS).map_err(fault)?;
+            let keys =
+                results.remove_all(result).map_err(fault)?.map(|k| k.map(|k| k.value()).map_err(fault)).collect::<Result<Vec<_>>>()?;
+            for k in &keys {
+                records.remove(k).map_err(fault)?;
+            }
+            Ok(keys.len())
+        })
+    }
+}
+
+enum OpenError {
+    Fault(Fault),
+    Damaged(String),
+}

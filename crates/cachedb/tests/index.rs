@@ -1,0 +1,159 @@
+//! The index over files.
+
+use async_trait::async_trait;
+use shipway_cachedb::{CacheDb, ResultStore};
+use shipway_fault::Result;
+use shipway_oci::Digest;
+use shipway_solver::{CacheKey, CacheStore, RecordMeta};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex},
+};
+
+/// Results are their names, while they exist.
+#[derive(Default)]
+struct Names(Mutex<BTreeSet<String>>);
+
+impl Names {
+    fn set(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
+        self.0.lock().expect("unpoisoned")
+    }
+}
+
+#[async_trait]
+impl ResultStore<String> for Names {
+    fn id_of(&self, value: &String) -> Option<String> {
+        self.set().insert(value.clone());
+        (value != "nameless").then(|| value.clone())
+    }
+    async fn load(&self, id: &str) -> Result<Option<String>> {
+        Ok(self.set().get(id).cloned())
+    }
+}
+
+struct Lab {
+    dir: tempfile::TempDir,
+    names: Arc<Names>,
+    db: CacheDb<String>,
+}
+
+impl Lab {
+    async fn new() -> Self {
+        let (dir, names) = (tempfile::tempdir().expect("a directory"), Arc::<Names>::default());
+        let db = CacheDb::open(&dir.path().join("state/cache.db"), names.clone()).expect("an index");
+        Self { dir, names, db }
+    }
+    async fn save(&self, keys: &[&str], value: &str) -> CacheKey {
+        let meta = RecordMeta { description: format!("made {value}"), ..RecordMeta::default() };
+        self.db.save(&keys_of(keys), &value.to_owned(), &meta).await.expect("saved")
+    }
+    async fn load(&self, keys: &[&str]) -> Option<(CacheKey, String)> {
+        self.db.load(&keys_of(keys)).await.expect("loaded")
+    }
+    async fn primaries(&self, keys: &[&str]) -> Vec<CacheKey> {
+        self.db.primaries(&keys_of(keys)).await.expect("looked up")
+    }
+    async fn reopen(self) -> Self {
+        let Self { dir, names, db } = self;
+        drop(db);
+        let db = CacheDb::open(&dir.path().join("state/cache.db"), names.clone()).expect("an index");
+        Self { dir, names, db }
+    }
+}
+
+fn key(text: &str) -> CacheKey {
+    CacheKey(Digest::of(text))
+}
+
+fn keys_of(keys: &[&str]) -> Vec<CacheKey> {
+    keys.iter().map(|k| key(k)).collect()
+}
+
+#[tokio::test]
+async fn keys_lead_to_the_primary_of_the_first() {
+    let lab = Lab::new().await;
+    assert_eq!(lab.save(&["content 1", "definition"], "one").await, key("content 1"));
+    assert_eq!(lab.load(&["unknown", "definition"]).await, Some((key("content 1"), "one".into())));
+    // The same definition gave something else: it leads there now, and the old content still to the old result.
+    assert_eq!(lab.save(&["content 2", "definition"], "two").await, key("content 2"));
+    assert_eq!(lab.load(&["definition"]).await, Some((key("content 2"), "two".into())));
+    assert_eq!(lab.load(&["content 1"]).await, Some((key("content 1"), "one".into())));
+    // A result made again keeps its primary.
+    lab.save(&["other", "content 1"], "three").await;
+    assert_eq!(lab.save(&["content 1"], "four").await, key("other"));
+    assert_eq!(lab.primaries(&["definition", "content 2", "nothing"]).await, [key("content 2")]);
+}
+
+#[tokio::test]
+async fn a_result_that_is_gone_is_dropped_and_its_keys_stay() {
+    let lab = Lab::new().await;
+    lab.save(&["a"], "gone").await;
+    lab.save(&["b"], "there").await;
+    lab.names.set().remove("gone");
+    assert_eq!(lab.load(&["a", "b"]).await, Some((key("b"), "there".into())));
+    assert!(lab.db.keys_of("gone").expect("keys").is_empty());
+    assert_eq!(lab.primaries(&["a"]).await, [key("a")]);
+}
+
+#[tokio::test]
+async fn pruning_drops_all_records_of_a_result() {
+    let lab = Lab::new().await;
+    lab.save(&["a"], "x").await;
+    lab.save(&["b"], "x").await;
+    lab.save(&["c"], "y").await;
+    assert_eq!(lab.db.forget_result("x").await.expect("forgotten"), 2);
+    assert_eq!((lab.load(&["a", "b"]).await, lab.load(&["c"]).await.map(|r| r.1)), (None, Some("y".into())));
+    lab.db.clear().await.expect("cleared");
+    assert_eq!((lab.load(&["c"]).await, lab.primaries(&["c"]).await.len()), (None, 0));
+}
+
+#[tokio::test]
+async fn aliases_and_results_without_name() {
+    let lab = Lab::new().await;
+    assert_eq!(lab.save(&["a", "b"], "nameless").await, key("a"));
+    assert_eq!((lab.load(&["a"]).await, lab.primaries(&["b"]).await), (None, vec![key("a")]));
+    lab.db.alias(key("p"), &keys_of(&["b", "c"])).await.expect("linked");
+    assert_eq!(lab.primaries(&["a", "b", "c", "p"]).await, [key("a"), key("p")]);
+}
+
+#[tokio::test]
+async fn everything_is_there_after_a_restart() {
+    let lab = Lab::new().await;
+    lab.save(&["a", "b"], "x").await;
+    let lab = lab.reopen().await;
+    assert_eq!(lab.load(&["b"]).await, Some((key("a"), "x".into())));
+    assert_eq!(lab.db.record(&key("b")).expect("read").map(|r| r.meta.description), Some("made x".into()));
+}
+
+#[tokio::test]
+async fn a_kill_costs_at_most_what_was_not_flushed() {
+    let lab = Lab::new().await;
+    lab.save(&["a"], "x").await;
+    lab.db.flush().await.expect("flushed");
+    lab.save(&["b"], "y").await;
+    // What a killed process leaves is the file as it is now.
+    let left = lab.dir.path().join("left.db");
+    std::fs::copy(lab.dir.path().join("state/cache.db"), &left).expect("copied");
+    let db = CacheDb::open(&left, lab.names.clone()).expect("an index");
+    assert!(db.record(&key("a")).expect("read").is_some());
+}
+
+#[tokio::test]
+async fn a_damaged_file_is_moved_aside() {
+    let lab = Lab::new().await;
+    let path = lab.dir.path().join("damaged.db");
+    for bytes in [b"not a database".to_vec(), vec![0; 100_000], Vec::from_iter((0..50_000u32).flat_map(u32::to_le_bytes))] {
+        std::fs::write(&path, &bytes).expect("written");
+        let db = CacheDb::open(&path, lab.names.clone()).expect("a new index");
+        db.save(&[key("a")], &"x".to_owned(), &RecordMeta::default()).await.expect("saved");
+    }
+    let kept = std::fs::read_dir(lab.dir.path()).expect("listed").filter_map(|e| e.ok()?.file_name().into_string().ok());
+    assert!(kept.into_iter().any(|n| n.starts_with("damaged.damaged-")), "the damaged file is kept for study");
+}
+
+#[tokio::test]
+async fn two_processes_cannot_share_it() {
+    let lab = Lab::new().await;
+    let second = CacheDb::open(&lab.dir.path().join("state/cache.db"), lab.names.clone());
+    assert!(second.is_err_and(|e| e.to_string().contains("another process") && e.hints().count() == 1));
+}

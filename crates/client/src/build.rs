@@ -1,0 +1,409 @@
+//! One build: a session, one `Control.Solve`, and the stream of its events beside it (rows `ctl.solve`, `ctl.status`).
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use prost::Message;
+use serde::Serialize;
+use shipway_fault::{Context, Fault, Result};
+use shipway_grpc::fault_of;
+use shipway_oci::Digest;
+use shipway_proto::{moby::buildkit::v1 as wire, pb};
+use tokio::sync::mpsc;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+
+use crate::{
+    Client, Status,
+    layout::{self, LayoutName},
+    question::{Answer, Question},
+    session::store as session_store,
+    session::{DockerConfig, FileTarget, LocalDirs, Receives, Secrets, Services, SshAgents, Stores, Targets, Uploads, new_id},
+};
+
+/// Events that may still come after the end of a build, if each comes within this time of the last.
+const LAST_EVENTS: Duration = Duration::from_secs(5);
+/// The same for a build that failed before any event came, which usually means that none will.
+const NO_EVENTS: Duration = Duration::from_millis(300);
+/// How long the answer to a solve may lag behind the end of its session.
+const LAST_ANSWER: Duration = Duration::from_secs(5);
+
+/// Where an exporter's output goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Nowhere on our side.
+    None,
+    /// A file.
+    File(FileTarget),
+    /// A directory; with `delete`, what the build did not produce goes.
+    Dir {
+        /// The directory.
+        path: PathBuf,
+        /// Whether other content of it is deleted.
+        delete: bool,
+    },
+    /// An OCI layout.
+    Layout(PathBuf),
+}
+
+/// What becomes of the result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Export {
+    /// The exporter, such as `image`.
+    pub kind: String,
+    /// Its attributes.
+    pub attrs: BTreeMap<String, String>,
+    /// Where its output goes.
+    pub target: Target,
+}
+
+/// A cache to import from or export to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct CacheEntry {
+    /// Its kind, such as `registry`.
+    #[serde(rename = "Type")]
+    pub kind: String,
+    /// Its attributes.
+    pub attrs: BTreeMap<String, String>,
+}
+
+/// A graph to build, as `llb` programs print it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Definition(pb::Definition);
+
+impl Definition {
+    /// Reads an encoded definition.
+    pub fn read(bytes: &[u8]) -> Result<Self> {
+        let definition = pb::Definition::decode(bytes).map_err(|e| Fault::invalid(format!("failed to parse input: {e}")))?;
+        if definition.def.is_empty() {
+            return Err(Fault::invalid("empty definition sent to build. Specify --frontend instead?"));
+        }
+        Ok(Self(definition))
+    }
+
+    /// Lets no step come from the cache.
+    pub fn ignore_cache(&mut self) {
+        for op in &self.0.def {
+            self.0.metadata.entry(Digest::of(op).to_string()).or_default().ignore_cache = true;
+        }
+    }
+}
+
+/// What to build, with what, and what becomes of it.
+#[derive(Clone, Debug, Default)]
+pub struct SolveOptions {
+    /// Id of the build; made up if empty.
+    pub reference: String,
+    /// The graph, when there is no frontend.
+    pub definition: Option<Definition>,
+    /// The frontend, such as `dockerfile.v0`.
+    pub frontend: String,
+    /// What it is told.
+    pub frontend_attrs: BTreeMap<String, String>,
+    /// What becomes of the result.
+    pub exports: Vec<Export>,
+    /// Caches to write.
+    pub cache_exports: Vec<CacheEntry>,
+    /// Caches to read.
+    pub cache_imports: Vec<CacheEntry>,
+    /// Privileges that the build may use.
+    pub entitlements: Vec<String>,
+    /// Do not list the build in the history.
+    pub internal: bool,
+    /// Steps reach the network only through a recording proxy.
+    pub proxy_network: bool,
+    /// Directories to offer.
+    pub dirs: LocalDirs,
+    /// OCI layouts to offer, by name.
+    pub layouts: BTreeMap<String, PathBuf>,
+    /// Secrets to offer.
+    pub secrets: Secrets,
+    /// Sockets to offer.
+    pub ssh: SshAgents,
+    /// Streams to offer.
+    pub uploads: Uploads,
+    /// Credentials to offer.
+    pub docker: Option<DockerConfig>,
+    /// Key by which the daemon keeps what it received of the directories; see [`crate::shared_key`].
+    pub shared_key: String,
+}
+
+/// A build that went well.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Id of the build.
+    pub reference: String,
+    /// What exporters answered.
+    pub response: BTreeMap<String, String>,
+}
+
+/// What the session serves for the exports and caches, and what is to be recorded in layouts afterwards.
+struct Plan {
+    targets: Targets,
+    stores: BTreeMap<String, session_store::Layout>,
+    exported: Vec<PathBuf>,
+    cached: Vec<(PathBuf, String)>,
+}
+
+impl Plan {
+    fn of(options: &mut SolveOptions) -> Result<Self> {
+        let mut plan = Self { targets: Targets::default(), stores: BTreeMap::new(), exported: Vec::new(), cached: Vec::new() };
+        for (name, dir) in &options.layouts {
+            plan.stores.insert(format!("oci:{name}"), session_store::Layout { dir: dir.clone(), writable: false });
+        }
+        for (index, export) in options.exports.iter().enumerate() {
+            let received = match &export.target {
+                Target::None => continue,
+                Target::File(target) => Receives::File(target.clone()),
+                Target::Dir { path, delete } => Receives::Dir { path: path.clone(), delete: *delete },
+                Target::Layout(dir) => {
+                    let layout = session_store::Layout { dir: dir.clone(), writable: true };
+                    if plan.stores.insert("export".to_owned(), layout).is_some() {
+                        return Err(Fault::invalid("only one output can be an OCI layout"));
+                    }
+                    plan.exported.push(dir.clone());
+                    continue;
+                }
+            };
+            plan.targets.0.insert(index, received);
+        }
+        plan.caches(options)?;
+        Ok(plan)
+    }
+
+    fn caches(&mut self, options: &mut SolveOptions) -> Result<()> {
+        for entry in options.cache_exports.iter().filter(|e| e.kind == "local") {
+            let dir = entry.attrs.get("dest").ok_or_else(|| Fault::invalid("local cache exporter requires dest"))?;
+            self.stores.insert(format!("local:{dir}"), session_store::Layout { dir: dir.into(), writable: true });
+            let tag = entry.attrs.get("tag").map_or("latest", String::as_str);
+            self.cached.push((dir.into(), tag.to_owned()));
+        }
+        let mut imports = Vec::new();
+        for mut entry in std::mem::take(&mut options.cache_imports) {
+            if entry.kind == "local" {
+                let dir = entry.attrs.get("src").ok_or_else(|| Fault::invalid("local cache importer requires src"))?.clone();
+                if !entry.attrs.contains_key("digest") {
+                    let tag = entry.attrs.get("tag").map_or("latest", String::as_str);
+                    match layout::find(dir.as_ref(), tag) {
+                        Ok(Some(digest)) => _ = entry.attrs.insert("digest".to_owned(), digest),
+                        // A cache that is not there yet is no reason not to build.
+                        Ok(None) => {
+                            tracing::warn!("local cache import at {dir} skipped: no digest found for tag {tag}");
+                            continue;
+                        }
+                        Err(fault) => {
+                            tracing::warn!("local cache import at {dir} skipped: {fault}");
+                            continue;
+                        }
+                    }
+                }
+                let writable = self.stores.get(&format!("local:{dir}")).is_some_and(|l| l.writable);
+                self.stores.insert(format!("local:{dir}"), session_store::Layout { dir: dir.into(), writable });
+            }
+            imports.push(entry);
+        }
+        options.cache_imports = imports;
+        Ok(())
+    }
+}
+
+fn entries(list: &[CacheEntry]) -> Vec<wire::CacheOptionsEntry> {
+    list.iter().map(|e| wire::CacheOptionsEntry { r#type: e.kind.clone(), attrs: e.attrs.clone() }).collect()
+}
+
+/// The request, without the session that is not open yet.
+fn request(options: SolveOptions) -> Result<wire::SolveRequest> {
+    let mut attrs = options.frontend_attrs;
+    if !options.frontend.is_empty() && !options.cache_imports.is_empty() {
+        let imports = serde_json::to_string(&options.cache_imports).map_err(|e| Fault::internal(format!("encode cache imports: {e}")))?;
+        attrs.insert("cache-imports".to_owned(), imports);
+    }
+    let first = options.exports.first().cloned();
+    Ok(wire::SolveRequest {
+        r#ref: options.reference,
+        definition: options.definition.map(|d| d.0),
+        exporter_deprecated: first.as_ref().map(|e| e.kind.clone()).unwrap_or_default(),
+        exporter_attrs_deprecated: first.map(|e| e.attrs).unwrap_or_default(),
+        exporters: options.exports.into_iter().map(|e| wire::Exporter { r#type: e.kind, attrs: e.attrs }).collect(),
+        frontend: options.frontend,
+        frontend_attrs: attrs,
+        cache: Some(wire::CacheOptions {
+            exports: entries(&options.cache_exports),
+            imports: entries(&options.cache_imports),
+            ..Default::default()
+        }),
+        entitlements: options.entitlements,
+        internal: options.internal,
+        proxy_network: options.proxy_network,
+        ..Default::default()
+    })
+}
+
+/// The stream of a build's events, followed beside the solve.
+struct Followed {
+    done: CancellationToken,
+    any: Arc<AtomicBool>,
+    task: AbortOnDropHandle<()>,
+}
+
+impl Followed {
+    fn start(client: &Client, reference: String, events: mpsc::Sender<Status>) -> Self {
+        let (done, any) = (CancellationToken::new(), Arc::new(AtomicBool::new(false)));
+        let mut control = client.control();
+        let (ended, seen) = (done.clone(), any.clone());
+        let task = async move {
+            let mut stream = match control.status(wire::StatusRequest { r#ref: reference }).await {
+                Ok(answer) => answer.into_inner(),
+                Err(status) => return tracing::debug!(%status, "failed to get status"),
+            };
+            loop {
+                let message = tokio::select! {
+                    message = stream.message() => message,
+                    () = async { ended.cancelled().await; tokio::time::sleep(LAST_EVENTS).await } => return,
+                };
+                match message {
+                    Ok(Some(message)) => {
+                        seen.store(true, Ordering::Relaxed);
+                        if events.send(message.into()).await.is_err() {
+                            return;
+                        }
+                    }
+                    Ok(None) => return,
+                    Err(status) => return tracing::debug!(%status, "failed to receive status"),
+                }
+            }
+        };
+        Self { done, any, task: AbortOnDropHandle::new(tokio::spawn(task)) }
+    }
+
+    /// Waits for the last events.
+    async fn finish(self, failed: bool) {
+        self.done.cancel();
+        if failed && !self.any.load(Ordering::Relaxed) {
+            let _ = tokio::time::timeout(NO_EVENTS, self.task).await;
+        } else {
+            let _ = self.task.await;
+        }
+    }
+}
+
+impl Client {
+    /// Builds. Events go to `events` as they come; `stop` cancels the build and still delivers what it says at its end; dropping the
+    /// future cancels it at once.
+    pub async fn build(&self, options: SolveOptions, events: mpsc::Sender<Status>, stop: CancellationToken) -> Result<Outcome> {
+        if options.frontend.is_empty() == options.definition.is_none() {
+            return Err(Fault::invalid("a build needs either a frontend or a definition"));
+        }
+        Ok(self.drive(options, None, events, stop).await?.0)
+    }
+
+    /// Asks the frontend what its attribute `requestid` says; nothing is built. Events and `stop` are as for a build.
+    pub async fn ask(&self, mut options: SolveOptions, events: mpsc::Sender<Status>, stop: CancellationToken) -> Result<Answer> {
+        if options.frontend.is_empty() {
+            return Err(Fault::invalid("a question needs a frontend"));
+        }
+        let question = Question::new(std::mem::take(&mut options.frontend), options.frontend_attrs.clone());
+        Ok(self.drive(options, Some(question), events, stop).await?.1)
+    }
+
+    async fn drive(
+        &self,
+        mut options: SolveOptions,
+        question: Option<Question>,
+        events: mpsc::Sender<Status>,
+        stop: CancellationToken,
+    ) -> Result<(Outcome, Answer)> {
+        if options.reference.is_empty() {
+            options.reference = new_id()?;
+        }
+        let plan = Plan::of(&mut options)?;
+        let services = Services {
+            dirs: std::mem::take(&mut options.dirs),
+            targets: plan.targets,
+            stores: Stores::new(plan.stores),
+            docker: options.docker.take(),
+            secrets: std::mem::take(&mut options.secrets),
+            ssh: std::mem::take(&mut options.ssh),
+            uploads: std::mem::take(&mut options.uploads),
+        };
+        let (shared_key, reference) = (std::mem::take(&mut options.shared_key), options.reference.clone());
+        let mut request = request(options)?;
+        let mut session = services.attach(self, &shared_key).await?;
+        request.session = session.id.clone();
+
+        let followed = Followed::start(self, reference.clone(), events);
+        let mut control = self.control();
+        let asked = async {
+            match question {
+                Some(question) => question.ask(self.channel(), &reference).await,
+                None => Ok(Answer::new()),
+            }
+        };
+        // A failed question ends the build with its failure, which therefore is the one to tell.
+        let mut solve = Box::pin(async {
+            let (solved, asked) = tokio::join!(control.solve(request), asked);
+            solved.map(|solved| (solved, asked))
+        });
+        let solved = tokio::select! {
+            answer = &mut solve => answer.map_err(|s| solve_fault(&s)),
+            () = stop.cancelled() => Err(Fault::cancelled()),
+            fault = session.ended() => match tokio::time::timeout(LAST_ANSWER, &mut solve).await {
+                Ok(answer) => answer.map_err(|s| solve_fault(&s)),
+                Err(_) => Err(fault),
+            },
+        };
+        let solved = solved.context(|| "failed to solve");
+        // Dropping the call is what cancels the build; only then the last events can come.
+        drop(solve);
+        drop(session);
+        followed.finish(solved.is_err()).await;
+        let (solved, answer) = solved?;
+        let response = solved.into_inner().exporter_response;
+        record(&plan.exported, &plan.cached, &response)?;
+        Ok((Outcome { reference, response }, answer?))
+    }
+}
+
+/// A failed solve: what the daemon says, or that it can say nothing any more.
+fn solve_fault(status: &tonic::Status) -> Fault {
+    // Only what our own end found out has a source; what comes over the wire has none.
+    let mut cause: &dyn std::error::Error = match std::error::Error::source(status) {
+        Some(cause) if status.code() != tonic::Code::Cancelled => cause,
+        _ => return fault_of(status),
+    };
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    Fault::unavailable(format!("the connection to the daemon broke during the build: {cause}"))
+        .hint("the daemon's log tells whether it stopped and why, for example `journalctl -u shipwayd`")
+        .hint("steps that had ended are in the cache: build again to go on from there")
+}
+
+/// Lists in layouts what was written into them.
+fn record(exported: &[PathBuf], cached: &[(PathBuf, String)], response: &BTreeMap<String, String>) -> Result<()> {
+    if let Some(manifest) = response.get("cache.manifest") {
+        for (dir, tag) in cached {
+            layout::put(dir, manifest.as_bytes(), &[LayoutName::Tag(tag)])?;
+        }
+    }
+    if let Some(descriptor) = response.get("containerimage.descriptor") {
+        use base64::{Engine, engine::general_purpose::STANDARD};
+        let broken = |e: base64::DecodeError| Fault::invalid(format!("the daemon's image descriptor cannot be read: {e}"));
+        for dir in exported {
+            let descriptor = STANDARD.decode(descriptor).map_err(broken)?;
+            let names: Vec<LayoutName<'_>> = match response.get("image.name") {
+                Some(names) => names.split(',').map(LayoutName::Image).collect(),
+                None => vec![LayoutName::Tag("latest")],
+            };
+            layout::put(dir, &descriptor, &names)?;
+        }
+    }
+    Ok(())
+}

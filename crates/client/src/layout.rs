@@ -1,0 +1,115 @@
+//! The index of an OCI layout on disk: what it lists, and adding to it.
+
+use std::{io::Write, path::Path};
+
+use serde_json::{Map, Value, json};
+use shipway_fault::{Fault, Result};
+
+use crate::session::new_id;
+
+const INDEX: &str = "index.json";
+const REF_NAME: &str = "org.opencontainers.image.ref.name";
+const IMAGE_NAME: &str = "io.containerd.image.name";
+
+/// What an entry is called.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum LayoutName<'a> {
+    /// A bare tag.
+    Tag(&'a str),
+    /// The full name of an image.
+    Image(&'a str),
+}
+
+fn read(dir: &Path) -> Result<Option<Value>> {
+    let path = dir.join(INDEX);
+    let what = || format!("read {}", path.display());
+    match std::fs::read(&path) {
+        Ok(data) => serde_json::from_slice(&data).map(Some).map_err(|e| Fault::invalid(format!("{}: {e}", what()))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Fault::io(what(), e)),
+    }
+}
+
+fn annotation<'a>(entry: &'a Value, key: &str) -> Option<&'a str> {
+    entry.get("annotations")?.get(key)?.as_str()
+}
+
+/// The digest of the entry called `tag`.
+pub(crate) fn find(dir: &Path, tag: &str) -> Result<Option<String>> {
+    let index = read(dir)?.unwrap_or_default();
+    let entries = index.get("manifests").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let named = |key| entries.iter().find(move |entry| annotation(entry, key) == Some(tag));
+    let found = named(IMAGE_NAME).or_else(|| named(REF_NAME));
+    Ok(found.and_then(|entry| entry.get("digest")?.as_str()).map(str::to_owned))
+}
+
+/// The tag in an image's name.
+fn tag(name: &str) -> &str {
+    let name = name.split('@').next().unwrap_or(name);
+    match name.rsplit_once(':') {
+        Some((_, tag)) if !tag.contains('/') => tag,
+        _ => "latest",
+    }
+}
+
+/// Lists `descriptor` in `dir` under each of `names`; entries that had these names lose them.
+pub(crate) fn put(dir: &Path, descriptor: &[u8], names: &[LayoutName<'_>]) -> Result<()> {
+    let descriptor: Map<String, Value> =
+        serde_json::from_slice(descriptor).map_err(|e| Fault::invalid(format!("the daemon's descriptor cannot be read: {e}")))?;
+    let mut index = read(dir)?.unwrap_or_else(|| json!({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json"}));
+    let entries = index.get_mut("manifests").and_then(Value::as_array_mut).map(std::mem::take);
+    let mut entries = entries.unwrap_or_default();
+    for name in names {
+        let mut wanted = Map::new();
+        let (short, full) = match name {
+            LayoutName::Tag(tag) => (*tag, None),
+            LayoutName::Image(name) => (tag(name), Some(*name)),
+        };
+        wanted.insert(REF_NAME.to_owned(), short.into());
+        if let Some(full) = full {
+            wanted.insert(IMAGE_NAME.to_owned(), full.into());
+        }
+        entries.retain(|e| annotation(e, REF_NAME) != Some(short) || annotation(e, IMAGE_NAME) != full);
+        let mut entry = descriptor.clone();
+        let mut annotations = entry.get("annotations").and_then(Value::as_object).cloned().unwrap_or_default();
+        annotations.extend(wanted);
+        entry.insert("annotations".to_owned(), annotations.into());
+        entries.push(entry.into());
+    }
+    if let Some(object) = index.as_object_mut() {
+        object.insert("manifests".to_owned(), entries.into());
+    }
+    write(dir, "oci-layout", &json!({"imageLayoutVersion": "1.0.0"}))?;
+    write(dir, INDEX, &index)
+}
+
+fn write(dir: &Path, name: &str, value: &Value) -> Result<()> {
+    let path = dir.join(name);
+    let partial = dir.join(format!(".{name}.{}", new_id()?));
+    let written = std::fs::File::create(&partial)
+        .and_then(|mut file| file.write_all(value.to_string().as_bytes()))
+        .and_then(|()| std::fs::rename(&partial, &path));
+    written.map_err(|e| {
+        let _ = std::fs::remove_file(&partial);
+        Fault::io(format!("write {}", path.display()), e)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_take_over_names() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let put_one = |digest: &str, name| put(dir.path(), json!({"digest": digest}).to_string().as_bytes(), &[name]).expect("puts");
+        assert_eq!(find(dir.path(), "latest").expect("no index yet"), None);
+        put_one("sha256:a", LayoutName::Tag("latest"));
+        put_one("sha256:b", LayoutName::Tag("latest"));
+        put_one("sha256:c", LayoutName::Image("r.example:5000/x:v1"));
+        assert_eq!(find(dir.path(), "latest").expect("reads"), Some("sha256:b".into()));
+        assert_eq!(find(dir.path(), "r.example:5000/x:v1").expect("reads"), Some("sha256:c".into()));
+        let index = read(dir.path()).expect("reads").expect("is there");
+        assert_eq!(index["manifests"].as_array().map(Vec::len), Some(2));
+    }
+}

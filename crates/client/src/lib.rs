@@ -1,0 +1,41 @@
+//! The client's end of BuildKit's API: connect, ask, build, and serve a session while a build runs (rows `ctl.*`, `ses.*`, `cb.*`).
+//!
+//! - [`Client`]: a connection to a daemon, with a method per question; [`Location`]: where a daemon is.
+//! - [`Client::build`] with [`SolveOptions`]: one `Control.Solve` with a session that offers the caller's directories, files to
+//!   write, credentials, secrets and agents, and the build's [`Status`] events as they come.
+//! - [`Client::ask`]: the same, for a question that a frontend answers instead of building.
+//! - [`WorkerInfo`], [`UsageInfo`], [`Status`] and the like: answers as plain data that serialise as Go's client prints them.
+//!
+//! Nothing here reads a command line, draws progress, or knows a Dockerfile; no protobuf type gets out.
+//!
+//! Dependencies worth a word: `base64` decodes the passwords in Docker's configuration; `prost-types` has the wire's times.
+
+mod build;
+mod client;
+mod history;
+mod layout;
+mod location;
+mod model;
+mod question;
+mod session;
+mod status;
+
+pub use build::{CacheEntry, Definition, Export, Outcome, SolveOptions, Target};
+pub use client::{Client, ConnectOptions, PruneOptions};
+pub use history::{HistoryEvent, HistoryKind, HistoryRecord};
+pub use location::Location;
+pub use model::{CdiDevice, DaemonInfo, DaemonVersion, PruneInfo, UsageInfo, WorkerInfo};
+pub use question::Answer;
+pub use session::{DockerConfig, FileTarget, LocalDirs, MAX_SECRET, SecretSource, Secrets, SshAgents, SshSource, Uploads, shared_key};
+pub use shipway_grpc::ClientTls;
+pub use status::{Lines, Log, ProgressGroup, SourceText, Status, Time, Vertex, VertexStatus, Warning};
+
+/// An id for a build that no other has; for callers that need it before the build begins.
+pub fn new_reference() -> shipway_fault::Result<String> {
+    session::new_id()
+}
+
+/// The digest of what `tag` names in the OCI layout `dir`.
+pub fn layout_digest(dir: &std::path::Path, tag: &str) -> shipway_fault::Result<Option<String>> {
+    layout::find(dir, tag)
+}

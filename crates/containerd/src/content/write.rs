@@ -1,0 +1,284 @@
+//! Owns writing a blob: messages of a MiB or more, several in flight, the answers drained by a task of their own.
+//!
+//! containerd answers every message in order and checks each offset against its own, so nothing is lost by not waiting.
+//! A blob that another namespace already has (policy `shared`) is announced in the first answer with its full length;
+//! then no byte is sent again.
+
+use super::Content;
+use crate::conn::deadline;
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use containerd_client::services::v1::{AbortRequest, WriteAction, WriteContentRequest, WriteContentResponse};
+use shipway_fault::{Code, Fault, Result};
+use shipway_oci::Digest;
+use shipway_storage::{BlobInfo, BlobWriter, Ingest, Labels, LeaseId};
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+use tokio::{sync::mpsc, task::JoinHandle};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+/// Bytes gathered before a message is sent.
+const GATHER: usize = 1 << 20;
+/// Most bytes in one message, well under the limit of 16 MiB.
+const LARGEST: usize = 4 << 20;
+/// Messages waiting for the connection.
+const IN_FLIGHT: usize = 3;
+/// Blobs up to this size travel in a single message.
+const SMALL: usize = 2 << 20;
+
+pub(super) struct Writer {
+    content: Content,
+    lease: LeaseId,
+    /// Reference as containerd knows it.
+    reference: String,
+    declared: Option<u64>,
+    expected: Option<Digest>,
+    messages: Option<mpsc::Sender<WriteContentRequest>>,
+    /// Ends with the last answer, or with what broke the stream.
+    answers: Option<JoinHandle<Result<WriteContentResponse, Status>>>,
+    buffer: BytesMut,
+    /// Bytes sent.
+    sent: u64,
+    /// The store has all bytes already; ours are only counted.
+    shared: bool,
+    open: bool,
+}
+
+/// Makes `reference` unique: two builds may write the same blob at once, and a killed one may have left its ingest.
+fn unique(reference: &str) -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_nanos();
+    format!("{reference}-{now:x}-{}", NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+impl Writer {
+    pub(super) async fn open(content: Content, lease: &LeaseId, ingest: Ingest) -> Result<Self> {
+        let reference = unique(&ingest.reference);
+        let (messages, queue) = mpsc::channel(IN_FLIGHT);
+        let first = WriteContentRequest {
+            action: WriteAction::Stat as i32,
+            r#ref: reference.clone(),
+            total: ingest.size.unwrap_or(0) as i64,
+            expected: ingest.expected.map(|d| d.to_string()).unwrap_or_default(),
+            ..Default::default()
+        };
+        messages.try_send(first).map_err(|_| Fault::internal("a new queue is full"))?;
+        let what = || format!("open ingest {reference:?}");
+        let request = content.connection.leased(ReceiverStream::new(queue), lease)?;
+        let mut client = content.bulk();
+        let mut writer = Self {
+            content: content.clone(),
+            lease: lease.clone(),
+            reference: reference.clone(),
+            declared: ingest.size,
+            expected: ingest.expected,
+            messages: Some(messages),
+            answers: None,
+            buffer: BytesMut::new(),
+            sent: 0,
+            shared: false,
+            open: true,
+        };
+        let opened = content.connection.call(what, deadline::SLOW, client.write(request)).await;
+        let mut stream = match opened {
+            Ok(stream) => stream,
+            Err(e) => {
+                writer.open = !e.is_already_exists();
+                return Err(e);
+            }
+        };
+        let state = match tokio::time::timeout(deadline::SLOW, stream.message()).await {
+            Ok(Ok(Some(state))) => state,
+            Ok(Ok(None)) => return Err(Fault::internal(format!("{}: containerd closed it at once", what()))),
+            Ok(Err(status)) => {
+                let fault = content.connection.fault(what(), status);
+                writer.open = !fault.is_already_exists();
+                return Err(fault);
+            }
+            Err(_) => return Err(content.connection.stalled(what(), deadline::SLOW)),
+        };
+        // An ingest of a new reference has bytes only if it stands for a blob of another namespace.
+        writer.shared = state.offset > 0 && ingest.expected.is_some();
+        writer.answers = Some(tokio::spawn(async move {
+            let mut last = WriteContentResponse::default();
+            while let Some(answer) = stream.message().await? {
+                last = answer;
+            }
+            Ok(last)
+        }));
+        Ok(writer)
+    }
+
+    fn what(&self) -> String {
+        format!("write blob {} ({} bytes so far)", self.expected.map_or_else(|| self.reference.clone(), |d| d.to_string()), self.sent)
+    }
+
+    async fn send(&mut self, message: WriteContentRequest) -> Result<()> {
+        let sender = self.messages.as_ref().ok_or_else(|| Fault::internal("write after an error"))?;
+        match tokio::time::timeout(deadline::STALL, sender.send(message)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(self.broken().await),
+            Err(_) => Err(self.content.connection.stalled(self.what(), deadline::STALL)),
+        }
+    }
+
+    /// Why the stream ended although we had more to say.
+    async fn broken(&mut self) -> Fault {
+        match self.last_answer().await {
+            Err(e) => e,
+            Ok(_) => Fault::new(Code::Unavailable, format!("{}: containerd closed the ingest early", self.what())),
+        }
+    }
+
+    async fn last_answer(&mut self) -> Result<WriteContentResponse> {
+        self.messages = None;
+        let what = self.what();
+        let Some(answers) = self.answers.take() else { return Err(Fault::internal(format!("{what}: it failed before"))) };
+        let stop = answers.abort_handle();
+        match tokio::time::timeout(deadline::SLOW, answers).await {
+            Ok(Ok(Ok(answer))) => Ok(answer),
+            Ok(Ok(Err(status))) => Err(self.content.connection.fault(what, status)),
+            Ok(Err(join)) => Err(Fault::internal(format!("{what}: {join}"))),
+            Err(_) => {
+                stop.abort();
+                Err(self.content.connection.stalled(what, deadline::SLOW))
+            }
+        }
+    }
+
+    fn data(&mut self, action: WriteAction, bytes: Bytes) -> WriteContentRequest {
+        let offset = self.sent;
+        self.sent += bytes.len() as u64;
+        WriteContentRequest {
+            action: action as i32,
+            r#ref: self.reference.clone(),
+            offset: offset as i64,
+            data: bytes.into(),
+            ..Default::default()
+        }
+    }
+
+    async fn flush(&mut self, all: bool) -> Result<()> {
+        while self.buffer.len() >= GATHER || (all && !self.buffer.is_empty()) {
+            let bytes = self.buffer.split_to(self.buffer.len().min(LARGEST)).freeze();
+            let message = self.data(WriteAction::Write, bytes);
+            self.send(message).await?;
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl BlobWriter for Writer {
+    async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        if self.shared {
+            self.sent += bytes.len() as u64;
+            return Ok(());
+        }
+        if self.buffer.is_empty() && bytes.len() >= GATHER {
+            let mut rest = bytes;
+            while !rest.is_empty() {
+                let piece = rest.split_to(rest.len().min(LARGEST));
+                let message = self.data(WriteAction::Write, piece);
+                self.send(message).await?;
+            }
+            return Ok(());
+        }
+        self.buffer.extend_from_slice(&bytes);
+        self.flush(false).await
+    }
+
+    async fn commit(mut self: Box<Self>, expected: Option<Digest>, labels: &Labels) -> Result<BlobInfo> {
+        self.expected = expected.or(self.expected);
+        if self.buffer.len() > LARGEST {
+            self.flush(true).await?;
+        }
+        let tail = self.buffer.split().freeze();
+        let mut message = self.data(WriteAction::Commit, tail);
+        if let Some(declared) = self.declared.filter(|d| *d != self.sent) {
+            return Err(Fault::new(Code::DataLoss, format!("{}: {declared} bytes were announced", self.what())));
+        }
+        if self.shared {
+            message.offset = self.sent as i64;
+        }
+        message.total = self.sent as i64;
+        message.expected = self.expected.map(|d| d.to_string()).unwrap_or_default();
+        message.labels = crate::wire::labels_out(labels);
+        let answer = match self.send(message).await {
+            Ok(()) => self.last_answer().await,
+            Err(e) => Err(e),
+        };
+        match (answer, self.expected) {
+            (Ok(answer), _) => {
+                self.open = false;
+                Ok(BlobInfo { digest: crate::wire::digest_in(&answer.digest)?, size: self.sent, labels: labels.clone() })
+            }
+            (Err(e), Some(digest)) if e.is_already_exists() => {
+                // containerd neither sets our labels on the blob that is there nor always leases it.
+                let blob = self.content.adopt(&self.lease, digest, labels).await?;
+                Ok(blob)
+            }
+            (Err(e), _) => Err(e),
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.messages = None;
+        if let Some(answers) = self.answers.take() {
+            answers.abort();
+        }
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        if !self.open {
+            return;
+        }
+        let (content, reference) = (self.content.clone(), std::mem::take(&mut self.reference));
+        runtime.spawn(async move {
+            let Ok(request) = content.connection.request(AbortRequest { r#ref: reference.clone() }) else { return };
+            let mut client = content.client();
+            let aborted = content.connection.call(|| format!("abort ingest {reference:?}"), deadline::QUICK, client.abort(request)).await;
+            if let Err(e) = aborted.or_else(|e| if e.is_not_found() { Ok(()) } else { Err(e) }) {
+                // It goes with its lease at the latest.
+                tracing::debug!(error = %e, "an ingest was left behind");
+            }
+        });
+    }
+}
+
+/// Stores a small blob with one message and one answer; `None` if this way does not work and the long one has to.
+pub(super) async fn put_small(content: &Content, lease: &LeaseId, digest: Digest, bytes: &Bytes, labels: &Labels) -> Option<Result<()>> {
+    if bytes.len() > SMALL || bytes.is_empty() {
+        return None;
+    }
+    let message = WriteContentRequest {
+        action: WriteAction::Commit as i32,
+        r#ref: unique(&format!("shipway-put-{}", digest.hex())),
+        total: bytes.len() as i64,
+        expected: digest.to_string(),
+        data: bytes.to_vec(),
+        labels: crate::wire::labels_out(labels),
+        ..Default::default()
+    };
+    let what = || format!("store blob {digest}");
+    let request = match content.connection.leased(tokio_stream::once(message), lease) {
+        Ok(request) => request,
+        Err(e) => return Some(Err(e)),
+    };
+    let mut client = content.bulk();
+    let mut stream = match content.connection.call(what, deadline::SLOW, client.write(request)).await {
+        Ok(stream) => stream,
+        Err(e) => return Some(Err(e)),
+    };
+    loop {
+        match tokio::time::timeout(deadline::SLOW, stream.message()).await {
+            Ok(Ok(Some(_))) => {}
+            Ok(Ok(None)) => return Some(Ok(())),
+            Ok(Err(status)) => return Some(Err(content.connection.fault(what(), status))),
+            Err(_) => return Some(Err(content.connection.stalled(what(), deadline::SLOW))),
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! Owns [`Containerd`]: one daemon, its identity, and the way to its namespaces.
+
+use crate::{
+    conn::{Connection, deadline},
+    content::Content,
+    images::ImageStore,
+    leases::LeaseStore,
+    snapshots::Snapshots,
+};
+use containerd_client::services::v1 as api;
+use shipway_fault::{Context, Fault, Result};
+use shipway_storage::Storage;
+use std::{path::Path, sync::Arc, time::Duration};
+
+/// What a containerd says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version {
+    /// As in `1.6.20~ds1` or `v2.1.9`.
+    pub version: String,
+    /// Source revision.
+    pub revision: String,
+}
+
+/// One containerd. Cheap to clone; connections are dialled when needed, and again after a restart.
+#[derive(Clone)]
+pub struct Containerd {
+    pub(crate) connection: Connection,
+}
+
+impl Containerd {
+    /// Reaches the containerd whose socket is at `address` and asks it for its version, so that a wrong address shows now.
+    pub async fn connect(address: impl AsRef<Path>) -> Result<Self> {
+        let daemon = Self { connection: Connection::new(address.as_ref(), "default")? };
+        tokio::time::timeout(Duration::from_secs(15), daemon.version())
+            .await
+            .unwrap_or_else(|_| Err(daemon.connection.stalled("ask for the version".into(), Duration::from_secs(15))))
+            .context(|| "connect to containerd")?;
+        Ok(daemon)
+    }
+
+    /// Path of the socket.
+    pub fn address(&self) -> &Path {
+        self.connection.address()
+    }
+
+    /// Its version.
+    pub async fn version(&self) -> Result<Version> {
+        let mut client = api::version_client::VersionClient::new(self.connection.control());
+        let answer =
+            self.connection.call(|| "ask for the version".into(), deadline::QUICK, client.version(self.connection.request(())?)).await?;
+        Ok(Version { version: answer.version, revision: answer.revision })
+    }
+
+    /// The UUID of this containerd installation, by which `nerdctl` knows that a builder shares its image store.
+    pub async fn server_uuid(&self) -> Result<String> {
+        let mut client = api::introspection_client::IntrospectionClient::new(self.connection.control());
+        let answer = self
+            .connection
+            .call(|| "ask for the server's UUID".into(), deadline::QUICK, client.server(self.connection.request(())?))
+            .await?;
+        Ok(answer.uuid)
+    }
+
+    /// Names of the snapshotters that work here.
+    pub async fn snapshotters(&self) -> Result<Vec<String>> {
+        let mut client = api::introspection_client::IntrospectionClient::new(self.connection.control());
+        let request = api::PluginsRequest { filters: vec!["type==io.containerd.snapshotter.v1".into()] };
+        let answer =
+            self.connection.call(|| "list plug-ins".into(), deadline::QUICK, client.plugins(self.connection.request(request)?)).await?;
+        Ok(answer.plugins.into_iter().filter(|p| p.init_err.is_none()).map(|p| p.id).collect())
+    }
+
+    /// Makes the namespace if there is none of that name.
+    pub async fn ensure_namespace(&self, name: &str) -> Result<()> {
+        let mut client = api::namespaces_client::NamespacesClient::new(self.connection.control());
+        let namespace = api::Namespace { name: name.into(), labels: Default::default() };
+        let request = self.connection.request(api::CreateNamespaceRequest { namespace: Some(namespace) })?;
+        match self.connection.call(|| format!("create namespace {name:?}"), deadline::QUICK, client.create(request)).await {
+            Err(e) if !e.is_already_exists() => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// Names of all namespaces.
+    pub async fn namespaces(&self) -> Result<Vec<String>> {
+        let mut client = api::namespaces_client::NamespacesClient::new(self.connection.control());
+        let request = self.connection.request(api::ListNamespacesRequest { filter: String::new() })?;
+        let answer = self.connection.call(|| "list namespaces".into(), deadline::QUICK, client.list(request)).await?;
+        Ok(answer.namespaces.into_iter().map(|n| n.name).collect())
+    }
+
+    /// The four stores of `namespace`, with filesystems in `snapshotter`. Nothing is asked of containerd yet.
+    pub fn storage(&self, namespace: &str, snapshotter: &str) -> Result<Storage> {
+        if snapshotter.is_empty() {
+            return Err(Fault::invalid("the snapshotter's name is empty"));
+        }
+        let connection = self.connection.in_namespace(namespace)?;
+        Ok(Storage {
+            content: Arc::new(Content::new(connection.clone())),
+            snapshots: Arc::new(Snapshots::new(connection.clone(), snapshotter)),
+            leases: Arc::new(LeaseStore::new(connection.clone())),
+            images: Arc::new(ImageStore::new(connection)),
+        })
+    }
+}

@@ -1,0 +1,96 @@
+//! Owns network namespaces: made on a thread of their own, kept by a bind mount.
+
+use rustix::{
+    fd::{AsFd, OwnedFd},
+    net::{AddressFamily, SendFlags, SocketType},
+};
+use shipway_fault::{Fault, Result};
+use std::path::{Path, PathBuf};
+
+/// A namespace that a file of ours keeps alive.
+#[derive(Debug)]
+pub(super) struct NetNs {
+    path: PathBuf,
+    id: String,
+}
+
+impl NetNs {
+    /// Makes a namespace with its loopback up, at `dir/name`.
+    pub(super) async fn new(dir: &Path, name: &str) -> Result<Self> {
+        let netns = Self { path: dir.join(name), id: format!("shipway-{name}") };
+        let path = netns.path.clone();
+        tokio::task::spawn_blocking(move || make(&path)).await.map_err(|e| Fault::internal(format!("make a network namespace: {e}")))??;
+        Ok(netns)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The container id that CNI plug-ins know it by.
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Those that lie in `dir`.
+    pub(super) fn left_in(dir: &Path) -> Result<Vec<Self>> {
+        let entries = std::fs::read_dir(dir).map_err(|e| Fault::io(format!("list {}", dir.display()), e))?;
+        let names = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
+        Ok(names.map(|name| Self { path: dir.join(&name), id: format!("shipway-{name}") }).collect())
+    }
+
+    /// Lets it go; it ends with the last process in it.
+    pub(super) async fn remove(self) {
+        let _ = tokio::task::spawn_blocking(move || {
+            let flags = rustix::mount::UnmountFlags::DETACH | rustix::mount::UnmountFlags::NOFOLLOW;
+            let _ = rustix::mount::unmount(&self.path, flags);
+            let _ = std::fs::remove_file(&self.path);
+        })
+        .await;
+    }
+}
+
+#[allow(unsafe_code)]
+fn make(path: &Path) -> Result<()> {
+    let fail = |what: &str, e: std::io::Error| Fault::io(format!("make a network namespace: {what}"), e);
+    std::fs::File::create_new(path).map_err(|e| fail("create its file", e))?;
+    let (file, made) = (path.to_owned(), path.display().to_string());
+    let thread = std::thread::Builder::new().name("netns".into()).spawn(move || -> rustix::io::Result<()> {
+        // SAFETY: only this thread's network namespace changes, no file descriptor table is unshared, and the thread ends below.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
+        loopback_up()?;
+        rustix::mount::mount_bind("/proc/thread-self/ns/net", &file)
+    });
+    let done = thread.map_err(|e| fail("start a thread", e))?.join();
+    match done {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(e)) => {
+            let _ = std::fs::remove_file(path);
+            Err(fail(&format!("mount it at {made}"), e.into()))
+        }
+        Err(_) => Err(Fault::internal("make a network namespace: its thread panicked")),
+    }
+}
+
+/// Sets the loopback interface of this thread's namespace up: one route netlink message, answered by an acknowledgement.
+fn loopback_up() -> rustix::io::Result<()> {
+    const RTM_NEWLINK: u16 = 16;
+    const REQUEST_AND_ACK: u16 = 1 | 4;
+    const IFF_UP: u32 = 1;
+    const LOOPBACK: i32 = 1;
+    let socket: OwnedFd = rustix::net::socket(AddressFamily::NETLINK, SocketType::RAW, None)?;
+    let mut message = Vec::with_capacity(32);
+    message.extend(32_u32.to_ne_bytes());
+    message.extend(RTM_NEWLINK.to_ne_bytes());
+    message.extend(REQUEST_AND_ACK.to_ne_bytes());
+    message.extend([0; 8]); // sequence, port
+    message.extend([0; 4]); // family, padding, type
+    message.extend(LOOPBACK.to_ne_bytes());
+    message.extend(IFF_UP.to_ne_bytes()); // flags
+    message.extend(IFF_UP.to_ne_bytes()); // which of them change
+    rustix::net::send(socket.as_fd(), &message, SendFlags::empty())?;
+    let mut reply = [0_u8; 256];
+    let (n, _) = rustix::net::recv(socket.as_fd(), &mut reply[..], rustix::net::RecvFlags::empty())?;
+    let errno = reply.get(16..20).filter(|_| n >= 20).and_then(|b| b.try_into().ok()).map_or(0, i32::from_ne_bytes);
+    if errno == 0 { Ok(()) } else { Err(rustix::io::Errno::from_raw_os_error(-errno)) }
+}

@@ -1,0 +1,241 @@
+//! Owns the executor port over containerd's Containers and Tasks services.
+//!
+//! One process = one container record + one task. The record names the root snapshot, which makes that a root of garbage collection; the
+//! snapshot's mounts go to the shim, and nothing is mounted on the host. A process has a supervisor of its own (`run`) that outlives the
+//! caller's future: it kills on loss of interest and cleans up in the background. Shims are kept warm and shared one after another (`shims`).
+//! What a killed daemon leaves is found by label and by name, and removed by [`Executor::sweep`].
+
+mod api;
+mod cgroup;
+mod exec;
+mod prepare;
+mod remains;
+mod run;
+mod shims;
+mod stdio;
+mod sweep;
+
+use crate::{
+    Containerd,
+    network::{Network, NetworkConfig},
+};
+use api::TaskApi;
+use async_trait::async_trait;
+use shims::Shims;
+use shipway_executor::{Attached, ExecMount, Executor, ExitStatus, ProcessSpec, RootFs, Wires, etc::Dns, spec::Host};
+use shipway_fault::{Fault, Result};
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+use tokio::sync::{RwLock, oneshot, watch};
+
+/// How long the cleaning after a process may take.
+const CLEANING: Duration = Duration::from_secs(5);
+
+/// Settings of a [`TaskExecutor`].
+#[derive(Clone, Debug)]
+pub struct TaskConfig {
+    /// Name of the runtime, such as `io.containerd.runc.v2`.
+    pub runtime: String,
+    /// Binary of the low-level runtime (`crun`, a path); the shim's default if none.
+    pub binary: Option<String>,
+    /// Whether cgroups are made by systemd.
+    pub systemd_cgroup: bool,
+    /// The snapshotter of root filesystems.
+    pub snapshotter: String,
+    /// A directory of ours that the shim sees at the same path; best on a tmpfs such as `/run`.
+    pub root: PathBuf,
+    /// Network.
+    pub network: NetworkConfig,
+    /// Name servers and the like that replace the host's.
+    pub dns: Dns,
+    /// AppArmor profile of sandboxed processes.
+    pub apparmor: Option<String>,
+}
+
+impl TaskConfig {
+    /// runc, overlayfs, and the host's network unless there is a CNI configuration.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self {
+            runtime: "io.containerd.runc.v2".into(),
+            binary: None,
+            systemd_cgroup: false,
+            snapshotter: "overlayfs".into(),
+            root: root.into(),
+            network: NetworkConfig::default(),
+            dns: Dns::default(),
+            apparmor: None,
+        }
+    }
+}
+
+/// Runs processes as containerd tasks. Clones share it.
+#[derive(Clone)]
+pub struct TaskExecutor(Arc<Inner>);
+
+pub(crate) struct Inner {
+    config: TaskConfig,
+    api: TaskApi,
+    /// What begins the ids of our containers.
+    mark: String,
+    /// Read by every process until its cleaning is done, written by those who must not meet one.
+    gate: Arc<RwLock<()>>,
+    host: Host,
+    shims: Arc<Shims>,
+    network: Network,
+    /// Processes, from the call to the end of the cleaning.
+    busy: Busy,
+    /// Processes that have answered and are being cleaned up.
+    cleaning: Busy,
+    /// The tmpfs that secrets are on, while there are any.
+    secrets: Mutex<Weak<Attached>>,
+    /// Containers that others may join, by id.
+    running: Mutex<HashMap<String, Arc<exec::Running>>>,
+}
+
+impl Inner {
+    /// The name of a container as containerd knows it.
+    fn marked(&self, id: &str) -> String {
+        format!("{}{}", self.mark, id.trim_start_matches("shipway-"))
+    }
+
+    fn running(&self) -> MutexGuard<'_, HashMap<String, Arc<exec::Running>>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl TaskExecutor {
+    /// An executor in `namespace`. Nothing is asked of containerd; call [`Executor::sweep`] once before the first process.
+    pub fn new(containerd: &Containerd, namespace: &str, config: TaskConfig) -> Result<Self> {
+        if config.runtime.is_empty() || config.snapshotter.is_empty() {
+            return Err(Fault::invalid("the executor needs the names of a runtime and a snapshotter"));
+        }
+        if !config.root.is_absolute() {
+            return Err(Fault::invalid(format!("the executor's directory {} is not absolute", config.root.display())));
+        }
+        for dir in ["run", "secret"] {
+            let dir = config.root.join(dir);
+            std::fs::create_dir_all(&dir).map_err(|e| Fault::io(format!("create {}", dir.display()), e))?;
+        }
+        let api = TaskApi::new(containerd.connection.in_namespace(namespace)?, &config);
+        let busy = Busy::default();
+        let mark = remains::mark(&config.root);
+        let shims = Arc::new(Shims::new(api.clone(), busy.clone(), &mark));
+        let network = Network::new(config.network.clone(), config.root.join("netns"))?;
+        Ok(Self(Arc::new(Inner {
+            api,
+            mark,
+            gate: Arc::default(),
+            host: host(),
+            shims,
+            network,
+            busy,
+            cleaning: Busy::default(),
+            secrets: Mutex::default(),
+            running: Mutex::default(),
+            config,
+        })))
+    }
+
+    /// Whether processes get CNI networks by default.
+    pub fn has_cni(&self) -> bool {
+        self.0.network.has_cni()
+    }
+}
+
+#[async_trait]
+impl Executor for TaskExecutor {
+    async fn run(&self, mut process: ProcessSpec, root: RootFs, mounts: Vec<ExecMount>, wires: Wires) -> Result<ExitStatus> {
+        let (answer, result) = oneshot::channel();
+        let guard = self.0.busy.enter();
+        let inner = self.0.clone();
+        process.id = inner.marked(&process.id);
+        // The supervisor notices that `result` was dropped by `answer` being closed.
+        tokio::spawn(async move {
+            let _open = inner.gate.clone().read_owned().await;
+            run::supervise(inner, process, root, mounts, wires, answer).await;
+            drop(guard);
+        });
+        result.await.unwrap_or_else(|_| Err(Fault::internal("the supervisor of a process ended without an answer")))
+    }
+
+    async fn exec(&self, container: &str, process: ProcessSpec, wires: Wires) -> Result<ExitStatus> {
+        let (answer, result) = oneshot::channel();
+        let guard = self.0.busy.enter();
+        let (inner, container) = (self.0.clone(), self.0.marked(container));
+        tokio::spawn(async move {
+            exec::supervise(inner, container, process, wires, answer).await;
+            drop(guard);
+        });
+        result.await.unwrap_or_else(|_| Err(Fault::internal("the supervisor of a process ended without an answer")))
+    }
+
+    async fn rest(&self) {
+        // Other builds may go on meanwhile: what ends after this is theirs.
+        let _ = tokio::time::timeout(CLEANING, self.0.cleaning.idle()).await;
+        self.0.shims.retire_idle(None).await;
+        self.0.network.retire_idle().await;
+        // With nothing running, what there is was left by a call that failed, as when containerd was killed.
+        if let Ok(_closed) = self.0.gate.clone().try_write_owned()
+            && let Err(e) = sweep::containers(&self.0).await
+        {
+            tracing::warn!("could not remove what failed processes left; the next start will: {e}");
+        }
+    }
+
+    async fn drained(&self) {
+        self.0.busy.idle().await;
+        self.rest().await;
+    }
+
+    async fn sweep(&self) -> Result<()> {
+        sweep::sweep(&self.0).await
+    }
+}
+
+/// Counts background work, so that one can wait for its end.
+#[derive(Clone)]
+pub(crate) struct Busy(Arc<watch::Sender<usize>>);
+
+impl Default for Busy {
+    fn default() -> Self {
+        Self(Arc::new(watch::Sender::new(0)))
+    }
+}
+
+impl Busy {
+    /// One more piece of work, until the guard is dropped.
+    pub(crate) fn enter(&self) -> BusyGuard {
+        self.0.send_modify(|n| *n += 1);
+        BusyGuard(self.clone())
+    }
+
+    /// Waits until there is none.
+    async fn idle(&self) {
+        let _ = self.0.subscribe().wait_for(|n| *n == 0).await;
+    }
+}
+
+pub(crate) struct BusyGuard(Busy);
+
+impl Drop for BusyGuard {
+    fn drop(&mut self) {
+        self.0.0.send_modify(|n| *n -= 1);
+    }
+}
+
+/// What this host offers.
+fn host() -> Host {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let status = read("/proc/self/status");
+    let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim).unwrap_or_default();
+    Host {
+        arch: shipway_oci::Platform::host().architecture,
+        seccomp: !field("Seccomp:").is_empty(),
+        cgroup2: std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
+        caps: u64::from_str_radix(field("CapPrm:"), 16).unwrap_or_default(),
+    }
+}

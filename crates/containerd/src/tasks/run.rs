@@ -1,0 +1,272 @@
+//! Owns the life of one process: prepare, create, start, wait or kill, answer, clean up.
+
+use super::{
+    Busy, Inner,
+    api::{Place, SIGKILL, Stdio},
+    cgroup::{MemoryCgroup, MemoryCount},
+    exec::Running,
+    prepare::{self, Prepared},
+    remains,
+    shims::Slot,
+    stdio,
+};
+use crate::network::Lease;
+use bytes::Bytes;
+use shipway_executor::{Control, ExecMount, ExitStatus, ProcessSpec, RootFs, Wires, spec};
+use shipway_fault::{Class, Code, Context, Fault, Result};
+use std::{convert::Infallible, sync::Arc, time::Duration};
+use tokio::{
+    net::unix::pipe,
+    sync::{mpsc, oneshot},
+};
+
+/// How long output may trickle on after the process ended.
+const DRAIN: Duration = Duration::from_secs(5);
+/// How long a killed process may take to end before the kill is repeated.
+const DEATH: Duration = Duration::from_secs(1);
+/// How often it is repeated.
+const KILLS: usize = 10;
+
+pub(super) type Answer = oneshot::Sender<Result<ExitStatus>>;
+
+/// Runs `process` and answers; returns when nothing is left of it. Kills it when nobody waits for the answer any more.
+pub(super) async fn supervise(
+    inner: Arc<Inner>,
+    process: ProcessSpec,
+    root: RootFs,
+    mounts: Vec<ExecMount>,
+    wires: Wires,
+    mut answer: Answer,
+) {
+    if let Err(e) = check_id(&process.id) {
+        let _ = answer.send(Err(e));
+        return;
+    }
+    let slot = inner.shims.take();
+    let mut parts = Parts { prepared: None, netns: None, created: false };
+    let result = run(&inner, &process, &root, mounts, wires, &slot, &mut parts, &mut answer).await;
+    let reusable = result.is_ok() && prepare::leaves_network_clean(&process);
+    let cut_off = result.as_ref().is_err_and(|e| e.code() != Code::Cancelled);
+    // From here on whoever called goes on, and may want to wait for the rest.
+    let cleaning = inner.cleaning.enter();
+    let _ = answer.send(result);
+    clean_up(&inner, &process.id, parts, reusable, slot).await;
+    if cut_off {
+        let (namespace, id) = (inner.api.namespace().to_owned(), process.id);
+        let _ = tokio::task::spawn_blocking(move || remains::remove_one(&namespace, &id)).await;
+    }
+    drop(cleaning);
+}
+
+/// What the process holds besides its container.
+struct Parts {
+    prepared: Option<Prepared>,
+    netns: Option<Lease>,
+    /// Whether the slot's shim ran.
+    created: bool,
+}
+
+async fn clean_up(inner: &Arc<Inner>, id: &str, parts: Parts, reusable: bool, slot: Arc<Slot>) {
+    if parts.created {
+        // Before the shim's only container goes, and the shim with it.
+        inner.shims.keep(&slot).await;
+    }
+    if let Err(e) = inner.api.destroy(id).await {
+        tracing::warn!(container = id, "could not remove a container; the next start will: {e}");
+    }
+    if let Some(lease) = parts.netns {
+        inner.network.give_back(lease, reusable).await;
+    }
+    if let Some(prepared) = parts.prepared {
+        let _ = tokio::task::spawn_blocking(move || drop(prepared)).await;
+    }
+    inner.shims.put(slot);
+}
+
+pub(super) fn check_id(id: &str) -> Result<()> {
+    let good = !id.is_empty() && id.len() <= 76 && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') && !id.starts_with('-');
+    if good { Ok(()) } else { Err(Fault::internal(format!("{id:?} is no id for a container"))) }
+}
+
+/// The cgroup of a container.
+pub(super) fn cgroups_path(inner: &Inner, process: &ProcessSpec) -> String {
+    let id = &process.id;
+    let parent = process.cgroup_parent.as_deref().unwrap_or_default();
+    match parent {
+        "" => inner.api.cgroups_path(id),
+        p if p.contains(".slice") && p.ends_with(':') => format!("{p}{id}"),
+        p if inner.config.systemd_cgroup => format!("{}:shipway:{id}", p.trim_matches('/').rsplit('/').next().unwrap_or("system.slice")),
+        p => spec::clean(&format!("/{p}/buildkit/{id}")),
+    }
+}
+
+/// The runtime specification of a prepared process.
+fn specification(inner: &Inner, process: &ProcessSpec, root: &RootFs, slot: &Slot, parts: &Parts) -> Result<Vec<u8>> {
+    let prepared = parts.prepared.as_ref().ok_or_else(|| Fault::internal("a process was not prepared"))?;
+    let around = spec::Surroundings {
+        cgroups_path: cgroups_path(inner, process),
+        netns: parts.netns.as_ref().map(|l| l.path().display().to_string()),
+        mounts: prepared.mounts.clone(),
+        read_only_root: root.read_only,
+        apparmor: inner.config.apparmor.clone(),
+    };
+    let network = if inner.network.is_host(process.network) { shipway_executor::NetworkMode::Host } else { process.network };
+    let process = ProcessSpec { group: slot.group.clone(), network, ..process.clone() };
+    serde_json::to_vec(&spec::build(&process, &prepared.identity, &around, &inner.host))
+        .map_err(|e| Fault::internal(format!("write the runtime specification: {e}")))
+}
+
+#[allow(clippy::too_many_arguments)]
+async fn run(
+    inner: &Arc<Inner>,
+    process: &ProcessSpec,
+    root: &RootFs,
+    mounts: Vec<ExecMount>,
+    wires: Wires,
+    slot: &Arc<Slot>,
+    parts: &mut Parts,
+    answer: &mut Answer,
+) -> Result<ExitStatus> {
+    let prepared = {
+        let (inner, process, root) = (inner.clone(), process.clone(), root.clone());
+        let (outlet, input) = (wires.output.clone(), wires.input.is_some());
+        tokio::task::spawn_blocking(move || prepare::prepare(&inner, &process, &root, &mounts, (&outlet, input)))
+    };
+    let (prepared, netns) = tokio::join!(prepared, inner.network.lease(process.network));
+    // Both are kept before either's failure is told, so that both are cleaned up.
+    let prepared = prepared.map_err(|e| Fault::internal(format!("prepare a process: {e}")))?.map(|p| parts.prepared = Some(p));
+    parts.netns = netns.context(|| "set up the network of a step")?;
+    prepared?;
+
+    let id = process.id.as_str();
+    let bytes = specification(inner, process, root, slot, parts)?;
+    inner.api.create_container(id, bytes, root.snapshot.as_ref().map(|s| s.0.as_str())).await?;
+    let mut stdio = parts.prepared.as_mut().and_then(|p| p.stdio.take()).ok_or_else(|| Fault::internal("a process has no output"))?;
+    let fifos = Stdio { stdin: stdio.stdin(), stdout: Some(stdio.stdout()), stderr: stdio.stderr(), terminal: process.tty };
+    let created = inner.api.create_task(id, &root.mounts, fifos).await;
+    stdio.opened();
+    let pid = created.map_err(explain)?;
+    parts.created = true;
+    let cgroup = MemoryCgroup::of(pid);
+    if answer.is_closed() {
+        return Err(Fault::cancelled());
+    }
+    let running = Arc::new(Running { root: root.clone(), dir: inner.config.root.join("run").join(id), joined: Busy::default() });
+    let on_start = || {
+        inner.running().insert(id.to_owned(), running.clone());
+        let (inner, slot) = (inner.clone(), slot.clone());
+        tokio::spawn(async move { inner.shims.keep(&slot).await });
+    };
+    let code = start(inner, &Place::first(id), stdio, wires, answer, on_start).await;
+    inner.running().remove(id);
+    // The kernel has killed those who joined; their ends are told before the container goes.
+    let _ = tokio::time::timeout(DRAIN, running.joined.idle()).await;
+    let code = code?;
+    let stubs = parts.prepared.as_mut().and_then(|p| p.stubs.take());
+    let memory = tokio::task::spawn_blocking(move || {
+        let memory = cgroup.map(|c| c.count()).unwrap_or_default();
+        if let Some(stubs) = stubs {
+            stubs.remove();
+        }
+        memory
+    })
+    .await
+    .unwrap_or(MemoryCount::default());
+    Ok(ExitStatus { code, oom_killed: memory.oom_killed, peak_memory: memory.peak })
+}
+
+/// Starts a process that was created, and serves it to its end.
+pub(super) async fn start(
+    inner: &Inner,
+    place: &Place,
+    mut stdio: stdio::Stdio,
+    wires: Wires,
+    answer: &mut Answer,
+    on_start: impl FnOnce() + Send,
+) -> Result<u32> {
+    // Waiting begins before the start, so that no exit is missed.
+    let mut exit = {
+        let (api, place) = (inner.api.clone(), place.clone());
+        tokio::spawn(async move { api.wait(&place).await })
+    };
+    if let Err(e) = inner.api.start(place).await {
+        exit.abort();
+        return Err(explain(e));
+    }
+    stdio.opened();
+    on_start();
+    if let Some(started) = wires.started {
+        let _ = started.send(());
+    }
+    let input = wires.input.zip(stdio.take_writer());
+    let code = tokio::select! {
+        code = &mut exit => flatten(code),
+        () = answer.closed() => {
+            kill(inner, place, &mut exit).await;
+            Err(Fault::cancelled())
+        }
+        never = attend(inner, place, input, wires.control) => match never {},
+    };
+    stdio.drain(if code.is_ok() { DRAIN } else { Duration::from_millis(100) }).await;
+    code
+}
+
+/// Brings a process what it reads and what it is told, for as long as it runs.
+async fn attend(
+    inner: &Inner,
+    place: &Place,
+    input: Option<(mpsc::Receiver<Bytes>, pipe::Sender)>,
+    control: Option<mpsc::Receiver<Control>>,
+) -> Infallible {
+    let feed = async {
+        if let Some((from, to)) = input {
+            stdio::feed(from, to).await;
+            if let Err(e) = inner.api.close_input(place).await {
+                tracing::debug!("the end of its input did not reach {place}: {e}");
+            }
+        }
+    };
+    let tell = async {
+        let Some(mut control) = control else { return };
+        while let Some(told) = control.recv().await {
+            let done = match told {
+                Control::Signal(signal) => inner.api.signal(place, signal).await,
+                Control::Resize { rows, columns } => inner.api.resize(place, rows, columns).await,
+            };
+            if let Err(e) = done {
+                tracing::debug!("{told:?} did not reach {place}: {e}");
+            }
+        }
+    };
+    tokio::join!(feed, tell);
+    std::future::pending().await
+}
+
+fn flatten(code: Result<Result<u32>, tokio::task::JoinError>) -> Result<u32> {
+    code.unwrap_or_else(|e| Err(Fault::internal(format!("wait for a process: {e}"))))
+}
+
+/// Kills until the process is dead, within reason.
+async fn kill(inner: &Inner, place: &Place, exit: &mut tokio::task::JoinHandle<Result<u32>>) {
+    for _ in 0..KILLS {
+        let _ = match place.exec.as_str() {
+            "" => inner.api.kill(&place.container).await,
+            _ => inner.api.signal(place, SIGKILL).await,
+        };
+        if tokio::time::timeout(DEATH, &mut *exit).await.is_ok() {
+            return;
+        }
+    }
+    exit.abort();
+    tracing::warn!("{place} was killed and does not die");
+}
+
+/// A runtime's refusal in words of the step: a program that is not there is the user's error.
+fn explain(fault: Fault) -> Fault {
+    let text = fault.message();
+    let Some(at) = text.find("exec: ") else { return fault };
+    let message = text[at..].trim_end_matches(": unknown").to_owned();
+    let missing = message.contains("executable file not found") || message.contains("no such file or directory");
+    let code = if missing { Code::NotFound } else { Code::Unknown };
+    Fault::new(code, message).with_class(Class::User).with_code(Code::Unknown)
+}

@@ -1,0 +1,138 @@
+//! Owns warm shims: starting a shim is about half of a trivial step's cost, so a shim serves one process after another.
+//!
+//! The runc shim serves all containers of a group and lives while one of them exists. A slot is a group of ours with a *keeper* in it: a
+//! container whose process was killed before it began, which holds no memory. A process takes a free slot or makes one; it never shares one
+//! at a time, because a shim creates its containers one by one.
+
+use super::{
+    Busy,
+    api::{Stdio, TaskApi},
+};
+use serde_json::json;
+use shipway_executor::spec::GROUP_ANNOTATION;
+use shipway_fault::Result;
+use shipway_storage::Mount;
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tokio::sync::OnceCell;
+
+/// How long a shim without work stays.
+const WARM: Duration = Duration::from_secs(20);
+
+pub(super) struct Shims {
+    api: TaskApi,
+    busy: Busy,
+    prefix: String,
+    made: AtomicU64,
+    idle: Mutex<Vec<(Instant, Arc<Slot>)>>,
+}
+
+/// A shim to be.
+pub(super) struct Slot {
+    /// Value of the group annotation.
+    pub(super) group: String,
+    /// Whether a keeper holds the shim; set when it was tried.
+    keeper: OnceCell<bool>,
+}
+
+impl Slot {
+    fn keeper_id(&self) -> String {
+        format!("{}-keeper", self.group)
+    }
+}
+
+impl Shims {
+    pub(super) fn new(api: TaskApi, busy: Busy, mark: &str) -> Self {
+        // Two lives of a daemon must not meet in one group: the old one's shims are being swept.
+        let life = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let prefix = format!("{mark}{:x}", life as u64 ^ (u64::from(std::process::id()) << 40));
+        Self { api, busy, prefix, made: AtomicU64::new(0), idle: Mutex::default() }
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<(Instant, Arc<Slot>)>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A slot that nobody else uses.
+    pub(super) fn take(&self) -> Arc<Slot> {
+        if let Some((_, slot)) = self.idle().pop() {
+            return slot;
+        }
+        let n = self.made.fetch_add(1, Ordering::Relaxed);
+        Arc::new(Slot { group: format!("{}-{n}", self.prefix), keeper: OnceCell::new() })
+    }
+
+    /// Makes the keeper, once the slot's shim runs. Call it while the process is busy with its own.
+    pub(super) async fn keep(&self, slot: &Slot) -> bool {
+        *slot
+            .keeper
+            .get_or_init(|| async {
+                let made = self.make_keeper(slot).await;
+                if let Err(e) = &made {
+                    tracing::debug!(group = slot.group, "the shim will not stay warm: {e}");
+                    let _ = self.api.destroy(&slot.keeper_id()).await;
+                }
+                made.is_ok()
+            })
+            .await
+    }
+
+    async fn make_keeper(&self, slot: &Slot) -> Result<()> {
+        let id = slot.keeper_id();
+        // A runtime looks its program up before it waits for the start; its own binary is always there.
+        let spec = json!({
+            "ociVersion": "1.0.2",
+            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["/proc/self/exe"], "cwd": "/" },
+            "root": { "path": "rootfs" },
+            "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+            "linux": {
+                "cgroupsPath": self.api.cgroups_path(&id),
+                "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" }, { "type": "network" }],
+            },
+            "annotations": { GROUP_ANNOTATION: slot.group },
+        });
+        // What a runtime makes in the root would stay in containerd's state for ever, which removes empty directories only: a mount goes with it all.
+        let root = Mount { kind: "tmpfs".into(), source: "tmpfs".into(), target: String::new(), options: vec!["size=64k".into()] };
+        self.api.create_container(&id, spec.to_string().into_bytes(), None).await?;
+        self.api.create_task(&id, &[root], Stdio::default()).await?;
+        self.api.kill(&id).await
+    }
+
+    /// Gives a slot back, for the next process or to be closed after a while.
+    pub(super) fn put(self: &Arc<Self>, slot: Arc<Slot>) {
+        if slot.keeper.get() != Some(&true) {
+            return;
+        }
+        self.idle().push((Instant::now(), slot));
+        let shims = Arc::downgrade(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(WARM + Duration::from_millis(100)).await;
+            if let Some(shims) = shims.upgrade() {
+                shims.retire_idle(Some(WARM)).await;
+            }
+        });
+    }
+
+    /// Closes the slots without work, or those that had none for `age`.
+    pub(super) async fn retire_idle(&self, age: Option<Duration>) {
+        let guard = self.busy.enter();
+        let old: Vec<Arc<Slot>> = {
+            let mut idle = self.idle();
+            let (old, young) = idle.drain(..).partition(|(since, _)| age.is_none_or(|a| since.elapsed() >= a));
+            *idle = young;
+            let old: Vec<(Instant, Arc<Slot>)> = old;
+            old.into_iter().map(|(_, slot)| slot).collect()
+        };
+        for slot in old {
+            if let Err(e) = self.api.destroy(&slot.keeper_id()).await {
+                tracing::warn!(group = slot.group, "could not end a warm shim: {e}");
+            }
+        }
+        drop(guard);
+    }
+}

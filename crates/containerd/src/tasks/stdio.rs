@@ -1,0 +1,177 @@
+//! Owns the FIFOs that carry a process's input and output.
+
+use bytes::{Bytes, BytesMut};
+use rustix::fs::{FileType, Mode};
+use shipway_executor::{Outlet, Output, Stream};
+use shipway_fault::{Fault, Result};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::unix::pipe,
+    sync::mpsc,
+    task::JoinSet,
+};
+
+const CHUNK: usize = 64 << 10;
+
+/// Names of one process's FIFOs and what it is given of them; a container's processes share a directory.
+#[derive(Clone, Copy)]
+pub(super) struct Shape<'a> {
+    pub(super) prefix: &'a str,
+    pub(super) terminal: bool,
+    pub(super) input: bool,
+}
+
+/// One output of a process.
+struct Pipe {
+    path: PathBuf,
+    /// Keeps the reader from seeing an end before the shim has opened the FIFO.
+    writer: Option<pipe::Sender>,
+}
+
+/// The input of a process.
+struct Input {
+    path: PathBuf,
+    writer: Option<pipe::Sender>,
+    /// Lets us open the FIFO for writing before the shim has opened it.
+    _reader: pipe::Receiver,
+}
+
+/// The input and output of one process; output is read from the moment it is made.
+pub(super) struct Stdio {
+    input: Option<Input>,
+    stdout: Pipe,
+    stderr: Option<Pipe>,
+    readers: JoinSet<()>,
+}
+
+fn make_fifo(path: &Path) -> Result<()> {
+    rustix::fs::mknodat(rustix::fs::CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).map_err(|e| broken(path)(e.into()))
+}
+
+fn broken(path: &Path) -> impl Fn(std::io::Error) -> Fault {
+    move |e| Fault::io(format!("make FIFO {}", path.display()), e)
+}
+
+impl Pipe {
+    fn open(path: PathBuf) -> Result<(Self, pipe::Receiver)> {
+        make_fifo(&path)?;
+        let reader = pipe::OpenOptions::new().open_receiver(&path).map_err(broken(&path))?;
+        let writer = pipe::OpenOptions::new().open_sender(&path).map_err(broken(&path))?;
+        Ok((Self { path, writer: Some(writer) }, reader))
+    }
+}
+
+impl Input {
+    fn open(path: PathBuf) -> Result<Self> {
+        make_fifo(&path)?;
+        let reader = pipe::OpenOptions::new().open_receiver(&path).map_err(broken(&path))?;
+        let writer = pipe::OpenOptions::new().open_sender(&path).map_err(broken(&path))?;
+        Ok(Self { path, writer: Some(writer), _reader: reader })
+    }
+}
+
+impl Stdio {
+    /// Makes the FIFOs in `dir` and begins to read; a terminal has one output.
+    pub(super) fn open(dir: &Path, shape: Shape<'_>, outlet: &Outlet) -> Result<Self> {
+        let path = |name: &str| dir.join(format!("{}{name}", shape.prefix));
+        let mut readers = JoinSet::new();
+        let input = if shape.input { Some(Input::open(path("stdin"))?) } else { None };
+        let (stdout, reader) = Pipe::open(path("stdout"))?;
+        readers.spawn(copy(reader, Stream::Stdout, outlet.clone()));
+        let stderr = if shape.terminal {
+            None
+        } else {
+            let (stderr, reader) = Pipe::open(path("stderr"))?;
+            readers.spawn(copy(reader, Stream::Stderr, outlet.clone()));
+            Some(stderr)
+        };
+        Ok(Self { input, stdout, stderr, readers })
+    }
+
+    pub(super) fn stdin(&self) -> Option<&Path> {
+        self.input.as_ref().map(|p| p.path.as_path())
+    }
+
+    pub(super) fn stdout(&self) -> &Path {
+        &self.stdout.path
+    }
+
+    pub(super) fn stderr(&self) -> Option<&Path> {
+        self.stderr.as_ref().map(|p| p.path.as_path())
+    }
+
+    /// The shim has the FIFOs open now: from here on their end is the end of the output.
+    pub(super) fn opened(&mut self) {
+        self.stdout.writer = None;
+        if let Some(stderr) = &mut self.stderr {
+            stderr.writer = None;
+        }
+    }
+
+    /// Where the input goes, once.
+    pub(super) fn take_writer(&mut self) -> Option<pipe::Sender> {
+        self.input.as_mut()?.writer.take()
+    }
+
+    /// Reads to the end, which a process that escaped its container could put off: not longer than `limit`.
+    pub(super) async fn drain(mut self, limit: Duration) {
+        self.opened();
+        self.input = None;
+        let all = async { while self.readers.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(limit, all).await;
+    }
+}
+
+/// Carries input until there is no more, or nobody who reads it.
+pub(super) async fn feed(mut from: mpsc::Receiver<Bytes>, mut to: pipe::Sender) {
+    while let Some(bytes) = from.recv().await {
+        if to.write_all(&bytes).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn copy(mut from: pipe::Receiver, stream: Stream, outlet: Outlet) {
+    let mut buffer = BytesMut::new();
+    loop {
+        buffer.reserve(CHUNK);
+        match from.read_buf(&mut buffer).await {
+            Ok(0) | Err(_) => return,
+            Ok(_) if outlet.put(Output { stream, bytes: buffer.split().freeze() }).await => {}
+            // What nobody takes is read all the same: the process must not wait for us.
+            Ok(_) => buffer.clear(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn input_and_output_go_through() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let (queue, mut said) = mpsc::channel(4);
+        let shape = Shape { prefix: "x-", terminal: true, input: true };
+        let mut stdio = Stdio::open(dir.path(), shape, &Outlet::Queue(queue)).expect("FIFOs");
+        let writer = stdio.take_writer().expect("an input");
+        let (sender, receiver) = mpsc::channel(1);
+        let feeding = tokio::spawn(feed(receiver, writer));
+        // The shim and the process: what is read is written.
+        let mut theirs = pipe::OpenOptions::new().open_receiver(stdio.stdin().expect("an input")).expect("open");
+        let mut out = pipe::OpenOptions::new().open_sender(stdio.stdout()).expect("open");
+        sender.send(Bytes::from_static(b"hello")).await.expect("send");
+        let mut bytes = [0; 5];
+        theirs.read_exact(&mut bytes).await.expect("read");
+        out.write_all(&bytes).await.expect("write");
+        drop((sender, out));
+        feeding.await.expect("feed");
+        stdio.drain(Duration::from_secs(5)).await;
+        assert_eq!(said.recv().await.map(|o| o.bytes), Some(Bytes::from_static(b"hello")));
+        assert!(said.recv().await.is_none());
+    }
+}

@@ -1,0 +1,221 @@
+//! Values as the reference's programs spell and read them: quoted texts, truths, numbers, sizes and durations.
+//!
+//! The words of errors contain quoted texts, so the quoting is part of what users and tests compare.
+
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+
+/// `text` in double quotes with Go's escapes (`%q`); errors, `CMD` and `ENTRYPOINT` history entries show texts this way.
+pub fn quote(text: &str) -> String {
+    let mut out = String::with_capacity(text.len() + 2);
+    out.push('"');
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            '\x07' => out.push_str("\\a"),
+            '\x08' => out.push_str("\\b"),
+            '\x0c' => out.push_str("\\f"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            '\x0b' => out.push_str("\\v"),
+            c if printable(c) => out.push(c),
+            c if (c as u32) < 0x80 => out.push_str(&format!("\\x{:02x}", c as u32)),
+            c if (c as u32) < 0x10000 => out.push_str(&format!("\\u{:04x}", c as u32)),
+            c => out.push_str(&format!("\\U{:08x}", c as u32)),
+        }
+    }
+    out.push('"');
+    out
+}
+
+fn printable(c: char) -> bool {
+    let format = matches!(c as u32, 0xad | 0x600..=0x605 | 0x61c | 0x200b..=0x200f | 0x2028..=0x202e | 0x2060..=0x206f | 0xfeff
+        | 0xfff9..=0xfffb | 0xe000..=0xf8ff | 0xe0000..=0x10ffff);
+    c == ' ' || !(c.is_control() || c.is_whitespace() || format)
+}
+
+/// A truth as flags accept it.
+pub fn boolean(text: &str) -> Option<bool> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
+        _ => None,
+    }
+}
+
+/// A number of at most 32 bits without sign.
+pub fn number(text: &str, radix: u32) -> Option<u32> {
+    if text.starts_with('+') { None } else { u32::from_str_radix(text, radix).ok() }
+}
+
+/// An amount of memory such as `64m`, `1.5 GiB` or `100`.
+pub fn bytes(text: &str) -> Option<i64> {
+    let sep = text.rfind(|c: char| c.is_ascii_digit() || c == '.' || c == ' ')?;
+    let (number, suffix) = if text[sep..].starts_with(' ') { (&text[..sep], &text[sep + 1..]) } else { text.split_at(sep + 1) };
+    // Rust would read words such as `inf`, Go would too; neither is an amount.
+    if number.is_empty() || !number.chars().all(|c| c.is_ascii_digit() || matches!(c, '.' | '+' | 'e' | 'E' | '-')) {
+        return None;
+    }
+    let size: f64 = number.parse().ok()?;
+    if size < 0.0 {
+        return None;
+    }
+    let suffix = suffix.to_ascii_lowercase();
+    let factor = match suffix.as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 1,
+        "m" | "mb" | "mib" => 2,
+        "g" | "gb" | "gib" => 3,
+        "t" | "tb" | "tib" => 4,
+        "p" | "pb" | "pib" => 5,
+        _ => return None,
+    };
+    Some((size * 1024f64.powi(factor)) as i64)
+}
+
+/// A duration such as `1m30s`: its sign and its size.
+pub fn duration(text: &str) -> Result<(bool, Duration)> {
+    let invalid = || Error::new(format!("time: invalid duration {}", quote(text)));
+    let (negative, mut rest) = match text.as_bytes().first() {
+        Some(b'-') => (true, &text[1..]),
+        Some(b'+') => (false, &text[1..]),
+        _ => (false, text),
+    };
+    if rest == "0" {
+        return Ok((false, Duration::ZERO));
+    }
+    if rest.is_empty() {
+        return Err(invalid());
+    }
+    let mut total: u128 = 0;
+    while !rest.is_empty() {
+        let whole = rest.bytes().take_while(u8::is_ascii_digit).count();
+        let after = &rest[whole..];
+        let fraction = after.strip_prefix('.').map(|f| &f[..f.bytes().take_while(u8::is_ascii_digit).count()]);
+        if whole == 0 && fraction.is_none_or(str::is_empty) {
+            return Err(invalid());
+        }
+        let unit = &after[fraction.map_or(0, |f| f.len() + 1)..];
+        let end = unit.find(|c: char| c == '.' || c.is_ascii_digit()).unwrap_or(unit.len());
+        let scale: u128 = match &unit[..end] {
+            "" => return Err(Error::new(format!("time: missing unit in duration {}", quote(text)))),
+            "ns" => 1,
+            "us" | "µs" | "μs" => 1_000,
+            "ms" => 1_000_000,
+            "s" => 1_000_000_000,
+            "m" => 60_000_000_000,
+            "h" => 3_600_000_000_000,
+            unknown => return Err(Error::new(format!("time: unknown unit {} in duration {}", quote(unknown), quote(text)))),
+        };
+        let number = if whole == 0 { 0 } else { rest[..whole].parse::<u64>().map_err(|_| invalid())? };
+        // More digits than nanoseconds have do not matter.
+        let digits = fraction.map_or("", |f| &f[..f.len().min(18)]);
+        let part =
+            if digits.is_empty() { 0 } else { digits.parse::<u128>().map_err(|_| invalid())? * scale / 10u128.pow(digits.len() as u32) };
+        total = total + u128::from(number) * scale + part;
+        if total > i64::MAX as u128 {
+            return Err(invalid());
+        }
+        rest = &unit[end..];
+    }
+    Ok((negative, Duration::from_nanos(total as u64)))
+}
+
+/// The fields of one CSV line.
+pub fn csv(line: &str) -> Result<Vec<String>> {
+    let line = line.strip_suffix('\n').map_or(line, |l| l.strip_suffix('\r').unwrap_or(l));
+    if line.is_empty() {
+        return Err(Error::new("EOF"));
+    }
+    let wrong = |at: usize, what: &str| Error::new(format!("parse error on line 1, column {}: {what}", at + 1));
+    let bare = |at| wrong(at, "bare \" in non-quoted-field");
+    let stray = |at| wrong(at, "extraneous or missing \" in quoted-field");
+    let mut fields = Vec::new();
+    let mut at = 0;
+    loop {
+        if !line[at..].starts_with('"') {
+            let field = line[at..].split(',').next().unwrap_or_default();
+            if let Some(quote) = field.find('"') {
+                return Err(bare(at + quote));
+            }
+            fields.push(field.to_owned());
+            at += field.len();
+            if at == line.len() {
+                return Ok(fields);
+            }
+            at += 1;
+            continue;
+        }
+        at += 1;
+        let mut field = String::new();
+        loop {
+            let Some(end) = line[at..].find('"') else { return Err(stray(at)) };
+            field.push_str(&line[at..at + end]);
+            at += end + 1;
+            match line[at..].bytes().next() {
+                Some(b'"') => {
+                    field.push('"');
+                    at += 1;
+                }
+                Some(b',') => {
+                    at += 1;
+                    fields.push(field);
+                    break;
+                }
+                None => {
+                    fields.push(field);
+                    return Ok(fields);
+                }
+                Some(_) => return Err(stray(at - 1)),
+            }
+        }
+    }
+}
+
+/// `message` with the nearest of `options` proposed, when `word` is near enough to one to be a typing error.
+pub fn with_suggestion(message: String, word: &str, options: &[&str], case_sensitive: bool) -> Error {
+    match suggest(word, options.iter().copied(), case_sensitive) {
+        Some(near) => Error::new(format!("{message} (did you mean {near}?)")),
+        None => Error::new(message),
+    }
+}
+
+/// The option nearest to `word`, at most two edits away; none when `word` is one of them. Without case sensitivity the answer
+/// takes the case of `word`.
+pub fn suggest<'a>(word: &str, options: impl IntoIterator<Item = &'a str>, case_sensitive: bool) -> Option<String> {
+    let fold = |s: &str| if case_sensitive { s.to_owned() } else { s.to_lowercase() };
+    let folded = fold(word);
+    let mut best: Option<(usize, String)> = None;
+    for option in options {
+        let option = fold(option);
+        if option == folded {
+            return None;
+        }
+        // Two edits cannot bridge more characters than two.
+        if option.len().abs_diff(folded.len()) > 8 {
+            continue;
+        }
+        let distance = edits(&folded, &option);
+        if distance < best.as_ref().map_or(3, |(d, _)| *d) {
+            best = Some((distance, option));
+        }
+    }
+    let (_, option) = best?;
+    Some(if !case_sensitive && word != word.to_lowercase() && word == word.to_uppercase() { option.to_uppercase() } else { option })
+}
+
+fn edits(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, cb) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(ca != *cb);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}

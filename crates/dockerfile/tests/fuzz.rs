@@ -1,0 +1,240 @@
+//! Mutated Dockerfiles: nothing panics, whatever parses prints and parses to the same tree, and the tolerant reading agrees
+//! with the strict one. The seed is fixed, so a failure comes back; its input goes to `corpus/` then.
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::Path,
+    time::{Duration, Instant, SystemTime},
+};
+
+use shipway_dockerfile::{Command, Dockerfile, Lex, Lines, Linter};
+
+/// Rounds when no time is given.
+const ROUNDS: usize = 10_000;
+/// No text of this size takes this long, however slow the machine.
+const HANG: Duration = Duration::from_secs(10);
+
+/// Small pieces that mean something to the parser or the expander.
+const TOKENS: &[&str] = &[
+    "FROM ",
+    "RUN ",
+    "COPY ",
+    "ADD ",
+    "ARG ",
+    "ENV ",
+    "LABEL ",
+    "CMD ",
+    "ENTRYPOINT ",
+    "ONBUILD ",
+    "HEALTHCHECK ",
+    "SHELL ",
+    "USER ",
+    "WORKDIR ",
+    "EXPOSE ",
+    "VOLUME ",
+    "STOPSIGNAL ",
+    "MAINTAINER ",
+    "from ",
+    "<<EOF",
+    "<<-EOF",
+    "<<'EOF'",
+    "3<<X",
+    "EOF\n",
+    "\n",
+    "\\\n",
+    "`\n",
+    "\\",
+    "`",
+    "\"",
+    "'",
+    "$",
+    "${",
+    "}",
+    "${A:-x}",
+    "${A%.*}",
+    "${A//a/b}",
+    "$A",
+    "=",
+    " -- ",
+    "--from=x ",
+    "--mount=type=cache,target=/x ",
+    "--chown='a b' ",
+    "--link ",
+    "--network=none ",
+    "--device=a,required ",
+    " AS x",
+    "[",
+    "[\"a\", \"b\"]",
+    "]",
+    ",",
+    "#",
+    " # c\n",
+    "# escape=`\n",
+    "# check=skip=all\n",
+    "\t",
+    " ",
+    "\r\n",
+    "--interval=5s ",
+    "a=b ",
+    "é",
+    "\u{feff}",
+    "<",
+    ">",
+    "*",
+    "?",
+    "{\"syntax\":\"x\"}",
+    "\0",
+    "NONE",
+];
+
+/// A small generator of pseudo-random numbers (xorshift).
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % limit.max(1) as u64) as usize
+    }
+
+    fn place(&mut self, text: &str) -> usize {
+        let mut at = self.below(text.len() + 1);
+        while !text.is_char_boundary(at) {
+            at -= 1;
+        }
+        at
+    }
+}
+
+fn mutate(text: &mut String, dice: &mut Dice) {
+    for _ in 0..=dice.below(5) {
+        let at = dice.place(text);
+        match dice.below(4) {
+            0 => {
+                let length = dice.below(20);
+                let end = text[at..].char_indices().nth(length).map_or(text.len(), |(n, _)| at + n);
+                text.replace_range(at..end, "");
+            }
+            1 => {
+                let end = dice.place(text);
+                let piece: String = text[at.min(end)..at.max(end)].chars().take(60).collect();
+                let to = dice.place(text);
+                text.insert_str(to, &piece);
+            }
+            _ => text.insert_str(at, TOKENS[dice.below(TOKENS.len())]),
+        }
+    }
+}
+
+/// The tree without what printing does not keep.
+fn essence(mut file: Dockerfile) -> Dockerfile {
+    file.directives.iter_mut().for_each(|d| d.line = 0);
+    let stages = file.stages.iter_mut().flat_map(|s| {
+        (s.lines, s.source) = (Lines::default(), String::new());
+        s.instructions.iter_mut()
+    });
+    for instruction in file.global_args.iter_mut().chain(stages) {
+        (instruction.lines, instruction.source) = (Lines::default(), String::new());
+    }
+    file
+}
+
+/// Whether the printer's documented exceptions touch `file`.
+fn unprintable(file: &Dockerfile) -> bool {
+    let commands = file.stages.iter().flat_map(|s| &s.instructions).map(|i| &i.command);
+    commands.into_iter().any(|command| match command {
+        Command::Add(add) => swallows(&add.files),
+        Command::Copy(copy) => swallows(&copy.files),
+        Command::Expose(ports) => ports.iter().any(|p| p.trim() != p),
+        _ => false,
+    })
+}
+
+fn swallows(files: &shipway_dockerfile::Files) -> bool {
+    let quoted = |s: &String| s.contains(['"', '\'', '\\', '$']);
+    let mut names: Vec<&str> = files.contents.iter().map(|c| c.name.as_str()).collect();
+    names.sort_unstable();
+    !names.is_empty() && (names.windows(2).any(|w| w[0] == w[1]) || files.sources.iter().any(quoted) || quoted(&files.dest))
+}
+
+fn try_one(text: &str) {
+    let parsed = Dockerfile::parse(text.as_bytes());
+    let (file, mistakes) = Dockerfile::diagnose(text.as_bytes(), &mut Linter::default());
+    assert_eq!(parsed.is_ok(), mistakes.is_empty(), "strict and tolerant reading differ: {mistakes:?}");
+    let Ok(parsed) = parsed else { return };
+    assert_eq!(Some(&parsed), file.as_ref(), "strict and tolerant trees differ");
+    let env: HashMap<String, String> = [("A".to_owned(), "alpha/beta".to_owned())].into();
+    for instruction in parsed.stages.iter().flat_map(|s| &s.instructions) {
+        let lex = Lex::new(parsed.escape);
+        let _ = instruction.command.expand(&mut |word| Ok(lex.word(word, &env)?.text));
+        let _ = lex.words(&instruction.source, &env);
+        if let Command::Run(run) = &instruction.command {
+            let _ = run.expand_mounts(&mut |word| Ok(lex.word(word, &env)?.text));
+        }
+        if let Command::Onbuild(onbuild) = &instruction.command {
+            let _ = shipway_dockerfile::parse_trigger(&onbuild.trigger, instruction.lines);
+        }
+    }
+    if unprintable(&parsed) {
+        return;
+    }
+    let printed = parsed.to_string();
+    match Dockerfile::parse(printed.as_bytes()) {
+        Ok(again) => assert_eq!(essence(again), essence(parsed), "printed as:\n{printed}"),
+        Err(error) => panic!("printed text does not parse: {error}\n{printed}"),
+    }
+}
+
+#[test]
+fn mutations_never_break_it() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
+    let mut paths: Vec<_> = fs::read_dir(directory).expect("corpus").map(|e| e.expect("entry").path()).collect();
+    paths.sort();
+    let corpus: Vec<String> = paths.iter().map(|p| fs::read_to_string(p).expect("text")).collect();
+    corpus.iter().for_each(|text| try_one(text));
+    let mut dice = Dice(0x5eed_d0c5);
+    // Some rounds always; as long as asked for where there is time (`cargo xtask test` gives a minute), then with another seed each time.
+    let time = std::env::var("SHIPWAY_FUZZ_SECONDS").ok().and_then(|n| n.parse().ok()).map(Duration::from_secs);
+    if time.is_some() {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_secs());
+        println!("seed {now}");
+        dice = Dice(now);
+    }
+    let started = Instant::now();
+    for round in 0.. {
+        if time.map_or(round >= ROUNDS, |time| started.elapsed() >= time) {
+            break;
+        }
+        let mut text = corpus[round % corpus.len()].clone();
+        mutate(&mut text, &mut dice);
+        let begun = Instant::now();
+        if let Err(panic) = std::panic::catch_unwind(|| try_one(&text)) {
+            println!("round {round}, input:\n{text:?}");
+            std::panic::resume_unwind(panic);
+        }
+        assert!(begun.elapsed() < HANG, "round {round} took {:?}, input:\n{text:?}", begun.elapsed());
+    }
+}
+
+/// Twice the text takes about twice the time, whatever it is made of; what grows with the square would take four times as much.
+#[test]
+fn time_grows_with_the_text() {
+    for piece in ["RUN a \\\n", "ENV A=${A:-${A:-x}}\n", "COPY <<a <<b /\nx\na\ny\nb\n", "# c\n", "${A:-", "RUN [\"a\",", "ARG x=\"'\\\n\n"]
+    {
+        let took = |times: usize| {
+            let text = format!("FROM a\n{}", piece.repeat(times));
+            let once = || {
+                let started = Instant::now();
+                let _ = Dockerfile::diagnose(text.as_bytes(), &mut Linter::default());
+                let _ = Lex::new('\\').word(&text, &HashMap::<String, String>::new());
+                started.elapsed()
+            };
+            // The shortest of some is the least disturbed one.
+            (0..5).map(|_| once()).min().unwrap_or_default()
+        };
+        let (short, long) = (took(2_000), took(32_000));
+        assert!(long < short * 16 * 5 + Duration::from_millis(100), "{piece:?}: {short:?} became {long:?} with sixteen times the text");
+    }
+}

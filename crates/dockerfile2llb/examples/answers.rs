@@ -1,0 +1,217 @@
+//! What the frontend answers, as lines of JSON that can be compared with those of another implementation (`cargo xtask llb`).
+//!
+//! Reads cases from standard input, one JSON object after another: `name`, `files` (by path; `Dockerfile` is one) and `opts`. The
+//! one argument is a file of images: `names` has image configs by full name, with null for images that are not there; any other name
+//! has a config of the list `default`, chosen by the sum of the bytes of name and platform. For every case five lines go out, one per
+//! request: a build and the subrequests `outline`, `targets`, `lint` and `convertllb`.
+#![allow(clippy::unwrap_used)]
+
+use async_trait::async_trait;
+use base64::Engine as _;
+use bytes::Bytes;
+use serde_json::{Map, Value, json, value::RawValue};
+use shipway_dockerfile2llb::DockerfileFrontend;
+use shipway_fault::{Detail, Fault, Result, Span};
+use shipway_frontend::{
+    Bridge, BuildRef, FileStat, Frontend, FrontendResult, Options, ResolvedImage, SolveRequest, SourceMeta, SourceRequest, Warning,
+};
+use shipway_llb::{Caps, Definition, Graph, Op};
+use shipway_oci::{Digest, Platform};
+use std::{
+    any::Any,
+    collections::BTreeMap,
+    io::Write as _,
+    sync::{Arc, Mutex},
+};
+
+const REQUESTS: [&str; 5] = ["build", "outline", "targets", "lint", "convertllb"];
+
+#[derive(serde::Deserialize)]
+struct Case {
+    name: String,
+    files: BTreeMap<String, String>,
+    #[serde(default)]
+    opts: Options,
+}
+
+#[derive(serde::Deserialize)]
+struct Images {
+    default: Vec<Box<RawValue>>,
+    names: BTreeMap<String, Option<Box<RawValue>>>,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() {
+    let images = std::env::args().nth(1).expect("the first argument is a file of images");
+    let images: Arc<Images> = Arc::new(serde_json::from_slice(&std::fs::read(images).unwrap()).unwrap());
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    for case in serde_json::Deserializer::from_reader(std::io::BufReader::new(std::io::stdin())).into_iter::<Case>() {
+        let case = case.unwrap();
+        let files = Arc::new(case.files);
+        for request in REQUESTS {
+            let mut options = case.opts.clone();
+            if request != "build" {
+                options.insert("requestid".into(), format!("frontend.{request}"));
+            }
+            let scene = Arc::new(Scene { options, files: files.clone(), images: images.clone(), heard: Mutex::default() });
+            let result = DockerfileFrontend.run(scene.clone()).await;
+            let mut answer = answer(result);
+            let heard = std::mem::take(&mut *scene.heard.lock().unwrap());
+            for (name, list) in [("solves", heard.solves), ("warns", heard.warnings), ("asked", heard.asked)] {
+                if !list.is_empty() {
+                    answer.insert(name.into(), list.into());
+                }
+            }
+            answer.insert("name".into(), json!(case.name));
+            answer.insert("request".into(), json!(request));
+            writeln!(out, "{}", Value::Object(answer)).unwrap();
+        }
+    }
+}
+
+fn answer(result: Result<FrontendResult>) -> Map<String, Value> {
+    let mut out = Map::new();
+    match result {
+        Err(fault) => {
+            out.insert("error".into(), json!(fault.to_string()));
+            let places = fault.details().iter().filter_map(|d| match d {
+                Detail::Source { spans, .. } => Some(ranges(spans)),
+                _ => None,
+            });
+            let places: Vec<Value> = places.collect();
+            if !places.is_empty() {
+                out.insert("sources".into(), places.into());
+            }
+        }
+        Ok(result) => {
+            let text = |v: &Vec<u8>| json!(String::from_utf8_lossy(v));
+            out.insert("meta".into(), result.metadata.iter().map(|(k, v)| (k.clone(), text(v))).collect::<Map<_, _>>().into());
+            let mut refs: Vec<&str> = result.map.keys().map(String::as_str).collect();
+            // Scratch is no reference, but a target of its own.
+            refs.extend(result.single.is_some().then_some("single"));
+            if !refs.is_empty() {
+                out.insert("refs".into(), json!(refs));
+            }
+        }
+    }
+    out
+}
+
+fn ranges(spans: &[Span]) -> Value {
+    spans.iter().map(|s| json!([s.start.line, s.start.character, s.end.line, s.end.character])).collect()
+}
+
+#[derive(Default)]
+struct Heard {
+    solves: Vec<Value>,
+    warnings: Vec<Value>,
+    asked: Vec<Value>,
+}
+
+struct Scene {
+    options: Options,
+    files: Arc<BTreeMap<String, String>>,
+    images: Arc<Images>,
+    heard: Mutex<Heard>,
+}
+
+#[async_trait]
+impl Bridge for Scene {
+    fn options(&self) -> &Options {
+        &self.options
+    }
+
+    fn session(&self) -> &str {
+        "sess"
+    }
+
+    fn platforms(&self) -> Vec<Platform> {
+        vec![Platform::new("linux", "amd64", ""), Platform::new("linux", "386", "")]
+    }
+
+    async fn solve(&self, request: SolveRequest) -> Result<FrontendResult> {
+        if !request.frontend.is_empty() {
+            return Err(Fault::unknown(format!("frontend {} of {}", request.frontend, request.options["source"])));
+        }
+        let definition = request.definition.unwrap_or_default();
+        self.heard.lock().unwrap().solves.push(base64::engine::general_purpose::STANDARD.encode(definition.encode()).into());
+        if definition.is_empty() {
+            return Ok(FrontendResult::of(None));
+        }
+        let caps: Caps = shipway_llb::caps::LLB.iter().chain(shipway_llb::caps::LLB_MISSING).copied().collect();
+        let graph = Graph::decode(&definition, &caps, &Platform::host())?;
+        let local = graph.vertices.iter().find_map(|v| match &v.op {
+            Op::Source(s) => s.identifier.strip_prefix("local://").map(str::to_owned),
+            _ => None,
+        });
+        let prefix = local.filter(|l| l != "context" && l != "dockerfile").map(|l| format!("{l}/")).unwrap_or_default();
+        Ok(FrontendResult::of(Some(Arc::new(Files { files: self.files.clone(), prefix }))))
+    }
+
+    async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta> {
+        let Some(name) = request.identifier.strip_prefix("docker-image://").or_else(|| request.identifier.strip_prefix("oci-layout://"))
+        else {
+            return Err(Fault::unknown("no metadata"));
+        };
+        let platform = request.platform.map(|p| Platform { os_version: String::new(), ..p }.to_string()).unwrap_or_default();
+        self.heard.lock().unwrap().asked.push(json!(format!("{name} {platform} {}", request.log_name)));
+        let key = format!("{name} {platform}");
+        let config = match self.images.names.get(name) {
+            Some(Some(config)) => config.get(),
+            Some(None) => return Err(Fault::not_found(format!("{name}: not found"))),
+            None => self.images.default[key.bytes().map(usize::from).sum::<usize>() % self.images.default.len()].get(),
+        };
+        let image = ResolvedImage { digest: Digest::of(&key), name: name.to_owned(), config: config.to_owned().into() };
+        Ok(SourceMeta { image: Some(image), ..SourceMeta::default() })
+    }
+
+    async fn inputs(&self) -> Result<BTreeMap<String, Definition>> {
+        Ok(BTreeMap::new())
+    }
+
+    async fn warn(&self, warning: Warning) -> Result<()> {
+        let detail = warning.detail.join("\n");
+        let warning = json!({"short": warning.short, "detail": detail, "url": warning.url, "ranges": ranges(&warning.spans)});
+        self.heard.lock().unwrap().warnings.push(warning);
+        Ok(())
+    }
+}
+
+struct Files {
+    files: Arc<BTreeMap<String, String>>,
+    prefix: String,
+}
+
+#[async_trait]
+impl BuildRef for Files {
+    fn id(&self) -> &str {
+        ""
+    }
+
+    fn definition(&self) -> Option<&Definition> {
+        None
+    }
+
+    async fn evaluate(&self) -> Result<()> {
+        Ok(())
+    }
+
+    async fn read_file(&self, path: &str, _range: Option<(u64, u64)>) -> Result<Bytes> {
+        match self.files.get(&format!("{}{path}", self.prefix)) {
+            Some(text) => Ok(text.clone().into()),
+            None => Err(Fault::not_found(format!("open {path}: no such file or directory"))),
+        }
+    }
+
+    async fn read_dir(&self, _path: &str, _include: Option<&str>) -> Result<Vec<FileStat>> {
+        Err(Fault::unimplemented("read_dir"))
+    }
+
+    async fn stat_file(&self, _path: &str) -> Result<FileStat> {
+        Err(Fault::unimplemented("stat_file"))
+    }
+
+    fn as_any(&self) -> &(dyn Any + Send + Sync) {
+        self
+    }
+}

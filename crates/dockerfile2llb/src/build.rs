@@ -1,0 +1,234 @@
+//! One run of the frontend: from options to result (rows `dfr.*`, `df.dir.syntax`, `dfo.request`).
+
+use crate::{
+    convert::{Converted, Reach, convert},
+    explain::Explainer,
+    failure::{Failure, Result as Conversion},
+    options::check_caps,
+    platform, subrequest,
+    ui::{CONTEXT, Ui},
+};
+use serde::Serialize;
+use shipway_dockerfile::{Dockerfile, Lines, Lint, LintConfig, Linter, directive};
+use shipway_fault::{Context as _, Detail, Fault, Result};
+use shipway_frontend::{Bridge, FrontendResult, Scan, Scanner, SolveRequest, Warning};
+use shipway_llb::{Definition, MarshalOptions};
+use shipway_oci::{ImageName, Platform};
+use std::sync::Arc;
+
+/// Subrequests are asked for under this option (row `dfo.request`).
+const REQUEST: &str = "requestid";
+
+/// Runs the frontend.
+pub async fn run(bridge: Arc<dyn Bridge>) -> Result<FrontendResult> {
+    let (caps, deferred) = check_caps(bridge.options());
+    caps?;
+    let ui = Ui::open(bridge).await.map_err(|f| f.fault)?;
+    if let Some((image, cmdline, lines)) = other_frontend(&ui) {
+        return forward(&ui, image, cmdline, lines).await;
+    }
+    if let Some(fault) = deferred {
+        return Err(fault);
+    }
+    if let Some(request) = ui.raw.get(REQUEST) {
+        return subrequest::answer(&ui, request).await;
+    }
+    let mut linter = Linter::new(lint_config(&ui).map_err(|f| f.into_fault(&ui.file))?);
+    match parse(&ui, &mut linter) {
+        Ok(file) => build(&ui, &file, linter).await,
+        Err(failure) => {
+            // What was found before the mistake may be its reason.
+            warn_all(&ui, &mut linter).await?;
+            Err(failure.into_fault(&ui.file))
+        }
+    }
+}
+
+/// The frontend image that the build or its Dockerfile asks for instead of this one. Images of docker/dockerfile speak the language
+/// that this frontend speaks; they are not needed.
+fn other_frontend(ui: &Ui) -> Option<(String, String, Option<Lines>)> {
+    if ui.raw.contains_key("cmdline") {
+        return None;
+    }
+    let (image, cmdline, lines) = match ui.raw.get("build-arg:BUILDKIT_SYNTAX") {
+        Some(cmdline) => (cmdline.trim().split(' ').next().unwrap_or_default().to_owned(), cmdline.clone(), None),
+        None => {
+            let found = directive::syntax(&ui.file.data)?;
+            (found.first_word, found.value, Some(found.lines))
+        }
+    };
+    let ours = image.parse::<ImageName>().is_ok_and(|name| {
+        name.registry() == "docker.io" && matches!(name.repository(), "docker/dockerfile" | "docker/dockerfile-upstream")
+    });
+    (!ours).then_some((image, cmdline, lines))
+}
+
+async fn forward(ui: &Ui, image: String, cmdline: String, lines: Option<Lines>) -> Result<FrontendResult> {
+    let mut options = ui.raw.clone();
+    options.insert("cmdline".into(), cmdline.clone());
+    options.insert("source".into(), image);
+    let inputs = ui.bridge.inputs().await.context(|| "failed to get frontend inputs")?;
+    let request = SolveRequest { frontend: "gateway.v0".into(), options, inputs, ..SolveRequest::default() };
+    ui.bridge.solve(request).await.map_err(|fault| {
+        if fault.details().iter().any(|d| matches!(d, Detail::Source { .. })) {
+            return fault;
+        }
+        match lines {
+            Some(lines) => Failure::from(fault).at(lines).into_fault(&ui.file),
+            None => fault.context(format!("failed with build-arg:BUILDKIT_SYNTAX = {cmdline}")),
+        }
+    })
+}
+
+/// Parses the Dockerfile; what `linter` heard stays with it also if that fails.
+pub fn parse(ui: &Ui, linter: &mut Linter) -> Conversion<Dockerfile> {
+    if ui.file.data.is_empty() {
+        return Err(Failure::new("the Dockerfile cannot be empty"));
+    }
+    parse_any(ui, linter)
+}
+
+/// The same, in the parser's words if there is nothing to parse.
+pub fn parse_any(ui: &Ui, linter: &mut Linter) -> Conversion<Dockerfile> {
+    Ok(Dockerfile::parse_with(&ui.file.data, linter)?)
+}
+
+/// The build's settings, or the file's own.
+pub fn lint_config(ui: &Ui) -> Conversion<LintConfig> {
+    Ok(match &ui.options.lint {
+        Some(config) => config.clone(),
+        None => LintConfig::of_file(&ui.file.data)?,
+    })
+}
+
+async fn build(ui: &Ui, file: &Dockerfile, mut linter: Linter) -> Result<FrontendResult> {
+    let platforms: Vec<Option<&Platform>> = match ui.options.platforms.as_slice() {
+        [] => vec![None],
+        asked => asked.iter().map(Some).collect(),
+    };
+    // Warnings are about the file, so those of the first platform are enough.
+    let first = async {
+        let built = one(ui, file, platforms[0], &mut linter).await;
+        warn_all(ui, &mut linter).await?;
+        built
+    };
+    let others = platforms[1..].iter().map(|platform| async move { one(ui, file, *platform, &mut Linter::default()).await });
+    let (first, others) = futures::future::try_join(first, futures::future::try_join_all(others)).await?;
+    result(ui, std::iter::once(first).chain(others).collect()).await
+}
+
+/// Shows what was found.
+pub async fn warn_all(ui: &Ui, linter: &mut Linter) -> Result<()> {
+    for lint in linter.take() {
+        warn(ui, lint).await?;
+    }
+    Ok(())
+}
+
+async fn warn(ui: &Ui, lint: Lint) -> Result<()> {
+    let warning = Warning {
+        vertex: ui.file_vertex,
+        level: 1,
+        short: lint.short(),
+        detail: vec![lint.rule.description().to_owned()],
+        url: lint.rule.url().to_owned(),
+        file: Some(ui.file.clone()),
+        spans: lint.spans,
+    };
+    ui.bridge.warn(warning).await
+}
+
+/// One platform's part of the result.
+struct Part {
+    platform: Platform,
+    solved: FrontendResult,
+    converted: Converted,
+}
+
+async fn one(ui: &Ui, file: &Dockerfile, platform: Option<&Platform>, linter: &mut Linter) -> Result<Part> {
+    let converted = convert(ui, file, platform, Reach::Target, linter).await.map_err(|f| f.into_fault(&ui.file))?;
+    let definition = marshal(ui, &converted)?;
+    let definition = (!definition.is_empty()).then_some(definition);
+    let cache_imports = ui.options.cache_imports.clone();
+    let solved = ui.bridge.solve(SolveRequest { definition, cache_imports, ..SolveRequest::default() }).await?;
+    Ok(Part { platform: platform.cloned().unwrap_or_else(|| ui.build_platform()).normalized(), solved, converted })
+}
+
+/// The graph of a converted target.
+pub fn marshal(ui: &Ui, converted: &Converted) -> Result<Definition> {
+    let options = MarshalOptions {
+        platform: converted.platform.clone(),
+        caps: Some(ui.caps.clone()),
+        local_unique_id: ui.bridge.session().to_owned(),
+    };
+    converted.state.marshal(&options).context(|| "failed to marshal LLB definition")
+}
+
+#[derive(Serialize)]
+struct Exported {
+    #[serde(rename = "Platforms")]
+    platforms: Vec<ExportedPlatform>,
+}
+
+#[derive(Serialize)]
+struct ExportedPlatform {
+    #[serde(rename = "ID")]
+    id: String,
+    #[serde(rename = "Platform")]
+    platform: Platform,
+}
+
+/// States and metadata as exporters expect them (row `dfr.meta`).
+async fn result(ui: &Ui, parts: Vec<Part>) -> Result<FrontendResult> {
+    let json = |what: &str, value: Result<Vec<u8>, serde_json::Error>| {
+        value.map_err(|e| Fault::internal(format!("failed to marshal {what}: {e}")))
+    };
+    let mut result = FrontendResult::default();
+    let mut uses = Vec::new();
+    let scanner = match &ui.options.sbom {
+        Some(sbom) => Some(Scanner::find(&*ui.bridge, sbom, ui.build_platform(), ui.options.resolve_mode).await?),
+        None => None,
+    };
+    let mut exported = Exported { platforms: Vec::with_capacity(parts.len()) };
+    for Part { platform, solved, converted } in parts {
+        let id = platform::full(&platform);
+        let key = |name: &str| if ui.options.multi_platform { format!("{name}/{id}") } else { name.to_owned() };
+        let mut put = |name: &str, value: Vec<u8>| result.metadata.insert(key(name), value);
+        put("containerimage.config", json("image config", serde_json::to_vec(&converted.image))?);
+        if let Some(base) = &converted.base_image {
+            put("containerimage.base.config", json("source image config", serde_json::to_vec(base))?);
+        }
+        if let Some(epoch) = converted.epoch {
+            put("source.date.epoch", epoch.to_string().into_bytes());
+        }
+        uses.extend(converted.uses);
+        if let Some(scanner) = &scanner {
+            let (core, extras, ignore_cache) = (&converted.state, &converted.extras, converted.ignore_cache);
+            let scan = Scan { platform: &id, core, extras, ignore_cache };
+            let found = scanner.scan(&*ui.bridge, &scan, ui.bridge.session()).await?;
+            result.attestations.entry(id.clone()).or_default().push(found);
+        }
+        let state = solved.single.flatten();
+        if ui.options.multi_platform {
+            result.map.insert(id.clone(), state);
+        } else {
+            result.single = Some(state);
+        }
+        exported.platforms.push(ExportedPlatform { id, platform });
+    }
+    uses.sort_by_key(|u| u.lines);
+    uses.dedup();
+    if !uses.is_empty()
+        && let Ok(Some(ignore)) = ui.ignore().await
+    {
+        result.explain = Some(Arc::new(Explainer {
+            file: ui.file.clone(),
+            ignore: ignore.clone(),
+            ignore_name: ui.ignore_name(),
+            session: ui.session(CONTEXT).to_owned(),
+            uses,
+        }));
+    }
+    result.metadata.insert("refs.platforms".into(), json("platforms", serde_json::to_vec(&exported))?);
+    Ok(result)
+}

@@ -1,0 +1,180 @@
+//! `SOURCE_DATE_EPOCH`: a number, or the name of a source whose time counts (row `df.arg.sde`).
+//!
+//! The time of a git source is its commit's, that of an address what its server says, or that of the newest file in it if it is an
+//! archive. A stage can name such a source when it is nothing but one `ADD` of it to scratch.
+
+use crate::{
+    args::Globals,
+    copy::{from_http, git_of_add},
+    failure::{Failure, Result},
+    named::NamedContext,
+    stage::{SCRATCH, Vars},
+    ui::{Ui, solve},
+};
+use shipway_dockerfile::{self as df, Command, Dockerfile, Lex, quote};
+use shipway_fault::Fault;
+use shipway_frontend::SourceRequest;
+use shipway_llb::{Caps, EnvList, Graph, MarshalOptions, Op, SourceOp, State, VertexOptions, attr};
+use std::time::SystemTime;
+
+const NAME: &str = "SOURCE_DATE_EPOCH";
+/// Larger archives are not read for the time of their newest file.
+const MAX_ARCHIVE: u64 = 1 << 30;
+
+/// The time that `value` means, in seconds. What has no time, such as a local context, means none.
+pub async fn resolve(ui: &Ui, file: &Dockerfile, globals: &Globals, value: &str) -> Result<Option<i64>> {
+    if value.is_empty() {
+        return Ok(None);
+    }
+    if let Ok(seconds) = value.parse::<i64>() {
+        return Ok(Some(seconds));
+    }
+    if value == "context" {
+        return match ui.remote_context() {
+            None => Ok(None),
+            Some(state) => time_of(ui, state, "[internal] resolve main build context metadata".into()).await,
+        };
+    }
+    if let Some(named) = NamedContext::find(ui, value, None)? {
+        let loaded = named.load(ui).await?;
+        if loaded.pending.is_some() {
+            return Ok(None);
+        }
+        return time_of(ui, &loaded.state, format!("[internal] resolve {NAME} named context {value}")).await;
+    }
+    let Some(stage) = file.stages.iter().find(|s| s.name.eq_ignore_ascii_case(value)) else {
+        return Err(Failure::new(format!("invalid {NAME}: {value}")));
+    };
+    let state = stage_source(stage, globals, &Lex::new(file.escape)).map_err(|e| e.at(stage.lines))?;
+    time_of(ui, &state, format!("[internal] resolve {NAME} source stage {}", stage.name)).await
+}
+
+/// The one source that a stage adds to scratch.
+fn stage_source(stage: &df::Stage, globals: &Globals, lex: &Lex) -> Result<State> {
+    let mut env = globals.env.clone();
+    env.remove(NAME);
+    let base = lex
+        .word(&stage.base, &Vars(&env))
+        .map_err(|e| Failure::from(e).context(format!("failed to process source stage base name {}", quote(&stage.base))))?;
+    if base.text != SCRATCH {
+        return Err(Failure::new(format!("{NAME} stage must use FROM scratch")));
+    }
+    let mut found = None;
+    for instruction in &stage.instructions {
+        match &instruction.command {
+            Command::Arg(arg) => declare(arg, globals, lex, &mut env)?,
+            Command::Add(_) if found.is_some() => {
+                return Err(Failure::new(format!("{NAME} stage must contain exactly one remote ADD")));
+            }
+            Command::Add(add) => found = Some(add_source(add, lex, &env)?),
+            _ => {
+                let keyword = instruction.keyword.to_lowercase();
+                let message = format!("{NAME} stage does not meet source-only requirements: unsupported {keyword} instruction");
+                return Err(Failure::new(message));
+            }
+        }
+    }
+    found.ok_or_else(|| Failure::new(format!("{NAME} stage must contain exactly one remote ADD")))
+}
+
+fn declare(arg: &df::Arg, globals: &Globals, lex: &Lex, env: &mut EnvList) -> Result<()> {
+    for pair in &arg.args {
+        let value = match (globals.build_args.get(&pair.name), &pair.default) {
+            (Some(given), _) => given.clone(),
+            (None, Some(default)) => lex.word(default, &Vars(env))?.text,
+            (None, None) => continue,
+        };
+        env.set(&pair.name, value);
+    }
+    Ok(())
+}
+
+fn add_source(add: &df::Add, lex: &Lex, env: &EnvList) -> Result<State> {
+    let ([source], []) = (add.files.sources.as_slice(), add.files.contents.as_slice()) else {
+        return Err(Failure::new(format!("{NAME} stage must contain exactly one remote ADD source")));
+    };
+    let word = |text: &str| lex.word(text, &Vars(env)).map(|e| e.text);
+    let (source, mut add) = (word(source)?, add.clone());
+    add.checksum = word(&add.checksum)?;
+    if let Some(git) = git_of_add(&add, &source)? {
+        return Ok(git.state(VertexOptions::default()));
+    }
+    if source.starts_with("http://") || source.starts_with("https://") {
+        return Ok(from_http(&add, &source, VertexOptions::default())?.0);
+    }
+    Err(Failure::new(format!("{NAME} stage source must be a single HTTP(S) or Git ADD")))
+}
+
+/// The time of the source that `state` is made of; none if there are several.
+async fn time_of(ui: &Ui, state: &State, log_name: String) -> Result<Option<i64>> {
+    let platform = ui.build_platform();
+    let options = MarshalOptions { platform: platform.clone(), caps: Some(Caps::llb()), local_unique_id: "shipway".into() };
+    let definition = state.marshal(&options)?;
+    let graph = Graph::decode(&definition, &Caps::llb(), &platform)?;
+    let mut sources = graph.vertices.iter().filter_map(|v| match &v.op {
+        Op::Source(source) => Some(source),
+        _ => None,
+    });
+    let (Some(source), None) = (sources.next(), sources.next()) else { return Ok(None) };
+    let (is_git, is_http) = match source.scheme() {
+        Some(("git", _)) => (true, false),
+        Some(("http" | "https", _)) => (false, true),
+        _ => return Ok(None),
+    };
+    let request = SourceRequest {
+        identifier: source.identifier.clone(),
+        attrs: source.attrs.clone(),
+        log_name,
+        git_objects: is_git,
+        ..SourceRequest::default()
+    };
+    let meta = ui.bridge.resolve_source(request).await?;
+    if let Some(git) = meta.git.filter(|g| !g.commit_object.is_empty()) {
+        return commit_time(&git.commit_object).map(Some);
+    }
+    if let Some(time) = meta.http.and_then(|h| h.last_modified) {
+        return Ok(Some(seconds(time)));
+    }
+    if is_http { newest_file(ui, source).await } else { Ok(None) }
+}
+
+fn seconds(time: SystemTime) -> i64 {
+    match time.duration_since(SystemTime::UNIX_EPOCH) {
+        Ok(after) => i64::try_from(after.as_secs()).unwrap_or(i64::MAX),
+        Err(before) => -i64::try_from(before.duration().as_secs()).unwrap_or(i64::MAX),
+    }
+}
+
+/// When a commit was made, from git's own text of it.
+fn commit_time(object: &[u8]) -> Result<i64> {
+    let text = String::from_utf8_lossy(object);
+    let committer = text.lines().take_while(|l| !l.is_empty()).find_map(|l| l.strip_prefix("committer "));
+    let time = committer.and_then(|c| c.rsplit(' ').nth(1)).and_then(|t| t.parse().ok());
+    time.ok_or_else(|| Failure::new("the commit object names no committer with a time"))
+}
+
+/// The time of the newest file in the archive at an address; none if it is no archive.
+async fn newest_file(ui: &Ui, source: &SourceOp) -> Result<Option<i64>> {
+    let Some(name) = source.attrs.get(attr::HTTP_FILENAME).filter(|n| !n.is_empty()) else { return Ok(None) };
+    let state = State::source(source.identifier.clone(), source.attrs.clone(), VertexOptions::default());
+    let (state, ..) = solve(&*ui.bridge, &state, false).await?;
+    let data = state.read_file(name, Some((0, MAX_ARCHIVE + 1))).await?;
+    if data.len() as u64 > MAX_ARCHIVE {
+        return Err(Failure::new(format!("{NAME}: {} is larger than {MAX_ARCHIVE} bytes", source.identifier)));
+    }
+    let look = tokio::task::spawn_blocking(move || shipway_archive::newest_file(&data));
+    // An address need not lead to an archive.
+    Ok(look.await.map_err(|e| Fault::internal(format!("reading an archive failed: {e}")))?.unwrap_or(None))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_commit_says_when_it_was_made() {
+        let text = b"tree 1\nauthor a <a@b> 5 +0000\ncommitter c d <c@d> 1700000000 +0200\n\ncommitter x <x@y> 7 +0000\n";
+        assert_eq!(commit_time(text).expect("a commit"), 1_700_000_000);
+        assert!(commit_time(b"tree 1\n\ncommitter x <x@y> 7 +0000\n").is_err());
+    }
+}

@@ -1,0 +1,51 @@
+//! The Dockerfile frontend: `dockerfile.v0`, in-house.
+//!
+//! [`DockerfileFrontend::run`] reads options, Dockerfile and ignore file through the [`Bridge`] (`ui`), converts the Dockerfile once
+//! per platform (`convert`) and answers with states and image configs. A conversion is a plan of stages (`stage`): their bases are
+//! resolved together (`base`), then the instructions of those that the target needs are turned into vertices (`instruct`, `run`,
+//! `copy`, `expose`). Names, metadata, history and digests are those of BuildKit's frontend, because clients and caches compare
+//! them. Nothing here touches files, processes or the network: whatever is needed from outside is a question to the bridge.
+//!
+//! `base64` reads image configs inside `input-metadata:` options; `futures` asks for several images at once.
+
+mod args;
+mod base;
+mod build;
+mod convert;
+mod copy;
+mod epoch;
+mod explain;
+mod expose;
+mod failure;
+mod gitref;
+mod instruct;
+mod named;
+mod options;
+mod outline;
+mod platform;
+mod run;
+mod stage;
+mod subrequest;
+mod text;
+mod ui;
+
+use async_trait::async_trait;
+use shipway_fault::Result;
+use shipway_frontend::{Bridge, Frontend, FrontendResult};
+use std::sync::Arc;
+
+/// `remote#reference[:subdirectory]` of the address of a git repository, the latter if `subdir` says so; `None` for other texts.
+pub fn git_address(text: &str, subdir: bool) -> Option<String> {
+    gitref::GitRef::formatted(text, subdir)
+}
+
+/// Builds from Dockerfiles (`dockerfile.v0`).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DockerfileFrontend;
+
+#[async_trait]
+impl Frontend for DockerfileFrontend {
+    async fn run(&self, bridge: Arc<dyn Bridge>) -> Result<FrontendResult> {
+        build::run(bridge).await
+    }
+}

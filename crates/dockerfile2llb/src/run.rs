@@ -1,0 +1,300 @@
+//! RUN: the process and its mounts (rows `df.run*`, `df.heredoc*`).
+
+use crate::{
+    failure::{Failure, Result},
+    instruct::Scene,
+    stage::{Stage, Step, Vars, shown_text},
+    ui::internal,
+};
+use shipway_dockerfile::{self as df, CommandLine, Mount, MountKind, Sharing, is_heredoc, strip_tabs};
+use shipway_llb::{
+    CacheSharing, CdiDevice, Chown, EnvList, ExecDraft, FileDraft, FileMkdir, FileMkfile, MountDraft, MountSource, NetMode, Owner,
+    SecretDraft, SecurityMode, SshDraft, State, VertexOptions, paths,
+};
+use std::borrow::Cow;
+
+/// Where a heredoc with an interpreter of its own appears.
+const PIPES: &str = "/dev/pipes/";
+
+impl Scene<'_> {
+    pub fn run(&mut self, stage: &mut Stage, step: &Step, run: &df::Run) -> Result<()> {
+        let instruction = &step.instruction;
+        let (options, caps) = (&self.plan.ui.options, &self.plan.ui.caps);
+        // A process can read anything.
+        self.paths[stage.paths_of].insert("/".into());
+        let mounts = {
+            let stage = &*stage;
+            let lex = self.plan.lex;
+            run.expand_mounts(&mut |w| self.word(&lex, stage, w, instruction.lines))?
+        };
+        let mut draft = ExecDraft { proxy: self.plan.globals.proxy.clone(), ..ExecDraft::default() };
+        let (args, summary) = self.arguments(stage, run, &mut draft)?;
+        draft.args = if run.command.is_shell() { stage.with_shell(&args) } else { args };
+        self.mounts(stage, step, &mounts, &mut draft)?;
+        draft.security = (run.security == df::Security::Insecure).then_some(SecurityMode::Insecure);
+        draft.network = match run.network {
+            df::Network::Default => None,
+            df::Network::None => Some(NetMode::None),
+            df::Network::Host => Some(NetMode::Host),
+        };
+        draft.extra_hosts.clone_from(&options.extra_hosts);
+        if caps.has("exec.meta.ulimit") {
+            draft.ulimits.clone_from(&options.ulimits);
+        }
+        if caps.has("exec.meta.cdi") {
+            draft.devices.extend(run.devices.iter().map(|d| CdiDevice { name: d.name.clone(), optional: !d.required }));
+        } else if let Some(device) = run.devices.first() {
+            return Err(shipway_fault::Fault::unimplemented(format!("RUN --device={}", device.name)).into());
+        }
+        if options.shm_size > 0 && caps.has("exec.mount.tmpfs.size") {
+            let source = MountSource::Tmpfs(options.shm_size);
+            draft.mounts.push(MountDraft { target: "/dev/shm".into(), source, ..MountDraft::default() });
+        }
+        if caps.has("exec.meta.cgroup.parent") {
+            draft.cgroup_parent.clone_from(&options.cgroup_parent);
+        }
+        let shown = format!("{}{summary}", instruction.source);
+        let name = shown_text(&self.plan.lex.raw_quotes().keep_unset(), &shown, &Masked::new(stage.state.env(), &mounts));
+        let mut vertex = VertexOptions::named(self.run_title(stage, &name))
+            .describe("com.docker.dockerfile.v1.command", instruction.source.clone())
+            .at(&self.plan.ui.file, instruction.lines.spans());
+        if stage.ignore_cache {
+            vertex = vertex.ignore_cache();
+        }
+        if let Some(resources) = options.resources.clone().filter(|_| caps.has("exec.meta.linux.resources")) {
+            vertex = vertex.resources(resources);
+        }
+        let created_by = format!("RUN {} # buildkit", history_text(stage, &draft.args));
+        stage.state = stage.state.run(draft, vertex);
+        stage.commit(created_by, true, self.plan.globals.epoch);
+        Ok(())
+    }
+
+    /// Like [`Scene::title`], with the platform of the state, which a base image may have decided.
+    fn run_title(&self, stage: &mut Stage, name: &str) -> String {
+        let platform = self.plan.ui.options.multi_platform.then(|| stage.state.platform().cloned()).flatten();
+        let env = stage.state.env().clone();
+        stage.title(name, platform.as_ref(), Some(&env))
+    }
+
+    /// The words of the command, heredocs worked in, and what the vertex name says of them.
+    fn arguments(&self, stage: &Stage, run: &df::Run, draft: &mut ExecDraft) -> Result<(Vec<String>, String)> {
+        let words = run.command.words();
+        let Some(first) = run.heredocs.first() else { return Ok((words, String::new())) };
+        let CommandLine::Shell(Some(line)) = &run.command else {
+            return Err(Failure::new(format!("parsing produced an invalid run command: {words:?}")));
+        };
+        if !is_heredoc(line) {
+            // The shell reads the heredocs itself.
+            let mut script = line.clone();
+            for heredoc in &run.heredocs {
+                script += &format!("\n{}{}", heredoc.data, heredoc.name);
+            }
+            return Ok((vec![script], String::new()));
+        }
+        let summary = format!(" ({})", summarize(&first.data));
+        let data = if first.strip { strip_tabs(&first.data) } else { first.data.clone() };
+        if stage.image.os == "windows" || !data.starts_with("#!") {
+            return Ok((vec![data], summary));
+        }
+        let file = FileMkfile { path: first.name.clone(), mode: 0o755, data: data.into(), ..FileMkfile::default() };
+        let options = with_platform(internal("preparing inline document"), stage);
+        let state = State::scratch().file(FileDraft::new().mkfile(file), options);
+        draft.mounts.push(MountDraft {
+            target: PIPES.into(),
+            source: MountSource::State(state),
+            selector: "/".into(),
+            readonly: true,
+            ..MountDraft::default()
+        });
+        Ok((vec![paths::join(PIPES, &first.name)], summary))
+    }
+
+    fn mounts(&mut self, stage: &mut Stage, step: &Step, mounts: &[Mount], draft: &mut ExecDraft) -> Result<()> {
+        for (mount, &source) in mounts.iter().zip(&step.sources) {
+            match mount.kind {
+                MountKind::Secret => {
+                    let secret = secret(mount)?;
+                    stage.outline.note(mount, &secret.id, step.instruction.lines);
+                    draft.secrets.push(secret);
+                }
+                MountKind::Ssh => {
+                    draft.ssh.push(ssh(mount)?);
+                    let id = if mount.id.is_empty() { "default" } else { &mount.id };
+                    stage.outline.note(mount, id, step.instruction.lines);
+                }
+                MountKind::Bind | MountKind::Cache | MountKind::Tmpfs => {
+                    draft.mounts.push(self.mount(stage, mount, source)?);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn mount(&mut self, stage: &mut Stage, mount: &Mount, source: usize) -> Result<MountDraft> {
+        let from_stage = !mount.from.is_empty();
+        let mut state = self.context.clone();
+        if from_stage || mount.kind == MountKind::Cache {
+            let from = &self.plan.stages[source];
+            if !from.dispatched {
+                let name = if from_stage { &mount.from } else { crate::stage::SCRATCH };
+                return Err(Failure::new(format!(
+                    "cannot mount from stage {} to {}, stage needs to be defined before current command",
+                    df::quote(name),
+                    df::quote(&mount.target)
+                )));
+            }
+            state = from.state.clone();
+        }
+        let target = match mount.target.starts_with('/') {
+            true => mount.target.clone(),
+            false => paths::join("/", &format!("{}/{}", stage.state.dir(), mount.target)),
+        };
+        if target == "/" {
+            return Err(Failure::new(format!("invalid mount target {}", df::quote(&target))));
+        }
+        let path = paths::join("/", &mount.source);
+        let mut selector = String::new();
+        if path != "/" {
+            selector.clone_from(&path);
+        } else if mount.uid.is_some() || mount.gid.is_some() || mount.mode.is_some() {
+            state = owned_directory(mount, &state);
+            selector = "/cache".into();
+        }
+        if from_stage || mount.kind == MountKind::Cache {
+            let used = self.plan.stages[source].paths_of;
+            self.paths[used].insert(path);
+        } else {
+            stage.context_paths.insert(path);
+        }
+        let source = match mount.kind {
+            MountKind::Tmpfs => MountSource::Tmpfs(mount.size),
+            MountKind::Cache => MountSource::Cache {
+                id: self.cache_id(mount),
+                sharing: match mount.sharing {
+                    None | Some(Sharing::Shared) => CacheSharing::Shared,
+                    Some(Sharing::Private) => CacheSharing::Private,
+                    Some(Sharing::Locked) => CacheSharing::Locked,
+                },
+                base: state,
+            },
+            _ => MountSource::State(state),
+        };
+        let discards = mount.kind == MountKind::Bind && self.plan.ui.caps.has("exec.mount.bind.readwrite-nooutput");
+        Ok(MountDraft {
+            target,
+            source,
+            selector,
+            readonly: mount.readonly,
+            no_output: !mount.readonly && discards,
+            ..MountDraft::default()
+        })
+    }
+
+    fn cache_id(&self, mount: &Mount) -> String {
+        let id = if mount.id.is_empty() { paths::clean(&mount.target) } else { mount.id.clone() };
+        format!("{}/{id}", self.plan.ui.options.cache_namespace)
+    }
+}
+
+/// A directory for a cache mount that belongs to somebody.
+fn owned_directory(mount: &Mount, base: &State) -> State {
+    let owner = Chown { user: Some(Owner::Id(mount.uid.unwrap_or(0))), group: Some(Owner::Id(mount.gid.unwrap_or(0))) };
+    let mkdir = FileMkdir { path: "/cache".into(), mode: mount.mode.unwrap_or(0o755), owner: Some(owner), ..FileMkdir::default() };
+    base.file(FileDraft::new().mkdir(mkdir), internal("setting cache mount permissions"))
+}
+
+/// Platform of a stage on a vertex.
+pub fn with_platform(options: VertexOptions, stage: &Stage) -> VertexOptions {
+    match &stage.platform {
+        Some(platform) => options.platform(platform.clone()),
+        None => options,
+    }
+}
+
+/// Rows `df.run.mount.secret`, `df.run.mount.secretenv`.
+fn secret(mount: &Mount) -> Result<SecretDraft> {
+    let base = |path: &str| paths::clean(path).rsplit('/').next().filter(|b| !b.is_empty()).unwrap_or("/").to_owned();
+    let id = match (mount.source.as_str(), mount.id.as_str(), mount.target.as_str()) {
+        ("", "", "") => return Err(Failure::new("one of source, target required")),
+        ("", "", target) => base(target),
+        ("", id, _) => id.to_owned(),
+        (source, ..) => source.to_owned(),
+    };
+    let target = match (mount.target.as_str(), &mount.env) {
+        ("", Some(_)) => None,
+        ("", None) => Some(format!("/run/secrets/{}", base(&id))),
+        (target, _) => Some(target.to_owned()),
+    };
+    Ok(SecretDraft {
+        id,
+        target,
+        env: mount.env.clone(),
+        uid: mount.uid.unwrap_or(0),
+        gid: mount.gid.unwrap_or(0),
+        mode: mount.mode.unwrap_or(0o400),
+        optional: !mount.required,
+    })
+}
+
+/// Row `df.run.mount.ssh`.
+fn ssh(mount: &Mount) -> Result<SshDraft> {
+    if !mount.source.is_empty() {
+        return Err(Failure::new("ssh does not support source"));
+    }
+    Ok(SshDraft {
+        id: mount.id.clone(),
+        target: mount.target.clone(),
+        uid: mount.uid.unwrap_or(0),
+        gid: mount.gid.unwrap_or(0),
+        mode: mount.mode.unwrap_or(0o600),
+        optional: !mount.required,
+    })
+}
+
+/// The command as the image's history shows it, with the arguments that were in force.
+fn history_text(stage: &Stage, args: &[String]) -> String {
+    let mut given: Vec<(String, String)> = Vec::new();
+    for (name, value) in &stage.args {
+        let value = stage.state.env().get(name).map(str::to_owned).or_else(|| value.clone()).unwrap_or_default();
+        match given.iter_mut().find(|(n, _)| n == name) {
+            Some(old) => old.1 = value,
+            None => given.push((name.clone(), value)),
+        }
+    }
+    let mut words = Vec::with_capacity(given.len() + args.len() + 1);
+    if !given.is_empty() {
+        words.push(format!("|{}", given.len()));
+    }
+    words.extend(given.into_iter().map(|(n, v)| format!("{n}={v}")));
+    words.extend(args.iter().cloned());
+    words.join(" ")
+}
+
+/// First line of a heredoc.
+fn summarize(data: &str) -> String {
+    let data = data.trim().replace("\r\n", "\n");
+    match data.split_once('\n') {
+        Some((first, _)) => format!("{first}..."),
+        None => data,
+    }
+}
+
+/// Variables with those that come from secrets made unreadable.
+struct Masked<'a> {
+    env: &'a EnvList,
+    secrets: Vec<&'a str>,
+}
+
+impl<'a> Masked<'a> {
+    fn new(env: &'a EnvList, mounts: &'a [Mount]) -> Self {
+        let secrets = mounts.iter().filter(|m| m.kind == MountKind::Secret).filter_map(|m| m.env.as_deref());
+        Self { env, secrets: secrets.collect() }
+    }
+}
+
+impl df::Env for Masked<'_> {
+    fn get(&self, name: &str) -> Option<Cow<'_, str>> {
+        if self.secrets.contains(&name) { Some("****".into()) } else { Vars(self.env).0.get(name).map(Cow::Borrowed) }
+    }
+}

@@ -1,0 +1,6 @@
+//! The frontend against a bridge that answers from texts.
+#![allow(clippy::unwrap_used)]
+
+mod explain;
+mod reference;
+mod support;

@@ -1,0 +1,257 @@
+//! A bridge that answers from a text and writes down what it was asked.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use shipway_dockerfile2llb::DockerfileFrontend;
+use shipway_fault::{Detail, Fault, Result, Span};
+use shipway_frontend::{
+    Bridge, BuildRef, FileStat, Frontend, FrontendResult, GitMeta, Options, ResolvedImage, SolveRequest, SourceMeta, SourceRequest, Warning,
+};
+use shipway_llb::{Caps, Definition, Graph, Op};
+use shipway_oci::{Digest, Platform};
+use std::{
+    any::Any,
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
+
+/// Sections of a text by name.
+pub struct Case(BTreeMap<String, String>);
+
+impl Case {
+    /// Sections begin with `-- name --`.
+    pub fn parse(text: &str) -> Self {
+        let mut sections: BTreeMap<String, String> = BTreeMap::new();
+        let mut current = String::new();
+        for line in text.split_inclusive('\n') {
+            match line.strip_prefix("-- ").and_then(|l| l.strip_suffix(" --\n")) {
+                Some(name) => {
+                    current = name.to_owned();
+                    sections.insert(current.clone(), String::new());
+                }
+                None => sections.entry(current.clone()).or_default().push_str(line),
+            }
+        }
+        Self(sections)
+    }
+
+    /// What is expected.
+    pub fn want(&self) -> &str {
+        self.0.get("want").map(String::as_str).unwrap_or_default()
+    }
+
+    /// What the frontend does with it.
+    pub async fn run(&self, images: &str) -> String {
+        let (fake, result) = self.build(images).await;
+        let mut blocks = fake.blocks.lock().unwrap().clone();
+        blocks.sort();
+        blocks.concat() + &tail(result)
+    }
+
+    /// A section's text.
+    pub fn section(&self, name: &str) -> &str {
+        self.0.get(name).map(String::as_str).unwrap_or_default()
+    }
+
+    /// Runs the frontend.
+    pub async fn build(&self, images: &str) -> (Arc<Fake>, Result<FrontendResult>) {
+        let options = self.0.get("opts").map(String::as_str).unwrap_or_default();
+        let options = options.lines().filter_map(|l| l.split_once('=')).map(|(k, v)| (k.into(), v.into())).collect();
+        let fake =
+            Arc::new(Fake { options, files: self.0.clone(), images: serde_json::from_str(images).unwrap(), blocks: Mutex::default() });
+        let result = DockerfileFrontend.run(fake.clone()).await;
+        (fake, result)
+    }
+}
+
+fn tail(result: Result<FrontendResult>) -> String {
+    let mut out = String::new();
+    match result {
+        Err(fault) => {
+            out += &format!("error {fault}\n");
+            for detail in fault.details() {
+                if let Detail::Source { spans, .. } = detail {
+                    out += &format!("  @{}\n", lines(spans));
+                }
+            }
+        }
+        Ok(result) => {
+            for (key, value) in &result.metadata {
+                let text =
+                    serde_json::from_slice(value).map(|v| sorted(&v)).unwrap_or_else(|_| String::from_utf8_lossy(value).trim().into());
+                out += &format!("meta {key} {text}\n");
+            }
+            let refs: Vec<&str> = result.map.keys().map(String::as_str).collect();
+            out += &format!("refs [{}] single {}\n", refs.join(" "), result.single.is_some());
+        }
+    }
+    out
+}
+
+/// JSON with sorted keys.
+fn sorted(value: &serde_json::Value) -> String {
+    use serde_json::Value;
+    match value {
+        Value::Object(map) => {
+            let sorted: BTreeMap<_, _> = map.iter().collect();
+            let members: Vec<String> =
+                sorted.iter().map(|(k, v)| format!("{}:{}", serde_json::to_string(k).unwrap(), self::sorted(v))).collect();
+            format!("{{{}}}", members.join(","))
+        }
+        Value::Array(items) => format!("[{}]", items.iter().map(sorted).collect::<Vec<_>>().join(",")),
+        other => other.to_string(),
+    }
+}
+
+fn lines(spans: &[Span]) -> String {
+    spans.iter().map(|s| s.start.line.to_string()).collect::<Vec<_>>().join(",")
+}
+
+/// The bridge.
+pub struct Fake {
+    options: Options,
+    files: BTreeMap<String, String>,
+    images: BTreeMap<String, Box<serde_json::value::RawValue>>,
+    blocks: Mutex<Vec<String>>,
+}
+
+impl Fake {
+    fn add(&self, block: String) {
+        self.blocks.lock().unwrap().push(block);
+    }
+}
+
+/// The operations of a definition, one per line.
+fn dump(definition: &Definition) -> String {
+    let quote = |s: &str| shipway_dockerfile::quote(s);
+    let mut out = String::from("solve\n");
+    for op in &definition.ops {
+        let digest = Digest::of(op).to_string();
+        let metadata = definition.metadata.get(&digest).cloned().unwrap_or_default();
+        out += &format!("  {}", &digest[7..23]);
+        if let Some(name) = metadata.description.get("llb.customname") {
+            out += &format!(" {}", quote(name));
+        }
+        if let Some(command) = metadata.description.get("com.docker.dockerfile.v1.command") {
+            out += &format!(" cmd={}", quote(command));
+        }
+        if metadata.ignore_cache {
+            out += " ignore";
+        }
+        if metadata.resources.is_some() {
+            out += " resources";
+        }
+        for (_, spans) in definition.source.iter().flat_map(|s| s.find(&digest)) {
+            out += &format!(" @{}", lines(spans));
+        }
+        out += &format!(" {}\n", metadata.caps.into_iter().collect::<Vec<_>>().join(" "));
+    }
+    out
+}
+
+#[async_trait]
+impl Bridge for Fake {
+    fn options(&self) -> &Options {
+        &self.options
+    }
+
+    fn session(&self) -> &str {
+        "sess"
+    }
+
+    fn platforms(&self) -> Vec<Platform> {
+        vec![Platform::new("linux", "amd64", ""), Platform::new("linux", "386", "")]
+    }
+
+    async fn solve(&self, request: SolveRequest) -> Result<FrontendResult> {
+        if !request.frontend.is_empty() {
+            return Err(Fault::unknown(format!("frontend {} of {}", request.frontend, request.options["source"])));
+        }
+        let Some(definition) = request.definition else {
+            self.add("solve\n".into());
+            return Ok(FrontendResult::of(None));
+        };
+        self.add(dump(&definition));
+        let caps: Caps = shipway_llb::caps::LLB.iter().chain(shipway_llb::caps::LLB_MISSING).copied().collect();
+        let graph = Graph::decode(&definition, &caps, &Platform::host())?;
+        if std::env::var_os("OPS").is_some() {
+            for vertex in &graph.vertices {
+                eprintln!("{} {:?} {:?}", &vertex.digest.hex()[..16], vertex.op, vertex.inputs);
+            }
+        }
+        let local = graph.vertices.iter().find_map(|v| match &v.op {
+            Op::Source(s) => s.identifier.strip_prefix("local://").map(str::to_owned),
+            _ => None,
+        });
+        let prefix = local.filter(|l| l != "context" && l != "dockerfile").map(|l| format!("{l}/")).unwrap_or_default();
+        Ok(FrontendResult::of(Some(Arc::new(FakeRef { files: self.files.clone(), prefix }))))
+    }
+
+    async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta> {
+        let name = request.identifier.split_once("://").unwrap().1.to_owned();
+        if request.git_objects {
+            self.add(format!("resolve {} {}\n", request.identifier, shipway_dockerfile::quote(&request.log_name)));
+            let commit_object = "commit 1\0tree 1\ncommitter a b <a@b> 1700000000 +0100\n\nwhy\n".into();
+            return Ok(SourceMeta { git: Some(GitMeta { commit_object, ..GitMeta::default() }), ..SourceMeta::default() });
+        }
+        let platform = request.platform.map(|p| p.to_string()).unwrap_or_default();
+        self.add(format!("resolve {name} {platform} {}\n", shipway_dockerfile::quote(&request.log_name)));
+        let config = self.images.get(&format!("{name} {platform}")).or_else(|| self.images.get(&name));
+        let config = config.ok_or_else(|| Fault::not_found(format!("{name}: not found")))?;
+        let image = ResolvedImage { digest: Digest::of(&name), name, config: config.get().to_owned().into() };
+        Ok(SourceMeta { image: Some(image), ..SourceMeta::default() })
+    }
+
+    async fn inputs(&self) -> Result<BTreeMap<String, Definition>> {
+        Ok(BTreeMap::new())
+    }
+
+    async fn local_names(&self, local: &str, session: &str, dir: &str) -> Result<Vec<String>> {
+        assert_eq!((local, session), ("context", "sess"));
+        Ok(self.files.get(&format!("names {dir}")).map(|n| n.lines().map(str::to_owned).collect()).unwrap_or_default())
+    }
+
+    async fn warn(&self, warning: Warning) -> Result<()> {
+        self.add(format!("warn {} {} {}\n", warning.short, warning.url, lines(&warning.spans)));
+        Ok(())
+    }
+}
+
+struct FakeRef {
+    files: BTreeMap<String, String>,
+    prefix: String,
+}
+
+#[async_trait]
+impl BuildRef for FakeRef {
+    fn id(&self) -> &str {
+        ""
+    }
+
+    fn definition(&self) -> Option<&Definition> {
+        None
+    }
+
+    async fn evaluate(&self) -> Result<()> {
+        Ok(())
+    }
+
+    async fn read_file(&self, path: &str, _range: Option<(u64, u64)>) -> Result<Bytes> {
+        match self.files.get(&format!("{}{path}", self.prefix)) {
+            Some(text) => Ok(text.clone().into()),
+            None => Err(Fault::not_found(format!("open {path}: no such file or directory"))),
+        }
+    }
+
+    async fn read_dir(&self, _path: &str, _include: Option<&str>) -> Result<Vec<FileStat>> {
+        Err(Fault::unimplemented("read_dir"))
+    }
+
+    async fn stat_file(&self, _path: &str) -> Result<FileStat> {
+        Err(Fault::unimplemented("stat_file"))
+    }
+
+    fn as_any(&self) -> &(dyn Any + Send + Sync) {
+        self
+    }
+}

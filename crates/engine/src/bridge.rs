@@ -1,0 +1,366 @@
+//! The engine's side of the bridge: one build's view of everything.
+
+use crate::{
+    caches,
+    container::EngineContainer,
+    engine::EngineInner,
+    image_frontend,
+    policy::BuildPolicy,
+    provenance,
+    request::BuildRequest,
+    state::{EngineRef, LeftRef},
+    trail::{Asked, Produced, Trail},
+    vertices,
+};
+use async_trait::async_trait;
+use shipway_attest::ImageSource;
+use shipway_fault::{Context as _, Fault, Result};
+use shipway_frontend::{
+    Bridge, BuildRef, Container, ContainerRequest, Explain, Frontend as _, FrontendResult, GitMeta, HttpMeta, Options, ResolveMode,
+    ResolvedImage, SolveRequest, SourceMeta, SourceRequest, Warning,
+};
+use shipway_llb::{Caps, Definition, Graph, SourceOp, SourcePolicy};
+use shipway_oci::{Digest, Platform};
+use shipway_ops::{JobData, LlbOp};
+use shipway_progress::{Event, Journal, SourceSpan, WarningUpdate};
+use shipway_remotecache::{Attached, CacheRequest};
+use shipway_solver::Job;
+use shipway_sources::{ResolveWant, SourceContext, SourceSpec};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::SystemTime,
+};
+
+/// What all bridges and states of one build share. The job ends with it.
+pub(crate) struct BuildScope {
+    pub(crate) engine: Arc<EngineInner>,
+    pub(crate) id: String,
+    pub(crate) session: String,
+    /// What it brings to its vertices.
+    pub(crate) data: JobData,
+    pub(crate) job: Job<LlbOp>,
+    pub(crate) journal: Journal,
+    /// What it may use.
+    pub(crate) policy: BuildPolicy,
+    /// What its provenance is called.
+    pub(crate) invocation: String,
+    /// When it began.
+    pub(crate) started: SystemTime,
+    /// Which version of the exporters' defaults it wants.
+    pub(crate) compatibility: i64,
+    finished: OnceLock<SystemTime>,
+    next_ref: AtomicU64,
+    imports: Mutex<Imports>,
+    explainers: Mutex<Vec<Arc<dyn Explain>>>,
+    produced: Mutex<Vec<Produced>>,
+}
+
+/// What is asked of a source besides its name.
+#[derive(Default)]
+pub(crate) struct SourceQuery {
+    pub(crate) platform: Option<Platform>,
+    pub(crate) log_name: String,
+    pub(crate) mode: ResolveMode,
+    pub(crate) want: ResolveWant,
+}
+
+/// Caches of one build.
+#[derive(Default)]
+struct Imports {
+    asked: Vec<CacheRequest>,
+    attached: Vec<Attached>,
+}
+
+impl BuildScope {
+    /// Whether nobody in this build has asked for the cache yet.
+    pub(crate) fn wants_import(&self, request: &CacheRequest) -> bool {
+        let mut imports = self.imports.lock().unwrap_or_else(PoisonError::into_inner);
+        let fresh = !imports.asked.contains(request);
+        if fresh {
+            imports.asked.push(request.clone());
+        }
+        fresh
+    }
+
+    /// Keeps an imported cache until the build ends.
+    pub(crate) fn hold(&self, attached: Attached) {
+        self.imports.lock().unwrap_or_else(PoisonError::into_inner).attached.push(attached);
+    }
+
+    pub(crate) fn new(engine: Arc<EngineInner>, request: &BuildRequest, data: JobData, job: Job<LlbOp>, journal: Journal) -> Self {
+        let started = SystemTime::now();
+        Self {
+            engine,
+            id: request.id.clone(),
+            session: request.session.clone(),
+            policy: request.policy.clone(),
+            data,
+            job,
+            journal,
+            invocation: Digest::of(format!("{}\n{started:?}", request.id)).hex()[..25].to_owned(),
+            started,
+            compatibility: request.compatibility,
+            finished: OnceLock::new(),
+            next_ref: AtomicU64::new(0),
+            imports: Mutex::default(),
+            explainers: Mutex::default(),
+            produced: Mutex::default(),
+        }
+    }
+
+    /// When it was done with everything but writing.
+    pub(crate) fn finished(&self) -> SystemTime {
+        *self.finished.get_or_init(SystemTime::now)
+    }
+
+    /// An id for another state.
+    pub(crate) fn ref_id(&self) -> String {
+        format!("{}-{}", self.id, self.next_ref.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Keeps a producer known until the build ends.
+    pub(crate) fn hold_producer(&self, produced: Produced) {
+        self.produced.lock().unwrap_or_else(PoisonError::into_inner).push(produced);
+    }
+
+    /// Remembers who can say more about failures of this build.
+    fn learn(&self, result: &mut FrontendResult) {
+        if let Some(explain) = result.explain.take() {
+            self.explainers.lock().unwrap_or_else(PoisonError::into_inner).push(explain);
+        }
+    }
+
+    /// The fault with the hints that the build's frontends have for it.
+    pub(crate) async fn explain(self: &Arc<Self>, mut fault: Fault) -> Fault {
+        let explainers = self.explainers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let trail = Trail::root(Asked::default());
+        let bridge = EngineBridge { scope: self.clone(), options: Options::default(), inputs: BTreeMap::new(), depth: 0, trail };
+        for explain in explainers {
+            fault = explain.explain(&bridge, fault).await;
+        }
+        fault
+    }
+
+    /// The lazy state of a definition, asked for by `trail`.
+    pub(crate) async fn state(
+        self: &Arc<Self>,
+        definition: Definition,
+        policies: &[SourcePolicy],
+        trail: &Arc<Trail>,
+    ) -> Result<Arc<EngineRef>> {
+        let caps = Caps::llb();
+        let platform = &self.engine.parts.platforms[0];
+        let graph = Graph::decode(&definition, &caps, platform)?;
+        let (definition, graph) = match self.checked(definition.clone(), &graph, policies).await? {
+            Some(changed) => {
+                let graph = Graph::decode(&changed, &caps, platform)?;
+                (changed, graph)
+            }
+            None => (definition, graph),
+        };
+        // Each build is asked, whoever runs the vertex in the end: a shared or cached result needs the permission too.
+        for vertex in &graph.vertices {
+            self.data.entitlements.check(&vertex.op)?;
+        }
+        let made = vertices::of_graph(&graph, &self.engine.parts.services, false);
+        let state = Arc::new(EngineRef::new(definition, made, trail, self.clone()));
+        trail.note_state(state.clone());
+        Ok(state)
+    }
+}
+
+impl BuildScope {
+    /// Metadata of a source that may be used.
+    pub(crate) async fn resolve(&self, source: SourceOp, query: SourceQuery) -> Result<SourceMeta> {
+        let platform = query.platform.unwrap_or_else(|| self.engine.parts.platforms[0].clone());
+        let mut attrs = source.attrs.clone();
+        let mode = match query.mode {
+            ResolveMode::Default => None,
+            ResolveMode::ForcePull => Some("pull"),
+            ResolveMode::PreferLocal => Some("local"),
+        };
+        if let Some(mode) = mode {
+            attrs.entry("image.resolvemode".into()).or_insert_with(|| mode.into());
+        }
+        let name = if query.log_name.is_empty() { format!("resolve {}", source.identifier) } else { query.log_name };
+        let reporter = self.journal.reporter(Digest::of(format!("{}\n{name}", self.id)), name);
+        reporter.started();
+        let cx = SourceContext { sessions: self.data.sessions.clone(), reporter: reporter.clone(), memo: self.data.memo.clone() };
+        let spec = SourceSpec { identifier: source.identifier.clone(), attrs, platform };
+        let resolved = self.engine.parts.services.sources.resolve(&spec, query.want, &cx).await;
+        reporter.completed(resolved.as_ref().err().map(ToString::to_string));
+        let resolved = resolved?;
+        Ok(SourceMeta {
+            identifier: source.identifier,
+            attrs: source.attrs,
+            image: resolved.image.map(|i| ResolvedImage { name: i.name, digest: i.digest, config: i.config }),
+            git: resolved.git.map(|g| GitMeta {
+                checksum: g.checksum,
+                reference: g.reference,
+                commit_checksum: g.commit_checksum,
+                commit_object: g.objects.commit,
+                tag_object: g.objects.tag,
+            }),
+            http: resolved.http.map(|h| HttpMeta {
+                digest: h.digest,
+                filename: h.filename,
+                last_modified: h.last_modified,
+                other: h.other,
+            }),
+        })
+    }
+}
+
+/// The bridge of one frontend of a build: a nested frontend has options and inputs of its own.
+pub(crate) struct EngineBridge {
+    pub(crate) scope: Arc<BuildScope>,
+    pub(crate) options: Options,
+    pub(crate) inputs: BTreeMap<String, Definition>,
+    /// How many frontends called each other up to here.
+    pub(crate) depth: usize,
+    /// What was asked through it.
+    pub(crate) trail: Arc<Trail>,
+}
+
+/// Frontends may call frontends this deep.
+const MAX_DEPTH: usize = 16;
+
+impl EngineBridge {
+    async fn run_frontend(&self, request: SolveRequest) -> Result<FrontendResult> {
+        if self.depth >= MAX_DEPTH {
+            return Err(Fault::invalid(format!("frontends called each other more than {MAX_DEPTH} deep")));
+        }
+        let parts = &self.scope.engine.parts;
+        let (name, image) = match (request.frontend.as_str(), request.options.get("source")) {
+            // An image of the official Dockerfile frontend is served by the in-house one, which speaks the same language.
+            ("gateway.v0", Some(source)) if source == "dockerfile.v0" || is_dockerfile_image(source) => ("dockerfile.v0", None),
+            ("gateway.v0", Some(source)) => ("gateway.v0", Some(source.clone())),
+            ("gateway.v0", None) => return Err(Fault::invalid("no source specified for gateway")),
+            (other, _) => (other, None),
+        };
+        let frontend = if name == "dockerfile.v0" { parts.dockerfile.as_ref() } else { None };
+        if frontend.is_none() && image.is_none() {
+            return Err(Fault::not_found(format!("invalid frontend: {}", request.frontend)));
+        }
+        let asked = Asked { frontend: request.frontend, options: request.options.clone(), inputs: request.inputs.clone() };
+        let trail = self.trail.nested(asked);
+        let bridge = EngineBridge {
+            scope: self.scope.clone(),
+            options: request.options,
+            inputs: request.inputs,
+            depth: self.depth + 1,
+            trail: trail.clone(),
+        };
+        let mut result = match (frontend, image) {
+            (Some(frontend), _) => frontend.run(Arc::new(bridge)).await?,
+            (None, image) => Box::pin(image_frontend::run(self, &image.unwrap_or_default(), bridge)).await?,
+        };
+        self.trail.adopt(trail);
+        self.scope.learn(&mut result);
+        Ok(result)
+    }
+}
+
+/// Whether `source` names an image of docker/dockerfile.
+fn is_dockerfile_image(source: &str) -> bool {
+    source
+        .parse::<shipway_oci::ImageName>()
+        .is_ok_and(|n| n.registry() == "docker.io" && ["docker/dockerfile", "docker/dockerfile-upstream"].contains(&n.repository()))
+}
+
+#[async_trait]
+impl Bridge for EngineBridge {
+    fn options(&self) -> &Options {
+        &self.options
+    }
+
+    fn session(&self) -> &str {
+        &self.scope.session
+    }
+
+    fn platforms(&self) -> Vec<Platform> {
+        self.scope.engine.parts.platforms.clone()
+    }
+
+    async fn solve(&self, request: SolveRequest) -> Result<FrontendResult> {
+        if request.definition.is_some() && !request.frontend.is_empty() {
+            return Err(Fault::invalid("cannot solve with both Definition and Frontend specified"));
+        }
+        let imports: Vec<CacheRequest> =
+            request.cache_imports.iter().map(|c| CacheRequest { kind: c.kind.clone(), attrs: c.attrs.clone() }).collect();
+        caches::import_all(&self.scope, &imports).await;
+        let evaluate = request.evaluate;
+        let result = match request.definition.clone() {
+            Some(definition) if definition.ops.is_empty() => FrontendResult::of(None),
+            Some(definition) => {
+                FrontendResult::of(Some(self.scope.state(definition, &request.policies, &self.trail).await? as Arc<dyn BuildRef>))
+            }
+            None if request.frontend.is_empty() => FrontendResult::of(None),
+            None => self.run_frontend(request).await?,
+        };
+        if evaluate {
+            futures::future::try_join_all(result.states().map(|s| s.evaluate())).await?;
+        }
+        for state in result.states().filter_map(|s| s.as_any().downcast_ref::<EngineRef>()) {
+            if let Some(trail) = state.trail.upgrade() {
+                provenance::announce(&self.scope, &trail, state).await?;
+            }
+        }
+        Ok(result)
+    }
+
+    async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta> {
+        let source = SourceOp { identifier: request.identifier, attrs: request.attrs };
+        let source = self.scope.check(source, request.platform.as_ref(), &request.policies).await;
+        let source = source.context(|| "could not resolve image due to policy")?;
+        let asked_for = request.platform.clone();
+        let query = SourceQuery {
+            platform: request.platform,
+            log_name: request.log_name,
+            mode: request.mode,
+            want: ResolveWant { git_objects: request.git_objects, http_checksum: request.http_checksum },
+        };
+        let meta = self.scope.resolve(source, query).await?;
+        if let Some(image) = &meta.image {
+            let layout = meta.identifier.strip_prefix("oci-layout://");
+            let reference = layout.or_else(|| meta.identifier.strip_prefix("docker-image://")).unwrap_or(&meta.identifier);
+            if let Ok(name) = reference.parse() {
+                let digest = Some(image.digest);
+                self.trail.note_image(ImageSource { name, platform: asked_for, digest, local: layout.is_some() });
+            }
+        }
+        Ok(meta)
+    }
+
+    async fn inputs(&self) -> Result<BTreeMap<String, Definition>> {
+        Ok(self.inputs.clone())
+    }
+
+    async fn local_names(&self, local: &str, session: &str, dir: &str) -> Result<Vec<String>> {
+        self.scope.engine.parts.services.sources.local_names(local, session, dir, &self.scope.data.sessions).await
+    }
+
+    fn left_by(&self, fault: &Fault) -> Vec<Arc<dyn BuildRef>> {
+        LeftRef::of(fault)
+    }
+
+    async fn new_container(&self, request: ContainerRequest) -> Result<Arc<dyn Container>> {
+        Ok(Arc::new(EngineContainer::new(&self.scope, request).await?))
+    }
+
+    async fn warn(&self, warning: Warning) -> Result<()> {
+        self.scope.journal.push(Event::Warning(Arc::new(WarningUpdate {
+            vertex: warning.vertex.unwrap_or_else(|| Digest::of(&self.scope.id)),
+            level: if warning.level == 0 { 1 } else { warning.level },
+            short: warning.short,
+            detail: warning.detail,
+            url: warning.url,
+            source: warning.file.map(|file| SourceSpan { file, spans: warning.spans }),
+        })));
+        Ok(())
+    }
+}

@@ -1,0 +1,174 @@
+//! From a frontend's result to exporters.
+
+use crate::{bridge::BuildScope, caches, state};
+use base64::Engine as _;
+use shipway_exporters::{ExportContext, ExportInput, ExportPlatform, Exporter, Response};
+use shipway_fault::{Context as _, Fault, Result};
+use shipway_frontend::{BuildRef, FrontendResult};
+use shipway_oci::{Descriptor, Digest, Platform};
+use shipway_remotecache::CacheRequest;
+use shipway_session::SessionId;
+use std::{collections::BTreeMap, sync::Arc};
+
+/// `refs.platforms` of a frontend's metadata.
+#[derive(serde::Deserialize)]
+struct Platforms {
+    #[serde(rename = "Platforms", default)]
+    platforms: Option<Vec<PlatformEntry>>,
+}
+
+#[derive(serde::Deserialize)]
+struct PlatformEntry {
+    #[serde(rename = "ID", default)]
+    id: String,
+    #[serde(rename = "Platform")]
+    platform: Platform,
+}
+
+/// One platform's id, platform and unsolved state.
+type Wanted<'a> = (String, Platform, &'a Option<Arc<dyn BuildRef>>);
+
+pub(crate) async fn state_of(scope: &BuildScope, state: &Option<Arc<dyn BuildRef>>) -> Result<shipway_refs::ImmutableRef> {
+    match state {
+        None => scope.engine.parts.services.refs.scratch(),
+        Some(r) => state::state_of(r.as_ref()).await,
+    }
+}
+
+/// Solves everything in `result`, all platforms at once.
+pub(crate) async fn solve_all(scope: &BuildScope, result: &FrontendResult) -> Result<ExportInput> {
+    let listed = listed(result)?;
+    let mut wanted: Vec<Wanted<'_>> = Vec::new();
+    match (&result.single, listed) {
+        (Some(state), listed) => {
+            let entry = listed.and_then(|l| l.into_iter().next());
+            let platform = match entry {
+                Some(e) => (e.id, e.platform),
+                None => (
+                    scope.engine.parts.platforms[0].to_string(),
+                    config_platform(result)?.unwrap_or_else(|| scope.engine.parts.platforms[0].clone()),
+                ),
+            };
+            wanted.push((platform.0, platform.1, state));
+        }
+        (None, None) if result.map.is_empty() => {}
+        (None, None) => return Err(Fault::invalid("unable to export multiple refs, missing platforms mapping")),
+        (None, Some(listed)) => {
+            for e in listed {
+                let state = result.map.get(&e.id).ok_or_else(|| Fault::invalid(format!("failed to find ref for ID {}", e.id)))?;
+                wanted.push((e.id, e.platform, state));
+            }
+        }
+    }
+    let solved = futures::future::try_join_all(wanted.iter().map(|(_, _, state)| state_of(scope, state))).await?;
+    let platforms = wanted.into_iter().zip(solved).map(|((id, platform, _), state)| ExportPlatform { id, platform, state }).collect();
+    let attestations = BTreeMap::new();
+    Ok(ExportInput { platforms, is_map: result.single.is_none(), metadata: result.metadata.clone(), attestations })
+}
+
+/// The platforms that the frontend lists, checked as clients expect it (row `ex.c.platforms`).
+fn listed(result: &FrontendResult) -> Result<Option<Vec<PlatformEntry>>> {
+    let Some(json) = result.metadata.get("refs.platforms") else { return Ok(None) };
+    let parsed: Option<Platforms> =
+        serde_json::from_slice(json).map_err(|e| Fault::invalid(format!("failed to parse platforms passed to exporter: {e}")))?;
+    let entries = parsed.and_then(|p| p.platforms).unwrap_or_default();
+    if entries.is_empty() {
+        return Err(Fault::invalid("invalid empty platforms index for exporter"));
+    }
+    for entry in &entries {
+        if entry.id.is_empty() {
+            return Err(Fault::invalid("invalid empty platform key for exporter"));
+        }
+        if entry.platform.os.is_empty() || entry.platform.architecture.is_empty() {
+            return Err(Fault::invalid(format!("invalid platform value {} for exporter", entry.platform)));
+        }
+    }
+    Ok(Some(entries))
+}
+
+fn config_platform(result: &FrontendResult) -> Result<Option<Platform>> {
+    let Some(json) = result.metadata.get("containerimage.config") else { return Ok(None) };
+    // What is no config at all is for the exporter to refuse.
+    let Ok(Some(config)) = serde_json::from_slice::<Option<shipway_oci::ImageConfig>>(json) else { return Ok(None) };
+    match (config.os.is_empty(), config.architecture.is_empty()) {
+        (true, true) => Ok(None),
+        (false, false) => Ok(Some(config.platform())),
+        _ => Err(Fault::invalid("invalid image config: os and architecture must be specified together")),
+    }
+}
+
+/// The exporters that the client wants now that it can look at the result (row `cb.exporter`).
+pub(crate) async fn chosen_by_client(scope: &BuildScope, result: &FrontendResult) -> Result<Vec<Arc<dyn Exporter>>> {
+    let session = scope.engine.parts.sessions.get(&SessionId::new(&scope.session)).await?;
+    let states = result.single.iter().flatten().chain(result.map.values().flatten());
+    let refs = states.map(|s| s.id().to_owned()).collect();
+    let chosen = session.find_exporters(result.metadata.clone(), refs).await?;
+    chosen.iter().map(|(kind, attrs)| scope.engine.parts.exporters.resolve(kind, attrs)).collect()
+}
+
+/// Runs one exporter under its own vertex (row `ex.vertex`).
+async fn run_one(scope: &BuildScope, index: usize, exporter: &Arc<dyn Exporter>, input: ExportInput) -> Result<Response> {
+    let digest = Digest::of(format!("{}-export-{index}", scope.session));
+    let reporter = scope.journal.reporter(digest, exporter.name());
+    reporter.started();
+    let cx = ExportContext {
+        build: scope.id.clone(),
+        index,
+        session: scope.session.clone(),
+        sessions: scope.data.sessions.clone(),
+        reporter: reporter.clone(),
+    };
+    let response = exporter.export(input, &cx).await;
+    reporter.completed(response.as_ref().err().map(ToString::to_string));
+    response.context(|| exporter.name().to_owned())
+}
+
+/// Runs all exporters; their answers share one map (row `ex.multi`). Besides it, what each wrote into the content store, by exporter.
+pub(crate) async fn run_all(
+    scope: &BuildScope,
+    exporters: &[Arc<dyn Exporter>],
+    caches: &[CacheRequest],
+    input: &ExportInput,
+) -> Result<(Response, BTreeMap<usize, Descriptor>)> {
+    let each = exporters.iter().enumerate().map(|(i, e)| async move {
+        let input = caches::inline(scope, caches, e.as_ref(), input.clone()).await?;
+        run_one(scope, i, e, input).await
+    });
+    let (mut all, mut written) = (Response::new(), BTreeMap::new());
+    for (index, response) in futures::future::try_join_all(each).await?.into_iter().enumerate() {
+        written.extend(descriptor(&response).map(|d| (index, d)));
+        all.extend(response);
+    }
+    Ok((all, written))
+}
+
+/// What an exporter says it wrote (row `ex.resp.desc`).
+fn descriptor(response: &Response) -> Option<Descriptor> {
+    let json = base64::engine::general_purpose::STANDARD.decode(response.get("containerimage.descriptor")?).ok()?;
+    serde_json::from_slice(&json).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn result(key: &str, value: &str) -> FrontendResult {
+        FrontendResult { metadata: [(key.to_owned(), value.as_bytes().to_vec())].into(), ..FrontendResult::default() }
+    }
+
+    #[test]
+    fn platforms_are_checked_in_words_that_clients_know() {
+        for (json, want) in [
+            ("null", "invalid empty platforms index for exporter"),
+            (r#"{"Platforms":[]}"#, "invalid empty platforms index for exporter"),
+            (r#"{"Platforms":[{"Platform":{"os":"linux","architecture":"amd64"}}]}"#, "invalid empty platform key for exporter"),
+            (r#"{"Platforms":[{"ID":"a","Platform":{"os":"","architecture":"amd64"}}]}"#, "invalid platform value"),
+            (r#"{"Platforms":[{"ID":"a","Platform":{"os":"linux","architecture":"amd64"}}]}"#, ""),
+        ] {
+            let said = listed(&result("refs.platforms", json)).err().map(|e| e.to_string()).unwrap_or_default();
+            assert!(said.contains(want) && said.is_empty() == want.is_empty(), "{json}: {said}");
+        }
+        assert!(config_platform(&result("containerimage.config", r#"{"os":"linux"}"#)).is_err());
+        assert_eq!(config_platform(&result("containerimage.config", "null")).unwrap(), None);
+    }
+}

@@ -1,0 +1,246 @@
+//! Frontends out of images (rows `fe.gateway*`): the image's process speaks LLBBridge over its standard input and output.
+
+use crate::{
+    bridge::{EngineBridge, SourceQuery},
+    container::EngineContainer,
+};
+use shipway_executor::{ExitStatus, Outlet, Output, Stream, Wires};
+use shipway_fault::{Context as _, Detail, Fault, Result};
+use shipway_frontend::{BuildRef, Container as _, ContainerMount, ContainerProcess, ContainerRequest, FrontendResult, Options};
+use shipway_gateway::GatewayBuild;
+use shipway_llb::{Definition, MarshalOptions, Mount, NetMode, SourceOp, State};
+use shipway_oci::{ImageConfig, ImageName, Platform};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
+    sync::mpsc,
+};
+
+/// Bytes under way between us and a frontend.
+const PIPE: usize = 256 << 10;
+const CHUNK: usize = 64 << 10;
+/// Pieces that wait for a slow frontend.
+const QUEUE: usize = 16;
+/// How long a frontend that has returned its result may take to end.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// Lines of its standard error that are shown when it fails.
+const LAST_WORDS: usize = 10;
+
+/// An image that is a frontend.
+struct FrontendImage {
+    name: ImageName,
+    config: ImageConfig,
+    platform: Platform,
+}
+
+/// Names in a comma separated list, without what follows a `+`.
+fn caps(list: Option<&String>) -> BTreeSet<&str> {
+    let names = list.map_or("", String::as_str).split(',').map(|c| c.split('+').next().unwrap_or_default());
+    names.filter(|c| !c.is_empty()).collect()
+}
+
+impl FrontendImage {
+    async fn resolve(bridge: &EngineBridge, source: &str) -> Result<Self> {
+        let scope = &bridge.scope;
+        let name: ImageName = source.parse().map_err(|e| Fault::invalid(format!("{source:?} cannot name a frontend's image: {e}")))?;
+        let platform = scope.engine.parts.platforms[0].clone();
+        let asked = SourceOp { identifier: format!("docker-image://{name}"), attrs: BTreeMap::new() };
+        let asked = scope.check(asked, Some(&platform), &[]).await?;
+        let query = SourceQuery { platform: Some(platform.clone()), log_name: String::new(), ..SourceQuery::default() };
+        let meta = scope.resolve(asked, query).await?;
+        let image = meta.image.ok_or_else(|| Fault::internal("an image was resolved without its config"))?;
+        let config = serde_json::from_slice(&image.config).map_err(|e| Fault::invalid(format!("read the config of {name}: {e}")))?;
+        Ok(Self { name: name.with_digest(image.digest), config, platform })
+    }
+
+    /// The frontend must know what it is asked for (row `fe.caps`).
+    fn check_caps(&self, options: &Options, has_inputs: bool) -> Result<()> {
+        let has = caps(self.config.config.labels.get("moby.buildkit.frontend.caps"));
+        let inputs = has_inputs.then_some("moby.buildkit.frontend.inputs");
+        match caps(options.get("frontend.caps")).into_iter().chain(inputs).find(|c| !has.contains(c)) {
+            None => Ok(()),
+            Some(lacking) => Err(Fault::new(shipway_fault::Code::Unimplemented, format!("unsupported frontend capability {lacking}"))
+                .detail(Detail::FrontendCap(lacking.to_owned()))),
+        }
+    }
+
+    fn definition(&self) -> Result<Definition> {
+        let extra = BTreeMap::from([("image.recordtype".to_owned(), "frontend".to_owned())]);
+        let state = State::image(&self.name.to_string(), "", extra, Default::default());
+        state.marshal(&MarshalOptions { platform: self.platform.clone(), caps: None, local_unique_id: String::new() })
+    }
+
+    fn process(&self, options: &Options, session: &str, platforms: &[Platform]) -> Result<ContainerProcess> {
+        let config = &self.config.config;
+        let mut env = config.env.clone();
+        env.extend(options.iter().enumerate().map(|(i, (k, v))| format!("BUILDKIT_FRONTEND_OPT_{i}={k}={v}")));
+        let workers = serde_json::json!([{ "id": "shipway", "labels": {}, "platforms": platforms }]);
+        env.push(format!("BUILDKIT_SESSION_ID={session}"));
+        env.push(format!("BUILDKIT_WORKERS={workers}"));
+        env.push("BUILDKIT_EXPORTEDPRODUCT=".to_owned());
+        let args = config.entrypoint.clone().filter(|e| !e.is_empty()).unwrap_or_else(|| vec!["/run".to_owned()]);
+        Ok(ContainerProcess {
+            args,
+            env,
+            cwd: config.working_dir.clone(),
+            remove_mount_stubs_recursive: true,
+            ..ContainerProcess::default()
+        })
+    }
+
+    fn network(&self) -> NetMode {
+        match self.config.config.labels.get("moby.buildkit.frontend.network.none").map(String::as_str) {
+            Some("1" | "t" | "T" | "true" | "TRUE" | "True") => NetMode::None,
+            _ => NetMode::Unset,
+        }
+    }
+}
+
+/// The last lines of what a frontend said that nobody was meant to read.
+#[derive(Default)]
+struct LastWords(Mutex<VecDeque<String>>);
+
+impl LastWords {
+    fn add(&self, bytes: &[u8]) {
+        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for line in String::from_utf8_lossy(bytes).lines().filter(|l| !l.trim().is_empty()) {
+            tracing::debug!("frontend: {line}");
+            lines.push_back(line.chars().take(500).collect());
+            if lines.len() > LAST_WORDS {
+                lines.pop_front();
+            }
+        }
+    }
+
+    fn hint(&self, fault: Fault) -> Fault {
+        let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().fold(fault, |f, line| f.hint(format!("the frontend said: {line}")))
+    }
+}
+
+/// Carries bytes between our end of a pipe and a process.
+async fn carry(ours: DuplexStream, to: mpsc::Sender<bytes::Bytes>, mut from: mpsc::Receiver<Output>, words: &LastWords) {
+    let (mut read, mut write) = tokio::io::split(ours);
+    let there = async {
+        let mut buffer = bytes::BytesMut::new();
+        loop {
+            buffer.reserve(CHUNK);
+            match read.read_buf(&mut buffer).await {
+                Ok(0) | Err(_) => break,
+                Ok(_) if to.send(buffer.split().freeze()).await.is_err() => break,
+                Ok(_) => {}
+            }
+        }
+        drop(to);
+    };
+    let back = async {
+        while let Some(Output { stream, bytes }) = from.recv().await {
+            match stream {
+                Stream::Stdout if write.write_all(&bytes).await.is_err() => break,
+                Stream::Stdout => {}
+                Stream::Stderr => words.add(&bytes),
+            }
+        }
+        let _ = write.shutdown().await;
+    };
+    tokio::join!(there, back);
+}
+
+/// Runs the frontend in the image `source`, which gets `inner` as its bridge.
+pub(crate) async fn run(bridge: &EngineBridge, source: &str, inner: EngineBridge) -> Result<FrontendResult> {
+    let doing = || format!("run the frontend {source}");
+    let image = FrontendImage::resolve(bridge, source).await.context(doing)?;
+    image.check_caps(&inner.options, !inner.inputs.is_empty())?;
+    let scope = bridge.scope.clone();
+    let state = scope.state(image.definition()?, &[], &bridge.trail).await.context(doing)?;
+    let asked = ContainerRequest {
+        name: format!("frontend {}", image.name),
+        mounts: vec![ContainerMount { mount: Mount { dest: "/".into(), ..Mount::default() }, state: Some(state as Arc<dyn BuildRef>) }],
+        network: image.network(),
+        ..ContainerRequest::default()
+    };
+    let container = EngineContainer::new(&scope, asked).await.context(doing)?;
+    let process = image.process(&inner.options, &scope.session, &scope.engine.parts.platforms)?;
+    let (build, returned) = GatewayBuild::new(Arc::new(inner));
+    let ((theirs, ours), words) = (tokio::io::duplex(PIPE), LastWords::default());
+    let (to, input) = mpsc::channel(QUEUE);
+    let (output, from) = mpsc::channel(QUEUE);
+    let wires = Wires { input: Some(input), output: Outlet::Queue(output), control: None, started: None };
+    let end = container.start(process, wires);
+    let serve = shipway_gateway::serve(build.clone(), theirs);
+    let work = async {
+        let (ended, (), _) = tokio::join!(end, carry(ours, to, from, &words), serve);
+        ended
+    };
+    let result = outcome(work, returned).await;
+    build.release_containers().await;
+    container.release().await;
+    // What it returned is its own business; that it returned nothing is ours to explain.
+    result.map_err(|fault| words.hint(fault).context(doing()))?
+}
+
+/// What the frontend returned, or why it returned nothing. One that has returned is not waited for for ever.
+async fn outcome(
+    work: impl Future<Output = Result<ExitStatus>>,
+    mut returned: tokio::sync::oneshot::Receiver<Result<FrontendResult>>,
+) -> Result<Result<FrontendResult>> {
+    let mut work = std::pin::pin!(work);
+    let ended = tokio::select! {
+        biased;
+        result = &mut returned => {
+            let _ = tokio::time::timeout(FAREWELL, work).await;
+            return result.map_err(|_| Fault::cancelled());
+        }
+        ended = &mut work => ended,
+    };
+    if let Ok(result) = returned.try_recv() {
+        return Ok(result);
+    }
+    match ended? {
+        ExitStatus { code: 0, .. } => Err(Fault::unknown("the frontend ended without a result")),
+        ExitStatus { code, .. } => Err(Fault::unknown(format!("exit code: {code}")).detail(Detail::Exit(code))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(labels: &[(&str, &str)]) -> FrontendImage {
+        let mut config = ImageConfig::default();
+        config.config.labels = labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        FrontendImage { name: "example.com/front:1".parse().unwrap(), config, platform: Platform::host() }
+    }
+
+    #[test]
+    fn a_frontend_is_asked_only_for_what_it_knows() {
+        let options = |caps: &str| Options::from([("frontend.caps".to_owned(), caps.to_owned())]);
+        let image = image(&[("moby.buildkit.frontend.caps", "moby.buildkit.frontend.inputs,moby.buildkit.frontend.contexts+forward")]);
+        image.check_caps(&options("moby.buildkit.frontend.contexts"), true).unwrap();
+        let lacking = image.check_caps(&options("moby.buildkit.frontend.subrequests"), false).unwrap_err();
+        assert_eq!(lacking.details(), [Detail::FrontendCap("moby.buildkit.frontend.subrequests".into())]);
+    }
+
+    #[test]
+    fn a_frontend_is_told_of_everything_in_its_environment() {
+        let options = Options::from([("a".to_owned(), "1".to_owned()), ("b".to_owned(), "x=y".to_owned())]);
+        let process = image(&[("moby.buildkit.frontend.network.none", "true")]).process(&options, "s", &[Platform::host()]).unwrap();
+        assert_eq!(process.args, ["/run"]);
+        assert!(process.env.contains(&"BUILDKIT_FRONTEND_OPT_1=b=x=y".to_owned()), "{:?}", process.env);
+        assert!(process.env.iter().any(|e| e.starts_with("BUILDKIT_WORKERS=[{")));
+    }
+
+    #[tokio::test]
+    async fn a_frontend_that_says_nothing_is_an_error() {
+        let (_sender, returned) = tokio::sync::oneshot::channel();
+        let said = outcome(async { Ok(ExitStatus { code: 3, ..Default::default() }) }, returned).await.err().unwrap();
+        assert_eq!(said.to_string(), "exit code: 3");
+        let (sender, returned) = tokio::sync::oneshot::channel();
+        assert!(sender.send(Ok(FrontendResult::of(None))).is_ok());
+        assert!(outcome(async { Ok(ExitStatus { code: 3, ..Default::default() }) }, returned).await.unwrap().is_ok());
+    }
+}

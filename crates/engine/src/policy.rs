@@ -1,0 +1,189 @@
+//! What a build may use: rules that came with the request, and a client that is asked about every source (rows `so.pol*`, `cb.policy`).
+
+use crate::bridge::{BuildScope, SourceQuery};
+use futures::future::try_join_all;
+use shipway_fault::{Context as _, Fault, Result};
+use shipway_frontend::{ResolveMode, SourceMeta};
+use shipway_llb::{Definition, Graph, Op, SourceOp, SourcePolicy, policy};
+use shipway_oci::{ImageName, Platform};
+use shipway_session::{GitFacts, HttpFacts, PolicyAnswer, PolicyFacts, PolicyQuestion, PolicySubject, Session, SessionId, denied};
+use shipway_sources::ResolveWant;
+use std::collections::HashMap;
+
+/// A client that asks more often than this about one source goes in a circle.
+const MAX_ROUNDS: usize = 10;
+
+/// The policy of one build.
+#[derive(Clone, Debug, Default)]
+pub struct BuildPolicy {
+    /// Rules of the request.
+    pub rules: SourcePolicy,
+    /// Session of the client that decides.
+    pub session: Option<String>,
+}
+
+impl BuildPolicy {
+    /// Whether everything is allowed as it is.
+    fn is_empty(&self) -> bool {
+        self.rules.is_empty() && self.session.is_none()
+    }
+}
+
+/// The identifier in the form that policies see.
+fn normalise(source: &mut SourceOp) {
+    if let Some(name) = source.identifier.strip_prefix("docker-image://").and_then(|n| n.parse::<ImageName>().ok()) {
+        source.identifier = format!("docker-image://{name}");
+    } else if let Some((address, fragment)) = source.identifier.split_once('#')
+        && address.starts_with("git://")
+        && let Some((reference, subdir)) = fragment.split_once(':')
+    {
+        // However it is written, a rule must meet the directory that will be taken.
+        let subdir = inside(subdir);
+        let colon = if subdir.is_empty() { "" } else { ":" };
+        let fragment = format!("{reference}{colon}{subdir}");
+        source.identifier = if fragment.is_empty() { address.to_owned() } else { format!("{address}#{fragment}") };
+    }
+}
+
+/// A path without detours, which leads nowhere but inside.
+fn inside(path: &str) -> String {
+    let mut parts = Vec::new();
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            part => parts.push(part),
+        }
+    }
+    parts.join("/")
+}
+
+impl BuildScope {
+    fn rules(&self, more: &[SourcePolicy]) -> Vec<SourcePolicy> {
+        let own = std::iter::once(&self.policy.rules);
+        own.chain(more).filter(|p| !p.is_empty()).cloned().collect()
+    }
+
+    /// `definition` with the sources that the policies make of its own.
+    pub(crate) async fn checked(&self, definition: Definition, graph: &Graph, more: &[SourcePolicy]) -> Result<Option<Definition>> {
+        if self.policy.is_empty() && more.is_empty() {
+            return Ok(None);
+        }
+        let sources = graph.vertices.iter().filter_map(|v| match &v.op {
+            Op::Source(source) => Some((v, source)),
+            _ => None,
+        });
+        let check = sources.map(|(vertex, source)| async move {
+            let after = self.check(source.clone(), Some(&vertex.platform), more).await?;
+            Ok::<_, Fault>((after != *source).then_some((vertex.digest, after)))
+        });
+        let changed = try_join_all(check).await.context(|| "failed to load LLB: error evaluating the source policy")?;
+        let changed: HashMap<_, _> = changed.into_iter().flatten().collect();
+        if changed.is_empty() { Ok(None) } else { graph.with_sources(&definition, &changed).map(Some) }
+    }
+
+    /// The source that the policies make of `source`, or why it is not allowed.
+    pub(crate) async fn check(&self, mut source: SourceOp, platform: Option<&Platform>, more: &[SourcePolicy]) -> Result<SourceOp> {
+        if self.policy.is_empty() && more.is_empty() {
+            return Ok(source);
+        }
+        let rules = self.rules(more);
+        let client = match &self.policy.session {
+            Some(id) => {
+                Some(self.engine.parts.sessions.get(&SessionId::new(id)).await.context(|| "find the client that decides on sources")?)
+            }
+            None => None,
+        };
+        let mut facts = PolicyFacts::default();
+        for _ in 0..MAX_ROUNDS {
+            normalise(&mut source);
+            policy::evaluate(&rules, &mut source)?;
+            let Some(client) = &client else { return Ok(source) };
+            match self.ask(client, &source, platform, std::mem::take(&mut facts)).await? {
+                PolicyAnswer::Allow => return Ok(source),
+                PolicyAnswer::Deny(words) => return Err(denied(&source.identifier, &words)),
+                PolicyAnswer::Convert(identifier, attrs) => source = SourceOp { identifier, attrs },
+                PolicyAnswer::Ask(question) => facts = self.answer(&source, *question).await?,
+            }
+        }
+        Err(Fault::invalid("too many policy requests"))
+    }
+
+    async fn ask(&self, client: &Session, source: &SourceOp, platform: Option<&Platform>, facts: PolicyFacts) -> Result<PolicyAnswer> {
+        let subject =
+            PolicySubject { identifier: source.identifier.clone(), attrs: source.attrs.clone(), platform: platform.cloned(), facts };
+        client.check_policy(&subject).await
+    }
+
+    /// What the client wants to know of the source before it decides.
+    async fn answer(&self, source: &SourceOp, question: PolicyQuestion) -> Result<PolicyFacts> {
+        if question.identifier != source.identifier {
+            let (asked, about) = (&question.identifier, &source.identifier);
+            return Err(Fault::invalid(format!("policy requested different source identifier: {asked:?} != {about:?}")));
+        }
+        if question.attrs != source.attrs {
+            return Err(Fault::invalid("policy requested different source attrs"));
+        }
+        if question.attestations {
+            return Err(Fault::unimplemented("an image's attestations for a policy"));
+        }
+        let mode = match question.resolve_mode.as_str() {
+            "pull" => ResolveMode::ForcePull,
+            "local" => ResolveMode::PreferLocal,
+            _ => ResolveMode::Default,
+        };
+        let suffix = question.http_checksum.as_ref().map(|(_, suffix)| suffix.clone());
+        let query = SourceQuery {
+            platform: question.platform.map(Platform::normalized),
+            log_name: if question.log_name.is_empty() {
+                format!("resolve image config for {}", source.identifier)
+            } else {
+                question.log_name
+            },
+            mode,
+            want: ResolveWant { git_objects: question.git_objects, http_checksum: question.http_checksum },
+        };
+        let meta = self.resolve(source.clone(), query).await.context(|| "error resolving source metadata from policy request")?;
+        Ok(facts_of(meta, question.no_config, suffix))
+    }
+}
+
+fn facts_of(meta: SourceMeta, no_config: bool, suffix: Option<bytes::Bytes>) -> PolicyFacts {
+    PolicyFacts {
+        image: meta.image.map(|i| (i.digest.to_string(), if no_config { Default::default() } else { i.config })),
+        git: meta.git.map(|g| GitFacts {
+            checksum: g.checksum,
+            reference: g.reference,
+            commit_checksum: g.commit_checksum,
+            commit_object: g.commit_object,
+            tag_object: g.tag_object,
+        }),
+        http: meta.http.map(|h| HttpFacts {
+            checksum: h.digest,
+            filename: h.filename,
+            last_modified: h.last_modified,
+            other: h.other.zip(suffix),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies_see_one_name_however_a_source_is_written() {
+        let check = |from: &str, to: &str| {
+            let mut source = SourceOp { identifier: from.into(), attrs: Default::default() };
+            normalise(&mut source);
+            assert_eq!(source.identifier, to);
+        };
+        check("docker-image://busybox", "docker-image://docker.io/library/busybox:latest");
+        check("docker-image://localhost:5000/x:1", "docker-image://localhost:5000/x:1");
+        check("local://context", "local://context");
+        check("git://h/u/r.git#main:../a/./b/", "git://h/u/r.git#main:a/b");
+        check("git://h/u/r.git#main:..", "git://h/u/r.git#main");
+        check("git://h/u/r.git#main", "git://h/u/r.git#main");
+        check("docker-image://NO NAME", "docker-image://NO NAME");
+    }
+}

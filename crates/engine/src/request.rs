@@ -1,0 +1,100 @@
+//! What is asked of the engine, and what it answers.
+
+use crate::BuildPolicy;
+use shipway_fault::{Fault, Result};
+use shipway_frontend::Options;
+use shipway_llb::Definition;
+use shipway_oci::Descriptor;
+use shipway_ops::Entitlements;
+use shipway_remotecache::CacheRequest;
+use std::collections::BTreeMap;
+
+/// An exporter by type and attributes.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ExporterRequest {
+    /// Type, such as `image`.
+    pub kind: String,
+    /// Attributes.
+    pub attrs: BTreeMap<String, String>,
+}
+
+/// A build (row `ctl.solve.req`).
+#[derive(Clone, Debug, Default)]
+pub struct BuildRequest {
+    /// Identity, chosen by the client.
+    pub id: String,
+    /// What to solve, unless a frontend or the client decides.
+    pub definition: Option<Definition>,
+    /// Frontend to run; empty for none.
+    pub frontend: String,
+    /// Its options.
+    pub options: Options,
+    /// Its inputs.
+    pub inputs: BTreeMap<String, Definition>,
+    /// Session of the client.
+    pub session: String,
+    /// What becomes of the result.
+    pub exporters: Vec<ExporterRequest>,
+    /// Whether the client is asked for more exporters once the result is there (row `cb.exporter`).
+    pub session_exporters: bool,
+    /// What the build asks to be allowed.
+    pub entitlements: Vec<String>,
+    /// Whether it is left out of the history (row `ctl.solve.internal`).
+    pub internal: bool,
+    /// What it may use.
+    pub policy: BuildPolicy,
+    /// Which version of the exporters' defaults it wants, as the client numbers them.
+    pub compatibility: i64,
+    /// Caches to export.
+    pub cache_exports: Vec<CacheRequest>,
+    /// Caches to import.
+    pub cache_imports: Vec<CacheRequest>,
+}
+
+/// How a build ended well.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BuildResponse {
+    /// Keys and values of all exporters and of the frontend (section 5.5 of the reference).
+    pub exporter_response: BTreeMap<String, String>,
+    /// What exporters wrote into the content store, by their index.
+    pub written: BTreeMap<usize, Descriptor>,
+    /// Provenance for the history: by platform, or of the one result there is.
+    pub provenance: Vec<(Option<String>, Vec<u8>)>,
+}
+
+impl BuildRequest {
+    /// The built-in frontend by its other name becomes the built-in frontend, unless the Dockerfile's own context is given by name.
+    pub(crate) fn simplify(&mut self) {
+        let named = self.options.keys().any(|k| k == "context:dockerfile.v0" || k.starts_with("context:dockerfile.v0::"));
+        if self.frontend == "gateway.v0" && self.options.get("source").is_some_and(|s| s == "dockerfile.v0") && !named {
+            self.frontend = "dockerfile.v0".into();
+            self.options.remove("source");
+        }
+    }
+
+    /// The entitlements asked for, if the daemon allows them (rows `so.ent`, `so.ent.err`).
+    pub(crate) fn entitlements(&self, allowed: &[String]) -> Result<Entitlements> {
+        let mut granted = Entitlements::default();
+        for asked in &self.entitlements {
+            let slot = match asked.as_str() {
+                "network.host" => &mut granted.network_host,
+                "security.insecure" => &mut granted.security_insecure,
+                device if device == "device" || device.starts_with("device=") => {
+                    return Err(Fault::unimplemented("the device entitlement (CDI)"));
+                }
+                other => return Err(Fault::invalid(format!("unknown entitlement {other}"))),
+            };
+            if !allowed.contains(asked) {
+                return Err(Fault::new(
+                    shipway_fault::Code::PermissionDenied,
+                    format!("granting entitlement {asked} is not allowed by build daemon configuration"),
+                )
+                .hint(format!(
+                    "allow it with `insecure-entitlements = [\"{asked}\"]` in the daemon's configuration or --allow-insecure-entitlement"
+                )));
+            }
+            *slot = true;
+        }
+        Ok(granted)
+    }
+}

@@ -1,0 +1,45 @@
+//! Scans of results that no frontend scanned (row `at.sbom.proc`).
+
+use crate::{
+    bridge::{BuildScope, EngineBridge},
+    export,
+    provenance::Told,
+    trail::{Asked, Trail},
+};
+use shipway_attest::SbomOptions;
+use shipway_exporters::{Content, ExportAttestation};
+use shipway_fault::{Context as _, Result};
+use shipway_frontend::{Options, ResolveMode, Scan, Scanner};
+use shipway_llb::State;
+use std::{collections::BTreeMap, sync::Arc};
+
+/// Runs the scanner over each result.
+pub(crate) async fn scan(
+    scope: &Arc<BuildScope>,
+    sbom: &SbomOptions,
+    options: &Options,
+    told: &BTreeMap<String, Arc<Told>>,
+) -> Result<Vec<(String, ExportAttestation)>> {
+    // What the scanner uses is not what the result is made of: it has a trail of its own.
+    let trail = Trail::root(Asked::default());
+    let bridge =
+        EngineBridge { scope: scope.clone(), options: Options::default(), inputs: BTreeMap::new(), depth: 0, trail: trail.clone() };
+    let mode = match options.get("image-resolve-mode").map(String::as_str) {
+        Some("pull") => ResolveMode::ForcePull,
+        Some("local") => ResolveMode::PreferLocal,
+        _ => ResolveMode::Default,
+    };
+    let platform = scope.engine.parts.platforms[0].clone();
+    let scanner = Scanner::find(&bridge, sbom, platform, mode).await.context(|| "find the scanner for an SBOM")?;
+    // `no-cache` without stages is for all of them.
+    let ignore_cache = options.get("no-cache").is_some_and(String::is_empty);
+    let mut found = Vec::new();
+    for (id, told) in told {
+        let core = State::from_definition(&told.state.definition)?;
+        let scan = Scan { platform: id, core: &core, extras: &BTreeMap::new(), ignore_cache };
+        let attestation = scanner.scan(&bridge, &scan, &scope.session).await?;
+        let state = export::state_of(scope, &attestation.content).await?;
+        found.push((id.clone(), attestation.with(Content::State(state))));
+    }
+    Ok(found)
+}

@@ -1,0 +1,156 @@
+//! A lazy state of a build, as frontends and exporters hold it.
+
+use crate::{bridge::BuildScope, reads, trail::Trail};
+use async_trait::async_trait;
+use bytes::Bytes;
+use shipway_fault::{Context as _, Detail, Fault, Result};
+use shipway_frontend::{BuildRef, FileStat};
+use shipway_llb::Definition;
+use shipway_ops::{LlbOp, Remains};
+use shipway_refs::ImmutableRef;
+use shipway_solver::Vertex;
+use std::{
+    any::Any,
+    collections::HashSet,
+    path::Path,
+    sync::{Arc, Weak},
+};
+use tokio::sync::OnceCell;
+
+/// A state that is solved when somebody first needs it.
+pub struct EngineRef {
+    pub(crate) id: String,
+    pub(crate) definition: Definition,
+    pub(crate) vertex: Arc<Vertex<LlbOp>>,
+    pub(crate) output: usize,
+    /// Who asked for it.
+    pub(crate) trail: Weak<Trail>,
+    scope: Arc<BuildScope>,
+    solved: OnceCell<ImmutableRef>,
+}
+
+/// A state that an operation left when it failed (row `err.solve`).
+pub(crate) struct LeftRef {
+    id: String,
+    remains: Arc<Remains>,
+}
+
+impl LeftRef {
+    /// All that go with `fault`.
+    pub(crate) fn of(fault: &Fault) -> Vec<Arc<dyn BuildRef>> {
+        let of = |remains: Arc<Remains>| {
+            let ids: Vec<String> = remains.ids().map(str::to_owned).collect();
+            ids.into_iter().map(move |id| Arc::new(Self { id, remains: remains.clone() }) as Arc<dyn BuildRef>)
+        };
+        Remains::of(fault).flat_map(of).collect()
+    }
+}
+
+/// The state behind a reference of ours, solved.
+pub(crate) async fn state_of(state: &dyn BuildRef) -> Result<ImmutableRef> {
+    let any = state.as_any();
+    match (any.downcast_ref::<EngineRef>(), any.downcast_ref::<LeftRef>()) {
+        (Some(state), _) => state.state().await,
+        (_, Some(left)) => left.remains.state(&left.id).await,
+        _ => Err(Fault::internal("a reference of another engine")),
+    }
+}
+
+async fn read<T: Send + 'static>(state: &dyn BuildRef, f: impl FnOnce(&Path) -> Result<T> + Send + 'static) -> Result<T> {
+    let mount = state_of(state).await?.mount().await.context(|| "read from a build's result")?;
+    tokio::task::spawn_blocking(move || f(mount.path())).await.map_err(|e| Fault::internal(format!("a read failed: {e}")))?
+}
+
+impl EngineRef {
+    pub(crate) fn new(definition: Definition, made: (Arc<Vertex<LlbOp>>, usize), trail: &Arc<Trail>, scope: Arc<BuildScope>) -> Self {
+        let (vertex, output) = made;
+        Self { id: scope.ref_id(), definition, vertex, output, trail: Arc::downgrade(trail), scope, solved: OnceCell::new() }
+    }
+
+    /// Whether it was needed yet.
+    pub(crate) fn is_solved(&self) -> bool {
+        self.solved.initialized()
+    }
+
+    /// The state, solved now if it was not before. Errors carry the lines of the source that the failing vertex came from (row `err.source`).
+    pub async fn state(&self) -> Result<ImmutableRef> {
+        let solve = || async {
+            match self.scope.job.build(self.vertex.clone(), self.output).await {
+                Ok((state, _)) => Ok(state),
+                Err(fault) => Err(self.scope.explain(self.place(fault)).await),
+            }
+        };
+        self.solved.get_or_try_init(solve).await.cloned()
+    }
+
+    fn place(&self, fault: Fault) -> Fault {
+        let vertex = fault.details().iter().find_map(|d| match d {
+            Detail::Vertex(digest) => Some(digest.clone()),
+            _ => None,
+        });
+        let (Some(vertex), Some(source)) = (vertex, &self.definition.source) else { return fault };
+        let placed = |digest: &str| source.find(digest).next().is_some();
+        // What has no lines of its own, such as the file that an instruction adds, is shown by the lines of what wants it.
+        let of = if placed(&vertex) { vertex } else { self.wanting(&vertex, placed).unwrap_or(vertex) };
+        let places: Vec<_> = source.find(&of).map(|(file, spans)| Detail::Source { file: file.clone(), spans: spans.to_vec() }).collect();
+        // Clients take what comes first for the innermost, which is what was said last (row `err.source`).
+        places.into_iter().rev().fold(fault, Fault::detail)
+    }
+
+    /// A vertex that has `vertex` as an input and is `placed`.
+    fn wanting(&self, vertex: &str, placed: impl Fn(&str) -> bool) -> Option<String> {
+        let mut seen = HashSet::new();
+        let mut queue = vec![&self.vertex];
+        while let Some(next) = queue.pop() {
+            let digest = next.id.digest.to_string();
+            if next.inputs.iter().any(|(input, _)| input.id.digest.to_string() == vertex) && placed(&digest) {
+                return Some(digest);
+            }
+            queue.extend(next.inputs.iter().map(|(input, _)| input).filter(|i| seen.insert(i.id.digest)));
+        }
+        None
+    }
+}
+
+/// A reference of ours: `$definition` says what it came from.
+macro_rules! build_ref {
+    ($kind:ty, $definition:expr) => {
+        #[async_trait]
+        impl BuildRef for $kind {
+            fn id(&self) -> &str {
+                &self.id
+            }
+
+            fn definition(&self) -> Option<&Definition> {
+                let definition: fn(&$kind) -> Option<&Definition> = $definition;
+                definition(self)
+            }
+
+            async fn evaluate(&self) -> Result<()> {
+                state_of(self).await.map(drop)
+            }
+
+            async fn read_file(&self, path: &str, range: Option<(u64, u64)>) -> Result<Bytes> {
+                let path = path.to_owned();
+                read(self, move |root| reads::read_file(root, &path, range)).await
+            }
+
+            async fn read_dir(&self, path: &str, include: Option<&str>) -> Result<Vec<FileStat>> {
+                let (path, include) = (path.to_owned(), include.map(str::to_owned));
+                read(self, move |root| reads::read_dir(root, &path, include.as_deref())).await
+            }
+
+            async fn stat_file(&self, path: &str) -> Result<FileStat> {
+                let path = path.to_owned();
+                read(self, move |root| reads::stat_file(root, &path)).await
+            }
+
+            fn as_any(&self) -> &(dyn Any + Send + Sync) {
+                self
+            }
+        }
+    };
+}
+
+build_ref!(EngineRef, |state| Some(&state.definition));
+build_ref!(LeftRef, |_| None);

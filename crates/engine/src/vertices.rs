@@ -1,0 +1,26 @@
+//! From a checked graph to the solver's vertices.
+
+use shipway_llb::Graph;
+use shipway_ops::{LlbOp, Services};
+use shipway_solver::{Vertex, VertexId};
+use std::sync::Arc;
+
+/// The solver's vertex and output index for the result of `graph`.
+pub(crate) fn of_graph(graph: &Graph, services: &Arc<Services>, ignore_cache: bool) -> (Arc<Vertex<LlbOp>>, usize) {
+    let mut made: Vec<Arc<Vertex<LlbOp>>> = Vec::with_capacity(graph.vertices.len());
+    for vertex in &graph.vertices {
+        let group = vertex.metadata.progress_group.as_ref().map(|g| shipway_progress::Group {
+            id: g.id.clone(),
+            name: g.name.clone(),
+            weak: g.weak,
+        });
+        made.push(Arc::new(Vertex {
+            id: VertexId { digest: vertex.digest, ignore_cache: ignore_cache || vertex.metadata.ignore_cache },
+            name: vertex.name.clone(),
+            group,
+            inputs: vertex.inputs.iter().map(|e| (made[e.vertex].clone(), e.output)).collect(),
+            op: Arc::new(LlbOp::new(vertex.clone(), services.clone())),
+        }));
+    }
+    (made[graph.result.vertex].clone(), graph.result.output)
+}

@@ -1,0 +1,51 @@
+//! An executor for tests, which runs closures.
+
+use crate::{ExecMount, Executor, ExitStatus, Outlet, OutputSink, ProcessSpec, RootFs, Wires};
+use async_trait::async_trait;
+use shipway_fault::{Fault, Result};
+use std::sync::{Arc, Mutex, PoisonError};
+
+type Script = dyn Fn(&ProcessSpec, &RootFs, &[ExecMount], &OutputSink) -> Result<ExitStatus> + Send + Sync;
+
+/// Answers every process by a closure and remembers what it was asked.
+#[derive(Clone)]
+pub struct FakeExecutor {
+    script: Arc<Script>,
+    ran: Arc<Mutex<Vec<ProcessSpec>>>,
+}
+
+impl FakeExecutor {
+    /// An executor whose processes do what `script` does.
+    pub fn new(script: impl Fn(&ProcessSpec, &RootFs, &[ExecMount], &OutputSink) -> Result<ExitStatus> + Send + Sync + 'static) -> Self {
+        Self { script: Arc::new(script), ran: Arc::default() }
+    }
+
+    /// The processes run so far.
+    pub fn ran(&self) -> Vec<ProcessSpec> {
+        self.ran.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+#[async_trait]
+impl Executor for FakeExecutor {
+    async fn run(&self, process: ProcessSpec, root: RootFs, mounts: Vec<ExecMount>, wires: Wires) -> Result<ExitStatus> {
+        let output: OutputSink = match wires.output {
+            Outlet::Sink(sink) => sink,
+            Outlet::Queue(queue) => Arc::new(move |output| drop(queue.try_send(output))),
+        };
+        self.ran.lock().unwrap_or_else(PoisonError::into_inner).push(process.clone());
+        (self.script)(&process, &root, &mounts, &output)
+    }
+
+    async fn exec(&self, container: &str, _: ProcessSpec, _: Wires) -> Result<ExitStatus> {
+        Err(Fault::not_found(format!("container {container} does not run")))
+    }
+
+    async fn rest(&self) {}
+
+    async fn drained(&self) {}
+
+    async fn sweep(&self) -> Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,281 @@
+//! Removal of what a runtime makes in a root filesystem only to mount on it (row `exec.cleanstubs`).
+//!
+//! [`Stubs::before`] notes which mount points do not exist; after the process [`Stubs::remove`] takes those that are empty out of the snapshot's
+//! writable directory, gives their parents the times they had, and undoes parents that were copied up for nothing. A step that changes nothing
+//! then leaves an empty layer.
+
+use crate::RootView;
+use rustix::{
+    fd::{AsFd, OwnedFd},
+    fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps},
+    io::Errno,
+};
+use shipway_storage::Mount;
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// Mount points that every container has.
+const ALWAYS: [&str; 5] = ["/etc/resolv.conf", "/etc/hosts", "/proc", "/sys", "/dev"];
+/// A directory whose time is this close to a stub's was last changed by making the stub.
+const TICK_NANOS: i128 = 4_000_000;
+const OPAQUE: &str = "trusted.overlay.opaque";
+
+/// The mount points of one process that did not exist before it.
+#[derive(Debug)]
+pub struct Stubs {
+    upper: PathBuf,
+    overlay: bool,
+    /// Missing paths, deepest first; and whether the upper directory hides something there.
+    missing: Vec<(String, bool)>,
+    /// The existing parents of missing paths.
+    parents: HashMap<String, Parent>,
+    /// When this was noted, in nanoseconds since the epoch.
+    noted: i128,
+}
+
+#[derive(Debug)]
+struct Parent {
+    stat: Stat,
+    in_upper: bool,
+}
+
+/// The directory that takes what a process writes through `mounts`, and whether it is an overlay's upper one.
+fn writable(mounts: &[Mount]) -> Option<(PathBuf, bool)> {
+    let [mount] = mounts else { return None };
+    match mount.kind.as_str() {
+        "overlay" => mount.options.iter().find_map(|o| o.strip_prefix("upperdir=")).map(|dir| (dir.into(), true)),
+        "bind" | "rbind" if !mount.options.iter().any(|o| o == "ro") => Some((mount.source.clone().into(), false)),
+        _ => None,
+    }
+}
+
+fn parent_of(path: &str) -> &str {
+    match path.rfind('/') {
+        Some(0) | None => "/",
+        Some(i) => &path[..i],
+    }
+}
+
+impl Stubs {
+    /// Notes which of `targets` and of every container's mount points are missing in `root`, which is made of `mounts`. With `recursive`
+    /// their missing parents count too. `None` if nothing can be left behind.
+    pub fn before<'a>(root: &RootView, mounts: &[Mount], targets: impl IntoIterator<Item = &'a str>, recursive: bool) -> Option<Self> {
+        let (upper, overlay) = writable(mounts)?;
+        let upper_view = RootView::of_directory(&upper).ok()?;
+        let mut stubs = Self { upper, overlay, missing: Vec::new(), parents: HashMap::new(), noted: now() };
+        for target in ALWAYS.into_iter().chain(targets) {
+            let Some(mut path) = root.real_path(target) else { continue };
+            while path != "/" && root.lstat(&path).is_err() {
+                if !stubs.missing.iter().any(|(p, _)| *p == path) {
+                    let hides = overlay && upper_view.lstat(&path).is_ok_and(|s| is_whiteout(&s));
+                    stubs.missing.push((path.clone(), hides));
+                }
+                path = parent_of(&path).to_owned();
+                if let Ok(stat) = root.lstat(&path) {
+                    let in_upper = upper_view.lstat(&path).is_ok();
+                    stubs.parents.entry(path.clone()).or_insert(Parent { stat, in_upper });
+                }
+                if !recursive {
+                    break;
+                }
+            }
+        }
+        stubs.missing.sort_by_key(|(p, _)| std::cmp::Reverse(p.matches('/').count()));
+        (!stubs.missing.is_empty()).then_some(stubs)
+    }
+
+    /// Removes those that are there and empty. Blocks. What cannot be removed stays: it is not worth failing a step.
+    pub fn remove(self) {
+        let Ok(upper) = RootView::of_directory(&self.upper) else { return };
+        for (path, hides) in &self.missing {
+            self.remove_one(&upper, path, *hides);
+        }
+        let mut parents: Vec<(&String, &Parent)> = self.parents.iter().collect();
+        parents.sort_by_key(|(p, _)| std::cmp::Reverse(p.matches('/').count()));
+        for (path, parent) in parents {
+            if self.overlay && !parent.in_upper {
+                undo_copy_up(&upper, path, parent);
+            }
+        }
+    }
+
+    fn remove_one(&self, upper: &RootView, path: &str, hides: bool) {
+        let (above, name) = (parent_of(path), path.rsplit('/').next().unwrap_or_default());
+        let Ok(dir) = open_plain(upper, above, OFlags::RDONLY | OFlags::DIRECTORY) else { return };
+        let Ok(stub) = rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) else { return };
+        let Ok(dir_stat) = rustix::fs::fstat(&dir) else { return };
+        let flags = match FileType::from_raw_mode(stub.st_mode) {
+            FileType::Directory => AtFlags::REMOVEDIR,
+            FileType::RegularFile if stub.st_size == 0 => AtFlags::empty(),
+            _ => return,
+        };
+        // A directory with something in it refuses.
+        if rustix::fs::unlinkat(&dir, name, flags).is_err() {
+            return;
+        }
+        if hides {
+            let _ = rustix::fs::mknodat(&dir, name, FileType::CharacterDevice, Mode::empty(), 0);
+        }
+        // A time from before the process was given to the directory by the process.
+        let made_now = (nanos(&dir_stat) - nanos(&stub)).abs() <= TICK_NANOS && nanos(&dir_stat) >= self.noted - TICK_NANOS;
+        let times = match self.parents.get(above) {
+            Some(parent) if made_now => &parent.stat,
+            _ => &dir_stat,
+        };
+        let _ = rustix::fs::futimens(&dir, &timestamps(times));
+    }
+}
+
+/// Removes the copies of unchanged directories that only exist because something was made and removed in them.
+fn undo_copy_up(upper: &RootView, path: &str, before: &Parent) {
+    let (mut path, mut first) = (path.to_owned(), true);
+    while path != "/" {
+        let Ok(dir) = open_plain(upper, &path, OFlags::RDONLY | OFlags::DIRECTORY) else { return };
+        let Ok(now) = rustix::fs::fstat(&dir) else { return };
+        let same = now.st_mode == before.stat.st_mode
+            && now.st_uid == before.stat.st_uid
+            && now.st_gid == before.stat.st_gid
+            && nanos(&now) == nanos(&before.stat);
+        // Further up nothing is known of the state before, but nothing was made there either: an overlay copies directories up as they are.
+        if (first && !same) || rustix::fs::fgetxattr(&dir, OPAQUE, &mut [0_u8; 8][..]).is_ok() {
+            return;
+        }
+        let above = parent_of(&path).to_owned();
+        let Ok(parent) = open_plain(upper, &above, OFlags::RDONLY | OFlags::DIRECTORY) else { return };
+        let Ok(times) = rustix::fs::fstat(&parent) else { return };
+        let name = path.rsplit('/').next().unwrap_or_default();
+        if rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR).is_err() {
+            return;
+        }
+        let _ = rustix::fs::futimens(&parent, &timestamps(&times));
+        first = false;
+        if above != "/" {
+            // A grandparent may have been changed by the process: leave it.
+            return;
+        }
+        path = above;
+    }
+}
+
+/// Opens `path` without following any link.
+fn open_plain(root: &RootView, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let path = path.trim_start_matches('/');
+    let path = if path.is_empty() { "." } else { path };
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    rustix::fs::openat2(root.as_fd(), path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
+}
+
+fn is_whiteout(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
+}
+
+fn now() -> i128 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i128::try_from(now.as_nanos()).unwrap_or_default()
+}
+
+#[allow(clippy::unnecessary_cast)]
+fn nanos(stat: &Stat) -> i128 {
+    i128::from(stat.st_mtime) * 1_000_000_000 + stat.st_mtime_nsec as i128
+}
+
+#[allow(clippy::unnecessary_cast)]
+fn timestamps(stat: &Stat) -> Timestamps {
+    Timestamps {
+        last_access: Timespec { tv_sec: stat.st_atime, tv_nsec: stat.st_atime_nsec as _ },
+        last_modification: Timespec { tv_sec: stat.st_mtime, tv_nsec: stat.st_mtime_nsec as _ },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Access;
+    use std::{fs, path::Path, time::Duration};
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut all: Vec<String> =
+            fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+        all.sort();
+        all
+    }
+
+    fn lab() -> (tempfile::TempDir, Vec<Mount>) {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = |n: &str| dir.path().join(n).display().to_string();
+        for name in ["low", "low/etc", "low/real", "up", "work"] {
+            fs::create_dir(path(name)).expect("mkdir");
+        }
+        std::os::unix::fs::symlink("/real", path("low/link")).expect("symlink");
+        let old = fs::FileTimes::new().set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1000));
+        fs::File::open(path("low/etc")).expect("open").set_times(old).expect("set times");
+        let options = vec![format!("workdir={}", path("work")), format!("upperdir={}", path("up")), format!("lowerdir={}", path("low"))];
+        let mounts = vec![Mount { kind: "overlay".into(), source: "overlay".into(), target: String::new(), options }];
+        (dir, mounts)
+    }
+
+    #[test]
+    fn nothing_is_left_of_mount_points() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let (dir, mounts) = lab();
+        let before = RootView::open(&mounts, Access::Read).expect("look");
+        let stubs = Stubs::before(&before, &mounts, ["/link/a/b", "/used", "/x/y"], true).expect("stubs are missing");
+        drop(before);
+        // What a runtime and a process do.
+        let root = RootView::open(&mounts, Access::Write).expect("mount");
+        for path in ["/proc", "/real/a/b", "/used", "/x/y"] {
+            root.make_dirs(path, 0o755, 0, 0).expect("make directories");
+        }
+        for path in ["/etc/hosts", "/etc/resolv.conf", "/used/file"] {
+            drop(root.open_at(path, OFlags::WRONLY | OFlags::CREATE, Mode::from_raw_mode(0o644)).expect("create"));
+        }
+        stubs.remove();
+        drop(root);
+        assert_eq!(names(&dir.path().join("up")), ["used"]);
+        assert_eq!(names(&dir.path().join("up/used")), ["file"]);
+    }
+
+    #[test]
+    fn a_directory_that_was_changed_keeps_its_change() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let (dir, mounts) = lab();
+        let before = RootView::open(&mounts, Access::Read).expect("look");
+        let stubs = Stubs::before(&before, &mounts, [], false).expect("stubs are missing");
+        let root = RootView::open(&mounts, Access::Write).expect("mount");
+        drop(root.open_at("/etc/hosts", OFlags::WRONLY | OFlags::CREATE, Mode::from_raw_mode(0o644)).expect("create"));
+        let touched = SystemTime::UNIX_EPOCH + Duration::from_secs(5000);
+        let etc = root.open_at("/etc", OFlags::RDONLY, Mode::empty()).expect("open");
+        fs::File::from(etc).set_modified(touched).expect("touch");
+        stubs.remove();
+        let etc = dir.path().join("up/etc");
+        assert_eq!(names(&etc), Vec::<String>::new());
+        assert_eq!(fs::metadata(&etc).and_then(|m| m.modified()).expect("stat"), touched);
+    }
+
+    #[test]
+    fn a_time_that_a_process_gave_to_all_directories_stays() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let (dir, mounts) = lab();
+        let before = RootView::open(&mounts, Access::Read).expect("look");
+        let stubs = Stubs::before(&before, &mounts, ["/real/a/b"], true).expect("stubs are missing");
+        let root = RootView::open(&mounts, Access::Write).expect("mount");
+        root.make_dirs("/real/a/b", 0o755, 0, 0).expect("make directories");
+        let touched = SystemTime::UNIX_EPOCH + Duration::from_secs(5000);
+        for path in ["/real/a", "/real"] {
+            fs::File::from(root.open_at(path, OFlags::RDONLY, Mode::empty()).expect("open")).set_modified(touched).expect("touch");
+        }
+        stubs.remove();
+        let real = dir.path().join("up/real");
+        assert_eq!(names(&real), Vec::<String>::new());
+        assert_eq!(fs::metadata(&real).and_then(|m| m.modified()).expect("stat"), touched);
+    }
+}

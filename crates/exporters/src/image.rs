@@ -1,0 +1,259 @@
+//! The `image` exporter: into containerd's image store and to registries (section 5.1 of the reference).
+
+use crate::{
+    options::{Attrs, ImageOptions},
+    port::{ExportContext, ExportInput, Exporter, Inner, Response},
+    push::{self, Blobs, PushOptions},
+    writer::{Writer, Written},
+};
+use async_trait::async_trait;
+use base64::Engine as _;
+use shipway_fault::{Class, Context as _, Fault, Result};
+use shipway_oci::{Descriptor, ImageName, Platform, timestamp};
+use shipway_refs::Compression;
+use shipway_storage::{Labels, LeaseId, Leases};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+use tokio::sync::OnceCell;
+
+/// What an export makes is protected this long if we die in the middle.
+const LEASE_TIME: Duration = Duration::from_secs(3600);
+
+pub(crate) struct ImageExporter {
+    inner: Arc<Inner>,
+    options: ImageOptions,
+    push: Option<PushOptions>,
+    store: bool,
+    /// Whether the image in the store may lack layers that a registry has (row `ex.img.incomplete`).
+    incomplete: bool,
+    canonical: bool,
+    dangling: Option<Dangling>,
+    metadata: BTreeMap<String, Vec<u8>>,
+}
+
+/// `dangling-name-prefix`, and whether only for images without a name.
+struct Dangling {
+    prefix: String,
+    empty_only: bool,
+}
+
+impl ImageExporter {
+    pub fn new(inner: Arc<Inner>, attrs: &BTreeMap<String, String>) -> Result<Self> {
+        let mut attrs = Attrs::new(attrs);
+        let mut options = ImageOptions::take(&mut attrs)?;
+        options.inline.get_or_insert(true);
+        let push = attrs.flag("push")?.unwrap_or(false);
+        let by_digest = attrs.flag("push-by-digest")?.unwrap_or(false);
+        let insecure = attrs.flag("registry.insecure")?.unwrap_or(false);
+        let store = attrs.flag("store")?.unwrap_or(true);
+        // Every image in the store is unpacked here: its snapshots are the steps' own.
+        attrs.flag("unpack")?;
+        let incomplete = attrs.flag("unsafe-internal-store-allow-incomplete")?.unwrap_or(false);
+        let canonical = attrs.flag("name-canonical")?.unwrap_or(false);
+        let empty_only = attrs.flag("danging-name-empty-only")?.unwrap_or(false);
+        let dangling = attrs.text("dangling-name-prefix").filter(|p| !p.is_empty()).map(|prefix| Dangling { prefix, empty_only });
+        let push = push.then_some(PushOptions { by_digest, insecure });
+        Ok(Self { inner, options, push, store, incomplete, canonical, dangling, metadata: attrs.rest() })
+    }
+
+    /// Names to write, and whether canonical ones are added.
+    fn names(&self, metadata: &BTreeMap<String, Vec<u8>>, written: &Written) -> (Vec<String>, bool) {
+        // Short names are completed, or `nerdctl run app` would not find what was built as `app`.
+        // Pushing by digest is for names without a tag, and must see that there is none.
+        let by_digest = self.push.is_some_and(|p| p.by_digest);
+        let full = |name: String| match name.parse::<ImageName>() {
+            Ok(full) if !by_digest => full.to_string(),
+            _ => name,
+        };
+        let mut names: Vec<String> = self.options.names(metadata).into_iter().map(full).collect();
+        let mut canonical = self.canonical;
+        if let Some(dangling) = &self.dangling
+            && (!dangling.empty_only || names.is_empty())
+        {
+            canonical &= !names.is_empty();
+            names.push(format!("{}@{}", dangling.prefix, written.root.digest));
+        }
+        (names, canonical)
+    }
+
+    /// All names to write into the store.
+    fn all_names(names: &[String], canonical: bool, written: &Written) -> Vec<(String, Vec<String>)> {
+        let with_digest = |name: &String| (canonical && !name.contains('@')).then(|| format!("{name}@{}", written.root.digest));
+        names.iter().map(|name| (name.clone(), std::iter::once(name.clone()).chain(with_digest(name)).collect())).collect()
+    }
+
+    /// Points the names at the image; those that do already are left alone.
+    async fn name_all(
+        &self,
+        (names, canonical, epoch): (&[String], bool, Option<SystemTime>),
+        written: &Written,
+        lease: &ExportLease,
+        cx: &ExportContext,
+    ) -> Result<()> {
+        let storage = self.inner.refs.storage();
+        let groups = Self::all_names(names, canonical, written);
+        let points_here = async |name: &String| match storage.images.get(name).await {
+            Ok(image) => Ok(image.target.digest == written.root.digest && image.target.media_type == written.root.media_type),
+            Err(e) if e.is_not_found() => Ok(false),
+            Err(e) => Err(e),
+        };
+        let all = groups.iter().flat_map(|(_, group)| group);
+        let named = futures::future::try_join_all(all.map(points_here)).await?;
+        if !named.contains(&true) {
+            written.protect(&storage.content, &lease.id).await?;
+        }
+        let mut named = named.into_iter();
+        for (name, group) in groups {
+            let status = format!("naming to {name}");
+            cx.reporter.status(status.clone(), 0, 0, false);
+            for name in group {
+                if named.next() != Some(true) {
+                    storage.images.put_at(&name, &written.root, &Labels::new(), epoch).await.context(|| status.clone())?;
+                }
+            }
+            cx.reporter.status(status, 0, 0, true);
+        }
+        Ok(())
+    }
+}
+
+/// A temporary lease that is made when something is first written, and ends with the export, however that ends.
+pub(crate) struct ExportLease {
+    pub id: LazyLease,
+}
+
+/// A lease that need not exist yet.
+pub(crate) struct LazyLease {
+    id: LeaseId,
+    leases: Arc<dyn Leases>,
+    made: OnceCell<()>,
+    /// Whether containerd was asked for it.
+    asked: AtomicBool,
+}
+
+impl LazyLease {
+    /// The lease, which exists from now on.
+    pub async fn ensure(&self) -> Result<&LeaseId> {
+        let make = async || {
+            self.asked.store(true, Ordering::Relaxed);
+            let expire = timestamp::format(SystemTime::now() + LEASE_TIME);
+            let labels = Labels::from([("containerd.io/gc.expire".to_owned(), expire), ("shipway/kind".to_owned(), "epoch".to_owned())]);
+            match self.leases.create(&self.id, &labels).await {
+                Err(e) if !e.is_already_exists() => Err(e.context("protect the export from garbage collection")),
+                _ => Ok(()),
+            }
+        };
+        self.made.get_or_try_init(make).await?;
+        Ok(&self.id)
+    }
+}
+
+impl ExportLease {
+    pub async fn take(leases: &Arc<dyn Leases>, cx: &ExportContext) -> Result<Self> {
+        let id = LeaseId(format!("shipway-export-{}-{}", cx.build, cx.index));
+        Ok(Self { id: LazyLease { id, leases: leases.clone(), made: OnceCell::new(), asked: AtomicBool::new(false) } })
+    }
+
+    /// Ends it. Nobody waits for that: what was exported is held by its name, or was sent.
+    pub async fn release(self) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for ExportLease {
+    fn drop(&mut self) {
+        let (leases, id) = (self.id.leases.clone(), self.id.id.clone());
+        // A creation that failed may have happened all the same: containerd can go away before it answers.
+        if self.id.asked.load(Ordering::Relaxed)
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(end(leases, id));
+        }
+    }
+}
+
+/// Ends a lease, again and again while containerd is away.
+async fn end(leases: Arc<dyn Leases>, id: LeaseId) {
+    let mut pause = Duration::from_millis(100);
+    for _ in 0..10 {
+        match leases.delete(&id, false).await {
+            Ok(()) => return,
+            Err(fault) if fault.class() == Class::Environment => tokio::time::sleep(pause).await,
+            Err(fault) => return tracing::debug!(lease = %id, error = %fault, "the lease of an export stays until it expires"),
+        }
+        pause = (pause * 2).min(Duration::from_secs(10));
+    }
+    tracing::warn!(lease = %id, "the lease of an export stays until it expires: containerd did not answer");
+}
+
+/// Keys that all image-like exporters answer (rows `ex.resp.*`).
+pub(crate) fn response(written: &Written, root: &Descriptor) -> Result<Response> {
+    let mut response = Response::from([("containerimage.digest".to_owned(), written.root.digest.to_string())]);
+    if let [only] = written.manifests.as_slice()
+        && only.descriptor.digest == written.root.digest
+    {
+        response.insert("containerimage.config.digest".into(), only.config.digest.to_string());
+    }
+    let json = serde_json::to_vec(root).map_err(|e| Fault::internal(format!("encode a descriptor: {e}")))?;
+    response.insert("containerimage.descriptor".into(), base64::engine::general_purpose::STANDARD.encode(json));
+    Ok(response)
+}
+
+#[async_trait]
+impl Exporter for ImageExporter {
+    fn name(&self) -> &str {
+        "exporting to image"
+    }
+
+    fn wants_layers(&self) -> Option<Compression> {
+        Some(self.options.compression)
+    }
+
+    async fn export(&self, mut input: ExportInput, cx: &ExportContext) -> Result<Response> {
+        input.metadata.extend(self.metadata.clone());
+        let options = self.options.with_metadata(&input.metadata)?;
+        let input = self.options.rewritten(input, &cx.reporter).await?;
+        let epoch = self.options.epoch.whole(&input)?;
+        let storage = self.inner.refs.storage();
+        let lease = ExportLease::take(&storage.leases, cx).await?;
+        // Only an image in the store needs all layers here; a registry may have them already.
+        let fetch = self.store && !self.incomplete;
+        let writer = Writer { refs: &self.inner.refs, lease: &lease.id, options: &options, reporter: &cx.reporter, fetch };
+        let written = writer.draft(&input).await?;
+        let (names, canonical) = self.names(&input.metadata, &written);
+        if self.store && !names.is_empty() {
+            // The snapshots must be there before the record is (third invariant); other platforms' are of no use here.
+            let host = Platform::host();
+            for p in input.platforms.iter().filter(|p| !self.incomplete && p.platform.rank_for(&host).is_some()) {
+                p.state.realise(Some(&cx.reporter)).await.context(|| "unpacking the image")?;
+            }
+            self.name_all((&names, canonical, epoch), &written, &lease, cx).await?;
+        } else {
+            written.protect(&storage.content, &lease.id).await?;
+        }
+        if let Some(options) = self.push {
+            if names.is_empty() {
+                return Err(Fault::invalid("name is required for push").hint("add name=<registry>/<repository>:<tag> to the output"));
+            }
+            for name in names.iter().filter(|n| self.dangling.as_ref().is_none_or(|d| !n.starts_with(&d.prefix))) {
+                let blobs = Blobs::new(&storage.content, &input, &written, self.options.compression, &cx.reporter);
+                push::push(&self.inner.registry, &blobs, &written, name, options, &cx.sessions, &cx.reporter).await?;
+            }
+        }
+        let mut root = written.root.clone();
+        let created = timestamp::format(epoch.unwrap_or_else(SystemTime::now));
+        root.annotations.entry("org.opencontainers.image.created".into()).or_insert(created);
+        let mut response = response(&written, &root)?;
+        if !names.is_empty() {
+            response.insert("image.name".into(), names.join(","));
+        }
+        lease.release().await?;
+        Ok(response)
+    }
+}

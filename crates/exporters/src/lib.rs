@@ -1,0 +1,17 @@
+//! Exporters: what becomes of a build's result. [`Exporters::resolve`] checks attributes before anything is built; the exporter it gives runs when all is
+//! solved.
+//!
+//! `writer` writes manifests, configs and indexes for all that make images; layers are compressed by `refs`. Names are written last, by field path.
+
+mod archive;
+mod config;
+mod image;
+mod options;
+mod port;
+mod push;
+mod statements;
+mod tarball;
+mod tree;
+mod writer;
+
+pub use port::{Content, ExportAttestation, ExportContext, ExportInput, ExportPlatform, Exporter, Exporters, Maker, Response};

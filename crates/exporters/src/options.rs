@@ -1,0 +1,263 @@
+//! Attributes that image-like exporters share (section 5.2 of the reference).
+
+use crate::port::ExportInput;
+use shipway_fault::{Fault, Result};
+use shipway_oci::{ImageConfig, Platform, timestamp};
+use shipway_progress::Reporter;
+use shipway_refs::Compression;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+/// Takes attributes out of a map one by one; what stays is metadata (row `ex.img.meta`).
+pub(crate) struct Attrs(BTreeMap<String, String>);
+
+impl Attrs {
+    pub fn new(attrs: &BTreeMap<String, String>) -> Self {
+        Self(attrs.clone())
+    }
+
+    pub fn text(&mut self, key: &str) -> Option<String> {
+        self.0.remove(key)
+    }
+
+    /// Go's `ParseBool`; an empty value is true.
+    pub fn flag(&mut self, key: &str) -> Result<Option<bool>> {
+        match self.0.remove(key).as_deref() {
+            None => Ok(None),
+            Some("" | "1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(Some(true)),
+            Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Ok(Some(false)),
+            Some(other) => Err(Fault::invalid(format!("non-bool value specified for {key}: {other:?}")).hint("use true or false")),
+        }
+    }
+
+    /// Whole seconds since the epoch (row `ex.c.sde`).
+    pub fn epoch(&mut self) -> Result<Epoch> {
+        let text = self.0.remove("source-date-epoch");
+        text.map_or(Ok(Epoch::Frontend), |text| Ok(Epoch::Given(seconds(&text, "source-date-epoch")?)))
+    }
+
+    pub fn rest(self) -> BTreeMap<String, Vec<u8>> {
+        self.0.into_iter().map(|(k, v)| (k, v.into_bytes())).collect()
+    }
+}
+
+/// A time in whole seconds since the epoch; an empty text is none.
+fn seconds(text: &str, what: &str) -> Result<Option<SystemTime>> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let seconds: i64 = text.parse().map_err(|_| Fault::invalid(format!("invalid {what}: {text:?} is no number of seconds")))?;
+    Ok(Some(UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))))
+}
+
+/// Which time what is exported has (rows `ex.c.sde`, `df.arg.sde`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Epoch {
+    /// What the frontend found.
+    #[default]
+    Frontend,
+    /// What the client says, which may be that there is none.
+    Given(Option<SystemTime>),
+}
+
+impl Epoch {
+    /// The time for the platform `id`.
+    pub fn of(self, metadata: &BTreeMap<String, Vec<u8>>, id: &str) -> Result<Option<SystemTime>> {
+        const KEY: &str = "source.date.epoch";
+        match self {
+            Self::Given(time) => Ok(time),
+            Self::Frontend => match metadata.get(&format!("{KEY}/{id}")).or_else(|| metadata.get(KEY)) {
+                Some(text) => seconds(&String::from_utf8_lossy(text), "SOURCE_DATE_EPOCH from frontend"),
+                None => Ok(None),
+            },
+        }
+    }
+
+    /// The time for the whole of `input`.
+    pub fn whole(self, input: &ExportInput) -> Result<Option<SystemTime>> {
+        self.of(&input.metadata, input.platforms.first().map_or("", |p| &p.id))
+    }
+}
+
+/// Where an annotation goes (row `ex.c.annot`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Level {
+    Manifest,
+    ManifestDescriptor,
+    Index,
+    IndexDescriptor,
+}
+
+/// An annotation asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Annotation {
+    pub level: Level,
+    pub platform: Option<Platform>,
+    pub key: String,
+    pub value: String,
+}
+
+impl Annotation {
+    /// Reads `annotation[-level][[platform]].key`; `None` for other attributes.
+    pub fn parse(attr: &str, value: &str) -> Result<Option<Self>> {
+        let Some(rest) = attr.strip_prefix("annotation") else { return Ok(None) };
+        let Some((head, key)) = rest.split_once('.') else { return Ok(None) };
+        let (level, platform) = match head.split_once('[') {
+            Some((level, p)) => (level, Some(p.strip_suffix(']').unwrap_or(p))),
+            None => (head, None),
+        };
+        let level = match level {
+            "" | "-manifest" => Level::Manifest,
+            "-manifest-descriptor" => Level::ManifestDescriptor,
+            "-index" => Level::Index,
+            "-index-descriptor" => Level::IndexDescriptor,
+            other => return Err(Fault::invalid(format!("unrecognized annotation type {}", other.trim_start_matches('-')))),
+        };
+        let platform = platform.map(|p| p.parse::<Platform>().map_err(|e| Fault::invalid(e.to_string()))).transpose()?;
+        Ok(Some(Self { level, platform, key: key.to_owned(), value: value.to_owned() }))
+    }
+}
+
+/// Attributes of an image, checked.
+#[derive(Clone, Debug)]
+pub(crate) struct ImageOptions {
+    /// Names, comma separated, as written.
+    pub names: String,
+    pub oci_types: bool,
+    /// Whether attestations are artifacts that name their subject, rather than images of another platform (row `at.artifact`).
+    pub artifact: bool,
+    /// Whether attestations that only images carry make an image an index; the exporter knows if this does not.
+    pub inline: Option<bool>,
+    /// Whether layers get no times later than the epoch (row `ex.c.rewrite`).
+    pub rewrite: bool,
+    pub compression: Compression,
+    pub epoch: Epoch,
+    pub annotations: Vec<Annotation>,
+}
+
+impl ImageOptions {
+    pub fn take(attrs: &mut Attrs) -> Result<Self> {
+        let (kind, level, force) = (attrs.text("compression"), attrs.text("compression-level"), attrs.text("force-compression"));
+        let compression = Compression::parse(kind.as_deref(), level.as_deref(), force.as_deref())?;
+        let asked = attrs.flag("oci-mediatypes")?;
+        let oci_types = asked.unwrap_or(true);
+        let rewrite = attrs.flag("rewrite-timestamp")?.unwrap_or(false);
+        let artifact = attrs.flag("oci-artifact")?;
+        if artifact == Some(true) && !oci_types {
+            return Err(Fault::invalid("exporter option \"oci-artifact=true\" conflicts with \"oci-mediatypes=false\""));
+        }
+        let inline = attrs.flag("attestation-inline")?;
+        // Only foreign layers would change with this, and there are none.
+        attrs.flag("prefer-nondist-layers")?;
+        let epoch = attrs.epoch()?;
+        let mut annotations = Vec::new();
+        let keys: Vec<String> = attrs.0.keys().filter(|k| k.starts_with("annotation")).cloned().collect();
+        for key in keys {
+            let value = attrs.0[&key].clone();
+            if let Some(annotation) = Annotation::parse(&key, &value)? {
+                attrs.0.remove(&key);
+                annotations.push(annotation);
+            }
+        }
+        let (names, artifact) = (attrs.text("name").unwrap_or_default(), artifact.unwrap_or(oci_types));
+        let options = Self { names, oci_types, artifact, inline, rewrite, compression, epoch, annotations };
+        options.check()?;
+        Ok(options)
+    }
+
+    /// These options with the annotations that the frontend gave, which come before those of the request.
+    pub fn with_metadata(&self, metadata: &BTreeMap<String, Vec<u8>>) -> Result<Self> {
+        let mut all = self.clone();
+        for (key, value) in metadata.iter().filter(|(k, _)| k.starts_with("annotation")) {
+            all.annotations.extend(Annotation::parse(key, &String::from_utf8_lossy(value))?);
+        }
+        all.check()?;
+        Ok(all)
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.oci_types || self.annotations.is_empty() {
+            return Ok(());
+        }
+        Err(Fault::invalid("cannot export annotations with \"oci-mediatypes=false\"").hint("leave oci-mediatypes=false out"))
+    }
+
+    /// The same result without times later than its epoch, if that is asked for (row `ex.c.rewrite`). Layers of the base image stay.
+    pub async fn rewritten(&self, mut input: ExportInput, reporter: &Reporter) -> Result<ExportInput> {
+        if !self.rewrite {
+            return Ok(input);
+        }
+        for p in &mut input.platforms {
+            let Some(epoch) = self.epoch.of(&input.metadata, &p.id)? else {
+                tracing::warn!("rewrite-timestamp is specified, but no source-date-epoch was found");
+                continue;
+            };
+            let latest = epoch.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
+            let status = format!("rewriting layers with source-date-epoch {latest} ({})", timestamp::format(epoch));
+            reporter.status(status.clone(), 0, 0, false);
+            let key = "containerimage.base.config";
+            let base = input.metadata.get(&format!("{key}/{}", p.id)).or_else(|| input.metadata.get(key));
+            let base =
+                base.and_then(|json| serde_json::from_slice::<ImageConfig>(json).ok()).map(|c| c.rootfs.diff_ids).unwrap_or_default();
+            p.state = p.state.retimed(&base, latest, self.compression, Some(reporter)).await?;
+            reporter.status(status, 0, 0, true);
+        }
+        Ok(input)
+    }
+
+    /// Annotations of one level for one platform.
+    pub fn annotations(&self, level: Level, platform: Option<&Platform>) -> BTreeMap<String, String> {
+        self.annotations
+            .iter()
+            .filter(|a| a.level == level && (a.platform.is_none() || a.platform.as_ref() == platform))
+            .map(|a| (a.key.clone(), a.value.clone()))
+            .collect()
+    }
+
+    /// Names to use: `*` takes the frontend's.
+    pub fn names(&self, metadata: &BTreeMap<String, Vec<u8>>) -> Vec<String> {
+        let text = match (self.names.as_str(), metadata.get("image.name")) {
+            ("*", Some(name)) => String::from_utf8_lossy(name).into_owned(),
+            (names, _) => names.to_owned(),
+        };
+        text.split(',').filter(|n| !n.is_empty()).map(str::to_owned).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn annotations_name_their_level_and_platform() {
+        for (attr, want) in [
+            ("annotation.a.b", Some((Level::Manifest, None, "a.b"))),
+            ("annotation-index.k", Some((Level::Index, None, "k"))),
+            ("annotation-manifest-descriptor[linux/arm64].k", Some((Level::ManifestDescriptor, Some("linux/arm64"), "k"))),
+            ("other.k", None),
+        ] {
+            let got = Annotation::parse(attr, "v").unwrap().map(|a| (a.level, a.platform.map(|p| p.to_string()), a.key));
+            assert_eq!(got, want.map(|(l, p, k)| (l, p.map(str::to_owned), k.to_owned())), "{attr}");
+        }
+        assert!(Annotation::parse("annotation-nonsense.k", "v").is_err());
+    }
+
+    #[test]
+    fn annotations_of_the_frontend_come_first() {
+        let attrs = |of: &[(&str, &str)]| of.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect::<BTreeMap<_, _>>();
+        let options = ImageOptions::take(&mut Attrs::new(&attrs(&[("annotation.a", "asked"), ("annotation.b", "asked")]))).unwrap();
+        let given = BTreeMap::from([("annotation.a".to_owned(), b"given".to_vec()), ("other".to_owned(), vec![])]);
+        let all = options.with_metadata(&given).unwrap();
+        assert_eq!(all.annotations(Level::Manifest, None), attrs(&[("a", "given"), ("b", "asked")]));
+        let plain = ImageOptions::take(&mut Attrs::new(&attrs(&[("oci-mediatypes", "false")]))).unwrap();
+        assert!(plain.with_metadata(&given).is_err());
+    }
+
+    #[test]
+    fn wrong_flags_are_refused_by_name() {
+        let mut attrs = Attrs::new(&BTreeMap::from([("push".to_owned(), "maybe".to_owned())]));
+        assert!(attrs.flag("push").unwrap_err().to_string().contains("push"));
+    }
+}

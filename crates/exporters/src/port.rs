@@ -1,0 +1,128 @@
+//! What the engine asks of exporters.
+
+use crate::{
+    archive::{ArchiveExporter, Variant},
+    image::ImageExporter,
+    tree::{LocalExporter, TarExporter},
+};
+use async_trait::async_trait;
+use futures::future::BoxFuture;
+use shipway_attest::Attestation;
+use shipway_fault::{Fault, Result, nearest};
+use shipway_oci::Platform;
+use shipway_progress::Reporter;
+use shipway_refs::{ImmutableRef, RefStore};
+use shipway_registry::Registry;
+use shipway_session::{SessionGroup, SessionHub};
+use std::{collections::BTreeMap, sync::Arc};
+
+/// Keys and values for the client (section 5.5 of the reference).
+pub type Response = BTreeMap<String, String>;
+
+/// One platform's part of a result.
+#[derive(Clone)]
+pub struct ExportPlatform {
+    /// Key in the result's metadata, such as `linux/amd64`.
+    pub id: String,
+    /// The platform.
+    pub platform: Platform,
+    /// The state; scratch has no layers.
+    pub state: ImmutableRef,
+}
+
+/// A result to export.
+#[derive(Clone)]
+pub struct ExportInput {
+    /// One entry per platform, in the order of `refs.platforms`.
+    pub platforms: Vec<ExportPlatform>,
+    /// Whether the frontend returned a map: an index is made and directories are split even for one entry (rows `ex.fs.split`, `df.arg.multi`).
+    pub is_map: bool,
+    /// Metadata of the frontend: `containerimage.config[/<platform>]` and others.
+    pub metadata: BTreeMap<String, Vec<u8>>,
+    /// What is said of the platforms, by their ids.
+    pub attestations: BTreeMap<String, Vec<ExportAttestation>>,
+}
+
+/// An attestation to export.
+pub type ExportAttestation = Attestation<Content>;
+
+/// Makes a predicate when it is asked for: provenance tells when everything was done.
+pub type Maker = Arc<dyn Fn() -> BoxFuture<'static, Result<Vec<u8>>> + Send + Sync>;
+
+/// Where an attestation's content is.
+#[derive(Clone)]
+pub enum Content {
+    /// In a state, below the attestation's path.
+    State(ImmutableRef),
+    /// Made by the engine.
+    Made(Maker),
+}
+
+/// On whose behalf an export runs.
+#[derive(Clone)]
+pub struct ExportContext {
+    /// The build's id.
+    pub build: String,
+    /// Index of the exporter in the request: the id of its target in the client's session.
+    pub index: usize,
+    /// The session of the client that asked.
+    pub session: String,
+    /// Clients that may give credentials.
+    pub sessions: SessionGroup,
+    /// Progress of the export's vertex.
+    pub reporter: Reporter,
+}
+
+/// An exporter with its attributes checked.
+#[async_trait]
+pub trait Exporter: Send + Sync {
+    /// Name of its progress vertex, such as `exporting to image`.
+    fn name(&self) -> &str;
+
+    /// Whether layers will be needed compressed, so that compression may begin while later steps run.
+    fn wants_layers(&self) -> Option<shipway_refs::Compression> {
+        None
+    }
+
+    /// Exports.
+    async fn export(&self, input: ExportInput, cx: &ExportContext) -> Result<Response>;
+}
+
+/// All exporters.
+#[derive(Clone)]
+pub struct Exporters {
+    inner: Arc<Inner>,
+}
+
+#[allow(dead_code)]
+pub(crate) struct Inner {
+    pub refs: RefStore,
+    pub registry: Registry,
+    pub hub: SessionHub,
+}
+
+impl Exporters {
+    /// Exporters over these.
+    pub fn new(refs: RefStore, registry: Registry, hub: SessionHub) -> Self {
+        Self { inner: Arc::new(Inner { refs, registry, hub }) }
+    }
+
+    /// The exporter of type `kind` (image, oci, docker, local, tar); wrong attributes and unknown types are errors here, before anything is built.
+    pub fn resolve(&self, kind: &str, attrs: &BTreeMap<String, String>) -> Result<Arc<dyn Exporter>> {
+        let inner = self.inner.clone();
+        Ok(match kind {
+            "image" => Arc::new(ImageExporter::new(inner, attrs)?),
+            "oci" => Arc::new(ArchiveExporter::new(inner, Variant::Oci, attrs)?),
+            "docker" => Arc::new(ArchiveExporter::new(inner, Variant::Docker, attrs)?),
+            "local" => Arc::new(LocalExporter::new(inner, attrs)?),
+            "tar" => Arc::new(TarExporter::new(inner, attrs)?),
+            other => {
+                let fault = Fault::invalid(format!("exporter \"{other}\" could not be found"));
+                return Err(match nearest(other, ["image", "oci", "docker", "local", "tar"]) {
+                    Some(near) => fault.hint(format!("did you mean type={near}?")),
+                    None => fault.hint("use type=image, oci, docker, local or tar"),
+                });
+            }
+        })
+    }
+}

@@ -1,0 +1,108 @@
+//! What a directory is known to hold, so that a transfer into it need not look (row `src.local.key`).
+
+use std::{path::Path, sync::Arc};
+
+use shipway_fault::Result;
+
+use crate::{FileMode, Kind, PathFilter, Stat, compare, walk};
+
+/// One entry, as far as it matters for telling whether it changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KnownEntry {
+    /// Path in the tree.
+    pub path: Arc<str>,
+    /// Type and permissions.
+    pub mode: FileMode,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Size in bytes; meaningless for directories.
+    pub size: i64,
+    /// Time of modification in nanoseconds.
+    pub mtime: i64,
+    /// Target of a symbolic link; path of the first name for a hard link; else empty.
+    pub link: Box<str>,
+    /// Major and minor number of a device.
+    pub device: (i64, i64),
+}
+
+impl KnownEntry {
+    pub(crate) fn of(stat: &Stat) -> Self {
+        Self {
+            path: stat.path.as_str().into(),
+            mode: FileMode(stat.mode),
+            uid: stat.uid,
+            gid: stat.gid,
+            size: stat.size,
+            mtime: stat.mod_time,
+            link: stat.linkname.as_str().into(),
+            device: (stat.devmajor, stat.devminor),
+        }
+    }
+
+    /// Whether `other` describes the same state; what a directory's size and time say depends on what is in it.
+    pub(crate) fn same(&self, other: &Self) -> bool {
+        (self.mode.is_dir() || (self.size == other.size && self.mtime == other.mtime))
+            && self.mode == other.mode
+            && self.uid == other.uid
+            && self.gid == other.gid
+            && self.device == other.device
+            && self.link == other.link
+    }
+
+    /// Whether it is a file with its own content.
+    pub fn has_content(&self) -> bool {
+        self.mode.kind() == Kind::Regular && self.link.is_empty()
+    }
+}
+
+/// The entries of a directory, in the protocol's order. Cheap to clone.
+///
+/// Whoever keeps one between transfers vouches that nobody else changes the directory meanwhile.
+#[derive(Clone, Debug, Default)]
+pub struct KnownTree {
+    pub(crate) entries: Arc<Vec<KnownEntry>>,
+}
+
+impl KnownTree {
+    /// Walks `dir`. Blocks.
+    pub fn scan(dir: &Path) -> Result<Self> {
+        let mut collect = Collect(Vec::new());
+        walk::walk(dir, &PathFilter::default(), false, &mut collect)?;
+        Ok(Self { entries: Arc::new(collect.0) })
+    }
+
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether nothing is in the directory.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The entries in order.
+    pub fn entries(&self) -> &[KnownEntry] {
+        &self.entries
+    }
+
+    /// The entry at `path`.
+    pub fn get(&self, path: &str) -> Option<&KnownEntry> {
+        find(&self.entries, path)
+    }
+}
+
+pub(crate) fn find<'a>(entries: &'a [KnownEntry], path: &str) -> Option<&'a KnownEntry> {
+    entries.binary_search_by(|e| compare(&e.path, path)).ok().map(|i| &entries[i])
+}
+
+struct Collect(Vec<KnownEntry>);
+
+impl walk::Visitor for Collect {
+    fn entry(&mut self, stat: Stat) -> Result<()> {
+        self.0.push(KnownEntry::of(&stat));
+        Ok(())
+    }
+}

@@ -1,0 +1,282 @@
+//! Ports between frontends and the engine.
+//!
+//! A [`Frontend`] turns options and inputs into a [`FrontendResult`], calling back into the engine through a [`Bridge`]. The bridge is the same
+//! for the in-house Dockerfile frontend, for clients that drive a build themselves (crate `gateway` carries it over LLBBridge), and for
+//! frontends out of images, which run in containers.
+
+mod container;
+mod sbom;
+
+pub use container::{Container, ContainerMount, ContainerProcess, ContainerRequest};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use shipway_attest::Attestation;
+use shipway_fault::{Fault, Result, SourceFile, Span};
+use shipway_llb::{Definition, SourcePolicy};
+use shipway_oci::{ChecksumAlgorithm, Digest, Platform};
+use std::{any::Any, collections::BTreeMap, sync::Arc};
+
+pub use sbom::{Scan, Scanner};
+
+/// Options of a frontend (`FrontendAttrs`, section 4.4).
+pub type Options = BTreeMap<String, String>;
+
+/// A lazily solved filesystem state, as a frontend holds it. Nothing runs until it is read, evaluated or exported.
+#[async_trait]
+pub trait BuildRef: Send + Sync {
+    /// Identity on the wire.
+    fn id(&self) -> &str;
+
+    /// The definition it came from.
+    fn definition(&self) -> Option<&Definition>;
+
+    /// Solves it.
+    async fn evaluate(&self) -> Result<()>;
+
+    /// Reads a file, or a range of it: offset and length, length 0 for the rest (row `gw.readfile`).
+    async fn read_file(&self, path: &str, range: Option<(u64, u64)>) -> Result<Bytes>;
+
+    /// Lists a directory; `include` is a pattern for names (row `gw.readdir`).
+    async fn read_dir(&self, path: &str, include: Option<&str>) -> Result<Vec<FileStat>>;
+
+    /// One entry (row `gw.statfile`).
+    async fn stat_file(&self, path: &str) -> Result<FileStat>;
+
+    /// The engine's own type behind the port.
+    fn as_any(&self) -> &(dyn Any + Send + Sync);
+}
+
+/// A file's metadata as fsutil has it (row `cb.fsutil.stat`): the mode is Go's `FileMode`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct FileStat {
+    pub path: String,
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub size: i64,
+    /// Nanoseconds since the epoch.
+    pub mod_time: i64,
+    pub linkname: String,
+    pub dev_major: i64,
+    pub dev_minor: i64,
+    pub xattrs: BTreeMap<String, Vec<u8>>,
+}
+
+/// An attestation whose content is a file or directory of a state.
+pub type BuildAttestation = Attestation<Option<Arc<dyn BuildRef>>>;
+
+/// What a frontend returns (row `gw.result`). A state of `None` is scratch.
+#[derive(Clone, Default)]
+pub struct FrontendResult {
+    /// The state, where there is one for all platforms.
+    pub single: Option<Option<Arc<dyn BuildRef>>>,
+    /// States by platform id, in the order of `refs.platforms`.
+    pub map: BTreeMap<String, Option<Arc<dyn BuildRef>>>,
+    /// Metadata such as `containerimage.config` and `refs.platforms`.
+    pub metadata: BTreeMap<String, Vec<u8>>,
+    /// What is said of them, by platform id.
+    pub attestations: BTreeMap<String, Vec<BuildAttestation>>,
+    /// Who can say more about a failure of these states.
+    pub explain: Option<Arc<dyn Explain>>,
+}
+
+/// What a frontend knows about failures of its result: states are solved after it has returned, and only it knows why they ask
+/// for what they ask for. The engine calls it with a failure whose details name the vertex and its lines. It must hold no bridge,
+/// since the build would then hold itself; it gets one for the call.
+#[async_trait]
+pub trait Explain: Send + Sync {
+    /// The same fault, with hints if there are any to give.
+    async fn explain(&self, bridge: &dyn Bridge, fault: Fault) -> Fault;
+}
+
+impl FrontendResult {
+    /// A result of one state without metadata.
+    pub fn of(state: Option<Arc<dyn BuildRef>>) -> Self {
+        Self { single: Some(state), ..Self::default() }
+    }
+
+    /// All its states, those with attestations too.
+    pub fn states(&self) -> impl Iterator<Item = &Arc<dyn BuildRef>> {
+        let own = self.single.iter().flatten().chain(self.map.values().flatten());
+        own.chain(self.attestations.values().flatten().filter_map(|a| a.content.as_ref()))
+    }
+}
+
+/// A request to solve (row `gw.solve`).
+#[derive(Clone, Default)]
+pub struct SolveRequest {
+    /// What to solve; `None` with no frontend gives scratch.
+    pub definition: Option<Definition>,
+    /// Frontend to run instead.
+    pub frontend: String,
+    /// Its options.
+    pub options: Options,
+    /// Its inputs.
+    pub inputs: BTreeMap<String, Definition>,
+    /// Whether to solve now rather than when needed.
+    pub evaluate: bool,
+    /// Rules for its sources, besides those of the build.
+    pub policies: Vec<SourcePolicy>,
+    /// Caches that may have results.
+    pub cache_imports: Vec<CacheImport>,
+}
+
+/// A cache to import, by kind and attributes (row `gw.solve.cacheimports`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CacheImport {
+    /// `registry`, `local` or another one.
+    pub kind: String,
+    /// Attributes.
+    pub attrs: BTreeMap<String, String>,
+}
+
+/// How an image reference is resolved (row `src.image.mode`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ResolveMode {
+    /// The local image store, then the registry.
+    #[default]
+    Default,
+    /// Always the registry.
+    ForcePull,
+    /// The local image store first.
+    PreferLocal,
+}
+
+/// A resolved image (row `gw.resolveimg`).
+#[derive(Clone, Debug)]
+pub struct ResolvedImage {
+    /// Full name, pinned if a policy says so.
+    pub name: String,
+    /// Digest of the manifest or index that the name led to.
+    pub digest: Digest,
+    /// The image config of the platform asked for.
+    pub config: Bytes,
+}
+
+/// Metadata of a source (row `gw.resolvesrc`).
+#[derive(Clone, Debug, Default)]
+pub struct SourceMeta {
+    /// The source as resolved: identifier and attributes.
+    pub identifier: String,
+    /// Attributes.
+    pub attrs: BTreeMap<String, String>,
+    /// For images.
+    pub image: Option<ResolvedImage>,
+    /// For git: checksum, ref, commit checksum.
+    pub git: Option<GitMeta>,
+    /// For http: checksum, filename.
+    pub http: Option<HttpMeta>,
+}
+
+/// Metadata of a git source (row `gw.resolvesrc.git`).
+#[derive(Clone, Debug, Default)]
+#[allow(missing_docs)]
+pub struct GitMeta {
+    pub checksum: String,
+    pub reference: String,
+    pub commit_checksum: String,
+    /// The commit's text, if it was asked for.
+    pub commit_object: Bytes,
+    /// The annotated tag, likewise.
+    pub tag_object: Bytes,
+}
+
+/// Metadata of an http source (row `gw.resolvesrc.http`).
+#[derive(Clone, Debug, Default)]
+#[allow(missing_docs)]
+pub struct HttpMeta {
+    pub digest: String,
+    pub filename: String,
+    pub last_modified: Option<std::time::SystemTime>,
+    /// The checksum that was asked for.
+    pub other: Option<String>,
+}
+
+/// A request for a source's metadata.
+#[derive(Clone, Debug, Default)]
+pub struct SourceRequest {
+    /// Identifier with scheme, such as `docker-image://docker.io/library/busybox:latest`.
+    pub identifier: String,
+    /// Attributes as on a source op.
+    pub attrs: BTreeMap<String, String>,
+    /// Platform; `None` is the worker's.
+    pub platform: Option<Platform>,
+    /// Name for the progress vertex; empty for a generic one.
+    pub log_name: String,
+    /// How to resolve an image.
+    pub mode: ResolveMode,
+    /// Whether the image's config is not wanted.
+    pub no_config: bool,
+    /// Whether a git reference's objects are wanted.
+    pub git_objects: bool,
+    /// Whether another checksum of a file is wanted: of its bytes and these behind them (row `gw.resolvesrc.http`).
+    pub http_checksum: Option<(ChecksumAlgorithm, Bytes)>,
+    /// Rules for it, besides those of the build.
+    pub policies: Vec<SourcePolicy>,
+}
+
+/// A warning a frontend gives (row `gw.warn`).
+#[derive(Clone, Debug, Default)]
+#[allow(missing_docs)]
+pub struct Warning {
+    /// Vertex it belongs to.
+    pub vertex: Option<Digest>,
+    pub level: i64,
+    pub short: String,
+    pub detail: Vec<String>,
+    pub url: String,
+    pub file: Option<Arc<SourceFile>>,
+    pub spans: Vec<Span>,
+}
+
+/// What the engine offers a frontend. One bridge belongs to one build.
+#[async_trait]
+pub trait Bridge: Send + Sync {
+    /// Options of the build.
+    fn options(&self) -> &Options;
+
+    /// Session of the client that asked for the build.
+    fn session(&self) -> &str;
+
+    /// Platforms the worker can run, native first.
+    fn platforms(&self) -> Vec<Platform>;
+
+    /// Solves a definition or runs another frontend.
+    async fn solve(&self, request: SolveRequest) -> Result<FrontendResult>;
+
+    /// Metadata of a source; images with config.
+    async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta>;
+
+    /// Inputs by name (row `gw.inputs`).
+    async fn inputs(&self) -> Result<BTreeMap<String, Definition>>;
+
+    /// Names in the directory `dir` (empty for the top) of a client's directory, without transferring anything; for suggestions
+    /// only, so nobody need answer.
+    async fn local_names(&self, local: &str, session: &str, dir: &str) -> Result<Vec<String>> {
+        let _ = (local, session, dir);
+        Ok(Vec::new())
+    }
+
+    /// The states that go with a failure, for looking into: their ids are among its details.
+    fn left_by(&self, fault: &Fault) -> Vec<Arc<dyn BuildRef>> {
+        let _ = fault;
+        Vec::new()
+    }
+
+    /// A container over states of the build.
+    async fn new_container(&self, request: ContainerRequest) -> Result<Arc<dyn Container>> {
+        Err(Fault::unimplemented(format_args!("container {}", request.name)))
+    }
+
+    /// Shows a warning on the build's status.
+    async fn warn(&self, warning: Warning) -> Result<()>;
+}
+
+/// Turns options into a result.
+#[async_trait]
+pub trait Frontend: Send + Sync {
+    /// Runs for one build. `bridge.options()` holds the options.
+    async fn run(&self, bridge: Arc<dyn Bridge>) -> Result<FrontendResult>;
+}

@@ -1,0 +1,232 @@
+//! Builds driven from outside: registration by id, references by id, and the returned result.
+
+use crate::{BridgeService, containers::Kept};
+use shipway_fault::{Fault, Result};
+use shipway_frontend::{Bridge, BuildRef, Container, FrontendResult};
+use shipway_proto::{
+    MAX_MESSAGE,
+    moby::buildkit::v1::{frontend::llb_bridge_server::LlbBridgeServer, types::WorkerRecord},
+};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::{oneshot, watch},
+};
+use tonic::service::Routes;
+
+/// How long a call waits for its build to be registered (row `gwfwd.wait`).
+const GRACE: Duration = Duration::from_secs(3);
+
+/// Says what workers there are, for Ping.
+pub type WorkerSource = Arc<dyn Fn() -> Vec<WorkerRecord> + Send + Sync>;
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One build driven through the gateway.
+pub struct GatewayBuild {
+    /// The engine's side.
+    pub(crate) bridge: Arc<dyn Bridge>,
+    refs: Mutex<HashMap<String, Arc<dyn BuildRef>>>,
+    containers: Mutex<HashMap<String, Kept>>,
+    returned: Mutex<Option<oneshot::Sender<Result<FrontendResult>>>>,
+}
+
+impl GatewayBuild {
+    /// A build over `bridge`, and where its result will arrive.
+    pub fn new(bridge: Arc<dyn Bridge>) -> (Arc<Self>, oneshot::Receiver<Result<FrontendResult>>) {
+        let (sender, receiver) = oneshot::channel();
+        (Arc::new(Self { bridge, refs: Mutex::default(), containers: Mutex::default(), returned: Mutex::new(Some(sender)) }), receiver)
+    }
+
+    /// Remembers a reference under its id.
+    pub(crate) fn keep(&self, build_ref: &Arc<dyn BuildRef>) -> String {
+        let id = build_ref.id().to_owned();
+        lock(&self.refs).insert(id.clone(), build_ref.clone());
+        id
+    }
+
+    /// Remembers the states that go with a failure that the client is told of.
+    pub(crate) fn keep_left<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(fault) = &result {
+            for left in self.bridge.left_by(fault) {
+                self.keep(&left);
+            }
+        }
+        result
+    }
+
+    /// The reference that was handed out as `id`.
+    pub(crate) fn find(&self, id: &str) -> Result<Arc<dyn BuildRef>> {
+        lock(&self.refs).get(id).cloned().ok_or_else(|| Fault::not_found(format!("no such ref: {id}")))
+    }
+
+    /// Remembers a container; a name is used once at a time.
+    pub(crate) fn add_container(&self, name: String, kept: Kept) -> Result<()> {
+        let mut containers = lock(&self.containers);
+        if containers.contains_key(&name) {
+            return Err(Fault::new(shipway_fault::Code::AlreadyExists, format!("Container {name} already exists")));
+        }
+        containers.insert(name, kept);
+        Ok(())
+    }
+
+    /// The container `name`.
+    pub(crate) fn container(&self, name: &str) -> Option<Arc<dyn Container>> {
+        lock(&self.containers).get(name).map(|k| k.container.clone())
+    }
+
+    /// The container `name` for one more process, the PATH of processes that name none, and whether it is the first one.
+    pub(crate) fn enter_container(&self, name: &str) -> Option<(Arc<dyn Container>, &'static str, bool)> {
+        let mut containers = lock(&self.containers);
+        let kept = containers.get_mut(name)?;
+        let first = !std::mem::replace(&mut kept.started, true);
+        Some((kept.container.clone(), kept.path, first))
+    }
+
+    /// Forgets the container `name`.
+    pub(crate) fn remove_container(&self, name: &str) -> Option<Kept> {
+        lock(&self.containers).remove(name)
+    }
+
+    /// Ends what the build's containers still run.
+    pub async fn release_containers(&self) {
+        let left: Vec<Kept> = lock(&self.containers).drain().map(|(_, kept)| kept).collect();
+        for kept in left {
+            kept.container.release().await;
+        }
+    }
+
+    /// Delivers the result; the second time is an error (row `gw.return`).
+    pub(crate) fn deliver(&self, result: Result<FrontendResult>) -> Result<()> {
+        let sender = lock(&self.returned)
+            .take()
+            .ok_or_else(|| Fault::new(shipway_fault::Code::FailedPrecondition, "return called multiple times"))?;
+        // A build whose waiter is gone was cancelled; its client learns that from Solve.
+        let _ = sender.send(result);
+        Ok(())
+    }
+}
+
+/// The running builds that a client drives, by `Solve.Ref`.
+#[derive(Clone)]
+pub struct Builds(Arc<watch::Sender<HashMap<String, Arc<GatewayBuild>>>>);
+
+impl Default for Builds {
+    fn default() -> Self {
+        Self(Arc::new(watch::Sender::new(HashMap::new())))
+    }
+}
+
+/// Serves `build` alone over `io`, to a frontend that needs not say which build it means, until that ends.
+pub async fn serve(build: Arc<GatewayBuild>, io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Result<()> {
+    let service =
+        LlbBridgeServer::new(BridgeService::of(build)).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+    shipway_grpc::serve_tunnel(io, Routes::new(service)).await
+}
+
+/// Keeps a build registered; dropping it takes the build out.
+pub struct Registration {
+    builds: Builds,
+    id: String,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.builds.0.send_modify(|m| {
+            m.remove(&self.id);
+        });
+    }
+}
+
+impl Builds {
+    /// Makes `build` reachable as `id`.
+    pub fn register(&self, id: &str, build: Arc<GatewayBuild>) -> Registration {
+        self.0.send_modify(|m| {
+            m.insert(id.to_owned(), build);
+        });
+        Registration { builds: self.clone(), id: id.to_owned() }
+    }
+
+    /// The build `id`, which may be about to be registered.
+    pub async fn get(&self, id: &str) -> Result<Arc<GatewayBuild>> {
+        let mut changes = self.0.subscribe();
+        let found =
+            tokio::time::timeout(GRACE, async { changes.wait_for(|m| m.contains_key(id)).await.ok().and_then(|m| m.get(id).cloned()) })
+                .await;
+        found
+            .ok()
+            .flatten()
+            .ok_or_else(|| Fault::not_found(format!("no such job {id}")).hint("the build ended, or was never started on this daemon"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use async_trait::async_trait;
+    use shipway_frontend::{Options, SolveRequest, SourceMeta, SourceRequest, Warning};
+    use shipway_llb::Definition;
+    use shipway_oci::Platform;
+    use shipway_proto::moby::buildkit::v1::frontend::{self as wire, llb_bridge_client::LlbBridgeClient};
+    use std::collections::BTreeMap;
+
+    struct Nothing;
+
+    #[async_trait]
+    impl Bridge for Nothing {
+        fn options(&self) -> &Options {
+            static NONE: Options = Options::new();
+            &NONE
+        }
+
+        fn session(&self) -> &str {
+            "s"
+        }
+
+        fn platforms(&self) -> Vec<Platform> {
+            vec![Platform::host()]
+        }
+
+        async fn solve(&self, _: SolveRequest) -> Result<FrontendResult> {
+            Ok(FrontendResult::of(None))
+        }
+
+        async fn resolve_source(&self, _: SourceRequest) -> Result<SourceMeta> {
+            Err(Fault::not_found("no source"))
+        }
+
+        async fn inputs(&self) -> Result<BTreeMap<String, Definition>> {
+            Ok(BTreeMap::new())
+        }
+
+        async fn warn(&self, _: Warning) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_frontend_that_is_served_alone_names_no_build() {
+        let (build, returned) = GatewayBuild::new(Arc::new(Nothing));
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let serving = tokio::spawn(serve(build, ours));
+        let tunnel = shipway_grpc::TunnelChannel::connect(theirs).await.unwrap();
+        let mut client = LlbBridgeClient::new(tunnel.channel());
+        let pong = client.ping(wire::PingRequest {}).await.unwrap().into_inner();
+        assert_eq!(pong.workers.len(), 1);
+        assert!(pong.frontend_api_caps.iter().any(|c| c.id == "gateway.exec" && c.enabled));
+        let unknown = client.new_container(wire::NewContainerRequest { container_id: "c".into(), ..Default::default() }).await.unwrap_err();
+        assert_eq!(unknown.code(), tonic::Code::Unimplemented);
+        let result = wire::Result { metadata: [("k".to_owned(), b"v".to_vec())].into(), ..Default::default() };
+        client.r#return(wire::ReturnRequest { result: Some(result), error: None }).await.unwrap();
+        assert_eq!(returned.await.unwrap().unwrap().metadata["k"], b"v");
+        drop((client, tunnel));
+        // Ends with the connection, however that says it.
+        let _ = serving.await.unwrap();
+    }
+}

@@ -1,0 +1,433 @@
+//! Where servers listen and clients dial: unix sockets, TCP with or without TLS, systemd's sockets (row `net.listen`).
+
+use std::{
+    fmt, io,
+    net::SocketAddr,
+    os::unix::fs::{FileTypeExt, PermissionsExt},
+    path::{Path, PathBuf},
+    pin::Pin,
+    str::FromStr,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures::Stream;
+use hyper_util::rt::TokioIo;
+use shipway_fault::{Context as _, Fault, Result, nearest};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    sync::mpsc,
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint, server::Connected};
+use tracing::Instrument;
+
+use crate::{ClientTls, ServerTls, tuned};
+
+/// Connections accepted but not yet taken by the server.
+const BACKLOG: usize = 64;
+/// A peer that has not finished its TLS handshake by then is dropped.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Pause after an accept error such as "too many open files", so that the loop does not spin.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Where a daemon listens.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// `unix://<path>`
+    Unix(PathBuf),
+    /// `tcp://<host>:<port>`
+    Tcp(String),
+    /// `fd://`: the sockets that systemd passed.
+    Activated,
+}
+
+impl FromStr for Address {
+    type Err = Fault;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let Some((scheme, rest)) = text.split_once("://") else {
+            return Err(Fault::invalid(format!("address {text} does not contain proto, you meant unix://{text} ?")));
+        };
+        match scheme {
+            "unix" if rest.is_empty() => Err(Fault::invalid(format!("address {text} has no path"))),
+            "unix" => Ok(Self::Unix(rest.into())),
+            "tcp" => Ok(Self::Tcp(rest.into())),
+            "fd" if rest.is_empty() => Ok(Self::Activated),
+            "fd" => Err(Fault::unimplemented(format!("choosing one of systemd's sockets by number ({text}); use fd://"))),
+            other => {
+                let fault = Fault::invalid(format!("addr {text} not supported"));
+                Err(match nearest(other, ["unix", "tcp", "fd"]) {
+                    Some(near) => fault.hint(format!("did you mean {near}://{rest}?")),
+                    None => fault.hint("use unix://<path>, tcp://<host>:<port> or fd://"),
+                })
+            }
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+            Self::Tcp(host) => write!(f, "tcp://{host}"),
+            Self::Activated => f.write_str("fd://"),
+        }
+    }
+}
+
+/// How to listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenOptions {
+    /// Permission bits of a unix socket.
+    pub mode: u32,
+    /// Owning user of a unix socket.
+    pub uid: Option<u32>,
+    /// Owning group of a unix socket.
+    pub gid: Option<u32>,
+    /// TLS for TCP sockets; unix sockets never use it.
+    pub tls: Option<ServerTls>,
+}
+
+impl Default for ListenOptions {
+    fn default() -> Self {
+        Self { mode: 0o660, uid: None, gid: None, tls: None }
+    }
+}
+
+enum Socket {
+    Unix {
+        listener: UnixListener,
+        /// Nothing for sockets that are systemd's.
+        _unlink: Option<Unlink>,
+    },
+    Tcp(TcpListener, Option<TlsAcceptor>),
+}
+
+/// Removes the socket file when its listener goes.
+struct Unlink(PathBuf);
+
+impl Drop for Unlink {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// A bound socket. Connections wait in the kernel until [`Listener::incoming`] runs.
+pub struct Listener {
+    socket: Socket,
+    address: Address,
+}
+
+impl Listener {
+    /// Binds `address`; only `fd://` may give more than one listener.
+    pub async fn bind(address: &Address, options: &ListenOptions) -> Result<Vec<Self>> {
+        let acceptor = || options.tls.as_ref().map(ServerTls::acceptor).transpose();
+        let what = || format!("listen on {address}");
+        let socket = match address {
+            Address::Unix(path) => bind_unix(path, options).await.context(what)?,
+            Address::Tcp(host) => {
+                let listener = TcpListener::bind(host).await.map_err(|e| Fault::io(what(), e))?;
+                if options.tls.is_none() {
+                    tracing::warn!(%address, "TLS is not enabled: whoever reaches this address controls the daemon");
+                }
+                Socket::Tcp(listener, acceptor()?)
+            }
+            Address::Activated => return activated(acceptor()?),
+        };
+        Ok(vec![Self { socket, address: address.clone() }])
+    }
+
+    /// Where it listens, with the port that was chosen for port 0.
+    pub fn address(&self) -> Address {
+        match &self.socket {
+            Socket::Tcp(listener, _) => {
+                listener.local_addr().map_or_else(|_| self.address.clone(), |address| Address::Tcp(address.to_string()))
+            }
+            Socket::Unix { .. } => self.address.clone(),
+        }
+    }
+
+    /// Accepts connections until the stream is dropped; for tonic's `serve_with_incoming`. TLS handshakes run beside the
+    /// loop, so that a slow peer holds up no one.
+    pub fn incoming(self) -> impl Stream<Item = io::Result<Connection>> + Send + 'static {
+        let (sink, stream) = mpsc::channel(BACKLOG);
+        let span = tracing::info_span!("accept", address = %self.address);
+        tokio::spawn(accept(self.socket, sink).instrument(span));
+        ReceiverStream::new(stream)
+    }
+}
+
+async fn bind_unix(path: &Path, options: &ListenOptions) -> Result<Socket> {
+    let failed = |what: &str, e| Fault::io(format!("{what} {}", path.display()), e);
+    if let Some(parent) = path.parent() {
+        tokio::fs::create_dir_all(parent).await.map_err(|e| failed("create the directory of", e))?;
+    }
+    match tokio::fs::symlink_metadata(path).await {
+        Ok(meta) if meta.file_type().is_socket() => {
+            if UnixStream::connect(path).await.is_ok() {
+                return Err(Fault::new(shipway_fault::Code::AlreadyExists, "another process is listening there already")
+                    .with_class(shipway_fault::Class::Environment)
+                    .hint("stop the other daemon, or choose another address with --addr"));
+            }
+            tokio::fs::remove_file(path).await.map_err(|e| failed("remove the stale socket", e))?;
+        }
+        Ok(_) => return Err(Fault::invalid(format!("{} exists and is not a socket", path.display()))),
+        Err(_) => {}
+    }
+    let listener = UnixListener::bind(path).map_err(|e| failed("bind", e))?;
+    let unlink = Unlink(path.to_owned());
+    if options.uid.is_some() || options.gid.is_some() {
+        std::os::unix::fs::chown(path, options.uid, options.gid).map_err(|e| failed("change the owner of", e))?;
+    }
+    let mode = std::fs::Permissions::from_mode(options.mode);
+    tokio::fs::set_permissions(path, mode).await.map_err(|e| failed("change the mode of", e))?;
+    Ok(Socket::Unix { listener, _unlink: Some(unlink) })
+}
+
+fn activated(acceptor: Option<TlsAcceptor>) -> Result<Vec<Listener>> {
+    let mut fds = listenfd::ListenFd::from_env();
+    let mut listeners = Vec::new();
+    for index in 0..fds.len() {
+        let failed = |e| Fault::io(format!("take over systemd's socket {index}"), e);
+        let socket = match fds.take_unix_listener(index) {
+            Ok(Some(unix)) => {
+                unix.set_nonblocking(true).map_err(failed)?;
+                Socket::Unix { listener: UnixListener::from_std(unix).map_err(failed)?, _unlink: None }
+            }
+            _ => {
+                let Some(tcp) = fds.take_tcp_listener(index).map_err(failed)? else { continue };
+                tcp.set_nonblocking(true).map_err(failed)?;
+                Socket::Tcp(TcpListener::from_std(tcp).map_err(failed)?, acceptor.clone())
+            }
+        };
+        listeners.push(Listener { socket, address: Address::Activated });
+    }
+    if listeners.is_empty() {
+        return Err(Fault::invalid("no sockets found via socket activation: make sure the service was started by systemd")
+            .hint("fd:// works only in a unit that has a .socket beside it; otherwise use unix://<path>"));
+    }
+    Ok(listeners)
+}
+
+async fn accept(socket: Socket, sink: mpsc::Sender<io::Result<Connection>>) {
+    loop {
+        let accepted = tokio::select! {
+            () = sink.closed() => return,
+            accepted = accept_one(&socket) => accepted,
+        };
+        match (accepted, &socket) {
+            (Ok(Connection::Tcp(tcp)), Socket::Tcp(_, Some(acceptor))) => {
+                let (acceptor, sink) = (acceptor.clone(), sink.clone());
+                tokio::spawn(
+                    async move {
+                        match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
+                            Ok(Ok(tls)) => _ = sink.send(Ok(Connection::Tls(Box::new(tls)))).await,
+                            Ok(Err(error)) => tracing::warn!(%error, "TLS handshake failed"),
+                            Err(_) => tracing::warn!("TLS handshake timed out"),
+                        }
+                    }
+                    .in_current_span(),
+                );
+            }
+            (Ok(connection), _) => {
+                if sink.send(Ok(connection)).await.is_err() {
+                    return;
+                }
+            }
+            (Err(error), _) => {
+                tracing::warn!(%error, "accept failed");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn accept_one(socket: &Socket) -> io::Result<Connection> {
+    Ok(match socket {
+        Socket::Unix { listener, .. } => Connection::Unix(listener.accept().await?.0),
+        Socket::Tcp(listener, _) => {
+            let stream = listener.accept().await?.0;
+            let _ = stream.set_nodelay(true);
+            Connection::Tcp(stream)
+        }
+    })
+}
+
+/// An accepted connection.
+#[derive(Debug)]
+pub enum Connection {
+    /// Over a unix socket.
+    Unix(UnixStream),
+    /// Over TCP.
+    Tcp(TcpStream),
+    /// Over TLS on TCP.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// Who is at the other end; tonic puts it in every request's extensions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Peer {
+    /// User, on a unix socket.
+    pub uid: Option<u32>,
+    /// Process, on a unix socket.
+    pub pid: Option<i32>,
+    /// Address, on TCP.
+    pub address: Option<SocketAddr>,
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        match self {
+            Self::Unix(stream) => match stream.peer_cred() {
+                Ok(cred) => Peer { uid: Some(cred.uid()), pid: cred.pid(), address: None },
+                Err(_) => Peer::default(),
+            },
+            Self::Tcp(stream) => Peer { address: stream.peer_addr().ok(), ..Peer::default() },
+            Self::Tls(stream) => Peer { address: stream.get_ref().0.peer_addr().ok(), ..Peer::default() },
+        }
+    }
+}
+
+macro_rules! each {
+    ($self:ident, $stream:ident => $call:expr) => {
+        match $self.get_mut() {
+            Connection::Unix($stream) => $call,
+            Connection::Tcp($stream) => $call,
+            Connection::Tls($stream) => $call,
+        }
+    };
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        each!(self, stream => Pin::new(stream).poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        each!(self, stream => Pin::new(stream).poll_write(cx, buf))
+    }
+
+    fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        each!(self, stream => Pin::new(stream).poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Unix(stream) => stream.is_write_vectored(),
+            Self::Tcp(stream) => stream.is_write_vectored(),
+            Self::Tls(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, stream => Pin::new(stream).poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, stream => Pin::new(stream).poll_shutdown(cx))
+    }
+}
+
+/// Connects to the daemon at `address`.
+pub async fn dial(address: &Address, tls: Option<&ClientTls>) -> Result<Channel> {
+    let failed = |e: tonic::transport::Error| {
+        let cause = std::error::Error::source(&e).map_or_else(|| e.to_string(), root_cause);
+        Fault::unavailable(format!("connect to {address}: {cause}")).with_source(e).hint("is the daemon running, and is this its address?")
+    };
+    match address {
+        Address::Unix(path) => {
+            let path = path.clone();
+            let connector = tower::service_fn(move |_: http::Uri| {
+                let path = path.clone();
+                async move { UnixStream::connect(path).await.map(TokioIo::new) }
+            });
+            tuned(Endpoint::from_static("http://localhost")).connect_with_connector(connector).await.map_err(failed)
+        }
+        Address::Tcp(host) => {
+            let scheme = if tls.is_some() { "https" } else { "http" };
+            let mut endpoint = Endpoint::from_shared(format!("{scheme}://{host}"))
+                .map_err(|e| Fault::invalid(format!("address {address} is not a host and port: {e}")))?;
+            if let Some(tls) = tls {
+                endpoint = endpoint.tls_config(tls.config().await?).map_err(|e| Fault::invalid(format!("use the TLS files given: {e}")))?;
+            }
+            tuned(endpoint).connect().await.map_err(failed)
+        }
+        Address::Activated => Err(Fault::invalid("fd:// is an address to listen on, not one to connect to")),
+    }
+}
+
+fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::StreamExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    #[test]
+    fn addresses_parse_or_say_what_is_wrong() {
+        for (text, expected) in [
+            ("unix:///run/x.sock", Ok(Address::Unix("/run/x.sock".into()))),
+            ("tcp://0.0.0.0:1234", Ok(Address::Tcp("0.0.0.0:1234".into()))),
+            ("fd://", Ok(Address::Activated)),
+            ("/run/x", Err("address /run/x does not contain proto, you meant unix:///run/x ?")),
+            ("unx:///x", Err("addr unx:///x not supported")),
+            ("unix://", Err("address unix:// has no path")),
+        ] {
+            let got = text.parse::<Address>().map_err(|e| e.to_string());
+            assert_eq!(got, expected.map_err(str::to_owned), "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_unix_socket_has_its_mode_and_is_not_stolen() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("sub/s.sock");
+        let address = Address::Unix(path.clone());
+        let options = ListenOptions { mode: 0o600, ..Default::default() };
+        let listener = Listener::bind(&address, &options).await.expect("bind").remove(0);
+        assert_eq!(std::fs::metadata(&path).expect("stat").permissions().mode() & 0o777, 0o600);
+        assert!(Listener::bind(&address, &options).await.is_err_and(|e| e.to_string().contains("another process")));
+        let mut incoming = Box::pin(listener.incoming());
+        let mut client = UnixStream::connect(&path).await.expect("connect");
+        client.write_all(b"x").await.expect("write");
+        // The probe of the second bind was accepted first.
+        let mut got = Vec::new();
+        while got.is_empty() {
+            let mut server = incoming.next().await.expect("open").expect("accepted");
+            let mut byte = [0];
+            let n = server.read(&mut byte).await.expect("read");
+            got.extend_from_slice(&byte[..n]);
+            assert!(server.connect_info().uid.is_some());
+        }
+        drop(incoming);
+    }
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("s.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).expect("bind"));
+        Listener::bind(&Address::Unix(path), &ListenOptions::default()).await.expect("bind again");
+    }
+
+    #[tokio::test]
+    async fn dialling_nobody_names_the_address() {
+        let error = dial(&Address::Unix("/nonexistent/s".into()), None).await.expect_err("nobody");
+        assert!(error.to_string().starts_with("connect to unix:///nonexistent/s: No such file"), "{error}");
+    }
+}

@@ -1,0 +1,163 @@
+//! Containers that a frontend asks for (rows `gw.container`, `gw.exec`): mounts as an operation has them, and processes as somebody starts them.
+
+use crate::{
+    JobData, Services,
+    exec::{
+        self,
+        mounts::{From, Held, Plan},
+    },
+};
+use shipway_executor::{ExecMount, ExitStatus, RootFs, Wires};
+use shipway_fault::{Fault, Result};
+use shipway_llb::{ExecMeta, ExecOp, HostIp, Mount, NetMode, Op};
+use shipway_progress::Reporter;
+use shipway_refs::ImmutableRef;
+use shipway_storage::Mount as SnapshotMount;
+use std::{
+    future::Future,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tokio::sync::{oneshot, watch};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::TaskTracker,
+};
+
+/// What a container is made of.
+#[derive(Clone, Debug, Default)]
+pub struct ContainerSpec {
+    /// How it is called in messages.
+    pub name: String,
+    /// Its mounts; one has the destination `/`.
+    pub mounts: Vec<Mount>,
+    /// The states that they show.
+    pub inputs: Vec<ImmutableRef>,
+    /// Its network.
+    pub network: NetMode,
+    /// Its host name; empty for the default.
+    pub hostname: String,
+    /// Lines of its `/etc/hosts`.
+    pub extra_hosts: Vec<HostIp>,
+}
+
+/// A container with its mounts taken. Its processes end with it; dropping it is enough.
+pub struct Container {
+    services: Arc<Services>,
+    job: JobData,
+    spec: ContainerSpec,
+    /// Its id for the executor.
+    id: String,
+    /// What the first process takes.
+    unused: Mutex<Option<(RootFs, Vec<ExecMount>)>>,
+    snapshots: Vec<Option<Vec<SnapshotMount>>>,
+    /// Held by the processes too, until nothing is left of them.
+    held: Mutex<Option<Arc<Mutex<Option<Held>>>>>,
+    /// Whether the first process has come as far as it will: it runs, or it never did.
+    begun: Arc<watch::Sender<bool>>,
+    processes: TaskTracker,
+    end: CancellationToken,
+    _end: DropGuard,
+}
+
+impl Container {
+    /// Takes the mounts of `spec` on behalf of `job`.
+    pub async fn new(services: Arc<Services>, job: JobData, spec: ContainerSpec, reporter: &Reporter) -> Result<Self> {
+        let meta = ExecMeta { args: vec![format!("container {}", spec.name)], cwd: "/".into(), ..ExecMeta::default() };
+        let exec = ExecOp { meta, mounts: spec.mounts.clone(), ..ExecOp::default() };
+        let from = From { sessions: &job.sessions, reporter, fresh: false };
+        let Plan { root, mounts, snapshots, held } = exec::mounts::plan(&services, &exec, &spec.inputs, from).await?;
+        let end = CancellationToken::new();
+        Ok(Self {
+            services,
+            job,
+            spec,
+            id: exec::container_id(),
+            unused: Mutex::new(Some((root, mounts))),
+            snapshots,
+            held: Mutex::new(Some(Arc::new(Mutex::new(Some(held))))),
+            begun: Arc::new(watch::Sender::new(false)),
+            processes: TaskTracker::new(),
+            _end: end.clone().drop_guard(),
+            end,
+        })
+    }
+
+    /// Starts a process: of `process`, what is the container's own is not used. The first one is the container's init, and its end is the others'.
+    /// What comes back resolves when the process has ended, which may also be because it could not start.
+    pub fn start(&self, mut process: ExecOp, tty: bool, mut wires: Wires) -> impl Future<Output = Result<ExitStatus>> + Send + 'static {
+        process.network = self.spec.network;
+        process.meta.hostname.clone_from(&self.spec.hostname);
+        process.meta.extra_hosts.clone_from(&self.spec.extra_hosts);
+        let first = lock(&self.unused).take();
+        let held = lock(&self.held).clone();
+        let (services, job, id) = (self.services.clone(), self.job.clone(), self.id.clone());
+        let begun = self.begun.clone();
+        let first = first.map(|parts| (parts, Begin(begun.clone())));
+        let run = async move {
+            let held = held.ok_or_else(|| Fault::not_found("the container was released"))?;
+            let op = Op::Exec(process);
+            job.entitlements.check(&op)?;
+            let Op::Exec(process) = op else { return Err(Fault::internal("a process is no process")) };
+            let env = exec::environment(&process, &job.sessions).await?;
+            let mut spec = exec::process(&services, &process, env, &job.id, held);
+            spec.tty = tty;
+            match first {
+                Some(((root, mounts), begin)) => {
+                    spec.id = id;
+                    let (started, runs) = oneshot::channel();
+                    let told = wires.started.replace(started);
+                    let note = async {
+                        let runs = runs.await.is_ok();
+                        drop(begin);
+                        told.filter(|_| runs).map(|t| t.send(()))
+                    };
+                    tokio::join!(services.executor.run(spec, root, mounts, wires), note).0
+                }
+                None => {
+                    let _ = begun.subscribe().wait_for(|begun| *begun).await;
+                    services.executor.exec(&id, spec, wires).await
+                }
+            }
+        };
+        let end = self.end.clone();
+        let task = self.processes.spawn(async move {
+            tokio::select! {
+                biased;
+                ended = run => ended,
+                () = end.cancelled() => Err(Fault::cancelled()),
+            }
+        });
+        async move { task.await.unwrap_or_else(|e| Err(Fault::internal(format!("run a process in a container: {e}")))) }
+    }
+
+    /// The snapshot behind mount number `index`, for looking into.
+    pub fn snapshot(&self, index: usize) -> Result<&[SnapshotMount]> {
+        let mount = self
+            .snapshots
+            .get(index)
+            .ok_or_else(|| Fault::invalid(format!("mount index {index} is out of bounds ({} available)", self.snapshots.len())))?;
+        mount.as_deref().ok_or_else(|| Fault::invalid(format!("mountable {index} not found")))
+    }
+
+    /// Ends all processes and gives the mounts back.
+    pub async fn release(&self) {
+        self.end.cancel();
+        self.processes.close();
+        self.processes.wait().await;
+        lock(&self.unused).take();
+        lock(&self.held).take();
+    }
+}
+
+/// Lets those in who want to join a container, once it is dropped.
+struct Begin(Arc<watch::Sender<bool>>);
+
+impl Drop for Begin {
+    fn drop(&mut self) {
+        self.0.send_replace(true);
+    }
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}

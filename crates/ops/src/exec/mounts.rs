@@ -1,0 +1,269 @@
+//! From LLB mounts to mounts of a process, and to the states that come out of it (rows `exec.mnt.*`).
+
+use crate::Services;
+use shipway_executor::{ExecMount, MountSource, RootFs, Secret, spec::clean};
+use shipway_fault::{Fault, Result};
+use shipway_llb::{CacheMount, CacheSharing, ExecOp, Mount, MountKind, SshMount};
+use shipway_progress::Reporter;
+use shipway_refs::{ImmutableRef, LocalMount, MutableRef, NamedRef, NamedRequest, RecordType, Sharing, View};
+use shipway_session::SessionGroup;
+use shipway_sources::{SshAgent, forwarded_agent};
+use shipway_storage::Mount as SnapshotMount;
+use std::{collections::BTreeMap, os::unix::fs::PermissionsExt as _};
+
+/// What a process is given.
+pub(crate) struct Plan {
+    pub(crate) root: RootFs,
+    pub(crate) mounts: Vec<ExecMount>,
+    /// The snapshots behind the mounts as they were asked for; none where nothing can be looked into.
+    pub(crate) snapshots: Vec<Option<Vec<SnapshotMount>>>,
+    pub(crate) held: Held,
+}
+
+/// What has to live as long as the process; dropping it throws away what was not taken out.
+#[derive(Default)]
+pub(crate) struct Held {
+    /// States of mounts, in their order.
+    pub(super) states: Vec<HeldState>,
+    views: Vec<View>,
+    /// Unmounted before the states below them are given back.
+    shared: Vec<LocalMount>,
+    named: Vec<NamedRef>,
+    agents: Vec<SshAgent>,
+}
+
+/// The state of one mount.
+pub(super) struct HeldState {
+    /// Which mount.
+    pub(super) mount: usize,
+    /// Which output it becomes; none is thrown away.
+    pub(super) output: Option<usize>,
+    pub(super) state: OutputState,
+}
+
+/// A state that was mounted.
+pub(super) enum OutputState {
+    /// A state the process could not change.
+    Same(ImmutableRef),
+    /// A state it wrote.
+    Written {
+        state: MutableRef,
+        /// Where it was mounted.
+        dest: String,
+    },
+}
+
+/// On whose behalf mounts are planned.
+#[derive(Clone, Copy)]
+pub(crate) struct From<'a> {
+    /// The clients that may be asked for secrets.
+    pub(crate) sessions: &'a SessionGroup,
+    /// Who is told what is fetched.
+    pub(crate) reporter: &'a Reporter,
+    /// Whether cache directories begin empty.
+    pub(crate) fresh: bool,
+}
+
+struct Planner<'a> {
+    services: &'a Services,
+    exec: &'a ExecOp,
+    inputs: &'a [ImmutableRef],
+    from: From<'a>,
+    /// Mounts of cache directories, by index of the mount.
+    caches: BTreeMap<usize, Vec<SnapshotMount>>,
+    held: Held,
+}
+
+/// A secret of the clients; `None` if it is optional and nobody has it.
+pub(super) async fn secret(sessions: &SessionGroup, id: &str, optional: bool) -> Result<Option<Vec<u8>>> {
+    let found =
+        sessions.any(|session| async move { session.secret(id).await?.ok_or_else(|| Fault::not_found(format!("secret {id}: not found"))) });
+    match found.await {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if optional && e.is_not_found() => Ok(None),
+        Err(e) => Err(e.hint(format!("give the build the secret with `--secret id={id},src=<file>`"))),
+    }
+}
+
+/// Plans all mounts of `exec`.
+pub(crate) async fn plan(services: &Services, exec: &ExecOp, inputs: &[ImmutableRef], from: From<'_>) -> Result<Plan> {
+    let mut planner = Planner { services, exec, inputs, from, caches: BTreeMap::new(), held: Held::default() };
+    planner.take_caches().await?;
+    let (mut root, mut mounts, mut snapshots) = (None, Vec::new(), vec![None; exec.mounts.len()]);
+    for (index, mount) in exec.mounts.iter().enumerate() {
+        if clean(&mount.dest) == "/" && mount.dest.starts_with('/') {
+            let planned = planner.root(index, mount).await?;
+            snapshots[index] = Some(planned.mounts.clone());
+            root = Some(planned);
+        } else if let Some(source) = planner.source(index, mount).await? {
+            let dest = if mount.dest.starts_with('/') { mount.dest.clone() } else { format!("/{}/{}", exec.meta.cwd, mount.dest) };
+            if let MountSource::Snapshot(mounts) | MountSource::SnapshotPath { mounts, .. } = &source {
+                snapshots[index] = Some(mounts.clone());
+            }
+            mounts.push(ExecMount { target: clean(&dest), source, read_only: mount.readonly });
+        }
+    }
+    let root = root.ok_or_else(|| Fault::invalid("exec op with no rootfs"))?;
+    Ok(Plan { root, mounts, snapshots, held: planner.held })
+}
+
+/// All of a snapshot, or a part of it.
+fn part(mounts: Vec<SnapshotMount>, selector: &str) -> MountSource {
+    match clean(selector) {
+        path if path == "/" => MountSource::Snapshot(mounts),
+        path => MountSource::SnapshotPath { mounts, path },
+    }
+}
+
+impl Planner<'_> {
+    /// The input of a mount; a state without layers counts as none.
+    fn input(&self, mount: &Mount) -> Result<Option<&ImmutableRef>> {
+        let Some(index) = mount.input else { return Ok(None) };
+        let input = self.inputs.get(index).ok_or_else(|| Fault::invalid(format!("missing input {index} of mount {}", mount.dest)))?;
+        Ok(Some(input).filter(|i| !i.is_scratch()))
+    }
+
+    fn hold(&mut self, index: usize, mount: &Mount, state: OutputState) {
+        self.held.states.push(HeldState { mount: index, output: mount.output, state });
+    }
+
+    async fn writable(&self, mount: &Mount) -> Result<MutableRef> {
+        let description = format!("mount {} from exec {}", mount.dest, self.exec.meta.args.join(" "));
+        self.services.refs.mutable(self.input(mount)?, description, RecordType::Regular, Some(self.from.reporter)).await
+    }
+
+    async fn root(&mut self, index: usize, mount: &Mount) -> Result<RootFs> {
+        if mount.kind != MountKind::Bind {
+            return Err(Fault::invalid(format!("invalid mount type {:?} for {}", mount.kind, mount.dest)));
+        }
+        let state = self.writable(mount).await?;
+        let root = RootFs { snapshot: Some(state.snapshot_key().clone()), mounts: state.mounts().to_vec(), read_only: mount.readonly };
+        self.hold(index, mount, OutputState::Written { state, dest: mount.dest.clone() });
+        Ok(root)
+    }
+
+    async fn source(&mut self, index: usize, mount: &Mount) -> Result<Option<MountSource>> {
+        match &mount.kind {
+            MountKind::Bind => self.bind(index, mount).await.map(Some),
+            MountKind::Cache(_) => self.cache(index, mount).map(Some),
+            MountKind::Tmpfs { size } => Ok(Some(MountSource::Tmpfs { size: u64::try_from(*size).unwrap_or_default() })),
+            MountKind::Secret(s) => {
+                let bytes = secret(self.from.sessions, &s.id, s.optional).await?;
+                Ok(bytes.map(|b| MountSource::Content { bytes: Secret(b.into()), uid: s.uid, gid: s.gid, mode: s.mode }))
+            }
+            MountKind::Ssh(s) => {
+                let id = &s.id;
+                let there = self.from.sessions.any(|session| async move { session.ssh_check(id).await }).await;
+                match (there, s.optional) {
+                    (Ok(false) | Err(_), true) => Ok(None),
+                    (Ok(false), false) => Err(Fault::not_found(format!("no SSH key {id:?} forwarded from the client"))
+                        .hint("forward an agent with `--ssh default`")),
+                    (Err(e), false) => Err(e),
+                    (Ok(true), _) => self.agent(s).await.map(Some),
+                }
+            }
+        }
+    }
+
+    /// The socket of a client's SSH agent, for as long as the process lives.
+    async fn agent(&mut self, ssh: &SshMount) -> Result<MountSource> {
+        let agent = forwarded_agent(self.from.sessions, &ssh.id, &self.services.sockets).await?;
+        let failed = |e| Fault::io("give a step its SSH agent", e);
+        std::os::unix::fs::chown(agent.socket(), Some(ssh.uid), Some(ssh.gid)).map_err(failed)?;
+        std::fs::set_permissions(agent.socket(), std::fs::Permissions::from_mode(ssh.mode & 0o777)).map_err(failed)?;
+        let source = MountSource::Host(agent.socket().to_owned());
+        self.held.agents.push(agent);
+        Ok(source)
+    }
+
+    async fn bind(&mut self, index: usize, mount: &Mount) -> Result<MountSource> {
+        let input = self.input(mount)?.cloned();
+        match input.filter(|_| mount.readonly) {
+            Some(state) => {
+                // Not whether its content is whole or lazy, but that it exists: `view` makes it exist.
+                state.realise(Some(self.from.reporter)).await?;
+                let view = state.view().await?;
+                let source = part(view.mounts.clone(), &mount.selector);
+                self.held.views.push(view);
+                self.hold(index, mount, OutputState::Same(state));
+                Ok(source)
+            }
+            None => {
+                let state = self.writable(mount).await?;
+                let source = part(state.mounts().to_vec(), &mount.selector);
+                self.hold(index, mount, OutputState::Written { state, dest: mount.dest.clone() });
+                Ok(source)
+            }
+        }
+    }
+
+    fn cache(&mut self, index: usize, mount: &Mount) -> Result<MountSource> {
+        let mounts = self.caches.remove(&index).ok_or_else(|| Fault::internal(format!("cache mount {} was not taken", mount.dest)))?;
+        let source = part(mounts, &mount.selector);
+        if let Some(state) = self.input(mount)?.cloned() {
+            self.hold(index, mount, OutputState::Same(state));
+        }
+        Ok(source)
+    }
+
+    /// Takes all cache mounts in the order of their keys, so that two steps that lock several never wait for each other.
+    async fn take_caches(&mut self) -> Result<()> {
+        let mut requests: Vec<(usize, NamedRequest)> = Vec::new();
+        for (index, mount) in self.exec.mounts.iter().enumerate() {
+            if let MountKind::Cache(cache) = &mount.kind {
+                requests.push((index, self.cache_request(mount, cache)?));
+            }
+        }
+        requests.sort_by(|(_, a), (_, b)| a.key.cmp(&b.key));
+        let mut previous: Option<(String, usize)> = None;
+        for (index, request) in requests {
+            // One step may mount a cache at several places; it must not wait for itself.
+            if let Some((_, same)) = previous.as_ref().filter(|(key, _)| *key == request.key)
+                && let Some(mounts) = self.caches.get(same).cloned()
+            {
+                self.caches.insert(index, mounts);
+                continue;
+            }
+            previous = Some((request.key.clone(), index));
+            let fresh_wanted = self.from.fresh;
+            let mut named = self.services.refs.named(request.clone()).await?;
+            if fresh_wanted && !named.is_fresh() {
+                // Row `exec.mnt.cache.reset`.
+                named.discard().await?;
+                named = self.services.refs.named(request).await?;
+            }
+            let mounts = self.cache_mounts(&named).await?;
+            self.caches.insert(index, mounts);
+            self.held.named.push(named);
+        }
+        Ok(())
+    }
+
+    /// Mounts of a cache directory. An overlay must not be mounted twice for writing, so steps that share one share its mount.
+    async fn cache_mounts(&mut self, named: &NamedRef) -> Result<Vec<SnapshotMount>> {
+        if named.mounts().iter().all(|m| m.kind == "bind") {
+            return Ok(named.mounts().to_vec());
+        }
+        let local = named.mount().await?;
+        let source = local.path().display().to_string();
+        self.held.shared.push(local);
+        Ok(vec![SnapshotMount { kind: "bind".into(), source, target: String::new(), options: vec!["rbind".into(), "rw".into()] }])
+    }
+
+    fn cache_request(&self, mount: &Mount, cache: &CacheMount) -> Result<NamedRequest> {
+        let parent = self.input(mount)?.cloned();
+        let id = if cache.id.is_empty() { &mount.dest } else { &cache.id };
+        let base = parent.as_ref().map(|p| format!(":{}", p.id())).unwrap_or_default();
+        Ok(NamedRequest {
+            record_type: RecordType::CacheMount,
+            key: format!("cache-dir:{id}{base}"),
+            description: format!("cached mount {} from exec {}", mount.dest, self.exec.meta.args.join(" ")),
+            sharing: match cache.sharing {
+                CacheSharing::Shared => Sharing::Shared,
+                CacheSharing::Private => Sharing::Private,
+                CacheSharing::Locked => Sharing::Locked,
+            },
+            parent,
+        })
+    }
+}

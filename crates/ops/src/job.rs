@@ -1,0 +1,63 @@
+//! What a build brings to its vertices, and what the daemon brings.
+
+use shipway_executor::Executor;
+use shipway_fault::{Code, Fault, Result};
+use shipway_llb::{NetMode, Op, SecurityMode};
+use shipway_refs::RefStore;
+use shipway_session::SessionGroup;
+use shipway_sources::{SourceMemo, Sources};
+use std::{path::PathBuf, sync::Arc};
+
+/// What a build may do beyond the sandbox (row `so.ent`); granted by the daemon and asked for by the build.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Entitlements {
+    /// `network.host`.
+    pub network_host: bool,
+    /// `security.insecure`.
+    pub security_insecure: bool,
+}
+
+impl Entitlements {
+    /// Refuses an operation that asks for more, in BuildKit's words.
+    pub fn check(self, op: &Op) -> Result<()> {
+        let Op::Exec(exec) = op else { return Ok(()) };
+        let refuse = |name: &str| {
+            Err(Fault::new(Code::PermissionDenied, format!("{name} is not allowed"))
+                .hint(format!("ask for it with `--allow {name}`; the daemon's configuration must allow it too")))
+        };
+        if exec.network == NetMode::Host && !self.network_host {
+            return refuse("network.host");
+        }
+        if exec.security == SecurityMode::Insecure && !self.security_insecure {
+            return refuse("security.insecure");
+        }
+        Ok(())
+    }
+}
+
+/// One build's part in the vertices it shares with others.
+#[derive(Clone)]
+pub struct JobData {
+    /// The build's id (`Solve.Ref`).
+    pub id: Arc<str>,
+    /// Its client.
+    pub sessions: SessionGroup,
+    /// What it may do.
+    pub entitlements: Entitlements,
+    /// What sources told it.
+    pub memo: SourceMemo,
+}
+
+/// What all operations work with.
+pub struct Services {
+    /// States.
+    pub refs: RefStore,
+    /// Sources.
+    pub sources: Sources,
+    /// Processes.
+    pub executor: Arc<dyn Executor>,
+    /// Where sockets are made that steps get.
+    pub sockets: PathBuf,
+    /// Parent cgroup for steps that name none.
+    pub cgroup_parent: Option<String>,
+}

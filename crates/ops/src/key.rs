@@ -1,0 +1,97 @@
+//! Encoding of what an operation's key depends on: a text in which every string is length-prefixed, hashed. Unlike a rendering for people it
+//! stays the same when types gain fields, because every field is written by hand.
+
+use shipway_oci::Digest;
+use std::fmt::Write as _;
+
+/// Collects what a key depends on.
+pub(crate) struct KeyWriter(String);
+
+impl KeyWriter {
+    /// A key of the given kind; change the name when the meaning of the operation changes.
+    pub(crate) fn new(kind: &str) -> Self {
+        Self(format!("{kind}\n"))
+    }
+
+    /// A named text.
+    pub(crate) fn text(&mut self, name: &str, value: &str) -> &mut Self {
+        let _ = writeln!(self.0, "{name} {}:{value}", value.len());
+        self
+    }
+
+    /// A named list, unless it is empty.
+    pub(crate) fn list<S: AsRef<str>>(&mut self, name: &str, values: &[S]) -> &mut Self {
+        if !values.is_empty() {
+            let _ = writeln!(self.0, "{name} [{}]", values.len());
+            for value in values {
+                self.text("-", value.as_ref());
+            }
+        }
+        self
+    }
+
+    /// A named value that prints without blanks or line ends.
+    pub(crate) fn value(&mut self, name: &str, value: impl std::fmt::Debug) -> &mut Self {
+        let _ = writeln!(self.0, "{name} {value:?}");
+        self
+    }
+
+    /// A name, if `set`.
+    pub(crate) fn flag(&mut self, name: &str, set: bool) -> &mut Self {
+        if set {
+            let _ = writeln!(self.0, "{name}");
+        }
+        self
+    }
+
+    /// The key.
+    pub(crate) fn digest(&self) -> Digest {
+        Digest::of(self.0.as_bytes())
+    }
+}
+
+/// `text` as Go's `%q` prints it, which is what clients have in their expectations.
+pub(crate) fn go_quote(text: &str) -> String {
+    let mut out = String::with_capacity(text.len() + 2);
+    out.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            '\x07' => out.push_str("\\a"),
+            '\x08' => out.push_str("\\b"),
+            '\x0c' => out.push_str("\\f"),
+            '\x0b' => out.push_str("\\v"),
+            c if (c as u32) < 0x20 || c == '\x7f' => {
+                let _ = write!(out, "\\x{:02x}", c as u32);
+            }
+            c if c.is_control() || (c.is_whitespace() && c != ' ') => {
+                let _ = write!(out, "\\u{:04x}", c as u32);
+            }
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quoting_is_gos() {
+        for (text, expected) in [("a \"b\"\\", r#""a \"b\"\\""#), ("é\n\u{1}", "\"é\\n\\x01\""), ("\u{a0}", "\"\\u00a0\"")] {
+            assert_eq!(go_quote(text), expected);
+        }
+    }
+
+    #[test]
+    fn neighbouring_values_cannot_be_confused() {
+        let key = |a: &str, b: &str| KeyWriter::new("k").text("a", a).text("b", b).digest();
+        assert_ne!(key("x\nb 1:y", ""), key("x", "y"));
+    }
+}

@@ -1,0 +1,20 @@
+//! The LLB operations as solver operations, over refs, sources and the executor.
+//!
+//! [`LlbOp`] is one vertex's work: made by the engine from a checked [`shipway_llb::Vertex`], run by the solver. A source is pinned for its key
+//! and fetched when needed; a process (`exec`) gets snapshots as mounts and its writable ones committed; file actions (`file`) run here, in
+//! the daemon, confined to their roots by the kernel (`openat2`).
+//!
+//! `tar`, `flate2`, `zstd`, `bzip2` and `lzma-rs` are here to unpack what `ADD` is given (row `file.copy.unpack`).
+
+mod container;
+mod exec;
+mod file;
+mod job;
+mod key;
+mod op;
+mod remains;
+
+pub use container::{Container, ContainerSpec};
+pub use job::{Entitlements, JobData, Services};
+pub use op::LlbOp;
+pub use remains::Remains;

@@ -1,0 +1,93 @@
+//! What an operation leaves when it fails: states that somebody may want to look into (row `err.solve`).
+//!
+//! They live as long as the fault that they go with. What a process wrote is committed only when it is asked for, since nearly nobody asks.
+
+use shipway_fault::{Detail, Fault, Kept, Result, Subject};
+use shipway_refs::{ImmutableRef, MutableRef};
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicU64, Ordering},
+};
+use tokio::sync::OnceCell;
+
+/// One state.
+pub(crate) enum Remain {
+    /// It was there before, or is finished.
+    Done(ImmutableRef),
+    /// A failed operation wrote it.
+    Written(MutableRef),
+}
+
+enum Entry {
+    Done(ImmutableRef),
+    Written(Box<Written>),
+}
+
+/// A state that was written, until it is committed.
+struct Written {
+    open: Mutex<Option<MutableRef>>,
+    committed: OnceCell<ImmutableRef>,
+}
+
+/// The states that go with a fault, by id.
+pub struct Remains(Vec<(String, Entry)>);
+
+/// States by their place in an operation; nothing where there is none.
+pub(crate) type Places = Vec<Option<Remain>>;
+
+impl Remains {
+    /// Attaches the states of the failed operation `op` to its fault: what went into it, and what it was working on.
+    pub(crate) fn attach(fault: Fault, op: &[u8], inputs: Places, mounts: Places, subject: Option<Subject>) -> Fault {
+        let mut remains = Self(Vec::new());
+        let input_ids = inputs.into_iter().map(|i| remains.add(i)).collect();
+        let mount_ids = mounts.into_iter().map(|m| remains.add(m)).collect();
+        let fault = fault.detail(Detail::Solve { input_ids, mount_ids, op: op.to_vec(), subject });
+        fault.detail(Detail::Kept(Kept(Arc::new(remains))))
+    }
+
+    fn add(&mut self, remain: Option<Remain>) -> String {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let (id, entry) = match remain {
+            None => return String::new(),
+            Some(Remain::Done(state)) => (state.id().to_string(), Entry::Done(state)),
+            Some(Remain::Written(state)) => {
+                let id = format!("failed-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+                (id, Entry::Written(Box::new(Written { open: Mutex::new(Some(state)), committed: OnceCell::new() })))
+            }
+        };
+        if !self.0.iter().any(|(known, _)| *known == id) {
+            self.0.push((id.clone(), entry));
+        }
+        id
+    }
+
+    /// Those that go with `fault`.
+    pub fn of(fault: &Fault) -> impl Iterator<Item = Arc<Self>> {
+        fault.details().iter().filter_map(|d| match d {
+            Detail::Kept(Kept(kept)) => kept.clone().downcast().ok(),
+            _ => None,
+        })
+    }
+
+    /// Their ids.
+    pub fn ids(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|(id, _)| id.as_str())
+    }
+
+    /// The state `id`.
+    pub async fn state(&self, id: &str) -> Result<ImmutableRef> {
+        let entry = self.0.iter().find(|(known, _)| known == id).map(|(_, entry)| entry);
+        match entry.ok_or_else(|| Fault::not_found(format!("no state {id} of a failed operation")))? {
+            Entry::Done(state) => Ok(state.clone()),
+            Entry::Written(written) => {
+                let commit = || async {
+                    let state = written.open.lock().unwrap_or_else(PoisonError::into_inner).take();
+                    let state = state.ok_or_else(|| Fault::not_found(format!("the state {id} of a failed operation was lost")))?;
+                    let description = state.description().to_owned();
+                    state.commit(description).await
+                };
+                written.committed.get_or_try_init(commit).await.cloned()
+            }
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! What can be said about a build (rows `ctl.status.*`).
+
+use shipway_fault::{SourceFile, Span};
+use shipway_oci::Digest;
+use std::{sync::Arc, time::SystemTime};
+
+/// Something that happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A vertex is known, started, ended.
+    Vertex(VertexUpdate),
+    /// A counter within a vertex.
+    Status(StatusUpdate),
+    /// Output of a vertex.
+    Log {
+        /// The vertex.
+        vertex: Digest,
+        /// Which stream.
+        stream: LogStream,
+        /// The bytes.
+        bytes: bytes::Bytes,
+        /// When.
+        time: SystemTime,
+    },
+    /// A warning.
+    Warning(Arc<WarningUpdate>),
+}
+
+/// Which stream a log line came from (1 and 2 on the wire).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum LogStream {
+    Stdout = 1,
+    Stderr = 2,
+}
+
+/// Vertices that a user interface may fold (row `llb.md.progress`).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub struct Group {
+    pub id: String,
+    pub name: String,
+    pub weak: bool,
+}
+
+/// State of a vertex; each update is whole.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VertexUpdate {
+    /// Its digest.
+    pub digest: Digest,
+    /// Digests of its inputs.
+    pub inputs: Vec<Digest>,
+    /// Its name.
+    pub name: String,
+    /// Whether the result came from the cache.
+    pub cached: bool,
+    /// When it started.
+    pub started: Option<SystemTime>,
+    /// When it ended.
+    pub completed: Option<SystemTime>,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// Group for folding.
+    pub group: Option<Group>,
+}
+
+/// State of a counter within a vertex.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StatusUpdate {
+    /// The vertex.
+    pub vertex: Digest,
+    /// Identity within the vertex, and what clients print.
+    pub id: String,
+    /// Name; usually empty.
+    pub name: String,
+    /// Done so far, bytes or steps.
+    pub current: i64,
+    /// To do in all; 0 if unknown.
+    pub total: i64,
+    /// When this was said.
+    pub time: SystemTime,
+    /// When it started.
+    pub started: Option<SystemTime>,
+    /// When it ended.
+    pub completed: Option<SystemTime>,
+}
+
+/// Lines of a source that a warning is about.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SourceSpan {
+    /// The text.
+    pub file: Arc<SourceFile>,
+    /// Where in it.
+    pub spans: Vec<Span>,
+}
+
+/// A warning (row `ctl.status.warn`).
+#[derive(Clone, Debug, PartialEq)]
+pub struct WarningUpdate {
+    /// The vertex it belongs to.
+    pub vertex: Digest,
+    /// Severity; 1 is usual.
+    pub level: i64,
+    /// One line.
+    pub short: String,
+    /// More lines.
+    pub detail: Vec<String>,
+    /// Where to read more.
+    pub url: String,
+    /// The lines it is about.
+    pub source: Option<SourceSpan>,
+}

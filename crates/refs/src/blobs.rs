@@ -1,0 +1,241 @@
+//! Compressed blobs of layers: found, fetched, or made once and in parallel.
+
+use crate::{
+    Compression, CompressionKind, ImmutableRef, LayerBlob,
+    layer::{Cell, KnownBlob, lock},
+    store::{Inner, Record},
+};
+use bytes::Bytes;
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+use shipway_archive::Packed;
+use shipway_fault::{Code, Context as _, Fault, Result};
+use shipway_oci::Descriptor;
+use shipway_progress::Reporter;
+use shipway_storage::{Ingest, Labels, UNCOMPRESSED};
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+/// Layers of one state that are worked on at the same time; each is compressed by all processors.
+const PARALLEL: usize = 3;
+/// Blocks on their way from the compressor to the store.
+const IN_FLIGHT: usize = 8;
+/// Label on a blob that we made: its media type, which the content store does not know otherwise.
+const MEDIA_TYPE: &str = "shipway/media-type";
+
+impl ImmutableRef {
+    /// A blob for each layer, in the content store (under the lease of the state that brought the layer) unless `fetch` is false and the layer is lazy:
+    /// then the descriptor is all there is.
+    pub async fn blobs(&self, compression: Compression, fetch: bool, progress: Option<&Reporter>) -> Result<Vec<LayerBlob>> {
+        let layered = self.layered().await?;
+        let record = layered.layered_record()?;
+        if record.layers.is_empty() {
+            return Ok(Vec::new());
+        }
+        let store = &self.0.store;
+        // Boxed, for the compiler cannot yet tell that such a stream may move between threads.
+        let mut work = Vec::with_capacity(record.layers.len());
+        for cell in &record.layers {
+            let owner = layered.owner(cell)?;
+            let one = async move {
+                store.ensure_lease(&owner).await?;
+                let descriptor = store.blob(cell, &owner, compression, fetch, progress).await;
+                let descriptor = descriptor.context(|| format!("compress layer {} of {}", cell.diff_id, record.description))?;
+                let lazy = cell.origin_of(&descriptor);
+                Ok::<_, Fault>(LayerBlob { descriptor, diff_id: cell.diff_id, lazy })
+            };
+            work.push(one.boxed());
+        }
+        stream::iter(work).buffered(PARALLEL).try_collect().await
+    }
+
+    /// The lowest state below this one that has the layer, or this one: states stay as long as something is made of them, so the blob is kept
+    /// with the layer's own state, and another state on top of that need not keep it again.
+    fn owner(&self, cell: &Arc<Cell>) -> Result<Arc<Record>> {
+        let mut owner = self.layered_record()?.clone();
+        let mut below = self.parent();
+        while let Some(state) = below {
+            match state.record() {
+                Some(record) if record.layers.iter().any(|c| Arc::ptr_eq(c, cell)) => owner = record.clone(),
+                _ => break,
+            }
+            below = state.parent();
+        }
+        Ok(owner)
+    }
+
+    /// Begins in the background what [`ImmutableRef::blobs`] will wait for: layers that have no blob yet.
+    pub fn start_compression(&self, compression: Compression) {
+        let this = self.clone();
+        self.0.store.background.spawn(async move {
+            if this.record().is_none() {
+                // A client's directory is not made a layer before somebody insists.
+                return;
+            }
+            if let Err(e) = this.blobs(compression, false, None).await {
+                tracing::debug!(error = %e, "compressing ahead failed; whoever needs it will see");
+            }
+        });
+    }
+}
+
+impl Inner {
+    async fn blob(
+        self: &Arc<Self>,
+        cell: &Arc<Cell>,
+        record: &Arc<Record>,
+        compression: Compression,
+        fetch: bool,
+        progress: Option<&Reporter>,
+    ) -> Result<Descriptor> {
+        let _one = cell.packing.lock().await;
+        if let Some(found) = self.known(cell, record, compression, fetch, progress).await? {
+            return Ok(found);
+        }
+        if !cell.is_new() {
+            self.look_up(cell).await?;
+            if let Some(found) = self.known(cell, record, compression, fetch, progress).await? {
+                return Ok(found);
+            }
+        }
+        if compression.force && !cell.blobs().is_empty() {
+            return self.convert(cell, record, compression, progress).await;
+        }
+        self.realise(record, None, progress).await?;
+        self.pack(cell, record, compression).await
+    }
+
+    /// The best blob among those known.
+    async fn known(
+        &self,
+        cell: &Cell,
+        record: &Record,
+        compression: Compression,
+        fetch: bool,
+        progress: Option<&Reporter>,
+    ) -> Result<Option<Descriptor>> {
+        let fits = |b: &KnownBlob| CompressionKind::of_media_type(&b.descriptor.media_type) == Some(compression.kind);
+        let mut blobs = cell.blobs();
+        blobs.retain(|b| !compression.force || fits(b));
+        blobs.sort_by_key(|b| (!fits(b), !b.stored));
+        for blob in blobs {
+            let lazy = !blob.stored && blob.source.is_some();
+            if lazy && !fetch {
+                return Ok(Some(blob.descriptor));
+            }
+            let _one = cell.fetching.lock().await;
+            if self.secure(cell, &blob, record, progress).await? {
+                return Ok(Some(blob.descriptor));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Finds blobs that an earlier life, or another program, stored for the layer.
+    async fn look_up(&self, cell: &Cell) -> Result<()> {
+        let filter = format!("labels.\"{UNCOMPRESSED}\"==\"{}\"", cell.diff_id);
+        for info in self.storage.content.list(&[filter]).await? {
+            let media_type = match info.labels.get(MEDIA_TYPE) {
+                Some(t) => t.clone(),
+                None => self.sniff(info.digest).await?.media_type().to_owned(),
+            };
+            let descriptor = Descriptor::new(media_type, info.digest, info.size);
+            cell.know(KnownBlob { descriptor, source: None, stored: true });
+        }
+        Ok(())
+    }
+
+    /// The compression of a stored blob by its first bytes.
+    async fn sniff(&self, digest: shipway_oci::Digest) -> Result<CompressionKind> {
+        let mut reader = self.storage.content.reader(digest).await?;
+        let first = reader.next().await?.unwrap_or_default();
+        Ok(match first.get(..4) {
+            Some([0x1f, 0x8b, ..]) => CompressionKind::Gzip,
+            Some([0x28, 0xb5, 0x2f, 0xfd]) => CompressionKind::Zstd,
+            _ => CompressionKind::Uncompressed,
+        })
+    }
+
+    /// Makes a blob from the layer's files. It must be the very tar that the diffID was taken of.
+    async fn pack(self: &Arc<Self>, cell: &Cell, record: &Record, compression: Compression) -> Result<Descriptor> {
+        let (chain, parent) = match cell.copy_of() {
+            Some(original) => match self.storage.snapshots.stat(&original.into()).await {
+                Ok(info) => (original, info.parent.is_some()),
+                Err(_) => (cell.chain_id, cell.parent.is_some()),
+            },
+            None => (cell.chain_id, cell.parent.is_some()),
+        };
+        let (tree, guard) = self.layer_tree(chain, parent).await?;
+        let work = move |sink: &mut dyn FnMut(Bytes) -> Result<()>| {
+            let packed = shipway_archive::pack(&tree, compression, None, sink);
+            drop(guard);
+            packed
+        };
+        self.store_packed(cell, record, compression, work).await
+    }
+
+    /// Makes a blob of another compression from the bytes of an existing one.
+    async fn convert(
+        self: &Arc<Self>,
+        cell: &Cell,
+        record: &Record,
+        compression: Compression,
+        progress: Option<&Reporter>,
+    ) -> Result<Descriptor> {
+        let from = self.stored_blob(cell, record, progress).await?;
+        let kind = CompressionKind::of_media_type(&from.media_type)
+            .ok_or_else(|| Fault::unimplemented(format!("changing the compression of layers of type {}", from.media_type)))?;
+        let mut reader = self.storage.content.reader(from.digest).await?;
+        let (send, mut receive) = mpsc::channel::<Result<Bytes>>(IN_FLIGHT);
+        let feed = tokio::spawn(async move {
+            loop {
+                let next = reader.next().await.transpose();
+                let Some(chunk) = next else { return };
+                let failed = chunk.is_err();
+                if send.send(chunk).await.is_err() || failed {
+                    return;
+                }
+            }
+        });
+        let work = move |sink: &mut dyn FnMut(Bytes) -> Result<()>| {
+            shipway_archive::recompress(&mut || receive.blocking_recv().transpose(), kind, compression, None, sink)
+        };
+        let stored = self.store_packed(cell, record, compression, work).await;
+        feed.abort();
+        stored
+    }
+
+    /// Stores what `work` makes under the lease of `record` and checks that it is the layer.
+    async fn store_packed(
+        self: &Arc<Self>,
+        cell: &Cell,
+        record: &Record,
+        compression: Compression,
+        work: impl FnOnce(&mut dyn FnMut(Bytes) -> Result<()>) -> Result<Packed> + Send + 'static,
+    ) -> Result<Descriptor> {
+        let reference = format!("shipway-layer-{}-{:?}", cell.diff_id.0.hex(), compression.kind);
+        let mut writer = self.storage.content.writer(&record.lease, Ingest { reference, expected: None, size: None }).await?;
+        let (send, mut blocks) = mpsc::channel::<Bytes>(IN_FLIGHT);
+        let packing = tokio::task::spawn_blocking(move || {
+            // A failing send means that nobody wants the blob any more.
+            work(&mut |block| send.blocking_send(block).map_err(|_| Fault::cancelled()))
+        });
+        while let Some(block) = blocks.recv().await {
+            writer.write(block).await?;
+        }
+        let packed = packing.await.map_err(|e| Fault::internal(format!("packing a layer failed: {e}")))??;
+        if packed.diff_id != cell.diff_id {
+            return Err(Fault::new(
+                Code::FailedPrecondition,
+                format!("the files of the layer make the tar {}, which is not {}", packed.diff_id, cell.diff_id),
+            )
+            .hint("the layer came from a registry and its blob was removed from containerd: pull the image again, with `--pull`"));
+        }
+        let media_type = compression.kind.media_type();
+        let labels = Labels::from([(UNCOMPRESSED.into(), cell.diff_id.to_string()), (MEDIA_TYPE.into(), media_type.into())]);
+        writer.commit(Some(packed.digest), &labels).await?;
+        lock(&record.secured).insert(packed.digest);
+        let descriptor = Descriptor::new(media_type, packed.digest, packed.size);
+        cell.know(KnownBlob { descriptor: descriptor.clone(), source: None, stored: true });
+        Ok(descriptor)
+    }
+}

@@ -1,0 +1,339 @@
+//! Immutable states: handles, views, mounts, checksums.
+
+use crate::{
+    Layer, LocalMount, RecordType, RefId, Selector,
+    frozen::Frozen,
+    life::{EpochLease, remove},
+    mount::{WeakMount, is_bind, read_only},
+    store::{Inner, Record},
+};
+use shipway_fault::{Context as _, Fault, Result, nearest};
+use shipway_oci::{ChainId, Digest};
+use shipway_progress::Reporter;
+use shipway_storage::{Mount, SnapshotKey};
+use std::{
+    any::Any,
+    fmt,
+    path::Path,
+    sync::{Arc, OnceLock, atomic::Ordering},
+    time::{Duration, SystemTime},
+};
+
+/// Most names that are compared with a missing one.
+const MAX_NAMES: usize = 1000;
+
+/// A read-only view of a state for a process: keep it while the process runs.
+#[derive(Clone)]
+pub struct View {
+    /// The view's key in the snapshotter; `None` where mounts do without one.
+    pub key: Option<SnapshotKey>,
+    /// Read-only mounts.
+    pub mounts: Vec<Mount>,
+    /// Removes the view with its last clone.
+    pub guard: Arc<dyn Any + Send + Sync>,
+}
+
+/// A state that does not change: a stack of layers. Clones share it; while one lives, it is in use and not pruned.
+#[derive(Clone)]
+pub struct ImmutableRef(pub(crate) Arc<Held>);
+
+/// Keeps a state in use.
+pub(crate) struct Held {
+    pub store: Arc<Inner>,
+    pub body: HeldBody,
+    /// Speaks of fetches, once set.
+    pub origin: OnceLock<Reporter>,
+}
+
+pub(crate) enum HeldBody {
+    Layers {
+        record: Arc<Record>,
+        /// Kept so that the blobs of their layers stay.
+        parents: Vec<ImmutableRef>,
+    },
+    Frozen(Frozen),
+}
+
+impl Held {
+    pub fn layers(store: Arc<Inner>, record: Arc<Record>) -> ImmutableRef {
+        record.users.fetch_add(1, Ordering::AcqRel);
+        let parents = record.parents.iter().filter_map(|p| store.held(p)).collect();
+        ImmutableRef(Arc::new(Self { store, body: HeldBody::Layers { record, parents }, origin: OnceLock::new() }))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let HeldBody::Layers { record, .. } = &self.body {
+            self.store.uses.used(&record.id);
+            record.users.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+}
+
+/// A view in the snapshotter, removed when nobody has it.
+pub(crate) struct ViewGuard {
+    store: Arc<Inner>,
+    lease: EpochLease,
+    key: SnapshotKey,
+    mounts: Vec<Mount>,
+}
+
+impl Drop for ViewGuard {
+    fn drop(&mut self) {
+        let (store, lease, key) = (self.store.clone(), self.lease.clone(), self.key.clone());
+        self.store.background.spawn(async move {
+            if let Err(e) = remove(&store.storage, &lease, &key).await {
+                tracing::warn!(%key, error = %e, "a view stays");
+            }
+        });
+    }
+}
+
+impl fmt::Debug for ImmutableRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ImmutableRef({}, {:?})", self.id(), self.description())
+    }
+}
+
+impl ImmutableRef {
+    pub(crate) fn record(&self) -> Option<&Arc<Record>> {
+        match &self.0.body {
+            HeldBody::Layers { record, .. } => Some(record),
+            HeldBody::Frozen(_) => None,
+        }
+    }
+
+    /// The state as layers: itself, or what a client's directory becomes.
+    pub(crate) async fn layered(&self) -> Result<ImmutableRef> {
+        match &self.0.body {
+            HeldBody::Layers { .. } => Ok(self.clone()),
+            HeldBody::Frozen(frozen) => frozen.layered().await,
+        }
+    }
+
+    /// The record of a state that [`ImmutableRef::layered`] returned.
+    pub(crate) fn layered_record(&self) -> Result<&Arc<Record>> {
+        self.record().ok_or_else(|| Fault::internal("a client's directory was taken for layers"))
+    }
+
+    /// Its identity, for [`crate::RefStore::get`].
+    pub fn id(&self) -> &RefId {
+        match &self.0.body {
+            HeldBody::Layers { record, .. } => &record.id,
+            HeldBody::Frozen(frozen) => frozen.id(),
+        }
+    }
+
+    /// What it is for.
+    pub fn record_type(&self) -> RecordType {
+        match &self.0.body {
+            HeldBody::Layers { record, .. } => record.record_type,
+            HeldBody::Frozen(frozen) => frozen.record_type(),
+        }
+    }
+
+    /// Whether it is a client's directory in a place of its own.
+    pub(crate) fn is_clients(&self) -> bool {
+        match &self.0.body {
+            HeldBody::Layers { .. } => false,
+            HeldBody::Frozen(frozen) => {
+                frozen.record_type() == RecordType::LocalSource && matches!(frozen.mounts(), [only] if is_bind(only))
+            }
+        }
+    }
+
+    /// What it is, for people.
+    pub fn description(&self) -> &str {
+        match &self.0.body {
+            HeldBody::Layers { record, .. } => &record.description,
+            HeldBody::Frozen(frozen) => frozen.description(),
+        }
+    }
+
+    /// The state it was made from, if that is known still.
+    pub fn parent(&self) -> Option<ImmutableRef> {
+        match &self.0.body {
+            HeldBody::Layers { parents, .. } => parents.first().cloned(),
+            HeldBody::Frozen(_) => None,
+        }
+    }
+
+    /// Whether it has no layers.
+    pub fn is_scratch(&self) -> bool {
+        self.record().is_some_and(|r| r.layers.is_empty())
+    }
+
+    /// Its layers, lowest first. A client's directory becomes a layer by this call.
+    pub async fn layers(&self) -> Result<Vec<Layer>> {
+        let layered = self.layered().await?;
+        Ok(layered.layered_record()?.layers.iter().map(|c| c.describe()).collect())
+    }
+
+    /// Its layers, as [`Self::layers`] gives them, unless it is a client's directory that is no layer yet.
+    pub fn known_layers(&self) -> Option<Vec<Layer>> {
+        Some(self.record()?.layers.iter().map(|c| c.describe()).collect())
+    }
+
+    /// When each of its layers came to be, lowest first, as far as the states below it are known still. Whole milliseconds,
+    /// so that a time is the same after a restart.
+    pub async fn layer_times(&self) -> Result<Vec<SystemTime>> {
+        let mut state = self.layered().await?;
+        let record = state.layered_record()?;
+        let said: Vec<_> = record.layers.iter().map(|c| c.created()).collect();
+        let mut times = vec![record.created; record.layers.len()];
+        while let Some(parent) = state.parent() {
+            state = parent.layered().await?;
+            let record = state.layered_record()?;
+            times.iter_mut().take(record.layers.len()).for_each(|t| *t = record.created);
+        }
+        times.iter_mut().zip(said).for_each(|(time, said)| *time = said.unwrap_or(*time));
+        let whole = |t: SystemTime| {
+            let since = t.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            SystemTime::UNIX_EPOCH + Duration::from_millis(since.as_millis() as u64)
+        };
+        Ok(times.into_iter().map(whole).collect())
+    }
+
+    /// The name of its snapshot; `None` without layers. A client's directory becomes a layer by this call.
+    pub async fn chain_id(&self) -> Result<Option<ChainId>> {
+        Ok(self.layered().await?.layered_record()?.chain())
+    }
+
+    /// Lets `origin`, the vertex that the state comes from, speak of the fetches that others cause later: that is where people look for them. The
+    /// first one stays.
+    pub fn reported_by(&self, origin: &Reporter) {
+        let _ = self.0.origin.set(origin.clone());
+    }
+
+    /// Makes the snapshot exist: lazy layers are fetched in parallel, unpacked and verified against their diffIDs. `progress` speaks of it where the
+    /// state's origin cannot.
+    pub async fn realise(&self, progress: Option<&Reporter>) -> Result<()> {
+        match &self.0.body {
+            HeldBody::Layers { record, .. } => {
+                let origin = self.0.origin.get().filter(|o| o.is_heard() && o.is_completed());
+                self.0.store.realise(record, origin, progress).await
+            }
+            HeldBody::Frozen(_) => Ok(()),
+        }
+    }
+
+    /// The state as a read-only directory of the host. Several callers share one mount.
+    pub async fn mount(&self) -> Result<LocalMount> {
+        let (store, guard) = (&self.0.store, self.0.clone());
+        match &self.0.body {
+            HeldBody::Layers { record, .. } => {
+                let mut mounted = record.mounted.lock().await;
+                if let Some(mount) = mounted.as_ref().and_then(WeakMount::upgrade) {
+                    return Ok(mount);
+                }
+                let view = self.view().await?;
+                let both: Arc<dyn Any + Send + Sync> = Arc::new((view.guard, guard));
+                let mount = LocalMount::new(&view.mounts, &store.mounts, &store.background, Some(both)).await?;
+                *mounted = mount.downgrade();
+                Ok(mount)
+            }
+            HeldBody::Frozen(frozen) => LocalMount::new(&read_only(frozen.mounts()), &store.mounts, &store.background, Some(guard)).await,
+        }
+        .context(|| format!("look into {}", self.description()))
+    }
+
+    /// The state for a process that only reads.
+    pub async fn view(&self) -> Result<View> {
+        let store = &self.0.store;
+        let record = match &self.0.body {
+            HeldBody::Layers { record, .. } => record,
+            HeldBody::Frozen(frozen) => return Ok(View { key: None, mounts: read_only(frozen.mounts()), guard: self.0.clone() }),
+        };
+        self.realise(None).await?;
+        if let Some(mounts) = record.shown.get() {
+            return Ok(View { key: None, mounts: mounts.clone(), guard: self.0.clone() });
+        }
+        let mut shared = record.view.lock().await;
+        let view = match shared.upgrade() {
+            Some(view) => view,
+            None => {
+                let (lease, key) = (store.epochs.lease(&store.storage).await?, store.fresh_key("view"));
+                let parent: Option<SnapshotKey> = record.chain().map(Into::into);
+                let mounts = store.storage.snapshots.view(&lease, &key, parent.as_ref(), &Default::default()).await?;
+                if let [only] = &mounts[..]
+                    && only.kind == "overlay"
+                {
+                    // Such mounts name committed layers only, so the next view need not ask.
+                    let _ = record.shown.set(mounts.clone());
+                }
+                let view = Arc::new(ViewGuard { store: store.clone(), lease, key, mounts });
+                *shared = Arc::downgrade(&view);
+                view
+            }
+        };
+        Ok(View { key: Some(view.key.clone()), mounts: view.mounts.clone(), guard: Arc::new((view, self.0.clone())) })
+    }
+
+    /// Checksum of a part of the state, independent of times (row `so.hash`). `NotFound` names the missing path.
+    pub async fn checksum(&self, selector: &Selector) -> Result<Digest> {
+        let index = match &self.0.body {
+            HeldBody::Layers { record, .. } => record.index.clone(),
+            HeldBody::Frozen(frozen) => frozen.index().clone(),
+        };
+        let (mount, selector) = (self.mount().await?, selector.clone());
+        // What a client's directory should have, its frontend explains: it knows the ignore file.
+        let suggests = self.record().is_some();
+        let work = move || {
+            index.checksum(mount.path(), &selector).map_err(|e| match near(mount.path(), &selector.path) {
+                Some(near) if suggests && e.is_not_found() => e.hint(format!("did you mean {near}?")),
+                _ => e,
+            })
+        };
+        let hashed = tokio::task::spawn_blocking(work).await;
+        hashed.map_err(|e| Fault::internal(format!("a checksum failed: {e}")))?
+    }
+
+    /// Bytes on disk, parents not counted.
+    pub async fn size(&self) -> Result<u64> {
+        match &self.0.body {
+            HeldBody::Layers { record, .. } => self.0.store.size_of(record).await,
+            HeldBody::Frozen(frozen) => Ok(self.0.store.storage.snapshots.usage(&frozen.snapshot()).await?.bytes),
+        }
+    }
+}
+
+/// A path beside the missing `path` of the tree at `root` that was probably meant.
+fn near(root: &Path, path: &str) -> Option<String> {
+    let (dir, name) = path.trim_matches('/').rsplit_once('/').unwrap_or(("", path.trim_matches('/')));
+    let mut at = root.to_owned();
+    for part in dir.split('/').filter(|p| !p.is_empty()) {
+        at.push(part);
+        // A link may lead out of the tree.
+        if part == ".." || !at.symlink_metadata().ok()?.is_dir() {
+            return None;
+        }
+    }
+    let names = at.read_dir().ok()?.flatten().take(MAX_NAMES).filter_map(|e| e.file_name().into_string().ok());
+    let names: Vec<String> = names.collect();
+    let near = nearest(name, names.iter().map(String::as_str)).filter(|n| *n != name)?;
+    Some(if dir.is_empty() { format!("/{near}") } else { format!("/{dir}/{near}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_near_name_is_looked_for_inside_the_tree_only() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("dir")).unwrap();
+        std::fs::write(root.path().join("dir/result.txt"), "").unwrap();
+        std::os::unix::fs::symlink("/", root.path().join("out")).unwrap();
+        for (path, want) in [
+            ("/dir/reslt.txt", Some("/dir/result.txt")),
+            ("dirr", Some("/dir")),
+            ("/nothing/like/it", None),
+            ("/out/ect", None),
+            ("/dir/../../ect", None),
+            ("", None),
+        ] {
+            assert_eq!(near(root.path(), path).as_deref(), want, "{path}");
+        }
+    }
+}

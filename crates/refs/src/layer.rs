@@ -1,0 +1,204 @@
+//! Layers of a state: what they are, where their bytes come from.
+
+use async_trait::async_trait;
+use shipway_archive::LayerTree;
+use shipway_fault::Result;
+use shipway_oci::{ChainId, Descriptor, DiffId};
+use shipway_progress::Reporter;
+use shipway_storage::{ContentStore, LeaseId};
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::SystemTime,
+};
+
+/// Fetches blobs of layers that are not on this machine yet.
+#[async_trait]
+pub trait LayerSource: Send + Sync {
+    /// Makes the blob of `layer` exist in `content` under `lease`, whole and verified. A blob that is there already is success.
+    /// Counts bytes in `progress`.
+    async fn fetch(&self, layer: &Descriptor, content: &dyn ContentStore, lease: &LeaseId, progress: Option<&Reporter>) -> Result<()>;
+
+    /// What it fetches from, for error messages: an image name.
+    fn describe(&self) -> String;
+}
+
+/// A layer of an image that need not be here.
+#[derive(Clone)]
+pub struct LazyLayer {
+    /// Digest of its tar, from the image's config.
+    pub diff_id: DiffId,
+    /// Its blob, from the image's manifest.
+    pub descriptor: Descriptor,
+    /// Where to fetch the blob; `None` if the content store has it.
+    pub source: Option<Arc<dyn LayerSource>>,
+    /// When it came to be, if that is known.
+    pub created: Option<SystemTime>,
+}
+
+impl fmt::Debug for LazyLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LazyLayer({:?}, {:?})", self.diff_id, self.descriptor.digest)
+    }
+}
+
+/// What is known of one layer of a state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layer {
+    /// Digest of its tar.
+    pub diff_id: DiffId,
+    /// Name of the snapshot that has this layer on top.
+    pub chain_id: ChainId,
+    /// A blob of it, stored or fetchable.
+    pub blob: Option<Descriptor>,
+    /// Whether the blob has to be fetched: it is known by descriptor only.
+    pub lazy: bool,
+}
+
+/// A compressed layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerBlob {
+    /// The blob, with an OCI media type when we made it and the image's own when it was pulled.
+    pub descriptor: Descriptor,
+    /// Digest of its tar.
+    pub diff_id: DiffId,
+    /// Where the blob would be fetched from, if it is not in the content store.
+    pub lazy: Option<String>,
+}
+
+/// Locks a mutex whose data stay whole even if a holder panicked.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One layer at its place in a stack; all states with that place share it, so that nothing is fetched, unpacked or compressed twice.
+pub(crate) struct Cell {
+    pub diff_id: DiffId,
+    pub chain_id: ChainId,
+    pub parent: Option<ChainId>,
+    origin: Mutex<Origin>,
+    /// Its files, where they were committed in this life: a commit leaves them in their place.
+    pub tree: OnceLock<LayerTree>,
+    /// Committed in this life: no blob of it can exist that we do not know.
+    pub new: AtomicBool,
+    /// The snapshot does not tell the whole layer, because whiteouts at the bottom of a stack vanish: only a blob does.
+    pub blob_only: AtomicBool,
+    /// Whether files of its snapshot are a client's files by another name, once that is known.
+    pub linked: OnceLock<bool>,
+    /// Held while the snapshot is made.
+    pub applying: tokio::sync::Mutex<()>,
+    /// Held while a blob is fetched.
+    pub fetching: tokio::sync::Mutex<()>,
+    /// Held while a blob is made.
+    pub packing: tokio::sync::Mutex<()>,
+}
+
+/// Where a layer's bytes can be had.
+#[derive(Default)]
+struct Origin {
+    blobs: Vec<KnownBlob>,
+    copy_of: Option<ChainId>,
+    created: Option<SystemTime>,
+}
+
+/// A blob of a layer, stored or not.
+#[derive(Clone)]
+pub(crate) struct KnownBlob {
+    pub descriptor: Descriptor,
+    pub source: Option<Arc<dyn LayerSource>>,
+    /// Whether it was seen in the content store.
+    pub stored: bool,
+}
+
+impl Cell {
+    pub fn new(diff_id: DiffId, parent: Option<ChainId>) -> Self {
+        Self {
+            diff_id,
+            chain_id: ChainId::extend(parent, diff_id),
+            parent,
+            origin: Mutex::default(),
+            tree: OnceLock::new(),
+            new: AtomicBool::new(false),
+            blob_only: AtomicBool::new(false),
+            linked: OnceLock::new(),
+            applying: Default::default(),
+            fetching: Default::default(),
+            packing: Default::default(),
+        }
+    }
+
+    pub fn blobs(&self) -> Vec<KnownBlob> {
+        lock(&self.origin).blobs.clone()
+    }
+
+    /// Remembers a blob. The newest source of one is kept: it has the freshest credentials.
+    pub fn know(&self, blob: KnownBlob) {
+        let mut origin = lock(&self.origin);
+        match origin.blobs.iter_mut().find(|b| b.descriptor.digest == blob.descriptor.digest) {
+            Some(known) => {
+                known.stored |= blob.stored;
+                if blob.source.is_some() {
+                    known.source = blob.source;
+                }
+            }
+            None => origin.blobs.push(blob),
+        }
+    }
+
+    /// Forgets that a blob is stored, and the blob when there is nowhere to fetch it from.
+    pub fn lost(&self, blob: &KnownBlob) {
+        let mut origin = lock(&self.origin);
+        origin.blobs.retain(|b| b.descriptor.digest != blob.descriptor.digest || b.source.is_some());
+        for known in &mut origin.blobs {
+            known.stored &= known.descriptor.digest != blob.descriptor.digest;
+        }
+    }
+
+    /// Where a blob would be fetched from, if it is known by descriptor only.
+    pub fn origin_of(&self, descriptor: &Descriptor) -> Option<String> {
+        let origin = lock(&self.origin);
+        let blob = origin.blobs.iter().find(|b| b.descriptor.digest == descriptor.digest && !b.stored)?;
+        blob.source.as_ref().map(|s| s.describe())
+    }
+
+    pub fn copy_of(&self) -> Option<ChainId> {
+        lock(&self.origin).copy_of
+    }
+
+    pub fn set_copy_of(&self, chain: ChainId) {
+        if chain != self.chain_id {
+            lock(&self.origin).copy_of.get_or_insert(chain);
+        }
+    }
+
+    /// When the layer came to be, where somebody said so.
+    pub fn created(&self) -> Option<SystemTime> {
+        lock(&self.origin).created
+    }
+
+    pub fn set_created(&self, created: SystemTime) {
+        lock(&self.origin).created.get_or_insert(created);
+    }
+
+    pub fn is_blob_only(&self) -> bool {
+        self.blob_only.load(Ordering::Relaxed)
+    }
+
+    pub fn is_new(&self) -> bool {
+        self.new.load(Ordering::Relaxed)
+    }
+
+    pub fn describe(&self) -> Layer {
+        let blobs = self.blobs();
+        let best = blobs.iter().find(|b| b.stored).or(blobs.first());
+        Layer {
+            diff_id: self.diff_id,
+            chain_id: self.chain_id,
+            blob: best.map(|b| b.descriptor.clone()),
+            lazy: best.is_some_and(|b| !b.stored && b.source.is_some()),
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! Life of filesystem states. A [`RefStore`] hands out refs: an [`ImmutableRef`] is a stack of layers that may not exist on this
+//! machine yet, a [`MutableRef`] is being written, a [`NamedRef`] is a mutable state that outlives builds (cache mounts,
+//! the client's directories, git repositories).
+//!
+//! What is true here:
+//! - A committed state's snapshot is *named by its chain id*, as containerd names an image's, so an image export needs no second copy. The diffID is
+//!   found by hashing the layer's tar stream at commit; nothing is stored for it.
+//! - One record = one flat lease without expiry, whose labels hold all there is to know. Pruning deletes leases and nothing else.
+//! - Active snapshots and views of one life of the daemon hang on *epoch* leases, which the next life deletes.
+//! - What may be lost lives in a small file: last use and use count.
+//!
+//! Nothing here knows LLB, sessions or registries: a lazy layer is fetched through its [`LayerSource`].
+
+mod blobs;
+mod frozen;
+mod immutable;
+mod layer;
+mod life;
+mod links;
+mod merge;
+mod mount;
+mod mutable;
+mod named;
+mod realise;
+mod record;
+mod retime;
+mod store;
+mod tally;
+mod tree_copy;
+mod usage;
+
+pub use immutable::{ImmutableRef, View};
+pub use layer::{Layer, LayerBlob, LayerSource, LazyLayer};
+pub use mount::LocalMount;
+pub use mutable::MutableRef;
+pub use named::{NamedRef, NamedRequest, Sharing};
+pub use record::{DOCUMENT_KIND, RecordType, RefId};
+pub use shipway_archive::{Compression, CompressionKind};
+pub use shipway_treehash::{PathFilter, Selector, Verdict};
+pub use store::RefStore;
+pub use usage::{PruneOptions, UsageFilter, UsageRecord};

@@ -1,0 +1,163 @@
+//! One life of the daemon: the epoch lease that active snapshots and views hang on, background work, and what earlier lives left.
+
+use crate::record::{KIND, KIND_EPOCH, fresh_id};
+use shipway_fault::{Context as _, Fault, Result};
+use shipway_oci::timestamp;
+use shipway_storage::{GC_EXPIRE, Labels, LeaseId, LeaseResource, SnapshotKey, Storage};
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+use tokio::{runtime::Handle, sync::Notify};
+
+/// An epoch lease takes new snapshots for this long.
+const EPOCH: Duration = Duration::from_secs(12 * 3600);
+/// And ends this long after it began, should nobody end it: no build lasts longer than the difference.
+const EXPIRY: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// Background work that [`crate::RefStore::drained`] waits for.
+#[derive(Clone)]
+pub(crate) struct Background {
+    runtime: Handle,
+    tally: Arc<Tally>,
+}
+
+#[derive(Default)]
+struct Tally {
+    running: AtomicUsize,
+    idle: Notify,
+}
+
+struct Running(Arc<Tally>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.0.running.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.idle.notify_waiters();
+        }
+    }
+}
+
+impl Background {
+    pub fn new() -> Self {
+        Self { runtime: Handle::current(), tally: Arc::default() }
+    }
+
+    fn count(&self) -> Running {
+        self.tally.running.fetch_add(1, Ordering::AcqRel);
+        Running(self.tally.clone())
+    }
+
+    /// Runs `work` to its end, whoever waits or not.
+    pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let running = self.count();
+        self.runtime.spawn(async move {
+            work.await;
+            drop(running);
+        });
+    }
+
+    /// Runs `work` to its end even if the caller goes away in the middle, because half of it would be worse than all.
+    pub async fn finish<T: Send + 'static>(&self, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+        let (tell, told) = tokio::sync::oneshot::channel();
+        self.spawn(async move { drop(tell.send(work.await)) });
+        told.await.unwrap_or_else(|_| Err(Fault::internal("a piece of work ended without an answer")))
+    }
+
+    /// The same for work that blocks.
+    pub fn spawn_blocking(&self, work: impl FnOnce() + Send + 'static) {
+        let running = self.count();
+        self.runtime.spawn_blocking(move || {
+            work();
+            drop(running);
+        });
+    }
+
+    pub async fn drained(&self) {
+        loop {
+            let idle = self.tally.idle.notified();
+            tokio::pin!(idle);
+            idle.as_mut().enable();
+            if self.tally.running.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            idle.await;
+        }
+    }
+}
+
+/// A hold on the lease of an epoch: while one lives, the lease does.
+#[derive(Clone)]
+pub(crate) struct EpochLease(Arc<LeaseId>);
+
+impl std::ops::Deref for EpochLease {
+    type Target = LeaseId;
+
+    fn deref(&self) -> &LeaseId {
+        &self.0
+    }
+}
+
+/// Makes and ends what lives no longer than the daemon.
+pub(crate) struct Epochs {
+    current: tokio::sync::Mutex<Option<(EpochLease, SystemTime)>>,
+}
+
+impl Epochs {
+    pub fn new() -> Self {
+        Self { current: tokio::sync::Mutex::new(None) }
+    }
+
+    /// The lease for new active snapshots and views.
+    pub async fn lease(&self, storage: &Storage) -> Result<EpochLease> {
+        let mut current = self.current.lock().await;
+        let now = SystemTime::now();
+        if let Some((lease, began)) = &*current
+            && now.duration_since(*began).is_ok_and(|age| age < EPOCH)
+        {
+            return Ok(lease.clone());
+        }
+        let lease = EpochLease(Arc::new(LeaseId(format!("shipway-epoch-{}", fresh_id()))));
+        let labels = Labels::from([(KIND.into(), KIND_EPOCH.into()), (GC_EXPIRE.into(), timestamp::format_whole(now + EXPIRY))]);
+        storage.leases.create(&lease, &labels).await.context(|| "make a lease for file systems in use")?;
+        *current = Some((lease.clone(), now));
+        Ok(lease)
+    }
+
+    /// Ends the lease if nobody holds it and it keeps nothing; `anyway` if what it keeps belongs to nobody. Says whether it did.
+    pub async fn end_unused(&self, storage: &Storage, anyway: bool) -> Result<bool> {
+        let mut current = self.current.lock().await;
+        let Some((lease, _)) = &*current else { return Ok(false) };
+        // Nobody can take another hold while the table is locked.
+        if Arc::strong_count(&lease.0) > 1 || !(anyway || storage.leases.resources(lease).await?.is_empty()) {
+            return Ok(false);
+        }
+        storage.leases.delete(lease, false).await?;
+        *current = None;
+        Ok(true)
+    }
+}
+
+/// Removes an active snapshot or view and its entry in the lease it was made under. One that is gone is no error.
+pub(crate) async fn remove(storage: &Storage, lease: &LeaseId, key: &SnapshotKey) -> Result<()> {
+    let removed = match storage.snapshots.remove(key).await {
+        Err(e) if e.is_not_found() => Ok(()),
+        other => other,
+    };
+    forget(storage, lease, key).await;
+    removed
+}
+
+/// Takes a name that no longer exists out of its lease, so that the lease of a long life does not grow.
+pub(crate) async fn forget(storage: &Storage, lease: &LeaseId, key: &SnapshotKey) {
+    let resource = LeaseResource::Snapshot(storage.snapshots.name().to_owned(), key.clone());
+    if let Err(e) = storage.leases.remove(lease, resource).await
+        && !e.is_not_found()
+    {
+        tracing::debug!(%key, error = %e, "a lease keeps a name that is gone");
+    }
+}

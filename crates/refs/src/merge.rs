@@ -1,0 +1,126 @@
+//! States made of other states' layers (rows `llb.merge`, `llb.diff`). Only the list of layers is made here; files are copied
+//! when somebody needs the snapshot, and blobs are those of the original layers.
+
+use crate::{
+    ImmutableRef, RecordType, RefId, RefStore,
+    layer::{Cell, KnownBlob},
+    record::{Body, Note, id_of},
+    store::{Inner, Record},
+};
+use shipway_archive::{Compression, LayerTree};
+use shipway_fault::{Context as _, Fault, Result};
+use shipway_oci::{Descriptor, DiffId};
+use shipway_storage::{Ingest, Labels, UNCOMPRESSED};
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::SystemTime,
+};
+
+impl RefStore {
+    /// The layers of all `parts`, one on another (row `llb.merge`); no file is copied before somebody needs the snapshot.
+    pub async fn merge(&self, parts: &[ImmutableRef], description: impl Into<String>) -> Result<ImmutableRef> {
+        let mut whole = Vec::with_capacity(parts.len());
+        for part in parts {
+            let part = part.layered().await?;
+            if !part.is_scratch() {
+                whole.push(part);
+            }
+        }
+        match &whole[..] {
+            [] => return self.scratch(),
+            [only] => return Ok(only.clone()),
+            _ => {}
+        }
+        let mut layers: Vec<Arc<Cell>> = Vec::new();
+        for part in &whole {
+            for original in &part.layered_record()?.layers {
+                layers.push(self.0.moved(original, layers.last()));
+            }
+        }
+        Ok(self.0.assembled("merge", layers, whole.iter().map(|p| p.id().clone()).collect(), description.into()))
+    }
+
+    /// What `upper` adds to `lower` (row `llb.diff`). Without `lower` it is all of `upper`.
+    pub async fn diff(
+        &self,
+        lower: Option<&ImmutableRef>,
+        upper: Option<&ImmutableRef>,
+        description: impl Into<String>,
+    ) -> Result<ImmutableRef> {
+        let upper = match upper {
+            Some(upper) => upper.layered().await?,
+            None => self.scratch()?,
+        };
+        let lower = match lower {
+            Some(lower) => lower.layered().await?,
+            None => return Ok(upper),
+        };
+        let (below, above) = (&lower.layered_record()?.layers, &upper.layered_record()?.layers);
+        let parents = [&lower, &upper].into_iter().filter(|r| !r.is_scratch()).map(|r| r.id().clone()).collect();
+        if below.last().map(|c| c.chain_id) == above.last().map(|c| c.chain_id) {
+            return self.scratch();
+        }
+        let prefix = above.len() > below.len() && below.iter().zip(above).all(|(b, a)| b.chain_id == a.chain_id);
+        let mut layers = Vec::new();
+        if prefix {
+            for original in &above[below.len()..] {
+                layers.push(self.0.moved(original, layers.last()));
+            }
+        } else {
+            layers.push(self.0.compared(&lower, &upper).await.context(|| "compare two file systems")?);
+        }
+        Ok(self.0.assembled("diff", layers, parents, description.into()))
+    }
+}
+
+impl Inner {
+    /// The layer of `original` at another place.
+    fn moved(&self, original: &Arc<Cell>, below: Option<&Arc<Cell>>) -> Arc<Cell> {
+        let cell = self.cell(original.diff_id, below.map(|c| c.chain_id));
+        if !Arc::ptr_eq(&cell, original) {
+            for blob in original.blobs() {
+                cell.know(blob);
+            }
+            if let Some(created) = original.created() {
+                cell.set_created(created);
+            }
+            match original.is_blob_only() {
+                true => cell.blob_only.store(true, Relaxed),
+                false => cell.set_copy_of(original.copy_of().unwrap_or(original.chain_id)),
+            }
+        }
+        cell
+    }
+
+    fn assembled(self: &Arc<Self>, how: &str, layers: Vec<Arc<Cell>>, parents: Vec<RefId>, description: String) -> ImmutableRef {
+        let seed = layers.iter().fold(how.to_owned(), |s, c| s + " " + &c.chain_id.to_string());
+        let note =
+            Note { record_type: RecordType::Regular, description, created: SystemTime::now(), parents, body: Body::Layers(Vec::new()) };
+        self.insert(Record::new(id_of(seed), note, layers, false))
+    }
+
+    /// A layer that turns `lower` into `upper`, packed from both trees, for states that are not on one lineage.
+    async fn compared(self: &Arc<Self>, lower: &ImmutableRef, upper: &ImmutableRef) -> Result<Arc<Cell>> {
+        let (before, after) = tokio::try_join!(lower.mount(), upper.mount())?;
+        let lease = self.epochs.lease(&self.storage).await?;
+        let reference = format!("shipway-diff-{}", crate::record::fresh_id());
+        let mut writer = self.storage.content.writer(&lease, Ingest { reference, expected: None, size: None }).await?;
+        let (send, mut blocks) = tokio::sync::mpsc::channel(8);
+        let compression = Compression::default();
+        let packing = tokio::task::spawn_blocking(move || {
+            let tree = LayerTree::compared(before.path(), after.path());
+            shipway_archive::pack(&tree, compression, None, &mut |b| send.blocking_send(b).map_err(|_| Fault::cancelled()))
+        });
+        while let Some(block) = blocks.recv().await {
+            writer.write(block).await?;
+        }
+        let packed = packing.await.map_err(|e| Fault::internal(format!("packing a difference failed: {e}")))??;
+        let DiffId(diff) = packed.diff_id;
+        writer.commit(Some(packed.digest), &Labels::from([(UNCOMPRESSED.into(), diff.to_string())])).await?;
+        let cell = self.cell(packed.diff_id, None);
+        cell.blob_only.store(true, Relaxed);
+        let descriptor = Descriptor::new(compression.kind.media_type(), packed.digest, packed.size);
+        cell.know(KnownBlob { descriptor, source: None, stored: true });
+        Ok(cell)
+    }
+}

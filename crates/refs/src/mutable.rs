@@ -1,0 +1,220 @@
+//! States being written.
+
+use crate::{
+    ImmutableRef, LocalMount, RecordType,
+    layer::lock,
+    links,
+    mount::{OwnLayer, WeakMount, is_bind, own_layer, read_only, unsynced},
+    realise::Active,
+    record::{Body, Note, fresh_id},
+    store::{Inner, Record},
+};
+use shipway_archive::LayerTree;
+use shipway_fault::{Context as _, Fault, Result};
+use shipway_oci::{ChainId, DiffId};
+use shipway_progress::Reporter;
+use shipway_storage::{Mount, SnapshotKey};
+use std::{
+    fmt,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::SystemTime,
+};
+
+/// A state being written. Dropped without commit it vanishes in the background; [`crate::RefStore::drained`] waits for that.
+pub struct MutableRef {
+    store: Arc<Inner>,
+    active: Active,
+    parent: Option<ImmutableRef>,
+    record_type: RecordType,
+    description: String,
+    mounted: Mutex<Vec<WeakMount>>,
+    /// Whether somebody may have linked files of a client's directory into it.
+    linked: AtomicBool,
+}
+
+impl fmt::Debug for MutableRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MutableRef({}, {:?})", self.active.key, self.description)
+    }
+}
+
+impl MutableRef {
+    pub(crate) async fn make(
+        store: &Arc<Inner>,
+        parent: Option<&ImmutableRef>,
+        description: String,
+        record_type: RecordType,
+        progress: Option<&Reporter>,
+    ) -> Result<Self> {
+        let parent = match parent {
+            Some(parent) => {
+                let parent = parent.layered().await?;
+                parent.realise(progress).await?;
+                Some(parent).filter(|p| !p.is_scratch())
+            }
+            None => None,
+        };
+        let chain = parent.as_ref().map(ImmutableRef::layered_record).transpose()?.and_then(|r| r.chain());
+        let active = Active::prepare(store, "step", chain).await.context(|| format!("make a file system for {description:?}"))?;
+        Ok(Self {
+            store: store.clone(),
+            active,
+            parent,
+            record_type,
+            description,
+            mounted: Mutex::default(),
+            linked: AtomicBool::new(false),
+        })
+    }
+
+    /// Key of the active snapshot.
+    pub fn snapshot_key(&self) -> &SnapshotKey {
+        &self.active.key
+    }
+
+    /// Mounts for a process that writes.
+    pub fn mounts(&self) -> &[Mount] {
+        &self.active.mounts
+    }
+
+    /// What it is, for people.
+    pub fn description(&self) -> &str {
+        &self.description
+    }
+
+    /// What it was made from.
+    pub fn parent(&self) -> Option<&ImmutableRef> {
+        self.parent.as_ref()
+    }
+
+    /// The state as a writable directory of the host. Drop it before commit.
+    pub async fn mount(&self) -> Result<LocalMount> {
+        // The newest is the only one that can live: a second mount of the same upper directory is never made.
+        let live = lock(&self.mounted).last().and_then(WeakMount::upgrade);
+        if let Some(mount) = live {
+            return Ok(mount);
+        }
+        let mount = LocalMount::new(&unsynced(&self.active.mounts), &self.store.mounts, &self.store.background, None).await?;
+        lock(&self.mounted).extend(mount.downgrade());
+        Ok(mount)
+    }
+
+    /// The directory that holds what is written here and nothing else, if files of `source` may be linked into it instead of being copied: while the
+    /// state is not mounted, with unchanged metadata, and never to be written again. That is so for a client's directory, whose files are replaced and
+    /// never changed, and where no layer below has files of a client already: a stack must not show one file under two names
+    /// that were two files.
+    pub async fn link_dir(&self, source: &ImmutableRef) -> Result<Option<PathBuf>> {
+        if !source.is_clients() {
+            return Ok(None);
+        }
+        let below = self.parent.as_ref().map(ImmutableRef::layered_record).transpose()?;
+        let Ok(OwnLayer::Tree(own)) = own_layer(&self.active.mounts, below.is_some()) else { return Ok(None) };
+        if let Some(below) = below
+            && self.store.any_linked(&below.layers).await?
+        {
+            return Ok(None);
+        }
+        self.linked.store(true, Ordering::Relaxed);
+        Ok(Some(own.root().to_owned()))
+    }
+
+    /// Ends writing: hashes the layer and names the snapshot by its chain id.
+    pub async fn commit(self, description: impl Into<String>) -> Result<ImmutableRef> {
+        let description = description.into();
+        if lock(&self.mounted).iter().any(|m| m.upgrade().is_some()) {
+            return Err(Fault::internal(format!("{description:?} is committed while it is still mounted")));
+        }
+        let Self { store, active, parent, record_type, linked, .. } = self;
+        let note = Note {
+            record_type,
+            description,
+            created: SystemTime::now(),
+            parents: parent.iter().map(|p| p.id().clone()).collect(),
+            body: Body::Layers(Vec::new()),
+        };
+        let what = note.description.clone();
+        commit(&store, active, parent.as_ref(), note, linked.into_inner()).await.context(|| format!("commit {what:?}"))
+    }
+
+    /// Throws the state away and waits for that.
+    pub async fn release(self) -> Result<()> {
+        self.active.release().await
+    }
+}
+
+/// Hashes what was written into `active` and makes it a state on top of `parent`.
+async fn commit(store: &Arc<Inner>, active: Active, parent: Option<&ImmutableRef>, note: Note, linked: bool) -> Result<ImmutableRef> {
+    let below = parent.map(|p| p.layered_record()).transpose()?;
+    let chain = below.and_then(|r| r.chain());
+    let mounts = active.mounts.clone();
+    let diff_id = hash(store, &mounts, chain).await?;
+    let record = stacked(store, below.map(|r| &**r), diff_id, note);
+    let (store, background, parent) = (store.clone(), store.background.clone(), parent.cloned());
+    // Cut off in the middle, it would leave a lease and a snapshot that nobody knows.
+    let work = async move {
+        let done = async {
+            store.ensure_lease(&record).await?;
+            active.commit(&record.lease, ChainId::extend(chain, diff_id), &links::labels(linked)).await
+        };
+        match done.await {
+            Ok(true) => {
+                remember(&record, &mounts, chain.is_some());
+                if let Some(cell) = record.layers.last() {
+                    let _ = cell.linked.set(linked);
+                }
+            }
+            Ok(false) => {}
+            Err(e) => {
+                store.end_lease(&record.lease).await;
+                return Err(e);
+            }
+        }
+        *record.realised.lock().await = true;
+        drop(parent);
+        Ok(store.insert(record))
+    };
+    background.finish(work).await
+}
+
+/// Remembers where a committed state's files are: in the place where they were written.
+pub(crate) fn remember(record: &Record, mounts: &[Mount], has_parent: bool) {
+    if let [only] = mounts
+        && (only.kind == "overlay" || is_bind(only))
+    {
+        let _ = record.shown.set(read_only(mounts));
+        if let (Some(cell), Ok(OwnLayer::Tree(tree))) = (record.layers.last(), own_layer(mounts, has_parent)) {
+            let _ = cell.tree.set(tree);
+        }
+    }
+}
+
+/// The diffID of what was written over `parent`.
+pub(crate) async fn hash(store: &Arc<Inner>, mounts: &[Mount], parent: Option<ChainId>) -> Result<DiffId> {
+    let (tree, guard): (LayerTree, Option<_>) = match own_layer(mounts, parent.is_some())? {
+        OwnLayer::Tree(tree) => (tree, None),
+        OwnLayer::Whole(after) => match parent {
+            None => (LayerTree::whole(after), None),
+            Some(parent) => {
+                let (mounts, view) = store.raw_view(parent).await?;
+                let before = LocalMount::new(&mounts, &store.mounts, &store.background, None).await?;
+                (LayerTree::compared(before.path(), after), Some((before, view)))
+            }
+        },
+    };
+    let hashed = tokio::task::spawn_blocking(move || shipway_archive::diff_id(&tree)).await;
+    drop(guard);
+    let (diff_id, _) = hashed.map_err(|e| Fault::internal(format!("hashing a layer failed: {e}")))??;
+    Ok(diff_id)
+}
+
+/// A record of `diff_id` on top of `below`, for a layer that is being committed.
+pub(crate) fn stacked(store: &Inner, below: Option<&Record>, diff_id: DiffId, note: Note) -> Record {
+    let cell = store.cell(diff_id, below.and_then(|r| r.chain()));
+    cell.new.store(true, Ordering::Relaxed);
+    let layers = below.map(|r| r.layers.clone()).unwrap_or_default().into_iter().chain([cell]).collect();
+    Record::new(fresh_id(), note, layers, false)
+}

@@ -1,0 +1,368 @@
+//! Mutable states that outlive builds, found by key: cache mounts, clients' directories, git repositories.
+
+use crate::{
+    ImmutableRef, LocalMount, RecordType, RefId, RefStore,
+    frozen::{Frozen, Reader},
+    layer::lock,
+    mount::WeakMount,
+    record::{Body, Note, fresh_id, labels_of, lease_of, name_of},
+    store::Inner,
+};
+use shipway_fault::{Context as _, Fault, Result};
+use shipway_storage::{Labels, LeaseId, Mount, SnapshotKey};
+use shipway_treehash::TreeIndex;
+use std::{
+    any::Any,
+    fmt,
+    sync::{Arc, Mutex},
+    time::SystemTime,
+};
+use tokio::sync::{Notify, OnceCell};
+
+/// What happens when a named state is wanted while somebody has it (row `exec.mount.cache.sharing`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Sharing {
+    /// Everybody uses the same one at once.
+    #[default]
+    Shared,
+    /// Another one of the same key is used or made.
+    Private,
+    /// One waits.
+    Locked,
+}
+
+/// Which named state is wanted.
+#[derive(Clone, Debug)]
+pub struct NamedRequest {
+    /// What it is for.
+    pub record_type: RecordType,
+    /// Its key, of any length. Put into it whatever must tell two of them apart (such as the id of `parent`).
+    pub key: String,
+    /// What it is, for people.
+    pub description: String,
+    /// Sharing.
+    pub sharing: Sharing,
+    /// What a new one starts from.
+    pub parent: Option<ImmutableRef>,
+}
+
+/// All named states.
+#[derive(Default)]
+pub(crate) struct Slots {
+    all: Mutex<Vec<Arc<Slot>>>,
+    /// Held while one is made, so that two requests do not make the same.
+    making: tokio::sync::Mutex<()>,
+    freed: Notify,
+}
+
+/// One named state.
+pub(crate) struct Slot {
+    pub id: RefId,
+    pub note: Note,
+    pub lease: LeaseId,
+    name: String,
+    pub snapshot: SnapshotKey,
+    pub mounts: OnceCell<Vec<Mount>>,
+    pub use_: Mutex<SlotUse>,
+    mounted: tokio::sync::Mutex<Option<WeakMount>>,
+    pub index: TreeIndex,
+    /// The layer that was made of it, with the generation it was made of.
+    pub layered: tokio::sync::Mutex<Option<(u64, RefId)>>,
+}
+
+/// Who has a slot.
+#[derive(Default)]
+pub(crate) struct SlotUse {
+    pub writers: usize,
+    exclusive: bool,
+    pub readers: usize,
+    /// Changes whenever somebody may have written.
+    pub generation: u64,
+    /// Gone from the table; nobody new gets it.
+    pub dead: bool,
+    /// Its lease goes with the last who has it.
+    doomed: bool,
+}
+
+impl Slot {
+    fn new(id: RefId, note: Note, name: String, snapshot: SnapshotKey) -> Self {
+        // Generations of different lives must not be equal: ids of frozen states contain them.
+        let generation = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
+        let use_ = Mutex::new(SlotUse { generation, ..SlotUse::default() });
+        let lease = lease_of(&id);
+        Self {
+            id,
+            note,
+            lease,
+            name,
+            snapshot,
+            mounts: OnceCell::new(),
+            use_,
+            mounted: Default::default(),
+            index: TreeIndex::default(),
+            layered: Default::default(),
+        }
+    }
+
+    /// Takes it for writing if `sharing` allows that now.
+    fn enter(&self, sharing: Sharing) -> bool {
+        let mut u = lock(&self.use_);
+        let free = match sharing {
+            Sharing::Shared => !u.exclusive && u.readers == 0,
+            Sharing::Private | Sharing::Locked => u.writers == 0 && u.readers == 0,
+        };
+        if u.dead || !free {
+            return false;
+        }
+        u.writers += 1;
+        u.exclusive = sharing != Sharing::Shared;
+        u.generation += 1;
+        true
+    }
+
+    pub fn leave(self: &Arc<Self>, store: &Arc<Inner>, writer: bool) {
+        let mut u = lock(&self.use_);
+        if writer {
+            u.writers -= 1;
+            u.exclusive &= u.writers > 0;
+        } else {
+            u.readers -= 1;
+        }
+        let last = u.doomed && u.writers + u.readers == 0;
+        drop(u);
+        store.uses.used(&self.id);
+        if last {
+            store.uses.forget(&self.id);
+            let (store, slot) = (store.clone(), self.clone());
+            store.background.clone().spawn(async move { store.end_lease(&slot.lease).await });
+        }
+        store.slots.freed.notify_waiters();
+    }
+
+    /// Whether somebody has it.
+    pub fn in_use(&self) -> bool {
+        let u = lock(&self.use_);
+        u.writers + u.readers > 0
+    }
+
+    /// Marks it as gone if nobody has it.
+    pub fn kill_unused(&self) -> bool {
+        let mut u = lock(&self.use_);
+        if u.dead || u.writers + u.readers > 0 {
+            return false;
+        }
+        u.dead = true;
+        true
+    }
+
+    async fn mounts(&self, store: &Inner) -> Result<&[Mount]> {
+        let ask = || async { store.storage.snapshots.mounts(&self.snapshot).await };
+        Ok(self.mounts.get_or_try_init(ask).await?)
+    }
+}
+
+impl Slots {
+    /// Takes over a slot of an earlier life.
+    pub fn load(&self, id: RefId, note: Note) {
+        if let Body::Named { name, snapshot } = &note.body {
+            let slot = Slot::new(id, note.clone(), name.clone(), snapshot.clone());
+            lock(&self.all).push(Arc::new(slot));
+        }
+    }
+
+    pub fn list(&self) -> Vec<Arc<Slot>> {
+        lock(&self.all).clone()
+    }
+
+    fn named(&self, name: &str, record_type: RecordType) -> Vec<Arc<Slot>> {
+        lock(&self.all).iter().filter(|s| s.name == name && s.note.record_type == record_type).cloned().collect()
+    }
+
+    pub fn drop_slot(&self, slot: &Slot) {
+        lock(&self.all).retain(|s| s.id != slot.id);
+    }
+}
+
+impl RefStore {
+    /// The named state, as it was left, or a new one.
+    pub async fn named(&self, request: NamedRequest) -> Result<NamedRef> {
+        let store = &self.0;
+        let name = name_of(&request.key);
+        loop {
+            let freed = store.slots.freed.notified();
+            tokio::pin!(freed);
+            freed.as_mut().enable();
+            let making = store.slots.making.lock().await;
+            let mut slots = store.slots.named(&name, request.record_type);
+            slots.sort_by_key(|s| std::cmp::Reverse(s.note.created));
+            for slot in &slots {
+                if slot.enter(request.sharing) {
+                    let writer = Writer { store: store.clone(), slot: slot.clone() };
+                    match slot.mounts(store).await {
+                        Ok(mounts) => return Ok(NamedRef { mounts: mounts.to_vec(), writer, fresh: false }),
+                        // Somebody pruned it; it will not come back.
+                        Err(e) if e.is_not_found() => {
+                            drop(writer);
+                            store.bury_slot(slot).await;
+                        }
+                        Err(e) => return Err(e).context(|| format!("take {}", request.description)),
+                    }
+                }
+            }
+            let taken = slots.iter().any(|s| s.in_use());
+            if !taken || request.sharing == Sharing::Private {
+                return store.make_slot(&request, name).await.context(|| format!("make {}", request.description));
+            }
+            drop(making);
+            freed.await;
+        }
+    }
+}
+
+impl Inner {
+    async fn make_slot(self: &Arc<Self>, request: &NamedRequest, name: String) -> Result<NamedRef> {
+        let mut chain = None;
+        let mut parents = Vec::new();
+        if let Some(parent) = &request.parent {
+            let parent = parent.layered().await?;
+            parent.realise(None).await?;
+            chain = parent.layered_record()?.chain();
+            parents = vec![parent.id().clone()];
+        }
+        let (id, snapshot) = (fresh_id(), self.fresh_key("named"));
+        let note = Note {
+            record_type: request.record_type,
+            description: request.description.clone(),
+            created: SystemTime::now(),
+            parents,
+            body: Body::Named { name: name.clone(), snapshot: snapshot.clone() },
+        };
+        let slot = Arc::new(Slot::new(id, note, name, snapshot));
+        let parent: Option<SnapshotKey> = chain.map(Into::into);
+        let (store, exclusive) = (self.clone(), request.sharing != Sharing::Shared);
+        // Cut off in the middle, it would leave a lease and a snapshot that nobody knows.
+        let work = async move {
+            let made = async {
+                store.storage.leases.create(&slot.lease, &labels_of(&slot.note)).await?;
+                store.storage.snapshots.prepare(&slot.lease, &slot.snapshot, parent.as_ref(), &Labels::new()).await
+            };
+            let mounts = match made.await {
+                Ok(mounts) => mounts,
+                Err(e) => {
+                    store.end_lease(&slot.lease).await;
+                    return Err(e);
+                }
+            };
+            let _ = slot.mounts.set(mounts.clone());
+            slot.enter(Sharing::Private);
+            // Nobody else knows it yet, so the wider sharing can be set afterwards.
+            lock(&slot.use_).exclusive = exclusive;
+            lock(&store.slots.all).push(slot.clone());
+            Ok(NamedRef { writer: Writer { store, slot }, mounts, fresh: true })
+        };
+        self.background.finish(work).await
+    }
+
+    /// Ends a slot: its lease goes, and the snapshot with it.
+    pub async fn bury_slot(&self, slot: &Slot) {
+        lock(&slot.use_).dead = true;
+        self.slots.drop_slot(slot);
+        self.end_lease(&slot.lease).await;
+    }
+}
+
+/// Has a slot for writing.
+struct Writer {
+    store: Arc<Inner>,
+    slot: Arc<Slot>,
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.slot.leave(&self.store, true);
+    }
+}
+
+/// A named state in use.
+pub struct NamedRef {
+    writer: Writer,
+    mounts: Vec<Mount>,
+    fresh: bool,
+}
+
+impl fmt::Debug for NamedRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "NamedRef({}, {:?})", self.id(), self.writer.slot.note.description)
+    }
+}
+
+impl NamedRef {
+    /// Its identity.
+    pub fn id(&self) -> &RefId {
+        &self.writer.slot.id
+    }
+
+    /// Whether it was made by this request and is empty, or equal to its parent.
+    pub fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// What is remembered of its files' digests. Tell it of what is written.
+    pub fn index(&self) -> &TreeIndex {
+        &self.writer.slot.index
+    }
+
+    /// Key of the active snapshot.
+    pub fn snapshot_key(&self) -> &SnapshotKey {
+        &self.writer.slot.snapshot
+    }
+
+    /// Mounts for a process that writes.
+    pub fn mounts(&self) -> &[Mount] {
+        &self.mounts
+    }
+
+    /// The state as a writable directory of the host. All who have the state share one mount.
+    pub async fn mount(&self) -> Result<LocalMount> {
+        let (store, slot) = (&self.writer.store, &self.writer.slot);
+        let mut mounted = slot.mounted.lock().await;
+        if let Some(mount) = mounted.as_ref().and_then(WeakMount::upgrade) {
+            return Ok(mount);
+        }
+        let guard: Arc<dyn Any + Send + Sync> = slot.clone();
+        let mount = LocalMount::new(&self.mounts, &store.mounts, &store.background, Some(guard)).await?;
+        *mounted = mount.downgrade();
+        Ok(mount)
+    }
+
+    /// Ends writing for now and hands the state out for reading, without copying a file. Until the returned ref and its clones
+    /// are gone, requests for the key get another state ([`Sharing::Private`]) or wait. Drop mounts first. It becomes a
+    /// layer only if somebody asks for its layers, or writes on top of it.
+    pub async fn freeze(self, description: impl Into<String>) -> Result<ImmutableRef> {
+        let Self { writer, mounts, .. } = self;
+        let slot = writer.slot.clone();
+        let id = {
+            let mut u = lock(&slot.use_);
+            if u.writers > 1 {
+                return Err(Fault::internal(format!("{:?} is frozen while others write", slot.note.description)));
+            }
+            u.readers += 1;
+            RefId(format!("{}-{}", slot.id, u.generation))
+        };
+        let reader = Reader { store: writer.store.clone(), slot };
+        drop(writer);
+        Ok(Frozen::held(reader, id, description.into(), mounts))
+    }
+
+    /// Throws the state away, as when its contents turned out to be damaged: nobody gets it any more, and it vanishes with the
+    /// last who has it.
+    pub async fn discard(self) -> Result<()> {
+        let (store, slot) = (&self.writer.store, &self.writer.slot);
+        {
+            let mut u = lock(&slot.use_);
+            (u.dead, u.doomed) = (true, true);
+        }
+        store.slots.drop_slot(slot);
+        Ok(())
+    }
+}

@@ -1,0 +1,289 @@
+//! Making snapshots of layers: fetch, unpack, verify, commit as the chain id; or copy from another stack.
+
+use crate::{
+    layer::{Cell, KnownBlob, lock},
+    life::{EpochLease, forget, remove},
+    mount::{LocalMount, OwnLayer, own_layer},
+    store::{Inner, Record},
+    tree_copy,
+};
+use shipway_archive::LayerTree;
+use shipway_fault::{Code, Context as _, Fault, Result};
+use shipway_oci::{ChainId, Descriptor};
+use shipway_progress::Reporter;
+use shipway_storage::{Labels, LeaseId, LeaseResource, Mount, SnapshotKey};
+use std::{any::Any, sync::Arc};
+use tokio::{sync::Semaphore, task::JoinHandle};
+
+/// Layers of one state that are fetched at the same time.
+const PARALLEL_FETCHES: usize = 4;
+
+/// An active snapshot that vanishes unless it is committed.
+pub(crate) struct Active {
+    store: Arc<Inner>,
+    lease: EpochLease,
+    pub key: SnapshotKey,
+    pub mounts: Vec<Mount>,
+    armed: bool,
+}
+
+impl Active {
+    pub async fn prepare(store: &Arc<Inner>, what: &str, parent: Option<ChainId>) -> Result<Self> {
+        let (lease, key) = (store.epochs.lease(&store.storage).await?, store.fresh_key(what));
+        let parent: Option<SnapshotKey> = parent.map(Into::into);
+        // From here on a cancelled call leaves nothing behind.
+        let mut active = Self { store: store.clone(), lease, key, mounts: Vec::new(), armed: true };
+        active.mounts = store.storage.snapshots.prepare(&active.lease, &active.key, parent.as_ref(), &Labels::new()).await?;
+        Ok(active)
+    }
+
+    /// Names it `chain` under `lease`. One that exists already is as good; says whether it was this one that got the name.
+    pub async fn commit(mut self, lease: &LeaseId, chain: ChainId, labels: &Labels) -> Result<bool> {
+        match self.store.storage.snapshots.commit(lease, &chain.into(), &self.key, labels).await {
+            Ok(()) => {
+                self.armed = false;
+                let (store, lease, key) = (self.store.clone(), self.lease.clone(), self.key.clone());
+                self.store.background.spawn(async move { forget(&store.storage, &lease, &key).await });
+                Ok(true)
+            }
+            Err(e) if e.is_already_exists() => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    pub async fn release(mut self) -> Result<()> {
+        self.armed = false;
+        remove(&self.store.storage, &self.lease, &self.key).await
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
+        let (store, lease, key) = (self.store.clone(), self.lease.clone(), self.key.clone());
+        self.store.background.spawn(async move {
+            if let Err(e) = remove(&store.storage, &lease, &key).await {
+                tracing::warn!(%key, error = %e, "a snapshot stays until the next start");
+            }
+        });
+    }
+}
+
+/// Ends a task with its last interest.
+struct Fetch(JoinHandle<Result<()>>);
+
+impl Drop for Fetch {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A vertex at work again, until this is dropped. What goes wrong is an error of the vertex that needs the layers.
+struct Again<'a>(&'a Reporter);
+
+impl<'a> Again<'a> {
+    fn begin(vertex: &'a Reporter) -> Self {
+        vertex.started();
+        Self(vertex)
+    }
+}
+
+impl Drop for Again<'_> {
+    fn drop(&mut self) {
+        self.0.completed(None);
+    }
+}
+
+impl Inner {
+    /// Makes the snapshot of `record` exist under its lease.
+    /// `origin` is a vertex that ended already: it works again while there is something to do, and speaks instead of `progress`.
+    pub async fn realise(self: &Arc<Self>, record: &Arc<Record>, origin: Option<&Reporter>, progress: Option<&Reporter>) -> Result<()> {
+        let mut realised = record.realised.lock().await;
+        let Some(top) = record.layers.last().filter(|_| !*realised) else { return Ok(()) };
+        self.ensure_lease(record).await?;
+        let mut have = 0;
+        for (i, cell) in record.layers.iter().enumerate().rev() {
+            if self.keep_snapshot(&record.lease, cell.chain_id).await? {
+                have = i + 1;
+                break;
+            }
+        }
+        let missing = &record.layers[have..];
+        if !missing.is_empty() {
+            let _again = origin.map(Again::begin);
+            self.make_all(missing, record, origin.or(progress)).await?;
+        }
+        if !missing.is_empty() && !self.keep_snapshot(&record.lease, top.chain_id).await? {
+            return Err(Fault::new(Code::Aborted, format!("the snapshot {} vanished while it was made", top.chain_id))
+                .hint("something else deletes snapshots in this containerd namespace; build again"));
+        }
+        *realised = true;
+        Ok(())
+    }
+
+    async fn make_all(self: &Arc<Self>, missing: &[Arc<Cell>], record: &Arc<Record>, progress: Option<&Reporter>) -> Result<()> {
+        let slots = Arc::new(Semaphore::new(PARALLEL_FETCHES));
+        let fetches: Vec<Option<Fetch>> = missing.iter().map(|c| self.start_fetch(c, record, &slots, progress)).collect();
+        for (cell, fetch) in missing.iter().zip(fetches) {
+            self.make(cell, record, fetch, progress).await.context(|| format!("make layer {} of {}", cell.diff_id, record.description))?;
+        }
+        Ok(())
+    }
+
+    fn start_fetch(
+        self: &Arc<Self>,
+        cell: &Arc<Cell>,
+        record: &Arc<Record>,
+        slots: &Arc<Semaphore>,
+        progress: Option<&Reporter>,
+    ) -> Option<Fetch> {
+        if cell.copy_of().is_some() {
+            return None;
+        }
+        let (store, cell, record, slots, progress) = (self.clone(), cell.clone(), record.clone(), slots.clone(), progress.cloned());
+        Some(Fetch(tokio::spawn(async move {
+            let _slot = slots.acquire().await;
+            store.stored_blob(&cell, &record, progress.as_ref()).await.map(drop)
+        })))
+    }
+
+    /// Makes one layer's snapshot on top of its parent's.
+    async fn make(self: &Arc<Self>, cell: &Arc<Cell>, record: &Record, fetch: Option<Fetch>, progress: Option<&Reporter>) -> Result<()> {
+        if let Some(mut fetch) = fetch {
+            (&mut fetch.0).await.map_err(|e| Fault::internal(format!("a fetch failed: {e}")))??;
+        }
+        let _one = cell.applying.lock().await;
+        if self.keep_snapshot(&record.lease, cell.chain_id).await? {
+            return Ok(());
+        }
+        let active = Active::prepare(self, "extract", cell.parent).await?;
+        match cell.copy_of() {
+            Some(original) if self.keep_snapshot(&record.lease, original).await? => self.copy_layer(original, &active, cell).await?,
+            _ => {
+                let blob = self.stored_blob(cell, record, progress).await?;
+                self.apply(cell, &blob, &active, progress).await?;
+            }
+        }
+        active.commit(&record.lease, cell.chain_id, &Labels::new()).await.map(drop)
+    }
+
+    async fn apply(&self, cell: &Cell, blob: &Descriptor, active: &Active, progress: Option<&Reporter>) -> Result<()> {
+        let id = format!("extracting {}", blob.digest);
+        if let Some(p) = progress {
+            p.status(&id, 0, 0, false);
+        }
+        let found = self.storage.snapshots.apply(blob, &active.mounts).await?;
+        if let Some(p) = progress {
+            p.status(&id, 0, 0, true);
+        }
+        if found != cell.diff_id {
+            return Err(Fault::new(
+                Code::DataLoss,
+                format!("the blob {} unpacks to {found}, but the image's config promises {}", blob.digest, cell.diff_id),
+            )
+            .with_class(shipway_fault::Class::User)
+            .hint("the image is inconsistent: build or push it again"));
+        }
+        let label = Labels::from([(shipway_storage::UNCOMPRESSED.into(), found.to_string())]);
+        self.storage.content.update_labels(blob.digest, &label).await.map(drop)
+    }
+
+    /// A blob of the layer that is in the content store and in the lease of `record`; fetched if need be.
+    pub async fn stored_blob(&self, cell: &Cell, record: &Record, progress: Option<&Reporter>) -> Result<Descriptor> {
+        let _one = cell.fetching.lock().await;
+        let mut blobs = cell.blobs();
+        blobs.sort_by_key(|b| !b.stored);
+        let mut failed = None;
+        for blob in blobs {
+            match self.secure(cell, &blob, record, progress).await {
+                Ok(true) => return Ok(blob.descriptor),
+                Ok(false) => {}
+                Err(e) => failed = Some(e),
+            }
+        }
+        Err(failed.unwrap_or_else(|| {
+            Fault::not_found(format!("no blob of layer {} is in containerd, and nothing says where to fetch it", cell.diff_id))
+                .hint("somebody removed it: build again without this cache record, for example after `shipway prune`")
+        }))
+    }
+
+    /// Puts a blob into the lease of `record`, fetching it if it is not stored; false if it cannot be had.
+    pub async fn secure(&self, cell: &Cell, blob: &KnownBlob, record: &Record, progress: Option<&Reporter>) -> Result<bool> {
+        let (digest, lease) = (blob.descriptor.digest, &record.lease);
+        match self.storage.content.info(digest).await {
+            // Nothing leaves a lease but with all of it, so once is enough.
+            Ok(_) if lock(&record.secured).contains(&digest) => return Ok(true),
+            Ok(_) => {
+                self.storage.leases.add(lease, LeaseResource::Content(digest)).await?;
+                match self.storage.content.info(digest).await {
+                    Err(e) if e.is_not_found() => {}
+                    other => {
+                        drop(other?);
+                        lock(&record.secured).insert(digest);
+                        cell.know(KnownBlob { stored: true, ..blob.clone() });
+                        return Ok(true);
+                    }
+                }
+            }
+            Err(e) if e.is_not_found() => {}
+            Err(e) => return Err(e),
+        }
+        let Some(source) = &blob.source else {
+            cell.lost(blob);
+            return Ok(false);
+        };
+        let what = || format!("fetch layer {digest} of {}", source.describe());
+        source.fetch(&blob.descriptor, &*self.storage.content, lease, progress).await.context(what)?;
+        lock(&record.secured).insert(digest);
+        cell.know(KnownBlob { stored: true, ..blob.clone() });
+        Ok(true)
+    }
+
+    /// The tree of a committed layer, and what keeps it readable besides a lease of the caller's.
+    pub async fn layer_tree(self: &Arc<Self>, chain: ChainId, parent: bool) -> Result<(LayerTree, Box<dyn Any + Send + Sync>)> {
+        if let Some(tree) = self.known_cell(chain).and_then(|c| c.tree.get().cloned())
+            && self.storage.snapshots.stat(&chain.into()).await.is_ok()
+        {
+            return Ok((tree, Box::new(())));
+        }
+        let (mounts, guard) = self.raw_view(chain).await?;
+        match own_layer(&mounts, parent)? {
+            OwnLayer::Tree(tree) => Ok((tree, Box::new(guard))),
+            OwnLayer::Whole(after) => {
+                let before = self.storage.snapshots.stat(&chain.into()).await?.parent;
+                let Some(before) = before.and_then(|p| p.0.parse().ok()) else { return Ok((LayerTree::whole(after), Box::new(guard))) };
+                let (mounts, below) = self.raw_view(before).await?;
+                let before = LocalMount::new(&mounts, &self.mounts, &self.background, None).await?;
+                Ok((LayerTree::compared(before.path(), after), Box::new((before, below, guard))))
+            }
+        }
+    }
+
+    /// A view of a snapshot that need not belong to a record.
+    pub async fn raw_view(self: &Arc<Self>, chain: ChainId) -> Result<(Vec<Mount>, Active)> {
+        let (lease, key) = (self.epochs.lease(&self.storage).await?, self.fresh_key("view"));
+        let mut guard = Active { store: self.clone(), lease, key, mounts: Vec::new(), armed: true };
+        guard.mounts = self.storage.snapshots.view(&guard.lease, &guard.key, Some(&chain.into()), &Labels::new()).await?;
+        Ok((guard.mounts.clone(), guard))
+    }
+
+    /// Gives `active` the files of the layer on top of `original`.
+    async fn copy_layer(self: &Arc<Self>, original: ChainId, active: &Active, cell: &Cell) -> Result<()> {
+        let below = self.storage.snapshots.stat(&original.into()).await?.parent.is_some();
+        let (tree, guard) = self.layer_tree(original, below).await?;
+        // Names are given to the layer's files where that cannot bring a client's file into one stack twice.
+        let link = !self.is_linked(original).await?;
+        let target = match own_layer(&active.mounts, cell.parent.is_some())? {
+            OwnLayer::Tree(target) => tree_copy::Target::Layer { dir: target.root().to_owned(), bottom: cell.parent.is_none() },
+            OwnLayer::Whole(dir) => tree_copy::Target::Merged(dir),
+        };
+        let copied = tokio::task::spawn_blocking(move || {
+            let copied = tree_copy::copy(&tree, &target, link);
+            drop(guard);
+            copied
+        });
+        copied.await.map_err(|e| Fault::internal(format!("copying a layer failed: {e}")))?
+    }
+}

@@ -1,0 +1,262 @@
+//! What is known of a state, and how it is written into the labels of its lease.
+
+use shipway_oci::{ChainId, Descriptor, DiffId, Digest};
+use shipway_storage::{GC_FLAT, Labels, Lease, LeaseId, SnapshotKey};
+use std::{
+    fmt,
+    str::FromStr,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+/// Identity of a state, stable across restarts. Clients see it in `du` and `prune`.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RefId(pub String);
+
+impl fmt::Display for RefId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for RefId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What a state is for (row `so.rectypes`); prints as clients know it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum RecordType {
+    /// The result of a step, or an image.
+    #[default]
+    Regular,
+    /// Something of ours.
+    Internal,
+    /// The root filesystem of a frontend.
+    Frontend,
+    /// A client's directory.
+    LocalSource,
+    /// A git repository.
+    GitCheckout,
+    /// A cache mount.
+    CacheMount,
+}
+
+impl RecordType {
+    /// The name on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Regular => "regular",
+            Self::Internal => "internal",
+            Self::Frontend => "frontend",
+            Self::LocalSource => "source.local",
+            Self::GitCheckout => "source.git.checkout",
+            Self::CacheMount => "exec.cachemount",
+        }
+    }
+}
+
+impl fmt::Display for RecordType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for RecordType {
+    type Err = ();
+
+    fn from_str(s: &str) -> Result<Self, ()> {
+        [Self::Regular, Self::Internal, Self::Frontend, Self::LocalSource, Self::GitCheckout, Self::CacheMount]
+            .into_iter()
+            .find(|t| t.as_str() == s)
+            .ok_or(())
+    }
+}
+
+/// One layer as a record remembers it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LayerNote {
+    pub diff_id: DiffId,
+    /// Its blob, where one was known when the record was made.
+    pub blob: Option<Descriptor>,
+    /// Name of the snapshot whose top layer it is a copy of.
+    pub copy_of: Option<ChainId>,
+    /// Whether the blob alone tells the whole layer.
+    pub blob_only: bool,
+    /// When it came to be, where that is not when the record was made.
+    pub created: Option<SystemTime>,
+}
+
+/// Everything a lease's labels say of a state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Note {
+    pub record_type: RecordType,
+    pub description: String,
+    pub created: SystemTime,
+    pub parents: Vec<RefId>,
+    pub body: Body,
+}
+
+/// The kinds of states that outlive the daemon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Body {
+    /// Committed layers, lowest first.
+    Layers(Vec<LayerNote>),
+    /// An active snapshot with this key, found by name.
+    Named { name: String, snapshot: SnapshotKey },
+}
+
+/// Label that marks our leases and says which kind they are.
+pub(crate) const KIND: &str = "shipway/kind";
+/// Its value on leases that the next life deletes.
+pub(crate) const KIND_EPOCH: &str = "epoch";
+/// A label and its value for leases of manifests and configs that sources keep for the next build; a prune of everything ends them.
+pub const DOCUMENT_KIND: (&str, &str) = (KIND, "document");
+const KIND_LAYERS: &str = "layers";
+const KIND_NAMED: &str = "named";
+const PREFIX: &str = "shipway-ref-";
+/// containerd bounds a label's name and value together to 4096 bytes.
+const VALUE_MAX: usize = 3900;
+
+pub(crate) fn lease_of(id: &RefId) -> LeaseId {
+    LeaseId(format!("{PREFIX}{}", id.0))
+}
+
+/// The labels of a state's lease.
+pub(crate) fn labels_of(note: &Note) -> Labels {
+    let created = note.created.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    let mut labels = Labels::from([
+        (GC_FLAT.into(), "true".into()),
+        ("shipway/type".into(), note.record_type.to_string()),
+        ("shipway/description".into(), cut(&note.description, VALUE_MAX).into()),
+        ("shipway/created".into(), created.to_string()),
+    ]);
+    if !note.parents.is_empty() {
+        let parents: Vec<&str> = note.parents.iter().map(|p| p.0.as_str()).collect();
+        labels.insert("shipway/parents".into(), cut(&parents.join(","), VALUE_MAX).into());
+    }
+    match &note.body {
+        Body::Layers(layers) => {
+            labels.insert(KIND.into(), KIND_LAYERS.into());
+            for (i, layer) in layers.iter().enumerate() {
+                let mut text = layer.diff_id.to_string();
+                if let Some(blob) = &layer.blob {
+                    text += &format!(" blob={},{},{}", blob.digest, blob.size, blob.media_type);
+                }
+                if let Some(copy) = &layer.copy_of {
+                    text += &format!(" copy={copy}");
+                }
+                if layer.blob_only {
+                    text += " blob-only";
+                }
+                if let Some(created) = layer.created {
+                    text += &format!(" created={}", created.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis());
+                }
+                labels.insert(format!("shipway/layer.{i:04}"), text);
+            }
+        }
+        Body::Named { name, snapshot } => {
+            labels.insert(KIND.into(), KIND_NAMED.into());
+            labels.insert("shipway/name".into(), name.clone());
+            labels.insert("shipway/snapshot".into(), snapshot.0.clone());
+        }
+    }
+    labels
+}
+
+/// Reads a lease back; `None` for leases that are not ours, or that another version wrote in a way we do not know.
+pub(crate) fn read(lease: &Lease) -> Option<(RefId, Note)> {
+    let id = RefId(lease.id.0.strip_prefix(PREFIX)?.to_owned());
+    let label = |name: &str| lease.labels.get(name);
+    let body = match label(KIND)?.as_str() {
+        KIND_LAYERS => Body::Layers(
+            lease.labels.iter().filter(|(k, _)| k.starts_with("shipway/layer.")).map(|(_, v)| layer(v)).collect::<Option<_>>()?,
+        ),
+        KIND_NAMED => Body::Named { name: label("shipway/name")?.clone(), snapshot: SnapshotKey(label("shipway/snapshot")?.clone()) },
+        _ => return None,
+    };
+    let note = Note {
+        record_type: label("shipway/type")?.parse().ok()?,
+        description: label("shipway/description").cloned().unwrap_or_default(),
+        created: UNIX_EPOCH + Duration::from_millis(label("shipway/created")?.parse().ok()?),
+        parents: label("shipway/parents").map(|p| p.split(',').map(|p| RefId(p.into())).collect()).unwrap_or_default(),
+        body,
+    };
+    Some((id, note))
+}
+
+fn layer(text: &str) -> Option<LayerNote> {
+    let mut words = text.split(' ');
+    let mut note = LayerNote { diff_id: words.next()?.parse().ok()?, blob: None, copy_of: None, blob_only: false, created: None };
+    for word in words {
+        if let Some(blob) = word.strip_prefix("blob=") {
+            let mut parts = blob.splitn(3, ',');
+            let (digest, size, media_type) = (parts.next()?, parts.next()?, parts.next()?);
+            note.blob = Some(Descriptor::new(media_type, digest.parse().ok()?, size.parse().ok()?));
+        } else if let Some(chain) = word.strip_prefix("copy=") {
+            note.copy_of = Some(chain.parse().ok()?);
+        } else if let Some(created) = word.strip_prefix("created=") {
+            note.created = UNIX_EPOCH.checked_add(Duration::from_millis(created.parse().ok()?));
+        } else if word == "blob-only" {
+            note.blob_only = true;
+        }
+    }
+    Some(note)
+}
+
+/// The name of a named state as a label can hold it: long ones by digest.
+pub(crate) fn name_of(key: &str) -> String {
+    if key.len() <= VALUE_MAX && !key.is_empty() { key.to_owned() } else { Digest::of(key).to_string() }
+}
+
+fn cut(text: &str, max: usize) -> &str {
+    &text[..text.floor_char_boundary(max)]
+}
+
+/// A new identity: 25 characters, as clients are used to.
+pub(crate) fn fresh_id() -> RefId {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+    let seed = format!("{now} {} {}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+    id_of(seed)
+}
+
+/// The identity that follows from `seed`.
+pub(crate) fn id_of(seed: impl AsRef<[u8]>) -> RefId {
+    RefId(
+        Digest::of(seed).as_bytes().iter().take(25).map(|b| char::from(b"0123456789abcdefghijklmnopqrstuv"[usize::from(b & 31)])).collect(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_survive_their_labels() {
+        let d = DiffId(Digest::of("x"));
+        let layers = vec![
+            LayerNote {
+                diff_id: d,
+                blob: Some(Descriptor::new("a/b+gzip", Digest::of("blob"), 7)),
+                copy_of: Some(ChainId(d.0)),
+                blob_only: true,
+                created: Some(UNIX_EPOCH + Duration::from_millis(1_600_000_000_007)),
+            },
+            LayerNote { diff_id: d, blob: None, copy_of: None, blob_only: false, created: None },
+        ];
+        for body in [Body::Layers(layers), Body::Named { name: "k".into(), snapshot: SnapshotKey("s".into()) }] {
+            let note = Note {
+                record_type: RecordType::CacheMount,
+                description: "mount / from exec".into(),
+                created: UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
+                parents: vec![RefId("p".into()), RefId("q".into())],
+                body,
+            };
+            let id = fresh_id();
+            let lease = Lease { id: lease_of(&id), labels: labels_of(&note), created: None };
+            assert_eq!(read(&lease), Some((id, note)));
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! States with no time later than a given one (row `ex.c.rewrite`).
+
+use crate::{Compression, CompressionKind, ImmutableRef, LayerBlob, LazyLayer, RefStore, store::Record};
+use bytes::Bytes;
+use shipway_fault::{Context as _, Fault, Result};
+use shipway_oci::{Descriptor, DiffId};
+use shipway_progress::Reporter;
+use shipway_storage::{Ingest, Labels, UNCOMPRESSED};
+use tokio::sync::mpsc;
+
+/// Tells which time a layer was rewritten with.
+const REWRITTEN: &str = "buildkit/rewritten-timestamp";
+/// Blocks on their way to the content store.
+const IN_FLIGHT: usize = 8;
+
+impl ImmutableRef {
+    /// The same files with every time later than `latest` (seconds since the epoch) set to it. The layers that it has in common with `base`, counted
+    /// from below, stay what they are.
+    pub async fn retimed(
+        &self,
+        base: &[DiffId],
+        latest: i64,
+        compression: Compression,
+        progress: Option<&Reporter>,
+    ) -> Result<ImmutableRef> {
+        let blobs = self.blobs(compression, true, progress).await?;
+        let common = blobs.iter().zip(base).take_while(|(blob, base)| blob.diff_id == **base).count();
+        if common == blobs.len() {
+            return Ok(self.clone());
+        }
+        let times = self.layer_times().await?;
+        let layered = self.layered().await?;
+        let (store, record) = (&layered.0.store, layered.layered_record()?);
+        store.ensure_lease(record).await?;
+        let mut layers = Vec::with_capacity(blobs.len());
+        for (i, blob) in blobs.into_iter().enumerate() {
+            let kind = CompressionKind::of_media_type(&blob.descriptor.media_type);
+            let (diff_id, descriptor) = match kind.filter(|_| i >= common) {
+                Some(kind) => {
+                    let how = Compression { kind, ..compression };
+                    let rewritten = layered.rewrite(record, &blob, latest, how).await;
+                    rewritten.context(|| format!("rewrite the times in layer {}", blob.diff_id))?
+                }
+                // A layer of a kind that nobody knows stays as it is.
+                None => (blob.diff_id, blob.descriptor),
+            };
+            layers.push(LazyLayer { diff_id, descriptor, source: None, created: times.get(i).copied() });
+        }
+        let store = RefStore(store.clone());
+        store.image(layers, self.description(), self.record_type()).await
+    }
+
+    async fn rewrite(&self, record: &Record, blob: &LayerBlob, latest: i64, how: Compression) -> Result<(DiffId, Descriptor)> {
+        let content = &self.0.store.storage.content;
+        let mut reader = content.reader(blob.descriptor.digest).await?;
+        let (send, mut receive) = mpsc::channel::<Result<Bytes>>(IN_FLIGHT);
+        let feed = tokio::spawn(async move {
+            while let Some(chunk) = reader.next().await.transpose() {
+                let failed = chunk.is_err();
+                if send.send(chunk).await.is_err() || failed {
+                    return;
+                }
+            }
+        });
+        let reference = format!("shipway-retime-{}-{latest}-{:?}", blob.diff_id.0.hex(), how.kind);
+        let mut writer = content.writer(&record.lease, Ingest { reference, expected: None, size: None }).await?;
+        let (send, mut blocks) = mpsc::channel::<Bytes>(IN_FLIGHT);
+        let packing = tokio::task::spawn_blocking(move || {
+            let mut next = || receive.blocking_recv().transpose();
+            // A failing send means that nobody wants the blob any more.
+            let mut sink = |block| send.blocking_send(block).map_err(|_| Fault::cancelled());
+            shipway_archive::retime(&mut next, how.kind, latest, how, None, &mut sink)
+        });
+        while let Some(block) = blocks.recv().await {
+            writer.write(block).await?;
+        }
+        let packed = packing.await.map_err(|e| Fault::internal(format!("packing a layer failed: {e}")));
+        feed.abort();
+        let packed = packed??;
+        let labels = Labels::from([(UNCOMPRESSED.to_owned(), packed.diff_id.to_string())]);
+        writer.commit(Some(packed.digest), &labels).await?;
+        let mut descriptor = blob.descriptor.clone();
+        (descriptor.digest, descriptor.size) = (packed.digest, packed.size);
+        descriptor.annotations.insert(REWRITTEN.into(), latest.to_string());
+        Ok((packed.diff_id, descriptor))
+    }
+}

@@ -1,0 +1,410 @@
+//! The store: finds and makes states.
+
+use crate::{
+    ImmutableRef, LazyLayer, MutableRef, RecordType, RefId,
+    immutable::Held,
+    layer::{Cell, KnownBlob, lock},
+    life::{Background, Epochs},
+    mount::{self, WeakMount},
+    named::Slots,
+    record::{self, Body, KIND, KIND_EPOCH, LayerNote, Note, fresh_id, lease_of},
+    tally::Uses,
+};
+use shipway_fault::{Context as _, Fault, Result};
+use shipway_oci::{ChainId, Digest};
+use shipway_progress::Reporter;
+use shipway_storage::{LeaseId, LeaseResource, Mount, SnapshotKey, Storage};
+use shipway_treehash::TreeIndex;
+use std::{
+    collections::{HashMap, HashSet},
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, OnceLock, Weak,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::SystemTime,
+};
+
+/// All states of one namespace. Clones share it.
+#[derive(Clone)]
+pub struct RefStore(pub(crate) Arc<Inner>);
+
+pub(crate) struct Inner {
+    pub storage: Storage,
+    pub mounts: PathBuf,
+    pub epochs: Epochs,
+    pub background: Background,
+    pub uses: Uses,
+    pub slots: Slots,
+    pub pruning: tokio::sync::Mutex<()>,
+    /// Leases that should have ended.
+    doomed: Mutex<Vec<LeaseId>>,
+    records: Mutex<HashMap<RefId, Arc<Record>>>,
+    cells: Mutex<HashMap<ChainId, Weak<Cell>>>,
+}
+
+/// A state made of layers.
+pub(crate) struct Record {
+    pub id: RefId,
+    pub record_type: RecordType,
+    pub description: String,
+    pub created: SystemTime,
+    pub parents: Vec<RefId>,
+    pub layers: Vec<Arc<Cell>>,
+    pub lease: LeaseId,
+    /// Whether the lease was made.
+    pub leased: tokio::sync::Mutex<bool>,
+    /// Whether the snapshot exists and the lease keeps it.
+    pub realised: tokio::sync::Mutex<bool>,
+    /// Handles that live.
+    pub users: AtomicUsize,
+    pub dead: AtomicBool,
+    pub view: tokio::sync::Mutex<Weak<crate::immutable::ViewGuard>>,
+    /// Mounts that show the state without a view, where they are known.
+    pub shown: OnceLock<Vec<Mount>>,
+    pub mounted: tokio::sync::Mutex<Option<WeakMount>>,
+    pub size: Mutex<Option<u64>>,
+    pub index: TreeIndex,
+    /// Blobs that were put into the lease in this life.
+    pub secured: Mutex<HashSet<Digest>>,
+}
+
+impl Record {
+    pub fn new(id: RefId, note: Note, layers: Vec<Arc<Cell>>, exists: bool) -> Self {
+        Self {
+            lease: lease_of(&id),
+            id,
+            record_type: note.record_type,
+            description: note.description,
+            created: note.created,
+            parents: note.parents,
+            layers,
+            leased: tokio::sync::Mutex::new(exists),
+            realised: tokio::sync::Mutex::new(exists),
+            users: AtomicUsize::new(0),
+            dead: AtomicBool::new(false),
+            view: Default::default(),
+            shown: OnceLock::new(),
+            mounted: Default::default(),
+            size: Mutex::default(),
+            index: TreeIndex::default(),
+            secured: Mutex::default(),
+        }
+    }
+
+    pub fn note(&self) -> Note {
+        let layers = self.layers.iter().map(|c| {
+            let blob = c.describe().blob;
+            LayerNote { diff_id: c.diff_id, blob, copy_of: c.copy_of(), blob_only: c.is_blob_only(), created: c.created() }
+        });
+        Note {
+            record_type: self.record_type,
+            description: self.description.clone(),
+            created: self.created,
+            parents: self.parents.clone(),
+            body: Body::Layers(layers.collect()),
+        }
+    }
+
+    pub fn chain(&self) -> Option<ChainId> {
+        self.layers.last().map(|c| c.chain_id)
+    }
+}
+
+impl RefStore {
+    /// Opens the states that leases record, after throwing away what an earlier life left half done. `root` is a directory
+    /// of ours for mount points and what may be lost.
+    pub async fn open(storage: Storage, root: PathBuf) -> Result<Self> {
+        let mounts = root.join("mnt");
+        let points = mounts.clone();
+        let swept = tokio::task::spawn_blocking(move || mount::sweep(&points)).await;
+        swept.map_err(|e| Fault::internal(format!("sweeping mounts failed: {e}")))??;
+        let inner = Inner {
+            storage,
+            mounts,
+            epochs: Epochs::new(),
+            background: Background::new(),
+            uses: Uses::load(root.join("uses.json")),
+            slots: Slots::default(),
+            pruning: Default::default(),
+            doomed: Mutex::default(),
+            records: Mutex::default(),
+            cells: Mutex::default(),
+        };
+        inner.load().await.context(|| "read the build cache's leases in containerd")?;
+        Ok(Self(Arc::new(inner)))
+    }
+
+    /// The storage beneath.
+    pub fn storage(&self) -> &Storage {
+        &self.0.storage
+    }
+
+    /// The state without layers.
+    pub fn scratch(&self) -> Result<ImmutableRef> {
+        Ok(self.0.clone().scratch())
+    }
+
+    /// The state of an image's layers, lowest first; nothing is fetched. The same layers give the same id.
+    pub async fn image(&self, layers: Vec<LazyLayer>, description: impl Into<String>, record_type: RecordType) -> Result<ImmutableRef> {
+        if layers.is_empty() {
+            return self.scratch();
+        }
+        let mut seed = String::from("image");
+        let mut cells: Vec<Arc<Cell>> = Vec::with_capacity(layers.len());
+        for layer in layers {
+            seed += &format!(" {} {}", layer.diff_id, layer.descriptor.digest);
+            let cell = self.0.cell(layer.diff_id, cells.last().map(|c| c.chain_id));
+            cell.know(KnownBlob { stored: layer.source.is_none(), descriptor: layer.descriptor, source: layer.source });
+            if let Some(created) = layer.created {
+                cell.set_created(created);
+            }
+            cells.push(cell);
+        }
+        let note = Note {
+            record_type,
+            description: description.into(),
+            created: SystemTime::now(),
+            parents: Vec::new(),
+            body: Body::Layers(Vec::new()),
+        };
+        Ok(self.0.insert(Record::new(record::id_of(seed), note, cells, false)))
+    }
+
+    /// A new writable state on top of `parent` (which is made to exist), or empty.
+    pub async fn mutable(
+        &self,
+        parent: Option<&ImmutableRef>,
+        description: impl Into<String>,
+        record_type: RecordType,
+        progress: Option<&Reporter>,
+    ) -> Result<MutableRef> {
+        MutableRef::make(&self.0, parent, description.into(), record_type, progress).await
+    }
+
+    /// The state with this id, if it exists still, here, whole. Counts as a use.
+    pub async fn get(&self, id: &RefId) -> Option<ImmutableRef> {
+        if id.0 == SCRATCH {
+            return self.scratch().ok();
+        }
+        if let Some(frozen) = self.0.frozen(id) {
+            return Some(frozen);
+        }
+        let found = self.0.held(id)?;
+        let record = found.record()?;
+        if self.0.is_whole(record).await {
+            return Some(found);
+        }
+        tracing::info!(%id, "a cached state is gone from containerd");
+        self.0.bury(record);
+        None
+    }
+
+    /// Waits until everything dropped so far is cleaned up.
+    pub async fn drained(&self) {
+        self.0.background.drained().await;
+        if let Err(e) = self.0.epochs.end_unused(&self.0.storage, false).await {
+            tracing::debug!(error = %e, "an unused lease stays until the next start");
+        }
+        self.0.uses.save().await;
+    }
+}
+
+const SCRATCH: &str = "scratch";
+
+impl Inner {
+    async fn load(&self) -> Result<()> {
+        let leases = self.storage.leases.list(&[format!("labels.\"{KIND}\"")]).await?;
+        let snapshots: HashSet<SnapshotKey> = self.storage.snapshots.list(&[]).await?.into_iter().map(|s| s.key).collect();
+        for lease in leases {
+            let stale = lease.labels.get(KIND).is_some_and(|k| k == KIND_EPOCH);
+            let Some((id, note)) = record::read(&lease) else {
+                if stale {
+                    self.storage.leases.delete(&lease.id, false).await?;
+                }
+                continue;
+            };
+            match &note.body {
+                Body::Layers(layers) => {
+                    let mut cells: Vec<Arc<Cell>> = Vec::new();
+                    for layer in layers {
+                        let cell = self.cell(layer.diff_id, cells.last().map(|c| c.chain_id));
+                        if let Some(descriptor) = layer.blob.clone() {
+                            cell.know(KnownBlob { descriptor, source: None, stored: true });
+                        }
+                        if let Some(chain) = layer.copy_of {
+                            cell.set_copy_of(chain);
+                        }
+                        cell.blob_only.store(layer.blob_only, Ordering::Relaxed);
+                        if let Some(created) = layer.created {
+                            cell.set_created(created);
+                        }
+                        cells.push(cell);
+                    }
+                    let whole = cells.last().is_some_and(|c| snapshots.contains(&c.chain_id.into()));
+                    if whole {
+                        let record = Arc::new(Record::new(id.clone(), note, cells, true));
+                        lock(&self.records).insert(id, record);
+                    } else {
+                        self.storage.leases.delete(&lease.id, false).await?;
+                    }
+                }
+                Body::Named { snapshot, .. } if snapshots.contains(snapshot) => self.slots.load(id, note),
+                Body::Named { .. } => self.storage.leases.delete(&lease.id, false).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The cell of the layer `diff_id` on top of `parent`.
+    pub fn cell(&self, diff_id: shipway_oci::DiffId, parent: Option<ChainId>) -> Arc<Cell> {
+        let chain = ChainId::extend(parent, diff_id);
+        let mut cells = lock(&self.cells);
+        if let Some(cell) = cells.get(&chain).and_then(Weak::upgrade) {
+            return cell;
+        }
+        if cells.len() > 256 && cells.len() == cells.capacity() {
+            cells.retain(|_, c| c.strong_count() > 0);
+        }
+        let cell = Arc::new(Cell::new(diff_id, parent));
+        cells.insert(chain, Arc::downgrade(&cell));
+        cell
+    }
+
+    /// The cell of the layer on top of the snapshot `chain`, if somebody has it.
+    pub fn known_cell(&self, chain: ChainId) -> Option<Arc<Cell>> {
+        lock(&self.cells).get(&chain).and_then(Weak::upgrade)
+    }
+
+    pub fn scratch(self: Arc<Self>) -> ImmutableRef {
+        let note = Note {
+            record_type: RecordType::Internal,
+            description: SCRATCH.into(),
+            created: SystemTime::UNIX_EPOCH,
+            parents: Vec::new(),
+            body: Body::Layers(Vec::new()),
+        };
+        Held::layers(self, Arc::new(Record::new(RefId(SCRATCH.into()), note, Vec::new(), true)))
+    }
+
+    /// A handle on `record`, or on the one that has its id already.
+    pub fn insert(self: &Arc<Self>, record: Record) -> ImmutableRef {
+        let mut records = lock(&self.records);
+        let record = records.entry(record.id.clone()).or_insert_with(|| Arc::new(record)).clone();
+        record.users.fetch_add(1, Ordering::AcqRel);
+        drop(records);
+        let handle = Held::layers(self.clone(), record.clone());
+        record.users.fetch_sub(1, Ordering::AcqRel);
+        handle
+    }
+
+    /// A handle on the record with this id.
+    pub fn held(self: &Arc<Self>, id: &RefId) -> Option<ImmutableRef> {
+        let record = {
+            let records = lock(&self.records);
+            let record = records.get(id)?;
+            // Counted before the table is free, so that no prune comes between.
+            record.users.fetch_add(1, Ordering::AcqRel);
+            record.clone()
+        };
+        let handle = Held::layers(self.clone(), record.clone());
+        record.users.fetch_sub(1, Ordering::AcqRel);
+        Some(handle)
+    }
+
+    /// The record with this id, not counted as a use.
+    pub fn peek(&self, id: &RefId) -> Option<Arc<Record>> {
+        lock(&self.records).get(id).cloned()
+    }
+
+    pub fn records(&self) -> Vec<Arc<Record>> {
+        lock(&self.records).values().cloned().collect()
+    }
+
+    /// Takes a record out of the table if nobody uses it.
+    pub fn take_unused(&self, id: &RefId) -> Option<Arc<Record>> {
+        let mut records = lock(&self.records);
+        let record = records.get(id)?;
+        if record.users.load(Ordering::Acquire) > 0 {
+            return None;
+        }
+        record.dead.store(true, Ordering::Release);
+        records.remove(id)
+    }
+
+    /// Takes a record that is broken out of the table; those who have it see errors.
+    fn bury(self: &Arc<Self>, record: &Arc<Record>) {
+        if record.dead.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        lock(&self.records).remove(&record.id);
+        let (inner, lease) = (self.clone(), record.lease.clone());
+        self.background.spawn(async move { inner.end_lease(&lease).await });
+    }
+
+    /// Ends a lease that nobody knows any more, now or later: while containerd is away, at the next occasion.
+    pub async fn end_lease(&self, lease: &LeaseId) {
+        if let Err(e) = self.storage.leases.delete(lease, false).await {
+            tracing::warn!(%lease, error = %e, "a lease that is of no use stays for now");
+            lock(&self.doomed).push(lease.clone());
+        }
+    }
+
+    /// Tries again to end the leases that should have ended; says whether there were any.
+    pub async fn end_doomed(&self) -> bool {
+        let doomed = std::mem::take(&mut *lock(&self.doomed));
+        for lease in &doomed {
+            self.end_lease(lease).await;
+        }
+        !doomed.is_empty()
+    }
+
+    /// Makes the lease of a record; its labels are final from then on.
+    pub async fn ensure_lease(&self, record: &Record) -> Result<()> {
+        let mut leased = record.leased.lock().await;
+        if *leased {
+            return Ok(());
+        }
+        match self.storage.leases.create(&record.lease, &record::labels_of(&record.note())).await {
+            Err(e) if !e.is_already_exists() => Err(e).context(|| format!("record {:?}", record.description)),
+            _ => {
+                *leased = true;
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether a record can still give what it promises: its snapshot exists and its lease keeps it, or every layer can be had.
+    async fn is_whole(&self, record: &Record) -> bool {
+        // A record that somebody realises right now can be realised.
+        let Ok(realised) = record.realised.try_lock().map(|r| *r) else { return true };
+        if realised {
+            let Some(chain) = record.chain() else { return true };
+            let name = chain.into();
+            let (stat, lease) = tokio::join!(self.storage.snapshots.stat(&name), self.storage.leases.resources(&record.lease));
+            // Any other error is containerd's trouble, not the record's.
+            let gone = |r: Result<()>| r.is_err_and(|e| e.is_not_found());
+            return !gone(stat.map(drop)) && !gone(lease.map(drop));
+        }
+        record.layers.iter().all(|c| !c.blobs().is_empty() || c.copy_of().is_some())
+    }
+
+    /// Puts a committed snapshot into a lease; false if it does not exist.
+    pub async fn keep_snapshot(&self, lease: &LeaseId, chain: ChainId) -> Result<bool> {
+        let name: SnapshotKey = chain.into();
+        match self.storage.snapshots.stat(&name).await {
+            Err(e) if e.is_not_found() => return Ok(false),
+            other => drop(other?),
+        }
+        self.storage.leases.add(lease, LeaseResource::Snapshot(self.storage.snapshots.name().into(), name.clone())).await?;
+        // It may have gone between the two.
+        match self.storage.snapshots.stat(&name).await {
+            Err(e) if e.is_not_found() => Ok(false),
+            other => other.map(|_| true),
+        }
+    }
+
+    pub fn fresh_key(&self, what: &str) -> SnapshotKey {
+        SnapshotKey(format!("shipway-{what}-{}", fresh_id()))
+    }
+}

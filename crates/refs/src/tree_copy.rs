@@ -1,0 +1,135 @@
+//! Copies a layer's files under another stack (rows `llb.merge`, `llb.diff`): hard links where the file system allows, for
+//! committed layers never change; whiteouts as the overlay has them.
+
+use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
+use shipway_archive::{Entry, EntryKind, LayerTree};
+use shipway_fault::{Fault, Result};
+use std::{
+    ffi::OsStr,
+    fs, io,
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{MetadataExt, PermissionsExt, lchown, symlink},
+    },
+    path::{Path, PathBuf},
+};
+
+/// Where the files go.
+pub(crate) enum Target {
+    /// The upper directory of an overlay; at the bottom of a stack there is nothing to hide.
+    Layer { dir: PathBuf, bottom: bool },
+    /// A whole tree, in which removing is removing.
+    Merged(PathBuf),
+}
+
+/// Copies every entry of `tree`; with `link`, files by giving them another name where the file system can.
+pub(crate) fn copy(tree: &LayerTree, target: &Target, link: bool) -> Result<()> {
+    let root = match target {
+        Target::Layer { dir, .. } | Target::Merged(dir) => dir,
+    };
+    // Directories get their times when all is in them.
+    let mut times = Vec::new();
+    tree.walk(|entry| {
+        let (from, to) = (tree.locate(&entry), root.join(OsStr::from_bytes(&entry.path)));
+        one(&entry, &from, &to, root, target, link).map_err(|e| Fault::io(format!("copy {} into a layer", from.display()), e))?;
+        if entry.kind == EntryKind::Directory {
+            times.push((from, to));
+        }
+        Ok(())
+    })?;
+    for (from, to) in times.iter().rev() {
+        same_times(from, to).map_err(|e| Fault::io(format!("set the times of {}", to.display()), e))?;
+    }
+    Ok(())
+}
+
+fn one(entry: &Entry, from: &Path, to: &Path, root: &Path, target: &Target, link: bool) -> io::Result<()> {
+    let merged = matches!(target, Target::Merged(_));
+    match &entry.kind {
+        EntryKind::Whiteout => match target {
+            Target::Merged(_) => clear(to),
+            Target::Layer { bottom: true, .. } => Ok(()),
+            Target::Layer { .. } => {
+                rustix::fs::mknodat(CWD, to, FileType::CharacterDevice, Mode::empty(), rustix::fs::makedev(0, 0)).map_err(Into::into)
+            }
+        },
+        EntryKind::Opaque => match target {
+            Target::Merged(_) => {
+                for child in fs::read_dir(to)? {
+                    clear(&child?.path())?;
+                }
+                Ok(())
+            }
+            Target::Layer { bottom: true, .. } => Ok(()),
+            Target::Layer { .. } => rustix::fs::lsetxattr(to, "trusted.overlay.opaque", b"y", XattrFlags::empty()).map_err(Into::into),
+        },
+        EntryKind::Directory => {
+            match fs::symlink_metadata(to) {
+                Ok(meta) if meta.is_dir() => {}
+                Ok(_) => {
+                    clear(to)?;
+                    fs::create_dir(to)?;
+                }
+                Err(_) => fs::create_dir(to)?,
+            }
+            attributes(entry, to)
+        }
+        kind => {
+            if merged {
+                clear(to)?;
+            }
+            leaf(entry, kind, from, to, root, link)
+        }
+    }
+}
+
+fn leaf(entry: &Entry, kind: &EntryKind, from: &Path, to: &Path, root: &Path, link: bool) -> io::Result<()> {
+    match kind {
+        EntryKind::HardLink(first) => return fs::hard_link(root.join(OsStr::from_bytes(first)), to),
+        EntryKind::Symlink(link) => symlink(OsStr::from_bytes(link), to)?,
+        EntryKind::File => {
+            if link && fs::hard_link(from, to).is_ok() {
+                return Ok(());
+            }
+            fs::copy(from, to)?;
+        }
+        EntryKind::CharDevice(major, minor) => {
+            rustix::fs::mknodat(CWD, to, FileType::CharacterDevice, Mode::empty(), rustix::fs::makedev(*major, *minor))?;
+        }
+        EntryKind::BlockDevice(major, minor) => {
+            rustix::fs::mknodat(CWD, to, FileType::BlockDevice, Mode::empty(), rustix::fs::makedev(*major, *minor))?;
+        }
+        _ => rustix::fs::mknodat(CWD, to, FileType::Fifo, Mode::empty(), 0)?,
+    }
+    attributes(entry, to)?;
+    same_times(from, to)
+}
+
+fn attributes(entry: &Entry, to: &Path) -> io::Result<()> {
+    lchown(to, Some(entry.uid), Some(entry.gid))?;
+    if !matches!(entry.kind, EntryKind::Symlink(_)) {
+        fs::set_permissions(to, fs::Permissions::from_mode(entry.mode))?;
+    }
+    for (name, value) in &entry.xattrs {
+        rustix::fs::lsetxattr(to, &name[..], value, XattrFlags::empty())?;
+    }
+    Ok(())
+}
+
+fn same_times(from: &Path, to: &Path) -> io::Result<()> {
+    let meta = fs::symlink_metadata(from)?;
+    let times = Timestamps {
+        last_access: Timespec { tv_sec: meta.atime(), tv_nsec: meta.atime_nsec() as _ },
+        last_modification: Timespec { tv_sec: meta.mtime(), tv_nsec: meta.mtime_nsec() as _ },
+    };
+    rustix::fs::utimensat(CWD, to, &times, AtFlags::SYMLINK_NOFOLLOW).map_err(Into::into)
+}
+
+fn clear(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+    }
+}

@@ -1,0 +1,79 @@
+//! The port through which a request's credentials come; sessions implement it.
+
+use async_trait::async_trait;
+use shipway_fault::Fault;
+use std::{fmt, time::Duration};
+
+/// A user name and its secret. An empty name, or `<token>`, makes the secret an identity token (OAuth2 refresh token).
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct Credentials {
+    /// User name.
+    pub username: String,
+    /// Password or identity token.
+    pub secret: String,
+}
+
+impl Credentials {
+    /// Whether the secret is an identity token, to be traded for access tokens.
+    pub fn is_identity_token(&self) -> bool {
+        self.username.is_empty() || self.username == "<token>"
+    }
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Credentials({}, …)", self.username)
+    }
+}
+
+/// An access token for the registry.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Token {
+    /// The token.
+    pub token: String,
+    /// How long it is good for from now; `None` when its issuer did not say (60 s by the specification).
+    pub expires_in: Option<Duration>,
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Token(…, {:?})", self.expires_in)
+    }
+}
+
+/// Where a request's credentials come from (rows `cb.auth.*`).
+///
+/// `host` is the host that will be asked: `registry-1.docker.io` for Docker Hub, as clients expect. A source that cannot
+/// answer returns `Ok(None)`: the request goes on as anonymous.
+#[async_trait]
+pub trait CredentialSource: Send + Sync + 'static {
+    /// User name and secret for `host`.
+    async fn credentials(&self, host: &str) -> Result<Option<Credentials>, Fault>;
+
+    /// A token that somebody else (the client's machine) fetches from `realm`, so that the secret need not come here.
+    async fn fetch_token(&self, realm: &str, service: &str, scopes: &[String], host: &str) -> Result<Option<Token>, Fault> {
+        let _ = (realm, service, scopes, host);
+        Ok(None)
+    }
+
+    /// Names whose credentials these are: tokens are shared among sources that give the same name (for example a session's
+    /// id), and with nobody when there is none.
+    fn identity(&self) -> Option<String> {
+        None
+    }
+}
+
+/// Nobody's credentials.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Anonymous;
+
+#[async_trait]
+impl CredentialSource for Anonymous {
+    async fn credentials(&self, _host: &str) -> Result<Option<Credentials>, Fault> {
+        Ok(None)
+    }
+
+    fn identity(&self) -> Option<String> {
+        Some("anonymous".into())
+    }
+}

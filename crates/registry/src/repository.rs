@@ -1,0 +1,334 @@
+//! The client and its repositories: who is asked, names resolved, manifests fetched.
+
+use crate::{
+    CredentialSource, Error, RegistryConfig,
+    auth::{AuthStore, Authorizer},
+    error::Kind,
+    hosts::{self, Endpoint, Scheme},
+    limit::Limits,
+    request::{Ask, Need},
+    tls::TlsSettings,
+    transport::{Answer, Client, join},
+};
+use bytes::Bytes;
+use http::{Method, header};
+use serde::Deserialize;
+use shipway_oci::{Descriptor, Digest, ImageName, media};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tokio::sync::OnceCell;
+
+/// Largest manifest or index that is accepted, as in containerd.
+const MAX_MANIFEST: u64 = 4 << 20;
+/// Most bytes of one page of tags, and most pages.
+const MAX_TAG_PAGE: u64 = 4 << 20;
+const MAX_TAG_PAGES: usize = 100;
+/// Most identities whose tokens are kept.
+const MAX_IDENTITIES: usize = 128;
+
+/// Media types that resolving accepts, and anything else rather than nothing.
+const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
+    application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json, */*";
+
+/// Whether a request reads a repository or writes to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Reads; mirrors are asked first.
+    Pull,
+    /// Reads and writes; only hosts that take pushes are asked to.
+    Push,
+}
+
+/// The daemon's distribution client. Cheap to clone.
+#[derive(Clone)]
+pub struct Registry(Arc<Shared>);
+
+pub(crate) struct Shared {
+    pub config: RegistryConfig,
+    pub limits: Limits,
+    clients: Mutex<HashMap<(TlsSettings, Option<std::time::Duration>), Client>>,
+    stores: Mutex<Vec<(String, Arc<AuthStore>)>>,
+    /// Hosts found to speak plain HTTP.
+    plain: Mutex<HashSet<String>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// The pool of connections for an endpoint.
+    pub(crate) async fn client(&self, endpoint: &Endpoint) -> Result<Client, Kind> {
+        let key = (endpoint.tls.clone(), endpoint.dial_timeout);
+        if let Some(client) = locked(&self.clients).get(&key) {
+            return Ok(client.clone());
+        }
+        let mut timing = self.config.timing;
+        timing.connect = endpoint.dial_timeout.unwrap_or(timing.connect);
+        let tls = endpoint.tls.clone();
+        let client = tokio::task::spawn_blocking(move || Client::new(&tls, timing)).await;
+        let client = client.map_err(|e| Kind::Config(e.to_string()))?.map_err(Kind::Config)?;
+        Ok(locked(&self.clients).entry(key).or_insert(client).clone())
+    }
+
+    pub(crate) fn scheme(&self, endpoint: &Endpoint) -> &'static str {
+        match endpoint.scheme {
+            Scheme::Https => "https",
+            Scheme::Http => "http",
+            Scheme::Either if locked(&self.plain).contains(&endpoint.authority) => "http",
+            Scheme::Either => "https",
+        }
+    }
+
+    /// Notes that the endpoint does not speak TLS; whether that is allowed.
+    pub(crate) fn speak_plain(&self, endpoint: &Endpoint) -> bool {
+        let allowed = endpoint.may_be_plain();
+        if allowed {
+            locked(&self.plain).insert(endpoint.authority.clone());
+        }
+        allowed
+    }
+
+    fn store(&self, identity: Option<String>) -> Arc<AuthStore> {
+        let Some(identity) = identity else { return Arc::default() };
+        let mut stores = locked(&self.stores);
+        let at = stores.iter().position(|(name, _)| *name == identity);
+        let entry = match at {
+            Some(at) => stores.remove(at),
+            None => (identity, Arc::default()),
+        };
+        if stores.len() >= MAX_IDENTITIES {
+            stores.remove(0);
+        }
+        let store = entry.1.clone();
+        stores.push(entry);
+        store
+    }
+}
+
+impl Registry {
+    /// A client with `config`. Nothing is read or dialled yet.
+    pub fn new(config: RegistryConfig) -> Self {
+        let limits = Limits::new(config.max_concurrency);
+        Self(Arc::new(Shared { config, limits, clients: Mutex::default(), stores: Mutex::default(), plain: Mutex::default() }))
+    }
+
+    /// The repository of `name` as seen with `credentials`.
+    pub fn repository(&self, name: &ImageName, credentials: Arc<dyn CredentialSource>, mode: Mode) -> Repository {
+        let auth = Authorizer { store: self.0.store(credentials.identity()), credentials };
+        let view = View { shared: self.0.clone(), name: name.clone(), mode, insecure: false, auth, endpoints: OnceCell::new() };
+        Repository(Arc::new(view))
+    }
+
+    /// A client for other HTTP than registries', sharing this one's pool and timing.
+    pub async fn http_client(&self) -> Result<Client, shipway_fault::Fault> {
+        let endpoint = Endpoint::origin("");
+        self.0.client(&endpoint).await.map_err(|kind| Error::new("", "", "prepare TLS", kind).into())
+    }
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registry").field("config", &self.0.config).finish_non_exhaustive()
+    }
+}
+
+/// One image's repository, for one request. Cheap to clone.
+#[derive(Clone)]
+pub struct Repository(Arc<View>);
+
+struct View {
+    shared: Arc<Shared>,
+    name: ImageName,
+    mode: Mode,
+    insecure: bool,
+    auth: Authorizer,
+    endpoints: OnceCell<Vec<Endpoint>>,
+}
+
+impl fmt::Debug for Repository {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Repository({}, {:?})", self.0.name, self.0.mode)
+    }
+}
+
+impl Repository {
+    /// The same repository with certificates unverified and plain HTTP allowed (row `ex.img.insecure`).
+    #[must_use]
+    pub fn insecure(&self) -> Self {
+        let v = &self.0;
+        let auth = Authorizer { store: v.auth.store.clone(), credentials: v.auth.credentials.clone() };
+        let view = View { shared: v.shared.clone(), name: v.name.clone(), mode: v.mode, insecure: true, auth, endpoints: OnceCell::new() };
+        Self(Arc::new(view))
+    }
+
+    /// The image's name.
+    pub fn name(&self) -> &ImageName {
+        &self.0.name
+    }
+
+    pub(crate) fn registry(&self) -> &Shared {
+        &self.0.shared
+    }
+
+    pub(crate) fn mode(&self) -> Mode {
+        self.0.mode
+    }
+
+    pub(crate) fn auth(&self) -> &Authorizer {
+        &self.0.auth
+    }
+
+    /// The endpoints that can do `need`, in order.
+    pub(crate) async fn endpoints(&self, need: Need) -> Result<Vec<Endpoint>, Error> {
+        let view = self.0.clone();
+        let load = move || {
+            let (config, registry) = (view.shared.config.clone(), view.name.registry().to_owned());
+            hosts::endpoints(&config, &registry, view.insecure)
+        };
+        let all = self.0.endpoints.get_or_try_init(|| async { tokio::task::spawn_blocking(load).await.map_err(|e| e.to_string())? }).await;
+        let all = all.map_err(|why| Error::new(self.name(), self.name().registry(), "find the hosts", Kind::Config(why)))?;
+        // What is to be pushed must be looked for where it will be pushed, not at a mirror.
+        let need_push = need == Need::Push || self.mode() == Mode::Push;
+        Ok(all.iter().filter(|e| e.can(if need_push { Need::Push } else { need })).cloned().collect())
+    }
+
+    /// The descriptor that `reference` (a tag, or a digest) names. Asks with HEAD, which registries do not count as a
+    /// pull, and with GET where the answer to HEAD does not say enough.
+    pub async fn resolve(&self, reference: &str) -> Result<Descriptor, Error> {
+        let pinned = reference.parse::<Digest>().ok();
+        let need = if pinned.is_some() { Need::Pull } else { Need::Resolve };
+        let ask = |method| Ask::new(method, format!("manifests/{reference}"), need, "resolve").header(header::ACCEPT, ACCEPT);
+        match self.ask(&ask(Method::HEAD)).await {
+            Ok(reply) => {
+                if let Some(found) = described(&reply.answer, pinned) {
+                    return self.fits(found, pinned, &reply.endpoint);
+                }
+            }
+            // These answers to HEAD may hide what GET would say: words on why not, or a registry that knows no HEAD.
+            Err(e) if matches!(e.kind(), Kind::Forbidden { .. } | Kind::Status { status: 400 | 405 | 406 | 501, .. }) => {}
+            Err(e) => return Err(e),
+        }
+        let reply = self.ask(&ask(Method::GET)).await?;
+        let media_type = media_type_of(&reply.answer);
+        let fail = |kind| Error::new(self.name(), &reply.endpoint.authority, "resolve", kind);
+        let bytes = reply.answer.body.collect(MAX_MANIFEST).await.map_err(|f| fail(f.into()))?;
+        let media_type = media_type.or_else(|| declared(&bytes)).unwrap_or_default();
+        self.fits(Descriptor::of(media_type, &bytes), pinned, &reply.endpoint)
+    }
+
+    fn fits(&self, found: Descriptor, pinned: Option<Digest>, endpoint: &Endpoint) -> Result<Descriptor, Error> {
+        let fail = |kind| Err(Error::new(self.name(), &endpoint.authority, "resolve", kind));
+        if let Some(expected) = pinned
+            && expected != found.digest
+        {
+            return fail(Kind::Digest { expected, got: found.digest });
+        }
+        if found.size > MAX_MANIFEST {
+            return fail(Kind::TooLarge { what: "the manifest", limit: MAX_MANIFEST });
+        }
+        if found.media_type.starts_with("application/vnd.docker.distribution.manifest.v1") || found.media_type == "text/plain" {
+            return fail(Kind::Protocol(format!(
+                "media type {:?} (schema 1) is no longer supported; rebuild the image as {:?}",
+                found.media_type,
+                media::OCI_MANIFEST
+            )));
+        }
+        Ok(found)
+    }
+
+    /// The bytes of a manifest, index, or another small document that lives with the manifests; checked.
+    pub async fn fetch_manifest(&self, descriptor: &Descriptor) -> Result<Bytes, Error> {
+        let action = format!("fetch manifest {}", descriptor.digest);
+        let accept = if descriptor.media_type.is_empty() { ACCEPT.to_owned() } else { format!("{}, */*", descriptor.media_type) };
+        let ask = Ask::new(Method::GET, format!("manifests/{}", descriptor.digest), Need::Pull, &action).header(header::ACCEPT, &accept);
+        let reply = self.ask(&ask).await?;
+        self.whole(reply.answer, &reply.endpoint, descriptor, &action).await
+    }
+
+    /// The bytes of a small blob such as an image's config; checked.
+    pub async fn fetch_small_blob(&self, descriptor: &Descriptor) -> Result<Bytes, Error> {
+        let action = format!("fetch blob {}", descriptor.digest);
+        let reply = self.ask(&Ask::new(Method::GET, format!("blobs/{}", descriptor.digest), Need::Pull, &action)).await?;
+        self.whole(reply.answer, &reply.endpoint, descriptor, &action).await
+    }
+
+    async fn whole(&self, answer: Answer, endpoint: &Endpoint, descriptor: &Descriptor, action: &str) -> Result<Bytes, Error> {
+        let fail = |kind| Error::new(self.name(), &endpoint.authority, action, kind);
+        if descriptor.size > MAX_MANIFEST {
+            return Err(fail(Kind::TooLarge { what: "the document", limit: MAX_MANIFEST }));
+        }
+        let bytes = answer.body.collect(MAX_MANIFEST).await.map_err(|f| fail(f.into()))?;
+        let got = Digest::of(&bytes);
+        if got != descriptor.digest {
+            return Err(fail(Kind::Digest { expected: descriptor.digest, got }));
+        }
+        // Some indexes name a size of zero for what they only mention; the digest has spoken already.
+        if descriptor.size != 0 && bytes.len() as u64 != descriptor.size {
+            return Err(fail(Kind::Size { expected: descriptor.size, got: bytes.len() as u64 }));
+        }
+        Ok(bytes)
+    }
+
+    /// The repository's tags, in the registry's order.
+    pub async fn tags(&self) -> Result<Vec<String>, Error> {
+        #[derive(Deserialize)]
+        struct Page {
+            #[serde(default)]
+            tags: Option<Vec<String>>,
+        }
+        let mut all = Vec::new();
+        let mut ask = Ask::new(Method::GET, "tags/list", Need::Resolve, "list the tags");
+        for _ in 0..MAX_TAG_PAGES {
+            let reply = self.ask(&ask).await?;
+            let next = next_page(&reply.answer);
+            let fail = |kind| Error::new(self.name(), &reply.endpoint.authority, "list the tags", kind);
+            let bytes = reply.answer.body.collect(MAX_TAG_PAGE).await.map_err(|f| fail(f.into()))?;
+            let page: Page =
+                serde_json::from_slice(&bytes).map_err(|e| fail(Kind::Protocol(format!("the list of tags is no JSON: {e}"))))?;
+            all.extend(page.tags.unwrap_or_default());
+            match next {
+                Some(query) if query != ask.query => ask.query = query,
+                _ => break,
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// The query of the next page, from `Link: <…>; rel="next"`.
+fn next_page(answer: &Answer) -> Option<String> {
+    let link = answer.head.headers.get(header::LINK)?.to_str().ok()?;
+    let target = link.split(',').find(|l| l.contains("next"))?.trim().strip_prefix('<')?.split('>').next()?;
+    join(&answer.uri, target).ok()?.query().map(str::to_owned)
+}
+
+/// What the headers of a manifest say of it, if they say everything.
+fn described(answer: &Answer, pinned: Option<Digest>) -> Option<Descriptor> {
+    let header = |name: &str| answer.head.headers.get(name)?.to_str().ok();
+    let digest = header("docker-content-digest").and_then(|d| d.parse().ok()).or(pinned)?;
+    let size = header("content-length")?.parse().ok()?;
+    Some(Descriptor::new(media_type_of(answer)?, digest, size))
+}
+
+fn media_type_of(answer: &Answer) -> Option<String> {
+    let text = answer.head.headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
+    let kind = text.split(';').next().unwrap_or_default().trim();
+    // Some file servers say so of everything.
+    (!kind.is_empty() && kind != "application/octet-stream" && kind != "application/json").then(|| kind.to_owned())
+}
+
+/// The media type that a manifest gives itself, or that its shape gives away.
+fn declared(bytes: &[u8]) -> Option<String> {
+    let json: serde_json::Value = serde_json::from_slice(bytes).ok()?;
+    if let Some(t) = json.get("mediaType").and_then(|t| t.as_str()) {
+        return Some(t.to_owned());
+    }
+    match json.get("manifests").is_some() {
+        true => Some(media::OCI_INDEX.into()),
+        false => json.get("layers").map(|_| media::OCI_MANIFEST.into()),
+    }
+}

@@ -1,0 +1,346 @@
+//! HTTP/1.1 over TCP or TLS with pooled connections: bounded in time, following redirects without leaking credentials.
+//!
+//! Also used by source `http`; it knows nothing of registries.
+
+mod connect;
+
+use crate::{Timing, error::Kind};
+use bytes::{Bytes, BytesMut};
+use connect::Connector;
+use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, header};
+use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
+use hyper::body::Incoming;
+use hyper_util::{
+    client::legacy,
+    rt::{TokioExecutor, TokioTimer},
+};
+use shipway_fault::{Class, Code, Fault};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+use tokio::time::{Instant, timeout};
+
+pub use crate::tls::TlsSettings;
+
+/// Most redirects that are followed.
+const MAX_REDIRECTS: usize = 10;
+
+/// A request's body.
+pub type Body = UnsyncBoxBody<Bytes, Fault>;
+
+/// No body.
+pub fn no_body() -> Body {
+    Empty::new().map_err(|e| match e {}).boxed_unsync()
+}
+
+/// A body of these bytes.
+pub fn full_body(bytes: impl Into<Bytes>) -> Body {
+    Full::new(bytes.into()).map_err(|e| match e {}).boxed_unsync()
+}
+
+/// Why no answer came.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Failure {
+    /// No connection.
+    #[error("failed to connect: {0}")]
+    Connect(String),
+    /// The other side does not speak TLS.
+    #[error("the server does not speak TLS: {0}")]
+    NotTls(String),
+    /// The other side's certificate, or something else about TLS.
+    #[error("TLS: {0}")]
+    Tls(String),
+    /// Nothing happened for too long.
+    #[error("timed out waiting for {waiting_for} (no progress for {after:.0?})")]
+    TimedOut {
+        /// What was waited for.
+        waiting_for: &'static str,
+        /// For how long.
+        after: Duration,
+    },
+    /// The connection broke.
+    #[error("the connection broke: {0}")]
+    Broken(String),
+    /// A document is larger than we accept.
+    #[error("the answer is larger than {0} bytes")]
+    TooLarge(u64),
+    /// The server's words make no sense.
+    #[error("{0}")]
+    Protocol(String),
+    /// The body to send could not be had.
+    #[error(transparent)]
+    Local(Fault),
+}
+
+impl From<Failure> for Kind {
+    fn from(f: Failure) -> Self {
+        match f {
+            Failure::Connect(why) => Kind::Connect { why },
+            Failure::NotTls(why) | Failure::Tls(why) => Kind::Tls { why },
+            Failure::TimedOut { waiting_for, after } => Kind::TimedOut { waiting_for, after },
+            Failure::Broken(why) => Kind::Broken { why },
+            Failure::TooLarge(limit) => Kind::TooLarge { what: "the answer", limit },
+            Failure::Protocol(why) => Kind::Protocol(why),
+            Failure::Local(fault) => Kind::Local(fault),
+        }
+    }
+}
+
+impl From<Failure> for Fault {
+    fn from(f: Failure) -> Self {
+        let code = match &f {
+            Failure::Local(fault) => return fault.clone(),
+            Failure::TimedOut { .. } => Code::DeadlineExceeded,
+            Failure::TooLarge(_) | Failure::Protocol(_) => Code::Unknown,
+            _ => Code::Unavailable,
+        };
+        Fault::new(code, f.to_string()).with_class(Class::Environment)
+    }
+}
+
+/// A pool of connections with one set of TLS settings. Cheap to clone.
+#[derive(Clone)]
+pub struct Client {
+    inner: legacy::Client<Connector, Body>,
+    timing: Timing,
+}
+
+/// An answer, and where it finally came from.
+#[derive(Debug)]
+pub struct Answer {
+    /// Status and headers.
+    pub head: http::response::Parts,
+    /// The body, to be read.
+    pub body: Reader,
+    /// Address after redirects.
+    pub uri: Uri,
+}
+
+impl Client {
+    /// A client; reads certificate files, so call it where blocking is allowed.
+    pub fn new(tls: &TlsSettings, timing: Timing) -> Result<Self, String> {
+        let connector = Connector::new(crate::tls::client_config(tls)?, timing.connect);
+        let inner = legacy::Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(Duration::from_secs(90))
+            .pool_max_idle_per_host(8)
+            .build(connector);
+        Ok(Self { inner, timing })
+    }
+
+    /// Sends one request and waits for the head of its answer. Redirects are answers like others.
+    pub async fn send(&self, request: Request<Body>) -> Result<Answer, Failure> {
+        let uri = request.uri().clone();
+        let wait = self.timing.answer + self.timing.connect;
+        let response = timeout(wait, self.inner.request(request))
+            .await
+            .map_err(|_| Failure::TimedOut { waiting_for: "an answer", after: wait })?
+            .map_err(|e| failure_of(&e))?;
+        Ok(self.answer(response, uri))
+    }
+
+    /// Sends a request whose body is long. `sent` counts the body's bytes as they leave: as long as it grows, there is
+    /// patience; `settle` is granted for the answer after the last byte.
+    pub async fn send_long(&self, request: Request<Body>, sent: Arc<AtomicU64>, total: u64, settle: Duration) -> Result<Answer, Failure> {
+        let uri = request.uri().clone();
+        let watch = async {
+            let mut before = sent.load(Ordering::Relaxed);
+            loop {
+                let wait = if before >= total { settle } else { self.timing.stall };
+                tokio::time::sleep(wait).await;
+                let now = sent.load(Ordering::Relaxed);
+                if now == before {
+                    break wait;
+                }
+                before = now;
+            }
+        };
+        let response = tokio::select! {
+            r = self.inner.request(request) => r.map_err(|e| failure_of(&e))?,
+            after = watch => return Err(Failure::TimedOut { waiting_for: "the upload to be taken", after }),
+        };
+        Ok(self.answer(response, uri))
+    }
+
+    /// A GET or HEAD that follows redirects. `Authorization` and cookies stay with the host they were meant for, and nothing
+    /// leads from HTTPS to plain HTTP.
+    pub async fn fetch(&self, method: Method, uri: Uri, headers: HeaderMap) -> Result<Answer, Failure> {
+        let (mut method, mut uri, mut headers) = (method, uri, headers);
+        for _ in 0..=MAX_REDIRECTS {
+            let mut request = Request::new(no_body());
+            *request.method_mut() = method.clone();
+            *request.uri_mut() = uri.clone();
+            *request.headers_mut() = headers.clone();
+            let answer = self.send(request).await?;
+            let Some(location) = redirect_of(&answer.head) else { return Ok(answer) };
+            let next = join(&uri, &location)?;
+            if uri.scheme_str() == Some("https") && next.scheme_str() == Some("http") {
+                return Err(Failure::Protocol(format!("refusing the redirect from {} to plain HTTP at {}", host_of(&uri), host_of(&next))));
+            }
+            if next.authority() != uri.authority() || next.scheme() != uri.scheme() {
+                // Whatever was said to one host in confidence is not for another: keep what only describes the request.
+                let kept =
+                    [header::ACCEPT, header::RANGE, header::USER_AGENT, header::IF_NONE_MATCH, header::IF_MODIFIED_SINCE, header::IF_RANGE];
+                headers = headers.iter().filter(|(n, _)| kept.contains(n)).map(|(n, v)| (n.clone(), v.clone())).collect();
+            }
+            if answer.head.status == StatusCode::SEE_OTHER && method != Method::HEAD {
+                method = Method::GET;
+            }
+            uri = next;
+        }
+        Err(Failure::Protocol(format!("stopped after {MAX_REDIRECTS} redirects")))
+    }
+
+    fn answer(&self, response: Response<Incoming>, uri: Uri) -> Answer {
+        let (head, body) = response.into_parts();
+        Answer { head, body: Reader::new(body, self.timing), uri }
+    }
+}
+
+fn redirect_of(head: &http::response::Parts) -> Option<String> {
+    use StatusCode as S;
+    let redirect = matches!(head.status, S::MOVED_PERMANENTLY | S::FOUND | S::SEE_OTHER | S::TEMPORARY_REDIRECT | S::PERMANENT_REDIRECT);
+    let location = head.headers.get(header::LOCATION)?.to_str().ok()?;
+    redirect.then(|| location.to_owned())
+}
+
+/// Host and port of an address, for messages.
+pub fn host_of(uri: &Uri) -> &str {
+    uri.authority().map_or("", |a| a.as_str().rsplit('@').next().unwrap_or_default())
+}
+
+/// The address without its query, whose values may be secrets (signed URLs).
+pub fn display_of(uri: &Uri) -> String {
+    let query = if uri.query().is_some() { "?…" } else { "" };
+    format!("{}://{}{}{query}", uri.scheme_str().unwrap_or("?"), host_of(uri), uri.path())
+}
+
+/// What `reference` (a `Location`) means, seen from `base` (RFC 3986, section 5, as far as it occurs).
+pub fn join(base: &Uri, reference: &str) -> Result<Uri, Failure> {
+    let reference = reference.split('#').next().unwrap_or_default().trim();
+    let bad = || Failure::Protocol(format!("the server pointed to a wrong address {:?}", reference.chars().take(200).collect::<String>()));
+    let (scheme, authority) = (base.scheme_str().unwrap_or("https"), base.authority().map_or("", |a| a.as_str()));
+    let text = if reference.contains("://") {
+        reference.to_owned()
+    } else if let Some(rest) = reference.strip_prefix("//") {
+        format!("{scheme}://{rest}")
+    } else if reference.starts_with('/') {
+        format!("{scheme}://{authority}{reference}")
+    } else if reference.starts_with('?') {
+        format!("{scheme}://{authority}{}{reference}", base.path())
+    } else {
+        let directory = base.path().rsplit_once('/').map_or("", |(d, _)| d);
+        format!("{scheme}://{authority}{directory}/{reference}")
+    };
+    let uri: Uri = text.replace(' ', "%20").parse().map_err(|_| bad())?;
+    let known = matches!(uri.scheme_str(), Some("http" | "https"));
+    if known && uri.authority().is_some() { Ok(uri) } else { Err(bad()) }
+}
+
+/// The failure inside an error of the pool.
+fn failure_of(error: &legacy::Error) -> Failure {
+    failure_in(error).unwrap_or_else(|| {
+        let why = innermost(error);
+        if error.is_connect() { Failure::Connect(why) } else { Failure::Broken(why) }
+    })
+}
+
+fn failure_in(error: &(dyn std::error::Error + 'static)) -> Option<Failure> {
+    let mut next = Some(error);
+    while let Some(e) = next {
+        if let Some(f) = e.downcast_ref::<Failure>() {
+            return Some(f.clone());
+        }
+        if let Some(f) = e.downcast_ref::<Fault>() {
+            return Some(Failure::Local(f.clone()));
+        }
+        next = e.source();
+    }
+    None
+}
+
+fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut e = error;
+    while let Some(s) = e.source() {
+        e = s;
+    }
+    e.to_string()
+}
+
+/// Reads an answer's body and notices when it stalls or trickles. Only time spent waiting for the network counts, not
+/// the time that the reader takes between pieces.
+#[derive(Debug)]
+pub struct Reader {
+    body: Incoming,
+    timing: Timing,
+    waited: Duration,
+    moved: u64,
+}
+
+impl Reader {
+    fn new(body: Incoming, timing: Timing) -> Self {
+        Self { body, timing, waited: Duration::ZERO, moved: 0 }
+    }
+
+    /// The next piece; `None` at the end.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Failure> {
+        loop {
+            let started = Instant::now();
+            let left = self.timing.stall.saturating_sub(self.waited);
+            let stalled = Failure::TimedOut { waiting_for: "data", after: self.timing.stall };
+            let frame = match timeout(left, self.body.frame()).await {
+                Err(_) => return Err(stalled),
+                Ok(None) => return Ok(None),
+                Ok(Some(frame)) => frame.map_err(|e| failure_in(&e).unwrap_or_else(|| Failure::Broken(innermost(&e))))?,
+            };
+            self.waited += started.elapsed();
+            let Ok(data) = frame.into_data() else { continue };
+            self.moved += data.len() as u64;
+            if self.moved >= self.timing.stall_bytes {
+                (self.waited, self.moved) = (Duration::ZERO, 0);
+            }
+            if !data.is_empty() {
+                return Ok(Some(data));
+            }
+        }
+    }
+
+    /// The whole rest, at most `limit` bytes.
+    pub async fn collect(mut self, limit: u64) -> Result<Bytes, Failure> {
+        let mut all = BytesMut::new();
+        while let Some(piece) = self.next().await? {
+            if all.len() as u64 + piece.len() as u64 > limit {
+                return Err(Failure::TooLarge(limit));
+            }
+            all.extend_from_slice(&piece);
+        }
+        Ok(all.freeze())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn locations_are_joined() {
+        let base: Uri = "https://r.io:5/v2/a/blobs/uploads/?x=1".parse().unwrap();
+        for (reference, want) in [
+            ("https://s3.example/x?y", "https://s3.example/x?y"),
+            ("//cdn/x", "https://cdn/x"),
+            ("/v2/z?_state=a%3D", "https://r.io:5/v2/z?_state=a%3D"),
+            ("uuid", "https://r.io:5/v2/a/blobs/uploads/uuid"),
+            ("?q=1", "https://r.io:5/v2/a/blobs/uploads/?q=1"),
+            ("/a#fragment", "https://r.io:5/a"),
+        ] {
+            assert_eq!(join(&base, reference).unwrap().to_string(), want);
+        }
+        for bad in ["ftp://x/y", "https://", "file:///etc/passwd", "http://[::"] {
+            assert!(join(&base, bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! Writing a cache: the config, the layers, and the manifest that names them.
+
+use crate::{
+    CacheIndex, ExportOptions,
+    collect::{Entry, collect},
+    format::{CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, CacheResult, ChainedResult, LayerNote},
+};
+use bytes::Bytes;
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
+use shipway_fault::{Context as _, Fault, Result};
+use shipway_oci::{Descriptor, Index, Manifest, media, timestamp};
+use shipway_progress::Reporter;
+use shipway_refs::{ImmutableRef, LayerBlob};
+use shipway_registry::Repository;
+use shipway_session::ClientStore;
+use shipway_storage::ContentStore;
+use std::{collections::HashMap, sync::Arc, time::SystemTime};
+
+/// Layers on their way at the same time.
+const PARALLEL: usize = 4;
+
+/// Where a cache goes.
+pub enum Place {
+    /// A tag of a registry's repository.
+    Registry {
+        /// The repository, for pushing.
+        repository: Box<Repository>,
+        /// The tag.
+        tag: String,
+    },
+    /// A content store of a client.
+    Client(ClientStore),
+}
+
+/// A cache ready to be written. Its layers are in the content store as long as it lives.
+pub struct Export {
+    config: CacheConfig,
+    /// Blobs of the config's layers, in their order.
+    blobs: Vec<Descriptor>,
+    _states: Vec<ImmutableRef>,
+}
+
+/// The config in the making.
+#[derive(Default)]
+struct Table {
+    config: CacheConfig,
+    blobs: Vec<Descriptor>,
+    known: HashMap<(shipway_oci::Digest, i64), usize>,
+}
+
+impl Table {
+    /// The layers of a result, each once.
+    fn chain(&mut self, blobs: &[LayerBlob], times: &[SystemTime]) -> Vec<usize> {
+        let mut parent = -1;
+        let mut chain = Vec::with_capacity(blobs.len());
+        for (i, blob) in blobs.iter().enumerate() {
+            let descriptor = &blob.descriptor;
+            let next = self.config.layers.len();
+            let number = *self.known.entry((descriptor.digest, parent)).or_insert(next);
+            if number == next {
+                let note = LayerNote {
+                    media_type: descriptor.media_type.clone(),
+                    diff_id: Some(blob.diff_id),
+                    size: descriptor.size as i64,
+                    created_at: times.get(i).map(|t| timestamp::format(*t)).unwrap_or_default(),
+                };
+                self.config.layers.push(CacheLayer { blob: descriptor.digest, parent, annotations: Some(note) });
+                self.blobs.push(descriptor.clone());
+            }
+            chain.push(number);
+            parent = number as i64;
+        }
+        chain
+    }
+
+    fn record(&mut self, entry: &Entry, result: Option<(Vec<LayerBlob>, Vec<SystemTime>)>) {
+        let (mut results, mut chains) = (Vec::new(), Vec::new());
+        if let Some((blobs, times)) = result {
+            let created_at = times.last().map(|t| timestamp::format(*t)).unwrap_or_default();
+            match self.chain(&blobs, &times).last() {
+                Some(top) => results.push(CacheResult { layer: *top, created_at }),
+                None => chains.push(ChainedResult { layers: Vec::new(), created_at }),
+            }
+        }
+        let link = |(link, selector): &(usize, Option<shipway_oci::Digest>)| CacheInput { selector: *selector, link: *link };
+        self.config.records.push(CacheRecord {
+            results,
+            chains,
+            digest: entry.key.0,
+            inputs: entry.inputs.iter().map(|alternatives| alternatives.iter().map(link).collect()).collect(),
+            aliases: entry.aliases.iter().map(|a| a.0).collect(),
+            output: entry.output,
+            description: entry.description.clone(),
+        });
+    }
+}
+
+impl Export {
+    /// Collects what `roots` were made from and makes the blobs of all results; `None` if there is no layer at all.
+    pub async fn prepare(index: &CacheIndex, roots: &[ImmutableRef], options: &ExportOptions, reporter: &Reporter) -> Result<Option<Self>> {
+        let entries = collect(index, roots, options.mode).await?;
+        let mut table = Table::default();
+        let mut states = Vec::new();
+        for entry in &entries {
+            let result = match &entry.state {
+                Some(state) => match result(state, options, reporter).await {
+                    Ok(result) => Some(result),
+                    // What cannot be had any more is left out; the rest is still worth having.
+                    Err(fault) if fault.is_not_found() => None,
+                    Err(fault) => return Err(fault.context(format!("make the layers of {}", state.description()))),
+                },
+                None => None,
+            };
+            table.record(entry, result);
+            states.extend(entry.state.clone());
+        }
+        let Table { config, blobs, .. } = table;
+        Ok((!config.layers.is_empty()).then_some(Self { config, blobs, _states: states }))
+    }
+
+    /// The config alone, for an image's own config (row `rc.inline`).
+    pub fn inline(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec(&self.config).map_err(|e| Fault::internal(format!("encode a cache config: {e}")))
+    }
+
+    /// Writes everything to `place`; gives the manifest's descriptor.
+    pub async fn write(
+        &self,
+        place: &Place,
+        content: &Arc<dyn ContentStore>,
+        options: &ExportOptions,
+        reporter: &Reporter,
+    ) -> Result<Descriptor> {
+        let mut blobs = self.blobs.clone();
+        let mut seen = std::collections::HashSet::new();
+        blobs.retain(|b| seen.insert(b.digest));
+        let layers: Vec<Descriptor> = self.blobs.iter().map(|b| in_family(b, options.oci_types)).collect();
+        let work = blobs.into_iter().map(|blob| async move {
+            let status = format!("writing layer {}", blob.digest);
+            reporter.status(status.clone(), 0, 0, false);
+            place.blob(&blob, content).await.context(|| "error writing layer blob")?;
+            reporter.status(status, 0, 0, true);
+            Ok::<_, Fault>(())
+        });
+        stream::iter(work).buffer_unordered(PARALLEL).try_collect::<Vec<()>>().await?;
+        let bytes = Bytes::from(self.inline()?);
+        let config = Descriptor::of(CONFIG, &bytes);
+        let status = format!("writing config {}", config.digest);
+        reporter.status(status.clone(), 0, 0, false);
+        place.bytes(&config, bytes).await.context(|| "error writing config blob")?;
+        reporter.status(status, 0, 0, true);
+        let (kind, bytes) = manifest(config, layers, options)?;
+        let descriptor = Descriptor::of(kind, &bytes);
+        let status =
+            format!("writing cache {} {}", if options.image_manifest { "image manifest" } else { "manifest list" }, descriptor.digest);
+        reporter.status(status.clone(), 0, 0, false);
+        place.manifest(&descriptor, bytes).await.context(|| "error writing manifest blob")?;
+        reporter.status(status, 0, 0, true);
+        Ok(descriptor)
+    }
+}
+
+async fn result(state: &ImmutableRef, options: &ExportOptions, reporter: &Reporter) -> Result<(Vec<LayerBlob>, Vec<SystemTime>)> {
+    let blobs = state.blobs(options.compression, true, Some(reporter)).await?;
+    Ok((blobs, state.layer_times().await?))
+}
+
+fn in_family(blob: &Descriptor, oci: bool) -> Descriptor {
+    Descriptor::new(media::layer_type(&blob.media_type, oci), blob.digest, blob.size)
+}
+
+/// The manifest of a cache: an image manifest, or an index that names blobs (row `rc.reg`).
+fn manifest(config: Descriptor, layers: Vec<Descriptor>, options: &ExportOptions) -> Result<(&'static str, Bytes)> {
+    let encode = |e: serde_json::Error| Fault::internal(format!("encode a cache manifest: {e}"));
+    if options.image_manifest {
+        let manifest = Manifest {
+            schema_version: 2,
+            media_type: Some(media::OCI_MANIFEST.into()),
+            artifact_type: None,
+            config,
+            layers,
+            subject: None,
+            annotations: Default::default(),
+        };
+        return Ok((media::OCI_MANIFEST, serde_json::to_vec(&manifest).map_err(encode)?.into()));
+    }
+    let kind = if options.oci_types { media::OCI_INDEX } else { media::DOCKER_LIST };
+    let manifests = layers.into_iter().chain([config]).collect();
+    let index = Index { schema_version: 2, media_type: Some(kind.into()), manifests, annotations: Default::default() };
+    Ok((kind, serde_json::to_vec(&index).map_err(encode)?.into()))
+}
+
+impl Place {
+    async fn blob(&self, blob: &Descriptor, content: &Arc<dyn ContentStore>) -> Result<()> {
+        match self {
+            Self::Client(store) => {
+                let mut reader = content.reader(blob.digest).await?;
+                store.write(blob, reader.as_mut()).await
+            }
+            Self::Registry { repository, .. } => {
+                let open = || {
+                    let (content, digest) = (content.clone(), blob.digest);
+                    let body = async move {
+                        let reader = content.reader(digest).await?;
+                        let pieces = stream::try_unfold(reader, |mut r| async move { Ok(r.next().await?.map(|bytes| (bytes, r))) });
+                        Ok(pieces.boxed())
+                    };
+                    body.boxed()
+                };
+                repository.push_blob(blob, None, open, |_| {}).await.map(drop).map_err(Fault::from)
+            }
+        }
+    }
+
+    async fn bytes(&self, blob: &Descriptor, bytes: Bytes) -> Result<()> {
+        match self {
+            Self::Client(store) => store.put(blob, bytes).await,
+            Self::Registry { repository, .. } => {
+                let open = || {
+                    let bytes = bytes.clone();
+                    async move { Ok(stream::iter([Ok(bytes)]).boxed()) }.boxed()
+                };
+                repository.push_blob(blob, None, open, |_| {}).await.map(drop).map_err(Fault::from)
+            }
+        }
+    }
+
+    async fn manifest(&self, descriptor: &Descriptor, bytes: Bytes) -> Result<()> {
+        match self {
+            Self::Client(store) => store.put(descriptor, bytes).await,
+            Self::Registry { repository, tag } => {
+                repository.push_manifest(bytes, &descriptor.media_type, tag).await.map(drop).map_err(Fault::from)
+            }
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! The cache config: BuildKit's JSON (row `rc.fmt`), with fields of our own that others pass over.
+
+use serde::{Deserialize, Serialize};
+use shipway_fault::{Fault, Result};
+use shipway_oci::{DiffId, Digest};
+
+/// Media type of the config.
+pub(crate) const CONFIG: &str = "application/vnd.buildkit.cacheconfig.v0";
+/// Field of an image config that holds a cache config in base64 (row `rc.inline`).
+pub(crate) const INLINE_FIELD: &str = "moby.buildkit.cache.v0";
+/// More of anything is not a cache.
+const MAX_ENTRIES: usize = 200_000;
+/// Most layers of a result.
+const MAX_DEPTH: usize = 512;
+
+/// What a cache holds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CacheConfig {
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<CacheLayer>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub records: Vec<CacheRecord>,
+}
+
+/// A layer on top of another one of the same list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CacheLayer {
+    pub blob: Digest,
+    /// -1 for the lowest. Left out when it is 0, as Go does.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub parent: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub annotations: Option<LayerNote>,
+}
+
+fn is_zero(n: &i64) -> bool {
+    *n == 0
+}
+
+/// What a manifest does not tell of a layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct LayerNote {
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub media_type: String,
+    #[serde(rename = "diffID", default, skip_serializing_if = "Option::is_none")]
+    pub diff_id: Option<DiffId>,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub size: i64,
+    #[serde(default)]
+    pub created_at: String,
+}
+
+/// One result, or only the fact that there is work with this key.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CacheRecord {
+    /// The top layers of results.
+    #[serde(rename = "layers", default, skip_serializing_if = "Vec::is_empty")]
+    pub results: Vec<CacheResult>,
+    /// Results by all their layers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub chains: Vec<ChainedResult>,
+    /// The key.
+    pub digest: Digest,
+    /// For each input, the records it may be.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub inputs: Vec<Vec<CacheInput>>,
+    /// Other keys of the same work.
+    #[serde(rename = "shipway.aliases", default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<Digest>,
+    /// Which output of the work it is.
+    #[serde(rename = "shipway.output", default, skip_serializing_if = "is_first")]
+    pub output: usize,
+    /// What it is, for people.
+    #[serde(rename = "shipway.description", default, skip_serializing_if = "String::is_empty")]
+    pub description: String,
+}
+
+fn is_first(n: &usize) -> bool {
+    *n == 0
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct CacheResult {
+    pub layer: usize,
+    #[serde(default)]
+    pub created_at: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ChainedResult {
+    #[serde(default)]
+    pub layers: Vec<usize>,
+    #[serde(default)]
+    pub created_at: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CacheInput {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selector: Option<Digest>,
+    pub link: usize,
+}
+
+impl CacheConfig {
+    /// Reads and checks what came from outside: all numbers lead somewhere, and layers rest on earlier ones.
+    pub fn read(bytes: &[u8]) -> Result<Self> {
+        let config: Self = serde_json::from_slice(bytes).map_err(|e| Fault::invalid(format!("a cache config cannot be read: {e}")))?;
+        if config.layers.len() > MAX_ENTRIES || config.records.len() > MAX_ENTRIES {
+            return Err(Fault::invalid(format!("a cache config has more than {MAX_ENTRIES} entries")));
+        }
+        let (layers, records) = (config.layers.len(), config.records.len());
+        let sound = config.layers.iter().enumerate().all(|(i, l)| l.parent == -1 || usize::try_from(l.parent).is_ok_and(|p| p < i))
+            && config.records.iter().all(|r| {
+                r.results.iter().all(|l| l.layer < layers)
+                    && r.chains.iter().all(|c| c.layers.len() <= MAX_DEPTH && c.layers.iter().all(|l| *l < layers))
+                    && r.inputs.iter().flatten().all(|l| l.link < records)
+            });
+        if sound { Ok(config) } else { Err(Fault::invalid("a cache config names layers or records that it does not have")) }
+    }
+
+    /// The layers of a record's result, lowest first; `None` if it has none.
+    pub fn layers_of(&self, record: &CacheRecord) -> Option<Vec<usize>> {
+        if let Some(chain) = record.chains.first() {
+            return Some(chain.layers.clone());
+        }
+        let mut chain = Vec::new();
+        let mut next = record.results.first()?.layer as i64;
+        while let Some(layer) = usize::try_from(next).ok().and_then(|i| self.layers.get(i)) {
+            if chain.len() == MAX_DEPTH {
+                return None;
+            }
+            chain.push(next as usize);
+            next = layer.parent;
+        }
+        chain.reverse();
+        Some(chain)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(name: &str, parent: i64) -> CacheLayer {
+        CacheLayer { blob: Digest::of(name), parent, annotations: None }
+    }
+
+    fn record(results: Vec<CacheResult>, inputs: Vec<Vec<CacheInput>>) -> CacheRecord {
+        CacheRecord {
+            results,
+            chains: Vec::new(),
+            digest: Digest::of("k"),
+            inputs,
+            aliases: Vec::new(),
+            output: 0,
+            description: String::new(),
+        }
+    }
+
+    #[test]
+    fn layers_are_followed_down_and_parent_zero_is_left_out() {
+        let top = CacheResult { layer: 2, created_at: String::new() };
+        let config = CacheConfig { layers: vec![layer("a", -1), layer("b", 0), layer("c", 1)], records: vec![record(vec![top], vec![])] };
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(json.matches("parent").count(), 2, "{json}");
+        let read = CacheConfig::read(json.as_bytes()).unwrap();
+        assert_eq!(read, config);
+        assert_eq!(read.layers_of(&read.records[0]), Some(vec![0, 1, 2]));
+    }
+
+    #[test]
+    fn what_leads_nowhere_is_refused() {
+        let link = |link| vec![vec![CacheInput { selector: None, link }]];
+        let result = |layer| vec![CacheResult { layer, created_at: String::new() }];
+        for (layers, records) in [
+            (vec![layer("a", 0)], vec![]),
+            (vec![layer("a", -2)], vec![]),
+            (vec![layer("a", -1)], vec![record(result(1), vec![])]),
+            (vec![], vec![record(vec![], link(1))]),
+        ] {
+            let json = serde_json::to_vec(&CacheConfig { layers, records }).unwrap();
+            assert!(CacheConfig::read(&json).is_err());
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! What is asked of a cache: its kind and attributes (rows `rc.*`).
+
+use shipway_fault::{Fault, Result};
+use shipway_refs::Compression;
+use std::collections::BTreeMap;
+
+/// A cache to import or export, by kind and attributes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CacheRequest {
+    /// `registry`, `local`, `inline` or another one.
+    pub kind: String,
+    /// Attributes.
+    pub attrs: BTreeMap<String, String>,
+}
+
+impl CacheRequest {
+    /// An attribute that must be there.
+    pub fn needed(&self, key: &str) -> Result<&str> {
+        let found = self.attrs.get(key).map(String::as_str).filter(|v| !v.is_empty());
+        found.ok_or_else(|| Fault::invalid(format!("{} cache requires {key}", self.kind)))
+    }
+
+    /// A flag, if it is given.
+    pub fn flag(&self, key: &str) -> Result<Option<bool>> {
+        match self.attrs.get(key).map(String::as_str) {
+            None => Ok(None),
+            Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(Some(true)),
+            Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Ok(Some(false)),
+            Some(other) => Err(Fault::invalid(format!("failed to parse {key}: {other:?} is neither true nor false"))),
+        }
+    }
+
+    /// What it is for people: the reference of a cache in a registry, else the kind.
+    pub fn shown(&self) -> &str {
+        self.attrs.get("ref").map_or(self.kind.as_str(), String::as_str)
+    }
+
+    /// Whether a failure to export fails nothing (row `rc.ignoreerr`).
+    pub fn ignores_errors(&self) -> bool {
+        matches!(self.flag("ignore-error"), Ok(Some(true)))
+    }
+}
+
+/// Whose results are exported (row `rc.mode`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Those whose layers are layers of the build's results.
+    #[default]
+    Min,
+    /// Every step's.
+    Max,
+}
+
+/// How a cache is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExportOptions {
+    /// Whose results.
+    pub mode: Mode,
+    /// How layers are compressed.
+    pub compression: Compression,
+    /// OCI media types, or Docker's.
+    pub oci_types: bool,
+    /// An image manifest, or an index of blobs as older registries' caches are (row `rc.reg.idx`).
+    pub image_manifest: bool,
+}
+
+impl ExportOptions {
+    /// The options of `request`. A mode that is not known is `min`.
+    pub fn of(request: &CacheRequest) -> Result<Self> {
+        let text = |key: &str| request.attrs.get(key).map(String::as_str);
+        let compression = Compression::parse(text("compression"), text("compression-level"), text("force-compression"))?;
+        let oci_types = request.flag("oci-mediatypes")?.unwrap_or(true);
+        let image_manifest = request.flag("image-manifest")?.unwrap_or(oci_types);
+        if image_manifest && !oci_types {
+            return Err(Fault::invalid(
+                "invalid configuration for remote cache, OCI mediatypes are required for image-manifest cache format",
+            ));
+        }
+        let mode = if text("mode") == Some("max") { Mode::Max } else { Mode::Min };
+        Ok(Self { mode, compression, oci_types, image_manifest })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_manifest_follows_the_types_unless_told() {
+        let of = |attrs: &[(&str, &str)]| {
+            let attrs = attrs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
+            ExportOptions::of(&CacheRequest { kind: "registry".into(), attrs })
+        };
+        let plain = of(&[]).unwrap();
+        assert!(plain.image_manifest && plain.oci_types && plain.mode == Mode::Min);
+        assert!(!of(&[("oci-mediatypes", "false")]).unwrap().image_manifest);
+        assert!(of(&[("oci-mediatypes", "false"), ("image-manifest", "true")]).is_err());
+        assert_eq!(of(&[("mode", "max")]).unwrap().mode, Mode::Max);
+        assert_eq!(of(&[("mode", "x")]).unwrap().mode, Mode::Min);
+    }
+}

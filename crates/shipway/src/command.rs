@@ -1,0 +1,11 @@
+//! The commands, one file each; both personas pick theirs.
+
+pub(crate) mod build;
+pub(crate) mod dial_stdio;
+pub(crate) mod du;
+pub(crate) mod history;
+pub(crate) mod info;
+pub(crate) mod prune;
+pub(crate) mod solve;
+pub(crate) mod version;
+pub(crate) mod workers;

@@ -1,0 +1,189 @@
+//! `shipway build`: an image from a Dockerfile, with the flags of `docker build`.
+
+mod call;
+mod context;
+mod options;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use shipway_fault::{Fault, Result};
+
+use self::{
+    call::Call,
+    context::{Input, Place},
+};
+use crate::{
+    Persona,
+    connect::ConnectArgs,
+    output,
+    progress::Mode,
+    run::{self, Extras},
+};
+
+/// Build an image from a Dockerfile. Without --output, the image is in containerd's store when the build ends
+#[derive(clap::Args, Debug, Default)]
+pub(crate) struct Args {
+    /// Directory, URL of a Git repository or of a tar, or - for a Dockerfile or tar on standard input
+    #[arg(value_name = "PATH | URL | -")]
+    context: String,
+    /// Dockerfile; `-` reads it from standard input [default: Dockerfile in the context]
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<String>,
+    /// Name of the image; may be repeated
+    #[arg(short, long = "tag", value_name = "NAME[:TAG]")]
+    tags: Vec<String>,
+    /// Stage to build
+    #[arg(long)]
+    target: Option<String>,
+    /// Value of a build argument, or the name of one to take from the environment; may be repeated
+    #[arg(long = "build-arg", value_name = "KEY[=VALUE]")]
+    build_args: Vec<String>,
+    /// Label of the image; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    labels: Vec<String>,
+    /// Annotation of the image, as [manifest|index|manifest-descriptor|index-descriptor:]KEY=VALUE; may be repeated
+    #[arg(long = "annotation", value_name = "KEY=VALUE")]
+    annotations: Vec<String>,
+    /// Platform to build for; may be repeated or a list
+    #[arg(long = "platform", value_delimiter = ',')]
+    platforms: Vec<String>,
+    /// What becomes of the result: a directory, - for a tar on standard output, or type=TYPE,...; may be repeated
+    #[arg(short, long = "output", value_name = "OUTPUT")]
+    outputs: Vec<String>,
+    /// Push the image to its registry
+    #[arg(long)]
+    push: bool,
+    /// Leave the image in containerd's store, which is also the default
+    #[arg(long)]
+    load: bool,
+    /// Use no cache
+    #[arg(long)]
+    no_cache: bool,
+    /// Use no cache for these stages
+    #[arg(long, value_name = "STAGE", value_delimiter = ',')]
+    no_cache_filter: Vec<String>,
+    /// Ask registries for newer base images
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    pull: Option<bool>,
+    /// Secret to offer: id=NAME,src=FILE or id=NAME,env=VARIABLE; may be repeated
+    #[arg(long = "secret")]
+    secrets: Vec<String>,
+    /// SSH agent or socket to offer: default|ID[=SOCKET[,raw=true]]; may be repeated
+    #[arg(long)]
+    ssh: Vec<String>,
+    /// Network of RUN steps: default, none, host
+    #[arg(long, value_name = "MODE")]
+    network: Option<String>,
+    /// Entry of /etc/hosts in RUN steps; may be repeated
+    #[arg(long = "add-host", value_name = "HOST:IP")]
+    add_hosts: Vec<String>,
+    /// Size of /dev/shm in RUN steps, such as 128m
+    #[arg(long, value_name = "SIZE")]
+    shm_size: Option<String>,
+    /// Limit of RUN steps; may be repeated
+    #[arg(long = "ulimit", value_name = "NAME=SOFT[:HARD]")]
+    ulimits: Vec<String>,
+    /// Parent of the cgroups of RUN steps
+    #[arg(long, value_name = "CGROUP")]
+    cgroup_parent: Option<String>,
+    /// Another context: a directory, docker-image://, oci-layout://, target:, or a URL; may be repeated
+    #[arg(long = "build-context", value_name = "NAME=CONTEXT")]
+    contexts: Vec<String>,
+    /// Cache to read, such as an image's name or type=local,src=DIR; may be repeated
+    #[arg(long, value_name = "CACHE")]
+    cache_from: Vec<String>,
+    /// Cache to write, such as an image's name or type=inline; may be repeated
+    #[arg(long, value_name = "CACHE")]
+    cache_to: Vec<String>,
+    /// Privilege to allow: network.host, security.insecure, device; may be repeated
+    #[arg(long)]
+    allow: Vec<String>,
+    /// Attestation, such as type=sbom or type=provenance,mode=max; may be repeated
+    #[arg(long = "attest", value_name = "ATTESTATION")]
+    attests: Vec<String>,
+    /// Short for --attest=type=provenance
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "MODE")]
+    provenance: Option<String>,
+    /// Short for --attest=type=sbom
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "MODE")]
+    sbom: Option<String>,
+    /// File that gets the build's metadata, such as digests, as JSON
+    #[arg(long, value_name = "FILE")]
+    metadata_file: Option<PathBuf>,
+    /// File that gets the image's id
+    #[arg(long, value_name = "FILE")]
+    iidfile: Option<PathBuf>,
+    /// Print nothing but the image's id
+    #[arg(short, long)]
+    quiet: bool,
+    /// How to show progress: auto, tty, plain, rawjson, quiet
+    #[arg(long, env = "BUILDKIT_PROGRESS", default_value = "auto", hide_env_values = true)]
+    progress: Option<Mode>,
+    /// Only look for mistakes in the Dockerfile
+    #[arg(long)]
+    check: bool,
+    /// What to do: build, check, outline, targets; METHOD,format=json prints data, METHOD,ignorestatus=true makes no failure of findings
+    #[arg(long, default_value = "build", hide_default_value = true, value_name = "METHOD")]
+    call: String,
+    /// How --check and --call print: text, json, sarif
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<String>,
+    /// Accepted for compatibility
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    rm: Option<bool>,
+    /// Accepted for compatibility
+    #[arg(long, hide = true)]
+    force_rm: bool,
+    /// Accepted for compatibility
+    #[arg(long, hide = true)]
+    compress: bool,
+}
+
+impl Args {
+    fn mode(&self) -> Mode {
+        if self.quiet { Mode::Quiet } else { self.progress.unwrap_or(Mode::Auto) }
+    }
+}
+
+pub(crate) async fn run(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitCode> {
+    attempt(connect, args, debug).await.map_err(|fault| fault.context("failed to build"))
+}
+
+async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitCode> {
+    // Mistakes in the arguments are told before anything is connected to.
+    let reading = (args.file.clone(), args.context.clone());
+    let call = Call::of(&args)?;
+    let input = tokio::task::spawn_blocking(move || Input::read(reading.0.as_deref(), &reading.1)).await;
+    let input = input.map_err(|e| Fault::internal(format!("read the context: {e}")))??;
+    let options = options::of(&args, &input, &|name| std::env::var(name).ok())?;
+    let client = connect.connect(Persona::Shipway).await?;
+    let mode = args.mode();
+    if let Some(call) = call {
+        return call.print(&run::ask(&client, options, mode).await?);
+    }
+    let extras = Extras { metadata_file: args.metadata_file.clone(), trace: None };
+    let (outcome, shown) = run::build(&client, options, mode, &extras).await?;
+
+    let id = outcome.response.get("containerimage.digest").or_else(|| outcome.response.get("containerimage.config.digest"));
+    if let Some(path) = &args.iidfile {
+        let id = id.ok_or_else(|| Fault::invalid("--iidfile: the build made no image").hint("remove --iidfile, or export an image"))?;
+        output::write_file(path, id.as_bytes())?;
+    }
+    match (mode, id) {
+        (Mode::Quiet, Some(id)) => output::print(&format!("{id}\n"))?,
+        (Mode::Auto | Mode::Tty | Mode::Plain, _) => eprint!("{}", run::warnings(&shown.warnings, debug)),
+        _ => {}
+    }
+    drop(input);
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Input {
+    /// Whether the context is a local directory.
+    fn directory(&self) -> Option<&std::path::Path> {
+        match &self.context {
+            Place::Directory(dir) => Some(dir),
+            Place::Remote(_) => None,
+        }
+    }
+}

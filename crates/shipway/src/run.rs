@@ -1,0 +1,125 @@
+//! Carrying a build to its end: the view beside it, Ctrl-C, and what is written when it went well.
+
+use std::{io::Write, path::PathBuf};
+
+use shipway_client::{Answer, Client, Outcome, SolveOptions, Status, Warning};
+use shipway_fault::{Fault, Result};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+
+use crate::{
+    output,
+    progress::{self, Mode, Shown},
+};
+
+/// What accompanies a build.
+#[derive(Default)]
+pub(crate) struct Extras {
+    /// File that gets what the exporters answered.
+    pub(crate) metadata_file: Option<PathBuf>,
+    /// File to which every event is added as JSON.
+    pub(crate) trace: Option<PathBuf>,
+}
+
+/// Builds; gives the outcome and what the view leaves behind.
+pub(crate) async fn build(client: &Client, options: SolveOptions, mode: Mode, extras: &Extras) -> Result<(Outcome, Shown)> {
+    let stop = CancellationToken::new();
+    let _signals = AbortOnDropHandle::new(tokio::spawn(signals(stop.clone())));
+    let (events, view) = progress::start(mode, "Building")?;
+    let (events, tracing) = match &extras.trace {
+        Some(path) => {
+            let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+            let file = file.map_err(|e| Fault::io(format!("open the trace file {}", path.display()), e))?;
+            let (tee, queue) = mpsc::channel(64);
+            (tee, Some(tokio::spawn(trace(queue, events, file))))
+        }
+        None => (events, None),
+    };
+    let built = client.build(options, events, stop).await;
+    if let Some(tracing) = tracing {
+        let _ = tracing.await;
+    }
+    let shown = view.finish().await?;
+    let outcome = built?;
+    if let Some(path) = &extras.metadata_file {
+        output::write_file(path, output::metadata(&outcome.response).as_bytes())?;
+    }
+    Ok((outcome, shown))
+}
+
+/// Asks a frontend; gives its answer.
+pub(crate) async fn ask(client: &Client, options: SolveOptions, mode: Mode) -> Result<Answer> {
+    let stop = CancellationToken::new();
+    let _signals = AbortOnDropHandle::new(tokio::spawn(signals(stop.clone())));
+    let (events, view) = progress::start(mode, "Checking")?;
+    let answer = client.ask(options, events, stop).await;
+    view.finish().await?;
+    answer
+}
+
+/// Copies events to a file on their way.
+async fn trace(mut queue: mpsc::Receiver<Status>, events: mpsc::Sender<Status>, mut file: std::fs::File) {
+    while let Some(status) = queue.recv().await {
+        if let Ok(line) = serde_json::to_string(&status)
+            && let Err(error) = writeln!(file, "{line}")
+        {
+            tracing::warn!(%error, "cannot write to the trace file");
+        }
+        if events.send(status).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The first Ctrl-C cancels the build and waits for its end; the second ends us.
+async fn signals(stop: CancellationToken) {
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else { return };
+    loop {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        if stop.is_cancelled() {
+            std::process::exit(130);
+        }
+        stop.cancel();
+    }
+}
+
+/// Warnings as they are listed below a build.
+pub(crate) fn warnings(warnings: &[Warning], debug: bool) -> String {
+    if warnings.is_empty() {
+        return String::new();
+    }
+    let count = if warnings.len() == 1 { "1 warning".to_owned() } else { format!("{} warnings", warnings.len()) };
+    let mut out = if debug { format!("\n{count} found:\n") } else { format!("\n{count} found (use --debug to expand):\n") };
+    for warning in warnings {
+        out.push_str(&format!(" - {}", String::from_utf8_lossy(&warning.short)));
+        if let Some(lines) = warning.range.first() {
+            out.push_str(&format!(" (line {})", lines.first_line()));
+        }
+        out.push('\n');
+        if debug {
+            out.push_str(&details(warning));
+        }
+    }
+    out
+}
+
+fn details(warning: &Warning) -> String {
+    let mut out = String::new();
+    for detail in &warning.detail {
+        out.push_str(&String::from_utf8_lossy(detail));
+        out.push('\n');
+    }
+    if !warning.url.is_empty() {
+        out.push_str(&format!("More info: {}\n", warning.url));
+    }
+    if let Some(file) = warning.source_file() {
+        out.push_str(&crate::failure::excerpt(&file, &warning.spans()));
+    }
+    out + "\n"
+}

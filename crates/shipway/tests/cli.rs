@@ -1,0 +1,76 @@
+//! The program as people run it, in a sealed environment: help, versions, mistakes in arguments, no daemon.
+
+use std::{
+    os::unix::process::CommandExt,
+    process::{Command, Output},
+};
+
+/// Runs us as `persona` with nothing of our environment.
+fn run(persona: &str, arguments: &[&str]) -> Output {
+    let home = tempfile::tempdir().expect("temp dir");
+    Command::new(env!("CARGO_BIN_EXE_shipway"))
+        .arg0(persona)
+        .args(arguments)
+        .env_clear()
+        .env("HOME", home.path())
+        .env("XDG_RUNTIME_DIR", home.path())
+        .current_dir(home.path())
+        .output()
+        .expect("runs")
+}
+
+#[track_caller]
+fn check(persona: &str, arguments: &[&str], code: i32, expected: &[&str]) {
+    let output = run(persona, arguments);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{persona} {arguments:?}: {text}");
+    for part in expected {
+        assert!(text.contains(part), "{persona} {arguments:?} lacks {part:?}:\n{text}");
+    }
+}
+
+#[test]
+fn help_tells_what_there_is() {
+    check("shipway", &["--help"], 0, &["build ", "du ", "prune ", "workers ", "history ", "--addr"]);
+    let flags =
+        ["--tag", "--build-arg", "--output", "--push", "--secret", "--cache-to", "--platform", "--no-cache", "--progress", "--iidfile"];
+    check("shipway", &["build", "--help"], 0, &flags);
+    check("buildctl", &["--help"], 0, &["build", "debug", "du", "prune", "--addr", "--tlscacert", "--wait"]);
+    check("buildctl", &[], 0, &["Usage: buildctl"]);
+    check("buildctl", &["build", "--help"], 0, &["--frontend", "--opt", "--local", "--oci-layout", "--export-cache", "--metadata-file"]);
+}
+
+#[test]
+fn versions_have_the_words_that_programs_look_for() {
+    let output = run("/usr/local/bin/buildctl", &["--version"]);
+    let text = String::from_utf8(output.stdout).expect("utf-8");
+    let words: Vec<&str> = text.split_whitespace().collect();
+    assert_eq!((words.len(), words[0], &words[2][..1]), (4, "buildctl", "v"), "{text}");
+    check("shipway", &["version"], 0, &["shipway "]);
+}
+
+#[test]
+fn mistakes_are_named() {
+    check("shipway", &["bild", "."], 2, &["bild", "build"]);
+    check("shipway", &["build", "."], 1, &["ERROR: failed to build: failed to read dockerfile", "hint: name it with --file"]);
+    check("shipway", &["build", "/no/such"], 1, &["unable to prepare context: open /no/such"]);
+    check("shipway", &["build", "--progress", "plane", "."], 2, &["invalid progress mode plane"]);
+    check("buildctl", &["build"], 1, &["error: ", "connect to unix:///"]);
+    check(
+        "shipway",
+        &["--addr", "unixx://x", "du"],
+        1,
+        &["ERROR: --addr: invalid address unixx://x: unknown scheme unixx", "hint: did you mean unix://x?"],
+    );
+    check("shipway", &["--addr", "unix:///no/such.sock", "workers"], 1, &["connect to unix:///no/such.sock: "]);
+}
+
+#[test]
+fn without_a_daemon_the_places_are_named_where_it_was_looked_for() {
+    // Where one runs on this very machine, there is nothing to see.
+    if std::path::Path::new("/run/shipway/shipwayd.sock").exists() || std::path::Path::new("/run/buildkit/buildkitd.sock").exists() {
+        return;
+    }
+    check("shipway", &["du"], 1, &["found no daemon to talk to; tried", "unix:///run/shipway/shipwayd.sock", "hint: start one"]);
+    check("buildctl", &["du"], 1, &["buildkitd.sock"]);
+}

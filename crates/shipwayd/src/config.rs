@@ -1,0 +1,324 @@
+//! The daemon's configuration: one TOML file with buildkitd's keys (section 9 of the reference), strict where buildkitd is not: an unknown key is
+//! an error that names the nearest known one.
+
+mod units;
+
+use serde::Deserialize;
+use shipway_fault::{Fault, Result, closest};
+use std::{collections::BTreeMap, path::Path};
+
+pub use units::{DiskSpace, Span};
+
+/// The whole file.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Deprecated spelling of `log.level = "debug"`.
+    pub debug: bool,
+    /// Deprecated spelling of `log.level = "trace"`.
+    pub trace: bool,
+    /// State directory.
+    pub root: Option<String>,
+    /// Entitlements that builds may ask for.
+    #[serde(rename = "insecure-entitlements")]
+    pub insecure_entitlements: Option<Vec<String>>,
+    /// Accepted; proxy networking is not there yet.
+    #[serde(rename = "proxyNetwork")]
+    pub proxy_network: bool,
+    /// Where the JSON files are that provenance tells of this daemon.
+    #[serde(rename = "provenanceEnvDir")]
+    pub provenance_env_dir: Option<String>,
+    /// Logging.
+    pub log: Log,
+    /// Sockets.
+    pub grpc: Grpc,
+    /// Accepted; tracing export is not there yet.
+    pub otel: Otel,
+    /// Accepted; CDI is not there yet.
+    pub cdi: Cdi,
+    /// Workers; only `containerd` is one.
+    pub worker: Workers,
+    /// Registries by host.
+    pub registry: BTreeMap<String, shipway_registry::HostConfig>,
+    /// Name resolution in steps.
+    pub dns: Option<Dns>,
+    /// How long finished builds are remembered.
+    pub history: Option<History>,
+    /// Frontends.
+    pub frontend: Frontends,
+    /// Limits.
+    pub system: System,
+    /// Accepted; the gha cache is not there yet.
+    pub cache: Option<toml::Table>,
+}
+
+/// Logging.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// `text` or `json`.
+    pub format: Option<String>,
+    /// `error`, `warn`, `info`, `debug` or `trace`.
+    pub level: Option<String>,
+}
+
+/// Sockets.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Grpc {
+    /// Addresses to listen on.
+    pub address: Vec<String>,
+    /// Accepted; the debug address is not there yet.
+    #[serde(rename = "debugAddress")]
+    pub debug_address: Option<String>,
+    /// Owner of unix sockets.
+    pub uid: Option<u32>,
+    /// Group of unix sockets.
+    pub gid: Option<u32>,
+    /// Windows only.
+    #[serde(rename = "securityDescriptor")]
+    pub security_descriptor: Option<String>,
+    /// TLS of tcp sockets.
+    pub tls: Tls,
+}
+
+/// TLS files.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs)]
+pub struct Tls {
+    pub cert: Option<String>,
+    pub key: Option<String>,
+    pub ca: Option<String>,
+}
+
+/// Accepted for compatibility.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Otel {
+    /// Socket of a collector.
+    #[serde(rename = "socketPath")]
+    pub socket_path: Option<String>,
+}
+
+/// Accepted for compatibility.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs)]
+pub struct Cdi {
+    pub disabled: Option<bool>,
+    #[serde(rename = "specDirs")]
+    pub spec_dirs: Vec<String>,
+    #[serde(rename = "autoAllowed")]
+    pub auto_allowed: Vec<String>,
+}
+
+/// Workers.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Workers {
+    /// Ours.
+    pub containerd: Worker,
+    /// Not ours: accepted so that buildkitd's files can be used, without effect.
+    pub oci: toml::Table,
+}
+
+/// The containerd worker.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs)]
+pub struct Worker {
+    pub enabled: Option<bool>,
+    pub address: Option<String>,
+    pub namespace: Option<String>,
+    pub snapshotter: Option<String>,
+    pub labels: BTreeMap<String, String>,
+    pub platforms: Vec<String>,
+    pub runtime: Runtime,
+    pub rootless: bool,
+    #[serde(rename = "apparmor-profile")]
+    pub apparmor_profile: Option<String>,
+    pub selinux: bool,
+    #[serde(rename = "max-parallelism")]
+    pub max_parallelism: usize,
+    #[serde(rename = "defaultCgroupParent")]
+    pub default_cgroup_parent: Option<String>,
+    #[serde(rename = "networkMode")]
+    pub network_mode: Option<String>,
+    #[serde(rename = "cniConfigPath")]
+    pub cni_config_path: Option<String>,
+    #[serde(rename = "cniBinaryPath")]
+    pub cni_binary_path: Option<String>,
+    #[serde(rename = "cniPoolSize")]
+    pub cni_pool_size: usize,
+    #[serde(rename = "bridgeName")]
+    pub bridge_name: Option<String>,
+    #[serde(rename = "bridgeSubnet")]
+    pub bridge_subnet: Option<String>,
+    pub gc: Option<bool>,
+    pub gckeepstorage: Option<DiskSpace>,
+    #[serde(rename = "reservedSpace")]
+    pub reserved_space: Option<DiskSpace>,
+    #[serde(rename = "maxUsedSpace")]
+    pub max_used_space: Option<DiskSpace>,
+    #[serde(rename = "minFreeSpace")]
+    pub min_free_space: Option<DiskSpace>,
+    pub gcpolicy: Vec<GcPolicy>,
+}
+
+/// The runtime of steps.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs)]
+pub struct Runtime {
+    pub name: Option<String>,
+    pub path: Option<String>,
+    pub options: toml::Table,
+}
+
+/// One rule of garbage collection.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs)]
+pub struct GcPolicy {
+    pub all: bool,
+    pub filters: Vec<String>,
+    #[serde(rename = "keepDuration")]
+    pub keep_duration: Option<Span>,
+    #[serde(rename = "keepBytes")]
+    pub keep_bytes: Option<DiskSpace>,
+    #[serde(rename = "reservedSpace")]
+    pub reserved_space: Option<DiskSpace>,
+    #[serde(rename = "maxUsedSpace")]
+    pub max_used_space: Option<DiskSpace>,
+    #[serde(rename = "minFreeSpace")]
+    pub min_free_space: Option<DiskSpace>,
+}
+
+/// Name resolution.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs)]
+pub struct Dns {
+    pub nameservers: Vec<String>,
+    pub options: Vec<String>,
+    #[serde(rename = "searchDomains")]
+    pub search_domains: Vec<String>,
+}
+
+/// History limits.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs)]
+pub struct History {
+    #[serde(rename = "maxAge")]
+    pub max_age: Option<Span>,
+    #[serde(rename = "maxEntries")]
+    pub max_entries: Option<i64>,
+}
+
+/// Frontends.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Frontends {
+    /// The in-house Dockerfile frontend.
+    #[serde(rename = "dockerfile.v0")]
+    pub dockerfile: Frontend,
+    /// Frontends in containers.
+    #[serde(rename = "gateway.v0")]
+    pub gateway: Frontend,
+}
+
+/// One frontend.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs)]
+pub struct Frontend {
+    pub enabled: Option<bool>,
+    #[serde(rename = "allowedRepositories")]
+    pub allowed_repositories: Vec<String>,
+}
+
+/// Limits of the system.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs)]
+pub struct System {
+    #[serde(rename = "platformsCacheMaxAge")]
+    pub platforms_cache_max_age: Option<Span>,
+    #[serde(rename = "maxRegistryConcurrency")]
+    pub max_registry_concurrency: Option<usize>,
+}
+
+impl Config {
+    /// Parses the text of a file called `name`.
+    pub fn parse(text: &str, name: &str) -> Result<Self> {
+        toml::from_str(text).map_err(|e| {
+            let fault = Fault::invalid(format!("{e}").trim_end().to_owned()).context(format!("parse the configuration file {name}"));
+            match suggestion(e.message()) {
+                Some(known) => fault.hint(format!("did you mean `{known}`?")),
+                None => fault,
+            }
+        })
+    }
+
+    /// Reads `path`; a file that is not there is an empty one unless it was asked for by name.
+    pub fn load(path: &Path, required: bool) -> Result<Self> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(&text, &path.display().to_string()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !required => Ok(Self::default()),
+            Err(e) => Err(Fault::io(format!("read the configuration file {}", path.display()), e)),
+        }
+    }
+}
+
+/// The known key nearest to the unknown one that serde's message names.
+fn suggestion(message: &str) -> Option<String> {
+    let rest = message.strip_prefix("unknown field `")?;
+    let (unknown, rest) = rest.split_once('`')?;
+    let known: Vec<&str> = rest.split('`').skip(1).step_by(2).collect();
+    closest(unknown, known).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buildkitd_files_are_read() {
+        let c = Config::parse(
+            r#"
+            debug = true
+            insecure-entitlements = ["network.host"]
+            [worker.containerd]
+              namespace = "default"
+              networkMode = "host"
+              gc = false
+              reservedSpace = "10GB"
+              [[worker.containerd.gcpolicy]]
+                keepDuration = "48h"
+                maxUsedSpace = "20%"
+            [registry."docker.io"]
+              mirrors = ["127.0.0.1:5000"]
+            [worker.oci]
+              anything = 1
+            [history]
+              maxAge = 172800
+            "#,
+            "x.toml",
+        )
+        .unwrap();
+        assert_eq!(c.worker.containerd.namespace.as_deref(), Some("default"));
+        assert_eq!(c.registry["docker.io"].mirrors, ["127.0.0.1:5000"]);
+        assert_eq!(c.worker.containerd.gcpolicy[0].keep_duration.map(|d| d.0.as_secs()), Some(48 * 3600));
+    }
+
+    #[test]
+    fn an_unknown_key_names_the_nearest() {
+        let e = Config::parse("[worker.containerd]\nnamespaces = 'x'\n", "x.toml").unwrap_err();
+        assert!(e.to_string().contains("unknown field `namespaces`"), "{e}");
+        assert_eq!(e.hints().collect::<Vec<_>>(), ["did you mean `namespace`?"]);
+        let e = Config::parse("debgu = true", "x.toml").unwrap_err();
+        assert_eq!(e.hints().collect::<Vec<_>>(), ["did you mean `debug`?"]);
+    }
+}

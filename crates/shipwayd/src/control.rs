@@ -1,0 +1,288 @@
+//! The Control service (section 1.2 of the reference): requests off the wire into the engine, and back.
+
+use crate::{filter, history, memory, prune, status, worker};
+use shipway_engine::{BuildPolicy, BuildRequest, Engine, ExporterRequest, Progress};
+use shipway_fault::{Fault, Result};
+use shipway_grpc::{Answers, status_of};
+use shipway_llb::{Definition, SourcePolicy};
+use shipway_oci::Platform;
+use shipway_proto::{
+    moby::buildkit::v1::{self as wire, control_server::Control},
+    pb,
+};
+use shipway_remotecache::CacheRequest;
+use std::collections::BTreeMap;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument as _;
+
+/// The worker as ListWorkers shows it.
+pub struct WorkerInfo {
+    /// Stable id.
+    pub id: String,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Platforms, native first.
+    pub platforms: Vec<Platform>,
+    /// Rules of garbage collection.
+    pub gc: Vec<crate::gc::Rule>,
+}
+
+impl WorkerInfo {
+    /// The record on the wire.
+    pub fn record(&self) -> wire::types::WorkerRecord {
+        worker::record(&self.id, self.labels.clone(), &self.platforms, self.gc.iter().map(crate::gc::Rule::to_wire).collect())
+    }
+}
+
+/// The service.
+pub struct ControlService {
+    /// What builds.
+    pub engine: Engine,
+    /// What ListWorkers says.
+    pub worker: std::sync::Arc<WorkerInfo>,
+    /// Wakes the garbage collector after builds.
+    pub gc: crate::gc::Trigger,
+}
+
+type Answer<T> = std::result::Result<Response<T>, Status>;
+type Sent<T> = ReceiverStream<std::result::Result<T, Status>>;
+
+fn definitions(map: BTreeMap<String, pb::Definition>) -> BTreeMap<String, Definition> {
+    map.into_iter().map(|(k, d)| (k, Definition::from_pb(d))).collect()
+}
+
+/// Exporters of a request: the list, or the deprecated pair when there is no list (row `ctl.solve.legacyexp`); `SOURCE_DATE_EPOCH` goes to each
+/// (row `ctl.solve.sde`).
+fn exporters(request: &wire::SolveRequest) -> Vec<ExporterRequest> {
+    let mut all: Vec<ExporterRequest> =
+        request.exporters.iter().map(|e| ExporterRequest { kind: e.r#type.clone(), attrs: e.attrs.clone() }).collect();
+    if all.is_empty() && !request.exporter_deprecated.is_empty() {
+        all.push(ExporterRequest { kind: request.exporter_deprecated.clone(), attrs: request.exporter_attrs_deprecated.clone() });
+    }
+    let epoch = request.frontend_attrs.get("build-arg:SOURCE_DATE_EPOCH").filter(|v| v.parse::<i64>().is_ok());
+    if let Some(epoch) = epoch {
+        for e in &mut all {
+            e.attrs.entry("source-date-epoch".into()).or_insert_with(|| epoch.clone());
+        }
+    }
+    all
+}
+
+fn build_request(mut request: wire::SolveRequest) -> Result<BuildRequest> {
+    if ![0, 10, 20, 30].contains(&request.compatibility_version) {
+        return Err(Fault::invalid(format!("unsupported compatibility version {}", request.compatibility_version)));
+    }
+    if request.proxy_network {
+        return Err(Fault::unimplemented("the proxy network"));
+    }
+    let policy = BuildPolicy {
+        rules: request.source_policy.take().map(SourcePolicy::from_pb).transpose()?.unwrap_or_default(),
+        session: Some(std::mem::take(&mut request.source_policy_session)).filter(|s| !s.is_empty()),
+    };
+    let exporters = exporters(&request);
+    let cache = request.cache.unwrap_or_default();
+    let of = |e: &wire::CacheOptionsEntry| CacheRequest { kind: e.r#type.clone(), attrs: e.attrs.clone() };
+    let in_registry = |reference: &String, attrs: &BTreeMap<String, String>| {
+        let mut attrs = attrs.clone();
+        attrs.insert("ref".into(), reference.clone());
+        CacheRequest { kind: "registry".into(), attrs }
+    };
+    let mut cache_exports: Vec<CacheRequest> = cache.exports.iter().map(of).collect();
+    if !cache.export_ref_deprecated.is_empty() {
+        cache_exports.push(in_registry(&cache.export_ref_deprecated, &cache.export_attrs_deprecated));
+    }
+    let older = cache.import_refs_deprecated.iter().map(|r| in_registry(r, &BTreeMap::new()));
+    let cache_imports = cache.imports.iter().map(of).chain(older).collect();
+    Ok(BuildRequest {
+        id: request.r#ref,
+        // One without operations is scratch; none at all is a build that the client drives. Beside a frontend it means nothing.
+        definition: request.definition.filter(|d| !d.def.is_empty() || request.frontend.is_empty()).map(Definition::from_pb),
+        frontend: request.frontend,
+        options: request.frontend_attrs,
+        inputs: definitions(request.frontend_inputs),
+        session: request.session,
+        exporters,
+        session_exporters: request.enable_session_exporter,
+        entitlements: request.entitlements,
+        internal: request.internal,
+        policy,
+        compatibility: if request.compatibility_version == 0 { COMPATIBILITY } else { request.compatibility_version },
+        cache_exports,
+        cache_imports,
+    })
+}
+
+/// Version of the defaults of exporters that is meant when a client names none.
+const COMPATIBILITY: i64 = 30;
+
+/// The header that lets clients correct their clocks (row `net.tshdr`).
+fn with_time<T>(mut response: Response<T>) -> Response<T> {
+    let now = shipway_oci::timestamp::format(std::time::SystemTime::now());
+    if let Ok(value) = now.parse() {
+        response.metadata_mut().insert("buildkit-current-timestamp", value);
+    }
+    response
+}
+
+#[tonic::async_trait]
+impl Control for ControlService {
+    async fn disk_usage(&self, request: Request<wire::DiskUsageRequest>) -> Answer<wire::DiskUsageResponse> {
+        let request = request.into_inner();
+        let filters = filter::parse_all(&request.filter).map_err(|f| status_of(&f))?;
+        let records = self.engine.parts().services.refs.usage().await.map_err(|f| status_of(&f))?;
+        let record = records.iter().filter(|r| filter::any(&filters, &|field| prune::field(r, field))).map(prune::to_wire).collect();
+        Ok(Response::new(wire::DiskUsageResponse { record }))
+    }
+
+    type PruneStream = Sent<wire::UsageRecord>;
+
+    async fn prune(&self, request: Request<wire::PruneRequest>) -> Answer<Self::PruneStream> {
+        let options = prune::options(request.into_inner()).map_err(|f| status_of(&f))?;
+        let services = self.engine.parts().services.clone();
+        let (tx, rx) = mpsc::channel(64);
+        let prune = async move {
+            let refs = &services.refs;
+            // Whoever asks for space asks for what waits for the next build, too.
+            services.executor.rest().await;
+            refs.drained().await;
+            let (removed, mut queue) = mpsc::unbounded_channel();
+            // Bounded by the number of records; the receiver drains as fast as the client reads.
+            let on_removed = move |record| drop(removed.send(record));
+            let done = refs.prune(options, &on_removed);
+            tokio::pin!(done);
+            let mut outcome = None;
+            loop {
+                tokio::select! {
+                    record = queue.recv() => match record {
+                        Some(record) => {
+                            if tx.send(Ok(prune::to_wire(&record))).await.is_err() {
+                                return;
+                            }
+                        }
+                        None => break,
+                    },
+                    result = &mut done, if outcome.is_none() => {
+                        outcome = Some(result);
+                        queue.close();
+                    }
+                }
+            }
+            if let Some(Err(fault)) = outcome {
+                let _ = tx.send(Err(status_of(&fault))).await;
+            }
+        };
+        tokio::spawn(prune.instrument(tracing::info_span!("prune")));
+        Ok(Response::new(ReceiverStream::new(rx)))
+    }
+
+    async fn solve(&self, request: Request<wire::SolveRequest>) -> Answer<wire::SolveResponse> {
+        let request = build_request(request.into_inner()).map_err(|f| status_of(&f))?;
+        let span = tracing::info_span!("build", id = %request.id);
+        let outcome = self.engine.build(request).instrument(span.clone()).await;
+        self.gc.wake();
+        memory::give_back();
+        match outcome {
+            Ok(response) => {
+                tracing::debug!(parent: &span, "build done");
+                Ok(Response::new(wire::SolveResponse { exporter_response: response.exporter_response }))
+            }
+            Err(fault) => {
+                tracing::info!(parent: &span, error = %fault, "build failed");
+                Err(status_of(&fault))
+            }
+        }
+    }
+
+    type StatusStream = Sent<wire::StatusResponse>;
+
+    async fn status(&self, request: Request<wire::StatusRequest>) -> Answer<Self::StatusStream> {
+        let progress = self.engine.progress(&request.into_inner().r#ref).await.map_err(|f| status_of(&f))?;
+        let (tx, rx) = mpsc::channel(16);
+        match progress {
+            Progress::Live(journal) => {
+                let mut watcher = journal.watch();
+                tokio::spawn(async move {
+                    while let Some(events) = watcher.next().await {
+                        for message in status::messages(&events) {
+                            if tx.send(Ok(message)).await.is_err() {
+                                return;
+                            }
+                        }
+                    }
+                });
+            }
+            Progress::Past(path) => {
+                let bytes = tokio::fs::read(&path).await.map_err(|e| status_of(&Fault::io("read a build's log", e)))?;
+                tokio::spawn(async move {
+                    for message in status::read_blob(&bytes) {
+                        if tx.send(Ok(message)).await.is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+        }
+        Ok(with_time(Response::new(ReceiverStream::new(rx))))
+    }
+
+    type SessionStream = Answers<wire::BytesMessage>;
+
+    async fn session(&self, request: Request<Streaming<wire::BytesMessage>>) -> Answer<Self::SessionStream> {
+        let hub = &self.engine.parts().sessions;
+        let (metadata, _, incoming) = request.into_parts();
+        let answers = hub.attach(&metadata, incoming).await.map_err(|f| status_of(&f))?;
+        Ok(Response::new(answers))
+    }
+
+    async fn list_workers(&self, request: Request<wire::ListWorkersRequest>) -> Answer<wire::ListWorkersResponse> {
+        let filters = filter::parse_all(&request.into_inner().filter).map_err(|f| status_of(&f))?;
+        let record = self.worker.record();
+        let lookup = |field: &str| match field {
+            "id" => Some(record.id.clone()),
+            label => label.strip_prefix("labels.").and_then(|l| record.labels.get(l.trim_matches('"')).cloned()),
+        };
+        let keep = filter::any(&filters, &lookup);
+        Ok(Response::new(wire::ListWorkersResponse { record: if keep { vec![record] } else { Vec::new() } }))
+    }
+
+    async fn info(&self, _: Request<wire::InfoRequest>) -> Answer<wire::InfoResponse> {
+        Ok(Response::new(wire::InfoResponse { buildkit_version: Some(worker::version()) }))
+    }
+
+    type ListenBuildHistoryStream = Sent<wire::BuildHistoryEvent>;
+
+    async fn listen_build_history(&self, request: Request<wire::BuildHistoryRequest>) -> Answer<Self::ListenBuildHistoryStream> {
+        let stream = history::listen(self.engine.parts().history.clone(), request.into_inner()).map_err(|f| status_of(&f))?;
+        Ok(with_time(Response::new(stream)))
+    }
+
+    async fn update_build_history(&self, request: Request<wire::UpdateBuildHistoryRequest>) -> Answer<wire::UpdateBuildHistoryResponse> {
+        let request = request.into_inner();
+        let history = &self.engine.parts().history;
+        let done = if request.delete {
+            history.delete(&request.r#ref)
+        } else if request.finalize {
+            history.get(&request.r#ref).map(drop).ok_or_else(|| Fault::not_found(format!("no build {} in the history", request.r#ref)))
+        } else {
+            history.pin(&request.r#ref, request.pinned)
+        };
+        done.map(|()| Response::new(wire::UpdateBuildHistoryResponse {})).map_err(|f| status_of(&f))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_deprecated_exporter_counts_only_without_a_list() {
+        let mut request = wire::SolveRequest { exporter_deprecated: "local".into(), ..Default::default() };
+        assert_eq!(exporters(&request)[0].kind, "local");
+        request.exporters.push(wire::Exporter { r#type: "image".into(), ..Default::default() });
+        request.frontend_attrs.insert("build-arg:SOURCE_DATE_EPOCH".into(), "7".into());
+        let all = exporters(&request);
+        assert_eq!((all.len(), all[0].kind.as_str(), all[0].attrs["source-date-epoch"].as_str()), (1, "image", "7"));
+    }
+}

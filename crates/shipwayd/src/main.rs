@@ -1,0 +1,78 @@
+//! The builder daemon. `main` is a table of contents: settings, log, parts, sockets, and an orderly end.
+
+mod config;
+mod content;
+mod control;
+mod filter;
+mod flags;
+mod gc;
+mod health;
+mod history;
+mod memory;
+mod parts;
+mod prune;
+mod serve;
+mod status;
+mod worker;
+
+use clap::Parser as _;
+use flags::{Flags, Persona, Settings};
+use shipway_fault::{Class, Fault, Result};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let argv0 = std::env::args().next().unwrap_or_default();
+    let persona = Persona::of(&argv0);
+    let flags = Flags::parse();
+    if flags.version {
+        let v = worker::version();
+        let name = if persona == Persona::Buildkitd { "buildkitd" } else { "shipwayd" };
+        println!("{name} {} {} {}", v.package, v.version, v.revision);
+        return ExitCode::SUCCESS;
+    }
+    match Settings::load(flags, persona).and_then(run) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(fault) => {
+            eprintln!("shipwayd: {fault}");
+            for hint in fault.hints() {
+                eprintln!("  hint: {hint}");
+            }
+            ExitCode::from(if fault.class() == Class::User { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(settings: Settings) -> Result<()> {
+    memory::tune();
+    start_log(&settings)?;
+    for note in &settings.notes {
+        tracing::warn!("{note}");
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("shipwayd")
+        .build()
+        .map_err(|e| Fault::io("start the runtime", e))?;
+    runtime.block_on(async {
+        let parts = parts::build(&settings).await?;
+        let listeners = serve::bind(&settings).await?;
+        serve::run(parts, listeners).await
+    })
+}
+
+fn start_log(settings: &Settings) -> Result<()> {
+    use tracing_subscriber::{EnvFilter, fmt};
+    let level = settings.config.log.level.as_deref().unwrap_or("info");
+    if !["error", "warn", "info", "debug", "trace"].contains(&level) {
+        return Err(Fault::invalid(format!("unknown log level {level:?}")).hint("want error, warn, info, debug or trace"));
+    }
+    // The wire's own chatter drowns everything else; what is asked of containerd is traced by ourselves.
+    let filter = format!("{level},h2=info,hyper=info,hyper_util=info,tower=info,tonic=info,rustls=info");
+    let builder = fmt().with_env_filter(EnvFilter::new(filter)).with_writer(std::io::stderr);
+    match settings.config.log.format.as_deref() {
+        None | Some("text") => builder.with_ansi(rustix::termios::isatty(std::io::stderr())).init(),
+        Some("json") => builder.json().init(),
+        Some(other) => return Err(Fault::invalid(format!("unknown log format {other:?}")).hint("want text or json")),
+    }
+    Ok(())
+}

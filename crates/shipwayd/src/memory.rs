@@ -1,0 +1,45 @@
+//! What the allocator does with memory that is free. Left alone, glibc has an arena for every few threads and learns from large buffers never to
+//! give them back, so that a daemon that builds now and then stays as large as its largest build made it.
+//!
+//! The only unsafe code of the daemon: both calls are safe at any time and from any thread, but glibc has no safe binding.
+
+#![allow(unsafe_code)]
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+/// How long it must have been quiet.
+const QUIET: Duration = Duration::from_secs(1);
+
+/// Builds that ended.
+static ENDED: AtomicU64 = AtomicU64::new(0);
+
+/// Sets the allocator up; before threads are started.
+pub fn tune() {
+    #[cfg(target_env = "gnu")]
+    for (what, value) in [(libc::M_ARENA_MAX, 2), (libc::M_MMAP_THRESHOLD, 1 << 20), (libc::M_TRIM_THRESHOLD, 1 << 20)] {
+        // SAFETY: it only sets a number, under the allocator's own lock.
+        if unsafe { libc::mallopt(what, value) } == 0 {
+            tracing::debug!(what, value, "the allocator does not take a setting");
+        }
+    }
+}
+
+/// A build has ended: what it leaves free goes back to the system, unless another one comes first.
+pub fn give_back() {
+    let mine = ENDED.fetch_add(1, Ordering::Relaxed) + 1;
+    tokio::spawn(async move {
+        tokio::time::sleep(QUIET).await;
+        if ENDED.load(Ordering::Relaxed) == mine {
+            let _ = tokio::task::spawn_blocking(trim).await;
+        }
+    });
+}
+
+fn trim() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes the allocator's own locks and touches free memory only.
+    let _ = unsafe { libc::malloc_trim(0) };
+}

@@ -1,0 +1,66 @@
+//! The worker as clients see it (rows `ctl.workerrec`, `so.labels`).
+
+use shipway_grpc::platform_to_wire;
+use shipway_oci::Platform;
+use shipway_proto::moby::buildkit::v1::types::{BuildkitVersion, GcPolicy, WorkerRecord};
+use std::collections::BTreeMap;
+
+/// Version of BuildKit's API that we implement; clients compare it (section 1.5 of the client notes).
+pub const API_VERSION: &str = "v0.26.0";
+
+/// What `--version`, Info and worker records say.
+pub fn version() -> BuildkitVersion {
+    BuildkitVersion {
+        package: "shipway".into(),
+        version: API_VERSION.into(),
+        revision: format!("shipway-{}", env!("CARGO_PKG_VERSION")),
+        dockerfile_version: "1.20.0".into(),
+    }
+}
+
+/// Labels by name without prefix; the ones that let nerdctl share the image store are all here.
+pub fn labels(uuid: &str, namespace: &str, snapshotter: &str, network: &str, extra: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let own = [
+        ("executor", "containerd"),
+        ("snapshotter", snapshotter),
+        ("hostname", &hostname),
+        ("network", network),
+        ("selinux.enabled", "false"),
+        ("containerd.uuid", uuid),
+        ("containerd.namespace", namespace),
+    ];
+    let mut labels: BTreeMap<_, _> = own.into_iter().map(|(k, v)| (format!("org.mobyproject.buildkit.worker.{k}"), v.to_owned())).collect();
+    labels.extend(extra.clone());
+    labels
+}
+
+/// The record.
+pub fn record(id: &str, labels: BTreeMap<String, String>, platforms: &[Platform], gc: Vec<GcPolicy>) -> WorkerRecord {
+    WorkerRecord {
+        id: id.to_owned(),
+        labels,
+        platforms: platforms.iter().map(platform_to_wire).collect(),
+        gc_policy: gc,
+        buildkit_version: Some(version()),
+        cdi_devices: Vec::new(),
+    }
+}
+
+/// Platforms that steps can run for: the machine's own, and those the kernel emulates through binfmt_misc.
+pub fn detect_platforms() -> Vec<Platform> {
+    let host = Platform::host();
+    let mut all = vec![host.clone()];
+    if host.architecture == "amd64" {
+        all.push(Platform::new("linux", "386", ""));
+    }
+    for (arch, qemu) in
+        [("arm64", "aarch64"), ("riscv64", "riscv64"), ("ppc64le", "ppc64le"), ("s390x", "s390x"), ("arm", "arm"), ("amd64", "x86_64")]
+    {
+        let enabled = std::fs::read_to_string(format!("/proc/sys/fs/binfmt_misc/qemu-{qemu}")).is_ok_and(|t| t.starts_with("enabled"));
+        if enabled && arch != host.architecture {
+            all.push(Platform::new("linux", arch, ""));
+        }
+    }
+    all
+}

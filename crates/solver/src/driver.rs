@@ -1,0 +1,203 @@
+//! Runs the state machine: feeds it what happens, and does what it asks for.
+
+use crate::{
+    CacheKey, CacheStore, Completion, Operation,
+    graph::{Graph, JobNo, RequestNo, TaskNo},
+    handle::{Known, Limits},
+    step::{Answer, Effect, Event, Say},
+};
+use futures::FutureExt;
+use shipway_fault::{Fault, Result};
+use std::{collections::HashMap, future::Future, panic::AssertUnwindSafe, sync::Arc};
+use tokio::{
+    sync::{
+        mpsc::{UnboundedReceiver, UnboundedSender, WeakUnboundedSender},
+        oneshot,
+    },
+    task::AbortHandle,
+};
+use tracing::{Instrument, info_span};
+
+/// Where a request's answer goes.
+pub(crate) type Reply<O> = oneshot::Sender<Result<(O, Completion)>>;
+
+/// What the owner task receives.
+pub(crate) enum Message<Op: Operation> {
+    /// Something happened.
+    Event(Event<Op>),
+    /// A request, with where to answer it.
+    Request { event: Event<Op>, request: RequestNo, reply: Reply<Op::Output> },
+    /// What a job's vertices came to.
+    Known { job: JobNo, reply: oneshot::Sender<Vec<Known<Op>>> },
+    /// A task ended.
+    Ended { task: TaskNo, event: Event<Op> },
+}
+
+/// Starts the owner task. It ends when the last handle is gone.
+pub(crate) fn spawn<Op: Operation>(
+    inbox: WeakUnboundedSender<Message<Op>>,
+    messages: UnboundedReceiver<Message<Op>>,
+    store: Arc<dyn CacheStore<Op::Output>>,
+    limits: Limits,
+) {
+    let driver = Driver { inbox, store, graph: Graph::new(limits.max_parallel), tasks: HashMap::new(), replies: HashMap::new() };
+    tokio::spawn(driver.run(messages).instrument(info_span!("solver")));
+}
+
+struct Driver<Op: Operation> {
+    inbox: WeakUnboundedSender<Message<Op>>,
+    store: Arc<dyn CacheStore<Op::Output>>,
+    graph: Graph<Op>,
+    tasks: HashMap<TaskNo, AbortHandle>,
+    replies: HashMap<RequestNo, Reply<Op::Output>>,
+}
+
+impl<Op: Operation> Drop for Driver<Op> {
+    fn drop(&mut self) {
+        for task in self.tasks.values() {
+            task.abort();
+        }
+    }
+}
+
+impl<Op: Operation> Driver<Op> {
+    async fn run(mut self, mut messages: UnboundedReceiver<Message<Op>>) {
+        while let Some(message) = messages.recv().await {
+            let event = match message {
+                Message::Event(event) => {
+                    if let Event::Withdraw { request } = &event {
+                        self.replies.remove(request);
+                    }
+                    event
+                }
+                Message::Request { event, request, reply } => {
+                    self.replies.insert(request, reply);
+                    event
+                }
+                Message::Known { job, reply } => {
+                    // The receiver may be gone: then nobody wants to know.
+                    let _ = reply.send(self.graph.known_to(job));
+                    continue;
+                }
+                Message::Ended { task, event } => {
+                    self.tasks.remove(&task);
+                    event
+                }
+            };
+            for effect in self.graph.step(event) {
+                self.perform(effect);
+            }
+        }
+    }
+
+    fn perform(&mut self, effect: Effect<Op>) {
+        match effect {
+            Effect::Map { task, node, vertex, cx } => {
+                let span = info_span!("cache map", vertex = %vertex.name);
+                let work = async move { caught(vertex.op.cache_map(&cx)).await };
+                self.spawn(task, span, work, move |result| Event::Mapped { task, node, result });
+            }
+            Effect::Content { task, node, vertex, input, value, cx } => {
+                let span = info_span!("content key", vertex = %vertex.name, input);
+                let work = async move {
+                    caught(vertex.op.content_key(input, &value, &cx)).await.map_err(|f| f.context("failed to compute cache key"))
+                };
+                self.spawn(task, span, work, move |result| Event::Content { task, node, input, result });
+            }
+            Effect::Run { task, node, vertex, inputs, cx } => {
+                let span = info_span!("run", vertex = %vertex.name);
+                let work = async move { caught(vertex.op.run(inputs, &cx)).await };
+                self.spawn(task, span, work, move |result| Event::Ran { task, node, result });
+            }
+            Effect::Probe { task, edge, keys, load } => {
+                let store = self.store.clone();
+                self.spawn(task, info_span!("probe"), probe(store, keys, load), move |answer| Event::Probed { task, edge, answer });
+            }
+            Effect::Save { task, edge, strong, weak, value, meta } => {
+                let store = self.store.clone();
+                let work = async move {
+                    let saved = async {
+                        let first = store.primaries(&strong).await?.into_iter().next();
+                        let mut keys: Vec<CacheKey> = first.into_iter().chain(strong).chain(weak).collect();
+                        let mut seen = std::collections::HashSet::new();
+                        keys.retain(|k| seen.insert(*k));
+                        store.save(&keys, &value, &meta).await
+                    };
+                    warned("store a result in the build cache", caught(saved).await)
+                };
+                self.spawn(task, info_span!("save"), work, move |primary| Event::Saved { task, edge, primary });
+            }
+            Effect::Alias { primary, keys } => {
+                let store = self.store.clone();
+                let work = async move {
+                    warned("link keys in the build cache", store.alias(primary, &keys).await);
+                };
+                tokio::spawn(work.instrument(info_span!("alias")));
+            }
+            Effect::Cancel { task } => {
+                if let Some(task) = self.tasks.remove(&task) {
+                    task.abort();
+                }
+            }
+            Effect::Report { reporter, what } => match what {
+                Say::Started => reporter.started(),
+                Say::Cached => reporter.cached(),
+                Say::Completed(error) => reporter.completed(error),
+            },
+            Effect::Reply { request, result } => {
+                if let Some(reply) = self.replies.remove(&request) {
+                    // The receiver may be gone: then nobody wants to know.
+                    let _ = reply.send(result);
+                }
+            }
+        }
+    }
+
+    fn spawn<T: Send + 'static>(
+        &mut self,
+        task: TaskNo,
+        span: tracing::Span,
+        work: impl Future<Output = T> + Send + 'static,
+        event: impl FnOnce(T) -> Event<Op> + Send + 'static,
+    ) {
+        let inbox = self.inbox.clone();
+        let handle = tokio::spawn(
+            async move {
+                let event = event(work.await);
+                if let Some(inbox) = inbox.upgrade() {
+                    send(&inbox, Message::Ended { task, event });
+                }
+            }
+            .instrument(span),
+        );
+        self.tasks.insert(task, handle.abort_handle());
+    }
+}
+
+fn send<Op: Operation>(inbox: &UnboundedSender<Message<Op>>, message: Message<Op>) {
+    // The owner task ends only with the last handle; then nobody listens.
+    let _ = inbox.send(message);
+}
+
+/// Turns a panic of foreign work into a fault.
+async fn caught<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    match AssertUnwindSafe(work).catch_unwind().await {
+        Ok(result) => result,
+        Err(panic) => {
+            let text = panic.downcast_ref::<&str>().map(|s| s.to_string()).or_else(|| panic.downcast_ref::<String>().cloned());
+            Err(Fault::internal(format!("an operation panicked: {}", text.unwrap_or_default())))
+        }
+    }
+}
+
+/// The cache failing must not fail a build.
+fn warned<T>(what: &str, result: Result<T>) -> Option<T> {
+    result.inspect_err(|fault| tracing::warn!(%fault, "cannot {what}")).ok()
+}
+
+async fn probe<O: Send + 'static>(store: Arc<dyn CacheStore<O>>, keys: Vec<CacheKey>, load: bool) -> Answer<O> {
+    if load && let Some(Some((primary, value))) = warned("load a result from the build cache", caught(store.load(&keys)).await) {
+        return Answer::Hit(primary, value);
+    }
+    Answer::Miss(warned("look up keys in the build cache", caught(store.primaries(&keys)).await).unwrap_or_default())
+}

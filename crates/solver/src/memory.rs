@@ -1,0 +1,84 @@
+//! A cache store in memory: for tests, and the reference for what a store must do.
+
+use crate::{CacheKey, CacheStore, RecordMeta};
+use async_trait::async_trait;
+use shipway_fault::Result;
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+/// Keeps results as they are.
+pub struct MemoryStore<O>(Mutex<State<O>>);
+
+struct State<O> {
+    aliases: BTreeMap<CacheKey, CacheKey>,
+    records: BTreeMap<CacheKey, (O, RecordMeta)>,
+}
+
+impl<O> Default for MemoryStore<O> {
+    fn default() -> Self {
+        Self(Mutex::new(State { aliases: BTreeMap::new(), records: BTreeMap::new() }))
+    }
+}
+
+impl<O> MemoryStore<O> {
+    fn state(&self) -> MutexGuard<'_, State<O>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Drops the records that `drop` names, as pruning does; aliases stay.
+    pub fn prune(&self, mut drop: impl FnMut(&CacheKey, &RecordMeta) -> bool) {
+        self.state().records.retain(|key, (_, meta)| !drop(key, meta));
+    }
+
+    /// How many results are kept.
+    pub fn len(&self) -> usize {
+        self.state().records.len()
+    }
+
+    /// Whether no result is kept.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl<O> State<O> {
+    fn primary(&self, key: &CacheKey) -> Option<CacheKey> {
+        self.aliases.get(key).copied()
+    }
+}
+
+#[async_trait]
+impl<O: Clone + Send + Sync> CacheStore<O> for MemoryStore<O> {
+    async fn primaries(&self, keys: &[CacheKey]) -> Result<Vec<CacheKey>> {
+        let state = self.state();
+        let mut seen = HashSet::new();
+        Ok(keys.iter().filter_map(|k| state.primary(k)).filter(|k| seen.insert(*k)).collect())
+    }
+
+    async fn load(&self, keys: &[CacheKey]) -> Result<Option<(CacheKey, O)>> {
+        let state = self.state();
+        let mut primaries = keys.iter().filter_map(|k| state.primary(k));
+        Ok(primaries.find_map(|p| state.records.get(&p).map(|(value, _)| (p, value.clone()))))
+    }
+
+    async fn save(&self, keys: &[CacheKey], value: &O, meta: &RecordMeta) -> Result<CacheKey> {
+        let mut state = self.state();
+        let Some(first) = keys.first() else { return Err(shipway_fault::Fault::internal("a result to store has no key")) };
+        let primary = state.primary(first).unwrap_or(*first);
+        for key in keys.iter().chain([&primary]) {
+            state.aliases.insert(*key, primary);
+        }
+        state.records.insert(primary, (value.clone(), meta.clone()));
+        Ok(primary)
+    }
+
+    async fn alias(&self, primary: CacheKey, keys: &[CacheKey]) -> Result<()> {
+        let mut state = self.state();
+        for key in keys.iter().chain([&primary]) {
+            state.aliases.insert(*key, primary);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,156 @@
+//! What the scheduler asks of the world: operations to run and a store to remember results in.
+
+use async_trait::async_trait;
+use shipway_fault::Result;
+use shipway_oci::Digest;
+use shipway_progress::Reporter;
+use std::{fmt, sync::Arc};
+
+/// Identity of a vertex: the digest of its definition, plus whether it ignores the cache (row `so.ignorevariant`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct VertexId {
+    /// Digest of the definition.
+    pub digest: Digest,
+    /// Whether the cache is not asked.
+    pub ignore_cache: bool,
+}
+
+/// Identity of one request's interest in the graph (`Solve.Ref`).
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct JobId(pub String);
+
+impl fmt::Debug for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Identity of a result by what it depends on. Two vertices with a common key are the same work.
+///
+/// A key is `sha256(operation key, output index, for each input: the input's key or content digest, and its selector)`; all keys are
+/// therefore computable without looking anything up, and a store needs only aliases (several keys, one primary) and records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CacheKey(pub Digest);
+
+/// What an operation's result depends on.
+#[derive(Clone, Debug, Default)]
+pub struct CacheMap {
+    /// Keys of the operation itself without its inputs, at least one; any of them identifies it (row `so.key.multi`).
+    pub keys: Vec<Digest>,
+    /// One entry per input of the vertex.
+    pub inputs: Vec<InputMap>,
+    /// Whether the keys mean something beyond this build's session (row `so.key.random`): results under other keys are not stored durably.
+    pub ephemeral: bool,
+}
+
+/// How a result depends on one input.
+#[derive(Clone, Debug, Default)]
+pub struct InputMap {
+    /// Narrows the dependency to a part of the input (row `so.key.selector`).
+    pub selector: Option<Digest>,
+    /// Whether [`Operation::content_key`] can replace the input's own key by a checksum of its content (row `so.key.content`).
+    pub content: bool,
+}
+
+/// What an operation may use while it works. Cheap to clone.
+#[derive(Clone)]
+pub struct OpContext<J> {
+    /// Where progress goes: to every build that shares the vertex.
+    pub reporter: Reporter,
+    /// The data of every job interested at the moment of the call; never empty while the operation runs.
+    pub jobs: Arc<dyn Fn() -> Vec<J> + Send + Sync>,
+}
+
+/// The work of one vertex. Futures are dropped when nobody is interested any more; that must leave nothing behind.
+#[async_trait]
+pub trait Operation: Send + Sync + 'static {
+    /// A result; cheap to clone (a handle).
+    type Output: Clone + Send + Sync + 'static;
+    /// What a job brings: its sessions, its settings.
+    type Job: Clone + Send + Sync + 'static;
+
+    /// What the result depends on. Called once per vertex; must not need the inputs.
+    async fn cache_map(&self, cx: &OpContext<Self::Job>) -> Result<CacheMap>;
+
+    /// A checksum of what the operation reads of input number `input`, if it can be computed; called only for inputs whose
+    /// [`InputMap::content`] is set.
+    async fn content_key(&self, input: usize, value: &Self::Output, cx: &OpContext<Self::Job>) -> Result<Option<Digest>>;
+
+    /// Does the work: one output per output index of the vertex.
+    async fn run(&self, inputs: Vec<Self::Output>, cx: &OpContext<Self::Job>) -> Result<Vec<Self::Output>>;
+
+    /// Whether running it counts against the parallelism limit (row `so.par`).
+    fn counts(&self) -> bool {
+        true
+    }
+}
+
+/// A node of the graph handed to the solver.
+pub struct Vertex<Op: ?Sized> {
+    /// Identity.
+    pub id: VertexId,
+    /// Name for people.
+    pub name: String,
+    /// Progress group, if any.
+    pub group: Option<shipway_progress::Group>,
+    /// Inputs: vertex and output index.
+    pub inputs: Vec<(Arc<Vertex<Op>>, usize)>,
+    /// The work.
+    pub op: Arc<Op>,
+}
+
+impl<Op: ?Sized> Drop for Vertex<Op> {
+    /// Takes a chain of vertices apart without recursion: a client's graph may be deep enough to exhaust the stack.
+    fn drop(&mut self) {
+        let mut doomed = std::mem::take(&mut self.inputs);
+        while let Some((vertex, _)) = doomed.pop() {
+            if let Some(mut vertex) = Arc::into_inner(vertex) {
+                doomed.append(&mut vertex.inputs);
+            }
+        }
+    }
+}
+
+/// What is stored beside a result, so that cache exports and people can follow it later.
+#[derive(Clone, Debug, Default)]
+pub struct RecordMeta {
+    /// The operation's keys (from [`CacheMap::keys`]).
+    pub op_keys: Vec<Digest>,
+    /// Output index.
+    pub output: usize,
+    /// Keys of each input with the selector.
+    pub inputs: Vec<(Vec<CacheKey>, Option<Digest>)>,
+    /// The vertex's name.
+    pub description: String,
+}
+
+/// How a requested edge was completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Completion {
+    /// The operation ran.
+    Ran,
+    /// The result came from the cache.
+    Cached,
+}
+
+/// Remembers results by key. Implementations keep aliases durable even when a record is pruned.
+#[async_trait]
+pub trait CacheStore<O>: Send + Sync {
+    /// The primary keys that `keys` are known aliases of (unknown ones are left out), without duplicates.
+    async fn primaries(&self, keys: &[CacheKey]) -> Result<Vec<CacheKey>>;
+
+    /// The first of `keys` (or of their primaries) that has a loadable record: its primary and the result. A record whose result is gone is
+    /// dropped and skipped (row `so.loaderr`).
+    async fn load(&self, keys: &[CacheKey]) -> Result<Option<(CacheKey, O)>>;
+
+    /// Stores `value` under the primary that `keys[0]` already has, or else under `keys[0]` itself, and returns that primary. All keys
+    /// become its aliases, also those that led elsewhere before: the first key is the one the value follows from. An existing record of the
+    /// primary is replaced.
+    async fn save(&self, keys: &[CacheKey], value: &O, meta: &RecordMeta) -> Result<CacheKey>;
+
+    /// Makes `keys` aliases of `primary`, whose record stays as it is. A store that keeps no aliases may do nothing.
+    async fn alias(&self, primary: CacheKey, keys: &[CacheKey]) -> Result<()> {
+        let _ = (primary, keys);
+        Ok(())
+    }
+}

@@ -1,0 +1,350 @@
+//! The state machine: what happens ([`Event`]), what it asks of the world ([`Effect`]), and the step between them.
+//!
+//! A step is synchronous and total: any event is allowed at any time, and what comes too late is ignored by its task number.
+
+use crate::handle::Known;
+use crate::{
+    CacheKey, CacheMap, Completion, OpContext, Operation, RecordMeta, Vertex,
+    graph::{
+        Edge, EdgeId, Flight, Graph, JobNo, JobState, Level, NodeNo, Open, Phase, Request, RequestNo, Run, TaskNo, Told, Wanter, Work,
+    },
+};
+use shipway_fault::{Detail, Fault, Result};
+use shipway_oci::Digest;
+use shipway_progress::{Journal, Reporter};
+use std::{collections::BTreeSet, sync::Arc};
+
+/// Something that happened.
+pub(crate) enum Event<Op: Operation> {
+    /// A job begins.
+    Open { job: JobNo, data: Op::Job, journal: Journal },
+    /// A job ends.
+    Close { job: JobNo },
+    /// A job wants a result.
+    Request { request: RequestNo, job: JobNo, vertex: Arc<Vertex<Op>>, output: usize },
+    /// It does not any more.
+    Withdraw { request: RequestNo },
+    /// A task ended.
+    Mapped { task: TaskNo, node: NodeNo, result: Result<CacheMap> },
+    /// A task ended.
+    Content { task: TaskNo, node: NodeNo, input: usize, result: Result<Option<Digest>> },
+    /// A task ended.
+    Probed { task: TaskNo, edge: EdgeId, answer: Answer<Op::Output> },
+    /// A task ended.
+    Ran { task: TaskNo, node: NodeNo, result: Result<Vec<Op::Output>> },
+    /// A task ended; `None` when the store failed.
+    Saved { task: TaskNo, edge: EdgeId, primary: Option<CacheKey> },
+}
+
+/// What the store knows.
+pub(crate) enum Answer<O> {
+    /// A result and its primary key.
+    Hit(CacheKey, O),
+    /// No result, and these primaries.
+    Miss(Vec<CacheKey>),
+}
+
+/// What the driver is to do.
+pub(crate) enum Effect<Op: Operation> {
+    /// Ask for the cache map.
+    Map { task: TaskNo, node: NodeNo, vertex: Arc<Vertex<Op>>, cx: OpContext<Op::Job> },
+    /// Ask for the checksum of what is read of an input.
+    Content { task: TaskNo, node: NodeNo, vertex: Arc<Vertex<Op>>, input: usize, value: Op::Output, cx: OpContext<Op::Job> },
+    /// Ask the store for aliases and, with `load`, first for a result.
+    Probe { task: TaskNo, edge: EdgeId, keys: Vec<CacheKey>, load: bool },
+    /// Run the operation.
+    Run { task: TaskNo, node: NodeNo, vertex: Arc<Vertex<Op>>, inputs: Vec<Op::Output>, cx: OpContext<Op::Job> },
+    /// Store a result: under a primary of the strong keys if there is one, else under the first of them, and under the weak ones too.
+    Save { task: TaskNo, edge: EdgeId, strong: Vec<CacheKey>, weak: Vec<CacheKey>, value: Op::Output, meta: RecordMeta },
+    /// Let more keys lead to a primary. Nothing waits for it.
+    Alias { primary: CacheKey, keys: Vec<CacheKey> },
+    /// Drop a task.
+    Cancel { task: TaskNo },
+    /// Tell those who watch.
+    Report { reporter: Reporter, what: Say },
+    /// Answer a request.
+    Reply { request: RequestNo, result: Result<(Op::Output, Completion)> },
+}
+
+/// What is told of a vertex.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Say {
+    Started,
+    Cached,
+    Completed(Option<String>),
+}
+
+impl<Op: Operation> Graph<Op> {
+    /// Takes in what happened and says what to do.
+    pub(crate) fn step(&mut self, event: Event<Op>) -> Vec<Effect<Op>> {
+        match event {
+            Event::Open { job, data, journal } => {
+                self.jobs.insert(job, JobState { data, journal, nodes: BTreeSet::new() });
+            }
+            Event::Close { job } => self.close(job),
+            Event::Request { request, job, vertex, output } => self.request(request, job, &vertex, output),
+            Event::Withdraw { request } => self.withdraw(request),
+            Event::Mapped { task, node, result } => self.mapped(task, node, result),
+            Event::Content { task, node, input, result } => self.content(task, node, input, result),
+            Event::Probed { task, edge, answer } => self.probed(task, edge, answer),
+            Event::Ran { task, node, result } => self.ran(task, node, result),
+            Event::Saved { task, edge, primary } => self.saved(task, edge, primary),
+        }
+        self.settle();
+        std::mem::take(&mut self.effects)
+    }
+
+    /// What a job's vertices came to.
+    pub(crate) fn known_to(&self, job: JobNo) -> Vec<Known<Op>> {
+        let nodes = self.jobs.get(&job).into_iter().flat_map(|j| &j.nodes).filter_map(|no| self.nodes.get(no));
+        let done = |(output, edge): (&usize, &Edge<Op::Output>)| match &edge.phase {
+            Phase::Done(done) => Some((*output, done.value.clone())),
+            _ => None,
+        };
+        nodes.map(|n| Known { vertex: n.vertex.clone(), outputs: n.edges.iter().filter_map(done).collect() }).collect()
+    }
+
+    /// Looks at everything that may have changed until nothing changes.
+    fn settle(&mut self) {
+        loop {
+            while let Some(edge) = self.dirty.pop() {
+                self.advance(edge);
+            }
+            for node in std::mem::take(&mut self.dirty.nodes) {
+                self.tend(node);
+            }
+            for edge in std::mem::take(&mut self.forgotten) {
+                let Some(e) = self.edge_mut(edge).filter(|e| matches!(e.phase, Phase::Failed(..))) else { continue };
+                if e.desired().is_none() {
+                    e.phase = Phase::Open(Open::default());
+                } else {
+                    // A consumer that is busy with something else has yet to see it.
+                    self.forgotten.push(edge);
+                }
+            }
+            self.start_queued();
+            if self.dirty.nodes.is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn request(&mut self, request: RequestNo, job: JobNo, vertex: &Arc<Vertex<Op>>, output: usize) {
+        if !self.jobs.contains_key(&job) {
+            self.effects.push(Effect::Reply { request, result: Err(Fault::cancelled().context("the job has ended")) });
+            return;
+        }
+        let edge = self.load(vertex, output, job);
+        self.requests.insert(request, Request { job, edge });
+        self.want(edge, Wanter::Request(request), Some(Level::Result));
+        // The edge may have its result already.
+        self.dirty.push(edge);
+    }
+
+    fn withdraw(&mut self, request: RequestNo) {
+        if let Some(r) = self.requests.remove(&request) {
+            self.want(r.edge, Wanter::Request(request), None);
+        }
+    }
+
+    fn close(&mut self, job: JobNo) {
+        let Some(state) = self.jobs.remove(&job) else { return };
+        let ended: Vec<RequestNo> = self.requests.iter().filter(|(_, r)| r.job == job).map(|(no, _)| *no).collect();
+        for request in ended {
+            self.withdraw(request);
+            self.effects.push(Effect::Reply { request, result: Err(Fault::cancelled()) });
+        }
+        let mut unheld = Vec::new();
+        for no in state.nodes {
+            let Some(node) = self.nodes.get_mut(&no) else { continue };
+            node.departures += 1;
+            let alone = node.holders.edit(|h| {
+                h.retain(|(j, _)| *j != job);
+                h.is_empty()
+            });
+            if alone {
+                // Open work is ended while its journal still hears of it.
+                unheld.push((no, node.cx.reporter.clone()));
+            } else {
+                node.cx.reporter.detach(&state.journal);
+            }
+        }
+        for (no, _) in &unheld {
+            self.remove(*no);
+        }
+        for (_, reporter) in unheld {
+            reporter.detach(&state.journal);
+        }
+    }
+
+    /// Takes a node out of the graph that no job holds.
+    fn remove(&mut self, no: NodeNo) {
+        let Some(node) = self.nodes.get(&no) else { return };
+        let edges: Vec<EdgeId> = node.edges.keys().map(|output| EdgeId { node: no, output: *output }).collect();
+        for edge in &edges {
+            self.rest(*edge);
+            self.notify(*edge);
+            self.abandon(*edge);
+        }
+        let Some(node) = self.nodes.remove(&no) else { return };
+        self.known.remove(&node.identity);
+        self.owners.retain(|_, owner| owner.node != no);
+        let flights = [&node.map].into_iter().filter_map(|w| if let Work::Asked(f) = w { Some(*f) } else { None });
+        let flights: Vec<Flight> =
+            flights.chain(node.contents.iter().filter_map(|w| if let Work::Asked(f) = w { Some(*f) } else { None })).collect();
+        for flight in flights {
+            self.effects.push(Effect::Cancel { task: flight.task });
+        }
+        if let Run::Running(flight) = node.run {
+            self.effects.push(Effect::Cancel { task: flight.task });
+            self.running -= usize::from(node.vertex.op.counts());
+        }
+        if node.told == Told::Started {
+            self.effects.push(Effect::Report { reporter: node.cx.reporter, what: Say::Completed(Some(Fault::cancelled().to_string())) });
+        }
+    }
+
+    /// Whether a failed task is to be tried again: it was cancelled after one of its jobs left, and others still want it.
+    fn try_again(&self, node: NodeNo, flight: Flight, fault: &Fault) -> bool {
+        fault.is_cancelled() && self.nodes.get(&node).is_some_and(|n| n.departures != flight.departures)
+    }
+
+    fn mapped(&mut self, task: TaskNo, no: NodeNo, result: Result<CacheMap>) {
+        let Some(node) = self.nodes.get_mut(&no).filter(|n| n.map.is(task)) else { return };
+        let Work::Asked(flight) = node.map else { return };
+        let result = result.and_then(|mut map| {
+            if map.keys.is_empty() {
+                return Err(Fault::internal(format!("the operation of {} has no cache key", node.vertex.name)));
+            }
+            map.inputs.resize_with(node.vertex.inputs.len(), Default::default);
+            Ok(map)
+        });
+        node.map = Work::Unasked;
+        match result {
+            Ok(map) => node.map = Work::Known(Arc::new(map)),
+            Err(fault) if self.try_again(no, flight, &fault) => {}
+            Err(fault) => {
+                self.tell(no, Say::Completed(Some(fault.to_string())));
+                let fault = self.blame(no, fault);
+                self.fail_node(no, &fault, |_| true);
+                if let Some(node) = self.nodes.get_mut(&no)
+                    && !fault.is_cancelled()
+                {
+                    node.map = Work::Failed(fault);
+                }
+            }
+        }
+        self.dirty_node(no);
+    }
+
+    fn content(&mut self, task: TaskNo, no: NodeNo, input: usize, result: Result<Option<Digest>>) {
+        let Some(node) = self.nodes.get_mut(&no) else { return };
+        let Some(slot) = node.contents.get_mut(input).filter(|w| w.is(task)) else { return };
+        let Work::Asked(flight) = std::mem::replace(slot, Work::Unasked) else { return };
+        match result {
+            Ok(content) => *slot = Work::Known(content),
+            Err(fault) if self.try_again(no, flight, &fault) => {}
+            Err(fault) => {
+                self.tell(no, Say::Completed(Some(fault.to_string())));
+                let fault = self.blame(no, fault);
+                self.fail_node(no, &fault, |phase| matches!(phase, Phase::Open(open) if open.settled >= Some(Level::Fast)));
+                if let Some(slot) = self.nodes.get_mut(&no).and_then(|n| n.contents.get_mut(input))
+                    && !fault.is_cancelled()
+                {
+                    *slot = Work::Failed(fault);
+                }
+            }
+        }
+        self.dirty_node(no);
+    }
+
+    fn ran(&mut self, task: TaskNo, no: NodeNo, result: Result<Vec<Op::Output>>) {
+        let Some(node) = self.nodes.get_mut(&no) else { return };
+        let Run::Running(flight) = node.run else { return };
+        if flight.task != task {
+            return;
+        }
+        self.running -= usize::from(node.vertex.op.counts());
+        node.run = Run::Idle;
+        match result {
+            Ok(outputs) => {
+                node.run = Run::Done(outputs);
+                self.tell(no, Say::Completed(None));
+            }
+            Err(fault) if self.try_again(no, flight, &fault) => {}
+            Err(fault) => {
+                self.tell(no, Say::Completed(Some(fault.to_string())));
+                let fault = self.blame(no, fault);
+                self.fail_node(no, &fault, |phase| matches!(phase, Phase::Claimed(_)));
+                if let Some(node) = self.nodes.get_mut(&no)
+                    && !fault.is_cancelled()
+                {
+                    node.run = Run::Failed(fault);
+                }
+            }
+        }
+        self.dirty_node(no);
+    }
+
+    fn probed(&mut self, task: TaskNo, edge: EdgeId, answer: Answer<Op::Output>) {
+        let Some(e) = self.edge_mut(edge) else { return };
+        let Phase::Open(open) = &mut e.phase else { return };
+        let Some(probe) = open.probe.take_if(|p| p.task == task) else { return };
+        match answer {
+            Answer::Hit(primary, value) => self.hit(edge, &probe, primary, value),
+            Answer::Miss(primaries) => open.missed(probe, primaries),
+        }
+        self.dirty.push(edge);
+    }
+
+    /// Marks all edges of a node for another look.
+    pub(crate) fn dirty_node(&mut self, no: NodeNo) {
+        let outputs: Vec<usize> = self.nodes.get(&no).map(|n| n.edges.keys().copied().collect()).unwrap_or_default();
+        self.dirty.nodes.insert(no);
+        for output in outputs {
+            self.dirty.push(EdgeId { node: no, output });
+        }
+    }
+
+    /// Names the vertex in its fault, once.
+    pub(crate) fn blame(&self, no: NodeNo, fault: Fault) -> Fault {
+        match self.nodes.get(&no) {
+            Some(node) if !fault.details().iter().any(|d| matches!(d, Detail::Vertex(_))) => {
+                fault.detail(Detail::Vertex(node.vertex.id.digest.to_string()))
+            }
+            _ => fault,
+        }
+    }
+
+    /// Reports progress of a vertex.
+    pub(crate) fn tell(&mut self, no: NodeNo, what: Say) {
+        let Some(node) = self.nodes.get_mut(&no) else { return };
+        node.told = if what == Say::Started { Told::Started } else { Told::Ended };
+        self.effects.push(Effect::Report { reporter: node.cx.reporter.clone(), what });
+    }
+
+    /// Reports inputs that never ran and are not wanted as cached, and theirs (row `so.st.cached`).
+    pub(crate) fn tell_inputs_cached(&mut self, no: NodeNo) {
+        let mut stack = vec![no];
+        while let Some(no) = stack.pop() {
+            let inputs: Vec<EdgeId> = self.nodes.get(&no).map(|n| n.identity.inputs.clone()).unwrap_or_default();
+            for input in inputs {
+                let Some(node) = self.nodes.get(&input.node) else { continue };
+                let busy = node.edges.values().any(|e| e.desired() == Some(Level::Result) && !matches!(e.phase, Phase::Done(_)));
+                if node.told == Told::Nothing && !busy {
+                    self.tell(input.node, Say::Cached);
+                    stack.push(input.node);
+                }
+            }
+        }
+    }
+
+    pub(crate) fn task(&mut self) -> TaskNo {
+        TaskNo(self.number())
+    }
+
+    pub(crate) fn flight(&mut self, no: NodeNo) -> Flight {
+        let departures = self.nodes.get(&no).map(|n| n.departures).unwrap_or_default();
+        Flight { task: self.task(), departures }
+    }
+}

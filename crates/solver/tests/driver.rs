@@ -1,0 +1,210 @@
+//! The solver with its driver: real tasks, real cancellation, progress.
+
+use async_trait::async_trait;
+use shipway_fault::{Code, Detail, Fault, Result};
+use shipway_oci::Digest;
+use shipway_progress::{Event, Journal};
+use shipway_solver::{
+    CacheMap, Completion, InputMap, Job, JobId, Limits, OpContext, Operation, Solver, Vertex, VertexId, memory::MemoryStore,
+};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+use tokio::sync::Semaphore;
+
+/// What the operations of one test share.
+#[derive(Default)]
+struct Lab {
+    runs: AtomicUsize,
+    cancelled: AtomicUsize,
+}
+
+enum Work {
+    /// Joins its inputs.
+    Join,
+    /// Waits for a permit.
+    Gate(Arc<Semaphore>),
+    Fail,
+    Panic,
+}
+
+struct Op {
+    key: String,
+    work: Work,
+    lab: Arc<Lab>,
+}
+
+struct OnDrop<'a>(&'a Lab, bool);
+
+impl Drop for OnDrop<'_> {
+    fn drop(&mut self) {
+        if !self.1 {
+            self.0.cancelled.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+#[async_trait]
+impl Operation for Op {
+    type Output = String;
+    type Job = &'static str;
+
+    async fn cache_map(&self, _: &OpContext<&'static str>) -> Result<CacheMap> {
+        Ok(CacheMap { keys: vec![Digest::of(&self.key)], inputs: vec![InputMap::default(); 2], ephemeral: false })
+    }
+
+    async fn content_key(&self, _: usize, _: &String, _: &OpContext<&'static str>) -> Result<Option<Digest>> {
+        Ok(None)
+    }
+
+    async fn run(&self, inputs: Vec<String>, cx: &OpContext<&'static str>) -> Result<Vec<String>> {
+        self.lab.runs.fetch_add(1, Ordering::SeqCst);
+        let mut guard = OnDrop(&self.lab, false);
+        match &self.work {
+            Work::Join => {}
+            Work::Gate(gate) => gate.acquire().await.expect("an open gate").forget(),
+            Work::Fail => {
+                guard.1 = true;
+                return Err(Fault::not_found("no such thing"));
+            }
+            Work::Panic => panic!("a bug"),
+        }
+        guard.1 = true;
+        Ok(vec![format!("{}({}) for {}", self.key, inputs.join(","), (cx.jobs)().join("+"))])
+    }
+}
+
+fn vertex(lab: &Arc<Lab>, name: &str, key: &str, work: Work, inputs: &[&Arc<Vertex<Op>>]) -> Arc<Vertex<Op>> {
+    Arc::new(Vertex {
+        id: VertexId { digest: Digest::of(name), ignore_cache: false },
+        name: name.into(),
+        group: None,
+        inputs: inputs.iter().map(|v| (Arc::clone(v), 0)).collect(),
+        op: Arc::new(Op { key: key.into(), work, lab: lab.clone() }),
+    })
+}
+
+fn solver() -> Solver<Op> {
+    Solver::new(Arc::new(MemoryStore::default()), Limits::default())
+}
+
+fn job(solver: &Solver<Op>, name: &'static str) -> Job<Op> {
+    solver.job(JobId(name.into()), name, Journal::new()).expect("a free name")
+}
+
+async fn until(condition: impl Fn() -> bool) {
+    let wait = async {
+        while !condition() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), wait).await.expect("it happens in time");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn equal_work_is_done_once_by_the_first() {
+    let (lab, solver, gate) = (Arc::new(Lab::default()), solver(), Arc::new(Semaphore::new(0)));
+    let (one, two) = (job(&solver, "one"), job(&solver, "two"));
+    let a = vertex(&lab, "a", "same", Work::Gate(gate.clone()), &[]);
+    let b = vertex(&lab, "b", "same", Work::Gate(gate.clone()), &[]);
+    let first = one.build(a.clone(), 0);
+    tokio::pin!(first);
+    assert!(futures::poll!(&mut first).is_pending());
+    until(|| lab.runs.load(Ordering::SeqCst) == 1).await;
+    let again = one.build(a, 0);
+    let other = two.build(b, 0);
+    let done = async {
+        tokio::task::yield_now().await;
+        gate.add_permits(1);
+    };
+    let (first, again, other, ()) = tokio::join!(first, again, other, done);
+    assert_eq!(lab.runs.load(Ordering::SeqCst), 1);
+    assert_eq!(first.as_ref().map(|r| r.1).ok(), Some(Completion::Ran));
+    assert_eq!(again.expect("a result").0, first.expect("a result").0);
+    assert_eq!(other.expect("a result").1, Completion::Cached);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn work_ends_with_the_last_interest() {
+    let (lab, solver, gate) = (Arc::new(Lab::default()), solver(), Arc::new(Semaphore::new(0)));
+    let (one, two) = (job(&solver, "one"), job(&solver, "two"));
+    let a = vertex(&lab, "a", "a", Work::Gate(gate), &[]);
+    {
+        let (first, second) = (one.build(a.clone(), 0), two.build(a.clone(), 0));
+        tokio::pin!(first, second);
+        assert!(futures::poll!(&mut first).is_pending());
+        assert!(futures::poll!(&mut second).is_pending());
+        until(|| lab.runs.load(Ordering::SeqCst) == 1).await;
+        drop(two);
+        assert!(second.await.is_err_and(|e| e.is_cancelled()));
+        assert_eq!(lab.cancelled.load(Ordering::SeqCst), 0);
+    }
+    until(|| lab.cancelled.load(Ordering::SeqCst) == 1).await;
+}
+
+#[tokio::test]
+async fn a_job_name_is_taken_while_the_job_lives() {
+    let solver = solver();
+    let one = job(&solver, "one");
+    let taken = solver.job(JobId("one".into()), "other", Journal::new());
+    assert!(taken.is_err_and(|e| e.code() == Code::AlreadyExists && e.to_string().contains("job ID one exists")));
+    one.close();
+    job(&solver, "one");
+}
+
+#[tokio::test]
+async fn a_fault_names_its_vertex_once() {
+    let (lab, solver) = (Arc::new(Lab::default()), solver());
+    let one = job(&solver, "one");
+    let a = vertex(&lab, "a", "a", Work::Fail, &[]);
+    let b = vertex(&lab, "b", "b", Work::Join, &[&a]);
+    let fault = one.build(b, 0).await.expect_err("a fails");
+    assert_eq!(fault.code(), Code::NotFound);
+    assert_eq!(fault.details(), [Detail::Vertex(Digest::of("a").to_string())]);
+}
+
+#[tokio::test]
+async fn a_panic_is_a_fault() {
+    let (lab, solver) = (Arc::new(Lab::default()), solver());
+    let fault = job(&solver, "one").build(vertex(&lab, "a", "a", Work::Panic, &[]), 0).await.expect_err("it panics");
+    assert_eq!(fault.code(), Code::Internal);
+    assert!(fault.to_string().contains("a bug"));
+}
+
+#[tokio::test]
+async fn a_second_build_tells_of_cached_vertices() {
+    let (lab, solver) = (Arc::new(Lab::default()), solver());
+    let a = vertex(&lab, "a", "a", Work::Join, &[]);
+    let b = vertex(&lab, "b", "b", Work::Join, &[&a]);
+    let first = job(&solver, "one").build(b.clone(), 0).await.expect("a result").0;
+    assert_eq!(first, "b(a() for one) for one");
+    let journal = Journal::new();
+    let two = solver.job(JobId("two".into()), "two", journal.clone()).expect("a free name");
+    assert_eq!(two.build(b, 0).await.expect("a result"), (first, Completion::Cached));
+    let told = journal.events().into_iter().filter_map(|e| match e {
+        Event::Vertex(v) if v.completed.is_some() => Some((v.name, v.cached, v.started == v.completed)),
+        _ => None,
+    });
+    assert_eq!(told.collect::<Vec<_>>(), [("b".to_owned(), true, true), ("a".to_owned(), true, true)]);
+    assert_eq!(lab.runs.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_deep_graph_is_no_problem() {
+    let (lab, solver) = (Arc::new(Lab::default()), solver());
+    let mut top = vertex(&lab, "0", "0", Work::Join, &[]);
+    for i in 1..20_000 {
+        top = vertex(&lab, &i.to_string(), &i.to_string(), Work::Join, &[&top, &top]);
+    }
+    // The results double with every vertex; only the depth matters here, so the top is withdrawn once the bottom ran.
+    let one = job(&solver, "one");
+    let build = one.build(top.clone(), 0);
+    tokio::select! {
+        _ = build => {}
+        () = until(|| lab.runs.load(Ordering::SeqCst) > 2) => {}
+    }
+}

@@ -1,0 +1,217 @@
+//! `git://`: a commit's files, through the git binary and a bare repository kept per remote (rows `src.git*`).
+
+mod attrs;
+mod cli;
+mod repo;
+mod tree;
+
+use crate::{
+    GitObjects, Pin, ResolvedGit, ResolvedMeta, SourceMemo, SourceSpec, keys,
+    peers::{Peers, SshAgent},
+};
+pub(crate) use attrs::GitSpec;
+use base64::{Engine, prelude::BASE64_STANDARD};
+use bytes::Bytes;
+use cli::Git;
+use repo::Repo;
+pub(crate) use repo::Tip;
+use serde::Serialize;
+use shipway_fault::{Context, Fault, Result};
+use shipway_progress::Reporter;
+use shipway_refs::{ImmutableRef, NamedRef, NamedRequest, RecordType, RefStore, Sharing};
+use std::io::Write;
+
+/// Git repositories.
+pub(crate) struct Gits {
+    refs: RefStore,
+}
+
+/// git with what it needs to get at a remote; removes that when dropped.
+struct Access {
+    git: Git,
+    _agent: Option<SshAgent>,
+    _known_hosts: Option<tempfile::NamedTempFile>,
+}
+
+#[derive(Serialize)]
+struct GitKey<'a> {
+    sha: &'a str,
+    /// The kept `.git` names the reference.
+    kept: Option<&'a str>,
+    subdir: &'a str,
+    skip_submodules: bool,
+    commit_time: bool,
+}
+
+impl Gits {
+    pub(crate) fn new(refs: RefStore) -> Self {
+        Self { refs }
+    }
+
+    pub(crate) async fn pin(
+        &self,
+        spec: &SourceSpec,
+        locator: &str,
+        peers: &dyn Peers,
+        memo: &SourceMemo,
+        reporter: &Reporter,
+    ) -> Result<Pin> {
+        let spec = GitSpec::parse(spec, locator)?;
+        let tip = self.tip(&spec, peers, memo, reporter).await?;
+        // A tag and the branch it was made on share a key where the tag itself leaves no trace.
+        let sha = tip.commit.as_ref().filter(|_| !spec.keep_git_dir).unwrap_or(&tip.sha);
+        let key = GitKey {
+            sha,
+            kept: spec.keep_git_dir.then_some(&tip.reference),
+            subdir: &spec.subdir,
+            skip_submodules: spec.skip_submodules,
+            commit_time: spec.commit_time,
+        };
+        Ok(Pin { keys: vec![keys::digest("git", &key)], ephemeral: false, digest: Some(tip.sha) })
+    }
+
+    pub(crate) async fn fetch(
+        &self,
+        spec: &SourceSpec,
+        locator: &str,
+        pin: &Pin,
+        peers: &dyn Peers,
+        memo: &SourceMemo,
+        reporter: &Reporter,
+    ) -> Result<ImmutableRef> {
+        let spec = GitSpec::parse(spec, locator)?;
+        // Another build's memory may know another tip; ours is the one that was pinned.
+        let tip = match memo.tip(&spec.tip_key()).filter(|t| Some(&t.sha) == pin.digest.as_ref()) {
+            Some(tip) => tip,
+            None => self.tip(&spec, peers, &SourceMemo::default(), reporter).await?,
+        };
+        let access = self.access(&spec, peers, reporter).await?;
+        let shown = spec.shown();
+        let shared = self.shared(&spec).await?;
+        let bare = shared.mount().await?;
+        let repo = Repo { git: &access.git, dir: bare.path(), spec: &spec };
+        let made = self.check_out(&repo, &tip, &format!("git snapshot for {shown}#{}", spec.reference)).await;
+        bare.unmount().await?;
+        drop(shared);
+        made
+    }
+
+    /// The repository that is kept for the remote, ours alone until dropped.
+    async fn shared(&self, spec: &GitSpec) -> Result<NamedRef> {
+        let shown = spec.shown();
+        let request = NamedRequest {
+            record_type: RecordType::Internal,
+            key: format!("git:{}", spec.remote),
+            description: format!("shared git repo for {shown}"),
+            sharing: Sharing::Locked,
+            parent: None,
+        };
+        self.refs.named(request).await.context(|| format!("prepare the repository of {shown}"))
+    }
+
+    async fn objects(&self, spec: &GitSpec, tip: &Tip, peers: &dyn Peers, reporter: &Reporter) -> Result<GitObjects> {
+        let access = self.access(spec, peers, reporter).await?;
+        let shared = self.shared(spec).await?;
+        let bare = shared.mount().await?;
+        let repo = Repo { git: &access.git, dir: bare.path(), spec };
+        let read = async {
+            repo.init(tip.sha.len() == 64).await?;
+            repo.fetch_object(tip, &tip.sha).await?;
+            let commit = tip.commit.as_ref().unwrap_or(&tip.sha);
+            let tag = match &tip.commit {
+                Some(_) => repo.object("tag", &tip.sha).await?,
+                None => Bytes::new(),
+            };
+            Ok(GitObjects { commit: repo.object("commit", commit).await?, tag })
+        };
+        let read = read.await;
+        bare.unmount().await?;
+        read
+    }
+
+    async fn check_out(&self, repo: &Repo<'_>, tip: &Tip, description: &str) -> Result<ImmutableRef> {
+        repo.init(tip.sha.len() == 64).await?;
+        repo.fetch(tip).await?;
+        let state = self.refs.mutable(None, description, RecordType::GitCheckout, None).await?;
+        let mount = state.mount().await?;
+        repo.checkout(tip, mount.path()).await?;
+        mount.unmount().await?;
+        state.commit(description).await
+    }
+
+    /// Where the reference leads; with `objects`, also the commit and the tag as git has them (row `gw.resolvesrc.git`).
+    pub(crate) async fn resolve(
+        &self,
+        spec: &SourceSpec,
+        locator: &str,
+        objects: bool,
+        peers: &dyn Peers,
+        memo: &SourceMemo,
+        reporter: &Reporter,
+    ) -> Result<ResolvedMeta> {
+        let spec = GitSpec::parse(spec, locator)?;
+        let tip = self.tip(&spec, peers, memo, reporter).await?;
+        let objects = if objects { self.objects(&spec, &tip, peers, reporter).await? } else { GitObjects::default() };
+        let git = ResolvedGit { checksum: tip.sha, reference: tip.reference, commit_checksum: tip.commit.unwrap_or_default(), objects };
+        Ok(ResolvedMeta { git: Some(git), ..Default::default() })
+    }
+
+    async fn tip(&self, spec: &GitSpec, peers: &dyn Peers, memo: &SourceMemo, reporter: &Reporter) -> Result<Tip> {
+        let tip = match memo.tip(&spec.tip_key()) {
+            Some(tip) => tip,
+            None => {
+                let access = self.access(spec, peers, reporter).await?;
+                let tip = repo::find_tip(&access.git, spec).await?;
+                memo.keep_tip(spec.tip_key(), tip.clone());
+                tip
+            }
+        };
+        tip.check(spec)?;
+        Ok(tip)
+    }
+
+    async fn access(&self, spec: &GitSpec, peers: &dyn Peers, reporter: &Reporter) -> Result<Access> {
+        let agent = match spec.ssh_agent.as_str() {
+            "" => None,
+            id => Some(peers.ssh_agent(id).await?),
+        };
+        let known_hosts = match spec.known_hosts.as_str() {
+            "" => None,
+            text => Some(known_hosts_file(text)?),
+        };
+        let mut git = Git::new(reporter).ssh(agent.as_ref().map(SshAgent::socket), known_hosts.as_ref().map(|f| f.path()));
+        if let Some(header) = auth_header(spec, peers).await? {
+            git = git.secret_setting(format!("http.{}.extraheader", token_scope(&spec.remote)), header);
+        }
+        Ok(Access { git, _agent: agent, _known_hosts: known_hosts })
+    }
+}
+
+fn known_hosts_file(text: &str) -> Result<tempfile::NamedTempFile> {
+    let failed = |e| Fault::io("write the known SSH hosts", e);
+    let mut file = tempfile::NamedTempFile::new().map_err(failed)?;
+    file.write_all(text.as_bytes()).map_err(failed)?;
+    Ok(file)
+}
+
+/// The header that authenticates us: the secret named for this host first (row `src.git.auth`).
+async fn auth_header(spec: &GitSpec, peers: &dyn Peers) -> Result<Option<String>> {
+    let host = spec.host();
+    let names = [(format!("{}.{host}", spec.header_secret), false), (format!("{}.{host}", spec.token_secret), true)];
+    let plain = [(spec.header_secret.clone(), false), (spec.token_secret.clone(), true)];
+    for (name, token) in names.into_iter().chain(plain) {
+        if name.is_empty() || name.starts_with('.') {
+            continue;
+        }
+        let Some(secret) = peers.secret(&name).await? else { continue };
+        let secret = String::from_utf8_lossy(&secret).trim().to_owned();
+        let value = if token { format!("basic {}", BASE64_STANDARD.encode(format!("x-access-token:{secret}"))) } else { secret };
+        return Ok(Some(format!("Authorization: {value}")));
+    }
+    Ok(None)
+}
+
+/// Where the header goes: to the remote alone; on GitHub to all of it, so that private submodules work.
+fn token_scope(remote: &str) -> &str {
+    ["https://github.com/", "https://www.github.com/"].into_iter().find(|p| remote.starts_with(p)).unwrap_or(remote)
+}

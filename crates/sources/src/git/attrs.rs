@@ -1,0 +1,175 @@
+//! A git source's identifier and attributes (rows `src.git.*`).
+
+use crate::{SourceSpec, keys};
+use shipway_fault::{Fault, Result};
+use shipway_oci::Digest;
+
+/// A parsed git source.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct GitSpec {
+    /// Address that git is given.
+    pub remote: String,
+    /// Branch, tag or commit; empty for the default branch.
+    pub reference: String,
+    /// Directory within the repository, without slashes at its ends; empty for all.
+    pub subdir: String,
+    pub keep_git_dir: bool,
+    pub header_secret: String,
+    pub token_secret: String,
+    /// Id of the client's SSH agent; empty for none.
+    pub ssh_agent: String,
+    pub known_hosts: String,
+    /// What the commit or tag must begin with.
+    pub checksum: String,
+    pub skip_submodules: bool,
+    /// Files get the commit's time.
+    pub commit_time: bool,
+    /// Fetch the commit in `checksum` whatever the reference leads to.
+    pub by_commit: bool,
+}
+
+impl GitSpec {
+    pub(crate) fn parse(spec: &SourceSpec, locator: &str) -> Result<Self> {
+        let (address, fragment) = locator.split_once('#').unwrap_or((locator, ""));
+        let (reference, subdir) = fragment.split_once(':').unwrap_or((fragment, ""));
+        let mut git = Self { remote: remote(address)?, reference: reference.into(), subdir: clean(subdir), ..Default::default() };
+        for (key, value) in &spec.attrs {
+            let yes = value == "true";
+            match key.as_str() {
+                "git.keepgitdir" => git.keep_git_dir = yes,
+                "git.fullurl" => git.remote = remote(value.split('#').next().unwrap_or_default())?,
+                "git.authheadersecret" => git.header_secret.clone_from(value),
+                "git.authtokensecret" => git.token_secret.clone_from(value),
+                "git.knownsshhosts" => git.known_hosts.clone_from(value),
+                "git.mountsshsock" => git.ssh_agent.clone_from(value),
+                "git.checksum" => git.checksum.clone_from(value),
+                "git.skipsubmodules" => git.skip_submodules = yes,
+                "git.mtime" => {
+                    git.commit_time = match value.as_str() {
+                        "" | "checkout" => false,
+                        "commit" => true,
+                        _ => return Err(Fault::invalid(format!("{key}={value:?} is wrong: want checkout or commit"))),
+                    }
+                }
+                "git.fetchbycommit" => git.by_commit = yes,
+                "git.bundle" => return Err(Fault::unimplemented("a git source out of a bundle")),
+                "git.checkoutbundle" if yes => return Err(Fault::unimplemented("a git source as a bundle")),
+                k if k.starts_with("git.sig.") => return Err(Fault::unimplemented("verifying the signature of a git commit")),
+                _ => {}
+            }
+        }
+        if git.reference.starts_with('-') || git.reference.chars().any(char::is_control) {
+            return Err(Fault::invalid(format!("invalid git ref {:?}", git.reference)));
+        }
+        if !git.checksum.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(Fault::invalid(format!("invalid git checksum {:?}: want hex characters", git.checksum)));
+        }
+        git.checksum.make_ascii_lowercase();
+        if git.by_commit && !is_commit(&git.checksum) {
+            return Err(Fault::invalid("git.fetchbycommit needs a whole commit in git.checksum"));
+        }
+        Ok(git)
+    }
+
+    /// The address as it may be shown: without a password.
+    pub(crate) fn shown(&self) -> String {
+        match self.remote.split_once("://") {
+            Some((scheme, rest)) => {
+                let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+                match authority.rsplit_once('@').map(|(user, host)| (user.split_once(':'), host)) {
+                    Some((Some((user, _)), host)) => format!("{scheme}://{user}:xxxxx@{host}/{path}"),
+                    _ => self.remote.clone(),
+                }
+            }
+            None => self.remote.clone(),
+        }
+    }
+
+    /// Host (and port) of the remote.
+    pub(crate) fn host(&self) -> &str {
+        let rest = self.remote.split_once("://").map_or(self.remote.as_str(), |(_, r)| r);
+        let authority = rest.split('/').next().unwrap_or_default();
+        authority.rsplit('@').next().unwrap_or_default()
+    }
+
+    /// Identity of what the remote is asked: where its reference leads, whatever is then made of it.
+    pub(crate) fn tip_key(&self) -> Digest {
+        let commit = if self.by_commit { self.checksum.as_str() } else { "" };
+        keys::digest("git.tip", &(&self.remote, &self.reference, commit))
+    }
+}
+
+/// Whether `text` is a whole object name.
+pub(crate) fn is_commit(text: &str) -> bool {
+    matches!(text.len(), 40 | 64) && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+/// The address for git: with a scheme that is fit for strangers' addresses, or in the form `user@host:path`.
+fn remote(text: &str) -> Result<String> {
+    let bad = |why: &str| Err(Fault::invalid(format!("invalid git remote: {why}")));
+    if text.is_empty() || text.starts_with('-') || text.chars().any(|c| c.is_control() || c == ' ') {
+        return bad("it is empty, or has characters that addresses cannot have");
+    }
+    match text.split_once("://") {
+        Some((scheme, _)) if matches!(scheme.to_lowercase().as_str(), "http" | "https" | "ssh" | "git") => Ok(text.to_owned()),
+        Some((scheme, _)) => bad(&format!("the scheme {scheme:?} is not one of http, https, ssh, git")),
+        None if is_scp(text) => Ok(text.to_owned()),
+        None => Ok(format!("https://{text}")),
+    }
+}
+
+/// `user@host:path`.
+fn is_scp(text: &str) -> bool {
+    let Some((user, rest)) = text.split_once('@') else { return false };
+    let name = |s: &str| !s.is_empty() && !s.starts_with('-') && s.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
+    name(user) && rest.split_once(':').is_some_and(|(host, path)| name(host) && !path.is_empty())
+}
+
+/// A path without empty elements, `.` and `..`, as if it began at the root.
+fn clean(path: &str) -> String {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            p => parts.push(p),
+        }
+    }
+    parts.join("/")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shipway_oci::Platform;
+
+    fn parse(locator: &str, attrs: &[(&str, &str)]) -> Result<GitSpec> {
+        let attrs = attrs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        GitSpec::parse(&SourceSpec { identifier: format!("git://{locator}"), attrs, platform: Platform::host() }, locator)
+    }
+
+    #[test]
+    fn locators_are_taken_apart() {
+        for (locator, remote, reference, subdir, host) in [
+            ("github.com/a/b.git#main:/x/../y/", "https://github.com/a/b.git", "main", "y", "github.com"),
+            ("https://u:p@h:8/a.git", "https://u:p@h:8/a.git", "", "", "h:8"),
+            ("git@github.com:a/b.git#v1", "git@github.com:a/b.git", "v1", "", "github.com:a"),
+            ("ssh://git@h/a#:sub", "ssh://git@h/a", "", "sub", "h"),
+        ] {
+            let git = parse(locator, &[]).unwrap();
+            assert_eq!((git.remote.as_str(), git.reference.as_str(), git.subdir.as_str()), (remote, reference, subdir), "{locator}");
+            assert!(git.host().starts_with(host.split(':').next().unwrap()), "{locator}");
+        }
+        assert_eq!(parse("https://u:p@h/a.git", &[]).unwrap().shown(), "https://u:xxxxx@h/a.git");
+        assert_eq!(parse("x", &[("git.fullurl", "http://h/a")]).unwrap().remote, "http://h/a");
+    }
+
+    #[test]
+    fn what_could_turn_on_us_is_refused() {
+        for bad in ["file:///etc", "ext::sh -c x", "--upload-pack=x", "h/a#-x", "https://h/a\n"] {
+            assert!(parse(bad, &[]).is_err(), "{bad}");
+        }
+        assert!(parse("h/a", &[("git.fetchbycommit", "true"), ("git.checksum", "abc")]).is_err());
+        assert!(parse("h/a", &[("git.checksum", "xyz")]).is_err());
+    }
+}

@@ -1,0 +1,168 @@
+//! Runs the git binary: sealed off from the machine's settings, bounded, and killed with all its helpers when nobody waits.
+
+use bytes::Bytes;
+use rustix::process::{Pid, Signal, kill_process_group};
+use shipway_fault::{Class, Code, Fault, Result};
+use shipway_progress::{LogStream, Reporter};
+use std::{path::Path, process::Stdio};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    process::Command,
+};
+
+/// Most bytes of output that are kept.
+const MAX_OUTPUT: usize = 16 << 20;
+/// Most bytes of complaints that are kept.
+const MAX_COMPLAINT: usize = 16 << 10;
+
+/// A git command line in the making. Cheap enough to clone per command.
+#[derive(Clone)]
+pub(crate) struct Git {
+    arguments: Vec<String>,
+    environment: Vec<(String, String)>,
+    /// Settings that are secret: passed by environment, where other users cannot read them.
+    settings: Vec<(String, String)>,
+    reporter: Reporter,
+}
+
+/// Kills the process group unless the process ended.
+struct Group(Option<Pid>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(pid) = self.0 {
+            let _ = kill_process_group(pid, Signal::KILL);
+        }
+    }
+}
+
+impl Git {
+    pub(crate) fn new(reporter: &Reporter) -> Self {
+        let mut environment: Vec<(String, String)> = [
+            ("GIT_TERMINAL_PROMPT", "0"),
+            ("GIT_CONFIG_NOSYSTEM", "1"),
+            ("GIT_CONFIG_GLOBAL", "/dev/null"),
+            ("HOME", "/dev/null"),
+            ("LC_ALL", "C"),
+            // A server that sends less than this for so many seconds is given up.
+            ("GIT_HTTP_LOW_SPEED_LIMIT", "1000"),
+            ("GIT_HTTP_LOW_SPEED_TIME", "30"),
+        ]
+        .map(|(k, v)| (k.to_owned(), v.to_owned()))
+        .into();
+        for name in ["PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy", "all_proxy"] {
+            environment.extend(std::env::var(name).ok().map(|v| (name.to_owned(), v)));
+        }
+        // Submodules must not reach into this machine's files.
+        let arguments = vec!["-c".to_owned(), "protocol.file.allow=user".to_owned()];
+        Self { arguments, environment, settings: Vec::new(), reporter: reporter.clone() }
+    }
+
+    pub(crate) fn env(mut self, name: &str, value: impl Into<String>) -> Self {
+        self.environment.push((name.to_owned(), value.into()));
+        self
+    }
+
+    pub(crate) fn secret_setting(mut self, key: String, value: String) -> Self {
+        self.settings.push((key, value));
+        self
+    }
+
+    pub(crate) fn git_dir(mut self, dir: &Path) -> Self {
+        self.arguments.push(format!("--git-dir={}", dir.display()));
+        self
+    }
+
+    pub(crate) fn work_tree(mut self, dir: &Path) -> Self {
+        self.arguments.push(format!("--work-tree={}", dir.display()));
+        self
+    }
+
+    /// How git reaches other hosts by SSH.
+    pub(crate) fn ssh(self, agent: Option<&Path>, known_hosts: Option<&Path>) -> Self {
+        let hosts = match known_hosts {
+            Some(file) => format!("-o UserKnownHostsFile={}", file.display()),
+            None => "-o StrictHostKeyChecking=no".to_owned(),
+        };
+        let git = self.env("GIT_SSH_COMMAND", format!("ssh -F /dev/null -o ConnectTimeout=20 -o ServerAliveInterval=15 {hosts}"));
+        match agent {
+            Some(socket) => git.env("SSH_AUTH_SOCK", socket.display().to_string()),
+            None => git,
+        }
+    }
+
+    /// Runs a command to its end and gives its output. `dir` is where it runs.
+    pub(crate) async fn run(&self, dir: Option<&Path>, arguments: &[&str]) -> Result<String> {
+        self.bytes(dir, arguments).await.map(|output| String::from_utf8_lossy(&output).into_owned())
+    }
+
+    /// The same for output that need not be text.
+    pub(crate) async fn bytes(&self, dir: Option<&Path>, arguments: &[&str]) -> Result<Vec<u8>> {
+        let mut command = Command::new("git");
+        command.args(&self.arguments).args(arguments).env_clear().envs(self.environment.iter().map(|(k, v)| (k, v)));
+        command.env("GIT_CONFIG_COUNT", self.settings.len().to_string());
+        for (i, (key, value)) in self.settings.iter().enumerate() {
+            command.env(format!("GIT_CONFIG_KEY_{i}"), key).env(format!("GIT_CONFIG_VALUE_{i}"), value);
+        }
+        command.current_dir(dir.unwrap_or(Path::new("/"))).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.process_group(0).kill_on_drop(true);
+        let mut child = command.spawn().map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => Fault::new(Code::FailedPrecondition, "git is not installed where the daemon runs")
+                .with_class(Class::Environment)
+                .hint("install the package git on the daemon's machine"),
+            _ => Fault::io("start git", e),
+        })?;
+        let mut group = Group(child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw));
+        let output = drain(child.stdout.take(), MAX_OUTPUT);
+        let complaint = drain(child.stderr.take(), MAX_COMPLAINT);
+        let (output, complaint, status) = tokio::join!(output, complaint, child.wait());
+        group.0 = None;
+        if !complaint.is_empty() {
+            self.reporter.log(LogStream::Stderr, Bytes::from(complaint.clone()));
+        }
+        let status = status.map_err(|e| Fault::io("wait for git", e))?;
+        let complaint = String::from_utf8_lossy(&complaint);
+        match status.code() {
+            Some(0) => Ok(output),
+            _ => Err(failure(arguments, &complaint)),
+        }
+    }
+
+    /// Whether a command succeeds.
+    pub(crate) async fn succeeds(&self, arguments: &[&str]) -> bool {
+        self.run(None, arguments).await.is_ok()
+    }
+}
+
+/// What git complained about, with the kind of failure as far as its words tell.
+fn failure(arguments: &[&str], complaint: &str) -> Fault {
+    let complaint = complaint.trim();
+    let verb = arguments.iter().find(|a| !a.starts_with('-')).copied().unwrap_or("git");
+    let has = |words: &[&str]| words.iter().any(|w| complaint.contains(w));
+    let message = format!("git {verb} failed: git stderr:\n{complaint}");
+    if has(&["could not read Username", "Authentication failed", "HTTP Basic: Access denied", "Permission denied (publickey"]) {
+        return Fault::new(Code::Unauthenticated, message)
+            .hint("give a token as the secret GIT_AUTH_TOKEN, or for SSH an agent with --ssh default");
+    }
+    if has(&["Could not resolve host", "Connection refused", "Connection timed out", "timed out", "unable to access", "too slow"]) {
+        return Fault::unavailable(message);
+    }
+    if has(&["not found", "does not exist"]) {
+        return Fault::not_found(message);
+    }
+    Fault::unknown(message)
+}
+
+/// Reads to the end and keeps the first `limit` bytes, so that the process is never held up.
+async fn drain(reader: Option<impl AsyncRead + Unpin>, limit: usize) -> Vec<u8> {
+    let Some(mut reader) = reader else { return Vec::new() };
+    let (mut kept, mut buffer) = (Vec::new(), vec![0; 64 << 10]);
+    while let Ok(n) = reader.read(&mut buffer).await {
+        if n == 0 {
+            break;
+        }
+        let room = limit.saturating_sub(kept.len()).min(n);
+        kept.extend_from_slice(&buffer[..room]);
+    }
+    kept
+}

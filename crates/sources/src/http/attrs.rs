@@ -1,0 +1,116 @@
+//! Attributes of an http source (rows `src.http.attrs`, `src.http.hdr`).
+
+use crate::{SourceSpec, keys};
+use http::Uri;
+use serde::Serialize;
+use shipway_fault::{Fault, Result};
+use shipway_oci::Digest;
+
+/// A parsed http source.
+#[derive(Clone, Debug)]
+pub(crate) struct HttpSpec {
+    pub uri: Uri,
+    pub checksum: Option<Digest>,
+    pub filename: String,
+    /// Permissions; 0 for the default.
+    pub perm: u32,
+    pub uid: u32,
+    pub gid: u32,
+    /// Name of the secret with the `Authorization` header.
+    pub auth_secret: String,
+    /// Headers of the user's, sorted; only a few may be set.
+    pub headers: Vec<(String, String)>,
+}
+
+#[derive(Serialize)]
+struct RequestKey<'a> {
+    uri: String,
+    filename: &'a str,
+    perm: u32,
+    uid: u32,
+    gid: u32,
+    secret: &'a str,
+    headers: &'a [(String, String)],
+}
+
+impl HttpSpec {
+    pub(crate) fn parse(spec: &SourceSpec) -> Result<Self> {
+        let mut http = Self {
+            uri: super::address(&spec.identifier)?,
+            checksum: None,
+            filename: String::new(),
+            perm: 0,
+            uid: 0,
+            gid: 0,
+            auth_secret: String::new(),
+            headers: Vec::new(),
+        };
+        for (key, value) in &spec.attrs {
+            let number = || number(value).ok_or_else(|| Fault::invalid(format!("{key}={value:?} is wrong: want a number")));
+            match key.as_str() {
+                "http.checksum" => http.checksum = Some(value.parse().map_err(|e| Fault::invalid(format!("{key}: {e}")))?),
+                "http.filename" => http.filename.clone_from(value),
+                "http.perm" => http.perm = number()?,
+                "http.uid" => http.uid = number()?,
+                "http.gid" => http.gid = number()?,
+                "http.authheadersecret" => http.auth_secret.clone_from(value),
+                k if k.starts_with("http.sig.") => return Err(Fault::unimplemented("verifying the signature of a downloaded file")),
+                k => {
+                    if let Some(name) = k.strip_prefix("http.header.").map(str::to_lowercase)
+                        && matches!(name.as_str(), "accept" | "user-agent")
+                    {
+                        http.headers.push((name, value.clone()));
+                    }
+                }
+            }
+        }
+        http.headers.sort();
+        Ok(http)
+    }
+
+    /// Whether the client itself sends the file (row `cb.upload`).
+    pub(crate) fn is_upload(&self) -> bool {
+        self.uri.host() == Some("buildkit-session")
+    }
+
+    /// Identity of the request and of what is made of its answer.
+    pub(crate) fn request_key(&self) -> Digest {
+        let Self { filename, perm, uid, gid, auth_secret, headers, .. } = self;
+        keys::digest(
+            "http.request",
+            &RequestKey { uri: self.uri.to_string(), filename, perm: *perm, uid: *uid, gid: *gid, secret: auth_secret, headers },
+        )
+    }
+}
+
+/// A number as Go's `ParseInt(s, 0, …)` reads it: `0o17` and `017` are octal, `0x` is hexadecimal.
+fn number(text: &str) -> Option<u32> {
+    let (digits, radix) = match text.as_bytes() {
+        [b'0', b'x' | b'X', ..] => (&text[2..], 16),
+        [b'0', b'o' | b'O', ..] => (&text[2..], 8),
+        [b'0', b'b' | b'B', ..] => (&text[2..], 2),
+        [b'0', _, ..] => (&text[1..], 8),
+        _ => (text, 10),
+    };
+    u32::from_str_radix(digits, radix).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_read_as_go_does() {
+        for (text, want) in [
+            ("0600", Some(0o600)),
+            ("0o755", Some(0o755)),
+            ("0", Some(0)),
+            ("1000", Some(1000)),
+            ("0x10", Some(16)),
+            ("-1", None),
+            ("é", None),
+        ] {
+            assert_eq!(number(text), want, "{text}");
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Attributes of an image source (rows `src.image.*`).
+
+use crate::SourceSpec;
+use shipway_fault::{Fault, Result};
+use shipway_oci::{Digest, ImageName};
+use shipway_refs::RecordType;
+
+/// Where an image is looked for (row `src.image.mode`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// In containerd's image store, then at the registry. BuildKit's `default` asks the registry first and its `local` the
+    /// store first; here, both do the latter: what was just built is what `FROM` means.
+    #[default]
+    LocalFirst,
+    /// At the registry only.
+    Pull,
+}
+
+/// What an image is fetched from when it is not here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// The registry that its name names.
+    Registry,
+    /// A layout in a client's directory (row `src.oci`).
+    Layout {
+        /// The client; empty for any of the build.
+        session: String,
+        /// The client's name for the directory.
+        store: String,
+    },
+}
+
+/// A parsed image source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ImageSpec {
+    pub name: ImageName,
+    pub place: Place,
+    pub mode: Mode,
+    pub record_type: RecordType,
+    /// Use the first so many layers only.
+    pub layer_limit: Option<usize>,
+    /// What the name must lead to.
+    pub checksum: Option<Digest>,
+}
+
+impl ImageSpec {
+    pub(crate) fn parse(spec: &SourceSpec, reference: &str) -> Result<Self> {
+        let name: ImageName = reference.parse().map_err(|e| Fault::invalid(format!("failed to parse image {reference:?}: {e}")))?;
+        let place = Place::Registry;
+        let mut image = Self { name, place, mode: Mode::default(), record_type: RecordType::Regular, layer_limit: None, checksum: None };
+        for (key, value) in &spec.attrs {
+            let bad = |want: &str| Fault::invalid(format!("image {reference}: {key}={value:?} is wrong: want {want}"));
+            match key.as_str() {
+                "image.resolvemode" => {
+                    image.mode = match value.as_str() {
+                        "" | "default" | "local" => Mode::LocalFirst,
+                        "pull" => Mode::Pull,
+                        _ => return Err(bad("default, pull or local")),
+                    }
+                }
+                "image.recordtype" => {
+                    image.record_type = match value.as_str() {
+                        "" => RecordType::Regular,
+                        v => v.parse().ok().filter(|t| allowed(*t)).ok_or_else(|| bad("regular, internal or frontend"))?,
+                    }
+                }
+                "image.layerlimit" | "oci.layerlimit" => {
+                    let limit = value.parse().ok().filter(|l| *l > 0);
+                    image.layer_limit = Some(limit.ok_or_else(|| bad("a number of layers above 0").context("invalid layer limit"))?);
+                }
+                "image.checksum" | "oci.checksum" => image.checksum = Some(value.parse().map_err(|_| bad("sha256:<64 hex characters>"))?),
+                // Others are not ours, or hints that change nothing.
+                _ => {}
+            }
+        }
+        Ok(image)
+    }
+
+    /// An image in a client's layout.
+    pub(crate) fn layout(spec: &SourceSpec, reference: &str) -> Result<Self> {
+        let mut image = Self::parse(spec, reference)?;
+        if image.name.digest().is_none() {
+            return Err(Fault::invalid(format!("reference {reference:?} must have digest")));
+        }
+        let attr = |key: &str| spec.attrs.get(key).cloned().unwrap_or_default();
+        let store =
+            Some(attr("oci.store")).filter(|s| !s.is_empty()).unwrap_or_else(|| reference.split('@').next().unwrap_or_default().to_owned());
+        image.place = Place::Layout { session: attr("oci.session"), store };
+        Ok(image)
+    }
+}
+
+fn allowed(t: RecordType) -> bool {
+    matches!(t, RecordType::Regular | RecordType::Internal | RecordType::Frontend)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shipway_oci::Platform;
+
+    fn spec(attrs: &[(&str, &str)]) -> SourceSpec {
+        let attrs = attrs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        SourceSpec { identifier: "docker-image://busybox".into(), attrs, platform: Platform::host() }
+    }
+
+    #[test]
+    fn attributes_are_read_and_mistakes_named() {
+        let parse = |attrs: &[(&str, &str)]| ImageSpec::parse(&spec(attrs), "busybox");
+        let image = parse(&[("image.resolvemode", "pull"), ("image.recordtype", "frontend"), ("image.layerlimit", "2")]).unwrap();
+        assert_eq!((image.mode, image.record_type, image.layer_limit), (Mode::Pull, RecordType::Frontend, Some(2)));
+        assert_eq!(image.name.to_string(), "docker.io/library/busybox:latest");
+        for (key, bad) in
+            [("image.resolvemode", "x"), ("image.recordtype", "source.local"), ("image.layerlimit", "0"), ("image.checksum", "sha256:1")]
+        {
+            let fault = parse(&[(key, bad)]).unwrap_err();
+            assert!(fault.to_string().contains(key), "{fault}");
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! From a name to a manifest and a config: containerd's image store first, then the registry ("Local first").
+
+use super::{
+    attrs::{ImageSpec, Mode},
+    select,
+};
+use crate::remote::{MAX_DOCUMENT, Remote, media_type_of};
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+use shipway_fault::{Class, Code, Context, Fault, Result};
+use shipway_oci::{Descriptor, Digest, ImageConfig, ImageName, Index, Manifest, Platform, media, timestamp};
+use shipway_refs::DOCUMENT_KIND;
+use shipway_storage::{DISTRIBUTION_SOURCE, GC_EXPIRE, GC_FLAT, Labels, LeaseId, Storage};
+use std::time::{Duration, SystemTime};
+
+/// Indexes within indexes that are followed.
+const MAX_DEPTH: usize = 3;
+/// Most layers of an image; overlayfs has fewer, others have 127.
+const MAX_LAYERS: usize = 512;
+/// How long fetched manifests and configs are kept for the next build.
+const KEEP: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// An image of one platform.
+#[derive(Clone, Debug)]
+pub(crate) struct Resolved {
+    /// What the name led to: the index, or the manifest itself.
+    pub main: Descriptor,
+    pub manifest: Manifest,
+    pub config: Bytes,
+    pub parsed: ImageConfig,
+}
+
+/// Where documents are read from.
+pub(crate) struct Documents<'a> {
+    pub storage: &'a Storage,
+    /// Where else, unless only the store may be asked.
+    pub remote: Option<&'a Remote>,
+}
+
+/// Finds the image that `spec` names for `platform`.
+pub(crate) async fn resolve(storage: &Storage, remote: &Remote, spec: &ImageSpec, platform: &Platform) -> Result<Resolved> {
+    if spec.mode == Mode::LocalFirst
+        && let Some(found) = local(storage, &spec.name, platform).await?
+    {
+        return Ok(found);
+    }
+    let documents = Documents { storage, remote: Some(remote) };
+    if let Some(digest) = spec.name.digest()
+        && spec.mode == Mode::LocalFirst
+        && let Some(main) = stored_manifest(storage, &spec.name, digest).await?
+    {
+        return documents.image(main, platform, true).await;
+    }
+    let main = remote.resolve(&spec.name.reference()).await?;
+    documents.image(main, platform, true).await
+}
+
+/// The image as containerd knows it, if it has all of it but perhaps the layers, for this platform.
+async fn local(storage: &Storage, name: &ImageName, platform: &Platform) -> Result<Option<Resolved>> {
+    let documents = Documents { storage, remote: None };
+    for candidate in names(name) {
+        let record = match storage.images.get(&candidate).await {
+            Ok(record) => record,
+            Err(e) if e.is_not_found() => continue,
+            Err(e) => return Err(e).context(|| format!("look for image {candidate} in containerd")),
+        };
+        if name.digest().is_some_and(|d| d != record.target.digest) {
+            continue;
+        }
+        match documents.image(record.target, platform, false).await {
+            Ok(found) => return Ok(Some(found)),
+            // Another platform's, or a pull of it was cut short: the registry may have the right one.
+            Err(e) if e.is_not_found() => tracing::debug!(image = %candidate, reason = %e, "the local image does not serve"),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(None)
+}
+
+/// Names under which containerd may know the image.
+fn names(name: &ImageName) -> Vec<String> {
+    let mut names = vec![name.to_string()];
+    if name.digest().is_some() {
+        names.push(name.clone().without_digest().to_string());
+    }
+    names
+}
+
+/// The manifest with this digest, if it is in the content store and came from the image's own repository.
+async fn stored_manifest(storage: &Storage, name: &ImageName, digest: Digest) -> Result<Option<Descriptor>> {
+    let info = match storage.content.info(digest).await {
+        Ok(info) => info,
+        Err(e) if e.is_not_found() => return Ok(None),
+        Err(e) => return Err(e).context(|| format!("look for {digest} in containerd")),
+    };
+    let repositories = info.labels.get(&format!("{DISTRIBUTION_SOURCE}.{}", name.registry()));
+    if info.size > MAX_DOCUMENT || !repositories.is_some_and(|r| r.split(',').any(|r| r == name.repository())) {
+        return Ok(None);
+    }
+    let bytes = storage.content.read_all(digest, MAX_DOCUMENT).await?;
+    Ok(media_type_of(&bytes).map(|t| Descriptor::new(t, digest, info.size)))
+}
+
+impl Documents<'_> {
+    /// The image below `main`. `any` accepts a lone manifest whatever its platform, as clients expect of registries.
+    pub(crate) async fn image(&self, main: Descriptor, platform: &Platform, any: bool) -> Result<Resolved> {
+        let mut targets = vec![(main.clone(), 0)];
+        let mut offered = String::new();
+        while let Some((descriptor, depth)) = targets.pop() {
+            let bytes = match self.read(&descriptor, Kind::Manifest).await {
+                // One of several candidates may be missing locally; the next one may do.
+                Err(e) if e.is_not_found() && !targets.is_empty() => continue,
+                other => other?,
+            };
+            let kind = media_type_of(&bytes).unwrap_or_else(|| descriptor.media_type.clone());
+            if media::is_index(&kind) {
+                let index: Index = parse(&bytes, &descriptor)?;
+                if depth >= MAX_DEPTH {
+                    return Err(Fault::invalid(format!("index {} is nested too deeply", main.digest)));
+                }
+                offered = select::offered(&index);
+                targets.extend(select::candidates(&index, platform).into_iter().rev().map(|d| (d.clone(), depth + 1)));
+                continue;
+            }
+            let manifest: Manifest = parse(&bytes, &descriptor)?;
+            let config = self.read(&manifest.config, Kind::Config).await?;
+            let parsed: ImageConfig = parse(&config, &manifest.config)?;
+            // An index has said already which platform this is, and of a registry's lone manifest none is demanded.
+            let accepted = descriptor.platform.is_some() || (any && depth == 0);
+            if !accepted && parsed.platform().rank_for(platform).is_none() {
+                offered = parsed.platform().to_string();
+                continue;
+            }
+            check(&manifest, &parsed, &descriptor)?;
+            return Ok(Resolved { main, manifest, config, parsed });
+        }
+        Err(Fault::not_found(format!("no match for platform {platform} in manifest {}: not found", main.digest))
+            .hint(format!("the image offers {}", if offered.is_empty() { "no platform" } else { &offered })))
+    }
+
+    /// A document from the content store, or from the registry and then kept.
+    async fn read(&self, descriptor: &Descriptor, kind: Kind) -> Result<Bytes> {
+        match self.storage.content.read_all(descriptor.digest, MAX_DOCUMENT).await {
+            Ok(bytes) => return Ok(bytes),
+            Err(e) if e.is_not_found() => {}
+            Err(e) if self.remote.is_none() => return Err(e),
+            Err(error) => tracing::warn!(%error, digest = %descriptor.digest, "fetching again what cannot be read"),
+        }
+        let Some(remote) = self.remote else {
+            return Err(Fault::not_found(format!("content {} is not in containerd", descriptor.digest)));
+        };
+        let bytes = match kind {
+            Kind::Manifest => remote.manifest(descriptor).await?,
+            Kind::Config => remote.small_blob(descriptor).await?,
+        };
+        if let Err(error) = self.keep(remote, bytes.clone()).await {
+            tracing::warn!(%error, digest = %descriptor.digest, "cannot keep a manifest for the next build");
+        }
+        Ok(bytes)
+    }
+
+    /// Puts a document into the content store under a lease of its own that ends by itself, so that the next build does
+    /// not ask the registry (which counts manifests as pulls).
+    async fn keep(&self, remote: &Remote, bytes: Bytes) -> Result<()> {
+        let lease = LeaseId(format!("shipway-document-{}", Digest::of(&bytes).hex()));
+        let kind = (DOCUMENT_KIND.0.to_owned(), DOCUMENT_KIND.1.to_owned());
+        let labels = Labels::from([
+            (GC_EXPIRE.to_owned(), timestamp::format_whole(SystemTime::now() + KEEP)),
+            (GC_FLAT.to_owned(), String::new()),
+            kind,
+        ]);
+        match self.storage.leases.create(&lease, &labels).await {
+            Err(e) if !e.is_already_exists() => return Err(e),
+            _ => {}
+        }
+        self.storage.content.put(&lease, bytes, &remote.labels()).await.map(drop)
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Manifest,
+    Config,
+}
+
+fn parse<T: DeserializeOwned>(bytes: &[u8], descriptor: &Descriptor) -> Result<T> {
+    serde_json::from_slice(bytes).map_err(|e| {
+        Fault::new(Code::Unknown, format!("{} {} is not what an image has: {e}", descriptor.media_type, descriptor.digest))
+            .with_class(Class::User)
+            .hint("the name may lead to an artifact (a chart, a signature) rather than to an image")
+    })
+}
+
+fn check(manifest: &Manifest, config: &ImageConfig, descriptor: &Descriptor) -> Result<()> {
+    let (layers, diffs) = (manifest.layers.len(), config.rootfs.diff_ids.len());
+    if layers != diffs {
+        return Err(Fault::invalid(format!(
+            "mismatched image rootfs and manifest layers: manifest {} has {layers} layers and its config names {diffs}",
+            descriptor.digest
+        )));
+    }
+    if layers > MAX_LAYERS {
+        return Err(Fault::invalid(format!("manifest {} has {layers} layers, more than the {MAX_LAYERS} accepted", descriptor.digest)));
+    }
+    Ok(())
+}

@@ -1,0 +1,365 @@
+//! `local://`: a client's directory, transferred into a state that is kept for the next transfer (rows `src.local*`).
+
+use crate::{
+    Pin, SourceSpec, keys,
+    peers::{DirPeer, Peers},
+};
+use serde::Serialize;
+use shipway_fault::{Context, Fault, Result};
+use shipway_filesync::{
+    ContentHash, Differ, FileMode, FileSyncRequest, HashSink, KnownTree, ReceiveOptions, Received, Receiver, Stat, announced,
+};
+use shipway_oci::Digest;
+use shipway_progress::Reporter;
+use shipway_refs::{ImmutableRef, NamedRequest, RecordType, RefId, RefStore, Sharing};
+use shipway_treehash::{FileHasher, FileStat, TreeIndex};
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// How often a transfer tells how far it is.
+const REPORT_EVERY: Duration = Duration::from_millis(100);
+/// Most directories whose contents are remembered, so that the next transfer need not walk them, and most entries of them all.
+const MAX_KNOWN: (usize, usize) = (64, 100_000);
+/// Most patterns of a kind that are taken from an attribute.
+const MAX_PATTERNS: usize = 100_000;
+
+/// Clients' directories.
+pub(crate) struct Locals {
+    refs: RefStore,
+    known: Mutex<HashMap<RefId, KnownTree>>,
+}
+
+/// Most names that are taken of a directory.
+const MAX_NAMES: usize = 10_000;
+
+/// A parsed local source.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct LocalSpec {
+    request: FileSyncRequest,
+    session: Option<String>,
+    hint: String,
+    differ: Differ,
+}
+
+impl LocalSpec {
+    fn parse(spec: &SourceSpec, name: &str) -> Result<Self> {
+        let mut local = Self { request: FileSyncRequest { dir_name: name.to_owned(), ..Default::default() }, ..Default::default() };
+        for (key, value) in &spec.attrs {
+            match key.as_str() {
+                "local.session" => {
+                    // `prefix:id` comes from clients with several contexts; the prefix is part of the name.
+                    let (prefix, id) = value.split_once(':').map_or((None, value.as_str()), |(p, id)| (Some(p), id));
+                    if let Some(prefix) = prefix {
+                        local.request.dir_name = format!("{prefix}-{name}");
+                    }
+                    local.session = Some(id.to_owned()).filter(|id| !id.is_empty());
+                }
+                "local.includepattern" => local.request.include = patterns(key, value)?,
+                "local.excludepatterns" => local.request.exclude = patterns(key, value)?,
+                "local.followpaths" => local.request.follow = patterns(key, value)?,
+                "local.sharedkeyhint" => local.hint.clone_from(value),
+                "local.differ" => {
+                    local.differ = match value.as_str() {
+                        "" | "metadata" => Differ::Metadata,
+                        "none" => Differ::None,
+                        _ => return Err(Fault::invalid(format!("{key}={value:?} is wrong: want metadata or none"))),
+                    }
+                }
+                "local.metadatatransfer" if value == "true" || value == "1" => {
+                    return Err(Fault::unimplemented("transferring a directory's metadata without its files"));
+                }
+                _ => {}
+            }
+        }
+        Ok(local)
+    }
+}
+
+fn patterns(key: &str, value: &str) -> Result<Vec<String>> {
+    // Go writes an absent list as `null`.
+    let list: Option<Vec<String>> =
+        serde_json::from_str(value).map_err(|e| Fault::invalid(format!("{key} is no JSON list of patterns: {e}")))?;
+    let list = list.unwrap_or_default();
+    if list.len() > MAX_PATTERNS {
+        return Err(Fault::invalid(format!("{key} has {} patterns, more than the {MAX_PATTERNS} accepted", list.len())));
+    }
+    Ok(list)
+}
+
+#[derive(Serialize)]
+struct LocalKey<'a> {
+    session: &'a str,
+    name: &'a str,
+    include: &'a [String],
+    exclude: &'a [String],
+    follow: &'a [String],
+}
+
+impl Locals {
+    pub(crate) fn new(refs: RefStore) -> Self {
+        Self { refs, known: Mutex::default() }
+    }
+
+    /// The key means nothing beyond the session (row `src.local.key`): steps depend on what they read instead.
+    pub(crate) fn pin(&self, spec: &SourceSpec, name: &str, peers: &dyn Peers) -> Result<Pin> {
+        let local = LocalSpec::parse(spec, name)?;
+        let session = local.session.clone().or_else(|| peers.session_id());
+        let session = session.ok_or_else(|| Fault::invalid("could not access local files without session"))?;
+        let FileSyncRequest { dir_name: name, include, exclude, follow } = &local.request;
+        let key = keys::digest("local", &LocalKey { session: &session, name, include, exclude, follow });
+        Ok(Pin { keys: vec![key], ephemeral: true, digest: Some(key.to_string()) })
+    }
+
+    pub(crate) async fn fetch(&self, spec: &SourceSpec, name: &str, peers: &dyn Peers, reporter: &Reporter) -> Result<ImmutableRef> {
+        let local = LocalSpec::parse(spec, name)?;
+        let mut last = Fault::invalid(format!("no attached client has the directory {:?}", local.request.dir_name));
+        for peer in peers.dir_peers(local.session.as_deref()).await? {
+            match self.transfer(&local, &*peer, reporter).await {
+                Ok(state) => return Ok(state),
+                // This client has no such directory; another one of the build may.
+                Err(e) if e.is_not_found() => last = e,
+                Err(e) => return Err(e),
+            }
+        }
+        Err(last)
+    }
+
+    /// Names directly in `dir` of a client's directory; nothing is transferred.
+    pub(crate) async fn names(&self, name: &str, session: &str, dir: &str, peers: &dyn Peers) -> Result<Vec<String>> {
+        let below = |rest: &str| if dir.is_empty() { rest.to_owned() } else { format!("{dir}/{rest}") };
+        let request = FileSyncRequest {
+            dir_name: name.to_owned(),
+            include: vec![below("*")],
+            exclude: vec![below("*/*")],
+            ..FileSyncRequest::default()
+        };
+        let Some(peer) = peers.dir_peers(Some(session)).await?.into_iter().next() else { return Ok(Vec::new()) };
+        let paths = announced(peer.open(&request).await?, MAX_NAMES).await?;
+        let prefix = below("");
+        Ok(paths.iter().filter_map(|p| p.strip_prefix(&prefix)).filter(|n| !n.is_empty() && !n.contains('/')).map(str::to_owned).collect())
+    }
+
+    async fn transfer(&self, local: &LocalSpec, peer: &dyn DirPeer, reporter: &Reporter) -> Result<ImmutableRef> {
+        let name = &local.request.dir_name;
+        let description = format!("local source for {name}");
+        let request = NamedRequest {
+            record_type: RecordType::LocalSource,
+            key: format!("local:{name}:{}:{}", local.hint, peer.shared_key()),
+            description: description.clone(),
+            sharing: Sharing::Private,
+            parent: None,
+        };
+        let state = self.refs.named(request).await.context(|| format!("prepare the {description}"))?;
+        let known = self.take_known(state.id());
+        let known = if state.is_fresh() { Some(KnownTree::default()) } else { known };
+        let mount = state.mount().await?;
+        let stream = peer.open(&local.request).await?;
+        let options = ReceiveOptions {
+            differ: local.differ,
+            known,
+            progress: Some(progress_of(name, reporter)),
+            hash: Some(Arc::new(Digests)),
+            ..Default::default()
+        };
+        let digests = Relearn::begin(state.index());
+        let received = Receiver::new(mount.path(), options).run(stream).await.context(|| format!("transfer {name}"))?;
+        digests.end(&received);
+        mount.unmount().await?;
+        self.put_known(state.id().clone(), received.tree);
+        state.freeze(description).await
+    }
+
+    fn take_known(&self, id: &RefId) -> Option<KnownTree> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(id)
+    }
+
+    fn put_known(&self, id: RefId, tree: KnownTree) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let full = |known: &HashMap<RefId, KnownTree>| {
+            known.len() >= MAX_KNOWN.0 || known.values().map(KnownTree::len).sum::<usize>() + tree.len() > MAX_KNOWN.1
+        };
+        while full(&known) {
+            // Forgetting costs a walk, no more: which one goes does not matter.
+            let Some(other) = known.keys().next().cloned() else { break };
+            known.remove(&other);
+        }
+        known.insert(id, tree);
+    }
+}
+
+/// Hashes files as they come, in the way that checksums of trees are made of.
+struct Digests;
+
+/// What the hash needs to know of a file.
+fn file_stat(mode: FileMode, uid: u32, gid: u32, size: i64, mtime: i64) -> FileStat {
+    FileStat { size, mode: mode.permissions(), uid, gid, mtime }
+}
+
+impl ContentHash for Digests {
+    fn start(&self, stat: &Stat) -> Box<dyn HashSink> {
+        Box::new(Sink(FileHasher::new(&file_stat(FileMode(stat.mode), stat.uid, stat.gid, stat.size, stat.mod_time))))
+    }
+}
+
+struct Sink(FileHasher);
+
+impl HashSink for Sink {
+    fn update(&mut self, data: &[u8]) {
+        self.0.update(data);
+    }
+
+    fn finish(self: Box<Self>) -> [u8; 32] {
+        *self.0.finish().as_bytes()
+    }
+}
+
+/// Keeps the index of a directory true while it is written. A transfer that does not come to its end leaves nothing to trust.
+struct Relearn(Option<TreeIndex>);
+
+impl Relearn {
+    fn begin(index: &TreeIndex) -> Self {
+        Self(Some(index.clone()))
+    }
+
+    fn end(mut self, received: &Received) {
+        let Some(index) = self.0.take() else { return };
+        for change in &received.changes {
+            let path = Path::new(&*change.path);
+            match (change.digest, received.tree.get(&change.path)) {
+                // A file that changed while it was sent has a time that no file has.
+                (Some(digest), Some(e)) if e.has_content() && e.mtime != i64::MIN => {
+                    index.learn(path, &file_stat(e.mode, e.uid, e.gid, e.size, e.mtime), Digest::from_bytes(digest));
+                }
+                _ => index.forget(path),
+            }
+        }
+    }
+}
+
+impl Drop for Relearn {
+    fn drop(&mut self) {
+        if let Some(index) = &self.0 {
+            index.clear();
+        }
+    }
+}
+
+type ProgressFn = Arc<dyn Fn(shipway_filesync::Progress) + Send + Sync>;
+
+/// The counter that clients show as `transferring context: 2B`.
+fn progress_of(name: &str, reporter: &Reporter) -> ProgressFn {
+    let (id, reporter) = (format!("transferring {name}:"), reporter.clone());
+    let last = Mutex::new(None::<Instant>);
+    Arc::new(move |p| {
+        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+        if p.done || last.is_none_or(|t| t.elapsed() >= REPORT_EVERY) {
+            *last = Some(Instant::now());
+            reporter.named_status(id.clone(), "transferring", p.bytes as i64, 0, p.done);
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::peers::SshAgent;
+    use async_trait::async_trait;
+    use shipway_filesync::{PacketStream, SendOptions, Sender};
+    use shipway_oci::Platform;
+    use shipway_storage::fake::FakeStorage;
+
+    #[track_caller]
+    fn parse(attrs: &[(&str, &str)]) -> Result<LocalSpec> {
+        let attrs = attrs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        LocalSpec::parse(&SourceSpec { identifier: "local://context".into(), attrs, platform: Platform::host() }, "context")
+    }
+
+    #[test]
+    fn attributes_are_read_as_clients_write_them() {
+        let local =
+            parse(&[("local.session", "pre:s1"), ("local.excludepatterns", "[\"a\",\"!b\"]"), ("local.followpaths", "null")]).unwrap();
+        assert_eq!((local.request.dir_name.as_str(), local.session.as_deref()), ("pre-context", Some("s1")));
+        assert_eq!((local.request.exclude.len(), local.request.follow.len()), (2, 0));
+        assert!(parse(&[("local.includepattern", "a")]).is_err());
+        assert!(parse(&[("local.differ", "b")]).is_err());
+    }
+
+    /// A client with one directory.
+    struct Client {
+        dir: std::path::PathBuf,
+        asked: Mutex<Vec<FileSyncRequest>>,
+    }
+
+    #[async_trait]
+    impl DirPeer for Client {
+        fn shared_key(&self) -> &str {
+            "client"
+        }
+
+        async fn open(&self, request: &FileSyncRequest) -> Result<PacketStream> {
+            self.asked.lock().unwrap().push(request.clone());
+            if request.dir_name != "context" {
+                return Err(Fault::not_found(format!("no access allowed to dir {:?}", request.dir_name)));
+            }
+            let (near, far) = PacketStream::pair();
+            tokio::spawn(Sender::new(&self.dir, SendOptions::default()).run(far));
+            Ok(near)
+        }
+    }
+
+    struct Clients(Arc<Client>);
+
+    #[async_trait]
+    impl Peers for Clients {
+        fn credentials(&self) -> Arc<dyn shipway_registry::CredentialSource> {
+            Arc::new(shipway_registry::Anonymous)
+        }
+        async fn secret(&self, _: &str) -> Result<Option<Vec<u8>>> {
+            Ok(None)
+        }
+        async fn dir_peers(&self, _: Option<&str>) -> Result<Vec<Arc<dyn DirPeer>>> {
+            Ok(vec![self.0.clone()])
+        }
+        async fn ssh_agent(&self, _: &str) -> Result<SshAgent> {
+            Err(Fault::unimplemented("agents"))
+        }
+        fn session_id(&self) -> Option<String> {
+            Some("s1".into())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_directory_is_kept_between_transfers_and_follows_the_client() {
+        let (root, client) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let refs = RefStore::open(FakeStorage::new().unwrap().storage(), root.path().to_owned()).await.unwrap();
+        let locals = Locals::new(refs.clone());
+        let peers = Clients(Arc::new(Client { dir: client.path().to_owned(), asked: Mutex::default() }));
+        let reporter = Reporter::new(shipway_oci::Digest::of(""), "v".into(), vec![], None);
+        let source = SourceSpec { identifier: "local://context".into(), attrs: Default::default(), platform: Platform::host() };
+        std::fs::write(client.path().join("a"), "1").unwrap();
+
+        assert!(locals.pin(&source, "context", &peers).unwrap().ephemeral);
+        let first = locals.fetch(&source, "context", &peers, &reporter).await.unwrap();
+        let id = first.id().clone();
+        let read = async |state: &ImmutableRef, name: &str| {
+            let mount = state.mount().await.unwrap();
+            std::fs::read_to_string(mount.path().join(name)).ok()
+        };
+        assert_eq!(read(&first, "a").await.as_deref(), Some("1"));
+        drop(first);
+        std::fs::remove_file(client.path().join("a")).unwrap();
+        std::fs::write(client.path().join("b"), "2").unwrap();
+        let second = locals.fetch(&source, "context", &peers, &reporter).await.unwrap();
+        assert_eq!((read(&second, "a").await, read(&second, "b").await.as_deref()), (None, Some("2")));
+        assert_eq!(locals.known.lock().unwrap().len(), 1, "{id} was used again");
+
+        let fault = locals.fetch(&source, "other", &peers, &reporter).await.err().unwrap();
+        assert!(fault.to_string().contains("no access allowed"), "{fault}");
+        drop(second);
+        refs.drained().await;
+    }
+}

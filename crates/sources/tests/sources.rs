@@ -1,0 +1,321 @@
+//! Sources over the in-memory storage, with a registry, a web server and a git server on loopback.
+
+#![allow(clippy::unwrap_used)]
+
+mod web;
+
+use bytes::Bytes;
+use shipway_fault::Code;
+use shipway_oci::{ChainId, Descriptor, DiffId, Digest, ImageConfig, Index, Manifest, Platform, RootFs, media};
+use shipway_progress::Reporter;
+use shipway_refs::{Compression, RefStore};
+use shipway_registry::{Registry, RegistryConfig};
+use shipway_session::{SessionGroup, SessionHub};
+use shipway_sources::{ResolveWant, SourceContext, SourceMemo, SourceSpec, Sources};
+use shipway_storage::{ContentStore, Images, Labels, LeaseId, Leases, fake::FakeStorage};
+use std::{collections::HashMap, os::unix::fs::MetadataExt, path::Path, process::Command, sync::Arc};
+use web::{Web, ok, status};
+
+struct Bench {
+    fake: FakeStorage,
+    refs: RefStore,
+    sources: Sources,
+    _root: tempfile::TempDir,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let fake = FakeStorage::new().unwrap();
+        let root = tempfile::tempdir().unwrap();
+        let refs = RefStore::open(fake.storage(), root.path().to_owned()).await.unwrap();
+        let sources = Sources::new(refs.clone(), Registry::new(RegistryConfig::default()), SessionHub::new());
+        Self { fake, refs, sources, _root: root }
+    }
+}
+
+fn cx() -> SourceContext {
+    let sessions = SessionGroup::new(SessionHub::new(), []);
+    SourceContext { sessions, reporter: Reporter::new(Digest::of("v"), "v".into(), vec![], None), memo: SourceMemo::default() }
+}
+
+fn spec(identifier: impl Into<String>, attrs: &[(&str, &str)]) -> SourceSpec {
+    let attrs = attrs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+    SourceSpec { identifier: identifier.into(), attrs, platform: "linux/amd64".parse().unwrap() }
+}
+
+/// An image of two platforms in one index, as documents by digest.
+struct TwoPlatforms {
+    documents: HashMap<Digest, Vec<u8>>,
+    index: Descriptor,
+    layer: Descriptor,
+    diff: DiffId,
+}
+
+fn image() -> TwoPlatforms {
+    let mut documents = HashMap::new();
+    let mut put = |media_type: &str, bytes: Vec<u8>| {
+        let d = Descriptor::of(media_type, &bytes);
+        documents.insert(d.digest, bytes);
+        d
+    };
+    let layer = put(media::OCI_LAYER, b"this would be a tar".to_vec());
+    let diff = DiffId(Digest::of(b"this would be a tar"));
+    let mut manifests = Vec::new();
+    for platform in ["linux/amd64", "linux/arm64"] {
+        let platform: Platform = platform.parse().unwrap();
+        let mut config = ImageConfig::empty(&platform);
+        config.rootfs = RootFs { kind: "layers".into(), diff_ids: vec![diff] };
+        let config = put(media::OCI_CONFIG, serde_json::to_vec(&config).unwrap());
+        let manifest = Manifest {
+            schema_version: 2,
+            media_type: Some(media::OCI_MANIFEST.into()),
+            artifact_type: None,
+            config,
+            layers: vec![layer.clone()],
+            subject: None,
+            annotations: Default::default(),
+        };
+        let mut entry = put(media::OCI_MANIFEST, serde_json::to_vec(&manifest).unwrap());
+        entry.platform = Some(platform);
+        manifests.push(entry);
+    }
+    let index = Index { schema_version: 2, media_type: Some(media::OCI_INDEX.into()), manifests, annotations: Default::default() };
+    let index = put(media::OCI_INDEX, serde_json::to_vec(&index).unwrap());
+    TwoPlatforms { documents, index, layer, diff }
+}
+
+/// A registry that has the image under the tag `1` of every repository.
+fn registry(image: &TwoPlatforms) -> Web {
+    let (documents, index) = (image.documents.clone(), image.index.digest);
+    Web::start(move |line, _| {
+        let last = line.rsplit('/').next().unwrap();
+        let digest = if last == "1" { Some(index) } else { last.parse().ok() };
+        match digest.and_then(|d| documents.get(&d).map(|b| (d, b))) {
+            None => status(404),
+            Some((digest, bytes)) => {
+                let kind = if digest == index { media::OCI_INDEX } else { media::OCI_MANIFEST };
+                ok(bytes.clone()).with("Docker-Content-Digest", digest.to_string()).with("Content-Type", kind)
+            }
+        }
+    })
+}
+
+#[tokio::test]
+async fn an_image_is_pinned_and_made_a_state_without_fetching_a_layer() {
+    let bench = Bench::new().await;
+    let image = image();
+    let web = registry(&image);
+    let source = spec(format!("docker-image://{}/a/b:1", web.host), &[]);
+    let pin = bench.sources.pin(&source, &cx()).await.unwrap();
+    assert_eq!(pin.digest, Some(image.index.digest.to_string()));
+    assert_eq!((pin.keys.len(), pin.keys[1], pin.ephemeral), (2, ChainId::of([image.diff]).unwrap().0, false));
+    let state = bench.sources.fetch(&source, &pin, &cx()).await.unwrap();
+    let layers = state.layers().await.unwrap();
+    assert_eq!((layers[0].diff_id, layers[0].lazy), (image.diff, true));
+    assert!(!web.log().iter().any(|l| l.contains("/blobs/") && l.contains(&image.layer.digest.hex())), "{:?}", web.log());
+    let blobs = state.blobs(Compression::default(), true, None).await.unwrap();
+    assert_eq!((blobs[0].descriptor.digest, bench.fake.has(&image.layer).await.unwrap()), (image.layer.digest, true));
+    let meta = bench.sources.resolve(&source, ResolveWant::default(), &cx()).await.unwrap().image.unwrap();
+    assert_eq!(meta.digest, image.index.digest);
+    assert!(String::from_utf8_lossy(&meta.config).contains("amd64"));
+
+    // What was fetched once serves the pinned name without another question.
+    web.forget();
+    let pinned = spec(format!("docker-image://{}/a/b:1@{}", web.host, image.index.digest), &[]);
+    assert_eq!(bench.sources.pin(&pinned, &cx()).await.unwrap().keys, pin.keys);
+    assert_eq!(web.log(), [""; 0]);
+    // Another platform is another key, and another layer limit too.
+    let arm = SourceSpec { platform: "linux/arm64".parse().unwrap(), ..pinned };
+    assert_ne!(bench.sources.pin(&arm, &cx()).await.unwrap().keys[0], pin.keys[0]);
+}
+
+#[tokio::test]
+async fn an_image_that_containerd_has_is_not_asked_for_unless_a_pull_is_wanted() {
+    let bench = Bench::new().await;
+    let image = image();
+    let web = registry(&image);
+    let name = format!("{}/local/app:1", web.host);
+    let lease = LeaseId("test".into());
+    bench.fake.create(&lease, &Labels::new()).await.unwrap();
+    for bytes in image.documents.values() {
+        ContentStore::put(&bench.fake, &lease, Bytes::from(bytes.clone()), &Labels::new()).await.unwrap();
+    }
+    Images::put(&bench.fake, &name, &image.index, &Labels::new()).await.unwrap();
+    let source = spec(format!("docker-image://{name}"), &[]);
+    let pin = bench.sources.pin(&source, &cx()).await.unwrap();
+    let state = bench.sources.fetch(&source, &pin, &cx()).await.unwrap();
+    assert!(!state.layers().await.unwrap()[0].lazy);
+    assert_eq!(web.log(), [""; 0]);
+    let pulled = spec(format!("docker-image://{name}"), &[("image.resolvemode", "pull")]);
+    assert_eq!(bench.sources.pin(&pulled, &cx()).await.unwrap().keys, pin.keys);
+    assert_eq!(web.log(), ["HEAD /v2/local/app/manifests/1"]);
+}
+
+#[tokio::test]
+async fn what_an_image_cannot_be_is_said() {
+    let bench = Bench::new().await;
+    let image = image();
+    let web = registry(&image);
+    let at = |reference: &str, attrs: &[(&str, &str)]| spec(format!("docker-image://{}/a/b{reference}", web.host), attrs);
+    let wrong = Digest::of("wrong").to_string();
+    let other = SourceSpec { platform: "linux/s390x".parse().unwrap(), ..at(":1", &[]) };
+    for (source, code, words) in [
+        (at(":none", &[]), Code::NotFound, "/a/b:none: not found"),
+        (at(":1", &[("image.checksum", &wrong)]), Code::FailedPrecondition, "does not match expected checksum"),
+        (at(":1", &[("image.layerlimit", "2")]), Code::InvalidArgument, "layer limit 2 is greater"),
+        (other, Code::NotFound, "no match for platform linux/s390x"),
+        (spec("docker-imge://x", &[]), Code::InvalidArgument, "unknown source scheme"),
+        (spec("docker-image://A b", &[]), Code::InvalidArgument, "failed to parse image"),
+    ] {
+        let fault = bench.sources.pin(&source, &cx()).await.unwrap_err();
+        assert_eq!(fault.code(), code, "{fault:?}");
+        assert!(fault.to_string().contains(words), "{fault}");
+    }
+}
+
+#[tokio::test]
+async fn a_web_file_is_fetched_once_and_again_when_it_changed() {
+    let bench = Bench::new().await;
+    let content = Arc::new(std::sync::Mutex::new(("one", "\"1\"")));
+    let served = content.clone();
+    let web = Web::start(move |_, _| {
+        let (body, etag) = *served.lock().unwrap();
+        ok(body).with("ETag", etag).with("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT")
+    });
+    let source = spec(format!("http://{}/dir/file.txt", web.host), &[("http.perm", "0755"), ("http.uid", "7")]);
+    let pin = bench.sources.pin(&source, &cx()).await.unwrap();
+    assert_eq!(pin.digest, Some(Digest::of("one").to_string()));
+    let state = bench.sources.fetch(&source, &pin, &cx()).await.unwrap();
+    let mount = state.mount().await.unwrap();
+    let file = mount.path().join("file.txt");
+    let facts = std::fs::metadata(&file).unwrap();
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "one");
+    assert_eq!((facts.mode() & 0o7777, facts.uid(), facts.mtime()), (0o755, 7, 1_445_412_480));
+    assert_eq!(web.log(), ["GET /dir/file.txt"]);
+    assert_eq!(bench.sources.pin(&source, &cx()).await.unwrap().keys, pin.keys);
+    assert_eq!(web.log(), ["GET /dir/file.txt", "HEAD /dir/file.txt"]);
+    *content.lock().unwrap() = ("two", "\"2\"");
+    assert_ne!(bench.sources.pin(&source, &cx()).await.unwrap().keys, pin.keys);
+}
+
+#[tokio::test]
+async fn a_web_file_with_a_checksum_needs_no_question_and_must_match() {
+    let bench = Bench::new().await;
+    let web = Web::start(|line, _| if line.contains("gone") { status(404) } else { ok("content") });
+    let good = Digest::of("content").to_string();
+    let source = spec(format!("http://{}/f", web.host), &[("http.checksum", &good)]);
+    let pin = bench.sources.pin(&source, &cx()).await.unwrap();
+    assert_eq!(web.log(), [""; 0]);
+    bench.sources.fetch(&source, &pin, &cx()).await.unwrap();
+    let bad = Digest::of("other").to_string();
+    let source = spec(format!("http://{}/f", web.host), &[("http.checksum", &bad)]);
+    let pin = bench.sources.pin(&source, &cx()).await.unwrap();
+    let fault = bench.sources.fetch(&source, &pin, &cx()).await.err().unwrap();
+    assert!(fault.to_string().contains("digest mismatch") && fault.to_string().contains(&good), "{fault}");
+    let gone = bench.sources.pin(&spec(format!("http://{}/gone?token=s3cret", web.host), &[]), &cx()).await.unwrap_err();
+    assert_eq!(gone.code(), Code::NotFound);
+    assert!(!format!("{gone:?}").contains("s3cret"), "{gone:?}");
+    bench.refs.drained().await;
+}
+
+fn git(dir: &Path, arguments: &[&str]) -> String {
+    let mut command = Command::new("git");
+    command.current_dir(dir).args(["-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main"]).args(arguments);
+    let out = command.env("GIT_CONFIG_GLOBAL", "/dev/null").env("GIT_COMMITTER_DATE", "1000000000 +0000").output().unwrap();
+    assert!(out.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8_lossy(&out.stdout).trim().to_owned()
+}
+
+/// `git daemon` over a directory, killed when dropped.
+struct GitServer {
+    port: u16,
+    child: std::process::Child,
+}
+
+impl Drop for GitServer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl GitServer {
+    fn start(base: &Path) -> Self {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        // The daemon's own program and not `git daemon`, so that killing it leaves nothing behind.
+        let program = Path::new(&git(base, &["--exec-path"])).join("git-daemon");
+        let mut command = Command::new(program);
+        command.args([
+            "--reuseaddr",
+            "--export-all",
+            "--listen=127.0.0.1",
+            &format!("--port={port}"),
+            &format!("--base-path={}", base.display()),
+        ]);
+        let server = Self { port, child: command.arg(base).spawn().unwrap() };
+        let patience = std::time::Instant::now();
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(patience.elapsed().as_secs() < 20, "git daemon does not listen");
+            std::thread::yield_now();
+        }
+        server
+    }
+}
+
+#[tokio::test]
+async fn a_git_commit_becomes_its_files() {
+    let bench = Bench::new().await;
+    let base = tempfile::tempdir().unwrap();
+    let repo = base.path().join("r.git");
+    std::fs::create_dir_all(repo.join("sub/dir")).unwrap();
+    git(&repo, &["init", "-q"]);
+    std::fs::write(repo.join("sub/dir/f"), "1").unwrap();
+    std::fs::write(repo.join("top"), "1").unwrap();
+    git(&repo, &["add", "."]);
+    git(&repo, &["commit", "-qm", "one"]);
+    git(&repo, &["tag", "-a", "v1", "-m", "v1"]);
+    let one = git(&repo, &["rev-parse", "HEAD"]);
+    std::fs::write(repo.join("top"), "2").unwrap();
+    git(&repo, &["commit", "-qam", "two"]);
+    let server = GitServer::start(base.path());
+    let url = format!("git://127.0.0.1:{}/r.git", server.port);
+    let at = |fragment: &str, attrs: &[(&str, &str)]| spec(format!("git://{url}{fragment}"), attrs);
+
+    let read = async |source: &SourceSpec, path: &str| {
+        let pin = bench.sources.pin(source, &cx()).await.unwrap();
+        let state = bench.sources.fetch(source, &pin, &cx()).await.unwrap();
+        let mount = state.mount().await.unwrap();
+        let file = mount.path().join(path);
+        (std::fs::read_to_string(&file).ok(), std::fs::metadata(&file).map_or(0, |m| m.mtime()), mount.path().join(".git").exists())
+    };
+    let text = |s: &str| Some(s.to_owned());
+    assert_eq!(read(&at("", &[]), "top").await.0, text("2"));
+    let (content, time, kept) = read(&at("#v1", &[("git.mtime", "commit")]), "top").await;
+    assert_eq!((content, time, kept), (text("1"), 1_000_000_000, false));
+    assert_eq!(read(&at(&format!("#{one}"), &[]), "top").await.0, text("1"));
+    assert_eq!(read(&at("#main:sub/dir", &[]), "f").await.0, text("1"));
+    let (head, _, kept) = read(&at("#main", &[("git.keepgitdir", "true")]), ".git/HEAD").await;
+    assert!(kept && head.is_some());
+
+    let tag = bench.sources.pin(&at("#v1", &[]), &cx()).await.unwrap();
+    let commit = bench.sources.pin(&at(&format!("#{one}"), &[]), &cx()).await.unwrap();
+    assert_eq!(tag.keys, commit.keys, "a tag and its commit are the same files");
+    let meta = bench.sources.resolve(&at("#v1", &[]), ResolveWant::default(), &cx()).await.unwrap().git.unwrap();
+    assert_eq!((meta.reference.as_str(), meta.commit_checksum.as_str()), ("refs/tags/v1", one.as_str()));
+    bench.sources.pin(&at("#v1", &[("git.checksum", &one[..10])]), &cx()).await.unwrap();
+    let fault = bench.sources.pin(&at("#main", &[("git.checksum", &one)]), &cx()).await.unwrap_err();
+    assert!(fault.to_string().contains("expected checksum to match"), "{fault}");
+
+    let build = cx();
+    let want = ResolveWant { git_objects: true, ..Default::default() };
+    let meta = bench.sources.resolve(&at("#v1", &[]), want, &build).await.unwrap().git.unwrap();
+    assert!(meta.objects.commit.starts_with(b"tree ") && meta.objects.tag.starts_with(b"object "));
+    git(&repo, &["tag", "-f", "-a", "v1", "-m", "moved"]);
+    let again = bench.sources.resolve(&at("#v1", &[]), ResolveWant::default(), &build).await.unwrap().git.unwrap();
+    assert_eq!(again.checksum, meta.checksum, "one build sees one tag");
+    let later = bench.sources.resolve(&at("#v1", &[]), ResolveWant::default(), &cx()).await.unwrap().git.unwrap();
+    assert_ne!(later.checksum, meta.checksum);
+    let fault = bench.sources.pin(&at("#nope", &[]), &cx()).await.unwrap_err();
+    assert!(fault.to_string().contains("repository does not contain ref nope"), "{fault}");
+    bench.refs.drained().await;
+}

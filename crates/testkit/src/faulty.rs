@@ -1,0 +1,116 @@
+//! A registry that misbehaves: passes requests on to a good one, except those a fault is meant for.
+
+use crate::http;
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    net::{TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+/// What goes wrong.
+#[derive(Clone, Debug)]
+pub enum RegistryFault {
+    /// This status, with this text.
+    Status(u16, &'static str),
+    /// No answer, ever.
+    Hang,
+    /// The right headers, then a byte now and then.
+    Trickle,
+    /// The right length of wrong bytes.
+    Corrupt,
+}
+
+/// A running one; ends when dropped.
+pub struct FaultyRegistry {
+    port: u16,
+    ended: Arc<AtomicBool>,
+}
+
+impl FaultyRegistry {
+    /// Starts one in front of the registry at `upstream`; `fault` happens to requests whose path contains `path`.
+    pub fn start(upstream: &str, path: &str, fault: RegistryFault) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let ended = Arc::new(AtomicBool::new(false));
+        let (upstream, path, over) = (upstream.to_owned(), path.to_owned(), ended.clone());
+        std::thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                if over.load(Ordering::Relaxed) {
+                    break;
+                }
+                let (upstream, path, fault, over) = (upstream.clone(), path.clone(), fault.clone(), over.clone());
+                // Clients hang up when they like.
+                std::thread::spawn(move || drop(serve(stream, &upstream, &path, &fault, &over)));
+            }
+        });
+        Self { port, ended }
+    }
+
+    /// `address:port`.
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+}
+
+impl Drop for FaultyRegistry {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Relaxed);
+        // Wakes the thread that accepts.
+        let _ = TcpStream::connect(self.address());
+    }
+}
+
+fn pause(ended: &AtomicBool) -> std::io::Result<()> {
+    // Not a wait for anything: the delay is what is being served.
+    #[allow(clippy::disallowed_methods)]
+    std::thread::sleep(Duration::from_millis(500));
+    if ended.load(Ordering::Relaxed) { Err(std::io::ErrorKind::Interrupted.into()) } else { Ok(()) }
+}
+
+fn serve(mut stream: TcpStream, upstream: &str, path: &str, fault: &RegistryFault, ended: &AtomicBool) -> std::io::Result<()> {
+    let mut lines = BufReader::new(stream.try_clone()?).lines().map_while(Result::ok);
+    let first = lines.next().unwrap_or_default();
+    let headers: Vec<(String, String)> = lines
+        .take_while(|l| !l.is_empty())
+        .filter_map(|l| l.split_once(':').map(|(n, v)| (n.trim().to_owned(), v.trim().to_owned())))
+        .filter(|(n, _)| ["accept", "range"].contains(&n.to_lowercase().as_str()))
+        .collect();
+    let mut words = first.split_whitespace();
+    let (method, target) = (words.next().unwrap_or("GET"), words.next().unwrap_or("/"));
+    let meant = target.contains(path);
+    match fault {
+        RegistryFault::Status(status, text) if meant => {
+            return write!(stream, "HTTP/1.1 {status} Fault\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{text}", text.len());
+        }
+        RegistryFault::Hang if meant => loop {
+            pause(ended)?;
+        },
+        _ => {}
+    }
+    let headers: Vec<(&str, &str)> = headers.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+    let answer = http::request(method, upstream, target, &headers, &[])?;
+    write!(stream, "HTTP/1.1 {} Passed\r\nConnection: close\r\n", answer.status)?;
+    for name in ["Content-Type", "Docker-Content-Digest", "Content-Range"] {
+        if let Some(value) = answer.header(name) {
+            write!(stream, "{name}: {value}\r\n")?;
+        }
+    }
+    let length = answer.header("Content-Length").map_or(answer.body.len(), |l| l.parse().unwrap_or(0));
+    write!(stream, "Content-Length: {length}\r\n\r\n")?;
+    match fault {
+        RegistryFault::Trickle if meant => {
+            for byte in &answer.body {
+                stream.write_all(&[*byte])?;
+                stream.flush()?;
+                pause(ended)?;
+            }
+            Ok(())
+        }
+        RegistryFault::Corrupt if meant => stream.write_all(&vec![b'x'; answer.body.len()]),
+        _ => stream.write_all(&answer.body),
+    }
+}

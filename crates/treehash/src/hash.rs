@@ -1,0 +1,144 @@
+//! The digest of one file: a header in the order that Docker's tar sums have it (version 1: without the time), then the contents.
+
+use rustix::fs::{FileType, Stat};
+use shipway_fault::{Fault, Result};
+use shipway_oci::{Digest, Hasher};
+use std::{
+    fs::{self, File},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    io::Read,
+    os::unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+    path::Path,
+};
+
+/// Bytes read at a time.
+const CHUNK: usize = 256 * 1024;
+
+/// What a file's digest depends on besides its contents, and what tells that these have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Stamp {
+    size: i64,
+    mode: u32,
+    uid: u32,
+    gid: u32,
+    rdev: u64,
+    mtime: i64,
+}
+
+impl Stamp {
+    pub fn of(stat: &Stat) -> Self {
+        Self {
+            size: stat.st_size,
+            mode: stat.st_mode,
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            rdev: stat.st_rdev,
+            mtime: stat.st_mtime.saturating_mul(1_000_000_000).saturating_add(stat.st_mtime_nsec as i64),
+        }
+    }
+
+    /// That of a regular file.
+    pub fn of_file(file: &FileStat) -> Self {
+        let FileStat { size, mode, uid, gid, mtime } = *file;
+        Self { size, mode: FileType::RegularFile.as_raw_mode() | (mode & 0o7777), uid, gid, rdev: 0, mtime }
+    }
+
+    /// A number that tells stamps apart.
+    pub fn number(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.hash(&mut hasher);
+        hasher.finish()
+    }
+
+    pub fn kind(&self) -> FileType {
+        FileType::from_raw_mode(self.mode)
+    }
+}
+
+/// The digest of the file, link, directory (without its children) or device at `full`.
+pub fn digest(full: &Path, stamp: &Stamp, buffer: &mut Vec<u8>) -> Result<Digest> {
+    let failed = |e| Fault::io(format!("hash {}", full.display()), e);
+    let kind = stamp.kind();
+    let link = match kind {
+        FileType::Symlink => fs::read_link(full).map_err(failed)?.into_os_string(),
+        _ => Default::default(),
+    };
+    let (flag, device) = match kind {
+        FileType::Directory => ('5', false),
+        FileType::Symlink => ('2', false),
+        FileType::CharacterDevice => ('3', true),
+        FileType::BlockDevice => ('4', true),
+        FileType::Fifo => ('6', false),
+        // A socket counts as an empty file.
+        _ => ('0', false),
+    };
+    let mode = if kind == FileType::Symlink { 0o777 } else { stamp.mode & 0o7777 };
+    let size = if kind == FileType::RegularFile { stamp.size } else { 0 };
+    let (major, minor) = if device { (rustix::fs::major(stamp.rdev), rustix::fs::minor(stamp.rdev)) } else { (0, 0) };
+    let mut hasher = Hasher::new();
+    header(&mut hasher, (mode, stamp.uid, stamp.gid, size), flag, link.as_bytes(), (major, minor));
+    if matches!(kind, FileType::RegularFile) {
+        let mut value = [0u8; 1024];
+        if let Ok(n) = rustix::fs::lgetxattr(full, "security.capability", &mut value[..]) {
+            hasher.update("security.capability");
+            hasher.update(&value[..n]);
+        }
+        contents(full, &mut hasher, buffer).map_err(failed)?;
+    }
+    Ok(hasher.finish())
+}
+
+fn header(hasher: &mut Hasher, (mode, uid, gid, size): (u32, u32, u32, i64), flag: char, link: &[u8], (major, minor): (u32, u32)) {
+    hasher.update(format!("namemode{mode}uid{uid}gid{gid}size{size}typeflag{flag}linkname"));
+    hasher.update(link);
+    hasher.update(format!("unamegnamedevmajor{major}devminor{minor}"));
+}
+
+/// A regular file's attributes, as far as they matter.
+#[derive(Clone, Copy, Debug)]
+pub struct FileStat {
+    /// Length.
+    pub size: i64,
+    /// Permissions.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Time of modification in nanoseconds.
+    pub mtime: i64,
+}
+
+/// The digest of a regular file without capabilities whose contents come piece by piece.
+pub struct FileHasher(Hasher);
+
+impl FileHasher {
+    /// Starts the digest of a file with these attributes.
+    pub fn new(file: &FileStat) -> Self {
+        let mut hasher = Hasher::new();
+        header(&mut hasher, (file.mode & 0o7777, file.uid, file.gid, file.size), '0', b"", (0, 0));
+        Self(hasher)
+    }
+
+    /// Adds contents.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The digest.
+    pub fn finish(self) -> Digest {
+        self.0.finish()
+    }
+}
+
+fn contents(full: &Path, hasher: &mut Hasher, buffer: &mut Vec<u8>) -> std::io::Result<()> {
+    let flags = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
+    let mut file = File::options().read(true).custom_flags(flags).open(full)?;
+    buffer.resize(CHUNK, 0);
+    loop {
+        match file.read(buffer)? {
+            0 => return Ok(()),
+            n => hasher.update(&buffer[..n]),
+        }
+    }
+}

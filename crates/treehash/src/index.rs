@@ -1,0 +1,351 @@
+//! Checksums of parts of a tree, with a memory.
+
+use crate::{
+    PathFilter, Selector, Verdict,
+    hash::{FileStat, Stamp, digest},
+    resolve::{missing, resolve},
+};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use shipway_fault::{Fault, Result};
+use shipway_oci::{Digest, Hasher};
+use std::{
+    collections::HashMap,
+    ffi::{CString, OsStr},
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+};
+
+/// Files to hash that are worth a second thread.
+const WORTH_THREADS: usize = 8;
+
+/// Files remembered at most; hashing again is cheaper than growing without end.
+const MAX_REMEMBERED: usize = 500_000;
+
+/// Remembers the files of one tree. Clones share the memory.
+#[derive(Clone, Default)]
+pub struct TreeIndex(Arc<Mutex<Memory>>);
+
+/// Digests of regular files, with the number of the stamp each had. Trees are large and many: paths are remembered by digest, too.
+type Memory = HashMap<Place, (u64, Digest)>;
+
+/// A path.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Place([u8; 16]);
+
+impl Place {
+    fn of(path: &Path) -> Self {
+        let mut place = [0; 16];
+        place.copy_from_slice(&Digest::of(path.as_os_str().as_bytes()).as_bytes()[..16]);
+        Self(place)
+    }
+}
+
+/// A file that belongs to the selection.
+struct Found {
+    /// Path from the tree's root.
+    path: PathBuf,
+    /// Name that goes into the checksum.
+    name: Vec<u8>,
+    stamp: Stamp,
+}
+
+impl TreeIndex {
+    /// The checksum of what `selector` means in the tree at `root`. Blocks: call it off the async threads.
+    pub fn checksum(&self, root: &Path, selector: &Selector) -> Result<Digest> {
+        let asked = Path::new(&selector.path);
+        let contents_only = selector.path.len() > 1 && selector.path.ends_with('/');
+        let mut found = Vec::new();
+        if selector.wildcard && selector.path.contains(['*', '?', '[', '\\']) {
+            for path in matches(root, &selector.path)? {
+                let name = path.as_os_str().as_bytes().to_vec();
+                let resolved = resolve(root, &path, selector.follow_links)?;
+                collect(root, &resolved.path, &name, selector.filter.as_deref(), false, &mut found)?;
+            }
+        } else {
+            let resolved = resolve(root, asked, selector.follow_links || contents_only)?;
+            if contents_only && !resolved.metadata.is_dir() {
+                return Err(missing(asked));
+            }
+            collect(root, &resolved.path, b"", selector.filter.as_deref(), contents_only, &mut found)?;
+        }
+        let digests = self.digests(root, &found)?;
+        if let ([only], [digest]) = (&found[..], &digests[..])
+            && only.name.is_empty()
+        {
+            return Ok(*digest);
+        }
+        let mut hasher = Hasher::new();
+        for (file, digest) in found.iter().zip(digests) {
+            hasher.update((file.name.len() as u64).to_be_bytes());
+            hasher.update(&file.name);
+            hasher.update(digest.as_bytes());
+        }
+        Ok(hasher.finish())
+    }
+
+    /// Remembers the digest of a regular file that was just written at `path`, from the tree's root.
+    pub fn learn(&self, path: &Path, file: &FileStat, digest: Digest) {
+        let mut memory = self.memory();
+        if memory.len() < MAX_REMEMBERED {
+            memory.insert(Place::of(path), (Stamp::of_file(file).number(), digest));
+        }
+    }
+
+    /// Forgets the file at `path`.
+    pub fn forget(&self, path: &Path) {
+        self.memory().remove(&Place::of(path));
+    }
+
+    /// Forgets all files.
+    pub fn clear(&self) {
+        *self.memory() = Memory::new();
+    }
+
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The digests of files, from memory or by reading, several at a time.
+    fn digests(&self, root: &Path, found: &[Found]) -> Result<Vec<Digest>> {
+        // Everything but a file's contents is told by what was looked at already.
+        let is_file = |f: &Found| f.stamp.kind() == FileType::RegularFile;
+        let places: Vec<Option<Place>> = found.iter().map(|f| is_file(f).then(|| Place::of(&f.path))).collect();
+        let mut digests: Vec<Option<Digest>> = {
+            let memory = self.memory();
+            let known = |(f, place): (&Found, &Option<Place>)| memory.get(place.as_ref()?).filter(|(n, _)| *n == f.stamp.number());
+            found.iter().zip(&places).map(|f| known(f).map(|(_, d)| *d)).collect()
+        };
+        let todo: Vec<usize> = (0..found.len()).filter(|i| digests[*i].is_none()).collect();
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let (mut done, mut buffer) = (Vec::new(), Vec::new());
+            while let Some(i) = todo.get(next.fetch_add(1, Ordering::Relaxed)) {
+                done.push((*i, digest(&root.join(&found[*i].path), &found[*i].stamp, &mut buffer)?));
+            }
+            Ok::<_, Fault>(done)
+        };
+        let threads = if todo.len() < WORTH_THREADS { 1 } else { thread::available_parallelism().map_or(1, |n| n.get()).min(4) };
+        let parts: Vec<Result<Vec<(usize, Digest)>>> = thread::scope(|scope| {
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+            let mine = work();
+            let panicked = |_| Fault::internal("a thread that hashes files panicked");
+            others.into_iter().map(|t| t.join().map_err(panicked).flatten()).chain([mine]).collect()
+        });
+        let mut memory = self.memory();
+        if memory.len() + todo.len() > MAX_REMEMBERED {
+            *memory = Memory::new();
+        }
+        for part in parts {
+            for (i, digest) in part? {
+                if let Some(place) = places[i] {
+                    memory.insert(place, (found[i].stamp.number(), digest));
+                }
+                digests[i] = Some(digest);
+            }
+        }
+        Ok(digests.into_iter().flatten().collect())
+    }
+}
+
+/// Adds what is at `start` (a path without links) and below it, in path order.
+fn collect(
+    root: &Path,
+    start: &Path,
+    name: &[u8],
+    filter: Option<&dyn PathFilter>,
+    contents_only: bool,
+    found: &mut Vec<Found>,
+) -> Result<()> {
+    let base = rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| Fault::io(format!("open {}", root.display()), e.into()))?;
+    let failed = |path: &Path, e: rustix::io::Errno| Fault::io(format!("look at /{}", path.display()), e.into());
+    let at = if start.as_os_str().is_empty() { Path::new(".") } else { start };
+    let stat = rustix::fs::statat(&base, at, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| failed(start, e))?;
+    let first = Found { path: start.to_owned(), name: name.to_vec(), stamp: Stamp::of(&stat) };
+    if first.stamp.kind() != FileType::Directory {
+        found.push(first);
+        return Ok(());
+    }
+    // Patterns choose what is in the directory; it belongs to the selection itself, because a copy of the selection is like it.
+    if !contents_only {
+        found.push(first);
+    }
+    let mut stack = vec![Dir { path: start.to_owned(), relative: Vec::new(), children: list(&base, start)?, held: None }];
+    while let Some(dir) = stack.last_mut() {
+        let Some((child, stamp)) = dir.children.pop() else {
+            stack.pop();
+            continue;
+        };
+        let path = dir.path.join(OsStr::from_bytes(child.as_bytes()));
+        let mut relative = dir.relative.clone();
+        if !relative.is_empty() {
+            relative.push(b'/');
+        }
+        relative.extend_from_slice(child.as_bytes());
+        let is_dir = stamp.kind() == FileType::Directory;
+        let verdict = filter.map_or(Verdict::Take, |f| f.decide(&String::from_utf8_lossy(&relative), is_dir));
+        let full_name = [name, b"/", &relative].concat();
+        let mut held = None;
+        match verdict {
+            Verdict::Skip => continue,
+            Verdict::Descend => held = Some(Found { path: path.clone(), name: full_name, stamp }),
+            Verdict::Take => {
+                found.extend(stack.iter_mut().filter_map(|d| d.held.take()));
+                found.push(Found { path: path.clone(), name: full_name, stamp });
+            }
+        }
+        if is_dir {
+            let children = list(&base, &path)?;
+            stack.push(Dir { path, relative, children, held });
+        }
+    }
+    Ok(())
+}
+
+/// A directory on the way of the walk.
+struct Dir {
+    path: PathBuf,
+    relative: Vec<u8>,
+    /// Children still to visit, last one first.
+    children: Vec<(CString, Stamp)>,
+    /// Its own entry, if it counts only with a child.
+    held: Option<Found>,
+}
+
+/// The children of a directory, in reverse byte order.
+fn list(base: &impl std::os::fd::AsFd, path: &Path) -> Result<Vec<(CString, Stamp)>> {
+    let failed = |e: rustix::io::Errno| Fault::io(format!("list /{}", path.display()), e.into());
+    let at = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(base, at, flags, Mode::empty()).map_err(failed)?;
+    let mut children = Vec::new();
+    for entry in rustix::fs::Dir::read_from(&fd).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name();
+        if name.to_bytes() != b"." && name.to_bytes() != b".." {
+            let stat = rustix::fs::statat(&fd, name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
+            children.push((name.to_owned(), Stamp::of(&stat)));
+        }
+    }
+    children.sort_unstable_by(|a, b| b.0.cmp(&a.0));
+    Ok(children)
+}
+
+/// Paths that match a pattern, component by component as Go's `path.Match` does, in byte order.
+fn matches(root: &Path, pattern: &str) -> Result<Vec<PathBuf>> {
+    let mut at = vec![PathBuf::new()];
+    for component in pattern.split('/').filter(|c| !c.is_empty() && *c != ".") {
+        let mut next = Vec::new();
+        for dir in &at {
+            if component == ".." {
+                next.push(dir.parent().unwrap_or(Path::new("")).to_owned());
+                continue;
+            }
+            let resolved = match resolve(root, dir, true) {
+                Ok(resolved) if resolved.metadata.is_dir() => resolved,
+                Ok(_) => continue,
+                Err(e) if e.is_not_found() => continue,
+                Err(e) => return Err(e),
+            };
+            let base = rustix::fs::open(root, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+                .map_err(|e| Fault::io(format!("open {}", root.display()), e.into()))?;
+            for (name, _) in list(&base, &resolved.path)?.into_iter().rev() {
+                if glob(component.as_bytes(), name.as_bytes())
+                    .ok_or_else(|| Fault::invalid(format!("syntax error in pattern {pattern:?}")))?
+                {
+                    next.push(dir.join(OsStr::from_bytes(name.as_bytes())));
+                }
+            }
+        }
+        at = next;
+    }
+    Ok(at)
+}
+
+/// Whether one component matches; `None` for a malformed pattern. Works on bytes; `?` and classes take whole characters of UTF-8 names.
+fn glob(pattern: &[u8], name: &[u8]) -> Option<bool> {
+    let (pattern, name) = (String::from_utf8_lossy(pattern), String::from_utf8_lossy(name));
+    let (pattern, name): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
+    let (mut p, mut n) = (0, 0);
+    let mut star: Option<(usize, usize)> = None;
+    loop {
+        if p < pattern.len() && pattern[p] == '*' {
+            star = Some((p, n));
+            p += 1;
+            continue;
+        }
+        if p == pattern.len() && n == name.len() {
+            return Some(true);
+        }
+        let step = if p < pattern.len() { one(&pattern[p..], name.get(n).copied())? } else { None };
+        match (step, &mut star) {
+            (Some(used), _) => {
+                p += used;
+                n += 1;
+            }
+            (None, Some((at, from))) if *from < name.len() => {
+                *from += 1;
+                (p, n) = (*at + 1, *from);
+            }
+            _ => return Some(false),
+        }
+    }
+}
+
+/// How much of the pattern takes the character: `Some(None)` if it does not match, `None` if the pattern is malformed.
+fn one(pattern: &[char], c: Option<char>) -> Option<Option<usize>> {
+    let escaped =
+        |i: usize| if pattern.get(i) == Some(&'\\') { pattern.get(i + 1).map(|c| (*c, 2)) } else { pattern.get(i).map(|c| (*c, 1)) };
+    match pattern[0] {
+        '?' => Some(c.map(|_| 1)),
+        '[' => {
+            let negated = pattern.get(1) == Some(&'^');
+            let mut i = if negated { 2 } else { 1 };
+            let (mut hit, mut first) = (false, true);
+            while first || pattern.get(i) != Some(&']') {
+                first = false;
+                let (low, used) = escaped(i)?;
+                i += used;
+                let mut high = low;
+                if pattern.get(i) == Some(&'-') {
+                    let (end, used) = escaped(i + 1)?;
+                    high = end;
+                    i += 1 + used;
+                }
+                hit |= c.is_some_and(|c| (low..=high).contains(&c));
+            }
+            Some((c.is_some() && hit != negated).then_some(i + 1))
+        }
+        _ => {
+            let (want, used) = escaped(0)?;
+            Some((c == Some(want)).then_some(used))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn globs_match_as_in_go() {
+        for (pattern, name, want) in [
+            ("*.go", "a.go", Some(true)),
+            ("*.go", "a.goo", Some(false)),
+            ("a*b*c", "axxbyyc", Some(true)),
+            ("a*b*c", "axxbyy", Some(false)),
+            ("?[a-c]", "xb", Some(true)),
+            ("[^a]", "a", Some(false)),
+            ("\\*", "*", Some(true)),
+            ("[", "a", None),
+            ("*", "", Some(true)),
+        ] {
+            assert_eq!(glob(pattern.as_bytes(), name.as_bytes()), want, "{pattern} {name}");
+        }
+    }
+}

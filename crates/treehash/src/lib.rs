@@ -1,0 +1,16 @@
+//! Checksums of file trees (rows `so.hash*`): names, modes, owners, link targets, capabilities and contents, never times,
+//! so that the same files have the same checksum wherever and whenever they were made.
+//!
+//! A [`TreeIndex`] belongs to one tree and remembers what it hashed: a file whose size, time of modification, owner and mode are what they were
+//! is not read again. Who writes into the tree otherwise, or keeps a file's time while writing, tells the index. [`Selector`] says which part is meant; patterns are the caller's ([`PathFilter`]). Paths are resolved within the tree, whatever
+//! links say. Nothing here knows how a tree came to be.
+
+mod hash;
+mod index;
+mod resolve;
+mod selector;
+
+pub use hash::{FileHasher, FileStat};
+pub use index::TreeIndex;
+pub use resolve::{Resolved, resolve};
+pub use selector::{PathFilter, Selector, Verdict};

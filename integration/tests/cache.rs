@@ -1,0 +1,101 @@
+//! The cache: by definition, by content, across restarts, shared by builds at once.
+
+#![allow(clippy::unwrap_used)]
+
+use shipway_integration::{any, build, build_text, ctr_run};
+use shipway_testkit::Lab;
+use std::process::Stdio;
+
+/// Steps of plain progress that were cached.
+fn cached(text: &str) -> usize {
+    text.lines().filter(|l| l.ends_with("CACHED")).count()
+}
+
+#[test]
+fn only_what_reads_a_changed_file_is_built_again() {
+    let lab = Lab::complete(any());
+    let text = "FROM busybox AS a\nCOPY a /a\nRUN cat /proc/sys/kernel/random/uuid > /stamp-a\nFROM busybox AS b\nCOPY b /b\nRUN cat /proc/sys/kernel/random/uuid > /stamp-b\n\
+                FROM busybox\nCOPY --from=a /stamp-a /\nCOPY --from=b /stamp-b /\n";
+    let context = lab.context("content", &[("Dockerfile", text), ("a", "1"), ("b", "1")]);
+    let stamps = |tag: &str| {
+        let out = ctr_run(&lab, &format!("docker.io/library/{tag}"), &["cat", "/stamp-a", "/stamp-b"]).ok().stdout;
+        out.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    build(&lab, "content:1", &context, &[]).ok();
+    std::fs::write(context.join("a"), "2").unwrap();
+    build(&lab, "content:2", &context, &[]).ok();
+    let (first, second) = (stamps("content:1"), stamps("content:2"));
+    assert_ne!(first[0], second[0], "the stage whose file changed was not built again");
+    assert_eq!(first[1], second[1], "the stage whose file did not change was built again");
+
+    // A file that nothing reads changes nothing; nor does a touched one.
+    std::fs::write(context.join("unread"), "new").unwrap();
+    std::fs::write(context.join("a"), "2").unwrap();
+    build(&lab, "content:3", &context, &[]).ok();
+    assert_eq!(stamps("content:3"), second);
+    // And back: the first result is still known.
+    std::fs::write(context.join("a"), "1").unwrap();
+    build(&lab, "content:4", &context, &[]).ok();
+    assert_eq!(stamps("content:4"), first);
+}
+
+#[test]
+fn the_cache_survives_a_restart_of_the_daemon() {
+    let mut lab = Lab::complete(any());
+    let text = "FROM busybox\nRUN cat /proc/sys/kernel/random/uuid > /stamp\nCOPY Dockerfile /d\n";
+    build_text(&lab, "kept:1", text).ok();
+    let before = ctr_run(&lab, "docker.io/library/kept:1", &["cat", "/stamp"]).ok().stdout;
+    for end in ["asked", "killed"] {
+        if end == "asked" {
+            assert!(lab.stop_daemon(), "the daemon had to be killed")
+        } else {
+            lab.kill_daemon()
+        }
+        lab.start_daemon();
+        let again = build_text(&lab, "kept:1", text).ok();
+        assert!(cached(&again.all()) >= 2, "{end}:\n{}", again.all());
+        assert_eq!(ctr_run(&lab, "docker.io/library/kept:1", &["cat", "/stamp"]).ok().stdout, before, "{end}");
+    }
+    // So does the history, with what the builds said.
+    let history = lab.shipway(["history", "ls"]).ok().stdout;
+    let ids: Vec<&str> = history.lines().skip(1).filter_map(|l| l.split_whitespace().next()).collect();
+    assert_eq!(ids.len(), 3, "{history}");
+    for id in ids {
+        assert!(lab.shipway(["history", "logs", id]).ok().all().contains("RUN cat /proc"), "{history}");
+    }
+}
+
+#[test]
+fn equal_work_of_builds_at_once_is_done_once() {
+    let lab = Lab::complete(any());
+    let text = "FROM busybox\nRUN sleep 2; cat /proc/sys/kernel/random/uuid > /stamp\n";
+    let contexts: Vec<_> = (0..4).map(|n| lab.context(&format!("once{n}"), &[("Dockerfile", text)])).collect();
+    let start = |n: usize| {
+        let mut command = lab.shipway_command();
+        command.args(["build", "--progress", "plain", "--tag", &format!("once:{n}")]).arg(&contexts[n]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let builds: Vec<_> = (0..4).map(start).collect();
+    for build in builds {
+        let output = build.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let stamp = |n: usize| ctr_run(&lab, &format!("docker.io/library/once:{n}"), &["cat", "/stamp"]).ok().stdout;
+    let first = stamp(0);
+    for n in 1..4 {
+        assert_eq!(stamp(n), first, "build {n} ran the step again");
+    }
+}
+
+#[test]
+fn no_cache_runs_every_step_again() {
+    let lab = Lab::complete(any());
+    let context = lab.context("fresh", &[("Dockerfile", "FROM busybox\nRUN cat /proc/sys/kernel/random/uuid > /stamp\n")]);
+    let stamp = |more: &[&str]| {
+        build(&lab, "fresh:1", &context, more).ok();
+        ctr_run(&lab, "docker.io/library/fresh:1", &["cat", "/stamp"]).ok().stdout
+    };
+    let first = stamp(&[]);
+    assert_eq!(stamp(&[]), first);
+    assert_ne!(stamp(&["--no-cache"]), first);
+}

@@ -1,0 +1,150 @@
+//! The gateway, as debuggers of builds and frontends out of images use it: containers over states, also over those of a step that failed.
+
+#![allow(clippy::unwrap_used)]
+
+use shipway_fault::Detail;
+use shipway_grpc::fault_of;
+use shipway_integration::{any, build_text};
+use shipway_llb::{Definition, ExecDraft, MarshalOptions, State};
+use shipway_oci::Platform;
+use shipway_proto::{
+    moby::buildkit::v1::{
+        self as api,
+        control_client::ControlClient,
+        frontend::{self as wire, exec_message::Input, llb_bridge_client::LlbBridgeClient},
+    },
+    pb,
+};
+use shipway_testkit::{Lab, wait_for};
+use std::{collections::BTreeMap, time::Duration};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Streaming, transport::Channel};
+
+const BUILD: &str = "gateway-test";
+
+/// A request of the build.
+fn of_build<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("buildkit-controlapi-buildid", BUILD.parse().unwrap());
+    request
+}
+
+fn definition(state: &State) -> pb::Definition {
+    let options = MarshalOptions { platform: Platform::host(), caps: None, local_unique_id: String::new() };
+    Definition::to_pb(&state.marshal(&options).unwrap())
+}
+
+/// A stream of processes.
+struct Processes {
+    to: mpsc::Sender<wire::ExecMessage>,
+    from: Streaming<wire::ExecMessage>,
+}
+
+impl Processes {
+    async fn open(bridge: &mut LlbBridgeClient<Channel>) -> Self {
+        let (to, queue) = mpsc::channel(16);
+        let from = bridge.exec_process(of_build(ReceiverStream::new(queue))).await.unwrap().into_inner();
+        Self { to, from }
+    }
+
+    async fn tell(&self, process: &str, input: Input) {
+        self.to.send(wire::ExecMessage { process_id: process.into(), input: Some(input) }).await.unwrap();
+    }
+
+    async fn start(&self, process: &str, args: &[&str], tty: bool) {
+        let meta = pb::Meta { args: args.iter().map(|a| (*a).to_owned()).collect(), cwd: "/".into(), ..Default::default() };
+        let init = wire::InitMessage { container_id: "c".into(), meta: Some(meta), fds: vec![0, 1, 2], tty, ..Default::default() };
+        self.tell(process, Input::Init(init)).await;
+    }
+
+    async fn say(&self, process: &str, data: &str, eof: bool) {
+        self.tell(process, Input::File(wire::FdMessage { fd: 0, eof, data: data.into() })).await;
+    }
+
+    /// What is said until a process has ended: its output, and its exit code.
+    async fn end_of(&mut self, process: &str) -> (String, u32) {
+        let (mut said, mut code) = (String::new(), None);
+        while let Some(message) = self.from.message().await.unwrap() {
+            match message.input {
+                Some(Input::File(file)) if message.process_id == process => said.push_str(&String::from_utf8_lossy(&file.data)),
+                Some(Input::Exit(exit)) if message.process_id == process => code = Some(exit.code),
+                Some(Input::Done(_)) if message.process_id == process => break,
+                _ => {}
+            }
+        }
+        (said, code.unwrap())
+    }
+}
+
+async fn enter_a_failed_step(lab: &Lab) {
+    let channel = shipway_grpc::dial(&lab.daemon_address().parse().unwrap(), None).await.unwrap();
+    let mut control = ControlClient::new(channel.clone());
+    let building = tokio::spawn(async move { control.solve(api::SolveRequest { r#ref: BUILD.into(), ..Default::default() }).await });
+    let mut bridge = LlbBridgeClient::new(channel);
+
+    let busybox = State::image("docker.io/library/busybox:latest", "", BTreeMap::new(), Default::default());
+    let step = ["sh", "-c", "echo half > /done && exit 9"].map(str::to_owned).to_vec();
+    let failing = busybox.run(ExecDraft { args: step, ..ExecDraft::default() }, Default::default());
+    let solve =
+        wire::SolveRequest { definition: Some(definition(&failing)), evaluate: true, allow_result_return: true, ..Default::default() };
+    let fault = fault_of(&bridge.solve(of_build(solve)).await.unwrap_err());
+    let mounts = fault.details().iter().find_map(|d| match d {
+        Detail::Solve { mount_ids, .. } => Some(mount_ids.clone()),
+        _ => None,
+    });
+    let [root] = mounts.unwrap().try_into().unwrap();
+
+    let mount = pb::Mount { dest: "/".into(), result_id: root, ..Default::default() };
+    let asked = wire::NewContainerRequest { container_id: "c".into(), mounts: vec![mount], ..Default::default() };
+    bridge.new_container(of_build(asked)).await.unwrap();
+    let mut processes = Processes::open(&mut bridge).await;
+
+    // The first process has a terminal, others join it.
+    processes.start("shell", &["sh"], true).await;
+    processes.start("cat", &["cat", "/done", "-"], false).await;
+    processes.say("cat", "and more", true).await;
+    assert_eq!(processes.end_of("cat").await, ("half\nand more".into(), 0));
+    processes.start("missing", &["no-such-program"], false).await;
+    assert_eq!(processes.end_of("missing").await.1, 255);
+    processes.tell("shell", Input::Resize(wire::ResizeMessage { rows: 33, cols: 77 })).await;
+    processes.start("sleep", &["sleep", "1000"], false).await;
+    processes.tell("sleep", Input::Signal(wire::SignalMessage { name: "KILL".into() })).await;
+    assert_eq!(processes.end_of("sleep").await.1, 137);
+    processes.say("shell", "stty size; test -t 0; exit 5$?\n", false).await;
+    let (said, code) = processes.end_of("shell").await;
+    assert!(said.contains("33 77"), "{said}");
+    assert_eq!(code, 50);
+
+    let read = wire::ReadFileRequest { r#ref: "c".into(), file_path: "/done".into(), ..Default::default() };
+    assert_eq!(bridge.read_file_container(of_build(read)).await.unwrap().into_inner().data, b"half\n");
+    bridge.release_container(of_build(wire::ReleaseContainerRequest { container_id: "c".into() })).await.unwrap();
+    let scratch = wire::ReturnRequest { result: Some(wire::Result::default()), error: None };
+    bridge.r#return(of_build(scratch)).await.unwrap();
+    building.await.unwrap().unwrap();
+}
+
+#[test]
+fn a_failed_step_can_be_entered() {
+    let lab = Lab::complete(any());
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), enter_a_failed_step(&lab)).await }).unwrap();
+    // Nothing stays of the container.
+    wait_for("the container to go", Duration::from_secs(20), || {
+        let left = lab.leftovers().containers;
+        if left.iter().all(|c| c.ends_with("-keeper")) { Ok(()) } else { Err(format!("{left:?}")) }
+    });
+}
+
+#[test]
+fn a_frontend_out_of_an_image_says_why_it_failed() {
+    let lab = Lab::complete(any());
+    let name = format!("{}/front:1", lab.registry());
+    let text = "FROM busybox\nENTRYPOINT [\"sh\", \"-c\", \"echo I am no frontend >&2; exit 4\"]\n";
+    let context = lab.context("front", &[("Dockerfile", text)]);
+    shipway_integration::build(&lab, &name, &context, &["--push"]).ok();
+    let failed = build_text(&lab, "with-front:1", &format!("# syntax={name}\nFROM busybox\n")).failed();
+    for word in ["run the frontend", "exit code: 4", "I am no frontend"] {
+        assert!(failed.all().contains(word), "{word}: {}", failed.all());
+    }
+}

@@ -1,0 +1,95 @@
+//! Steps: mounts, users, environment, networks, secrets, and that a cancelled step leaves no process.
+
+#![allow(clippy::unwrap_used)]
+
+use shipway_integration::{any, build, build_text, on_each};
+use shipway_testkit::{Lab, wait_for};
+use std::{process::Stdio, time::Duration};
+
+#[test]
+fn what_steps_see() {
+    on_each(|flavour| {
+        let lab = Lab::complete(flavour);
+        let secret = lab.dir().join("token");
+        std::fs::write(&secret, "s3cret").unwrap();
+        let text = r#"FROM busybox
+ENV A=1
+ARG B=2
+RUN test "$A$B" = 12 && test "$(pwd)" = / && test "$(id -u)" = 0
+WORKDIR /work/dir
+RUN test "$(pwd)" = /work/dir && touch made
+USER nobody
+RUN test "$(id -u)" = 65534 && ! touch /forbidden 2>/dev/null
+USER 1234:5678
+RUN test "$(id -u):$(id -g)" = 1234:5678
+USER root
+RUN --mount=type=bind,target=/ctx test -f /ctx/file && ! touch /ctx/x 2>/dev/null
+RUN --mount=type=tmpfs,target=/t echo x > /t/x
+RUN test ! -e /t/x
+RUN --mount=type=secret,id=token test "$(cat /run/secrets/token)" = s3cret
+RUN --mount=type=secret,id=token,env=TOKEN test "$TOKEN" = s3cret
+RUN test ! -e /run/secrets/token
+RUN --mount=type=cache,target=/c echo kept > /c/kept
+RUN --mount=type=cache,target=/c test "$(cat /c/kept)" = kept
+RUN test ! -e /c/kept
+RUN --network=none test "$(ls /sys/class/net)" = lo
+RUN grep -q localhost /etc/hosts
+RUN ["/bin/sh", "-c", "test $0 = name", "name"]
+SHELL ["/bin/ash", "-ec"]
+RUN false || true; test -n "$A"
+"#;
+        let context = lab.context("steps", &[("Dockerfile", text), ("file", "x")]);
+        build(&lab, "steps:1", &context, &["--secret", &format!("id=token,src={}", secret.display())]).ok();
+        let missing = build_text(&lab, "steps:2", "FROM busybox\nRUN --mount=type=secret,id=absent,required=true true\n").failed();
+        assert!(missing.all().contains("absent"), "{}", missing.all());
+    });
+}
+
+/// Containers of steps: without the keepers of warm shims, which stay for a while.
+fn steps(lab: &Lab) -> Vec<String> {
+    let left = lab.leftovers();
+    left.tasks
+        .into_iter()
+        .chain(left.containers)
+        .filter(|c| !c.ends_with("-keeper"))
+        .collect::<std::collections::BTreeSet<_>>()
+        .into_iter()
+        .collect()
+}
+
+#[test]
+fn what_a_step_prints_is_seen_while_it_runs() {
+    let lab = Lab::complete(any());
+    let context = lab.context("log", &[("Dockerfile", "FROM busybox\nRUN echo early; sleep 600\n")]);
+    let mut child = lab
+        .shipway_command()
+        .args(["build", "--progress", "plain"])
+        .arg(&context)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
+    assert!(lines.by_ref().map_while(Result::ok).any(|l| l.ends_with("early")), "the step's output never came");
+    assert_eq!(steps(&lab).len(), 1, "{:?}", lab.leftovers().tasks);
+
+    // The client goes away: so do the step, its container and its process.
+    child.kill().unwrap();
+    child.wait().unwrap();
+    wait_for("the step of a client that went away to end", Duration::from_secs(20), || {
+        let left = steps(&lab);
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    });
+    // Its cancelled build is in nobody's way.
+    build_text(&lab, "after:1", "FROM busybox\nRUN echo fine\n").ok();
+}
+
+#[test]
+fn network_host_needs_permission_and_then_works() {
+    let lab = Lab::complete(any());
+    let context = lab.context("net", &[("Dockerfile", "FROM busybox\nRUN --network=host ls /sys/class/net > /net\n")]);
+    let refused = build(&lab, "net:1", &context, &[]).failed();
+    assert!(refused.all().contains("network.host"), "{}", refused.all());
+    build(&lab, "net:1", &context, &["--allow", "network.host"]).ok();
+}
