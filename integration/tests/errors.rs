@@ -22,12 +22,17 @@ fn mistakes_are_named_with_their_lines() {
         &[("Dockerfile", "FROM busybox\nRUN echo before\nRUN echo why >&2; exit 7\n")],
         &["Dockerfile:3", ">>> RUN echo why >&2; exit 7", "why", "exit code: 7"],
     );
-    check(&lab, "instruction", &[("Dockerfile", "FROM busybox\nCOPPY a b\n")], &["Dockerfile:2", "unknown instruction: COPPY", "COPY"]);
+    check(
+        &lab,
+        "instruction",
+        &[("Dockerfile", "FROM busybox\nCOPPY a b\n")],
+        &["Dockerfile:2", ">>> COPPY a b\n     |     ^^^^^\n", "unknown instruction: COPPY", "COPY"],
+    );
     check(
         &lab,
         "missing",
         &[("Dockerfile", "FROM busybox\nCOPY settings.jsn /\n"), ("settings.json", "{}")],
-        &["Dockerfile:2", "settings.jsn", "settings.json"],
+        &[">>> COPY settings.jsn /\n     |          ^^^^^^^^^^^^\n", "settings.json"],
     );
     let ignored = [("Dockerfile", "FROM busybox\nCOPY secret.txt /\n"), ("secret.txt", "x"), (".dockerignore", "*.md\nsecret*\n")];
     check(&lab, "ignored", &ignored, &["secret.txt", ".dockerignore", "secret*"]);
@@ -35,6 +40,28 @@ fn mistakes_are_named_with_their_lines() {
     check(&lab, "stage", &[("Dockerfile", "FROM busybox AS build\nFROM busybox\nCOPY --from=biuld /x /x\n")], &["biuld", "build"]);
     check(&lab, "user", &[("Dockerfile", "FROM busybox\nUSER nosuch\nRUN true\n")], &["nosuch"]);
     check(&lab, "empty", &[("Dockerfile", "")], &["empty"]);
+}
+
+#[test]
+fn a_check_tells_all_mistakes_at_once_with_their_columns() {
+    let lab = Lab::complete(any());
+    let context = lab.context("check", &[("Dockerfile", "FROM busybox as b\nENV A=$B\nCOPY --frm=b /x /\nEXPOSE 80/TPC\n")]);
+    let checked = build(&lab, "check", &context, &["--check"]).failed().all();
+    for part in [
+        ">>> FROM busybox as b\n     |                  ^^\n",
+        "hint: write AS",
+        ">>> COPY --frm=b /x /\n     |          ^^^^^^^\n",
+        "unknown flag: --frm (did you mean from?)",
+    ] {
+        assert!(checked.contains(part), "no {part:?} in\n{checked}");
+    }
+    let context = lab.context("check2", &[("Dockerfile", "FROM busybox AS b\nENV A=$PTAH\nEXPOSE 80/TPC\nCOPY --chmod=9 x /\n")]);
+    let checked = build(&lab, "check2", &context, &["--check"]).failed().all();
+    for part in ["^^^^\n", "hint: did you mean PATH?", "invalid proto: TPC", "invalid chmod parameter: '9'"] {
+        assert!(checked.contains(part), "no {part:?} in\n{checked}");
+    }
+    let sarif = build(&lab, "check2", &context, &["--check", "--format", "sarif"]).failed().all();
+    assert!(sarif.contains("\"startColumn\": 8") && sarif.contains("\"insertedContent\""), "{sarif}");
 }
 
 #[test]

@@ -148,7 +148,8 @@ fn material(uri: &str, sources: &Sources, git: GitAddress) -> Option<(String, Di
 /// Frontend options without what concerns this host alone, and without passwords in addresses of contexts.
 pub fn filter_args(options: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let context = options.get("contextkey").filter(|k| !k.is_empty()).map_or("context", String::as_str);
-    let host = ["cgroup-parent", "image-resolve-mode", "platform", "cache-imports"];
+    // How errors are told says nothing of the result either.
+    let host = ["cgroup-parent", "image-resolve-mode", "platform", "cache-imports", "source-columns"];
     let kept = options.iter().filter(|(k, _)| !host.contains(&k.as_str()) && !k.starts_with("attest:"));
     kept.map(|(k, v)| (k.clone(), if k == context || k.starts_with("context:") { redact(v) } else { v.clone() })).collect()
 }

@@ -6,6 +6,7 @@ use crate::{
     instruction::{self, Parsed},
     lines::{self, Node},
     lint::{self, Finding, Linter},
+    place::Token,
 };
 
 impl Dockerfile {
@@ -18,13 +19,13 @@ impl Dockerfile {
     /// lines the reference has for it; what was reported until then stays with the linter.
     pub fn parse_with(text: &[u8], linter: &mut Linter) -> Result<Self> {
         let text = String::from_utf8_lossy(text);
-        let nodes = lines::read(&text, None).map_err(|e| e.locate(&text.lines().collect::<Vec<_>>()))?;
+        let nodes = lines::read(&text, None)?;
         let mut builder = Builder::default();
         for line in &nodes.empty_continuations {
             linter.report(Finding::NoEmptyContinuation, Lines { start: *line, end: *line }, &[]);
         }
         for node in nodes.nodes {
-            builder.add(node, linter).map_err(|e| e.locate(&text.lines().collect::<Vec<_>>()))?;
+            builder.add(node, linter)?;
         }
         Ok(builder.finish(nodes.directives, nodes.escape, linter))
     }
@@ -49,8 +50,6 @@ impl Dockerfile {
                 Some(builder.finish(nodes.directives, nodes.escape, linter))
             }
         };
-        let lines: Vec<&str> = text.lines().collect();
-        let mut mistakes: Vec<Error> = mistakes.into_iter().map(|e| e.locate(&lines)).collect();
         mistakes.sort_by_key(|e| e.lines.map(|l| l.start));
         (file, mistakes)
     }
@@ -94,7 +93,7 @@ impl Builder {
                 self.global_args.push(instruction);
             }
             (Parsed::Instruction(_), None) => {
-                let error = Error::new("no build stage in current context").on(lines);
+                let error = Error::new("no build stage in current context").on(lines).at(Token::Keyword);
                 return Err(error.hint("start with a FROM instruction; only ARG may come before it"));
             }
         }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use crate::{
     error::{Error, Result},
     literals::with_suggestion,
+    place::Token,
 };
 
 /// What a flag holds.
@@ -29,24 +30,32 @@ impl Flags {
     pub(crate) fn parse(words: &[String], known: &[(&'static str, Kind)]) -> Result<Self> {
         let mut flags = Self::default();
         for word in words {
+            let wrong = |message: String| Error::new(message).at(Token::Flag(word.clone()));
             let Some(flag) = word.strip_prefix("--") else {
-                return Err(Error::new(format!("arg should start with -- : {word}")));
+                return Err(wrong(format!("arg should start with -- : {word}")));
             };
             let (name, value) = flag.split_once('=').map_or((flag, None), |(n, v)| (n, Some(v)));
             let Some(&(name, kind)) = known.iter().find(|(n, _)| *n == name) else {
                 let options: Vec<&str> = known.iter().map(|(n, _)| *n).collect();
-                return Err(with_suggestion(format!("unknown flag: --{name}"), name, &options, true));
+                let error = with_suggestion(format!("unknown flag: --{name}"), name, &options, true).at(Token::Flag(word.clone()));
+                return Err(match options.as_slice() {
+                    [] => error.hint("this instruction has no flags; a word that begins with -- goes behind a lone --"),
+                    known => error.hint(format!("its flags are {}", known.iter().map(|n| format!("--{n}")).collect::<Vec<_>>().join(", "))),
+                });
             };
             if kind != Kind::List && flags.given.contains_key(name) {
-                return Err(Error::new(format!("duplicate flag specified: --{name}")));
+                return Err(wrong(format!("duplicate flag specified: --{name}")));
             }
-            let missing = || Error::new(format!("missing a value on flag: --{name}"));
+            let missing = || wrong(format!("missing a value on flag: --{name}")).hint(format!("write --{name}=<value>"));
             let value = match (kind, value) {
                 (Kind::Switch, None) => "true".to_owned(),
                 (Kind::Switch, Some("")) => return Err(missing()),
                 (Kind::Switch, Some(value)) => match value.to_lowercase() {
                     value if value == "true" || value == "false" => value,
-                    _ => return Err(Error::new(format!("expecting boolean value for flag --{name}, not: {value}"))),
+                    _ => {
+                        let error = wrong(format!("expecting boolean value for flag --{name}, not: {value}"));
+                        return Err(error.hint(format!("write --{name}, --{name}=true or --{name}=false")));
+                    }
                 },
                 (_, value) => value.ok_or_else(missing)?.to_owned(),
             };

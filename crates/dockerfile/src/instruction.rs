@@ -10,6 +10,7 @@ use crate::{
     lines::{Keyword, Node},
     lint::{Finding, Linter},
     literals::{duration, quote, with_suggestion},
+    place::Token,
 };
 
 /// What a node is.
@@ -23,7 +24,8 @@ pub(crate) fn parse(mut node: Node, linter: &mut Linter) -> Result<Parsed> {
     let lines = node.lines;
     let Some(keyword) = node.kind else {
         let names = Keyword::NAMES.map(|(name, _)| name);
-        return Err(with_suggestion(format!("unknown instruction: {}", node.keyword), &node.keyword, &names, false));
+        let error = with_suggestion(format!("unknown instruction: {}", node.keyword), &node.keyword, &names, false);
+        return Err(error.at(Token::Keyword));
     };
     let command = match keyword {
         Keyword::From => return from(node, linter).map(Parsed::Stage),
@@ -63,14 +65,35 @@ fn trimmed(mut text: String) -> String {
     text
 }
 
+/// How an instruction is written.
+pub(crate) fn example(keyword: &str) -> String {
+    let rest = match keyword {
+        "ADD" | "COPY" => "<source>… <destination>",
+        "ARG" => "<name>[=<default>]",
+        "ENV" | "LABEL" => "<key>=<value>…",
+        "EXPOSE" => "<port>[/<protocol>]…",
+        "FROM" => "<image> [AS <name>]",
+        "HEALTHCHECK" => "CMD <command>, or HEALTHCHECK NONE",
+        "MAINTAINER" => "<name>",
+        "ONBUILD" => "<instruction>",
+        "SHELL" => "[\"<executable>\", \"<argument>\"…]",
+        "STOPSIGNAL" => "<signal>",
+        "USER" => "<user>[:<group>]",
+        "VOLUME" => "<path>…",
+        "WORKDIR" => "<path>",
+        _ => "…",
+    };
+    format!("write {keyword} {rest}")
+}
+
 fn at_least_one(keyword: &str) -> Error {
-    Error::new(format!("{keyword} requires at least one argument"))
+    Error::new(format!("{keyword} requires at least one argument")).at(Token::Keyword).hint(example(keyword))
 }
 
 fn exactly_one(node: &mut Node, keyword: &str) -> Result<String> {
     match node.args.pop() {
         Some(word) if node.args.is_empty() => Ok(word),
-        _ => Err(Error::new(format!("{keyword} requires exactly one argument"))),
+        _ => Err(Error::new(format!("{keyword} requires exactly one argument")).at(Token::Arguments).hint(example(keyword))),
     }
 }
 
@@ -122,7 +145,7 @@ fn from(node: Node, linter: &mut Linter) -> Result<Stage> {
     let name = match args.as_slice() {
         [_, r#as, name] if r#as.eq_ignore_ascii_case("as") => stage_name(name)?,
         [_] => String::new(),
-        _ => return Err(Error::new("FROM requires either one or three arguments")),
+        _ => return Err(Error::new("FROM requires either one or three arguments").at(Token::Arguments).hint(example("FROM"))),
     };
     let platform = Flags::parse(&node.flags, &[("platform", Kind::Text)])?.text("platform");
     if !name.is_empty() {
@@ -148,7 +171,8 @@ fn stage_name(written: &str) -> Result<String> {
         return Ok(name);
     }
     let message = format!("invalid name for build stage: {}, name can't start with a number or contain symbols", quote(written));
-    Err(Error::new(message))
+    let hint = "begin with a letter, and go on with letters, digits, -, _ and .";
+    Err(Error::new(message).at(Token::Word(2)).hint(hint))
 }
 
 fn pairs(node: &mut Node, keyword: &str) -> Result<Vec<Pair>> {
@@ -160,7 +184,8 @@ fn pairs(node: &mut Node, keyword: &str) -> Result<Vec<Pair>> {
     let mut words = std::mem::take(&mut node.args).into_iter();
     while let (Some(key), Some(value), Some(separator)) = (words.next(), words.next(), words.next()) {
         if key.is_empty() {
-            return Err(Error::new(format!("{keyword} names can not be blank")));
+            let error = Error::new(format!("{keyword} names can not be blank")).at(Token::Text(format!("={value}")));
+            return Err(error.hint(example(keyword)));
         }
         pairs.push(Pair { key, value, legacy: separator.is_empty() });
     }
@@ -175,7 +200,7 @@ fn arg(node: &Node, linter: &mut Linter) -> Result<Arg> {
     for word in &node.args {
         let (name, default) = word.split_once('=').map_or((word.as_str(), None), |(n, d)| (n, Some(d.to_owned())));
         if name.is_empty() && default.is_some() {
-            return Err(Error::new("ARG names can not be blank"));
+            return Err(Error::new("ARG names can not be blank").at(Token::Text(word.clone())).hint(example("ARG")));
         }
         args.push(ArgPair { name: name.to_owned(), default, description: description(&node.comments, name) });
     }
@@ -217,7 +242,7 @@ fn add(node: &mut Node) -> Result<Add> {
 fn files(node: &mut Node, keyword: &str, known: &[(&'static str, Kind)]) -> Result<(Flags, Files)> {
     if node.args.len() < 2 {
         let message = "requires at least two arguments, but only one was provided. Destination could not be determined";
-        return Err(Error::new(format!("{keyword} {message}")));
+        return Err(Error::new(format!("{keyword} {message}")).at(Token::Arguments).hint(example(keyword)));
     }
     let flags = Flags::parse(&node.flags, known)?;
     // A word that is no proper heredoc is a path.
@@ -225,7 +250,8 @@ fn files(node: &mut Node, keyword: &str, known: &[(&'static str, Kind)]) -> Resu
     let mut words = std::mem::take(&mut node.args);
     let dest = words.pop().unwrap_or_default();
     if heredoc(&dest).is_some() {
-        return Err(Error::new(format!("{keyword} cannot accept a heredoc as a destination")));
+        let error = Error::new(format!("{keyword} cannot accept a heredoc as a destination")).at(Token::Text(dest));
+        return Err(error.hint("write the destination after the heredoc"));
     }
     let mut files = Files {
         dest,
@@ -292,7 +318,7 @@ fn volume(node: &mut Node) -> Result<Vec<String>> {
     no_flags(node)?;
     let paths: Vec<String> = node.args.iter().map(|path| path.trim().to_owned()).collect();
     if paths.iter().any(String::is_empty) {
-        return Err(Error::new("VOLUME specified can not be an empty string"));
+        return Err(Error::new("VOLUME specified can not be an empty string").at(Token::Arguments));
     }
     Ok(paths)
 }
@@ -304,7 +330,7 @@ fn shell(node: &mut Node) -> Result<Vec<String>> {
     }
     if !node.json {
         let hint = "write it as a JSON array, for example SHELL [\"/bin/bash\", \"-c\"]";
-        return Err(Error::new("SHELL requires the arguments to be in JSON form").hint(hint));
+        return Err(Error::new("SHELL requires the arguments to be in JSON form").at(Token::Arguments).hint(hint));
     }
     Ok(std::mem::take(&mut node.args))
 }
@@ -313,8 +339,10 @@ fn onbuild(node: &Node) -> Result<Onbuild> {
     let Some(trigger) = node.args.first() else { return Err(at_least_one("ONBUILD")) };
     no_flags(node)?;
     match trigger.trim().to_uppercase().as_str() {
-        "ONBUILD" => return Err(Error::new("Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed")),
-        trigger @ ("MAINTAINER" | "FROM") => return Err(Error::new(format!("{trigger} isn't allowed as an ONBUILD trigger"))),
+        "ONBUILD" => return Err(Error::new("Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed").at(Token::Word(0))),
+        trigger @ ("MAINTAINER" | "FROM") => {
+            return Err(Error::new(format!("{trigger} isn't allowed as an ONBUILD trigger")).at(Token::Word(0)));
+        }
         _ => {}
     }
     let blank = |c: char| matches!(c, '\t' | '\n' | '\x0c' | '\r' | ' ');
@@ -333,17 +361,18 @@ fn healthcheck(node: &Node) -> Result<Healthcheck> {
     let kind = kind.to_uppercase();
     if kind == "NONE" {
         if !words.is_empty() {
-            return Err(Error::new("HEALTHCHECK NONE takes no arguments"));
+            return Err(Error::new("HEALTHCHECK NONE takes no arguments").at(Token::Arguments));
         }
         return Ok(Healthcheck { test: vec![kind], ..Healthcheck::default() });
     }
     let names = ["interval", "retries", "start-interval", "start-period", "timeout"];
     let flags = Flags::parse(&node.flags, &names.map(|n| (n, Kind::Text)))?;
     if kind != "CMD" {
-        return Err(Error::new(format!("Unknown type {} in HEALTHCHECK (try CMD)", quote(&kind))));
+        let error = Error::new(format!("Unknown type {} in HEALTHCHECK (try CMD)", quote(&kind)));
+        return Err(error.at(Token::Word(0)).hint(example("HEALTHCHECK")));
     }
     if words.is_empty() {
-        return Err(Error::new("Missing command after HEALTHCHECK CMD"));
+        return Err(Error::new("Missing command after HEALTHCHECK CMD").at(Token::Arguments).hint(example("HEALTHCHECK")));
     }
     let mut test = vec![if node.json { kind } else { "CMD-SHELL".to_owned() }];
     test.extend_from_slice(words);
@@ -360,9 +389,11 @@ fn interval(flags: &Flags, name: &str) -> Result<Duration> {
     if text.is_empty() {
         return Ok(Duration::ZERO);
     }
-    let (negative, value) = duration(&text)?;
+    let flag = || Token::Flag(format!("--{name}"));
+    let hint = "write a number with its unit, such as 30s or 1m30s";
+    let (negative, value) = duration(&text).map_err(|e| e.at(flag()).hint(hint))?;
     if !value.is_zero() && (negative || value < Duration::from_millis(1)) {
-        return Err(Error::new(format!("Interval {} cannot be less than 1ms", quote(name))));
+        return Err(Error::new(format!("Interval {} cannot be less than 1ms", quote(name))).at(flag()).hint(hint));
     }
     Ok(value)
 }
@@ -371,14 +402,16 @@ fn retries(text: &str) -> Result<i32> {
     if text.is_empty() {
         return Ok(0);
     }
+    let flag = || Token::Flag("--retries".into());
     let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
     let numeric = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
     let value: i32 = text.parse().map_err(|_| {
         let why = if numeric { "value out of range" } else { "invalid syntax" };
-        Error::new(format!("strconv.ParseInt: parsing {}: {why}", quote(text)))
+        let error = Error::new(format!("strconv.ParseInt: parsing {}: {why}", quote(text)));
+        error.at(flag()).hint("write a whole number, such as --retries=3")
     })?;
     if value < 0 {
-        return Err(Error::new(format!("--retries cannot be negative ({value})")));
+        return Err(Error::new(format!("--retries cannot be negative ({value})")).at(flag()));
     }
     Ok(value)
 }

@@ -6,6 +6,8 @@
 //! collects violations from here and from the conversion. Words of errors and lints are those of the reference, because
 //! clients and their users compare them; advice beyond them is a hint beside the message.
 //!
+//! Parsing notes lines. Columns are looked for in the text when something is said ([`Source`], [`Token`]), so they cost nothing before.
+//!
 //! Invariants: nothing here panics, recurses or allocates without bound on any text; nothing here does I/O.
 //! `thiserror` is there for [`Error`] alone.
 
@@ -24,6 +26,7 @@ mod lines;
 mod lint;
 mod literals;
 mod mount;
+mod place;
 mod print;
 mod words;
 
@@ -33,5 +36,6 @@ pub use expand::Expander;
 pub use file::parse_trigger;
 pub use heredoc::{is_heredoc, strip_tabs};
 pub use lex::{Env, Expanded, Lex};
-pub use lint::{Finding, Lint, LintConfig, Linter, Rule, Selection, is_secret_name};
+pub use lint::{Finding, Fix, Lint, LintConfig, Linter, Rule, Selection, is_secret_name};
 pub use literals::{boolean, csv, quote, suggest};
+pub use place::{Source, Token, pin};

@@ -7,6 +7,7 @@ use crate::{
     error::{Error, Result},
     heredoc,
     json::{self, Array},
+    place::Token,
     words,
 };
 
@@ -172,7 +173,7 @@ impl<'a> Reader<'a> {
             let line = self.first_line(raw)?;
             self.line += 1;
             let start = self.line;
-            let (line, mut continues) = self.continuation(line);
+            let (line, mut continues) = continuation(line, self.escape);
             if !continues && line.is_empty() {
                 continue;
             }
@@ -190,7 +191,7 @@ impl<'a> Reader<'a> {
                     has_empty = true;
                     continue;
                 }
-                let (line, more) = self.continuation(line);
+                let (line, more) = continuation(line, self.escape);
                 text.push_str(line);
                 continues = more;
             }
@@ -230,14 +231,6 @@ impl<'a> Reader<'a> {
         Ok(true)
     }
 
-    /// The line without its continuation character, and whether it had one: the escape character, not escaped itself, at the end.
-    fn continuation<'l>(&self, line: &'l str) -> (&'l str, bool) {
-        match line.trim_end_matches([' ', '\t']).strip_suffix(self.escape) {
-            Some(before) if !before.ends_with(self.escape) => (before, true),
-            _ => (line, false),
-        }
-    }
-
     fn node(&mut self, text: String, start: i32) -> Result<Node> {
         let here = |end| Lines { start, end };
         let mut cut = cut(&text, self.escape).map_err(|e| e.on(here(self.line)))?;
@@ -246,6 +239,7 @@ impl<'a> Reader<'a> {
             for mut heredoc in heredoc::in_line(&text).map_err(|e| e.on(here(self.line)))? {
                 if !self.body(&mut heredoc) {
                     let error = Error::new("unterminated heredoc").on(here(self.line));
+                    let error = error.at(Token::Text(heredoc.name.clone()));
                     return Err(error.hint(format!("end the heredoc with a line that says only {}", heredoc.name)));
                 }
                 heredocs.push(heredoc);
@@ -275,6 +269,14 @@ impl<'a> Reader<'a> {
             heredoc.data.push_str(raw);
         }
         false
+    }
+}
+
+/// The line without its continuation character, and whether it had one: the escape character, not escaped itself, at the end.
+pub(crate) fn continuation(line: &str, escape: char) -> (&str, bool) {
+    match line.trim_end_matches([' ', '\t']).strip_suffix(escape) {
+        Some(before) if !before.ends_with(escape) => (before, true),
+        _ => (line, false),
     }
 }
 
@@ -349,7 +351,10 @@ fn arguments(kind: Option<Keyword>, rest: &str, escape: char) -> Result<(Vec<Str
 fn array_or(rest: &str, otherwise: impl FnOnce(&str) -> Vec<String>) -> Result<(Vec<String>, bool)> {
     match json::array(rest) {
         Array::Strings(strings) => Ok((strings, true)),
-        Array::Mixed => Err(Error::new("when using JSON array syntax, arrays must be comprised of strings only")),
+        Array::Mixed => {
+            let error = Error::new("when using JSON array syntax, arrays must be comprised of strings only").at(Token::Arguments);
+            Err(error.hint("put each word in double quotes, such as [\"sleep\", \"1\"]"))
+        }
         Array::Not => Ok((otherwise(rest), false)),
     }
 }

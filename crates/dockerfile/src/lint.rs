@@ -10,6 +10,7 @@ use crate::{
     directive,
     error::{Error, Result},
     literals::{boolean, quote},
+    place::{Source, Token},
 };
 
 macro_rules! rules {
@@ -98,8 +99,10 @@ pub enum Finding<'a> {
     ReservedStageName {
         stage: &'a str,
     },
+    /// `line` is the command as the shell would get it.
     JSONArgsRecommended {
         keyword: &'a str,
+        line: &'a str,
     },
     MaintainerDeprecated,
     UndefinedArgInFrom {
@@ -116,8 +119,11 @@ pub enum Finding<'a> {
     MultipleInstructionsDisallowed {
         keyword: &'a str,
     },
+    /// Key and value are as they are written.
     LegacyKeyValueFormat {
         keyword: &'a str,
+        key: &'a str,
+        value: &'a str,
     },
     InvalidBaseImagePlatform {
         image: &'a str,
@@ -137,10 +143,11 @@ pub enum Finding<'a> {
     FromPlatformFlagConstDisallowed {
         platform: &'a str,
     },
-    /// `verb` is `Copy` or `Add`.
+    /// `verb` is `Copy` or `Add`; `rule` says which line of the ignore file it is.
     CopyIgnoredFile {
         verb: &'a str,
         path: &'a str,
+        rule: &'a str,
     },
     InvalidDefinitionDescription {
         instruction: &'a str,
@@ -195,7 +202,7 @@ impl Finding<'_> {
             }
             Self::DuplicateStageName { stage } => format!("Duplicate stage name {}, stage names should be unique", quote(stage)),
             Self::ReservedStageName { stage } => format!("Stage name should not use the same name as reserved stage {}", quote(stage)),
-            Self::JSONArgsRecommended { keyword } => {
+            Self::JSONArgsRecommended { keyword, .. } => {
                 format!("JSON arguments recommended for {keyword} to prevent unintended behavior related to OS signals")
             }
             Self::MaintainerDeprecated => "Maintainer instruction is deprecated in favor of using label".into(),
@@ -207,7 +214,7 @@ impl Finding<'_> {
             Self::MultipleInstructionsDisallowed { keyword } => {
                 format!("Multiple {keyword} instructions should not be used in the same stage because only the last one will be used")
             }
-            Self::LegacyKeyValueFormat { keyword } => {
+            Self::LegacyKeyValueFormat { keyword, .. } => {
                 format!("\"{keyword} key=value\" should be used instead of legacy \"{keyword} key value\" format")
             }
             Self::InvalidBaseImagePlatform { image, expected, actual } => {
@@ -223,7 +230,7 @@ impl Finding<'_> {
             Self::FromPlatformFlagConstDisallowed { platform } => {
                 format!("FROM --platform flag should not use constant value {}", quote(platform))
             }
-            Self::CopyIgnoredFile { verb, path } => {
+            Self::CopyIgnoredFile { verb, path, .. } => {
                 format!("Attempting to {verb} file {} that is excluded by .dockerignore", quote(path))
             }
             Self::InvalidDefinitionDescription { instruction, name } => {
@@ -235,6 +242,102 @@ impl Finding<'_> {
             }
         }
     }
+
+    /// What it is about in the instruction it is reported on.
+    pub fn token(&self) -> Option<Token> {
+        Some(match *self {
+            // It is reported where the instruction ends, as the reference does.
+            Self::NoEmptyContinuation => return None,
+            Self::StageNameCasing { .. } | Self::DuplicateStageName { .. } | Self::ReservedStageName { .. } => Token::Word(2),
+            Self::FromAsCasing { .. } => Token::Word(1),
+            Self::InvalidBaseImagePlatform { .. } | Self::InvalidDefaultArgInFrom { .. } => Token::Word(0),
+            Self::ConsistentInstructionCasing { .. } | Self::MaintainerDeprecated | Self::MultipleInstructionsDisallowed { .. } => {
+                Token::Keyword
+            }
+            Self::JSONArgsRecommended { .. } | Self::LegacyKeyValueFormat { .. } | Self::WorkdirRelativePath { .. } => Token::Arguments,
+            Self::UndefinedArgInFrom { arg: name, .. } | Self::UndefinedVar { name, .. } => Token::Variable(name.to_owned()),
+            Self::RedundantTargetPlatform { .. } | Self::FromPlatformFlagConstDisallowed { .. } => Token::Flag("--platform".to_owned()),
+            Self::SecretsUsedInArgOrEnv { key: text, .. }
+            | Self::CopyIgnoredFile { path: text, .. }
+            | Self::ExposeProtoCasing { port: text }
+            | Self::ExposeInvalidFormat { port: text }
+            | Self::InvalidDefinitionDescription { name: text, .. } => Token::Text(text.to_owned()),
+        })
+    }
+
+    /// What to do about it.
+    pub fn fix(&self) -> Fix {
+        let advice = |advice: String| Fix { advice, replacement: None };
+        let write = |text: String| Fix { advice: format!("write {text}"), replacement: Some(text) };
+        let nearest = |near: &str| Fix { advice: format!("did you mean {near}?"), replacement: Some(near.to_owned()) };
+        match *self {
+            Self::StageNameCasing { stage } => write(stage.to_lowercase()),
+            Self::FromAsCasing { from, .. } => write(if from == from.to_lowercase() { "as" } else { "AS" }.to_owned()),
+            Self::NoEmptyContinuation => advice("remove the empty line, or begin it with #".into()),
+            Self::ConsistentInstructionCasing { keyword, majority: "lowercase" } => write(keyword.to_lowercase()),
+            Self::ConsistentInstructionCasing { keyword, .. } => write(keyword.to_uppercase()),
+            Self::DuplicateStageName { .. } => advice("give one of the two stages another name".into()),
+            Self::ReservedStageName { stage } => advice(format!("give the stage another name than {stage}")),
+            Self::JSONArgsRecommended { keyword, line } => match json_form(line) {
+                Some(array) => write(array),
+                None => advice(format!(r#"write {keyword} ["executable", "argument"], or say which shell is meant with SHELL"#)),
+            },
+            Self::MaintainerDeprecated => advice(r#"write LABEL org.opencontainers.image.authors="…""#.into()),
+            Self::UndefinedArgInFrom { suggestion: Some(near), .. } | Self::UndefinedVar { suggestion: Some(near), .. } => nearest(near),
+            Self::UndefinedArgInFrom { arg, .. } => advice(format!("declare it above the first FROM: ARG {arg}")),
+            Self::UndefinedVar { name, .. } => advice(format!("declare it in this stage with ARG {name} or ENV {name}=…")),
+            Self::WorkdirRelativePath { path } => advice(format!("begin with an absolute path, such as WORKDIR /{path}")),
+            Self::MultipleInstructionsDisallowed { keyword } => advice(format!("remove it: only the last {keyword} of a stage counts")),
+            Self::LegacyKeyValueFormat { keyword, key, value } => match pair(key, value) {
+                Some(pair) => write(pair),
+                None => advice(format!(r#"write {keyword} {key}="…""#)),
+            },
+            Self::InvalidBaseImagePlatform { expected, actual, .. } => {
+                advice(format!("take an image for {expected}, or write FROM --platform={actual} if that one is meant"))
+            }
+            Self::RedundantTargetPlatform { .. } => Fix { advice: "remove it".into(), replacement: Some(String::new()) },
+            Self::SecretsUsedInArgOrEnv { key, .. } => {
+                advice(format!("give it to the instructions that need it: RUN --mount=type=secret,id={key},env={key} …"))
+            }
+            Self::InvalidDefaultArgInFrom { .. } => advice("give the ARGs in it defaults that make it the name of an image".into()),
+            Self::FromPlatformFlagConstDisallowed { .. } => {
+                advice("remove it, or write --platform=$BUILDPLATFORM for a stage that runs where the build does".into())
+            }
+            Self::CopyIgnoredFile { rule: "", .. } => advice("take it out of the ignore file, or do not copy it".into()),
+            Self::CopyIgnoredFile { rule, .. } => advice(format!("do not copy it, or change {rule}")),
+            Self::InvalidDefinitionDescription { name, .. } => {
+                advice(format!("begin the comment with {name}, or put an empty line between the comment and the instruction"))
+            }
+            Self::ExposeProtoCasing { port } => write(port.to_lowercase()),
+            Self::ExposeInvalidFormat { port } => write(port.rsplit(':').next().unwrap_or(port).to_owned()),
+        }
+    }
+}
+
+/// The command line as a JSON array, if a shell would find nothing in it but words.
+fn json_form(line: &str) -> Option<String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "./-_=:,@+% ".contains(c);
+    let words: Vec<String> = line.split_whitespace().map(quote).collect();
+    // What has an assignment in front is for a shell too.
+    let command = words.first().is_some_and(|word| !word.contains('='));
+    (command && line.chars().all(plain)).then(|| format!("[{}]", words.join(", ")))
+}
+
+/// `key=value`, with quotes where the value needs them, if they alone do it.
+fn pair(key: &str, value: &str) -> Option<String> {
+    if key.contains(['"', '\'', '\\']) || value.contains(['"', '\'', '\\', '`']) {
+        return None;
+    }
+    Some(if value.contains(char::is_whitespace) { format!("{key}=\"{value}\"") } else { format!("{key}={value}") })
+}
+
+/// What would make a violation go away.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Fix {
+    /// What to do, for people.
+    pub advice: String,
+    /// What to write in the place of the violation's [`Token`], where that alone is enough.
+    pub replacement: Option<String>,
 }
 
 /// A violation that was reported.
@@ -244,15 +347,24 @@ pub struct Lint {
     pub rule: Rule,
     /// What is wrong.
     pub message: String,
-    /// Where, one span per line.
-    pub spans: Vec<Span>,
+    /// Where.
+    pub lines: Lines,
+    /// What on these lines; `None` is all of it.
+    pub token: Option<Token>,
+    /// What to do about it.
+    pub fix: Fix,
 }
 
 impl Lint {
     /// `Rule: message (line N)`, the short text of a warning.
     pub fn short(&self) -> String {
-        let place = self.spans.first().filter(|s| s.start.line > 0).map(|s| format!(" (line {})", s.start.line));
-        format!("{}: {}{}", self.rule.name(), self.message, place.unwrap_or_default())
+        let place = if self.lines.start > 0 { format!(" (line {})", self.lines.start) } else { String::new() };
+        format!("{}: {}{place}", self.rule.name(), self.message)
+    }
+
+    /// The lines in `source` with the place in them.
+    pub fn spans(&self, source: &Source<'_>) -> Vec<Span> {
+        source.spans(self.lines, self.token.as_ref())
     }
 }
 
@@ -351,6 +463,15 @@ impl Linter {
 
     /// Reports a violation on `lines`; `comments` are those above the instruction, which may change the settings.
     pub fn report(&mut self, finding: Finding<'_>, lines: Lines, comments: &[String]) {
+        self.add(finding, lines, comments, true);
+    }
+
+    /// The same for an instruction that does not stand on `lines` itself: a trigger of the image there.
+    pub fn report_inherited(&mut self, finding: Finding<'_>, lines: Lines, comments: &[String]) {
+        self.add(finding, lines, comments, false);
+    }
+
+    fn add(&mut self, finding: Finding<'_>, lines: Lines, comments: &[String], stands_there: bool) {
         let rule = finding.rule();
         let local = LintConfig::of_comments(comments);
         let admitted = match &local {
@@ -359,7 +480,10 @@ impl Linter {
             None => self.config.admits(rule),
         };
         if admitted {
-            self.found.push(Lint { rule, message: finding.message(), spans: lines.spans() });
+            let mut fix = finding.fix();
+            fix.replacement = fix.replacement.filter(|_| stands_there);
+            let token = finding.token().filter(|_| stands_there);
+            self.found.push(Lint { rule, message: finding.message(), lines, token, fix });
         }
     }
 

@@ -5,6 +5,7 @@ use crate::{
     error::{Error, Result},
     expand::Expander,
     literals::{self, quote, with_suggestion},
+    place::Token,
 };
 
 const KEYS: [&str; 19] = [
@@ -67,7 +68,8 @@ impl MountSpec {
                 continue;
             }
             if value.find('$').is_some_and(|at| at + 1 != value.len()) {
-                let error = Error::new("'from' doesn't support variable expansion, define alias stage instead");
+                let error =
+                    Error::new("'from' doesn't support variable expansion, define alias stage instead").at(Token::Text(field.clone()));
                 return Err(error.hint("add a stage `FROM <the image> AS <name>`, where variables work, and say from=<name>"));
             }
             from = value.to_owned();

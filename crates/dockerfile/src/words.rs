@@ -2,7 +2,9 @@
 
 use crate::{
     error::{Error, Result},
+    instruction::example,
     literals::quote,
+    place::Token,
 };
 
 /// The blanks that separate words of a Dockerfile.
@@ -111,7 +113,8 @@ pub(crate) fn pairs(keyword: &str, rest: &str, escape: char) -> Result<Vec<Strin
     let Some(first) = words.first() else { return Ok(Vec::new()) };
     if !first.contains('=') {
         let Some((key, value)) = rest.split_once(BLANKS) else {
-            return Err(Error::new(format!("{keyword} must have two arguments")));
+            let error = Error::new(format!("{keyword} must have two arguments")).at(Token::Arguments);
+            return Err(error.hint(example(keyword)));
         };
         return Ok(vec![key.to_owned(), value.trim_start_matches(BLANKS).to_owned(), String::new()]);
     }
@@ -119,7 +122,7 @@ pub(crate) fn pairs(keyword: &str, rest: &str, escape: char) -> Result<Vec<Strin
     for word in words {
         let Some((key, value)) = word.split_once('=') else {
             let message = format!("Syntax error - can't find = in {}. Must be of the form: name=value", quote(word));
-            return Err(Error::new(message).hint("quote a value that contains blanks"));
+            return Err(Error::new(message).at(Token::Text(word.to_owned())).hint("quote a value that contains blanks"));
         };
         args.extend([key.to_owned(), value.to_owned(), "=".to_owned()]);
     }

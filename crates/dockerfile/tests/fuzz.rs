@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use shipway_dockerfile::{Command, Dockerfile, Lex, Lines, Linter};
+use shipway_dockerfile::{Command, Dockerfile, Lex, Lines, Linter, Source};
 
 /// Rounds when no time is given.
 const ROUNDS: usize = 10_000;
@@ -161,7 +161,12 @@ fn swallows(files: &shipway_dockerfile::Files) -> bool {
 
 fn try_one(text: &str) {
     let parsed = Dockerfile::parse(text.as_bytes());
-    let (file, mistakes) = Dockerfile::diagnose(text.as_bytes(), &mut Linter::default());
+    let mut linter = Linter::default();
+    let (file, mistakes) = Dockerfile::diagnose(text.as_bytes(), &mut linter);
+    let source = Source::new(text);
+    for spans in mistakes.iter().map(|m| m.spans(&source)).chain(linter.found().iter().map(|l| l.spans(&source))) {
+        assert!(spans.iter().all(|s| s.start <= s.end), "{spans:?}");
+    }
     assert_eq!(parsed.is_ok(), mistakes.is_empty(), "strict and tolerant reading differ: {mistakes:?}");
     let Ok(parsed) = parsed else { return };
     assert_eq!(Some(&parsed), file.as_ref(), "strict and tolerant trees differ");

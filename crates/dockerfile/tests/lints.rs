@@ -82,7 +82,7 @@ fn violations_may_fail_the_build() {
     assert_eq!(linter.error().expect_err("fails").message, "lint violation found for rules: UndefinedArgInFrom");
     let lint = &linter.take()[0];
     assert_eq!(
-        (lint.short().as_str(), lint.spans.len()),
+        (lint.short().as_str(), lint.lines.spans().len()),
         ("UndefinedArgInFrom: FROM argument 'x' is not declared (did you mean y?) (line 2)", 2)
     );
 }

@@ -201,14 +201,6 @@ fn mistakes_of_instructions() {
 }
 
 #[test]
-fn the_place_is_found() {
-    let at = |text: &str| Dockerfile::parse(text.as_bytes()).expect_err("wrong").at.map(|p| (p.line, p.character));
-    assert_eq!(at("FROM a\n  COPPY a b"), Some((2, 2)));
-    assert_eq!(at("FROM a\nCOPY \\\n  --lnk a b"), Some((3, 2)));
-    assert_eq!(at("FROM a\nENV a=b c d=e"), Some((2, 8)));
-}
-
-#[test]
 fn all_mistakes_at_once() {
     let (file, mistakes) = Dockerfile::diagnose(b"FROM a\nFORM b\nENV x\nRUN ok\nCOPY a", &mut Linter::default());
     let lines: Vec<_> = mistakes.iter().filter_map(|m| m.lines).map(|l| l.start).collect();

@@ -8,7 +8,7 @@ use crate::{
     stage::Vars,
     ui::Ui,
 };
-use shipway_dockerfile::{self as df, Command, Dockerfile, Expanded, Finding, Instruction, Lex, Linter, suggest};
+use shipway_dockerfile::{self as df, Command, Dockerfile, Expanded, Finding, Instruction, Lex, Linter, Token, suggest};
 use shipway_llb::{EnvList, ProxyEnv};
 use shipway_oci::{ImageName, Platform};
 use std::collections::{BTreeMap, BTreeSet};
@@ -116,7 +116,7 @@ pub fn expand_from(lex: &Lex, stage: &df::Stage, globals: &Globals, linter: &mut
     let expanded = lex.word(&stage.base, &Vars(&globals.env)).map_err(|e| Failure::from(e).at(stage.lines))?;
     lint_undeclared(&expanded, stage, globals, linter);
     if expanded.text.is_empty() {
-        return Err(Failure::new(format!("base name ({}) should not be blank", stage.base)).at(stage.lines));
+        return Err(Failure::new(format!("base name ({}) should not be blank", stage.base)).at(stage.lines).about(Token::Word(0)));
     }
     Ok(expanded)
 }
@@ -137,16 +137,20 @@ pub fn expand_platform(
         .map_err(|e| Failure::from(e).context("failed to process arguments for platform ").at(stage.lines))?;
     lint_undeclared(&expanded, stage, globals, linter);
     lint_platform(&expanded, stage, globals, linter);
+    let flag = || Token::Flag("--platform".into());
     let near = |failure: Failure| match expanded.unmatched.iter().find(|n| suggest(n, globals.env.names(), true).is_some()) {
         Some(name) => failure.suggest(name, globals.env.names()),
         None => failure,
     };
     if expanded.text.is_empty() {
-        return Err(near(Failure::new(format!("empty platform value from expression {written}")).at(stage.lines)));
+        return Err(near(Failure::new(format!("empty platform value from expression {written}")).at(stage.lines).about(flag())));
     }
     match expanded.text.parse() {
         Ok(platform) => Ok((Some(platform), expanded.matched)),
-        Err(e) => Err(near(Failure::new(format!("failed to parse platform {written}: {e}")).at(stage.lines).at(stage.lines))),
+        Err(e) => {
+            let failure = Failure::new(format!("failed to parse platform {written}: {e}")).at(stage.lines).at(stage.lines);
+            Err(near(failure.about(flag()).hint("write <os>/<architecture>, such as linux/arm64")))
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use crate::{
     platform,
     stage::{SCRATCH, Stage, empty_image},
 };
-use shipway_dockerfile::Linter;
+use shipway_dockerfile::{Linter, Token};
 use shipway_fault::Fault;
 use shipway_llb::{State, VertexOptions};
 use shipway_oci::{ImageConfig, ImageName, NameError, Platform};
@@ -46,17 +46,18 @@ pub async fn resolve(plan: &mut Plan<'_>, reachable: &[bool], linter: &mut Linte
     let plan_ref = &*plan;
     let found = futures::future::join_all(waiting.iter().map(|&i| async move {
         let stage = &plan_ref.stages[i];
-        find(plan_ref, stage, reachable[i]).await.map_err(|e| e.at(stage.lines))
+        let written = if stage.unregistered { Token::Text(stage.base.clone()) } else { Token::Word(0) };
+        find(plan_ref, stage, reachable[i]).await.map_err(|e| e.at(stage.lines).about(written))
     }));
     // What is wrong with one base does not hide what is to be said of the others.
-    let mut failed = None;
+    let mut failures = Vec::new();
     for (i, base) in waiting.iter().copied().zip(found.await) {
         match base {
             Ok(base) => apply(plan, i, base, linter),
-            Err(failure) => drop(failed.get_or_insert(failure)),
+            Err(failure) => failures.push(failure),
         }
     }
-    failed.map_or(Ok(()), Err)
+    Failure::all(failures)
 }
 
 async fn find(plan: &Plan<'_>, stage: &Stage, needed: bool) -> Result<Base> {

@@ -9,7 +9,7 @@ use crate::{
     ui::{CONTEXT, Ui},
 };
 use serde::Serialize;
-use shipway_dockerfile::{Dockerfile, Lines, Lint, LintConfig, Linter, directive};
+use shipway_dockerfile::{Dockerfile, Lines, Lint, LintConfig, Linter, Source, directive};
 use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{Bridge, FrontendResult, Scan, Scanner, SolveRequest, Warning};
 use shipway_llb::{Definition, MarshalOptions};
@@ -33,13 +33,13 @@ pub async fn run(bridge: Arc<dyn Bridge>) -> Result<FrontendResult> {
     if let Some(request) = ui.raw.get(REQUEST) {
         return subrequest::answer(&ui, request).await;
     }
-    let mut linter = Linter::new(lint_config(&ui).map_err(|f| f.into_fault(&ui.file))?);
+    let mut linter = Linter::new(lint_config(&ui).map_err(|f| ui.fault(f))?);
     match parse(&ui, &mut linter) {
         Ok(file) => build(&ui, &file, linter).await,
         Err(failure) => {
             // What was found before the mistake may be its reason.
             warn_all(&ui, &mut linter).await?;
-            Err(failure.into_fault(&ui.file))
+            Err(ui.fault(failure))
         }
     }
 }
@@ -74,7 +74,7 @@ async fn forward(ui: &Ui, image: String, cmdline: String, lines: Option<Lines>) 
             return fault;
         }
         match lines {
-            Some(lines) => Failure::from(fault).at(lines).into_fault(&ui.file),
+            Some(lines) => ui.fault(Failure::from(fault).at(lines)),
             None => fault.context(format!("failed with build-arg:BUILDKIT_SYNTAX = {cmdline}")),
         }
     })
@@ -119,13 +119,14 @@ async fn build(ui: &Ui, file: &Dockerfile, mut linter: Linter) -> Result<Fronten
 
 /// Shows what was found.
 pub async fn warn_all(ui: &Ui, linter: &mut Linter) -> Result<()> {
+    let source = ui.source();
     for lint in linter.take() {
-        warn(ui, lint).await?;
+        warn(ui, lint, source.as_ref()).await?;
     }
     Ok(())
 }
 
-async fn warn(ui: &Ui, lint: Lint) -> Result<()> {
+async fn warn(ui: &Ui, lint: Lint, source: Option<&Source<'_>>) -> Result<()> {
     let warning = Warning {
         vertex: ui.file_vertex,
         level: 1,
@@ -133,7 +134,7 @@ async fn warn(ui: &Ui, lint: Lint) -> Result<()> {
         detail: vec![lint.rule.description().to_owned()],
         url: lint.rule.url().to_owned(),
         file: Some(ui.file.clone()),
-        spans: lint.spans,
+        spans: source.map_or_else(|| lint.lines.spans(), |source| lint.spans(source)),
     };
     ui.bridge.warn(warning).await
 }
@@ -146,7 +147,7 @@ struct Part {
 }
 
 async fn one(ui: &Ui, file: &Dockerfile, platform: Option<&Platform>, linter: &mut Linter) -> Result<Part> {
-    let converted = convert(ui, file, platform, Reach::Target, linter).await.map_err(|f| f.into_fault(&ui.file))?;
+    let converted = convert(ui, file, platform, Reach::Target, linter).await.map_err(|f| ui.fault(f))?;
     let definition = marshal(ui, &converted)?;
     let definition = (!definition.is_empty()).then_some(definition);
     let cache_imports = ui.options.cache_imports.clone();
@@ -218,12 +219,16 @@ async fn result(ui: &Ui, parts: Vec<Part>) -> Result<FrontendResult> {
     }
     uses.sort_by_key(|u| u.lines);
     uses.dedup();
-    if !uses.is_empty()
-        && let Ok(Some(ignore)) = ui.ignore().await
-    {
+    let ignore = ui.ignore().await.ok().flatten().cloned();
+    if ignore.is_none() {
+        uses.clear();
+    }
+    let columns = ui.options.columns;
+    if columns || !uses.is_empty() {
         result.explain = Some(Arc::new(Explainer {
+            columns,
             file: ui.file.clone(),
-            ignore: ignore.clone(),
+            ignore,
             ignore_name: ui.ignore_name(),
             session: ui.session(CONTEXT).to_owned(),
             uses,

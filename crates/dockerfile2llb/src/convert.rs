@@ -12,7 +12,7 @@ use crate::{
     stage::{SCRATCH, Scanned, Stage, Step, empty_image},
     ui::Ui,
 };
-use shipway_dockerfile::{self as df, Command, Dockerfile, Finding, Lex, Lines, Linter, quote};
+use shipway_dockerfile::{self as df, Command, Dockerfile, Finding, Lex, Lines, Linter, Token, quote};
 use shipway_fault::Fault;
 use shipway_llb::{Deferred, State, paths};
 use shipway_oci::{ImageConfig, Platform};
@@ -87,7 +87,7 @@ pub struct Plan<'a> {
     pub lex: Lex,
     pub stages: Vec<Stage>,
     names: HashMap<String, usize>,
-    reach: Reach,
+    pub reach: Reach,
     /// Local named contexts with the stage that uses them.
     pub pending: Vec<(usize, PendingLocal)>,
 }
@@ -171,14 +171,19 @@ impl Plan<'_> {
     }
 
     fn add_steps(&mut self, file: &Dockerfile) -> Result<()> {
+        let mut failures = Vec::new();
         for (i, from) in file.stages.iter().enumerate() {
             for instruction in &from.instructions {
-                let step = self.step(instruction.clone(), false)?;
-                self.depend(i, &step);
-                self.stages[i].steps.push(step);
+                match self.step(instruction.clone(), false) {
+                    Ok(step) => {
+                        self.depend(i, &step);
+                        self.stages[i].steps.push(step);
+                    }
+                    Err(failure) => failures.push(failure.near(instruction.lines).about(Token::Flag("--from".into()))),
+                }
             }
         }
-        Ok(())
+        Failure::all(failures)
     }
 
     fn depend(&mut self, stage: usize, step: &Step) {
@@ -201,7 +206,11 @@ impl Plan<'_> {
                     Err(_) => self.find(from).map_or_else(|| self.add_image(from, instruction.lines), Ok)?,
                     Ok(n) => match usize::try_from(n) {
                         Ok(n) if n < self.stages.len() => n,
-                        _ => return Err(Failure::new(format!("invalid stage index {n}"))),
+                        _ => {
+                            return Err(
+                                Failure::new(format!("invalid stage index {n}")).hint("stages are counted from 0; their names are clearer")
+                            );
+                        }
                     },
                 });
             }
@@ -302,8 +311,8 @@ impl Plan<'_> {
         let mut steps = Vec::with_capacity(triggers.len());
         let mut more = false;
         for trigger in triggers {
-            let instruction = df::parse_trigger(&trigger, lines).map_err(|e| Failure::from(e).only_at(lines))?;
-            let step = self.step(instruction, true).map_err(|e| e.only_at(lines))?;
+            let instruction = df::parse_trigger(&trigger, lines).map_err(|e| Failure::from(e).only_at(lines).of_trigger())?;
+            let step = self.step(instruction, true).map_err(|e| e.only_at(lines).of_trigger())?;
             more |= !step.sources.is_empty();
             self.depend(i, &step);
             steps.push(step);
@@ -334,6 +343,7 @@ impl Plan<'_> {
         let mut paths: Vec<BTreeSet<String>> = vec![BTreeSet::new(); self.stages.len()];
         let mut context_paths = BTreeSet::new();
         let mut uses = Vec::new();
+        let mut failures = Vec::new();
         for (i, needed) in needed.iter().enumerate() {
             if !needed || self.stages[i].dispatched {
                 continue;
@@ -341,15 +351,25 @@ impl Plan<'_> {
             self.inherit(i);
             // The stage is taken out while its instructions look at the others.
             let mut stage = std::mem::take(&mut self.stages[i]);
-            let mut scene =
-                Scene { plan: &self, context: context.state(), ignore, linter: &mut *linter, paths: &mut paths, comments: Vec::new() };
+            let mut scene = Scene {
+                plan: &self,
+                context: context.state(),
+                ignore,
+                linter: &mut *linter,
+                paths: &mut paths,
+                comments: Vec::new(),
+                in_trigger: false,
+                failures: Vec::new(),
+            };
             scene.run_stage(&mut stage)?;
+            failures.append(&mut scene.failures);
             stage.dispatched = true;
             stage.scanned = Scanned::of(&stage, &self.globals.env);
             context_paths.append(&mut stage.context_paths);
             uses.append(&mut stage.uses);
             self.stages[i] = stage;
         }
+        Failure::all(failures)?;
         linter.error()?;
         // The target is read whole.
         paths[self.stages[target].paths_of].insert("/".into());

@@ -9,7 +9,7 @@ use crate::{
     stage::{Stage, Step, Vars, shown_text},
     ui::internal,
 };
-use shipway_dockerfile::{self as df, Files, Finding, quote};
+use shipway_dockerfile::{self as df, Files, Finding, Token, quote};
 use shipway_fault::Fault;
 use shipway_filesync::PatternMatcher;
 use shipway_llb::{Chown, FileCopy, FileDraft, FileMkfile, State, VertexOptions, attr, paths};
@@ -101,7 +101,7 @@ impl Scene<'_> {
         let job = Job { step, files, source, add, parents, from_context, base, title: title.clone() };
         let mut draft = FileDraft::new();
         for path in &files.sources {
-            draft = self.one_source(&job, draft, path)?;
+            draft = self.one_source(&job, draft, path).map_err(|e| e.about(Token::Text(path.clone())))?;
         }
         for content in &files.contents {
             let file = FileMkfile { path: content.name.clone(), mode: 0o644, data: content.data.clone().into(), ..FileMkfile::default() };
@@ -143,7 +143,7 @@ impl Scene<'_> {
             Ok(_) => {}
         }
         if path.starts_with("http://") || path.starts_with("https://") {
-            let Some(add) = job.add else { return Err(Failure::new("source can't be a URL for COPY")) };
+            let Some(add) = job.add else { return Err(Failure::new("source can't be a URL for COPY").hint("write ADD")) };
             let options = VertexOptions::named(job.title.clone()).describe("com.docker.dockerfile.v1.command", "");
             let (state, src) = from_http(add, path, options)?;
             return Ok(draft.copy(&state, FileCopy { src, attempt_unpack: add.unpack.unwrap_or(false), ..job.base.clone() }));
@@ -186,13 +186,16 @@ impl Scene<'_> {
         }
         if PatternMatcher::new(&patterns).is_ok_and(|m| m.matches(&path)) {
             let verb = if job.add.is_some() { "Add" } else { "Copy" };
-            self.linter.report(Finding::CopyIgnoredFile { verb, path: &path }, job.step.instruction.lines, &self.comments);
+            let name = self.plan.ui.ignore_name();
+            let rule = ignore.excluder(path.trim_start_matches('/')).ok().flatten();
+            let rule = rule.map(|rule| format!("line {} of {name}: {}", rule.line, rule.text)).unwrap_or_default();
+            self.report(Finding::CopyIgnoredFile { verb, path: &path, rule: &rule }, job.step.instruction.lines);
         }
     }
 }
 
 fn from_git(job: &Job<'_>, draft: FileDraft, git: GitRef) -> Result<FileDraft> {
-    let Some(add) = job.add else { return Err(Failure::new("source can't be a git ref for COPY")) };
+    let Some(add) = job.add else { return Err(Failure::new("source can't be a git ref for COPY").hint("write ADD")) };
     let state = with_flags(git, add)?.state(VertexOptions::named(job.title.clone()));
     Ok(draft.copy(&state, FileCopy { src: "/".into(), ..job.base.clone() }))
 }
@@ -237,10 +240,10 @@ fn check_checksum(checksum: &str, files: &Files) -> Result<()> {
         return Ok(());
     }
     let [source] = files.sources.as_slice() else {
-        return Err(Failure::new("checksum can't be specified for multiple sources"));
+        return Err(Failure::new("checksum can't be specified for multiple sources").about(Token::Flag("--checksum".into())));
     };
     let remote = source.starts_with("http://") || source.starts_with("https://") || GitRef::parse(source)?.is_some();
-    if remote { Ok(()) } else { Err(Failure::new("checksum requires HTTP(S) or Git sources")) }
+    if remote { Ok(()) } else { Err(Failure::new("checksum requires HTTP(S) or Git sources").about(Token::Flag("--checksum".into()))) }
 }
 
 fn history_text(job: &Job<'_>) -> String {

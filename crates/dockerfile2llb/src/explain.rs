@@ -1,10 +1,11 @@
-//! Why a COPY found nothing: the line of the ignore file that hides the path, or the name that was probably meant.
+//! Why a COPY found nothing: the line of the ignore file that hides the path, or the name that was probably meant; and where in
+//! the instruction the path stands.
 //!
 //! States are solved after the frontend has returned, so this is kept with the result ([`Explain`]).
 
 use crate::ui::CONTEXT;
 use async_trait::async_trait;
-use shipway_dockerfile::{Lines, quote};
+use shipway_dockerfile::{Lines, Source, pin, quote};
 use shipway_fault::{Detail, Fault, SourceFile, nearest};
 use shipway_filesync::IgnoreFile;
 use shipway_frontend::{Bridge, Explain};
@@ -27,12 +28,15 @@ pub struct ContextUse {
 pub struct Explainer {
     /// The Dockerfile.
     pub file: Arc<SourceFile>,
-    pub ignore: IgnoreFile,
+    /// The main context's; none if that is no directory of the client's.
+    pub ignore: Option<IgnoreFile>,
     /// Name of the ignore file.
     pub ignore_name: String,
     /// Session that has the directory.
     pub session: String,
     pub uses: Vec<ContextUse>,
+    /// Whether places are told with columns.
+    pub columns: bool,
 }
 
 /// What is said if the directory is not there that the wildcards of `path` begin in.
@@ -60,7 +64,7 @@ impl Explainer {
     async fn hint(&self, bridge: &dyn Bridge, path: &str) -> String {
         let inside = paths::join("/", path);
         let relative = inside.trim_start_matches('/');
-        if let Ok(Some(rule)) = self.ignore.excluder(relative) {
+        if let Some(Ok(Some(rule))) = self.ignore.as_ref().map(|ignore| ignore.excluder(relative)) {
             return format!("{path} of the build context is excluded by line {} of {}: {}", rule.line, self.ignore_name, rule.text);
         }
         let (dir, base) = relative.rsplit_once('/').unwrap_or(("", relative));
@@ -77,6 +81,30 @@ impl Explainer {
     }
 }
 
+/// The paths that a message quotes.
+fn quoted(message: &str) -> impl Iterator<Item = &str> {
+    message.split('"').skip(1).step_by(2).filter(|path| !path.is_empty())
+}
+
+impl Explainer {
+    /// The fault with the columns of the paths that it is about.
+    fn pinned(&self, fault: Fault) -> Fault {
+        let message = fault.to_string();
+        let missing = self.missing(&fault);
+        let text = String::from_utf8_lossy(&self.file.data);
+        let source = Source::new(&text);
+        fault.clone().map_details(|detail| match detail {
+            Detail::Source { file, spans } if file.data == self.file.data && !spans.is_empty() => {
+                let lines = Lines { start: spans[0].start.line, end: spans[spans.len() - 1].end.line };
+                let written = missing.iter().copied().chain(quoted(&message)).flat_map(|p| [p, p.trim_start_matches('/')]);
+                let exact = written.filter(|p| !p.is_empty()).find_map(|path| source.find_text(lines, path));
+                Detail::Source { file: file.clone(), spans: if exact.is_some() { pin(lines, exact) } else { spans.clone() } }
+            }
+            other => other.clone(),
+        })
+    }
+}
+
 #[async_trait]
 impl Explain for Explainer {
     async fn explain(&self, bridge: &dyn Bridge, fault: Fault) -> Fault {
@@ -84,7 +112,7 @@ impl Explain for Explainer {
         if !text.contains("not found") && !text.contains("no such file") {
             return fault;
         }
-        let mut told = fault.clone();
+        let mut told = if self.columns { self.pinned(fault.clone()) } else { fault.clone() };
         for path in self.missing(&fault) {
             let hint = self.hint(bridge, path).await;
             if !told.hints().any(|h| h == hint) {

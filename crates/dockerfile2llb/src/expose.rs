@@ -41,10 +41,10 @@ impl Scene<'_> {
             _ => return Err(invalid(&format!("invalid proto: {protocol}"))),
         };
         if protocol != protocol.to_lowercase() {
-            self.linter.report(Finding::ExposeProtoCasing { port: written }, lines, &self.comments);
+            self.report(Finding::ExposeProtoCasing { port: written }, lines);
         }
         if !ip.is_empty() || !host.is_empty() {
-            self.linter.report(Finding::ExposeInvalidFormat { port: written }, lines, &self.comments);
+            self.report(Finding::ExposeInvalidFormat { port: written }, lines);
         }
         let bare = ip.strip_prefix('[').and_then(|i| i.strip_suffix(']')).unwrap_or(ip);
         if !bare.is_empty() && bare.parse::<IpAddr>().is_err() {

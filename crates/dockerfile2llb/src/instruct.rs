@@ -1,7 +1,7 @@
 //! The instructions of a stage, one after the other (section 4.1); RUN, COPY/ADD and EXPOSE have modules of their own.
 
 use crate::{
-    convert::Plan,
+    convert::{Plan, Reach},
     failure::{Failure, Result},
     outline::ArgInfo,
     stage::{Stage, Step, Vars, set_env, shown_text},
@@ -27,6 +27,10 @@ pub struct Scene<'a> {
     pub paths: &'a mut Vec<BTreeSet<String>>,
     /// Comments above the current instruction, which may silence lints.
     pub comments: Vec<String>,
+    /// Whether the current instruction comes with the base image.
+    pub in_trigger: bool,
+    /// What is wrong with instructions, if all mistakes are wanted.
+    pub failures: Vec<Failure>,
 }
 
 impl Scene<'_> {
@@ -58,9 +62,14 @@ impl Scene<'_> {
         stage.state = std::mem::take(&mut stage.state).with_network(options.network);
         for step in std::mem::take(&mut stage.steps) {
             self.comments.clone_from(&step.instruction.comments);
-            stage.in_trigger = step.trigger;
+            (stage.in_trigger, self.in_trigger) = (step.trigger, step.trigger);
             let lines = step.instruction.lines;
-            self.step(stage, &step).map_err(|e| e.at(lines))?;
+            match self.step(stage, &step).map_err(|e| e.at(lines)) {
+                Ok(()) => {}
+                // Nothing comes of this conversion but what is said of it. The reference says the first mistake only.
+                Err(failure) if self.plan.ui.options.columns && self.plan.reach == Reach::All => self.failures.push(failure),
+                Err(failure) => return Err(failure),
+            }
         }
         Ok(())
     }
@@ -168,6 +177,14 @@ impl Scene<'_> {
         }
     }
 
+    /// Reports what a rule says of the current instruction, or of an earlier one.
+    pub fn report(&mut self, finding: Finding<'_>, lines: Lines) {
+        match self.in_trigger {
+            true => self.linter.report_inherited(finding, lines, &self.comments),
+            false => self.linter.report(finding, lines, &self.comments),
+        }
+    }
+
     /// Expands a word with the stage's variables and reports those that nobody set.
     pub fn word(&mut self, lex: &Lex, stage: &Stage, word: &str, lines: Lines) -> df::Result<String> {
         let env = stage.state.env();
@@ -178,14 +195,14 @@ impl Scene<'_> {
                 continue;
             }
             let near = suggest(name, env.names(), true);
-            self.linter.report(Finding::UndefinedVar { name, suggestion: near.as_deref() }, lines, &self.comments);
+            self.report(Finding::UndefinedVar { name, suggestion: near.as_deref() }, lines);
         }
         Ok(expanded?.text)
     }
 
     fn workdir(&mut self, stage: &mut Stage, instruction: &df::Instruction, dir: &str) -> Result<()> {
         if !std::mem::replace(&mut stage.workdir_set, true) && !dir.starts_with('/') {
-            self.linter.report(Finding::WorkdirRelativePath { path: dir }, instruction.lines, &self.comments);
+            self.report(Finding::WorkdirRelativePath { path: dir }, instruction.lines);
         }
         set_workdir(stage, dir);
         let dir = stage.image.config.working_dir.clone();
@@ -262,7 +279,7 @@ impl Scene<'_> {
             return words;
         }
         if stage.image.config.shell.is_empty() {
-            self.linter.report(Finding::JSONArgsRecommended { keyword: &instruction.keyword }, instruction.lines, &self.comments);
+            self.report(Finding::JSONArgsRecommended { keyword: &instruction.keyword, line: &words.concat() }, instruction.lines);
         }
         stage.with_shell(&words)
     }
@@ -271,19 +288,23 @@ impl Scene<'_> {
         if let Some(earlier) = earlier {
             // The earlier one is what has no effect.
             let finding = Finding::MultipleInstructionsDisallowed { keyword: &instruction.keyword };
-            self.linter.report(finding, earlier, &self.comments);
+            self.report(finding, earlier);
         }
     }
 
     fn lint_pair(&mut self, instruction: &df::Instruction, pair: &df::Pair) {
-        if pair.legacy {
-            self.linter.report(Finding::LegacyKeyValueFormat { keyword: &instruction.keyword }, instruction.lines, &self.comments);
+        if !pair.legacy {
+            return;
         }
+        // The old form has one pair; the instruction still has it as it is written.
+        let (Command::Env(written) | Command::Label(written)) = &instruction.command else { return };
+        let df::Pair { key, value, .. } = written.first().unwrap_or(pair);
+        self.report(Finding::LegacyKeyValueFormat { keyword: &instruction.keyword, key, value }, instruction.lines);
     }
 
     fn lint_secret(&mut self, instruction: &str, key: &str, lines: Lines) {
         if is_secret_name(key) {
-            self.linter.report(Finding::SecretsUsedInArgOrEnv { instruction, key }, lines, &self.comments);
+            self.report(Finding::SecretsUsedInArgOrEnv { instruction, key }, lines);
         }
     }
 }

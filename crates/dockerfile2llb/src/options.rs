@@ -56,6 +56,8 @@ pub struct BuildOptions {
     /// Stages to run without cache; `Some` of nothing means all.
     pub no_cache: Option<Vec<String>>,
     pub lint: Option<LintConfig>,
+    /// Whether places of warnings and errors have columns too (option `source-columns`, which only our own client gives).
+    pub columns: bool,
     /// Other sessions to take local sources from.
     pub local_sessions: BTreeMap<String, String>,
     /// Caches that may have results (options `cache-imports` and `cache-from`).
@@ -124,6 +126,7 @@ impl BuildOptions {
             cache_namespace: get("build-arg:BUILDKIT_CACHE_MOUNT_NS").into(),
             no_cache,
             lint: lint.transpose()?,
+            columns: boolean(get("source-columns")) == Some(true),
             local_sessions: with_prefix(options, "local-sessionid:"),
         })
     }

@@ -3,11 +3,12 @@
 use crate::{
     build::{lint_config, marshal, parse, parse_any, warn_all},
     convert::{Converted, Reach, TargetOutline, convert},
+    failure::Failure,
     ui::Ui,
 };
 use base64::Engine as _;
 use serde_json::{Value, json};
-use shipway_dockerfile::{Dockerfile, Lines, Lint, Linter};
+use shipway_dockerfile::{Dockerfile, Lines, Lint, LintConfig, Linter, Source};
 use shipway_fault::{Code, Detail, Fault, Result, SourceFile, Span};
 use shipway_frontend::FrontendResult;
 use shipway_llb::Definition;
@@ -20,7 +21,7 @@ pub async fn answer(ui: &Ui, request: &str) -> Result<FrontendResult> {
     match request {
         "frontend.subrequests.describe" => describe(),
         "frontend.targets" => {
-            let file = parse_any(ui, &mut Linter::default()).map_err(|f| f.into_fault(&ui.file))?;
+            let file = parse_any(ui, &mut Linter::default()).map_err(|f| ui.fault(f))?;
             targets(ui, &file)
         }
         "frontend.outline" => outline(ui).await,
@@ -57,14 +58,14 @@ fn go_json(value: &Value) -> Result<String> {
 
 /// Converts the target as a build would: its rules are heard on the status, and are errors if the file says so.
 async fn converted(ui: &Ui) -> Result<Converted> {
-    let mut linter = Linter::new(lint_config(ui).map_err(|f| f.into_fault(&ui.file))?);
+    let mut linter = Linter::new(lint_config(ui).map_err(|f| ui.fault(f))?);
     let asked = async {
         let file = parse(ui, &mut linter)?;
         convert(ui, &file, None, Reach::Target, &mut linter).await
     };
     let asked = asked.await;
     warn_all(ui, &mut linter).await?;
-    asked.map_err(|f| f.into_fault(&ui.file))
+    asked.map_err(|f| ui.fault(f))
 }
 
 /// The target's graph as JSON (row `dfs.convert`).
@@ -214,40 +215,67 @@ async fn outline(ui: &Ui) -> Result<FrontendResult> {
     result(&answer, text, &[])
 }
 
-/// Converts everything and answers with what the rules found; a failing conversion is part of the answer (row `dfs.lint`).
+/// Converts everything and answers with what the rules found; a failing conversion is part of the answer (row `dfs.lint`). Who asks
+/// for columns gets all mistakes and the advice too.
 async fn lint(ui: &Ui) -> Result<FrontendResult> {
     let config = lint_config(ui);
     let mut linter = Linter::new(config.as_ref().ok().cloned().unwrap_or_default());
     let reach = if ui.options.target.is_empty() { Reach::All } else { Reach::Target };
     let checked = async {
-        config?;
-        let file = parse(ui, &mut linter)?;
+        let config = config?;
+        let file = parse(ui, &mut linter).map_err(|first| match ui.options.columns {
+            true => all_mistakes(ui, first, config, &mut linter),
+            false => first,
+        })?;
         convert(ui, &file, None, reach, &mut linter).await.map(drop)
     };
     let failed = checked.await.err();
     let mut found = linter.take();
+    let columns = ui.source();
+    let source = columns.as_ref();
     let warning = |l: &Lint| {
-        object([
+        let mut warning = object([
             ("ruleName", json!(l.rule.name())),
             ("description", json!(l.rule.description())),
             ("url", json!(l.rule.url())),
             ("detail", json!(l.message)),
-            ("location", location(&l.spans)),
-        ])
+            ("location", location(&source.map_or_else(|| l.lines.spans(), |source| l.spans(source)))),
+        ]);
+        if source.is_some() {
+            warning["fix"] = json!({"advice": l.fix.advice, "replacement": l.fix.replacement});
+        }
+        warning
     };
     let warnings: Value = if found.is_empty() { Value::Null } else { found.iter().map(warning).collect() };
-    let mut answer = json!({"warnings": warnings, "sources": [source(&ui.file)]});
+    let mut answer = json!({"warnings": warnings, "sources": [self::source(&ui.file)]});
     let bad = failed.is_some() || !found.is_empty();
     if let Some(failure) = failed {
-        let mut lines = failure.places.clone();
-        lines.sort();
-        lines.dedup();
-        let spans: Vec<Span> = lines.into_iter().flat_map(Lines::spans).collect();
-        answer["buildError"] = json!({"message": failure.fault.to_string(), "location": location(&spans)});
+        answer["buildError"] = error(&failure, source);
+        if source.is_some() {
+            answer["errors"] = std::iter::once(&failure).chain(&failure.others).map(|f| error(f, source)).collect();
+        }
     }
-    found.sort_by_key(|l| l.spans.first().map_or(0, |s| s.start.line));
+    found.sort_by_key(|l| l.lines.start);
     let text: String = found.iter().map(|l| print(l, &ui.file)).collect();
     result(&answer, text, &[("result.statuscode", if bad { "1" } else { "0" })])
+}
+
+/// A file that does not parse once more, now with all that is wrong with it. `first` is what the strict reading said.
+fn all_mistakes(ui: &Ui, first: Failure, config: LintConfig, linter: &mut Linter) -> Failure {
+    *linter = Linter::new(config);
+    let (_, mistakes) = Dockerfile::diagnose(&ui.file.data, linter);
+    Failure::all(mistakes.into_iter().map(Failure::from)).err().unwrap_or(first)
+}
+
+fn error(failure: &Failure, source: Option<&Source<'_>>) -> Value {
+    let mut places = failure.spans(source);
+    places.sort_by_key(|spans| (spans.first().map(|s| s.start.line), spans.len()));
+    places.dedup();
+    let mut error = json!({"message": failure.fault.to_string(), "location": location(&places.concat())});
+    if source.is_some() {
+        error["hints"] = failure.fault.hints().collect();
+    }
+    error
 }
 
 /// The Dockerfile as Go encodes `pb.SourceInfo`.
@@ -279,8 +307,8 @@ fn print(lint: &Lint, file: &SourceFile) -> String {
     let mut out = format!("\nWARNING: {}{url}\n{}\n", lint.rule.name(), lint.message);
     let text = String::from_utf8_lossy(&file.data);
     let lines: Vec<&str> = text.split('\n').collect();
-    let at = |s: &Span| usize::try_from(s.start.line).unwrap_or(0);
-    let (Some(first), Some(last)) = (lint.spans.iter().map(at).min(), lint.spans.iter().map(at).max()) else { return out };
+    let at = |line: i32| usize::try_from(line).unwrap_or(0);
+    let (first, last) = (at(lint.lines.start), at(lint.lines.end.max(lint.lines.start)));
     if first < 1 || first > lines.len() {
         return out;
     }
@@ -301,7 +329,7 @@ fn print(lint: &Lint, file: &SourceFile) -> String {
     }
     out += &format!("{}:{first}\n--------------------\n", file.filename);
     for (i, line) in lines.iter().enumerate().take(to).skip(from - 1) {
-        let mark = if lint.spans.iter().any(|s| at(s) == i + 1) { ">>>" } else { "   " };
+        let mark = if (first..=last).contains(&(i + 1)) { ">>>" } else { "   " };
         out += &format!(" {:3} | {mark} {line}\n", i + 1);
     }
     out + "--------------------\n"

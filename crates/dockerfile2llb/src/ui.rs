@@ -7,7 +7,7 @@ use crate::{
     options::BuildOptions,
     text,
 };
-use shipway_dockerfile::boolean;
+use shipway_dockerfile::{Source, boolean};
 use shipway_fault::{Context as _, Fault, SourceFile};
 use shipway_filesync::{IgnoreFile, PatternMatcher};
 use shipway_frontend::{Bridge, BuildRef, Options, ResolvedImage, SolveRequest, SourceRequest};
@@ -42,6 +42,8 @@ pub struct Ui {
     ignore_of_file: Option<Vec<u8>>,
     ignore: OnceCell<IgnoreFile>,
     images: Mutex<HashMap<String, Arc<Answer>>>,
+    /// The Dockerfile as text, if places are to be told with columns.
+    text: Option<String>,
 }
 
 /// What asking for an image gave; also a refusal is asked for once only.
@@ -95,6 +97,7 @@ impl Ui {
         let options = BuildOptions::parse(&raw)?;
         let origin = Origin::find(&*bridge, &raw).await?;
         let read = Entry::read(&*bridge, &options, &origin).await?;
+        let text = options.columns.then(|| String::from_utf8_lossy(&read.file.data).into_owned());
         Ok(Self {
             bridge,
             options,
@@ -106,7 +109,18 @@ impl Ui {
             ignore_of_file: read.ignore,
             ignore: OnceCell::new(),
             images: Mutex::default(),
+            text,
         })
+    }
+
+    /// Where columns are looked for; `None` if only lines are told, as clients of the reference know them.
+    pub fn source(&self) -> Option<Source<'_>> {
+        self.text.as_deref().map(Source::new)
+    }
+
+    /// The fault with the lines of the Dockerfile to draw.
+    pub fn fault(&self, failure: Failure) -> Fault {
+        failure.into_fault(&self.file, self.source().as_ref())
     }
 
     /// The session that a local source comes from.

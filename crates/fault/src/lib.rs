@@ -295,6 +295,12 @@ impl Fault {
         self.edit(|d| d.details.push(detail))
     }
 
+    /// Replaces every typed fact by what `with` makes of it.
+    #[must_use]
+    pub fn map_details(self, with: impl Fn(&Detail) -> Detail) -> Self {
+        self.edit(|d| d.details.iter_mut().for_each(|detail| *detail = with(detail)))
+    }
+
     /// Without the things that are kept with it: for those who remember it longer than anybody needs them.
     #[must_use]
     pub fn without_kept(self) -> Self {

@@ -25,7 +25,7 @@ pub(crate) fn describe(fault: &Fault, persona: Persona) -> String {
     out
 }
 
-/// The lines of `file` around `spans`, those within them marked.
+/// The lines of `file` around `spans`, those within them marked, and what is meant of them underlined.
 pub(crate) fn excerpt(file: &SourceFile, spans: &[Span]) -> String {
     let text = String::from_utf8_lossy(&file.data);
     let lines: Vec<&str> = text.split('\n').collect();
@@ -42,10 +42,28 @@ pub(crate) fn excerpt(file: &SourceFile, spans: &[Span]) -> String {
     for number in from..=to {
         let inside = spans.iter().any(|s| usize::try_from(s.start.line).is_ok_and(|n| n <= number) && last_of(s) as usize >= number);
         let mark = if inside { ">>>" } else { "   " };
-        let _ = writeln!(out, " {number:3} | {mark} {}", lines[number - 1].trim_end_matches('\r'));
+        let line = lines[number - 1].trim_end_matches('\r').trim_start_matches('\u{feff}');
+        let _ = writeln!(out, " {number:3} | {mark} {line}");
+        for span in spans.iter().filter(|s| usize::try_from(s.start.line) == Ok(number)) {
+            if let Some(carets) = carets(line, span) {
+                let _ = writeln!(out, "     |     {carets}");
+            }
+        }
     }
     out.push_str("--------------------\n");
     out
+}
+
+/// Blanks and carets under what `span` has of `line`; `None` if it is the whole line.
+fn carets(line: &str, span: &Span) -> Option<String> {
+    let from = usize::try_from(span.start.character).ok()?;
+    let to = if span.end.line == span.start.line { usize::try_from(span.end.character).ok()? } else { line.chars().count() };
+    if to <= from {
+        return None;
+    }
+    let mut out: String = line.chars().take(from).map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
+    out.extend(std::iter::repeat_n('^', to - from));
+    Some(out)
 }
 
 #[cfg(test)]
@@ -68,6 +86,15 @@ mod tests {
             describe(&fault, Persona::Buildctl),
             "Dockerfile:3\n--------------------\n   1 |     FROM a\n   2 |     RUN b\n   3 | >>> RUN c\n   4 |     RUN d\n   5 |     RUN e\n\
              --------------------\nerror: failed to solve: exit code: 1\nhint: try again\n"
+        );
+        let exact = Span { start: Position { line: 1, character: 5 }, end: Position { line: 1, character: 6 } };
+        assert_eq!(
+            excerpt(&file, &[exact]),
+            "Dockerfile:1\n--------------------\n   1 | >>> FROM a\n     |          ^\n   2 |     RUN b\n   3 |     RUN c\n--------------------\n"
+        );
+        assert_eq!(
+            carets("\t\ta b", &Span { start: Position { line: 1, character: 4 }, end: Position { line: 2, character: 0 } }).unwrap(),
+            "\t\t  ^"
         );
         assert_eq!(excerpt(&file, &[Span { start: line(99), end: line(99) }]), "");
         assert_eq!(excerpt(&file, &[]), "");

@@ -1,6 +1,7 @@
 //! The frontend against a bridge that answers from texts.
 #![allow(clippy::unwrap_used)]
 
+mod columns;
 mod explain;
 mod reference;
 mod support;

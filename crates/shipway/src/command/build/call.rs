@@ -9,7 +9,11 @@ use shipway_client::Answer;
 use shipway_fault::{Detail, Fault, Position, Result, SourceFile, Span, nearest};
 
 use super::Args;
-use crate::{csv, output};
+use crate::{
+    Persona, csv,
+    failure::{describe, excerpt},
+    output,
+};
 
 const METHODS: [&str; 6] = ["build", "check", "lint", "outline", "targets", "subrequests.describe"];
 const FORMATS: [&str; 3] = ["text", "json", "sarif"];
@@ -74,9 +78,9 @@ impl Call {
             ("json", _) => output::print(&(text("result.json") + "\n"))?,
             ("sarif", Some(found)) => output::print(&format!("{:#}\n", found.sarif()))?,
             (_, Some(found)) => {
-                output::print(&(found.headline() + &text("result.txt")))?;
-                if let Some(error) = &found.error {
-                    return Err(error.fault(&found.sources));
+                output::print(&found.text())?;
+                if let Some(fault) = found.fault() {
+                    return Err(fault);
                 }
             }
             _ => output::print(&text("result.txt"))?,
@@ -103,8 +107,12 @@ struct Findings {
     warnings: Option<Vec<Warning>>,
     #[serde(default)]
     sources: Vec<Source>,
+    /// The first mistake.
     #[serde(rename = "buildError")]
     error: Option<BuildError>,
+    /// All of them, from a daemon that tells columns.
+    #[serde(default)]
+    errors: Vec<BuildError>,
 }
 
 #[derive(Deserialize)]
@@ -119,11 +127,22 @@ struct Warning {
     detail: String,
     #[serde(default)]
     location: Location,
+    fix: Option<Fix>,
+}
+
+/// What would make a warning go away.
+#[derive(Deserialize)]
+struct Fix {
+    advice: String,
+    /// What belongs in the place of the characters that the warning points at.
+    replacement: Option<String>,
 }
 
 #[derive(Deserialize)]
 struct BuildError {
     message: String,
+    #[serde(default)]
+    hints: Vec<String>,
     #[serde(default)]
     location: Location,
 }
@@ -157,16 +176,36 @@ struct Source {
     language: String,
 }
 
+impl Range {
+    fn span(&self) -> Span {
+        let position = |p: Place| Position { line: p.line, character: p.character };
+        Span { start: position(self.start), end: position(self.end) }
+    }
+
+    /// Whether it is a part of a line.
+    fn is_exact(&self) -> bool {
+        self.start.line == self.end.line && self.end.character > self.start.character
+    }
+}
+
+impl Location {
+    /// The text that it is in, and where.
+    fn of(&self, sources: &[Source]) -> Option<(SourceFile, Vec<Span>)> {
+        let source = sources.get(self.source_index).filter(|_| !self.ranges.is_empty())?;
+        let data = STANDARD.decode(&source.data).unwrap_or_default();
+        let file = SourceFile { filename: source.filename.clone(), language: source.language.clone(), data, definition: None };
+        Some((file, self.ranges.iter().map(Range::span).collect()))
+    }
+}
+
 impl BuildError {
     /// The error as a build would end with it.
     fn fault(&self, sources: &[Source]) -> Fault {
-        let fault = Fault::unknown(self.message.clone());
-        let Some(source) = sources.get(self.location.source_index).filter(|_| !self.location.ranges.is_empty()) else { return fault };
-        let data = STANDARD.decode(&source.data).unwrap_or_default();
-        let file = SourceFile { filename: source.filename.clone(), language: source.language.clone(), data, definition: None };
-        let position = |p: Place| Position { line: p.line, character: p.character };
-        let spans = self.location.ranges.iter().map(|r| Span { start: position(r.start), end: position(r.end) }).collect();
-        fault.detail(Detail::Source { file: Arc::new(file), spans })
+        let fault = self.hints.iter().fold(Fault::unknown(self.message.clone()), |fault, hint| fault.hint(hint.clone()));
+        match self.location.of(sources) {
+            Some((file, spans)) => fault.detail(Detail::Source { file: Arc::new(file), spans }),
+            None => fault,
+        }
     }
 }
 
@@ -184,6 +223,32 @@ impl Findings {
         }
     }
 
+    /// The findings for people, in the order of their lines; but for the last mistake, which is the failure.
+    fn text(&self) -> String {
+        let mut out = self.headline();
+        let mut warnings: Vec<&Warning> = self.warnings().iter().collect();
+        warnings.sort_by_key(|w| w.location.ranges.first().map_or(0, |r| r.start.line));
+        for warning in warnings {
+            let url = if warning.url.is_empty() { String::new() } else { format!(" - {}", warning.url) };
+            out += &format!("\nWARNING: {}{url}\n{}\n", warning.rule_name, warning.detail);
+            if let Some((file, spans)) = warning.location.of(&self.sources) {
+                out += &excerpt(&file, &spans);
+            }
+            if let Some(fix) = &warning.fix {
+                out += &format!("hint: {}\n", fix.advice);
+            }
+        }
+        for error in self.errors.split_last().map_or(&[][..], |(_, others)| others) {
+            out += &format!("\n{}", describe(&error.fault(&self.sources), Persona::Shipway));
+        }
+        out
+    }
+
+    /// The last mistake.
+    fn fault(&self) -> Option<Fault> {
+        self.errors.last().or(self.error.as_ref()).map(|error| error.fault(&self.sources))
+    }
+
     /// The findings in the Static Analysis Results Interchange Format, version 2.1.0 (OASIS), as code hosts and editors read it.
     fn sarif(&self) -> Value {
         let mut rules: Vec<Value> = Vec::new();
@@ -197,30 +262,75 @@ impl Findings {
             }
         }
         let result = |rule: &str, level: &str, message: &str, location: &Location| json!({"ruleId": rule, "level": level, "message": {"text": message}, "locations": self.places(location)});
-        let mut results: Vec<Value> = self.warnings().iter().map(|w| result(&w.rule_name, "warning", &w.detail, &w.location)).collect();
-        results.extend(self.error.iter().map(|e| result("BuildError", "error", &e.message, &e.location)));
+        let mut results = Vec::new();
+        for warning in self.warnings() {
+            let advice = warning.fix.as_ref().map(|f| format!(" ({})", f.advice)).unwrap_or_default();
+            let mut found = result(&warning.rule_name, "warning", &(warning.detail.clone() + &advice), &warning.location);
+            if let Some(fix) = self.replacement(warning) {
+                found["fixes"] = json!([fix]);
+            }
+            results.push(found);
+        }
+        let errors = if self.errors.is_empty() { self.error.as_slice() } else { &self.errors };
+        for error in errors {
+            let message = error.hints.iter().fold(error.message.clone(), |message, hint| message + "\n" + hint);
+            results.push(result("BuildError", "error", &message, &error.location));
+        }
         json!({
             "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
             "version": "2.1.0",
             "runs": [{
                 "tool": {"driver": {"name": "shipway", "version": env!("CARGO_PKG_VERSION"), "rules": rules}},
+                "columnKind": "unicodeCodePoints",
                 "results": results,
             }],
         })
     }
 
-    fn places(&self, location: &Location) -> Vec<Value> {
-        let uri = self.sources.get(location.source_index).map_or("Dockerfile", |s| &s.filename);
-        let ranges = location.ranges.iter().filter(|r| r.start.line > 0);
-        let place = |r: &Range| {
-            let mut region = json!({"startLine": r.start.line, "endLine": r.end.line.max(r.start.line)});
-            if r.start.character > 0 {
-                region["startColumn"] = json!(r.start.character + 1);
-            }
-            json!({"physicalLocation": {"artifactLocation": {"uri": uri}, "region": region}})
-        };
-        ranges.map(place).collect()
+    fn uri(&self, location: &Location) -> &str {
+        self.sources.get(location.source_index).map_or("Dockerfile", |s| &s.filename)
     }
+
+    /// One place per warning or error, with the part of a line that is meant if that is known, and all its lines around.
+    fn places(&self, location: &Location) -> Vec<Value> {
+        let lines = || location.ranges.iter().filter(|r| r.start.line > 0);
+        let place = |region: Value, context: Option<Value>| {
+            let mut physical = json!({"artifactLocation": {"uri": self.uri(location)}, "region": region});
+            if let Some(context) = context {
+                physical["contextRegion"] = context;
+            }
+            json!({"physicalLocation": physical})
+        };
+        let Some(first) = lines().map(|r| r.start.line).min() else { return Vec::new() };
+        let last = lines().map(|r| r.end.line.max(r.start.line)).max().unwrap_or(first);
+        let whole = json!({"startLine": first, "endLine": last});
+        match lines().find(|r| r.is_exact()) {
+            Some(exact) => vec![place(region(exact), (first != last).then_some(whole))],
+            None => vec![place(whole, None)],
+        }
+    }
+
+    fn replacement(&self, warning: &Warning) -> Option<Value> {
+        let fix = warning.fix.as_ref()?;
+        let exact = warning.location.ranges.iter().find(|r| r.is_exact())?;
+        Some(json!({
+            "description": {"text": fix.advice},
+            "artifactChanges": [{
+                "artifactLocation": {"uri": self.uri(&warning.location)},
+                "replacements": [{"deletedRegion": region(exact), "insertedContent": {"text": fix.replacement.as_ref()?}}],
+            }],
+        }))
+    }
+}
+
+/// A part of a line; columns are from 1 and the end is behind the last character.
+fn region(exact: &Range) -> Value {
+    json!({
+        "startLine": exact.start.line,
+        "startColumn": exact.start.character + 1,
+        "endLine": exact.end.line,
+        "endColumn": exact.end.character + 1,
+    })
 }
 
 #[cfg(test)]
@@ -254,24 +364,65 @@ mod tests {
         serde_json::from_str(json).expect("JSON")
     }
 
+    /// Two warnings and two mistakes in `FROM a\nCMD b\n`.
+    fn some() -> Findings {
+        findings(
+            r#"{"warnings": [
+                {"ruleName": "B", "description": "d", "url": "u", "detail": "x",
+                 "location": {"ranges": [{"start": {"line": 2, "character": 4}, "end": {"line": 2, "character": 5}}]},
+                 "fix": {"advice": "write c", "replacement": "c"}},
+                {"ruleName": "A", "detail": "y", "location": {"ranges": [{"start": {"line": 1}, "end": {"line": 1}}, {"start": {"line": 2}, "end": {"line": 2}}]}},
+                {"ruleName": "B", "detail": "z", "location": {}}],
+              "sources": [{"filename": "f", "data": "RlJPTSBhCkNNRCBiCg=="}],
+              "buildError": {"message": "m", "location": {}},
+              "errors": [
+                {"message": "m", "hints": ["h"], "location": {"ranges": [{"start": {"line": 1, "character": 5}, "end": {"line": 1, "character": 6}}]}},
+                {"message": "n", "hints": [], "location": {}}]}"#,
+        )
+    }
+
+    #[test]
+    fn findings_are_drawn() {
+        let found = some();
+        assert_eq!(
+            found.text(),
+            "Check complete, 3 warnings have been found!\n\
+             \nWARNING: B\nz\n\
+             \nWARNING: A\ny\nf:1\n--------------------\n   1 | >>> FROM a\n   2 | >>> CMD b\n   3 |     \n--------------------\n\
+             \nWARNING: B - u\nx\nf:2\n--------------------\n   1 |     FROM a\n   2 | >>> CMD b\n     |         ^\n   3 |     \n--------------------\nhint: write c\n\
+             \nf:1\n--------------------\n   1 | >>> FROM a\n     |          ^\n   2 |     CMD b\n   3 |     \n--------------------\nERROR: m\nhint: h\n"
+        );
+        assert_eq!(found.fault().expect("error").to_string(), "n");
+    }
+
     #[test]
     fn findings_become_sarif() {
+        let run = &some().sarif()["runs"][0];
+        assert_eq!(run["tool"]["driver"]["rules"][0], json!({"id": "B", "shortDescription": {"text": "d"}, "helpUri": "u"}));
+        let result = |i: usize| run["results"][i].clone();
+        let region = |i: usize| result(i)["locations"][0]["physicalLocation"]["region"].clone();
+        let exact = |line: i32, from: i32, to: i32| json!({"startLine": line, "startColumn": from, "endLine": line, "endColumn": to});
+        assert_eq!((region(0), region(1), region(2)), (exact(2, 5, 6), json!({"startLine": 1, "endLine": 2}), Value::Null));
+        assert_eq!((region(3), region(4)), (exact(1, 6, 7), Value::Null));
+        assert_eq!((&result(3)["level"], &result(3)["message"]["text"]), (&json!("error"), &json!("m\nh")));
+        let change = &result(0)["fixes"][0]["artifactChanges"][0];
+        assert_eq!(change["replacements"][0], json!({"deletedRegion": exact(2, 5, 6), "insertedContent": {"text": "c"}}));
+        assert_eq!(result(1)["fixes"], Value::Null);
+    }
+
+    #[test]
+    fn a_daemon_that_tells_lines_only_is_understood() {
         let found = findings(
-            r#"{"warnings": [
-                {"ruleName": "A", "description": "d", "url": "u", "detail": "x", "location": {"ranges": [{"start": {"line": 2}, "end": {"line": 3}}]}},
-                {"ruleName": "A", "description": "d", "detail": "y", "location": {}}],
+            r#"{"warnings": [{"ruleName": "A", "detail": "y", "location": {"ranges": [{"start": {"line": 1}, "end": {"line": 1}}]}}],
               "sources": [{"filename": "f", "data": "RlJPTSBhCg=="}],
-              "buildError": {"message": "m", "location": {"ranges": [{"start": {"line": 1, "character": 4}, "end": {"line": 1}}]}}}"#,
+              "buildError": {"message": "m", "location": {"ranges": [{"start": {"line": 1}, "end": {"line": 1}}]}}}"#,
         );
-        let run = &found.sarif()["runs"][0];
-        assert_eq!(run["tool"]["driver"]["rules"], json!([{"id": "A", "shortDescription": {"text": "d"}, "helpUri": "u"}]));
-        let region = |i: usize| run["results"][i]["locations"][0]["physicalLocation"]["region"].clone();
-        assert_eq!(region(0), json!({"startLine": 2, "endLine": 3}));
-        assert_eq!(region(1), Value::Null);
-        assert_eq!(region(2), json!({"startLine": 1, "endLine": 1, "startColumn": 5}));
-        assert_eq!(run["results"][2]["level"], "error");
-        assert_eq!(found.headline(), "Check complete, 2 warnings have been found!\n");
-        let fault = found.error.as_ref().expect("error").fault(&found.sources);
+        assert!(!found.text().contains('^') && found.text().contains(">>> FROM a"));
+        assert_eq!(
+            found.sarif()["runs"][0]["results"][1]["locations"][0]["physicalLocation"]["region"],
+            json!({"startLine": 1, "endLine": 1})
+        );
+        let fault = found.fault().expect("error");
         assert!(matches!(fault.details(), [Detail::Source { file, spans }] if file.data == b"FROM a\n" && spans.len() == 1));
     }
 

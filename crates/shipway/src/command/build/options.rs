@@ -32,6 +32,8 @@ pub(super) fn of(args: &Args, input: &Input, env: Env<'_>) -> Result<SolveOption
     locals(input, &mut options).context(|| "offer the context")?;
     named_contexts(args, &mut options)?;
     let attrs = &mut options.frontend_attrs;
+    // We draw the columns of what is wrong; other clients are told lines only.
+    attrs.insert("source-columns".to_owned(), "true".to_owned());
     for (name, value) in docker.proxy_args() {
         attrs.insert(format!("build-arg:{name}"), value);
     }
@@ -367,7 +369,10 @@ mod tests {
         let shown: Vec<String> = match of(&args, &input, &env) {
             Err(fault) => vec![format!("error {fault}")],
             Ok(options) => {
-                let attrs = options.frontend_attrs.iter().filter(|(k, v)| *k != "filename" || *v != "Dockerfile");
+                let attrs = options
+                    .frontend_attrs
+                    .iter()
+                    .filter(|(k, v)| !matches!((k.as_str(), v.as_str()), ("filename", "Dockerfile") | ("source-columns", "true")));
                 let mut shown: Vec<String> = attrs.map(|(k, v)| format!("{k}={v}")).collect();
                 shown.extend(options.exports.iter().map(|e| {
                     let attrs: Vec<String> = e.attrs.iter().map(|(k, v)| format!("{k}={v}")).collect();
