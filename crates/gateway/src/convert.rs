@@ -69,14 +69,19 @@ pub(crate) fn stat(s: FileStat) -> Stat {
     }
 }
 
-/// A definition for a client. Operations from nowhere are left out of the source map: a map's empty message is left out by our encoder, and Go's fast
-/// decoder then makes a nil of it that its users trip over.
+/// A definition for a client, without what Go's clients trip over: see [`no_empty_places`].
 pub(crate) fn definition_to_wire(definition: &Definition) -> pb::Definition {
     let mut wire = definition.to_pb();
-    if let Some(source) = &mut wire.source {
-        source.locations.retain(|_, places| !places.locations.is_empty());
-    }
+    no_empty_places(&mut wire);
     wire
+}
+
+/// Leaves operations from nowhere out of the source maps, those of the files' own definitions included: a map's empty message is left out by our
+/// encoder, and Go's fast decoder then makes a nil of it that its users trip over.
+fn no_empty_places(definition: &mut pb::Definition) {
+    let Some(source) = &mut definition.source else { return };
+    source.locations.retain(|_, places| !places.locations.is_empty());
+    source.infos.iter_mut().filter_map(|info| info.definition.as_mut()).for_each(no_empty_places);
 }
 
 /// A result for the client; references are remembered in `build`. `arrays` is the client's `allowResultArrayRef`.
@@ -184,4 +189,30 @@ pub(crate) fn source_file(info: pb::SourceInfo) -> SourceFile {
 pub(crate) fn spans(ranges: Vec<pb::Range>) -> Vec<Span> {
     let position = |p: Option<pb::Position>| p.map(|p| Position { line: p.line, character: p.character }).unwrap_or_default();
     ranges.into_iter().map(|r| Span { start: position(r.start), end: position(r.end) }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_source_map_has_empty_places_at_any_depth() {
+        let with = |definition: Option<pb::Definition>| pb::Definition {
+            source: Some(pb::Source {
+                locations: [
+                    ("a".to_owned(), pb::Locations::default()),
+                    ("b".to_owned(), pb::Locations { locations: vec![pb::Location::default()] }),
+                ]
+                .into(),
+                infos: vec![pb::SourceInfo { definition, ..Default::default() }],
+            }),
+            ..Default::default()
+        };
+        let wire = definition_to_wire(&Definition::from_pb(with(Some(with(None)))));
+        let outer = wire.source.unwrap();
+        let inner = outer.infos[0].definition.as_ref().and_then(|d| d.source.as_ref()).unwrap();
+        for source in [&outer, inner] {
+            assert_eq!(source.locations.keys().collect::<Vec<_>>(), ["b"]);
+        }
+    }
 }
