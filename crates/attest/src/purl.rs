@@ -12,15 +12,17 @@ pub enum PurlKind {
     Oci,
 }
 
-/// Percent-encodes what a segment of a path cannot have.
-fn escape(text: &str) -> String {
+/// Besides letters, digits and `-_.~`: what stands for itself in versions and qualifiers. In names it does not, as a registry's port shows.
+const PLAIN: &[u8] = b"$&+=:@";
+
+/// Percent-encodes all but letters, digits, `-_.~` and what is `plain`.
+fn escape(text: &str, plain: &[u8]) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' | b'$' | b'&' | b'+' | b'=' | b':' | b'@' => {
-                out.push(byte as char);
-            }
-            _ => _ = write!(out, "%{byte:02X}"),
+        if byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte) || plain.contains(&byte) {
+            out.push(byte as char);
+        } else {
+            _ = write!(out, "%{byte:02X}");
         }
     }
     out
@@ -30,14 +32,14 @@ fn escape(text: &str) -> String {
 pub fn image_purl(kind: PurlKind, name: &ImageName, platform: Option<&Platform>) -> String {
     let full = name.locator();
     let short = full.strip_prefix("docker.io/library/").or_else(|| full.strip_prefix("docker.io/")).unwrap_or(&full);
-    let segments: Vec<String> = short.split('/').map(escape).collect();
+    let segments: Vec<String> = short.split('/').map(|segment| escape(segment, b"")).collect();
     let mut out = format!("pkg:{}/{}", if kind == PurlKind::Oci { "oci" } else { "docker" }, segments.join("/"));
     let tag = name.tag().or(name.digest().is_none().then_some("latest"));
     if let Some(tag) = tag {
-        _ = write!(out, "@{}", escape(tag));
+        _ = write!(out, "@{}", escape(tag, PLAIN));
     }
-    let digest = name.digest().map(|d| format!("digest={}", escape(&d.to_string())));
-    let platform = platform.map(|p| format!("platform={}", escape(&p.clone().normalized().to_string())));
+    let digest = name.digest().map(|d| format!("digest={}", escape(&d.to_string(), PLAIN)));
+    let platform = platform.map(|p| format!("platform={}", escape(&p.clone().normalized().to_string(), PLAIN)));
     let qualifiers: Vec<String> = digest.into_iter().chain(platform).collect();
     if !qualifiers.is_empty() {
         _ = write!(out, "?{}", qualifiers.join("&"));
@@ -58,7 +60,7 @@ mod tests {
             ("library/alpine:3.15", None, "pkg:docker/alpine@3.15".to_owned()),
             ("user/test:v2", None, "pkg:docker/user/test@v2".to_owned()),
             ("ghcr.io/foo/bar", None, "pkg:docker/ghcr.io/foo/bar@latest".to_owned()),
-            ("localhost:5000/a/b:1", None, "pkg:docker/localhost:5000/a/b@1".to_owned()),
+            ("localhost:5000/a/b:1", None, "pkg:docker/localhost%3A5000/a/b@1".to_owned()),
             (&format!("alpine@{digest}"), None, format!("pkg:docker/alpine?digest={digest}")),
             (&format!("alpine:1@{digest}"), None, format!("pkg:docker/alpine@1?digest={digest}")),
             ("busybox", Some("linux/arm/v7"), "pkg:docker/busybox@latest?platform=linux%2Farm%2Fv7".to_owned()),

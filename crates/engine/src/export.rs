@@ -113,6 +113,7 @@ async fn run_one(scope: &BuildScope, index: usize, exporter: &Arc<dyn Exporter>,
     reporter.started();
     let cx = ExportContext {
         build: scope.id.clone(),
+        compatibility: scope.compatibility,
         index,
         session: scope.session.clone(),
         sessions: scope.data.sessions.clone(),

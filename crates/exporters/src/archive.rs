@@ -38,6 +38,7 @@ impl ArchiveExporter {
         let mut attrs = Attrs::new(attrs);
         let store = !attrs.flag("tar")?.unwrap_or(true);
         let options = ImageOptions::take(&mut attrs)?;
+        let options = if variant == Variant::Oci { options.with_oci_types() } else { options };
         Ok(Self { inner, variant, options, store, metadata: attrs.rest() })
     }
 
@@ -158,7 +159,7 @@ impl Exporter for ArchiveExporter {
                 .hint("use type=oci, or build for one platform"));
         }
         input.metadata.extend(self.metadata.clone());
-        let options = self.options.with_metadata(&input.metadata)?;
+        let options = self.options.settled(&input, cx.compatibility, if self.variant == Variant::Oci { "oci" } else { "docker" })?;
         let input = self.options.rewritten(input, &cx.reporter).await?;
         let epoch = self.options.epoch.whole(&input)?;
         let names = self.names(&input.metadata)?;

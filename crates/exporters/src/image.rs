@@ -217,7 +217,7 @@ impl Exporter for ImageExporter {
 
     async fn export(&self, mut input: ExportInput, cx: &ExportContext) -> Result<Response> {
         input.metadata.extend(self.metadata.clone());
-        let options = self.options.with_metadata(&input.metadata)?;
+        let options = self.options.settled(&input, cx.compatibility, "image")?;
         let input = self.options.rewritten(input, &cx.reporter).await?;
         let epoch = self.options.epoch.whole(&input)?;
         let storage = self.inner.refs.storage();

@@ -1,14 +1,19 @@
 //! Attributes that image-like exporters share (section 5.2 of the reference).
 
 use crate::port::ExportInput;
-use shipway_fault::{Fault, Result};
+use shipway_fault::{Detail, Fault, Result};
 use shipway_oci::{ImageConfig, Platform, timestamp};
 use shipway_progress::Reporter;
-use shipway_refs::Compression;
+use shipway_refs::{Compression, CompressionKind};
 use std::{
     collections::BTreeMap,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
+
+/// Up to this version of the defaults there is no zstd.
+const NO_ZSTD: i64 = 10;
+/// From this version on, types are OCI's and attestations are artifacts.
+const OCI_TYPES: i64 = 30;
 
 /// Takes attributes out of a map one by one; what stays is metadata (row `ex.img.meta`).
 pub(crate) struct Attrs(BTreeMap<String, String>);
@@ -125,9 +130,14 @@ impl Annotation {
 pub(crate) struct ImageOptions {
     /// Names, comma separated, as written.
     pub names: String,
+    /// Whether types are OCI's rather than Docker's; without `oci-mediatypes` it depends on the input.
     pub oci_types: bool,
+    /// What `oci-mediatypes` says.
+    asked_types: Option<bool>,
     /// Whether attestations are artifacts that name their subject, rather than images of another platform (row `at.artifact`).
     pub artifact: bool,
+    /// What `oci-artifact` says.
+    asked_artifact: Option<bool>,
     /// Whether attestations that only images carry make an image an index; the exporter knows if this does not.
     pub inline: Option<bool>,
     /// Whether layers get no times later than the epoch (row `ex.c.rewrite`).
@@ -141,13 +151,10 @@ impl ImageOptions {
     pub fn take(attrs: &mut Attrs) -> Result<Self> {
         let (kind, level, force) = (attrs.text("compression"), attrs.text("compression-level"), attrs.text("force-compression"));
         let compression = Compression::parse(kind.as_deref(), level.as_deref(), force.as_deref())?;
-        let asked = attrs.flag("oci-mediatypes")?;
-        let oci_types = asked.unwrap_or(true);
+        let asked_types = attrs.flag("oci-mediatypes")?;
+        let oci_types = asked_types.unwrap_or(true);
         let rewrite = attrs.flag("rewrite-timestamp")?.unwrap_or(false);
-        let artifact = attrs.flag("oci-artifact")?;
-        if artifact == Some(true) && !oci_types {
-            return Err(Fault::invalid("exporter option \"oci-artifact=true\" conflicts with \"oci-mediatypes=false\""));
-        }
+        let asked_artifact = attrs.flag("oci-artifact")?;
         let inline = attrs.flag("attestation-inline")?;
         // Only foreign layers would change with this, and there are none.
         attrs.flag("prefer-nondist-layers")?;
@@ -161,16 +168,31 @@ impl ImageOptions {
                 annotations.push(annotation);
             }
         }
-        let (names, artifact) = (attrs.text("name").unwrap_or_default(), artifact.unwrap_or(oci_types));
-        let options = Self { names, oci_types, artifact, inline, rewrite, compression, epoch, annotations };
+        let (names, artifact) = (attrs.text("name").unwrap_or_default(), asked_artifact.unwrap_or(oci_types));
+        let options = Self { names, oci_types, asked_types, artifact, asked_artifact, inline, rewrite, compression, epoch, annotations };
         options.check()?;
         Ok(options)
     }
 
-    /// These options with the annotations that the frontend gave, which come before those of the request.
-    pub fn with_metadata(&self, metadata: &BTreeMap<String, Vec<u8>>) -> Result<Self> {
+    /// With OCI's types, unless something else is asked for.
+    pub fn with_oci_types(mut self) -> Self {
+        self.asked_types.get_or_insert(true);
+        self
+    }
+
+    /// These options for `input`: with the annotations that the frontend gave, which come before those of the request, and the defaults of the version
+    /// that the client wants (rows `ex.c.oci`, `ex.c.artifact`, `cmp.compat`). `kind` is the exporter's type.
+    pub fn settled(&self, input: &ExportInput, compatibility: i64, kind: &str) -> Result<Self> {
+        if compatibility <= NO_ZSTD && self.compression.kind == CompressionKind::Zstd {
+            let feature = format!("{kind} exporter compression=zstd");
+            let fault = Fault::invalid(format!("unsupported compatibility-version {compatibility} feature {feature}"));
+            return Err(fault.detail(Detail::Compatibility { version: compatibility, feature }));
+        }
         let mut all = self.clone();
-        for (key, value) in metadata.iter().filter(|(k, _)| k.starts_with("annotation")) {
+        let current = compatibility >= OCI_TYPES;
+        all.oci_types = self.asked_types.unwrap_or(current || !input.attestations.is_empty());
+        all.artifact = self.asked_artifact.unwrap_or(current && all.oci_types);
+        for (key, value) in input.metadata.iter().filter(|(k, _)| k.starts_with("annotation")) {
             all.annotations.extend(Annotation::parse(key, &String::from_utf8_lossy(value))?);
         }
         all.check()?;
@@ -178,10 +200,19 @@ impl ImageOptions {
     }
 
     fn check(&self) -> Result<()> {
-        if self.oci_types || self.annotations.is_empty() {
+        if self.oci_types {
             return Ok(());
         }
-        Err(Fault::invalid("cannot export annotations with \"oci-mediatypes=false\"").hint("leave oci-mediatypes=false out"))
+        let conflict = if self.compression.kind == CompressionKind::Zstd {
+            "exporter option \"compression=zstd\" conflicts with \"oci-mediatypes=false\""
+        } else if self.asked_artifact == Some(true) {
+            "exporter option \"oci-artifact=true\" conflicts with \"oci-mediatypes=false\""
+        } else if !self.annotations.is_empty() {
+            "cannot export annotations with \"oci-mediatypes=false\""
+        } else {
+            return Ok(());
+        };
+        Err(Fault::invalid(conflict).hint("leave oci-mediatypes=false out"))
     }
 
     /// The same result without times later than its epoch, if that is asked for (row `ex.c.rewrite`). Layers of the base image stay.
@@ -249,10 +280,39 @@ mod tests {
         let attrs = |of: &[(&str, &str)]| of.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect::<BTreeMap<_, _>>();
         let options = ImageOptions::take(&mut Attrs::new(&attrs(&[("annotation.a", "asked"), ("annotation.b", "asked")]))).unwrap();
         let given = BTreeMap::from([("annotation.a".to_owned(), b"given".to_vec()), ("other".to_owned(), vec![])]);
-        let all = options.with_metadata(&given).unwrap();
+        let given = input(given);
+        let all = options.settled(&given, OCI_TYPES, "image").unwrap();
         assert_eq!(all.annotations(Level::Manifest, None), attrs(&[("a", "given"), ("b", "asked")]));
         let plain = ImageOptions::take(&mut Attrs::new(&attrs(&[("oci-mediatypes", "false")]))).unwrap();
-        assert!(plain.with_metadata(&given).is_err());
+        assert!(plain.settled(&given, OCI_TYPES, "image").is_err());
+    }
+
+    fn input(metadata: BTreeMap<String, Vec<u8>>) -> ExportInput {
+        ExportInput { platforms: Vec::new(), is_map: false, metadata, attestations: BTreeMap::new() }
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_version_that_is_asked_for() {
+        let of = |attrs: &[(&str, &str)], version: i64, attested: bool| {
+            let attrs = attrs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            let mut input = input(BTreeMap::new());
+            if attested {
+                input.attestations.insert("p".into(), Vec::new());
+            }
+            ImageOptions::take(&mut Attrs::new(&attrs))?.settled(&input, version, "image").map(|o| (o.oci_types, o.artifact))
+        };
+        assert_eq!(of(&[], 30, false).unwrap(), (true, true));
+        assert_eq!(of(&[], 20, false).unwrap(), (false, false));
+        assert_eq!(of(&[], 20, true).unwrap(), (true, false));
+        assert_eq!(of(&[("oci-mediatypes", "true")], 10, false).unwrap(), (true, false));
+        let zstd = [("compression", "zstd"), ("oci-mediatypes", "true")];
+        assert!(of(&zstd, 20, false).is_ok());
+        let fault = of(&zstd, 10, false).unwrap_err();
+        assert_eq!(fault.to_string(), "unsupported compatibility-version 10 feature image exporter compression=zstd");
+        assert!(
+            matches!(&fault.details()[0], Detail::Compatibility { version: 10, feature } if feature == "image exporter compression=zstd")
+        );
+        assert!(of(&[("compression", "zstd"), ("oci-mediatypes", "false")], 30, false).is_err());
     }
 
     #[test]

@@ -63,6 +63,8 @@ pub enum Content {
 pub struct ExportContext {
     /// The build's id.
     pub build: String,
+    /// Which version of the defaults the client wants, as clients number them.
+    pub compatibility: i64,
     /// Index of the exporter in the request: the id of its target in the client's session.
     pub index: usize,
     /// The session of the client that asked.

@@ -152,6 +152,13 @@ pub enum Detail {
     FrontendCap(String),
     /// A subrequest we do not answer.
     Subrequest(String),
+    /// Something that the version of the defaults which the client wants does not have (row `err.compat`).
+    Compatibility {
+        /// The version.
+        version: i64,
+        /// What it lacks.
+        feature: String,
+    },
     /// Exit code of the process that failed.
     Exit(u32),
     /// A thing that goes with the fault inside this process only; what it is, its maker knows.

@@ -42,6 +42,10 @@ pub(crate) fn encode(detail: &Detail) -> Option<Any> {
         Detail::Frontend { name, source } => go_json("errdefs.Frontend", &errdefs::Frontend { name: name.clone(), source: source.clone() }),
         Detail::FrontendCap(name) => go_json("errdefs.FrontendCap", &errdefs::FrontendCap { name: name.clone() }),
         Detail::Subrequest(name) => go_json("errdefs.Subrequest", &errdefs::Subrequest { name: name.clone() }),
+        Detail::Compatibility { version, feature } => {
+            let message = errdefs::CompatibilityFeature { version: *version, feature: feature.clone() };
+            go_json("errdefs.CompatibilityFeature", &message)
+        }
         Detail::Exit(code) => Some(any(EXIT, serde_json::json!({ "Code": code }).to_string().into_bytes())),
         Detail::Opaque { type_url, value } => Some(Any { type_url: type_url.clone(), value: value.clone() }),
         _ => None,
@@ -83,6 +87,10 @@ pub(crate) fn decode(any: &Any) -> Option<Detail> {
         }
         "errdefs.FrontendCap" => Detail::FrontendCap(parse::<errdefs::FrontendCap>(name, value)?.name),
         "errdefs.Subrequest" => Detail::Subrequest(parse::<errdefs::Subrequest>(name, value)?.name),
+        "errdefs.CompatibilityFeature" => {
+            let message = parse::<errdefs::CompatibilityFeature>(name, value)?;
+            Detail::Compatibility { version: message.version, feature: message.feature }
+        }
         EXIT => {
             let value: serde_json::Value = serde_json::from_slice(value).ok()?;
             Detail::Exit(value.get("Code").and_then(|c| c.as_u64()).unwrap_or(0).try_into().ok()?)

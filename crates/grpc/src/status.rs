@@ -108,6 +108,8 @@ mod tests {
         );
         check(Detail::FrontendCap("x".into()), "github.com/moby/buildkit/errdefs.FrontendCap+json", r#"{"name":"x"}"#);
         check(Detail::Subrequest("y".into()), "github.com/moby/buildkit/errdefs.Subrequest+json", r#"{"name":"y"}"#);
+        let feature = Detail::Compatibility { version: 10, feature: "z".into() };
+        check(feature, "github.com/moby/buildkit/errdefs.CompatibilityFeature+json", r#"{"version":10,"feature":"z"}"#);
         check(Detail::Exit(7), "github.com/moby/buildkit/gatewayapi.ExitMessage+json", r#"{"Code":7}"#);
     }
 
