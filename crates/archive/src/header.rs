@@ -54,7 +54,7 @@ pub fn write(entry: &Entry, out: &mut Vec<u8>) {
         out.resize(out.len() + pad, 0);
     }
     let (flag, device) = match entry.kind {
-        EntryKind::File | EntryKind::Whiteout | EntryKind::Opaque => (b'0', (0, 0)),
+        EntryKind::File | EntryKind::Whiteout => (b'0', (0, 0)),
         EntryKind::HardLink(_) => (b'1', (0, 0)),
         EntryKind::Symlink(_) => (b'2', (0, 0)),
         EntryKind::CharDevice(major, minor) => (b'3', (major, minor)),
@@ -72,7 +72,6 @@ fn tar_name(entry: &Entry) -> Vec<u8> {
     let mut name = entry.path.clone();
     match entry.kind {
         EntryKind::Directory => name.push(b'/'),
-        EntryKind::Opaque => name.extend_from_slice(b"/.wh..wh..opq"),
         EntryKind::Whiteout => {
             let at = name.iter().rposition(|b| *b == b'/').map_or(0, |i| i + 1);
             name.splice(at..at, *b".wh.");

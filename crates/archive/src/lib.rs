@@ -1,6 +1,7 @@
 //! Layer tars: what a step wrote, as a deterministic tar stream, hashed and compressed in parallel.
 //!
-//! - [`LayerTree`] walks an overlay upper directory (or a whole tree) in path order and says what a layer holds: entries, whiteouts, opaque directories.
+//! - [`LayerTree`] walks an overlay upper directory (or a whole tree) in path order and says what a layer holds: entries that differ from what lies
+//!   below, and whiteouts.
 //! - [`diff_id`] hashes the stream and keeps nothing; [`pack()`] compresses it too. The bytes depend on the tree and the
 //!   [`Compression`] alone, never on the number of threads: the stream is cut into blocks of fixed size, and every block becomes a gzip member or
 //!   zstd frame of its own (RFC 1952 2.2, RFC 8878 3; every reader of layers takes several in a row).
@@ -9,6 +10,7 @@
 //! times faster than zlib's for whole blocks, `zstd` the reference implementation; `flate2` (over zlib-rs)
 //! inflates streams, which `libdeflater` cannot; `tar`, `bzip2` and `liblzma` read archives that builds are given ([`newest_file`]).
 
+mod below;
 mod block;
 mod compression;
 mod decompress;

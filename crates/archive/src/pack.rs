@@ -12,10 +12,11 @@ use shipway_oci::{DiffId, Digest, Hasher};
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
+    fs::File,
     io::Read as _,
     mem,
     num::NonZero,
-    os::{fd::OwnedFd, unix::ffi::OsStrExt},
+    os::unix::ffi::OsStrExt,
     path::Path,
     sync::{
         Mutex, PoisonError,
@@ -270,7 +271,7 @@ impl<F: FnMut(Bytes) -> bool> Writer<F> {
         if (self.emit)(full.into()) { Ok(()) } else { Err(Fault::cancelled()) }
     }
 
-    fn file(&mut self, file: &OwnedFd, path: &[u8], size: u64) -> Result<()> {
+    fn file(&mut self, file: &File, path: &[u8], size: u64) -> Result<()> {
         let path = Path::new(OsStr::from_bytes(path));
         let failed = |e: rustix::io::Errno| Fault::io(format!("read {} of a layer", path.display()), e.into());
         let mut left = size;

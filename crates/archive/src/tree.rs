@@ -1,20 +1,19 @@
 //! What a layer holds: the walk over an overlay upper directory, or over a whole tree.
 
+use crate::below::{self, Below};
 use rustix::{
     fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, Stat},
     io::Errno,
 };
 use shipway_fault::{Code, Fault, Result};
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     ffi::{OsStr, OsString},
-    fs, io,
+    fs::{self, File},
+    io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::{
-            ffi::{OsStrExt, OsStringExt},
-            fs::{FileTypeExt, MetadataExt},
-        },
+        unix::ffi::{OsStrExt, OsStringExt},
     },
     path::{Path, PathBuf},
 };
@@ -44,8 +43,12 @@ struct Frame {
     dir: Option<OwnedFd>,
     /// Names still to visit, last one first.
     names: Vec<OsString>,
-    /// The directory's own entry, if it is unchanged and thus told only when something below it is told.
+    /// The directory's own entry, if it is unchanged and thus told only when something in it is told.
     held: Option<Entry>,
+    /// What lies below it.
+    below: Below,
+    /// Whether nothing of that shows through, so that what is not in the directory is gone.
+    bare: bool,
 }
 
 /// Something that the walk has come to.
@@ -57,7 +60,7 @@ struct Place<'a> {
     /// What it is; `None` if it is not in the tree.
     stat: Option<Stat>,
     /// The file or directory, open for reading.
-    file: Option<OwnedFd>,
+    file: Option<File>,
 }
 
 /// What an entry of a layer is.
@@ -79,8 +82,6 @@ pub enum EntryKind {
     Fifo,
     /// A name of a lower layer that is gone.
     Whiteout,
-    /// The directory before hides what lower layers have in it.
-    Opaque,
 }
 
 /// One entry of a layer.
@@ -106,12 +107,11 @@ pub struct Entry {
 
 /// Directories that are open at the same time.
 const MAX_OPEN: usize = 64;
-const OPAQUE: [&str; 2] = ["trusted.overlay.opaque", "user.overlay.opaque"];
 const UNREADABLE: [&[u8]; 4] =
     [b"trusted.overlay.redirect", b"user.overlay.redirect", b"trusted.overlay.metacopy", b"user.overlay.metacopy"];
 
 impl LayerTree {
-    /// The upper directory of an overlay over `lowers`, topmost first.
+    /// The upper directory of an overlay over `lowers`, topmost first: what differs from them, for the upper directory has also what was only touched.
     pub fn overlay(upper: impl Into<PathBuf>, lowers: Vec<PathBuf>) -> Self {
         Self { root: upper.into(), base: Base::Lowers(lowers), time: None }
     }
@@ -148,11 +148,16 @@ impl LayerTree {
     }
 
     /// The same, with each file open for reading.
-    pub(crate) fn walk_open(&self, mut visit: impl FnMut(Entry, Option<OwnedFd>) -> Result<()>) -> Result<()> {
+    pub(crate) fn walk_open(&self, mut visit: impl FnMut(Entry, Option<File>) -> Result<()>) -> Result<()> {
         let mut visit = |entry: Entry, file| visit(Entry { mtime: self.time.unwrap_or(entry.mtime), ..entry }, file);
         let mut links: HashMap<(u64, u64), Vec<u8>> = HashMap::new();
         let root = open_dir(CWD, &self.root, &self.root)?;
-        let mut stack = vec![Frame { names: self.names(&root, Path::new(""))?, dir: Some(root), held: None }];
+        let (below, bare) = match &self.base {
+            Base::Nothing => (Below::default(), false),
+            Base::Lowers(lowers) => (Below::layers(lowers.clone()), false),
+            Base::Before(before) => (Below::tree(before.clone()), true),
+        };
+        let mut stack = vec![self.frame(root, Path::new(""), None, below, bare)?];
         let mut path = PathBuf::new();
         loop {
             if let Some(far) = stack.len().checked_sub(MAX_OPEN + 1) {
@@ -173,19 +178,26 @@ impl LayerTree {
             };
             path.push(&name);
             let full = self.root.join(&path);
-            let place = Place::look(dir, &name, &path, &full, matches!(self.base, Base::Before(_)))?;
-            let Some(entry) = self.entry(&place, &mut links)? else {
+            let place = Place::look(dir, &name, &path, &full, frame.bare)?;
+            let seen = frame.below.look(&name)?;
+            let Some(entry) = self.entry(&place, seen.thing.is_some())? else {
                 path.pop();
                 continue;
             };
+            let unchanged = match (&seen.thing, &place.stat) {
+                (Some(old), Some(new)) => frame.below.is_same(old, &full, new, place.file.as_ref())?,
+                _ => false,
+            };
+            let bare = frame.bare;
             let directory = entry.kind == EntryKind::Directory;
             let mut held = None;
-            if self.is_unchanged(&path, &full)? {
+            if unchanged {
                 held = directory.then_some(entry);
             } else {
                 for parent in stack.iter_mut().filter_map(|f| f.held.take()) {
                     visit(parent, None)?;
                 }
+                let entry = place.linked(entry, &mut links);
                 if directory {
                     visit(entry, None)?;
                 } else {
@@ -193,72 +205,44 @@ impl LayerTree {
                     path.pop();
                     continue;
                 }
-                if self.is_opaque(&path, place.file.as_ref())? {
-                    visit(Entry::bare(bytes_of(&path), EntryKind::Opaque), None)?;
-                }
             }
             match place.file {
-                Some(dir) if directory => stack.push(Frame { names: self.names(&dir, &path)?, dir: Some(dir), held }),
+                Some(dir) if directory => {
+                    let bare = bare || matches!(self.base, Base::Lowers(_)) && below::is_opaque(&full);
+                    stack.push(self.frame(dir.into(), &path, held, seen.below, bare)?);
+                }
                 _ => drop(path.pop()),
             }
         }
     }
 
-    /// Names to visit in a directory, in reverse order so that the first is popped first.
-    fn names(&self, dir: &OwnedFd, path: &Path) -> Result<Vec<OsString>> {
-        let mut names = Vec::new();
+    fn frame(&self, dir: OwnedFd, path: &Path, held: Option<Entry>, below: Below, bare: bool) -> Result<Frame> {
+        let mut names = if bare { below.names()? } else { BTreeSet::new() };
         let mut buffer = Vec::with_capacity(16 << 10);
-        let mut entries = RawDir::new(dir, buffer.spare_capacity_mut());
+        let mut entries = RawDir::new(&dir, buffer.spare_capacity_mut());
         while let Some(entry) = entries.next() {
             let entry = entry.map_err(|e| broken(&self.root.join(path), e.into()))?;
             if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
-                names.push(OsStr::from_bytes(entry.file_name().to_bytes()).to_owned());
+                names.insert(OsStr::from_bytes(entry.file_name().to_bytes()).to_owned());
             }
         }
-        if let Base::Before(before) = &self.base {
-            let before = before.join(path);
-            if fs::symlink_metadata(&before).is_ok_and(|m| m.is_dir()) {
-                for entry in fs::read_dir(&before).map_err(|e| broken(&before, e))? {
-                    names.push(entry.map_err(|e| broken(&before, e))?.file_name());
-                }
-            }
-        }
-        names.sort_unstable_by(|a, b| b.cmp(a));
-        names.dedup();
-        Ok(names)
+        Ok(Frame { dir: Some(dir), names: names.into_iter().rev().collect(), held, below, bare })
     }
 
-    /// Whether the tree before had the same thing at `path`. Times of directories change with their names and do not count.
-    fn is_unchanged(&self, path: &Path, full: &Path) -> Result<bool> {
-        let Base::Before(before) = &self.base else { return Ok(false) };
-        let before = before.join(path);
-        let (Ok(old), Ok(new)) = (fs::symlink_metadata(&before), fs::symlink_metadata(full)) else { return Ok(false) };
-        let same = (old.mode(), old.uid(), old.gid(), old.rdev()) == (new.mode(), new.uid(), new.gid(), new.rdev());
-        if !same || new.is_dir() {
-            return Ok(same && xattrs(Attributes::At(&before), &before)? == xattrs(Attributes::At(full), full)?);
-        }
-        if (old.size(), old.mtime(), old.mtime_nsec()) != (new.size(), new.mtime(), new.mtime_nsec()) {
-            return Ok(false);
-        }
-        Ok(if new.is_symlink() {
-            fs::read_link(&before).ok() == fs::read_link(full).ok()
-        } else {
-            !new.is_file() || xattrs(Attributes::At(&before), &before)? == xattrs(Attributes::At(full), full)?
-        })
-    }
-
-    fn entry(&self, place: &Place<'_>, links: &mut HashMap<(u64, u64), Vec<u8>>) -> Result<Option<Entry>> {
+    /// What is told of a place; `hides` says whether something of that name lies below.
+    fn entry(&self, place: &Place<'_>, hides: bool) -> Result<Option<Entry>> {
         let name = bytes_of(place.path);
         let Some(stat) = &place.stat else { return Ok(Some(Entry::bare(name, EntryKind::Whiteout))) };
+        if below::is_whiteout(stat) {
+            // Without anything below there is nothing to hide.
+            let tells = hides && matches!(self.base, Base::Lowers(_));
+            return Ok(tells.then(|| Entry::bare(name, EntryKind::Whiteout)));
+        }
         let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
         let kind = match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => EntryKind::Directory,
             FileType::Symlink => {
                 EntryKind::Symlink(fs::read_link(place.full).map_err(|e| broken(place.full, e))?.into_os_string().into_vec())
-            }
-            FileType::CharacterDevice if (major, minor) == (0, 0) => {
-                // Without anything below there is nothing to hide.
-                return Ok(matches!(self.base, Base::Lowers(_)).then(|| Entry::bare(name, EntryKind::Whiteout)));
             }
             FileType::CharacterDevice => EntryKind::CharDevice(major, minor),
             FileType::BlockDevice => EntryKind::BlockDevice(major, minor),
@@ -277,17 +261,6 @@ impl LayerTree {
             mtime: stat.st_mtime,
             xattrs: Vec::new(),
         };
-        if entry.kind != EntryKind::Directory && stat.st_nlink > 1 {
-            match links.get(&(stat.st_dev, stat.st_ino)) {
-                Some(first) => {
-                    entry.kind = EntryKind::HardLink(first.clone());
-                    return Ok(Some(entry));
-                }
-                None => {
-                    links.insert((stat.st_dev, stat.st_ino), entry.path.clone());
-                }
-            }
-        }
         if entry.kind == EntryKind::File {
             entry.size = stat.st_size.cast_unsigned();
         }
@@ -295,24 +268,6 @@ impl LayerTree {
             entry.xattrs = xattrs(Attributes::Open(file.as_fd()), place.full)?;
         }
         Ok(Some(entry))
-    }
-
-    /// Whether the directory hides something that a lower layer has. The kernel marks every directory made below a merged one, mostly for nothing.
-    fn is_opaque(&self, path: &Path, dir: Option<&OwnedFd>) -> Result<bool> {
-        let (Base::Lowers(lowers), Some(dir)) = (&self.base, dir) else { return Ok(false) };
-        let mut value = [0u8; 8];
-        let marked = OPAQUE.iter().any(|name| matches!(rustix::fs::fgetxattr(dir, *name, &mut value), Ok(1) if value[0] == b'y'));
-        if !marked {
-            return Ok(false);
-        }
-        for lower in lowers {
-            match seen_in(lower, path)? {
-                Seen::Here => return Ok(true),
-                Seen::Hidden => return Ok(false),
-                Seen::Nothing => {}
-            }
-        }
-        Ok(false)
     }
 }
 
@@ -331,7 +286,21 @@ impl<'a> Place<'a> {
             FileType::Directory => Some(open_dir(dir, Path::new(name), full)?),
             _ => None,
         };
-        Ok(Self { path, full, stat: Some(stat), file })
+        Ok(Self { path, full, stat: Some(stat), file: file.map(File::from) })
+    }
+
+    /// Its `entry`, unless that is another name of one told before.
+    fn linked(&self, entry: Entry, links: &mut HashMap<(u64, u64), Vec<u8>>) -> Entry {
+        // The kernel makes one whiteout and gives it many names.
+        let single = matches!(entry.kind, EntryKind::Directory | EntryKind::Whiteout);
+        let Some(stat) = self.stat.as_ref().filter(|s| s.st_nlink > 1 && !single) else { return entry };
+        match links.get(&(stat.st_dev, stat.st_ino)) {
+            Some(first) => Entry { kind: EntryKind::HardLink(first.clone()), size: 0, xattrs: Vec::new(), ..entry },
+            None => {
+                links.insert((stat.st_dev, stat.st_ino), entry.path.clone());
+                entry
+            }
+        }
     }
 }
 
@@ -345,38 +314,6 @@ impl Entry {
     fn bare(path: Vec<u8>, kind: EntryKind) -> Self {
         Self { path, kind, mode: 0, uid: 0, gid: 0, size: 0, mtime: 0, xattrs: Vec::new() }
     }
-}
-
-enum Seen {
-    Here,
-    Hidden,
-    Nothing,
-}
-
-/// What one lower layer says of `path`: it has it, hides whatever is further down, or says nothing.
-fn seen_in(lower: &Path, path: &Path) -> Result<Seen> {
-    let mut at = lower.to_path_buf();
-    let mut hidden = false;
-    let mut value = [0u8; 8];
-    for name in path {
-        at.push(name);
-        let meta = match fs::symlink_metadata(&at) {
-            Ok(meta) => meta,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(if hidden { Seen::Hidden } else { Seen::Nothing }),
-            Err(e) => return Err(broken(&at, e)),
-        };
-        if meta.file_type().is_char_device() && meta.rdev() == 0 {
-            return Ok(Seen::Hidden);
-        }
-        if at.strip_prefix(lower).is_ok_and(|p| p == path) {
-            return Ok(Seen::Here);
-        }
-        if !meta.is_dir() {
-            return Ok(Seen::Hidden);
-        }
-        hidden |= OPAQUE.iter().any(|name| matches!(rustix::fs::lgetxattr(&at, *name, &mut value), Ok(1) if value[0] == b'y'));
-    }
-    Ok(Seen::Nothing)
 }
 
 /// Where extended attributes are read.
@@ -442,10 +379,15 @@ fn xattrs(of: Attributes<'_>, full: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
     Ok(found)
 }
 
+/// The same of what is at `path`.
+pub(crate) fn xattrs_of(path: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    xattrs(Attributes::At(path), path)
+}
+
 fn bytes_of(path: &Path) -> Vec<u8> {
     path.as_os_str().as_bytes().to_vec()
 }
 
-fn broken(path: &Path, error: io::Error) -> Fault {
+pub(crate) fn broken(path: &Path, error: io::Error) -> Fault {
     Fault::io(format!("read {} of a layer", path.display()), error)
 }

@@ -7,7 +7,7 @@ use std::{
     fs,
     num::NonZero,
     os::unix::fs::{PermissionsExt, symlink},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -135,7 +135,11 @@ fn overlays_say_what_is_gone() {
     use rustix::fs::{CWD, FileType, Mode, XattrFlags, makedev, mknodat};
     let dir = tempfile::tempdir().unwrap();
     let (lower, upper) = (dir.path().join("lower"), dir.path().join("upper"));
-    fs::create_dir_all(lower.join("old")).unwrap();
+    fs::create_dir_all(lower.join("old/sub")).unwrap();
+    fs::create_dir_all(lower.join("d")).unwrap();
+    for there in ["old/kept", "old/gone", "old/sub/gone", "d/gone", "d/gone too"] {
+        fs::write(lower.join(there), "text").unwrap();
+    }
     for new in ["old", "new", "d"] {
         fs::create_dir_all(upper.join(new)).unwrap();
         let marked = rustix::fs::setxattr(upper.join(new), "trusted.overlay.opaque", b"y", XattrFlags::empty());
@@ -144,8 +148,16 @@ fn overlays_say_what_is_gone() {
         }
     }
     let root = rustix::process::geteuid().is_root();
+    // Directories in one that hides everything hide everything, marked or not.
+    fs::create_dir_all(upper.join("old/sub")).unwrap();
+    assert!(Command::new("cp").arg("-a").args([lower.join("old/kept"), upper.join("old/kept")]).status().unwrap().success());
     if root {
+        rustix::fs::removexattr(upper.join("d"), "trusted.overlay.opaque").unwrap();
         mknodat(CWD, upper.join("d/gone"), FileType::CharacterDevice, Mode::empty(), makedev(0, 0)).unwrap();
+        // All whiteouts may be one.
+        for other in ["d/gone too", "d/never"] {
+            fs::hard_link(upper.join("d/gone"), upper.join(other)).unwrap();
+        }
     }
     let mut names = Vec::new();
     LayerTree::overlay(&upper, vec![lower])
@@ -155,11 +167,53 @@ fn overlays_say_what_is_gone() {
         })
         .unwrap();
     let want: &[&str] = if root {
-        &["d Directory", "d/gone Whiteout", "new Directory", "old Directory", "old Opaque"]
+        &[
+            "d Directory",
+            "d/gone Whiteout",
+            "d/gone too Whiteout",
+            "new Directory",
+            "old Directory",
+            "old/gone Whiteout",
+            "old/sub Directory",
+            "old/sub/gone Whiteout",
+        ]
     } else {
-        &["d Directory", "new Directory", "old Directory"]
+        &["new Directory"]
     };
     assert_eq!(names, want);
+}
+
+#[test]
+fn overlays_do_not_tell_what_was_only_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let layer = |name: &str| dir.path().join(name);
+    fs::create_dir_all(layer("bottom/d/deep")).unwrap();
+    for there in ["d/same", "d/longer", "d/other", "d/later", "d/mode", "d/deep/below"] {
+        fs::write(layer("bottom").join(there), "text").unwrap();
+    }
+    std::os::unix::fs::symlink("a", layer("bottom/d/link")).unwrap();
+    let touch = |path: PathBuf, time: &str| assert!(Command::new("touch").args(["-d", time]).arg(path).status().unwrap().success());
+    for whole in ["d/same", "d/other", "d/later"] {
+        touch(layer("bottom").join(whole), "@1000");
+    }
+    fs::create_dir_all(layer("middle")).unwrap();
+    assert!(Command::new("cp").arg("-a").args([layer("bottom"), layer("upper")]).status().unwrap().success());
+    fs::write(layer("upper/d/longer"), "text and more").unwrap();
+    // Same length and time, other contents.
+    fs::write(layer("upper/d/other"), "TEXT").unwrap();
+    touch(layer("upper/d/other"), "@1000");
+    touch(layer("upper/d/later"), "@1001");
+    fs::set_permissions(layer("upper/d/mode"), fs::Permissions::from_mode(0o600)).unwrap();
+    // A second name of a file that is the same is the first one told.
+    fs::hard_link(layer("upper/d/same"), layer("upper/d/zweit")).unwrap();
+    let mut names = Vec::new();
+    LayerTree::overlay(layer("upper"), vec![layer("middle"), layer("bottom")])
+        .walk(|e| {
+            names.push(format!("{} {:?}", String::from_utf8_lossy(&e.path), e.kind));
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(names, ["d Directory", "d/later File", "d/longer File", "d/mode File", "d/other File", "d/zweit File"]);
 }
 
 #[test]

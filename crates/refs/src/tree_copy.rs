@@ -53,16 +53,6 @@ fn one(entry: &Entry, from: &Path, to: &Path, root: &Path, target: &Target, link
                 rustix::fs::mknodat(CWD, to, FileType::CharacterDevice, Mode::empty(), rustix::fs::makedev(0, 0)).map_err(Into::into)
             }
         },
-        EntryKind::Opaque => match target {
-            Target::Merged(_) => {
-                for child in fs::read_dir(to)? {
-                    clear(&child?.path())?;
-                }
-                Ok(())
-            }
-            Target::Layer { bottom: true, .. } => Ok(()),
-            Target::Layer { .. } => rustix::fs::lsetxattr(to, "trusted.overlay.opaque", b"y", XattrFlags::empty()).map_err(Into::into),
-        },
         EntryKind::Directory => {
             match fs::symlink_metadata(to) {
                 Ok(meta) if meta.is_dir() => {}
