@@ -97,14 +97,7 @@ pub(crate) fn read(text: &str, mistakes: Option<&mut Vec<Error>>) -> Result<Node
     if text.len() > MAX_FILE {
         return Err(Error::new(format!("dockerfile is larger than {} MiB", MAX_FILE >> 20)));
     }
-    let mut reader = Reader {
-        rest: text.strip_prefix('\u{feff}').unwrap_or(text),
-        line: 0,
-        too_long: false,
-        directives: Directives::new("#"),
-        escape: '\\',
-        comments: Vec::new(),
-    };
+    let mut reader = Reader { rest: text, line: 0, too_long: false, directives: Directives::new("#"), escape: '\\', comments: Vec::new() };
     reader.file(mistakes)
 }
 
@@ -170,6 +163,7 @@ impl<'a> Reader<'a> {
     fn instruction(&mut self) -> Result<Option<(String, i32, bool)>> {
         loop {
             let Some(raw) = self.next() else { return Ok(None) };
+            let raw = if self.line == 0 { raw.strip_prefix('\u{feff}').unwrap_or(raw) } else { raw };
             let line = self.first_line(raw)?;
             self.line += 1;
             let start = self.line;
@@ -218,14 +212,17 @@ impl<'a> Reader<'a> {
 
     fn directive(&mut self, line: &str) -> Result<bool> {
         let here = Lines { start: self.line, end: self.line };
-        if !self.directives.feed(line).map_err(|e| e.on(here))? {
+        if !self.directives.feed(line).map_err(|e| e.on(here).at(Token::Directive))? {
             return Ok(false);
         }
         if let Some(Directive { value, .. }) = self.directives.found.last().filter(|d| d.name == "escape") {
             self.escape = match value.as_str() {
                 "\\" => '\\',
                 "`" => '`',
-                other => return Err(Error::new(format!("invalid escape token '{other}' does not match ` or \\")).on(here)),
+                other => {
+                    let error = Error::new(format!("invalid escape token '{other}' does not match ` or \\")).on(here);
+                    return Err(error.at(Token::Directive).hint("write # escape=` or # escape=\\"));
+                }
             };
         }
         Ok(true)

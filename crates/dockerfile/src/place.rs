@@ -20,6 +20,8 @@ pub enum Token {
     Word(usize),
     /// A stretch of the text; the arguments if it stands nowhere, as when it came out of variables.
     Text(String),
+    /// A parser directive. Mistakes in it are told one line above, as by the reference; this is the line itself.
+    Directive,
     /// The name of a variable where it is used, `$NAME` or `${NAME…}`.
     Variable(String),
 }
@@ -58,8 +60,14 @@ impl<'a> Source<'a> {
 
     /// The place of `token` in the instruction on `lines`.
     pub fn find(&self, lines: Lines, token: &Token) -> Option<Span> {
+        if *token == Token::Directive {
+            let number = lines.start + 1;
+            let end = characters(self.line(number)?.trim_end());
+            return Some(Span { start: Position { line: number, character: 0 }, end: Position { line: number, character: end } });
+        }
         let joined = self.join(lines)?;
         let at = match token {
+            Token::Directive => None,
             Token::Keyword => Some(joined.keyword()),
             Token::Flag(flag) => joined.flag(flag),
             Token::Arguments => Some(joined.arguments()),
@@ -125,13 +133,13 @@ fn characters(text: &str) -> i32 {
     text.chars().count() as i32
 }
 
-/// One span per line, `exact` in the place of its line's.
+/// One span per line, `exact` in the place of its line's; `exact` alone if it is on none of them.
 pub fn pin(lines: Lines, exact: Option<Span>) -> Vec<Span> {
     let mut spans = lines.spans();
-    if let Some(exact) = exact
-        && let Some(span) = spans.iter_mut().find(|s| s.start.line == exact.start.line)
-    {
-        *span = exact;
+    let Some(exact) = exact else { return spans };
+    match spans.iter_mut().find(|s| s.start.line == exact.start.line) {
+        Some(span) => *span = exact,
+        None => spans = vec![exact],
     }
     spans
 }

@@ -64,6 +64,12 @@ fn mistakes_are_pointed_at() {
         mistake(&format!("FROM a\n{body}"), place);
     }
     mistake("  RUN x", "1:2 RUN");
+    // These lines are counted from 0.
+    for (text, place) in [("# escape=x\nFROM a", "1:0 # escape=x"), ("# check=skip=all\n# check=skip=all\nFROM a", "2:0 # check=skip=all")]
+    {
+        let error = Dockerfile::parse(text.as_bytes()).expect_err(text);
+        assert_eq!(marked(text, &error.spans(&Source::new(text))).join(", "), place);
+    }
     mistake("\u{feff}RUN x", "1:0 RUN");
     mistake("# escape=`\nFROM a\nRUN x `\n y\nCOPY `\n  --lnk a b\r\n", "6:2 --lnk");
 }

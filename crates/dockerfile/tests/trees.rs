@@ -136,6 +136,7 @@ fn stages() {
 #[test]
 fn mistakes_of_lines() {
     fails("", "0-0: file with no instructions");
+    fails("\u{feff}", "1-1: file with no instructions");
     fails("# a\n\n", "2-2: file with no instructions");
     fails("# escape=x\nFROM a", "0-0: invalid escape token 'x' does not match ` or \\");
     fails("FROM a\nRUN <<EOF\nx", "2-3: unterminated heredoc");

@@ -113,8 +113,7 @@ fn lint_default_bases(lex: &Lex, file: &Dockerfile, defaults: &EnvList, linter: 
 
 /// The base of a stage.
 pub fn expand_from(lex: &Lex, stage: &df::Stage, globals: &Globals, linter: &mut Linter) -> Result<Expanded> {
-    let expanded = lex.word(&stage.base, &Vars(&globals.env)).map_err(|e| Failure::from(e).at(stage.lines))?;
-    lint_undeclared(&expanded, stage, globals, linter);
+    let expanded = expand(lex, &stage.base, stage, globals, linter).map_err(|e| Failure::from(e).at(stage.lines))?;
     if expanded.text.is_empty() {
         return Err(Failure::new(format!("base name ({}) should not be blank", stage.base)).at(stage.lines).about(Token::Word(0)));
     }
@@ -132,10 +131,8 @@ pub fn expand_platform(
     if written.is_empty() {
         return Ok((None, BTreeSet::new()));
     }
-    let expanded = lex
-        .word(written, &Vars(&globals.env))
+    let expanded = expand(lex, written, stage, globals, linter)
         .map_err(|e| Failure::from(e).context("failed to process arguments for platform ").at(stage.lines))?;
-    lint_undeclared(&expanded, stage, globals, linter);
     lint_platform(&expanded, stage, globals, linter);
     let flag = || Token::Flag("--platform".into());
     let near = |failure: Failure| match expanded.unmatched.iter().find(|n| suggest(n, globals.env.names(), true).is_some()) {
@@ -154,8 +151,16 @@ pub fn expand_platform(
     }
 }
 
-fn lint_undeclared(expanded: &Expanded, stage: &df::Stage, globals: &Globals, linter: &mut Linter) {
-    for name in expanded.unmatched.iter().filter(|n| !globals.declared.contains_key(*n) && globals.env.get(n).is_none()) {
+/// Expands a word of `FROM` and reports the variables in it that nobody declared, also where the expansion fails.
+fn expand(lex: &Lex, word: &str, stage: &df::Stage, globals: &Globals, linter: &mut Linter) -> df::Result<Expanded> {
+    let mut unmatched = BTreeSet::new();
+    let expanded = lex.word_noting(word, &Vars(&globals.env), &mut unmatched);
+    lint_undeclared(&unmatched, stage, globals, linter);
+    expanded
+}
+
+fn lint_undeclared(unmatched: &BTreeSet<String>, stage: &df::Stage, globals: &Globals, linter: &mut Linter) {
+    for name in unmatched.iter().filter(|n| !globals.declared.contains_key(*n) && globals.env.get(n).is_none()) {
         let options: BTreeSet<&str> = globals.declared.keys().map(String::as_str).chain(globals.env.names()).collect();
         let near = suggest(name, options, true);
         linter.report(Finding::UndefinedArgInFrom { arg: name, suggestion: near.as_deref() }, stage.lines, &stage.comments);

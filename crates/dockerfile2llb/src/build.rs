@@ -97,7 +97,13 @@ pub fn parse_any(ui: &Ui, linter: &mut Linter) -> Conversion<Dockerfile> {
 pub fn lint_config(ui: &Ui) -> Conversion<LintConfig> {
     Ok(match &ui.options.lint {
         Some(config) => config.clone(),
-        None => LintConfig::of_file(&ui.file.data)?,
+        None => LintConfig::of_file(&ui.file.data).map_err(|error| {
+            let failure = Failure::from(error).hint("write # check=skip=<rule>,<rule>;error=true");
+            match directive::find("check", &ui.file.data) {
+                Some(directive) => failure.near(directive.lines),
+                None => failure,
+            }
+        })?,
     })
 }
 

@@ -187,8 +187,13 @@ impl Plan<'_> {
     }
 
     fn depend(&mut self, stage: usize, step: &Step) {
+        let deps = &mut self.stages[stage].deps;
         for &source in &step.sources {
-            self.stages[stage].deps.push((source, step.instruction.lines));
+            // The last instruction that needs a stage is the one that a circle is explained with.
+            match deps.iter_mut().find(|(dep, _)| *dep == source) {
+                Some((_, lines)) => *lines = step.instruction.lines,
+                None => deps.push((source, step.instruction.lines)),
+            }
         }
     }
 

@@ -8,6 +8,7 @@ use crate::{
     run::with_platform,
     stage::{Stage, Step, Vars, shown_text},
     ui::internal,
+    url::Url,
 };
 use shipway_dockerfile::{self as df, Files, Finding, Token, quote};
 use shipway_fault::Fault;
@@ -213,6 +214,8 @@ fn with_flags(mut git: GitRef, add: &df::Add) -> Result<GitRef> {
         return Err(Failure::new("inconsistent keep-git-dir configuration"));
     }
     git.keep_git_dir = git.keep_git_dir.or(add.keep_git_dir);
+    // As with the reference, times are a matter of contexts.
+    git.mtime.clear();
     if !add.checksum.is_empty() {
         if !git.checksum.is_empty() && git.checksum != add.checksum {
             return Err(Failure::new(format!("checksum mismatch {} != {}", quote(&add.checksum), quote(&git.checksum))));
@@ -224,9 +227,8 @@ fn with_flags(mut git: GitRef, add: &df::Add) -> Result<GitRef> {
 
 /// The download that `ADD` of `url` takes, and the name of the file in it.
 pub fn from_http(add: &df::Add, url: &str, options: VertexOptions) -> Result<(State, String)> {
-    let path = url.split(['?', '#']).next().unwrap_or(url);
-    let path = path.split_once("://").and_then(|(_, rest)| rest.split_once('/')).map(|(_, path)| path).unwrap_or_default();
-    let file = paths::clean(path).rsplit('/').next().filter(|f| !matches!(*f, "" | "." | "..")).unwrap_or("__unnamed__").to_owned();
+    let parsed = Url::parse(url);
+    let file = parsed.as_ref().and_then(Url::file_name).unwrap_or("__unnamed__").to_owned();
     let mut attrs = BTreeMap::from([(attr::HTTP_FILENAME.to_owned(), file.clone())]);
     if !add.checksum.is_empty() {
         let digest: Digest = add.checksum.parse().map_err(|e: DigestError| Fault::unknown(e.words()).hint(e.to_string()))?;

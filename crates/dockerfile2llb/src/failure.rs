@@ -101,7 +101,7 @@ impl Failure {
     /// The lines of each place; with the text of the file also the columns in them.
     pub fn spans(&self, source: Option<&Source<'_>>) -> Vec<Vec<Span>> {
         let near = self.near.filter(|_| source.is_some() && self.places.is_empty());
-        let places = self.places.iter().copied().chain(near).filter(|lines| lines.start > 0);
+        let places = self.places.iter().copied().chain(near);
         let spans = |lines: df::Lines| match (source, &self.token) {
             (None, _) => lines.spans(),
             (Some(source), None) => source.spans_of_message(lines, &self.fault.to_string()),

@@ -1,6 +1,9 @@
 //! Addresses of git repositories: which texts are one, and the state they mean (rows `dfc.git`, `df.add`).
 
-use crate::failure::{Failure, Result};
+use crate::{
+    failure::{Failure, Result},
+    url::Url,
+};
 use shipway_dockerfile::{boolean, quote};
 use shipway_llb::{State, VertexOptions, attr, paths};
 use std::collections::BTreeMap;
@@ -55,18 +58,17 @@ impl GitRef {
             return None;
         }
         if text.starts_with("github.com/") {
-            let (mut git, query, fragment) = Self::url("https", text)?;
+            let (mut git, query, fragment) = Self::url(&format!("https://{text}"))?;
             git.remote = git.remote.strip_prefix("https://").map(str::to_owned)?;
             git.looks_local = true;
             return Some((git, query, fragment));
         }
-        if let Some((scheme, rest)) = text.split_once("://") {
+        if let Some((scheme, _)) = text.split_once("://") {
             let scheme = scheme.to_ascii_lowercase();
             if !["http", "https", "ssh", "git"].contains(&scheme.as_str()) {
                 return None;
             }
-            let found = Self::url(&scheme, rest)?;
-            return (!scheme.starts_with("http") || found.0.path.ends_with(".git")).then_some(found);
+            return Self::url(text).filter(|(git, ..)| !scheme.starts_with("http") || git.path.ends_with(".git"));
         }
         let (user, rest) = text.split_once('@')?;
         let (host, rest) = rest.split_once(':')?;
@@ -81,29 +83,15 @@ impl GitRef {
         Some((git, query.to_owned(), fragment.to_owned()))
     }
 
-    fn url(scheme: &str, rest: &str) -> Option<(Self, String, String)> {
-        let (rest, fragment) = rest.split_once('#').unwrap_or((rest, ""));
-        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
-        if rest.chars().any(|c| c.is_control() || c == ' ') {
-            return None;
-        }
-        let (authority, path) = rest.find('/').map_or((rest, ""), |at| rest.split_at(at));
-        let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
-        let git = Self {
-            remote: format!("{scheme}://{rest}"),
-            scheme: scheme.to_owned(),
-            host: host.to_owned(),
-            path: decode(path),
-            ..Self::default()
-        };
-        Some((git, query.to_owned(), decode(fragment)))
+    fn url(text: &str) -> Option<(Self, String, String)> {
+        let url = Url::parse(text)?;
+        let git = Self { remote: url.remote(), scheme: url.scheme, host: url.host, path: url.path, ..Self::default() };
+        Some((git, url.query, url.fragment))
     }
 
     fn load_query(&mut self, query: &str) -> Result<()> {
         let mut seen: BTreeMap<String, Option<String>> = BTreeMap::new();
-        for part in query.split('&').filter(|p| !p.is_empty()) {
-            let (key, value) = part.split_once('=').unwrap_or((part, ""));
-            let (key, value) = (decode(&key.replace('+', " ")), decode(&value.replace('+', " ")));
+        for (key, value) in Url::pairs(query) {
             let flag = matches!(key.as_str(), "submodules" | "keep-git-dir" | "fetch-by-commit");
             if value.is_empty() && !flag {
                 return Err(Failure::new(format!("query {} has no value", quote(&key))));
@@ -193,27 +181,6 @@ impl GitRef {
 
 fn qualified(prefix: &str, name: String) -> String {
     if name.starts_with(prefix) { name } else { format!("{prefix}{name}") }
-}
-
-/// Replaces `%xx`; what is no such escape stays.
-fn decode(text: &str) -> String {
-    let bytes = text.as_bytes();
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut i = 0;
-    while i < bytes.len() {
-        let hex = bytes.get(i + 1..i + 3).and_then(|h| std::str::from_utf8(h).ok()).and_then(|h| u8::from_str_radix(h, 16).ok());
-        match (bytes[i], hex) {
-            (b'%', Some(byte)) => {
-                out.push(byte);
-                i += 3;
-            }
-            (byte, _) => {
-                out.push(byte);
-                i += 1;
-            }
-        }
-    }
-    String::from_utf8_lossy(&out).into_owned()
 }
 
 #[cfg(test)]

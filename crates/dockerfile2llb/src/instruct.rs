@@ -309,14 +309,11 @@ impl Scene<'_> {
     }
 }
 
-/// Sets the directory of the image and the state. An absolute one is kept as it is written.
+/// Sets the directory of the image and the state. An absolute one is kept as it is written; an empty one changes nothing.
 fn set_workdir(stage: &mut Stage, dir: &str) {
-    let current = paths::join("/", &stage.image.config.working_dir);
-    let dir = match dir {
-        "" => current,
-        dir if dir.starts_with('/') => dir.to_owned(),
-        dir => paths::join(&current, dir),
-    };
+    let absolute = |base: &str, dir: &str| if dir.starts_with('/') { dir.to_owned() } else { paths::join(base, dir) };
+    let current = absolute("/", &stage.image.config.working_dir);
+    let dir = if dir.is_empty() { current } else { absolute(&current, dir) };
     stage.state = std::mem::take(&mut stage.state).with_dir(&dir);
     stage.image.config.working_dir = dir;
 }

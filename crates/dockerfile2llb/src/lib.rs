@@ -31,6 +31,7 @@ mod stage;
 mod subrequest;
 mod text;
 mod ui;
+mod url;
 
 use async_trait::async_trait;
 use shipway_fault::Result;
