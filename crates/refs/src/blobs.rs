@@ -100,7 +100,14 @@ impl Inner {
         if compression.force && !cell.blobs().is_empty() {
             return self.convert(cell, record, compression, progress).await;
         }
-        self.realise(record, None, progress).await?;
+        // The files of a layer that was moved are where they were: what lies below it here need not be.
+        let elsewhere = match cell.copy_of() {
+            Some(original) => self.keep_snapshot(&record.lease, original).await?,
+            None => false,
+        };
+        if !elsewhere {
+            self.realise(record, None, progress).await?;
+        }
         self.pack(cell, record, compression).await
     }
 

@@ -256,6 +256,21 @@ async fn merged_layers_keep_their_digests() {
     assert_eq!((read(&onto, "other").await, read(&onto, "base").await.as_deref()), (None, Some("b")));
 }
 
+#[tokio::test]
+async fn blobs_of_merged_layers_need_nothing_of_what_lies_below() {
+    let there = Lab::new();
+    let origin = there.open().await;
+    let (layers, source) = published(&step(&origin, None, "base", "b").await, &origin).await;
+    let lab = Lab::new();
+    let store = lab.open().await;
+    let base = store.image(lazy(&layers, &source), "pulled from example.org/app:1", RecordType::Regular).await.unwrap();
+    let added = step(&store, None, "added", "a").await;
+    let merged = store.merge(&[base, added], "merge").await.unwrap();
+    let blobs = merged.blobs(Compression::default(), false, None).await.unwrap();
+    assert_eq!(blobs.iter().map(|b| b.lazy.is_some()).collect::<Vec<_>>(), [true, false]);
+    assert!(store.storage().content.info(blobs[0].descriptor.digest).await.is_err(), "it was fetched");
+}
+
 fn named(key: &str, sharing: Sharing) -> NamedRequest {
     NamedRequest { record_type: RecordType::LocalSource, key: key.into(), description: "local source".into(), sharing, parent: None }
 }

@@ -8,12 +8,12 @@ use crate::{
 use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::{Descriptor, Index, Manifest, media, timestamp};
+use shipway_oci::{Descriptor, Digest, ImageName, Index, Manifest, media, timestamp};
 use shipway_progress::Reporter;
-use shipway_refs::{ImmutableRef, LayerBlob};
+use shipway_refs::{Compression, ImmutableRef, LayerBlob};
 use shipway_registry::Repository;
 use shipway_session::ClientStore;
-use shipway_storage::ContentStore;
+use shipway_storage::{BlobReader, ContentStore};
 use std::{collections::HashMap, sync::Arc, time::SystemTime};
 
 /// Layers on their way at the same time.
@@ -32,12 +32,21 @@ pub enum Place {
     Client(ClientStore),
 }
 
-/// A cache ready to be written. Its layers are in the content store as long as it lives.
+/// A cache ready to be written. Its layers are in the content store as long as it lives, but for those that are known by descriptor only.
 pub struct Export {
     config: CacheConfig,
     /// Blobs of the config's layers, in their order.
     blobs: Vec<Descriptor>,
+    /// Those that are not here.
+    lazy: HashMap<Digest, Lazy>,
     _states: Vec<ImmutableRef>,
+}
+
+/// A layer that is fetched only if the place does not have it.
+struct Lazy {
+    /// The image that has it.
+    origin: String,
+    state: ImmutableRef,
 }
 
 /// The config in the making.
@@ -45,7 +54,7 @@ pub struct Export {
 struct Table {
     config: CacheConfig,
     blobs: Vec<Descriptor>,
-    known: HashMap<(shipway_oci::Digest, i64), usize>,
+    known: HashMap<(Digest, i64), usize>,
 }
 
 impl Table {
@@ -82,7 +91,7 @@ impl Table {
                 None => chains.push(ChainedResult { layers: Vec::new(), created_at }),
             }
         }
-        let link = |(link, selector): &(usize, Option<shipway_oci::Digest>)| CacheInput { selector: *selector, link: *link };
+        let link = |(link, selector): &(usize, Option<Digest>)| CacheInput { selector: *selector, link: *link };
         self.config.records.push(CacheRecord {
             results,
             chains,
@@ -96,15 +105,21 @@ impl Table {
 }
 
 impl Export {
-    /// Collects what `roots` were made from and makes the blobs of all results; `None` if there is no layer at all.
+    /// Collects what `roots` were made from and makes the blobs of all results, but fetches none; `None` if there is no layer at all.
     pub async fn prepare(index: &CacheIndex, roots: &[ImmutableRef], options: &ExportOptions, reporter: &Reporter) -> Result<Option<Self>> {
         let entries = collect(index, roots, options.mode).await?;
         let mut table = Table::default();
-        let mut states = Vec::new();
+        let (mut states, mut lazy) = (Vec::new(), HashMap::new());
         for entry in &entries {
             let result = match &entry.state {
                 Some(state) => match result(state, options, reporter).await {
-                    Ok(result) => Some(result),
+                    Ok(result) => {
+                        for blob in &result.0 {
+                            let Some(origin) = blob.lazy.clone() else { continue };
+                            lazy.entry(blob.descriptor.digest).or_insert_with(|| Lazy { origin, state: state.clone() });
+                        }
+                        Some(result)
+                    }
                     // What cannot be had any more is left out; the rest is still worth having.
                     Err(fault) if fault.is_not_found() => None,
                     Err(fault) => return Err(fault.context(format!("make the layers of {}", state.description()))),
@@ -115,7 +130,7 @@ impl Export {
             states.extend(entry.state.clone());
         }
         let Table { config, blobs, .. } = table;
-        Ok((!config.layers.is_empty()).then_some(Self { config, blobs, _states: states }))
+        Ok((!config.layers.is_empty()).then_some(Self { config, blobs, lazy, _states: states }))
     }
 
     /// The config alone, for an image's own config (row `rc.inline`).
@@ -138,7 +153,10 @@ impl Export {
         let work = blobs.into_iter().map(|blob| async move {
             let status = format!("writing layer {}", blob.digest);
             reporter.status(status.clone(), 0, 0, false);
-            place.blob(&blob, content).await.context(|| "error writing layer blob")?;
+            place
+                .blob(&blob, self.source(&blob, content, options, reporter), self.origin(&blob))
+                .await
+                .context(|| "error writing layer blob")?;
             reporter.status(status, 0, 0, true);
             Ok::<_, Fault>(())
         });
@@ -160,8 +178,40 @@ impl Export {
     }
 }
 
+impl Export {
+    /// The image that has the blob, if that is not here.
+    fn origin(&self, blob: &Descriptor) -> Option<ImageName> {
+        self.lazy.get(&blob.digest)?.origin.parse().ok()
+    }
+
+    /// How to read the blob, fetched before if it has to be.
+    fn source(&self, blob: &Descriptor, content: &Arc<dyn ContentStore>, options: &ExportOptions, reporter: &Reporter) -> Source {
+        let lazy = self.lazy.get(&blob.digest).map(|lazy| lazy.state.clone());
+        Source { digest: blob.digest, lazy, content: content.clone(), compression: options.compression, reporter: reporter.clone() }
+    }
+}
+
+/// Where a layer's bytes come from.
+#[derive(Clone)]
+struct Source {
+    digest: Digest,
+    lazy: Option<ImmutableRef>,
+    content: Arc<dyn ContentStore>,
+    compression: Compression,
+    reporter: Reporter,
+}
+
+impl Source {
+    async fn open(self) -> Result<Box<dyn BlobReader>> {
+        if let Some(state) = &self.lazy {
+            state.blobs(self.compression, true, Some(&self.reporter)).await?;
+        }
+        self.content.reader(self.digest).await
+    }
+}
+
 async fn result(state: &ImmutableRef, options: &ExportOptions, reporter: &Reporter) -> Result<(Vec<LayerBlob>, Vec<SystemTime>)> {
-    let blobs = state.blobs(options.compression, true, Some(reporter)).await?;
+    let blobs = state.blobs(options.compression, false, Some(reporter)).await?;
     Ok((blobs, state.layer_times().await?))
 }
 
@@ -191,23 +241,27 @@ fn manifest(config: Descriptor, layers: Vec<Descriptor>, options: &ExportOptions
 }
 
 impl Place {
-    async fn blob(&self, blob: &Descriptor, content: &Arc<dyn ContentStore>) -> Result<()> {
+    /// Writes a layer. One of the same registry, by its `origin`, is given to the repository without a copy where the registry can.
+    async fn blob(&self, blob: &Descriptor, source: Source, origin: Option<ImageName>) -> Result<()> {
         match self {
             Self::Client(store) => {
-                let mut reader = content.reader(blob.digest).await?;
+                let mut reader = source.open().await?;
                 store.write(blob, reader.as_mut()).await
             }
             Self::Registry { repository, .. } => {
+                let target = repository.name();
+                let elsewhere = |o: &&ImageName| o.registry() == target.registry() && o.repository() != target.repository();
+                let from = origin.as_ref().filter(elsewhere).map(ImageName::repository);
                 let open = || {
-                    let (content, digest) = (content.clone(), blob.digest);
+                    let source = source.clone();
                     let body = async move {
-                        let reader = content.reader(digest).await?;
+                        let reader = source.open().await?;
                         let pieces = stream::try_unfold(reader, |mut r| async move { Ok(r.next().await?.map(|bytes| (bytes, r))) });
                         Ok(pieces.boxed())
                     };
                     body.boxed()
                 };
-                repository.push_blob(blob, None, open, |_| {}).await.map(drop).map_err(Fault::from)
+                repository.push_blob(blob, from, open, |_| {}).await.map(drop).map_err(Fault::from)
             }
         }
     }
