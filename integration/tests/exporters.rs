@@ -2,9 +2,13 @@
 
 #![allow(clippy::unwrap_used)]
 
-use shipway_integration::{Image, any, build, ctr_run, on_each};
-use shipway_testkit::{Lab, run};
-use std::{os::unix::fs::MetadataExt as _, process::Command};
+use shipway_integration::{Image, any, build, ctr_run, nothing_left, on_each, remove_everything};
+use shipway_testkit::{Lab, run, wait_for};
+use std::{
+    os::unix::fs::MetadataExt as _,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 #[test]
 fn archives_can_be_imported_and_run() {
@@ -65,4 +69,31 @@ fn layers_have_no_times_later_than_the_epoch_and_the_image_runs() {
         let there: Vec<String> = shipway_integration::snapshots(&lab).into_iter().map(|(name, _)| name).collect();
         assert!(image.chain().iter().all(|c| there.contains(c)), "{:?} of {there:?}", image.chain());
     });
+}
+
+#[test]
+fn layers_that_will_be_exported_are_compressed_while_later_steps_run() {
+    let lab = Lab::complete(any());
+    let text = "FROM busybox AS other\nRUN echo other > /other\nFROM busybox\nRUN echo early > /early\nCOPY --from=other /other /\nRUN sleep 600\n";
+    let context = lab.context("ahead", &[("Dockerfile", text)]);
+    let mut command = lab.shipway_command();
+    command.args(["build", "--progress", "plain", "--tag", "ahead:1"]).arg(&context);
+    let mut client = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    // The step that runs waits for nothing that could be compressed later.
+    wait_for("both layers below the running step to be blobs", Duration::from_secs(60), || {
+        let blobs = lab.ctr(["content", "list"]).ok().stdout;
+        let made = blobs.lines().filter(|l| l.contains("shipway/media-type")).count();
+        assert!(made <= 2, "the other stage is not exported:\n{blobs}");
+        if made == 2 { Ok(()) } else { Err(blobs) }
+    });
+    assert!(client.try_wait().unwrap().is_none(), "the build ended");
+    client.kill().unwrap();
+    client.wait().unwrap();
+    // What the cancelled build holds is in use for a moment longer.
+    wait_for("the cancelled build to let go of its layers", Duration::from_secs(20), || {
+        remove_everything(&lab);
+        let left = lab.leftovers();
+        if left.leases.is_empty() { Ok(()) } else { Err(format!("{left:#?}")) }
+    });
+    nothing_left(&lab);
 }

@@ -16,7 +16,7 @@ use shipway_fault::{Code, Fault, Result};
 use shipway_frontend::{Bridge as _, FrontendResult, SolveRequest};
 use shipway_gateway::{Builds, GatewayBuild};
 use shipway_oci::Platform;
-use shipway_ops::{JobData, LlbOp, Services};
+use shipway_ops::{Ahead, JobData, LlbOp, Services};
 use shipway_progress::Journal;
 use shipway_registry::Registry;
 use shipway_remotecache::CacheIndex;
@@ -164,7 +164,7 @@ impl Engine {
         let exporters = request.exporters.iter().map(|e| parts.exporters.resolve(&e.kind, &e.attrs)).collect::<Result<Vec<_>>>()?;
         let sessions = SessionGroup::new(parts.sessions.clone(), [SessionId::new(&request.session)]);
         let journal = Journal::new();
-        let data = JobData { id: request.id.as_str().into(), sessions, entitlements, memo: SourceMemo::default() };
+        let data = JobData { id: request.id.as_str().into(), sessions, entitlements, memo: SourceMemo::default(), ahead: Ahead::default() };
         let job = parts.solver.job(JobId(request.id.clone()), data.clone(), journal.clone())?;
         let mut running = self.begin(&request, journal.clone())?;
         let scope = BuildScope::new(self.0.clone(), &request, data, job, journal.clone());
@@ -245,7 +245,7 @@ async fn run(
         };
         bridge.solve(solve).await?
     };
-    let mut input = export::solve_all(&scope, &result).await?;
+    let mut input = export::solve_all(&scope, &result, &exporters).await?;
     if request.session_exporters {
         exporters.extend(export::chosen_by_client(&scope, &result).await?);
     }

@@ -35,8 +35,8 @@ pub(crate) async fn state_of(scope: &BuildScope, state: &Option<Arc<dyn BuildRef
     }
 }
 
-/// Solves everything in `result`, all platforms at once.
-pub(crate) async fn solve_all(scope: &BuildScope, result: &FrontendResult) -> Result<ExportInput> {
+/// Solves everything in `result`, all platforms at once, for `exporters`.
+pub(crate) async fn solve_all(scope: &BuildScope, result: &FrontendResult, exporters: &[Arc<dyn Exporter>]) -> Result<ExportInput> {
     let listed = listed(result)?;
     let mut wanted: Vec<Wanted<'_>> = Vec::new();
     match (&result.single, listed) {
@@ -59,6 +59,9 @@ pub(crate) async fn solve_all(scope: &BuildScope, result: &FrontendResult) -> Re
                 wanted.push((e.id, e.platform, state));
             }
         }
+    }
+    if let Some(compression) = exporters.iter().find_map(|e| e.wants_layers()) {
+        wanted.iter().filter_map(|(_, _, state)| state.as_ref()).for_each(|state| state::announce(state.as_ref(), compression));
     }
     let solved = futures::future::try_join_all(wanted.iter().map(|(_, _, state)| state_of(scope, state))).await?;
     let platforms = wanted.into_iter().zip(solved).map(|((id, platform, _), state)| ExportPlatform { id, platform, state }).collect();

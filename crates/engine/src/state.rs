@@ -7,7 +7,7 @@ use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{BuildRef, FileStat};
 use shipway_llb::Definition;
 use shipway_ops::{LlbOp, Remains};
-use shipway_refs::ImmutableRef;
+use shipway_refs::{Compression, ImmutableRef};
 use shipway_solver::Vertex;
 use std::{
     any::Any,
@@ -53,6 +53,13 @@ pub(crate) async fn state_of(state: &dyn BuildRef) -> Result<ImmutableRef> {
         (Some(state), _) => state.state().await,
         (_, Some(left)) => left.remains.state(&left.id).await,
         _ => Err(Fault::internal("a reference of another engine")),
+    }
+}
+
+/// Tells the build's vertices that the state will be exported with `compression`.
+pub(crate) fn announce(state: &dyn BuildRef, compression: Compression) {
+    if let Some(state) = state.as_any().downcast_ref::<EngineRef>().filter(|s| !s.is_solved()) {
+        state.scope.data.ahead.announce(&state.vertex, state.output, compression);
     }
 }
 

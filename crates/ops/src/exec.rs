@@ -60,7 +60,7 @@ pub(crate) async fn run(op: &LlbOp, exec: &ExecOp, inputs: Vec<ImmutableRef>, cx
         log.flush();
         return Err(failed(op, exec, &inputs, held, fault));
     }
-    commit(op, held, &name).await
+    commit(op, held, &name, cx).await
 }
 
 /// The failure of a process, with what it got and what it made of that, mount by mount.
@@ -79,14 +79,14 @@ fn failed(op: &LlbOp, exec: &ExecOp, inputs: &[ImmutableRef], held: Held, fault:
 }
 
 /// The outputs in order; those that the operation does not mention are empty states.
-async fn commit(op: &LlbOp, held: Held, name: &str) -> Result<Vec<ImmutableRef>> {
+async fn commit(op: &LlbOp, held: Held, name: &str, cx: &Context) -> Result<Vec<ImmutableRef>> {
     let count = held.states.iter().filter_map(|s| Some(s.output? + 1)).max().unwrap_or(0);
     let mut results: Vec<Option<ImmutableRef>> = vec![None; count];
     for held in held.states {
         let Some(index) = held.output else { continue };
         let result = match held.state {
             OutputState::Same(same) => same,
-            OutputState::Written { state, dest } => state.commit(format!("mount {dest} from exec {name}")).await?,
+            OutputState::Written { state, dest } => op.commit(state, format!("mount {dest} from exec {name}"), Some(index), cx).await?,
         };
         results[index] = Some(result);
     }

@@ -213,7 +213,7 @@ impl Runner<'_> {
                     let linked = tokio::task::spawn_blocking(move || links.make()).await;
                     linked.map_err(|e| Fault::internal(format!("linking files did not end well: {e}")))??;
                 }
-                state.commit(self.op.vertex.name.clone()).await?
+                self.op.commit(state, self.op.vertex.name.clone(), self.file.actions[index].output, self.cx).await?
             }
             None => return Err(Fault::invalid(format!("the result of file action {index} is used before it is there"))),
         };

@@ -1,5 +1,6 @@
 //! What a build brings to its vertices, and what the daemon brings.
 
+use crate::Ahead;
 use shipway_executor::Executor;
 use shipway_fault::{Code, Fault, Result};
 use shipway_llb::{NetMode, Op, SecurityMode};
@@ -46,6 +47,8 @@ pub struct JobData {
     pub entitlements: Entitlements,
     /// What sources told it.
     pub memo: SourceMemo,
+    /// What it will export.
+    pub ahead: Ahead,
 }
 
 /// What all operations work with.

@@ -6,6 +6,7 @@
 //!
 //! `tar`, `flate2`, `zstd`, `bzip2` and `lzma-rs` are here to unpack what `ADD` is given (row `file.copy.unpack`).
 
+mod ahead;
 mod container;
 mod exec;
 mod file;
@@ -14,6 +15,7 @@ mod key;
 mod op;
 mod remains;
 
+pub use ahead::Ahead;
 pub use container::{Container, ContainerSpec};
 pub use job::{Entitlements, JobData, Services};
 pub use op::LlbOp;

@@ -11,7 +11,7 @@ use shipway_archive::Packed;
 use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_oci::Descriptor;
 use shipway_progress::Reporter;
-use shipway_storage::{Ingest, Labels, UNCOMPRESSED};
+use shipway_storage::{BlobWriter, Ingest, Labels, LeaseId, UNCOMPRESSED};
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
@@ -61,20 +61,6 @@ impl ImmutableRef {
             below = state.parent();
         }
         Ok(owner)
-    }
-
-    /// Begins in the background what [`ImmutableRef::blobs`] will wait for: layers that have no blob yet.
-    pub fn start_compression(&self, compression: Compression) {
-        let this = self.clone();
-        self.0.store.background.spawn(async move {
-            if this.record().is_none() {
-                // A client's directory is not made a layer before somebody insists.
-                return;
-            }
-            if let Err(e) = this.blobs(compression, false, None).await {
-                tracing::debug!(error = %e, "compressing ahead failed; whoever needs it will see");
-            }
-        });
     }
 }
 
@@ -172,7 +158,7 @@ impl Inner {
             None => (cell.chain_id, cell.parent.is_some()),
         };
         let (tree, guard) = self.layer_tree(chain, parent).await?;
-        let work = move |sink: &mut dyn FnMut(Bytes) -> Result<()>| {
+        let work = move |sink: Sink<'_>| {
             let packed = shipway_archive::pack(&tree, compression, None, sink);
             drop(guard);
             packed
@@ -203,9 +189,8 @@ impl Inner {
                 }
             }
         });
-        let work = move |sink: &mut dyn FnMut(Bytes) -> Result<()>| {
-            shipway_archive::recompress(&mut || receive.blocking_recv().transpose(), kind, compression, None, sink)
-        };
+        let work =
+            move |sink: Sink<'_>| shipway_archive::recompress(&mut || receive.blocking_recv().transpose(), kind, compression, None, sink);
         let stored = self.store_packed(cell, record, compression, work).await;
         feed.abort();
         stored
@@ -217,10 +202,31 @@ impl Inner {
         cell: &Cell,
         record: &Record,
         compression: Compression,
-        work: impl FnOnce(&mut dyn FnMut(Bytes) -> Result<()>) -> Result<Packed> + Send + 'static,
+        work: impl FnOnce(Sink<'_>) -> Result<Packed> + Send + 'static,
     ) -> Result<Descriptor> {
         let reference = format!("shipway-layer-{}-{:?}", cell.diff_id.0.hex(), compression.kind);
-        let mut writer = self.storage.content.writer(&record.lease, Ingest { reference, expected: None, size: None }).await?;
+        let (packed, writer) = self.stream(&record.lease, reference, work).await?;
+        if packed.diff_id != cell.diff_id {
+            return Err(Fault::new(
+                Code::FailedPrecondition,
+                format!("the files of the layer make the tar {}, which is not {}", packed.diff_id, cell.diff_id),
+            )
+            .hint("the layer came from a registry and its blob was removed from containerd: pull the image again, with `--pull`"));
+        }
+        let descriptor = seal(writer, packed, compression).await?;
+        lock(&record.secured).insert(packed.digest);
+        cell.know(KnownBlob { descriptor: descriptor.clone(), source: None, stored: true });
+        Ok(descriptor)
+    }
+
+    /// Writes what `work` makes, on a thread of its own, into the content store under `lease`; whoever has the writer says what it is called.
+    pub(crate) async fn stream(
+        &self,
+        lease: &LeaseId,
+        reference: String,
+        work: impl FnOnce(Sink<'_>) -> Result<Packed> + Send + 'static,
+    ) -> Result<(Packed, Box<dyn BlobWriter>)> {
+        let mut writer = self.storage.content.writer(lease, Ingest { reference, expected: None, size: None }).await?;
         let (send, mut blocks) = mpsc::channel::<Bytes>(IN_FLIGHT);
         let packing = tokio::task::spawn_blocking(move || {
             // A failing send means that nobody wants the blob any more.
@@ -230,19 +236,17 @@ impl Inner {
             writer.write(block).await?;
         }
         let packed = packing.await.map_err(|e| Fault::internal(format!("packing a layer failed: {e}")))??;
-        if packed.diff_id != cell.diff_id {
-            return Err(Fault::new(
-                Code::FailedPrecondition,
-                format!("the files of the layer make the tar {}, which is not {}", packed.diff_id, cell.diff_id),
-            )
-            .hint("the layer came from a registry and its blob was removed from containerd: pull the image again, with `--pull`"));
-        }
-        let media_type = compression.kind.media_type();
-        let labels = Labels::from([(UNCOMPRESSED.into(), cell.diff_id.to_string()), (MEDIA_TYPE.into(), media_type.into())]);
-        writer.commit(Some(packed.digest), &labels).await?;
-        lock(&record.secured).insert(packed.digest);
-        let descriptor = Descriptor::new(media_type, packed.digest, packed.size);
-        cell.know(KnownBlob { descriptor: descriptor.clone(), source: None, stored: true });
-        Ok(descriptor)
+        Ok((packed, writer))
     }
+}
+
+/// Takes the blocks of a blob in their order.
+pub(crate) type Sink<'a> = &'a mut dyn FnMut(Bytes) -> Result<()>;
+
+/// Ends the writing of a layer's blob, labelled so that it is found again.
+pub(crate) async fn seal(writer: Box<dyn BlobWriter>, packed: Packed, compression: Compression) -> Result<Descriptor> {
+    let media_type = compression.kind.media_type();
+    let labels = Labels::from([(UNCOMPRESSED.into(), packed.diff_id.to_string()), (MEDIA_TYPE.into(), media_type.into())]);
+    writer.commit(Some(packed.digest), &labels).await?;
+    Ok(Descriptor::new(media_type, packed.digest, packed.size))
 }

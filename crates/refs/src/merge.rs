@@ -3,14 +3,13 @@
 
 use crate::{
     ImmutableRef, RecordType, RefId, RefStore,
+    blobs::{Sink, seal},
     layer::{Cell, KnownBlob},
     record::{Body, Note, id_of},
     store::{Inner, Record},
 };
 use shipway_archive::{Compression, LayerTree};
-use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::{Descriptor, DiffId};
-use shipway_storage::{Ingest, Labels, UNCOMPRESSED};
+use shipway_fault::{Context as _, Result};
 use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
     time::SystemTime,
@@ -104,22 +103,12 @@ impl Inner {
         let (before, after) = tokio::try_join!(lower.mount(), upper.mount())?;
         let lease = self.epochs.lease(&self.storage).await?;
         let reference = format!("shipway-diff-{}", crate::record::fresh_id());
-        let mut writer = self.storage.content.writer(&lease, Ingest { reference, expected: None, size: None }).await?;
-        let (send, mut blocks) = tokio::sync::mpsc::channel(8);
         let compression = Compression::default();
-        let packing = tokio::task::spawn_blocking(move || {
-            let tree = LayerTree::compared(before.path(), after.path());
-            shipway_archive::pack(&tree, compression, None, &mut |b| send.blocking_send(b).map_err(|_| Fault::cancelled()))
-        });
-        while let Some(block) = blocks.recv().await {
-            writer.write(block).await?;
-        }
-        let packed = packing.await.map_err(|e| Fault::internal(format!("packing a difference failed: {e}")))??;
-        let DiffId(diff) = packed.diff_id;
-        writer.commit(Some(packed.digest), &Labels::from([(UNCOMPRESSED.into(), diff.to_string())])).await?;
+        let work = move |sink: Sink<'_>| shipway_archive::pack(&LayerTree::compared(before.path(), after.path()), compression, None, sink);
+        let (packed, writer) = self.stream(&lease, reference, work).await?;
+        let descriptor = seal(writer, packed, compression).await?;
         let cell = self.cell(packed.diff_id, None);
         cell.blob_only.store(true, Relaxed);
-        let descriptor = Descriptor::new(compression.kind.media_type(), packed.digest, packed.size);
         cell.know(KnownBlob { descriptor, source: None, stored: true });
         Ok(cell)
     }

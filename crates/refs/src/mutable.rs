@@ -1,7 +1,8 @@
 //! States being written.
 
 use crate::{
-    ImmutableRef, LocalMount, RecordType,
+    Compression, ImmutableRef, LocalMount, RecordType,
+    ahead::Loose,
     layer::lock,
     links,
     mount::{OwnLayer, WeakMount, is_bind, own_layer, read_only, unsynced},
@@ -124,7 +125,15 @@ impl MutableRef {
 
     /// Ends writing: hashes the layer and names the snapshot by its chain id.
     pub async fn commit(self, description: impl Into<String>) -> Result<ImmutableRef> {
-        let description = description.into();
+        self.committed(description.into(), None).await
+    }
+
+    /// [`MutableRef::commit`] with the layer's blob made on the way, so that its files are read once; for a layer that is exported next.
+    pub async fn commit_packed(self, description: impl Into<String>, compression: Compression) -> Result<ImmutableRef> {
+        self.committed(description.into(), Some(compression)).await
+    }
+
+    async fn committed(self, description: String, pack: Option<Compression>) -> Result<ImmutableRef> {
         if lock(&self.mounted).iter().any(|m| m.upgrade().is_some()) {
             return Err(Fault::internal(format!("{description:?} is committed while it is still mounted")));
         }
@@ -137,7 +146,7 @@ impl MutableRef {
             body: Body::Layers(Vec::new()),
         };
         let what = note.description.clone();
-        commit(&store, active, parent.as_ref(), note, linked.into_inner()).await.context(|| format!("commit {what:?}"))
+        commit(&store, active, parent.as_ref(), note, linked.into_inner(), pack).await.context(|| format!("commit {what:?}"))
     }
 
     /// Throws the state away and waits for that.
@@ -146,18 +155,38 @@ impl MutableRef {
     }
 }
 
-/// Hashes what was written into `active` and makes it a state on top of `parent`.
-async fn commit(store: &Arc<Inner>, active: Active, parent: Option<&ImmutableRef>, note: Note, linked: bool) -> Result<ImmutableRef> {
+/// Hashes what was written into `active`, or packs it as `pack` says, and makes it a state on top of `parent`.
+async fn commit(
+    store: &Arc<Inner>,
+    active: Active,
+    parent: Option<&ImmutableRef>,
+    note: Note,
+    linked: bool,
+    pack: Option<Compression>,
+) -> Result<ImmutableRef> {
     let below = parent.map(|p| p.layered_record()).transpose()?;
     let chain = below.and_then(|r| r.chain());
     let mounts = active.mounts.clone();
-    let diff_id = hash(store, &mounts, chain).await?;
+    let blob = match pack {
+        Some(compression) => Some(Loose::pack(store, &active.lease, written(store, &mounts, chain).await?, compression).await?),
+        None => None,
+    };
+    let diff_id = match &blob {
+        Some(blob) => blob.diff_id,
+        None => hash(store, &mounts, chain).await?,
+    };
     let record = stacked(store, below.map(|r| &**r), diff_id, note);
+    if let (Some(blob), Some(cell)) = (&blob, record.layers.last()) {
+        cell.know(blob.known());
+    }
     let (store, background, parent) = (store.clone(), store.background.clone(), parent.cloned());
     // Cut off in the middle, it would leave a lease and a snapshot that nobody knows.
     let work = async move {
         let done = async {
             store.ensure_lease(&record).await?;
+            if let Some(blob) = blob {
+                blob.give(&record).await?;
+            }
             active.commit(&record.lease, ChainId::extend(chain, diff_id), &links::labels(linked)).await
         };
         match done.await {
@@ -192,9 +221,9 @@ pub(crate) fn remember(record: &Record, mounts: &[Mount], has_parent: bool) {
     }
 }
 
-/// The diffID of what was written over `parent`.
-pub(crate) async fn hash(store: &Arc<Inner>, mounts: &[Mount], parent: Option<ChainId>) -> Result<DiffId> {
-    let (tree, guard): (LayerTree, Option<_>) = match own_layer(mounts, parent.is_some())? {
+/// What was written over `parent`, and what keeps it readable.
+async fn written(store: &Arc<Inner>, mounts: &[Mount], parent: Option<ChainId>) -> Result<(LayerTree, impl Send + 'static)> {
+    Ok(match own_layer(mounts, parent.is_some())? {
         OwnLayer::Tree(tree) => (tree, None),
         OwnLayer::Whole(after) => match parent {
             None => (LayerTree::whole(after), None),
@@ -204,7 +233,12 @@ pub(crate) async fn hash(store: &Arc<Inner>, mounts: &[Mount], parent: Option<Ch
                 (LayerTree::compared(before.path(), after), Some((before, view)))
             }
         },
-    };
+    })
+}
+
+/// The diffID of what was written over `parent`.
+pub(crate) async fn hash(store: &Arc<Inner>, mounts: &[Mount], parent: Option<ChainId>) -> Result<DiffId> {
+    let (tree, guard) = written(store, mounts, parent).await?;
     let hashed = tokio::task::spawn_blocking(move || shipway_archive::diff_id(&tree)).await;
     drop(guard);
     let (diff_id, _) = hashed.map_err(|e| Fault::internal(format!("hashing a layer failed: {e}")))??;

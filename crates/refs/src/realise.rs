@@ -21,7 +21,7 @@ const PARALLEL_FETCHES: usize = 4;
 /// An active snapshot that vanishes unless it is committed.
 pub(crate) struct Active {
     store: Arc<Inner>,
-    lease: EpochLease,
+    pub lease: EpochLease,
     pub key: SnapshotKey,
     pub mounts: Vec<Mount>,
     armed: bool,

@@ -1,11 +1,11 @@
 //! States with no time later than a given one (row `ex.c.rewrite`).
 
-use crate::{Compression, CompressionKind, ImmutableRef, LayerBlob, LazyLayer, RefStore, store::Record};
+use crate::{Compression, CompressionKind, ImmutableRef, LayerBlob, LazyLayer, RefStore, blobs::Sink, store::Record};
 use bytes::Bytes;
-use shipway_fault::{Context as _, Fault, Result};
+use shipway_fault::{Context as _, Result};
 use shipway_oci::{Descriptor, DiffId};
 use shipway_progress::Reporter;
-use shipway_storage::{Ingest, Labels, UNCOMPRESSED};
+use shipway_storage::{Labels, UNCOMPRESSED};
 use tokio::sync::mpsc;
 
 /// Tells which time a layer was rewritten with.
@@ -63,20 +63,11 @@ impl ImmutableRef {
             }
         });
         let reference = format!("shipway-retime-{}-{latest}-{:?}", blob.diff_id.0.hex(), how.kind);
-        let mut writer = content.writer(&record.lease, Ingest { reference, expected: None, size: None }).await?;
-        let (send, mut blocks) = mpsc::channel::<Bytes>(IN_FLIGHT);
-        let packing = tokio::task::spawn_blocking(move || {
-            let mut next = || receive.blocking_recv().transpose();
-            // A failing send means that nobody wants the blob any more.
-            let mut sink = |block| send.blocking_send(block).map_err(|_| Fault::cancelled());
-            shipway_archive::retime(&mut next, how.kind, latest, how, None, &mut sink)
-        });
-        while let Some(block) = blocks.recv().await {
-            writer.write(block).await?;
-        }
-        let packed = packing.await.map_err(|e| Fault::internal(format!("packing a layer failed: {e}")));
+        let work =
+            move |sink: Sink<'_>| shipway_archive::retime(&mut || receive.blocking_recv().transpose(), how.kind, latest, how, None, sink);
+        let stored = self.0.store.stream(&record.lease, reference, work).await;
         feed.abort();
-        let packed = packed??;
+        let (packed, writer) = stored?;
         let labels = Labels::from([(UNCOMPRESSED.to_owned(), packed.diff_id.to_string())]);
         writer.commit(Some(packed.digest), &labels).await?;
         let mut descriptor = blob.descriptor.clone();

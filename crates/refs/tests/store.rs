@@ -236,6 +236,49 @@ async fn blobs_are_made_once_found_again_and_changed_on_demand() {
 }
 
 #[tokio::test]
+async fn a_layer_packed_at_its_commit_is_the_one_packed_later() {
+    let lab = Lab::new();
+    let store = lab.open().await;
+    let later = step(&store, None, "one", "1").await.blobs(Compression::default(), true, None).await.unwrap();
+    store.drained().await;
+
+    let lab = Lab::new();
+    let store = lab.open().await;
+    let write = async |name: &str| {
+        let state = store.mutable(None, "step", RecordType::Regular, None).await.unwrap();
+        let mount = state.mount().await.unwrap();
+        write_old(&mount.path().join(name), "1");
+        mount.unmount().await.unwrap();
+        state
+    };
+    let state = write("one").await.commit_packed("wrote", Compression::default()).await.unwrap();
+    let blobs = lab.fake.count().blobs;
+    assert_eq!(blobs, 1);
+    // Only the state keeps it: the lease that outlives states has nothing left.
+    store.drained().await;
+    lab.fake.gc();
+    assert_eq!(state.blobs(Compression::default(), true, None).await.unwrap(), later);
+    assert_eq!(lab.fake.count().blobs, blobs, "nothing was packed again");
+    assert_eq!(lab.fake.count().leases, 1);
+
+    // Cut off in the middle, it leaves a whole state or nothing.
+    let open = write("two").await;
+    drop(tokio::time::timeout(std::time::Duration::ZERO, open.commit_packed("cut off", Compression::default())).await);
+    store.drained().await;
+    lab.fake.gc();
+    let count = lab.fake.count();
+    assert_eq!((count.blobs, count.snapshots), (count.leases, count.leases));
+    let (id, text) = (state.id().clone(), read(&state, "one").await);
+    assert_eq!(text.as_deref(), Some("1"));
+    drop(state);
+    store.drained().await;
+    drop(store);
+    let store = lab.open().await;
+    lab.fake.gc();
+    assert_eq!(store.get(&id).await.unwrap().blobs(Compression::default(), true, None).await.unwrap(), later);
+}
+
+#[tokio::test]
 async fn merged_layers_keep_their_digests() {
     let lab = Lab::new();
     let store = lab.open().await;

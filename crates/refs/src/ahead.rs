@@ -1,0 +1,89 @@
+//! Blobs of layers that are made before anybody asks for them.
+
+use crate::{
+    Compression, ImmutableRef,
+    blobs::{Sink, seal},
+    layer::KnownBlob,
+    life::EpochLease,
+    record::fresh_id,
+    store::{Inner, Record},
+};
+use shipway_archive::LayerTree;
+use shipway_fault::Result;
+use shipway_oci::{Descriptor, DiffId};
+use shipway_storage::LeaseResource;
+use std::sync::Arc;
+
+/// The blob of a layer that belongs to no state yet: the lease of the epoch keeps it until a state does.
+pub(crate) struct Loose {
+    store: Arc<Inner>,
+    lease: EpochLease,
+    pub diff_id: DiffId,
+    descriptor: Descriptor,
+}
+
+impl Loose {
+    /// Packs `tree`; `guard` is what keeps it readable.
+    pub async fn pack<G: Send + 'static>(
+        store: &Arc<Inner>,
+        lease: &EpochLease,
+        (tree, guard): (LayerTree, G),
+        compression: Compression,
+    ) -> Result<Self> {
+        let work = move |sink: Sink<'_>| {
+            let packed = shipway_archive::pack(&tree, compression, None, sink);
+            drop(guard);
+            packed
+        };
+        let (packed, writer) = store.stream(lease, format!("shipway-ahead-{}", fresh_id()), work).await?;
+        let (owner, lease) = (store.clone(), lease.clone());
+        // Cut off in the middle, it would leave a blob in a lease that lives long.
+        let sealed = async move {
+            let descriptor = seal(writer, packed, compression).await?;
+            Ok(Self { store: owner, lease, diff_id: packed.diff_id, descriptor })
+        };
+        store.background.finish(sealed).await
+    }
+
+    /// The blob as its layer knows it.
+    pub fn known(&self) -> KnownBlob {
+        KnownBlob { descriptor: self.descriptor.clone(), source: None, stored: true }
+    }
+
+    /// Lets `record`, whose topmost layer it is and whose lease exists, keep the blob.
+    pub async fn give(&self, record: &Record) -> Result<()> {
+        match record.layers.last() {
+            Some(cell) => self.store.secure(cell, &self.known(), record, None).await.map(drop),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Loose {
+    fn drop(&mut self) {
+        let (store, lease, digest) = (self.store.clone(), self.lease.clone(), self.descriptor.digest);
+        self.store.background.spawn(async move {
+            if let Err(e) = store.storage.leases.remove(&lease, LeaseResource::Content(digest)).await
+                && !e.is_not_found()
+            {
+                tracing::debug!(%digest, error = %e, "a blob stays in a lease until the next start");
+            }
+        });
+    }
+}
+
+impl ImmutableRef {
+    /// Begins in the background what [`ImmutableRef::blobs`] will wait for: layers that have no blob yet.
+    pub fn start_compression(&self, compression: Compression) {
+        let this = self.clone();
+        self.0.store.background.spawn(async move {
+            if this.record().is_none() {
+                // A client's directory is not made a layer before somebody insists.
+                return;
+            }
+            if let Err(e) = this.blobs(compression, false, None).await {
+                tracing::debug!(error = %e, "compressing ahead failed; whoever needs it will see");
+            }
+        });
+    }
+}
