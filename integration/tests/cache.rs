@@ -99,3 +99,26 @@ fn no_cache_runs_every_step_again() {
     assert_eq!(stamp(&[]), first);
     assert_ne!(stamp(&["--no-cache"]), first);
 }
+
+#[test]
+fn caches_in_registries_know_the_parts_of_a_merge_and_move_no_layer_in_vain() {
+    let lab = Lab::complete(any());
+    let text = "FROM busybox AS tool\nRUN cat /proc/sys/kernel/random/uuid > /stamp\nFROM busybox\nCOPY --link a /a\nCOPY --link --from=tool /stamp /stamp\n";
+    let context = lab.context("parts", &[("Dockerfile", text), ("a", "1")]);
+    let output = format!("type=image,name={}/parts:1,push=true,store=false", lab.registry());
+    let cache = format!("type=registry,ref={}/parts/cache", lab.registry());
+    let built = || {
+        lab.shipway(["prune", "--all"]).ok();
+        let all = ["build", "--progress", "plain", "--output", &output, "--cache-to", &cache, "--cache-from", &cache];
+        lab.shipway(all.into_iter().chain([&*context.to_string_lossy()])).ok()
+    };
+    // Layers that are here, by the labels of what was unpacked or packed.
+    let layers = || lab.ctr(["content", "list"]).ok().lines().filter(|l| l.contains("containerd.io/uncompressed=")).count();
+    built();
+    let again = built();
+    assert_eq!((cached(&again.all()), layers()), (4, 0), "{}", again.all());
+    // Another file: its own layer is made, and nothing else is even fetched.
+    std::fs::write(context.join("a"), "2").unwrap();
+    let changed = built();
+    assert_eq!((cached(&changed.all()), layers()), (2, 1), "{}", changed.all());
+}

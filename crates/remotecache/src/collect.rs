@@ -5,7 +5,7 @@ use crate::{
     index::{CacheIndex, Imported, ImportedRecord, Known},
 };
 use shipway_fault::Result;
-use shipway_oci::{ChainId, Digest};
+use shipway_oci::{DiffId, Digest};
 use shipway_refs::ImmutableRef;
 use shipway_solver::{CacheKey, CacheStore as _, RecordMeta};
 use std::{
@@ -102,13 +102,13 @@ impl Walk<'_> {
 /// Everything that `roots` were made from, inputs first.
 pub(crate) async fn collect(index: &CacheIndex, roots: &[ImmutableRef], mode: Mode) -> Result<Vec<Entry>> {
     let mut walk = Walk { index, entered: HashSet::new(), order: Vec::new() };
-    let mut wanted: HashSet<ChainId> = HashSet::new();
+    let mut wanted: Vec<Vec<DiffId>> = Vec::new();
     for root in roots.iter().filter(|r| !r.is_scratch()) {
         let mut keys = index.local.keys_of(&root.id().to_string())?;
         if keys.is_empty() {
             continue;
         }
-        wanted.extend(root.layers().await?.iter().map(|l| l.chain_id));
+        wanted.push(diff_ids(root).await?);
         keys.sort();
         for key in keys {
             walk.from(key).await?;
@@ -140,18 +140,24 @@ pub(crate) async fn collect(index: &CacheIndex, roots: &[ImmutableRef], mode: Mo
     Ok(entries)
 }
 
-async fn state(index: &CacheIndex, found: &Found, mode: Mode, wanted: &HashSet<ChainId>) -> Result<Option<ImmutableRef>> {
-    let fits = |chain: Option<ChainId>| mode == Mode::Max || chain.is_none_or(|c| wanted.contains(&c));
+/// Its result, if that is wanted: with [`Mode::Min`], those whose layers lie on one another in a root, too, such as the parts of a merge.
+async fn state(index: &CacheIndex, found: &Found, mode: Mode, wanted: &[Vec<DiffId>]) -> Result<Option<ImmutableRef>> {
+    let within = |layers: &[DiffId]| layers.is_empty() || wanted.iter().any(|root| root.windows(layers.len()).any(|part| part == layers));
+    let fits = |layers: &[DiffId]| mode == Mode::Max || within(layers);
     if let Some(result) = &found.result
         && let Some(state) = index.state(result).await
     {
-        return Ok(if fits(state.chain_id().await?) { Some(state) } else { None });
+        return Ok(if fits(&diff_ids(&state).await?) { Some(state) } else { None });
     }
     if let Some((record, cache)) = &found.imported
         && let Some(layers) = &record.layers
-        && fits(ChainId::of(layers.iter().map(|l| l.diff_id)))
+        && fits(&layers.iter().map(|l| l.diff_id).collect::<Vec<_>>())
     {
         return index.lazy(record, cache).await;
     }
     Ok(None)
+}
+
+async fn diff_ids(state: &ImmutableRef) -> Result<Vec<DiffId>> {
+    Ok(state.layers().await?.iter().map(|l| l.diff_id).collect())
 }
