@@ -19,7 +19,7 @@ use shipway_frontend::{
     Bridge, BuildRef, Container, ContainerRequest, Explain, Frontend as _, FrontendResult, GitMeta, HttpMeta, Options, ResolveMode,
     ResolvedImage, SolveRequest, SourceMeta, SourceRequest, Warning,
 };
-use shipway_llb::{Caps, Definition, Graph, SourceOp, SourcePolicy};
+use shipway_llb::{Caps, Definition, Graph, Op, SourceOp, SourcePolicy, Vertex};
 use shipway_oci::{Digest, Platform};
 use shipway_ops::{JobData, LlbOp};
 use shipway_progress::{Event, Journal, SourceSpan, WarningUpdate};
@@ -166,6 +166,7 @@ impl BuildScope {
         for vertex in &graph.vertices {
             self.data.entitlements.check(&vertex.op)?;
         }
+        let graph = self.with_devices(graph).await?;
         let made = vertices::of_graph(&graph, &self.engine.parts.services, false);
         let state = Arc::new(EngineRef::new(definition, made, trail, self.clone()));
         trail.note_state(state.clone());
@@ -174,6 +175,21 @@ impl BuildScope {
 }
 
 impl BuildScope {
+    /// The graph with the devices that steps get instead of those they ask for.
+    async fn with_devices(&self, mut graph: Graph) -> Result<Graph> {
+        let wants = |vertex: &Vertex| matches!(&vertex.op, Op::Exec(exec) if !exec.devices.is_empty());
+        if !graph.vertices.iter().any(|v| wants(v)) {
+            return Ok(graph);
+        }
+        let there = self.engine.parts.services.devices().await?;
+        for vertex in graph.vertices.iter_mut().filter(|v| wants(v)) {
+            if let Op::Exec(exec) = &mut Arc::make_mut(vertex).op {
+                self.data.entitlements.grant_devices(exec, &there)?;
+            }
+        }
+        Ok(graph)
+    }
+
     /// Metadata of a source that may be used.
     pub(crate) async fn resolve(&self, source: SourceOp, query: SourceQuery) -> Result<SourceMeta> {
         let platform = query.platform.unwrap_or_else(|| self.engine.parts.platforms[0].clone());

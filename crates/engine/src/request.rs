@@ -76,24 +76,26 @@ impl BuildRequest {
     pub(crate) fn entitlements(&self, allowed: &[String]) -> Result<Entitlements> {
         let mut granted = Entitlements::default();
         for asked in &self.entitlements {
-            let slot = match asked.as_str() {
-                "network.host" => &mut granted.network_host,
-                "security.insecure" => &mut granted.security_insecure,
-                device if device == "device" || device.starts_with("device=") => {
-                    return Err(Fault::unimplemented("the device entitlement (CDI)"));
-                }
-                other => return Err(Fault::invalid(format!("unknown entitlement {other}"))),
-            };
-            if !allowed.contains(asked) {
-                return Err(Fault::new(
-                    shipway_fault::Code::PermissionDenied,
-                    format!("granting entitlement {asked} is not allowed by build daemon configuration"),
-                )
-                .hint(format!(
-                    "allow it with `insecure-entitlements = [\"{asked}\"]` in the daemon's configuration or --allow-insecure-entitlement"
-                )));
+            let (name, which) = asked.split_once('=').map_or((asked.as_str(), None), |(name, which)| (name, Some(which)));
+            match (name, which) {
+                ("network.host", None) => granted.network_host = true,
+                ("security.insecure", None) => granted.security_insecure = true,
+                ("device", which) => granted.devices.add(which)?,
+                _ => return Err(Fault::invalid(format!("unknown entitlement {asked}"))),
             }
-            *slot = true;
+            if !allowed.iter().any(|a| a == name) {
+                let message = format!("granting entitlement {name} is not allowed by build daemon configuration");
+                let advice = match name {
+                    "device" => {
+                        "the daemon was told not to give devices to steps: `disabled` of [cdi] in its configuration, or --cdi-disabled"
+                            .into()
+                    }
+                    _ => format!(
+                        "allow it with `insecure-entitlements = [\"{name}\"]` in the daemon's configuration or --allow-insecure-entitlement"
+                    ),
+                };
+                return Err(Fault::new(shipway_fault::Code::PermissionDenied, message).hint(advice));
+            }
         }
         Ok(granted)
     }

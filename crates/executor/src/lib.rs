@@ -3,8 +3,9 @@
 //! [`Executor`] is implemented by crate `containerd` with tasks, and by [`fake`] for tests. Nothing here knows LLB.
 //!
 //! Beside the port lives what any implementation needs and no runtime does: who the user is in the image ([`identity`]), the files of `/etc`
-//! that name hosts ([`etc`]), a look into a root filesystem ([`RootView`]) and the removal of mount points ([`stubs`]).
+//! that name hosts ([`etc`]), what devices change in the specification ([`Edits`]), a look into a root filesystem ([`RootView`]) and the removal of mount points ([`stubs`]).
 
+mod edits;
 mod process;
 
 pub mod etc;
@@ -15,6 +16,7 @@ pub mod spec;
 pub mod stubs;
 mod wires;
 
+pub use edits::{DeviceNode, Edits, Hook};
 pub use identity::Identity;
 pub use process::{
     CgroupParent, ExecMount, Executor, ExitStatus, HostEntry, Keep, MountSource, NetworkMode, Output, OutputSink, ProcessSpec,

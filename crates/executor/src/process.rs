@@ -1,6 +1,6 @@
 //! What a process is and how one runs it.
 
-use crate::Wires;
+use crate::{Edits, Wires};
 use async_trait::async_trait;
 use bytes::Bytes;
 use shipway_fault::Result;
@@ -161,6 +161,8 @@ pub struct ProcessSpec {
     pub cgroup_parent: CgroupParent,
     /// Resource limits.
     pub resources: ResourceLimits,
+    /// What its devices change.
+    pub edits: Edits,
     /// Whether stdout is a terminal.
     pub tty: bool,
     /// Whether stub files made for mount points are removed afterwards along with parent directories made for them.

@@ -14,7 +14,7 @@ use crate::{
 };
 use logs::StepLog;
 use mounts::{From, Held, OutputState, Plan};
-use shipway_executor::{HostEntry, Keep, NetworkMode, OutputSink, ProcessSpec, ResourceLimits, Rlimit, Security, Wires};
+use shipway_executor::{Edits, HostEntry, Keep, NetworkMode, OutputSink, ProcessSpec, ResourceLimits, Rlimit, Security, Wires};
 use shipway_fault::{Fault, Result};
 use shipway_llb::{ExecOp, LinuxResources, Mount, NetMode, ProxyEnv, SecurityMode};
 use shipway_refs::ImmutableRef;
@@ -29,9 +29,6 @@ use std::{
 
 /// Runs the process and commits what it wrote.
 pub(crate) async fn run(op: &LlbOp, exec: &ExecOp, inputs: Vec<ImmutableRef>, cx: &Context) -> Result<Vec<ImmutableRef>> {
-    if !exec.devices.iter().all(|d| d.optional) {
-        return Err(Fault::unimplemented("the use of CDI devices in a step"));
-    }
     let jobs = (cx.jobs)();
     if !jobs.iter().any(|j| j.entitlements.check(&op.vertex.op).is_ok())
         && let Some(job) = jobs.first()
@@ -43,10 +40,11 @@ pub(crate) async fn run(op: &LlbOp, exec: &ExecOp, inputs: Vec<ImmutableRef>, cx
     let Plan { root, mounts, held, .. } = mounts::plan(&op.services, exec, &inputs, from).await?;
     let writable = root.mounts.clone();
     let env = environment(exec, &sessions).await?;
+    let edits = op.services.edits(exec).await?;
     // Held by the process too: were this future dropped, the snapshots would go before the process is dead.
     let held = Arc::new(Mutex::new(Some(held)));
     let resources = op.vertex.metadata.resources.as_ref().map(limits).unwrap_or_default();
-    let process = ProcessSpec { resources, ..process(&op.services, exec, env, jobs.first().map_or("", |j| &j.id), held.clone()) };
+    let process = ProcessSpec { resources, edits, ..process(&op.services, exec, env, jobs.first().map_or("", |j| &j.id), held.clone()) };
     let log = Arc::new(StepLog::new(cx.reporter.clone()));
     let sink: OutputSink = {
         let log = log.clone();
@@ -125,6 +123,7 @@ pub(crate) fn process(services: &Services, exec: &ExecOp, env: Vec<String>, job:
         rlimits: meta.ulimits.iter().map(|u| Rlimit { name: u.name.clone(), soft: u.soft, hard: u.hard }).collect(),
         cgroup_parent: parent,
         resources: ResourceLimits::default(),
+        edits: Edits::default(),
         tty: false,
         remove_stubs_recursively: meta.remove_mount_stubs_recursive,
         keep: Keep(Some(held)),

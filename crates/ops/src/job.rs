@@ -1,6 +1,7 @@
 //! What a build brings to its vertices, and what the daemon brings.
 
-use crate::Ahead;
+use crate::{Ahead, DeviceGrants};
+use shipway_cdi::Registry;
 use shipway_executor::Executor;
 use shipway_fault::{Code, Fault, Result};
 use shipway_llb::{NetMode, Op, SecurityMode};
@@ -10,17 +11,19 @@ use shipway_sources::{SourceMemo, Sources};
 use std::{path::PathBuf, sync::Arc};
 
 /// What a build may do beyond the sandbox (row `so.ent`); granted by the daemon and asked for by the build.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Entitlements {
     /// `network.host`.
     pub network_host: bool,
     /// `security.insecure`.
     pub security_insecure: bool,
+    /// `device`.
+    pub devices: DeviceGrants,
 }
 
 impl Entitlements {
-    /// Refuses an operation that asks for more, in BuildKit's words.
-    pub fn check(self, op: &Op) -> Result<()> {
+    /// Refuses an operation that asks for more, in BuildKit's words; what is said of devices, [`Entitlements::grant_devices`] does.
+    pub fn check(&self, op: &Op) -> Result<()> {
         let Op::Exec(exec) = op else { return Ok(()) };
         let refuse = |name: &str| {
             Err(Fault::new(Code::PermissionDenied, format!("{name} is not allowed"))
@@ -63,4 +66,6 @@ pub struct Services {
     pub sockets: PathBuf,
     /// Parent cgroup for steps that name none.
     pub cgroup_parent: Option<String>,
+    /// Where devices of the host are described, unless steps get none.
+    pub devices: Option<Arc<Registry>>,
 }

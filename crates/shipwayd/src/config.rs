@@ -34,7 +34,7 @@ pub struct Config {
     pub grpc: Grpc,
     /// Accepted; tracing export is not there yet.
     pub otel: Otel,
-    /// Accepted; CDI is not there yet.
+    /// Devices of the host in steps.
     pub cdi: Cdi,
     /// Workers; only `containerd` is one.
     pub worker: Workers,
@@ -101,14 +101,16 @@ pub struct Otel {
     pub socket_path: Option<String>,
 }
 
-/// Accepted for compatibility.
+/// Devices of the host in steps (row `toml.cdi`).
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-#[allow(missing_docs)]
 pub struct Cdi {
+    /// Whether steps get none.
     pub disabled: Option<bool>,
+    /// Where they are described, instead of the usual places.
     #[serde(rename = "specDirs")]
     pub spec_dirs: Vec<String>,
+    /// Names and kinds of those that every build may use.
     #[serde(rename = "autoAllowed")]
     pub auto_allowed: Vec<String>,
 }

@@ -30,7 +30,7 @@ pub struct WorkerInfo {
 }
 
 impl WorkerInfo {
-    /// The record on the wire.
+    /// The record on the wire, without devices.
     pub fn record(&self) -> wire::types::WorkerRecord {
         worker::record(&self.id, self.labels.clone(), &self.platforms, self.gc.iter().map(crate::gc::Rule::to_wire).collect())
     }
@@ -238,7 +238,8 @@ impl Control for ControlService {
 
     async fn list_workers(&self, request: Request<wire::ListWorkersRequest>) -> Answer<wire::ListWorkersResponse> {
         let filters = filter::parse_all(&request.into_inner().filter).map_err(|f| status_of(&f))?;
-        let record = self.worker.record();
+        let there = self.engine.parts().services.devices().await.map_err(|f| status_of(&f))?;
+        let record = wire::types::WorkerRecord { cdi_devices: worker::devices(&there), ..self.worker.record() };
         let lookup = |field: &str| match field {
             "id" => Some(record.id.clone()),
             label => label.strip_prefix("labels.").and_then(|l| record.labels.get(l.trim_matches('"')).cloned()),

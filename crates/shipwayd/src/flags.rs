@@ -53,6 +53,12 @@ pub struct Flags {
     /// Allows an entitlement: network.host, security.insecure; may be repeated
     #[arg(long = "allow-insecure-entitlement")]
     pub allow_insecure_entitlement: Vec<String>,
+    /// Gives no devices of the host (CDI) to steps
+    #[arg(long = "cdi-disabled", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub cdi_disabled: Option<bool>,
+    /// Directory with descriptions of devices (CDI) instead of the usual ones; may be repeated
+    #[arg(long = "cdi-spec-dir")]
+    pub cdi_spec_dir: Vec<String>,
     /// Flags of BuildKit's other worker
     #[command(flatten)]
     pub oci: OciFlags,
@@ -232,7 +238,11 @@ impl Settings {
                 label.split_once('=').ok_or_else(|| Fault::invalid(format!("--containerd-worker-labels {label:?}: want name=value")))?;
             w.labels.insert(k.into(), v.into());
         }
-        let entitlements = if flags.allow_insecure_entitlement.is_empty() {
+        let cdi = &mut config.cdi;
+        cdi.disabled = flags.cdi_disabled.or(cdi.disabled);
+        let dirs = [flags.cdi_spec_dir, std::mem::take(&mut cdi.spec_dirs), shipway_cdi::DEFAULT_DIRS.map(str::to_owned).into()];
+        cdi.spec_dirs = dirs.into_iter().find(|d| !d.is_empty()).unwrap_or_default();
+        let mut entitlements = if flags.allow_insecure_entitlement.is_empty() {
             config.insecure_entitlements.clone().unwrap_or_default()
         } else {
             flags.allow_insecure_entitlement
@@ -242,6 +252,11 @@ impl Settings {
                 let fault = Fault::invalid(format!("invalid entitlement : {e}"));
                 return Err(fault.hint("want network.host or security.insecure"));
             }
+        }
+        // Row `d.device`: whether steps get devices is for [cdi] to say.
+        entitlements.retain(|e| e != "device");
+        if config.cdi.disabled != Some(true) {
+            entitlements.push("device".into());
         }
         if flags.debug || config.debug {
             config.log.level.get_or_insert_with(|| "debug".into());
@@ -293,7 +308,7 @@ mod tests {
     #[test]
     fn flags_for_what_is_absent_are_accepted_or_refused_by_name() {
         let load = |flag: &str| Settings::load(Flags::parse_from(["x", flag]), Persona::Buildkitd);
-        for fine in ["--rootless=false", "--cdi-disabled", "--otel-socket-path=/x", "--containerd-worker-selinux=false"] {
+        for fine in ["--rootless=false", "--otel-socket-path=/x", "--containerd-worker-selinux=false"] {
             assert!(load(fine).is_ok(), "{fine}");
         }
         for (flag, what) in [("--rootless", "rootless"), ("--containerd-worker-selinux", "SELinux"), ("--proxy-network", "proxy network")] {
@@ -301,6 +316,21 @@ mod tests {
         }
         let kept = load("--oci-worker-gc-keepstorage=5").unwrap().config.worker.containerd.gckeepstorage;
         assert_eq!(kept, Some(DiskSpace::Bytes(5_000_000)));
+    }
+
+    #[test]
+    fn devices_are_for_steps_unless_they_are_disabled() {
+        let check = |flags: &[&str], allowed: bool, dirs: &[&str]| {
+            let s = Settings::load(Flags::parse_from([&["x"], flags].concat()), Persona::Buildkitd).unwrap();
+            assert_eq!(
+                (s.entitlements.contains(&"device".to_owned()), s.config.cdi.spec_dirs),
+                (allowed, dirs.iter().map(|d| (*d).into()).collect())
+            );
+        };
+        let usual = shipway_cdi::DEFAULT_DIRS;
+        check(&[], true, &usual);
+        check(&["--cdi-disabled=false", "--cdi-spec-dir=/a", "--cdi-spec-dir=/b"], true, &["/a", "/b"]);
+        check(&["--cdi-disabled", "--allow-insecure-entitlement=device"], false, &usual);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Putting the daemon together: each subsystem built from its part of the settings.
 
-use crate::{control::WorkerInfo, flags::Settings, gc, status, worker};
+use crate::{config::Cdi, control::WorkerInfo, flags::Settings, gc, status, worker};
 use shipway_attest::Builder;
 use shipway_cachedb::CacheDb;
+use shipway_cdi::Registry as DeviceRegistry;
 use shipway_containerd::{Containerd, NetworkConfig, NetworkDefault, TaskConfig, TaskExecutor};
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_engine::{Engine, EngineParts, History, HistoryLimits};
@@ -103,8 +104,14 @@ pub async fn build(settings: &Settings) -> Result<Parts> {
         false => w.platforms.iter().map(|p| p.parse::<Platform>().map_err(|e| Fault::invalid(e.to_string()))).collect::<Result<_>>()?,
     };
     let sockets = sockets(root)?;
-    let services =
-        Arc::new(Services { refs, sources, executor: Arc::new(executor), sockets, cgroup_parent: w.default_cgroup_parent.clone() });
+    let services = Arc::new(Services {
+        refs,
+        sources,
+        executor: Arc::new(executor),
+        sockets,
+        cgroup_parent: w.default_cgroup_parent.clone(),
+        devices: (config.cdi.disabled != Some(true)).then(|| Arc::new(devices(&config.cdi))),
+    });
     let engine = Engine::new(EngineParts {
         services,
         solver,
@@ -130,6 +137,15 @@ pub async fn build(settings: &Settings) -> Result<Parts> {
     };
     tracing::info!(containerd = %settings.containerd, namespace = %settings.namespace, snapshotter = %settings.snapshotter, root = %root.display(), "ready");
     Ok(Parts { engine, storage, worker: Arc::new(worker), _lock: lock })
+}
+
+/// Where devices are described; the log says what of it cannot be used.
+fn devices(config: &Cdi) -> DeviceRegistry {
+    let registry = DeviceRegistry::new(config.spec_dirs.iter().map(Into::into), config.auto_allowed.iter().cloned());
+    for problem in registry.read().problems() {
+        tracing::warn!("devices: {problem}");
+    }
+    registry
 }
 
 /// An empty directory for sockets that steps get: those of an earlier life lead nowhere.

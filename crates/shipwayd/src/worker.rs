@@ -1,8 +1,9 @@
 //! The worker as clients see it (rows `ctl.workerrec`, `so.labels`).
 
+use shipway_cdi::{Device, Devices};
 use shipway_grpc::platform_to_wire;
 use shipway_oci::Platform;
-use shipway_proto::moby::buildkit::v1::types::{BuildkitVersion, GcPolicy, WorkerRecord};
+use shipway_proto::moby::buildkit::v1::types::{BuildkitVersion, CdiDevice, GcPolicy, WorkerRecord};
 use std::collections::BTreeMap;
 
 /// Version of BuildKit's API that we implement; clients compare it (section 1.5 of the client notes).
@@ -35,7 +36,7 @@ pub fn labels(uuid: &str, namespace: &str, snapshotter: &str, network: &str, ext
     labels
 }
 
-/// The record.
+/// The record, without devices.
 pub fn record(id: &str, labels: BTreeMap<String, String>, platforms: &[Platform], gc: Vec<GcPolicy>) -> WorkerRecord {
     WorkerRecord {
         id: id.to_owned(),
@@ -45,6 +46,13 @@ pub fn record(id: &str, labels: BTreeMap<String, String>, platforms: &[Platform]
         buildkit_version: Some(version()),
         cdi_devices: Vec::new(),
     }
+}
+
+/// The devices as the record has them.
+pub fn devices(there: &Devices) -> Vec<CdiDevice> {
+    let device =
+        |d: &Device| CdiDevice { name: d.name.clone(), auto_allow: d.auto_allow, annotations: d.annotations.clone(), on_demand: false };
+    there.iter().map(device).collect()
 }
 
 /// Platforms that steps can run for: the machine's own, and those the kernel emulates through binfmt_misc.

@@ -233,7 +233,7 @@ pub(super) fn prepare(
 
     let view = RootView::open(&root.mounts, Access::Read)?;
     let identity = identity::resolve(&view, &process.user)?;
-    let targets = mounts.iter().map(|m| m.target.as_str());
+    let targets = mounts.iter().map(|m| &m.target).chain(process.edits.mounts.iter().map(|m| &m.target)).map(String::as_str);
     let stubs = if root.read_only { None } else { Stubs::before(&view, &root.mounts, targets, process.remove_stubs_recursively) };
     working_directory(&view, root, &clean(&process.cwd), &identity, mounts)?;
 

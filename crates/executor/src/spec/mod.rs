@@ -296,15 +296,18 @@ pub fn build(spec: &ProcessSpec, who: &Identity, around: &Surroundings, host: &H
     if !spec.group.is_empty() {
         annotations.insert(GROUP_ANNOTATION.into(), json!(spec.group));
     }
-    json!({
+    let extra: Vec<SpecMount> = around.mounts.iter().chain(&spec.edits.mounts).cloned().collect();
+    let mut whole = json!({
         "ociVersion": "1.0.2",
         "process": process(spec, who, around.apparmor.as_deref(), host),
         "root": { "path": "rootfs", "readonly": around.read_only_root },
         "hostname": if spec.hostname.is_empty() { DEFAULT_HOSTNAME } else { &spec.hostname },
-        "mounts": mounts(insecure, &around.mounts),
+        "mounts": mounts(insecure, &extra),
         "linux": linux,
         "annotations": annotations,
-    })
+    });
+    spec.edits.apply(&mut whole, who);
+    whole
 }
 
 #[cfg(test)]

@@ -15,11 +15,6 @@ pub struct AbsentFlags {
     pub selinux: Option<bool>,
     #[arg(id = "proxy-network", long = "proxy-network", hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub proxy_network: Option<bool>,
-    /// Accepted: there are no CDI devices yet, wherever their descriptions lie
-    #[arg(id = "cdi-disabled", long = "cdi-disabled", hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub cdi_disabled: Option<bool>,
-    #[arg(id = "cdi-spec-dir", long = "cdi-spec-dir", hide = true)]
-    pub cdi_spec_dir: Vec<String>,
     /// Accepted: no traces are collected from steps yet
     #[arg(id = "otel-socket-path", long = "otel-socket-path", hide = true)]
     pub otel_socket_path: Option<String>,
