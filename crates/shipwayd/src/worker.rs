@@ -7,7 +7,7 @@ use shipway_proto::moby::buildkit::v1::types::{BuildkitVersion, CdiDevice, GcPol
 use std::collections::BTreeMap;
 
 /// Version of BuildKit's API that we implement; clients compare it (section 1.5 of the client notes).
-pub const API_VERSION: &str = "v0.26.0";
+pub const API_VERSION: &str = "v0.31.0";
 
 /// What `--version`, Info and worker records say.
 pub fn version() -> BuildkitVersion {

@@ -269,7 +269,7 @@ impl Body {
 }
 
 /// Servers that know BuildKit by its name are to know us.
-const USER_AGENT: &str = concat!("buildkit/v0.26 shipway/", env!("CARGO_PKG_VERSION"));
+const USER_AGENT: &str = concat!("buildkit/v0.31 shipway/", env!("CARGO_PKG_VERSION"));
 
 /// The headers of a request, with what the user wants kept secret marked so (row `src.http.auth`).
 async fn headers(file: &HttpSpec, peers: &dyn Peers) -> Result<HeaderMap> {

@@ -5,7 +5,7 @@ use shipway_fault::Result;
 use crate::{Persona, output};
 
 /// The version of BuildKit's API that we speak, the same as the daemon's.
-const API: &str = "v0.26.0";
+const API: &str = "v0.31.0";
 
 pub(crate) fn run(persona: Persona) -> Result<()> {
     let own = env!("CARGO_PKG_VERSION");
