@@ -23,6 +23,17 @@ pub struct GitSource {
     /// Remote, with `#reference` if one was asked for.
     pub url: String,
     pub commit: String,
+    /// What it came out of instead of its remote.
+    pub bundle: Option<GitBundle>,
+}
+
+/// A file with commits of a repository.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GitBundle {
+    /// Its place, with its digest.
+    pub name: ImageName,
+    /// Whether it came from a client's store.
+    pub local: bool,
 }
 
 /// A downloaded file.

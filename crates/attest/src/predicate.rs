@@ -3,7 +3,7 @@
 use crate::{
     Capture, Mode, ProvenanceOptions, Version,
     intoto::{DigestSet, digest_set, slsa},
-    purl::{PurlKind, image_purl},
+    purl::{PurlKind, bundle_purl, image_purl},
     request::{ConfigSource, GitAddress, Parameters, RequestProvenance, commit, redact},
 };
 use serde::Serialize;
@@ -111,7 +111,13 @@ fn materials(capture: &Capture) -> Vec<(String, DigestSet)> {
         let kind = if i.local { PurlKind::Oci } else { PurlKind::Docker };
         (image_purl(kind, &i.name, i.platform.as_ref()), i.digest.map(digest_set).unwrap_or_default())
     });
-    let git = sources.git.iter().map(|g| (g.url.clone(), commit(&g.commit)));
+    let git = sources.git.iter().flat_map(|g| {
+        let bundle = g.bundle.as_ref().map(|b| {
+            let kind = if b.local { PurlKind::Oci } else { PurlKind::Docker };
+            (bundle_purl(kind, &b.name, &g.url), b.name.digest().map(digest_set).unwrap_or_default())
+        });
+        std::iter::once((g.url.clone(), commit(&g.commit))).chain(bundle)
+    });
     let http = sources.http.iter().map(|h| (h.url.clone(), digest_set(h.digest)));
     images.chain(git).chain(http).collect()
 }

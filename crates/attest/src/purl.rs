@@ -30,6 +30,17 @@ fn escape(text: &str, plain: &[u8]) -> String {
 
 /// The package URL of an image: its familiar name, the tag as version, digest and platform as qualifiers.
 pub fn image_purl(kind: PurlKind, name: &ImageName, platform: Option<&Platform>) -> String {
+    let platform = platform.map(|p| ("platform", p.clone().normalized().to_string()));
+    purl(kind, name, platform)
+}
+
+/// The package URL of a git bundle with commits of the repository at `url`.
+pub fn bundle_purl(kind: PurlKind, name: &ImageName, url: &str) -> String {
+    purl(kind, name, [("ref_type", "bundle".to_owned()), ("vcs_url", url.to_owned())])
+}
+
+/// The qualifiers stand in the order of their names, after the digest.
+fn purl(kind: PurlKind, name: &ImageName, more: impl IntoIterator<Item = (&'static str, String)>) -> String {
     let full = name.locator();
     let short = full.strip_prefix("docker.io/library/").or_else(|| full.strip_prefix("docker.io/")).unwrap_or(&full);
     let segments: Vec<String> = short.split('/').map(|segment| escape(segment, b"")).collect();
@@ -38,9 +49,8 @@ pub fn image_purl(kind: PurlKind, name: &ImageName, platform: Option<&Platform>)
     if let Some(tag) = tag {
         _ = write!(out, "@{}", escape(tag, PLAIN));
     }
-    let digest = name.digest().map(|d| format!("digest={}", escape(&d.to_string(), PLAIN)));
-    let platform = platform.map(|p| format!("platform={}", escape(&p.clone().normalized().to_string(), PLAIN)));
-    let qualifiers: Vec<String> = digest.into_iter().chain(platform).collect();
+    let digest = name.digest().map(|d| ("digest", d.to_string()));
+    let qualifiers: Vec<String> = digest.into_iter().chain(more).map(|(key, value)| format!("{key}={}", escape(&value, PLAIN))).collect();
     if !qualifiers.is_empty() {
         _ = write!(out, "?{}", qualifiers.join("&"));
     }
@@ -51,6 +61,14 @@ pub fn image_purl(kind: PurlKind, name: &ImageName, platform: Option<&Platform>)
 mod tests {
     use super::*;
     use shipway_oci::Digest;
+
+    #[test]
+    fn bundles_say_whose_commits_they_have() {
+        let digest = Digest::of("x");
+        let name = format!("127.0.0.1:5/foo/bundle@{digest}").parse().unwrap();
+        let want = format!("pkg:docker/127.0.0.1%3A5/foo/bundle?digest={digest}&ref_type=bundle&vcs_url=https:%2F%2Fh%2Fa.git%23main");
+        assert_eq!(bundle_purl(PurlKind::Docker, &name, "https://h/a.git#main"), want);
+    }
 
     #[test]
     fn names_become_package_urls() {

@@ -196,7 +196,7 @@ mod tests {
     fn the_context_becomes_the_config_source() {
         let args = [("context", "R#main"), ("filename", "F"), ("attest:sbom", ""), ("platform", "x"), ("label:a", "b")];
         let args = args.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        let sources = Sources { git: vec![GitSource { url: "R#main".into(), commit: "a".repeat(40) }], ..Sources::default() };
+        let sources = Sources { git: vec![GitSource { url: "R#main".into(), commit: "a".repeat(40), bundle: None }], ..Sources::default() };
         let got = RequestProvenance::new("f", filter_args(&args), &sources, |u, _| Some(u.to_owned()));
         assert_eq!((got.config_source.uri.as_str(), got.config_source.path.as_str()), ("R#main", "F"));
         assert_eq!(got.config_source.digest["sha1"].len(), 40);

@@ -29,6 +29,8 @@ pub const LLB: &[&str] = &[
     "source.git.skipsubmodules",
     "source.git.mtime",
     "source.git.fetchbycommit",
+    "source.git.bundle",
+    "source.git.checkoutbundle",
     "source.ocilayout",
     "source.http",
     "source.http.auth",
@@ -88,8 +90,6 @@ pub const LLB: &[&str] = &[
 pub const LLB_MISSING: &[&str] = &[
     "source.local.metadatatransfer",
     "source.git.signatureverify",
-    "source.git.bundle",
-    "source.git.checkoutbundle",
     "source.http.signatureverify",
     "source.imageblob",
     "source.buildop.llbfilename",

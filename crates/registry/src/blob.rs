@@ -10,7 +10,7 @@ use crate::{
 use bytes::Bytes;
 use futures::{Stream, stream};
 use http::{Method, StatusCode, header};
-use shipway_oci::{Descriptor, Hasher};
+use shipway_oci::{Descriptor, Digest, Hasher};
 use std::{fmt, ops::Range};
 
 /// A failure that comes after this many new bytes is a first one again.
@@ -71,6 +71,15 @@ impl Repository {
             reader.reopen(true).await?;
         }
         Ok(reader)
+    }
+
+    /// Length of a blob of which only the digest is known.
+    pub async fn blob_size(&self, digest: Digest) -> Result<u64, Error> {
+        let action = format!("look for blob {digest}");
+        let reply = self.ask(&Ask::new(Method::HEAD, format!("blobs/{digest}"), Need::Pull, &action)).await?;
+        let said = reply.answer.head.headers.get(header::CONTENT_LENGTH);
+        let size = said.and_then(|v| v.to_str().ok()?.parse().ok());
+        size.ok_or_else(|| Error::new(self.name(), self.name().registry(), &action, Kind::Protocol("the blob's length is not told".into())))
     }
 
     /// Whether the registry has the blob.

@@ -1,6 +1,7 @@
 //! `git://`: a commit's files, through the git binary and a bare repository kept per remote (rows `src.git*`).
 
 mod attrs;
+mod bundle;
 mod cli;
 mod repo;
 mod tree;
@@ -11,6 +12,7 @@ use crate::{
 };
 pub(crate) use attrs::GitSpec;
 use base64::{Engine, prelude::BASE64_STANDARD};
+pub(crate) use bundle::Bundle;
 use bytes::Bytes;
 use cli::Git;
 use repo::Repo;
@@ -19,11 +21,14 @@ use serde::Serialize;
 use shipway_fault::{Context, Fault, Result};
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, NamedRef, NamedRequest, RecordType, RefStore, Sharing};
+use shipway_registry::Registry;
 use std::io::Write;
 
 /// Git repositories.
 pub(crate) struct Gits {
     refs: RefStore,
+    /// For bundles.
+    registry: Registry,
 }
 
 /// git with what it needs to get at a remote; removes that when dropped.
@@ -41,11 +46,14 @@ struct GitKey<'a> {
     subdir: &'a str,
     skip_submodules: bool,
     commit_time: bool,
+    /// The one reference of a bundle that is made instead of files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bundle: Option<String>,
 }
 
 impl Gits {
-    pub(crate) fn new(refs: RefStore) -> Self {
-        Self { refs }
+    pub(crate) fn new(refs: RefStore, registry: Registry) -> Self {
+        Self { refs, registry }
     }
 
     pub(crate) async fn pin(
@@ -66,6 +74,7 @@ impl Gits {
             subdir: &spec.subdir,
             skip_submodules: spec.skip_submodules,
             commit_time: spec.commit_time,
+            bundle: spec.bundle_name(),
         };
         Ok(Pin { keys: vec![keys::digest("git", &key)], ephemeral: false, digest: Some(tip.sha) })
     }
@@ -90,7 +99,7 @@ impl Gits {
         let shared = self.shared(&spec).await?;
         let bare = shared.mount().await?;
         let repo = Repo { git: &access.git, dir: bare.path(), spec: &spec };
-        let made = self.check_out(&repo, &tip, &format!("git snapshot for {shown}#{}", spec.reference)).await;
+        let made = self.check_out(&repo, &tip, peers, &format!("git snapshot for {shown}#{}", spec.reference)).await;
         bare.unmount().await?;
         drop(shared);
         made
@@ -116,7 +125,10 @@ impl Gits {
         let repo = Repo { git: &access.git, dir: bare.path(), spec };
         let read = async {
             repo.init(tip.sha.len() == 64).await?;
-            repo.fetch_object(tip, &tip.sha).await?;
+            match &spec.bundle {
+                Some(bundle) => repo.unbundle(tip, bundle, peers, &self.registry).await?,
+                None => repo.fetch_object(tip, &tip.sha).await?,
+            }
             let commit = tip.commit.as_ref().unwrap_or(&tip.sha);
             let tag = match &tip.commit {
                 Some(_) => repo.object("tag", &tip.sha).await?,
@@ -129,12 +141,19 @@ impl Gits {
         read
     }
 
-    async fn check_out(&self, repo: &Repo<'_>, tip: &Tip, description: &str) -> Result<ImmutableRef> {
+    async fn check_out(&self, repo: &Repo<'_>, tip: &Tip, peers: &dyn Peers, description: &str) -> Result<ImmutableRef> {
         repo.init(tip.sha.len() == 64).await?;
-        repo.fetch(tip).await?;
+        match &repo.spec.bundle {
+            Some(bundle) => repo.unbundle(tip, bundle, peers, &self.registry).await?,
+            None => repo.fetch(tip).await?,
+        }
         let state = self.refs.mutable(None, description, RecordType::GitCheckout, None).await?;
         let mount = state.mount().await?;
-        repo.checkout(tip, mount.path()).await?;
+        if repo.spec.as_bundle {
+            repo.bundle(tip, mount.path()).await?;
+        } else {
+            repo.checkout(tip, mount.path()).await?;
+        }
         mount.unmount().await?;
         state.commit(description).await
     }
@@ -161,13 +180,33 @@ impl Gits {
             Some(tip) => tip,
             None => {
                 let access = self.access(spec, peers, reporter).await?;
-                let tip = repo::find_tip(&access.git, spec).await?;
+                let tip = match &spec.bundle {
+                    Some(bundle) => self.tip_in(bundle, spec, &access, peers).await?,
+                    None => repo::find_tip(&access.git, spec).await?,
+                };
                 memo.keep_tip(spec.tip_key(), tip.clone());
                 tip
             }
         };
         tip.check(spec)?;
         Ok(tip)
+    }
+
+    /// Where the reference leads in a bundle.
+    async fn tip_in(&self, bundle: &Bundle, spec: &GitSpec, access: &Access, peers: &dyn Peers) -> Result<Tip> {
+        if let Some(tip) = spec.bundled_tip() {
+            return Ok(tip);
+        }
+        let shared = self.shared(spec).await?;
+        let bare = shared.mount().await?;
+        let repo = Repo { git: &access.git, dir: bare.path(), spec };
+        let found = async {
+            repo.init(spec.checksum.len() == 64).await?;
+            repo.tip_in(bundle, peers, &self.registry).await
+        };
+        let found = found.await;
+        bare.unmount().await?;
+        found
     }
 
     async fn access(&self, spec: &GitSpec, peers: &dyn Peers, reporter: &Reporter) -> Result<Access> {

@@ -10,7 +10,7 @@ use crate::{
     local::Locals,
     remote::Remote,
 };
-use shipway_attest::{Capture, GitSource, HttpSource, ImageSource};
+use shipway_attest::{Capture, GitBundle, GitSource, HttpSource, ImageSource};
 use shipway_fault::{Fault, Result};
 use shipway_oci::{ChecksumAlgorithm, Digest, Platform};
 use shipway_progress::Reporter;
@@ -168,8 +168,8 @@ impl Sources {
         let inner = Inner {
             images: Images { refs: refs.clone(), registry: registry.clone(), flights },
             locals: Locals::new(refs.clone()),
-            files: Files::new(refs.clone(), registry),
-            gits: Gits::new(refs),
+            files: Files::new(refs.clone(), registry.clone()),
+            gits: Gits::new(refs, registry),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -232,7 +232,11 @@ impl Sources {
                 }
                 let reference = Some(&git.reference).filter(|r| !r.is_empty()).map(|r| format!("#{r}")).unwrap_or_default();
                 let commit = pin.digest.clone().unwrap_or_default();
-                capture.add_git(GitSource { url: format!("{}{reference}", git.remote), commit });
+                capture.add_git(GitSource {
+                    url: format!("{}{reference}", git.remote),
+                    commit,
+                    bundle: git.bundle.map(|b| GitBundle { local: b.store.is_some(), name: b.name }),
+                });
             }
         }
         Ok(())

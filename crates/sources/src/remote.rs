@@ -78,6 +78,18 @@ impl Remote {
         }
     }
 
+    /// A blob that is known by its digest alone.
+    pub(crate) async fn blob(&self, digest: Digest) -> Result<Pieces> {
+        Ok(match self {
+            Self::Registry(repository) => {
+                let size = repository.blob_size(digest).await.map_err(Fault::from)?;
+                let blob = Descriptor::new("application/octet-stream", digest, size);
+                Pieces::Registry(Box::new(repository.fetch_blob(&blob, 0).await.map_err(Fault::from)?))
+            }
+            Self::Client { store, .. } => Pieces::Client(Box::new(store.reader(digest).await?)),
+        })
+    }
+
     async fn open(&self, layer: &Descriptor) -> Result<Pieces> {
         Ok(match self {
             Self::Registry(repository) => Pieces::Registry(Box::new(repository.fetch_blob(layer, 0).await.map_err(Fault::from)?)),
@@ -103,13 +115,13 @@ pub(crate) fn media_type_of(bytes: &[u8]) -> Option<String> {
 }
 
 /// A blob as it comes.
-enum Pieces {
+pub(crate) enum Pieces {
     Registry(Box<shipway_registry::BlobReader>),
     Client(Box<dyn BlobReader>),
 }
 
 impl Pieces {
-    async fn next(&mut self) -> Result<Option<Bytes>> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>> {
         match self {
             Self::Registry(reader) => reader.next().await.map_err(Fault::from),
             Self::Client(reader) => reader.next().await,

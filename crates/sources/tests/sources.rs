@@ -319,3 +319,99 @@ async fn a_git_commit_becomes_its_files() {
     assert!(fault.to_string().contains("repository does not contain ref nope"), "{fault}");
     bench.refs.drained().await;
 }
+
+#[tokio::test]
+async fn a_git_commit_goes_through_a_bundle() {
+    let bench = Bench::new().await;
+    let base = tempfile::tempdir().unwrap();
+    let repo = base.path().join("r.git");
+    std::fs::create_dir_all(&repo).unwrap();
+    git(&repo, &["init", "-q"]);
+    for content in ["1", "2"] {
+        std::fs::write(repo.join("top"), content).unwrap();
+        git(&repo, &["add", "."]);
+        git(&repo, &["commit", "-qm", content]);
+    }
+    git(&repo, &["tag", "-a", "v1", "-m", "v1", "HEAD~1"]);
+    let (one, two) = (git(&repo, &["rev-parse", "HEAD~1"]), git(&repo, &["rev-parse", "HEAD"]));
+    let server = GitServer::start(base.path());
+    let source = |at: &str, fragment: &str, attrs: &[(&str, &str)]| spec(format!("git://git://127.0.0.1:{at}/r.git{fragment}"), attrs);
+    let state = async |bench: &Bench, source: &SourceSpec| {
+        let pin = bench.sources.pin(source, &cx()).await?;
+        bench.sources.fetch(source, &pin, &cx()).await
+    };
+
+    // What was fetched before was shallow; a bundle has everything.
+    let port = server.port.to_string();
+    let plain = bench.sources.pin(&source(&port, "#main", &[]), &cx()).await.unwrap();
+    state(&bench, &source(&port, "#main", &[])).await.unwrap();
+    let mut bundles = Vec::new();
+    for (fragment, name, commits) in [("#main", "refs/heads/main", "2"), ("#refs/tags/v1", "refs/tags/v1", "1")] {
+        let wanted = source(&port, fragment, &[("git.checkoutbundle", "true")]);
+        assert_ne!(bench.sources.pin(&wanted, &cx()).await.unwrap().keys, plain.keys);
+        let made = state(&bench, &wanted).await.unwrap();
+        let mount = made.mount().await.unwrap();
+        assert_eq!(std::fs::read_dir(mount.path()).unwrap().count(), 1);
+        let file = mount.path().join("bundle");
+        let clone = base.path().join(name.replace('/', "-"));
+        git(base.path(), &["clone", "-q", "--bare", file.to_str().unwrap(), clone.to_str().unwrap()]);
+        assert_eq!(git(&clone, &["for-each-ref", "--format=%(refname)"]), name);
+        assert_eq!(git(&clone, &["rev-list", "--count", name]), commits);
+        bundles.push(std::fs::read(file).unwrap());
+    }
+    drop(server);
+
+    // Nobody is asked but the registry.
+    let known: HashMap<Digest, Vec<u8>> = bundles.iter().map(|b| (Digest::of(b), b.clone())).collect();
+    let lie = Digest::of("other");
+    let bytes = bundles[0].clone();
+    let web = Web::start(move |line, _| match line.rsplit('/').next().unwrap().parse::<Digest>() {
+        Ok(digest) if digest == lie => ok(bytes.clone()),
+        Ok(digest) => known.get(&digest).map_or_else(|| status(404), |b| ok(b.clone())),
+        Err(_) => status(404),
+    });
+    let at = |digest: Digest| format!("docker-image+blob://{}/foo/bundle@{digest}", web.host);
+    let (of_main, of_tag) = (at(Digest::of(&bundles[0])), at(Digest::of(&bundles[1])));
+    let from = |fragment: &str, bundle: &str, commit: &str| source("1", fragment, &[("git.bundle", bundle), ("git.checksum", commit)]);
+    let read = async |source: &SourceSpec| {
+        // Each with a repository of its own.
+        let bench = Bench::new().await;
+        let made = state(&bench, source).await;
+        let text = match &made {
+            Ok(made) => std::fs::read_to_string(made.mount().await.unwrap().path().join("top")).map_err(|e| e.to_string()),
+            Err(fault) => Err(fault.to_string()),
+        };
+        drop(made);
+        bench.refs.drained().await;
+        text
+    };
+    for (fragment, bundle, commit, text) in [
+        ("#main", &of_main, &two, "2"),
+        (&*format!("#{two}"), &of_main, &two, "2"),
+        ("", &of_main, &one, "1"),
+        ("#refs/tags/v1", &of_tag, &one, "1"),
+        ("#v1", &of_tag, &one, "1"),
+    ] {
+        assert_eq!(read(&from(fragment, bundle, commit)).await.as_deref(), Ok(text), "{fragment}");
+    }
+    for (fragment, bundle, commit, why) in [
+        ("#main", &of_main, &one, "expected checksum to match"),
+        ("#dev", &of_main, &two, "does not contain ref dev"),
+        ("", &of_tag, &two, "not found in bundle"),
+        ("#main", &at(lie), &two, "expected checksum to match"),
+        ("#main", &at(Digest::of("nothing")), &two, "failed to fetch git bundle"),
+    ] {
+        let fault = read(&from(fragment, bundle, commit)).await.unwrap_err();
+        assert!(fault.contains(why), "{fault} is not {why}");
+    }
+    let kept = from("#main", &of_main, &two);
+    let kept = SourceSpec { attrs: kept.attrs.into_iter().chain([("git.keepgitdir".into(), "true".into())]).collect(), ..kept };
+    let made = state(&bench, &kept).await.unwrap();
+    let mount = made.mount().await.unwrap();
+    assert_eq!(git(mount.path(), &["-c", "safe.directory=*", "for-each-ref", "--format=%(refname)"]), "refs/heads/main");
+    assert_eq!(
+        bench.sources.pin(&from("#main", &of_main, &two), &cx()).await.unwrap().keys,
+        plain.keys,
+        "a bundle's commit is the same commit"
+    );
+}

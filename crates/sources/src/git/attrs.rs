@@ -1,5 +1,6 @@
 //! A git source's identifier and attributes (rows `src.git.*`).
 
+use super::bundle::{self, Bundle};
 use crate::{SourceSpec, keys};
 use shipway_fault::{Fault, Result};
 use shipway_oci::Digest;
@@ -26,6 +27,10 @@ pub(crate) struct GitSpec {
     pub commit_time: bool,
     /// Fetch the commit in `checksum` whatever the reference leads to.
     pub by_commit: bool,
+    /// Where commits come from instead of the remote.
+    pub bundle: Option<Bundle>,
+    /// Make a bundle and no files.
+    pub as_bundle: bool,
 }
 
 impl GitSpec {
@@ -52,8 +57,8 @@ impl GitSpec {
                     }
                 }
                 "git.fetchbycommit" => git.by_commit = yes,
-                "git.bundle" => return Err(Fault::unimplemented("a git source out of a bundle")),
-                "git.checkoutbundle" if yes => return Err(Fault::unimplemented("a git source as a bundle")),
+                "git.bundle" => git.bundle = Some(Bundle::parse(value, spec)?),
+                "git.checkoutbundle" => git.as_bundle = yes,
                 k if k.starts_with("git.sig.") => return Err(Fault::unimplemented("verifying the signature of a git commit")),
                 _ => {}
             }
@@ -68,7 +73,30 @@ impl GitSpec {
         if git.by_commit && !is_commit(&git.checksum) {
             return Err(Fault::invalid("git.fetchbycommit needs a whole commit in git.checksum"));
         }
+        git.check_bundles()?;
         Ok(git)
+    }
+
+    fn check_bundles(&self) -> Result<()> {
+        if self.bundle.is_some() {
+            if self.checksum.is_empty() {
+                return Err(Fault::invalid("git.bundle requires git.checksum to be set"));
+            }
+            if self.reference.is_empty() && !is_commit(&self.checksum) {
+                return Err(Fault::invalid("git.bundle without a reference needs a whole commit in git.checksum"));
+            }
+        }
+        for (bad, what) in [(self.keep_git_dir, "git.keepgitdir"), (!self.subdir.is_empty(), "git.subdir")] {
+            if self.as_bundle && bad {
+                return Err(Fault::invalid(format!("git.checkoutbundle is incompatible with {what}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The name of the one reference of the bundle that is to be made.
+    pub(crate) fn bundle_name(&self) -> Option<String> {
+        self.as_bundle.then(|| bundle::bundled_name(&self.reference))
     }
 
     /// The address as it may be shown: without a password.
@@ -94,6 +122,9 @@ impl GitSpec {
 
     /// Identity of what the remote is asked: where its reference leads, whatever is then made of it.
     pub(crate) fn tip_key(&self) -> Digest {
+        if let Some(bundle) = &self.bundle {
+            return keys::digest("git.bundle.tip", &(&self.remote, &self.reference, &self.checksum, &bundle.digest));
+        }
         let commit = if self.by_commit { self.checksum.as_str() } else { "" };
         keys::digest("git.tip", &(&self.remote, &self.reference, commit))
     }
@@ -171,5 +202,36 @@ mod tests {
         }
         assert!(parse("h/a", &[("git.fetchbycommit", "true"), ("git.checksum", "abc")]).is_err());
         assert!(parse("h/a", &[("git.checksum", "xyz")]).is_err());
+    }
+
+    #[test]
+    fn bundles_have_a_place_and_a_checksum() {
+        let sha = "a".repeat(40);
+        let blob = format!("127.0.0.1:5/foo/bundle@{}", Digest::of("x"));
+        let check = |locator: &str, attrs: &[(&str, &str)], expected: &str| {
+            let found = parse(locator, attrs);
+            match found {
+                Ok(git) => assert_eq!((git.bundle.map(|b| format!("{} {:?}", b.name, b.store))).unwrap_or_default(), expected),
+                Err(fault) => assert!(fault.to_string().contains(expected) && !expected.is_empty(), "{fault}"),
+            }
+        };
+        let (image, layout) = (format!("docker-image+blob://{blob}"), format!("oci-layout+blob://not/real@{}", Digest::of("x")));
+        check("h/a#main", &[("git.bundle", &image), ("git.checksum", &sha)], &format!("{blob} None"));
+        let named = format!("docker.io/not/real@{} ", Digest::of("x"));
+        check("h/a", &[("git.bundle", &layout), ("git.checksum", &sha)], &format!("{named}Some((\"not/real\", None))"));
+        let more = [("git.bundle", layout.as_str()), ("git.checksum", &sha), ("oci.store", "s"), ("oci.session", "i")];
+        check("h/a", &more, &format!("{named}Some((\"s\", Some(\"i\")))"));
+        check("h/a#main", &[("git.bundle", &image)], "git.bundle requires git.checksum to be set");
+        check("h/a", &[("git.bundle", &image), ("git.checksum", "abc")], "needs a whole commit");
+        check("h/a#main", &[("git.bundle", "docker-image+blob://h/a:1"), ("git.checksum", &sha)], "invalid digest");
+        check("h/a#main", &[("git.bundle", &format!("http://{blob}")), ("git.checksum", &sha)], "scheme \"http\" is not supported");
+        check("h/a#main", &[("git.bundle", &blob), ("git.checksum", &sha)], "missing scheme");
+        check("h/a#main", &[("git.checkoutbundle", "true"), ("git.keepgitdir", "true")], "incompatible with git.keepgitdir");
+        check("h/a#main:x", &[("git.checkoutbundle", "true")], "incompatible with git.subdir");
+        for (reference, name) in [("", "main"), (&*sha, "main"), ("v1", "v1"), ("refs/heads/x", "x"), ("heads/x/y", "x/y")] {
+            let git = parse(&format!("h/a#{reference}"), &[("git.checkoutbundle", "true")]).unwrap();
+            assert_eq!(git.bundle_name(), Some(format!("refs/heads/{name}")));
+        }
+        assert_eq!(parse("h/a#refs/tags/v1", &[("git.checkoutbundle", "true")]).unwrap().bundle_name().as_deref(), Some("refs/tags/v1"));
     }
 }

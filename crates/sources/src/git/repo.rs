@@ -61,7 +61,7 @@ fn default_branch(answer: &str) -> Option<String> {
 }
 
 /// Which line of `ls-remote` is meant: exactly this name, then a branch, then a tag, as `git checkout` prefers.
-fn pick(answer: &str, reference: &str) -> Option<Tip> {
+pub(super) fn pick(answer: &str, reference: &str) -> Option<Tip> {
     let find = |name: &str| answer.lines().filter_map(|l| l.split_once('\t')).find(|(_, n)| *n == name).map(|(sha, _)| sha.to_owned());
     let short = |prefix: &str| format!("{prefix}{}", reference.strip_prefix(prefix).unwrap_or(reference));
     let tag = short("refs/tags/");
@@ -83,7 +83,7 @@ pub(crate) struct Repo<'a> {
 }
 
 impl Repo<'_> {
-    fn here(&self) -> Git {
+    pub(super) fn here(&self) -> Git {
         self.git.clone().git_dir(self.dir)
     }
 
@@ -99,7 +99,7 @@ impl Repo<'_> {
         self.here().run(None, &["remote", "add", "origin", &self.spec.remote]).await.map(drop)
     }
 
-    async fn has(&self, sha: &str) -> bool {
+    pub(super) async fn has(&self, sha: &str) -> bool {
         self.here().succeeds(&["cat-file", "-e", &format!("{sha}^{{commit}}")]).await
     }
 
@@ -221,7 +221,7 @@ impl Repo<'_> {
     }
 
     /// What is needed of `tip`: its commit, where the tag itself leaves no trace. A tag that has moved on is then no obstacle.
-    fn needed<'t>(&self, tip: &'t Tip) -> &'t str {
+    pub(super) fn needed<'t>(&self, tip: &'t Tip) -> &'t str {
         tip.commit.as_deref().filter(|_| !self.spec.keep_git_dir).unwrap_or(&tip.sha)
     }
 

@@ -1,0 +1,189 @@
+//! Git bundles: a commit with its history in one file, which a source can be made of and can be made into (rows `src.git.bundle`).
+
+use super::{GitSpec, Repo, Tip, attrs::is_commit, repo};
+use crate::{
+    SourceSpec,
+    peers::Peers,
+    remote::{Pieces, Remote},
+};
+use shipway_fault::{Context, Fault, Result};
+use shipway_oci::{Digest, Hasher, ImageName};
+use shipway_registry::{Mode, Registry};
+use std::{os::unix::fs::PermissionsExt as _, path::Path};
+use tokio::io::AsyncWriteExt as _;
+
+/// Name of the file that a source becomes.
+const FILE: &str = "bundle";
+
+/// Where a bundle is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Bundle {
+    /// Its place, with its digest.
+    pub name: ImageName,
+    pub digest: Digest,
+    /// The client's store that has it and perhaps which client; `None` for a registry.
+    pub store: Option<(String, Option<String>)>,
+}
+
+impl Bundle {
+    /// Reads `docker-image+blob://<name>@<digest>` or `oci-layout+blob://<name>@<digest>`.
+    pub(super) fn parse(locator: &str, spec: &SourceSpec) -> Result<Self> {
+        let wrong = |why: &str| Fault::invalid(format!("failed to parse git.bundle locator {locator:?}: {why}"));
+        let (scheme, body) = locator.split_once("://").ok_or_else(|| wrong("missing scheme"))?;
+        let name: ImageName = body.parse().map_err(|e| wrong(&format!("{e}")))?;
+        let digest = name.digest().ok_or_else(|| wrong("invalid digest"))?;
+        let attr = |key: &str| spec.attrs.get(key).filter(|v| !v.is_empty()).cloned();
+        let store = match scheme {
+            "docker-image+blob" => None,
+            "oci-layout+blob" => {
+                let named = || body.split('@').next().unwrap_or_default().to_owned();
+                Some((attr("oci.store").unwrap_or_else(named), attr("oci.session")))
+            }
+            _ => {
+                return Err(Fault::invalid(format!(
+                    "git.bundle locator scheme {scheme:?} is not supported; expected \"docker-image+blob\" or \"oci-layout+blob\""
+                )));
+            }
+        };
+        Ok(Self { name, digest, store })
+    }
+
+    async fn open(&self, peers: &dyn Peers, registry: &Registry) -> Result<Pieces> {
+        let remote = match &self.store {
+            None => Remote::Registry(Box::new(registry.repository(&self.name, peers.credentials(), Mode::Pull))),
+            Some((store, session)) => {
+                let store = peers.client_store(session.as_deref(), &format!("oci:{store}")).await?;
+                Remote::Client { store, name: self.name.to_string() }
+            }
+        };
+        remote.blob(self.digest).await
+    }
+
+    /// Writes it to `file`, verified.
+    async fn download(&self, file: &Path, peers: &dyn Peers, registry: &Registry) -> Result<()> {
+        let failed = |e| Fault::io(format!("write {}", file.display()), e);
+        let mut pieces = self.open(peers, registry).await?;
+        let mut out = tokio::fs::File::create(file).await.map_err(failed)?;
+        let mut hasher = Hasher::new();
+        while let Some(piece) = pieces.next().await? {
+            hasher.update(&piece);
+            out.write_all(&piece).await.map_err(failed)?;
+        }
+        out.flush().await.map_err(failed)?;
+        match hasher.finish() {
+            got if got == self.digest => Ok(()),
+            got => Err(Fault::invalid(format!("expected checksum to match {}, got {got}", self.digest))),
+        }
+    }
+}
+
+impl Repo<'_> {
+    /// What is in `bundle`, as `ls-remote` would list it; it is brought into the repository if it is not there.
+    async fn listed(&self, bundle: &Bundle, peers: &dyn Peers, registry: &Registry) -> Result<String> {
+        let below = format!("refs/shipway/bundles/{}/", bundle.digest.hex());
+        let git = self.here();
+        let list = async || git.run(None, &["for-each-ref", "--format=%(objectname) %(refname) %(*objectname)", &below]).await;
+        let mut names = list().await?;
+        if names.is_empty() {
+            let file = self.dir.join("shipway-bundle");
+            let refs = format!("+refs/*:{below}*");
+            let path = file.display().to_string();
+            let brought = async {
+                bundle.download(&file, peers, registry).await?;
+                git.run(None, &["fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--", &path, &refs]).await.map(drop)
+            };
+            let brought = brought.await.context(|| format!("failed to fetch git bundle {}", bundle.name));
+            let _ = tokio::fs::remove_file(&file).await;
+            brought?;
+            names = list().await?;
+        }
+        let mut answer = String::new();
+        for line in names.lines() {
+            let mut words = line.split(' ');
+            let (Some(sha), Some(name)) = (words.next(), words.next().and_then(|n| n.strip_prefix(&below))) else { continue };
+            answer.push_str(&format!("{sha}\trefs/{name}\n"));
+            if let Some(commit) = words.next().filter(|c| !c.is_empty()) {
+                answer.push_str(&format!("{commit}\trefs/{name}^{{}}\n"));
+            }
+        }
+        Ok(answer)
+    }
+
+    /// Where the reference leads in the bundle.
+    pub(super) async fn tip_in(&self, bundle: &Bundle, peers: &dyn Peers, registry: &Registry) -> Result<Tip> {
+        let answer = self.listed(bundle, peers, registry).await?;
+        let reference = &self.spec.reference;
+        repo::pick(&answer, reference)
+            .ok_or_else(|| Fault::not_found(format!("git bundle {} does not contain ref {reference}", bundle.name)))
+    }
+
+    /// Brings `tip` into the repository out of the bundle.
+    pub(super) async fn unbundle(&self, tip: &Tip, bundle: &Bundle, peers: &dyn Peers, registry: &Registry) -> Result<()> {
+        let sha = self.needed(tip);
+        if !self.has(sha).await {
+            self.listed(bundle, peers, registry).await?;
+        }
+        if self.has(sha).await { Ok(()) } else { Err(Fault::not_found(format!("commit {sha} not found in bundle {}", bundle.name))) }
+    }
+
+    /// Writes the one file that `tip` is as a bundle, with all of its history, into `to`.
+    pub(super) async fn bundle(&self, tip: &Tip, to: &Path) -> Result<()> {
+        self.deepen(tip).await?;
+        let doing = || format!("failed to create git bundle for {}", self.needed(tip));
+        // A repository of its own, so that the bundle has the one reference and by its natural name.
+        let failed = |e| Fault::io("prepare a repository for a git bundle", e);
+        let own = tempfile::Builder::new().prefix("shipway-bundling-").tempdir_in(self.dir).map_err(failed)?;
+        let git = self.git.clone().git_dir(own.path());
+        let format = if tip.sha.len() == 64 { "--object-format=sha256" } else { "--object-format=sha1" };
+        git.run(Some(own.path()), &["-c", "init.defaultBranch=master", "init", "--quiet", "--bare", "--template=", format]).await?;
+        let objects = format!("{}\n", self.dir.join("objects").display());
+        tokio::fs::create_dir_all(own.path().join("objects/info")).await.map_err(failed)?;
+        tokio::fs::write(own.path().join("objects/info/alternates"), objects).await.map_err(failed)?;
+        let name = bundled_name(&self.spec.reference);
+        git.run(None, &["update-ref", &name, self.needed(tip)]).await.context(doing)?;
+        let file = to.join(FILE);
+        git.run(None, &["bundle", "create", "--quiet", &file.display().to_string(), &name]).await.context(doing)?;
+        tokio::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).await.map_err(failed)
+    }
+
+    /// Fetches the history that shallow fetches left out: a bundle that lacks it is of no use to anybody.
+    async fn deepen(&self, tip: &Tip) -> Result<()> {
+        let shallow = self.dir.join("shallow");
+        let git = self.here();
+        let sha = self.needed(tip);
+        let by_sha = format!("+{sha}:refs/shipway/tips/{sha}");
+        let by_name = format!("+{}:refs/shipway/tips/{sha}", tip.reference);
+        for wanted in [by_sha, by_name, "+refs/heads/*:refs/heads/*".to_owned()] {
+            if !shallow.exists() {
+                return Ok(());
+            }
+            // By another name than the commit's own it may lead elsewhere by now; the commit is here already, and its history is what counts.
+            let _ = git.run(None, &["fetch", "--quiet", "--unshallow", "--no-tags", "--force", "origin", &wanted]).await;
+        }
+        if !shallow.exists() {
+            return Ok(());
+        }
+        Err(Fault::invalid(format!("the history of {sha} cannot be had from {}, and without it there is no bundle", self.spec.shown())))
+    }
+}
+
+/// Under which name a bundle has its commit: the reference's, as a branch unless it is a tag by its full name.
+pub(super) fn bundled_name(reference: &str) -> String {
+    if reference.is_empty() || is_commit(reference) {
+        return "refs/heads/main".into();
+    }
+    if reference.starts_with("refs/tags/") {
+        return reference.to_owned();
+    }
+    let name = reference.strip_prefix("refs/").unwrap_or(reference);
+    format!("refs/heads/{}", name.strip_prefix("heads/").unwrap_or(name))
+}
+
+impl GitSpec {
+    /// Where the reference leads if that can be said without opening the bundle.
+    pub(super) fn bundled_tip(&self) -> Option<Tip> {
+        let named = !self.reference.is_empty() && !is_commit(&self.reference);
+        let sha = if self.reference.is_empty() { &self.checksum } else { &self.reference };
+        (!named).then(|| Tip { sha: sha.clone(), reference: sha.clone(), commit: None })
+    }
+}
