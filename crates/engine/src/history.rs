@@ -20,6 +20,18 @@ use tokio::sync::broadcast;
 /// Turns events into the bytes that clients read back as a build's log (row `so.h.status`).
 pub type LogEncoder = Arc<dyn Fn(&[Event]) -> Vec<u8> + Send + Sync>;
 
+/// Turns an error into the bytes that clients read back as what a build failed with (row `so.h.err`).
+pub type FaultEncoder = Arc<dyn Fn(&Fault) -> Vec<u8> + Send + Sync>;
+
+/// How the files of finished builds are written.
+#[derive(Clone)]
+pub struct HistoryEncoders {
+    /// Their logs.
+    pub log: LogEncoder,
+    /// Their errors.
+    pub fault: FaultEncoder,
+}
+
 /// How much is remembered (row `toml.hist`).
 #[derive(Clone, Copy, Debug)]
 pub struct HistoryLimits {
@@ -35,7 +47,7 @@ impl Default for HistoryLimits {
     }
 }
 
-/// A log on disk.
+/// A log or another file of a build, on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogFile {
     /// Digest of its bytes, and its name.
@@ -68,6 +80,9 @@ pub struct HistoryRecord {
     /// Why it failed.
     #[serde(with = "kept::fault")]
     pub error: Option<Fault>,
+    /// The same with everything that was known of it: the lines of the Dockerfile, the step, the process.
+    #[serde(default)]
+    pub failure: Option<LogFile>,
     /// When it began.
     pub created: SystemTime,
     /// When it ended.
@@ -91,7 +106,7 @@ pub struct HistoryRecord {
 impl HistoryRecord {
     /// Its files on disk.
     fn files(&self) -> impl Iterator<Item = LogFile> + '_ {
-        self.log.into_iter().chain(self.provenance.iter().map(|(_, file)| *file))
+        self.log.into_iter().chain(self.failure).chain(self.provenance.iter().map(|(_, file)| *file))
     }
 }
 
@@ -122,7 +137,7 @@ pub struct History {
     changes: broadcast::Sender<HistoryEvent>,
     dir: PathBuf,
     limits: HistoryLimits,
-    encode: LogEncoder,
+    encode: HistoryEncoders,
 }
 
 /// Records by id.
@@ -134,7 +149,7 @@ fn lock(m: &HistoryStore) -> MutexGuard<'_, BTreeMap<String, Arc<HistoryRecord>>
 
 impl History {
     /// The history kept in `dir`.
-    pub fn open(dir: PathBuf, limits: HistoryLimits, encode: LogEncoder) -> Result<Self> {
+    pub fn open(dir: PathBuf, limits: HistoryLimits, encode: HistoryEncoders) -> Result<Self> {
         let records = kept::read(&dir).map_err(|e| Fault::io(format!("read the history in {}", dir.display()), e))?;
         let (changes, _) = broadcast::channel(256);
         Ok(Self { records: Mutex::new(records), changes, dir, limits, encode })
@@ -159,6 +174,7 @@ impl History {
             options: request.options.clone(),
             exporters: request.exporters.clone(),
             error: None,
+            failure: None,
             created: SystemTime::now(),
             completed: None,
             log: None,
@@ -177,20 +193,24 @@ impl History {
         let events = journal.events();
         let (encode, dir) = (self.encode.clone(), self.dir.clone());
         let told = outcome.as_ref().map(|r| r.provenance.clone()).unwrap_or_default();
+        let failed = outcome.as_ref().err().cloned();
         let work = move || {
+            let failure = failed.map(|fault| write_file(&dir, &(encode.fault)(&fault))).transpose();
             let told = told.into_iter().map(|(platform, bytes)| Ok((platform, write_file(&dir, &bytes)?))).collect::<Result<_>>();
-            (count(&events), write_file(&dir, &encode(&events)), told)
+            (count(&events), write_file(&dir, &(encode.log)(&events)), told, failure)
         };
-        let (steps, log, provenance) = match tokio::task::spawn_blocking(work).await {
+        let (steps, log, provenance, failure) = match tokio::task::spawn_blocking(work).await {
             Ok(done) => done,
-            Err(e) => (Steps::default(), Err(Fault::internal(e.to_string())), Ok(Vec::new())),
+            Err(e) => (Steps::default(), Err(Fault::internal(e.to_string())), Ok(Vec::new()), Ok(None)),
         };
         let provenance = provenance.inspect_err(|f: &Fault| tracing::warn!(build = id, error = %f, "the build's provenance was not kept"));
         let log = log.inspect_err(|f| tracing::warn!(build = id, error = %f, "the build's log was not kept")).ok();
+        let failure = failure.inspect_err(|f| tracing::warn!(build = id, error = %f, "the build's error was not kept in full"));
         let record = {
             let mut records = lock(&self.records);
             let Some(old) = records.get(id) else { return };
             let mut record = HistoryRecord::clone(old);
+            record.failure = failure.unwrap_or_default();
             record.completed = Some(SystemTime::now());
             record.log = log;
             record.steps = steps;
@@ -279,7 +299,7 @@ impl History {
         (all, receiver)
     }
 
-    /// A log or a predicate, if `digest` is one.
+    /// A log, an error or a predicate, if `digest` is one.
     pub fn log(&self, digest: Digest) -> Option<PathBuf> {
         let known = lock(&self.records).values().any(|r| r.files().any(|f| f.digest == digest));
         known.then(|| self.dir.join(digest.hex()))
@@ -314,7 +334,8 @@ mod tests {
     use super::*;
 
     fn open(dir: &Path) -> History {
-        History::open(dir.to_owned(), HistoryLimits::default(), Arc::new(|_| b"log".to_vec())).unwrap()
+        let encode = HistoryEncoders { log: Arc::new(|_| b"log".to_vec()), fault: Arc::new(|f| f.to_string().into_bytes()) };
+        History::open(dir.to_owned(), HistoryLimits::default(), encode).unwrap()
     }
 
     async fn build(history: &History, id: &str, outcome: Result<BuildResponse>) {
@@ -345,6 +366,8 @@ mod tests {
         assert!(bad.pinned && bad.options["target"] == "x");
         let log = next.log(bad.log.unwrap().digest).unwrap();
         assert_eq!(std::fs::read(log).unwrap(), b"log");
+        let failure = next.log(bad.failure.unwrap().digest).unwrap();
+        assert_eq!(std::fs::read(failure).unwrap(), b"step: no such thing");
         next.delete("bad").unwrap();
         next.delete("../../good").unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);

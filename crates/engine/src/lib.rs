@@ -26,7 +26,10 @@ mod verify;
 mod vertices;
 
 pub use engine::{Engine, EngineParts, Progress};
-pub use history::{History, HistoryEvent, HistoryEventKind, HistoryFilter, HistoryLimits, HistoryRecord, LogEncoder, LogFile, Steps};
+pub use history::{
+    FaultEncoder, History, HistoryEncoders, HistoryEvent, HistoryEventKind, HistoryFilter, HistoryLimits, HistoryRecord, LogEncoder,
+    LogFile, Steps,
+};
 pub use policy::BuildPolicy;
 pub use request::{BuildRequest, BuildResponse, ExporterRequest};
 pub use results::RefResults;

@@ -1,9 +1,10 @@
 //! Build history on the wire (rows `ctl.hist.*`).
 
 use crate::filter;
+use prost::Message as _;
 use shipway_attest::slsa;
 use shipway_engine::{History, HistoryEventKind, HistoryRecord, LogFile};
-use shipway_fault::Result;
+use shipway_fault::{Fault, Result};
 use shipway_grpc::status_of;
 use shipway_oci::{Descriptor, media};
 use shipway_proto::{google::rpc, moby::buildkit::v1 as wire};
@@ -14,6 +15,8 @@ use tonic::Status;
 
 /// Media type of a build's log (row `so.h.status`).
 const LOG: &str = "application/vnd.buildkit.status.v0";
+/// Media type of a build's error, spelt as clients know it (row `so.h.err`).
+const FAILURE: &str = "application/vnd.googeapis.google.rpc.status+proto";
 
 fn descriptor(d: &Descriptor) -> wire::Descriptor {
     wire::Descriptor {
@@ -33,13 +36,13 @@ fn result(written: &BTreeMap<usize, Descriptor>) -> wire::BuildResultInfo {
     }
 }
 
+fn of_file(file: &LogFile, media_type: &str) -> wire::Descriptor {
+    wire::Descriptor { media_type: media_type.into(), digest: file.digest.to_string(), size: file.size as i64, ..Default::default() }
+}
+
 fn provenance(file: &LogFile) -> wire::Descriptor {
-    wire::Descriptor {
-        media_type: media::IN_TOTO.into(),
-        digest: file.digest.to_string(),
-        size: file.size as i64,
-        annotations: [("in-toto.io/predicate-type".to_owned(), slsa::V1.to_owned())].into(),
-    }
+    let annotations = [("in-toto.io/predicate-type".to_owned(), slsa::V1.to_owned())].into();
+    wire::Descriptor { annotations, ..of_file(file, media::IN_TOTO) }
 }
 
 /// The results of a finished build: of the build itself, and by platform.
@@ -58,10 +61,20 @@ fn results(r: &HistoryRecord) -> (Option<wire::BuildResultInfo>, BTreeMap<String
     (Some(own), platforms)
 }
 
+/// A build's error in full (row `so.h.err`).
+pub fn fault_blob(fault: &Fault) -> Vec<u8> {
+    let status = status_of(fault);
+    match status.details() {
+        [] => rpc::Status { code: status.code() as i32, message: status.message().to_owned(), details: Vec::new() }.encode_to_vec(),
+        // What travels as details is the whole status.
+        whole => whole.to_vec(),
+    }
+}
+
 fn record(r: &HistoryRecord) -> wire::BuildHistoryRecord {
     let error = r.error.as_ref().map(|f| {
         let status = status_of(f);
-        // Details are stripped here (row `so.h.err`).
+        // Details are in the file (row `so.h.err`).
         rpc::Status { code: status.code() as i32, message: status.message().to_owned(), details: Vec::new() }
     });
     let (own, platforms) = results(r);
@@ -71,14 +84,10 @@ fn record(r: &HistoryRecord) -> wire::BuildHistoryRecord {
         frontend_attrs: r.options.clone(),
         exporters: r.exporters.iter().map(|e| wire::Exporter { r#type: e.kind.clone(), attrs: e.attrs.clone() }).collect(),
         error,
+        external_error: r.failure.as_ref().map(|file| of_file(file, FAILURE)),
         created_at: Some(r.created.into()),
         completed_at: r.completed.map(Into::into),
-        logs: r.log.map(|l| wire::Descriptor {
-            media_type: LOG.into(),
-            digest: l.digest.to_string(),
-            size: l.size as i64,
-            ..Default::default()
-        }),
+        logs: r.log.as_ref().map(|file| of_file(file, LOG)),
         exporter_response: r.response.clone(),
         result: own,
         results: platforms,
@@ -162,4 +171,20 @@ pub fn listen(
         }
     });
     Ok(ReceiverStream::new(rx))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shipway_fault::Detail;
+
+    #[test]
+    fn errors_are_kept_with_their_details() {
+        let decoded = |fault: &Fault| rpc::Status::decode(&fault_blob(fault)[..]).unwrap();
+        let fault = Fault::not_found("no such thing").context("step");
+        let plain = decoded(&fault);
+        assert_eq!((plain.code, plain.message.as_str(), plain.details.len()), (5, "step: no such thing", 0));
+        let full = decoded(&fault.detail(Detail::Exit(3)));
+        assert_eq!((full.code, full.message.as_str(), full.details.len()), (5, "step: no such thing", 1));
+    }
 }

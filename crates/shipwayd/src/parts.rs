@@ -1,12 +1,12 @@
 //! Putting the daemon together: each subsystem built from its part of the settings.
 
-use crate::{config::Cdi, control::WorkerInfo, flags::Settings, gc, status, worker};
+use crate::{config::Cdi, control::WorkerInfo, flags::Settings, gc, history, status, worker};
 use shipway_attest::Builder;
 use shipway_cachedb::CacheDb;
 use shipway_cdi::Registry as DeviceRegistry;
 use shipway_containerd::{Containerd, NetworkConfig, NetworkDefault, TaskConfig, TaskExecutor};
 use shipway_dockerfile2llb::DockerfileFrontend;
-use shipway_engine::{Engine, EngineParts, History, HistoryLimits};
+use shipway_engine::{Engine, EngineParts, History, HistoryEncoders, HistoryLimits};
 use shipway_executor::{Executor as _, etc::Dns};
 use shipway_exporters::Exporters;
 use shipway_fault::{Context as _, Fault, Result};
@@ -98,7 +98,8 @@ pub async fn build(settings: &Settings) -> Result<Parts> {
             max_entries: h.max_entries.map_or(HistoryLimits::default().max_entries, |n| usize::try_from(n).unwrap_or(0)),
         },
     };
-    let history = Arc::new(History::open(root.join("history"), limits, Arc::new(status::log_blob))?);
+    let encode = HistoryEncoders { log: Arc::new(status::log_blob), fault: Arc::new(history::fault_blob) };
+    let history = Arc::new(History::open(root.join("history"), limits, encode)?);
     let platforms = match w.platforms.is_empty() {
         true => worker::detect_platforms(),
         false => w.platforms.iter().map(|p| p.parse::<Platform>().map_err(|e| Fault::invalid(e.to_string()))).collect::<Result<_>>()?,
