@@ -1,6 +1,6 @@
 //! Which states of a build will be exported as layers of an image, told before its vertices run, so that layers are compressed while later ones do.
 
-use crate::op::LlbOp;
+use crate::{JobData, op::LlbOp};
 use shipway_fault::Result;
 use shipway_llb::{FileOp, MountKind, Op};
 use shipway_oci::Digest;
@@ -10,6 +10,7 @@ use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
 };
+use tokio::sync::watch;
 
 /// What is to become of a state's topmost layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,14 +21,22 @@ struct Wish {
     last: bool,
 }
 
-/// The layers that a build's exporters will want compressed. Clones share it.
+/// The layers that a build's exporters will want compressed. Clones share it; with the last of them, at the end of the build, what is still being
+/// compressed for it stops.
 #[derive(Clone, Debug, Default)]
-pub struct Ahead(Arc<Mutex<HashMap<(Digest, usize), Wish>>>);
+pub struct Ahead(Arc<Told>);
+
+#[derive(Debug, Default)]
+struct Told {
+    wishes: Mutex<HashMap<(Digest, usize), Wish>>,
+    /// Closed at the end.
+    end: watch::Sender<()>,
+}
 
 impl Ahead {
     /// Tells that output `output` of `vertex` will be exported with `compression`. What was told of a state first holds.
     pub fn announce(&self, vertex: &Arc<Vertex<LlbOp>>, output: usize, compression: Compression) {
-        let mut wishes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wishes = self.0.wishes.lock().unwrap_or_else(PoisonError::into_inner);
         let mut told = vec![(vertex, output, true)];
         while let Some((vertex, output, last)) = told.pop() {
             // A state that others are made of as well is seen once.
@@ -39,7 +48,13 @@ impl Ahead {
     }
 
     fn wish(&self, vertex: Digest, output: usize) -> Option<Wish> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&(vertex, output)).copied()
+        self.0.wishes.lock().unwrap_or_else(PoisonError::into_inner).get(&(vertex, output)).copied()
+    }
+
+    /// Waits for the end of the build.
+    fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut end = self.0.end.subscribe();
+        async move { while end.changed().await.is_ok() {} }
     }
 }
 
@@ -79,13 +94,14 @@ impl LlbOp {
         output: Option<usize>,
         cx: &crate::op::Context,
     ) -> Result<ImmutableRef> {
-        let wish = output.and_then(|output| (cx.jobs)().iter().find_map(|job| job.ahead.wish(self.vertex.digest, output)));
-        match wish {
+        let jobs = (cx.jobs)();
+        let wish = |job: &JobData| Some((job.ahead.wish(self.vertex.digest, output?)?, job.ahead.ended()));
+        match jobs.iter().find_map(wish) {
             None => state.commit(description).await,
-            Some(Wish { compression, last: true }) => state.commit_packed(description, compression).await,
-            Some(Wish { compression, last: false }) => {
+            Some((Wish { compression, last: true }, _)) => state.commit_packed(description, compression).await,
+            Some((Wish { compression, last: false }, ended)) => {
                 let state = state.commit(description).await?;
-                state.start_compression(compression);
+                state.start_compression(compression, ended);
                 Ok(state)
             }
         }
@@ -96,6 +112,17 @@ impl LlbOp {
 mod tests {
     use super::*;
     use shipway_llb::{ExecOp, FileAction, FileActionKind, FileMkdir, MergeOp, Mount, PassthroughOp};
+
+    #[tokio::test]
+    async fn the_end_of_a_build_is_told() {
+        let ahead = Ahead::default();
+        let (ended, other) = (ahead.ended(), ahead.clone());
+        drop(ahead);
+        tokio::pin!(ended);
+        assert!(futures::poll!(&mut ended).is_pending());
+        drop(other);
+        ended.await;
+    }
 
     #[test]
     fn layers_are_followed_down_to_the_inputs_they_come_from() {

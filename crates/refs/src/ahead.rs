@@ -73,15 +73,20 @@ impl Drop for Loose {
 }
 
 impl ImmutableRef {
-    /// Begins in the background what [`ImmutableRef::blobs`] will wait for: layers that have no blob yet.
-    pub fn start_compression(&self, compression: Compression) {
+    /// Begins in the background what [`ImmutableRef::blobs`] will wait for, layers that have no blob yet; stops when `unwanted` is done.
+    pub fn start_compression(&self, compression: Compression, unwanted: impl Future<Output = ()> + Send + 'static) {
         let this = self.clone();
         self.0.store.background.spawn(async move {
             if this.record().is_none() {
                 // A client's directory is not made a layer before somebody insists.
                 return;
             }
-            if let Err(e) = this.blobs(compression, false, None).await {
+            let done = tokio::select! {
+                biased;
+                () = unwanted => Ok(()),
+                done = this.blobs(compression, false, None) => done.map(drop),
+            };
+            if let Err(e) = done {
                 tracing::debug!(error = %e, "compressing ahead failed; whoever needs it will see");
             }
         });

@@ -217,15 +217,21 @@ async fn blobs_are_made_once_found_again_and_changed_on_demand() {
     let lab = Lab::new();
     let store = lab.open().await;
     let state = step(&store, None, "one", "1").await;
-    state.start_compression(Compression::default());
+    state.start_compression(Compression::default(), std::future::pending());
     let gzip = state.blobs(Compression::default(), true, None).await.unwrap();
     let zstd = Compression { kind: CompressionKind::Zstd, ..Default::default() };
     assert_eq!(state.blobs(zstd, true, None).await.unwrap(), gzip, "what is there is used");
     let forced = state.blobs(Compression { force: true, ..zstd }, true, None).await.unwrap();
     assert_eq!(CompressionKind::of_media_type(&forced[0].descriptor.media_type), Some(CompressionKind::Zstd));
+    // What nobody wants any more is not made.
+    let unwanted = step(&store, None, "two", "2").await;
+    let before = lab.fake.count().blobs;
+    unwanted.start_compression(Compression::default(), std::future::ready(()));
+    drop(unwanted);
     let id = state.id().clone();
     drop(state);
     store.drained().await;
+    assert_eq!(lab.fake.count().blobs, before);
     drop(store);
     let store = lab.open().await;
     lab.fake.gc();
