@@ -88,6 +88,18 @@ impl Definition {
         Ok(Self(definition))
     }
 
+    /// The file behind `url`, under the name `filename`.
+    pub fn download(url: &str, filename: &str) -> Self {
+        let attrs = BTreeMap::from([("http.filename".to_owned(), filename.to_owned())]);
+        let source = pb::SourceOp { identifier: url.to_owned(), attrs };
+        let source = pb::Op { op: Some(pb::op::Op::Source(source)), ..Default::default() }.encode_to_vec();
+        let digest = Digest::of(&source).to_string();
+        let description = BTreeMap::from([("llb.customname".to_owned(), format!("[internal] load {url}"))]);
+        let metadata = BTreeMap::from([(digest.clone(), pb::OpMetadata { description, ..Default::default() })]);
+        let end = pb::Op { inputs: vec![pb::Input { digest, index: 0 }], ..Default::default() }.encode_to_vec();
+        Self(pb::Definition { def: vec![source, end], metadata, ..Default::default() })
+    }
+
     /// Lets no step come from the cache.
     pub fn ignore_cache(&mut self) {
         for op in &self.0.def {
@@ -107,6 +119,8 @@ pub struct SolveOptions {
     pub frontend: String,
     /// What it is told.
     pub frontend_attrs: BTreeMap<String, String>,
+    /// States that it is given, by name.
+    pub frontend_inputs: BTreeMap<String, Definition>,
     /// What becomes of the result.
     pub exports: Vec<Export>,
     /// Caches to write.
@@ -234,6 +248,7 @@ fn request(options: SolveOptions) -> Result<wire::SolveRequest> {
         exporters: options.exports.into_iter().map(|e| wire::Exporter { r#type: e.kind, attrs: e.attrs }).collect(),
         frontend: options.frontend,
         frontend_attrs: attrs,
+        frontend_inputs: options.frontend_inputs.into_iter().map(|(name, d)| (name, d.0)).collect(),
         cache: Some(wire::CacheOptions {
             exports: entries(&options.cache_exports),
             imports: entries(&options.cache_imports),
@@ -309,7 +324,8 @@ impl Client {
         if options.frontend.is_empty() {
             return Err(Fault::invalid("a question needs a frontend"));
         }
-        let question = Question::new(std::mem::take(&mut options.frontend), options.frontend_attrs.clone());
+        let inputs = std::mem::take(&mut options.frontend_inputs).into_iter().map(|(name, d)| (name, d.0)).collect();
+        let question = Question::new(std::mem::take(&mut options.frontend), options.frontend_attrs.clone(), inputs);
         Ok(self.drive(options, Some(question), events, stop).await?.1)
     }
 

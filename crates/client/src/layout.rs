@@ -43,6 +43,14 @@ pub(crate) fn find(dir: &Path, tag: &str) -> Result<Option<String>> {
     Ok(found.and_then(|entry| entry.get("digest")?.as_str()).map(str::to_owned))
 }
 
+/// The digest of the only entry.
+pub(crate) fn only(dir: &Path) -> Result<Option<String>> {
+    let index = read(dir)?.unwrap_or_default();
+    let entries = index.get("manifests").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let [entry] = entries else { return Ok(None) };
+    Ok(entry.get("digest").and_then(Value::as_str).map(str::to_owned))
+}
+
 /// The tag in an image's name.
 fn tag(name: &str) -> &str {
     let name = name.split('@').next().unwrap_or(name);
@@ -104,10 +112,13 @@ mod tests {
         let dir = tempfile::tempdir().expect("temp dir");
         let put_one = |digest: &str, name| put(dir.path(), json!({"digest": digest}).to_string().as_bytes(), &[name]).expect("puts");
         assert_eq!(find(dir.path(), "latest").expect("no index yet"), None);
+        assert_eq!(only(dir.path()).expect("no index yet"), None);
         put_one("sha256:a", LayoutName::Tag("latest"));
+        assert_eq!(only(dir.path()).expect("reads"), Some("sha256:a".into()));
         put_one("sha256:b", LayoutName::Tag("latest"));
         put_one("sha256:c", LayoutName::Image("r.example:5000/x:v1"));
         assert_eq!(find(dir.path(), "latest").expect("reads"), Some("sha256:b".into()));
+        assert_eq!(only(dir.path()).expect("two"), None);
         assert_eq!(find(dir.path(), "r.example:5000/x:v1").expect("reads"), Some("sha256:c".into()));
         let index = read(dir.path()).expect("reads").expect("is there");
         assert_eq!(index["manifests"].as_array().map(Vec::len), Some(2));

@@ -35,7 +35,10 @@ pub fn new_reference() -> shipway_fault::Result<String> {
     session::new_id()
 }
 
-/// The digest of what `tag` names in the OCI layout `dir`.
-pub fn layout_digest(dir: &std::path::Path, tag: &str) -> shipway_fault::Result<Option<String>> {
-    layout::find(dir, tag)
+/// The digest that the OCI layout in `dir` has under `tag`; without one the latest, or the only one there is.
+pub fn layout_digest(dir: &std::path::Path, tag: Option<&str>) -> shipway_fault::Result<Option<String>> {
+    match (layout::find(dir, tag.unwrap_or("latest"))?, tag) {
+        (None, None) => layout::only(dir),
+        (found, _) => Ok(found),
+    }
 }

@@ -10,6 +10,7 @@ use shipway_proto::{
     MAX_MESSAGE,
     google::rpc,
     moby::buildkit::v1::frontend::{self as wire, llb_bridge_client::LlbBridgeClient},
+    pb,
 };
 use tonic::{metadata::AsciiMetadataValue, transport::Channel};
 
@@ -26,12 +27,13 @@ pub type Answer = BTreeMap<String, Vec<u8>>;
 pub(crate) struct Question {
     frontend: String,
     options: BTreeMap<String, String>,
+    inputs: BTreeMap<String, pb::Definition>,
 }
 
 impl Question {
-    pub(crate) fn new(frontend: String, mut options: BTreeMap<String, String>) -> Self {
+    pub(crate) fn new(frontend: String, mut options: BTreeMap<String, String>, inputs: BTreeMap<String, pb::Definition>) -> Self {
         options.entry(CAPS.to_owned()).or_insert_with(|| SUBREQUESTS.to_owned());
-        Self { frontend, options }
+        Self { frontend, options, inputs }
     }
 
     /// Asks within the build `reference` and ends it with the answer.
@@ -41,6 +43,7 @@ impl Question {
         let solve = wire::SolveRequest {
             frontend: self.frontend,
             frontend_opt: self.options,
+            frontend_inputs: self.inputs,
             allow_result_return: true,
             allow_result_array_ref: true,
             ..Default::default()

@@ -9,7 +9,7 @@ use crate::{
 use base64::Engine as _;
 use serde_json::{Value, json};
 use shipway_dockerfile::{Dockerfile, Lines, Lint, LintConfig, Linter, Source};
-use shipway_fault::{Code, Detail, Fault, Result, SourceFile, Span};
+use shipway_fault::{Detail, Fault, Result, SourceFile, Span};
 use shipway_frontend::FrontendResult;
 use shipway_llb::Definition;
 
@@ -28,7 +28,8 @@ pub async fn answer(ui: &Ui, request: &str) -> Result<FrontendResult> {
         "frontend.lint" => lint(ui).await,
         "frontend.convertllb" => convert_llb(ui).await,
         _ => {
-            let fault = Fault::new(Code::Unimplemented, format!("unsupported request {request}"));
+            // Clients know it by its detail; another code than this they would print.
+            let fault = Fault::unknown(format!("unsupported request {request}"));
             Err(fault.detail(Detail::Subrequest(request.into())))
         }
     }

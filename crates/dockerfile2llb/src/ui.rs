@@ -310,7 +310,8 @@ impl Origin {
 
 /// Whether a file begins as an archive that `ADD` would unpack.
 fn is_archive(head: &[u8]) -> bool {
-    let magics: [&[u8]; 3] = [b"BZh", &[0x1f, 0x8b, 0x08], &[0xfd, b'7', b'z', b'X', b'Z', 0]];
+    // The reference does not know the last one, zstd.
+    let magics: [&[u8]; 4] = [b"BZh", &[0x1f, 0x8b, 0x08], &[0xfd, b'7', b'z', b'X', b'Z', 0], &[0x28, 0xb5, 0x2f, 0xfd]];
     magics.iter().any(|m| head.starts_with(m)) || head.get(257..262) == Some(b"ustar")
 }
 

@@ -4,9 +4,9 @@ mod call;
 mod context;
 mod options;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
-use shipway_fault::{Fault, Result};
+use shipway_fault::{Detail, Fault, Result, SourceFile};
 
 use self::{
     call::Call,
@@ -26,7 +26,7 @@ pub(crate) struct Args {
     /// Directory, URL of a Git repository or of a tar, or - for a Dockerfile or tar on standard input
     #[arg(value_name = "PATH | URL | -")]
     context: String,
-    /// Dockerfile; `-` reads it from standard input [default: Dockerfile in the context]
+    /// Dockerfile; `-` reads it from standard input, an HTTP URL is downloaded [default: Dockerfile in the context]
     #[arg(short, long, value_name = "FILE")]
     file: Option<String>,
     /// Name of the image; may be repeated
@@ -120,10 +120,10 @@ pub(crate) struct Args {
     #[arg(long, env = "BUILDKIT_PROGRESS", default_value = "auto", hide_env_values = true)]
     progress: Option<Mode>,
     /// Only look for mistakes in the Dockerfile
-    #[arg(long)]
-    check: bool,
-    /// What to do: build, check, outline, targets; METHOD,format=json prints data, METHOD,ignorestatus=true makes no failure of findings
-    #[arg(long, default_value = "build", hide_default_value = true, value_name = "METHOD")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    check: Option<bool>,
+    /// What to do: build, check, outline, targets, convertllb; METHOD,format=json prints data, METHOD,ignorestatus=true makes no failure of findings
+    #[arg(long, alias = "print", default_value = "build", hide_default_value = true, value_name = "METHOD")]
     call: String,
     /// How --check and --call print: text, json, sarif
     #[arg(long, value_name = "FORMAT")]
@@ -159,10 +159,11 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
     let client = connect.connect(Persona::Shipway).await?;
     let mode = args.mode();
     if let Some(call) = call {
-        return call.print(&run::ask(&client, options, mode).await?);
+        let answer = run::ask(&client, options, mode).await.map_err(|fault| input.named(fault))?;
+        return call.print(&answer, &input).map_err(|fault| input.named(fault));
     }
     let extras = Extras { metadata_file: args.metadata_file.clone(), trace: None };
-    let (outcome, shown) = run::build(&client, options, mode, &extras).await?;
+    let (outcome, shown) = run::build(&client, options, mode, &extras).await.map_err(|fault| input.named(fault))?;
 
     let id = outcome.response.get("containerimage.digest").or_else(|| outcome.response.get("containerimage.config.digest"));
     if let Some(path) = &args.iidfile {
@@ -179,11 +180,22 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
 }
 
 impl Input {
+    /// The fault, in which the Dockerfile is called what the user calls it.
+    fn named(&self, fault: Fault) -> Fault {
+        fault.map_details(|detail| match detail {
+            Detail::Source { file, spans } if file.filename == self.filename => {
+                let file = SourceFile { filename: self.shown.clone(), ..(**file).clone() };
+                Detail::Source { file: Arc::new(file), spans: spans.clone() }
+            }
+            other => other.clone(),
+        })
+    }
+
     /// Whether the context is a local directory.
     fn directory(&self) -> Option<&std::path::Path> {
         match &self.context {
             Place::Directory(dir) => Some(dir),
-            Place::Remote(_) => None,
+            Place::Remote(_) | Place::Stdin(_) => None,
         }
     }
 }

@@ -8,14 +8,14 @@ use serde_json::{Value, json};
 use shipway_client::Answer;
 use shipway_fault::{Detail, Fault, Position, Result, SourceFile, Span, nearest};
 
-use super::Args;
+use super::{Args, context::Input};
 use crate::{
     Persona, csv,
     failure::{describe, excerpt},
     output,
 };
 
-const METHODS: [&str; 6] = ["build", "check", "lint", "outline", "targets", "subrequests.describe"];
+const METHODS: [&str; 7] = ["build", "check", "lint", "outline", "targets", "convertllb", "subrequests.describe"];
 const FORMATS: [&str; 3] = ["text", "json", "sarif"];
 
 /// A question and how its answer is printed.
@@ -31,7 +31,7 @@ pub(super) struct Call {
 impl Call {
     /// What `args` ask for; `None` is a build.
     pub(super) fn of(args: &Args) -> Result<Option<Self>> {
-        let fields = csv::fields(if args.check { "check" } else { &args.call })?;
+        let fields = csv::fields(if args.check == Some(true) { "check" } else { &args.call })?;
         let mut call = Self { method: "build", format: "text", ignore_status: false };
         let mut format = args.format.clone();
         for field in fields {
@@ -67,14 +67,20 @@ impl Call {
         format!("frontend.{}", self.method)
     }
 
-    /// Prints `answer`; findings make the exit code.
-    pub(super) fn print(self, answer: &Answer) -> Result<ExitCode> {
+    /// Prints `answer` to a question about `input`; findings make the exit code.
+    pub(super) fn print(self, answer: &Answer, input: &Input) -> Result<ExitCode> {
         let text = |key: &str| String::from_utf8_lossy(answer.get(key).map(Vec::as_slice).unwrap_or_default()).into_owned();
-        let found: Option<Findings> = match self.method {
+        let mut found: Option<Findings> = match self.method {
             "lint" => Some(serde_json::from_str(&text("result.json")).map_err(|e| Fault::invalid(format!("read the findings: {e}")))?),
             _ => None,
         };
+        for source in found.iter_mut().flat_map(|f| &mut f.sources).filter(|s| s.filename == input.filename) {
+            source.filename.clone_from(&input.shown);
+        }
+        // A graph has no other form.
+        let json = self.format == "json" || !answer.contains_key("result.txt");
         match (self.format, &found) {
+            (_, None) if json => output::print(&(text("result.json") + "\n"))?,
             ("json", _) => output::print(&(text("result.json") + "\n"))?,
             ("sarif", Some(found)) => output::print(&format!("{:#}\n", found.sarif()))?,
             (_, Some(found)) => {
@@ -353,10 +359,14 @@ mod tests {
         check(call("lint,format=json,ignorestatus=true"), "lint json ignoring");
         check(call("outline"), "outline text");
         check(call("targets,format=json"), "targets json");
-        check(Args { check: true, format: Some("sarif".into()), ..call("build") }, "lint sarif");
+        check(Args { check: Some(false), ..call("build") }, "build");
+        check(Args { check: Some(true), format: Some("sarif".into()), ..call("build") }, "lint sarif");
         check(Args { format: Some("sarif".into()), ..call("outline") }, "error --call=outline has no form sarif");
         check(Args { format: Some("json".into()), ..call("build") }, "error --format says how --check and --call print");
-        check(call("outlin"), "error --call: unknown value \"outlin\": want build, check, lint, outline, targets, subrequests.describe");
+        check(
+            call("outlin"),
+            "error --call: unknown value \"outlin\": want build, check, lint, outline, targets, convertllb, subrequests.describe",
+        );
         check(call("lint,format=xml"), "error --format: unknown value \"xml\": want text, json, sarif");
     }
 

@@ -3,7 +3,6 @@
 use std::{
     io::Read,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
 };
 
 use shipway_fault::{Fault, Result};
@@ -14,6 +13,9 @@ const MAX_DOCKERFILE: u64 = 16 << 20;
 /// Names of a Dockerfile that nobody named, in order.
 const NAMES: [&str; 3] = ["Dockerfile", "dockerfile", "Containerfile"];
 
+/// What a Dockerfile on standard input is called.
+const STDIN: &str = "stdin";
+
 /// Where a context is.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Place {
@@ -21,6 +23,8 @@ pub(super) enum Place {
     Directory(PathBuf),
     /// Where the daemon finds it.
     Remote(String),
+    /// A tar on standard input, of which this was read already.
+    Stdin(Vec<u8>),
 }
 
 /// What a build reads.
@@ -32,6 +36,10 @@ pub(super) struct Input {
     pub(super) dockerfile_dir: Option<PathBuf>,
     /// Name of the Dockerfile in its directory.
     pub(super) filename: String,
+    /// What the user calls it.
+    pub(super) shown: String,
+    /// Where the daemon gets the Dockerfile from, if that is neither this machine nor the context.
+    pub(super) dockerfile_url: Option<String>,
     /// What standard input held; gone with this.
     _kept: Vec<TempDir>,
 }
@@ -56,34 +64,59 @@ impl Input {
             }
             Err(e) => return Err(Fault::io(format!("unable to prepare context: open {context}"), e)),
         }
-        let mut kept = Vec::new();
-        let (dockerfile_dir, filename) = match file {
+        let context = Place::Directory(dir.clone());
+        match file {
             Some("-") => {
                 let dir = stdin_dockerfile(std::io::stdin())?;
-                let path = dir.path().to_owned();
-                kept.push(dir);
-                (path, NAMES[0].to_owned())
+                Ok(Self {
+                    dockerfile_dir: Some(dir.path().to_owned()),
+                    shown: STDIN.to_owned(),
+                    _kept: vec![dir],
+                    ..Self::of(context, NAMES[0])
+                })
             }
-            Some(url) if is_remote(url) => {
-                return Err(Fault::new(shipway_fault::Code::Unimplemented, format!("a Dockerfile from a URL ({url}) is not implemented"))
-                    .hint("fetch it first, and pass it with --file - on standard input"));
+            Some(url) if is_download(url) => {
+                Ok(Self { dockerfile_url: Some(url.to_owned()), shown: url.to_owned(), ..Self::of(context, NAMES[0]) })
             }
-            Some(file) => split(Path::new(file))?,
-            None => (dir.clone(), default_name(&dir)?),
-        };
-        Ok(Self { context: Place::Directory(dir), dockerfile_dir: Some(dockerfile_dir), filename, _kept: kept })
+            Some(file) => {
+                let (dir, filename) = split(Path::new(file))?;
+                Ok(Self { dockerfile_dir: Some(dir), shown: file.to_owned(), ..Self::of(context, &filename) })
+            }
+            None => {
+                let filename = default_name(&dir)?;
+                let shown = dir.components().collect::<PathBuf>().join(&filename);
+                let shown = shown.strip_prefix(".").unwrap_or(&shown).to_string_lossy().into_owned();
+                Ok(Self { dockerfile_dir: Some(dir), shown, ..Self::of(context, &filename) })
+            }
+        }
+    }
+
+    /// A context with a Dockerfile in it.
+    fn of(context: Place, filename: &str) -> Self {
+        let filename = filename.to_owned();
+        Self { context, dockerfile_dir: None, shown: filename.clone(), filename, dockerfile_url: None, _kept: Vec::new() }
     }
 
     fn remote(file: Option<&str>, context: &str) -> Result<Self> {
-        let (dir, filename, kept) = match file {
+        let place = Place::Remote(context.to_owned());
+        match file {
             Some("-") => {
                 let dir = stdin_dockerfile(std::io::stdin())?;
-                (Some(dir.path().to_owned()), NAMES[0].to_owned(), vec![dir])
+                Ok(Self {
+                    dockerfile_dir: Some(dir.path().to_owned()),
+                    shown: STDIN.to_owned(),
+                    _kept: vec![dir],
+                    ..Self::of(place, NAMES[0])
+                })
+            }
+            Some(url) if is_download(url) => {
+                let fault =
+                    Fault::new(shipway_fault::Code::Unimplemented, "a Dockerfile from a URL for a context from another is not implemented");
+                Err(fault.hint("fetch it first, and pass it with --file - on standard input"))
             }
             // Within the context, which only the daemon sees.
-            file => (None, file.unwrap_or(NAMES[0]).to_owned(), Vec::new()),
-        };
-        Ok(Self { context: Place::Remote(context.to_owned()), dockerfile_dir: dir, filename, _kept: kept })
+            file => Ok(Self::of(place, file.unwrap_or(NAMES[0]))),
+        }
     }
 
     /// A tar is a context; anything else is a Dockerfile, whose context is empty.
@@ -102,24 +135,23 @@ impl Input {
         if head.is_empty() {
             return Err(Fault::invalid("standard input is empty").hint("pipe a Dockerfile or a tar into it"));
         }
-        let rest = head.as_slice().chain(stdin);
         if is_tar(&head) {
-            let dir = unpack(rest)?;
-            let (path, filename) = (dir.path().to_owned(), file.map_or_else(|| default_name(dir.path()), |f| Ok(f.to_owned()))?);
-            return Ok(Self { context: Place::Directory(path.clone()), dockerfile_dir: Some(path), filename, _kept: vec![dir] });
+            return Ok(Self::of(Place::Stdin(head), file.unwrap_or(NAMES[0])));
         }
         if file.is_some() {
             return Err(Fault::invalid("--file needs a tar on standard input, and what is there is none"));
         }
         let empty = temporary()?;
-        let dockerfile = stdin_dockerfile(rest)?;
-        Ok(Self {
-            context: Place::Directory(empty.path().to_owned()),
-            dockerfile_dir: Some(dockerfile.path().to_owned()),
-            filename: NAMES[0].to_owned(),
-            _kept: vec![empty, dockerfile],
-        })
+        let dockerfile = stdin_dockerfile(head.as_slice().chain(stdin))?;
+        let context = Place::Directory(empty.path().to_owned());
+        let (dockerfile_dir, shown) = (Some(dockerfile.path().to_owned()), STDIN.to_owned());
+        Ok(Self { dockerfile_dir, shown, _kept: vec![empty, dockerfile], ..Self::of(context, NAMES[0]) })
     }
+}
+
+/// Whether `text` is a file to download.
+fn is_download(text: &str) -> bool {
+    text.starts_with("http://") || text.starts_with("https://")
 }
 
 /// Whether the daemon, and not we, must fetch `text`.
@@ -168,34 +200,10 @@ fn is_tar(head: &[u8]) -> bool {
     COMPRESSED.iter().any(|magic| head.starts_with(magic)) || head.get(257..262) == Some(b"ustar")
 }
 
-/// Unpacks with the system's tar, which knows every compression there is and never writes outside its directory.
-fn unpack(mut from: impl Read) -> Result<TempDir> {
-    let dir = temporary()?;
-    let archive = dir.path().with_extension("tar");
-    let result = (|| {
-        let failed = |e| Fault::io("read the context from standard input", e);
-        let mut file = std::fs::File::create(&archive).map_err(failed)?;
-        std::io::copy(&mut from, &mut file).map_err(failed)?;
-        // From a file and not a pipe, because only then tar finds out the compression by itself.
-        let output = Command::new("tar")
-            .args(["--extract", "--no-same-owner", "--file"])
-            .arg(&archive)
-            .arg("--directory")
-            .arg(dir.path())
-            .stdin(Stdio::null())
-            .output()
-            .map_err(|e| Fault::io("unpack the context: start tar", e))?;
-        if !output.status.success() {
-            return Err(Fault::invalid(format!("unpack the context: {}", String::from_utf8_lossy(&output.stderr).trim())));
-        }
-        Ok(())
-    })();
-    let _ = std::fs::remove_file(&archive);
-    result.map(|()| dir)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     #[test]
@@ -219,18 +227,23 @@ mod tests {
         std::fs::write(dir.path().join("sub/x.Dockerfile"), "FROM scratch\n").expect("writes");
         let input = Input::read(Some(dir.path().join("sub/x.Dockerfile").to_str().expect("utf-8")), context).expect("found");
         assert_eq!((input.dockerfile_dir, input.filename.as_str()), (Some(dir.path().join("sub")), "x.Dockerfile"));
+        assert_eq!(input.shown, dir.path().join("sub/x.Dockerfile").to_string_lossy());
+        let input = Input::read(Some("https://example.com/x?y"), context).expect("a URL");
+        assert_eq!((input.dockerfile_dir, input.shown.as_str()), (None, "https://example.com/x?y"));
+        assert_eq!(input.dockerfile_url.as_deref(), Some("https://example.com/x?y"));
+        assert!(Input::read(Some("https://example.com/x"), "https://example.com/x.git").is_err());
         assert!(Input::read(None, "/no/such/context").is_err());
         assert!(Input::read(Some("/no/such/file"), context).is_err());
     }
 
     #[test]
-    fn a_tar_is_unpacked() {
+    fn a_tar_is_told_from_a_dockerfile() {
         let dir = tempfile::tempdir().expect("temp dir");
         std::fs::write(dir.path().join("Dockerfile"), "FROM scratch\n").expect("writes");
-        let tar = Command::new("tar").args(["-cz", "-C"]).arg(dir.path()).arg(".").output().expect("tar").stdout;
-        assert!(is_tar(&tar) && !is_tar(b"FROM scratch\n"));
-        let unpacked = unpack(tar.as_slice()).expect("unpacks");
-        assert_eq!(std::fs::read_to_string(unpacked.path().join("Dockerfile")).expect("reads"), "FROM scratch\n");
-        assert!(unpack(&b"\x1f\x8b\x08nonsense"[..]).is_err());
+        for options in ["-c", "-cz"] {
+            let tar = Command::new("tar").args([options, "-C"]).arg(dir.path()).arg(".").output().expect("tar").stdout;
+            assert!(is_tar(&tar), "{options}");
+        }
+        assert!(!is_tar(b"FROM scratch\n") && !is_tar(b""));
     }
 }

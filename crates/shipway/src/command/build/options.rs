@@ -1,10 +1,11 @@
 //! From the arguments of `shipway build` to a solve (rows `dfo.*`).
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, io::Cursor, path::Path};
 
-use shipway_client::{Export, SolveOptions, Target, shared_key};
+use shipway_client::{Definition, Export, SolveOptions, Target, shared_key};
 use shipway_fault::{Code, Context, Fault, Result, nearest};
 use shipway_oci::{ImageName, Platform};
+use tokio::io::AsyncReadExt;
 
 use super::{
     Args,
@@ -67,6 +68,13 @@ fn locals(input: &Input, options: &mut SolveOptions) -> Result<()> {
     match &input.context {
         Place::Remote(url) => _ = options.frontend_attrs.insert("context".to_owned(), url.clone()),
         Place::Directory(dir) => options.dirs.add("context", dir)?,
+        Place::Stdin(head) => {
+            let url = options.uploads.add(Cursor::new(head.clone()).chain(tokio::io::stdin()))?;
+            options.frontend_attrs.insert("context".to_owned(), url);
+        }
+    }
+    if let Some(url) = &input.dockerfile_url {
+        options.frontend_inputs.insert("dockerfile".to_owned(), Definition::download(url, &input.filename));
     }
     match (&input.dockerfile_dir, input.directory()) {
         (Some(dir), Some(_)) => options.dirs.add("dockerfile", dir),
@@ -216,8 +224,10 @@ fn named_contexts(args: &Args, options: &mut SolveOptions) -> Result<()> {
     for text in &args.contexts {
         let (name, value) =
             text.split_once('=').ok_or_else(|| Fault::invalid(format!("invalid context {text}")).hint("write it as name=context"))?;
-        // Stage and image names compare without case.
-        let name = name.to_lowercase();
+        // Stage and image names compare without case, and an image's has more than one form.
+        let parsed: ImageName = name.to_lowercase().parse().map_err(|e| Fault::invalid(format!("invalid context name {name}: {e}")))?;
+        let name = parsed.familiar();
+        let name = name.strip_suffix(":latest").unwrap_or(&name).to_owned();
         let attr = match value.split_once("://") {
             Some(("oci-layout", rest)) => layout(&name, rest, options)?,
             _ if is_remote(value) || value.starts_with("docker-image://") || value.starts_with("target:") => value.to_owned(),
@@ -234,15 +244,15 @@ fn named_contexts(args: &Args, options: &mut SolveOptions) -> Result<()> {
 fn layout(name: &str, rest: &str, options: &mut SolveOptions) -> Result<String> {
     let (path, digest) = rest.rsplit_once('@').map_or((rest, None), |(path, digest)| (path, Some(digest.to_owned())));
     let (path, tag) = match path.rsplit_once(':') {
-        Some((path, tag)) if !tag.contains('/') => (path, tag),
-        _ => (path, "latest"),
+        Some((path, tag)) if !tag.contains('/') => (path, Some(tag)),
+        _ => (path, None),
     };
     let what = || format!("--build-context {name}=oci-layout://{rest}");
     let digest = match digest {
         Some(digest) => digest,
         None => shipway_client::layout_digest(Path::new(path), tag)
             .context(what)?
-            .ok_or_else(|| Fault::not_found(format!("{}: the layout has no {tag}", what())))?,
+            .ok_or_else(|| Fault::not_found(format!("{}: the layout has no {}", what(), tag.unwrap_or("latest image"))))?,
     };
     options.layouts.insert(name.to_owned(), path.into());
     Ok(format!("oci-layout://{name}@{digest}"))
@@ -435,7 +445,7 @@ mod tests {
     fn contexts_are_named() {
         let none = "-> image dangling-name-prefix=<none>,unpack=true None";
         check(
-            "--build-context SRC=$D --build-context base=docker-image://alpine --build-context s=target:x",
+            "--build-context SRC=$D --build-context docker.io/library/base:latest=docker-image://alpine --build-context s=target:x",
             &["context:base=docker-image://alpine", "context:s=target:x", "context:src=local:src", none, "dir src"],
         );
         check("--build-context a=/no/such", &["error --build-context a=/no/such: open the directory /no/such: no such file or directory"]);
