@@ -24,12 +24,12 @@ pub struct GitSource {
     pub url: String,
     pub commit: String,
     /// What it came out of instead of its remote.
-    pub bundle: Option<GitBundle>,
+    pub bundle: Option<BlobSource>,
 }
 
-/// A file with commits of a repository.
+/// A single blob: a source of its own, or a file with commits of a repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct GitBundle {
+pub struct BlobSource {
     /// Its place, with its digest.
     pub name: ImageName,
     /// Whether it came from a client's store.
@@ -49,6 +49,7 @@ pub struct HttpSource {
 #[allow(missing_docs)]
 pub struct Sources {
     pub images: Vec<ImageSource>,
+    pub blobs: Vec<BlobSource>,
     pub git: Vec<GitSource>,
     pub http: Vec<HttpSource>,
     pub local: Vec<Local>,
@@ -94,6 +95,13 @@ impl Capture {
         }
     }
 
+    /// Notes a blob.
+    pub fn add_blob(&mut self, blob: BlobSource) {
+        if !self.sources.blobs.contains(&blob) {
+            self.sources.blobs.push(blob);
+        }
+    }
+
     /// Notes a repository, without the password in its address.
     pub fn add_git(&mut self, git: GitSource) {
         let git = GitSource { url: redact(&git.url), ..git };
@@ -131,6 +139,7 @@ impl Capture {
     /// Notes all that `other` noted.
     pub fn merge(&mut self, other: Capture) {
         other.sources.images.into_iter().for_each(|i| self.add_image(i));
+        other.sources.blobs.into_iter().for_each(|b| self.add_blob(b));
         other.sources.git.into_iter().for_each(|g| self.add_git(g));
         other.sources.http.into_iter().for_each(|h| self.add_http(h));
         other.sources.local.iter().for_each(|l| self.add_local(&l.name));
@@ -147,6 +156,7 @@ impl Capture {
         let tagged: HashSet<String> = self.sources.images.iter().filter(|i| i.name.digest().is_none()).map(|i| label(&i.name)).collect();
         self.sources.images.retain(|i| i.name.digest().is_none() || !tagged.contains(&label(&i.name)));
         self.sources.images.sort_by_key(|i| i.name.to_string());
+        self.sources.blobs.sort_by_key(|b| b.name.to_string());
         self.sources.git.sort_by(|a, b| a.url.cmp(&b.url));
         self.sources.http.sort_by(|a, b| a.url.cmp(&b.url));
         self.sources.local.sort_by(|a, b| a.name.cmp(&b.name));

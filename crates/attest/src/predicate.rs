@@ -1,9 +1,9 @@
 //! SLSA provenance in both versions (rows `at.prov.*`): version 1 is the model, version 0.2 another view of it.
 
 use crate::{
-    Capture, Mode, ProvenanceOptions, Version,
+    BlobSource, Capture, Mode, ProvenanceOptions, Version,
     intoto::{DigestSet, digest_set, slsa},
-    purl::{PurlKind, bundle_purl, image_purl},
+    purl::{PurlKind, blob_purl, image_purl},
     request::{ConfigSource, GitAddress, Parameters, RequestProvenance, commit, redact},
 };
 use serde::Serialize;
@@ -111,15 +111,18 @@ fn materials(capture: &Capture) -> Vec<(String, DigestSet)> {
         let kind = if i.local { PurlKind::Oci } else { PurlKind::Docker };
         (image_purl(kind, &i.name, i.platform.as_ref()), i.digest.map(digest_set).unwrap_or_default())
     });
+    // With the address of the repository whose commits it has.
+    let blob = |b: &BlobSource, url: Option<&str>| {
+        let kind = if b.local { PurlKind::Oci } else { PurlKind::Docker };
+        (blob_purl(kind, &b.name, url), b.name.digest().map(digest_set).unwrap_or_default())
+    };
+    let blobs = sources.blobs.iter().map(|b| blob(b, None));
     let git = sources.git.iter().flat_map(|g| {
-        let bundle = g.bundle.as_ref().map(|b| {
-            let kind = if b.local { PurlKind::Oci } else { PurlKind::Docker };
-            (bundle_purl(kind, &b.name, &g.url), b.name.digest().map(digest_set).unwrap_or_default())
-        });
+        let bundle = g.bundle.as_ref().map(|b| blob(b, Some(&g.url)));
         std::iter::once((g.url.clone(), commit(&g.commit))).chain(bundle)
     });
     let http = sources.http.iter().map(|h| (h.url.clone(), digest_set(h.digest)));
-    images.chain(git).chain(http).collect()
+    images.chain(blobs).chain(git).chain(http).collect()
 }
 
 /// What is missing, in the reference's words (row `at.prov.complete`).

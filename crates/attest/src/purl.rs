@@ -34,9 +34,11 @@ pub fn image_purl(kind: PurlKind, name: &ImageName, platform: Option<&Platform>)
     purl(kind, name, platform)
 }
 
-/// The package URL of a git bundle with commits of the repository at `url`.
-pub fn bundle_purl(kind: PurlKind, name: &ImageName, url: &str) -> String {
-    purl(kind, name, [("ref_type", "bundle".to_owned()), ("vcs_url", url.to_owned())])
+/// The package URL of a single blob; with a `repository`, of a bundle of its commits.
+pub fn blob_purl(kind: PurlKind, name: &ImageName, repository: Option<&str>) -> String {
+    let what = if repository.is_some() { "bundle" } else { "blob" };
+    let whose = repository.map(|url| ("vcs_url", url.to_owned()));
+    purl(kind, name, std::iter::once(("ref_type", what.to_owned())).chain(whose))
 }
 
 /// The qualifiers stand in the order of their names, after the digest.
@@ -67,7 +69,9 @@ mod tests {
         let digest = Digest::of("x");
         let name = format!("127.0.0.1:5/foo/bundle@{digest}").parse().unwrap();
         let want = format!("pkg:docker/127.0.0.1%3A5/foo/bundle?digest={digest}&ref_type=bundle&vcs_url=https:%2F%2Fh%2Fa.git%23main");
-        assert_eq!(bundle_purl(PurlKind::Docker, &name, "https://h/a.git#main"), want);
+        assert_eq!(blob_purl(PurlKind::Docker, &name, Some("https://h/a.git#main")), want);
+        let blob = format!("pkg:oci/127.0.0.1%3A5/foo/bundle?digest={digest}&ref_type=blob");
+        assert_eq!(blob_purl(PurlKind::Oci, &name, None), blob);
     }
 
     #[test]

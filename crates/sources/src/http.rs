@@ -1,10 +1,11 @@
 //! `http://` and `https://`: one file, asked for again only if it changed (rows `src.http*`).
 
 mod attrs;
-mod file;
+pub(crate) mod file;
 
 use crate::{Pin, ResolvedHttp, ResolvedMeta, SourceMemo, SourceSpec, flight::Flights, keys, peers::Peers};
 use attrs::HttpSpec;
+pub(crate) use attrs::Shape;
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
@@ -75,9 +76,9 @@ impl Files {
         };
         let key = HttpKey {
             filename: &filename,
-            perm: file.perm,
-            uid: file.uid,
-            gid: file.gid,
+            perm: file.shape.perm,
+            uid: file.shape.uid,
+            gid: file.shape.gid,
             digest,
             modified: modified.map(httpdate::fmt_http_date),
             secret: &file.auth_secret,
@@ -228,7 +229,7 @@ impl Files {
         if total > 0 && current != total {
             return Err(Fault::unavailable(format!("fetch {}: got {current} of {total} bytes", file.shown())));
         }
-        let digest = target.finish(file, modified).await?;
+        let digest = target.finish(&file.shape, modified).await?;
         reporter.status(status, current, total, true);
         mount.unmount().await?;
         // A wrong file is not worth keeping.

@@ -3,6 +3,7 @@
 use crate::git::GitSpec;
 use crate::{
     SourceMemo,
+    blob::{BlobSpec, Blobs},
     flight::Flights,
     git::Gits,
     http::Files,
@@ -10,7 +11,7 @@ use crate::{
     local::Locals,
     remote::Remote,
 };
-use shipway_attest::{Capture, GitBundle, GitSource, HttpSource, ImageSource};
+use shipway_attest::{BlobSource, Capture, GitSource, HttpSource, ImageSource};
 use shipway_fault::{Fault, Result};
 use shipway_oci::{ChecksumAlgorithm, Digest, Platform};
 use shipway_progress::Reporter;
@@ -126,6 +127,7 @@ struct Inner {
     locals: Locals,
     files: Files,
     gits: Gits,
+    blobs: Blobs,
 }
 
 /// A scheme that is known, with the rest of the identifier.
@@ -134,6 +136,7 @@ enum Scheme<'a> {
     Local(&'a str),
     Http,
     Git(&'a str),
+    Blob,
 }
 
 impl<'a> Scheme<'a> {
@@ -147,7 +150,7 @@ impl<'a> Scheme<'a> {
             "local" => Ok(Self::Local(rest)),
             "http" | "https" => Ok(Self::Http),
             "git" => Ok(Self::Git(rest)),
-            "docker-image+blob" | "oci-layout+blob" => Err(Fault::unimplemented(format!("the source scheme {scheme}"))),
+            "docker-image+blob" | "oci-layout+blob" => Ok(Self::Blob),
             _ => {
                 let known = ["docker-image", "local", "http", "https", "git", "oci-layout"];
                 let fault = Fault::invalid(format!("unknown source scheme {scheme:?} in {identifier:?}"));
@@ -169,29 +172,32 @@ impl Sources {
             images: Images { refs: refs.clone(), registry: registry.clone(), flights },
             locals: Locals::new(refs.clone()),
             files: Files::new(refs.clone(), registry.clone()),
-            gits: Gits::new(refs, registry),
+            gits: Gits::new(refs.clone(), registry.clone()),
+            blobs: Blobs { refs, registry },
         };
         Self { inner: Arc::new(inner) }
     }
 
     /// Pins a source; nothing is fetched that fetching could avoid. Called for a vertex's cache map; the result is remembered for `fetch`.
     pub async fn pin(&self, spec: &SourceSpec, cx: &SourceContext) -> Result<Pin> {
-        let Inner { images, locals, files, gits } = &*self.inner;
+        let Inner { images, locals, files, gits, blobs } = &*self.inner;
         match Scheme::of(&spec.identifier)? {
             Scheme::Image(reference) => images.pin(spec, reference, &cx.sessions, &cx.reporter).await,
             Scheme::Local(name) => locals.pin(spec, name, &cx.sessions),
             Scheme::Http => files.pin(spec, &cx.sessions, &cx.memo, &cx.reporter).await,
+            Scheme::Blob => blobs.pin(spec),
             Scheme::Git(remote) => gits.pin(spec, remote, &cx.sessions, &cx.memo, &cx.reporter).await,
         }
     }
 
     /// The state of a pinned source. Images are lazy: no layer is fetched.
     pub async fn fetch(&self, spec: &SourceSpec, pin: &Pin, cx: &SourceContext) -> Result<ImmutableRef> {
-        let Inner { images, locals, files, gits } = &*self.inner;
+        let Inner { images, locals, files, gits, blobs } = &*self.inner;
         match Scheme::of(&spec.identifier)? {
             Scheme::Image(reference) => images.fetch(spec, reference, pin, &cx.sessions, &cx.reporter).await,
             Scheme::Local(name) => locals.fetch(spec, name, &cx.sessions, &cx.reporter).await,
             Scheme::Http => files.fetch(spec, pin, &cx.sessions, &cx.memo, &cx.reporter).await,
+            Scheme::Blob => blobs.fetch(spec, &cx.sessions).await,
             Scheme::Git(remote) => gits.fetch(spec, remote, pin, &cx.sessions, &cx.memo, &cx.reporter).await,
         }
     }
@@ -201,7 +207,7 @@ impl Sources {
         let Inner { images, files, gits, .. } = &*self.inner;
         match Scheme::of(&spec.identifier)? {
             Scheme::Image(reference) => images.resolve(spec, reference, &cx.sessions, &cx.reporter).await,
-            Scheme::Local(_) => Ok(ResolvedMeta::default()),
+            Scheme::Local(_) | Scheme::Blob => Ok(ResolvedMeta::default()),
             Scheme::Http => files.resolve(spec, want.http_checksum, &cx.sessions, &cx.memo, &cx.reporter).await,
             Scheme::Git(remote) => gits.resolve(spec, remote, want.git_objects, &cx.sessions, &cx.memo, &cx.reporter).await,
         }
@@ -216,6 +222,10 @@ impl Sources {
                 digest: pin.digest.as_ref().and_then(|d| d.parse().ok()),
                 local: matches!(at, At::Layout(_)),
             }),
+            Scheme::Blob => {
+                let at = BlobSpec::parse(spec)?.at;
+                capture.add_blob(BlobSource { local: at.store.is_some(), name: at.name });
+            }
             Scheme::Local(name) => capture.add_local(name),
             Scheme::Http => {
                 if let Some(digest) = pin.digest.as_ref().and_then(|d| d.parse().ok()) {
@@ -235,7 +245,7 @@ impl Sources {
                 capture.add_git(GitSource {
                     url: format!("{}{reference}", git.remote),
                     commit,
-                    bundle: git.bundle.map(|b| GitBundle { local: b.store.is_some(), name: b.name }),
+                    bundle: git.bundle.map(|b| BlobSource { local: b.0.store.is_some(), name: b.0.name }),
                 });
             }
         }

@@ -415,3 +415,46 @@ async fn a_git_commit_goes_through_a_bundle() {
         "a bundle's commit is the same commit"
     );
 }
+
+#[tokio::test]
+async fn a_blob_becomes_one_file() {
+    let bench = Bench::new().await;
+    let (bytes, lie) = ("a blob", Digest::of("other"));
+    let digest = Digest::of(bytes);
+    let web = Web::start(move |line, _| match line.rsplit('/').next().unwrap().parse::<Digest>() {
+        Ok(asked) if asked == digest || asked == lie => ok(bytes),
+        _ => status(404),
+    });
+    let at = |digest: &str, attrs: &[(&str, &str)]| spec(format!("docker-image+blob://{}/foo/x{digest}", web.host), attrs);
+    let named = |digest: Digest| format!("@{digest}");
+    for (attrs, name, mode) in [
+        (&[][..], digest.hex().to_string(), 0o600),
+        (&[("http.filename", "../a/layer.tar"), ("http.perm", "0644")], "layer.tar".into(), 0o644),
+    ] {
+        let source = at(&named(digest), attrs);
+        let pin = bench.sources.pin(&source, &cx()).await.unwrap();
+        assert_eq!(pin.digest, Some(digest.to_string()));
+        let made = bench.sources.fetch(&source, &pin, &cx()).await.unwrap();
+        let mount = made.mount().await.unwrap();
+        let file = mount.path().join(name);
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), bytes);
+        assert_eq!((file.metadata().unwrap().mode() & 0o7777, file.metadata().unwrap().mtime()), (mode, 0));
+    }
+    let keys = async |attrs: &[(&str, &str)]| bench.sources.pin(&at(&named(digest), attrs), &cx()).await.unwrap().keys;
+    assert_ne!(keys(&[]).await, keys(&[("http.uid", "5")]).await);
+    for (digest, attrs, why) in [
+        (":tag".to_owned(), &[][..], "invalid digest"),
+        (named(digest), &[("http.perm", "x")], "want a number"),
+        (named(digest), &[("image.recordtype", "x")], "invalid record type x"),
+    ] {
+        let fault = bench.sources.pin(&at(&digest, attrs), &cx()).await.unwrap_err();
+        assert!(fault.to_string().contains(why), "{fault} is not {why}");
+    }
+    for (digest, why) in [(lie, "expected checksum to match"), (Digest::of("nothing"), "blob 127.0.0.1")] {
+        let source = at(&named(digest), &[]);
+        let pin = bench.sources.pin(&source, &cx()).await.unwrap();
+        let fault = bench.sources.fetch(&source, &pin, &cx()).await.unwrap_err();
+        assert!(fault.to_string().contains(why), "{fault} is not {why}");
+    }
+    bench.refs.drained().await;
+}

@@ -123,7 +123,7 @@ impl GitSpec {
     /// Identity of what the remote is asked: where its reference leads, whatever is then made of it.
     pub(crate) fn tip_key(&self) -> Digest {
         if let Some(bundle) = &self.bundle {
-            return keys::digest("git.bundle.tip", &(&self.remote, &self.reference, &self.checksum, &bundle.digest));
+            return keys::digest("git.bundle.tip", &(&self.remote, &self.reference, &self.checksum, &bundle.0.digest));
         }
         let commit = if self.by_commit { self.checksum.as_str() } else { "" };
         keys::digest("git.tip", &(&self.remote, &self.reference, commit))
@@ -211,7 +211,7 @@ mod tests {
         let check = |locator: &str, attrs: &[(&str, &str)], expected: &str| {
             let found = parse(locator, attrs);
             match found {
-                Ok(git) => assert_eq!((git.bundle.map(|b| format!("{} {:?}", b.name, b.store))).unwrap_or_default(), expected),
+                Ok(git) => assert_eq!((git.bundle.map(|b| format!("{} {:?}", b.0.name, b.0.store))).unwrap_or_default(), expected),
                 Err(fault) => assert!(fault.to_string().contains(expected) && !expected.is_empty(), "{fault}"),
             }
         };

@@ -1,14 +1,10 @@
 //! Git bundles: a commit with its history in one file, which a source can be made of and can be made into (rows `src.git.bundle`).
 
 use super::{GitSpec, Repo, Tip, attrs::is_commit, repo};
-use crate::{
-    SourceSpec,
-    peers::Peers,
-    remote::{Pieces, Remote},
-};
+use crate::{SourceSpec, blob::BlobAt, peers::Peers};
 use shipway_fault::{Context, Fault, Result};
-use shipway_oci::{Digest, Hasher, ImageName};
-use shipway_registry::{Mode, Registry};
+use shipway_oci::Hasher;
+use shipway_registry::Registry;
 use std::{os::unix::fs::PermissionsExt as _, path::Path};
 use tokio::io::AsyncWriteExt as _;
 
@@ -17,52 +13,19 @@ const FILE: &str = "bundle";
 
 /// Where a bundle is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Bundle {
-    /// Its place, with its digest.
-    pub name: ImageName,
-    pub digest: Digest,
-    /// The client's store that has it and perhaps which client; `None` for a registry.
-    pub store: Option<(String, Option<String>)>,
-}
+pub(crate) struct Bundle(pub BlobAt);
 
 impl Bundle {
     /// Reads `docker-image+blob://<name>@<digest>` or `oci-layout+blob://<name>@<digest>`.
     pub(super) fn parse(locator: &str, spec: &SourceSpec) -> Result<Self> {
-        let wrong = |why: &str| Fault::invalid(format!("failed to parse git.bundle locator {locator:?}: {why}"));
-        let (scheme, body) = locator.split_once("://").ok_or_else(|| wrong("missing scheme"))?;
-        let name: ImageName = body.parse().map_err(|e| wrong(&format!("{e}")))?;
-        let digest = name.digest().ok_or_else(|| wrong("invalid digest"))?;
-        let attr = |key: &str| spec.attrs.get(key).filter(|v| !v.is_empty()).cloned();
-        let store = match scheme {
-            "docker-image+blob" => None,
-            "oci-layout+blob" => {
-                let named = || body.split('@').next().unwrap_or_default().to_owned();
-                Some((attr("oci.store").unwrap_or_else(named), attr("oci.session")))
-            }
-            _ => {
-                return Err(Fault::invalid(format!(
-                    "git.bundle locator scheme {scheme:?} is not supported; expected \"docker-image+blob\" or \"oci-layout+blob\""
-                )));
-            }
-        };
-        Ok(Self { name, digest, store })
-    }
-
-    async fn open(&self, peers: &dyn Peers, registry: &Registry) -> Result<Pieces> {
-        let remote = match &self.store {
-            None => Remote::Registry(Box::new(registry.repository(&self.name, peers.credentials(), Mode::Pull))),
-            Some((store, session)) => {
-                let store = peers.client_store(session.as_deref(), &format!("oci:{store}")).await?;
-                Remote::Client { store, name: self.name.to_string() }
-            }
-        };
-        remote.blob(self.digest).await
+        let at = BlobAt::parse(locator, spec);
+        at.map(Self).map_err(|why| Fault::invalid(format!("failed to parse git.bundle locator {locator:?}: {why}")))
     }
 
     /// Writes it to `file`, verified.
     async fn download(&self, file: &Path, peers: &dyn Peers, registry: &Registry) -> Result<()> {
         let failed = |e| Fault::io(format!("write {}", file.display()), e);
-        let mut pieces = self.open(peers, registry).await?;
+        let mut pieces = self.0.open(peers, registry).await?;
         let mut out = tokio::fs::File::create(file).await.map_err(failed)?;
         let mut hasher = Hasher::new();
         while let Some(piece) = pieces.next().await? {
@@ -70,17 +33,14 @@ impl Bundle {
             out.write_all(&piece).await.map_err(failed)?;
         }
         out.flush().await.map_err(failed)?;
-        match hasher.finish() {
-            got if got == self.digest => Ok(()),
-            got => Err(Fault::invalid(format!("expected checksum to match {}, got {got}", self.digest))),
-        }
+        self.0.check(hasher.finish())
     }
 }
 
 impl Repo<'_> {
     /// What is in `bundle`, as `ls-remote` would list it; it is brought into the repository if it is not there.
     async fn listed(&self, bundle: &Bundle, peers: &dyn Peers, registry: &Registry) -> Result<String> {
-        let below = format!("refs/shipway/bundles/{}/", bundle.digest.hex());
+        let below = format!("refs/shipway/bundles/{}/", bundle.0.digest.hex());
         let git = self.here();
         let list = async || git.run(None, &["for-each-ref", "--format=%(objectname) %(refname) %(*objectname)", &below]).await;
         let mut names = list().await?;
@@ -92,7 +52,7 @@ impl Repo<'_> {
                 bundle.download(&file, peers, registry).await?;
                 git.run(None, &["fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--", &path, &refs]).await.map(drop)
             };
-            let brought = brought.await.context(|| format!("failed to fetch git bundle {}", bundle.name));
+            let brought = brought.await.context(|| format!("failed to fetch git bundle {}", bundle.0.name));
             let _ = tokio::fs::remove_file(&file).await;
             brought?;
             names = list().await?;
@@ -114,7 +74,7 @@ impl Repo<'_> {
         let answer = self.listed(bundle, peers, registry).await?;
         let reference = &self.spec.reference;
         repo::pick(&answer, reference)
-            .ok_or_else(|| Fault::not_found(format!("git bundle {} does not contain ref {reference}", bundle.name)))
+            .ok_or_else(|| Fault::not_found(format!("git bundle {} does not contain ref {reference}", bundle.0.name)))
     }
 
     /// Brings `tip` into the repository out of the bundle.
@@ -123,7 +83,7 @@ impl Repo<'_> {
         if !self.has(sha).await {
             self.listed(bundle, peers, registry).await?;
         }
-        if self.has(sha).await { Ok(()) } else { Err(Fault::not_found(format!("commit {sha} not found in bundle {}", bundle.name))) }
+        if self.has(sha).await { Ok(()) } else { Err(Fault::not_found(format!("commit {sha} not found in bundle {}", bundle.0.name))) }
     }
 
     /// Writes the one file that `tip` is as a bundle, with all of its history, into `to`.

@@ -6,16 +6,38 @@ use serde::Serialize;
 use shipway_fault::{Fault, Result};
 use shipway_oci::Digest;
 
-/// A parsed http source.
-#[derive(Clone, Debug)]
-pub(crate) struct HttpSpec {
-    pub uri: Uri,
-    pub checksum: Option<Digest>,
+/// What the one file of a source is to look like.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Shape {
+    /// Name; empty for the default.
     pub filename: String,
     /// Permissions; 0 for the default.
     pub perm: u32,
     pub uid: u32,
     pub gid: u32,
+}
+
+impl Shape {
+    /// Takes the attribute if it is about the file.
+    pub(crate) fn take(&mut self, key: &str, value: &str) -> Result<bool> {
+        let number = || number(value).ok_or_else(|| Fault::invalid(format!("{key}={value:?} is wrong: want a number")));
+        match key {
+            "http.filename" => self.filename = value.to_owned(),
+            "http.perm" => self.perm = number()?,
+            "http.uid" => self.uid = number()?,
+            "http.gid" => self.gid = number()?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+}
+
+/// A parsed http source.
+#[derive(Clone, Debug)]
+pub(crate) struct HttpSpec {
+    pub uri: Uri,
+    pub checksum: Option<Digest>,
+    pub shape: Shape,
     /// Name of the secret with the `Authorization` header.
     pub auth_secret: String,
     /// Headers of the user's, sorted; only a few may be set.
@@ -38,21 +60,16 @@ impl HttpSpec {
         let mut http = Self {
             uri: super::address(&spec.identifier)?,
             checksum: None,
-            filename: String::new(),
-            perm: 0,
-            uid: 0,
-            gid: 0,
+            shape: Shape::default(),
             auth_secret: String::new(),
             headers: Vec::new(),
         };
         for (key, value) in &spec.attrs {
-            let number = || number(value).ok_or_else(|| Fault::invalid(format!("{key}={value:?} is wrong: want a number")));
+            if http.shape.take(key, value)? {
+                continue;
+            }
             match key.as_str() {
                 "http.checksum" => http.checksum = Some(value.parse().map_err(|e| Fault::invalid(format!("{key}: {e}")))?),
-                "http.filename" => http.filename.clone_from(value),
-                "http.perm" => http.perm = number()?,
-                "http.uid" => http.uid = number()?,
-                "http.gid" => http.gid = number()?,
                 "http.authheadersecret" => http.auth_secret.clone_from(value),
                 k if k.starts_with("http.sig.") => return Err(Fault::unimplemented("verifying the signature of a downloaded file")),
                 k => {
@@ -75,7 +92,7 @@ impl HttpSpec {
 
     /// Identity of the request and of what is made of its answer.
     pub(crate) fn request_key(&self) -> Digest {
-        let Self { filename, perm, uid, gid, auth_secret, headers, .. } = self;
+        let Self { shape: Shape { filename, perm, uid, gid }, auth_secret, headers, .. } = self;
         keys::digest(
             "http.request",
             &RequestKey { uri: self.uri.to_string(), filename, perm: *perm, uid: *uid, gid: *gid, secret: auth_secret, headers },

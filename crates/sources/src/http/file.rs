@@ -1,6 +1,6 @@
 //! The file that a download becomes: its name, its bytes, its owner and time.
 
-use super::attrs::HttpSpec;
+use super::attrs::{HttpSpec, Shape};
 use bytes::Bytes;
 use flate2::write::MultiGzDecoder;
 use http::{HeaderMap, header};
@@ -21,8 +21,8 @@ const MAX_NAME: usize = 255;
 
 /// The name of the file: as asked for, or as the server says, or as the address ends (row `src.http`).
 pub(super) fn name_of(spec: &HttpSpec, headers: Option<&HeaderMap>) -> String {
-    if !spec.filename.is_empty() {
-        return safe(&spec.filename);
+    if !spec.shape.filename.is_empty() {
+        return safe(&spec.shape.filename);
     }
     let said = headers.and_then(|h| disposition(h.get(header::CONTENT_DISPOSITION)?.to_str().ok()?));
     if let Some(name) = said {
@@ -34,7 +34,7 @@ pub(super) fn name_of(spec: &HttpSpec, headers: Option<&HeaderMap>) -> String {
 }
 
 /// The last element of a path if it can name a file here, and a default otherwise.
-fn safe(text: &str) -> String {
+pub(crate) fn safe(text: &str) -> String {
     let name = text.trim().trim_end_matches('/').rsplit('/').next().unwrap_or_default();
     let bad = name.is_empty() || name == "." || name == ".." || name.len() > MAX_NAME || name.chars().any(char::is_control);
     if bad { DEFAULT.to_owned() } else { name.to_owned() }
@@ -57,7 +57,7 @@ pub(super) fn open(root: &Path, name: &str) -> Result<File> {
 }
 
 /// A file being written. Its steps run where blocking is allowed.
-pub(super) struct Target {
+pub(crate) struct Target {
     path: PathBuf,
     sink: Option<Sink>,
 }
@@ -88,7 +88,7 @@ impl Write for Hashed {
 }
 
 /// Creates the file in a fresh state; `gzip` if what will be written is compressed and the file shall not be.
-pub(super) async fn create(dir: &Path, name: &str, gzip: bool) -> Result<Target> {
+pub(crate) async fn create(dir: &Path, name: &str, gzip: bool) -> Result<Target> {
     let path = dir.join(name);
     blocking(move || {
         let open = File::options().write(true).create_new(true).mode(0o600).open(&path);
@@ -101,7 +101,7 @@ pub(super) async fn create(dir: &Path, name: &str, gzip: bool) -> Result<Target>
 }
 
 impl Target {
-    pub(super) async fn write(&mut self, piece: Bytes) -> Result<()> {
+    pub(crate) async fn write(&mut self, piece: Bytes) -> Result<()> {
         let Some(mut sink) = self.sink.take() else { return Err(Fault::internal("write to a file that is closed")) };
         let path = self.path.clone();
         let write = move || {
@@ -117,8 +117,8 @@ impl Target {
     }
 
     /// Sets what the user asked for; the time is the server's, or the epoch, so that equal files make equal layers. Gives the digest.
-    pub(super) async fn finish(self, spec: &HttpSpec, modified: Option<SystemTime>) -> Result<Digest> {
-        let (perm, uid, gid) = (if spec.perm == 0 { 0o600 } else { spec.perm & 0o7777 }, spec.uid, spec.gid);
+    pub(crate) async fn finish(self, shape: &Shape, modified: Option<SystemTime>) -> Result<Digest> {
+        let (perm, uid, gid) = (if shape.perm == 0 { 0o600 } else { shape.perm & 0o7777 }, shape.uid, shape.gid);
         let Self { path, sink } = self;
         let Some(sink) = sink else { return Err(Fault::internal("finish a file that is closed")) };
         blocking(move || {

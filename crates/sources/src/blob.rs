@@ -1,0 +1,128 @@
+//! `docker-image+blob://` and `oci-layout+blob://`: one blob by its digest, as one file (row `src.blob`); and where such a blob is, for others who
+//! read one.
+
+use crate::{
+    Pin, SourceSpec,
+    http::{Shape, file},
+    keys,
+    peers::Peers,
+    remote::{Pieces, Remote},
+};
+use serde::Serialize;
+use shipway_fault::{Context, Fault, Result};
+use shipway_oci::{Digest, ImageName};
+use shipway_refs::{ImmutableRef, RecordType, RefStore};
+use shipway_registry::{Mode, Registry};
+
+/// Where a blob is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct BlobAt {
+    /// Its place, with its digest.
+    pub name: ImageName,
+    pub digest: Digest,
+    /// The client's store that has it and perhaps which client; `None` for a registry.
+    pub store: Option<(String, Option<String>)>,
+}
+
+impl BlobAt {
+    /// Reads `<scheme>://<name>@<digest>`; the store of a client is an attribute of `spec`, or called like the place. The error is the reason alone.
+    pub(crate) fn parse(locator: &str, spec: &SourceSpec) -> Result<Self, String> {
+        let (scheme, body) = locator.split_once("://").ok_or("missing scheme")?;
+        let name: ImageName = body.parse().map_err(|e| format!("{e}"))?;
+        let digest = name.digest().ok_or("invalid digest: a blob has no other name")?;
+        let attr = |key: &str| spec.attrs.get(key).filter(|v| !v.is_empty()).cloned();
+        let store = match scheme {
+            "docker-image+blob" => None,
+            "oci-layout+blob" => {
+                let named = || body.split('@').next().unwrap_or_default().to_owned();
+                Some((attr("oci.store").unwrap_or_else(named), attr("oci.session")))
+            }
+            _ => return Err(format!("scheme {scheme:?} is not supported; expected \"docker-image+blob\" or \"oci-layout+blob\"")),
+        };
+        Ok(Self { name, digest, store })
+    }
+
+    /// The bytes; whoever reads them checks the digest.
+    pub(crate) async fn open(&self, peers: &dyn Peers, registry: &Registry) -> Result<Pieces> {
+        let remote = match &self.store {
+            None => Remote::Registry(Box::new(registry.repository(&self.name, peers.credentials(), Mode::Pull))),
+            Some((store, session)) => {
+                let store = peers.client_store(session.as_deref(), &format!("oci:{store}")).await?;
+                Remote::Client { store, name: self.name.to_string() }
+            }
+        };
+        remote.blob(self.digest).await
+    }
+
+    pub(crate) fn check(&self, got: Digest) -> Result<()> {
+        let expected = self.digest;
+        if got == expected { Ok(()) } else { Err(Fault::invalid(format!("expected checksum to match {expected}, got {got}"))) }
+    }
+}
+
+/// Single blobs.
+pub(crate) struct Blobs {
+    pub refs: RefStore,
+    pub registry: Registry,
+}
+
+/// A parsed blob source.
+pub(crate) struct BlobSpec {
+    pub at: BlobAt,
+    shape: Shape,
+    record_type: RecordType,
+}
+
+#[derive(Serialize)]
+struct BlobKey<'a> {
+    digest: Digest,
+    filename: &'a str,
+    perm: u32,
+    uid: u32,
+    gid: u32,
+}
+
+impl BlobSpec {
+    pub(crate) fn parse(spec: &SourceSpec) -> Result<Self> {
+        let wrong = |why: &str| Fault::invalid(format!("failed to parse blob {:?}: {why}", spec.identifier));
+        let at = BlobAt::parse(&spec.identifier, spec).map_err(|why| wrong(&why))?;
+        let (mut shape, mut record_type) = (Shape::default(), RecordType::Regular);
+        for (key, value) in &spec.attrs {
+            if key == "image.recordtype" && !value.is_empty() {
+                let known = value.parse().ok().filter(|t| matches!(t, RecordType::Regular | RecordType::Internal | RecordType::Frontend));
+                record_type = known.ok_or_else(|| wrong(&format!("invalid record type {value}")))?;
+            } else {
+                shape.take(key, value)?;
+            }
+        }
+        Ok(Self { at, shape, record_type })
+    }
+
+    fn filename(&self) -> String {
+        if self.shape.filename.is_empty() { self.at.digest.hex().to_string() } else { file::safe(&self.shape.filename) }
+    }
+}
+
+impl Blobs {
+    pub(crate) fn pin(&self, spec: &SourceSpec) -> Result<Pin> {
+        let blob = BlobSpec::parse(spec)?;
+        let Shape { perm, uid, gid, .. } = blob.shape;
+        let key = BlobKey { digest: blob.at.digest, filename: &blob.filename(), perm, uid, gid };
+        Ok(Pin { keys: vec![keys::digest("blob", &key)], ephemeral: false, digest: Some(blob.at.digest.to_string()) })
+    }
+
+    pub(crate) async fn fetch(&self, spec: &SourceSpec, peers: &dyn Peers) -> Result<ImmutableRef> {
+        let blob = BlobSpec::parse(spec)?;
+        let description = format!("blob {}", blob.at.name);
+        let state = self.refs.mutable(None, &description, blob.record_type, None).await?;
+        let mount = state.mount().await?;
+        let mut target = file::create(mount.path(), &blob.filename(), false).await?;
+        let mut pieces = blob.at.open(peers, &self.registry).await.context(|| description.clone())?;
+        while let Some(piece) = pieces.next().await.context(|| description.clone())? {
+            target.write(piece).await?;
+        }
+        blob.at.check(target.finish(&blob.shape, None).await?).context(|| description.clone())?;
+        mount.unmount().await?;
+        state.commit(&description).await
+    }
+}
