@@ -81,9 +81,10 @@ impl Explainer {
     }
 }
 
-/// The paths that a message quotes.
-fn quoted(message: &str) -> impl Iterator<Item = &str> {
-    message.split('"').skip(1).step_by(2).filter(|path| !path.is_empty())
+/// The paths that a message quotes, and those in it that are absolute.
+fn paths_in(message: &str) -> impl Iterator<Item = &str> {
+    let absolute = message.split(' ').map(|word| word.trim_end_matches(':')).filter(|word| word.starts_with('/'));
+    message.split('"').skip(1).step_by(2).chain(absolute)
 }
 
 impl Explainer {
@@ -96,7 +97,7 @@ impl Explainer {
         fault.clone().map_details(|detail| match detail {
             Detail::Source { file, spans } if file.data == self.file.data && !spans.is_empty() => {
                 let lines = Lines { start: spans[0].start.line, end: spans[spans.len() - 1].end.line };
-                let written = missing.iter().copied().chain(quoted(&message)).flat_map(|p| [p, p.trim_start_matches('/')]);
+                let written = missing.iter().copied().chain(paths_in(&message)).flat_map(|p| [p, p.trim_start_matches('/')]);
                 let exact = written.filter(|p| !p.is_empty()).find_map(|path| source.find_text(lines, path));
                 Detail::Source { file: file.clone(), spans: if exact.is_some() { pin(lines, exact) } else { spans.clone() } }
             }
