@@ -53,8 +53,12 @@ impl Processes {
     }
 
     async fn start(&self, process: &str, args: &[&str], tty: bool) {
+        self.start_in("c", process, args, tty).await;
+    }
+
+    async fn start_in(&self, container: &str, process: &str, args: &[&str], tty: bool) {
         let meta = pb::Meta { args: args.iter().map(|a| (*a).to_owned()).collect(), cwd: "/".into(), ..Default::default() };
-        let init = wire::InitMessage { container_id: "c".into(), meta: Some(meta), fds: vec![0, 1, 2], tty, ..Default::default() };
+        let init = wire::InitMessage { container_id: container.into(), meta: Some(meta), fds: vec![0, 1, 2], tty, ..Default::default() };
         self.tell(process, Input::Init(init)).await;
     }
 
@@ -96,8 +100,10 @@ async fn enter_a_failed_step(lab: &Lab) {
     let [root] = mounts.unwrap().try_into().unwrap();
 
     let mount = pb::Mount { dest: "/".into(), result_id: root, ..Default::default() };
-    let asked = wire::NewContainerRequest { container_id: "c".into(), mounts: vec![mount], ..Default::default() };
-    bridge.new_container(of_build(asked)).await.unwrap();
+    for container in ["c", "d"] {
+        let asked = wire::NewContainerRequest { container_id: container.into(), mounts: vec![mount.clone()], ..Default::default() };
+        bridge.new_container(of_build(asked)).await.unwrap();
+    }
     let mut processes = Processes::open(&mut bridge).await;
 
     // The first process has a terminal, others join it.
@@ -119,6 +125,11 @@ async fn enter_a_failed_step(lab: &Lab) {
     let read = wire::ReadFileRequest { r#ref: "c".into(), file_path: "/done".into(), ..Default::default() };
     assert_eq!(bridge.read_file_container(of_build(read)).await.unwrap().into_inner().data, b"half\n");
     bridge.release_container(of_build(wire::ReleaseContainerRequest { container_id: "c".into() })).await.unwrap();
+    // A container that still runs something says so when it is given back.
+    processes.start_in("d", "left", &["sleep", "1000"], false).await;
+    while !matches!(processes.from.message().await.unwrap().unwrap().input, Some(Input::Started(_))) {}
+    let left = bridge.release_container(of_build(wire::ReleaseContainerRequest { container_id: "d".into() })).await;
+    assert!(fault_of(&left.unwrap_err()).is_cancelled());
     let scratch = wire::ReturnRequest { result: Some(wire::Result::default()), error: None };
     bridge.r#return(of_build(scratch)).await.unwrap();
     building.await.unwrap().unwrap();

@@ -84,7 +84,7 @@ impl Container for EngineContainer {
         self.look(mount, move |root| reads::stat_file(root, &path)).await
     }
 
-    async fn release(&self) {
-        self.0.release().await;
+    async fn release(&self) -> Result<()> {
+        self.0.release().await
     }
 }

@@ -178,7 +178,8 @@ pub(crate) async fn run(bridge: &EngineBridge, source: &str, inner: EngineBridge
     };
     let result = outcome(work, returned).await;
     build.release_containers().await;
-    container.release().await;
+    // One that has returned may still run.
+    let _ = container.release().await;
     // What it returned is its own business; that it returned nothing is ours to explain.
     result.map_err(|fault| words.hint(fault).context(doing()))?
 }

@@ -64,6 +64,6 @@ pub trait Container: Send + Sync {
     /// One entry of mount number `mount`.
     async fn stat_file(&self, mount: usize, path: &str) -> Result<FileStat>;
 
-    /// Ends all processes and gives the mounts back.
-    async fn release(&self);
+    /// Ends all processes and gives the mounts back; an error if there were processes to end.
+    async fn release(&self) -> Result<()>;
 }

@@ -77,6 +77,5 @@ pub(crate) async fn stat_file(build: &GatewayBuild, r: wire::StatFileRequest) ->
 
 pub(crate) async fn release(build: &GatewayBuild, name: &str) -> Result<()> {
     let kept = build.remove_container(name).ok_or_else(|| Fault::unknown(format!("container details for {name} not found")))?;
-    kept.container.release().await;
-    Ok(())
+    kept.container.release().await
 }

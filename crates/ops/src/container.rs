@@ -139,13 +139,15 @@ impl Container {
         mount.as_deref().ok_or_else(|| Fault::invalid(format!("mountable {index} not found")))
     }
 
-    /// Ends all processes and gives the mounts back.
-    pub async fn release(&self) {
+    /// Ends all processes and gives the mounts back; an error if there were processes to end.
+    pub async fn release(&self) -> Result<()> {
+        let ended = !self.processes.is_empty();
         self.end.cancel();
         self.processes.close();
         self.processes.wait().await;
         lock(&self.unused).take();
         lock(&self.held).take();
+        if ended { Err(Fault::cancelled()) } else { Ok(()) }
     }
 }
 
