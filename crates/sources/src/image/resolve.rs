@@ -97,7 +97,11 @@ async fn stored_manifest(storage: &Storage, name: &ImageName, digest: Digest) ->
     if info.size > MAX_DOCUMENT || !repositories.is_some_and(|r| r.split(',').any(|r| r == name.repository())) {
         return Ok(None);
     }
-    let bytes = storage.content.read_all(digest, MAX_DOCUMENT).await?;
+    let bytes = match storage.content.read_all(digest, MAX_DOCUMENT).await {
+        // A prune may come between the two.
+        Err(e) if e.is_not_found() => return Ok(None),
+        other => other?,
+    };
     Ok(media_type_of(&bytes).map(|t| Descriptor::new(t, digest, info.size)))
 }
 
