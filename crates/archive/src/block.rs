@@ -3,6 +3,7 @@
 use crate::{Compression, CompressionKind};
 use libdeflater::{CompressionLvl, Compressor};
 use shipway_fault::{Fault, Result};
+use std::mem;
 
 /// Bytes of the stream per block. Part of the format of our blobs: changing it changes their digests.
 pub const BLOCK: usize = 512 * 1024;
@@ -10,6 +11,8 @@ pub const BLOCK: usize = 512 * 1024;
 const PIECE: usize = 64 * 1024;
 /// Bytes in the middle of a piece that are looked at to see whether it can be compressed at all.
 const SAMPLE: usize = 4 * 1024;
+/// A sample with more strings that occurred before is worth compressing: each saves some two bytes, and less than 2 % is not worth the time.
+const REPEATS: usize = 40;
 /// What deflate does by default: the fastest level, for blobs are waited for; `compression-level` asks for more.
 const GZIP_LEVEL: i32 = 1;
 /// zstd's own default.
@@ -20,6 +23,8 @@ pub struct BlockCompressor {
     codec: Codec,
     /// Compressed forms of runs of zeros, by length, which holes and padding produce in numbers.
     zeros: Vec<(usize, Vec<u8>)>,
+    /// Where a codec writes what nobody knows the length of yet.
+    scratch: Vec<u8>,
 }
 
 /// What is to be done with a piece.
@@ -52,7 +57,7 @@ impl BlockCompressor {
                 Codec::Zstd { normal: zstd_of(level)?, fast: zstd_of(-7)? }
             }
         };
-        Ok(Self { codec, zeros: Vec::new() })
+        Ok(Self { codec, zeros: Vec::new(), scratch: Vec::new() })
     }
 
     /// Appends the compressed form of `block` to `out`: a member or frame for each run of pieces of one nature.
@@ -63,9 +68,9 @@ impl BlockCompressor {
         }
         let mut pieces = block.chunks(PIECE);
         let Some(first) = pieces.next() else { return Ok(()) };
-        let (mut run, mut nature) = (0..first.len(), self.judge(first)?);
+        let (mut run, mut nature) = (0..first.len(), judge(first));
         for piece in pieces {
-            let next = self.judge(piece)?;
+            let next = judge(piece);
             if next != nature {
                 self.run(&block[run.clone()], nature, out)?;
                 (run, nature) = (run.end..run.end, next);
@@ -90,42 +95,45 @@ impl BlockCompressor {
         self.encode(run, nature == Nature::Hard, out)
     }
 
-    fn judge(&mut self, piece: &[u8]) -> Result<Nature> {
-        if is_zero(piece) {
-            return Ok(Nature::Zero);
-        }
-        if piece.len() < 2 * SAMPLE {
-            return Ok(Nature::Normal);
-        }
-        let at = (piece.len() - SAMPLE) / 2;
-        let sample = &piece[at..at + SAMPLE];
-        if !looks_random(sample) {
-            return Ok(Nature::Normal);
-        }
-        let mut small = Vec::new();
-        self.encode(sample, false, &mut small)?;
-        Ok(if small.len() * 100 > SAMPLE * 98 { Nature::Hard } else { Nature::Normal })
-    }
-
     fn encode(&mut self, block: &[u8], hard: bool, out: &mut Vec<u8>) -> Result<()> {
-        let start = out.len();
-        match &mut self.codec {
-            Codec::None => out.extend_from_slice(block),
+        let encoded = match &mut self.codec {
+            Codec::None => block,
             Codec::Gzip { normal, stored } => {
                 let codec = if hard { stored } else { normal };
-                out.resize(start + codec.gzip_compress_bound(block.len()), 0);
-                let n = codec.gzip_compress(block, &mut out[start..]).map_err(|e| Fault::internal(format!("gzip a layer: {e}")))?;
-                out.truncate(start + n);
+                let room = room(&mut self.scratch, codec.gzip_compress_bound(block.len()));
+                let n = codec.gzip_compress(block, room).map_err(|e| Fault::internal(format!("gzip a layer: {e}")))?;
+                &room[..n]
             }
             Codec::Zstd { normal, fast } => {
                 let codec = if hard { fast } else { normal };
-                out.resize(start + zstd::zstd_safe::compress_bound(block.len()), 0);
-                let n = codec.compress_to_buffer(block, &mut out[start..]).map_err(|e| Fault::internal(format!("zstd a layer: {e}")))?;
-                out.truncate(start + n);
+                let room = room(&mut self.scratch, zstd::zstd_safe::compress_bound(block.len()));
+                let n = codec.compress_to_buffer(block, room).map_err(|e| Fault::internal(format!("zstd a layer: {e}")))?;
+                &room[..n]
             }
-        }
+        };
+        out.extend_from_slice(encoded);
         Ok(())
     }
+}
+
+/// `scratch` with at least `len` bytes.
+fn room(scratch: &mut Vec<u8>, len: usize) -> &mut [u8] {
+    if scratch.len() < len {
+        scratch.resize(len, 0);
+    }
+    scratch
+}
+
+fn judge(piece: &[u8]) -> Nature {
+    if is_zero(piece) {
+        return Nature::Zero;
+    }
+    if piece.len() < 2 * SAMPLE {
+        return Nature::Normal;
+    }
+    let at = (piece.len() - SAMPLE) / 2;
+    let sample = &piece[at..at + SAMPLE];
+    if looks_random(sample) && repeats(sample) <= REPEATS { Nature::Hard } else { Nature::Normal }
 }
 
 fn gzip_level(level: i32) -> Result<CompressionLvl> {
@@ -136,7 +144,21 @@ fn zstd_of(level: i32) -> Result<zstd::bulk::Compressor<'static>> {
     zstd::bulk::Compressor::new(level).map_err(|e| Fault::invalid(format!("compression-level {level} is not a level of zstd: {e}")))
 }
 
-/// Whether bytes occur about equally often. What repeats in longer pieces may look so, too, and only trying tells.
+/// Positions of `sample` whose next four bytes, the shortest that deflate and zstd look for, were there before. Some that were overwritten
+/// by others of the same hash are missed.
+fn repeats(sample: &[u8]) -> usize {
+    const BITS: u32 = 12;
+    let mut last = [0u32; 1 << BITS];
+    let strings = sample.windows(4).map(|w| u32::from_le_bytes([w[0], w[1], w[2], w[3]]));
+    strings
+        .filter(|string| {
+            let slot = &mut last[(string.wrapping_mul(0x9e37_79b1) >> (32 - BITS)) as usize];
+            mem::replace(slot, *string) == *string
+        })
+        .count()
+}
+
+/// Whether bytes occur about equally often. What repeats in longer pieces may look so, too.
 fn looks_random(sample: &[u8]) -> bool {
     let mut counts = [0u32; 256];
     for byte in sample {
@@ -172,7 +194,7 @@ mod tests {
         for (piece, nature) in
             [(vec![0; PIECE], Nature::Zero), (random.clone(), Nature::Hard), (repeated, Nature::Normal), (text, Nature::Normal)]
         {
-            assert_eq!(compressor.judge(&piece).expect("judged"), nature);
+            assert_eq!(judge(&piece), nature);
         }
         // As tars have it: a header, then what does not shrink, then a hole.
         let mut block = vec![0; BLOCK];
