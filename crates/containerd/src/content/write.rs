@@ -1,4 +1,4 @@
-//! Owns writing a blob: messages of a MiB or more, several in flight, the answers drained by a task of their own.
+//! Owns writing a blob: messages of some hundred KiB, several in flight, the answers drained by a task of their own.
 //!
 //! containerd answers every message in order and checks each offset against its own, so nothing is lost by not waiting.
 //! A blob that another namespace already has (policy `shared`) is announced in the first answer with its full length;
@@ -7,12 +7,13 @@
 use super::Content;
 use crate::conn::deadline;
 use async_trait::async_trait;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use containerd_client::services::v1::{AbortRequest, WriteAction, WriteContentRequest, WriteContentResponse};
 use shipway_fault::{Code, Fault, Result};
 use shipway_oci::Digest;
 use shipway_storage::{BlobInfo, BlobWriter, Ingest, Labels, LeaseId};
 use std::{
+    mem,
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -20,12 +21,12 @@ use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-/// Bytes gathered before a message is sent.
-const GATHER: usize = 1 << 20;
-/// Most bytes in one message, well under the limit of 16 MiB.
-const LARGEST: usize = 4 << 20;
+/// Bytes gathered before a message is sent; whoever brings more at once is not copied.
+const GATHER: usize = 256 << 10;
+/// Most bytes in one message. containerd's gRPC library reuses buffers of up to a MiB and allocates larger ones each time.
+const LARGEST: usize = (1 << 20) - 4096;
 /// Messages waiting for the connection.
-const IN_FLIGHT: usize = 3;
+const IN_FLIGHT: usize = 4;
 /// Blobs up to this size travel in a single message.
 const SMALL: usize = 2 << 20;
 
@@ -39,7 +40,7 @@ pub(super) struct Writer {
     messages: Option<mpsc::Sender<WriteContentRequest>>,
     /// Ends with the last answer, or with what broke the stream.
     answers: Option<JoinHandle<Result<WriteContentResponse, Status>>>,
-    buffer: BytesMut,
+    buffer: Vec<u8>,
     /// Bytes sent.
     sent: u64,
     /// The store has all bytes already; ours are only counted.
@@ -77,7 +78,7 @@ impl Writer {
             expected: ingest.expected,
             messages: Some(messages),
             answers: None,
-            buffer: BytesMut::new(),
+            buffer: Vec::new(),
             sent: 0,
             shared: false,
             open: true,
@@ -149,25 +150,19 @@ impl Writer {
         }
     }
 
-    fn data(&mut self, action: WriteAction, bytes: Bytes) -> WriteContentRequest {
+    fn data(&mut self, action: WriteAction, data: Vec<u8>) -> WriteContentRequest {
         let offset = self.sent;
-        self.sent += bytes.len() as u64;
-        WriteContentRequest {
-            action: action as i32,
-            r#ref: self.reference.clone(),
-            offset: offset as i64,
-            data: bytes.into(),
-            ..Default::default()
-        }
+        self.sent += data.len() as u64;
+        WriteContentRequest { action: action as i32, r#ref: self.reference.clone(), offset: offset as i64, data, ..Default::default() }
     }
 
-    async fn flush(&mut self, all: bool) -> Result<()> {
-        while self.buffer.len() >= GATHER || (all && !self.buffer.is_empty()) {
-            let bytes = self.buffer.split_to(self.buffer.len().min(LARGEST)).freeze();
-            let message = self.data(WriteAction::Write, bytes);
-            self.send(message).await?;
+    async fn flush(&mut self) -> Result<()> {
+        if self.buffer.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let bytes = mem::take(&mut self.buffer);
+        let message = self.data(WriteAction::Write, bytes);
+        self.send(message).await
     }
 }
 
@@ -178,25 +173,23 @@ impl BlobWriter for Writer {
             self.sent += bytes.len() as u64;
             return Ok(());
         }
-        if self.buffer.is_empty() && bytes.len() >= GATHER {
-            let mut rest = bytes;
-            while !rest.is_empty() {
-                let piece = rest.split_to(rest.len().min(LARGEST));
-                let message = self.data(WriteAction::Write, piece);
-                self.send(message).await?;
-            }
-            return Ok(());
+        if bytes.len() < GATHER {
+            self.buffer.extend_from_slice(&bytes);
+            return if self.buffer.len() < GATHER { Ok(()) } else { self.flush().await };
         }
-        self.buffer.extend_from_slice(&bytes);
-        self.flush(false).await
+        self.flush().await?;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let piece = rest.split_to(rest.len().min(LARGEST));
+            let message = self.data(WriteAction::Write, piece.into());
+            self.send(message).await?;
+        }
+        Ok(())
     }
 
     async fn commit(mut self: Box<Self>, expected: Option<Digest>, labels: &Labels) -> Result<BlobInfo> {
         self.expected = expected.or(self.expected);
-        if self.buffer.len() > LARGEST {
-            self.flush(true).await?;
-        }
-        let tail = self.buffer.split().freeze();
+        let tail = mem::take(&mut self.buffer);
         let mut message = self.data(WriteAction::Commit, tail);
         if let Some(declared) = self.declared.filter(|d| *d != self.sent) {
             return Err(Fault::new(Code::DataLoss, format!("{}: {declared} bytes were announced", self.what())));
@@ -236,7 +229,7 @@ impl Drop for Writer {
         if !self.open {
             return;
         }
-        let (content, reference) = (self.content.clone(), std::mem::take(&mut self.reference));
+        let (content, reference) = (self.content.clone(), mem::take(&mut self.reference));
         runtime.spawn(async move {
             let Ok(request) = content.connection.request(AbortRequest { r#ref: reference.clone() }) else { return };
             let mut client = content.client();
