@@ -2,7 +2,7 @@
 //!
 //! - [`LayerTree`] walks an overlay upper directory (or a whole tree) in path order and says what a layer holds: entries that differ from what lies
 //!   below, and whiteouts.
-//! - [`diff_id`] hashes the stream and keeps nothing; [`pack()`] compresses it too. The bytes depend on the tree and the
+//! - [`tar_of`] hashes the stream and keeps nothing; [`pack()`] compresses it too. The bytes depend on the tree and the
 //!   [`Compression`] alone, never on the number of threads: the stream is cut into blocks of fixed size, and every block becomes a gzip member or
 //!   zstd frame of its own (RFC 1952 2.2, RFC 8878 3; every reader of layers takes several in a row).
 //!
@@ -22,6 +22,6 @@ mod tree;
 
 pub use compression::{Compression, CompressionKind};
 pub use newest::newest_file;
-pub use pack::{Packed, diff_id, pack, pack_below, recompress};
+pub use pack::{Packed, Tar, pack, pack_below, recompress, tar_of};
 pub use retime::retime;
 pub use tree::{Entry, EntryKind, LayerTree};

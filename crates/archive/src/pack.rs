@@ -7,6 +7,7 @@ use crate::{
     decompress, header,
 };
 use bytes::Bytes;
+use libdeflater::Crc;
 use shipway_fault::{Code, Fault, Result};
 use shipway_oci::{DiffId, Digest, Hasher};
 use std::{
@@ -26,41 +27,52 @@ use std::{
     thread,
 };
 
+/// What tells the tar of a layer from others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tar {
+    /// Its digest.
+    pub diff_id: DiffId,
+    /// Its length.
+    pub size: u64,
+    /// Its CRC-32, the one of gzip. Taking it costs next to nothing, and it notices what happens to files that nobody should touch.
+    pub crc: u32,
+}
+
 /// What came of packing a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packed {
-    /// Digest of the tar.
-    pub diff_id: DiffId,
-    /// Length of the tar.
-    pub tar_size: u64,
+    /// The tar.
+    pub tar: Tar,
     /// Digest of the compressed bytes.
     pub digest: Digest,
     /// Length of the compressed bytes.
     pub size: u64,
 }
 
-/// Hashes the tar of `tree`; returns its diffID and length. Blocks: call it off the async threads.
-pub fn diff_id(tree: &LayerTree) -> Result<(DiffId, u64)> {
+/// Hashes the tar of `tree`. Blocks: call it off the async threads.
+pub fn tar_of(tree: &LayerTree) -> Result<Tar> {
     thread::scope(|scope| {
         let (blocks, hashed) = sync_channel::<Bytes>(8);
-        let hashing = scope.spawn(move || hash(hashed));
+        let hashing = scope.spawn(move || hash(hashed, None));
         let written = Writer::new(|block| blocks.send(block).is_ok()).write(tree);
         drop(blocks);
-        let (digest, size) = joined(hashing.join())?;
+        let tar = joined(hashing.join())?;
         written?;
-        Ok((DiffId(digest), size))
+        tar
     })
 }
 
 /// Packs `tree` as `compression` says and hands the bytes to `sink` in order. The bytes are the same for any number of `threads`
-/// (`None`: as many as there are processors). Blocks: call it off the async threads.
+/// (`None`: as many as there are processors). If the tar is `known`, it is not hashed again, only checked by its checksum.
+/// Blocks: call it off the async threads.
 pub fn pack(
     tree: &LayerTree,
     compression: Compression,
+    known: Option<Tar>,
     threads: Option<NonZero<usize>>,
     sink: &mut dyn FnMut(Bytes) -> Result<()>,
 ) -> Result<Packed> {
-    flow(compression, threads, |emit| Writer::new(emit).write(tree), sink)
+    flow(compression, known, threads, |emit| Writer::new(emit).write(tree), sink)
 }
 
 /// One tar of several trees, each below a directory of its own (`""`: none) that is made with the time `mtime`. Uncompressed; otherwise
@@ -78,7 +90,7 @@ pub fn pack_below(trees: &[(String, LayerTree)], mtime: i64, sink: &mut dyn FnMu
         }
         writer.finish()
     };
-    flow(plain, None, produce, sink)
+    flow(plain, None, None, produce, sink)
 }
 
 /// Compresses anew the layer that `input` gives piece by piece and that is compressed as `from` says; its tar stays the same
@@ -103,12 +115,13 @@ pub fn recompress(
             }
         }
     };
-    flow(compression, threads, produce, sink)
+    flow(compression, None, threads, produce, sink)
 }
 
 /// Runs the threads: `produce` gives the tar in blocks and stops when it is told that nobody wants them.
 pub(crate) fn flow(
     compression: Compression,
+    known: Option<Tar>,
     threads: Option<NonZero<usize>>,
     produce: impl FnOnce(&mut dyn FnMut(Bytes) -> bool) -> Result<()> + Send,
     sink: &mut dyn FnMut(Bytes) -> Result<()>,
@@ -123,7 +136,7 @@ pub(crate) fn flow(
     thread::scope(|scope| {
         let (to_hash, hashed) = sync_channel::<Bytes>(8);
         let (done, results) = sync_channel::<Result<(u64, Bytes)>>(threads * 2);
-        let hashing = scope.spawn(move || hash(hashed));
+        let hashing = scope.spawn(move || hash(hashed, known));
         let reading = scope.spawn(move || {
             let mut next = 0;
             produce(&mut |block| {
@@ -144,10 +157,10 @@ pub(crate) fn flow(
             while jobs.lock().unwrap_or_else(PoisonError::into_inner).recv().is_ok() {}
         }
         let written = joined(reading.join())?;
-        let (tar, tar_size) = joined(hashing.join())?;
+        let tar = joined(hashing.join())?;
         let (digest, size) = gathered?;
         written?;
-        Ok(Packed { diff_id: DiffId(tar), tar_size, digest, size })
+        Ok(Packed { tar: tar?, digest, size })
     })
 }
 
@@ -155,13 +168,24 @@ fn joined<T>(result: thread::Result<T>) -> Result<T> {
     result.map_err(|_| Fault::internal("a thread that packs a layer panicked"))
 }
 
-fn hash(blocks: Receiver<Bytes>) -> (Digest, u64) {
-    let (mut hasher, mut size) = (Hasher::new(), 0);
+/// What the tar of these blocks is; an error if it is not the one that was `known`.
+fn hash(blocks: Receiver<Bytes>, known: Option<Tar>) -> Result<Tar> {
+    let mut hasher = known.is_none().then(Hasher::new);
+    let (mut crc, mut size) = (Crc::new(), 0);
     for block in blocks {
         size += block.len() as u64;
-        hasher.update(&block);
+        crc.update(&block);
+        if let Some(hasher) = &mut hasher {
+            hasher.update(&block);
+        }
     }
-    (hasher.finish(), size)
+    let crc = crc.sum();
+    match (hasher, known) {
+        (Some(hasher), _) => Ok(Tar { diff_id: DiffId(hasher.finish()), size, crc }),
+        (None, Some(tar)) if (tar.size, tar.crc) == (size, crc) => Ok(tar),
+        (None, _) => Err(Fault::new(Code::FailedPrecondition, "the files of the layer are not what they were when it was committed")
+            .hint("something wrote to the snapshot behind containerd's back: prune it and build again")),
+    }
 }
 
 fn work(compression: Compression, jobs: &Mutex<Receiver<(u64, Bytes)>>, done: &SyncSender<Result<(u64, Bytes)>>) {
@@ -178,7 +202,7 @@ fn work(compression: Compression, jobs: &Mutex<Receiver<(u64, Bytes)>>, done: &S
         let result = if compression.kind == CompressionKind::Uncompressed {
             Ok((index, block))
         } else {
-            let mut out = Vec::new();
+            let mut out = Vec::with_capacity(block.len());
             compressor.compress(&block, &mut out).map(|()| (index, out.into()))
         };
         if done.send(result).is_err() {

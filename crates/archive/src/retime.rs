@@ -27,7 +27,7 @@ pub fn retime(
         rewrite(&mut *decompress::reader(from, input)?, latest, &mut out)?;
         out.flush()
     };
-    flow(compression, threads, produce, sink)
+    flow(compression, None, threads, produce, sink)
 }
 
 struct Out<'a> {

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use shipway_archive::{Compression, CompressionKind, LayerTree, diff_id, pack, recompress};
+use shipway_archive::{Compression, CompressionKind, LayerTree, pack, recompress, tar_of};
 use std::{
     fs,
     num::NonZero,
@@ -47,7 +47,7 @@ fn sample(root: &Path) {
 
 fn packed(tree: &LayerTree, compression: Compression, threads: usize) -> (Vec<u8>, shipway_archive::Packed) {
     let mut bytes = Vec::new();
-    let packed = pack(tree, compression, NonZero::new(threads), &mut |b| {
+    let packed = pack(tree, compression, None, NonZero::new(threads), &mut |b| {
         bytes.extend_from_slice(&b);
         Ok(())
     })
@@ -70,8 +70,9 @@ fn tar_reads_a_layer_in_path_order() {
     sample(dir.path());
     let tree = LayerTree::whole(dir.path());
     let (bytes, packed) = packed(&tree, Compression { kind: CompressionKind::Uncompressed, ..Default::default() }, 1);
-    assert_eq!(packed.diff_id.0, packed.digest);
-    assert_eq!(diff_id(&tree).unwrap(), (packed.diff_id, bytes.len() as u64));
+    assert_eq!(packed.tar.diff_id.0, packed.digest);
+    assert_eq!(tar_of(&tree).unwrap(), packed.tar);
+    assert_eq!((packed.tar.size, packed.tar.crc), (bytes.len() as u64, libdeflater::crc32(&bytes)));
     let list = String::from_utf8(pipe("tar", &["-t", "--quoting-style=literal"], &bytes)).unwrap();
     let want = format!("{}\nbig\ndir/\ndir/hello\ndir/sub/\ndir/sub/again\ndir.txt\nlink\nünïcode\n", "a".repeat(150));
     assert_eq!(list, want);
@@ -119,13 +120,13 @@ fn the_bytes_do_not_depend_on_the_number_of_threads() {
         for threads in [2, 5] {
             assert!(one == packed(&tree, compression, threads), "{kind:?} with {threads} threads");
         }
-        assert_eq!(one.1.diff_id, diff_id(&tree).unwrap().0);
+        assert_eq!(one.1.tar, tar_of(&tree).unwrap());
         assert_eq!(one.1.digest, shipway_oci::Digest::of(&one.0));
         if kind == CompressionKind::Gzip {
-            assert_eq!(shipway_oci::Digest::of(pipe("gzip", &["-dc"], &one.0)), one.1.diff_id.0);
+            assert_eq!(shipway_oci::Digest::of(pipe("gzip", &["-dc"], &one.0)), one.1.tar.diff_id.0);
         } else {
             let tar = zstd::stream::decode_all(&one.0[..]).unwrap();
-            assert_eq!(shipway_oci::Digest::of(tar), one.1.diff_id.0);
+            assert_eq!(shipway_oci::Digest::of(tar), one.1.tar.diff_id.0);
         }
     }
 }
@@ -217,10 +218,29 @@ fn overlays_do_not_tell_what_was_only_touched() {
 }
 
 #[test]
+fn a_known_tar_is_checked_and_not_hashed() {
+    let dir = tempfile::tempdir().unwrap();
+    sample(dir.path());
+    let tree = LayerTree::whole(dir.path());
+    let tar = tar_of(&tree).unwrap();
+    let again = |known| pack(&tree, Compression::default(), Some(known), None, &mut |_| Ok(()));
+    assert_eq!(again(tar).unwrap(), packed(&tree, Compression::default(), 1).1);
+    // It believes what it is told, as long as the files are the same.
+    let told = shipway_archive::Tar { diff_id: shipway_oci::DiffId(shipway_oci::Digest::of("another")), ..tar };
+    assert_eq!(again(told).unwrap().tar, told);
+    let hello = dir.path().join("dir/hello");
+    let times = fs::FileTimes::new().set_modified(fs::metadata(&hello).unwrap().modified().unwrap());
+    fs::write(&hello, "hullo\n").unwrap();
+    fs::File::options().append(true).open(&hello).unwrap().set_times(times).unwrap();
+    let failed = again(tar).unwrap_err();
+    assert_eq!(failed.code(), shipway_fault::Code::FailedPrecondition, "{failed}");
+}
+
+#[test]
 fn a_failing_sink_ends_the_packing() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("big"), pseudo_random(40_000_000)).unwrap();
-    let failed = pack(&LayerTree::whole(dir.path()), Compression::default(), None, &mut |_| Err(shipway_fault::Fault::cancelled()));
+    let failed = pack(&LayerTree::whole(dir.path()), Compression::default(), None, None, &mut |_| Err(shipway_fault::Fault::cancelled()));
     assert!(failed.unwrap_err().is_cancelled());
 }
 
@@ -260,7 +280,7 @@ fn recompressing_keeps_the_tar() {
             let compression = Compression { kind, ..Default::default() };
             let after = recompress(&mut || pieces.next().unwrap_or(Ok(None)), from, compression, None, &mut |_| Ok(())).unwrap();
             assert_eq!(after, packed(&tree, compression, 1).1, "{from:?} to {kind:?}");
-            assert_eq!(after.diff_id, before.diff_id);
+            assert_eq!(after.tar, before.tar);
         }
     }
 }

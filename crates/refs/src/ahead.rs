@@ -8,9 +8,9 @@ use crate::{
     record::fresh_id,
     store::{Inner, Record},
 };
-use shipway_archive::LayerTree;
+use shipway_archive::{LayerTree, Tar};
 use shipway_fault::Result;
-use shipway_oci::{Descriptor, DiffId};
+use shipway_oci::Descriptor;
 use shipway_storage::LeaseResource;
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ use std::sync::Arc;
 pub(crate) struct Loose {
     store: Arc<Inner>,
     lease: EpochLease,
-    pub diff_id: DiffId,
+    pub tar: Tar,
     descriptor: Descriptor,
 }
 
@@ -31,7 +31,7 @@ impl Loose {
         compression: Compression,
     ) -> Result<Self> {
         let work = move |sink: Sink<'_>| {
-            let packed = shipway_archive::pack(&tree, compression, None, sink);
+            let packed = shipway_archive::pack(&tree, compression, None, None, sink);
             drop(guard);
             packed
         };
@@ -40,7 +40,7 @@ impl Loose {
         // Cut off in the middle, it would leave a blob in a lease that lives long.
         let sealed = async move {
             let descriptor = seal(writer, packed, compression).await?;
-            Ok(Self { store: owner, lease, diff_id: packed.diff_id, descriptor })
+            Ok(Self { store: owner, lease, tar: packed.tar, descriptor })
         };
         store.background.finish(sealed).await
     }

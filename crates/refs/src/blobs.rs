@@ -11,9 +11,9 @@ use shipway_archive::Packed;
 use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_oci::Descriptor;
 use shipway_progress::Reporter;
-use shipway_storage::{BlobWriter, Ingest, Labels, LeaseId, UNCOMPRESSED};
+use shipway_storage::{BlobReader, BlobWriter, Ingest, Labels, LeaseId, UNCOMPRESSED};
 use std::sync::Arc;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::AbortHandle};
 
 /// Layers of one state that are worked on at the same time; each is compressed by all processors.
 const PARALLEL: usize = 3;
@@ -158,8 +158,9 @@ impl Inner {
             None => (cell.chain_id, cell.parent.is_some()),
         };
         let (tree, guard) = self.layer_tree(chain, parent).await?;
+        let known = cell.tar.get().copied();
         let work = move |sink: Sink<'_>| {
-            let packed = shipway_archive::pack(&tree, compression, None, sink);
+            let packed = shipway_archive::pack(&tree, compression, known, None, sink);
             drop(guard);
             packed
         };
@@ -177,23 +178,9 @@ impl Inner {
         let from = self.stored_blob(cell, record, progress).await?;
         let kind = CompressionKind::of_media_type(&from.media_type)
             .ok_or_else(|| Fault::unimplemented(format!("changing the compression of layers of type {}", from.media_type)))?;
-        let mut reader = self.storage.content.reader(from.digest).await?;
-        let (send, mut receive) = mpsc::channel::<Result<Bytes>>(IN_FLIGHT);
-        let feed = tokio::spawn(async move {
-            loop {
-                let next = reader.next().await.transpose();
-                let Some(chunk) = next else { return };
-                let failed = chunk.is_err();
-                if send.send(chunk).await.is_err() || failed {
-                    return;
-                }
-            }
-        });
-        let work =
-            move |sink: Sink<'_>| shipway_archive::recompress(&mut || receive.blocking_recv().transpose(), kind, compression, None, sink);
-        let stored = self.store_packed(cell, record, compression, work).await;
-        feed.abort();
-        stored
+        let mut input = Feed::new(self.storage.content.reader(from.digest).await?);
+        let work = move |sink: Sink<'_>| shipway_archive::recompress(&mut || input.next(), kind, compression, None, sink);
+        self.store_packed(cell, record, compression, work).await
     }
 
     /// Stores what `work` makes under the lease of `record` and checks that it is the layer.
@@ -206,10 +193,11 @@ impl Inner {
     ) -> Result<Descriptor> {
         let reference = format!("shipway-layer-{}-{:?}", cell.diff_id.0.hex(), compression.kind);
         let (packed, writer) = self.stream(&record.lease, reference, work).await?;
-        if packed.diff_id != cell.diff_id {
+        let made = packed.tar.diff_id;
+        if made != cell.diff_id {
             return Err(Fault::new(
                 Code::FailedPrecondition,
-                format!("the files of the layer make the tar {}, which is not {}", packed.diff_id, cell.diff_id),
+                format!("the files of the layer make the tar {made}, which is not {}", cell.diff_id),
             )
             .hint("the layer came from a registry and its blob was removed from containerd: pull the image again, with `--pull`"));
         }
@@ -240,13 +228,45 @@ impl Inner {
     }
 }
 
+/// The bytes of a stored blob on their way to a thread that packs; the way ends when this is dropped.
+pub(crate) struct Feed {
+    chunks: mpsc::Receiver<Result<Bytes>>,
+    reading: AbortHandle,
+}
+
+impl Feed {
+    pub fn new(mut blob: Box<dyn BlobReader>) -> Self {
+        let (send, chunks) = mpsc::channel(IN_FLIGHT);
+        let reading = tokio::spawn(async move {
+            while let Some(chunk) = blob.next().await.transpose() {
+                let failed = chunk.is_err();
+                if send.send(chunk).await.is_err() || failed {
+                    return;
+                }
+            }
+        });
+        Self { chunks, reading: reading.abort_handle() }
+    }
+
+    /// The next bytes. Blocks: not for async threads.
+    pub fn next(&mut self) -> Result<Option<Bytes>> {
+        self.chunks.blocking_recv().transpose()
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        self.reading.abort();
+    }
+}
+
 /// Takes the blocks of a blob in their order.
 pub(crate) type Sink<'a> = &'a mut dyn FnMut(Bytes) -> Result<()>;
 
 /// Ends the writing of a layer's blob, labelled so that it is found again.
 pub(crate) async fn seal(writer: Box<dyn BlobWriter>, packed: Packed, compression: Compression) -> Result<Descriptor> {
     let media_type = compression.kind.media_type();
-    let labels = Labels::from([(UNCOMPRESSED.into(), packed.diff_id.to_string()), (MEDIA_TYPE.into(), media_type.into())]);
+    let labels = Labels::from([(UNCOMPRESSED.into(), packed.tar.diff_id.to_string()), (MEDIA_TYPE.into(), media_type.into())]);
     writer.commit(Some(packed.digest), &labels).await?;
     Ok(Descriptor::new(media_type, packed.digest, packed.size))
 }

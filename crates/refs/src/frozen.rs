@@ -113,7 +113,7 @@ impl Frozen {
             if info.parent != chain.map(Into::into) {
                 return Err(Fault::internal(format!("the state that {:?} was made from is gone", self.description)));
             }
-            let diff_id = hash(store, &self.mounts, chain).await?;
+            let tar = hash(store, &self.mounts, chain).await?;
             let note = Note {
                 record_type: slot.note.record_type,
                 description: self.description.clone(),
@@ -121,13 +121,13 @@ impl Frozen {
                 parents: slot.note.parents.clone(),
                 body: Body::Layers(Vec::new()),
             };
-            let record = stacked(store, below.map(|r| &**r), diff_id, note);
+            let record = stacked(store, below.map(|r| &**r), tar, note);
             let id = record.id.clone();
             let (store, slot, mounts) = (store.clone(), slot.clone(), self.mounts.clone());
             let background = store.background.clone();
             // Cut off in the middle, it would leave a slot without a snapshot, or a snapshot that nobody knows.
             let work = async move {
-                let name = ChainId::extend(chain, diff_id).into();
+                let name = ChainId::extend(chain, tar.diff_id).into();
                 let done = async {
                     store.ensure_lease(&record).await?;
                     store.storage.snapshots.commit(&record.lease, &name, &slot.snapshot, &links::labels(true)).await

@@ -1,7 +1,7 @@
 //! Layers of a state: what they are, where their bytes come from.
 
 use async_trait::async_trait;
-use shipway_archive::LayerTree;
+use shipway_archive::{LayerTree, Tar};
 use shipway_fault::Result;
 use shipway_oci::{ChainId, Descriptor, DiffId};
 use shipway_progress::Reporter;
@@ -82,6 +82,8 @@ pub(crate) struct Cell {
     origin: Mutex<Origin>,
     /// Its files, where they were committed in this life: a commit leaves them in their place.
     pub tree: OnceLock<LayerTree>,
+    /// Its tar, where that was made in this life: what is packed again need not be hashed again.
+    pub tar: OnceLock<Tar>,
     /// Committed in this life: no blob of it can exist that we do not know.
     pub new: AtomicBool,
     /// The snapshot does not tell the whole layer, because whiteouts at the bottom of a stack vanish: only a blob does.
@@ -121,6 +123,7 @@ impl Cell {
             parent,
             origin: Mutex::default(),
             tree: OnceLock::new(),
+            tar: OnceLock::new(),
             new: AtomicBool::new(false),
             blob_only: AtomicBool::new(false),
             linked: OnceLock::new(),

@@ -77,6 +77,9 @@ impl Inner {
     fn moved(&self, original: &Arc<Cell>, below: Option<&Arc<Cell>>) -> Arc<Cell> {
         let cell = self.cell(original.diff_id, below.map(|c| c.chain_id));
         if !Arc::ptr_eq(&cell, original) {
+            if let Some(tar) = original.tar.get() {
+                let _ = cell.tar.set(*tar);
+            }
             for blob in original.blobs() {
                 cell.know(blob);
             }
@@ -104,10 +107,11 @@ impl Inner {
         let lease = self.epochs.lease(&self.storage).await?;
         let reference = format!("shipway-diff-{}", crate::record::fresh_id());
         let compression = Compression::default();
-        let work = move |sink: Sink<'_>| shipway_archive::pack(&LayerTree::compared(before.path(), after.path()), compression, None, sink);
+        let work =
+            move |sink: Sink<'_>| shipway_archive::pack(&LayerTree::compared(before.path(), after.path()), compression, None, None, sink);
         let (packed, writer) = self.stream(&lease, reference, work).await?;
         let descriptor = seal(writer, packed, compression).await?;
-        let cell = self.cell(packed.diff_id, None);
+        let cell = self.cell(packed.tar.diff_id, None);
         cell.blob_only.store(true, Relaxed);
         cell.know(KnownBlob { descriptor, source: None, stored: true });
         Ok(cell)

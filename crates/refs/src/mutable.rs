@@ -10,9 +10,9 @@ use crate::{
     record::{Body, Note, fresh_id},
     store::{Inner, Record},
 };
-use shipway_archive::LayerTree;
+use shipway_archive::{LayerTree, Tar};
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::{ChainId, DiffId};
+use shipway_oci::ChainId;
 use shipway_progress::Reporter;
 use shipway_storage::{Mount, SnapshotKey};
 use std::{
@@ -171,11 +171,11 @@ async fn commit(
         Some(compression) => Some(Loose::pack(store, &active.lease, written(store, &mounts, chain).await?, compression).await?),
         None => None,
     };
-    let diff_id = match &blob {
-        Some(blob) => blob.diff_id,
+    let tar = match &blob {
+        Some(blob) => blob.tar,
         None => hash(store, &mounts, chain).await?,
     };
-    let record = stacked(store, below.map(|r| &**r), diff_id, note);
+    let record = stacked(store, below.map(|r| &**r), tar, note);
     if let (Some(blob), Some(cell)) = (&blob, record.layers.last()) {
         cell.know(blob.known());
     }
@@ -187,7 +187,7 @@ async fn commit(
             if let Some(blob) = blob {
                 blob.give(&record).await?;
             }
-            active.commit(&record.lease, ChainId::extend(chain, diff_id), &links::labels(linked)).await
+            active.commit(&record.lease, ChainId::extend(chain, tar.diff_id), &links::labels(linked)).await
         };
         match done.await {
             Ok(true) => {
@@ -236,18 +236,18 @@ async fn written(store: &Arc<Inner>, mounts: &[Mount], parent: Option<ChainId>) 
     })
 }
 
-/// The diffID of what was written over `parent`.
-pub(crate) async fn hash(store: &Arc<Inner>, mounts: &[Mount], parent: Option<ChainId>) -> Result<DiffId> {
+/// The tar of what was written over `parent`.
+pub(crate) async fn hash(store: &Arc<Inner>, mounts: &[Mount], parent: Option<ChainId>) -> Result<Tar> {
     let (tree, guard) = written(store, mounts, parent).await?;
-    let hashed = tokio::task::spawn_blocking(move || shipway_archive::diff_id(&tree)).await;
+    let hashed = tokio::task::spawn_blocking(move || shipway_archive::tar_of(&tree)).await;
     drop(guard);
-    let (diff_id, _) = hashed.map_err(|e| Fault::internal(format!("hashing a layer failed: {e}")))??;
-    Ok(diff_id)
+    hashed.map_err(|e| Fault::internal(format!("hashing a layer failed: {e}")))?
 }
 
-/// A record of `diff_id` on top of `below`, for a layer that is being committed.
-pub(crate) fn stacked(store: &Inner, below: Option<&Record>, diff_id: DiffId, note: Note) -> Record {
-    let cell = store.cell(diff_id, below.and_then(|r| r.chain()));
+/// A record of the layer `tar` on top of `below`, which is being committed.
+pub(crate) fn stacked(store: &Inner, below: Option<&Record>, tar: Tar, note: Note) -> Record {
+    let cell = store.cell(tar.diff_id, below.and_then(|r| r.chain()));
+    let _ = cell.tar.set(tar);
     cell.new.store(true, Ordering::Relaxed);
     let layers = below.map(|r| r.layers.clone()).unwrap_or_default().into_iter().chain([cell]).collect();
     Record::new(fresh_id(), note, layers, false)

@@ -1,17 +1,17 @@
 //! States with no time later than a given one (row `ex.c.rewrite`).
 
-use crate::{Compression, CompressionKind, ImmutableRef, LayerBlob, LazyLayer, RefStore, blobs::Sink, store::Record};
-use bytes::Bytes;
+use crate::{
+    Compression, CompressionKind, ImmutableRef, LayerBlob, LazyLayer, RefStore,
+    blobs::{Feed, Sink},
+    store::Record,
+};
 use shipway_fault::{Context as _, Result};
 use shipway_oci::{Descriptor, DiffId};
 use shipway_progress::Reporter;
 use shipway_storage::{Labels, UNCOMPRESSED};
-use tokio::sync::mpsc;
 
 /// Tells which time a layer was rewritten with.
 const REWRITTEN: &str = "buildkit/rewritten-timestamp";
-/// Blocks on their way to the content store.
-const IN_FLIGHT: usize = 8;
 
 impl ImmutableRef {
     /// The same files with every time later than `latest` (seconds since the epoch) set to it. The layers that it has in common with `base`, counted
@@ -52,27 +52,15 @@ impl ImmutableRef {
 
     async fn rewrite(&self, record: &Record, blob: &LayerBlob, latest: i64, how: Compression) -> Result<(DiffId, Descriptor)> {
         let content = &self.0.store.storage.content;
-        let mut reader = content.reader(blob.descriptor.digest).await?;
-        let (send, mut receive) = mpsc::channel::<Result<Bytes>>(IN_FLIGHT);
-        let feed = tokio::spawn(async move {
-            while let Some(chunk) = reader.next().await.transpose() {
-                let failed = chunk.is_err();
-                if send.send(chunk).await.is_err() || failed {
-                    return;
-                }
-            }
-        });
+        let mut input = Feed::new(content.reader(blob.descriptor.digest).await?);
         let reference = format!("shipway-retime-{}-{latest}-{:?}", blob.diff_id.0.hex(), how.kind);
-        let work =
-            move |sink: Sink<'_>| shipway_archive::retime(&mut || receive.blocking_recv().transpose(), how.kind, latest, how, None, sink);
-        let stored = self.0.store.stream(&record.lease, reference, work).await;
-        feed.abort();
-        let (packed, writer) = stored?;
-        let labels = Labels::from([(UNCOMPRESSED.to_owned(), packed.diff_id.to_string())]);
+        let work = move |sink: Sink<'_>| shipway_archive::retime(&mut || input.next(), how.kind, latest, how, None, sink);
+        let (packed, writer) = self.0.store.stream(&record.lease, reference, work).await?;
+        let labels = Labels::from([(UNCOMPRESSED.to_owned(), packed.tar.diff_id.to_string())]);
         writer.commit(Some(packed.digest), &labels).await?;
         let mut descriptor = blob.descriptor.clone();
         (descriptor.digest, descriptor.size) = (packed.digest, packed.size);
         descriptor.annotations.insert(REWRITTEN.into(), latest.to_string());
-        Ok((packed.diff_id, descriptor))
+        Ok((packed.tar.diff_id, descriptor))
     }
 }
