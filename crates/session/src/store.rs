@@ -204,6 +204,10 @@ impl BlobReader for ClientBlob {
             };
             match stream.message().await {
                 Ok(Some(piece)) if piece.data.is_empty() => {}
+                Ok(Some(piece)) if piece.data.len() as u64 > self.size - self.offset => {
+                    let message = format!("the client sent more than the {} bytes that blob {} has", self.size, self.digest);
+                    return Err(Fault::new(Code::DataLoss, message));
+                }
                 Ok(Some(piece)) => {
                     self.offset += piece.data.len() as u64;
                     return Ok(Some(piece.data.into()));

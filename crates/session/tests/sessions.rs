@@ -12,7 +12,12 @@ use futures::{Stream, StreamExt};
 use shipway_fault::{Code, Fault};
 use shipway_filesync::{FileSyncRequest, Packet, PacketStream, ReceiveOptions, Receiver, SendOptions, SendRoot, Sender, packets};
 use shipway_grpc::{Answers, Duplex, FileSend, FileSendServer, RawAnswers, fault_of, serve_tunnel, status_of};
+use shipway_oci::Digest;
 use shipway_proto::{
+    containerd::services::content::v1::{
+        self as content,
+        content_server::{Content, ContentServer},
+    },
     grpc::health::v1::{
         HealthCheckRequest, HealthCheckResponse,
         health_server::{Health, HealthServer},
@@ -33,6 +38,7 @@ use shipway_proto::{
     },
 };
 use shipway_session::*;
+use shipway_storage::BlobReader as _;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap, service::Routes};
 
@@ -147,6 +153,43 @@ fn decode<M: prost::Message + Default>(bytes: Bytes) -> Result<M, Status> {
     M::decode(bytes).map_err(|e| Status::invalid_argument(e.to_string()))
 }
 
+/// A store in which every blob has four bytes, and which sends what the store's name says.
+#[tonic::async_trait]
+impl Content for Client {
+    type ListStream = tokio_stream::Empty<Result<content::ListContentResponse, Status>>;
+    type ReadStream = Stream_<content::ReadContentResponse>;
+    type WriteStream = tokio_stream::Empty<Result<content::WriteContentResponse, Status>>;
+    async fn info(&self, _: Request<content::InfoRequest>) -> Result<Response<content::InfoResponse>, Status> {
+        Ok(Response::new(content::InfoResponse { info: Some(content::Info { size: 4, ..Default::default() }) }))
+    }
+    async fn read(&self, request: Request<content::ReadContentRequest>) -> Result<Response<Self::ReadStream>, Status> {
+        let pieces = request.metadata().get("buildkit-attachable-store-id").map_or("", |id| id.to_str().unwrap_or_default());
+        let pieces: Vec<_> = pieces.split('+').map(|p| Ok(content::ReadContentResponse { offset: 0, data: p.into() })).collect();
+        Ok(Response::new(Box::pin(futures::stream::iter(pieces))))
+    }
+    async fn update(&self, _: Request<content::UpdateRequest>) -> Result<Response<content::UpdateResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+    async fn list(&self, _: Request<content::ListContentRequest>) -> Result<Response<Self::ListStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+    async fn delete(&self, _: Request<content::DeleteContentRequest>) -> Result<Response<()>, Status> {
+        Err(Status::unimplemented(""))
+    }
+    async fn status(&self, _: Request<content::StatusRequest>) -> Result<Response<content::StatusResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+    async fn list_statuses(&self, _: Request<content::ListStatusesRequest>) -> Result<Response<content::ListStatusesResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+    async fn write(&self, _: Request<Streaming<content::WriteContentRequest>>) -> Result<Response<Self::WriteStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+    async fn abort(&self, _: Request<content::AbortRequest>) -> Result<Response<()>, Status> {
+        Err(Status::unimplemented(""))
+    }
+}
+
 fn prost_encode(message: &impl prost::Message) -> Vec<u8> {
     message.encode_to_vec()
 }
@@ -173,6 +216,7 @@ impl Client {
             .add_service(FileSyncServer::new(self.clone()))
             .add_service(SecretsServer::new(self.clone()))
             .add_service(SshServer::new(self.clone()))
+            .add_service(ContentServer::new(self.clone()))
             .add_service(FileSendServer::new(self.clone()));
         let task = tokio::spawn(async move { _ = serve_tunnel(theirs, routes).await });
         (hub.register(metadata, ours).await.expect("registers"), task)
@@ -266,6 +310,24 @@ async fn secrets_and_credentials() {
     assert_eq!(session.credentials("example.com").await.expect("asks"), None);
     assert_eq!(session.fetch_token(TokenRequest::default()).await.expect("asks"), None);
     assert_eq!(session.token_authority("example.com", b"salt").await.expect("asks"), None);
+}
+
+#[tokio::test]
+async fn a_blob_has_the_length_that_the_client_told() {
+    let (_client, session, _task) = attached().await;
+    let read = async |pieces: &str| {
+        let mut blob = session.store(pieces)?.reader(Digest::of("it")).await?;
+        let mut all = Vec::new();
+        while let Some(piece) = blob.next().await? {
+            all.extend_from_slice(&piece);
+        }
+        Ok::<_, Fault>(all)
+    };
+    assert_eq!(read("ab++cd").await.expect("reads"), b"abcd");
+    assert_eq!(read("abc").await.expect_err("too short").code(), Code::Unavailable);
+    for long in ["abcde", "ab+cde"] {
+        assert_eq!(read(long).await.expect_err("too long").code(), Code::DataLoss);
+    }
 }
 
 #[tokio::test]

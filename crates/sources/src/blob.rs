@@ -13,6 +13,7 @@ use shipway_fault::{Context, Fault, Result};
 use shipway_oci::{Digest, ImageName};
 use shipway_refs::{ImmutableRef, RecordType, RefStore};
 use shipway_registry::{Mode, Registry};
+use std::path::Path;
 
 /// Where a blob is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,8 +43,7 @@ impl BlobAt {
         Ok(Self { name, digest, store })
     }
 
-    /// The bytes; whoever reads them checks the digest.
-    pub(crate) async fn open(&self, peers: &dyn Peers, registry: &Registry) -> Result<Pieces> {
+    async fn open(&self, peers: &dyn Peers, registry: &Registry) -> Result<Pieces> {
         let remote = match &self.store {
             None => Remote::Registry(Box::new(registry.repository(&self.name, peers.credentials(), Mode::Pull))),
             Some((store, session)) => {
@@ -54,8 +54,14 @@ impl BlobAt {
         remote.blob(self.digest).await
     }
 
-    pub(crate) fn check(&self, got: Digest) -> Result<()> {
-        let expected = self.digest;
+    /// Writes it to the new file `name` in `dir`. The place is not trusted: it gives no more bytes than it told, and they have to be those of the digest.
+    pub(crate) async fn save(&self, dir: &Path, name: &str, shape: &Shape, peers: &dyn Peers, registry: &Registry) -> Result<()> {
+        let mut pieces = self.open(peers, registry).await?;
+        let mut target = file::create(dir, name, false).await?;
+        while let Some(piece) = pieces.next().await? {
+            target.write(piece).await?;
+        }
+        let (expected, got) = (self.digest, target.finish(shape, None).await?);
         if got == expected { Ok(()) } else { Err(Fault::invalid(format!("expected checksum to match {expected}, got {got}"))) }
     }
 }
@@ -116,12 +122,8 @@ impl Blobs {
         let description = format!("blob {}", blob.at.name);
         let state = self.refs.mutable(None, &description, blob.record_type, None).await?;
         let mount = state.mount().await?;
-        let mut target = file::create(mount.path(), &blob.filename(), false).await?;
-        let mut pieces = blob.at.open(peers, &self.registry).await.context(|| description.clone())?;
-        while let Some(piece) = pieces.next().await.context(|| description.clone())? {
-            target.write(piece).await?;
-        }
-        blob.at.check(target.finish(&blob.shape, None).await?).context(|| description.clone())?;
+        let saved = blob.at.save(mount.path(), &blob.filename(), &blob.shape, peers, &self.registry).await;
+        saved.context(|| description.clone())?;
         mount.unmount().await?;
         state.commit(&description).await
     }

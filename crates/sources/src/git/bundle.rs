@@ -1,15 +1,15 @@
 //! Git bundles: a commit with its history in one file, which a source can be made of and can be made into (rows `src.git.bundle`).
 
 use super::{GitSpec, Repo, Tip, attrs::is_commit, repo};
-use crate::{SourceSpec, blob::BlobAt, peers::Peers};
+use crate::{SourceSpec, blob::BlobAt, http::Shape, peers::Peers};
 use shipway_fault::{Context, Fault, Result};
-use shipway_oci::Hasher;
 use shipway_registry::Registry;
 use std::{os::unix::fs::PermissionsExt as _, path::Path};
-use tokio::io::AsyncWriteExt as _;
 
 /// Name of the file that a source becomes.
 const FILE: &str = "bundle";
+/// Name of a bundle in the repository that it is brought into.
+const INCOMING: &str = "shipway-bundle";
 
 /// Where a bundle is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,20 +21,6 @@ impl Bundle {
         let at = BlobAt::parse(locator, spec);
         at.map(Self).map_err(|why| Fault::invalid(format!("failed to parse git.bundle locator {locator:?}: {why}")))
     }
-
-    /// Writes it to `file`, verified.
-    async fn download(&self, file: &Path, peers: &dyn Peers, registry: &Registry) -> Result<()> {
-        let failed = |e| Fault::io(format!("write {}", file.display()), e);
-        let mut pieces = self.0.open(peers, registry).await?;
-        let mut out = tokio::fs::File::create(file).await.map_err(failed)?;
-        let mut hasher = Hasher::new();
-        while let Some(piece) = pieces.next().await? {
-            hasher.update(&piece);
-            out.write_all(&piece).await.map_err(failed)?;
-        }
-        out.flush().await.map_err(failed)?;
-        self.0.check(hasher.finish())
-    }
 }
 
 impl Repo<'_> {
@@ -45,11 +31,13 @@ impl Repo<'_> {
         let list = async || git.run(None, &["for-each-ref", "--format=%(objectname) %(refname) %(*objectname)", &below]).await;
         let mut names = list().await?;
         if names.is_empty() {
-            let file = self.dir.join("shipway-bundle");
+            let file = self.dir.join(INCOMING);
+            // One that a killed daemon left.
+            let _ = tokio::fs::remove_file(&file).await;
             let refs = format!("+refs/*:{below}*");
             let path = file.display().to_string();
             let brought = async {
-                bundle.download(&file, peers, registry).await?;
+                bundle.0.save(self.dir, INCOMING, &Shape::default(), peers, registry).await?;
                 git.run(None, &["fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--", &path, &refs]).await.map(drop)
             };
             let brought = brought.await.context(|| format!("failed to fetch git bundle {}", bundle.0.name));
