@@ -57,6 +57,33 @@ fn a_blob_of_another_namespace_is_taken_over_without_its_bytes() {
     });
 }
 
+#[test]
+fn bytes_that_come_and_go_are_stored_all_the_same() {
+    shipway_integration::on_each(|flavour| {
+        let lab = Lab::on(flavour);
+        block_on(async {
+            let containerd = Containerd::connect(lab.containerd_socket()).await.unwrap();
+            let storage = &containerd.storage("busy", "overlayfs").unwrap();
+            // In one message, and in several.
+            let blobs = &[bytes_of(1000), bytes_of(3 << 20)];
+            let labels = &Labels::from([("here".to_owned(), "yes".to_owned())]);
+            // The end of each lease takes the bytes away from under the others, unless one has them already.
+            let one = |n: usize| async move {
+                for round in 0..40 {
+                    let lease = LeaseId(format!("busy-{n}-{round}"));
+                    storage.leases.create(&lease, &Labels::new()).await.unwrap();
+                    let digest = storage.content.put(&lease, blobs[(n + round) % 2].clone().into(), labels).await.unwrap();
+                    assert_eq!(&storage.content.info(digest).await.unwrap().labels, labels);
+                    storage.leases.delete(&lease, true).await.unwrap();
+                }
+            };
+            tokio::join!(one(0), one(1), one(2), one(3));
+        });
+        let left = lab.leftovers();
+        assert!(left.is_empty(), "{left:#?}");
+    });
+}
+
 fn bytes_of(length: usize) -> Vec<u8> {
     (0..length).map(|n| (n / 7) as u8).collect()
 }

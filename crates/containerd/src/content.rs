@@ -16,6 +16,9 @@ use shipway_oci::Digest;
 use shipway_storage::{BlobInfo, BlobReader, BlobWriter, ContentStore, Ingest, Labels, LeaseId};
 use tonic::transport::Channel;
 
+/// How often bytes are stored that others take away at the same time.
+const PUTS: usize = 5;
+
 /// Blobs of one namespace. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Content {
@@ -47,6 +50,13 @@ impl Content {
     async fn adopt(&self, lease: &LeaseId, digest: Digest, labels: &Labels) -> Result<BlobInfo> {
         self.keep(lease, digest).await?;
         if labels.is_empty() { self.info(digest).await } else { self.update_labels(digest, labels).await }
+    }
+
+    async fn put_once(&self, lease: &LeaseId, digest: Digest, bytes: &Bytes, labels: &Labels) -> Result<()> {
+        match write::put(self, lease, digest, bytes, labels).await {
+            Err(e) if e.is_already_exists() => self.adopt(lease, digest, labels).await.map(drop),
+            stored => stored,
+        }
     }
 }
 
@@ -106,26 +116,13 @@ impl ContentStore for Content {
 
     async fn put(&self, lease: &LeaseId, bytes: Bytes, labels: &Labels) -> Result<Digest> {
         let digest = Digest::of(&bytes);
-        match write::put_small(self, lease, digest, &bytes, labels).await {
-            Some(Ok(())) => return Ok(digest),
-            Some(Err(e)) if e.is_already_exists() => {
-                self.adopt(lease, digest, labels).await?;
-                return Ok(digest);
+        for _ in 1..PUTS {
+            match self.put_once(lease, digest, &bytes, labels).await {
+                // It was there, and was collected before the lease had it.
+                Err(e) if e.is_not_found() => {}
+                done => return done.map(|()| digest),
             }
-            Some(Err(e)) => return Err(e),
-            None => {}
         }
-        let ingest = Ingest { reference: format!("shipway-put-{}", digest.hex()), expected: Some(digest), size: Some(bytes.len() as u64) };
-        match self.writer(lease, ingest).await {
-            Ok(mut writer) => {
-                writer.write(bytes).await?;
-                writer.commit(Some(digest), labels).await?;
-            }
-            Err(e) if e.is_already_exists() => {
-                self.adopt(lease, digest, labels).await?;
-            }
-            Err(e) => return Err(e),
-        }
-        Ok(digest)
+        self.put_once(lease, digest, &bytes, labels).await.map(|()| digest)
     }
 }

@@ -242,14 +242,26 @@ impl Drop for Writer {
     }
 }
 
-/// Stores a small blob with one message and one answer; `None` if this way does not work and the long one has to.
-pub(super) async fn put_small(content: &Content, lease: &LeaseId, digest: Digest, bytes: &Bytes, labels: &Labels) -> Option<Result<()>> {
-    if bytes.len() > SMALL || bytes.is_empty() {
-        return None;
+/// Stores `bytes`; `AlreadyExists` if somebody did before.
+pub(super) async fn put(content: &Content, lease: &LeaseId, digest: Digest, bytes: &Bytes, labels: &Labels) -> Result<()> {
+    if bytes.len() <= SMALL && !bytes.is_empty() {
+        return put_small(content, lease, digest, bytes, labels).await;
     }
+    let ingest = Ingest { reference: reference_of(digest), expected: Some(digest), size: Some(bytes.len() as u64) };
+    let mut writer: Box<dyn BlobWriter> = Box::new(Writer::open(content.clone(), lease, ingest).await?);
+    writer.write(bytes.clone()).await?;
+    writer.commit(Some(digest), labels).await.map(drop)
+}
+
+fn reference_of(digest: Digest) -> String {
+    format!("shipway-put-{}", digest.hex())
+}
+
+/// Stores a small blob with one message and one answer.
+async fn put_small(content: &Content, lease: &LeaseId, digest: Digest, bytes: &Bytes, labels: &Labels) -> Result<()> {
     let message = WriteContentRequest {
         action: WriteAction::Commit as i32,
-        r#ref: unique(&format!("shipway-put-{}", digest.hex())),
+        r#ref: unique(&reference_of(digest)),
         total: bytes.len() as i64,
         expected: digest.to_string(),
         data: bytes.to_vec(),
@@ -257,21 +269,15 @@ pub(super) async fn put_small(content: &Content, lease: &LeaseId, digest: Digest
         ..Default::default()
     };
     let what = || format!("store blob {digest}");
-    let request = match content.connection.leased(tokio_stream::once(message), lease) {
-        Ok(request) => request,
-        Err(e) => return Some(Err(e)),
-    };
+    let request = content.connection.leased(tokio_stream::once(message), lease)?;
     let mut client = content.bulk();
-    let mut stream = match content.connection.call(what, deadline::SLOW, client.write(request)).await {
-        Ok(stream) => stream,
-        Err(e) => return Some(Err(e)),
-    };
+    let mut stream = content.connection.call(what, deadline::SLOW, client.write(request)).await?;
     loop {
         match tokio::time::timeout(deadline::SLOW, stream.message()).await {
             Ok(Ok(Some(_))) => {}
-            Ok(Ok(None)) => return Some(Ok(())),
-            Ok(Err(status)) => return Some(Err(content.connection.fault(what(), status))),
-            Err(_) => return Some(Err(content.connection.stalled(what(), deadline::SLOW))),
+            Ok(Ok(None)) => return Ok(()),
+            Ok(Err(status)) => return Err(content.connection.fault(what(), status)),
+            Err(_) => return Err(content.connection.stalled(what(), deadline::SLOW)),
         }
     }
 }
