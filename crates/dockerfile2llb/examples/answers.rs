@@ -6,19 +6,19 @@
 //! request: a build and the subrequests `outline`, `targets`, `lint` and `convertllb`.
 #![allow(clippy::unwrap_used)]
 
+#[path = "../tests/it/files.rs"]
+mod files;
+
 use async_trait::async_trait;
 use base64::Engine as _;
-use bytes::Bytes;
+use files::Files;
 use serde_json::{Map, Value, json, value::RawValue};
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_fault::{Detail, Fault, Result, Span};
-use shipway_frontend::{
-    Bridge, BuildRef, FileStat, Frontend, FrontendResult, Options, ResolvedImage, SolveRequest, SourceMeta, SourceRequest, Warning,
-};
-use shipway_llb::{Caps, Definition, Graph, Op};
+use shipway_frontend::{Bridge, Frontend, FrontendResult, Options, SolveRequest, SourceMeta, SourceRequest, Warning};
+use shipway_llb::{Definition, ImageFacts, SourceFacts};
 use shipway_oci::{Digest, Platform};
 use std::{
-    any::Any,
     collections::BTreeMap,
     io::Write as _,
     sync::{Arc, Mutex},
@@ -138,14 +138,7 @@ impl Bridge for Scene {
         if definition.is_empty() {
             return Ok(FrontendResult::of(None));
         }
-        let caps: Caps = shipway_llb::caps::LLB.iter().chain(shipway_llb::caps::LLB_MISSING).copied().collect();
-        let graph = Graph::decode(&definition, &caps, &Platform::host())?;
-        let local = graph.vertices.iter().find_map(|v| match &v.op {
-            Op::Source(s) => s.identifier.strip_prefix("local://").map(str::to_owned),
-            _ => None,
-        });
-        let prefix = local.filter(|l| l != "context" && l != "dockerfile").map(|l| format!("{l}/")).unwrap_or_default();
-        Ok(FrontendResult::of(Some(Arc::new(Files { files: self.files.clone(), prefix }))))
+        Ok(FrontendResult::of(Some(Files::of(&definition, &self.files)?)))
     }
 
     async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta> {
@@ -161,8 +154,8 @@ impl Bridge for Scene {
             Some(None) => return Err(Fault::not_found(format!("{name}: not found"))),
             None => self.images.default[key.bytes().map(usize::from).sum::<usize>() % self.images.default.len()].get(),
         };
-        let image = ResolvedImage { digest: Digest::of(&key), name: name.to_owned(), config: config.to_owned().into() };
-        Ok(SourceMeta { image: Some(image), ..SourceMeta::default() })
+        let image = ImageFacts { digest: Digest::of(&key), name: name.to_owned(), config: config.to_owned().into() };
+        Ok(SourceMeta { facts: SourceFacts { image: Some(image), ..Default::default() }, ..Default::default() })
     }
 
     async fn inputs(&self) -> Result<BTreeMap<String, Definition>> {
@@ -174,44 +167,5 @@ impl Bridge for Scene {
         let warning = json!({"short": warning.short, "detail": detail, "url": warning.url, "ranges": ranges(&warning.spans)});
         self.heard.lock().unwrap().warnings.push(warning);
         Ok(())
-    }
-}
-
-struct Files {
-    files: Arc<BTreeMap<String, String>>,
-    prefix: String,
-}
-
-#[async_trait]
-impl BuildRef for Files {
-    fn id(&self) -> &str {
-        ""
-    }
-
-    fn definition(&self) -> Option<&Definition> {
-        None
-    }
-
-    async fn evaluate(&self) -> Result<()> {
-        Ok(())
-    }
-
-    async fn read_file(&self, path: &str, _range: Option<(u64, u64)>) -> Result<Bytes> {
-        match self.files.get(&format!("{}{path}", self.prefix)) {
-            Some(text) => Ok(text.clone().into()),
-            None => Err(Fault::not_found(format!("open {path}: no such file or directory"))),
-        }
-    }
-
-    async fn read_dir(&self, _path: &str, _include: Option<&str>) -> Result<Vec<FileStat>> {
-        Err(Fault::unimplemented("read_dir"))
-    }
-
-    async fn stat_file(&self, _path: &str) -> Result<FileStat> {
-        Err(Fault::unimplemented("stat_file"))
-    }
-
-    fn as_any(&self) -> &(dyn Any + Send + Sync) {
-        self
     }
 }

@@ -129,10 +129,10 @@ async fn time_of(ui: &Ui, state: &State, log_name: String) -> Result<Option<i64>
         ..SourceRequest::default()
     };
     let meta = ui.bridge.resolve_source(request).await?;
-    if let Some(git) = meta.git.filter(|g| !g.commit_object.is_empty()) {
+    if let Some(git) = meta.facts.git.filter(|g| !g.commit_object.is_empty()) {
         return commit_time(&git.commit_object).map(Some);
     }
-    if let Some(time) = meta.http.and_then(|h| h.last_modified) {
+    if let Some(time) = meta.facts.http.and_then(|h| h.last_modified) {
         return Ok(Some(seconds(time)));
     }
     if is_http { newest_file(ui, source).await } else { Ok(None) }

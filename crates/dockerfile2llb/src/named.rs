@@ -8,8 +8,7 @@ use crate::{
 };
 use base64::Engine as _;
 use shipway_dockerfile::quote;
-use shipway_frontend::ResolvedImage;
-use shipway_llb::{Deferred, State, VertexOptions, attr};
+use shipway_llb::{Deferred, ImageFacts, State, VertexOptions, attr};
 use shipway_oci::{ImageConfig, ImageName, Platform};
 use std::collections::BTreeMap;
 
@@ -76,7 +75,7 @@ fn with_config(mut state: State, image: &ImageConfig) -> State {
     if image.architecture.is_empty() || image.os.is_empty() { state } else { state.with_platform(image.platform()) }
 }
 
-pub fn parse_config(image: &ResolvedImage) -> Result<ImageConfig> {
+pub fn parse_config(image: &ImageFacts) -> Result<ImageConfig> {
     serde_json::from_slice(&image.config).map_err(|e| Failure::new(format!("failed to parse image config: {}: {e}", image.name)))
 }
 

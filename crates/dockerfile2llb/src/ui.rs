@@ -10,8 +10,8 @@ use crate::{
 use shipway_dockerfile::{Source, boolean};
 use shipway_fault::{Context as _, Fault, SourceFile};
 use shipway_filesync::{IgnoreFile, PatternMatcher};
-use shipway_frontend::{Bridge, BuildRef, Options, ResolvedImage, SolveRequest, SourceRequest};
-use shipway_llb::{Caps, FileCopy, FileDraft, MarshalOptions, State, VertexOptions, attr, paths};
+use shipway_frontend::{Bridge, BuildRef, Options, SolveRequest, SourceRequest};
+use shipway_llb::{Caps, FileCopy, FileDraft, ImageFacts, MarshalOptions, State, VertexOptions, attr, paths};
 use shipway_oci::{Digest, Platform};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -85,7 +85,7 @@ pub async fn solve(bridge: &dyn Bridge, state: &State, evaluate: bool) -> Result
 /// What an image's name led to.
 #[derive(Clone, Debug)]
 pub enum Found {
-    Image(ResolvedImage),
+    Image(ImageFacts),
     /// Another kind of source, by its identifier.
     Other(String),
 }
@@ -203,7 +203,7 @@ impl Ui {
         attrs: BTreeMap<String, String>,
         platform: &Platform,
         log_name: String,
-    ) -> Result<ResolvedImage, Fault> {
+    ) -> Result<ImageFacts, Fault> {
         match self.image_or_other(identifier.clone(), attrs, platform, log_name).await? {
             Found::Image(image) => Ok(image),
             Found::Other(_) => Err(Fault::internal(format!("resolving {identifier} gave no image"))),
@@ -231,7 +231,7 @@ impl Ui {
                 ..SourceRequest::default()
             };
             let meta = self.bridge.resolve_source(request).await?;
-            Ok(meta.image.map_or(Found::Other(meta.identifier), Found::Image))
+            Ok(meta.facts.image.map_or(Found::Other(meta.source.identifier), Found::Image))
         };
         cell.get_or_init(ask).await.clone()
     }

@@ -16,8 +16,8 @@ use async_trait::async_trait;
 use shipway_attest::ImageSource;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_frontend::{
-    Bridge, BuildRef, Container, ContainerRequest, Explain, Frontend as _, FrontendResult, GitMeta, HttpMeta, Options, ResolveMode,
-    ResolvedImage, SolveRequest, SourceMeta, SourceRequest, Warning,
+    Bridge, BuildRef, Container, ContainerRequest, Explain, Frontend as _, FrontendResult, Options, ResolveMode, SolveRequest, SourceMeta,
+    SourceRequest, Warning,
 };
 use shipway_llb::{Caps, Definition, Graph, Op, SourceOp, SourcePolicy, Vertex};
 use shipway_oci::{Digest, Platform};
@@ -209,25 +209,7 @@ impl BuildScope {
         let spec = SourceSpec { identifier: source.identifier.clone(), attrs, platform };
         let resolved = self.engine.parts.services.sources.resolve(&spec, query.want, &cx).await;
         reporter.completed(resolved.as_ref().err().map(ToString::to_string));
-        let resolved = resolved?;
-        Ok(SourceMeta {
-            identifier: source.identifier,
-            attrs: source.attrs,
-            image: resolved.image.map(|i| ResolvedImage { name: i.name, digest: i.digest, config: i.config }),
-            git: resolved.git.map(|g| GitMeta {
-                checksum: g.checksum,
-                reference: g.reference,
-                commit_checksum: g.commit_checksum,
-                commit_object: g.objects.commit,
-                tag_object: g.objects.tag,
-            }),
-            http: resolved.http.map(|h| HttpMeta {
-                digest: h.digest,
-                filename: h.filename,
-                last_modified: h.last_modified,
-                other: h.other,
-            }),
-        })
+        Ok(SourceMeta { source, facts: resolved? })
     }
 }
 
@@ -341,9 +323,10 @@ impl Bridge for EngineBridge {
             want: ResolveWant { git_objects: request.git_objects, http_checksum: request.http_checksum },
         };
         let meta = self.scope.resolve(source, query).await?;
-        if let Some(image) = &meta.image {
-            let layout = meta.identifier.strip_prefix("oci-layout://");
-            let reference = layout.or_else(|| meta.identifier.strip_prefix("docker-image://")).unwrap_or(&meta.identifier);
+        if let Some(image) = &meta.facts.image {
+            let identifier = &meta.source.identifier;
+            let layout = identifier.strip_prefix("oci-layout://");
+            let reference = layout.or_else(|| identifier.strip_prefix("docker-image://")).unwrap_or(identifier);
             if let Ok(name) = reference.parse() {
                 let digest = Some(image.digest);
                 self.trail.note_image(ImageSource { name, platform: asked_for, digest, local: layout.is_some() });

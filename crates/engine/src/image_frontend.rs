@@ -52,7 +52,7 @@ impl FrontendImage {
         let asked = scope.check(asked, Some(&platform), &[]).await?;
         let query = SourceQuery { platform: Some(platform.clone()), log_name: String::new(), ..SourceQuery::default() };
         let meta = scope.resolve(asked, query).await?;
-        let image = meta.image.ok_or_else(|| Fault::internal("an image was resolved without its config"))?;
+        let image = meta.facts.image.ok_or_else(|| Fault::internal("an image was resolved without its config"))?;
         let config = serde_json::from_slice(&image.config).map_err(|e| Fault::invalid(format!("read the config of {name}: {e}")))?;
         Ok(Self { name: name.with_digest(image.digest), config, platform })
     }

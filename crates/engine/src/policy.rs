@@ -3,10 +3,10 @@
 use crate::bridge::{BuildScope, SourceQuery};
 use futures::future::try_join_all;
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_frontend::{ResolveMode, SourceMeta};
-use shipway_llb::{Definition, Graph, Op, SourceOp, SourcePolicy, policy};
+use shipway_frontend::ResolveMode;
+use shipway_llb::{Definition, Graph, Op, SourceFacts, SourceOp, SourcePolicy, policy};
 use shipway_oci::{ImageName, Platform};
-use shipway_session::{GitFacts, HttpFacts, PolicyAnswer, PolicyFacts, PolicyQuestion, PolicySubject, Session, SessionId, denied};
+use shipway_session::{PolicyAnswer, PolicyQuestion, PolicySubject, Session, SessionId, denied};
 use shipway_sources::ResolveWant;
 use std::collections::HashMap;
 
@@ -94,7 +94,7 @@ impl BuildScope {
             }
             None => None,
         };
-        let mut facts = PolicyFacts::default();
+        let mut facts = SourceFacts::default();
         for _ in 0..MAX_ROUNDS {
             normalise(&mut source);
             policy::evaluate(&rules, &mut source)?;
@@ -109,14 +109,14 @@ impl BuildScope {
         Err(Fault::invalid("too many policy requests"))
     }
 
-    async fn ask(&self, client: &Session, source: &SourceOp, platform: Option<&Platform>, facts: PolicyFacts) -> Result<PolicyAnswer> {
+    async fn ask(&self, client: &Session, source: &SourceOp, platform: Option<&Platform>, facts: SourceFacts) -> Result<PolicyAnswer> {
         let subject =
             PolicySubject { identifier: source.identifier.clone(), attrs: source.attrs.clone(), platform: platform.cloned(), facts };
         client.check_policy(&subject).await
     }
 
     /// What the client wants to know of the source before it decides.
-    async fn answer(&self, source: &SourceOp, question: PolicyQuestion) -> Result<PolicyFacts> {
+    async fn answer(&self, source: &SourceOp, question: PolicyQuestion) -> Result<SourceFacts> {
         if question.identifier != source.identifier {
             let (asked, about) = (&question.identifier, &source.identifier);
             return Err(Fault::invalid(format!("policy requested different source identifier: {asked:?} != {about:?}")));
@@ -132,7 +132,6 @@ impl BuildScope {
             "local" => ResolveMode::PreferLocal,
             _ => ResolveMode::Default,
         };
-        let suffix = question.http_checksum.as_ref().map(|(_, suffix)| suffix.clone());
         let query = SourceQuery {
             platform: question.platform.map(Platform::normalized),
             log_name: if question.log_name.is_empty() {
@@ -144,26 +143,11 @@ impl BuildScope {
             want: ResolveWant { git_objects: question.git_objects, http_checksum: question.http_checksum },
         };
         let meta = self.resolve(source.clone(), query).await.context(|| "error resolving source metadata from policy request")?;
-        Ok(facts_of(meta, question.no_config, suffix))
-    }
-}
-
-fn facts_of(meta: SourceMeta, no_config: bool, suffix: Option<bytes::Bytes>) -> PolicyFacts {
-    PolicyFacts {
-        image: meta.image.map(|i| (i.digest.to_string(), if no_config { Default::default() } else { i.config })),
-        git: meta.git.map(|g| GitFacts {
-            checksum: g.checksum,
-            reference: g.reference,
-            commit_checksum: g.commit_checksum,
-            commit_object: g.commit_object,
-            tag_object: g.tag_object,
-        }),
-        http: meta.http.map(|h| HttpFacts {
-            checksum: h.digest,
-            filename: h.filename,
-            last_modified: h.last_modified,
-            other: h.other.zip(suffix),
-        }),
+        let mut facts = meta.facts;
+        if question.no_config {
+            facts.image.iter_mut().for_each(|i| i.config.clear());
+        }
+        Ok(facts)
     }
 }
 

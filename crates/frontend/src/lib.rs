@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use shipway_attest::Attestation;
 use shipway_fault::{Fault, Result, SourceFile, Span};
-use shipway_llb::{Definition, SourcePolicy};
+use shipway_llb::{Definition, SourceFacts, SourceOp, SourcePolicy};
 use shipway_oci::{ChecksumAlgorithm, Digest, Platform};
 use std::{any::Any, collections::BTreeMap, sync::Arc};
 
@@ -144,54 +144,13 @@ pub enum ResolveMode {
     PreferLocal,
 }
 
-/// A resolved image (row `gw.resolveimg`).
-#[derive(Clone, Debug)]
-pub struct ResolvedImage {
-    /// Full name, pinned if a policy says so.
-    pub name: String,
-    /// Digest of the manifest or index that the name led to.
-    pub digest: Digest,
-    /// The image config of the platform asked for.
-    pub config: Bytes,
-}
-
 /// Metadata of a source (row `gw.resolvesrc`).
 #[derive(Clone, Debug, Default)]
 pub struct SourceMeta {
-    /// The source as resolved: identifier and attributes.
-    pub identifier: String,
-    /// Attributes.
-    pub attrs: BTreeMap<String, String>,
-    /// For images.
-    pub image: Option<ResolvedImage>,
-    /// For git: checksum, ref, commit checksum.
-    pub git: Option<GitMeta>,
-    /// For http: checksum, filename.
-    pub http: Option<HttpMeta>,
-}
-
-/// Metadata of a git source (row `gw.resolvesrc.git`).
-#[derive(Clone, Debug, Default)]
-#[allow(missing_docs)]
-pub struct GitMeta {
-    pub checksum: String,
-    pub reference: String,
-    pub commit_checksum: String,
-    /// The commit's text, if it was asked for.
-    pub commit_object: Bytes,
-    /// The annotated tag, likewise.
-    pub tag_object: Bytes,
-}
-
-/// Metadata of an http source (row `gw.resolvesrc.http`).
-#[derive(Clone, Debug, Default)]
-#[allow(missing_docs)]
-pub struct HttpMeta {
-    pub digest: String,
-    pub filename: String,
-    pub last_modified: Option<std::time::SystemTime>,
-    /// The checksum that was asked for.
-    pub other: Option<String>,
+    /// The source as resolved.
+    pub source: SourceOp,
+    /// What is known of it.
+    pub facts: SourceFacts,
 }
 
 /// A request for a source's metadata.

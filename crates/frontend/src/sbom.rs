@@ -39,7 +39,7 @@ impl Scanner {
     pub async fn find(bridge: &dyn Bridge, options: &SbomOptions, platform: Platform, mode: ResolveMode) -> Result<Self> {
         let identifier = format!("docker-image://{}", options.generator);
         let request = SourceRequest { identifier, platform: Some(platform.clone()), mode, ..SourceRequest::default() };
-        let image = bridge.resolve_source(request).await?.image;
+        let image = bridge.resolve_source(request).await?.facts.image;
         let image = image.ok_or_else(|| Fault::internal("a scanner was resolved without its config"))?;
         let config: ImageConfig = serde_json::from_slice(&image.config)
             .map_err(|e| Fault::invalid(format!("the image config of the scanner {} is broken: {e}", image.name)))?;

@@ -136,34 +136,11 @@ async fn resolve_source(build: &GatewayBuild, request: wire::ResolveSourceMetaRe
             mode: convert::mode(&request.resolve_mode)?,
             no_config: request.image.is_some_and(|i| i.no_config),
             git_objects: request.git.is_some_and(|g| g.return_object),
-            http_checksum: http_checksum.clone(),
+            http_checksum,
             policies: convert::policies(request.source_policies)?,
         })
         .await?;
-    Ok(wire::ResolveSourceMetaResponse {
-        source: Some(shipway_proto::pb::SourceOp { identifier: meta.identifier, attrs: meta.attrs }),
-        image: meta.image.map(|i| wire::ResolveSourceImageResponse {
-            digest: i.digest.to_string(),
-            config: i.config.to_vec(),
-            attestation_chain: None,
-        }),
-        git: meta.git.map(|g| wire::ResolveSourceGitResponse {
-            checksum: g.checksum,
-            r#ref: g.reference,
-            commit_checksum: g.commit_checksum,
-            commit_object: g.commit_object.to_vec(),
-            tag_object: g.tag_object.to_vec(),
-        }),
-        http: meta.http.map(|h| wire::ResolveSourceHttpResponse {
-            checksum: h.digest,
-            filename: h.filename,
-            last_modified: h.last_modified.map(Into::into),
-            checksum_response: h
-                .other
-                .zip(http_checksum)
-                .map(|(digest, (_, suffix))| wire::ChecksumResponse { digest, suffix: suffix.to_vec() }),
-        }),
-    })
+    Ok(meta.facts.to_pb(meta.source))
 }
 
 async fn resolve_image(build: &GatewayBuild, request: wire::ResolveImageConfigRequest) -> Result<wire::ResolveImageConfigResponse> {
@@ -186,7 +163,7 @@ async fn resolve_image(build: &GatewayBuild, request: wire::ResolveImageConfigRe
             ..SourceRequest::default()
         })
         .await?;
-    let image = meta.image.ok_or_else(|| Fault::internal("an image was resolved without its config"))?;
+    let image = meta.facts.image.ok_or_else(|| Fault::internal("an image was resolved without its config"))?;
     Ok(wire::ResolveImageConfigResponse { digest: image.digest.to_string(), config: image.config.to_vec(), r#ref: image.name })
 }
 

@@ -3,7 +3,7 @@
 //! [`Definition`] is the container that travels: marshalled operations, their metadata, the source map. [`Graph::decode`]
 //! turns one into checked [`Vertex`]es with plain Rust types; [`State`] goes the other way and marshals to the same bytes
 //! as BuildKit's Go client, because digests are the API (rows `llb.*`). Protobuf types appear only in the conversions of
-//! [`Definition`]; nothing here knows how an operation runs.
+//! [`Definition`] and [`SourceFacts`]; nothing here knows how an operation runs.
 //!
 //! `prost` is here because the wire types need it to encode and decode; `bytes` keeps operations as they came without copies; `serde_json` and
 //! `base64` write operations as provenance has them; `prost-reflect` writes definitions as canonical JSON from their descriptors.
@@ -16,6 +16,7 @@ mod definition;
 mod draft;
 mod encode;
 mod env;
+mod facts;
 mod foreign;
 mod graph;
 pub mod json;
@@ -30,6 +31,7 @@ pub use caps::Caps;
 pub use definition::{Definition, ExportCache, LinuxResources, Location, OpMetadata, ProgressGroup, SourceMap};
 pub use draft::{ExecDraft, FileDraft, MountDraft, MountSource, SecretDraft, SourceLocation, SshDraft, VertexOptions};
 pub use env::EnvList;
+pub use facts::{GitFacts, HttpFacts, ImageFacts, SourceFacts};
 pub use graph::{Edge, Graph, Vertex};
 pub use marshal::{DEFAULT_PATH, MarshalOptions};
 pub use ops::*;

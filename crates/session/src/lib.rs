@@ -22,6 +22,6 @@ pub use credentials::{Credentials, Token, TokenRequest};
 pub use files::{Delivered, FileSink};
 pub use group::SessionGroup;
 pub use hub::{Session, SessionHub, SessionId};
-pub use policy::{GitFacts, HttpFacts, PolicyAnswer, PolicyFacts, PolicyQuestion, PolicySubject, denied};
+pub use policy::{PolicyAnswer, PolicyQuestion, PolicySubject, denied};
 pub use secrets::{SshStream, Upload};
 pub use store::{ClientBlob, ClientStore};

@@ -8,16 +8,14 @@ use std::{collections::BTreeMap, time::Duration};
 use bytes::Bytes;
 use shipway_fault::{Detail, Fault, Result};
 use shipway_grpc::{platform_of, platform_to_wire};
+use shipway_llb::{SourceFacts, SourceOp};
 use shipway_oci::{ChecksumAlgorithm, Platform};
-use shipway_proto::{
-    moby::buildkit::v1::{
-        frontend::{self as wire, checksum_request::ChecksumAlgo},
-        sourcepolicy::{
-            PolicyAction,
-            policysession::{CheckPolicyRequest, check_policy_response::Result as Answer, policy_verifier_client::PolicyVerifierClient},
-        },
+use shipway_proto::moby::buildkit::v1::{
+    frontend::{self as wire, checksum_request::ChecksumAlgo},
+    sourcepolicy::{
+        PolicyAction,
+        policysession::{CheckPolicyRequest, check_policy_response::Result as Answer, policy_verifier_client::PolicyVerifierClient},
     },
-    pb,
 };
 use tonic::Request;
 
@@ -36,39 +34,7 @@ pub struct PolicySubject {
     pub attrs: BTreeMap<String, String>,
     pub platform: Option<Platform>,
     /// What is known of it so far.
-    pub facts: PolicyFacts,
-}
-
-/// What resolving a source told.
-#[derive(Clone, Debug, Default)]
-#[allow(missing_docs)]
-pub struct PolicyFacts {
-    /// Digest, and the config if there is one.
-    pub image: Option<(String, Bytes)>,
-    pub git: Option<GitFacts>,
-    pub http: Option<HttpFacts>,
-}
-
-/// What is known of a git source.
-#[derive(Clone, Debug, Default)]
-#[allow(missing_docs)]
-pub struct GitFacts {
-    pub checksum: String,
-    pub reference: String,
-    pub commit_checksum: String,
-    pub commit_object: Bytes,
-    pub tag_object: Bytes,
-}
-
-/// What is known of an http source.
-#[derive(Clone, Debug, Default)]
-#[allow(missing_docs)]
-pub struct HttpFacts {
-    pub checksum: String,
-    pub filename: String,
-    pub last_modified: Option<std::time::SystemTime>,
-    /// The answer to [`PolicyQuestion::http_checksum`].
-    pub other: Option<(String, Bytes)>,
+    pub facts: SourceFacts,
 }
 
 /// What a client wants to know before it decides.
@@ -127,28 +93,8 @@ fn json_string(text: &str) -> String {
 }
 
 fn request(subject: &PolicySubject) -> CheckPolicyRequest {
-    let facts = subject.facts.clone();
-    let source = wire::ResolveSourceMetaResponse {
-        source: Some(pb::SourceOp { identifier: subject.identifier.clone(), attrs: subject.attrs.clone() }),
-        image: facts.image.map(|(digest, config)| wire::ResolveSourceImageResponse {
-            digest,
-            config: config.to_vec(),
-            attestation_chain: None,
-        }),
-        git: facts.git.map(|g| wire::ResolveSourceGitResponse {
-            checksum: g.checksum,
-            r#ref: g.reference,
-            commit_checksum: g.commit_checksum,
-            commit_object: g.commit_object.to_vec(),
-            tag_object: g.tag_object.to_vec(),
-        }),
-        http: facts.http.map(|h| wire::ResolveSourceHttpResponse {
-            checksum: h.checksum,
-            filename: h.filename,
-            last_modified: h.last_modified.map(Into::into),
-            checksum_response: h.other.map(|(digest, suffix)| wire::ChecksumResponse { digest, suffix: suffix.to_vec() }),
-        }),
-    };
+    let source = SourceOp { identifier: subject.identifier.clone(), attrs: subject.attrs.clone() };
+    let source = subject.facts.clone().to_pb(source);
     CheckPolicyRequest { platform: subject.platform.as_ref().map(platform_to_wire), source: Some(source), caps: BTreeMap::new() }
 }
 

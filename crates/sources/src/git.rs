@@ -7,7 +7,7 @@ mod repo;
 mod tree;
 
 use crate::{
-    GitObjects, Pin, ResolvedGit, ResolvedMeta, SourceMemo, SourceSpec, keys,
+    Pin, SourceMemo, SourceSpec, keys,
     peers::{Peers, SshAgent},
 };
 pub(crate) use attrs::GitSpec;
@@ -19,6 +19,7 @@ use repo::Repo;
 pub(crate) use repo::Tip;
 use serde::Serialize;
 use shipway_fault::{Context, Fault, Result};
+use shipway_llb::{GitFacts, SourceFacts};
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, NamedRef, NamedRequest, RecordType, RefStore, Sharing};
 use shipway_registry::Registry;
@@ -118,7 +119,8 @@ impl Gits {
         self.refs.named(request).await.context(|| format!("prepare the repository of {shown}"))
     }
 
-    async fn objects(&self, spec: &GitSpec, tip: &Tip, peers: &dyn Peers, reporter: &Reporter) -> Result<GitObjects> {
+    /// The texts of the commit and of the annotated tag, empty without one.
+    async fn objects(&self, spec: &GitSpec, tip: &Tip, peers: &dyn Peers, reporter: &Reporter) -> Result<(Bytes, Bytes)> {
         let access = self.access(spec, peers, reporter).await?;
         let shared = self.shared(spec).await?;
         let bare = shared.mount().await?;
@@ -134,7 +136,7 @@ impl Gits {
                 Some(_) => repo.object("tag", &tip.sha).await?,
                 None => Bytes::new(),
             };
-            Ok(GitObjects { commit: repo.object("commit", commit).await?, tag })
+            Ok((repo.object("commit", commit).await?, tag))
         };
         let read = read.await;
         bare.unmount().await?;
@@ -167,12 +169,13 @@ impl Gits {
         peers: &dyn Peers,
         memo: &SourceMemo,
         reporter: &Reporter,
-    ) -> Result<ResolvedMeta> {
+    ) -> Result<SourceFacts> {
         let spec = GitSpec::parse(spec, locator)?;
         let tip = self.tip(&spec, peers, memo, reporter).await?;
-        let objects = if objects { self.objects(&spec, &tip, peers, reporter).await? } else { GitObjects::default() };
-        let git = ResolvedGit { checksum: tip.sha, reference: tip.reference, commit_checksum: tip.commit.unwrap_or_default(), objects };
-        Ok(ResolvedMeta { git: Some(git), ..Default::default() })
+        let (commit_object, tag_object) = if objects { self.objects(&spec, &tip, peers, reporter).await? } else { Default::default() };
+        let commit_checksum = tip.commit.unwrap_or_default();
+        let git = GitFacts { checksum: tip.sha, reference: tip.reference, commit_checksum, commit_object, tag_object };
+        Ok(SourceFacts { git: Some(git), ..Default::default() })
     }
 
     async fn tip(&self, spec: &GitSpec, peers: &dyn Peers, memo: &SourceMemo, reporter: &Reporter) -> Result<Tip> {

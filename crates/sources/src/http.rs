@@ -3,7 +3,7 @@
 mod attrs;
 pub(crate) mod file;
 
-use crate::{Pin, ResolvedHttp, ResolvedMeta, SourceMemo, SourceSpec, flight::Flights, keys, peers::Peers};
+use crate::{Pin, SourceMemo, SourceSpec, flight::Flights, keys, peers::Peers};
 use attrs::HttpSpec;
 pub(crate) use attrs::Shape;
 use bytes::Bytes;
@@ -11,6 +11,7 @@ use futures::StreamExt as _;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use serde::Serialize;
 use shipway_fault::{Class, Code, Context, Fault, Result};
+use shipway_llb::{HttpFacts, SourceFacts};
 use shipway_oci::{ChecksumAlgorithm, Digest};
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, RecordType, RefId, RefStore};
@@ -117,25 +118,23 @@ impl Files {
         peers: &dyn Peers,
         memo: &SourceMemo,
         reporter: &Reporter,
-    ) -> Result<ResolvedMeta> {
+    ) -> Result<SourceFacts> {
         if checksum.as_ref().is_some_and(|(_, suffix)| suffix.len() > MAX_SUFFIX) {
             return Err(Fault::invalid(format!("http checksum request suffix exceeds max size {MAX_SUFFIX}")));
         }
         let file = HttpSpec::parse(spec)?;
         let http = match (file.checksum, checksum) {
-            (Some(digest), None) => {
-                ResolvedHttp { digest: digest.to_string(), filename: file::name_of(&file, None), ..ResolvedHttp::default() }
-            }
+            (Some(digest), None) => HttpFacts { digest: digest.to_string(), filename: file::name_of(&file, None), ..HttpFacts::default() },
             (_, checksum) => {
                 let (known, state) = self.told(&file, peers, memo, reporter).await?;
                 let other = match checksum {
-                    Some((algorithm, suffix)) => Some(sum(&state, &known.filename, algorithm, suffix).await?),
+                    Some((algorithm, suffix)) => Some((sum(&state, &known.filename, algorithm, suffix.clone()).await?, suffix)),
                     None => None,
                 };
-                ResolvedHttp { digest: known.digest.to_string(), filename: known.filename, last_modified: known.modified, other }
+                HttpFacts { digest: known.digest.to_string(), filename: known.filename, last_modified: known.modified, other }
             }
         };
-        Ok(ResolvedMeta { http: Some(http), ..Default::default() })
+        Ok(SourceFacts { http: Some(http), ..Default::default() })
     }
 
     /// The file as this build knows it; asked for when it does not.

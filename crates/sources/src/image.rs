@@ -5,7 +5,7 @@ mod resolve;
 mod select;
 
 use crate::{
-    Pin, ResolvedImage, ResolvedMeta, SourceSpec,
+    Pin, SourceSpec,
     flight::Flights,
     keys,
     peers::Peers,
@@ -16,6 +16,7 @@ use attrs::Place;
 use resolve::Resolved;
 use serde::Serialize;
 use shipway_fault::{Code, Fault, Result};
+use shipway_llb::{ImageFacts, SourceFacts};
 use shipway_oci::{ChainId, Descriptor, DiffId, Digest, Platform};
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, LayerSource, LazyLayer, RefStore};
@@ -94,11 +95,11 @@ impl Images {
         self.refs.image(layers, format!("pulled from {}", image.name), image.record_type).await
     }
 
-    pub(crate) async fn resolve(&self, spec: &SourceSpec, at: At<'_>, peers: &dyn Peers, reporter: &Reporter) -> Result<ResolvedMeta> {
+    pub(crate) async fn resolve(&self, spec: &SourceSpec, at: At<'_>, peers: &dyn Peers, reporter: &Reporter) -> Result<SourceFacts> {
         let image = at.parse(spec)?;
         let found = self.find(&image, &spec.platform, peers, reporter).await?;
-        let resolved = ResolvedImage { name: image.name.to_string(), digest: found.main.digest, config: found.config };
-        Ok(ResolvedMeta { image: Some(resolved), ..Default::default() })
+        let resolved = ImageFacts { name: image.name.to_string(), digest: found.main.digest, config: found.config };
+        Ok(SourceFacts { image: Some(resolved), ..Default::default() })
     }
 
     async fn find(&self, image: &ImageSpec, platform: &Platform, peers: &dyn Peers, reporter: &Reporter) -> Result<Resolved> {

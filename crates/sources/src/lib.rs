@@ -21,6 +21,6 @@ mod session;
 
 pub use memo::SourceMemo;
 pub use peers::SshAgent;
-pub use port::{GitObjects, Pin, ResolveWant, ResolvedGit, ResolvedHttp, ResolvedImage, ResolvedMeta, SourceContext, SourceSpec, Sources};
+pub use port::{Pin, ResolveWant, SourceContext, SourceSpec, Sources};
 pub use remote::Remote;
 pub use session::{SessionCredentials, forwarded_agent};

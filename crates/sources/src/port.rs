@@ -13,6 +13,7 @@ use crate::{
 };
 use shipway_attest::{BlobSource, Capture, GitSource, HttpSource, ImageSource};
 use shipway_fault::{Fault, Result};
+use shipway_llb::SourceFacts;
 use shipway_oci::{ChecksumAlgorithm, Digest, Platform};
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, LayerSource, RefStore};
@@ -51,60 +52,6 @@ pub struct Pin {
     pub ephemeral: bool,
     /// What it was pinned to, for provenance: for example an image's digest.
     pub digest: Option<String>,
-}
-
-/// An image as resolved.
-#[derive(Clone, Debug)]
-pub struct ResolvedImage {
-    /// Full name.
-    pub name: String,
-    /// Digest of what the name led to (index or manifest).
-    pub digest: Digest,
-    /// Config of the platform asked for.
-    pub config: bytes::Bytes,
-}
-
-/// Where a git reference leads.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ResolvedGit {
-    /// The commit, or the annotated tag.
-    pub checksum: String,
-    /// Full name of the reference.
-    pub reference: String,
-    /// The commit that an annotated tag leads to; empty without one.
-    pub commit_checksum: String,
-    /// Objects, if they were asked for.
-    pub objects: GitObjects,
-}
-
-/// Texts of git objects; empty where there is none.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub struct GitObjects {
-    pub commit: bytes::Bytes,
-    pub tag: bytes::Bytes,
-}
-
-/// A file of a web server as resolved.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub struct ResolvedHttp {
-    pub digest: String,
-    pub filename: String,
-    pub last_modified: Option<std::time::SystemTime>,
-    /// The checksum that was asked for.
-    pub other: Option<String>,
-}
-
-/// What resolving a source tells without fetching it.
-#[derive(Clone, Debug, Default)]
-pub struct ResolvedMeta {
-    /// For `docker-image` and `oci-layout`.
-    pub image: Option<ResolvedImage>,
-    /// For `git`.
-    pub git: Option<ResolvedGit>,
-    /// For `http`.
-    pub http: Option<ResolvedHttp>,
 }
 
 /// What to resolve besides what comes for free.
@@ -203,11 +150,11 @@ impl Sources {
     }
 
     /// Resolves a source's metadata (rows `gw.resolveimg`, `gw.resolvesrc`); modes are in attr `image.resolvemode`.
-    pub async fn resolve(&self, spec: &SourceSpec, want: ResolveWant, cx: &SourceContext) -> Result<ResolvedMeta> {
+    pub async fn resolve(&self, spec: &SourceSpec, want: ResolveWant, cx: &SourceContext) -> Result<SourceFacts> {
         let Inner { images, files, gits, .. } = &*self.inner;
         match Scheme::of(&spec.identifier)? {
             Scheme::Image(reference) => images.resolve(spec, reference, &cx.sessions, &cx.reporter).await,
-            Scheme::Local(_) | Scheme::Blob => Ok(ResolvedMeta::default()),
+            Scheme::Local(_) | Scheme::Blob => Ok(SourceFacts::default()),
             Scheme::Http => files.resolve(spec, want.http_checksum, &cx.sessions, &cx.memo, &cx.reporter).await,
             Scheme::Git(remote) => gits.resolve(spec, remote, want.git_objects, &cx.sessions, &cx.memo, &cx.reporter).await,
         }

@@ -309,7 +309,7 @@ async fn a_git_commit_becomes_its_files() {
     let build = cx();
     let want = ResolveWant { git_objects: true, ..Default::default() };
     let meta = bench.sources.resolve(&at("#v1", &[]), want, &build).await.unwrap().git.unwrap();
-    assert!(meta.objects.commit.starts_with(b"tree ") && meta.objects.tag.starts_with(b"object "));
+    assert!(meta.commit_object.starts_with(b"tree ") && meta.tag_object.starts_with(b"object "));
     git(&repo, &["tag", "-f", "-a", "v1", "-m", "moved"]);
     let again = bench.sources.resolve(&at("#v1", &[]), ResolveWant::default(), &build).await.unwrap().git.unwrap();
     assert_eq!(again.checksum, meta.checksum, "one build sees one tag");

@@ -3,5 +3,6 @@
 
 mod columns;
 mod explain;
+mod files;
 mod reference;
 mod support;

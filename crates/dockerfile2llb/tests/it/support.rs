@@ -1,16 +1,13 @@
 //! A bridge that answers from a text and writes down what it was asked.
 
+use crate::files::Files;
 use async_trait::async_trait;
-use bytes::Bytes;
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_fault::{Detail, Fault, Result, Span};
-use shipway_frontend::{
-    Bridge, BuildRef, FileStat, Frontend, FrontendResult, GitMeta, Options, ResolvedImage, SolveRequest, SourceMeta, SourceRequest, Warning,
-};
-use shipway_llb::{Caps, Definition, Graph, Op};
+use shipway_frontend::{Bridge, Frontend, FrontendResult, Options, SolveRequest, SourceMeta, SourceRequest, Warning};
+use shipway_llb::{Definition, GitFacts, ImageFacts, SourceFacts};
 use shipway_oci::{Digest, Platform};
 use std::{
-    any::Any,
     collections::BTreeMap,
     sync::{Arc, Mutex},
 };
@@ -57,8 +54,12 @@ impl Case {
     pub async fn build(&self, images: &str) -> (Arc<Fake>, Result<FrontendResult>) {
         let options = self.0.get("opts").map(String::as_str).unwrap_or_default();
         let options = options.lines().filter_map(|l| l.split_once('=')).map(|(k, v)| (k.into(), v.into())).collect();
-        let fake =
-            Arc::new(Fake { options, files: self.0.clone(), images: serde_json::from_str(images).unwrap(), blocks: Mutex::default() });
+        let fake = Arc::new(Fake {
+            options,
+            files: Arc::new(self.0.clone()),
+            images: serde_json::from_str(images).unwrap(),
+            blocks: Mutex::default(),
+        });
         let result = DockerfileFrontend.run(fake.clone()).await;
         (fake, result)
     }
@@ -110,7 +111,7 @@ fn lines(spans: &[Span]) -> String {
 /// The bridge.
 pub struct Fake {
     options: Options,
-    files: BTreeMap<String, String>,
+    files: Arc<BTreeMap<String, String>>,
     images: BTreeMap<String, Box<serde_json::value::RawValue>>,
     blocks: Mutex<Vec<String>>,
 }
@@ -172,19 +173,7 @@ impl Bridge for Fake {
             return Ok(FrontendResult::of(None));
         };
         self.add(dump(&definition));
-        let caps: Caps = shipway_llb::caps::LLB.iter().chain(shipway_llb::caps::LLB_MISSING).copied().collect();
-        let graph = Graph::decode(&definition, &caps, &Platform::host())?;
-        if std::env::var_os("OPS").is_some() {
-            for vertex in &graph.vertices {
-                eprintln!("{} {:?} {:?}", &vertex.digest.hex()[..16], vertex.op, vertex.inputs);
-            }
-        }
-        let local = graph.vertices.iter().find_map(|v| match &v.op {
-            Op::Source(s) => s.identifier.strip_prefix("local://").map(str::to_owned),
-            _ => None,
-        });
-        let prefix = local.filter(|l| l != "context" && l != "dockerfile").map(|l| format!("{l}/")).unwrap_or_default();
-        Ok(FrontendResult::of(Some(Arc::new(FakeRef { files: self.files.clone(), prefix }))))
+        Ok(FrontendResult::of(Some(Files::of(&definition, &self.files)?)))
     }
 
     async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta> {
@@ -192,14 +181,15 @@ impl Bridge for Fake {
         if request.git_objects {
             self.add(format!("resolve {} {}\n", request.identifier, shipway_dockerfile::quote(&request.log_name)));
             let commit_object = "commit 1\0tree 1\ncommitter a b <a@b> 1700000000 +0100\n\nwhy\n".into();
-            return Ok(SourceMeta { git: Some(GitMeta { commit_object, ..GitMeta::default() }), ..SourceMeta::default() });
+            let git = Some(GitFacts { commit_object, ..Default::default() });
+            return Ok(SourceMeta { facts: SourceFacts { git, ..Default::default() }, ..Default::default() });
         }
         let platform = request.platform.map(|p| p.to_string()).unwrap_or_default();
         self.add(format!("resolve {name} {platform} {}\n", shipway_dockerfile::quote(&request.log_name)));
         let config = self.images.get(&format!("{name} {platform}")).or_else(|| self.images.get(&name));
         let config = config.ok_or_else(|| Fault::not_found(format!("{name}: not found")))?;
-        let image = ResolvedImage { digest: Digest::of(&name), name, config: config.get().to_owned().into() };
-        Ok(SourceMeta { image: Some(image), ..SourceMeta::default() })
+        let image = ImageFacts { digest: Digest::of(&name), name, config: config.get().to_owned().into() };
+        Ok(SourceMeta { facts: SourceFacts { image: Some(image), ..Default::default() }, ..Default::default() })
     }
 
     async fn inputs(&self) -> Result<BTreeMap<String, Definition>> {
@@ -214,44 +204,5 @@ impl Bridge for Fake {
     async fn warn(&self, warning: Warning) -> Result<()> {
         self.add(format!("warn {} {} {}\n", warning.short, warning.url, lines(&warning.spans)));
         Ok(())
-    }
-}
-
-struct FakeRef {
-    files: BTreeMap<String, String>,
-    prefix: String,
-}
-
-#[async_trait]
-impl BuildRef for FakeRef {
-    fn id(&self) -> &str {
-        ""
-    }
-
-    fn definition(&self) -> Option<&Definition> {
-        None
-    }
-
-    async fn evaluate(&self) -> Result<()> {
-        Ok(())
-    }
-
-    async fn read_file(&self, path: &str, _range: Option<(u64, u64)>) -> Result<Bytes> {
-        match self.files.get(&format!("{}{path}", self.prefix)) {
-            Some(text) => Ok(text.clone().into()),
-            None => Err(Fault::not_found(format!("open {path}: no such file or directory"))),
-        }
-    }
-
-    async fn read_dir(&self, _path: &str, _include: Option<&str>) -> Result<Vec<FileStat>> {
-        Err(Fault::unimplemented("read_dir"))
-    }
-
-    async fn stat_file(&self, _path: &str) -> Result<FileStat> {
-        Err(Fault::unimplemented("stat_file"))
-    }
-
-    fn as_any(&self) -> &(dyn Any + Send + Sync) {
-        self
     }
 }

@@ -1,0 +1,84 @@
+//! What resolving a source tells of it without fetching it (row `gw.resolvesrc`): for frontends, and for clients that decide on sources.
+
+use crate::SourceOp;
+use bytes::Bytes;
+use shipway_oci::Digest;
+use shipway_proto::{moby::buildkit::v1::frontend as wire, pb};
+use std::time::SystemTime;
+
+/// What is known of a source; at most one of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SourceFacts {
+    /// For `docker-image` and `oci-layout`.
+    pub image: Option<ImageFacts>,
+    /// For `git`.
+    pub git: Option<GitFacts>,
+    /// For `http` and `https`.
+    pub http: Option<HttpFacts>,
+}
+
+/// An image as resolved (row `gw.resolveimg`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageFacts {
+    /// Full name, pinned if a policy says so.
+    pub name: String,
+    /// Digest of the manifest or index that the name led to.
+    pub digest: Digest,
+    /// The image config of the platform asked for; empty if nobody wants it.
+    pub config: Bytes,
+}
+
+/// Where a git reference leads (row `gw.resolvesrc.git`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GitFacts {
+    /// The commit, or the annotated tag.
+    pub checksum: String,
+    /// Full name of the reference.
+    pub reference: String,
+    /// The commit that an annotated tag leads to; empty without one.
+    pub commit_checksum: String,
+    /// The commit's text, if it was asked for.
+    pub commit_object: Bytes,
+    /// The annotated tag, likewise.
+    pub tag_object: Bytes,
+}
+
+/// A file of a web server as resolved (row `gw.resolvesrc.http`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HttpFacts {
+    /// Digest of the file.
+    pub digest: String,
+    /// Name of the file.
+    pub filename: String,
+    /// When the server says that it was changed.
+    pub last_modified: Option<SystemTime>,
+    /// The checksum that was asked for, and the bytes that it has behind those of the file.
+    pub other: Option<(String, Bytes)>,
+}
+
+impl SourceFacts {
+    /// The message in which frontends and deciding clients learn of it, for the source as it was resolved.
+    pub fn to_pb(self, source: SourceOp) -> wire::ResolveSourceMetaResponse {
+        wire::ResolveSourceMetaResponse {
+            source: Some(pb::SourceOp { identifier: source.identifier, attrs: source.attrs }),
+            image: self.image.map(|i| wire::ResolveSourceImageResponse {
+                digest: i.digest.to_string(),
+                config: i.config.to_vec(),
+                attestation_chain: None,
+            }),
+            git: self.git.map(|g| wire::ResolveSourceGitResponse {
+                checksum: g.checksum,
+                r#ref: g.reference,
+                commit_checksum: g.commit_checksum,
+                commit_object: g.commit_object.to_vec(),
+                tag_object: g.tag_object.to_vec(),
+            }),
+            http: self.http.map(|h| wire::ResolveSourceHttpResponse {
+                checksum: h.digest,
+                filename: h.filename,
+                last_modified: h.last_modified.map(Into::into),
+                checksum_response: h.other.map(|(digest, suffix)| wire::ChecksumResponse { digest, suffix: suffix.to_vec() }),
+            }),
+        }
+    }
+}
