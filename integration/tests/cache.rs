@@ -2,9 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
-use shipway_integration::{any, build, build_text, ctr_run};
-use shipway_testkit::Lab;
-use std::process::Stdio;
+use shipway_integration::{Image, any, build, build_text, ctr_run, remove_everything};
+use shipway_testkit::{FaultyRegistry, Lab, RegistryFault, run};
+use std::{
+    process::Stdio,
+    sync::{Arc, Mutex},
+};
 
 /// Steps of plain progress that were cached.
 fn cached(text: &str) -> usize {
@@ -121,4 +124,59 @@ fn caches_in_registries_know_the_parts_of_a_merge_and_move_no_layer_in_vain() {
     std::fs::write(context.join("a"), "2").unwrap();
     let changed = built();
     assert_eq!((cached(&changed.all()), layers()), (2, 1), "{}", changed.all());
+}
+
+#[test]
+fn what_one_client_left_lazy_is_fetched_with_the_next_ones_login() {
+    let mut lab = Lab::complete(any());
+    let right = Arc::new(Mutex::new(String::new()));
+    let private = FaultyRegistry::start(&lab.registry(), "/v2/", RegistryFault::Login(right.clone()));
+    lab.configure_daemon(&format!("[registry.\"{}\"]\n  http = true\n", private.address()));
+    assert!(lab.stop_daemon(), "the daemon had to be killed");
+    lab.start_daemon();
+    // With a password that is the right one from now on.
+    let build_as = |password: &str, more: &[&str]| {
+        let text = "FROM busybox AS a\nRUN cat /proc/sys/kernel/random/uuid > /stamp\nFROM scratch\nCOPY --from=a /stamp /\n";
+        let context = lab.context(password, &[("Dockerfile", text)]);
+        let login = serde_json::json!({ "auths": { private.address(): { "auth": password } } }).to_string();
+        let home = lab.context(&format!("login-{password}"), &[("config.json", &login)]);
+        *right.lock().unwrap() = format!("Basic {password}");
+        let mut command = lab.shipway_command();
+        command.args(["build", "--progress", "plain"]).args(more).arg(&context).env("DOCKER_CONFIG", home);
+        run(&mut command).ok();
+    };
+    let written = |name: &str| (format!("type=local,dest={}", lab.dir().join(name).display()), lab.dir().join(name).join("stamp"));
+    let cache = |host: &str| format!("type=registry,ref={host}/private/cache:1");
+    let ((first, made), (second, found)) = (written("made"), written("found"));
+    build_as("bWFrZXI6MA==", &["--output", &first, "--cache-to", &format!("{},mode=max", cache(&lab.registry()))]);
+    remove_everything(&lab);
+    build_as("Zmlyc3Q6MQ==", &["--output", "type=cacheonly", "--cache-from", &cache(&private.address())]);
+    // The first client has gone, and its password is no longer right.
+    build_as("c2Vjb25kOjI=", &["--output", &second]);
+    assert_eq!(std::fs::read(found).unwrap(), std::fs::read(made).unwrap());
+}
+
+#[test]
+fn an_image_made_of_its_own_inline_cache_is_the_same_image() {
+    let lab = Lab::complete(any());
+    let text = "FROM busybox AS tool\nRUN cat /proc/sys/kernel/random/uuid > /stamp\nRUN echo const > /const\nFROM scratch\nCOPY --from=tool /stamp /\nCOPY --from=tool /const /\n";
+    let context = lab.context("inline", &[("Dockerfile", text)]);
+    let name = format!("{}/inline:1", lab.registry());
+    let built = || {
+        remove_everything(&lab);
+        let (output, cache) = (format!("type=image,name={name},push=true"), format!("type=registry,ref={name}"));
+        let all = ["build", "--progress", "plain", "--output", &output, "--cache-to", "type=inline", "--cache-from", &cache];
+        lab.shipway(all.into_iter().chain([&*context.to_string_lossy()])).ok();
+        Image::of(&lab, &name)
+    };
+    let first = built();
+    // Somebody looks at it, as an image.
+    let text = format!("FROM {name}\n");
+    let (looking, out) = (lab.context("looking", &[("Dockerfile", &text)]), lab.dir().join("looked"));
+    let output = format!("type=local,dest={}", out.display());
+    lab.shipway(["build", "--output", &output, &*looking.to_string_lossy()]).ok();
+    assert!(out.join("stamp").exists());
+    let second = built();
+    assert_eq!(first.config, second.config);
+    assert_eq!(first.target, second.target);
 }

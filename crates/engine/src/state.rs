@@ -83,7 +83,10 @@ impl EngineRef {
     pub async fn state(&self) -> Result<ImmutableRef> {
         let solve = || async {
             match self.scope.job.build(self.vertex.clone(), self.output).await {
-                Ok((state, _)) => Ok(state),
+                Ok((state, _)) => {
+                    self.scope.engine.parts.services.sources.wanted_by(&state, &self.scope.data.sessions);
+                    Ok(state)
+                }
                 Err(fault) => Err(self.scope.explain(self.place(fault)).await),
             }
         };

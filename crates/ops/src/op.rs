@@ -168,6 +168,7 @@ impl Operation for LlbOp {
             _ => None,
         };
         let Some(selectors) = selectors else { return Ok(None) };
+        self.services.sources.wanted_by(value, &Self::sessions(cx)?);
         let subject = shipway_fault::Subject::CacheInput(i64::try_from(input).unwrap_or(-1));
         file::checksum(value, &selectors, &cx.reporter)
             .await
@@ -176,6 +177,8 @@ impl Operation for LlbOp {
     }
 
     async fn run(&self, inputs: Vec<ImmutableRef>, cx: &Context) -> Result<Vec<ImmutableRef>> {
+        let sessions = Self::sessions(cx)?;
+        inputs.iter().for_each(|i| self.services.sources.wanted_by(i, &sessions));
         let before = inputs.clone();
         self.work(inputs, cx).await.map_err(|e| self.failed(e, &before, None))
     }

@@ -1,7 +1,7 @@
 //! Immutable states: handles, views, mounts, checksums.
 
 use crate::{
-    Layer, LocalMount, RecordType, RefId, Selector,
+    Layer, LayerSource, LocalMount, RecordType, RefId, Selector,
     frozen::Frozen,
     life::{EpochLease, remove},
     mount::{WeakMount, is_bind, read_only},
@@ -173,6 +173,18 @@ impl ImmutableRef {
     /// Its layers, as [`Self::layers`] gives them, unless it is a client's directory that is no layer yet.
     pub fn known_layers(&self) -> Option<Vec<Layer>> {
         Some(self.record()?.layers.iter().map(|c| c.describe()).collect())
+    }
+
+    /// Where its layers would be fetched from, each place once.
+    pub fn sources(&self) -> Vec<Arc<dyn LayerSource>> {
+        let layers = self.record().map_or(&[][..], |r| &r.layers);
+        let mut found: Vec<Arc<dyn LayerSource>> = Vec::new();
+        for source in layers.iter().flat_map(|c| c.blobs()).filter_map(|b| b.source) {
+            if !found.iter().any(|f| Arc::ptr_eq(f, &source)) {
+                found.push(source);
+            }
+        }
+        found
     }
 
     /// When each of its layers came to be, lowest first, as far as the states below it are known still. Whole milliseconds,

@@ -7,6 +7,7 @@ use shipway_oci::{ChainId, Descriptor, DiffId};
 use shipway_progress::Reporter;
 use shipway_storage::{ContentStore, LeaseId};
 use std::{
+    any::Any,
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -17,7 +18,7 @@ use std::{
 
 /// Fetches blobs of layers that are not on this machine yet.
 #[async_trait]
-pub trait LayerSource: Send + Sync {
+pub trait LayerSource: Any + Send + Sync {
     /// Makes the blob of `layer` exist in `content` under `lease`, whole and verified. A blob that is there already is success.
     /// Counts bytes in `progress`.
     async fn fetch(&self, layer: &Descriptor, content: &dyn ContentStore, lease: &LeaseId, progress: Option<&Reporter>) -> Result<()>;

@@ -159,10 +159,20 @@ impl Repository {
     /// The same repository with certificates unverified and plain HTTP allowed (row `ex.img.insecure`).
     #[must_use]
     pub fn insecure(&self) -> Self {
+        let auth = Authorizer { store: self.0.auth.store.clone(), credentials: self.0.auth.credentials.clone() };
+        self.view(true, auth, OnceCell::new())
+    }
+
+    /// The same repository as seen with other `credentials`.
+    #[must_use]
+    pub fn with_credentials(&self, credentials: Arc<dyn CredentialSource>) -> Self {
+        let auth = Authorizer { store: self.0.shared.store(credentials.identity()), credentials };
+        self.view(self.0.insecure, auth, self.0.endpoints.clone())
+    }
+
+    fn view(&self, insecure: bool, auth: Authorizer, endpoints: OnceCell<Vec<Endpoint>>) -> Self {
         let v = &self.0;
-        let auth = Authorizer { store: v.auth.store.clone(), credentials: v.auth.credentials.clone() };
-        let view = View { shared: v.shared.clone(), name: v.name.clone(), mode: v.mode, insecure: true, auth, endpoints: OnceCell::new() };
-        Self(Arc::new(view))
+        Self(Arc::new(View { shared: v.shared.clone(), name: v.name.clone(), mode: v.mode, insecure, auth, endpoints }))
     }
 
     /// The image's name.

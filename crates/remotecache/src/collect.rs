@@ -104,7 +104,7 @@ pub(crate) async fn collect(index: &CacheIndex, roots: &[ImmutableRef], mode: Mo
     let mut walk = Walk { index, entered: HashSet::new(), order: Vec::new() };
     let mut wanted: Vec<Vec<DiffId>> = Vec::new();
     for root in roots.iter().filter(|r| !r.is_scratch()) {
-        let mut keys = index.local.keys_of(&root.id().to_string())?;
+        let mut keys = made_by(index, index.local.keys_of(&root.id().to_string())?)?;
         if keys.is_empty() {
             continue;
         }
@@ -138,6 +138,18 @@ pub(crate) async fn collect(index: &CacheIndex, roots: &[ImmutableRef], mode: Mo
         entries.push(Entry { key, aliases, inputs, output: meta.output, description, state });
     }
     Ok(entries)
+}
+
+/// The keys by which a result was made of something, if there are any: what was built here and pulled as an image since is that image's result, too, and a
+/// cache must not depend on who looked at it.
+fn made_by(index: &CacheIndex, keys: Vec<CacheKey>) -> Result<Vec<CacheKey>> {
+    let mut made = Vec::new();
+    for key in &keys {
+        if index.local.record(key)?.is_some_and(|r| !r.meta.inputs.is_empty()) {
+            made.push(*key);
+        }
+    }
+    Ok(if made.is_empty() { keys } else { made })
 }
 
 /// Its result, if that is wanted: with [`Mode::Min`], those whose layers lie on one another in a root, too, such as the parts of a merge.

@@ -137,7 +137,7 @@ impl Images {
 
     /// The layers of `remote`, each fetched once however many want it.
     pub(crate) fn layers_of(&self, remote: Remote) -> Arc<dyn LayerSource> {
-        Arc::new(RemoteLayers { remote, flights: self.flights.clone() })
+        Arc::new(RemoteLayers::new(remote, self.flights.clone()))
     }
 }
 

@@ -9,7 +9,7 @@ use crate::{
     http::Files,
     image::{At, Images},
     local::Locals,
-    remote::Remote,
+    remote::{Remote, RemoteLayers},
 };
 use shipway_attest::{BlobSource, Capture, GitSource, HttpSource, ImageSource};
 use shipway_fault::{Fault, Result};
@@ -19,7 +19,7 @@ use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, LayerSource, RefStore};
 use shipway_registry::Registry;
 use shipway_session::{SessionGroup, SessionHub};
-use std::{collections::BTreeMap, sync::Arc};
+use std::{any::Any, collections::BTreeMap, sync::Arc};
 
 /// A source as an operation names it.
 #[derive(Clone, Debug)]
@@ -202,6 +202,17 @@ impl Sources {
     /// The layers of `remote`, for lazy states; each is fetched once however many want it.
     pub fn layers_of(&self, remote: Remote) -> Arc<dyn LayerSource> {
         self.inner.images.layers_of(remote)
+    }
+
+    /// Lets the clients of `sessions` answer for what has yet to be fetched of `state` (row `so.unlazy`): the one whose build began it may have gone,
+    /// or be somebody else.
+    pub fn wanted_by(&self, state: &ImmutableRef, sessions: &SessionGroup) {
+        for source in state.sources() {
+            let source: Arc<dyn Any + Send + Sync> = source;
+            if let Some(layers) = source.downcast_ref::<RemoteLayers>() {
+                layers.join(sessions);
+            }
+        }
     }
 
     /// Names directly in `dir` (empty for the top) of a client's directory, for suggestions; nothing is transferred.

@@ -1,6 +1,6 @@
 //! Where the documents and layers of an image, or of a cache, are fetched from: a registry's repository, or a content store of a client.
 
-use crate::flight::Flights;
+use crate::{SessionCredentials, flight::Flights};
 use async_trait::async_trait;
 use bytes::Bytes;
 use shipway_fault::{Context, Fault, Result};
@@ -8,9 +8,12 @@ use shipway_oci::{Descriptor, Digest, ImageName, media};
 use shipway_progress::Reporter;
 use shipway_refs::LayerSource;
 use shipway_registry::Repository;
-use shipway_session::ClientStore;
+use shipway_session::{ClientStore, SessionGroup, SessionId};
 use shipway_storage::{BlobReader, ContentStore, DISTRIBUTION_SOURCE, Ingest, Labels, LeaseId};
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 /// How often a transfer tells how far it is.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
@@ -129,10 +132,40 @@ impl Pieces {
     }
 }
 
-/// The layers of one place, fetched when somebody reads them.
+/// The layers of one place, fetched when somebody reads them: often a later build than the one that found the place, whose client may be gone.
 pub(crate) struct RemoteLayers {
-    pub remote: Remote,
-    pub flights: Flights,
+    remote: Remote,
+    flights: Flights,
+    /// The clients of builds that want the layers, the latest first. Before anybody said so, who found the place answers.
+    wanted_by: Mutex<Option<SessionGroup>>,
+}
+
+impl RemoteLayers {
+    pub(crate) fn new(remote: Remote, flights: Flights) -> Self {
+        Self { remote, flights, wanted_by: Mutex::default() }
+    }
+
+    /// Lets `sessions` answer for the layers, before those that did up to now and are still there.
+    pub(crate) fn join(&self, sessions: &SessionGroup) {
+        let mut all = self.wanted_by.lock().unwrap_or_else(PoisonError::into_inner);
+        let before: &[SessionId] = all.as_ref().map_or(&[], |g| g.ids());
+        if before.starts_with(sessions.ids()) {
+            return;
+        }
+        let staying = before.iter().filter(|id| sessions.hub().try_get(id).is_some());
+        *all = Some(SessionGroup::new(sessions.hub().clone(), sessions.ids().iter().chain(staying).cloned()));
+    }
+
+    /// The place as its clients of now see it. A client's own store is nobody else's.
+    fn remote(&self) -> Remote {
+        let sessions = self.wanted_by.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match (&self.remote, sessions) {
+            (Remote::Registry(repository), Some(sessions)) => {
+                Remote::Registry(Box::new(repository.with_credentials(Arc::new(SessionCredentials::new(sessions)))))
+            }
+            (remote, _) => remote.clone(),
+        }
+    }
 }
 
 #[async_trait]
@@ -147,7 +180,7 @@ impl LayerSource for RemoteLayers {
             Err(e) => return Err(e).context(|| format!("store layer {}", layer.digest)),
         };
         let mut report = Report::new(progress, layer);
-        let mut pieces = self.remote.open(layer).await?;
+        let mut pieces = self.remote().open(layer).await?;
         while let Some(piece) = pieces.next().await? {
             report.moved(piece.len() as u64);
             writer.write(piece).await.context(|| format!("store layer {}", layer.digest))?;

@@ -5,7 +5,7 @@ use std::{
     io::{BufRead as _, BufReader, Write as _},
     net::{TcpListener, TcpStream},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -22,6 +22,8 @@ pub enum RegistryFault {
     Trickle,
     /// The right length of wrong bytes.
     Corrupt,
+    /// Refused without the `Authorization` that is right at the moment.
+    Login(Arc<Mutex<String>>),
 }
 
 /// A running one; ends when dropped.
@@ -74,14 +76,15 @@ fn pause(ended: &AtomicBool) -> std::io::Result<()> {
 fn serve(mut stream: TcpStream, upstream: &str, path: &str, fault: &RegistryFault, ended: &AtomicBool) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream.try_clone()?).lines().map_while(Result::ok);
     let first = lines.next().unwrap_or_default();
-    let headers: Vec<(String, String)> = lines
+    let mut headers: Vec<(String, String)> = lines
         .take_while(|l| !l.is_empty())
         .filter_map(|l| l.split_once(':').map(|(n, v)| (n.trim().to_owned(), v.trim().to_owned())))
-        .filter(|(n, _)| ["accept", "range"].contains(&n.to_lowercase().as_str()))
+        .filter(|(n, _)| ["accept", "range", "authorization"].contains(&n.to_lowercase().as_str()))
         .collect();
     let mut words = first.split_whitespace();
     let (method, target) = (words.next().unwrap_or("GET"), words.next().unwrap_or("/"));
     let meant = target.contains(path);
+    let authorization = headers.iter().position(|(n, _)| n.eq_ignore_ascii_case("authorization")).map(|at| headers.remove(at).1);
     match fault {
         RegistryFault::Status(status, text) if meant => {
             return write!(stream, "HTTP/1.1 {status} Fault\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{text}", text.len());
@@ -89,6 +92,10 @@ fn serve(mut stream: TcpStream, upstream: &str, path: &str, fault: &RegistryFaul
         RegistryFault::Hang if meant => loop {
             pause(ended)?;
         },
+        RegistryFault::Login(right) if meant && authorization.as_ref() != Some(&right.lock().unwrap()) => {
+            let challenge = "WWW-Authenticate: Basic realm=\"lab\"";
+            return write!(stream, "HTTP/1.1 401 Fault\r\nConnection: close\r\n{challenge}\r\nContent-Length: 0\r\n\r\n");
+        }
         _ => {}
     }
     let headers: Vec<(&str, &str)> = headers.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
