@@ -89,7 +89,8 @@ fn a_directory_gets_its_provenance_as_a_file() {
 fn a_scanner_looks_at_the_result_and_at_what_else_it_is_told_to() {
     let lab = Lab::complete(any());
     let script = "#!/bin/sh\nset -e\nfor s in $BUILDKIT_SCAN_SOURCE $BUILDKIT_SCAN_SOURCE_EXTRAS/*; do\n  [ -e $s ] || continue\n  \
-        echo '{\"predicateType\":\"https://spdx.dev/Document\",\"predicate\":{\"files\":\"'$(ls $s | tr '\\n' ' ')'\"}}' \
+        files=$(ls $s | sed 's|.*|{\"fileName\":\"/&\"}|' | tr '\\n' ,)\n  \
+        echo '{\"predicateType\":\"https://spdx.dev/Document\",\"predicate\":{\"spdxVersion\":\"SPDX-2.3\",\"files\":['${files%,}']}}' \
         > $BUILDKIT_SCAN_DESTINATION/$(basename $s).spdx.json\ndone\n";
     let scanner =
         lab.context("scanner", &[("Dockerfile", "FROM busybox\nCOPY --chmod=755 scan /scan\nCMD [\"/scan\"]\n"), ("scan", script)]);
@@ -98,8 +99,11 @@ fn a_scanner_looks_at_the_result_and_at_what_else_it_is_told_to() {
     let context = lab.context("scanned", &[("Dockerfile", text)]);
     build(&lab, "scanned:1", &context, &["--sbom=generator=scanner:1"]).ok();
     let said = statements(&lab, "docker.io/library/scanned:1");
-    let files: Vec<&str> = said.iter().map(|s| s["predicate"]["files"].as_str().unwrap()).collect();
-    assert_eq!(files, ["core ", "beside "], "{said:?}");
+    let layer = format!("layerID: {}", Image::of(&lab, "docker.io/library/scanned:1").layers()[0]);
+    let files: Vec<_> = said.iter().map(|s| s["predicate"]["files"].clone()).collect();
+    // Only what is in the image itself has a layer there.
+    let wanted = [serde_json::json!([{ "fileName": "/core", "comment": layer }]), serde_json::json!([{ "fileName": "/beside" }])];
+    assert_eq!(files, wanted, "{said:?}");
 }
 
 #[test]

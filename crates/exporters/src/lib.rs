@@ -9,6 +9,7 @@ mod image;
 mod options;
 mod port;
 mod push;
+mod spdx;
 mod statements;
 mod tarball;
 mod tree;

@@ -5,7 +5,7 @@ use crate::{
     image::LazyLease,
     options::{ImageOptions, Level},
     port::{ExportAttestation, ExportInput, ExportPlatform},
-    statements,
+    spdx, statements,
 };
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
@@ -133,7 +133,7 @@ impl Writer<'_> {
         let subjects = entries.clone();
         for (i, p) in input.platforms.iter().enumerate() {
             if let Some(attestations) = input.attestations.get(&p.id).filter(|a| !a.is_empty()) {
-                let written = self.attest(input, attestations, (&subjects[i], &p.platform), &mut found).await?;
+                let written = self.attest(input, attestations, (&subjects[i], p, &manifests[i].layers), &mut found).await?;
                 entries.push(written.descriptor.clone());
                 manifests.push(written);
             }
@@ -218,20 +218,23 @@ impl Writer<'_> {
         Ok(WrittenManifest { descriptor, config, layers, lazy })
     }
 
-    /// Writes what is said of the manifest `subject` (rows `at.store`, `at.layer`, `at.artifact`).
+    /// Writes what is said of the manifest `subject`, with `image_layers`, that is written of a platform (rows `at.store`, `at.layer`, `at.artifact`).
     async fn attest(
         &self,
         input: &ExportInput,
         attestations: &[ExportAttestation],
-        (subject, platform): (&Descriptor, &Platform),
+        (subject, of, image_layers): (&Descriptor, &ExportPlatform, &[Descriptor]),
         found: &mut Vec<Document>,
     ) -> Result<WrittenManifest> {
         let exported = self.options.names(&input.metadata).into_iter().map(|name| {
             let name: ImageName = name.parse().map_err(|e| Fault::invalid(format!("failed to parse {name}: {e}")))?;
-            Ok(Subject { name: image_purl(PurlKind::Docker, &name, Some(platform)), digest: digest_set(subject.digest) })
+            Ok(Subject { name: image_purl(PurlKind::Docker, &name, Some(&of.platform)), digest: digest_set(subject.digest) })
         });
         let exported = exported.collect::<Result<Vec<_>>>()?;
-        let attestations = statements::read(attestations.to_vec()).await?;
+        let mut attestations = statements::read(attestations.to_vec()).await?;
+        for attestation in &mut attestations {
+            spdx::name_layers(attestation, &of.state, image_layers).await?;
+        }
         let (mut layers, mut documents) = (Vec::new(), Vec::new());
         for (_, statement) in statements::statements(&attestations, &exported) {
             let bytes = serde_json::to_vec(&statement).map_err(|e| Fault::internal(format!("encode an attestation: {e}")))?;

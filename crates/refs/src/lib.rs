@@ -22,6 +22,7 @@ mod merge;
 mod mount;
 mod mutable;
 mod named;
+mod places;
 mod realise;
 mod record;
 mod retime;

@@ -430,3 +430,19 @@ async fn a_record_whose_snapshot_others_removed_is_noticed() {
     assert!(store.get(&id).await.is_none());
     assert!(store.usage().await.unwrap().is_empty());
 }
+
+#[tokio::test]
+async fn a_path_is_from_the_topmost_layer_that_has_it() {
+    let lab = Lab::new();
+    let store = lab.open().await;
+    let one = step(&store, None, "one", "1").await;
+    let two = step(&store, Some(&one), "two", "2").await;
+    let gone = store.mutable(Some(&two), "gone", RecordType::Regular, None).await.unwrap();
+    let mount = gone.mount().await.unwrap();
+    fs::remove_file(mount.path().join("one")).unwrap();
+    write_old(&mount.path().join("two"), "another");
+    mount.unmount().await.unwrap();
+    let top = gone.commit("took one away").await.unwrap();
+    let found = top.layers_with(["one", "two", "three"].map(|p| p.as_bytes().to_vec()).into()).await.unwrap();
+    assert_eq!(found, [(b"one".to_vec(), 0), (b"two".to_vec(), 2)].into());
+}
