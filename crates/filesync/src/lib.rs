@@ -37,7 +37,7 @@ pub use list::announced;
 pub use matcher::{DirMatch, MatchInfo, PathFilter, Pattern, PatternMatcher, Verdict};
 pub use mode::{FileMode, Kind};
 pub use path::{clean, compare};
-pub use receive::{Change, ChangeKind, ContentHash, Differ, HashSink, Progress, ReceiveOptions, Received, Receiver, StatFn};
+pub use receive::{Change, ChangeKind, ContentHash, Differ, HashSink, LISTING, Progress, ReceiveOptions, Received, Receiver, StatFn};
 pub use request::FileSyncRequest;
 pub use send::{MapFn, Mapped, SendOptions, SendRoot, Sender, Sent};
 pub use shipway_proto::fsutil::types::{Packet, Stat};

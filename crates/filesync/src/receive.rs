@@ -22,7 +22,7 @@ use tokio::{
 
 use self::apply::Apply;
 use crate::{
-    KnownTree, Packet, PacketStream, Stat, disk,
+    KnownTree, Packet, PacketStream, PatternMatcher, Stat, disk,
     write::{Batch, Expected, FileWriter, Finished},
 };
 
@@ -36,6 +36,10 @@ const BATCH: usize = 128;
 const QUEUE: usize = 4;
 /// Grace for a sender to end its stream when all is done.
 const GOODBYE: Duration = Duration::from_secs(10);
+
+/// Name of the file that says what the sender has (see [`ReceiveOptions::listed`]), as in BuildKit: for each entry the length of its `Stat`, four bytes with
+/// the lowest first, and the `Stat`.
+pub const LISTING: &str = ".fsutil-metadata";
 
 /// Whether an entry with unchanged metadata counts as unchanged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -110,6 +114,9 @@ pub struct ReceiveOptions {
     pub merge: bool,
     /// What the destination holds, from an earlier transfer; without it, the destination is walked.
     pub known: Option<KnownTree>,
+    /// Receive what these patterns match, with the directories above it, and of everything else only what it is: that is in the file [`LISTING`], which a
+    /// sender's own of that name never replaces (row `src.local.meta`).
+    pub listed: Option<Arc<PatternMatcher>>,
     /// Hears of progress after every batch of packets.
     pub progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
     /// Hashes content on the way.

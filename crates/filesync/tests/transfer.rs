@@ -346,3 +346,44 @@ async fn a_transfer_that_breaks_off_deletes_nothing() {
         assert!(to.path().join("x").exists());
     }
 }
+
+/// What a listing says: paths and sizes.
+fn listed(dir: &Path) -> Vec<(String, i64)> {
+    use prost::Message;
+    let (bytes, mut at, mut out) = (fs::read(dir.join(LISTING)).expect("a listing"), 0, Vec::new());
+    while at < bytes.len() {
+        let length = u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes")) as usize;
+        let stat = Stat::decode(&bytes[at + 4..at + 4 + length]).expect("a stat");
+        out.push((stat.path, stat.size));
+        at += 4 + length;
+    }
+    out
+}
+
+#[tokio::test]
+async fn a_listed_directory_has_only_what_is_wanted_and_says_what_else_there_is() {
+    let (from, to) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
+    sample(from.path());
+    // The sender's own file of that name is not the listing.
+    fs::write(from.path().join(LISTING), "forged").expect("file");
+    let wanted = Arc::new(PatternMatcher::new(["d/*/f", "ro"]).expect("patterns"));
+    let options = ReceiveOptions { listed: Some(wanted), ..Default::default() };
+    sync(from.path(), to.path(), options.clone()).await;
+    let there = || listing(to.path()).iter().filter_map(|l| l.split(' ').next()).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(there(), [LISTING, "d", "d/e", "d/e/f", "ro", "ro/inner"]);
+    let paths: Vec<_> = listed(to.path()).into_iter().map(|(path, _)| path).collect();
+    assert_eq!(paths, ["big", "d", "d/e", "d/e/f", "d/hard", "d/sym", "d-after", "empty", "ro", "ro/inner"]);
+    assert_eq!(fs::read_to_string(to.path().join("d/e/f")).expect("file"), "content of f");
+
+    // Again: what is gone goes, and the listing is a new file.
+    let old = fs::metadata(to.path().join(LISTING)).expect("stat").ino();
+    let held = fs::File::open(to.path().join(LISTING)).expect("open");
+    fs::remove_file(from.path().join("d/e/f")).expect("remove");
+    fs::write(from.path().join("empty"), "12").expect("file");
+    let (_, received) = sync(from.path(), to.path(), options).await;
+    assert_eq!(there(), [LISTING, "ro", "ro/inner"]);
+    assert!(listed(to.path()).contains(&("empty".to_owned(), 2)));
+    assert_ne!(fs::metadata(to.path().join(LISTING)).expect("stat").ino(), old);
+    assert!(received.tree.get(LISTING).is_none() && received.changes.iter().any(|c| &*c.path == LISTING));
+    drop(held);
+}

@@ -18,6 +18,7 @@ pub const LLB: &[&str] = &[
     "source.local.excludepatterns",
     "source.local.sharedkeyhint",
     "source.local.differ",
+    "source.local.metadatatransfer",
     "source.git",
     "source.git.keepgitdir",
     "source.git.fullurl",
@@ -89,7 +90,6 @@ pub const LLB: &[&str] = &[
 
 /// What BuildKit has and this daemon lacks.
 pub const LLB_MISSING: &[&str] = &[
-    "source.local.metadatatransfer",
     "source.git.signatureverify",
     "source.http.signatureverify",
     "source.buildop.llbfilename",

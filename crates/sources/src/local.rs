@@ -7,7 +7,8 @@ use crate::{
 use serde::Serialize;
 use shipway_fault::{Context, Fault, Result};
 use shipway_filesync::{
-    ContentHash, Differ, FileMode, FileSyncRequest, HashSink, KnownTree, ReceiveOptions, Received, Receiver, Stat, announced,
+    ContentHash, Differ, FileMode, FileSyncRequest, HashSink, KnownTree, PatternMatcher, ReceiveOptions, Received, Receiver, Stat,
+    announced,
 };
 use shipway_oci::Digest;
 use shipway_progress::Reporter;
@@ -43,6 +44,8 @@ struct LocalSpec {
     session: Option<String>,
     hint: String,
     differ: Differ,
+    /// The only files whose content is wanted.
+    listed: Option<Vec<String>>,
 }
 
 impl LocalSpec {
@@ -69,8 +72,16 @@ impl LocalSpec {
                         _ => return Err(Fault::invalid(format!("{key}={value:?} is wrong: want metadata or none"))),
                     }
                 }
-                "local.metadatatransfer" if value == "true" || value == "1" => {
-                    return Err(Fault::unimplemented("transferring a directory's metadata without its files"));
+                "local.metadatatransfer" => match value.as_str() {
+                    "1" | "t" | "T" | "true" | "TRUE" | "True" => drop(local.listed.get_or_insert_default()),
+                    "0" | "f" | "F" | "false" | "FALSE" | "False" => local.listed = None,
+                    _ => return Err(Fault::invalid(format!("invalid value for {key} {value:?}"))),
+                },
+                // Attributes come in the order of their names, so this is known to mean something.
+                "local.metadatatransferexclude" => {
+                    if let Some(listed) = &mut local.listed {
+                        *listed = patterns(key, value)?;
+                    }
                 }
                 _ => {}
             }
@@ -97,6 +108,7 @@ struct LocalKey<'a> {
     include: &'a [String],
     exclude: &'a [String],
     follow: &'a [String],
+    listed: Option<&'a [String]>,
 }
 
 impl Locals {
@@ -110,7 +122,8 @@ impl Locals {
         let session = local.session.clone().or_else(|| peers.session_id());
         let session = session.ok_or_else(|| Fault::invalid("could not access local files without session"))?;
         let FileSyncRequest { dir_name: name, include, exclude, follow } = &local.request;
-        let key = keys::digest("local", &LocalKey { session: &session, name, include, exclude, follow });
+        let listed = local.listed.as_deref();
+        let key = keys::digest("local", &LocalKey { session: &session, name, include, exclude, follow, listed });
         Ok(Pin { keys: vec![key], ephemeral: true, digest: Some(key.to_string()) })
     }
 
@@ -146,9 +159,10 @@ impl Locals {
     async fn transfer(&self, local: &LocalSpec, peer: &dyn DirPeer, reporter: &Reporter) -> Result<ImmutableRef> {
         let name = &local.request.dir_name;
         let description = format!("local source for {name}");
+        let listed = local.listed.as_ref().map(PatternMatcher::new).transpose()?.map(Arc::new);
         let request = NamedRequest {
             record_type: RecordType::LocalSource,
-            key: format!("local:{name}:{}:{}", local.hint, peer.shared_key()),
+            key: format!("local:{name}:{}:{}{}", local.hint, peer.shared_key(), if local.listed.is_some() { ":metadata" } else { "" }),
             description: description.clone(),
             sharing: Sharing::Private,
             parent: None,
@@ -161,6 +175,7 @@ impl Locals {
         let options = ReceiveOptions {
             differ: local.differ,
             known,
+            listed,
             progress: Some(progress_of(name, reporter)),
             hash: Some(Arc::new(Digests)),
             ..Default::default()

@@ -2,12 +2,13 @@
 
 use std::{
     collections::{BTreeSet, HashSet},
-    io,
+    io::{self, Write as _},
     os::fd::BorrowedFd,
     path::Path,
     sync::Arc,
 };
 
+use prost::Message as _;
 use rustix::{
     fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid, XattrFlags},
     io::Errno,
@@ -15,7 +16,7 @@ use rustix::{
 use shipway_fault::{Context, Fault, Result};
 use tokio::sync::mpsc;
 
-use super::{Change, ChangeKind, Differ, ReceiveOptions, Received};
+use super::{Change, ChangeKind, Differ, LISTING, ReceiveOptions, Received};
 use crate::{
     FileMode, Kind, KnownEntry, KnownTree, Stat, compare,
     disk::{self, Dirs},
@@ -44,6 +45,10 @@ pub(super) struct Apply {
     new: Vec<KnownEntry>,
     text: usize,
     next_id: u32,
+    /// What the sender has, for [`LISTING`].
+    listing: Vec<u8>,
+    /// The directories that the last entry was in and that nothing was received for yet, outermost first.
+    above: Vec<(u32, Stat)>,
     requested: u64,
     requests: mpsc::UnboundedSender<u32>,
     expected: Vec<Expected>,
@@ -79,6 +84,8 @@ impl Apply {
             new: Vec::new(),
             text: 0,
             next_id: 0,
+            listing: Vec::new(),
+            above: Vec::new(),
             requested: 0,
             requests,
             expected,
@@ -108,10 +115,10 @@ impl Apply {
         Err(Fault::cancelled())
     }
 
-    fn entry(&mut self, mut stat: Stat) -> Result<()> {
+    fn entry(&mut self, stat: Stat) -> Result<()> {
         self.order.check(&stat)?;
         self.text += stat.path.len() + stat.linkname.len();
-        if self.new.len() >= MAX_ENTRIES || self.text > MAX_TEXT {
+        if self.next_id as usize >= MAX_ENTRIES || self.text.max(self.listing.len()) > MAX_TEXT {
             return Err(Fault::new(shipway_fault::Code::ResourceExhausted, "the sender's tree is too large")
                 .hint("exclude what the build does not need in .dockerignore"));
         }
@@ -120,6 +127,29 @@ impl Apply {
         }
         let id = self.next_id;
         self.next_id += 1;
+        let Some(wanted) = self.options.listed.clone() else { return self.take(id, stat) };
+        if stat.path == LISTING {
+            return Ok(());
+        }
+        self.listing.extend((stat.encoded_len() as u32).to_le_bytes());
+        self.listing.extend(stat.encode_to_vec());
+        let is_in = |dir: &Stat| stat.path.strip_prefix(&dir.path).is_some_and(|rest| rest.starts_with('/'));
+        while self.above.last().is_some_and(|(_, dir)| !is_in(dir)) {
+            self.above.pop();
+        }
+        if wanted.matches(&stat.path) {
+            for (id, dir) in std::mem::take(&mut self.above) {
+                self.take(id, dir)?;
+            }
+            return self.take(id, stat);
+        }
+        if FileMode(stat.mode).is_dir() {
+            self.above.push((id, stat));
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, id: u32, mut stat: Stat) -> Result<()> {
         if let Some(map) = &self.options.map {
             map(&mut stat);
         }
@@ -249,6 +279,9 @@ impl Apply {
             let (path, link) = (self.new[index].path.clone(), self.new[index].link.clone());
             self.link(&path, &link).map_err(|e| Fault::io(format!("link {path} to {link}"), e))?;
         }
+        if self.options.listed.is_some() {
+            self.write_listing().map_err(|e| Fault::io(format!("write {LISTING}"), e))?;
+        }
         // Children first: a directory's mode may forbid working in it.
         for path in self.touched.iter().rev() {
             let Some(entry) = find(&self.new, path).filter(|e| e.mode.is_dir()) else { continue };
@@ -263,6 +296,16 @@ impl Apply {
             self.dirs.get(dir).and_then(settle).map_err(|e| Fault::io(format!("finish directory {path}"), e))?;
         }
         Ok(Received { tree: KnownTree { entries: Arc::new(self.new) }, changes: self.changes, progress: Default::default() })
+    }
+
+    /// Always a new file, for the old one may be part of a layer. It is no entry of the tree: the sender does not have it.
+    fn write_listing(&mut self) -> io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let at = self.dirs.get("")?;
+        let file = replace(at, LISTING, || rustix::fs::openat(at, LISTING, flags, Mode::from_raw_mode(0o644)))?;
+        std::fs::File::from(file).write_all(&self.listing)?;
+        self.changes.push(Change { path: LISTING.into(), kind: ChangeKind::Modified, digest: None });
+        Ok(())
     }
 
     fn link(&mut self, path: &str, target: &str) -> io::Result<()> {
