@@ -145,7 +145,7 @@ pub fn remove_everything(lab: &Lab) {
 #[track_caller]
 pub fn nothing_left(lab: &Lab) {
     let left = lab.leftovers();
-    let stored = Leftovers { containers: Vec::new(), tasks: Vec::new(), shims: Vec::new(), ..left };
+    let stored = Leftovers { containers: Vec::new(), tasks: Vec::new(), sandboxes: Vec::new(), shims: Vec::new(), ..left };
     assert!(stored.is_empty(), "left behind: {stored:#?}");
     wait_for("warm shims to end", Duration::from_secs(30), || {
         let left = lab.leftovers();

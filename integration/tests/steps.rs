@@ -2,8 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
-use shipway_integration::{any, build, build_text, on_each};
-use shipway_testkit::{Lab, wait_for};
+use shipway_integration::{any, build, build_text, nothing_left, on_each, remove_everything};
+use shipway_testkit::{Flavour, Lab, wait_for};
 use std::{process::Stdio, time::Duration};
 
 #[test]
@@ -92,4 +92,31 @@ fn network_host_needs_permission_and_then_works() {
     let refused = build(&lab, "net:1", &context, &[]).failed();
     assert!(refused.all().contains("network.host"), "{}", refused.all());
     build(&lab, "net:1", &context, &["--allow", "network.host"]).ok();
+}
+
+#[test]
+fn steps_share_shims_and_outlive_a_killed_one() {
+    on_each(|flavour| {
+        let lab = Lab::complete(flavour);
+        build_text(&lab, "shims:1", "FROM busybox\nRUN echo 1 > /1\nRUN echo 2 > /2\n").ok();
+        // A step may begin before the shim of the one before it is free. containerd runs steps in a shim that is there without starting its
+        // program, if it knows how.
+        let warm = lab.kill_shims();
+        assert!((1..=2).contains(&warm), "{warm} shims");
+        assert_eq!(lab.leftovers().sandboxes.len(), if flavour == Flavour::Newer { warm } else { 0 });
+        build_text(&lab, "shims:2", "FROM busybox\nRUN echo 3 > /3\nRUN cat /3\n").ok();
+
+        let context = lab.context("killed", &[("Dockerfile", "FROM busybox\nRUN echo early; sleep 600\n")]);
+        let mut command = lab.shipway_command();
+        command.args(["build", "--progress", "plain"]).arg(&context).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap())).map_while(Result::ok);
+        assert!(lines.by_ref().any(|l| l.ends_with("early")), "the step's output never came");
+        assert_ne!(lab.kill_shims(), 0);
+        let rest: Vec<String> = lines.collect();
+        assert!(!child.wait().unwrap().success());
+        assert!(rest.iter().any(|l| l.contains("shim was killed")), "{rest:#?}");
+        remove_everything(&lab);
+        nothing_left(&lab);
+    });
 }

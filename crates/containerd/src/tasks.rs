@@ -11,6 +11,7 @@ mod exec;
 mod prepare;
 mod remains;
 mod run;
+mod sandboxes;
 mod shims;
 mod stdio;
 mod sweep;
@@ -85,6 +86,7 @@ pub(crate) struct Inner {
     gate: Arc<RwLock<()>>,
     host: Host,
     shims: Arc<Shims>,
+    starts: run::Starts,
     network: Network,
     /// Processes, from the call to the end of the cleaning.
     busy: Busy,
@@ -131,6 +133,7 @@ impl TaskExecutor {
             gate: Arc::default(),
             host: host(),
             shims,
+            starts: run::Starts::default(),
             network,
             busy,
             cleaning: Busy::default(),

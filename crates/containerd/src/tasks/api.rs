@@ -10,7 +10,8 @@ use containerd_client::types::v1::Status;
 use prost_types::Any;
 use shipway_fault::{Code, Fault, Result};
 use shipway_storage::Mount;
-use std::{collections::HashMap, path::Path, time::Duration};
+use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
+use tokio::sync::OnceCell;
 use tonic::transport::Channel;
 
 /// Label of our containers; its value is the executor's directory, so that several daemons leave each other's alone.
@@ -65,11 +66,13 @@ pub(super) struct Stdio<'a> {
 
 #[derive(Clone)]
 pub(super) struct TaskApi {
-    connection: Connection,
-    runtime: api::container::Runtime,
+    pub(super) connection: Connection,
+    pub(super) runtime: api::container::Runtime,
     snapshotter: String,
-    owner: String,
+    pub(super) owner: String,
     systemd_cgroup: bool,
+    /// Whether sandboxes are of use here, once somebody asked.
+    pub(super) sandboxes: Arc<OnceCell<bool>>,
 }
 
 fn text(path: Option<&Path>) -> String {
@@ -90,6 +93,7 @@ impl TaskApi {
             snapshotter: config.snapshotter.clone(),
             owner: config.root.display().to_string(),
             systemd_cgroup: config.systemd_cgroup,
+            sandboxes: Arc::default(),
         }
     }
 
@@ -106,8 +110,8 @@ impl TaskApi {
         TasksClient::new(self.connection.control())
     }
 
-    /// Creates the record of container `id` with runtime specification `spec`.
-    pub(super) async fn create_container(&self, id: &str, spec: Vec<u8>, snapshot: Option<&str>) -> Result<()> {
+    /// Creates the record of container `id` with runtime specification `spec`, in `sandbox` if one is given.
+    pub(super) async fn create_container(&self, id: &str, spec: Vec<u8>, snapshot: Option<&str>, sandbox: Option<&str>) -> Result<()> {
         let container = api::Container {
             id: id.into(),
             labels: HashMap::from([(OWNER.to_owned(), self.owner.clone())]),
@@ -115,6 +119,7 @@ impl TaskApi {
             spec: Some(Any { type_url: SPEC_TYPE.into(), value: spec }),
             snapshotter: if snapshot.is_some() { self.snapshotter.clone() } else { String::new() },
             snapshot_key: snapshot.unwrap_or_default().into(),
+            sandbox: sandbox.unwrap_or_default().into(),
             ..Default::default()
         };
         let request = self.connection.request(api::CreateContainerRequest { container: Some(container) })?;
@@ -220,7 +225,7 @@ impl TaskApi {
     }
 
     /// The exit code of a task that ended, `None` if it has not; `NotFound` if there is no such task.
-    async fn exit_status(&self, place: &Place) -> Result<Option<u32>> {
+    pub(super) async fn exit_status(&self, place: &Place) -> Result<Option<u32>> {
         let message = api::GetRequest { container_id: place.container.clone(), exec_id: place.exec.clone() };
         let request = self.connection.request(message)?;
         let answer = self.connection.call(|| format!("look at {place}"), deadline::QUICK, self.tasks().get(request)).await?;
@@ -289,7 +294,7 @@ impl TaskApi {
     }
 }
 
-fn gone(fault: Fault) -> Result<()> {
+pub(super) fn gone(fault: Fault) -> Result<()> {
     if fault.is_not_found() { Ok(()) } else { Err(fault) }
 }
 

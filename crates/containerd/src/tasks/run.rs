@@ -14,10 +14,10 @@ use crate::network::Lease;
 use bytes::Bytes;
 use shipway_executor::{Control, ExecMount, ExitStatus, ProcessSpec, RootFs, Wires, spec};
 use shipway_fault::{Class, Code, Context, Fault, Result};
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, num::NonZero, sync::Arc, time::Duration};
 use tokio::{
     net::unix::pipe,
-    sync::{mpsc, oneshot},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
 };
 
 /// How long output may trickle on after the process ended.
@@ -42,9 +42,11 @@ pub(super) async fn supervise(
         let _ = answer.send(Err(e));
         return;
     }
-    let slot = inner.shims.take();
+    // Whoever waits here may find a warm shim afterwards.
+    let Some(starting) = inner.starts.one(&mut answer).await else { return };
+    let mut slot = inner.shims.take();
     let mut parts = Parts { prepared: None, netns: None, created: false };
-    let result = run(&inner, &process, &root, mounts, wires, &slot, &mut parts, &mut answer).await;
+    let result = run(&inner, &process, &root, mounts, wires, (&mut slot, starting), &mut parts, &mut answer).await;
     let reusable = result.is_ok() && prepare::leaves_network_clean(&process);
     let cut_off = result.as_ref().is_err_and(|e| e.code() != Code::Cancelled);
     // From here on whoever called goes on, and may want to wait for the rest.
@@ -56,6 +58,25 @@ pub(super) async fn supervise(
         let _ = tokio::task::spawn_blocking(move || remains::remove_one(&namespace, &id)).await;
     }
     drop(cleaning);
+}
+
+/// Processes that may be started at the same time: more than the machine has processors for would each want a shim of its own and take as long.
+pub(super) struct Starts(Arc<Semaphore>);
+
+impl Default for Starts {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(2 * std::thread::available_parallelism().map_or(1, NonZero::get))))
+    }
+}
+
+impl Starts {
+    /// One start, to be dropped when it is over; `None` if nobody waits for the process any more.
+    async fn one(&self, answer: &mut Answer) -> Option<OwnedSemaphorePermit> {
+        tokio::select! {
+            permit = self.0.clone().acquire_owned() => permit.ok(),
+            () = answer.closed() => None,
+        }
+    }
 }
 
 /// What the process holds besides its container.
@@ -116,6 +137,12 @@ fn specification(inner: &Inner, process: &ProcessSpec, root: &RootFs, slot: &Slo
         .map_err(|e| Fault::internal(format!("write the runtime specification: {e}")))
 }
 
+async fn create_container(inner: &Inner, process: &ProcessSpec, root: &RootFs, slot: &Slot, parts: &Parts) -> Result<()> {
+    let spec = specification(inner, process, root, slot, parts)?;
+    let snapshot = root.snapshot.as_ref().map(|s| s.0.as_str());
+    inner.api.create_container(&process.id, spec, snapshot, slot.sandbox().as_deref()).await
+}
+
 #[allow(clippy::too_many_arguments)]
 async fn run(
     inner: &Arc<Inner>,
@@ -123,7 +150,7 @@ async fn run(
     root: &RootFs,
     mounts: Vec<ExecMount>,
     wires: Wires,
-    slot: &Arc<Slot>,
+    (slot, starting): (&mut Arc<Slot>, OwnedSemaphorePermit),
     parts: &mut Parts,
     answer: &mut Answer,
 ) -> Result<ExitStatus> {
@@ -139,11 +166,18 @@ async fn run(
     prepared?;
 
     let id = process.id.as_str();
-    let bytes = specification(inner, process, root, slot, parts)?;
-    inner.api.create_container(id, bytes, root.snapshot.as_ref().map(|s| s.0.as_str())).await?;
+    create_container(inner, process, root, slot, parts).await?;
     let mut stdio = parts.prepared.as_mut().and_then(|p| p.stdio.take()).ok_or_else(|| Fault::internal("a process has no output"))?;
     let fifos = Stdio { stdin: stdio.stdin(), stdout: Some(stdio.stdout()), stderr: stdio.stderr(), terminal: process.tty };
-    let created = inner.api.create_task(id, &root.mounts, fifos).await;
+    let mut created = inner.api.create_task(id, &root.mounts, fifos).await;
+    if created.is_err() && slot.sandbox().is_some() && !inner.shims.lives(slot).await {
+        // Somebody killed the warm shim: the process has not begun, and another shim will do.
+        inner.shims.close(slot).await;
+        *slot = inner.shims.fresh();
+        inner.api.destroy(id).await?;
+        create_container(inner, process, root, slot, parts).await?;
+        created = inner.api.create_task(id, &root.mounts, fifos).await;
+    }
     stdio.opened();
     let pid = created.map_err(explain)?;
     parts.created = true;
@@ -153,6 +187,7 @@ async fn run(
     }
     let running = Arc::new(Running { root: root.clone(), dir: inner.config.root.join("run").join(id), joined: Busy::default() });
     let on_start = || {
+        drop(starting);
         inner.running().insert(id.to_owned(), running.clone());
         let (inner, slot) = (inner.clone(), slot.clone());
         tokio::spawn(async move { inner.shims.keep(&slot).await });

@@ -2,11 +2,12 @@
 //!
 //! The runc shim serves all containers of a group and lives while one of them exists. A slot is a group of ours with a *keeper* in it: a
 //! container whose process was killed before it began, which holds no memory. A process takes a free slot or makes one; it never shares one
-//! at a time, because a shim creates its containers one by one.
+//! at a time, because a shim creates its containers one by one. Where containerd knows sandboxes, the keeper's is one, and processes are its
+//! containers (`sandboxes` tells why).
 
 use super::{
     Busy,
-    api::{Stdio, TaskApi},
+    api::{Place, Stdio, TaskApi},
 };
 use serde_json::json;
 use shipway_executor::spec::GROUP_ANNOTATION;
@@ -36,13 +37,28 @@ pub(super) struct Shims {
 pub(super) struct Slot {
     /// Value of the group annotation.
     pub(super) group: String,
-    /// Whether a keeper holds the shim; set when it was tried.
-    keeper: OnceCell<bool>,
+    /// What holds the shim; set when it was tried.
+    kept: OnceCell<Kept>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kept {
+    /// Nothing: it ends with its process.
+    No,
+    /// A keeper.
+    Keeper,
+    /// A keeper that is a sandbox.
+    Sandbox,
 }
 
 impl Slot {
     fn keeper_id(&self) -> String {
         format!("{}-keeper", self.group)
+    }
+
+    /// The sandbox in which its containers are, if they are in one.
+    pub(super) fn sandbox(&self) -> Option<String> {
+        (self.kept.get() == Some(&Kept::Sandbox)).then(|| self.keeper_id())
     }
 }
 
@@ -60,26 +76,56 @@ impl Shims {
 
     /// A slot that nobody else uses.
     pub(super) fn take(&self) -> Arc<Slot> {
-        if let Some((_, slot)) = self.idle().pop() {
-            return slot;
+        match self.idle().pop() {
+            Some((_, slot)) => slot,
+            None => self.fresh(),
         }
+    }
+
+    /// A slot whose shim does not run yet.
+    pub(super) fn fresh(&self) -> Arc<Slot> {
         let n = self.made.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Slot { group: format!("{}-{n}", self.prefix), keeper: OnceCell::new() })
+        Arc::new(Slot { group: format!("{}-{n}", self.prefix), kept: OnceCell::new() })
     }
 
     /// Makes the keeper, once the slot's shim runs. Call it while the process is busy with its own.
-    pub(super) async fn keep(&self, slot: &Slot) -> bool {
-        *slot
-            .keeper
+    pub(super) async fn keep(&self, slot: &Slot) {
+        slot.kept
             .get_or_init(|| async {
-                let made = self.make_keeper(slot).await;
-                if let Err(e) = &made {
+                if let Err(e) = self.make_keeper(slot).await {
                     tracing::debug!(group = slot.group, "the shim will not stay warm: {e}");
                     let _ = self.api.destroy(&slot.keeper_id()).await;
+                    return Kept::No;
                 }
-                made.is_ok()
+                if !self.api.has_sandboxes().await {
+                    return Kept::Keeper;
+                }
+                match self.api.create_sandbox(&slot.keeper_id()).await {
+                    Ok(()) => Kept::Sandbox,
+                    Err(e) => {
+                        tracing::debug!(group = slot.group, "the shim will be no sandbox: {e}");
+                        Kept::Keeper
+                    }
+                }
             })
-            .await
+            .await;
+    }
+
+    /// Whether the slot's shim still runs.
+    pub(super) async fn lives(&self, slot: &Slot) -> bool {
+        self.api.exit_status(&Place::first(&slot.keeper_id())).await.is_ok()
+    }
+
+    /// Removes what there is of a slot's keeper.
+    pub(super) async fn close(&self, slot: &Slot) {
+        let keeper = slot.keeper_id();
+        let mut closed = self.api.destroy(&keeper).await;
+        if slot.sandbox().is_some() {
+            closed = closed.and(self.api.delete_sandbox(&keeper).await);
+        }
+        if let Err(e) = closed {
+            tracing::warn!(group = slot.group, "could not end a warm shim: {e}");
+        }
     }
 
     async fn make_keeper(&self, slot: &Slot) -> Result<()> {
@@ -98,14 +144,14 @@ impl Shims {
         });
         // What a runtime makes in the root would stay in containerd's state for ever, which removes empty directories only: a mount goes with it all.
         let root = Mount { kind: "tmpfs".into(), source: "tmpfs".into(), target: String::new(), options: vec!["size=64k".into()] };
-        self.api.create_container(&id, spec.to_string().into_bytes(), None).await?;
+        self.api.create_container(&id, spec.to_string().into_bytes(), None, None).await?;
         self.api.create_task(&id, &[root], Stdio::default()).await?;
         self.api.kill(&id).await
     }
 
     /// Gives a slot back, for the next process or to be closed after a while.
     pub(super) fn put(self: &Arc<Self>, slot: Arc<Slot>) {
-        if slot.keeper.get() != Some(&true) {
+        if slot.kept.get().is_none_or(|k| *k == Kept::No) {
             return;
         }
         self.idle().push((Instant::now(), slot));
@@ -129,9 +175,7 @@ impl Shims {
             old.into_iter().map(|(_, slot)| slot).collect()
         };
         for slot in old {
-            if let Err(e) = self.api.destroy(&slot.keeper_id()).await {
-                tracing::warn!(group = slot.group, "could not end a warm shim: {e}");
-            }
+            self.close(&slot).await;
         }
         drop(guard);
     }

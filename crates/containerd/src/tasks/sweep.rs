@@ -65,7 +65,11 @@ pub(super) async fn containers(inner: &Inner) -> Result<()> {
         let _ = tasks.await;
     }
     on_host(remains::remove).await.map_err(|e| Fault::internal(format!("remove what is left of containers: {e}")))?;
-    each(true).await.into_iter().collect()
+    each(true).await.into_iter().collect::<Result<()>>()?;
+    for sandbox in inner.api.our_sandboxes().await? {
+        inner.api.delete_sandbox(&sandbox).await?;
+    }
+    Ok(())
 }
 
 /// The reading ends of all outputs in `dir`.

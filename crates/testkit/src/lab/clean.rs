@@ -1,7 +1,7 @@
 //! Leaving nothing behind: tasks, shims, mounts, directories of this lab and of labs whose owner was killed; and counting
 //! what a daemon left.
 
-use super::Lab;
+use super::{Flavour, Lab};
 use rustix::process::{Pid, Signal, kill_process};
 use std::path::Path;
 
@@ -18,6 +18,8 @@ pub struct Leftovers {
     pub ingests: Vec<String>,
     pub containers: Vec<String>,
     pub tasks: Vec<String>,
+    /// Records of sandboxes, which containerd 1.6 does not have.
+    pub sandboxes: Vec<String>,
     /// Command lines of shims of this containerd.
     pub shims: Vec<String>,
     /// Mount points below the lab's directory.
@@ -54,11 +56,21 @@ impl Lab {
             all.ingests.extend(list(&["content", "active"], false));
             all.containers.extend(list(&["containers", "list", "--quiet"], true));
             all.tasks.extend(list(&["tasks", "list", "--quiet"], true));
+            if self.flavour() == Flavour::Newer {
+                all.sandboxes.extend(list(&["sandboxes", "list"], false));
+            }
         }
         all.shims = shims(&self.dir).into_iter().map(|(_, command)| command).collect();
         let disk = self.dir.join("containerd-root");
         all.mounts = mounts(&self.dir).into_iter().filter(|m| Path::new(m) != disk).collect();
         all
+    }
+
+    /// Kills all shims, as a host that is short of memory might; returns how many there were.
+    pub fn kill_shims(&self) -> usize {
+        let shims = shims(&self.dir);
+        shims.iter().for_each(|(pid, _)| kill(*pid));
+        shims.len()
     }
 
     /// Prints the ends of all logs and what is in containerd.
