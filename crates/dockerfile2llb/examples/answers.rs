@@ -154,7 +154,7 @@ impl Bridge for Scene {
             Some(None) => return Err(Fault::not_found(format!("{name}: not found"))),
             None => self.images.default[key.bytes().map(usize::from).sum::<usize>() % self.images.default.len()].get(),
         };
-        let image = ImageFacts { digest: Digest::of(&key), name: name.to_owned(), config: config.to_owned().into() };
+        let image = ImageFacts { digest: Digest::of(&key), name: name.to_owned(), config: config.to_owned().into(), attestations: None };
         Ok(SourceMeta { facts: SourceFacts { image: Some(image), ..Default::default() }, ..Default::default() })
     }
 

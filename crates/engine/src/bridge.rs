@@ -320,9 +320,16 @@ impl Bridge for EngineBridge {
             platform: request.platform,
             log_name: request.log_name,
             mode: request.mode,
-            want: ResolveWant { git_objects: request.git_objects, http_checksum: request.http_checksum },
+            want: ResolveWant {
+                git_objects: request.git_objects,
+                http_checksum: request.http_checksum,
+                attestations: request.attestations,
+            },
         };
-        let meta = self.scope.resolve(source, query).await?;
+        let mut meta = self.scope.resolve(source, query).await?;
+        if let Some(image) = meta.facts.image.as_mut().filter(|_| request.no_config) {
+            image.config.clear();
+        }
         if let Some(image) = &meta.facts.image {
             let identifier = &meta.source.identifier;
             let layout = identifier.strip_prefix("oci-layout://");

@@ -124,9 +124,6 @@ impl BuildScope {
         if question.attrs != source.attrs {
             return Err(Fault::invalid("policy requested different source attrs"));
         }
-        if question.attestations {
-            return Err(Fault::unimplemented("an image's attestations for a policy"));
-        }
         let mode = match question.resolve_mode.as_str() {
             "pull" => ResolveMode::ForcePull,
             "local" => ResolveMode::PreferLocal,
@@ -140,7 +137,11 @@ impl BuildScope {
                 question.log_name
             },
             mode,
-            want: ResolveWant { git_objects: question.git_objects, http_checksum: question.http_checksum },
+            want: ResolveWant {
+                git_objects: question.git_objects,
+                http_checksum: question.http_checksum,
+                attestations: question.attestations,
+            },
         };
         let meta = self.resolve(source.clone(), query).await.context(|| "error resolving source metadata from policy request")?;
         let mut facts = meta.facts;

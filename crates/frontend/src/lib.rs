@@ -172,6 +172,8 @@ pub struct SourceRequest {
     pub git_objects: bool,
     /// Whether another checksum of a file is wanted: of its bytes and these behind them (row `gw.resolvesrc.http`).
     pub http_checksum: Option<(ChecksumAlgorithm, Bytes)>,
+    /// Whether it is wanted what is said of an image, with the statements of these types.
+    pub attestations: Option<Vec<String>>,
     /// Rules for it, besides those of the build.
     pub policies: Vec<SourcePolicy>,
 }

@@ -122,9 +122,6 @@ async fn solve(build: &GatewayBuild, request: wire::SolveRequest) -> Result<wire
 
 async fn resolve_source(build: &GatewayBuild, request: wire::ResolveSourceMetaRequest) -> Result<wire::ResolveSourceMetaResponse> {
     let source = request.source.ok_or_else(|| Fault::invalid("source is required"))?;
-    if request.image.as_ref().is_some_and(|i| i.attestation_chain || !i.resolve_attestations.is_empty()) {
-        return Err(Fault::unimplemented("resolving an image's attestations"));
-    }
     let http_checksum = request.http.and_then(|h| h.checksum_request).map(convert::checksum).transpose()?;
     let meta = build
         .bridge
@@ -134,7 +131,11 @@ async fn resolve_source(build: &GatewayBuild, request: wire::ResolveSourceMetaRe
             platform: convert::platform(request.platform),
             log_name: request.log_name,
             mode: convert::mode(&request.resolve_mode)?,
-            no_config: request.image.is_some_and(|i| i.no_config),
+            no_config: request.image.as_ref().is_some_and(|i| i.no_config),
+            attestations: request
+                .image
+                .filter(|i| i.attestation_chain || !i.resolve_attestations.is_empty())
+                .map(|i| i.resolve_attestations),
             git_objects: request.git.is_some_and(|g| g.return_object),
             http_checksum,
             policies: convert::policies(request.source_policies)?,

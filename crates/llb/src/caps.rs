@@ -123,6 +123,7 @@ pub const GATEWAY: &[&str] = &[
     "gateway.warnings",
     "source.metaresolver",
     "source.metaresolver.http.checksumrequest",
+    "source.metaresolver.image.attestations",
     "importcaches",
     "gateway.exec",
     "gateway.exec.extrahosts",
@@ -132,7 +133,7 @@ pub const GATEWAY: &[&str] = &[
 ];
 
 /// What BuildKit's gateway has and this daemon's lacks.
-pub const GATEWAY_MISSING: &[&str] = &["source.metaresolver.image.attestations"];
+pub const GATEWAY_MISSING: &[&str] = &[];
 
 /// A set of capabilities.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -2,9 +2,9 @@
 
 use crate::SourceOp;
 use bytes::Bytes;
-use shipway_oci::Digest;
+use shipway_oci::{Descriptor, Digest};
 use shipway_proto::{moby::buildkit::v1::frontend as wire, pb};
-use std::time::SystemTime;
+use std::{collections::BTreeMap, time::SystemTime};
 
 /// What is known of a source; at most one of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,6 +26,23 @@ pub struct ImageFacts {
     pub digest: Digest,
     /// The image config of the platform asked for; empty if nobody wants it.
     pub config: Bytes,
+    /// What is said of it, if that was asked for and there is something.
+    pub attestations: Option<Box<AttestationChain>>,
+}
+
+/// The documents by which a policy may check an image (row `gw.resolveimg.attest`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttestationChain {
+    /// The index.
+    pub root: Digest,
+    /// The platform's manifest in it.
+    pub image: Option<Digest>,
+    /// The manifest of what is said of that.
+    pub attestation: Option<Digest>,
+    /// Manifests of signatures of that in turn.
+    pub signatures: Vec<Digest>,
+    /// All of them but the image's manifest, and the statements and signatures themselves.
+    pub blobs: BTreeMap<Digest, (Descriptor, Bytes)>,
 }
 
 /// Where a git reference leads (row `gw.resolvesrc.git`).
@@ -64,7 +81,7 @@ impl SourceFacts {
             image: self.image.map(|i| wire::ResolveSourceImageResponse {
                 digest: i.digest.to_string(),
                 config: i.config.to_vec(),
-                attestation_chain: None,
+                attestation_chain: i.attestations.map(|a| a.into_pb()),
             }),
             git: self.git.map(|g| wire::ResolveSourceGitResponse {
                 checksum: g.checksum,
@@ -79,6 +96,28 @@ impl SourceFacts {
                 last_modified: h.last_modified.map(Into::into),
                 checksum_response: h.other.map(|(digest, suffix)| wire::ChecksumResponse { digest, suffix: suffix.to_vec() }),
             }),
+        }
+    }
+}
+
+impl AttestationChain {
+    fn into_pb(self) -> wire::AttestationChain {
+        let text = |digest: Option<Digest>| digest.map(|d| d.to_string()).unwrap_or_default();
+        let blob = |(descriptor, data): (Descriptor, Bytes)| wire::Blob {
+            descriptor: Some(wire::Descriptor {
+                media_type: descriptor.media_type,
+                digest: descriptor.digest.to_string(),
+                size: descriptor.size as i64,
+                annotations: descriptor.annotations,
+            }),
+            data: data.to_vec(),
+        };
+        wire::AttestationChain {
+            root: self.root.to_string(),
+            image_manifest: text(self.image),
+            attestation_manifest: text(self.attestation),
+            signature_manifests: self.signatures.iter().map(ToString::to_string).collect(),
+            blobs: self.blobs.into_iter().map(|(digest, b)| (digest.to_string(), blob(b))).collect(),
         }
     }
 }

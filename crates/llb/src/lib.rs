@@ -31,7 +31,7 @@ pub use caps::Caps;
 pub use definition::{Definition, ExportCache, LinuxResources, Location, OpMetadata, ProgressGroup, SourceMap};
 pub use draft::{ExecDraft, FileDraft, MountDraft, MountSource, SecretDraft, SourceLocation, SshDraft, VertexOptions};
 pub use env::EnvList;
-pub use facts::{GitFacts, HttpFacts, ImageFacts, SourceFacts};
+pub use facts::{AttestationChain, GitFacts, HttpFacts, ImageFacts, SourceFacts};
 pub use graph::{Edge, Graph, Vertex};
 pub use marshal::{DEFAULT_PATH, MarshalOptions};
 pub use ops::*;

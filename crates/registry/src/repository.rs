@@ -13,7 +13,7 @@ use crate::{
 use bytes::Bytes;
 use http::{Method, header};
 use serde::Deserialize;
-use shipway_oci::{Descriptor, Digest, ImageName, media};
+use shipway_oci::{Descriptor, Digest, ImageName, Index, media};
 use std::{
     collections::{HashMap, HashSet},
     fmt,
@@ -281,6 +281,27 @@ impl Repository {
             return Err(fail(Kind::Size { expected: descriptor.size, got: bytes.len() as u64 }));
         }
         Ok(bytes)
+    }
+
+    /// What refers to the manifest `subject`, such as signatures: by the registry's own list, or, where it keeps none, by the index whose tag is the
+    /// digest with a dash (OCI distribution-spec 1.1, "Listing Referrers").
+    pub async fn referrers(&self, subject: Digest) -> Result<Vec<Descriptor>, Error> {
+        let action = format!("list what refers to {subject}");
+        let ask = Ask::new(Method::GET, format!("referrers/{subject}"), Need::Pull, &action).header(header::ACCEPT, media::OCI_INDEX);
+        let (bytes, authority) = match self.ask(&ask).await {
+            Ok(reply) => {
+                let fail = |kind| Error::new(self.name(), &reply.endpoint.authority, &action, kind);
+                (reply.answer.body.collect(MAX_MANIFEST).await.map_err(|f| fail(f.into()))?, reply.endpoint.authority.clone())
+            }
+            Err(e) if e.is_not_found() => match self.resolve(&format!("sha256-{}", subject.hex())).await {
+                Ok(index) => (self.fetch_manifest(&index).await?, self.name().registry().to_owned()),
+                Err(e) if e.is_not_found() => return Ok(Vec::new()),
+                Err(e) => return Err(e),
+            },
+            Err(e) => return Err(e),
+        };
+        let bad = |e| Error::new(self.name(), &authority, &action, Kind::Protocol(format!("the list is no index: {e}")));
+        serde_json::from_slice::<Index>(&bytes).map(|i| i.manifests).map_err(bad)
     }
 
     /// The repository's tags, in the registry's order.

@@ -440,3 +440,27 @@ async fn tags_come_page_by_page() {
     .await;
     assert_eq!(pull(&fake.host).tags().await.unwrap(), ["x", "y", "z"]);
 }
+
+#[tokio::test]
+async fn what_refers_to_a_manifest_is_in_a_list_or_below_a_tag() {
+    let subject = Digest::of("subject");
+    let list = format!(
+        r#"{{"schemaVersion":2,"mediaType":"{}","manifests":[{{"mediaType":"m","digest":"{}","size":3,"artifactType":"sig"}}]}}"#,
+        media::OCI_INDEX,
+        Digest::of("sig")
+    );
+    for (place, count) in
+        [(format!("/v2/a/b/referrers/{subject}"), 1), (format!("/v2/a/b/manifests/sha256-{}", subject.hex()), 1), (String::new(), 0)]
+    {
+        let bytes = list.clone();
+        let digest = format!("/v2/a/b/manifests/{}", Digest::of(&list));
+        let fake = Fake::start(move |a| match a.path == place || (a.path == digest && place.contains("sha256-")) {
+            true => Reply::Full(200, vec![("content-type", media::OCI_INDEX.into())], bytes.clone().into()),
+            false => status(404),
+        })
+        .await;
+        let found = pull(&fake.host).referrers(subject).await.unwrap();
+        assert_eq!(found.len(), count, "{:?}", fake.log());
+        assert!(found.iter().all(|d| d.digest == Digest::of("sig") && d.artifact_type.as_deref() == Some("sig")));
+    }
+}

@@ -47,8 +47,8 @@ pub struct PolicyQuestion {
     pub log_name: String,
     pub resolve_mode: String,
     pub no_config: bool,
-    /// Whether an image's attestations are wanted.
-    pub attestations: bool,
+    /// Whether it is wanted what is said of an image, with the statements of these types.
+    pub attestations: Option<Vec<String>>,
     pub git_objects: bool,
     /// A checksum of the file with these bytes behind it.
     pub http_checksum: Option<(ChecksumAlgorithm, Bytes)>,
@@ -113,7 +113,7 @@ fn question(q: wire::ResolveSourceMetaRequest) -> Result<PolicyQuestion> {
         log_name: q.log_name,
         resolve_mode: q.resolve_mode,
         no_config: q.image.as_ref().is_some_and(|i| i.no_config),
-        attestations: q.image.is_some_and(|i| i.attestation_chain || !i.resolve_attestations.is_empty()),
+        attestations: q.image.filter(|i| i.attestation_chain || !i.resolve_attestations.is_empty()).map(|i| i.resolve_attestations),
         git_objects: q.git.is_some_and(|g| g.return_object),
         http_checksum: q.http.and_then(|h| h.checksum_request).map(algorithm).transpose()?,
     })

@@ -1,5 +1,6 @@
 //! `docker-image://` and `oci-layout://`: resolved here, fetched when read (rows `src.image*`, `src.oci*`).
 
+mod attested;
 mod attrs;
 mod resolve;
 mod select;
@@ -95,10 +96,26 @@ impl Images {
         self.refs.image(layers, format!("pulled from {}", image.name), image.record_type).await
     }
 
-    pub(crate) async fn resolve(&self, spec: &SourceSpec, at: At<'_>, peers: &dyn Peers, reporter: &Reporter) -> Result<SourceFacts> {
+    /// What the name leads to; with `attestations`, also what is said of it, with the statements of these types.
+    pub(crate) async fn resolve(
+        &self,
+        spec: &SourceSpec,
+        at: At<'_>,
+        attestations: Option<&[String]>,
+        peers: &dyn Peers,
+        reporter: &Reporter,
+    ) -> Result<SourceFacts> {
         let image = at.parse(spec)?;
         let found = self.find(&image, &spec.platform, peers, reporter).await?;
-        let resolved = ImageFacts { name: image.name.to_string(), digest: found.main.digest, config: found.config };
+        let attestations = match attestations {
+            Some(predicates) => {
+                let remote = self.remote(&image, peers).await?;
+                let documents = resolve::Documents { storage: self.refs.storage(), remote: Some(&remote) };
+                attested::chain(&documents, &found.main, &spec.platform, predicates).await?.map(Box::new)
+            }
+            None => None,
+        };
+        let resolved = ImageFacts { name: image.name.to_string(), digest: found.main.digest, config: found.config, attestations };
         Ok(SourceFacts { image: Some(resolved), ..Default::default() })
     }
 

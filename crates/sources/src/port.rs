@@ -61,6 +61,8 @@ pub struct ResolveWant {
     pub git_objects: bool,
     /// A checksum of a file with these bytes behind it.
     pub http_checksum: Option<(ChecksumAlgorithm, bytes::Bytes)>,
+    /// What is said of an image, with the statements of these types.
+    pub attestations: Option<Vec<String>>,
 }
 
 /// All source schemes. Cheap to clone.
@@ -153,7 +155,7 @@ impl Sources {
     pub async fn resolve(&self, spec: &SourceSpec, want: ResolveWant, cx: &SourceContext) -> Result<SourceFacts> {
         let Inner { images, files, gits, .. } = &*self.inner;
         match Scheme::of(&spec.identifier)? {
-            Scheme::Image(reference) => images.resolve(spec, reference, &cx.sessions, &cx.reporter).await,
+            Scheme::Image(reference) => images.resolve(spec, reference, want.attestations.as_deref(), &cx.sessions, &cx.reporter).await,
             Scheme::Local(_) | Scheme::Blob => Ok(SourceFacts::default()),
             Scheme::Http => files.resolve(spec, want.http_checksum, &cx.sessions, &cx.memo, &cx.reporter).await,
             Scheme::Git(remote) => gits.resolve(spec, remote, want.git_objects, &cx.sessions, &cx.memo, &cx.reporter).await,

@@ -58,6 +58,14 @@ impl Remote {
         }
     }
 
+    /// What the place knows to refer to a manifest. A client's store knows nothing of that.
+    pub(crate) async fn referrers(&self, subject: Digest) -> Result<Vec<Descriptor>> {
+        match self {
+            Self::Registry(repository) => repository.referrers(subject).await.map_err(Fault::from),
+            Self::Client { .. } => Ok(Vec::new()),
+        }
+    }
+
     /// A small blob that is no manifest, verified.
     pub async fn small_blob(&self, descriptor: &Descriptor) -> Result<Bytes> {
         match self {

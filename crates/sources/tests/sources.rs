@@ -46,6 +46,8 @@ fn spec(identifier: impl Into<String>, attrs: &[(&str, &str)]) -> SourceSpec {
 /// An image of two platforms in one index, as documents by digest.
 struct TwoPlatforms {
     documents: HashMap<Digest, Vec<u8>>,
+    /// Lists of what refers to a document.
+    referrers: HashMap<Digest, Vec<u8>>,
     index: Descriptor,
     layer: Descriptor,
     diff: DiffId,
@@ -81,14 +83,58 @@ fn image() -> TwoPlatforms {
     }
     let index = Index { schema_version: 2, media_type: Some(media::OCI_INDEX.into()), manifests, annotations: Default::default() };
     let index = put(media::OCI_INDEX, serde_json::to_vec(&index).unwrap());
-    TwoPlatforms { documents, index, layer, diff }
+    TwoPlatforms { documents, referrers: HashMap::new(), index, layer, diff }
+}
+
+impl TwoPlatforms {
+    fn put(&mut self, media_type: &str, bytes: impl serde::Serialize, notes: &[(&str, &str)]) -> Descriptor {
+        let bytes = serde_json::to_vec(&bytes).unwrap();
+        let mut d = Descriptor::of(media_type, &bytes);
+        d.annotations = notes.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        self.documents.insert(d.digest, bytes);
+        d
+    }
+
+    fn put_manifest(&mut self, layers: &[Descriptor], notes: &[(&str, &str)]) -> Descriptor {
+        let config = self.put(media::EMPTY_JSON, serde_json::json!({}), &[]);
+        let manifest = serde_json::json!({ "schemaVersion": 2, "mediaType": media::OCI_MANIFEST, "config": config, "layers": layers });
+        self.put(media::OCI_MANIFEST, manifest, notes)
+    }
+
+    /// Says two things of the first platform's image, and signs that; gives the manifest, what was said and the signature's manifest.
+    fn attest(&mut self) -> (Descriptor, Vec<Descriptor>, Descriptor) {
+        let mut index: Index = serde_json::from_slice(&self.documents[&self.index.digest]).unwrap();
+        let said =
+            ["p", "q"].map(|t| self.put(media::IN_TOTO, serde_json::json!({ "predicateType": t }), &[("in-toto.io/predicate-type", t)]));
+        let about = index.manifests[0].digest.to_string();
+        let notes = [("vnd.docker.reference.type", "attestation-manifest"), ("vnd.docker.reference.digest", &*about)];
+        let manifest = self.put_manifest(&said, &notes);
+        index.manifests.push(manifest.clone());
+        self.index = self.put(media::OCI_INDEX, index, &[]);
+        let bundle = self.put("application/vnd.dev.sigstore.bundle.v0.3+json", "signed", &[]);
+        let mut signature = self.put_manifest(&[bundle], &[]);
+        let mut other = self.put_manifest(&[], &[("no", "signature")]);
+        other.artifact_type = Some("application/x".into());
+        signature.artifact_type = Some("application/vnd.dev.sigstore.bundle.v0.3+json".into());
+        let list = Index {
+            schema_version: 2,
+            media_type: Some(media::OCI_INDEX.into()),
+            manifests: vec![other, signature.clone()],
+            annotations: Default::default(),
+        };
+        self.referrers.insert(manifest.digest, serde_json::to_vec(&list).unwrap());
+        (manifest, said.into(), signature)
+    }
 }
 
 /// A registry that has the image under the tag `1` of every repository.
 fn registry(image: &TwoPlatforms) -> Web {
-    let (documents, index) = (image.documents.clone(), image.index.digest);
+    let (documents, referrers, index) = (image.documents.clone(), image.referrers.clone(), image.index.digest);
     Web::start(move |line, _| {
         let last = line.rsplit('/').next().unwrap();
+        if line.contains("/referrers/") {
+            return last.parse().ok().and_then(|d| referrers.get(&d)).map_or(status(404), |list| ok(list.clone()));
+        }
         let digest = if last == "1" { Some(index) } else { last.parse().ok() };
         match digest.and_then(|d| documents.get(&d).map(|b| (d, b))) {
             None => status(404),
@@ -98,6 +144,33 @@ fn registry(image: &TwoPlatforms) -> Web {
             }
         }
     })
+}
+
+#[tokio::test]
+async fn what_is_said_of_an_image_is_told_with_its_signature() {
+    let bench = Bench::new().await;
+    let mut image = image();
+    let (manifest, said, signature) = image.attest();
+    let web = registry(&image);
+    let source = spec(format!("docker-image://{}/a/b:1", web.host), &[]);
+    let want = ResolveWant { attestations: Some(vec!["q".into()]), ..Default::default() };
+    let found = bench.sources.resolve(&source, want.clone(), &cx()).await.unwrap().image.unwrap().attestations.unwrap();
+    assert_eq!(
+        (found.root, found.attestation, &found.signatures[..]),
+        (image.index.digest, Some(manifest.digest), &[signature.digest][..])
+    );
+    let bundle = Digest::of(serde_json::to_vec("signed").unwrap());
+    let mut told = [image.index.digest, manifest.digest, said[1].digest, signature.digest, bundle];
+    told.sort();
+    assert_eq!(found.blobs.keys().copied().collect::<Vec<_>>(), told);
+    assert!(found.blobs.iter().all(|(digest, (d, bytes))| *digest == Digest::of(bytes) && d.digest == *digest));
+    // Nothing is said of the other platform, and nothing is told that nobody asked for.
+    let arm = SourceSpec { platform: "linux/arm64".parse().unwrap(), ..source.clone() };
+    let other = bench.sources.resolve(&arm, want, &cx()).await.unwrap().image.unwrap().attestations.unwrap();
+    assert_eq!((other.attestation, other.blobs.len()), (None, 1));
+    assert_ne!(other.image, found.image);
+    let plain = bench.sources.resolve(&source, ResolveWant::default(), &cx()).await.unwrap().image.unwrap();
+    assert_eq!(plain.attestations, None);
 }
 
 #[tokio::test]

@@ -188,7 +188,7 @@ impl Bridge for Fake {
         self.add(format!("resolve {name} {platform} {}\n", shipway_dockerfile::quote(&request.log_name)));
         let config = self.images.get(&format!("{name} {platform}")).or_else(|| self.images.get(&name));
         let config = config.ok_or_else(|| Fault::not_found(format!("{name}: not found")))?;
-        let image = ImageFacts { digest: Digest::of(&name), name, config: config.get().to_owned().into() };
+        let image = ImageFacts { digest: Digest::of(&name), name, config: config.get().to_owned().into(), attestations: None };
         Ok(SourceMeta { facts: SourceFacts { image: Some(image), ..Default::default() }, ..Default::default() })
     }
 

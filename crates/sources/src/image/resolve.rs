@@ -143,7 +143,7 @@ impl Documents<'_> {
     }
 
     /// A document from the content store, or from the registry and then kept.
-    async fn read(&self, descriptor: &Descriptor, kind: Kind) -> Result<Bytes> {
+    pub(crate) async fn read(&self, descriptor: &Descriptor, kind: Kind) -> Result<Bytes> {
         match self.storage.content.read_all(descriptor.digest, MAX_DOCUMENT).await {
             Ok(bytes) => return Ok(bytes),
             Err(e) if e.is_not_found() => {}
@@ -182,12 +182,12 @@ impl Documents<'_> {
 }
 
 #[derive(Clone, Copy)]
-enum Kind {
+pub(crate) enum Kind {
     Manifest,
     Config,
 }
 
-fn parse<T: DeserializeOwned>(bytes: &[u8], descriptor: &Descriptor) -> Result<T> {
+pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8], descriptor: &Descriptor) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|e| {
         Fault::new(Code::Unknown, format!("{} {} is not what an image has: {e}", descriptor.media_type, descriptor.digest))
             .with_class(Class::User)

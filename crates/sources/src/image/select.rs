@@ -3,7 +3,7 @@
 use shipway_oci::{Descriptor, Index, Platform};
 
 /// Annotation on an index entry that is no image but says something about one.
-const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
+pub(crate) const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
 
 /// The entries of `index` that may be meant by `wanted`, best first. Entries without a platform come last: only their config
 /// tells.
