@@ -8,7 +8,7 @@ use containerd_client::{
     services::v1::{self as api, sandbox::store_client::StoreClient},
     types,
 };
-use shipway_fault::Result;
+use shipway_fault::{Code, Result};
 use std::collections::HashMap;
 use tonic::transport::Channel;
 
@@ -64,7 +64,11 @@ impl TaskApi {
         }
         let request = self.connection.request(api::sandbox::StoreListRequest { filters: Vec::new() })?;
         let mut client = self.sandboxes();
-        let answer = self.connection.call(|| "list sandboxes".into(), deadline::QUICK, client.list(request)).await?;
+        let answer = match self.connection.call(|| "list sandboxes".into(), deadline::QUICK, client.list(request)).await {
+            // The service may be turned off, and then there was never one of ours.
+            Err(e) if e.code() == Code::Unimplemented => return Ok(Vec::new()),
+            answer => answer?,
+        };
         let ours = answer.list.into_iter().filter(|s| s.labels.get(OWNER) == Some(&self.owner));
         Ok(ours.map(|s| s.sandbox_id).collect())
     }
