@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+use serde_json::Value;
 use shipway_integration::{Image, any, build, build_text, ctr_run, remove_everything};
 use shipway_testkit::{FaultyRegistry, Lab, RegistryFault, run};
 use std::{
+    path::{Path, PathBuf},
     process::Stdio,
     sync::{Arc, Mutex},
 };
@@ -179,4 +181,36 @@ fn an_image_made_of_its_own_inline_cache_is_the_same_image() {
     let second = built();
     assert_eq!(first.config, second.config);
     assert_eq!(first.target, second.target);
+}
+
+#[test]
+fn a_cache_that_lost_a_layer_is_exported_without_it() {
+    let lab = Lab::complete(any());
+    let text = "FROM busybox AS a\nRUN echo x > /x\nFROM scratch\nCOPY --from=a /x /y\n";
+    let context = lab.context("lossy", &[("Dockerfile", text)]);
+    let (old, new) = (lab.dir().join("old-cache"), lab.dir().join("new-cache"));
+    let built = |more: &[String]| {
+        remove_everything(&lab);
+        let fixed = ["build", "--progress", "plain", "--output", "type=cacheonly"].map(str::to_owned);
+        lab.shipway(fixed.iter().chain(more).cloned().chain([context.display().to_string()])).ok()
+    };
+    let blob = |dir: &Path, digest: &str| dir.join("blobs/sha256").join(digest.trim_start_matches("sha256:"));
+    let read = |path: PathBuf| serde_json::from_slice::<Value>(&std::fs::read(path).unwrap()).unwrap();
+    let config = |dir: &Path| {
+        let manifest = read(blob(dir, read(dir.join("index.json"))["manifests"][0]["digest"].as_str().unwrap()));
+        read(blob(dir, manifest["config"]["digest"].as_str().unwrap()))
+    };
+    let to = |dir: &Path| format!("--cache-to=type=local,mode=max,image-manifest=true,dest={}", dir.display());
+    built(&[to(&old)]);
+    let before = config(&old);
+    // The layer of the step lies on another one.
+    let layers = before["layers"].as_array().unwrap();
+    let step = layers.iter().find(|l| l["parent"] != -1).unwrap();
+    std::fs::remove_file(blob(&old, step["blob"].as_str().unwrap())).unwrap();
+    let again = built(&[format!("--cache-from=type=local,src={}", old.display()), to(&new)]);
+    assert_eq!(cached(&again.all()), 3, "{}", again.all());
+    let after = config(&new);
+    assert_eq!(after["layers"].as_array().unwrap().len(), layers.len() - 1);
+    let keys = |config: &Value| config["records"].as_array().unwrap().iter().map(|r| r["digest"].clone()).collect::<Vec<_>>();
+    assert_eq!(keys(&after), keys(&before));
 }

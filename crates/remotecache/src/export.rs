@@ -135,7 +135,7 @@ impl Export {
 
     /// The config alone, for an image's own config (row `rc.inline`).
     pub fn inline(&self) -> Result<Vec<u8>> {
-        serde_json::to_vec(&self.config).map_err(|e| Fault::internal(format!("encode a cache config: {e}")))
+        self.config.to_json()
     }
 
     /// Writes everything to `place`; gives the manifest's descriptor.
@@ -149,19 +149,24 @@ impl Export {
         let mut blobs = self.blobs.clone();
         let mut seen = std::collections::HashSet::new();
         blobs.retain(|b| seen.insert(b.digest));
-        let layers: Vec<Descriptor> = self.blobs.iter().map(|b| in_family(b, options.oci_types)).collect();
         let work = blobs.into_iter().map(|blob| async move {
             let status = format!("writing layer {}", blob.digest);
             reporter.status(status.clone(), 0, 0, false);
-            place
-                .blob(&blob, self.source(&blob, content, options, reporter), self.origin(&blob))
-                .await
-                .context(|| "error writing layer blob")?;
+            let written = place.blob(&blob, self.source(&blob, content, options, reporter), self.origin(&blob)).await;
             reporter.status(status, 0, 0, true);
-            Ok::<_, Fault>(())
+            match written {
+                // Whoever had it has it no longer; the rest is still worth having.
+                Err(fault) if fault.is_not_found() && self.lazy.contains_key(&blob.digest) => {
+                    tracing::info!(error = %fault, digest = %blob.digest, "a cache is exported without a layer");
+                    Ok(Some(blob.digest))
+                }
+                other => other.context(|| "error writing layer blob").map(|()| None),
+            }
         });
-        stream::iter(work).buffer_unordered(PARALLEL).try_collect::<Vec<()>>().await?;
-        let bytes = Bytes::from(self.inline()?);
+        let gone: Vec<Option<Digest>> = stream::iter(work).buffer_unordered(PARALLEL).try_collect().await?;
+        let (config, left) = self.config.without(|blob| gone.contains(&Some(*blob)));
+        let layers = left.iter().filter_map(|number| self.blobs.get(*number)).map(|b| in_family(b, options.oci_types)).collect();
+        let bytes = Bytes::from(config.to_json()?);
         let config = Descriptor::of(CONFIG, &bytes);
         let status = format!("writing config {}", config.digest);
         reporter.status(status.clone(), 0, 0, false);

@@ -105,6 +105,11 @@ pub(crate) struct CacheInput {
 }
 
 impl CacheConfig {
+    /// Its bytes.
+    pub fn to_json(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec(self).map_err(|e| Fault::internal(format!("encode a cache config: {e}")))
+    }
+
     /// Reads and checks what came from outside: all numbers lead somewhere, and layers rest on earlier ones.
     pub fn read(bytes: &[u8]) -> Result<Self> {
         let config: Self = serde_json::from_slice(bytes).map_err(|e| Fault::invalid(format!("a cache config cannot be read: {e}")))?;
@@ -119,6 +124,36 @@ impl CacheConfig {
                     && r.inputs.iter().flatten().all(|l| l.link < records)
             });
         if sound { Ok(config) } else { Err(Fault::invalid("a cache config names layers or records that it does not have")) }
+    }
+
+    /// The same without the layers that `gone` says are gone, those that lie on one of them, and the results that need any of these. Besides it, which layers
+    /// are left, by number.
+    pub fn without(&self, gone: impl Fn(&Digest) -> bool) -> (Self, Vec<usize>) {
+        let mut renumbered: Vec<Option<usize>> = Vec::with_capacity(self.layers.len());
+        let (mut layers, mut left) = (Vec::new(), Vec::new());
+        for (number, layer) in self.layers.iter().enumerate() {
+            let parent = match usize::try_from(layer.parent) {
+                Ok(below) => renumbered.get(below).copied().flatten().map(|p| p as i64),
+                Err(_) => Some(-1),
+            };
+            let parent = parent.filter(|_| !gone(&layer.blob));
+            renumbered.push(parent.map(|parent| {
+                layers.push(CacheLayer { parent, ..layer.clone() });
+                left.push(number);
+                layers.len() - 1
+            }));
+        }
+        let now = |layer: usize| renumbered.get(layer).copied().flatten();
+        let record = |record: &CacheRecord| {
+            let result = |r: &CacheResult| Some(CacheResult { layer: now(r.layer)?, ..r.clone() });
+            let chain = |c: &ChainedResult| {
+                let layers = c.layers.iter().map(|l| now(*l)).collect::<Option<_>>()?;
+                Some(ChainedResult { layers, ..c.clone() })
+            };
+            let (results, chains) = (record.results.iter().filter_map(result).collect(), record.chains.iter().filter_map(chain).collect());
+            CacheRecord { results, chains, ..record.clone() }
+        };
+        (Self { layers, records: self.records.iter().map(record).collect() }, left)
     }
 
     /// The layers of a record's result, lowest first; `None` if it has none.
@@ -169,6 +204,24 @@ mod tests {
         let read = CacheConfig::read(json.as_bytes()).unwrap();
         assert_eq!(read, config);
         assert_eq!(read.layers_of(&read.records[0]), Some(vec![0, 1, 2]));
+    }
+
+    #[test]
+    fn what_is_gone_takes_along_what_lies_on_it() {
+        let result = |layer| vec![CacheResult { layer, created_at: String::new() }];
+        let chain = ChainedResult { layers: vec![0, 3], created_at: String::new() };
+        let mut chained = record(vec![], vec![]);
+        chained.chains = vec![chain];
+        let config = CacheConfig {
+            layers: vec![layer("a", -1), layer("b", 0), layer("c", 1), layer("d", 0)],
+            records: vec![record(result(0), vec![]), record(result(2), vec![]), record(result(3), vec![]), chained],
+        };
+        let (rest, left) = config.without(|blob| *blob == Digest::of("b"));
+        assert_eq!((rest.layers, left), (vec![layer("a", -1), layer("d", 0)], vec![0, 3]));
+        let tops: Vec<_> = rest.records.iter().map(|r| r.results.first().map(|r| r.layer)).collect();
+        assert_eq!(tops, [Some(0), None, Some(1), None]);
+        assert_eq!(rest.records[3].chains[0].layers, [0, 1]);
+        assert_eq!(config.without(|_| false), (config.clone(), vec![0, 1, 2, 3]));
     }
 
     #[test]
