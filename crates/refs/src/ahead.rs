@@ -11,7 +11,6 @@ use crate::{
 use shipway_archive::{LayerTree, Tar};
 use shipway_fault::Result;
 use shipway_oci::Descriptor;
-use shipway_storage::LeaseResource;
 use std::sync::Arc;
 
 /// The blob of a layer that belongs to no state yet: the lease of the epoch keeps it until a state does.
@@ -39,8 +38,14 @@ impl Loose {
         let (owner, lease) = (store.clone(), lease.clone());
         // Cut off in the middle, it would leave a blob in a lease that lives long.
         let sealed = async move {
-            let descriptor = seal(writer, packed, compression).await?;
-            Ok(Self { store: owner, lease, tar: packed.tar, descriptor })
+            lease.want(packed.digest).await;
+            match seal(writer, packed, compression).await {
+                Ok(descriptor) => Ok(Self { store: owner, lease, tar: packed.tar, descriptor }),
+                Err(e) => {
+                    lease.let_go(&owner.storage, packed.digest).await;
+                    Err(e)
+                }
+            }
         };
         store.background.finish(sealed).await
     }
@@ -50,11 +55,11 @@ impl Loose {
         KnownBlob { descriptor: self.descriptor.clone(), source: None, stored: true }
     }
 
-    /// Lets `record`, whose topmost layer it is and whose lease exists, keep the blob.
-    pub async fn give(&self, record: &Record) -> Result<()> {
+    /// Lets `record`, whose topmost layer it is and whose lease exists, keep the blob; false if somebody deleted it.
+    pub async fn give(&self, record: &Record) -> Result<bool> {
         match record.layers.last() {
-            Some(cell) => self.store.secure(cell, &self.known(), record, None).await.map(drop),
-            None => Ok(()),
+            Some(cell) => self.store.secure(cell, &self.known(), record, None).await,
+            None => Ok(false),
         }
     }
 }
@@ -62,13 +67,7 @@ impl Loose {
 impl Drop for Loose {
     fn drop(&mut self) {
         let (store, lease, digest) = (self.store.clone(), self.lease.clone(), self.descriptor.digest);
-        self.store.background.spawn(async move {
-            if let Err(e) = store.storage.leases.remove(&lease, LeaseResource::Content(digest)).await
-                && !e.is_not_found()
-            {
-                tracing::debug!(%digest, error = %e, "a blob stays in a lease until the next start");
-            }
-        });
+        self.store.background.spawn(async move { lease.let_go(&store.storage, digest).await });
     }
 }
 

@@ -2,9 +2,10 @@
 
 use crate::record::{KIND, KIND_EPOCH, fresh_id};
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::timestamp;
+use shipway_oci::{Digest, timestamp};
 use shipway_storage::{GC_EXPIRE, Labels, LeaseId, LeaseResource, SnapshotKey, Storage};
 use std::{
+    collections::HashMap,
     future::Future,
     sync::{
         Arc,
@@ -92,13 +93,47 @@ impl Background {
 
 /// A hold on the lease of an epoch: while one lives, the lease does.
 #[derive(Clone)]
-pub(crate) struct EpochLease(Arc<LeaseId>);
+pub(crate) struct EpochLease(Arc<Epoch>);
+
+struct Epoch {
+    lease: LeaseId,
+    /// How many want each blob in the lease: equal blobs are one entry.
+    blobs: tokio::sync::Mutex<HashMap<Digest, usize>>,
+}
 
 impl std::ops::Deref for EpochLease {
     type Target = LeaseId;
 
     fn deref(&self) -> &LeaseId {
-        &self.0
+        &self.0.lease
+    }
+}
+
+impl EpochLease {
+    fn new(lease: LeaseId) -> Self {
+        Self(Arc::new(Epoch { lease, blobs: Default::default() }))
+    }
+
+    /// Counts somebody who is about to store a blob under the lease.
+    pub async fn want(&self, blob: Digest) {
+        *self.0.blobs.lock().await.entry(blob).or_default() += 1;
+    }
+
+    /// Takes a blob out of the lease, unless others want it there.
+    pub async fn let_go(&self, storage: &Storage, blob: Digest) {
+        // Locked to the end: whoever stores the blob anew comes after that.
+        let mut blobs = self.0.blobs.lock().await;
+        let others = blobs.get(&blob).map_or(0, |n| n.saturating_sub(1));
+        if others > 0 {
+            blobs.insert(blob, others);
+            return;
+        }
+        blobs.remove(&blob);
+        if let Err(e) = storage.leases.remove(self, LeaseResource::Content(blob)).await
+            && !e.is_not_found()
+        {
+            tracing::debug!(digest = %blob, error = %e, "a blob stays in a lease until the next start");
+        }
     }
 }
 
@@ -121,7 +156,7 @@ impl Epochs {
         {
             return Ok(lease.clone());
         }
-        let lease = EpochLease(Arc::new(LeaseId(format!("shipway-epoch-{}", fresh_id()))));
+        let lease = EpochLease::new(LeaseId(format!("shipway-epoch-{}", fresh_id())));
         let labels = Labels::from([(KIND.into(), KIND_EPOCH.into()), (GC_EXPIRE.into(), timestamp::format_whole(now + EXPIRY))]);
         storage.leases.create(&lease, &labels).await.context(|| "make a lease for file systems in use")?;
         *current = Some((lease.clone(), now));
@@ -159,5 +194,27 @@ pub(crate) async fn forget(storage: &Storage, lease: &LeaseId, key: &SnapshotKey
         && !e.is_not_found()
     {
         tracing::debug!(%key, error = %e, "a lease keeps a name that is gone");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shipway_storage::fake::FakeStorage;
+
+    #[tokio::test]
+    async fn a_blob_leaves_the_lease_with_the_last_who_wants_it() {
+        let fake = FakeStorage::new().unwrap();
+        let storage = fake.storage();
+        let lease = Epochs::new().lease(&storage).await.unwrap();
+        lease.want(Digest::of("it")).await;
+        lease.want(Digest::of("it")).await;
+        let blob = storage.content.put(&lease, "it".into(), &Labels::new()).await.unwrap();
+        lease.let_go(&storage, blob).await;
+        fake.gc();
+        assert!(storage.content.info(blob).await.is_ok());
+        lease.let_go(&storage, blob).await;
+        fake.gc();
+        assert!(storage.content.info(blob).await.unwrap_err().is_not_found());
     }
 }

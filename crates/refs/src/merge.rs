@@ -3,13 +3,13 @@
 
 use crate::{
     ImmutableRef, RecordType, RefId, RefStore,
-    blobs::{Sink, seal},
-    layer::{Cell, KnownBlob},
+    ahead::Loose,
+    layer::Cell,
     record::{Body, Note, id_of},
     store::{Inner, Record},
 };
 use shipway_archive::{Compression, LayerTree};
-use shipway_fault::{Context as _, Result};
+use shipway_fault::{Code, Context as _, Fault, Result};
 use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
     time::SystemTime,
@@ -60,13 +60,12 @@ impl RefStore {
             return self.scratch();
         }
         let prefix = above.len() > below.len() && below.iter().zip(above).all(|(b, a)| b.chain_id == a.chain_id);
+        if !prefix {
+            return self.0.compared(&lower, &upper, parents, description.into()).await.context(|| "compare two file systems");
+        }
         let mut layers = Vec::new();
-        if prefix {
-            for original in &above[below.len()..] {
-                layers.push(self.0.moved(original, layers.last()));
-            }
-        } else {
-            layers.push(self.0.compared(&lower, &upper).await.context(|| "compare two file systems")?);
+        for original in &above[below.len()..] {
+            layers.push(self.0.moved(original, layers.last()));
         }
         Ok(self.0.assembled("diff", layers, parents, description.into()))
     }
@@ -101,19 +100,29 @@ impl Inner {
         self.insert(Record::new(id_of(seed), note, layers, false))
     }
 
-    /// A layer that turns `lower` into `upper`, packed from both trees, for states that are not on one lineage.
-    async fn compared(self: &Arc<Self>, lower: &ImmutableRef, upper: &ImmutableRef) -> Result<Arc<Cell>> {
+    /// The layer that turns `lower` into `upper`, packed from both trees, for states that are not on one lineage. Nothing but its blob has it,
+    /// so the new state keeps that from the beginning.
+    async fn compared(
+        self: &Arc<Self>,
+        lower: &ImmutableRef,
+        upper: &ImmutableRef,
+        parents: Vec<RefId>,
+        description: String,
+    ) -> Result<ImmutableRef> {
         let (before, after) = tokio::try_join!(lower.mount(), upper.mount())?;
         let lease = self.epochs.lease(&self.storage).await?;
-        let reference = format!("shipway-diff-{}", crate::record::fresh_id());
-        let compression = Compression::default();
-        let work =
-            move |sink: Sink<'_>| shipway_archive::pack(&LayerTree::compared(before.path(), after.path()), compression, None, None, sink);
-        let (packed, writer) = self.stream(&lease, reference, work).await?;
-        let descriptor = seal(writer, packed, compression).await?;
-        let cell = self.cell(packed.tar.diff_id, None);
+        let tree = LayerTree::compared(before.path(), after.path());
+        let blob = Loose::pack(self, &lease, (tree, (before, after)), Compression::default()).await?;
+        let cell = self.cell(blob.tar.diff_id, None);
         cell.blob_only.store(true, Relaxed);
-        cell.know(KnownBlob { descriptor, source: None, stored: true });
-        Ok(cell)
+        cell.know(blob.known());
+        let state = self.assembled("diff", vec![cell], parents, description);
+        let record = state.layered_record()?;
+        self.ensure_lease(record).await?;
+        if !blob.give(record).await? {
+            return Err(Fault::new(Code::Aborted, "the blob of the difference vanished while it was made")
+                .hint("something else deletes content in this containerd namespace; build again"));
+        }
+        Ok(state)
     }
 }

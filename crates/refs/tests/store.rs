@@ -306,6 +306,28 @@ async fn merged_layers_keep_their_digests() {
 }
 
 #[tokio::test]
+async fn differences_of_unrelated_states_leave_nothing_behind() {
+    let lab = Lab::new();
+    let store = lab.open().await;
+    // In use all the time: the daemon's own lease is not ended with everything in it.
+    let _kept = step(&store, None, "kept", "k").await;
+    store.drained().await;
+    let before = lab.fake.count();
+    let one = step(&store, None, "one", "1").await;
+    let two = step(&store, None, "two", "2").await;
+    let (first, second) = tokio::try_join!(store.diff(Some(&one), Some(&two), "diff"), store.diff(Some(&one), Some(&two), "diff")).unwrap();
+    let whole = store.merge(&[one.clone(), second.clone()], "merge").await.unwrap();
+    drop((one, two, first, second));
+    store.drained().await;
+    lab.fake.gc();
+    assert_eq!((read(&whole, "one").await, read(&whole, "two").await.as_deref()), (None, Some("2")));
+    drop(whole);
+    store.drained().await;
+    store.prune(PruneOptions { all: true, ..Default::default() }, &|_| {}).await.unwrap();
+    assert_eq!(lab.fake.count(), before);
+}
+
+#[tokio::test]
 async fn blobs_of_merged_layers_need_nothing_of_what_lies_below() {
     let there = Lab::new();
     let origin = there.open().await;
