@@ -3,8 +3,8 @@
 use crate::{
     Layer, LayerSource, LocalMount, RecordType, RefId, Selector,
     frozen::Frozen,
-    life::{EpochLease, remove},
     mount::{WeakMount, is_bind, read_only},
+    realise::Active,
     store::{Inner, Record},
 };
 use shipway_fault::{Context as _, Fault, Result, nearest};
@@ -68,25 +68,6 @@ impl Drop for Held {
             self.store.uses.used(&record.id);
             record.users.fetch_sub(1, Ordering::AcqRel);
         }
-    }
-}
-
-/// A view in the snapshotter, removed when nobody has it.
-pub(crate) struct ViewGuard {
-    store: Arc<Inner>,
-    lease: EpochLease,
-    key: SnapshotKey,
-    mounts: Vec<Mount>,
-}
-
-impl Drop for ViewGuard {
-    fn drop(&mut self) {
-        let (store, lease, key) = (self.store.clone(), self.lease.clone(), self.key.clone());
-        self.store.background.spawn(async move {
-            if let Err(e) = remove(&store.storage, &lease, &key).await {
-                tracing::warn!(%key, error = %e, "a view stays");
-            }
-        });
     }
 }
 
@@ -265,16 +246,13 @@ impl ImmutableRef {
         let view = match shared.upgrade() {
             Some(view) => view,
             None => {
-                let (lease, key) = (store.epochs.lease(&store.storage).await?, store.fresh_key("view"));
-                let parent: Option<SnapshotKey> = record.chain().map(Into::into);
-                let mounts = store.storage.snapshots.view(&lease, &key, parent.as_ref(), &Default::default()).await?;
-                if let [only] = &mounts[..]
+                let view = Arc::new(Active::view(store, record.chain()).await?);
+                if let [only] = &view.mounts[..]
                     && only.kind == "overlay"
                 {
                     // Such mounts name committed layers only, so the next view need not ask.
-                    let _ = record.shown.set(mounts.clone());
+                    let _ = record.shown.set(view.mounts.clone());
                 }
-                let view = Arc::new(ViewGuard { store: store.clone(), lease, key, mounts });
                 *shared = Arc::downgrade(&view);
                 view
             }

@@ -228,8 +228,8 @@ async fn written(store: &Arc<Inner>, mounts: &[Mount], parent: Option<ChainId>) 
         OwnLayer::Whole(after) => match parent {
             None => (LayerTree::whole(after), None),
             Some(parent) => {
-                let (mounts, view) = store.raw_view(parent).await?;
-                let before = LocalMount::new(&mounts, &store.mounts, &store.background, None).await?;
+                let view = Active::view(store, Some(parent)).await?;
+                let before = LocalMount::new(&view.mounts, &store.mounts, &store.background, None).await?;
                 (LayerTree::compared(before.path(), after), Some((before, view)))
             }
         },

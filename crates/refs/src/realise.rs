@@ -18,7 +18,7 @@ use tokio::{sync::Semaphore, task::JoinHandle};
 /// Layers of one state that are fetched at the same time.
 const PARALLEL_FETCHES: usize = 4;
 
-/// An active snapshot that vanishes unless it is committed.
+/// An active snapshot that vanishes unless it is committed, or a view that vanishes.
 pub(crate) struct Active {
     store: Arc<Inner>,
     pub lease: EpochLease,
@@ -29,12 +29,24 @@ pub(crate) struct Active {
 
 impl Active {
     pub async fn prepare(store: &Arc<Inner>, what: &str, parent: Option<ChainId>) -> Result<Self> {
-        let (lease, key) = (store.epochs.lease(&store.storage).await?, store.fresh_key(what));
+        let mut active = Self::named(store, what).await?;
         let parent: Option<SnapshotKey> = parent.map(Into::into);
-        // From here on a cancelled call leaves nothing behind.
-        let mut active = Self { store: store.clone(), lease, key, mounts: Vec::new(), armed: true };
         active.mounts = store.storage.snapshots.prepare(&active.lease, &active.key, parent.as_ref(), &Labels::new()).await?;
         Ok(active)
+    }
+
+    /// A view of a committed snapshot, which need not belong to a record.
+    pub async fn view(store: &Arc<Inner>, of: Option<ChainId>) -> Result<Self> {
+        let mut view = Self::named(store, "view").await?;
+        let of: Option<SnapshotKey> = of.map(Into::into);
+        view.mounts = store.storage.snapshots.view(&view.lease, &view.key, of.as_ref(), &Labels::new()).await?;
+        Ok(view)
+    }
+
+    /// The name of one that is made next. From here on a call that is cut off leaves nothing behind.
+    async fn named(store: &Arc<Inner>, what: &str) -> Result<Self> {
+        let (lease, key) = (store.epochs.lease(&store.storage).await?, store.fresh_key(what));
+        Ok(Self { store: store.clone(), lease, key, mounts: Vec::new(), armed: true })
     }
 
     /// Names it `chain` under `lease`. One that exists already is as good; says whether it was this one that got the name.
@@ -248,25 +260,17 @@ impl Inner {
         {
             return Ok((tree, Box::new(())));
         }
-        let (mounts, guard) = self.raw_view(chain).await?;
-        match own_layer(&mounts, parent)? {
-            OwnLayer::Tree(tree) => Ok((tree, Box::new(guard))),
+        let view = Active::view(self, Some(chain)).await?;
+        match own_layer(&view.mounts, parent)? {
+            OwnLayer::Tree(tree) => Ok((tree, Box::new(view))),
             OwnLayer::Whole(after) => {
                 let before = self.storage.snapshots.stat(&chain.into()).await?.parent;
-                let Some(before) = before.and_then(|p| p.0.parse().ok()) else { return Ok((LayerTree::whole(after), Box::new(guard))) };
-                let (mounts, below) = self.raw_view(before).await?;
-                let before = LocalMount::new(&mounts, &self.mounts, &self.background, None).await?;
-                Ok((LayerTree::compared(before.path(), after), Box::new((before, below, guard))))
+                let Some(before) = before.and_then(|p| p.0.parse().ok()) else { return Ok((LayerTree::whole(after), Box::new(view))) };
+                let below = Active::view(self, Some(before)).await?;
+                let before = LocalMount::new(&below.mounts, &self.mounts, &self.background, None).await?;
+                Ok((LayerTree::compared(before.path(), after), Box::new((before, below, view))))
             }
         }
-    }
-
-    /// A view of a snapshot that need not belong to a record.
-    pub async fn raw_view(self: &Arc<Self>, chain: ChainId) -> Result<(Vec<Mount>, Active)> {
-        let (lease, key) = (self.epochs.lease(&self.storage).await?, self.fresh_key("view"));
-        let mut guard = Active { store: self.clone(), lease, key, mounts: Vec::new(), armed: true };
-        guard.mounts = self.storage.snapshots.view(&guard.lease, &guard.key, Some(&chain.into()), &Labels::new()).await?;
-        Ok((guard.mounts.clone(), guard))
     }
 
     /// Gives `active` the files of the layer on top of `original`.

@@ -7,6 +7,7 @@ use crate::{
     life::{Background, Epochs},
     mount::{self, WeakMount},
     named::Slots,
+    realise::Active,
     record::{self, Body, KIND, KIND_EPOCH, LayerNote, Note, fresh_id, lease_of},
     tally::Uses,
 };
@@ -59,7 +60,7 @@ pub(crate) struct Record {
     /// Handles that live.
     pub users: AtomicUsize,
     pub dead: AtomicBool,
-    pub view: tokio::sync::Mutex<Weak<crate::immutable::ViewGuard>>,
+    pub view: tokio::sync::Mutex<Weak<Active>>,
     /// Mounts that show the state without a view, where they are known.
     pub shown: OnceLock<Vec<Mount>>,
     pub mounted: tokio::sync::Mutex<Option<WeakMount>>,
