@@ -27,9 +27,9 @@ mod realise;
 mod record;
 mod retime;
 mod store;
-mod tally;
 mod tree_copy;
 mod usage;
+mod uses;
 
 pub use immutable::{ImmutableRef, View};
 pub use layer::{Layer, LayerBlob, LayerSource, LazyLayer};

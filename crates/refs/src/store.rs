@@ -9,7 +9,7 @@ use crate::{
     named::Slots,
     realise::Active,
     record::{self, Body, KIND, KIND_EPOCH, LayerNote, Note, fresh_id, lease_of},
-    tally::Uses,
+    uses::Uses,
 };
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{ChainId, Digest};
