@@ -10,10 +10,10 @@ use crate::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use shipway_fault::{Fault, Result};
-use shipway_oci::{Descriptor, ImageName, Index, media, timestamp};
+use shipway_oci::{Descriptor, ImageName, Index, media};
 use shipway_refs::Compression;
 use shipway_session::{ClientStore, Delivered, Session, SessionId};
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, sync::Arc};
 
 /// Which programs read the archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,12 +164,10 @@ impl Exporter for ArchiveExporter {
         let epoch = self.options.epoch.whole(&input)?;
         let names = self.names(&input.metadata)?;
         let session = self.inner.hub.get(&SessionId::new(&cx.session)).await?;
-        let lease = ExportLease::take(&self.inner.refs.storage().leases, cx).await?;
-        let writer = Writer { refs: &self.inner.refs, lease: &lease.id, options: &options, reporter: &cx.reporter, fetch: true };
+        let lease = ExportLease::new(&self.inner.refs.storage().leases, cx);
+        let writer = Writer { refs: &self.inner.refs, lease: &lease, options: &options, reporter: &cx.reporter, fetch: true };
         let written = writer.write(&input).await?;
-        let mut root = written.root.clone();
-        let created = timestamp::format(epoch.unwrap_or_else(SystemTime::now));
-        root.annotations.entry("org.opencontainers.image.created".into()).or_insert(created);
+        let root = written.dated(epoch);
         let mut response = image::response(&written, &root)?;
         if !names.is_empty() {
             let text: Vec<String> = names.iter().map(ImageName::to_string).collect();
@@ -179,7 +177,6 @@ impl Exporter for ArchiveExporter {
             true => self.fill(&session.store("export")?, &written).await?,
             false => self.send_tar(&session, &written, &root, &names, &response, cx).await?,
         }
-        lease.release().await?;
         Ok(response)
     }
 }

@@ -52,10 +52,10 @@ pub(crate) fn complete(
         return Err(Fault::invalid("invalid null image config for export"));
     }
     let mut fields: BTreeMap<String, Box<RawValue>> = serde_json::from_slice(&bytes).map_err(bad)?;
-    for (key, word) in [("os", "os"), ("architecture", "architecture")] {
+    for key in ["os", "architecture"] {
         let present = fields.get(key).is_some_and(|v| v.get().len() > 2);
         if !present {
-            return Err(Fault::invalid(format!("invalid image config for export: missing {word}")));
+            return Err(Fault::invalid(format!("invalid image config for export: missing {key}")));
         }
     }
     let parsed: BTreeMap<String, Value> = serde_json::from_slice(&bytes).map_err(bad)?;

@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use base64::Engine as _;
 use shipway_fault::{Class, Context as _, Fault, Result};
 use shipway_oci::{Descriptor, ImageName, Platform, timestamp};
-use shipway_refs::Compression;
-use shipway_storage::{Labels, LeaseId, Leases};
+use shipway_refs::{Compression, EPOCH_KIND};
+use shipway_storage::{GC_EXPIRE, Labels, LeaseId, Leases};
 use std::{
     collections::BTreeMap,
     sync::{
@@ -106,7 +106,7 @@ impl ImageExporter {
         let all = groups.iter().flat_map(|(_, group)| group);
         let named = futures::future::try_join_all(all.map(points_here)).await?;
         if !named.contains(&true) {
-            written.protect(&storage.content, &lease.id).await?;
+            written.protect(&storage.content, lease).await?;
         }
         let mut named = named.into_iter();
         for (name, group) in groups {
@@ -123,13 +123,9 @@ impl ImageExporter {
     }
 }
 
-/// A temporary lease that is made when something is first written, and ends with the export, however that ends.
+/// A temporary lease that is made when something is first written, and ends with the export, however that ends. Nobody waits for its end: what was
+/// exported is held by its name, or was sent.
 pub(crate) struct ExportLease {
-    pub id: LazyLease,
-}
-
-/// A lease that need not exist yet.
-pub(crate) struct LazyLease {
     id: LeaseId,
     leases: Arc<dyn Leases>,
     made: OnceCell<()>,
@@ -137,13 +133,18 @@ pub(crate) struct LazyLease {
     asked: AtomicBool,
 }
 
-impl LazyLease {
+impl ExportLease {
+    pub fn new(leases: &Arc<dyn Leases>, cx: &ExportContext) -> Self {
+        let id = LeaseId(format!("shipway-export-{}-{}", cx.build, cx.index));
+        Self { id, leases: leases.clone(), made: OnceCell::new(), asked: AtomicBool::new(false) }
+    }
+
     /// The lease, which exists from now on.
     pub async fn ensure(&self) -> Result<&LeaseId> {
         let make = async || {
             self.asked.store(true, Ordering::Relaxed);
             let expire = timestamp::format(SystemTime::now() + LEASE_TIME);
-            let labels = Labels::from([("containerd.io/gc.expire".to_owned(), expire), ("shipway/kind".to_owned(), "epoch".to_owned())]);
+            let labels = Labels::from([(GC_EXPIRE.to_owned(), expire), (EPOCH_KIND.0.to_owned(), EPOCH_KIND.1.to_owned())]);
             match self.leases.create(&self.id, &labels).await {
                 Err(e) if !e.is_already_exists() => Err(e.context("protect the export from garbage collection")),
                 _ => Ok(()),
@@ -154,23 +155,11 @@ impl LazyLease {
     }
 }
 
-impl ExportLease {
-    pub async fn take(leases: &Arc<dyn Leases>, cx: &ExportContext) -> Result<Self> {
-        let id = LeaseId(format!("shipway-export-{}-{}", cx.build, cx.index));
-        Ok(Self { id: LazyLease { id, leases: leases.clone(), made: OnceCell::new(), asked: AtomicBool::new(false) } })
-    }
-
-    /// Ends it. Nobody waits for that: what was exported is held by its name, or was sent.
-    pub async fn release(self) -> Result<()> {
-        Ok(())
-    }
-}
-
 impl Drop for ExportLease {
     fn drop(&mut self) {
-        let (leases, id) = (self.id.leases.clone(), self.id.id.clone());
+        let (leases, id) = (self.leases.clone(), self.id.clone());
         // A creation that failed may have happened all the same: containerd can go away before it answers.
-        if self.id.asked.load(Ordering::Relaxed)
+        if self.asked.load(Ordering::Relaxed)
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
             runtime.spawn(end(leases, id));
@@ -221,10 +210,10 @@ impl Exporter for ImageExporter {
         let input = self.options.rewritten(input, &cx.reporter).await?;
         let epoch = self.options.epoch.whole(&input)?;
         let storage = self.inner.refs.storage();
-        let lease = ExportLease::take(&storage.leases, cx).await?;
+        let lease = ExportLease::new(&storage.leases, cx);
         // Only an image in the store needs all layers here; a registry may have them already.
         let fetch = self.store && !self.incomplete;
-        let writer = Writer { refs: &self.inner.refs, lease: &lease.id, options: &options, reporter: &cx.reporter, fetch };
+        let writer = Writer { refs: &self.inner.refs, lease: &lease, options: &options, reporter: &cx.reporter, fetch };
         let written = writer.draft(&input).await?;
         let (names, canonical) = self.names(&input.metadata, &written);
         if self.store && !names.is_empty() {
@@ -235,7 +224,7 @@ impl Exporter for ImageExporter {
             }
             self.name_all((&names, canonical, epoch), &written, &lease, cx).await?;
         } else {
-            written.protect(&storage.content, &lease.id).await?;
+            written.protect(&storage.content, &lease).await?;
         }
         if let Some(options) = self.push {
             if names.is_empty() {
@@ -246,14 +235,10 @@ impl Exporter for ImageExporter {
                 push::push(&self.inner.registry, &blobs, &written, name, options, &cx.sessions, &cx.reporter).await?;
             }
         }
-        let mut root = written.root.clone();
-        let created = timestamp::format(epoch.unwrap_or_else(SystemTime::now));
-        root.annotations.entry("org.opencontainers.image.created".into()).or_insert(created);
-        let mut response = response(&written, &root)?;
+        let mut response = response(&written, &written.dated(epoch))?;
         if !names.is_empty() {
             response.insert("image.name".into(), names.join(","));
         }
-        lease.release().await?;
         Ok(response)
     }
 }

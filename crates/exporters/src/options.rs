@@ -1,6 +1,6 @@
 //! Attributes that image-like exporters share (section 5.2 of the reference).
 
-use crate::port::ExportInput;
+use crate::port::{ExportInput, metadata_of};
 use shipway_fault::{Detail, Fault, Result};
 use shipway_oci::{ImageConfig, Platform, timestamp};
 use shipway_progress::Reporter;
@@ -70,10 +70,9 @@ pub(crate) enum Epoch {
 impl Epoch {
     /// The time for the platform `id`.
     pub fn of(self, metadata: &BTreeMap<String, Vec<u8>>, id: &str) -> Result<Option<SystemTime>> {
-        const KEY: &str = "source.date.epoch";
         match self {
             Self::Given(time) => Ok(time),
-            Self::Frontend => match metadata.get(&format!("{KEY}/{id}")).or_else(|| metadata.get(KEY)) {
+            Self::Frontend => match metadata_of(metadata, "source.date.epoch", id) {
                 Some(text) => seconds(&String::from_utf8_lossy(text), "SOURCE_DATE_EPOCH from frontend"),
                 None => Ok(None),
             },
@@ -226,8 +225,7 @@ impl ImageOptions {
             let latest = epoch.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
             let status = format!("rewriting layers with source-date-epoch {latest} ({})", timestamp::format(epoch));
             reporter.status(status.clone(), 0, 0, false);
-            let key = "containerimage.base.config";
-            let base = input.metadata.get(&format!("{key}/{}", p.id)).or_else(|| input.metadata.get(key));
+            let base = metadata_of(&input.metadata, "containerimage.base.config", &p.id);
             let base =
                 base.and_then(|json| serde_json::from_slice::<ImageConfig>(json).ok()).map(|c| c.rootfs.diff_ids).unwrap_or_default();
             p.state = p.state.retimed(&base, latest, self.compression, Some(reporter)).await?;

@@ -43,6 +43,11 @@ pub struct ExportInput {
     pub attestations: BTreeMap<String, Vec<ExportAttestation>>,
 }
 
+/// What the frontend says of `key` for the platform `id`, or for all of them.
+pub(crate) fn metadata_of<'a>(metadata: &'a BTreeMap<String, Vec<u8>>, key: &str, id: &str) -> Option<&'a [u8]> {
+    metadata.get(&format!("{key}/{id}")).or_else(|| metadata.get(key)).map(Vec::as_slice)
+}
+
 /// An attestation to export.
 pub type ExportAttestation = Attestation<Content>;
 
@@ -96,7 +101,6 @@ pub struct Exporters {
     inner: Arc<Inner>,
 }
 
-#[allow(dead_code)]
 pub(crate) struct Inner {
     pub refs: RefStore,
     pub registry: Registry,

@@ -2,16 +2,16 @@
 
 use crate::{
     config::{self, LayerNote},
-    image::LazyLease,
+    image::ExportLease,
     options::{ImageOptions, Level},
-    port::{ExportAttestation, ExportInput, ExportPlatform},
+    port::{ExportAttestation, ExportInput, ExportPlatform, metadata_of},
     spdx, statements,
 };
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use shipway_attest::{PurlKind, Subject, digest_set, image_purl};
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::{ChainId, Descriptor, Digest, ImageName, Index, Manifest, Platform, media};
+use shipway_oci::{ChainId, Descriptor, Digest, ImageName, Index, Manifest, Platform, media, timestamp};
 use shipway_progress::Reporter;
 use shipway_refs::{LayerBlob, RefStore};
 use shipway_storage::{ContentStore, GC_REF_CONTENT, GC_REF_SNAPSHOT, Labels};
@@ -65,8 +65,16 @@ impl Written {
         (data, manifests)
     }
 
+    /// The root as clients are told of it: with the time of the image, `epoch` or now.
+    pub fn dated(&self, epoch: Option<SystemTime>) -> Descriptor {
+        let mut root = self.root.clone();
+        let created = || timestamp::format(epoch.unwrap_or_else(SystemTime::now));
+        root.annotations.entry("org.opencontainers.image.created".into()).or_insert_with(created);
+        root
+    }
+
     /// Keeps everything in the content store under `lease`. An image's name does, too: then there is no need.
-    pub async fn protect(&self, content: &Arc<dyn ContentStore>, lease: &LazyLease) -> Result<()> {
+    pub async fn protect(&self, content: &Arc<dyn ContentStore>, lease: &ExportLease) -> Result<()> {
         if self.found.is_empty() {
             return Ok(());
         }
@@ -78,7 +86,7 @@ impl Written {
 
 pub(crate) struct Writer<'a> {
     pub refs: &'a RefStore,
-    pub lease: &'a LazyLease,
+    pub lease: &'a ExportLease,
     pub options: &'a ImageOptions,
     pub reporter: &'a Reporter,
     /// Whether layers are fetched that are known by descriptor only.
@@ -162,10 +170,7 @@ impl Writer<'_> {
         found: &mut Vec<Document>,
     ) -> Result<WrittenManifest> {
         // The layers' blobs are kept by the states that `input` holds.
-        let metadata = |key: &str| -> Option<&[u8]> {
-            let specific = input.metadata.get(&format!("{key}/{}", p.id));
-            specific.or_else(|| input.metadata.get(key)).map(Vec::as_slice)
-        };
+        let metadata = |key: &str| metadata_of(&input.metadata, key, &p.id);
         let times = p.state.layer_times().await?;
         let note = |(b, created): (&LayerBlob, SystemTime)| LayerNote {
             diff_id: b.diff_id,

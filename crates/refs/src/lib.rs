@@ -36,7 +36,7 @@ pub use layer::{Layer, LayerBlob, LayerSource, LazyLayer};
 pub use mount::LocalMount;
 pub use mutable::MutableRef;
 pub use named::{NamedRef, NamedRequest, Sharing};
-pub use record::{DOCUMENT_KIND, RecordType, RefId};
+pub use record::{DOCUMENT_KIND, EPOCH_KIND, RecordType, RefId};
 pub use shipway_archive::{Compression, CompressionKind};
 pub use shipway_treehash::{PathFilter, Selector, Verdict};
 pub use store::RefStore;

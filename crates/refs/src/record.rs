@@ -111,6 +111,8 @@ pub(crate) enum Body {
 pub(crate) const KIND: &str = "shipway/kind";
 /// Its value on leases that the next life deletes.
 pub(crate) const KIND_EPOCH: &str = "epoch";
+/// A label and its value for leases that the next life of the daemon deletes.
+pub const EPOCH_KIND: (&str, &str) = (KIND, KIND_EPOCH);
 /// A label and its value for leases of manifests and configs that sources keep for the next build; a prune of everything ends them.
 pub const DOCUMENT_KIND: (&str, &str) = (KIND, "document");
 const KIND_LAYERS: &str = "layers";
