@@ -4,7 +4,7 @@ use crate::{
     JobData, Services,
     exec::{
         self,
-        mounts::{From, Held, Plan},
+        mounts::{Behalf, Held, Plan},
     },
 };
 use shipway_executor::{ExecMount, ExitStatus, RootFs, Wires};
@@ -64,8 +64,8 @@ impl Container {
     pub async fn new(services: Arc<Services>, job: JobData, spec: ContainerSpec, reporter: &Reporter) -> Result<Self> {
         let meta = ExecMeta { args: vec![format!("container {}", spec.name)], cwd: "/".into(), ..ExecMeta::default() };
         let exec = ExecOp { meta, mounts: spec.mounts.clone(), ..ExecOp::default() };
-        let from = From { sessions: &job.sessions, reporter, fresh: false };
-        let Plan { root, mounts, snapshots, held } = exec::mounts::plan(&services, &exec, &spec.inputs, from).await?;
+        let behalf = Behalf { sessions: &job.sessions, reporter, fresh: false };
+        let Plan { root, mounts, snapshots, held } = exec::mounts::plan(&services, &exec, &spec.inputs, behalf).await?;
         let end = CancellationToken::new();
         Ok(Self {
             services,

@@ -13,7 +13,7 @@ use crate::{
     remains::{Places, Remain, Remains},
 };
 use logs::StepLog;
-use mounts::{From, Held, OutputState, Plan};
+use mounts::{Behalf, Held, OutputState, Plan};
 use shipway_executor::{Edits, HostEntry, Keep, NetworkMode, OutputSink, ProcessSpec, ResourceLimits, Rlimit, Security, Wires};
 use shipway_fault::{Fault, Result};
 use shipway_llb::{ExecOp, LinuxResources, Mount, NetMode, ProxyEnv, SecurityMode};
@@ -36,8 +36,8 @@ pub(crate) async fn run(op: &LlbOp, exec: &ExecOp, inputs: Vec<ImmutableRef>, cx
         job.entitlements.check(&op.vertex.op)?;
     }
     let sessions = LlbOp::sessions(cx)?;
-    let from = From { sessions: &sessions, reporter: &cx.reporter, fresh: op.vertex.metadata.ignore_cache };
-    let Plan { root, mounts, held, .. } = mounts::plan(&op.services, exec, &inputs, from).await?;
+    let behalf = Behalf { sessions: &sessions, reporter: &cx.reporter, fresh: op.vertex.metadata.ignore_cache };
+    let Plan { root, mounts, held, .. } = mounts::plan(&op.services, exec, &inputs, behalf).await?;
     let writable = root.mounts.clone();
     let env = environment(exec, &sessions).await?;
     let edits = op.services.edits(exec).await?;

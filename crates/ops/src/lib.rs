@@ -4,7 +4,7 @@
 //! and fetched when needed; a process (`exec`) gets snapshots as mounts and its writable ones committed; file actions (`file`) run here, in
 //! the daemon, confined to their roots by the kernel (`openat2`). Which devices of the host a process gets is decided before it has a key (`devices`).
 //!
-//! `tar`, `flate2`, `zstd`, `bzip2` and `lzma-rs` are here to unpack what `ADD` is given (row `file.copy.unpack`).
+//! `tar`, `flate2`, `zstd`, `bzip2` and `liblzma` are here to unpack what `ADD` is given (row `file.copy.unpack`).
 
 mod ahead;
 mod container;

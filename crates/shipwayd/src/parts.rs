@@ -85,7 +85,7 @@ pub async fn build(settings: &Settings) -> Result<Parts> {
         ..RegistryConfig::default()
     });
     let sessions = SessionHub::new();
-    let sources = Sources::new(refs.clone(), registry.clone(), sessions.clone());
+    let sources = Sources::new(refs.clone(), registry.clone());
     let exporters = Exporters::new(refs.clone(), registry.clone(), sessions.clone());
     let cache = CacheDb::open(&root.join("cache.redb"), Arc::new(shipway_engine::RefResults(refs.clone())))?;
     let limits = Limits { max_parallel: (w.max_parallelism > 0).then_some(w.max_parallelism) };

@@ -18,7 +18,7 @@ use shipway_oci::{ChecksumAlgorithm, Digest, Platform};
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, LayerSource, RefStore};
 use shipway_registry::Registry;
-use shipway_session::{SessionGroup, SessionHub};
+use shipway_session::SessionGroup;
 use std::{any::Any, collections::BTreeMap, sync::Arc};
 
 /// A source as an operation names it.
@@ -114,8 +114,7 @@ impl<'a> Scheme<'a> {
 
 impl Sources {
     /// Sources over these. Sessions come with each call ([`SourceContext`]).
-    pub fn new(refs: RefStore, registry: Registry, hub: SessionHub) -> Self {
-        let _ = hub;
+    pub fn new(refs: RefStore, registry: Registry) -> Self {
         let flights = Flights::default();
         let inner = Inner {
             images: Images { refs: refs.clone(), registry: registry.clone(), flights },

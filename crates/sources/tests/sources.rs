@@ -28,7 +28,7 @@ impl Bench {
         let fake = FakeStorage::new().unwrap();
         let root = tempfile::tempdir().unwrap();
         let refs = RefStore::open(fake.storage(), root.path().to_owned()).await.unwrap();
-        let sources = Sources::new(refs.clone(), Registry::new(RegistryConfig::default()), SessionHub::new());
+        let sources = Sources::new(refs.clone(), Registry::new(RegistryConfig::default()));
         Self { fake, refs, sources, _root: root }
     }
 }

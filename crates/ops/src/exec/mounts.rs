@@ -55,7 +55,7 @@ pub(super) enum OutputState {
 
 /// On whose behalf mounts are planned.
 #[derive(Clone, Copy)]
-pub(crate) struct From<'a> {
+pub(crate) struct Behalf<'a> {
     /// The clients that may be asked for secrets.
     pub(crate) sessions: &'a SessionGroup,
     /// Who is told what is fetched.
@@ -68,7 +68,7 @@ struct Planner<'a> {
     services: &'a Services,
     exec: &'a ExecOp,
     inputs: &'a [ImmutableRef],
-    from: From<'a>,
+    behalf: Behalf<'a>,
     /// Mounts of cache directories, by index of the mount.
     caches: BTreeMap<usize, Vec<SnapshotMount>>,
     held: Held,
@@ -86,8 +86,8 @@ pub(super) async fn secret(sessions: &SessionGroup, id: &str, optional: bool) ->
 }
 
 /// Plans all mounts of `exec`.
-pub(crate) async fn plan(services: &Services, exec: &ExecOp, inputs: &[ImmutableRef], from: From<'_>) -> Result<Plan> {
-    let mut planner = Planner { services, exec, inputs, from, caches: BTreeMap::new(), held: Held::default() };
+pub(crate) async fn plan(services: &Services, exec: &ExecOp, inputs: &[ImmutableRef], behalf: Behalf<'_>) -> Result<Plan> {
+    let mut planner = Planner { services, exec, inputs, behalf, caches: BTreeMap::new(), held: Held::default() };
     planner.take_caches().await?;
     let (mut root, mut mounts, mut snapshots) = (None, Vec::new(), vec![None; exec.mounts.len()]);
     for (index, mount) in exec.mounts.iter().enumerate() {
@@ -129,7 +129,7 @@ impl Planner<'_> {
 
     async fn writable(&self, mount: &Mount) -> Result<MutableRef> {
         let description = format!("mount {} from exec {}", mount.dest, self.exec.meta.args.join(" "));
-        self.services.refs.mutable(self.input(mount)?, description, RecordType::Regular, Some(self.from.reporter)).await
+        self.services.refs.mutable(self.input(mount)?, description, RecordType::Regular, Some(self.behalf.reporter)).await
     }
 
     async fn root(&mut self, index: usize, mount: &Mount) -> Result<RootFs> {
@@ -148,12 +148,12 @@ impl Planner<'_> {
             MountKind::Cache(_) => self.cache(index, mount).map(Some),
             MountKind::Tmpfs { size } => Ok(Some(MountSource::Tmpfs { size: u64::try_from(*size).unwrap_or_default() })),
             MountKind::Secret(s) => {
-                let bytes = secret(self.from.sessions, &s.id, s.optional).await?;
+                let bytes = secret(self.behalf.sessions, &s.id, s.optional).await?;
                 Ok(bytes.map(|b| MountSource::Content { bytes: Secret(b.into()), uid: s.uid, gid: s.gid, mode: s.mode }))
             }
             MountKind::Ssh(s) => {
                 let id = &s.id;
-                let there = self.from.sessions.any(|session| async move { session.ssh_check(id).await }).await;
+                let there = self.behalf.sessions.any(|session| async move { session.ssh_check(id).await }).await;
                 match (there, s.optional) {
                     (Ok(false) | Err(_), true) => Ok(None),
                     (Ok(false), false) => Err(Fault::not_found(format!("no SSH key {id:?} forwarded from the client"))
@@ -167,7 +167,7 @@ impl Planner<'_> {
 
     /// The socket of a client's SSH agent, for as long as the process lives.
     async fn agent(&mut self, ssh: &SshMount) -> Result<MountSource> {
-        let agent = forwarded_agent(self.from.sessions, &ssh.id, &self.services.sockets).await?;
+        let agent = forwarded_agent(self.behalf.sessions, &ssh.id, &self.services.sockets).await?;
         let failed = |e| Fault::io("give a step its SSH agent", e);
         std::os::unix::fs::chown(agent.socket(), Some(ssh.uid), Some(ssh.gid)).map_err(failed)?;
         std::fs::set_permissions(agent.socket(), std::fs::Permissions::from_mode(ssh.mode & 0o777)).map_err(failed)?;
@@ -181,7 +181,7 @@ impl Planner<'_> {
         match input.filter(|_| mount.readonly) {
             Some(state) => {
                 // Not whether its content is whole or lazy, but that it exists: `view` makes it exist.
-                state.realise(Some(self.from.reporter)).await?;
+                state.realise(Some(self.behalf.reporter)).await?;
                 let view = state.view().await?;
                 let source = part(view.mounts.clone(), &mount.selector);
                 self.held.views.push(view);
@@ -225,9 +225,8 @@ impl Planner<'_> {
                 continue;
             }
             previous = Some((request.key.clone(), index));
-            let fresh_wanted = self.from.fresh;
             let mut named = self.services.refs.named(request.clone()).await?;
-            if fresh_wanted && !named.is_fresh() {
+            if self.behalf.fresh && !named.is_fresh() {
                 // Row `exec.mnt.cache.reset`.
                 named.discard().await?;
                 named = self.services.refs.named(request).await?;

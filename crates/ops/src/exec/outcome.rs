@@ -18,7 +18,8 @@ pub(super) async fn judge(name: &str, valid: &[i32], status: Result<ExitStatus>,
         Err(e) => return Err(e.context(prefix)),
     };
     let code = i32::try_from(status.code).unwrap_or(i32::MAX);
-    if if valid.is_empty() { code == 0 } else { valid.contains(&code) } {
+    let good = if valid.is_empty() { code == 0 } else { valid.contains(&code) };
+    if good {
         return Ok(());
     }
     let mut message = format!("{prefix}: exit code: {}", status.code);

@@ -132,11 +132,7 @@ struct Made<'a> {
 impl Made<'_> {
     fn finish(self) {
         let Some(time) = self.time else { return };
-        for path in self.dirs.iter().rev() {
-            if let Ok(dir) = self.root.dir(&path.parent()) {
-                let _ = rustix::fs::utimensat(&dir, path.name(), &super::place::at_time(time), rustix::fs::AtFlags::SYMLINK_NOFOLLOW);
-            }
-        }
+        self.dirs.iter().rev().for_each(|path| self.root.set_time(path, time));
     }
 }
 

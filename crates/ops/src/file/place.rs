@@ -109,6 +109,13 @@ impl Root {
         self.view.open_at(path, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())
     }
 
+    /// Sets both times of `path`, a link at its end not followed, as far as that can be done.
+    pub(super) fn set_time(&self, path: &RootPath, nanos: i64) {
+        if let Ok(dir) = self.dir(&path.parent()) {
+            let _ = rustix::fs::utimensat(&dir, path.name(), &at_time(nanos), AtFlags::SYMLINK_NOFOLLOW);
+        }
+    }
+
     /// Makes the directory `path` and its missing parents; returns those it made, outermost first.
     pub(super) fn make_dirs(&self, path: &RootPath, mode: RawMode, owner: Option<Ids>, time: Option<i64>) -> Result<Vec<RootPath>> {
         let real = self.real(path)?;

@@ -223,11 +223,7 @@ impl Unpacker<'_> {
     }
 
     fn finish(self) {
-        for (path, time) in self.directories.iter().rev() {
-            if let Ok(dir) = self.root.dir(&path.parent()) {
-                let _ = rustix::fs::utimensat(&dir, path.name(), &at_time(*time), AtFlags::SYMLINK_NOFOLLOW);
-            }
-        }
+        self.directories.iter().rev().for_each(|(path, time)| self.root.set_time(path, *time));
     }
 }
 
