@@ -66,7 +66,12 @@ impl Drop for Held {
     fn drop(&mut self) {
         if let HeldBody::Layers { record, .. } = &self.body {
             self.store.uses.used(&record.id);
-            record.users.fetch_sub(1, Ordering::AcqRel);
+            let last = record.users.fetch_sub(1, Ordering::AcqRel) == 1;
+            // Buried, and nothing in the table has its id, and so its lease, by now.
+            if last && record.dead.load(Ordering::Acquire) && self.store.peek(&record.id).is_none() {
+                let (store, lease) = (self.store.clone(), record.lease.clone());
+                self.store.background.spawn(async move { store.end_lease(&lease).await });
+            }
         }
     }
 }

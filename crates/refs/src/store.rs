@@ -333,14 +333,11 @@ impl Inner {
         records.remove(id)
     }
 
-    /// Takes a record that is broken out of the table; those who have it see errors.
-    fn bury(self: &Arc<Self>, record: &Arc<Record>) {
-        if record.dead.swap(true, Ordering::AcqRel) {
-            return;
+    /// Takes a record that is broken out of the table; those who have it see errors, and the last of them ends its lease.
+    fn bury(&self, record: &Record) {
+        if !record.dead.swap(true, Ordering::AcqRel) {
+            lock(&self.records).remove(&record.id);
         }
-        lock(&self.records).remove(&record.id);
-        let (inner, lease) = (self.clone(), record.lease.clone());
-        self.background.spawn(async move { inner.end_lease(&lease).await });
     }
 
     /// Ends a lease that nobody knows any more, now or later: while containerd is away, at the next occasion.
@@ -387,7 +384,14 @@ impl Inner {
             let gone = |r: Result<()>| r.is_err_and(|e| e.is_not_found());
             return !gone(stat.map(drop)) && !gone(lease.map(drop));
         }
-        record.layers.iter().all(|c| !c.blobs().is_empty() || c.copy_of().is_some())
+        // A layer that has neither a blob nor another place is in its own, with the state that made it.
+        let here = record.layers.iter().filter(|c| c.blobs().is_empty() && c.copy_of().is_none());
+        for cell in here {
+            if self.storage.snapshots.stat(&cell.chain_id.into()).await.is_err_and(|e| e.is_not_found()) {
+                return false;
+            }
+        }
+        true
     }
 
     /// Puts a committed snapshot into a lease; false if it does not exist.

@@ -306,6 +306,27 @@ async fn merged_layers_keep_their_digests() {
 }
 
 #[tokio::test]
+async fn a_merge_that_nobody_needed_yet_is_whole() {
+    let lab = Lab::new();
+    let store = lab.open().await;
+    let base = step(&store, None, "base", "b").await;
+    let added = step(&store, None, "added", "a").await;
+    let merged = store.merge(&[base.clone(), added], "merge").await.unwrap();
+    assert!(store.get(merged.id()).await.is_some());
+
+    // Somebody takes its parts away; what those who have it do then is no reason to keep anything.
+    for lease in store.storage().leases.list(&[]).await.unwrap() {
+        store.storage().leases.delete(&lease.id, false).await.unwrap();
+    }
+    assert!(store.get(merged.id()).await.is_none());
+    assert!(merged.blobs(Compression::default(), true, None).await.is_err());
+    drop((base, merged));
+    store.drained().await;
+    let left = store.storage().leases.list(&[]).await.unwrap();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[tokio::test]
 async fn differences_of_unrelated_states_leave_nothing_behind() {
     let lab = Lab::new();
     let store = lab.open().await;
