@@ -334,16 +334,19 @@ impl Inner {
         })
     }
 
-    pub(crate) fn forget_result(&self, result: &str) -> Result<usize> {
+    pub(crate) fn forget_results(&self, gone: &[String]) -> Result<usize> {
         self.write(|tx| {
             let mut results = tx.open_multimap_table(RESULTS).map_err(fault)?;
             let mut records = tx.open_table(RECORDS).map_err(fault)?;
-            let keys =
-                results.remove_all(result).map_err(fault)?.map(|k| k.map(|k| k.value()).map_err(fault)).collect::<Result<Vec<_>>>()?;
-            for k in &keys {
-                records.remove(k).map_err(fault)?;
+            let mut dropped = 0;
+            for result in gone {
+                let keys = results.remove_all(result.as_str()).map_err(fault)?;
+                for k in keys.map(|k| k.map(|k| k.value()).map_err(fault)).collect::<Result<Vec<_>>>()? {
+                    records.remove(k).map_err(fault)?;
+                    dropped += 1;
+                }
             }
-            Ok(keys.len())
+            Ok(dropped)
         })
     }
 }

@@ -61,10 +61,10 @@ impl<O> CacheDb<O> {
         blocking(move || inner.aliases_of(&primaries)).await
     }
 
-    /// Drops all records of a result that is no more, and says how many; without it they go when they are next looked for. Keys stay known.
-    pub async fn forget_result(&self, result: impl Into<String>) -> Result<usize> {
-        let (inner, result) = (self.inner.clone(), result.into());
-        blocking(move || inner.forget_result(&result)).await.context(|| "drop a result from the build cache index")
+    /// Drops all records of results that are no more, and says how many; without it they go when they are next looked for. Keys stay known.
+    pub async fn forget_results(&self, results: Vec<String>) -> Result<usize> {
+        let inner = self.inner.clone();
+        blocking(move || inner.forget_results(&results)).await.context(|| "drop results from the build cache index")
     }
 
     /// Forgets everything.

@@ -101,7 +101,7 @@ async fn pruning_drops_all_records_of_a_result() {
     lab.save(&["a"], "x").await;
     lab.save(&["b"], "x").await;
     lab.save(&["c"], "y").await;
-    assert_eq!(lab.db.forget_result("x").await.expect("forgotten"), 2);
+    assert_eq!(lab.db.forget_results(vec!["x".into(), "never".into()]).await.expect("forgotten"), 2);
     assert_eq!((lab.load(&["a", "b"]).await, lab.load(&["c"]).await.map(|r| r.1)), (None, Some("y".into())));
     lab.db.clear().await.expect("cleared");
     assert_eq!((lab.load(&["c"]).await, lab.primaries(&["c"]).await.len()), (None, 0));

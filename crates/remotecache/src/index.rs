@@ -4,11 +4,11 @@ use async_trait::async_trait;
 use shipway_cachedb::{CacheDb, Record};
 use shipway_fault::Result;
 use shipway_oci::{Descriptor, DiffId};
-use shipway_refs::{ImmutableRef, LayerSource, LazyLayer, RecordType, RefId, RefStore};
+use shipway_refs::{ImmutableRef, LayerSource, LazyLayer, PruneOptions, RecordType, RefId, RefStore, UsageRecord};
 use shipway_solver::{CacheKey, CacheStore, RecordMeta};
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::SystemTime,
 };
 
@@ -74,6 +74,21 @@ impl CacheIndex {
     /// The store over the local index.
     pub fn new(local: CacheDb<ImmutableRef>, refs: RefStore) -> Self {
         Self { local, refs, imports: Arc::default() }
+    }
+
+    /// Removes states that may go, telling `on_removed` of each, and forgets whose results they were: the index would grow for ever otherwise.
+    pub async fn prune(&self, options: PruneOptions, on_removed: &(dyn Fn(UsageRecord) + Send + Sync)) -> Result<()> {
+        let gone = Mutex::new(Vec::new());
+        let removed = |record: UsageRecord| {
+            gone.lock().unwrap_or_else(PoisonError::into_inner).push(record.id.to_string());
+            on_removed(record);
+        };
+        let pruned = self.refs.prune(options, &removed).await;
+        let gone = gone.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Err(e) = self.local.forget_results(gone).await {
+            tracing::warn!(error = %e, "results that were pruned are still in the index; they go when they are looked for");
+        }
+        pruned
     }
 
     pub(crate) fn attach(&self, cache: Imported) -> Attached {
@@ -167,5 +182,42 @@ impl CacheStore<ImmutableRef> for CacheIndex {
 
     async fn alias(&self, primary: CacheKey, keys: &[CacheKey]) -> Result<()> {
         self.local.alias(primary, keys).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shipway_cachedb::ResultStore;
+    use shipway_oci::Digest;
+    use shipway_storage::fake::FakeStorage;
+
+    struct States(RefStore);
+
+    #[async_trait]
+    impl ResultStore<ImmutableRef> for States {
+        fn id_of(&self, value: &ImmutableRef) -> Option<String> {
+            Some(value.id().to_string())
+        }
+        async fn load(&self, id: &str) -> Result<Option<ImmutableRef>> {
+            Ok(self.0.get(&RefId(id.to_owned())).await)
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_pruned_leaves_the_index() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let refs = RefStore::open(FakeStorage::new().expect("a store").storage(), dir.path().join("refs")).await.expect("states");
+        let db = CacheDb::open(&dir.path().join("cache.db"), Arc::new(States(refs.clone()))).expect("an index");
+        let index = CacheIndex::new(db, refs.clone());
+        let state = refs.mutable(None, "a step", RecordType::Regular, None).await.expect("a state");
+        let state = state.commit("a step").await.expect("committed");
+        let (key, id) = (CacheKey(Digest::of("key")), state.id().to_string());
+        index.save(&[key], &state, &RecordMeta::default()).await.expect("saved");
+        drop(state);
+        refs.drained().await;
+        assert_eq!(index.local.keys_of(&id).expect("keys"), [key]);
+        index.prune(PruneOptions { all: true, ..PruneOptions::default() }, &|_| {}).await.expect("pruned");
+        assert!(index.local.keys_of(&id).expect("keys").is_empty());
     }
 }

@@ -140,7 +140,7 @@ impl Control for ControlService {
 
     async fn prune(&self, request: Request<wire::PruneRequest>) -> Answer<Self::PruneStream> {
         let options = prune::options(request.into_inner()).map_err(|f| status_of(&f))?;
-        let services = self.engine.parts().services.clone();
+        let (services, caches) = (self.engine.parts().services.clone(), self.engine.parts().caches.clone());
         let (tx, rx) = mpsc::channel(64);
         let prune = async move {
             let refs = &services.refs;
@@ -150,7 +150,7 @@ impl Control for ControlService {
             let (removed, mut queue) = mpsc::unbounded_channel();
             // Bounded by the number of records; the receiver drains as fast as the client reads.
             let on_removed = move |record| drop(removed.send(record));
-            let done = refs.prune(options, &on_removed);
+            let done = caches.prune(options, &on_removed);
             tokio::pin!(done);
             let mut outcome = None;
             loop {

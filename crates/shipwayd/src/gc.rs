@@ -6,7 +6,8 @@ use crate::{
 };
 use shipway_fault::Result;
 use shipway_proto::moby::buildkit::v1::types::GcPolicy;
-use shipway_refs::{PruneOptions, RefStore, UsageRecord};
+use shipway_refs::{PruneOptions, UsageRecord};
+use shipway_remotecache::CacheIndex;
 use std::{path::Path, sync::Arc, time::Duration};
 use tokio::sync::Notify;
 
@@ -104,7 +105,7 @@ impl Trigger {
 }
 
 /// Prunes by `rules` a moment after each wake-up, at most once a minute, until dropped.
-pub async fn run(refs: RefStore, rules: Vec<Rule>, trigger: Trigger) {
+pub async fn run(caches: CacheIndex, rules: Vec<Rule>, trigger: Trigger) {
     if rules.is_empty() {
         return;
     }
@@ -114,7 +115,7 @@ pub async fn run(refs: RefStore, rules: Vec<Rule>, trigger: Trigger) {
         tokio::time::sleep(DELAY).await;
         for rule in &rules {
             let pruned = match rule.options() {
-                Ok(options) => refs.prune(options, &|record| tracing::debug!(id = %record.id, size = record.size, "pruned")).await,
+                Ok(options) => caches.prune(options, &|record| tracing::debug!(id = %record.id, size = record.size, "pruned")).await,
                 Err(fault) => Err(fault),
             };
             if let Err(fault) = pruned {

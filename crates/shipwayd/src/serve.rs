@@ -53,7 +53,7 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     let engine = parts.engine.clone();
     let worker = parts.worker.clone();
     let collector = tokio::spawn(
-        gc::run(engine.parts().services.refs.clone(), parts.worker.gc.clone(), trigger.clone()).instrument(tracing::info_span!("gc")),
+        gc::run(engine.parts().caches.clone(), parts.worker.gc.clone(), trigger.clone()).instrument(tracing::info_span!("gc")),
     );
     let control = ControlService { engine: engine.clone(), worker: worker.clone(), gc: trigger };
     let bridge = BridgeService::new(engine.parts().builds.clone(), std::sync::Arc::new(move || vec![worker.record()]));
