@@ -298,7 +298,7 @@ pub(super) fn gone(fault: Fault) -> Result<()> {
     if fault.is_not_found() { Ok(()) } else { Err(fault) }
 }
 
-fn lost(place: &Place, cause: &Fault) -> Fault {
+pub(super) fn lost(place: &Place, cause: &Fault) -> Fault {
     Fault::new(Code::Unavailable, format!("containerd lost {place} while it was running ({cause})"))
         .hint("containerd or its shim was killed or restarted during the step: build again")
 }

@@ -2,7 +2,7 @@
 
 use super::{
     Busy, Inner,
-    api::{Place, SIGKILL, Stdio},
+    api::{Place, SIGKILL, Stdio, lost},
     cgroup::{MemoryCgroup, MemoryCount},
     exec::Running,
     prepare::{self, Prepared},
@@ -101,7 +101,7 @@ async fn clean_up(inner: &Arc<Inner>, id: &str, parts: Parts, reusable: bool, sl
     if let Some(prepared) = parts.prepared {
         let _ = tokio::task::spawn_blocking(move || drop(prepared)).await;
     }
-    inner.shims.put(slot);
+    inner.shims.put(slot).await;
 }
 
 pub(super) fn check_id(id: &str) -> Result<()> {
@@ -226,7 +226,8 @@ pub(super) async fn start(
     };
     if let Err(e) = inner.api.start(place).await {
         exit.abort();
-        return Err(explain(e));
+        // The task was there a moment ago, and a program that is not there is told in other words.
+        return Err(if e.is_not_found() && !e.message().contains(EXEC) { lost(place, &e) } else { explain(e) });
     }
     stdio.opened();
     on_start();
@@ -296,10 +297,13 @@ async fn kill(inner: &Inner, place: &Place, exit: &mut tokio::task::JoinHandle<R
     tracing::warn!("{place} was killed and does not die");
 }
 
+/// Where the runtime's own words begin.
+const EXEC: &str = "exec: ";
+
 /// A runtime's refusal in words of the step: a program that is not there is the user's error.
 fn explain(fault: Fault) -> Fault {
     let text = fault.message();
-    let Some(at) = text.find("exec: ") else { return fault };
+    let Some(at) = text.find(EXEC) else { return fault };
     let message = text[at..].trim_end_matches(": unknown").to_owned();
     let missing = message.contains("executable file not found") || message.contains("no such file or directory");
     let code = if missing { Code::NotFound } else { Code::Unknown };

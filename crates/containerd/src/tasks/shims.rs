@@ -150,9 +150,12 @@ impl Shims {
     }
 
     /// Gives a slot back, for the next process or to be closed after a while.
-    pub(super) fn put(self: &Arc<Self>, slot: Arc<Slot>) {
-        if slot.kept.get().is_none_or(|k| *k == Kept::No) {
-            return;
+    pub(super) async fn put(self: &Arc<Self>, slot: Arc<Slot>) {
+        match slot.kept.get() {
+            None | Some(Kept::No) => return,
+            // A group whose shim was killed gets another one, which its dead keeper does not hold.
+            Some(Kept::Keeper) if !self.lives(&slot).await => return self.close(&slot).await,
+            Some(_) => {}
         }
         self.idle().push((Instant::now(), slot));
         let shims = Arc::downgrade(self);
