@@ -164,8 +164,9 @@ impl NewFile {
         let name = dest.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
         let id = new_id().map_err(io::Error::other)?;
         let partial = dest.with_file_name(format!(".{}.{}", name.to_string_lossy(), &id[..8]));
-        let file = File::options().write(true).create_new(true).open(&partial).await?;
-        Ok(Self { file, rename: Some((partial, dest)) })
+        // Not on another thread: a file that comes to be after whoever waits for it has gone would be nobody's to remove.
+        let file = std::fs::File::options().write(true).create_new(true).open(&partial)?;
+        Ok(Self { file: File::from_std(file), rename: Some((partial, dest)) })
     }
 
     async fn finish(mut self) -> io::Result<()> {
