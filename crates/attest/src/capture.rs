@@ -1,8 +1,9 @@
 //! What a build was seen to use (row `at.prov.capture`).
 
-use crate::request::{Local, Named, redact};
-use shipway_oci::{Digest, ImageName, Platform};
-use std::collections::HashSet;
+use crate::request::{Local, Named};
+use shipway_fault::redact;
+use shipway_oci::{Digest, ImageName, Platform, timestamp};
+use std::{collections::HashSet, fmt, time::SystemTime};
 
 /// An image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +15,29 @@ pub struct ImageSource {
     pub digest: Option<Digest>,
     /// Whether it came from an OCI layout.
     pub local: bool,
+    /// Why it is the one of the node's own store, if no registry said so.
+    pub stored: Option<Stored>,
+}
+
+/// Why an image of the node's own store was taken for a name, and not what a registry has under it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// It was built here, at this time.
+    Built(SystemTime),
+    /// The client or the configuration wants it so.
+    Wanted,
+    /// The registry could not be asked.
+    Fallback,
+}
+
+impl fmt::Display for Stored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Built(time) => write!(f, "built here at {}", timestamp::format_whole(*time)),
+            Self::Wanted => f.write_str("preferred to the registry"),
+            Self::Fallback => f.write_str("the registry could not be asked"),
+        }
+    }
 }
 
 /// A commit of a repository.
@@ -90,8 +114,9 @@ impl Capture {
     /// Notes an image.
     pub fn add_image(&mut self, image: ImageSource) {
         let known = |i: &ImageSource| i.name == image.name && i.local == image.local && same_platform(&i.platform, &image.platform);
-        if !self.sources.images.iter().any(known) {
-            self.sources.images.push(image);
+        match self.sources.images.iter_mut().find(|i| known(i)) {
+            Some(known) => known.stored = known.stored.or(image.stored),
+            None => self.sources.images.push(image),
         }
     }
 
@@ -153,6 +178,12 @@ impl Capture {
     #[must_use]
     pub fn tidied(mut self) -> Self {
         let label = |n: &ImageName| format!("{}:{}", n.locator(), n.tag().unwrap_or("latest"));
+        // What is told of an image by digest is told of its tag, too.
+        let by_digest: Vec<ImageSource> = self.sources.images.iter().filter(|i| i.name.digest().is_some()).cloned().collect();
+        for image in self.sources.images.iter_mut().filter(|i| i.name.digest().is_none()) {
+            let same = |i: &&ImageSource| i.digest == image.digest && label(&i.name) == label(&image.name);
+            image.stored = image.stored.or_else(|| by_digest.iter().filter(same).find_map(|i| i.stored));
+        }
         let tagged: HashSet<String> = self.sources.images.iter().filter(|i| i.name.digest().is_none()).map(|i| label(&i.name)).collect();
         self.sources.images.retain(|i| i.name.digest().is_none() || !tagged.contains(&label(&i.name)));
         self.sources.images.sort_by_key(|i| i.name.to_string());
@@ -171,7 +202,7 @@ mod tests {
     use super::*;
 
     fn image(name: &str) -> ImageSource {
-        ImageSource { name: name.parse().unwrap(), platform: None, digest: None, local: false }
+        ImageSource { name: name.parse().unwrap(), platform: None, digest: None, local: false, stored: None }
     }
 
     #[test]

@@ -13,9 +13,9 @@ mod purl;
 mod request;
 
 pub use attestation::{Attestation, Kind, SubjectKind, SubjectSpec, core_first, filter_inline, keys};
-pub use capture::{BlobSource, Capture, GitSource, HttpSource, ImageSource, Sources};
+pub use capture::{BlobSource, Capture, GitSource, HttpSource, ImageSource, Sources, Stored};
 pub use intoto::{DigestSet, SPDX, STATEMENT, Statement, Subject, digest_set, slsa};
 pub use options::{AttestOptions, Mode, ProvenanceOptions, SbomOptions, Version};
 pub use predicate::{BuildConfig, BuildStep, Builder, LayerMap, Metadata, Predicate, Source, SourceInfo};
 pub use purl::{PurlKind, image_purl};
-pub use request::{ConfigSource, GitAddress, Local, Named, Parameters, RequestProvenance, filter_args, redact};
+pub use request::{ConfigSource, GitAddress, Local, Named, Parameters, RequestProvenance, filter_args};

@@ -1,14 +1,14 @@
 //! SLSA provenance in both versions (rows `at.prov.*`): version 1 is the model, version 0.2 another view of it.
 
 use crate::{
-    BlobSource, Capture, Mode, ProvenanceOptions, Version,
+    BlobSource, Capture, ImageSource, Mode, ProvenanceOptions, Version,
     intoto::{DigestSet, digest_set, slsa},
     purl::{PurlKind, blob_purl, image_purl},
-    request::{ConfigSource, GitAddress, Parameters, RequestProvenance, commit, redact},
+    request::{ConfigSource, GitAddress, Parameters, RequestProvenance, commit},
 };
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use shipway_fault::{Fault, Result};
+use shipway_fault::{Fault, Result, redact};
 use shipway_oci::{Descriptor, Platform, timestamp};
 use std::{collections::BTreeMap, time::SystemTime};
 
@@ -74,6 +74,8 @@ pub struct Metadata {
     pub finished: Option<SystemTime>,
     pub source: Option<Source>,
     pub layers: LayerMap,
+    /// Why images of the node's own store were taken, by their addresses among what went in.
+    stored: BTreeMap<String, String>,
     vcs: BTreeMap<String, String>,
     reproducible: bool,
     hermetic: bool,
@@ -105,12 +107,15 @@ pub struct Predicate {
     builder: Builder,
 }
 
+/// The address of an image among what went in.
+fn image_uri(image: &ImageSource) -> String {
+    let kind = if image.local { PurlKind::Oci } else { PurlKind::Docker };
+    image_purl(kind, &image.name, image.platform.as_ref())
+}
+
 fn materials(capture: &Capture) -> Vec<(String, DigestSet)> {
     let sources = &capture.sources;
-    let images = sources.images.iter().map(|i| {
-        let kind = if i.local { PurlKind::Oci } else { PurlKind::Docker };
-        (image_purl(kind, &i.name, i.platform.as_ref()), i.digest.map(digest_set).unwrap_or_default())
-    });
+    let images = sources.images.iter().map(|i| (image_uri(i), i.digest.map(digest_set).unwrap_or_default()));
     // With the address of the repository whose commits it has.
     let blob = |b: &BlobSource, url: Option<&str>| {
         let kind = if b.local { PurlKind::Oci } else { PurlKind::Docker };
@@ -170,6 +175,7 @@ impl Predicate {
             hermetic: complete && !capture.network,
             complete_request: !request.frontend.is_empty(),
             complete_materials: complete,
+            stored: capture.sources.images.iter().filter_map(|i| Some((image_uri(i), i.stored?.to_string()))).collect(),
             ..Metadata::default()
         };
         if options.mode == Mode::Min && asked.scrub() {
@@ -225,6 +231,9 @@ impl Predicate {
         }
         if !m.layers.is_empty() {
             out.insert("layers".into(), json!(m.layers));
+        }
+        if !m.stored.is_empty() {
+            out.insert("localImages".into(), json!(m.stored));
         }
         Value::Object(out)
     }
@@ -323,13 +332,13 @@ fn put_flag(map: &mut Map<String, Value>, key: &str, flag: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ImageSource, filter_args};
+    use crate::{Stored, filter_args};
     use shipway_oci::Digest;
 
     fn predicate(options: &ProvenanceOptions, change: impl FnOnce(&mut Capture)) -> Result<Predicate> {
         let mut capture = Capture::default();
         let digest = Some(Digest::of("x"));
-        capture.add_image(ImageSource { name: "busybox".parse().unwrap(), platform: None, digest, local: false });
+        capture.add_image(ImageSource { name: "busybox".parse().unwrap(), platform: None, digest, local: false, stored: None });
         capture.add_secret("s", false);
         change(&mut capture);
         let args = [("build-arg:A", "1"), ("vcs:source", "https://u:p@h/r"), ("filename", "F")];
@@ -348,6 +357,20 @@ mod tests {
         assert_eq!(v1["buildDefinition"]["resolvedDependencies"][0]["uri"], "pkg:docker/busybox@latest");
         assert_eq!(v1["runDetails"]["metadata"]["buildkit_metadata"]["vcs"]["source"], "https://xxxxx:xxxxx@h/r");
         assert_eq!(v1["runDetails"]["metadata"]["buildkit_hermetic"], Value::Null);
+        assert_eq!(v1["runDetails"]["metadata"]["buildkit_metadata"]["localImages"], Value::Null);
+        // A tag is told what is known of its digest.
+        let pinned = format!("busybox:latest@{}", Digest::of("x"));
+        let built = Some(Stored::Built(SystemTime::UNIX_EPOCH));
+        let image =
+            ImageSource { name: pinned.parse().unwrap(), platform: None, digest: Some(Digest::of("x")), local: false, stored: built };
+        let local = predicate(&ProvenanceOptions::default(), |c| {
+            c.add_image(image);
+            *c = std::mem::take(c).tidied();
+        });
+        assert_eq!(
+            local.unwrap().json()["runDetails"]["metadata"]["buildkit_metadata"]["localImages"],
+            json!({ "pkg:docker/busybox@latest": "built here at 1970-01-01T00:00:00Z" })
+        );
         let v02 = predicate(&ProvenanceOptions { version: Version::V02, ..Default::default() }, |_| {}).unwrap().json();
         assert_eq!(
             (&v02["invocation"]["configSource"]["entryPoint"], &v02["materials"][0]["uri"]),

@@ -336,7 +336,7 @@ impl Bridge for EngineBridge {
             let reference = layout.or_else(|| identifier.strip_prefix("docker-image://")).unwrap_or(identifier);
             if let Ok(name) = reference.parse() {
                 let digest = Some(image.digest);
-                self.trail.note_image(ImageSource { name, platform: asked_for, digest, local: layout.is_some() });
+                self.trail.note_image(ImageSource { name, platform: asked_for, digest, local: layout.is_some(), stored: None });
             }
         }
         Ok(meta)

@@ -171,7 +171,7 @@ impl History {
         let record = Arc::new(HistoryRecord {
             id: request.id.clone(),
             frontend: request.frontend.clone(),
-            options: request.options.clone(),
+            options: request.options.iter().map(|(k, v)| (k.clone(), shipway_fault::redact_text(v))).collect(),
             exporters: request.exporters.clone(),
             error: None,
             failure: None,

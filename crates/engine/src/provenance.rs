@@ -2,11 +2,12 @@
 
 use crate::{bridge::BuildScope, state::EngineRef, trail::Trail};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
+use serde_json::Value;
 use shipway_attest::{
     BuildConfig, BuildStep, Capture, ImageSource, LayerMap, Mode, Parameters, Predicate, ProvenanceOptions, Source, SourceInfo,
 };
 use shipway_dockerfile2llb::git_address;
-use shipway_fault::Result;
+use shipway_fault::{Result, redact_text};
 use shipway_llb::{Definition, json};
 use shipway_oci::{Digest, Platform};
 use shipway_ops::LlbOp;
@@ -120,6 +121,16 @@ pub(crate) async fn announce(scope: &BuildScope, trail: &Trail, state: &EngineRe
     Ok(())
 }
 
+/// An operation without passwords in the addresses it names.
+fn redacted(value: Value) -> Value {
+    match value {
+        Value::String(text) => Value::String(redact_text(&text)),
+        Value::Array(all) => Value::Array(all.into_iter().map(redacted).collect()),
+        Value::Object(all) => Value::Object(all.into_iter().map(|(key, value)| (key, redacted(value))).collect()),
+        other => other,
+    }
+}
+
 fn steps_of(definition: &Definition) -> Result<(BuildConfig, BTreeMap<String, usize>)> {
     let (mut config, mut positions) = (BuildConfig::default(), BTreeMap::new());
     for (position, op) in json::operations(definition)?.into_iter().enumerate() {
@@ -127,7 +138,7 @@ fn steps_of(definition: &Definition) -> Result<(BuildConfig, BTreeMap<String, us
         config.digests.insert(op.digest.to_string(), id.clone());
         positions.insert(op.digest.to_string(), position);
         let inputs = op.inputs.iter().map(|(input, output)| format!("step{input}:{output}")).collect();
-        config.steps.push(BuildStep { id, op: op.op, inputs });
+        config.steps.push(BuildStep { id, op: redacted(op.op), inputs });
     }
     Ok((config, positions))
 }
@@ -208,6 +219,7 @@ mod tests {
             platform: Some(platform.parse().unwrap()),
             digest: None,
             local: false,
+            stored: None,
         };
         let all: Vec<Platform> = ["linux/amd64", "linux/arm64"].map(|p| p.parse().unwrap()).into();
         let images = vec![image("a", "linux/amd64"), image("a", "linux/arm64"), image("tool", "linux/amd64")];

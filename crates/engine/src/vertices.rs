@@ -16,7 +16,7 @@ pub(crate) fn of_graph(graph: &Graph, services: &Arc<Services>, ignore_cache: bo
         });
         made.push(Arc::new(Vertex {
             id: VertexId { digest: vertex.digest, ignore_cache: ignore_cache || vertex.metadata.ignore_cache },
-            name: vertex.name.clone(),
+            name: shipway_fault::redact_text(&vertex.name),
             group,
             inputs: vertex.inputs.iter().map(|e| (made[e.vertex].clone(), e.output)).collect(),
             op: Arc::new(LlbOp::new(vertex.clone(), services.clone())),

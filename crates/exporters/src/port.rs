@@ -105,12 +105,16 @@ pub(crate) struct Inner {
     pub refs: RefStore,
     pub registry: Registry,
     pub hub: SessionHub,
+    /// Names of images that may be replaced although CRI manages them and they are not ours; `*` stands for anything.
+    pub replaceable: Vec<String>,
 }
 
 impl Exporters {
     /// Exporters over these.
-    pub fn new(refs: RefStore, registry: Registry, hub: SessionHub) -> Self {
-        Self { inner: Arc::new(Inner { refs, registry, hub }) }
+    ///
+    /// An image that CRI manages and that was not built here keeps its name unless it matches one of `replaceable`, in which `*` stands for anything.
+    pub fn new(refs: RefStore, registry: Registry, hub: SessionHub, replaceable: Vec<String>) -> Self {
+        Self { inner: Arc::new(Inner { refs, registry, hub, replaceable }) }
     }
 
     /// The exporter of type `kind` (image, oci, docker, local, tar); wrong attributes and unknown types are errors here, before anything is built.

@@ -4,6 +4,10 @@
 //! the common currency, because results and their errors are shared between builds and must be `Clone`.
 //! Nothing here knows gRPC; crate `grpc` turns a fault into a status and back (rows `net.err*`, `err.*`).
 
+mod redact;
+
+pub use redact::{redact, redact_text};
+
 use std::{any::Any, borrow::Cow, fmt, sync::Arc};
 
 /// Who has to act on an error.

@@ -2,6 +2,7 @@
 
 use crate::{Event, Group, LogStream, StatusUpdate, VertexUpdate, WarningUpdate};
 use bytes::Bytes;
+use shipway_fault::redact_text;
 use shipway_oci::Digest;
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
@@ -137,6 +138,7 @@ struct ReporterState {
 impl Reporter {
     /// A voice that nobody hears yet.
     pub fn new(digest: Digest, name: String, inputs: Vec<Digest>, group: Option<Group>) -> Self {
+        let name = redact_text(&name);
         let vertex = VertexUpdate { digest, inputs, name, cached: false, started: None, completed: None, error: None, group };
         Self(Arc::new(ReporterInner { state: Mutex::new(ReporterState { vertex, journals: Vec::new(), past: Vec::new() }) }))
     }
@@ -206,7 +208,7 @@ impl Reporter {
             let now = SystemTime::now();
             v.started.get_or_insert(now);
             v.completed = Some(now);
-            v.error = error;
+            v.error = error.as_deref().map(redact_text);
         });
     }
 

@@ -209,9 +209,21 @@ impl Repository {
     /// The descriptor that `reference` (a tag, or a digest) names. Asks with HEAD, which registries do not count as a
     /// pull, and with GET where the answer to HEAD does not say enough.
     pub async fn resolve(&self, reference: &str) -> Result<Descriptor, Error> {
+        self.resolve_with(reference, true).await
+    }
+
+    /// The same without trying again what may pass, for those who have something else to go by.
+    pub async fn resolve_once(&self, reference: &str) -> Result<Descriptor, Error> {
+        self.resolve_with(reference, false).await
+    }
+
+    async fn resolve_with(&self, reference: &str, retry: bool) -> Result<Descriptor, Error> {
         let pinned = reference.parse::<Digest>().ok();
         let need = if pinned.is_some() { Need::Pull } else { Need::Resolve };
-        let ask = |method| Ask::new(method, format!("manifests/{reference}"), need, "resolve").header(header::ACCEPT, ACCEPT);
+        let ask = |method| {
+            let ask = Ask::new(method, format!("manifests/{reference}"), need, "resolve").header(header::ACCEPT, ACCEPT);
+            Ask { retry, ..ask }
+        };
         match self.ask(&ask(Method::HEAD)).await {
             Ok(reply) => {
                 if let Some(found) = described(&reply.answer, pinned) {

@@ -157,6 +157,10 @@ pub struct Worker {
     pub bridge_name: Option<String>,
     #[serde(rename = "bridgeSubnet")]
     pub bridge_subnet: Option<String>,
+    #[serde(rename = "preferLocalImages")]
+    pub prefer_local_images: Option<String>,
+    #[serde(rename = "replaceManagedImages")]
+    pub replace_managed_images: Vec<String>,
     pub gc: Option<bool>,
     pub gckeepstorage: Option<DiskSpace>,
     #[serde(rename = "reservedSpace")]

@@ -107,6 +107,9 @@ pub struct Flags {
     /// Storage that garbage collection keeps, in MB
     #[arg(long = "containerd-worker-gc-keepstorage", visible_alias = "oci-worker-gc-keepstorage")]
     pub gc_keepstorage: Option<u64>,
+    /// Images of containerd's store that FROM takes without asking a registry: built (here), always, never
+    #[arg(long = "prefer-local-images")]
+    pub prefer_local_images: Option<String>,
     /// AppArmor profile of steps
     #[arg(long = "containerd-worker-apparmor-profile")]
     pub apparmor_profile: Option<String>,
@@ -228,6 +231,7 @@ impl Settings {
         w.runtime.name = flags.runtime.or(w.runtime.name.take());
         w.gc = flags.gc.or(w.gc);
         w.gckeepstorage = flags.gc_keepstorage.map(|mb| DiskSpace::Bytes(mb.saturating_mul(1_000_000))).or(w.gckeepstorage);
+        w.prefer_local_images = flags.prefer_local_images.or(w.prefer_local_images.take());
         w.apparmor_profile = flags.apparmor_profile.or(w.apparmor_profile.take());
         flags.absent.check(w.rootless, w.selinux)?;
         if !flags.platforms.is_empty() {

@@ -17,7 +17,7 @@ use shipway_registry::{Registry, RegistryConfig};
 use shipway_remotecache::CacheIndex;
 use shipway_session::SessionHub;
 use shipway_solver::{Limits, Solver};
-use shipway_sources::Sources;
+use shipway_sources::{LocalImages, Sources};
 use shipway_storage::Storage;
 use std::{fs::File, path::Path, sync::Arc};
 
@@ -85,8 +85,8 @@ pub async fn build(settings: &Settings) -> Result<Parts> {
         ..RegistryConfig::default()
     });
     let sessions = SessionHub::new();
-    let sources = Sources::new(refs.clone(), registry.clone());
-    let exporters = Exporters::new(refs.clone(), registry.clone(), sessions.clone());
+    let sources = Sources::new(refs.clone(), registry.clone(), local_images(w.prefer_local_images.as_deref())?);
+    let exporters = Exporters::new(refs.clone(), registry.clone(), sessions.clone(), w.replace_managed_images.clone());
     let cache = CacheDb::open(&root.join("cache.redb"), Arc::new(shipway_engine::RefResults(refs.clone())))?;
     let limits = Limits { max_parallel: (w.max_parallelism > 0).then_some(w.max_parallelism) };
     let caches = CacheIndex::new(cache, refs.clone());
@@ -186,6 +186,10 @@ fn provenance_environment(dir: Option<&str>) -> Result<serde_json::Map<String, s
         all.extend(object);
     }
     Ok(all)
+}
+
+fn local_images(text: Option<&str>) -> Result<LocalImages> {
+    text.map_or(Ok(LocalImages::default()), |t| t.parse().context(|| "preferLocalImages"))
 }
 
 fn network_mode(text: &str) -> Result<NetworkDefault> {

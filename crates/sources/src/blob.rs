@@ -114,7 +114,7 @@ impl Blobs {
         let blob = BlobSpec::parse(spec)?;
         let Shape { perm, uid, gid, .. } = blob.shape;
         let key = BlobKey { digest: blob.at.digest, filename: &blob.filename(), perm, uid, gid };
-        Ok(Pin { keys: vec![keys::digest("blob", &key)], ephemeral: false, digest: Some(blob.at.digest.to_string()) })
+        Ok(Pin { keys: vec![keys::digest("blob", &key)], ephemeral: false, digest: Some(blob.at.digest.to_string()), stored: None })
     }
 
     pub(crate) async fn fetch(&self, spec: &SourceSpec, peers: &dyn Peers) -> Result<ImmutableRef> {

@@ -3,6 +3,7 @@
 mod attrs;
 mod bundle;
 mod cli;
+mod kept;
 mod repo;
 mod tree;
 
@@ -18,10 +19,10 @@ use cli::Git;
 use repo::Repo;
 pub(crate) use repo::Tip;
 use serde::Serialize;
-use shipway_fault::{Context, Fault, Result};
+use shipway_fault::{Fault, Result};
 use shipway_llb::{GitFacts, SourceFacts};
 use shipway_progress::Reporter;
-use shipway_refs::{ImmutableRef, NamedRef, NamedRequest, RecordType, RefStore, Sharing};
+use shipway_refs::{ImmutableRef, RecordType, RefStore};
 use shipway_registry::Registry;
 use std::io::Write;
 
@@ -77,7 +78,7 @@ impl Gits {
             commit_time: spec.commit_time,
             bundle: spec.bundle_name(),
         };
-        Ok(Pin { keys: vec![keys::digest("git", &key)], ephemeral: false, digest: Some(tip.sha) })
+        Ok(Pin { keys: vec![keys::digest("git", &key)], ephemeral: false, digest: Some(tip.sha), stored: None })
     }
 
     pub(crate) async fn fetch(
@@ -96,37 +97,17 @@ impl Gits {
             None => self.tip(&spec, peers, &SourceMemo::default(), reporter).await?,
         };
         let access = self.access(&spec, peers, reporter).await?;
-        let shown = spec.shown();
-        let shared = self.shared(&spec).await?;
-        let bare = shared.mount().await?;
-        let repo = Repo { git: &access.git, dir: bare.path(), spec: &spec };
-        let made = self.check_out(&repo, &tip, peers, &format!("git snapshot for {shown}#{}", spec.reference)).await;
-        bare.unmount().await?;
-        drop(shared);
-        made
-    }
-
-    /// The repository that is kept for the remote, ours alone until dropped.
-    async fn shared(&self, spec: &GitSpec) -> Result<NamedRef> {
-        let shown = spec.shown();
-        let request = NamedRequest {
-            record_type: RecordType::Internal,
-            key: format!("git:{}", spec.remote),
-            description: format!("shared git repo for {shown}"),
-            sharing: Sharing::Locked,
-            parent: None,
-        };
-        self.refs.named(request).await.context(|| format!("prepare the repository of {shown}"))
+        let (tip, description) = (&tip, &*format!("git snapshot for {}#{}", spec.shown(), spec.reference));
+        let sha256 = tip.sha.len() == 64;
+        let made = self.in_repository(&spec, &access, sha256, |repo| async move { self.check_out(&repo, tip, peers, description).await });
+        made.await
     }
 
     /// The texts of the commit and of the annotated tag, empty without one.
     async fn objects(&self, spec: &GitSpec, tip: &Tip, peers: &dyn Peers, reporter: &Reporter) -> Result<(Bytes, Bytes)> {
         let access = self.access(spec, peers, reporter).await?;
-        let shared = self.shared(spec).await?;
-        let bare = shared.mount().await?;
-        let repo = Repo { git: &access.git, dir: bare.path(), spec };
-        let read = async {
-            repo.init(tip.sha.len() == 64).await?;
+        let sha256 = tip.sha.len() == 64;
+        let read = self.in_repository(spec, &access, sha256, |repo| async move {
             match &spec.bundle {
                 Some(bundle) => repo.unbundle(tip, bundle, peers, &self.registry).await?,
                 None => repo.fetch_object(tip, &tip.sha).await?,
@@ -137,14 +118,11 @@ impl Gits {
                 None => Bytes::new(),
             };
             Ok((repo.object("commit", commit).await?, tag))
-        };
-        let read = read.await;
-        bare.unmount().await?;
-        read
+        });
+        read.await
     }
 
     async fn check_out(&self, repo: &Repo<'_>, tip: &Tip, peers: &dyn Peers, description: &str) -> Result<ImmutableRef> {
-        repo.init(tip.sha.len() == 64).await?;
         match &repo.spec.bundle {
             Some(bundle) => repo.unbundle(tip, bundle, peers, &self.registry).await?,
             None => repo.fetch(tip).await?,
@@ -200,16 +178,9 @@ impl Gits {
         if let Some(tip) = spec.bundled_tip() {
             return Ok(tip);
         }
-        let shared = self.shared(spec).await?;
-        let bare = shared.mount().await?;
-        let repo = Repo { git: &access.git, dir: bare.path(), spec };
-        let found = async {
-            repo.init(spec.checksum.len() == 64).await?;
-            repo.tip_in(bundle, peers, &self.registry).await
-        };
-        let found = found.await;
-        bare.unmount().await?;
-        found
+        let sha256 = spec.checksum.len() == 64;
+        let find = self.in_repository(spec, access, sha256, |repo| async move { repo.tip_in(bundle, peers, &self.registry).await });
+        find.await
     }
 
     async fn access(&self, spec: &GitSpec, peers: &dyn Peers, reporter: &Reporter) -> Result<Access> {
@@ -222,8 +193,13 @@ impl Gits {
             text => Some(known_hosts_file(text)?),
         };
         let mut git = Git::new(reporter).ssh(agent.as_ref().map(SshAgent::socket), known_hosts.as_ref().map(|f| f.path()));
-        if let Some(header) = auth_header(spec, peers).await? {
-            git = git.secret_setting(format!("http.{}.extraheader", token_scope(&spec.remote)), header);
+        let settings = match auth_header(spec, peers).await? {
+            Some(header) => Some((token_scope(&spec.remote), header)),
+            // What was in the address counts for the whole host, as it does for submodules that are named relative to it.
+            None => spec.login.as_ref().map(|login| (host_scope(&spec.remote), format!("Authorization: basic {}", login.0))),
+        };
+        if let Some((scope, header)) = settings {
+            git = git.secret_setting(format!("http.{scope}.extraheader"), header);
         }
         Ok(Access { git, _agent: agent, _known_hosts: known_hosts })
     }
@@ -256,4 +232,10 @@ async fn auth_header(spec: &GitSpec, peers: &dyn Peers) -> Result<Option<String>
 /// Where the header goes: to the remote alone; on GitHub to all of it, so that private submodules work.
 fn token_scope(remote: &str) -> &str {
     ["https://github.com/", "https://www.github.com/"].into_iter().find(|p| remote.starts_with(p)).unwrap_or(remote)
+}
+
+/// The host of a remote, with all its paths.
+fn host_scope(remote: &str) -> &str {
+    let start = remote.find("://").map_or(0, |at| at + 3);
+    remote[start..].find('/').map_or(remote, |at| &remote[..=start + at])
 }

@@ -3,14 +3,20 @@
 mod attrs;
 pub(crate) mod file;
 
-use crate::{Pin, SourceMemo, SourceSpec, flight::Flights, keys, peers::Peers};
+use crate::{
+    Pin, SourceMemo, SourceSpec,
+    flight::Flights,
+    keys,
+    login::{Login, split_login},
+    peers::Peers,
+};
 use attrs::HttpSpec;
 pub(crate) use attrs::Shape;
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use serde::Serialize;
-use shipway_fault::{Class, Code, Context, Fault, Result};
+use shipway_fault::{Class, Code, Context, Fault, Result, redact};
 use shipway_llb::{HttpFacts, SourceFacts};
 use shipway_oci::{ChecksumAlgorithm, Digest};
 use shipway_progress::Reporter;
@@ -85,7 +91,7 @@ impl Files {
             secret: &file.auth_secret,
             headers: &file.headers,
         };
-        Ok(Pin { keys: vec![keys::digest("http", &key)], ephemeral: false, digest: Some(digest.to_string()) })
+        Ok(Pin { keys: vec![keys::digest("http", &key)], ephemeral: false, digest: Some(digest.to_string()), stored: None })
     }
 
     pub(crate) async fn fetch(
@@ -281,6 +287,9 @@ async fn headers(file: &HttpSpec, peers: &dyn Peers) -> Result<HeaderMap> {
             headers.insert(name, value);
         }
     }
+    if let Some(login) = &file.login {
+        headers.insert(header::AUTHORIZATION, login.header()?);
+    }
     let host = file.uri.host().unwrap_or_default();
     let secrets = match file.auth_secret.as_str() {
         "" => vec![(format!("HTTP_AUTH_HEADER_{host}"), ""), (format!("HTTP_AUTH_TOKEN_{host}"), "Bearer ")],
@@ -347,14 +356,15 @@ impl HttpSpec {
     }
 }
 
-/// An address that can be asked.
-fn address(text: &str) -> Result<Uri> {
-    let bad = |why: &str| Fault::invalid(format!("invalid URL {:?}: {why}", text.split('?').next().unwrap_or_default()));
-    let uri: Uri = text.split('#').next().unwrap_or_default().parse().map_err(|e: http::uri::InvalidUri| bad(&e.to_string()))?;
+/// An address that can be asked, and the user and password in it, encoded for a header.
+fn address(text: &str) -> Result<(Uri, Option<Login>)> {
+    let bad = |why: &str| Fault::invalid(format!("invalid URL {:?}: {why}", redact(text.split('?').next().unwrap_or_default())));
+    let (plain, login) = split_login(text.split('#').next().unwrap_or_default());
+    let uri: Uri = plain.parse().map_err(|e: http::uri::InvalidUri| bad(&e.to_string()))?;
     if uri.host().is_none_or(str::is_empty) {
         return Err(bad("it names no host"));
     }
-    Ok(uri)
+    Ok((uri, login))
 }
 
 #[cfg(test)]

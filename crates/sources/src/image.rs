@@ -6,29 +6,32 @@ mod resolve;
 mod select;
 
 use crate::{
-    Pin, SourceSpec,
+    Pin, SourceContext, SourceSpec,
     flight::Flights,
     keys,
     peers::Peers,
     remote::{Remote, RemoteLayers},
 };
 pub(crate) use attrs::ImageSpec;
+pub use attrs::LocalImages;
+pub(crate) use attrs::Mode;
 use attrs::Place;
-use resolve::Resolved;
+pub(crate) use resolve::Told;
+use resolve::{Asked, Resolved};
 use serde::Serialize;
 use shipway_fault::{Code, Fault, Result};
 use shipway_llb::{ImageFacts, SourceFacts};
 use shipway_oci::{ChainId, Descriptor, DiffId, Digest, Platform};
-use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, LayerSource, LazyLayer, RefStore};
-use shipway_registry::{Mode, Registry};
-use std::sync::Arc;
+use shipway_registry::{Mode as Access, Registry};
+use std::{sync::Arc, time::SystemTime};
 
 /// Images by name.
 pub(crate) struct Images {
     pub refs: RefStore,
     pub registry: Registry,
     pub flights: Flights,
+    pub prefer: LocalImages,
 }
 
 /// What an image's first key is made of (row `src.image.keys`).
@@ -56,37 +59,30 @@ impl At<'_> {
 }
 
 impl Images {
-    pub(crate) async fn pin(&self, spec: &SourceSpec, at: At<'_>, peers: &dyn Peers, reporter: &Reporter) -> Result<Pin> {
+    pub(crate) async fn pin(&self, spec: &SourceSpec, at: At<'_>, cx: &SourceContext) -> Result<Pin> {
         let image = at.parse(spec)?;
-        let found = self.find(&image, &spec.platform, peers, reporter).await?;
+        let found = self.find(&image, &spec.platform, cx).await?;
         let (diffs, _) = limited(&image, &found)?;
         let mut keys =
             vec![keys::digest("image", &ManifestKey { digest: found.main.digest, platform: &spec.platform, limit: image.layer_limit })];
         // The second key is the content itself: the same layers under another name, or after a new push, are the same state.
         keys.extend(ChainId::of(diffs.iter().copied()).map(|c| c.0));
-        Ok(Pin { keys, ephemeral: false, digest: Some(found.main.digest.to_string()) })
+        Ok(Pin { keys, ephemeral: false, digest: Some(found.main.digest.to_string()), stored: found.stored })
     }
 
-    pub(crate) async fn fetch(
-        &self,
-        spec: &SourceSpec,
-        at: At<'_>,
-        pin: &Pin,
-        peers: &dyn Peers,
-        reporter: &Reporter,
-    ) -> Result<ImmutableRef> {
+    pub(crate) async fn fetch(&self, spec: &SourceSpec, at: At<'_>, pin: &Pin, cx: &SourceContext) -> Result<ImmutableRef> {
         let mut image = at.parse(spec)?;
         // What was pinned is what is used, whatever the tag says by now.
         if let Some(digest) = pin.digest.as_ref().and_then(|d| d.parse().ok()) {
             image.name = image.name.with_digest(digest);
-            image.mode = attrs::Mode::LocalFirst;
+            image.mode = attrs::Mode::Local;
         }
-        let found = self.find(&image, &spec.platform, peers, reporter).await?;
+        let found = self.find(&image, &spec.platform, cx).await?;
         let (diffs, blobs) = limited(&image, &found)?;
         if diffs.is_empty() {
             return self.refs.scratch();
         }
-        let source = self.layers_of(self.remote(&image, peers).await?);
+        let source = self.layers_of(self.remote(&image, &cx.sessions).await?);
         let mut layers = Vec::with_capacity(diffs.len());
         for (diff_id, descriptor) in diffs.iter().zip(blobs) {
             let here = self.refs.storage().content.has(descriptor).await?;
@@ -102,14 +98,13 @@ impl Images {
         spec: &SourceSpec,
         at: At<'_>,
         attestations: Option<&[String]>,
-        peers: &dyn Peers,
-        reporter: &Reporter,
+        cx: &SourceContext,
     ) -> Result<SourceFacts> {
         let image = at.parse(spec)?;
-        let found = self.find(&image, &spec.platform, peers, reporter).await?;
+        let found = self.find(&image, &spec.platform, cx).await?;
         let attestations = match attestations {
             Some(predicates) => {
-                let remote = self.remote(&image, peers).await?;
+                let remote = self.remote(&image, &cx.sessions).await?;
                 let documents = resolve::Documents { storage: self.refs.storage(), remote: Some(&remote) };
                 attested::chain(&documents, &found.main, &spec.platform, predicates).await?.map(Box::new)
             }
@@ -119,19 +114,23 @@ impl Images {
         Ok(SourceFacts { image: Some(resolved), ..Default::default() })
     }
 
-    async fn find(&self, image: &ImageSpec, platform: &Platform, peers: &dyn Peers, reporter: &Reporter) -> Result<Resolved> {
+    async fn find(&self, image: &ImageSpec, platform: &Platform, cx: &SourceContext) -> Result<Resolved> {
         let status = format!("resolve {}", image.name);
-        reporter.status(status.clone(), 0, 0, false);
+        cx.reporter.status(status.clone(), 0, 0, false);
         // Several stages often start from one image: one asks the registry, the others find its manifest stored.
         let turn = self.flights.turn(&image.name.to_string()).await;
-        let remote = self.remote(image, peers).await?;
-        let found = resolve::resolve(self.refs.storage(), &remote, image, platform).await;
+        let remote = self.remote(image, &cx.sessions).await?;
+        let asked = Asked { storage: self.refs.storage(), remote: &remote, prefer: self.prefer, cx };
+        let found = asked.resolve(image, platform).await;
         // The registry's errors name the image themselves.
         let name = image.name.to_string();
         let found = found.map_err(|e| if e.to_string().contains(&name) { e } else { e.context(name) });
         drop(turn);
-        reporter.status(status, 0, 0, true);
+        cx.reporter.status(status, 0, 0, true);
         let found = found?;
+        if let Some(stored) = found.stored {
+            cx.reporter.status(resolve::told(stored, SystemTime::now()), 0, 0, true);
+        }
         match image.checksum {
             Some(wanted) if wanted != found.main.digest => Err(Fault::new(
                 Code::FailedPrecondition,
@@ -143,7 +142,7 @@ impl Images {
 
     async fn remote(&self, image: &ImageSpec, peers: &dyn Peers) -> Result<Remote> {
         Ok(match &image.place {
-            Place::Registry => Remote::Registry(Box::new(self.registry.repository(&image.name, peers.credentials(), Mode::Pull))),
+            Place::Registry => Remote::Registry(Box::new(self.registry.repository(&image.name, peers.credentials(), Access::Pull))),
             Place::Layout { session, store } => {
                 let session = Some(session.as_str()).filter(|s| !s.is_empty());
                 let store = peers.client_store(session, &format!("oci:{store}")).await?;

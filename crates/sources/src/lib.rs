@@ -13,12 +13,14 @@ mod http;
 mod image;
 mod keys;
 mod local;
+mod login;
 mod memo;
 mod peers;
 mod port;
 mod remote;
 mod session;
 
+pub use image::LocalImages;
 pub use memo::SourceMemo;
 pub use peers::SshAgent;
 pub use port::{Pin, ResolveWant, SourceContext, SourceSpec, Sources};

@@ -124,7 +124,7 @@ impl Locals {
         let FileSyncRequest { dir_name: name, include, exclude, follow } = &local.request;
         let listed = local.listed.as_deref();
         let key = keys::digest("local", &LocalKey { session: &session, name, include, exclude, follow, listed });
-        Ok(Pin { keys: vec![key], ephemeral: true, digest: Some(key.to_string()) })
+        Ok(Pin { keys: vec![key], ephemeral: true, digest: Some(key.to_string()), stored: None })
     }
 
     pub(crate) async fn fetch(&self, spec: &SourceSpec, name: &str, peers: &dyn Peers, reporter: &Reporter) -> Result<ImmutableRef> {

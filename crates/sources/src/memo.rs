@@ -1,7 +1,12 @@
 //! What sources told one build. A tag that moves and a page that changes are, for the rest of the build, what they were when it first
 //! asked (row `so.flight`).
 
-use crate::{git::Tip, http::Known};
+use crate::{
+    git::Tip,
+    http::Known,
+    image::{Mode, Told},
+};
+use shipway_attest::Stored;
 use shipway_oci::Digest;
 use shipway_refs::ImmutableRef;
 use std::{
@@ -18,6 +23,7 @@ pub struct SourceMemo(Arc<Inner>);
 struct Inner {
     files: Mutex<HashMap<Digest, (Known, ImmutableRef)>>,
     tips: Mutex<HashMap<Digest, Tip>>,
+    images: Mutex<HashMap<(String, Mode), Told>>,
 }
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -35,6 +41,19 @@ impl SourceMemo {
 
     pub(crate) fn tip(&self, request: &Digest) -> Option<Tip> {
         lock(&self.0.tips).get(request).cloned()
+    }
+
+    pub(crate) fn image(&self, key: &(String, Mode)) -> Option<Told> {
+        lock(&self.0.images).get(key).cloned()
+    }
+
+    pub(crate) fn keep_image(&self, key: (String, Mode), told: Told) {
+        lock(&self.0.images).insert(key, told);
+    }
+
+    /// Why an image of the node's store was taken that had this digest.
+    pub(crate) fn stored(&self, digest: Digest) -> Option<Stored> {
+        lock(&self.0.images).values().find_map(|told| told.stored(digest))
     }
 
     pub(crate) fn keep_tip(&self, request: Digest, tip: Tip) {

@@ -7,11 +7,11 @@ use crate::{
     flight::Flights,
     git::Gits,
     http::Files,
-    image::{At, Images},
+    image::{At, Images, LocalImages},
     local::Locals,
     remote::{Remote, RemoteLayers},
 };
-use shipway_attest::{BlobSource, Capture, GitSource, HttpSource, ImageSource};
+use shipway_attest::{BlobSource, Capture, GitSource, HttpSource, ImageSource, Stored};
 use shipway_fault::{Fault, Result};
 use shipway_llb::SourceFacts;
 use shipway_oci::{ChecksumAlgorithm, Digest, Platform};
@@ -52,6 +52,8 @@ pub struct Pin {
     pub ephemeral: bool,
     /// What it was pinned to, for provenance: for example an image's digest.
     pub digest: Option<String>,
+    /// Why an image is the one of the node's own store, if no registry said so.
+    pub stored: Option<Stored>,
 }
 
 /// What to resolve besides what comes for free.
@@ -114,10 +116,10 @@ impl<'a> Scheme<'a> {
 
 impl Sources {
     /// Sources over these. Sessions come with each call ([`SourceContext`]).
-    pub fn new(refs: RefStore, registry: Registry) -> Self {
+    pub fn new(refs: RefStore, registry: Registry, prefer: LocalImages) -> Self {
         let flights = Flights::default();
         let inner = Inner {
-            images: Images { refs: refs.clone(), registry: registry.clone(), flights },
+            images: Images { refs: refs.clone(), registry: registry.clone(), flights, prefer },
             locals: Locals::new(refs.clone()),
             files: Files::new(refs.clone(), registry.clone()),
             gits: Gits::new(refs.clone(), registry.clone()),
@@ -130,7 +132,7 @@ impl Sources {
     pub async fn pin(&self, spec: &SourceSpec, cx: &SourceContext) -> Result<Pin> {
         let Inner { images, locals, files, gits, blobs } = &*self.inner;
         match Scheme::of(&spec.identifier)? {
-            Scheme::Image(reference) => images.pin(spec, reference, &cx.sessions, &cx.reporter).await,
+            Scheme::Image(reference) => images.pin(spec, reference, cx).await,
             Scheme::Local(name) => locals.pin(spec, name, &cx.sessions),
             Scheme::Http => files.pin(spec, &cx.sessions, &cx.memo, &cx.reporter).await,
             Scheme::Blob => blobs.pin(spec),
@@ -142,7 +144,7 @@ impl Sources {
     pub async fn fetch(&self, spec: &SourceSpec, pin: &Pin, cx: &SourceContext) -> Result<ImmutableRef> {
         let Inner { images, locals, files, gits, blobs } = &*self.inner;
         match Scheme::of(&spec.identifier)? {
-            Scheme::Image(reference) => images.fetch(spec, reference, pin, &cx.sessions, &cx.reporter).await,
+            Scheme::Image(reference) => images.fetch(spec, reference, pin, cx).await,
             Scheme::Local(name) => locals.fetch(spec, name, &cx.sessions, &cx.reporter).await,
             Scheme::Http => files.fetch(spec, pin, &cx.sessions, &cx.memo, &cx.reporter).await,
             Scheme::Blob => blobs.fetch(spec, &cx.sessions).await,
@@ -154,7 +156,7 @@ impl Sources {
     pub async fn resolve(&self, spec: &SourceSpec, want: ResolveWant, cx: &SourceContext) -> Result<SourceFacts> {
         let Inner { images, files, gits, .. } = &*self.inner;
         match Scheme::of(&spec.identifier)? {
-            Scheme::Image(reference) => images.resolve(spec, reference, want.attestations.as_deref(), &cx.sessions, &cx.reporter).await,
+            Scheme::Image(reference) => images.resolve(spec, reference, want.attestations.as_deref(), cx).await,
             Scheme::Local(_) | Scheme::Blob => Ok(SourceFacts::default()),
             Scheme::Http => files.resolve(spec, want.http_checksum, &cx.sessions, &cx.memo, &cx.reporter).await,
             Scheme::Git(remote) => gits.resolve(spec, remote, want.git_objects, &cx.sessions, &cx.memo, &cx.reporter).await,
@@ -169,6 +171,7 @@ impl Sources {
                 platform: Some(spec.platform.clone()),
                 digest: pin.digest.as_ref().and_then(|d| d.parse().ok()),
                 local: matches!(at, At::Layout(_)),
+                stored: pin.stored,
             }),
             Scheme::Blob => {
                 let at = BlobSpec::parse(spec)?.at;

@@ -17,6 +17,8 @@ use std::{
 
 /// How often a transfer tells how far it is.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
+/// How long a registry is waited for where there is something else to go by.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Largest manifest, index or config that is read.
 pub(crate) const MAX_DOCUMENT: u64 = 4 << 20;
 
@@ -46,6 +48,18 @@ impl Remote {
                 let kind = media_type_of(&bytes)
                     .ok_or_else(|| Fault::invalid(format!("reference {name:?} contains neither an index nor a manifest")))?;
                 Ok(Descriptor::new(kind, digest, bytes.len() as u64))
+            }
+        }
+    }
+
+    /// The same for who has something else to go by: a registry is asked once, and not waited for long.
+    pub(crate) async fn resolve_soon(&self, reference: &str) -> Result<Descriptor> {
+        let Self::Registry(repository) = self else { return self.resolve(reference).await };
+        match tokio::time::timeout(PATIENCE, repository.resolve_once(reference)).await {
+            Ok(answer) => answer.map_err(Fault::from),
+            Err(_) => {
+                let host = repository.name().registry();
+                Err(Fault::unavailable(format!("{}: {host} has not answered within {} s", repository.name(), PATIENCE.as_secs())))
             }
         }
     }

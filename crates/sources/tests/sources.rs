@@ -5,15 +5,16 @@
 mod web;
 
 use bytes::Bytes;
+use shipway_attest::Stored;
 use shipway_fault::Code;
 use shipway_oci::{ChainId, Descriptor, DiffId, Digest, ImageConfig, Index, Manifest, Platform, RootFs, media};
-use shipway_progress::Reporter;
-use shipway_refs::{Compression, RefStore};
+use shipway_progress::{Journal, Reporter};
+use shipway_refs::{Compression, LocalMount, NamedRef, NamedRequest, RecordType, RefStore, Sharing};
 use shipway_registry::{Registry, RegistryConfig};
 use shipway_session::{SessionGroup, SessionHub};
-use shipway_sources::{ResolveWant, SourceContext, SourceMemo, SourceSpec, Sources};
-use shipway_storage::{ContentStore, Images, Labels, LeaseId, Leases, fake::FakeStorage};
-use std::{collections::HashMap, os::unix::fs::MetadataExt, path::Path, process::Command, sync::Arc};
+use shipway_sources::{LocalImages, ResolveWant, SourceContext, SourceMemo, SourceSpec, Sources};
+use shipway_storage::{ContentStore, Images, Labels, LeaseId, Leases, built_labels, fake::FakeStorage};
+use std::{collections::HashMap, os::unix::fs::MetadataExt, path::Path, process::Command, sync::Arc, time::SystemTime};
 use web::{Web, ok, status};
 
 struct Bench {
@@ -25,10 +26,14 @@ struct Bench {
 
 impl Bench {
     async fn new() -> Self {
+        Self::preferring(LocalImages::default()).await
+    }
+
+    async fn preferring(prefer: LocalImages) -> Self {
         let fake = FakeStorage::new().unwrap();
         let root = tempfile::tempdir().unwrap();
         let refs = RefStore::open(fake.storage(), root.path().to_owned()).await.unwrap();
-        let sources = Sources::new(refs.clone(), Registry::new(RegistryConfig::default()));
+        let sources = Sources::new(refs.clone(), Registry::new(RegistryConfig::default()), prefer);
         Self { fake, refs, sources, _root: root }
     }
 }
@@ -202,26 +207,93 @@ async fn an_image_is_pinned_and_made_a_state_without_fetching_a_layer() {
     assert_ne!(bench.sources.pin(&arm, &cx()).await.unwrap().keys[0], pin.keys[0]);
 }
 
-#[tokio::test]
-async fn an_image_that_containerd_has_is_not_asked_for_unless_a_pull_is_wanted() {
-    let bench = Bench::new().await;
-    let image = image();
-    let web = registry(&image);
-    let name = format!("{}/local/app:1", web.host);
+/// What a registry does when it is asked for an image that containerd has, too.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Registered {
+    Same,
+    Changed,
+    Gone,
+    Hangs,
+    /// Nobody listens.
+    Down,
+}
+
+/// Which image a name of both containerd's store and a registry leads to: the store's (`true`) or the registry's, why it is the store's, and what the
+/// registry was asked.
+async fn which(prefer: LocalImages, built: bool, mode: &str, registered: Registered) -> (bool, Option<Stored>, Vec<String>) {
+    let bench = Bench::preferring(prefer).await;
+    let (ours, mut theirs) = (image(), image());
+    theirs.put(media::OCI_MANIFEST, "makes another index", &[]);
+    theirs.attest();
+    let documents: HashMap<Digest, Vec<u8>> = ours.documents.iter().chain(&theirs.documents).map(|(d, b)| (*d, b.clone())).collect();
+    let leads_to = if registered == Registered::Changed { theirs.index.digest } else { ours.index.digest };
+    let web = Web::start(move |line, _| {
+        match registered {
+            Registered::Gone => return status(404),
+            Registered::Hangs => std::thread::park(),
+            _ => {}
+        }
+        let last = line.rsplit('/').next().unwrap();
+        let digest = if last == "1" { leads_to } else { last.parse().unwrap() };
+        let kind = if last == "1" || digest == leads_to { media::OCI_INDEX } else { media::OCI_MANIFEST };
+        ok(documents[&digest].clone()).with("Docker-Content-Digest", digest.to_string()).with("Content-Type", kind)
+    });
+    let host = match registered {
+        Registered::Down => std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string(),
+        _ => web.host.clone(),
+    };
+    let name = format!("{host}/local/app:1");
     let lease = LeaseId("test".into());
     bench.fake.create(&lease, &Labels::new()).await.unwrap();
-    for bytes in image.documents.values() {
+    for bytes in ours.documents.values() {
         ContentStore::put(&bench.fake, &lease, Bytes::from(bytes.clone()), &Labels::new()).await.unwrap();
     }
-    Images::put(&bench.fake, &name, &image.index, &Labels::new()).await.unwrap();
-    let source = spec(format!("docker-image://{name}"), &[]);
-    let pin = bench.sources.pin(&source, &cx()).await.unwrap();
-    let state = bench.sources.fetch(&source, &pin, &cx()).await.unwrap();
-    assert!(!state.layers().await.unwrap()[0].lazy);
-    assert_eq!(web.log(), [""; 0]);
-    let pulled = spec(format!("docker-image://{name}"), &[("image.resolvemode", "pull")]);
-    assert_eq!(bench.sources.pin(&pulled, &cx()).await.unwrap().keys, pin.keys);
-    assert_eq!(web.log(), ["HEAD /v2/local/app/manifests/1"]);
+    let labels = if built { built_labels(&ours.index, BUILT_AT) } else { Labels::new() };
+    Images::put(&bench.fake, &name, &ours.index, &labels).await.unwrap();
+    let cx = cx();
+    let source = spec(format!("docker-image://{name}"), &[("image.resolvemode", mode)]);
+    let pin = bench.sources.pin(&source, &cx).await.unwrap();
+    let log = web.log();
+    // Within a build, nothing is asked twice, and what was said of the tag is so of the digest.
+    assert_eq!(
+        bench.sources.resolve(&source, ResolveWant::default(), &cx).await.unwrap().image.unwrap().digest.to_string(),
+        pin.digest.clone().unwrap()
+    );
+    let pinned = spec(format!("docker-image://{name}@{}", pin.digest.clone().unwrap()), &[]);
+    assert_eq!(bench.sources.pin(&pinned, &cx).await.unwrap().stored, pin.stored);
+    assert_eq!(web.log(), log);
+    (pin.digest == Some(ours.index.digest.to_string()), pin.stored, log)
+}
+
+const BUILT_AT: SystemTime = SystemTime::UNIX_EPOCH;
+
+#[tokio::test]
+async fn an_image_that_was_built_here_is_taken_and_one_that_was_pulled_is_asked_of_its_registry() {
+    use LocalImages::{Always, Built, Never};
+    use Registered::{Changed, Down, Gone, Hangs, Same};
+    const HEAD: &str = "HEAD /v2/local/app/manifests/1";
+    let (built, fallback, wanted) = (Some(Stored::Built(BUILT_AT)), Some(Stored::Fallback), Some(Stored::Wanted));
+    for (prefer, is_built, mode, registered, ours, stored, asked) in [
+        (Built, true, "default", Changed, true, built, false),
+        (Built, false, "default", Same, true, None, true),
+        (Built, false, "default", Changed, false, None, true),
+        (Built, false, "default", Gone, true, fallback, true),
+        (Built, false, "default", Hangs, true, fallback, true),
+        (Built, false, "", Down, true, fallback, false),
+        (Built, false, "local", Changed, true, wanted, false),
+        (Built, true, "pull", Changed, false, None, true),
+        (Always, false, "default", Changed, true, wanted, false),
+        (Never, true, "default", Changed, false, None, true),
+        (Never, true, "default", Down, true, fallback, false),
+        (Never, true, "local", Changed, true, built, false),
+    ] {
+        let case = format!("{prefer:?}, built: {is_built}, {mode:?}, {registered:?}");
+        let (was_ours, why, log) = which(prefer, is_built, mode, registered).await;
+        assert_eq!((was_ours, why), (ours, stored), "{case}");
+        assert_eq!(log.first().map(String::as_str), asked.then_some(HEAD), "{case}");
+        // The manifests that are here are not fetched again, and what cannot be reached is not asked again and again.
+        assert!(registered == Changed || log.len() <= 1, "{case}: {log:?}");
+    }
 }
 
 #[tokio::test]
@@ -530,4 +602,173 @@ async fn a_blob_becomes_one_file() {
         assert!(fault.to_string().contains(why), "{fault} is not {why}");
     }
     bench.refs.drained().await;
+}
+
+/// Tells which point of a random series failed.
+fn random() -> impl FnMut(u64) -> u64 {
+    let seed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
+    eprintln!("seed {seed}");
+    let mut state = seed;
+    move |below| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % below
+    }
+}
+
+/// A repository with enough in it for a checkout to take a while.
+fn big_repository(at: &Path) -> String {
+    for n in 0..300 {
+        let dir = at.join(format!("dir{}", n % 20));
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join(format!("f{n}")), format!("{n}\n").repeat(500)).unwrap();
+    }
+    git(at, &["init", "--quiet", "--initial-branch=main"]);
+    git(at, &["config", "uploadpack.allowAnySHA1InWant", "true"]);
+    git(at, &["add", "."]);
+    git(at, &["commit", "--quiet", "-m", "all"]);
+    git(at, &["rev-parse", "HEAD"])
+}
+
+#[tokio::test]
+async fn a_build_that_is_cancelled_at_any_point_leaves_a_usable_git_repository() {
+    let base = tempfile::tempdir().unwrap();
+    let repository = base.path().join("r");
+    std::fs::create_dir_all(&repository).unwrap();
+    big_repository(&repository);
+    let server = GitServer::start(base.path());
+    let bench = Bench::new().await;
+    let source = spec(format!("git://git://127.0.0.1:{}/r#main", server.port), &[]);
+    let whole = async || {
+        let cx = cx();
+        let pin = bench.sources.pin(&source, &cx).await?;
+        bench.sources.fetch(&source, &pin, &cx).await
+    };
+    let started = std::time::Instant::now();
+    whole().await.unwrap();
+    let long = started.elapsed().as_micros() as u64;
+    let mut random = random();
+    for _ in 0..15 {
+        // A repository of its own every now and then, so that its making is cut short, too.
+        if random(4) == 0 {
+            kept_repository(&bench, &source).await.0.discard().await.unwrap();
+        }
+        let cut = std::time::Duration::from_micros(random(long));
+        let cancelled = tokio::time::timeout(cut, whole()).await;
+        drop(cancelled);
+        let state = whole().await.unwrap_or_else(|e| panic!("after a cancellation at {cut:?}: {e:?}"));
+        let mount = state.mount().await.unwrap();
+        assert_eq!(std::fs::read_dir(mount.path()).unwrap().count(), 20);
+    }
+}
+
+/// The repository that is kept for a source, and where it is.
+async fn kept_repository(bench: &Bench, source: &SourceSpec) -> (NamedRef, LocalMount) {
+    let remote = source.identifier.strip_prefix("git://").unwrap().split('#').next().unwrap();
+    let request = NamedRequest {
+        record_type: RecordType::Internal,
+        key: format!("git:{remote}"),
+        description: String::new(),
+        sharing: Sharing::Locked,
+        parent: None,
+    };
+    let named = bench.refs.named(request).await.unwrap();
+    let mount = named.mount().await.unwrap();
+    (named, mount)
+}
+
+#[tokio::test]
+async fn what_a_killed_git_or_a_power_cut_leaves_is_mended() {
+    let base = tempfile::tempdir().unwrap();
+    let repository = base.path().join("r");
+    std::fs::create_dir_all(&repository).unwrap();
+    big_repository(&repository);
+    let server = GitServer::start(base.path());
+    let bench = Bench::new().await;
+    let source = spec(format!("git://git://127.0.0.1:{}/r#main", server.port), &[]);
+    let whole = async || {
+        let cx = cx();
+        let pin = bench.sources.pin(&source, &cx).await?;
+        bench.sources.fetch(&source, &pin, &cx).await
+    };
+    whole().await.unwrap();
+    type Damage = fn(&Path);
+    let damages: [(&str, Damage); 6] = [
+        ("locks", |r| {
+            for lock in ["shipway-index.lock", "config.lock", "shallow.lock", "packed-refs.lock", "HEAD.lock"] {
+                std::fs::write(r.join(lock), "").unwrap();
+            }
+            let tips = r.join("refs/shipway/tips");
+            for tip in std::fs::read_dir(&tips).unwrap().map(|e| e.unwrap().path()).collect::<Vec<_>>() {
+                std::fs::write(format!("{}.lock", tip.display()), "").unwrap();
+            }
+        }),
+        ("no HEAD", |r| std::fs::remove_file(r.join("HEAD")).unwrap()),
+        ("empty objects", |r| {
+            let mut dirs = vec![r.join("objects")];
+            while let Some(dir) = dirs.pop() {
+                for entry in std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()) {
+                    if entry.is_dir() {
+                        dirs.push(entry);
+                    } else {
+                        std::fs::write(entry, "").unwrap();
+                    }
+                }
+            }
+        }),
+        ("empty configuration", |r| std::fs::write(r.join("config"), "[core").unwrap()),
+        ("no objects", |r| std::fs::remove_dir_all(r.join("objects")).unwrap()),
+        ("nothing", |r| std::fs::remove_dir_all(r).unwrap()),
+    ];
+    for (what, damage) in damages {
+        let (named, mount) = kept_repository(&bench, &source).await;
+        damage(&mount.path().join("repository"));
+        drop((mount, named));
+        let state = whole().await.unwrap_or_else(|e| panic!("{what}: {e:?}"));
+        let mount = state.mount().await.unwrap();
+        assert_eq!(std::fs::read_to_string(mount.path().join("dir7/f7")).unwrap(), "7\n".repeat(500), "{what}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_in_an_address_is_sent_and_shown_nowhere() {
+    const TOKEN: &str = "s3cr3tt0k3n";
+    let heads: Arc<std::sync::Mutex<Vec<String>>> = Arc::default();
+    let told = heads.clone();
+    let web = Web::start(move |line, head| {
+        // While git waits for the answer, its command line is there for everybody to read.
+        let commands = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|p| std::fs::read(p.path().join("cmdline")).ok());
+        let shown = commands.map(|c| String::from_utf8_lossy(&c).into_owned()).find(|c| c.contains(TOKEN));
+        told.lock().unwrap().extend([head.to_owned()].into_iter().chain(shown));
+        if line.contains("/file") { ok("content") } else { status(403) }
+    });
+    let journal = Journal::new();
+    let bench = Bench::new().await;
+    let basic =
+        |text: &str| format!("authorization: basic {}", base64::Engine::encode(&base64::prelude::BASE64_STANDARD, text).to_lowercase());
+    for (user, login) in [(TOKEN.to_owned(), format!("{TOKEN}:")), (format!("me:{TOKEN}"), format!("me:{TOKEN}"))] {
+        let cx = SourceContext { reporter: journal.reporter(Digest::of(&user), format!("load git source https://{user}@h/a")), ..cx() };
+        let git = spec(format!("git://http://{user}@{}/r.git#main", web.host), &[]);
+        let fault = bench.sources.pin(&git, &cx).await.unwrap_err();
+        assert!(!format!("{fault:?} {fault}").contains(TOKEN), "{fault:?}");
+        cx.reporter.completed(Some(fault.to_string()));
+        let asked = heads.lock().unwrap().split_off(0).join("\n").to_lowercase();
+        assert!(asked.contains(&basic(&login)) && !asked.contains(TOKEN), "{asked}");
+
+        let file = spec(format!("http://{user}@{}/file", web.host), &[]);
+        let pin = bench.sources.pin(&file, &cx).await.unwrap();
+        let state = bench.sources.fetch(&file, &pin, &cx).await.unwrap();
+        let asked = heads.lock().unwrap().split_off(0).join("\n").to_lowercase();
+        assert!(asked.contains(&basic(&login)) && !asked.contains(TOKEN), "{asked}");
+        drop(state);
+        let mut capture = shipway_attest::Capture::default();
+        bench.sources.capture(&file, &pin, &mut capture).unwrap();
+        bench.sources.capture(&git, &pin, &mut capture).unwrap();
+        assert!(!format!("{capture:?}").contains(TOKEN), "{capture:?}");
+    }
+    let said = format!("{:?}", journal.events());
+    assert!(said.contains("git source") && !said.contains(TOKEN), "{said}");
+    let kept = format!("{:?}", bench.refs.usage().await.unwrap());
+    assert!(kept.contains("http url") && !kept.contains(TOKEN), "{kept}");
 }

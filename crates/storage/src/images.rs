@@ -3,8 +3,18 @@
 use crate::Labels;
 use async_trait::async_trait;
 use shipway_fault::Result;
-use shipway_oci::Descriptor;
+use shipway_oci::{Descriptor, timestamp};
 use std::time::SystemTime;
+
+/// Label on a record that a build wrote: the digest that it gave to the name, and when. It holds as long as the name leads there.
+const BUILT: &str = "shipway/built";
+/// Label that CRI sets on the records of the images that it manages.
+const CRI_IMAGE: (&str, &str) = ("io.cri-containerd.image", "managed");
+
+/// The labels of a record that a build writes at `time` to lead to `target`.
+pub fn built_labels(target: &Descriptor, time: SystemTime) -> Labels {
+    Labels::from([(BUILT.to_owned(), format!("{} {}", target.digest, timestamp::format_whole(time)))])
+}
 
 /// An image record.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +27,20 @@ pub struct ImageRecord {
     pub labels: Labels,
     /// Last change.
     pub updated: Option<SystemTime>,
+}
+
+impl ImageRecord {
+    /// When a build here gave the name to what it leads to. `None` for images from elsewhere: labels survive an update by
+    /// field path, so one whose target somebody else has changed since carries the digest of another image.
+    pub fn built(&self) -> Option<SystemTime> {
+        let (digest, time) = self.labels.get(BUILT)?.split_once(' ')?;
+        (digest.parse() == Ok(self.target.digest)).then(|| timestamp::parse(time))?
+    }
+
+    /// Whether Kubernetes' CRI manages the image.
+    pub fn is_cri_managed(&self) -> bool {
+        self.labels.get(CRI_IMAGE.0).is_some_and(|v| v == CRI_IMAGE.1)
+    }
 }
 
 /// Image records of one namespace.
@@ -39,4 +63,23 @@ pub trait Images: Send + Sync {
 
     /// Removes the record; `sync` waits for a garbage collection.
     async fn delete(&self, name: &str, sync: bool) -> Result<()>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, UNIX_EPOCH};
+
+    #[test]
+    fn an_image_is_built_here_while_its_name_leads_to_what_was_built() {
+        let (ours, other) = (Descriptor::of("m", b"ours"), Descriptor::of("m", b"other"));
+        let time = UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        let record = |target: &Descriptor, labels: Labels| ImageRecord { name: "n".into(), target: target.clone(), labels, updated: None };
+        assert_eq!(record(&ours, built_labels(&ours, time)).built(), Some(time));
+        assert_eq!(record(&other, built_labels(&ours, time)).built(), None);
+        assert_eq!(record(&ours, Labels::new()).built(), None);
+        for bad in ["", "x", &format!("{} yesterday", ours.digest), &ours.digest.to_string()] {
+            assert_eq!(record(&ours, Labels::from([(BUILT.to_owned(), bad.to_owned())])).built(), None, "{bad}");
+        }
+    }
 }

@@ -17,7 +17,7 @@ pub mod fake;
 pub mod suite;
 
 pub use content::{BlobInfo, BlobReader, BlobWriter, ContentStore, Ingest};
-pub use images::{ImageRecord, Images};
+pub use images::{ImageRecord, Images, built_labels};
 pub use leases::{Lease, LeaseId, LeaseResource, Leases};
 pub use snapshots::{Mount, SnapshotInfo, SnapshotKey, SnapshotKind, Snapshotter, Usage};
 

@@ -1,15 +1,22 @@
 //! A git source's identifier and attributes (rows `src.git.*`).
 
 use super::bundle::{self, Bundle};
-use crate::{SourceSpec, keys};
-use shipway_fault::{Fault, Result};
+use crate::{
+    SourceSpec, keys,
+    login::{Login, split_login},
+};
+use shipway_fault::{Fault, Result, redact};
 use shipway_oci::Digest;
 
 /// A parsed git source.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct GitSpec {
-    /// Address that git is given.
+    /// Address that git is given, without what is secret in it.
     pub remote: String,
+    /// User and password in the address, as an `Authorization` header has them.
+    pub login: Option<Login>,
+    /// The address as it may be shown.
+    shown: String,
     /// Branch, tag or commit; empty for the default branch.
     pub reference: String,
     /// Directory within the repository, without slashes at its ends; empty for all.
@@ -37,12 +44,13 @@ impl GitSpec {
     pub(crate) fn parse(spec: &SourceSpec, locator: &str) -> Result<Self> {
         let (address, fragment) = locator.split_once('#').unwrap_or((locator, ""));
         let (reference, subdir) = fragment.split_once(':').unwrap_or((fragment, ""));
-        let mut git = Self { remote: remote(address)?, reference: reference.into(), subdir: clean(subdir), ..Default::default() };
+        let mut git = Self { reference: reference.into(), subdir: clean(subdir), ..Default::default() };
+        git.set_remote(address)?;
         for (key, value) in &spec.attrs {
             let yes = value == "true";
             match key.as_str() {
                 "git.keepgitdir" => git.keep_git_dir = yes,
-                "git.fullurl" => git.remote = remote(value.split('#').next().unwrap_or_default())?,
+                "git.fullurl" => git.set_remote(value.split('#').next().unwrap_or_default())?,
                 "git.authheadersecret" => git.header_secret.clone_from(value),
                 "git.authtokensecret" => git.token_secret.clone_from(value),
                 "git.knownsshhosts" => git.known_hosts.clone_from(value),
@@ -77,6 +85,14 @@ impl GitSpec {
         Ok(git)
     }
 
+    /// Takes the remote's address apart.
+    fn set_remote(&mut self, address: &str) -> Result<()> {
+        let address = remote(address)?;
+        self.shown = redact(&address);
+        (self.remote, self.login) = split_login(&address);
+        Ok(())
+    }
+
     fn check_bundles(&self) -> Result<()> {
         if self.bundle.is_some() {
             if self.checksum.is_empty() {
@@ -99,18 +115,9 @@ impl GitSpec {
         self.as_bundle.then(|| bundle::bundled_name(&self.reference))
     }
 
-    /// The address as it may be shown: without a password.
-    pub(crate) fn shown(&self) -> String {
-        match self.remote.split_once("://") {
-            Some((scheme, rest)) => {
-                let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
-                match authority.rsplit_once('@').map(|(user, host)| (user.split_once(':'), host)) {
-                    Some((Some((user, _)), host)) => format!("{scheme}://{user}:xxxxx@{host}/{path}"),
-                    _ => self.remote.clone(),
-                }
-            }
-            None => self.remote.clone(),
-        }
+    /// The address as it may be shown.
+    pub(crate) fn shown(&self) -> &str {
+        &self.shown
     }
 
     /// Host (and port) of the remote.
@@ -183,7 +190,7 @@ mod tests {
     fn locators_are_taken_apart() {
         for (locator, remote, reference, subdir, host) in [
             ("github.com/a/b.git#main:/x/../y/", "https://github.com/a/b.git", "main", "y", "github.com"),
-            ("https://u:p@h:8/a.git", "https://u:p@h:8/a.git", "", "", "h:8"),
+            ("https://u:p@h:8/a.git", "https://h:8/a.git", "", "", "h:8"),
             ("git@github.com:a/b.git#v1", "git@github.com:a/b.git", "v1", "", "github.com:a"),
             ("ssh://git@h/a#:sub", "ssh://git@h/a", "", "sub", "h"),
         ] {
@@ -191,7 +198,18 @@ mod tests {
             assert_eq!((git.remote.as_str(), git.reference.as_str(), git.subdir.as_str()), (remote, reference, subdir), "{locator}");
             assert!(git.host().starts_with(host.split(':').next().unwrap()), "{locator}");
         }
-        assert_eq!(parse("https://u:p@h/a.git", &[]).unwrap().shown(), "https://u:xxxxx@h/a.git");
+        for (locator, remote, login, shown) in [
+            ("https://u:p%40@h/a.git", "https://h/a.git", Some("u:p@"), "https://xxxxx:xxxxx@h/a.git"),
+            ("https://t0k3n@h", "https://h", Some("t0k3n:"), "https://xxxxx@h"),
+            ("u:p@h/a.git", "https://h/a.git", Some("u:p"), "https://xxxxx:xxxxx@h/a.git"),
+            ("ssh://git:p@h/a", "ssh://git@h/a", None, "ssh://xxxxx:xxxxx@h/a"),
+            ("https://h/a@b", "https://h/a@b", None, "https://h/a@b"),
+        ] {
+            let git = parse(locator, &[]).unwrap();
+            let login = login.map(|l| Login(base64::Engine::encode(&base64::prelude::BASE64_STANDARD, l)));
+            assert_eq!((git.remote.as_str(), &git.login, git.shown()), (remote, &login, shown), "{locator}");
+            assert!(!format!("{git:?}").contains("t0k3n"), "{git:?}");
+        }
         assert_eq!(parse("x", &[("git.fullurl", "http://h/a")]).unwrap().remote, "http://h/a");
     }
 

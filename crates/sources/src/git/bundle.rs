@@ -37,7 +37,7 @@ impl Repo<'_> {
             let refs = format!("+refs/*:{below}*");
             let path = file.display().to_string();
             let brought = async {
-                bundle.0.save(self.dir, INCOMING, &Shape::default(), peers, registry).await?;
+                bundle.0.save(&self.dir, INCOMING, &Shape::default(), peers, registry).await?;
                 git.run(None, &["fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--", &path, &refs]).await.map(drop)
             };
             let brought = brought.await.context(|| format!("failed to fetch git bundle {}", bundle.0.name));
@@ -80,7 +80,7 @@ impl Repo<'_> {
         let doing = || format!("failed to create git bundle for {}", self.needed(tip));
         // A repository of its own, so that the bundle has the one reference and by its natural name.
         let failed = |e| Fault::io("prepare a repository for a git bundle", e);
-        let own = tempfile::Builder::new().prefix("shipway-bundling-").tempdir_in(self.dir).map_err(failed)?;
+        let own = tempfile::Builder::new().prefix("shipway-bundling-").tempdir_in(&self.dir).map_err(failed)?;
         let git = self.git.clone().git_dir(own.path());
         let format = if tip.sha.len() == 64 { "--object-format=sha256" } else { "--object-format=sha1" };
         git.run(Some(own.path()), &["-c", "init.defaultBranch=master", "init", "--quiet", "--bare", "--template=", format]).await?;

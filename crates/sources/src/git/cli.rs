@@ -1,19 +1,21 @@
-//! Runs the git binary: sealed off from the machine's settings, bounded, and killed with all its helpers when nobody waits.
+//! Runs the git binary: sealed off from the machine's settings, bounded, and ended with all its helpers when nobody waits.
 
 use bytes::Bytes;
 use rustix::process::{Pid, Signal, kill_process_group};
-use shipway_fault::{Class, Code, Fault, Result};
+use shipway_fault::{Class, Code, Fault, Result, redact_text};
 use shipway_progress::{LogStream, Reporter};
-use std::{path::Path, process::Stdio};
+use std::{any::Any, path::Path, process::Stdio, sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
-    process::Command,
+    process::{Child, Command},
 };
 
 /// Most bytes of output that are kept.
 const MAX_OUTPUT: usize = 16 << 20;
 /// Most bytes of complaints that are kept.
 const MAX_COMPLAINT: usize = 16 << 10;
+/// How long a git that nobody waits for may take to remove its locks and temporary files.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// A git command line in the making. Cheap enough to clone per command.
 #[derive(Clone)]
@@ -22,17 +24,57 @@ pub(crate) struct Git {
     environment: Vec<(String, String)>,
     /// Settings that are secret: passed by environment, where other users cannot read them.
     settings: Vec<(String, String)>,
+    /// What no git may outlive: the directory that it writes to.
+    held: Option<Arc<dyn Any + Send + Sync>>,
     reporter: Reporter,
+}
+
+/// A git that runs. Dropped before its end, it is asked to end, and killed with its helpers if it does not; whatever it writes to is held until then.
+struct Running {
+    group: Group,
+    child: Option<Child>,
+    held: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// Kills the process group unless the process ended.
 struct Group(Option<Pid>);
 
+impl Group {
+    fn signal(&self, signal: Signal) {
+        if let Some(pid) = self.0 {
+            let _ = kill_process_group(pid, signal);
+        }
+    }
+
+    /// All of it has ended; its number may become another's.
+    fn over(self) {
+        std::mem::forget(self);
+    }
+}
+
 impl Drop for Group {
     fn drop(&mut self) {
-        if let Some(pid) = self.0 {
-            let _ = kill_process_group(pid, Signal::KILL);
+        self.signal(Signal::KILL);
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let (Some(mut child), Ok(runtime)) = (self.child.take(), tokio::runtime::Handle::try_current()) else { return };
+        if self.group.0.is_none() {
+            return;
         }
+        let (group, held) = (std::mem::replace(&mut self.group, Group(None)), self.held.take());
+        group.signal(Signal::TERM);
+        runtime.spawn(async move {
+            // Helpers have the same standard error: once nobody can write there any more, all have ended.
+            let ended = async { tokio::join!(drain(child.stdout.as_mut(), 0), drain(child.stderr.as_mut(), 0)) };
+            let _ = tokio::time::timeout(GRACE, ended).await;
+            group.signal(Signal::KILL);
+            let _ = child.wait().await;
+            group.over();
+            drop(held);
+        });
     }
 }
 
@@ -54,8 +96,10 @@ impl Git {
             environment.extend(std::env::var(name).ok().map(|v| (name.to_owned(), v)));
         }
         // Submodules must not reach into this machine's files.
-        let arguments = vec!["-c".to_owned(), "protocol.file.allow=user".to_owned()];
-        Self { arguments, environment, settings: Vec::new(), reporter: reporter.clone() }
+        // Nothing goes on in the background when a command has ended.
+        let arguments = ["protocol.file.allow=user", "gc.autoDetach=false", "maintenance.autoDetach=false"];
+        let arguments = arguments.into_iter().flat_map(|s| ["-c".to_owned(), s.to_owned()]).collect();
+        Self { arguments, environment, settings: Vec::new(), held: None, reporter: reporter.clone() }
     }
 
     pub(crate) fn env(mut self, name: &str, value: impl Into<String>) -> Self {
@@ -65,6 +109,12 @@ impl Git {
 
     pub(crate) fn secret_setting(mut self, key: String, value: String) -> Self {
         self.settings.push((key, value));
+        self
+    }
+
+    /// Keeps `held` until the last process has ended, though nobody waits for it any more.
+    pub(crate) fn holding(mut self, held: Arc<dyn Any + Send + Sync>) -> Self {
+        self.held = Some(held);
         self
     }
 
@@ -106,26 +156,36 @@ impl Git {
         }
         command.current_dir(dir.unwrap_or(Path::new("/"))).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.process_group(0).kill_on_drop(true);
-        let mut child = command.spawn().map_err(|e| match e.kind() {
+        let child = command.spawn().map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => Fault::new(Code::FailedPrecondition, "git is not installed where the daemon runs")
                 .with_class(Class::Environment)
                 .hint("install the package git on the daemon's machine"),
             _ => Fault::io("start git", e),
         })?;
-        let mut group = Group(child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw));
-        let output = drain(child.stdout.take(), MAX_OUTPUT);
-        let complaint = drain(child.stderr.take(), MAX_COMPLAINT);
-        let (output, complaint, status) = tokio::join!(output, complaint, child.wait());
-        group.0 = None;
+        let group = Group(child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw));
+        let mut running = Running { group, child: None, held: self.held.clone() };
+        let child = running.child.insert(child);
+        // The pipes stay with the child: when nobody waits any more, they tell when all helpers have ended.
+        let (output, complaint) = tokio::join!(drain(child.stdout.as_mut(), MAX_OUTPUT), drain(child.stderr.as_mut(), MAX_COMPLAINT));
+        let status = child.wait().await.map_err(|e| Fault::io("wait for git", e))?;
+        std::mem::replace(&mut running.group, Group(None)).over();
+        let complaint = self.shown(&complaint);
         if !complaint.is_empty() {
             self.reporter.log(LogStream::Stderr, Bytes::from(complaint.clone()));
         }
-        let status = status.map_err(|e| Fault::io("wait for git", e))?;
-        let complaint = String::from_utf8_lossy(&complaint);
         match status.code() {
             Some(0) => Ok(output),
             _ => Err(failure(arguments, &complaint)),
         }
+    }
+
+    /// Text of git's as it may be shown: without what is secret.
+    fn shown(&self, complaint: &[u8]) -> String {
+        let mut text = redact_text(&String::from_utf8_lossy(complaint));
+        for (_, secret) in self.settings.iter().filter(|(_, secret)| !secret.is_empty()) {
+            text = text.replace(secret, "xxxxx");
+        }
+        text
     }
 
     /// Whether a command succeeds.
@@ -134,13 +194,43 @@ impl Git {
     }
 }
 
+/// What git says of a repository that is damaged, or locked by a process that is no more.
+const DAMAGE: [&str; 17] = [
+    "not a git repository",
+    "File exists",
+    "corrupt",
+    "bad object",
+    "error in object",
+    "index file",
+    "packfile",
+    "bad config",
+    "missing blob",
+    "missing tree",
+    "missing commit",
+    "unable to read",
+    "Could not read",
+    "unable to unpack",
+    "is empty",
+    "reference broken",
+    "shallow file has changed",
+];
+
 /// What git complained about, with the kind of failure as far as its words tell.
 fn failure(arguments: &[&str], complaint: &str) -> Fault {
     let complaint = complaint.trim();
     let verb = arguments.iter().find(|a| !a.starts_with('-')).copied().unwrap_or("git");
     let has = |words: &[&str]| words.iter().any(|w| complaint.contains(w));
     let message = format!("git {verb} failed: git stderr:\n{complaint}");
-    if has(&["could not read Username", "Authentication failed", "HTTP Basic: Access denied", "Permission denied (publickey"]) {
+    if DAMAGE.iter().any(|words| complaint.lines().any(|l| !l.starts_with("remote:") && l.contains(words))) {
+        return Fault::new(Code::DataLoss, message).with_class(Class::Environment);
+    }
+    if has(&[
+        "could not read Username",
+        "could not read Password",
+        "Authentication failed",
+        "HTTP Basic: Access denied",
+        "Permission denied (publickey",
+    ]) {
         return Fault::new(Code::Unauthenticated, message)
             .hint("give a token as the secret GIT_AUTH_TOKEN, or for SSH an agent with --ssh default");
     }

@@ -77,26 +77,14 @@ pub(super) fn pick(answer: &str, reference: &str) -> Option<Tip> {
 
 /// A bare repository on disk.
 pub(crate) struct Repo<'a> {
-    pub git: &'a Git,
-    pub dir: &'a Path,
+    pub git: Git,
+    pub dir: PathBuf,
     pub spec: &'a GitSpec,
 }
 
 impl Repo<'_> {
     pub(super) fn here(&self) -> Git {
-        self.git.clone().git_dir(self.dir)
-    }
-
-    /// Makes the repository, or checks that it is one.
-    pub(crate) async fn init(&self, sha256: bool) -> Result<()> {
-        if self.dir.join("HEAD").exists() {
-            // A process that was killed leaves locks, and we are the only one here.
-            let _ = tokio::fs::remove_file(self.dir.join("shallow.lock")).await;
-            return Ok(());
-        }
-        let format = if sha256 { "--object-format=sha256" } else { "--object-format=sha1" };
-        self.here().run(Some(self.dir), &["-c", "init.defaultBranch=master", "init", "--quiet", "--bare", "--template=", format]).await?;
-        self.here().run(None, &["remote", "add", "origin", &self.spec.remote]).await.map(drop)
+        self.git.clone().git_dir(&self.dir)
     }
 
     pub(super) async fn has(&self, sha: &str) -> bool {
@@ -200,7 +188,7 @@ impl Repo<'_> {
         // Tags that happen to lead here would be fetched as well, and clash with the reference when it is one of them.
         git.run(None, &["fetch", "--quiet", "--update-head-ok", "--no-tags", "--depth=1", "--", "origin", &spec]).await?;
         git.run(Some(to), &["checkout", "--quiet", "FETCH_HEAD"]).await?;
-        git.run(None, &["remote", "set-url", "origin", &self.spec.shown()]).await?;
+        git.run(None, &["remote", "set-url", "origin", &self.spec.remote]).await?;
         git.run(None, &["reflog", "expire", "--all", "--expire=now"]).await?;
         let _ = tokio::fs::remove_file(dot_git.join("FETCH_HEAD")).await;
         Ok(git)

@@ -1,6 +1,6 @@
 //! Attributes of an http source (rows `src.http.attrs`, `src.http.hdr`).
 
-use crate::{SourceSpec, keys};
+use crate::{SourceSpec, keys, login::Login};
 use http::Uri;
 use serde::Serialize;
 use shipway_fault::{Fault, Result};
@@ -35,7 +35,10 @@ impl Shape {
 /// A parsed http source.
 #[derive(Clone, Debug)]
 pub(crate) struct HttpSpec {
+    /// Address, without what is secret in it.
     pub uri: Uri,
+    /// User and password in the address.
+    pub login: Option<Login>,
     pub checksum: Option<Digest>,
     pub shape: Shape,
     /// Name of the secret with the `Authorization` header.
@@ -47,6 +50,8 @@ pub(crate) struct HttpSpec {
 #[derive(Serialize)]
 struct RequestKey<'a> {
     uri: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    login: Option<&'a str>,
     filename: &'a str,
     perm: u32,
     uid: u32,
@@ -57,13 +62,8 @@ struct RequestKey<'a> {
 
 impl HttpSpec {
     pub(crate) fn parse(spec: &SourceSpec) -> Result<Self> {
-        let mut http = Self {
-            uri: super::address(&spec.identifier)?,
-            checksum: None,
-            shape: Shape::default(),
-            auth_secret: String::new(),
-            headers: Vec::new(),
-        };
+        let (uri, login) = super::address(&spec.identifier)?;
+        let mut http = Self { uri, login, checksum: None, shape: Shape::default(), auth_secret: String::new(), headers: Vec::new() };
         for (key, value) in &spec.attrs {
             if http.shape.take(key, value)? {
                 continue;
@@ -93,9 +93,10 @@ impl HttpSpec {
     /// Identity of the request and of what is made of its answer.
     pub(crate) fn request_key(&self) -> Digest {
         let Self { shape: Shape { filename, perm, uid, gid }, auth_secret, headers, .. } = self;
+        let login = self.login.as_ref().map(|l| l.0.as_str());
         keys::digest(
             "http.request",
-            &RequestKey { uri: self.uri.to_string(), filename, perm: *perm, uid: *uid, gid: *gid, secret: auth_secret, headers },
+            &RequestKey { uri: self.uri.to_string(), login, filename, perm: *perm, uid: *uid, gid: *gid, secret: auth_secret, headers },
         )
     }
 }

@@ -4,16 +4,55 @@ use crate::SourceSpec;
 use shipway_fault::{Fault, Result};
 use shipway_oci::{Digest, ImageName};
 use shipway_refs::RecordType;
+use shipway_storage::ImageRecord;
+use std::str::FromStr;
 
 /// Where an image is looked for (row `src.image.mode`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) enum Mode {
-    /// In containerd's image store, then at the registry. BuildKit's `default` asks the registry first and its `local` the
-    /// store first; here, both do the latter: what was just built is what `FROM` means.
+    /// At the registry, and in containerd's image store if the registry cannot be asked; but images that [`LocalImages`] prefers in the store first.
     #[default]
-    LocalFirst,
+    Default,
+    /// In containerd's image store, then at the registry.
+    Local,
     /// At the registry only.
     Pull,
+}
+
+/// Which images of containerd's store are taken for a name in `FROM` without asking its registry. Whatever it says, the store is the fallback for a
+/// registry that cannot be asked, a digest is its content wherever that is, and clients may ask for one or the other (`image.resolvemode`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LocalImages {
+    /// Those that were built here: what was just built is what `FROM` means. Pulled ones may have changed since.
+    #[default]
+    Built,
+    /// All.
+    Always,
+    /// None, as in BuildKit.
+    Never,
+}
+
+impl LocalImages {
+    pub(crate) fn prefers(self, record: &ImageRecord) -> bool {
+        match self {
+            Self::Built => record.built().is_some(),
+            Self::Always => true,
+            Self::Never => false,
+        }
+    }
+}
+
+impl FromStr for LocalImages {
+    type Err = Fault;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "built" => Ok(Self::Built),
+            "always" => Ok(Self::Always),
+            "never" => Ok(Self::Never),
+            _ => Err(Fault::invalid(format!("{text:?} does not say which local images to prefer")).hint("want built, always or never")),
+        }
+    }
 }
 
 /// What an image is fetched from when it is not here.
@@ -53,7 +92,8 @@ impl ImageSpec {
             match key.as_str() {
                 "image.resolvemode" => {
                     image.mode = match value.as_str() {
-                        "" | "default" | "local" => Mode::LocalFirst,
+                        "" | "default" => Mode::Default,
+                        "local" => Mode::Local,
                         "pull" => Mode::Pull,
                         _ => return Err(bad("default, pull or local")),
                     }

@@ -1,16 +1,21 @@
-//! From a name to a manifest and a config: containerd's image store first, then the registry ("Local first").
+//! From a name to a manifest and a config: asked of the registry, or taken from containerd's image store.
 
 use super::{
-    attrs::{ImageSpec, Mode},
+    attrs::{ImageSpec, LocalImages, Mode},
     select,
 };
-use crate::remote::{MAX_DOCUMENT, Remote, media_type_of};
+use crate::{
+    SourceContext,
+    remote::{MAX_DOCUMENT, Remote, media_type_of},
+};
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
+use shipway_attest::Stored;
 use shipway_fault::{Class, Code, Context, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageConfig, ImageName, Index, Manifest, Platform, media, timestamp};
+use shipway_progress::LogStream;
 use shipway_refs::DOCUMENT_KIND;
-use shipway_storage::{DISTRIBUTION_SOURCE, GC_EXPIRE, GC_FLAT, Labels, LeaseId, Storage};
+use shipway_storage::{DISTRIBUTION_SOURCE, GC_EXPIRE, GC_FLAT, ImageRecord, Labels, LeaseId, Storage};
 use std::time::{Duration, SystemTime};
 
 /// Indexes within indexes that are followed.
@@ -28,6 +33,23 @@ pub(crate) struct Resolved {
     pub manifest: Manifest,
     pub config: Bytes,
     pub parsed: ImageConfig,
+    /// Why it is the one of containerd's store, if no registry said so.
+    pub stored: Option<Stored>,
+}
+
+/// Who is asked for an image, and on whose behalf.
+pub(crate) struct Asked<'a> {
+    pub storage: &'a Storage,
+    pub remote: &'a Remote,
+    pub prefer: LocalImages,
+    pub cx: &'a SourceContext,
+}
+
+/// What a name without a digest led to when a build first asked (row `so.flight`).
+#[derive(Clone)]
+pub(crate) struct Told {
+    main: Descriptor,
+    stored: Option<Stored>,
 }
 
 /// Where documents are read from.
@@ -37,44 +59,128 @@ pub(crate) struct Documents<'a> {
     pub remote: Option<&'a Remote>,
 }
 
-/// Finds the image that `spec` names for `platform`.
-pub(crate) async fn resolve(storage: &Storage, remote: &Remote, spec: &ImageSpec, platform: &Platform) -> Result<Resolved> {
-    if spec.mode == Mode::LocalFirst
-        && let Some(found) = local(storage, &spec.name, platform).await?
-    {
-        return Ok(found);
+impl Asked<'_> {
+    /// Finds the image that `spec` names for `platform`.
+    pub(crate) async fn resolve(&self, spec: &ImageSpec, platform: &Platform) -> Result<Resolved> {
+        let documents = Documents { storage: self.storage, remote: Some(self.remote) };
+        let key = (spec.name.to_string(), spec.mode);
+        if let Some(told) = self.cx.memo.image(&key) {
+            let local = Documents { storage: self.storage, remote: None };
+            let (documents, any) = if told.stored.is_some() { (&local, false) } else { (&documents, true) };
+            match documents.image(told.main, platform, any).await {
+                // A local image need not be for all platforms.
+                Err(e) if told.stored.is_some() && e.is_not_found() => {}
+                other => return Ok(Resolved { stored: told.stored, ..other? }),
+            }
+        }
+        let mut found = match spec.name.digest().filter(|_| spec.mode != Mode::Pull) {
+            Some(digest) => self.pinned(&documents, spec, digest, platform).await?,
+            None => self.named(&documents, spec, platform).await?,
+        };
+        // What was said of the tag is so of the digest that the frontend made of it.
+        found.stored = self.cx.memo.stored(found.main.digest).or(found.stored);
+        self.cx.memo.keep_image(key, Told { main: found.main.clone(), stored: found.stored });
+        Ok(found)
     }
-    let documents = Documents { storage, remote: Some(remote) };
-    if let Some(digest) = spec.name.digest()
-        && spec.mode == Mode::LocalFirst
-        && let Some(main) = stored_manifest(storage, &spec.name, digest).await?
-    {
-        return documents.image(main, platform, true).await;
+
+    /// A digest is its content, wherever that is.
+    async fn pinned(&self, documents: &Documents<'_>, spec: &ImageSpec, digest: Digest, platform: &Platform) -> Result<Resolved> {
+        let records = self.records(&spec.name).await?;
+        let built = |record: &ImageRecord| record.built().map(Stored::Built);
+        if let Some(found) = self.serving(&records, platform, built).await? {
+            return Ok(found);
+        }
+        let main = match stored_manifest(self.storage, &spec.name, digest).await? {
+            Some(main) => main,
+            None => self.remote.resolve(&spec.name.reference()).await?,
+        };
+        documents.image(main, platform, true).await
     }
-    let main = remote.resolve(&spec.name.reference()).await?;
-    documents.image(main, platform, true).await
+
+    async fn named(&self, documents: &Documents<'_>, spec: &ImageSpec, platform: &Platform) -> Result<Resolved> {
+        let records = if spec.mode == Mode::Pull { Vec::new() } else { self.records(&spec.name).await? };
+        let preferred: Vec<ImageRecord> = records.iter().filter(|r| spec.mode == Mode::Local || self.prefer.prefers(r)).cloned().collect();
+        let wanted = |record: &ImageRecord| Some(record.built().map_or(Stored::Wanted, Stored::Built));
+        if let Some(found) = self.serving(&preferred, platform, wanted).await? {
+            tracing::debug!(image = %spec.name, digest = %found.main.digest, "taken from containerd's image store");
+            return Ok(found);
+        }
+        let reference = spec.name.reference();
+        if spec.mode == Mode::Default && !records.is_empty() {
+            match self.remote.resolve_soon(&reference).await {
+                Ok(main) => return documents.image(main, platform, true).await,
+                Err(error) => {
+                    if let Some(found) = self.serving(&records, platform, |_| Some(Stored::Fallback)).await? {
+                        tracing::warn!(image = %spec.name, digest = %found.main.digest, %error, "taken from containerd's image store");
+                        self.cx.reporter.log(LogStream::Stderr, format!("using the local image: {error}\n").into());
+                        return Ok(found);
+                    }
+                }
+            }
+        }
+        let main = self.remote.resolve(&reference).await?;
+        documents.image(main, platform, true).await
+    }
+
+    /// What containerd's image store has under the name.
+    async fn records(&self, name: &ImageName) -> Result<Vec<ImageRecord>> {
+        let mut records = Vec::new();
+        for candidate in names(name) {
+            match self.storage.images.get(&candidate).await {
+                Ok(record) if name.digest().is_none_or(|d| d == record.target.digest) => records.push(record),
+                Ok(_) => {}
+                Err(e) if e.is_not_found() => {}
+                Err(e) => return Err(e).context(|| format!("look for image {candidate} in containerd")),
+            }
+        }
+        Ok(records)
+    }
+
+    /// The first of `records` of which containerd has all, but perhaps the layers, for this platform.
+    async fn serving(
+        &self,
+        records: &[ImageRecord],
+        platform: &Platform,
+        stored: impl Fn(&ImageRecord) -> Option<Stored>,
+    ) -> Result<Option<Resolved>> {
+        let documents = Documents { storage: self.storage, remote: None };
+        for record in records {
+            match documents.image(record.target.clone(), platform, false).await {
+                Ok(found) => return Ok(Some(Resolved { stored: stored(record), ..found })),
+                // Another platform's, or a pull of it was cut short: the registry may have the right one.
+                Err(e) if e.is_not_found() => tracing::debug!(image = %record.name, reason = %e, "the local image does not serve"),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(None)
+    }
 }
 
-/// The image as containerd knows it, if it has all of it but perhaps the layers, for this platform.
-async fn local(storage: &Storage, name: &ImageName, platform: &Platform) -> Result<Option<Resolved>> {
-    let documents = Documents { storage, remote: None };
-    for candidate in names(name) {
-        let record = match storage.images.get(&candidate).await {
-            Ok(record) => record,
-            Err(e) if e.is_not_found() => continue,
-            Err(e) => return Err(e).context(|| format!("look for image {candidate} in containerd")),
-        };
-        if name.digest().is_some_and(|d| d != record.target.digest) {
-            continue;
-        }
-        match documents.image(record.target, platform, false).await {
-            Ok(found) => return Ok(Some(found)),
-            // Another platform's, or a pull of it was cut short: the registry may have the right one.
-            Err(e) if e.is_not_found() => tracing::debug!(image = %candidate, reason = %e, "the local image does not serve"),
-            Err(e) => return Err(e),
-        }
+impl Told {
+    pub(crate) fn stored(&self, digest: Digest) -> Option<Stored> {
+        self.stored.filter(|_| self.main.digest == digest)
     }
-    Ok(None)
+}
+
+/// What a person is told of an image of the store.
+pub(crate) fn told(stored: Stored, now: SystemTime) -> String {
+    match stored {
+        Stored::Built(time) => format!("local image, built {}", ago(now.duration_since(time).unwrap_or_default())),
+        Stored::Wanted => "local image".to_owned(),
+        Stored::Fallback => "local image: the registry could not be asked".to_owned(),
+    }
+}
+
+/// A time in the past in one unit.
+fn ago(past: Duration) -> String {
+    let seconds = past.as_secs();
+    let (number, unit) = match seconds {
+        0..60 => (seconds, "second"),
+        60..3600 => (seconds / 60, "minute"),
+        3600..86_400 => (seconds / 3600, "hour"),
+        _ => (seconds / 86_400, "day"),
+    };
+    format!("{number} {unit}{} ago", if number == 1 { "" } else { "s" })
 }
 
 /// Names under which containerd may know the image.
@@ -136,7 +242,7 @@ impl Documents<'_> {
                 continue;
             }
             check(&manifest, &parsed, &descriptor)?;
-            return Ok(Resolved { main, manifest, config, parsed });
+            return Ok(Resolved { main, manifest, config, parsed, stored: None });
         }
         Err(Fault::not_found(format!("no match for platform {platform} in manifest {}: not found", main.digest))
             .hint(format!("the image offers {}", if offered.is_empty() { "no platform" } else { &offered })))

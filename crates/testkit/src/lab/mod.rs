@@ -230,6 +230,13 @@ impl Lab {
         self.registry = Some((port, process));
     }
 
+    /// Ends the registry; what was pushed to it is there when one is started again, on another port.
+    pub fn kill_registry(&mut self) {
+        if let Some((_, mut process)) = self.registry.take() {
+            process.kill();
+        }
+    }
+
     /// A manifest or blob as the registry gives it: status and body.
     pub fn registry_get(&self, path: &str) -> (u16, Vec<u8>) {
         image::get(&self.registry(), path)
