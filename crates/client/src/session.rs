@@ -7,6 +7,7 @@ mod docker;
 mod files;
 mod health;
 mod secrets;
+mod seeds;
 mod ssh;
 pub(crate) mod store;
 mod targets;
@@ -87,7 +88,7 @@ impl Services {
         }
         if let Some(docker) = self.docker {
             routes.add_service(auth::service(docker));
-            methods.push("/moby.filesync.v1.Auth/Credentials");
+            methods.extend(auth::METHODS);
         }
         if !self.secrets.is_empty() {
             routes.add_service(self.secrets.service());

@@ -106,7 +106,8 @@ impl Fake {
         let mut auth = AuthClient::new(channel.clone());
         let login = auth.credentials(CredentialsRequest { host: "r.example".into() }).await.map_err(|s| fault_of(&s))?.into_inner();
         assert_eq!((login.username.as_str(), login.secret.as_str()), ("user", "pass"));
-        assert_eq!(auth.fetch_token(FetchTokenRequest::default()).await.expect_err("not served").code(), tonic::Code::Unimplemented);
+        let refused = auth.fetch_token(FetchTokenRequest::default()).await.expect_err("no token server");
+        assert!(refused.message().contains("wrong token server"), "{refused}");
 
         let (sink, stream) = frames::<BytesMessage>();
         let mut call = Request::new(stream);

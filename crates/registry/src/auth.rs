@@ -3,7 +3,7 @@
 //! Secrets and tokens live in header values marked sensitive and in types whose `Debug` hides them; no message names one.
 
 use crate::{
-    CredentialSource, Credentials, Token,
+    CredentialSource, Credentials, Given, Token,
     challenge::{self, Challenge},
     error::Kind,
     hosts::{Endpoint, Scheme, is_loopback},
@@ -17,7 +17,7 @@ use serde::Deserialize;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt::{self, Write},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 use tokio::time::Instant;
@@ -26,6 +26,8 @@ use tokio::time::Instant;
 const MAX_TOKEN_ANSWER: u64 = 1 << 20;
 /// Life of a token whose issuer does not say (distribution's token specification).
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
+/// Most identities whose tokens are kept.
+const MAX_IDENTITIES: usize = 128;
 /// Most tokens and challenges that are remembered for one identity.
 const MAX_REMEMBERED: usize = 4096;
 
@@ -63,8 +65,49 @@ impl Scopes {
 pub(crate) struct AuthStore {
     /// By host and repository.
     challenges: Mutex<HashMap<String, Challenge>>,
-    /// By realm, service and scopes; the inner lock makes concurrent requests wait for one fetch.
-    tokens: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Option<Cached>>>>>,
+    /// By realm, service, host and scopes.
+    tokens: Mutex<HashMap<String, Cached>>,
+    /// By the same: concurrent requests wait for one fetch.
+    turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+/// What is known, by identity.
+#[derive(Default)]
+pub(crate) struct AuthStores(Mutex<Vec<(String, Arc<AuthStore>)>>);
+
+impl AuthStores {
+    pub(crate) fn of(&self, identity: Option<String>) -> Arc<AuthStore> {
+        let Some(identity) = identity else { return Arc::default() };
+        let mut stores = locked(&self.0);
+        let at = stores.iter().position(|(name, _)| *name == identity);
+        let entry = match at {
+            Some(at) => stores.remove(at),
+            None => (identity, Arc::default()),
+        };
+        if stores.len() >= MAX_IDENTITIES {
+            stores.remove(0);
+        }
+        let store = entry.1.clone();
+        stores.push(entry);
+        store
+    }
+}
+
+impl AuthStore {
+    /// The token under `key`, if it is still good.
+    fn token(&self, key: &str) -> Option<Sent> {
+        locked(&self.tokens).get(key).filter(|cached| cached.renew_at > Instant::now()).map(|cached| cached.sent.clone())
+    }
+
+    fn turn(&self, key: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = locked(&self.turns);
+        if let Some(turn) = turns.get(key) {
+            return turn.clone();
+        }
+        let turn = Arc::default();
+        remember(&mut turns, key.to_owned(), Arc::clone(&turn));
+        turn
+    }
 }
 
 #[derive(Clone)]
@@ -78,7 +121,8 @@ struct Cached {
 pub(crate) struct Sent {
     pub header: HeaderValue,
     pub with_credentials: bool,
-    token_key: Option<String>,
+    /// Where the token is kept, and under which key.
+    kept: Option<(Weak<AuthStore>, String)>,
 }
 
 impl fmt::Debug for Sent {
@@ -96,6 +140,7 @@ pub(crate) enum Verdict {
 }
 
 pub(crate) struct Authorizer {
+    pub stores: Arc<AuthStores>,
     pub store: Arc<AuthStore>,
     pub credentials: Arc<dyn CredentialSource>,
 }
@@ -151,8 +196,10 @@ impl Authorizer {
             Challenge::Basic => String::new(),
         };
         let previous = locked(&self.store.challenges).get(&key).cloned();
-        if let Some(token_key) = sent.and_then(|s| s.token_key.as_ref()) {
-            locked(&self.store.tokens).remove(token_key);
+        if let Some((store, token_key)) = sent.and_then(|s| s.kept.as_ref())
+            && let Some(store) = store.upgrade()
+        {
+            locked(&store.tokens).remove(token_key);
         }
         // A fresh token or password that is refused, with nothing new in the challenge, will be refused again.
         let same = previous.as_ref() == Some(&challenge);
@@ -174,40 +221,32 @@ impl Authorizer {
 
     async fn basic(&self, endpoint: &Endpoint) -> Result<Option<Sent>, Kind> {
         let found = self.credentials.credentials(&endpoint.authority).await.map_err(Kind::Local)?;
-        Ok(found.filter(|c| !c.username.is_empty() && !c.secret.is_empty()).and_then(|c| {
+        Ok(found.map(|given| given.what).filter(|c| !c.username.is_empty() && !c.secret.is_empty()).and_then(|c| {
             let header = basic_header(&c)?;
-            Some(Sent { header, with_credentials: true, token_key: None })
+            Some(Sent { header, with_credentials: true, kept: None })
         }))
     }
 
     async fn bearer(&self, client: &Client, endpoint: &Endpoint, realm: &str, service: &str, scopes: &Scopes) -> Result<Sent, Kind> {
         let key = format!("{realm} {service} {} {}", endpoint.authority, scopes.list().join(" "));
-        let slot = {
-            let mut tokens = locked(&self.store.tokens);
-            match tokens.get(&key) {
-                Some(slot) => slot.clone(),
-                None => {
-                    let slot = Arc::default();
-                    remember(&mut tokens, key.clone(), Arc::clone(&slot));
-                    slot
-                }
-            }
-        };
-        let mut slot = slot.lock().await;
-        if let Some(cached) = &*slot
-            && cached.renew_at > Instant::now()
-        {
-            return Ok(cached.sent.clone());
+        let owners = self.credentials.owners(&endpoint.authority).await.map_err(Kind::Local)?;
+        let mut stores: Vec<Arc<AuthStore>> = owners.into_iter().map(|owner| self.stores.of(Some(owner))).collect();
+        stores.push(self.store.clone());
+        let turn = stores[0].turn(&key);
+        let _turn = turn.lock().await;
+        if let Some(sent) = stores.iter().find_map(|store| store.token(&key)) {
+            return Ok(sent);
         }
-        let (token, with_credentials) = self.token(client, endpoint, realm, service, &scopes.list()).await?;
+        let (Given { what: token, owner }, with_credentials) = self.token(client, endpoint, realm, service, &scopes.list()).await?;
+        let store = owner.map_or_else(|| self.store.clone(), |owner| self.stores.of(Some(owner)));
         let life = token.expires_in.unwrap_or(DEFAULT_LIFE);
         let mut header = HeaderValue::try_from(format!("Bearer {}", token.token))
             .map_err(|_| Kind::Auth { why: "the token has characters that headers cannot have".into(), status: None })?;
         header.set_sensitive(true);
-        let sent = Sent { header, with_credentials, token_key: Some(key) };
+        let sent = Sent { header, with_credentials, kept: Some((Arc::downgrade(&store), key.clone())) };
         // Renewed a little early, so that a request that starts now does not arrive with a dead token.
         let renew_at = Instant::now() + life.saturating_sub((life / 4).min(Duration::from_secs(30)));
-        *slot = Some(Cached { sent: sent.clone(), renew_at });
+        remember(&mut locked(&store.tokens), key, Cached { sent: sent.clone(), renew_at });
         Ok(sent)
     }
 
@@ -218,32 +257,31 @@ impl Authorizer {
         realm: &str,
         service: &str,
         scopes: &[String],
-    ) -> Result<(Token, bool), Kind> {
-        let uri: Uri = realm.parse().map_err(|_| Kind::Protocol(format!("the registry names a wrong token server {:?}", cut(realm))))?;
-        if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.authority().is_none() {
-            return Err(Kind::Protocol(format!("the registry names a wrong token server {:?}", cut(realm))));
-        }
+    ) -> Result<(Given<Token>, bool), Kind> {
+        let uri = token_server(realm)?;
         let host = &endpoint.authority;
         if let Some(token) = self.credentials.fetch_token(realm, service, scopes, host).await.map_err(Kind::Local)? {
             return Ok((token, false));
         }
-        let credentials = self.credentials.credentials(host).await.map_err(Kind::Local)?.filter(|c| !c.secret.is_empty());
-        let asker = Asker { client, uri: &uri, service, scopes };
-        let Some(credentials) = credentials else {
-            return Ok((asker.get(None, "failed to fetch anonymous token").await?, false));
+        let credentials = self.credentials.credentials(host).await.map_err(Kind::Local)?.filter(|c| !c.what.secret.is_empty());
+        let asker = Asker { client, uri: &uri, client_id: "shipway", service, scopes };
+        let Some(Given { what: credentials, owner }) = credentials else {
+            return Ok((Given::alone(asker.get(None, "failed to fetch anonymous token").await?), false));
         };
         let plain = uri.scheme_str() == Some("http") && !is_loopback(uri.host().unwrap_or_default());
         if plain && endpoint.scheme == Scheme::Https {
             return Err(Kind::Auth { why: format!("refusing to send credentials to {} over plain HTTP", host_of(&uri)), status: None });
         }
-        match asker.post(&credentials).await {
-            // Token servers without OAuth2 answer with one of these (GCR 404, Artifactory 401, ACR 400, others 405).
-            Err(Kind::Auth { status: Some(400 | 401 | 404 | 405), .. }) if !credentials.is_identity_token() => {
-                Ok((asker.get(Some(&credentials), "failed to fetch oauth token").await?, true))
-            }
-            other => Ok((other?, true)),
-        }
+        Ok((Given { what: asker.with(&credentials).await?, owner }, true))
     }
+}
+
+/// The address of a token server.
+pub(crate) fn token_server(realm: &str) -> Result<Uri, Kind> {
+    let wrong = || Kind::Protocol(format!("the registry names a wrong token server {:?}", cut(realm)));
+    let uri: Uri = realm.parse().map_err(|_| wrong())?;
+    let good = matches!(uri.scheme_str(), Some("http" | "https")) && uri.authority().is_some();
+    if good { Ok(uri) } else { Err(wrong()) }
 }
 
 fn basic_header(c: &Credentials) -> Option<HeaderValue> {
@@ -257,11 +295,13 @@ fn cut(text: &str) -> String {
 }
 
 /// One question to a token server.
-struct Asker<'a> {
-    client: &'a Client,
-    uri: &'a Uri,
-    service: &'a str,
-    scopes: &'a [String],
+pub(crate) struct Asker<'a> {
+    pub client: &'a Client,
+    pub uri: &'a Uri,
+    /// How we call ourselves.
+    pub client_id: &'a str,
+    pub service: &'a str,
+    pub scopes: &'a [String],
 }
 
 #[derive(Deserialize)]
@@ -279,8 +319,19 @@ fn encode(text: &str) -> impl fmt::Display + '_ {
 }
 
 impl Asker<'_> {
+    /// Trades credentials for a token.
+    pub(crate) async fn with(&self, credentials: &Credentials) -> Result<Token, Kind> {
+        match self.post(credentials).await {
+            // Token servers without OAuth2 answer with one of these (GCR 404, Artifactory 401, ACR 400, others 405).
+            Err(Kind::Auth { status: Some(400 | 401 | 404 | 405), .. }) if !credentials.is_identity_token() => {
+                self.get(Some(credentials), "failed to fetch oauth token").await
+            }
+            other => other,
+        }
+    }
+
     /// Distribution's own way: GET with the scopes in the query.
-    async fn get(&self, credentials: Option<&Credentials>, what: &str) -> Result<Token, Kind> {
+    pub(crate) async fn get(&self, credentials: Option<&Credentials>, what: &str) -> Result<Token, Kind> {
         let mut query = String::new();
         if !self.service.is_empty() {
             let _ = write!(query, "service={}&", encode(self.service));
@@ -303,7 +354,7 @@ impl Asker<'_> {
 
     /// OAuth2's way: POST with a form.
     async fn post(&self, credentials: &Credentials) -> Result<Token, Kind> {
-        let mut form = format!("client_id=shipway&service={}&scope={}", encode(self.service), encode(&self.scopes.join(" ")));
+        let mut form = format!("client_id={}&service={}&scope={}", self.client_id, encode(self.service), encode(&self.scopes.join(" ")));
         let _ = match credentials.is_identity_token() {
             true => write!(form, "&grant_type=refresh_token&refresh_token={}", encode(&credentials.secret)),
             false => {

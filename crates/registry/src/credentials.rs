@@ -41,6 +41,22 @@ impl fmt::Debug for Token {
     }
 }
 
+/// What a source of credentials gave, and whose that is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Given<T> {
+    /// What it gave.
+    pub what: T,
+    /// Whose it is, as in [`CredentialSource::owners`]; nobody's in particular if the source has one owner alone.
+    pub owner: Option<String>,
+}
+
+impl<T> Given<T> {
+    /// What the one owner of a source gave.
+    pub fn alone(what: T) -> Self {
+        Self { what, owner: None }
+    }
+}
+
 /// Where a request's credentials come from (rows `cb.auth.*`).
 ///
 /// `host` is the host that will be asked: `registry-1.docker.io` for Docker Hub, as clients expect. A source that cannot
@@ -48,16 +64,23 @@ impl fmt::Debug for Token {
 #[async_trait]
 pub trait CredentialSource: Send + Sync + 'static {
     /// User name and secret for `host`.
-    async fn credentials(&self, host: &str) -> Result<Option<Credentials>, Fault>;
+    async fn credentials(&self, host: &str) -> Result<Option<Given<Credentials>>, Fault>;
 
     /// A token that somebody else (the client's machine) fetches from `realm`, so that the secret need not come here.
-    async fn fetch_token(&self, realm: &str, service: &str, scopes: &[String], host: &str) -> Result<Option<Token>, Fault> {
+    async fn fetch_token(&self, realm: &str, service: &str, scopes: &[String], host: &str) -> Result<Option<Given<Token>>, Fault> {
         let _ = (realm, service, scopes, host);
         Ok(None)
     }
 
-    /// Names whose credentials these are: tokens are shared among sources that give the same name (for example a session's
-    /// id), and with nobody when there is none.
+    /// Whose tokens for `host` the source may use, besides those of its own identity: several people may stand behind one source, and a token is for
+    /// who brought it. Names are shared among sources; whoever gives one must be sure of it.
+    async fn owners(&self, host: &str) -> Result<Vec<String>, Fault> {
+        let _ = host;
+        Ok(Vec::new())
+    }
+
+    /// Names whose credentials these are: challenges, and tokens of nobody in particular, are shared among sources that give the same name (for example
+    /// a session's id), and with nobody when there is none.
     fn identity(&self) -> Option<String> {
         None
     }
@@ -69,7 +92,7 @@ pub struct Anonymous;
 
 #[async_trait]
 impl CredentialSource for Anonymous {
-    async fn credentials(&self, _host: &str) -> Result<Option<Credentials>, Fault> {
+    async fn credentials(&self, _host: &str) -> Result<Option<Given<Credentials>>, Fault> {
         Ok(None)
     }
 

@@ -30,7 +30,7 @@ pub mod transport;
 
 pub use blob::BlobReader;
 pub use config::{HostConfig, KeyPair, RegistryConfig, Timing};
-pub use credentials::{Anonymous, CredentialSource, Credentials, Token};
+pub use credentials::{Anonymous, CredentialSource, Credentials, Given, Token};
 pub use error::{Error, Kind};
 pub use push::{BodyStream, Pushed};
 pub use repository::{Mode, Registry, Repository};

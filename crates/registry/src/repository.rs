@@ -1,8 +1,8 @@
 //! The client and its repositories: who is asked, names resolved, manifests fetched.
 
 use crate::{
-    CredentialSource, Error, RegistryConfig,
-    auth::{AuthStore, Authorizer},
+    CredentialSource, Credentials, Error, RegistryConfig, Token,
+    auth::{Asker, AuthStores, Authorizer, token_server},
     error::Kind,
     hosts::{self, Endpoint, Scheme},
     limit::Limits,
@@ -26,8 +26,6 @@ const MAX_MANIFEST: u64 = 4 << 20;
 /// Most bytes of one page of tags, and most pages.
 const MAX_TAG_PAGE: u64 = 4 << 20;
 const MAX_TAG_PAGES: usize = 100;
-/// Most identities whose tokens are kept.
-const MAX_IDENTITIES: usize = 128;
 
 /// Media types that resolving accepts, and anything else rather than nothing.
 const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
@@ -50,7 +48,7 @@ pub(crate) struct Shared {
     pub config: RegistryConfig,
     pub limits: Limits,
     clients: Mutex<HashMap<(TlsSettings, Option<std::time::Duration>), Client>>,
-    stores: Mutex<Vec<(String, Arc<AuthStore>)>>,
+    stores: Arc<AuthStores>,
     /// Hosts found to speak plain HTTP.
     plain: Mutex<HashSet<String>>,
 }
@@ -92,20 +90,8 @@ impl Shared {
         allowed
     }
 
-    fn store(&self, identity: Option<String>) -> Arc<AuthStore> {
-        let Some(identity) = identity else { return Arc::default() };
-        let mut stores = locked(&self.stores);
-        let at = stores.iter().position(|(name, _)| *name == identity);
-        let entry = match at {
-            Some(at) => stores.remove(at),
-            None => (identity, Arc::default()),
-        };
-        if stores.len() >= MAX_IDENTITIES {
-            stores.remove(0);
-        }
-        let store = entry.1.clone();
-        stores.push(entry);
-        store
+    fn authorizer(&self, credentials: Arc<dyn CredentialSource>) -> Authorizer {
+        Authorizer { stores: self.stores.clone(), store: self.stores.of(credentials.identity()), credentials }
     }
 }
 
@@ -113,14 +99,41 @@ impl Registry {
     /// A client with `config`. Nothing is read or dialled yet.
     pub fn new(config: RegistryConfig) -> Self {
         let limits = Limits::new(config.max_concurrency);
-        Self(Arc::new(Shared { config, limits, clients: Mutex::default(), stores: Mutex::default(), plain: Mutex::default() }))
+        Self(Arc::new(Shared { config, limits, clients: Mutex::default(), stores: Arc::default(), plain: Mutex::default() }))
     }
 
     /// The repository of `name` as seen with `credentials`.
     pub fn repository(&self, name: &ImageName, credentials: Arc<dyn CredentialSource>, mode: Mode) -> Repository {
-        let auth = Authorizer { store: self.0.store(credentials.identity()), credentials };
+        let auth = self.0.authorizer(credentials);
         let view = View { shared: self.0.clone(), name: name.clone(), mode, insecure: false, auth, endpoints: OnceCell::new() };
         Repository(Arc::new(view))
+    }
+
+    /// Asks the token server `realm` for a token for the registry `host`, anonymously without credentials. This is for those who fetch tokens for others;
+    /// requests to repositories fetch their own.
+    ///
+    /// Who is asked for a token does not know the registry: credentials go to a server without TLS only if that is on this machine, or the registry itself.
+    pub async fn fetch_token(
+        &self,
+        client_id: &str,
+        host: &str,
+        realm: &str,
+        (service, scopes): (&str, &[String]),
+        credentials: Option<&Credentials>,
+    ) -> Result<Token, shipway_fault::Fault> {
+        let failed = |kind| Error::new("", host, "fetch a token", kind);
+        let uri = token_server(realm).map_err(failed)?;
+        let client = self.0.client(&Endpoint::origin(host)).await.map_err(failed)?;
+        let asker = Asker { client: &client, uri: &uri, client_id, service, scopes };
+        let Some(credentials) = credentials else {
+            return asker.get(None, "failed to fetch anonymous token").await.map_err(|kind| failed(kind).into());
+        };
+        let server = uri.authority().map_or("", |a| a.as_str());
+        if uri.scheme_str() == Some("http") && server != host && !hosts::is_loopback(uri.host().unwrap_or_default()) {
+            let why = format!("refusing to send credentials to {server} over plain HTTP");
+            return Err(failed(Kind::Auth { why, status: None }).into());
+        }
+        asker.with(credentials).await.map_err(|kind| failed(kind).into())
     }
 
     /// A client for other HTTP than registries', sharing this one's pool and timing.
@@ -159,14 +172,15 @@ impl Repository {
     /// The same repository with certificates unverified and plain HTTP allowed (row `ex.img.insecure`).
     #[must_use]
     pub fn insecure(&self) -> Self {
-        let auth = Authorizer { store: self.0.auth.store.clone(), credentials: self.0.auth.credentials.clone() };
+        let Authorizer { stores, store, credentials } = &self.0.auth;
+        let auth = Authorizer { stores: stores.clone(), store: store.clone(), credentials: credentials.clone() };
         self.view(true, auth, OnceCell::new())
     }
 
     /// The same repository as seen with other `credentials`.
     #[must_use]
     pub fn with_credentials(&self, credentials: Arc<dyn CredentialSource>) -> Self {
-        let auth = Authorizer { store: self.0.shared.store(credentials.identity()), credentials };
+        let auth = self.0.shared.authorizer(credentials);
         self.view(self.0.insecure, auth, self.0.endpoints.clone())
     }
 

@@ -10,7 +10,7 @@ use fake::{Fake, Reply, ok, registry, status};
 use futures::{FutureExt, StreamExt, stream};
 use shipway_fault::{Class, Code, Fault};
 use shipway_oci::{Descriptor, Digest, ImageName, media};
-use shipway_registry::{Anonymous, CredentialSource, Credentials, HostConfig, Mode, Pushed, RegistryConfig, Repository};
+use shipway_registry::{Anonymous, CredentialSource, Credentials, Given, HostConfig, Mode, Pushed, RegistryConfig, Repository};
 use std::{
     collections::HashMap,
     sync::{
@@ -52,8 +52,8 @@ struct Login;
 
 #[async_trait]
 impl CredentialSource for Login {
-    async fn credentials(&self, _: &str) -> Result<Option<Credentials>, Fault> {
-        Ok(Some(Credentials { username: "me".into(), secret: "s3cret".into() }))
+    async fn credentials(&self, _: &str) -> Result<Option<Given<Credentials>>, Fault> {
+        Ok(Some(Given::alone(Credentials { username: "me".into(), secret: "s3cret".into() })))
     }
 }
 

@@ -1,7 +1,11 @@
 //! Registry credentials from the client (rows `cb.auth.*`).
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::OnceLock, time::Duration};
 
+use ring::{
+    rand::{SecureRandom, SystemRandom},
+    signature::{ED25519, UnparsedPublicKey},
+};
 use shipway_fault::{Code, Fault, Result};
 use shipway_proto::moby::filesync::v1::{
     CredentialsRequest, FetchTokenRequest, GetTokenAuthorityRequest, VerifyTokenAuthorityRequest, auth_client::AuthClient,
@@ -62,6 +66,27 @@ impl fmt::Debug for Token {
     }
 }
 
+/// Length of the signature before what is signed, as NaCl has it.
+const SIGNATURE: usize = 64;
+
+fn random() -> Result<[u8; 32]> {
+    let mut bytes = [0; 32];
+    SystemRandom::new().fill(&mut bytes).map_err(|_| Fault::internal("the machine gives no random numbers"))?;
+    Ok(bytes)
+}
+
+/// Goes into the keys that clients make for us, so that they are of no use to another daemon or after a restart.
+fn salt() -> Result<[u8; 32]> {
+    static SALT: OnceLock<[u8; 32]> = OnceLock::new();
+    match SALT.get() {
+        Some(salt) => Ok(*salt),
+        None => Ok(*SALT.get_or_init({
+            let made = random()?;
+            move || made
+        })),
+    }
+}
+
 impl Session {
     /// The client's credentials for `host`, if it has any.
     pub async fn credentials(&self, host: &str) -> Result<Option<Credentials>> {
@@ -82,6 +107,22 @@ impl Session {
         let call = client.fetch_token(FetchTokenRequest { client_id, host, realm, service, scopes });
         let answer = optional(LIMIT, &what, &[Code::Unimplemented, Code::Unavailable], call).await?;
         Ok(answer.map(|a| Token { token: a.token, expires_in: a.expires_in, issued_at: a.issued_at }))
+    }
+
+    /// The public key that stands for the client's credentials for `host`, after the client has proved to have its other half; `None` if it does not do
+    /// that. Clients of equal credentials have equal keys as long as we live, and may share tokens.
+    pub async fn proven_authority(&self, host: &str) -> Result<Option<[u8; 32]>> {
+        let salt = salt()?;
+        let Some(key) = self.token_authority(host, &salt).await? else { return Ok(None) };
+        let payload = random()?;
+        let signed = self.verify_token_authority(host, &salt, &payload).await?.unwrap_or_default();
+        let proven = signed
+            .split_at_checked(SIGNATURE)
+            .is_some_and(|(signature, said)| said == payload && UnparsedPublicKey::new(&ED25519, key).verify(&payload, signature).is_ok());
+        if !proven {
+            tracing::warn!(session = self.id().as_str(), host, "the client does not prove its token authority");
+        }
+        Ok(proven.then_some(key))
     }
 
     /// The public key by which the client proves, with [`Session::verify_token_authority`], that it holds credentials for `host`;

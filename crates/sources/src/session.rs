@@ -5,9 +5,11 @@ use async_trait::async_trait;
 use futures::StreamExt as _;
 use shipway_fault::{Code, Fault, Result};
 use shipway_filesync::{FileSyncRequest, PacketStream};
-use shipway_registry::{CredentialSource, Credentials, Token};
+use shipway_oci::Digest;
+use shipway_registry::{CredentialSource, Credentials, Given, Token};
 use shipway_session::{ClientStore, Session, SessionGroup, SessionId, TokenRequest, Upload};
 use std::{
+    collections::HashMap,
     future::Future,
     path::{Path, PathBuf},
     sync::Arc,
@@ -16,13 +18,47 @@ use std::{
 
 /// Credentials for registries out of a build's sessions (rows `cb.auth.*`): a token fetched by the client if it does that,
 /// else its user name and secret, else nothing.
-pub struct SessionCredentials(SessionGroup);
+///
+/// A token belongs to the session that brought it, and to others that prove to hold the same key for the registry: those of one client, whose builds
+/// need no token each. A session that proves nothing shares with nobody.
+pub struct SessionCredentials {
+    sessions: SessionGroup,
+    /// Who fetches tokens for a host, and under which name they are kept.
+    owners: tokio::sync::Mutex<HashMap<(SessionId, String), Owner>>,
+}
+
+/// Under which name a session's tokens are kept.
+#[derive(Clone)]
+struct Owner {
+    name: String,
+    /// Whether the session fetches tokens itself.
+    fetches: bool,
+}
 
 impl SessionCredentials {
     /// The credentials of `sessions`.
     pub fn new(sessions: SessionGroup) -> Self {
-        Self(sessions)
+        Self { sessions, owners: Default::default() }
     }
+
+    async fn owner(&self, session: &Session, host: &str) -> Result<Owner> {
+        let mut owners = self.owners.lock().await;
+        let key = (session.id().clone(), host.to_owned());
+        if let Some(owner) = owners.get(&key) {
+            return Ok(owner.clone());
+        }
+        let owner = match session.proven_authority(host).await? {
+            Some(key) => Owner { name: format!("token authority {}", Digest::of(key).hex()), fetches: true },
+            None => Owner { name: own_name(session), fetches: false },
+        };
+        owners.insert(key, owner.clone());
+        Ok(owner)
+    }
+}
+
+/// The name for what a session shares with nobody.
+fn own_name(session: &Session) -> String {
+    format!("session {}", session.id().as_str())
 }
 
 /// The first answer that any attached session of the group has. A session that has gone has no answer; one that fails is
@@ -45,12 +81,16 @@ where
 
 #[async_trait]
 impl CredentialSource for SessionCredentials {
-    async fn credentials(&self, host: &str) -> Result<Option<Credentials>> {
-        let found = first(&self.0, async |s: Session| s.credentials(host).await).await?;
-        Ok(found.map(|c| Credentials { username: c.username, secret: c.secret }))
+    async fn credentials(&self, host: &str) -> Result<Option<Given<Credentials>>> {
+        first(&self.sessions, async |s: Session| {
+            let found = s.credentials(host).await?;
+            let given = |c: shipway_session::Credentials| Credentials { username: c.username, secret: c.secret };
+            Ok(found.map(|c| Given { what: given(c), owner: Some(own_name(&s)) }))
+        })
+        .await
     }
 
-    async fn fetch_token(&self, realm: &str, service: &str, scopes: &[String], host: &str) -> Result<Option<Token>> {
+    async fn fetch_token(&self, realm: &str, service: &str, scopes: &[String], host: &str) -> Result<Option<Given<Token>>> {
         let request = TokenRequest {
             client_id: "shipwayd".into(),
             host: host.into(),
@@ -58,16 +98,34 @@ impl CredentialSource for SessionCredentials {
             service: service.into(),
             scopes: scopes.to_vec(),
         };
-        let found = first(&self.0, |s: Session| {
+        first(&self.sessions, |s: Session| {
             let request = request.clone();
-            async move { s.fetch_token(request).await }
-        });
-        Ok(found.await?.filter(|t| !t.token.is_empty()).map(|t| Token { expires_in: remaining(t.expires_in, t.issued_at), token: t.token }))
+            async move {
+                let owner = self.owner(&s, host).await?;
+                // A client that has no authority to prove wants us to fetch.
+                let found = if owner.fetches { s.fetch_token(request).await? } else { None };
+                let token = found.filter(|t| !t.token.is_empty());
+                let token = token.map(|t| Token { expires_in: remaining(t.expires_in, t.issued_at), token: t.token });
+                Ok(token.map(|what| Given { what, owner: Some(owner.name) }))
+            }
+        })
+        .await
     }
 
-    /// Tokens are shared within a session and never between sessions, whose credentials may differ.
+    async fn owners(&self, host: &str) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for session in self.sessions.ids().iter().filter_map(|id| self.sessions.hub().try_get(id)) {
+            match self.owner(&session, host).await {
+                Ok(owner) => names.push(owner.name),
+                Err(_) if session.is_closed() => {}
+                Err(error) => tracing::debug!(host, %error, "a session does not say whose tokens it may use"),
+            }
+        }
+        Ok(names)
+    }
+
     fn identity(&self) -> Option<String> {
-        self.0.ids().first().map(|id| format!("session {}", id.as_str()))
+        self.sessions.ids().first().map(|id| format!("session {}", id.as_str()))
     }
 }
 
@@ -131,7 +189,7 @@ const AGENT: &str = "agent.sock";
 #[async_trait]
 impl Peers for SessionGroup {
     fn credentials(&self) -> Arc<dyn CredentialSource> {
-        Arc::new(SessionCredentials(self.clone()))
+        Arc::new(SessionCredentials::new(self.clone()))
     }
 
     async fn secret(&self, id: &str) -> Result<Option<Vec<u8>>> {

@@ -2,7 +2,7 @@
 
 use crate::http;
 use std::{
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{TcpListener, TcpStream},
     sync::{
         Arc, Mutex,
@@ -24,6 +24,13 @@ pub enum RegistryFault {
     Corrupt,
     /// Refused without the `Authorization` that is right at the moment.
     Login(Arc<Mutex<String>>),
+    /// Refused without a bearer token. `/token` gives one for this `user:password` alone, and notes who asked for it.
+    Tokens {
+        /// Whom to give a token.
+        login: &'static str,
+        /// How those who asked called themselves.
+        asked: Arc<Mutex<Vec<String>>>,
+    },
 }
 
 /// A running one; ends when dropped.
@@ -74,13 +81,16 @@ fn pause(ended: &AtomicBool) -> std::io::Result<()> {
 }
 
 fn serve(mut stream: TcpStream, upstream: &str, path: &str, fault: &RegistryFault, ended: &AtomicBool) -> std::io::Result<()> {
-    let mut lines = BufReader::new(stream.try_clone()?).lines().map_while(Result::ok);
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut lines = reader.by_ref().lines().map_while(Result::ok);
     let first = lines.next().unwrap_or_default();
-    let mut headers: Vec<(String, String)> = lines
+    let all: Vec<(String, String)> = lines
         .take_while(|l| !l.is_empty())
         .filter_map(|l| l.split_once(':').map(|(n, v)| (n.trim().to_owned(), v.trim().to_owned())))
-        .filter(|(n, _)| ["accept", "range", "authorization"].contains(&n.to_lowercase().as_str()))
         .collect();
+    let header = |name: &str| all.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map_or("", |(_, v)| v.as_str());
+    let passed = all.iter().filter(|(n, _)| ["accept", "range", "authorization"].contains(&n.to_lowercase().as_str()));
+    let mut headers: Vec<(String, String)> = passed.cloned().collect();
     let mut words = first.split_whitespace();
     let (method, target) = (words.next().unwrap_or("GET"), words.next().unwrap_or("/"));
     let meant = target.contains(path);
@@ -94,6 +104,20 @@ fn serve(mut stream: TcpStream, upstream: &str, path: &str, fault: &RegistryFaul
         },
         RegistryFault::Login(right) if meant && authorization.as_ref() != Some(&right.lock().unwrap()) => {
             let challenge = "WWW-Authenticate: Basic realm=\"lab\"";
+            return write!(stream, "HTTP/1.1 401 Fault\r\nConnection: close\r\n{challenge}\r\nContent-Length: 0\r\n\r\n");
+        }
+        RegistryFault::Tokens { login, asked } if target.starts_with("/token") => {
+            let mut form = vec![0; header("content-length").parse().unwrap_or(0)];
+            reader.read_exact(&mut form)?;
+            let form = String::from_utf8_lossy(&form).into_owned();
+            let field = |name: &str| form.split('&').find_map(|f| f.strip_prefix(name)?.strip_prefix('=')).unwrap_or_default().to_owned();
+            asked.lock().unwrap().push(field("client_id"));
+            let good = format!("{}:{}", field("username"), field("password")) == *login;
+            let (status, text) = if good { (200, r#"{"access_token":"lab","expires_in":3000}"#) } else { (403, "no") };
+            return write!(stream, "HTTP/1.1 {status} Token\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{text}", text.len());
+        }
+        RegistryFault::Tokens { .. } if authorization.as_deref() != Some("Bearer lab") => {
+            let challenge = format!("WWW-Authenticate: Bearer realm=\"http://{}/token\",service=\"lab\"", header("host"));
             return write!(stream, "HTTP/1.1 401 Fault\r\nConnection: close\r\n{challenge}\r\nContent-Length: 0\r\n\r\n");
         }
         _ => {}

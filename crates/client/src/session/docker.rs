@@ -34,6 +34,9 @@ pub struct DockerConfig {
     cred_helpers: BTreeMap<String, String>,
     creds_store: String,
     proxies: BTreeMap<String, BTreeMap<String, String>>,
+    /// Where it is.
+    #[serde(skip)]
+    dir: Option<PathBuf>,
 }
 
 #[derive(Clone, Default, Deserialize)]
@@ -43,6 +46,7 @@ struct Login {
     username: String,
     password: String,
     identitytoken: String,
+    registrytoken: String,
 }
 
 impl std::fmt::Debug for Login {
@@ -75,13 +79,31 @@ impl DockerConfig {
     pub fn load(path: &Path) -> Result<Self> {
         use std::io::Read;
         let what = || format!("read Docker's configuration {}", path.display());
+        let dir = path.parent().map(Path::to_owned);
         let file = match std::fs::File::open(path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Self { dir, ..Self::default() }),
             file => file.map_err(|e| Fault::io(what(), e))?,
         };
         let mut data = Vec::new();
         file.take(MAX_CONFIG).read_to_end(&mut data).map_err(|e| Fault::io(what(), e))?;
-        serde_json::from_slice(&data).map_err(|e| Fault::invalid(format!("{}: {e}", what())))
+        let config: Self = serde_json::from_slice(&data).map_err(|e| Fault::invalid(format!("{}: {e}", what())))?;
+        Ok(Self { dir, ..config })
+    }
+
+    /// Where it is.
+    pub(crate) fn dir(&self) -> Option<PathBuf> {
+        self.dir.clone()
+    }
+
+    /// The login for `host`, if it is here and not with a helper.
+    fn login(&self, host: &str) -> Option<&Login> {
+        let key = if HUB_HOSTS.contains(&host) { HUB_KEY } else { host };
+        self.auths.get(key).or_else(|| self.auths.iter().find(|(k, _)| bare(k) == bare(key)).map(|(_, login)| login))
+    }
+
+    /// A bearer token for `host` that was configured as it is.
+    pub(crate) fn registry_token(&self, host: &str) -> Option<String> {
+        self.login(host).map(|login| login.registrytoken.clone()).filter(|token| !token.is_empty())
     }
 
     /// The proxies that builds get, as build arguments: the `default` ones, in upper and lower case.
@@ -107,8 +129,7 @@ impl DockerConfig {
         {
             return Ok(Some(found));
         }
-        let login = self.auths.get(key).or_else(|| self.auths.iter().find(|(k, _)| bare(k) == bare(key)).map(|(_, login)| login));
-        login.map(plain).transpose().map(Option::flatten)
+        self.login(host).map(plain).transpose().map(Option::flatten)
     }
 }
 
