@@ -208,7 +208,7 @@ const DAMAGE: [&str; 17] = [
     "missing tree",
     "missing commit",
     "unable to read",
-    "Could not read",
+    "error: Could not read",
     "unable to unpack",
     "is empty",
     "reference broken",
