@@ -1,13 +1,16 @@
 //! Reading files out of a state for a frontend (rows `gw.readfile`, `gw.readdir`, `gw.statfile`). Paths never leave the root.
 
 use bytes::Bytes;
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use shipway_fault::{Fault, Result};
 use shipway_frontend::FileStat;
 use std::{
     collections::BTreeMap,
     io::{Read as _, Seek as _, SeekFrom},
-    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::Path,
 };
 
@@ -27,11 +30,13 @@ fn open(root: &Path, path: &str, flags: OFlags) -> Result<OwnedFd> {
 
 /// A file, or a range of it.
 pub(crate) fn read_file(root: &Path, path: &str, range: Option<(u64, u64)>) -> Result<Bytes> {
-    let mut file = std::fs::File::from(open(root, path, OFlags::RDONLY | OFlags::NONBLOCK)?);
+    let found = open(root, path, OFlags::PATH)?;
+    let opened = shipway_executor::reopen_regular(found.as_fd()).map_err(|e| Fault::io(format!("open {path}"), e.into()))?;
+    let Some(mut file) = opened else {
+        let is_dir = rustix::fs::fstat(&found).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Directory);
+        return Err(Fault::invalid(format!("read {path}: {}", if is_dir { "is a directory" } else { "is not a regular file" })));
+    };
     let meta = file.metadata().map_err(|e| Fault::io(format!("stat {path}"), e))?;
-    if meta.is_dir() {
-        return Err(Fault::invalid(format!("read {path}: is a directory")));
-    }
     let (offset, length) = range.unwrap_or((0, 0));
     let rest = meta.len().saturating_sub(offset);
     let length = if length == 0 { rest } else { length.min(rest) };

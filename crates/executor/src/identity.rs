@@ -52,14 +52,18 @@ fn text(root: &RootView, path: &str) -> Result<String> {
     Ok(root.read_file(path, LIMIT)?.map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default())
 }
 
-/// The user `name` of `root`: uid and primary gid; `None` if there is none.
-pub fn user_by_name(root: &RootView, name: &str) -> Result<Option<(u32, u32)>> {
-    Ok(users(&text(root, "/etc/passwd")?).find(|u| u.name == name).map(|u| (u.uid, u.gid)))
+/// The user `name` of `root`: uid and primary gid.
+pub fn user_by_name(root: &RootView, name: &str) -> Result<(u32, u32)> {
+    let passwd = text(root, "/etc/passwd")?;
+    let found = users(&passwd).find(|u| u.name == name).map(|u| (u.uid, u.gid));
+    found.ok_or_else(|| unknown("user", name, "/etc/passwd", users(&passwd).map(|u| u.name)))
 }
 
-/// The group `name` of `root`; `None` if there is none.
-pub fn group_by_name(root: &RootView, name: &str) -> Result<Option<u32>> {
-    Ok(groups(&text(root, "/etc/group")?).find(|g| g.name == name).map(|g| g.gid))
+/// The group `name` of `root`.
+pub fn group_by_name(root: &RootView, name: &str) -> Result<u32> {
+    let database = text(root, "/etc/group")?;
+    let found = groups(&database).find(|g| g.name == name).map(|g| g.gid);
+    found.ok_or_else(|| unknown("group", name, "/etc/group", groups(&database).map(|g| g.name)))
 }
 
 /// Resolves `user` (name, uid, `user:group`; empty is root) in `root`.

@@ -22,5 +22,5 @@ pub use process::{
     CgroupParent, ExecMount, Executor, ExitStatus, HostEntry, Keep, MountSource, NetworkMode, Output, OutputSink, ProcessSpec,
     ResourceLimits, Rlimit, RootFs, Secret, Security, Stream, User,
 };
-pub use rootview::{Access, Attached, RootView, open_in_root};
+pub use rootview::{Access, Attached, RootView, open_in_root, reopen_regular};
 pub use wires::{Control, Outlet, Wires};

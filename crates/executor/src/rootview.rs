@@ -5,8 +5,8 @@
 //! `RESOLVE_IN_ROOT`), so no link leads out of it.
 
 use rustix::{
-    fd::{AsFd, BorrowedFd, OwnedFd},
-    fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat},
+    fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Stat},
     io::Errno,
     mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags},
 };
@@ -20,6 +20,10 @@ use std::{
 
 /// Links followed in one path, as the kernel does.
 const MAX_LINKS: usize = 40;
+/// Longest path whose links are followed; the kernel takes none that is longer than a part of it.
+const MAX_PATH: usize = 16 << 10;
+/// How often a path is resolved that others change meanwhile. A step that renames directories all the time must not hold a thread.
+const MAX_TRIES: usize = 128;
 
 /// What one wants to do in a root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +71,12 @@ impl RootView {
         open_in_root(self.fd.as_fd(), path, flags, mode)
     }
 
+    /// Opens the file at `path` for reading, following links; `None` if it is not a regular file. What images and steps wrote may be anything,
+    /// and a device does something when it is opened.
+    pub fn open_regular(&self, path: impl AsRef<[u8]>) -> rustix::io::Result<Option<File>> {
+        reopen_regular(self.open_at(path, OFlags::PATH, Mode::empty())?.as_fd())
+    }
+
     /// What is at `path`, following links but not at the end.
     pub fn lstat(&self, path: impl AsRef<[u8]>) -> rustix::io::Result<Stat> {
         let fd = self.open_at(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())?;
@@ -82,30 +92,32 @@ impl RootView {
     /// The regular file at `path`, up to `limit` bytes; `None` if there is no such file.
     pub fn read_file(&self, path: &str, limit: u64) -> Result<Option<Vec<u8>>> {
         let fail = |e: std::io::Error| Fault::io(format!("read {path} of the root filesystem"), e);
-        // A device or FIFO must not be opened for reading: look first.
-        match self.stat(path) {
-            Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => {}
-            Ok(_) => return Err(Fault::invalid(format!("{path} of the root filesystem is not a regular file"))),
+        let file = match self.open_regular(path) {
+            Ok(Some(file)) => file,
+            Ok(None) => return Err(Fault::invalid(format!("{path} of the root filesystem is not a regular file"))),
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
             Err(e) => return Err(fail(e.into())),
-        }
-        let fd = self.open_at(path, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).map_err(|e| fail(e.into()))?;
+        };
         let mut bytes = Vec::new();
-        File::from(fd).take(limit + 1).read_to_end(&mut bytes).map_err(fail)?;
+        file.take(limit + 1).read_to_end(&mut bytes).map_err(fail)?;
         if bytes.len() as u64 > limit {
             return Err(Fault::invalid(format!("{path} of the root filesystem is larger than {limit} bytes")));
         }
         Ok(Some(bytes))
     }
 
-    /// `path` with every link in it followed inside the root; what does not exist stays as written. `None` if links lead in circles,
-    /// or to a name that is not UTF-8.
+    /// `path` with every link in it followed inside the root; what does not exist stays as written. `None` if links lead in circles
+    /// or to a name that is not UTF-8, or if the path is longer than any.
     pub fn real_path(&self, path: &str) -> Option<String> {
         String::from_utf8(self.real_path_bytes(path.as_bytes())?).ok()
     }
 
-    /// The same for names that are any bytes. `None` only if links lead in circles.
+    /// The same for names that are any bytes.
     pub fn real_path_bytes(&self, path: &[u8]) -> Option<Vec<u8>> {
+        // The way is looked at name by name.
+        if path.len() > MAX_PATH {
+            return None;
+        }
         let parts = |path: &[u8]| path.split(|b| *b == b'/').rev().map(<[u8]>::to_owned).collect::<Vec<_>>();
         let mut rest = parts(path);
         let (mut at, mut links) = (Vec::new(), 0);
@@ -157,8 +169,11 @@ impl RootView {
                 Err(e) => return Err(e),
             }
             let (uid, gid) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
-            rustix::fs::chownat(&dir, part, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
-            rustix::fs::chmodat(&dir, part, Mode::from_raw_mode(mode), AtFlags::empty())?;
+            // Somebody who writes in the root may have exchanged it for a link.
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let made = rustix::fs::openat(&dir, part, flags, Mode::empty())?;
+            rustix::fs::fchown(&made, Some(uid), Some(gid))?;
+            rustix::fs::fchmod(&made, Mode::from_raw_mode(mode))?;
         }
         Ok(())
     }
@@ -238,19 +253,33 @@ impl AsFd for RootView {
     }
 }
 
+/// Opens for reading what `fd` was opened to look at (`O_PATH`), if it is a regular file. Between the look and the opening nobody can exchange it.
+pub fn reopen_regular(fd: BorrowedFd<'_>) -> rustix::io::Result<Option<File>> {
+    if FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) != FileType::RegularFile {
+        return Ok(None);
+    }
+    let own = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    rustix::fs::open(own, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map(|fd| Some(fd.into()))
+}
+
 /// Opens `path` inside the directory `root`, which no link and no `..` leaves.
 pub fn open_in_root(root: BorrowedFd<'_>, path: impl AsRef<[u8]>, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
     let path = path.as_ref();
     let path = &path[path.iter().take_while(|b| **b == b'/').count()..];
     let path: &[u8] = if path.is_empty() { b"." } else { path };
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    loop {
-        match rustix::fs::openat2(root, path, flags | OFlags::CLOEXEC, mode, resolve) {
-            // A rename elsewhere raced with `..`: the kernel asks to try again.
+    again(|| rustix::fs::openat2(root, path, flags | OFlags::CLOEXEC, mode, resolve))
+}
+
+/// Does `open` until a rename elsewhere does not race with it: the kernel asks to try again then.
+fn again<T>(mut open: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    for _ in 1..MAX_TRIES {
+        match open() {
             Err(Errno::AGAIN | Errno::INTR) => {}
             other => return other,
         }
     }
+    open()
 }
 
 fn open_directory(path: &Path) -> rustix::io::Result<OwnedFd> {
@@ -390,6 +419,66 @@ mod tests {
         assert_eq!(view.read_file("/../../etc/group", 100).expect("read"), None);
         view.make_dirs("/a/b", 0o755, 0, 0).expect("make directories");
         assert!(root.path().join("a/b").is_dir());
+    }
+
+    #[test]
+    fn only_regular_files_are_opened() {
+        use rustix::fs::{makedev, mknodat};
+        let root = tempfile::tempdir().expect("a temporary directory");
+        fs::write(root.path().join("file"), "text").expect("write");
+        symlink("file", root.path().join("link")).expect("symlink");
+        // Opened, the FIFO would wait for a writer, and the device (there is none of that number) would be an error.
+        mknodat(CWD, root.path().join("fifo"), FileType::Fifo, Mode::RUSR, 0).expect("mknod");
+        let device = mknodat(CWD, root.path().join("device"), FileType::CharacterDevice, Mode::RUSR, makedev(4000, 1));
+        let view = RootView::of_directory(root.path()).expect("open");
+        let is_opened = |path: &str| view.open_regular(path).expect(path).is_some();
+        assert!(is_opened("/file") && is_opened("link"));
+        assert!(!is_opened("fifo") && !is_opened("/"));
+        assert!(device.is_err() || !is_opened("device"));
+        assert_eq!(view.open_regular("none").err(), Some(Errno::NOENT));
+    }
+
+    #[test]
+    fn a_directory_exchanged_for_a_link_is_not_followed() {
+        let root = tempfile::tempdir().expect("a temporary directory");
+        let outside = tempfile::tempdir().expect("a temporary directory");
+        let before = fs::metadata(outside.path()).expect("stat").permissions();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let view = RootView::of_directory(root.path()).expect("open");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let _ = fs::remove_dir(root.path().join("d"));
+                    let _ = symlink(outside.path(), root.path().join("d"));
+                    let _ = fs::remove_file(root.path().join("d"));
+                }
+            });
+            for _ in 0..2000 {
+                let _ = view.make_dirs("/d", 0o777, rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert_eq!(fs::metadata(outside.path()).expect("stat").permissions(), before);
+    }
+
+    #[test]
+    fn paths_longer_than_any_are_not_followed() {
+        let root = tempfile::tempdir().expect("a temporary directory");
+        let view = RootView::of_directory(root.path()).expect("open");
+        // Looked at name by name this would take hours.
+        assert_eq!(view.real_path(&"a/".repeat(4 << 20)), None);
+        let long = "/".to_owned() + &"a/".repeat(1000) + "b";
+        assert_eq!(view.real_path(&long), Some(long));
+    }
+
+    #[test]
+    fn trying_again_has_an_end() {
+        let mut tries = 0;
+        let result: rustix::io::Result<()> = again(|| {
+            tries += 1;
+            Err(Errno::AGAIN)
+        });
+        assert_eq!((result, tries), (Err(Errno::AGAIN), MAX_TRIES));
     }
 
     #[test]

@@ -6,9 +6,8 @@ use serde_json::Value;
 use shipway_attest::{Attestation, DigestSet, Kind, Statement, Subject, SubjectKind, SubjectSpec, core_first, slsa};
 use shipway_fault::{Context as _, Fault, Result};
 use std::{
-    fs::File,
     io::Read as _,
-    os::fd::OwnedFd,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -68,15 +67,15 @@ fn open(root: &Path, path: &Path, flags: OFlags) -> Result<OwnedFd> {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     let inside = path.strip_prefix("/").unwrap_or(path);
     let inside = if inside.as_os_str().is_empty() { Path::new(".") } else { inside };
-    rustix::fs::openat2(dir, inside, flags | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty(), resolve).map_err(failed)
+    rustix::fs::openat2(dir, inside, flags | OFlags::CLOEXEC, Mode::empty(), resolve).map_err(failed)
 }
 
 fn file(root: &Path, path: &str) -> Result<Value> {
-    let file = File::from(open(root, Path::new(path), OFlags::RDONLY)?);
     let failed = |e| Fault::io(format!("read the attestation {path}"), e);
-    if !file.metadata().map_err(failed)?.is_file() {
+    let found = open(root, Path::new(path), OFlags::PATH)?;
+    let Some(file) = shipway_executor::reopen_regular(found.as_fd()).map_err(|e| failed(e.into()))? else {
         return Err(Fault::invalid(format!("cannot read in-toto attestation: {path} is not a regular file")));
-    }
+    };
     let mut bytes = Vec::new();
     file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > MAX_BYTES {

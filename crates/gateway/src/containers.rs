@@ -1,6 +1,6 @@
 //! Containers of a build, by the names that the client gives them (rows `gw.container`, `gw.exec.filesystem`).
 
-use crate::{build::GatewayBuild, convert};
+use crate::{build::GatewayBuild, convert, service::bounded_file};
 use shipway_fault::{Fault, Result};
 use shipway_frontend::{Container, ContainerMount, ContainerRequest};
 use shipway_llb::{HostIp, Mount, NetMode};
@@ -59,8 +59,7 @@ fn place(build: &GatewayBuild, name: &str, mount: i32) -> Result<(Arc<dyn Contai
 
 pub(crate) async fn read_file(build: &GatewayBuild, r: wire::ReadFileRequest) -> Result<wire::ReadFileResponse> {
     let (container, mount) = place(build, &r.r#ref, r.mount_index)?;
-    let range = r.range.map(convert::range).transpose()?;
-    Ok(wire::ReadFileResponse { data: container.read_file(mount, &r.file_path, range).await?.to_vec() })
+    bounded_file(&r, async |range| container.read_file(mount, &r.file_path, range).await).await
 }
 
 pub(crate) async fn read_dir(build: &GatewayBuild, r: wire::ReadDirRequest) -> Result<wire::ReadDirResponse> {

@@ -4,6 +4,7 @@ use crate::{
     build::{Builds, GatewayBuild, WorkerSource},
     containers, convert, processes,
 };
+use bytes::Bytes;
 use shipway_fault::{Fault, Result};
 use shipway_frontend::{CacheImport, FrontendResult, SolveRequest, SourceRequest, Warning};
 use shipway_grpc::{fault_of, platform_to_wire, status_of};
@@ -169,10 +170,18 @@ async fn resolve_image(build: &GatewayBuild, request: wire::ResolveImageConfigRe
 }
 
 async fn read_file(build: &GatewayBuild, r: wire::ReadFileRequest) -> Result<wire::ReadFileResponse> {
-    let range = r.range.map(convert::range).transpose()?;
-    let (offset, length) = range.unwrap_or((0, 0));
+    let state = build.find(&r.r#ref)?;
+    bounded_file(&r, async |range| state.read_file(&r.file_path, range).await).await
+}
+
+/// A file, or the range of it that is asked for, by `read`; no more than fits into a message.
+pub(crate) async fn bounded_file(
+    r: &wire::ReadFileRequest,
+    read: impl AsyncFnOnce(Option<(u64, u64)>) -> Result<Bytes>,
+) -> Result<wire::ReadFileResponse> {
+    let (offset, length) = r.range.map(convert::range).transpose()?.unwrap_or((0, 0));
     let wanted = if length == 0 { MAX_FILE + 1 } else { length.min(MAX_FILE + 1) };
-    let data = build.find(&r.r#ref)?.read_file(&r.file_path, Some((offset, wanted))).await?;
+    let data = read(Some((offset, wanted))).await?;
     if data.len() as u64 > MAX_FILE {
         let message = format!("read {}: it is more than the {MAX_FILE} bytes that fit into one message", r.file_path);
         return Err(Fault::invalid(message).hint("read it in ranges"));

@@ -2,7 +2,7 @@
 
 use super::path::RootPath;
 use rustix::{
-    fd::{AsFd, BorrowedFd, OwnedFd},
+    fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     fs::{AtFlags, FileType, Gid, Mode, OFlags, RawMode, Stat, Timespec, Timestamps, Uid},
     io::Errno,
 };
@@ -11,10 +11,13 @@ use shipway_fault::{Class, Fault, Result, nearest};
 use std::{
     ffi::{OsStr, OsString},
     fmt::Display,
+    fs::File,
     os::unix::ffi::OsStrExt,
     path::Path,
 };
 
+/// Longest path that the kernel takes.
+const MAX_PATH: usize = 4095;
 /// Most names that are compared with a missing one.
 const MAX_NAMES: usize = 1000;
 
@@ -64,7 +67,11 @@ impl Root {
 
     /// `path` with all links followed inside the root, absent parts as written.
     pub(super) fn real(&self, path: &RootPath) -> Result<RootPath> {
-        let real = self.view.real_path_bytes(path.as_ref()).ok_or_else(|| fault("resolve", path, Errno::LOOP))?;
+        let bytes: &[u8] = path.as_ref();
+        let real = self.view.real_path_bytes(bytes).ok_or_else(|| match bytes.get(..MAX_PATH) {
+            Some(part) => fault("resolve", &String::from_utf8_lossy(part), Errno::NAMETOOLONG),
+            None => fault("resolve", path, Errno::LOOP),
+        })?;
         Ok(RootPath::new(real))
     }
 
@@ -98,6 +105,11 @@ impl Root {
 
     pub(super) fn stat(&self, path: &RootPath) -> rustix::io::Result<Stat> {
         self.view.stat(path)
+    }
+
+    /// Opens a regular file for reading; none if it is something else.
+    pub(super) fn open_regular(&self, path: &RootPath) -> rustix::io::Result<Option<File>> {
+        self.view.open_regular(path)
     }
 
     pub(super) fn open_file(&self, path: &RootPath, flags: OFlags, mode: RawMode) -> rustix::io::Result<OwnedFd> {
@@ -177,12 +189,24 @@ pub(super) fn finish(
         rustix::fs::chownat(dir, name, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), AtFlags::SYMLINK_NOFOLLOW)?;
     }
     if let Some(mode) = mode {
-        rustix::fs::chmodat(dir, name, Mode::from_raw_mode(mode & 0o7777), AtFlags::empty())?;
+        chmod(dir, name, mode)?;
     }
     if let Some(time) = time {
         rustix::fs::utimensat(dir, name, &at_time(time), AtFlags::SYMLINK_NOFOLLOW)?;
     }
     Ok(())
+}
+
+/// Sets the permissions of what is at `name`, but not of what a link there leads to: where others write in the tree at the same time, what was
+/// just made may be one by now.
+pub(super) fn chmod(dir: BorrowedFd<'_>, name: &OsStr, mode: RawMode) -> rustix::io::Result<()> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(dir, name, flags, Mode::empty())?;
+    if FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) == FileType::Symlink {
+        return Err(Errno::LOOP);
+    }
+    // The kernel's own link leads to exactly what was opened.
+    rustix::fs::chmod(format!("/proc/self/fd/{}", fd.as_raw_fd()), Mode::from_raw_mode(mode & 0o7777))
 }
 
 /// Removes `name` and everything below it, following no link.
