@@ -1,8 +1,13 @@
 //! Tar headers: ustar where it can say it, a PAX header before it where it cannot (POSIX.1-2001 pax, `SCHILY.xattr`).
 
-use crate::{Entry, EntryKind};
+use crate::{
+    Entry, EntryKind,
+    tar::{
+        block::{BLOCK, padding},
+        pax::record,
+    },
+};
 
-const BLOCK: usize = 512;
 /// Largest number in a ustar field of 12 bytes.
 const MAX_SIZE: u64 = 0o77777777777;
 /// Largest number in a ustar field of 8 bytes.
@@ -10,11 +15,6 @@ const MAX_ID: u32 = 0o7777777;
 
 /// The two empty blocks that end an archive.
 pub const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
-
-/// Zeros that fill a file of `size` bytes up to a whole block.
-pub fn padding(size: u64) -> usize {
-    (BLOCK - (size % BLOCK as u64) as usize) % BLOCK
-}
 
 /// Appends the headers of `entry` to `out`.
 pub fn write(entry: &Entry, out: &mut Vec<u8>) {
@@ -93,20 +93,6 @@ fn pax_name(path: &[u8]) -> Vec<u8> {
     [dir, b"PaxHeaders.0/", base].concat()
 }
 
-/// A PAX record: its own length, a space, the key, `=`, the value, a newline.
-fn record(key: &[u8], value: &[u8]) -> Vec<u8> {
-    let rest = key.len() + value.len() + 3;
-    let mut len = rest + digits(rest);
-    if digits(len) > digits(rest) {
-        len = rest + digits(len);
-    }
-    [len.to_string().as_bytes(), b" ", key, b"=", value, b"\n"].concat()
-}
-
-fn digits(n: usize) -> usize {
-    n.checked_ilog10().unwrap_or(0) as usize + 1
-}
-
 #[allow(clippy::too_many_arguments)]
 fn ustar(name: &[u8], link: &[u8], flag: u8, mode: u32, ids: (u32, u32), size: u64, mtime: u64, device: (u32, u32), out: &mut Vec<u8>) {
     let start = out.len();
@@ -143,19 +129,4 @@ fn octal(field: &mut [u8], mut value: u64) {
         value >>= 3;
     }
     field[last] = 0;
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn records_count_their_own_length() {
-        assert_eq!(record(b"a", b"b"), b"6 a=b\n");
-        for n in 80..120 {
-            let r = record(b"path", &vec![b'x'; n]);
-            let said: usize = std::str::from_utf8(r.split(|b| *b == b' ').next().unwrap()).unwrap().parse().unwrap();
-            assert_eq!(said, r.len());
-        }
-    }
 }

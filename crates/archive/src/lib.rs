@@ -8,19 +8,25 @@
 //!
 //! Nothing here knows containerd or mounts anything. Dependencies that need a word: `libdeflater` is a deflate several
 //! times faster than zlib's for whole blocks, `zstd` the reference implementation; `flate2` (over zlib-rs)
-//! inflates streams, which `libdeflater` cannot; `tar`, `bzip2` and `liblzma` read archives that builds are given ([`newest_file`]).
+//! inflates streams, which `libdeflater` cannot; `bzip2` and `liblzma` are for archives that builds are given ([`inflate`]). Those and layers are
+//! read by one [`TarReader`]: the crate `tar` has no limit for extended headers, takes their records line by line, and knows only one of the
+//! four kinds of sparse files.
 
 mod below;
 mod block;
 mod compression;
 mod decompress;
 mod header;
+mod inflate;
 mod newest;
 mod pack;
 mod retime;
+mod tar;
 mod tree;
 
+pub use self::tar::{Member, MemberKind, Piece, TarReader};
 pub use compression::{Compression, CompressionKind};
+pub use inflate::inflate;
 pub use newest::newest_file;
 pub use pack::{Packed, Tar, pack, pack_below, recompress, tar_of};
 pub use retime::retime;

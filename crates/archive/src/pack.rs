@@ -5,6 +5,7 @@ use crate::{
     Compression, CompressionKind, Entry, EntryKind, LayerTree,
     block::{BLOCK, BlockCompressor},
     decompress, header,
+    tar::block::padding,
 };
 use bytes::Bytes;
 use libdeflater::Crc;
@@ -321,6 +322,6 @@ impl<F: FnMut(Bytes) -> bool> Writer<F> {
             left -= n as u64;
             self.flush_full()?;
         }
-        self.put(&[0; 512][..header::padding(size)])
+        self.put(&[0; 512][..padding(size)])
     }
 }

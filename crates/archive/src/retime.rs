@@ -1,16 +1,21 @@
 //! A layer with no time later than a given one (row `ex.c.rewrite`): its headers are written anew, its files are not touched.
 
-use crate::{Compression, CompressionKind, Packed, block::BLOCK, decompress, pack::flow};
+use crate::{
+    Compression, CompressionKind, Packed,
+    block::BLOCK,
+    decompress,
+    pack::flow,
+    tar::{
+        block::{self, Header, padding},
+        pax,
+    },
+};
 use bytes::Bytes;
 use shipway_fault::{Code, Fault, Result};
 use std::{
-    io::{ErrorKind, Read},
+    io::{self, ErrorKind, Read},
     num::NonZero,
 };
-
-const RECORD: usize = 512;
-/// No extended header is larger.
-const MAX_EXTENDED: u64 = 1 << 20;
 
 /// Packs the layer that `input` gives piece by piece and that is compressed as `from` says, with every time later than `latest` (seconds since the
 /// epoch) set to it. Otherwise as [`crate::pack()`].
@@ -54,152 +59,96 @@ impl Out<'_> {
     }
 }
 
-fn broken(why: &str) -> Fault {
-    Fault::new(Code::DataLoss, format!("a layer's tar is broken: {why}"))
-}
-
-/// A record, unless the tar has ended.
-fn record(tar: &mut dyn Read) -> Result<Option<[u8; RECORD]>> {
-    let mut header = [0; RECORD];
-    let mut have = 0;
-    while have < RECORD {
-        match tar.read(&mut header[have..]) {
-            Ok(0) if have == 0 => return Ok(None),
-            Ok(0) => return Err(broken("it ends within a header")),
-            Ok(n) => have += n,
-            Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(e) => return Err(decompress::fault(e)),
-        }
+/// The fault of a read: the input's own, if that is what failed.
+fn fault(error: io::Error) -> Fault {
+    match error.kind() {
+        ErrorKind::InvalidData | ErrorKind::UnexpectedEof => Fault::new(Code::DataLoss, format!("read a layer: {error}")),
+        _ => decompress::fault(error),
     }
-    Ok(Some(header))
 }
 
 fn rewrite(tar: &mut dyn Read, latest: i64, out: &mut Out<'_>) -> Result<()> {
     let mut buffer = vec![0; 64 << 10];
-    while let Some(mut header) = record(tar)? {
-        if header.iter().all(|b| *b == 0) {
-            out.put(&header)?;
+    // The size that an extended header gives to the entry after it.
+    let mut extended = None;
+    while let Some(mut header) = block::read(tar).map_err(fault)?.map(Header) {
+        if header.is_zero() {
+            out.put(&header.0)?;
             continue;
         }
-        let size = number(&header[124..136]).and_then(|n| u64::try_from(n).ok()).ok_or_else(|| broken("a size is no number"))?;
-        let kind = header[156];
-        clamp(&mut header, latest);
-        if matches!(kind, b'x' | b'g') {
-            let old = exactly(tar, size)?;
-            let records = times(&old, latest);
-            if records != old {
-                set_size(&mut header, records.len() as u64);
+        let size = header.size().map_err(fault)?;
+        if header.mtime().is_some_and(|time| time > latest) {
+            header.set_mtime(latest);
+        }
+        match header.kind() {
+            kind @ (b'x' | b'g') => {
+                let old = block::special(tar, size).map_err(fault)?;
+                let (records, told) = times(&old, latest);
+                if kind == b'x' {
+                    extended = told;
+                }
+                if records != old {
+                    header.set_size(records.len() as u64);
+                }
+                out.put(&header.0)?;
+                out.put(&records)?;
+                out.put(&[0; block::BLOCK][..padding(records.len() as u64)])?;
+                continue;
             }
-            out.put(&header)?;
-            out.put(&records)?;
-            out.put(&[0; RECORD][..padding(records.len() as u64)])?;
-            continue;
+            // The name of the entry that follows; its size is not meant.
+            b'L' | b'K' => {
+                out.put(&header.0)?;
+                copy(tar, size, &mut buffer, out)?;
+                continue;
+            }
+            _ => out.put(&header.0)?,
         }
-        out.put(&header)?;
-        // Links, devices and directories have no content, whatever their size says.
-        let size = if matches!(kind, b'1'..=b'6') { 0 } else { size };
-        let mut left = size + padding(size) as u64;
-        while left > 0 {
-            let n = usize::try_from(left).unwrap_or(buffer.len()).min(buffer.len());
-            tar.read_exact(&mut buffer[..n]).map_err(cut)?;
-            out.put(&buffer[..n])?;
-            left -= n as u64;
+        // More of the map of a sparse file.
+        let mut more = header.kind() == b'S' && header.is_gnu() && header.0[482] != 0;
+        while more {
+            let map = block::read(tar).map_err(fault)?.ok_or_else(|| fault(block::cut()))?;
+            out.put(&map)?;
+            more = map[504] != 0;
         }
+        let size = if block::is_bare(header.kind()) { 0 } else { extended.unwrap_or(size) };
+        extended = None;
+        copy(tar, size, &mut buffer, out)?;
     }
     Ok(())
 }
 
-fn cut(error: std::io::Error) -> Fault {
-    if error.kind() == ErrorKind::UnexpectedEof { broken("it ends within a file") } else { decompress::fault(error) }
-}
-
-fn padding(size: u64) -> usize {
-    (RECORD - (size % RECORD as u64) as usize) % RECORD
-}
-
-/// The content of an extended header, without its padding.
-fn exactly(tar: &mut dyn Read, size: u64) -> Result<Vec<u8>> {
-    if size > MAX_EXTENDED {
-        return Err(broken("an extended header is too large"));
+/// Copies content with its padding.
+fn copy(tar: &mut dyn Read, size: u64, buffer: &mut [u8], out: &mut Out<'_>) -> Result<()> {
+    let mut left = size.saturating_add(padding(size) as u64);
+    while left > 0 {
+        let n = usize::try_from(left).unwrap_or(buffer.len()).min(buffer.len());
+        tar.read_exact(&mut buffer[..n]).map_err(|e| if e.kind() == ErrorKind::UnexpectedEof { fault(block::cut()) } else { fault(e) })?;
+        out.put(&buffer[..n])?;
+        left -= n as u64;
     }
-    let mut content = vec![0; size as usize + padding(size)];
-    tar.read_exact(&mut content).map_err(cut)?;
-    content.truncate(size as usize);
-    Ok(content)
+    Ok(())
 }
 
-/// An octal number, or a binary one as GNU tar has it.
-fn number(field: &[u8]) -> Option<i64> {
-    if field[0] & 0x80 != 0 {
-        let negative = field[0] & 0x40 != 0;
-        let first = if negative { i128::from(field[0] as i8) } else { i128::from(field[0] & 0x7f) };
-        let all = field[1..].iter().fold(first, |n, b| (n << 8) | i128::from(*b));
-        return i64::try_from(all).ok();
-    }
-    let text: &[u8] = field.split(|b| *b == 0).next().unwrap_or_default();
-    let text = std::str::from_utf8(text).ok()?.trim();
-    if text.is_empty() { Some(0) } else { i64::from_str_radix(text, 8).ok() }
-}
-
-fn clamp(header: &mut [u8; RECORD], latest: i64) {
-    if number(&header[136..148]).is_some_and(|time| time > latest) {
-        let text = format!("{:011o}\0", latest.max(0));
-        header[136..148].copy_from_slice(text.as_bytes());
-        sum(header);
-    }
-}
-
-fn set_size(header: &mut [u8; RECORD], size: u64) {
-    header[124..136].copy_from_slice(format!("{size:011o}\0").as_bytes());
-    sum(header);
-}
-
-fn sum(header: &mut [u8; RECORD]) {
-    header[148..156].fill(b' ');
-    let sum: u32 = header.iter().map(|b| u32::from(*b)).sum();
-    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-}
-
-/// Extended records with their times clamped. What is no record stays as it is.
-fn times(records: &[u8], latest: i64) -> Vec<u8> {
+/// Extended records with their times clamped, and the size that they tell. What is no record stays as it is.
+fn times(records: &[u8], latest: i64) -> (Vec<u8>, Option<u64>) {
     let mut out = Vec::with_capacity(records.len());
-    let mut rest = records;
-    while let Some((one, more)) = take(rest) {
-        let text = &one[one.iter().position(|b| *b == b' ').map_or(0, |at| at + 1)..];
-        let key = text.split(|b| *b == b'=').next().unwrap_or_default();
-        let value = text.get(key.len() + 1..text.len() - 1).and_then(|v| std::str::from_utf8(v).ok());
+    let (mut rest, mut size) = (records, None);
+    while let Some((record, more)) = pax::take(rest) {
+        let value = std::str::from_utf8(record.value).ok();
         let seconds = value.and_then(|v| v.split('.').next()?.parse::<i64>().ok());
-        let late = matches!(key, b"mtime" | b"atime" | b"ctime") && seconds.is_some_and(|s| s >= latest);
+        let late = matches!(record.key, b"mtime" | b"atime" | b"ctime") && seconds.is_some_and(|s| s >= latest);
         if late {
-            out.extend(one_record(key, &latest.to_string()));
+            out.extend(pax::record(record.key, latest.to_string().as_bytes()));
         } else {
-            out.extend_from_slice(one);
+            out.extend_from_slice(record.whole);
+        }
+        if record.key == b"size" {
+            size = value.and_then(|v| v.parse().ok());
         }
         rest = more;
     }
     out.extend_from_slice(rest);
-    out
-}
-
-/// The first record, `length key=value\n`, and what follows it.
-fn take(records: &[u8]) -> Option<(&[u8], &[u8])> {
-    let space = records.iter().position(|b| *b == b' ')?;
-    let length: usize = std::str::from_utf8(&records[..space]).ok()?.parse().ok()?;
-    let whole = length > space + 1 && records.get(length.checked_sub(1)?) == Some(&b'\n');
-    whole.then(|| records.split_at(length))
-}
-
-fn one_record(key: &[u8], value: &str) -> Vec<u8> {
-    // The length counts its own digits.
-    let rest = key.len() + value.len() + 3;
-    let mut length = rest + rest.to_string().len();
-    while length != rest + length.to_string().len() {
-        length = rest + length.to_string().len();
-    }
-    let mut out = format!("{length} ").into_bytes();
-    out.extend_from_slice(key);
-    out.extend_from_slice(format!("={value}\n").as_bytes());
-    out
+    (out, size)
 }
 
 #[cfg(test)]
@@ -252,6 +201,27 @@ mod tests {
     }
 
     #[test]
+    fn the_size_may_be_in_an_extended_header() {
+        // As of a file of more than 8 GiB, whose size does not fit into its header.
+        let mut tar = tar::Builder::new(Vec::new());
+        tar.append_pax_extensions([("size", &b"1030"[..]), ("mtime", b"5000")]).unwrap();
+        let mut header = tar::Header::new_ustar();
+        header.set_path("large").unwrap();
+        header.set_size(0);
+        header.set_mtime(7000);
+        header.set_cksum();
+        // Its content looks like a header with a time that is late.
+        let mut tar = tar.into_inner().unwrap();
+        tar.truncate(1024);
+        let content = [header.as_bytes(), header.as_bytes(), &[0; 512][..]].concat();
+        tar.extend([&header.as_bytes()[..], &content, &[0; 1024]].concat());
+        let out = retimed(&tar, 1000).unwrap();
+        let large = out.windows(512).position(|w| w.starts_with(b"large\0")).unwrap();
+        assert!(out[large + 512..] == [&content[..], &[0; 1024]].concat()[..]);
+        assert!(out[large + 136..].starts_with(b"00000001750\0"));
+    }
+
+    #[test]
     fn broken_tars_are_refused() {
         let tar = layer();
         for bad in [&tar[..600], &tar[..300]] {
@@ -260,5 +230,11 @@ mod tests {
         let mut huge = tar.clone();
         huge[124..136].copy_from_slice(b"zzzzzzzzzzz\0");
         assert!(retimed(&huge, 1).is_err());
+        // An extended header larger than any.
+        let mut bomb = tar::Header::new_ustar();
+        bomb.set_entry_type(tar::EntryType::XHeader);
+        bomb.set_size(8 << 30);
+        bomb.set_cksum();
+        assert!(retimed(bomb.as_bytes(), 1).unwrap_err().to_string().contains("too large"));
     }
 }

@@ -11,15 +11,22 @@ use crate::{
     stage::{SCRATCH, Vars},
     ui::{Ui, solve},
 };
+use bytes::{Buf as _, Bytes};
 use shipway_dockerfile::{self as df, Command, Dockerfile, Lex, quote};
 use shipway_fault::Fault;
 use shipway_frontend::SourceRequest;
 use shipway_llb::{Caps, EnvList, Graph, MarshalOptions, Op, SourceOp, State, VertexOptions, attr};
-use std::time::SystemTime;
+use std::{
+    io::{self, BufRead, Read},
+    time::SystemTime,
+};
+use tokio::sync::mpsc;
 
 const NAME: &str = "SOURCE_DATE_EPOCH";
 /// Larger archives are not read for the time of their newest file.
 const MAX_ARCHIVE: u64 = 1 << 30;
+/// Bytes of it that are in memory at once, and as many on their way.
+const PIECE: u64 = 1 << 20;
 
 /// The time that `value` means, in seconds. What has no time, such as a local context, means none.
 pub async fn resolve(ui: &Ui, file: &Dockerfile, globals: &Globals, value: &str) -> Result<Option<i64>> {
@@ -45,7 +52,7 @@ pub async fn resolve(ui: &Ui, file: &Dockerfile, globals: &Globals, value: &str)
     let Some(stage) = file.stages.iter().find(|s| s.name.eq_ignore_ascii_case(value)) else {
         return Err(Failure::new(format!("invalid {NAME}: {value}")));
     };
-    let state = stage_source(stage, globals, &Lex::new(file.escape)).map_err(|e| e.at(stage.lines))?;
+    let state = stage_source(stage, globals, &Lex::new(file.escape).part_of(&ui.work)).map_err(|e| e.at(stage.lines))?;
     time_of(ui, &state, format!("[internal] resolve {NAME} source stage {}", stage.name)).await
 }
 
@@ -158,13 +165,49 @@ async fn newest_file(ui: &Ui, source: &SourceOp) -> Result<Option<i64>> {
     let Some(name) = source.attrs.get(attr::HTTP_FILENAME).filter(|n| !n.is_empty()) else { return Ok(None) };
     let state = State::source(source.identifier.clone(), source.attrs.clone(), VertexOptions::default());
     let (state, ..) = solve(&*ui.bridge, &state, false).await?;
-    let data = state.read_file(name, Some((0, MAX_ARCHIVE + 1))).await?;
-    if data.len() as u64 > MAX_ARCHIVE {
-        return Err(Failure::new(format!("{NAME}: {} is larger than {MAX_ARCHIVE} bytes", source.identifier)));
+    let (pieces, from) = mpsc::channel(1);
+    let look = tokio::task::spawn_blocking(move || shipway_archive::newest_file(Pieces { from, piece: Bytes::new() }));
+    let mut offset = 0;
+    loop {
+        let piece = state.read_file(name, Some((offset, PIECE))).await?;
+        offset += piece.len() as u64;
+        if offset > MAX_ARCHIVE {
+            return Err(Failure::new(format!("{NAME}: {} is larger than {MAX_ARCHIVE} bytes", source.identifier)));
+        }
+        if piece.is_empty() || pieces.send(piece).await.is_err() {
+            break;
+        }
     }
-    let look = tokio::task::spawn_blocking(move || shipway_archive::newest_file(&data));
+    drop(pieces);
     // An address need not lead to an archive.
     Ok(look.await.map_err(|e| Fault::internal(format!("reading an archive failed: {e}")))?.unwrap_or(None))
+}
+
+/// Reads, on a blocking thread, pieces as they come.
+struct Pieces {
+    from: mpsc::Receiver<Bytes>,
+    piece: Bytes,
+}
+
+impl Read for Pieces {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.fill_buf()?.read(buffer)?;
+        self.consume(n);
+        Ok(n)
+    }
+}
+
+impl BufRead for Pieces {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.piece.is_empty() {
+            self.piece = self.from.blocking_recv().unwrap_or_default();
+        }
+        Ok(&self.piece)
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.piece.advance(n);
+    }
 }
 
 #[cfg(test)]

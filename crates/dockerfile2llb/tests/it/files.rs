@@ -42,9 +42,15 @@ impl BuildRef for Files {
         Ok(())
     }
 
-    async fn read_file(&self, path: &str, _range: Option<(u64, u64)>) -> Result<Bytes> {
+    async fn read_file(&self, path: &str, range: Option<(u64, u64)>) -> Result<Bytes> {
         match self.files.get(&format!("{}{path}", self.prefix)) {
-            Some(text) => Ok(text.clone().into()),
+            Some(text) => {
+                let bytes = Bytes::from(text.clone());
+                let (from, length) = range.map_or((0, 0), |(from, length)| (from as usize, length as usize));
+                let from = from.min(bytes.len());
+                let end = if length == 0 { bytes.len() } else { bytes.len().min(from + length) };
+                Ok(bytes.slice(from..end))
+            }
             None => Err(Fault::not_found(format!("open {path}: no such file or directory"))),
         }
     }

@@ -11,48 +11,34 @@ use rustix::{
     fs::{AtFlags, FileType, Gid, Mode, OFlags, RawMode, Uid, XattrFlags},
     io::Errno,
 };
+use shipway_archive::{Member, MemberKind, TarReader, inflate};
 use shipway_fault::{Fault, Result};
 use std::{
+    collections::BTreeMap,
     ffi::OsStr,
     fs::File,
-    io::{self, BufReader, Read, Seek, Write},
+    io::{self, BufReader, Read},
+    os::unix::{ffi::OsStrExt, fs::FileExt},
     path::Path,
 };
-use tar::{Archive, Entry, EntryType, Header};
 
 /// Parents that an archive does not mention; they are root's.
 const IMPLIED_MODE: RawMode = 0o755;
-const XATTR: &str = "SCHILY.xattr.";
 /// Bytes written at once.
 const BUFFER: usize = 128 << 10;
+/// Longest path; the kernel takes none that is longer, and the way to it is looked at name by name.
+const MAX_PATH: usize = 4095;
+/// Memory for the directories whose times are set in the end.
+const MAX_DIRECTORIES: usize = 256 << 20;
 
-/// The decompressed bytes of `file`.
-fn decompressed(mut file: File) -> io::Result<Box<dyn Read>> {
-    let mut magic = [0_u8; 6];
-    let mut n = 0;
-    while n < magic.len() {
-        match file.read(&mut magic[n..])? {
-            0 => break,
-            more => n += more,
-        }
-    }
-    file.rewind()?;
-    let file = BufReader::with_capacity(256 << 10, file);
-    Ok(match &magic[..n] {
-        [0x1f, 0x8b, 0x08, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
-        [b'B', b'Z', b'h', ..] => Box::new(bzip2::bufread::MultiBzDecoder::new(file)),
-        [0xfd, b'7', b'z', b'X', b'Z', 0] => Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(file)),
-        // A frame, or one to skip before it.
-        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Box::new(zstd::Decoder::with_buffer(file)?),
-        _ => Box::new(file),
-    })
+/// What `file` holds, decompressed.
+fn reader(file: File) -> io::Result<Archive> {
+    Ok(TarReader::new(inflate(BufReader::with_capacity(256 << 10, file))?))
 }
 
 /// Whether the file begins with a tar header.
 fn is_archive(file: File) -> bool {
-    let Ok(reader) = decompressed(file) else { return false };
-    let mut archive = Archive::new(reader);
-    archive.entries().is_ok_and(|mut entries| matches!(entries.next(), Some(Ok(_))))
+    reader(file).is_ok_and(|mut archive| matches!(archive.next_member(), Ok(Some(_))))
 }
 
 /// Unpacks `src` into the directory `dest`, if it is an archive; says whether it was.
@@ -62,7 +48,7 @@ pub(super) fn run(source: &Root, src: &RootPath, target: &Root, dest: &RootPath,
         Ok(stat) if is_regular(&stat) => {}
         _ => return Ok(false),
     }
-    let open = || source.open_file(&real, OFlags::RDONLY | OFlags::NONBLOCK, 0).map(File::from).map_err(|e| fault("open", src, e));
+    let open = || source.open_regular(&real).and_then(|file| file.ok_or(Errno::INVAL)).map_err(|e| fault("open", src, e));
     if !is_archive(open()?) {
         return Ok(false);
     }
@@ -70,17 +56,23 @@ pub(super) fn run(source: &Root, src: &RootPath, target: &Root, dest: &RootPath,
     let root = target.sub(&target.real(dest)?)?;
     let what = || format!("unpack {src}");
     let fail = |e: io::Error| Fault::io(what(), e);
-    let mut archive = Archive::new(decompressed(open()?).map_err(fail)?);
-    let mut unpacker = Unpacker { root, settings, place: None, buffer: vec![0; BUFFER], directories: Vec::new() };
-    for entry in archive.entries().map_err(fail)? {
+    let mut archive = reader(open()?).map_err(fail)?;
+    let mut unpacker = Unpacker {
+        root,
+        settings,
+        place: None,
+        buffer: vec![0; BUFFER],
+        directories: Directories { limit: MAX_DIRECTORIES, ..Directories::default() },
+    };
+    while let Some(member) = archive.next_member().map_err(fail)? {
         settings.stop.check()?;
-        unpacker.entry(&mut entry.map_err(fail)?).map_err(|e| if e.is_cancelled() { e } else { e.context(what()) })?;
+        unpacker.member(member, &mut archive).map_err(|e| if e.is_cancelled() { e } else { e.context(what()) })?;
     }
     unpacker.finish();
     Ok(true)
 }
 
-type Packed<'a> = Entry<'a, Box<dyn Read>>;
+type Archive = TarReader<Box<dyn Read>>;
 
 struct Unpacker<'a> {
     root: Root,
@@ -89,55 +81,26 @@ struct Unpacker<'a> {
     place: Option<(RootPath, OwnedFd)>,
     buffer: Vec<u8>,
     /// Times of directories are set at the end, when nothing is made in them any more.
-    directories: Vec<(RootPath, i64)>,
+    directories: Directories,
 }
 
-/// Attributes of an entry besides its owner.
-struct Attributes {
-    ids: Ids,
-    mode: RawMode,
-    /// Nanoseconds since the epoch.
-    time: i64,
-    xattrs: Vec<(String, Vec<u8>)>,
+/// Times of directories, and about how much memory they take.
+#[derive(Default)]
+struct Directories {
+    times: BTreeMap<RootPath, i64>,
+    memory: usize,
+    limit: usize,
 }
 
-impl Attributes {
-    fn of(entry: &mut Packed<'_>, owner: Option<Ids>) -> Self {
-        let (mut exact, mut xattrs) = (None, Vec::new());
-        if let Ok(Some(records)) = entry.pax_extensions() {
-            for record in records.flatten() {
-                match record.key() {
-                    Ok("mtime") => exact = record.value().ok().and_then(nanoseconds),
-                    Ok(key) => {
-                        if let Some(name) = key.strip_prefix(XATTR) {
-                            xattrs.push((name.to_owned(), record.value_bytes().to_vec()));
-                        }
-                    }
-                    Err(_) => {}
-                }
-            }
+impl Directories {
+    /// Remembers the time of a directory. An archive may name one any number of times.
+    fn put(&mut self, path: RootPath, time: i64) -> Result<()> {
+        let size = size_of::<(RootPath, i64)>() + path.as_ref().len();
+        if self.times.insert(path, time).is_none() {
+            self.memory += size;
         }
-        // Empty numbers are common and mean zero.
-        let header = entry.header();
-        let whole = || i64::try_from(header.mtime().unwrap_or_default()).unwrap_or_default().saturating_mul(1_000_000_000);
-        Self {
-            ids: owner.unwrap_or((header.uid().unwrap_or_default() as u32, header.gid().unwrap_or_default() as u32)),
-            mode: header.mode().unwrap_or_default() & 0o7777,
-            time: exact.unwrap_or_else(whole),
-            xattrs,
-        }
+        if self.memory > self.limit { Err(Fault::invalid("the archive has too many directories")) } else { Ok(()) }
     }
-}
-
-/// A decimal number of seconds, as PAX headers have it.
-fn nanoseconds(text: &str) -> Option<i64> {
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    if !fraction.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
-    }
-    let fraction = format!("{fraction:0<9}").get(..9)?.parse::<i64>().ok()?;
-    let seconds = whole.parse::<i64>().ok()?.checked_mul(1_000_000_000)?;
-    if whole.starts_with('-') { seconds.checked_sub(fraction) } else { seconds.checked_add(fraction) }
 }
 
 impl Unpacker<'_> {
@@ -153,38 +116,36 @@ impl Unpacker<'_> {
         Ok((path, fd))
     }
 
-    fn entry(&mut self, entry: &mut Packed<'_>) -> Result<()> {
-        let path = RootPath::new(entry.path_bytes());
-        let kind = entry.header().entry_type();
-        if path.is_root() || matches!(kind, EntryType::XGlobalHeader | EntryType::GNULongName | EntryType::GNULongLink | EntryType::XHeader)
-        {
+    fn member(&mut self, member: Member, archive: &mut Archive) -> Result<()> {
+        let path = RootPath::new(&member.path);
+        if path.is_root() {
             return Ok(());
         }
+        check_length(&path)?;
         let place = self.enter(path.parent())?;
         let (dir, name) = (place.1.as_fd(), path.name());
         let error = |e: Errno| fault("write", &path, e);
         let mut replaced = false;
         match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(there) if is_dir(&there) && kind == EntryType::Directory => {}
+            Ok(there) if is_dir(&there) && member.kind == MemberKind::Directory => {}
             Ok(_) => {
                 remove_all(dir, name, 0).map_err(error)?;
                 replaced = true;
             }
             Err(_) => {}
         }
-        let attributes = Attributes::of(entry, self.settings.owner);
-        match kind {
-            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => self.file(entry, dir, &path, &attributes)?,
-            EntryType::Link => self.link(entry, dir, &path)?,
+        match &member.kind {
+            MemberKind::File => self.file(&member, archive, dir, &path)?,
+            MemberKind::HardLink(first) => self.link(first, dir, &path)?,
             kind => {
-                make(kind, entry.header(), entry.link_name_bytes().as_deref(), dir, &path)?;
-                let mode = (kind != EntryType::Symlink).then_some(attributes.mode);
-                finish(dir, name, Some(attributes.ids), mode, None).map_err(error)?;
-                attributes.xattrs.iter().for_each(|(key, value)| set_xattr(dir, name, key, value));
-                if kind == EntryType::Directory {
-                    self.directories.push((path, attributes.time));
+                make(kind, dir, &path)?;
+                let mode = (!matches!(kind, MemberKind::Symlink(_))).then_some(member.mode);
+                finish(dir, name, Some(self.owner(&member)), mode, None).map_err(error)?;
+                member.xattrs.iter().for_each(|(key, value)| set_xattr(dir, name, key, value));
+                if *kind == MemberKind::Directory {
+                    self.directories.put(path, member.mtime)?;
                 } else {
-                    rustix::fs::utimensat(dir, name, &at_time(attributes.time), AtFlags::SYMLINK_NOFOLLOW).map_err(error)?;
+                    rustix::fs::utimensat(dir, name, &at_time(member.mtime), AtFlags::SYMLINK_NOFOLLOW).map_err(error)?;
                 }
             }
         }
@@ -193,82 +154,86 @@ impl Unpacker<'_> {
         Ok(())
     }
 
-    fn file(&mut self, entry: &mut Packed<'_>, dir: BorrowedFd<'_>, path: &RootPath, a: &Attributes) -> Result<()> {
-        let error = |e: Errno| fault("write", path, e);
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mut file = File::from(rustix::fs::openat(dir, path.name(), flags, Mode::from_raw_mode(0o600)).map_err(error)?);
-        loop {
-            self.settings.stop.check()?;
-            let n = match entry.read(&mut self.buffer) {
-                Ok(0) => break,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                n => n.map_err(|e| Fault::io(format!("read {path}"), e))?,
-            };
-            file.write_all(&self.buffer[..n]).map_err(|e| error(Errno::from_io_error(&e).unwrap_or(Errno::IO)))?;
-        }
-        rustix::fs::fchown(&file, Some(Uid::from_raw(a.ids.0)), Some(Gid::from_raw(a.ids.1))).map_err(error)?;
-        rustix::fs::fchmod(&file, Mode::from_raw_mode(a.mode)).map_err(error)?;
-        for (key, value) in &a.xattrs {
-            // As far as the file system takes them.
-            let _ = rustix::fs::fsetxattr(&file, key.as_str(), value, XattrFlags::empty());
-        }
-        rustix::fs::futimens(&file, &at_time(a.time)).map_err(error)
+    fn owner(&self, member: &Member) -> Ids {
+        self.settings.owner.unwrap_or((member.uid, member.gid))
     }
 
-    fn link(&self, entry: &Packed<'_>, dir: BorrowedFd<'_>, path: &RootPath) -> Result<()> {
-        let first = RootPath::new(entry.link_name_bytes().ok_or_else(|| no_target(path))?);
+    /// Makes a file; what the archive does not have of it stays a hole.
+    fn file(&mut self, member: &Member, archive: &mut Archive, dir: BorrowedFd<'_>, path: &RootPath) -> Result<()> {
+        let error = |e: Errno| fault("write", path, e);
+        let io_error = |e: io::Error| error(Errno::from_io_error(&e).unwrap_or(Errno::IO));
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = File::from(rustix::fs::openat(dir, path.name(), flags, Mode::from_raw_mode(0o600)).map_err(error)?);
+        let mut end = 0;
+        while let Some(piece) = archive.piece(&mut self.buffer).map_err(|e| Fault::io(format!("read {path}"), e))? {
+            self.settings.stop.check()?;
+            file.write_all_at(&self.buffer[..piece.len], piece.offset).map_err(io_error)?;
+            end = piece.offset + piece.len as u64;
+        }
+        if end < member.size {
+            file.set_len(member.size).map_err(io_error)?;
+        }
+        let (uid, gid) = self.owner(member);
+        rustix::fs::fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).map_err(error)?;
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(member.mode)).map_err(error)?;
+        for (key, value) in &member.xattrs {
+            // As far as the file system takes them.
+            let _ = rustix::fs::fsetxattr(&file, OsStr::from_bytes(key), value, XattrFlags::empty());
+        }
+        rustix::fs::futimens(&file, &at_time(member.mtime)).map_err(error)
+    }
+
+    fn link(&self, first: &[u8], dir: BorrowedFd<'_>, path: &RootPath) -> Result<()> {
+        let first = RootPath::new(first);
+        check_length(&first)?;
         let failed = |e| fault("link", &first, e);
         let first_dir = self.root.dir(&self.root.real(&first.parent())?).map_err(failed)?;
         rustix::fs::linkat(&first_dir, first.name(), dir, path.name(), AtFlags::empty()).map_err(failed)
     }
 
     fn finish(self) {
-        self.directories.iter().rev().for_each(|(path, time)| self.root.set_time(path, *time));
+        self.directories.times.iter().for_each(|(path, time)| self.root.set_time(path, *time));
     }
 }
 
-fn no_target(path: &RootPath) -> Fault {
-    Fault::invalid(format!("the archive has a link without target, {path}"))
+fn check_length(path: &RootPath) -> Result<()> {
+    let path: &[u8] = path.as_ref();
+    if path.len() <= MAX_PATH {
+        return Ok(());
+    }
+    let shown = String::from_utf8_lossy(&path[..100]).into_owned();
+    Err(Fault::invalid(format!("the archive has a path of {} bytes, {shown}…: file name too long", path.len())))
 }
 
 /// Makes a directory, symbolic link, device or FIFO.
-fn make(kind: EntryType, header: &Header, target: Option<&[u8]>, dir: BorrowedFd<'_>, path: &RootPath) -> Result<()> {
+fn make(kind: &MemberKind, dir: BorrowedFd<'_>, path: &RootPath) -> Result<()> {
     let name = path.name();
+    let node = |file_type, device| rustix::fs::mknodat(dir, name, file_type, Mode::from_raw_mode(0o600), device);
     let made = match kind {
-        EntryType::Directory => match rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(0o700)) {
+        MemberKind::Directory => match rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(0o700)) {
             Err(Errno::EXIST) => Ok(()),
             made => made,
         },
-        EntryType::Symlink => rustix::fs::symlinkat(target.ok_or_else(|| no_target(path))?, dir, name),
-        EntryType::Fifo | EntryType::Char | EntryType::Block => {
-            let number = |n: io::Result<Option<u32>>| n.ok().flatten().unwrap_or_default();
-            let device = rustix::fs::makedev(number(header.device_major()), number(header.device_minor()));
-            let file_type = match kind {
-                EntryType::Fifo => FileType::Fifo,
-                EntryType::Char => FileType::CharacterDevice,
-                _ => FileType::BlockDevice,
-            };
-            rustix::fs::mknodat(dir, name, file_type, Mode::from_raw_mode(0o600), device)
-        }
+        MemberKind::Symlink(target) => rustix::fs::symlinkat(OsStr::from_bytes(target), dir, name),
+        MemberKind::Fifo => node(FileType::Fifo, 0),
+        MemberKind::CharDevice(major, minor) => node(FileType::CharacterDevice, rustix::fs::makedev(*major, *minor)),
+        MemberKind::BlockDevice(major, minor) => node(FileType::BlockDevice, rustix::fs::makedev(*major, *minor)),
         other => return Err(Fault::invalid(format!("the archive has an entry of unknown kind {other:?}, {path}"))),
     };
     made.map_err(|e| fault("write", path, e))
 }
 
 /// Sets an extended attribute of what cannot be opened, as far as the file system takes it.
-fn set_xattr(dir: BorrowedFd<'_>, name: &OsStr, key: &str, value: &[u8]) {
+fn set_xattr(dir: BorrowedFd<'_>, name: &OsStr, key: &[u8], value: &[u8]) {
     let path = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(name);
-    let _ = rustix::fs::lsetxattr(&path, key, value, XattrFlags::empty());
+    let _ = rustix::fs::lsetxattr(&path, OsStr::from_bytes(key), value, XattrFlags::empty());
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{
-        fs,
-        os::unix::{ffi::OsStrExt, fs::MetadataExt},
-        path::Path,
-    };
+    use std::{fs, os::unix::fs::MetadataExt, process::Command};
+    use tar::EntryType;
 
     fn archive(entries: &[(&str, EntryType, &str)]) -> Vec<u8> {
         let mut builder = tar::Builder::new(Vec::new());
@@ -353,17 +318,69 @@ mod tests {
     }
 
     #[test]
-    fn seconds_may_have_a_fraction() {
-        for (text, expected) in [
-            ("77", Some(77_000_000_000)),
-            ("77.25", Some(77_250_000_000)),
-            ("0.1234567891", Some(123_456_789)),
-            ("-1.5", Some(-1_500_000_000)),
-            ("1.x", None),
-            ("", None),
-        ] {
-            assert_eq!(nanoseconds(text), expected, "{text}");
+    fn sparse_files_are_whole_and_stay_sparse() {
+        let from = tempfile::tempdir().expect("a temporary directory");
+        let sparse = File::create(from.path().join("sparse")).expect("create");
+        for part in 0..30_u8 {
+            sparse.write_all_at(&[part + 1; 1000], u64::from(part) << 20).expect("write");
         }
+        sparse.set_len((31 << 20) + 7).expect("truncate");
+        let expected = fs::read(from.path().join("sparse")).expect("read");
+        for kind in [
+            &["--format=oldgnu"][..],
+            &["--format=gnu"],
+            &["--format=posix", "--sparse-version=0.0"],
+            &["--format=posix", "--sparse-version=0.1"],
+            &["--format=posix", "--sparse-version=1.0"],
+        ] {
+            let to = tempfile::tempdir().expect("a temporary directory");
+            let out = Command::new("tar").args(kind).args(["-S", "--hole-detection=raw", "-c", "-C"]).arg(from.path()).arg(".").output();
+            let bytes = out.expect("tar").stdout;
+            assert!(bytes.len() < 1 << 20, "{kind:?}");
+            assert!(unpack(&bytes, to.path()).expect("unpack"));
+            let path = to.path().join("out/sparse");
+            assert!(fs::read(&path).expect("read") == expected, "{kind:?}");
+            assert!(fs::metadata(&path).expect("stat").blocks() * 512 < 4 << 20, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn long_paths_and_many_directories_are_refused() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        // Looked at name by name this would take minutes.
+        let long = "a/".repeat(250_000);
+        let with = |key: &str, kind: EntryType| {
+            let mut builder = tar::Builder::new(Vec::new());
+            builder.append_pax_extensions([(key, long.as_bytes())]).expect("append");
+            let mut header = tar::Header::new_ustar();
+            header.set_entry_type(kind);
+            header.set_size(0);
+            builder.append_data(&mut header, "short", io::empty()).expect("append");
+            unpack(&builder.into_inner().expect("finish"), dir.path()).expect_err("too long").to_string()
+        };
+        assert!(with("path", EntryType::Regular).ends_with("file name too long"));
+        assert!(with("linkpath", EntryType::Link).ends_with("file name too long"));
+        let mut directories = Directories { limit: 1000, ..Directories::default() };
+        for n in 0..10_000 {
+            directories.put("/same".into(), n).expect("one directory");
+        }
+        assert!((0..100).any(|n| directories.put(RootPath::from(&*format!("/{n}")), n).is_err()));
+    }
+
+    #[test]
+    fn names_and_attributes_may_have_newlines() {
+        // As Python's `tarfile` makes it.
+        let bytes = include_bytes!("../../../archive/tests/corpus/python-pax.tar");
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        assert!(unpack(bytes, dir.path()).expect("unpack"));
+        let out = dir.path().join("out");
+        let tool = fs::metadata(out.join("tool")).expect("stat");
+        assert_eq!((tool.uid(), tool.gid(), tool.mode() & 0o7777), (1234, 3_000_000, 0o755));
+        let mut value = [0; 64];
+        let capability = rustix::fs::lgetxattr(out.join("tool"), "security.capability", &mut value[..]).expect("a capability");
+        assert!(value[..capability].contains(&b'\n'), "{:?}", &value[..capability]);
+        assert_eq!(fs::read(out.join("café\nbreak/fi\nle")).expect("read"), b"abc");
+        assert_eq!(fs::read_link(out.join("link\nname")).expect("read the link"), Path::new("tö\nthere"));
     }
 
     #[test]
