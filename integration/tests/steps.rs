@@ -85,6 +85,86 @@ fn what_a_step_prints_is_seen_while_it_runs() {
     build_text(&lab, "after:1", "FROM busybox\nRUN echo fine\n").ok();
 }
 
+/// A step that writes its output byte by byte, on both streams.
+#[test]
+fn many_small_writes_leave_no_memory_behind() {
+    let mut lab = Lab::complete(any());
+    let mut round = |n: u32| {
+        let script = "i=0; while [ $i -lt 30000 ]; do printf x; printf y >&2; i=$((i+1)); done";
+        let done = build_text(&lab, &format!("bytes:{n}"), &format!("FROM busybox\nRUN : {n}; {script}\n")).ok();
+        let said = done.all().bytes().filter(|b| *b == b'x').count();
+        assert!(said >= 30_000, "{said}");
+        lab.daemon().memory()
+    };
+    // The first rounds warm up what the allocator and the daemon keep for good.
+    let before = (1..=2).map(&mut round).max().unwrap();
+    let after = (3..=4).map(&mut round).min().unwrap();
+    assert!(after < before + (4 << 20), "{before} bytes before, {after} after");
+}
+
+/// What a build without cache empties, it empties once (row `exec.mnt.cache.reset`).
+#[test]
+fn a_cache_mount_is_emptied_once_per_build() {
+    let lab = Lab::complete(any());
+    let text = r#"FROM busybox
+RUN --mount=type=cache,id=shared,target=/c test ! -e /c/old && echo 1 > /c/first && touch /c/old
+RUN --mount=type=cache,id=shared,target=/elsewhere test "$(cat /elsewhere/first)" = 1
+RUN --mount=type=cache,target=/other test ! -e /other/x && touch /other/x
+"#;
+    let context = lab.context("cache-reset", &[("Dockerfile", text)]);
+    build(&lab, "reset:1", &context, &[]).ok();
+    // The same steps fail if they find what the first build left.
+    build(&lab, "reset:2", &context, &["--no-cache"]).ok();
+    build(&lab, "reset:3", &context, &["--no-cache"]).ok();
+}
+
+/// Names that cannot be looked up are no reason to give files to root.
+#[test]
+fn owners_by_name_need_the_name() {
+    let lab = Lab::complete(any());
+    let missing = "there is no root filesystem to look the name up in";
+    for (n, (copy, expected)) in [
+        ("COPY --chown=nobody Dockerfile /f", missing),
+        ("COPY --link --chown=33:nobody Dockerfile /f", missing),
+        ("ADD --chown=nobody Dockerfile /f", missing),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let failed = build_text(&lab, &format!("owner:{n}"), &format!("FROM scratch\n{copy}\n")).failed();
+        assert!(failed.all().contains(expected), "{copy}: {}", failed.all());
+    }
+    let failed = build_text(&lab, "owner:linked", "FROM busybox\nCOPY --link --chown=nobody Dockerfile /f\n").failed();
+    assert!(failed.all().contains(missing), "{}", failed.all());
+    let failed = build_text(&lab, "owner:none", "FROM busybox\nCOPY --chown=nosuchuser Dockerfile /f\n").failed();
+    assert!(failed.all().contains("unable to find user nosuchuser: no matching entries in /etc/passwd"), "{}", failed.all());
+    let text = "FROM busybox\nCOPY --chown=nobody Dockerfile /f\nCOPY --link --chown=root Dockerfile /g\nRUN test $(stat -c %u /f) = 65534 && test $(stat -c %u /g) = 0\n";
+    build_text(&lab, "owner:fine", text).ok();
+}
+
+/// An archive with newlines in names and values comes through `ADD`, into the layer, and out again.
+#[test]
+fn an_archive_with_newlines_is_added_whole() {
+    on_each(|flavour| {
+        let lab = Lab::complete(flavour);
+        let text = r#"FROM scratch AS layer
+ADD odd.tar /
+FROM busybox
+COPY --from=layer / /odd
+RUN cd /odd && test $(stat -c %u tool) = 1234 && test "$(cat caf*/fi*)" = abc && touch /seen
+FROM layer
+COPY --from=1 /seen /
+"#;
+        let context = lab.context("newlines", &[("Dockerfile", text)]);
+        std::fs::write(context.join("odd.tar"), include_bytes!("../../crates/archive/tests/corpus/python-pax.tar")).unwrap();
+        let out = lab.dir().join("newlines.tar");
+        build(&lab, "newlines:1", &context, &["--output", &format!("type=tar,dest={}", out.display())]).ok();
+        let list = std::process::Command::new("tar").args(["-t", "--quoting-style=literal", "-f"]).arg(&out).output().unwrap();
+        let list = String::from_utf8_lossy(&list.stdout).into_owned();
+        assert!(list.contains("café\nbreak/fi\nle\n") && list.contains("link\nname\n"), "{list}");
+    });
+}
+
 #[test]
 fn network_host_needs_permission_and_then_works() {
     let lab = Lab::complete(any());

@@ -16,7 +16,7 @@ use shipway_fault::{Code, Fault, Result};
 use shipway_frontend::{Bridge as _, FrontendResult, SolveRequest};
 use shipway_gateway::{Builds, GatewayBuild};
 use shipway_oci::Platform;
-use shipway_ops::{Ahead, JobData, LlbOp, Services};
+use shipway_ops::{Ahead, JobData, LlbOp, Services, Wishes};
 use shipway_progress::Journal;
 use shipway_registry::Registry;
 use shipway_remotecache::CacheIndex;
@@ -105,6 +105,15 @@ impl Drop for Running {
         self.journal.close();
         lock(&self.engine.running).remove(&self.id);
         self.engine.remember(self.id.clone(), self.journal.clone());
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let engine = Arc::downgrade(&self.engine);
+            runtime.spawn(async move {
+                tokio::time::sleep(RECENT.0).await;
+                if let Some(engine) = engine.upgrade() {
+                    engine.forget();
+                }
+            });
+        }
         // Dropped before its end: the client went away.
         if self.recorded && !self.done {
             let (engine, id, journal) = (self.engine.clone(), self.id.clone(), self.journal.clone());
@@ -120,7 +129,15 @@ impl EngineInner {
     fn remember(&self, id: String, journal: Journal) {
         let mut recent = lock(&self.recent);
         recent.push_back((Instant::now(), id, journal));
-        while recent.len() > RECENT.1 || recent.front().is_some_and(|(ended, ..)| ended.elapsed() > RECENT.0) {
+        if recent.len() > RECENT.1 {
+            recent.pop_front();
+        }
+    }
+
+    /// Lets go of the journals whose moment is over.
+    fn forget(&self) {
+        let mut recent = lock(&self.recent);
+        while recent.front().is_some_and(|(ended, ..)| ended.elapsed() >= RECENT.0) {
             recent.pop_front();
         }
     }
@@ -164,7 +181,14 @@ impl Engine {
         let exporters = request.exporters.iter().map(|e| parts.exporters.resolve(&e.kind, &e.attrs)).collect::<Result<Vec<_>>>()?;
         let sessions = SessionGroup::new(parts.sessions.clone(), [SessionId::new(&request.session)]);
         let journal = Journal::new();
-        let data = JobData { id: request.id.as_str().into(), sessions, entitlements, memo: SourceMemo::default(), ahead: Ahead::default() };
+        let data = JobData {
+            id: request.id.as_str().into(),
+            sessions,
+            entitlements,
+            memo: SourceMemo::default(),
+            ahead: Ahead::default(),
+            wishes: Wishes::default(),
+        };
         let job = parts.solver.job(JobId(request.id.clone()), data.clone(), journal.clone())?;
         let mut running = self.begin(&request, journal.clone())?;
         let scope = BuildScope::new(self.0.clone(), &request, data, job, journal.clone());

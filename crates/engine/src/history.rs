@@ -319,7 +319,7 @@ fn count(events: &[Event]) -> Steps {
     for event in events {
         match event {
             Event::Vertex(v) => {
-                last.insert(v.digest, v);
+                last.insert(v.digest, &**v);
             }
             Event::Warning(_) => warnings += 1,
             _ => {}

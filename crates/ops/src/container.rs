@@ -64,7 +64,7 @@ impl Container {
     pub async fn new(services: Arc<Services>, job: JobData, spec: ContainerSpec, reporter: &Reporter) -> Result<Self> {
         let meta = ExecMeta { args: vec![format!("container {}", spec.name)], cwd: "/".into(), ..ExecMeta::default() };
         let exec = ExecOp { meta, mounts: spec.mounts.clone(), ..ExecOp::default() };
-        let behalf = Behalf { sessions: &job.sessions, reporter, fresh: false };
+        let behalf = Behalf { sessions: &job.sessions, reporter, jobs: &[] };
         let Plan { root, mounts, snapshots, held } = exec::mounts::plan(&services, &exec, &spec.inputs, behalf).await?;
         let end = CancellationToken::new();
         Ok(Self {

@@ -1,6 +1,7 @@
 //! Processes (rows `exec.*`): the key, the mounts, the run, and what is said when it fails.
 
 mod key;
+mod limits;
 mod logs;
 pub(crate) mod mounts;
 mod outcome;
@@ -16,7 +17,7 @@ use logs::StepLog;
 use mounts::{Behalf, Held, OutputState, Plan};
 use shipway_executor::{Edits, HostEntry, Keep, NetworkMode, OutputSink, ProcessSpec, ResourceLimits, Rlimit, Security, Wires};
 use shipway_fault::{Fault, Result};
-use shipway_llb::{ExecOp, LinuxResources, Mount, NetMode, ProxyEnv, SecurityMode};
+use shipway_llb::{ExecOp, Mount, NetMode, ProxyEnv, SecurityMode};
 use shipway_refs::ImmutableRef;
 use shipway_session::SessionGroup;
 use std::{
@@ -36,14 +37,15 @@ pub(crate) async fn run(op: &LlbOp, exec: &ExecOp, inputs: Vec<ImmutableRef>, cx
         job.entitlements.check(&op.vertex.op)?;
     }
     let sessions = LlbOp::sessions(cx)?;
-    let behalf = Behalf { sessions: &sessions, reporter: &cx.reporter, fresh: op.vertex.metadata.ignore_cache };
+    let behalf = Behalf { sessions: &sessions, reporter: &cx.reporter, jobs: &jobs };
     let Plan { root, mounts, held, .. } = mounts::plan(&op.services, exec, &inputs, behalf).await?;
     let writable = root.mounts.clone();
     let env = environment(exec, &sessions).await?;
     let edits = op.services.edits(exec).await?;
     // Held by the process too: were this future dropped, the snapshots would go before the process is dead.
     let held = Arc::new(Mutex::new(Some(held)));
-    let resources = op.vertex.metadata.resources.as_ref().map(limits).unwrap_or_default();
+    let resources = jobs.iter().filter_map(|j| j.wishes.limits(op.vertex.digest)).reduce(|a, b| limits::wider(&a, &b));
+    let resources = resources.or_else(|| op.vertex.metadata.resources.clone()).as_ref().map(limits::of).unwrap_or_default();
     let process = ProcessSpec { resources, edits, ..process(&op.services, exec, env, jobs.first().map_or("", |j| &j.id), held.clone()) };
     let log = Arc::new(StepLog::new(cx.reporter.clone()));
     let sink: OutputSink = {
@@ -51,7 +53,12 @@ pub(crate) async fn run(op: &LlbOp, exec: &ExecOp, inputs: Vec<ImmutableRef>, cx
         Arc::new(move |output| log.write(output.stream, &output.bytes))
     };
     let name = exec.meta.args.join(" ");
-    let status = op.services.executor.run(process, root, mounts, Wires::output(sink)).await;
+    let running = op.services.executor.run(process, root, mounts, Wires::output(sink));
+    let status = tokio::select! {
+        status = running => status,
+        never = log.pump() => match never {},
+    };
+    log.settle();
     let held = held.lock().unwrap_or_else(PoisonError::into_inner).take();
     let held = held.ok_or_else(|| Fault::internal("the snapshots of a step are gone"))?;
     if let Err(fault) = outcome::judge(&name, &exec.meta.valid_exit_codes, status, &log, &writable).await {
@@ -127,19 +134,6 @@ pub(crate) fn process(services: &Services, exec: &ExecOp, env: Vec<String>, job:
         tty: false,
         remove_stubs_recursively: meta.remove_mount_stubs_recursive,
         keep: Keep(Some(held)),
-    }
-}
-
-/// On the wire zero means that nothing is said.
-fn limits(r: &LinuxResources) -> ResourceLimits {
-    ResourceLimits {
-        memory: (r.memory != 0).then_some(r.memory),
-        memory_swap: (r.memory_swap != 0).then_some(r.memory_swap),
-        cpu_shares: (r.cpu_shares != 0).then_some(r.cpu_shares),
-        cpu_period: (r.cpu_period != 0).then_some(r.cpu_period),
-        cpu_quota: (r.cpu_quota != 0).then_some(r.cpu_quota),
-        cpuset_cpus: r.cpuset_cpus.clone(),
-        cpuset_mems: r.cpuset_mems.clone(),
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a build brings to its vertices, and what the daemon brings.
 
-use crate::{Ahead, DeviceGrants};
+use crate::{Ahead, DeviceGrants, Wishes};
 use shipway_cdi::Registry;
 use shipway_executor::Executor;
 use shipway_fault::{Code, Fault, Result};
@@ -52,6 +52,8 @@ pub struct JobData {
     pub memo: SourceMemo,
     /// What it will export.
     pub ahead: Ahead,
+    /// What it wants of vertices besides their results.
+    pub wishes: Wishes,
 }
 
 /// What all operations work with.

@@ -3,8 +3,6 @@
 //! [`LlbOp`] is one vertex's work: made by the engine from a checked [`shipway_llb::Vertex`], run by the solver. A source is pinned for its key
 //! and fetched when needed; a process (`exec`) gets snapshots as mounts and its writable ones committed; file actions (`file`) run here, in
 //! the daemon, confined to their roots by the kernel (`openat2`). Which devices of the host a process gets is decided before it has a key (`devices`).
-//!
-//! `tar`, `flate2`, `zstd`, `bzip2` and `liblzma` are here to unpack what `ADD` is given (row `file.copy.unpack`).
 
 mod ahead;
 mod container;
@@ -15,6 +13,7 @@ mod job;
 mod key;
 mod op;
 mod remains;
+mod wishes;
 
 pub use ahead::Ahead;
 pub use container::{Container, ContainerSpec};
@@ -22,3 +21,4 @@ pub use devices::DeviceGrants;
 pub use job::{Entitlements, JobData, Services};
 pub use op::LlbOp;
 pub use remains::Remains;
+pub use wishes::Wishes;

@@ -4,26 +4,30 @@ use shipway_fault::{SourceFile, Span};
 use shipway_oci::Digest;
 use std::{sync::Arc, time::SystemTime};
 
-/// Something that happened.
+/// Something that happened. Copies share what they say, however many journals have it.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A vertex is known, started, ended.
-    Vertex(VertexUpdate),
+    Vertex(Arc<VertexUpdate>),
     /// A counter within a vertex.
-    Status(StatusUpdate),
+    Status(Arc<StatusUpdate>),
     /// Output of a vertex.
-    Log {
-        /// The vertex.
-        vertex: Digest,
-        /// Which stream.
-        stream: LogStream,
-        /// The bytes.
-        bytes: bytes::Bytes,
-        /// When.
-        time: SystemTime,
-    },
+    Log(Arc<LogUpdate>),
     /// A warning.
     Warning(Arc<WarningUpdate>),
+}
+
+/// A piece of a vertex's output.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogUpdate {
+    /// The vertex.
+    pub vertex: Digest,
+    /// Which stream.
+    pub stream: LogStream,
+    /// The bytes, in memory of exactly their size.
+    pub bytes: Box<[u8]>,
+    /// When.
+    pub time: SystemTime,
 }
 
 /// Which stream a log line came from (1 and 2 on the wire).

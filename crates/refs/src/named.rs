@@ -219,7 +219,31 @@ impl RefStore {
     }
 }
 
+impl RefStore {
+    /// Throws away the named states of a key: nobody gets them any more, and each vanishes with the last who has it.
+    pub fn discard_named(&self, record_type: RecordType, key: &str) {
+        let store = &self.0;
+        store.slots.named(&name_of(key), record_type).iter().for_each(|slot| store.doom(slot));
+        // Who waits for one gets a new one.
+        store.slots.freed.notify_waiters();
+    }
+}
+
 impl Inner {
+    fn doom(self: &Arc<Self>, slot: &Arc<Slot>) {
+        let unused = {
+            let mut u = lock(&slot.use_);
+            (u.dead, u.doomed) = (true, true);
+            u.writers + u.readers == 0
+        };
+        self.slots.drop_slot(slot);
+        if unused {
+            self.uses.forget(&slot.id);
+            let (store, slot) = (self.clone(), slot.clone());
+            self.background.clone().spawn(async move { store.end_lease(&slot.lease).await });
+        }
+    }
+
     async fn make_slot(self: &Arc<Self>, request: &NamedRequest, name: String) -> Result<NamedRef> {
         let mut chain = None;
         let mut parents = Vec::new();
@@ -357,12 +381,7 @@ impl NamedRef {
     /// Throws the state away, as when its contents turned out to be damaged: nobody gets it any more, and it vanishes with the
     /// last who has it.
     pub async fn discard(self) -> Result<()> {
-        let (store, slot) = (&self.writer.store, &self.writer.slot);
-        {
-            let mut u = lock(&slot.use_);
-            (u.dead, u.doomed) = (true, true);
-        }
-        store.slots.drop_slot(slot);
+        self.writer.store.doom(&self.writer.slot);
         Ok(())
     }
 }

@@ -82,13 +82,13 @@ pub fn messages(events: &[Event]) -> Vec<StatusResponse> {
                     current.statuses.push(status(s));
                 }
             },
-            Event::Log { vertex, stream, bytes, time } => {
-                size += bytes.len();
+            Event::Log(log) => {
+                size += log.bytes.len();
                 current.logs.push(VertexLog {
-                    vertex: vertex.to_string(),
-                    timestamp: Some((*time).into()),
-                    stream: *stream as i64,
-                    msg: bytes.to_vec(),
+                    vertex: log.vertex.to_string(),
+                    timestamp: Some(log.time.into()),
+                    stream: log.stream as i64,
+                    msg: log.bytes.to_vec(),
                 });
             }
             Event::Warning(w) => current.warnings.push(warning(w)),
@@ -141,7 +141,7 @@ mod tests {
         r.started();
         r.status("s", 1, 2, false);
         r.status("s", 2, 2, true);
-        r.log(LogStream::Stderr, "hello".into());
+        r.log(LogStream::Stderr, b"hello");
         r.completed(None);
         let all = read_blob(&log_blob(&journal.events()));
         assert_eq!(all.len(), 1);

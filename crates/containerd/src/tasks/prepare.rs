@@ -264,5 +264,7 @@ pub(super) fn prepare(
 
 /// Whether a namespace that `process` was in may serve another.
 pub(super) fn leaves_network_clean(process: &ProcessSpec) -> bool {
-    process.security == Security::Sandbox && process.network == NetworkMode::Default
+    // Devices may bring interfaces of the host, and their hooks do what they like.
+    let edited = !process.edits.interfaces.is_empty() || !process.edits.hooks.is_empty();
+    process.security == Security::Sandbox && process.network == NetworkMode::Default && !edited
 }

@@ -1,6 +1,6 @@
 //! Owns the FIFOs that carry a process's input and output.
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use rustix::fs::{FileType, Mode};
 use shipway_executor::{Outlet, Output, Stream};
 use shipway_fault::{Fault, Result};
@@ -136,14 +136,13 @@ pub(super) async fn feed(mut from: mpsc::Receiver<Bytes>, mut to: pipe::Sender) 
 }
 
 async fn copy(mut from: pipe::Receiver, stream: Stream, outlet: Outlet) {
-    let mut buffer = BytesMut::new();
+    let mut buffer = vec![0; CHUNK];
     loop {
-        buffer.reserve(CHUNK);
-        match from.read_buf(&mut buffer).await {
+        match from.read(&mut buffer).await {
             Ok(0) | Err(_) => return,
-            Ok(_) if outlet.put(Output { stream, bytes: buffer.split().freeze() }).await => {}
-            // What nobody takes is read all the same: the process must not wait for us.
-            Ok(_) => buffer.clear(),
+            // What nobody takes is read all the same: the process must not wait for us. The copy is of the size of what was read, so
+            // that whoever keeps it does not keep the buffer.
+            Ok(n) => drop(outlet.put(Output { stream, bytes: Bytes::copy_from_slice(&buffer[..n]) }).await),
         }
     }
 }

@@ -1,13 +1,17 @@
-//! Clipping of a step's output (row `exec.logclip`): bounded in size and speed, with the end kept for the case that the step fails.
+//! A step's output on its way to those who watch (row `exec.logclip`): bounded in size and speed, with the end kept for the case that the
+//! step fails, and in pieces that are not as small as the step wrote them.
 
 use bytes::Bytes;
 use shipway_executor::Stream;
 use shipway_progress::{LogStream, Reporter};
 use std::{
     collections::VecDeque,
-    sync::{Mutex, PoisonError},
-    time::Instant,
+    convert::Infallible,
+    mem,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant, SystemTime},
 };
+use tokio::sync::Notify;
 
 /// Bytes of one stream that are passed on.
 const MAX_SIZE: u64 = 2 << 20;
@@ -17,12 +21,64 @@ const MAX_SPEED: u64 = 200 << 10;
 const TAIL: usize = 256 << 10;
 /// What a program says when the disk is full, in the C library's words.
 const NO_SPACE: &[u8] = b"No space left on device";
+/// What follows a piece of output within this time is gathered before it is passed on.
+const WINDOW: Duration = Duration::from_millis(100);
+/// Gathered output of this size is passed on at once.
+const MAX_GATHERED: usize = 64 << 10;
+/// Pieces that are gathered at once. So many times the streams alternate in their order; then each of them is one piece.
+const MAX_PIECES: usize = 16;
 
 /// The output of one step on its way to those who watch.
 pub(super) struct StepLog {
     reporter: Reporter,
     began: Instant,
-    streams: Mutex<[Clip; 2]>,
+    state: Mutex<State>,
+    /// Wakes [`StepLog::pump`] when something is gathered.
+    gathering: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    streams: [Clip; 2],
+    gathered: Gathered,
+}
+
+/// Output that waits for more.
+#[derive(Default)]
+struct Gathered {
+    pieces: Vec<Piece>,
+    size: usize,
+    /// When something was last passed on.
+    passed: Option<Instant>,
+}
+
+#[derive(Debug, PartialEq)]
+struct Piece {
+    stream: LogStream,
+    bytes: Vec<u8>,
+    time: SystemTime,
+}
+
+impl Gathered {
+    /// Takes output; returns what is to be passed on now.
+    fn put(&mut self, stream: LogStream, bytes: &[u8], now: Instant) -> Vec<Piece> {
+        let full = self.pieces.len() >= MAX_PIECES;
+        let last = self.pieces.len().saturating_sub(1);
+        let open = self.pieces.iter_mut().enumerate().rev().find(|(i, p)| p.stream == stream && (full || *i == last));
+        match open {
+            Some((_, piece)) => piece.bytes.extend_from_slice(bytes),
+            None => self.pieces.push(Piece { stream, bytes: bytes.to_vec(), time: SystemTime::now() }),
+        }
+        self.size += bytes.len();
+        let quiet = self.passed.is_none_or(|passed| now.saturating_duration_since(passed) >= WINDOW);
+        if quiet || self.size >= MAX_GATHERED { self.take(now) } else { Vec::new() }
+    }
+
+    fn take(&mut self, now: Instant) -> Vec<Piece> {
+        self.size = 0;
+        self.passed = Some(now);
+        mem::take(&mut self.pieces)
+    }
 }
 
 #[derive(Default)]
@@ -67,43 +123,74 @@ impl Clip {
     }
 }
 
-fn stream_of(index: usize) -> LogStream {
-    if index == 0 { LogStream::Stdout } else { LogStream::Stderr }
-}
-
 impl StepLog {
     pub(super) fn new(reporter: Reporter) -> Self {
-        Self { reporter, began: Instant::now(), streams: Mutex::default() }
+        Self { reporter, began: Instant::now(), state: Mutex::default(), gathering: Notify::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pass_on(&self, pieces: Vec<Piece>) {
+        pieces.iter().for_each(|p| self.reporter.log_at(p.stream, &p.bytes, p.time));
     }
 
     /// Takes output.
     pub(super) fn write(&self, stream: Stream, bytes: &Bytes) {
-        let index = usize::from(stream == Stream::Stderr);
-        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
-        let clip = &mut streams[index];
+        let (index, stream) = if stream == Stream::Stderr { (1, LogStream::Stderr) } else { (0, LogStream::Stdout) };
+        let mut state = self.lock();
+        let state = &mut *state;
+        let clip = &mut state.streams[index];
         clip.look(bytes);
         let (admitted, notice) = clip.admit(bytes, self.began.elapsed().as_secs_f64());
-        if admitted > 0 {
-            self.reporter.log(stream_of(index), bytes.slice(..admitted));
+        for text in [&bytes[..admitted], notice.as_deref().unwrap_or_default().as_bytes()] {
+            if !text.is_empty() {
+                self.pass_on(state.gathered.put(stream, text, Instant::now()));
+            }
         }
-        if let Some(notice) = notice {
-            self.reporter.log(stream_of(index), notice.into());
+        if !state.gathered.pieces.is_empty() {
+            self.gathering.notify_one();
         }
+    }
+
+    /// Passes gathered output on in time, as long as it is polled.
+    pub(super) async fn pump(&self) -> Infallible {
+        loop {
+            self.gathering.notified().await;
+            tokio::time::sleep(WINDOW).await;
+            self.settle();
+        }
+    }
+
+    /// Passes on what is gathered.
+    pub(super) fn settle(&self) {
+        let mut state = self.lock();
+        let pieces = state.gathered.take(Instant::now());
+        self.pass_on(pieces);
     }
 
     /// Passes on the end of what was clipped: the step failed, and the reason is usually there.
     pub(super) fn flush(&self) {
-        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
-        for (index, clip) in streams.iter_mut().enumerate() {
+        self.settle();
+        let mut state = self.lock();
+        for (stream, clip) in [LogStream::Stdout, LogStream::Stderr].into_iter().zip(&mut state.streams) {
             if let Some(tail) = clip.tail.take().filter(|t| !t.is_empty()) {
-                self.reporter.log(stream_of(index), Vec::from(tail).into());
+                self.reporter.log(stream, &Vec::from(tail));
             }
         }
     }
 
     /// Whether the step complained of a full disk.
     pub(super) fn no_space(&self) -> bool {
-        self.streams.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|c| c.no_space)
+        self.lock().streams.iter().any(|c| c.no_space)
+    }
+}
+
+/// A step that is given up has its last words, too.
+impl Drop for StepLog {
+    fn drop(&mut self) {
+        self.settle();
     }
 }
 
@@ -130,5 +217,67 @@ mod tests {
         clip.look(b"write: No space left");
         clip.look(b" on device\n");
         assert!(clip.no_space);
+    }
+
+    #[test]
+    fn small_pieces_are_gathered_and_large_or_lonely_ones_are_not() {
+        let (mut gathered, began) = (Gathered::default(), Instant::now());
+        let mut passed = Vec::new();
+        // 60000 bytes, one by one on both streams, over six seconds.
+        for n in 0..60_000_u32 {
+            let stream = if n % 2 == 0 { LogStream::Stdout } else { LogStream::Stderr };
+            passed.extend(gathered.put(stream, &[b'x'], began + n * Duration::from_micros(100)));
+        }
+        let end = began + Duration::from_secs(60);
+        passed.extend(gathered.take(end));
+        assert!(passed.len() <= 61 * MAX_PIECES, "{}", passed.len());
+        assert_eq!(passed.iter().map(|p| p.bytes.len()).sum::<usize>(), 60_000);
+        assert!(passed.iter().all(|p| p.bytes.capacity() < 2 * MAX_GATHERED));
+        assert_eq!(gathered.put(LogStream::Stdout, b"alone", end + WINDOW).len(), 1);
+        assert_eq!(gathered.put(LogStream::Stdout, b"soon after", end + WINDOW), []);
+        assert_eq!(gathered.put(LogStream::Stdout, &[b'x'; MAX_GATHERED], end + WINDOW).len(), 1);
+    }
+
+    #[test]
+    fn streams_that_take_turns_keep_their_order() {
+        let (mut gathered, now) = (Gathered::default(), Instant::now());
+        gathered.take(now);
+        for (stream, text) in [
+            (LogStream::Stderr, "+ a\n"),
+            (LogStream::Stdout, "a\n"),
+            (LogStream::Stderr, "+ b\n"),
+            (LogStream::Stdout, "b"),
+            (LogStream::Stdout, "\n"),
+        ] {
+            assert_eq!(gathered.put(stream, text.as_bytes(), now), []);
+        }
+        let texts: Vec<_> = gathered.take(now).into_iter().map(|p| String::from_utf8(p.bytes).expect("text")).collect();
+        assert_eq!(texts, ["+ a\n", "a\n", "+ b\n", "b\n"]);
+    }
+
+    #[tokio::test]
+    async fn what_is_gathered_is_passed_on_in_time_and_at_the_end() {
+        let journal = shipway_progress::Journal::new();
+        let log = StepLog::new(journal.reporter(shipway_oci::Digest::of("v"), "v"));
+        let mut watcher = journal.watch();
+        let mut said = String::new();
+        let writes = async {
+            for text in ["a", "b", "c"] {
+                log.write(Stream::Stdout, &text.into());
+            }
+            while said != "abc" {
+                for event in watcher.next().await.expect("the journal is open") {
+                    if let shipway_progress::Event::Log(l) = event {
+                        said.push_str(&String::from_utf8_lossy(&l.bytes));
+                    }
+                }
+            }
+        };
+        tokio::select! { never = log.pump() => match never {}, () = writes => {} }
+        let before = journal.events().len();
+        ["d", "e"].iter().for_each(|text| log.write(Stream::Stderr, &(*text).into()));
+        drop(log);
+        assert!((1..=2).contains(&(journal.events().len() - before)));
+        assert_eq!(before, 3, "the vertex, the first piece, and the rest");
     }
 }

@@ -1,6 +1,6 @@
 //! From LLB mounts to mounts of a process, and to the states that come out of it (rows `exec.mnt.*`).
 
-use crate::Services;
+use crate::{JobData, Services};
 use shipway_executor::{ExecMount, MountSource, RootFs, Secret, spec::clean};
 use shipway_fault::{Fault, Result};
 use shipway_llb::{CacheMount, CacheSharing, ExecOp, Mount, MountKind, SshMount};
@@ -60,8 +60,8 @@ pub(crate) struct Behalf<'a> {
     pub(crate) sessions: &'a SessionGroup,
     /// Who is told what is fetched.
     pub(crate) reporter: &'a Reporter,
-    /// Whether cache directories begin empty.
-    pub(crate) fresh: bool,
+    /// The builds that want the process; some want cache directories to begin empty.
+    pub(crate) jobs: &'a [JobData],
 }
 
 struct Planner<'a> {
@@ -91,20 +91,34 @@ pub(crate) async fn plan(services: &Services, exec: &ExecOp, inputs: &[Immutable
     planner.take_caches().await?;
     let (mut root, mut mounts, mut snapshots) = (None, Vec::new(), vec![None; exec.mounts.len()]);
     for (index, mount) in exec.mounts.iter().enumerate() {
-        if clean(&mount.dest) == "/" && mount.dest.starts_with('/') {
+        let dest = destination(&exec.meta.cwd, &mount.dest, root.is_some())?;
+        if dest == "/" {
             let planned = planner.root(index, mount).await?;
             snapshots[index] = Some(planned.mounts.clone());
             root = Some(planned);
         } else if let Some(source) = planner.source(index, mount).await? {
-            let dest = if mount.dest.starts_with('/') { mount.dest.clone() } else { format!("/{}/{}", exec.meta.cwd, mount.dest) };
             if let MountSource::Snapshot(mounts) | MountSource::SnapshotPath { mounts, .. } = &source {
                 snapshots[index] = Some(mounts.clone());
             }
-            mounts.push(ExecMount { target: clean(&dest), source, read_only: mount.readonly });
+            mounts.push(ExecMount { target: dest, source, read_only: mount.readonly });
         }
     }
     let root = root.ok_or_else(|| Fault::invalid("exec op with no rootfs"))?;
     Ok(Plan { root, mounts, snapshots, held: planner.held })
+}
+
+/// Where a mount goes. Only the first one is the root filesystem; another one there would hide it.
+fn destination(cwd: &str, dest: &str, has_root: bool) -> Result<String> {
+    let whole = if dest.starts_with('/') { clean(dest) } else { clean(&format!("/{cwd}/{dest}")) };
+    if whole == "/" && (has_root || !dest.starts_with('/')) {
+        return Err(Fault::invalid(format!("mount {dest:?} would cover the root filesystem")));
+    }
+    Ok(whole)
+}
+
+/// What a cache directory is known by.
+pub(crate) fn id_of<'a>(mount: &'a Mount, cache: &'a CacheMount) -> &'a str {
+    if cache.id.is_empty() { &mount.dest } else { &cache.id }
 }
 
 /// All of a snapshot, or a part of it.
@@ -225,12 +239,13 @@ impl Planner<'_> {
                 continue;
             }
             previous = Some((request.key.clone(), index));
-            let mut named = self.services.refs.named(request.clone()).await?;
-            if self.behalf.fresh && !named.is_fresh() {
-                // Row `exec.mnt.cache.reset`.
-                named.discard().await?;
-                named = self.services.refs.named(request).await?;
+            let mount = &self.exec.mounts[index];
+            if let MountKind::Cache(cache) = &mount.kind {
+                let empty = || self.services.refs.discard_named(RecordType::CacheMount, &request.key);
+                let each = |job: &JobData| job.wishes.empty_once(id_of(mount, cache), mount.input.is_some(), &request.key, empty);
+                self.behalf.jobs.iter().for_each(each);
             }
+            let named = self.services.refs.named(request).await?;
             let mounts = self.cache_mounts(&named).await?;
             self.caches.insert(index, mounts);
             self.held.named.push(named);
@@ -251,7 +266,7 @@ impl Planner<'_> {
 
     fn cache_request(&self, mount: &Mount, cache: &CacheMount) -> Result<NamedRequest> {
         let parent = self.input(mount)?.cloned();
-        let id = if cache.id.is_empty() { &mount.dest } else { &cache.id };
+        let id = id_of(mount, cache);
         let base = parent.as_ref().map(|p| format!(":{}", p.id())).unwrap_or_default();
         Ok(NamedRequest {
             record_type: RecordType::CacheMount,
@@ -264,5 +279,24 @@ impl Planner<'_> {
             },
             parent,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_mounted_over_the_root() {
+        let check = |dest: &str, has_root: bool, expected: Option<&str>| {
+            assert_eq!(destination("/work", dest, has_root).ok().as_deref(), expected, "{dest}");
+        };
+        check("/", false, Some("/"));
+        check("/./", true, None);
+        check("//a/..", true, None);
+        check("..", true, None);
+        check("..", false, None);
+        check("a/../b", true, Some("/work/b"));
+        check("/c/", true, Some("/c"));
     }
 }

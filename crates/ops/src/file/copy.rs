@@ -106,7 +106,8 @@ pub(super) fn run(source: &Root, target: &Root, copy: &FileCopy, owner: Option<I
             }
             return Err(Fault::not_found(format!("{} not found", RootPath::from(&*copy.src))));
         }
-        found.into_iter().map(|path| Source { path, merged: false }).collect()
+        let wanted = named_out(copy)?;
+        found.into_iter().filter(|path| wanted(path)).map(|path| Source { path, merged: false }).collect()
     } else {
         vec![Source { path: copy.src.as_str().into(), merged: copy.src.ends_with("/.") }]
     };
@@ -120,6 +121,16 @@ pub(super) fn run(source: &Root, target: &Root, copy: &FileCopy, owner: Option<I
         one(source, src, target, &copy.dest, &settings, links)?;
     }
     Ok(())
+}
+
+/// Which of the files and directories that a wildcard found are not excluded by name. The patterns are relative to what is copied: within a
+/// directory that is its contents, but what the wildcard itself found has only its name, or its whole path.
+fn named_out(copy: &FileCopy) -> Result<impl Fn(&RootPath) -> bool> {
+    let filter = PathFilter::new(&[], &copy.exclude_patterns)?;
+    Ok(move |path: &RootPath| {
+        let whole = path.to_string();
+        filter.is_empty() || filter.keeps(&path.name().to_string_lossy()) && filter.keeps(whole.trim_start_matches('/'))
+    })
 }
 
 /// Directories made on the way whose times are set last.

@@ -1,6 +1,5 @@
 //! Runs the git binary: sealed off from the machine's settings, bounded, and ended with all its helpers when nobody waits.
 
-use bytes::Bytes;
 use rustix::process::{Pid, Signal, kill_process_group};
 use shipway_fault::{Class, Code, Fault, Result, redact_text};
 use shipway_progress::{LogStream, Reporter};
@@ -171,7 +170,7 @@ impl Git {
         std::mem::replace(&mut running.group, Group(None)).over();
         let complaint = self.shown(&complaint);
         if !complaint.is_empty() {
-            self.reporter.log(LogStream::Stderr, Bytes::from(complaint.clone()));
+            self.reporter.log(LogStream::Stderr, &complaint);
         }
         match status.code() {
             Some(0) => Ok(output),

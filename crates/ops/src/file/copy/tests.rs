@@ -419,3 +419,25 @@ fn filetime(path: &Path, seconds: i64) -> i64 {
         .expect("utimensat");
     seconds
 }
+
+/// The example of the Dockerfile reference: `COPY --exclude=*.txt hom* /d/`.
+#[test]
+fn what_a_wildcard_finds_can_be_excluded() {
+    let sources = ["home.txt", "home.md", "homedir/inside.txt", "homedir/inside.md", "homeless/"];
+    let check = |excluded: &[&str], expected: &[&str]| {
+        let lab = lab(&sources, &[]);
+        let done = lab.copy(|c| {
+            (c.src, c.dest) = ("/hom*".into(), "/d/".into());
+            (c.allow_wildcard, c.dir_copy_contents) = (true, true);
+            c.exclude_patterns = excluded.iter().map(|p| (*p).to_owned()).collect();
+        });
+        done.expect("copy");
+        let mut found = Vec::new();
+        list(lab.target.path(), "", &mut found);
+        assert_eq!(found, expected, "{excluded:?}");
+    };
+    check(&["*.txt"], &["d/", "d/home.md", "d/inside.md"]);
+    check(&["homedir"], &["d/", "d/home.md", "d/home.txt"]);
+    check(&["*.txt", "!home.txt"], &["d/", "d/home.md", "d/home.txt", "d/inside.md"]);
+    check(&["hom*"], &[]);
+}
