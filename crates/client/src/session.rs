@@ -16,7 +16,7 @@ mod upload;
 use std::{collections::BTreeMap, path::Path};
 
 use shipway_fault::{Fault, Result};
-use shipway_grpc::{Duplex, fault_of, frames, headers, serve_tunnel};
+use shipway_grpc::{Duplex, TunnelPeer, fault_of, frames, headers, serve_tunnel};
 use shipway_oci::Hasher;
 use shipway_proto::moby::buildkit::v1::BytesMessage;
 use tokio_util::task::AbortOnDropHandle;
@@ -114,7 +114,7 @@ impl Services {
         announce(call.metadata_mut(), &id, shared_key, &methods)?;
         let answers = client.control().session(call).await.map_err(|s| fault_of(&s).context("open a session"))?.into_inner();
         let duplex = Duplex::new(answers, sink);
-        let server = AbortOnDropHandle::new(tokio::spawn(serve_tunnel(duplex, routes.routes())));
+        let server = AbortOnDropHandle::new(tokio::spawn(serve_tunnel(duplex, routes.routes(), TunnelPeer::Daemon)));
         Ok(Attached { id, server })
     }
 }

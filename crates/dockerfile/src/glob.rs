@@ -4,10 +4,13 @@
 //! decides whether it matches, and the last piece placed early or late gives the shortest or the longest match, so nothing
 //! backtracks. A step counter bounds what is left: long pieces that almost match everywhere.
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    work::Work,
+};
 
 /// Comparisons allowed for one substitution; about a tenth of a second.
-const MAX_STEPS: usize = 50_000_000;
+const MAX_STEPS: u64 = 50_000_000;
 
 #[derive(Clone, Copy)]
 enum Unit {
@@ -52,12 +55,23 @@ impl Pattern {
 struct Search<'a> {
     pattern: &'a Pattern,
     text: &'a [char],
-    steps: usize,
+    work: &'a Work,
+    /// Steps that it had in the beginning, and those that are left.
+    begun: u64,
+    steps: u64,
+}
+
+/// Whatever comes of it, its steps are gone.
+impl Drop for Search<'_> {
+    fn drop(&mut self) {
+        self.work.take(self.begun - self.steps);
+    }
 }
 
 impl<'a> Search<'a> {
-    fn new(pattern: &'a Pattern, text: &'a [char]) -> Self {
-        Self { pattern, text, steps: MAX_STEPS }
+    fn new(pattern: &'a Pattern, text: &'a [char], work: &'a Work) -> Self {
+        let steps = work.left().min(MAX_STEPS);
+        Self { pattern, text, work, begun: steps, steps }
     }
 
     fn fits(&mut self, piece: &[Unit], at: usize) -> Result<bool> {
@@ -129,17 +143,17 @@ impl<'a> Search<'a> {
 }
 
 /// `${v#pattern}`, or `##` when greedy.
-pub fn trim_prefix(pattern: &str, value: &str, greedy: bool) -> Result<String> {
+pub fn trim_prefix(pattern: &str, value: &str, greedy: bool, work: &Work) -> Result<String> {
     let pattern = Pattern::parse(pattern, greedy)?;
     let text: Vec<char> = value.chars().collect();
-    let end = Search::new(&pattern, &text).at(0)?.unwrap_or(0);
+    let end = Search::new(&pattern, &text, work).at(0)?.unwrap_or(0);
     Ok(text[end..].iter().collect())
 }
 
 /// `${v%pattern}`, or `%%` when greedy: the prefix of everything written backwards.
-pub fn trim_suffix(pattern: &str, value: &str, greedy: bool) -> Result<String> {
+pub fn trim_suffix(pattern: &str, value: &str, greedy: bool, work: &Work) -> Result<String> {
     let value: String = value.chars().rev().collect();
-    let rest = trim_prefix(&reversed(pattern), &value, greedy)?;
+    let rest = trim_prefix(&reversed(pattern), &value, greedy, work)?;
     Ok(rest.chars().rev().collect())
 }
 
@@ -156,10 +170,10 @@ fn reversed(pattern: &str) -> String {
 }
 
 /// `${v/pattern/replacement}`, or `//` for all. The result must not grow by more than `budget` bytes.
-pub fn replace(pattern: &str, value: &str, replacement: &str, all: bool, budget: usize) -> Result<String> {
+pub fn replace(pattern: &str, value: &str, replacement: &str, all: bool, budget: usize, work: &Work) -> Result<String> {
     let pattern = Pattern::parse(pattern, true)?;
     let text: Vec<char> = value.chars().collect();
-    let mut search = Search::new(&pattern, &text);
+    let mut search = Search::new(&pattern, &text, work);
     let mut out = String::new();
     let (mut from, mut copied) = (0, 0);
     while let Some((start, end)) = search.find(from)? {

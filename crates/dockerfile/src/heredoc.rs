@@ -30,7 +30,7 @@ pub(crate) fn parse(word: &str) -> Result<Option<Heredoc>> {
     if names.len() != 1 {
         return Ok(None);
     }
-    let raw = lex.raw_quotes().words(rest, &())?;
+    let raw = lex.clone().raw_quotes().words(rest, &())?;
     if raw.len() != 1 {
         return Err(Error::new(format!("internal lexing of heredoc produced inconsistent results: {rest}")));
     }

@@ -12,6 +12,7 @@ use crate::{
     error::{Error, Result},
     glob,
     literals::quote,
+    work::Work,
 };
 
 /// How deep `${a:-${b:-…}}` may go.
@@ -63,24 +64,36 @@ pub struct Expanded {
 }
 
 /// How to read words: with which escape character, and what to leave alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Lex {
     escape: char,
     raw_quotes: bool,
     raw_escapes: bool,
     skip_quotes: bool,
     keep_unset: bool,
+    work: Work,
 }
 
 impl Lex {
     /// Words of a Dockerfile whose escape character is `escape`.
     pub fn new(escape: char) -> Self {
-        Self { escape, raw_quotes: false, raw_escapes: false, skip_quotes: false, keep_unset: false }
+        Self { escape, raw_quotes: false, raw_escapes: false, skip_quotes: false, keep_unset: false, work: Work::default() }
     }
 
     /// Contents of inline files: quotes mean nothing and the escape is always `\`.
     pub fn for_contents() -> Self {
         Self { skip_quotes: true, ..Self::new('\\') }
+    }
+
+    /// Expands as part of `work`, which others do parts of, too.
+    #[must_use]
+    pub fn part_of(self, work: &Work) -> Self {
+        Self { work: work.clone(), ..self }
+    }
+
+    /// The work that it is part of.
+    pub fn work(&self) -> &Work {
+        &self.work
     }
 
     /// Keeps the quotes in the result.
@@ -108,20 +121,23 @@ impl Lex {
 
     /// The same; `unmatched` gets the names that nobody set also where the expansion fails.
     pub fn word_noting<E: Env + ?Sized>(&self, text: &str, env: &E, unmatched: &mut BTreeSet<String>) -> Result<Expanded> {
+        self.work.read(text)?;
         let special = |c| c == '$' || c == self.escape || c == '<' || c == '\u{feff}' || (!self.skip_quotes && (c == '"' || c == '\''));
         if !text.contains(special) {
             return Ok(Expanded { text: text.to_owned(), ..Expanded::default() });
         }
         let mut pass = Pass::new(self, text, env);
-        let text = pass.whole(text, None);
+        let text = pass.whole(text, None).inspect(|text| self.work.keep(text));
         unmatched.extend(pass.unmatched.iter().cloned());
         Ok(Expanded { text: text?, matched: pass.matched, unmatched: pass.unmatched })
     }
 
     /// Expands `text` and splits it at the blanks that are not quoted; blanks from variables split too.
     pub fn words<E: Env + ?Sized>(&self, text: &str, env: &E) -> Result<Vec<String>> {
+        self.work.read(text)?;
         let mut words = Words::default();
-        Pass::new(self, text, env).whole(text, Some(&mut words))?;
+        let whole = Pass::new(self, text, env).whole(text, Some(&mut words))?;
+        self.work.keep(&whole);
         Ok(words.finish())
     }
 }
@@ -405,7 +421,11 @@ impl<'a, E: Env + ?Sized> Pass<'a, E> {
             }
             Some(op @ ('#' | '%')) => {
                 let (pattern, greedy) = word.strip_prefix(op).map_or((word.as_str(), false), |p| (p, true));
-                if op == '%' { glob::trim_suffix(pattern, &value, greedy) } else { glob::trim_prefix(pattern, &value, greedy) }
+                if op == '%' {
+                    glob::trim_suffix(pattern, &value, greedy, &self.lex.work)
+                } else {
+                    glob::trim_prefix(pattern, &value, greedy, &self.lex.work)
+                }
             }
             op => Err(unsupported(colon, op)),
         }
@@ -419,7 +439,7 @@ impl<'a, E: Env + ?Sized> Pass<'a, E> {
         let replacement = self.until(Some('}'), true, None).map_err(|e| at_end(self.rest, "}", e))?;
         match self.value(name) {
             None if self.lex.keep_unset => Ok(format!("${{{name}/{pattern}/{replacement}}}")),
-            value => glob::replace(&pattern, &value.unwrap_or_default(), &replacement, all, self.budget),
+            value => glob::replace(&pattern, &value.unwrap_or_default(), &replacement, all, self.budget, &self.lex.work),
         }
     }
 

@@ -29,6 +29,7 @@ mod mount;
 mod place;
 mod print;
 mod words;
+mod work;
 
 pub use ast::*;
 pub use error::{Error, Result};
@@ -39,3 +40,4 @@ pub use lex::{Env, Expanded, Lex};
 pub use lint::{Finding, Fix, Lint, LintConfig, Linter, Rule, Selection, is_secret_name};
 pub use literals::{boolean, csv, quote, suggest};
 pub use place::{Source, Token, pin};
+pub use work::Work;

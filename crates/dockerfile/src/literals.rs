@@ -182,13 +182,21 @@ pub fn with_suggestion(message: String, word: &str, options: &[&str], case_sensi
     }
 }
 
+/// Longest word, in bytes, that is compared with others: what is longer is no typing error, and comparing takes the product of the lengths.
+const MAX_WORD: usize = 128;
+/// Most names that one word is compared with.
+const MAX_OPTIONS: usize = 1000;
+
 /// The option nearest to `word`, at most two edits away; none when `word` is one of them. Without case sensitivity the answer
 /// takes the case of `word`.
 pub fn suggest<'a>(word: &str, options: impl IntoIterator<Item = &'a str>, case_sensitive: bool) -> Option<String> {
+    if word.len() > MAX_WORD {
+        return None;
+    }
     let fold = |s: &str| if case_sensitive { s.to_owned() } else { s.to_lowercase() };
     let folded = fold(word);
     let mut best: Option<(usize, String)> = None;
-    for option in options {
+    for option in options.into_iter().take(MAX_OPTIONS) {
         let option = fold(option);
         if option == folded {
             return None;

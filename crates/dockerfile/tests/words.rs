@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
-use shipway_dockerfile::Lex;
+use shipway_dockerfile::{Lex, Work, suggest};
 
 fn env() -> BTreeMap<String, String> {
     let pairs = [("A", "alpha/beta.gamma"), ("B", ""), ("C", "x y"), ("V", "1.2.3"), ("STAR", "a*b*c"), ("E", "été")];
@@ -146,4 +146,27 @@ fn hostile_words_end_soon() {
         assert!(start.elapsed().as_secs() < 20, "{}… took {:?}", &word[..20], start.elapsed());
     }
     assert!(Lex::new('\\').word(&words[3], &long).is_err());
+}
+
+#[test]
+fn all_words_of_a_build_share_their_work() {
+    let long: BTreeMap<String, String> = [("A".to_owned(), "a".repeat(1000))].into();
+    let expanded = |work: &Work, word: &str| (0..10_000).take_while(|_| Lex::new('\\').part_of(work).word(word, &long).is_ok()).count();
+    assert!(expanded(&Work::of(3_000_000), "${A//*a*a*a*b/}") < 3000);
+    assert!(expanded(&Work::of(1 << 20), "$A") < 200, "results count, too");
+    assert_eq!(expanded(&Work::of(10_000), "plain"), 10_000 / 6);
+    let work = Work::default();
+    assert_eq!(expanded(&work, "$A"), 10_000);
+    work.stop();
+    assert_eq!(expanded(&work, "plain"), 0);
+}
+
+#[test]
+fn suggestions_are_for_short_words_among_few() {
+    assert_eq!(suggest("stge", ["stage", "base"], true).as_deref(), Some("stage"));
+    // Compared, these would take hours.
+    let (word, name) = ("b".repeat(1 << 20), "a".repeat(1 << 20));
+    assert_eq!(suggest(&word, [&*name], true), None);
+    let many = std::iter::repeat_n("other", 1000).chain(std::iter::from_fn(|| panic!("one too many")));
+    assert_eq!(suggest("short", many, true), None);
 }

@@ -29,7 +29,7 @@ pub struct Globals {
 impl Globals {
     pub async fn read(ui: &Ui, file: &Dockerfile, platforms: &Platforms, linter: &mut Linter) -> Result<Self> {
         let options = &ui.options;
-        let lex = Lex::new(file.escape);
+        let lex = Lex::new(file.escape).part_of(&ui.work);
         let last = file.stages.last().map(|s| s.name.as_str()).unwrap_or_default();
         let stage = if options.target.is_empty() { last } else { &options.target };
         let defaults = platforms.default_args(&options.build_args, stage);

@@ -9,7 +9,7 @@ use crate::{
     ui::{CONTEXT, Ui},
 };
 use serde::Serialize;
-use shipway_dockerfile::{Dockerfile, Lines, Lint, LintConfig, Linter, Source, directive};
+use shipway_dockerfile::{Dockerfile, Lines, Lint, LintConfig, Linter, Source, Work, directive};
 use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{Bridge, FrontendResult, Scan, Scanner, SolveRequest, Warning};
 use shipway_llb::{Definition, MarshalOptions};
@@ -20,10 +20,10 @@ use std::sync::Arc;
 const REQUEST: &str = "requestid";
 
 /// Runs the frontend.
-pub async fn run(bridge: Arc<dyn Bridge>) -> Result<FrontendResult> {
+pub async fn run(bridge: Arc<dyn Bridge>, work: Work) -> Result<FrontendResult> {
     let (caps, deferred) = check_caps(bridge.options());
     caps?;
-    let ui = Ui::open(bridge).await.map_err(|f| f.fault)?;
+    let ui = Ui::open(bridge, work).await.map_err(|f| f.fault)?;
     if let Some((image, cmdline, lines)) = other_frontend(&ui) {
         return forward(&ui, image, cmdline, lines).await;
     }

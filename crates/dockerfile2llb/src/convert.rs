@@ -66,8 +66,16 @@ pub async fn convert(ui: &Ui, file: &Dockerfile, platform: Option<&Platform>, re
     }
     let platforms = Platforms::new(platform, ui.build_platform());
     let globals = Globals::read(ui, file, &platforms, linter).await?;
-    let mut plan =
-        Plan { ui, platforms, globals, lex: Lex::new(file.escape), stages: Vec::new(), names: HashMap::new(), pending: Vec::new(), reach };
+    let mut plan = Plan {
+        ui,
+        platforms,
+        globals,
+        lex: Lex::new(file.escape).part_of(&ui.work),
+        stages: Vec::new(),
+        names: HashMap::new(),
+        pending: Vec::new(),
+        reach,
+    };
     plan.add_stages(file, linter)?;
     let target = plan.target()?;
     plan.add_steps(file)?;

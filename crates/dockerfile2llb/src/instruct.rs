@@ -76,11 +76,12 @@ impl Scene<'_> {
 
     fn step(&mut self, stage: &mut Stage, step: &Step) -> Result<()> {
         let instruction = &step.instruction;
-        let (lines, lex) = (instruction.lines, self.plan.lex);
+        let (lines, lex) = (instruction.lines, self.plan.lex.clone());
         let command = {
             let stage = &*stage;
+            let contents = Lex::for_contents().part_of(lex.work());
             let expanded = instruction.command.expand(&mut |w| self.word(&lex, stage, w, lines))?;
-            expanded.expand_contents(&mut |w| self.word(&Lex::for_contents(), stage, w, lines))?
+            expanded.expand_contents(&mut |w| self.word(&contents, stage, w, lines))?
         };
         let epoch = self.plan.globals.epoch;
         match command {

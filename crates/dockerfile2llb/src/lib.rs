@@ -11,6 +11,7 @@
 //!
 //! `base64` reads image configs inside `input-metadata:` options; `futures` asks for several images at once.
 
+mod apart;
 mod args;
 mod base;
 mod build;
@@ -34,6 +35,7 @@ mod ui;
 mod url;
 
 use async_trait::async_trait;
+use shipway_dockerfile::Work;
 use shipway_fault::Result;
 use shipway_frontend::{Bridge, Frontend, FrontendResult};
 use std::sync::Arc;
@@ -50,6 +52,7 @@ pub struct DockerfileFrontend;
 #[async_trait]
 impl Frontend for DockerfileFrontend {
     async fn run(&self, bridge: Arc<dyn Bridge>) -> Result<FrontendResult> {
-        build::run(bridge).await
+        let work = Work::default();
+        apart::run(work.clone(), build::run(bridge, work)).await
     }
 }

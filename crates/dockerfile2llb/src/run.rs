@@ -24,7 +24,7 @@ impl Scene<'_> {
         self.paths[stage.paths_of].insert("/".into());
         let mounts = {
             let stage = &*stage;
-            let lex = self.plan.lex;
+            let lex = self.plan.lex.clone();
             run.expand_mounts(&mut |w| self.word(&lex, stage, w, instruction.lines))?
         };
         let mut draft = ExecDraft { proxy: self.plan.globals.proxy.clone(), ..ExecDraft::default() };
@@ -54,7 +54,7 @@ impl Scene<'_> {
             draft.cgroup_parent.clone_from(&options.cgroup_parent);
         }
         let shown = format!("{}{summary}", instruction.source);
-        let name = shown_text(&self.plan.lex.raw_quotes().keep_unset(), &shown, &Masked::new(stage.state.env(), &mounts));
+        let name = shown_text(&self.plan.lex.clone().raw_quotes().keep_unset(), &shown, &Masked::new(stage.state.env(), &mounts));
         let mut vertex = VertexOptions::named(self.run_title(stage, &name))
             .describe("com.docker.dockerfile.v1.command", instruction.source.clone())
             .at(&self.plan.ui.file, instruction.lines.spans());

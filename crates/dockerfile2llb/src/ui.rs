@@ -7,7 +7,7 @@ use crate::{
     options::BuildOptions,
     text,
 };
-use shipway_dockerfile::{Source, boolean};
+use shipway_dockerfile::{Source, Work, boolean};
 use shipway_fault::{Context as _, Fault, SourceFile};
 use shipway_filesync::{IgnoreFile, PatternMatcher};
 use shipway_frontend::{Bridge, BuildRef, Options, SolveRequest, SourceRequest};
@@ -28,6 +28,8 @@ const MAX_FILE: u64 = 8 << 20;
 
 /// The build's surroundings.
 pub struct Ui {
+    /// What its expansions may do.
+    pub work: Work,
     pub bridge: Arc<dyn Bridge>,
     pub options: BuildOptions,
     pub raw: Options,
@@ -92,7 +94,7 @@ pub enum Found {
 
 impl Ui {
     /// Reads the options and the Dockerfile.
-    pub async fn open(bridge: Arc<dyn Bridge>) -> Result<Self> {
+    pub async fn open(bridge: Arc<dyn Bridge>, work: Work) -> Result<Self> {
         let raw = bridge.options().clone();
         let options = BuildOptions::parse(&raw)?;
         let origin = Origin::find(&*bridge, &raw).await?;
@@ -100,6 +102,7 @@ impl Ui {
         let text = options.columns.then(|| String::from_utf8_lossy(&read.file.data).into_owned());
         Ok(Self {
             bridge,
+            work,
             options,
             raw,
             caps: Caps::llb(),

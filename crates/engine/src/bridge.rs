@@ -4,6 +4,7 @@ use crate::{
     caches,
     container::EngineContainer,
     engine::EngineInner,
+    heavy::heavy,
     image_frontend,
     policy::BuildPolicy,
     provenance,
@@ -152,20 +153,20 @@ impl BuildScope {
         policies: &[SourcePolicy],
         trail: &Arc<Trail>,
     ) -> Result<Arc<EngineRef>> {
-        let caps = Caps::llb();
-        let platform = &self.engine.parts.platforms[0];
-        let graph = Graph::decode(&definition, &caps, platform)?;
+        let decode = |definition: Definition| {
+            let platform = self.engine.parts.platforms[0].clone();
+            heavy(move || Graph::decode(&definition, &Caps::llb(), &platform).map(|graph| (definition, graph)))
+        };
+        let (definition, graph) = decode(definition).await?;
         let (definition, graph) = match self.checked(definition.clone(), &graph, policies).await? {
-            Some(changed) => {
-                let graph = Graph::decode(&changed, &caps, platform)?;
-                (changed, graph)
-            }
+            Some(changed) => decode(changed).await?,
             None => (definition, graph),
         };
         // Each build is asked, whoever runs the vertex in the end: a shared or cached result needs the permission too.
         for vertex in &graph.vertices {
             self.data.entitlements.check(&vertex.op)?;
         }
+        self.data.wishes.note(&graph);
         let graph = self.with_devices(graph).await?;
         let made = vertices::of_graph(&graph, &self.engine.parts.services, false);
         let state = Arc::new(EngineRef::new(definition, made, trail, self.clone()));

@@ -12,6 +12,7 @@ mod caches;
 mod container;
 mod engine;
 mod export;
+mod heavy;
 mod history;
 mod image_frontend;
 mod policy;

@@ -1,6 +1,9 @@
 //! What a build may use: rules that came with the request, and a client that is asked about every source (rows `so.pol*`, `cb.policy`).
 
-use crate::bridge::{BuildScope, SourceQuery};
+use crate::{
+    bridge::{BuildScope, SourceQuery},
+    heavy::heavy,
+};
 use futures::future::try_join_all;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_frontend::ResolveMode;
@@ -97,7 +100,8 @@ impl BuildScope {
         let mut facts = SourceFacts::default();
         for _ in 0..MAX_ROUNDS {
             normalise(&mut source);
-            policy::evaluate(&rules, &mut source)?;
+            let rules = rules.clone();
+            source = heavy(move || policy::evaluate(&rules, &mut source).map(|_| source)).await?;
             let Some(client) = &client else { return Ok(source) };
             match self.ask(client, &source, platform, std::mem::take(&mut facts)).await? {
                 PolicyAnswer::Allow => return Ok(source),

@@ -425,9 +425,18 @@ pub fn closest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     by_distance(word, candidates).map(|(_, c)| c)
 }
 
+/// Longest word, in bytes, that is compared with others: what is longer is no typing error, and comparing takes the product of the lengths.
+const MAX_WORD: usize = 128;
+/// Most candidates that one word is compared with.
+const MAX_CANDIDATES: usize = 1000;
+
 fn by_distance<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<(usize, &'a str)> {
-    let distances = candidates.into_iter().map(|c| (distance(&word.to_lowercase(), &c.to_lowercase()), c));
-    distances.min_by_key(|(d, _)| *d)
+    if word.len() > MAX_WORD {
+        return None;
+    }
+    let word = word.to_lowercase();
+    let candidates = candidates.into_iter().take(MAX_CANDIDATES).filter(|c| c.len() <= MAX_WORD);
+    candidates.map(|c| (distance(&word, &c.to_lowercase()), c)).min_by_key(|(d, _)| *d)
 }
 
 fn distance(a: &str, b: &str) -> usize {
@@ -477,5 +486,18 @@ mod tests {
         assert_eq!(nearest("FORM", ["FROM", "RUN"]), None);
         assert_eq!(nearest("COPPY", ["COPY", "RUN"]), Some("COPY"));
         assert_eq!(nearest("xyz", ["COPY", "RUN"]), None);
+    }
+
+    #[test]
+    fn words_that_are_too_long_or_too_many_are_not_compared() {
+        // Compared, these would take years.
+        let (word, name) = ("b".repeat(1 << 20), "a".repeat(10 << 20));
+        assert_eq!(nearest(&word, [name.as_str(), "b"]), None);
+        assert_eq!(closest(&name, [word.as_str()]), None);
+        assert_eq!(nearest("short", [name.as_str(), "shorts"]), Some("shorts"));
+        let limit = "x".repeat(MAX_WORD);
+        assert_eq!(nearest(&limit, [limit.as_str()]), Some(limit.as_str()));
+        let many = std::iter::repeat_n("other", MAX_CANDIDATES).chain(std::iter::from_fn(|| panic!("one too many")));
+        assert_eq!(nearest("short", many), None);
     }
 }

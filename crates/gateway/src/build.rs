@@ -128,7 +128,7 @@ impl Default for Builds {
 pub async fn serve(build: Arc<GatewayBuild>, io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Result<()> {
     let service =
         LlbBridgeServer::new(BridgeService::of(build)).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
-    shipway_grpc::serve_tunnel(io, Routes::new(service)).await
+    shipway_grpc::serve_tunnel(io, Routes::new(service), shipway_grpc::TunnelPeer::Stranger).await
 }
 
 /// Keeps a build registered; dropping it takes the build out.

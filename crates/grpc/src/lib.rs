@@ -31,4 +31,4 @@ pub use platform::{platform_of, platform_to_wire};
 pub use raw::{FileSend, FileSendServer, RawAnswers, RawCodec};
 pub use status::{fault_of, fault_of_io, status_of};
 pub use tls::{ClientTls, ServerTls};
-pub use tunnel::{TunnelChannel, serve_tunnel, server, tuned};
+pub use tunnel::{TunnelChannel, TunnelPeer, serve_tunnel, server, tuned};

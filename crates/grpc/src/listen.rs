@@ -7,17 +7,18 @@ use std::{
     path::{Path, PathBuf},
     pin::Pin,
     str::FromStr,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
-use futures::Stream;
 use hyper_util::rt::TokioIo;
 use shipway_fault::{Context as _, Fault, Result, nearest};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
-    sync::mpsc,
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::Sleep,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,8 +29,12 @@ use crate::{ClientTls, ServerTls, tuned};
 
 /// Connections accepted but not yet taken by the server.
 const BACKLOG: usize = 64;
-/// A peer that has not finished its TLS handshake by then is dropped.
+/// A peer that has not finished its TLS handshake by then, or has not said a word, is dropped.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// TLS handshakes of one listener at the same time; who comes then waits in the kernel's queue.
+const MAX_HANDSHAKES: usize = 256;
+/// Connections of one listener at the same time, those that shake hands included; who comes then waits in the kernel's queue.
+const MAX_CONNECTIONS: usize = 4096;
 /// Pause after an accept error such as "too many open files", so that the loop does not spin.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -152,7 +157,7 @@ impl Listener {
 
     /// Accepts connections until the stream is dropped; for tonic's `serve_with_incoming`. TLS handshakes run beside the
     /// loop, so that a slow peer holds up no one.
-    pub fn incoming(self) -> impl Stream<Item = io::Result<Connection>> + Send + 'static {
+    pub fn incoming(self) -> impl futures::Stream<Item = io::Result<Connection>> + Send + 'static {
         let (sink, stream) = mpsc::channel(BACKLOG);
         let span = tracing::info_span!("accept", address = %self.address);
         tokio::spawn(accept(self.socket, sink).instrument(span));
@@ -213,18 +218,31 @@ fn activated(acceptor: Option<TlsAcceptor>) -> Result<Vec<Listener>> {
 }
 
 async fn accept(socket: Socket, sink: mpsc::Sender<io::Result<Connection>>) {
+    accept_some(socket, sink, MAX_CONNECTIONS, MAX_HANDSHAKES).await;
+}
+
+async fn accept_some(socket: Socket, sink: mpsc::Sender<io::Result<Connection>>, connections: usize, handshakes: usize) {
+    let (places, handshakes) = (Arc::new(Semaphore::new(connections)), Arc::new(Semaphore::new(handshakes)));
     loop {
-        let accepted = tokio::select! {
+        let next = async {
+            // Neither semaphore is ever closed.
+            let (place, handshake) = (places.clone().acquire_owned().await, handshakes.clone().acquire_owned().await);
+            (accept_one(&socket).await, place.ok(), handshake.ok())
+        };
+        let (accepted, place, handshake) = tokio::select! {
             () = sink.closed() => return,
-            accepted = accept_one(&socket) => accepted,
+            next = next => next,
         };
         match (accepted, &socket) {
-            (Ok(Connection::Tcp(tcp)), Socket::Tcp(_, Some(acceptor))) => {
+            (Ok(Stream::Tcp(tcp)), Socket::Tcp(_, Some(acceptor))) => {
                 let (acceptor, sink) = (acceptor.clone(), sink.clone());
                 tokio::spawn(
                     async move {
                         match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
-                            Ok(Ok(tls)) => _ = sink.send(Ok(Connection::Tls(Box::new(tls)))).await,
+                            Ok(Ok(tls)) => {
+                                drop(handshake);
+                                _ = sink.send(Ok(Connection::new(Stream::Tls(Box::new(tls)), place))).await;
+                            }
                             Ok(Err(error)) => tracing::warn!(%error, "TLS handshake failed"),
                             Err(_) => tracing::warn!("TLS handshake timed out"),
                         }
@@ -232,8 +250,8 @@ async fn accept(socket: Socket, sink: mpsc::Sender<io::Result<Connection>>) {
                     .in_current_span(),
                 );
             }
-            (Ok(connection), _) => {
-                if sink.send(Ok(connection)).await.is_err() {
+            (Ok(stream), _) => {
+                if sink.send(Ok(Connection::new(stream, place))).await.is_err() {
                     return;
                 }
             }
@@ -245,26 +263,38 @@ async fn accept(socket: Socket, sink: mpsc::Sender<io::Result<Connection>>) {
     }
 }
 
-async fn accept_one(socket: &Socket) -> io::Result<Connection> {
+async fn accept_one(socket: &Socket) -> io::Result<Stream> {
     Ok(match socket {
-        Socket::Unix { listener, .. } => Connection::Unix(listener.accept().await?.0),
+        Socket::Unix { listener, .. } => Stream::Unix(listener.accept().await?.0),
         Socket::Tcp(listener, _) => {
             let stream = listener.accept().await?.0;
             let _ = stream.set_nodelay(true);
-            Connection::Tcp(stream)
+            Stream::Tcp(stream)
         }
     })
 }
 
-/// An accepted connection.
+/// An accepted connection. It fails if its peer says nothing at all for a while.
 #[derive(Debug)]
-pub enum Connection {
-    /// Over a unix socket.
+pub struct Connection {
+    stream: Stream,
+    /// Its place among the listener's connections.
+    _place: Option<OwnedSemaphorePermit>,
+    /// Until when the first byte must come.
+    first: Option<Pin<Box<Sleep>>>,
+}
+
+#[derive(Debug)]
+enum Stream {
     Unix(UnixStream),
-    /// Over TCP.
     Tcp(TcpStream),
-    /// Over TLS on TCP.
     Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Connection {
+    fn new(stream: Stream, place: Option<OwnedSemaphorePermit>) -> Self {
+        Self { stream, _place: place, first: Some(Box::pin(tokio::time::sleep(HANDSHAKE))) }
+    }
 }
 
 /// Who is at the other end; tonic puts it in every request's extensions.
@@ -282,30 +312,41 @@ impl Connected for Connection {
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
-        match self {
-            Self::Unix(stream) => match stream.peer_cred() {
+        match &self.stream {
+            Stream::Unix(stream) => match stream.peer_cred() {
                 Ok(cred) => Peer { uid: Some(cred.uid()), pid: cred.pid(), address: None },
                 Err(_) => Peer::default(),
             },
-            Self::Tcp(stream) => Peer { address: stream.peer_addr().ok(), ..Peer::default() },
-            Self::Tls(stream) => Peer { address: stream.get_ref().0.peer_addr().ok(), ..Peer::default() },
+            Stream::Tcp(stream) => Peer { address: stream.peer_addr().ok(), ..Peer::default() },
+            Stream::Tls(stream) => Peer { address: stream.get_ref().0.peer_addr().ok(), ..Peer::default() },
         }
     }
 }
 
 macro_rules! each {
     ($self:ident, $stream:ident => $call:expr) => {
-        match $self.get_mut() {
-            Connection::Unix($stream) => $call,
-            Connection::Tcp($stream) => $call,
-            Connection::Tls($stream) => $call,
+        match &mut $self.get_mut().stream {
+            Stream::Unix($stream) => $call,
+            Stream::Tcp($stream) => $call,
+            Stream::Tls($stream) => $call,
         }
     };
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        each!(self, stream => Pin::new(stream).poll_read(cx, buf))
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let read = {
+            let this = self.as_mut();
+            each!(this, stream => Pin::new(stream).poll_read(cx, buf))
+        };
+        if read.is_ready() {
+            self.first = None;
+        } else if let Some(first) = &mut self.first
+            && first.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the peer says nothing")));
+        }
+        read
     }
 }
 
@@ -319,10 +360,10 @@ impl AsyncWrite for Connection {
     }
 
     fn is_write_vectored(&self) -> bool {
-        match self {
-            Self::Unix(stream) => stream.is_write_vectored(),
-            Self::Tcp(stream) => stream.is_write_vectored(),
-            Self::Tls(stream) => stream.is_write_vectored(),
+        match &self.stream {
+            Stream::Unix(stream) => stream.is_write_vectored(),
+            Stream::Tcp(stream) => stream.is_write_vectored(),
+            Stream::Tls(stream) => stream.is_write_vectored(),
         }
     }
 
@@ -415,6 +456,49 @@ mod tests {
             assert!(server.connect_info().uid.is_some());
         }
         drop(incoming);
+    }
+
+    #[tokio::test]
+    async fn connections_and_handshakes_of_a_listener_are_limited() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("s.sock");
+        let listener = Listener::bind(&Address::Unix(path.clone()), &ListenOptions::default()).await.expect("bind").remove(0);
+        let (sink, mut incoming) = mpsc::channel(BACKLOG);
+        tokio::spawn(accept_some(listener.socket, sink, 2, 1));
+        let mut clients = Vec::new();
+        for _ in 0..3 {
+            clients.push(UnixStream::connect(&path).await.expect("connect"));
+        }
+        let first = incoming.recv().await.expect("open").expect("accepted");
+        let _second = incoming.recv().await.expect("open").expect("accepted");
+        // The third waits until one of them goes.
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(incoming.try_recv().is_err());
+        drop(first);
+        assert!(incoming.recv().await.expect("open").is_ok());
+
+        // A peer that never shakes hands holds up the next one, not more, and not for long.
+        let tcp = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+        let address = tcp.local_addr().expect("an address");
+        let config =
+            tokio_rustls::rustls::ServerConfig::builder_with_provider(Arc::new(tokio_rustls::rustls::crypto::ring::default_provider()))
+                .with_safe_default_protocol_versions()
+                .expect("versions")
+                .with_no_client_auth()
+                .with_cert_resolver(Arc::new(tokio_rustls::rustls::server::ResolvesServerCertUsingSni::new()));
+        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let (sink, _incoming) = mpsc::channel(BACKLOG);
+        tokio::spawn(accept_some(Socket::Tcp(tcp, Some(acceptor)), sink, 9, 1));
+        let silent = TcpStream::connect(address).await.expect("connect");
+        let mut garbage = TcpStream::connect(address).await.expect("connect");
+        garbage.write_all(&[b'x'; 64]).await.expect("write");
+        let mut answer = [0; 64];
+        let early = tokio::time::timeout(Duration::from_millis(200), garbage.read(&mut answer)).await;
+        assert!(early.is_err(), "it was answered while another one shakes hands");
+        drop(silent);
+        assert!(garbage.read(&mut answer).await.is_ok(), "its turn came");
     }
 
     #[tokio::test]

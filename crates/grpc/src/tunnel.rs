@@ -5,6 +5,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex},
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use hyper_util::{
@@ -22,9 +23,16 @@ use tonic::{
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 const MAX_FRAME: u32 = 1 << 20;
-/// Errors carry whole Dockerfiles in their headers, and sessions announce their methods there.
+/// Errors carry whole Dockerfiles in their trailers, and calls to a client's session whole lists of patterns in their headers: this is what
+/// clients, and the sessions in them, take from the daemon.
 const MAX_HEADERS: u32 = shipway_proto::MAX_MESSAGE as u32;
-const MAX_STREAMS: u32 = 10_000;
+/// What servers take of a request's headers. The longest that clients send announce the methods of a session, which is some kilobytes.
+const MAX_REQUEST_HEADERS: u32 = 256 << 10;
+/// Calls of one connection at the same time. A client that wants more waits; a bake of many targets takes some calls for each.
+const MAX_STREAMS: u32 = 1000;
+/// A connection is asked for a sign of life when it was quiet for so long, and closed when none comes: clients vanish behind routers without
+/// a word. A client that was stopped for a moment stays.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(60));
 
 /// A server with the windows and limits that all our servers have. Message sizes are set per service:
 /// `max_decoding_message_size(shipway_proto::MAX_MESSAGE)` and its twin.
@@ -33,8 +41,10 @@ pub fn server() -> Server {
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(MAX_FRAME)
-        .http2_max_header_list_size(MAX_HEADERS)
+        .http2_max_header_list_size(MAX_REQUEST_HEADERS)
         .max_concurrent_streams(MAX_STREAMS)
+        .http2_keepalive_interval(Some(KEEPALIVE.0))
+        .http2_keepalive_timeout(Some(KEEPALIVE.1))
         .tcp_nodelay(true)
 }
 
@@ -95,14 +105,27 @@ impl TunnelChannel {
     }
 }
 
+/// Who is at the other end of a tunnel that is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TunnelPeer {
+    /// The daemon, whom a client's session believes.
+    Daemon,
+    /// A program that nobody knows, such as a frontend.
+    Stranger,
+}
+
 /// Serves `routes` over `io`, as HTTP/2's server, until the stream ends.
-pub async fn serve_tunnel(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, routes: Routes) -> Result<()> {
+pub async fn serve_tunnel(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, routes: Routes, peer: TunnelPeer) -> Result<()> {
+    let headers = match peer {
+        TunnelPeer::Daemon => MAX_HEADERS,
+        TunnelPeer::Stranger => MAX_REQUEST_HEADERS,
+    };
     hyper::server::conn::http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(MAX_FRAME)
-        .max_header_list_size(MAX_HEADERS)
+        .max_header_list_size(headers)
         .max_concurrent_streams(MAX_STREAMS)
         .serve_connection(TokioIo::new(io), TowerToHyperService::new(routes.prepare()))
         .await
@@ -185,6 +208,9 @@ mod tests {
 
     struct Fine;
 
+    /// Calls that hang.
+    static HANGING: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+
     #[tonic::async_trait]
     impl Health for Fine {
         type WatchStream = tokio_stream::Empty<Result<HealthCheckResponse, Status>>;
@@ -193,7 +219,10 @@ mod tests {
             match &*request.into_inner().service {
                 // A status whose details exceed the usual header limits must arrive whole.
                 "big" => Err(crate::status_of(&Fault::unknown("x").detail(shipway_fault::Detail::Vertex("v".repeat(300 << 10))))),
-                "hang" => std::future::pending().await,
+                "hang" => {
+                    HANGING.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                    std::future::pending().await
+                }
                 _ => Ok(Response::new(HealthCheckResponse { status: 1 })),
             }
         }
@@ -203,10 +232,62 @@ mod tests {
         }
     }
 
-    async fn pair() -> (TunnelChannel, tokio::task::JoinHandle<Result<()>>) {
+    async fn pair_with(peer: TunnelPeer) -> (TunnelChannel, tokio::task::JoinHandle<Result<()>>) {
         let (a, b) = tokio::io::duplex(64 << 10);
-        let server = tokio::spawn(serve_tunnel(b, Routes::new(HealthServer::new(Fine))));
+        let server = tokio::spawn(serve_tunnel(b, Routes::new(HealthServer::new(Fine)), peer));
         (TunnelChannel::connect(a).await.expect("connect"), server)
+    }
+
+    async fn pair() -> (TunnelChannel, tokio::task::JoinHandle<Result<()>>) {
+        pair_with(TunnelPeer::Daemon).await
+    }
+
+    /// Asks with headers of `size` bytes.
+    async fn ask(channel: Channel, size: usize) -> Result<(), Status> {
+        let mut request = Request::new(HealthCheckRequest::default());
+        for n in 0..size / 1024 {
+            let name = format!("x-filler-{n}").parse::<tonic::metadata::MetadataKey<_>>().expect("a key");
+            request.metadata_mut().insert(name, "v".repeat(1000).parse().expect("a value"));
+        }
+        HealthClient::new(channel).check(request).await.map(drop)
+    }
+
+    #[tokio::test]
+    async fn headers_of_requests_are_limited_but_not_those_to_a_session() {
+        let (tunnel, _server) = pair_with(TunnelPeer::Stranger).await;
+        assert!(ask(tunnel.channel(), 32 << 10).await.is_ok());
+        assert!(ask(tunnel.channel(), 1 << 20).await.is_err());
+        let (tunnel, _server) = pair().await;
+        assert!(ask(tunnel.channel(), 1 << 20).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_server_limits_headers_and_still_sends_big_errors() {
+        let dir = tempfile::tempdir().expect("dir");
+        let address = crate::Address::Unix(dir.path().join("s"));
+        let listener = crate::Listener::bind(&address, &crate::ListenOptions::default()).await.expect("bind").remove(0);
+        let serving = server().add_service(HealthServer::new(Fine)).serve_with_incoming(listener.incoming());
+        let serving = tokio::spawn(serving);
+        let channel = crate::dial(&address, None).await.expect("dial");
+        assert!(ask(channel.clone(), 64 << 10).await.is_ok());
+        assert!(ask(channel.clone(), 1 << 20).await.is_err());
+        let status = HealthClient::new(channel.clone()).check(HealthCheckRequest { service: "big".into() }).await.expect_err("fails");
+        assert_eq!(crate::fault_of(&status).details().len(), 1);
+        // Calls beyond the limit wait for others to end.
+        let calls: Vec<_> = (0..MAX_STREAMS)
+            .map(|_| {
+                let mut client = HealthClient::new(channel.clone());
+                tokio::spawn(async move { client.check(HealthCheckRequest { service: "hang".into() }).await })
+            })
+            .collect();
+        while HANGING.load(std::sync::atomic::Ordering::SeqCst) < MAX_STREAMS {
+            tokio::task::yield_now().await;
+        }
+        let mut one_more = Box::pin(ask(channel, 0));
+        assert!(futures::poll!(one_more.as_mut()).is_pending());
+        calls[0].abort();
+        assert!(one_more.await.is_ok());
+        serving.abort();
     }
 
     #[tokio::test]

@@ -4,20 +4,29 @@
 //! Expressions are Go's; the crate `regex` speaks the same language and, as Go's, needs no more than linear time.
 
 use crate::ops::SourceOp;
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use shipway_fault::{Code, Fault};
 use shipway_proto::moby::buildkit::v1::sourcepolicy as wire;
-use std::{collections::BTreeMap, sync::OnceLock};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock},
+};
 
 /// A source that was changed this often is going in a circle.
 const MAX_CHANGES: usize = 20;
 /// More rules than this in one policy are refused.
 const MAX_RULES: usize = 10_000;
+/// More patterns than this in one policy are refused: each takes memory when it is compiled, and the time of that.
+const MAX_PATTERNS: usize = 1000;
+/// Longest identifier that a rule changes, or makes. Each round of changes could double it.
+const MAX_IDENTIFIER: usize = 8 << 10;
+/// Memory of one compiled pattern; what takes more is refused.
+const MAX_PATTERN: usize = 256 << 10;
 
-/// Rules in the order in which they are tried.
+/// Rules in the order in which they are tried. Clones share what was compiled.
 #[derive(Clone, Debug, Default)]
 pub struct SourcePolicy {
-    rules: Vec<Rule>,
+    rules: Arc<[Rule]>,
 }
 
 #[derive(Clone, Debug)]
@@ -47,6 +56,7 @@ struct Constraint {
     key: String,
     value: String,
     condition: wire::AttrMatch,
+    pattern: OnceLock<Result<Regex, Fault>>,
 }
 
 impl SourcePolicy {
@@ -55,7 +65,12 @@ impl SourcePolicy {
         if pb.rules.len() > MAX_RULES {
             return Err(Fault::invalid(format!("a source policy of {} rules: at most {MAX_RULES} are accepted", pb.rules.len())));
         }
-        Ok(Self { rules: pb.rules.into_iter().map(Rule::from_pb).collect::<Result<_, _>>()? })
+        let rules: Arc<[Rule]> = pb.rules.into_iter().map(Rule::from_pb).collect::<Result<_, _>>()?;
+        let patterns: usize = rules.iter().map(Rule::patterns).sum();
+        if patterns > MAX_PATTERNS {
+            return Err(Fault::invalid(format!("a source policy of {patterns} patterns: at most {MAX_PATTERNS} are accepted")));
+        }
+        Ok(Self { rules })
     }
 
     /// Whether it has nothing to say.
@@ -66,7 +81,7 @@ impl SourcePolicy {
     /// Judges `source` once; whether it was changed.
     fn judge(&self, source: &mut SourceOp) -> Result<bool, Fault> {
         let mut denied = false;
-        for rule in &self.rules {
+        for rule in self.rules.iter() {
             if !rule.matches(source)? {
                 continue;
             }
@@ -119,7 +134,7 @@ impl Rule {
         };
         let constraint = |c: wire::AttrConstraint| {
             let condition = wire::AttrMatch::try_from(c.condition).map_err(|_| unknown("attr condition", c.condition))?;
-            Ok(Constraint { key: c.key, value: c.value, condition })
+            Ok(Constraint { key: c.key, value: c.value, condition, pattern: OnceLock::new() })
         };
         Ok(Self {
             action,
@@ -132,13 +147,23 @@ impl Rule {
         })
     }
 
+    /// How many patterns it may have to compile.
+    fn patterns(&self) -> usize {
+        let own = match self.selector.kind {
+            wire::MatchType::Exact => false,
+            wire::MatchType::Wildcard => self.selector.text.contains('*'),
+            wire::MatchType::Regex => true,
+        };
+        usize::from(own) + self.constraints.iter().filter(|c| c.condition == wire::AttrMatch::Matches).count()
+    }
+
     fn matches(&self, source: &SourceOp) -> Result<bool, Fault> {
         for c in &self.constraints {
             let value = source.attrs.get(&c.key).map(String::as_str).unwrap_or_default();
             let holds = match c.condition {
                 wire::AttrMatch::Equal => value == c.value,
                 wire::AttrMatch::Notequal => value != c.value,
-                wire::AttrMatch::Matches => compile(&c.value)?.is_match(value),
+                wire::AttrMatch::Matches => c.pattern()?.is_match(value),
             };
             if !holds {
                 return Ok(false);
@@ -149,13 +174,22 @@ impl Rule {
         }
         match self.selector.kind {
             wire::MatchType::Exact => Ok(false),
+            // Without a star it is a name like any other.
+            wire::MatchType::Wildcard if !self.selector.text.contains('*') => Ok(false),
             wire::MatchType::Regex | wire::MatchType::Wildcard => Ok(self.selector.pattern()?.is_match(&source.identifier)),
         }
     }
 }
 
 fn compile(pattern: &str) -> Result<Regex, Fault> {
-    Regex::new(pattern).map_err(|e| Fault::invalid(format!("error matching source policy: invalid regex {pattern:?}: {e}")))
+    let built = RegexBuilder::new(pattern).size_limit(MAX_PATTERN).dfa_size_limit(MAX_PATTERN).build();
+    built.map_err(|e| Fault::invalid(format!("error matching source policy: invalid regex {pattern:?}: {e}")))
+}
+
+impl Constraint {
+    fn pattern(&self) -> Result<&Regex, Fault> {
+        self.pattern.get_or_init(|| compile(&self.value)).as_ref().map_err(Clone::clone)
+    }
 }
 
 impl Selector {
@@ -173,9 +207,26 @@ impl Selector {
 
     fn convert(&self, source: &mut SourceOp, identifier: &str, attrs: &BTreeMap<String, String>) -> Result<bool, Fault> {
         let target = if identifier.is_empty() { &self.text } else { identifier };
+        let fits = |text: &str| {
+            let too_long = || Fault::invalid(format!("error mutating source policy: an identifier is longer than {MAX_IDENTIFIER} bytes"));
+            if text.len() > MAX_IDENTIFIER { Err(too_long()) } else { Ok(()) }
+        };
+        fits(target)?;
+        fits(&source.identifier)?;
         let to = match self.kind {
             wire::MatchType::Exact => target.to_owned(),
-            wire::MatchType::Regex => self.pattern()?.replace_all(&source.identifier, target).into_owned(),
+            wire::MatchType::Regex => {
+                let (mut to, mut at) = (String::new(), 0);
+                for captures in self.pattern()?.captures_iter(&source.identifier) {
+                    let whole = captures.get_match();
+                    to.push_str(&source.identifier[at..whole.start()]);
+                    captures.expand(target, &mut to);
+                    at = whole.end();
+                    fits(&to)?;
+                }
+                to.push_str(&source.identifier[at..]);
+                to
+            }
             wire::MatchType::Wildcard => match self.pattern()?.captures(&source.identifier) {
                 None => source.identifier.clone(),
                 Some(captures) => {
@@ -185,6 +236,7 @@ impl Selector {
                 }
             },
         };
+        fits(&to)?;
         let mut changed = false;
         if !to.is_empty() && source.identifier != to {
             source.identifier = to;
@@ -251,5 +303,31 @@ mod tests {
         check(vec![rule(Deny, Regex, "(", None)], "a", Err("invalid regex"));
         check(vec![rule(Deny, Wildcard, "a**", None)], "a", Err("invalid wildcard"));
         assert!(SourcePolicy::from_pb(wire::Policy { version: 1, rules: vec![wire::Rule::default()] }).is_err());
+    }
+
+    #[test]
+    fn what_a_rule_makes_of_an_identifier_is_limited() {
+        let convert = |kind, selector: &str, to: &str| {
+            let pb = wire::Policy { rules: vec![rule(wire::PolicyAction::Convert, kind, selector, Some(to))], ..Default::default() };
+            let mut source = SourceOp { identifier: "docker-image://x".into(), ..Default::default() };
+            evaluate(&[SourcePolicy::from_pb(pb).expect("a policy")], &mut source).expect_err("too long").to_string()
+        };
+        // Each round makes it longer by far.
+        assert!(convert(wire::MatchType::Regex, ".*", &"$0".repeat(100)).contains("longer than"));
+        assert!(convert(wire::MatchType::Regex, "", &"y".repeat(1000)).contains("longer than"));
+    }
+
+    #[test]
+    fn patterns_are_limited_in_number_and_size() {
+        let rule = |identifier: String, kind| rule(wire::PolicyAction::Deny, kind, &identifier, None);
+        let policy = |rules| SourcePolicy::from_pb(wire::Policy { rules, ..Default::default() });
+        let many = |text: &str, kind| (0..=MAX_PATTERNS).map(|n| rule(format!("{text}{n}"), kind)).collect::<Vec<_>>();
+        assert!(policy(many("docker-image://a", wire::MatchType::Wildcard)).is_ok(), "names are no patterns");
+        assert!(policy(many("*", wire::MatchType::Wildcard)).is_err());
+        assert!(policy(many("a", wire::MatchType::Regex)).is_err());
+        let large = policy(vec![rule("(a{100}){100}{100}".into(), wire::MatchType::Regex)]).expect("a policy");
+        let mut source = SourceOp { identifier: "docker-image://x".into(), ..Default::default() };
+        let failed = evaluate(&[large], &mut source).expect_err("too large");
+        assert!(failed.to_string().contains("size limit"), "{failed}");
     }
 }

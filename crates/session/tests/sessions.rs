@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use shipway_fault::{Code, Fault};
 use shipway_filesync::{FileSyncRequest, Packet, PacketStream, ReceiveOptions, Receiver, SendOptions, SendRoot, Sender, packets};
-use shipway_grpc::{Answers, Duplex, FileSend, FileSendServer, RawAnswers, fault_of, serve_tunnel, status_of};
+use shipway_grpc::{Answers, Duplex, FileSend, FileSendServer, RawAnswers, TunnelPeer, fault_of, serve_tunnel, status_of};
 use shipway_oci::Digest;
 use shipway_proto::{
     containerd::services::content::v1::{
@@ -218,7 +218,7 @@ impl Client {
             .add_service(SshServer::new(self.clone()))
             .add_service(ContentServer::new(self.clone()))
             .add_service(FileSendServer::new(self.clone()));
-        let task = tokio::spawn(async move { _ = serve_tunnel(theirs, routes).await });
+        let task = tokio::spawn(async move { _ = serve_tunnel(theirs, routes, TunnelPeer::Daemon).await });
         (hub.register(metadata, ours).await.expect("registers"), task)
     }
 }
