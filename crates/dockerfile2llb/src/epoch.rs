@@ -220,4 +220,22 @@ mod tests {
         assert_eq!(commit_time(text).expect("a commit"), 1_700_000_000);
         assert!(commit_time(b"tree 1\n\ncommitter x <x@y> 7 +0000\n").is_err());
     }
+
+    #[tokio::test]
+    async fn an_archive_is_read_as_it_comes() {
+        let (pieces, from) = mpsc::channel(1);
+        let look = tokio::task::spawn_blocking(move || shipway_archive::newest_file(Pieces { from, piece: Bytes::new() }));
+        let archive: &[u8] = include_bytes!("../../archive/tests/corpus/python-pax.tar");
+        for piece in archive.chunks(700) {
+            // The zeros at the end are not waited for.
+            let _ = pieces.send(Bytes::from_static(piece)).await;
+        }
+        drop(pieces);
+        assert_eq!(look.await.expect("no panic").expect("an archive"), Some(1_700_000_000));
+        // What is no archive is not read to its end.
+        let (pieces, from) = mpsc::channel(1);
+        let look = tokio::task::spawn_blocking(move || shipway_archive::newest_file(Pieces { from, piece: Bytes::new() }));
+        while pieces.send(Bytes::from_static(&[b'x'; 4096])).await.is_ok() {}
+        assert!(look.await.expect("no panic").is_err());
+    }
 }

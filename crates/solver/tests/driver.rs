@@ -186,7 +186,7 @@ async fn a_second_build_tells_of_cached_vertices() {
     let two = solver.job(JobId("two".into()), "two", journal.clone()).expect("a free name");
     assert_eq!(two.build(b, 0).await.expect("a result"), (first, Completion::Cached));
     let told = journal.events().into_iter().filter_map(|e| match e {
-        Event::Vertex(v) if v.completed.is_some() => Some((v.name, v.cached, v.started == v.completed)),
+        Event::Vertex(v) if v.completed.is_some() => Some((v.name.clone(), v.cached, v.started == v.completed)),
         _ => None,
     });
     assert_eq!(told.collect::<Vec<_>>(), [("b".to_owned(), true, true), ("a".to_owned(), true, true)]);

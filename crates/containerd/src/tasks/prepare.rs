@@ -268,3 +268,18 @@ pub(super) fn leaves_network_clean(process: &ProcessSpec) -> bool {
     let edited = !process.edits.interfaces.is_empty() || !process.edits.hooks.is_empty();
     process.security == Security::Sandbox && process.network == NetworkMode::Default && !edited
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shipway_executor::{Edits, Hook};
+
+    #[test]
+    fn a_namespace_that_a_device_changed_serves_nobody_else() {
+        let clean = |edits: Edits| leaves_network_clean(&ProcessSpec { edits, ..ProcessSpec::default() });
+        assert!(clean(Edits { env: vec!["A=1".into()], ..Edits::default() }));
+        assert!(!clean(Edits { interfaces: vec![("ib0".into(), "eth1".into())], ..Edits::default() }));
+        assert!(!clean(Edits { hooks: vec![Hook::default()], ..Edits::default() }));
+        assert!(!leaves_network_clean(&ProcessSpec { security: Security::Insecure, ..ProcessSpec::default() }));
+    }
+}

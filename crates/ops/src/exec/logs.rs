@@ -226,7 +226,7 @@ mod tests {
         // 60000 bytes, one by one on both streams, over six seconds.
         for n in 0..60_000_u32 {
             let stream = if n % 2 == 0 { LogStream::Stdout } else { LogStream::Stderr };
-            passed.extend(gathered.put(stream, &[b'x'], began + n * Duration::from_micros(100)));
+            passed.extend(gathered.put(stream, b"x", began + n * Duration::from_micros(100)));
         }
         let end = began + Duration::from_secs(60);
         passed.extend(gathered.take(end));
