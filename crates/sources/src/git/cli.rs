@@ -170,7 +170,7 @@ impl Git {
         std::mem::replace(&mut running.group, Group(None)).over();
         let complaint = self.shown(&complaint);
         if !complaint.is_empty() {
-            self.reporter.log(LogStream::Stderr, &complaint);
+            self.reporter.log(LogStream::Stderr, complaint.as_bytes());
         }
         match status.code() {
             Some(0) => Ok(output),

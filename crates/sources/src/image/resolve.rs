@@ -112,7 +112,7 @@ impl Asked<'_> {
                 Err(error) => {
                     if let Some(found) = self.serving(&records, platform, |_| Some(Stored::Fallback)).await? {
                         tracing::warn!(image = %spec.name, digest = %found.main.digest, %error, "taken from containerd's image store");
-                        self.cx.reporter.log(LogStream::Stderr, format!("using the local image: {error}\n").into());
+                        self.cx.reporter.log(LogStream::Stderr, format!("using the local image: {error}\n").as_bytes());
                         return Ok(found);
                     }
                 }
