@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 /// Steps of plain progress that were cached.
@@ -213,4 +214,116 @@ fn a_cache_that_lost_a_layer_is_exported_without_it() {
     assert_eq!(after["layers"].as_array().unwrap().len(), layers.len() - 1);
     let keys = |config: &Value| config["records"].as_array().unwrap().iter().map(|r| r["digest"].clone()).collect::<Vec<_>>();
     assert_eq!(keys(&after), keys(&before));
+}
+
+/// `<name>=` of a registry cache.
+fn registry_cache(host: &str) -> String {
+    format!("type=registry,ref={host}/caches/it:1")
+}
+
+#[test]
+fn a_cache_that_is_late_is_waited_for_and_one_that_never_comes_is_not_missed() {
+    let mut lab = Lab::complete(any());
+    let faults = [
+        ("late", "/manifests/", RegistryFault::Late(Duration::from_secs(4))),
+        ("silent", "/manifests/", RegistryFault::Hang),
+        ("broken", "/manifests/", RegistryFault::Status(404, "oh no")),
+        ("lying", "/manifests/", RegistryFault::Corrupt),
+    ];
+    let faults = faults.map(|(name, path, fault)| (name, FaultyRegistry::start(&lab.registry(), path, fault)));
+    for (_, registry) in &faults {
+        lab.configure_daemon(&format!("[registry.\"{}\"]\n  http = true\n", registry.address()));
+    }
+    lab.configure_daemon("[system]\n  cacheImportTimeout = \"20s\"\n");
+    assert!(lab.stop_daemon(), "the daemon had to be killed");
+    lab.start_daemon();
+    let text = "FROM busybox\nRUN cat /proc/sys/kernel/random/uuid > /stamp\n";
+    let context = lab.context("late", &[("Dockerfile", text)]);
+    let cache = |host: &str| format!("{},mode=max", registry_cache(host));
+    lab.shipway(["build", "--output", "type=cacheonly", "--cache-to", &cache(&lab.registry()), &*context.to_string_lossy()]).ok();
+    for (name, registry) in &faults {
+        // A client that drives the build itself is not made to wait for that (first trap of the
+        // reference).
+        let from = registry_cache(&registry.address());
+        let all = ["build", "--progress", "plain", "--cache-from", &from, &*context.to_string_lossy()];
+        remove_everything(&lab);
+        let built = match lab.buildx() {
+            Some(mut command) => run(command.args(all)),
+            None => {
+                eprintln!("docker-buildx is absent: only our own client is tried");
+                lab.shipway(all)
+            }
+        };
+        let built = built.ok();
+        remove_everything(&lab);
+        let ours = lab.shipway(all).ok();
+        for text in [built.all(), ours.all()] {
+            assert!(text.contains("importing cache manifest from"), "{name}:\n{text}");
+            assert_eq!(cached(&text) > 0, *name == "late", "{name}:\n{text}");
+        }
+        assert_eq!(ours.all().contains("was not imported"), *name != "late", "{name}:\n{}", ours.all());
+    }
+}
+
+#[test]
+fn what_an_import_gave_is_nobody_elses_while_it_is_there() {
+    let lab = Lab::complete(any());
+    let cache = format!("{},mode=max", registry_cache(&lab.registry()));
+    let dockerfile = |more: &str| format!("FROM busybox\nRUN cat /proc/sys/kernel/random/uuid > /stamp\n{more}");
+    let (context, busy) =
+        (lab.context("one", &[("Dockerfile", &dockerfile(""))]), lab.context("busy", &[("Dockerfile", "FROM busybox\nRUN sleep 20\n")]));
+    let (context, busy) = (context.display().to_string(), busy.display().to_string());
+    lab.shipway(["build", "--output", "type=cacheonly", "--cache-to", &cache, &context]).ok();
+    remove_everything(&lab);
+    // Somebody imports the cache and keeps on building something else.
+    let mut other = lab.shipway_command();
+    other
+        .args(["build", "--progress", "plain", "--cache-from", &cache, &busy])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let mut other = other.spawn().unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(other.stderr.take().unwrap()));
+    // Its step is not looked for in the cache before the cache was read.
+    assert!(lines.by_ref().map_while(Result::ok).any(|l| l.contains("RUN sleep 20")), "the other build does not run");
+    let without = lab.shipway(["build", "--progress", "plain", &context]).ok();
+    assert_eq!(cached(&without.all()), 0, "{}", without.all());
+    other.kill().unwrap();
+    other.wait().unwrap();
+}
+
+#[test]
+fn what_a_cache_can_no_longer_give_is_built_again() {
+    let mut lab = Lab::complete(any());
+    let text = "FROM busybox AS s1\nRUN echo 1 > /w\nFROM scratch\nCOPY f /f\nCOPY --from=s1 /w /w\n";
+    let dir = lab.dir().join("lost-cache");
+    let gone = FaultyRegistry::start(&lab.registry(), "/no such thing/", RegistryFault::Hang);
+    lab.configure_daemon(&format!("[registry.\"{}\"]\n  http = true\n", gone.address()));
+    assert!(lab.stop_daemon(), "the daemon had to be killed");
+    lab.start_daemon();
+    let mut gone = Some(gone);
+    let local = [format!("type=local,mode=max,dest={}", dir.display()), format!("type=local,src={}", dir.display())];
+    let registry = [format!("{},mode=max", registry_cache(&lab.registry())), registry_cache(&gone.as_ref().unwrap().address())];
+    for (kind, [to, from]) in [("local", local), ("registry", registry)] {
+        let context = lab.context(kind, &[("Dockerfile", text), ("f", "1")]);
+        let out = lab.dir().join(format!("out-{kind}"));
+        let output = format!("type=local,dest={}", out.display());
+        let built = |more: &[&str]| {
+            let fixed = ["build", "--progress", "plain", "--output", &output];
+            lab.shipway(fixed.into_iter().chain(more.iter().copied()).chain([&*context.to_string_lossy()]))
+        };
+        built(&["--cache-to", &to]).ok();
+        lab.shipway(["prune", "--all"]).ok();
+        let again = built(&["--cache-from", &from]).ok();
+        assert!(cached(&again.all()) > 0, "{kind}:\n{}", again.all());
+        // The client that had the cache is gone, or the registry is.
+        if kind == "registry" {
+            gone = None;
+        }
+        std::fs::write(context.join("f"), "2").unwrap();
+        let changed = built(&[]).ok();
+        let read = |name: &str| std::fs::read_to_string(out.join(name)).unwrap();
+        assert_eq!((read("f"), read("w")), ("2".into(), "1\n".into()), "{kind}:\n{}", changed.all());
+        assert!(gone.is_some() || kind == "registry");
+    }
 }

@@ -28,3 +28,20 @@ fn a_push_to_nowhere_says_where_and_leaves_the_local_image() {
     let failed = build(&lab, &name, &context, &["--push"]).failed();
     assert!(failed.all().contains(&format!("127.0.0.1:{port}")), "{}", failed.all());
 }
+
+#[test]
+fn a_failed_push_keeps_the_cache_and_a_failed_export_keeps_the_push() {
+    let lab = Lab::complete(any());
+    let context = lab.context("beside", &[("Dockerfile", "FROM busybox\nRUN echo 1 > /p\n")]);
+    let context = context.to_string_lossy();
+    let cache = format!("type=registry,ref={}/beside/cache:1,mode=max", lab.registry());
+    let nowhere = format!("type=image,name=127.0.0.1:{}/beside:1,push=true", shipway_testkit::free_port());
+    lab.shipway(["build", "--output", &nowhere, "--cache-to", &cache, &context]).failed();
+    assert_eq!(lab.registry_get("/v2/beside/cache/manifests/1").0, 200, "the cache went with the push");
+    // With two exporters, nothing is pushed if the other one fails.
+    let somewhere = format!("type=image,name={}/beside/app:1,push=true", lab.registry());
+    lab.shipway(["build", "--output", &somewhere, "--output", "type=tar,dest=/dev/full", &context]).failed();
+    assert_eq!(lab.registry_get("/v2/beside/app/manifests/1").0, 404, "it was pushed though the build failed");
+    lab.shipway(["build", "--output", &somewhere, &context]).ok();
+    assert_eq!(lab.registry_get("/v2/beside/app/manifests/1").0, 200);
+}

@@ -10,7 +10,7 @@ use std::{
     path::Path,
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -18,7 +18,8 @@ use tokio::sync::Notify;
 
 type Key = [u8; 32];
 
-/// Key to primary key; a primary leads to itself. Outlives records, so that later results get the same primary.
+/// Key to primary key; a primary leads to itself. Outlives its record as long as the records of
+/// results that were made of it, so that these are found, and later results get the same primary.
 const ALIASES: TableDefinition<Key, Key> = TableDefinition::new("aliases");
 /// Primary key to a [`Stored`] in JSON.
 const RECORDS: TableDefinition<Key, &[u8]> = TableDefinition::new("records");
@@ -28,8 +29,8 @@ const RESULTS: MultimapTableDefinition<&str, Key> = MultimapTableDefinition::new
 const ABOUT: TableDefinition<&str, u64> = TableDefinition::new("about");
 
 const FORMAT: u64 = 1;
-/// Beyond so many keys, those that lead to no record are dropped at the next start.
-const MANY_KEYS: u64 = 200_000;
+/// Up to so many keys nobody looks for those that are of no use any more.
+const FEW_KEYS: u64 = 1024;
 /// How long a write may stay in memory only.
 const FLUSH_AFTER: Duration = Duration::from_millis(500);
 const CACHE_BYTES: usize = 32 << 20;
@@ -37,6 +38,9 @@ const CACHE_BYTES: usize = 32 << 20;
 pub(crate) struct Inner {
     db: Database,
     dirty: AtomicBool,
+    /// At so many keys those of no use are looked for when a record goes: twice what was left the
+    /// last time.
+    sweep_at: AtomicU64,
     pub(crate) wake: Arc<Notify>,
 }
 
@@ -60,18 +64,22 @@ pub(crate) struct Stored {
     output: usize,
     inputs: Vec<(Vec<Digest>, Option<Digest>)>,
     description: String,
+    #[serde(default)]
+    imported: bool,
 }
 
 impl Stored {
     fn new(result: String, meta: &RecordMeta) -> Self {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs()).unwrap_or_default();
         let inputs = meta.inputs.iter().map(|(keys, selector)| (keys.iter().map(|k| k.0).collect(), *selector)).collect();
-        Self { result, created, op_keys: meta.op_keys.clone(), output: meta.output, inputs, description: meta.description.clone() }
+        let (op_keys, description) = (meta.op_keys.clone(), meta.description.clone());
+        Self { result, created, op_keys, output: meta.output, inputs, description, imported: meta.imported }
     }
 
     pub(crate) fn into_record(self) -> Record {
         let inputs = self.inputs.into_iter().map(|(keys, selector)| (keys.into_iter().map(CacheKey).collect(), selector)).collect();
-        let meta = RecordMeta { op_keys: self.op_keys, output: self.output, inputs, description: self.description };
+        let meta =
+            RecordMeta { op_keys: self.op_keys, output: self.output, inputs, description: self.description, imported: self.imported };
         Record { result: self.result, created: UNIX_EPOCH + Duration::from_secs(self.created), meta }
     }
 }
@@ -167,14 +175,14 @@ impl Inner {
             }
             Err(e) => return Err(OpenError::Damaged(e.to_string())),
         };
-        let inner = Self { db, dirty: AtomicBool::new(false), wake: Arc::default() };
+        let inner = Self { db, dirty: AtomicBool::new(false), sweep_at: AtomicU64::new(FEW_KEYS), wake: Arc::default() };
         match inner.begin() {
             Ok(()) => Ok(inner),
             Err(fault) => Err(OpenError::Damaged(fault.to_string())),
         }
     }
 
-    /// Makes the tables, and drops keys that lead nowhere when there are very many.
+    /// Makes the tables, and drops keys that are of no use.
     fn begin(&self) -> Result<()> {
         self.write(|tx| {
             let about = tx.open_table(ABOUT).map_err(fault)?;
@@ -184,13 +192,29 @@ impl Inner {
                 return Err(Fault::invalid(format!("it has format {}, this daemon writes {FORMAT}", format.unwrap_or_default())));
             }
             create_tables(tx)?;
-            let mut aliases = tx.open_table(ALIASES).map_err(fault)?;
-            if aliases.len().map_err(fault)? > MANY_KEYS {
-                let records = tx.open_table(RECORDS).map_err(fault)?;
-                aliases.retain(|_, primary| records.get(primary).is_ok_and(|r| r.is_some())).map_err(fault)?;
-            }
+            self.sweep(tx)?;
             Ok(())
         })
+    }
+
+    /// Drops the keys that lead to no record, nor to what a record's result was made of, if there
+    /// are many more than the last time.
+    fn sweep(&self, tx: &redb::WriteTransaction) -> Result<()> {
+        let mut aliases = tx.open_table(ALIASES).map_err(fault)?;
+        if aliases.len().map_err(fault)? <= self.sweep_at.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let records = tx.open_table(RECORDS).map_err(fault)?;
+        let mut useful: HashSet<Key> = HashSet::new();
+        for record in records.iter().map_err(fault)? {
+            let (primary, bytes) = record.map_err(fault)?;
+            useful.insert(primary.value());
+            let Ok(stored) = serde_json::from_slice::<Stored>(bytes.value()) else { continue };
+            useful.extend(stored.inputs.iter().flat_map(|(keys, _)| keys).map(|k| *k.as_bytes()));
+        }
+        aliases.retain(|_, primary| useful.contains(&primary)).map_err(fault)?;
+        self.sweep_at.store(FEW_KEYS.max(2 * aliases.len().map_err(fault)?), Ordering::Relaxed);
+        Ok(())
     }
 
     /// Runs `work` in a transaction that a flush makes durable later.
@@ -283,20 +307,43 @@ impl Inner {
 
     /// Stores a record of `result`, if there is one, under the primary that the first of `keys` has or becomes; all keys lead to it.
     pub(crate) fn save(&self, keys: &[CacheKey], result: Option<String>, meta: &RecordMeta) -> Result<CacheKey> {
+        self.store(keys, result, meta, |aliases, k, primary| aliases.insert(k, primary).map(drop), |_| true)
+    }
+
+    /// The same, but keys that lead somewhere stay, and so does a record, unless it is that of the
+    /// result `gone`.
+    pub(crate) fn adopt(&self, keys: &[CacheKey], result: Option<String>, meta: &RecordMeta, gone: Option<&str>) -> Result<CacheKey> {
+        let add = |aliases: &mut redb::Table<'_, Key, Key>, k, primary| {
+            let known = aliases.get(k)?.is_some();
+            if known { Ok(()) } else { aliases.insert(k, primary).map(drop) }
+        };
+        self.store(keys, result, meta, add, |before| before.is_none_or(|before| Some(before) == gone))
+    }
+
+    fn store(
+        &self,
+        keys: &[CacheKey],
+        result: Option<String>,
+        meta: &RecordMeta,
+        lead: impl Fn(&mut redb::Table<'_, Key, Key>, Key, Key) -> std::result::Result<(), redb::StorageError>,
+        replace: impl FnOnce(Option<&str>) -> bool,
+    ) -> Result<CacheKey> {
         let Some(first) = keys.first() else { return Err(Fault::internal("a result to store has no key")) };
         self.write(|tx| {
             let mut aliases = tx.open_table(ALIASES).map_err(fault)?;
             let primary = aliases.get(key(first)).map_err(fault)?.map(|p| p.value()).unwrap_or(key(first));
             for k in keys.iter().map(key).chain([primary]) {
-                aliases.insert(k, primary).map_err(fault)?;
+                lead(&mut aliases, k, primary).map_err(fault)?;
             }
-            if let Some(result) = result {
-                let mut results = tx.open_multimap_table(RESULTS).map_err(fault)?;
-                let mut records = tx.open_table(RECORDS).map_err(fault)?;
+            let Some(result) = result else { return Ok(cache_key(primary)) };
+            let mut results = tx.open_multimap_table(RESULTS).map_err(fault)?;
+            let mut records = tx.open_table(RECORDS).map_err(fault)?;
+            let before = records.get(primary).map_err(fault)?.and_then(|b| serde_json::from_slice::<Stored>(b.value()).ok());
+            if replace(before.as_ref().map(|b| b.result.as_str())) {
                 let stored = Stored::new(result, meta);
                 let bytes = serde_json::to_vec(&stored).map_err(|e| Fault::internal(format!("encode a cache record: {e}")))?;
-                let before = records.insert(primary, bytes.as_slice()).map_err(fault)?.map(|b| b.value().to_vec());
-                if let Some(before) = before.and_then(|b| serde_json::from_slice::<Stored>(&b).ok()) {
+                records.insert(primary, bytes.as_slice()).map_err(fault)?;
+                if let Some(before) = before {
                     results.remove(before.result.as_str(), primary).map_err(fault)?;
                 }
                 results.insert(stored.result.as_str(), primary).map_err(fault)?;
@@ -345,6 +392,10 @@ impl Inner {
                     records.remove(k).map_err(fault)?;
                     dropped += 1;
                 }
+            }
+            drop((results, records));
+            if dropped > 0 {
+                self.sweep(tx)?;
             }
             Ok(dropped)
         })

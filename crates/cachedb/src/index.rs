@@ -61,7 +61,8 @@ impl<O> CacheDb<O> {
         blocking(move || inner.aliases_of(&primaries)).await
     }
 
-    /// Drops all records of results that are no more, and says how many; without it they go when they are next looked for. Keys stay known.
+    /// Drops all records of results that are no more, and says how many; without it they go when
+    /// they are next looked for. Keys stay known while they may lead to something.
     pub async fn forget_results(&self, results: Vec<String>) -> Result<usize> {
         let inner = self.inner.clone();
         blocking(move || inner.forget_results(&results)).await.context(|| "drop results from the build cache index")
@@ -108,6 +109,29 @@ impl<O: Send + Sync> CacheStore<O> for CacheDb<O> {
     async fn save(&self, keys: &[CacheKey], value: &O, meta: &RecordMeta) -> Result<CacheKey> {
         let (inner, keys, id, meta) = (self.inner.clone(), keys.to_vec(), self.results.id_of(value), meta.clone());
         blocking(move || inner.save(&keys, id, &meta)).await
+    }
+
+    async fn adopt(&self, keys: &[CacheKey], value: &O, meta: &RecordMeta) -> Result<CacheKey> {
+        let mut gone = None;
+        if let Some(first) = keys.first()
+            && let Some(primary) = self.inner.primary(first)?
+            && let Some(id) = self.inner.result_of(&primary)?
+        {
+            match self.results.load(&id).await {
+                Ok(None) => gone = Some(id),
+                Ok(Some(_)) => {}
+                Err(error) => tracing::warn!(%error, result = id, "a cached result cannot be loaded"),
+            }
+        }
+        let (inner, keys, id, meta) = (self.inner.clone(), keys.to_vec(), self.results.id_of(value), meta.clone());
+        blocking(move || inner.adopt(&keys, id, &meta, gone.as_deref())).await
+    }
+
+    async fn forget(&self, value: &O) -> Result<()> {
+        match self.results.id_of(value) {
+            Some(id) => self.forget_results(vec![id]).await.map(drop),
+            None => Ok(()),
+        }
     }
 
     async fn alias(&self, primary: CacheKey, keys: &[CacheKey]) -> Result<()> {

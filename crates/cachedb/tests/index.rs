@@ -108,6 +108,56 @@ async fn pruning_drops_all_records_of_a_result() {
 }
 
 #[tokio::test]
+async fn what_an_import_gave_replaces_nothing_that_lives() {
+    let lab = Lab::new().await;
+    let adopt = async |keys: &[&str], value: &str| {
+        let meta = RecordMeta { imported: true, ..RecordMeta::default() };
+        lab.db.adopt(&keys_of(keys), &value.to_owned(), &meta).await.expect("stored")
+    };
+    lab.save(&["content", "definition"], "ours").await;
+    lab.save(&["else"], "other").await;
+    // Its key leads to a living record, and another one of its keys to somebody else's: both stay.
+    assert_eq!(adopt(&["definition", "else", "new"], "theirs").await, key("content"));
+    for (k, value) in [("content", "ours"), ("definition", "ours"), ("new", "ours"), ("else", "other")] {
+        assert_eq!(lab.load(&[k]).await.map(|r| r.1), Some(value.into()), "{k}");
+    }
+    // Where the result is gone, and where there was none, it is as good as one made here.
+    lab.names.set().remove("ours");
+    assert_eq!(adopt(&["definition"], "theirs").await, key("content"));
+    assert_eq!(adopt(&["never seen"], "theirs, too").await, key("never seen"));
+    assert_eq!(lab.load(&["content"]).await.map(|r| r.1), Some("theirs".into()));
+    assert!(lab.db.record(&key("content")).expect("read").is_some_and(|r| r.meta.imported));
+    lab.save(&["content"], "made again").await;
+    assert!(lab.db.record(&key("content")).expect("read").is_some_and(|r| !r.meta.imported));
+}
+
+#[tokio::test]
+async fn a_lost_result_is_forgotten_under_all_its_keys() {
+    let lab = Lab::new().await;
+    lab.save(&["a"], "x").await;
+    lab.save(&["b"], "x").await;
+    lab.db.forget(&"x".to_owned()).await.expect("forgotten");
+    assert_eq!((lab.load(&["a", "b"]).await, lab.primaries(&["a", "b"]).await), (None, keys_of(&["a", "b"])));
+}
+
+#[tokio::test]
+async fn keys_of_dropped_records_do_not_stay_for_ever() {
+    let lab = Lab::new().await;
+    let inputs = vec![(keys_of(&["base"]), None)];
+    lab.save(&["base", "base by tag"], "image").await;
+    lab.db.save(&keys_of(&["step"]), &"made".to_owned(), &RecordMeta { inputs, ..RecordMeta::default() }).await.expect("saved");
+    for n in 0..300 {
+        let names: Vec<String> = (0..4).map(|i| format!("key {i} of {n}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        lab.save(&names, &format!("result {n}")).await;
+    }
+    lab.db.forget_results((0..300).map(|n| format!("result {n}")).chain(["image".to_owned()]).collect()).await.expect("forgotten");
+    assert!(lab.primaries(&["key 0 of 0", "key 3 of 299"]).await.is_empty());
+    // What a living result was made of leads to it, though its own record went.
+    assert_eq!(lab.primaries(&["base by tag", "step"]).await, keys_of(&["base", "step"]));
+}
+
+#[tokio::test]
 async fn aliases_and_results_without_name() {
     let lab = Lab::new().await;
     assert_eq!(lab.save(&["a", "b"], "nameless").await, key("a"));

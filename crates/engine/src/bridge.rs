@@ -24,7 +24,7 @@ use shipway_llb::{Caps, Definition, Graph, Op, SourceOp, SourcePolicy, Vertex};
 use shipway_oci::{Digest, Platform};
 use shipway_ops::{JobData, LlbOp};
 use shipway_progress::{Event, Journal, SourceSpan, WarningUpdate};
-use shipway_remotecache::{Attached, CacheRequest};
+use shipway_remotecache::{CacheRequest, Import};
 use shipway_solver::Job;
 use shipway_sources::{ResolveWant, SourceContext, SourceSpec};
 use std::{
@@ -55,7 +55,7 @@ pub(crate) struct BuildScope {
     pub(crate) compatibility: i64,
     finished: OnceLock<SystemTime>,
     next_ref: AtomicU64,
-    imports: Mutex<Imports>,
+    imports: Mutex<Vec<(CacheRequest, Arc<Import>)>>,
     explainers: Mutex<Vec<Arc<dyn Explain>>>,
     produced: Mutex<Vec<Produced>>,
 }
@@ -69,27 +69,21 @@ pub(crate) struct SourceQuery {
     pub(crate) want: ResolveWant,
 }
 
-/// Caches of one build.
-#[derive(Default)]
-struct Imports {
-    asked: Vec<CacheRequest>,
-    attached: Vec<Attached>,
-}
-
 impl BuildScope {
-    /// Whether nobody in this build has asked for the cache yet.
-    pub(crate) fn wants_import(&self, request: &CacheRequest) -> bool {
+    /// Lets the build look into the cache of `request` until it ends, which `import` begins to read
+    /// if nobody in this build has asked for it (row `rc.dedupe`).
+    pub(crate) fn import(&self, request: &CacheRequest, import: impl FnOnce() -> Arc<Import>) {
         let mut imports = self.imports.lock().unwrap_or_else(PoisonError::into_inner);
-        let fresh = !imports.asked.contains(request);
-        if fresh {
-            imports.asked.push(request.clone());
+        if imports.iter().all(|(asked, _)| asked != request) {
+            let import = import();
+            self.job.import(import.clone());
+            imports.push((request.clone(), import));
         }
-        fresh
     }
 
-    /// Keeps an imported cache until the build ends.
-    pub(crate) fn hold(&self, attached: Attached) {
-        self.imports.lock().unwrap_or_else(PoisonError::into_inner).attached.push(attached);
+    /// What the build imports.
+    pub(crate) fn imports(&self) -> Vec<Arc<Import>> {
+        self.imports.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|(_, import)| import.clone()).collect()
     }
 
     pub(crate) fn new(engine: Arc<EngineInner>, request: &BuildRequest, data: JobData, job: Job<LlbOp>, journal: Journal) -> Self {
@@ -291,7 +285,7 @@ impl Bridge for EngineBridge {
         }
         let imports: Vec<CacheRequest> =
             request.cache_imports.iter().map(|c| CacheRequest { kind: c.kind.clone(), attrs: c.attrs.clone() }).collect();
-        caches::import_all(&self.scope, &imports).await;
+        caches::import_all(&self.scope, &imports);
         let evaluate = request.evaluate;
         let result = match request.definition.clone() {
             Some(definition) if definition.ops.is_empty() => FrontendResult::of(None),

@@ -1,16 +1,21 @@
-//! A build's caches: imported before it solves, exported after it (section 7 of the reference).
+//! A build's caches: imported while it solves, exported after it (section 7 of the reference).
 
-use crate::bridge::BuildScope;
+use crate::{bridge::BuildScope, engine::EngineInner};
 use shipway_exporters::{ExportInput, Exporter, Response};
-use shipway_fault::{Context as _, Fault, Result};
+use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_oci::{Digest, ImageName};
-use shipway_progress::Reporter;
+use shipway_progress::{Reporter, WarningUpdate};
 use shipway_refs::{Compression, ImmutableRef};
 use shipway_registry::{Mode as Direction, Repository};
-use shipway_remotecache::{CacheRequest, Export, ExportOptions, Place, import};
-use shipway_session::SessionId;
+use shipway_remotecache::{CacheRequest, Export, ExportOptions, Import, Place, ReadCache};
+use shipway_session::{SessionGroup, SessionId};
+use shipway_solver::CacheKey;
 use shipway_sources::{Remote, SessionCredentials};
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+/// How long the import of a cache may take, unless the configuration says otherwise. The build runs
+/// meanwhile, as far as it gets without the cache.
+pub const IMPORT_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Checks what is asked before anything is built (thirteenth trap of the reference).
 pub(crate) fn check(exports: &[CacheRequest]) -> Result<()> {
@@ -38,50 +43,102 @@ pub(crate) fn check(exports: &[CacheRequest]) -> Result<()> {
     if doubles.is_empty() { Ok(()) } else { Err(Fault::invalid(format!("duplicate cache exports [{}]", doubles.join(" ")))) }
 }
 
-fn repository(scope: &BuildScope, request: &CacheRequest, direction: Direction) -> Result<(Repository, ImageName)> {
+fn repository(
+    engine: &EngineInner,
+    sessions: &SessionGroup,
+    request: &CacheRequest,
+    direction: Direction,
+) -> Result<(Repository, ImageName)> {
     let reference = request.needed("ref")?;
     let name: ImageName = reference.parse().map_err(|e| Fault::invalid(format!("failed to parse {reference}: {e}")))?;
-    let credentials = Arc::new(SessionCredentials::new(scope.data.sessions.clone()));
-    let repository = scope.engine.parts.registry.repository(&name, credentials, direction);
+    let credentials = Arc::new(SessionCredentials::new(sessions.clone()));
+    let repository = engine.parts.registry.repository(&name, credentials, direction);
     Ok((if request.flag("registry.insecure")?.unwrap_or(false) { repository.insecure() } else { repository }, name))
 }
 
-/// Imports caches; a failure is told and fails nothing. They are in use until the build ends.
-pub(crate) async fn import_all(scope: &Arc<BuildScope>, requests: &[CacheRequest]) {
-    let fresh = requests.iter().filter(|r| scope.wants_import(r));
-    futures::future::join_all(fresh.map(|r| import_one(scope, r))).await;
-}
-
-async fn import_one(scope: &Arc<BuildScope>, request: &CacheRequest) {
-    let name = format!("importing cache manifest from {}", request.shown());
-    let reporter = scope.journal.reporter(Digest::of(format!("{}\n{name}\n{:?}", scope.id, request.attrs)), name);
-    reporter.started();
-    let done = try_import(scope, request).await;
-    let error = done.err().map(|fault| {
-        tracing::info!(error = %fault, cache = request.shown(), "a cache was not imported");
-        fault.to_string()
-    });
-    reporter.completed(error);
-}
-
-async fn try_import(scope: &Arc<BuildScope>, request: &CacheRequest) -> Result<()> {
-    let parts = &scope.engine.parts;
-    let (remote, reference) = match request.kind.as_str() {
-        "registry" => {
-            let (repository, name) = repository(scope, request, Direction::Pull)?;
-            (Remote::Registry(Box::new(repository)), name.reference())
-        }
-        "local" => {
-            let session = parts.sessions.get(&SessionId::new(&scope.session)).await?;
-            let src = request.needed("src")?;
-            (Remote::Client { store: session.store(&format!("local:{src}"))?, name: src.to_owned() }, request.needed("digest")?.to_owned())
-        }
-        other => return Err(Fault::unimplemented(format!("importing a {other} cache"))),
-    };
-    if let Some(attached) = import(&parts.caches, &parts.services.sources, remote, &reference).await? {
-        scope.hold(attached);
+/// Imports caches, each beside the build (row `rc.lazyimp`): it is waited for where the index has
+/// nothing, by everything that the build asks for, and by what is asked again for the same cache. A
+/// failure is told and fails nothing.
+pub(crate) fn import_all(scope: &BuildScope, requests: &[CacheRequest]) {
+    for request in requests {
+        scope.import(request, || {
+            let name = format!("importing cache manifest from {}", request.shown());
+            let reporter = scope.journal.reporter(Digest::of(format!("{}\n{name}\n{:?}", scope.id, request.attrs)), name);
+            let importing = Importing {
+                engine: scope.engine.clone(),
+                sessions: scope.data.sessions.clone(),
+                session: scope.session.clone(),
+                reporter,
+                request: request.clone(),
+            };
+            Import::new(&scope.engine.parts.caches, importing.run())
+        });
     }
-    Ok(())
+}
+
+/// An import on its way. It does not hold the build, which may end before it does.
+struct Importing {
+    engine: Arc<EngineInner>,
+    sessions: SessionGroup,
+    session: String,
+    reporter: Reporter,
+    request: CacheRequest,
+}
+
+impl Importing {
+    async fn run(self) -> Option<ReadCache> {
+        self.reporter.started();
+        let limit = self.engine.parts.import_deadline;
+        let done = tokio::time::timeout(limit, self.read()).await;
+        let done = done.unwrap_or_else(|_| {
+            let late = format!("it was not read within {} seconds", limit.as_secs());
+            Err(Fault::new(Code::DeadlineExceeded, late).hint("the build goes on without it"))
+        });
+        match done {
+            Ok(cache) => {
+                self.reporter.completed(None);
+                Some(cache)
+            }
+            Err(fault) => {
+                let cache = self.request.shown();
+                tracing::info!(error = %fault, cache, "a cache was not imported");
+                self.reporter.warn(WarningUpdate {
+                    vertex: self.reporter.digest(),
+                    level: 1,
+                    short: format!("the cache {cache} was not imported: {fault}"),
+                    detail: fault.hints().map(str::to_owned).collect(),
+                    url: String::new(),
+                    source: None,
+                });
+                self.reporter.completed(Some(fault.to_string()));
+                None
+            }
+        }
+    }
+
+    async fn read(&self) -> Result<ReadCache> {
+        let (parts, request) = (&self.engine.parts, &self.request);
+        let (remote, reference) = match request.kind.as_str() {
+            "registry" => {
+                let (repository, name) = repository(&self.engine, &self.sessions, request, Direction::Pull)?;
+                (Remote::Registry(Box::new(repository)), name.reference())
+            }
+            "local" => {
+                let session = parts.sessions.get(&SessionId::new(&self.session)).await?;
+                let src = request.needed("src")?;
+                let store = session.store(&format!("local:{src}"))?;
+                (Remote::Client { store, name: src.to_owned() }, request.needed("digest")?.to_owned())
+            }
+            other => return Err(Fault::unimplemented(format!("importing a {other} cache"))),
+        };
+        shipway_remotecache::read(&parts.services.sources, remote, &reference).await
+    }
+}
+
+/// Keys of what is not to be exported, though it may be used (row `llb.md.exportcache`).
+async fn withheld(scope: &BuildScope) -> HashSet<CacheKey> {
+    let known = scope.job.known().await;
+    known.into_iter().filter(|k| !k.vertex.op.is_for_export()).flat_map(|k| k.keys).collect()
 }
 
 /// States that a cache is exported for.
@@ -95,32 +152,33 @@ pub(crate) async fn inline(
     requests: &[CacheRequest],
     exporter: &dyn Exporter,
     mut input: ExportInput,
+    reporter: &Reporter,
 ) -> Result<ExportInput> {
     let Some(compression) = exporter.wants_layers().filter(|_| requests.iter().any(|r| r.kind == "inline")) else { return Ok(input) };
     let name = "preparing layers for inline cache";
-    let reporter = scope.journal.reporter(Digest::of(format!("{}\n{name}", scope.id)), name);
-    reporter.started();
-    let done = prepare_inline(scope, &mut input, compression, &reporter).await;
-    reporter.completed(done.as_ref().err().map(ToString::to_string));
-    done.context(|| name)?;
+    reporter.status(name, 0, 0, false);
+    prepare_inline(scope, &mut input, compression, reporter).await.context(|| name)?;
+    reporter.status(name, 0, 0, true);
     Ok(input)
 }
 
 async fn prepare_inline(scope: &BuildScope, input: &mut ExportInput, compression: Compression, reporter: &Reporter) -> Result<()> {
     let options = ExportOptions { compression, ..ExportOptions::default() };
+    let withheld = withheld(scope).await;
     for platform in &input.platforms {
         let roots = std::slice::from_ref(&platform.state);
-        if let Some(export) = Export::prepare(&scope.engine.parts.caches, roots, &options, reporter).await? {
-            input.metadata.insert(format!("containerimage.inlinecache/{}", platform.id), export.inline()?);
+        if let Some(export) = Export::prepare(&scope.engine.parts.caches, &scope.imports(), roots, &withheld, &options, reporter).await? {
+            input.metadata.insert(format!("containerimage.inlinecache/{}", platform.id), export.inline(&platform.state).await?);
         }
     }
     Ok(())
 }
 
 /// Exports caches, each under its own vertex; gives what the client is told (row `ex.resp.cache`).
+/// All are brought to their end before one fails the build.
 pub(crate) async fn export_all(scope: &BuildScope, requests: &[CacheRequest], input: &ExportInput) -> Result<Response> {
-    let each = requests.iter().filter(|r| r.kind != "inline").map(|request| async {
-        match export_one(scope, request, input).await {
+    let each = requests.iter().filter(|r| r.kind != "inline").enumerate().map(|(index, request)| async move {
+        match export_one(scope, index, request, input).await {
             Err(fault) if request.ignores_errors() => {
                 tracing::info!(error = %fault, cache = request.shown(), "a cache was not exported");
                 Ok(Response::new())
@@ -128,15 +186,16 @@ pub(crate) async fn export_all(scope: &BuildScope, requests: &[CacheRequest], in
             other => other,
         }
     });
-    Ok(futures::future::try_join_all(each).await?.into_iter().flatten().collect())
+    let all = futures::future::join_all(each).await;
+    Ok(all.into_iter().collect::<Result<Vec<Response>>>()?.into_iter().flatten().collect())
 }
 
-async fn export_one(scope: &BuildScope, request: &CacheRequest, input: &ExportInput) -> Result<Response> {
+async fn export_one(scope: &BuildScope, index: usize, request: &CacheRequest, input: &ExportInput) -> Result<Response> {
     let name = match request.kind.as_str() {
         "local" => "exporting cache to client directory".to_owned(),
         kind => format!("exporting cache to {kind}"),
     };
-    let reporter = scope.journal.reporter(Digest::of(format!("{}\n{name}\n{:?}", scope.id, request.attrs)), name.clone());
+    let reporter = scope.journal.reporter(Digest::of(format!("{}-cache-{index}", scope.session)), name);
     reporter.started();
     let done = try_export(scope, request, input, &reporter).await;
     reporter.completed(done.as_ref().err().map(ToString::to_string));
@@ -147,7 +206,7 @@ async fn try_export(scope: &BuildScope, request: &CacheRequest, input: &ExportIn
     let parts = &scope.engine.parts;
     let place = match request.kind.as_str() {
         "registry" => {
-            let (repository, name) = repository(scope, request, Direction::Push)?;
+            let (repository, name) = repository(&scope.engine, &scope.data.sessions, request, Direction::Push)?;
             Place::Registry { repository: Box::new(repository), tag: name.tag().unwrap_or("latest").to_owned() }
         }
         "local" => {
@@ -158,7 +217,7 @@ async fn try_export(scope: &BuildScope, request: &CacheRequest, input: &ExportIn
     };
     let options = ExportOptions::of(request)?;
     reporter.status("preparing build cache for export", 0, 0, false);
-    let export = Export::prepare(&parts.caches, &roots(input), &options, reporter).await?;
+    let export = Export::prepare(&parts.caches, &scope.imports(), &roots(input), &withheld(scope).await, &options, reporter).await?;
     reporter.status("preparing build cache for export", 0, 0, true);
     let Some(export) = export else {
         reporter.status("skipping cache export for empty result", 0, 0, true);

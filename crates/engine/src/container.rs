@@ -11,6 +11,7 @@ use shipway_llb::{ExecMeta, ExecOp};
 use shipway_oci::Digest;
 use shipway_ops::ContainerSpec;
 use shipway_progress::Reporter;
+use shipway_refs::ImmutableRef;
 use std::{
     os::fd::{AsFd as _, AsRawFd as _},
     path::{Path, PathBuf},
@@ -33,7 +34,8 @@ impl EngineContainer {
             mount.input = None;
             if let Some(state) = wanted.state {
                 mount.input = Some(spec.inputs.len());
-                spec.inputs.push(state::state_of(state.as_ref()).await?);
+                let here = async |state: ImmutableRef| state.realise(None).await.map(|()| state);
+                spec.inputs.push(state::with(state.as_ref(), here).await?);
             }
             spec.mounts.push(mount);
         }

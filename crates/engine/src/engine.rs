@@ -6,6 +6,7 @@ use crate::{
     caches, export,
     history::History,
     request::{BuildRequest, BuildResponse},
+    state,
     trail::{Asked, Producers, Trail},
     verify,
 };
@@ -13,13 +14,13 @@ use shipway_attest::{AttestOptions, Builder};
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_exporters::{Exporter, Exporters};
 use shipway_fault::{Code, Fault, Result};
-use shipway_frontend::{Bridge as _, FrontendResult, SolveRequest};
+use shipway_frontend::{Bridge as _, FrontendResult, Options, SolveRequest};
 use shipway_gateway::{Builds, GatewayBuild};
 use shipway_oci::Platform;
 use shipway_ops::{Ahead, JobData, LlbOp, Services, Wishes};
 use shipway_progress::Journal;
 use shipway_registry::Registry;
-use shipway_remotecache::CacheIndex;
+use shipway_remotecache::{CacheIndex, CacheRequest};
 use shipway_session::{SessionGroup, SessionHub, SessionId};
 use shipway_solver::{JobId, Solver};
 use shipway_sources::SourceMemo;
@@ -47,6 +48,8 @@ pub struct EngineParts {
     pub sessions: SessionHub,
     /// The solver's store.
     pub caches: CacheIndex,
+    /// How long the import of a cache may take; the build goes on without one that takes longer.
+    pub import_deadline: Duration,
     /// Registries, for caches in them.
     pub registry: Registry,
     /// Exporters.
@@ -243,9 +246,9 @@ async fn run(
     scope: Arc<BuildScope>,
     request: BuildRequest,
     wanted: AttestOptions,
-    mut exporters: Vec<Arc<dyn Exporter>>,
+    exporters: Vec<Arc<dyn Exporter>>,
 ) -> Result<BuildResponse> {
-    caches::import_all(&scope, &request.cache_imports).await;
+    caches::import_all(&scope, &request.cache_imports);
     let asked = Asked { frontend: request.frontend.clone(), options: request.options.clone(), inputs: request.inputs.clone() };
     let trail = Trail::root(asked);
     let (internal, options, inputs) = (request.internal, request.options.clone(), request.inputs.clone());
@@ -269,21 +272,64 @@ async fn run(
         };
         bridge.solve(solve).await?
     };
-    let mut input = export::solve_all(&scope, &result, &exporters).await?;
-    if request.session_exporters {
-        exporters.extend(export::chosen_by_client(&scope, &result).await?);
+    let finishing = Finishing {
+        exporters,
+        cache_exports: request.cache_exports,
+        by_session: request.session_exporters,
+        internal,
+        wanted,
+        options,
+        platforms,
+    };
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match finish(&scope, &finishing, &result).await {
+            // What the cache had promised, and an exporter was the first to read, is gone: it is
+            // made again.
+            Err(fault) if tries < state::MAX_TRIES && made_again(&result, &fault).await => {}
+            done => return done,
+        }
     }
-    verify::warn(&scope, platforms.as_deref(), &input, exporters.len());
-    let attested = attestations::add(&scope, &wanted, &options, &result, &mut input).await?;
-    let (mut response, written) = export::run_all(&scope, &exporters, &request.cache_exports, &input).await?;
-    response.extend(caches::export_all(&scope, &request.cache_exports, &input).await?);
+}
+
+/// How a build ends once its result is known.
+struct Finishing {
+    exporters: Vec<Arc<dyn Exporter>>,
+    cache_exports: Vec<CacheRequest>,
+    /// Whether the client chooses more exporters when it sees the result.
+    by_session: bool,
+    internal: bool,
+    wanted: AttestOptions,
+    options: Options,
+    platforms: Option<String>,
+}
+
+async fn made_again(result: &FrontendResult, fault: &Fault) -> bool {
+    let mut again = false;
+    for state in result.states() {
+        again |= state::made_again(state.as_ref(), fault).await;
+    }
+    again
+}
+
+/// Solves and exports the result.
+async fn finish(scope: &Arc<BuildScope>, how: &Finishing, result: &FrontendResult) -> Result<BuildResponse> {
+    let mut exporters = how.exporters.clone();
+    let mut input = export::solve_all(scope, result, &exporters).await?;
+    if how.by_session {
+        exporters.extend(export::chosen_by_client(scope, result).await?);
+    }
+    verify::warn(scope, how.platforms.as_deref(), &input, exporters.len());
+    let attested = attestations::add(scope, &how.wanted, &how.options, result, &mut input).await?;
+    let (mut response, written) = export::run_all(scope, &exporters, &how.cache_exports, &input).await?;
     for (key, value) in &result.metadata {
         if key.starts_with("frontend.") {
             response.insert(key.clone(), String::from_utf8_lossy(value).into_owned());
         }
     }
-    let provenance = if internal { Vec::new() } else { attestations::record(&scope, &wanted, &attested).await? };
-    if request.session_exporters {
+    let provenance = if how.internal { Vec::new() } else { attestations::record(scope, &how.wanted, &attested).await? };
+    if how.by_session {
         let session = scope.engine.parts.sessions.get(&SessionId::new(&scope.session)).await?;
         session.finalize_export(response.clone()).await?;
     }

@@ -2,7 +2,7 @@
 
 use crate::{bridge::BuildScope, caches, state};
 use base64::Engine as _;
-use shipway_exporters::{ExportContext, ExportInput, ExportPlatform, Exporter, Response};
+use shipway_exporters::{ExportContext, ExportInput, ExportPlatform, Exporter, Finally, Response};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_frontend::{BuildRef, FrontendResult};
 use shipway_oci::{Descriptor, Digest, Platform};
@@ -109,40 +109,79 @@ pub(crate) async fn chosen_by_client(scope: &BuildScope, result: &FrontendResult
     chosen.iter().map(|(kind, attrs)| scope.engine.parts.exporters.resolve(kind, attrs)).collect()
 }
 
-/// Runs one exporter under its own vertex (row `ex.vertex`).
-async fn run_one(scope: &BuildScope, index: usize, exporter: &Arc<dyn Exporter>, input: ExportInput) -> Result<Response> {
-    let digest = Digest::of(format!("{}-export-{index}", scope.session));
-    let reporter = scope.journal.reporter(digest, exporter.name());
-    reporter.started();
-    let cx = ExportContext {
-        build: scope.id.clone(),
-        compatibility: scope.compatibility,
-        index,
-        session: scope.session.clone(),
-        sessions: scope.data.sessions.clone(),
-        reporter: reporter.clone(),
-    };
-    let response = exporter.export(input, &cx).await;
-    reporter.completed(response.as_ref().err().map(ToString::to_string));
-    response.context(|| exporter.name().to_owned())
+/// One exporter's vertex (row `ex.vertex`).
+struct ExportVertex<'a> {
+    exporter: &'a Arc<dyn Exporter>,
+    cx: ExportContext,
 }
 
-/// Runs all exporters; their answers share one map (row `ex.multi`). Besides it, what each wrote into the content store, by exporter.
+impl<'a> ExportVertex<'a> {
+    fn new(scope: &BuildScope, index: usize, exporter: &'a Arc<dyn Exporter>) -> Self {
+        let digest = Digest::of(format!("{}-export-{index}", scope.session));
+        let cx = ExportContext {
+            build: scope.id.clone(),
+            compatibility: scope.compatibility,
+            index,
+            session: scope.session.clone(),
+            sessions: scope.data.sessions.clone(),
+            reporter: scope.journal.reporter(digest, exporter.name()),
+            finally: Finally::default(),
+        };
+        Self { exporter, cx }
+    }
+
+    /// `work` as the vertex's.
+    async fn during<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        self.cx.reporter.started();
+        let done = work.await;
+        self.cx.reporter.completed(done.as_ref().err().map(ToString::to_string));
+        done.context(|| self.exporter.name().to_owned())
+    }
+
+    async fn export(&self, scope: &BuildScope, caches: &[CacheRequest], input: ExportInput) -> Result<Response> {
+        let export = async {
+            let input = caches::inline(scope, caches, self.exporter.as_ref(), input, &self.cx.reporter).await?;
+            self.exporter.export(input, &self.cx).await
+        };
+        self.during(export).await
+    }
+
+    /// Does what the exporter left for the time when all others have succeeded, too.
+    async fn finalize(&self) -> Result<()> {
+        let left = self.cx.finally.take();
+        if left.is_empty() {
+            return Ok(());
+        }
+        let all = async {
+            for work in left {
+                work.await?;
+            }
+            Ok(())
+        };
+        self.during(all).await
+    }
+}
+
+/// Runs all exporters; their answers share one map (row `ex.multi`). Besides it, what each wrote
+/// into the content store, by exporter. When all have succeeded, images are pushed and caches
+/// exported side by side; one that fails does not keep another from its end (row `ex.img.push`).
 pub(crate) async fn run_all(
     scope: &BuildScope,
     exporters: &[Arc<dyn Exporter>],
     caches: &[CacheRequest],
     input: &ExportInput,
 ) -> Result<(Response, BTreeMap<usize, Descriptor>)> {
-    let each = exporters.iter().enumerate().map(|(i, e)| async move {
-        let input = caches::inline(scope, caches, e.as_ref(), input.clone()).await?;
-        run_one(scope, i, e, input).await
-    });
+    let vertices: Vec<ExportVertex<'_>> = exporters.iter().enumerate().map(|(i, e)| ExportVertex::new(scope, i, e)).collect();
+    let each = vertices.iter().map(|v| v.export(scope, caches, input.clone()));
     let (mut all, mut written) = (Response::new(), BTreeMap::new());
     for (index, response) in futures::future::try_join_all(each).await?.into_iter().enumerate() {
         written.extend(descriptor(&response).map(|d| (index, d)));
         all.extend(response);
     }
+    let pushes = futures::future::join_all(vertices.iter().map(ExportVertex::finalize));
+    let (pushes, caches) = futures::join!(pushes, caches::export_all(scope, caches, input));
+    pushes.into_iter().collect::<Result<()>>()?;
+    all.extend(caches?);
     Ok((all, written))
 }
 

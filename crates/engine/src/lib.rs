@@ -26,6 +26,7 @@ mod trail;
 mod verify;
 mod vertices;
 
+pub use caches::IMPORT_DEADLINE;
 pub use engine::{Engine, EngineParts, Progress};
 pub use history::{
     FaultEncoder, History, HistoryEncoders, HistoryEvent, HistoryEventKind, HistoryFilter, HistoryLimits, HistoryRecord, LogEncoder,

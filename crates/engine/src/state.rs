@@ -13,9 +13,8 @@ use std::{
     any::Any,
     collections::HashSet,
     path::Path,
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
-use tokio::sync::OnceCell;
 
 /// A state that is solved when somebody first needs it.
 pub struct EngineRef {
@@ -26,8 +25,13 @@ pub struct EngineRef {
     /// Who asked for it.
     pub(crate) trail: Weak<Trail>,
     scope: Arc<BuildScope>,
-    solved: OnceCell<ImmutableRef>,
+    solved: Mutex<Option<ImmutableRef>>,
+    /// Held while it is solved.
+    solving: tokio::sync::Mutex<()>,
 }
+
+/// How often a result is made again that turns out to be lost.
+pub(crate) const MAX_TRIES: usize = 4;
 
 /// A state that an operation left when it failed (row `err.solve`).
 pub(crate) struct LeftRef {
@@ -56,6 +60,27 @@ pub(crate) async fn state_of(state: &dyn BuildRef) -> Result<ImmutableRef> {
     }
 }
 
+/// Does `work` with the state, and again with another one if the first turns out to be lost: the
+/// cache had promised it, and whoever had its bytes is gone.
+pub(crate) async fn with<T>(state: &dyn BuildRef, work: impl AsyncFn(ImmutableRef) -> Result<T>) -> Result<T> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match work(state_of(state).await?).await {
+            Err(fault) if tries < MAX_TRIES && made_again(state, &fault).await => {}
+            done => return done,
+        }
+    }
+}
+
+/// Whether `fault` says that the state is lost, and it is made again when it is next asked for.
+pub(crate) async fn made_again(state: &dyn BuildRef, fault: &Fault) -> bool {
+    match state.as_any().downcast_ref::<EngineRef>() {
+        Some(state) => state.made_again(fault).await,
+        None => false,
+    }
+}
+
 /// Tells the build's vertices that the state will be exported with `compression`.
 pub(crate) fn announce(state: &dyn BuildRef, compression: Compression) {
     if let Some(state) = state.as_any().downcast_ref::<EngineRef>().filter(|s| !s.is_solved()) {
@@ -64,24 +89,51 @@ pub(crate) fn announce(state: &dyn BuildRef, compression: Compression) {
 }
 
 async fn read<T: Send + 'static>(state: &dyn BuildRef, f: impl FnOnce(&Path) -> Result<T> + Send + 'static) -> Result<T> {
-    let mount = state_of(state).await?.mount().await.context(|| "read from a build's result")?;
+    let mount = with(state, async |state| state.mount().await).await.context(|| "read from a build's result")?;
     tokio::task::spawn_blocking(move || f(mount.path())).await.map_err(|e| Fault::internal(format!("a read failed: {e}")))?
 }
 
 impl EngineRef {
     pub(crate) fn new(definition: Definition, made: (Arc<Vertex<LlbOp>>, usize), trail: &Arc<Trail>, scope: Arc<BuildScope>) -> Self {
         let (vertex, output) = made;
-        Self { id: scope.ref_id(), definition, vertex, output, trail: Arc::downgrade(trail), scope, solved: OnceCell::new() }
+        Self {
+            id: scope.ref_id(),
+            definition,
+            vertex,
+            output,
+            trail: Arc::downgrade(trail),
+            scope,
+            solved: Mutex::default(),
+            solving: Default::default(),
+        }
     }
 
     /// Whether it was needed yet.
     pub(crate) fn is_solved(&self) -> bool {
-        self.solved.initialized()
+        self.solved().is_some()
+    }
+
+    fn solved(&self) -> MutexGuard<'_, Option<ImmutableRef>> {
+        self.solved.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn made_again(&self, fault: &Fault) -> bool {
+        let Some(lost) = self.solved().clone().filter(|s| s.is_lost(fault)) else { return false };
+        if !self.scope.job.lost(self.vertex.clone(), self.output, fault.clone()).await {
+            return false;
+        }
+        // Somebody else may have been here meanwhile.
+        self.solved().take_if(|now| now.is_same(&lost));
+        true
     }
 
     /// The state, solved now if it was not before. Errors carry the lines of the source that the failing vertex came from (row `err.source`).
     pub async fn state(&self) -> Result<ImmutableRef> {
-        let solve = || async {
+        let _one = self.solving.lock().await;
+        if let Some(solved) = self.solved().clone() {
+            return Ok(solved);
+        }
+        let solve = async {
             match self.scope.job.build(self.vertex.clone(), self.output).await {
                 Ok((state, _)) => {
                     self.scope.engine.parts.services.sources.wanted_by(&state, &self.scope.data.sessions);
@@ -90,7 +142,9 @@ impl EngineRef {
                 Err(fault) => Err(self.scope.explain(self.place(fault)).await),
             }
         };
-        self.solved.get_or_try_init(solve).await.cloned()
+        let state = solve.await?;
+        *self.solved() = Some(state.clone());
+        Ok(state)
     }
 
     fn place(&self, fault: Fault) -> Fault {

@@ -260,18 +260,26 @@ impl Exporter for ImageExporter {
         } else {
             written.protect(&storage.content, &lease).await?;
         }
-        if let Some(options) = self.push {
-            if names.is_empty() {
-                return Err(Fault::invalid("name is required for push").hint("add name=<registry>/<repository>:<tag> to the output"));
-            }
-            for name in names.iter().filter(|n| self.dangling.as_ref().is_none_or(|d| !n.starts_with(&d.prefix))) {
-                let blobs = Blobs::new(&storage.content, &input, &written, self.options.compression, &cx.reporter);
-                push::push(&self.inner.registry, &blobs, &written, name, options, &cx.sessions, &cx.reporter).await?;
-            }
+        if self.push.is_some() && names.is_empty() {
+            return Err(Fault::invalid("name is required for push").hint("add name=<registry>/<repository>:<tag> to the output"));
         }
         let mut response = response(&written, &written.dated(epoch))?;
         if !names.is_empty() {
             response.insert("image.name".into(), names.join(","));
+        }
+        if let Some(options) = self.push {
+            let dangling = |n: &&String| self.dangling.as_ref().is_some_and(|d| n.starts_with(&d.prefix));
+            let names: Vec<String> = names.iter().filter(|n| !dangling(n)).cloned().collect();
+            let blobs = Blobs::new(&storage.content, &input, &written, self.options.compression, &cx.reporter);
+            let (inner, sessions, reporter) = (self.inner.clone(), cx.sessions.clone(), cx.reporter.clone());
+            cx.finally.then(async move {
+                // Until then all that is pushed stays.
+                let _lease = lease;
+                for name in &names {
+                    push::push(&inner.registry, &blobs, &written, name, options, &sessions, &reporter).await?;
+                }
+                Ok(())
+            });
         }
         Ok(response)
     }

@@ -15,4 +15,4 @@ mod tarball;
 mod tree;
 mod writer;
 
-pub use port::{Content, ExportAttestation, ExportContext, ExportInput, ExportPlatform, Exporter, Exporters, Maker, Response};
+pub use port::{Content, ExportAttestation, ExportContext, ExportInput, ExportPlatform, Exporter, Exporters, Finally, Maker, Response};

@@ -14,7 +14,10 @@ use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, RefStore};
 use shipway_registry::Registry;
 use shipway_session::{SessionGroup, SessionHub};
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 /// Keys and values for the client (section 5.5 of the reference).
 pub type Response = BTreeMap<String, String>;
@@ -78,6 +81,25 @@ pub struct ExportContext {
     pub sessions: SessionGroup,
     /// Progress of the export's vertex.
     pub reporter: Reporter,
+    /// What is left for the time when all exporters have succeeded.
+    pub finally: Finally,
+}
+
+/// What exporters leave to be done when all of them have succeeded, beside the caches' export:
+/// pushing (row `ex.img.push`).
+#[derive(Clone, Default)]
+pub struct Finally(Arc<Mutex<Vec<BoxFuture<'static, Result<()>>>>>);
+
+impl Finally {
+    /// Leaves `work` for later.
+    pub fn then(&self, work: impl Future<Output = Result<()>> + Send + 'static) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(Box::pin(work));
+    }
+
+    /// What was left, in order.
+    pub fn take(&self) -> Vec<BoxFuture<'static, Result<()>>> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// An exporter with its attributes checked.

@@ -7,7 +7,7 @@ use crate::{
 use async_trait::async_trait;
 use shipway_attest::Capture;
 use shipway_fault::{Detail, Fault, Result};
-use shipway_llb::{MountKind, NetMode, Op, Vertex};
+use shipway_llb::{ExportCache, MountKind, NetMode, Op, Vertex};
 use shipway_oci::Digest;
 use shipway_refs::ImmutableRef;
 use shipway_session::SessionGroup;
@@ -46,6 +46,11 @@ impl LlbOp {
             }
         }
         Ok(SessionGroup::new(first.sessions.hub().clone(), ids))
+    }
+
+    /// Whether its result may be part of an exported cache (row `llb.md.exportcache`).
+    pub fn is_for_export(&self) -> bool {
+        self.vertex.metadata.export_cache != Some(ExportCache::No)
     }
 
     /// Notes in `capture` what the operation used (row `at.prov.capture`). A source tells once it is pinned.
@@ -181,6 +186,10 @@ impl Operation for LlbOp {
         inputs.iter().for_each(|i| self.services.sources.wanted_by(i, &sessions));
         let before = inputs.clone();
         self.work(inputs, cx).await.map_err(|e| self.failed(e, &before, None))
+    }
+
+    fn is_lost(value: &ImmutableRef, fault: &Fault) -> bool {
+        value.is_lost(fault)
     }
 
     fn counts(&self) -> bool {

@@ -2,7 +2,7 @@
 
 use crate::{
     Compression, CompressionKind, ImmutableRef, LayerBlob,
-    layer::{Cell, KnownBlob, lock},
+    layer::{Cell, KnownBlob, lock, lost},
     store::{Inner, Record},
 };
 use bytes::Bytes;
@@ -195,11 +195,10 @@ impl Inner {
         let (packed, writer) = self.stream(&record.lease, reference, work).await?;
         let made = packed.tar.diff_id;
         if made != cell.diff_id {
-            return Err(Fault::new(
-                Code::FailedPrecondition,
-                format!("the files of the layer make the tar {made}, which is not {}", cell.diff_id),
-            )
-            .hint("the layer came from a registry and its blob was removed from containerd: pull the image again, with `--pull`"));
+            let fault =
+                Fault::new(Code::FailedPrecondition, format!("the files of the layer make the tar {made}, which is not {}", cell.diff_id))
+                    .hint("the layer came from a registry and its blob was removed from containerd: pull the image again, with `--pull`");
+            return Err(lost(cell, fault));
         }
         let descriptor = seal(writer, packed, compression).await?;
         lock(&record.secured).insert(packed.digest);

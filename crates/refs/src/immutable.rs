@@ -3,6 +3,7 @@
 use crate::{
     Layer, LayerSource, LocalMount, RecordType, RefId, Selector,
     frozen::Frozen,
+    layer,
     mount::{WeakMount, is_bind, read_only},
     realise::Active,
     store::{Inner, Record},
@@ -214,6 +215,20 @@ impl ImmutableRef {
             }
             HeldBody::Frozen(_) => Ok(()),
         }
+    }
+
+    /// Whether it is the very same state, not one that was made again under the same id.
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (self.record(), other.record()) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            _ => Arc::ptr_eq(&self.0, &other.0),
+        }
+    }
+
+    /// Whether `fault` says that the state can no longer be had: nobody has the bytes of one of its
+    /// layers.
+    pub fn is_lost(&self, fault: &Fault) -> bool {
+        self.record().is_some_and(|r| r.layers.iter().any(|c| layer::is_lost(c.diff_id, fault)))
     }
 
     /// The state as a read-only directory of the host. Several callers share one mount.

@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use shipway_archive::{LayerTree, Tar};
-use shipway_fault::Result;
+use shipway_fault::{Code, Detail, Fault, Kept, Result};
 use shipway_oci::{ChainId, Descriptor, DiffId};
 use shipway_progress::Reporter;
 use shipway_storage::{ContentStore, LeaseId};
@@ -25,6 +25,16 @@ pub trait LayerSource: Any + Send + Sync {
 
     /// What it fetches from, for error messages: an image name.
     fn describe(&self) -> String;
+
+    /// Whether the bytes are a client's, and go with it.
+    fn is_clients(&self) -> bool {
+        false
+    }
+
+    /// Whether it is known to give nothing any more: the client who had the bytes is gone.
+    fn is_gone(&self) -> bool {
+        false
+    }
 }
 
 /// A layer of an image that need not be here.
@@ -68,6 +78,24 @@ pub struct LayerBlob {
     pub diff_id: DiffId,
     /// Where the blob would be fetched from, if it is not in the content store.
     pub lazy: Option<String>,
+}
+
+/// Goes with a fault (`Detail::Kept`): which layer can no longer be had from anywhere.
+struct Lost(DiffId);
+
+/// Says in `fault` that the layer of `cell` cannot be had, unless it is a fault of ours or of the
+/// disk's.
+pub(crate) fn lost(cell: &Cell, fault: Fault) -> Fault {
+    match fault.code() {
+        Code::Cancelled if fault.is_cancelled() => fault,
+        Code::ResourceExhausted => fault,
+        _ => fault.detail(Detail::Kept(Kept(Arc::new(Lost(cell.diff_id))))),
+    }
+}
+
+/// Whether `fault` says that the layer can no longer be had.
+pub(crate) fn is_lost(diff_id: DiffId, fault: &Fault) -> bool {
+    fault.details().iter().any(|d| matches!(d, Detail::Kept(kept) if kept.0.downcast_ref::<Lost>().is_some_and(|l| l.0 == diff_id)))
 }
 
 /// Locks a mutex whose data stay whole even if a holder panicked.
@@ -116,6 +144,13 @@ pub(crate) struct KnownBlob {
     pub stored: bool,
 }
 
+impl KnownBlob {
+    /// Whether it is here, or somebody may have it.
+    pub fn may_be_had(&self) -> bool {
+        self.stored || self.source.as_ref().is_some_and(|s| !s.is_gone())
+    }
+}
+
 impl Cell {
     pub fn new(diff_id: DiffId, parent: Option<ChainId>) -> Self {
         Self {
@@ -138,13 +173,16 @@ impl Cell {
         lock(&self.origin).blobs.clone()
     }
 
-    /// Remembers a blob. The newest source of one is kept: it has the freshest credentials.
+    /// Remembers a blob. The newest source of one is kept: it has the freshest credentials. But a
+    /// registry has it longer than a client.
     pub fn know(&self, blob: KnownBlob) {
         let mut origin = lock(&self.origin);
         match origin.blobs.iter_mut().find(|b| b.descriptor.digest == blob.descriptor.digest) {
             Some(known) => {
                 known.stored |= blob.stored;
-                if blob.source.is_some() {
+                let lasts = |source: &Arc<dyn LayerSource>| !source.is_clients();
+                let better = |new: &Arc<dyn LayerSource>| lasts(new) || !known.source.as_ref().is_some_and(lasts);
+                if blob.source.as_ref().is_some_and(better) {
                     known.source = blob.source;
                 }
             }

@@ -1,7 +1,7 @@
 //! Making snapshots of layers: fetch, unpack, verify, commit as the chain id; or copy from another stack.
 
 use crate::{
-    layer::{Cell, KnownBlob, lock},
+    layer::{Cell, KnownBlob, lock, lost},
     life::{EpochLease, forget, remove},
     mount::{LocalMount, OwnLayer, own_layer},
     store::{Inner, Record},
@@ -216,8 +216,9 @@ impl Inner {
             }
         }
         Err(failed.unwrap_or_else(|| {
-            Fault::not_found(format!("no blob of layer {} is in containerd, and nothing says where to fetch it", cell.diff_id))
-                .hint("somebody removed it: build again without this cache record, for example after `shipway prune`")
+            let gone = Fault::not_found(format!("no blob of layer {} is in containerd, and nothing says where to fetch it", cell.diff_id))
+                .hint("somebody removed it: build again without this cache record, for example after `shipway prune`");
+            lost(cell, gone)
         }))
     }
 
@@ -247,7 +248,7 @@ impl Inner {
             return Ok(false);
         };
         let what = || format!("fetch layer {digest} of {}", source.describe());
-        source.fetch(&blob.descriptor, &*self.storage.content, lease, progress).await.context(what)?;
+        source.fetch(&blob.descriptor, &*self.storage.content, lease, progress).await.context(what).map_err(|e| lost(cell, e))?;
         lock(&record.secured).insert(digest);
         cell.know(KnownBlob { stored: true, ..blob.clone() });
         Ok(true)

@@ -384,8 +384,9 @@ impl Inner {
             let gone = |r: Result<()>| r.is_err_and(|e| e.is_not_found());
             return !gone(stat.map(drop)) && !gone(lease.map(drop));
         }
-        // A layer that has neither a blob nor another place is in its own, with the state that made it.
-        let here = record.layers.iter().filter(|c| c.blobs().is_empty() && c.copy_of().is_none());
+        // A layer that has neither a blob that can be had nor another place is in its own, with the
+        // state that made it.
+        let here = record.layers.iter().filter(|c| c.copy_of().is_none() && !c.blobs().iter().any(KnownBlob::may_be_had));
         for cell in here {
             if self.storage.snapshots.stat(&cell.chain_id.into()).await.is_err_and(|e| e.is_not_found()) {
                 return false;

@@ -1,13 +1,10 @@
 //! From results back through the index: everything that an import needs to find them again.
 
-use crate::{
-    Mode,
-    index::{CacheIndex, Imported, ImportedRecord, Known},
-};
+use crate::{CacheIndex, Import, Mode, import::RecordNo};
 use shipway_fault::Result;
 use shipway_oci::{DiffId, Digest};
 use shipway_refs::ImmutableRef;
-use shipway_solver::{CacheKey, CacheStore as _, RecordMeta};
+use shipway_solver::{CacheKey, CacheStore as _, ImportedCache as _, RecordMeta};
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
@@ -29,36 +26,38 @@ pub(crate) struct Entry {
     pub state: Option<ImmutableRef>,
 }
 
-/// What the index says of a key, with both places that may have its result.
+/// What is known of a key, with both places that may have its result.
 struct Found {
     meta: RecordMeta,
     result: Option<String>,
-    imported: Option<(ImportedRecord, Arc<Imported>)>,
+    imported: Option<(Arc<Import>, RecordNo)>,
 }
 
 struct Walk<'a> {
     index: &'a CacheIndex,
+    imports: &'a [Arc<Import>],
     entered: HashSet<CacheKey>,
     /// Primaries in the order in which they are written: inputs first.
     order: Vec<(CacheKey, Option<Found>, Vec<Vec<CacheKey>>)>,
 }
 
 impl Walk<'_> {
+    /// What the index calls the key, or else an import.
     async fn primary(&self, key: CacheKey) -> Result<CacheKey> {
-        Ok(self.index.primaries(&[key]).await?.first().copied().unwrap_or(key))
+        let local = self.index.primaries(&[key]).await?.first().copied();
+        Ok(local.or_else(|| self.imports.iter().find_map(|i| i.primary(&key))).unwrap_or(key))
     }
 
     fn find(&self, key: &CacheKey) -> Result<Option<Found>> {
-        Ok(match self.index.known(key)? {
-            None => None,
-            Some(Known::Imported(record, cache)) => {
-                Some(Found { meta: record.meta.clone(), result: None, imported: Some((record, cache)) })
-            }
-            Some(Known::Local(record)) => {
-                let imported = self.index.imported(key);
-                Some(Found { meta: record.meta, result: Some(record.result), imported })
-            }
-        })
+        let imported = self.imports.iter().find_map(|i| Some((i.clone(), i.find(key)?)));
+        if let Some(record) = self.index.local.record(key)? {
+            return Ok(Some(Found { meta: record.meta, result: Some(record.result), imported }));
+        }
+        let Some((import, no)) = &imported else { return Ok(None) };
+        let Some(record) = import.record(*no) else { return Ok(None) };
+        let (inputs, description) = (import.inputs(*no), record.description.clone());
+        let meta = RecordMeta { output: record.output, inputs, description, imported: true, ..RecordMeta::default() };
+        Ok(Some(Found { meta, result: None, imported }))
     }
 
     /// Depth first without recursion: a history may be long.
@@ -100,8 +99,11 @@ impl Walk<'_> {
 }
 
 /// Everything that `roots` were made from, inputs first.
-pub(crate) async fn collect(index: &CacheIndex, roots: &[ImmutableRef], mode: Mode) -> Result<Vec<Entry>> {
-    let mut walk = Walk { index, entered: HashSet::new(), order: Vec::new() };
+pub(crate) async fn collect(index: &CacheIndex, imports: &[Arc<Import>], roots: &[ImmutableRef], mode: Mode) -> Result<Vec<Entry>> {
+    for import in imports {
+        import.ready().await;
+    }
+    let mut walk = Walk { index, imports, entered: HashSet::new(), order: Vec::new() };
     let mut wanted: Vec<Vec<DiffId>> = Vec::new();
     for root in roots.iter().filter(|r| !r.is_scratch()) {
         let mut keys = made_by(index, index.local.keys_of(&root.id().to_string())?)?;
@@ -114,7 +116,10 @@ pub(crate) async fn collect(index: &CacheIndex, roots: &[ImmutableRef], mode: Mo
             walk.from(key).await?;
         }
     }
-    let mut aliases = index.aliases(&walk.entered).await?;
+    let mut aliases = index.local.aliases_of(walk.entered.clone()).await?;
+    for (key, primary) in imports.iter().flat_map(|i| i.keys()).filter(|(_, primary)| walk.entered.contains(primary)) {
+        aliases.entry(primary).or_default().push(key);
+    }
     let mut numbers: HashMap<CacheKey, usize> = HashMap::new();
     let mut entries = Vec::with_capacity(walk.order.len());
     for (key, found, inputs) in walk.order {
@@ -133,7 +138,8 @@ pub(crate) async fn collect(index: &CacheIndex, roots: &[ImmutableRef], mode: Mo
             None => None,
         };
         let meta = found.map(|f| f.meta).unwrap_or_default();
-        let description = state.as_ref().map_or(meta.description, |s| s.description().to_owned());
+        let described = state.as_ref().filter(|_| !meta.imported).map(|s| s.description().to_owned());
+        let description = described.unwrap_or(meta.description);
         numbers.insert(key, entries.len());
         entries.push(Entry { key, aliases, inputs, output: meta.output, description, state });
     }
@@ -161,11 +167,10 @@ async fn state(index: &CacheIndex, found: &Found, mode: Mode, wanted: &[Vec<Diff
     {
         return Ok(if fits(&diff_ids(&state).await?) { Some(state) } else { None });
     }
-    if let Some((record, cache)) = &found.imported
-        && let Some(layers) = &record.layers
-        && fits(&layers.iter().map(|l| l.diff_id).collect::<Vec<_>>())
+    if let Some((import, no)) = &found.imported
+        && import.diff_ids(*no).is_some_and(|layers| fits(&layers))
     {
-        return index.lazy(record, cache).await;
+        return import.state(*no).await;
     }
     Ok(None)
 }

@@ -1,20 +1,25 @@
 //! Writing a cache: the config, the layers, and the manifest that names them.
 
 use crate::{
-    CacheIndex, ExportOptions,
+    CacheIndex, ExportOptions, Import,
     collect::{Entry, collect},
-    format::{CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, CacheResult, ChainedResult, LayerNote},
+    format::{CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, CacheResult, ChainedResult, LayerNote, time},
 };
 use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::{Descriptor, Digest, ImageName, Index, Manifest, media, timestamp};
+use shipway_oci::{Descriptor, Digest, ImageName, Index, Manifest, media};
 use shipway_progress::Reporter;
 use shipway_refs::{Compression, ImmutableRef, LayerBlob};
 use shipway_registry::Repository;
 use shipway_session::ClientStore;
-use shipway_storage::{BlobReader, ContentStore};
-use std::{collections::HashMap, sync::Arc, time::SystemTime};
+use shipway_solver::CacheKey;
+use shipway_storage::{BlobReader, ContentStore, UNCOMPRESSED};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::SystemTime,
+};
 
 /// Layers on their way at the same time.
 const PARALLEL: usize = 4;
@@ -34,7 +39,7 @@ pub enum Place {
 
 /// A cache ready to be written. Its layers are in the content store as long as it lives, but for those that are known by descriptor only.
 pub struct Export {
-    config: CacheConfig,
+    pub(crate) config: CacheConfig,
     /// Blobs of the config's layers, in their order.
     blobs: Vec<Descriptor>,
     /// Those that are not here.
@@ -71,7 +76,7 @@ impl Table {
                     media_type: descriptor.media_type.clone(),
                     diff_id: Some(blob.diff_id),
                     size: descriptor.size as i64,
-                    created_at: times.get(i).map(|t| timestamp::format(*t)).unwrap_or_default(),
+                    created_at: time(times.get(i).copied()),
                 };
                 self.config.layers.push(CacheLayer { blob: descriptor.digest, parent, annotations: Some(note) });
                 self.blobs.push(descriptor.clone());
@@ -85,18 +90,21 @@ impl Table {
     fn record(&mut self, entry: &Entry, result: Option<(Vec<LayerBlob>, Vec<SystemTime>)>) {
         let (mut results, mut chains) = (Vec::new(), Vec::new());
         if let Some((blobs, times)) = result {
-            let created_at = times.last().map(|t| timestamp::format(*t)).unwrap_or_default();
+            let created_at = time(times.last().copied());
             match self.chain(&blobs, &times).last() {
                 Some(top) => results.push(CacheResult { layer: *top, created_at }),
                 None => chains.push(ChainedResult { layers: Vec::new(), created_at }),
             }
         }
+        // BuildKit refuses a record with an input that may be nothing; such a record is one without
+        // inputs.
+        let inputs = if entry.inputs.iter().any(Vec::is_empty) { &[][..] } else { &entry.inputs };
         let link = |(link, selector): &(usize, Option<Digest>)| CacheInput { selector: *selector, link: *link };
         self.config.records.push(CacheRecord {
             results,
             chains,
             digest: entry.key.0,
-            inputs: entry.inputs.iter().map(|alternatives| alternatives.iter().map(link).collect()).collect(),
+            inputs: inputs.iter().map(|alternatives| alternatives.iter().map(link).collect()).collect(),
             aliases: entry.aliases.iter().map(|a| a.0).collect(),
             output: entry.output,
             description: entry.description.clone(),
@@ -105,13 +113,22 @@ impl Table {
 }
 
 impl Export {
-    /// Collects what `roots` were made from and makes the blobs of all results, but fetches none; `None` if there is no layer at all.
-    pub async fn prepare(index: &CacheIndex, roots: &[ImmutableRef], options: &ExportOptions, reporter: &Reporter) -> Result<Option<Self>> {
-        let entries = collect(index, roots, options.mode).await?;
+    /// Collects what `roots` were made from and makes the blobs of all results but those under the
+    /// keys `withheld`. Nothing is fetched for it; `None` if there is no layer at all.
+    pub async fn prepare(
+        index: &CacheIndex,
+        imports: &[Arc<Import>],
+        roots: &[ImmutableRef],
+        withheld: &HashSet<CacheKey>,
+        options: &ExportOptions,
+        reporter: &Reporter,
+    ) -> Result<Option<Self>> {
+        let entries = collect(index, imports, roots, options.mode).await?;
         let mut table = Table::default();
         let (mut states, mut lazy) = (Vec::new(), HashMap::new());
         for entry in &entries {
-            let result = match &entry.state {
+            let kept_back = entry.aliases.iter().chain([&entry.key]).any(|k| withheld.contains(k));
+            let result = match entry.state.as_ref().filter(|_| !kept_back) {
                 Some(state) => match result(state, options, reporter).await {
                     Ok(result) => {
                         for blob in &result.0 {
@@ -121,7 +138,7 @@ impl Export {
                         Some(result)
                     }
                     // What cannot be had any more is left out; the rest is still worth having.
-                    Err(fault) if fault.is_not_found() => None,
+                    Err(fault) if fault.is_not_found() || state.is_lost(&fault) => None,
                     Err(fault) => return Err(fault.context(format!("make the layers of {}", state.description()))),
                 },
                 None => None,
@@ -133,9 +150,17 @@ impl Export {
         Ok((!config.layers.is_empty()).then_some(Self { config, blobs, lazy, _states: states }))
     }
 
-    /// The config alone, for an image's own config (row `rc.inline`).
-    pub fn inline(&self) -> Result<Vec<u8>> {
-        self.config.to_json()
+    /// The records alone, for the config of the image of `root` (row `rc.inline`).
+    pub async fn inline(&self, root: &ImmutableRef) -> Result<Vec<u8>> {
+        let diff_ids: Vec<_> = root.layers().await?.iter().map(|l| l.diff_id).collect();
+        let (mut image, mut parent) = (Vec::with_capacity(diff_ids.len()), -1);
+        for diff_id in diff_ids {
+            let is_next = |l: &CacheLayer| l.parent == parent && l.annotations.as_ref().and_then(|n| n.diff_id) == Some(diff_id);
+            let Some(number) = self.config.layers.iter().position(is_next) else { break };
+            image.push(number);
+            parent = number as i64;
+        }
+        self.config.inline(&image)
     }
 
     /// Writes everything to `place`; gives the manifest's descriptor.
@@ -147,7 +172,7 @@ impl Export {
         reporter: &Reporter,
     ) -> Result<Descriptor> {
         let mut blobs = self.blobs.clone();
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         blobs.retain(|b| seen.insert(b.digest));
         let work = blobs.into_iter().map(|blob| async move {
             let status = format!("writing layer {}", blob.digest);
@@ -156,7 +181,7 @@ impl Export {
             reporter.status(status, 0, 0, true);
             match written {
                 // Whoever had it has it no longer; the rest is still worth having.
-                Err(fault) if fault.is_not_found() && self.lazy.contains_key(&blob.digest) => {
+                Err(fault) if self.lazy.get(&blob.digest).is_some_and(|l| fault.is_not_found() || l.state.is_lost(&fault)) => {
                     tracing::info!(error = %fault, digest = %blob.digest, "a cache is exported without a layer");
                     Ok(Some(blob.digest))
                 }
@@ -165,7 +190,7 @@ impl Export {
         });
         let gone: Vec<Option<Digest>> = stream::iter(work).buffer_unordered(PARALLEL).try_collect().await?;
         let (config, left) = self.config.without(|blob| gone.contains(&Some(*blob)));
-        let layers = left.iter().filter_map(|number| self.blobs.get(*number)).map(|b| in_family(b, options.oci_types)).collect();
+        let layers = left.iter().filter_map(|number| self.blobs.get(*number)).map(|b| self.described(b, options.oci_types)).collect();
         let bytes = Bytes::from(config.to_json()?);
         let config = Descriptor::of(CONFIG, &bytes);
         let status = format!("writing config {}", config.digest);
@@ -184,6 +209,14 @@ impl Export {
 }
 
 impl Export {
+    /// A layer as the manifest names it. BuildKit looks for the diffID there.
+    fn described(&self, blob: &Descriptor, oci: bool) -> Descriptor {
+        let mut layer = Descriptor::new(media::layer_type(&blob.media_type, oci), blob.digest, blob.size);
+        let noted = self.config.layers.iter().find(|l| l.blob == blob.digest).and_then(|l| l.annotations.as_ref()?.diff_id);
+        layer.annotations.extend(noted.map(|diff_id| (UNCOMPRESSED.to_owned(), diff_id.to_string())));
+        layer
+    }
+
     /// The image that has the blob, if that is not here.
     fn origin(&self, blob: &Descriptor) -> Option<ImageName> {
         self.lazy.get(&blob.digest)?.origin.parse().ok()
@@ -218,10 +251,6 @@ impl Source {
 async fn result(state: &ImmutableRef, options: &ExportOptions, reporter: &Reporter) -> Result<(Vec<LayerBlob>, Vec<SystemTime>)> {
     let blobs = state.blobs(options.compression, false, Some(reporter)).await?;
     Ok((blobs, state.layer_times().await?))
-}
-
-fn in_family(blob: &Descriptor, oci: bool) -> Descriptor {
-    Descriptor::new(media::layer_type(&blob.media_type, oci), blob.digest, blob.size)
 }
 
 /// The manifest of a cache: an image manifest, or an index that names blobs (row `rc.reg`).

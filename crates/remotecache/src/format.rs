@@ -1,24 +1,47 @@
 //! The cache config: BuildKit's JSON (row `rc.fmt`), with fields of our own that others pass over.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use shipway_fault::{Fault, Result};
 use shipway_oci::{DiffId, Digest};
+use std::collections::HashMap;
 
 /// Media type of the config.
 pub(crate) const CONFIG: &str = "application/vnd.buildkit.cacheconfig.v0";
 /// Field of an image config that holds a cache config in base64 (row `rc.inline`).
 pub(crate) const INLINE_FIELD: &str = "moby.buildkit.cache.v0";
 /// More of anything is not a cache.
-const MAX_ENTRIES: usize = 200_000;
+pub(crate) const MAX_ENTRIES: usize = 200_000;
 /// Most layers of a result.
-const MAX_DEPTH: usize = 512;
+pub(crate) const MAX_DEPTH: usize = 512;
+
+/// The time that Go writes, and wants to read, where none is known.
+const NO_TIME: &str = "0001-01-01T00:00:00Z";
+
+/// Go writes an empty list as `null`.
+fn nullable<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> std::result::Result<T, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
+}
+
+/// A selector that is no digest of ours selects nothing that we know.
+fn selector<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<Digest>, D::Error> {
+    Ok(Option::<String>::deserialize(from)?.and_then(|s| s.parse().ok()))
+}
+
+fn no_time() -> String {
+    NO_TIME.to_owned()
+}
+
+/// A time as the config has it.
+pub(crate) fn time(of: Option<std::time::SystemTime>) -> String {
+    of.map_or_else(no_time, shipway_oci::timestamp::format)
+}
 
 /// What a cache holds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct CacheConfig {
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "nullable", skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<CacheLayer>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "nullable", skip_serializing_if = "Vec::is_empty")]
     pub records: Vec<CacheRecord>,
 }
 
@@ -47,7 +70,7 @@ pub(crate) struct LayerNote {
     pub diff_id: Option<DiffId>,
     #[serde(default, skip_serializing_if = "is_zero")]
     pub size: i64,
-    #[serde(default)]
+    #[serde(default = "no_time")]
     pub created_at: String,
 }
 
@@ -55,15 +78,15 @@ pub(crate) struct LayerNote {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct CacheRecord {
     /// The top layers of results.
-    #[serde(rename = "layers", default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(rename = "layers", default, deserialize_with = "nullable", skip_serializing_if = "Vec::is_empty")]
     pub results: Vec<CacheResult>,
     /// Results by all their layers.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "nullable", skip_serializing_if = "Vec::is_empty")]
     pub chains: Vec<ChainedResult>,
     /// The key.
     pub digest: Digest,
     /// For each input, the records it may be.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "nullable", skip_serializing_if = "Vec::is_empty")]
     pub inputs: Vec<Vec<CacheInput>>,
     /// Other keys of the same work.
     #[serde(rename = "shipway.aliases", default, skip_serializing_if = "Vec::is_empty")]
@@ -84,22 +107,22 @@ fn is_first(n: &usize) -> bool {
 #[serde(rename_all = "camelCase")]
 pub(crate) struct CacheResult {
     pub layer: usize,
-    #[serde(default)]
+    #[serde(default = "no_time")]
     pub created_at: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct ChainedResult {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     pub layers: Vec<usize>,
-    #[serde(default)]
+    #[serde(default = "no_time")]
     pub created_at: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct CacheInput {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "selector", skip_serializing_if = "Option::is_none")]
     pub selector: Option<Digest>,
     pub link: usize,
 }
@@ -112,18 +135,53 @@ impl CacheConfig {
 
     /// Reads and checks what came from outside: all numbers lead somewhere, and layers rest on earlier ones.
     pub fn read(bytes: &[u8]) -> Result<Self> {
-        let config: Self = serde_json::from_slice(bytes).map_err(|e| Fault::invalid(format!("a cache config cannot be read: {e}")))?;
-        if config.layers.len() > MAX_ENTRIES || config.records.len() > MAX_ENTRIES {
+        serde_json::from_slice::<Self>(bytes).map_err(|e| Fault::invalid(format!("a cache config cannot be read: {e}")))?.checked()
+    }
+
+    /// The records alone, as they are in an image's config (row `rc.inline`): a layer is told by
+    /// its place in the image, so that it does not matter how the image's layers are compressed or
+    /// dated. `image` has the numbers of the image's layers here.
+    pub fn inline(&self, image: &[usize]) -> Result<Vec<u8>> {
+        let places: HashMap<usize, usize> = image.iter().enumerate().map(|(place, layer)| (*layer, place)).collect();
+        let record = |record: &CacheRecord| {
+            let mut inline = CacheRecord { results: Vec::new(), chains: Vec::new(), ..record.clone() };
+            let times = record.results.iter().map(|r| &r.created_at).chain(record.chains.iter().map(|c| &c.created_at));
+            for (chain, created_at) in self.results_of(record).zip(times.cloned()) {
+                let Some(layers) = chain.iter().map(|l| places.get(l).copied()).collect::<Option<Vec<usize>>>() else { continue };
+                match layers.last() {
+                    Some(top) if layers.iter().copied().eq(0..=*top) => inline.results.push(CacheResult { layer: *top, created_at }),
+                    _ => inline.chains.push(ChainedResult { layers, created_at }),
+                }
+            }
+            inline
+        };
+        let records: Vec<CacheRecord> = self.records.iter().map(record).collect();
+        serde_json::to_vec(&records).map_err(|e| Fault::internal(format!("encode a cache config: {e}")))
+    }
+
+    /// Reads what [`CacheConfig::inline`] writes into the config of an image with these layers;
+    /// earlier versions wrote a whole config there.
+    pub fn read_inline(bytes: &[u8], image: &[Digest]) -> Result<Self> {
+        if !bytes.trim_ascii_start().starts_with(b"[") {
+            return Self::read(bytes);
+        }
+        let records = serde_json::from_slice(bytes).map_err(|e| Fault::invalid(format!("a cache config cannot be read: {e}")))?;
+        let layer = |(i, blob): (usize, &Digest)| CacheLayer { blob: *blob, parent: i as i64 - 1, annotations: None };
+        Self { layers: image.iter().enumerate().map(layer).collect(), records }.checked()
+    }
+
+    fn checked(self) -> Result<Self> {
+        if self.layers.len() > MAX_ENTRIES || self.records.len() > MAX_ENTRIES {
             return Err(Fault::invalid(format!("a cache config has more than {MAX_ENTRIES} entries")));
         }
-        let (layers, records) = (config.layers.len(), config.records.len());
-        let sound = config.layers.iter().enumerate().all(|(i, l)| l.parent == -1 || usize::try_from(l.parent).is_ok_and(|p| p < i))
-            && config.records.iter().all(|r| {
+        let (layers, records) = (self.layers.len(), self.records.len());
+        let sound = self.layers.iter().enumerate().all(|(i, l)| l.parent == -1 || usize::try_from(l.parent).is_ok_and(|p| p < i))
+            && self.records.iter().all(|r| {
                 r.results.iter().all(|l| l.layer < layers)
                     && r.chains.iter().all(|c| c.layers.len() <= MAX_DEPTH && c.layers.iter().all(|l| *l < layers))
                     && r.inputs.iter().flatten().all(|l| l.link < records)
             });
-        if sound { Ok(config) } else { Err(Fault::invalid("a cache config names layers or records that it does not have")) }
+        if sound { Ok(self) } else { Err(Fault::invalid("a cache config names layers or records that it does not have")) }
     }
 
     /// The same without the layers that `gone` says are gone, those that lie on one of them, and the results that need any of these. Besides it, which layers
@@ -156,22 +214,22 @@ impl CacheConfig {
         (Self { layers, records: self.records.iter().map(record).collect() }, left)
     }
 
-    /// The layers of a record's result, lowest first; `None` if it has none.
-    pub fn layers_of(&self, record: &CacheRecord) -> Option<Vec<usize>> {
-        if let Some(chain) = record.chains.first() {
-            return Some(chain.layers.clone());
-        }
-        let mut chain = Vec::new();
-        let mut next = record.results.first()?.layer as i64;
-        while let Some(layer) = usize::try_from(next).ok().and_then(|i| self.layers.get(i)) {
-            if chain.len() == MAX_DEPTH {
-                return None;
+    /// The layers of a record's results, lowest first; those of too many are left out.
+    pub fn results_of(&self, record: &CacheRecord) -> impl Iterator<Item = Vec<usize>> {
+        let below = |layer: &CacheResult| {
+            let mut chain = Vec::new();
+            let mut next = layer.layer as i64;
+            while let Some(layer) = usize::try_from(next).ok().and_then(|i| self.layers.get(i)) {
+                if chain.len() == MAX_DEPTH {
+                    return None;
+                }
+                chain.push(next as usize);
+                next = layer.parent;
             }
-            chain.push(next as usize);
-            next = layer.parent;
-        }
-        chain.reverse();
-        Some(chain)
+            chain.reverse();
+            Some(chain)
+        };
+        record.results.iter().filter_map(below).chain(record.chains.iter().map(|c| c.layers.clone()))
     }
 }
 
@@ -203,7 +261,7 @@ mod tests {
         assert_eq!(json.matches("parent").count(), 2, "{json}");
         let read = CacheConfig::read(json.as_bytes()).unwrap();
         assert_eq!(read, config);
-        assert_eq!(read.layers_of(&read.records[0]), Some(vec![0, 1, 2]));
+        assert_eq!(read.results_of(&read.records[0]).collect::<Vec<_>>(), [[0, 1, 2]]);
     }
 
     #[test]

@@ -1,79 +1,24 @@
-//! The solver's store: the local index, and the caches that running builds have imported.
+//! The solver's store: the local index. What a build imports besides is the build's own
+//! (`import.rs`).
 
 use async_trait::async_trait;
-use shipway_cachedb::{CacheDb, Record};
+use shipway_cachedb::CacheDb;
 use shipway_fault::Result;
-use shipway_oci::{Descriptor, DiffId};
-use shipway_refs::{ImmutableRef, LayerSource, LazyLayer, PruneOptions, RecordType, RefId, RefStore, UsageRecord};
+use shipway_refs::{ImmutableRef, PruneOptions, RefId, RefStore, UsageRecord};
 use shipway_solver::{CacheKey, CacheStore, RecordMeta};
-use std::{
-    collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, PoisonError, RwLock},
-    time::SystemTime,
-};
-
-/// A layer of an imported result.
-#[derive(Clone)]
-pub(crate) struct ImportedLayer {
-    pub diff_id: DiffId,
-    pub descriptor: Descriptor,
-    pub created: Option<SystemTime>,
-}
-
-/// One record of an imported cache.
-#[derive(Clone)]
-pub(crate) struct ImportedRecord {
-    pub primary: CacheKey,
-    /// Its result, if the cache holds it.
-    pub layers: Option<Vec<ImportedLayer>>,
-    pub meta: RecordMeta,
-}
-
-/// A cache that was imported.
-pub(crate) struct Imported {
-    pub records: Vec<ImportedRecord>,
-    /// Every key of every record, by index.
-    pub keys: HashMap<CacheKey, usize>,
-    pub source: Arc<dyn LayerSource>,
-}
-
-impl Imported {
-    pub fn find(&self, key: &CacheKey) -> Option<&ImportedRecord> {
-        self.keys.get(key).and_then(|i| self.records.get(*i))
-    }
-}
-
-/// What is known of one key, wherever from.
-pub(crate) enum Known {
-    Local(Record),
-    Imported(ImportedRecord, Arc<Imported>),
-}
+use std::sync::{Mutex, PoisonError};
 
 /// All that is known of results. Clones share it.
 #[derive(Clone)]
 pub struct CacheIndex {
     pub(crate) local: CacheDb<ImmutableRef>,
     pub(crate) refs: RefStore,
-    imports: Arc<RwLock<Vec<Arc<Imported>>>>,
-}
-
-/// Keeps an imported cache in use; dropping it takes the cache out. What was used of it stays in the local index.
-pub struct Attached {
-    index: CacheIndex,
-    cache: Arc<Imported>,
-}
-
-impl Drop for Attached {
-    fn drop(&mut self) {
-        let mut imports = self.index.imports.write().unwrap_or_else(PoisonError::into_inner);
-        imports.retain(|c| !Arc::ptr_eq(c, &self.cache));
-    }
 }
 
 impl CacheIndex {
     /// The store over the local index.
     pub fn new(local: CacheDb<ImmutableRef>, refs: RefStore) -> Self {
-        Self { local, refs, imports: Arc::default() }
+        Self { local, refs }
     }
 
     /// Removes states that may go, telling `on_removed` of each, and forgets whose results they were: the index would grow for ever otherwise.
@@ -91,93 +36,32 @@ impl CacheIndex {
         pruned
     }
 
-    pub(crate) fn attach(&self, cache: Imported) -> Attached {
-        let cache = Arc::new(cache);
-        self.imports.write().unwrap_or_else(PoisonError::into_inner).push(cache.clone());
-        Attached { index: self.clone(), cache }
-    }
-
-    fn imports(&self) -> Vec<Arc<Imported>> {
-        self.imports.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// What is known of the work with this key.
-    pub(crate) fn known(&self, key: &CacheKey) -> Result<Option<Known>> {
-        if let Some(record) = self.local.record(key)? {
-            return Ok(Some(Known::Local(record)));
-        }
-        Ok(self.imported(key).map(|(record, cache)| Known::Imported(record, cache)))
-    }
-
-    /// What an imported cache says of the key.
-    pub(crate) fn imported(&self, key: &CacheKey) -> Option<(ImportedRecord, Arc<Imported>)> {
-        self.imports().into_iter().find_map(|c| c.find(key).cloned().map(|r| (r, c)))
-    }
-
-    /// Every key that leads to one of `primaries`, by primary.
-    pub(crate) async fn aliases(&self, primaries: &HashSet<CacheKey>) -> Result<HashMap<CacheKey, Vec<CacheKey>>> {
-        let mut all = self.local.aliases_of(primaries.clone()).await?;
-        for cache in self.imports() {
-            for (key, index) in &cache.keys {
-                if let Some(record) = cache.records.get(*index).filter(|r| primaries.contains(&r.primary)) {
-                    all.entry(record.primary).or_default().push(*key);
-                }
-            }
-        }
-        Ok(all)
-    }
-
     /// The state of a local result, if it is there still.
     pub(crate) async fn state(&self, result: &str) -> Option<ImmutableRef> {
         self.refs.get(&RefId(result.to_owned())).await
-    }
-
-    /// The state of an imported result; nothing is fetched.
-    pub(crate) async fn lazy(&self, record: &ImportedRecord, cache: &Imported) -> Result<Option<ImmutableRef>> {
-        let Some(layers) = &record.layers else { return Ok(None) };
-        let lazy = |l: &ImportedLayer| LazyLayer {
-            diff_id: l.diff_id,
-            descriptor: l.descriptor.clone(),
-            source: Some(cache.source.clone()),
-            created: l.created,
-        };
-        let layers = layers.iter().map(lazy).collect();
-        self.refs.image(layers, record.meta.description.clone(), RecordType::Regular).await.map(Some)
     }
 }
 
 #[async_trait]
 impl CacheStore<ImmutableRef> for CacheIndex {
     async fn primaries(&self, keys: &[CacheKey]) -> Result<Vec<CacheKey>> {
-        let mut found = self.local.primaries(keys).await?;
-        for cache in self.imports() {
-            for primary in keys.iter().filter_map(|k| cache.find(k)).map(|r| r.primary) {
-                if !found.contains(&primary) {
-                    found.push(primary);
-                }
-            }
-        }
-        Ok(found)
+        self.local.primaries(keys).await
     }
 
     async fn load(&self, keys: &[CacheKey]) -> Result<Option<(CacheKey, ImmutableRef)>> {
-        if let Some(found) = self.local.load(keys).await? {
-            return Ok(Some(found));
-        }
-        for cache in self.imports() {
-            for record in keys.iter().filter_map(|k| cache.find(k)) {
-                let Some(state) = self.lazy(record, &cache).await? else { continue };
-                let mut lead = vec![record.primary];
-                lead.extend(keys.iter().filter(|k| cache.find(k).is_some_and(|r| r.primary == record.primary)));
-                let primary = self.local.save(&lead, &state, &record.meta).await?;
-                return Ok(Some((primary, state)));
-            }
-        }
-        Ok(None)
+        self.local.load(keys).await
     }
 
     async fn save(&self, keys: &[CacheKey], value: &ImmutableRef, meta: &RecordMeta) -> Result<CacheKey> {
         self.local.save(keys, value, meta).await
+    }
+
+    async fn adopt(&self, keys: &[CacheKey], value: &ImmutableRef, meta: &RecordMeta) -> Result<CacheKey> {
+        self.local.adopt(keys, value, meta).await
+    }
+
+    async fn forget(&self, value: &ImmutableRef) -> Result<()> {
+        self.local.forget(value).await
     }
 
     async fn alias(&self, primary: CacheKey, keys: &[CacheKey]) -> Result<()> {
@@ -188,9 +72,13 @@ impl CacheStore<ImmutableRef> for CacheIndex {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Export, ExportOptions, Mode};
     use shipway_cachedb::ResultStore;
     use shipway_oci::Digest;
+    use shipway_progress::Reporter;
+    use shipway_refs::RecordType;
     use shipway_storage::fake::FakeStorage;
+    use std::sync::Arc;
 
     struct States(RefStore);
 
@@ -204,12 +92,42 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn what_is_pruned_leaves_the_index() {
+    async fn lab() -> (tempfile::TempDir, RefStore, CacheIndex) {
         let dir = tempfile::tempdir().expect("a directory");
         let refs = RefStore::open(FakeStorage::new().expect("a store").storage(), dir.path().join("refs")).await.expect("states");
         let db = CacheDb::open(&dir.path().join("cache.db"), Arc::new(States(refs.clone()))).expect("an index");
-        let index = CacheIndex::new(db, refs.clone());
+        (dir, refs.clone(), CacheIndex::new(db, refs))
+    }
+
+    #[tokio::test]
+    async fn what_is_not_to_be_exported_is_a_record_without_a_result() {
+        let (_dir, refs, index) = lab().await;
+        let make = async |parent: Option<&ImmutableRef>, name: &str, inputs: Vec<(Vec<CacheKey>, Option<Digest>)>| {
+            let state = refs.mutable(parent, name, RecordType::Regular, None).await.expect("a state");
+            let state = state.commit(name).await.expect("committed");
+            let key = CacheKey(Digest::of(name));
+            index.save(&[key], &state, &RecordMeta { inputs, ..RecordMeta::default() }).await.expect("saved");
+            (key, state)
+        };
+        let (below, first) = make(None, "first", Vec::new()).await;
+        let (above, second) = make(Some(&first), "second", vec![(vec![below], None)]).await;
+        let options = ExportOptions { mode: Mode::Max, ..ExportOptions::default() };
+        let reporter = Reporter::new(Digest::of("export"), "export".into(), Vec::new(), None);
+        for (withheld, want) in [(vec![], [true, true]), (vec![below], [false, true]), (vec![above], [true, false])] {
+            let withheld = withheld.into_iter().collect();
+            let export =
+                Export::prepare(&index, &[], std::slice::from_ref(&second), &withheld, &options, &reporter).await.expect("prepared");
+            let has = |key: &CacheKey| {
+                let records = &export.as_ref().expect("layers").config.records;
+                !records.iter().find(|r| r.digest == key.0).expect("a record").results.is_empty()
+            };
+            assert_eq!([has(&below), has(&above)], want);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_pruned_leaves_the_index() {
+        let (_dir, refs, index) = lab().await;
         let state = refs.mutable(None, "a step", RecordType::Regular, None).await.expect("a state");
         let state = state.commit("a step").await.expect("committed");
         let (key, id) = (CacheKey(Digest::of("key")), state.id().to_string());

@@ -1,9 +1,10 @@
 //! Build caches outside this machine (section 7 of the reference): in a registry, in a client's directory, or inside an image's config.
 //!
 //! A cache is a manifest whose layers are those of the results and whose config is a `format::CacheConfig`: which result has which layers, and which
-//! results it was made from. [`CacheIndex`] is the solver's store: the local index first, then whatever caches are imported by running builds,
-//! whose results become lazy states, and nothing is fetched before somebody reads it. [`Export`] walks from a build's results back through
-//! the index, and writes what it meets.
+//! results it was made from. [`CacheIndex`] is the solver's store, the local index. An [`Import`]
+//! is a cache that one build looks into besides: its results become lazy states, and nothing is
+//! fetched before somebody reads it. [`Export`] walks from a build's results back through the index
+//! and what the build imported, and writes what it meets.
 //!
 //! The keys in it are this program's own (crate `solver`), so a cache of BuildKit's is read without harm and without hits.
 
@@ -15,6 +16,6 @@ mod index;
 mod options;
 
 pub use export::{Export, Place};
-pub use import::import;
-pub use index::{Attached, CacheIndex};
+pub use import::{Import, ReadCache, read};
+pub use index::CacheIndex;
 pub use options::{CacheRequest, ExportOptions, Mode};

@@ -1,6 +1,7 @@
 //! What is asked of a cache: its kind and attributes (rows `rc.*`).
 
 use shipway_fault::{Fault, Result};
+use shipway_oci::Digest;
 use shipway_refs::Compression;
 use std::collections::BTreeMap;
 
@@ -30,9 +31,15 @@ impl CacheRequest {
         }
     }
 
-    /// What it is for people: the reference of a cache in a registry, else the kind.
-    pub fn shown(&self) -> &str {
-        self.attrs.get("ref").map_or(self.kind.as_str(), String::as_str)
+    /// What it is for people: the reference of a cache in a registry, else the kind with a number
+    /// that follows from the attributes (row `rc.vertex`).
+    pub fn shown(&self) -> String {
+        if let Some(reference) = self.attrs.get("ref").filter(|r| self.kind == "registry" && !r.is_empty()) {
+            return reference.clone();
+        }
+        let digest = Digest::of(format!("{} {:?}", self.kind, self.attrs));
+        let number = digest.as_bytes().iter().take(8).fold(0_u64, |n, byte| n << 8 | u64::from(*byte));
+        format!("{}:{number}", self.kind)
     }
 
     /// Whether a failure to export fails nothing (row `rc.ignoreerr`).

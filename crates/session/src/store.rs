@@ -29,6 +29,7 @@ const CHUNK: usize = 1 << 20;
 pub struct ClientStore {
     channel: StoreChannel,
     id: String,
+    session: Session,
 }
 
 impl Session {
@@ -38,7 +39,7 @@ impl Session {
             return Err(Fault::invalid(format!("the content store {id:?}: its name contains value with non-printable ASCII characters"))
                 .hint("choose a path of plain letters"));
         }
-        Ok(ClientStore { channel: self.content(id)?, id: id.to_owned() })
+        Ok(ClientStore { channel: self.content(id)?, id: id.to_owned(), session: self.clone() })
     }
 }
 
@@ -46,6 +47,11 @@ impl Session {
 pub type Source<'a> = &'a mut dyn BlobReader;
 
 impl ClientStore {
+    /// Whether the client has gone, and its blobs with it.
+    pub fn is_gone(&self) -> bool {
+        self.session.is_closed()
+    }
+
     fn client(&self) -> ContentClient<StoreChannel> {
         let limit = shipway_proto::MAX_MESSAGE;
         ContentClient::new(self.channel.clone()).max_decoding_message_size(limit).max_encoding_message_size(limit)

@@ -254,6 +254,9 @@ pub struct System {
     pub platforms_cache_max_age: Option<Span>,
     #[serde(rename = "maxRegistryConcurrency")]
     pub max_registry_concurrency: Option<usize>,
+    /// How long the import of a cache may take.
+    #[serde(rename = "cacheImportTimeout")]
+    pub cache_import_timeout: Option<Span>,
 }
 
 impl Config {

@@ -118,6 +118,7 @@ pub async fn build(settings: &Settings) -> Result<Parts> {
         solver,
         sessions,
         caches,
+        import_deadline: config.system.cache_import_timeout.map_or(shipway_engine::IMPORT_DEADLINE, |s| s.0),
         registry,
         exporters,
         builds: Default::default(),

@@ -10,7 +10,7 @@
 
 use crate::{
     CacheKey, CacheMap, Operation,
-    graph::{EdgeId, Graph, Level, NodeNo, Open, Phase, Probe, Seen, Wanter, Work},
+    graph::{Edge, EdgeId, Graph, Level, NodeNo, Open, Phase, Probe, Seen, Wanter, Work},
     keys::{Candidates, InputKeys, Key},
     step::Effect,
 };
@@ -28,7 +28,7 @@ enum Stage<O> {
 }
 
 /// A stage that cannot go on: it waits, or the edge fails.
-enum Stop {
+pub(crate) enum Stop {
     Wait,
     Fail(Fault),
 }
@@ -92,7 +92,7 @@ impl<Op: Operation> Graph<Op> {
     fn answer(&mut self, id: EdgeId) {
         let Some(edge) = self.edge(id) else { return };
         let result = match &edge.phase {
-            Phase::Done(done) => Ok((done.value.clone(), done.how)),
+            Phase::Done(done) => Ok((done.value.clone(), done.from.completion())),
             Phase::Failed(fault, _) => Err(fault.clone()),
             _ => return,
         };
@@ -154,6 +154,9 @@ impl<Op: Operation> Graph<Op> {
             return Ok(Stage::Wait);
         }
         let map = self.map(id.node)?;
+        if self.consult(id, open, &map, false)? {
+            return Ok(Stage::Wait);
+        }
         let content = |input: usize| map.inputs.get(input).is_some_and(|m| m.content);
         let unknown: Vec<bool> = self.unknown_inputs(id);
         // An input that the store does not know gives a hit by its content only.
@@ -164,13 +167,13 @@ impl<Op: Operation> Graph<Op> {
         }
         self.await_inputs(id, Level::Slow)?;
         open.candidates = self.candidates(id, &map, false);
-        if self.ask(id, open, true) {
+        if self.ask(id, open, true) || self.consult(id, open, &map, false)? {
             return Ok(Stage::Wait);
         }
         self.raise(id, |i| if content(i) { Level::Result } else { Level::Slow });
         self.contents(id, &map)?;
         open.candidates = self.candidates(id, &map, true);
-        if self.ask(id, open, true) {
+        if self.ask(id, open, true) || self.consult(id, open, &map, true)? {
             return Ok(Stage::Wait);
         }
         Ok(Stage::Settled(Level::Slow))
@@ -182,7 +185,7 @@ impl<Op: Operation> Graph<Op> {
         self.await_inputs(id, Level::Result)?;
         self.contents(id, &map)?;
         open.candidates = self.candidates(id, &map, true);
-        if self.ask(id, open, true) {
+        if self.ask(id, open, true) || self.consult(id, open, &map, true)? {
             return Ok(Stage::Wait);
         }
         let open = std::mem::take(open);
@@ -268,8 +271,8 @@ impl<Op: Operation> Graph<Op> {
     /// For each input, whether its slow keys are final and the store knows none of them.
     fn unknown_inputs(&self, id: EdgeId) -> Vec<bool> {
         let Some(node) = self.nodes.get(&id.node) else { return Vec::new() };
-        let unknown = |phase: &Phase<Op::Output>| matches!(phase.seen(Level::Slow), Seen::Ready) && !phase.may_have_consumers();
-        node.identity.inputs.iter().map(|i| self.edge(*i).is_some_and(|e| unknown(&e.phase))).collect()
+        let unknown = |e: &Edge<Op::Output>| matches!(e.phase.seen(Level::Slow), Seen::Ready) && !e.may_have_consumers();
+        node.identity.inputs.iter().map(|i| self.edge(*i).is_some_and(unknown)).collect()
     }
 
     /// Whether no key of the edge can lead to a stored result, whatever its inputs' contents are.
@@ -281,13 +284,24 @@ impl<Op: Operation> Graph<Op> {
         let inputs = node.identity.inputs.iter().enumerate();
         inputs.filter(|(i, _)| !map.inputs.get(*i).is_some_and(|m| m.content)).any(|(_, input)| {
             self.edge(*input).is_some_and(|e| {
-                matches!(e.phase.seen(Level::Slow), Seen::Ready)
-                    && (!e.phase.may_have_consumers() || !e.phase.keys().iter().any(Key::askable))
+                let askable = || e.phase.keys().iter().chain(e.foreign.iter().flatten()).any(Key::askable);
+                matches!(e.phase.seen(Level::Slow), Seen::Ready) && (!e.may_have_consumers() || !askable())
             })
         })
     }
 
-    fn candidates(&self, id: EdgeId, map: &CacheMap, contents: bool) -> Candidates {
+    pub(crate) fn candidates(&self, id: EdgeId, map: &CacheMap, contents: bool) -> Candidates {
+        self.candidates_with(id, map, contents, |edge| edge.phase.keys())
+    }
+
+    /// The same with the keys that `keys` gives for inputs.
+    pub(crate) fn candidates_with(
+        &self,
+        id: EdgeId,
+        map: &CacheMap,
+        contents: bool,
+        keys: impl Fn(&Edge<Op::Output>) -> Vec<Key>,
+    ) -> Candidates {
         let Some(node) = self.nodes.get(&id.node) else { return Candidates::default() };
         let content = |i: usize| match node.contents.get(i) {
             Some(Work::Known(digest)) if contents => *digest,
@@ -298,7 +312,7 @@ impl<Op: Operation> Graph<Op> {
             .inputs
             .iter()
             .enumerate()
-            .map(|(i, input)| InputKeys { keys: self.edge(*input).map(|e| e.phase.keys()).unwrap_or_default(), content: content(i) })
+            .map(|(i, input)| InputKeys { keys: self.edge(*input).map(&keys).unwrap_or_default(), content: content(i) })
             .collect();
         Candidates::of(map, node.vertex.id.ignore_cache, id.output, &inputs)
     }

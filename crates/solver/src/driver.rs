@@ -1,12 +1,15 @@
 //! Runs the state machine: feeds it what happens, and does what it asks for.
 
 use crate::{
-    CacheKey, CacheStore, Completion, Operation,
+    CacheKey, CacheStore, Completion, ImportedCache, Operation, RecordMeta,
     graph::{Graph, JobNo, RequestNo, TaskNo},
     handle::{Known, Limits},
     step::{Answer, Effect, Event, Say},
 };
-use futures::FutureExt;
+use futures::{
+    FutureExt,
+    future::{BoxFuture, Shared},
+};
 use shipway_fault::{Fault, Result};
 use std::{collections::HashMap, future::Future, panic::AssertUnwindSafe, sync::Arc};
 use tokio::{
@@ -40,7 +43,8 @@ pub(crate) fn spawn<Op: Operation>(
     store: Arc<dyn CacheStore<Op::Output>>,
     limits: Limits,
 ) {
-    let driver = Driver { inbox, store, graph: Graph::new(limits.max_parallel), tasks: HashMap::new(), replies: HashMap::new() };
+    let driver =
+        Driver { inbox, store, graph: Graph::new(limits.max_parallel), tasks: HashMap::new(), replies: HashMap::new(), forgetting: None };
     tokio::spawn(driver.run(messages).instrument(info_span!("solver")));
 }
 
@@ -50,6 +54,8 @@ struct Driver<Op: Operation> {
     graph: Graph<Op>,
     tasks: HashMap<TaskNo, AbortHandle>,
     replies: HashMap<RequestNo, Reply<Op::Output>>,
+    /// Drops records of lost results; nobody is to find them again.
+    forgetting: Option<Shared<BoxFuture<'static, ()>>>,
 }
 
 impl<Op: Operation> Drop for Driver<Op> {
@@ -110,8 +116,34 @@ impl<Op: Operation> Driver<Op> {
                 self.spawn(task, span, work, move |result| Event::Ran { task, node, result });
             }
             Effect::Probe { task, edge, keys, load } => {
+                let (store, forgetting) = (self.store.clone(), self.forgetting.clone());
+                let work = async move {
+                    if let Some(forgetting) = forgetting {
+                        forgetting.await;
+                    }
+                    probe(store, keys, load).await
+                };
+                self.spawn(task, info_span!("probe"), work, move |answer| Event::Probed { task, edge, answer });
+            }
+            Effect::Read { task, job, cache } => {
+                let work = async move { cache.ready().await };
+                self.spawn(task, info_span!("read an imported cache"), work, move |()| Event::Imported { task, job });
+            }
+            Effect::Fetch { task, edge, from, keys, meta } => {
                 let store = self.store.clone();
-                self.spawn(task, info_span!("probe"), probe(store, keys, load), move |answer| Event::Probed { task, edge, answer });
+                self.spawn(task, info_span!("fetch"), fetch(store, from, keys, meta), move |answer| Event::Probed { task, edge, answer });
+            }
+            Effect::Forget { value } => {
+                let (store, before) = (self.store.clone(), self.forgetting.take());
+                let work = async move {
+                    if let Some(before) = before {
+                        before.await;
+                    }
+                    warned("drop a lost result from the build cache", caught(store.forget(&value)).await);
+                };
+                let work = work.boxed().shared();
+                tokio::spawn(work.clone().instrument(info_span!("forget")));
+                self.forgetting = Some(work);
             }
             Effect::Save { task, edge, strong, weak, value, meta } => {
                 let store = self.store.clone();
@@ -200,4 +232,18 @@ async fn probe<O: Send + 'static>(store: Arc<dyn CacheStore<O>>, keys: Vec<Cache
         return Answer::Hit(primary, value);
     }
     Answer::Miss(warned("look up keys in the build cache", caught(store.primaries(&keys)).await).unwrap_or_default())
+}
+
+async fn fetch<O: Send + Sync + 'static>(
+    store: Arc<dyn CacheStore<O>>,
+    from: Vec<(Arc<dyn ImportedCache<O>>, CacheKey)>,
+    keys: Vec<CacheKey>,
+    meta: RecordMeta,
+) -> Answer<O> {
+    for (cache, key) in from {
+        let Some(Some(value)) = warned("load a result of an imported cache", caught(cache.load(&key)).await) else { continue };
+        let adopted = warned("store a result of an imported cache", caught(store.adopt(&keys, &value, &meta)).await);
+        return Answer::Imported(adopted, value);
+    }
+    Answer::Miss(Vec::new())
 }

@@ -1,7 +1,7 @@
 //! The graph's data: vertices, edges, and the phase each is in. What happens to it is in [`crate::step`] and [`crate::advance`].
 
 use crate::{
-    CacheMap, Completion, OpContext, Operation, Vertex, VertexId,
+    CacheKey, CacheMap, Completion, ImportedCache, OpContext, Operation, Vertex, VertexId,
     keys::{Candidates, Key},
     step::Effect,
 };
@@ -38,6 +38,11 @@ number!(
     TaskNo
 );
 
+number!(
+    /// An imported cache of a job.
+    ImportNo
+);
+
 /// One output of a vertex.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct EdgeId {
@@ -69,7 +74,9 @@ pub(crate) enum Wanter {
 pub(crate) struct Graph<Op: Operation> {
     pub(crate) nodes: HashMap<NodeNo, Node<Op>>,
     pub(crate) known: HashMap<Identity, NodeNo>,
-    pub(crate) jobs: BTreeMap<JobNo, JobState<Op::Job>>,
+    pub(crate) jobs: BTreeMap<JobNo, JobState<Op>>,
+    /// How many imported caches the jobs have together.
+    pub(crate) imports: usize,
     pub(crate) requests: BTreeMap<RequestNo, Request>,
     /// Which edge does, or did, the work of a strong key (row `so.merge`).
     pub(crate) owners: HashMap<Digest, EdgeId>,
@@ -91,10 +98,19 @@ pub(crate) struct Identity {
     pub(crate) inputs: Vec<EdgeId>,
 }
 
-pub(crate) struct JobState<J> {
-    pub(crate) data: J,
+pub(crate) struct JobState<Op: Operation> {
+    pub(crate) data: Op::Job,
     pub(crate) journal: Journal,
     pub(crate) nodes: BTreeSet<NodeNo>,
+    pub(crate) imports: Vec<Import<Op::Output>>,
+}
+
+/// A cache that a job imported.
+pub(crate) struct Import<O> {
+    pub(crate) no: ImportNo,
+    pub(crate) cache: Arc<dyn ImportedCache<O>>,
+    /// Waits for it to be read; `None` when it was.
+    pub(crate) reading: Option<TaskNo>,
 }
 
 pub(crate) struct Request {
@@ -108,6 +124,10 @@ pub(crate) struct Node<Op: Operation> {
     pub(crate) vertex: Arc<Vertex<Op>>,
     pub(crate) cx: OpContext<Op::Job>,
     pub(crate) holders: Holders<Op::Job>,
+    /// How often it was taken back because an input could no longer be had.
+    pub(crate) recoveries: u32,
+    /// How often its inputs had been taken back when it last ran.
+    pub(crate) ran_over: u64,
     /// How many jobs have left; work cancelled after one left is tried again for the others.
     pub(crate) departures: u64,
     pub(crate) told: Told,
@@ -143,6 +163,8 @@ pub(crate) struct Flight {
     pub(crate) task: TaskNo,
     /// [`Node::departures`] when it began.
     pub(crate) departures: u64,
+    /// How often inputs had been taken back when it began.
+    pub(crate) redone: u64,
 }
 
 /// A thing computed once per vertex.
@@ -174,17 +196,29 @@ pub(crate) enum Run<O> {
 pub(crate) struct Edge<O> {
     pub(crate) wants: BTreeMap<Wanter, Level>,
     pub(crate) phase: Phase<O>,
+    /// What imported caches call it, once that was looked up.
+    pub(crate) foreign: Option<Vec<Key>>,
+    /// Results of imported caches that were taken already.
+    pub(crate) taken: HashSet<(ImportNo, CacheKey)>,
+    /// How often its result was taken back because it could no longer be had.
+    pub(crate) redone: u32,
 }
 
 impl<O> Default for Edge<O> {
     fn default() -> Self {
-        Self { wants: BTreeMap::new(), phase: Phase::Open(Open::default()) }
+        Self { wants: BTreeMap::new(), phase: Phase::Open(Open::default()), foreign: None, taken: HashSet::new(), redone: 0 }
     }
 }
 
 impl<O> Edge<O> {
     pub(crate) fn desired(&self) -> Option<Level> {
         self.wants.values().copied().max()
+    }
+
+    /// Whether the store, or an imported cache, may have results that were made from this edge's
+    /// keys.
+    pub(crate) fn may_have_consumers(&self) -> bool {
+        self.phase.may_have_consumers() || self.foreign.as_ref().is_some_and(|keys| !keys.is_empty())
     }
 }
 
@@ -220,10 +254,11 @@ pub(crate) struct Open {
     pub(crate) probe: Option<Probe>,
 }
 
-/// A question to the store.
+/// A question to the store, or to imported caches.
 #[derive(Clone, Debug)]
 pub(crate) struct Probe {
     pub(crate) task: TaskNo,
+    /// Keys that the store is asked for.
     pub(crate) keys: Vec<Digest>,
     pub(crate) load: bool,
     /// Whether they are strong ones.
@@ -233,14 +268,33 @@ pub(crate) struct Probe {
 pub(crate) struct Saving<O> {
     pub(crate) task: TaskNo,
     pub(crate) value: O,
-    pub(crate) how: Completion,
     pub(crate) candidates: Candidates,
 }
 
 pub(crate) struct Done<O> {
     pub(crate) value: O,
-    pub(crate) how: Completion,
+    pub(crate) from: From,
     pub(crate) keys: Vec<Key>,
+}
+
+/// Where an edge has its result from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum From {
+    /// Its vertex ran.
+    Run,
+    /// Another edge, which did the same work.
+    Twin,
+    /// The store, or an imported cache.
+    Cache,
+}
+
+impl From {
+    pub(crate) fn completion(self) -> Completion {
+        match self {
+            Self::Run => Completion::Ran,
+            Self::Twin | Self::Cache => Completion::Cached,
+        }
+    }
 }
 
 impl Open {
@@ -322,6 +376,7 @@ impl<Op: Operation> Graph<Op> {
             nodes: HashMap::new(),
             known: HashMap::new(),
             jobs: BTreeMap::new(),
+            imports: 0,
             requests: BTreeMap::new(),
             owners: HashMap::new(),
             running: 0,
@@ -423,6 +478,8 @@ impl<Op: Operation> Graph<Op> {
             vertex: vertex.clone(),
             cx: OpContext { reporter, jobs },
             holders: Holders(shared),
+            recoveries: 0,
+            ran_over: 0,
             departures: 0,
             told: Told::Nothing,
             map: Work::Unasked,
@@ -438,9 +495,13 @@ impl<Op: Operation> Graph<Op> {
     /// Lets `job` hold `node`, hear of it and lend its data to it.
     pub(crate) fn hold(&mut self, node: NodeNo, job: JobNo) {
         let (Some(state), Some(n)) = (self.jobs.get_mut(&job), self.nodes.get(&node)) else { return };
-        if state.nodes.insert(node) {
-            n.cx.reporter.attach(&state.journal);
-            n.holders.edit(|h| h.push((job, state.data.clone())));
+        if !state.nodes.insert(node) {
+            return;
+        }
+        n.cx.reporter.attach(&state.journal);
+        n.holders.edit(|h| h.push((job, state.data.clone())));
+        if !state.imports.is_empty() {
+            self.consult_again(node);
         }
     }
 }

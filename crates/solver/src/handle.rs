@@ -1,7 +1,7 @@
 //! What the rest of the program holds: the solver, jobs and requests.
 
 use crate::{
-    CacheStore, Completion, JobId, Operation, Vertex,
+    CacheKey, CacheStore, Completion, ImportedCache, JobId, Operation, Vertex,
     driver::{self, Message},
     graph::{JobNo, RequestNo},
     step::Event,
@@ -77,6 +77,8 @@ pub struct Known<Op: Operation> {
     pub vertex: Arc<Vertex<Op>>,
     /// The results that it has, by output.
     pub outputs: BTreeMap<usize, Op::Output>,
+    /// Keys of its outputs in the store, as far as they are known.
+    pub keys: Vec<CacheKey>,
 }
 
 /// One build's interest in the graph. Everything it asked for stays known until it is dropped or [closed](Job::close).
@@ -108,6 +110,20 @@ impl<Op: Operation> Job<Op> {
             guard.answered();
             answer.unwrap_or_else(|_| Err(Fault::cancelled()))
         }
+    }
+
+    /// Looks into `cache`, too, for whatever it asks from now on, until it ends; the cache is read
+    /// beside its work.
+    pub fn import(&self, cache: Arc<dyn ImportedCache<Op::Output>>) {
+        let _ = self.shared.inbox.send(Message::Event(Event::Import { job: self.no, cache }));
+    }
+
+    /// Says that `fault` came of using a result that [`Job::build`] gave. True if the result is
+    /// lost and another [`Job::build`] makes it again.
+    pub async fn lost(&self, vertex: Arc<Vertex<Op>>, output: usize, fault: Fault) -> bool {
+        let (answer, redone) = oneshot::channel();
+        let _ = self.shared.inbox.send(Message::Event(Event::Lost { job: self.no, vertex, output, fault, answer }));
+        redone.await.unwrap_or(false)
     }
 
     /// The vertices it asked for so far, as they are worked on: where several builds want the same work, one's operation does it for all.

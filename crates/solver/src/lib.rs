@@ -14,11 +14,15 @@ mod advance;
 mod driver;
 mod graph;
 mod handle;
+mod imports;
 mod keys;
+mod lost;
 mod step;
 #[cfg(test)]
 mod trace;
 mod work;
 
 pub use handle::{Job, Known, Limits, Solver};
-pub use port::{CacheKey, CacheMap, CacheStore, Completion, InputMap, JobId, OpContext, Operation, RecordMeta, Vertex, VertexId};
+pub use port::{
+    CacheKey, CacheMap, CacheStore, Completion, ImportedCache, InputMap, JobId, OpContext, Operation, RecordMeta, Vertex, VertexId,
+};

@@ -50,7 +50,7 @@ impl<O> State<O> {
 }
 
 #[async_trait]
-impl<O: Clone + Send + Sync> CacheStore<O> for MemoryStore<O> {
+impl<O: Clone + PartialEq + Send + Sync> CacheStore<O> for MemoryStore<O> {
     async fn primaries(&self, keys: &[CacheKey]) -> Result<Vec<CacheKey>> {
         let state = self.state();
         let mut seen = HashSet::new();
@@ -72,6 +72,22 @@ impl<O: Clone + Send + Sync> CacheStore<O> for MemoryStore<O> {
         }
         state.records.insert(primary, (value.clone(), meta.clone()));
         Ok(primary)
+    }
+
+    async fn adopt(&self, keys: &[CacheKey], value: &O, meta: &RecordMeta) -> Result<CacheKey> {
+        let mut state = self.state();
+        let Some(first) = keys.first() else { return Err(shipway_fault::Fault::internal("a result to store has no key")) };
+        let primary = state.primary(first).unwrap_or(*first);
+        for key in keys.iter().chain([&primary]) {
+            state.aliases.entry(*key).or_insert(primary);
+        }
+        state.records.entry(primary).or_insert_with(|| (value.clone(), meta.clone()));
+        Ok(primary)
+    }
+
+    async fn forget(&self, value: &O) -> Result<()> {
+        self.state().records.retain(|_, (kept, _)| kept != value);
+        Ok(())
     }
 
     async fn alias(&self, primary: CacheKey, keys: &[CacheKey]) -> Result<()> {

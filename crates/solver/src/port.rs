@@ -1,7 +1,7 @@
 //! What the scheduler asks of the world: operations to run and a store to remember results in.
 
 use async_trait::async_trait;
-use shipway_fault::Result;
+use shipway_fault::{Fault, Result};
 use shipway_oci::Digest;
 use shipway_progress::Reporter;
 use std::{fmt, sync::Arc};
@@ -83,6 +83,13 @@ pub trait Operation: Send + Sync + 'static {
     fn counts(&self) -> bool {
         true
     }
+
+    /// Whether `fault` says that `value` can no longer be had, so that its vertex must run again
+    /// (row `so.loaderr`).
+    fn is_lost(value: &Self::Output, fault: &Fault) -> bool {
+        let _ = (value, fault);
+        false
+    }
 }
 
 /// A node of the graph handed to the solver.
@@ -122,6 +129,8 @@ pub struct RecordMeta {
     pub inputs: Vec<(Vec<CacheKey>, Option<Digest>)>,
     /// The vertex's name.
     pub description: String,
+    /// Whether the result came from an imported cache.
+    pub imported: bool,
 }
 
 /// How a requested edge was completed.
@@ -148,9 +157,38 @@ pub trait CacheStore<O>: Send + Sync {
     /// primary is replaced.
     async fn save(&self, keys: &[CacheKey], value: &O, meta: &RecordMeta) -> Result<CacheKey>;
 
+    /// Stores `value`, which an imported cache gave for `keys`, where nothing is known yet: a key
+    /// that leads somewhere keeps leading there, and a record whose result can be loaded stays.
+    /// Returns the primary of the first key.
+    async fn adopt(&self, keys: &[CacheKey], value: &O, meta: &RecordMeta) -> Result<CacheKey>;
+
+    /// Drops the records of `value`, which can no longer be had. Keys stay known.
+    async fn forget(&self, value: &O) -> Result<()>;
+
     /// Makes `keys` aliases of `primary`, whose record stays as it is. A store that keeps no aliases may do nothing.
     async fn alias(&self, primary: CacheKey, keys: &[CacheKey]) -> Result<()> {
         let _ = (primary, keys);
         Ok(())
     }
+}
+
+/// A cache from elsewhere that one job looks into besides the store, until it ends (row
+/// `so.combined`).
+///
+/// What it says is not to be trusted beyond that: its names for work lead to its own results only,
+/// and nothing is stored under them.
+#[async_trait]
+pub trait ImportedCache<O>: Send + Sync {
+    /// Waits until the cache was read. One that cannot be read, or not in time, knows nothing.
+    async fn ready(&self);
+
+    /// The primary key under which the cache knows the work with this key. Asked only when it is
+    /// [ready](ImportedCache::ready).
+    fn primary(&self, key: &CacheKey) -> Option<CacheKey>;
+
+    /// Whether it promises a result for the key.
+    fn has_result(&self, key: &CacheKey) -> bool;
+
+    /// That result.
+    async fn load(&self, key: &CacheKey) -> Result<Option<O>>;
 }

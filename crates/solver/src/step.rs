@@ -4,15 +4,16 @@
 
 use crate::handle::Known;
 use crate::{
-    CacheKey, CacheMap, Completion, OpContext, Operation, RecordMeta, Vertex,
+    CacheKey, CacheMap, Completion, ImportedCache, OpContext, Operation, RecordMeta, Vertex,
     graph::{
-        Edge, EdgeId, Flight, Graph, JobNo, JobState, Level, NodeNo, Open, Phase, Request, RequestNo, Run, TaskNo, Told, Wanter, Work,
+        Edge, EdgeId, Flight, Graph, JobNo, JobState, Level, Node, NodeNo, Open, Phase, Request, RequestNo, Run, TaskNo, Told, Wanter, Work,
     },
 };
 use shipway_fault::{Detail, Fault, Result};
 use shipway_oci::Digest;
 use shipway_progress::{Journal, Reporter};
 use std::{collections::BTreeSet, sync::Arc};
+use tokio::sync::oneshot;
 
 /// Something that happened.
 pub(crate) enum Event<Op: Operation> {
@@ -20,6 +21,12 @@ pub(crate) enum Event<Op: Operation> {
     Open { job: JobNo, data: Op::Job, journal: Journal },
     /// A job ends.
     Close { job: JobNo },
+    /// A job looks into another cache from now on.
+    Import { job: JobNo, cache: Arc<dyn ImportedCache<Op::Output>> },
+    /// A task ended: the cache was read.
+    Imported { task: TaskNo, job: JobNo },
+    /// A request's result can no longer be had.
+    Lost { job: JobNo, vertex: Arc<Vertex<Op>>, output: usize, fault: Fault, answer: oneshot::Sender<bool> },
     /// A job wants a result.
     Request { request: RequestNo, job: JobNo, vertex: Arc<Vertex<Op>>, output: usize },
     /// It does not any more.
@@ -40,6 +47,8 @@ pub(crate) enum Event<Op: Operation> {
 pub(crate) enum Answer<O> {
     /// A result and its primary key.
     Hit(CacheKey, O),
+    /// A result of an imported cache, with its primary key in the store, if it could be stored.
+    Imported(Option<CacheKey>, O),
     /// No result, and these primaries.
     Miss(Vec<CacheKey>),
 }
@@ -52,6 +61,14 @@ pub(crate) enum Effect<Op: Operation> {
     Content { task: TaskNo, node: NodeNo, vertex: Arc<Vertex<Op>>, input: usize, value: Op::Output, cx: OpContext<Op::Job> },
     /// Ask the store for aliases and, with `load`, first for a result.
     Probe { task: TaskNo, edge: EdgeId, keys: Vec<CacheKey>, load: bool },
+    /// Wait until an imported cache was read.
+    Read { task: TaskNo, job: JobNo, cache: Arc<dyn ImportedCache<Op::Output>> },
+    /// Ask imported caches for a result, by their keys; one that is there is stored under `keys`
+    /// where nothing is known yet.
+    Fetch { task: TaskNo, edge: EdgeId, from: Vec<(Arc<dyn ImportedCache<Op::Output>>, CacheKey)>, keys: Vec<CacheKey>, meta: RecordMeta },
+    /// Drop the records of a result that can no longer be had, before the store is asked for
+    /// anything else.
+    Forget { value: Op::Output },
     /// Run the operation.
     Run { task: TaskNo, node: NodeNo, vertex: Arc<Vertex<Op>>, inputs: Vec<Op::Output>, cx: OpContext<Op::Job> },
     /// Store a result: under a primary of the strong keys if there is one, else under the first of them, and under the weak ones too.
@@ -79,9 +96,16 @@ impl<Op: Operation> Graph<Op> {
     pub(crate) fn step(&mut self, event: Event<Op>) -> Vec<Effect<Op>> {
         match event {
             Event::Open { job, data, journal } => {
-                self.jobs.insert(job, JobState { data, journal, nodes: BTreeSet::new() });
+                self.jobs.insert(job, JobState { data, journal, nodes: BTreeSet::new(), imports: Vec::new() });
             }
             Event::Close { job } => self.close(job),
+            Event::Import { job, cache } => self.import(job, cache),
+            Event::Imported { task, job } => self.imported(task, job),
+            Event::Lost { job, vertex, output, fault, answer } => {
+                let redone = self.lost(job, &vertex, output, &fault);
+                // The receiver may be gone: then nobody wants to know.
+                let _ = answer.send(redone);
+            }
             Event::Request { request, job, vertex, output } => self.request(request, job, &vertex, output),
             Event::Withdraw { request } => self.withdraw(request),
             Event::Mapped { task, node, result } => self.mapped(task, node, result),
@@ -101,7 +125,8 @@ impl<Op: Operation> Graph<Op> {
             Phase::Done(done) => Some((*output, done.value.clone())),
             _ => None,
         };
-        nodes.map(|n| Known { vertex: n.vertex.clone(), outputs: n.edges.iter().filter_map(done).collect() }).collect()
+        let keys = |n: &Node<Op>| n.edges.values().flat_map(|e| e.phase.keys()).filter(|k| k.durable).map(|k| k.key).collect();
+        nodes.map(|n| Known { vertex: n.vertex.clone(), outputs: n.edges.iter().filter_map(done).collect(), keys: keys(n) }).collect()
     }
 
     /// Looks at everything that may have changed until nothing changes.
@@ -149,6 +174,8 @@ impl<Op: Operation> Graph<Op> {
 
     fn close(&mut self, job: JobNo) {
         let Some(state) = self.jobs.remove(&job) else { return };
+        self.imports -= state.imports.len();
+        self.effects.extend(state.imports.iter().filter_map(|i| i.reading).map(|task| Effect::Cancel { task }));
         let ended: Vec<RequestNo> = self.requests.iter().filter(|(_, r)| r.job == job).map(|(no, _)| *no).collect();
         for request in ended {
             self.withdraw(request);
@@ -167,6 +194,10 @@ impl<Op: Operation> Graph<Op> {
                 unheld.push((no, node.cx.reporter.clone()));
             } else {
                 node.cx.reporter.detach(&state.journal);
+                if !state.imports.is_empty() {
+                    // What the others waited for need not come any more.
+                    self.dirty_node(no);
+                }
             }
         }
         for (no, _) in &unheld {
@@ -242,8 +273,11 @@ impl<Op: Operation> Graph<Op> {
         let Some(slot) = node.contents.get_mut(input).filter(|w| w.is(task)) else { return };
         let Work::Asked(flight) = std::mem::replace(slot, Work::Unasked) else { return };
         match result {
-            Ok(content) => *slot = Work::Known(content),
-            Err(fault) if self.try_again(no, flight, &fault) => {}
+            Ok(content) => {
+                *slot = Work::Known(content);
+                node.edges.values_mut().for_each(|e| e.foreign = None);
+            }
+            Err(fault) if self.try_again(no, flight, &fault) || self.recover(no, flight.redone, &fault) => {}
             Err(fault) => {
                 self.tell(no, Say::Completed(Some(fault.to_string())));
                 let fault = self.blame(no, fault);
@@ -269,9 +303,11 @@ impl<Op: Operation> Graph<Op> {
         match result {
             Ok(outputs) => {
                 node.run = Run::Done(outputs);
+                node.ran_over = flight.redone;
                 self.tell(no, Say::Completed(None));
             }
             Err(fault) if self.try_again(no, flight, &fault) => {}
+            Err(fault) if self.recover(no, flight.redone, &fault) => self.tell(no, Say::Completed(None)),
             Err(fault) => {
                 self.tell(no, Say::Completed(Some(fault.to_string())));
                 let fault = self.blame(no, fault);
@@ -291,7 +327,8 @@ impl<Op: Operation> Graph<Op> {
         let Phase::Open(open) = &mut e.phase else { return };
         let Some(probe) = open.probe.take_if(|p| p.task == task) else { return };
         match answer {
-            Answer::Hit(primary, value) => self.hit(edge, &probe, primary, value),
+            Answer::Hit(primary, value) => self.hit(edge, &probe, Some(primary), value, true),
+            Answer::Imported(primary, value) => self.hit(edge, &probe, primary, value, false),
             Answer::Miss(primaries) => open.missed(probe, primaries),
         }
         self.dirty.push(edge);
@@ -345,6 +382,6 @@ impl<Op: Operation> Graph<Op> {
 
     pub(crate) fn flight(&mut self, no: NodeNo) -> Flight {
         let departures = self.nodes.get(&no).map(|n| n.departures).unwrap_or_default();
-        Flight { task: self.task(), departures }
+        Flight { task: self.task(), departures, redone: self.redone(no) }
     }
 }

@@ -1,15 +1,19 @@
 //! Text traces of the state machine: what happens on lines with `>`, what it asks for below.
 
 use crate::{
-    CacheKey, CacheMap, Completion, InputMap, JobId, OpContext, Operation, Vertex, VertexId,
+    CacheKey, CacheMap, Completion, ImportedCache, InputMap, JobId, OpContext, Operation, Vertex, VertexId,
     graph::{EdgeId, Graph, JobNo, NodeNo, RequestNo, TaskNo},
+    keys::{Candidates, InputKeys, Key},
     step::{Answer, Effect, Event, Say},
 };
 use async_trait::async_trait;
 use shipway_fault::{Fault, Result};
 use shipway_oci::Digest;
 use shipway_progress::Journal;
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
 
 /// A vertex of a trace: `name: input* [flags]`, an input is `name` or `~name` (content matters) or `name.1` (its second output).
 struct Named {
@@ -34,6 +38,31 @@ impl Operation for Named {
     fn counts(&self) -> bool {
         self.counts
     }
+    /// What carries on a value has its name in its own.
+    fn is_lost(value: &String, fault: &Fault) -> bool {
+        fault.message().strip_prefix("lost ").is_some_and(|lost| value.contains(lost))
+    }
+}
+
+/// An imported cache: what it calls keys, and whether it promises a result.
+#[derive(Default)]
+struct Elsewhere {
+    name: String,
+    known: Mutex<BTreeMap<CacheKey, (CacheKey, bool)>>,
+}
+
+#[async_trait]
+impl ImportedCache<String> for Elsewhere {
+    async fn ready(&self) {}
+    fn primary(&self, key: &CacheKey) -> Option<CacheKey> {
+        self.known.lock().expect("unpoisoned").get(key).map(|(primary, _)| *primary)
+    }
+    fn has_result(&self, key: &CacheKey) -> bool {
+        self.known.lock().expect("unpoisoned").get(key).is_some_and(|(_, result)| *result)
+    }
+    async fn load(&self, _: &CacheKey) -> Result<Option<String>> {
+        Ok(None)
+    }
 }
 
 enum Pending {
@@ -42,12 +71,15 @@ enum Pending {
     Probe(TaskNo, EdgeId),
     Run(TaskNo, NodeNo),
     Save(TaskNo, EdgeId, CacheKey),
+    Read(TaskNo, JobNo),
+    Fetch(TaskNo, EdgeId, Vec<CacheKey>),
 }
 
 impl Pending {
     fn task(&self) -> TaskNo {
         match self {
             Self::Map(t, ..) | Self::Content(t, ..) | Self::Probe(t, ..) | Self::Run(t, ..) | Self::Save(t, ..) => *t,
+            Self::Read(t, ..) | Self::Fetch(t, ..) => *t,
         }
     }
 }
@@ -57,6 +89,7 @@ struct Lab {
     vertices: BTreeMap<String, Arc<Vertex<Named>>>,
     names: BTreeMap<NodeNo, String>,
     pending: BTreeMap<String, Pending>,
+    elsewhere: BTreeMap<String, Arc<Elsewhere>>,
     out: Vec<String>,
 }
 
@@ -84,11 +117,30 @@ impl Lab {
             let op = Arc::new(Named { map, counts });
             vertices.insert(name.into(), Arc::new(Vertex { id, name: name.into(), group: None, inputs, op }));
         }
-        let mut lab = Self { graph: Graph::new(max_parallel), vertices, names: BTreeMap::new(), pending: BTreeMap::new(), out: Vec::new() };
+        let mut lab = Self {
+            graph: Graph::new(max_parallel),
+            vertices,
+            names: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            elsewhere: BTreeMap::new(),
+            out: Vec::new(),
+        };
         for job in [1, 2] {
             lab.step(Event::Open { job: JobNo(job), data: (), journal: Journal::new() });
         }
         lab
+    }
+
+    /// The key of a vertex by definition; `name(key)` is its key over inputs that have that key.
+    fn key(&self, name: &str) -> CacheKey {
+        let (name, other) = name.trim_end_matches(')').split_once('(').map_or((name, None), |(name, other)| (name, Some(other)));
+        let vertex = &self.vertices[name];
+        let input = |(v, _): &(Arc<Vertex<Named>>, usize)| InputKeys {
+            keys: vec![Key::stored(other.map_or_else(|| self.key(&v.name), |other| CacheKey(Digest::of(other))))],
+            content: None,
+        };
+        let inputs: Vec<InputKeys> = vertex.inputs.iter().map(input).collect();
+        Candidates::of(&vertex.op.map, false, 0, &inputs).strong[0].key
     }
 
     fn edge(&self, edge: EdgeId) -> String {
@@ -121,6 +173,12 @@ impl Lab {
                 self.pending.insert(line.clone(), Pending::Run(task, node));
                 return format!("{line} <- [{}]", inputs.join(" "));
             }
+            Effect::Read { task, job, cache } => {
+                let name = self.elsewhere.values().find(|e| Arc::as_ptr(e).cast::<()>() == Arc::as_ptr(&cache).cast()).expect("a cache");
+                (format!("read {}", name.name), Pending::Read(task, job))
+            }
+            Effect::Fetch { task, edge, keys, .. } => (format!("fetch {}", self.edge(edge)), Pending::Fetch(task, edge, keys)),
+            Effect::Forget { value } => return format!("forget {value}"),
             Effect::Save { task, edge, strong, .. } => (format!("save {}", self.edge(edge)), Pending::Save(task, edge, strong[0])),
             Effect::Alias { keys, .. } => return format!("alias {}", keys.len()),
             Effect::Cancel { task } => {
@@ -160,6 +218,18 @@ impl Lab {
                 let vertex = self.vertices[name].clone();
                 Event::Request { request: RequestNo(number(no)), job: JobNo(number(job)), vertex, output: number(output) as usize }
             }
+            ["import", job, name] => {
+                let cache = Arc::new(Elsewhere { name: (*name).to_owned(), ..Elsewhere::default() });
+                self.elsewhere.insert((*name).to_owned(), cache.clone());
+                Event::Import { job: JobNo(number(job)), cache }
+            }
+            ["lost", job, name] => {
+                let (answer, mut redone) = tokio::sync::oneshot::channel();
+                let (vertex, fault) = (self.vertices[*name].clone(), Fault::not_found(result.to_owned()));
+                self.step(Event::Lost { job: JobNo(number(job)), vertex, output: 0, fault, answer });
+                self.out.push(format!("again: {}", redone.try_recv().expect("an answer")));
+                return;
+            }
             ["withdraw", no] => Event::Withdraw { request: RequestNo(number(no)) },
             ["close", job] => Event::Close { job: JobNo(number(job)) },
             _ => {
@@ -188,6 +258,25 @@ impl Lab {
                         Event::Ran { task, node, result: outcome(()).map(|()| values) }
                     }
                     Pending::Save(task, edge, key) => Event::Saved { task, edge, primary: Some(key) },
+                    // `name` has a result, `name>key` is only known, as `key`.
+                    Pending::Read(task, job) => {
+                        let cache = &self.elsewhere[words[1]];
+                        for word in result.split_whitespace() {
+                            let known = match word.split_once('>') {
+                                Some((name, primary)) => (self.key(name), (CacheKey(Digest::of(primary)), false)),
+                                None => (self.key(word), (self.key(word), true)),
+                            };
+                            cache.known.lock().expect("unpoisoned").insert(known.0, known.1);
+                        }
+                        Event::Imported { task, job }
+                    }
+                    Pending::Fetch(task, edge, keys) => {
+                        let answer = match result.strip_prefix("hit ") {
+                            Some(value) => Answer::Imported(keys.first().copied(), value.to_owned()),
+                            None => Answer::Miss(Vec::new()),
+                        };
+                        Event::Probed { task, edge, answer }
+                    }
                 }
             }
         };
@@ -738,5 +827,298 @@ fn a_content_hit_links_the_definition() {
          alias 2
          copy cached
          reply 1: cached COPY",
+    );
+}
+
+#[test]
+fn an_import_is_waited_for_where_the_store_has_nothing() {
+    check(
+        "a:\nb: a",
+        "> import 1 reg
+         read reg
+         > request 1 1 b
+         map b
+         map a
+         > map b
+         > map a
+         look a
+         > look a
+         load b
+         > load b
+         > read reg = b
+         fetch b
+         > fetch b = hit B
+         b cached
+         a cached
+         reply 1: cached B",
+    );
+}
+
+#[test]
+fn what_the_store_has_waits_for_no_import() {
+    check(
+        "a:\nb: a",
+        "> import 1 reg
+         read reg
+         > request 1 1 b
+         map b
+         map a
+         > map b
+         > map a
+         look a
+         > look a
+         load b
+         > load b = hit B
+         b cached
+         a cached
+         reply 1: cached B
+         > close 1
+         cancel read reg",
+    );
+}
+
+#[test]
+fn another_jobs_import_is_not_looked_into() {
+    check(
+        "a:\nb:",
+        "> import 1 reg
+         read reg
+         > read reg = a b
+         > request 1 1 a
+         map a
+         > request 2 2 b
+         map b
+         > map b
+         load b
+         > load b
+         b started
+         run b <- []
+         > map a
+         load a
+         > load a
+         fetch a
+         > fetch a = hit A
+         a cached
+         reply 1: cached A",
+    );
+}
+
+#[test]
+fn a_vertex_of_two_jobs_is_looked_for_in_what_the_later_one_imports() {
+    check(
+        "a:\nb: a",
+        "> request 1 1 b
+         map b
+         map a
+         > map b
+         > map a
+         look a
+         > import 2 reg
+         read reg
+         > read reg = b
+         > look a
+         load b
+         > request 2 2 b
+         > load b
+         fetch b
+         > fetch b = hit B
+         b cached
+         a cached
+         reply 1: cached B
+         reply 2: cached B",
+    );
+}
+
+#[test]
+fn a_job_that_leaves_takes_its_import_along() {
+    check(
+        "a:",
+        "> import 1 reg
+         read reg
+         > request 1 1 a
+         map a
+         > request 2 2 a
+         > map a
+         load a
+         > load a
+         > close 1
+         cancel read reg
+         reply 1: error context canceled
+         a started
+         run a <- []",
+    );
+}
+
+#[test]
+fn what_a_cache_calls_an_input_is_for_asking_that_cache_only() {
+    // The cache knows `a` by another name, and `b` by what follows from that. `b` and `c` are
+    // stored under what follows from `a` itself.
+    check(
+        "a:\nb: a\nc: b",
+        "> import 1 reg
+         read reg
+         > read reg = a>A b(A)
+         > request 1 1 c
+         map c
+         map b
+         map a
+         > map c
+         > map b
+         > map a
+         look a
+         > look a
+         look b
+         > look b
+         load c
+         > load c
+         load b
+         > load b
+         fetch b
+         > fetch b = hit B
+         b cached
+         a cached
+         c started
+         run c <- [B]
+         > run c = C
+         c completed
+         save c
+         > save c
+         reply 1: ran C",
+    );
+}
+
+#[test]
+fn a_lost_input_is_made_again_for_a_checksum() {
+    check(
+        "a:\nb: ~a",
+        "> request 1 1 b
+         map b
+         map a
+         > map b
+         > map a
+         look a
+         > look a = known A
+         load b
+         > load b
+         load a
+         > load a = hit A
+         a cached
+         content b 0
+         > content b 0 = error lost A
+         forget A
+         load a
+         > load a
+         load b
+         a started
+         run a <- []
+         > run a = A2
+         a completed
+         save a
+         > save a
+         > load b
+         content b 0
+         > content b 0 = sum
+         load b
+         > load b
+         b started
+         run b <- [A2]
+         > run b = B
+         b completed
+         save b
+         > save b
+         reply 1: ran B",
+    );
+}
+
+#[test]
+fn a_lost_input_of_a_merge_is_made_again_with_the_merge() {
+    check(
+        "a:\nm: a\nr: m",
+        "> request 1 1 r
+         map r
+         map m
+         map a
+         > map r
+         > map m
+         > map a
+         look a
+         > look a = known A
+         look m
+         > look m
+         load r
+         > load r
+         load m
+         > load m
+         load a
+         > load a = hit A
+         a cached
+         m started
+         run m <- [A]
+         > run m = M[A]
+         m completed
+         save m
+         > save m
+         r started
+         run r <- [M[A]]
+         > run r = error lost A
+         forget A
+         forget M[A]
+         r completed
+         look a
+         > look a
+         load m
+         > load m
+         load a
+         load r
+         > load r
+         > load a
+         a started
+         run a <- []
+         > run a = A2
+         a completed
+         save a
+         > save a
+         m started
+         run m <- [A2]
+         > run m = M[A2]
+         m completed
+         save m
+         > save m
+         r started
+         run r <- [M[A2]]
+         > run r = R
+         r completed
+         save r
+         > save r
+         reply 1: ran R",
+    );
+}
+
+#[test]
+fn a_lost_result_is_made_again_when_it_is_read() {
+    check(
+        "a:",
+        "> request 1 1 a
+         map a
+         > map a
+         load a
+         > load a = hit A
+         a cached
+         reply 1: cached A
+         > lost 1 a = lost A
+         forget A
+         again: true
+         > request 2 1 a
+         load a
+         > load a
+         a started
+         run a <- []
+         > run a = A
+         a completed
+         save a
+         > save a
+         reply 2: ran A
+         > lost 1 a = lost A
+         again: false",
     );
 }

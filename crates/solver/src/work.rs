@@ -1,8 +1,8 @@
 //! How a vertex's work is done: claimed by one edge, run in its turn, stored, and given up when nobody wants it.
 
 use crate::{
-    CacheKey, Completion, Operation, RecordMeta,
-    graph::{Done, EdgeId, Graph, JobNo, Level, NodeNo, Open, Phase, Probe, Run, Saving, TaskNo, Told, Wanter, Work},
+    CacheKey, Operation, RecordMeta,
+    graph::{Done, EdgeId, From, Graph, JobNo, Level, NodeNo, Open, Phase, Probe, Run, Saving, TaskNo, Told, Wanter, Work},
     keys::{Candidates, Key},
     step::{Effect, Say},
 };
@@ -65,7 +65,7 @@ impl<Op: Operation> Graph<Op> {
         if self.nodes.get(&id.node).is_some_and(|n| n.told == Told::Nothing) {
             self.tell(id.node, Say::Cached);
         }
-        Phase::Done(Done { value, how: Completion::Cached, keys })
+        Phase::Done(Done { value, from: From::Twin, keys })
     }
 
     /// Lets the other durable keys lead to `primary`, too.
@@ -123,15 +123,15 @@ impl<Op: Operation> Graph<Op> {
         let (strong, weak) = (durable(&open.candidates.strong), durable(&open.candidates.weak));
         if strong.is_empty() {
             let keys = open.candidates.published();
-            return Phase::Done(Done { value, how: Completion::Ran, keys });
+            return Phase::Done(Done { value, from: From::Run, keys });
         }
         let meta = self.meta(id);
         let task = self.task();
         self.effects.push(Effect::Save { task, edge: id, strong, weak, value: value.clone(), meta });
-        Phase::Saving(Saving { task, value, how: Completion::Ran, candidates: open.candidates })
+        Phase::Saving(Saving { task, value, candidates: open.candidates })
     }
 
-    fn meta(&self, id: EdgeId) -> RecordMeta {
+    pub(crate) fn meta(&self, id: EdgeId) -> RecordMeta {
         let Some(node) = self.nodes.get(&id.node) else { return RecordMeta::default() };
         let Work::Known(map) = &node.map else { return RecordMeta::default() };
         let keys = |input: &EdgeId| -> Vec<CacheKey> {
@@ -143,6 +143,7 @@ impl<Op: Operation> Graph<Op> {
             output: id.output,
             inputs: node.identity.inputs.iter().zip(&map.inputs).map(|(input, m)| (keys(input), m.selector)).collect(),
             description: node.vertex.name.clone(),
+            imported: false,
         }
     }
 
@@ -157,19 +158,23 @@ impl<Op: Operation> Graph<Op> {
             Some(key) => vec![Key { key, durable: true, fresh: saving.candidates.strong.iter().any(|k| k.fresh) }],
             None => saving.candidates.published(),
         };
-        edge.phase = Phase::Done(Done { value: saving.value.clone(), how: saving.how, keys });
+        let value = saving.value.clone();
+        edge.foreign = None;
+        edge.phase = Phase::Done(Done { value, from: From::Run, keys });
         self.dirty.push(id);
         self.notify(id);
     }
 
-    /// The store had the result.
-    pub(crate) fn hit(&mut self, id: EdgeId, probe: &Probe, primary: CacheKey, value: Op::Output) {
+    /// The store, or an imported cache, had the result.
+    pub(crate) fn hit(&mut self, id: EdgeId, probe: &Probe, primary: Option<CacheKey>, value: Op::Output, link: bool) {
         let Some(edge) = self.edge_mut(id) else { return };
         let Phase::Open(open) = &mut edge.phase else { return };
         let open = std::mem::take(open);
-        edge.phase = Phase::Done(Done { value, how: Completion::Cached, keys: vec![Key::stored(primary)] });
+        edge.foreign = None;
+        let keys = primary.map_or_else(|| open.candidates.published(), |primary| vec![Key::stored(primary)]);
+        edge.phase = Phase::Done(Done { value, from: From::Cache, keys });
         // Weak keys lead to the latest result; they prove nothing of the strong ones.
-        if probe.strong && open.candidates.all().count() > 1 {
+        if let Some(primary) = primary.filter(|_| link && probe.strong && open.candidates.all().count() > 1) {
             self.alias(primary, &open.candidates);
         }
         if self.nodes.get(&id.node).is_some_and(|n| n.told == Told::Nothing) {

@@ -5,11 +5,12 @@ use shipway_fault::{Code, Detail, Fault, Result};
 use shipway_oci::Digest;
 use shipway_progress::{Event, Journal};
 use shipway_solver::{
-    CacheMap, Completion, InputMap, Job, JobId, Limits, OpContext, Operation, Solver, Vertex, VertexId, memory::MemoryStore,
+    CacheKey, CacheMap, CacheStore as _, Completion, ImportedCache, InputMap, Job, JobId, Limits, OpContext, Operation, Solver, Vertex,
+    VertexId, memory::MemoryStore,
 };
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -207,4 +208,56 @@ async fn a_deep_graph_is_no_problem() {
         _ = build => {}
         () = until(|| lab.runs.load(Ordering::SeqCst) > 2) => {}
     }
+}
+
+/// A cache that calls all work by the key of another's, has a result for whatever is asked, and
+/// hears which keys there are.
+#[derive(Default)]
+struct Hostile {
+    name: Option<CacheKey>,
+    heard: Mutex<Vec<CacheKey>>,
+}
+
+#[async_trait]
+impl ImportedCache<String> for Hostile {
+    async fn ready(&self) {}
+    fn primary(&self, key: &CacheKey) -> Option<CacheKey> {
+        self.heard.lock().expect("unpoisoned").push(*key);
+        self.name
+    }
+    fn has_result(&self, key: &CacheKey) -> bool {
+        self.heard.lock().expect("unpoisoned").push(*key);
+        self.name.is_some()
+    }
+    async fn load(&self, _: &CacheKey) -> Result<Option<String>> {
+        Ok(Some("evil".into()))
+    }
+}
+
+#[tokio::test]
+async fn an_import_reaches_no_key_that_was_not_asked_for() {
+    let (lab, store) = (Arc::new(Lab::default()), Arc::new(MemoryStore::default()));
+    let solver: Solver<Op> = Solver::new(store.clone(), Limits::default());
+    let base = vertex(&lab, "base", "base", Work::Join, &[]);
+    let step = vertex(&lab, "step", "step", Work::Join, &[&base]);
+    let (one, heard) = (job(&solver, "one"), Arc::new(Hostile::default()));
+    one.import(heard.clone());
+    let honest = one.build(step.clone(), 0).await.expect("a result").0;
+    let keys = heard.heard.lock().expect("unpoisoned").clone();
+    drop(one);
+    // The same step over another base, by somebody whose cache says that this base is the first
+    // one.
+    for name in keys.iter().copied() {
+        let other = vertex(&lab, &format!("other {name:?}"), &format!("other {name:?}"), Work::Join, &[]);
+        let step = vertex(&lab, &format!("step over {name:?}"), "step", Work::Join, &[&other]);
+        let two = job(&solver, "two");
+        two.import(Arc::new(Hostile { name: Some(name), ..Hostile::default() }));
+        assert_eq!(two.build(step, 0).await.expect("a result").0, "evil");
+    }
+    for key in keys {
+        let found = store.load(&[key]).await.expect("found");
+        assert!(found.as_ref().is_none_or(|(_, value)| value != "evil"), "{found:?}");
+    }
+    let three = job(&solver, "three");
+    assert_eq!(three.build(step, 0).await.expect("a result"), (honest, Completion::Cached));
 }

@@ -1,15 +1,19 @@
 //! Random graphs, random caches, random failures and withdrawals: what the solver answers is what computing in order gives.
 
 use async_trait::async_trait;
+use futures::FutureExt as _;
 use shipway_fault::{Fault, Result};
 use shipway_oci::Digest;
 use shipway_progress::{Event, Journal};
-use shipway_solver::{CacheMap, InputMap, Job, JobId, Limits, OpContext, Operation, Solver, Vertex, VertexId, memory::MemoryStore};
+use shipway_solver::{
+    CacheKey, CacheMap, CacheStore as _, ImportedCache, InputMap, Job, JobId, Limits, OpContext, Operation, Solver, Vertex, VertexId,
+    memory::MemoryStore,
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -39,7 +43,56 @@ struct Plan {
     ephemeral: bool,
     /// Gives another value in each round, and ignores the cache.
     volatile: bool,
+    /// Gives its first input on as it is, unread.
+    carries: bool,
     fails: bool,
+}
+
+/// A result: its value, and which copy of it this is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Made {
+    value: u64,
+    copy: u64,
+    round: u64,
+}
+
+/// Of the copies of earlier rounds, some are lost.
+fn is_gone(made: &Made, round: u64) -> bool {
+    made.round < round && Digest::of(format!("{} in {round}", made.copy)).as_bytes()[0] < 40
+}
+
+fn gone(made: &Made) -> Fault {
+    Fault::not_found(format!("copy {} is lost", made.copy))
+}
+
+/// What another machine's store holds, as an import; it is read after a while.
+struct Elsewhere {
+    store: Arc<MemoryStore<Made>>,
+    delay: u64,
+    given: Arc<AtomicUsize>,
+}
+
+fn now<T>(work: impl Future<Output = T>) -> T {
+    work.now_or_never().expect("memory does not wait")
+}
+
+#[async_trait]
+impl ImportedCache<Made> for Elsewhere {
+    async fn ready(&self) {
+        for _ in 0..self.delay {
+            tokio::task::yield_now().await;
+        }
+    }
+    fn primary(&self, key: &CacheKey) -> Option<CacheKey> {
+        now(self.store.primaries(&[*key])).expect("found").first().copied()
+    }
+    fn has_result(&self, key: &CacheKey) -> bool {
+        now(self.store.load(&[*key])).expect("found").is_some()
+    }
+    async fn load(&self, key: &CacheKey) -> Result<Option<Made>> {
+        self.given.fetch_add(1, Ordering::SeqCst);
+        Ok(self.store.load(&[*key]).await?.map(|(_, made)| made))
+    }
 }
 
 /// A value, and how it is seen through a narrow reading.
@@ -48,6 +101,9 @@ fn narrow(value: u64) -> u64 {
 }
 
 fn value(plan: &Plan, output: usize, round: u64, inputs: &[u64]) -> u64 {
+    if plan.carries {
+        return inputs[0];
+    }
     let mut text = format!("{} {output}", plan.kind);
     for ((_, _, content), value) in plan.inputs.iter().zip(inputs) {
         text += &format!(" {}", if *content { narrow(*value) } else { *value });
@@ -64,6 +120,18 @@ struct Op {
     delay: u64,
     runs: Arc<Mutex<BTreeMap<String, usize>>>,
     running: Arc<AtomicUsize>,
+    copies: Arc<AtomicU64>,
+    losses: Arc<AtomicUsize>,
+}
+
+impl Op {
+    fn read(&self, made: &Made) -> Result<u64> {
+        if is_gone(made, self.round) {
+            self.losses.fetch_add(1, Ordering::SeqCst);
+            return Err(gone(made));
+        }
+        Ok(made.value)
+    }
 }
 
 struct Running<'a>(&'a AtomicUsize);
@@ -78,7 +146,7 @@ const MAX_PARALLEL: usize = 3;
 
 #[async_trait]
 impl Operation for Op {
-    type Output = u64;
+    type Output = Made;
     type Job = ();
 
     async fn cache_map(&self, cx: &OpContext<()>) -> Result<CacheMap> {
@@ -86,22 +154,26 @@ impl Operation for Op {
         for _ in 0..self.delay % 3 {
             tokio::task::yield_now().await;
         }
-        let mut keys = vec![Digest::of(format!("kind {}", self.plan.kind))];
+        let mut keys = vec![Digest::of(format!("kind {} {}", self.plan.kind, self.plan.carries))];
         if self.plan.ephemeral {
             keys = vec![Digest::of(format!("session {} {}", self.plan.name, self.round))];
         } else if self.plan.kind.is_multiple_of(2) {
-            keys.insert(0, Digest::of(format!("release {} of {}", self.round / 2, self.plan.kind)));
+            keys.insert(0, Digest::of(format!("release {} of {} {}", self.round / 2, self.plan.kind, self.plan.carries)));
         }
         let input = |content: bool| InputMap { selector: content.then(|| Digest::of("narrow")), content };
         Ok(CacheMap { keys, inputs: self.plan.inputs.iter().map(|i| input(i.2)).collect(), ephemeral: self.plan.ephemeral })
     }
 
-    async fn content_key(&self, _: usize, value: &u64, _: &OpContext<()>) -> Result<Option<Digest>> {
+    async fn content_key(&self, _: usize, made: &Made, _: &OpContext<()>) -> Result<Option<Digest>> {
         tokio::task::yield_now().await;
-        Ok(Some(Digest::of(format!("content {}", narrow(*value)))))
+        Ok(Some(Digest::of(format!("content {}", narrow(self.read(made)?)))))
     }
 
-    async fn run(&self, inputs: Vec<u64>, cx: &OpContext<()>) -> Result<Vec<u64>> {
+    fn is_lost(made: &Made, fault: &Fault) -> bool {
+        fault.message() == gone(made).message()
+    }
+
+    async fn run(&self, inputs: Vec<Made>, cx: &OpContext<()>) -> Result<Vec<Made>> {
         assert!(!(cx.jobs)().is_empty(), "somebody must be interested");
         *self.runs.lock().expect("unpoisoned").entry(self.plan.name.clone()).or_default() += 1;
         assert!(self.running.fetch_add(1, Ordering::SeqCst) < MAX_PARALLEL, "the limit holds");
@@ -112,7 +184,16 @@ impl Operation for Op {
         if self.plan.fails {
             return Err(Fault::unknown(format!("{} fails", self.plan.name)));
         }
-        Ok((0..2).map(|output| value(&self.plan, output, self.round, &inputs)).collect())
+        if self.plan.carries {
+            return Ok(vec![inputs[0]; 2]);
+        }
+        let inputs = inputs.iter().map(|made| self.read(made)).collect::<Result<Vec<_>>>()?;
+        let make = |output| Made {
+            value: value(&self.plan, output, self.round, &inputs),
+            copy: self.copies.fetch_add(1, Ordering::SeqCst),
+            round: self.round,
+        };
+        Ok((0..2).map(make).collect())
     }
 }
 
@@ -130,7 +211,9 @@ fn plans(dice: &mut Dice) -> Vec<Plan> {
         let wanted = if i == 0 { 0 } else { dice.roll(4) };
         let inputs: Vec<_> = (0..wanted).map(|_| (dice.roll(i as u64) as usize, dice.roll(2) as usize, dice.chance(2))).collect();
         let ephemeral = inputs.is_empty() && dice.chance(2);
-        plans.push(Plan { name: format!("v{i}"), kind: dice.roll(1000), inputs, ephemeral, volatile: dice.chance(8), fails: false });
+        let carries = inputs.first().is_some_and(|(_, _, content)| !content) && dice.chance(4);
+        let volatile = !carries && dice.chance(8);
+        plans.push(Plan { name: format!("v{i}"), kind: dice.roll(1000), inputs, ephemeral, volatile, carries, fails: false });
     }
     plans
 }
@@ -139,15 +222,25 @@ struct World {
     plans: Vec<Plan>,
     vertices: Vec<Arc<Vertex<Op>>>,
     runs: Arc<Mutex<BTreeMap<String, usize>>>,
+    losses: Arc<AtomicUsize>,
     round: u64,
 }
 
 impl World {
-    fn new(plans: &[Plan], round: u64, dice: &mut Dice, running: &Arc<AtomicUsize>) -> Self {
+    fn new(plans: &[Plan], round: u64, dice: &mut Dice, running: &Arc<AtomicUsize>, copies: &Arc<AtomicU64>) -> Self {
         let runs = Arc::<Mutex<BTreeMap<String, usize>>>::default();
+        let losses = Arc::<AtomicUsize>::default();
         let mut vertices: Vec<Arc<Vertex<Op>>> = Vec::new();
         for plan in plans {
-            let op = Op { plan: plan.clone(), round, delay: dice.roll(6), runs: runs.clone(), running: running.clone() };
+            let op = Op {
+                plan: plan.clone(),
+                round,
+                delay: dice.roll(6),
+                runs: runs.clone(),
+                running: running.clone(),
+                copies: copies.clone(),
+                losses: losses.clone(),
+            };
             vertices.push(Arc::new(Vertex {
                 id: VertexId { digest: Digest::of(format!("{plan:?}")), ignore_cache: plan.volatile },
                 name: plan.name.clone(),
@@ -156,7 +249,7 @@ impl World {
                 op: Arc::new(op),
             }));
         }
-        Self { plans: plans.to_vec(), vertices, runs, round }
+        Self { plans: plans.to_vec(), vertices, runs, losses, round }
     }
 
     fn expected(&self, vertex: usize, output: usize) -> u64 {
@@ -171,8 +264,17 @@ impl World {
 }
 
 async fn ask(world: &World, job: &Job<Op>, vertex: usize, output: usize, patience: Option<u64>) {
-    let build = job.build(world.vertices[vertex].clone(), output);
-    let answer = match patience {
+    let build = async {
+        loop {
+            let made = job.build(world.vertices[vertex].clone(), output).await?.0;
+            if !is_gone(&made, world.round) {
+                return Ok(made.value);
+            }
+            world.losses.fetch_add(1, Ordering::SeqCst);
+            assert!(job.lost(world.vertices[vertex].clone(), output, gone(&made)).await, "v{vertex}.{output} cannot be made again");
+        }
+    };
+    let answer: Option<Result<u64>> = match patience {
         None => Some(build.await),
         Some(turns) => {
             let patience = async {
@@ -184,7 +286,7 @@ async fn ask(world: &World, job: &Job<Op>, vertex: usize, output: usize, patienc
         }
     };
     match answer {
-        Some(Ok((value, _))) => assert_eq!(value, world.expected(vertex, output), "v{vertex}.{output}"),
+        Some(Ok(value)) => assert_eq!(value, world.expected(vertex, output), "v{vertex}.{output}"),
         Some(Err(fault)) => assert!(world.may_fail(vertex), "v{vertex}.{output}: {fault}"),
         None => {}
     }
@@ -205,12 +307,15 @@ fn check_journal(journal: &Journal) {
     }
 }
 
-async fn run_case(seed: u64) {
+/// How many results were given by imports, and how many were lost.
+async fn run_case(seed: u64) -> (usize, usize) {
     let mut dice = Dice(seed);
     let mut plans = plans(&mut dice);
-    let store = Arc::new(MemoryStore::<u64>::default());
-    let running = Arc::<AtomicUsize>::default();
+    let (store, elsewhere) = (Arc::new(MemoryStore::<Made>::default()), Arc::new(MemoryStore::<Made>::default()));
+    let (given, mut lost) = (Arc::<AtomicUsize>::default(), 0);
+    let (running, copies) = (Arc::<AtomicUsize>::default(), Arc::<AtomicU64>::default());
     let solver: Solver<Op> = Solver::new(store.clone(), Limits { max_parallel: Some(MAX_PARALLEL) });
+    let other: Solver<Op> = Solver::new(elsewhere.clone(), Limits { max_parallel: Some(MAX_PARALLEL) });
     for round in 0..4 {
         let calm = dice.chance(2);
         for plan in &mut plans {
@@ -219,11 +324,22 @@ async fn run_case(seed: u64) {
                 plan.kind = dice.roll(4);
             }
         }
-        let world = World::new(&plans, round, &mut dice, &running);
+        let world = World::new(&plans, round, &mut dice, &running, &copies);
         let journal = Journal::new();
+        if dice.chance(3) {
+            // The other machine builds something of it first.
+            let theirs = World::new(&plans, round, &mut dice, &running, &copies);
+            let job = other.job(JobId(format!("of round {round}")), (), Journal::new()).expect("the name is free");
+            ask(&theirs, &job, dice.roll(plans.len() as u64) as usize, 0, None).await;
+        }
         let jobs: Vec<Job<Op>> = (0..3)
             .map(|n| solver.job(JobId(format!("job {n} of round {round}")), (), journal.clone()).expect("the name is free"))
             .collect();
+        for job in &jobs {
+            if dice.chance(3) {
+                job.import(Arc::new(Elsewhere { store: elsewhere.clone(), delay: dice.roll(30), given: given.clone() }));
+            }
+        }
         let mut asked = Vec::new();
         for _ in 0..1 + dice.roll(5) {
             let (vertex, output) = (dice.roll(plans.len() as u64) as usize, dice.roll(2) as usize);
@@ -248,7 +364,7 @@ async fn run_case(seed: u64) {
             }
         };
         futures::future::join(futures::future::join_all(asked), closing).await;
-        if calm {
+        if calm && world.losses.load(Ordering::SeqCst) == 0 {
             for (name, runs) in world.runs.lock().expect("unpoisoned").iter() {
                 assert_eq!(*runs, 1, "{name} ran {runs} times in round {round}");
             }
@@ -257,7 +373,10 @@ async fn run_case(seed: u64) {
         check_journal(&journal);
         journal.close();
         store.prune(|_, _| dice.chance(4));
+        elsewhere.prune(|_, _| dice.chance(8));
+        lost += world.losses.load(Ordering::SeqCst);
     }
+    (given.load(Ordering::SeqCst), lost)
 }
 
 #[test]
@@ -267,12 +386,15 @@ fn the_solver_agrees_with_computing_in_order() {
         Ok(seed) => (seed.parse().expect("a number"), 1),
         Err(_) => (0, 1000),
     };
+    let (mut given, mut lost) = (0, 0);
     for seed in first..first + count {
         let case = async {
             // Time is virtual and moves only when nothing can run: a deadline that passes is a deadlock.
-            tokio::time::timeout(std::time::Duration::from_secs(60), run_case(seed)).await.expect("no deadlock");
+            tokio::time::timeout(std::time::Duration::from_secs(60), run_case(seed)).await.expect("no deadlock")
         };
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.block_on(case)));
-        assert!(result.is_ok(), "seed {seed} fails: set SHIPWAY_FUZZ_SEED={seed}");
+        let Ok((by_imports, gone)) = result else { panic!("seed {seed} fails: set SHIPWAY_FUZZ_SEED={seed}") };
+        (given, lost) = (given + by_imports, lost + gone);
     }
+    assert!(count == 1 || (given > 100 && lost > 100), "imports gave {given} results, and {lost} were lost");
 }

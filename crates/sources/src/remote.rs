@@ -218,6 +218,17 @@ impl LayerSource for RemoteLayers {
     fn describe(&self) -> String {
         self.remote.name()
     }
+
+    fn is_clients(&self) -> bool {
+        matches!(self.remote, Remote::Client { .. })
+    }
+
+    fn is_gone(&self) -> bool {
+        match &self.remote {
+            Remote::Registry(_) => false,
+            Remote::Client { store, .. } => store.is_gone(),
+        }
+    }
 }
 
 /// Tells watchers how far a layer is, in the words that clients draw: the digest as the counter's id.

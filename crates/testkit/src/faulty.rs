@@ -8,7 +8,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// What goes wrong.
@@ -18,6 +18,8 @@ pub enum RegistryFault {
     Status(u16, &'static str),
     /// No answer, ever.
     Hang,
+    /// The right answer, after so long.
+    Late(Duration),
     /// The right headers, then a byte now and then.
     Trickle,
     /// The right length of wrong bytes.
@@ -102,6 +104,12 @@ fn serve(mut stream: TcpStream, upstream: &str, path: &str, fault: &RegistryFaul
         RegistryFault::Hang if meant => loop {
             pause(ended)?;
         },
+        RegistryFault::Late(after) if meant => {
+            let since = Instant::now();
+            while since.elapsed() < *after {
+                pause(ended)?;
+            }
+        }
         RegistryFault::Login(right) if meant && authorization.as_ref() != Some(&right.lock().unwrap()) => {
             let challenge = "WWW-Authenticate: Basic realm=\"lab\"";
             return write!(stream, "HTTP/1.1 401 Fault\r\nConnection: close\r\n{challenge}\r\nContent-Length: 0\r\n\r\n");
