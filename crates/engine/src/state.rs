@@ -30,8 +30,9 @@ pub struct EngineRef {
     solving: tokio::sync::Mutex<()>,
 }
 
-/// How often a result is made again that turns out to be lost.
-pub(crate) const MAX_TRIES: usize = 4;
+/// How often a result is made again that turns out to be lost: as often as it may have layers, for
+/// they may be found missing one by one.
+pub(crate) const MAX_TRIES: usize = 128;
 
 /// A state that an operation left when it failed (row `err.solve`).
 pub(crate) struct LeftRef {

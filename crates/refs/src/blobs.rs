@@ -198,7 +198,7 @@ impl Inner {
             let fault =
                 Fault::new(Code::FailedPrecondition, format!("the files of the layer make the tar {made}, which is not {}", cell.diff_id))
                     .hint("the layer came from a registry and its blob was removed from containerd: pull the image again, with `--pull`");
-            return Err(lost(cell, fault));
+            return Err(lost(cell, None, fault));
         }
         let descriptor = seal(writer, packed, compression).await?;
         lock(&record.secured).insert(packed.digest);

@@ -228,7 +228,10 @@ impl ImmutableRef {
     /// Whether `fault` says that the state can no longer be had: nobody has the bytes of one of its
     /// layers.
     pub fn is_lost(&self, fault: &Fault) -> bool {
-        self.record().is_some_and(|r| r.layers.iter().any(|c| layer::is_lost(c.diff_id, fault)))
+        self.record().is_some_and(|r| {
+            let realised = r.realised.try_lock().is_ok_and(|r| *r);
+            r.layers.iter().any(|c| layer::is_lost(c, realised, fault))
+        })
     }
 
     /// The state as a read-only directory of the host. Several callers share one mount.

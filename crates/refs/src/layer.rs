@@ -81,21 +81,35 @@ pub struct LayerBlob {
 }
 
 /// Goes with a fault (`Detail::Kept`): which layer can no longer be had from anywhere.
-struct Lost(DiffId);
-
-/// Says in `fault` that the layer of `cell` cannot be had, unless it is a fault of ours or of the
-/// disk's.
-pub(crate) fn lost(cell: &Cell, fault: Fault) -> Fault {
-    match fault.code() {
-        Code::Cancelled if fault.is_cancelled() => fault,
-        Code::ResourceExhausted => fault,
-        _ => fault.detail(Detail::Kept(Kept(Arc::new(Lost(cell.diff_id))))),
-    }
+struct Lost {
+    diff_id: DiffId,
+    /// Who gives nothing else either, such as a registry that does not answer.
+    source: Option<Arc<dyn LayerSource>>,
 }
 
-/// Whether `fault` says that the layer can no longer be had.
-pub(crate) fn is_lost(diff_id: DiffId, fault: &Fault) -> bool {
-    fault.details().iter().any(|d| matches!(d, Detail::Kept(kept) if kept.0.downcast_ref::<Lost>().is_some_and(|l| l.0 == diff_id)))
+/// Says in `fault` that the layer of `cell` cannot be had, from `source` if that is where it was
+/// looked for, unless it is a fault of ours or of the disk's.
+pub(crate) fn lost(cell: &Cell, source: Option<&Arc<dyn LayerSource>>, fault: Fault) -> Fault {
+    if fault.is_cancelled() || fault.code() == Code::ResourceExhausted {
+        return fault;
+    }
+    let source = source.filter(|_| !fault.is_not_found()).cloned();
+    fault.detail(Detail::Kept(Kept(Arc::new(Lost { diff_id: cell.diff_id, source }))))
+}
+
+/// Whether `fault` says that the layer can no longer be had. What is in a snapshot already needs no
+/// source.
+pub(crate) fn is_lost(cell: &Cell, in_snapshot: bool, fault: &Fault) -> bool {
+    let only = |source: &Arc<dyn LayerSource>| {
+        let blobs = cell.blobs();
+        let its = |b: &KnownBlob| !b.stored && b.source.as_ref().is_some_and(|s| Arc::ptr_eq(s, source));
+        !in_snapshot && cell.copy_of().is_none() && !blobs.is_empty() && blobs.iter().all(its)
+    };
+    fault.details().iter().any(|detail| {
+        let Detail::Kept(kept) = detail else { return false };
+        let Some(lost) = kept.0.downcast_ref::<Lost>() else { return false };
+        lost.diff_id == cell.diff_id || lost.source.as_ref().is_some_and(only)
+    })
 }
 
 /// Locks a mutex whose data stay whole even if a holder panicked.

@@ -218,7 +218,7 @@ impl Inner {
         Err(failed.unwrap_or_else(|| {
             let gone = Fault::not_found(format!("no blob of layer {} is in containerd, and nothing says where to fetch it", cell.diff_id))
                 .hint("somebody removed it: build again without this cache record, for example after `shipway prune`");
-            lost(cell, gone)
+            lost(cell, None, gone)
         }))
     }
 
@@ -248,7 +248,11 @@ impl Inner {
             return Ok(false);
         };
         let what = || format!("fetch layer {digest} of {}", source.describe());
-        source.fetch(&blob.descriptor, &*self.storage.content, lease, progress).await.context(what).map_err(|e| lost(cell, e))?;
+        source
+            .fetch(&blob.descriptor, &*self.storage.content, lease, progress)
+            .await
+            .context(what)
+            .map_err(|e| lost(cell, Some(source), e))?;
         lock(&record.secured).insert(digest);
         cell.know(KnownBlob { stored: true, ..blob.clone() });
         Ok(true)

@@ -22,6 +22,11 @@ fn nullable<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -
     Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
+fn lists<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> std::result::Result<Vec<Vec<T>>, D::Error> {
+    let lists: Vec<Option<Vec<T>>> = nullable(from)?;
+    Ok(lists.into_iter().map(Option::unwrap_or_default).collect())
+}
+
 /// A selector that is no digest of ours selects nothing that we know.
 fn selector<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<Digest>, D::Error> {
     Ok(Option::<String>::deserialize(from)?.and_then(|s| s.parse().ok()))
@@ -86,7 +91,7 @@ pub(crate) struct CacheRecord {
     /// The key.
     pub digest: Digest,
     /// For each input, the records it may be.
-    #[serde(default, deserialize_with = "nullable", skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "lists", skip_serializing_if = "Vec::is_empty")]
     pub inputs: Vec<Vec<CacheInput>>,
     /// Other keys of the same work.
     #[serde(rename = "shipway.aliases", default, skip_serializing_if = "Vec::is_empty")]
@@ -133,7 +138,8 @@ impl CacheConfig {
         serde_json::to_vec(self).map_err(|e| Fault::internal(format!("encode a cache config: {e}")))
     }
 
-    /// Reads and checks what came from outside: all numbers lead somewhere, and layers rest on earlier ones.
+    /// Reads and checks what came from outside: all numbers lead somewhere. Layers may be in any
+    /// order, and may lie on themselves.
     pub fn read(bytes: &[u8]) -> Result<Self> {
         serde_json::from_slice::<Self>(bytes).map_err(|e| Fault::invalid(format!("a cache config cannot be read: {e}")))?.checked()
     }
@@ -175,7 +181,7 @@ impl CacheConfig {
             return Err(Fault::invalid(format!("a cache config has more than {MAX_ENTRIES} entries")));
         }
         let (layers, records) = (self.layers.len(), self.records.len());
-        let sound = self.layers.iter().enumerate().all(|(i, l)| l.parent == -1 || usize::try_from(l.parent).is_ok_and(|p| p < i))
+        let sound = self.layers.iter().all(|l| l.parent == -1 || usize::try_from(l.parent).is_ok_and(|p| p < layers))
             && self.records.iter().all(|r| {
                 r.results.iter().all(|l| l.layer < layers)
                     && r.chains.iter().all(|c| c.layers.len() <= MAX_DEPTH && c.layers.iter().all(|l| *l < layers))
@@ -184,7 +190,9 @@ impl CacheConfig {
         if sound { Ok(self) } else { Err(Fault::invalid("a cache config names layers or records that it does not have")) }
     }
 
-    /// The same without the layers that `gone` says are gone, those that lie on one of them, and the results that need any of these. Besides it, which layers
+    /// The same of a config of ours, whose layers come after those they lie on, without the layers
+    /// that `gone` says are gone, those that lie on one of them, and the results that need any of
+    /// these. Besides it, which layers
     /// are left, by number.
     pub fn without(&self, gone: impl Fn(&Digest) -> bool) -> (Self, Vec<usize>) {
         let mut renumbered: Vec<Option<usize>> = Vec::with_capacity(self.layers.len());
@@ -287,7 +295,7 @@ mod tests {
         let link = |link| vec![vec![CacheInput { selector: None, link }]];
         let result = |layer| vec![CacheResult { layer, created_at: String::new() }];
         for (layers, records) in [
-            (vec![layer("a", 0)], vec![]),
+            (vec![layer("a", 1)], vec![]),
             (vec![layer("a", -2)], vec![]),
             (vec![layer("a", -1)], vec![record(result(1), vec![])]),
             (vec![], vec![record(vec![], link(1))]),

@@ -246,12 +246,25 @@ impl Found {
     /// How many layers each layer of the config has with those below it; `None` where one of them
     /// cannot be had, or they are too many.
     fn depths(&self) -> Vec<Option<usize>> {
-        let mut depths: Vec<Option<usize>> = Vec::with_capacity(self.layers.len());
-        for (layer, known) in self.config.layers.iter().zip(&self.layers) {
-            let below = usize::try_from(layer.parent).map_or(Some(0), |below| depths.get(below).copied().flatten());
-            depths.push(below.map(|d| d + 1).filter(|d| known.is_some() && *d <= MAX_DEPTH));
+        let mut depths: Vec<Option<Option<usize>>> = vec![None; self.layers.len()];
+        for start in 0..self.layers.len() {
+            let (mut path, mut next, mut depth) = (Vec::new(), Some(start), Some(0));
+            while let Some(i) = next {
+                if let Some(known) = depths[i] {
+                    depth = known;
+                    break;
+                }
+                // Met again on this path, it lies on itself.
+                depths[i] = Some(None);
+                path.push(i);
+                next = usize::try_from(self.config.layers[i].parent).ok();
+            }
+            for i in path.into_iter().rev() {
+                depth = depth.map(|d| d + 1).filter(|d| self.layers[i].is_some() && *d <= MAX_DEPTH);
+                depths[i] = Some(depth);
+            }
         }
-        depths
+        depths.into_iter().map(Option::flatten).collect()
     }
 }
 
@@ -333,6 +346,18 @@ mod tests {
     }
 
     #[test]
+    fn layers_may_come_in_any_order() {
+        // BuildKit sorts them by digest.
+        let layer = |name: &str, parent| CacheLayer { blob: Digest::of(name), parent, annotations: None };
+        let layers = vec![layer("c", 1), layer("b", 2), layer("a", -1), layer("x", 4), layer("y", 3)];
+        let blobs: Vec<Descriptor> = layers.iter().map(|l| Descriptor::new(GZIP, l.blob, 1)).collect();
+        let said = blobs.iter().map(|b| (b.digest, (DiffId(b.digest), None))).collect();
+        let config = CacheConfig { layers, records: Vec::new() };
+        let config = CacheConfig::read(&config.to_json().unwrap()).unwrap();
+        assert_eq!(Found::new(config, &blobs, &said).depths(), [Some(3), Some(2), Some(1), None, None]);
+    }
+
+    #[test]
     fn what_we_write_into_an_image_is_read_by_place() {
         let layer = |name: &str, parent| CacheLayer { blob: Digest::of(name), parent, annotations: None };
         let record = |key: &str, results: Vec<usize>, chains: Vec<Vec<usize>>| {
@@ -388,7 +413,7 @@ mod tests {
         };
         assert!(of(100, 2_000).is_ok_and(|c| c.places == 200_000 && c.keys.values().all(|(_, result)| *result)));
         assert!(of(MAX_DEPTH, MAX_PLACES / MAX_DEPTH + 1).is_err());
-        // A stack that is too high is no result, and no harm.
+        // A stack that is too high, or lies on itself, is no result, and no harm.
         assert!(of(MAX_DEPTH + 1, 10).is_ok_and(|c| c.places == 0 && c.keys.values().all(|(_, result)| !result)));
     }
 }

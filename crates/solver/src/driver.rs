@@ -1,8 +1,8 @@
 //! Runs the state machine: feeds it what happens, and does what it asks for.
 
 use crate::{
-    CacheKey, CacheStore, Completion, ImportedCache, Operation, RecordMeta,
-    graph::{Graph, JobNo, RequestNo, TaskNo},
+    CacheKey, CacheStore, Completion, Operation, RecordMeta,
+    graph::{Graph, JobNo, Promise, RequestNo, TaskNo},
     handle::{Known, Limits},
     step::{Answer, Effect, Event, Say},
 };
@@ -236,11 +236,11 @@ async fn probe<O: Send + 'static>(store: Arc<dyn CacheStore<O>>, keys: Vec<Cache
 
 async fn fetch<O: Send + Sync + 'static>(
     store: Arc<dyn CacheStore<O>>,
-    from: Vec<(Arc<dyn ImportedCache<O>>, CacheKey)>,
+    from: Vec<Promise<O>>,
     keys: Vec<CacheKey>,
     meta: RecordMeta,
 ) -> Answer<O> {
-    for (cache, key) in from {
+    for Promise { cache, key, .. } in from {
         let Some(Some(value)) = warned("load a result of an imported cache", caught(cache.load(&key)).await) else { continue };
         let adopted = warned("store a result of an imported cache", caught(store.adopt(&keys, &value, &meta)).await);
         return Answer::Imported(adopted, value);

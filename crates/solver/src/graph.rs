@@ -113,6 +113,14 @@ pub(crate) struct Import<O> {
     pub(crate) reading: Option<TaskNo>,
 }
 
+/// A result that an imported cache promises.
+pub(crate) struct Promise<O> {
+    pub(crate) no: ImportNo,
+    pub(crate) cache: Arc<dyn ImportedCache<O>>,
+    /// What the cache knows it by.
+    pub(crate) key: CacheKey,
+}
+
 pub(crate) struct Request {
     pub(crate) job: JobNo,
     pub(crate) edge: EdgeId,

@@ -7,9 +7,9 @@
 //! the keys of another job's work.
 
 use crate::{
-    CacheKey, CacheMap, ImportedCache, Operation, RecordMeta,
+    CacheMap, ImportedCache, Operation, RecordMeta,
     advance::Stop,
-    graph::{EdgeId, Graph, Import, ImportNo, JobNo, Level, NodeNo, Open, Phase, Probe, TaskNo, Work},
+    graph::{EdgeId, Graph, Import, ImportNo, JobNo, Level, NodeNo, Open, Phase, Probe, Promise, TaskNo, Work},
     keys::{Candidates, Key},
     step::Effect,
 };
@@ -81,7 +81,7 @@ impl<Op: Operation> Graph<Op> {
         for (strong, keys) in [(true, &candidates.strong), (false, &candidates.weak)] {
             for key in keys.iter().filter(|k| k.askable()).map(|k| k.key) {
                 let has = |(no, cache): &&Read<Op::Output>| cache.has_result(&key) && !taken.contains(&(*no, key));
-                promised.extend(imports.iter().filter(has).map(|(no, cache)| (*no, cache.clone(), key)));
+                promised.extend(imports.iter().filter(has).map(|(no, cache)| Promise { no: *no, cache: cache.clone(), key }));
             }
             if !promised.is_empty() {
                 self.fetch(id, open, strong, promised);
@@ -96,17 +96,11 @@ impl<Op: Operation> Graph<Op> {
         Ok(false)
     }
 
-    fn fetch(
-        &mut self,
-        id: EdgeId,
-        open: &mut Open,
-        strong: bool,
-        promised: Vec<(ImportNo, Arc<dyn ImportedCache<Op::Output>>, CacheKey)>,
-    ) {
+    fn fetch(&mut self, id: EdgeId, open: &mut Open, strong: bool, promised: Vec<Promise<Op::Output>>) {
         // A later job may import what has a result for other keys; what was promised here is taken
         // once, whether it can be had or not.
         if let Some(edge) = self.edge_mut(id) {
-            edge.taken.extend(promised.iter().map(|(no, _, key)| (*no, *key)));
+            edge.taken.extend(promised.iter().map(|p| (p.no, p.key)));
         }
         // Keys by definition alone lead to the latest result, and prove nothing of the others.
         let of = |keys: &[Key]| keys.iter().filter(|k| k.askable()).map(|k| k.key).collect::<Vec<_>>();
@@ -115,8 +109,7 @@ impl<Op: Operation> Graph<Op> {
         let meta = RecordMeta { imported: true, ..self.meta(id) };
         let task = self.task();
         open.probe = Some(Probe { task, keys: Vec::new(), load: false, strong });
-        let from = promised.into_iter().map(|(_, cache, key)| (cache, key)).collect();
-        self.effects.push(Effect::Fetch { task, edge: id, from, keys, meta });
+        self.effects.push(Effect::Fetch { task, edge: id, from: promised, keys, meta });
     }
 
     /// The edge's candidates by its inputs' own keys and by what imported caches call these.

@@ -8,7 +8,7 @@
 
 use crate::{
     CacheKey, Operation, Vertex,
-    graph::{Done, EdgeId, From, Graph, JobNo, Node, NodeNo, Open, Phase, Run, Work},
+    graph::{EdgeId, From, Graph, JobNo, NodeNo, Open, Phase, Run, Work},
     step::Effect,
 };
 use shipway_fault::Fault;
@@ -16,7 +16,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 /// How often one vertex starts again because an input is lost. Each time a record goes, so this is
 /// for stores that keep on promising.
-const MAX_RECOVERIES: u32 = 16;
+const MAX_RECOVERIES: u32 = 128;
 
 impl<Op: Operation> Graph<Op> {
     /// Whether `fault`, with which a task of the node ended that began when its inputs had been
@@ -70,7 +70,7 @@ impl<Op: Operation> Graph<Op> {
     fn doomed(&self, fault: &Fault) -> BTreeSet<EdgeId> {
         let edges =
             self.nodes.iter().flat_map(|(no, n)| n.edges.iter().map(move |(output, e)| (EdgeId { node: *no, output: *output }, n, e)));
-        let mut left: Vec<(EdgeId, &Node<Op>, &Done<Op::Output>)> = edges
+        let mut left: Vec<_> = edges
             .filter_map(|(id, node, edge)| match &edge.phase {
                 Phase::Done(done) if Op::is_lost(&done.value, fault) => Some((id, node, done)),
                 _ => None,

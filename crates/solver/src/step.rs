@@ -6,7 +6,8 @@ use crate::handle::Known;
 use crate::{
     CacheKey, CacheMap, Completion, ImportedCache, OpContext, Operation, RecordMeta, Vertex,
     graph::{
-        Edge, EdgeId, Flight, Graph, JobNo, JobState, Level, Node, NodeNo, Open, Phase, Request, RequestNo, Run, TaskNo, Told, Wanter, Work,
+        Edge, EdgeId, Flight, Graph, JobNo, JobState, Level, Node, NodeNo, Open, Phase, Promise, Request, RequestNo, Run, TaskNo, Told,
+        Wanter, Work,
     },
 };
 use shipway_fault::{Detail, Fault, Result};
@@ -65,7 +66,7 @@ pub(crate) enum Effect<Op: Operation> {
     Read { task: TaskNo, job: JobNo, cache: Arc<dyn ImportedCache<Op::Output>> },
     /// Ask imported caches for a result, by their keys; one that is there is stored under `keys`
     /// where nothing is known yet.
-    Fetch { task: TaskNo, edge: EdgeId, from: Vec<(Arc<dyn ImportedCache<Op::Output>>, CacheKey)>, keys: Vec<CacheKey>, meta: RecordMeta },
+    Fetch { task: TaskNo, edge: EdgeId, from: Vec<Promise<Op::Output>>, keys: Vec<CacheKey>, meta: RecordMeta },
     /// Drop the records of a result that can no longer be had, before the store is asked for
     /// anything else.
     Forget { value: Op::Output },
