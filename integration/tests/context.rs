@@ -2,8 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
-use shipway_integration::{any, build, ctr_run};
-use shipway_testkit::Lab;
+use shipway_integration::{any, build, ctr_run, on_each};
+use shipway_testkit::{BaseImage, Lab};
 
 #[test]
 fn ignored_files_are_not_there_and_links_and_modes_are() {
@@ -63,4 +63,59 @@ fn one_changed_file_of_many_moves_one_file() {
     let out =
         ctr_run(&lab, "docker.io/library/many:2", &["sh", "-c", "cat /all/d0/f0; test ! -e /all/d1/f200; find /all -type f | wc -l"]).ok();
     assert_eq!(out.stdout, "changed20000\n");
+}
+
+/// How many names files have is seen by programs: cron refuses a file that has two.
+#[test]
+fn a_file_with_one_name_has_one_link() {
+    on_each(|flavour| {
+        let native = (flavour == any()).then_some("native");
+        for snapshotter in ["overlayfs"].into_iter().chain(native) {
+            let mut lab = Lab::on(flavour);
+            lab.configure_worker(&format!("  snapshotter = \"{snapshotter}\"\n"));
+            lab.start_registry();
+            BaseImage::busybox().push(&lab.registry(), "library/busybox", "latest");
+            lab.start_daemon();
+            let text = "FROM busybox AS other\nCOPY d /d\nFROM busybox\nCOPY job /etc/cron.d/job\nCOPY d /d\nCOPY --link d /linked\nCOPY --from=other /d /from\n\
+                        RUN cd / && stat -c '%h %n' etc/cron.d/job d/* linked/* from/* > /seen && cat d/one linked/one\n";
+            let context = lab.context("links", &[("Dockerfile", text), ("job", "j"), ("d/one", "1"), ("d/two", "2")]);
+            std::fs::hard_link(context.join("d/two"), context.join("d/zwei")).unwrap();
+            let want: String = std::iter::once("1 etc/cron.d/job\n".to_owned())
+                .chain(["d", "linked", "from"].map(|d| format!("1 {d}/one\n2 {d}/two\n2 {d}/zwei\n")))
+                .collect();
+            for (tag, text) in [("links:1", "1"), ("links:2", "changed")] {
+                std::fs::write(context.join("d/one"), text).unwrap();
+                build(&lab, tag, &context, &[]).ok();
+                let image = format!("docker.io/library/{tag}");
+                let script = "cd / && cat seen && stat -c '%h %n' etc/cron.d/job d/* linked/* from/* && cat d/one linked/one from/one";
+                let out = lab.ctr(["run", "--rm", "--snapshotter", snapshotter, &image, "links", "sh", "-c", script]).ok().stdout;
+                // As the step saw it, and as a container of the image does.
+                assert_eq!(out, format!("{want}{want}{}", text.repeat(3)), "{tag} on {snapshotter}");
+            }
+        }
+    });
+}
+
+/// A checkout in the place of another, with files of equal names, sizes and times, is not the other.
+#[test]
+fn a_checkout_in_the_place_of_another_is_not_the_other() {
+    let lab = Lab::complete(any());
+    let context = lab.context("checkout", &[("Dockerfile", "FROM busybox\nCOPY a.txt /\n")]);
+    let time = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_600_000_000);
+    let (here, other) = (context.join("a.txt"), context.with_extension("other"));
+    for (file, text) in [(&here, "first"), (&other, "other")] {
+        std::fs::write(file, text).unwrap();
+        std::fs::File::options().write(true).open(file).unwrap().set_modified(time).unwrap();
+    }
+    let built = |tag: &str| {
+        build(&lab, tag, &context, &[]).ok();
+        ctr_run(&lab, &format!("docker.io/library/{tag}"), &["cat", "/a.txt"]).ok().stdout
+    };
+    assert_eq!(built("checkout:1"), "first");
+    std::fs::rename(&other, &here).unwrap();
+    assert_eq!(built("checkout:2"), "other");
+    // Written in place, with its time put back.
+    std::fs::write(&here, "third").unwrap();
+    std::fs::File::options().write(true).open(&here).unwrap().set_modified(time).unwrap();
+    assert_eq!(built("checkout:3"), "third");
 }

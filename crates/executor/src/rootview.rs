@@ -34,6 +34,15 @@ pub enum Access {
     Write,
 }
 
+/// Whom a mount is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Viewer {
+    /// Us, to look or to make files.
+    Daemon,
+    /// A container, which runs what is in it.
+    Container,
+}
+
 /// A root filesystem that only this descriptor shows.
 #[derive(Debug)]
 pub struct RootView {
@@ -42,15 +51,19 @@ pub struct RootView {
 }
 
 impl RootView {
-    /// Opens the filesystem that `mounts` describe.
+    /// Opens the filesystem that `mounts` describe. Nothing in it has set-id bits that count, is a device that can be opened, or a program.
     pub fn open(mounts: &[Mount], access: Access) -> Result<Self> {
+        Self::open_for(mounts, access, Viewer::Daemon)
+    }
+
+    fn open_for(mounts: &[Mount], access: Access, viewer: Viewer) -> Result<Self> {
         let [mount] = mounts else {
             return Err(Fault::unimplemented(format!("a root filesystem of {} mounts", mounts.len())));
         };
         let what = || format!("look into a root filesystem ({} {})", mount.kind, mount.source);
         let (fd, detached) = match mount.kind.as_str() {
             "bind" | "rbind" => (open_directory(Path::new(&mount.source)).map_err(|e| Fault::io(what(), e.into()))?, false),
-            "overlay" => overlay(mount, access).map_err(|e| Fault::io(what(), e.into()))?,
+            "overlay" => overlay(mount, access, viewer).map_err(|e| Fault::io(what(), e.into()))?,
             kind => return Err(Fault::unimplemented(format!("reading a root filesystem of kind {kind:?}"))),
         };
         Ok(Self { fd, detached })
@@ -179,7 +192,7 @@ impl RootView {
     }
 }
 
-/// A mount at a directory or file of ours in the host, for those that need a path. Dropping it unmounts.
+/// A mount at a directory or file of ours in the host, for containers, which need a path. Dropping it unmounts.
 #[derive(Debug)]
 pub struct Attached {
     path: PathBuf,
@@ -192,7 +205,7 @@ impl Attached {
     pub fn new(mounts: &[Mount], access: Access, path: &str, at: &Path) -> Result<Self> {
         let fail = |e: Errno| Fault::io(format!("mount {path:?} of a snapshot at {}", at.display()), e.into());
         let make = |dir: &Path| std::fs::create_dir_all(dir).map_err(|e| Fault::io(format!("create {}", dir.display()), e));
-        let view = RootView::open(mounts, access)?;
+        let view = RootView::open_for(mounts, access, Viewer::Container)?;
         // A detached mount cannot be cloned by older kernels: attach it first.
         let whole = match mounts {
             [m] if m.kind == "overlay" && view.is_detached() => {
@@ -321,21 +334,21 @@ impl<'a> Layers<'a> {
 }
 
 /// The mount, and whether it is one (a single layer is just its directory).
-fn overlay(mount: &Mount, access: Access) -> rustix::io::Result<(OwnedFd, bool)> {
+fn overlay(mount: &Mount, access: Access, viewer: Viewer) -> rustix::io::Result<(OwnedFd, bool)> {
     let layers = Layers::of(mount);
     let layers = if access == Access::Read { layers.frozen() } else { layers };
     if let ([only], None) = (&layers.lower[..], layers.upper) {
         return Ok((open_directory(Path::new(only))?, false));
     }
-    let fd = match overlay_by_fsconfig(&layers) {
+    let fd = match overlay_by_fsconfig(&layers, viewer) {
         // Linux before 6.5 takes no lower directories one by one, before 5.2 knows no fsopen, and paths may be too long for it.
-        Err(Errno::INVAL | Errno::NOSYS | Errno::TOOBIG) => overlay_by_mount(&layers),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::TOOBIG) => overlay_by_mount(&layers, viewer),
         other => other,
     };
     Ok((fd?, true))
 }
 
-fn overlay_by_fsconfig(layers: &Layers<'_>) -> rustix::io::Result<OwnedFd> {
+fn overlay_by_fsconfig(layers: &Layers<'_>, viewer: Viewer) -> rustix::io::Result<OwnedFd> {
     use rustix::mount::{fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen};
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     for dir in &layers.lower {
@@ -352,13 +365,16 @@ fn overlay_by_fsconfig(layers: &Layers<'_>) -> rustix::io::Result<OwnedFd> {
         }
     }
     fsconfig_create(context.as_fd())?;
-    let attributes = if layers.upper.is_some() { MountAttrFlags::empty() } else { MountAttrFlags::MOUNT_ATTR_RDONLY };
+    let mut attributes = MountAttrFlags::empty();
+    attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, layers.upper.is_none());
+    let inert = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    attributes.set(inert, viewer == Viewer::Daemon);
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
 /// The same with `mount(2)`, on a thread with a mount namespace of its own that ends with it: the descriptor keeps the mount alive.
 #[allow(unsafe_code)]
-fn overlay_by_mount(layers: &Layers<'_>) -> rustix::io::Result<OwnedFd> {
+fn overlay_by_mount(layers: &Layers<'_>, viewer: Viewer) -> rustix::io::Result<OwnedFd> {
     use rustix::{
         mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
         thread::{UnshareFlags, unshare_unsafe},
@@ -372,7 +388,9 @@ fn overlay_by_mount(layers: &Layers<'_>) -> rustix::io::Result<OwnedFd> {
     }
     options.extend(layers.other.iter().map(|o| (*o).to_owned()));
     let options = std::ffi::CString::new(options.join(",")).map_err(|_| Errno::INVAL)?;
-    let flags = if layers.upper.is_some() { MountFlags::empty() } else { MountFlags::RDONLY };
+    let mut flags = MountFlags::empty();
+    flags.set(MountFlags::RDONLY, layers.upper.is_none());
+    flags.set(MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, viewer == Viewer::Daemon);
     let work = move || -> rustix::io::Result<OwnedFd> {
         // SAFETY: CLONE_NEWNS and CLONE_FS leave the file descriptor table shared; only this thread's view of mounts and its
         // working directory part from the others', and the thread ends below.
@@ -513,15 +531,30 @@ mod tests {
         };
         let layers = Layers::of(&mount);
         let frozen = Layers::of(&mount).frozen();
-        for fd in [overlay_by_mount(&layers), overlay_by_mount(&frozen), overlay_by_fsconfig(&frozen), overlay_by_fsconfig(&layers)] {
+        let ways = [Viewer::Daemon, Viewer::Container].map(|v| {
+            let all = [
+                overlay_by_mount(&layers, v),
+                overlay_by_mount(&frozen, v),
+                overlay_by_fsconfig(&frozen, v),
+                overlay_by_fsconfig(&layers, v),
+            ];
+            all.map(|fd| (fd, v))
+        });
+        use rustix::fs::StatVfsMountFlags;
+        let inert = StatVfsMountFlags::NOSUID | StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC;
+        for (fd, viewer) in ways.into_iter().flatten() {
             let view = RootView { fd: fd.expect("mount"), detached: true };
             for name in ["l1", "l2", "up"] {
                 assert_eq!(view.read_file(name, 10).expect("read"), Some(name.as_bytes().to_vec()));
             }
+            let flags = rustix::fs::fstatvfs(&view).expect("statvfs").f_flag & inert;
+            assert_eq!(flags, if viewer == Viewer::Daemon { inert } else { StatVfsMountFlags::empty() });
         }
         let at = dir.path().join("at");
         let attached = Attached::new(std::slice::from_ref(&mount), Access::Write, "up", &at).expect("attach");
         assert_eq!(fs::read(attached.path()).expect("read"), b"up");
+        let flags = rustix::fs::statvfs(attached.path()).expect("statvfs").f_flag;
+        assert!(!flags.intersects(inert), "a container runs what is mounted for it");
         drop(attached);
         assert!(!at.exists());
         assert!(!fs::read_to_string("/proc/self/mountinfo").expect("mountinfo").contains(&path("up")));

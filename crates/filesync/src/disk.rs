@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -39,6 +39,16 @@ pub(crate) fn open_below(root: impl AsFd, path: &str, flags: OFlags) -> io::Resu
 /// Reads the regular file `path` below `root`. A socket, a pipe or a link in its place is an error, never a wait.
 pub(crate) fn open_file(root: impl AsFd, path: &str) -> io::Result<File> {
     open_below(root, path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY).map(File::from)
+}
+
+/// Sets the permissions of `name` in `dir`, never of what a link leads to: whoever works in the directory at the same time may have put one there.
+pub fn chmod_nofollow(dir: impl AsFd, name: impl rustix::path::Arg, mode: Mode) -> rustix::io::Result<()> {
+    let file = rustix::fs::openat(dir, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    if FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode) == FileType::Symlink {
+        return Err(Errno::LOOP);
+    }
+    // The one way to change a file through a descriptor that does not open it.
+    rustix::fs::chmod(format!("/proc/self/fd/{}", file.as_raw_fd()), mode)
 }
 
 /// Opens a directory to work in.

@@ -4,7 +4,10 @@ use std::{path::Path, sync::Arc};
 
 use shipway_fault::Result;
 
-use crate::{FileMode, Kind, PathFilter, Stat, compare, walk};
+use crate::{
+    FileMode, Kind, PathFilter, Stat, compare,
+    walk::{self, Details},
+};
 
 /// One entry, as far as it matters for telling whether it changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +28,8 @@ pub struct KnownEntry {
     pub link: Box<str>,
     /// Major and minor number of a device.
     pub device: (i64, i64),
+    /// What its sender tells it apart by besides (see [`crate::FileSyncRequest::identify`]); 0 if that is not known.
+    pub identity: u64,
 }
 
 impl KnownEntry {
@@ -38,10 +43,11 @@ impl KnownEntry {
             mtime: stat.mod_time,
             link: stat.linkname.as_str().into(),
             device: (stat.devmajor, stat.devminor),
+            identity: identity(stat),
         }
     }
 
-    /// Whether `other` describes the same state; what a directory's size and time say depends on what is in it.
+    /// Whether `other`, which is sent, describes the same state; what a directory's size and time say depends on what is in it.
     pub(crate) fn same(&self, other: &Self) -> bool {
         (self.mode.is_dir() || (self.size == other.size && self.mtime == other.mtime))
             && self.mode == other.mode
@@ -49,6 +55,7 @@ impl KnownEntry {
             && self.gid == other.gid
             && self.device == other.device
             && self.link == other.link
+            && (other.identity == 0 || self.identity == other.identity)
     }
 
     /// Whether it is a file with its own content.
@@ -69,8 +76,23 @@ impl KnownTree {
     /// Walks `dir`. Blocks.
     pub fn scan(dir: &Path) -> Result<Self> {
         let mut collect = Collect(Vec::new());
-        walk::walk(dir, &PathFilter::default(), false, &mut collect)?;
+        walk::walk(dir, &PathFilter::default(), Details::default(), &mut collect)?;
         Ok(Self { entries: Arc::new(collect.0) })
+    }
+
+    /// Walks `dir`, whose files were last seen with these [identities](Self::identities). Blocks.
+    pub fn scan_identified(dir: &Path, identities: &[u64]) -> Result<Self> {
+        let mut tree = Self::scan(dir)?;
+        if tree.len() == identities.len() {
+            let entries = Arc::make_mut(&mut tree.entries);
+            entries.iter_mut().zip(identities).for_each(|(entry, identity)| entry.identity = *identity);
+        }
+        Ok(tree)
+    }
+
+    /// The identity of every entry in order: what a walk does not find out.
+    pub fn identities(&self) -> Vec<u64> {
+        self.entries.iter().map(|e| e.identity).collect()
     }
 
     /// Number of entries.
@@ -92,6 +114,13 @@ impl KnownTree {
     pub fn get(&self, path: &str) -> Option<&KnownEntry> {
         find(&self.entries, path)
     }
+}
+
+/// Name under which a file's identity is sent among its extended attributes. No file system has such an attribute.
+pub(crate) const IDENTITY: &str = "shipway.identity";
+
+fn identity(stat: &Stat) -> u64 {
+    stat.xattrs.get(IDENTITY).and_then(|v| v[..].try_into().ok()).map_or(0, u64::from_le_bytes)
 }
 
 pub(crate) fn find<'a>(entries: &'a [KnownEntry], path: &str) -> Option<&'a KnownEntry> {

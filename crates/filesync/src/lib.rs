@@ -12,6 +12,7 @@
 //! Packets come from strangers: paths are checked for form, order and parents, and reach the disk only through directory handles
 //! that never follow a symbolic link. There is no gRPC here; crate `session` and the client make streams of calls.
 
+mod budget;
 mod disk;
 mod follow;
 mod glob;
@@ -29,6 +30,8 @@ mod stream;
 mod walk;
 mod write;
 
+pub use budget::Budget;
+pub use disk::chmod_nofollow;
 pub use follow::follow_paths;
 pub use glob::Glob;
 pub use ignore::{IgnoreFile, IgnoreRule};

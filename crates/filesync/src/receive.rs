@@ -22,7 +22,7 @@ use tokio::{
 
 use self::apply::Apply;
 use crate::{
-    KnownTree, Packet, PacketStream, PatternMatcher, Stat, disk,
+    Budget, KnownTree, Packet, PacketStream, PatternMatcher, Stat, disk,
     write::{Batch, Expected, FileWriter, Finished},
 };
 
@@ -119,8 +119,10 @@ pub struct ReceiveOptions {
     pub listed: Option<Arc<PatternMatcher>>,
     /// Hears of progress after every batch of packets.
     pub progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
-    /// Hashes content on the way.
+    /// Hashes content on the way, but for files with extended attributes: which of these the file system keeps is known only there.
     pub hash: Option<Arc<dyn ContentHash>>,
+    /// Bounds the memory that descriptions take; the process's without.
+    pub budget: Option<Arc<Budget>>,
 }
 
 /// A finished transfer.

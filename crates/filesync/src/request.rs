@@ -6,6 +6,8 @@ const DIR_NAME: &str = "dir-name";
 const INCLUDE: &str = "include-patterns";
 const EXCLUDE: &str = "exclude-patterns";
 const FOLLOW: &str = "followpaths";
+/// Only our own clients know it: see [`FileSyncRequest::identify`].
+const IDENTIFY: &str = "shipway-file-identities";
 
 /// Which part of which directory a daemon wants.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -18,6 +20,8 @@ pub struct FileSyncRequest {
     pub exclude: Vec<String>,
     /// Paths to include with every link they lead through.
     pub follow: Vec<String>,
+    /// Whether files are to be told apart by more than size and time, by a client that can.
+    pub identify: bool,
 }
 
 impl FileSyncRequest {
@@ -31,6 +35,9 @@ impl FileSyncRequest {
                 pairs.push((format!("{key}-encoded"), "1".to_owned()));
             }
             pairs.extend(values.iter().map(|v| (key.to_owned(), if escaped { escape(v) } else { v.clone() })));
+        }
+        if self.identify {
+            pairs.push((IDENTIFY.to_owned(), "1".to_owned()));
         }
         pairs
     }
@@ -48,6 +55,7 @@ impl FileSyncRequest {
             include: values(INCLUDE),
             exclude: values(EXCLUDE),
             follow: values(FOLLOW),
+            identify: values(IDENTIFY).first().is_some_and(|v| v == "1"),
         }
     }
 }
@@ -94,6 +102,7 @@ mod tests {
             include: vec!["a b".into(), "a%20+b".into()],
             exclude: vec!["é x+%".into(), "plain".into()],
             follow: vec!["tab\there".into()],
+            identify: true,
         };
         let pairs = request.pairs();
         let values = |key: &str| pairs.iter().filter(|(k, _)| k == key).map(|(_, v)| v.clone()).collect::<Vec<_>>();

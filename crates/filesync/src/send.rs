@@ -23,7 +23,7 @@ use crate::{
     FileMode, Kind, Packet, PacketStream, PathFilter, Stat, disk,
     follow::{follow_paths, without_nested},
     path::join,
-    walk::{self, Visitor},
+    walk::{self, Details, Visitor},
 };
 
 /// Files read at the same time.
@@ -56,6 +56,8 @@ pub struct SendOptions {
     pub follow: Vec<String>,
     /// Sees every entry before it is sent.
     pub map: Option<Arc<MapFn>>,
+    /// Tell files apart by more than size and time, as the receiver asked ([`crate::FileSyncRequest::identify`]).
+    pub identify: bool,
 }
 
 /// One directory to send.
@@ -304,7 +306,8 @@ impl Shared {
                 under.mode = FileMode::directory(FileMode(under.mode).permissions()).0;
                 give(under, None)?;
             }
-            walk::walk(dir, &filter, true, &mut Describe { give, index, prefix, map: options.map.as_deref() })?;
+            let details = Details { xattrs: true, identities: options.identify };
+            walk::walk(dir, &filter, details, &mut Describe { give, index, prefix, map: options.map.as_deref() })?;
         }
         Ok(())
     }
@@ -322,7 +325,6 @@ impl Shared {
             let next = lock(&self.queue).blocking_recv();
             let Some((id, source)) = next else { return Ok(()) };
             self.read_file(id, &source, &roots)?;
-            self.counts.files.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -355,6 +357,8 @@ impl Shared {
                 }
             }
         }
+        // Counted first: the receiver may end the transfer as soon as it has the last.
+        self.counts.files.fetch_add(1, Ordering::Relaxed);
         self.send(data(Bytes::new()))
     }
 }

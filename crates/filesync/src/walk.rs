@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     fs::{self, DirEntry, Metadata},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     io::{self, ErrorKind},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -11,7 +12,7 @@ use std::{
 use rustix::io::Errno;
 use shipway_fault::{Fault, Result};
 
-use crate::{DirMatch, FileMode, Kind, Mapped, PathFilter, Stat, Verdict, path::join};
+use crate::{DirMatch, FileMode, Kind, Mapped, PathFilter, Stat, Verdict, known::IDENTITY, path::join};
 
 /// Receives the entries of a walk; an error ends it.
 pub(crate) trait Visitor {
@@ -37,14 +38,23 @@ struct Walk<'a, V> {
     visitor: &'a mut V,
     frames: Vec<Frame>,
     inodes: HashMap<(u64, u64), String>,
-    xattrs: bool,
+    details: Details,
+}
+
+/// What is told of an entry besides the ordinary.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Details {
+    /// Extended attributes.
+    pub(crate) xattrs: bool,
+    /// What tells files of equal size and time apart.
+    pub(crate) identities: bool,
 }
 
 /// Walks what is in `root`, which must be a directory. Entries that vanish meanwhile are left out.
-pub(crate) fn walk(root: &Path, filter: &PathFilter, xattrs: bool, visitor: &mut impl Visitor) -> Result<()> {
+pub(crate) fn walk(root: &Path, filter: &PathFilter, details: Details, visitor: &mut impl Visitor) -> Result<()> {
     let entries = list(root).map_err(|e| Fault::io(format!("read directory {}", root.display()), e))?;
     let frame = Frame { path: String::new(), entries, matched: DirMatch::default(), waiting: None };
-    Walk { root, filter, visitor, frames: vec![frame], inodes: HashMap::new(), xattrs }.run()
+    Walk { root, filter, visitor, frames: vec![frame], inodes: HashMap::new(), details }.run()
 }
 
 impl<V: Visitor> Walk<'_, V> {
@@ -147,12 +157,22 @@ impl<V: Visitor> Walk<'_, V> {
                 None => _ = self.inodes.insert(key, stat.path.clone()),
             }
         }
+        if self.details.identities && meta.is_file() && stat.linkname.is_empty() {
+            stat.xattrs.insert(IDENTITY.to_owned(), identity(meta).to_le_bytes().to_vec());
+        }
         self.visitor.entry(stat).map_err(Step::Fault)
     }
 
     fn stat(&self, path: &str, meta: &Metadata) -> io::Result<Stat> {
-        stat(path, &self.root.join(path), meta, self.xattrs)
+        stat(path, &self.root.join(path), meta, self.details.xattrs)
     }
+}
+
+/// A number that another file, or the same one after a change, does not have, whatever its size and time were set to.
+fn identity(meta: &Metadata) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (meta.dev(), meta.ino(), meta.ctime(), meta.ctime_nsec()).hash(&mut hasher);
+    hasher.finish().max(1)
 }
 
 enum Step {
@@ -210,7 +230,7 @@ pub(crate) fn stat(path: &str, full: &Path, meta: &Metadata, xattrs: bool) -> io
 
 fn load_xattrs(full: &Path, stat: &mut Stat) -> io::Result<()> {
     // Two calls only for files that have any: the first asks for the size.
-    let size = match rustix::fs::llistxattr(full, &mut [0u8; 0]) {
+    let size = match rustix::fs::llistxattr_query(full) {
         Ok(0) | Err(Errno::NOTSUP | Errno::PERM | Errno::ACCESS) => return Ok(()),
         Ok(size) => size,
         Err(e) => return Err(e.into()),

@@ -118,10 +118,15 @@ impl FileWriter {
         if self.open.len() >= MAX_OPEN {
             return Err(Fault::invalid("the sender mixes the content of too many files"));
         }
-        let sink = self.hash.as_ref().map(|h| h.start(&pending.stat));
+        let sink = hash_for(self.hash.as_ref(), &pending.stat).map(|h| h.start(&pending.stat));
         let file = create(&mut self.dirs, &pending.stat.path)?;
         Ok(Open { file, left: pending.stat.size.try_into().unwrap_or(0), pending, sink })
     }
+}
+
+/// Who hashes the file, if anybody does on the way.
+pub(crate) fn hash_for<'a>(hash: Option<&'a Arc<dyn ContentHash>>, stat: &Stat) -> Option<&'a Arc<dyn ContentHash>> {
+    hash.filter(|_| stat.xattrs.is_empty())
 }
 
 /// Creates the file `path`, instead of whatever is there.
@@ -150,7 +155,7 @@ pub(crate) fn replace<T>(dir: impl AsFd, name: &str, make: impl Fn() -> rustix::
 
 /// Owner, attributes, permissions and time of an open file.
 pub(crate) fn set_metadata(file: impl AsFd, stat: &Stat) -> io::Result<()> {
-    // In this order: a change of owner clears set-id bits and capabilities.
+    // In this order, and after the contents: writing and a change of owner clear set-id bits and capabilities.
     rustix::fs::fchown(&file, Some(Uid::from_raw(stat.uid)), Some(Gid::from_raw(stat.gid)))?;
     for (name, value) in &stat.xattrs {
         // Not every filesystem and user can store every attribute; they are best effort, as everywhere in this protocol.

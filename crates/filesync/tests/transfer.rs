@@ -248,7 +248,11 @@ fn data(id: u32, text: &'static str) -> Packet {
 async fn hostile_packets_are_refused() {
     let dir = FileMode::directory(0o755).0;
     let link = FileMode::symlink().0;
+    let removed = stat("a", FileMode::from_unix(0o020_644).0, 0, "");
+    let large = with_xattrs("a", &[("user.a", vec![0; 1 << 20])]);
     for (packets, expected) in [
+        (vec![removed], "refuse \"a\" from the sender: a character device 0:0 stands for a removed file"),
+        (vec![large], "too many extended attributes"),
         (vec![stat("../secret", 0o644, 0, "")], "path leaves the tree"),
         (vec![stat("a", link, 1, ".."), stat("a/secret", 0o644, 0, "")], "its directory was not sent"),
         (vec![stat("b", 0o644, 0, ""), stat("a", 0o644, 0, "")], "out of order"),
@@ -386,4 +390,135 @@ async fn a_listed_directory_has_only_what_is_wanted_and_says_what_else_there_is(
     assert_ne!(fs::metadata(to.path().join(LISTING)).expect("stat").ino(), old);
     assert!(received.tree.get(LISTING).is_none() && received.changes.iter().any(|c| &*c.path == LISTING));
     drop(held);
+}
+
+/// A file with one byte, and attributes.
+fn with_xattrs(path: &str, xattrs: &[(&str, Vec<u8>)]) -> Packet {
+    let mut packet = stat(path, 0o644, 1, "");
+    packet.stat.as_mut().expect("a stat").xattrs = xattrs.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
+    packet
+}
+
+/// Sends `packets`, and then nothing without an end; what the receiver ends with.
+async fn receive_under(budget: &Arc<Budget>, packets: Vec<Packet>) -> Result<Received> {
+    let to = tempfile::tempdir().expect("dir");
+    let stream = futures::stream::iter(packets.into_iter().map(Ok::<_, Fault>)).chain(futures::stream::pending());
+    let (out, mut answers) = packets_in();
+    let options = ReceiveOptions { budget: Some(budget.clone()), ..Default::default() };
+    let receiver = Receiver::new(to.path(), options);
+    let mut running = std::pin::pin!(receiver.run(PacketStream::new(stream, out)));
+    loop {
+        tokio::select! {
+            received = &mut running => return received,
+            Some(_) = answers.next() => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_described_and_never_sent_has_a_bound() {
+    let budget = Budget::new(1 << 20, 1 << 20);
+    // Attributes of files whose content never comes.
+    let attributes: Vec<Packet> = (0..20).map(|n| with_xattrs(&format!("{n:02}"), &[("user.a", vec![0; 60_000])])).collect();
+    // Entries without any.
+    let entries: Vec<Packet> = (0..5_000).map(|n| stat(&format!("{n:04}"), 0o644, 1, "")).collect();
+    // Long names.
+    let names: Vec<Packet> = (0..3_000).map(|n| stat(&format!("{n:0200}"), 0o644, 1, "")).collect();
+    for packets in [attributes, entries, names] {
+        let fault = receive_under(&budget, packets).await.expect_err("too much");
+        assert!(fault.to_string().contains("the sender's tree is too large"), "{fault}");
+    }
+    // What the failed ones took is free again.
+    let (from, to) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
+    (0..2_000).for_each(|n| fs::write(from.path().join(format!("{n:04}")), "x").expect("file"));
+    sync(from.path(), to.path(), ReceiveOptions { budget: Some(budget), ..Default::default() }).await;
+}
+
+#[tokio::test]
+async fn all_transfers_together_have_a_bound() {
+    let budget = Budget::new(1 << 20, 3 << 19);
+    let many = || (0..3_000).map(|n| stat(&format!("{n:04}"), 0o644, 1, "")).collect::<Vec<_>>();
+    let to = tempfile::tempdir().expect("dir");
+    // One stalls after its descriptions.
+    let stalled = futures::stream::iter(many().into_iter().map(Ok::<_, Fault>)).chain(futures::stream::pending());
+    let (out, mut answers) = packets_in();
+    let options = ReceiveOptions { budget: Some(budget.clone()), ..Default::default() };
+    let first = tokio::spawn({
+        let receiver = Receiver::new(to.path(), options);
+        async move { receiver.run(PacketStream::new(stalled, out)).await }
+    });
+    for _ in 0..3_000 {
+        answers.next().await.expect("a request");
+    }
+    let fault = receive_under(&budget, many()).await.expect_err("too much together");
+    assert!(fault.to_string().contains("too many large directories"), "{fault}");
+    first.abort();
+}
+
+#[tokio::test]
+async fn attributes_that_belong_to_no_image_are_left_out() {
+    let (from, to) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
+    fs::create_dir(from.path().join("d")).expect("dir");
+    fs::write(from.path().join("d/f"), "x").expect("file");
+    let set =
+        |path: &str, name: &str| rustix::fs::lsetxattr(from.path().join(path), name, b"y", rustix::fs::XattrFlags::empty()).expect(name);
+    for path in ["d", "d/f"] {
+        ["user.kept", "user.overlay.opaque", "trusted.overlay.opaque", "trusted.other"].iter().for_each(|name| set(path, name));
+    }
+    sync(from.path(), to.path(), ReceiveOptions::default()).await;
+    for path in ["d", "d/f"] {
+        let get = |name: &str| rustix::fs::lgetxattr(to.path().join(path), name, &mut [0_u8; 8]).is_ok();
+        assert!(get("user.kept"), "{path}");
+        for name in ["user.overlay.opaque", "trusted.overlay.opaque", "trusted.other"] {
+            assert!(!get(name), "{path} {name}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn files_of_equal_size_and_time_are_told_apart_by_senders_that_can() {
+    let (one, two, to) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
+    let time = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    for (dir, text) in [(&one, "first"), (&two, "other")] {
+        fs::write(dir.path().join("f"), text).expect("file");
+        fs::File::options().write(true).open(dir.path().join("f")).expect("open").set_modified(time).expect("time");
+    }
+    let go = async |from: &Path, identify: bool, known: Option<KnownTree>| {
+        let send = SendOptions { identify, ..Default::default() };
+        let (sent, received) = transfer(from, to.path(), send, ReceiveOptions { known, ..Default::default() }).await;
+        let text = fs::read_to_string(to.path().join("f")).expect("file");
+        (sent.expect("sends").files, text, received.expect("receives").tree)
+    };
+    let (files, text, tree) = go(one.path(), true, None).await;
+    assert_eq!((files, text.as_str()), (1, "first"));
+    let (files, text, tree) = go(two.path(), true, Some(tree)).await;
+    assert_eq!((files, text.as_str()), (1, "other"));
+    // What did not change stays, also when only the identities are remembered.
+    let identities = tree.identities();
+    let (files, _, tree) = go(two.path(), true, Some(tree)).await;
+    assert_eq!((files, tree.identities() == identities), (0, true));
+    let walked = KnownTree::scan_identified(to.path(), &identities).expect("scan");
+    assert_eq!(go(two.path(), true, Some(walked)).await.0, 0);
+    // Of a directory about which nothing is remembered all is asked for.
+    assert_eq!(go(two.path(), true, None).await.0, 1);
+    // A sender that cannot tell has size and time, and leaves nothing to trust for one that can.
+    let (files, text, tree) = go(one.path(), false, Some(tree)).await;
+    assert_eq!((files, text.as_str()), (0, "other"));
+    let (files, text, _) = go(one.path(), true, Some(tree)).await;
+    assert_eq!((files, text.as_str()), (1, "first"));
+    assert!(rustix::fs::lgetxattr(to.path().join("f"), "shipway.identity", &mut [0_u8; 8]).is_err());
+}
+
+#[test]
+fn permissions_are_never_those_of_a_links_target() {
+    let dir = tempfile::tempdir().expect("dir");
+    fs::write(dir.path().join("target"), "").expect("file");
+    fs::set_permissions(dir.path().join("target"), fs::Permissions::from_mode(0o600)).expect("mode");
+    symlink("target", dir.path().join("link")).expect("link");
+    let at = fs::File::open(dir.path()).expect("open");
+    let mode = |m| rustix::fs::Mode::from_raw_mode(m);
+    assert_eq!(chmod_nofollow(&at, "link", mode(0o777)), Err(rustix::io::Errno::LOOP));
+    assert_eq!(fs::metadata(dir.path().join("target")).expect("stat").mode() & 0o7777, 0o600);
+    chmod_nofollow(&at, "target", mode(0o4711)).expect("chmod");
+    assert_eq!(fs::metadata(dir.path().join("target")).expect("stat").mode() & 0o7777, 0o4711);
 }

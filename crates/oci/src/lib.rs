@@ -12,6 +12,7 @@ mod digest;
 mod name;
 mod platform;
 pub mod timestamp;
+mod xattr;
 
 pub use checksum::ChecksumAlgorithm;
 pub use config::{Config, Healthcheck, History, ImageConfig, RootFs};
@@ -19,3 +20,4 @@ pub use descriptor::{Descriptor, Index, Manifest, media};
 pub use digest::{ChainId, DiffId, Digest, DigestError, Hasher};
 pub use name::{ImageName, NameError};
 pub use platform::{Platform, PlatformError};
+pub use xattr::is_image_xattr;

@@ -16,7 +16,7 @@ use crate::{
     op::{Context, LlbOp},
     remains::{Places, Remain, Remains},
 };
-use copy::Links;
+use copy::Beside;
 use owner::OwnerRoots;
 use place::Root;
 use shipway_fault::{Class, Code, Fault, Result, Subject};
@@ -61,8 +61,8 @@ enum State {
 struct Open {
     state: MutableRef,
     mount: LocalMount,
-    /// Files that are to be linked into it once it is not mounted any more.
-    links: Option<Links>,
+    /// Files that are copied into it once it is not mounted any more.
+    beside: Option<Beside>,
 }
 
 /// A state to read from.
@@ -207,11 +207,13 @@ impl Runner<'_> {
         let done = match self.results.get_mut(index).and_then(Option::take) {
             Some(State::Done(done)) => done,
             Some(State::Open(open)) => {
-                let Open { state, mount, links } = *open;
+                let Open { state, mount, beside } = *open;
                 mount.unmount().await?;
-                if let Some(links) = links {
-                    let linked = tokio::task::spawn_blocking(move || links.make()).await;
-                    linked.map_err(|e| Fault::internal(format!("linking files did not end well: {e}")))??;
+                if let Some(beside) = beside {
+                    let stop = Stop::default();
+                    let _guard = StopOnDrop(stop.clone());
+                    let copied = tokio::task::spawn_blocking(move || beside.copy(&|| stop.check().is_ok())).await;
+                    copied.map_err(|e| Fault::internal(format!("copying files did not end well: {e}")))??;
                 }
                 self.op.commit(state, self.op.vertex.name.clone(), self.file.actions[index].output, self.cx).await?
             }
@@ -235,7 +237,7 @@ impl Runner<'_> {
             && self.is_passed_on(index)
             && let Some(State::Open(open)) = self.results.get_mut(index).and_then(Option::take)
         {
-            // Only an action that is alone has links.
+            // Only an action that is alone has files that are copied afterwards.
             return Ok((open.state, open.mount));
         }
         let parent = match action.input {
@@ -264,15 +266,15 @@ impl Runner<'_> {
         Ok((state, mount))
     }
 
-    /// Where a copy may link files: if it is all there is to do, so that nothing writes to them afterwards.
-    async fn links(&self, action: &FileAction, state: &MutableRef) -> Result<Option<Links>> {
+    /// How a copy may do without the mount: if it is all there is to do, so that nothing looks at the files in between.
+    async fn beside(&self, action: &FileAction, state: &MutableRef) -> Result<Option<Beside>> {
         let ([FileAction { kind: FileActionKind::Copy(_), .. }], Some(source)) = (&self.file.actions[..], action.secondary) else {
             return Ok(None);
         };
         let Some(source) = self.inputs.get(source) else { return Ok(None) };
-        let Some(dir) = state.link_dir(source).await? else { return Ok(None) };
+        let (false, Some(dir)) = (source.is_scratch(), state.layer_dir()?) else { return Ok(None) };
         let mount = source.mount().await?;
-        Links::between(mount, dir)
+        Beside::between(mount, dir)
     }
 
     /// What an action copies from. Scratch is an empty directory.
@@ -290,15 +292,15 @@ impl Runner<'_> {
         let [user, group] = lookups(&action.kind);
         let (user, group) = (self.readable(user).await?, self.readable(group).await?);
         let (state, mount) = self.target(action).await?;
-        let links = self.links(action, &state).await?;
+        let beside = self.beside(action, &state).await?;
         let stop = Stop::default();
         let guard = StopOnDrop(stop.clone());
         let kind = action.kind.clone();
         // The closure owns what it works on, so that it is not unmounted under it when nobody waits any more.
         let work = tokio::task::spawn_blocking(move || {
             let owners = OwnerRoots { user: user.as_ref().map(Readable::path), group: group.as_ref().map(Readable::path) };
-            let done = act(&kind, mount.path(), source.as_ref().map(Readable::path), &owners, links.as_ref(), &stop);
-            (done, Open { state, mount, links })
+            let done = act(&kind, mount.path(), source.as_ref().map(Readable::path), &owners, beside.as_ref(), &stop);
+            (done, Open { state, mount, beside })
         });
         let (done, open) = work.await.map_err(|e| Fault::internal(format!("a file action did not end well: {e}")))?;
         drop(guard);
@@ -333,7 +335,7 @@ fn act(
     target: &Path,
     source: Option<&Path>,
     owners: &OwnerRoots<'_>,
-    links: Option<&Links>,
+    beside: Option<&Beside>,
     stop: &Stop,
 ) -> Result<()> {
     let target = Root::open(target)?;
@@ -345,7 +347,7 @@ fn act(
         FileActionKind::Rm(a) => actions::rm(&target, a),
         FileActionKind::Copy(a) => {
             let source = source.ok_or_else(|| Fault::internal("a copy without a source"))?;
-            copy::run(&Root::open(source)?, &target, a, owner, links, stop)
+            copy::run(&Root::open(source)?, &target, a, owner, beside, stop)
         }
     }
 }

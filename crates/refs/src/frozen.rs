@@ -4,7 +4,6 @@ use crate::{
     ImmutableRef, RecordType, RefId,
     immutable::{Held, HeldBody},
     layer::lock,
-    links,
     mutable::{hash, remember, stacked},
     named::Slot,
     record::{Body, Note},
@@ -130,20 +129,17 @@ impl Frozen {
                 let name = ChainId::extend(chain, tar.diff_id).into();
                 let done = async {
                     store.ensure_lease(&record).await?;
-                    store.storage.snapshots.commit(&record.lease, &name, &slot.snapshot, &links::labels(true)).await
+                    store.storage.snapshots.commit(&record.lease, &name, &slot.snapshot, &store.durable.labels(&mounts)).await
                 };
                 match done.await {
                     // The same files were committed before: the slot stays what it is.
-                    Err(e) if e.is_already_exists() => {}
+                    Err(e) if e.is_already_exists() && store.durable.check(&name).is_ok() => {}
                     Err(e) => {
                         store.end_lease(&record.lease).await;
                         return Err(e);
                     }
                     Ok(()) => {
                         remember(&record, &mounts, chain.is_some());
-                        if let Some(cell) = record.layers.last() {
-                            let _ = cell.linked.set(true);
-                        }
                         store.bury_slot(&slot).await;
                     }
                 }

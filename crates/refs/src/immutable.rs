@@ -4,7 +4,7 @@ use crate::{
     Layer, LayerSource, LocalMount, RecordType, RefId, Selector,
     frozen::Frozen,
     layer,
-    mount::{WeakMount, is_bind, read_only},
+    mount::{WeakMount, read_only},
     realise::Active,
     store::{Inner, Record},
 };
@@ -117,16 +117,6 @@ impl ImmutableRef {
         match &self.0.body {
             HeldBody::Layers { record, .. } => record.record_type,
             HeldBody::Frozen(frozen) => frozen.record_type(),
-        }
-    }
-
-    /// Whether it is a client's directory in a place of its own.
-    pub(crate) fn is_clients(&self) -> bool {
-        match &self.0.body {
-            HeldBody::Layers { .. } => false,
-            HeldBody::Frozen(frozen) => {
-                frozen.record_type() == RecordType::LocalSource && matches!(frozen.mounts(), [only] if is_bind(only))
-            }
         }
     }
 

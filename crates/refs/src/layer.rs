@@ -131,8 +131,6 @@ pub(crate) struct Cell {
     pub new: AtomicBool,
     /// The snapshot does not tell the whole layer, because whiteouts at the bottom of a stack vanish: only a blob does.
     pub blob_only: AtomicBool,
-    /// Whether files of its snapshot are a client's files by another name, once that is known.
-    pub linked: OnceLock<bool>,
     /// Held while the snapshot is made.
     pub applying: tokio::sync::Mutex<()>,
     /// Held while a blob is fetched.
@@ -176,7 +174,6 @@ impl Cell {
             tar: OnceLock::new(),
             new: AtomicBool::new(false),
             blob_only: AtomicBool::new(false),
-            linked: OnceLock::new(),
             applying: Default::default(),
             fetching: Default::default(),
             packing: Default::default(),

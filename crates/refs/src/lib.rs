@@ -8,16 +8,18 @@
 //! - One record = one flat lease without expiry, whose labels hold all there is to know. Pruning deletes leases and nothing else.
 //! - Active snapshots and views of one life of the daemon hang on *epoch* leases, which the next life deletes.
 //! - What may be lost lives in a small file: last use and use count.
+//! - After a power cut, what was not on the disk is removed before anybody sees it (`durable.rs`).
 //!
 //! Nothing here knows LLB, sessions or registries: a lazy layer is fetched through its [`LayerSource`].
 
 mod ahead;
 mod blobs;
+mod contents;
+mod durable;
 mod frozen;
 mod immutable;
 mod layer;
 mod life;
-mod links;
 mod merge;
 mod mount;
 mod mutable;
@@ -31,6 +33,7 @@ mod tree_copy;
 mod usage;
 mod uses;
 
+pub use contents::copy_contents;
 pub use immutable::{ImmutableRef, View};
 pub use layer::{Layer, LayerBlob, LayerSource, LazyLayer};
 pub use mount::LocalMount;

@@ -18,6 +18,10 @@ use std::{
 };
 use tokio::sync::oneshot;
 
+/// What is in a snapshot is there to be read and written by us, never to be run: a program with a set-id bit or a device in an image must be
+/// of no use to whoever reaches the mount. Processes of builds get mounts of their own.
+const INERT: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+
 /// Longest option text that mount(2) takes: a page with its ending zero.
 const OPTIONS_MAX: usize = 4000;
 
@@ -161,14 +165,12 @@ fn mount_one(m: &Mount, at: &Path) -> io::Result<()> {
         return Err(io::Error::other("mounts of a part of a file system are not understood"));
     }
     let bind = is_bind(m);
-    let (mut flags, mut options) = (MountFlags::empty(), Vec::new());
+    let (mut flags, mut options) = (INERT, Vec::new());
     for option in &m.options {
         match option.as_str() {
             "ro" => flags |= MountFlags::RDONLY,
             "rw" | "bind" | "rbind" => {}
-            "nosuid" => flags |= MountFlags::NOSUID,
-            "nodev" => flags |= MountFlags::NODEV,
-            "noexec" => flags |= MountFlags::NOEXEC,
+            "nosuid" | "nodev" | "noexec" => {}
             "noatime" => flags |= MountFlags::NOATIME,
             "relatime" => flags |= MountFlags::RELATIME,
             _ => options.push(option.clone()),
@@ -176,10 +178,7 @@ fn mount_one(m: &Mount, at: &Path) -> io::Result<()> {
     }
     if bind {
         rustix::mount::mount_bind_recursive(m.source.as_str(), at)?;
-        if flags.contains(MountFlags::RDONLY) {
-            rustix::mount::mount_remount(at, flags | MountFlags::BIND, "")?;
-        }
-        return Ok(());
+        return Ok(rustix::mount::mount_remount(at, flags | MountFlags::BIND, "")?);
     }
     let (text, _open) = shortened(&options)?;
     let text = CString::new(text)?;
@@ -246,8 +245,7 @@ pub(crate) fn read_only(mounts: &[Mount]) -> Vec<Mount> {
 /// The option that keeps an overlay from writing everything to the disk when it is unmounted.
 const VOLATILE: &str = "volatile";
 
-/// The same file system, without waiting for the disk when it is unmounted. What is lost in a power failure then is no more than a snapshot
-/// that containerd unpacks would lose.
+/// The same file system, without waiting for the disk when it is unmounted: `durable.rs` sees to that.
 pub(crate) fn unsynced(mounts: &[Mount]) -> Vec<Mount> {
     let mut mounts = mounts.to_vec();
     for m in &mut mounts {
@@ -266,6 +264,14 @@ fn unmark(workdir: &Path) {
         && e.kind() != io::ErrorKind::NotFound
     {
         tracing::warn!(mark = %mark.display(), error = %e, "an overlay cannot be mounted again");
+    }
+}
+
+/// The directory that whoever writes through `m` writes into.
+pub(crate) fn written_in(m: &Mount) -> Option<PathBuf> {
+    match overlay_dirs(m) {
+        Some((upper, _)) => upper,
+        None => is_bind(m).then(|| Path::new(&m.source).join(&m.target)),
     }
 }
 
@@ -348,6 +354,36 @@ mod tests {
     fn an_overlay_for_readers_has_its_upper_directory_on_top() {
         let m = read_only(&[overlay(&["index=off", "workdir=/w", "upperdir=/u", "lowerdir=/a:/b"])]);
         assert_eq!(m[0].options, ["index=off", "lowerdir=/u:/a:/b"]);
+    }
+
+    #[test]
+    fn nothing_in_a_mount_of_ours_is_of_use_to_those_who_reach_it() {
+        use rustix::fs::{CWD, FileType, Mode, StatVfsMountFlags, makedev, mknodat};
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for name in ["l", "u", "w", "source"] {
+            fs::create_dir(path(name)).unwrap();
+        }
+        let device = |at: PathBuf| mknodat(CWD, at, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(1, 3));
+        device(path("l/null")).unwrap();
+        device(path("source/null")).unwrap();
+        let [l, u, w] = ["l", "u", "w"].map(|n| path(n).display().to_string());
+        let writable = overlay(&[&format!("lowerdir={l}"), &format!("upperdir={u}"), &format!("workdir={w}")]);
+        let bind = |options: &[&str]| Mount { kind: "bind".into(), source: path("source").display().to_string(), ..overlay(options) };
+        for m in unsynced(&[writable]).into_iter().chain([bind(&["rbind", "rw"]), bind(&["rbind", "ro", "exec", "suid"])]) {
+            let at = path("at");
+            mount_all(std::slice::from_ref(&m), &at).unwrap();
+            let flags = rustix::fs::statvfs(&at).unwrap().f_flag;
+            let opened = fs::File::open(at.join("null"));
+            // Devices can be made nevertheless, and looked at.
+            let (made, seen) = (device(at.join("new")), fs::symlink_metadata(at.join("null")));
+            let read_only = flags.contains(StatVfsMountFlags::RDONLY);
+            detach(&at).unwrap();
+            let inert = StatVfsMountFlags::NOSUID | StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC;
+            assert!(flags.contains(inert), "{m:?}");
+            assert_eq!(opened.unwrap_err().kind(), io::ErrorKind::PermissionDenied, "{m:?}");
+            assert!(seen.is_ok() && (made.is_ok() || read_only), "{m:?}");
+        }
     }
 
     #[test]

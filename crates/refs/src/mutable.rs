@@ -4,7 +4,6 @@ use crate::{
     Compression, ImmutableRef, LocalMount, RecordType,
     ahead::Loose,
     layer::lock,
-    links,
     mount::{OwnLayer, WeakMount, is_bind, own_layer, read_only, unsynced},
     realise::Active,
     record::{Body, Note, fresh_id},
@@ -18,10 +17,7 @@ use shipway_storage::{Mount, SnapshotKey};
 use std::{
     fmt,
     path::PathBuf,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, atomic::Ordering},
     time::SystemTime,
 };
 
@@ -33,8 +29,6 @@ pub struct MutableRef {
     record_type: RecordType,
     description: String,
     mounted: Mutex<Vec<WeakMount>>,
-    /// Whether somebody may have linked files of a client's directory into it.
-    linked: AtomicBool,
 }
 
 impl fmt::Debug for MutableRef {
@@ -61,15 +55,7 @@ impl MutableRef {
         };
         let chain = parent.as_ref().map(ImmutableRef::layered_record).transpose()?.and_then(|r| r.chain());
         let active = Active::prepare(store, "step", chain).await.context(|| format!("make a file system for {description:?}"))?;
-        Ok(Self {
-            store: store.clone(),
-            active,
-            parent,
-            record_type,
-            description,
-            mounted: Mutex::default(),
-            linked: AtomicBool::new(false),
-        })
+        Ok(Self { store: store.clone(), active, parent, record_type, description, mounted: Mutex::default() })
     }
 
     /// Key of the active snapshot.
@@ -104,23 +90,14 @@ impl MutableRef {
         Ok(mount)
     }
 
-    /// The directory that holds what is written here and nothing else, if files of `source` may be linked into it instead of being copied: while the
-    /// state is not mounted, with unchanged metadata, and never to be written again. That is so for a client's directory, whose files are replaced and
-    /// never changed, and where no layer below has files of a client already: a stack must not show one file under two names
-    /// that were two files.
-    pub async fn link_dir(&self, source: &ImmutableRef) -> Result<Option<PathBuf>> {
-        if !source.is_clients() {
-            return Ok(None);
-        }
-        let below = self.parent.as_ref().map(ImmutableRef::layered_record).transpose()?;
-        let Ok(OwnLayer::Tree(own)) = own_layer(&self.active.mounts, below.is_some()) else { return Ok(None) };
-        if let Some(below) = below
-            && self.store.any_linked(&below.layers).await?
-        {
-            return Ok(None);
-        }
-        self.linked.store(true, Ordering::Relaxed);
-        Ok(Some(own.root().to_owned()))
+    /// The directory that holds what is written here and nothing else, for writing into it while the state is not mounted; `None` where the
+    /// snapshotter has no such directory.
+    pub fn layer_dir(&self) -> Result<Option<PathBuf>> {
+        let has_parent = self.parent.as_ref().map(ImmutableRef::layered_record).transpose()?.is_some();
+        Ok(match own_layer(&self.active.mounts, has_parent) {
+            Ok(OwnLayer::Tree(own)) => Some(own.root().to_owned()),
+            _ => None,
+        })
     }
 
     /// Ends writing: hashes the layer and names the snapshot by its chain id.
@@ -137,7 +114,7 @@ impl MutableRef {
         if lock(&self.mounted).iter().any(|m| m.upgrade().is_some()) {
             return Err(Fault::internal(format!("{description:?} is committed while it is still mounted")));
         }
-        let Self { store, active, parent, record_type, linked, .. } = self;
+        let Self { store, active, parent, record_type, .. } = self;
         let note = Note {
             record_type,
             description,
@@ -146,7 +123,7 @@ impl MutableRef {
             body: Body::Layers(Vec::new()),
         };
         let what = note.description.clone();
-        commit(&store, active, parent.as_ref(), note, linked.into_inner(), pack).await.context(|| format!("commit {what:?}"))
+        commit(&store, active, parent.as_ref(), note, pack).await.context(|| format!("commit {what:?}"))
     }
 
     /// Throws the state away and waits for that.
@@ -161,7 +138,6 @@ async fn commit(
     active: Active,
     parent: Option<&ImmutableRef>,
     note: Note,
-    linked: bool,
     pack: Option<Compression>,
 ) -> Result<ImmutableRef> {
     let below = parent.map(|p| p.layered_record()).transpose()?;
@@ -187,14 +163,11 @@ async fn commit(
             if let Some(blob) = blob {
                 blob.give(&record).await?;
             }
-            active.commit(&record.lease, ChainId::extend(chain, tar.diff_id), &links::labels(linked)).await
+            active.commit(&record.lease, ChainId::extend(chain, tar.diff_id)).await
         };
         match done.await {
             Ok(true) => {
                 remember(&record, &mounts, chain.is_some());
-                if let Some(cell) = record.layers.last() {
-                    let _ = cell.linked.set(linked);
-                }
             }
             Ok(false) => {}
             Err(e) => {

@@ -50,15 +50,15 @@ impl Active {
     }
 
     /// Names it `chain` under `lease`. One that exists already is as good; says whether it was this one that got the name.
-    pub async fn commit(mut self, lease: &LeaseId, chain: ChainId, labels: &Labels) -> Result<bool> {
-        match self.store.storage.snapshots.commit(lease, &chain.into(), &self.key, labels).await {
+    pub async fn commit(mut self, lease: &LeaseId, chain: ChainId) -> Result<bool> {
+        match self.store.storage.snapshots.commit(lease, &chain.into(), &self.key, &self.store.durable.labels(&self.mounts)).await {
             Ok(()) => {
                 self.armed = false;
                 let (store, lease, key) = (self.store.clone(), self.lease.clone(), self.key.clone());
                 self.store.background.spawn(async move { forget(&store.storage, &lease, &key).await });
                 Ok(true)
             }
-            Err(e) if e.is_already_exists() => Ok(false),
+            Err(e) if e.is_already_exists() => self.store.durable.check(&chain.into()).map(|()| false),
             Err(e) => Err(e),
         }
     }
@@ -178,7 +178,7 @@ impl Inner {
                 self.apply(cell, &blob, &active, progress).await?;
             }
         }
-        active.commit(&record.lease, cell.chain_id, &Labels::new()).await.map(drop)
+        active.commit(&record.lease, cell.chain_id).await.map(drop)
     }
 
     async fn apply(&self, cell: &Cell, blob: &Descriptor, active: &Active, progress: Option<&Reporter>) -> Result<()> {
@@ -282,14 +282,12 @@ impl Inner {
     async fn copy_layer(self: &Arc<Self>, original: ChainId, active: &Active, cell: &Cell) -> Result<()> {
         let below = self.storage.snapshots.stat(&original.into()).await?.parent.is_some();
         let (tree, guard) = self.layer_tree(original, below).await?;
-        // Names are given to the layer's files where that cannot bring a client's file into one stack twice.
-        let link = !self.is_linked(original).await?;
         let target = match own_layer(&active.mounts, cell.parent.is_some())? {
             OwnLayer::Tree(target) => tree_copy::Target::Layer { dir: target.root().to_owned(), bottom: cell.parent.is_none() },
             OwnLayer::Whole(dir) => tree_copy::Target::Merged(dir),
         };
         let copied = tokio::task::spawn_blocking(move || {
-            let copied = tree_copy::copy(&tree, &target, link);
+            let copied = tree_copy::copy(&tree, &target);
             drop(guard);
             copied
         });

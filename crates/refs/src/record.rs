@@ -44,6 +44,11 @@ pub enum RecordType {
 }
 
 impl RecordType {
+    /// Whether it is a copy of what is elsewhere, and kept only to be brought up to date.
+    pub(crate) fn is_source(self) -> bool {
+        matches!(self, Self::LocalSource | Self::GitCheckout)
+    }
+
     /// The name on the wire.
     pub fn as_str(self) -> &'static str {
         match self {

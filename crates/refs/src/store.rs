@@ -2,6 +2,7 @@
 
 use crate::{
     ImmutableRef, LazyLayer, MutableRef, RecordType, RefId,
+    durable::{self, Durable},
     immutable::Held,
     layer::{Cell, KnownBlob, lock},
     life::{Background, Epochs},
@@ -14,7 +15,7 @@ use crate::{
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{ChainId, Digest};
 use shipway_progress::Reporter;
-use shipway_storage::{LeaseId, LeaseResource, Mount, SnapshotKey, Storage};
+use shipway_storage::{LeaseId, LeaseResource, Mount, SnapshotInfo, SnapshotKey, Storage};
 use shipway_treehash::TreeIndex;
 use std::{
     collections::{HashMap, HashSet},
@@ -33,6 +34,7 @@ pub struct RefStore(pub(crate) Arc<Inner>);
 pub(crate) struct Inner {
     pub storage: Storage,
     pub mounts: PathBuf,
+    pub durable: Arc<Durable>,
     pub epochs: Epochs,
     pub background: Background,
     pub uses: Uses,
@@ -116,6 +118,11 @@ impl RefStore {
     /// Opens the states that leases record, after throwing away what an earlier life left half done. `root` is a directory
     /// of ours for mount points and what may be lost.
     pub async fn open(storage: Storage, root: PathBuf) -> Result<Self> {
+        Self::open_in_boot(storage, root, &durable::boot_id()?).await
+    }
+
+    /// [`RefStore::open`] in the life of the machine that is called `boot`: of an earlier one only what is on the disk is left.
+    pub async fn open_in_boot(storage: Storage, root: PathBuf, boot: &str) -> Result<Self> {
         let mounts = root.join("mnt");
         let points = mounts.clone();
         let swept = tokio::task::spawn_blocking(move || mount::sweep(&points)).await;
@@ -123,6 +130,7 @@ impl RefStore {
         let inner = Inner {
             storage,
             mounts,
+            durable: Durable::open(root.join("durable.json"), boot)?,
             epochs: Epochs::new(),
             background: Background::new(),
             uses: Uses::load(root.join("uses.json")),
@@ -201,6 +209,17 @@ impl RefStore {
         None
     }
 
+    /// Waits until what was committed is on the disk.
+    pub async fn sync(&self) -> Result<()> {
+        self.0.durable.sync(false).await
+    }
+
+    /// The end: waits until everything is cleaned up, and on the disk. Nothing may be written afterwards.
+    pub async fn close(&self) -> Result<()> {
+        self.drained().await;
+        self.0.durable.sync(true).await
+    }
+
     /// Waits until everything dropped so far is cleaned up.
     pub async fn drained(&self) {
         self.0.background.drained().await;
@@ -216,12 +235,18 @@ const SCRATCH: &str = "scratch";
 impl Inner {
     async fn load(&self) -> Result<()> {
         let leases = self.storage.leases.list(&[format!("labels.\"{KIND}\"")]).await?;
-        let snapshots: HashSet<SnapshotKey> = self.storage.snapshots.list(&[]).await?.into_iter().map(|s| s.key).collect();
+        let (lost, whole): (Vec<_>, Vec<_>) =
+            self.storage.snapshots.list(&[]).await?.into_iter().partition(|s| self.durable.is_lost(&s.key, &s.labels));
+        let lost: HashMap<SnapshotKey, Option<SnapshotKey>> = lost.into_iter().map(|s| (s.key, s.parent)).collect();
+        let on_lost = |s: &SnapshotInfo| s.parent.as_ref().is_some_and(|p| lost.contains_key(p));
+        let snapshots: HashSet<SnapshotKey> = whole.into_iter().filter(|s| !on_lost(s)).map(|s| s.key).collect();
+        // What is in the way of a removal has to be gone first.
+        let at_once = !lost.is_empty();
         for lease in leases {
             let stale = lease.labels.get(KIND).is_some_and(|k| k == KIND_EPOCH);
             let Some((id, note)) = record::read(&lease) else {
                 if stale {
-                    self.storage.leases.delete(&lease.id, false).await?;
+                    self.storage.leases.delete(&lease.id, at_once).await?;
                 }
                 continue;
             };
@@ -247,14 +272,47 @@ impl Inner {
                         let record = Arc::new(Record::new(id.clone(), note, cells, true));
                         lock(&self.records).insert(id, record);
                     } else {
-                        self.storage.leases.delete(&lease.id, false).await?;
+                        self.storage.leases.delete(&lease.id, at_once).await?;
                     }
                 }
-                Body::Named { snapshot, .. } if snapshots.contains(snapshot) => self.slots.load(id, note),
-                Body::Named { .. } => self.storage.leases.delete(&lease.id, false).await?,
+                // What can be fetched anew is: nobody can tell which of its files are short.
+                Body::Named { snapshot, .. }
+                    if snapshots.contains(snapshot) && !(self.durable.was_cut() && note.record_type.is_source()) =>
+                {
+                    self.slots.load(id, note);
+                }
+                Body::Named { .. } => self.storage.leases.delete(&lease.id, at_once).await?,
             }
         }
-        Ok(())
+        let left = self.remove_lost(lost).await?;
+        self.durable.begin(left).await
+    }
+
+    /// Removes the snapshots that a power cut may have made short (each with its parent), and names those that others still use.
+    async fn remove_lost(&self, mut lost: HashMap<SnapshotKey, Option<SnapshotKey>>) -> Result<HashSet<SnapshotKey>> {
+        if !lost.is_empty() {
+            tracing::warn!(
+                snapshots = lost.len(),
+                "the machine lost power: what was not on the disk yet is removed, and built again when it is needed"
+            );
+        }
+        let mut left = HashSet::new();
+        // From above: what others are made from cannot be removed.
+        while !lost.is_empty() {
+            let below: HashSet<SnapshotKey> = lost.values().flatten().cloned().collect();
+            let (above, rest): (HashMap<_, _>, HashMap<_, _>) = lost.into_iter().partition(|(key, _)| !below.contains(key));
+            for key in above.into_keys() {
+                match self.storage.snapshots.remove(&key).await {
+                    Err(e) if !e.is_not_found() => {
+                        tracing::warn!(%key, error = %e, "a snapshot that may be short is still in use");
+                        left.insert(key);
+                    }
+                    _ => {}
+                }
+            }
+            lost = rest;
+        }
+        Ok(left)
     }
 
     /// The cell of the layer `diff_id` on top of `parent`.
@@ -402,6 +460,7 @@ impl Inner {
             Err(e) if e.is_not_found() => return Ok(false),
             other => drop(other?),
         }
+        self.durable.check(&name)?;
         self.storage.leases.add(lease, LeaseResource::Snapshot(self.storage.snapshots.name().into(), name.clone())).await?;
         // It may have gone between the two.
         match self.storage.snapshots.stat(&name).await {

@@ -1,12 +1,15 @@
-//! Copies a layer's files under another stack (rows `llb.merge`, `llb.diff`): hard links where the file system allows, for
-//! committed layers never change; whiteouts as the overlay has them.
+//! Copies a layer's files under another stack (rows `llb.merge`, `llb.diff`): whiteouts as the overlay has them, and files that share
+//! their blocks where the file system has that. They are never other names of the layer's files: a count of links tells programs how many
+//! names a file has in what they see.
 
+use crate::contents::copy_contents;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
 use shipway_archive::{Entry, EntryKind, LayerTree};
 use shipway_fault::{Fault, Result};
 use std::{
     ffi::OsStr,
     fs, io,
+    os::fd::AsFd,
     os::unix::{
         ffi::OsStrExt,
         fs::{MetadataExt, PermissionsExt, lchown, symlink},
@@ -22,8 +25,8 @@ pub(crate) enum Target {
     Merged(PathBuf),
 }
 
-/// Copies every entry of `tree`; with `link`, files by giving them another name where the file system can.
-pub(crate) fn copy(tree: &LayerTree, target: &Target, link: bool) -> Result<()> {
+/// Copies every entry of `tree`.
+pub(crate) fn copy(tree: &LayerTree, target: &Target) -> Result<()> {
     let root = match target {
         Target::Layer { dir, .. } | Target::Merged(dir) => dir,
     };
@@ -31,7 +34,7 @@ pub(crate) fn copy(tree: &LayerTree, target: &Target, link: bool) -> Result<()> 
     let mut times = Vec::new();
     tree.walk(|entry| {
         let (from, to) = (tree.locate(&entry), root.join(OsStr::from_bytes(&entry.path)));
-        one(&entry, &from, &to, root, target, link).map_err(|e| Fault::io(format!("copy {} into a layer", from.display()), e))?;
+        one(&entry, &from, &to, root, target).map_err(|e| Fault::io(format!("copy {} into a layer", from.display()), e))?;
         if entry.kind == EntryKind::Directory {
             times.push((from, to));
         }
@@ -43,7 +46,7 @@ pub(crate) fn copy(tree: &LayerTree, target: &Target, link: bool) -> Result<()> 
     Ok(())
 }
 
-fn one(entry: &Entry, from: &Path, to: &Path, root: &Path, target: &Target, link: bool) -> io::Result<()> {
+fn one(entry: &Entry, from: &Path, to: &Path, root: &Path, target: &Target) -> io::Result<()> {
     let merged = matches!(target, Target::Merged(_));
     match &entry.kind {
         EntryKind::Whiteout => match target {
@@ -68,20 +71,18 @@ fn one(entry: &Entry, from: &Path, to: &Path, root: &Path, target: &Target, link
             if merged {
                 clear(to)?;
             }
-            leaf(entry, kind, from, to, root, link)
+            leaf(entry, kind, from, to, root)
         }
     }
 }
 
-fn leaf(entry: &Entry, kind: &EntryKind, from: &Path, to: &Path, root: &Path, link: bool) -> io::Result<()> {
+fn leaf(entry: &Entry, kind: &EntryKind, from: &Path, to: &Path, root: &Path) -> io::Result<()> {
     match kind {
         EntryKind::HardLink(first) => return fs::hard_link(root.join(OsStr::from_bytes(first)), to),
         EntryKind::Symlink(link) => symlink(OsStr::from_bytes(link), to)?,
         EntryKind::File => {
-            if link && fs::hard_link(from, to).is_ok() {
-                return Ok(());
-            }
-            fs::copy(from, to)?;
+            let (source, made) = (fs::File::open(from)?, fs::File::create_new(to)?);
+            copy_contents(source.as_fd(), made.as_fd(), &rustix::fs::fstat(&source)?, &|| true)?;
         }
         EntryKind::CharDevice(major, minor) => {
             rustix::fs::mknodat(CWD, to, FileType::CharacterDevice, Mode::empty(), rustix::fs::makedev(*major, *minor))?;

@@ -33,6 +33,18 @@ impl Lab {
     }
 }
 
+impl Lab {
+    /// Opens the store in the life of the machine that is called `boot`.
+    async fn boot(&self, boot: &str) -> RefStore {
+        RefStore::open_in_boot(self.fake.storage(), self.dir.path().to_owned(), boot).await.unwrap()
+    }
+
+    async fn names(&self) -> Vec<String> {
+        self.fake.gc();
+        self.fake.storage().snapshots.list(&[]).await.unwrap().into_iter().map(|s| s.key.0).collect()
+    }
+}
+
 /// A state with one file on top of `parent`.
 async fn step(store: &RefStore, parent: Option<&ImmutableRef>, name: &str, text: &str) -> ImmutableRef {
     let state = store.mutable(parent, format!("step {name}"), RecordType::Regular, None).await.unwrap();
@@ -488,4 +500,124 @@ async fn a_path_is_from_the_topmost_layer_that_has_it() {
     let top = gone.commit("took one away").await.unwrap();
     let found = top.layers_with(["one", "two", "three"].map(|p| p.as_bytes().to_vec()).into()).await.unwrap();
     assert_eq!(found, [(b"one".to_vec(), 0), (b"two".to_vec(), 2)].into());
+}
+
+#[tokio::test]
+async fn after_a_power_cut_what_was_not_on_the_disk_is_gone() {
+    let lab = Lab::new();
+    let store = lab.boot("one").await;
+    let below = step(&store, None, "below", "1").await;
+    store.sync().await.unwrap();
+    let above = step(&store, Some(&below), "above", "2").await;
+    let top = step(&store, Some(&above), "top", "3").await;
+    let ids = [below.id().clone(), above.id().clone(), top.id().clone()];
+    drop((below, above, top));
+    store.drained().await;
+    drop(store);
+    let present = async |store: &RefStore| {
+        let mut there = Vec::new();
+        for id in &ids {
+            there.push(store.get(id).await.is_some());
+        }
+        there
+    };
+
+    // The daemon was killed, no more: the kernel still has everything.
+    let store = lab.boot("one").await;
+    assert_eq!(present(&store).await, [true; 3]);
+    drop(store);
+
+    let store = lab.boot("two").await;
+    assert_eq!(present(&store).await, [true, false, false]);
+    assert_eq!(lab.names().await.len(), 1, "the snapshots went with the states");
+    // The work is done again.
+    let below = store.get(&ids[0]).await.unwrap();
+    let again = step(&store, Some(&below), "above", "2").await;
+    assert_eq!(read(&again, "above").await.as_deref(), Some("2"));
+    let kept = again.id().clone();
+    drop((below, again));
+    store.close().await.unwrap();
+    drop(store);
+
+    // An end in peace leaves nothing to doubt, nor does what an earlier start has looked through.
+    for boot in ["three", "four"] {
+        let store = lab.boot(boot).await;
+        let again = store.get(&kept).await.expect(boot);
+        assert_eq!(read(&again, "above").await.as_deref(), Some("2"));
+        drop(again);
+        store.drained().await;
+    }
+}
+
+#[tokio::test]
+async fn a_mark_that_is_gone_or_damaged_promises_nothing() {
+    for damaged in [None, Some("{"), Some("")] {
+        let lab = Lab::new();
+        let store = lab.boot("one").await;
+        let id = step(&store, None, "f", "1").await.id().clone();
+        store.close().await.unwrap();
+        drop(store);
+        let mark = lab.dir.path().join("durable.json");
+        match damaged {
+            Some(text) => fs::write(&mark, text).unwrap(),
+            None => fs::remove_file(&mark).unwrap(),
+        }
+        assert!(lab.boot("two").await.get(&id).await.is_none(), "{damaged:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_short_snapshot_that_others_use_is_an_error_and_goes_when_they_do() {
+    let lab = Lab::new();
+    let storage = lab.fake.storage();
+    let store = lab.boot("one").await;
+    let state = step(&store, None, "f", "1").await;
+    let chain = state.layers().await.unwrap()[0].chain_id;
+    drop(state);
+    store.drained().await;
+    let lease = LeaseId("somebody".into());
+    storage.leases.create(&lease, &Default::default()).await.unwrap();
+    let container = shipway_storage::SnapshotKey("container".into());
+    storage.snapshots.prepare(&lease, &container, Some(&chain.into()), &Default::default()).await.unwrap();
+    drop(store);
+
+    for start in 0..2 {
+        let store = lab.boot("two").await;
+        let state = store.mutable(None, "step f", RecordType::Regular, None).await.unwrap();
+        let mount = state.mount().await.unwrap();
+        write_old(&mount.path().join("f"), "1");
+        mount.unmount().await.unwrap();
+        let fault = state.commit("wrote f").await.expect_err("the name is taken by what may be short");
+        assert!(fault.to_string().contains("lost power") && fault.hints().any(|h| h.contains("containers")), "{start}: {fault}");
+        store.drained().await;
+    }
+    storage.leases.delete(&lease, true).await.unwrap();
+    let store = lab.boot("two").await;
+    let again = step(&store, None, "f", "1").await;
+    assert_eq!(read(&again, "f").await.as_deref(), Some("1"));
+}
+
+#[tokio::test]
+async fn what_can_be_fetched_anew_is_after_a_power_cut() {
+    let lab = Lab::new();
+    let named = async |store: &RefStore, record_type| {
+        let request = NamedRequest { record_type, key: "k".into(), description: "d".into(), sharing: Sharing::Private, parent: None };
+        let state = store.named(request).await.unwrap();
+        let fresh = state.is_fresh();
+        drop(state);
+        store.drained().await;
+        fresh
+    };
+    let types = [RecordType::LocalSource, RecordType::GitCheckout, RecordType::CacheMount];
+    for (boot, in_peace, fresh) in
+        [("one", false, [true; 3]), ("one", false, [false; 3]), ("two", true, [true, true, false]), ("three", false, [false; 3])]
+    {
+        let store = lab.boot(boot).await;
+        for (record_type, fresh) in types.into_iter().zip(fresh) {
+            assert_eq!(named(&store, record_type).await, fresh, "{boot} {record_type:?}");
+        }
+        if in_peace {
+            store.close().await.unwrap();
+        }
+    }
 }

@@ -79,7 +79,7 @@ impl FileSync for Client {
         if asked.dir_name != "context" {
             return Err(status_of(&Fault::not_found(format!("no access allowed to dir {:?}", asked.dir_name))));
         }
-        let options = SendOptions { include: asked.include, exclude: asked.exclude, follow: asked.follow, map: None };
+        let options = SendOptions { include: asked.include, exclude: asked.exclude, follow: asked.follow, ..SendOptions::default() };
         let (stream, answers) = packet_stream(request.into_inner());
         tokio::spawn(Sender::new(self.dir.path(), options).run(stream));
         Ok(Response::new(answers))

@@ -94,7 +94,9 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     let services = &engine.parts().services;
     let clean = async {
         services.executor.drained().await;
-        services.refs.drained().await;
+        if let Err(error) = services.refs.close().await {
+            tracing::warn!(%error, "what was built last is not known to be on the disk");
+        }
     };
     let _ = tokio::time::timeout(DRAIN, clean).await;
     match failed {

@@ -25,13 +25,33 @@ use std::{
 const REPORT_EVERY: Duration = Duration::from_millis(100);
 /// Most directories whose contents are remembered, so that the next transfer need not walk them, and most entries of them all.
 const MAX_KNOWN: (usize, usize) = (64, 100_000);
+/// Most files whose identities are remembered of directories that are walked.
+const MAX_IDENTITIES: usize = 2_000_000;
 /// Most patterns of a kind that are taken from an attribute.
 const MAX_PATTERNS: usize = 100_000;
 
 /// Clients' directories.
 pub(crate) struct Locals {
     refs: RefStore,
-    known: Mutex<HashMap<RefId, KnownTree>>,
+    known: Mutex<HashMap<RefId, Known>>,
+}
+
+/// What is remembered of a directory.
+enum Known {
+    /// All that it holds.
+    Tree(KnownTree),
+    /// What a walk does not tell of it.
+    Identities(Vec<u64>),
+}
+
+impl Known {
+    /// Entries, and files that have only an identity.
+    fn len(&self) -> (usize, usize) {
+        match self {
+            Self::Tree(tree) => (tree.len(), 0),
+            Self::Identities(identities) => (0, identities.len()),
+        }
+    }
 }
 
 /// Most names that are taken of a directory.
@@ -50,7 +70,8 @@ struct LocalSpec {
 
 impl LocalSpec {
     fn parse(spec: &SourceSpec, name: &str) -> Result<Self> {
-        let mut local = Self { request: FileSyncRequest { dir_name: name.to_owned(), ..Default::default() }, ..Default::default() };
+        let request = FileSyncRequest { dir_name: name.to_owned(), identify: true, ..Default::default() };
+        let mut local = Self { request, ..Default::default() };
         for (key, value) in &spec.attrs {
             match key.as_str() {
                 "local.session" => {
@@ -121,7 +142,7 @@ impl Locals {
         let local = LocalSpec::parse(spec, name)?;
         let session = local.session.clone().or_else(|| peers.session_id());
         let session = session.ok_or_else(|| Fault::invalid("could not access local files without session"))?;
-        let FileSyncRequest { dir_name: name, include, exclude, follow } = &local.request;
+        let FileSyncRequest { dir_name: name, include, exclude, follow, .. } = &local.request;
         let listed = local.listed.as_deref();
         let key = keys::digest("local", &LocalKey { session: &session, name, include, exclude, follow, listed });
         Ok(Pin { keys: vec![key], ephemeral: true, digest: Some(key.to_string()), stored: None })
@@ -169,8 +190,17 @@ impl Locals {
         };
         let state = self.refs.named(request).await.context(|| format!("prepare the {description}"))?;
         let known = self.take_known(state.id());
-        let known = if state.is_fresh() { Some(KnownTree::default()) } else { known };
         let mount = state.mount().await?;
+        let known = match known {
+            _ if state.is_fresh() => Some(KnownTree::default()),
+            Some(Known::Tree(tree)) => Some(tree),
+            Some(Known::Identities(identities)) => {
+                let dir = mount.path().to_owned();
+                let walk = tokio::task::spawn_blocking(move || KnownTree::scan_identified(&dir, &identities)).await;
+                Some(walk.map_err(|e| Fault::internal(format!("a walk failed: {e}")))?.context(|| format!("look at the {description}"))?)
+            }
+            None => None,
+        };
         let stream = peer.open(&local.request).await?;
         let options = ReceiveOptions {
             differ: local.differ,
@@ -188,21 +218,23 @@ impl Locals {
         state.freeze(description).await
     }
 
-    fn take_known(&self, id: &RefId) -> Option<KnownTree> {
+    fn take_known(&self, id: &RefId) -> Option<Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(id)
     }
 
     fn put_known(&self, id: RefId, tree: KnownTree) {
+        let new = if tree.len() > MAX_KNOWN.1 { Known::Identities(tree.identities()) } else { Known::Tree(tree) };
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let full = |known: &HashMap<RefId, KnownTree>| {
-            known.len() >= MAX_KNOWN.0 || known.values().map(KnownTree::len).sum::<usize>() + tree.len() > MAX_KNOWN.1
+        let full = |known: &HashMap<RefId, Known>| {
+            let (entries, identities) = known.values().chain([&new]).map(Known::len).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
+            known.len() >= MAX_KNOWN.0 || entries > MAX_KNOWN.1 || identities > MAX_IDENTITIES
         };
         while full(&known) {
-            // Forgetting costs a walk, no more: which one goes does not matter.
-            let Some(other) = known.keys().next().cloned() else { break };
+            // Forgetting costs a walk, and of a client that tells its files apart a transfer: which one goes does not matter.
+            let Some(other) = known.keys().next().cloned() else { return };
             known.remove(&other);
         }
-        known.insert(id, tree);
+        known.insert(id, new);
     }
 }
 
@@ -321,7 +353,8 @@ mod tests {
                 return Err(Fault::not_found(format!("no access allowed to dir {:?}", request.dir_name)));
             }
             let (near, far) = PacketStream::pair();
-            tokio::spawn(Sender::new(&self.dir, SendOptions::default()).run(far));
+            let options = SendOptions { identify: request.identify, ..SendOptions::default() };
+            tokio::spawn(Sender::new(&self.dir, options).run(far));
             Ok(near)
         }
     }
@@ -371,6 +404,21 @@ mod tests {
         let second = locals.fetch(&source, "context", &peers, &reporter).await.unwrap();
         assert_eq!((read(&second, "a").await, read(&second, "b").await.as_deref()), (None, Some("2")));
         assert_eq!(locals.known.lock().unwrap().len(), 1, "{id} was used again");
+
+        // Another checkout in the same place: equal names, sizes and times.
+        let time = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+        let put = |text: &str| {
+            std::fs::remove_file(client.path().join("b")).unwrap();
+            std::fs::write(client.path().join("b"), text).unwrap();
+            std::fs::File::options().write(true).open(client.path().join("b")).unwrap().set_modified(time).unwrap();
+        };
+        put("3");
+        drop(second);
+        let third = locals.fetch(&source, "context", &peers, &reporter).await.unwrap();
+        put("4");
+        drop(third);
+        let second = locals.fetch(&source, "context", &peers, &reporter).await.unwrap();
+        assert_eq!(read(&second, "b").await.as_deref(), Some("4"));
 
         let fault = locals.fetch(&source, "other", &peers, &reporter).await.err().unwrap();
         assert!(fault.to_string().contains("no access allowed"), "{fault}");

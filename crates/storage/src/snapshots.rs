@@ -96,7 +96,7 @@ pub trait Snapshotter: Send + Sync {
     /// (and puts the existing `name` into the lease): remove it then.
     async fn commit(&self, lease: &LeaseId, name: &SnapshotKey, key: &SnapshotKey, labels: &Labels) -> Result<()>;
 
-    /// Removes an active snapshot or view. Committed ones go with their leases.
+    /// Removes an active snapshot or view. Committed ones go with their leases, but for those that a power cut made short.
     async fn remove(&self, key: &SnapshotKey) -> Result<()>;
 
     /// Sets labels; an empty value removes one.

@@ -1,8 +1,12 @@
-//! The digest of one file: a header in the order that Docker's tar sums have it (version 1: without the time), then the contents.
+//! The digest of one file: a header in the order that Docker's tar sums have it (version 1: without the time), the extended attributes that
+//! belong to an image, then the contents.
 
-use rustix::fs::{FileType, Stat};
+use rustix::{
+    fs::{FileType, Stat},
+    io::Errno,
+};
 use shipway_fault::{Fault, Result};
-use shipway_oci::{Digest, Hasher};
+use shipway_oci::{Digest, Hasher, is_image_xattr};
 use std::{
     fs::{self, File},
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -77,15 +81,44 @@ pub fn digest(full: &Path, stamp: &Stamp, buffer: &mut Vec<u8>) -> Result<Digest
     let (major, minor) = if device { (rustix::fs::major(stamp.rdev), rustix::fs::minor(stamp.rdev)) } else { (0, 0) };
     let mut hasher = Hasher::new();
     header(&mut hasher, (mode, stamp.uid, stamp.gid, size), flag, link.as_bytes(), (major, minor));
+    for (name, value) in xattrs(full).map_err(failed)? {
+        hasher.update(name);
+        hasher.update(value);
+    }
     if matches!(kind, FileType::RegularFile) {
-        let mut value = [0u8; 1024];
-        if let Ok(n) = rustix::fs::lgetxattr(full, "security.capability", &mut value[..]) {
-            hasher.update("security.capability");
-            hasher.update(&value[..n]);
-        }
         contents(full, &mut hasher, buffer).map_err(failed)?;
     }
     Ok(hasher.finish())
+}
+
+/// The longest value of an extended attribute, and the longest list of their names, that Linux has.
+const MAX_XATTR: usize = 64 << 10;
+
+/// The attributes that a layer has of the file, sorted.
+fn xattrs(full: &Path) -> std::io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let (mut short, mut long) = ([0_u8; 512], Vec::new());
+    let names = match rustix::fs::llistxattr(full, &mut short[..]) {
+        Ok(n) => &short[..n],
+        Err(Errno::RANGE) => {
+            long.resize(MAX_XATTR, 0);
+            let n = rustix::fs::llistxattr(full, &mut long[..])?;
+            &long[..n]
+        }
+        Err(Errno::NOTSUP) => &[],
+        Err(e) => return Err(e.into()),
+    };
+    let mut found = Vec::new();
+    for name in names.split(|b| *b == 0).filter(|n| is_image_xattr(n)) {
+        let mut value = vec![0; MAX_XATTR];
+        match rustix::fs::lgetxattr(full, name, &mut value[..]) {
+            Ok(n) => value.truncate(n),
+            Err(Errno::NODATA) => continue,
+            Err(e) => return Err(e.into()),
+        }
+        found.push((name.to_vec(), value));
+    }
+    found.sort();
+    Ok(found)
 }
 
 fn header(hasher: &mut Hasher, (mode, uid, gid, size): (u32, u32, u32, i64), flag: char, link: &[u8], (major, minor): (u32, u32)) {
@@ -109,7 +142,7 @@ pub struct FileStat {
     pub mtime: i64,
 }
 
-/// The digest of a regular file without capabilities whose contents come piece by piece.
+/// The digest of a regular file without extended attributes whose contents come piece by piece.
 pub struct FileHasher(Hasher);
 
 impl FileHasher {

@@ -46,6 +46,34 @@ fn contents_and_modes_count_and_times_do_not() {
 }
 
 #[test]
+fn attributes_that_a_layer_has_count() {
+    let dir = tempfile::tempdir().unwrap();
+    tree(dir.path());
+    let set = |path: &str, name: &str, value: &[u8]| {
+        rustix::fs::lsetxattr(dir.path().join(path), name, value, rustix::fs::XattrFlags::empty()).expect(name);
+    };
+    let now = || sum(dir.path(), &Selector::path("src"));
+    let mut before = now();
+    // A capability of the second version: cap_net_raw=ep.
+    let capability = [0x0200_0001_u32, 1 << 13, 0, 0, 0].map(u32::to_le_bytes).concat();
+    for (path, name, value) in [
+        ("src/a.go", "user.note", &b"1"[..]),
+        ("src/a.go", "user.note", b"2"),
+        ("src/deep", "user.note", b"1"),
+        ("src/a.go", "security.capability", &capability),
+        ("src/a.go", "user.large", &[7; 2000]),
+    ] {
+        set(path, name, value);
+        let after = now();
+        assert_ne!(after, before, "{path} {name}");
+        before = after;
+    }
+    // Others are in no layer.
+    set("src/a.go", "trusted.note", b"1");
+    assert_eq!(now(), before);
+}
+
+#[test]
 fn wildcards_see_only_what_they_match() {
     let dir = tempfile::tempdir().unwrap();
     tree(dir.path());

@@ -55,6 +55,7 @@ fn options(asked: FileSyncRequest) -> SendOptions {
             stat.gid = 0;
             Mapped::Keep
         })),
+        identify: asked.identify,
     }
 }
 

@@ -13,25 +13,28 @@ use rustix::{
     fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid, XattrFlags},
     io::Errno,
 };
-use shipway_fault::{Context, Fault, Result};
+use shipway_fault::{Code, Context, Fault, Result};
+use shipway_oci::is_image_xattr;
 use tokio::sync::mpsc;
 
 use super::{Change, ChangeKind, Differ, LISTING, ReceiveOptions, Received};
 use crate::{
-    FileMode, Kind, KnownEntry, KnownTree, Stat, compare,
-    disk::{self, Dirs},
-    known::find,
+    Budget, FileMode, Kind, KnownEntry, KnownTree, Stat,
+    budget::{ENTRY, Taken},
+    compare,
+    disk::{self, Dirs, chmod_nofollow},
+    known::{IDENTITY, find},
     order::Order,
     path::split,
-    write::{self, Expected, Finished, Pending, replace, set_time},
+    write::{self, Expected, Finished, Pending, hash_for, replace, set_time},
 };
 
 /// Entries accepted from one sender.
 const MAX_ENTRIES: usize = 10_000_000;
-/// Bytes of paths and link targets accepted from one sender.
-const MAX_TEXT: usize = 1 << 30;
 /// Bytes of extended attributes of one entry.
 const MAX_XATTRS: usize = 1 << 20;
+/// What one of them takes besides its name and value.
+const XATTR: usize = 64;
 
 pub(super) struct Apply {
     dirs: Dirs,
@@ -43,7 +46,7 @@ pub(super) struct Apply {
     /// Entries below this directory are gone with it; it ends in a slash.
     removed: Option<String>,
     new: Vec<KnownEntry>,
-    text: usize,
+    taken: Taken,
     next_id: u32,
     /// What the sender has, for [`LISTING`].
     listing: Vec<u8>,
@@ -69,6 +72,7 @@ impl Apply {
         requests: mpsc::UnboundedSender<u32>,
     ) -> Result<Self> {
         let dirs = Dirs::new(disk::open_root(dest)?);
+        let taken = Taken::of(options.budget.clone().unwrap_or_else(Budget::shared));
         let old = match options.known.take() {
             _ if options.merge => KnownTree::default(),
             Some(known) => known,
@@ -82,7 +86,7 @@ impl Apply {
             position: 0,
             removed: None,
             new: Vec::new(),
-            text: 0,
+            taken,
             next_id: 0,
             listing: Vec::new(),
             above: Vec::new(),
@@ -115,15 +119,23 @@ impl Apply {
         Err(Fault::cancelled())
     }
 
-    fn entry(&mut self, stat: Stat) -> Result<()> {
+    fn entry(&mut self, mut stat: Stat) -> Result<()> {
         self.order.check(&stat)?;
-        self.text += stat.path.len() + stat.linkname.len();
-        if self.next_id as usize >= MAX_ENTRIES || self.text.max(self.listing.len()) > MAX_TEXT {
-            return Err(Fault::new(shipway_fault::Code::ResourceExhausted, "the sender's tree is too large")
-                .hint("exclude what the build does not need in .dockerignore"));
+        let refuse = |why: &str| Err(Fault::invalid(format!("refuse {:?} from the sender: {why}", stat.path)));
+        if FileMode(stat.mode).kind() == Kind::CharDevice && (stat.devmajor, stat.devminor) == (0, 0) {
+            return refuse("a character device 0:0 stands for a removed file");
         }
-        if stat.xattrs.iter().map(|(k, v)| k.len() + v.len()).sum::<usize>() > MAX_XATTRS {
-            return Err(Fault::invalid(format!("refuse {:?} from the sender: too many extended attributes", stat.path)));
+        stat.xattrs.retain(|name, _| name == IDENTITY || is_image_xattr(name));
+        let xattrs = stat.xattrs.iter().map(|(k, v)| k.len() + v.len() + XATTR).sum::<usize>();
+        if xattrs > MAX_XATTRS {
+            return refuse("too many extended attributes");
+        }
+        let texts = 2 * stat.path.len() + stat.linkname.len();
+        let listed = if self.options.listed.is_some() { stat.encoded_len() } else { 0 };
+        self.taken.take(ENTRY + texts + xattrs + listed)?;
+        if self.next_id as usize >= MAX_ENTRIES {
+            return Err(Fault::new(Code::ResourceExhausted, "the sender's tree is too large")
+                .hint("exclude what the build does not need in .dockerignore"));
         }
         let id = self.next_id;
         self.next_id += 1;
@@ -131,8 +143,10 @@ impl Apply {
         if stat.path == LISTING {
             return Ok(());
         }
+        let identity = stat.xattrs.remove(IDENTITY);
         self.listing.extend((stat.encoded_len() as u32).to_le_bytes());
         self.listing.extend(stat.encode_to_vec());
+        stat.xattrs.extend(identity.map(|i| (IDENTITY.to_owned(), i)));
         let is_in = |dir: &Stat| stat.path.strip_prefix(&dir.path).is_some_and(|rest| rest.starts_with('/'));
         while self.above.last().is_some_and(|(_, dir)| !is_in(dir)) {
             self.above.pop();
@@ -154,6 +168,7 @@ impl Apply {
             map(&mut stat);
         }
         let entry = KnownEntry::of(&stat);
+        stat.xattrs.remove(IDENTITY);
         let linked = entry.mode.kind() == Kind::Regular && !entry.link.is_empty();
         if linked && !find(&self.new, &entry.link).is_some_and(KnownEntry::has_content) {
             return Err(Fault::invalid(format!("invalid link {} to unknown path: {:?}", stat.path, stat.linkname)));
@@ -250,7 +265,7 @@ impl Apply {
         if stat.size == 0 {
             // Nothing to ask for.
             let file = write::create(&mut self.dirs, &stat.path)?;
-            if let (Some(hash), Some(change)) = (&self.options.hash, self.changes.last_mut()) {
+            if let (Some(hash), Some(change)) = (hash_for(self.options.hash.as_ref(), &stat), self.changes.last_mut()) {
                 change.digest = Some(hash.start(&stat).finish());
             }
             return write::set_metadata(file, &stat).map_err(|e| Fault::io(format!("create {}", stat.path), e));
@@ -289,7 +304,7 @@ impl Apply {
             let settle = |at: BorrowedFd<'_>| -> io::Result<()> {
                 let mode = entry.mode.permissions();
                 if mode & 0o700 != 0o700 {
-                    rustix::fs::chmodat(at, name, Mode::from_raw_mode(mode), AtFlags::empty())?;
+                    chmod_nofollow(at, name, Mode::from_raw_mode(mode))?;
                 }
                 set_time(at, name, entry.mtime)
             };
@@ -331,13 +346,10 @@ fn make_dir(at: BorrowedFd<'_>, name: &str, stat: &Stat, exists: bool) -> io::Re
         }
     }
     own(at, name, stat)?;
-    let mode = FileMode(stat.mode).permissions() | 0o700;
-    rustix::fs::chmodat(at, name, Mode::from_raw_mode(mode), AtFlags::empty())?;
-    if !stat.xattrs.is_empty() {
-        let dir = rustix::fs::openat(at, name, flags, Mode::empty())?;
-        for (key, value) in &stat.xattrs {
-            let _ = rustix::fs::fsetxattr(&dir, key, value, XattrFlags::empty());
-        }
+    let dir = rustix::fs::openat(at, name, flags, Mode::empty())?;
+    rustix::fs::fchmod(&dir, Mode::from_raw_mode(FileMode(stat.mode).permissions() | 0o700))?;
+    for (key, value) in &stat.xattrs {
+        let _ = rustix::fs::fsetxattr(&dir, key, value, XattrFlags::empty());
     }
     Ok(())
 }
@@ -353,7 +365,7 @@ fn make_special(at: BorrowedFd<'_>, name: &str, stat: &Stat, kind: Kind) -> io::
     let mode = Mode::from_raw_mode(FileMode(stat.mode).permissions());
     replace(at, name, || rustix::fs::mknodat(at, name, file_type, mode, device))?;
     own(at, name, stat)?;
-    rustix::fs::chmodat(at, name, mode, AtFlags::empty())?;
+    chmod_nofollow(at, name, mode)?;
     set_time(at, name, stat.mod_time)
 }
 

@@ -3,12 +3,12 @@
 //! One thread walks; files are copied by several. A directory gets its times when the last who works in it is done, so that a copy has the
 //! times of its source throughout.
 
+mod beside;
 mod data;
-mod links;
 mod tree;
 mod work;
 
-pub(super) use links::Links;
+pub(super) use beside::Beside;
 
 use super::{
     Stop,
@@ -92,7 +92,7 @@ struct Source {
 }
 
 /// Does the action.
-pub(super) fn run(source: &Root, target: &Root, copy: &FileCopy, owner: Option<Ids>, links: Option<&Links>, stop: &Stop) -> Result<()> {
+pub(super) fn run(source: &Root, target: &Root, copy: &FileCopy, owner: Option<Ids>, beside: Option<&Beside>, stop: &Stop) -> Result<()> {
     let settings = Settings::of(copy, owner, stop)?;
     if !copy.create_dest_path {
         let above = target.real(&copy.dest.as_str().into())?.parent();
@@ -112,13 +112,13 @@ pub(super) fn run(source: &Root, target: &Root, copy: &FileCopy, owner: Option<I
         vec![Source { path: copy.src.as_str().into(), merged: copy.src.ends_with("/.") }]
     };
     // Several sources may be one file by several ways.
-    let links = links.filter(|_| sources.len() == 1 && copy.timestamp.is_none());
+    let beside = beside.filter(|_| sources.len() == 1 && copy.timestamp.is_none());
     for src in &sources {
         stop.check()?;
         if copy.attempt_unpack && unpack::run(source, &src.path, target, &copy.dest.as_str().into(), &settings)? {
             continue;
         }
-        one(source, src, target, &copy.dest, &settings, links)?;
+        one(source, src, target, &copy.dest, &settings, beside)?;
     }
     Ok(())
 }
@@ -155,7 +155,7 @@ fn directory_part(dest: &str) -> RootPath {
 }
 
 /// Copies one source.
-fn one(source: &Root, src: &Source, target: &Root, dest: &str, settings: &Settings, links: Option<&Links>) -> Result<()> {
+fn one(source: &Root, src: &Source, target: &Root, dest: &str, settings: &Settings, beside: Option<&Beside>) -> Result<()> {
     let mode = settings.mode.for_parents();
     let mut made = Made { root: target, time: settings.time, dirs: Vec::new() };
     made.dirs.extend(target.make_dirs(&directory_part(dest), mode, settings.owner, settings.time)?);
@@ -179,8 +179,8 @@ fn one(source: &Root, src: &Source, target: &Root, dest: &str, settings: &Settin
     let needed = if settings.contents && is_dir(&stat) && there.is_none() { to.clone() } else { to.parent() };
     made.dirs.extend(target.make_dirs(&needed, mode, settings.owner, settings.time)?);
 
-    let links = links.map(|l| l.of(&from, &to));
-    tree::copy(source, &from, target, &to, settings, links)?;
+    let beside = beside.map(|b| b.of(&from, &to));
+    tree::copy(source, &from, target, &to, settings, beside)?;
     made.finish();
     Ok(())
 }

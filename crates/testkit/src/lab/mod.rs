@@ -70,6 +70,8 @@ pub struct LabOptions {
     pub keep_in: Option<PathBuf>,
     /// Size in bytes of the disk that containerd has for itself; the machine's otherwise.
     pub disk: Option<u64>,
+    /// What the daemon takes for the name of the machine's present life; the machine's own otherwise.
+    pub boot: Option<String>,
 }
 
 impl LabOptions {
@@ -83,6 +85,7 @@ impl LabOptions {
             sandbox: None,
             keep_in: None,
             disk: None,
+            boot: None,
         }
     }
 }
@@ -254,7 +257,17 @@ impl Lab {
             &self.options.daemon_config,
         );
         std::fs::write(&config, toml).unwrap();
-        let mut command = Command::new(built("shipwayd"));
+        let mut command = match &self.options.boot {
+            None => Command::new(built("shipwayd")),
+            Some(boot) => {
+                let file = self.dir.join("boot");
+                std::fs::write(&file, format!("{boot}\n")).unwrap();
+                let mut command = Command::new("unshare");
+                command.args(["--mount", "--propagation", "slave", "sh", "-c"]);
+                command.arg("mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"").arg(file).arg(built("shipwayd"));
+                command
+            }
+        };
         command.arg("--config").arg(&config).env("PATH", self.options.flavour.path());
         let mut process = Process::start("shipwayd", &mut command, &self.dir.join("shipwayd.log"));
         let address = self.daemon_address();

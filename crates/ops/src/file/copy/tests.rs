@@ -308,8 +308,7 @@ fn extended_attributes_are_copied() {
     }
     let names: Vec<String> = (0..30).map(|i| format!("user.{i:0>60}")).collect();
     assert!(names.iter().all(|n| set("d/s/f", n, b"many")) && set("d/s", "user.dir", b"d"));
-    symlink("f", lab.source.path().join("d/l")).expect("symlink");
-    let on_link = set("d/l", "trusted.link", b"l");
+    let foreign = set("d/s", "trusted.overlay.opaque", b"y") && set("d/s/f", "trusted.note", b"n");
     lab.copy(|c| paths(c, "/d", "/o")).expect("copy");
     let get = |path: &str, name: &str| {
         let mut value = [0; 16];
@@ -318,8 +317,11 @@ fn extended_attributes_are_copied() {
     };
     assert_eq!((get("o/s/f", "user.one"), get("o/s", "user.dir")), (b"1".to_vec(), b"d".to_vec()));
     assert!(names.iter().all(|n| get("o/s/f", n) == b"many"));
-    if on_link {
-        assert_eq!(get("o/l", "trusted.link"), b"l");
+    if foreign {
+        for (path, name) in [("o/s", "trusted.overlay.opaque"), ("o/s/f", "trusted.note")] {
+            let found = rustix::fs::lgetxattr(lab.target.path().join(path), name, &mut [0_u8; 16]);
+            assert_eq!(found, Err(Errno::NODATA), "{name} belongs to no image");
+        }
     }
 }
 
@@ -367,42 +369,60 @@ fn a_copy_that_nobody_wants_ends() {
     assert!(run(&source, &target, &copy, None, None, &stop).expect_err("stopped").is_cancelled());
 }
 
-/// Copies with links, as for a client's directory; returns whether each path of the target is the source's file.
+/// Copies as where the mount can be done without; tells of each path of the target whether the mount was done without for it. Whatever the
+/// way, a copy is a file of its own.
 #[track_caller]
-fn check_links(lab: &Lab, change: impl Fn(&mut FileCopy), owner: Option<Ids>, expected: &[(&str, bool)]) {
+fn check_beside(lab: &Lab, change: impl Fn(&mut FileCopy), owner: Option<Ids>, expected: &[(&str, bool)]) {
     let mut copy = FileCopy { create_dest_path: true, ..Default::default() };
     change(&mut copy);
-    let links = Links::between(shipway_refs::LocalMount::of_directory(lab.source.path()), lab.target.path().to_owned());
-    let links = links.expect("links").expect("one file system");
+    let beside = Beside::between(shipway_refs::LocalMount::of_directory(lab.source.path()), lab.target.path().to_owned());
+    let beside = beside.expect("beside").expect("one file system");
     let (source, target) = (Root::open(lab.source.path()).expect("open"), Root::open(lab.target.path()).expect("open"));
-    run(&source, &target, &copy, owner, Some(&links), &Stop::default()).expect("copy");
-    links.make().expect("link");
-    for (path, linked) in expected {
-        let meta = fs::symlink_metadata(lab.target.path().join(path)).expect(path);
-        assert_eq!(meta.is_file() && meta.nlink() > 1, *linked, "{path}");
+    run(&source, &target, &copy, owner, Some(&beside), &Stop::default()).expect("copy");
+    let there = |path: &str| fs::symlink_metadata(lab.target.path().join(path));
+    for (path, later) in expected {
+        assert_eq!(there(path).is_err(), *later, "{path}");
+    }
+    beside.copy(&|| true).expect("copy");
+    for (path, _) in expected {
+        assert!(there(path).expect(path).is_file(), "{path}");
     }
 }
 
 #[test]
-fn what_stays_the_same_is_linked() {
-    let l = lab(&["d/a", "d/e/b", "d/x"], &["t/x"]);
+fn what_stays_the_same_is_copied_beside_the_mount() {
+    let l = lab(&["d/a", "d/e/b", "d/x"], &["t/"]);
     let old = filetime(&l.source.path().join("d/e"), 1_000_000_000);
+    let file = l.source.path().join("d/a");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o4751)).expect("chmod");
+    rustix::fs::setxattr(&file, "user.note", b"kept", XattrFlags::empty()).expect("setxattr");
+    filetime(&file, 1_000_000_007);
     let contents = |c: &mut FileCopy| {
         paths(c, "/d", "/t");
         c.dir_copy_contents = true;
     };
-    check_links(&l, contents, None, &[("t/a", true), ("t/e/b", true), ("t/x", true)]);
+    check_beside(&l, contents, None, &[("t/a", true), ("t/e/b", true), ("t/x", true)]);
     assert_eq!(fs::read(l.target.path().join("t/x")).expect("read"), b"d/x");
     assert_eq!(fs::metadata(l.target.path().join("t/e")).expect("stat").mtime(), old);
+    let copied = l.target.path().join("t/a");
+    let (meta, before) = (fs::metadata(&copied).expect("stat"), fs::metadata(&file).expect("stat"));
+    assert_eq!((meta.mode(), meta.mtime(), meta.nlink(), before.nlink()), (0o104_751, 1_000_000_007, 1, 1));
+    let mut value = [0; 8];
+    let n = rustix::fs::getxattr(&copied, "user.note", &mut value).expect("getxattr");
+    assert_eq!(&value[..n], b"kept");
     // One file, under a name of its own.
-    check_links(&lab(&["f"], &[]), |c| paths(c, "/f", "/n/g"), None, &[("n/g", true)]);
-    // What changes is a file of its own.
-    check_links(&lab(&["d/a"], &[]), |c| paths(c, "/d", "/t"), Some((7, 7)), &[("t/a", false)]);
+    check_beside(&lab(&["f"], &[]), |c| paths(c, "/f", "/n/g"), None, &[("n/g", true)]);
+    // What is in the way makes way.
+    let l = lab(&["d/x"], &["t/x"]);
+    check_beside(&l, |c| (paths(c, "/d", "/t"), c.dir_copy_contents = true).1, None, &[("t/x", true)]);
+    assert_eq!(fs::read(l.target.path().join("t/x")).expect("read"), b"d/x");
+    // What changes goes through the mount.
+    check_beside(&lab(&["d/a"], &[]), |c| paths(c, "/d", "/t"), Some((7, 7)), &[("t/a", false)]);
     let mode = |c: &mut FileCopy| {
         paths(c, "/d", "/t");
         c.mode = Some(0o700);
     };
-    check_links(&lab(&["d/a"], &[]), mode, None, &[("t/a", false)]);
+    check_beside(&lab(&["d/a"], &[]), mode, None, &[("t/a", false)]);
     // Several sources can be one file.
     let l = lab(&["d/a"], &[]);
     symlink("a", l.source.path().join("d/b")).expect("symlink");
@@ -410,7 +430,42 @@ fn what_stays_the_same_is_linked() {
         paths(c, "/d/*", "/t/");
         (c.allow_wildcard, c.follow_symlink) = (true, true);
     };
-    check_links(&l, all, None, &[("t/a", false), ("t/b", false)]);
+    check_beside(&l, all, None, &[("t/a", false), ("t/b", false)]);
+}
+
+#[test]
+fn names_of_one_file_stay_names_of_one_file() {
+    let l = lab(&["d/a", "d/c"], &[]);
+    fs::hard_link(l.source.path().join("d/a"), l.source.path().join("d/b")).expect("link");
+    check_beside(&l, |c| paths(c, "/d", "/t"), None, &[("t/a", false), ("t/b", false), ("t/c", true)]);
+    let meta = |path: &str| fs::metadata(l.target.path().join(path)).expect(path);
+    assert_eq!((meta("t/a").nlink(), meta("t/a").ino(), meta("t/c").nlink()), (2, meta("t/b").ino(), 1));
+}
+
+#[test]
+fn a_copy_beside_the_mount_inherits_no_access_control_list() {
+    let l = lab(&["d/a"], &["t/"]);
+    // user::rwx user:7:rwx group::r-x mask::rwx other::r-x
+    let entry = |tag: u16, bits: u16, id: u32| [&tag.to_le_bytes()[..], &bits.to_le_bytes(), &id.to_le_bytes()].concat();
+    let none = u32::MAX;
+    let entries = [entry(1, 7, none), entry(2, 7, 7), entry(4, 5, none), entry(16, 7, none), entry(32, 5, none)].concat();
+    let list = [&2_u32.to_le_bytes()[..], &entries].concat();
+    rustix::fs::setxattr(l.target.path().join("t"), "system.posix_acl_default", &list, XattrFlags::empty()).expect("setxattr");
+    check_beside(&l, |c| (paths(c, "/d", "/t"), c.dir_copy_contents = true).1, None, &[("t/a", true)]);
+    let copied = l.target.path().join("t/a");
+    assert_eq!(rustix::fs::getxattr(&copied, "system.posix_acl_access", &mut [0_u8; 64]), Err(Errno::NODATA));
+    assert_eq!(fs::metadata(copied).expect("stat").mode(), fs::metadata(l.source.path().join("d/a")).expect("stat").mode());
+}
+
+#[test]
+fn a_large_file_is_copied_beside_the_mount_with_its_holes() {
+    let l = lab(&["f"], &[]);
+    let file = fs::OpenOptions::new().write(true).open(l.source.path().join("f")).expect("open");
+    file.set_len(64 << 20).expect("truncate");
+    std::os::unix::fs::FileExt::write_all_at(&file, b"end", (64 << 20) - 3).expect("write");
+    check_beside(&l, |c| paths(c, "/f", "/g"), None, &[("g", true)]);
+    assert_eq!(fs::read(l.target.path().join("g")).expect("read"), fs::read(l.source.path().join("f")).expect("read"));
+    assert!(fs::metadata(l.target.path().join("g")).expect("stat").blocks() < 1024);
 }
 
 /// Sets the time of a directory.

@@ -5,7 +5,7 @@ use super::{
         path::RootPath,
         place::{Root, at_time, fault, is_dir, make_dir, names},
     },
-    Links, MAX_DEPTH, Settings, data,
+    Beside, MAX_DEPTH, Settings, data,
     work::{Job, Work},
 };
 use rustix::{
@@ -72,12 +72,19 @@ pub(super) struct Copier<'a> {
 }
 
 /// Copies `from` of `source` to `to` of `target`; the directory above `to` exists.
-pub(super) fn copy(source: &Root, from: &RootPath, target: &Root, to: &RootPath, settings: &Settings, links: Option<&Links>) -> Result<()> {
+pub(super) fn copy(
+    source: &Root,
+    from: &RootPath,
+    target: &Root,
+    to: &RootPath,
+    settings: &Settings,
+    beside: Option<&Beside>,
+) -> Result<()> {
     let base = target.dir(&to.parent()).map_err(|e| fault("open", &to.parent(), e))?;
     let base = Arc::new(TargetDir { fd: base, times: None, model: None, made: false });
     let dir = Arc::new(source.dir(&from.parent()).map_err(|e| fault("open", &from.parent(), e))?);
     let stat = rustix::fs::statat(&dir, from.name(), AtFlags::SYMLINK_NOFOLLOW).map_err(|e| fault("lstat", from, e))?;
-    let work = Work::new(settings, base.clone(), to, links);
+    let work = Work::new(settings, base.clone(), to, beside);
     if !is_dir(&stat) {
         let kind = FileType::from_raw_mode(stat.st_mode);
         let (name, target_name) = (from.name().to_owned(), to.name().to_owned());

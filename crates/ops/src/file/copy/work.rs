@@ -5,7 +5,7 @@ use super::{
         path::RootPath,
         place::{fault, remove_all},
     },
-    Links, Settings, data,
+    Beside, Settings, data,
     tree::{TargetDir, mode, owner, times},
 };
 use rustix::{
@@ -74,8 +74,8 @@ pub(super) struct Work<'a> {
     /// The directory that the copy is made in.
     pub(super) base: Arc<TargetDir>,
     to: &'a RootPath,
-    /// Where files are noted that need not be copied.
-    shortcut: Option<&'a Links>,
+    /// Where files are noted that are copied afterwards.
+    beside: Option<&'a Beside>,
     lost: AtomicBool,
     /// What a thread failed with.
     failed: Mutex<Option<Fault>>,
@@ -88,12 +88,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<'a> Work<'a> {
-    pub(super) fn new(settings: &'a Settings, base: Arc<TargetDir>, to: &'a RootPath, shortcut: Option<&'a Links>) -> Self {
+    pub(super) fn new(settings: &'a Settings, base: Arc<TargetDir>, to: &'a RootPath, beside: Option<&'a Beside>) -> Self {
         Self {
             settings,
             base,
             to,
-            shortcut,
+            beside,
             lost: AtomicBool::new(false),
             failed: Mutex::default(),
             links: Mutex::default(),
@@ -149,8 +149,8 @@ impl<'a> Work<'a> {
         if job.kind != FileType::RegularFile {
             return self.special(job);
         }
-        if let Some(links) = self.shortcut
-            && self.link_later(job, links)?
+        if let Some(beside) = self.beside
+            && self.leave_for_later(job, beside)?
         {
             return Ok(());
         }
@@ -173,13 +173,13 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Notes a file that is the same in the copy as in the source; says whether it is.
-    fn link_later(&self, job: &Job, links: &Links) -> Result<bool> {
+    /// Notes a file that is the same in the copy as in the source, with one name in both; says whether it is.
+    fn leave_for_later(&self, job: &Job, beside: &Beside) -> Result<bool> {
         let failed = |e| fault("copy", &self.shown(&job.path), e);
         let stat = rustix::fs::statat(&job.source, &job.name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
         let (uid, gid) = owner(&stat, self.settings);
         let same = (uid.as_raw(), gid.as_raw(), mode(&stat, self.settings)) == (stat.st_uid, stat.st_gid, stat.st_mode & 0o7777);
-        if !same || FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        if !same || stat.st_nlink != 1 || FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Ok(false);
         }
         if !job.target.made {
@@ -187,7 +187,7 @@ impl<'a> Work<'a> {
             // A directory that only a lower layer has gets its place in this one.
             rustix::fs::futimens(&job.target.fd, &NOW).map_err(failed)?;
         }
-        links.add(&job.path);
+        beside.add(&job.path);
         Ok(true)
     }
 
@@ -260,17 +260,9 @@ impl<'a> Work<'a> {
         let mode = mode(stat, self.settings);
         let to = self.create(job, mode)?;
         let copy = || {
-            data::copy(from.as_fd(), to.as_fd(), stat, &|| self.goes_on())?;
-            // Most files have them already, and to look is cheaper than to write.
-            let made = rustix::fs::fstat(&to)?;
+            shipway_refs::copy_contents(from.as_fd(), to.as_fd(), stat, &|| self.goes_on())?;
             let (uid, gid) = owner(stat, self.settings);
-            let owned = (made.st_uid, made.st_gid) == (uid.as_raw(), gid.as_raw());
-            if !owned {
-                rustix::fs::fchown(&to, Some(uid), Some(gid))?;
-            }
-            if !owned || made.st_mode & 0o7777 != mode {
-                rustix::fs::fchmod(&to, Mode::from_raw_mode(mode))?;
-            }
+            data::adopt(to.as_fd(), uid.as_raw(), gid.as_raw(), Mode::from_raw_mode(mode))?;
             data::xattrs(from.as_fd(), to.as_fd());
             rustix::fs::futimens(&to, &times(stat, self.settings))
         };
@@ -297,7 +289,7 @@ impl<'a> Work<'a> {
             let (uid, gid) = owner(&stat, self.settings);
             rustix::fs::chownat(&target.fd, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
             if job.kind != FileType::Symlink {
-                rustix::fs::chmodat(&target.fd, name, Mode::from_raw_mode(mode(&stat, self.settings)), AtFlags::empty())?;
+                shipway_filesync::chmod_nofollow(&target.fd, name, Mode::from_raw_mode(mode(&stat, self.settings)))?;
             }
             data::xattrs_at((source.as_fd(), &job.name), (target.fd.as_fd(), name));
             rustix::fs::utimensat(&target.fd, name, &times(&stat, self.settings), AtFlags::SYMLINK_NOFOLLOW)

@@ -1,0 +1,217 @@
+//! What a power cut takes. Of a snapshot's files the kernel may have written nothing yet, though containerd's own record of it, and ours, are on the
+//! disk: after a cut such a snapshot has its name and short files.
+//!
+//! No commit waits for the disk. A committed snapshot bears the boot and the number of the period in which it was committed; some seconds later its
+//! file system is synced, and a small file says which periods that covers. At a start after another boot, what is of a later period is
+//! removed before anybody sees it. A start after the same boot finds the kernel's caches whole, however the daemon ended.
+
+use crate::{layer::lock, mount::written_in};
+use rustix::fs::{Mode, OFlags};
+use serde::{Deserialize, Serialize};
+use shipway_fault::{Code, Fault, Result};
+use shipway_storage::{Labels, Mount, SnapshotKey};
+use std::{
+    collections::{HashMap, HashSet},
+    fs,
+    io::{self, Write as _},
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tokio::sync::Notify;
+
+/// Label of a committed snapshot: boot and period.
+const WRITTEN: &str = "shipway/written";
+/// How long what was committed waits for its sync; a cut loses no more builds than were done in this time.
+const PERIOD: Duration = Duration::from_secs(10);
+/// Between the periods of two lives of one boot, so that none is used twice.
+const LIFE: u64 = 1 << 32;
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The name of the machine's present life.
+pub(crate) fn boot_id() -> Result<String> {
+    let id = fs::read_to_string(BOOT_ID).map_err(|e| Fault::io(format!("read {BOOT_ID}"), e))?;
+    Ok(id.trim().to_owned())
+}
+
+/// What the file says.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Mark {
+    boot: String,
+    /// Last period that is on the disk.
+    synced: u64,
+    /// Whether everything is, because the daemon ended in peace and nothing was written since.
+    clean: bool,
+    /// Snapshots that should be gone and that others use.
+    lost: HashSet<String>,
+}
+
+/// Keeps account of what is on the disk.
+pub(crate) struct Durable {
+    file: PathBuf,
+    boot: String,
+    before: Option<Mark>,
+    now: Mutex<Now>,
+    /// Held while the file is written.
+    mark: tokio::sync::Mutex<Mark>,
+    /// Snapshots that must not be used.
+    lost: Mutex<HashSet<SnapshotKey>>,
+    wake: Arc<Notify>,
+}
+
+struct Now {
+    period: u64,
+    /// Where something was written in it: a path for each device.
+    places: HashMap<u64, PathBuf>,
+}
+
+impl Durable {
+    /// Reads what the last life left in `file`.
+    pub fn open(file: PathBuf, boot: &str) -> Result<Arc<Self>> {
+        let before: Option<Mark> = match fs::read(&file) {
+            // One that cannot be understood promises nothing.
+            Ok(text) => serde_json::from_slice(&text).ok(),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+            Err(e) => return Err(Fault::io(format!("read {}", file.display()), e)),
+        };
+        let mark = match &before {
+            Some(mark) if mark.boot == boot => Mark { clean: false, ..mark.clone() },
+            _ => Mark { boot: boot.to_owned(), ..Mark::default() },
+        };
+        let lost = before.iter().flat_map(|m| &m.lost).map(|k| SnapshotKey(k.clone())).collect();
+        let now = Now { period: (mark.synced / LIFE + 1) * LIFE, places: HashMap::new() };
+        let durable = Arc::new(Self {
+            file,
+            boot: boot.to_owned(),
+            before,
+            now: Mutex::new(now),
+            mark: tokio::sync::Mutex::new(mark),
+            lost: Mutex::new(lost),
+            wake: Arc::default(),
+        });
+        Ok(durable)
+    }
+
+    /// Whether a committed snapshot with these labels may be short since the last start of the machine.
+    pub fn is_lost(&self, key: &SnapshotKey, labels: &Labels) -> bool {
+        if lock(&self.lost).contains(key) {
+            return true;
+        }
+        let Some((boot, period)) = labels.get(WRITTEN).and_then(|w| w.rsplit_once('.')) else { return false };
+        match &self.before {
+            _ if boot == self.boot => false,
+            None => true,
+            // Those of earlier boots have been looked through at earlier starts.
+            Some(mark) => boot == mark.boot && !mark.clean && period.parse().unwrap_or(u64::MAX) > mark.synced,
+        }
+    }
+
+    /// Whether what is written without a commit may be short.
+    pub fn was_cut(&self) -> bool {
+        self.before.as_ref().is_none_or(|m| m.boot != self.boot && !m.clean)
+    }
+
+    /// An error for a snapshot that may be short and could not be removed.
+    pub fn check(&self, key: &SnapshotKey) -> Result<()> {
+        if !lock(&self.lost).contains(key) {
+            return Ok(());
+        }
+        let what = format!("the snapshot {key} was not on the disk yet when the machine lost power, and something still uses it");
+        Err(Fault::new(Code::FailedPrecondition, what).hint("remove the containers that were made of it, and start the daemon again"))
+    }
+
+    /// Begins this life: `lost` is what could not be removed.
+    pub async fn begin(self: &Arc<Self>, lost: HashSet<SnapshotKey>) -> Result<()> {
+        let mut mark = self.mark.lock().await;
+        mark.lost = lost.iter().map(|k| k.0.clone()).collect();
+        *lock(&self.lost) = lost;
+        self.write(&mark).await?;
+        let (durable, wake) = (Arc::downgrade(self), self.wake.clone());
+        tokio::spawn(async move {
+            loop {
+                wake.notified().await;
+                if durable.strong_count() == 0 {
+                    return;
+                }
+                tokio::time::sleep(PERIOD).await;
+                let Some(durable) = durable.upgrade() else { return };
+                if let Err(e) = durable.sync(false).await {
+                    tracing::warn!(error = %e, "what was built is not on the disk yet");
+                    durable.wake.notify_one();
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// The labels of a snapshot that is committed next, whose files were written through `mounts`.
+    pub fn labels(&self, mounts: &[Mount]) -> Labels {
+        let mut now = lock(&self.now);
+        for place in mounts.iter().filter_map(written_in) {
+            if let Ok(meta) = fs::metadata(&place) {
+                now.places.insert(meta.dev(), place);
+            }
+        }
+        self.wake.notify_one();
+        Labels::from([(WRITTEN.into(), format!("{}.{}", self.boot, now.period))])
+    }
+
+    /// Writes to the disk what was committed so far; `clean` if nothing more will be.
+    pub async fn sync(&self, clean: bool) -> Result<()> {
+        let mut mark = self.mark.lock().await;
+        let (period, places) = {
+            let mut now = lock(&self.now);
+            now.period += 1;
+            (now.period - 1, std::mem::take(&mut now.places))
+        };
+        if places.is_empty() && !clean {
+            return Ok(());
+        }
+        let paths = places.clone();
+        let synced = tokio::task::spawn_blocking(move || paths.iter().try_for_each(|(device, path)| sync_device(*device, path))).await;
+        let synced = synced.map_err(|e| Fault::internal(format!("writing to the disk failed: {e}")))?;
+        if let Err(e) = synced {
+            lock(&self.now).places.extend(places);
+            return Err(Fault::io("sync the snapshots", e));
+        }
+        (mark.synced, mark.clean) = (period, clean);
+        self.write(&mark).await
+    }
+
+    async fn write(&self, mark: &Mark) -> Result<()> {
+        let (text, file) = (serde_json::to_vec(mark).map_err(|e| Fault::internal(e.to_string()))?, self.file.clone());
+        let written = tokio::task::spawn_blocking(move || write_synced(&file, &text)).await;
+        let written = written.map_err(|e| Fault::internal(format!("writing to the disk failed: {e}")))?;
+        written.map_err(|e| Fault::io(format!("write {}", self.file.display()), e))
+    }
+}
+
+impl Drop for Durable {
+    fn drop(&mut self) {
+        self.wake.notify_one();
+    }
+}
+
+/// Syncs the file system `device`, which something at `path` was on. One that is not there any more was written when it was unmounted.
+fn sync_device(device: u64, path: &Path) -> io::Result<()> {
+    // What was written may have been removed since.
+    let there = path.ancestors().find(|p| fs::metadata(p).is_ok_and(|m| m.dev() == device));
+    let Some(there) = there else { return Ok(()) };
+    Ok(rustix::fs::syncfs(open_dir(there)?)?)
+}
+
+fn open_dir(path: &Path) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// Replaces `file` as a whole, for good.
+fn write_synced(file: &Path, text: &[u8]) -> io::Result<()> {
+    let dir = file.parent().unwrap_or(Path::new("."));
+    let new = file.with_extension("new");
+    let mut made = fs::File::create(&new)?;
+    made.write_all(text)?;
+    made.sync_all()?;
+    fs::rename(&new, file)?;
+    Ok(rustix::fs::fsync(open_dir(dir)?)?)
+}
