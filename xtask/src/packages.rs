@@ -16,6 +16,7 @@ const NEEDED: &[(&str, &str)] = &[
     ("busybox", "busybox-static"),
     ("iptables", "iptables"),
     ("git", "git"),
+    ("openssl", "openssl"),
     ("protoc", "protobuf-compiler"),
     ("/usr/include/google/protobuf/any.proto", "libprotobuf-dev"),
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),

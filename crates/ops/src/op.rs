@@ -193,6 +193,6 @@ impl Operation for LlbOp {
     }
 
     fn counts(&self) -> bool {
-        matches!(self.vertex.op, Op::Exec(_) | Op::File(_))
+        matches!(self.vertex.op, Op::Exec(_) | Op::File(_) | Op::Source(_))
     }
 }

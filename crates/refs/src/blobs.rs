@@ -39,7 +39,7 @@ impl ImmutableRef {
             let one = async move {
                 store.ensure_lease(&owner).await?;
                 let descriptor = store.blob(cell, &owner, compression, fetch, progress).await;
-                let descriptor = descriptor.context(|| format!("compress layer {} of {}", cell.diff_id, record.description))?;
+                let descriptor = descriptor.context(|| format!("compress layer {} ({})", cell.diff_id, record.called()))?;
                 let lazy = cell.origin_of(&descriptor);
                 Ok::<_, Fault>(LayerBlob { descriptor, diff_id: cell.diff_id, lazy })
             };

@@ -139,7 +139,7 @@ impl Inner {
         let slots = Arc::new(Semaphore::new(PARALLEL_FETCHES));
         let fetches: Vec<Option<Fetch>> = missing.iter().map(|c| self.start_fetch(c, record, &slots, progress)).collect();
         for (cell, fetch) in missing.iter().zip(fetches) {
-            self.make(cell, record, fetch, progress).await.context(|| format!("make layer {} of {}", cell.diff_id, record.description))?;
+            self.make(cell, record, fetch, progress).await.context(|| format!("make layer {} ({})", cell.diff_id, record.called()))?;
         }
         Ok(())
     }

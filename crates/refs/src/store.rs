@@ -18,7 +18,7 @@ use shipway_progress::Reporter;
 use shipway_storage::{LeaseId, LeaseResource, Mount, SnapshotInfo, SnapshotKey, Storage};
 use shipway_treehash::TreeIndex;
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, hash_map::Entry},
     path::PathBuf,
     sync::{
         Arc, Mutex, OnceLock, Weak,
@@ -51,6 +51,8 @@ pub(crate) struct Record {
     pub id: RefId,
     pub record_type: RecordType,
     pub description: String,
+    /// What it was asked for as since, under another name: images may have all their layers in common.
+    asked: Mutex<Option<String>>,
     pub created: SystemTime,
     pub parents: Vec<RefId>,
     pub layers: Vec<Arc<Cell>>,
@@ -79,6 +81,7 @@ impl Record {
             id,
             record_type: note.record_type,
             description: note.description,
+            asked: Mutex::default(),
             created: note.created,
             parents: note.parents,
             layers,
@@ -107,6 +110,11 @@ impl Record {
             parents: self.parents.clone(),
             body: Body::Layers(layers.collect()),
         }
+    }
+
+    /// What it is to whoever asked for it last.
+    pub fn called(&self) -> String {
+        lock(&self.asked).clone().unwrap_or_else(|| self.description.clone())
     }
 
     pub fn chain(&self) -> Option<ChainId> {
@@ -349,7 +357,13 @@ impl Inner {
     /// A handle on `record`, or on the one that has its id already.
     pub fn insert(self: &Arc<Self>, record: Record) -> ImmutableRef {
         let mut records = lock(&self.records);
-        let record = records.entry(record.id.clone()).or_insert_with(|| Arc::new(record)).clone();
+        let record = match records.entry(record.id.clone()) {
+            Entry::Occupied(known) => {
+                *lock(&known.get().asked) = Some(record.description);
+                known.get().clone()
+            }
+            Entry::Vacant(place) => place.insert(Arc::new(record)).clone(),
+        };
         record.users.fetch_add(1, Ordering::AcqRel);
         drop(records);
         let handle = Held::layers(self.clone(), record.clone());

@@ -218,8 +218,12 @@ async fn a_layer_that_is_not_what_the_config_says_is_refused() {
     let store = lab.open().await;
     let image = store.image(lazy(&layers, &source), "pulled from example.org/app:1", RecordType::Regular).await.unwrap();
     let refused = image.realise(None).await.unwrap_err().to_string();
-    assert!(refused.contains("example.org/app:1") && refused.contains("promises"), "{refused}");
-    drop(image);
+    assert!(refused.contains("(pulled from example.org/app:1): ") && refused.contains("promises"), "{refused}");
+    // Another image of the same layers is told by its own name.
+    let other = store.image(lazy(&layers, &source), "pulled from example.org/other:2", RecordType::Regular).await.unwrap();
+    let refused = other.realise(None).await.unwrap_err().to_string();
+    assert!(refused.contains("other:2") && !refused.contains("app:1"), "{refused}");
+    drop((image, other));
     store.drained().await;
     assert_eq!(lab.fake.count().snapshots, 0);
 }

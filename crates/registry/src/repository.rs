@@ -7,7 +7,7 @@ use crate::{
     hosts::{self, Endpoint, Scheme},
     limit::Limits,
     request::{Ask, Need},
-    tls::TlsSettings,
+    tls::{Stamp, TlsSettings},
     transport::{Answer, Client, join},
 };
 use bytes::Bytes;
@@ -47,10 +47,17 @@ pub struct Registry(Arc<Shared>);
 pub(crate) struct Shared {
     pub config: RegistryConfig,
     pub limits: Limits,
-    clients: Mutex<HashMap<(TlsSettings, Option<std::time::Duration>), Client>>,
+    clients: Mutex<HashMap<(TlsSettings, Option<std::time::Duration>), Pool>>,
     stores: Arc<AuthStores>,
     /// Hosts found to speak plain HTTP.
     plain: Mutex<HashSet<String>>,
+}
+
+/// A pool of connections, and the state of the files that it was made with.
+#[derive(Clone)]
+struct Pool {
+    stamps: Vec<Stamp>,
+    client: Client,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -61,15 +68,27 @@ impl Shared {
     /// The pool of connections for an endpoint.
     pub(crate) async fn client(&self, endpoint: &Endpoint) -> Result<Client, Kind> {
         let key = (endpoint.tls.clone(), endpoint.dial_timeout);
-        if let Some(client) = locked(&self.clients).get(&key) {
-            return Ok(client.clone());
+        // Certificates are renewed while we run.
+        let stamps = key.0.stamps();
+        let before = locked(&self.clients).get(&key).cloned();
+        if let Some(pool) = before.as_ref().filter(|pool| pool.stamps == stamps) {
+            return Ok(pool.client.clone());
         }
         let mut timing = self.config.timing;
         timing.connect = endpoint.dial_timeout.unwrap_or(timing.connect);
         let tls = endpoint.tls.clone();
         let client = tokio::task::spawn_blocking(move || Client::new(&tls, timing)).await;
-        let client = client.map_err(|e| Kind::Config(e.to_string()))?.map_err(Kind::Config)?;
-        Ok(locked(&self.clients).entry(key).or_insert(client).clone())
+        let client = match (client.map_err(|e| Kind::Config(e.to_string()))?, before) {
+            (Ok(client), _) => client,
+            // A certificate may be there before its key is.
+            (Err(why), Some(Pool { client, .. })) => {
+                tracing::warn!(host = %endpoint.authority, why, "new certificates cannot be used: the old ones stay");
+                return Ok(client);
+            }
+            (Err(why), None) => return Err(Kind::Config(why)),
+        };
+        locked(&self.clients).insert(key, Pool { stamps, client: client.clone() });
+        Ok(client)
     }
 
     pub(crate) fn scheme(&self, endpoint: &Endpoint) -> &'static str {

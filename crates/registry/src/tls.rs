@@ -2,14 +2,19 @@
 
 use crate::KeyPair;
 use std::{
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
 use tokio_rustls::rustls::{
     self, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    client::{
+        ResolvesClientCert,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+    sign::CertifiedKey,
 };
 
 /// Whom to trust and who we are. Equal settings share connections.
@@ -17,10 +22,29 @@ use tokio_rustls::rustls::{
 pub struct TlsSettings {
     /// Files of root certificates besides the machine's.
     pub ca: Vec<PathBuf>,
-    /// Client certificates; the first is used.
+    /// Client certificates; a server gets the first that it would accept by its issuer.
     pub keypair: Vec<KeyPair>,
     /// Accept any certificate.
     pub skip_verify: bool,
+}
+
+impl TlsSettings {
+    /// What tells that a file was replaced, or written anew, since.
+    pub(crate) fn stamps(&self) -> Vec<Stamp> {
+        let pairs = self.keypair.iter().flat_map(|pair| [&pair.key, &pair.cert]);
+        self.ca.iter().chain(pairs).map(|file| Stamp::of(file)).collect()
+    }
+}
+
+/// The state of a file: `None` while it is not there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp(Option<(u64, u64, u64, i64, i64)>);
+
+impl Stamp {
+    fn of(file: &Path) -> Self {
+        let facts = std::fs::metadata(file).ok();
+        Self(facts.map(|f| (f.dev(), f.ino(), f.size(), f.mtime(), f.mtime_nsec())))
+    }
 }
 
 /// The machine's trust store, read once. A certificate that does not parse is passed over, as others do.
@@ -54,14 +78,63 @@ pub(crate) fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Stri
         }
         builder.with_root_certificates(roots)
     };
-    match settings.keypair.first() {
-        None => Ok(builder.with_no_client_auth()),
-        Some(pair) => {
-            let key = PrivateKeyDer::from_pem_file(&pair.key).map_err(|e| format!("read the key {}: {e}", pair.key.display()))?;
-            let chain = certificates(&pair.cert)?;
-            builder.with_client_auth_cert(chain, key).map_err(|e| format!("use the client certificate {}: {e}", pair.cert.display()))
-        }
+    if settings.keypair.is_empty() {
+        return Ok(builder.with_no_client_auth());
     }
+    let keys = settings.keypair.iter().map(|pair| {
+        let key = PrivateKeyDer::from_pem_file(&pair.key).map_err(|e| format!("read the key {}: {e}", pair.key.display()))?;
+        let unfit = |e: rustls::Error| format!("use the client certificate {}: {e}", pair.cert.display());
+        CertifiedKey::from_der(certificates(&pair.cert)?, key, builder.crypto_provider()).map(Arc::new).map_err(unfit)
+    });
+    let keys = keys.collect::<Result<_, _>>()?;
+    Ok(builder.with_client_cert_resolver(Arc::new(ClientKeys(keys))))
+}
+
+/// Several client certificates.
+#[derive(Debug)]
+struct ClientKeys(Vec<Arc<CertifiedKey>>);
+
+impl ResolvesClientCert for ClientKeys {
+    fn resolve(&self, issuers: &[&[u8]], schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        let usable = || self.0.iter().filter(|key| key.key.choose_scheme(schemes).is_some());
+        let accepted = |key: &&Arc<CertifiedKey>| key.cert.iter().any(|c| issuer(c).is_some_and(|i| issuers.contains(&i)));
+        // A server need not name all the issuers that it accepts.
+        usable().find(accepted).or_else(|| usable().next()).cloned()
+    }
+
+    fn has_certs(&self) -> bool {
+        !self.0.is_empty()
+    }
+}
+
+/// The name of who issued a certificate, as it is encoded there (RFC 5280, section 4.1).
+fn issuer(certificate: &[u8]) -> Option<&[u8]> {
+    const SEQUENCE: u8 = 0x30;
+    const VERSION: u8 = 0xa0;
+    let (_, signed, _) = element(certificate)?;
+    let (_, mut fields, _) = element(signed)?;
+    if fields.first() == Some(&VERSION) {
+        fields = element(fields)?.2;
+    }
+    // Behind the serial number and the signature's algorithm.
+    let rest = element(element(fields)?.2)?.2;
+    let (tag, _, after) = element(rest)?;
+    (tag == SEQUENCE).then(|| &rest[..rest.len() - after.len()])
+}
+
+/// The first element of DER: tag, content, and what is behind it.
+fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+    let (tag, rest) = der.split_first()?;
+    let (first, rest) = rest.split_first()?;
+    let (length, rest) = match usize::from(*first) {
+        short if short < 0x80 => (short, rest),
+        long => {
+            let (length, rest) = rest.split_at_checked(long - 0x80).filter(|(l, _)| l.len() <= 4)?;
+            (length.iter().fold(0, |all, byte| all << 8 | usize::from(*byte)), rest)
+        }
+    };
+    let (content, after) = rest.split_at_checked(length)?;
+    Some((*tag, content, after))
 }
 
 fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {

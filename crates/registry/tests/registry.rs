@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod fake;
+mod tls;
 
 use async_trait::async_trait;
 use bytes::Bytes;

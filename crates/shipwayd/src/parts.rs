@@ -17,7 +17,7 @@ use shipway_registry::{Registry, RegistryConfig};
 use shipway_remotecache::CacheIndex;
 use shipway_session::SessionHub;
 use shipway_solver::{Limits, Solver};
-use shipway_sources::{LocalImages, Sources};
+use shipway_sources::{LocalImages, SourceOptions, Sources};
 use shipway_storage::Storage;
 use std::{fs::File, path::Path, sync::Arc};
 
@@ -85,7 +85,8 @@ pub async fn build(settings: &Settings) -> Result<Parts> {
         ..RegistryConfig::default()
     });
     let sessions = SessionHub::new();
-    let sources = Sources::new(refs.clone(), registry.clone(), local_images(w.prefer_local_images.as_deref())?);
+    let options = SourceOptions { prefer: local_images(w.prefer_local_images.as_deref())?, files: Some(root.join("files.json")) };
+    let sources = Sources::new(refs.clone(), registry.clone(), options);
     let exporters = Exporters::new(refs.clone(), registry.clone(), sessions.clone(), w.replace_managed_images.clone());
     let cache = CacheDb::open(&root.join("cache.redb"), Arc::new(shipway_engine::RefResults(refs.clone())))?;
     let limits = Limits { max_parallel: (w.max_parallelism > 0).then_some(w.max_parallelism) };

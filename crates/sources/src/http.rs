@@ -2,6 +2,7 @@
 
 mod attrs;
 pub(crate) mod file;
+mod kept;
 
 use crate::{
     Pin, SourceMemo, SourceSpec,
@@ -15,6 +16,7 @@ pub(crate) use attrs::Shape;
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
+use kept::KnownFiles;
 use serde::Serialize;
 use shipway_fault::{Class, Code, Context, Fault, Result, redact};
 use shipway_llb::{HttpFacts, SourceFacts};
@@ -23,17 +25,10 @@ use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, RecordType, RefId, RefStore};
 use shipway_registry::{Registry, transport::Answer};
 use shipway_session::Upload;
-use std::{
-    collections::HashMap,
-    sync::{Mutex, PoisonError},
-    time::SystemTime,
-};
+use std::{path::PathBuf, time::SystemTime};
 
 /// Most bytes that a checksum may have behind the file's.
 const MAX_SUFFIX: usize = 4096;
-
-/// Most answers that are remembered.
-const MAX_KNOWN: usize = 4096;
 
 /// Files of web servers.
 pub(crate) struct Files {
@@ -41,11 +36,11 @@ pub(crate) struct Files {
     registry: Registry,
     flights: Flights,
     /// What was fetched, by request.
-    known: Mutex<HashMap<Digest, Known>>,
+    known: KnownFiles,
 }
 
 /// A file that was fetched and is kept as a state.
-#[derive(Clone)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Known {
     digest: Digest,
     filename: String,
@@ -67,8 +62,9 @@ struct HttpKey<'a> {
 }
 
 impl Files {
-    pub(crate) fn new(refs: RefStore, registry: Registry) -> Self {
-        Self { refs, registry, flights: Flights::default(), known: Mutex::default() }
+    /// `kept` is a file for what is known, so that it is after a restart, too.
+    pub(crate) fn new(refs: RefStore, registry: Registry, kept: Option<PathBuf>) -> Self {
+        Self { refs, registry, flights: Flights::default(), known: KnownFiles::load(kept) }
     }
 
     pub(crate) async fn pin(&self, spec: &SourceSpec, peers: &dyn Peers, memo: &SourceMemo, reporter: &Reporter) -> Result<Pin> {
@@ -155,15 +151,13 @@ impl Files {
     }
 
     fn recall(&self, file: &HttpSpec) -> Option<Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&file.request_key()).cloned()
+        self.known.get(&file.request_key())
     }
 
-    fn remember(&self, file: &HttpSpec, known: Known) {
-        let mut all = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if all.len() >= MAX_KNOWN {
-            all.clear();
-        }
-        all.insert(file.request_key(), known);
+    async fn remember(&self, file: &HttpSpec, known: Known) {
+        // Nothing that was made of a password is kept, and an upload comes once.
+        let lasting = file.login.is_none() && !file.is_upload();
+        self.known.insert(file.request_key(), known, lasting).await;
     }
 
     /// The file as the server has it now: the one we have if the server says so, else fetched.
@@ -182,7 +176,7 @@ impl Files {
             }
             let body = peers.upload(file.uri.host().unwrap_or_default(), file.uri.path()).await?;
             let (known, state) = self.store(file, &HeaderMap::new(), Body::Upload(body), reporter).await?;
-            self.remember(file, known.clone());
+            self.remember(file, known.clone()).await;
             return Ok((known, state));
         }
         let client = self.registry.http_client().await?;
@@ -207,7 +201,7 @@ impl Files {
             return Err(refused(file, &answer));
         }
         let (known, state) = self.store(file, &answer.head.headers, Body::Answer(answer.body), reporter).await?;
-        self.remember(file, known.clone());
+        self.remember(file, known.clone()).await;
         Ok((known, state))
     }
 
@@ -410,7 +404,7 @@ mod tests {
     async fn an_upload_is_pulled_once_whoever_asks() {
         let root = tempfile::tempdir().unwrap();
         let refs = RefStore::open(FakeStorage::new().unwrap().storage(), root.path().to_owned()).await.unwrap();
-        let files = Files::new(refs.clone(), Registry::new(Default::default()));
+        let files = Files::new(refs.clone(), Registry::new(Default::default()), None);
         let (peers, memo) = (Uploader::default(), SourceMemo::default());
         let reporter = Reporter::new(Digest::of(""), "v".into(), vec![], None);
         let attrs = [("http.filename".to_owned(), "context".to_owned())].into();

@@ -23,6 +23,6 @@ mod session;
 pub use image::LocalImages;
 pub use memo::SourceMemo;
 pub use peers::SshAgent;
-pub use port::{Pin, ResolveWant, SourceContext, SourceSpec, Sources};
+pub use port::{Pin, ResolveWant, SourceContext, SourceOptions, SourceSpec, Sources};
 pub use remote::Remote;
 pub use session::{SessionCredentials, forwarded_agent};

@@ -19,7 +19,7 @@ use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, LayerSource, RefStore};
 use shipway_registry::Registry;
 use shipway_session::SessionGroup;
-use std::{any::Any, collections::BTreeMap, sync::Arc};
+use std::{any::Any, collections::BTreeMap, path::PathBuf, sync::Arc};
 
 /// A source as an operation names it.
 #[derive(Clone, Debug)]
@@ -65,6 +65,15 @@ pub struct ResolveWant {
     pub http_checksum: Option<(ChecksumAlgorithm, bytes::Bytes)>,
     /// What is said of an image, with the statements of these types.
     pub attestations: Option<Vec<String>>,
+}
+
+/// What an administrator says about sources.
+#[derive(Clone, Debug, Default)]
+pub struct SourceOptions {
+    /// Which images of containerd's store are preferred to a registry's.
+    pub prefer: LocalImages,
+    /// Where to keep what is known of files of web servers, which may be lost; without, it lasts as long as the daemon.
+    pub files: Option<PathBuf>,
 }
 
 /// All source schemes. Cheap to clone.
@@ -116,12 +125,12 @@ impl<'a> Scheme<'a> {
 
 impl Sources {
     /// Sources over these. Sessions come with each call ([`SourceContext`]).
-    pub fn new(refs: RefStore, registry: Registry, prefer: LocalImages) -> Self {
+    pub fn new(refs: RefStore, registry: Registry, options: SourceOptions) -> Self {
         let flights = Flights::default();
         let inner = Inner {
-            images: Images { refs: refs.clone(), registry: registry.clone(), flights, prefer },
+            images: Images { refs: refs.clone(), registry: registry.clone(), flights, prefer: options.prefer },
             locals: Locals::new(refs.clone()),
-            files: Files::new(refs.clone(), registry.clone()),
+            files: Files::new(refs.clone(), registry.clone(), options.files),
             gits: Gits::new(refs.clone(), registry.clone()),
             blobs: Blobs { refs, registry },
         };

@@ -12,7 +12,7 @@ use shipway_progress::{Journal, Reporter};
 use shipway_refs::{Compression, LocalMount, NamedRef, NamedRequest, RecordType, RefStore, Sharing};
 use shipway_registry::{Registry, RegistryConfig};
 use shipway_session::{SessionGroup, SessionHub};
-use shipway_sources::{LocalImages, ResolveWant, SourceContext, SourceMemo, SourceSpec, Sources};
+use shipway_sources::{LocalImages, ResolveWant, SourceContext, SourceMemo, SourceOptions, SourceSpec, Sources};
 use shipway_storage::{ContentStore, Images, Labels, LeaseId, Leases, built_labels, fake::FakeStorage};
 use std::{collections::HashMap, os::unix::fs::MetadataExt, path::Path, process::Command, sync::Arc, time::SystemTime};
 use web::{Web, ok, status};
@@ -21,7 +21,7 @@ struct Bench {
     fake: FakeStorage,
     refs: RefStore,
     sources: Sources,
-    _root: tempfile::TempDir,
+    root: tempfile::TempDir,
 }
 
 impl Bench {
@@ -33,8 +33,9 @@ impl Bench {
         let fake = FakeStorage::new().unwrap();
         let root = tempfile::tempdir().unwrap();
         let refs = RefStore::open(fake.storage(), root.path().to_owned()).await.unwrap();
-        let sources = Sources::new(refs.clone(), Registry::new(RegistryConfig::default()), prefer);
-        Self { fake, refs, sources, _root: root }
+        let options = SourceOptions { prefer, files: Some(root.path().join("files.json")) };
+        let sources = Sources::new(refs.clone(), Registry::new(RegistryConfig::default()), options);
+        Self { fake, refs, sources, root }
     }
 }
 
@@ -339,6 +340,11 @@ async fn a_web_file_is_fetched_once_and_again_when_it_changed() {
     assert_eq!(web.log(), ["GET /dir/file.txt"]);
     assert_eq!(bench.sources.pin(&source, &cx()).await.unwrap().keys, pin.keys);
     assert_eq!(web.log(), ["GET /dir/file.txt", "HEAD /dir/file.txt"]);
+    // Another life of the daemon knows it, too.
+    let options = SourceOptions { files: Some(bench.root.path().join("files.json")), ..Default::default() };
+    let restarted = Sources::new(bench.refs.clone(), Registry::new(RegistryConfig::default()), options);
+    assert_eq!(restarted.pin(&source, &cx()).await.unwrap().keys, pin.keys);
+    assert_eq!(web.log().last().unwrap(), "HEAD /dir/file.txt");
     *content.lock().unwrap() = ("two", "\"2\"");
     assert_ne!(bench.sources.pin(&source, &cx()).await.unwrap().keys, pin.keys);
 }

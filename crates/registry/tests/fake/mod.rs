@@ -12,6 +12,7 @@ use std::{
     sync::{Arc, Mutex},
     time::Duration,
 };
+use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
 
 /// A request as it arrived.
 #[derive(Clone, Debug)]
@@ -66,16 +67,33 @@ impl Drop for Fake {
 
 impl Fake {
     pub async fn start(handler: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
+        Self::serve(None, handler).await
+    }
+
+    /// One that speaks TLS.
+    pub async fn start_tls(config: ServerConfig, handler: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
+        Self::serve(Some(TlsAcceptor::from(Arc::new(config))), handler).await
+    }
+
+    async fn serve(tls: Option<TlsAcceptor>, handler: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let host = listener.local_addr().unwrap().to_string();
         let asked = Arc::new(Mutex::new(Vec::new()));
         let (log, handler): (_, Arc<Handler>) = (asked.clone(), Arc::new(handler));
         let task = tokio::spawn(async move {
             while let Ok((tcp, _)) = listener.accept().await {
-                let (log, handler) = (log.clone(), handler.clone());
+                let (log, handler, tls) = (log.clone(), handler.clone(), tls.clone());
                 tokio::spawn(async move {
                     let service = hyper::service::service_fn(move |r| answer(r, log.clone(), handler.clone()));
-                    let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(tcp), service).await;
+                    let http = hyper::server::conn::http1::Builder::new();
+                    let Some(tls) = tls else {
+                        let _ = http.serve_connection(TokioIo::new(tcp), service).await;
+                        return;
+                    };
+                    // Who is refused in the handshake may come again.
+                    if let Ok(stream) = tls.accept(tcp).await {
+                        let _ = http.serve_connection(TokioIo::new(stream), service).await;
+                    }
                 });
             }
         });
