@@ -12,7 +12,7 @@ use crate::{
     remote::{Remote, RemoteLayers},
 };
 use shipway_attest::{BlobSource, Capture, GitSource, HttpSource, ImageSource, Stored};
-use shipway_fault::{Fault, Result};
+use shipway_fault::{Fault, Result, redact};
 use shipway_llb::SourceFacts;
 use shipway_oci::{ChecksumAlgorithm, Digest, Platform};
 use shipway_progress::Reporter;
@@ -113,7 +113,7 @@ impl<'a> Scheme<'a> {
             "docker-image+blob" | "oci-layout+blob" => Ok(Self::Blob),
             _ => {
                 let known = ["docker-image", "local", "http", "https", "git", "oci-layout"];
-                let fault = Fault::invalid(format!("unknown source scheme {scheme:?} in {identifier:?}"));
+                let fault = Fault::invalid(format!("unknown source scheme {scheme:?} in {:?}", redact(identifier)));
                 Err(match shipway_fault::nearest(scheme, known) {
                     Some(near) => fault.hint(format!("did you mean {near}://?")),
                     None => fault,

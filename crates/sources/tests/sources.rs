@@ -773,6 +773,8 @@ async fn a_token_in_an_address_is_sent_and_shown_nowhere() {
         bench.sources.capture(&git, &pin, &mut capture).unwrap();
         assert!(!format!("{capture:?}").contains(TOKEN), "{capture:?}");
     }
+    let unknown = bench.sources.pin(&spec(format!("ftp://me:{TOKEN}@h/f"), &[]), &cx()).await.unwrap_err();
+    assert!(!format!("{unknown:?}").contains(TOKEN), "{unknown:?}");
     let said = format!("{:?}", journal.events());
     assert!(said.contains("git source") && !said.contains(TOKEN), "{said}");
     let kept = format!("{:?}", bench.refs.usage().await.unwrap());
