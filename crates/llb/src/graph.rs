@@ -5,7 +5,7 @@ use crate::{
     ops::{Op, SourceOp},
 };
 use bytes::Bytes;
-use shipway_fault::Fault;
+use shipway_fault::{Fault, redact_text};
 use shipway_oci::{Digest, Platform};
 use shipway_proto::pb;
 use std::{collections::HashMap, sync::Arc};
@@ -43,6 +43,21 @@ pub struct Vertex {
     pub name: String,
     /// What else is known of it.
     pub metadata: OpMetadata,
+}
+
+impl Vertex {
+    /// The operation as it came, but for users and passwords in the address of a source: for errors, which are kept.
+    pub fn shown(&self) -> Bytes {
+        let Ok(mut op) = decode::raw(&self.bytes) else { return self.bytes.clone() };
+        let Some(pb::op::Op::Source(source)) = &mut op.op else { return self.bytes.clone() };
+        let mut changed = false;
+        for text in std::iter::once(&mut source.identifier).chain(source.attrs.values_mut()) {
+            let shown = redact_text(text);
+            changed |= shown != *text;
+            *text = shown;
+        }
+        if changed { encode::raw(op) } else { self.bytes.clone() }
+    }
 }
 
 /// A checked definition. It has at least one vertex.
@@ -213,6 +228,23 @@ mod tests {
 
     fn graph(definition: &Definition) -> Graph {
         Graph::decode(definition, &Caps::llb(), &Platform::new("linux", "amd64", "")).unwrap()
+    }
+
+    #[test]
+    fn a_source_is_shown_without_what_is_secret_in_its_address() {
+        let options = MarshalOptions { platform: Platform::new("linux", "amd64", ""), caps: None, local_unique_id: String::new() };
+        let built =
+            |name: &str| graph(&State::image(name, "", Default::default(), VertexOptions::named("base")).marshal(&options).unwrap());
+        let plain = built("docker.io/library/a:1");
+        assert_eq!(plain.vertices[0].shown(), plain.vertices[0].bytes);
+        let mut vertex = (*plain.vertices[0]).clone();
+        let mut op = decode::raw(&vertex.bytes).unwrap();
+        let Some(pb::op::Op::Source(source)) = &mut op.op else { panic!("no source") };
+        source.identifier = "git://https://t0ken@h/r.git".into();
+        source.attrs.insert("git.fullurl".into(), "https://u:t0ken@h/r.git".into());
+        vertex.bytes = encode::raw(op);
+        let shown = vertex.shown();
+        assert!(!shown.windows(6).any(|w| w == b"t0ken@") && decode::raw(&shown).is_ok());
     }
 
     #[test]

@@ -147,7 +147,7 @@ impl LlbOp {
             return fault;
         }
         let inputs = inputs.iter().map(|i| Some(Remain::Done(i.clone()))).collect();
-        Remains::attach(fault, &self.vertex.bytes, inputs, Vec::new(), subject)
+        Remains::attach(fault, &self.vertex.shown(), inputs, Vec::new(), subject)
     }
 }
 
