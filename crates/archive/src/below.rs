@@ -1,6 +1,10 @@
 //! What lies below a directory of a layer: the lower directories of an overlay as one, or the tree before the changes.
 
-use crate::tree::{broken, xattrs_of};
+use crate::{
+    attributes::{self, Marks, Of, Pairs},
+    loss::Losses,
+    tree::{broken, time_of, unpacked},
+};
 use rustix::fs::{AtFlags, CWD, FileType, Stat};
 use shipway_fault::Result;
 use std::{
@@ -14,14 +18,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const OPAQUE: [&str; 2] = ["trusted.overlay.opaque", "user.overlay.opaque"];
-
 /// Directories that merge into one, topmost first.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Below {
     dirs: Vec<PathBuf>,
-    /// Whether they have an overlay's marks.
-    overlay: bool,
+    /// The marks of the overlay whose layers they are, if they are.
+    marks: Option<Marks>,
 }
 
 /// What is seen below under one name.
@@ -34,17 +36,17 @@ pub(crate) struct Seen {
 }
 
 impl Below {
-    pub fn layers(dirs: Vec<PathBuf>) -> Self {
-        Self { dirs, overlay: true }
+    pub fn layers(dirs: Vec<PathBuf>, marks: Marks) -> Self {
+        Self { dirs, marks: Some(marks) }
     }
 
     pub fn tree(dir: PathBuf) -> Self {
-        Self { dirs: vec![dir], overlay: false }
+        Self { dirs: vec![dir], marks: None }
     }
 
     /// What is seen of `name`.
     pub fn look(&self, name: &OsStr) -> Result<Seen> {
-        let mut seen = Seen { thing: None, below: Self { dirs: Vec::new(), overlay: self.overlay } };
+        let mut seen = Seen { thing: None, below: Self { dirs: Vec::new(), marks: self.marks } };
         for dir in &self.dirs {
             let path = dir.join(name);
             let stat = match rustix::fs::statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW) {
@@ -52,11 +54,11 @@ impl Below {
                 Err(rustix::io::Errno::NOENT) => continue,
                 Err(e) => return Err(broken(&path, e.into())),
             };
-            if self.overlay && is_whiteout(&stat) {
+            if self.marks.is_some() && is_whiteout(&stat) {
                 break;
             }
             let directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-            let ends = !directory || self.overlay && is_opaque(&path);
+            let ends = !directory || self.marks.is_some_and(|marks| is_opaque(&path, marks));
             if directory {
                 seen.below.dirs.push(path.clone());
             }
@@ -79,7 +81,7 @@ impl Below {
                 if seen.contains(&name) || hidden.contains(&name) {
                     continue;
                 }
-                let device = self.overlay && entry.file_type().map_err(failed)?.is_char_device();
+                let device = self.marks.is_some() && entry.file_type().map_err(failed)?.is_char_device();
                 if device && entry.metadata().map_err(failed)?.rdev() == 0 {
                     hidden.insert(name);
                 } else {
@@ -90,10 +92,17 @@ impl Below {
         Ok(seen)
     }
 
-    /// Whether the thing at `path`, open as `file` if it is a file, is the `old` one: but for the times of a directory, which change with its names, and
-    /// for access times. Contents are read where nothing else differs, for what looks unchanged has seldom been written at all; not those of whole
-    /// trees, which are mostly unchanged.
-    pub fn is_same(&self, (old_path, old): &(PathBuf, Stat), path: &Path, new: &Stat, file: Option<&File>) -> Result<bool> {
+    /// Whether the thing at a path, open as a file if it is a file or directory and with the `found` attributes (those that a layer carries, and
+    /// others), is the `old` one: but for the times of a directory, which change with its names, and for access times. Contents
+    /// are read where nothing else differs. Of what is not told then, `losses` hears what unpacking would not give back.
+    pub fn is_same(
+        &self,
+        (old_path, old): &(PathBuf, Stat),
+        (path, new, file): (&Path, &Stat, Option<&File>),
+        (carried, others): (&Pairs, &Pairs),
+        shown: &[u8],
+        losses: &mut Losses,
+    ) -> Result<bool> {
         if (old.st_dev, old.st_ino) == (new.st_dev, new.st_ino) {
             return Ok(true);
         }
@@ -101,23 +110,31 @@ impl Below {
             return Ok(false);
         }
         let kind = FileType::from_raw_mode(new.st_mode);
-        let written = |s: &Stat| (s.st_size, s.st_mtime, s.st_mtime_nsec);
-        if kind != FileType::Directory && written(old) != written(new) {
+        // Times that a tar cannot tell from each other are one time: the file may have got it, and must look the same before and after.
+        let (then, now) = (time_of(old), time_of(new));
+        if kind != FileType::Directory && (old.st_size != new.st_size || now != then && unpacked(now) != then) {
             return Ok(false);
         }
-        match kind {
-            FileType::Symlink => Ok(fs::read_link(old_path).ok() == fs::read_link(path).ok()),
-            FileType::Directory => Ok(xattrs_of(old_path)? == xattrs_of(path)?),
-            FileType::RegularFile if xattrs_of(old_path)? != xattrs_of(path)? => Ok(false),
-            FileType::RegularFile => match file.filter(|_| self.overlay) {
-                Some(file) => {
-                    let old = File::open(old_path).map_err(|e| broken(old_path, e))?;
-                    same_contents(&old, file).map_err(|e| broken(path, e))
-                }
-                None => Ok(true),
-            },
-            _ => Ok(true),
+        let before = attributes::read(Of::At(old_path), self.marks, old_path)?;
+        if before.carried != *carried {
+            return Ok(false);
         }
+        let same = match (kind, file) {
+            (FileType::Symlink, _) => fs::read_link(old_path).ok() == fs::read_link(path).ok(),
+            (FileType::RegularFile, Some(file)) => {
+                let old = File::open(old_path).map_err(|e| broken(old_path, e))?;
+                same_contents(&old, file).map_err(|e| broken(path, e))?
+            }
+            _ => true,
+        };
+        if same {
+            losses.difference(shown, &before.lost, others);
+            match self.marks {
+                Some(_) => losses.same_below(shown, new, old),
+                None => losses.same(shown, new, old),
+            }
+        }
+        Ok(same)
     }
 }
 
@@ -145,7 +162,7 @@ pub(crate) fn is_whiteout(stat: &Stat) -> bool {
 }
 
 /// Whether the overlay hides what lies below the directory.
-pub(crate) fn is_opaque(dir: &Path) -> bool {
+pub(crate) fn is_opaque(dir: &Path, marks: Marks) -> bool {
     let mut value = [0u8; 8];
-    OPAQUE.iter().any(|name| matches!(rustix::fs::lgetxattr(dir.as_os_str().as_bytes(), *name, &mut value), Ok(1) if value[0] == b'y'))
+    matches!(rustix::fs::lgetxattr(dir.as_os_str().as_bytes(), marks.opaque(), &mut value), Ok(1) if value[0] == b'y')
 }

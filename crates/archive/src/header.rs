@@ -2,6 +2,7 @@
 
 use crate::{
     Entry, EntryKind,
+    loss::WHITEOUT,
     tar::{
         block::{BLOCK, padding},
         pax::record,
@@ -71,10 +72,11 @@ pub fn write(entry: &Entry, out: &mut Vec<u8>) {
 fn tar_name(entry: &Entry) -> Vec<u8> {
     let mut name = entry.path.clone();
     match entry.kind {
+        EntryKind::Directory if name.is_empty() => name.extend(b"./"),
         EntryKind::Directory => name.push(b'/'),
         EntryKind::Whiteout => {
             let at = name.iter().rposition(|b| *b == b'/').map_or(0, |i| i + 1);
-            name.splice(at..at, *b".wh.");
+            name.splice(at..at, WHITEOUT.iter().copied());
         }
         _ => {}
     }

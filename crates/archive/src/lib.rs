@@ -2,6 +2,7 @@
 //!
 //! - [`LayerTree`] walks an overlay upper directory (or a whole tree) in path order and says what a layer holds: entries that differ from what lies
 //!   below, and whiteouts.
+//! - A walk also finds what the tar cannot say, a [`Loss`]: a state that has one is not what unpacking its layer gives.
 //! - [`tar_of`] hashes the stream and keeps nothing; [`pack()`] compresses it too. The bytes depend on the tree and the
 //!   [`Compression`] alone, never on the number of threads: the stream is cut into blocks of fixed size, and every block becomes a gzip member or
 //!   zstd frame of its own (RFC 1952 2.2, RFC 8878 3; every reader of layers takes several in a row).
@@ -12,12 +13,14 @@
 //! read by one [`TarReader`]: the crate `tar` has no limit for extended headers, takes their records line by line, and knows only one of the
 //! four kinds of sparse files.
 
+mod attributes;
 mod below;
 mod block;
 mod compression;
 mod decompress;
 mod header;
 mod inflate;
+mod loss;
 mod newest;
 mod pack;
 mod retime;
@@ -25,9 +28,11 @@ mod tar;
 mod tree;
 
 pub use self::tar::{Member, MemberKind, Piece, TarReader};
+pub use attributes::Marks;
 pub use compression::{Compression, CompressionKind};
 pub use inflate::inflate;
+pub use loss::{Loss, LossKind};
 pub use newest::newest_file;
-pub use pack::{Packed, Tar, pack, pack_below, recompress, tar_of};
+pub use pack::{Hashed, Packed, Tar, pack, pack_below, recompress, tar_of};
 pub use retime::retime;
 pub use tree::{Entry, EntryKind, LayerTree};

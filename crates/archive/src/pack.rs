@@ -2,7 +2,7 @@
 //! the caller's puts them in order, hashes them and hands them on.
 
 use crate::{
-    Compression, CompressionKind, Entry, EntryKind, LayerTree,
+    Compression, CompressionKind, Entry, EntryKind, LayerTree, Loss,
     block::{BLOCK, BlockCompressor},
     decompress, header,
     tar::block::padding,
@@ -39,8 +39,17 @@ pub struct Tar {
     pub crc: u32,
 }
 
+/// What came of hashing a layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hashed {
+    /// The tar.
+    pub tar: Tar,
+    /// What unpacking it does not give back.
+    pub loss: Option<Loss>,
+}
+
 /// What came of packing a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packed {
     /// The tar.
     pub tar: Tar,
@@ -48,18 +57,19 @@ pub struct Packed {
     pub digest: Digest,
     /// Length of the compressed bytes.
     pub size: u64,
+    /// What unpacking it does not give back, where it was made of a tree.
+    pub loss: Option<Loss>,
 }
 
 /// Hashes the tar of `tree`. Blocks: call it off the async threads.
-pub fn tar_of(tree: &LayerTree) -> Result<Tar> {
+pub fn tar_of(tree: &LayerTree) -> Result<Hashed> {
     thread::scope(|scope| {
         let (blocks, hashed) = sync_channel::<Bytes>(8);
         let hashing = scope.spawn(move || hash(hashed, None));
         let written = Writer::new(|block| blocks.send(block).is_ok()).write(tree);
         drop(blocks);
         let tar = joined(hashing.join())?;
-        written?;
-        tar
+        Ok(Hashed { loss: written?, tar: tar? })
     })
 }
 
@@ -89,7 +99,7 @@ pub fn pack_below(trees: &[(String, LayerTree)], mtime: i64, sink: &mut dyn FnMu
             }
             writer.tree(tree, dir)?;
         }
-        writer.finish()
+        writer.finish().map(|()| None)
     };
     flow(plain, None, None, produce, sink)
 }
@@ -109,7 +119,7 @@ pub fn recompress(
             let mut block = Vec::with_capacity(BLOCK);
             let n = (&mut tar).take(BLOCK as u64).read_to_end(&mut block).map_err(decompress::fault)?;
             if n == 0 {
-                return Ok(());
+                return Ok(None);
             }
             if !emit(block.into()) {
                 return Err(Fault::cancelled());
@@ -124,7 +134,7 @@ pub(crate) fn flow(
     compression: Compression,
     known: Option<Tar>,
     threads: Option<NonZero<usize>>,
-    produce: impl FnOnce(&mut dyn FnMut(Bytes) -> bool) -> Result<()> + Send,
+    produce: impl FnOnce(&mut dyn FnMut(Bytes) -> bool) -> Result<Option<Loss>> + Send,
     sink: &mut dyn FnMut(Bytes) -> Result<()>,
 ) -> Result<Packed> {
     let threads = match (compression.kind, threads) {
@@ -160,8 +170,7 @@ pub(crate) fn flow(
         let written = joined(reading.join())?;
         let tar = joined(hashing.join())?;
         let (digest, size) = gathered?;
-        written?;
-        Ok(Packed { tar: tar?, digest, size })
+        Ok(Packed { loss: written?, tar: tar?, digest, size })
     })
 }
 
@@ -239,9 +248,9 @@ impl<F: FnMut(Bytes) -> bool> Writer<F> {
         Self { emit, block: Vec::with_capacity(BLOCK) }
     }
 
-    fn write(mut self, tree: &LayerTree) -> Result<()> {
-        self.tree(tree, "")?;
-        self.finish()
+    fn write(mut self, tree: &LayerTree) -> Result<Option<Loss>> {
+        let loss = self.tree(tree, "")?;
+        self.finish().map(|()| loss)
     }
 
     fn directory(&mut self, path: &str, mtime: i64) -> Result<()> {
@@ -252,7 +261,7 @@ impl<F: FnMut(Bytes) -> bool> Writer<F> {
     }
 
     /// The entries of `tree`, below the directory `under` if that is not empty.
-    fn tree(&mut self, tree: &LayerTree, under: &str) -> Result<()> {
+    fn tree(&mut self, tree: &LayerTree, under: &str) -> Result<Option<Loss>> {
         let below = |path: &mut Vec<u8>| {
             path.splice(0..0, under.bytes().chain([b'/']));
         };

@@ -30,7 +30,7 @@ pub fn retime(
     let produce = |emit: &mut dyn FnMut(Bytes) -> bool| {
         let mut out = Out { emit, block: Vec::with_capacity(BLOCK) };
         rewrite(&mut *decompress::reader(from, input)?, latest, &mut out)?;
-        out.flush()
+        out.flush().map(|()| None)
     };
     flow(compression, None, threads, produce, sink)
 }

@@ -1,18 +1,22 @@
 //! What a layer holds: the walk over an overlay upper directory, or over a whole tree.
 
-use crate::below::{self, Below};
+use crate::{
+    attributes::{self, ACCESS_ACL, Attributes, CAPABILITY, DEFAULT_ACL, Marks, Of, Pairs},
+    below::{self, Below},
+    loss::{Loss, LossKind, Losses, WHITEOUT},
+};
 use rustix::{
-    fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, Stat},
+    fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, Stat, Timespec, Timestamps, UTIME_OMIT},
     io::Errno,
 };
-use shipway_fault::{Code, Fault, Result};
+use shipway_fault::{Fault, Result};
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::BTreeSet,
     ffi::{OsStr, OsString},
     fs::{self, File},
     io,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::ffi::{OsStrExt, OsStringExt},
     },
     path::{Path, PathBuf},
@@ -25,14 +29,18 @@ pub struct LayerTree {
     base: Base,
     /// The time of all entries, in seconds, instead of their own.
     time: Option<i64>,
+    /// Whether changes of the root itself are told.
+    rooted: bool,
+    /// Whether everything gets the time that unpacking gives it.
+    settled: bool,
 }
 
 /// What a tree lies on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Base {
     Nothing,
-    /// Lower directories of the overlay whose upper directory the tree is, topmost first.
-    Lowers(Vec<PathBuf>),
+    /// Lower directories of the overlay whose upper directory the tree is, topmost first, and where the overlay leaves its marks.
+    Lowers(Vec<PathBuf>, Marks),
     /// The whole tree before the changes; the tree is whole, too.
     Before(PathBuf),
 }
@@ -49,6 +57,11 @@ struct Frame {
     below: Below,
     /// Whether nothing of that shows through, so that what is not in the directory is gone.
     bare: bool,
+    /// Whether what is made in it inherits an access control list.
+    inherits: bool,
+    /// When it was changed, and when what it is compared with was.
+    time: (i64, i64),
+    below_time: (i64, i64),
 }
 
 /// Something that the walk has come to.
@@ -107,23 +120,41 @@ pub struct Entry {
 
 /// Directories that are open at the same time.
 const MAX_OPEN: usize = 64;
-const UNREADABLE: [&[u8]; 4] =
-    [b"trusted.overlay.redirect", b"user.overlay.redirect", b"trusted.overlay.metacopy", b"user.overlay.metacopy"];
+/// Times that Go, and so containerd, can set; it sets others to the epoch.
+const TIMES: std::ops::RangeInclusive<i64> = 0..=i64::MAX / 1_000_000_000;
+/// What snapshotters give to the root of a snapshot on nothing.
+const ROOT_MODE: u32 = 0o755;
 
 impl LayerTree {
+    fn new(root: PathBuf, base: Base, rooted: bool) -> Self {
+        Self { root, base, time: None, rooted, settled: false }
+    }
+
     /// The upper directory of an overlay over `lowers`, topmost first: what differs from them, for the upper directory has also what was only touched.
-    pub fn overlay(upper: impl Into<PathBuf>, lowers: Vec<PathBuf>) -> Self {
-        Self { root: upper.into(), base: Base::Lowers(lowers), time: None }
+    pub fn overlay(upper: impl Into<PathBuf>, lowers: Vec<PathBuf>, marks: Marks) -> Self {
+        Self::new(upper.into(), Base::Lowers(lowers, marks), true)
     }
 
     /// A whole tree, on nothing.
     pub fn whole(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), base: Base::Nothing, time: None }
+        Self::new(root.into(), Base::Nothing, false)
     }
 
-    /// What changed from the whole tree `before` to the whole tree `after`. Files are the same when all but their contents and access times are.
+    /// The same as the lowest layer of a stack: the root has an entry, too, where it is not as all roots are.
+    pub fn lowest(root: impl Into<PathBuf>) -> Self {
+        Self::new(root.into(), Base::Nothing, true)
+    }
+
+    /// What changed from the whole tree `before` to the whole tree `after`.
     pub fn compared(before: impl Into<PathBuf>, after: impl Into<PathBuf>) -> Self {
-        Self { root: after.into(), base: Base::Before(before.into()), time: None }
+        Self::new(after.into(), Base::Before(before.into()), true)
+    }
+
+    /// The same, and walking it gives everything the time that unpacking its tar gives: whole seconds, and to a directory that is not told the time
+    /// of the one below. For trees that are written, and not committed yet.
+    #[must_use]
+    pub fn settled(self) -> Self {
+        Self { settled: true, ..self }
     }
 
     /// The same with one time for all entries (row `ex.tar.sde`).
@@ -142,30 +173,38 @@ impl LayerTree {
         self.root.join(OsStr::from_bytes(&entry.path))
     }
 
-    /// Visits the entries: parents before children, siblings in byte order. The root itself is none.
+    /// Visits the entries: parents before children, siblings in byte order. The root is none, or the first one, with an empty path.
     pub fn walk(&self, mut visit: impl FnMut(Entry) -> Result<()>) -> Result<()> {
-        self.walk_open(|entry, _| visit(entry))
+        self.walk_open(|entry, _| visit(entry)).map(drop)
     }
 
-    /// The same, with each file open for reading.
-    pub(crate) fn walk_open(&self, mut visit: impl FnMut(Entry, Option<File>) -> Result<()>) -> Result<()> {
+    /// The same, with each file open for reading. Says what unpacking the entries would not give back, if there is anything.
+    pub(crate) fn walk_open(&self, mut visit: impl FnMut(Entry, Option<File>) -> Result<()>) -> Result<Option<Loss>> {
         let mut visit = |entry: Entry, file| visit(Entry { mtime: self.time.unwrap_or(entry.mtime), ..entry }, file);
-        let mut links: HashMap<(u64, u64), Vec<u8>> = HashMap::new();
-        let root = open_dir(CWD, &self.root, &self.root)?;
+        let mut losses = Losses::default();
+        let dir = open_dir(CWD, &self.root, &self.root)?;
         let (below, bare) = match &self.base {
             Base::Nothing => (Below::default(), false),
-            Base::Lowers(lowers) => (Below::layers(lowers.clone()), false),
+            Base::Lowers(lowers, marks) => (Below::layers(lowers.clone(), *marks), false),
             Base::Before(before) => (Below::tree(before.clone()), true),
         };
-        let mut stack = vec![self.frame(root, Path::new(""), None, below, bare)?];
+        let (root, inherits) = self.root_entry(&dir, &mut losses)?;
+        if let Some(root) = root {
+            visit(root, None)?;
+        }
+        let mut stack = vec![Frame { inherits, ..self.frame(dir, Path::new(""), below, bare)? }];
         let mut path = PathBuf::new();
         loop {
             if let Some(far) = stack.len().checked_sub(MAX_OPEN + 1) {
                 stack[far].dir = None;
             }
-            let Some(frame) = stack.last_mut() else { return Ok(()) };
+            let Some(frame) = stack.last_mut() else { return Ok(losses.first()) };
             let Some(name) = frame.names.pop() else {
-                stack.pop();
+                if self.settled && stack.len() > 1 {
+                    self.settle_dir(stack.pop(), &path, &mut losses)?;
+                } else {
+                    stack.pop();
+                }
                 path.pop();
                 continue;
             };
@@ -180,24 +219,39 @@ impl LayerTree {
             let full = self.root.join(&path);
             let place = Place::look(dir, &name, &path, &full, frame.bare)?;
             let seen = frame.below.look(&name)?;
-            let Some(entry) = self.entry(&place, seen.thing.is_some())? else {
+            let Some((mut entry, lost)) = self.entry(&place, seen.thing.as_ref().map(|(_, old)| old), &mut losses)? else {
                 path.pop();
                 continue;
             };
             let unchanged = match (&seen.thing, &place.stat) {
-                (Some(old), Some(new)) => frame.below.is_same(old, &full, new, place.file.as_ref())?,
+                (Some(old), Some(new)) => {
+                    let found = (&entry.xattrs, &lost);
+                    frame.below.is_same(old, (&full, new, place.file.as_ref()), found, &entry.path, &mut losses)?
+                }
                 _ => false,
             };
-            let bare = frame.bare;
+            let (bare, inherits) = (frame.bare, entry.has(DEFAULT_ACL));
             let directory = entry.kind == EntryKind::Directory;
+            let times = (place.time(), seen.thing.as_ref().map(|(_, old)| time_of(old)).unwrap_or_default());
+            if self.settled && !directory && place.stat.is_some() && entry.kind != EntryKind::Whiteout {
+                let want = if unchanged { times.1 } else { unpacked(times.0) };
+                if want != times.0 && place.set_time(dir, &name, want).is_err() {
+                    losses.note(&entry.path, LossKind::Time);
+                }
+            }
             let mut held = None;
             if unchanged {
                 held = directory.then_some(entry);
             } else {
+                if let Some(stat) = &place.stat
+                    && entry.kind != EntryKind::Whiteout
+                {
+                    let over = seen.thing.as_ref().filter(|_| directory && matches!(self.base, Base::Before(_)));
+                    self.told(&mut entry, stat, lost, frame.inherits, over, &mut losses)?;
+                }
                 for parent in stack.iter_mut().filter_map(|f| f.held.take()) {
                     visit(parent, None)?;
                 }
-                let entry = place.linked(entry, &mut links);
                 if directory {
                     visit(entry, None)?;
                 } else {
@@ -208,15 +262,130 @@ impl LayerTree {
             }
             match place.file {
                 Some(dir) if directory => {
-                    let bare = bare || matches!(self.base, Base::Lowers(_)) && below::is_opaque(&full);
-                    stack.push(self.frame(dir.into(), &path, held, seen.below, bare)?);
+                    let opaque = |marks| below::is_opaque(&full, marks);
+                    let bare = bare || matches!(self.base, Base::Lowers(_, marks) if opaque(marks));
+                    let frame = self.frame(dir.into(), &path, seen.below, bare)?;
+                    stack.push(Frame { held, inherits, time: times.0, below_time: times.1, ..frame });
                 }
                 _ => drop(path.pop()),
             }
         }
     }
 
-    fn frame(&self, dir: OwnedFd, path: &Path, held: Option<Entry>, below: Below, bare: bool) -> Result<Frame> {
+    /// The root's own entry, if it differs from the root below, and whether what is made in it inherits an access control list.
+    fn root_entry(&self, dir: &OwnedFd, losses: &mut Losses) -> Result<(Option<Entry>, bool)> {
+        let stat = rustix::fs::fstat(dir).map_err(|e| broken(&self.root, e.into()))?;
+        let own = attributes::read(Of::Open(dir.as_fd()), self.marks(), &self.root)?;
+        let inherits = own.has(DEFAULT_ACL);
+        if !self.rooted {
+            return Ok((None, inherits));
+        }
+        let (below, unpacked) = self.root_below()?;
+        let own = Root { mode: stat.st_mode & 0o7777, owner: (stat.st_uid, stat.st_gid), attributes: own };
+        if own != unpacked {
+            losses.note(b"", LossKind::Root);
+        }
+        let same = (own.mode, own.owner, &own.attributes.carried) == (below.mode, below.owner, &below.attributes.carried);
+        let entry = || Entry {
+            path: Vec::new(),
+            kind: EntryKind::Directory,
+            mode: own.mode,
+            uid: own.owner.0,
+            gid: own.owner.1,
+            size: 0,
+            mtime: stat.st_mtime,
+            xattrs: own.attributes.carried,
+        };
+        Ok(((!same).then(entry), inherits))
+    }
+
+    /// The root below, and the one that unpacking gives: containerd passes over entries of the root. Its overlay snapshotters make each root anew
+    /// and keep the owner, snapshotters that copy keep all.
+    fn root_below(&self) -> Result<(Root, Root)> {
+        let top = match &self.base {
+            Base::Nothing => None,
+            Base::Lowers(lowers, _) => lowers.first(),
+            Base::Before(before) => Some(before),
+        };
+        let Some(top) = top else { return Ok((Root::default(), Root::default())) };
+        let below = || -> Result<Root> {
+            let stat = rustix::fs::stat(top).map_err(|e| broken(top, e.into()))?;
+            let attributes = attributes::read(Of::At(top), self.marks(), top)?;
+            Ok(Root { mode: stat.st_mode & 0o7777, owner: (stat.st_uid, stat.st_gid), attributes })
+        };
+        let unpacked = match &self.base {
+            Base::Before(_) => below()?,
+            _ => Root { owner: below()?.owner, ..Root::default() },
+        };
+        Ok((below()?, unpacked))
+    }
+
+    fn marks(&self) -> Option<Marks> {
+        match &self.base {
+            Base::Lowers(_, marks) => Some(*marks),
+            _ => None,
+        }
+    }
+
+    /// Completes an entry that is told, and notes what is lost of it. `over` is the directory that it is unpacked into, if that is not made anew.
+    fn told(
+        &self,
+        entry: &mut Entry,
+        stat: &Stat,
+        lost: Pairs,
+        inherits: bool,
+        over: Option<&(PathBuf, Stat)>,
+        losses: &mut Losses,
+    ) -> Result<()> {
+        if entry.path.rsplit(|b| *b == b'/').next().is_some_and(|name| name.starts_with(WHITEOUT)) {
+            losses.note(&entry.path, LossKind::WhiteoutName);
+        }
+        if let Some((name, _)) = lost.first() {
+            losses.note(&entry.path, LossKind::Attribute(name.clone()));
+        }
+        if let Some((path, old)) = over
+            && FileType::from_raw_mode(old.st_mode) == FileType::Directory
+        {
+            let old = attributes::read(Of::At(path), None, path)?;
+            let kept = |(name, _): &&(Vec<u8>, Vec<u8>)| !entry.has(name);
+            if let Some((name, _)) = old.carried.iter().find(kept).or(old.lost.first()) {
+                losses.note(&entry.path, LossKind::Attribute(name.clone()));
+            }
+        }
+        if let Some(first) = losses.told(&entry.path, stat) {
+            entry.kind = EntryKind::HardLink(first.to_vec());
+            entry.size = 0;
+            // Whoever unpacks a link gives its file the owner again, and with that the kernel takes capabilities away.
+            entry.xattrs.retain(|(name, _)| name == CAPABILITY);
+            return Ok(());
+        }
+        let linked = matches!(entry.kind, EntryKind::Symlink(_));
+        let own = entry.has(ACCESS_ACL) && (entry.kind != EntryKind::Directory || entry.has(DEFAULT_ACL));
+        if inherits && !linked && !own {
+            losses.note(&entry.path, LossKind::Inherited);
+        }
+        Ok(())
+    }
+
+    /// Gives the directory at `path` the time that unpacking gives it, now that nothing in it is told any more.
+    fn settle_dir(&self, frame: Option<Frame>, path: &Path, losses: &mut Losses) -> Result<()> {
+        let Some(Frame { dir, held, time, below_time, .. }) = frame else { return Ok(()) };
+        let want = if held.is_some() { below_time } else { unpacked(time) };
+        if want == time {
+            return Ok(());
+        }
+        let full = self.root.join(path);
+        let dir = match dir {
+            Some(dir) => dir,
+            None => open_dir(CWD, &full, &full)?,
+        };
+        if rustix::fs::futimens(&dir, &times(want)).is_err() {
+            losses.note(bytes(path), LossKind::Time);
+        }
+        Ok(())
+    }
+
+    fn frame(&self, dir: OwnedFd, path: &Path, below: Below, bare: bool) -> Result<Frame> {
         let mut names = if bare { below.names()? } else { BTreeSet::new() };
         let mut buffer = Vec::with_capacity(16 << 10);
         let mut entries = RawDir::new(&dir, buffer.spare_capacity_mut());
@@ -226,17 +395,29 @@ impl LayerTree {
                 names.insert(OsStr::from_bytes(entry.file_name().to_bytes()).to_owned());
             }
         }
-        Ok(Frame { dir: Some(dir), names: names.into_iter().rev().collect(), held, below, bare })
+        let names = names.into_iter().rev().collect();
+        Ok(Frame { dir: Some(dir), names, held: None, below, bare, inherits: false, time: (0, 0), below_time: (0, 0) })
     }
 
-    /// What is told of a place; `hides` says whether something of that name lies below.
-    fn entry(&self, place: &Place<'_>, hides: bool) -> Result<Option<Entry>> {
-        let name = bytes_of(place.path);
-        let Some(stat) = &place.stat else { return Ok(Some(Entry::bare(name, EntryKind::Whiteout))) };
+    /// What is told of a place, and which attributes of it are lost; `old` is what lies below.
+    fn entry(&self, place: &Place<'_>, old: Option<&Stat>, losses: &mut Losses) -> Result<Option<(Entry, Pairs)>> {
+        let name = bytes(place.path).to_vec();
+        let whiteout = |name| Some((Entry::bare(name, EntryKind::Whiteout), Vec::new()));
+        let Some(stat) = &place.stat else { return Ok(whiteout(name)) };
+        // What nobody tells of stays where the whole tree was copied.
+        let looks = |s: &Stat| (s.st_mode, s.st_uid, s.st_gid, s.st_rdev, time_of(s));
+        let unless_old = |kind, losses: &mut Losses| {
+            if old.is_none_or(|old| matches!(self.base, Base::Lowers(..)) || looks(old) != looks(stat)) {
+                losses.note(bytes(place.path), kind);
+            }
+        };
         if below::is_whiteout(stat) {
+            if !matches!(self.base, Base::Lowers(..)) {
+                unless_old(LossKind::WhiteoutDevice, losses);
+                return Ok(None);
+            }
             // Without anything below there is nothing to hide.
-            let tells = hides && matches!(self.base, Base::Lowers(_));
-            return Ok(tells.then(|| Entry::bare(name, EntryKind::Whiteout)));
+            return Ok(if old.is_some() { whiteout(name) } else { None });
         }
         let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
         let kind = match FileType::from_raw_mode(stat.st_mode) {
@@ -249,7 +430,10 @@ impl LayerTree {
             FileType::Fifo => EntryKind::Fifo,
             FileType::RegularFile => EntryKind::File,
             // A socket is nothing without its process, and tar has no word for it.
-            _ => return Ok(None),
+            _ => {
+                unless_old(LossKind::Socket, losses);
+                return Ok(None);
+            }
         };
         let mut entry = Entry {
             path: name,
@@ -258,16 +442,17 @@ impl LayerTree {
             uid: stat.st_uid,
             gid: stat.st_gid,
             size: 0,
-            mtime: stat.st_mtime,
+            // A layer says no time that it would not get back.
+            mtime: if self.rooted { unpacked(place.time()).0 } else { place.time().0 },
             xattrs: Vec::new(),
         };
         if entry.kind == EntryKind::File {
             entry.size = stat.st_size.cast_unsigned();
         }
-        if let Some(file) = &place.file {
-            entry.xattrs = xattrs(Attributes::Open(file.as_fd()), place.full)?;
-        }
-        Ok(Some(entry))
+        let of = place.file.as_ref().map_or(Of::At(place.full), |file| Of::Open(file.as_fd()));
+        let Attributes { carried, lost } = attributes::read(of, self.marks(), place.full)?;
+        entry.xattrs = carried;
+        Ok(Some((entry, lost)))
     }
 }
 
@@ -289,18 +474,49 @@ impl<'a> Place<'a> {
         Ok(Self { path, full, stat: Some(stat), file: file.map(File::from) })
     }
 
-    /// Its `entry`, unless that is another name of one told before.
-    fn linked(&self, entry: Entry, links: &mut HashMap<(u64, u64), Vec<u8>>) -> Entry {
-        // The kernel makes one whiteout and gives it many names.
-        let single = matches!(entry.kind, EntryKind::Directory | EntryKind::Whiteout);
-        let Some(stat) = self.stat.as_ref().filter(|s| s.st_nlink > 1 && !single) else { return entry };
-        match links.get(&(stat.st_dev, stat.st_ino)) {
-            Some(first) => Entry { kind: EntryKind::HardLink(first.clone()), size: 0, xattrs: Vec::new(), ..entry },
-            None => {
-                links.insert((stat.st_dev, stat.st_ino), entry.path.clone());
-                entry
-            }
+    fn time(&self) -> (i64, i64) {
+        self.stat.as_ref().map(time_of).unwrap_or_default()
+    }
+
+    /// Gives it, `name` in `dir`, another time.
+    fn set_time(&self, dir: &OwnedFd, name: &OsStr, time: (i64, i64)) -> rustix::io::Result<()> {
+        match &self.file {
+            Some(file) => rustix::fs::futimens(file, &times(time)),
+            None => rustix::fs::utimensat(dir, name, &times(time), AtFlags::SYMLINK_NOFOLLOW),
         }
+    }
+}
+
+/// Seconds and nanoseconds of the last change.
+#[allow(clippy::unnecessary_cast)]
+pub(crate) fn time_of(stat: &Stat) -> (i64, i64) {
+    (stat.st_mtime as i64, stat.st_mtime_nsec as i64)
+}
+
+/// The time that containerd gives to an entry that says `time` as far as a tar can.
+pub(crate) fn unpacked((seconds, _): (i64, i64)) -> (i64, i64) {
+    (if TIMES.contains(&seconds) { seconds } else { 0 }, 0)
+}
+
+#[allow(clippy::unnecessary_cast)]
+fn times((seconds, nanoseconds): (i64, i64)) -> Timestamps {
+    Timestamps {
+        last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT as _ },
+        last_modification: Timespec { tv_sec: seconds, tv_nsec: nanoseconds as _ },
+    }
+}
+
+/// What a root is like.
+#[derive(PartialEq, Eq)]
+struct Root {
+    mode: u32,
+    owner: (u32, u32),
+    attributes: Attributes,
+}
+
+impl Default for Root {
+    fn default() -> Self {
+        Self { mode: ROOT_MODE, owner: (0, 0), attributes: Attributes::default() }
     }
 }
 
@@ -314,78 +530,14 @@ impl Entry {
     fn bare(path: Vec<u8>, kind: EntryKind) -> Self {
         Self { path, kind, mode: 0, uid: 0, gid: 0, size: 0, mtime: 0, xattrs: Vec::new() }
     }
-}
 
-/// Where extended attributes are read.
-#[derive(Clone, Copy)]
-enum Attributes<'a> {
-    At(&'a Path),
-    Open(BorrowedFd<'a>),
-}
-
-impl Attributes<'_> {
-    fn list(self, names: &mut [u8]) -> rustix::io::Result<usize> {
-        match self {
-            Self::At(path) => rustix::fs::llistxattr(path, names),
-            Self::Open(file) => rustix::fs::flistxattr(file, names),
-        }
-    }
-
-    fn get(self, name: &[u8], value: &mut [u8]) -> rustix::io::Result<usize> {
-        match self {
-            Self::At(path) => rustix::fs::lgetxattr(path, name, value),
-            Self::Open(file) => rustix::fs::fgetxattr(file, name, value),
-        }
+    fn has(&self, attribute: &[u8]) -> bool {
+        self.xattrs.iter().any(|(name, _)| name == attribute)
     }
 }
 
-/// Attributes that make sense on another machine: capabilities, and what users set. `full` is for people.
-fn xattrs(of: Attributes<'_>, full: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
-    let (mut short, mut long) = ([0u8; 512], Vec::new());
-    let names: &[u8] = loop {
-        let buffer = if long.is_empty() { &mut short[..] } else { &mut long[..] };
-        match of.list(buffer) {
-            Ok(0) | Err(rustix::io::Errno::NOTSUP) => return Ok(Vec::new()),
-            Ok(n) if long.is_empty() => break &short[..n],
-            Ok(n) => break &long[..n],
-            Err(rustix::io::Errno::RANGE) if long.len() < 1 << 20 => long.resize((long.len() * 8).max(8192), 0),
-            Err(e) => return Err(broken(full, e.into())),
-        }
-    };
-    let mut found = Vec::new();
-    for name in names.split(|b| *b == 0).filter(|n| !n.is_empty()) {
-        if UNREADABLE.contains(&name) {
-            return Err(Fault::new(
-                Code::FailedPrecondition,
-                format!("{}: the overlay keeps a part of it elsewhere ({})", full.display(), String::from_utf8_lossy(name)),
-            )
-            .hint("mount overlays with redirect_dir=off,metacopy=off: see the options of the overlay kernel module"));
-        }
-        let wanted = name == b"security.capability" || (name.starts_with(b"user.") && !name.starts_with(b"user.overlay."));
-        if !wanted {
-            continue;
-        }
-        let mut value = vec![0u8; 65536];
-        match of.get(name, &mut value) {
-            Ok(n) => {
-                value.truncate(n);
-                found.push((name.to_vec(), value));
-            }
-            Err(rustix::io::Errno::NODATA) => {}
-            Err(e) => return Err(broken(full, e.into())),
-        }
-    }
-    found.sort();
-    Ok(found)
-}
-
-/// The same of what is at `path`.
-pub(crate) fn xattrs_of(path: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
-    xattrs(Attributes::At(path), path)
-}
-
-fn bytes_of(path: &Path) -> Vec<u8> {
-    path.as_os_str().as_bytes().to_vec()
+fn bytes(path: &Path) -> &[u8] {
+    path.as_os_str().as_bytes()
 }
 
 pub(crate) fn broken(path: &Path, error: io::Error) -> Fault {

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use shipway_archive::{Compression, CompressionKind, LayerTree, pack, recompress, tar_of};
+use shipway_archive::{Compression, CompressionKind, LayerTree, Marks, pack, recompress, tar_of};
 use std::{
     fs,
     num::NonZero,
@@ -71,7 +71,7 @@ fn tar_reads_a_layer_in_path_order() {
     let tree = LayerTree::whole(dir.path());
     let (bytes, packed) = packed(&tree, Compression { kind: CompressionKind::Uncompressed, ..Default::default() }, 1);
     assert_eq!(packed.tar.diff_id.0, packed.digest);
-    assert_eq!(tar_of(&tree).unwrap(), packed.tar);
+    assert_eq!(tar_of(&tree).unwrap().tar, packed.tar);
     assert_eq!((packed.tar.size, packed.tar.crc), (bytes.len() as u64, libdeflater::crc32(&bytes)));
     let list = String::from_utf8(pipe("tar", &["-t", "--quoting-style=literal"], &bytes)).unwrap();
     let want = format!("{}\nbig\ndir/\ndir/hello\ndir/sub/\ndir/sub/again\ndir.txt\nlink\nünïcode\n", "a".repeat(150));
@@ -120,7 +120,7 @@ fn the_bytes_do_not_depend_on_the_number_of_threads() {
         for threads in [2, 5] {
             assert!(one == packed(&tree, compression, threads), "{kind:?} with {threads} threads");
         }
-        assert_eq!(one.1.tar, tar_of(&tree).unwrap());
+        assert_eq!(one.1.tar, tar_of(&tree).unwrap().tar);
         assert_eq!(one.1.digest, shipway_oci::Digest::of(&one.0));
         if kind == CompressionKind::Gzip {
             assert_eq!(shipway_oci::Digest::of(pipe("gzip", &["-dc"], &one.0)), one.1.tar.diff_id.0);
@@ -161,7 +161,7 @@ fn overlays_say_what_is_gone() {
         }
     }
     let mut names = Vec::new();
-    LayerTree::overlay(&upper, vec![lower])
+    LayerTree::overlay(&upper, vec![lower], Marks::Trusted)
         .walk(|e| {
             names.push(format!("{} {:?}", String::from_utf8_lossy(&e.path), e.kind));
             Ok(())
@@ -208,7 +208,7 @@ fn overlays_do_not_tell_what_was_only_touched() {
     // A second name of a file that is the same is the first one told.
     fs::hard_link(layer("upper/d/same"), layer("upper/d/zweit")).unwrap();
     let mut names = Vec::new();
-    LayerTree::overlay(layer("upper"), vec![layer("middle"), layer("bottom")])
+    LayerTree::overlay(layer("upper"), vec![layer("middle"), layer("bottom")], Marks::Trusted)
         .walk(|e| {
             names.push(format!("{} {:?}", String::from_utf8_lossy(&e.path), e.kind));
             Ok(())
@@ -222,7 +222,7 @@ fn a_known_tar_is_checked_and_not_hashed() {
     let dir = tempfile::tempdir().unwrap();
     sample(dir.path());
     let tree = LayerTree::whole(dir.path());
-    let tar = tar_of(&tree).unwrap();
+    let tar = tar_of(&tree).unwrap().tar;
     let again = |known| pack(&tree, Compression::default(), Some(known), None, &mut |_| Ok(()));
     assert_eq!(again(tar).unwrap(), packed(&tree, Compression::default(), 1).1);
     // It believes what it is told, as long as the files are the same.

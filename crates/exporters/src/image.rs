@@ -254,7 +254,7 @@ impl Exporter for ImageExporter {
             // The snapshots must be there before the record is (third invariant); other platforms' are of no use here.
             let host = Platform::host();
             for p in input.platforms.iter().filter(|p| !self.incomplete && p.platform.rank_for(&host).is_some()) {
-                p.state.realise(Some(&cx.reporter)).await.context(|| "unpacking the image")?;
+                p.state.unpack(self.options.compression, Some(&cx.reporter)).await.context(|| "unpacking the image")?;
             }
             self.name_all((&names, canonical, epoch), &written, &lease, cx).await?;
         } else {

@@ -8,7 +8,7 @@ use crate::{
     record::fresh_id,
     store::{Inner, Record},
 };
-use shipway_archive::{LayerTree, Tar};
+use shipway_archive::{LayerTree, Loss, Tar};
 use shipway_fault::Result;
 use shipway_oci::Descriptor;
 use std::sync::Arc;
@@ -18,6 +18,8 @@ pub(crate) struct Loose {
     store: Arc<Inner>,
     lease: EpochLease,
     pub tar: Tar,
+    /// What unpacking it does not give back.
+    pub loss: Option<Loss>,
     descriptor: Descriptor,
 }
 
@@ -39,8 +41,8 @@ impl Loose {
         // Cut off in the middle, it would leave a blob in a lease that lives long.
         let sealed = async move {
             lease.want(packed.digest).await;
-            match seal(writer, packed, compression).await {
-                Ok(descriptor) => Ok(Self { store: owner, lease, tar: packed.tar, descriptor }),
+            match seal(writer, &packed, compression).await {
+                Ok(descriptor) => Ok(Self { store: owner, lease, tar: packed.tar, loss: packed.loss, descriptor }),
                 Err(e) => {
                     lease.let_go(&owner.storage, packed.digest).await;
                     Err(e)

@@ -64,6 +64,30 @@ impl ImmutableRef {
     }
 }
 
+impl ImmutableRef {
+    /// Makes the snapshot exist that the chain ID of its layers names: its own where that is what unpacking them gives, and otherwise one that is unpacked
+    /// from their blobs, which are compressed as `compression` says where there are none yet.
+    pub async fn unpack(&self, compression: Compression, progress: Option<&Reporter>) -> Result<()> {
+        let layered = self.layered().await?;
+        let record = layered.layered_record()?;
+        if layered.is_exact() {
+            return layered.realise(progress).await;
+        }
+        layered.blobs(compression, true, progress).await?;
+        let store = &layered.0.store;
+        let mut cells: Vec<Arc<Cell>> = Vec::with_capacity(record.layers.len());
+        for layer in &record.layers {
+            let cell = store.cell(layer.diff_id, cells.last());
+            layer.blobs().into_iter().for_each(|b| cell.know(b));
+            if let Some(created) = layer.created() {
+                cell.set_created(created);
+            }
+            cells.push(cell);
+        }
+        store.assembled("unpacked", cells, Vec::new(), record.description.clone()).realise(progress).await
+    }
+}
+
 impl Inner {
     async fn blob(
         self: &Arc<Self>,
@@ -88,7 +112,7 @@ impl Inner {
         }
         // The files of a layer that was moved are where they were: what lies below it here need not be.
         let elsewhere = match cell.copy_of() {
-            Some(original) => self.keep_snapshot(&record.lease, original).await?,
+            Some(original) => self.keep_snapshot(&record.lease, &original).await?,
             None => false,
         };
         if !elsewhere {
@@ -149,15 +173,16 @@ impl Inner {
     }
 
     /// Makes a blob from the layer's files. It must be the very tar that the diffID was taken of.
-    async fn pack(self: &Arc<Self>, cell: &Cell, record: &Record, compression: Compression) -> Result<Descriptor> {
-        let (chain, parent) = match cell.copy_of() {
-            Some(original) => match self.storage.snapshots.stat(&original.into()).await {
+    pub async fn pack(self: &Arc<Self>, cell: &Cell, record: &Record, compression: Compression) -> Result<Descriptor> {
+        let own = || (cell.snapshot.clone(), cell.parent.is_some());
+        let (name, parent) = match cell.copy_of() {
+            Some(original) => match self.storage.snapshots.stat(&original).await {
                 Ok(info) => (original, info.parent.is_some()),
-                Err(_) => (cell.chain_id, cell.parent.is_some()),
+                Err(_) => own(),
             },
-            None => (cell.chain_id, cell.parent.is_some()),
+            None => own(),
         };
-        let (tree, guard) = self.layer_tree(chain, parent).await?;
+        let (tree, guard) = self.layer_tree(&name, parent).await?;
         let known = cell.tar.get().copied();
         let work = move |sink: Sink<'_>| {
             let packed = shipway_archive::pack(&tree, compression, known, None, sink);
@@ -200,7 +225,7 @@ impl Inner {
                     .hint("the layer came from a registry and its blob was removed from containerd: pull the image again, with `--pull`");
             return Err(lost(cell, None, fault));
         }
-        let descriptor = seal(writer, packed, compression).await?;
+        let descriptor = seal(writer, &packed, compression).await?;
         lock(&record.secured).insert(packed.digest);
         cell.know(KnownBlob { descriptor: descriptor.clone(), source: None, stored: true });
         Ok(descriptor)
@@ -263,7 +288,7 @@ impl Drop for Feed {
 pub(crate) type Sink<'a> = &'a mut dyn FnMut(Bytes) -> Result<()>;
 
 /// Ends the writing of a layer's blob, labelled so that it is found again.
-pub(crate) async fn seal(writer: Box<dyn BlobWriter>, packed: Packed, compression: Compression) -> Result<Descriptor> {
+pub(crate) async fn seal(writer: Box<dyn BlobWriter>, packed: &Packed, compression: Compression) -> Result<Descriptor> {
     let media_type = compression.kind.media_type();
     let labels = Labels::from([(UNCOMPRESSED.into(), packed.tar.diff_id.to_string()), (MEDIA_TYPE.into(), media_type.into())]);
     writer.commit(Some(packed.digest), &labels).await?;

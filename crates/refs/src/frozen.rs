@@ -4,13 +4,12 @@ use crate::{
     ImmutableRef, RecordType, RefId,
     immutable::{Held, HeldBody},
     layer::lock,
-    mutable::{hash, remember, stacked},
+    mutable::{hash, name, remember},
     named::Slot,
     record::{Body, Note},
     store::Inner,
 };
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::ChainId;
 use shipway_storage::{Mount, SnapshotKey};
 use shipway_treehash::TreeIndex;
 use std::{
@@ -86,8 +85,8 @@ impl Frozen {
 
     /// The snapshot, for its size.
     pub fn snapshot(&self) -> SnapshotKey {
-        match self.layered.get().and_then(ImmutableRef::record).and_then(|r| r.chain()) {
-            Some(chain) => chain.into(),
+        match self.layered.get().and_then(ImmutableRef::record).and_then(|r| r.snapshot()) {
+            Some(name) => name.clone(),
             None => self.reader.slot.snapshot.clone(),
         }
     }
@@ -108,11 +107,11 @@ impl Frozen {
             let parent = slot.note.parents.first().and_then(|p| store.held(p));
             let below = parent.as_ref().map(ImmutableRef::layered_record).transpose()?;
             let info = store.storage.snapshots.stat(&slot.snapshot).await?;
-            let chain = below.and_then(|r| r.chain());
-            if info.parent != chain.map(Into::into) {
+            let over = below.and_then(|r| r.snapshot());
+            if info.parent.as_ref() != over {
                 return Err(Fault::internal(format!("the state that {:?} was made from is gone", self.description)));
             }
-            let tar = hash(store, &self.mounts, chain).await?;
+            let layer = hash(store, &self.mounts, over).await?;
             let note = Note {
                 record_type: slot.note.record_type,
                 description: self.description.clone(),
@@ -120,34 +119,21 @@ impl Frozen {
                 parents: slot.note.parents.clone(),
                 body: Body::Layers(Vec::new()),
             };
-            let record = stacked(store, below.map(|r| &**r), tar, note);
-            let id = record.id.clone();
-            let (store, slot, mounts) = (store.clone(), slot.clone(), self.mounts.clone());
+            let (store, slot, mounts, below) = (store.clone(), slot.clone(), self.mounts.clone(), below.cloned());
             let background = store.background.clone();
             // Cut off in the middle, it would leave a slot without a snapshot, or a snapshot that nobody knows.
             let work = async move {
-                let name = ChainId::extend(chain, tar.diff_id).into();
-                let done = async {
-                    store.ensure_lease(&record).await?;
-                    store.storage.snapshots.commit(&record.lease, &name, &slot.snapshot, &store.durable.labels(&mounts)).await
-                };
-                match done.await {
-                    // The same files were committed before: the slot stays what it is.
-                    Err(e) if e.is_already_exists() && store.durable.check(&name).is_ok() => {}
-                    Err(e) => {
-                        store.end_lease(&record.lease).await;
-                        return Err(e);
-                    }
-                    Ok(()) => {
-                        remember(&record, &mounts, chain.is_some());
-                        store.bury_slot(&slot).await;
-                    }
+                let (record, made) = name(&store, (&slot.snapshot, &mounts), below.as_deref(), &layer, &note, None).await?;
+                // Otherwise the same files were committed before, and the slot stays what it is.
+                if made {
+                    remember(&record, &mounts, below.is_some());
+                    store.bury_slot(&slot).await;
                 }
                 *record.realised.lock().await = true;
                 Ok(store.insert(record))
             };
             let made = background.finish(work).await?;
-            *layered = Some((generation, id));
+            *layered = Some((generation, made.id().clone()));
             Ok(made)
         };
         self.layered.get_or_try_init(make).await.context(|| format!("make a layer of {:?}", self.description)).cloned()

@@ -184,7 +184,12 @@ impl ImmutableRef {
         Ok(times.into_iter().map(whole).collect())
     }
 
-    /// The name of its snapshot; `None` without layers. A client's directory becomes a layer by this call.
+    /// Whether its snapshot is the one that the chain ID of its layers names: it is what unpacking them gives. A client's directory is none yet.
+    pub fn is_exact(&self) -> bool {
+        self.record().is_some_and(|r| r.layers.iter().all(|c| c.is_exact()))
+    }
+
+    /// The name of the snapshot that unpacking its layers gives; `None` without layers. A client's directory becomes a layer by this call.
     pub async fn chain_id(&self) -> Result<Option<ChainId>> {
         Ok(self.layered().await?.layered_record()?.chain())
     }
@@ -259,7 +264,7 @@ impl ImmutableRef {
         let view = match shared.upgrade() {
             Some(view) => view,
             None => {
-                let view = Arc::new(Active::view(store, record.chain()).await?);
+                let view = Arc::new(Active::view(store, record.snapshot()).await?);
                 if let [only] = &view.mounts[..]
                     && only.kind == "overlay"
                 {

@@ -5,7 +5,7 @@ use shipway_archive::{LayerTree, Tar};
 use shipway_fault::{Code, Detail, Fault, Kept, Result};
 use shipway_oci::{ChainId, Descriptor, DiffId};
 use shipway_progress::Reporter;
-use shipway_storage::{ContentStore, LeaseId};
+use shipway_storage::{ContentStore, LeaseId, SnapshotKey};
 use std::{
     any::Any,
     fmt,
@@ -61,7 +61,7 @@ impl fmt::Debug for LazyLayer {
 pub struct Layer {
     /// Digest of its tar.
     pub diff_id: DiffId,
-    /// Name of the snapshot that has this layer on top.
+    /// Name of the snapshot that unpacking the layers gives.
     pub chain_id: ChainId,
     /// A blob of it, stored or fetchable.
     pub blob: Option<Descriptor>,
@@ -121,7 +121,12 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) struct Cell {
     pub diff_id: DiffId,
     pub chain_id: ChainId,
-    pub parent: Option<ChainId>,
+    /// Name of the snapshot that has this layer on top.
+    pub snapshot: SnapshotKey,
+    /// Name of the snapshot below.
+    pub parent: Option<SnapshotKey>,
+    /// Whether the snapshot has what the layer does not tell, and so cannot be made again.
+    pub own: bool,
     origin: Mutex<Origin>,
     /// Its files, where they were committed in this life: a commit leaves them in their place.
     pub tree: OnceLock<LayerTree>,
@@ -143,7 +148,7 @@ pub(crate) struct Cell {
 #[derive(Default)]
 struct Origin {
     blobs: Vec<KnownBlob>,
-    copy_of: Option<ChainId>,
+    copy_of: Option<SnapshotKey>,
     created: Option<SystemTime>,
 }
 
@@ -164,11 +169,13 @@ impl KnownBlob {
 }
 
 impl Cell {
-    pub fn new(diff_id: DiffId, parent: Option<ChainId>) -> Self {
+    pub fn new(diff_id: DiffId, below: Option<&Self>, snapshot: SnapshotKey, own: bool) -> Self {
         Self {
             diff_id,
-            chain_id: ChainId::extend(parent, diff_id),
-            parent,
+            chain_id: ChainId::extend(below.map(|c| c.chain_id), diff_id),
+            snapshot,
+            parent: below.map(|c| c.snapshot.clone()),
+            own,
             origin: Mutex::default(),
             tree: OnceLock::new(),
             tar: OnceLock::new(),
@@ -178,6 +185,11 @@ impl Cell {
             fetching: Default::default(),
             packing: Default::default(),
         }
+    }
+
+    /// Whether the snapshot is what unpacking the layers gives, under its name.
+    pub fn is_exact(&self) -> bool {
+        self.snapshot == self.chain_id.into()
     }
 
     pub fn blobs(&self) -> Vec<KnownBlob> {
@@ -217,13 +229,13 @@ impl Cell {
         blob.source.as_ref().map(|s| s.describe())
     }
 
-    pub fn copy_of(&self) -> Option<ChainId> {
-        lock(&self.origin).copy_of
+    pub fn copy_of(&self) -> Option<SnapshotKey> {
+        lock(&self.origin).copy_of.clone()
     }
 
-    pub fn set_copy_of(&self, chain: ChainId) {
-        if chain != self.chain_id {
-            lock(&self.origin).copy_of.get_or_insert(chain);
+    pub fn set_copy_of(&self, snapshot: SnapshotKey) {
+        if snapshot != self.snapshot {
+            lock(&self.origin).copy_of.get_or_insert(snapshot);
         }
     }
 

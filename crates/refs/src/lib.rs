@@ -3,8 +3,9 @@
 //! the client's directories, git repositories).
 //!
 //! What is true here:
-//! - A committed state's snapshot is *named by its chain id*, as containerd names an image's, so an image export needs no second copy. The diffID is
-//!   found by hashing the layer's tar stream at commit; nothing is stored for it, unless an export comes next: then the same stream becomes its blob.
+//! - A committed state's snapshot is *named by its chain id*, as containerd names an image's, so an image export needs no second copy, unless
+//!   it is not what unpacking its layer gives (`exact.rs`). The diffID is found by hashing the layer's tar stream at commit; nothing
+//!   is stored for it, unless an export comes next: then the same stream becomes its blob.
 //! - One record = one flat lease without expiry, whose labels hold all there is to know. Pruning deletes leases and nothing else.
 //! - Active snapshots and views of one life of the daemon hang on *epoch* leases, which the next life deletes.
 //! - What may be lost lives in a small file: last use and use count.
@@ -16,6 +17,7 @@ mod ahead;
 mod blobs;
 mod contents;
 mod durable;
+mod exact;
 mod frozen;
 mod immutable;
 mod layer;

@@ -56,10 +56,10 @@ impl RefStore {
         };
         let (below, above) = (&lower.layered_record()?.layers, &upper.layered_record()?.layers);
         let parents = [&lower, &upper].into_iter().filter(|r| !r.is_scratch()).map(|r| r.id().clone()).collect();
-        if below.last().map(|c| c.chain_id) == above.last().map(|c| c.chain_id) {
+        if below.last().map(|c| &c.snapshot) == above.last().map(|c| &c.snapshot) {
             return self.scratch();
         }
-        let prefix = above.len() > below.len() && below.iter().zip(above).all(|(b, a)| b.chain_id == a.chain_id);
+        let prefix = above.len() > below.len() && below.iter().zip(above).all(|(b, a)| b.snapshot == a.snapshot);
         if !prefix {
             return self.0.compared(&lower, &upper, parents, description.into()).await.context(|| "compare two file systems");
         }
@@ -74,7 +74,10 @@ impl RefStore {
 impl Inner {
     /// The layer of `original` at another place.
     fn moved(&self, original: &Arc<Cell>, below: Option<&Arc<Cell>>) -> Arc<Cell> {
-        let cell = self.cell(original.diff_id, below.map(|c| c.chain_id));
+        if original.parent.as_ref() == below.map(|c| &c.snapshot) {
+            return original.clone();
+        }
+        let cell = self.cell(original.diff_id, below);
         if !Arc::ptr_eq(&cell, original) {
             if let Some(tar) = original.tar.get() {
                 let _ = cell.tar.set(*tar);
@@ -87,14 +90,14 @@ impl Inner {
             }
             match original.is_blob_only() {
                 true => cell.blob_only.store(true, Relaxed),
-                false => cell.set_copy_of(original.copy_of().unwrap_or(original.chain_id)),
+                false => cell.set_copy_of(original.copy_of().unwrap_or_else(|| original.snapshot.clone())),
             }
         }
         cell
     }
 
-    fn assembled(self: &Arc<Self>, how: &str, layers: Vec<Arc<Cell>>, parents: Vec<RefId>, description: String) -> ImmutableRef {
-        let seed = layers.iter().fold(how.to_owned(), |s, c| s + " " + &c.chain_id.to_string());
+    pub fn assembled(self: &Arc<Self>, how: &str, layers: Vec<Arc<Cell>>, parents: Vec<RefId>, description: String) -> ImmutableRef {
+        let seed = layers.iter().fold(how.to_owned(), |s, c| s + " " + &c.snapshot.0);
         let note =
             Note { record_type: RecordType::Regular, description, created: SystemTime::now(), parents, body: Body::Layers(Vec::new()) };
         self.insert(Record::new(id_of(seed), note, layers, false))

@@ -2,7 +2,7 @@
 
 use crate::life::Background;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use shipway_archive::LayerTree;
+use shipway_archive::{LayerTree, Marks};
 use shipway_fault::{Code, Fault, Result};
 use shipway_storage::Mount;
 use std::{
@@ -307,13 +307,15 @@ pub(crate) fn own_layer(mounts: &[Mount], has_parent: bool) -> Result<OwnLayer> 
             None if lowers.is_empty() => return Err(unknown()),
             None => lowers.remove(0),
         };
-        return Ok(OwnLayer::Tree(if lowers.is_empty() && !has_parent { LayerTree::whole(top) } else { LayerTree::overlay(top, lowers) }));
+        let marks = if only.options.iter().any(|o| o == "userxattr") { Marks::User } else { Marks::Trusted };
+        let lowest = lowers.is_empty() && !has_parent;
+        return Ok(OwnLayer::Tree(if lowest { LayerTree::lowest(top) } else { LayerTree::overlay(top, lowers, marks) }));
     }
     if !is_bind(only) {
         return Err(unknown());
     }
     let source = PathBuf::from(&only.source).join(&only.target);
-    Ok(if has_parent { OwnLayer::Whole(source) } else { OwnLayer::Tree(LayerTree::whole(source)) })
+    Ok(if has_parent { OwnLayer::Whole(source) } else { OwnLayer::Tree(LayerTree::lowest(source)) })
 }
 
 /// Unmounts what an earlier life left mounted below `root` and removes the mount points.
@@ -389,8 +391,11 @@ mod tests {
     #[test]
     fn the_own_layer_is_the_upper_or_the_topmost_directory() {
         for (options, want) in [
-            (&["upperdir=/u", "workdir=/w", "lowerdir=/a:/b"][..], LayerTree::overlay("/u", vec!["/a".into(), "/b".into()])),
-            (&["lowerdir=/a:/b"][..], LayerTree::overlay("/a", vec!["/b".into()])),
+            (
+                &["upperdir=/u", "workdir=/w", "lowerdir=/a:/b"][..],
+                LayerTree::overlay("/u", vec!["/a".into(), "/b".into()], Marks::Trusted),
+            ),
+            (&["lowerdir=/a:/b", "userxattr"][..], LayerTree::overlay("/a", vec!["/b".into()], Marks::User)),
         ] {
             assert!(matches!(own_layer(&[overlay(options)], true), Ok(OwnLayer::Tree(t)) if t == want));
         }

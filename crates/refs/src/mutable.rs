@@ -3,15 +3,15 @@
 use crate::{
     Compression, ImmutableRef, LocalMount, RecordType,
     ahead::Loose,
+    exact,
     layer::lock,
     mount::{OwnLayer, WeakMount, is_bind, own_layer, read_only, unsynced},
     realise::Active,
     record::{Body, Note, fresh_id},
     store::{Inner, Record},
 };
-use shipway_archive::{LayerTree, Tar};
+use shipway_archive::{Hashed, LayerTree};
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::ChainId;
 use shipway_progress::Reporter;
 use shipway_storage::{Mount, SnapshotKey};
 use std::{
@@ -53,8 +53,8 @@ impl MutableRef {
             }
             None => None,
         };
-        let chain = parent.as_ref().map(ImmutableRef::layered_record).transpose()?.and_then(|r| r.chain());
-        let active = Active::prepare(store, "step", chain).await.context(|| format!("make a file system for {description:?}"))?;
+        let below = parent.as_ref().map(ImmutableRef::layered_record).transpose()?.and_then(|r| r.snapshot());
+        let active = Active::prepare(store, "step", below).await.context(|| format!("make a file system for {description:?}"))?;
         Ok(Self { store: store.clone(), active, parent, record_type, description, mounted: Mutex::default() })
     }
 
@@ -140,46 +140,74 @@ async fn commit(
     note: Note,
     pack: Option<Compression>,
 ) -> Result<ImmutableRef> {
-    let below = parent.map(|p| p.layered_record()).transpose()?;
-    let chain = below.and_then(|r| r.chain());
+    let below = parent.map(|p| p.layered_record()).transpose()?.cloned();
     let mounts = active.mounts.clone();
+    let over = below.as_ref().and_then(|r| r.snapshot());
     let blob = match pack {
-        Some(compression) => Some(Loose::pack(store, &active.lease, written(store, &mounts, chain).await?, compression).await?),
+        Some(compression) => Some(Loose::pack(store, &active.lease, written(store, &mounts, over).await?, compression).await?),
         None => None,
     };
-    let tar = match &blob {
-        Some(blob) => blob.tar,
-        None => hash(store, &mounts, chain).await?,
+    let layer = match &blob {
+        Some(blob) => Hashed { tar: blob.tar, loss: blob.loss.clone() },
+        None => hash(store, &mounts, over).await?,
     };
-    let record = stacked(store, below.map(|r| &**r), tar, note);
-    if let (Some(blob), Some(cell)) = (&blob, record.layers.last()) {
-        cell.know(blob.known());
-    }
     let (store, background, parent) = (store.clone(), store.background.clone(), parent.cloned());
     // Cut off in the middle, it would leave a lease and a snapshot that nobody knows.
     let work = async move {
-        let done = async {
-            store.ensure_lease(&record).await?;
-            if let Some(blob) = blob {
-                blob.give(&record).await?;
-            }
-            active.commit(&record.lease, ChainId::extend(chain, tar.diff_id)).await
-        };
-        match done.await {
-            Ok(true) => {
-                remember(&record, &mounts, chain.is_some());
-            }
-            Ok(false) => {}
-            Err(e) => {
-                store.end_lease(&record.lease).await;
-                return Err(e);
-            }
+        let (record, made) = name(&store, (&active.key, &mounts), below.as_deref(), &layer, &note, blob.as_ref()).await?;
+        if made {
+            active.committed();
+            remember(&record, &mounts, below.is_some());
         }
         *record.realised.lock().await = true;
         drop(parent);
         Ok(store.insert(record))
     };
     background.finish(work).await
+}
+
+/// Commits the active snapshot `key`, which holds `layer` on top of `below`, under the name that it may have, and records that under a lease. Says
+/// whether it was this one that got the name; otherwise there is one that is equal.
+pub(crate) async fn name(
+    store: &Arc<Inner>,
+    (key, mounts): (&SnapshotKey, &[Mount]),
+    below: Option<&Record>,
+    layer: &Hashed,
+    note: &Note,
+    blob: Option<&Loose>,
+) -> Result<(Record, bool)> {
+    loop {
+        let record = stacked(store, below, layer, note.clone());
+        let Some(cell) = record.layers.last() else { return Err(Fault::internal("a commit without a layer")) };
+        if let Some(blob) = blob {
+            cell.know(blob.known());
+        }
+        let done = async {
+            store.ensure_lease(&record).await?;
+            if let Some(blob) = blob {
+                blob.give(&record).await?;
+            }
+            let labels = exact::labels().into_iter().chain(store.durable.labels(mounts)).collect();
+            match store.storage.snapshots.commit(&record.lease, &cell.snapshot, key, &labels).await {
+                Ok(()) => Ok(Some(true)),
+                Err(e) if e.is_already_exists() => {
+                    store.durable.check(&cell.snapshot)?;
+                    let there = store.storage.snapshots.stat(&cell.snapshot).await?;
+                    Ok(store.distrusted.accepts(&there).then_some(false))
+                }
+                Err(e) => Err(e),
+            }
+        };
+        match done.await {
+            Ok(Some(made)) => return Ok((record, made)),
+            // The name is avoided from now on.
+            Ok(None) => store.end_lease(&record.lease).await,
+            Err(e) => {
+                store.end_lease(&record.lease).await;
+                return Err(e);
+            }
+        }
+    }
 }
 
 /// Remembers where a committed state's files are: in the place where they were written.
@@ -194,33 +222,38 @@ pub(crate) fn remember(record: &Record, mounts: &[Mount], has_parent: bool) {
     }
 }
 
-/// What was written over `parent`, and what keeps it readable.
-async fn written(store: &Arc<Inner>, mounts: &[Mount], parent: Option<ChainId>) -> Result<(LayerTree, impl Send + 'static)> {
-    Ok(match own_layer(mounts, parent.is_some())? {
+/// What was written over `below`, and what keeps it readable.
+async fn written(store: &Arc<Inner>, mounts: &[Mount], below: Option<&SnapshotKey>) -> Result<(LayerTree, impl Send + 'static)> {
+    let (tree, guard) = match own_layer(mounts, below.is_some())? {
         OwnLayer::Tree(tree) => (tree, None),
-        OwnLayer::Whole(after) => match parent {
-            None => (LayerTree::whole(after), None),
-            Some(parent) => {
-                let view = Active::view(store, Some(parent)).await?;
-                let before = LocalMount::new(&view.mounts, &store.mounts, &store.background, None).await?;
-                (LayerTree::compared(before.path(), after), Some((before, view)))
-            }
-        },
-    })
+        OwnLayer::Whole(after) => {
+            let view = Active::view(store, below).await?;
+            let before = LocalMount::new(&view.mounts, &store.mounts, &store.background, None).await?;
+            (LayerTree::compared(before.path(), after), Some((before, view)))
+        }
+    };
+    Ok((tree.settled(), guard))
 }
 
-/// The tar of what was written over `parent`.
-pub(crate) async fn hash(store: &Arc<Inner>, mounts: &[Mount], parent: Option<ChainId>) -> Result<Tar> {
-    let (tree, guard) = written(store, mounts, parent).await?;
+/// The tar of what was written over `below`.
+pub(crate) async fn hash(store: &Arc<Inner>, mounts: &[Mount], below: Option<&SnapshotKey>) -> Result<Hashed> {
+    let (tree, guard) = written(store, mounts, below).await?;
     let hashed = tokio::task::spawn_blocking(move || shipway_archive::tar_of(&tree)).await;
     drop(guard);
     hashed.map_err(|e| Fault::internal(format!("hashing a layer failed: {e}")))?
 }
 
-/// A record of the layer `tar` on top of `below`, which is being committed.
-pub(crate) fn stacked(store: &Inner, below: Option<&Record>, tar: Tar, note: Note) -> Record {
-    let cell = store.cell(tar.diff_id, below.and_then(|r| r.chain()));
-    let _ = cell.tar.set(tar);
+/// A record of `layer` on top of `below`, which is being committed.
+fn stacked(store: &Inner, below: Option<&Record>, layer: &Hashed, note: Note) -> Record {
+    let under = below.and_then(|r| r.layers.last());
+    let cell = match &layer.loss {
+        None => store.cell(layer.tar.diff_id, under),
+        Some(loss) => {
+            tracing::debug!(%loss, description = %note.description, "a state that its layer does not tell");
+            store.own_cell(layer.tar.diff_id, under, exact::own_name())
+        }
+    };
+    let _ = cell.tar.set(layer.tar);
     cell.new.store(true, Ordering::Relaxed);
     let layers = below.map(|r| r.layers.clone()).unwrap_or_default().into_iter().chain([cell]).collect();
     Record::new(fresh_id(), note, layers, false)

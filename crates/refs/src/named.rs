@@ -245,12 +245,12 @@ impl Inner {
     }
 
     async fn make_slot(self: &Arc<Self>, request: &NamedRequest, name: String) -> Result<NamedRef> {
-        let mut chain = None;
+        let mut below = None;
         let mut parents = Vec::new();
         if let Some(parent) = &request.parent {
             let parent = parent.layered().await?;
             parent.realise(None).await?;
-            chain = parent.layered_record()?.chain();
+            below = parent.layered_record()?.snapshot().cloned();
             parents = vec![parent.id().clone()];
         }
         let (id, snapshot) = (fresh_id(), self.fresh_key("named"));
@@ -262,13 +262,12 @@ impl Inner {
             body: Body::Named { name: name.clone(), snapshot: snapshot.clone() },
         };
         let slot = Arc::new(Slot::new(id, note, name, snapshot));
-        let parent: Option<SnapshotKey> = chain.map(Into::into);
         let (store, exclusive) = (self.clone(), request.sharing != Sharing::Shared);
         // Cut off in the middle, it would leave a lease and a snapshot that nobody knows.
         let work = async move {
             let made = async {
                 store.storage.leases.create(&slot.lease, &labels_of(&slot.note)).await?;
-                store.storage.snapshots.prepare(&slot.lease, &slot.snapshot, parent.as_ref(), &Labels::new()).await
+                store.storage.snapshots.prepare(&slot.lease, &slot.snapshot, below.as_ref(), &Labels::new()).await
             };
             let mounts = match made.await {
                 Ok(mounts) => mounts,

@@ -17,7 +17,7 @@ impl ImmutableRef {
             if wanted.is_empty() {
                 break;
             }
-            let (tree, guard) = store.layer_tree(cell.chain_id, cell.parent.is_some()).await?;
+            let (tree, guard) = store.layer_tree(&cell.snapshot, cell.parent.is_some()).await?;
             let walk = move || {
                 let mut here = Vec::new();
                 let walked = tree.walk(|entry| {

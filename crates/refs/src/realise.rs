@@ -1,6 +1,7 @@
 //! Making snapshots of layers: fetch, unpack, verify, commit as the chain id; or copy from another stack.
 
 use crate::{
+    Compression, exact,
     layer::{Cell, KnownBlob, lock, lost},
     life::{EpochLease, forget, remove},
     mount::{LocalMount, OwnLayer, own_layer},
@@ -9,7 +10,7 @@ use crate::{
 };
 use shipway_archive::LayerTree;
 use shipway_fault::{Code, Context as _, Fault, Result};
-use shipway_oci::{ChainId, Descriptor};
+use shipway_oci::Descriptor;
 use shipway_progress::Reporter;
 use shipway_storage::{Labels, LeaseId, LeaseResource, Mount, SnapshotKey};
 use std::{any::Any, sync::Arc};
@@ -28,18 +29,16 @@ pub(crate) struct Active {
 }
 
 impl Active {
-    pub async fn prepare(store: &Arc<Inner>, what: &str, parent: Option<ChainId>) -> Result<Self> {
+    pub async fn prepare(store: &Arc<Inner>, what: &str, parent: Option<&SnapshotKey>) -> Result<Self> {
         let mut active = Self::named(store, what).await?;
-        let parent: Option<SnapshotKey> = parent.map(Into::into);
-        active.mounts = store.storage.snapshots.prepare(&active.lease, &active.key, parent.as_ref(), &Labels::new()).await?;
+        active.mounts = store.storage.snapshots.prepare(&active.lease, &active.key, parent, &Labels::new()).await?;
         Ok(active)
     }
 
     /// A view of a committed snapshot, which need not belong to a record.
-    pub async fn view(store: &Arc<Inner>, of: Option<ChainId>) -> Result<Self> {
+    pub async fn view(store: &Arc<Inner>, of: Option<&SnapshotKey>) -> Result<Self> {
         let mut view = Self::named(store, "view").await?;
-        let of: Option<SnapshotKey> = of.map(Into::into);
-        view.mounts = store.storage.snapshots.view(&view.lease, &view.key, of.as_ref(), &Labels::new()).await?;
+        view.mounts = store.storage.snapshots.view(&view.lease, &view.key, of, &Labels::new()).await?;
         Ok(view)
     }
 
@@ -49,18 +48,27 @@ impl Active {
         Ok(Self { store: store.clone(), lease, key, mounts: Vec::new(), armed: true })
     }
 
-    /// Names it `chain` under `lease`. One that exists already is as good; says whether it was this one that got the name.
-    pub async fn commit(mut self, lease: &LeaseId, chain: ChainId) -> Result<bool> {
-        match self.store.storage.snapshots.commit(lease, &chain.into(), &self.key, &self.store.durable.labels(&self.mounts)).await {
-            Ok(()) => {
-                self.armed = false;
-                let (store, lease, key) = (self.store.clone(), self.lease.clone(), self.key.clone());
-                self.store.background.spawn(async move { forget(&store.storage, &lease, &key).await });
-                Ok(true)
+    /// What was unpacked into it becomes the snapshot `name` under `lease`. One that exists already is as good.
+    pub async fn commit(self, lease: &LeaseId, name: &SnapshotKey) -> Result<()> {
+        let store = &self.store;
+        match store.storage.snapshots.commit(lease, name, &self.key, &store.durable.labels(&self.mounts)).await {
+            Ok(()) => self.committed(),
+            Err(e) if e.is_already_exists() => {
+                store.durable.check(name)?;
+                if !store.distrusted.accepts(&store.storage.snapshots.stat(name).await?) {
+                    return Err(exact::taken(name));
+                }
             }
-            Err(e) if e.is_already_exists() => self.store.durable.check(&chain.into()).map(|()| false),
-            Err(e) => Err(e),
+            Err(e) => return Err(e),
         }
+        Ok(())
+    }
+
+    /// It is a committed snapshot now.
+    pub fn committed(mut self) {
+        self.armed = false;
+        let (store, lease, key) = (self.store.clone(), self.lease.clone(), self.key.clone());
+        self.store.background.spawn(async move { forget(&store.storage, &lease, &key).await });
     }
 
     pub async fn release(mut self) -> Result<()> {
@@ -117,7 +125,7 @@ impl Inner {
         self.ensure_lease(record).await?;
         let mut have = 0;
         for (i, cell) in record.layers.iter().enumerate().rev() {
-            if self.keep_snapshot(&record.lease, cell.chain_id).await? {
+            if self.keep_snapshot(&record.lease, &cell.snapshot).await? {
                 have = i + 1;
                 break;
             }
@@ -127,8 +135,8 @@ impl Inner {
             let _again = origin.map(Again::begin);
             self.make_all(missing, record, origin.or(progress)).await?;
         }
-        if !missing.is_empty() && !self.keep_snapshot(&record.lease, top.chain_id).await? {
-            return Err(Fault::new(Code::Aborted, format!("the snapshot {} vanished while it was made", top.chain_id))
+        if !missing.is_empty() && !self.keep_snapshot(&record.lease, &top.snapshot).await? {
+            return Err(Fault::new(Code::Aborted, format!("the snapshot {} vanished while it was made", top.snapshot))
                 .hint("something else deletes snapshots in this containerd namespace; build again"));
         }
         *realised = true;
@@ -167,18 +175,29 @@ impl Inner {
             (&mut fetch.0).await.map_err(|e| Fault::internal(format!("a fetch failed: {e}")))??;
         }
         let _one = cell.applying.lock().await;
-        if self.keep_snapshot(&record.lease, cell.chain_id).await? {
+        if self.keep_snapshot(&record.lease, &cell.snapshot).await? {
             return Ok(());
         }
-        let active = Active::prepare(self, "extract", cell.parent).await?;
-        match cell.copy_of() {
-            Some(original) if self.keep_snapshot(&record.lease, original).await? => self.copy_layer(original, &active, cell).await?,
-            _ => {
-                let blob = self.stored_blob(cell, record, progress).await?;
-                self.apply(cell, &blob, &active, progress).await?;
+        if cell.own {
+            let gone = Fault::not_found(format!("the file system {} is gone, and its layer does not tell all of it", cell.snapshot))
+                .hint("somebody removed it: build again without this cache record, for example after `shipway prune`");
+            return Err(lost(cell, None, gone));
+        }
+        if let Some(original) = cell.copy_of()
+            && self.keep_snapshot(&record.lease, &original).await?
+        {
+            let active = Active::prepare(self, "extract", cell.parent.as_ref()).await?;
+            if self.copy_layer(&original, &active, cell).await? {
+                return active.commit(&record.lease, &cell.snapshot).await;
             }
         }
-        active.commit(&record.lease, cell.chain_id).await.map(drop)
+        let blob = match self.stored_blob(cell, record, progress).await {
+            Err(e) if e.is_not_found() && cell.copy_of().is_some() => self.pack(cell, record, Compression::default()).await?,
+            blob => blob?,
+        };
+        let active = Active::prepare(self, "extract", cell.parent.as_ref()).await?;
+        self.apply(cell, &blob, &active, progress).await?;
+        active.commit(&record.lease, &cell.snapshot).await
     }
 
     async fn apply(&self, cell: &Cell, blob: &Descriptor, active: &Active, progress: Option<&Reporter>) -> Result<()> {
@@ -259,29 +278,34 @@ impl Inner {
     }
 
     /// The tree of a committed layer, and what keeps it readable besides a lease of the caller's.
-    pub async fn layer_tree(self: &Arc<Self>, chain: ChainId, parent: bool) -> Result<(LayerTree, Box<dyn Any + Send + Sync>)> {
-        if let Some(tree) = self.known_cell(chain).and_then(|c| c.tree.get().cloned())
-            && self.storage.snapshots.stat(&chain.into()).await.is_ok()
+    pub async fn layer_tree(self: &Arc<Self>, name: &SnapshotKey, parent: bool) -> Result<(LayerTree, Box<dyn Any + Send + Sync>)> {
+        if let Some(tree) = self.known_cell(name).and_then(|c| c.tree.get().cloned())
+            && self.storage.snapshots.stat(name).await.is_ok()
         {
             return Ok((tree, Box::new(())));
         }
-        let view = Active::view(self, Some(chain)).await?;
+        let view = Active::view(self, Some(name)).await?;
         match own_layer(&view.mounts, parent)? {
             OwnLayer::Tree(tree) => Ok((tree, Box::new(view))),
             OwnLayer::Whole(after) => {
-                let before = self.storage.snapshots.stat(&chain.into()).await?.parent;
-                let Some(before) = before.and_then(|p| p.0.parse().ok()) else { return Ok((LayerTree::whole(after), Box::new(view))) };
-                let below = Active::view(self, Some(before)).await?;
+                let Some(before) = self.storage.snapshots.stat(name).await?.parent else {
+                    return Ok((LayerTree::lowest(after), Box::new(view)));
+                };
+                let below = Active::view(self, Some(&before)).await?;
                 let before = LocalMount::new(&below.mounts, &self.mounts, &self.background, None).await?;
                 Ok((LayerTree::compared(before.path(), after), Box::new((before, below, view))))
             }
         }
     }
 
-    /// Gives `active` the files of the layer on top of `original`.
-    async fn copy_layer(self: &Arc<Self>, original: ChainId, active: &Active, cell: &Cell) -> Result<()> {
-        let below = self.storage.snapshots.stat(&original.into()).await?.parent.is_some();
-        let (tree, guard) = self.layer_tree(original, below).await?;
+    /// Gives `active` the files of the layer on top of `original`; false if that cannot be told from the snapshot, because it was unpacked from
+    /// another program's tar, or because files in it mean something else to those who unpack them.
+    async fn copy_layer(self: &Arc<Self>, original: &SnapshotKey, active: &Active, cell: &Cell) -> Result<bool> {
+        let info = self.storage.snapshots.stat(original).await?;
+        if !exact::is_ours(&info.labels) {
+            return Ok(false);
+        }
+        let (tree, guard) = self.layer_tree(original, info.parent.is_some()).await?;
         let target = match own_layer(&active.mounts, cell.parent.is_some())? {
             OwnLayer::Tree(target) => tree_copy::Target::Layer { dir: target.root().to_owned(), bottom: cell.parent.is_none() },
             OwnLayer::Whole(dir) => tree_copy::Target::Merged(dir),

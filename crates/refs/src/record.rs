@@ -1,6 +1,7 @@
 //! What is known of a state, and how it is written into the labels of its lease.
 
-use shipway_oci::{ChainId, Descriptor, DiffId, Digest};
+use crate::exact;
+use shipway_oci::{Descriptor, DiffId, Digest};
 use shipway_storage::{GC_FLAT, Labels, Lease, LeaseId, SnapshotKey};
 use std::{
     fmt,
@@ -86,7 +87,9 @@ pub(crate) struct LayerNote {
     /// Its blob, where one was known when the record was made.
     pub blob: Option<Descriptor>,
     /// Name of the snapshot whose top layer it is a copy of.
-    pub copy_of: Option<ChainId>,
+    pub copy_of: Option<SnapshotKey>,
+    /// Name of the snapshot, where that has what the layer does not tell.
+    pub own: Option<SnapshotKey>,
     /// Whether the blob alone tells the whole layer.
     pub blob_only: bool,
     /// When it came to be, where that is not when the record was made.
@@ -133,8 +136,9 @@ pub(crate) fn lease_of(id: &RefId) -> LeaseId {
 /// The labels of a state's lease.
 pub(crate) fn labels_of(note: &Note) -> Labels {
     let created = note.created.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-    let mut labels = Labels::from([
-        (GC_FLAT.into(), "true".into()),
+    let mut labels = exact::labels();
+    labels.extend([
+        (GC_FLAT.to_owned(), "true".to_owned()),
         ("shipway/type".into(), note.record_type.to_string()),
         ("shipway/description".into(), cut(&note.description, VALUE_MAX).into()),
         ("shipway/created".into(), created.to_string()),
@@ -153,6 +157,9 @@ pub(crate) fn labels_of(note: &Note) -> Labels {
                 }
                 if let Some(copy) = &layer.copy_of {
                     text += &format!(" copy={copy}");
+                }
+                if let Some(own) = &layer.own {
+                    text += &format!(" own={own}");
                 }
                 if layer.blob_only {
                     text += " blob-only";
@@ -195,14 +202,17 @@ pub(crate) fn read(lease: &Lease) -> Option<(RefId, Note)> {
 
 fn layer(text: &str) -> Option<LayerNote> {
     let mut words = text.split(' ');
-    let mut note = LayerNote { diff_id: words.next()?.parse().ok()?, blob: None, copy_of: None, blob_only: false, created: None };
+    let mut note =
+        LayerNote { diff_id: words.next()?.parse().ok()?, blob: None, copy_of: None, own: None, blob_only: false, created: None };
     for word in words {
         if let Some(blob) = word.strip_prefix("blob=") {
             let mut parts = blob.splitn(3, ',');
             let (digest, size, media_type) = (parts.next()?, parts.next()?, parts.next()?);
             note.blob = Some(Descriptor::new(media_type, digest.parse().ok()?, size.parse().ok()?));
         } else if let Some(chain) = word.strip_prefix("copy=") {
-            note.copy_of = Some(chain.parse().ok()?);
+            note.copy_of = Some(SnapshotKey(chain.into()));
+        } else if let Some(own) = word.strip_prefix("own=") {
+            note.own = Some(SnapshotKey(own.into()));
         } else if let Some(created) = word.strip_prefix("created=") {
             note.created = UNIX_EPOCH.checked_add(Duration::from_millis(created.parse().ok()?));
         } else if word == "blob-only" {
@@ -247,11 +257,12 @@ mod tests {
             LayerNote {
                 diff_id: d,
                 blob: Some(Descriptor::new("a/b+gzip", Digest::of("blob"), 7)),
-                copy_of: Some(ChainId(d.0)),
+                copy_of: Some(SnapshotKey(d.to_string())),
+                own: Some(exact::own_name()),
                 blob_only: true,
                 created: Some(UNIX_EPOCH + Duration::from_millis(1_600_000_000_007)),
             },
-            LayerNote { diff_id: d, blob: None, copy_of: None, blob_only: false, created: None },
+            LayerNote { diff_id: d, blob: None, copy_of: None, own: None, blob_only: false, created: None },
         ];
         for body in [Body::Layers(layers), Body::Named { name: "k".into(), snapshot: SnapshotKey("s".into()) }] {
             let note = Note {

@@ -3,6 +3,7 @@
 use crate::{
     ImmutableRef, LazyLayer, MutableRef, RecordType, RefId,
     durable::{self, Durable},
+    exact::{self, Distrusted},
     immutable::Held,
     layer::{Cell, KnownBlob, lock},
     life::{Background, Epochs},
@@ -13,7 +14,7 @@ use crate::{
     uses::Uses,
 };
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::{ChainId, Digest};
+use shipway_oci::{ChainId, DiffId, Digest};
 use shipway_progress::Reporter;
 use shipway_storage::{LeaseId, LeaseResource, Mount, SnapshotInfo, SnapshotKey, Storage};
 use shipway_treehash::TreeIndex;
@@ -39,11 +40,12 @@ pub(crate) struct Inner {
     pub background: Background,
     pub uses: Uses,
     pub slots: Slots,
+    pub distrusted: Distrusted,
     pub pruning: tokio::sync::Mutex<()>,
     /// Leases that should have ended.
     doomed: Mutex<Vec<LeaseId>>,
     records: Mutex<HashMap<RefId, Arc<Record>>>,
-    cells: Mutex<HashMap<ChainId, Weak<Cell>>>,
+    cells: Mutex<HashMap<SnapshotKey, Weak<Cell>>>,
 }
 
 /// A state made of layers.
@@ -101,7 +103,8 @@ impl Record {
     pub fn note(&self) -> Note {
         let layers = self.layers.iter().map(|c| {
             let blob = c.describe().blob;
-            LayerNote { diff_id: c.diff_id, blob, copy_of: c.copy_of(), blob_only: c.is_blob_only(), created: c.created() }
+            let own = c.own.then(|| c.snapshot.clone());
+            LayerNote { diff_id: c.diff_id, blob, copy_of: c.copy_of(), own, blob_only: c.is_blob_only(), created: c.created() }
         });
         Note {
             record_type: self.record_type,
@@ -117,8 +120,14 @@ impl Record {
         lock(&self.asked).clone().unwrap_or_else(|| self.description.clone())
     }
 
+    /// What unpacking its layers gives.
     pub fn chain(&self) -> Option<ChainId> {
         self.layers.last().map(|c| c.chain_id)
+    }
+
+    /// Name of its snapshot.
+    pub fn snapshot(&self) -> Option<&SnapshotKey> {
+        self.layers.last().map(|c| &c.snapshot)
     }
 }
 
@@ -143,6 +152,7 @@ impl RefStore {
             background: Background::new(),
             uses: Uses::load(root.join("uses.json")),
             slots: Slots::default(),
+            distrusted: Distrusted::default(),
             pruning: Default::default(),
             doomed: Mutex::default(),
             records: Mutex::default(),
@@ -171,7 +181,7 @@ impl RefStore {
         let mut cells: Vec<Arc<Cell>> = Vec::with_capacity(layers.len());
         for layer in layers {
             seed += &format!(" {} {}", layer.diff_id, layer.descriptor.digest);
-            let cell = self.0.cell(layer.diff_id, cells.last().map(|c| c.chain_id));
+            let cell = self.0.cell(layer.diff_id, cells.last());
             cell.know(KnownBlob { stored: layer.source.is_none(), descriptor: layer.descriptor, source: layer.source });
             if let Some(created) = layer.created {
                 cell.set_created(created);
@@ -243,8 +253,9 @@ const SCRATCH: &str = "scratch";
 impl Inner {
     async fn load(&self) -> Result<()> {
         let leases = self.storage.leases.list(&[format!("labels.\"{KIND}\"")]).await?;
-        let (lost, whole): (Vec<_>, Vec<_>) =
-            self.storage.snapshots.list(&[]).await?.into_iter().partition(|s| self.durable.is_lost(&s.key, &s.labels));
+        let all = self.storage.snapshots.list(&[]).await?;
+        self.distrusted.learn(&all);
+        let (lost, whole): (Vec<_>, Vec<_>) = all.into_iter().partition(|s| self.durable.is_lost(&s.key, &s.labels));
         let lost: HashMap<SnapshotKey, Option<SnapshotKey>> = lost.into_iter().map(|s| (s.key, s.parent)).collect();
         let on_lost = |s: &SnapshotInfo| s.parent.as_ref().is_some_and(|p| lost.contains_key(p));
         let snapshots: HashSet<SnapshotKey> = whole.into_iter().filter(|s| !on_lost(s)).map(|s| s.key).collect();
@@ -262,12 +273,16 @@ impl Inner {
                 Body::Layers(layers) => {
                     let mut cells: Vec<Arc<Cell>> = Vec::new();
                     for layer in layers {
-                        let cell = self.cell(layer.diff_id, cells.last().map(|c| c.chain_id));
+                        let below = cells.last();
+                        let cell = match &layer.own {
+                            Some(own) => self.own_cell(layer.diff_id, below, own.clone()),
+                            None => self.cell(layer.diff_id, below),
+                        };
                         if let Some(descriptor) = layer.blob.clone() {
                             cell.know(KnownBlob { descriptor, source: None, stored: true });
                         }
-                        if let Some(chain) = layer.copy_of {
-                            cell.set_copy_of(chain);
+                        if let Some(original) = &layer.copy_of {
+                            cell.set_copy_of(original.clone());
                         }
                         cell.blob_only.store(layer.blob_only, Ordering::Relaxed);
                         if let Some(created) = layer.created {
@@ -275,7 +290,8 @@ impl Inner {
                         }
                         cells.push(cell);
                     }
-                    let whole = cells.last().is_some_and(|c| snapshots.contains(&c.chain_id.into()));
+                    // What another version recorded may not be what its layers say.
+                    let whole = exact::is_ours(&lease.labels) && cells.last().is_some_and(|c| snapshots.contains(&c.snapshot));
                     if whole {
                         let record = Arc::new(Record::new(id.clone(), note, cells, true));
                         lock(&self.records).insert(id, record);
@@ -323,24 +339,33 @@ impl Inner {
         Ok(left)
     }
 
-    /// The cell of the layer `diff_id` on top of `parent`.
-    pub fn cell(&self, diff_id: shipway_oci::DiffId, parent: Option<ChainId>) -> Arc<Cell> {
-        let chain = ChainId::extend(parent, diff_id);
+    /// The cell of the layer `diff_id` on top of `below`, as unpacking makes it.
+    pub fn cell(&self, diff_id: DiffId, below: Option<&Arc<Cell>>) -> Arc<Cell> {
+        let below = below.map(|c| &**c);
+        self.named_cell(diff_id, below, self.name_over(below, diff_id), false)
+    }
+
+    /// The cell of a layer whose snapshot has more than the layer tells, and so a name of its own.
+    pub fn own_cell(&self, diff_id: DiffId, below: Option<&Arc<Cell>>, snapshot: SnapshotKey) -> Arc<Cell> {
+        self.named_cell(diff_id, below.map(|c| &**c), snapshot, true)
+    }
+
+    fn named_cell(&self, diff_id: DiffId, below: Option<&Cell>, snapshot: SnapshotKey, own: bool) -> Arc<Cell> {
         let mut cells = lock(&self.cells);
-        if let Some(cell) = cells.get(&chain).and_then(Weak::upgrade) {
+        if let Some(cell) = cells.get(&snapshot).and_then(Weak::upgrade) {
             return cell;
         }
         if cells.len() > 256 && cells.len() == cells.capacity() {
             cells.retain(|_, c| c.strong_count() > 0);
         }
-        let cell = Arc::new(Cell::new(diff_id, parent));
-        cells.insert(chain, Arc::downgrade(&cell));
+        let cell = Arc::new(Cell::new(diff_id, below, snapshot.clone(), own));
+        cells.insert(snapshot, Arc::downgrade(&cell));
         cell
     }
 
-    /// The cell of the layer on top of the snapshot `chain`, if somebody has it.
-    pub fn known_cell(&self, chain: ChainId) -> Option<Arc<Cell>> {
-        lock(&self.cells).get(&chain).and_then(Weak::upgrade)
+    /// The cell of the layer on top of a snapshot, if somebody has it.
+    pub fn known_cell(&self, snapshot: &SnapshotKey) -> Option<Arc<Cell>> {
+        lock(&self.cells).get(snapshot).and_then(Weak::upgrade)
     }
 
     pub fn scratch(self: Arc<Self>) -> ImmutableRef {
@@ -449,9 +474,8 @@ impl Inner {
         // A record that somebody realises right now can be realised.
         let Ok(realised) = record.realised.try_lock().map(|r| *r) else { return true };
         if realised {
-            let Some(chain) = record.chain() else { return true };
-            let name = chain.into();
-            let (stat, lease) = tokio::join!(self.storage.snapshots.stat(&name), self.storage.leases.resources(&record.lease));
+            let Some(name) = record.snapshot() else { return true };
+            let (stat, lease) = tokio::join!(self.storage.snapshots.stat(name), self.storage.leases.resources(&record.lease));
             // Any other error is containerd's trouble, not the record's.
             let gone = |r: Result<()>| r.is_err_and(|e| e.is_not_found());
             return !gone(stat.map(drop)) && !gone(lease.map(drop));
@@ -460,7 +484,7 @@ impl Inner {
         // state that made it.
         let here = record.layers.iter().filter(|c| c.copy_of().is_none() && !c.blobs().iter().any(KnownBlob::may_be_had));
         for cell in here {
-            if self.storage.snapshots.stat(&cell.chain_id.into()).await.is_err_and(|e| e.is_not_found()) {
+            if self.storage.snapshots.stat(&cell.snapshot).await.is_err_and(|e| e.is_not_found()) {
                 return false;
             }
         }
@@ -468,16 +492,16 @@ impl Inner {
     }
 
     /// Puts a committed snapshot into a lease; false if it does not exist.
-    pub async fn keep_snapshot(&self, lease: &LeaseId, chain: ChainId) -> Result<bool> {
-        let name: SnapshotKey = chain.into();
-        match self.storage.snapshots.stat(&name).await {
+    pub async fn keep_snapshot(&self, lease: &LeaseId, name: &SnapshotKey) -> Result<bool> {
+        match self.storage.snapshots.stat(name).await {
             Err(e) if e.is_not_found() => return Ok(false),
+            Ok(info) if !self.distrusted.accepts(&info) => return Err(exact::taken(name)),
             other => drop(other?),
         }
-        self.durable.check(&name)?;
+        self.durable.check(name)?;
         self.storage.leases.add(lease, LeaseResource::Snapshot(self.storage.snapshots.name().into(), name.clone())).await?;
         // It may have gone between the two.
-        match self.storage.snapshots.stat(&name).await {
+        match self.storage.snapshots.stat(name).await {
             Err(e) if e.is_not_found() => Ok(false),
             other => other.map(|_| true),
         }

@@ -12,7 +12,7 @@ use std::{
     os::fd::AsFd,
     os::unix::{
         ffi::OsStrExt,
-        fs::{MetadataExt, PermissionsExt, lchown, symlink},
+        fs::{PermissionsExt, lchown, symlink},
     },
     path::{Path, PathBuf},
 };
@@ -25,25 +25,32 @@ pub(crate) enum Target {
     Merged(PathBuf),
 }
 
-/// Copies every entry of `tree`.
-pub(crate) fn copy(tree: &LayerTree, target: &Target) -> Result<()> {
+/// Copies every entry of `tree`, as unpacking its tar would; false if that is not what it would do.
+pub(crate) fn copy(tree: &LayerTree, target: &Target) -> Result<bool> {
     let root = match target {
         Target::Layer { dir, .. } | Target::Merged(dir) => dir,
     };
     // Directories get their times when all is in them.
     let mut times = Vec::new();
+    let mut plain = true;
     tree.walk(|entry| {
+        let name = entry.path.rsplit(|b| *b == b'/').next().unwrap_or_default();
+        plain &= entry.kind == EntryKind::Whiteout || !name.starts_with(b".wh.");
+        // What unpacks layers leaves the root as it is.
+        if !plain || entry.path.is_empty() {
+            return Ok(());
+        }
         let (from, to) = (tree.locate(&entry), root.join(OsStr::from_bytes(&entry.path)));
         one(&entry, &from, &to, root, target).map_err(|e| Fault::io(format!("copy {} into a layer", from.display()), e))?;
         if entry.kind == EntryKind::Directory {
-            times.push((from, to));
+            times.push((entry.mtime, to));
         }
         Ok(())
     })?;
-    for (from, to) in times.iter().rev() {
-        same_times(from, to).map_err(|e| Fault::io(format!("set the times of {}", to.display()), e))?;
+    for (mtime, to) in times.iter().rev() {
+        set_time(*mtime, to).map_err(|e| Fault::io(format!("set the times of {}", to.display()), e))?;
     }
-    Ok(())
+    Ok(plain)
 }
 
 fn one(entry: &Entry, from: &Path, to: &Path, root: &Path, target: &Target) -> io::Result<()> {
@@ -93,7 +100,7 @@ fn leaf(entry: &Entry, kind: &EntryKind, from: &Path, to: &Path, root: &Path) ->
         _ => rustix::fs::mknodat(CWD, to, FileType::Fifo, Mode::empty(), 0)?,
     }
     attributes(entry, to)?;
-    same_times(from, to)
+    set_time(entry.mtime, to)
 }
 
 fn attributes(entry: &Entry, to: &Path) -> io::Result<()> {
@@ -107,12 +114,9 @@ fn attributes(entry: &Entry, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn same_times(from: &Path, to: &Path) -> io::Result<()> {
-    let meta = fs::symlink_metadata(from)?;
-    let times = Timestamps {
-        last_access: Timespec { tv_sec: meta.atime(), tv_nsec: meta.atime_nsec() as _ },
-        last_modification: Timespec { tv_sec: meta.mtime(), tv_nsec: meta.mtime_nsec() as _ },
-    };
+fn set_time(mtime: i64, to: &Path) -> io::Result<()> {
+    let time = Timespec { tv_sec: mtime, tv_nsec: 0 };
+    let times = Timestamps { last_access: time, last_modification: time };
     rustix::fs::utimensat(CWD, to, &times, AtFlags::SYMLINK_NOFOLLOW).map_err(Into::into)
 }
 

@@ -8,7 +8,7 @@ use crate::{
 };
 use shipway_fault::Result;
 use shipway_oci::{ChainId, ImageConfig, Index, Manifest, media};
-use shipway_storage::{Labels, LeaseId};
+use shipway_storage::{Labels, LeaseId, SnapshotKey};
 use std::{
     collections::{BTreeSet, HashSet},
     sync::{Arc, atomic::Ordering},
@@ -93,16 +93,16 @@ impl Inner {
         if let Some(size) = *lock(&record.size) {
             return Ok(size);
         }
-        let parents: HashSet<ChainId> = record
+        let parents: HashSet<SnapshotKey> = record
             .parents
             .iter()
             .filter_map(|p| self.peek(p))
-            .flat_map(|p| p.layers.iter().map(|c| c.chain_id).collect::<Vec<_>>())
+            .flat_map(|p| p.layers.iter().map(|c| c.snapshot.clone()).collect::<Vec<_>>())
             .collect();
         let mut size = 0;
         let mut whole = true;
-        for cell in record.layers.iter().filter(|c| !parents.contains(&c.chain_id)) {
-            match self.storage.snapshots.usage(&cell.chain_id.into()).await {
+        for cell in record.layers.iter().filter(|c| !parents.contains(&c.snapshot)) {
+            match self.storage.snapshots.usage(&cell.snapshot).await {
                 Ok(usage) => size += usage.bytes,
                 Err(e) if e.is_not_found() => whole = false,
                 Err(e) => return Err(e),
@@ -111,7 +111,7 @@ impl Inner {
         if whole {
             *lock(&record.size) = Some(size);
         }
-        let blobs = record.layers.iter().filter(|c| !parents.contains(&c.chain_id)).flat_map(|c| c.blobs());
+        let blobs = record.layers.iter().filter(|c| !parents.contains(&c.snapshot)).flat_map(|c| c.blobs());
         Ok(size + blobs.filter(|b| b.stored).map(|b| b.descriptor.size).sum::<u64>())
     }
 
@@ -130,7 +130,7 @@ impl Inner {
                 last_used: uses.map(|u| u.last()),
                 usage_count: uses.map_or(0, |u| u.count),
                 parents: record.parents.clone(),
-                shared: record.chain().is_some_and(|c| shared.contains(&c)),
+                shared: record.layers.last().is_some_and(|c| c.is_exact() && shared.contains(&c.chain_id)),
             });
         }
         for slot in self.slots.list() {

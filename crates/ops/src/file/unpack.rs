@@ -13,6 +13,7 @@ use rustix::{
 };
 use shipway_archive::{Member, MemberKind, TarReader, inflate};
 use shipway_fault::{Fault, Result};
+use shipway_oci::is_image_xattr;
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
@@ -116,7 +117,8 @@ impl Unpacker<'_> {
         Ok((path, fd))
     }
 
-    fn member(&mut self, member: Member, archive: &mut Archive) -> Result<()> {
+    fn member(&mut self, mut member: Member, archive: &mut Archive) -> Result<()> {
+        member.xattrs.retain(|(name, _)| is_image_xattr(name));
         let path = RootPath::new(&member.path);
         if path.is_root() {
             return Ok(());
@@ -299,7 +301,12 @@ mod tests {
     fn names_are_any_bytes_and_attributes_are_kept() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let mut builder = tar::Builder::new(Vec::new());
-        let extended = [("mtime", &b"77.25"[..]), ("SCHILY.xattr.user.a", b"b"), ("path", b"d/\xff/caf\xe9")];
+        let extended = [
+            ("mtime", &b"77.25"[..]),
+            ("SCHILY.xattr.user.a", b"b"),
+            ("SCHILY.xattr.user.overlay.opaque", b"y"),
+            ("path", b"d/\xff/caf\xe9"),
+        ];
         builder.append_pax_extensions(extended).expect("append");
         let mut header = tar::Header::new_ustar();
         header.set_size(1);
@@ -313,6 +320,8 @@ mod tests {
         let mut value = [0; 8];
         let there = rustix::fs::lgetxattr(&path, "user.a", &mut value[..]);
         assert!(there == Ok(1) || there == Err(Errno::NOTSUP), "{there:?}");
+        let mark = rustix::fs::lgetxattr(&path, "user.overlay.opaque", &mut value[..]);
+        assert!(mark == Err(Errno::NODATA) || mark == Err(Errno::NOTSUP), "{mark:?}");
         // Directories that the archive does not mention.
         assert_eq!(fs::metadata(path.parent().expect("a parent")).expect("stat").mode() & 0o7777, 0o755);
     }

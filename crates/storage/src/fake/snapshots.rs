@@ -6,8 +6,9 @@ use async_trait::async_trait;
 use shipway_fault::{Code, Fault, Result};
 use shipway_oci::{Descriptor, DiffId, Digest};
 use std::{
+    fs::Permissions,
     io::Write as _,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -60,7 +61,8 @@ impl FakeStorage {
         };
         state.next += 1;
         let dir = self.0.root.path().join(state.next.to_string());
-        std::fs::create_dir(&dir).map_err(|e| Fault::io("make a snapshot's directory", e))?;
+        let made = std::fs::create_dir(&dir).and_then(|()| std::fs::set_permissions(&dir, Permissions::from_mode(0o755)));
+        made.map_err(|e| Fault::io("make a snapshot's directory", e))?;
         if let Some(from) = from {
             run(Command::new("cp").arg("-a").arg(from.join(".")).arg(&dir), None)?;
         }
@@ -219,9 +221,14 @@ fn unpack(tar: &[u8], target: &Path) -> Result<()> {
             let _ = std::fs::remove_file(&gone).or_else(|_| std::fs::remove_dir_all(&gone));
         }
     }
+    let fault = |e| Fault::io(format!("keep {}", target.display()), e);
+    let root = std::fs::metadata(target).map_err(fault)?;
     let mut extract = Command::new("tar");
-    extract.args(["-xf", "-", "--numeric-owner", "--same-permissions", "--exclude=.wh.*", "-C"]).arg(target);
-    run(&mut extract, Some(tar)).map(drop)
+    extract.args(["-xf", "-", "--numeric-owner", "--same-permissions", "--xattrs", "--xattrs-include=*", "--exclude=.wh.*", "-C"]);
+    run(extract.arg(target), Some(tar))?;
+    // containerd passes over entries of the root.
+    std::fs::set_permissions(target, root.permissions()).map_err(fault)?;
+    std::os::unix::fs::chown(target, Some(root.uid()), Some(root.gid())).map_err(fault)
 }
 
 /// Runs a program of the system with `input` on its standard input and gives what it printed.

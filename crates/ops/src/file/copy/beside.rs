@@ -184,7 +184,10 @@ fn one(
     }
     data::adopt(made.as_fd(), stat.st_uid, stat.st_gid, mode)?;
     data::xattrs(file.as_fd(), made.as_fd());
-    rustix::fs::futimens(&made, &times(&stat))
+    // Whole seconds, as the layer will have it: it need not be set again when that is made.
+    let mut times = times(&stat);
+    times.last_modification.tv_nsec = 0;
+    rustix::fs::futimens(&made, &times)
 }
 
 #[allow(clippy::unnecessary_cast)]
