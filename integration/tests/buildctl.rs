@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use shipway_integration::{any, ctr_run};
-use shipway_testkit::{Lab, built, run, which};
+use shipway_testkit::{BaseImage, Lab, built, run, which};
 use std::{
     path::{Path, PathBuf},
     process::Command,
@@ -76,4 +76,64 @@ fn a_stream_of_an_image_goes_to_standard_output() {
         let images = lab.ctr(["images", "list", "--quiet"]).ok();
         assert!(images.stdout.contains("streamed:1"), "{}", images.stdout);
     }
+}
+
+#[test]
+fn key_files_are_an_agent_of_the_steps() {
+    let mut lab = Lab::on(any());
+    lab.start_registry();
+    let mut image = BaseImage::busybox();
+    image.add_programs(&["ssh-add"]);
+    image.push(&lab.registry(), "library/keys", "latest");
+    lab.start_daemon();
+    let keys = ["one", "two"].map(|name| {
+        let path = lab.dir().join(name);
+        run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", name, "-f"]).arg(&path)).ok();
+        path.display().to_string()
+    });
+    let public = |name: &str| std::fs::read_to_string(lab.dir().join(format!("{name}.pub"))).unwrap();
+    let text = "FROM keys\nRUN --mount=type=ssh ssh-add -L > /all && ! ssh-add -D\n\
+                RUN --mount=type=ssh,id=other ssh-add -L > /other\nFROM scratch\nCOPY --from=0 /all /other /\n";
+    let context = lab.context("keys", &[("Dockerfile", text)]);
+    let client = &clients(&lab)[0];
+    let build = |ssh: &[String], out: &Path| {
+        let mut build = command(&lab, client);
+        build.args(["build", "--progress=plain", "--frontend=dockerfile.v0"]);
+        build.args(["--local", &format!("context={}", context.display()), "--local", &format!("dockerfile={}", context.display())]);
+        run(build.args(ssh.iter().map(|s| format!("--ssh={s}"))).args(["--output", &format!("type=local,dest={}", out.display())]))
+    };
+    let out = lab.dir().join("out");
+    build(&[format!("default={},{}", keys[0], keys[1]), format!("other={}", keys[1])], &out).ok();
+    assert_eq!(std::fs::read_to_string(out.join("all")).unwrap(), public("one") + &public("two"));
+    assert_eq!(std::fs::read_to_string(out.join("other")).unwrap(), public("two"));
+    let secret = lab.dir().join("locked").display().to_string();
+    run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "passphrase", "-f", &secret])).ok();
+    let refused = build(&[format!("default={secret}")], &out).failed();
+    assert!(refused.all().contains(&format!("the key {secret} is protected by a passphrase")), "{}", refused.all());
+}
+
+#[test]
+fn a_local_cache_that_is_reset_keeps_nothing_of_older_builds() {
+    let lab = Lab::complete(any());
+    let client = &clients(&lab)[0];
+    let cache = lab.dir().join("cache");
+    let build = |round: &str, more: &str| {
+        let context = lab.context(round, &[("Dockerfile", &*format!("FROM busybox\nRUN echo {round} > /round\n"))]);
+        let mut build = command(&lab, client);
+        build.args(["build", "--progress=plain", "--frontend=dockerfile.v0", "--debug-json-cache-metrics=stdout"]);
+        build.args(["--local", &format!("context={}", context.display()), "--local", &format!("dockerfile={}", context.display())]);
+        run(build.args(["--export-cache", &format!("type=local,mode=max,dest={}{more}", cache.display())])).ok()
+    };
+    let blobs = || std::fs::read_dir(cache.join("blobs/sha256")).unwrap().count();
+    let told = build("one", "").stdout;
+    let first = blobs();
+    let numbers: serde_json::Value = serde_json::from_str(told.lines().last().unwrap()).unwrap();
+    assert_eq!((&numbers["miss"], &numbers["from"]), (&1.into(), &1.into()), "{told}");
+    build("two", "");
+    assert!(blobs() > first);
+    build("two", ",reset=true");
+    assert_eq!(blobs(), first);
+    let again = build("two", ",reset=true").stdout;
+    let numbers: serde_json::Value = serde_json::from_str(again.lines().last().unwrap()).unwrap();
+    assert_eq!((&numbers["miss"], &numbers["user_cached"]), (&0.into(), &2.into()), "{again}");
 }

@@ -22,6 +22,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use crate::{
     Client, Status,
     layout::{self, LayoutName},
+    policy::Policy,
     question::{Answer, Question},
     session::store as session_store,
     session::{DockerConfig, FileTarget, LocalDirs, Receives, Secrets, Services, SshAgents, Stores, Targets, Uploads, new_id},
@@ -131,6 +132,8 @@ pub struct SolveOptions {
     pub entitlements: Vec<String>,
     /// Do not list the build in the history.
     pub internal: bool,
+    /// What the build may use.
+    pub policy: Option<Policy>,
     /// Steps reach the network only through a recording proxy.
     pub proxy_network: bool,
     /// Directories to offer.
@@ -164,11 +167,14 @@ struct Plan {
     stores: BTreeMap<String, session_store::Layout>,
     exported: Vec<PathBuf>,
     cached: Vec<(PathBuf, String)>,
+    /// Caches that keep nothing but what their index lists.
+    reset: Vec<PathBuf>,
 }
 
 impl Plan {
     fn of(options: &mut SolveOptions) -> Result<Self> {
-        let mut plan = Self { targets: Targets::default(), stores: BTreeMap::new(), exported: Vec::new(), cached: Vec::new() };
+        let mut plan =
+            Self { targets: Targets::default(), stores: BTreeMap::new(), exported: Vec::new(), cached: Vec::new(), reset: Vec::new() };
         for (name, dir) in &options.layouts {
             plan.stores.insert(format!("oci:{name}"), session_store::Layout { dir: dir.clone(), writable: false });
         }
@@ -198,6 +204,14 @@ impl Plan {
             self.stores.insert(format!("local:{dir}"), session_store::Layout { dir: dir.into(), writable: true });
             let tag = entry.attrs.get("tag").map_or("latest", String::as_str);
             self.cached.push((dir.into(), tag.to_owned()));
+            if let Some(reset) = entry.attrs.get("reset") {
+                let reset = match reset.as_str() {
+                    "1" | "t" | "T" | "true" | "TRUE" | "True" => true,
+                    "0" | "f" | "F" | "false" | "FALSE" | "False" => false,
+                    other => return Err(Fault::invalid(format!("failed to parse reset attribute: invalid value {other:?}"))),
+                };
+                self.reset.extend(reset.then(|| PathBuf::from(dir)));
+            }
         }
         let mut imports = Vec::new();
         for mut entry in std::mem::take(&mut options.cache_imports) {
@@ -256,6 +270,7 @@ fn request(options: SolveOptions) -> Result<wire::SolveRequest> {
         }),
         entitlements: options.entitlements,
         internal: options.internal,
+        source_policy: options.policy.map(|p| p.0),
         proxy_network: options.proxy_network,
         ..Default::default()
     })
@@ -383,6 +398,11 @@ impl Client {
         let (solved, answer) = solved?;
         let response = solved.into_inner().exporter_response;
         record(&plan.exported, &plan.cached, &response)?;
+        for dir in &plan.reset {
+            if let Err(fault) = layout::reset(dir) {
+                tracing::warn!("{fault}");
+            }
+        }
         Ok((Outcome { reference, response }, answer?))
     }
 }

@@ -1,6 +1,6 @@
 //! The index of an OCI layout on disk: what it lists, and adding to it.
 
-use std::{io::Write, path::Path};
+use std::{collections::HashSet, io::Write, path::Path};
 
 use serde_json::{Map, Value, json};
 use shipway_fault::{Fault, Result};
@@ -91,6 +91,52 @@ pub(crate) fn put(dir: &Path, descriptor: &[u8], names: &[LayoutName<'_>]) -> Re
     write(dir, INDEX, &index)
 }
 
+/// Largest manifest or index that is read for what it refers to.
+const MAX_MANIFEST: u64 = 16 << 20;
+
+/// Deletes the blobs in `dir` that nothing in its index leads to (`reset=true` of a local cache).
+/// Nothing is deleted where that cannot be told.
+pub(crate) fn reset(dir: &Path) -> Result<()> {
+    let blobs = dir.join("blobs/sha256");
+    let index = read(dir)?.unwrap_or_default();
+    let (mut kept, mut queue) = (HashSet::new(), vec![index]);
+    while let Some(document) = queue.pop() {
+        let lists = ["manifests", "layers", "blobs"].iter().filter_map(|key| document.get(key)?.as_array()).flatten();
+        for entry in lists.chain(document.get("config")) {
+            let Some(hex) = entry.get("digest").and_then(Value::as_str).and_then(|d| d.strip_prefix("sha256:")) else { continue };
+            let plain = hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit());
+            let kind = entry.get("mediaType").and_then(Value::as_str).unwrap_or_default();
+            if plain && kept.insert(hex.to_owned()) && (kind.contains(".manifest.") || kind.contains(".index.")) {
+                queue.extend(manifest(&blobs.join(hex))?);
+            }
+        }
+    }
+    let what = || format!("reset the cache in {}", dir.display());
+    for entry in std::fs::read_dir(&blobs).map_err(|e| Fault::io(what(), e))? {
+        let entry = entry.map_err(|e| Fault::io(what(), e))?;
+        if !entry.file_name().to_str().is_some_and(|name| kept.contains(name)) {
+            std::fs::remove_file(entry.path()).map_err(|e| Fault::io(what(), e))?;
+        }
+    }
+    Ok(())
+}
+
+/// A manifest or index; none if it is not there, as layouts may be partial.
+fn manifest(path: &Path) -> Result<Option<Value>> {
+    use std::io::Read as _;
+    let what = || format!("read {}", path.display());
+    let file = match std::fs::File::open(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(|e| Fault::io(what(), e))?,
+    };
+    let mut data = Vec::new();
+    file.take(MAX_MANIFEST + 1).read_to_end(&mut data).map_err(|e| Fault::io(what(), e))?;
+    if data.len() as u64 > MAX_MANIFEST {
+        return Err(Fault::invalid(format!("{}: it is larger than {MAX_MANIFEST} bytes", what())));
+    }
+    serde_json::from_slice(&data).map(Some).map_err(|e| Fault::invalid(format!("{}: {e}", what())))
+}
+
 fn write(dir: &Path, name: &str, value: &Value) -> Result<()> {
     let path = dir.join(name);
     let partial = dir.join(format!(".{name}.{}", new_id()?));
@@ -106,6 +152,33 @@ fn write(dir: &Path, name: &str, value: &Value) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reset_keeps_what_the_index_leads_to() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let blobs = dir.path().join("blobs/sha256");
+        std::fs::create_dir_all(&blobs).expect("makes a directory");
+        let add = |bytes: &[u8]| {
+            let hex = shipway_oci::Digest::of(bytes).hex();
+            std::fs::write(blobs.join(&hex), bytes).expect("writes");
+            hex
+        };
+        let descriptor = |hex: &str, kind: &str| json!({"digest": format!("sha256:{hex}"), "mediaType": format!("application/vnd.oci.image.{kind}.v1+json")});
+        let (layer, config, old) = (add(b"layer"), add(b"config"), add(b"old"));
+        let of = |layer: &str| json!({"layers": [descriptor(layer, "layer")], "config": descriptor(&config, "config")}).to_string();
+        let (manifest, gone) = (add(of(&layer).as_bytes()), add(of(&old).as_bytes()));
+        let outer = add(json!({"manifests": [descriptor(&manifest, "manifest")]}).to_string().as_bytes());
+        put(dir.path(), descriptor(&outer, "index").to_string().as_bytes(), &[LayoutName::Tag("latest")]).expect("puts");
+        reset(dir.path()).expect("resets");
+        let left: HashSet<_> =
+            std::fs::read_dir(&blobs).expect("lists").map(|e| e.expect("an entry").file_name().into_string().expect("text")).collect();
+        assert_eq!(left, HashSet::from([layer, config.clone(), manifest.clone(), outer]));
+        assert!(!left.contains(&gone));
+        // A manifest that cannot be read: nothing is known, and nothing is deleted.
+        std::fs::write(blobs.join(&manifest), "{").expect("writes");
+        let more = add(b"more");
+        assert!(reset(dir.path()).is_err() && blobs.join(more).exists());
+    }
 
     #[test]
     fn entries_take_over_names() {

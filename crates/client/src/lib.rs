@@ -8,7 +8,9 @@
 //!
 //! Nothing here reads a command line, draws progress, or knows a Dockerfile; no protobuf type gets out.
 //!
-//! Dependencies worth a word: `base64` decodes the passwords in Docker's configuration; `prost-types` has the wire's times.
+//! Dependencies worth a word: `base64` decodes the passwords in Docker's configuration;
+//! `prost-types` has the wire's times;
+//! `ssh-key` reads OpenSSH's key files and `tokio-rustls` has what signs with them.
 
 mod build;
 mod client;
@@ -16,6 +18,7 @@ mod history;
 mod layout;
 mod location;
 mod model;
+mod policy;
 mod question;
 mod session;
 mod status;
@@ -25,8 +28,11 @@ pub use client::{Client, ConnectOptions, PruneOptions};
 pub use history::{HistoryEvent, HistoryKind, HistoryRecord};
 pub use location::Location;
 pub use model::{CdiDevice, DaemonInfo, DaemonVersion, PruneInfo, UsageInfo, WorkerInfo};
+pub use policy::Policy;
 pub use question::Answer;
-pub use session::{DockerConfig, FileTarget, LocalDirs, MAX_SECRET, SecretSource, Secrets, SshAgents, SshSource, Uploads, shared_key};
+pub use session::{
+    DockerConfig, FileTarget, KeyRing, LocalDirs, MAX_SECRET, SecretSource, Secrets, SshAgents, SshSource, Uploads, shared_key,
+};
 pub use shipway_grpc::ClientTls;
 pub use status::{Lines, Log, ProgressGroup, SourceText, Status, Time, Vertex, VertexStatus, Warning};
 

@@ -6,6 +6,7 @@ mod auth;
 mod docker;
 mod files;
 mod health;
+mod keys;
 mod secrets;
 mod seeds;
 mod ssh;
@@ -29,6 +30,7 @@ use tonic::{
 pub use self::{
     docker::DockerConfig,
     files::LocalDirs,
+    keys::KeyRing,
     secrets::{MAX_SECRET, SecretSource, Secrets},
     ssh::{SshAgents, SshSource},
     targets::FileTarget,

@@ -11,6 +11,7 @@ mod command;
 mod connect;
 mod csv;
 mod failure;
+mod metrics;
 mod output;
 mod progress;
 mod run;

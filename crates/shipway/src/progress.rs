@@ -22,10 +22,25 @@ use self::{colors::Palette, plain::Plain, trace::Trace, tty::Tty};
 
 /// Events waiting for the view.
 const QUEUE: usize = 1024;
-/// Views are drawn this often at most.
-const FRAME: Duration = Duration::from_millis(100);
-/// And this often at least, for the running clocks.
-const IDLE_FRAME: Duration = Duration::from_millis(150);
+
+/// How often views are drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Pace {
+    /// At most.
+    frame: Duration,
+    /// At least, for the running clocks.
+    idle: Duration,
+}
+
+impl Pace {
+    /// As `TTY_DISPLAY_RATE` says, in milliseconds.
+    fn of(rate: Option<&str>) -> Self {
+        match rate.and_then(|r| r.parse().ok()).filter(|ms| *ms > 0) {
+            Some(ms) => Self { frame: Duration::from_millis(ms), idle: Duration::from_millis(ms) },
+            None => Self { frame: Duration::from_millis(100), idle: Duration::from_millis(150) },
+        }
+    }
+}
 
 /// How progress is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,14 +118,15 @@ pub(crate) fn start(mode: Mode, phase: &str) -> Result<(mpsc::Sender<Status>, Vi
             let lines = std::env::var("BUILDKIT_TTY_LOG_LINES").ok().and_then(|v| v.parse().ok()).filter(|n| *n > 0);
             Painter::Live(Tty::new(phase, Palette::from_env(), lines), err)
         }
-        Mode::Auto | Mode::Tty | Mode::Plain => Painter::Plain(Plain::default(), err),
+        Mode::Auto | Mode::Tty | Mode::Plain => Painter::Plain(Plain::new(std::env::var("PROGRESS_NO_TRUNC").is_ok_and(|v| v == "0")), err),
         Mode::RawJson => Painter::Json(err),
         Mode::Quiet => Painter::Nothing,
     };
+    let pace = Pace::of(std::env::var("TTY_DISPLAY_RATE").ok().as_deref());
     let (events, queue) = mpsc::channel(QUEUE);
     let runtime = Handle::current();
     let thread = std::thread::Builder::new().name("progress".to_owned());
-    let thread = thread.spawn(move || paint(painter, queue, &runtime)).map_err(|e| Fault::io("start the progress view", e))?;
+    let thread = thread.spawn(move || paint(painter, pace, queue, &runtime)).map_err(|e| Fault::io("start the progress view", e))?;
     Ok((events, View { thread }))
 }
 
@@ -119,12 +135,12 @@ fn now() -> f64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-fn paint(mut painter: Painter, mut events: mpsc::Receiver<Status>, runtime: &Handle) -> Shown {
+fn paint(mut painter: Painter, pace: Pace, mut events: mpsc::Receiver<Status>, runtime: &Handle) -> Shown {
     let mut shown = Shown::default();
     let mut trace = Trace::new(matches!(painter, Painter::Live(..)));
     let mut drawn: Option<Instant> = None;
     loop {
-        let event = runtime.block_on(async { timeout(IDLE_FRAME, events.recv()).await });
+        let event = runtime.block_on(async { timeout(pace.idle, events.recv()).await });
         match event {
             Ok(None) => break,
             Ok(Some(status)) => {
@@ -135,7 +151,7 @@ fn paint(mut painter: Painter, mut events: mpsc::Receiver<Status>, runtime: &Han
                     let _ = writeln!(out, "{line}");
                 }
                 trace.update(status, now());
-                if drawn.is_some_and(|at| at.elapsed() < FRAME) && !events.is_closed() {
+                if drawn.is_some_and(|at| at.elapsed() < pace.frame) && !events.is_closed() {
                     continue;
                 }
             }
@@ -166,5 +182,19 @@ fn draw(painter: &mut Painter, trace: &mut Trace, last: bool) {
             let _ = out.write_all(text.as_bytes());
         }
         Painter::Json(_) | Painter::Nothing => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_environment_sets_the_pace() {
+        let slow = Duration::from_secs(2);
+        assert_eq!(Pace::of(Some("2000")), Pace { frame: slow, idle: slow });
+        for usual in [None, Some(""), Some("0"), Some("-5"), Some("fast")] {
+            assert_eq!(Pace::of(usual).frame, Duration::from_millis(100));
+        }
     }
 }

@@ -11,6 +11,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
+    metrics::Metrics,
     output,
     progress::{self, Mode, Shown},
 };
@@ -22,6 +23,8 @@ pub(crate) struct Extras {
     pub(crate) metadata_file: Option<PathBuf>,
     /// File to which every event is added as JSON.
     pub(crate) trace: Option<PathBuf>,
+    /// Where it is told what came from the cache.
+    pub(crate) metrics: Option<String>,
 }
 
 /// Builds; gives the outcome and what the view leaves behind.
@@ -29,20 +32,27 @@ pub(crate) async fn build(client: &Client, options: SolveOptions, mode: Mode, ex
     let stop = CancellationToken::new();
     let _signals = AbortOnDropHandle::new(tokio::spawn(signals(stop.clone())));
     let (events, view) = progress::start(mode, "Building")?;
-    let (events, tracing) = match &extras.trace {
-        Some(path) => {
-            let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
-            let file = file.map_err(|e| Fault::io(format!("open the trace file {}", path.display()), e))?;
+    let open = |path: &PathBuf| {
+        let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+        file.map_err(|e| Fault::io(format!("open the trace file {}", path.display()), e))
+    };
+    let file = extras.trace.as_ref().map(open).transpose()?;
+    let metrics = extras.metrics.as_deref().map(Metrics::start).transpose()?;
+    let (events, following) = match file.is_some() || metrics.is_some() {
+        true => {
             let (tee, queue) = mpsc::channel(64);
-            (tee, Some(tokio::spawn(trace(queue, events, file))))
+            (tee, Some(tokio::spawn(follow(queue, events, file, metrics))))
         }
-        None => (events, None),
+        false => (events, None),
     };
     let built = client.build(options, events, stop).await;
-    if let Some(tracing) = tracing {
-        let _ = tracing.await;
-    }
+    let metrics = match following {
+        Some(following) => following.await.ok().flatten(),
+        None => None,
+    };
     let shown = view.finish().await?;
+    // After everything else, so that it can be found at the end.
+    metrics.map(Metrics::write).transpose()?;
     let outcome = built?;
     if let Some(path) = &extras.metadata_file {
         output::write_file(path, output::metadata(&outcome.response).as_bytes())?;
@@ -60,18 +70,28 @@ pub(crate) async fn ask(client: &Client, options: SolveOptions, mode: Mode) -> R
     answer
 }
 
-/// Copies events to a file on their way.
-async fn trace(mut queue: mpsc::Receiver<Status>, events: mpsc::Sender<Status>, mut file: std::fs::File) {
+/// Looks at events on their way: copies them to a file, counts what they tell.
+async fn follow(
+    mut queue: mpsc::Receiver<Status>,
+    events: mpsc::Sender<Status>,
+    mut file: Option<std::fs::File>,
+    mut metrics: Option<Metrics>,
+) -> Option<Metrics> {
     while let Some(status) = queue.recv().await {
-        if let Ok(line) = serde_json::to_string(&status)
+        if let Some(file) = &mut file
+            && let Ok(line) = serde_json::to_string(&status)
             && let Err(error) = writeln!(file, "{line}")
         {
             tracing::warn!(%error, "cannot write to the trace file");
         }
+        if let Some(metrics) = &mut metrics {
+            metrics.note(&status);
+        }
         if events.send(status).await.is_err() {
-            return;
+            break;
         }
     }
+    metrics
 }
 
 /// The first Ctrl-C cancels the build and waits for its end; the second ends us.

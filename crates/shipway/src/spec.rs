@@ -152,7 +152,7 @@ fn secret(secrets: &mut Secrets, text: &str) -> Result<()> {
     secrets.add(&id, source.or_else(|| file.filter(|v| !v.is_empty()).map(|f| SecretSource::File(f.into()))))
 }
 
-/// Values of `--ssh`: `default`, `<id>`, `<id>=<socket>[,raw=true]`.
+/// Values of `--ssh`: `default`, `<id>`, `<id>=<socket>[,raw=true]`, `<id>=<key>[,<key>]`.
 pub(crate) fn ssh(texts: &[String]) -> Result<SshAgents> {
     let mut agents = SshAgents::default();
     for text in texts {

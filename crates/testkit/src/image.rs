@@ -94,6 +94,22 @@ impl BaseImage {
         }
     }
 
+    /// A layer with programs of this machine and the libraries that they need.
+    pub fn add_programs(&mut self, names: &[&str]) {
+        let root = tempfile::tempdir().unwrap();
+        for name in names {
+            let program = crate::which(name).unwrap_or_else(|| panic!("{name} is not installed"));
+            let needed = run(Command::new("ldd").arg(&program)).ok().stdout;
+            let libraries = needed.split_whitespace().filter(|w| w.starts_with('/')).map(std::path::PathBuf::from);
+            for file in libraries.chain([program]) {
+                let to = root.path().join(file.strip_prefix("/").unwrap());
+                std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+                std::fs::copy(&file, to).unwrap();
+            }
+        }
+        self.layers.push(Layer::of_dir(root.path()));
+    }
+
     /// Pushes it to `registry` as `name:tag`, behind an index of one platform, and returns the index's digest.
     pub fn push(&self, registry: &str, name: &str, tag: &str) -> String {
         let config = json!({

@@ -1,10 +1,12 @@
-//! Sockets that the daemon may reach through us: SSH agents, and others in raw mode (rows `cb.ssh*`).
+//! What the daemon may reach through us: SSH agents, keys as if they were in one, and other sockets
+//! in raw mode (rows `cb.ssh*`).
 
 use std::{
     collections::BTreeMap,
     io,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use futures::TryStreamExt;
@@ -20,6 +22,8 @@ use tokio::{
 };
 use tonic::{Request, Response, Status, Streaming};
 
+use super::keys::KeyRing;
+
 /// What an id means that names none.
 const DEFAULT: &str = "default";
 /// Largest message of an agent, as OpenSSH has it.
@@ -29,13 +33,19 @@ const ALLOWED: [u8; 3] = [11, 13, 27];
 /// An agent's refusal, as a message.
 const REFUSED: [u8; 5] = [0, 0, 0, 1, 5];
 
-/// A socket to forward.
+/// What is forwarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SshSource {
-    /// Where it is.
-    pub socket: PathBuf,
-    /// Whether its bytes are passed on as they are; otherwise they are an agent's, and only what reads is let through.
-    pub raw: bool,
+pub enum SshSource {
+    /// A socket.
+    Socket {
+        /// Where it is.
+        path: PathBuf,
+        /// Whether its bytes are passed on as they are; otherwise they are an agent's, and only
+        /// what reads is let through.
+        raw: bool,
+    },
+    /// Keys of files, as an agent of our own.
+    Keys(Arc<KeyRing>),
 }
 
 /// Sockets by id.
@@ -43,24 +53,38 @@ pub struct SshSource {
 pub struct SshAgents(BTreeMap<String, SshSource>);
 
 impl SshAgents {
-    /// Offers the socket at one of `paths` as `id`; without any, the agent of our environment.
+    /// Offers as `id` the socket at `paths`, or the keys in the files there; without any, the agent
+    /// of our environment.
     pub fn add(&mut self, id: &str, paths: &[String], raw: bool) -> Result<()> {
         let id = if id.is_empty() { DEFAULT } else { id };
         let paths: Vec<&String> = paths.iter().filter(|p| !p.is_empty()).collect();
-        let socket = match paths[..] {
-            [] if raw => return Err(Fault::invalid(format!("raw mode must supply exactly one socket path for {id:?}"))),
-            [] => std::env::var_os("SSH_AUTH_SOCK").filter(|v| !v.is_empty()).map(PathBuf::from).ok_or_else(|| {
+        let paths: Vec<PathBuf> = match paths[..] {
+            _ if raw && paths.len() != 1 => return Err(Fault::invalid(format!("raw mode must supply exactly one socket path for {id:?}"))),
+            [] => vec![std::env::var_os("SSH_AUTH_SOCK").filter(|v| !v.is_empty()).map(PathBuf::from).ok_or_else(|| {
                 Fault::invalid("invalid empty ssh agent socket").hint("start an agent, so that SSH_AUTH_SOCK is set, or name its socket")
-            })?,
-            [path] => PathBuf::from(path),
-            _ => return Err(Fault::invalid(format!("only single socket allowed for {id:?}"))),
+            })?],
+            _ => paths.into_iter().map(PathBuf::from).collect(),
         };
-        let found = std::fs::metadata(&socket).map_err(|e| Fault::io(format!("forward SSH from {}", socket.display()), e))?;
-        if !found.file_type().is_socket() {
-            return Err(Fault::unimplemented(format!("using {} as a key", socket.display()))
-                .hint("add the key to an agent with ssh-add, and forward the agent"));
+        let (mut socket, mut keys) = (None, KeyRing::default());
+        for path in &paths {
+            if socket.is_some() {
+                return Err(Fault::invalid(format!("only single socket allowed for {id:?}")));
+            }
+            let found = std::fs::metadata(path).map_err(|e| Fault::io(format!("forward SSH from {}", path.display()), e))?;
+            if found.file_type().is_socket() {
+                socket = Some(path.clone());
+            } else if raw {
+                return Err(Fault::invalid("raw mode only supported with socket paths"));
+            } else {
+                keys.add(path)?;
+            }
         }
-        if self.0.insert(id.to_owned(), SshSource { socket, raw }).is_some() {
+        let source = match socket {
+            Some(_) if keys != KeyRing::default() => return Err(Fault::invalid("invalid combination of keys and sockets")),
+            Some(path) => SshSource::Socket { path, raw },
+            None => SshSource::Keys(Arc::new(keys)),
+        };
+        if self.0.insert(id.to_owned(), source).is_some() {
             return Err(Fault::invalid(format!("duplicate agent ID {id:?}")));
         }
         Ok(())
@@ -92,13 +116,21 @@ impl Ssh for SshAgents {
 
     async fn forward_agent(&self, request: Request<Streaming<BytesMessage>>) -> Result<Response<Self::ForwardAgentStream>, Status> {
         let id = request.metadata().get(headers::SSH_ID).and_then(|v| v.to_str().ok()).unwrap_or_default();
-        let SshSource { socket, raw } = self.find(id)?.clone();
-        let agent = connect(&socket).await?;
+        let source = self.find(id)?.clone();
+        let agent = match &source {
+            SshSource::Socket { path, .. } => Some(connect(path).await?),
+            SshSource::Keys(_) => None,
+        };
         let (peer, answers) = Duplex::answering(request.into_inner().into_stream());
         tokio::spawn(async move {
-            let done = if raw { pass(peer, agent).await } else { guard(peer, agent).await };
+            let done = match (source, agent) {
+                (SshSource::Socket { raw: true, .. }, Some(agent)) => pass(peer, agent).await,
+                (SshSource::Socket { .. }, Some(agent)) => guard(peer, agent).await,
+                (SshSource::Keys(keys), _) => serve(peer, &keys).await,
+                (SshSource::Socket { .. }, None) => Ok(()),
+            };
             if let Err(error) = done {
-                tracing::debug!(%error, socket = %socket.display(), "forwarding ended");
+                tracing::debug!(%error, "forwarding SSH ended");
             }
         });
         Ok(Response::new(answers))
@@ -124,6 +156,17 @@ async fn guard(mut peer: impl AsyncRead + AsyncWrite + Unpin, mut agent: impl As
         } else {
             peer.write_all(&REFUSED).await?;
         }
+        peer.flush().await?;
+    }
+    peer.shutdown().await
+}
+
+/// Answers with `keys`.
+async fn serve(mut peer: impl AsyncRead + AsyncWrite + Unpin, keys: &KeyRing) -> io::Result<()> {
+    while let Some(question) = message(&mut peer).await? {
+        let answer = keys.answer(&question[4..]);
+        let length = u32::try_from(answer.len()).map_err(io::Error::other)?;
+        peer.write_all(&[&length.to_be_bytes()[..], &answer].concat()).await?;
         peer.flush().await?;
     }
     peer.shutdown().await

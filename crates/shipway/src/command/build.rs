@@ -68,7 +68,8 @@ pub(crate) struct Args {
     /// Secret to offer: id=NAME,src=FILE or id=NAME,env=VARIABLE; may be repeated
     #[arg(long = "secret")]
     secrets: Vec<String>,
-    /// SSH agent or socket to offer: default|ID[=SOCKET[,raw=true]]; may be repeated
+    /// SSH agent, socket or keys to offer: default|ID[=SOCKET[,raw=true]|KEY[,KEY]]; may be
+    /// repeated
     #[arg(long)]
     ssh: Vec<String>,
     /// Network of RUN steps: default, none, host
@@ -83,6 +84,10 @@ pub(crate) struct Args {
     /// Limit of RUN steps; may be repeated
     #[arg(long = "ulimit", value_name = "NAME=SOFT[:HARD]")]
     ulimits: Vec<String>,
+    /// Limits of RUN steps: memory, memory-swap, cpu-shares, cpu-period, cpu-quota, cpuset-cpus,
+    /// cpuset-mems; a list, may be repeated
+    #[arg(long = "resource", value_name = "NAME=VALUE")]
+    resources: Vec<String>,
     /// Parent of the cgroups of RUN steps
     #[arg(long, value_name = "CGROUP")]
     cgroup_parent: Option<String>,
@@ -162,7 +167,7 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
         let answer = run::ask(&client, options, mode).await.map_err(|fault| input.named(fault))?;
         return call.print(&answer, &input).map_err(|fault| input.named(fault));
     }
-    let extras = Extras { metadata_file: args.metadata_file.clone(), trace: None };
+    let extras = Extras { metadata_file: args.metadata_file.clone(), ..Extras::default() };
     let (outcome, shown) = run::build(&client, options, mode, &extras).await.map_err(|fault| input.named(fault))?;
 
     let id = outcome.response.get("containerimage.digest").or_else(|| outcome.response.get("containerimage.config.digest"));

@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
 };
 
-use shipway_client::{Answer, Client, Definition, DockerConfig, LocalDirs, SolveOptions, shared_key};
+use shipway_client::{Answer, Client, Definition, DockerConfig, LocalDirs, Policy, SolveOptions, shared_key};
 use shipway_fault::{Context, Fault, Result};
 
 use crate::{
@@ -25,7 +25,7 @@ pub(crate) struct Args {
     /// What becomes of the result, such as type=image,name=docker.io/username/image,push=true; may be repeated
     #[arg(short, long)]
     output: Vec<String>,
-    /// How to show progress: auto, plain, tty, rawjson, quiet
+    /// How to show progress: auto, plain, tty, rawjson, quiet; for auto, BUILDKIT_PROGRESS counts
     #[arg(long, default_value = "auto")]
     progress: Mode,
     /// File to which the build's events are added as JSON
@@ -58,7 +58,8 @@ pub(crate) struct Args {
     /// A privilege to allow: network.host, security.insecure, device; may be repeated
     #[arg(long)]
     allow: Vec<String>,
-    /// An SSH agent or socket to offer: default|ID[=SOCKET[,raw=true]]; may be repeated
+    /// An SSH agent, socket or keys to offer: default|ID[=SOCKET[,raw=true]|KEY[,KEY]]; may be
+    /// repeated
     #[arg(long)]
     ssh: Vec<String>,
     /// File that gets the build's metadata, such as the image's digest, as JSON
@@ -76,14 +77,15 @@ pub(crate) struct Args {
     /// TLS for authenticating with registries; the daemon authenticates by itself, with its own configuration
     #[arg(long, value_name = "CONTEXT")]
     registry_auth_tlscontext: Vec<String>,
-    /// Where to write cache metrics
+    /// Where to tell what came from the cache, as JSON: a file, stdout or stderr
     #[arg(long, value_name = "FILE")]
     debug_json_cache_metrics: Option<String>,
 }
 
 pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
-    let (mode, ref_file) = (args.progress, args.ref_file.clone());
-    let extras = Extras { metadata_file: args.metadata_file.clone(), trace: args.trace.clone() };
+    let (mode, ref_file) = (mode(args.progress, std::env::var("BUILDKIT_PROGRESS").ok())?, args.ref_file.clone());
+    let extras =
+        Extras { metadata_file: args.metadata_file.clone(), trace: args.trace.clone(), metrics: args.debug_json_cache_metrics.clone() };
     let mut options = options(&args, &|name| std::env::var(name).ok())?;
     if options.frontend.is_empty() {
         let mut definition = tokio::task::spawn_blocking(read_definition).await.map_err(|e| Fault::internal(e.to_string()))??;
@@ -102,6 +104,14 @@ pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
         output::write_file(&path, reference.as_bytes())?;
     }
     built
+}
+
+/// How progress is shown: as was asked for, or else as the environment says.
+fn mode(asked: Mode, env: Option<String>) -> Result<Mode> {
+    match env.filter(|v| asked == Mode::Auto && !v.is_empty()) {
+        Some(text) => text.parse().map_err(|fault: Fault| fault.context("BUILDKIT_PROGRESS")),
+        None => Ok(asked),
+    }
 }
 
 /// A frontend's answer: the text for people, or else every part of it.
@@ -125,14 +135,6 @@ fn read_definition() -> Result<Definition> {
 
 /// What the arguments ask for, without what is read from standard input.
 fn options(args: &Args, env: &dyn Fn(&str) -> Option<String>) -> Result<SolveOptions> {
-    for (given, what) in [
-        (args.source_policy_file.is_some(), "--source-policy-file"),
-        (args.debug_json_cache_metrics.is_some(), "--debug-json-cache-metrics"),
-    ] {
-        if given {
-            return Err(Fault::new(shipway_fault::Code::Unimplemented, format!("{what} is not implemented by this client")));
-        }
-    }
     let mut attrs = frontend_attrs(&args.opt, env).context(|| "invalid opt")?;
     if !args.frontend.is_empty() && args.no_cache {
         attrs.insert("no-cache".to_owned(), String::new());
@@ -149,6 +151,7 @@ fn options(args: &Args, env: &dyn Fn(&str) -> Option<String>) -> Result<SolveOpt
         cache_exports: args.export_cache.iter().map(|text| spec::cache(text, "--export-cache", true)).collect::<Result<_>>()?,
         cache_imports: args.import_cache.iter().map(|text| spec::cache(text, "--import-cache", false)).collect::<Result<_>>()?,
         entitlements: spec::entitlements(&args.allow)?,
+        policy: args.source_policy_file.as_deref().map(Policy::load).transpose()?,
         proxy_network: args.proxy_network,
         shared_key: shared_key(dirs.iter()),
         dirs,
@@ -222,6 +225,15 @@ mod tests {
         check_opts(&[], &[("SOURCE_DATE_EPOCH", "7")], Ok(&[("build-arg:SOURCE_DATE_EPOCH", "7")]));
         check_opts(&["target"], &[], Err("invalid value target"));
         check_opts(&["build-arg:"], &[], Err("invalid value build-arg:"));
+    }
+
+    #[test]
+    fn the_environment_says_how_progress_is_shown_where_nothing_was_asked_for() {
+        let of = |asked, env: Option<&str>| mode(asked, env.map(str::to_owned)).map_err(|f| f.to_string());
+        assert_eq!(of(Mode::Auto, Some("plain")), Ok(Mode::Plain));
+        assert_eq!(of(Mode::Tty, Some("plain")), Ok(Mode::Tty));
+        assert_eq!((of(Mode::Auto, Some("")), of(Mode::Auto, None)), (Ok(Mode::Auto), Ok(Mode::Auto)));
+        assert_eq!(of(Mode::Auto, Some("loud")), Err("BUILDKIT_PROGRESS: invalid progress mode loud".into()));
     }
 
     /// The command line that `nerdctl build` makes.

@@ -26,9 +26,19 @@ pub(super) struct Plain {
     any: bool,
     /// The foreground step's last line has no end yet.
     open_line: bool,
+    /// Whether long names are cut (`PROGRESS_NO_TRUNC=0`).
+    cut: bool,
 }
 
+/// Longest name, where names are cut.
+const MAX_NAME: usize = 72;
+
 impl Plain {
+    /// A view that cuts long names, or not.
+    pub(super) fn new(cut: bool) -> Self {
+        Self { cut, ..Self::default() }
+    }
+
     /// What is new since the last call.
     pub(super) fn lines(&mut self, trace: &mut Trace, now: f64) -> String {
         let mut out = String::new();
@@ -97,7 +107,11 @@ impl Plain {
                 out.push('\n');
             }
             self.any = true;
-            let _ = writeln!(out, "#{number} {}", trace.steps[at].name);
+            let name = &trace.steps[at].name;
+            let _ = match name.char_indices().nth(MAX_NAME).filter(|_| self.cut) {
+                Some((end, _)) => writeln!(out, "#{number} {}...", &name[..end]),
+                None => writeln!(out, "#{number} {name}"),
+            };
         }
         let step = &mut trace.steps[at];
         let open = self.counters(step, at, number, out);

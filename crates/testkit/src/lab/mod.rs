@@ -64,6 +64,10 @@ pub struct LabOptions {
     pub daemon_config: String,
     /// Lines for its table `worker.containerd`.
     pub worker_config: String,
+    /// Flags of the daemon.
+    pub daemon_flags: Vec<String>,
+    /// Variables of the daemon's environment.
+    pub daemon_environment: Vec<(String, String)>,
     /// Image of CRI's sandboxes; containerd has no CRI without.
     pub sandbox: Option<String>,
     /// Directory to work in and to keep; a temporary one otherwise.
@@ -82,6 +86,8 @@ impl LabOptions {
             namespace: "default".into(),
             daemon_config: String::new(),
             worker_config: String::new(),
+            daemon_flags: Vec::new(),
+            daemon_environment: Vec::new(),
             sandbox: None,
             keep_in: None,
             disk: None,
@@ -138,6 +144,16 @@ impl Lab {
     /// More lines for the table `worker.containerd`, for when the daemon is started next.
     pub fn configure_worker(&mut self, toml: &str) {
         self.options.worker_config.push_str(toml);
+    }
+
+    /// A flag of the daemon, for when it is started next.
+    pub fn daemon_flag(&mut self, flag: &str) {
+        self.options.daemon_flags.push(flag.into());
+    }
+
+    /// A variable of the daemon's environment, for when it is started next.
+    pub fn daemon_environment(&mut self, name: &str, value: &str) {
+        self.options.daemon_environment.push((name.into(), value.into()));
     }
 
     /// A temporary lab with containerd only.
@@ -268,7 +284,8 @@ impl Lab {
                 command
             }
         };
-        command.arg("--config").arg(&config).env("PATH", self.options.flavour.path());
+        command.arg("--config").arg(&config).args(&self.options.daemon_flags).env("PATH", self.options.flavour.path());
+        command.envs(self.options.daemon_environment.iter().map(|(name, value)| (name, value)));
         let mut process = Process::start("shipwayd", &mut command, &self.dir.join("shipwayd.log"));
         let address = self.daemon_address();
         wait_for("shipwayd to answer", Duration::from_secs(30), || {

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, io::Cursor, path::Path};
 
-use shipway_client::{Definition, Export, SolveOptions, Target, shared_key};
+use shipway_client::{Definition, Export, Policy, SolveOptions, Target, shared_key};
 use shipway_fault::{Code, Context, Fault, Result, nearest};
 use shipway_oci::{ImageName, Platform};
 use tokio::io::AsyncReadExt;
@@ -27,6 +27,7 @@ pub(super) fn of(args: &Args, input: &Input, env: Env<'_>) -> Result<SolveOption
         cache_imports: args.cache_from.iter().map(|text| spec::cache(text, "--cache-from", false)).collect::<Result<_>>()?,
         secrets: spec::secrets(&args.secrets)?,
         ssh: spec::ssh(&args.ssh)?,
+        policy: env("EXPERIMENTAL_BUILDKIT_SOURCE_POLICY").filter(|v| !v.is_empty()).map(|v| Policy::load(v.as_ref())).transpose()?,
         exports: exports(args)?,
         ..SolveOptions::default()
     };
@@ -167,8 +168,53 @@ fn steps(args: &Args, attrs: &mut BTreeMap<String, String>, entitlements: &mut V
         let limits = args.ulimits.iter().map(|text| ulimit(text)).collect::<Result<Vec<_>>>()?;
         attrs.insert("ulimit".to_owned(), limits.join(","));
     }
+    for text in &args.resources {
+        resource(text, attrs).context(|| format!("--resource {text}"))?;
+    }
     if let Some(parent) = &args.cgroup_parent {
         attrs.insert("cgroup-parent".to_owned(), parent.clone());
+    }
+    Ok(())
+}
+
+/// Limits by the names that Docker's flags for them have, as the frontend's attributes.
+const RESOURCES: [(&str, &str); 7] = [
+    ("memory", "memory"),
+    ("memory-swap", "memswap"),
+    ("cpu-shares", "cpushares"),
+    ("cpu-period", "cpuperiod"),
+    ("cpu-quota", "cpuquota"),
+    ("cpuset-cpus", "cpusetcpus"),
+    ("cpuset-mems", "cpusetmems"),
+];
+
+/// `name=value[,name=value]`; a set of processors has commas of its own, so what is no limit
+/// belongs to the one before.
+fn resource(text: &str, attrs: &mut BTreeMap<String, String>) -> Result<()> {
+    let mut last: Option<&str> = None;
+    for part in text.split(',') {
+        match (part.split_once('='), last) {
+            (Some((name, value)), _) => {
+                let names = RESOURCES.map(|(name, _)| name);
+                let Some((_, attr)) = RESOURCES.iter().find(|(known, _)| *known == name) else {
+                    let fault = Fault::invalid(format!("unknown resource {name:?}"));
+                    return Err(match nearest(name, names) {
+                        Some(near) => fault.hint(format!("did you mean {near}?")),
+                        None => fault.hint(format!("known are {}", names.join(", "))),
+                    });
+                };
+                let value = match name {
+                    "memory" | "memory-swap" if value != "-1" => size::parse_bytes(value)?.to_string(),
+                    _ => value.to_owned(),
+                };
+                attrs.insert((*attr).to_owned(), value);
+                last = Some(attr).filter(|a| a.starts_with("cpuset")).copied();
+            }
+            (None, Some(attr)) => {
+                attrs.entry(attr.to_owned()).or_default().push_str(&format!(",{part}"));
+            }
+            (None, None) => return Err(Fault::invalid(format!("invalid value {part:?}")).hint("write it as name=value")),
+        }
     }
     Ok(())
 }
@@ -430,6 +476,12 @@ mod tests {
             "--shm-size 64m --ulimit nofile=10:20 --ulimit core=0 --cgroup-parent p",
             &["cgroup-parent=p", "shm-size=67108864", "ulimit=nofile=10:20,core=0:0", none],
         );
+        check(
+            "--resource memory=64m,memory-swap=-1,cpuset-cpus=0-1,3,cpu-quota=5 --resource cpuset-mems=0",
+            &["cpuquota=5", "cpusetcpus=0-1,3", "cpusetmems=0", "memory=67108864", "memswap=-1", none],
+        );
+        check("--resource memry=1", &["error --resource memry=1: unknown resource \"memry\""]);
+        check("--resource memory=1,2", &["error --resource memory=1,2: invalid value \"2\""]);
         check("--ulimit nofile=20:10", &["error invalid ulimit \"nofile=20:10\""]);
         check("--attest type=provenance,mode=max --sbom", &["attest:provenance=mode=max", "attest:sbom=", none]);
         check("--build-arg BUILDKIT_INLINE_CACHE=1", &["build-arg:BUILDKIT_INLINE_CACHE=1", none, r#"cache-to inline {"mode": "min"}"#]);
