@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use shipway_integration::{any, build, build_text};
-use shipway_testkit::{BaseImage, Lab};
+use shipway_testkit::{BaseImage, Lab, run};
 use std::path::{Path, PathBuf};
 
 /// Where Debian and others put the plug-ins.
@@ -74,4 +74,67 @@ fn steps_have_an_address_each_and_nothing_stays() {
     assert_eq!(in_use(&addresses), 0);
     let links = std::fs::read_dir(format!("/sys/class/net/{}/brif", link())).unwrap().count();
     assert_eq!(links, 0, "links are left on the bridge");
+}
+
+#[test]
+fn a_proxied_step_goes_out_from_the_network_that_it_would_have_had() {
+    let _bridge = Bridge;
+    let (mut lab, addresses) = lab_on_a_bridge();
+    lab.stop_daemon();
+    lab.daemon_flag("--proxy-network");
+    lab.start_daemon();
+    // Its address on the bridge is known once the first step has made the bridge.
+    build_text(&lab, "proxied:1", "FROM busybox\nRUN true\nRUN --network=none test -z \"$HTTP_PROXY\"\n").ok();
+    let told = run(std::process::Command::new("ip").args(["-4", "-o", "addr", "show", "dev", &link()])).ok().stdout;
+    let gateway = told.split_whitespace().find(|w| w.starts_with("10.")).unwrap().split('/').next().unwrap().to_owned();
+    let listener = std::net::TcpListener::bind((gateway.as_str(), 0)).unwrap();
+    let loopback = std::net::TcpListener::bind(("127.0.0.2", 0)).unwrap();
+    let (port, hidden) = (listener.local_addr().unwrap().port(), loopback.local_addr().unwrap().port());
+    let peers = std::thread::spawn(move || {
+        use std::io::{Read as _, Write as _};
+        let (mut stream, peer) = listener.accept().unwrap();
+        let _ = stream.read(&mut [0; 4096]);
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nyes").unwrap();
+        peer.ip().to_string()
+    });
+    let text = format!(
+        "FROM busybox\nRUN test \"$(ls /sys/class/net)\" = lo && test $(wget -q -O- http://{gateway}:{port}/) = yes\n\
+         RUN ! wget -q -O- http://127.0.0.2:{hidden}/\n"
+    );
+    let built = build_text(&lab, "proxied:2", &text).ok();
+    let peer = peers.join().unwrap();
+    assert!(peer.starts_with("10.") && peer != gateway, "the proxy went out from {peer}");
+    assert!(built.all().contains(&format!("- GET http://127.0.0.2:{hidden}/ -> 502")), "{}", built.all());
+    assert!(lab.stop_daemon(), "the daemon had to be killed");
+    assert_eq!(in_use(&addresses), 0);
+}
+
+#[test]
+fn a_bridge_of_the_daemons_own_comes_and_goes_with_it() {
+    let bin = PLUG_INS.iter().find(|d| Path::new(d).join("bridge").exists()).expect("no CNI plug-ins; `cargo xtask test` installs them");
+    let name = format!("swo{}", std::process::id() % 100_000);
+    let subnet = format!("10.{}.{}.0/24", 200 + std::process::id() / 256 % 50, std::process::id() % 256);
+    let mut lab = Lab::on(any());
+    lab.configure_worker(&format!(
+        "networkMode = \"bridge\"\nbridgeName = \"{name}\"\nbridgeSubnet = \"{subnet}\"\ncniBinaryPath = \"{bin}\"\n"
+    ));
+    lab.start_registry();
+    BaseImage::busybox().push(&lab.registry(), "library/busybox", "latest");
+    lab.start_daemon();
+    let workers = lab.shipway(["workers", "--verbose"]).ok().all();
+    assert!(workers.contains("worker.network") && workers.contains("cni"), "{workers}");
+    let prefix = subnet.rsplit_once('.').unwrap().0.to_owned();
+    let text = format!("FROM busybox\nRUN ip -4 addr show eth0 | grep -q 'inet {prefix}' && ip route | grep -q ^default\n");
+    build_text(&lab, "bridge:1", &text).ok();
+    let link = Path::new("/sys/class/net").join(&name);
+    assert!(link.join("bridge").exists());
+    // A successor that finds the bridge of a killed daemon leaves it where it is.
+    assert!(lab.stop_daemon(), "the daemon had to be killed");
+    assert!(!link.exists(), "the bridge stays behind");
+    run(std::process::Command::new("ip").args(["link", "add", &name, "type", "bridge"])).ok();
+    lab.start_daemon();
+    assert!(lab.stop_daemon());
+    let stays = link.exists();
+    run(std::process::Command::new("ip").args(["link", "delete", &name])).ok();
+    assert!(stays, "a bridge of somebody else's was removed");
 }

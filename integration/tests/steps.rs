@@ -212,3 +212,34 @@ fn steps_share_shims_and_outlive_a_killed_one() {
         nothing_left(&lab);
     });
 }
+
+#[test]
+fn programs_of_other_processors_run_by_an_emulator_on_path_and_it_leaves_no_trace() {
+    let mut lab = Lab::complete(any());
+    let workers = lab.shipway(["workers"]).ok().all();
+    assert!(!workers.contains("linux/s390x"), "this kernel runs s390x programs by itself: {workers}");
+    // A stand-in that runs by the image's shell, and tells that it was used.
+    let dir = lab.dir().join("emulators");
+    std::fs::create_dir_all(&dir).unwrap();
+    let emulator = dir.join("buildkit-qemu-s390x");
+    std::fs::write(&emulator, "#!/bin/sh\nexport EMULATED=$0\nexec \"$@\"\n").unwrap();
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(&emulator, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = std::env::join_paths(std::iter::once(dir).chain(std::env::split_paths(&lab.path()))).unwrap();
+    assert!(lab.stop_daemon());
+    lab.daemon_environment("PATH", &path.to_string_lossy());
+    lab.start_daemon();
+    let text = "FROM --platform=$BUILDPLATFORM busybox AS native\nRUN test -z \"$EMULATED\" && touch /native\n\
+                FROM scratch\nCOPY --from=native / /\n\
+                RUN echo \"$EMULATED\" > /emulated && test -x /dev/.buildkit_qemu_emulator && ! touch /dev/.buildkit_qemu_emulator 2>/dev/null\n\
+                USER 1234\nRUN test -n \"$EMULATED\"\n";
+    let out = lab.dir().join("out");
+    let context = lab.context("emulated", &[("Dockerfile", text)]);
+    build(&lab, "emulated:1", &context, &["--platform", "linux/s390x", "-o", &out.to_string_lossy()]).ok();
+    assert_eq!(std::fs::read_to_string(out.join("emulated")).unwrap(), "/dev/.buildkit_qemu_emulator\n");
+    assert_eq!(std::fs::read_dir(out.join("dev")).unwrap().count(), 0, "the emulator's mount point is left");
+    // A failure is told in words of the step.
+    let text = "FROM --platform=$BUILDPLATFORM busybox AS native\nFROM scratch\nCOPY --from=native / /\nRUN false\n";
+    let failed = build(&lab, "emulated:2", &lab.context("failing", &[("Dockerfile", text)]), &["--platform", "linux/s390x"]).failed();
+    assert!(failed.all().contains("process \"/bin/sh -c false\" did not complete"), "{}", failed.all());
+}

@@ -1,6 +1,7 @@
 //! What a build was seen to use (row `at.prov.capture`).
 
 use crate::request::{Local, Named};
+use serde::Serialize;
 use shipway_fault::redact;
 use shipway_oci::{Digest, ImageName, Platform, timestamp};
 use std::{collections::HashSet, fmt, time::SystemTime};
@@ -92,6 +93,29 @@ pub struct Capture {
     pub network: bool,
     /// Whether something went in that is not among `sources`.
     pub incomplete: bool,
+    /// Whether a step saw the network through a proxy only.
+    pub proxied: bool,
+    /// What such steps fetched that is not among `sources`.
+    pub missing: Vec<MissingFetch>,
+}
+
+/// Something that a step on the proxy network asked for and that is not told by a digest (row
+/// `at.prov.capture`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[allow(missing_docs)]
+pub struct MissingFetch {
+    /// Digest of the step.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub op: String,
+    /// Its command line.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub name: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub method: String,
+    #[serde(rename = "uri", skip_serializing_if = "String::is_empty")]
+    pub url: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub reason: String,
 }
 
 fn same_platform(a: &Option<Platform>, b: &Option<Platform>) -> bool {
@@ -161,6 +185,14 @@ impl Capture {
         add_named(&mut self.ssh, Named { id: id.to_owned(), optional });
     }
 
+    /// Notes something that is missing.
+    pub fn add_missing(&mut self, missing: MissingFetch) {
+        self.incomplete = true;
+        if !self.missing.contains(&missing) {
+            self.missing.push(missing);
+        }
+    }
+
     /// Notes all that `other` noted.
     pub fn merge(&mut self, other: Capture) {
         other.sources.images.into_iter().for_each(|i| self.add_image(i));
@@ -172,6 +204,8 @@ impl Capture {
         other.ssh.iter().for_each(|s| self.add_ssh(&s.id, s.optional));
         self.network |= other.network;
         self.incomplete |= other.incomplete;
+        self.proxied |= other.proxied;
+        other.missing.into_iter().for_each(|m| self.add_missing(m));
     }
 
     /// Puts it in an order that does not depend on the order of events, and leaves out images by digest that are there by tag.
@@ -193,6 +227,7 @@ impl Capture {
         self.sources.local.sort_by(|a, b| a.name.cmp(&b.name));
         self.secrets.sort_by(|a, b| a.id.cmp(&b.id));
         self.ssh.sort_by(|a, b| a.id.cmp(&b.id));
+        self.missing.sort_by(|a, b| (&a.op, &a.url, &a.method, &a.reason).cmp(&(&b.op, &b.url, &b.method, &b.reason)));
         self
     }
 }

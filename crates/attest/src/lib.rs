@@ -13,7 +13,7 @@ mod purl;
 mod request;
 
 pub use attestation::{Attestation, Kind, SubjectKind, SubjectSpec, core_first, filter_inline, keys};
-pub use capture::{BlobSource, Capture, GitSource, HttpSource, ImageSource, Sources, Stored};
+pub use capture::{BlobSource, Capture, GitSource, HttpSource, ImageSource, MissingFetch, Sources, Stored};
 pub use intoto::{DigestSet, SPDX, STATEMENT, Statement, Subject, digest_set, slsa};
 pub use options::{AttestOptions, Mode, ProvenanceOptions, SbomOptions, Version};
 pub use predicate::{BuildConfig, BuildStep, Builder, LayerMap, Metadata, Predicate, Source, SourceInfo};

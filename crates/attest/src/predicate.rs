@@ -1,14 +1,14 @@
 //! SLSA provenance in both versions (rows `at.prov.*`): version 1 is the model, version 0.2 another view of it.
 
 use crate::{
-    BlobSource, Capture, ImageSource, Mode, ProvenanceOptions, Version,
+    BlobSource, Capture, ImageSource, MissingFetch, Mode, ProvenanceOptions, Version,
     intoto::{DigestSet, digest_set, slsa},
     purl::{PurlKind, blob_purl, image_purl},
     request::{ConfigSource, GitAddress, Parameters, RequestProvenance, commit},
 };
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use shipway_fault::{Fault, Result, redact};
+use shipway_fault::{Detail, Fault, MissingMaterial, Result, redact};
 use shipway_oci::{Descriptor, Platform, timestamp};
 use std::{collections::BTreeMap, time::SystemTime};
 
@@ -77,6 +77,9 @@ pub struct Metadata {
     /// Why images of the node's own store were taken, by their addresses among what went in.
     stored: BTreeMap<String, String>,
     vcs: BTreeMap<String, String>,
+    /// What steps on the proxy network fetched that is not among the materials, if there are such
+    /// steps.
+    proxied: Option<Vec<MissingFetch>>,
     reproducible: bool,
     hermetic: bool,
     complete_request: bool,
@@ -142,7 +145,31 @@ fn incomplete(capture: &Capture) -> Fault {
             text.push_str(&format!("\n  - {name}\n    reason: local_source"));
         }
     }
-    Fault::invalid(text)
+    if !capture.missing.is_empty() {
+        text.push_str("\n\nUncaptured requests:");
+    }
+    for m in &capture.missing {
+        let name = [&m.name, &m.op, &m.url].into_iter().find(|t| !t.is_empty()).map_or("", String::as_str);
+        text.push_str(&format!("\n  - {name}"));
+        for (key, value) in [("method", &m.method), ("url", &m.url), ("reason", &m.reason)] {
+            if !value.is_empty() {
+                text.push_str(&format!("\n    {key}: {value}"));
+            }
+        }
+    }
+    let local = capture.sources.local.iter().map(|l| MissingMaterial {
+        name: l.name.clone(),
+        reason: "local_source".into(),
+        ..MissingMaterial::default()
+    });
+    let fetched = capture.missing.iter().map(|m| MissingMaterial {
+        op: m.op.clone(),
+        name: m.name.clone(),
+        method: m.method.clone(),
+        uri: m.url.clone(),
+        reason: m.reason.clone(),
+    });
+    Fault::invalid(text).detail(Detail::Materials(local.chain(fetched).collect()))
 }
 
 impl Predicate {
@@ -171,6 +198,7 @@ impl Predicate {
         }
         let mut metadata = Metadata {
             vcs,
+            proxied: capture.proxied.then(|| capture.missing.clone()),
             reproducible: options.reproducible,
             hermetic: complete && !capture.network,
             complete_request: !request.frontend.is_empty(),
@@ -234,6 +262,13 @@ impl Predicate {
         }
         if !m.stored.is_empty() {
             out.insert("localImages".into(), json!(m.stored));
+        }
+        if let Some(missing) = &m.proxied {
+            let mut network = json!({ "mode": "proxy" });
+            if !missing.is_empty() {
+                network["proxy"] = json!({ "incomplete": missing });
+            }
+            out.insert("network".into(), network);
         }
         Value::Object(out)
     }
@@ -386,6 +421,41 @@ mod tests {
         let request = &min["buildDefinition"]["externalParameters"]["request"];
         assert_eq!((&request["args"], &request["secrets"]), (&Value::Null, &Value::Null));
         assert_eq!(min["runDetails"]["metadata"]["buildkit_completeness"]["request"], false);
+    }
+
+    #[test]
+    fn the_proxy_network_is_told_with_what_it_could_not_record() {
+        let fetched = |c: &mut Capture| {
+            c.proxied = true;
+            c.add_http(crate::HttpSource { url: "http://h/f".into(), digest: Digest::of("f") });
+        };
+        let v1 = predicate(&ProvenanceOptions::default(), fetched).unwrap().json();
+        let metadata = &v1["runDetails"]["metadata"];
+        assert_eq!(metadata["buildkit_metadata"]["network"], json!({ "mode": "proxy" }));
+        assert_eq!(metadata["buildkit_completeness"]["resolvedDependencies"], true);
+        assert_eq!(v1["buildDefinition"]["resolvedDependencies"][1]["uri"], "http://h/f");
+        let missing = |c: &mut Capture| {
+            c.proxied = true;
+            c.add_missing(MissingFetch {
+                op: "sha256:x".into(),
+                name: "wget".into(),
+                method: "GET".into(),
+                url: "http://h/m".into(),
+                reason: "unsuccessful_response".into(),
+            });
+        };
+        let v1 = predicate(&ProvenanceOptions::default(), missing).unwrap().json();
+        let metadata = &v1["runDetails"]["metadata"];
+        let told = &metadata["buildkit_metadata"]["network"]["proxy"]["incomplete"][0];
+        assert_eq!(
+            *told,
+            json!({ "op": "sha256:x", "name": "wget", "method": "GET", "uri": "http://h/m", "reason": "unsuccessful_response" })
+        );
+        assert_eq!(metadata["buildkit_completeness"]["resolvedDependencies"], false);
+        let strict = ProvenanceOptions { complete_materials: true, ..Default::default() };
+        let fault = predicate(&strict, missing).unwrap_err();
+        assert!(fault.to_string().contains("- wget\n    method: GET\n    url: http://h/m\n    reason: unsuccessful_response"), "{fault}");
+        assert!(matches!(fault.details(), [Detail::Materials(all)] if all.len() == 1 && all[0].uri == "http://h/m"));
     }
 
     #[test]

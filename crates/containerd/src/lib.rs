@@ -18,5 +18,5 @@ mod tasks;
 mod wire;
 
 pub use daemon::{Containerd, Version};
-pub use network::{NetworkConfig, NetworkDefault};
+pub use network::{Bridge, NetworkConfig, NetworkDefault};
 pub use tasks::{TaskConfig, TaskExecutor};

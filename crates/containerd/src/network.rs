@@ -4,12 +4,15 @@
 
 mod cni;
 mod netns;
+mod proxied;
 
 use cni::CniNetwork;
 use netns::NetNs;
-use shipway_executor::NetworkMode;
+use proxied::Serving;
+use shipway_executor::{NetworkMode, ProcessSpec, Proxied};
 use shipway_fault::{Fault, Result};
 use std::{
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::{
         Mutex, MutexGuard, PoisonError,
@@ -25,11 +28,58 @@ pub enum NetworkDefault {
     Auto,
     /// CNI; a missing configuration is an error.
     Cni,
+    /// A bridge of our own.
+    Bridge,
     /// The host's.
     Host,
     /// Loopback only.
     None,
 }
+
+/// A bridge that processes are on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bridge {
+    /// Name of its link.
+    pub name: String,
+    /// Addresses of those on it, as in `10.10.0.0/16`.
+    pub subnet: String,
+}
+
+impl Default for Bridge {
+    fn default() -> Self {
+        Self { name: "buildkit0".into(), subnet: "10.10.0.0/16".into() }
+    }
+}
+
+impl Bridge {
+    /// Refuses what the kernel would not take.
+    fn check(&self) -> Result<()> {
+        let plain = |c: char| !c.is_whitespace() && !c.is_control() && c != '/' && c != ':';
+        if self.name.is_empty() || self.name.len() > MAX_LINK_NAME || !self.name.chars().all(plain) || [".", ".."].contains(&&*self.name) {
+            return Err(Fault::invalid(format!("{:?} cannot be the name of a bridge", self.name)));
+        }
+        let whole = |(address, bits): (&str, &str)| {
+            let (address, bits) = (address.parse::<IpAddr>().ok()?, bits.parse::<u8>().ok()?);
+            Some(bits <= if address.is_ipv4() { 30 } else { 126 })
+        };
+        if self.subnet.split_once('/').and_then(whole) != Some(true) {
+            return Err(Fault::invalid(format!("{:?} is no subnet", self.subnet)).hint("write it as 10.10.0.0/16"));
+        }
+        Ok(())
+    }
+
+    /// Whether its link is there; an error if something else has its name.
+    fn exists(&self) -> Result<bool> {
+        let link = Path::new("/sys/class/net").join(&self.name);
+        match (link.exists(), link.join("bridge").exists()) {
+            (true, false) => Err(Fault::invalid(format!("{:?} already exists but is not a bridge", self.name))),
+            (there, _) => Ok(there),
+        }
+    }
+}
+
+/// Longest name of a link.
+const MAX_LINK_NAME: usize = 15;
 
 /// Settings of the network.
 #[derive(Clone, Debug)]
@@ -40,15 +90,30 @@ pub struct NetworkConfig {
     pub cni_config: PathBuf,
     /// Directory of CNI plug-ins.
     pub cni_bin: PathBuf,
+    /// The bridge, for those that are to be on one.
+    pub bridge: Bridge,
+    /// A file that is locked while the first process is connected, as daemons that share a network
+    /// would else make it twice.
+    pub init_lock: Option<PathBuf>,
     /// Namespaces kept ready.
     pub pool: usize,
 }
 
 impl Default for NetworkConfig {
     fn default() -> Self {
-        Self { mode: NetworkDefault::Auto, cni_config: "/etc/buildkit/cni.json".into(), cni_bin: "/opt/cni/bin".into(), pool: 16 }
+        Self {
+            mode: NetworkDefault::Auto,
+            cni_config: "/etc/buildkit/cni.json".into(),
+            cni_bin: "/opt/cni/bin".into(),
+            bridge: Bridge::default(),
+            init_lock: None,
+            pool: 16,
+        }
     }
 }
+
+/// What begins the names of namespaces that no CNI plug-in knows.
+const PROXIED: &str = "proxied-";
 
 pub(crate) struct Network {
     config: NetworkConfig,
@@ -57,16 +122,27 @@ pub(crate) struct Network {
     dir: PathBuf,
     made: AtomicU64,
     ready: Mutex<Vec<NetNs>>,
+    /// Set once a process was connected.
+    connected: tokio::sync::OnceCell<()>,
+    /// Whether the bridge was not there before us, so that it goes with us.
+    own_bridge: bool,
 }
 
 /// A namespace in use by one process.
 pub(crate) struct Lease {
     netns: NetNs,
+    /// The proxy that is all there is in it.
+    proxy: Option<Serving>,
 }
 
 impl Lease {
     pub(crate) fn path(&self) -> &Path {
         self.netns.path()
+    }
+
+    /// What a process in it has to know.
+    pub(crate) fn variables(&self) -> Vec<String> {
+        self.proxy.as_ref().map(Serving::variables).unwrap_or_default()
     }
 }
 
@@ -80,15 +156,29 @@ impl Network {
         std::fs::create_dir_all(&dir).map_err(|e| Fault::io(format!("create {}", dir.display()), e))?;
         let wanted = match config.mode {
             NetworkDefault::Auto => config.cni_config.exists(),
-            NetworkDefault::Cni => true,
+            NetworkDefault::Cni | NetworkDefault::Bridge => true,
             NetworkDefault::Host | NetworkDefault::None => false,
         };
-        let cni = wanted.then(|| CniNetwork::load(&config.cni_config, &config.cni_bin)).transpose()?;
-        Ok(Self { config, cni, dir, made: AtomicU64::new(0), ready: Mutex::default() })
+        let is_bridge = config.mode == NetworkDefault::Bridge;
+        let load = || {
+            if !is_bridge {
+                return CniNetwork::load(&config.cni_config, &config.cni_bin);
+            }
+            config.bridge.check()?;
+            CniNetwork::bridge(&config.bridge, &config.cni_bin, &std::env::var_os("PATH").unwrap_or_default())
+        };
+        let cni = wanted.then(load).transpose()?;
+        let own_bridge = is_bridge && !config.bridge.exists()?;
+        let (ready, connected) = (Mutex::default(), Default::default());
+        Ok(Self { config, cni, dir, made: AtomicU64::new(0), ready, connected, own_bridge })
     }
 
-    /// Whether a process in `mode` is in the host's namespace.
-    pub(crate) fn is_host(&self, mode: NetworkMode) -> bool {
+    /// Whether `process` is in the host's namespace.
+    pub(crate) fn is_host(&self, process: &ProcessSpec) -> bool {
+        process.proxy.is_none() && self.goes_out_as_host(process.network)
+    }
+
+    fn goes_out_as_host(&self, mode: NetworkMode) -> bool {
         match mode {
             NetworkMode::Host => true,
             NetworkMode::None => false,
@@ -100,16 +190,22 @@ impl Network {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn name(&self, prefix: &str) -> String {
+        format!("{prefix}{}-{}", std::process::id(), self.made.fetch_add(1, Ordering::Relaxed))
+    }
+
     /// A namespace for a process in `mode`; `None` where the runtime does what is needed.
-    pub(crate) async fn lease(&self, mode: NetworkMode) -> Result<Option<Lease>> {
+    pub(crate) async fn lease(&self, mode: NetworkMode, proxy: Option<&Proxied>) -> Result<Option<Lease>> {
+        if let Some(proxy) = proxy {
+            return self.proxied(mode, proxy).await.map(Some);
+        }
         let (NetworkMode::Default, Some(cni)) = (mode, &self.cni) else { return Ok(None) };
         if let Some(netns) = self.ready().pop() {
-            return Ok(Some(Lease { netns }));
+            return Ok(Some(Lease { netns, proxy: None }));
         }
-        let name = format!("{}-{}", std::process::id(), self.made.fetch_add(1, Ordering::Relaxed));
-        let netns = NetNs::new(&self.dir, &name).await?;
-        match cni.add(netns.id(), netns.path()).await {
-            Ok(()) => Ok(Some(Lease { netns })),
+        let netns = NetNs::new(&self.dir, &self.name("")).await?;
+        match self.connect(cni, &netns).await {
+            Ok(()) => Ok(Some(Lease { netns, proxy: None })),
             Err(e) => {
                 let _ = cni.del(netns.id(), netns.path()).await;
                 netns.remove().await;
@@ -118,25 +214,94 @@ impl Network {
         }
     }
 
+    /// Connects `netns`, the first one alone.
+    async fn connect(&self, cni: &CniNetwork, netns: &NetNs) -> Result<()> {
+        let mut done = false;
+        let first = async {
+            let lock = self.config.init_lock.clone();
+            let locked = tokio::task::spawn_blocking(move || lock.map(|path| lock_file(&path)).transpose()).await;
+            let _lock = locked.map_err(|e| Fault::internal(format!("lock the network: {e}")))??;
+            done = true;
+            cni.add(netns.id(), netns.path()).await
+        };
+        self.connected.get_or_try_init(|| first).await?;
+        if done { Ok(()) } else { cni.add(netns.id(), netns.path()).await }
+    }
+
+    /// A namespace with nothing but a loopback, on which `proxy` listens; the proxy goes out as a
+    /// process in `mode` would.
+    async fn proxied(&self, mode: NetworkMode, proxy: &Proxied) -> Result<Lease> {
+        let egress = match Box::pin(self.lease(mode, None)).await? {
+            Some(lease) => proxied::WayOut::Namespace(lease.netns),
+            None if self.goes_out_as_host(mode) => proxied::WayOut::Host,
+            None => proxied::WayOut::Nowhere,
+        };
+        let (netns, result) = match NetNs::new(&self.dir, &self.name(PROXIED)).await {
+            Ok(netns) => {
+                let listener = proxied::listen(&netns).await;
+                (Some(netns), listener)
+            }
+            Err(e) => (None, Err(e)),
+        };
+        match (netns, result) {
+            (Some(netns), Ok(listener)) => Ok(Lease { netns, proxy: Some(Serving::start(proxy, listener, egress)?) }),
+            (netns, result) => {
+                if let Some(netns) = netns {
+                    netns.remove().await;
+                }
+                if let proxied::WayOut::Namespace(netns) = egress {
+                    self.reuse(netns).await;
+                }
+                Err(result.err().unwrap_or_else(|| Fault::internal("a proxied network has no namespace")))
+            }
+        }
+    }
+
     /// Takes a namespace back, for another process if it is `reusable`.
     pub(crate) async fn give_back(&self, lease: Lease, reusable: bool) {
+        if let Some(serving) = lease.proxy {
+            lease.netns.remove().await;
+            // Nobody but the proxy was in it.
+            if let Some(egress) = serving.stop().await {
+                self.reuse(egress).await;
+            }
+            return;
+        }
+        if reusable { self.reuse(lease.netns).await } else { self.discard(lease.netns).await }
+    }
+
+    async fn reuse(&self, netns: NetNs) {
         {
             let mut ready = self.ready();
-            if reusable && ready.len() < self.config.pool {
-                ready.push(lease.netns);
+            if ready.len() < self.config.pool {
+                ready.push(netns);
                 return;
             }
         }
-        self.discard(lease.netns).await;
+        self.discard(netns).await;
     }
 
     async fn discard(&self, netns: NetNs) {
         if let Some(cni) = &self.cni
+            && !netns.is_named(PROXIED)
             && let Err(e) = cni.del(netns.id(), netns.path()).await
         {
             tracing::warn!(netns = netns.id(), "could not release a network namespace: {e}");
         }
         netns.remove().await;
+    }
+
+    /// Takes away what is only there for us, when no process will come any more.
+    pub(crate) async fn close(&self) {
+        self.retire_idle().await;
+        if !self.own_bridge {
+            return;
+        }
+        let name = self.config.bridge.name.clone();
+        let removed = tokio::task::spawn_blocking(move || netns::delete_link(&name)).await;
+        if let Ok(Err(e)) = removed {
+            tracing::warn!(bridge = self.config.bridge.name, "could not remove the bridge: {e}");
+        }
     }
 
     /// Removes the namespaces that nobody uses.
@@ -153,5 +318,33 @@ impl Network {
             self.discard(netns).await;
         }
         Ok(())
+    }
+}
+
+/// Waits for a lock on the file `path`, which is made if it is not there.
+fn lock_file(path: &Path) -> Result<std::fs::File> {
+    let failed = |e: std::io::Error| Fault::io(format!("lock {}", path.display()), e);
+    let file = std::fs::File::options().create(true).append(true).open(path).map_err(failed)?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).map_err(|e| failed(e.into()))?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bridge_that_cannot_be_is_refused() {
+        let check = |name: &str, subnet: &str| Bridge { name: name.into(), subnet: subnet.into() }.check().is_ok();
+        assert!(Bridge::default().check().is_ok() && check("b", "fd00::/64"));
+        for name in ["", "a/b", "a b", "..", "sixteen-letters-"] {
+            assert!(!check(name, "10.0.0.0/8"), "{name:?}");
+        }
+        for subnet in ["", "10.0.0.0", "10.0.0.0/31", "10.0.0/8", "10.0.0.0/x", "10.0.0.0/-1"] {
+            assert!(!check("b", subnet), "{subnet:?}");
+        }
+        // The loopback is a link, and no bridge.
+        let lo = Bridge { name: "lo".into(), ..Bridge::default() };
+        assert!(lo.exists().expect_err("not a bridge").to_string().contains("not a bridge"));
     }
 }

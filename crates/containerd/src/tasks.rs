@@ -192,6 +192,7 @@ impl Executor for TaskExecutor {
     async fn drained(&self) {
         self.0.busy.idle().await;
         self.rest().await;
+        self.0.network.close().await;
     }
 
     async fn sweep(&self) -> Result<()> {

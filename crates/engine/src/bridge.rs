@@ -20,7 +20,7 @@ use shipway_frontend::{
     Bridge, BuildRef, Container, ContainerRequest, Explain, Frontend as _, FrontendResult, Options, ResolveMode, SolveRequest, SourceMeta,
     SourceRequest, Warning,
 };
-use shipway_llb::{Caps, Definition, Graph, Op, SourceOp, SourcePolicy, Vertex};
+use shipway_llb::{Caps, Definition, Graph, NetMode, Op, SourceOp, SourcePolicy, Vertex};
 use shipway_oci::{Digest, Platform};
 use shipway_ops::{JobData, LlbOp};
 use shipway_progress::{Event, Journal, SourceSpan, WarningUpdate};
@@ -51,6 +51,8 @@ pub(crate) struct BuildScope {
     pub(crate) invocation: String,
     /// When it began.
     pub(crate) started: SystemTime,
+    /// Whether its steps see the network through a proxy only.
+    pub(crate) proxied: bool,
     /// Which version of the exporters' defaults it wants.
     pub(crate) compatibility: i64,
     finished: OnceLock<SystemTime>,
@@ -89,6 +91,7 @@ impl BuildScope {
     pub(crate) fn new(engine: Arc<EngineInner>, request: &BuildRequest, data: JobData, job: Job<LlbOp>, journal: Journal) -> Self {
         let started = SystemTime::now();
         Self {
+            proxied: request.proxied || engine.parts.proxied,
             engine,
             id: request.id.clone(),
             session: request.session.clone(),
@@ -161,7 +164,7 @@ impl BuildScope {
             self.data.entitlements.check(&vertex.op)?;
         }
         self.data.wishes.note(&graph);
-        let graph = self.with_devices(graph).await?;
+        let graph = self.with_proxy(self.with_devices(graph).await?);
         let made = vertices::of_graph(&graph, &self.engine.parts.services, false);
         let state = Arc::new(EngineRef::new(definition, made, trail, self.clone()));
         trail.note_state(state.clone());
@@ -183,6 +186,16 @@ impl BuildScope {
             }
         }
         Ok(graph)
+    }
+
+    /// The graph whose steps see the network through a proxy only, where the build is like that.
+    fn with_proxy(&self, mut graph: Graph) -> Graph {
+        for vertex in graph.vertices.iter_mut().filter(|_| self.proxied) {
+            if let Op::Exec(exec) = &mut Arc::make_mut(vertex).op {
+                exec.proxied = exec.network != NetMode::None;
+            }
+        }
+        graph
     }
 
     /// Metadata of a source that may be used.

@@ -25,6 +25,7 @@ impl EngineContainer {
         let mut spec = ContainerSpec {
             name: request.name,
             network: request.network,
+            proxied: scope.proxied,
             hostname: request.hostname,
             extra_hosts: request.extra_hosts,
             ..ContainerSpec::default()

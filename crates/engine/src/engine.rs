@@ -17,7 +17,7 @@ use shipway_fault::{Code, Fault, Result};
 use shipway_frontend::{Bridge as _, FrontendResult, Options, SolveRequest};
 use shipway_gateway::{Builds, GatewayBuild};
 use shipway_oci::Platform;
-use shipway_ops::{Ahead, JobData, LlbOp, Services, Wishes};
+use shipway_ops::{Ahead, BuildJudge, JobData, LlbOp, Services, Wishes};
 use shipway_progress::Journal;
 use shipway_registry::Registry;
 use shipway_remotecache::{CacheIndex, CacheRequest};
@@ -66,6 +66,8 @@ pub struct EngineParts {
     pub builder: Builder,
     /// The in-house Dockerfile frontend, unless it is turned off.
     pub dockerfile: Option<DockerfileFrontend>,
+    /// Whether steps of all builds see the network through a proxy only.
+    pub proxied: bool,
 }
 
 pub(crate) struct EngineInner {
@@ -191,11 +193,13 @@ impl Engine {
             memo: SourceMemo::default(),
             ahead: Ahead::default(),
             wishes: Wishes::default(),
+            judge: BuildJudge::default(),
         };
         let job = parts.solver.job(JobId(request.id.clone()), data.clone(), journal.clone())?;
         let mut running = self.begin(&request, journal.clone())?;
         let scope = BuildScope::new(self.0.clone(), &request, data, job, journal.clone());
         let scope = Arc::new(scope);
+        scope.judge_steps();
         let (id, internal) = (request.id.clone(), request.internal);
         let outcome = run(scope, request, wanted, exporters).await;
         journal.close();

@@ -4,14 +4,19 @@ use crate::{
     bridge::{BuildScope, SourceQuery},
     heavy::heavy,
 };
+use async_trait::async_trait;
 use futures::future::try_join_all;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_frontend::ResolveMode;
 use shipway_llb::{Definition, Graph, Op, SourceFacts, SourceOp, SourcePolicy, policy};
 use shipway_oci::{ImageName, Platform};
+use shipway_ops::Judge;
 use shipway_session::{PolicyAnswer, PolicyQuestion, PolicySubject, Session, SessionId, denied};
 use shipway_sources::ResolveWant;
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Weak},
+};
 
 /// A client that asks more often than this about one source goes in a circle.
 const MAX_ROUNDS: usize = 10;
@@ -61,7 +66,22 @@ fn inside(path: &str) -> String {
     parts.join("/")
 }
 
+#[async_trait]
+impl Judge for BuildScope {
+    async fn judge(&self, source: SourceOp) -> Result<SourceOp> {
+        self.check(source, None, &[]).await
+    }
+}
+
 impl BuildScope {
+    /// Lets the policy decide what steps fetch by themselves.
+    pub(crate) fn judge_steps(self: &Arc<Self>) {
+        if !self.policy.is_empty() {
+            let judge: Weak<dyn Judge> = Arc::downgrade(&(self.clone() as Arc<dyn Judge>));
+            self.data.judge.set(judge);
+        }
+    }
+
     fn rules(&self, more: &[SourcePolicy]) -> Vec<SourcePolicy> {
         let own = std::iter::once(&self.policy.rules);
         own.chain(more).filter(|p| !p.is_empty()).cloned().collect()

@@ -43,6 +43,9 @@ pub struct BuildRequest {
     pub internal: bool,
     /// What it may use.
     pub policy: BuildPolicy,
+    /// Whether its steps see the network through a proxy only; the daemon may want that of all
+    /// builds.
+    pub proxied: bool,
     /// Which version of the exporters' defaults it wants, as the client numbers them.
     pub compatibility: i64,
     /// Caches to export.

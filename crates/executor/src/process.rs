@@ -1,6 +1,6 @@
 //! What a process is and how one runs it.
 
-use crate::{Edits, Wires};
+use crate::{Edits, Proxied, Wires};
 use async_trait::async_trait;
 use bytes::Bytes;
 use shipway_fault::Result;
@@ -153,6 +153,8 @@ pub struct ProcessSpec {
     pub extra_hosts: Vec<HostEntry>,
     /// Network.
     pub network: NetworkMode,
+    /// The proxy that is all it sees of that network; it has no other way out.
+    pub proxy: Option<Proxied>,
     /// Confinement.
     pub security: Security,
     /// Limits by name.

@@ -21,7 +21,7 @@ use std::{
 const ALWAYS: [&str; 5] = ["/etc/resolv.conf", "/etc/hosts", "/proc", "/sys", "/dev"];
 /// A directory whose time is this close to a stub's was last changed by making the stub.
 const TICK_NANOS: i128 = 4_000_000;
-const OPAQUE: &str = "trusted.overlay.opaque";
+pub(crate) const OPAQUE: &str = "trusted.overlay.opaque";
 
 /// The mount points of one process that did not exist before it.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ struct Parent {
 }
 
 /// The directory that takes what a process writes through `mounts`, and whether it is an overlay's upper one.
-fn writable(mounts: &[Mount]) -> Option<(PathBuf, bool)> {
+pub(crate) fn writable(mounts: &[Mount]) -> Option<(PathBuf, bool)> {
     let [mount] = mounts else { return None };
     match mount.kind.as_str() {
         "overlay" => mount.options.iter().find_map(|o| o.strip_prefix("upperdir=")).map(|dir| (dir.into(), true)),
@@ -52,7 +52,7 @@ fn writable(mounts: &[Mount]) -> Option<(PathBuf, bool)> {
     }
 }
 
-fn parent_of(path: &str) -> &str {
+pub(crate) fn parent_of(path: &str) -> &str {
     match path.rfind('/') {
         Some(0) | None => "/",
         Some(i) => &path[..i],
@@ -161,7 +161,7 @@ fn undo_copy_up(upper: &RootView, path: &str, before: &Parent) {
 }
 
 /// Opens `path` without following any link.
-fn open_plain(root: &RootView, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
+pub(crate) fn open_plain(root: &RootView, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
     let path = path.trim_start_matches('/');
     let path = if path.is_empty() { "." } else { path };
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
@@ -178,12 +178,12 @@ fn now() -> i128 {
 }
 
 #[allow(clippy::unnecessary_cast)]
-fn nanos(stat: &Stat) -> i128 {
+pub(crate) fn nanos(stat: &Stat) -> i128 {
     i128::from(stat.st_mtime) * 1_000_000_000 + stat.st_mtime_nsec as i128
 }
 
 #[allow(clippy::unnecessary_cast)]
-fn timestamps(stat: &Stat) -> Timestamps {
+pub(crate) fn timestamps(stat: &Stat) -> Timestamps {
     Timestamps {
         last_access: Timespec { tv_sec: stat.st_atime, tv_nsec: stat.st_atime_nsec as _ },
         last_modification: Timespec { tv_sec: stat.st_mtime, tv_nsec: stat.st_mtime_nsec as _ },

@@ -163,6 +163,8 @@ pub enum Detail {
         /// What it lacks.
         feature: String,
     },
+    /// Materials that provenance is missing though it was to have them all.
+    Materials(Vec<MissingMaterial>),
     /// Exit code of the process that failed.
     Exit(u32),
     /// A thing that goes with the fault inside this process only; what it is, its maker knows.
@@ -174,6 +176,17 @@ pub enum Detail {
         /// Encoded value.
         value: Vec<u8>,
     },
+}
+
+/// One of [`Detail::Materials`]; what is not known is empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct MissingMaterial {
+    pub op: String,
+    pub name: String,
+    pub method: String,
+    pub uri: String,
+    pub reason: String,
 }
 
 /// See [`Detail::Kept`].

@@ -8,7 +8,7 @@ use std::sync::{Arc, LazyLock};
 use prost::Message;
 use prost_reflect::{DescriptorPool, DeserializeOptions, DynamicMessage, SerializeOptions};
 use prost_types::Any;
-use shipway_fault::{Detail, Position, SourceFile, Span, Subject};
+use shipway_fault::{Detail, MissingMaterial, Position, SourceFile, Span, Subject};
 use shipway_proto::{errdefs, pb};
 
 const PREFIX: &str = "github.com/moby/buildkit/";
@@ -45,6 +45,18 @@ pub(crate) fn encode(detail: &Detail) -> Option<Any> {
         Detail::Compatibility { version, feature } => {
             let message = errdefs::CompatibilityFeature { version: *version, feature: feature.clone() };
             go_json("errdefs.CompatibilityFeature", &message)
+        }
+        Detail::Materials(missing) => {
+            let one = |m: &MissingMaterial| errdefs::ProvenanceMaterialIncomplete {
+                op: m.op.clone(),
+                name: m.name.clone(),
+                method: m.method.clone(),
+                uri: m.uri.clone(),
+                final_uri: String::new(),
+                reason: m.reason.clone(),
+            };
+            let message = errdefs::ProvenanceMaterialsIncomplete { incomplete: missing.iter().map(one).collect() };
+            go_json("errdefs.ProvenanceMaterialsIncomplete", &message)
         }
         Detail::Exit(code) => Some(any(EXIT, serde_json::json!({ "Code": code }).to_string().into_bytes())),
         Detail::Opaque { type_url, value } => Some(Any { type_url: type_url.clone(), value: value.clone() }),
@@ -90,6 +102,17 @@ pub(crate) fn decode(any: &Any) -> Option<Detail> {
         "errdefs.CompatibilityFeature" => {
             let message = parse::<errdefs::CompatibilityFeature>(name, value)?;
             Detail::Compatibility { version: message.version, feature: message.feature }
+        }
+        "errdefs.ProvenanceMaterialsIncomplete" => {
+            let message = parse::<errdefs::ProvenanceMaterialsIncomplete>(name, value)?;
+            let one = |m: errdefs::ProvenanceMaterialIncomplete| MissingMaterial {
+                op: m.op,
+                name: m.name,
+                method: m.method,
+                uri: m.uri,
+                reason: m.reason,
+            };
+            Detail::Materials(message.incomplete.into_iter().map(one).collect())
         }
         EXIT => {
             let value: serde_json::Value = serde_json::from_slice(value).ok()?;

@@ -110,6 +110,18 @@ mod tests {
         check(Detail::Subrequest("y".into()), "github.com/moby/buildkit/errdefs.Subrequest+json", r#"{"name":"y"}"#);
         let feature = Detail::Compatibility { version: 10, feature: "z".into() };
         check(feature, "github.com/moby/buildkit/errdefs.CompatibilityFeature+json", r#"{"version":10,"feature":"z"}"#);
+        let missing = shipway_fault::MissingMaterial {
+            op: "sha256:ab".into(),
+            method: "GET".into(),
+            uri: "http://h/f".into(),
+            reason: "upstream_error".into(),
+            ..Default::default()
+        };
+        check(
+            Detail::Materials(vec![missing]),
+            "github.com/moby/buildkit/errdefs.ProvenanceMaterialsIncomplete+json",
+            r#"{"incomplete":[{"op":"sha256:ab","method":"GET","uri":"http://h/f","reason":"upstream_error"}]}"#,
+        );
         check(Detail::Exit(7), "github.com/moby/buildkit/gatewayapi.ExitMessage+json", r#"{"Code":7}"#);
     }
 

@@ -132,6 +132,7 @@ fn exec(e: pb::ExecOp, n: Inputs) -> Result<ExecOp, Fault> {
         security,
         secret_env: e.secretenv.into_iter().map(|s| SecretEnv { id: s.id, name: s.name, optional: s.optional }).collect(),
         devices: e.cdi_devices.into_iter().map(|d| CdiDevice { name: d.name, optional: d.optional }).collect(),
+        proxied: false,
     })
 }
 

@@ -268,7 +268,7 @@ impl Run<'_> {
             remove_mount_stubs_recursive: true,
             valid_exit_codes: draft.valid_exit_codes.clone(),
         };
-        Ok((table.0, ExecOp { meta, mounts, network, security, secret_env, devices: draft.devices.clone() }))
+        Ok((table.0, ExecOp { meta, mounts, network, security, secret_env, devices: draft.devices.clone(), proxied: false }))
     }
 }
 

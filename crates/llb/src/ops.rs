@@ -56,6 +56,9 @@ pub struct ExecOp {
     pub secret_env: Vec<SecretEnv>,
     /// Row `exec.cdi`.
     pub devices: Vec<CdiDevice>,
+    /// Whether it sees its network through a proxy only (row `exec.proxynet`). Not on the wire: the
+    /// build says so, not the definition.
+    pub proxied: bool,
 }
 
 /// The process of an [`ExecOp`].

@@ -10,6 +10,7 @@ use crate::{
 use shipway_executor::{ExecMount, ExitStatus, RootFs, Wires};
 use shipway_fault::{Fault, Result};
 use shipway_llb::{ExecMeta, ExecOp, HostIp, Mount, NetMode, Op};
+use shipway_netproxy::Capture;
 use shipway_progress::Reporter;
 use shipway_refs::ImmutableRef;
 use shipway_storage::Mount as SnapshotMount;
@@ -34,6 +35,8 @@ pub struct ContainerSpec {
     pub inputs: Vec<ImmutableRef>,
     /// Its network.
     pub network: NetMode,
+    /// Whether it sees it through a proxy only.
+    pub proxied: bool,
     /// Its host name; empty for the default.
     pub hostname: String,
     /// Lines of its `/etc/hosts`.
@@ -91,6 +94,7 @@ impl Container {
         let first = lock(&self.unused).take();
         let held = lock(&self.held).clone();
         let (services, job, id) = (self.services.clone(), self.job.clone(), self.id.clone());
+        let proxied = self.spec.proxied && self.spec.network != NetMode::None;
         let begun = self.begun.clone();
         let first = first.map(|parts| (parts, Begin(begun.clone())));
         let run = async move {
@@ -103,6 +107,10 @@ impl Container {
             spec.tty = tty;
             match first {
                 Some(((root, mounts), begin)) => {
+                    if proxied {
+                        let jobs = job.clone();
+                        spec.proxy = Some(services.proxy(Arc::new(move || vec![jobs.clone()]), Capture::default()).await?);
+                    }
                     spec.id = id;
                     let (started, runs) = oneshot::channel();
                     let told = wires.started.replace(started);

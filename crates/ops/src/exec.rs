@@ -5,6 +5,7 @@ mod limits;
 mod logs;
 pub(crate) mod mounts;
 mod outcome;
+pub(crate) mod proxied;
 
 pub(crate) use key::{cache_map, selectors};
 
@@ -15,9 +16,10 @@ use crate::{
 };
 use logs::StepLog;
 use mounts::{Behalf, Held, OutputState, Plan};
-use shipway_executor::{Edits, HostEntry, Keep, NetworkMode, OutputSink, ProcessSpec, ResourceLimits, Rlimit, Security, Wires};
+use shipway_executor::{Edits, HostEntry, Keep, NetworkMode, OutputSink, ProcessSpec, ResourceLimits, Rlimit, Security, Stream, Wires};
 use shipway_fault::{Fault, Result};
 use shipway_llb::{ExecOp, Mount, NetMode, ProxyEnv, SecurityMode};
+use shipway_netproxy::Capture;
 use shipway_refs::ImmutableRef;
 use shipway_session::SessionGroup;
 use std::{
@@ -38,7 +40,7 @@ pub(crate) async fn run(op: &LlbOp, exec: &ExecOp, inputs: Vec<ImmutableRef>, cx
     }
     let sessions = LlbOp::sessions(cx)?;
     let behalf = Behalf { sessions: &sessions, reporter: &cx.reporter, jobs: &jobs };
-    let Plan { root, mounts, held, .. } = mounts::plan(&op.services, exec, &inputs, behalf).await?;
+    let Plan { root, mut mounts, held, .. } = mounts::plan(&op.services, exec, &inputs, behalf).await?;
     let writable = root.mounts.clone();
     let env = environment(exec, &sessions).await?;
     let edits = op.services.edits(exec).await?;
@@ -46,7 +48,14 @@ pub(crate) async fn run(op: &LlbOp, exec: &ExecOp, inputs: Vec<ImmutableRef>, cx
     let held = Arc::new(Mutex::new(Some(held)));
     let resources = jobs.iter().filter_map(|j| j.wishes.limits(op.vertex.digest)).reduce(|a, b| limits::wider(&a, &b));
     let resources = resources.or_else(|| op.vertex.metadata.resources.clone()).as_ref().map(limits::of).unwrap_or_default();
-    let process = ProcessSpec { resources, edits, ..process(&op.services, exec, env, jobs.first().map_or("", |j| &j.id), held.clone()) };
+    let fetched = exec.proxied.then(Capture::default);
+    let proxy = match &fetched {
+        Some(fetched) => Some(op.services.proxy(cx.jobs.clone(), fetched.clone()).await?),
+        None => None,
+    };
+    let process = process(&op.services, exec, env, jobs.first().map_or("", |j| &j.id), held.clone());
+    let mut process = ProcessSpec { resources, edits, proxy, ..process };
+    op.services.emulators.apply(&op.vertex.platform, &mut process.args, &mut mounts);
     let log = Arc::new(StepLog::new(cx.reporter.clone()));
     let sink: OutputSink = {
         let log = log.clone();
@@ -58,7 +67,11 @@ pub(crate) async fn run(op: &LlbOp, exec: &ExecOp, inputs: Vec<ImmutableRef>, cx
         status = running => status,
         never = log.pump() => match never {},
     };
+    if let Some(summary) = fetched.as_ref().and_then(proxied::summary) {
+        log.write(Stream::Stderr, &summary.into());
+    }
     log.settle();
+    op.fetched(fetched);
     let held = held.lock().unwrap_or_else(PoisonError::into_inner).take();
     let held = held.ok_or_else(|| Fault::internal("the snapshots of a step are gone"))?;
     if let Err(fault) = outcome::judge(&name, &exec.meta.valid_exit_codes, status, &log, &writable).await {
@@ -131,6 +144,7 @@ pub(crate) fn process(services: &Services, exec: &ExecOp, env: Vec<String>, job:
         cgroup_parent: parent,
         resources: ResourceLimits::default(),
         edits: Edits::default(),
+        proxy: None,
         tty: false,
         remove_stubs_recursively: meta.remove_mount_stubs_recursive,
         keep: Keep(Some(held)),

@@ -1,14 +1,20 @@
 //! What a build brings to its vertices, and what the daemon brings.
 
-use crate::{Ahead, DeviceGrants, Wishes};
+use crate::{Ahead, DeviceGrants, Emulators, Wishes};
+use async_trait::async_trait;
 use shipway_cdi::Registry;
 use shipway_executor::Executor;
 use shipway_fault::{Code, Fault, Result};
-use shipway_llb::{NetMode, Op, SecurityMode};
+use shipway_llb::{NetMode, Op, SecurityMode, SourceOp};
+use shipway_netproxy::Authority;
 use shipway_refs::RefStore;
 use shipway_session::SessionGroup;
 use shipway_sources::{SourceMemo, Sources};
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{Arc, OnceLock, Weak},
+};
+use tokio::sync::OnceCell;
 
 /// What a build may do beyond the sandbox (row `so.ent`); granted by the daemon and asked for by the build.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -54,6 +60,36 @@ pub struct JobData {
     pub ahead: Ahead,
     /// What it wants of vertices besides their results.
     pub wishes: Wishes,
+    /// Who decides what its steps may fetch.
+    pub judge: BuildJudge,
+}
+
+/// Decides what may be used as a source.
+#[async_trait]
+pub trait Judge: Send + Sync {
+    /// The source that takes the place of `source`, or why it is not allowed.
+    async fn judge(&self, source: SourceOp) -> Result<SourceOp>;
+}
+
+/// A build's judge, which comes after the build's other parts; a build without one allows
+/// everything.
+#[derive(Clone, Default)]
+pub struct BuildJudge(Arc<OnceLock<Weak<dyn Judge>>>);
+
+impl BuildJudge {
+    /// Makes `judge` the one; the first stays.
+    pub fn set(&self, judge: Weak<dyn Judge>) {
+        let _ = self.0.set(judge);
+    }
+
+    /// What takes the place of `source`.
+    pub(crate) async fn judge(&self, source: SourceOp) -> Result<SourceOp> {
+        match self.0.get() {
+            None => Ok(source),
+            // The build is gone, and nobody is there to decide.
+            Some(judge) => judge.upgrade().ok_or_else(Fault::cancelled)?.judge(source).await,
+        }
+    }
 }
 
 /// What all operations work with.
@@ -70,4 +106,8 @@ pub struct Services {
     pub cgroup_parent: Option<String>,
     /// Where devices of the host are described, unless steps get none.
     pub devices: Option<Arc<Registry>>,
+    /// What runs programs for other processors.
+    pub emulators: Emulators,
+    /// The certificate authority of the proxy network, once a step needed it.
+    pub authority: OnceCell<Arc<Authority>>,
 }

@@ -8,12 +8,13 @@ use async_trait::async_trait;
 use shipway_attest::Capture;
 use shipway_fault::{Detail, Fault, Result};
 use shipway_llb::{ExportCache, MountKind, NetMode, Op, Vertex};
+use shipway_netproxy::Capture as Fetched;
 use shipway_oci::Digest;
 use shipway_refs::ImmutableRef;
 use shipway_session::SessionGroup;
 use shipway_solver::{CacheMap, InputMap, OpContext, Operation};
 use shipway_sources::{Pin, SourceContext, SourceSpec};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::OnceCell;
 
 /// The work of one LLB vertex.
@@ -22,6 +23,8 @@ pub struct LlbOp {
     pub(crate) services: Arc<Services>,
     /// What a source was pinned to when its key was asked for.
     pin: OnceCell<Pin>,
+    /// What a process on the proxy network asked for when it ran.
+    fetched: Mutex<Option<Fetched>>,
 }
 
 pub(crate) type Context = OpContext<JobData>;
@@ -29,7 +32,7 @@ pub(crate) type Context = OpContext<JobData>;
 impl LlbOp {
     /// The work of `vertex`.
     pub fn new(vertex: Arc<Vertex>, services: Arc<Services>) -> Self {
-        Self { vertex, services, pin: OnceCell::new() }
+        Self { vertex, services, pin: OnceCell::new(), fetched: Mutex::default() }
     }
 
     /// The clients of all builds that want this vertex.
@@ -71,11 +74,21 @@ impl LlbOp {
                 }
                 exec.secret_env.iter().for_each(|s| capture.add_secret(&s.id, s.optional));
                 capture.network |= exec.network != NetMode::None;
+                if exec.proxied {
+                    let fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                    let (op, name) = (self.vertex.digest.to_string(), exec.meta.args.join(" "));
+                    exec::proxied::tell(fetched.as_ref(), &op, &name, capture);
+                }
             }
             Op::Build(_) => capture.incomplete = true,
             Op::File(_) | Op::Merge(_) | Op::Diff(_) | Op::Passthrough(_) => {}
         }
         Ok(())
+    }
+
+    /// Remembers what the process asked for.
+    pub(crate) fn fetched(&self, fetched: Option<Fetched>) {
+        *self.fetched.lock().unwrap_or_else(PoisonError::into_inner) = fetched;
     }
 
     fn spec(&self) -> Option<SourceSpec> {

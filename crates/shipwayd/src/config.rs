@@ -22,7 +22,7 @@ pub struct Config {
     /// Entitlements that builds may ask for.
     #[serde(rename = "insecure-entitlements")]
     pub insecure_entitlements: Option<Vec<String>>,
-    /// Accepted; proxy networking is not there yet.
+    /// Whether steps of all builds reach the network through a recording proxy only.
     #[serde(rename = "proxyNetwork")]
     pub proxy_network: bool,
     /// Where the JSON files are that provenance tells of this daemon.

@@ -74,9 +74,6 @@ fn build_request(mut request: wire::SolveRequest) -> Result<BuildRequest> {
     if ![0, 10, 20, 30].contains(&request.compatibility_version) {
         return Err(Fault::invalid(format!("unsupported compatibility version {}", request.compatibility_version)));
     }
-    if request.proxy_network {
-        return Err(Fault::unimplemented("the proxy network"));
-    }
     let policy = BuildPolicy {
         rules: request.source_policy.take().map(SourcePolicy::from_pb).transpose()?.unwrap_or_default(),
         session: Some(std::mem::take(&mut request.source_policy_session)).filter(|s| !s.is_empty()),
@@ -108,6 +105,7 @@ fn build_request(mut request: wire::SolveRequest) -> Result<BuildRequest> {
         entitlements: request.entitlements,
         internal: request.internal,
         policy,
+        proxied: request.proxy_network,
         compatibility: if request.compatibility_version == 0 { COMPATIBILITY } else { request.compatibility_version },
         cache_exports,
         cache_imports,

@@ -59,6 +59,9 @@ pub struct Flags {
     /// Directory with descriptions of devices (CDI) instead of the usual ones; may be repeated
     #[arg(long = "cdi-spec-dir")]
     pub cdi_spec_dir: Vec<String>,
+    /// Lets steps of all builds reach the network through a recording proxy only
+    #[arg(long = "proxy-network", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub proxy_network: Option<bool>,
     /// Flags of BuildKit's other worker
     #[command(flatten)]
     pub oci: OciFlags,
@@ -242,6 +245,7 @@ impl Settings {
                 label.split_once('=').ok_or_else(|| Fault::invalid(format!("--containerd-worker-labels {label:?}: want name=value")))?;
             w.labels.insert(k.into(), v.into());
         }
+        config.proxy_network = flags.proxy_network.unwrap_or(config.proxy_network);
         let cdi = &mut config.cdi;
         cdi.disabled = flags.cdi_disabled.or(cdi.disabled);
         let dirs = [flags.cdi_spec_dir, std::mem::take(&mut cdi.spec_dirs), shipway_cdi::DEFAULT_DIRS.map(str::to_owned).into()];
@@ -315,11 +319,25 @@ mod tests {
         for fine in ["--rootless=false", "--otel-socket-path=/x", "--containerd-worker-selinux=false"] {
             assert!(load(fine).is_ok(), "{fine}");
         }
-        for (flag, what) in [("--rootless", "rootless"), ("--containerd-worker-selinux", "SELinux"), ("--proxy-network", "proxy network")] {
+        for (flag, what) in [("--rootless", "rootless"), ("--containerd-worker-selinux", "SELinux")] {
             assert!(load(flag).unwrap_err().to_string().contains(what), "{flag}");
         }
         let kept = load("--oci-worker-gc-keepstorage=5").unwrap().config.worker.containerd.gckeepstorage;
         assert_eq!(kept, Some(DiskSpace::Bytes(5_000_000)));
+    }
+
+    #[test]
+    fn the_flag_for_the_proxy_network_wins_over_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("c.toml");
+        std::fs::write(&file, "proxyNetwork = true\n").unwrap();
+        let config = format!("--config={}", file.display());
+        let load = |flags: &[&str]| {
+            let flags = Flags::parse_from([&["x"], flags].concat());
+            Settings::load(flags, Persona::Buildkitd).unwrap().config.proxy_network
+        };
+        assert!(load(&[&config]) && load(&["--proxy-network"]));
+        assert!(!load(&[&config, "--proxy-network=false"]) && !load(&[]));
     }
 
     #[test]

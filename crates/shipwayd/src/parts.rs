@@ -11,7 +11,7 @@ use shipway_executor::{Executor as _, etc::Dns};
 use shipway_exporters::Exporters;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::Platform;
-use shipway_ops::Services;
+use shipway_ops::{Emulators, Services};
 use shipway_refs::RefStore;
 use shipway_registry::{Registry, RegistryConfig};
 use shipway_remotecache::CacheIndex;
@@ -59,6 +59,17 @@ pub async fn build(settings: &Settings) -> Result<Parts> {
     if let Some(path) = &w.cni_binary_path {
         network.cni_bin = path.into();
     }
+    if let Some(name) = w.bridge_name.as_ref().filter(|n| !n.is_empty()) {
+        network.bridge.name.clone_from(name);
+    }
+    if let Some(subnet) = w.bridge_subnet.as_ref().filter(|s| !s.is_empty()) {
+        network.bridge.subnet.clone_from(subnet);
+    }
+    let variable = |name: &str| std::env::var(name).unwrap_or_default();
+    if network.mode == NetworkDefault::Auto && go_true(&variable("BUILDKIT_NETWORK_BRIDGE_AUTO")) {
+        network.mode = NetworkDefault::Bridge;
+    }
+    network.init_lock = Some(variable("BUILDKIT_CNI_INIT_LOCK_PATH")).filter(|v| !v.is_empty()).map(Into::into);
     if w.cni_pool_size > 0 {
         network.pool = w.cni_pool_size;
     }
@@ -113,6 +124,8 @@ pub async fn build(settings: &Settings) -> Result<Parts> {
         sockets,
         cgroup_parent: w.default_cgroup_parent.clone(),
         devices: (config.cdi.disabled != Some(true)).then(|| Arc::new(devices(&config.cdi))),
+        emulators: Emulators::new(worker::detect_platforms(), &std::env::var_os("PATH").unwrap_or_default()),
+        authority: Default::default(),
     });
     let engine = Engine::new(EngineParts {
         services,
@@ -131,6 +144,7 @@ pub async fn build(settings: &Settings) -> Result<Parts> {
             environment: provenance_environment(config.provenance_env_dir.as_deref())?,
         },
         dockerfile: (config.frontend.dockerfile.enabled != Some(false)).then_some(DockerfileFrontend),
+        proxied: config.proxy_network,
     });
     let worker = WorkerInfo {
         id: worker_id(root)?,
@@ -194,10 +208,16 @@ fn local_images(text: Option<&str>) -> Result<LocalImages> {
     text.map_or(Ok(LocalImages::default()), |t| t.parse().context(|| "preferLocalImages"))
 }
 
+/// What Go takes for a true value.
+fn go_true(text: &str) -> bool {
+    ["1", "t", "T", "true", "TRUE", "True"].contains(&text)
+}
+
 fn network_mode(text: &str) -> Result<NetworkDefault> {
     Ok(match text {
         "" | "auto" => NetworkDefault::Auto,
-        "cni" | "bridge" => NetworkDefault::Cni,
+        "cni" => NetworkDefault::Cni,
+        "bridge" => NetworkDefault::Bridge,
         "host" => NetworkDefault::Host,
         "none" => NetworkDefault::None,
         other => return Err(Fault::invalid(format!("invalid network mode: {other:?}")).hint("want auto, cni, bridge, host or none")),

@@ -13,6 +13,8 @@ pub struct VertexId {
     pub digest: Digest,
     /// Whether the cache is not asked.
     pub ignore_cache: bool,
+    /// Tells apart vertices of one definition that are worked on in different ways.
+    pub variant: u8,
 }
 
 /// Identity of one request's interest in the graph (`Solve.Ref`).

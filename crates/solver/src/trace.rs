@@ -113,7 +113,7 @@ impl Lab {
                     }
                 }
             }
-            let id = VertexId { digest: Digest::of(name), ignore_cache };
+            let id = VertexId { digest: Digest::of(name), ignore_cache, variant: 0 };
             let op = Arc::new(Named { map, counts });
             vertices.insert(name.into(), Arc::new(Vertex { id, name: name.into(), group: None, inputs, op }));
         }

@@ -81,7 +81,7 @@ impl Operation for Op {
 
 fn vertex(lab: &Arc<Lab>, name: &str, key: &str, work: Work, inputs: &[&Arc<Vertex<Op>>]) -> Arc<Vertex<Op>> {
     Arc::new(Vertex {
-        id: VertexId { digest: Digest::of(name), ignore_cache: false },
+        id: VertexId { digest: Digest::of(name), ignore_cache: false, variant: 0 },
         name: name.into(),
         group: None,
         inputs: inputs.iter().map(|v| (Arc::clone(v), 0)).collect(),

@@ -242,7 +242,7 @@ impl World {
                 losses: losses.clone(),
             };
             vertices.push(Arc::new(Vertex {
-                id: VertexId { digest: Digest::of(format!("{plan:?}")), ignore_cache: plan.volatile },
+                id: VertexId { digest: Digest::of(format!("{plan:?}")), ignore_cache: plan.volatile, variant: 0 },
                 name: plan.name.clone(),
                 group: None,
                 inputs: plan.inputs.iter().map(|(i, output, _)| (vertices[*i].clone(), *output)).collect(),

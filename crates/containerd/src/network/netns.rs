@@ -7,6 +7,16 @@ use rustix::{
 use shipway_fault::{Fault, Result};
 use std::path::{Path, PathBuf};
 
+/// Runs `f` on a thread of its own in the network namespace of `path`. Blocks.
+pub(super) fn inside<T: Send + 'static>(path: &Path, f: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> std::io::Result<T> {
+    let file = std::fs::File::open(path)?;
+    let thread = std::thread::Builder::new().name("netns".into()).spawn(move || {
+        rustix::thread::move_into_link_name_space(file.as_fd(), Some(rustix::thread::LinkNameSpaceType::Network))?;
+        f()
+    })?;
+    thread.join().unwrap_or_else(|_| Err(std::io::Error::other("a thread in a network namespace panicked")))
+}
+
 /// A namespace that a file of ours keeps alive.
 #[derive(Debug)]
 pub(super) struct NetNs {
@@ -25,6 +35,11 @@ impl NetNs {
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether its name begins with `prefix`.
+    pub(super) fn is_named(&self, prefix: &str) -> bool {
+        self.path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(prefix))
     }
 
     /// The container id that CNI plug-ins know it by.
@@ -72,22 +87,44 @@ fn make(path: &Path) -> Result<()> {
     }
 }
 
-/// Sets the loopback interface of this thread's namespace up: one route netlink message, answered by an acknowledgement.
+/// Sets the loopback interface of this thread's namespace up.
 fn loopback_up() -> rustix::io::Result<()> {
     const RTM_NEWLINK: u16 = 16;
-    const REQUEST_AND_ACK: u16 = 1 | 4;
     const IFF_UP: u32 = 1;
     const LOOPBACK: i32 = 1;
+    // The flags, and which of them change.
+    link_request(RTM_NEWLINK, LOOPBACK, (IFF_UP, IFF_UP), &[])
+}
+
+/// Deletes the link `name` of this thread's namespace; one that is not there is as good.
+pub(super) fn delete_link(name: &str) -> std::io::Result<()> {
+    const RTM_DELLINK: u16 = 17;
+    const IFLA_IFNAME: u16 = 3;
+    let text = [name.as_bytes(), &[0]].concat();
+    let length = u16::try_from(4 + text.len()).map_err(|_| rustix::io::Errno::INVAL)?;
+    let mut attribute = [&length.to_ne_bytes()[..], &IFLA_IFNAME.to_ne_bytes(), &text].concat();
+    attribute.resize(attribute.len().next_multiple_of(4), 0);
+    match link_request(RTM_DELLINK, 0, (0, 0), &attribute) {
+        Err(rustix::io::Errno::NODEV) => Ok(()),
+        done => Ok(done?),
+    }
+}
+
+/// One route netlink message about a link, answered by an acknowledgement.
+fn link_request(kind: u16, link: i32, (flags, change): (u32, u32), attributes: &[u8]) -> rustix::io::Result<()> {
+    const REQUEST_AND_ACK: u16 = 1 | 4;
     let socket: OwnedFd = rustix::net::socket(AddressFamily::NETLINK, SocketType::RAW, None)?;
-    let mut message = Vec::with_capacity(32);
-    message.extend(32_u32.to_ne_bytes());
-    message.extend(RTM_NEWLINK.to_ne_bytes());
+    let length = u32::try_from(32 + attributes.len()).map_err(|_| rustix::io::Errno::INVAL)?;
+    let mut message = Vec::with_capacity(64);
+    message.extend(length.to_ne_bytes());
+    message.extend(kind.to_ne_bytes());
     message.extend(REQUEST_AND_ACK.to_ne_bytes());
     message.extend([0; 8]); // sequence, port
     message.extend([0; 4]); // family, padding, type
-    message.extend(LOOPBACK.to_ne_bytes());
-    message.extend(IFF_UP.to_ne_bytes()); // flags
-    message.extend(IFF_UP.to_ne_bytes()); // which of them change
+    message.extend(link.to_ne_bytes());
+    message.extend(flags.to_ne_bytes());
+    message.extend(change.to_ne_bytes());
+    message.extend_from_slice(attributes);
     rustix::net::send(socket.as_fd(), &message, SendFlags::empty())?;
     let mut reply = [0_u8; 256];
     let (n, _) = rustix::net::recv(socket.as_fd(), &mut reply[..], rustix::net::RecvFlags::empty())?;

@@ -6,7 +6,7 @@ use super::{
     run::{self, Answer},
     stdio,
 };
-use shipway_executor::{Access, ExitStatus, ProcessSpec, RootFs, RootView, Wires, identity, spec};
+use shipway_executor::{Access, ExitStatus, ProcessSpec, RootFs, RootView, Wires, identity, set_variables, spec};
 use shipway_fault::{Fault, Result};
 use std::{path::PathBuf, sync::Arc};
 
@@ -16,6 +16,8 @@ pub(super) struct Running {
     pub(super) root: RootFs,
     /// Its directory on the host.
     pub(super) dir: PathBuf,
+    /// What its processes have to know of its network.
+    pub(super) variables: Vec<String>,
     /// Those who joined.
     pub(super) joined: Busy,
 }
@@ -32,10 +34,11 @@ async fn join(inner: &Arc<Inner>, container: String, process: ProcessSpec, wires
     let running = running.ok_or_else(|| Fault::not_found(format!("container {container} does not run")))?;
     let _joined = running.joined.enter();
     let prepare = {
-        let (inner, process, outlet, input) = (inner.clone(), process.clone(), wires.output.clone(), wires.input.is_some());
+        let (inner, mut process, outlet, input) = (inner.clone(), process.clone(), wires.output.clone(), wires.input.is_some());
         move || {
             let view = RootView::open(&running.root.mounts, Access::Read)?;
             let who = identity::resolve(&view, &process.user)?;
+            set_variables(&mut process.env, running.variables.clone());
             let spec = spec::process(&process, &who, inner.config.apparmor.as_deref(), &inner.host);
             let bytes = serde_json::to_vec(&spec).map_err(|e| Fault::internal(format!("write a process specification: {e}")))?;
             let prefix = format!("{}-", process.id);

@@ -7,6 +7,7 @@ use shipway_executor::{
     identity,
     spec::{SpecMount, clean},
     stubs::Stubs,
+    trust::Trust,
 };
 use shipway_fault::{Context, Fault, Result};
 use shipway_storage::Mount;
@@ -29,6 +30,8 @@ pub(super) struct Prepared {
     pub(super) identity: Identity,
     pub(super) mounts: Vec<SpecMount>,
     pub(super) stubs: Option<Stubs>,
+    /// Certificates that the process is made to trust.
+    pub(super) trust: Option<Trust>,
     pub(super) stdio: Option<stdio::Stdio>,
     // In this order: mounts go before the directories they are in, and the secrets before the tmpfs they are on.
     _attached: Vec<Attached>,
@@ -237,7 +240,7 @@ pub(super) fn prepare(
     let stubs = if root.read_only { None } else { Stubs::before(&view, &root.mounts, targets, process.remove_stubs_recursively) };
     working_directory(&view, root, &clean(&process.cwd), &identity, mounts)?;
 
-    let host_network = inner.network.is_host(process.network);
+    let host_network = inner.network.is_host(process);
     let mut builder = Builder {
         inner,
         id: &process.id,
@@ -251,10 +254,16 @@ pub(super) fn prepare(
         builder.add(mount)?;
     }
     let Builder { mounts, attached, .. } = builder;
+    // Last, as nobody would take it out after a failure.
+    let trust = match &process.proxy {
+        Some(proxy) => Trust::add(&root.mounts, &proxy.0.trusted())?,
+        None => None,
+    };
     Ok(Prepared {
         identity,
         mounts,
         stubs,
+        trust,
         stdio: Some(stdio),
         _attached: attached,
         _dirs: std::iter::once(dir).chain(secrets).collect(),

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::network::Lease;
 use bytes::Bytes;
-use shipway_executor::{Control, ExecMount, ExitStatus, ProcessSpec, RootFs, Wires, spec};
+use shipway_executor::{Control, ExecMount, ExitStatus, NetworkMode, ProcessSpec, RootFs, Wires, set_variables, spec};
 use shipway_fault::{Class, Code, Context, Fault, Result};
 use std::{convert::Infallible, num::NonZero, sync::Arc, time::Duration};
 use tokio::{
@@ -46,7 +46,10 @@ pub(super) async fn supervise(
     let Some(starting) = inner.starts.one(&mut answer).await else { return };
     let mut slot = inner.shims.take();
     let mut parts = Parts { prepared: None, netns: None, created: false };
-    let result = run(&inner, &process, &root, mounts, wires, (&mut slot, starting), &mut parts, &mut answer).await;
+    let mut result = run(&inner, &process, &root, mounts, wires, (&mut slot, starting), &mut parts, &mut answer).await;
+    if let Err(e) = parts.restore().await {
+        result = result.and(Err(e));
+    }
     let reusable = result.is_ok() && prepare::leaves_network_clean(&process);
     let cut_off = result.as_ref().is_err_and(|e| e.code() != Code::Cancelled);
     // From here on whoever called goes on, and may want to wait for the rest.
@@ -85,6 +88,24 @@ struct Parts {
     netns: Option<Lease>,
     /// Whether the slot's shim ran.
     created: bool,
+}
+
+impl Parts {
+    /// What the process has to know of its network.
+    fn variables(&self, process: &ProcessSpec) -> Vec<String> {
+        let proxy = self.netns.iter().flat_map(Lease::variables);
+        let trust = self.prepared.iter().filter_map(|p| p.trust.as_ref()).flat_map(|t| t.environment(&process.env));
+        proxy.chain(trust).collect()
+    }
+
+    /// Takes out of the root filesystem what was put there for the process, before anybody else
+    /// sees it.
+    async fn restore(&mut self) -> Result<()> {
+        let Some(trust) = self.prepared.as_mut().and_then(|p| p.trust.take()) else { return Ok(()) };
+        tokio::task::spawn_blocking(move || trust.restore())
+            .await
+            .map_err(|e| Fault::internal(format!("restore a root filesystem: {e}")))?
+    }
 }
 
 async fn clean_up(inner: &Arc<Inner>, id: &str, parts: Parts, reusable: bool, slot: Arc<Slot>) {
@@ -131,8 +152,10 @@ fn specification(inner: &Inner, process: &ProcessSpec, root: &RootFs, slot: &Slo
         read_only_root: root.read_only,
         apparmor: inner.config.apparmor.clone(),
     };
-    let network = if inner.network.is_host(process.network) { shipway_executor::NetworkMode::Host } else { process.network };
-    let process = ProcessSpec { group: slot.group.clone(), network, ..process.clone() };
+    let network = if inner.network.is_host(process) { NetworkMode::Host } else { process.network };
+    let mut process = ProcessSpec { group: slot.group.clone(), network, ..process.clone() };
+    let variables = parts.variables(&process);
+    set_variables(&mut process.env, variables);
     serde_json::to_vec(&spec::build(&process, &prepared.identity, &around, &inner.host))
         .map_err(|e| Fault::internal(format!("write the runtime specification: {e}")))
 }
@@ -159,7 +182,7 @@ async fn run(
         let (outlet, input) = (wires.output.clone(), wires.input.is_some());
         tokio::task::spawn_blocking(move || prepare::prepare(&inner, &process, &root, &mounts, (&outlet, input)))
     };
-    let (prepared, netns) = tokio::join!(prepared, inner.network.lease(process.network));
+    let (prepared, netns) = tokio::join!(prepared, inner.network.lease(process.network, process.proxy.as_ref()));
     // Both are kept before either's failure is told, so that both are cleaned up.
     let prepared = prepared.map_err(|e| Fault::internal(format!("prepare a process: {e}")))?.map(|p| parts.prepared = Some(p));
     parts.netns = netns.context(|| "set up the network of a step")?;
@@ -185,7 +208,12 @@ async fn run(
     if answer.is_closed() {
         return Err(Fault::cancelled());
     }
-    let running = Arc::new(Running { root: root.clone(), dir: inner.config.root.join("run").join(id), joined: Busy::default() });
+    let running = Arc::new(Running {
+        root: root.clone(),
+        dir: inner.config.root.join("run").join(id),
+        variables: parts.variables(process),
+        joined: Busy::default(),
+    });
     let on_start = || {
         drop(starting);
         inner.running().insert(id.to_owned(), running.clone());
@@ -197,6 +225,8 @@ async fn run(
     // The kernel has killed those who joined; their ends are told before the container goes.
     let _ = tokio::time::timeout(DRAIN, running.joined.idle()).await;
     let code = code?;
+    // Before the stubs: it leaves directories that they take away.
+    parts.restore().await?;
     let stubs = parts.prepared.as_mut().and_then(|p| p.stubs.take());
     let memory = tokio::task::spawn_blocking(move || {
         let memory = cgroup.map(|c| c.count()).unwrap_or_default();

@@ -59,6 +59,9 @@ fn own_key(exec: &ExecOp, vertex: &Vertex) -> Digest {
     for device in &exec.devices {
         key.text("device", &device.name).flag("optional", device.optional);
     }
+    if exec.proxied {
+        key.flag("proxied", true);
+    }
     if !is_plain_root(&exec.mounts) {
         exec.mounts.iter().for_each(|m| write_mount(&mut key, m));
     }
@@ -162,6 +165,7 @@ mod tests {
         check(|e| e.meta.args.push("x".into()), false);
         check(|e| e.meta.env.push("A=b".into()), false);
         check(|e| e.mounts[0].readonly = true, false);
+        check(|e| e.proxied = true, false);
         check(|e| e.meta.extra_hosts = vec![HostIp { host: "h".into(), ip: "1".into() }], false);
     }
 

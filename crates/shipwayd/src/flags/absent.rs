@@ -13,8 +13,6 @@ pub struct AbsentFlags {
     pub worker_rootless: Option<bool>,
     #[arg(id = "containerd-worker-selinux", long = "containerd-worker-selinux", hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub selinux: Option<bool>,
-    #[arg(id = "proxy-network", long = "proxy-network", hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub proxy_network: Option<bool>,
     /// Accepted: no traces are collected from steps yet
     #[arg(id = "otel-socket-path", long = "otel-socket-path", hide = true)]
     pub otel_socket_path: Option<String>,
@@ -26,7 +24,6 @@ impl AbsentFlags {
         for (asked, what) in [
             (rootless || self.rootless == Some(true) || self.worker_rootless == Some(true), "rootless mode"),
             (selinux || self.selinux == Some(true), "SELinux labels of steps"),
-            (self.proxy_network == Some(true), "the proxy network"),
         ] {
             if asked {
                 return Err(Fault::unimplemented(what));
