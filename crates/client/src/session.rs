@@ -28,7 +28,7 @@ use tonic::{
 };
 
 pub use self::{
-    docker::DockerConfig,
+    docker::{AuthTls, DockerConfig},
     files::LocalDirs,
     keys::KeyRing,
     secrets::{MAX_SECRET, SecretSource, Secrets},

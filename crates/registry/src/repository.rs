@@ -142,7 +142,11 @@ impl Registry {
     ) -> Result<Token, shipway_fault::Fault> {
         let failed = |kind| Error::new("", host, "fetch a token", kind);
         let uri = token_server(realm).map_err(failed)?;
-        let client = self.0.client(&Endpoint::origin(host)).await.map_err(failed)?;
+        let mut endpoint = Endpoint::origin(host);
+        if let Some(told) = self.0.config.hosts.get(host) {
+            endpoint.tls = TlsSettings { ca: told.ca.clone(), keypair: told.keypair.clone(), skip_verify: told.insecure == Some(true) };
+        }
+        let client = self.0.client(&endpoint).await.map_err(failed)?;
         let asker = Asker { client: &client, uri: &uri, client_id, service, scopes };
         let Some(credentials) = credentials else {
             return asker.get(None, "failed to fetch anonymous token").await.map_err(|kind| failed(kind).into());

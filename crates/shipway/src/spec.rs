@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use shipway_client::{CacheEntry, Export, FileTarget, SecretSource, Secrets, SshAgents, Target};
+use shipway_client::{AuthTls, CacheEntry, Export, FileTarget, SecretSource, Secrets, SshAgents, Target};
 use shipway_fault::{Fault, Result, nearest};
 
 use crate::csv;
@@ -169,6 +169,41 @@ pub(crate) fn ssh(texts: &[String]) -> Result<SshAgents> {
     Ok(agents)
 }
 
+/// Values of `--registry-auth-tlscontext`, by registry.
+pub(crate) fn auth_tls(texts: &[String]) -> Result<BTreeMap<String, AuthTls>> {
+    const FLAG: &str = "--registry-auth-tlscontext requires";
+    let mut all: BTreeMap<String, AuthTls> = BTreeMap::new();
+    for text in texts {
+        let (mut host, mut ca, mut cert, mut key, mut insecure) = (String::new(), None, None, None, false);
+        for field in csv::fields(text)? {
+            let (name, value) = field.split_once('=').ok_or_else(|| Fault::invalid(format!("invalid value {field}")))?;
+            let file = Some(value).filter(|v| !v.is_empty()).map(PathBuf::from);
+            match name.to_ascii_lowercase().as_str() {
+                "host" => value.clone_into(&mut host),
+                "ca" => ca = file,
+                "cert" => cert = file,
+                "key" => key = file,
+                "insecure" => insecure = csv::boolean(value).ok_or_else(|| Fault::invalid(format!("invalid value {field}")))?,
+                _ => return Err(Fault::invalid(format!("--registry-auth-tlscontext {text}: unexpected key '{name}'"))),
+            }
+        }
+        if host.is_empty() {
+            return Err(Fault::invalid(format!("{FLAG} host=<host>")));
+        }
+        let pair = match (cert, key) {
+            (Some(cert), Some(key)) => Some((cert, key)),
+            (None, None) if ca.is_some() || insecure => None,
+            (None, None) => return Err(Fault::invalid(format!("{FLAG} ca=<ca> or cert=<cert>,key=<key> or insecure=true"))),
+            _ => return Err(Fault::invalid(format!("{FLAG} cert=<cert>,key=<key>"))),
+        };
+        let tls = all.entry(host).or_default();
+        tls.insecure |= insecure;
+        tls.ca.extend(ca);
+        tls.keypairs.extend(pair);
+    }
+    Ok(all)
+}
+
 /// Values of `--allow`.
 pub(crate) fn entitlements(texts: &[String]) -> Result<Vec<String>> {
     const KNOWN: [&str; 3] = ["network.host", "security.insecure", "device"];
@@ -228,6 +263,22 @@ mod tests {
         assert_eq!(shown("type=local,src=d", false), Ok(r#"local {"src": "d"}"#.into()));
         assert_eq!(shown("type=registry,mode=max", true), Err("--cache: a cache of type registry requires ref=<name>".into()));
         assert_eq!(shown("ref=x", true), Err("--cache requires type=<type>".into()));
+    }
+
+    #[test]
+    fn tls_for_tokens_is_told_by_registry() {
+        let read = |texts: &[&str]| auth_tls(&texts.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>()).map_err(|f| f.to_string());
+        let all = read(&["host=a,ca=/ca1", "host=a,ca=/ca2,cert=/c,key=/k", "HOST=b,insecure=true"]).expect("settings");
+        let a = AuthTls { ca: vec!["/ca1".into(), "/ca2".into()], keypairs: vec![("/c".into(), "/k".into())], insecure: false };
+        assert_eq!(all, BTreeMap::from([("a".into(), a), ("b".into(), AuthTls { insecure: true, ..AuthTls::default() })]));
+        for (text, why) in [
+            ("ca=/x", "--registry-auth-tlscontext requires host=<host>"),
+            ("host=a", "--registry-auth-tlscontext requires ca=<ca> or cert=<cert>,key=<key> or insecure=true"),
+            ("host=a,ca=/x,cert=/c", "--registry-auth-tlscontext requires cert=<cert>,key=<key>"),
+            ("host=a,cacert=/x", "--registry-auth-tlscontext host=a,cacert=/x: unexpected key 'cacert'"),
+        ] {
+            assert_eq!(read(&[text]), Err(why.to_owned()));
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use ring::{
     hmac,
-    signature::{Ed25519KeyPair, KeyPair},
+    signature::{Ed25519KeyPair, KeyPair as _},
 };
 use shipway_fault::{Fault, Result};
 use shipway_grpc::status_of;
@@ -12,10 +12,11 @@ use shipway_proto::moby::filesync::v1::{
     VerifyTokenAuthorityRequest, VerifyTokenAuthorityResponse,
     auth_server::{Auth, AuthServer},
 };
-use shipway_registry::{Credentials, Registry, RegistryConfig};
+use shipway_registry::{Credentials, HostConfig, KeyPair, Registry, RegistryConfig};
+use std::path::PathBuf;
 use tonic::{Request, Response, Status};
 
-use super::{DockerConfig, seeds::Seeds};
+use super::{AuthTls, DockerConfig, seeds::Seeds};
 
 /// The methods that are announced.
 pub(crate) const METHODS: [&str; 4] = [
@@ -46,7 +47,16 @@ pub(crate) fn service(config: DockerConfig) -> AuthServer<AuthService> {
 impl AuthService {
     fn new(config: DockerConfig, no_tokens: bool) -> Self {
         let seeds = Seeds::in_dir(config.dir());
-        Self { config, seeds, registry: Registry::new(RegistryConfig::default()), no_tokens }
+        let pair = |(cert, key): &(PathBuf, PathBuf)| KeyPair { cert: cert.clone(), key: key.clone() };
+        let host = |tls: &AuthTls| HostConfig {
+            insecure: Some(tls.insecure),
+            ca: tls.ca.clone(),
+            keypair: tls.keypairs.iter().map(pair).collect(),
+            ..HostConfig::default()
+        };
+        let hosts = config.tls().iter().map(|(name, tls)| (name.clone(), host(tls))).collect();
+        let registry = Registry::new(RegistryConfig { hosts, ..RegistryConfig::default() });
+        Self { config, seeds, registry, no_tokens }
     }
 
     /// The key that stands for the credentials for `host`. Without any it is the same for everybody.
@@ -149,6 +159,43 @@ mod tests {
         // A daemon cannot have the password sent to anywhere in the open.
         let refused = fetch(&host, "http://203.0.113.1/token").await.expect_err("refused");
         assert!(refused.message().contains("refusing to send credentials"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn a_token_server_with_a_root_of_its_own_is_believed_where_that_was_told() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        use tokio_rustls::rustls::{ServerConfig, crypto::ring::default_provider, pki_types::PrivatePkcs8KeyDer};
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let params = rcgen::CertificateParams::new(["localhost".to_owned()]).expect("parameters");
+        let certificate = params.self_signed(&key).expect("a certificate");
+        let builder = ServerConfig::builder_with_provider(std::sync::Arc::new(default_provider())).with_safe_default_protocol_versions();
+        let der = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
+        let config = builder.expect("versions").with_no_client_auth().with_single_cert(vec![certificate.der().clone()], der).expect("TLS");
+        let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(config));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("listens");
+        let host = format!("localhost:{}", listener.local_addr().expect("has one").port());
+        let _server = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+                let _ = stream.read(&mut [0; 4096]).await;
+                let body = r#"{"token":"tok"}"#;
+                let answer = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                let _ = stream.write_all(answer.as_bytes()).await;
+                let _ = stream.shutdown().await;
+            }
+        }));
+        let dir = tempfile::tempdir().expect("a directory");
+        let ca = dir.path().join("ca.pem");
+        std::fs::write(&ca, certificate.pem()).expect("writes");
+        let fetch = async |tls: AuthTls| {
+            let mut config = DockerConfig::default();
+            config.set_tls([(host.clone(), tls)].into());
+            let request = FetchTokenRequest { host: host.clone(), realm: format!("https://{host}/token"), ..Default::default() };
+            AuthService::new(config, false).fetch_token(Request::new(request)).await.map(|r| r.into_inner().token)
+        };
+        assert_eq!(fetch(AuthTls { ca: vec![ca], ..AuthTls::default() }).await.expect("a token"), "tok");
+        assert_eq!(fetch(AuthTls { insecure: true, ..AuthTls::default() }).await.expect("a token"), "tok");
+        assert!(fetch(AuthTls::default()).await.is_err(), "an unknown root was believed");
     }
 
     #[tokio::test]

@@ -37,6 +37,20 @@ pub struct DockerConfig {
     /// Where it is.
     #[serde(skip)]
     dir: Option<PathBuf>,
+    /// How to speak TLS with token servers, by registry.
+    #[serde(skip)]
+    tls: BTreeMap<String, AuthTls>,
+}
+
+/// How to speak TLS with those who give tokens for a registry.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AuthTls {
+    /// Files of root certificates besides the machine's.
+    pub ca: Vec<PathBuf>,
+    /// Client certificates: files of a certificate and its key.
+    pub keypairs: Vec<(PathBuf, PathBuf)>,
+    /// Whether any certificate will do.
+    pub insecure: bool,
 }
 
 #[derive(Clone, Default, Deserialize)]
@@ -93,6 +107,16 @@ impl DockerConfig {
     /// Where it is.
     pub(crate) fn dir(&self) -> Option<PathBuf> {
         self.dir.clone()
+    }
+
+    /// Sets how to speak TLS with token servers, by registry.
+    pub fn set_tls(&mut self, tls: BTreeMap<String, AuthTls>) {
+        self.tls = tls;
+    }
+
+    /// What was set of it.
+    pub(crate) fn tls(&self) -> &BTreeMap<String, AuthTls> {
+        &self.tls
     }
 
     /// The login for `host`, if it is here and not with a helper.

@@ -74,7 +74,8 @@ pub(crate) struct Args {
     /// File that gets the build's id
     #[arg(long, value_name = "FILE")]
     ref_file: Option<PathBuf>,
-    /// TLS for authenticating with registries; the daemon authenticates by itself, with its own configuration
+    /// TLS for fetching tokens for a registry: host=HOST,ca=FILE,cert=FILE,key=FILE,insecure=BOOL;
+    /// may be repeated
     #[arg(long, value_name = "CONTEXT")]
     registry_auth_tlscontext: Vec<String>,
     /// Where to tell what came from the cache, as JSON: a file, stdout or stderr
@@ -143,6 +144,8 @@ fn options(args: &Args, env: &dyn Fn(&str) -> Option<String>) -> Result<SolveOpt
     for (name, dir) in spec::pairs(&args.local).context(|| "invalid local")? {
         dirs.add(name, dir).context(|| "invalid local")?;
     }
+    let mut docker = docker_config();
+    docker.set_tls(spec::auth_tls(&args.registry_auth_tlscontext)?);
     let layouts = spec::pairs(&args.oci_layout).context(|| "invalid oci-layout")?;
     Ok(SolveOptions {
         frontend: args.frontend.clone(),
@@ -158,7 +161,7 @@ fn options(args: &Args, env: &dyn Fn(&str) -> Option<String>) -> Result<SolveOpt
         layouts: layouts.into_iter().map(|(name, dir)| (name, dir.into())).collect(),
         secrets: spec::secrets(&args.secret)?,
         ssh: spec::ssh(&args.ssh)?,
-        docker: Some(docker_config()),
+        docker: Some(docker),
         ..SolveOptions::default()
     })
 }
