@@ -97,3 +97,59 @@ fn layers_that_will_be_exported_are_compressed_while_later_steps_run() {
     });
     nothing_left(&lab);
 }
+
+/// What clients are told of an image, and what an archive's index says of it.
+#[test]
+fn the_descriptor_of_an_image_names_its_platform_and_no_time_of_its_making() {
+    let lab = Lab::complete(any());
+    let context = lab.context("told", &[("Dockerfile", "FROM busybox\nLABEL a=\"<&>\"\n")]);
+    let context = context.to_str().unwrap();
+    let arch = shipway_oci::Platform::host().architecture;
+    let platform = serde_json::json!({ "architecture": arch, "os": "linux" });
+    let file = lab.dir().join("told.json");
+    let told = |output: &str| {
+        lab.shipway(["build", "--metadata-file", file.to_str().unwrap(), "--output", output, context]).ok();
+        let metadata: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        metadata["containerimage.descriptor"].clone()
+    };
+    let image = told("type=image,name=docker.io/library/told:1");
+    assert_eq!((&image["platform"], image.get("annotations")), (&platform, None), "{image}");
+    let annotated = told("type=image,name=docker.io/library/told:2,annotation-manifest-descriptor.k=v");
+    assert_eq!(annotated["annotations"], serde_json::json!({ "k": "v" }));
+
+    let tar = lab.dir().join("told.tar");
+    let archive = told(&format!("type=oci,dest={}", tar.display()));
+    let index = run(Command::new("tar").arg("-xOf").arg(&tar).arg("index.json")).ok().stdout;
+    let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+    assert_eq!(index["manifests"][0], archive);
+    assert_eq!(archive["platform"], platform);
+    let created = archive["annotations"]["org.opencontainers.image.created"].as_str().unwrap();
+    assert!(created.len() == "2006-01-02T15:04:05Z".len() && created.ends_with('Z'), "{created}");
+
+    // The config has the label as Go writes it.
+    let image = Image::of(&lab, "docker.io/library/told:1");
+    let text = lab.ctr(["content", "get", image.manifest["config"]["digest"].as_str().unwrap()]).ok().stdout;
+    assert!(text.contains(r#""Labels":{"a":"\u003c\u0026\u003e"}"#), "{text}");
+}
+
+#[test]
+fn annotations_have_a_place_or_are_refused_by_name() {
+    let lab = Lab::complete(any());
+    let context = lab.context("annotated", &[("Dockerfile", "FROM busybox\nLABEL a=b\n")]);
+    let context = context.to_str().unwrap();
+    let name = "docker.io/library/annotated:1";
+    let export = |more: &str| lab.shipway(["build", "--output", &format!("type=image,name={name},{more}"), context]);
+    let arch = shipway_oci::Platform::host().architecture;
+    export(&format!("oci-mediatypes=false,annotation.a=1,annotation[linux/{arch}].b=2")).ok();
+    let image = Image::of(&lab, name);
+    assert_eq!(image.manifest["mediaType"], "application/vnd.docker.distribution.manifest.v2+json");
+    assert_eq!(image.manifest["annotations"], serde_json::json!({ "a": "1", "b": "2" }));
+    for (more, words) in [
+        ("annotation[linux/s390x].a=1", "invalid annotation: no platform linux/s390x found in source"),
+        ("oci-mediatypes=false,annotation-index.a=1", "cannot export annotations with \"oci-mediatypes=false\""),
+        ("annotation-index.a=1", "index annotations not supported for single platform export"),
+    ] {
+        let failed = export(more).failed();
+        assert!(failed.all().contains(words), "{more}: {}", failed.all());
+    }
+}

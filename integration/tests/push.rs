@@ -1,6 +1,8 @@
 //! Pushed images are in the registry, whole, and can be pulled and run from there.
 
-use shipway_integration::{Image, any, build, ctr_run, remove_everything};
+#![allow(clippy::unwrap_used)]
+
+use shipway_integration::{Image, any, build, ctr_run, on_each, remove_everything};
 use shipway_testkit::Lab;
 
 #[test]
@@ -44,4 +46,27 @@ fn a_failed_push_keeps_the_cache_and_a_failed_export_keeps_the_push() {
     assert_eq!(lab.registry_get("/v2/beside/app/manifests/1").0, 404, "it was pushed though the build failed");
     lab.shipway(["build", "--output", &somewhere, &context]).ok();
     assert_eq!(lab.registry_get("/v2/beside/app/manifests/1").0, 200);
+}
+
+/// What is built here comes from no registry, so nothing but the first push can tell where its layer may be mounted from.
+#[test]
+fn a_layer_that_was_pushed_is_mounted_by_the_next_push_to_the_same_registry() {
+    on_each(|flavour| {
+        let lab = Lab::complete(flavour);
+        let context = lab.context("mounted", &[("Dockerfile", "FROM busybox\nRUN head -c 3000000 /dev/urandom > /p\n")]);
+        let name = |repository: &str| format!("{}/{repository}:1", lab.registry());
+        build(&lab, &name("team/one"), &context, &["--push"]).ok();
+        let layer = Image::of(&lab, &name("team/one")).layers().pop().unwrap();
+        let list = lab.ctr(["content", "list"]).ok();
+        let row = list.lines().find(|l| l.starts_with(&layer)).unwrap().to_owned();
+        assert!(row.contains("containerd.io/distribution.source.127.0.0.1=team/one"), "{row}");
+
+        build(&lab, &name("team/two"), &context, &["--push"]).ok();
+        let log = std::fs::read_to_string(lab.dir().join("registry.log")).unwrap();
+        let asked = format!("POST /v2/team/two/blobs/uploads/?mount={layer}&from=team%2Fone");
+        let plain = format!("POST /v2/team/two/blobs/uploads/?mount={layer}&from=team/one");
+        assert!(log.lines().any(|l| (l.contains(&asked) || l.contains(&plain)) && l.contains("201")), "{log}");
+        assert!(!log.lines().any(|l| l.contains("PUT /v2/team/two/blobs/uploads/") && l.contains(&layer.replace(':', "%3A"))), "{log}");
+        assert_eq!(lab.registry_get(&format!("/v2/team/two/blobs/{layer}")).0, 200);
+    });
 }

@@ -71,10 +71,30 @@ impl Compression {
         };
         let force = match force {
             None => false,
-            Some("") | Some("true") | Some("1") => true,
-            Some("false") | Some("0") => false,
-            Some(other) => return Err(Fault::invalid(format!("force-compression {other:?} is neither true nor false"))),
+            // Go's spellings.
+            Some("" | "1" | "t" | "T" | "true" | "TRUE" | "True") => true,
+            Some("0" | "f" | "F" | "false" | "FALSE" | "False") => false,
+            Some(other) => {
+                let fault = Fault::invalid(format!("non-bool value {other} specified for force-compression"));
+                return Err(fault.hint("use true or false"));
+            }
         };
         Ok(Self { kind, level, force })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn force_is_spelled_as_go_spells_it() {
+        let force = |text| Compression::parse(None, None, Some(text)).map(|c| c.force);
+        for (texts, want) in [(["", "1", "t", "T", "TRUE", "true", "True"], true), (["0", "f", "F", "false", "FALSE", "False", "0"], false)] {
+            for text in texts {
+                assert_eq!(force(text).unwrap(), want, "{text}");
+            }
+        }
+        assert_eq!(force("yes").unwrap_err().to_string(), "non-bool value yes specified for force-compression");
     }
 }

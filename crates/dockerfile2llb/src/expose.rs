@@ -18,7 +18,7 @@ impl Scene<'_> {
             }
         }
         for port in &ports {
-            stage.image.config.exposed_ports.insert(port.clone(), serde_json::json!({}));
+            stage.image.config.exposed_ports.insert(port.clone(), shipway_oci::Member);
         }
         stage.commit(format!("EXPOSE {}", text::list(&ports)), false, self.plan.globals.epoch);
         Ok(())

@@ -157,7 +157,7 @@ impl Scene<'_> {
                     if volume.is_empty() {
                         return Err(Failure::new("VOLUME specified can not be an empty string"));
                     }
-                    stage.image.config.volumes.insert(volume.clone(), serde_json::json!({}));
+                    stage.image.config.volumes.insert(volume.clone(), shipway_oci::Member);
                 }
                 stage.commit(format!("VOLUME {}", text::list(&volumes)), false, epoch);
                 Ok(())

@@ -12,6 +12,7 @@ use shipway_dockerfile::{Dockerfile, Lines, Lint, LintConfig, Linter, Source};
 use shipway_fault::{Detail, Fault, Result, SourceFile, Span};
 use shipway_frontend::FrontendResult;
 use shipway_llb::Definition;
+use shipway_oci::gojson;
 
 /// Version of all answers.
 const VERSION: &str = "1.0.0";
@@ -44,17 +45,9 @@ fn result(answer: &Value, text: String, extra: &[(&str, &str)]) -> Result<Fronte
     Ok(result)
 }
 
-/// Indented JSON as Go writes it: what HTML or JavaScript would misread is escaped. Outside of strings those characters are nowhere.
+/// Indented JSON as Go writes it.
 fn go_json(value: &Value) -> Result<String> {
-    let plain = serde_json::to_string_pretty(value).map_err(|e| Fault::internal(format!("failed to encode an answer: {e}")))?;
-    let mut out = String::with_capacity(plain.len());
-    for c in plain.chars() {
-        match c {
-            '<' | '>' | '&' | '\u{2028}' | '\u{2029}' => out += &format!("\\u{:04x}", u32::from(c)),
-            _ => out.push(c),
-        }
-    }
-    Ok(out)
+    gojson::to_string_pretty(value).map_err(|e| Fault::internal(format!("failed to encode an answer: {e}")))
 }
 
 /// Converts the target as a build would: its rules are heard on the status, and are errors if the file says so.

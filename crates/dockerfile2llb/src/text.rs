@@ -8,13 +8,7 @@ pub fn json_list<S: AsRef<str>>(items: &[S]) -> String {
         return String::new();
     }
     let items: Vec<&str> = items.iter().map(AsRef::as_ref).collect();
-    let plain = serde_json::to_string(&items).unwrap_or_default();
-    plain
-        .replace('<', "\\u003c")
-        .replace('>', "\\u003e")
-        .replace('&', "\\u0026")
-        .replace('\u{2028}', "\\u2028")
-        .replace('\u{2029}', "\\u2029")
+    shipway_oci::gojson::to_string(&items).unwrap_or_default()
 }
 
 /// A duration as `%v` shows it, such as `1m30s`.

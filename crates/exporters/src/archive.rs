@@ -10,7 +10,7 @@ use crate::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use shipway_fault::{Fault, Result};
-use shipway_oci::{Descriptor, ImageName, Index, media};
+use shipway_oci::{Descriptor, ImageName, Index, gojson, media};
 use shipway_refs::Compression;
 use shipway_session::{ClientStore, Delivered, Session, SessionId};
 use std::{collections::BTreeMap, sync::Arc};
@@ -50,7 +50,7 @@ impl ArchiveExporter {
 }
 
 fn json(value: &impl serde::Serialize) -> Result<Bytes> {
-    serde_json::to_vec(value).map(Bytes::from).map_err(|e| Fault::internal(format!("encode an archive's index: {e}")))
+    gojson::to_string(value).map(Bytes::from).map_err(|e| Fault::internal(format!("encode an archive's index: {e}")))
 }
 
 fn blob_path(descriptor: &Descriptor) -> String {

@@ -1,9 +1,10 @@
 //! The image config as it is written: the frontend's, with layers, history and times completed (row `ex.c.config`).
 
 use base64::Engine as _;
-use serde_json::{Value, value::RawValue};
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use shipway_fault::{Fault, Result};
-use shipway_oci::{DiffId, ImageConfig, Platform, timestamp};
+use shipway_oci::{DiffId, History, ImageConfig, Platform, RootFs, gojson, timestamp};
 use std::{collections::BTreeMap, time::SystemTime};
 
 /// Mark of history entries that this exporter adds.
@@ -30,11 +31,19 @@ fn synthesised(platform: &Platform) -> Result<Vec<u8>> {
     serde_json::to_vec(&config).map_err(|e| Fault::internal(format!("encode an image config: {e}")))
 }
 
-fn raw(value: &impl serde::Serialize) -> Result<Box<RawValue>> {
-    serde_json::value::to_raw_value(value).map_err(|e| Fault::internal(format!("encode an image config: {e}")))
+/// What is read of a config; everything else is passed on as it is written.
+#[derive(Deserialize)]
+struct Known {
+    #[serde(default)]
+    os: Option<String>,
+    #[serde(default)]
+    architecture: Option<String>,
+    #[serde(default)]
+    history: Option<Vec<History>>,
 }
 
-/// The final bytes. Keys are sorted, as Go's encoder does with maps, so that digests agree.
+/// The final bytes, which are those that BuildKit writes for the same input: keys sorted, other fields passed on but for
+/// white space and what Go escapes, history entries read and written again.
 pub(crate) fn complete(
     given: Option<&[u8]>,
     base: Option<&[u8]>,
@@ -43,123 +52,95 @@ pub(crate) fn complete(
     epoch: Option<SystemTime>,
     cache: Option<&[u8]>,
 ) -> Result<Vec<u8>> {
-    let bytes = match given {
+    let bytes = match given.filter(|g| !g.is_empty()) {
         Some(bytes) => bytes.to_vec(),
         None => synthesised(platform)?,
     };
     let bad = |e: serde_json::Error| Fault::invalid(format!("invalid image config for export: {e}"));
+    let raw = |value: serde_json::Result<Box<RawValue>>| value.map_err(|e| Fault::internal(format!("encode an image config: {e}")));
     if bytes.trim_ascii() == b"null" {
         return Err(Fault::invalid("invalid null image config for export"));
     }
     let mut fields: BTreeMap<String, Box<RawValue>> = serde_json::from_slice(&bytes).map_err(bad)?;
-    for key in ["os", "architecture"] {
-        let present = fields.get(key).is_some_and(|v| v.get().len() > 2);
-        if !present {
+    let known: Known = serde_json::from_slice(&bytes).map_err(bad)?;
+    for (key, value) in [("os", &known.os), ("architecture", &known.architecture)] {
+        if value.as_deref().unwrap_or_default().is_empty() {
             return Err(Fault::invalid(format!("invalid image config for export: missing {key}")));
         }
     }
-    let parsed: BTreeMap<String, Value> = serde_json::from_slice(&bytes).map_err(bad)?;
-    let history = match parsed.get("history") {
-        Some(Value::Array(entries)) => entries.clone(),
-        _ => Vec::new(),
-    };
-    let mut history = padded(history, layers);
+    let mut history = padded(known.history, layers);
     if let Some(epoch) = epoch {
-        let base: Vec<Value> = base
-            .and_then(|b| serde_json::from_slice::<Value>(b).ok())
-            .and_then(|v| v.get("history").and_then(Value::as_array).cloned())
-            .unwrap_or_default();
-        clamp(&mut history, &base, epoch);
+        let base = base.and_then(|b| serde_json::from_slice::<ImageConfig>(b).ok()).map(|b| b.history).unwrap_or_default();
+        clamp(history.as_deref_mut().unwrap_or_default(), &base, epoch);
     }
-    // What the frontend's config says of a cache is that of another image.
-    fields.remove(INLINE_CACHE);
     if let Some(cache) = cache {
-        fields.insert(INLINE_CACHE.into(), raw(&base64::engine::general_purpose::STANDARD.encode(cache))?);
+        let text = base64::engine::general_purpose::STANDARD.encode(cache);
+        fields.insert(INLINE_CACHE.into(), raw(serde_json::value::to_raw_value(&text))?);
     }
-    let diff_ids: Vec<_> = layers.iter().map(|l| l.diff_id).collect();
-    fields.insert("rootfs".into(), raw(&serde_json::json!({ "type": "layers", "diff_ids": diff_ids }))?);
-    let last = history.iter().rev().find_map(|h| h.get("created").cloned());
-    fields.insert("history".into(), raw(&history)?);
+    let rootfs = RootFs { kind: "layers".into(), diff_ids: layers.iter().map(|l| l.diff_id).collect() };
+    fields.insert("rootfs".into(), raw(serde_json::value::to_raw_value(&rootfs))?);
+    let last = history.iter().flatten().rev().find_map(|h| h.created.clone());
+    fields.insert("history".into(), raw(serde_json::value::to_raw_value(&history))?);
     match (fields.get("created"), epoch) {
         (Some(created), Some(epoch)) => {
             let text: Option<String> = serde_json::from_str(created.get()).map_err(bad)?;
-            if text.as_deref().and_then(timestamp::parse).is_some_and(|t| t > epoch) {
-                fields.insert("created".into(), raw(&timestamp::format(epoch))?);
+            let time = text.map(|t| timestamp::parse(&t).ok_or_else(|| Fault::invalid(format!("failed to unmarshal creation time {t:?}"))));
+            if time.transpose()?.is_some_and(|t| t > epoch) {
+                fields.insert("created".into(), raw(serde_json::value::to_raw_value(&timestamp::format(epoch)))?);
             }
         }
         (Some(_), None) => {}
         (None, _) => {
-            fields.insert("created".into(), raw(&last)?);
+            fields.insert("created".into(), raw(serde_json::value::to_raw_value(&last))?);
         }
     }
-    serde_json::to_vec(&fields).map_err(|e| Fault::internal(format!("encode an image config: {e}")))
+    let json = serde_json::to_string(&fields).map_err(|e| Fault::internal(format!("encode an image config: {e}")))?;
+    Ok(gojson::compact(&json).into_bytes())
 }
 
-fn is_empty_layer(entry: &Value) -> bool {
-    entry.get("empty_layer").and_then(Value::as_bool).unwrap_or(false)
-}
-
-/// The history with exactly one non-empty entry per layer, each with a time: its layer's, and for entries without a layer
-/// that of the entry before, or of the first new layer.
-fn padded(mut history: Vec<Value>, layers: &[LayerNote]) -> Vec<Value> {
-    let time = |layer: &LayerNote| Value::String(timestamp::format(layer.created));
-    let mut rest = layers.iter();
-    for entry in &mut history {
-        if is_empty_layer(entry) {
-            continue;
-        }
-        match rest.next() {
+/// The history with exactly one non-empty entry per layer. Entries without a time get their layer's, and where they have
+/// no layer that of the entry before, or at first that of the first new layer. `None` is what Go calls a nil list.
+fn padded(history: Option<Vec<History>>, layers: &[LayerNote]) -> Option<Vec<History>> {
+    let mut unnamed = layers.iter();
+    let mut history = history;
+    for entry in history.iter_mut().flatten().filter(|e| !e.empty_layer) {
+        match unnamed.next() {
             // More entries than layers should not be; those that have none are marked so.
-            None => entry["empty_layer"] = Value::Bool(true),
-            Some(layer) if lacks_time(entry) => entry["created"] = time(layer),
+            None => entry.empty_layer = true,
+            Some(layer) if entry.created.is_none() => entry.created = Some(timestamp::format(layer.created)),
             Some(_) => {}
         }
     }
-    history.extend(rest.map(|layer| serde_json::json!({ "created": time(layer), "created_by": layer.created_by, "comment": COMMENT })));
-    let first_lacking = history.iter().position(lacks_time).unwrap_or(history.len());
-    let after = history[first_lacking..].iter().find(|e| !lacks_time(e));
-    let any = after.or_else(|| history.iter().rev().find(|e| !lacks_time(e)));
-    let mut last = any.map_or_else(|| Value::String(timestamp::format(SystemTime::now())), |e| e["created"].clone());
-    for entry in &mut history {
-        match lacks_time(entry) {
-            true => entry["created"] = last.clone(),
-            false => last = entry["created"].clone(),
+    if unnamed.len() > 0 {
+        let added = unnamed.map(|layer| History {
+            created: Some(timestamp::format(layer.created)),
+            created_by: layer.created_by.clone(),
+            comment: COMMENT.into(),
+            ..History::default()
+        });
+        history.get_or_insert_default().extend(added);
+    }
+    let entries = history.as_deref_mut().unwrap_or_default();
+    let lacking = entries.iter().position(|e| e.created.is_none()).unwrap_or(entries.len());
+    let (before, after) = entries.split_at_mut(lacking);
+    let first_new = after.iter().find_map(|e| e.created.clone());
+    let mut last = first_new.or_else(|| before.iter().rev().find_map(|e| e.created.clone()));
+    for entry in after {
+        match &entry.created {
+            None => entry.created = last.clone(),
+            Some(time) => last = Some(time.clone()),
         }
     }
-    history.into_iter().map(in_order).collect()
-}
-
-fn lacks_time(entry: &Value) -> bool {
-    entry.get("created").is_none_or(Value::is_null)
-}
-
-/// An entry with its fields in the specification's order.
-fn in_order(entry: Value) -> Value {
-    let Value::Object(mut fields) = entry else { return entry };
-    let mut out = serde_json::Map::new();
-    for key in ["created", "created_by", "author", "comment", "empty_layer"] {
-        if let Some(value) = fields.remove(key) {
-            let absent = matches!(&value, Value::Bool(false)) || matches!(&value, Value::String(s) if s.is_empty());
-            if !absent {
-                out.insert(key.into(), value);
-            }
-        }
-    }
-    out.extend(fields);
-    Value::Object(out)
+    history
 }
 
 /// Times later than `epoch` become `epoch`, but for the entries that the base image has.
-fn clamp(history: &mut [Value], base: &[Value], epoch: SystemTime) {
-    let mut diverged = false;
-    for (i, entry) in history.iter_mut().enumerate() {
-        if !diverged && base.get(i).cloned().map(in_order).as_ref() == Some(entry) {
-            continue;
-        }
-        diverged = true;
-        let time = entry.get("created").and_then(Value::as_str).and_then(timestamp::parse);
+fn clamp(history: &mut [History], base: &[History], epoch: SystemTime) {
+    let inherited = history.iter().zip(base).take_while(|(h, b)| h == b).count();
+    for entry in history.iter_mut().skip(inherited) {
+        let time = entry.created.as_deref().and_then(timestamp::parse);
         if time.is_none_or(|t| t > epoch) {
-            entry["created"] = Value::String(timestamp::format(epoch));
+            entry.created = Some(timestamp::format(epoch));
         }
     }
 }
@@ -167,17 +148,22 @@ fn clamp(history: &mut [Value], base: &[Value], epoch: SystemTime) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::Value;
     use shipway_oci::Digest;
 
     fn note(name: &str) -> LayerNote {
         LayerNote { diff_id: DiffId(Digest::of(name)), created_by: name.into(), created: timestamp::parse("2020-01-01T00:00:00Z").unwrap() }
     }
 
-    fn check(config: &str, layers: &[&str], epoch: Option<&str>) -> Value {
+    fn text(config: &str, base: Option<&str>, layers: &[&str], epoch: Option<&str>) -> String {
         let layers: Vec<_> = layers.iter().map(|l| note(l)).collect();
         let epoch = epoch.map(|e| timestamp::parse(e).unwrap());
-        let bytes = complete(Some(config.as_bytes()), None, &Platform::host(), &layers, epoch, None).unwrap();
-        serde_json::from_slice(&bytes).unwrap()
+        let bytes = complete(Some(config.as_bytes()), base.map(str::as_bytes), &Platform::host(), &layers, epoch, None).unwrap();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    fn check(config: &str, layers: &[&str], epoch: Option<&str>) -> Value {
+        serde_json::from_str(&text(config, None, layers, epoch)).unwrap()
     }
 
     #[test]
@@ -197,9 +183,50 @@ mod tests {
         assert_eq!(c["history"][0]["created"], "2001-01-01T00:00:00Z");
     }
 
+    /// Worked out by hand from what Go's encoder and BuildKit's exporter do.
+    #[test]
+    fn the_bytes_are_those_of_go() {
+        let (a, b) = (DiffId(Digest::of("a")), DiffId(Digest::of("b")));
+        let diffs = |ids: &str| format!(r#""rootfs":{{"type":"layers","diff_ids":{ids}}}"#);
+        let (none, one, two) = (diffs("null"), diffs(&format!(r#"["{a}"]"#)), diffs(&format!(r#"["{a}","{b}"]"#)));
+        let os = r#""architecture":"amd64""#;
+        for (name, given, layers, epoch, want) in [
+            ("nothing", r#"{"os":"linux","architecture":"amd64"}"#, &[][..], None,
+             format!(r#"{{{os},"created":null,"history":null,"os":"linux",{none}}}"#)),
+            ("an empty list stays one", r#"{"os":"linux","architecture":"amd64","history":[],"rootfs":null}"#, &[], None,
+             format!(r#"{{{os},"created":null,"history":[],"os":"linux",{none}}}"#)),
+            ("steps without layers have no time of their own", r#"{"os":"linux","architecture":"amd64","history":[{"created_by":"ENV A=<b>","empty_layer":true,"x":1}]}"#, &[], None,
+             format!(r#"{{{os},"created":null,"history":[{{"created_by":"ENV A=\u003cb\u003e","empty_layer":true}}],"os":"linux",{none}}}"#)),
+            ("unknown fields, escapes and numbers are passed on", r#"{"os":"linux", "architecture":"amd64",
+                "z": {"k": [1.0, 1e3, "a & b\u0026\/"]}, "config":{"Env":null, "Cmd":[]}, "moby.buildkit.cache.v0": "e30="}"#, &["a"], None,
+             format!(r#"{{{os},"config":{{"Env":null,"Cmd":[]}},"created":"2020-01-01T00:00:00Z","history":[{{"created":"2020-01-01T00:00:00Z","created_by":"a","comment":"buildkit.exporter.image.v0"}}],"moby.buildkit.cache.v0":"e30=","os":"linux",{one},"z":{{"k":[1.0,1e3,"a \u0026 b\u0026\/"]}}}}"#)),
+            ("the first new layer's time, then the one before", r#"{"os":"linux","architecture":"amd64","created":"2019-05-05T00:00:00.50Z","history":[{"created":"2018-01-01T00:00:00.000Z"},{"created_by":"ENV","empty_layer":true},{"created_by":"RUN"},{"created_by":"CMD","author":"","empty_layer":true}]}"#, &["a", "b"], None,
+             format!(r#"{{{os},"created":"2019-05-05T00:00:00.50Z","history":[{{"created":"2018-01-01T00:00:00Z"}},{{"created":"2020-01-01T00:00:00Z","created_by":"ENV","empty_layer":true}},{{"created":"2020-01-01T00:00:00Z","created_by":"RUN"}},{{"created":"2020-01-01T00:00:00Z","created_by":"CMD","empty_layer":true}}],"os":"linux",{two}}}"#)),
+            ("null is no time", r#"{"os":"linux","architecture":"amd64","created":null}"#, &[], Some("2001-01-01T00:00:00Z"),
+             format!(r#"{{{os},"created":null,"history":null,"os":"linux",{none}}}"#)),
+            ("offsets are kept", r#"{"os":"linux","architecture":"amd64","history":[{"created":"2000-01-01T02:00:00.10+02:00"}]}"#, &["a"], Some("2001-01-01T00:00:00Z"),
+             format!(r#"{{{os},"created":"2000-01-01T02:00:00.1+02:00","history":[{{"created":"2000-01-01T02:00:00.1+02:00"}}],"os":"linux",{one}}}"#)),
+        ] {
+            assert_eq!(text(given, None, layers, epoch), want, "{name}");
+        }
+    }
+
+    #[test]
+    fn entries_of_the_base_keep_their_times() {
+        let base = r#"{"os":"linux","architecture":"amd64","history":[{"created":"2018-01-01T00:00:00.0Z","comment":"&"},{"created":"2018-01-02T00:00:00Z"}]}"#;
+        let given = r#"{"os":"linux","architecture":"amd64","history":[{"created":"2018-01-01T00:00:00Z","comment":"\u0026"},{"created":"2018-01-03T00:00:00Z"},{"created":"2018-01-02T00:00:00Z"}]}"#;
+        let c: Value = serde_json::from_str(&text(given, Some(base), &["a", "b", "c"], Some("2001-01-01T00:00:00Z"))).unwrap();
+        let times: Vec<_> = c["history"].as_array().unwrap().iter().map(|h| h["created"].as_str().unwrap()).collect();
+        assert_eq!(times, ["2018-01-01T00:00:00Z", "2001-01-01T00:00:00Z", "2001-01-01T00:00:00Z"]);
+    }
+
     #[test]
     fn a_config_without_platform_is_refused() {
-        let bad = complete(Some(b"{\"os\":\"linux\"}"), None, &Platform::host(), &[], None, None).unwrap_err();
-        assert!(bad.to_string().contains("missing architecture"));
+        for (given, want) in [(r#"{"os":"linux"}"#, "missing architecture"), (r#"{"os":"","architecture":"a"}"#, "missing os"), ("null", "null image config")] {
+            let bad = complete(Some(given.as_bytes()), None, &Platform::host(), &[], None, None).unwrap_err();
+            assert!(bad.to_string().contains(want), "{bad}");
+        }
+        // An empty config is none.
+        assert!(complete(Some(b""), None, &Platform::host(), &[], None, None).is_ok());
     }
 }

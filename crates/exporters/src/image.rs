@@ -9,7 +9,7 @@ use crate::{
 use async_trait::async_trait;
 use base64::Engine as _;
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
-use shipway_oci::{Descriptor, ImageName, Platform, timestamp};
+use shipway_oci::{Descriptor, ImageName, Platform, gojson, timestamp};
 use shipway_refs::{Compression, EPOCH_KIND};
 use shipway_storage::{GC_EXPIRE, ImageRecord, Labels, LeaseId, Leases, built_labels};
 use std::{
@@ -223,7 +223,7 @@ pub(crate) fn response(written: &Written, root: &Descriptor) -> Result<Response>
     {
         response.insert("containerimage.config.digest".into(), only.config.digest.to_string());
     }
-    let json = serde_json::to_vec(root).map_err(|e| Fault::internal(format!("encode a descriptor: {e}")))?;
+    let json = gojson::to_string(root).map_err(|e| Fault::internal(format!("encode a descriptor: {e}")))?;
     response.insert("containerimage.descriptor".into(), base64::engine::general_purpose::STANDARD.encode(json));
     Ok(response)
 }
@@ -263,7 +263,7 @@ impl Exporter for ImageExporter {
         if self.push.is_some() && names.is_empty() {
             return Err(Fault::invalid("name is required for push").hint("add name=<registry>/<repository>:<tag> to the output"));
         }
-        let mut response = response(&written, &written.dated(epoch))?;
+        let mut response = response(&written, &written.root)?;
         if !names.is_empty() {
             response.insert("image.name".into(), names.join(","));
         }

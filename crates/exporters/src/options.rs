@@ -106,22 +106,44 @@ pub(crate) struct Annotation {
 impl Annotation {
     /// Reads `annotation[-level][[platform]].key`; `None` for other attributes.
     pub fn parse(attr: &str, value: &str) -> Result<Option<Self>> {
-        let Some(rest) = attr.strip_prefix("annotation") else { return Ok(None) };
-        let Some((head, key)) = rest.split_once('.') else { return Ok(None) };
-        let (level, platform) = match head.split_once('[') {
-            Some((level, p)) => (level, Some(p.strip_suffix(']').unwrap_or(p))),
-            None => (head, None),
-        };
+        let Some((level, platform, key)) = parts(attr) else { return Ok(None) };
         let level = match level {
-            "" | "-manifest" => Level::Manifest,
-            "-manifest-descriptor" => Level::ManifestDescriptor,
-            "-index" => Level::Index,
-            "-index-descriptor" => Level::IndexDescriptor,
-            other => return Err(Fault::invalid(format!("unrecognized annotation type {}", other.trim_start_matches('-')))),
+            None | Some("manifest") => Level::Manifest,
+            Some("manifest-descriptor") => Level::ManifestDescriptor,
+            Some("index") => Level::Index,
+            Some("index-descriptor") => Level::IndexDescriptor,
+            Some(other) => return Err(Fault::invalid(format!("unrecognized annotation type {other}"))),
         };
         let platform = platform.map(|p| p.parse::<Platform>().map_err(|e| Fault::invalid(e.to_string()))).transpose()?;
         Ok(Some(Self { level, platform, key: key.to_owned(), value: value.to_owned() }))
     }
+
+    /// Whether it is about the index, and so about all platforms.
+    fn is_of_index(&self) -> bool {
+        matches!(self.level, Level::Index | Level::IndexDescriptor)
+    }
+}
+
+/// Level, platform and key of an annotation's attribute; `None` for attributes that only look alike.
+fn parts(attr: &str) -> Option<(Option<&str>, Option<&str>, &str)> {
+    let rest = attr.strip_prefix("annotation")?;
+    let (level, rest) = match rest.strip_prefix('-') {
+        Some(rest) => {
+            let end = rest.find(|c: char| !c.is_ascii_lowercase() && c != '-')?;
+            (Some(&rest[..end]).filter(|l| !l.is_empty()), &rest[end..])
+        }
+        None => (None, rest),
+    };
+    let (platform, rest) = match rest.strip_prefix('[') {
+        Some(rest) => {
+            let (platform, rest) = rest.split_once(']')?;
+            let is_platform = |c: char| c.is_ascii_alphanumeric() || "_/-".contains(c);
+            (Some(platform).filter(|p| !p.is_empty() && p.chars().all(is_platform)).map(Some)?, rest)
+        }
+        None => (None, rest),
+    };
+    let key = rest.strip_prefix('.')?;
+    (!key.is_empty() && !key.contains(char::is_whitespace)).then_some((level, platform, key))
 }
 
 /// Attributes of an image, checked.
@@ -141,6 +163,8 @@ pub(crate) struct ImageOptions {
     pub inline: Option<bool>,
     /// Whether layers get no times later than the epoch (row `ex.c.rewrite`).
     pub rewrite: bool,
+    /// Whether layers with addresses of their own stay what registries do not keep (row `ex.c.nondist`).
+    pub foreign: bool,
     pub compression: Compression,
     pub epoch: Epoch,
     pub annotations: Vec<Annotation>,
@@ -155,8 +179,7 @@ impl ImageOptions {
         let rewrite = attrs.flag("rewrite-timestamp")?.unwrap_or(false);
         let asked_artifact = attrs.flag("oci-artifact")?;
         let inline = attrs.flag("attestation-inline")?;
-        // Only foreign layers would change with this, and there are none.
-        attrs.flag("prefer-nondist-layers")?;
+        let foreign = attrs.flag("prefer-nondist-layers")?.unwrap_or(false);
         let epoch = attrs.epoch()?;
         let mut annotations = Vec::new();
         let keys: Vec<String> = attrs.0.keys().filter(|k| k.starts_with("annotation")).cloned().collect();
@@ -168,7 +191,8 @@ impl ImageOptions {
             }
         }
         let (names, artifact) = (attrs.text("name").unwrap_or_default(), asked_artifact.unwrap_or(oci_types));
-        let options = Self { names, oci_types, asked_types, artifact, asked_artifact, inline, rewrite, compression, epoch, annotations };
+        let options =
+            Self { names, oci_types, asked_types, artifact, asked_artifact, inline, rewrite, foreign, compression, epoch, annotations };
         options.check()?;
         Ok(options)
     }
@@ -199,17 +223,34 @@ impl ImageOptions {
     }
 
     fn check(&self) -> Result<()> {
-        if self.oci_types {
+        if self.oci_types || self.asked_artifact != Some(true) {
             return Ok(());
         }
-        let conflict = if self.asked_artifact == Some(true) {
-            "exporter option \"oci-artifact=true\" conflicts with \"oci-mediatypes=false\""
-        } else if !self.annotations.is_empty() {
-            "cannot export annotations with \"oci-mediatypes=false\""
-        } else {
-            return Ok(());
-        };
-        Err(Fault::invalid(conflict).hint("leave oci-mediatypes=false out"))
+        Err(Fault::invalid("exporter option \"oci-artifact=true\" conflicts with \"oci-mediatypes=false\"")
+            .hint("leave oci-mediatypes=false out"))
+    }
+
+    /// Whether what is exported has a place for every annotation (row `ex.c.annoterr`).
+    pub fn check_annotations(&self, input: &ExportInput, is_index: bool) -> Result<()> {
+        for annotation in &self.annotations {
+            if let Some(platform) = &annotation.platform
+                && !input.platforms.iter().any(|p| p.platform == *platform)
+            {
+                let built = input.platforms.iter().map(|p| p.platform.to_string()).collect::<Vec<_>>().join(", ");
+                let name = platform.to_string();
+                return Err(Fault::invalid(format!("invalid annotation: no platform {name} found in source"))
+                    .hint(format!("this build is for {built}")));
+            }
+            // Docker's manifests have annotations in practice; its lists and descriptors have no place for them.
+            if !self.oci_types && annotation.level != Level::Manifest {
+                return Err(Fault::invalid("cannot export annotations with \"oci-mediatypes=false\"")
+                    .hint("leave oci-mediatypes=false out, or annotate the manifest only"));
+            }
+            if !is_index && annotation.is_of_index() {
+                return Err(Fault::invalid("index annotations not supported for single platform export"));
+            }
+        }
+        Ok(())
     }
 
     /// The same result without times later than its epoch, if that is asked for (row `ex.c.rewrite`). Layers of the base image stay.
@@ -234,11 +275,11 @@ impl ImageOptions {
         Ok(input)
     }
 
-    /// Annotations of one level for one platform.
+    /// Annotations of one level for one platform. Those of the index are for all, whatever platform they name.
     pub fn annotations(&self, level: Level, platform: Option<&Platform>) -> BTreeMap<String, String> {
         self.annotations
             .iter()
-            .filter(|a| a.level == level && (a.platform.is_none() || a.platform.as_ref() == platform))
+            .filter(|a| a.level == level && (a.is_of_index() || a.platform.is_none() || a.platform.as_ref() == platform))
             .map(|a| (a.key.clone(), a.value.clone()))
             .collect()
     }
@@ -263,7 +304,13 @@ mod tests {
             ("annotation.a.b", Some((Level::Manifest, None, "a.b"))),
             ("annotation-index.k", Some((Level::Index, None, "k"))),
             ("annotation-manifest-descriptor[linux/arm64].k", Some((Level::ManifestDescriptor, Some("linux/arm64"), "k"))),
+            ("annotation-manifest-descriptor[linux/arm64/v8].k=[x]", Some((Level::ManifestDescriptor, Some("linux/arm64"), "k=[x]"))),
             ("other.k", None),
+            ("annotations.k", None),
+            ("annotation[linux(1.0)/amd64].k", None),
+            ("annotation[].k", None),
+            ("annotation.k k", None),
+            ("annotation.", None),
         ] {
             let got = Annotation::parse(attr, "v").unwrap().map(|a| (a.level, a.platform.map(|p| p.to_string()), a.key));
             assert_eq!(got, want.map(|(l, p, k)| (l, p.map(str::to_owned), k.to_owned())), "{attr}");
@@ -279,8 +326,32 @@ mod tests {
         let given = input(given);
         let all = options.settled(&given, OCI_TYPES, "image").unwrap();
         assert_eq!(all.annotations(Level::Manifest, None), attrs(&[("a", "given"), ("b", "asked")]));
-        let plain = ImageOptions::take(&mut Attrs::new(&attrs(&[("oci-mediatypes", "false")]))).unwrap();
-        assert!(plain.settled(&given, OCI_TYPES, "image").is_err());
+    }
+
+    #[test]
+    fn annotations_without_a_place_are_refused_by_name() {
+        let check = |attrs: &[(&str, &str)], is_index: bool| {
+            let attrs = attrs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            let options = ImageOptions::take(&mut Attrs::new(&attrs)).unwrap();
+            options.check_annotations(&input(BTreeMap::new()), is_index).map_err(|f| f.to_string())
+        };
+        let docker = ("oci-mediatypes", "false");
+        assert_eq!(check(&[docker, ("annotation.k", "v")], true), Ok(()));
+        for level in ["annotation-index.k", "annotation-index-descriptor.k", "annotation-manifest-descriptor.k"] {
+            assert_eq!(check(&[docker, (level, "v")], true), Err("cannot export annotations with \"oci-mediatypes=false\"".to_owned()));
+            assert_eq!(check(&[(level, "v")], true), Ok(()));
+        }
+        assert_eq!(check(&[("annotation-index.k", "v")], false), Err("index annotations not supported for single platform export".to_owned()));
+        let absent = Err("invalid annotation: no platform linux/arm64 found in source".to_owned());
+        assert_eq!(check(&[("annotation[linux/arm64].k", "v")], true), absent);
+        assert_eq!(check(&[("annotation-index[linux/arm64].k", "v")], true), absent);
+    }
+
+    #[test]
+    fn annotations_of_the_index_are_for_all_platforms() {
+        let attrs = BTreeMap::from([("annotation-index[linux/arm64].k".to_owned(), "v".to_owned())]);
+        let options = ImageOptions::take(&mut Attrs::new(&attrs)).unwrap();
+        assert_eq!(options.annotations(Level::Index, None), BTreeMap::from([("k".to_owned(), "v".to_owned())]));
     }
 
     fn input(metadata: BTreeMap<String, Vec<u8>>) -> ExportInput {

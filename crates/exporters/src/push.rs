@@ -3,18 +3,21 @@
 use crate::{port::ExportInput, writer::Written};
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::{Descriptor, Digest, ImageName};
+use shipway_archive::CompressionKind;
+use shipway_oci::{Descriptor, Digest, ImageName, media};
 use shipway_progress::Reporter;
 use shipway_refs::{Compression, ImmutableRef};
 use shipway_registry::{BodyStream, Mode, Registry, Repository};
 use shipway_session::SessionGroup;
 use shipway_sources::SessionCredentials;
-use shipway_storage::{BlobReader, ContentStore, DISTRIBUTION_SOURCE};
+use shipway_storage::{BlobReader, ContentStore, DISTRIBUTION_SOURCE, Labels};
 use std::{collections::BTreeMap, sync::Arc};
 use tokio::sync::OnceCell;
 
 /// Blobs on their way at once; the registry client bounds them per host besides.
 const PARALLEL: usize = 8;
+/// Most bytes of a label that containerd takes, key and value together.
+const MAX_LABEL: usize = 4096;
 
 /// How to push.
 #[derive(Clone, Copy, Debug, Default)]
@@ -65,17 +68,56 @@ impl Blobs {
         Ok(futures::stream::try_unfold(reader, next).boxed())
     }
 
-    /// A repository of the same registry that has the blob: by containerd's label, or the one it would be fetched from.
-    async fn mountable(&self, descriptor: &Descriptor, name: &ImageName) -> Option<String> {
+    /// Repositories of the same registry that have the blob, by containerd's label or because it would be fetched from there;
+    /// the ones most like the target come first, since who may push here may probably read there.
+    async fn mountable(&self, descriptor: &Descriptor, name: &ImageName) -> Vec<String> {
         if let Some(origin) = self.lazy.get(&descriptor.digest) {
-            let origin: ImageName = origin.parse().ok()?;
-            return (origin.registry() == name.registry() && origin.repository() != name.repository())
-                .then(|| origin.repository().to_owned());
+            let origin = origin.parse::<ImageName>().ok();
+            let origin = origin.filter(|o| o.registry() == name.registry() && o.repository() != name.repository());
+            return origin.map(|o| o.repository().to_owned()).into_iter().collect();
         }
-        let info = self.content.info(descriptor.digest).await.ok()?;
-        let label = info.labels.get(&format!("{DISTRIBUTION_SOURCE}.{}", name.registry()))?;
-        label.split(',').find(|r| !r.is_empty() && *r != name.repository()).map(str::to_owned)
+        let Ok(info) = self.content.info(descriptor.digest).await else { return Vec::new() };
+        let keys = [source_label(name), format!("{DISTRIBUTION_SOURCE}.{}", name.registry())];
+        by_likeness(keys.iter().filter_map(|key| info.labels.get(key)).flat_map(|label| label.split(',')), name.repository())
     }
+
+    /// Notes that the repository has the layer, so that the next push to the same registry can mount it (row
+    /// `ex.img.distsrc`). Failing to fails nothing.
+    async fn pushed(&self, layer: &Descriptor, name: &ImageName) {
+        // Layers that are not here were never fetched; they have no labels.
+        let Ok(info) = self.content.info(layer.digest).await else { return };
+        let key = source_label(name);
+        let known = info.labels.get(&key).map(String::as_str).unwrap_or_default();
+        let mut repositories: Vec<&str> = known.split(',').filter(|r| !r.is_empty()).chain([name.repository()]).collect();
+        repositories.sort_unstable();
+        repositories.dedup();
+        let value = repositories.join(",");
+        if value == known || key.len() + value.len() > MAX_LABEL {
+            return;
+        }
+        if let Err(fault) = self.content.update_labels(layer.digest, &Labels::from([(key, value)])).await {
+            tracing::debug!(error = %fault, digest = %layer.digest, "where a layer was pushed to was not noted");
+        }
+    }
+}
+
+/// containerd's label for the registry of `name`, which leaves the port out.
+fn source_label(name: &ImageName) -> String {
+    let registry = name.registry();
+    let host = match registry.strip_prefix('[').and_then(|r| r.split_once(']')) {
+        Some((address, _)) => address,
+        None => registry.split_once(':').map_or(registry, |(host, _)| host),
+    };
+    format!("{DISTRIBUTION_SOURCE}.{host}")
+}
+
+/// The repositories without `target`, each once, those first that have most leading path components in common with it.
+fn by_likeness<'a>(repositories: impl Iterator<Item = &'a str>, target: &str) -> Vec<String> {
+    let common = |repository: &&str| repository.split('/').zip(target.split('/')).take_while(|(a, b)| a == b).count();
+    let mut all: Vec<&str> = repositories.filter(|r| !r.is_empty() && *r != target).collect();
+    all.sort_by_key(|repository| (std::cmp::Reverse(common(repository)), *repository));
+    all.dedup();
+    all.into_iter().map(str::to_owned).collect()
 }
 
 async fn push_data(repository: &Repository, blobs: &Blobs, blob: Descriptor, reporter: &Reporter) -> Result<()> {
@@ -86,9 +128,12 @@ async fn push_data(repository: &Repository, blobs: &Blobs, blob: Descriptor, rep
     let id = format!("pushing layer {}", blob.digest);
     let shown = id.clone();
     let count = move |sent: u64| progress.status(shown.clone(), sent as i64, size, false);
-    repository.push_blob(&blob, from.as_deref(), open, count).await?;
+    repository.push_blob(&blob, from.iter().map(String::as_str), open, count).await?;
     if blob.size > 1 << 20 {
         reporter.status(id, size, size, true);
+    }
+    if CompressionKind::of_media_type(&blob.media_type).is_some() {
+        blobs.pushed(&blob, repository.name()).await;
     }
     Ok(())
 }
@@ -115,7 +160,9 @@ pub(crate) async fn push(
     let (data, manifests) = written.blobs();
     reporter.status("pushing layers", 0, 0, false);
     let repository = &repository;
-    futures::stream::iter(data.into_iter().map(|blob| push_data(repository, blobs, blob, reporter)))
+    // Registries do not keep these (row `ex.c.nondist`).
+    let data = data.into_iter().filter(|blob| !media::is_foreign(&blob.media_type));
+    futures::stream::iter(data.map(|blob| push_data(repository, blobs, blob, reporter)))
         .buffer_unordered(PARALLEL)
         .try_collect::<Vec<()>>()
         .await
@@ -134,4 +181,22 @@ pub(crate) async fn push(
     }
     reporter.status(status, 0, 0, true);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_label_is_containerds() {
+        for (name, want) in [("alpine", "docker.io"), ("localhost:5000/a/b", "localhost"), ("r.example.com/a", "r.example.com")] {
+            assert_eq!(source_label(&name.parse().unwrap()), format!("containerd.io/distribution.source.{want}"));
+        }
+    }
+
+    #[test]
+    fn the_repositories_most_like_the_target_are_tried_first() {
+        let all = ["x/y", "team/app/base", "", "team/app/web", "team/other", "x/y"];
+        assert_eq!(by_likeness(all.into_iter(), "team/app/web"), ["team/app/base", "team/other", "x/y"]);
+    }
 }

@@ -11,7 +11,9 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use shipway_attest::{PurlKind, Subject, digest_set, image_purl};
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::{ChainId, Descriptor, Digest, ImageName, Index, Manifest, Platform, media, timestamp};
+use shipway_oci::{
+    ChainId, Descriptor, DiffId, Digest, ImageConfig, ImageName, Index, Manifest, Platform, gojson, media, timestamp,
+};
 use shipway_progress::Reporter;
 use shipway_refs::{LayerBlob, RefStore};
 use shipway_storage::{ContentStore, GC_REF_CONTENT, GC_REF_SNAPSHOT, Labels};
@@ -65,10 +67,10 @@ impl Written {
         (data, manifests)
     }
 
-    /// The root as clients are told of it: with the time of the image, `epoch` or now.
+    /// The root as an archive names it: with the time of the image, `epoch` or now, in whole seconds.
     pub fn dated(&self, epoch: Option<SystemTime>) -> Descriptor {
         let mut root = self.root.clone();
-        let created = || timestamp::format(epoch.unwrap_or_else(SystemTime::now));
+        let created = || timestamp::format_whole(epoch.unwrap_or_else(SystemTime::now));
         root.annotations.entry("org.opencontainers.image.created".into()).or_insert_with(created);
         root
     }
@@ -94,7 +96,7 @@ pub(crate) struct Writer<'a> {
 }
 
 fn json(value: &impl serde::Serialize) -> Result<Bytes> {
-    serde_json::to_vec_pretty(value).map(Bytes::from).map_err(|e| Fault::internal(format!("encode a manifest: {e}")))
+    gojson::to_string_pretty(value).map(Bytes::from).map_err(|e| Fault::internal(format!("encode a manifest: {e}")))
 }
 
 impl Writer<'_> {
@@ -107,19 +109,17 @@ impl Writer<'_> {
 
     /// Writes what is not there yet for `input`; see [`Written::protect`] for the rest.
     pub async fn draft(&self, input: &ExportInput) -> Result<Written> {
+        let inline = self.options.inline.unwrap_or(false);
+        let attested = |id: &String| input.attestations.get(id).into_iter().flatten().any(|a| inline || !a.inline_only());
+        let needs_index = input.is_map || input.platforms.iter().any(|p| attested(&p.id));
+        self.options.check_annotations(input, needs_index)?;
+        if needs_index && !self.options.oci_types && !input.attestations.is_empty() {
+            return Err(Fault::invalid("cannot export attestations with \"oci-mediatypes=false\""));
+        }
         self.reporter.status("exporting layers", 0, 0, false);
         let blobs = input.platforms.iter().map(|p| p.state.blobs(self.options.compression, self.fetch, Some(self.reporter)));
         let blobs = futures::future::try_join_all(blobs).await.context(|| "exporting layers")?;
         self.reporter.status("exporting layers", 0, 0, true);
-        let inline = self.options.inline.unwrap_or(false);
-        let attested = |id: &String| input.attestations.get(id).into_iter().flatten().any(|a| inline || !a.inline_only());
-        let needs_index = input.is_map || input.platforms.iter().any(|p| attested(&p.id));
-        if needs_index && !self.options.oci_types && !input.attestations.is_empty() {
-            return Err(Fault::invalid("cannot export attestations with \"oci-mediatypes=false\""));
-        }
-        if !needs_index && self.options.annotations.iter().any(|a| matches!(a.level, Level::Index | Level::IndexDescriptor)) {
-            return Err(Fault::invalid("index annotations not supported for single platform export"));
-        }
         let mut manifests = Vec::new();
         let mut found = Vec::new();
         if input.platforms.is_empty() {
@@ -130,7 +130,8 @@ impl Writer<'_> {
             manifests.push(self.manifest(input, platform, blobs, &mut found).await?);
         }
         if !needs_index {
-            let root = manifests[0].descriptor.clone();
+            let mut root = manifests[0].descriptor.clone();
+            root.platform = input.platforms.first().map(|p| p.platform.clone());
             return Ok(Written { root, manifests, found });
         }
         let mut entries = Vec::new();
@@ -199,7 +200,7 @@ impl Writer<'_> {
         let config_bytes = Bytes::from(bytes);
         let config_status = format!("exporting config {}", Digest::of(&config_bytes));
         let config = Descriptor::of(config_type, &config_bytes);
-        let layers: Vec<Descriptor> = blobs.iter().map(|b| layer(&b.descriptor, oci)).collect();
+        let layers: Vec<Descriptor> = blobs.iter().map(|b| layer(&b.descriptor, oci, self.options.foreign)).collect();
         let lazy = blobs.iter().filter_map(|b| Some((b.descriptor.digest, b.lazy.clone()?))).collect();
         let media_type = if oci { media::OCI_MANIFEST } else { media::DOCKER_MANIFEST };
         let manifest = Manifest {
@@ -242,7 +243,7 @@ impl Writer<'_> {
         }
         let (mut layers, mut documents) = (Vec::new(), Vec::new());
         for (_, statement) in statements::statements(&attestations, &exported) {
-            let bytes = serde_json::to_vec(&statement).map_err(|e| Fault::internal(format!("encode an attestation: {e}")))?;
+            let bytes = gojson::to_string(&statement).map_err(|e| Fault::internal(format!("encode an attestation: {e}")))?.into_bytes();
             let mut layer = Descriptor::of(media::IN_TOTO, &bytes);
             layer.annotations.insert("in-toto.io/predicate-type".into(), statement.predicate_type);
             layers.push(layer);
@@ -251,10 +252,10 @@ impl Writer<'_> {
         let (config_type, config_bytes) = match self.options.artifact {
             true => (media::EMPTY_JSON, Bytes::from_static(b"{}")),
             false => {
-                let diff_ids: Vec<Digest> = layers.iter().map(|l| l.digest).collect();
-                let rootfs = serde_json::json!({ "type": "layers", "diff_ids": diff_ids });
-                let config = serde_json::json!({ "architecture": "unknown", "os": "unknown", "config": {}, "rootfs": rootfs });
-                (media::OCI_CONFIG, Bytes::from(config.to_string()))
+                let mut config = ImageConfig::empty(&Platform::new("unknown", "unknown", ""));
+                config.rootfs.diff_ids = layers.iter().map(|l| DiffId(l.digest)).collect();
+                let text = gojson::to_string(&config).map_err(|e| Fault::internal(format!("encode a config: {e}")))?;
+                (media::OCI_CONFIG, Bytes::from(text))
             }
         };
         let mut config = Descriptor::of(config_type, &config_bytes);
@@ -325,8 +326,15 @@ async fn mark_uncompressed(content: &dyn shipway_storage::ContentStore, blobs: &
     futures::future::join_all(blobs.iter().map(mark)).await;
 }
 
-fn layer(descriptor: &Descriptor, oci: bool) -> Descriptor {
-    let mut out = Descriptor::new(media::layer_type(&descriptor.media_type, oci), descriptor.digest, descriptor.size);
+/// A layer as the manifest names it. Layers that registries do not keep become ordinary ones, unless they have addresses of
+/// their own and those are wanted (row `ex.c.nondist`).
+fn layer(descriptor: &Descriptor, oci: bool, prefer_foreign: bool) -> Descriptor {
+    let foreign = prefer_foreign && !descriptor.urls.is_empty();
+    let media_type = media::layer_type(media::foreign_type(&descriptor.media_type, foreign), oci);
+    let mut out = Descriptor::new(media_type, descriptor.digest, descriptor.size);
+    if foreign {
+        out.urls.clone_from(&descriptor.urls);
+    }
     if oci {
         let internal = |k: &String| k.starts_with("containerd.io/") || k == "buildkit/createdat";
         out.annotations = descriptor.annotations.iter().filter(|(k, _)| !internal(k)).map(|(k, v)| (k.clone(), v.clone())).collect();
@@ -344,9 +352,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn layer_types_change_family_and_nothing_else() {
-        assert_eq!(media::layer_type(media::DOCKER_LAYER_GZIP, true), media::OCI_LAYER_GZIP);
-        assert_eq!(media::layer_type(media::OCI_LAYER_GZIP, false), media::DOCKER_LAYER_GZIP);
-        assert_eq!(media::layer_type("application/x", true), "application/x");
+    fn layers_that_registries_do_not_keep_are_kept_apart_on_demand_only() {
+        let mut given = Descriptor::of(media::DOCKER_FOREIGN_GZIP, b"layer");
+        let types = |given: &Descriptor| [(true, false), (true, true), (false, true)].map(|(oci, foreign)| layer(given, oci, foreign));
+        assert_eq!(types(&given).map(|d| d.media_type), [media::OCI_LAYER_GZIP, media::OCI_LAYER_GZIP, media::DOCKER_LAYER_GZIP]);
+        given.urls = vec!["https://example.com/layer".to_owned()];
+        assert_eq!(types(&given).map(|d| d.media_type), [media::OCI_LAYER_GZIP, media::OCI_FOREIGN_GZIP, media::DOCKER_FOREIGN_GZIP]);
+        assert_eq!(types(&given).map(|d| d.urls.len()), [0, 1, 1]);
+        // What was an ordinary layer on its way here is one that a registry need not keep if it has an address.
+        given.media_type = media::OCI_LAYER.to_owned();
+        assert_eq!(types(&given).map(|d| d.media_type), [media::OCI_LAYER, media::OCI_FOREIGN, media::DOCKER_FOREIGN]);
     }
 }

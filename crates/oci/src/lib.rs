@@ -1,7 +1,7 @@
 //! The vocabulary of images: digests, descriptors, platforms, names, manifests and configs.
 //!
-//! Own types rather than `oci-spec`'s: image configs must keep Docker's extra fields (healthcheck, onbuild, shell, the
-//! inline cache) and unknown ones, and every identifier is a type of its own.
+//! Own types rather than `oci-spec`'s: image configs have Docker's fields besides (healthcheck, onbuild, shell), their
+//! bytes must be those that Go programs write ([`gojson`]), and every identifier is a type of its own.
 //! `jiff` reads and writes times.
 //! Sources: OCI image-spec 1.1, distribution-spec 1.1, the Docker image config.
 
@@ -9,13 +9,14 @@ mod checksum;
 mod config;
 mod descriptor;
 mod digest;
+pub mod gojson;
 mod name;
 mod platform;
 pub mod timestamp;
 mod xattr;
 
 pub use checksum::ChecksumAlgorithm;
-pub use config::{Config, Healthcheck, History, ImageConfig, RootFs};
+pub use config::{Config, Healthcheck, History, ImageConfig, Member, RootFs};
 pub use descriptor::{Descriptor, Index, Manifest, media};
 pub use digest::{ChainId, DiffId, Digest, DigestError, Hasher};
 pub use name::{ImageName, NameError};

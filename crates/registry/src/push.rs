@@ -31,6 +31,8 @@ use tokio::time::Instant;
 
 /// Most tries for one blob; each starts from its first byte.
 const MAX_TRIES: u32 = 4;
+/// Repositories that are tried in turn to mount a blob from; each that does not serve costs a request.
+const MAX_MOUNTS: usize = 3;
 /// Most bytes of a manifest that is pushed.
 const MAX_MANIFEST: u64 = 4 << 20;
 
@@ -63,13 +65,13 @@ struct Upload<'a> {
 }
 
 impl Repository {
-    /// Brings a blob into the repository. It is looked for first; then mounted from the repository `mount_from` of the same
-    /// registry, if given; then uploaded. `open` gives the bytes from the start, and is called again for each new try;
+    /// Brings a blob into the repository. It is looked for first; then mounted from one of the first few repositories
+    /// `mount_from` of the same registry; then uploaded. `open` gives the bytes from the start, and is called again for each new try;
     /// `progress` hears how many bytes have gone (which falls back to 0 with a new try).
-    pub async fn push_blob(
+    pub async fn push_blob<'m>(
         &self,
         descriptor: &Descriptor,
-        mount_from: Option<&str>,
+        mount_from: impl IntoIterator<Item = &'m str>,
         open: impl Fn() -> BoxFuture<'static, Result<BodyStream, Fault>> + Send + Sync,
         progress: impl Fn(u64) + Send + Sync + 'static,
     ) -> Result<Pushed, Error> {
@@ -79,9 +81,21 @@ impl Repository {
         let action = format!("push blob {}", descriptor.digest);
         let upload = Upload { descriptor, action, open: &open, progress: Arc::new(progress) };
         let timing = self.registry().config.timing;
-        let (mut pause, mut mount) = (timing.backoff, mount_from);
+        let mut pause = timing.backoff;
+        // A registry that does not mount opens an upload instead; the last one is used.
+        let mut open_session = None;
+        let mounts: Vec<&str> = mount_from.into_iter().take(MAX_MOUNTS).collect();
+        for from in mounts {
+            open_session = Some(self.start_upload(&upload, Some(from)).await?);
+            if matches!(open_session, Some(Session::Done)) {
+                break;
+            }
+        }
         for tries in 1.. {
-            let session = self.start_upload(&upload, mount.take()).await?;
+            let session = match open_session.take() {
+                Some(session) => session,
+                None => self.start_upload(&upload, None).await?,
+            };
             let Session::At { uri, endpoint } = session else { return Ok(Pushed::Mounted) };
             let started = Instant::now();
             let fail = |kind| Error::new(self.name(), &endpoint.authority, &upload.action, kind);

@@ -408,6 +408,28 @@ async fn blobs_that_are_there_or_can_be_mounted_are_not_sent() {
 }
 
 #[tokio::test]
+async fn some_repositories_are_tried_for_mounting_and_the_last_upload_is_used() {
+    let fake = Fake::start(|a| match (a.method.as_str(), a.path.contains("from=c/")) {
+        ("HEAD", _) => status(404),
+        ("POST", true) => status(201),
+        ("POST", false) => Reply::Full(202, vec![("location", "/u".into())], Bytes::new()),
+        _ => status(201),
+    })
+    .await;
+    let repository = at(&fake.host, RegistryConfig::default(), Arc::new(Anonymous), Mode::Push);
+    let push = async |from: &[&str]| {
+        let open = || async { Ok(stream::iter([Ok(Bytes::from_static(b"x"))]).boxed()) }.boxed();
+        repository.push_blob(&layer(b"x"), from.iter().copied(), open, |_| {}).await.unwrap()
+    };
+    assert_eq!(push(&["a/1", "b/1", "c/1", "d/1"]).await, Pushed::Mounted);
+    assert_eq!(fake.log().iter().filter(|l| l.starts_with("POST")).count(), 3);
+    // The fourth would do, but the search ends somewhere.
+    assert_eq!(push(&["a/1", "a/2", "a/3", "c/1"]).await, Pushed::Uploaded);
+    assert_eq!(fake.log().iter().filter(|l| l.starts_with("POST")).count(), 6);
+    assert_eq!(fake.log().iter().filter(|l| l.starts_with("PUT")).count(), 1);
+}
+
+#[tokio::test]
 async fn our_own_failures_are_not_blamed_on_the_registry() {
     let fake = Fake::start(|a| match a.method.as_str() {
         "HEAD" => status(404),
