@@ -90,7 +90,8 @@ mod tests {
     #[test]
     fn force_is_spelled_as_go_spells_it() {
         let force = |text| Compression::parse(None, None, Some(text)).map(|c| c.force);
-        for (texts, want) in [(["", "1", "t", "T", "TRUE", "true", "True"], true), (["0", "f", "F", "false", "FALSE", "False", "0"], false)] {
+        for (texts, want) in [(["", "1", "t", "T", "TRUE", "true", "True"], true), (["0", "f", "F", "false", "FALSE", "False", "0"], false)]
+        {
             for text in texts {
                 assert_eq!(force(text).unwrap(), want, "{text}");
             }

@@ -191,21 +191,64 @@ mod tests {
         let (none, one, two) = (diffs("null"), diffs(&format!(r#"["{a}"]"#)), diffs(&format!(r#"["{a}","{b}"]"#)));
         let os = r#""architecture":"amd64""#;
         for (name, given, layers, epoch, want) in [
-            ("nothing", r#"{"os":"linux","architecture":"amd64"}"#, &[][..], None,
-             format!(r#"{{{os},"created":null,"history":null,"os":"linux",{none}}}"#)),
-            ("an empty list stays one", r#"{"os":"linux","architecture":"amd64","history":[],"rootfs":null}"#, &[], None,
-             format!(r#"{{{os},"created":null,"history":[],"os":"linux",{none}}}"#)),
-            ("steps without layers have no time of their own", r#"{"os":"linux","architecture":"amd64","history":[{"created_by":"ENV A=<b>","empty_layer":true,"x":1}]}"#, &[], None,
-             format!(r#"{{{os},"created":null,"history":[{{"created_by":"ENV A=\u003cb\u003e","empty_layer":true}}],"os":"linux",{none}}}"#)),
-            ("unknown fields, escapes and numbers are passed on", r#"{"os":"linux", "architecture":"amd64",
-                "z": {"k": [1.0, 1e3, "a & b\u0026\/"]}, "config":{"Env":null, "Cmd":[]}, "moby.buildkit.cache.v0": "e30="}"#, &["a"], None,
-             format!(r#"{{{os},"config":{{"Env":null,"Cmd":[]}},"created":"2020-01-01T00:00:00Z","history":[{{"created":"2020-01-01T00:00:00Z","created_by":"a","comment":"buildkit.exporter.image.v0"}}],"moby.buildkit.cache.v0":"e30=","os":"linux",{one},"z":{{"k":[1.0,1e3,"a \u0026 b\u0026\/"]}}}}"#)),
-            ("the first new layer's time, then the one before", r#"{"os":"linux","architecture":"amd64","created":"2019-05-05T00:00:00.50Z","history":[{"created":"2018-01-01T00:00:00.000Z"},{"created_by":"ENV","empty_layer":true},{"created_by":"RUN"},{"created_by":"CMD","author":"","empty_layer":true}]}"#, &["a", "b"], None,
-             format!(r#"{{{os},"created":"2019-05-05T00:00:00.50Z","history":[{{"created":"2018-01-01T00:00:00Z"}},{{"created":"2020-01-01T00:00:00Z","created_by":"ENV","empty_layer":true}},{{"created":"2020-01-01T00:00:00Z","created_by":"RUN"}},{{"created":"2020-01-01T00:00:00Z","created_by":"CMD","empty_layer":true}}],"os":"linux",{two}}}"#)),
-            ("null is no time", r#"{"os":"linux","architecture":"amd64","created":null}"#, &[], Some("2001-01-01T00:00:00Z"),
-             format!(r#"{{{os},"created":null,"history":null,"os":"linux",{none}}}"#)),
-            ("offsets are kept", r#"{"os":"linux","architecture":"amd64","history":[{"created":"2000-01-01T02:00:00.10+02:00"}]}"#, &["a"], Some("2001-01-01T00:00:00Z"),
-             format!(r#"{{{os},"created":"2000-01-01T02:00:00.1+02:00","history":[{{"created":"2000-01-01T02:00:00.1+02:00"}}],"os":"linux",{one}}}"#)),
+            (
+                "nothing",
+                r#"{"os":"linux","architecture":"amd64"}"#,
+                &[][..],
+                None,
+                format!(r#"{{{os},"created":null,"history":null,"os":"linux",{none}}}"#),
+            ),
+            (
+                "an empty list stays one",
+                r#"{"os":"linux","architecture":"amd64","history":[],"rootfs":null}"#,
+                &[],
+                None,
+                format!(r#"{{{os},"created":null,"history":[],"os":"linux",{none}}}"#),
+            ),
+            (
+                "steps without layers have no time of their own",
+                r#"{"os":"linux","architecture":"amd64","history":[{"created_by":"ENV A=<b>","empty_layer":true,"x":1}]}"#,
+                &[],
+                None,
+                format!(
+                    r#"{{{os},"created":null,"history":[{{"created_by":"ENV A=\u003cb\u003e","empty_layer":true}}],"os":"linux",{none}}}"#
+                ),
+            ),
+            (
+                "unknown fields, escapes and numbers are passed on",
+                r#"{"os":"linux", "architecture":"amd64",
+                "z": {"k": [1.0, 1e3, "a & b\u0026\/"]}, "config":{"Env":null, "Cmd":[]}, "moby.buildkit.cache.v0": "e30="}"#,
+                &["a"],
+                None,
+                format!(
+                    r#"{{{os},"config":{{"Env":null,"Cmd":[]}},"created":"2020-01-01T00:00:00Z","history":[{{"created":"2020-01-01T00:00:00Z","created_by":"a","comment":"buildkit.exporter.image.v0"}}],"moby.buildkit.cache.v0":"e30=","os":"linux",{one},"z":{{"k":[1.0,1e3,"a \u0026 b\u0026\/"]}}}}"#
+                ),
+            ),
+            (
+                "the first new layer's time, then the one before",
+                r#"{"os":"linux","architecture":"amd64","created":"2019-05-05T00:00:00.50Z","history":[{"created":"2018-01-01T00:00:00.000Z"},{"created_by":"ENV","empty_layer":true},{"created_by":"RUN"},{"created_by":"CMD","author":"","empty_layer":true}]}"#,
+                &["a", "b"],
+                None,
+                format!(
+                    r#"{{{os},"created":"2019-05-05T00:00:00.50Z","history":[{{"created":"2018-01-01T00:00:00Z"}},{{"created":"2020-01-01T00:00:00Z","created_by":"ENV","empty_layer":true}},{{"created":"2020-01-01T00:00:00Z","created_by":"RUN"}},{{"created":"2020-01-01T00:00:00Z","created_by":"CMD","empty_layer":true}}],"os":"linux",{two}}}"#
+                ),
+            ),
+            (
+                "null is no time",
+                r#"{"os":"linux","architecture":"amd64","created":null}"#,
+                &[],
+                Some("2001-01-01T00:00:00Z"),
+                format!(r#"{{{os},"created":null,"history":null,"os":"linux",{none}}}"#),
+            ),
+            (
+                "offsets are kept",
+                r#"{"os":"linux","architecture":"amd64","history":[{"created":"2000-01-01T02:00:00.10+02:00"}]}"#,
+                &["a"],
+                Some("2001-01-01T00:00:00Z"),
+                format!(
+                    r#"{{{os},"created":"2000-01-01T02:00:00.1+02:00","history":[{{"created":"2000-01-01T02:00:00.1+02:00"}}],"os":"linux",{one}}}"#
+                ),
+            ),
         ] {
             assert_eq!(text(given, None, layers, epoch), want, "{name}");
         }
@@ -222,7 +265,11 @@ mod tests {
 
     #[test]
     fn a_config_without_platform_is_refused() {
-        for (given, want) in [(r#"{"os":"linux"}"#, "missing architecture"), (r#"{"os":"","architecture":"a"}"#, "missing os"), ("null", "null image config")] {
+        for (given, want) in [
+            (r#"{"os":"linux"}"#, "missing architecture"),
+            (r#"{"os":"","architecture":"a"}"#, "missing os"),
+            ("null", "null image config"),
+        ] {
             let bad = complete(Some(given.as_bytes()), None, &Platform::host(), &[], None, None).unwrap_err();
             assert!(bad.to_string().contains(want), "{bad}");
         }

@@ -341,7 +341,10 @@ mod tests {
             assert_eq!(check(&[docker, (level, "v")], true), Err("cannot export annotations with \"oci-mediatypes=false\"".to_owned()));
             assert_eq!(check(&[(level, "v")], true), Ok(()));
         }
-        assert_eq!(check(&[("annotation-index.k", "v")], false), Err("index annotations not supported for single platform export".to_owned()));
+        assert_eq!(
+            check(&[("annotation-index.k", "v")], false),
+            Err("index annotations not supported for single platform export".to_owned())
+        );
         let absent = Err("invalid annotation: no platform linux/arm64 found in source".to_owned());
         assert_eq!(check(&[("annotation[linux/arm64].k", "v")], true), absent);
         assert_eq!(check(&[("annotation-index[linux/arm64].k", "v")], true), absent);

@@ -2,8 +2,8 @@
 
 use crate::{port::ExportInput, writer::Written};
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
-use shipway_fault::{Context as _, Fault, Result};
 use shipway_archive::CompressionKind;
+use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName, media};
 use shipway_progress::Reporter;
 use shipway_refs::{Compression, ImmutableRef};

@@ -11,12 +11,10 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use shipway_attest::{PurlKind, Subject, digest_set, image_purl};
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::{
-    ChainId, Descriptor, DiffId, Digest, ImageConfig, ImageName, Index, Manifest, Platform, gojson, media, timestamp,
-};
+use shipway_oci::{ChainId, Descriptor, DiffId, Digest, ImageConfig, ImageName, Index, Manifest, Platform, gojson, media, timestamp};
 use shipway_progress::Reporter;
 use shipway_refs::{LayerBlob, RefStore};
-use shipway_storage::{ContentStore, GC_REF_CONTENT, GC_REF_SNAPSHOT, Labels};
+use shipway_storage::{ContentStore, DISTRIBUTION_SOURCE, GC_REF_CONTENT, GC_REF_SNAPSHOT, Labels, UNCOMPRESSED};
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 /// Type of a manifest of attestations.
@@ -315,9 +313,9 @@ impl Writer<'_> {
 async fn mark_uncompressed(content: &dyn shipway_storage::ContentStore, blobs: &[LayerBlob]) {
     let mark = async |blob: &LayerBlob| {
         if let Ok(info) = content.info(blob.descriptor.digest).await
-            && !info.labels.contains_key(shipway_storage::UNCOMPRESSED)
+            && !info.labels.contains_key(UNCOMPRESSED)
         {
-            let label = Labels::from([(shipway_storage::UNCOMPRESSED.to_owned(), blob.diff_id.to_string())]);
+            let label = Labels::from([(UNCOMPRESSED.to_owned(), blob.diff_id.to_string())]);
             if let Err(fault) = content.update_labels(blob.descriptor.digest, &label).await {
                 tracing::debug!(error = %fault, digest = %blob.descriptor.digest, "a layer's diffID was not noted");
             }
@@ -336,7 +334,9 @@ fn layer(descriptor: &Descriptor, oci: bool, prefer_foreign: bool) -> Descriptor
         out.urls.clone_from(&descriptor.urls);
     }
     if oci {
-        let internal = |k: &String| k.starts_with("containerd.io/") || k == "buildkit/createdat";
+        // Others of containerd's stay, such as where a lazy snapshotter finds a layer's table of contents.
+        let source = format!("{DISTRIBUTION_SOURCE}.");
+        let internal = |k: &String| k == UNCOMPRESSED || k == "buildkit/createdat" || k.starts_with(&source);
         out.annotations = descriptor.annotations.iter().filter(|(k, _)| !internal(k)).map(|(k, v)| (k.clone(), v.clone())).collect();
     }
     out
@@ -350,6 +350,17 @@ fn children(digests: impl Iterator<Item = Digest>) -> Labels {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn annotations_of_layers_are_kept_but_for_our_own() {
+        let mut given = Descriptor::of(media::OCI_LAYER_GZIP, b"layer");
+        let toc = "containerd.io/snapshot/stargz/toc.digest";
+        for key in [toc, "k", UNCOMPRESSED, "buildkit/createdat", "containerd.io/distribution.source.docker.io"] {
+            given.annotations.insert(key.to_owned(), "v".to_owned());
+        }
+        assert_eq!(layer(&given, true, false).annotations.into_keys().collect::<Vec<_>>(), [toc, "k"]);
+        assert!(layer(&given, false, false).annotations.is_empty());
+    }
 
     #[test]
     fn layers_that_registries_do_not_keep_are_kept_apart_on_demand_only() {

@@ -214,16 +214,23 @@ mod tests {
     /// What Go's encoder makes of what its decoder read, but for `config`, which it writes behind the rest.
     #[test]
     fn configs_are_written_as_go_does() {
-        let whole = |inner: &str| format!(r#"{{"architecture":"amd64","os":"linux","config":{inner},"rootfs":{{"type":"layers","diff_ids":null}}}}"#);
+        let whole = |inner: &str| {
+            format!(r#"{{"architecture":"amd64","os":"linux","config":{inner},"rootfs":{{"type":"layers","diff_ids":null}}}}"#)
+        };
         for (given, want) in [
             ("{}", "{}"),
             ("null", "{}"),
             (r#"{"Env":null,"Cmd":["sh"],"X":1,"StopTimeout":3,"Hostname":"h"}"#, r#"{"Cmd":["sh"]}"#),
             (r#"{"Cmd":[],"Entrypoint":[],"Env":[],"OnBuild":[],"Shell":[],"Labels":{},"Volumes":{}}"#, "{}"),
-            (r#"{"Volumes":{"/b":{"x":1},"/a":null},"ExposedPorts":{"80/tcp":{}}}"#, r#"{"ExposedPorts":{"80/tcp":{}},"Volumes":{"/a":{},"/b":{}}}"#),
+            (
+                r#"{"Volumes":{"/b":{"x":1},"/a":null},"ExposedPorts":{"80/tcp":{}}}"#,
+                r#"{"ExposedPorts":{"80/tcp":{}},"Volumes":{"/a":{},"/b":{}}}"#,
+            ),
             (r#"{"Labels":{"b":"<&>","a":"\u003c"},"User":null}"#, r#"{"Labels":{"a":"\u003c","b":"\u003c\u0026\u003e"}}"#),
-            (r#"{"Shell":["s"],"OnBuild":["RUN x"],"Healthcheck":{"Retries":3,"Test":null,"Interval":1000000000},"ArgsEscaped":true,"User":"u"}"#,
-             r#"{"User":"u","ArgsEscaped":true,"Healthcheck":{"Interval":1000000000,"Retries":3},"OnBuild":["RUN x"],"Shell":["s"]}"#),
+            (
+                r#"{"Shell":["s"],"OnBuild":["RUN x"],"Healthcheck":{"Retries":3,"Test":null,"Interval":1000000000},"ArgsEscaped":true,"User":"u"}"#,
+                r#"{"User":"u","ArgsEscaped":true,"Healthcheck":{"Interval":1000000000,"Retries":3},"OnBuild":["RUN x"],"Shell":["s"]}"#,
+            ),
         ] {
             let config: ImageConfig = serde_json::from_str(&whole(given)).unwrap();
             assert_eq!(gojson::to_string(&config).unwrap(), whole(want), "{given}");

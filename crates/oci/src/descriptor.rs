@@ -1,7 +1,7 @@
 //! Descriptors, manifests and indexes (OCI image-spec 1.1), and the media types we read and write.
 
-use crate::{Digest, Platform};
 use crate::config::{null_if_empty, nullable};
+use crate::{Digest, Platform};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -66,10 +66,13 @@ pub mod media {
 
     /// A layer's type among those that registries do not keep, or among those that they do; other types stay as they are.
     pub fn foreign_type(t: &str, foreign: bool) -> &str {
-        FOREIGN.iter().find_map(|(f, plain)| match foreign {
-            true => (t == *plain).then_some(*f),
-            false => (t == *f).then_some(*plain),
-        }).unwrap_or(t)
+        FOREIGN
+            .iter()
+            .find_map(|(f, plain)| match foreign {
+                true => (t == *plain).then_some(*f),
+                false => (t == *f).then_some(*plain),
+            })
+            .unwrap_or(t)
     }
 
     /// Whether `t` names an image manifest.
@@ -176,7 +179,8 @@ mod tests {
     fn nulls_of_go_are_read_and_written() {
         let digest = Digest::of("");
         let config = format!(r#"{{"mediaType":"m","digest":"{digest}","size":0,"urls":null,"annotations":null,"platform":null}}"#);
-        let manifest: Manifest = serde_json::from_str(&format!(r#"{{"schemaVersion":2,"config":{config},"layers":null,"annotations":null}}"#)).unwrap();
+        let manifest: Manifest =
+            serde_json::from_str(&format!(r#"{{"schemaVersion":2,"config":{config},"layers":null,"annotations":null}}"#)).unwrap();
         assert!(manifest.layers.is_empty());
         let want = format!(r#"{{"schemaVersion":2,"config":{{"mediaType":"m","digest":"{digest}","size":0}},"layers":null}}"#);
         assert_eq!(serde_json::to_string(&manifest).unwrap(), want);
