@@ -8,7 +8,7 @@ use crate::{
 };
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use shipway_fault::{Detail, Fault, MissingMaterial, Result, redact};
+use shipway_fault::{Detail, Fault, IncompleteMaterial, Result, redact};
 use shipway_oci::{Descriptor, Platform, timestamp};
 use std::{collections::BTreeMap, time::SystemTime};
 
@@ -157,19 +157,19 @@ fn incomplete(capture: &Capture) -> Fault {
             }
         }
     }
-    let local = capture.sources.local.iter().map(|l| MissingMaterial {
+    let local = capture.sources.local.iter().map(|l| IncompleteMaterial {
         name: l.name.clone(),
         reason: "local_source".into(),
-        ..MissingMaterial::default()
+        ..IncompleteMaterial::default()
     });
-    let fetched = capture.missing.iter().map(|m| MissingMaterial {
+    let fetched = capture.missing.iter().map(|m| IncompleteMaterial {
         op: m.op.clone(),
         name: m.name.clone(),
         method: m.method.clone(),
         uri: m.url.clone(),
         reason: m.reason.clone(),
     });
-    Fault::invalid(text).detail(Detail::Materials(local.chain(fetched).collect()))
+    Fault::invalid(text).detail(Detail::IncompleteMaterials(local.chain(fetched).collect()))
 }
 
 impl Predicate {
@@ -462,7 +462,10 @@ mod tests {
     fn complete_materials_are_insisted_on() {
         let options = ProvenanceOptions { complete_materials: true, ..Default::default() };
         assert!(predicate(&options, |_| {}).is_ok());
-        let why = predicate(&options, |c| c.add_local("context")).unwrap_err().to_string();
+        let fault = predicate(&options, |c| c.add_local("context")).unwrap_err();
+        let why = fault.to_string();
+        let material = IncompleteMaterial { name: "context".into(), reason: "local_source".into(), ..Default::default() };
+        assert_eq!(fault.details(), [Detail::IncompleteMaterials(vec![material])]);
         assert!(why.contains("provenance materials are incomplete") && why.contains("- context\n    reason: local_source"));
     }
 }

@@ -4,6 +4,7 @@ use crate::{
     convert::{Converted, Reach, convert},
     explain::Explainer,
     failure::{Failure, Result as Conversion},
+    named::FrontendOverride,
     options::check_caps,
     platform, subrequest,
     ui::{CONTEXT, Ui},
@@ -60,6 +61,8 @@ fn other_frontend(ui: &Ui) -> Option<(String, String, Option<Lines>)> {
     let ours = image.parse::<ImageName>().is_ok_and(|name| {
         name.registry() == "docker.io" && matches!(name.repository(), "docker/dockerfile" | "docker/dockerfile-upstream")
     });
+    // An image that the build puts in its place speaks a language of its own.
+    let ours = ours && !matches!(FrontendOverride::find(&ui.raw, &image), Ok(Some(_)));
     (!ours).then_some((image, cmdline, lines))
 }
 

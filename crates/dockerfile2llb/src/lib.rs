@@ -34,6 +34,8 @@ mod text;
 mod ui;
 mod url;
 
+pub use named::FrontendOverride;
+
 use async_trait::async_trait;
 use shipway_dockerfile::Work;
 use shipway_fault::Result;

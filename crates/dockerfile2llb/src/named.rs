@@ -8,9 +8,11 @@ use crate::{
 };
 use base64::Engine as _;
 use shipway_dockerfile::quote;
+use shipway_fault::Fault;
+use shipway_frontend::{Bridge, Options};
 use shipway_llb::{Deferred, ImageFacts, State, VertexOptions, attr};
 use shipway_oci::{ImageConfig, ImageName, Platform};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 /// What a build was told to use under a name.
 #[derive(Clone, Debug)]
@@ -82,10 +84,15 @@ pub fn parse_config(image: &ImageFacts) -> Result<ImageConfig> {
 impl NamedContext {
     /// The context for `name`, if the build has one; with a platform's own option first (rows `dfc.override`, `dfc.platform`).
     pub fn find(ui: &Ui, name: &str, platform: Option<&Platform>) -> Result<Option<Self>> {
+        Self::among(&ui.raw, name, platform)
+    }
+
+    /// The same among `options`.
+    pub fn among(options: &Options, name: &str, platform: Option<&Platform>) -> Result<Option<Self>> {
         if name.eq_ignore_ascii_case("scratch") || name.eq_ignore_ascii_case("context") {
             return Ok(None);
         }
-        if !ui.raw.keys().any(|k| k.starts_with("context:")) {
+        if !options.keys().any(|k| k.starts_with("context:")) {
             return Ok(None);
         }
         let parsed: ImageName = name.parse().map_err(|e| Failure::new(format!("invalid context name {name}: {e}")))?;
@@ -95,9 +102,9 @@ impl NamedContext {
         let with_platform = format!("{name}::{}", crate::platform::full(platform.unwrap_or(&host)));
         Ok([with_platform, name.to_owned()].into_iter().find_map(|key| {
             Some(Self {
-                input: ui.raw.get(&format!("context:{key}"))?.clone(),
+                input: options.get(&format!("context:{key}"))?.clone(),
                 name: name.to_owned(),
-                shared_key: ui.raw.get(&format!("sharedkey:localdir:{key}")).cloned().unwrap_or_default(),
+                shared_key: options.get(&format!("sharedkey:localdir:{key}")).cloned().unwrap_or_default(),
                 key,
                 platform: platform.cloned(),
             })
@@ -216,6 +223,32 @@ impl NamedContext {
             None => Ok(Loaded::of(state)),
             Some(image) => Ok(Loaded { state: with_config(state, &image), image: Some(image), pending: None }),
         }
+    }
+}
+
+/// What a build was told to use in the place of a frontend's image.
+#[derive(Debug)]
+pub struct FrontendOverride {
+    /// The context as it was given, such as `docker-image://example.com/frontend`.
+    pub input: String,
+    context: NamedContext,
+}
+
+impl FrontendOverride {
+    /// What `options` say of the frontend `source` (rows `gwctr.opts`, `gwctr.builtin`).
+    pub fn find(options: &Options, source: &str) -> Result<Option<Self>, Fault> {
+        let found = NamedContext::among(options, source, None).map_err(|f| f.fault)?;
+        Ok(found.map(|context| Self { input: context.input.clone(), context }))
+    }
+
+    /// The frontend's files, and the config of the image that they are, if they are one.
+    pub async fn load(&self, bridge: Arc<dyn Bridge>) -> Result<(State, Option<ImageConfig>), Fault> {
+        let ui = Ui::without_file(bridge).map_err(|f| f.fault)?;
+        let loaded = self.context.load(&ui).await.map_err(|f| f.fault)?;
+        if let Some(pending) = loaded.pending {
+            pending.decide(&[]);
+        }
+        Ok((loaded.state, loaded.image))
     }
 }
 

@@ -197,18 +197,18 @@ struct WrittenImport {
     attrs: BTreeMap<String, String>,
 }
 
-/// `cache-imports` is a list in JSON; `cache-from` is what clients said before there was more than registries.
+/// `cache-imports` is a list in JSON; `cache-from`, which clients said before there was more than registries, comes after it.
 fn parse_cache_imports(options: &Options) -> Result<Vec<CacheImport>> {
     let in_registry = |name: &str| CacheImport { kind: "registry".into(), attrs: [("ref".to_owned(), name.to_owned())].into() };
-    match (options.get("cache-imports").filter(|j| !j.is_empty()), options.get("cache-from")) {
-        (Some(json), _) => {
-            let list: Vec<WrittenImport> =
-                serde_json::from_str(json).map_err(|e| Failure::new(format!("failed to unmarshal cache-imports ({json:?}): {e}")))?;
-            Ok(list.into_iter().map(|w| CacheImport { kind: w.kind, attrs: w.attrs }).collect())
-        }
-        (None, Some(names)) => Ok(names.split(',').filter(|n| !n.is_empty()).map(in_registry).collect()),
-        (None, None) => Ok(Vec::new()),
+    let mut imports = Vec::new();
+    if let Some(json) = options.get("cache-imports").filter(|j| !j.is_empty()) {
+        let list: Vec<WrittenImport> =
+            serde_json::from_str(json).map_err(|e| Failure::new(format!("failed to unmarshal cache-imports ({json:?}): {e}")))?;
+        imports.extend(list.into_iter().map(|w| CacheImport { kind: w.kind, attrs: w.attrs }));
     }
+    let names = options.get("cache-from").map(String::as_str).unwrap_or_default();
+    imports.extend(names.split(',').filter(|n| !n.is_empty()).map(in_registry));
+    Ok(imports)
 }
 
 fn parse_hosts(text: &str) -> Result<Vec<HostIp>> {
@@ -304,6 +304,8 @@ mod tests {
             of("cache-imports", r#"[{"Type":"local","Attrs":{"src":"x"}},{"Type":"gha"}]"#).unwrap(),
             [r#"local {"src": "x"}"#, "gha {}"]
         );
+        let both = parse(&[("cache-from", "a"), ("cache-imports", r#"[{"Type":"local"}]"#)]).unwrap().cache_imports;
+        assert_eq!(both.iter().map(|c| &*c.kind).collect::<Vec<_>>(), ["local", "registry"]);
         assert!(of("cache-imports", "{").unwrap_err().contains("failed to unmarshal cache-imports"));
         assert!(of("cache-from", "").unwrap().is_empty());
     }

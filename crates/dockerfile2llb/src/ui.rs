@@ -116,6 +116,25 @@ impl Ui {
         })
     }
 
+    /// Reads the options only: for who needs no Dockerfile.
+    pub fn without_file(bridge: Arc<dyn Bridge>) -> Result<Self> {
+        let raw = bridge.options().clone();
+        let options = BuildOptions::parse(&raw)?;
+        Ok(Self {
+            bridge,
+            options,
+            raw,
+            caps: Caps::llb(),
+            file: Arc::default(),
+            file_vertex: None,
+            context: None,
+            ignore_of_file: None,
+            ignore: OnceCell::new(),
+            images: Mutex::default(),
+            text: None,
+        })
+    }
+
     /// Where columns are looked for; `None` if only lines are told, as clients of the reference know them.
     pub fn source(&self) -> Option<Source<'_>> {
         self.text.as_deref().map(Source::new)

@@ -5,7 +5,7 @@ use crate::{
     container::EngineContainer,
     engine::EngineInner,
     heavy::heavy,
-    image_frontend,
+    image_frontend::{self, ImageFrontends},
     policy::BuildPolicy,
     provenance,
     request::BuildRequest,
@@ -15,29 +15,29 @@ use crate::{
 };
 use async_trait::async_trait;
 use shipway_attest::ImageSource;
-use shipway_fault::{Context as _, Fault, Result};
+use shipway_dockerfile2llb::FrontendOverride;
+use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{
     Bridge, BuildRef, Container, ContainerRequest, Explain, Frontend as _, FrontendResult, Options, ResolveMode, SolveRequest, SourceMeta,
-    SourceRequest, Warning,
+    SourceRequest, Warning, Worker,
 };
 use shipway_llb::{Caps, Definition, Graph, NetMode, Op, SourceOp, SourcePolicy, Vertex};
 use shipway_oci::{Digest, Platform};
-use shipway_ops::{JobData, LlbOp};
+use shipway_ops::{JobData, LlbOp, SolveNested};
 use shipway_progress::{Event, Journal, SourceSpan, WarningUpdate};
+use shipway_refs::ImmutableRef;
 use shipway_remotecache::{CacheRequest, Import};
 use shipway_solver::Job;
 use shipway_sources::{ResolveWant, SourceContext, SourceSpec};
 use std::{
     collections::BTreeMap,
-    sync::{
-        Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
     time::SystemTime,
 };
 
 /// What all bridges and states of one build share. The job ends with it.
 pub(crate) struct BuildScope {
+    itself: Weak<Self>,
     pub(crate) engine: Arc<EngineInner>,
     pub(crate) id: String,
     pub(crate) session: String,
@@ -56,7 +56,6 @@ pub(crate) struct BuildScope {
     /// Which version of the exporters' defaults it wants.
     pub(crate) compatibility: i64,
     finished: OnceLock<SystemTime>,
-    next_ref: AtomicU64,
     imports: Mutex<Vec<(CacheRequest, Arc<Import>)>>,
     explainers: Mutex<Vec<Arc<dyn Explain>>>,
     produced: Mutex<Vec<Produced>>,
@@ -88,9 +87,11 @@ impl BuildScope {
         self.imports.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|(_, import)| import.clone()).collect()
     }
 
-    pub(crate) fn new(engine: Arc<EngineInner>, request: &BuildRequest, data: JobData, job: Job<LlbOp>, journal: Journal) -> Self {
+    pub(crate) fn new(engine: Arc<EngineInner>, request: &BuildRequest, data: JobData, job: Job<LlbOp>, journal: Journal) -> Arc<Self> {
         let started = SystemTime::now();
-        Self {
+        let nested = data.nested.clone();
+        let scope = Arc::new_cyclic(|itself| Self {
+            itself: itself.clone(),
             proxied: request.proxied || engine.parts.proxied,
             engine,
             id: request.id.clone(),
@@ -103,21 +104,17 @@ impl BuildScope {
             started,
             compatibility: request.compatibility,
             finished: OnceLock::new(),
-            next_ref: AtomicU64::new(0),
             imports: Mutex::default(),
             explainers: Mutex::default(),
             produced: Mutex::default(),
-        }
+        });
+        nested.set(scope.itself.clone());
+        scope
     }
 
     /// When it was done with everything but writing.
     pub(crate) fn finished(&self) -> SystemTime {
         *self.finished.get_or_init(SystemTime::now)
-    }
-
-    /// An id for another state.
-    pub(crate) fn ref_id(&self) -> String {
-        format!("{}-{}", self.id, self.next_ref.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Keeps a producer known until the build ends.
@@ -166,7 +163,7 @@ impl BuildScope {
         self.data.wishes.note(&graph);
         let graph = self.with_proxy(self.with_devices(graph).await?);
         let made = vertices::of_graph(&graph, &self.engine.parts.services, false);
-        let state = Arc::new(EngineRef::new(definition, made, trail, self.clone()));
+        let state = Arc::new(EngineRef::new(definition, made, trail, self.clone())?);
         trail.note_state(state.clone());
         Ok(state)
     }
@@ -221,6 +218,21 @@ impl BuildScope {
     }
 }
 
+#[async_trait]
+impl SolveNested for BuildScope {
+    async fn solve_nested(&self, of: Digest, definition: Definition) -> Result<ImmutableRef> {
+        let parts = &self.engine.parts;
+        if definition.ops.is_empty() {
+            return parts.services.refs.scratch();
+        }
+        let scope = self.itself.upgrade().ok_or_else(Fault::cancelled)?;
+        // What it takes counts as incomplete in provenance, so nobody asks this trail.
+        let state = scope.state(definition, &[], &Trail::root(Asked::default())).await?;
+        let _known = self.engine.nested.enter(of, state.vertices())?;
+        state.state().await
+    }
+}
+
 /// The bridge of one frontend of a build: a nested frontend has options and inputs of its own.
 pub(crate) struct EngineBridge {
     pub(crate) scope: Arc<BuildScope>,
@@ -241,17 +253,17 @@ impl EngineBridge {
             return Err(Fault::invalid(format!("frontends called each other more than {MAX_DEPTH} deep")));
         }
         let parts = &self.scope.engine.parts;
-        let (name, image) = match (request.frontend.as_str(), request.options.get("source")) {
-            // An image of the official Dockerfile frontend is served by the in-house one, which speaks the same language.
-            ("gateway.v0", Some(source)) if source == "dockerfile.v0" || is_dockerfile_image(source) => ("dockerfile.v0", None),
-            ("gateway.v0", Some(source)) => ("gateway.v0", Some(source.clone())),
-            ("gateway.v0", None) => return Err(Fault::invalid("no source specified for gateway")),
-            (other, _) => (other, None),
+        let wanted = Wanted::of(&request, &parts.image_frontends)?;
+        let (frontend, image) = match wanted {
+            Wanted::Dockerfile => (parts.dockerfile.as_ref(), None),
+            Wanted::Image(source) => (None, Some(source)),
+            Wanted::Unknown => (None, None),
         };
-        let frontend = if name == "dockerfile.v0" { parts.dockerfile.as_ref() } else { None };
         if frontend.is_none() && image.is_none() {
             return Err(Fault::not_found(format!("invalid frontend: {}", request.frontend)));
         }
+        let detail =
+            Detail::Frontend { name: request.frontend.clone(), source: request.options.get("source").cloned().unwrap_or_default() };
         let asked = Asked { frontend: request.frontend, options: request.options.clone(), inputs: request.inputs.clone() };
         let trail = self.trail.nested(asked);
         let bridge = EngineBridge {
@@ -261,13 +273,43 @@ impl EngineBridge {
             depth: self.depth + 1,
             trail: trail.clone(),
         };
-        let mut result = match (frontend, image) {
-            (Some(frontend), _) => frontend.run(Arc::new(bridge)).await?,
-            (None, image) => Box::pin(image_frontend::run(self, &image.unwrap_or_default(), bridge)).await?,
+        let result = match (frontend, image) {
+            (Some(frontend), _) => frontend.run(Arc::new(bridge)).await,
+            (None, image) => Box::pin(image_frontend::run(self, &image.unwrap_or_default(), bridge)).await,
         };
+        let mut result = result.map_err(|fault| fault.detail(detail))?;
         self.trail.adopt(trail);
         self.scope.learn(&mut result);
         Ok(result)
+    }
+}
+
+/// What a request for a frontend means.
+#[derive(Debug, PartialEq, Eq)]
+enum Wanted {
+    Dockerfile,
+    /// The one in this image.
+    Image(String),
+    Unknown,
+}
+
+impl Wanted {
+    fn of(request: &SolveRequest, images: &ImageFrontends) -> Result<Self> {
+        let source = match (request.frontend.as_str(), request.options.get("source")) {
+            ("dockerfile.v0", _) => return Ok(Self::Dockerfile),
+            ("gateway.v0", _) if !images.enabled() => return Ok(Self::Unknown),
+            ("gateway.v0", None) => return Err(Fault::invalid("no source specified for gateway")),
+            ("gateway.v0", Some(source)) => source,
+            _ => return Ok(Self::Unknown),
+        };
+        images.check(source)?;
+        // An image of the official Dockerfile frontend is served by the in-house one, which speaks the same language; but the
+        // build may have put another in its place.
+        let in_house = source == "dockerfile.v0" || is_dockerfile_image(source);
+        Ok(match in_house && FrontendOverride::find(&request.options, source)?.is_none() {
+            true => Self::Dockerfile,
+            false => Self::Image(source.clone()),
+        })
     }
 }
 
@@ -290,6 +332,10 @@ impl Bridge for EngineBridge {
 
     fn platforms(&self) -> Vec<Platform> {
         self.scope.engine.parts.platforms.clone()
+    }
+
+    fn worker(&self) -> Worker {
+        Worker { platforms: self.platforms(), ..self.scope.engine.parts.worker.clone() }
     }
 
     async fn solve(&self, request: SolveRequest) -> Result<FrontendResult> {
@@ -376,5 +422,41 @@ impl Bridge for EngineBridge {
             source: warning.file.map(|file| SourceSpan { file, spans: warning.spans }),
         })));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frontends_are_what_the_configuration_allows_and_the_build_puts_in_their_place() {
+        let wanted = |frontend: &str, options: &[(&str, &str)], images: &ImageFrontends| {
+            let options = options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            Wanted::of(&SolveRequest { frontend: frontend.into(), options, ..SolveRequest::default() }, images).map_err(|f| f.to_string())
+        };
+        let any = ImageFrontends::new(true, &[]).unwrap();
+        let image = |source: &str| Ok(Wanted::Image(source.to_owned()));
+        let official = ("source", "docker/dockerfile:1.7");
+        assert_eq!(wanted("dockerfile.v0", &[], &any), Ok(Wanted::Dockerfile));
+        assert_eq!(wanted("gateway.v0", &[official], &any), Ok(Wanted::Dockerfile));
+        assert_eq!(wanted("gateway.v0", &[("source", "dockerfile.v0")], &any), Ok(Wanted::Dockerfile));
+        assert_eq!(wanted("gateway.v0", &[("source", "example.com/f")], &any), image("example.com/f"));
+        let other = ("context:docker/dockerfile:1.7", "docker-image://example.com/f");
+        assert_eq!(wanted("gateway.v0", &[official, other], &any), image("docker/dockerfile:1.7"));
+        let built_in = ("context:dockerfile.v0", "docker-image://example.com/f");
+        assert_eq!(wanted("gateway.v0", &[("source", "dockerfile.v0"), built_in], &any), image("dockerfile.v0"));
+        assert_eq!(wanted("gateway.v0", &[], &any), Err("no source specified for gateway".to_owned()));
+        assert_eq!(wanted("other", &[], &any), Ok(Wanted::Unknown));
+
+        let none = ImageFrontends::new(false, &[]).unwrap();
+        assert_eq!(wanted("gateway.v0", &[official], &none), Ok(Wanted::Unknown));
+        assert_eq!(wanted("dockerfile.v0", &[], &none), Ok(Wanted::Dockerfile));
+
+        let some = ImageFrontends::new(true, &["example.com/f:1".to_owned(), "docker/dockerfile".to_owned()]).unwrap();
+        assert_eq!(wanted("gateway.v0", &[official], &some), Ok(Wanted::Dockerfile));
+        assert_eq!(wanted("gateway.v0", &[("source", "example.com/f:2")], &some), image("example.com/f:2"));
+        let refused = Err("'example.com/g' is not an allowed gateway source".to_owned());
+        assert_eq!(wanted("gateway.v0", &[("source", "example.com/g")], &some), refused);
     }
 }

@@ -5,6 +5,7 @@ use crate::{
     bridge::{BuildScope, EngineBridge},
     caches, export,
     history::History,
+    image_frontend::ImageFrontends,
     request::{BuildRequest, BuildResponse},
     state,
     trail::{Asked, Producers, Trail},
@@ -14,10 +15,10 @@ use shipway_attest::{AttestOptions, Builder};
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_exporters::{Exporter, Exporters};
 use shipway_fault::{Code, Fault, Result};
-use shipway_frontend::{Bridge as _, FrontendResult, Options, SolveRequest};
+use shipway_frontend::{Bridge as _, FrontendResult, Options, SolveRequest, Worker};
 use shipway_gateway::{Builds, GatewayBuild};
 use shipway_oci::Platform;
-use shipway_ops::{Ahead, BuildJudge, JobData, LlbOp, Services, Wishes};
+use shipway_ops::{Ahead, BuildJudge, JobData, LlbOp, Nested, NestedGraphs, Services, Wishes};
 use shipway_progress::Journal;
 use shipway_registry::Registry;
 use shipway_remotecache::{CacheIndex, CacheRequest};
@@ -68,6 +69,10 @@ pub struct EngineParts {
     pub dockerfile: Option<DockerfileFrontend>,
     /// Whether steps of all builds see the network through a proxy only.
     pub proxied: bool,
+    /// Which frontends out of images may run.
+    pub image_frontends: ImageFrontends,
+    /// What frontends are told of the worker besides its platforms.
+    pub worker: Worker,
 }
 
 pub(crate) struct EngineInner {
@@ -78,6 +83,8 @@ pub(crate) struct EngineInner {
     begun: watch::Sender<u64>,
     /// Which requests of running builds made what others take as inputs.
     pub(crate) producers: Producers,
+    /// Graphs of running build operations.
+    pub(crate) nested: NestedGraphs,
 }
 
 /// Builds. Clones share it.
@@ -165,6 +172,7 @@ impl Engine {
             recent: Mutex::default(),
             begun: watch::Sender::new(0),
             producers: Producers::default(),
+            nested: NestedGraphs::default(),
         }))
     }
 
@@ -194,11 +202,11 @@ impl Engine {
             ahead: Ahead::default(),
             wishes: Wishes::default(),
             judge: BuildJudge::default(),
+            nested: Nested::default(),
         };
         let job = parts.solver.job(JobId(request.id.clone()), data.clone(), journal.clone())?;
         let mut running = self.begin(&request, journal.clone())?;
         let scope = BuildScope::new(self.0.clone(), &request, data, job, journal.clone());
-        let scope = Arc::new(scope);
         scope.judge_steps();
         let (id, internal) = (request.id.clone(), request.internal);
         let outcome = run(scope, request, wanted, exporters).await;

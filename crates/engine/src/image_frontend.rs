@@ -3,12 +3,16 @@
 use crate::{
     bridge::{EngineBridge, SourceQuery},
     container::EngineContainer,
+    trail::{Asked, Trail},
 };
+use shipway_dockerfile2llb::FrontendOverride;
 use shipway_executor::{ExitStatus, Outlet, Output, Stream, Wires};
-use shipway_fault::{Context as _, Detail, Fault, Result};
-use shipway_frontend::{BuildRef, Container as _, ContainerMount, ContainerProcess, ContainerRequest, FrontendResult, Options};
+use shipway_fault::{Code, Context as _, Detail, Fault, Result};
+use shipway_frontend::{
+    Bridge as _, BuildRef, Container as _, ContainerMount, ContainerProcess, ContainerRequest, FrontendResult, Options, Worker,
+};
 use shipway_gateway::GatewayBuild;
-use shipway_llb::{Definition, MarshalOptions, Mount, NetMode, SourceOp, State};
+use shipway_llb::{Definition, FileDraft, FileMkfile, MarshalOptions, Mount, NetMode, SourceOp, State, VertexOptions};
 use shipway_oci::{ImageConfig, ImageName, Platform};
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -30,10 +34,61 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// Lines of its standard error that are shown when it fails.
 const LAST_WORDS: usize = 10;
 
+/// Where frontends find what is known of themselves.
+const METADATA: &str = "/run/config/buildkit/metadata";
+
+/// Which frontends out of images may run (`frontend."gateway.v0"` of the configuration).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageFrontends {
+    enabled: bool,
+    /// Repositories; all where there are none.
+    allowed: BTreeSet<String>,
+}
+
+impl ImageFrontends {
+    /// Those of the repositories `allowed`, whose tags do not matter, or of all if it names none.
+    pub fn new(enabled: bool, allowed: &[String]) -> Result<Self> {
+        let repository = |name: &String| {
+            let parsed = name.parse::<ImageName>();
+            parsed.map(|n| n.locator()).map_err(|e| Fault::invalid(format!("allowedRepositories: {name:?} names no repository: {e}")))
+        };
+        Ok(Self { enabled, allowed: allowed.iter().map(repository).collect::<Result<_>>()? })
+    }
+
+    pub(crate) fn enabled(&self) -> bool {
+        self.enabled
+    }
+
+    /// Whether the image `source` may be one.
+    pub(crate) fn check(&self, source: &str) -> Result<()> {
+        if self.allowed.is_empty() {
+            return Ok(());
+        }
+        let name: ImageName = source.parse().map_err(|e| Fault::invalid(format!("{source:?} cannot name a frontend's image: {e}")))?;
+        if self.allowed.contains(&name.locator()) {
+            return Ok(());
+        }
+        Err(Fault::new(Code::PermissionDenied, format!("'{source}' is not an allowed gateway source"))
+            .hint("the daemon's configuration says which are: `allowedRepositories` of [frontend.\"gateway.v0\"]"))
+    }
+
+    /// Whether what a build puts in the place of a frontend may be one.
+    fn check_override(&self, input: &str) -> Result<()> {
+        match input.strip_prefix("docker-image://") {
+            _ if self.allowed.is_empty() => Ok(()),
+            Some(source) => self.check(source),
+            None => Err(Fault::new(Code::PermissionDenied, format!("'{input}' is not an allowed gateway source"))
+                .hint("the daemon allows frontends of some repositories only: `allowedRepositories` of [frontend.\"gateway.v0\"]")),
+        }
+    }
+}
+
 /// An image that is a frontend.
 struct FrontendImage {
-    name: ImageName,
+    name: String,
     config: ImageConfig,
+    /// Its files.
+    state: State,
     platform: Platform,
 }
 
@@ -44,17 +99,33 @@ fn caps(list: Option<&String>) -> BTreeSet<&str> {
 }
 
 impl FrontendImage {
+    /// What the build puts in the place of the image `source`, if it does that, or the image itself.
+    async fn find(bridge: &EngineBridge, source: &str, inner: &Arc<EngineBridge>) -> Result<Self> {
+        let Some(other) = FrontendOverride::find(&inner.options, source)? else { return Self::resolve(bridge, source).await };
+        let parts = &bridge.scope.engine.parts;
+        parts.image_frontends.check_override(&other.input)?;
+        let (state, config) = other.load(inner.clone()).await?;
+        let (name, platform) = (other.input, parts.platforms[0].clone());
+        Ok(Self { name, config: config.unwrap_or_default(), state, platform })
+    }
+
     async fn resolve(bridge: &EngineBridge, source: &str) -> Result<Self> {
         let scope = &bridge.scope;
         let name: ImageName = source.parse().map_err(|e| Fault::invalid(format!("{source:?} cannot name a frontend's image: {e}")))?;
         let platform = scope.engine.parts.platforms[0].clone();
         let asked = SourceOp { identifier: format!("docker-image://{name}"), attrs: BTreeMap::new() };
         let asked = scope.check(asked, Some(&platform), &[]).await?;
+        // A policy may have put another in its place, and that may be the client's.
+        let found = asked.identifier.strip_prefix("docker-image://").unwrap_or(&asked.identifier);
+        scope.engine.parts.image_frontends.check(found)?;
         let query = SourceQuery { platform: Some(platform.clone()), log_name: String::new(), ..SourceQuery::default() };
         let meta = scope.resolve(asked, query).await?;
         let image = meta.facts.image.ok_or_else(|| Fault::internal("an image was resolved without its config"))?;
         let config = serde_json::from_slice(&image.config).map_err(|e| Fault::invalid(format!("read the config of {name}: {e}")))?;
-        Ok(Self { name: name.with_digest(image.digest), config, platform })
+        let name = name.with_digest(image.digest).to_string();
+        let extra = BTreeMap::from([("image.recordtype".to_owned(), "frontend".to_owned())]);
+        let state = State::image(&name, "", extra, Default::default());
+        Ok(Self { name, config, state, platform })
     }
 
     /// The frontend must know what it is asked for (row `fe.caps`).
@@ -68,20 +139,35 @@ impl FrontendImage {
         }
     }
 
-    fn definition(&self) -> Result<Definition> {
-        let extra = BTreeMap::from([("image.recordtype".to_owned(), "frontend".to_owned())]);
-        let state = State::image(&self.name.to_string(), "", extra, Default::default());
+    fn marshal(&self, state: &State) -> Result<Definition> {
         state.marshal(&MarshalOptions { platform: self.platform.clone(), caps: None, local_unique_id: String::new() })
     }
 
-    fn process(&self, options: &Options, session: &str, platforms: &[Platform]) -> Result<ContainerProcess> {
+    /// A directory with what the frontend may want to know of itself: the definition of its files (row `gwctr.meta`).
+    fn metadata(&self, definition: &Definition) -> Result<Definition> {
+        let file = FileMkfile {
+            path: "/frontend.bin".into(),
+            mode: 0o400,
+            data: definition.encode().into(),
+            timestamp: Some(0),
+            ..FileMkfile::default()
+        };
+        let name = VertexOptions::named(format!("[internal] metadata of the frontend {}", self.name));
+        self.marshal(&State::scratch().file(FileDraft::new().mkfile(file), name))
+    }
+
+    fn process(&self, options: &Options, session: &str, worker: &Worker) -> Result<ContainerProcess> {
         let config = &self.config.config;
         let mut env = config.env.clone();
         env.extend(options.iter().enumerate().map(|(i, (k, v))| format!("BUILDKIT_FRONTEND_OPT_{i}={k}={v}")));
-        let workers = serde_json::json!([{ "id": "shipway", "labels": {}, "platforms": platforms }]);
+        let Worker { id, labels, platforms, package, version, revision } = worker;
+        let version = serde_json::json!({ "package": package, "version": version, "revision": revision });
+        let workers = serde_json::json!([{
+            "id": id, "labels": labels, "platforms": platforms, "gcPolicy": null, "buildkitVersion": version, "cdiDevices": null,
+        }]);
         env.push(format!("BUILDKIT_SESSION_ID={session}"));
         env.push(format!("BUILDKIT_WORKERS={workers}"));
-        env.push("BUILDKIT_EXPORTEDPRODUCT=".to_owned());
+        env.push("BUILDKIT_EXPORTEDPRODUCT=buildkit".to_owned());
         let args = config.entrypoint.clone().filter(|e| !e.is_empty()).unwrap_or_else(|| vec!["/run".to_owned()]);
         Ok(ContainerProcess {
             args,
@@ -153,19 +239,26 @@ async fn carry(ours: DuplexStream, to: mpsc::Sender<bytes::Bytes>, mut from: mps
 /// Runs the frontend in the image `source`, which gets `inner` as its bridge.
 pub(crate) async fn run(bridge: &EngineBridge, source: &str, inner: EngineBridge) -> Result<FrontendResult> {
     let doing = || format!("run the frontend {source}");
-    let image = FrontendImage::resolve(bridge, source).await.context(doing)?;
+    let inner = Arc::new(inner);
+    let image = FrontendImage::find(bridge, source, &inner).await.context(doing)?;
     image.check_caps(&inner.options, !inner.inputs.is_empty())?;
     let scope = bridge.scope.clone();
-    let state = scope.state(image.definition()?, &[], &bridge.trail).await.context(doing)?;
+    let definition = image.marshal(&image.state)?;
+    let metadata = scope.state(image.metadata(&definition)?, &[], &Trail::root(Asked::default())).await.context(doing)?;
+    let state = scope.state(definition, &[], &bridge.trail).await.context(doing)?;
+    let mount = |dest: &str, readonly: bool, state: Arc<dyn BuildRef>| ContainerMount {
+        mount: Mount { dest: dest.into(), readonly, ..Mount::default() },
+        state: Some(state),
+    };
     let asked = ContainerRequest {
         name: format!("frontend {}", image.name),
-        mounts: vec![ContainerMount { mount: Mount { dest: "/".into(), ..Mount::default() }, state: Some(state as Arc<dyn BuildRef>) }],
+        mounts: vec![mount("/", false, state), mount(METADATA, true, metadata)],
         network: image.network(),
         ..ContainerRequest::default()
     };
     let container = EngineContainer::new(&scope, asked).await.context(doing)?;
-    let process = image.process(&inner.options, &scope.session, &scope.engine.parts.platforms)?;
-    let (build, returned) = GatewayBuild::new(Arc::new(inner));
+    let process = image.process(&inner.options, &scope.session, &inner.worker())?;
+    let (build, returned) = GatewayBuild::new(inner);
     let ((theirs, ours), words) = (tokio::io::duplex(PIPE), LastWords::default());
     let (to, input) = mpsc::channel(QUEUE);
     let (output, from) = mpsc::channel(QUEUE);
@@ -193,18 +286,29 @@ async fn outcome(
     let ended = tokio::select! {
         biased;
         result = &mut returned => {
-            let _ = tokio::time::timeout(FAREWELL, work).await;
-            return result.map_err(|_| Fault::cancelled());
+            let result = result.map_err(|_| Fault::cancelled())?;
+            // That it failed afterwards counts more than what it said before, unless it had said that it would.
+            return match tokio::time::timeout(FAREWELL, work).await {
+                Ok(Err(fault)) if result.is_ok() => Err(fault),
+                Ok(Ok(ExitStatus { code, .. })) if result.is_ok() && code != 0 => Err(exited(code)),
+                _ => Ok(result),
+            };
         }
         ended = &mut work => ended,
     };
-    if let Ok(result) = returned.try_recv() {
-        return Ok(result);
+    let result = returned.try_recv();
+    if let Ok(Err(fault)) = result {
+        return Ok(Err(fault));
     }
-    match ended? {
-        ExitStatus { code: 0, .. } => Err(Fault::unknown("the frontend ended without a result")),
-        ExitStatus { code, .. } => Err(Fault::unknown(format!("exit code: {code}")).detail(Detail::Exit(code))),
+    match (ended?, result) {
+        (ExitStatus { code: 0, .. }, Ok(result)) => Ok(result),
+        (ExitStatus { code: 0, .. }, Err(_)) => Err(Fault::unknown("the frontend ended without a result")),
+        (ExitStatus { code, .. }, _) => Err(exited(code)),
     }
+}
+
+fn exited(code: u32) -> Fault {
+    Fault::unknown(format!("exit code: {code}")).detail(Detail::Exit(code))
 }
 
 #[cfg(test)]
@@ -214,7 +318,7 @@ mod tests {
     fn image(labels: &[(&str, &str)]) -> FrontendImage {
         let mut config = ImageConfig::default();
         config.config.labels = labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        FrontendImage { name: "example.com/front:1".parse().unwrap(), config, platform: Platform::host() }
+        FrontendImage { name: "example.com/front:1".into(), config, state: State::scratch(), platform: Platform::host() }
     }
 
     #[test]
@@ -229,10 +333,16 @@ mod tests {
     #[test]
     fn a_frontend_is_told_of_everything_in_its_environment() {
         let options = Options::from([("a".to_owned(), "1".to_owned()), ("b".to_owned(), "x=y".to_owned())]);
-        let process = image(&[("moby.buildkit.frontend.network.none", "true")]).process(&options, "s", &[Platform::host()]).unwrap();
+        let labels = [("l".to_owned(), "v".to_owned())].into();
+        let worker = Worker { id: "w".into(), labels, platforms: vec![Platform::host()], version: "v1".into(), ..Worker::default() };
+        let process = image(&[("moby.buildkit.frontend.network.none", "true")]).process(&options, "s", &worker).unwrap();
         assert_eq!(process.args, ["/run"]);
         assert!(process.env.contains(&"BUILDKIT_FRONTEND_OPT_1=b=x=y".to_owned()), "{:?}", process.env);
-        assert!(process.env.iter().any(|e| e.starts_with("BUILDKIT_WORKERS=[{")));
+        assert!(process.env.contains(&"BUILDKIT_EXPORTEDPRODUCT=buildkit".to_owned()));
+        let workers = process.env.iter().find_map(|e| e.strip_prefix("BUILDKIT_WORKERS=")).unwrap();
+        let workers: serde_json::Value = serde_json::from_str(workers).unwrap();
+        assert_eq!((&workers[0]["id"], &workers[0]["labels"]["l"]), (&"w".into(), &"v".into()));
+        assert_eq!((&workers[0]["platforms"][0]["os"], &workers[0]["buildkitVersion"]["version"]), (&"linux".into(), &"v1".into()));
     }
 
     #[tokio::test]
@@ -242,6 +352,17 @@ mod tests {
         assert_eq!(said.to_string(), "exit code: 3");
         let (sender, returned) = tokio::sync::oneshot::channel();
         assert!(sender.send(Ok(FrontendResult::of(None))).is_ok());
-        assert!(outcome(async { Ok(ExitStatus { code: 3, ..Default::default() }) }, returned).await.unwrap().is_ok());
+        assert!(outcome(async { Ok(ExitStatus::default()) }, returned).await.unwrap().is_ok());
+        // The end counts more than a result, and a failure that was returned more than both.
+        for (returns, want) in [(Ok(FrontendResult::of(None)), "exit code: 3"), (Err(Fault::unknown("no such file")), "no such file")] {
+            let (sender, returned) = tokio::sync::oneshot::channel();
+            assert!(sender.send(returns).is_ok());
+            let work = async { Ok(ExitStatus { code: 3, ..Default::default() }) };
+            let fault = match outcome(work, returned).await {
+                Ok(result) => result.err().unwrap(),
+                Err(fault) => fault,
+            };
+            assert_eq!(fault.to_string(), want);
+        }
     }
 }

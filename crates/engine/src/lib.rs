@@ -32,6 +32,7 @@ pub use history::{
     FaultEncoder, History, HistoryEncoders, HistoryEvent, HistoryEventKind, HistoryFilter, HistoryLimits, HistoryRecord, LogEncoder,
     LogFile, Steps,
 };
+pub use image_frontend::ImageFrontends;
 pub use policy::BuildPolicy;
 pub use request::{BuildRequest, BuildResponse, ExporterRequest};
 pub use results::RefResults;

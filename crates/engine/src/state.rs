@@ -6,6 +6,7 @@ use bytes::Bytes;
 use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{BuildRef, FileStat};
 use shipway_llb::Definition;
+use shipway_oci::Digest;
 use shipway_ops::{LlbOp, Remains};
 use shipway_refs::{Compression, ImmutableRef};
 use shipway_solver::Vertex;
@@ -95,18 +96,25 @@ async fn read<T: Send + 'static>(state: &dyn BuildRef, f: impl FnOnce(&Path) -> 
 }
 
 impl EngineRef {
-    pub(crate) fn new(definition: Definition, made: (Arc<Vertex<LlbOp>>, usize), trail: &Arc<Trail>, scope: Arc<BuildScope>) -> Self {
+    pub(crate) fn new(
+        definition: Definition,
+        made: (Arc<Vertex<LlbOp>>, usize),
+        trail: &Arc<Trail>,
+        scope: Arc<BuildScope>,
+    ) -> Result<Self> {
         let (vertex, output) = made;
-        Self {
-            id: scope.ref_id(),
-            definition,
-            vertex,
-            output,
-            trail: Arc::downgrade(trail),
-            scope,
-            solved: Mutex::default(),
-            solving: Default::default(),
+        let (id, trail) = (shipway_ops::random_id()?, Arc::downgrade(trail));
+        let (solved, solving) = (Mutex::default(), Default::default());
+        Ok(Self { id, definition, vertex, output, trail, scope, solved, solving })
+    }
+
+    /// The vertices that it needs.
+    pub(crate) fn vertices(&self) -> HashSet<Digest> {
+        let (mut seen, mut queue) = (HashSet::from([self.vertex.id.digest]), vec![&self.vertex]);
+        while let Some(next) = queue.pop() {
+            queue.extend(next.inputs.iter().map(|(input, _)| input).filter(|i| seen.insert(i.id.digest)));
         }
+        seen
     }
 
     /// Whether it was needed yet.

@@ -8,7 +8,7 @@ mod redact;
 
 pub use redact::{redact, redact_text};
 
-use std::{any::Any, borrow::Cow, fmt, sync::Arc};
+use std::{any::Any, borrow::Cow, collections::BTreeMap, fmt, panic::Location, sync::Arc};
 
 /// Who has to act on an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -144,6 +144,8 @@ pub enum Detail {
         op: Vec<u8>,
         /// The part of it that failed.
         subject: Option<Subject>,
+        /// What the graph says of the operation besides.
+        description: BTreeMap<String, String>,
     },
     /// The frontend that failed.
     Frontend {
@@ -156,6 +158,8 @@ pub enum Detail {
     FrontendCap(String),
     /// A subrequest we do not answer.
     Subrequest(String),
+    /// What provenance lacks of the materials that the build wanted all of (row `err.provenance`).
+    IncompleteMaterials(Vec<IncompleteMaterial>),
     /// Something that the version of the defaults which the client wants does not have (row `err.compat`).
     Compatibility {
         /// The version.
@@ -163,8 +167,6 @@ pub enum Detail {
         /// What it lacks.
         feature: String,
     },
-    /// Materials that provenance is missing though it was to have them all.
-    Materials(Vec<MissingMaterial>),
     /// Exit code of the process that failed.
     Exit(u32),
     /// A thing that goes with the fault inside this process only; what it is, its maker knows.
@@ -178,14 +180,16 @@ pub enum Detail {
     },
 }
 
-/// One of [`Detail::Materials`]; what is not known is empty.
+/// Something that a build took and provenance cannot name. What does not apply is empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub struct MissingMaterial {
+pub struct IncompleteMaterial {
     pub op: String,
     pub name: String,
     pub method: String,
     pub uri: String,
+    /// Where redirections led.
+    pub final_uri: String,
     pub reason: String,
 }
 
@@ -210,7 +214,9 @@ struct Data {
     class: Class,
     code: Code,
     message: Cow<'static, str>,
-    context: Vec<Cow<'static, str>>,
+    /// Where it was made.
+    origin: &'static Location<'static>,
+    context: Vec<(Cow<'static, str>, &'static Location<'static>)>,
     hints: Vec<Cow<'static, str>>,
     details: Vec<Detail>,
     source: Option<Arc<dyn std::error::Error + Send + Sync>>,
@@ -233,11 +239,13 @@ fn words_of(error: &std::io::Error) -> String {
 
 impl Fault {
     /// A fault of `code`, in the class that the code implies.
+    #[track_caller]
     pub fn new(code: Code, message: impl Into<Cow<'static, str>>) -> Self {
         Self(Arc::new(Data {
             class: code.class(),
             code,
             message: message.into(),
+            origin: Location::caller(),
             context: Vec::new(),
             hints: Vec::new(),
             details: Vec::new(),
@@ -246,41 +254,49 @@ impl Fault {
     }
 
     /// Wrong input.
+    #[track_caller]
     pub fn invalid(message: impl Into<Cow<'static, str>>) -> Self {
         Self::new(Code::InvalidArgument, message)
     }
 
     /// Something the request names does not exist.
+    #[track_caller]
     pub fn not_found(message: impl Into<Cow<'static, str>>) -> Self {
         Self::new(Code::NotFound, message)
     }
 
     /// Something that exists in BuildKit's API and not here; `what` names it.
+    #[track_caller]
     pub fn unimplemented(what: impl fmt::Display) -> Self {
         Self::new(Code::Unimplemented, format!("{what} is not implemented by this shipwayd"))
     }
 
     /// A broken promise of our own.
+    #[track_caller]
     pub fn internal(message: impl Into<Cow<'static, str>>) -> Self {
         Self::new(Code::Internal, message)
     }
 
     /// The surroundings failed for now.
+    #[track_caller]
     pub fn unavailable(message: impl Into<Cow<'static, str>>) -> Self {
         Self::new(Code::Unavailable, message)
     }
 
     /// Nobody is interested any more.
+    #[track_caller]
     pub fn cancelled() -> Self {
         Self::new(Code::Cancelled, "context canceled")
     }
 
     /// A failure of a step or another thing of the user's that has no finer code.
+    #[track_caller]
     pub fn unknown(message: impl Into<Cow<'static, str>>) -> Self {
         Self::new(Code::Unknown, message)
     }
 
     /// The fault of an I/O error while doing `what` (for example `"open /x"`).
+    #[track_caller]
     pub fn io(what: impl fmt::Display, error: std::io::Error) -> Self {
         use std::io::ErrorKind::*;
         let code = match error.kind() {
@@ -303,8 +319,10 @@ impl Fault {
 
     /// Says what was being done; the newest context prints first.
     #[must_use]
+    #[track_caller]
     pub fn context(self, what: impl Into<Cow<'static, str>>) -> Self {
-        self.edit(|d| d.context.push(what.into()))
+        let place = Location::caller();
+        self.edit(|d| d.context.push((what.into(), place)))
     }
 
     /// Adds advice for the person who reads the error.
@@ -374,6 +392,11 @@ impl Fault {
         &self.0.details
     }
 
+    /// The places in our source that it came through, innermost first: where it was made, then where each context was added.
+    pub fn trace(&self) -> impl Iterator<Item = &'static Location<'static>> {
+        std::iter::once(self.0.origin).chain(self.0.context.iter().map(|(_, place)| *place))
+    }
+
     /// Whether somebody lost interest, rather than something failing.
     pub fn is_cancelled(&self) -> bool {
         self.0.class == Class::Cancelled
@@ -392,7 +415,7 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for context in self.0.context.iter().rev() {
+        for (context, _) in self.0.context.iter().rev() {
             write!(f, "{context}: ")?;
         }
         f.write_str(&self.0.message)
@@ -418,12 +441,17 @@ impl std::error::Error for Fault {
 /// Adds context to the error of a result.
 pub trait Context<T> {
     /// See [`Fault::context`]; the closure runs only for errors.
+    #[track_caller]
     fn context<C: Into<Cow<'static, str>>>(self, what: impl FnOnce() -> C) -> Result<T>;
 }
 
 impl<T, E: Into<Fault>> Context<T> for std::result::Result<T, E> {
+    #[track_caller]
     fn context<C: Into<Cow<'static, str>>>(self, what: impl FnOnce() -> C) -> Result<T> {
-        self.map_err(|e| e.into().context(what()))
+        match self {
+            Ok(value) => Ok(value),
+            Err(e) => Err(e.into().context(what())),
+        }
     }
 }
 

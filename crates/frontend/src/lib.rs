@@ -192,9 +192,30 @@ pub struct Warning {
     pub spans: Vec<Span>,
 }
 
+/// A worker as frontends know it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Worker {
+    pub id: String,
+    pub labels: BTreeMap<String, String>,
+    /// Platforms it can run, native first.
+    pub platforms: Vec<Platform>,
+    /// Name of the program.
+    pub package: String,
+    /// Version of the API that it has.
+    pub version: String,
+    /// Version of the program itself.
+    pub revision: String,
+}
+
 /// What the engine offers a frontend. One bridge belongs to one build.
 #[async_trait]
 pub trait Bridge: Send + Sync {
+    /// The worker that runs this.
+    fn worker(&self) -> Worker {
+        Worker { platforms: self.platforms(), ..Worker::default() }
+    }
+
     /// Options of the build.
     fn options(&self) -> &Options;
 

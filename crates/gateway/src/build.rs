@@ -3,8 +3,10 @@
 use crate::{BridgeService, containers::Kept};
 use shipway_fault::{Fault, Result};
 use shipway_frontend::{Bridge, BuildRef, Container, FrontendResult};
+use shipway_grpc::HealthService;
 use shipway_proto::{
     MAX_MESSAGE,
+    grpc::health::v1::health_server::HealthServer,
     moby::buildkit::v1::{frontend::llb_bridge_server::LlbBridgeServer, types::WorkerRecord},
 };
 use std::{
@@ -17,6 +19,11 @@ use tokio::{
     sync::{oneshot, watch},
 };
 use tonic::service::Routes;
+
+/// States that one build may hold.
+const MAX_REFS: usize = 20_000;
+/// Containers that one build may hold at a time.
+const MAX_CONTAINERS: usize = 500;
 
 /// How long a call waits for its build to be registered (row `gwfwd.wait`).
 const GRACE: Duration = Duration::from_secs(3);
@@ -45,17 +52,23 @@ impl GatewayBuild {
     }
 
     /// Remembers a reference under its id.
-    pub(crate) fn keep(&self, build_ref: &Arc<dyn BuildRef>) -> String {
+    pub(crate) fn keep(&self, build_ref: &Arc<dyn BuildRef>) -> Result<String> {
         let id = build_ref.id().to_owned();
-        lock(&self.refs).insert(id.clone(), build_ref.clone());
-        id
+        let mut refs = lock(&self.refs);
+        if refs.len() >= MAX_REFS && !refs.contains_key(&id) {
+            let message = format!("the build asked for more than {MAX_REFS} states");
+            return Err(Fault::new(shipway_fault::Code::ResourceExhausted, message));
+        }
+        refs.insert(id.clone(), build_ref.clone());
+        Ok(id)
     }
 
     /// Remembers the states that go with a failure that the client is told of.
     pub(crate) fn keep_left<T>(&self, result: Result<T>) -> Result<T> {
         if let Err(fault) = &result {
             for left in self.bridge.left_by(fault) {
-                self.keep(&left);
+                // Where there is no room the failure is told all the same.
+                let _ = self.keep(&left);
             }
         }
         result
@@ -71,6 +84,10 @@ impl GatewayBuild {
         let mut containers = lock(&self.containers);
         if containers.contains_key(&name) {
             return Err(Fault::new(shipway_fault::Code::AlreadyExists, format!("Container {name} already exists")));
+        }
+        if containers.len() >= MAX_CONTAINERS {
+            let message = format!("the build has {MAX_CONTAINERS} containers, and more are not allowed");
+            return Err(Fault::new(shipway_fault::Code::ResourceExhausted, message).hint("release those that are not needed any more"));
         }
         containers.insert(name, kept);
         Ok(())
@@ -107,7 +124,7 @@ impl GatewayBuild {
     pub(crate) fn deliver(&self, result: Result<FrontendResult>) -> Result<()> {
         let sender = lock(&self.returned)
             .take()
-            .ok_or_else(|| Fault::new(shipway_fault::Code::FailedPrecondition, "return called multiple times"))?;
+            .ok_or_else(|| Fault::new(shipway_fault::Code::FailedPrecondition, "gateway result is already set"))?;
         // A build whose waiter is gone was cancelled; its client learns that from Solve.
         let _ = sender.send(result);
         Ok(())
@@ -126,9 +143,12 @@ impl Default for Builds {
 
 /// Serves `build` alone over `io`, to a frontend that needs not say which build it means, until that ends.
 pub async fn serve(build: Arc<GatewayBuild>, io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Result<()> {
+    // Clients of Go's look whether the other end is in good health, as they do with the daemon itself.
+    let health = HealthServer::new(HealthService);
     let service =
         LlbBridgeServer::new(BridgeService::of(build)).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
-    shipway_grpc::serve_tunnel(io, Routes::new(service), shipway_grpc::TunnelPeer::Stranger).await
+    let routes = Routes::new(service).add_service(health);
+    shipway_grpc::serve_tunnel(io, routes, shipway_grpc::TunnelPeer::Stranger).await
 }
 
 /// Keeps a build registered; dropping it takes the build out.
@@ -174,6 +194,7 @@ mod tests {
     use shipway_frontend::{Options, SolveRequest, SourceMeta, SourceRequest, Warning};
     use shipway_llb::Definition;
     use shipway_oci::Platform;
+    use shipway_proto::grpc::health::v1::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
     use shipway_proto::moby::buildkit::v1::frontend::{self as wire, llb_bridge_client::LlbBridgeClient};
     use std::collections::BTreeMap;
 
@@ -194,8 +215,13 @@ mod tests {
             vec![Platform::host()]
         }
 
+        fn worker(&self) -> shipway_frontend::Worker {
+            shipway_frontend::Worker { id: "w".into(), labels: [("a".to_owned(), "b".to_owned())].into(), ..Default::default() }
+        }
+
         async fn solve(&self, _: SolveRequest) -> Result<FrontendResult> {
-            Ok(FrontendResult::of(None))
+            let metadata = [("k".to_owned(), b"own".to_vec())].into();
+            Ok(FrontendResult { metadata, ..FrontendResult::of(None) })
         }
 
         async fn resolve_source(&self, _: SourceRequest) -> Result<SourceMeta> {
@@ -211,6 +237,68 @@ mod tests {
         }
     }
 
+    struct Numbered(String);
+
+    #[async_trait]
+    impl BuildRef for Numbered {
+        fn id(&self) -> &str {
+            &self.0
+        }
+
+        fn definition(&self) -> Option<&Definition> {
+            None
+        }
+
+        async fn evaluate(&self) -> Result<()> {
+            Ok(())
+        }
+
+        async fn read_file(&self, path: &str, _: Option<(u64, u64)>) -> Result<bytes::Bytes> {
+            Err(Fault::not_found(path.to_owned()))
+        }
+
+        async fn read_dir(&self, path: &str, _: Option<&str>) -> Result<Vec<shipway_frontend::FileStat>> {
+            Err(Fault::not_found(path.to_owned()))
+        }
+
+        async fn stat_file(&self, path: &str) -> Result<shipway_frontend::FileStat> {
+            Err(Fault::not_found(path.to_owned()))
+        }
+
+        fn as_any(&self) -> &(dyn std::any::Any + Send + Sync) {
+            self
+        }
+    }
+
+    #[test]
+    fn a_build_holds_no_more_states_than_it_may() {
+        let (build, _returned) = GatewayBuild::new(Arc::new(Nothing));
+        let keep = |number: usize| build.keep(&(Arc::new(Numbered(number.to_string())) as Arc<dyn BuildRef>));
+        for number in 0..MAX_REFS {
+            keep(number).unwrap();
+        }
+        assert_eq!(keep(MAX_REFS).unwrap_err().code(), shipway_fault::Code::ResourceExhausted);
+        // Those that are known stay so.
+        assert_eq!(keep(0).unwrap(), "0");
+        assert!(build.find("0").is_ok() && build.find(&MAX_REFS.to_string()).unwrap_err().is_not_found());
+    }
+
+    /// Go writes a map of byte slices, and the result's own metadata counts more.
+    #[tokio::test]
+    async fn metadata_of_old_clients_is_in_base64_and_comes_second() {
+        let (build, returned) = GatewayBuild::new(Arc::new(Nothing));
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let serving = tokio::spawn(serve(build, ours));
+        let tunnel = shipway_grpc::TunnelChannel::connect(theirs).await.unwrap();
+        let mut client = LlbBridgeClient::new(tunnel.channel());
+        let exporter_attr = br#"{"k":"YXNrZWQ=","l":"YXNrZWQ=","n":null}"#.to_vec();
+        client.solve(wire::SolveRequest { r#final: true, exporter_attr, ..Default::default() }).await.unwrap();
+        let metadata = returned.await.unwrap().unwrap().metadata;
+        assert_eq!((&*metadata["k"], &*metadata["l"], &*metadata["n"]), (&b"own"[..], &b"asked"[..], &b""[..]));
+        drop((client, tunnel));
+        let _ = serving.await.unwrap();
+    }
+
     #[tokio::test]
     async fn a_frontend_that_is_served_alone_names_no_build() {
         let (build, returned) = GatewayBuild::new(Arc::new(Nothing));
@@ -219,7 +307,10 @@ mod tests {
         let tunnel = shipway_grpc::TunnelChannel::connect(theirs).await.unwrap();
         let mut client = LlbBridgeClient::new(tunnel.channel());
         let pong = client.ping(wire::PingRequest {}).await.unwrap().into_inner();
-        assert_eq!(pong.workers.len(), 1);
+        assert_eq!((pong.workers.len(), &*pong.workers[0].id, &*pong.workers[0].labels["a"]), (1, "w", "b"));
+        let mut health = HealthClient::new(tunnel.channel());
+        let status = health.check(HealthCheckRequest::default()).await.unwrap().into_inner().status();
+        assert_eq!(status, ServingStatus::Serving);
         assert!(pong.frontend_api_caps.iter().any(|c| c.id == "gateway.exec" && c.enabled));
         let unknown = client.new_container(wire::NewContainerRequest { container_id: "c".into(), ..Default::default() }).await.unwrap_err();
         assert_eq!(unknown.code(), tonic::Code::Unimplemented);

@@ -85,8 +85,11 @@ fn no_empty_places(definition: &mut pb::Definition) {
 }
 
 /// A result for the client; references are remembered in `build`. `arrays` is the client's `allowResultArrayRef`.
-pub(crate) fn result_to_wire(build: &GatewayBuild, result: &FrontendResult, arrays: bool) -> wire::Result {
-    let id = |state: &Option<Arc<dyn BuildRef>>| state.as_ref().map(|r| build.keep(r)).unwrap_or_default();
+pub(crate) fn result_to_wire(build: &GatewayBuild, result: &FrontendResult, arrays: bool) -> Result<wire::Result> {
+    for state in result.states() {
+        build.keep(state)?;
+    }
+    let id = |state: &Option<Arc<dyn BuildRef>>| state.as_ref().map(|r| r.id().to_owned()).unwrap_or_default();
     // Scratch has an empty definition rather than none: a map's empty message is left out by our encoder, and Go's fast decoder makes a nil of it.
     let definition = |state: &Option<Arc<dyn BuildRef>>| match state {
         None => Some(pb::Definition::default()),
@@ -113,7 +116,7 @@ pub(crate) fn result_to_wire(build: &GatewayBuild, result: &FrontendResult, arra
     };
     let list = |all: &Vec<BuildAttestation>| wire::Attestations { attestation: all.iter().map(one).collect() };
     let attestations = result.attestations.iter().map(|(k, all)| (k.clone(), list(all))).collect();
-    wire::Result { result: payload, metadata: result.metadata.clone(), attestations }
+    Ok(wire::Result { result: payload, metadata: result.metadata.clone(), attestations })
 }
 
 fn subject_to_wire(s: &SubjectSpec) -> wire::InTotoSubject {

@@ -4,15 +4,16 @@ use crate::{
     build::{Builds, GatewayBuild, WorkerSource},
     containers, convert, processes,
 };
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use shipway_fault::{Fault, Result};
-use shipway_frontend::{CacheImport, FrontendResult, SolveRequest, SourceRequest, Warning};
+use shipway_frontend::{CacheImport, FrontendResult, SolveRequest, SourceRequest, Warning, Worker};
 use shipway_grpc::{fault_of, platform_to_wire, status_of};
 use shipway_llb::{Caps, Definition};
 use shipway_proto::moby::buildkit::v1::{
     apicaps::ApiCap,
     frontend::{self as wire, llb_bridge_server::LlbBridge},
-    types::WorkerRecord,
+    types::{BuildkitVersion, WorkerRecord},
 };
 use std::{collections::BTreeMap, sync::Arc};
 use tokio::sync::mpsc;
@@ -56,8 +57,10 @@ impl BridgeService {
         match &self.0 {
             Route::Named(_, workers) => workers(),
             Route::Only(build) => {
-                let platforms = build.bridge.platforms().iter().map(platform_to_wire).collect();
-                vec![WorkerRecord { id: "shipway".into(), platforms, ..WorkerRecord::default() }]
+                let Worker { id, labels, platforms, package, version, revision } = build.bridge.worker();
+                let platforms = platforms.iter().map(platform_to_wire).collect();
+                let version = BuildkitVersion { package, version, revision, ..BuildkitVersion::default() };
+                vec![WorkerRecord { id, labels, platforms, buildkit_version: Some(version), ..WorkerRecord::default() }]
             }
         }
     }
@@ -96,14 +99,18 @@ async fn solve(build: &GatewayBuild, request: wire::SolveRequest) -> Result<wire
     };
     let mut result = build.bridge.solve(solve).await?;
     if request.r#final {
-        // Clients from before Return put the result's metadata here (row `gw.solve.compat`).
+        // Clients from before Return put metadata here, bytes as Go writes them; the result's own counts more (row
+        // `gw.solve.compat`).
         if !request.exporter_attr.is_empty() {
-            let extra: BTreeMap<String, String> =
-                serde_json::from_slice(&request.exporter_attr).map_err(|e| Fault::invalid(format!("invalid exporter attributes: {e}")))?;
-            result.metadata.extend(extra.into_iter().map(|(k, v)| (k, v.into_bytes())));
+            let bad = |e: &dyn std::fmt::Display| Fault::invalid(format!("invalid exporter attributes: {e}"));
+            let extra: BTreeMap<String, Option<String>> = serde_json::from_slice(&request.exporter_attr).map_err(|e| bad(&e))?;
+            for (key, value) in extra {
+                let bytes = BASE64_STANDARD.decode(value.unwrap_or_default()).map_err(|e| bad(&e))?;
+                result.metadata.entry(key).or_insert(bytes);
+            }
         }
         let reference = match &result.single {
-            Some(Some(r)) => build.keep(r),
+            Some(Some(r)) => build.keep(r)?,
             _ => String::new(),
         };
         build.deliver(Ok(result))?;
@@ -112,11 +119,14 @@ async fn solve(build: &GatewayBuild, request: wire::SolveRequest) -> Result<wire
     if request.allow_result_return {
         return Ok(wire::SolveResponse {
             r#ref: String::new(),
-            result: Some(convert::result_to_wire(build, &result, request.allow_result_array_ref)),
+            result: Some(convert::result_to_wire(build, &result, request.allow_result_array_ref)?),
         });
     }
     match &result.single {
-        Some(state) => Ok(wire::SolveResponse { r#ref: state.as_ref().map(|r| build.keep(r)).unwrap_or_default(), result: None }),
+        Some(state) => {
+            let r#ref = state.as_ref().map(|r| build.keep(r)).transpose()?.unwrap_or_default();
+            Ok(wire::SolveResponse { r#ref, result: None })
+        }
         None => Err(Fault::invalid("solve did not return default result")),
     }
 }

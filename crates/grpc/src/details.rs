@@ -3,17 +3,23 @@
 //! Two dialects are in use. `Solve` is canonical protobuf JSON; every other type is what Go's `encoding/json` makes of the generated
 //! struct, which is protobuf JSON with original field names and plain numbers. Both are written from descriptors.
 
-use std::sync::{Arc, LazyLock};
+use std::{
+    panic::Location,
+    sync::{Arc, LazyLock},
+};
 
+use crate::status::Program;
 use prost::Message;
 use prost_reflect::{DescriptorPool, DeserializeOptions, DynamicMessage, SerializeOptions};
 use prost_types::Any;
-use shipway_fault::{Detail, MissingMaterial, Position, SourceFile, Span, Subject};
+use shipway_fault::{Detail, Fault, IncompleteMaterial, Position, SourceFile, Span, Subject};
 use shipway_proto::{errdefs, pb};
 
 const PREFIX: &str = "github.com/moby/buildkit/";
 const SUFFIX: &str = "+json";
 const EXIT: &str = "gatewayapi.ExitMessage";
+/// Frames of a stack that are told.
+const MAX_FRAMES: usize = 64;
 
 static POOL: LazyLock<Option<DescriptorPool>> = LazyLock::new(|| {
     DescriptorPool::decode(&include_bytes!(concat!(env!("OUT_DIR"), "/errdefs.bin"))[..])
@@ -26,7 +32,7 @@ pub(crate) fn encode(detail: &Detail) -> Option<Any> {
     match detail {
         Detail::Vertex(digest) => go_json("errdefs.Vertex", &errdefs::Vertex { digest: digest.clone() }),
         Detail::Source { file, spans } => go_json("errdefs.Source", &source(file, spans)),
-        Detail::Solve { input_ids, mount_ids, op, subject } => {
+        Detail::Solve { input_ids, mount_ids, op, subject, description } => {
             let message = errdefs::Solve {
                 input_i_ds: input_ids.clone(),
                 mount_i_ds: mount_ids.clone(),
@@ -35,28 +41,28 @@ pub(crate) fn encode(detail: &Detail) -> Option<Any> {
                     Subject::FileAction(index) => errdefs::solve::Subject::File(errdefs::FileAction { index }),
                     Subject::CacheInput(index) => errdefs::solve::Subject::Cache(errdefs::ContentCache { index }),
                 }),
-                ..Default::default()
+                description: description.clone(),
             };
             json("errdefs.Solve", &message, &SerializeOptions::new())
         }
         Detail::Frontend { name, source } => go_json("errdefs.Frontend", &errdefs::Frontend { name: name.clone(), source: source.clone() }),
         Detail::FrontendCap(name) => go_json("errdefs.FrontendCap", &errdefs::FrontendCap { name: name.clone() }),
         Detail::Subrequest(name) => go_json("errdefs.Subrequest", &errdefs::Subrequest { name: name.clone() }),
-        Detail::Compatibility { version, feature } => {
-            let message = errdefs::CompatibilityFeature { version: *version, feature: feature.clone() };
-            go_json("errdefs.CompatibilityFeature", &message)
-        }
-        Detail::Materials(missing) => {
-            let one = |m: &MissingMaterial| errdefs::ProvenanceMaterialIncomplete {
+        Detail::IncompleteMaterials(all) => {
+            let one = |m: &IncompleteMaterial| errdefs::ProvenanceMaterialIncomplete {
                 op: m.op.clone(),
                 name: m.name.clone(),
                 method: m.method.clone(),
                 uri: m.uri.clone(),
-                final_uri: String::new(),
+                final_uri: m.final_uri.clone(),
                 reason: m.reason.clone(),
             };
-            let message = errdefs::ProvenanceMaterialsIncomplete { incomplete: missing.iter().map(one).collect() };
+            let message = errdefs::ProvenanceMaterialsIncomplete { incomplete: all.iter().map(one).collect() };
             go_json("errdefs.ProvenanceMaterialsIncomplete", &message)
+        }
+        Detail::Compatibility { version, feature } => {
+            let message = errdefs::CompatibilityFeature { version: *version, feature: feature.clone() };
+            go_json("errdefs.CompatibilityFeature", &message)
         }
         Detail::Exit(code) => Some(any(EXIT, serde_json::json!({ "Code": code }).to_string().into_bytes())),
         Detail::Opaque { type_url, value } => Some(Any { type_url: type_url.clone(), value: value.clone() }),
@@ -91,6 +97,7 @@ pub(crate) fn decode(any: &Any) -> Option<Detail> {
                     errdefs::solve::Subject::File(f) => Subject::FileAction(f.index),
                     errdefs::solve::Subject::Cache(c) => Subject::CacheInput(c.index),
                 }),
+                description: message.description,
             }
         }
         "errdefs.Frontend" => {
@@ -99,20 +106,21 @@ pub(crate) fn decode(any: &Any) -> Option<Detail> {
         }
         "errdefs.FrontendCap" => Detail::FrontendCap(parse::<errdefs::FrontendCap>(name, value)?.name),
         "errdefs.Subrequest" => Detail::Subrequest(parse::<errdefs::Subrequest>(name, value)?.name),
-        "errdefs.CompatibilityFeature" => {
-            let message = parse::<errdefs::CompatibilityFeature>(name, value)?;
-            Detail::Compatibility { version: message.version, feature: message.feature }
-        }
         "errdefs.ProvenanceMaterialsIncomplete" => {
             let message = parse::<errdefs::ProvenanceMaterialsIncomplete>(name, value)?;
-            let one = |m: errdefs::ProvenanceMaterialIncomplete| MissingMaterial {
+            let one = |m: errdefs::ProvenanceMaterialIncomplete| IncompleteMaterial {
                 op: m.op,
                 name: m.name,
                 method: m.method,
                 uri: m.uri,
+                final_uri: m.final_uri,
                 reason: m.reason,
             };
-            Detail::Materials(message.incomplete.into_iter().map(one).collect())
+            Detail::IncompleteMaterials(message.incomplete.into_iter().map(one).collect())
+        }
+        "errdefs.CompatibilityFeature" => {
+            let message = parse::<errdefs::CompatibilityFeature>(name, value)?;
+            Detail::Compatibility { version: message.version, feature: message.feature }
         }
         EXIT => {
             let value: serde_json::Value = serde_json::from_slice(value).ok()?;
@@ -120,6 +128,25 @@ pub(crate) fn decode(any: &Any) -> Option<Detail> {
         }
         _ => return None,
     })
+}
+
+/// Where in this program a fault came from, with the program itself (row `err.stack`): what clients print with `--debug`. The names of frames are
+/// those of modules.
+pub(crate) fn stack(fault: &Fault, program: &Program) -> Any {
+    let frame = |place: &'static Location<'static>| {
+        let file = place.file();
+        let module = file.trim_start_matches("crates/").trim_end_matches(".rs").replace("/src/", "::").replace('/', "::");
+        serde_json::json!({ "Name": module, "File": file, "Line": place.line() })
+    };
+    let frames: Vec<_> = fault.trace().take(MAX_FRAMES).map(frame).collect();
+    let stack = serde_json::json!({
+        "frames": frames,
+        "cmdline": program.command,
+        "pid": std::process::id(),
+        "version": program.version,
+        "revision": program.revision,
+    });
+    any("stack.Stack", stack.to_string().into_bytes())
 }
 
 fn source(file: &SourceFile, spans: &[Span]) -> errdefs::Source {

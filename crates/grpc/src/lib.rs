@@ -9,7 +9,7 @@
 //! - [`platform_to_wire`], [`platform_of`]: platforms as messages, and back.
 //! - [`server`], [`tuned`]: message sizes and flow-control windows that every connection uses (row `net.maxmsg`).
 //!
-//! No service lives here, and nothing that knows what a build is.
+//! No service lives here but the health check that every server answers ([`HealthService`]), and nothing that knows what a build is.
 //!
 //! Dependencies worth a word: `prost-reflect` writes the error details as JSON from their descriptors, which Go clients
 //! expect; `listenfd` adopts systemd's sockets without `unsafe`; `tokio-rustls` is what tonic uses, and is named here
@@ -18,6 +18,7 @@
 mod details;
 mod duplex;
 pub mod headers;
+mod health;
 mod listen;
 mod platform;
 mod raw;
@@ -26,9 +27,10 @@ mod tls;
 mod tunnel;
 
 pub use duplex::{Answers, Duplex, Frame, FrameSink, frames};
+pub use health::HealthService;
 pub use listen::{Address, Connection, ListenOptions, Listener, Peer, dial};
 pub use platform::{platform_of, platform_to_wire};
 pub use raw::{FileSend, FileSendServer, RawAnswers, RawCodec};
-pub use status::{fault_of, fault_of_io, status_of};
+pub use status::{Program, fault_of, fault_of_io, status_of, tell_stacks};
 pub use tls::{ClientTls, ServerTls};
 pub use tunnel::{TunnelChannel, TunnelPeer, serve_tunnel, server, tuned};

@@ -3,6 +3,8 @@
 //! Hints have no place in BuildKit's protocol, so they travel as last lines of the message, one `hint: …` each: existing clients print
 //! them under the error, and [`fault_of`] takes them off again.
 
+use std::sync::OnceLock;
+
 use bytes::Bytes;
 use prost::Message;
 use shipway_fault::{Code, Detail, Fault};
@@ -17,6 +19,24 @@ const MAX_DETAILS: usize = 2 << 20;
 /// A peer's details beyond this many are dropped.
 const MAX_DETAIL_COUNT: usize = 256;
 
+/// The program that stacks in errors name.
+#[derive(Clone, Debug, Default)]
+pub struct Program {
+    /// Its command line.
+    pub command: Vec<String>,
+    /// Its version.
+    pub version: String,
+    /// What it was made of.
+    pub revision: String,
+}
+
+static PROGRAM: OnceLock<Program> = OnceLock::new();
+
+/// From now on errors say where in `program` they came from; for the start of a daemon.
+pub fn tell_stacks(program: Program) {
+    let _ = PROGRAM.set(program);
+}
+
 /// The status that carries `fault` to a client, with its typed details.
 pub fn status_of(fault: &Fault) -> Status {
     let mut message = fault.to_string();
@@ -27,8 +47,8 @@ pub fn status_of(fault: &Fault) -> Status {
     let code = tonic::Code::from_i32(fault.code() as i32);
     let mut left = MAX_DETAILS;
     let mut any = Vec::new();
-    for detail in fault.details() {
-        let Some(encoded) = details::encode(detail) else { continue };
+    let stack = PROGRAM.get().map(|program| details::stack(fault, program));
+    for encoded in stack.into_iter().chain(fault.details().iter().filter_map(details::encode)) {
         let Some(rest) = left.checked_sub(encoded.value.len() + encoded.type_url.len()) else {
             tracing::debug!(type_url = encoded.type_url, "error detail too large for a status, left out");
             continue;
@@ -110,7 +130,7 @@ mod tests {
         check(Detail::Subrequest("y".into()), "github.com/moby/buildkit/errdefs.Subrequest+json", r#"{"name":"y"}"#);
         let feature = Detail::Compatibility { version: 10, feature: "z".into() };
         check(feature, "github.com/moby/buildkit/errdefs.CompatibilityFeature+json", r#"{"version":10,"feature":"z"}"#);
-        let missing = shipway_fault::MissingMaterial {
+        let missing = shipway_fault::IncompleteMaterial {
             op: "sha256:ab".into(),
             method: "GET".into(),
             uri: "http://h/f".into(),
@@ -118,7 +138,7 @@ mod tests {
             ..Default::default()
         };
         check(
-            Detail::Materials(vec![missing]),
+            Detail::IncompleteMaterials(vec![missing]),
             "github.com/moby/buildkit/errdefs.ProvenanceMaterialsIncomplete+json",
             r#"{"incomplete":[{"op":"sha256:ab","method":"GET","uri":"http://h/f","reason":"upstream_error"}]}"#,
         );
@@ -152,7 +172,13 @@ mod tests {
         };
         let op = pb::Op { op: Some(pb::op::Op::Exec(exec)), ..Default::default() };
         check(
-            Detail::Solve { input_ids: vec!["a".into()], mount_ids: vec![], op: op.encode_to_vec(), subject: Some(Subject::FileAction(2)) },
+            Detail::Solve {
+                input_ids: vec!["a".into()],
+                mount_ids: vec![],
+                op: op.encode_to_vec(),
+                subject: Some(Subject::FileAction(2)),
+                description: [("llb.customname".to_owned(), "x".to_owned())].into(),
+            },
             "github.com/moby/buildkit/errdefs.Solve+json",
             r#"{"inputIDs":["a"],"op":{"exec":{"meta":{"args":["sh"]},"mounts":[{"input":"-1","dest":"/","mountType":"TMPFS"}]}},"file":{"index":"2"}}"#,
         );
@@ -180,6 +206,22 @@ mod tests {
         for details in [&b"\xff\xff\xff"[..], b"", b"\x1a\x03\x0a\x01x"] {
             let status = Status::with_details(tonic::Code::Internal, "m", Bytes::copy_from_slice(details));
             assert_eq!(fault_of(&status).message(), "m");
+        }
+    }
+
+    #[test]
+    fn a_stack_says_where_the_fault_came_from() {
+        let line = line!() + 1;
+        let fault = Fault::unknown("boom").context("while testing");
+        let program = Program { command: vec!["shipwayd".into()], version: "v1".into(), revision: "r".into() };
+        let any = details::stack(&fault, &program);
+        assert_eq!(any.type_url, "github.com/moby/buildkit/stack.Stack+json");
+        let stack: serde_json::Value = serde_json::from_slice(&any.value).expect("valid");
+        assert_eq!((&stack["cmdline"][0], &stack["version"]), (&"shipwayd".into(), &"v1".into()));
+        let frames = stack["frames"].as_array().expect("frames");
+        assert_eq!(frames.len(), 2);
+        for frame in frames {
+            assert_eq!((&frame["Name"], &frame["Line"]), (&"grpc::status".into(), &line.into()), "{frame}");
         }
     }
 }

@@ -41,6 +41,7 @@ pub const LLB: &[&str] = &[
     // The spelling is the reference's.
     "soruce.http.uidgid",
     "source.http.header",
+    "source.buildop.llbfilename",
     "exec.meta.base",
     "exec.meta.cdi",
     "exec.meta.cgroup.parent",
@@ -48,6 +49,7 @@ pub const LLB: &[&str] = &[
     "exec.meta.network.proxy",
     "exec.meta.proxyenv",
     "exec.meta.security",
+    "exec.meta.security.devices.v1",
     "exec.meta.setsdefaultpath",
     "exec.meta.ulimit",
     "exec.meta.linux.resources",
@@ -83,6 +85,7 @@ pub const LLB: &[&str] = &[
     "exporter.image.attestations",
     "exporter.sourcedateepoch",
     "exporter.multiple",
+    "exporter.session",
     "gc.freespacefilter",
     "history.filter",
     "source.policy",
@@ -90,16 +93,7 @@ pub const LLB: &[&str] = &[
 ];
 
 /// What BuildKit has and this daemon lacks.
-pub const LLB_MISSING: &[&str] = &[
-    "source.git.signatureverify",
-    "source.http.signatureverify",
-    "source.buildop.llbfilename",
-    "exec.meta.security.devices.v1",
-    "cache.gha",
-    "cache.s3",
-    "cache.azblob",
-    "exporter.session",
-];
+pub const LLB_MISSING: &[&str] = &["source.git.signatureverify", "source.http.signatureverify", "cache.gha", "cache.s3", "cache.azblob"];
 
 /// Gateway capabilities that this daemon has.
 pub const GATEWAY: &[&str] = &[

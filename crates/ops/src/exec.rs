@@ -93,7 +93,7 @@ fn failed(op: &LlbOp, exec: &ExecOp, inputs: &[ImmutableRef], held: Held, fault:
             mounts[held.mount] = Some(Remain::Written(state));
         }
     }
-    Remains::attach(fault, &op.vertex.bytes, exec.mounts.iter().map(input).collect(), mounts, None)
+    Remains::attach(fault, &op.vertex, exec.mounts.iter().map(input).collect(), mounts, None)
 }
 
 /// The outputs in order; those that the operation does not mention are empty states.

@@ -325,7 +325,7 @@ impl Runner<'_> {
         let fault = if fault.class() == Class::User { fault.with_code(Code::Unknown) } else { fault };
         let inputs = self.inputs.iter().map(|i| Some(Remain::Done(i.clone()))).collect();
         let subject = Subject::FileAction(i64::try_from(index).unwrap_or(-1));
-        Remains::attach(fault, &self.op.vertex.bytes, inputs, shown_states, Some(subject))
+        Remains::attach(fault, &self.op.vertex, inputs, shown_states, Some(subject))
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a build brings to its vertices, and what the daemon brings.
 
-use crate::{Ahead, DeviceGrants, Emulators, Wishes};
+use crate::{Ahead, DeviceGrants, Emulators, Nested, Wishes};
 use async_trait::async_trait;
 use shipway_cdi::Registry;
 use shipway_executor::Executor;
@@ -62,6 +62,8 @@ pub struct JobData {
     pub wishes: Wishes,
     /// Who decides what its steps may fetch.
     pub judge: BuildJudge,
+    /// How its operations have graphs solved.
+    pub nested: Nested,
 }
 
 /// Decides what may be used as a source.

@@ -6,13 +6,17 @@
 //! daemon, confined to their roots by the kernel (`openat2`). Which devices of the host a process
 //! gets is decided before it has a key (`devices`); programs of other processors get an emulator
 //! where the kernel has none (`emulator`).
+//!
+//! `ring` gives the ids of states that failed operations left.
 
 mod ahead;
+mod build;
 mod container;
 mod devices;
 mod emulator;
 mod exec;
 mod file;
+mod ids;
 mod job;
 mod key;
 mod op;
@@ -20,9 +24,11 @@ mod remains;
 mod wishes;
 
 pub use ahead::Ahead;
+pub use build::{Nested, NestedGraph, NestedGraphs, SolveNested};
 pub use container::{Container, ContainerSpec};
 pub use devices::DeviceGrants;
 pub use emulator::Emulators;
+pub use ids::random_id;
 pub use job::{BuildJudge, Entitlements, JobData, Judge, Services};
 pub use op::LlbOp;
 pub use remains::Remains;

@@ -1,7 +1,7 @@
 //! One vertex's work.
 
 use crate::{
-    JobData, Services, exec, file,
+    JobData, Services, build, exec, file,
     remains::{Remain, Remains},
 };
 use async_trait::async_trait;
@@ -122,7 +122,10 @@ impl LlbOp {
             Op::Passthrough(op) => Ok(keyed("shipway.passthrough.v1", &op.id, &op.outputs, self.vertex.inputs.len())),
             Op::Merge(op) => Ok(keyed("shipway.merge.v1", "", &op.inputs, self.vertex.inputs.len())),
             Op::Diff(op) => Ok(keyed("shipway.diff.v1", "", &(op.lower, op.upper), self.vertex.inputs.len())),
-            Op::Build(_) => Err(Fault::unimplemented("the build operation")),
+            Op::Build(op) => {
+                let asked = (&op.builder, &op.inputs, &op.definition, &op.attrs);
+                Ok(keyed("shipway.build.v1", "", &asked, self.vertex.inputs.len()))
+            }
         }
     }
 
@@ -150,7 +153,7 @@ impl LlbOp {
                 let state = |i: Option<usize>| i.and_then(|i| inputs.get(i)).filter(|s| !s.is_scratch());
                 Ok(vec![self.services.refs.diff(state(op.lower), state(op.upper), self.vertex.name.clone()).await?])
             }
-            Op::Build(_) => Err(Fault::unimplemented("the build operation")),
+            Op::Build(op) => Ok(vec![build::run(op, &self.vertex, &inputs, cx).await?]),
         }
     }
 
@@ -160,7 +163,7 @@ impl LlbOp {
             return fault;
         }
         let inputs = inputs.iter().map(|i| Some(Remain::Done(i.clone()))).collect();
-        Remains::attach(fault, &self.vertex.shown(), inputs, Vec::new(), subject)
+        Remains::attach(fault, &self.vertex, inputs, Vec::new(), subject)
     }
 }
 

@@ -2,12 +2,11 @@
 //!
 //! They live as long as the fault that they go with. What a process wrote is committed only when it is asked for, since nearly nobody asks.
 
+use crate::random_id;
 use shipway_fault::{Detail, Fault, Kept, Result, Subject};
+use shipway_llb::Vertex;
 use shipway_refs::{ImmutableRef, MutableRef};
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicU64, Ordering},
-};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::OnceCell;
 
 /// One state.
@@ -37,27 +36,31 @@ pub(crate) type Places = Vec<Option<Remain>>;
 
 impl Remains {
     /// Attaches the states of the failed operation `op` to its fault: what went into it, and what it was working on.
-    pub(crate) fn attach(fault: Fault, op: &[u8], inputs: Places, mounts: Places, subject: Option<Subject>) -> Fault {
+    pub(crate) fn attach(fault: Fault, op: &Vertex, inputs: Places, mounts: Places, subject: Option<Subject>) -> Fault {
         let mut remains = Self(Vec::new());
         let input_ids = inputs.into_iter().map(|i| remains.add(i)).collect();
         let mount_ids = mounts.into_iter().map(|m| remains.add(m)).collect();
-        let fault = fault.detail(Detail::Solve { input_ids, mount_ids, op: op.to_vec(), subject });
+        let description = op.metadata.description.clone();
+        let fault = fault.detail(Detail::Solve { input_ids, mount_ids, op: op.shown().to_vec(), subject, description });
         fault.detail(Detail::Kept(Kept(Arc::new(remains))))
     }
 
+    /// An id for the state, the same one each time.
     fn add(&mut self, remain: Option<Remain>) -> String {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let (id, entry) = match remain {
+        let entry = match remain {
             None => return String::new(),
-            Some(Remain::Done(state)) => (state.id().to_string(), Entry::Done(state)),
-            Some(Remain::Written(state)) => {
-                let id = format!("failed-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-                (id, Entry::Written(Box::new(Written { open: Mutex::new(Some(state)), committed: OnceCell::new() })))
+            Some(Remain::Done(state)) => {
+                let same = |entry: &Entry| matches!(entry, Entry::Done(known) if known.id() == state.id());
+                if let Some((id, _)) = self.0.iter().find(|(_, entry)| same(entry)) {
+                    return id.clone();
+                }
+                Entry::Done(state)
             }
+            Some(Remain::Written(state)) => Entry::Written(Box::new(Written { open: Mutex::new(Some(state)), committed: OnceCell::new() })),
         };
-        if !self.0.iter().any(|(known, _)| *known == id) {
-            self.0.push((id.clone(), entry));
-        }
+        // Without an id nobody can ask for the state; the failure itself is told all the same.
+        let Ok(id) = random_id() else { return String::new() };
+        self.0.push((id.clone(), entry));
         id
     }
 

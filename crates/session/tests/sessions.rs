@@ -27,6 +27,10 @@ use shipway_proto::{
             GetSecretRequest, GetSecretResponse,
             secrets_server::{Secrets, SecretsServer},
         },
+        exporter::v1::{
+            ExporterRequest, FinalizeExportRequest, FinalizeExportResponse, FindExportersRequest, FindExportersResponse,
+            exporter_server::{Exporter, ExporterServer},
+        },
         filesync::v1::{
             BytesMessage,
             file_sync_server::{FileSync, FileSyncServer},
@@ -382,4 +386,43 @@ async fn files_and_directories_are_exported() {
     Sender::many(roots).expect("names").run(stream).await.expect("sends");
     let text = std::fs::read_to_string(client.dir.path().join("exported/linux_amd64/f")).expect("read");
     assert_eq!(text, "exported");
+}
+
+/// A client that looks at the result, chooses where it goes, and refuses a build that came out without a digest.
+struct Chooser;
+
+#[tonic::async_trait]
+impl Exporter for Chooser {
+    async fn find_exporters(&self, request: Request<FindExportersRequest>) -> Result<Response<FindExportersResponse>, Status> {
+        let asked = request.into_inner();
+        let attrs = [("name".to_owned(), String::from_utf8_lossy(&asked.metadata["wanted"]).into_owned())].into();
+        let exporters = asked.refs.iter().map(|_| ExporterRequest { r#type: "image".into(), attrs: BTreeMap::clone(&attrs) }).collect();
+        Ok(Response::new(FindExportersResponse { exporters }))
+    }
+
+    async fn finalize_export(&self, request: Request<FinalizeExportRequest>) -> Result<Response<FinalizeExportResponse>, Status> {
+        match request.into_inner().exporter_response.contains_key("containerimage.digest") {
+            true => Ok(Response::new(FinalizeExportResponse {})),
+            false => Err(Status::failed_precondition("nothing was exported")),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_client_chooses_exporters_when_the_result_is_there() {
+    let (ours, theirs) = tokio::io::duplex(256 << 10);
+    tokio::spawn(async move { _ = serve_tunnel(theirs, Routes::new(ExporterServer::new(Chooser))).await });
+    let session = SessionHub::new().register(&Client::metadata("s1"), ours).await.expect("registers");
+    let metadata = BTreeMap::from([("wanted".to_owned(), b"app:1".to_vec())]);
+    let chosen = session.find_exporters(metadata.clone(), vec!["ref".into()]).await.expect("answers");
+    assert_eq!(chosen, [("image".to_owned(), BTreeMap::from([("name".to_owned(), "app:1".to_owned())]))]);
+    assert!(session.find_exporters(metadata.clone(), Vec::new()).await.expect("answers").is_empty());
+    let done = BTreeMap::from([("containerimage.digest".to_owned(), "sha256:x".to_owned())]);
+    session.finalize_export(done).await.expect("agrees");
+    assert!(session.finalize_export(BTreeMap::new()).await.expect_err("refuses").to_string().contains("nothing was exported"));
+
+    // One that does not care chooses nothing and refuses nothing.
+    let (_client, session, _task) = attached().await;
+    assert!(session.find_exporters(metadata, vec!["ref".into()]).await.expect("tolerated").is_empty());
+    session.finalize_export(BTreeMap::new()).await.expect("tolerated");
 }

@@ -6,7 +6,6 @@ mod control;
 mod filter;
 mod flags;
 mod gc;
-mod health;
 mod history;
 mod memory;
 mod parts;
@@ -53,6 +52,9 @@ fn run(settings: Settings) -> Result<()> {
         .thread_name("shipwayd")
         .build()
         .map_err(|e| Fault::io("start the runtime", e))?;
+    let version = worker::version();
+    let command = std::env::args().collect();
+    shipway_grpc::tell_stacks(shipway_grpc::Program { command, version: version.version, revision: version.revision });
     runtime.block_on(async {
         let parts = parts::build(&settings).await?;
         let listeners = serve::bind(&settings).await?;

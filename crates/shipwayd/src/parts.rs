@@ -6,10 +6,11 @@ use shipway_cachedb::CacheDb;
 use shipway_cdi::Registry as DeviceRegistry;
 use shipway_containerd::{Containerd, NetworkConfig, NetworkDefault, TaskConfig, TaskExecutor};
 use shipway_dockerfile2llb::DockerfileFrontend;
-use shipway_engine::{Engine, EngineParts, History, HistoryEncoders, HistoryLimits};
+use shipway_engine::{Engine, EngineParts, History, HistoryEncoders, HistoryLimits, ImageFrontends};
 use shipway_executor::{Executor as _, etc::Dns};
 use shipway_exporters::Exporters;
 use shipway_fault::{Context as _, Fault, Result};
+use shipway_frontend::Worker;
 use shipway_oci::Platform;
 use shipway_ops::{Emulators, Services};
 use shipway_refs::RefStore;
@@ -127,6 +128,16 @@ pub async fn build(settings: &Settings) -> Result<Parts> {
         emulators: Emulators::new(worker::detect_platforms(), &std::env::var_os("PATH").unwrap_or_default()),
         authority: Default::default(),
     });
+    let (id, labels) = (worker_id(root)?, worker::labels(&uuid, &settings.namespace, &settings.snapshotter, network, &w.labels));
+    let version = worker::version();
+    let told = Worker {
+        id: id.clone(),
+        labels: labels.clone(),
+        package: version.package,
+        version: version.version,
+        revision: version.revision,
+        ..Worker::default()
+    };
     let engine = Engine::new(EngineParts {
         services,
         solver,
@@ -145,13 +156,13 @@ pub async fn build(settings: &Settings) -> Result<Parts> {
         },
         dockerfile: (config.frontend.dockerfile.enabled != Some(false)).then_some(DockerfileFrontend),
         proxied: config.proxy_network,
+        image_frontends: ImageFrontends::new(
+            config.frontend.gateway.enabled != Some(false),
+            &config.frontend.gateway.allowed_repositories,
+        )?,
+        worker: told,
     });
-    let worker = WorkerInfo {
-        id: worker_id(root)?,
-        labels: worker::labels(&uuid, &settings.namespace, &settings.snapshotter, network, &w.labels),
-        platforms,
-        gc: gc::rules(w, root),
-    };
+    let worker = WorkerInfo { id, labels, platforms, gc: gc::rules(w, root) };
     tracing::info!(containerd = %settings.containerd, namespace = %settings.namespace, snapshotter = %settings.snapshotter, root = %root.display(), "ready");
     Ok(Parts { engine, storage, worker: Arc::new(worker), _lock: lock })
 }

@@ -1,9 +1,9 @@
 //! Sockets and services: bound early, served until a signal, ended in order.
 
-use crate::{content::ContentService, control::ControlService, flags::Settings, gc, health::HealthService, parts::Parts};
+use crate::{content::ContentService, control::ControlService, flags::Settings, gc, parts::Parts};
 use shipway_fault::{Fault, Result};
 use shipway_gateway::BridgeService;
-use shipway_grpc::{Address, ListenOptions, Listener, ServerTls};
+use shipway_grpc::{Address, HealthService, ListenOptions, Listener, ServerTls};
 use shipway_proto::{
     MAX_MESSAGE,
     containerd::services::content::v1::content_server::ContentServer,

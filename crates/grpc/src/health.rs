@@ -1,4 +1,4 @@
-//! gRPC health (row `net.health`): everything is serving while the daemon answers.
+//! gRPC health (row `net.health`): everything is serving while we answer.
 
 use shipway_proto::grpc::health::v1 as wire;
 use tonic::{Request, Response, Status};
