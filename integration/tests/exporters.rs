@@ -71,6 +71,20 @@ fn layers_have_no_times_later_than_the_epoch_and_the_image_runs() {
     });
 }
 
+/// BuildKit's clients look for the mark on every layer that the build made, whether its times had
+/// to change or not.
+#[test]
+fn layers_tell_the_epoch_they_were_rewritten_with() {
+    let lab = Lab::complete(any());
+    let context = lab.context("marked", &[("Dockerfile", "FROM busybox\nCOPY file /\n"), ("file", "old")]);
+    run(Command::new("touch").args(["-d", "2001-01-01T00:00:00Z"]).arg(context.join("file"))).ok();
+    let name = "docker.io/library/marked:1";
+    let output = format!("type=image,name={name},rewrite-timestamp=true");
+    lab.shipway(["build", "--output", &output, "--build-arg", "SOURCE_DATE_EPOCH=1700000000", context.to_str().unwrap()]).ok();
+    let marks: Vec<_> = Image::of(&lab, name).manifest["layers"].as_array().unwrap().iter().map(|l| l["annotations"].clone()).collect();
+    assert_eq!(marks, [serde_json::Value::Null, serde_json::json!({ "buildkit/rewritten-timestamp": "1700000000" })]);
+}
+
 #[test]
 fn layers_that_will_be_exported_are_compressed_while_later_steps_run() {
     let lab = Lab::complete(any());

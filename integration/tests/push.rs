@@ -48,7 +48,8 @@ fn a_failed_push_keeps_the_cache_and_a_failed_export_keeps_the_push() {
     assert_eq!(lab.registry_get("/v2/beside/app/manifests/1").0, 200);
 }
 
-/// What is built here comes from no registry, so nothing but the first push can tell where its layer may be mounted from.
+/// What is built here comes from no registry, so nothing but the first push can tell where its
+/// layer may be mounted from.
 #[test]
 fn a_layer_that_was_pushed_is_mounted_by_the_next_push_to_the_same_registry() {
     on_each(|flavour| {

@@ -11,6 +11,7 @@ mod options;
 mod predicate;
 mod purl;
 mod request;
+mod usage;
 
 pub use attestation::{Attestation, Kind, SubjectKind, SubjectSpec, core_first, filter_inline, keys};
 pub use capture::{BlobSource, Capture, GitSource, HttpSource, ImageSource, MissingFetch, Sources, Stored};
@@ -19,3 +20,4 @@ pub use options::{AttestOptions, Mode, ProvenanceOptions, SbomOptions, Version};
 pub use predicate::{BuildConfig, BuildStep, Builder, LayerMap, Metadata, Predicate, Source, SourceInfo};
 pub use purl::{PurlKind, image_purl};
 pub use request::{ConfigSource, GitAddress, Local, Named, Parameters, RequestProvenance, filter_args};
+pub use usage::system_sample;

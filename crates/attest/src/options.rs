@@ -41,6 +41,8 @@ pub struct ProvenanceOptions {
     pub inline_only: bool,
     /// Whether everything that goes in must be known.
     pub complete_materials: bool,
+    /// Whether it tells what the machine did meanwhile.
+    pub capture_usage: bool,
     /// Name of its file; `provenance.json` unless given.
     pub filename: Option<String>,
 }
@@ -172,6 +174,7 @@ impl ProvenanceOptions {
             reproducible: truth("reproducible")?,
             inline_only: attrs.get("inline-only").and_then(|v| flag(v)).unwrap_or(false),
             complete_materials: truth("complete-materials")?,
+            capture_usage: attrs.get("capture-usage").and_then(|v| flag(v)).unwrap_or(false),
             filename: attrs.get("filename").cloned(),
         })
     }

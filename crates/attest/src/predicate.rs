@@ -74,6 +74,8 @@ pub struct Metadata {
     pub finished: Option<SystemTime>,
     pub source: Option<Source>,
     pub layers: LayerMap,
+    /// Looks at the machine, if they were asked for.
+    pub usage: Vec<Value>,
     /// Why images of the node's own store were taken, by their addresses among what went in.
     stored: BTreeMap<String, String>,
     vcs: BTreeMap<String, String>,
@@ -262,6 +264,9 @@ impl Predicate {
         }
         if !m.stored.is_empty() {
             out.insert("localImages".into(), json!(m.stored));
+        }
+        if !m.usage.is_empty() {
+            out.insert("sysUsage".into(), json!(m.usage));
         }
         if let Some(missing) = &m.proxied {
             let mut network = json!({ "mode": "proxy" });

@@ -197,7 +197,8 @@ struct WrittenImport {
     attrs: BTreeMap<String, String>,
 }
 
-/// `cache-imports` is a list in JSON; `cache-from`, which clients said before there was more than registries, comes after it.
+/// `cache-imports` is a list in JSON; `cache-from`, which clients said before there was more than
+/// registries, comes after it.
 fn parse_cache_imports(options: &Options) -> Result<Vec<CacheImport>> {
     let in_registry = |name: &str| CacheImport { kind: "registry".into(), attrs: [("ref".to_owned(), name.to_owned())].into() };
     let mut imports = Vec::new();

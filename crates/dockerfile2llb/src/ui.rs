@@ -122,6 +122,7 @@ impl Ui {
         let options = BuildOptions::parse(&raw)?;
         Ok(Self {
             bridge,
+            work: Work::default(),
             options,
             raw,
             caps: Caps::llb(),

@@ -11,6 +11,7 @@ use crate::{
     request::BuildRequest,
     state::{EngineRef, LeftRef},
     trail::{Asked, Produced, Trail},
+    usage::Sampler,
     vertices,
 };
 use async_trait::async_trait;
@@ -59,6 +60,7 @@ pub(crate) struct BuildScope {
     imports: Mutex<Vec<(CacheRequest, Arc<Import>)>>,
     explainers: Mutex<Vec<Arc<dyn Explain>>>,
     produced: Mutex<Vec<Produced>>,
+    usage: OnceLock<Sampler>,
 }
 
 /// What is asked of a source besides its name.
@@ -107,6 +109,7 @@ impl BuildScope {
             imports: Mutex::default(),
             explainers: Mutex::default(),
             produced: Mutex::default(),
+            usage: OnceLock::new(),
         });
         nested.set(scope.itself.clone());
         scope
@@ -115,6 +118,16 @@ impl BuildScope {
     /// When it was done with everything but writing.
     pub(crate) fn finished(&self) -> SystemTime {
         *self.finished.get_or_init(SystemTime::now)
+    }
+
+    /// Looks at the machine from time to time from now on.
+    pub(crate) fn watch_usage(&self) {
+        self.usage.get_or_init(Sampler::start);
+    }
+
+    /// What was seen, if it was asked for.
+    pub(crate) fn usage(&self) -> Vec<serde_json::Value> {
+        self.usage.get().map(Sampler::samples).unwrap_or_default()
     }
 
     /// Keeps a producer known until the build ends.
@@ -303,8 +316,8 @@ impl Wanted {
             _ => return Ok(Self::Unknown),
         };
         images.check(source)?;
-        // An image of the official Dockerfile frontend is served by the in-house one, which speaks the same language; but the
-        // build may have put another in its place.
+        // An image of the official Dockerfile frontend is served by the in-house one, which speaks
+        // the same language; but the build may have put another in its place.
         let in_house = source == "dockerfile.v0" || is_dockerfile_image(source);
         Ok(match in_house && FrontendOverride::find(&request.options, source)?.is_none() {
             true => Self::Dockerfile,

@@ -208,6 +208,9 @@ impl Engine {
         let mut running = self.begin(&request, journal.clone())?;
         let scope = BuildScope::new(self.0.clone(), &request, data, job, journal.clone());
         scope.judge_steps();
+        if wanted.provenance.as_ref().is_some_and(|p| p.capture_usage) {
+            scope.watch_usage();
+        }
         let (id, internal) = (request.id.clone(), request.internal);
         let outcome = run(scope, request, wanted, exporters).await;
         journal.close();

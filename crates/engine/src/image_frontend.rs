@@ -99,7 +99,8 @@ fn caps(list: Option<&String>) -> BTreeSet<&str> {
 }
 
 impl FrontendImage {
-    /// What the build puts in the place of the image `source`, if it does that, or the image itself.
+    /// What the build puts in the place of the image `source`, if it does that, or the image
+    /// itself.
     async fn find(bridge: &EngineBridge, source: &str, inner: &Arc<EngineBridge>) -> Result<Self> {
         let Some(other) = FrontendOverride::find(&inner.options, source)? else { return Self::resolve(bridge, source).await };
         let parts = &bridge.scope.engine.parts;
@@ -143,7 +144,8 @@ impl FrontendImage {
         state.marshal(&MarshalOptions { platform: self.platform.clone(), caps: None, local_unique_id: String::new() })
     }
 
-    /// A directory with what the frontend may want to know of itself: the definition of its files (row `gwctr.meta`).
+    /// A directory with what the frontend may want to know of itself: the definition of its files
+    /// (row `gwctr.meta`).
     fn metadata(&self, definition: &Definition) -> Result<Definition> {
         let file = FileMkfile {
             path: "/frontend.bin".into(),
@@ -287,7 +289,8 @@ async fn outcome(
         biased;
         result = &mut returned => {
             let result = result.map_err(|_| Fault::cancelled())?;
-            // That it failed afterwards counts more than what it said before, unless it had said that it would.
+            // That it failed afterwards counts more than what it said before, unless it had said
+            // that it would.
             return match tokio::time::timeout(FAREWELL, work).await {
                 Ok(Err(fault)) if result.is_ok() => Err(fault),
                 Ok(Ok(ExitStatus { code, .. })) if result.is_ok() && code != 0 => Err(exited(code)),

@@ -23,6 +23,7 @@ mod results;
 mod sbom;
 mod state;
 mod trail;
+mod usage;
 mod verify;
 mod vertices;
 

@@ -190,8 +190,7 @@ impl Told {
             let (Some(position), Some(known)) = (positions.get(&digest.to_string()), state.known_layers()) else { continue };
             let blobs: Option<Vec<_>> = known.into_iter().map(|l| l.blob).collect();
             if let Some(mut blobs) = blobs.filter(|b| !b.is_empty()) {
-                let internal = |k: &String| k.starts_with("containerd.io/") || k == "buildkit/createdat";
-                blobs.iter_mut().for_each(|b| b.annotations.retain(|k, _| !internal(k)));
+                blobs.iter_mut().for_each(|b| b.annotations.retain(|k, _| !shipway_exporters::is_internal(k)));
                 layers.entry(format!("step{position}:{output}")).or_default().push(blobs);
             }
         }
@@ -201,6 +200,7 @@ impl Told {
     /// The predicate as it is written: pretty JSON.
     pub async fn written(&self, scope: &BuildScope, mut predicate: Predicate) -> Result<Vec<u8>> {
         predicate.metadata.finished = Some(scope.finished());
+        predicate.metadata.usage = scope.usage();
         if predicate.steps.is_some() {
             predicate.metadata.layers = self.layers().await?;
         }

@@ -22,7 +22,9 @@ const MAX_FILE: u64 = (1 << 30) + 1;
 const MAX_ENTRIES: usize = 100_000;
 /// Most bytes of extended attributes that a listing has in all.
 const MAX_XATTRS: usize = 8 << 20;
-/// The longest value of one.
+/// Names of extended attributes are rarely longer than this in all.
+const SHORT_XATTRS: usize = 1024;
+/// The longest value of one, and the longest list of names.
 const MAX_XATTR: usize = 64 << 10;
 /// Most entries that are looked at for a pattern that may match somewhere below.
 const MAX_WALK: usize = 1_000_000;
@@ -97,13 +99,16 @@ fn stat_of(fd: OwnedFd, path: String) -> Result<(FileStat, std::fs::Metadata)> {
 
 /// The extended attributes of the file behind `fd`; those that cannot be read are left out.
 fn xattrs_of(fd: &OwnedFd) -> BTreeMap<String, Vec<u8>> {
-    // A descriptor of a path only is read through its name in /proc, which leads to the file itself and not further.
+    // A descriptor of a path only is read through its name in /proc, which leads to the file itself
+    // and not further.
     let name = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    let mut names = match rustix::fs::listxattr(&*name, &mut [0u8; 0]) {
-        Ok(size) if size > 0 => vec![0u8; size],
-        _ => return BTreeMap::new(),
-    };
-    let Ok(size) = rustix::fs::listxattr(&*name, &mut names[..]) else { return BTreeMap::new() };
+    let mut names = vec![0u8; SHORT_XATTRS];
+    let mut listed = rustix::fs::listxattr(&*name, &mut names[..]);
+    if listed == Err(rustix::io::Errno::RANGE) {
+        names.resize(MAX_XATTR, 0);
+        listed = rustix::fs::listxattr(&*name, &mut names[..]);
+    }
+    let Ok(size) = listed else { return BTreeMap::new() };
     let mut found = BTreeMap::new();
     let texts = names[..size].split(|b| *b == 0).filter_map(|n| std::str::from_utf8(n).ok());
     for key in texts.filter(|n| !n.is_empty() && !n.starts_with("com.apple.")) {
@@ -116,7 +121,8 @@ fn xattrs_of(fd: &OwnedFd) -> BTreeMap<String, Vec<u8>> {
     found
 }
 
-/// One entry. A final symbolic link is followed, inside the root; what is told is called by the name of what it leads to.
+/// One entry. A final symbolic link is followed, inside the root; what is told is called by the
+/// name of what it leads to.
 pub(crate) fn stat_file(root: &Path, path: &str) -> Result<FileStat> {
     let fd = open(root, path, OFlags::PATH)?;
     let top = open(root, "", OFlags::PATH | OFlags::DIRECTORY)?;
@@ -128,8 +134,8 @@ pub(crate) fn stat_file(root: &Path, path: &str) -> Result<FileStat> {
     stat_of(fd, name).map(|(stat, _)| stat)
 }
 
-/// The entries of a directory by name, hard links among them as such. With `include`, a pattern as in `.dockerignore`, only those that match,
-/// or that have something below them which does.
+/// The entries of a directory by name, hard links among them as such. With `include`, a pattern as
+/// in `.dockerignore`, only those that match, or that have something below them which does.
 pub(crate) fn read_dir(root: &Path, path: &str, include: Option<&str>) -> Result<Vec<FileStat>> {
     let fd = open(root, path, OFlags::RDONLY | OFlags::DIRECTORY)?;
     let include: Vec<&str> = include.into_iter().collect();

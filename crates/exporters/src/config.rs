@@ -42,8 +42,9 @@ struct Known {
     history: Option<Vec<History>>,
 }
 
-/// The final bytes, which are those that BuildKit writes for the same input: keys sorted, other fields passed on but for
-/// white space and what Go escapes, history entries read and written again.
+/// The final bytes, which are those that BuildKit writes for the same input: keys sorted, other
+/// fields passed on but for white space and what Go escapes, history entries read and written
+/// again.
 pub(crate) fn complete(
     given: Option<&[u8]>,
     base: Option<&[u8]>,
@@ -98,8 +99,9 @@ pub(crate) fn complete(
     Ok(gojson::compact(&json).into_bytes())
 }
 
-/// The history with exactly one non-empty entry per layer. Entries without a time get their layer's, and where they have
-/// no layer that of the entry before, or at first that of the first new layer. `None` is what Go calls a nil list.
+/// The history with exactly one non-empty entry per layer. Entries without a time get their
+/// layer's, and where they have no layer that of the entry before, or at first that of the first
+/// new layer. `None` is what Go calls a nil list.
 fn padded(history: Option<Vec<History>>, layers: &[LayerNote]) -> Option<Vec<History>> {
     let mut unnamed = layers.iter();
     let mut history = history;

@@ -16,3 +16,4 @@ mod tree;
 mod writer;
 
 pub use port::{Content, ExportAttestation, ExportContext, ExportInput, ExportPlatform, Exporter, Exporters, Finally, Maker, Response};
+pub use writer::is_internal;

@@ -124,7 +124,8 @@ impl Annotation {
     }
 }
 
-/// Level, platform and key of an annotation's attribute; `None` for attributes that only look alike.
+/// Level, platform and key of an annotation's attribute; `None` for attributes that only look
+/// alike.
 fn parts(attr: &str) -> Option<(Option<&str>, Option<&str>, &str)> {
     let rest = attr.strip_prefix("annotation")?;
     let (level, rest) = match rest.strip_prefix('-') {
@@ -163,7 +164,8 @@ pub(crate) struct ImageOptions {
     pub inline: Option<bool>,
     /// Whether layers get no times later than the epoch (row `ex.c.rewrite`).
     pub rewrite: bool,
-    /// Whether layers with addresses of their own stay what registries do not keep (row `ex.c.nondist`).
+    /// Whether layers with addresses of their own stay what registries do not keep (row
+    /// `ex.c.nondist`).
     pub foreign: bool,
     pub compression: Compression,
     pub epoch: Epoch,
@@ -241,7 +243,8 @@ impl ImageOptions {
                 return Err(Fault::invalid(format!("invalid annotation: no platform {name} found in source"))
                     .hint(format!("this build is for {built}")));
             }
-            // Docker's manifests have annotations in practice; its lists and descriptors have no place for them.
+            // Docker's manifests have annotations in practice; its lists and descriptors have no
+            // place for them.
             if !self.oci_types && annotation.level != Level::Manifest {
                 return Err(Fault::invalid("cannot export annotations with \"oci-mediatypes=false\"")
                     .hint("leave oci-mediatypes=false out, or annotate the manifest only"));
@@ -275,7 +278,8 @@ impl ImageOptions {
         Ok(input)
     }
 
-    /// Annotations of one level for one platform. Those of the index are for all, whatever platform they name.
+    /// Annotations of one level for one platform. Those of the index are for all, whatever platform
+    /// they name.
     pub fn annotations(&self, level: Level, platform: Option<&Platform>) -> BTreeMap<String, String> {
         self.annotations
             .iter()

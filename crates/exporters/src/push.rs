@@ -68,8 +68,9 @@ impl Blobs {
         Ok(futures::stream::try_unfold(reader, next).boxed())
     }
 
-    /// Repositories of the same registry that have the blob, by containerd's label or because it would be fetched from there;
-    /// the ones most like the target come first, since who may push here may probably read there.
+    /// Repositories of the same registry that have the blob, by containerd's label or because it
+    /// would be fetched from there; the ones most like the target come first, since who may push
+    /// here may probably read there.
     async fn mountable(&self, descriptor: &Descriptor, name: &ImageName) -> Vec<String> {
         if let Some(origin) = self.lazy.get(&descriptor.digest) {
             let origin = origin.parse::<ImageName>().ok();
@@ -81,8 +82,8 @@ impl Blobs {
         by_likeness(keys.iter().filter_map(|key| info.labels.get(key)).flat_map(|label| label.split(',')), name.repository())
     }
 
-    /// Notes that the repository has the layer, so that the next push to the same registry can mount it (row
-    /// `ex.img.distsrc`). Failing to fails nothing.
+    /// Notes that the repository has the layer, so that the next push to the same registry can
+    /// mount it (row `ex.img.distsrc`). Failing to fails nothing.
     async fn pushed(&self, layer: &Descriptor, name: &ImageName) {
         // Layers that are not here were never fetched; they have no labels.
         let Ok(info) = self.content.info(layer.digest).await else { return };
@@ -111,7 +112,8 @@ fn source_label(name: &ImageName) -> String {
     format!("{DISTRIBUTION_SOURCE}.{host}")
 }
 
-/// The repositories without `target`, each once, those first that have most leading path components in common with it.
+/// The repositories without `target`, each once, those first that have most leading path components
+/// in common with it.
 fn by_likeness<'a>(repositories: impl Iterator<Item = &'a str>, target: &str) -> Vec<String> {
     let common = |repository: &&str| repository.split('/').zip(target.split('/')).take_while(|(a, b)| a == b).count();
     let mut all: Vec<&str> = repositories.filter(|r| !r.is_empty() && *r != target).collect();

@@ -13,7 +13,7 @@ use shipway_attest::{PurlKind, Subject, digest_set, image_purl};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{ChainId, Descriptor, DiffId, Digest, ImageConfig, ImageName, Index, Manifest, Platform, gojson, media, timestamp};
 use shipway_progress::Reporter;
-use shipway_refs::{LayerBlob, RefStore};
+use shipway_refs::{CompressionKind, LayerBlob, REWRITTEN, RefStore};
 use shipway_storage::{ContentStore, DISTRIBUTION_SOURCE, GC_REF_CONTENT, GC_REF_SNAPSHOT, Labels, UNCOMPRESSED};
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
@@ -65,7 +65,8 @@ impl Written {
         (data, manifests)
     }
 
-    /// The root as an archive names it: with the time of the image, `epoch` or now, in whole seconds.
+    /// The root as an archive names it: with the time of the image, `epoch` or now, in whole
+    /// seconds.
     pub fn dated(&self, epoch: Option<SystemTime>) -> Descriptor {
         let mut root = self.root.clone();
         let created = || timestamp::format_whole(epoch.unwrap_or_else(SystemTime::now));
@@ -178,15 +179,9 @@ impl Writer<'_> {
         };
         let known = times.into_iter().chain(std::iter::repeat_with(SystemTime::now));
         let notes: Vec<LayerNote> = blobs.iter().zip(known).map(note).collect();
-        let given = metadata("containerimage.config");
-        let bytes = config::complete(
-            given,
-            metadata("containerimage.base.config"),
-            &p.platform,
-            &notes,
-            self.options.epoch.of(&input.metadata, &p.id)?,
-            metadata("containerimage.inlinecache"),
-        )?;
+        let (given, base) = (metadata("containerimage.config"), metadata("containerimage.base.config"));
+        let epoch = self.options.epoch.of(&input.metadata, &p.id)?;
+        let bytes = config::complete(given, base, &p.platform, &notes, epoch, metadata("containerimage.inlinecache"))?;
         let mut config_labels = Labels::new();
         if let Some(chain) = ChainId::of(notes.iter().map(|n: &LayerNote| n.diff_id)) {
             let snapshots = &self.refs.storage().snapshots;
@@ -198,7 +193,16 @@ impl Writer<'_> {
         let config_bytes = Bytes::from(bytes);
         let config_status = format!("exporting config {}", Digest::of(&config_bytes));
         let config = Descriptor::of(config_type, &config_bytes);
-        let layers: Vec<Descriptor> = blobs.iter().map(|b| layer(&b.descriptor, oci, self.options.foreign)).collect();
+        let mut layers: Vec<Descriptor> = blobs.iter().map(|b| layer(&b.descriptor, oci, self.options.foreign)).collect();
+        if let Some(epoch) = epoch.filter(|_| oci && self.options.rewrite) {
+            // Also on layers that had no later time. The base image's were not looked at.
+            let base = base.and_then(|b| serde_json::from_slice::<ImageConfig>(b).ok()).unwrap_or_default().rootfs.diff_ids;
+            let common = blobs.iter().zip(&base).take_while(|(blob, base)| blob.diff_id == **base).count();
+            let seconds = epoch.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs().to_string();
+            for layer in layers.iter_mut().skip(common).filter(|l| CompressionKind::of_media_type(&l.media_type).is_some()) {
+                layer.annotations.insert(REWRITTEN.to_owned(), seconds.clone());
+            }
+        }
         let lazy = blobs.iter().filter_map(|b| Some((b.descriptor.digest, b.lazy.clone()?))).collect();
         let media_type = if oci { media::OCI_MANIFEST } else { media::DOCKER_MANIFEST };
         let manifest = Manifest {
@@ -324,8 +328,8 @@ async fn mark_uncompressed(content: &dyn shipway_storage::ContentStore, blobs: &
     futures::future::join_all(blobs.iter().map(mark)).await;
 }
 
-/// A layer as the manifest names it. Layers that registries do not keep become ordinary ones, unless they have addresses of
-/// their own and those are wanted (row `ex.c.nondist`).
+/// A layer as the manifest names it. Layers that registries do not keep become ordinary ones,
+/// unless they have addresses of their own and those are wanted (row `ex.c.nondist`).
 fn layer(descriptor: &Descriptor, oci: bool, prefer_foreign: bool) -> Descriptor {
     let foreign = prefer_foreign && !descriptor.urls.is_empty();
     let media_type = media::layer_type(media::foreign_type(&descriptor.media_type, foreign), oci);
@@ -334,12 +338,17 @@ fn layer(descriptor: &Descriptor, oci: bool, prefer_foreign: bool) -> Descriptor
         out.urls.clone_from(&descriptor.urls);
     }
     if oci {
-        // Others of containerd's stay, such as where a lazy snapshotter finds a layer's table of contents.
-        let source = format!("{DISTRIBUTION_SOURCE}.");
-        let internal = |k: &String| k == UNCOMPRESSED || k == "buildkit/createdat" || k.starts_with(&source);
-        out.annotations = descriptor.annotations.iter().filter(|(k, _)| !internal(k)).map(|(k, v)| (k.clone(), v.clone())).collect();
+        let told = descriptor.annotations.iter().filter(|(k, _)| !is_internal(k));
+        out.annotations = told.map(|(k, v)| (k.clone(), v.clone())).collect();
     }
     out
+}
+
+/// Whether an annotation on a layer is for the builder and containerd only. Others of containerd's
+/// are not, such as where a lazy snapshotter finds a layer's table of contents.
+pub fn is_internal(annotation: &str) -> bool {
+    let source = annotation.strip_prefix(DISTRIBUTION_SOURCE).is_some_and(|rest| rest.starts_with('.'));
+    source || annotation == UNCOMPRESSED || annotation == "buildkit/createdat"
 }
 
 /// Labels that keep children with their parent.
@@ -370,7 +379,8 @@ mod tests {
         given.urls = vec!["https://example.com/layer".to_owned()];
         assert_eq!(types(&given).map(|d| d.media_type), [media::OCI_LAYER_GZIP, media::OCI_FOREIGN_GZIP, media::DOCKER_FOREIGN_GZIP]);
         assert_eq!(types(&given).map(|d| d.urls.len()), [0, 1, 1]);
-        // What was an ordinary layer on its way here is one that a registry need not keep if it has an address.
+        // What was an ordinary layer on its way here is one that a registry need not keep if it has
+        // an address.
         given.media_type = media::OCI_LAYER.to_owned();
         assert_eq!(types(&given).map(|d| d.media_type), [media::OCI_LAYER, media::OCI_FOREIGN, media::DOCKER_FOREIGN]);
     }

@@ -392,7 +392,8 @@ impl Fault {
         &self.0.details
     }
 
-    /// The places in our source that it came through, innermost first: where it was made, then where each context was added.
+    /// The places in our source that it came through, innermost first: where it was made, then
+    /// where each context was added.
     pub fn trace(&self) -> impl Iterator<Item = &'static Location<'static>> {
         std::iter::once(self.0.origin).chain(self.0.context.iter().map(|(_, place)| *place))
     }

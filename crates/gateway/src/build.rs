@@ -143,7 +143,8 @@ impl Default for Builds {
 
 /// Serves `build` alone over `io`, to a frontend that needs not say which build it means, until that ends.
 pub async fn serve(build: Arc<GatewayBuild>, io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Result<()> {
-    // Clients of Go's look whether the other end is in good health, as they do with the daemon itself.
+    // Clients of Go's look whether the other end is in good health, as they do with the daemon
+    // itself.
     let health = HealthServer::new(HealthService);
     let service =
         LlbBridgeServer::new(BridgeService::of(build)).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
@@ -280,7 +281,7 @@ mod tests {
         assert_eq!(keep(MAX_REFS).unwrap_err().code(), shipway_fault::Code::ResourceExhausted);
         // Those that are known stay so.
         assert_eq!(keep(0).unwrap(), "0");
-        assert!(build.find("0").is_ok() && build.find(&MAX_REFS.to_string()).unwrap_err().is_not_found());
+        assert!(build.find("0").is_ok() && build.find(&MAX_REFS.to_string()).is_err_and(|f| f.is_not_found()));
     }
 
     /// Go writes a map of byte slices, and the result's own metadata counts more.
@@ -317,7 +318,7 @@ mod tests {
         let result = wire::Result { metadata: [("k".to_owned(), b"v".to_vec())].into(), ..Default::default() };
         client.r#return(wire::ReturnRequest { result: Some(result), error: None }).await.unwrap();
         assert_eq!(returned.await.unwrap().unwrap().metadata["k"], b"v");
-        drop((client, tunnel));
+        drop((client, health, tunnel));
         // Ends with the connection, however that says it.
         let _ = serving.await.unwrap();
     }

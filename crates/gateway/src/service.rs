@@ -99,8 +99,8 @@ async fn solve(build: &GatewayBuild, request: wire::SolveRequest) -> Result<wire
     };
     let mut result = build.bridge.solve(solve).await?;
     if request.r#final {
-        // Clients from before Return put metadata here, bytes as Go writes them; the result's own counts more (row
-        // `gw.solve.compat`).
+        // Clients from before Return put metadata here, bytes as Go writes them; the result's own
+        // counts more (row `gw.solve.compat`).
         if !request.exporter_attr.is_empty() {
             let bad = |e: &dyn std::fmt::Display| Fault::invalid(format!("invalid exporter attributes: {e}"));
             let extra: BTreeMap<String, Option<String>> = serde_json::from_slice(&request.exporter_attr).map_err(|e| bad(&e))?;

@@ -130,8 +130,8 @@ pub(crate) fn decode(any: &Any) -> Option<Detail> {
     })
 }
 
-/// Where in this program a fault came from, with the program itself (row `err.stack`): what clients print with `--debug`. The names of frames are
-/// those of modules.
+/// Where in this program a fault came from, with the program itself (row `err.stack`): what clients
+/// print with `--debug`. The names of frames are those of modules.
 pub(crate) fn stack(fault: &Fault, program: &Program) -> Any {
     let frame = |place: &'static Location<'static>| {
         let file = place.file();

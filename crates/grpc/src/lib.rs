@@ -9,7 +9,8 @@
 //! - [`platform_to_wire`], [`platform_of`]: platforms as messages, and back.
 //! - [`server`], [`tuned`]: message sizes and flow-control windows that every connection uses (row `net.maxmsg`).
 //!
-//! No service lives here but the health check that every server answers ([`HealthService`]), and nothing that knows what a build is.
+//! No service lives here but the health check that every server answers ([`HealthService`]), and
+//! nothing that knows what a build is.
 //!
 //! Dependencies worth a word: `prost-reflect` writes the error details as JSON from their descriptors, which Go clients
 //! expect; `listenfd` adopts systemd's sockets without `unsafe`; `tokio-rustls` is what tonic uses, and is named here

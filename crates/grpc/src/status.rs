@@ -180,7 +180,7 @@ mod tests {
                 description: [("llb.customname".to_owned(), "x".to_owned())].into(),
             },
             "github.com/moby/buildkit/errdefs.Solve+json",
-            r#"{"inputIDs":["a"],"op":{"exec":{"meta":{"args":["sh"]},"mounts":[{"input":"-1","dest":"/","mountType":"TMPFS"}]}},"file":{"index":"2"}}"#,
+            r#"{"inputIDs":["a"],"op":{"exec":{"meta":{"args":["sh"]},"mounts":[{"input":"-1","dest":"/","mountType":"TMPFS"}]}},"file":{"index":"2"},"description":{"llb.customname":"x"}}"#,
         );
     }
 

@@ -1,5 +1,6 @@
-//! The image config: OCI's fields and Docker's, read and written as Go does. Other fields are not carried over: what a
-//! build makes of a base image's config has the same digest as what BuildKit makes of it.
+//! The image config: OCI's fields and Docker's, read and written as Go does. Other fields are not
+//! carried over: what a build makes of a base image's config has the same digest as what BuildKit
+//! makes of it.
 
 use crate::{DiffId, Platform, gojson};
 use serde::{Deserialize, Serialize};
@@ -19,7 +20,8 @@ pub(crate) fn null_if_empty<S: serde::Serializer, T: Serialize>(list: &[T], s: S
     if list.is_empty() { s.serialize_none() } else { list.serialize(s) }
 }
 
-/// Reads a time and writes it again, as Go does. What is not a time stays as it is; who needs one will say so.
+/// Reads a time and writes it again, as Go does. What is not a time stays as it is; who needs one
+/// will say so.
 fn time<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<String>, D::Error> {
     Ok(Option::<String>::deserialize(d)?.map(|text| gojson::time(&text).unwrap_or(text)))
 }
@@ -211,7 +213,8 @@ pub struct Healthcheck {
 mod tests {
     use super::*;
 
-    /// What Go's encoder makes of what its decoder read, but for `config`, which it writes behind the rest.
+    /// What Go's encoder makes of what its decoder read, but for `config`, which it writes behind
+    /// the rest.
     #[test]
     fn configs_are_written_as_go_does() {
         let whole = |inner: &str| {

@@ -59,12 +59,14 @@ pub mod media {
         (DOCKER_FOREIGN_GZIP, DOCKER_LAYER_GZIP),
     ];
 
-    /// Whether a layer of type `t` is one that registries do not keep, because its license forbids it.
+    /// Whether a layer of type `t` is one that registries do not keep, because its license forbids
+    /// it.
     pub fn is_foreign(t: &str) -> bool {
         FOREIGN.iter().any(|(f, _)| *f == t)
     }
 
-    /// A layer's type among those that registries do not keep, or among those that they do; other types stay as they are.
+    /// A layer's type among those that registries do not keep, or among those that they do; other
+    /// types stay as they are.
     pub fn foreign_type(t: &str, foreign: bool) -> &str {
         FOREIGN
             .iter()

@@ -1,5 +1,5 @@
-//! JSON as Go's encoder writes it. Image IDs, manifests and descriptors are compared by digest with what Go
-//! programs make of the same input, so the text has to agree to the byte.
+//! JSON as Go's encoder writes it. Image IDs, manifests and descriptors are compared by digest with
+//! what Go programs make of the same input, so the text has to agree to the byte.
 
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -14,8 +14,9 @@ pub fn to_string_pretty(value: &impl Serialize) -> serde_json::Result<String> {
     serde_json::to_string_pretty(value).map(|plain| escape(&plain))
 }
 
-/// What becomes of a text that is JSON already (`json.RawMessage`): no white space outside of strings, and what HTML or
-/// JavaScript would misread escaped. Escapes that are there stay as they are written.
+/// What becomes of a text that is JSON already (`json.RawMessage`): no white space outside of
+/// strings, and what HTML or JavaScript would misread escaped. Escapes that are there stay as they
+/// are written.
 pub fn compact(json: &str) -> String {
     let (mut in_string, mut escaped) = (false, false);
     let kept = json.chars().filter(|&c| {
@@ -44,8 +45,9 @@ fn escape(json: &str) -> String {
     out
 }
 
-/// An RFC 3339 time as Go writes it after reading it: the fraction without trailing zeros and never finer than
-/// nanoseconds, `Z` for every zone without an offset, other offsets kept. `None` for what Go does not read.
+/// An RFC 3339 time as Go writes it after reading it: the fraction without trailing zeros and never
+/// finer than nanoseconds, `Z` for every zone without an offset, other offsets kept. `None` for
+/// what Go does not read.
 pub fn time(text: &str) -> Option<String> {
     let (day, rest) = text.split_at_checked(10)?;
     let (clock, rest) = rest.split_at_checked(9)?;

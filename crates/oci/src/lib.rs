@@ -1,9 +1,9 @@
 //! The vocabulary of images: digests, descriptors, platforms, names, manifests and configs.
 //!
-//! Own types rather than `oci-spec`'s: image configs have Docker's fields besides (healthcheck, onbuild, shell), their
-//! bytes must be those that Go programs write ([`gojson`]), and every identifier is a type of its own.
-//! `jiff` reads and writes times.
-//! Sources: OCI image-spec 1.1, distribution-spec 1.1, the Docker image config.
+//! Own types rather than `oci-spec`'s: image configs have Docker's fields besides (healthcheck,
+//! onbuild, shell), their bytes must be those that Go programs write ([`gojson`]), and every
+//! identifier is a type of its own. `jiff` reads and writes times. Sources: OCI image-spec 1.1,
+//! distribution-spec 1.1, the Docker image config.
 
 mod checksum;
 mod config;

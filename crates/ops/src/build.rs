@@ -1,8 +1,9 @@
-//! Graphs inside graphs: the build operation reads a definition out of a file of its input and solves it (row `op.build`).
+//! Graphs inside graphs: the build operation reads a definition out of a file of its input and
+//! solves it (row `op.build`).
 
 use crate::op::Context;
 use async_trait::async_trait;
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{Mode, OFlags};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_llb::{BuildOp, Definition, Vertex};
 use shipway_oci::Digest;
@@ -10,6 +11,7 @@ use shipway_refs::ImmutableRef;
 use std::{
     collections::{HashMap, HashSet},
     io::Read as _,
+    os::fd::AsFd as _,
     path::Path,
     sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
 };
@@ -56,7 +58,8 @@ pub(crate) async fn run(op: &BuildOp, vertex: &Vertex, inputs: &[ImmutableRef], 
         }
         let solved = async { job.nested.get()?.solve_nested(vertex.digest, definition.clone()).await };
         match solved.await {
-            // The build that was asked ended meanwhile; another one that wants the same may go on with it.
+            // The build that was asked ended meanwhile; another one that wants the same may go on
+            // with it.
             Err(fault) if fault.is_cancelled() => tried = Some(job.id),
             solved => return solved.context(|| "solve the graph that was built"),
         }
@@ -71,23 +74,20 @@ async fn definition(op: &BuildOp, inputs: &[ImmutableRef]) -> Result<Definition>
     let state = input.and_then(|i| inputs.get(i)).ok_or_else(|| Fault::invalid("invalid index of the llb definition input"))?;
     let mount = state.mount().await.context(|| "read the definition of a build operation")?;
     let name = op.attrs.get(FILENAME).filter(|n| !n.is_empty()).map_or(DEFINITION, String::as_str).to_owned();
-    let read = move || read(mount.path(), &name);
-    let bytes = tokio::task::spawn_blocking(read).await.map_err(|e| Fault::internal(format!("a read failed: {e}")))??;
-    Definition::decode(&bytes).context(|| "read the definition of a build operation")
+    let read = move || Definition::decode(&read(mount.path(), &name)?);
+    let definition = tokio::task::spawn_blocking(read).await.map_err(|e| Fault::internal(format!("a read failed: {e}")))?;
+    definition.context(|| "read the definition of a build operation")
 }
 
 /// A regular file of the user's, inside `root`.
 fn read(root: &Path, name: &str) -> Result<Vec<u8>> {
     let failed = |e: std::io::Error| Fault::io(format!("open {name}"), e).with_class(shipway_fault::Class::User);
-    let dir = rustix::fs::open(root, OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(|e| failed(e.into()))?;
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let open = |flags| rustix::fs::openat2(&dir, name.trim_start_matches('/'), flags | OFlags::CLOEXEC, Mode::empty(), resolve);
-    // Opening what is no regular file may wait for somebody, or do something.
-    let place = std::fs::File::from(open(OFlags::PATH).map_err(|e| failed(e.into()))?);
-    if !place.metadata().map_err(failed)?.is_file() {
-        return Err(Fault::invalid(format!("{name} is not a regular file")));
-    }
-    let file = std::fs::File::from(open(OFlags::RDONLY | OFlags::NONBLOCK).map_err(|e| failed(e.into()))?);
+    let flags = OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC;
+    let dir = rustix::fs::open(root, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
+    let found = shipway_executor::open_in_root(dir.as_fd(), name, OFlags::PATH, Mode::empty());
+    let found = found.map_err(|e| failed(e.into()))?;
+    let file = shipway_executor::reopen_regular(found.as_fd()).map_err(|e| failed(e.into()))?;
+    let file = file.ok_or_else(|| Fault::invalid(format!("{name} is not a regular file")))?;
     let mut bytes = Vec::new();
     file.take(MAX_DEFINITION + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > MAX_DEFINITION {
@@ -96,8 +96,8 @@ fn read(root: &Path, name: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Build operations that are being run, and what is in their graphs. One that needs itself would wait forever, and graphs that make ever new graphs
-/// would never end.
+/// Build operations that are being run, and what is in their graphs. One that needs itself would
+/// wait forever, and graphs that make ever new graphs would never end.
 #[derive(Clone, Debug, Default)]
 pub struct NestedGraphs(Arc<Mutex<Graphs>>);
 

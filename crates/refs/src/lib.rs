@@ -42,6 +42,7 @@ pub use mount::LocalMount;
 pub use mutable::MutableRef;
 pub use named::{NamedRef, NamedRequest, Sharing};
 pub use record::{DOCUMENT_KIND, EPOCH_KIND, RecordType, RefId};
+pub use retime::REWRITTEN;
 pub use shipway_archive::{Compression, CompressionKind};
 pub use shipway_treehash::{PathFilter, Selector, Verdict};
 pub use store::RefStore;

@@ -10,8 +10,8 @@ use shipway_oci::{Descriptor, DiffId};
 use shipway_progress::Reporter;
 use shipway_storage::{Labels, UNCOMPRESSED};
 
-/// Tells which time a layer was rewritten with.
-const REWRITTEN: &str = "buildkit/rewritten-timestamp";
+/// Annotation that tells which time a layer was rewritten with, whether that changed it or not.
+pub const REWRITTEN: &str = "buildkit/rewritten-timestamp";
 
 impl ImmutableRef {
     /// The same files with every time later than `latest` (seconds since the epoch) set to it. The layers that it has in common with `base`, counted

@@ -31,7 +31,8 @@ use tokio::time::Instant;
 
 /// Most tries for one blob; each starts from its first byte.
 const MAX_TRIES: u32 = 4;
-/// Repositories that are tried in turn to mount a blob from; each that does not serve costs a request.
+/// Repositories that are tried in turn to mount a blob from; each that does not serve costs a
+/// request.
 const MAX_MOUNTS: usize = 3;
 /// Most bytes of a manifest that is pushed.
 const MAX_MANIFEST: u64 = 4 << 20;
@@ -65,9 +66,10 @@ struct Upload<'a> {
 }
 
 impl Repository {
-    /// Brings a blob into the repository. It is looked for first; then mounted from one of the first few repositories
-    /// `mount_from` of the same registry; then uploaded. `open` gives the bytes from the start, and is called again for each new try;
-    /// `progress` hears how many bytes have gone (which falls back to 0 with a new try).
+    /// Brings a blob into the repository. It is looked for first; then mounted from one of the
+    /// first few repositories `mount_from` of the same registry; then uploaded. `open` gives the
+    /// bytes from the start, and is called again for each new try; `progress` hears how many bytes
+    /// have gone (which falls back to 0 with a new try).
     pub async fn push_blob<'m>(
         &self,
         descriptor: &Descriptor,

@@ -388,7 +388,8 @@ async fn files_and_directories_are_exported() {
     assert_eq!(text, "exported");
 }
 
-/// A client that looks at the result, chooses where it goes, and refuses a build that came out without a digest.
+/// A client that looks at the result, chooses where it goes, and refuses a build that came out
+/// without a digest.
 struct Chooser;
 
 #[tonic::async_trait]
@@ -411,7 +412,7 @@ impl Exporter for Chooser {
 #[tokio::test]
 async fn a_client_chooses_exporters_when_the_result_is_there() {
     let (ours, theirs) = tokio::io::duplex(256 << 10);
-    tokio::spawn(async move { _ = serve_tunnel(theirs, Routes::new(ExporterServer::new(Chooser))).await });
+    tokio::spawn(async move { _ = serve_tunnel(theirs, Routes::new(ExporterServer::new(Chooser)), TunnelPeer::Daemon).await });
     let session = SessionHub::new().register(&Client::metadata("s1"), ours).await.expect("registers");
     let metadata = BTreeMap::from([("wanted".to_owned(), b"app:1".to_vec())]);
     let chosen = session.find_exporters(metadata.clone(), vec!["ref".into()]).await.expect("answers");
