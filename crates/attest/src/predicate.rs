@@ -170,6 +170,7 @@ fn incomplete(capture: &Capture) -> Fault {
         method: m.method.clone(),
         uri: m.url.clone(),
         reason: m.reason.clone(),
+        ..IncompleteMaterial::default()
     });
     Fault::invalid(text).detail(Detail::IncompleteMaterials(local.chain(fetched).collect()))
 }
