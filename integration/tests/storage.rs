@@ -99,6 +99,11 @@ fn who_a_containerd_is() {
             assert_eq!(uuid.len(), 36, "{uuid:?}");
             assert_eq!(uuid, containerd.server_uuid().await.unwrap());
             assert!(containerd.snapshotters().await.unwrap().contains(&"overlayfs".to_owned()));
+            // Where snapshots are is the disk that garbage collection is about; of a snapshotter that is not there, contents tell.
+            for name in ["overlayfs", "no-such-snapshotter"] {
+                let disk = containerd.snapshots_at(name).await.unwrap().unwrap();
+                assert!(disk.starts_with(lab.dir().join("containerd-root")) && disk.is_dir(), "{}", disk.display());
+            }
         });
     });
 }

@@ -10,7 +10,11 @@ use crate::{
 use containerd_client::services::v1 as api;
 use shipway_fault::{Context, Fault, Result};
 use shipway_storage::Storage;
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 /// What a containerd says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +72,18 @@ impl Containerd {
         let answer =
             self.connection.call(|| "list plug-ins".into(), deadline::QUICK, client.plugins(self.connection.request(request)?)).await?;
         Ok(answer.plugins.into_iter().filter(|p| p.init_err.is_none()).map(|p| p.id).collect())
+    }
+
+    /// The directory that `snapshotter` keeps its snapshots in, if containerd knows: snapshotters outside of it need not say.
+    pub async fn snapshots_at(&self, snapshotter: &str) -> Result<Option<PathBuf>> {
+        let mut client = api::introspection_client::IntrospectionClient::new(self.connection.control());
+        let filters = vec![format!("type==io.containerd.snapshotter.v1,id=={snapshotter}"), "type==io.containerd.content.v1".into()];
+        let request = self.connection.request(api::PluginsRequest { filters })?;
+        let answer = self.connection.call(|| "list plug-ins".into(), deadline::QUICK, client.plugins(request)).await?;
+        // Where contents are is the next best: most often the same disk.
+        let mut plugins = answer.plugins;
+        plugins.sort_by_key(|p| p.id != snapshotter);
+        Ok(plugins.into_iter().find_map(|p| p.exports.get("root").map(PathBuf::from)))
     }
 
     /// Makes the namespace if there is none of that name.

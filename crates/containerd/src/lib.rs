@@ -19,4 +19,4 @@ mod wire;
 
 pub use daemon::{Containerd, Version};
 pub use network::{Bridge, NetworkConfig, NetworkDefault};
-pub use tasks::{TaskConfig, TaskExecutor};
+pub use tasks::{RuntimeOptions, TaskConfig, TaskExecutor};

@@ -43,8 +43,8 @@ pub struct TaskConfig {
     pub runtime: String,
     /// Binary of the low-level runtime (`crun`, a path); the shim's default if none.
     pub binary: Option<String>,
-    /// Whether cgroups are made by systemd.
-    pub systemd_cgroup: bool,
+    /// More options of the runtime.
+    pub options: RuntimeOptions,
     /// The snapshotter of root filesystems.
     pub snapshotter: String,
     /// A directory of ours that the shim sees at the same path; best on a tmpfs such as `/run`.
@@ -57,13 +57,49 @@ pub struct TaskConfig {
     pub apparmor: Option<String>,
 }
 
+/// Options of the runc shim (row `toml.w.ctd`), by the names that containerd's own configuration has for them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "PascalCase")]
+pub struct RuntimeOptions {
+    /// Binary of the low-level runtime, unless the settings name one elsewhere.
+    pub binary_name: String,
+    /// Whether cgroups are made by systemd.
+    pub systemd_cgroup: bool,
+    /// Whether the root is changed without `pivot_root`, as is needed on a RAM disk.
+    pub no_pivot_root: bool,
+    /// Whether containers share the keyring.
+    pub no_new_keyring: bool,
+    /// Cgroup of the shim itself.
+    pub shim_cgroup: String,
+    /// Owner of the pipes of a process.
+    pub io_uid: u32,
+    /// Group of the pipes of a process.
+    pub io_gid: u32,
+}
+
+impl RuntimeOptions {
+    /// Reads the options for `runtime`; an unknown one is an error that names it.
+    pub fn parse(runtime: &str, options: serde_json::Value) -> Result<Self> {
+        if options.as_object().is_some_and(|o| !o.is_empty()) && !is_runc(runtime) {
+            return Err(Fault::unimplemented(format!("options of the runtime {runtime}"))
+                .hint("only those of runc's shim are understood: leave `options` out, or name a file of the shim's own"));
+        }
+        serde_json::from_value(options).map_err(|e| Fault::invalid(e.to_string()))
+    }
+}
+
+/// Whether the shim of `runtime` takes runc's options.
+fn is_runc(runtime: &str) -> bool {
+    runtime.contains(".runc.")
+}
+
 impl TaskConfig {
     /// runc, overlayfs, and the host's network unless there is a CNI configuration.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             runtime: "io.containerd.runc.v2".into(),
             binary: None,
-            systemd_cgroup: false,
+            options: RuntimeOptions::default(),
             snapshotter: "overlayfs".into(),
             root: root.into(),
             network: NetworkConfig::default(),

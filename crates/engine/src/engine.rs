@@ -17,7 +17,7 @@ use shipway_exporters::{Exporter, Exporters};
 use shipway_fault::{Code, Fault, Result};
 use shipway_frontend::{Bridge as _, FrontendResult, Options, SolveRequest, Worker};
 use shipway_gateway::{Builds, GatewayBuild};
-use shipway_oci::Platform;
+use shipway_oci::{Digest, Platform};
 use shipway_ops::{Ahead, BuildJudge, JobData, LlbOp, Nested, NestedGraphs, Services, Wishes};
 use shipway_progress::Journal;
 use shipway_registry::Registry;
@@ -27,11 +27,13 @@ use shipway_solver::{JobId, Solver};
 use shipway_sources::SourceMemo;
 use std::{
     collections::{HashMap, VecDeque},
-    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 use tokio::sync::{oneshot, watch};
+
+/// Longest name of a build: it is kept with everything that is remembered of it.
+const MAX_REF: usize = 1024;
 
 /// How long a status request waits for its build to begin (row `so.st.replay`).
 const STATUS_GRACE: Duration = Duration::from_secs(6);
@@ -95,8 +97,8 @@ pub struct Engine(Arc<EngineInner>);
 pub enum Progress {
     /// It is running, or ended a moment ago.
     Live(Journal),
-    /// It ended; this file holds what was said.
-    Past(PathBuf),
+    /// It ended; the file of the history with this digest holds what was said.
+    Past(Digest),
 }
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -187,6 +189,9 @@ impl Engine {
         if request.id.is_empty() {
             return Err(Fault::invalid("a build needs a ref"));
         }
+        if request.id.len() > MAX_REF {
+            return Err(Fault::invalid(format!("the ref of a build may have {MAX_REF} bytes, and this one has {}", request.id.len())));
+        }
         let parts = &self.0.parts;
         let entitlements = request.entitlements(&parts.entitlements)?;
         caches::check(&request.cache_exports)?;
@@ -243,9 +248,8 @@ impl Engine {
                 if let Some(journal) = self.0.live(id) {
                     return Some(Progress::Live(journal));
                 }
-                let past = self.0.parts.history.get(id).and_then(|r| r.log);
-                if let Some(path) = past.and_then(|l| self.0.parts.history.log(l.digest)) {
-                    return Some(Progress::Past(path));
+                if let Some(log) = self.0.parts.history.summary(id).and_then(|s| s.log) {
+                    return Some(Progress::Past(log.digest));
                 }
                 if begun.changed().await.is_err() {
                     return None;
@@ -348,7 +352,8 @@ async fn finish(scope: &Arc<BuildScope>, how: &Finishing, result: &FrontendResul
         let session = scope.engine.parts.sessions.get(&SessionId::new(&scope.session)).await?;
         session.finalize_export(response.clone()).await?;
     }
-    Ok(BuildResponse { exporter_response: response, written, provenance })
+    let metadata = result.metadata.iter().map(|(k, v)| (k.clone(), String::from_utf8_lossy(v).into_owned())).collect();
+    Ok(BuildResponse { exporter_response: response, written, metadata, provenance })
 }
 
 /// Waits for the client to return a result through the gateway (row `ctl.solve.gwmode`).

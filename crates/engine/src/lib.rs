@@ -30,8 +30,8 @@ mod vertices;
 pub use caches::IMPORT_DEADLINE;
 pub use engine::{Engine, EngineParts, Progress};
 pub use history::{
-    FaultEncoder, History, HistoryEncoders, HistoryEvent, HistoryEventKind, HistoryFilter, HistoryLimits, HistoryRecord, LogEncoder,
-    LogFile, Steps,
+    FaultEncoder, History, HistoryEncoders, HistoryEvent, HistoryEventKind, HistoryLimits, HistoryRecord, HistoryStatus, HistorySummary,
+    LogEncoder, LogFile, Steps,
 };
 pub use image_frontend::ImageFrontends;
 pub use policy::BuildPolicy;

@@ -61,6 +61,8 @@ pub struct BuildResponse {
     pub exporter_response: BTreeMap<String, String>,
     /// What exporters wrote into the content store, by their index.
     pub written: BTreeMap<usize, Descriptor>,
+    /// Metadata of the result, for the history.
+    pub metadata: BTreeMap<String, String>,
     /// Provenance for the history: by platform, or of the one result there is.
     pub provenance: Vec<(Option<String>, Vec<u8>)>,
 }

@@ -135,12 +135,12 @@ impl Listener {
             Address::Unix(path) => bind_unix(path, options).await.context(what)?,
             Address::Tcp(host) => {
                 let listener = TcpListener::bind(host).await.map_err(|e| Fault::io(what(), e))?;
-                if options.tls.is_none() {
-                    tracing::warn!(%address, "TLS is not enabled: whoever reaches this address controls the daemon");
+                if let Some(risk) = risk(options.tls.as_ref()) {
+                    tracing::warn!(%address, "{risk}");
                 }
                 Socket::Tcp(listener, acceptor()?)
             }
-            Address::Activated => return activated(acceptor()?),
+            Address::Activated => return activated(options.tls.as_ref(), acceptor()?),
         };
         Ok(vec![Self { socket, address: address.clone() }])
     }
@@ -168,7 +168,7 @@ impl Listener {
 async fn bind_unix(path: &Path, options: &ListenOptions) -> Result<Socket> {
     let failed = |what: &str, e| Fault::io(format!("{what} {}", path.display()), e);
     if let Some(parent) = path.parent() {
-        tokio::fs::create_dir_all(parent).await.map_err(|e| failed("create the directory of", e))?;
+        make_public(parent).map_err(|e| failed("create the directory of", e))?;
     }
     match tokio::fs::symlink_metadata(path).await {
         Ok(meta) if meta.file_type().is_socket() => {
@@ -182,6 +182,7 @@ async fn bind_unix(path: &Path, options: &ListenOptions) -> Result<Socket> {
         Ok(_) => return Err(Fault::invalid(format!("{} exists and is not a socket", path.display()))),
         Err(_) => {}
     }
+    // Until its mode is set below, a socket has what the umask leaves: the daemon's umask leaves nothing to others.
     let listener = UnixListener::bind(path).map_err(|e| failed("bind", e))?;
     let unlink = Unlink(path.to_owned());
     if options.uid.is_some() || options.gid.is_some() {
@@ -192,7 +193,31 @@ async fn bind_unix(path: &Path, options: &ListenOptions) -> Result<Socket> {
     Ok(Socket::Unix { listener, _unlink: Some(unlink) })
 }
 
-fn activated(acceptor: Option<TlsAcceptor>) -> Result<Vec<Listener>> {
+/// Makes the missing directories of `path` such that clients get through to a socket in it, whatever the umask is.
+fn make_public(path: &Path) -> io::Result<()> {
+    if path.as_os_str().is_empty() || path.is_dir() {
+        return Ok(());
+    }
+    path.parent().map_or(Ok(()), make_public)?;
+    match std::fs::create_dir(path) {
+        Ok(()) => std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+/// What is wrong with a TCP socket under `tls`: it has no owner and no mode that would keep anybody out.
+fn risk(tls: Option<&ServerTls>) -> Option<&'static str> {
+    match tls {
+        None => Some("TLS is not enabled: whoever reaches this address controls the daemon"),
+        Some(ServerTls { client_ca: None, .. }) => {
+            Some("clients need no certificate (no CA is given): whoever reaches this address controls the daemon")
+        }
+        Some(_) => None,
+    }
+}
+
+fn activated(tls: Option<&ServerTls>, acceptor: Option<TlsAcceptor>) -> Result<Vec<Listener>> {
     let mut fds = listenfd::ListenFd::from_env();
     let mut listeners = Vec::new();
     for index in 0..fds.len() {
@@ -205,6 +230,9 @@ fn activated(acceptor: Option<TlsAcceptor>) -> Result<Vec<Listener>> {
             _ => {
                 let Some(tcp) = fds.take_tcp_listener(index).map_err(failed)? else { continue };
                 tcp.set_nonblocking(true).map_err(failed)?;
+                if let Some(risk) = risk(tls) {
+                    tracing::warn!(address = ?tcp.local_addr().ok(), "{risk}");
+                }
                 Socket::Tcp(TcpListener::from_std(tcp).map_err(failed)?, acceptor.clone())
             }
         };

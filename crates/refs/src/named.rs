@@ -174,6 +174,10 @@ impl Slots {
         lock(&self.all).clone()
     }
 
+    pub fn by_id(&self, id: &RefId) -> Option<Arc<Slot>> {
+        lock(&self.all).iter().find(|s| s.id == *id).cloned()
+    }
+
     fn named(&self, name: &str, record_type: RecordType) -> Vec<Arc<Slot>> {
         lock(&self.all).iter().filter(|s| s.name == name && s.note.record_type == record_type).cloned().collect()
     }

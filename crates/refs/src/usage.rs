@@ -7,10 +7,11 @@ use crate::{
     store::{Inner, Record},
 };
 use shipway_fault::Result;
-use shipway_oci::{ChainId, ImageConfig, Index, Manifest, media};
+use shipway_oci::{ChainId, Digest, ImageConfig, Index, Manifest, media};
 use shipway_storage::{Labels, LeaseId, SnapshotKey};
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
+    path::PathBuf,
     sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -61,14 +62,10 @@ pub struct PruneOptions {
     pub max_used: u64,
     /// Go until this many bytes of the disk are free.
     pub min_free: u64,
+    /// A directory on the disk that `min_free` is about; our own is, if none is given.
+    pub disk: Option<PathBuf>,
     /// Only these.
     pub filter: Option<UsageFilter>,
-}
-
-/// A record that may go, with what its rank is made of.
-struct Candidate {
-    usage: UsageRecord,
-    rank: f64,
 }
 
 impl RefStore {
@@ -76,6 +73,13 @@ impl RefStore {
     pub async fn usage(&self) -> Result<Vec<UsageRecord>> {
         let shared = self.0.image_chains().await?;
         self.0.usage(&shared).await
+    }
+
+    /// Digests of the blobs that are kept for the states there are.
+    pub fn blobs_kept(&self) -> HashSet<Digest> {
+        let records = self.0.records();
+        let blobs = records.iter().flat_map(|r| &r.layers).flat_map(|c| c.blobs());
+        blobs.filter(|b| b.stored).map(|b| b.descriptor.digest).collect()
     }
 
     /// Removes what may go, telling `on_removed` of each, and returns once containerd has freed the space. One prune runs at a time.
@@ -187,38 +191,28 @@ impl Inner {
     async fn prune(self: &Arc<Self>, options: &PruneOptions, on_removed: &(dyn Fn(UsageRecord) + Send + Sync)) -> Result<()> {
         // Whether images share a layer matters for what may go and for the sum, which nobody asks for when all goes.
         let shared = if options.all && options.filter.is_none() { HashSet::new() } else { self.image_chains().await? };
-        let mut all = self.usage(&shared).await?;
+        let all = self.usage(&shared).await?;
         let mut total: u64 = all.iter().filter(|u| !u.shared).map(|u| u.size).sum();
-        let keep = options.keep(total, self.free_bytes());
+        let keep = options.keep(total, self.free_bytes(options));
         let mut removed = self.end_doomed().await;
+        let mut left = all.len();
+        let mut order = Order::new(all, options);
         while keep.is_none_or(|keep| total >= keep) {
-            let mut candidates = candidates(&all, options);
-            if keep.is_some() {
-                rank(&mut candidates);
-                candidates.truncate(1);
-            }
-            if candidates.is_empty() {
-                break;
-            }
-            for Candidate { usage, .. } in candidates {
-                all.retain(|u| u.id != usage.id);
-                let Some(lease) = self.take(&usage.id) else {
-                    // Somebody took it just now; what it was made from stays, too.
-                    let busy = UsageRecord { in_use: true, ..usage };
-                    all.push(busy);
-                    continue;
-                };
-                self.end_lease(&lease).await;
-                self.uses.forget(&usage.id);
-                total = total.saturating_sub(usage.size);
-                removed = true;
-                on_removed(usage);
-            }
+            let Some(usage) = order.next() else { break };
+            // If somebody took it just now, what it was made from stays, too.
+            let Some(lease) = self.take(&usage.id) else { continue };
+            self.end_lease(&lease).await;
+            self.uses.forget(&usage.id);
+            order.gone(&usage);
+            left -= 1;
+            total = total.saturating_sub(usage.size);
+            removed = true;
+            on_removed(usage);
         }
         if keep.is_none() && options.all && options.filter.is_none() {
             removed |= self.forget_documents(options.keep_duration).await?;
         }
-        if all.is_empty() {
+        if left == 0 {
             removed |= self.epochs.end_unused(&self.storage, true).await?;
         }
         if removed {
@@ -249,16 +243,15 @@ impl Inner {
         if let Some(record) = self.take_unused(id) {
             return Some(record.lease.clone());
         }
-        let slot = self.slots.list().into_iter().find(|s| s.id == *id)?;
+        let slot = self.slots.by_id(id)?;
         slot.kill_unused().then(|| {
             self.slots.drop_slot(&slot);
             slot.lease.clone()
         })
     }
 
-    /// Free bytes of the disk that our own directory is on, which is where containerd usually is, too.
-    fn free_bytes(&self) -> u64 {
-        rustix::fs::statvfs(&self.mounts).map_or(u64::MAX, |s| s.f_bavail.saturating_mul(s.f_frsize))
+    fn free_bytes(&self, options: &PruneOptions) -> u64 {
+        rustix::fs::statvfs(options.disk.as_ref().unwrap_or(&self.mounts)).map_or(u64::MAX, |s| s.f_bavail.saturating_mul(s.f_frsize))
     }
 }
 
@@ -279,37 +272,70 @@ impl PruneOptions {
     }
 }
 
-/// Records that may go now: nobody has them, nothing is made of them, and the options say so.
-fn candidates(all: &[UsageRecord], options: &PruneOptions) -> Vec<Candidate> {
-    let parents: HashSet<&RefId> = all.iter().flat_map(|u| &u.parents).collect();
-    let now = SystemTime::now();
-    let goes = |u: &&UsageRecord| {
-        let special = matches!(u.record_type, RecordType::Internal | RecordType::Frontend) || u.shared;
-        let used = u.last_used.unwrap_or(u.created);
-        let recent = now.duration_since(used).map_or(true, |age| age < options.keep_duration);
-        !u.in_use
-            && !parents.contains(&u.id)
-            && (options.all || !special)
-            && (options.keep_duration.is_zero() || !recent)
-            && options.filter.as_ref().is_none_or(|f| f(u))
-    };
-    all.iter().filter(goes).map(|u| Candidate { usage: u.clone(), rank: 0.0 }).collect()
+/// Records in the order in which they go: nobody has them, nothing is made of them, and the options say so. Each is looked at once, however many go.
+struct Order {
+    /// Records that may go once nothing is made of them any more, with their rank.
+    rest: HashMap<RefId, (u64, UsageRecord)>,
+    /// How many of all records are made of one.
+    children: HashMap<RefId, usize>,
+    /// Those that may go now, the lowest rank first.
+    ready: BTreeSet<(u64, RefId)>,
 }
 
-/// Sorts by age and rarity of use together, first to go first (row `so.gc.order`).
-fn rank(candidates: &mut [Candidate]) {
+impl Order {
+    fn new(all: Vec<UsageRecord>, options: &PruneOptions) -> Self {
+        let mut children: HashMap<RefId, usize> = HashMap::new();
+        for parent in all.iter().flat_map(|u| &u.parents) {
+            *children.entry(parent.clone()).or_default() += 1;
+        }
+        let now = SystemTime::now();
+        let mut wanted: Vec<UsageRecord> = all.into_iter().filter(|u| may_go(u, options, now)).collect();
+        let ranks = ranks(&wanted);
+        let rest: HashMap<_, _> = wanted.drain(..).zip(ranks).map(|(u, rank)| (u.id.clone(), (rank, u))).collect();
+        let ready = rest.values().filter(|(_, u)| !children.contains_key(&u.id)).map(|(rank, u)| (*rank, u.id.clone())).collect();
+        Self { rest, children, ready }
+    }
+
+    /// The record that goes next.
+    fn next(&mut self) -> Option<UsageRecord> {
+        let (_, id) = self.ready.pop_first()?;
+        self.rest.remove(&id).map(|(_, usage)| usage)
+    }
+
+    /// `usage` is gone: one record less is made of its parents.
+    fn gone(&mut self, usage: &UsageRecord) {
+        for parent in &usage.parents {
+            let Some(count) = self.children.get_mut(parent) else { continue };
+            *count -= 1;
+            if *count == 0
+                && let Some((rank, _)) = self.rest.get(parent)
+            {
+                self.ready.insert((*rank, parent.clone()));
+            }
+        }
+    }
+}
+
+/// Whether the options let a record go.
+fn may_go(u: &UsageRecord, options: &PruneOptions, now: SystemTime) -> bool {
+    let special = matches!(u.record_type, RecordType::Internal | RecordType::Frontend) || u.shared;
+    let used = u.last_used.unwrap_or(u.created);
+    let recent = now.duration_since(used).map_or(true, |age| age < options.keep_duration);
+    !u.in_use && (options.all || !special) && (options.keep_duration.is_zero() || !recent) && options.filter.as_ref().is_none_or(|f| f(u))
+}
+
+/// Ranks by age and rarity of use together, first to go lowest (row `so.gc.order`).
+fn ranks(records: &[UsageRecord]) -> Vec<u64> {
     let places = |values: Vec<u128>| {
         let distinct: Vec<u128> = BTreeSet::from_iter(values.iter().copied()).into_iter().collect();
-        let n = distinct.len().max(1) as f64;
-        values.into_iter().map(|v| distinct.partition_point(|d| *d < v) as f64 / n).collect::<Vec<_>>()
+        let n = distinct.len().max(1) as u64;
+        // The place among the distinct values, as a share of them.
+        values.into_iter().map(|v| (distinct.partition_point(|d| *d < v) as u64).saturating_mul(1 << 32) / n).collect::<Vec<_>>()
     };
-    let age = |c: &Candidate| c.usage.last_used.map_or(0, |t| t.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis());
-    let by_time = places(candidates.iter().map(age).collect());
-    let by_count = places(candidates.iter().map(|c| c.usage.usage_count.into()).collect());
-    for (candidate, (time, count)) in candidates.iter_mut().zip(by_time.into_iter().zip(by_count)) {
-        candidate.rank = time + count;
-    }
-    candidates.sort_by(|a, b| a.rank.total_cmp(&b.rank));
+    let age = |u: &UsageRecord| u.last_used.map_or(0, |t| t.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis());
+    let by_time = places(records.iter().map(age).collect());
+    let by_count = places(records.iter().map(|u| u.usage_count.into()).collect());
+    by_time.into_iter().zip(by_count).map(|(time, count)| time + count).collect()
 }
 
 #[cfg(test)]
@@ -330,5 +356,58 @@ mod tests {
             let options = PruneOptions { max_used, reserved, min_free, ..PruneOptions::default() };
             assert_eq!(options.keep(total, free), want, "{max_used} {reserved} {min_free}");
         }
+    }
+
+    fn usage(id: usize, parents: &[usize], last_used: u64, usage_count: u64) -> UsageRecord {
+        let name = |n: usize| RefId(n.to_string());
+        UsageRecord {
+            id: name(id),
+            record_type: RecordType::Regular,
+            description: String::new(),
+            size: 1,
+            in_use: false,
+            mutable: false,
+            created: UNIX_EPOCH,
+            last_used: Some(UNIX_EPOCH + Duration::from_secs(last_used)),
+            usage_count,
+            parents: parents.iter().map(|p| name(*p)).collect(),
+            shared: false,
+        }
+    }
+
+    fn order(all: Vec<UsageRecord>, options: &PruneOptions) -> Vec<String> {
+        let mut order = Order::new(all, options);
+        let mut gone = Vec::new();
+        while let Some(usage) = order.next() {
+            order.gone(&usage);
+            gone.push(usage.id.0);
+        }
+        gone
+    }
+
+    #[test]
+    fn old_and_rare_records_go_first_and_parents_after_their_children() {
+        let all = vec![usage(0, &[], 1, 1), usage(1, &[0], 9, 9), usage(2, &[0], 5, 5), usage(3, &[], 7, 7)];
+        assert_eq!(order(all, &PruneOptions::default()), ["2", "3", "1", "0"]);
+        // What is made of something that stays keeps it.
+        let mut all = vec![usage(0, &[], 1, 1), usage(1, &[0], 9, 9), usage(2, &[], 5, 5)];
+        all[1].in_use = true;
+        assert_eq!(order(all, &PruneOptions::default()), ["2"]);
+    }
+
+    #[test]
+    fn every_record_is_looked_at_once_however_many_go() {
+        use std::sync::atomic::AtomicUsize;
+        const RECORDS: usize = 20_000;
+        let looks = Arc::new(AtomicUsize::new(0));
+        let counted = looks.clone();
+        let filter: UsageFilter = Arc::new(move |_| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            true
+        });
+        // Chains of a hundred.
+        let all = (0..RECORDS).map(|i| usage(i, &[i.wrapping_sub(1)][..usize::from(i % 100 != 0)], 1, 1));
+        let gone = order(all.collect(), &PruneOptions { max_used: 1, filter: Some(filter), ..PruneOptions::default() });
+        assert_eq!((gone.len(), looks.load(Ordering::Relaxed)), (RECORDS, RECORDS));
     }
 }

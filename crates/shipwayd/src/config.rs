@@ -1,13 +1,15 @@
 //! The daemon's configuration: one TOML file with buildkitd's keys (section 9 of the reference), strict where buildkitd is not: an unknown key is
 //! an error that names the nearest known one.
 
+mod oci;
 mod units;
 
 use serde::Deserialize;
 use shipway_fault::{Fault, Result, closest};
 use std::{collections::BTreeMap, path::Path};
 
-pub use units::{DiskSpace, Span};
+pub use oci::OciWorker;
+pub use units::{DiskSpace, KeepStorage, MaxAge, Span, go_duration};
 
 /// The whole file.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -32,11 +34,11 @@ pub struct Config {
     pub log: Log,
     /// Sockets.
     pub grpc: Grpc,
-    /// Accepted; tracing export is not there yet.
+    /// A collector of traces; the log says that there are no traces.
     pub otel: Otel,
     /// Devices of the host in steps.
     pub cdi: Cdi,
-    /// Workers; only `containerd` is one.
+    /// Workers; `oci` is one that containerd stands in for.
     pub worker: Workers,
     /// Registries by host.
     pub registry: BTreeMap<String, shipway_registry::HostConfig>,
@@ -48,7 +50,7 @@ pub struct Config {
     pub frontend: Frontends,
     /// Limits.
     pub system: System,
-    /// Accepted; the gha cache is not there yet.
+    /// Settings of the gha cache; the log says that there is none.
     pub cache: Option<toml::Table>,
 }
 
@@ -68,14 +70,14 @@ pub struct Log {
 pub struct Grpc {
     /// Addresses to listen on.
     pub address: Vec<String>,
-    /// Accepted; the debug address is not there yet.
+    /// A listener for debuggers; the log says that there is none.
     #[serde(rename = "debugAddress")]
     pub debug_address: Option<String>,
     /// Owner of unix sockets.
     pub uid: Option<u32>,
     /// Group of unix sockets.
     pub gid: Option<u32>,
-    /// Windows only.
+    /// Windows only; the log says so.
     #[serde(rename = "securityDescriptor")]
     pub security_descriptor: Option<String>,
     /// TLS of tcp sockets.
@@ -92,7 +94,7 @@ pub struct Tls {
     pub ca: Option<String>,
 }
 
-/// Accepted for compatibility.
+/// Where traces would go.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Otel {
@@ -121,8 +123,8 @@ pub struct Cdi {
 pub struct Workers {
     /// Ours.
     pub containerd: Worker,
-    /// Not ours: accepted so that buildkitd's files can be used, without effect.
-    pub oci: toml::Table,
+    /// BuildKit's own worker: its settings count where containerd stands in for it.
+    pub oci: OciWorker,
 }
 
 /// The containerd worker.
@@ -183,7 +185,7 @@ pub struct Runtime {
 }
 
 /// One rule of garbage collection.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 #[allow(missing_docs)]
 pub struct GcPolicy {
@@ -229,17 +231,25 @@ pub struct History {
 pub struct Frontends {
     /// The in-house Dockerfile frontend.
     #[serde(rename = "dockerfile.v0")]
-    pub dockerfile: Frontend,
+    pub dockerfile: DockerfileFrontend,
     /// Frontends in containers.
     #[serde(rename = "gateway.v0")]
-    pub gateway: Frontend,
+    pub gateway: GatewayFrontend,
 }
 
-/// One frontend.
+/// The in-house Dockerfile frontend.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 #[allow(missing_docs)]
-pub struct Frontend {
+pub struct DockerfileFrontend {
+    pub enabled: Option<bool>,
+}
+
+/// Frontends in containers.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs)]
+pub struct GatewayFrontend {
     pub enabled: Option<bool>,
     #[serde(rename = "allowedRepositories")]
     pub allowed_repositories: Vec<String>,
@@ -251,7 +261,7 @@ pub struct Frontend {
 #[allow(missing_docs)]
 pub struct System {
     #[serde(rename = "platformsCacheMaxAge")]
-    pub platforms_cache_max_age: Option<Span>,
+    pub platforms_cache_max_age: Option<MaxAge>,
     #[serde(rename = "maxRegistryConcurrency")]
     pub max_registry_concurrency: Option<usize>,
     /// How long the import of a cache may take.
@@ -310,7 +320,7 @@ mod tests {
             [registry."docker.io"]
               mirrors = ["127.0.0.1:5000"]
             [worker.oci]
-              anything = 1
+              max-parallelism = 1
             [history]
               maxAge = 172800
             "#,

@@ -1,12 +1,17 @@
-//! containerd's Content service, read-only (row `content.ro`): the worker's blobs, and the logs of finished builds.
+//! containerd's Content service, read-only (row `content.ro`): blobs of the build cache, what builds wrote, and the logs of finished builds. The namespace may
+//! be somebody else's, too, such as Kubernetes': its other images are nobody's business here.
 
 use shipway_engine::History;
 use shipway_fault::{Fault, Result};
 use shipway_grpc::status_of;
-use shipway_oci::Digest;
+use shipway_oci::{Descriptor, Digest};
 use shipway_proto::containerd::services::content::v1 as wire;
-use shipway_storage::ContentStore;
-use std::sync::Arc;
+use shipway_refs::{DOCUMENT_KIND, RefStore};
+use shipway_storage::{LeaseId, Storage};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
+};
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -14,12 +19,45 @@ use tonic::{Request, Response, Status, Streaming};
 /// Chunks of a read.
 const CHUNK: usize = 1 << 20;
 
+/// Largest manifest or index that is read to see what a build wrote.
+const MAX_DOCUMENT: u64 = 8 << 20;
+/// Most blobs that one thing a build wrote leads to.
+const MAX_PARTS: usize = 10_000;
+
 /// The service.
 pub struct ContentService {
-    /// Blobs.
-    pub content: Arc<dyn ContentStore>,
-    /// Logs.
-    pub history: Arc<History>,
+    storage: Storage,
+    refs: RefStore,
+    history: Arc<History>,
+    /// What written indexes and manifests lead to, once it was read.
+    parts: Mutex<HashMap<Digest, Arc<HashSet<Digest>>>>,
+}
+
+/// What an index or a manifest names.
+#[derive(Default, serde::Deserialize)]
+#[serde(default)]
+struct Document {
+    manifests: Vec<Descriptor>,
+    config: Option<Descriptor>,
+    layers: Vec<Descriptor>,
+}
+
+/// What may be read.
+struct Ours {
+    /// Blobs of cached layers.
+    cached: HashSet<Digest>,
+    /// Leases of manifests and configs that are kept for the next build.
+    documents: HashSet<LeaseId>,
+    /// What builds wrote.
+    written: Vec<Arc<HashSet<Digest>>>,
+}
+
+impl Ours {
+    fn contains(&self, digest: Digest) -> bool {
+        self.cached.contains(&digest)
+            || self.documents.contains(&shipway_sources::document_lease(digest))
+            || self.written.iter().any(|parts| parts.contains(&digest))
+    }
 }
 
 type Answer<T> = std::result::Result<Response<T>, Status>;
@@ -34,9 +72,67 @@ fn read_only<T>(what: &str) -> Answer<T> {
 }
 
 impl ContentService {
-    async fn size_of_log(&self, digest: Digest) -> Option<u64> {
-        let path = self.history.log(digest)?;
-        tokio::fs::metadata(path).await.ok().map(|m| m.len())
+    /// The blobs of `storage` that `refs` keeps or that `history` tells of, and the files of `history`.
+    pub fn new(storage: Storage, refs: RefStore, history: Arc<History>) -> Self {
+        Self { storage, refs, history, parts: Mutex::default() }
+    }
+
+    async fn ours(&self) -> Result<Ours> {
+        let (label, value) = DOCUMENT_KIND;
+        let documents = self.storage.leases.list(&[format!("labels.\"{label}\"=={value}")]).await?;
+        let mut roots = self.history.written();
+        // The history forgets; an image that was built here says so itself.
+        roots.extend(self.storage.images.list(&[]).await?.into_iter().filter(|i| i.built().is_some()).map(|i| i.target.digest));
+        let mut written = Vec::with_capacity(roots.len());
+        for root in &roots {
+            written.push(self.parts_of(*root).await?);
+        }
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner).retain(|root, _| roots.contains(root));
+        Ok(Ours { cached: self.refs.blobs_kept(), documents: documents.into_iter().map(|l| l.id).collect(), written })
+    }
+
+    /// Everything that `root`, which a build wrote, leads to.
+    async fn parts_of(&self, root: Digest) -> Result<Arc<HashSet<Digest>>> {
+        if let Some(known) = self.parts.lock().unwrap_or_else(PoisonError::into_inner).get(&root) {
+            return Ok(known.clone());
+        }
+        let (mut parts, mut queue, mut whole) = (HashSet::from([root]), vec![root], true);
+        while let Some(document) = queue.pop().filter(|_| parts.len() < MAX_PARTS) {
+            let bytes = match self.storage.content.read_all(document, MAX_DOCUMENT).await {
+                Ok(bytes) => bytes,
+                Err(fault) if fault.is_not_found() => {
+                    whole = false;
+                    continue;
+                }
+                Err(fault) => return Err(fault),
+            };
+            let Ok(named) = serde_json::from_slice::<Document>(&bytes) else { continue };
+            queue.extend(named.manifests.iter().map(|d| d.digest).filter(|d| parts.insert(*d)));
+            parts.extend(named.config.iter().chain(&named.layers).map(|d| d.digest));
+        }
+        let parts = Arc::new(parts);
+        // What is not all there now may be later.
+        if whole {
+            self.parts.lock().unwrap_or_else(PoisonError::into_inner).insert(root, parts.clone());
+        }
+        Ok(parts)
+    }
+
+    /// Refuses what is not ours, as if it were not there.
+    async fn check(&self, digest: Digest) -> Result<(), Status> {
+        match self.ours().await {
+            Ok(ours) if ours.contains(digest) => Ok(()),
+            Ok(_) => Err(Status::not_found(format!("content {digest}: not found"))),
+            Err(fault) => Err(status_of(&fault)),
+        }
+    }
+
+    /// The file of the history with this digest, if there is one.
+    async fn file(&self, digest: Digest) -> Result<Option<tokio::fs::File>, Status> {
+        let history = self.history.clone();
+        let opened = tokio::task::spawn_blocking(move || history.open_file(digest)).await;
+        let opened = opened.unwrap_or_else(|e| Err(Fault::internal(format!("read a file of the history: {e}"))));
+        opened.map(|file| file.map(tokio::fs::File::from_std)).map_err(|f| status_of(&f))
     }
 }
 
@@ -48,10 +144,11 @@ async fn send(tx: &tokio::sync::mpsc::Sender<Result<wire::ReadContentResponse, S
 impl wire::content_server::Content for ContentService {
     async fn info(&self, request: Request<wire::InfoRequest>) -> Answer<wire::InfoResponse> {
         let digest = digest(&request.into_inner().digest)?;
-        let (size, labels) = match self.size_of_log(digest).await {
+        let (size, labels) = match self.history.knows(digest) {
             Some(size) => (size, Default::default()),
             None => {
-                let info = self.content.info(digest).await.map_err(|f| status_of(&f))?;
+                self.check(digest).await?;
+                let info = self.storage.content.info(digest).await.map_err(|f| status_of(&f))?;
                 (info.size, info.labels)
             }
         };
@@ -67,9 +164,8 @@ impl wire::content_server::Content for ContentService {
         let offset = u64::try_from(request.offset).map_err(|_| Status::out_of_range("negative offset"))?;
         let limit = if request.size > 0 { request.size as u64 } else { u64::MAX };
         let (tx, rx) = tokio::sync::mpsc::channel(4);
-        if let Some(path) = self.history.log(digest) {
+        if let Some(mut file) = self.file(digest).await? {
             let fail = |e| status_of(&Fault::io(format!("read the log {digest}"), e));
-            let mut file = tokio::fs::File::open(path).await.map_err(fail)?;
             file.seek(std::io::SeekFrom::Start(offset)).await.map_err(fail)?;
             tokio::spawn(async move {
                 let (mut at, mut left) = (offset, limit);
@@ -85,7 +181,8 @@ impl wire::content_server::Content for ContentService {
             });
             return Ok(Response::new(ReceiverStream::new(rx)));
         }
-        let mut reader = self.content.reader(digest).await.map_err(|f| status_of(&f))?;
+        self.check(digest).await?;
+        let mut reader = self.storage.content.reader(digest).await.map_err(|f| status_of(&f))?;
         if offset > reader.size() {
             return Err(Status::out_of_range(format!("offset {offset} is past the end of {digest}")));
         }
@@ -116,7 +213,9 @@ impl wire::content_server::Content for ContentService {
     type ListStream = ReceiverStream<std::result::Result<wire::ListContentResponse, Status>>;
 
     async fn list(&self, request: Request<wire::ListContentRequest>) -> Answer<Self::ListStream> {
-        let blobs = self.content.list(&request.into_inner().filters).await.map_err(|f| status_of(&f))?;
+        let mut blobs = self.storage.content.list(&request.into_inner().filters).await.map_err(|f| status_of(&f))?;
+        let ours = self.ours().await.map_err(|f| status_of(&f))?;
+        blobs.retain(|b| ours.contains(b.digest));
         let (tx, rx) = tokio::sync::mpsc::channel(4);
         tokio::spawn(async move {
             for part in blobs.chunks(100) {
@@ -158,5 +257,47 @@ impl wire::content_server::Content for ContentService {
 
     async fn abort(&self, _: Request<wire::AbortRequest>) -> Answer<()> {
         read_only("Abort")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shipway_engine::{HistoryEncoders, HistoryLimits};
+    use shipway_storage::{Labels, fake::FakeStorage};
+    use tokio_stream::StreamExt as _;
+    use wire::content_server::Content as _;
+
+    #[tokio::test]
+    async fn what_others_have_in_the_namespace_is_not_served() {
+        let (fake, dir) = (FakeStorage::new().unwrap(), tempfile::tempdir().unwrap());
+        let storage = fake.storage();
+        let refs = RefStore::open(storage.clone(), dir.path().join("refs")).await.unwrap();
+        let encode = HistoryEncoders { log: Arc::new(|_, _| Ok(())), fault: Arc::new(|_| Vec::new()) };
+        let history = History::open(dir.path().join("history"), HistoryLimits::default(), encode).unwrap();
+        let service = ContentService::new(storage.clone(), refs, Arc::new(history));
+        let put = async |lease: LeaseId, labels: Labels, bytes: &'static [u8]| {
+            storage.leases.create(&lease, &labels).await.unwrap();
+            storage.content.put(&lease, bytes.into(), &Labels::new()).await.unwrap()
+        };
+        let theirs = put(LeaseId("cri".into()), Labels::new(), b"secret").await;
+        let document = Digest::of(b"ours");
+        let kind = Labels::from([(DOCUMENT_KIND.0.to_owned(), DOCUMENT_KIND.1.to_owned())]);
+        put(shipway_sources::document_lease(document), kind, b"ours").await;
+
+        let info = async |digest: Digest| service.info(Request::new(wire::InfoRequest { digest: digest.to_string() })).await.map(drop);
+        assert_eq!(info(theirs).await.unwrap_err().code(), tonic::Code::NotFound);
+        info(document).await.unwrap();
+        let read = async |digest: Digest| {
+            service.read(Request::new(wire::ReadContentRequest { digest: digest.to_string(), ..Default::default() })).await.map(drop)
+        };
+        assert_eq!(read(theirs).await.unwrap_err().code(), tonic::Code::NotFound);
+        read(document).await.unwrap();
+        let mut listed = service.list(Request::new(wire::ListContentRequest::default())).await.unwrap().into_inner();
+        let mut digests = Vec::new();
+        while let Some(part) = listed.next().await {
+            digests.extend(part.unwrap().info.into_iter().map(|i| i.digest));
+        }
+        assert_eq!(digests, [document.to_string()]);
     }
 }

@@ -5,13 +5,13 @@ use shipway_engine::{BuildPolicy, BuildRequest, Engine, ExporterRequest, Progres
 use shipway_fault::{Fault, Result};
 use shipway_grpc::{Answers, status_of};
 use shipway_llb::{Definition, SourcePolicy};
-use shipway_oci::Platform;
 use shipway_proto::{
     moby::buildkit::v1::{self as wire, control_server::Control},
     pb,
 };
+use shipway_refs::UsageRecord;
 use shipway_remotecache::CacheRequest;
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::PathBuf, time::SystemTime};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -24,15 +24,17 @@ pub struct WorkerInfo {
     /// Labels.
     pub labels: BTreeMap<String, String>,
     /// Platforms, native first.
-    pub platforms: Vec<Platform>,
+    pub platforms: worker::Platforms,
     /// Rules of garbage collection.
     pub gc: Vec<crate::gc::Rule>,
+    /// A directory on the disk that those rules are about.
+    pub disk: PathBuf,
 }
 
 impl WorkerInfo {
     /// The record on the wire, without devices.
     pub fn record(&self) -> wire::types::WorkerRecord {
-        worker::record(&self.id, self.labels.clone(), &self.platforms, self.gc.iter().map(crate::gc::Rule::to_wire).collect())
+        worker::record(&self.id, self.labels.clone(), &self.platforms.now(), self.gc.iter().map(crate::gc::Rule::to_wire).collect())
     }
 }
 
@@ -71,9 +73,7 @@ fn exporters(request: &wire::SolveRequest) -> Vec<ExporterRequest> {
 }
 
 fn build_request(mut request: wire::SolveRequest) -> Result<BuildRequest> {
-    if ![0, 10, 20, 30].contains(&request.compatibility_version) {
-        return Err(Fault::invalid(format!("unsupported compatibility version {}", request.compatibility_version)));
-    }
+    check_compatibility(request.compatibility_version)?;
     let policy = BuildPolicy {
         rules: request.source_policy.take().map(SourcePolicy::from_pb).transpose()?.unwrap_or_default(),
         session: Some(std::mem::take(&mut request.source_policy_session)).filter(|s| !s.is_empty()),
@@ -112,8 +112,19 @@ fn build_request(mut request: wire::SolveRequest) -> Result<BuildRequest> {
     })
 }
 
-/// Version of the defaults of exporters that is meant when a client names none.
+/// Versions of the defaults of exporters that a client may name; the last is meant when it names none (row `ctl.solve.compat`).
+const COMPATIBILITIES: [i64; 3] = [10, 20, COMPATIBILITY];
 const COMPATIBILITY: i64 = 30;
+
+fn check_compatibility(version: i64) -> Result<()> {
+    if version == 0 || COMPATIBILITIES.contains(&version) {
+        return Ok(());
+    }
+    Err(Fault::invalid(match version > COMPATIBILITY {
+        true => format!("unsupported compatibility-version {version}: upgrade buildkit (max supported: {COMPATIBILITY})"),
+        false => format!("unsupported compatibility-version {version} (supported: [10 20 30])"),
+    }))
+}
 
 /// The header that lets clients correct their clocks (row `net.tshdr`).
 fn with_time<T>(mut response: Response<T>) -> Response<T> {
@@ -128,16 +139,19 @@ fn with_time<T>(mut response: Response<T>) -> Response<T> {
 impl Control for ControlService {
     async fn disk_usage(&self, request: Request<wire::DiskUsageRequest>) -> Answer<wire::DiskUsageResponse> {
         let request = request.into_inner();
-        let filters = filter::parse_all(&request.filter).map_err(|f| status_of(&f))?;
+        let filters = filter::parse_all(&request.filter, prune::FIELDS).map_err(|f| status_of(&f))?;
         let records = self.engine.parts().services.refs.usage().await.map_err(|f| status_of(&f))?;
-        let record = records.iter().filter(|r| filter::any(&filters, &|field| prune::field(r, field))).map(prune::to_wire).collect();
+        let now = SystemTime::now();
+        let wanted =
+            |r: &&UsageRecord| prune::is_older(r, request.age_limit, now) && filter::any(&filters, &|field| prune::field(r, field));
+        let record = records.iter().filter(wanted).map(prune::to_wire).collect();
         Ok(Response::new(wire::DiskUsageResponse { record }))
     }
 
     type PruneStream = Sent<wire::UsageRecord>;
 
     async fn prune(&self, request: Request<wire::PruneRequest>) -> Answer<Self::PruneStream> {
-        let options = prune::options(request.into_inner()).map_err(|f| status_of(&f))?;
+        let options = prune::options(request.into_inner(), &self.worker.disk).map_err(|f| status_of(&f))?;
         let (services, caches) = (self.engine.parts().services.clone(), self.engine.parts().caches.clone());
         let (tx, rx) = mpsc::channel(64);
         let prune = async move {
@@ -211,14 +225,15 @@ impl Control for ControlService {
                     }
                 });
             }
-            Progress::Past(path) => {
-                let bytes = tokio::fs::read(&path).await.map_err(|e| status_of(&Fault::io("read a build's log", e)))?;
-                tokio::spawn(async move {
-                    for message in status::read_blob(&bytes) {
-                        if tx.send(Ok(message)).await.is_err() {
-                            return;
-                        }
+            Progress::Past(digest) => {
+                let history = self.engine.parts().history.clone();
+                tokio::task::spawn_blocking(move || match history.open_file(digest) {
+                    Ok(Some(file)) => {
+                        let mut messages = status::read_blob(std::io::BufReader::new(file));
+                        let _ = messages.try_for_each(|message| tx.blocking_send(Ok(message)));
                     }
+                    Ok(None) => drop(tx.blocking_send(Err(status_of(&Fault::not_found("the build was forgotten just now"))))),
+                    Err(fault) => drop(tx.blocking_send(Err(status_of(&fault)))),
                 });
             }
         }
@@ -235,12 +250,12 @@ impl Control for ControlService {
     }
 
     async fn list_workers(&self, request: Request<wire::ListWorkersRequest>) -> Answer<wire::ListWorkersResponse> {
-        let filters = filter::parse_all(&request.into_inner().filter).map_err(|f| status_of(&f))?;
+        let filters = filter::parse_all(&request.into_inner().filter, &["id", "labels."]).map_err(|f| status_of(&f))?;
         let there = self.engine.parts().services.devices().await.map_err(|f| status_of(&f))?;
         let record = wire::types::WorkerRecord { cdi_devices: worker::devices(&there), ..self.worker.record() };
         let lookup = |field: &str| match field {
             "id" => Some(record.id.clone()),
-            label => label.strip_prefix("labels.").and_then(|l| record.labels.get(l.trim_matches('"')).cloned()),
+            label => label.strip_prefix("labels.").and_then(|l| record.labels.get(l).cloned()),
         };
         let keep = filter::any(&filters, &lookup);
         Ok(Response::new(wire::ListWorkersResponse { record: if keep { vec![record] } else { Vec::new() } }))
@@ -259,14 +274,18 @@ impl Control for ControlService {
 
     async fn update_build_history(&self, request: Request<wire::UpdateBuildHistoryRequest>) -> Answer<wire::UpdateBuildHistoryResponse> {
         let request = request.into_inner();
-        let history = &self.engine.parts().history;
-        let done = if request.delete {
-            history.delete(&request.r#ref)
-        } else if request.finalize {
-            history.get(&request.r#ref).map(drop).ok_or_else(|| Fault::not_found(format!("no build {} in the history", request.r#ref)))
-        } else {
-            history.pin(&request.r#ref, request.pinned)
+        let history = self.engine.parts().history.clone();
+        let update = move || {
+            if request.delete {
+                history.delete(&request.r#ref)
+            } else if request.finalize {
+                // There are no traces to wait for: a record is final as soon as its build ended, and one that is not there, too.
+                Ok(())
+            } else {
+                history.pin(&request.r#ref, request.pinned)
+            }
         };
+        let done = tokio::task::spawn_blocking(update).await.unwrap_or_else(|e| Err(Fault::internal(format!("update the history: {e}"))));
         done.map(|()| Response::new(wire::UpdateBuildHistoryResponse {})).map_err(|f| status_of(&f))
     }
 }
@@ -274,6 +293,16 @@ impl Control for ControlService {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn versions_of_defaults_that_are_not_known_are_refused_as_clients_know_it() {
+        let said = |version| check_compatibility(version).map_err(|e| e.to_string());
+        for fine in [0, 10, 20, 30] {
+            assert_eq!(said(fine), Ok(()));
+        }
+        assert_eq!(said(31), Err("unsupported compatibility-version 31: upgrade buildkit (max supported: 30)".into()));
+        assert_eq!(said(15), Err("unsupported compatibility-version 15 (supported: [10 20 30])".into()));
+    }
 
     #[test]
     fn the_deprecated_exporter_counts_only_without_a_list() {

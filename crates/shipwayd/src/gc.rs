@@ -1,14 +1,15 @@
 //! When and by which rules the daemon prunes by itself (rows `so.gc.*`, `toml.w.gc*`).
 
-use crate::{
-    config::{DiskSpace, Worker},
-    filter, prune,
-};
+use crate::{config::DiskSpace, filter, prune, settings::GcSettings};
 use shipway_fault::Result;
 use shipway_proto::moby::buildkit::v1::types::GcPolicy;
 use shipway_refs::{PruneOptions, UsageRecord};
 use shipway_remotecache::CacheIndex;
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 use tokio::sync::Notify;
 
 /// Between two runs at least (row `so.gc.when`).
@@ -46,45 +47,52 @@ impl Rule {
         }
     }
 
-    fn options(&self) -> Result<PruneOptions> {
-        let filters = filter::parse_all(&self.filters)?;
+    fn options(&self, disk: &Path) -> Result<PruneOptions> {
+        let filters = filter::parse_all(&self.filters, prune::FIELDS)?;
         Ok(PruneOptions {
             all: self.all,
             keep_duration: self.keep_duration,
             reserved: self.reserved,
             max_used: self.max_used,
             min_free: self.min_free,
+            disk: Some(disk.to_owned()),
             filter: (!filters.is_empty())
                 .then(|| Arc::new(move |r: &UsageRecord| filter::any(&filters, &|name| prune::field(r, name))) as _),
         })
     }
 }
 
-/// Rules from the configuration, or BuildKit's four defaults, for the disk that holds `root`.
-pub fn rules(config: &Worker, root: &Path) -> Vec<Rule> {
-    if config.gc == Some(false) {
-        return Vec::new();
-    }
-    let total = rustix::fs::statvfs(root).map(|s| s.f_blocks * s.f_frsize).unwrap_or(0);
-    let size = |s: Option<DiskSpace>, default: u64| s.map_or(default, |s| s.of(total));
-    if !config.gcpolicy.is_empty() {
-        let rule = |p: &crate::config::GcPolicy| Rule {
-            all: p.all,
-            filters: p.filters.clone(),
-            keep_duration: p.keep_duration.map(|s| s.0).unwrap_or_default(),
-            reserved: size(p.reserved_space.or(p.keep_bytes), 0),
-            max_used: size(p.max_used_space, 0),
-            min_free: size(p.min_free_space, 0),
-        };
-        return config.gcpolicy.iter().map(rule).collect();
-    }
+/// Rules from the settings, or BuildKit's four defaults, for a disk of `total` bytes.
+pub fn rules(settings: &GcSettings, total: u64) -> Vec<Rule> {
     const GB: u64 = 1_000_000_000;
-    let reserved = size(config.reserved_space.or(config.gckeepstorage), (total / 10).min(10 * GB));
-    let max_used = size(config.max_used_space, (total / 10 * 8).min(100 * GB));
-    let min_free = size(config.min_free_space, total / 5);
+    let size = |s: Option<DiskSpace>| s.map_or(0, |s| s.of(total));
+    let capped = |percent: u8, most: u64| DiskSpace::Percent(percent).of(total).min(most);
+    let bounded = match settings {
+        GcSettings::Off => return Vec::new(),
+        GcSettings::Rules(rules) => {
+            let rule = |p: &crate::config::GcPolicy| Rule {
+                all: p.all,
+                filters: p.filters.clone(),
+                keep_duration: p.keep_duration.map(|s| s.0).unwrap_or_default(),
+                reserved: size(p.reserved_space.or(p.keep_bytes)),
+                max_used: size(p.max_used_space),
+                min_free: size(p.min_free_space),
+            };
+            return rules.iter().map(rule).collect();
+        }
+        GcSettings::Limits { reserved: None, max_used: None, min_free: None } => Rule {
+            reserved: capped(10, 10 * GB),
+            max_used: capped(80, 100 * GB),
+            min_free: DiskSpace::Percent(20).of(total),
+            ..Rule::default()
+        },
+        // One that is given leaves the others unset.
+        GcSettings::Limits { reserved, max_used, min_free } => {
+            Rule { reserved: size(*reserved), max_used: size(*max_used), min_free: size(*min_free), ..Rule::default() }
+        }
+    };
     let day = Duration::from_secs(24 * 3600);
     let volatile = ["source.local", "exec.cachemount", "source.git.checkout"].map(|t| format!("type=={t}"));
-    let bounded = Rule { reserved, max_used, min_free, ..Rule::default() };
     vec![
         Rule { filters: volatile.to_vec(), keep_duration: 2 * day, max_used: 512_000_000, ..Rule::default() },
         Rule { keep_duration: 60 * day, ..bounded.clone() },
@@ -104,8 +112,8 @@ impl Trigger {
     }
 }
 
-/// Prunes by `rules` a moment after each wake-up, at most once a minute, until dropped.
-pub async fn run(caches: CacheIndex, rules: Vec<Rule>, trigger: Trigger) {
+/// Prunes by `rules`, whose limits are of the disk that has `disk`, a moment after each wake-up, at most once a minute, until dropped.
+pub async fn run(caches: CacheIndex, rules: Vec<Rule>, disk: PathBuf, trigger: Trigger) {
     if rules.is_empty() {
         return;
     }
@@ -114,7 +122,7 @@ pub async fn run(caches: CacheIndex, rules: Vec<Rule>, trigger: Trigger) {
         trigger.0.notified().await;
         tokio::time::sleep(DELAY).await;
         for rule in &rules {
-            let pruned = match rule.options() {
+            let pruned = match rule.options(&disk) {
                 Ok(options) => caches.prune(options, &|record| tracing::debug!(id = %record.id, size = record.size, "pruned")).await,
                 Err(fault) => Err(fault),
             };
@@ -130,11 +138,30 @@ pub async fn run(caches: CacheIndex, rules: Vec<Rule>, trigger: Trigger) {
 mod tests {
     use super::*;
 
+    const DISK: u64 = 1 << 40;
+
+    fn limits(reserved: Option<DiskSpace>, max_used: Option<DiskSpace>, min_free: Option<DiskSpace>) -> Vec<Rule> {
+        rules(&GcSettings::Limits { reserved, max_used, min_free }, DISK)
+    }
+
     #[test]
     fn the_defaults_are_four_rules_and_off_means_none() {
-        let all = rules(&Worker::default(), Path::new("/"));
-        assert_eq!(all.len(), 4);
-        assert_eq!(all[0].keep_duration.as_secs(), 48 * 3600);
-        assert!(rules(&Worker { gc: Some(false), ..Worker::default() }, Path::new("/")).is_empty());
+        let all = limits(None, None, None);
+        assert_eq!((all.len(), all[0].keep_duration.as_secs()), (4, 48 * 3600));
+        assert_eq!((all[3].reserved, all[3].max_used, all[3].min_free), (10_000_000_000, 100_000_000_000, 205_000_000_000));
+        assert!(rules(&GcSettings::Off, DISK).is_empty());
+    }
+
+    #[test]
+    fn a_limit_that_is_set_leaves_the_others_unset() {
+        let last = limits(None, Some(DiskSpace::Bytes(7)), None).pop().unwrap();
+        assert_eq!((last.reserved, last.max_used, last.min_free), (0, 7, 0));
+    }
+
+    #[test]
+    fn rules_of_the_file_replace_all() {
+        let rule = crate::config::GcPolicy { all: true, keep_bytes: Some(DiskSpace::Bytes(9)), ..Default::default() };
+        let made = rules(&GcSettings::Rules(vec![rule]), DISK);
+        assert_eq!(made, [Rule { all: true, reserved: 9, ..Rule::default() }]);
     }
 }

@@ -1,14 +1,18 @@
 //! Build history on the wire (rows `ctl.hist.*`).
 
-use crate::filter;
+use crate::{config::go_duration, filter};
 use prost::Message as _;
 use shipway_attest::slsa;
-use shipway_engine::{History, HistoryEventKind, HistoryRecord, LogFile};
+use shipway_engine::{History, HistoryEventKind, HistoryRecord, HistoryStatus, HistorySummary, LogFile};
 use shipway_fault::{Fault, Result};
 use shipway_grpc::status_of;
-use shipway_oci::{Descriptor, media};
+use shipway_oci::{Descriptor, media, timestamp};
 use shipway_proto::{google::rpc, moby::buildkit::v1 as wire};
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
 use tokio::sync::{broadcast::error::RecvError, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
@@ -101,21 +105,170 @@ fn record(r: &HistoryRecord) -> wire::BuildHistoryRecord {
     }
 }
 
-fn field(r: &HistoryRecord, name: &str) -> Option<String> {
+/// Which builds a listener wants to hear of (rows `ctl.hist.listen`, `so.h.filter`): containerd's filters on some fields, and comparisons of times.
+struct Wanted {
+    times: Vec<TimeTest>,
+    others: filter::Filter,
+}
+
+/// Fields that containerd's filters work on.
+const FIELDS: &[&str] = &["ref", "status", "repository"];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Operator {
+    AtLeast,
+    AtMost,
+    More,
+    Less,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum TimeTest {
+    /// In whole seconds.
+    Started(Operator, i64),
+    Completed(Operator, i64),
+    /// In nanoseconds.
+    Took(Operator, i128),
+}
+
+impl Operator {
+    fn holds<T: Ord>(self, value: T, than: T) -> bool {
+        match self {
+            Self::AtLeast => value >= than,
+            Self::AtMost => value <= than,
+            Self::More => value > than,
+            Self::Less => value < than,
+        }
+    }
+}
+
+fn seconds(time: SystemTime) -> i64 {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(since) => i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        Err(before) => i64::try_from(before.duration().as_secs()).map_or(i64::MIN, |s| -s),
+    }
+}
+
+impl TimeTest {
+    /// The comparison that `part` is; `None` if it is none of a time.
+    fn parse(part: &str, now: SystemTime) -> Result<Option<Self>> {
+        let Some(end) = filter::field_length(part) else { return Ok(None) };
+        let (field, rest) = (&part[..end], part[end..].trim_start());
+        let operator = filter::operator(rest);
+        let value = rest[operator.len()..].trim();
+        let operator = match operator {
+            ">=" => Operator::AtLeast,
+            "<=" => Operator::AtMost,
+            ">" => Operator::More,
+            "<" => Operator::Less,
+            _ => return Ok(None),
+        };
+        // A duration is so long ago.
+        let time = || match go_duration(value) {
+            Some(ago) => Ok(seconds(now) - i64::try_from(ago.as_secs()).unwrap_or(i64::MAX)),
+            None => timestamp::parse(value)
+                .map(seconds)
+                .ok_or_else(|| Fault::invalid(format!("invalid time {value}")).hint("want 48h, or 2006-01-02T15:04:05Z")),
+        };
+        Ok(Some(match field {
+            "startedAt" => Self::Started(operator, time()?),
+            "completedAt" => Self::Completed(operator, time()?),
+            "duration" => {
+                let least = go_duration(value)
+                    .ok_or_else(|| Fault::invalid(format!("invalid duration {value}")).hint("want for example 90s or 1h30m"))?;
+                Self::Took(operator, i128::try_from(least.as_nanos()).unwrap_or(i128::MAX))
+            }
+            _ => return Ok(None),
+        }))
+    }
+
+    fn holds(self, s: &HistorySummary) -> bool {
+        match self {
+            Self::Started(operator, than) => operator.holds(seconds(s.created), than),
+            Self::Completed(operator, than) => s.completed.is_some_and(|c| operator.holds(seconds(c), than)),
+            Self::Took(operator, than) => {
+                let took = s.completed.map(|c| c.duration_since(s.created).unwrap_or_default().as_nanos());
+                took.is_some_and(|took| operator.holds(i128::try_from(took).unwrap_or(i128::MAX), than))
+            }
+        }
+    }
+}
+
+impl Wanted {
+    fn parse(text: &str, now: SystemTime) -> Result<Self> {
+        let (mut times, mut others) = (Vec::new(), Vec::new());
+        for part in filter::split(text)? {
+            match TimeTest::parse(part.trim(), now)? {
+                Some(test) => times.push(test),
+                None => others.push(part),
+            }
+        }
+        Ok(Self { times, others: filter::Filter::parse(&others.join(","), FIELDS)? })
+    }
+
+    fn parse_all(texts: &[String], now: SystemTime) -> Result<Vec<Self>> {
+        filter::check_count(texts)?;
+        texts.iter().map(|t| Self::parse(t, now)).collect()
+    }
+
+    fn matches(&self, s: &HistorySummary) -> bool {
+        self.times.iter().all(|t| t.holds(s)) && self.others.matches(&|name| field(s, name))
+    }
+}
+
+fn field(s: &HistorySummary, name: &str) -> Option<String> {
     match name {
-        "ref" => Some(r.id.clone()),
+        "ref" => Some(s.id.clone()),
         "status" => Some(
-            match (&r.error, r.completed) {
-                (_, None) => "running",
-                (Some(f), _) if f.is_cancelled() => "canceled",
-                (Some(_), _) => "error",
-                (None, Some(_)) => "completed",
+            match s.status {
+                HistoryStatus::Running => "running",
+                HistoryStatus::Completed => "completed",
+                HistoryStatus::Error => "error",
+                HistoryStatus::Canceled => "canceled",
             }
             .into(),
         ),
-        "repository" => r.options.get("vcs:source").cloned(),
+        "repository" => s.repository.clone(),
         _ => None,
     }
+}
+
+/// The builds there are that a listener hears of first: running ones, then those that ended, the newest first where their number is limited.
+fn existing(all: Vec<Arc<HistorySummary>>, request: &wire::BuildHistoryRequest, wanted: &[Wanted]) -> Vec<Arc<HistorySummary>> {
+    let is_wanted = |s: &Arc<HistorySummary>| {
+        (request.r#ref.is_empty() || s.id == request.r#ref) && (wanted.is_empty() || wanted.iter().any(|w| w.matches(s)))
+    };
+    let (mut running, mut ended): (Vec<_>, Vec<_>) = all.into_iter().filter(is_wanted).partition(|s| s.completed.is_none());
+    if request.active_only {
+        ended.clear();
+    }
+    if request.limit > 0 {
+        ended.sort_by_key(|s| std::cmp::Reverse(s.created));
+        ended.truncate(usize::try_from(request.limit).unwrap_or(usize::MAX));
+    }
+    running.append(&mut ended);
+    running
+}
+
+/// A record, read without holding up others.
+async fn load(history: &Arc<History>, id: &str) -> Option<Arc<HistoryRecord>> {
+    let (history, id) = (history.clone(), id.to_owned());
+    tokio::task::spawn_blocking(move || history.get(&id)).await.ok().flatten()
+}
+
+/// What a listener is sent of a change; `None` where there is nothing to say any more.
+async fn event(history: &Arc<History>, kind: HistoryEventKind, id: &str) -> Option<wire::BuildHistoryEvent> {
+    let (kind, record) = match kind {
+        HistoryEventKind::Deleted => {
+            (wire::BuildHistoryEventType::Deleted, wire::BuildHistoryRecord { r#ref: id.to_owned(), ..Default::default() })
+        }
+        HistoryEventKind::Completed => (wire::BuildHistoryEventType::Complete, record(&*load(history, id).await?)),
+        // One that ended meanwhile is told of next.
+        HistoryEventKind::Started => {
+            (wire::BuildHistoryEventType::Started, record(&*load(history, id).await.filter(|r| r.completed.is_none())?))
+        }
+    };
+    Some(wire::BuildHistoryEvent { r#type: kind as i32, record: Some(record) })
 }
 
 /// The stream of one listener.
@@ -123,23 +276,20 @@ pub fn listen(
     history: Arc<History>,
     request: wire::BuildHistoryRequest,
 ) -> Result<ReceiverStream<std::result::Result<wire::BuildHistoryEvent, Status>>> {
-    let filters = filter::parse_all(&request.filter)?;
-    let wanted = move |r: &HistoryRecord| {
-        (request.r#ref.is_empty() || r.id == request.r#ref)
-            && (!request.active_only || r.completed.is_none())
-            && filter::any(&filters, &|name| field(r, name))
-    };
-    let (existing, mut changes) = history.listen();
-    let (tx, rx) = mpsc::channel(64);
+    if request.limit < 0 {
+        return Err(Fault::invalid(format!("invalid limit {}", request.limit)));
+    }
+    let wanted = Wanted::parse_all(&request.filter, SystemTime::now())?;
+    let (all, mut changes) = history.listen();
+    let first = existing(all, &request, &wanted);
+    let (tx, rx) = mpsc::channel(8);
     tokio::spawn(async move {
-        let mut existing: Vec<_> = existing.into_iter().filter(|r| wanted(r)).collect();
-        if request.limit > 0 {
-            let skip = existing.len().saturating_sub(request.limit as usize);
-            existing.drain(..skip);
-        }
-        for r in existing {
-            let kind = if r.completed.is_some() { wire::BuildHistoryEventType::Complete } else { wire::BuildHistoryEventType::Started };
-            if tx.send(Ok(wire::BuildHistoryEvent { r#type: kind as i32, record: Some(record(&r)) })).await.is_err() {
+        for summary in first {
+            // As it stands now; one that was forgotten since then is none.
+            let Some(there) = load(&history, &summary.id).await else { continue };
+            let kind = if there.completed.is_some() { wire::BuildHistoryEventType::Complete } else { wire::BuildHistoryEventType::Started };
+            let message = wire::BuildHistoryEvent { r#type: kind as i32, record: Some(record(&there)) };
+            if tx.send(Ok(message)).await.is_err() {
                 return;
             }
         }
@@ -147,25 +297,22 @@ pub fn listen(
             return;
         }
         loop {
-            let event = tokio::select! {
-                event = changes.recv() => event,
+            let change = tokio::select! {
+                change = changes.recv() => change,
                 () = tx.closed() => return,
             };
-            let event = match event {
-                Ok(event) => event,
+            let change = match change {
+                Ok(change) => change,
                 // A listener that fell behind misses events in the middle, as a slow client of any log does.
                 Err(RecvError::Lagged(_)) => continue,
                 Err(RecvError::Closed) => return,
             };
-            let kind = match event.kind {
-                HistoryEventKind::Started => wire::BuildHistoryEventType::Started,
-                HistoryEventKind::Completed => wire::BuildHistoryEventType::Complete,
-                HistoryEventKind::Deleted => wire::BuildHistoryEventType::Deleted,
-            };
-            let message = wire::BuildHistoryEvent { r#type: kind as i32, record: Some(record(&event.record)) };
-            if (wanted(&event.record) || kind == wire::BuildHistoryEventType::Complete && request.active_only)
-                && tx.send(Ok(message)).await.is_err()
-            {
+            // Filters choose among what there is; of what happens from now on a listener hears everything, as from BuildKit.
+            if !request.r#ref.is_empty() && change.summary.id != request.r#ref {
+                continue;
+            }
+            let Some(message) = event(&history, change.kind, &change.summary.id).await else { continue };
+            if tx.send(Ok(message)).await.is_err() {
                 return;
             }
         }
@@ -177,6 +324,7 @@ pub fn listen(
 mod tests {
     use super::*;
     use shipway_fault::Detail;
+    use std::time::Duration;
 
     #[test]
     fn errors_are_kept_with_their_details() {
@@ -186,5 +334,67 @@ mod tests {
         assert_eq!((plain.code, plain.message.as_str(), plain.details.len()), (5, "step: no such thing", 0));
         let full = decoded(&fault.detail(Detail::Exit(3)));
         assert_eq!((full.code, full.message.as_str(), full.details.len()), (5, "step: no such thing", 1));
+    }
+
+    fn summary(id: &str, created: u64, took: Option<u64>) -> Arc<HistorySummary> {
+        let created = UNIX_EPOCH + Duration::from_secs(created);
+        Arc::new(HistorySummary {
+            id: id.into(),
+            created,
+            completed: took.map(|t| created + Duration::from_secs(t)),
+            status: if took.is_some() { HistoryStatus::Completed } else { HistoryStatus::Running },
+            repository: Some("https://example.org/a.git".into()),
+            ..HistorySummary::default()
+        })
+    }
+
+    #[test]
+    fn times_are_compared_and_what_is_not_understood_is_an_error() {
+        let now = UNIX_EPOCH + Duration::from_secs(10_000);
+        let (old, young) = (summary("old", 1000, Some(100)), summary("young", 9000, Some(10)));
+        let chosen = |filter: &str| {
+            let wanted = Wanted::parse_all(&[filter.to_owned()], now).unwrap_or_else(|e| panic!("{filter}: {e}"));
+            [&old, &young].into_iter().filter(|s| wanted[0].matches(s)).map(|s| s.id.as_str()).collect::<Vec<_>>().join(" ")
+        };
+        for (filter, ids) in [
+            ("startedAt>=1h", "young"),
+            ("startedAt<1h", "old"),
+            ("startedAt>1970-01-01T02:29:59Z", "young"),
+            ("startedAt>1970-01-01T02:30:00Z", ""),
+            ("completedAt<=1970-01-01T00:18:20Z", "old"),
+            ("duration>=100s", "old"),
+            ("duration<1m", "young"),
+            ("duration>1s,startedAt>=1h", "young"),
+            ("duration>1s,ref~=^o", "old"),
+            ("status==completed", "old young"),
+            ("repository~=a[.]git$,ref!=old", "young"),
+            ("status==error", ""),
+        ] {
+            assert_eq!(chosen(filter), ids, "{filter}");
+        }
+        for (filter, says) in [
+            ("startedAt>=yesterday", "invalid time yesterday"),
+            ("duration>2006-01-02T15:04:05Z", "invalid duration"),
+            ("startedAt==1h", "no field"),
+            ("size>=1", "unsupported operator"),
+            ("name==x", "no field"),
+        ] {
+            let fault = Wanted::parse_all(&[filter.to_owned()], now).map(drop).unwrap_err().to_string();
+            assert!(fault.contains(says), "{filter}: {fault}");
+        }
+    }
+
+    #[test]
+    fn running_builds_come_first_and_a_limit_takes_the_newest() {
+        let all = || vec![summary("a", 1, Some(1)), summary("run", 2, None), summary("b", 3, Some(1)), summary("c", 4, Some(1))];
+        let ids = |request: wire::BuildHistoryRequest| {
+            let wanted = Wanted::parse_all(&request.filter, SystemTime::now()).unwrap();
+            existing(all(), &request, &wanted).iter().map(|s| s.id.clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(ids(wire::BuildHistoryRequest::default()), ["run", "a", "b", "c"]);
+        assert_eq!(ids(wire::BuildHistoryRequest { limit: 2, ..Default::default() }), ["run", "c", "b"]);
+        assert_eq!(ids(wire::BuildHistoryRequest { active_only: true, ..Default::default() }), ["run"]);
+        assert_eq!(ids(wire::BuildHistoryRequest { r#ref: "b".into(), ..Default::default() }), ["b"]);
+        assert_eq!(ids(wire::BuildHistoryRequest { filter: vec!["ref==a".into(), "ref==c".into()], ..Default::default() }), ["a", "c"]);
     }
 }

@@ -9,13 +9,16 @@ mod gc;
 mod history;
 mod memory;
 mod parts;
+mod private;
 mod prune;
 mod serve;
+mod settings;
 mod status;
 mod worker;
 
 use clap::Parser as _;
-use flags::{Flags, Persona, Settings};
+use flags::{Flags, Persona};
+use settings::{Logging, Settings};
 use shipway_fault::{Class, Fault, Result};
 use std::process::ExitCode;
 
@@ -42,8 +45,9 @@ fn main() -> ExitCode {
 }
 
 fn run(settings: Settings) -> Result<()> {
+    private::umask();
     memory::tune();
-    start_log(&settings)?;
+    start_log(settings.logging);
     for note in &settings.notes {
         tracing::warn!("{note}");
     }
@@ -56,25 +60,20 @@ fn run(settings: Settings) -> Result<()> {
     let command = std::env::args().collect();
     shipway_grpc::tell_stacks(shipway_grpc::Program { command, version: version.version, revision: version.revision });
     runtime.block_on(async {
-        let parts = parts::build(&settings).await?;
-        let listeners = serve::bind(&settings).await?;
+        let (parts, listening) = parts::build(settings).await?;
+        let listeners = serve::bind(&listening).await?;
         serve::run(parts, listeners).await
     })
 }
 
-fn start_log(settings: &Settings) -> Result<()> {
+fn start_log(logging: Logging) {
     use tracing_subscriber::{EnvFilter, fmt};
-    let level = settings.config.log.level.as_deref().unwrap_or("info");
-    if !["error", "warn", "info", "debug", "trace"].contains(&level) {
-        return Err(Fault::invalid(format!("unknown log level {level:?}")).hint("want error, warn, info, debug or trace"));
-    }
+    let level = logging.level.as_str();
     // The wire's own chatter drowns everything else; what is asked of containerd is traced by ourselves.
     let filter = format!("{level},h2=info,hyper=info,hyper_util=info,tower=info,tonic=info,rustls=info");
     let builder = fmt().with_env_filter(EnvFilter::new(filter)).with_writer(std::io::stderr);
-    match settings.config.log.format.as_deref() {
-        None | Some("text") => builder.with_ansi(rustix::termios::isatty(std::io::stderr())).init(),
-        Some("json") => builder.json().init(),
-        Some(other) => return Err(Fault::invalid(format!("unknown log format {other:?}")).hint("want text or json")),
+    match logging.json {
+        false => builder.with_ansi(rustix::termios::isatty(std::io::stderr())).init(),
+        true => builder.json().init(),
     }
-    Ok(())
 }

@@ -1,24 +1,30 @@
 //! Putting the daemon together: each subsystem built from its part of the settings.
 
-use crate::{config::Cdi, control::WorkerInfo, flags::Settings, gc, history, status, worker};
+use crate::{
+    config::Cdi,
+    control::WorkerInfo,
+    gc, history, private,
+    settings::{Listening, Settings},
+    status,
+    worker::{self, Platforms},
+};
 use shipway_attest::Builder;
 use shipway_cachedb::CacheDb;
 use shipway_cdi::Registry as DeviceRegistry;
-use shipway_containerd::{Containerd, NetworkConfig, NetworkDefault, TaskConfig, TaskExecutor};
+use shipway_containerd::{Containerd, TaskExecutor};
 use shipway_dockerfile2llb::DockerfileFrontend;
-use shipway_engine::{Engine, EngineParts, History, HistoryEncoders, HistoryLimits, ImageFrontends};
-use shipway_executor::{Executor as _, etc::Dns};
+use shipway_engine::{Engine, EngineParts, History, HistoryEncoders, ImageFrontends};
+use shipway_executor::Executor as _;
 use shipway_exporters::Exporters;
-use shipway_fault::{Context as _, Fault, Result};
+use shipway_fault::{Class, Code, Context as _, Fault, Result};
 use shipway_frontend::Worker;
-use shipway_oci::Platform;
 use shipway_ops::{Emulators, Services};
 use shipway_refs::RefStore;
-use shipway_registry::{Registry, RegistryConfig};
+use shipway_registry::Registry;
 use shipway_remotecache::CacheIndex;
 use shipway_session::SessionHub;
 use shipway_solver::{Limits, Solver};
-use shipway_sources::{LocalImages, SourceOptions, Sources};
+use shipway_sources::{SourceOptions, Sources};
 use shipway_storage::Storage;
 use std::{fs::File, path::Path, sync::Arc};
 
@@ -31,104 +37,90 @@ pub struct Parts {
     /// What ListWorkers says.
     pub worker: Arc<WorkerInfo>,
     /// Held while we live, so that no second daemon uses the same root.
-    _lock: File,
+    _locks: Vec<File>,
 }
 
-/// Builds everything.
-pub async fn build(settings: &Settings) -> Result<Parts> {
+/// Directories below the root, each with an owner of its own.
+const PLACES: [&str; 4] = ["executor", "refs", "history", "sockets"];
+/// Our own lock, and the one of a buildkitd that might have the same root.
+const LOCKS: [&str; 2] = ["shipwayd.lock", "buildkitd.lock"];
+
+/// Builds everything, and gives back where it is to be served.
+pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
     if !rustix::process::geteuid().is_root() {
         return Err(Fault::invalid("shipwayd needs to run as root").hint("start it with sudo, or as a systemd service"));
     }
-    let root = &settings.root;
-    std::fs::create_dir_all(root).map_err(|e| Fault::io(format!("make the state directory {}", root.display()), e))?;
-    let lock = lock(root)?;
-    let containerd =
-        Containerd::connect(&settings.containerd).await.context(|| format!("connect to containerd at {}", settings.containerd))?;
-    let uuid = containerd.server_uuid().await.context(|| format!("talk to containerd at {}", settings.containerd))?;
-    containerd.ensure_namespace(&settings.namespace).await?;
-    let storage = containerd.storage(&settings.namespace, &settings.snapshotter)?;
-    let config = &settings.config;
-    let w = &config.worker.containerd;
-
-    let mut network = NetworkConfig::default();
-    if let Some(mode) = &w.network_mode {
-        network.mode = network_mode(mode)?;
+    // Every setting is used, or the compiler says so.
+    let Settings {
+        root,
+        // Used by `main`, as are the notes.
+        logging: _,
+        notes: _,
+        listening,
+        containerd: address,
+        namespace,
+        tasks,
+        cgroup_parent,
+        max_parallelism,
+        platforms,
+        platforms_max_age,
+        labels,
+        gc,
+        registry,
+        import_deadline,
+        prefer_local_images,
+        replace_managed_images,
+        history,
+        cdi,
+        entitlements,
+        provenance,
+        dockerfile,
+        gateway,
+        proxied,
+    } = settings;
+    private::dir(&root).context(|| "make the state directory")?;
+    for place in PLACES {
+        private::dir(&root.join(place))?;
     }
-    if let Some(path) = &w.cni_config_path {
-        network.cni_config = path.into();
+    let locks = LOCKS.iter().map(|name| lock(&root, name)).collect::<Result<_>>()?;
+    if let Some(profile) = &tasks.apparmor {
+        apparmor(profile)?;
     }
-    if let Some(path) = &w.cni_binary_path {
-        network.cni_bin = path.into();
-    }
-    if let Some(name) = w.bridge_name.as_ref().filter(|n| !n.is_empty()) {
-        network.bridge.name.clone_from(name);
-    }
-    if let Some(subnet) = w.bridge_subnet.as_ref().filter(|s| !s.is_empty()) {
-        network.bridge.subnet.clone_from(subnet);
-    }
-    let variable = |name: &str| std::env::var(name).unwrap_or_default();
-    if network.mode == NetworkDefault::Auto && go_true(&variable("BUILDKIT_NETWORK_BRIDGE_AUTO")) {
-        network.mode = NetworkDefault::Bridge;
-    }
-    network.init_lock = Some(variable("BUILDKIT_CNI_INIT_LOCK_PATH")).filter(|v| !v.is_empty()).map(Into::into);
-    if w.cni_pool_size > 0 {
-        network.pool = w.cni_pool_size;
-    }
-    let mut tasks = TaskConfig::new(root.join("executor"));
-    if let Some(runtime) = &w.runtime.name {
-        tasks.runtime.clone_from(runtime);
-    }
-    tasks.binary.clone_from(&w.runtime.path);
-    tasks.snapshotter.clone_from(&settings.snapshotter);
-    tasks.apparmor.clone_from(&w.apparmor_profile);
-    tasks.network = network;
-    if let Some(dns) = &config.dns {
-        tasks.dns = Dns { nameservers: dns.nameservers.clone(), options: dns.options.clone(), search: dns.search_domains.clone() };
-    }
-    let executor = TaskExecutor::new(&containerd, &settings.namespace, tasks)?;
+    let containerd = Containerd::connect(&address).await.context(|| format!("connect to containerd at {address}"))?;
+    let uuid = containerd.server_uuid().await.context(|| format!("talk to containerd at {address}"))?;
+    containerd.ensure_namespace(&namespace).await?;
+    let snapshotter = tasks.snapshotter.clone();
+    let storage = containerd.storage(&namespace, &snapshotter)?;
+    // Limits of garbage collection are about the disk that snapshots are on.
+    let disk = containerd.snapshots_at(&snapshotter).await?.filter(|at| at.is_dir()).unwrap_or_else(|| root.clone());
+    let profile = tasks.apparmor.clone();
+    let executor = TaskExecutor::new(&containerd, &namespace, tasks)?;
     executor.sweep().await.context(|| "remove what an earlier run left in containerd")?;
     let network = if executor.has_cni() { "cni" } else { "host" };
     let refs = RefStore::open(storage.clone(), root.join("refs")).await?;
 
-    let registry = Registry::new(RegistryConfig {
-        hosts: config.registry.clone(),
-        config_path: Some("/etc/containerd/certs.d".into()),
-        max_concurrency: config.system.max_registry_concurrency.unwrap_or(4).max(1),
-        ..RegistryConfig::default()
-    });
+    let registry = Registry::new(registry);
     let sessions = SessionHub::new();
-    let options = SourceOptions { prefer: local_images(w.prefer_local_images.as_deref())?, files: Some(root.join("files.json")) };
+    let options = SourceOptions { prefer: prefer_local_images, files: Some(root.join("files.json")) };
     let sources = Sources::new(refs.clone(), registry.clone(), options);
-    let exporters = Exporters::new(refs.clone(), registry.clone(), sessions.clone(), w.replace_managed_images.clone());
+    let exporters = Exporters::new(refs.clone(), registry.clone(), sessions.clone(), replace_managed_images);
     let cache = CacheDb::open(&root.join("cache.redb"), Arc::new(shipway_engine::RefResults(refs.clone())))?;
-    let limits = Limits { max_parallel: (w.max_parallelism > 0).then_some(w.max_parallelism) };
     let caches = CacheIndex::new(cache, refs.clone());
-    let solver = Solver::new(Arc::new(caches.clone()), limits);
-    let limits = match &config.history {
-        None => HistoryLimits::default(),
-        Some(h) => HistoryLimits {
-            max_age: h.max_age.map_or(HistoryLimits::default().max_age, |s| s.0),
-            max_entries: h.max_entries.map_or(HistoryLimits::default().max_entries, |n| usize::try_from(n).unwrap_or(0)),
-        },
-    };
+    let solver = Solver::new(Arc::new(caches.clone()), Limits { max_parallel: max_parallelism });
     let encode = HistoryEncoders { log: Arc::new(status::log_blob), fault: Arc::new(history::fault_blob) };
-    let history = Arc::new(History::open(root.join("history"), limits, encode)?);
-    let platforms = match w.platforms.is_empty() {
-        true => worker::detect_platforms(),
-        false => w.platforms.iter().map(|p| p.parse::<Platform>().map_err(|e| Fault::invalid(e.to_string()))).collect::<Result<_>>()?,
-    };
-    let sockets = sockets(root)?;
+    let history = Arc::new(History::open(root.join("history"), history, encode)?);
+    let platforms = Platforms::new(platforms, platforms_max_age);
     let services = Arc::new(Services {
         refs,
         sources,
         executor: Arc::new(executor),
-        sockets,
-        cgroup_parent: w.default_cgroup_parent.clone(),
-        devices: (config.cdi.disabled != Some(true)).then(|| Arc::new(devices(&config.cdi))),
-        emulators: Emulators::new(worker::detect_platforms(), &std::env::var_os("PATH").unwrap_or_default()),
+        sockets: sockets(&root)?,
+        cgroup_parent,
+        devices: (cdi.disabled != Some(true)).then(|| Arc::new(devices(&cdi))),
+        emulators: Emulators::new(platforms.now(), &std::env::var_os("PATH").unwrap_or_default()),
         authority: Default::default(),
     });
-    let (id, labels) = (worker_id(root)?, worker::labels(&uuid, &settings.namespace, &settings.snapshotter, network, &w.labels));
+    let (id, labels) = (worker_id(&root)?, worker::labels(&uuid, &namespace, &snapshotter, network, profile.as_deref(), &labels));
     let version = worker::version();
     let told = Worker {
         id: id.clone(),
@@ -143,28 +135,42 @@ pub async fn build(settings: &Settings) -> Result<Parts> {
         solver,
         sessions,
         caches,
-        import_deadline: config.system.cache_import_timeout.map_or(shipway_engine::IMPORT_DEADLINE, |s| s.0),
+        import_deadline,
         registry,
         exporters,
         builds: Default::default(),
         history,
-        platforms: platforms.clone(),
-        entitlements: settings.entitlements.clone(),
-        builder: Builder {
-            dockerfile: worker::version().dockerfile_version,
-            environment: provenance_environment(config.provenance_env_dir.as_deref())?,
-        },
-        dockerfile: (config.frontend.dockerfile.enabled != Some(false)).then_some(DockerfileFrontend),
-        proxied: config.proxy_network,
-        image_frontends: ImageFrontends::new(
-            config.frontend.gateway.enabled != Some(false),
-            &config.frontend.gateway.allowed_repositories,
-        )?,
+        platforms: platforms.now(),
+        entitlements,
+        builder: Builder { dockerfile: worker::version().dockerfile_version, environment: provenance_environment(&provenance)? },
+        dockerfile: dockerfile.then_some(DockerfileFrontend),
+        proxied,
+        image_frontends: ImageFrontends::new(gateway.enabled != Some(false), &gateway.allowed_repositories)?,
         worker: told,
     });
-    let worker = WorkerInfo { id, labels, platforms, gc: gc::rules(w, root) };
-    tracing::info!(containerd = %settings.containerd, namespace = %settings.namespace, snapshotter = %settings.snapshotter, root = %root.display(), "ready");
-    Ok(Parts { engine, storage, worker: Arc::new(worker), _lock: lock })
+    let worker = WorkerInfo {
+        id,
+        labels,
+        platforms,
+        gc: gc::rules(&gc, rustix::fs::statvfs(&disk).map(|s| s.f_blocks.saturating_mul(s.f_frsize)).unwrap_or(0)),
+        disk,
+    };
+    tracing::info!(containerd = %address, %namespace, %snapshotter, root = %root.display(), "ready");
+    Ok((Parts { engine, storage, worker: Arc::new(worker), _locks: locks }, listening))
+}
+
+/// Checks that steps can be given the AppArmor profile (row `exec.sandbox`): on a host without AppArmor the runtime would refuse each of them.
+fn apparmor(profile: &str) -> Result<()> {
+    let enabled = std::fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|t| t.starts_with('Y'));
+    if !enabled {
+        return Err(Fault::new(
+            Code::FailedPrecondition,
+            format!("steps are to have the AppArmor profile {profile:?}, and this host has no AppArmor"),
+        )
+        .with_class(Class::Environment)
+        .hint("leave apparmor-profile (--containerd-worker-apparmor-profile) out"));
+    }
+    Ok(())
 }
 
 /// Where devices are described; the log says what of it cannot be used.
@@ -182,16 +188,15 @@ fn sockets(root: &Path) -> Result<std::path::PathBuf> {
     let failed = |e| Fault::io(format!("make {}", dir.display()), e);
     match std::fs::remove_dir_all(&dir) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
-        _ => std::fs::create_dir_all(&dir).map_err(failed)?,
+        _ => private::dir(&dir)?,
     }
     Ok(dir)
 }
 
 /// What the operator wants told in provenance (row `at.prov.env`): the JSON objects of a directory, merged.
-fn provenance_environment(dir: Option<&str>) -> Result<serde_json::Map<String, serde_json::Value>> {
+fn provenance_environment(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>> {
     /// Told by the daemon itself.
     const RESERVED: [&str; 4] = ["buildConfig", "builderPlatform", "dockerfileVersion", "platform"];
-    let path = Path::new(dir.unwrap_or("/etc/buildkit/provenance.d"));
     let failed = |path: &Path, e| Fault::io(format!("read {}", path.display()), e);
     let mut files = match std::fs::read_dir(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Default::default()),
@@ -215,31 +220,11 @@ fn provenance_environment(dir: Option<&str>) -> Result<serde_json::Map<String, s
     Ok(all)
 }
 
-fn local_images(text: Option<&str>) -> Result<LocalImages> {
-    text.map_or(Ok(LocalImages::default()), |t| t.parse().context(|| "preferLocalImages"))
-}
-
-/// What Go takes for a true value.
-fn go_true(text: &str) -> bool {
-    ["1", "t", "T", "true", "TRUE", "True"].contains(&text)
-}
-
-fn network_mode(text: &str) -> Result<NetworkDefault> {
-    Ok(match text {
-        "" | "auto" => NetworkDefault::Auto,
-        "cni" => NetworkDefault::Cni,
-        "bridge" => NetworkDefault::Bridge,
-        "host" => NetworkDefault::Host,
-        "none" => NetworkDefault::None,
-        other => return Err(Fault::invalid(format!("invalid network mode: {other:?}")).hint("want auto, cni, bridge, host or none")),
-    })
-}
-
-fn lock(root: &Path) -> Result<File> {
-    let path = root.join("shipwayd.lock");
+fn lock(root: &Path, name: &str) -> Result<File> {
+    let path = root.join(name);
     let file = File::create(&path).map_err(|e| Fault::io(format!("open {}", path.display()), e))?;
     rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        Fault::new(shipway_fault::Code::FailedPrecondition, format!("could not lock {}, another instance running?", path.display()))
+        Fault::new(Code::FailedPrecondition, format!("could not lock {}, another instance running?", path.display()))
             .hint("give this one another --root, or stop the other")
     })?;
     Ok(file)
@@ -258,5 +243,35 @@ fn worker_id(root: &Path) -> Result<String> {
             std::fs::write(&path, &id).map_err(|e| Fault::io(format!("write {}", path.display()), e))?;
             Ok(id)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_provenance_tells_is_in_files_that_do_not_say_what_the_daemon_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = || provenance_environment(dir.path()).map(|all| serde_json::to_string(&all).unwrap()).map_err(|e| e.to_string());
+        std::fs::write(dir.path().join("1.json"), r#"{"a":1,"b":1}"#).unwrap();
+        std::fs::write(dir.path().join("2.json"), r#"{"b":2}"#).unwrap();
+        std::fs::write(dir.path().join("other"), "no JSON").unwrap();
+        assert_eq!(read().unwrap(), r#"{"a":1,"b":2}"#);
+        std::fs::write(dir.path().join("3.json"), r#"{"platform":"x"}"#).unwrap();
+        assert!(read().unwrap_err().contains("platform is told by the daemon itself"));
+        std::fs::write(dir.path().join("3.json"), "[]").unwrap();
+        assert!(read().unwrap_err().contains("3.json"));
+        assert!(provenance_environment(&dir.path().join("none")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_root_in_use_is_not_used_twice() {
+        let root = tempfile::tempdir().unwrap();
+        let held = lock(root.path(), LOCKS[1]).unwrap();
+        assert!(lock(root.path(), LOCKS[1]).unwrap_err().to_string().contains("another instance running?"));
+        lock(root.path(), LOCKS[0]).unwrap();
+        drop(held);
+        lock(root.path(), LOCKS[1]).unwrap();
     }
 }

@@ -1,34 +1,32 @@
 //! Sockets and services: bound early, served until a signal, ended in order.
 
-use crate::{content::ContentService, control::ControlService, flags::Settings, gc, parts::Parts};
+use crate::{content::ContentService, control::ControlService, gc, parts::Parts, settings::Listening};
+use shipway_engine::History;
 use shipway_fault::{Fault, Result};
 use shipway_gateway::BridgeService;
-use shipway_grpc::{Address, HealthService, ListenOptions, Listener, ServerTls};
+use shipway_grpc::{Address, HealthService, ListenOptions, Listener};
 use shipway_proto::{
     MAX_MESSAGE,
     containerd::services::content::v1::content_server::ContentServer,
     grpc::health::v1::health_server::HealthServer,
     moby::buildkit::v1::{control_server::ControlServer, frontend::llb_bridge_server::LlbBridgeServer},
 };
-use std::{path::PathBuf, time::Duration};
+use std::{sync::Arc, time::Duration};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::Instrument as _;
 
+/// Between two looks at which builds to forget.
+const FORGET: Duration = Duration::from_secs(120);
 /// How long running builds get to end after the first signal.
 const DRAIN: Duration = Duration::from_secs(10);
 
 /// Binds all addresses.
-pub async fn bind(settings: &Settings) -> Result<Vec<Listener>> {
-    let tls = &settings.config.grpc.tls;
-    let tls = match (&tls.cert, &tls.key) {
-        (Some(cert), Some(key)) => Some(ServerTls { cert: cert.into(), key: key.into(), client_ca: tls.ca.as_ref().map(PathBuf::from) }),
-        (None, None) => None,
-        _ => return Err(Fault::invalid("TLS needs a certificate and a key").hint("give both --tlscert and --tlskey, or neither")),
-    };
-    let gid = settings.group.as_deref().map(group_id).transpose()?;
-    let options = ListenOptions { uid: settings.config.grpc.uid, gid, tls, ..ListenOptions::default() };
+pub async fn bind(listening: &Listening) -> Result<Vec<Listener>> {
+    let Listening { addresses, uid, group, tls } = listening;
+    let gid = group.as_deref().map(group_id).transpose()?;
+    let options = ListenOptions { uid: *uid, gid, tls: tls.clone(), ..ListenOptions::default() };
     let mut all = Vec::new();
-    for address in &settings.addresses {
+    for address in addresses {
         all.extend(Listener::bind(&address.parse::<Address>()?, &options).await?);
     }
     Ok(all)
@@ -53,11 +51,13 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     let engine = parts.engine.clone();
     let worker = parts.worker.clone();
     let collector = tokio::spawn(
-        gc::run(engine.parts().caches.clone(), parts.worker.gc.clone(), trigger.clone()).instrument(tracing::info_span!("gc")),
+        gc::run(engine.parts().caches.clone(), parts.worker.gc.clone(), parts.worker.disk.clone(), trigger.clone())
+            .instrument(tracing::info_span!("gc")),
     );
+    let remembered = tokio::spawn(forget(engine.parts().history.clone()).instrument(tracing::info_span!("history")));
     let control = ControlService { engine: engine.clone(), worker: worker.clone(), gc: trigger };
-    let bridge = BridgeService::new(engine.parts().builds.clone(), std::sync::Arc::new(move || vec![worker.record()]));
-    let content = ContentService { content: parts.storage.content.clone(), history: engine.parts().history.clone() };
+    let bridge = BridgeService::new(engine.parts().builds.clone(), Arc::new(move || vec![worker.record()]));
+    let content = ContentService::new(parts.storage.clone(), engine.parts().services.refs.clone(), engine.parts().history.clone());
     let routes = tonic::service::Routes::new(
         ControlServer::new(control).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE),
     )
@@ -91,6 +91,7 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     }
     servers.shutdown().await;
     collector.abort();
+    remembered.abort();
     let services = &engine.parts().services;
     let clean = async {
         services.executor.drained().await;
@@ -102,6 +103,17 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     match failed {
         Some(what) => Err(Fault::internal(format!("a listener ended by itself: {what}"))),
         None => Ok(()),
+    }
+}
+
+/// Forgets builds that ended long ago, from time to time (row `so.h.gc`).
+async fn forget(history: Arc<History>) {
+    let mut timer = tokio::time::interval(FORGET);
+    timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        timer.tick().await;
+        let history = history.clone();
+        let _ = tokio::task::spawn_blocking(move || history.trim()).await;
     }
 }
 
@@ -118,5 +130,16 @@ async fn asked_to_stop() {
     tokio::select! {
         _ = term.recv() => {}
         _ = int.recv() => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_has_a_name_or_a_number() {
+        assert_eq!((group_id("root").unwrap(), group_id("1234").unwrap()), (0, 1234));
+        assert!(group_id("no such group").unwrap_err().to_string().contains("no group \"no such group\""));
     }
 }

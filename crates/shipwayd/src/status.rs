@@ -4,11 +4,17 @@ use prost::Message as _;
 use shipway_fault::Span;
 use shipway_progress::{Event, SourceSpan, StatusUpdate, VertexUpdate, WarningUpdate};
 use shipway_proto::{
+    MAX_MESSAGE,
     moby::buildkit::v1::{StatusResponse, Vertex, VertexLog, VertexStatus, VertexWarning},
     pb,
 };
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    io::{self, Read, Write},
+};
 
+/// Events of a log that become messages together.
+const WRITTEN_TOGETHER: usize = 1000;
 /// Logs of one message stay near this size (row `so.st.split`).
 const BATCH: usize = 1 << 20;
 
@@ -94,45 +100,56 @@ pub fn messages(events: &[Event]) -> Vec<StatusResponse> {
             Event::Warning(w) => current.warnings.push(warning(w)),
         }
         if size >= BATCH || current.vertexes.len() >= 1000 {
-            all.push(std::mem::take(&mut current));
+            all.push(ordered(std::mem::take(&mut current)));
             counters.clear();
             size = 0;
         }
     }
     if current != StatusResponse::default() {
-        all.push(current);
+        all.push(ordered(current));
     }
     all
 }
 
-/// A whole build's events as the log blob: little-endian length, then message, repeated (row `so.h.status`).
-pub fn log_blob(events: &[Event]) -> Vec<u8> {
-    let mut out = Vec::new();
-    for message in messages(events) {
-        out.extend_from_slice(&(message.encoded_len() as u32).to_le_bytes());
-        out.extend_from_slice(&message.encode_to_vec());
-    }
-    out
+/// The message with what is in it in the order of time (row `so.st.order`); what is said of one vertex stays in the order in which it was said.
+fn ordered(mut message: StatusResponse) -> StatusResponse {
+    let time = |t: &Option<prost_types::Timestamp>| t.as_ref().map(|t| (t.seconds, t.nanos));
+    message.vertexes.sort_by_key(|v| time(&v.started));
+    message.statuses.sort_by_key(|s| time(&s.timestamp));
+    message.logs.sort_by_key(|l| time(&l.timestamp));
+    message
 }
 
-/// Reads a log blob back; stops at the first thing that is no message.
-pub fn read_blob(mut bytes: &[u8]) -> Vec<StatusResponse> {
-    let mut all = Vec::new();
-    while let Some((head, rest)) = bytes.split_first_chunk::<4>() {
-        let length = u32::from_le_bytes(*head) as usize;
-        let Some((message, rest)) = rest.split_at_checked(length) else { break };
-        let Ok(message) = StatusResponse::decode(message) else { break };
-        all.push(message);
-        bytes = rest;
+/// Writes a whole build's events as the log blob: little-endian length, then message, repeated (row `so.h.status`).
+pub fn log_blob(events: &[Event], out: &mut dyn Write) -> io::Result<()> {
+    for message in events.chunks(WRITTEN_TOGETHER).flat_map(messages) {
+        out.write_all(&(message.encoded_len() as u32).to_le_bytes())?;
+        out.write_all(&message.encode_to_vec())?;
     }
-    all
+    Ok(())
+}
+
+/// Reads a log blob back, message by message; ends at the first thing that is none.
+pub fn read_blob(mut from: impl Read) -> impl Iterator<Item = StatusResponse> {
+    std::iter::from_fn(move || {
+        let mut head = [0; 4];
+        from.read_exact(&mut head).ok()?;
+        let length = u32::from_le_bytes(head) as usize;
+        if length > MAX_MESSAGE {
+            return None;
+        }
+        let mut message = Vec::new();
+        from.by_ref().take(length as u64).read_to_end(&mut message).ok()?;
+        (message.len() == length).then(|| StatusResponse::decode(&message[..]).ok())?
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use shipway_oci::Digest;
-    use shipway_progress::{Journal, LogStream};
+    use shipway_progress::{Journal, LogStream, LogUpdate};
+    use std::sync::Arc;
 
     #[test]
     fn a_log_blob_reads_back() {
@@ -143,9 +160,29 @@ mod tests {
         r.status("s", 2, 2, true);
         r.log(LogStream::Stderr, b"hello");
         r.completed(None);
-        let all = read_blob(&log_blob(&journal.events()));
+        let mut blob = Vec::new();
+        log_blob(&journal.events(), &mut blob).unwrap();
+        let all: Vec<_> = read_blob(&blob[..]).collect();
         assert_eq!(all.len(), 1);
         assert_eq!((all[0].vertexes.len(), all[0].statuses.len(), all[0].logs[0].stream), (3, 1, 2));
-        assert!(read_blob(&[9, 9, 9]).is_empty());
+        for broken in [&[9, 9, 9][..], &[255, 255, 255, 255], &[9, 0, 0, 0, 1]] {
+            assert_eq!(read_blob(broken).count(), 0);
+        }
+    }
+
+    #[test]
+    fn within_a_message_times_are_in_order() {
+        let at = |seconds| std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+        let log = |(second, text): (u64, &'static str)| {
+            Event::Log(Arc::new(LogUpdate {
+                vertex: Digest::of("v"),
+                stream: LogStream::Stdout,
+                bytes: text.as_bytes().into(),
+                time: at(second),
+            }))
+        };
+        let events: Vec<Event> = [(2, "b"), (1, "a"), (2, "c")].map(log).into();
+        let logs: Vec<_> = messages(&events).remove(0).logs.into_iter().map(|l| l.msg).collect();
+        assert_eq!(logs, [b"a", b"b", b"c"]);
     }
 }

@@ -1,10 +1,14 @@
 //! The worker as clients see it (rows `ctl.workerrec`, `so.labels`).
 
+mod platforms;
+
 use shipway_cdi::{Device, Devices};
 use shipway_grpc::platform_to_wire;
 use shipway_oci::Platform;
 use shipway_proto::moby::buildkit::v1::types::{BuildkitVersion, CdiDevice, GcPolicy, WorkerRecord};
 use std::collections::BTreeMap;
+
+pub use platforms::Platforms;
 
 /// Version of BuildKit's API that we implement; clients compare it (section 1.5 of the client notes).
 pub const API_VERSION: &str = "v0.31.0";
@@ -20,7 +24,14 @@ pub fn version() -> BuildkitVersion {
 }
 
 /// Labels by name without prefix; the ones that let nerdctl share the image store are all here.
-pub fn labels(uuid: &str, namespace: &str, snapshotter: &str, network: &str, extra: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+pub fn labels(
+    uuid: &str,
+    namespace: &str,
+    snapshotter: &str,
+    network: &str,
+    apparmor: Option<&str>,
+    extra: &BTreeMap<String, String>,
+) -> BTreeMap<String, String> {
     let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let own = [
         ("executor", "containerd"),
@@ -31,7 +42,8 @@ pub fn labels(uuid: &str, namespace: &str, snapshotter: &str, network: &str, ext
         ("containerd.uuid", uuid),
         ("containerd.namespace", namespace),
     ];
-    let mut labels: BTreeMap<_, _> = own.into_iter().map(|(k, v)| (format!("org.mobyproject.buildkit.worker.{k}"), v.to_owned())).collect();
+    let own = own.into_iter().chain(apparmor.map(|profile| ("apparmor.profile", profile)));
+    let mut labels: BTreeMap<_, _> = own.map(|(k, v)| (format!("org.mobyproject.buildkit.worker.{k}"), v.to_owned())).collect();
     labels.extend(extra.clone());
     labels
 }
@@ -53,22 +65,4 @@ pub fn devices(there: &Devices) -> Vec<CdiDevice> {
     let device =
         |d: &Device| CdiDevice { name: d.name.clone(), auto_allow: d.auto_allow, annotations: d.annotations.clone(), on_demand: false };
     there.iter().map(device).collect()
-}
-
-/// Platforms that steps can run for: the machine's own, and those the kernel emulates through binfmt_misc.
-pub fn detect_platforms() -> Vec<Platform> {
-    let host = Platform::host();
-    let mut all = vec![host.clone()];
-    if host.architecture == "amd64" {
-        all.push(Platform::new("linux", "386", ""));
-    }
-    for (arch, qemu) in
-        [("arm64", "aarch64"), ("riscv64", "riscv64"), ("ppc64le", "ppc64le"), ("s390x", "s390x"), ("arm", "arm"), ("amd64", "x86_64")]
-    {
-        let enabled = std::fs::read_to_string(format!("/proc/sys/fs/binfmt_misc/qemu-{qemu}")).is_ok_and(|t| t.starts_with("enabled"));
-        if enabled && arch != host.architecture {
-            all.push(Platform::new("linux", arch, ""));
-        }
-    }
-    all
 }

@@ -17,6 +17,7 @@ pub use attrs::LocalImages;
 pub(crate) use attrs::Mode;
 use attrs::Place;
 pub(crate) use resolve::Told;
+pub use resolve::document_lease;
 use resolve::{Asked, Resolved};
 use serde::Serialize;
 use shipway_fault::{Code, Fault, Result};

@@ -20,7 +20,7 @@ mod port;
 mod remote;
 mod session;
 
-pub use image::LocalImages;
+pub use image::{LocalImages, document_lease};
 pub use memo::SourceMemo;
 pub use peers::SshAgent;
 pub use port::{Pin, ResolveWant, SourceContext, SourceOptions, SourceSpec, Sources};

@@ -2,7 +2,7 @@
 
 use crate::{
     conn::{Connection, deadline},
-    tasks::TaskConfig,
+    tasks::{RuntimeOptions, TaskConfig, is_runc},
     wire,
 };
 use containerd_client::services::v1::{self as api, containers_client::ContainersClient, tasks_client::TasksClient};
@@ -26,10 +26,29 @@ const ABSENCE: Duration = Duration::from_secs(60);
 /// The runc shim's options, as far as we set them.
 #[derive(Clone, PartialEq, prost::Message)]
 struct RuncOptions {
+    #[prost(bool, tag = "1")]
+    no_pivot_root: bool,
+    #[prost(bool, tag = "2")]
+    no_new_keyring: bool,
+    #[prost(string, tag = "3")]
+    shim_cgroup: String,
+    #[prost(uint32, tag = "4")]
+    io_uid: u32,
+    #[prost(uint32, tag = "5")]
+    io_gid: u32,
     #[prost(string, tag = "6")]
     binary_name: String,
     #[prost(bool, tag = "9")]
     systemd_cgroup: bool,
+}
+
+impl RuncOptions {
+    fn of(config: &TaskConfig) -> Self {
+        let RuntimeOptions { binary_name, systemd_cgroup, no_pivot_root, no_new_keyring, shim_cgroup, io_uid, io_gid } =
+            config.options.clone();
+        let binary_name = config.binary.clone().unwrap_or(binary_name);
+        Self { no_pivot_root, no_new_keyring, shim_cgroup, io_uid, io_gid, binary_name, systemd_cgroup }
+    }
 }
 
 /// A process: the first of its container, or one that joined it.
@@ -81,18 +100,16 @@ fn text(path: Option<&Path>) -> String {
 
 impl TaskApi {
     pub(super) fn new(connection: Connection, config: &TaskConfig) -> Self {
-        let set = config.binary.is_some() || config.systemd_cgroup;
+        let options = RuncOptions::of(config);
         // Only the runc shim knows these options.
-        let options = (set && config.runtime.contains(".runc.")).then(|| {
-            let options = RuncOptions { binary_name: config.binary.clone().unwrap_or_default(), systemd_cgroup: config.systemd_cgroup };
-            Any { type_url: RUNC_OPTIONS.into(), value: prost::Message::encode_to_vec(&options) }
-        });
+        let options = (options != RuncOptions::default() && is_runc(&config.runtime))
+            .then(|| Any { type_url: RUNC_OPTIONS.into(), value: prost::Message::encode_to_vec(&options) });
         Self {
             connection,
             runtime: api::container::Runtime { name: config.runtime.clone(), options },
             snapshotter: config.snapshotter.clone(),
             owner: config.root.display().to_string(),
-            systemd_cgroup: config.systemd_cgroup,
+            systemd_cgroup: config.options.systemd_cgroup,
             sandboxes: Arc::default(),
         }
     }
@@ -301,4 +318,23 @@ pub(super) fn gone(fault: Fault) -> Result<()> {
 pub(super) fn lost(place: &Place, cause: &Fault) -> Fault {
     Fault::new(Code::Unavailable, format!("containerd lost {place} while it was running ({cause})"))
         .hint("containerd or its shim was killed or restarted during the step: build again")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_of_the_runtime_reach_the_shim() {
+        let parse = |runtime: &str, options: serde_json::Value| RuntimeOptions::parse(runtime, options).map_err(|e| e.to_string());
+        let given = serde_json::json!({ "SystemdCgroup": true, "ShimCgroup": "/s", "BinaryName": "crun" });
+        let mut config = TaskConfig { options: parse("io.containerd.runc.v2", given.clone()).unwrap(), ..TaskConfig::new("/x") };
+        let sent = RuncOptions::of(&config);
+        assert_eq!((sent.systemd_cgroup, sent.shim_cgroup.as_str(), sent.binary_name.as_str()), (true, "/s", "crun"));
+        config.binary = Some("/bin/runc".into());
+        assert_eq!(RuncOptions::of(&config).binary_name, "/bin/runc");
+        assert!(parse("io.containerd.runc.v2", serde_json::json!({ "Systemd": true })).unwrap_err().contains("unknown field `Systemd`"));
+        assert!(parse("io.containerd.kata.v2", given).unwrap_err().contains("io.containerd.kata.v2"));
+        assert!(parse("io.containerd.kata.v2", serde_json::json!({})).is_ok());
+    }
 }

@@ -1,7 +1,8 @@
 //! Owns what is left on the host where a call to containerd was cut off in the middle: a shim that containerd has forgotten, processes and cgroups
 //! of a container that never got its task, the runtime's own records of it. containerd removes none of these, because it knows of no task.
 //!
-//! All of them are found by the *mark* that begins the names of an executor's containers. Blocks.
+//! All of them are found by the *mark* that begins the names of an executor's containers. A command line proves nothing, since any process may
+//! have any, so a shim must also be root's, run a shim's program, sit in its bundle, and see the file systems that we see. Blocks.
 
 use super::sweep::unmount_below;
 use rustix::process::{Pid, Signal, kill_process};
@@ -13,6 +14,10 @@ use std::{
 
 /// Where the runc shim has its runtime keep records, below it one directory per namespace.
 const RUNTIME_RECORDS: &str = "/run/containerd/runc";
+/// What the names of shims' programs begin with.
+const SHIM: &str = "containerd-shim";
+/// What the name of a directory of bundles begins with, which is the name of a plug-in: the one for tasks, or the one for sandboxes.
+const BUNDLES: &str = "io.containerd.";
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// How deep below a hierarchy's root a cgroup of ours may be.
 const CGROUP_DEPTH: usize = 8;
@@ -79,10 +84,18 @@ struct Shim {
 impl Shim {
     /// The shim that process `pid` is, if it is one in `namespace` for a container of `mark`.
     fn of(pid: i32, namespace: &str, mark: &str) -> Option<Self> {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let of = |what: &str| PathBuf::from(format!("/proc/{pid}/{what}"));
+        let line = fs::read(of("cmdline")).ok()?;
         let id = shim_id(&String::from_utf8_lossy(&line), namespace).filter(|id| id.starts_with(mark))?;
-        let bundle = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
-        Some(Self { pid, id, bundle })
+        let program = fs::read_link(of("exe")).ok()?;
+        let bundle = fs::read_link(of("cwd")).ok()?;
+        let same_files =
+            ["/proc/self/ns/mnt", "/proc/1/ns/mnt"].map(|ns| fs::read_link(ns).ok()).contains(&fs::read_link(of("ns/mnt")).ok());
+        (is_roots(&fs::read_to_string(of("status")).ok()?)
+            && name(&program).starts_with(SHIM)
+            && is_bundle(&bundle, namespace, &id)
+            && same_files)
+            .then_some(Self { pid, id, bundle })
     }
 
     fn lives(&self) -> bool {
@@ -90,12 +103,25 @@ impl Shim {
     }
 }
 
+/// Whether a process with this status is root's by all of its user ids.
+fn is_roots(status: &str) -> bool {
+    status.lines().find_map(|l| l.strip_prefix("Uid:")).is_some_and(|ids| ids.split_whitespace().all(|id| id == "0"))
+}
+
+/// Whether `path` is where containerd keeps the bundle of container `id`: below its state directory, by namespace and id.
+fn is_bundle(path: &Path, namespace: &str, id: &str) -> bool {
+    let mut parts = path.iter().rev();
+    parts.next().is_some_and(|p| p == id)
+        && parts.next().is_some_and(|p| p == namespace)
+        && parts.next().is_some_and(|p| p.to_string_lossy().starts_with(BUNDLES))
+}
+
 /// The container that the shim with this command line was started for.
 fn shim_id(line: &str, namespace: &str) -> Option<String> {
     let words: Vec<&str> = line.split('\0').collect();
     let after = |flag: &str| words.iter().position(|w| *w == flag).and_then(|at| words.get(at + 1));
     let program = words.first()?.rsplit('/').next()?;
-    (program.starts_with("containerd-shim") && after("-namespace") == Some(&namespace)).then(|| after("-id").map(|id| (*id).to_owned()))?
+    (program.starts_with(SHIM) && after("-namespace") == Some(&namespace)).then(|| after("-id").map(|id| (*id).to_owned()))?
 }
 
 fn shims(namespace: &str, mark: &str) -> Vec<Shim> {
@@ -173,6 +199,32 @@ mod tests {
         assert_eq!(shim_id(&line("/usr/bin/containerd-shim-runc-v2"), "other"), None);
         assert_eq!(shim_id(&line("/bin/grep"), "ns"), None);
         assert_eq!(shim_id("", "ns"), None);
+    }
+
+    #[test]
+    fn a_process_with_a_shims_arguments_is_no_shim() {
+        use std::{io::Read as _, os::unix::process::CommandExt as _, process::Stdio};
+        let state = tempfile::tempdir().unwrap();
+        let bundle = state.path().join("io.containerd.runtime.v2.task/ns/shipway-1-x");
+        fs::create_dir_all(&bundle).unwrap();
+        let mut command = std::process::Command::new("sh");
+        command.arg0("containerd-shim-runc-v2").args(["-c", "echo up; read end", "-namespace", "ns", "-id", "shipway-1-x"]);
+        let mut fake = command.current_dir(&bundle).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        fake.stdout.take().unwrap().read_exact(&mut [0; 3]).unwrap();
+        let pid = i32::try_from(fake.id()).unwrap();
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+        assert_eq!(shim_id(&String::from_utf8_lossy(&line), "ns").as_deref(), Some("shipway-1-x"));
+        assert!(Shim::of(pid, "ns", "shipway-1-").is_none());
+        drop(fake.stdin.take());
+        fake.wait().unwrap();
+    }
+
+    #[test]
+    fn a_shim_is_roots_and_sits_in_its_bundle() {
+        assert!(is_roots("Name:\tx\nUid:\t0\t0\t0\t0\n") && !is_roots("Uid:\t1000\t0\t0\t0\n") && !is_roots(""));
+        let at = |path: &str| is_bundle(Path::new(path), "ns", "a");
+        assert!(at("/run/containerd/io.containerd.runtime.v2.task/ns/a") && at("/x/io.containerd.sandbox.controller.v1.shim/ns/a"));
+        assert!(!at("/tmp/ns/a") && !at("/run/containerd/io.containerd.runtime.v2.task/other/a") && !at("/"));
     }
 
     #[test]

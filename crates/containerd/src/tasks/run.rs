@@ -137,7 +137,9 @@ pub(super) fn cgroups_path(inner: &Inner, process: &ProcessSpec) -> String {
     match parent {
         "" => inner.api.cgroups_path(id),
         p if p.contains(".slice") && p.ends_with(':') => format!("{p}{id}"),
-        p if inner.config.systemd_cgroup => format!("{}:shipway:{id}", p.trim_matches('/').rsplit('/').next().unwrap_or("system.slice")),
+        p if inner.config.options.systemd_cgroup => {
+            format!("{}:shipway:{id}", p.trim_matches('/').rsplit('/').next().unwrap_or("system.slice"))
+        }
         p => spec::clean(&format!("/{p}/buildkit/{id}")),
     }
 }

@@ -158,7 +158,7 @@ impl Root {
     }
 }
 
-/// Makes a directory with exactly `mode`, whatever the umask is.
+/// Makes a directory. The umask takes its part of `mode`: whoever wants exactly that mode sets it afterwards, as [`finish`] does.
 pub(super) fn make_dir(dir: BorrowedFd<'_>, name: &OsStr, mode: RawMode) -> rustix::io::Result<()> {
     rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(mode & 0o7777))
 }

@@ -1,4 +1,5 @@
-//! buildkitd's flags for what is not here: harmless ones are accepted, so that its units go on working; asking for what would not be done is an error.
+//! buildkitd's flags for what is not here: harmless ones are accepted and the log says that they have no effect, so that its units go on working;
+//! asking for what would not be done is an error.
 
 use clap::Args;
 use shipway_fault::{Fault, Result};
@@ -13,22 +14,37 @@ pub struct AbsentFlags {
     pub worker_rootless: Option<bool>,
     #[arg(id = "containerd-worker-selinux", long = "containerd-worker-selinux", hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub selinux: Option<bool>,
-    /// Accepted: no traces are collected from steps yet
+    /// The log says that it has no effect
     #[arg(id = "otel-socket-path", long = "otel-socket-path", hide = true)]
     pub otel_socket_path: Option<String>,
+    /// The log says that it has no effect
+    #[arg(id = "save-cache-debug", long = "save-cache-debug", hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub save_cache_debug: Option<bool>,
 }
 
 impl AbsentFlags {
     /// Refuses what was asked for and would not be done; `rootless` and `selinux` are the configuration file's.
     pub fn check(&self, rootless: bool, selinux: bool) -> Result<()> {
         for (asked, what) in [
-            (rootless || self.rootless == Some(true) || self.worker_rootless == Some(true), "rootless mode"),
-            (selinux || self.selinux == Some(true), "SELinux labels of steps"),
+            (
+                rootless || self.rootless == Some(true) || self.worker_rootless == Some(true),
+                "rootless mode (rootless, --rootless, --containerd-worker-rootless, --oci-worker-rootless)",
+            ),
+            (selinux || self.selinux == Some(true), "SELinux labels of steps (selinux, --containerd-worker-selinux, --oci-worker-selinux)"),
         ] {
             if asked {
                 return Err(Fault::unimplemented(what));
             }
         }
         Ok(())
+    }
+
+    /// What is set without effect.
+    pub fn notes(&self) -> impl Iterator<Item = String> {
+        let notes = [
+            (self.otel_socket_path.is_some(), "--otel-socket-path has no effect: there are no traces"),
+            (self.save_cache_debug == Some(true), "--save-cache-debug has no effect: cache keys have no preimages to save"),
+        ];
+        notes.into_iter().filter(|n| n.0).map(|n| n.1.to_owned())
     }
 }

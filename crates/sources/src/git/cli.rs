@@ -155,6 +155,7 @@ impl Git {
         }
         command.current_dir(dir.unwrap_or(Path::new("/"))).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.process_group(0).kill_on_drop(true);
+        with_usual_umask(&mut command);
         let child = command.spawn().map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => Fault::new(Code::FailedPrecondition, "git is not installed where the daemon runs")
                 .with_class(Class::Environment)
@@ -213,6 +214,17 @@ const DAMAGE: [&str; 17] = [
     "reference broken",
     "shallow file has changed",
 ];
+
+/// What git checks out becomes part of images, so its modes must not depend on the daemon's umask.
+#[allow(unsafe_code)]
+fn with_usual_umask(command: &mut Command) {
+    let set = || {
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+        Ok(())
+    };
+    // SAFETY: between fork and exec only async-signal-safe functions may be called; umask(2) is one, and nothing is allocated.
+    unsafe { command.pre_exec(set) };
+}
 
 /// What git complained about, with the kind of failure as far as its words tell.
 fn failure(arguments: &[&str], complaint: &str) -> Fault {

@@ -272,7 +272,7 @@ impl Documents<'_> {
     /// Puts a document into the content store under a lease of its own that ends by itself, so that the next build does
     /// not ask the registry (which counts manifests as pulls).
     async fn keep(&self, remote: &Remote, bytes: Bytes) -> Result<()> {
-        let lease = LeaseId(format!("shipway-document-{}", Digest::of(&bytes).hex()));
+        let lease = document_lease(Digest::of(&bytes));
         let kind = (DOCUMENT_KIND.0.to_owned(), DOCUMENT_KIND.1.to_owned());
         let labels = Labels::from([
             (GC_EXPIRE.to_owned(), timestamp::format_whole(SystemTime::now() + KEEP)),
@@ -285,6 +285,11 @@ impl Documents<'_> {
         }
         self.storage.content.put(&lease, bytes, &remote.labels()).await.map(drop)
     }
+}
+
+/// The lease that keeps the manifest or config `digest` for the next build.
+pub fn document_lease(digest: Digest) -> LeaseId {
+    LeaseId(format!("shipway-document-{}", digest.hex()))
 }
 
 #[derive(Clone, Copy)]
