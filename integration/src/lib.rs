@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
+pub mod random;
+
 use serde_json::Value;
 use shipway_oci::{ChainId, DiffId, Digest};
 use shipway_testkit::{Finished, Flavour, Lab, Leftovers, wait_for};

@@ -17,14 +17,12 @@ struct Tally {
     failed: u32,
     /// Names of what failed.
     failures: Vec<String>,
-    /// Names of what failed once and passed when it was run again by itself.
-    unsteady: Vec<String>,
 }
 
-/// Most live tests that are run a second time. More than that is no accident.
-const SECOND_CHANCES: usize = 3;
 /// How long the Dockerfile's parser and expander are fuzzed.
 const FUZZ_SECONDS: &str = "60";
+/// How long random histories of builds are compared with builds without a cache.
+const HISTORY_SECONDS: &str = "60";
 
 /// Runs all checks and tests; an error if any failed.
 pub fn run() -> Result<(), String> {
@@ -37,8 +35,9 @@ pub fn run() -> Result<(), String> {
     // The programs that live tests start.
     check(&mut tally, "cargo build", cargo().args(["build", "--workspace", "--bins"]));
     tests(&mut tally, "unit tests", &["test", "--workspace", "--exclude", "shipway-integration", "--no-fail-fast"]);
-    // Two at a time: each has a containerd and a daemon of its own.
-    live_tests(&mut tally);
+    // Two at a time: each has a containerd and a daemon of its own. What fails beside the others has failed: races live there.
+    let live = &["test", "--package", "shipway-integration", "--no-fail-fast", "--", "--test-threads=2"];
+    tests(&mut tally, "live tests", live);
 
     println!();
     for flavour in Flavour::present() {
@@ -47,32 +46,11 @@ pub fn run() -> Result<(), String> {
     for absent in &missing.0 {
         println!("absent, tests that use it did not run: {absent}");
     }
-    for name in &tally.unsteady {
-        println!("unsteady, failed beside the others and passed alone (its first output is above): {name}");
-    }
     for failure in &tally.failures {
         println!("failed: {failure}");
     }
     println!("{} passed, {} failed", tally.passed, tally.failed);
     if tally.failed == 0 { Ok(()) } else { Err(String::new()) }
-}
-
-/// Runs what talks to real parts, two at a time: each has a containerd and a daemon of its own. What fails is run once more by itself, because those
-/// parts have races of their own that show on a busy machine; the last lines tell of it, so that it is looked into.
-fn live_tests(tally: &mut Tally) {
-    let mut first = Tally::default();
-    tests(&mut first, "live tests", &["test", "--package", "shipway-integration", "--no-fail-fast", "--", "--test-threads=2"]);
-    if first.may_have_another_chance() {
-        let mut arguments = vec!["test", "--package", "shipway-integration", "--no-fail-fast", "--", "--test-threads=1", "--exact"];
-        arguments.extend(first.failures.iter().map(String::as_str));
-        let mut second = Tally::default();
-        tests(&mut second, "live tests that failed, alone", &arguments);
-        first.take_second(second);
-    }
-    tally.passed += first.passed;
-    tally.failed += first.failed;
-    tally.failures.append(&mut first.failures);
-    tally.unsteady.append(&mut first.unsteady);
 }
 
 fn check(tally: &mut Tally, name: &str, command: &mut Command) {
@@ -87,23 +65,6 @@ impl Tally {
     fn fail(&mut self, name: &str) {
         self.failed += 1;
         self.failures.push(name.to_owned());
-    }
-
-    /// Whether a few tests failed, each by name.
-    fn may_have_another_chance(&self) -> bool {
-        let named = self.failed as usize == self.failures.len() && self.failures.iter().all(|name| !name.contains(' '));
-        named && (1..=SECOND_CHANCES).contains(&self.failures.len())
-    }
-
-    /// Takes over how what failed here went the second time, if each of it ran again.
-    fn take_second(&mut self, second: Tally) {
-        if second.passed + second.failed != self.failed {
-            return;
-        }
-        self.unsteady = std::mem::take(&mut self.failures).into_iter().filter(|name| !second.failures.contains(name)).collect();
-        self.passed += second.passed;
-        self.failed = second.failed;
-        self.failures = second.failures;
     }
 
     /// Counts a line of a test program's output.
@@ -131,7 +92,7 @@ impl Tally {
 fn tests(tally: &mut Tally, name: &str, arguments: &[&str]) {
     println!("== {name}");
     let mut command = cargo();
-    command.env("SHIPWAY_FUZZ_SECONDS", FUZZ_SECONDS);
+    command.env("SHIPWAY_FUZZ_SECONDS", FUZZ_SECONDS).env("SHIPWAY_HISTORY_SECONDS", HISTORY_SECONDS);
     command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
     if !is_root() {
         let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH).to_uppercase().replace('-', "_");
@@ -191,33 +152,5 @@ mod tests {
         tally.line("test result: FAILED. 12 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.1s");
         tally.line("test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.1s");
         assert_eq!((tally.passed, tally.failed, tally.failures), (15, 1, vec!["a::c".to_owned()]));
-    }
-
-    #[test]
-    fn what_failed_is_judged_by_its_second_run_if_there_was_one() {
-        let failed = |names: &[&str]| Tally {
-            passed: 7,
-            failed: names.len() as u32,
-            failures: names.iter().map(|n| (*n).to_owned()).collect(),
-            ..Tally::default()
-        };
-        assert!(!failed(&[]).may_have_another_chance());
-        assert!(!failed(&["a", "b", "c", "d"]).may_have_another_chance());
-        let mut unnamed = failed(&["a"]);
-        unnamed.failed += 1;
-        assert!(!unnamed.may_have_another_chance());
-        assert!(!failed(&["live tests: not all of them could run"]).may_have_another_chance());
-
-        let mut tally = failed(&["a", "b"]);
-        assert!(tally.may_have_another_chance());
-        tally.take_second(Tally { passed: 1, ..failed(&["b"]) });
-        assert_eq!(
-            (tally.passed, tally.failed, &tally.failures[..], &tally.unsteady[..]),
-            (8, 1, &["b".to_owned()][..], &["a".to_owned()][..])
-        );
-
-        let mut tally = failed(&["a"]);
-        tally.take_second(Tally::default());
-        assert_eq!((tally.failed, tally.failures.len(), tally.unsteady.len()), (1, 1, 0));
     }
 }
