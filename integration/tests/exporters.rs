@@ -2,8 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
-use shipway_integration::{Image, any, build, ctr_run, nothing_left, on_each, remove_everything};
-use shipway_testkit::{Lab, wait_for};
+use shipway_integration::{Image, any, ctr_run, nothing_left, on_each, remove_everything};
+use shipway_testkit::{Lab, run, wait_for};
 use std::{
     os::unix::fs::MetadataExt as _,
     process::{Command, Stdio},

@@ -461,7 +461,7 @@ mod tests {
         let strict = ProvenanceOptions { complete_materials: true, ..Default::default() };
         let fault = predicate(&strict, missing).unwrap_err();
         assert!(fault.to_string().contains("- wget\n    method: GET\n    url: http://h/m\n    reason: unsuccessful_response"), "{fault}");
-        assert!(matches!(fault.details(), [Detail::Materials(all)] if all.len() == 1 && all[0].uri == "http://h/m"));
+        assert!(matches!(fault.details(), [Detail::IncompleteMaterials(all)] if all.len() == 1 && all[0].uri == "http://h/m"));
     }
 
     #[test]
