@@ -68,7 +68,7 @@ pub(crate) struct Args {
     /// Secret to offer: id=NAME,src=FILE or id=NAME,env=VARIABLE; may be repeated
     #[arg(long = "secret")]
     secrets: Vec<String>,
-    /// SSH agent, socket or keys to offer: default|ID[=SOCKET[,raw=true]|KEY[,KEY]]; may be
+    /// SSH agent, socket or keys to offer: default|ID[=SOCKET[,raw=true]|KEY,…]; may be
     /// repeated
     #[arg(long)]
     ssh: Vec<String>,

@@ -58,7 +58,7 @@ pub(crate) struct Args {
     /// A privilege to allow: network.host, security.insecure, device; may be repeated
     #[arg(long)]
     allow: Vec<String>,
-    /// An SSH agent, socket or keys to offer: default|ID[=SOCKET[,raw=true]|KEY[,KEY]]; may be
+    /// An SSH agent, socket or keys to offer: default|ID[=SOCKET[,raw=true]|KEY,…]; may be
     /// repeated
     #[arg(long)]
     ssh: Vec<String>,
