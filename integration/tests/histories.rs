@@ -205,7 +205,7 @@ impl History {
         let said = format!("{stdout}{stderr}");
         let outcome = if code == Some(0) { Outcome::Files(read(&tar)) } else { Outcome::Failed };
         // Only what a Dockerfile may ask for in vain is a failure that counts; anything else is found here.
-        let expected = ["not found", "no such file", "not a directory", "is a directory", "failed to calculate checksum"];
+        let expected = ["not found", "no such file", "not a directory", "is a directory", "non-directory", "failed to calculate checksum"];
         assert!(
             outcome != Outcome::Failed || expected.iter().any(|e| said.to_lowercase().contains(e)),
             "seed {}: the build failed for a reason of its own\n--- history\n{}\n--- Dockerfile\n{}\n---\n{said}",

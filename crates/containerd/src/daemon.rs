@@ -83,7 +83,9 @@ impl Containerd {
         // Where contents are is the next best: most often the same disk.
         let mut plugins = answer.plugins;
         plugins.sort_by_key(|p| p.id != snapshotter);
-        Ok(plugins.into_iter().find_map(|p| p.exports.get("root").map(PathBuf::from)))
+        let root = plugins.into_iter().find_map(|p| p.exports.get("root").map(PathBuf::from));
+        // One that is made when it is first needed is on the disk of the directory above.
+        Ok(root.and_then(|root| root.ancestors().find(|dir| dir.is_dir()).map(PathBuf::from)))
     }
 
     /// Makes the namespace if there is none of that name.

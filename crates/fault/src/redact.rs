@@ -6,6 +6,9 @@ const MASK: &str = "xxxxx";
 pub fn redact(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
     let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    if holds_another(&rest[..end], &rest[end..]) {
+        return format!("{scheme}://{}", redact(rest));
+    }
     match masked(&rest[..end]).filter(|_| is_scheme(scheme)) {
         Some(authority) => format!("{scheme}://{authority}{}", &rest[end..]),
         None => url.to_owned(),
@@ -20,11 +23,20 @@ pub fn redact_text(text: &str) -> String {
         let (before, after) = rest.split_at(at + 3);
         out.push_str(before);
         let end = after.find(|c: char| matches!(c, '/' | '?' | '#' | '"' | '<' | '>') || c.is_whitespace() || c.is_control());
-        let (authority, after) = after.split_at(end.unwrap_or(after.len()));
+        let (authority, beyond) = after.split_at(end.unwrap_or(after.len()));
+        if holds_another(authority, beyond) {
+            rest = after;
+            continue;
+        }
         out.push_str(masked(authority).as_deref().unwrap_or(authority));
-        rest = after;
+        rest = beyond;
     }
     out + rest
+}
+
+/// Whether what looks like an authority is the scheme of an address within the address, as in `git://https://host/repo`.
+fn holds_another(authority: &str, beyond: &str) -> bool {
+    authority.ends_with(':') && beyond.starts_with("//")
 }
 
 fn is_scheme(text: &str) -> bool {
@@ -55,6 +67,7 @@ mod tests {
             ("https://p@ss@h", "https://xxxxx@h"),
             ("https://example.invalid/a@b", "https://example.invalid/a@b"),
             ("git@github.com:a/b", "git@github.com:a/b"),
+            ("git://https://token@h/a", "git://https://xxxxx@h/a"),
             ("foo", "foo"),
         ] {
             assert_eq!(redact(url), want);

@@ -8,6 +8,7 @@ use super::sweep::unmount_below;
 use rustix::process::{Pid, Signal, kill_process};
 use std::{
     fs,
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -88,7 +89,7 @@ impl Shim {
         let line = fs::read(of("cmdline")).ok()?;
         let id = shim_id(&String::from_utf8_lossy(&line), namespace).filter(|id| id.starts_with(mark))?;
         let program = fs::read_link(of("exe")).ok()?;
-        let bundle = fs::read_link(of("cwd")).ok()?;
+        let bundle = before_removal(fs::read_link(of("cwd")).ok()?);
         let same_files =
             ["/proc/self/ns/mnt", "/proc/1/ns/mnt"].map(|ns| fs::read_link(ns).ok()).contains(&fs::read_link(of("ns/mnt")).ok());
         (is_roots(&fs::read_to_string(of("status")).ok()?)
@@ -100,6 +101,15 @@ impl Shim {
 
     fn lives(&self) -> bool {
         fs::read(format!("/proc/{}/cmdline", self.pid)).is_ok_and(|l| String::from_utf8_lossy(&l).contains(&self.id))
+    }
+}
+
+/// The path that a directory has or had: the kernel marks links to those that are gone, as a bundle is
+/// once containerd has forgotten its shim.
+fn before_removal(link: PathBuf) -> PathBuf {
+    match link.as_os_str().as_encoded_bytes().strip_suffix(b" (deleted)") {
+        Some(path) => PathBuf::from(std::ffi::OsStr::from_bytes(path)),
+        None => link,
     }
 }
 
@@ -217,6 +227,21 @@ mod tests {
         assert!(Shim::of(pid, "ns", "shipway-1-").is_none());
         drop(fake.stdin.take());
         fake.wait().unwrap();
+    }
+
+    #[test]
+    fn a_bundle_that_was_removed_under_its_shim_is_known() {
+        let state = tempfile::tempdir().unwrap();
+        let bundle = state.path().join("a");
+        fs::create_dir(&bundle).unwrap();
+        let mut process = std::process::Command::new("cat").current_dir(&bundle).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let link = || fs::read_link(format!("/proc/{}/cwd", process.id())).unwrap();
+        assert_eq!(before_removal(link()), bundle);
+        fs::remove_dir(&bundle).unwrap();
+        assert_ne!(link(), bundle);
+        assert_eq!(before_removal(link()), bundle);
+        drop(process.stdin.take());
+        process.wait().unwrap();
     }
 
     #[test]
