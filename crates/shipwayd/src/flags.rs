@@ -107,7 +107,7 @@ pub struct Flags {
     /// Automatic garbage collection
     #[arg(long = "containerd-worker-gc", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub gc: Option<bool>,
-    /// What garbage collection keeps: "Reserved[,Free[,Maximum]]", each in MB or as a percentage of the disk
+    /// What garbage collection keeps: RESERVED or RESERVED,FREE,MAXIMUM, each in MB or as a percentage of the disk
     #[arg(long = "containerd-worker-gc-keepstorage")]
     pub gc_keepstorage: Option<KeepStorage>,
     /// Binary of the low-level runtime, which buildkitd has a flag for with its OCI worker only
