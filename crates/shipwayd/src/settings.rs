@@ -206,12 +206,6 @@ impl Settings {
                 "worker.containerd.enabled = false has no effect but that [worker.oci] counts: steps run in containerd all the same".into(),
             );
         }
-        if flags.containerd_worker.as_deref() == Some("false") {
-            notes.push(
-                "--containerd-worker=false has no effect but that flags of the OCI worker count: steps run in containerd all the same"
-                    .into(),
-            );
-        }
         let word = |enabled: Option<bool>| enabled.map(|e| if e { "true" } else { "false" });
         let containerd = flags.containerd_worker.as_deref().or(word(w.enabled.filter(|e| !e)));
         let oci_worker = flags.oci.enabled.as_deref().or(word(oci.enabled()));

@@ -122,7 +122,7 @@ pub fn stand_in(oci: Option<&str>, containerd: Option<&str>, root: &Path, usual_
     }
     let own = wanted && root != Path::new(usual_root);
     let namespace = own.then(|| format!("buildkit-{}", &Digest::of(root.as_os_str().as_encoded_bytes()).hex()[..12]));
-    let note = "there is no OCI worker here (--oci-worker, worker.oci.enabled): steps run in containerd all the same".to_owned();
+    let note = "there is no OCI worker here (--oci-worker, worker.oci.enabled): steps run in containerd all the same, with --containerd-worker=false too".to_owned();
     Ok(Some(StandIn { namespace, note }))
 }
 
