@@ -118,10 +118,11 @@ fn is_roots(status: &str) -> bool {
     status.lines().find_map(|l| l.strip_prefix("Uid:")).is_some_and(|ids| ids.split_whitespace().all(|id| id == "0"))
 }
 
-/// Whether `path` is where containerd keeps the bundle of container `id`: below its state directory, by namespace and id.
+/// Whether `path` is where containerd keeps the bundle of container `id`: below its state directory, by namespace and id. One that
+/// containerd removes is given a dot before its name first.
 fn is_bundle(path: &Path, namespace: &str, id: &str) -> bool {
     let mut parts = path.iter().rev();
-    parts.next().is_some_and(|p| p == id)
+    parts.next().is_some_and(|p| p.to_string_lossy().trim_start_matches('.') == id)
         && parts.next().is_some_and(|p| p == namespace)
         && parts.next().is_some_and(|p| p.to_string_lossy().starts_with(BUNDLES))
 }
@@ -249,6 +250,7 @@ mod tests {
         assert!(is_roots("Name:\tx\nUid:\t0\t0\t0\t0\n") && !is_roots("Uid:\t1000\t0\t0\t0\n") && !is_roots(""));
         let at = |path: &str| is_bundle(Path::new(path), "ns", "a");
         assert!(at("/run/containerd/io.containerd.runtime.v2.task/ns/a") && at("/x/io.containerd.sandbox.controller.v1.shim/ns/a"));
+        assert!(at("/run/containerd/io.containerd.runtime.v2.task/ns/.a"));
         assert!(!at("/tmp/ns/a") && !at("/run/containerd/io.containerd.runtime.v2.task/other/a") && !at("/"));
     }
 
