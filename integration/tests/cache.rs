@@ -2,12 +2,16 @@
 
 #![allow(clippy::unwrap_used)]
 
+use prost::Message as _;
 use serde_json::Value;
 use shipway_integration::{Image, any, build, build_text, ctr_run, remove_everything};
+use shipway_llb::{Definition, ExecDraft, MarshalOptions, MountDraft, MountSource, State, VertexOptions};
+use shipway_oci::Platform;
 use shipway_testkit::{FaultyRegistry, Lab, RegistryFault, run};
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{Command, Stdio},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -107,26 +111,32 @@ fn no_cache_runs_every_step_again() {
 }
 
 #[test]
-fn caches_in_registries_know_the_parts_of_a_merge_and_move_no_layer_in_vain() {
+fn caches_know_the_parts_of_a_merge_and_move_no_layer_in_vain() {
     let lab = Lab::complete(any());
     let text = "FROM busybox AS tool\nRUN cat /proc/sys/kernel/random/uuid > /stamp\nFROM busybox\nCOPY --link a /a\nCOPY --link --from=tool /stamp /stamp\n";
-    let context = lab.context("parts", &[("Dockerfile", text), ("a", "1")]);
-    let output = format!("type=image,name={}/parts:1,push=true,store=false", lab.registry());
-    let cache = format!("type=registry,ref={}/parts/cache", lab.registry());
-    let built = || {
-        lab.shipway(["prune", "--all"]).ok();
-        let all = ["build", "--progress", "plain", "--output", &output, "--cache-to", &cache, "--cache-from", &cache];
-        lab.shipway(all.into_iter().chain([&*context.to_string_lossy()])).ok()
-    };
-    // Layers that are here, by the labels of what was unpacked or packed.
-    let layers = || lab.ctr(["content", "list"]).ok().lines().filter(|l| l.contains("containerd.io/uncompressed=")).count();
-    built();
-    let again = built();
-    assert_eq!((cached(&again.all()), layers()), (4, 0), "{}", again.all());
-    // Another file: its own layer is made, and nothing else is even fetched.
-    std::fs::write(context.join("a"), "2").unwrap();
-    let changed = built();
-    assert_eq!((cached(&changed.all()), layers()), (2, 1), "{}", changed.all());
+    for kind in ["registry", "inline"] {
+        let context = lab.context(&format!("parts-{kind}"), &[("Dockerfile", text), ("a", "1")]);
+        let image = format!("{}/parts/{kind}:1", lab.registry());
+        let output = format!("type=image,name={image},push=true,store=false");
+        let (to, from) = match kind {
+            "inline" => ("type=inline".to_owned(), format!("type=registry,ref={image}")),
+            _ => [(); 2].map(|()| format!("type=registry,ref={image}-cache")).into(),
+        };
+        let built = || {
+            lab.shipway(["prune", "--all"]).ok();
+            let all = ["build", "--progress", "plain", "--output", &output, "--cache-to", &to, "--cache-from", &from];
+            lab.shipway(all.into_iter().chain([&*context.to_string_lossy()])).ok()
+        };
+        // Layers that are here, by the labels of what was unpacked or packed.
+        let layers = || lab.ctr(["content", "list"]).ok().lines().filter(|l| l.contains("containerd.io/uncompressed=")).count();
+        built();
+        let again = built();
+        assert_eq!((cached(&again.all()), layers()), (4, 0), "{kind}: {}", again.all());
+        // Another file: its own layer is made, and nothing else is even fetched.
+        std::fs::write(context.join("a"), "2").unwrap();
+        let changed = built();
+        assert_eq!((cached(&changed.all()), layers()), (2, 1), "{kind}: {}", changed.all());
+    }
 }
 
 #[test]
@@ -180,6 +190,45 @@ fn an_image_made_of_its_own_inline_cache_is_the_same_image() {
     lab.shipway(["build", "--output", &output, &*looking.to_string_lossy()]).ok();
     assert!(out.join("stamp").exists());
     let second = built();
+    assert_eq!(first.config, second.config);
+    assert_eq!(first.target, second.target);
+}
+
+#[test]
+fn a_graph_whose_image_is_made_of_its_own_inline_cache_is_the_same_image() {
+    let lab = Lab::complete(any());
+    let busybox = State::image("docker.io/library/busybox:latest", "", BTreeMap::new(), VertexOptions::default());
+    // No frontend writes a history, so that it is made of what the steps are called.
+    let step = |result: State, command: &str| {
+        let mount = MountDraft { target: "/wd".into(), source: MountSource::State(result), ..MountDraft::default() };
+        let args = ["sh", "-c", command].map(str::to_owned).to_vec();
+        busybox.run_into(ExecDraft { args, mounts: vec![mount], ..ExecDraft::default() }, "/wd", VertexOptions::named(command))
+    };
+    let state = step(step(State::scratch(), "echo a > /wd/const"), "cat /proc/sys/kernel/random/uuid > /wd/stamp");
+    let options = MarshalOptions { platform: Platform::host(), caps: None, local_unique_id: String::new() };
+    let graph = lab.dir().join("graph");
+    std::fs::write(&graph, Definition::to_pb(&state.marshal(&options).unwrap()).encode_to_vec()).unwrap();
+    let client = lab.dir().join("buildctl");
+    std::os::unix::fs::symlink(shipway_testkit::built("shipway"), &client).unwrap();
+    let name = format!("{}/inline:1", lab.registry());
+    let built = || {
+        remove_everything(&lab);
+        let mut build = Command::new(&client);
+        build.args([
+            "--addr",
+            &lab.daemon_address(),
+            "build",
+            "--progress",
+            "plain",
+            "--output",
+            &format!("type=image,name={name},push=true"),
+        ]);
+        build.args(["--export-cache", "type=inline", "--import-cache", &format!("type=registry,ref={name}")]);
+        let done = build.stdin(std::fs::File::open(&graph).unwrap()).output().unwrap();
+        assert!(done.status.success(), "{done:?}");
+        Image::of(&lab, &name)
+    };
+    let (first, second) = (built(), built());
     assert_eq!(first.config, second.config);
     assert_eq!(first.target, second.target);
 }

@@ -92,9 +92,9 @@ impl Below {
         Ok(seen)
     }
 
-    /// Whether the thing at a path, open as a file if it is a file or directory and with the `found` attributes (those that a layer carries, and
-    /// others), is the `old` one: but for the times of a directory, which change with its names, and for access times. Contents
-    /// are read where nothing else differs. Of what is not told then, `losses` hears what unpacking would not give back.
+    /// Whether the thing at a path, open as a file if it is a file or directory and with the `found` attributes (those that a layer
+    /// carries, and others), is the `old` one: but for access times, and for times that a directory got because names in it changed.
+    /// Contents are read where nothing else differs. Of what is not told then, `losses` hears what unpacking would not give back.
     pub fn is_same(
         &self,
         (old_path, old): &(PathBuf, Stat),
@@ -112,7 +112,13 @@ impl Below {
         let kind = FileType::from_raw_mode(new.st_mode);
         // Times that a tar cannot tell from each other are one time: the file may have got it, and must look the same before and after.
         let (then, now) = (time_of(old), time_of(new));
-        if kind != FileType::Directory && (old.st_size != new.st_size || now != then && unpacked(now) != then) {
+        let other_time = now != then && unpacked(now) != then;
+        let differs = match kind {
+            // Only in upper directories is a set time one that the step has set: copying a tree sets all of them.
+            FileType::Directory => other_time && self.marks.is_some() && was_set(new),
+            _ => other_time || old.st_size != new.st_size,
+        };
+        if differs {
             return Ok(false);
         }
         let before = attributes::read(Of::At(old_path), self.marks, old_path)?;
@@ -136,6 +142,12 @@ impl Below {
         }
         Ok(same)
     }
+}
+
+/// Whether somebody has set the time of a directory: a change of its names sets the time of its last status change to the same moment.
+#[allow(clippy::unnecessary_cast)]
+fn was_set(stat: &Stat) -> bool {
+    time_of(stat) != (stat.st_ctime as i64, stat.st_ctime_nsec as i64)
 }
 
 /// Compares without moving either file's position.

@@ -346,13 +346,14 @@ fn links_that_the_tar_does_not_tell_of_are_found() {
 #[test]
 fn what_is_settled_has_the_times_of_its_tar() {
     let lab = Lab::new();
-    touch(&lab.path("lower/d"), (500, 7));
+    fs::create_dir(lab.path("lower/set")).unwrap();
     write(&lab.path("lower/d/h"), "");
     touch(&lab.path("lower/d"), (500, 7));
+    touch(&lab.path("lower/set"), (500, 7));
     let copied = lab.copied();
     for root in ["upper", "after"] {
         let at = |path: &str| lab.path(root).join(path);
-        for dir in ["d", "new", "new/deep"] {
+        for dir in ["d", "set", "new", "new/deep"] {
             let _ = fs::create_dir(at(dir));
         }
         for file in ["new/file", "new/deep/file", "before", "after"] {
@@ -368,6 +369,8 @@ fn what_is_settled_has_the_times_of_its_tar() {
         // Written again within a second.
         write(&at("f"), "old");
         touch(&at("f"), (1_000_000_000, 9));
+        // Nothing in it changed, but its time was set.
+        touch(&at("set"), (600, 9));
         // Only something in it was touched, and is what it was.
         let _ = fs::remove_file(at("d/g"));
         assert!(Command::new("cp").arg("-a").args([lab.path("lower/d/g"), at("d/g")]).status().unwrap().success());
@@ -375,6 +378,7 @@ fn what_is_settled_has_the_times_of_its_tar() {
     for (tree, root) in [(lab.overlay(), "upper"), (copied, "after")] {
         let before = tar_of(&tree).unwrap();
         assert_ne!(time(&lab.path(root).join("new")).1, 0, "looking changes nothing");
+        assert_eq!(names(&tree).contains(&"set".to_owned()), root == "upper", "{:?}", names(&tree));
         let settled = tar_of(&tree.clone().settled()).unwrap();
         assert_eq!(settled, before);
         assert_eq!(tar_of(&tree).unwrap(), settled);
@@ -388,6 +392,8 @@ fn what_is_settled_has_the_times_of_its_tar() {
             ("before", (0, 0)),
             ("after", (0, 0)),
             ("d", (500, 7)),
+            // Whole trees are full of times that were set: by what copied them.
+            ("set", if root == "upper" { (600, 0) } else { (500, 7) }),
             ("f", (1_000_000_000, 0)),
         ] {
             assert_eq!(time(&lab.path(root).join(path)), want, "{root}/{path}");

@@ -51,7 +51,13 @@ impl Walk<'_> {
     fn find(&self, key: &CacheKey) -> Result<Option<Found>> {
         let imported = self.imports.iter().find_map(|i| Some((i.clone(), i.find(key)?)));
         if let Some(record) = self.index.local.record(key)? {
-            return Ok(Some(Found { meta: record.meta, result: Some(record.result), imported }));
+            let mut meta = record.meta;
+            // What was imported keeps its name, so that a cache made of itself is the same cache.
+            let named = imported.as_ref().filter(|_| meta.imported).and_then(|(import, no)| import.record(*no));
+            if let Some(named) = named {
+                meta.description.clone_from(&named.description);
+            }
+            return Ok(Some(Found { meta, result: Some(record.result), imported }));
         }
         let Some((import, no)) = &imported else { return Ok(None) };
         let Some(record) = import.record(*no) else { return Ok(None) };

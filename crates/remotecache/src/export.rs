@@ -3,12 +3,12 @@
 use crate::{
     CacheIndex, ExportOptions, Import,
     collect::{Entry, collect},
-    format::{CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, CacheResult, ChainedResult, LayerNote, time},
+    format::{CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, CacheResult, ChainedResult, LayerNote, MAX_ENTRIES, time},
 };
 use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::{Descriptor, Digest, ImageName, Index, Manifest, media};
+use shipway_oci::{Descriptor, DiffId, Digest, ImageName, Index, Manifest, media};
 use shipway_progress::Reporter;
 use shipway_refs::{Compression, ImmutableRef, LayerBlob};
 use shipway_registry::Repository;
@@ -105,10 +105,22 @@ impl Table {
             chains,
             digest: entry.key.0,
             inputs: inputs.iter().map(|alternatives| alternatives.iter().map(link).collect()).collect(),
-            aliases: entry.aliases.iter().map(|a| a.0).collect(),
+            alias_of: None,
             output: entry.output,
             description: entry.description.clone(),
         });
+    }
+
+    /// Adds a record for each further key, after those with inputs: each key is a record in this format.
+    /// Those that are too many for whoever reads it are left out.
+    fn aliases(&mut self, entries: &[Entry]) {
+        for (number, entry) in entries.iter().enumerate() {
+            for key in entry.aliases.iter().take(MAX_ENTRIES.saturating_sub(self.config.records.len())) {
+                let record =
+                    CacheRecord { digest: key.0, inputs: Vec::new(), alias_of: Some(number), ..self.config.records[number].clone() };
+                self.config.records.push(record);
+            }
+        }
     }
 }
 
@@ -146,20 +158,14 @@ impl Export {
             table.record(entry, result);
             states.extend(entry.state.clone());
         }
+        table.aliases(&entries);
         let Table { config, blobs, .. } = table;
         Ok((!config.layers.is_empty()).then_some(Self { config, blobs, lazy, _states: states }))
     }
 
     /// The records alone, for the config of the image of `root` (row `rc.inline`).
     pub async fn inline(&self, root: &ImmutableRef) -> Result<Vec<u8>> {
-        let diff_ids: Vec<_> = root.layers().await?.iter().map(|l| l.diff_id).collect();
-        let (mut image, mut parent) = (Vec::with_capacity(diff_ids.len()), -1);
-        for diff_id in diff_ids {
-            let is_next = |l: &CacheLayer| l.parent == parent && l.annotations.as_ref().and_then(|n| n.diff_id) == Some(diff_id);
-            let Some(number) = self.config.layers.iter().position(is_next) else { break };
-            image.push(number);
-            parent = number as i64;
-        }
+        let image: Vec<DiffId> = root.layers().await?.iter().map(|l| l.diff_id).collect();
         self.config.inline(&image)
     }
 

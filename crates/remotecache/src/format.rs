@@ -3,7 +3,6 @@
 use serde::{Deserialize, Deserializer, Serialize};
 use shipway_fault::{Fault, Result};
 use shipway_oci::{DiffId, Digest};
-use std::collections::HashMap;
 
 /// Media type of the config.
 pub(crate) const CONFIG: &str = "application/vnd.buildkit.cacheconfig.v0";
@@ -93,9 +92,9 @@ pub(crate) struct CacheRecord {
     /// For each input, the records it may be.
     #[serde(default, deserialize_with = "lists", skip_serializing_if = "Vec::is_empty")]
     pub inputs: Vec<Vec<CacheInput>>,
-    /// Other keys of the same work.
-    #[serde(rename = "shipway.aliases", default, skip_serializing_if = "Vec::is_empty")]
-    pub aliases: Vec<Digest>,
+    /// The record that this one is another key of, with the same results.
+    #[serde(rename = "shipway.aliasOf", default, skip_serializing_if = "Option::is_none")]
+    pub alias_of: Option<usize>,
     /// Which output of the work it is.
     #[serde(rename = "shipway.output", default, skip_serializing_if = "is_first")]
     pub output: usize,
@@ -144,19 +143,22 @@ impl CacheConfig {
         serde_json::from_slice::<Self>(bytes).map_err(|e| Fault::invalid(format!("a cache config cannot be read: {e}")))?.checked()
     }
 
-    /// The records alone, as they are in an image's config (row `rc.inline`): a layer is told by
-    /// its place in the image, so that it does not matter how the image's layers are compressed or
-    /// dated. `image` has the numbers of the image's layers here.
-    pub fn inline(&self, image: &[usize]) -> Result<Vec<u8>> {
-        let places: HashMap<usize, usize> = image.iter().enumerate().map(|(place, layer)| (*layer, place)).collect();
+    /// The records alone, as they are in the config of an image with these layers (row `rc.inline`):
+    /// a layer is told by its place in the image, so that it does not matter how the image's layers
+    /// are compressed or dated. Results that are not part of the image are left out.
+    pub fn inline(&self, image: &[DiffId]) -> Result<Vec<u8>> {
+        let diff_id = |layer: usize| self.layers.get(layer)?.annotations.as_ref()?.diff_id;
         let record = |record: &CacheRecord| {
             let mut inline = CacheRecord { results: Vec::new(), chains: Vec::new(), ..record.clone() };
             let times = record.results.iter().map(|r| &r.created_at).chain(record.chains.iter().map(|c| &c.created_at));
             for (chain, created_at) in self.results_of(record).zip(times.cloned()) {
-                let Some(layers) = chain.iter().map(|l| places.get(l).copied()).collect::<Option<Vec<usize>>>() else { continue };
-                match layers.last() {
-                    Some(top) if layers.iter().copied().eq(0..=*top) => inline.results.push(CacheResult { layer: *top, created_at }),
-                    _ => inline.chains.push(ChainedResult { layers, created_at }),
+                let Some(part) = chain.iter().map(|l| diff_id(*l)).collect::<Option<Vec<DiffId>>>() else { continue };
+                // A part of a merge lies on nothing, and in the image on the parts before it.
+                let place = if part.is_empty() { Some(0) } else { image.windows(part.len()).position(|layers| layers == part) };
+                match (place, part.len()) {
+                    (Some(0), 1..) => inline.results.push(CacheResult { layer: part.len() - 1, created_at }),
+                    (Some(first), depth) => inline.chains.push(ChainedResult { layers: (first..first + depth).collect(), created_at }),
+                    (None, _) => {}
                 }
             }
             inline
@@ -186,6 +188,7 @@ impl CacheConfig {
                 r.results.iter().all(|l| l.layer < layers)
                     && r.chains.iter().all(|c| c.layers.len() <= MAX_DEPTH && c.layers.iter().all(|l| *l < layers))
                     && r.inputs.iter().flatten().all(|l| l.link < records)
+                    && r.alias_of.is_none_or(|of| self.records.get(of).is_some_and(|r| r.alias_of.is_none()))
             });
         if sound { Ok(self) } else { Err(Fault::invalid("a cache config names layers or records that it does not have")) }
     }
@@ -250,15 +253,7 @@ mod tests {
     }
 
     fn record(results: Vec<CacheResult>, inputs: Vec<Vec<CacheInput>>) -> CacheRecord {
-        CacheRecord {
-            results,
-            chains: Vec::new(),
-            digest: Digest::of("k"),
-            inputs,
-            aliases: Vec::new(),
-            output: 0,
-            description: String::new(),
-        }
+        CacheRecord { results, chains: Vec::new(), digest: Digest::of("k"), inputs, alias_of: None, output: 0, description: String::new() }
     }
 
     #[test]
@@ -299,6 +294,8 @@ mod tests {
             (vec![layer("a", -2)], vec![]),
             (vec![layer("a", -1)], vec![record(result(1), vec![])]),
             (vec![], vec![record(vec![], link(1))]),
+            (vec![], vec![CacheRecord { alias_of: Some(1), ..record(vec![], vec![]) }]),
+            (vec![], vec![CacheRecord { alias_of: Some(0), ..record(vec![], vec![]) }]),
         ] {
             let json = serde_json::to_vec(&CacheConfig { layers, records }).unwrap();
             assert!(CacheConfig::read(&json).is_err());

@@ -125,8 +125,9 @@ impl Import {
             created: l.created,
         };
         let layers = layers.into_iter().map(lazy).collect();
-        // So that people can tell it from what was built here (rows `ctl.du`, `so.pr.filter`).
-        let description = format!("imported from {}: {}", source.describe(), record.description);
+        // It is the history of an image, too, which must not depend on where the layer came from.
+        let description =
+            if record.description.is_empty() { format!("imported from {}", source.describe()) } else { record.description.clone() };
         self.refs.image(layers, description, RecordType::Regular).await.map(Some)
     }
 }
@@ -277,7 +278,11 @@ impl Contents {
         if self.records > MAX_ENTRIES {
             return Err(Fault::invalid(format!("a cache has more than {MAX_ENTRIES} records")));
         }
+        let mut results = vec![false; found.config.records.len()];
         for (i, record) in found.config.records.iter().enumerate() {
+            if record.alias_of.is_some() {
+                continue;
+            }
             let no = RecordNo(number, i as u32);
             let chains = record.chains.iter().filter(|c| c.layers.iter().all(|l| found.layers.get(*l).is_some_and(Option::is_some)));
             let stacks = record.results.iter().filter_map(|r| depths.get(r.layer).copied().flatten());
@@ -286,23 +291,31 @@ impl Contents {
             if self.places > MAX_PLACES {
                 return Err(Fault::invalid(format!("the results of a cache have more than {MAX_PLACES} layers together")));
             }
-            // A key that several images have leads to the first one with a result.
-            for key in record.aliases.iter().copied().chain([record.digest]).map(CacheKey) {
-                let known = self.keys.entry(key).or_insert((no, depth.is_some()));
-                if !known.1 && depth.is_some() {
-                    *known = (no, true);
-                }
+            results[i] = depth.is_some();
+            self.key(record, no, depth.is_some());
+        }
+        for record in &found.config.records {
+            if let Some(of) = record.alias_of {
+                self.key(record, RecordNo(number, of as u32), results[of]);
             }
         }
         self.found.push(found);
         Ok(())
+    }
+
+    /// A record's own key leads to record `no`. One that several images have leads to the first one with a result.
+    fn key(&mut self, record: &CacheRecord, no: RecordNo, has_result: bool) {
+        let known = self.keys.entry(CacheKey(record.digest)).or_insert((no, has_result));
+        if !known.1 && has_result {
+            *known = (no, true);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::{CacheLayer, CacheResult, ChainedResult};
+    use crate::format::{CacheLayer, CacheResult, ChainedResult, LayerNote};
 
     const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
@@ -359,7 +372,11 @@ mod tests {
 
     #[test]
     fn what_we_write_into_an_image_is_read_by_place() {
-        let layer = |name: &str, parent| CacheLayer { blob: Digest::of(name), parent, annotations: None };
+        let layer = |name: &str, parent| {
+            let diff_id = Some(DiffId(Digest::of(name)));
+            let note = LayerNote { media_type: GZIP.into(), diff_id, size: 1, created_at: crate::format::time(None) };
+            CacheLayer { blob: Digest::of(format!("{name}.gz")), parent, annotations: Some(note) }
+        };
         let record = |key: &str, results: Vec<usize>, chains: Vec<Vec<usize>>| {
             let time = crate::format::time(None);
             CacheRecord {
@@ -367,29 +384,49 @@ mod tests {
                 chains: chains.into_iter().map(|layers| ChainedResult { layers, created_at: time.clone() }).collect(),
                 digest: Digest::of(key),
                 inputs: Vec::new(),
-                aliases: vec![Digest::of(format!("{key}, too"))],
+                alias_of: None,
                 output: 0,
                 description: String::new(),
             }
         };
-        // The image is a and b; another layer lies beside them, and a merge has b alone.
+        // The image is a and b; another layer lies beside them, and b is part of a merge, too.
         let config = CacheConfig {
             layers: vec![layer("a", -1), layer("else", 0), layer("b", 0), layer("b", -1)],
             records: vec![
                 record("a", vec![0], vec![]),
                 record("else", vec![1], vec![]),
                 record("b", vec![2], vec![]),
-                record("part", vec![], vec![vec![2]]),
+                record("part", vec![3], vec![]),
             ],
         };
-        let json = config.inline(&[0, 2]).unwrap();
+        let json = config.inline(&["a", "b"].map(|name| DiffId(Digest::of(name)))).unwrap();
         // Other bytes, same places: the image's layers were dated anew.
         let image = [Digest::of("a, dated"), Digest::of("b, dated")];
         let read = CacheConfig::read_inline(&json, &image).unwrap();
         let of = |i: usize| read.results_of(&read.records[i]).collect::<Vec<_>>();
         assert_eq!([of(0), of(1), of(2), of(3)], [vec![vec![0]], vec![], vec![vec![0, 1]], vec![vec![1]]]);
-        assert_eq!(read.records[2].aliases, [Digest::of("b, too")]);
         assert_eq!(CacheConfig::read_inline(&config.to_json().unwrap(), &image).unwrap(), config);
+    }
+
+    #[test]
+    fn further_keys_lead_to_the_record_they_are_aliases_of() {
+        let record = |key: &str, alias_of| CacheRecord {
+            results: Vec::new(),
+            chains: vec![ChainedResult { layers: Vec::new(), created_at: crate::format::time(None) }],
+            digest: Digest::of(key),
+            inputs: Vec::new(),
+            alias_of,
+            output: 0,
+            description: String::new(),
+        };
+        let records = vec![record("another", Some(1)), record("one", None)];
+        let config = CacheConfig { layers: Vec::new(), records };
+        let config = CacheConfig::read(&config.to_json().unwrap()).unwrap();
+        let mut contents = Contents::default();
+        contents.add(Found::new(config, &[], &HashMap::new())).unwrap();
+        let found = |key: &str| contents.keys.get(&CacheKey(Digest::of(key))).copied();
+        assert_eq!(found("one"), Some((RecordNo(0, 1), true)));
+        assert_eq!(found("another"), found("one"));
     }
 
     #[test]
@@ -402,7 +439,7 @@ mod tests {
                 chains: Vec::new(),
                 digest: Digest::of(format!("key {i}")),
                 inputs: Vec::new(),
-                aliases: Vec::new(),
+                alias_of: None,
                 output: 0,
                 description: String::new(),
             };
