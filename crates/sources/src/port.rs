@@ -203,7 +203,7 @@ impl Sources {
                 let reference = Some(&git.reference).filter(|r| !r.is_empty()).map(|r| format!("#{r}")).unwrap_or_default();
                 let commit = pin.digest.clone().unwrap_or_default();
                 capture.add_git(GitSource {
-                    url: format!("{}{reference}", git.remote),
+                    url: format!("{}{reference}", git.shown()),
                     commit,
                     bundle: git.bundle.map(|b| BlobSource { local: b.0.store.is_some(), name: b.0.name }),
                 });

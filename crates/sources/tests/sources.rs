@@ -772,6 +772,9 @@ async fn a_token_in_an_address_is_sent_and_shown_nowhere() {
         bench.sources.capture(&file, &pin, &mut capture).unwrap();
         bench.sources.capture(&git, &pin, &mut capture).unwrap();
         assert!(!format!("{capture:?}").contains(TOKEN), "{capture:?}");
+        // There was a login, and a definition's address is told the same way.
+        assert_eq!(capture.sources.git[0].url, format!("{}#main", shipway_fault::redact(&format!("http://{user}@{}/r.git", web.host))));
+        assert!(capture.sources.git[0].url.contains("xxxxx@"), "{capture:?}");
     }
     let unknown = bench.sources.pin(&spec(format!("ftp://me:{TOKEN}@h/f"), &[]), &cx()).await.unwrap_err();
     assert!(!format!("{unknown:?}").contains(TOKEN), "{unknown:?}");
