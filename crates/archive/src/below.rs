@@ -5,7 +5,7 @@ use crate::{
     loss::Losses,
     tree::{broken, time_of, unpacked},
 };
-use rustix::fs::{AtFlags, CWD, FileType, Stat};
+use rustix::fs::{AtFlags, CWD, FileType, Stat, StatxFlags};
 use shipway_fault::Result;
 use std::{
     collections::BTreeSet,
@@ -115,7 +115,7 @@ impl Below {
         let other_time = now != then && unpacked(now) != then;
         let differs = match kind {
             // Only in upper directories is a set time one that the step has set: copying a tree sets all of them.
-            FileType::Directory => other_time && self.marks.is_some() && was_set(new),
+            FileType::Directory => other_time && self.marks.is_some() && file.is_some_and(|dir| was_set(dir, new)),
             _ => other_time || old.st_size != new.st_size,
         };
         if differs {
@@ -144,10 +144,18 @@ impl Below {
     }
 }
 
-/// Whether somebody has set the time of a directory: a change of its names sets the time of its last status change to the same moment.
+/// Whether somebody has set the time of a directory: one that it got because names in it changed is between its birth in the upper
+/// directory and the last change of its status. Where the file system does not know the birth, it is the latter.
+fn was_set(dir: &File, stat: &Stat) -> bool {
+    let born = rustix::fs::statx(dir, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok();
+    let born = born.filter(|s| s.stx_mask & StatxFlags::BTIME.bits() != 0).map(|s| (s.stx_btime.tv_sec, i64::from(s.stx_btime.tv_nsec)));
+    !(born.unwrap_or(changed(stat))..=changed(stat)).contains(&time_of(stat))
+}
+
+/// Seconds and nanoseconds of the last change of status.
 #[allow(clippy::unnecessary_cast)]
-fn was_set(stat: &Stat) -> bool {
-    time_of(stat) != (stat.st_ctime as i64, stat.st_ctime_nsec as i64)
+fn changed(stat: &Stat) -> (i64, i64) {
+    (stat.st_ctime as i64, stat.st_ctime_nsec as i64)
 }
 
 /// Compares without moving either file's position.

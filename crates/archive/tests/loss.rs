@@ -346,14 +346,17 @@ fn links_that_the_tar_does_not_tell_of_are_found() {
 #[test]
 fn what_is_settled_has_the_times_of_its_tar() {
     let lab = Lab::new();
-    fs::create_dir(lab.path("lower/set")).unwrap();
+    for dir in ["lower/set", "lower/kept"] {
+        fs::create_dir(lab.path(dir)).unwrap();
+    }
     write(&lab.path("lower/d/h"), "");
     touch(&lab.path("lower/d"), (500, 7));
     touch(&lab.path("lower/set"), (500, 7));
+    touch(&lab.path("lower/kept"), (500, 7));
     let copied = lab.copied();
     for root in ["upper", "after"] {
         let at = |path: &str| lab.path(root).join(path);
-        for dir in ["d", "set", "new", "new/deep"] {
+        for dir in ["d", "set", "kept", "new", "new/deep"] {
             let _ = fs::create_dir(at(dir));
         }
         for file in ["new/file", "new/deep/file", "before", "after"] {
@@ -371,6 +374,11 @@ fn what_is_settled_has_the_times_of_its_tar() {
         touch(&at("f"), (1_000_000_000, 9));
         // Nothing in it changed, but its time was set.
         touch(&at("set"), (600, 9));
+        // A name came and went, and the time of when it came was kept, as for mount points.
+        write(&at("kept/stub"), "");
+        let then = time(&at("kept"));
+        fs::remove_file(at("kept/stub")).unwrap();
+        touch(&at("kept"), then);
         // Only something in it was touched, and is what it was.
         let _ = fs::remove_file(at("d/g"));
         assert!(Command::new("cp").arg("-a").args([lab.path("lower/d/g"), at("d/g")]).status().unwrap().success());
@@ -379,6 +387,7 @@ fn what_is_settled_has_the_times_of_its_tar() {
         let before = tar_of(&tree).unwrap();
         assert_ne!(time(&lab.path(root).join("new")).1, 0, "looking changes nothing");
         assert_eq!(names(&tree).contains(&"set".to_owned()), root == "upper", "{:?}", names(&tree));
+        assert!(!names(&tree).contains(&"kept".to_owned()), "{:?}", names(&tree));
         let settled = tar_of(&tree.clone().settled()).unwrap();
         assert_eq!(settled, before);
         assert_eq!(tar_of(&tree).unwrap(), settled);
@@ -392,6 +401,7 @@ fn what_is_settled_has_the_times_of_its_tar() {
             ("before", (0, 0)),
             ("after", (0, 0)),
             ("d", (500, 7)),
+            ("kept", (500, 7)),
             // Whole trees are full of times that were set: by what copied them.
             ("set", if root == "upper" { (600, 0) } else { (500, 7) }),
             ("f", (1_000_000_000, 0)),

@@ -20,8 +20,7 @@ use shipway_gateway::{Builds, GatewayBuild};
 use shipway_oci::{Digest, Platform};
 use shipway_ops::{Ahead, BuildJudge, JobData, LlbOp, Nested, NestedGraphs, Services, Wishes};
 use shipway_progress::Journal;
-use shipway_registry::Registry;
-use shipway_remotecache::{CacheIndex, CacheRequest};
+use shipway_remotecache::{Backends, CacheIndex, CacheRequest};
 use shipway_session::{SessionGroup, SessionHub, SessionId};
 use shipway_solver::{JobId, Solver};
 use shipway_sources::SourceMemo;
@@ -53,8 +52,8 @@ pub struct EngineParts {
     pub caches: CacheIndex,
     /// How long the import of a cache may take; the build goes on without one that takes longer.
     pub import_deadline: Duration,
-    /// Registries, for caches in them.
-    pub registry: Registry,
+    /// The kinds of places that caches are kept in.
+    pub cache_backends: Backends,
     /// Exporters.
     pub exporters: Exporters,
     /// Builds driven by clients.
@@ -194,7 +193,7 @@ impl Engine {
         }
         let parts = &self.0.parts;
         let entitlements = request.entitlements(&parts.entitlements)?;
-        caches::check(&request.cache_exports)?;
+        parts.cache_backends.check_exports(&request.cache_exports)?;
         let wanted = AttestOptions::parse(&request.options)?;
         let exporters = request.exporters.iter().map(|e| parts.exporters.resolve(&e.kind, &e.attrs)).collect::<Result<Vec<_>>>()?;
         let sessions = SessionGroup::new(parts.sessions.clone(), [SessionId::new(&request.session)]);

@@ -408,6 +408,11 @@ impl Fault {
         self.0.code == Code::NotFound
     }
 
+    /// Whether it is about something that this program does not do.
+    pub fn is_unimplemented(&self) -> bool {
+        self.code() == Code::Unimplemented
+    }
+
     /// Whether the code is `AlreadyExists`.
     pub fn is_already_exists(&self) -> bool {
         self.0.code == Code::AlreadyExists

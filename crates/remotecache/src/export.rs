@@ -1,18 +1,16 @@
 //! Writing a cache: the config, the layers, and the manifest that names them.
 
 use crate::{
-    CacheIndex, ExportOptions, Import,
+    CacheIndex, CacheWriter, ExportOptions, Import,
     collect::{Entry, collect},
     format::{CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, CacheResult, ChainedResult, LayerNote, MAX_ENTRIES, time},
 };
 use bytes::Bytes;
-use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{Descriptor, DiffId, Digest, ImageName, Index, Manifest, media};
 use shipway_progress::Reporter;
 use shipway_refs::{Compression, ImmutableRef, LayerBlob};
-use shipway_registry::Repository;
-use shipway_session::ClientStore;
 use shipway_solver::CacheKey;
 use shipway_storage::{BlobReader, ContentStore, UNCOMPRESSED};
 use std::{
@@ -23,19 +21,6 @@ use std::{
 
 /// Layers on their way at the same time.
 const PARALLEL: usize = 4;
-
-/// Where a cache goes.
-pub enum Place {
-    /// A tag of a registry's repository.
-    Registry {
-        /// The repository, for pushing.
-        repository: Box<Repository>,
-        /// The tag.
-        tag: String,
-    },
-    /// A content store of a client.
-    Client(ClientStore),
-}
 
 /// A cache ready to be written. Its layers are in the content store as long as it lives, but for those that are known by descriptor only.
 pub struct Export {
@@ -169,10 +154,10 @@ impl Export {
         self.config.inline(&image)
     }
 
-    /// Writes everything to `place`; gives the manifest's descriptor.
+    /// Writes everything to `writer`; gives the manifest's descriptor.
     pub async fn write(
         &self,
-        place: &Place,
+        writer: &dyn CacheWriter,
         content: &Arc<dyn ContentStore>,
         options: &ExportOptions,
         reporter: &Reporter,
@@ -183,7 +168,7 @@ impl Export {
         let work = blobs.into_iter().map(|blob| async move {
             let status = format!("writing layer {}", blob.digest);
             reporter.status(status.clone(), 0, 0, false);
-            let written = place.blob(&blob, self.source(&blob, content, options, reporter), self.origin(&blob)).await;
+            let written = writer.layer(&blob, self.source(&blob, content, options, reporter), self.origin(&blob)).await;
             reporter.status(status, 0, 0, true);
             match written {
                 // Whoever had it has it no longer; the rest is still worth having.
@@ -201,14 +186,14 @@ impl Export {
         let config = Descriptor::of(CONFIG, &bytes);
         let status = format!("writing config {}", config.digest);
         reporter.status(status.clone(), 0, 0, false);
-        place.bytes(&config, bytes).await.context(|| "error writing config blob")?;
+        writer.config(&config, bytes).await.context(|| "error writing config blob")?;
         reporter.status(status, 0, 0, true);
         let (kind, bytes) = manifest(config, layers, options)?;
         let descriptor = Descriptor::of(kind, &bytes);
         let status =
             format!("writing cache {} {}", if options.image_manifest { "image manifest" } else { "manifest list" }, descriptor.digest);
         reporter.status(status.clone(), 0, 0, false);
-        place.manifest(&descriptor, bytes).await.context(|| "error writing manifest blob")?;
+        writer.manifest(&descriptor, bytes).await.context(|| "error writing manifest blob")?;
         reporter.status(status, 0, 0, true);
         Ok(descriptor)
     }
@@ -223,21 +208,21 @@ impl Export {
         layer
     }
 
-    /// The image that has the blob, if that is not here.
+    /// The image that has the blob, if it is not here.
     fn origin(&self, blob: &Descriptor) -> Option<ImageName> {
         self.lazy.get(&blob.digest)?.origin.parse().ok()
     }
 
     /// How to read the blob, fetched before if it has to be.
-    fn source(&self, blob: &Descriptor, content: &Arc<dyn ContentStore>, options: &ExportOptions, reporter: &Reporter) -> Source {
+    fn source(&self, blob: &Descriptor, content: &Arc<dyn ContentStore>, options: &ExportOptions, reporter: &Reporter) -> LayerBytes {
         let lazy = self.lazy.get(&blob.digest).map(|lazy| lazy.state.clone());
-        Source { digest: blob.digest, lazy, content: content.clone(), compression: options.compression, reporter: reporter.clone() }
+        LayerBytes { digest: blob.digest, lazy, content: content.clone(), compression: options.compression, reporter: reporter.clone() }
     }
 }
 
-/// Where a layer's bytes come from.
+/// The bytes of a layer that is exported, wherever they are.
 #[derive(Clone)]
-struct Source {
+pub struct LayerBytes {
     digest: Digest,
     lazy: Option<ImmutableRef>,
     content: Arc<dyn ContentStore>,
@@ -245,8 +230,9 @@ struct Source {
     reporter: Reporter,
 }
 
-impl Source {
-    async fn open(self) -> Result<Box<dyn BlobReader>> {
+impl LayerBytes {
+    /// A reader of them, once they were fetched if they have to be.
+    pub async fn open(self) -> Result<Box<dyn BlobReader>> {
         if let Some(state) = &self.lazy {
             state.blobs(self.compression, true, Some(&self.reporter)).await?;
         }
@@ -278,53 +264,4 @@ fn manifest(config: Descriptor, layers: Vec<Descriptor>, options: &ExportOptions
     let manifests = layers.into_iter().chain([config]).collect();
     let index = Index { schema_version: 2, media_type: Some(kind.into()), manifests, annotations: Default::default() };
     Ok((kind, serde_json::to_vec(&index).map_err(encode)?.into()))
-}
-
-impl Place {
-    /// Writes a layer. One of the same registry, by its `origin`, is given to the repository without a copy where the registry can.
-    async fn blob(&self, blob: &Descriptor, source: Source, origin: Option<ImageName>) -> Result<()> {
-        match self {
-            Self::Client(store) => {
-                let mut reader = source.open().await?;
-                store.write(blob, reader.as_mut()).await
-            }
-            Self::Registry { repository, .. } => {
-                let target = repository.name();
-                let elsewhere = |o: &&ImageName| o.registry() == target.registry() && o.repository() != target.repository();
-                let from = origin.as_ref().filter(elsewhere).map(ImageName::repository);
-                let open = || {
-                    let source = source.clone();
-                    let body = async move {
-                        let reader = source.open().await?;
-                        let pieces = stream::try_unfold(reader, |mut r| async move { Ok(r.next().await?.map(|bytes| (bytes, r))) });
-                        Ok(pieces.boxed())
-                    };
-                    body.boxed()
-                };
-                repository.push_blob(blob, from, open, |_| {}).await.map(drop).map_err(Fault::from)
-            }
-        }
-    }
-
-    async fn bytes(&self, blob: &Descriptor, bytes: Bytes) -> Result<()> {
-        match self {
-            Self::Client(store) => store.put(blob, bytes).await,
-            Self::Registry { repository, .. } => {
-                let open = || {
-                    let bytes = bytes.clone();
-                    async move { Ok(stream::iter([Ok(bytes)]).boxed()) }.boxed()
-                };
-                repository.push_blob(blob, None, open, |_| {}).await.map(drop).map_err(Fault::from)
-            }
-        }
-    }
-
-    async fn manifest(&self, descriptor: &Descriptor, bytes: Bytes) -> Result<()> {
-        match self {
-            Self::Client(store) => store.put(descriptor, bytes).await,
-            Self::Registry { repository, tag } => {
-                repository.push_manifest(bytes, &descriptor.media_type, tag).await.map(drop).map_err(Fault::from)
-            }
-        }
-    }
 }

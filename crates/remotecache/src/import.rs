@@ -1,7 +1,7 @@
 //! Reading a cache: its manifest, or the manifests of an image whose configs hold caches.
 
 use crate::{
-    CacheIndex,
+    CacheIndex, CacheSource,
     format::{CONFIG, CacheConfig, CacheInput, CacheRecord, INLINE_FIELD, MAX_DEPTH, MAX_ENTRIES},
 };
 use async_trait::async_trait;
@@ -157,12 +157,12 @@ impl ImportedCache<ImmutableRef> for Import {
 /// What a cache holds, as it was read.
 pub struct ReadCache(pub(crate) Contents);
 
-/// Reads the cache that `reference` (a tag or digest) leads to; one without records is an image
-/// without a cache.
-pub async fn read(sources: &Sources, remote: Remote, reference: &str) -> Result<ReadCache> {
-    let root = remote.resolve(reference).await?;
+/// Reads the cache at `source`; one without records is an image without a cache.
+pub async fn read(sources: &Sources, source: &CacheSource) -> Result<ReadCache> {
+    let remote = &source.remote;
+    let root = remote.resolve(&source.reference).await?;
     let mut contents = Contents { source: Some(sources.layers_of(remote.clone())), ..Contents::default() };
-    for found in documents(&remote, &root).await? {
+    for found in documents(&**remote, &root).await? {
         contents.add(found)?;
     }
     Ok(ReadCache(contents))
@@ -172,7 +172,7 @@ fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T> 
     serde_json::from_slice(bytes).map_err(|e| Fault::invalid(format!("a cache's {what} cannot be read: {e}")))
 }
 
-async fn documents(remote: &Remote, root: &Descriptor) -> Result<Vec<Found>> {
+async fn documents(remote: &dyn Remote, root: &Descriptor) -> Result<Vec<Found>> {
     let bytes = remote.manifest(root).await?;
     if !media::is_index(&root.media_type) {
         return Ok(of_manifest(remote, parse(&bytes, "manifest")?).await?.into_iter().collect());
@@ -191,7 +191,7 @@ async fn documents(remote: &Remote, root: &Descriptor) -> Result<Vec<Found>> {
     Ok(all)
 }
 
-async fn of_manifest(remote: &Remote, manifest: Manifest) -> Result<Option<Found>> {
+async fn of_manifest(remote: &dyn Remote, manifest: Manifest) -> Result<Option<Found>> {
     let bytes = remote.small_blob(&manifest.config).await?;
     if manifest.config.media_type == CONFIG {
         return Ok(Some(Found::new(CacheConfig::read(&bytes)?, &manifest.layers, &HashMap::new())));

@@ -6,8 +6,11 @@
 //! fetched before somebody reads it. [`Export`] walks from a build's results back through the index
 //! and what the build imported, and writes what it meets.
 //!
+//! Where a cache is kept is a [`CacheBackend`]'s business: `backend/` has one for registries and one for clients' directories.
+//!
 //! The keys in it are this program's own (crate `solver`), so a cache of BuildKit's is read without harm and without hits.
 
+mod backend;
 mod collect;
 mod export;
 mod format;
@@ -15,7 +18,8 @@ mod import;
 mod index;
 mod options;
 
-pub use export::{Export, Place};
+pub use backend::{Backends, CacheBackend, CacheClients, CacheSource, CacheWriter, INLINE};
+pub use export::{Export, LayerBytes};
 pub use import::{Import, ReadCache, read};
 pub use index::CacheIndex;
 pub use options::{CacheRequest, ExportOptions, Mode};

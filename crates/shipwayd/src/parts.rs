@@ -21,7 +21,7 @@ use shipway_frontend::Worker;
 use shipway_ops::{Emulators, Services};
 use shipway_refs::RefStore;
 use shipway_registry::Registry;
-use shipway_remotecache::CacheIndex;
+use shipway_remotecache::{Backends, CacheIndex};
 use shipway_session::SessionHub;
 use shipway_solver::{Limits, Solver};
 use shipway_sources::{SourceOptions, Sources};
@@ -130,13 +130,14 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         revision: version.revision,
         ..Worker::default()
     };
+    let cache_backends = Backends::new(registry, sessions.clone());
     let engine = Engine::new(EngineParts {
         services,
         solver,
         sessions,
         caches,
         import_deadline,
-        registry,
+        cache_backends,
         exporters,
         builds: Default::default(),
         history,

@@ -6,11 +6,11 @@ use crate::{
     http::{Shape, file},
     keys,
     peers::Peers,
-    remote::{Pieces, Remote},
+    remote::{BlobStream, ClientRemote, RegistryRemote, Remote},
 };
 use serde::Serialize;
 use shipway_fault::{Context, Fault, Result};
-use shipway_oci::{Digest, ImageName};
+use shipway_oci::{Descriptor, Digest, ImageName};
 use shipway_refs::{ImmutableRef, RecordType, RefStore};
 use shipway_registry::{Mode, Registry};
 use std::path::Path;
@@ -43,15 +43,16 @@ impl BlobAt {
         Ok(Self { name, digest, store })
     }
 
-    async fn open(&self, peers: &dyn Peers, registry: &Registry) -> Result<Pieces> {
-        let remote = match &self.store {
-            None => Remote::Registry(Box::new(registry.repository(&self.name, peers.credentials(), Mode::Pull))),
+    async fn open(&self, peers: &dyn Peers, registry: &Registry) -> Result<Box<dyn BlobStream>> {
+        let remote: Box<dyn Remote> = match &self.store {
+            None => Box::new(RegistryRemote(registry.repository(&self.name, peers.credentials(), Mode::Pull))),
             Some((store, session)) => {
                 let store = peers.client_store(session.as_deref(), &format!("oci:{store}")).await?;
-                Remote::Client { store, name: self.name.to_string() }
+                Box::new(ClientRemote { store, name: self.name.to_string() })
             }
         };
-        remote.blob(self.digest).await
+        let size = remote.blob_size(self.digest).await?;
+        remote.open(&Descriptor::new("application/octet-stream", self.digest, size)).await
     }
 
     /// Writes it to the new file `name` in `dir`. The place is not trusted: it gives no more bytes than it told, and they have to be those of the digest.

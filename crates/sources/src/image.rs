@@ -10,7 +10,7 @@ use crate::{
     flight::Flights,
     keys,
     peers::Peers,
-    remote::{Remote, RemoteLayers},
+    remote::{ClientRemote, RegistryRemote, Remote, RemoteLayers},
 };
 pub(crate) use attrs::ImageSpec;
 pub use attrs::LocalImages;
@@ -106,7 +106,7 @@ impl Images {
         let attestations = match attestations {
             Some(predicates) => {
                 let remote = self.remote(&image, &cx.sessions).await?;
-                let documents = resolve::Documents { storage: self.refs.storage(), remote: Some(&remote) };
+                let documents = resolve::Documents { storage: self.refs.storage(), remote: Some(&*remote) };
                 attested::chain(&documents, &found.main, &spec.platform, predicates).await?.map(Box::new)
             }
             None => None,
@@ -121,7 +121,7 @@ impl Images {
         // Several stages often start from one image: one asks the registry, the others find its manifest stored.
         let turn = self.flights.turn(&image.name.to_string()).await;
         let remote = self.remote(image, &cx.sessions).await?;
-        let asked = Asked { storage: self.refs.storage(), remote: &remote, prefer: self.prefer, cx };
+        let asked = Asked { storage: self.refs.storage(), remote: &*remote, prefer: self.prefer, cx };
         let found = asked.resolve(image, platform).await;
         // The registry's errors name the image themselves.
         let name = image.name.to_string();
@@ -141,19 +141,19 @@ impl Images {
         }
     }
 
-    async fn remote(&self, image: &ImageSpec, peers: &dyn Peers) -> Result<Remote> {
+    async fn remote(&self, image: &ImageSpec, peers: &dyn Peers) -> Result<Arc<dyn Remote>> {
         Ok(match &image.place {
-            Place::Registry => Remote::Registry(Box::new(self.registry.repository(&image.name, peers.credentials(), Access::Pull))),
+            Place::Registry => Arc::new(RegistryRemote(self.registry.repository(&image.name, peers.credentials(), Access::Pull))),
             Place::Layout { session, store } => {
                 let session = Some(session.as_str()).filter(|s| !s.is_empty());
                 let store = peers.client_store(session, &format!("oci:{store}")).await?;
-                Remote::Client { store, name: image.name.to_string() }
+                Arc::new(ClientRemote { store, name: image.name.to_string() })
             }
         })
     }
 
     /// The layers of `remote`, each fetched once however many want it.
-    pub(crate) fn layers_of(&self, remote: Remote) -> Arc<dyn LayerSource> {
+    pub(crate) fn layers_of(&self, remote: Arc<dyn Remote>) -> Arc<dyn LayerSource> {
         Arc::new(RemoteLayers::new(remote, self.flights.clone()))
     }
 }

@@ -24,5 +24,5 @@ pub use image::{LocalImages, document_lease};
 pub use memo::SourceMemo;
 pub use peers::SshAgent;
 pub use port::{Pin, ResolveWant, SourceContext, SourceOptions, SourceSpec, Sources};
-pub use remote::Remote;
+pub use remote::{BlobStream, ClientRemote, RegistryRemote, Remote};
 pub use session::{SessionCredentials, forwarded_agent};

@@ -213,7 +213,7 @@ impl Sources {
     }
 
     /// The layers of `remote`, for lazy states; each is fetched once however many want it.
-    pub fn layers_of(&self, remote: Remote) -> Arc<dyn LayerSource> {
+    pub fn layers_of(&self, remote: Arc<dyn Remote>) -> Arc<dyn LayerSource> {
         self.inner.images.layers_of(remote)
     }
 

@@ -1,4 +1,5 @@
-//! Where the documents and layers of an image, or of a cache, are fetched from: a registry's repository, or a content store of a client.
+//! Where the documents and layers of an image, or of a cache, are fetched from: the port [`Remote`], a registry's
+//! repository, and a content store of a client.
 
 use crate::{SessionCredentials, flight::Flights};
 use async_trait::async_trait;
@@ -8,7 +9,7 @@ use shipway_oci::{Descriptor, Digest, ImageName, media};
 use shipway_progress::Reporter;
 use shipway_refs::LayerSource;
 use shipway_registry::Repository;
-use shipway_session::{ClientStore, SessionGroup, SessionId};
+use shipway_session::{ClientBlob, ClientStore, SessionGroup, SessionId};
 use shipway_storage::{BlobReader, ContentStore, DISTRIBUTION_SOURCE, Ingest, Labels, LeaseId};
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -22,104 +23,180 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Largest manifest, index or config that is read.
 pub(crate) const MAX_DOCUMENT: u64 = 4 << 20;
 
-/// One place that blobs come from.
-#[derive(Clone)]
-pub enum Remote {
-    /// A repository of a registry.
-    Registry(Box<Repository>),
-    /// A content store of a client.
-    Client {
-        /// The store.
-        store: ClientStore,
-        /// Its name for messages.
-        name: String,
-    },
-}
+/// Where documents and blobs come from: the port between what needs them and those who have them. Everything it
+/// gives is checked against its digest, by itself or by the store that it is written to.
+#[async_trait]
+pub trait Remote: Send + Sync {
+    /// Its name for messages.
+    fn name(&self) -> String;
 
-impl Remote {
-    /// What the tag or digest `reference` leads to. A client's store has no tags.
-    pub async fn resolve(&self, reference: &str) -> Result<Descriptor> {
-        match self {
-            Self::Registry(repository) => repository.resolve(reference).await.map_err(Fault::from),
-            Self::Client { store, name } => {
-                let bad = |_| Fault::invalid(format!("reference {name:?} must have digest"));
-                let digest: Digest = reference.parse().map_err(bad)?;
-                let bytes = store.read_all(digest, MAX_DOCUMENT).await?;
-                let kind = media_type_of(&bytes)
-                    .ok_or_else(|| Fault::invalid(format!("reference {name:?} contains neither an index nor a manifest")))?;
-                Ok(Descriptor::new(kind, digest, bytes.len() as u64))
-            }
-        }
-    }
+    /// What the tag or digest `reference` leads to; `NotFound` if there is nothing.
+    async fn resolve(&self, reference: &str) -> Result<Descriptor>;
 
-    /// The same for who has something else to go by: a registry is asked once, and not waited for long.
-    pub(crate) async fn resolve_soon(&self, reference: &str) -> Result<Descriptor> {
-        let Self::Registry(repository) = self else { return self.resolve(reference).await };
-        match tokio::time::timeout(PATIENCE, repository.resolve_once(reference)).await {
-            Ok(answer) => answer.map_err(Fault::from),
-            Err(_) => {
-                let host = repository.name().registry();
-                Err(Fault::unavailable(format!("{}: {host} has not answered within {} s", repository.name(), PATIENCE.as_secs())))
-            }
-        }
+    /// The same for callers that have something else to go by: it is asked once, and not waited for long.
+    async fn resolve_soon(&self, reference: &str) -> Result<Descriptor> {
+        self.resolve(reference).await
     }
 
     /// A manifest or index, verified.
-    pub async fn manifest(&self, descriptor: &Descriptor) -> Result<Bytes> {
-        match self {
-            Self::Registry(repository) => repository.fetch_manifest(descriptor).await.map_err(Fault::from),
-            Self::Client { store, .. } => store.read_all(descriptor.digest, MAX_DOCUMENT).await,
-        }
-    }
-
-    /// What the place knows to refer to a manifest. A client's store knows nothing of that.
-    pub(crate) async fn referrers(&self, subject: Digest) -> Result<Vec<Descriptor>> {
-        match self {
-            Self::Registry(repository) => repository.referrers(subject).await.map_err(Fault::from),
-            Self::Client { .. } => Ok(Vec::new()),
-        }
-    }
+    async fn manifest(&self, descriptor: &Descriptor) -> Result<Bytes>;
 
     /// A small blob that is no manifest, verified.
-    pub async fn small_blob(&self, descriptor: &Descriptor) -> Result<Bytes> {
-        match self {
-            Self::Registry(repository) => repository.fetch_small_blob(descriptor).await.map_err(Fault::from),
-            Self::Client { store, .. } => store.read_all(descriptor.digest, MAX_DOCUMENT).await,
-        }
+    async fn small_blob(&self, descriptor: &Descriptor) -> Result<Bytes>;
+
+    /// Length of a blob in bytes; `NotFound` if it is not there.
+    async fn blob_size(&self, digest: Digest) -> Result<u64>;
+
+    /// A blob from its beginning.
+    async fn open(&self, blob: &Descriptor) -> Result<Box<dyn BlobStream>>;
+
+    /// What is known to refer to a manifest.
+    async fn referrers(&self, _subject: Digest) -> Result<Vec<Descriptor>> {
+        Ok(Vec::new())
     }
 
-    /// Labels that say where a blob came from, so that it can be mounted across repositories of the registry.
-    pub(crate) fn labels(&self) -> Labels {
-        match self {
-            Self::Registry(repository) => source_label(repository.name()),
-            Self::Client { .. } => Labels::new(),
-        }
+    /// Labels for what was fetched.
+    fn labels(&self) -> Labels {
+        Labels::new()
     }
 
+    /// The same place with the credentials of `sessions`; `None` where credentials play no part.
+    fn for_sessions(&self, _sessions: &SessionGroup) -> Option<Arc<dyn Remote>> {
+        None
+    }
+
+    /// Whether it belongs to a client and is nobody else's.
+    fn is_clients(&self) -> bool {
+        false
+    }
+
+    /// Whether it has gone for good.
+    fn is_gone(&self) -> bool {
+        false
+    }
+}
+
+/// A blob as it comes.
+#[async_trait]
+pub trait BlobStream: Send {
+    /// The next piece; `None` at the end.
+    async fn next(&mut self) -> Result<Option<Bytes>>;
+}
+
+#[async_trait]
+impl BlobStream for shipway_registry::BlobReader {
+    async fn next(&mut self) -> Result<Option<Bytes>> {
+        Self::next(self).await.map_err(Fault::from)
+    }
+}
+
+/// A repository of a registry.
+pub struct RegistryRemote(pub Repository);
+
+#[async_trait]
+impl Remote for RegistryRemote {
     fn name(&self) -> String {
-        match self {
-            Self::Registry(repository) => repository.name().to_string(),
-            Self::Client { name, .. } => name.clone(),
+        self.0.name().to_string()
+    }
+
+    async fn resolve(&self, reference: &str) -> Result<Descriptor> {
+        self.0.resolve(reference).await.map_err(Fault::from)
+    }
+
+    async fn resolve_soon(&self, reference: &str) -> Result<Descriptor> {
+        match tokio::time::timeout(PATIENCE, self.0.resolve_once(reference)).await {
+            Ok(answer) => answer.map_err(Fault::from),
+            Err(_) => {
+                let host = self.0.name().registry();
+                Err(Fault::unavailable(format!("{}: {host} has not answered within {} s", self.0.name(), PATIENCE.as_secs())))
+            }
         }
     }
 
-    /// A blob that is known by its digest alone.
-    pub(crate) async fn blob(&self, digest: Digest) -> Result<Pieces> {
-        Ok(match self {
-            Self::Registry(repository) => {
-                let size = repository.blob_size(digest).await.map_err(Fault::from)?;
-                let blob = Descriptor::new("application/octet-stream", digest, size);
-                Pieces::Registry(Box::new(repository.fetch_blob(&blob, 0).await.map_err(Fault::from)?))
-            }
-            Self::Client { store, .. } => Pieces::Client(Box::new(store.reader(digest).await?)),
-        })
+    async fn manifest(&self, descriptor: &Descriptor) -> Result<Bytes> {
+        self.0.fetch_manifest(descriptor).await.map_err(Fault::from)
     }
 
-    async fn open(&self, layer: &Descriptor) -> Result<Pieces> {
-        Ok(match self {
-            Self::Registry(repository) => Pieces::Registry(Box::new(repository.fetch_blob(layer, 0).await.map_err(Fault::from)?)),
-            Self::Client { store, .. } => Pieces::Client(Box::new(store.reader(layer.digest).await?)),
-        })
+    async fn small_blob(&self, descriptor: &Descriptor) -> Result<Bytes> {
+        self.0.fetch_small_blob(descriptor).await.map_err(Fault::from)
+    }
+
+    async fn blob_size(&self, digest: Digest) -> Result<u64> {
+        self.0.blob_size(digest).await.map_err(Fault::from)
+    }
+
+    async fn open(&self, blob: &Descriptor) -> Result<Box<dyn BlobStream>> {
+        Ok(Box::new(self.0.fetch_blob(blob, 0).await.map_err(Fault::from)?))
+    }
+
+    async fn referrers(&self, subject: Digest) -> Result<Vec<Descriptor>> {
+        self.0.referrers(subject).await.map_err(Fault::from)
+    }
+
+    /// Says where a blob came from, so that it can be mounted across repositories of the registry.
+    fn labels(&self) -> Labels {
+        source_label(self.0.name())
+    }
+
+    fn for_sessions(&self, sessions: &SessionGroup) -> Option<Arc<dyn Remote>> {
+        let credentials = Arc::new(SessionCredentials::new(sessions.clone()));
+        Some(Arc::new(Self(self.0.with_credentials(credentials))))
+    }
+}
+
+/// A content store of a client. It has no tags, and knows of no referrers.
+pub struct ClientRemote {
+    /// The store.
+    pub store: ClientStore,
+    /// Its name for messages.
+    pub name: String,
+}
+
+#[async_trait]
+impl BlobStream for ClientBlob {
+    async fn next(&mut self) -> Result<Option<Bytes>> {
+        BlobReader::next(self).await
+    }
+}
+
+#[async_trait]
+impl Remote for ClientRemote {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    async fn resolve(&self, reference: &str) -> Result<Descriptor> {
+        let name = &self.name;
+        let bad = |_| Fault::invalid(format!("reference {name:?} must have digest"));
+        let digest: Digest = reference.parse().map_err(bad)?;
+        let bytes = self.store.read_all(digest, MAX_DOCUMENT).await?;
+        let kind =
+            media_type_of(&bytes).ok_or_else(|| Fault::invalid(format!("reference {name:?} contains neither an index nor a manifest")))?;
+        Ok(Descriptor::new(kind, digest, bytes.len() as u64))
+    }
+
+    async fn manifest(&self, descriptor: &Descriptor) -> Result<Bytes> {
+        self.store.read_all(descriptor.digest, MAX_DOCUMENT).await
+    }
+
+    async fn small_blob(&self, descriptor: &Descriptor) -> Result<Bytes> {
+        self.store.read_all(descriptor.digest, MAX_DOCUMENT).await
+    }
+
+    async fn blob_size(&self, digest: Digest) -> Result<u64> {
+        self.store.size(digest).await
+    }
+
+    async fn open(&self, blob: &Descriptor) -> Result<Box<dyn BlobStream>> {
+        Ok(Box::new(self.store.reader(blob.digest).await?))
+    }
+
+    fn is_clients(&self) -> bool {
+        true
+    }
+
+    fn is_gone(&self) -> bool {
+        self.store.is_gone()
     }
 }
 
@@ -139,31 +216,16 @@ pub(crate) fn media_type_of(bytes: &[u8]) -> Option<String> {
     }
 }
 
-/// A blob as it comes.
-pub(crate) enum Pieces {
-    Registry(Box<shipway_registry::BlobReader>),
-    Client(Box<dyn BlobReader>),
-}
-
-impl Pieces {
-    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>> {
-        match self {
-            Self::Registry(reader) => reader.next().await.map_err(Fault::from),
-            Self::Client(reader) => reader.next().await,
-        }
-    }
-}
-
 /// The layers of one place, fetched when somebody reads them: often a later build than the one that found the place, whose client may be gone.
 pub(crate) struct RemoteLayers {
-    remote: Remote,
+    remote: Arc<dyn Remote>,
     flights: Flights,
     /// The clients of builds that want the layers, the latest first. Before anybody said so, who found the place answers.
     wanted_by: Mutex<Option<SessionGroup>>,
 }
 
 impl RemoteLayers {
-    pub(crate) fn new(remote: Remote, flights: Flights) -> Self {
+    pub(crate) fn new(remote: Arc<dyn Remote>, flights: Flights) -> Self {
         Self { remote, flights, wanted_by: Mutex::default() }
     }
 
@@ -179,14 +241,9 @@ impl RemoteLayers {
     }
 
     /// The place as its clients of now see it. A client's own store is nobody else's.
-    fn remote(&self) -> Remote {
+    fn remote(&self) -> Arc<dyn Remote> {
         let sessions = self.wanted_by.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        match (&self.remote, sessions) {
-            (Remote::Registry(repository), Some(sessions)) => {
-                Remote::Registry(Box::new(repository.with_credentials(Arc::new(SessionCredentials::new(sessions)))))
-            }
-            (remote, _) => remote.clone(),
-        }
+        sessions.and_then(|sessions| self.remote.for_sessions(&sessions)).unwrap_or_else(|| self.remote.clone())
     }
 }
 
@@ -220,14 +277,11 @@ impl LayerSource for RemoteLayers {
     }
 
     fn is_clients(&self) -> bool {
-        matches!(self.remote, Remote::Client { .. })
+        self.remote.is_clients()
     }
 
     fn is_gone(&self) -> bool {
-        match &self.remote {
-            Remote::Registry(_) => false,
-            Remote::Client { store, .. } => store.is_gone(),
-        }
+        self.remote.is_gone()
     }
 }
 

@@ -216,18 +216,62 @@ impl Syncer {
     }
 }
 
-/// What is kept of a build's error: its code and its words.
+/// What is kept of a build's error: its code, its words and its hints.
 pub(super) mod fault {
     use super::super::clip::{MAX_VALUE, clipped};
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use shipway_fault::{Code, Fault};
 
     pub fn serialize<S: Serializer>(fault: &Option<Fault>, serializer: S) -> Result<S::Ok, S::Error> {
-        fault.as_ref().map(|f| (f.code() as i32, clipped(&f.to_string(), MAX_VALUE))).serialize(serializer)
+        let kept = |f: &Fault| {
+            let hints: Vec<String> = f.hints().map(|hint| clipped(hint, MAX_VALUE)).collect();
+            (f.code() as i32, clipped(&f.to_string(), MAX_VALUE), hints)
+        };
+        fault.as_ref().map(kept).serialize(serializer)
+    }
+
+    /// Earlier versions kept no hints.
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Kept {
+        Whole(i32, String, Vec<String>),
+        Bare(i32, String),
     }
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Fault>, D::Error> {
-        let told = Option::<(i32, String)>::deserialize(deserializer)?;
-        Ok(told.map(|(code, message)| Fault::new(Code::from_number(code), message)))
+        let (code, message, hints) = match Option::deserialize(deserializer)? {
+            None => return Ok(None),
+            Some(Kept::Whole(code, message, hints)) => (code, message, hints),
+            Some(Kept::Bare(code, message)) => (code, message, Vec::new()),
+        };
+        Ok(Some(hints.into_iter().fold(Fault::new(Code::from_number(code), message), Fault::hint)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::{Deserialize, Serialize};
+    use shipway_fault::{Code, Fault};
+
+    #[derive(Serialize, Deserialize)]
+    struct Record {
+        #[serde(with = "super::fault")]
+        error: Option<Fault>,
+    }
+
+    #[test]
+    fn hints_of_errors_are_kept() {
+        let read = |json: &str| {
+            serde_json::from_str::<Record>(json).expect("a record").error.map(|f| {
+                let hints: Vec<String> = f.hints().map(str::to_owned).collect();
+                (f.code(), f.to_string(), hints)
+            })
+        };
+        let fault = Fault::not_found("no such file").hint("look elsewhere").hint("or here");
+        let json = serde_json::to_string(&Record { error: Some(fault) }).expect("json");
+        let hints = ["look elsewhere", "or here"].map(str::to_owned).to_vec();
+        assert_eq!(read(&json), Some((Code::NotFound, "no such file".to_owned(), hints)));
+        assert_eq!(read(r#"{"error":[5,"old"]}"#), Some((Code::NotFound, "old".to_owned(), Vec::new())));
+        assert_eq!(read(r#"{"error":null}"#), None);
     }
 }

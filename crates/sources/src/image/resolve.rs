@@ -40,7 +40,7 @@ pub(crate) struct Resolved {
 /// Who is asked for an image, and on whose behalf.
 pub(crate) struct Asked<'a> {
     pub storage: &'a Storage,
-    pub remote: &'a Remote,
+    pub remote: &'a dyn Remote,
     pub prefer: LocalImages,
     pub cx: &'a SourceContext,
 }
@@ -56,7 +56,7 @@ pub(crate) struct Told {
 pub(crate) struct Documents<'a> {
     pub storage: &'a Storage,
     /// Where else, unless only the store may be asked.
-    pub remote: Option<&'a Remote>,
+    pub remote: Option<&'a dyn Remote>,
 }
 
 impl Asked<'_> {
@@ -271,7 +271,7 @@ impl Documents<'_> {
 
     /// Puts a document into the content store under a lease of its own that ends by itself, so that the next build does
     /// not ask the registry (which counts manifests as pulls).
-    async fn keep(&self, remote: &Remote, bytes: Bytes) -> Result<()> {
+    async fn keep(&self, remote: &dyn Remote, bytes: Bytes) -> Result<()> {
         let lease = document_lease(Digest::of(&bytes));
         let kind = (DOCUMENT_KIND.0.to_owned(), DOCUMENT_KIND.1.to_owned());
         let labels = Labels::from([

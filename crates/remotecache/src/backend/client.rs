@@ -1,0 +1,65 @@
+//! Caches in a directory of the client (rows `rc.local*`), which is a content store to us.
+
+use super::{CacheBackend, CacheClients, CacheSource, CacheWriter, check_options};
+use crate::{CacheRequest, LayerBytes};
+use async_trait::async_trait;
+use bytes::Bytes;
+use shipway_fault::Result;
+use shipway_oci::{Descriptor, ImageName};
+use shipway_session::{ClientStore, SessionHub};
+use shipway_sources::ClientRemote;
+use std::sync::Arc;
+
+pub(super) struct ClientBackend(pub SessionHub);
+
+impl ClientBackend {
+    async fn store(&self, directory: &str, clients: &CacheClients) -> Result<ClientStore> {
+        self.0.get(&clients.own).await?.store(&format!("local:{directory}"))
+    }
+}
+
+#[async_trait]
+impl CacheBackend for ClientBackend {
+    fn kind(&self) -> &'static str {
+        "local"
+    }
+
+    fn export_title(&self) -> String {
+        "exporting cache to client directory".into()
+    }
+
+    fn check_export(&self, request: &CacheRequest) -> Result<String> {
+        request.needed("dest")?;
+        check_options(request)?;
+        Ok(format!("{:?}", request.attrs))
+    }
+
+    async fn source(&self, request: &CacheRequest, clients: &CacheClients) -> Result<CacheSource> {
+        let name = request.needed("src")?.to_owned();
+        let store = self.store(&name, clients).await?;
+        Ok(CacheSource { remote: Arc::new(ClientRemote { store, name }), reference: request.needed("digest")?.to_owned() })
+    }
+
+    async fn writer(&self, request: &CacheRequest, clients: &CacheClients) -> Result<Box<dyn CacheWriter>> {
+        Ok(Box::new(ClientWriter(self.store(request.needed("dest")?, clients).await?)))
+    }
+}
+
+struct ClientWriter(ClientStore);
+
+#[async_trait]
+impl CacheWriter for ClientWriter {
+    async fn layer(&self, layer: &Descriptor, bytes: LayerBytes, _: Option<ImageName>) -> Result<()> {
+        let mut reader = bytes.open().await?;
+        self.0.write(layer, reader.as_mut()).await
+    }
+
+    async fn config(&self, config: &Descriptor, bytes: Bytes) -> Result<()> {
+        self.0.put(config, bytes).await
+    }
+
+    /// The client names it in the directory's `index.json`.
+    async fn manifest(&self, manifest: &Descriptor, bytes: Bytes) -> Result<()> {
+        self.0.put(manifest, bytes).await
+    }
+}
