@@ -28,6 +28,7 @@ pub const LLB: &[&str] = &[
     "source.git.subdir",
     "source.git.checksum",
     "source.git.skipsubmodules",
+    "source.git.signatureverify",
     "source.git.mtime",
     "source.git.fetchbycommit",
     "source.git.bundle",
@@ -41,6 +42,7 @@ pub const LLB: &[&str] = &[
     // The spelling is the reference's.
     "soruce.http.uidgid",
     "source.http.header",
+    "source.http.signatureverify",
     "source.buildop.llbfilename",
     "exec.meta.base",
     "exec.meta.cdi",
@@ -93,7 +95,7 @@ pub const LLB: &[&str] = &[
 ];
 
 /// What BuildKit has and this daemon lacks.
-pub const LLB_MISSING: &[&str] = &["source.git.signatureverify", "source.http.signatureverify", "cache.gha", "cache.s3", "cache.azblob"];
+pub const LLB_MISSING: &[&str] = &["cache.gha", "cache.s3", "cache.azblob"];
 
 /// Gateway capabilities that this daemon has.
 pub const GATEWAY: &[&str] = &[

@@ -297,6 +297,19 @@ mod tests {
     }
 
     #[test]
+    fn a_rule_may_ask_for_a_signature() {
+        let source = "git://h/r.git#v1";
+        let mut wanted = rule(Convert, Exact, source, Some(source));
+        let signed = [("git.sig.pubkey", "ssh-ed25519 AAAA"), ("git.sig.requiresignedtag", "true")];
+        let signed: BTreeMap<_, _> = signed.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+        wanted.updates.as_mut().unwrap().attrs = signed.clone();
+        let policy = SourcePolicy::from_pb(wire::Policy { version: 1, rules: vec![wanted] }).unwrap();
+        let mut op = SourceOp { identifier: source.into(), attrs: [("git.sig.requiresignedtag".into(), "false".into())].into() };
+        assert!(evaluate(&[policy], &mut op).unwrap());
+        assert_eq!((op.identifier.as_str(), op.attrs), (source, signed));
+    }
+
+    #[test]
     fn circles_and_broken_rules_are_errors() {
         check(vec![rule(Convert, Exact, "a", Some("b")), rule(Convert, Exact, "b", Some("a"))], "a", Err("too many mutations"));
         check(vec![rule(Convert, Exact, "a", None)], "a", Err("missing destination"));

@@ -5,6 +5,7 @@ mod bundle;
 mod cli;
 mod kept;
 mod repo;
+mod signed;
 mod tree;
 
 use crate::{
@@ -14,12 +15,12 @@ use crate::{
 pub(crate) use attrs::GitSpec;
 use base64::{Engine, prelude::BASE64_STANDARD};
 pub(crate) use bundle::Bundle;
-use bytes::Bytes;
 use cli::Git;
+use repo::Objects;
 use repo::Repo;
 pub(crate) use repo::Tip;
 use serde::Serialize;
-use shipway_fault::{Fault, Result};
+use shipway_fault::{Context as _, Fault, Result};
 use shipway_llb::{GitFacts, SourceFacts};
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, RecordType, RefStore};
@@ -68,6 +69,10 @@ impl Gits {
     ) -> Result<Pin> {
         let spec = GitSpec::parse(spec, locator)?;
         let tip = self.tip(&spec, peers, memo, reporter).await?;
+        // Whoever made the files that are cached under the key, this build wants to know who signed them.
+        if spec.signed.is_some() {
+            self.objects(&spec, &tip, peers, reporter).await?;
+        }
         // A tag and the branch it was made on share a key where the tag itself leaves no trace.
         let sha = tip.commit.as_ref().filter(|_| !spec.keep_git_dir).unwrap_or(&tip.sha);
         let key = GitKey {
@@ -103,28 +108,32 @@ impl Gits {
         made.await
     }
 
-    /// The texts of the commit and of the annotated tag, empty without one.
-    async fn objects(&self, spec: &GitSpec, tip: &Tip, peers: &dyn Peers, reporter: &Reporter) -> Result<(Bytes, Bytes)> {
+    /// The commit and the annotated tag, with the signature that is asked for.
+    async fn objects(&self, spec: &GitSpec, tip: &Tip, peers: &dyn Peers, reporter: &Reporter) -> Result<Objects> {
         let access = self.access(spec, peers, reporter).await?;
         let sha256 = tip.sha.len() == 64;
-        let read = self.in_repository(spec, &access, sha256, |repo| async move {
-            match &spec.bundle {
-                Some(bundle) => repo.unbundle(tip, bundle, peers, &self.registry).await?,
-                None => repo.fetch_object(tip, &tip.sha).await?,
-            }
-            let commit = tip.commit.as_ref().unwrap_or(&tip.sha);
-            let tag = match &tip.commit {
-                Some(_) => repo.object("tag", &tip.sha).await?,
-                None => Bytes::new(),
-            };
-            Ok((repo.object("commit", commit).await?, tag))
-        });
+        let read = self.in_repository(spec, &access, sha256, |repo| async move { self.bring_objects(&repo, tip, peers).await });
         read.await
+    }
+
+    /// Brings `tip` into the repository, the tag itself included, and verifies the signature that is asked for.
+    async fn bring_objects(&self, repo: &Repo<'_>, tip: &Tip, peers: &dyn Peers) -> Result<Objects> {
+        match &repo.spec.bundle {
+            Some(bundle) => repo.unbundle(&tip.sha, bundle, peers, &self.registry).await?,
+            None => repo.fetch_object(tip, &tip.sha).await?,
+        }
+        let objects = repo.objects(tip).await?;
+        if let Some(want) = &repo.spec.signed {
+            want.verify(&objects).await.context(|| format!("load {}#{}", repo.spec.shown(), repo.spec.reference))?;
+        }
+        Ok(objects)
     }
 
     async fn check_out(&self, repo: &Repo<'_>, tip: &Tip, peers: &dyn Peers, description: &str) -> Result<ImmutableRef> {
         match &repo.spec.bundle {
-            Some(bundle) => repo.unbundle(tip, bundle, peers, &self.registry).await?,
+            // Once more, for the tip may be another than the one that was pinned.
+            _ if repo.spec.signed.is_some() => drop(self.bring_objects(repo, tip, peers).await?),
+            Some(bundle) => repo.unbundle(repo.needed(tip), bundle, peers, &self.registry).await?,
             None => repo.fetch(tip).await?,
         }
         let state = self.refs.mutable(None, description, RecordType::GitCheckout, None).await?;
@@ -150,9 +159,22 @@ impl Gits {
     ) -> Result<SourceFacts> {
         let spec = GitSpec::parse(spec, locator)?;
         let tip = self.tip(&spec, peers, memo, reporter).await?;
-        let (commit_object, tag_object) = if objects { self.objects(&spec, &tip, peers, reporter).await? } else { Default::default() };
-        let commit_checksum = tip.commit.unwrap_or_default();
-        let git = GitFacts { checksum: tip.sha, reference: tip.reference, commit_checksum, commit_object, tag_object };
+        let mut git = GitFacts {
+            checksum: tip.sha.clone(),
+            reference: tip.reference.clone(),
+            commit_checksum: tip.commit.clone().unwrap_or_default(),
+            ..GitFacts::default()
+        };
+        if objects || spec.signed.is_some() {
+            let found = self.objects(&spec, &tip, peers, reporter).await?;
+            if found.tag.is_some() {
+                git.commit_checksum = found.commit.name;
+            }
+            if objects {
+                git.commit_object = found.commit.text;
+                git.tag_object = found.tag.map(|tag| tag.text).unwrap_or_default();
+            }
+        }
         Ok(SourceFacts { git: Some(git), ..Default::default() })
     }
 

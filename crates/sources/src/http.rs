@@ -11,8 +11,8 @@ use crate::{
     login::{Login, split_login},
     peers::Peers,
 };
-use attrs::HttpSpec;
 pub(crate) use attrs::Shape;
+use attrs::{HttpSpec, Signed};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
@@ -25,6 +25,7 @@ use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, RecordType, RefId, RefStore};
 use shipway_registry::{Registry, transport::Answer};
 use shipway_session::Upload;
+use shipway_signing::{Trusted, Validity, verify_detached};
 use std::{path::PathBuf, time::SystemTime};
 
 /// Most bytes that a checksum may have behind the file's.
@@ -70,10 +71,10 @@ impl Files {
     pub(crate) async fn pin(&self, spec: &SourceSpec, peers: &dyn Peers, memo: &SourceMemo, reporter: &Reporter) -> Result<Pin> {
         let file = HttpSpec::parse(spec)?;
         let (digest, filename, modified) = match file.checksum {
-            // What is known by its digest need not be asked for.
-            Some(digest) => (digest, file::name_of(&file, None), None),
-            None => {
-                let known = self.told(&file, peers, memo, reporter).await?.0;
+            // What is known by its digest need not be asked for, unless it is to be read.
+            Some(digest) if file.signed.is_none() => (digest, file::name_of(&file, None), None),
+            _ => {
+                let known = self.verified(&file, peers, memo, reporter).await?.0;
                 (known.digest, known.filename, known.modified)
             }
         };
@@ -126,9 +127,11 @@ impl Files {
         }
         let file = HttpSpec::parse(spec)?;
         let http = match (file.checksum, checksum) {
-            (Some(digest), None) => HttpFacts { digest: digest.to_string(), filename: file::name_of(&file, None), ..HttpFacts::default() },
+            (Some(digest), None) if file.signed.is_none() => {
+                HttpFacts { digest: digest.to_string(), filename: file::name_of(&file, None), ..HttpFacts::default() }
+            }
             (_, checksum) => {
-                let (known, state) = self.told(&file, peers, memo, reporter).await?;
+                let (known, state) = self.verified(&file, peers, memo, reporter).await?;
                 let other = match checksum {
                     Some((algorithm, suffix)) => Some((sum(&state, &known.filename, algorithm, suffix.clone()).await?, suffix)),
                     None => None,
@@ -137,6 +140,18 @@ impl Files {
             }
         };
         Ok(SourceFacts { http: Some(http), ..Default::default() })
+    }
+
+    /// The file as this build knows it, with the checksum and the signature that are asked for.
+    async fn verified(&self, file: &HttpSpec, peers: &dyn Peers, memo: &SourceMemo, reporter: &Reporter) -> Result<(Known, ImmutableRef)> {
+        let (known, state) = self.told(file, peers, memo, reporter).await?;
+        if let Some(wanted) = file.checksum.filter(|w| *w != known.digest) {
+            return Err(mismatch(file, known.digest, wanted));
+        }
+        if let Some(signed) = &file.signed {
+            verify(&state, &known.filename, signed.clone()).await.context(|| format!("verify the signature of {}", file.shown()))?;
+        }
+        Ok((known, state))
     }
 
     /// The file as this build knows it; asked for when it does not.
@@ -251,6 +266,19 @@ async fn sum(state: &ImmutableRef, filename: &str, algorithm: ChecksumAlgorithm,
         algorithm.of(std::io::Read::chain(file, &suffix[..])).map_err(failed)
     };
     tokio::task::spawn_blocking(hash).await.map_err(|e| Fault::internal(format!("hashing failed: {e}")))?
+}
+
+/// Whether the file in `state` is signed.
+async fn verify(state: &ImmutableRef, filename: &str, signed: Signed) -> Result<()> {
+    let mount = state.mount().await?;
+    let filename = filename.to_owned();
+    let verify = move || {
+        let file = file::open(mount.path(), &filename)?;
+        // As BuildKit has it, no attribute asks for keys that are valid today.
+        let trusted = Trusted { keys: &signed.keys, validity: Validity::AtSigning, now: SystemTime::now() };
+        verify_detached(file, &signed.signature, &trusted)
+    };
+    tokio::task::spawn_blocking(verify).await.map_err(|e| Fault::internal(format!("the verification of a signature ended early: {e}")))?
 }
 
 /// Where a file's bytes come from.

@@ -783,3 +783,172 @@ async fn a_token_in_an_address_is_sent_and_shown_nowhere() {
     let kept = format!("{:?}", bench.refs.usage().await.unwrap());
     assert!(kept.contains("http url") && !kept.contains(TOKEN), "{kept}");
 }
+
+/// A file that `signing/fixtures/make.sh` made.
+fn signed_fixture(name: &str) -> String {
+    std::fs::read_to_string(signed_path(name)).unwrap()
+}
+
+fn signed_path(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../signing/fixtures").join(name)
+}
+
+/// What is wrong with a source, from its pin to its files; empty if nothing is.
+async fn wrong_with(bench: &Bench, source: &SourceSpec) -> String {
+    let cx = cx();
+    let made = async {
+        let pin = bench.sources.pin(source, &cx).await?;
+        bench.sources.fetch(source, &pin, &cx).await
+    };
+    let made = made.await.map(drop).map_err(|fault| fault.to_string());
+    let resolved = bench.sources.resolve(source, ResolveWant::default(), &cx).await.map(drop).map_err(|fault| fault.to_string());
+    assert_eq!(made.is_ok(), resolved.is_ok(), "{made:?} {resolved:?}");
+    made.err().unwrap_or_default()
+}
+
+#[tokio::test]
+async fn git_commits_and_tags_are_verified() {
+    const PGP: &str = "user1.pub";
+    const SSH: &str = "ssh-ed25519.pub";
+    const OTHER: &str = "ssh-other.pub";
+    let (strict, tag, commit) = ("git.sig.rejectexpired", "git.sig.requiresignedtag", "git.sig.ignoresignedtag");
+    for format in ["sha1", "sha256"] {
+        let bench = Bench::new().await;
+        let base = tempfile::tempdir().unwrap();
+        let repo = base.path().join("r.git");
+        let bundle = signed_path(&format!("git-{format}.bundle"));
+        git(base.path(), &["clone", "-q", "--mirror", bundle.to_str().unwrap(), repo.to_str().unwrap()]);
+        git(&repo, &["config", "uploadpack.allowAnySHA1InWant", "true"]);
+        let sha = |reference: &str| git(&repo, &["rev-parse", reference]);
+        // A commit that took another's signature.
+        let taken = git(&repo, &["cat-file", "commit", "b-pgp"]).replace("\n\npgp", "\n\nanother message\n");
+        std::fs::write(base.path().join("taken"), taken).unwrap();
+        let taken = git(&repo, &["hash-object", "-w", "-t", "commit", base.path().join("taken").to_str().unwrap()]);
+        git(&repo, &["update-ref", "refs/heads/tampered", &taken]);
+        let server = GitServer::start(base.path());
+        let source = |reference: &str, key: &str, attrs: &[&str]| {
+            let keys = signed_fixture(key);
+            let attrs: Vec<_> = attrs.iter().map(|a| (*a, "true")).chain([("git.sig.pubkey", &*keys)]).collect();
+            spec(format!("git://git://127.0.0.1:{}/r.git#{reference}", server.port), &attrs)
+        };
+        for (reference, key, attrs, why) in [
+            ("b-pgp", PGP, &[][..], ""),
+            (&*sha("b-pgp"), PGP, &[], ""),
+            ("b-pgp", PGP, &["git.keepgitdir"], ""),
+            ("b-pgp", "user2.pub", &[], "signature made by unknown entity"),
+            ("b-pgp", SSH, &[], "failed to read armored public key"),
+            ("b-pgp", PGP, &[strict], "subkey expired"),
+            ("b-unsigned", PGP, &[], "git object is not signed"),
+            ("tampered", PGP, &[], "one of them was changed"),
+            ("light", PGP, &[], ""),
+            ("light", PGP, &[tag], "signed tag required but no signed tag found"),
+            // The tag is not signed, its commit is.
+            ("annotated", PGP, &[], ""),
+            ("annotated", PGP, &[tag], "git object is not signed"),
+            ("plain", PGP, &[], "git object is not signed"),
+            // Its commit is not signed, the tag is.
+            ("tag-pgp", PGP, &[], ""),
+            ("tag-pgp", PGP, &[tag, "git.keepgitdir"], ""),
+            ("tag-pgp", PGP, &[commit], "git object is not signed"),
+            // The tag by one, the commit by another.
+            ("tag-ssh", PGP, &[], ""),
+            ("tag-ssh", PGP, &[tag], "failed to parse ssh public key"),
+            ("tag-ssh", OTHER, &[tag], ""),
+            ("tag-ssh", OTHER, &[commit], "failed to read armored public key"),
+            (&*sha("tag-ssh"), OTHER, &[tag], ""),
+            ("both", OTHER, &[strict], ""),
+            ("both", SSH, &[], ""),
+            ("both", SSH, &[tag], "failed to verify ssh signature: public key does not match"),
+            ("both", SSH, &[tag, commit], "signed tag required but no signed tag found"),
+            ("nested", OTHER, &[tag], ""),
+            ("old", "expired.pub", &[], ""),
+            ("old", "expired.pub", &[strict], "key expired"),
+        ] {
+            let wrong = wrong_with(&bench, &source(reference, key, attrs)).await;
+            assert!(
+                wrong.contains(why) && wrong.is_empty() == why.is_empty(),
+                "{format} {reference} {key} {attrs:?}: {wrong:?} is not {why:?}"
+            );
+        }
+        let said = bench.sources.pin(&source("both", "user1.pub", &[]), &cx()).await.unwrap_err();
+        assert!(said.hints().any(|h| h.contains("the tag does not count either")), "{said:?}");
+
+        // Signed or not, it is the same commit.
+        let plain = spec(format!("git://git://127.0.0.1:{}/r.git#b-pgp", server.port), &[]);
+        let pin = bench.sources.pin(&source("b-pgp", PGP, &[]), &cx()).await.unwrap();
+        assert_eq!(bench.sources.pin(&plain, &cx()).await.unwrap().keys, pin.keys);
+        // What moved since it was pinned is not what was verified.
+        git(&repo, &["update-ref", "refs/heads/b-pgp", "b-unsigned"]);
+        let moved = bench.sources.fetch(&source("b-pgp", PGP, &[]), &pin, &cx()).await.err().unwrap();
+        assert!(moved.to_string().contains("git object is not signed"), "{moved}");
+        // The tag is signed, but not what the server says about it.
+        git(&repo, &["pack-refs", "--all"]);
+        let packed = repo.join("packed-refs");
+        let refs = std::fs::read_to_string(&packed).unwrap();
+        let lie = refs.replace(&format!("^{}", sha("tag-ssh^{}")), &format!("^{}", sha("b-unsigned")));
+        assert_ne!(lie, refs);
+        std::fs::write(&packed, lie).unwrap();
+        let wrong = wrong_with(&bench, &source("tag-ssh", OTHER, &[tag])).await;
+        assert!(wrong.contains("but it leads to"), "{wrong}");
+    }
+}
+
+#[tokio::test]
+async fn commits_in_bundles_are_verified() {
+    let bytes = std::fs::read(signed_path("git-sha1.bundle")).unwrap();
+    let base = tempfile::tempdir().unwrap();
+    git(base.path(), &["clone", "-q", "--mirror", signed_path("git-sha1.bundle").to_str().unwrap(), "r"]);
+    let commit = git(&base.path().join("r"), &["rev-parse", "both^{}"]);
+    let digest = Digest::of(&bytes);
+    let web = Web::start(move |_, _| ok(bytes.clone()));
+    let bundle = format!("docker-image+blob://{}/foo/bundle@{digest}", web.host);
+    for (keys, why) in [("ssh-other.pub", ""), ("ssh-ed25519.pub", "public key does not match")] {
+        let bench = Bench::new().await;
+        let keys = signed_fixture(keys);
+        let required = [("git.sig.pubkey", &*keys), ("git.sig.requiresignedtag", "true")];
+        let attrs = [&required[..], &[("git.bundle", &*bundle), ("git.checksum", &*commit)]].concat();
+        let wrong = wrong_with(&bench, &spec("git://git://127.0.0.1:1/r.git#both", &attrs)).await;
+        assert!(wrong.contains(why) && wrong.is_empty() == why.is_empty(), "{wrong:?} is not {why:?}");
+    }
+}
+
+#[tokio::test]
+async fn downloaded_files_are_verified() {
+    let content = std::fs::read(signed_path("data")).unwrap();
+    let good = Digest::of(&content).to_string();
+    let served = content.clone();
+    let web = Web::start(move |line, _| match line.ends_with("/f") {
+        true => ok(served.clone()).with("ETag", "\"1\"").with("Last-Modified", "Tue, 14 Nov 2023 22:13:20 GMT"),
+        false => ok("something else"),
+    });
+    let bench = Bench::new().await;
+    let [one, two, expired, signature, old] = ["user1.pub", "user2.pub", "expired.pub", "user1.sig", "expired.sig"].map(signed_fixture);
+    let merged = format!("{two}\n{one}");
+    let (checksum, bad) = (("http.checksum", &*good), Digest::of("other").to_string());
+    let needs_both = "http signature verification requires both pubkey and signature";
+    for (path, keys, signature, more, why) in [
+        ("f", &*one, &*signature, &[][..], ""),
+        ("f", &merged, &signature, &[], ""),
+        ("f", &one, &signature, &[checksum], ""),
+        ("f", &one, &signature, &[("http.checksum", &*bad)], "digest mismatch"),
+        ("f", &expired, &old, &[], ""),
+        ("f", &two, &signature, &[], "failed to verify pgp signature: signature by "),
+        ("f", &two, &signature, &[checksum], "signature made by unknown entity"),
+        ("other", &one, &signature, &[], "one of them was changed"),
+        ("f", &one, "", &[], needs_both),
+        ("f", "", &signature, &[], needs_both),
+        ("f", &one, "no signature", &[], "failed to decode armored signature"),
+        ("f", "no key", &signature, &[], "failed to read armored public key"),
+        ("f", &one, &signature, &[("http.sig.other", "x")], "http.sig.other"),
+    ] {
+        let attrs = [&[("http.sig.pubkey", keys), ("http.sig.signature", signature)], more].concat();
+        let wrong = wrong_with(&bench, &spec(format!("http://{}/{path}", web.host), &attrs)).await;
+        assert!(wrong.contains(why) && wrong.is_empty() == why.is_empty(), "{path} {more:?}: {wrong:?} is not {why:?}");
+    }
+    let attrs = [("http.sig.pubkey", &*one), ("http.sig.signature", &*signature)];
+    let [signed, plain] = [&attrs[..], &[]].map(|attrs| spec(format!("http://{}/f", web.host), attrs));
+    let pin = bench.sources.pin(&signed, &cx()).await.unwrap();
+    assert_eq!(bench.sources.pin(&plain, &cx()).await.unwrap().keys, pin.keys, "signed or not, it is the same file");
+    let state = bench.sources.fetch(&signed, &pin, &cx()).await.unwrap();
+    assert_eq!(std::fs::read(state.mount().await.unwrap().path().join("f")).unwrap(), content);
+}

@@ -1,6 +1,9 @@
 //! A git source's identifier and attributes (rows `src.git.*`).
 
-use super::bundle::{self, Bundle};
+use super::{
+    bundle::{self, Bundle},
+    signed::WantSigned,
+};
 use crate::{
     SourceSpec, keys,
     login::{Login, split_login},
@@ -38,6 +41,8 @@ pub(crate) struct GitSpec {
     pub bundle: Option<Bundle>,
     /// Make a bundle and no files.
     pub as_bundle: bool,
+    /// Whose signature the commit or tag must have.
+    pub signed: Option<WantSigned>,
 }
 
 impl GitSpec {
@@ -67,8 +72,11 @@ impl GitSpec {
                 "git.fetchbycommit" => git.by_commit = yes,
                 "git.bundle" => git.bundle = Some(Bundle::parse(value, spec)?),
                 "git.checkoutbundle" => git.as_bundle = yes,
-                k if k.starts_with("git.sig.") => return Err(Fault::unimplemented("verifying the signature of a git commit")),
-                _ => {}
+                k => {
+                    if let Some(what) = k.strip_prefix("git.sig.") {
+                        git.signed.get_or_insert_default().take(what, value)?;
+                    }
+                }
             }
         }
         if git.reference.starts_with('-') || git.reference.chars().any(char::is_control) {
@@ -82,6 +90,7 @@ impl GitSpec {
             return Err(Fault::invalid("git.fetchbycommit needs a whole commit in git.checksum"));
         }
         git.check_bundles()?;
+        git.signed.as_ref().map_or(Ok(()), WantSigned::check)?;
         Ok(git)
     }
 
@@ -180,6 +189,7 @@ fn clean(path: &str) -> String {
 mod tests {
     use super::*;
     use shipway_oci::Platform;
+    use shipway_signing::Validity;
 
     fn parse(locator: &str, attrs: &[(&str, &str)]) -> Result<GitSpec> {
         let attrs = attrs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
@@ -220,6 +230,21 @@ mod tests {
         }
         assert!(parse("h/a", &[("git.fetchbycommit", "true"), ("git.checksum", "abc")]).is_err());
         assert!(parse("h/a", &[("git.checksum", "xyz")]).is_err());
+    }
+
+    #[test]
+    fn signatures_are_wanted_with_a_key() {
+        let parsed = |attrs: &[(&str, &str)]| parse("h/a#v1", attrs).map(|git| git.signed);
+        assert_eq!(parsed(&[]).unwrap(), None);
+        let want = parsed(&[("git.sig.pubkey", "k"), ("git.sig.rejectexpired", "true"), ("git.sig.requiresignedtag", "true")]).unwrap();
+        let expected = WantSigned { keys: "k".into(), validity: Validity::Now, require_tag: true, ignore_tag: false };
+        assert_eq!(want, Some(expected.clone()));
+        let want = parsed(&[("git.sig.pubkey", "k"), ("git.sig.rejectexpired", "false"), ("git.sig.ignoresignedtag", "true")]).unwrap();
+        assert_eq!(want, Some(WantSigned { validity: Validity::AtSigning, require_tag: false, ignore_tag: true, ..expected }));
+        for (attr, why) in [("git.sig.requiresignedtag", "needs git.sig.pubkey"), ("git.sig.pubkeys", "git.sig.pubkeys")] {
+            let fault = parsed(&[(attr, "true")]).unwrap_err();
+            assert!(fault.to_string().contains(why), "{fault}");
+        }
     }
 
     #[test]

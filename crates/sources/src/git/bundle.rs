@@ -65,9 +65,8 @@ impl Repo<'_> {
             .ok_or_else(|| Fault::not_found(format!("git bundle {} does not contain ref {reference}", bundle.0.name)))
     }
 
-    /// Brings `tip` into the repository out of the bundle.
-    pub(super) async fn unbundle(&self, tip: &Tip, bundle: &Bundle, peers: &dyn Peers, registry: &Registry) -> Result<()> {
-        let sha = self.needed(tip);
+    /// Brings the object `sha` into the repository out of the bundle.
+    pub(super) async fn unbundle(&self, sha: &str, bundle: &Bundle, peers: &dyn Peers, registry: &Registry) -> Result<()> {
         if !self.has(sha).await {
             self.listed(bundle, peers, registry).await?;
         }

@@ -6,7 +6,7 @@ use super::{
     tree,
 };
 use bytes::Bytes;
-use shipway_fault::{Context, Fault, Result};
+use shipway_fault::{Class, Code, Context, Fault, Result};
 use std::path::{Path, PathBuf};
 
 /// What a reference leads to at the remote.
@@ -73,6 +73,19 @@ pub(super) fn pick(answer: &str, reference: &str) -> Option<Tip> {
     }
     let commit = name.starts_with("refs/tags/").then(|| find(&format!("{name}^{{}}"))).flatten().filter(|c| is_commit(c));
     Some(Tip { sha, reference: name, commit })
+}
+
+/// An object by its name.
+pub(crate) struct Object {
+    pub name: String,
+    pub text: Bytes,
+}
+
+/// What a reference leads to, as git has it.
+pub(crate) struct Objects {
+    pub commit: Object,
+    /// The annotated tag that leads to the commit, if there is one.
+    pub tag: Option<Object>,
 }
 
 /// A bare repository on disk.
@@ -203,9 +216,28 @@ impl Repo<'_> {
         }
     }
 
-    /// The text of an object.
-    pub(crate) async fn object(&self, kind: &str, sha: &str) -> Result<Bytes> {
-        self.here().bytes(None, &["cat-file", kind, sha]).await.map(Bytes::from)
+    /// The objects of `tip`, which are in the repository.
+    pub(super) async fn objects(&self, tip: &Tip) -> Result<Objects> {
+        let git = self.here();
+        // A name says nothing of the kind.
+        let kind = git.run(None, &["cat-file", "-t", &tip.sha]).await?;
+        let commit = git.run(None, &["rev-parse", "--verify", &format!("{}^{{commit}}", tip.sha)]).await?.trim().to_owned();
+        // What the remote says of a tag is not what the tag says, and that alone is signed.
+        if let Some(said) = tip.commit.as_ref().filter(|said| **said != commit) {
+            let what = format!("{} says that {} leads to commit {said}, but it leads to {commit}", self.spec.shown(), tip.reference);
+            return Err(Fault::new(Code::FailedPrecondition, what).with_class(Class::User).hint("do not trust the server"));
+        }
+        let tag = match kind.trim() {
+            "commit" => None,
+            "tag" => Some(self.object("tag", &tip.sha).await?),
+            other => return Err(Fault::invalid(format!("expected commit or tag object, got {other}"))),
+        };
+        Ok(Objects { commit: self.object("commit", &commit).await?, tag })
+    }
+
+    async fn object(&self, kind: &str, name: &str) -> Result<Object> {
+        let text = self.here().bytes(None, &["cat-file", kind, name]).await.map(Bytes::from)?;
+        Ok(Object { name: name.to_owned(), text })
     }
 
     /// What is needed of `tip`: its commit, where the tag itself leaves no trace. A tag that has moved on is then no obstacle.

@@ -45,6 +45,15 @@ pub(crate) struct HttpSpec {
     pub auth_secret: String,
     /// Headers of the user's, sorted; only a few may be set.
     pub headers: Vec<(String, String)>,
+    /// What the file must be signed with.
+    pub signed: Option<Signed>,
+}
+
+/// A detached signature of the file, and the keys that may have made it (row `src.http.sig`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Signed {
+    pub keys: String,
+    pub signature: String,
 }
 
 #[derive(Serialize)]
@@ -63,7 +72,8 @@ struct RequestKey<'a> {
 impl HttpSpec {
     pub(crate) fn parse(spec: &SourceSpec) -> Result<Self> {
         let (uri, login) = super::address(&spec.identifier)?;
-        let mut http = Self { uri, login, checksum: None, shape: Shape::default(), auth_secret: String::new(), headers: Vec::new() };
+        let mut http =
+            Self { uri, login, checksum: None, shape: Shape::default(), auth_secret: String::new(), headers: Vec::new(), signed: None };
         for (key, value) in &spec.attrs {
             if http.shape.take(key, value)? {
                 continue;
@@ -71,7 +81,10 @@ impl HttpSpec {
             match key.as_str() {
                 "http.checksum" => http.checksum = Some(value.parse().map_err(|e| Fault::invalid(format!("{key}: {e}")))?),
                 "http.authheadersecret" => http.auth_secret.clone_from(value),
-                k if k.starts_with("http.sig.") => return Err(Fault::unimplemented("verifying the signature of a downloaded file")),
+                "http.sig.pubkey" => http.signed.get_or_insert_default().keys.clone_from(value),
+                "http.sig.signature" => http.signed.get_or_insert_default().signature.clone_from(value),
+                // It may ask for more than what is known here, and must not be passed over.
+                k if k.starts_with("http.sig.") => return Err(Fault::unimplemented(format!("the attribute {k} of an http source"))),
                 k => {
                     if let Some(name) = k.strip_prefix("http.header.").map(str::to_lowercase)
                         && matches!(name.as_str(), "accept" | "user-agent")
@@ -82,6 +95,13 @@ impl HttpSpec {
             }
         }
         http.headers.sort();
+        // Empty ones are as good as none, but only together: somebody meant to verify something.
+        http.signed = http.signed.filter(|s| !s.keys.is_empty() || !s.signature.is_empty());
+        if http.signed.as_ref().is_some_and(|s| s.keys.is_empty() || s.signature.is_empty()) {
+            return Err(Fault::invalid("http signature verification requires both pubkey and signature").hint(
+                "give armored PGP keys as http.sig.pubkey and the file's signature (gpg --armor --detach-sign) as http.sig.signature",
+            ));
+        }
         Ok(http)
     }
 
