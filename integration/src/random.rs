@@ -34,6 +34,11 @@ impl Random {
         usize::try_from(self.bits() % n as u64).unwrap()
     }
 
+    /// True in one of `n` cases; `n` is not 0.
+    pub fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+
     /// True in `percent` of 100 cases.
     pub fn chance(&mut self, percent: usize) -> bool {
         self.below(100) < percent

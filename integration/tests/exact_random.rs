@@ -10,7 +10,7 @@ use rustix::{
 };
 use shipway_containerd::Containerd;
 use shipway_fault::Result;
-use shipway_integration::on_each;
+use shipway_integration::{on_each, random::Random};
 use shipway_oci::{Descriptor, Digest};
 use shipway_progress::Reporter;
 use shipway_refs::{Compression, CompressionKind, ImmutableRef, LayerSource, LazyLayer, RecordType, RefStore};
@@ -35,52 +35,29 @@ const SECONDS: u64 = 4;
 /// Steps on one another.
 const STEPS: usize = 4;
 /// Changes in one step.
-const CHANGES: u64 = 12;
+const CHANGES: usize = 12;
 
-/// SplitMix64.
-struct Random(u64);
+/// A time of a file: usual ones, few enough to meet again, and odd ones.
+fn time(random: &mut Random) -> Timespec {
+    let tv_sec = match random.below(20) {
+        0 => -5,
+        1 => 1 << 34,
+        2 => 0,
+        _ => 1_000_000_000 + random.below(5) as i64,
+    };
+    Timespec { tv_sec, tv_nsec: *random.pick(&[0, 0, 1, 999_999_999]) }
+}
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-
-    fn of<T: Clone>(&mut self, all: &[T]) -> T {
-        all[self.below(all.len() as u64) as usize].clone()
-    }
-
-    fn time(&mut self) -> Timespec {
-        let tv_sec = match self.below(20) {
-            0 => -5,
-            1 => 1 << 34,
-            2 => 0,
-            _ => 1_000_000_000 + self.below(5) as i64,
-        };
-        Timespec { tv_sec, tv_nsec: self.of(&[0, 0, 1, 999_999_999]) }
-    }
-
-    fn name(&mut self, strange: bool) -> Vec<u8> {
-        match self.below(14) {
-            0 => b"caf\xc3\xa9".to_vec(),
-            1 => b"\xff\xfe".to_vec(),
-            2 => vec![b'n'; 120],
-            3 => b"new\nline".to_vec(),
-            4 => b"a b".to_vec(),
-            5 if strange => b".wh.b".to_vec(),
-            n => vec![b'a' + n as u8],
-        }
+/// A name of a file; a `strange` one may look like a whiteout.
+fn name(random: &mut Random, strange: bool) -> Vec<u8> {
+    match random.below(14) {
+        0 => b"caf\xc3\xa9".to_vec(),
+        1 => b"\xff\xfe".to_vec(),
+        2 => vec![b'n'; 120],
+        3 => b"new\nline".to_vec(),
+        4 => b"a b".to_vec(),
+        5 if strange => b".wh.b".to_vec(),
+        n => vec![b'a' + n as u8],
     }
 }
 
@@ -104,7 +81,7 @@ fn attribute(random: &mut Random, strange: bool) -> (&'static str, Vec<u8>) {
         3 | 4 => ("security.capability", CAPABILITY.to_vec()),
         5 => ("user.empty", Vec::new()),
         6 => ("user.lines", b"one\ntwo\0three=".to_vec()),
-        7 => ("user.a", vec![random.below(256) as u8; random.below(300) as usize]),
+        7 => ("user.a", vec![random.below(256) as u8; random.below(300)]),
         8 => ("trusted.mine", b"1".to_vec()),
         9 => ("user.overlay.opaque", b"y".to_vec()),
         10 => ("user.a=b", b"1".to_vec()),
@@ -138,8 +115,8 @@ fn change(root: &Path, random: &mut Random, strange: bool) -> std::io::Result<()
     let all = paths(root);
     let mut dirs: Vec<PathBuf> = all.iter().filter(|p| p.symlink_metadata().unwrap().is_dir()).cloned().collect();
     dirs.push(root.to_owned());
-    let new = random.of(&dirs).join(OsStr::from_bytes(&random.name(strange)));
-    let old = if all.is_empty() { new.clone() } else { random.of(&all) };
+    let new = random.pick(&dirs).join(OsStr::from_bytes(&name(random, strange)));
+    let old = if all.is_empty() { new.clone() } else { random.pick(&all).clone() };
     let touch = |path: &Path, time: Timespec| {
         let times = Timestamps { last_access: time, last_modification: time };
         rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW)
@@ -150,22 +127,22 @@ fn change(root: &Path, random: &mut Random, strange: bool) -> std::io::Result<()
     }
     match random.below(if strange { 20 } else { 17 }) {
         0..3 => {
-            fs::write(&new, vec![random.below(256) as u8; random.below(3000) as usize])?;
-            fs::set_permissions(&new, fs::Permissions::from_mode(random.of(&[0o644, 0o600, 0o4755, 0o2711, 0o0])))?;
-            touch(&new, random.time())?;
+            fs::write(&new, vec![random.below(256) as u8; random.below(3000)])?;
+            fs::set_permissions(&new, fs::Permissions::from_mode(*random.pick(&[0o644, 0o600, 0o4755, 0o2711, 0o0])))?;
+            touch(&new, time(random))?;
         }
         3 | 4 => {
             fs::create_dir(&new)?;
-            fs::set_permissions(&new, fs::Permissions::from_mode(random.of(&[0o755, 0o1777, 0o2775, 0o700])))?;
+            fs::set_permissions(&new, fs::Permissions::from_mode(*random.pick(&[0o755, 0o1777, 0o2775, 0o700])))?;
         }
         5 => {
-            symlink(random.of(&["a", "/b", "../c", &"x".repeat(150)]), &new)?;
+            symlink(random.pick(&["a", "/b", "../c", &"x".repeat(150)]), &new)?;
             lchown(&new, Some(random.below(3) as u32), None)?;
-            touch(&new, random.time())?;
+            touch(&new, time(random))?;
         }
         6 => {
             let (kind, device) =
-                random.of(&[(FileType::Fifo, 0), (FileType::CharacterDevice, makedev(1, 3)), (FileType::BlockDevice, makedev(7, 300))]);
+                *random.pick(&[(FileType::Fifo, 0), (FileType::CharacterDevice, makedev(1, 3)), (FileType::BlockDevice, makedev(7, 300))]);
             mknodat(CWD, &new, kind, Mode::from_raw_mode(0o620), device)?;
         }
         7 => fs::hard_link(&old, &new)?,
@@ -178,10 +155,10 @@ fn change(root: &Path, random: &mut Random, strange: bool) -> std::io::Result<()
             fs::write(old.join("b"), "b")?;
         }
         11 => {
-            lchown(&old, Some(random.of(&[0, 1000, 3_000_000])), Some(random.of(&[0, 5])))?;
-            fs::set_permissions(&old, fs::Permissions::from_mode(random.of(&[0o644, 0o755, 0o4755])))?;
+            lchown(&old, Some(*random.pick(&[0, 1000, 3_000_000])), Some(*random.pick(&[0, 5])))?;
+            fs::set_permissions(&old, fs::Permissions::from_mode(*random.pick(&[0o644, 0o755, 0o4755])))?;
         }
-        12 => touch(&old, random.time())?,
+        12 => touch(&old, time(random))?,
         13 => {
             // Written again, and seemingly what it was.
             let meta = old.symlink_metadata()?;
@@ -310,7 +287,7 @@ struct Tally {
 
 /// States of one seed, on one another.
 async fn one_run(seed: u64, states: &RefStore, others: &RefStore, what: &str, tally: &mut Tally) {
-    let random = &mut Random(seed);
+    let random = &mut Random::new(seed);
     let strange = random.one_in(2);
     let mut state: Option<ImmutableRef> = None;
     for step in 0..STEPS {
@@ -362,6 +339,7 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
+#[track_caller]
 fn on_snapshotter(snapshotter: &'static str) {
     let first = number("SHIPWAY_SEED");
     let time = Duration::from_secs(number("SHIPWAY_RANDOM_SECONDS").unwrap_or(SECONDS));
