@@ -46,24 +46,9 @@ fn failed(error: Error) -> Fault {
     Fault::internal(format!("make a certificate for the proxy network: {error}"))
 }
 
-/// The trust store of this machine. A certificate that does not parse is passed over.
-fn native_roots() -> RootCertStore {
-    let mut store = RootCertStore::empty();
-    let found = rustls_native_certs::load_native_certs();
-    for error in &found.errors {
-        tracing::warn!(%error, "a part of the machine's trust store cannot be read");
-    }
-    store.add_parsable_certificates(found.certs);
-    store
-}
-
 impl Authority {
-    /// A new authority. Reads the machine's trust store: call it where blocking is allowed.
-    pub fn new() -> Result<Self> {
-        Self::with_roots(native_roots())
-    }
-
-    pub(crate) fn with_roots(roots: RootCertStore) -> Result<Self> {
+    /// A new authority. `roots` are who is believed in the outside.
+    pub fn new(roots: RootCertStore) -> Result<Self> {
         let now = SystemTime::now();
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, "BuildKit exec proxy");
@@ -154,7 +139,7 @@ mod tests {
 
     #[test]
     fn only_so_many_certificates_are_kept() {
-        let authority = Authority::with_roots(RootCertStore::empty()).unwrap();
+        let authority = Authority::new(RootCertStore::empty()).unwrap();
         let first = authority.server("0.example").unwrap();
         assert!(Arc::ptr_eq(&first, &authority.server("0.example").unwrap()));
         for n in 1..=MAX_LEAVES {

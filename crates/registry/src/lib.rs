@@ -34,6 +34,7 @@ pub use credentials::{Anonymous, CredentialSource, Credentials, Given, Token};
 pub use error::{Error, Kind};
 pub use push::{BodyStream, Pushed};
 pub use repository::{Mode, Registry, Repository};
+pub use tls::native_roots;
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -47,8 +47,8 @@ impl Stamp {
     }
 }
 
-/// The machine's trust store, read once. A certificate that does not parse is passed over, as others do.
-fn native_roots() -> &'static RootCertStore {
+/// The machine's trust store, read once: call it first where blocking is allowed. A certificate that does not parse is passed over, as others do.
+pub fn native_roots() -> &'static RootCertStore {
     static ROOTS: OnceLock<RootCertStore> = OnceLock::new();
     ROOTS.get_or_init(|| {
         let mut store = RootCertStore::empty();

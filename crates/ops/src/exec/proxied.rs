@@ -36,7 +36,7 @@ impl Services {
     /// A proxy that asks the builds of `jobs` and notes in `capture`.
     pub(crate) async fn proxy(&self, jobs: Arc<dyn Fn() -> Vec<JobData> + Send + Sync>, capture: Capture) -> Result<Proxied> {
         let make = || async {
-            let made = tokio::task::spawn_blocking(Authority::new).await;
+            let made = tokio::task::spawn_blocking(|| Authority::new(shipway_registry::native_roots().clone())).await;
             made.map_err(|e| Fault::internal(format!("make the certificate of the proxy network: {e}")))?.map(Arc::new)
         };
         let authority = self.authority.get_or_try_init(make).await?.clone();
