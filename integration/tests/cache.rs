@@ -291,8 +291,7 @@ fn a_cache_that_is_late_is_waited_for_and_one_that_never_comes_is_not_missed() {
     let cache = |host: &str| format!("{},mode=max", registry_cache(host));
     lab.shipway(["build", "--output", "type=cacheonly", "--cache-to", &cache(&lab.registry()), &*context.to_string_lossy()]).ok();
     for (name, registry) in &faults {
-        // A client that drives the build itself is not made to wait for that (first trap of the
-        // reference).
+        // A client that drives the build itself is not made to wait for that (row `top.1`).
         let from = registry_cache(&registry.address());
         let all = ["build", "--progress", "plain", "--cache-from", &from, &*context.to_string_lossy()];
         remove_everything(&lab);

@@ -157,7 +157,7 @@ impl LayerTree {
         Self { settled: true, ..self }
     }
 
-    /// The same with one time for all entries (row `ex.tar.sde`).
+    /// The same with one time for all entries (row `ex.fs.sde`).
     #[must_use]
     pub fn at(self, time: Option<i64>) -> Self {
         Self { time, ..self }

@@ -1,4 +1,4 @@
-//! Records of past and running builds (rows `ctl.history.*`).
+//! Records of past and running builds (rows `ctl.hist.*`).
 
 use std::collections::BTreeMap;
 

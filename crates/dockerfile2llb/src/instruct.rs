@@ -1,4 +1,4 @@
-//! The instructions of a stage, one after the other (section 4.1); RUN, COPY/ADD and EXPOSE have modules of their own.
+//! The instructions of a stage, one after the other (rows `df.*`); RUN, COPY/ADD and EXPOSE have modules of their own.
 
 use crate::{
     convert::{Plan, Reach},

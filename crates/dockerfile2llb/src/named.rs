@@ -1,4 +1,4 @@
-//! Named contexts: `context:<name>` options that replace stages, images and sources (section 4.5).
+//! Named contexts: `context:<name>` options that replace stages, images and sources (rows `dfc.*`).
 
 use crate::{
     failure::{Failure, Result},

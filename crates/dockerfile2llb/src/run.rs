@@ -212,7 +212,7 @@ pub fn with_platform(options: VertexOptions, stage: &Stage) -> VertexOptions {
     }
 }
 
-/// Rows `df.run.mount.secret`, `df.run.mount.secretenv`.
+/// A `--mount=type=secret` as a file, a variable or both (rows `df.run.mount.secret`, `df.run.mount.secretenv`).
 fn secret(mount: &Mount) -> Result<SecretDraft> {
     let base = |path: &str| paths::clean(path).rsplit('/').next().filter(|b| !b.is_empty()).unwrap_or("/").to_owned();
     let id = match (mount.source.as_str(), mount.id.as_str(), mount.target.as_str()) {
@@ -237,7 +237,7 @@ fn secret(mount: &Mount) -> Result<SecretDraft> {
     })
 }
 
-/// Row `df.run.mount.ssh`.
+/// A `--mount=type=ssh` (row `df.run.mount.ssh`).
 fn ssh(mount: &Mount) -> Result<SshDraft> {
     if !mount.source.is_empty() {
         return Err(Failure::new("ssh does not support source"));

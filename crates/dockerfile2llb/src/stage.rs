@@ -63,7 +63,7 @@ pub struct Stage {
     pub last_healthcheck: Option<Lines>,
 }
 
-/// What a scanner sees besides the result (`BUILDKIT_SBOM_SCAN_*`, row `df.arg.sbom`).
+/// What a scanner sees besides the result (`BUILDKIT_SBOM_SCAN_*`, row `df.arg.scan`).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Scanned {
     /// The main context, if this is the target.

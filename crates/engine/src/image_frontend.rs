@@ -1,4 +1,4 @@
-//! Frontends out of images (rows `fe.gateway*`): the image's process speaks LLBBridge over its standard input and output.
+//! Frontends out of images (rows `gwctr.*`): the image's process speaks LLBBridge over its standard input and output.
 
 use crate::{
     bridge::{EngineBridge, SourceQuery},
@@ -129,7 +129,7 @@ impl FrontendImage {
         Ok(Self { name, config, state, platform })
     }
 
-    /// The frontend must know what it is asked for (row `fe.caps`).
+    /// The frontend must know what it is asked for (row `gwctr.caperr`).
     fn check_caps(&self, options: &Options, has_inputs: bool) -> Result<()> {
         let has = caps(self.config.config.labels.get("moby.buildkit.frontend.caps"));
         let inputs = has_inputs.then_some("moby.buildkit.frontend.inputs");

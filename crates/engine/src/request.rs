@@ -57,7 +57,7 @@ pub struct BuildRequest {
 /// How a build ended well.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BuildResponse {
-    /// Keys and values of all exporters and of the frontend (section 5.5 of the reference).
+    /// Keys and values of all exporters and of the frontend (rows `ex.resp.*`).
     pub exporter_response: BTreeMap<String, String>,
     /// What exporters wrote into the content store, by their index.
     pub written: BTreeMap<usize, Descriptor>,

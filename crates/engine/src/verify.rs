@@ -1,4 +1,4 @@
-//! Whether a result is for the platforms that were asked for; if not, that is worth a warning (row `so.verify`).
+//! Whether a result is for the platforms that were asked for; if not, that is worth a warning (row `ex.c.verify`).
 
 use crate::bridge::BuildScope;
 use shipway_exporters::ExportInput;
@@ -81,6 +81,7 @@ fn compare(requested: Option<&str>, host: &Platform, results: &[&Platform], is_m
 mod tests {
     use super::*;
 
+    #[track_caller]
     fn check(requested: Option<&str>, results: &[&str], is_map: bool, expected: &str) {
         let results: Vec<Platform> = results.iter().map(|r| r.parse().unwrap()).collect();
         let host = "linux/amd64".parse().unwrap();

@@ -1,4 +1,4 @@
-//! The `oci` and `docker` exporters: an image as one tar to the client (section 5.3 of the reference).
+//! The `oci` and `docker` exporters: an image as one tar to the client (rows `ex.oci.*`, `ex.docker`).
 
 use crate::{
     image::{self, ExportLease},

@@ -19,7 +19,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-/// Keys and values for the client (section 5.5 of the reference).
+/// Keys and values for the client (rows `ex.resp.*`).
 pub type Response = BTreeMap<String, String>;
 
 /// One platform's part of a result.

@@ -1,4 +1,4 @@
-//! The `local` and `tar` exporters: the result's files to the client (section 5.4 of the reference).
+//! The `local` and `tar` exporters: the result's files to the client (rows `ex.local*`, `ex.tar`, `ex.fs.*`).
 
 use crate::{
     options::{Attrs, Epoch},

@@ -1,4 +1,4 @@
-//! Containers that a frontend asks the engine for (rows `gw.container`, `gw.exec`).
+//! Containers that a frontend asks the engine for (rows `gw.ctr.*`, `gw.exec`).
 
 use crate::{BuildRef, FileStat};
 use async_trait::async_trait;

@@ -19,7 +19,7 @@ use std::{any::Any, collections::BTreeMap, sync::Arc};
 
 pub use sbom::{Scan, Scanner};
 
-/// Options of a frontend (`FrontendAttrs`, section 4.4).
+/// Options of a frontend (`FrontendAttrs`; rows `dfo.*`).
 pub type Options = BTreeMap<String, String>;
 
 /// A lazily solved filesystem state, as a frontend holds it. Nothing runs until it is read, evaluated or exported.
@@ -123,7 +123,7 @@ pub struct SolveRequest {
     pub cache_imports: Vec<CacheImport>,
 }
 
-/// A cache to import, by kind and attributes (row `gw.solve.cacheimports`).
+/// A cache to import, by kind and attributes (row `gw.solve`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CacheImport {
     /// `registry`, `local` or another one.

@@ -1,4 +1,4 @@
-//! Containers of a build, by the names that the client gives them (rows `gw.container`, `gw.exec.filesystem`).
+//! Containers of a build, by the names that the client gives them (rows `gw.ctr.*`, `gw.ctr.fs`).
 
 use crate::{build::GatewayBuild, convert, service::bounded_file};
 use shipway_fault::{Fault, Result};

@@ -1,4 +1,4 @@
-//! Names of source attributes (section 2.5).
+//! Names of source attributes (rows `src.*`).
 #![allow(missing_docs)]
 
 pub const IMAGE_RESOLVE_MODE: &str = "image.resolvemode";

@@ -24,17 +24,17 @@ pub struct Definition {
 /// What is known of an operation besides its bytes; not part of its digest.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct OpMetadata {
-    /// Row `llb.md.ignorecache`.
+    /// Whether it runs though the cache has a result (row `llb.md.ignorecache`).
     pub ignore_cache: bool,
-    /// Row `llb.md.desc`.
+    /// Free text by key; `llb.customname` is its name in progress (row `llb.md.desc`).
     pub description: BTreeMap<String, String>,
-    /// Row `llb.md.exportcache`.
+    /// Whether its result goes into exported caches; `None` leaves that to the export (row `llb.md.exportcache`).
     pub export_cache: Option<ExportCache>,
-    /// Row `llb.md.caps`.
+    /// Capabilities that it needs; one that is not known fails the load (row `llb.md.caps`).
     pub caps: BTreeSet<String>,
-    /// Row `llb.md.progress`.
+    /// Group that it is shown under (row `llb.md.progress`).
     pub progress_group: Option<ProgressGroup>,
-    /// Row `llb.md.res`.
+    /// Limits of memory and processors for a step; not part of the cache key (row `llb.md.res`).
     pub resources: Option<LinuxResources>,
 }
 
@@ -58,31 +58,40 @@ impl OpMetadata {
 
 /// Whether a vertex's result goes into exported caches, where the vertex says so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
 pub enum ExportCache {
+    /// It goes, also where only the build's result is exported.
     Yes,
+    /// It does not go.
     No,
 }
 
 /// A group that clients fold vertices into.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-#[allow(missing_docs)]
 pub struct ProgressGroup {
+    /// What the vertices of one group have in common.
     pub id: String,
+    /// Name of the group in progress.
     pub name: String,
+    /// Whether the vertex alone is no reason to show the group.
     pub weak: bool,
 }
 
 /// Limits of a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs)]
 pub struct LinuxResources {
+    /// Memory, in bytes.
     pub memory: i64,
+    /// Memory and swap together, in bytes; -1 for no limit.
     pub memory_swap: i64,
+    /// Weight among other processes that want the processors.
     pub cpu_shares: u64,
+    /// Length of a period of the scheduler, in microseconds.
     pub cpu_period: u64,
+    /// Processor time within a period, in microseconds.
     pub cpu_quota: i64,
+    /// Processors that may be used, such as `0-3,7`.
     pub cpuset_cpus: String,
+    /// Memory nodes that may be used, such as `0`.
     pub cpuset_mems: String,
 }
 

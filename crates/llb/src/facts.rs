@@ -30,7 +30,7 @@ pub struct ImageFacts {
     pub attestations: Option<Box<AttestationChain>>,
 }
 
-/// The documents by which a policy may check an image (row `gw.resolveimg.attest`).
+/// The documents by which a policy may check an image (row `gw.resolvesrc.img`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttestationChain {
     /// The index.

@@ -37,7 +37,7 @@ pub struct Vertex {
     pub inputs: Vec<Edge>,
     /// Where it runs: defaulted and normalised after digesting (row `llb.normplat`).
     pub platform: Platform,
-    /// Row `llb.constraints`.
+    /// Filters for workers, which nothing here looks at: there is one worker (row `llb.constraints`).
     pub constraints: Vec<String>,
     /// Its name in progress: the custom one, or by what it does (rows `llb.vname`, `llb.md.desc`).
     pub name: String,

@@ -1,4 +1,4 @@
-//! Containers that a frontend asks for (rows `gw.container`, `gw.exec`): mounts as an operation has them, and processes as somebody starts them.
+//! Containers that a frontend asks for (rows `gw.ctr.*`, `gw.exec`): mounts as an operation has them, and processes as somebody starts them.
 
 use crate::{
     JobData, Services,

@@ -35,7 +35,7 @@ impl Wishes {
                 state.limits.insert(vertex.digest, limits.clone());
             }
             let Op::Exec(exec) = &vertex.op else { continue };
-            // Row `exec.mnt.cache.reset`.
+            // A build without cache starts with empty cache mounts (row `exec.mnt.cache.reset`).
             for mount in exec.mounts.iter().filter(|_| vertex.metadata.ignore_cache) {
                 if let MountKind::Cache(cache) = &mount.kind {
                     state.empty.insert((id_of(mount, cache).to_owned(), mount.input.is_some()));

@@ -1,4 +1,4 @@
-//! States made of other states' layers (rows `llb.merge`, `llb.diff`). Only the list of layers is made here; files are copied
+//! States made of other states' layers (rows `op.merge`, `op.diff`). Only the list of layers is made here; files are copied
 //! when somebody needs the snapshot, and blobs are those of the original layers.
 
 use crate::{
@@ -16,7 +16,7 @@ use std::{
 };
 
 impl RefStore {
-    /// The layers of all `parts`, one on another (row `llb.merge`); no file is copied before somebody needs the snapshot.
+    /// The layers of all `parts`, one on another (row `op.merge`); no file is copied before somebody needs the snapshot.
     pub async fn merge(&self, parts: &[ImmutableRef], description: impl Into<String>) -> Result<ImmutableRef> {
         let mut whole = Vec::with_capacity(parts.len());
         for part in parts {
@@ -39,7 +39,7 @@ impl RefStore {
         Ok(self.0.assembled("merge", layers, whole.iter().map(|p| p.id().clone()).collect(), description.into()))
     }
 
-    /// What `upper` adds to `lower` (row `llb.diff`). Without `lower` it is all of `upper`.
+    /// What `upper` adds to `lower` (row `op.diff`). Without `lower` it is all of `upper`.
     pub async fn diff(
         &self,
         lower: Option<&ImmutableRef>,

@@ -19,7 +19,7 @@ use std::{
 };
 use tokio::sync::{Notify, OnceCell};
 
-/// What happens when a named state is wanted while somebody has it (row `exec.mount.cache.sharing`).
+/// What happens when a named state is wanted while somebody has it (row `exec.mnt.cache.share`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Sharing {
     /// Everybody uses the same one at once.

@@ -1,4 +1,4 @@
-//! Copies a layer's files under another stack (rows `llb.merge`, `llb.diff`): whiteouts as the overlay has them, and files that share
+//! Copies a layer's files under another stack (rows `op.merge`, `op.diff`): whiteouts as the overlay has them, and files that share
 //! their blocks where the file system has that. They are never other names of the layer's files: a count of links tells programs how many
 //! names a file has in what they see.
 

@@ -1,4 +1,4 @@
-//! Build caches outside this machine (section 7 of the reference): in a registry, in a client's directory, or inside an image's config.
+//! Build caches outside this machine (rows `rc.*`): in a registry, in a client's directory, or inside an image's config.
 //!
 //! A cache is a manifest whose layers are those of the results and whose config is a `format::CacheConfig`: which result has which layers, and which
 //! results it was made from. [`CacheIndex`] is the solver's store, the local index. An [`Import`]

@@ -42,7 +42,7 @@ impl CacheRequest {
         format!("{}:{number}", self.kind)
     }
 
-    /// Whether a failure to export fails nothing (row `rc.ignoreerr`).
+    /// Whether a failure to export fails nothing (row `rc.ignore`).
     pub fn ignores_errors(&self) -> bool {
         matches!(self.flag("ignore-error"), Ok(Some(true)))
     }

@@ -33,7 +33,7 @@ fn mode() -> std::fs::Permissions {
     std::os::unix::fs::PermissionsExt::from_mode(0o666)
 }
 
-/// What exporters answered, as the metadata file has it: values that are JSON objects in base64 as objects (row `cli.metadata`).
+/// What exporters answered, as the metadata file has it: values that are JSON objects in base64 as objects (row `ct.b.meta`).
 pub(crate) fn metadata(response: &BTreeMap<String, String>) -> String {
     let decode = |text: &String| {
         let data = STANDARD.decode(text).ok()?;

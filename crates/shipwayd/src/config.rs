@@ -1,4 +1,4 @@
-//! The daemon's configuration: one TOML file with buildkitd's keys (section 9 of the reference), strict where buildkitd is not: an unknown key is
+//! The daemon's configuration: one TOML file with buildkitd's keys (rows `toml.*`), strict where buildkitd is not: an unknown key is
 //! an error that names the nearest known one.
 
 mod oci;

@@ -1,4 +1,4 @@
-//! The command line: buildkitd's flags (section 10 of the reference) for what exists, with the defaults of the name we were called by.
+//! The command line: buildkitd's flags (rows `fl.*`) for what exists, with the defaults of the name we were called by.
 
 mod absent;
 mod oci;

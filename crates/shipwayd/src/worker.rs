@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 pub use platforms::Platforms;
 
-/// Version of BuildKit's API that we implement; clients compare it (section 1.5 of the client notes).
+/// Version of BuildKit's API that we implement; clients compare it (row `bx.version-semver`).
 pub const API_VERSION: &str = "v0.31.0";
 
 /// What `--version`, Info and worker records say.

@@ -26,7 +26,7 @@ use std::{any::Any, collections::BTreeMap, path::PathBuf, sync::Arc};
 pub struct SourceSpec {
     /// Identifier with scheme.
     pub identifier: String,
-    /// Attributes (section 2.5 of the reference).
+    /// Attributes (rows `src.*`).
     pub attrs: BTreeMap<String, String>,
     /// Platform wanted, normalised.
     pub platform: Platform,

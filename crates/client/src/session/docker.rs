@@ -1,4 +1,4 @@
-//! Credentials in Docker's configuration: plain, in a store, or with a helper per registry (row `cb.auth.creds`).
+//! Credentials in Docker's configuration: plain, in a store, or with a helper per registry (row `cb.auth.cred`).
 
 use std::{
     collections::BTreeMap,

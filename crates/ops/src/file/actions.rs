@@ -14,7 +14,7 @@ use shipway_fault::{Fault, Result};
 use shipway_llb::{FileMkdir, FileMkfile, FileRm, FileSymlink};
 use std::{fs::File, io::Write};
 
-/// Row `file.mkdir`.
+/// Makes a directory, and with `make_parents` those above it; one that is there stays as it is (row `file.mkdir`).
 pub(super) fn mkdir(root: &Root, a: &FileMkdir, owner: Option<Ids>) -> Result<()> {
     let (path, mode) = (RootPath::from(&*a.path), a.mode & 0o777);
     if a.make_parents {
@@ -32,7 +32,7 @@ pub(super) fn mkdir(root: &Root, a: &FileMkdir, owner: Option<Ids>) -> Result<()
     make().map_err(|e| fault("mkdir", &real, e))
 }
 
-/// Row `file.mkfile`: an existing file is overwritten, through a link if it is one, and keeps its permissions.
+/// Writes a file. One that is there is overwritten, through a link if it is one, and keeps its permissions (row `file.mkfile`).
 pub(super) fn mkfile(root: &Root, a: &FileMkfile, owner: Option<Ids>) -> Result<()> {
     let mode = a.mode & 0o777;
     let real = root.real(&a.path.as_str().into())?;
@@ -62,7 +62,7 @@ pub(super) fn mkfile(root: &Root, a: &FileMkfile, owner: Option<Ids>) -> Result<
     write().map_err(|e| fault("open", &real, e))
 }
 
-/// Row `file.symlink`.
+/// Makes a symbolic link, which must not be there yet (row `file.symlink`).
 pub(super) fn symlink(root: &Root, a: &FileSymlink, owner: Option<Ids>) -> Result<()> {
     let real = root.real(&a.newpath.as_str().into())?;
     let make = || {
@@ -73,7 +73,7 @@ pub(super) fn symlink(root: &Root, a: &FileSymlink, owner: Option<Ids>) -> Resul
     make().map_err(|e| fault(&format!("symlink {}", a.oldpath), &real, e))
 }
 
-/// Row `file.rm`. No link is followed, neither at the end of a path nor where wildcards begin.
+/// Removes files and directories. No link is followed, neither at the end of a path nor where wildcards begin (row `file.rm`).
 pub(super) fn rm(root: &Root, a: &FileRm) -> Result<()> {
     if !a.allow_wildcard {
         return rm_one(root, &a.path.as_str().into(), a.allow_not_found);

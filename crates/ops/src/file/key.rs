@@ -234,8 +234,8 @@ fn nothing(selectors: &[ContentSelector]) -> Result<Digest> {
     }
 }
 
-/// Row `file.copy.patterns`: paths that must be there and selected. They are written from the root; links below the selected
-/// directory lead nowhere, because no walk enters them.
+/// Fails if a required path is not there or not selected (row `file.copy.patterns`). They are written from the root; links below the
+/// selected directory lead nowhere, because no walk enters them.
 async fn require(state: &ImmutableRef, selector: &ContentSelector) -> Result<()> {
     if selector.required.is_empty() {
         return Ok(());

@@ -21,7 +21,7 @@ pub(crate) struct Tip {
 }
 
 impl Tip {
-    /// Whether it is what the user expects (row `src.git.checksum`).
+    /// Whether it is what the user expects (row `src.git.sum`).
     pub(crate) fn check(&self, spec: &GitSpec) -> Result<()> {
         if self.sha.starts_with(&spec.checksum) || self.commit.as_ref().is_some_and(|c| c.starts_with(&spec.checksum)) {
             return Ok(());

@@ -1,4 +1,4 @@
-//! What is said of an image, and who signed that (row `gw.resolveimg.attest`): for clients whose policies check it.
+//! What is said of an image, and who signed that (row `gw.resolvesrc.img`): for clients whose policies check it.
 
 use super::{
     resolve::{Documents, Kind, parse},
