@@ -1,4 +1,4 @@
-//! How a layer's bytes are compressed (rows `exp.compression*`).
+//! How a layer's bytes are compressed (rows `cmp.*`).
 
 use shipway_fault::{Fault, Result};
 use shipway_oci::media;
@@ -97,5 +97,19 @@ mod tests {
             }
         }
         assert_eq!(force("yes").unwrap_err().to_string(), "non-bool value yes specified for force-compression");
+    }
+
+    #[test]
+    fn levels_are_numbers_and_kinds_have_names() {
+        let level = |text| Compression::parse(Some("zstd"), text, None).map(|c| (c.kind, c.level));
+        for (text, want) in [(None, None), (Some(""), None), (Some("19"), Some(19)), (Some("-1"), Some(-1))] {
+            assert_eq!(level(text).unwrap(), (CompressionKind::Zstd, want), "{text:?}");
+        }
+        assert_eq!(level(Some("best")).unwrap_err().to_string(), "compression-level \"best\" is not a number");
+        let kind = |text| Compression::parse(Some(text), None, None).map(|c| c.kind).map_err(|f| f.to_string());
+        assert_eq!((kind(""), kind("uncompressed")), (Ok(CompressionKind::Gzip), Ok(CompressionKind::Uncompressed)));
+        for (text, why) in [("estargz", "compression=estargz"), ("nydus", "unsupported layer compression type \"nydus\"")] {
+            assert!(kind(text).unwrap_err().contains(why), "{text}");
+        }
     }
 }

@@ -148,6 +148,17 @@ mod tests {
     }
 
     #[test]
+    fn what_only_images_carry_is_left_out_elsewhere() {
+        let of = |path: &str, inline: Option<&str>| Attestation {
+            path: path.into(),
+            metadata: inline.map(|v| (keys::INLINE_ONLY.to_owned(), v.as_bytes().to_vec())).into_iter().collect(),
+            ..Attestation::<()>::default()
+        };
+        let rest = filter_inline(vec![of("a", None), of("b", Some("true")), of("c", Some("false"))]);
+        assert_eq!(rest.iter().map(|a| a.path.as_str()).collect::<Vec<_>>(), ["a", "c"]);
+    }
+
+    #[test]
     fn scans_of_the_result_come_first() {
         let scan = |path: &str| Attestation {
             path: path.into(),

@@ -1,4 +1,4 @@
-//! The frontend's options (section 4.4), read once.
+//! The frontend's options (rows `dfo.*`), read once.
 
 use crate::failure::{Failure, Result};
 use shipway_attest::{AttestOptions, SbomOptions};
@@ -344,6 +344,8 @@ mod tests {
             ("multi-platform", "x", "invalid boolean value for multi-platform: x"),
             ("memory", "0", "failed to parse resource limits: invalid memory value: 0: must be > 0"),
             ("attest:sbom", "generator=", "sbom generator cannot be empty"),
+            ("override-copy-image", "x", "support for \"override-copy-image\" was removed"),
+            ("build-arg:BUILDKIT_DISABLE_FILEOP", "1", "support for \"BUILDKIT_DISABLE_FILEOP\" build-arg was removed"),
         ] {
             let error = parse(&[(key, value)]).expect_err(key);
             assert!(error.contains(want), "{error:?} lacks {want:?}");

@@ -1,6 +1,6 @@
-//! A build's caches: imported while it solves, exported after it (section 7 of the reference).
+//! A build's caches: imported while it solves, exported after it (rows `rc.*`).
 
-use crate::{bridge::BuildScope, engine::EngineInner};
+use crate::{bridge::BuildScope, engine::EngineInner, export::vertex_digest};
 use shipway_exporters::{ExportInput, Exporter, Response};
 use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_oci::Digest;
@@ -137,7 +137,7 @@ pub(crate) async fn export_all(scope: &BuildScope, requests: &[CacheRequest], in
 
 async fn export_one(scope: &BuildScope, index: usize, request: &CacheRequest, input: &ExportInput) -> Result<Response> {
     let backend = scope.engine.parts.cache_backends.exporter(request)?;
-    let reporter = scope.journal.reporter(Digest::of(format!("{}-cache-{index}", scope.session)), backend.export_title());
+    let reporter = scope.journal.reporter(vertex_digest(&scope.session, "cache", index), backend.export_title());
     reporter.started();
     let done = try_export(scope, backend, request, input, &reporter).await;
     reporter.completed(done.as_ref().err().map(ToString::to_string));

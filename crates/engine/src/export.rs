@@ -109,7 +109,13 @@ pub(crate) async fn chosen_by_client(scope: &BuildScope, result: &FrontendResult
     chosen.iter().map(|(kind, attrs)| scope.engine.parts.exporters.resolve(kind, attrs)).collect()
 }
 
-/// One exporter's vertex (row `ex.vertex`).
+/// The digest of the vertex that stands for exporter or cache export `index` of a session (`kind` is `export` or `cache`), as clients work it out
+/// to know it among the vertices of a build (row `ex.vertex`).
+pub(crate) fn vertex_digest(session: &str, kind: &str, index: usize) -> Digest {
+    Digest::of(format!("{session}-{kind}-{index}"))
+}
+
+/// One exporter's vertex.
 struct ExportVertex<'a> {
     exporter: &'a Arc<dyn Exporter>,
     cx: ExportContext,
@@ -117,7 +123,7 @@ struct ExportVertex<'a> {
 
 impl<'a> ExportVertex<'a> {
     fn new(scope: &BuildScope, index: usize, exporter: &'a Arc<dyn Exporter>) -> Self {
-        let digest = Digest::of(format!("{}-export-{index}", scope.session));
+        let digest = vertex_digest(&scope.session, "export", index);
         let cx = ExportContext {
             build: scope.id.clone(),
             compatibility: scope.compatibility,
@@ -197,6 +203,12 @@ mod tests {
 
     fn result(key: &str, value: &str) -> FrontendResult {
         FrontendResult { metadata: [(key.to_owned(), value.as_bytes().to_vec())].into(), ..FrontendResult::default() }
+    }
+
+    #[test]
+    fn vertices_of_exports_are_known_by_session_and_place() {
+        assert_eq!(vertex_digest("s", "export", 0), Digest::of("s-export-0"));
+        assert_eq!(vertex_digest("s", "cache", 12), Digest::of("s-cache-12"));
     }
 
     #[test]

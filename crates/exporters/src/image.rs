@@ -1,4 +1,4 @@
-//! The `image` exporter: into containerd's image store and to registries (section 5.1 of the reference).
+//! The `image` exporter: into containerd's image store and to registries (rows `ex.img.*`).
 
 use crate::{
     options::{Attrs, ImageOptions},
@@ -9,7 +9,7 @@ use crate::{
 use async_trait::async_trait;
 use base64::Engine as _;
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
-use shipway_oci::{Descriptor, ImageName, Platform, gojson, timestamp};
+use shipway_oci::{Descriptor, Digest, ImageName, Platform, gojson, timestamp};
 use shipway_refs::{Compression, EPOCH_KIND};
 use shipway_storage::{GC_EXPIRE, ImageRecord, Labels, LeaseId, Leases, built_labels};
 use std::{
@@ -71,21 +71,8 @@ impl ImageExporter {
             Ok(full) if !by_digest => full.to_string(),
             _ => name,
         };
-        let mut names: Vec<String> = self.options.names(metadata).into_iter().map(full).collect();
-        let mut canonical = self.canonical;
-        if let Some(dangling) = &self.dangling
-            && (!dangling.empty_only || names.is_empty())
-        {
-            canonical &= !names.is_empty();
-            names.push(format!("{}@{}", dangling.prefix, written.root.digest));
-        }
-        (names, canonical)
-    }
-
-    /// All names to write into the store.
-    fn all_names(names: &[String], canonical: bool, written: &Written) -> Vec<(String, Vec<String>)> {
-        let with_digest = |name: &String| (canonical && !name.contains('@')).then(|| format!("{name}@{}", written.root.digest));
-        names.iter().map(|name| (name.clone(), std::iter::once(name.clone()).chain(with_digest(name)).collect())).collect()
+        let names = self.options.names(metadata).into_iter().map(full).collect();
+        with_dangling(names, self.canonical, self.dangling.as_ref(), written.root.digest)
     }
 
     /// Points the names at the image; those that do already are left alone.
@@ -97,7 +84,7 @@ impl ImageExporter {
         cx: &ExportContext,
     ) -> Result<()> {
         let storage = self.inner.refs.storage();
-        let groups = Self::all_names(names, canonical, written);
+        let groups = with_canonical(names, canonical, written.root.digest);
         let points_here = async |name: &String| match storage.images.get(name).await {
             Ok(image) => {
                 let same = image.target.digest == written.root.digest && image.target.media_type == written.root.media_type;
@@ -228,6 +215,24 @@ pub(crate) fn response(written: &Written, root: &Descriptor) -> Result<Response>
     Ok(response)
 }
 
+/// The names of an image, the dangling one included, and whether canonical ones are added (rows `ex.img.dangling`,
+/// `ex.img.canonical`): an image that has only its dangling name gets none.
+fn with_dangling(mut names: Vec<String>, mut canonical: bool, dangling: Option<&Dangling>, digest: Digest) -> (Vec<String>, bool) {
+    if let Some(dangling) = dangling
+        && (!dangling.empty_only || names.is_empty())
+    {
+        canonical &= !names.is_empty();
+        names.push(format!("{}@{digest}", dangling.prefix));
+    }
+    (names, canonical)
+}
+
+/// Each name with all names that are written for it: itself, and with `canonical` itself with the digest.
+fn with_canonical(names: &[String], canonical: bool, digest: Digest) -> Vec<(String, Vec<String>)> {
+    let with_digest = |name: &String| (canonical && !name.contains('@')).then(|| format!("{name}@{digest}"));
+    names.iter().map(|name| (name.clone(), std::iter::once(name.clone()).chain(with_digest(name)).collect())).collect()
+}
+
 #[async_trait]
 impl Exporter for ImageExporter {
     fn name(&self) -> &str {
@@ -303,6 +308,25 @@ mod tests {
             ("", "a", false),
         ] {
             assert_eq!(matches(pattern, name), want, "{pattern} {name}");
+        }
+    }
+
+    #[test]
+    fn dangling_and_canonical_names_have_the_digest() {
+        let digest = Digest::of("root");
+        let dangling = |empty_only| Some(Dangling { prefix: "<none>".into(), empty_only });
+        let check = |names: &[&str], canonical: bool, dangling: Option<Dangling>, want: &[&str]| {
+            let names = names.iter().map(|n| (*n).to_owned()).collect();
+            let (names, canonical) = with_dangling(names, canonical, dangling.as_ref(), digest);
+            let all: Vec<String> = with_canonical(&names, canonical, digest).into_iter().flat_map(|(_, all)| all).collect();
+            assert_eq!(all, want.iter().map(|n| n.replace('#', &digest.to_string())).collect::<Vec<_>>());
+        };
+        check(&["a:1"], false, None, &["a:1"]);
+        check(&["a:1", "b@sha256:x"], true, None, &["a:1", "a:1@#", "b@sha256:x"]);
+        check(&["a:1"], false, dangling(false), &["a:1", "<none>@#"]);
+        check(&["a:1"], true, dangling(true), &["a:1", "a:1@#"]);
+        for empty_only in [true, false] {
+            check(&[], true, dangling(empty_only), &["<none>@#"]);
         }
     }
 

@@ -1,4 +1,4 @@
-//! Attributes that image-like exporters share (section 5.2 of the reference).
+//! Attributes that image-like exporters share (rows `ex.c.*`).
 
 use crate::port::{ExportInput, metadata_of};
 use shipway_fault::{Detail, Fault, Result};
@@ -388,6 +388,17 @@ mod tests {
         );
         // Docker has a type for zstd, too.
         assert!(of(&[("compression", "zstd"), ("oci-mediatypes", "false")], 30, false).is_ok());
+    }
+
+    #[test]
+    fn attributes_that_mean_nothing_to_an_image_are_metadata() {
+        let attrs = [("name", "a"), ("containerimage.config", "{}"), ("oci-mediatypes", "true"), ("annotation.k", "v"), ("my.key", "")];
+        let mut attrs = Attrs::new(&attrs.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
+        ImageOptions::take(&mut attrs).unwrap();
+        assert_eq!(
+            attrs.rest(),
+            [("containerimage.config", "{}"), ("my.key", "")].map(|(k, v)| (k.to_owned(), v.as_bytes().to_vec())).into()
+        );
     }
 
     #[test]

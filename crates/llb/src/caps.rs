@@ -1,4 +1,4 @@
-//! Capability names: what a client may ask for (section 3). A name stands in one of two lists: what this daemon does, and
+//! Capability names: what a client may ask for (rows `cap.*`). A name stands in one of two lists: what this daemon does, and
 //! what BuildKit does and this daemon does not yet. Implementing one means moving its line.
 
 use shipway_fault::Fault;
@@ -177,5 +177,31 @@ impl Caps {
 impl<S: Into<String>> FromIterator<S> for Caps {
     fn from_iter<I: IntoIterator<Item = S>>(names: I) -> Self {
         Self(names.into_iter().map(Into::into).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shipway_fault::Code;
+
+    #[test]
+    fn capabilities_are_known_missing_or_unknown() {
+        let all = Caps::llb();
+        for known in LLB {
+            assert!(all.require(known).is_ok(), "{known}");
+        }
+        for missing in LLB_MISSING {
+            let fault = all.require(missing).unwrap_err();
+            assert_eq!(fault.code(), Code::Unimplemented);
+            assert!(fault.to_string().contains("is not supported by build server"), "{fault}");
+        }
+        // BuildKit does what these mean and announces neither; so do we.
+        for unregistered in ["exec.meta.removemountstubs.recursive", "file.copy.modestring"] {
+            assert!(all.require(unregistered).unwrap_err().to_string().contains("unknown API capability"));
+        }
+        let near = all.require("source.imag").unwrap_err();
+        assert_eq!(near.code(), Code::InvalidArgument);
+        assert_eq!(near.hints().collect::<Vec<_>>(), ["the nearest known one is source.image"]);
     }
 }

@@ -214,6 +214,14 @@ mod tests {
     }
 
     #[test]
+    fn what_is_called_insecure_may_be_plain_and_is_not_verified() {
+        for (toml, scheme) in [("", Scheme::Either), ("[\"r.io\"]\nhttp = true", Scheme::Http)] {
+            let all = endpoints(&config(toml), "r.io", true).unwrap();
+            assert_eq!((all.len(), all[0].scheme, all[0].tls.skip_verify), (1, scheme, true), "{toml}");
+        }
+    }
+
+    #[test]
     fn mirrors_come_first_with_their_own_settings() {
         check(
             "[\"docker.io\"]\nmirrors = [\"m.io\", \"p.io:5/proxy/hub\"]\n[\"m.io\"]\nhttp = true",

@@ -101,7 +101,7 @@ impl Backends {
         self.of(&request.kind).ok_or_else(unknown)
     }
 
-    /// Checks what is asked before anything is built (section 15 of the inventory, trap 13): the reference finds out after the build.
+    /// Checks what is asked before anything is built (row `top.13`): the reference finds out after the build.
     pub fn check_exports(&self, exports: &[CacheRequest]) -> Result<()> {
         let mut seen: HashSet<(&str, String)> = HashSet::new();
         let mut doubles = Vec::new();

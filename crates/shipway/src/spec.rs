@@ -88,14 +88,13 @@ pub(crate) fn cache(text: &str, flag: &str, export: bool) -> Result<CacheEntry> 
         attrs.entry("mode".to_owned()).or_insert_with(|| "min".to_owned());
     }
     if kind == "gha" {
-        github(&mut attrs)?;
+        github(&mut attrs, |name| std::env::var(name).ok())?;
     }
     Ok(CacheEntry { kind, attrs })
 }
 
-/// What a GitHub runner's environment says of its cache.
-fn github(attrs: &mut BTreeMap<String, String>) -> Result<()> {
-    let env = |name| std::env::var(name).ok();
+/// What a GitHub runner's environment says of its cache (row `rc.gha.env`): address, token and version, unless they are given.
+fn github(attrs: &mut BTreeMap<String, String>, env: impl Fn(&str) -> Option<String>) -> Result<()> {
     let second = attrs.get("version").map(String::as_str) == Some("2")
         || env("ACTIONS_CACHE_SERVICE_V2").and_then(|v| csv::boolean(&v)).unwrap_or(false);
     let mut fill = |key: &str, value: Option<String>| {
@@ -263,6 +262,24 @@ mod tests {
         assert_eq!(shown("type=local,src=d", false), Ok(r#"local {"src": "d"}"#.into()));
         assert_eq!(shown("type=registry,mode=max", true), Err("--cache: a cache of type registry requires ref=<name>".into()));
         assert_eq!(shown("ref=x", true), Err("--cache requires type=<type>".into()));
+    }
+
+    #[test]
+    fn a_runner_says_where_its_cache_is() {
+        let fill = |given: &[(&str, &str)], environment: &[(&str, &str)]| {
+            let mut attrs = given.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            let env = |name: &str| environment.iter().find(|(k, _)| *k == name).map(|(_, v)| (*v).to_owned());
+            github(&mut attrs, env).map(|()| format!("{attrs:?}")).map_err(|f| f.to_string())
+        };
+        let (url, results, token) = (("ACTIONS_CACHE_URL", "u"), ("ACTIONS_RESULTS_URL", "r"), ("ACTIONS_RUNTIME_TOKEN", "t"));
+        assert_eq!(fill(&[], &[url, results, token]), Ok(r#"{"token": "t", "url": "u"}"#.into()));
+        assert_eq!(fill(&[], &[results, token]), Ok(r#"{"token": "t", "url": "r"}"#.into()));
+        assert_eq!(fill(&[("url", "mine"), ("token", "mine")], &[url, token]), Ok(r#"{"token": "mine", "url": "mine"}"#.into()));
+        let second = Ok(r#"{"token": "t", "url": "u", "url_v2": "r"}"#.to_owned());
+        assert_eq!(fill(&[], &[url, results, token, ("ACTIONS_CACHE_SERVICE_V2", "True")]), second);
+        assert!(fill(&[("version", "2")], &[results, token]).is_ok_and(|a| a.contains(r#""url_v2": "r""#)));
+        assert!(fill(&[], &[token]).is_err_and(|why| why.contains("requires url")));
+        assert!(fill(&[], &[url]).is_err_and(|why| why.contains("requires token")));
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! The program as people run it, in a sealed environment: help, versions, mistakes in arguments, no daemon.
 
 use std::{
-    os::unix::process::CommandExt,
-    process::{Command, Output},
+    io::{Read as _, Write as _},
+    os::unix::{net::UnixListener, process::CommandExt},
+    process::{Command, Output, Stdio},
 };
 
 /// Runs us as `persona` with nothing of our environment.
@@ -73,4 +74,30 @@ fn without_a_daemon_the_places_are_named_where_it_was_looked_for() {
     }
     check("shipway", &["du"], 1, &["found no daemon to talk to; tried", "unix:///run/shipway/shipwayd.sock", "hint: start one"]);
     check("buildctl", &["du"], 1, &["buildkitd.sock"]);
+}
+
+/// Standard streams become a connection, and its end in one direction does not end the other (row `ct.dial`).
+#[test]
+fn standard_input_and_output_are_a_connection_that_closes_by_halves() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let socket = dir.path().join("d.sock");
+    let listener = UnixListener::bind(&socket).expect("listens");
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("a connection");
+        let mut said = String::new();
+        // Ends only if the end of standard input is passed on.
+        stream.read_to_string(&mut said).expect("reads");
+        stream.write_all(said.to_uppercase().as_bytes()).expect("writes after the other side has ended");
+    });
+    let mut client = Command::new(env!("CARGO_BIN_EXE_shipway"))
+        .arg0("buildctl")
+        .args(["--addr", &format!("unix://{}", socket.display()), "dial-stdio"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("runs");
+    client.stdin.take().expect("piped").write_all(b"are you there?\n").expect("writes");
+    let output = client.wait_with_output().expect("ends");
+    assert_eq!((output.status.code(), &*output.stdout), (Some(0), &b"ARE YOU THERE?\n"[..]));
+    server.join().expect("the server is content");
 }

@@ -1,4 +1,4 @@
-//! The Control service (section 1.2 of the reference): requests off the wire into the engine, and back.
+//! The Control service (rows `ctl.*`): requests off the wire into the engine, and back.
 
 use crate::{filter, history, memory, prune, status, worker};
 use shipway_engine::{BuildPolicy, BuildRequest, Engine, ExporterRequest, Progress};
@@ -312,5 +312,50 @@ mod tests {
         request.frontend_attrs.insert("build-arg:SOURCE_DATE_EPOCH".into(), "7".into());
         let all = exporters(&request);
         assert_eq!((all.len(), all[0].kind.as_str(), all[0].attrs["source-date-epoch"].as_str()), (1, "image", "7"));
+    }
+
+    #[test]
+    fn old_fields_of_a_request_mean_what_the_new_ones_do() {
+        let entry = |kind: &str, key: &str, value: &str| wire::CacheOptionsEntry {
+            r#type: kind.into(),
+            attrs: [(key.to_owned(), value.to_owned())].into(),
+        };
+        let cache = wire::CacheOptions {
+            export_ref_deprecated: "r/out".into(),
+            export_attrs_deprecated: [("mode".to_owned(), "max".to_owned())].into(),
+            import_refs_deprecated: vec!["r/one".into(), "r/two".into()],
+            exports: vec![entry("inline", "a", "b")],
+            imports: vec![entry("local", "src", "d")],
+        };
+        let request = wire::SolveRequest {
+            frontend: "dockerfile.v0".into(),
+            // Beside a frontend, a graph without operations means nothing.
+            definition: Some(Default::default()),
+            cache: Some(cache),
+            internal: true,
+            proxy_network: true,
+            enable_session_exporter: true,
+            source_policy_session: "policies".into(),
+            ..Default::default()
+        };
+        let build = build_request(request).unwrap();
+        let shown = |all: &[CacheRequest]| all.iter().map(|c| format!("{} {:?}", c.kind, c.attrs)).collect::<Vec<_>>();
+        assert_eq!(shown(&build.cache_exports), [r#"inline {"a": "b"}"#, r#"registry {"mode": "max", "ref": "r/out"}"#]);
+        let imports = [r#"local {"src": "d"}"#, r#"registry {"ref": "r/one"}"#, r#"registry {"ref": "r/two"}"#];
+        assert_eq!(shown(&build.cache_imports), imports);
+        assert!(build.definition.is_none() && build.internal && build.proxied && build.session_exporters);
+        assert_eq!((build.policy.session.as_deref(), build.compatibility), (Some("policies"), COMPATIBILITY));
+        // Without a frontend, the same graph is the empty image.
+        let scratch = wire::SolveRequest { definition: Some(Default::default()), ..Default::default() };
+        assert!(build_request(scratch).unwrap().definition.is_some());
+    }
+
+    #[test]
+    fn streams_begin_with_the_daemons_clock() {
+        let before = std::time::SystemTime::now();
+        let response = with_time(Response::new(()));
+        let told = response.metadata().get("buildkit-current-timestamp").unwrap().to_str().unwrap();
+        let told = shipway_oci::timestamp::parse(told).unwrap();
+        assert!(before <= told && told <= std::time::SystemTime::now(), "{told:?}");
     }
 }

@@ -171,6 +171,20 @@ mod tests {
     }
 
     #[test]
+    fn a_vertex_has_its_group_and_its_inputs() {
+        let group = shipway_progress::Group { id: "g".into(), name: "all of it".into(), weak: true };
+        let inputs = vec![Digest::of("a"), Digest::of("b")];
+        let journal = Journal::new();
+        let reporter = shipway_progress::Reporter::new(Digest::of("v"), "v".into(), inputs.clone(), Some(group));
+        reporter.attach(&journal);
+        reporter.started();
+        let all = messages(&journal.events());
+        let vertex = &all[0].vertexes[0];
+        let group = vertex.progress_group.as_ref().map(|g| (&*g.id, &*g.name, g.weak));
+        assert_eq!((group, vertex.inputs.clone()), (Some(("g", "all of it", true)), inputs.iter().map(ToString::to_string).collect()));
+    }
+
+    #[test]
     fn within_a_message_times_are_in_order() {
         let at = |seconds| std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
         let log = |(second, text): (u64, &'static str)| {

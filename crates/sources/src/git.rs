@@ -6,6 +6,8 @@ mod cli;
 mod kept;
 mod repo;
 mod signed;
+#[cfg(test)]
+mod tests;
 mod tree;
 
 use crate::{

@@ -369,6 +369,7 @@ async fn a_web_file_with_a_checksum_needs_no_question_and_must_match() {
     bench.refs.drained().await;
 }
 
+#[track_caller]
 fn git(dir: &Path, arguments: &[&str]) -> String {
     let mut command = Command::new("git");
     command.current_dir(dir).args(["-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main"]).args(arguments);
@@ -391,6 +392,7 @@ impl Drop for GitServer {
 }
 
 impl GitServer {
+    #[track_caller]
     fn start(base: &Path) -> Self {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         // The daemon's own program and not `git daemon`, so that killing it leaves nothing behind.
@@ -445,6 +447,9 @@ async fn a_git_commit_becomes_its_files() {
     assert_eq!((content, time, kept), (text("1"), 1_000_000_000, false));
     assert_eq!(read(&at(&format!("#{one}"), &[]), "top").await.0, text("1"));
     assert_eq!(read(&at("#main:sub/dir", &[]), "f").await.0, text("1"));
+    // The branch has gone on; what it was is still there.
+    let by_commit = [("git.checksum", one.as_str()), ("git.fetchbycommit", "true")];
+    assert_eq!(read(&at("#main", &by_commit), "top").await.0, text("1"));
     let (head, _, kept) = read(&at("#main", &[("git.keepgitdir", "true")]), ".git/HEAD").await;
     assert!(kept && head.is_some());
 
@@ -468,6 +473,41 @@ async fn a_git_commit_becomes_its_files() {
     assert_ne!(later.checksum, meta.checksum);
     let fault = bench.sources.pin(&at("#nope", &[]), &cx()).await.unwrap_err();
     assert!(fault.to_string().contains("repository does not contain ref nope"), "{fault}");
+    bench.refs.drained().await;
+}
+
+/// Submodules come along, in depth, unless the source says that they are not wanted (row `src.git.sub`).
+#[tokio::test]
+async fn submodules_come_along_unless_they_are_skipped() {
+    let bench = Bench::new().await;
+    let base = tempfile::tempdir().unwrap();
+    let server = GitServer::start(base.path());
+    let url = |name: &str| format!("git://127.0.0.1:{}/{name}.git", server.port);
+    let mut below: Option<&str> = None;
+    for name in ["leaf", "branch", "root"] {
+        let repo = base.path().join(format!("{name}.git"));
+        std::fs::create_dir_all(&repo).unwrap();
+        git(&repo, &["init", "-q"]);
+        std::fs::write(repo.join("name"), name).unwrap();
+        if let Some(below) = below {
+            git(&repo, &["submodule", "-q", "add", &url(below), "sub"]);
+        }
+        git(&repo, &["add", "."]);
+        git(&repo, &["commit", "-qm", name]);
+        below = Some(name);
+    }
+    let read = async |attrs: &[(&str, &str)]| {
+        let source = spec(format!("git://{}#main", url("root")), attrs);
+        let pin = bench.sources.pin(&source, &cx()).await.unwrap();
+        let state = bench.sources.fetch(&source, &pin, &cx()).await.unwrap();
+        let mount = state.mount().await.unwrap();
+        let names = ["name", "sub/name", "sub/sub/name"].map(|n| std::fs::read_to_string(mount.path().join(n)).ok());
+        (names, pin.keys)
+    };
+    let (with, without) = (read(&[]).await, read(&[("git.skipsubmodules", "true")]).await);
+    assert_eq!(with.0, ["root", "branch", "leaf"].map(|n| Some(n.to_owned())));
+    assert_eq!(without.0, [Some("root".to_owned()), None, None]);
+    assert_ne!(with.1, without.1);
     bench.refs.drained().await;
 }
 

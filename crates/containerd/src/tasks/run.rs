@@ -132,14 +132,18 @@ pub(super) fn check_id(id: &str) -> Result<()> {
 
 /// The cgroup of a container.
 pub(super) fn cgroups_path(inner: &Inner, process: &ProcessSpec) -> String {
-    let id = &process.id;
-    let parent = process.cgroup_parent.as_deref().unwrap_or_default();
+    match process.cgroup_parent.as_deref().unwrap_or_default() {
+        "" => inner.api.cgroups_path(&process.id),
+        parent => cgroup_below(parent, &process.id, inner.config.options.systemd_cgroup),
+    }
+}
+
+/// The cgroup of container `id` below `parent`, as the runtime takes it: a path, or `slice:prefix:name` where systemd
+/// makes the cgroups or the parent is written so (row `exec.cgroupparent`).
+fn cgroup_below(parent: &str, id: &str, systemd: bool) -> String {
     match parent {
-        "" => inner.api.cgroups_path(id),
         p if p.contains(".slice") && p.ends_with(':') => format!("{p}{id}"),
-        p if inner.config.options.systemd_cgroup => {
-            format!("{}:shipway:{id}", p.trim_matches('/').rsplit('/').next().unwrap_or("system.slice"))
-        }
+        p if systemd => format!("{}:shipway:{id}", p.trim_matches('/').rsplit('/').next().unwrap_or("system.slice")),
         p => spec::clean(&format!("/{p}/buildkit/{id}")),
     }
 }
@@ -340,4 +344,22 @@ fn explain(fault: Fault) -> Fault {
     let missing = message.contains("executable file not found") || message.contains("no such file or directory");
     let code = if missing { Code::NotFound } else { Code::Unknown };
     Fault::new(code, message).with_class(Class::User).with_code(Code::Unknown)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cgroup_lies_below_the_parent_that_was_asked_for() {
+        for (parent, systemd, want) in [
+            ("builds", false, "/builds/buildkit/id"),
+            ("/a/../../b/", false, "/b/buildkit/id"),
+            ("user.slice:shipway:", false, "user.slice:shipway:id"),
+            ("user.slice:shipway:", true, "user.slice:shipway:id"),
+            ("/system.slice/builds.slice/", true, "builds.slice:shipway:id"),
+        ] {
+            assert_eq!(cgroup_below(parent, "id", systemd), want, "{parent} {systemd}");
+        }
+    }
 }

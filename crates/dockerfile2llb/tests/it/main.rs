@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod columns;
+mod contexts;
 mod explain;
 mod files;
 mod reference;

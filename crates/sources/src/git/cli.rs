@@ -267,3 +267,23 @@ async fn drain(reader: Option<impl AsyncRead + Unpin>, limit: usize) -> Vec<u8> 
     }
     kept
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shipway_oci::Digest;
+
+    #[test]
+    fn ssh_is_told_hosts_and_agent() {
+        let git = || Git::new(&Reporter::new(Digest::of("v"), "v".into(), vec![], None));
+        let variable = |git: &Git, name: &str| git.environment.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.clone());
+        let both = git().ssh(Some(Path::new("/a.sock")), Some(Path::new("/hosts")));
+        assert_eq!(variable(&both, "SSH_AUTH_SOCK").as_deref(), Some("/a.sock"));
+        assert!(variable(&both, "GIT_SSH_COMMAND").is_some_and(|c| c.ends_with("-o UserKnownHostsFile=/hosts")));
+        // Without hosts to compare with there is nothing to check; the machine's own settings never count.
+        let neither = git().ssh(None, None);
+        assert_eq!(variable(&neither, "SSH_AUTH_SOCK"), None);
+        let command = variable(&neither, "GIT_SSH_COMMAND").unwrap_or_default();
+        assert!(command.starts_with("ssh -F /dev/null ") && command.ends_with("-o StrictHostKeyChecking=no"), "{command}");
+    }
+}
