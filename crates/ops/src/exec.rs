@@ -14,6 +14,7 @@ use crate::{
     op::{Context, LlbOp},
     remains::{Places, Remain, Remains},
 };
+pub use logs::LogLimits;
 use logs::StepLog;
 use mounts::{Behalf, Held, OutputState, Plan};
 use shipway_executor::{Edits, HostEntry, Keep, NetworkMode, OutputSink, ProcessSpec, ResourceLimits, Rlimit, Security, Stream, Wires};
@@ -56,7 +57,7 @@ pub(crate) async fn run(op: &LlbOp, exec: &ExecOp, inputs: Vec<ImmutableRef>, cx
     let process = process(&op.services, exec, env, jobs.first().map_or("", |j| &j.id), held.clone());
     let mut process = ProcessSpec { resources, edits, proxy, ..process };
     op.services.emulators.apply(&op.vertex.platform, &mut process.args, &mut mounts);
-    let log = Arc::new(StepLog::new(cx.reporter.clone()));
+    let log = Arc::new(StepLog::new(cx.reporter.clone(), op.services.log_limits));
     let sink: OutputSink = {
         let log = log.clone();
         Arc::new(move |output| log.write(output.stream, &output.bytes))

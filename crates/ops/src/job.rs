@@ -1,6 +1,6 @@
 //! What a build brings to its vertices, and what the daemon brings.
 
-use crate::{Ahead, DeviceGrants, Emulators, Nested, Wishes};
+use crate::{Ahead, DeviceGrants, Emulators, LogLimits, Nested, Wishes};
 use async_trait::async_trait;
 use shipway_cdi::Registry;
 use shipway_executor::Executor;
@@ -110,6 +110,8 @@ pub struct Services {
     pub devices: Option<Arc<Registry>>,
     /// What runs programs for other processors.
     pub emulators: Emulators,
+    /// How much of a step's output is passed on.
+    pub log_limits: LogLimits,
     /// The certificate authority of the proxy network, once a step needed it.
     pub authority: OnceCell<Arc<Authority>>,
 }

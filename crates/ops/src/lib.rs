@@ -28,6 +28,7 @@ pub use build::{Nested, NestedGraph, NestedGraphs, SolveNested};
 pub use container::{Container, ContainerSpec};
 pub use devices::DeviceGrants;
 pub use emulator::Emulators;
+pub use exec::LogLimits;
 pub use ids::random_id;
 pub use job::{BuildJudge, Entitlements, JobData, Judge, Services};
 pub use op::LlbOp;

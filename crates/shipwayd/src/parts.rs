@@ -77,6 +77,7 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         dockerfile,
         gateway,
         proxied,
+        log_limits,
     } = settings;
     private::dir(&root).context(|| "make the state directory")?;
     for place in PLACES {
@@ -118,6 +119,7 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         cgroup_parent,
         devices: (cdi.disabled != Some(true)).then(|| Arc::new(devices(&cdi))),
         emulators: Emulators::new(platforms.now(), &std::env::var_os("PATH").unwrap_or_default()),
+        log_limits,
         authority: Default::default(),
     });
     let (id, labels) = (worker_id(&root)?, worker::labels(&uuid, &namespace, &snapshotter, network, profile.as_deref(), &labels));

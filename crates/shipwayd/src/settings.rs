@@ -13,6 +13,7 @@ use shipway_executor::etc::Dns;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_grpc::ServerTls;
 use shipway_oci::Platform;
+use shipway_ops::LogLimits;
 use shipway_registry::RegistryConfig;
 use shipway_sources::LocalImages;
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
@@ -152,6 +153,8 @@ pub struct Settings {
     pub gateway: GatewayFrontend,
     /// Whether steps of all builds reach the network through a recording proxy only.
     pub proxied: bool,
+    /// How much of a step's output is passed on.
+    pub log_limits: LogLimits,
     /// What the log should say about these settings.
     pub notes: Vec<String>,
 }
@@ -357,6 +360,9 @@ impl Settings {
         network.cni_bin = flags.cni_binary_dir.or(cni_binary_path).map_or(network.cni_bin, PathBuf::from);
         network.pool = Some(flags.cni_pool_size.unwrap_or(cni_pool_size)).filter(|n| *n > 0).unwrap_or(network.pool);
 
+        let (log_limits, unread) = log_limits(variable);
+        notes.extend(unread);
+
         let mut tasks = TaskConfig::new(root.join("executor"));
         let Runtime { name, path, options } = runtime;
         tasks.runtime = flags.runtime.or(name).unwrap_or(tasks.runtime);
@@ -425,6 +431,7 @@ impl Settings {
             dockerfile: frontend.dockerfile.enabled != Some(false),
             gateway: frontend.gateway,
             proxied: flags.proxy_network.unwrap_or(proxy_network),
+            log_limits,
             notes,
         })
     }
@@ -440,6 +447,20 @@ fn entitlements(mut named: Vec<String>, no_devices: bool) -> Result<Vec<String>>
         named.push("device".into());
     }
     Ok(named)
+}
+
+/// The limits of a step's output that the environment sets (row `env.logclip`), and what is wrong with them.
+fn log_limits(variable: impl Fn(&str) -> String) -> (LogLimits, Vec<String>) {
+    let (mut limits, mut notes) = (LogLimits::default(), Vec::new());
+    for (name, limit) in [("BUILDKIT_STEP_LOG_MAX_SIZE", &mut limits.size), ("BUILDKIT_STEP_LOG_MAX_SPEED", &mut limits.speed)] {
+        let text = variable(name);
+        match LogLimits::parse(&text) {
+            Some(wanted) => *limit = wanted,
+            None if text.is_empty() => {}
+            None => notes.push(format!("{name}={text:?} has no effect: it is neither a number of bytes nor -1 for no limit")),
+        }
+    }
+    (limits, notes)
 }
 
 /// What Go takes for a true value.

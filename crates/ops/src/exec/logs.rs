@@ -13,10 +13,6 @@ use std::{
 };
 use tokio::sync::Notify;
 
-/// Bytes of one stream that are passed on.
-const MAX_SIZE: u64 = 2 << 20;
-/// Bytes per second of the step's life so far.
-const MAX_SPEED: u64 = 200 << 10;
 /// Bytes of the end that are kept once something was clipped.
 const TAIL: usize = 256 << 10;
 /// What a program says when the disk is full, in the C library's words.
@@ -28,9 +24,52 @@ const MAX_GATHERED: usize = 64 << 10;
 /// Pieces that are gathered at once. So many times the streams alternate in their order; then each of them is one piece.
 const MAX_PIECES: usize = 16;
 
+/// How much of each of a step's streams is passed on (row `env.logclip`). Beyond any limit here, a vertex's whole output is bounded by its reporter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogLimits {
+    /// Bytes. As in BuildKit, without this limit there is none of the speed either.
+    pub size: Option<u64>,
+    /// Bytes per second of the step's life so far.
+    pub speed: Option<u64>,
+}
+
+impl Default for LogLimits {
+    fn default() -> Self {
+        Self { size: Some(2 << 20), speed: Some(200 << 10) }
+    }
+}
+
+impl LogLimits {
+    /// Reads a limit as BuildKit does: a number of bytes, or -1 for no limit; `None` if it is neither.
+    pub fn parse(text: &str) -> Option<Option<u64>> {
+        match text.parse::<i32>().ok()? {
+            -1 => Some(None),
+            n => Some(Some(u64::try_from(n).unwrap_or(0))),
+        }
+    }
+
+    /// How many bytes a step of this age may have written, and the limit that says so.
+    fn at(&self, age: f64) -> Option<(u64, String)> {
+        let size = self.size?;
+        let by_speed = self.speed.map(|speed| (speed, (age.ceil() as u64).saturating_mul(speed)));
+        Some(match by_speed {
+            Some((speed, limit)) if limit <= size => (limit, format!("{}/s", shown(speed))),
+            _ => (size, shown(size)),
+        })
+    }
+}
+
+/// A number of bytes in the largest unit that it has one of.
+fn shown(bytes: u64) -> String {
+    let unit = ["B", "KiB", "MiB", "GiB"].into_iter().enumerate().rev().find(|(n, _)| bytes >= 1 << (10 * n));
+    let (n, unit) = unit.unwrap_or((0, "B"));
+    format!("{}{unit}", bytes as f64 / f64::from(1 << (10 * n)))
+}
+
 /// The output of one step on its way to those who watch.
 pub(super) struct StepLog {
     reporter: Reporter,
+    limits: LogLimits,
     began: Instant,
     state: Mutex<State>,
     /// Wakes [`StepLog::pump`] when something is gathered.
@@ -93,11 +132,10 @@ struct Clip {
 
 impl Clip {
     /// What of `bytes` is passed on when the step is `age` seconds old, and the notice of a clipping that begins.
-    fn admit(&mut self, bytes: &[u8], age: f64) -> (usize, Option<String>) {
+    fn admit(&mut self, bytes: &[u8], age: f64, limits: &LogLimits) -> (usize, Option<String>) {
         let before = self.size;
         self.size += bytes.len() as u64;
-        let by_speed = (age.ceil() as u64).saturating_mul(MAX_SPEED);
-        let (limit, reason) = if by_speed < MAX_SIZE { (by_speed, "200KiB/s") } else { (MAX_SIZE, "2MiB") };
+        let Some((limit, reason)) = limits.at(age) else { return (bytes.len(), None) };
         let admitted = (limit.saturating_sub(before) as usize).min(bytes.len());
         if self.tail.is_none() && admitted < bytes.len() {
             self.tail = Some(VecDeque::new());
@@ -124,8 +162,8 @@ impl Clip {
 }
 
 impl StepLog {
-    pub(super) fn new(reporter: Reporter) -> Self {
-        Self { reporter, began: Instant::now(), state: Mutex::default(), gathering: Notify::new() }
+    pub(super) fn new(reporter: Reporter, limits: LogLimits) -> Self {
+        Self { reporter, limits, began: Instant::now(), state: Mutex::default(), gathering: Notify::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -143,7 +181,7 @@ impl StepLog {
         let state = &mut *state;
         let clip = &mut state.streams[index];
         clip.look(bytes);
-        let (admitted, notice) = clip.admit(bytes, self.began.elapsed().as_secs_f64());
+        let (admitted, notice) = clip.admit(bytes, self.began.elapsed().as_secs_f64(), &self.limits);
         for text in [&bytes[..admitted], notice.as_deref().unwrap_or_default().as_bytes()] {
             if !text.is_empty() {
                 self.pass_on(state.gathered.put(stream, text, Instant::now()));
@@ -200,15 +238,39 @@ mod tests {
 
     #[test]
     fn output_is_clipped_by_speed_then_by_size_and_its_end_is_kept() {
-        let mut clip = Clip::default();
-        assert_eq!(clip.admit(&[0; 100], 0.5), (100, None));
-        let (admitted, notice) = clip.admit(&[1; 300 << 10], 0.6);
+        let (mut clip, limits) = (Clip::default(), LogLimits::default());
+        assert_eq!(clip.admit(&[0; 100], 0.5, &limits), (100, None));
+        let (admitted, notice) = clip.admit(&[1; 300 << 10], 0.6, &limits);
         assert_eq!(admitted, (200 << 10) - 100);
         assert!(notice.is_some_and(|n| n.contains("200KiB/s")));
-        assert_eq!(clip.admit(&[2; 10], 0.7), (0, None));
-        let (_, notice) = clip.admit(&[3; 3 << 20], 60.0);
+        assert_eq!(clip.admit(&[2; 10], 0.7, &limits), (0, None));
+        let (_, notice) = clip.admit(&[3; 3 << 20], 60.0, &limits);
         assert!(notice.is_none(), "it was being clipped already");
         assert_eq!(clip.tail.map(|t| t.len()), Some(TAIL));
+    }
+
+    #[test]
+    fn limits_are_the_administrators() {
+        let read = |size: &str, speed: &str| LogLimits { size: LogLimits::parse(size).unwrap(), speed: LogLimits::parse(speed).unwrap() };
+        let written = |limits: LogLimits| {
+            let (mut clip, mut all) = (Clip::default(), (0, Vec::new()));
+            for age in [0.5, 1.5, 100.0] {
+                let (admitted, notice) = clip.admit(&[0; 3000], age, &limits);
+                all.0 += admitted;
+                all.1.extend(notice.map(|n| n.trim_matches(&['\n', '[', ']'][..]).replace("output clipped, log limit ", "")));
+            }
+            all
+        };
+        let no = Vec::<String>::new();
+        assert_eq!(written(read("-1", "10")), (9000, no.clone()), "without a limit of the size there is none of the speed");
+        assert_eq!(written(read("8500", "-1")), (8500, vec!["8.30078125KiB reached".to_owned()]));
+        assert_eq!(written(read("1000000", "1024")), (1024 + 3000, vec!["1KiB/s reached".to_owned()]));
+        assert_eq!(written(read("0", "-1")), (0, vec!["0B reached".to_owned()]));
+        assert_eq!(written(read("-5", "1000")).0, 0);
+        assert_eq!(written(LogLimits::default()), (9000, no));
+        for text in ["", "1.5", "2MiB", "3000000000"] {
+            assert_eq!(LogLimits::parse(text), None, "{text}");
+        }
     }
 
     #[test]
@@ -258,7 +320,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_gathered_is_passed_on_in_time_and_at_the_end() {
         let journal = shipway_progress::Journal::new();
-        let log = StepLog::new(journal.reporter(shipway_oci::Digest::of("v"), "v"));
+        let log = StepLog::new(journal.reporter(shipway_oci::Digest::of("v"), "v"), LogLimits::default());
         let mut watcher = journal.watch();
         let mut said = String::new();
         let writes = async {

@@ -61,7 +61,7 @@ mod tests {
     use shipway_progress::Reporter;
 
     async fn check(status: ExitStatus, valid: &[i32], said: &str, expected: &str) {
-        let log = StepLog::new(Reporter::new(Digest::of("v"), "v".into(), vec![], None));
+        let log = StepLog::new(Reporter::new(Digest::of("v"), "v".into(), vec![], None), Default::default());
         log.write(shipway_executor::Stream::Stderr, &said.to_owned().into());
         let text = judge("/bin/sh -c \"x\"", valid, Ok(status), &log, &[]).await.map_or_else(|e| e.to_string(), |()| "ok".into());
         assert_eq!(text, expected);

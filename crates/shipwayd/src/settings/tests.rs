@@ -369,3 +369,16 @@ fn platforms_are_looked_for_again_after_a_while_or_never() {
     assert_eq!((age("'1m'"), age("5"), age("-1"), age("'-1s'")), (Some(Duration::from_secs(60)), Some(Duration::from_secs(5)), None, None));
     assert!(Config::parse("system.platformsCacheMaxAge = 'x'", "x.toml").is_err());
 }
+
+#[test]
+fn limits_of_the_output_of_steps_come_from_the_environment() {
+    let of = |size: &str, speed: &str| {
+        let variables = [("BUILDKIT_STEP_LOG_MAX_SIZE", size), ("BUILDKIT_STEP_LOG_MAX_SPEED", speed)];
+        log_limits(|name| variables.iter().find(|(n, _)| *n == name).unwrap().1.to_owned())
+    };
+    assert_eq!(of("", ""), (LogLimits::default(), vec![]));
+    assert_eq!(of("-1", "1000"), (LogLimits { size: None, speed: Some(1000) }, vec![]));
+    let (limits, notes) = of("2MiB", "-1");
+    assert_eq!(limits, LogLimits { speed: None, ..LogLimits::default() });
+    assert!(notes.len() == 1 && notes[0].starts_with("BUILDKIT_STEP_LOG_MAX_SIZE=\"2MiB\" has no effect"), "{notes:?}");
+}
