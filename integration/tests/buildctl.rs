@@ -34,10 +34,12 @@ fn buildctl_builds_lists_and_prunes() {
     for (n, client) in clients(&lab).iter().enumerate() {
         let name = format!("docker.io/library/bctl:{n}");
         let metadata = lab.dir().join(format!("metadata-{n}.json"));
+        let reference = lab.dir().join(format!("ref-{n}"));
         let mut build = command(&lab, client);
         build.args(["build", "--progress=plain", "--frontend=dockerfile.v0", "--opt", &format!("build-arg:X=round {n}")]);
         build.args(["--local", &format!("context={}", context.display()), "--local", &format!("dockerfile={}", context.display())]);
         build.args(["--output", &format!("type=image,name={name},unpack=true")]).arg(format!("--metadata-file={}", metadata.display()));
+        build.arg(format!("--ref-file={}", reference.display()));
         run(&mut build).ok();
         assert_eq!(ctr_run(&lab, &name, &["cat", "/x"]).ok().stdout, format!("round {n}\n"));
         let metadata: serde_json::Value = serde_json::from_slice(&std::fs::read(metadata).unwrap()).unwrap();
@@ -50,6 +52,14 @@ fn buildctl_builds_lists_and_prunes() {
         assert_eq!(labels["org.mobyproject.buildkit.worker.containerd.namespace"], "default", "{workers}");
         assert_eq!(labels["org.mobyproject.buildkit.worker.snapshotter"], "overlayfs", "{workers}");
         assert_eq!(labels["org.mobyproject.buildkit.worker.containerd.uuid"].as_str().map(str::len), Some(36), "{workers}");
+
+        // What the build was called is what the history calls it.
+        let reference = std::fs::read_to_string(reference).unwrap();
+        let histories = run(command(&lab, client).args(["debug", "histories", "--format", "{{json .}}"])).ok();
+        assert!(!reference.is_empty() && histories.stdout.contains(&format!("\"{reference}\"")), "{reference}: {}", histories.stdout);
+        let info = run(command(&lab, client).args(["debug", "info", "--format", "{{json .}}"])).ok();
+        let info: serde_json::Value = serde_json::from_str(&info.stdout).unwrap();
+        assert!(info["buildkitVersion"]["version"].as_str().is_some_and(|v| v.starts_with('v')), "{info}");
 
         assert!(run(command(&lab, client).arg("du")).ok().stdout.contains("Total"));
         run(command(&lab, client).args(["prune", "--all"])).ok();

@@ -68,6 +68,23 @@ fn huge_options_neither_fill_the_memory_nor_lose_their_builds() {
     assert_eq!(chosen("size>1").unwrap_err().code(), Code::InvalidArgument);
 }
 
+/// Helpers of clients build too, and nobody wants to see it (row `ctl.solve.internal`).
+#[test]
+fn internal_builds_are_not_remembered() {
+    let lab = Lab::complete(any());
+    let solve = |id: &str, internal: bool| {
+        connected(&lab, async |channel| {
+            let definition = Some(Default::default());
+            let request = api::SolveRequest { r#ref: id.into(), definition, internal, ..Default::default() };
+            ControlClient::new(channel).solve(request).await.unwrap();
+        });
+    };
+    solve("seen", false);
+    solve("unseen", true);
+    let records = connected(&lab, async |channel| history(channel, &[]).await).unwrap();
+    assert_eq!(records.iter().map(|r| r.r#ref.as_str()).collect::<Vec<_>>(), ["seen"]);
+}
+
 #[test]
 fn images_of_others_in_the_namespace_cannot_be_read() {
     let lab = Lab::complete(any());

@@ -7,6 +7,7 @@ use shipway_testkit::{built, run, which, workspace};
 use std::{fs, process::Command};
 
 /// How far the daemon comes with this configuration: past it, it looks for containerd and finds none.
+#[track_caller]
 fn understood(text: &str) {
     let dir = tempfile::tempdir().unwrap();
     let config = dir.path().join("shipwayd.toml");
@@ -44,6 +45,19 @@ fn an_unknown_key_stops_the_daemon_and_names_the_nearest() {
     }
 }
 
+/// Drivers of builders tell daemons by the words of this line: program, package, version, revision (row `fl.version`).
+#[test]
+fn the_version_of_buildkitd_has_four_words() {
+    use std::os::unix::process::CommandExt as _;
+    let version = run(Command::new(built("shipwayd")).arg0("/usr/bin/buildkitd").arg("--version")).ok().stdout;
+    let words: Vec<&str> = version.split_whitespace().collect();
+    let [program, _, number, _] = words[..] else { panic!("{version}") };
+    let parts: Vec<Option<u32>> = number.trim_start_matches('v').splitn(3, '.').map(|p| p.split('-').next()?.parse().ok()).collect();
+    assert!(program == "buildkitd" && number.starts_with('v') && parts.len() == 3 && parts.iter().all(Option::is_some), "{version}");
+    let help = run(Command::new(built("shipwayd")).arg("--help")).ok().stdout;
+    assert!(help.contains("--config") && help.contains("--addr"), "{help}");
+}
+
 #[test]
 fn systemd_accepts_the_units() {
     let Some(analyze) = which("systemd-analyze") else {
@@ -68,6 +82,7 @@ fn systemd_accepts_the_units() {
 }
 
 /// A unit's text, after a look at its shape: sections, and keys with values.
+#[track_caller]
 fn read_unit(name: &str) -> String {
     let text = fs::read_to_string(workspace().join("systemd").join(name)).unwrap();
     for line in text.lines().filter(|l| !l.is_empty() && !l.starts_with('#')) {
