@@ -31,6 +31,7 @@ fn ignored_files_are_not_there_and_links_and_modes_are() {
 }
 
 /// Bytes that plain progress says were transferred for the context.
+#[track_caller]
 fn transferred(text: &str) -> f64 {
     let line = text.lines().rfind(|l| l.contains("transferring context:")).unwrap_or_else(|| panic!("no transfer in\n{text}"));
     let amount = line.split("transferring context:").nth(1).unwrap().split_whitespace().next().unwrap();

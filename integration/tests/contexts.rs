@@ -42,6 +42,7 @@ fn answer(mut stream: TcpStream, files: &BTreeMap<&'static str, Vec<u8>>) -> std
     if method == "GET" { stream.write_all(body) } else { Ok(()) }
 }
 
+#[track_caller]
 fn sh(dir: &Path, script: &str) {
     let done = Command::new("sh").args(["-ec", script]).current_dir(dir).env("GIT_CONFIG_GLOBAL", "/dev/null").output().unwrap();
     assert!(done.status.success(), "{script}: {}", String::from_utf8_lossy(&done.stderr));

@@ -33,6 +33,7 @@ fn wait(moment: Duration) {
     wait_for("a moment to pass", Duration::from_secs(60), || if start.elapsed() >= moment { Ok(()) } else { Err(String::new()) });
 }
 
+#[track_caller]
 fn check_image(lab: &Lab, round: usize) -> String {
     let out = ctr_run(lab, "docker.io/library/crash:1", &["cat", "/round", "/file", "/stable"]).ok().stdout;
     let mut lines = out.lines();

@@ -134,6 +134,7 @@ impl Cri {
         Self(runtime, channel)
     }
 
+    #[track_caller]
     fn call<A: Message + Default + 'static>(&self, method: &str, request: impl Message + 'static + Default) -> A {
         self.try_call(method, request).unwrap_or_else(|e| panic!("{method}: {e}"))
     }

@@ -16,6 +16,7 @@ fn roots(base: &str) -> [String; 2] {
 }
 
 /// Members of a layer, as tar lists them.
+#[track_caller]
 fn members(lab: &Lab, digest: &str) -> String {
     let file = lab.dir().join("layer.tgz");
     let path = lab.ctr_path().display().to_string();

@@ -103,6 +103,7 @@ impl History {
     }
 
     /// Something that may happen between builds.
+    #[track_caller]
     fn disturb(&mut self, lab: &mut Lab) {
         let what = match self.random.below(12) {
             0 => {
@@ -153,6 +154,7 @@ impl History {
     }
 
     /// Builds here with what is cached, sometimes beside an older form of the project, and without cache elsewhere.
+    #[track_caller]
     fn compare(&mut self, lab: &Lab, fresh: &Lab) {
         let (here, there, other) = (lab.dir().join("project"), lab.dir().join("reference"), lab.dir().join("other"));
         for dir in [&here, &there] {
@@ -195,6 +197,7 @@ impl History {
         );
     }
 
+    #[track_caller]
     fn build(&self, lab: &Lab, project: &Path, more: &[String]) -> (Outcome, String) {
         let tar = lab.dir().join("result.tar");
         let _ = fs::remove_file(&tar);

@@ -11,6 +11,7 @@ fn block_on<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(work)
 }
 
+#[track_caller]
 fn passes_the_suite(flavour: Flavour) {
     let lab = Lab::on(flavour);
     block_on(async {

@@ -14,6 +14,7 @@ use std::{
 struct Authority(PathBuf);
 
 impl Authority {
+    #[track_caller]
     fn new(dir: PathBuf) -> Self {
         assert!(which("openssl").is_some(), "openssl is absent; `cargo xtask test` installs it");
         std::fs::create_dir(&dir).unwrap();

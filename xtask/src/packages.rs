@@ -150,6 +150,7 @@ fn mirror_in(text: &str, suite: &str) -> Option<String> {
 mod tests {
     use super::*;
 
+    #[track_caller]
     fn check(text: &str, expected: Option<&str>) {
         assert_eq!(mirror_in(text, "bookworm").as_deref(), expected, "{text}");
     }

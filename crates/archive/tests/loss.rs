@@ -26,6 +26,7 @@ fn acl() -> Vec<u8> {
 struct Lab(tempfile::TempDir);
 
 impl Lab {
+    #[track_caller]
     fn new() -> Self {
         assert!(rustix::process::geteuid().is_root(), "these tests need root");
         // Not in memory: such file systems may not have all kinds of attributes.
@@ -51,6 +52,7 @@ impl Lab {
     }
 
     /// A copy of the lower directory, as snapshotters without an overlay make it.
+    #[track_caller]
     fn copied(&self) -> LayerTree {
         assert!(Command::new("cp").arg("-a").args([self.path("lower"), self.path("after")]).status().unwrap().success());
         LayerTree::compared(self.path("lower"), self.path("after"))

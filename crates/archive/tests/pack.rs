@@ -55,6 +55,7 @@ fn packed(tree: &LayerTree, compression: Compression, threads: usize) -> (Vec<u8
     (bytes, packed)
 }
 
+#[track_caller]
 fn pipe(program: &str, args: &[&str], input: &[u8]) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("in"), input).unwrap();

@@ -19,6 +19,7 @@ const MIB: usize = 1 << 20;
 type Whole = (shipway_archive::Member, Vec<u8>);
 
 /// All members; contents are put together as a file system would.
+#[track_caller]
 fn read(tar: impl Read) -> io::Result<Vec<Whole>> {
     let (mut tar, mut all, mut buffer) = (TarReader::new(tar), Vec::new(), [0; 700]);
     while let Some(member) = tar.next_member()? {
@@ -48,6 +49,7 @@ fn sparse(path: &Path, parts: u64) {
     file.set_len(parts * 50_000 + 3).unwrap();
 }
 
+#[track_caller]
 fn tar(dir: &Path, arguments: &[&str]) -> Vec<u8> {
     let out = Command::new("tar")
         .arg("-C")
@@ -196,6 +198,7 @@ fn extended(records: &[(&str, String)], size: u64, content: &[u8]) -> Vec<u8> {
 struct Zeros(u64);
 
 impl Read for Zeros {
+    #[track_caller]
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         buf.fill(0);
         self.0 += buf.len() as u64;

@@ -233,6 +233,7 @@ mod tests {
     use super::*;
 
     /// Which error a device of `kind` and `version` with `edits` gives.
+    #[track_caller]
     fn check(version: &str, kind: &str, rest: &str, expected: Option<&str>) {
         let text = format!("cdiVersion: {version}\nkind: {kind}\n{rest}");
         match (Spec::parse(&text), expected) {

@@ -49,6 +49,7 @@ fn root_cause(status: &Status) -> String {
 mod tests {
     use super::*;
 
+    #[track_caller]
     fn check(status: Status, code: Code, class: Class, says: &str) {
         let fault = from_status("stat snapshot \"a\"", Path::new("/run/c.sock"), &status);
         assert_eq!((fault.code(), fault.class()), (code, class), "{fault:?}");

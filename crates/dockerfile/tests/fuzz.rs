@@ -159,6 +159,7 @@ fn swallows(files: &shipway_dockerfile::Files) -> bool {
     !names.is_empty() && (names.windows(2).any(|w| w[0] == w[1]) || files.sources.iter().any(quoted) || quoted(&files.dest))
 }
 
+#[track_caller]
 fn try_one(text: &str) {
     let parsed = Dockerfile::parse(text.as_bytes());
     let mut linter = Linter::default();

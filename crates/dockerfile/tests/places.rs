@@ -4,6 +4,7 @@ use shipway_dockerfile::{Dockerfile, Lines, Linter, Source, Token};
 use shipway_fault::Span;
 
 /// The exact ones of `spans`, with what they mark.
+#[track_caller]
 fn marked(text: &str, spans: &[Span]) -> Vec<String> {
     let exact = spans.iter().filter(|s| s.end.character > 0);
     let show = |s: &Span| {

@@ -187,6 +187,7 @@ fn qualified(prefix: &str, name: String) -> String {
 mod tests {
     use super::*;
 
+    #[track_caller]
     fn check(text: &str, remote: &str, reference: &str, subdir: &str) {
         let git = GitRef::parse(text).expect("valid").expect("a repository");
         assert_eq!((git.remote.as_str(), git.reference.as_str(), git.subdir.as_str()), (remote, reference, subdir), "{text}");

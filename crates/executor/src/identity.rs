@@ -118,6 +118,7 @@ fn unknown<'a>(what: &str, name: &str, file: &str, known: impl Iterator<Item = &
 mod tests {
     use super::*;
 
+    #[track_caller]
     fn check(user: &str, expected: Option<(u32, u32, &[u32])>) {
         let dir = tempfile::tempdir().expect("a temporary directory");
         std::fs::create_dir(dir.path().join("etc")).expect("mkdir");

@@ -92,6 +92,7 @@ fn files() -> State {
     run().with_dir("/w").file(draft, VertexOptions::named("files"))
 }
 
+#[track_caller]
 fn check(name: &str, state: State, vertex: &str, terminal: &str) {
     let definition = state.marshal(&options()).unwrap();
     let digests: Vec<String> = definition.ops.iter().map(|op| Digest::of(op).hex()).collect();

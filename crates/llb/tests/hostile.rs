@@ -25,6 +25,7 @@ fn decode(d: &Definition) -> Result<Graph, String> {
     Graph::decode(d, &Caps::llb(), &Platform::new("linux", "amd64", "")).map_err(|e| e.to_string())
 }
 
+#[track_caller]
 fn refused(op: pb::op::Op, want: &str) {
     let error = decode(&definition(pb::Op { op: Some(op), ..Default::default() })).unwrap_err();
     assert!(error.contains(want), "{error:?} lacks {want:?}");

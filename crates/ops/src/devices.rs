@@ -124,6 +124,7 @@ devices:
     }
 
     /// What a step that asks for `asked` (optional with a `?`) gets where a build was granted `granted`.
+    #[track_caller]
     fn check(granted: &[&str], asked: &[&str], expected: std::result::Result<&[&str], &str>) {
         let mut grants = DeviceGrants::default();
         granted.iter().try_for_each(|g| grants.add(g.split_once('=').map(|(_, rest)| rest))).unwrap();

@@ -293,6 +293,7 @@ async fn ask(world: &World, job: &Job<Op>, vertex: usize, output: usize, patienc
 }
 
 /// Every vertex that a journal heard of is told of in a sensible order.
+#[track_caller]
 fn check_journal(journal: &Journal) {
     let mut started: BTreeSet<Digest> = BTreeSet::new();
     for event in journal.events() {

@@ -281,6 +281,7 @@ mod tests {
         }
     }
 
+    #[track_caller]
     fn verify(public: &ssh_key::PublicKey, algorithm: &str, signature: &[u8]) {
         use ring::signature::{self as s, UnparsedPublicKey, VerificationAlgorithm};
         let mut bytes = signature.to_vec();

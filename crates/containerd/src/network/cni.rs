@@ -174,6 +174,7 @@ impl CniNetwork {
 mod tests {
     use super::*;
 
+    #[track_caller]
     fn check(config: &str, expected: Option<(&str, usize)>) {
         let found = CniNetwork::parse(config.as_bytes(), vec!["/x".into()]).ok();
         assert_eq!(found.as_ref().map(|n| (n.name.as_str(), n.plugins.len())), expected, "{config}");

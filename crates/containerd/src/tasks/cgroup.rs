@@ -56,6 +56,7 @@ impl MemoryCgroup {
 mod tests {
     use super::*;
 
+    #[track_caller]
     fn check(text: &str, expected: Option<(&str, bool)>) {
         let found = MemoryCgroup::parse(text, Path::new("/c"));
         assert_eq!(found, expected.map(|(dir, unified)| MemoryCgroup { dir: dir.into(), unified }), "{text}");

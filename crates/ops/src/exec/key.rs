@@ -152,6 +152,7 @@ mod tests {
         }
     }
 
+    #[track_caller]
     fn check(change: impl FnOnce(&mut ExecOp), same: bool) {
         let mut changed = base();
         change(&mut changed);

@@ -22,6 +22,7 @@ impl Certificates {
         self.0.path().join(name)
     }
 
+    #[track_caller]
     fn openssl(&self, arguments: &[&str]) {
         let out = Command::new("openssl").current_dir(self.0.path()).args(arguments).output().expect("openssl is absent");
         assert!(out.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&out.stderr));

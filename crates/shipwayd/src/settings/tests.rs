@@ -179,6 +179,7 @@ fn essence(settings: &mut Settings) -> String {
 }
 
 /// Whether what is called `name` works, is refused by name, or is told in the log by name.
+#[track_caller]
 fn has_effect(name: &str, before: Result<Settings>, after: Result<Settings>) -> bool {
     let mut before = before.unwrap_or_else(|e| panic!("{name}: what it needs is refused: {e}"));
     match after {
@@ -188,6 +189,7 @@ fn has_effect(name: &str, before: Result<Settings>, after: Result<Settings>) -> 
 }
 
 /// The keys of the table at `path`, as the parser knows them.
+#[track_caller]
 fn keys_of(path: &str) -> Vec<String> {
     let text = match path {
         "" => "nothing = 1".to_owned(),

@@ -109,6 +109,7 @@ fn value(rest: &mut &str) -> Option<String> {
 mod tests {
     use super::*;
 
+    #[track_caller]
     fn check(filters: &[&str], expected: bool) {
         let filters: Vec<_> = filters.iter().map(|f| f.to_string()).collect();
         let labels = Labels::from([("a.b/c".into(), "1".into()), ("plain".into(), "x".into())]);
