@@ -104,7 +104,7 @@ fn question(q: wire::ResolveSourceMetaRequest) -> Result<PolicyQuestion> {
         Ok(ChecksumAlgo::Sha256) => Ok((ChecksumAlgorithm::Sha256, Bytes::from(c.suffix))),
         Ok(ChecksumAlgo::Sha384) => Ok((ChecksumAlgorithm::Sha384, Bytes::from(c.suffix))),
         Ok(ChecksumAlgo::Sha512) => Ok((ChecksumAlgorithm::Sha512, Bytes::from(c.suffix))),
-        Err(_) => Err(Fault::invalid(format!("the client's policy asked for an unknown checksum: {}", c.algo))),
+        Err(_) => Err(Fault::invalid(format!("the client's policy asked for an unsupported checksum algorithm: {}", c.algo))),
     };
     Ok(PolicyQuestion {
         identifier: source.identifier,
