@@ -190,3 +190,53 @@ fn contexts_of_every_kind() {
     scene.fails(&["-f", &from_x, "--build-context", "X Y=.", &own], "invalid context name X Y");
     scene.fails(&["-f", &from_x, "--build-context", "x=target:y", &own], "unsupported context source target for x");
 }
+
+/// Paths of files below `dir` that contain `text`; what vanishes meanwhile is passed over.
+fn files_with(dir: &Path, text: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let Ok(kind) = entry.file_type() else { continue };
+        if kind.is_dir() {
+            found.extend(files_with(&path, text));
+        } else if kind.is_file() && std::fs::read(&path).is_ok_and(|bytes| bytes.windows(text.len()).any(|part| part == text.as_bytes())) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+#[test]
+fn a_login_in_the_address_of_a_context_is_in_no_file_and_no_answer() {
+    const TOKEN: &str = "t0k3n-of-nobody";
+    let mut lab = Lab::complete(any());
+    // A repository that is served as plain files, which is enough for git.
+    let repo = lab.context("served", &[("Dockerfile", "FROM scratch\nCOPY Dockerfile /\n")]);
+    sh(
+        &repo,
+        "git init -q -b main . && git config user.email a@b && git config user.name n && git add . && git commit -qm 1 && git update-server-info",
+    );
+    let mut files: BTreeMap<&'static str, Vec<u8>> = BTreeMap::new();
+    let mut all = vec![repo.join(".git")];
+    while let Some(path) = all.pop() {
+        if path.is_dir() {
+            all.extend(std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        } else {
+            let name = path.strip_prefix(&repo).unwrap().to_str().unwrap().to_owned();
+            files.insert(name.leak(), std::fs::read(&path).unwrap());
+        }
+    }
+    let host = serve(files).trim_start_matches("http://").to_owned();
+    let output = "type=image,name=docker.io/library/told:1";
+    let build = |path: &str| {
+        let address = format!("http://me:{TOKEN}@{host}/{path}#main");
+        lab.shipway(["build", "--progress", "plain", "--attest", "type=provenance,mode=max", "--output", output, &address])
+    };
+    let (good, bad) = (build(".git").ok(), build("none.git").failed());
+    for said in [good.all(), bad.all(), lab.shipway(["du", "--verbose"]).ok().all(), lab.shipway(["history", "ls"]).ok().all()] {
+        assert!(!said.contains(TOKEN), "{said}");
+    }
+    assert!(lab.stop_daemon());
+    // All that the daemon and containerd keep, and what they say in their logs.
+    assert_eq!(files_with(lab.dir(), TOKEN), Vec::<PathBuf>::new());
+}

@@ -1,5 +1,6 @@
 //! What an administrator says about registries: mirrors, plain HTTP, certificates, limits.
 
+use crate::DeniedNetworks;
 use serde::Deserialize;
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
@@ -15,6 +16,8 @@ pub struct RegistryConfig {
     pub max_concurrency: usize,
     /// How long to wait for what.
     pub timing: Timing,
+    /// Networks that are not connected to, whoever names an address in them: images, downloads, token servers.
+    pub denied: DeniedNetworks,
     /// Product name in `User-Agent`.
     pub user_agent: String,
 }
@@ -26,6 +29,7 @@ impl Default for RegistryConfig {
             config_path: None,
             max_concurrency: 4,
             timing: Timing::default(),
+            denied: DeniedNetworks::default(),
             user_agent: concat!("shipway/", env!("CARGO_PKG_VERSION")).into(),
         }
     }

@@ -1,7 +1,7 @@
 //! The client and its repositories: who is asked, names resolved, manifests fetched.
 
 use crate::{
-    CredentialSource, Credentials, Error, RegistryConfig, Token,
+    CredentialSource, Credentials, DeniedNetworks, Error, RegistryConfig, Token,
     auth::{Asker, AuthStores, Authorizer, token_server},
     error::Kind,
     hosts::{self, Endpoint, Scheme},
@@ -76,8 +76,8 @@ impl Shared {
         }
         let mut timing = self.config.timing;
         timing.connect = endpoint.dial_timeout.unwrap_or(timing.connect);
-        let tls = endpoint.tls.clone();
-        let client = tokio::task::spawn_blocking(move || Client::new(&tls, timing)).await;
+        let (tls, denied) = (endpoint.tls.clone(), self.config.denied.clone());
+        let client = tokio::task::spawn_blocking(move || Client::new(&tls, timing, denied)).await;
         let client = match (client.map_err(|e| Kind::Config(e.to_string()))?, before) {
             (Ok(client), _) => client,
             // A certificate may be there before its key is.
@@ -119,6 +119,11 @@ impl Registry {
     pub fn new(config: RegistryConfig) -> Self {
         let limits = Limits::new(config.max_concurrency);
         Self(Arc::new(Shared { config, limits, clients: Mutex::default(), stores: Arc::default(), plain: Mutex::default() }))
+    }
+
+    /// Networks that are not connected to.
+    pub fn denied(&self) -> &DeniedNetworks {
+        &self.0.config.denied
     }
 
     /// The repository of `name` as seen with `credentials`.

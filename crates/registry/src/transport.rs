@@ -4,7 +4,7 @@
 
 mod connect;
 
-use crate::{Timing, error::Kind};
+use crate::{DeniedNetworks, Timing, error::Kind};
 use bytes::{Bytes, BytesMut};
 use connect::Connector;
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, header};
@@ -122,8 +122,8 @@ pub struct Answer {
 
 impl Client {
     /// A client; reads certificate files, so call it where blocking is allowed.
-    pub fn new(tls: &TlsSettings, timing: Timing) -> Result<Self, String> {
-        let connector = Connector::new(crate::tls::client_config(tls)?, timing.connect);
+    pub fn new(tls: &TlsSettings, timing: Timing, denied: DeniedNetworks) -> Result<Self, String> {
+        let connector = Connector::new(crate::tls::client_config(tls)?, timing.connect, denied);
         let inner = legacy::Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(90))

@@ -42,6 +42,9 @@ pub struct Config {
     pub worker: Workers,
     /// Registries by host.
     pub registry: BTreeMap<String, shipway_registry::HostConfig>,
+    /// Networks that images, downloads and repositories are not fetched from: `10.0.0.0/8`, or one address.
+    #[serde(rename = "deniedNetworks")]
+    pub denied_networks: Option<shipway_registry::DeniedNetworks>,
     /// Name resolution in steps.
     pub dns: Option<Dns>,
     /// How long finished builds are remembered.

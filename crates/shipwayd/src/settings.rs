@@ -175,6 +175,7 @@ impl Settings {
             root,
             insecure_entitlements,
             proxy_network,
+            denied_networks,
             provenance_env_dir,
             log,
             grpc,
@@ -416,6 +417,7 @@ impl Settings {
                 hosts: registry,
                 config_path: Some("/etc/containerd/certs.d".into()),
                 max_concurrency: concurrency,
+                denied: denied_networks.unwrap_or_default(),
                 ..RegistryConfig::default()
             },
             import_deadline: system.cache_import_timeout.map_or(shipway_engine::IMPORT_DEADLINE, |s| s.0),

@@ -22,7 +22,7 @@ use repo::Objects;
 use repo::Repo;
 pub(crate) use repo::Tip;
 use serde::Serialize;
-use shipway_fault::{Context as _, Fault, Result};
+use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_llb::{GitFacts, SourceFacts};
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, RecordType, RefStore};
@@ -216,7 +216,12 @@ impl Gits {
             "" => None,
             text => Some(known_hosts_file(text)?),
         };
-        let mut git = Git::new(reporter).ssh(agent.as_ref().map(SshAgent::socket), known_hosts.as_ref().map(|f| f.path()));
+        let (host, port) = spec.endpoint();
+        let addresses = self.registry.denied().addresses(host, port).await;
+        let addresses = addresses.map_err(|why| Fault::new(Code::PermissionDenied, format!("{}: {why}", spec.shown())))?;
+        let mut git = Git::new(reporter)
+            .connecting(host, port, &addresses)
+            .ssh(agent.as_ref().map(SshAgent::socket), known_hosts.as_ref().map(|f| f.path()));
         let settings = match auth_header(spec, peers).await? {
             Some(header) => Some((token_scope(&spec.remote), header)),
             // What was in the address counts for the whole host, as it does for submodules that are named relative to it.

@@ -10,7 +10,7 @@ use shipway_fault::Code;
 use shipway_oci::{ChainId, Descriptor, DiffId, Digest, ImageConfig, Index, Manifest, Platform, RootFs, media};
 use shipway_progress::{Journal, Reporter};
 use shipway_refs::{Compression, LocalMount, NamedRef, NamedRequest, RecordType, RefStore, Sharing};
-use shipway_registry::{Registry, RegistryConfig};
+use shipway_registry::{DeniedNetworks, Registry, RegistryConfig};
 use shipway_session::{SessionGroup, SessionHub};
 use shipway_sources::{LocalImages, ResolveWant, SourceContext, SourceMemo, SourceOptions, SourceSpec, Sources};
 use shipway_storage::{ContentStore, Images, Labels, LeaseId, Leases, built_labels, fake::FakeStorage};
@@ -991,4 +991,28 @@ async fn downloaded_files_are_verified() {
     assert_eq!(bench.sources.pin(&plain, &cx()).await.unwrap().keys, pin.keys, "signed or not, it is the same file");
     let state = bench.sources.fetch(&signed, &pin, &cx()).await.unwrap();
     assert_eq!(std::fs::read(state.mount().await.unwrap().path().join("f")).unwrap(), content);
+}
+
+#[tokio::test]
+async fn addresses_that_are_denied_are_not_connected_to() {
+    // Whoever is there is asked nothing.
+    let web = Web::start(|line, _| panic!("{line}"));
+    let bench = Bench::new().await;
+    let denied = DeniedNetworks(vec!["127.0.0.0/8".parse().unwrap(), "::1".parse().unwrap()]);
+    let config = RegistryConfig { denied, ..RegistryConfig::default() };
+    let sources = Sources::new(bench.refs.clone(), Registry::new(config), SourceOptions::default());
+    let port = web.host.rsplit(':').next().unwrap().to_owned();
+    for host in [web.host.clone(), format!("localhost:{port}")] {
+        for identifier in [format!("docker-image://{host}/a:1"), format!("http://{host}/f"), format!("git://http://{host}/r.git#main")] {
+            let fault = sources.pin(&spec(identifier.clone(), &[]), &cx()).await.unwrap_err();
+            assert!(fault.to_string().contains("deniedNetworks"), "{identifier}: {fault}");
+        }
+    }
+    // The metadata service of a cloud is, unless it is said otherwise.
+    for identifier in
+        ["http://169.254.169.254/latest/meta-data", "git://http://169.254.169.254/r.git#main", "docker-image://169.254.169.254/a:1"]
+    {
+        let fault = bench.sources.pin(&spec(identifier, &[]), &cx()).await.unwrap_err();
+        assert!(fault.to_string().contains("deniedNetworks"), "{identifier}: {fault}");
+    }
 }

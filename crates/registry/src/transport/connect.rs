@@ -1,6 +1,7 @@
 //! TCP (all addresses of a name, raced), proxies from the environment, TLS.
 
 use super::Failure;
+use crate::denied::{DeniedNetworks, Resolver};
 use http::Uri;
 use hyper_util::{
     client::{
@@ -36,20 +37,21 @@ const LOOPBACK_PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Clone)]
 pub(super) struct Connector {
-    tcp: HttpConnector,
+    tcp: HttpConnector<Resolver>,
+    denied: DeniedNetworks,
     tls: TlsConnector,
     proxy: Arc<Matcher>,
     patience: Duration,
 }
 
 impl Connector {
-    pub(super) fn new(tls: ClientConfig, patience: Duration) -> Self {
-        let mut tcp = HttpConnector::new();
+    pub(super) fn new(tls: ClientConfig, patience: Duration, denied: DeniedNetworks) -> Self {
+        let mut tcp = HttpConnector::new_with_resolver(Resolver::new(denied.clone()));
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
         tcp.set_connect_timeout(Some(patience));
         tcp.set_keepalive(Some(Duration::from_secs(60)));
-        Self { tcp, tls: TlsConnector::from(Arc::new(tls)), proxy: Arc::new(Matcher::from_env()), patience }
+        Self { tcp, denied, tls: TlsConnector::from(Arc::new(tls)), proxy: Arc::new(Matcher::from_env()), patience }
     }
 
     async fn dial(mut self, uri: Uri) -> Result<Stream, Failure> {
@@ -62,6 +64,10 @@ impl Connector {
                 return Err(Failure::Connect(format!("the proxy {} is of a kind we do not speak: want http://", super::host_of(p.uri()))));
             }
         };
+        // Of names the resolver knows; an address is not looked up.
+        if let Ok(address) = host.parse() {
+            self.denied.check(&host, address).map_err(Failure::Connect)?;
+        }
         let mut tcp = self.tcp.call(target).await.map_err(|e| Failure::Connect(tcp_reason(&e, &uri, proxy.as_ref())))?.into_inner();
         if uri.scheme_str() != Some("https") {
             return Ok(Stream { kind: Kind::Plain(tcp), proxied: proxy.is_some() });

@@ -8,6 +8,7 @@ const KEYS: &[(&str, &str, &str)] = &[
     ("root", "'/r'", ""),
     ("insecure-entitlements", "['network.host']", ""),
     ("proxyNetwork", "true", ""),
+    ("deniedNetworks", r#"["10.0.0.0/8"]"#, ""),
     ("provenanceEnvDir", "'/p'", ""),
     ("log.format", "'json'", ""),
     ("log.level", "'warn'", ""),

@@ -11,6 +11,9 @@ use crate::{
 use shipway_fault::{Fault, Result, redact};
 use shipway_oci::Digest;
 
+/// Where SSH servers listen.
+const SSH_PORT: u16 = 22;
+
 /// A parsed git source.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct GitSpec {
@@ -129,6 +132,26 @@ impl GitSpec {
         &self.shown
     }
 
+    /// Host and port that git connects to.
+    pub(crate) fn endpoint(&self) -> (&str, u16) {
+        let Some((scheme, rest)) = self.remote.split_once("://") else {
+            let host = self.remote.split(':').next().unwrap_or_default();
+            return (host.rsplit('@').next().unwrap_or_default(), SSH_PORT);
+        };
+        let authority = rest.split('/').next().unwrap_or_default();
+        let host = authority.rsplit('@').next().unwrap_or_default();
+        let usual = match scheme.to_lowercase().as_str() {
+            "http" => 80,
+            "git" => 9418,
+            "ssh" => SSH_PORT,
+            _ => 443,
+        };
+        match host.rsplit_once(':') {
+            Some((name, port)) if !port.contains(']') => (name, port.parse().unwrap_or(usual)),
+            _ => (host, usual),
+        }
+    }
+
     /// Host (and port) of the remote.
     pub(crate) fn host(&self) -> &str {
         let rest = self.remote.split_once("://").map_or(self.remote.as_str(), |(_, r)| r);
@@ -221,6 +244,16 @@ mod tests {
             assert!(!format!("{git:?}").contains("t0k3n"), "{git:?}");
         }
         assert_eq!(parse("x", &[("git.fullurl", "http://h/a")]).unwrap().remote, "http://h/a");
+        for (locator, endpoint) in [
+            ("github.com/a/b.git#main", ("github.com", 443)),
+            ("http://u:p@h:8/a.git", ("h", 8)),
+            ("git@github.com:a/b.git", ("github.com", 22)),
+            ("ssh://git@h/a", ("h", 22)),
+            ("git://[::1]/a", ("[::1]", 9418)),
+            ("https://[::1]:80/a", ("[::1]", 80)),
+        ] {
+            assert_eq!(parse(locator, &[]).unwrap().endpoint(), endpoint, "{locator}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use rustix::process::{Pid, Signal, kill_process_group};
 use shipway_fault::{Class, Code, Fault, Result, redact_text};
 use shipway_progress::{LogStream, Reporter};
-use std::{any::Any, path::Path, process::Stdio, sync::Arc, time::Duration};
+use std::{any::Any, net::IpAddr, path::Path, process::Stdio, sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
     process::{Child, Command},
@@ -124,6 +124,16 @@ impl Git {
 
     pub(crate) fn work_tree(mut self, dir: &Path) -> Self {
         self.arguments.push(format!("--work-tree={}", dir.display()));
+        self
+    }
+
+    /// Lets downloads connect to these addresses of a host and to no others; git before 2.37 looks the host up again.
+    pub(crate) fn connecting(mut self, host: &str, port: u16, addresses: &[IpAddr]) -> Self {
+        if !addresses.is_empty() {
+            let shown = |address: &IpAddr| if address.is_ipv6() { format!("[{address}]") } else { address.to_string() };
+            let all: Vec<String> = addresses.iter().map(shown).collect();
+            self.arguments.extend(["-c".to_owned(), format!("http.curloptResolve={host}:{port}:{}", all.join(","))]);
+        }
         self
     }
 
