@@ -17,6 +17,7 @@ const NEEDED: &[(&str, &str)] = &[
     ("iptables", "iptables"),
     ("git", "git"),
     ("openssl", "openssl"),
+    ("fsck.erofs", "erofs-utils"),
     ("protoc", "protobuf-compiler"),
     ("/usr/include/google/protobuf/any.proto", "libprotobuf-dev"),
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),
