@@ -133,9 +133,9 @@ pub enum Inserted {
     Root,
     /// A regular file, and where its contents belong.
     File(Extent),
-    /// Anything else that has its name.
+    /// Anything else, under its own name.
     Entry,
-    /// A whiteout: the name in it is hidden in lower layers.
+    /// A whiteout: what lower layers have under the name is hidden.
     Whiteout,
     /// The parent directory hides everything below.
     Opaque,
@@ -305,8 +305,9 @@ impl Builder {
         Ok(inserted)
     }
 
-    /// Paths of directories that no entry told, but whose entries were. Parents come before what is in them.
-    pub fn implied(&self) -> Vec<Vec<u8>> {
+    /// Paths of directories that no entry told, but whose entries were. Parents come before what is in them. An error if the paths have more bytes
+    /// together than [`limits::IMPLIED_BYTES`].
+    pub fn implied(&self) -> Result<Vec<Vec<u8>>, BuildError> {
         let live = (0..self.tree.entries.len() as u32).filter(|e| self.tree.is_live(*e));
         let implied = live.filter(|e| {
             let inode = self.tree.inode(self.tree.entries[*e as usize].inode);
@@ -328,9 +329,16 @@ impl Builder {
             names.reverse();
             names.join(&b'/')
         };
-        let mut paths: Vec<Vec<u8>> = implied.map(path).collect();
+        let (mut paths, mut bytes) = (Vec::new(), 0);
+        for path in implied.map(path) {
+            bytes += path.len();
+            if bytes > limits::IMPLIED_BYTES {
+                return Err(BuildError::TooMuchText);
+            }
+            paths.push(path);
+        }
         paths.sort_unstable_by(|a, b| a.split(|c| *c == b'/').cmp(b.split(|c| *c == b'/')));
-        paths
+        Ok(paths)
     }
 
     /// Entries so far, with those that were implied, without those that were replaced; the root does not count.

@@ -15,8 +15,8 @@ pub enum BuildError {
     /// A symbolic link to nowhere.
     #[error("a symbolic link has no target")]
     EmptyTarget,
-    /// See [`limits::TEXT_BYTES`].
-    #[error("the names of the layer have more than {} bytes", limits::TEXT_BYTES)]
+    /// See [`limits::TEXT_BYTES`] and [`limits::IMPLIED_BYTES`].
+    #[error("the names or implied paths of the layer have too many bytes")]
     TooMuchText,
     /// A parent on the path is neither a directory nor a symbolic link to one.
     #[error("a parent is not a directory")]

@@ -8,6 +8,8 @@ pub const PATH_BYTES: usize = 4095;
 pub const NAME_BYTES: usize = 255;
 /// Bytes of all names and targets of symbolic links of an image.
 pub const TEXT_BYTES: usize = 256 << 20;
+/// Bytes of all paths of directories that are only implied, when they are asked for: deep ones have far more than there are bytes of names.
+pub const IMPLIED_BYTES: usize = 64 << 20;
 /// Bytes of all paths that are looked up because a parent is a symbolic link; a few links could otherwise make each of many paths a long walk.
 pub const LINKED_PATH_BYTES: usize = 64 << 20;
 /// Symbolic links on the way to one parent directory (as many as containerd follows).

@@ -56,11 +56,11 @@ fn parents_are_implied_and_can_be_told_later() {
     add(&mut layer, "x", Node::Directory).unwrap();
     file(&mut layer, "gone/sub/file").unwrap();
     file(&mut layer, "gone").unwrap();
-    let implied: Vec<String> = layer.implied().into_iter().map(|p| String::from_utf8(p).unwrap()).collect();
+    let implied: Vec<String> = layer.implied().unwrap().into_iter().map(|p| String::from_utf8(p).unwrap()).collect();
     assert_eq!(implied, ["a", "a/b"]);
     assert_eq!(layer.len(), 6);
     add(&mut layer, "a/b", Node::Directory).unwrap();
-    assert_eq!(layer.implied(), [b"a"]);
+    assert_eq!(layer.implied().unwrap(), [b"a"]);
     assert_eq!(shown(layer), ["d /a", "d /a/b", "f /a/b/c", "f /gone", "d /x", "f /x/y"]);
 }
 
@@ -191,6 +191,21 @@ fn links_on_the_way_are_bounded() {
     add(&mut layer, "l", Node::Symlink { target: target.as_bytes() }).unwrap();
     let refused = (0..).find_map(|n| file(&mut layer, "l/x").err().map(|e| (n, e)));
     assert_eq!(refused, Some((limits::LINKED_PATH_BYTES / target.len(), BuildError::TooManyLinks)));
+}
+
+#[test]
+fn implied_paths_are_bounded() {
+    // Each of n directories below the other has a path of two bytes more.
+    let depth = 2000;
+    let of = |trees: usize| {
+        let mut layer = builder();
+        (0..trees).for_each(|n| assert!(file(&mut layer, &format!("{n:0>3}/{}x", "d/".repeat(depth))).is_ok()));
+        layer.implied()
+    };
+    let each: usize = (0..=depth).map(|n| 3 + 2 * n).sum();
+    let most = limits::IMPLIED_BYTES / each;
+    assert_eq!(of(most).unwrap().iter().map(Vec::len).sum::<usize>(), most * each);
+    assert_eq!(of(most + 1), Err(BuildError::TooMuchText));
 }
 
 #[test]
