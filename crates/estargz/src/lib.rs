@@ -12,6 +12,7 @@
 //! - [`Annotated`]: what the manifest says; [`Tail`] and [`Layout`]: where the table is, from the
 //!   last bytes of the blob.
 //! - [`Toc`]: the table, checked; [`Toc::read_frame`]: data of files, checked.
+//! - [`Toc::records`]: where data goes in a file on the disk, and where it comes from.
 //! - [`Comparison`]: whether the tar says the same as the table. A table may lie about it:
 //!   containers would see other files than those who look at the tar.
 //! - [`Writer`] and [`Order`]: the other way round.
@@ -33,6 +34,7 @@ mod codec;
 mod compare;
 mod error;
 mod footer;
+mod index;
 mod tar;
 mod toc;
 mod write;
@@ -48,6 +50,7 @@ pub use footer::{
     ESTARGZ_FOOTER, EXTERNAL_FOOTER, LONGEST_FOOTER, Layout, MAX_COMPRESSED_TOC, MAX_TOC, STARGZ_FOOTER, Tail, ZSTD_FOOTER,
     ZSTD_FOOTER_TAR_SPLIT,
 };
+pub use index::{DATA_BLOCK, Record};
 pub use tar::{TarEntry, TarKind};
 pub use toc::{
     Chunk, Content, Entry, EntryId, Expected, Kind, Landmark, MAX_CHUNK, MAX_DATA, MAX_DEPTH, MAX_ENTRIES, MAX_INNER, MAX_MAJOR, MAX_MINOR,

@@ -6,7 +6,7 @@
 mod common;
 
 use common::{Opened, corpus, each, open};
-use shipway_estargz::{Codec, Content, Error, Frames, Kind, Landmark, TOC_DIGEST, Tail, Time};
+use shipway_estargz::{Codec, Content, DATA_BLOCK, Error, Frames, Kind, Landmark, Record, TOC_DIGEST, Tail, Time};
 use shipway_oci::Digest;
 use std::{collections::BTreeMap, io::Read as _};
 
@@ -161,6 +161,31 @@ fn landmarks_and_places_are_found() {
         let Tail::Layout(by_footer) = Tail::read(&layer.blob, layer.blob.len() as u64).unwrap() else { panic!() };
         assert_eq!(by_footer.toc, layer.layout.toc, "{name}");
         assert_eq!(by_footer.codec, Codec::Zstd);
+    }
+}
+
+#[test]
+fn every_byte_has_a_place_on_the_disk() {
+    for (name, layer) in all() {
+        let records: Vec<_> = layer.toc.records().collect();
+        assert_eq!(records.len(), layer.toc.chunks().len(), "{name}");
+        let starts: BTreeMap<_, _> = layer.toc.data_starts().collect();
+        let mut end = 0;
+        for (record, chunk) in records.iter().zip(layer.toc.chunks()) {
+            assert_eq!(&Record::from_bytes(&record.to_bytes()), record, "{name}");
+            assert_eq!(record.data, starts[&chunk.file] + chunk.file_offset, "{name}");
+            assert_eq!((record.size, record.offset, u64::from(record.inner)), (chunk.size, chunk.offset, chunk.inner), "{name}");
+            // Files begin at blocks, the nearest that is free; their chunks follow each other.
+            let from = if chunk.file_offset == 0 { u64::next_multiple_of(end, DATA_BLOCK) } else { end };
+            assert_eq!(record.data, from, "{name}");
+            end = record.data + record.size;
+            match chunk.content {
+                Content::Data(digest) => {
+                    assert_eq!((record.digest, u64::from(record.compressed)), (Some(digest), chunk.end - chunk.offset), "{name}");
+                }
+                Content::Zeros => assert_eq!((record.digest, record.compressed), (None, 0), "{name}"),
+            }
+        }
     }
 }
 
