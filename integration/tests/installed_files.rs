@@ -6,6 +6,8 @@
 use shipway_testkit::{built, run, which, workspace};
 use std::{fs, process::Command};
 
+const UNITS: &[&str] = &["shipwayd.service", "shipwayd.socket", "shipway-snapshotter.service", "shipway-snapshotter.socket"];
+
 /// How far the daemon comes with this configuration: past it, it looks for containerd and finds none.
 #[track_caller]
 fn understood(text: &str) {
@@ -63,21 +65,22 @@ fn systemd_accepts_the_units() {
     let Some(analyze) = which("systemd-analyze") else {
         // `cargo xtask test` lists what is absent.
         eprintln!("systemd-analyze is absent: the units are only read");
-        for unit in ["shipwayd.service", "shipwayd.socket"] {
-            read_unit(unit);
-        }
+        UNITS.iter().for_each(|unit| drop(read_unit(unit)));
         return;
     };
     let dir = tempfile::tempdir().unwrap();
-    for unit in ["shipwayd.service", "shipwayd.socket"] {
-        let text = read_unit(unit).replace("/usr/local/bin/shipwayd", built("shipwayd").to_str().unwrap());
+    for unit in UNITS {
+        let mut text = read_unit(unit);
+        for program in ["shipwayd", "shipway-snapshotter"] {
+            text = text.replace(&format!("/usr/local/bin/{program}"), built(program).to_str().unwrap());
+        }
         fs::write(dir.path().join(unit), text).unwrap();
     }
     // The unit of a containerd that may be installed elsewhere.
     fs::write(dir.path().join("containerd.service"), "[Service]\nExecStart=/bin/true\n").unwrap();
-    let units = ["shipwayd.service", "shipwayd.socket"].map(|u| dir.path().join(u));
+    let units = UNITS.iter().map(|u| dir.path().join(u));
     let done = run(Command::new(analyze).arg("verify").arg("--man=no").args(units));
-    let ours: Vec<_> = done.stderr.lines().filter(|l| l.contains("shipwayd")).collect();
+    let ours: Vec<_> = done.stderr.lines().filter(|l| l.contains("shipway")).collect();
     assert!(ours.is_empty(), "{}", ours.join("\n"));
 }
 

@@ -34,7 +34,8 @@ pub fn root_command(program: impl AsRef<OsStr>) -> Command {
 pub fn build_and_continue(profile: &str, second: &[&str]) -> Result<(), String> {
     println!("building ({profile}) …");
     let mut build = cargo();
-    build.args(["build", "--profile", profile, "--package", "xtask", "--package", "shipwayd", "--package", "shipway"]);
+    build.args(["build", "--profile", profile]);
+    build.args(["xtask", "shipwayd", "shipway", "shipway-snapshotter"].into_iter().flat_map(|package| ["--package", package]));
     succeed(build)?;
     let directory = if profile == "dev" { "debug" } else { profile };
     let program: PathBuf =

@@ -1,0 +1,167 @@
+//! The configuration: one TOML file, strict, every key of which has a default. `config/shipway-snapshotter.toml` shows them all.
+
+use serde::Deserialize;
+use shipway_fault::{Fault, Result, closest};
+use shipway_snapstore::Sharing;
+use std::path::{Path, PathBuf};
+
+/// The whole file.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Directory of the snapshots. The default is where containerd before 1.7.16 takes the size of the file system of images from, whatever it is told.
+    pub root: PathBuf,
+    /// Socket that containerd connects to.
+    pub address: PathBuf,
+    /// Socket of `status`.
+    pub status_address: PathBuf,
+    /// Whose snapshots a namespace may get when it asks for a chain ID.
+    pub sharing: Sharing,
+    /// Options of every overlay mount besides those that it needs.
+    pub mount_options: Vec<String>,
+    /// Logging.
+    pub log: Log,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            root: "/var/lib/containerd/io.containerd.snapshotter.v1.shipway".into(),
+            address: "/run/shipway-snapshotter/snapshotter.sock".into(),
+            status_address: "/run/shipway-snapshotter/status.sock".into(),
+            sharing: Sharing::default(),
+            mount_options: Vec::new(),
+            log: Log::default(),
+        }
+    }
+}
+
+/// Logging, to the standard error.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// The least important that is logged.
+    pub level: Level,
+    /// How.
+    pub format: Format,
+}
+
+/// Importance of a message.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum Level {
+    Error,
+    Warn,
+    #[default]
+    Info,
+    Debug,
+    Trace,
+}
+
+/// Form of a message.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum Format {
+    #[default]
+    Text,
+    Json,
+}
+
+impl Config {
+    /// Parses the text of a file called `name`.
+    pub fn parse(text: &str, name: &str) -> Result<Self> {
+        let config: Self = toml::from_str(text).map_err(|e| {
+            let fault = Fault::invalid(format!("{e}").trim_end().to_owned()).context(format!("parse the configuration file {name}"));
+            match suggestion(e.message()) {
+                Some(known) => fault.hint(format!("did you mean `{known}`?")),
+                None => fault,
+            }
+        })?;
+        for (key, path) in [("root", &config.root), ("address", &config.address), ("status_address", &config.status_address)] {
+            if !path.is_absolute() {
+                return Err(Fault::invalid(format!("`{key}` of {name} is not an absolute path: {:?}", path.display())));
+            }
+        }
+        if let Some(option) = config.mount_options.iter().find(|o| o.is_empty() || o.contains(',')) {
+            return Err(Fault::invalid(format!("`mount_options` of {name} wants one option each, not {option:?}")));
+        }
+        Ok(config)
+    }
+
+    /// Reads `path`; a file that is not there is an empty one unless it was asked for by name.
+    pub fn load(path: &Path, required: bool) -> Result<Self> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(&text, &path.display().to_string()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !required => Ok(Self::default()),
+            Err(e) => Err(Fault::io(format!("read the configuration file {}", path.display()), e)),
+        }
+    }
+}
+
+impl Log {
+    /// Starts logging.
+    pub fn start(self) {
+        use tracing_subscriber::{EnvFilter, fmt};
+        let level = format!("{:?}", self.level).to_lowercase();
+        // The wire's own chatter drowns everything else.
+        let filter = format!("{level},h2=info,hyper=info,tower=info,tonic=info");
+        let builder = fmt().with_env_filter(EnvFilter::new(filter)).with_writer(std::io::stderr);
+        match self.format {
+            Format::Text => builder.with_ansi(rustix::termios::isatty(std::io::stderr())).init(),
+            Format::Json => builder.json().init(),
+        }
+    }
+}
+
+/// The known key nearest to the unknown one that serde's message names.
+fn suggestion(message: &str) -> Option<String> {
+    let rest = message.strip_prefix("unknown field `")?;
+    let (unknown, rest) = rest.split_once('`')?;
+    let known: Vec<&str> = rest.split('`').skip(1).step_by(2).collect();
+    closest(unknown, known).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SAMPLE: &str = include_str!("../../../config/shipway-snapshotter.toml");
+
+    #[test]
+    fn the_sample_is_understood_and_shows_the_defaults() {
+        let plain = Config::parse(SAMPLE, "sample").unwrap();
+        // Keys that are only mentioned are "#key" without a space.
+        let mentioned: Vec<&str> = SAMPLE
+            .lines()
+            .map(|l| l.trim_start().strip_prefix('#').filter(|r| !r.starts_with(' ') && !r.is_empty()).unwrap_or(l))
+            .collect();
+        let all = mentioned.join("\n");
+        let uncommented = Config::parse(&all, "sample").unwrap();
+        assert_eq!(format!("{plain:?}"), format!("{:?}", Config::default()));
+        assert_eq!(format!("{uncommented:?}"), format!("{:?}", Config { mount_options: vec!["volatile".into()], ..Config::default() }));
+        // No key is missing in it.
+        let shown: toml::Table = toml::from_str(&all).unwrap();
+        let mut keys: Vec<&str> = shown.keys().map(String::as_str).collect();
+        keys.sort_unstable();
+        assert_eq!(keys, ["address", "log", "mount_options", "root", "sharing", "status_address"]);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (text, says, hint) in [
+            ("rot = '/x'", "unknown field `rot`", Some("did you mean `root`?")),
+            ("[log]\nlevels = 'x'", "unknown field `levels`", Some("did you mean `level`?")),
+            ("sharing = 'some'", "unknown variant `some`", None),
+            ("root = 'relative'", "`root` of x.toml is not an absolute path", None),
+            ("mount_options = ['a,b']", "one option each", None),
+        ] {
+            let error = Config::parse(text, "x.toml").unwrap_err();
+            assert!(error.to_string().contains(says), "{error}");
+            assert_eq!(error.hints().next(), hint);
+        }
+        assert!(Config::load(Path::new("/nonexistent/x.toml"), false).is_ok());
+        assert!(Config::load(Path::new("/nonexistent/x.toml"), true).is_err());
+    }
+}

@@ -1,0 +1,100 @@
+//! The snapshotter of Shipway: a program that containerd asks for snapshots (a proxy plug-in). `main` is a table of contents.
+//!
+//! - [`rpc`]: containerd's snapshots service on [`shipway_snapstore::Store`], by the crate `containerd-snapshots`.
+//! - [`serve`]: sockets, ready and stop.
+//! - [`status`]: what it tells about itself.
+//! - [`setup`]: what containerd's configuration needs to find it; [`doctor`]: what is missing.
+//! - [`config`]: its own file.
+//!
+//! Dependencies worth a word. `containerd-snapshots` is the server that the project's user asks for. Its release 0.3 brings tonic 0.9 and what
+//! that stands on beside the tonic of the rest; none of it is seen outside of [`rpc`]. It does not pass on the parent of
+//! Commit, which only unpackers need that put layers together in any order (`rebase`, which is not advertised). `toml_edit` changes
+//! containerd's configuration without touching other people's lines.
+
+mod config;
+mod doctor;
+mod rpc;
+mod serve;
+mod setup;
+mod status;
+
+use clap::{Parser, Subcommand};
+use config::Config;
+use shipway_fault::{Class, Fault, Result};
+use std::{path::PathBuf, process::ExitCode};
+
+/// Where the configuration is, unless `--config` says it.
+const CONFIG: &str = "/etc/shipway/shipway-snapshotter.toml";
+
+/// Snapshots for containerd, shared by all namespaces. Without a command: serves them.
+#[derive(Parser)]
+#[command(version)]
+struct Flags {
+    /// Configuration file.
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Directory of the snapshots.
+    #[arg(long, global = true, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// Socket that containerd connects to.
+    #[arg(long, global = true, value_name = "PATH")]
+    address: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Tells what a running snapshotter has.
+    Status {
+        /// As one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Makes containerd use this snapshotter: writes what its configuration lacks, and leaves everything else as it is.
+    Setup(setup::Flags),
+    /// Tells what is missing on this host.
+    Doctor(setup::Target),
+}
+
+fn main() -> ExitCode {
+    match run(Flags::parse()) {
+        Ok(code) => code,
+        Err(fault) => {
+            eprintln!("shipway-snapshotter: {fault}");
+            for hint in fault.hints() {
+                eprintln!("  hint: {hint}");
+            }
+            ExitCode::from(if fault.class() == Class::User { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(flags: Flags) -> Result<ExitCode> {
+    let required = flags.config.is_some();
+    let mut config = Config::load(&flags.config.unwrap_or_else(|| CONFIG.into()), required)?;
+    config.root = flags.root.unwrap_or(config.root);
+    config.address = flags.address.unwrap_or(config.address);
+    match flags.command {
+        None => start(&config).map(|()| ExitCode::SUCCESS),
+        Some(Command::Status { json }) => status::show(&config, json).map(|()| ExitCode::SUCCESS),
+        Some(Command::Setup(flags)) => setup::run(&config, &flags).map(|()| ExitCode::SUCCESS),
+        Some(Command::Doctor(target)) => Ok(doctor::run(&config, &target)),
+    }
+}
+
+fn start(config: &Config) -> Result<()> {
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    config.log.start();
+    // One thread for the sockets; what waits for the disk does so on others.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(serve::MAX_THREADS)
+        .thread_name("disk")
+        .build()
+        .map_err(|e| Fault::io("start the runtime", e))?;
+    let result = runtime.block_on(serve::run(config));
+    // What still waits for the disk is as safe as it is from a kill.
+    runtime.shutdown_background();
+    result
+}

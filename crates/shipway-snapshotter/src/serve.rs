@@ -1,0 +1,144 @@
+//! Sockets, ready and stop.
+
+use crate::{config::Config, rpc, status};
+use rustix::fs::Mode;
+use shipway_fault::{Fault, Result};
+use shipway_snapstore::{NoLazyLayers, Options, Store};
+use std::{
+    io::{self, ErrorKind},
+    os::unix::fs::{DirBuilderExt as _, FileTypeExt as _},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+use tokio_stream::wrappers::ReceiverStream;
+
+/// Threads that wait for the disk.
+pub const MAX_THREADS: usize = 16;
+/// Connections accepted but not yet taken by the server.
+const BACKLOG: usize = 16;
+/// Pause after an accept error such as "too many open files", so that the loop does not spin.
+const PAUSE: Duration = Duration::from_millis(50);
+/// How long running calls get to end after a signal.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Serves until SIGTERM or SIGINT. Nothing here needs the network.
+pub async fn run(config: &Config) -> Result<()> {
+    // The sockets first: who finds somebody listening may wait, who finds nobody fails.
+    let listener = match activated()? {
+        Some(listener) => listener,
+        None => bind(&config.address)?,
+    };
+    let told = bind(&config.status_address)?;
+    let options = Options { sharing: config.sharing, mount_options: config.mount_options.clone() };
+    let store = Arc::new(Store::open(&config.root, options, Arc::new(NoLazyLayers))?);
+    let worker = store.clone();
+    std::thread::Builder::new().name("later".into()).spawn(move || worker.work()).map_err(|e| Fault::io("start a thread", e))?;
+    let telling = tokio::spawn(status::serve(accept(told), store.clone(), config.clone()));
+    tracing::info!(root = %config.root.display(), address = %config.address.display(), "serving snapshots");
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let stopped = async {
+        let _ = stopped.await;
+    };
+    let mut server = tokio::spawn(rpc::serve(store.clone(), accept(listener), stopped));
+    notify(sd_notify::NotifyState::Ready);
+    let ended = tokio::select! {
+        () = asked_to_stop() => None,
+        ended = &mut server => Some(ended),
+    };
+    tracing::info!("stopping");
+    notify(sd_notify::NotifyState::Stopping);
+    let result = match ended {
+        Some(ended) => Err(Fault::internal(format!("the server ended by itself: {ended:?}"))),
+        None => {
+            let _ = stop.send(());
+            // containerd keeps its connection, so the server may not end; its calls have by then.
+            let _ = tokio::time::timeout(DRAIN, server).await;
+            Ok(())
+        }
+    };
+    telling.abort();
+    store.close();
+    result
+}
+
+/// The socket that systemd passed, if it passed one.
+fn activated() -> Result<Option<UnixListener>> {
+    let mut passed = listenfd::ListenFd::from_env();
+    if passed.len() == 0 {
+        return Ok(None);
+    }
+    let failed = |e| Fault::io("take the socket that systemd passed", e);
+    let Some(listener) = passed.take_unix_listener(0).map_err(failed)? else {
+        return Err(Fault::invalid("the socket that systemd passed is no unix socket"));
+    };
+    listener.set_nonblocking(true).map_err(failed)?;
+    UnixListener::from_std(listener).map(Some).map_err(failed)
+}
+
+/// Listens on `path`, for root only. A socket that nobody listens on any more is replaced.
+fn bind(path: &Path) -> Result<UnixListener> {
+    let failed = |e: io::Error| Fault::io(format!("listen on {}", path.display()), e);
+    if let Some(directory) = path.parent() {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)?;
+    }
+    if path.symlink_metadata().is_ok_and(|m| m.file_type().is_socket()) {
+        match std::os::unix::net::UnixStream::connect(path) {
+            Err(e) if e.kind() == ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(failed)?,
+            _ => {
+                return Err(
+                    failed(ErrorKind::AddrInUse.into()).hint("another snapshotter runs; stop it, or give this one sockets of its own")
+                );
+            }
+        }
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    rustix::fs::chmod(path, Mode::from_raw_mode(0o600)).map_err(|e| failed(e.into()))?;
+    Ok(listener)
+}
+
+/// The connections of a listener, errors passed over.
+fn accept(listener: UnixListener) -> ReceiverStream<UnixStream> {
+    let (sink, connections) = mpsc::channel(BACKLOG);
+    tokio::spawn(async move {
+        loop {
+            let connection = tokio::select! {
+                connection = listener.accept() => connection,
+                () = sink.closed() => return,
+            };
+            match connection {
+                Ok((connection, _)) => {
+                    if sink.send(connection).await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a connection was not accepted");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    });
+    ReceiverStream::new(connections)
+}
+
+fn notify(state: sd_notify::NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::debug!(%error, "the service manager was not told");
+    }
+}
+
+async fn asked_to_stop() {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+}
