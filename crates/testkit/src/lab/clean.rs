@@ -52,6 +52,9 @@ impl Lab {
             all.images.extend(list(&["images", "list", "--quiet"], true));
             all.leases.extend(list(&["leases", "list", "--quiet"], true));
             all.snapshots.extend(list(&["snapshots", "list"], false));
+            if self.options.snapshotter {
+                all.snapshots.extend(list(&["snapshots", "--snapshotter", "shipway", "list"], false));
+            }
             all.blobs.extend(list(&["content", "list", "--quiet"], true));
             all.ingests.extend(list(&["content", "active"], false));
             all.containers.extend(list(&["containers", "list", "--quiet"], true));
@@ -75,7 +78,7 @@ impl Lab {
 
     /// Prints the ends of all logs and what is in containerd.
     pub(super) fn dump(&self) {
-        for log in ["shipwayd.log", "containerd.log", "registry.log"] {
+        for log in ["shipwayd.log", "containerd.log", "shipway-snapshotter.log", "registry.log"] {
             let bytes = std::fs::read(self.dir.join(log)).unwrap_or_default();
             let text = String::from_utf8_lossy(&bytes);
             // What every start and every request says is of no use here.

@@ -55,6 +55,15 @@ fn cri(dir: &Path, flavour: Flavour, sandbox: &str) -> String {
     }
 }
 
+/// The snapshotter with everything below `dir`.
+pub(super) fn snapshotter(dir: &Path) -> String {
+    let dir = dir.display();
+    format!(
+        "root = \"{dir}/snapshotter\"\naddress = \"{dir}/snapshotter.sock\"\nstatus_address = \"{dir}/snapshotter-status.sock\"\n\n\
+         [log]\n  level = \"debug\"\n"
+    )
+}
+
 /// A registry on loopback that also deletes.
 pub(super) fn registry(dir: &Path, port: u16) -> String {
     format!(

@@ -68,6 +68,8 @@ pub struct LabOptions {
     pub daemon_flags: Vec<String>,
     /// Variables of the daemon's environment.
     pub daemon_environment: Vec<(String, String)>,
+    /// Whether containerd has `shipway-snapshotter` as its plug-in `shipway`.
+    pub snapshotter: bool,
     /// Image of CRI's sandboxes; containerd has no CRI without.
     pub sandbox: Option<String>,
     /// Directory to work in and to keep; a temporary one otherwise.
@@ -88,6 +90,7 @@ impl LabOptions {
             worker_config: String::new(),
             daemon_flags: Vec::new(),
             daemon_environment: Vec::new(),
+            snapshotter: false,
             sandbox: None,
             keep_in: None,
             disk: None,
@@ -102,6 +105,7 @@ pub struct Lab {
     /// Order matters: fields drop in this order.
     daemon: Option<Process>,
     containerd: Option<Process>,
+    snapshotter: Option<Process>,
     registry: Option<(u16, Process)>,
     dir: PathBuf,
     _temporary: Option<tempfile::TempDir>,
@@ -122,8 +126,11 @@ impl Lab {
         };
         std::fs::create_dir_all(&dir).unwrap();
         std::fs::write(dir.join("owner"), std::process::id().to_string()).unwrap();
-        let mut lab = Self { options, daemon: None, containerd: None, registry: None, dir, _temporary: temporary };
+        let mut lab = Self { options, daemon: None, containerd: None, snapshotter: None, registry: None, dir, _temporary: temporary };
         lab.mount_disk();
+        if lab.options.snapshotter {
+            lab.start_snapshotter();
+        }
         lab.start_containerd();
         lab
     }
@@ -212,6 +219,11 @@ impl Lab {
         let program = flavour.containerd().unwrap_or_else(|| panic!("{flavour:?} containerd is absent; `cargo xtask test` installs it"));
         let config = self.dir.join("containerd.toml");
         std::fs::write(&config, config::containerd(&self.dir, flavour, self.options.sandbox.as_deref())).unwrap();
+        if self.options.snapshotter {
+            let arguments =
+                ["setup".as_ref(), "--containerd".as_ref(), program.as_os_str(), "--containerd-config".as_ref(), config.as_os_str()];
+            run(self.snapshotter_command().args(arguments)).ok();
+        }
         let mut command = Command::new(program);
         command.arg("--config").arg(&config).env("PATH", flavour.path());
         let mut process = Process::start("containerd", &mut command, &self.dir.join("containerd.log"));
@@ -228,6 +240,43 @@ impl Lab {
         if let Some(mut process) = self.containerd.take() {
             process.kill();
         }
+    }
+
+    /// Our snapshotter with the lab's configuration, to be given a command.
+    pub fn snapshotter_command(&self) -> Command {
+        let mut command = Command::new(built("shipway-snapshotter"));
+        command.arg("--config").arg(self.dir.join("shipway-snapshotter.toml"));
+        command
+    }
+
+    /// Starts the snapshotter, or starts it again after [`Lab::kill_snapshotter`].
+    pub fn start_snapshotter(&mut self) {
+        std::fs::write(self.dir.join("shipway-snapshotter.toml"), config::snapshotter(&self.dir)).unwrap();
+        let mut command = self.snapshotter_command();
+        let mut process = Process::start("shipway-snapshotter", &mut command, &self.dir.join("shipway-snapshotter.log"));
+        wait_for("the snapshotter to answer", Duration::from_secs(30), || {
+            process.alive().unwrap_or_else(|e| panic!("{e}"));
+            let answer = run(self.snapshotter_command().arg("status"));
+            if answer.code == Some(0) { Ok(()) } else { Err(answer.all()) }
+        });
+        self.snapshotter = Some(process);
+    }
+
+    /// The snapshotter's process.
+    pub fn snapshotter(&mut self) -> &mut Process {
+        self.snapshotter.as_mut().expect("the lab runs no snapshotter: set its option")
+    }
+
+    /// `kill -9` of the snapshotter.
+    pub fn kill_snapshotter(&mut self) {
+        if let Some(mut process) = self.snapshotter.take() {
+            process.kill();
+        }
+    }
+
+    /// Asks the snapshotter to end; whether asking was enough.
+    pub fn stop_snapshotter(&mut self) -> bool {
+        self.snapshotter.take().is_none_or(|mut process| process.stop(Duration::from_secs(20)))
     }
 
     /// Starts the registry.
@@ -318,6 +367,11 @@ impl Lab {
         self.options.flavour.bin().map_or_else(|| PathBuf::from("ctr"), |bin| bin.join("ctr"))
     }
 
+    /// The containerd's program.
+    pub fn containerd_path(&self) -> PathBuf {
+        self.options.flavour.containerd().expect("it was started from there")
+    }
+
     /// PATH on which the containerd's own programs come first.
     pub fn path(&self) -> std::ffi::OsString {
         self.options.flavour.path()
@@ -404,6 +458,7 @@ impl Drop for Lab {
         }
         clean::tasks(self);
         self.kill_containerd();
+        self.kill_snapshotter();
         self.registry = None;
         clean::directory(&self.dir);
         if self.options.keep_in.is_some() {
