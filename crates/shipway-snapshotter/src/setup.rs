@@ -157,12 +157,17 @@ fn set_up(config: &Config, name: &str, text: Option<&str>, version: Version, cri
     let disabled = edit.texts("disabled_plugins");
     let is_cri = |plugin: &String| ["cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images"].contains(&plugin.as_str());
     if cri && !disabled.iter().any(is_cri) {
+        const IMAGES: &[&str] = &["plugins", "io.containerd.cri.v1.images"];
         let images: &[&str] = match format {
             1 => &["plugins", "cri", "containerd"],
             2 => &["plugins", "io.containerd.grpc.v1.cri", "containerd"],
-            _ => &["plugins", "io.containerd.cri.v1.images"],
+            _ => IMAGES,
         };
         edit.set(images, "snapshotter", Want::Text(name))?;
+        if format < 3 && version >= Version(2, 0) {
+            // What 2.x makes of an older file has this setting only if the file names runtimes; else it goes by its own place.
+            edit.set(IMAGES, "snapshotter", Want::Text(name))?;
+        }
         // From 2.1 on the transfer service pulls, and goes by what is exported; this setting would switch it off.
         if version < Version(2, 1) {
             edit.set(images, "disable_snapshot_annotations", Want::Bool(false))?;
@@ -334,8 +339,9 @@ differ = "erofs"
         // From 2.1 on it is not ours to say.
         assert_eq!(value(&file, &format!("{cri}/disable_snapshot_annotations")), Some(toml::Value::Boolean(true)));
         assert!(text(&file, "proxy_plugins/stargz/address").is_some());
-        assert_eq!(value(&file, "plugins/io.containerd.cri.v1.images"), None);
+        assert_eq!(text(&file, "plugins/io.containerd.cri.v1.images/snapshotter").as_deref(), Some("shipway"), "2.x looks here as well");
         let file = done(Some(KUBERNETES), Version(1, 6));
+        assert_eq!(value(&file, "plugins/io.containerd.cri.v1.images"), None);
         assert_eq!(value(&file, &format!("{cri}/disable_snapshot_annotations")), Some(toml::Value::Boolean(false)));
         let file = done(Some(THIRD), Version(2, 1));
         let unpack = value(&file, "plugins/io.containerd.transfer.v1.local/unpack_config").unwrap();
