@@ -320,3 +320,30 @@ fn setup_is_taken_back_and_doctor_says_what_is_missing() {
         assert_eq!(run(&mut print).ok().stdout, set_up);
     });
 }
+
+#[test]
+fn what_setup_writes_is_what_containerd_understands() {
+    on_each(|flavour| {
+        let lab = lab(flavour);
+        let cri = "[plugins.\"io.containerd.grpc.v1.cri\".containerd";
+        let plain = format!("version = 2\n{cri}]\n  snapshotter = \"overlayfs\"\n");
+        let runtimes = format!("{plain}{cri}.runtimes.runc]\n  runtime_type = \"io.containerd.runc.v2\"\n");
+        for text in ["version = 2\n", &plain, &runtimes] {
+            let file = lab.dir().join("other.toml");
+            std::fs::write(&file, text).unwrap();
+            let mut setup = lab.snapshotter_command();
+            setup.args(["setup", "--containerd"]).arg(lab.containerd_path()).arg("--containerd-config").arg(&file);
+            run(&mut setup).ok();
+            let dump =
+                run(Command::new(lab.containerd_path()).arg("--config").arg(&file).args(["config", "dump"])).ok().stdout.replace('"', "'");
+            let section = match flavour {
+                Flavour::System => "[plugins.'io.containerd.grpc.v1.cri'.containerd]",
+                Flavour::Newer => "[plugins.'io.containerd.cri.v1.images']",
+            };
+            let section = dump.split(section).nth(1).unwrap_or_else(|| panic!("no {section} in\n{dump}"));
+            let settings = section.split("[plugins").next().unwrap();
+            assert!(settings.contains("snapshotter = 'shipway'"), "{text}\n{settings}");
+            assert!(dump.contains("[proxy_plugins.shipway]"), "{dump}");
+        }
+    });
+}
