@@ -1,6 +1,7 @@
 //! How a layer's bytes are compressed (rows `cmp.*`).
 
 use shipway_fault::{Fault, Result};
+use shipway_gocompat::parse_bool;
 use shipway_oci::media;
 
 /// A compression algorithm.
@@ -71,13 +72,10 @@ impl Compression {
         };
         let force = match force {
             None => false,
-            // Go's spellings.
-            Some("" | "1" | "t" | "T" | "true" | "TRUE" | "True") => true,
-            Some("0" | "f" | "F" | "false" | "FALSE" | "False") => false,
-            Some(other) => {
-                let fault = Fault::invalid(format!("non-bool value {other} specified for force-compression"));
-                return Err(fault.hint("use true or false"));
-            }
+            Some("") => true,
+            Some(text) => parse_bool(text).ok_or_else(|| {
+                Fault::invalid(format!("non-bool value {text} specified for force-compression")).hint("use true or false")
+            })?,
         };
         Ok(Self { kind, level, force })
     }

@@ -1,6 +1,7 @@
 //! What a client asks for: `attest:provenance=…` and `attest:sbom=…` (rows `at.opts`, `at.sbom.gen`, `at.prov.mode`, `at.prov.ver`, `at.prov.params`).
 
 use shipway_fault::{Fault, Result, nearest};
+use shipway_gocompat::parse_bool;
 use shipway_oci::ImageName;
 use std::collections::BTreeMap;
 
@@ -64,15 +65,6 @@ pub struct AttestOptions {
     pub sbom: Option<SbomOptions>,
 }
 
-/// Go's `ParseBool`.
-fn flag(text: &str) -> Option<bool> {
-    match text {
-        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
-        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
-        _ => None,
-    }
-}
-
 /// The fields of a line of CSV.
 fn fields(line: &str) -> Result<Vec<String>, &'static str> {
     let mut out = Vec::new();
@@ -132,7 +124,7 @@ impl AttestOptions {
         let mut out = Self::default();
         for (kind, text) in asked {
             let mut attrs = attrs(&kind, text)?;
-            let off = attrs.remove("disabled").is_some_and(|v| v.is_empty() || flag(&v) == Some(true));
+            let off = attrs.remove("disabled").is_some_and(|v| v.is_empty() || parse_bool(&v) == Some(true));
             match kind.as_str() {
                 "provenance" | "sbom" if off => {}
                 "provenance" => out.provenance = Some(ProvenanceOptions::of(&attrs)?),
@@ -154,7 +146,7 @@ impl ProvenanceOptions {
     fn of(attrs: &BTreeMap<String, String>) -> Result<Self> {
         let truth = |key: &str| match attrs.get(key) {
             None => Ok(false),
-            Some(v) => flag(v).ok_or_else(|| Fault::invalid(format!("failed to parse {key} flag {v:?}")).hint("it is true or false")),
+            Some(v) => parse_bool(v).ok_or_else(|| Fault::invalid(format!("failed to parse {key} flag {v:?}")).hint("it is true or false")),
         };
         let mode = match attrs.get("mode").map(String::as_str) {
             None | Some("max" | "full") => Mode::Max,
@@ -172,9 +164,9 @@ impl ProvenanceOptions {
             version,
             builder_id: attrs.get("builder-id").cloned().unwrap_or_default(),
             reproducible: truth("reproducible")?,
-            inline_only: attrs.get("inline-only").and_then(|v| flag(v)).unwrap_or(false),
+            inline_only: attrs.get("inline-only").and_then(|v| parse_bool(v)).unwrap_or(false),
             complete_materials: truth("complete-materials")?,
-            capture_usage: attrs.get("capture-usage").and_then(|v| flag(v)).unwrap_or(false),
+            capture_usage: attrs.get("capture-usage").and_then(|v| parse_bool(v)).unwrap_or(false),
             filename: attrs.get("filename").cloned(),
         })
     }

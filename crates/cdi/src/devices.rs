@@ -5,6 +5,7 @@ use rustix::fs::FileType;
 use serde_json::json;
 use shipway_executor::{DeviceNode, Edits, Hook, spec::SpecMount};
 use shipway_fault::{Context as _, Fault, Result};
+use shipway_gocompat::parse_bool;
 use shipway_storage::Mount;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -50,8 +51,7 @@ impl Device {
         let name = format!("{}={}", spec.kind.0, device.name.0);
         let both = spec.annotations.iter().chain(&device.annotations);
         let annotations: BTreeMap<_, _> = both.map(|(k, v)| (k.clone(), v.0.clone())).collect();
-        // What Go's ParseBool takes for true.
-        let says_so = annotations.get(AUTO_ALLOW).is_some_and(|v| ["1", "t", "T", "true", "TRUE", "True"].contains(&v.as_str()));
+        let says_so = annotations.get(AUTO_ALLOW).and_then(|v| parse_bool(v)) == Some(true);
         let auto_allow = says_so || auto_allowed.contains(&name) || auto_allowed.contains(&spec.kind.0);
         Self { name, annotations, auto_allow, path: path.to_owned(), spec, index }
     }

@@ -13,6 +13,7 @@ use std::{
 use prost::Message;
 use serde::Serialize;
 use shipway_fault::{Context, Fault, Result};
+use shipway_gocompat::parse_bool;
 use shipway_grpc::fault_of;
 use shipway_oci::Digest;
 use shipway_proto::{moby::buildkit::v1 as wire, pb};
@@ -205,11 +206,8 @@ impl Plan {
             let tag = entry.attrs.get("tag").map_or("latest", String::as_str);
             self.cached.push((dir.into(), tag.to_owned()));
             if let Some(reset) = entry.attrs.get("reset") {
-                let reset = match reset.as_str() {
-                    "1" | "t" | "T" | "true" | "TRUE" | "True" => true,
-                    "0" | "f" | "F" | "false" | "FALSE" | "False" => false,
-                    other => return Err(Fault::invalid(format!("failed to parse reset attribute: invalid value {other:?}"))),
-                };
+                let invalid = || Fault::invalid(format!("failed to parse reset attribute: invalid value {reset:?}"));
+                let reset = parse_bool(reset).ok_or_else(invalid)?;
                 self.reset.extend(reset.then(|| PathBuf::from(dir)));
             }
         }

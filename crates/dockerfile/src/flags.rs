@@ -50,6 +50,7 @@ impl Flags {
             let value = match (kind, value) {
                 (Kind::Switch, None) => "true".to_owned(),
                 (Kind::Switch, Some("")) => return Err(missing()),
+                // Unlike Go's ParseBool: no digits, no single letters, and any case.
                 (Kind::Switch, Some(value)) => match value.to_lowercase() {
                     value if value == "true" || value == "false" => value,
                     _ => {

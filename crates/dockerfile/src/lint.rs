@@ -4,12 +4,13 @@
 //! settings (`# check=skip=…;error=…;experimental=…`) or the comment above an instruction switch off.
 
 use shipway_fault::Span;
+use shipway_gocompat::parse_bool;
 
 use crate::{
     ast::{Lines, Stage},
     directive,
     error::{Error, Result},
-    literals::{boolean, quote},
+    literals::quote,
     place::{Source, Token},
 };
 
@@ -416,7 +417,7 @@ impl LintConfig {
                 "experimental" => config.experimental = Selection::parse(value),
                 "error" => {
                     let value = value.trim();
-                    config.error = boolean(value).ok_or_else(|| {
+                    config.error = parse_bool(value).ok_or_else(|| {
                         let cause = format!("strconv.ParseBool: parsing {}: invalid syntax", quote(value));
                         Error::new(format!("failed to parse check option {}: {cause}", quote(part)))
                     })?;

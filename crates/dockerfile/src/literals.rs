@@ -1,4 +1,4 @@
-//! Values as the reference's programs spell and read them: quoted texts, truths, numbers, sizes and durations.
+//! Values as the reference's programs spell and read them: quoted texts, numbers, sizes and durations.
 //!
 //! The words of errors contain quoted texts, so the quoting is part of what users and tests compare.
 
@@ -34,15 +34,6 @@ fn printable(c: char) -> bool {
     let format = matches!(c as u32, 0xad | 0x600..=0x605 | 0x61c | 0x200b..=0x200f | 0x2028..=0x202e | 0x2060..=0x206f | 0xfeff
         | 0xfff9..=0xfffb | 0xe000..=0xf8ff | 0xe0000..=0x10ffff);
     c == ' ' || !(c.is_control() || c.is_whitespace() || format)
-}
-
-/// A truth as flags accept it.
-pub fn boolean(text: &str) -> Option<bool> {
-    match text {
-        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
-        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
-        _ => None,
-    }
 }
 
 /// A number of at most 32 bits without sign.

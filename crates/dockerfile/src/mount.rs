@@ -7,6 +7,7 @@ use crate::{
     literals::{self, quote, with_suggestion},
     place::Token,
 };
+use shipway_gocompat::parse_bool;
 
 const KEYS: [&str; 19] = [
     "type",
@@ -110,7 +111,7 @@ impl Mount {
             }
             return Ok(());
         };
-        let truth = |value: &str| literals::boolean(value).ok_or_else(|| Error::new(format!("invalid value for {key}: {value}")));
+        let truth = |value: &str| parse_bool(value).ok_or_else(|| Error::new(format!("invalid value for {key}: {value}")));
         let number =
             |value: &str, radix| literals::number(value, radix).ok_or_else(|| Error::new(format!("invalid value {value} for {key}")));
         match key {
@@ -190,7 +191,7 @@ impl Device {
             match (key.as_str(), value) {
                 ("required", None) => device.required = true,
                 ("required", Some(value)) => {
-                    device.required = literals::boolean(value).ok_or_else(|| Error::new(format!("invalid value for {key}: {value}")))?;
+                    device.required = parse_bool(value).ok_or_else(|| Error::new(format!("invalid value for {key}: {value}")))?;
                 }
                 ("name", Some(value)) if device.name.is_empty() => device.name = value.to_owned(),
                 ("name", Some(_)) => return Err(Error::new(format!("device name already set to {}", device.name))),

@@ -4,7 +4,8 @@ use crate::{
     failure::{Failure, Result},
     url::Url,
 };
-use shipway_dockerfile::{boolean, quote};
+use shipway_dockerfile::quote;
+use shipway_gocompat::parse_bool;
 use shipway_llb::{State, VertexOptions, attr, paths};
 use std::collections::BTreeMap;
 
@@ -105,7 +106,7 @@ impl GitRef {
             let text = value.clone().unwrap_or_default();
             let truth = || match &value {
                 None => Ok(true),
-                Some(v) => boolean(v).ok_or_else(|| Failure::new(format!("invalid {key} value: {}", quote(v)))),
+                Some(v) => parse_bool(v).ok_or_else(|| Failure::new(format!("invalid {key} value: {}", quote(v)))),
             };
             match key.as_str() {
                 "ref" => self.set_reference(text)?,

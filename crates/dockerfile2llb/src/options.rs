@@ -2,9 +2,10 @@
 
 use crate::failure::{Failure, Result};
 use shipway_attest::{AttestOptions, SbomOptions};
-use shipway_dockerfile::{LintConfig, boolean, csv};
+use shipway_dockerfile::{LintConfig, csv};
 use shipway_fault::{Detail, Fault};
 use shipway_frontend::{CacheImport, Options, ResolveMode};
+use shipway_gocompat::parse_bool;
 use shipway_llb::{HostIp, LinuxResources, NetMode, Ulimit};
 use shipway_oci::Platform;
 use std::{collections::BTreeMap, net::IpAddr};
@@ -78,7 +79,7 @@ impl BuildOptions {
         let platforms = parse_platforms(get("platform"))?;
         let multi_platform = match or_arg("BUILDKIT_MULTI_PLATFORM", "multi-platform").as_str() {
             "" => platforms.len() > 1,
-            text => match boolean(text) {
+            text => match parse_bool(text) {
                 None => return Err(Failure::new(format!("invalid boolean value for multi-platform: {text}"))),
                 Some(false) if platforms.len() > 1 => {
                     return Err(Failure::new("conflicting config: returning multiple target platforms is not allowed"));
@@ -126,7 +127,7 @@ impl BuildOptions {
             cache_namespace: get("build-arg:BUILDKIT_CACHE_MOUNT_NS").into(),
             no_cache,
             lint: lint.transpose()?,
-            columns: boolean(get("source-columns")) == Some(true),
+            columns: parse_bool(get("source-columns")) == Some(true),
             local_sessions: with_prefix(options, "local-sessionid:"),
         })
     }
@@ -171,7 +172,7 @@ fn refuse_removed(options: &Options) -> Result<()> {
     if options.get("override-copy-image").is_some_and(|v| !v.is_empty()) {
         return Err(Failure::new("support for \"override-copy-image\" was removed in BuildKit 0.11"));
     }
-    if options.get("build-arg:BUILDKIT_DISABLE_FILEOP").and_then(|v| boolean(v)) == Some(true) {
+    if options.get("build-arg:BUILDKIT_DISABLE_FILEOP").and_then(|v| parse_bool(v)) == Some(true) {
         return Err(Failure::new("support for \"BUILDKIT_DISABLE_FILEOP\" build-arg was removed in BuildKit 0.11"));
     }
     Ok(())

@@ -2,6 +2,7 @@
 
 use crate::{explain::ContextUse, named::NamedContext, outline::Outline};
 use shipway_dockerfile::{self as df, Lex, Lines};
+use shipway_gocompat::parse_bool;
 use shipway_llb::{EnvList, State};
 use shipway_oci::{History, ImageConfig, Platform, timestamp};
 use std::{borrow::Cow, collections::BTreeSet};
@@ -77,7 +78,7 @@ impl Scanned {
     pub fn of(stage: &Stage, globals: &EnvList) -> Self {
         let asked = |name: &str| {
             let own = stage.args.iter().rev().find(|(n, value)| n == name && value.is_some()).and_then(|(_, value)| value.as_deref());
-            own.or_else(|| globals.get(name)).is_some_and(|value| match df::boolean(value) {
+            own.or_else(|| globals.get(name)).is_some_and(|value| match parse_bool(value) {
                 Some(yes) => yes,
                 None => value.split(',').any(|name| name == stage.name),
             })

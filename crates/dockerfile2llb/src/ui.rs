@@ -7,10 +7,11 @@ use crate::{
     options::BuildOptions,
     text,
 };
-use shipway_dockerfile::{Source, Work, boolean};
+use shipway_dockerfile::{Source, Work};
 use shipway_fault::{Context as _, Fault, SourceFile};
 use shipway_filesync::{IgnoreFile, PatternMatcher};
 use shipway_frontend::{Bridge, BuildRef, Options, SolveRequest, SourceRequest};
+use shipway_gocompat::parse_bool;
 use shipway_llb::{Caps, FileCopy, FileDraft, ImageFacts, MarshalOptions, State, VertexOptions, attr, paths};
 use shipway_oci::{Digest, Platform};
 use std::{
@@ -282,7 +283,7 @@ impl Origin {
         };
         let context = get(&get("contextkey").unwrap_or_else(|| CONTEXT.into())).unwrap_or_default();
         if let Some(mut git) = GitRef::parse(&context)? {
-            if get("build-arg:BUILDKIT_CONTEXT_KEEP_GIT_DIR").and_then(|v| boolean(&v)) == Some(true) {
+            if get("build-arg:BUILDKIT_CONTEXT_KEEP_GIT_DIR").and_then(|v| parse_bool(&v)) == Some(true) {
                 git.keep_git_dir = Some(true);
             }
             if get("build-arg:SOURCE_DATE_EPOCH").is_some_and(|v| !v.is_empty()) && git.mtime.is_empty() {

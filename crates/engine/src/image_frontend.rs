@@ -12,6 +12,7 @@ use shipway_frontend::{
     Bridge as _, BuildRef, Container as _, ContainerMount, ContainerProcess, ContainerRequest, FrontendResult, Options, Worker,
 };
 use shipway_gateway::GatewayBuild;
+use shipway_gocompat::parse_bool;
 use shipway_llb::{Definition, FileDraft, FileMkfile, MarshalOptions, Mount, NetMode, SourceOp, State, VertexOptions};
 use shipway_oci::{ImageConfig, ImageName, Platform};
 use std::{
@@ -181,8 +182,8 @@ impl FrontendImage {
     }
 
     fn network(&self) -> NetMode {
-        match self.config.config.labels.get("moby.buildkit.frontend.network.none").map(String::as_str) {
-            Some("1" | "t" | "T" | "true" | "TRUE" | "True") => NetMode::None,
+        match self.config.config.labels.get("moby.buildkit.frontend.network.none").and_then(|v| parse_bool(v)) {
+            Some(true) => NetMode::None,
             _ => NetMode::Unset,
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::port::{ExportInput, metadata_of};
 use shipway_fault::{Detail, Fault, Result};
+use shipway_gocompat::parse_bool;
 use shipway_oci::{ImageConfig, Platform, timestamp};
 use shipway_progress::Reporter;
 use shipway_refs::{Compression, CompressionKind};
@@ -27,13 +28,14 @@ impl Attrs {
         self.0.remove(key)
     }
 
-    /// Go's `ParseBool`; an empty value is true.
+    /// A boolean; an empty value is true.
     pub fn flag(&mut self, key: &str) -> Result<Option<bool>> {
         match self.0.remove(key).as_deref() {
             None => Ok(None),
-            Some("" | "1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(Some(true)),
-            Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Ok(Some(false)),
-            Some(other) => Err(Fault::invalid(format!("non-bool value specified for {key}: {other:?}")).hint("use true or false")),
+            Some("") => Ok(Some(true)),
+            Some(text) => parse_bool(text)
+                .map(Some)
+                .ok_or_else(|| Fault::invalid(format!("non-bool value specified for {key}: {text:?}")).hint("use true or false")),
         }
     }
 

@@ -1,5 +1,6 @@
 //! The metadata with which a directory is asked for (rows `cb.filesync.md`, `cb.filesync.enc`).
 
+use shipway_gocompat::parse_bool;
 use std::fmt::Write;
 
 const DIR_NAME: &str = "dir-name";
@@ -45,8 +46,7 @@ impl FileSyncRequest {
     /// The request that `lookup`, which gives all values of a key, holds.
     pub fn from_pairs(lookup: impl Fn(&str) -> Vec<String>) -> Self {
         let values = |key: &str| {
-            let escaped =
-                lookup(&format!("{key}-encoded")).first().is_some_and(|v| matches!(v.as_str(), "1" | "t" | "T" | "true" | "TRUE" | "True"));
+            let escaped = lookup(&format!("{key}-encoded")).first().and_then(|v| parse_bool(v)) == Some(true);
             let values = lookup(key);
             if escaped { values.iter().map(|v| unescape(v)).collect() } else { values }
         };

@@ -1,6 +1,7 @@
 //! What is asked of a cache: its kind and attributes (rows `rc.*`).
 
 use shipway_fault::{Fault, Result};
+use shipway_gocompat::parse_bool;
 use shipway_oci::Digest;
 use shipway_refs::Compression;
 use std::collections::BTreeMap;
@@ -23,12 +24,9 @@ impl CacheRequest {
 
     /// A flag, if it is given.
     pub fn flag(&self, key: &str) -> Result<Option<bool>> {
-        match self.attrs.get(key).map(String::as_str) {
-            None => Ok(None),
-            Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(Some(true)),
-            Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Ok(Some(false)),
-            Some(other) => Err(Fault::invalid(format!("failed to parse {key}: {other:?} is neither true nor false"))),
-        }
+        let Some(text) = self.attrs.get(key) else { return Ok(None) };
+        let invalid = || Fault::invalid(format!("failed to parse {key}: {text:?} is neither true nor false"));
+        parse_bool(text).map(Some).ok_or_else(invalid)
     }
 
     /// What it is for people: the reference of a cache in a registry, else the kind with a number

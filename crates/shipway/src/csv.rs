@@ -70,15 +70,6 @@ pub(crate) fn kind(text: &str, flag: &str) -> Result<(String, BTreeMap<String, S
     }
 }
 
-/// A truth value as Go spells it.
-pub(crate) fn boolean(text: &str) -> Option<bool> {
-    match text {
-        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
-        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,6 +8,7 @@ use std::{
 
 use shipway_client::{AuthTls, CacheEntry, Export, FileTarget, SecretSource, Secrets, SshAgents, Target};
 use shipway_fault::{Fault, Result, nearest};
+use shipway_gocompat::parse_bool;
 
 use crate::csv;
 
@@ -41,7 +42,7 @@ fn target(kind: &str, dest: &str, attrs: &BTreeMap<String, String>) -> Result<Ta
             };
             Ok(Target::Dir { path: directory()?, delete })
         }
-        "oci" | "docker" if attrs.get("tar").and_then(|v| csv::boolean(v)) == Some(false) => Ok(Target::Layout(directory()?)),
+        "oci" | "docker" if attrs.get("tar").and_then(|v| parse_bool(v)) == Some(false) => Ok(Target::Layout(directory()?)),
         "tar" | "oci" | "docker" => file(kind, dest),
         _ if !dest.is_empty() => Err(Fault::invalid(format!("output {dest} is not supported by {kind} exporter"))),
         "image" => Ok(Target::None),
@@ -96,7 +97,7 @@ pub(crate) fn cache(text: &str, flag: &str, export: bool) -> Result<CacheEntry> 
 /// What a GitHub runner's environment says of its cache (row `rc.gha.env`): address, token and version, unless they are given.
 fn github(attrs: &mut BTreeMap<String, String>, env: impl Fn(&str) -> Option<String>) -> Result<()> {
     let second = attrs.get("version").map(String::as_str) == Some("2")
-        || env("ACTIONS_CACHE_SERVICE_V2").and_then(|v| csv::boolean(&v)).unwrap_or(false);
+        || env("ACTIONS_CACHE_SERVICE_V2").and_then(|v| parse_bool(&v)).unwrap_or(false);
     let mut fill = |key: &str, value: Option<String>| {
         if let Some(value) = value {
             attrs.entry(key.to_owned()).or_insert(value);
@@ -159,7 +160,7 @@ pub(crate) fn ssh(texts: &[String]) -> Result<SshAgents> {
         let (mut paths, mut raw) = (Vec::new(), false);
         for part in rest.split(',').filter(|p| !p.is_empty()) {
             match part.strip_prefix("raw=") {
-                Some(value) => raw = csv::boolean(value).ok_or_else(|| Fault::invalid(format!("invalid value for 'raw': {value}")))?,
+                Some(value) => raw = parse_bool(value).ok_or_else(|| Fault::invalid(format!("invalid value for 'raw': {value}")))?,
                 None => paths.push(part.to_owned()),
             }
         }
@@ -182,7 +183,7 @@ pub(crate) fn auth_tls(texts: &[String]) -> Result<BTreeMap<String, AuthTls>> {
                 "ca" => ca = file,
                 "cert" => cert = file,
                 "key" => key = file,
-                "insecure" => insecure = csv::boolean(value).ok_or_else(|| Fault::invalid(format!("invalid value {field}")))?,
+                "insecure" => insecure = parse_bool(value).ok_or_else(|| Fault::invalid(format!("invalid value {field}")))?,
                 _ => return Err(Fault::invalid(format!("--registry-auth-tlscontext {text}: unexpected key '{name}'"))),
             }
         }

@@ -11,6 +11,7 @@ use shipway_containerd::{NetworkConfig, NetworkDefault, RuntimeOptions, TaskConf
 use shipway_engine::HistoryLimits;
 use shipway_executor::etc::Dns;
 use shipway_fault::{Context as _, Fault, Result};
+use shipway_gocompat::parse_bool;
 use shipway_grpc::ServerTls;
 use shipway_oci::Platform;
 use shipway_ops::LogLimits;
@@ -342,7 +343,7 @@ impl Settings {
             network.mode = self::network_mode(&mode)?;
         }
         let variable = |name: &str| std::env::var(name).unwrap_or_default();
-        if network.mode == NetworkDefault::Auto && go_true(&variable("BUILDKIT_NETWORK_BRIDGE_AUTO")) {
+        if network.mode == NetworkDefault::Auto && parse_bool(&variable("BUILDKIT_NETWORK_BRIDGE_AUTO")) == Some(true) {
             network.mode = NetworkDefault::Bridge;
         }
         network.init_lock = Some(variable("BUILDKIT_CNI_INIT_LOCK_PATH")).filter(|v| !v.is_empty()).map(Into::into);
@@ -463,11 +464,6 @@ fn log_limits(variable: impl Fn(&str) -> String) -> (LogLimits, Vec<String>) {
         }
     }
     (limits, notes)
-}
-
-/// What Go takes for a true value.
-fn go_true(text: &str) -> bool {
-    ["1", "t", "T", "true", "TRUE", "True"].contains(&text)
 }
 
 fn network_mode(text: &str) -> Result<NetworkDefault> {

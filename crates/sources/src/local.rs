@@ -10,6 +10,7 @@ use shipway_filesync::{
     ContentHash, Differ, FileMode, FileSyncRequest, HashSink, KnownTree, PatternMatcher, ReceiveOptions, Received, Receiver, Stat,
     announced,
 };
+use shipway_gocompat::parse_bool;
 use shipway_oci::Digest;
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, NamedRequest, RecordType, RefId, RefStore, Sharing};
@@ -93,10 +94,10 @@ impl LocalSpec {
                         _ => return Err(Fault::invalid(format!("{key}={value:?} is wrong: want metadata or none"))),
                     }
                 }
-                "local.metadatatransfer" => match value.as_str() {
-                    "1" | "t" | "T" | "true" | "TRUE" | "True" => drop(local.listed.get_or_insert_default()),
-                    "0" | "f" | "F" | "false" | "FALSE" | "False" => local.listed = None,
-                    _ => return Err(Fault::invalid(format!("invalid value for {key} {value:?}"))),
+                "local.metadatatransfer" => match parse_bool(value) {
+                    Some(true) => drop(local.listed.get_or_insert_default()),
+                    Some(false) => local.listed = None,
+                    None => return Err(Fault::invalid(format!("invalid value for {key} {value:?}"))),
                 },
                 // Attributes come in the order of their names, so this is known to mean something.
                 "local.metadatatransferexclude" => {

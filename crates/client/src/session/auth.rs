@@ -6,6 +6,7 @@ use ring::{
     signature::{Ed25519KeyPair, KeyPair as _},
 };
 use shipway_fault::{Fault, Result};
+use shipway_gocompat::parse_bool;
 use shipway_grpc::status_of;
 use shipway_proto::moby::filesync::v1::{
     CredentialsRequest, CredentialsResponse, FetchTokenRequest, FetchTokenResponse, GetTokenAuthorityRequest, GetTokenAuthorityResponse,
@@ -40,7 +41,7 @@ pub(crate) struct AuthService {
 
 pub(crate) fn service(config: DockerConfig) -> AuthServer<AuthService> {
     let set = std::env::var("BUILDKIT_NO_CLIENT_TOKEN").unwrap_or_default();
-    let no_tokens = matches!(set.as_str(), "1" | "t" | "T" | "true" | "TRUE" | "True");
+    let no_tokens = parse_bool(&set) == Some(true);
     AuthServer::new(AuthService::new(config, no_tokens))
 }
 

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use shipway_client::Answer;
 use shipway_fault::{Detail, Fault, Position, Result, SourceFile, Span, nearest};
+use shipway_gocompat::parse_bool;
 
 use super::{Args, context::Input};
 use crate::{
@@ -40,7 +41,7 @@ impl Call {
                 Some(("format", value)) => format = Some(value.to_owned()),
                 Some(("ignorestatus", value)) => {
                     let wrong = || Fault::invalid(format!("--call: invalid value {value:?} of ignorestatus: want true or false"));
-                    call.ignore_status = csv::boolean(value).ok_or_else(wrong)?;
+                    call.ignore_status = parse_bool(value).ok_or_else(wrong)?;
                 }
                 Some((key, _)) => return Err(Fault::invalid(format!("--call: unknown key {key:?}: want format or ignorestatus"))),
             }

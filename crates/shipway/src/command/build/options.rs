@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, io::Cursor, path::Path};
 
 use shipway_client::{Definition, Export, Policy, SolveOptions, Target, shared_key};
 use shipway_fault::{Code, Context, Fault, Result, nearest};
+use shipway_gocompat::parse_bool;
 use shipway_oci::{ImageName, Platform};
 use tokio::io::AsyncReadExt;
 
@@ -50,7 +51,7 @@ pub(super) fn of(args: &Args, input: &Input, env: Env<'_>) -> Result<SolveOption
     caching(args, attrs)?;
     steps(args, attrs, &mut options.entitlements)?;
     attestations(args, attrs)?;
-    if attrs.get("build-arg:BUILDKIT_INLINE_CACHE").and_then(|v| csv::boolean(v)) == Some(true) {
+    if attrs.get("build-arg:BUILDKIT_INLINE_CACHE").and_then(|v| parse_bool(v)) == Some(true) {
         options.cache_exports.push(spec::cache("type=inline", "--cache-to", true)?);
     }
     if let Some(call) = Call::of(args)? {
@@ -250,13 +251,13 @@ fn attestations(args: &Args, attrs: &mut BTreeMap<String, String>) -> Result<()>
         if !["sbom", "provenance"].contains(&kind.as_str()) {
             return Err(Fault::invalid(format!("--attest {text}: unknown attestation {kind:?}")).hint("it is sbom or provenance"));
         }
-        if rest.get("disabled").and_then(|v| csv::boolean(v)) != Some(true) {
+        if rest.get("disabled").and_then(|v| parse_bool(v)) != Some(true) {
             let rest: Vec<String> = rest.iter().filter(|(k, _)| *k != "disabled").map(|(k, v)| format!("{k}={v}")).collect();
             attrs.insert(format!("attest:{kind}"), rest.join(","));
         }
     }
     for (kind, value) in [("provenance", &args.provenance), ("sbom", &args.sbom)] {
-        match (value.as_deref(), value.as_deref().and_then(csv::boolean)) {
+        match (value.as_deref(), value.as_deref().and_then(parse_bool)) {
             (None, _) | (_, Some(false)) => {}
             (_, Some(true)) => _ = attrs.insert(format!("attest:{kind}"), String::new()),
             (Some(text), None) => _ = attrs.insert(format!("attest:{kind}"), text.to_owned()),
