@@ -14,7 +14,8 @@ use crate::{
 };
 use shipway_dockerfile::{self as df, Command, Dockerfile, Finding, Lex, Lines, Linter, Token, quote};
 use shipway_fault::Fault;
-use shipway_llb::{Deferred, State, paths};
+use shipway_gocompat::path;
+use shipway_llb::{Deferred, State};
 use shipway_oci::{ImageConfig, Platform};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -473,7 +474,7 @@ fn follow(used: &BTreeSet<String>) -> Vec<String> {
     if used.contains("/") {
         return Vec::new();
     }
-    let mut follow: Vec<String> = used.iter().map(|p| paths::clean(p.trim_start_matches('/'))).collect();
+    let mut follow: Vec<String> = used.iter().map(|p| path::clean(p.trim_start_matches('/'))).collect();
     follow.sort();
     follow
 }

@@ -13,6 +13,7 @@ use crate::{
 use shipway_dockerfile::{self as df, Files, Finding, Token, quote};
 use shipway_fault::Fault;
 use shipway_filesync::PatternMatcher;
+use shipway_gocompat::path;
 use shipway_llb::{Chown, FileCopy, FileDraft, FileMkfile, State, VertexOptions, attr, paths};
 use shipway_oci::{Digest, DigestError};
 use std::collections::BTreeMap;
@@ -36,7 +37,7 @@ impl Scene<'_> {
         let source = self.context.clone();
         self.transfer(stage, step, &add.files, source, Some(&add), false)?;
         let local = add.files.sources.iter().filter(|s| !s.starts_with("http://") && !s.starts_with("https://"));
-        stage.context_paths.extend(local.map(|s| paths::join("/", s)));
+        stage.context_paths.extend(local.map(|s| path::join("/", s)));
         Ok(())
     }
 
@@ -56,7 +57,7 @@ impl Scene<'_> {
             }
         };
         self.transfer(stage, step, &copy.files, source, None, copy.parents)?;
-        let used = copy.files.sources.iter().map(|s| paths::join("/", s));
+        let used = copy.files.sources.iter().map(|s| path::join("/", s));
         match step.sources.first() {
             None => stage.context_paths.extend(used),
             Some(&source) => {
@@ -153,9 +154,9 @@ impl Scene<'_> {
         let (mut src, mut patterns, mut required) = (path.to_owned(), Vec::new(), Vec::new());
         if job.parents {
             let (parent, pattern) = path.split_once("/./").unwrap_or(("/", path));
-            let pattern = if pattern.starts_with('/') { pattern.to_owned() } else { paths::join("/", pattern) };
+            let pattern = if pattern.starts_with('/') { pattern.to_owned() } else { path::join("/", pattern) };
             if !has_wildcard(parent) && !has_wildcard(&pattern) {
-                required = vec![paths::join("/", &format!("{parent}/{pattern}"))];
+                required = vec![path::join("/", &format!("{parent}/{pattern}"))];
             }
             patterns = vec![pattern.strip_prefix('/').unwrap_or(&pattern).to_owned()];
             src = parent.to_owned();
@@ -181,7 +182,7 @@ impl Scene<'_> {
         if patterns.is_empty() || patterns.iter().any(|p| p.starts_with('!')) {
             return;
         }
-        let path = paths::clean(path);
+        let path = path::clean(path);
         if matches!(path.as_str(), "." | "/") && !patterns.iter().any(|p| matches!(p.as_str(), "*" | "**" | "**/*")) {
             return;
         }

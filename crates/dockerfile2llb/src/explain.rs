@@ -9,7 +9,7 @@ use shipway_dockerfile::{Lines, Source, pin, quote};
 use shipway_fault::{Detail, Fault, SourceFile, nearest};
 use shipway_filesync::IgnoreFile;
 use shipway_frontend::{Bridge, Explain};
-use shipway_llb::paths;
+use shipway_gocompat::path;
 use std::{sync::Arc, time::Duration};
 
 /// How long a client may take to list a directory for a suggestion.
@@ -41,7 +41,7 @@ pub struct Explainer {
 
 /// What is said if the directory is not there that the wildcards of `path` begin in.
 fn start_is_missing(path: &str) -> String {
-    let inside = paths::join("/", path);
+    let inside = path::join("/", path);
     let fixed = inside.find(['*', '?', '[']).map_or(&*inside, |wild| &inside[..wild]);
     format!("lstat {}: no such file", fixed.rsplit_once('/').map_or("", |(dir, _)| dir))
 }
@@ -57,12 +57,12 @@ impl Explainer {
         let starts: Vec<i32> = starts.collect();
         let uses = self.uses.iter().filter(|u| starts.contains(&u.lines.start));
         let paths =
-            uses.flat_map(|u| &u.paths).filter(|p| text.contains(&quote(&paths::join("/", p))) || text.contains(&start_is_missing(p)));
+            uses.flat_map(|u| &u.paths).filter(|p| text.contains(&quote(&path::join("/", p))) || text.contains(&start_is_missing(p)));
         paths.map(String::as_str).take(MAX_PATHS).collect()
     }
 
     async fn hint(&self, bridge: &dyn Bridge, path: &str) -> String {
-        let inside = paths::join("/", path);
+        let inside = path::join("/", path);
         let relative = inside.trim_start_matches('/');
         if let Some(Ok(Some(rule))) = self.ignore.as_ref().map(|ignore| ignore.excluder(relative)) {
             return format!("{path} of the build context is excluded by line {} of {}: {}", rule.line, self.ignore_name, rule.text);
@@ -75,7 +75,7 @@ impl Explainer {
         };
         let none = format!("the build context (the directory given to the build) has no {relative}");
         match nearest(base, names.iter().map(String::as_str)) {
-            Some(near) if near != base => format!("{none}; did you mean {}?", paths::join(dir, near)),
+            Some(near) if near != base => format!("{none}; did you mean {}?", path::join(dir, near)),
             _ => none,
         }
     }

@@ -5,8 +5,8 @@ use crate::{
     url::Url,
 };
 use shipway_dockerfile::quote;
-use shipway_gocompat::parse_bool;
-use shipway_llb::{State, VertexOptions, attr, paths};
+use shipway_gocompat::{parse_bool, path};
+use shipway_llb::{State, VertexOptions, attr};
 use std::collections::BTreeMap;
 
 /// A parsed address.
@@ -37,7 +37,7 @@ impl GitRef {
         if !fragment.is_empty() {
             let (reference, subdir) = fragment.split_once(':').unwrap_or((&fragment, ""));
             git.reference = reference.to_owned();
-            git.subdir = paths::join("/", subdir).trim_start_matches('/').to_owned();
+            git.subdir = path::inside(subdir);
         }
         git.load_query(&query)?;
         Ok(Some(git))
@@ -145,7 +145,7 @@ impl GitRef {
 
     /// The state of the repository.
     pub fn state(&self, options: VertexOptions) -> State {
-        let mut id = format!("{}{}", self.host, paths::join("/", &self.path));
+        let mut id = format!("{}{}", self.host, path::join("/", &self.path));
         if !self.reference.is_empty() || !self.subdir.is_empty() {
             id += &format!("#{}", self.reference);
             if !self.subdir.is_empty() {

@@ -9,7 +9,8 @@ use crate::{
 };
 use shipway_dockerfile::{self as df, Command, CommandLine, Finding, Lex, Lines, Linter, is_secret_name, suggest};
 use shipway_filesync::IgnoreFile;
-use shipway_llb::{Chown, FileDraft, FileMkdir, State, VertexOptions, paths};
+use shipway_gocompat::path;
+use shipway_llb::{Chown, FileDraft, FileMkdir, State, VertexOptions};
 use shipway_oci::Healthcheck;
 use std::collections::BTreeSet;
 
@@ -312,7 +313,7 @@ impl Scene<'_> {
 
 /// Sets the directory of the image and the state. An absolute one is kept as it is written; an empty one changes nothing.
 fn set_workdir(stage: &mut Stage, dir: &str) {
-    let absolute = |base: &str, dir: &str| if dir.starts_with('/') { dir.to_owned() } else { paths::join(base, dir) };
+    let absolute = |base: &str, dir: &str| if dir.starts_with('/') { dir.to_owned() } else { path::join(base, dir) };
     let current = absolute("/", &stage.image.config.working_dir);
     let dir = if dir.is_empty() { current } else { absolute(&current, dir) };
     stage.state = std::mem::take(&mut stage.state).with_dir(&dir);

@@ -7,9 +7,10 @@ use crate::{
     ui::internal,
 };
 use shipway_dockerfile::{self as df, CommandLine, Mount, MountKind, Sharing, is_heredoc, strip_tabs};
+use shipway_gocompat::path;
 use shipway_llb::{
     CacheSharing, CdiDevice, Chown, EnvList, ExecDraft, FileDraft, FileMkdir, FileMkfile, MountDraft, MountSource, NetMode, Owner,
-    SecretDraft, SecurityMode, SshDraft, State, VertexOptions, paths,
+    SecretDraft, SecurityMode, SshDraft, State, VertexOptions,
 };
 use std::borrow::Cow;
 
@@ -107,7 +108,7 @@ impl Scene<'_> {
             readonly: true,
             ..MountDraft::default()
         });
-        Ok((vec![paths::join(PIPES, &first.name)], summary))
+        Ok((vec![path::join(PIPES, &first.name)], summary))
     }
 
     fn mounts(&mut self, stage: &mut Stage, step: &Step, mounts: &[Mount], draft: &mut ExecDraft) -> Result<()> {
@@ -148,12 +149,12 @@ impl Scene<'_> {
         }
         let target = match mount.target.starts_with('/') {
             true => mount.target.clone(),
-            false => paths::join("/", &format!("{}/{}", stage.state.dir(), mount.target)),
+            false => path::join("/", &format!("{}/{}", stage.state.dir(), mount.target)),
         };
         if target == "/" {
             return Err(Failure::new(format!("invalid mount target {}", df::quote(&target))));
         }
-        let path = paths::join("/", &mount.source);
+        let path = path::join("/", &mount.source);
         let mut selector = String::new();
         if path != "/" {
             selector.clone_from(&path);
@@ -192,7 +193,7 @@ impl Scene<'_> {
     }
 
     fn cache_id(&self, mount: &Mount) -> String {
-        let id = if mount.id.is_empty() { paths::clean(&mount.target) } else { mount.id.clone() };
+        let id = if mount.id.is_empty() { path::clean(&mount.target) } else { mount.id.clone() };
         format!("{}/{id}", self.plan.ui.options.cache_namespace)
     }
 }
@@ -214,16 +215,15 @@ pub fn with_platform(options: VertexOptions, stage: &Stage) -> VertexOptions {
 
 /// A `--mount=type=secret` as a file, a variable or both (rows `df.run.mount.secret`, `df.run.mount.secretenv`).
 fn secret(mount: &Mount) -> Result<SecretDraft> {
-    let base = |path: &str| paths::clean(path).rsplit('/').next().filter(|b| !b.is_empty()).unwrap_or("/").to_owned();
     let id = match (mount.source.as_str(), mount.id.as_str(), mount.target.as_str()) {
         ("", "", "") => return Err(Failure::new("one of source, target required")),
-        ("", "", target) => base(target),
+        ("", "", target) => path::base(target).to_owned(),
         ("", id, _) => id.to_owned(),
         (source, ..) => source.to_owned(),
     };
     let target = match (mount.target.as_str(), &mount.env) {
         ("", Some(_)) => None,
-        ("", None) => Some(format!("/run/secrets/{}", base(&id))),
+        ("", None) => Some(format!("/run/secrets/{}", path::base(&id))),
         (target, _) => Some(target.to_owned()),
     };
     Ok(SecretDraft {

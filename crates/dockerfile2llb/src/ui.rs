@@ -11,8 +11,8 @@ use shipway_dockerfile::{Source, Work};
 use shipway_fault::{Context as _, Fault, SourceFile};
 use shipway_filesync::{IgnoreFile, PatternMatcher};
 use shipway_frontend::{Bridge, BuildRef, Options, SolveRequest, SourceRequest};
-use shipway_gocompat::parse_bool;
-use shipway_llb::{Caps, FileCopy, FileDraft, ImageFacts, MarshalOptions, State, VertexOptions, attr, paths};
+use shipway_gocompat::{parse_bool, path};
+use shipway_llb::{Caps, FileCopy, FileDraft, ImageFacts, MarshalOptions, State, VertexOptions, attr};
 use shipway_oci::{Digest, Platform};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -351,7 +351,7 @@ impl Entry {
         let name = &origin.filename;
         let (dir, base) = name.rsplit_once('/').unwrap_or((".", name));
         let dir = if dir.is_empty() { "/" } else { dir };
-        let lower = (base == DOCKERFILE).then(|| paths::join(dir, &DOCKERFILE.to_lowercase()));
+        let lower = (base == DOCKERFILE).then(|| path::join(dir, &DOCKERFILE.to_lowercase()));
         let ignore_name = format!("{name}{DOCKERIGNORE}");
         let source = origin.dockerfile.clone().unwrap_or_else(|| {
             let mut wanted = vec![name.clone(), ignore_name.clone()];

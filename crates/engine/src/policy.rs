@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use futures::future::try_join_all;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_frontend::ResolveMode;
+use shipway_gocompat::path::inside;
 use shipway_llb::{Definition, Graph, Op, SourceFacts, SourceOp, SourcePolicy, policy};
 use shipway_oci::{ImageName, Platform};
 use shipway_ops::Judge;
@@ -45,25 +46,13 @@ fn normalise(source: &mut SourceOp) {
         && address.starts_with("git://")
         && let Some((reference, subdir)) = fragment.split_once(':')
     {
-        // However it is written, a rule must meet the directory that will be taken.
+        // However it is written, a rule must meet the directory that will be taken: crate `sources`
+        // finds it by the same function.
         let subdir = inside(subdir);
         let colon = if subdir.is_empty() { "" } else { ":" };
         let fragment = format!("{reference}{colon}{subdir}");
         source.identifier = if fragment.is_empty() { address.to_owned() } else { format!("{address}#{fragment}") };
     }
-}
-
-/// A path without detours, which leads nowhere but inside.
-fn inside(path: &str) -> String {
-    let mut parts = Vec::new();
-    for part in path.split('/') {
-        match part {
-            "" | "." => {}
-            ".." => drop(parts.pop()),
-            part => parts.push(part),
-        }
-    }
-    parts.join("/")
 }
 
 #[async_trait]

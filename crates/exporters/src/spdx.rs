@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 use shipway_attest::{Attestation, SPDX};
 use shipway_fault::{Context as _, Result};
+use shipway_gocompat::path::inside;
 use shipway_oci::Descriptor;
 use shipway_refs::ImmutableRef;
 use std::collections::HashSet;
@@ -55,15 +56,7 @@ fn path(file: &Value) -> Option<Vec<u8>> {
     if file["comment"].as_str().is_some_and(|c| !c.is_empty()) {
         return None;
     }
-    let mut path: Vec<&str> = Vec::new();
-    for part in file["fileName"].as_str()?.split('/') {
-        match part {
-            "" | "." => {}
-            ".." => drop(path.pop()),
-            part => path.push(part),
-        }
-    }
-    Some(path.join("/").into_bytes()).filter(|p| !p.is_empty())
+    Some(inside(file["fileName"].as_str()?).into_bytes()).filter(|p| !p.is_empty())
 }
 
 #[cfg(test)]

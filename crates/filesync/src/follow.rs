@@ -7,8 +7,9 @@ use std::{
 };
 
 use shipway_fault::{Fault, Result};
+use shipway_gocompat::path::{inside, rooted};
 
-use crate::{clean, glob::Glob, path::join, path::split};
+use crate::{glob::Glob, path::join, path::split};
 
 /// More links than this are not followed; a tree with so many is an attack or a mistake.
 const MAX_LINKS: usize = 100_000;
@@ -88,14 +89,13 @@ fn targets(root: &Path, path: &str, wildcards: bool) -> Result<Vec<String>> {
     }
     let link = fs::read_link(root.join(path)).map_err(failed)?;
     let Some(link) = link.to_str() else { return Ok(Vec::new()) };
-    Ok(vec![if link.starts_with('/') { clean(link) } else { clean(&format!("/{dir}/{link}")) }])
+    Ok(vec![if link.starts_with('/') { rooted(link) } else { rooted(&format!("{dir}/{link}")) }])
 }
 
 fn relative(path: &str) -> String {
-    let cleaned = clean(&format!("/{path}"));
-    match cleaned.trim_start_matches('/') {
-        "" => ".".to_owned(),
-        path => path.to_owned(),
+    match inside(path) {
+        path if path.is_empty() => ".".to_owned(),
+        path => path,
     }
 }
 

@@ -1,8 +1,9 @@
 //! Ignore files such as `.dockerignore`, with the lines their patterns came from so that errors can point there.
 
 use shipway_fault::Result;
+use shipway_gocompat::path::clean;
 
-use crate::{PatternMatcher, clean};
+use crate::PatternMatcher;
 
 /// One pattern of an ignore file.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -39,7 +39,7 @@ pub use known::{KnownEntry, KnownTree};
 pub use list::announced;
 pub use matcher::{DirMatch, MatchInfo, PathFilter, Pattern, PatternMatcher, Verdict};
 pub use mode::{FileMode, Kind};
-pub use path::{clean, compare};
+pub use path::compare;
 pub use receive::{Change, ChangeKind, ContentHash, Differ, HashSink, LISTING, Progress, ReceiveOptions, Received, Receiver, StatFn};
 pub use request::FileSyncRequest;
 pub use send::{MapFn, Mapped, SendOptions, SendRoot, Sender, Sent};

@@ -1,8 +1,9 @@
 //! Lists of patterns with `**` and `!`, as in `.dockerignore`, and the filter of a tree walk (rows `cb.filesync.md`, `df.ignore*`).
 
 use shipway_fault::{Fault, Result};
+use shipway_gocompat::path::clean;
 
-use crate::{clean, glob::Glob};
+use crate::glob::Glob;
 
 /// One pattern of a list.
 #[derive(Clone, Debug)]

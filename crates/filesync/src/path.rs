@@ -1,28 +1,7 @@
-//! Slash-separated paths: their shortest form and their order.
+//! Slash-separated paths in a tree: their order, and how they are taken apart. They are clean and
+//! relative, and the root is the empty path, unlike in Go's package.
 
 use std::cmp::Ordering;
-
-/// The shortest equivalent of `path` without looking at a disk: no empty, `.` or needless `..` parts; empty becomes `.`.
-pub fn clean(path: &str) -> String {
-    let rooted = path.starts_with('/');
-    let mut parts: Vec<&str> = Vec::new();
-    for part in path.split('/') {
-        match part {
-            "" | "." => {}
-            ".." => match parts.last() {
-                Some(&last) if last != ".." => _ = parts.pop(),
-                _ if rooted => {}
-                _ => parts.push(part),
-            },
-            _ => parts.push(part),
-        }
-    }
-    match (rooted, parts.is_empty()) {
-        (true, _) => format!("/{}", parts.join("/")),
-        (false, true) => ".".to_owned(),
-        (false, false) => parts.join("/"),
-    }
-}
 
 /// The order in which a walk meets paths: by components, each compared by bytes, a directory before what is in it.
 pub fn compare(a: &str, b: &str) -> Ordering {
@@ -46,23 +25,6 @@ pub(crate) fn join(dir: &str, name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn cleaning() {
-        for (path, expected) in [
-            ("", "."),
-            (".", "."),
-            ("a//b/./c/", "a/b/c"),
-            ("a/../b", "b"),
-            ("../a", "../a"),
-            ("a/../..", ".."),
-            ("/../a", "/a"),
-            ("/", "/"),
-            ("!a/../b", "b"),
-        ] {
-            assert_eq!(clean(path), expected, "{path}");
-        }
-    }
 
     #[test]
     fn a_directorys_content_comes_before_its_longer_siblings() {

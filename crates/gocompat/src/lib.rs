@@ -5,5 +5,6 @@
 //! differs from Go on purpose is not here but with its only user, and says there how it differs.
 
 mod boolean;
+pub mod path;
 
 pub use boolean::parse_bool;

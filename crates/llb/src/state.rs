@@ -7,6 +7,7 @@ use crate::{
     ops::{FileActionKind, Owner},
     paths,
 };
+use shipway_gocompat::path;
 use shipway_oci::Platform;
 use std::{
     collections::BTreeMap,
@@ -281,9 +282,9 @@ impl State {
         let dir = &self.defaults.dir;
         let owner = match kind {
             FileActionKind::Copy(c) => {
-                let src = paths::clean(&c.src);
+                let src = path::clean(&c.src);
                 let from = source.map_or("/", |s| &s.defaults.dir);
-                c.src = if src.starts_with('/') { src } else { paths::join(from, &src) };
+                c.src = if src.starts_with('/') { src } else { path::join(from, &src) };
                 c.dest = paths::normalize(dir, &c.dest, true);
                 &mut c.owner
             }
@@ -392,7 +393,7 @@ impl State {
     pub fn with_dir(self, dir: &str) -> Self {
         let dir = match dir.starts_with('/') {
             true => dir.to_owned(),
-            false => paths::join(if self.defaults.dir.is_empty() { "/" } else { &self.defaults.dir }, dir),
+            false => path::join(if self.defaults.dir.is_empty() { "/" } else { &self.defaults.dir }, dir),
         };
         self.edit(|d| d.dir = dir)
     }

@@ -4,12 +4,10 @@
 use super::{Inner, stdio};
 use shipway_executor::{
     Access, Attached, ExecMount, Identity, MountSource, NetworkMode, Outlet, ProcessSpec, RootFs, RootView, Secret, Security, etc,
-    identity,
-    spec::{SpecMount, clean},
-    stubs::Stubs,
-    trust::Trust,
+    identity, spec::SpecMount, stubs::Stubs, trust::Trust,
 };
 use shipway_fault::{Context, Fault, Result};
+use shipway_gocompat::path::rooted;
 use shipway_storage::Mount;
 use std::{
     io::Write,
@@ -161,7 +159,7 @@ impl Builder<'_> {
         match &mount.source {
             MountSource::Snapshot(mounts) => self.snapshot(target, mounts, None, read_only),
             MountSource::SnapshotPath { mounts, path } => {
-                let path = clean(path);
+                let path = rooted(path);
                 self.snapshot(target, mounts, Some(&path).filter(|p| p.as_str() != "/").map(String::as_str), read_only).map_err(|e| {
                     if e.is_not_found() {
                         Fault::not_found(format!("failed to mount {target}: lstat {path}: no such file or directory"))
@@ -205,7 +203,7 @@ impl Builder<'_> {
 /// Whether `path` is at or below one of the mounts.
 fn is_covered(path: &str, mounts: &[ExecMount]) -> bool {
     mounts.iter().any(|m| {
-        let target = clean(&m.target);
+        let target = rooted(&m.target);
         path == target || path.strip_prefix(target.as_str()).is_some_and(|rest| rest.starts_with('/'))
     })
 }
@@ -238,7 +236,7 @@ pub(super) fn prepare(
     let identity = identity::resolve(&view, &process.user)?;
     let targets = mounts.iter().map(|m| &m.target).chain(process.edits.mounts.iter().map(|m| &m.target)).map(String::as_str);
     let stubs = if root.read_only { None } else { Stubs::before(&view, &root.mounts, targets, process.remove_stubs_recursively) };
-    working_directory(&view, root, &clean(&process.cwd), &identity, mounts)?;
+    working_directory(&view, root, &rooted(&process.cwd), &identity, mounts)?;
 
     let host_network = inner.network.is_host(process);
     let mut builder = Builder {

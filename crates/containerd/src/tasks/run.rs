@@ -14,6 +14,7 @@ use crate::network::Lease;
 use bytes::Bytes;
 use shipway_executor::{Control, ExecMount, ExitStatus, NetworkMode, ProcessSpec, RootFs, Wires, set_variables, spec};
 use shipway_fault::{Class, Code, Context, Fault, Result};
+use shipway_gocompat::path::rooted;
 use std::{convert::Infallible, num::NonZero, sync::Arc, time::Duration};
 use tokio::{
     net::unix::pipe,
@@ -144,7 +145,7 @@ fn cgroup_below(parent: &str, id: &str, systemd: bool) -> String {
     match parent {
         p if p.contains(".slice") && p.ends_with(':') => format!("{p}{id}"),
         p if systemd => format!("{}:shipway:{id}", p.trim_matches('/').rsplit('/').next().unwrap_or("system.slice")),
-        p => spec::clean(&format!("/{p}/buildkit/{id}")),
+        p => rooted(&format!("{p}/buildkit/{id}")),
     }
 }
 

@@ -6,6 +6,7 @@ mod seccomp;
 
 use crate::{Identity, NetworkMode, ProcessSpec, ResourceLimits, Security};
 use serde_json::{Map, Value, json};
+use shipway_gocompat::path::rooted;
 use shipway_storage::Mount;
 
 /// PATH of a process that names none (row `exec.path`).
@@ -163,7 +164,7 @@ fn standard_mounts(insecure: bool) -> Vec<Value> {
 fn mounts(insecure: bool, extra: &[SpecMount]) -> Vec<Value> {
     let mut all = standard_mounts(insecure);
     for m in extra {
-        let place = clean(&m.target);
+        let place = rooted(&m.target);
         all.retain(|v| v["destination"] != place.as_str());
         let options: Vec<&str> = m.mount.options.iter().map(String::as_str).collect();
         all.push(mount(&place, &m.mount.kind, &m.mount.source, &options));
@@ -172,19 +173,6 @@ fn mounts(insecure: bool, extra: &[SpecMount]) -> Vec<Value> {
     // Stable: among mounts of one depth the given order stays, and a mount under /dev or /sys comes after it.
     all.sort_by_key(depth);
     all
-}
-
-/// `path` made absolute, without `.`, `..` and doubled slashes.
-pub fn clean(path: &str) -> String {
-    let mut parts: Vec<&str> = Vec::new();
-    for part in path.split('/') {
-        match part {
-            "" | "." => {}
-            ".." => drop(parts.pop()),
-            p => parts.push(p),
-        }
-    }
-    format!("/{}", parts.join("/"))
 }
 
 fn capabilities(security: Security, held: u64) -> Value {
@@ -247,7 +235,7 @@ pub fn process(spec: &ProcessSpec, who: &Identity, apparmor: Option<&str>, host:
     if !env.iter().any(|e| e.starts_with("PATH=")) {
         env.push(format!("PATH={DEFAULT_PATH}"));
     }
-    let cwd = clean(&spec.cwd);
+    let cwd = rooted(&spec.cwd);
     let mut p = json!({
         "terminal": spec.tty,
         "user": { "uid": who.uid, "gid": who.gid, "additionalGids": who.groups },

@@ -1,8 +1,8 @@
 //! The key of a process and what it reads of its inputs (rows `exec.key`, `exec.mnt.contentcache`).
 
 use crate::{file::ContentSelector, key::KeyWriter};
-use shipway_executor::spec::clean;
 use shipway_fault::{Fault, Result};
+use shipway_gocompat::path::rooted;
 use shipway_llb::{ContentCache, ExecOp, Mount, MountKind, Vertex};
 use shipway_oci::Digest;
 use shipway_solver::{CacheMap, InputMap};
@@ -80,7 +80,7 @@ fn uses(exec: &ExecOp, inputs: usize) -> Result<Vec<Use>> {
     let mut all: Vec<Use> = std::iter::repeat_with(Use::default).take(inputs).collect();
     for mount in exec.mounts.iter().filter(|m| matches!(m.kind, MountKind::Bind | MountKind::Cache(_))) {
         let Some(used) = mount.input.and_then(|i| all.get_mut(i)) else { continue };
-        let path = clean(&mount.selector);
+        let path = rooted(&mount.selector);
         // Otherwise a step could be served a result that lacks a file of this input which it never selected but passes on.
         let safe = mount.output.is_none() || mount.readonly || path == "/";
         used.content = match mount.content_cache {

@@ -1,8 +1,9 @@
 //! From LLB mounts to mounts of a process, and to the states that come out of it (rows `exec.mnt.*`).
 
 use crate::{JobData, Services};
-use shipway_executor::{ExecMount, MountSource, RootFs, Secret, spec::clean};
+use shipway_executor::{ExecMount, MountSource, RootFs, Secret};
 use shipway_fault::{Fault, Result};
+use shipway_gocompat::path::rooted;
 use shipway_llb::{CacheMount, CacheSharing, ExecOp, Mount, MountKind, SshMount};
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, LocalMount, MutableRef, NamedRef, NamedRequest, RecordType, Sharing, View};
@@ -109,7 +110,7 @@ pub(crate) async fn plan(services: &Services, exec: &ExecOp, inputs: &[Immutable
 
 /// Where a mount goes. Only the first one is the root filesystem; another one there would hide it.
 fn destination(cwd: &str, dest: &str, has_root: bool) -> Result<String> {
-    let whole = if dest.starts_with('/') { clean(dest) } else { clean(&format!("/{cwd}/{dest}")) };
+    let whole = if dest.starts_with('/') { rooted(dest) } else { rooted(&format!("{cwd}/{dest}")) };
     if whole == "/" && (has_root || !dest.starts_with('/')) {
         return Err(Fault::invalid(format!("mount {dest:?} would cover the root filesystem")));
     }
@@ -123,7 +124,7 @@ pub(crate) fn id_of<'a>(mount: &'a Mount, cache: &'a CacheMount) -> &'a str {
 
 /// All of a snapshot, or a part of it.
 fn part(mounts: Vec<SnapshotMount>, selector: &str) -> MountSource {
-    match clean(selector) {
+    match rooted(selector) {
         path if path == "/" => MountSource::Snapshot(mounts),
         path => MountSource::SnapshotPath { mounts, path },
     }

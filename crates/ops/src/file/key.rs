@@ -5,9 +5,9 @@ use super::{
     place::{self, Root},
 };
 use crate::key::{KeyWriter, go_quote};
-use shipway_executor::spec::clean;
 use shipway_fault::{Code, Fault, Result};
 use shipway_filesync::{DirMatch, PathFilter as Patterns, Verdict as Judgement};
+use shipway_gocompat::path::rooted;
 use shipway_llb::{Chown, FileAction, FileActionKind, FileCopy, FileOp, Owner, Vertex};
 use shipway_oci::Digest;
 use shipway_progress::Reporter;
@@ -44,7 +44,7 @@ impl ContentSelector {
         let filter = (!self.include.is_empty() || !self.exclude.is_empty())
             .then(|| Walk::new(&self.include, &self.exclude).map(|w| Arc::new(w) as Arc<dyn PathFilter>))
             .transpose()?;
-        Ok(Selector { path: clean(&self.path), follow_links: self.follow_links, wildcard: self.wildcard, filter })
+        Ok(Selector { path: rooted(&self.path), follow_links: self.follow_links, wildcard: self.wildcard, filter })
     }
 }
 
@@ -93,8 +93,9 @@ pub(crate) fn has_wildcards(path: &str) -> bool {
     false
 }
 
+/// The name of what is at `path` in its root; empty for the root itself.
 fn base(path: &str) -> String {
-    clean(path).rsplit('/').next().unwrap_or_default().to_owned()
+    rooted(path).rsplit('/').next().unwrap_or_default().to_owned()
 }
 
 fn write_owner(key: &mut KeyWriter, owner: Option<&Chown>) {
@@ -197,10 +198,10 @@ pub(crate) fn selectors(op: &FileOp, input: usize) -> Result<Option<Vec<ContentS
     let Some(mut all) = reads(op, usize::MAX).remove(&input) else { return Ok(None) };
     all.sort();
     all.dedup();
-    let plain: Vec<(String, bool)> = all.iter().filter(|s| s.is_plain()).map(|s| (clean(&s.path), s.follow_links)).collect();
+    let plain: Vec<(String, bool)> = all.iter().filter(|s| s.is_plain()).map(|s| (rooted(&s.path), s.follow_links)).collect();
     let is_below =
         |path: &str, above: &str| path != above && (above == "/" || path.strip_prefix(above).is_some_and(|r| r.starts_with('/')));
-    all.retain(|s| !s.is_plain() || !plain.iter().any(|(above, follow)| *follow == s.follow_links && is_below(&clean(&s.path), above)));
+    all.retain(|s| !s.is_plain() || !plain.iter().any(|(above, follow)| *follow == s.follow_links && is_below(&rooted(&s.path), above)));
     Ok(Some(all))
 }
 
@@ -228,7 +229,7 @@ pub(crate) async fn checksum(state: &ImmutableRef, selectors: &[ContentSelector]
 
 /// The checksum of parts of an empty state: there is only the whole.
 fn nothing(selectors: &[ContentSelector]) -> Result<Digest> {
-    match selectors.iter().map(|s| clean(&s.path)).find(|p| p != "/") {
+    match selectors.iter().map(|s| rooted(&s.path)).find(|p| p != "/") {
         Some(path) => Err(Fault::not_found(format!("{path}: no such file or directory"))),
         None => Ok(Digest::of(b"")),
     }

@@ -11,7 +11,7 @@ use std::{
 pub(super) struct RootPath(Vec<u8>);
 
 impl RootPath {
-    /// `path` as seen from the root, made clean.
+    /// `path` as seen from the root, made clean: `gocompat`'s `path::rooted`, for any bytes.
     pub(super) fn new(path: impl AsRef<[u8]>) -> Self {
         let mut clean = Vec::with_capacity(path.as_ref().len() + 1);
         for part in path.as_ref().split(|b| *b == b'/') {

@@ -9,6 +9,7 @@ use crate::{
     login::{Login, split_login},
 };
 use shipway_fault::{Fault, Result, redact};
+use shipway_gocompat::path::inside;
 use shipway_oci::Digest;
 
 /// Where SSH servers listen.
@@ -52,7 +53,7 @@ impl GitSpec {
     pub(crate) fn parse(spec: &SourceSpec, locator: &str) -> Result<Self> {
         let (address, fragment) = locator.split_once('#').unwrap_or((locator, ""));
         let (reference, subdir) = fragment.split_once(':').unwrap_or((fragment, ""));
-        let mut git = Self { reference: reference.into(), subdir: clean(subdir), ..Default::default() };
+        let mut git = Self { reference: reference.into(), subdir: inside(subdir), ..Default::default() };
         git.set_remote(address)?;
         for (key, value) in &spec.attrs {
             let yes = value == "true";
@@ -193,19 +194,6 @@ fn is_scp(text: &str) -> bool {
     let Some((user, rest)) = text.split_once('@') else { return false };
     let name = |s: &str| !s.is_empty() && !s.starts_with('-') && s.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
     name(user) && rest.split_once(':').is_some_and(|(host, path)| name(host) && !path.is_empty())
-}
-
-/// A path without empty elements, `.` and `..`, as if it began at the root.
-fn clean(path: &str) -> String {
-    let mut parts: Vec<&str> = Vec::new();
-    for part in path.split('/') {
-        match part {
-            "" | "." => {}
-            ".." => drop(parts.pop()),
-            p => parts.push(p),
-        }
-    }
-    parts.join("/")
 }
 
 #[cfg(test)]
