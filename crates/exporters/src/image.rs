@@ -129,7 +129,8 @@ fn may_replace(image: &ImageRecord, replaceable: &[String]) -> Result<()> {
         .hint(format!("choose another name, or add {name:?} to replaceManagedImages of [worker.containerd] in the daemon's configuration")))
 }
 
-/// Whether `name` is what `pattern` says; `*` stands for anything.
+/// Whether `name` is what `pattern` says; `*` stands for anything, slashes included, unlike in Go's
+/// `path.Match`: these are patterns of ours.
 fn matches(pattern: &str, name: &str) -> bool {
     let Some((first, rest)) = pattern.split_once('*') else { return pattern == name };
     let Some(mut name) = name.strip_prefix(first) else { return false };

@@ -7,9 +7,12 @@ use std::{
 };
 
 use shipway_fault::{Fault, Result};
-use shipway_gocompat::path::{inside, rooted};
+use shipway_gocompat::{
+    Glob, has_wildcards,
+    path::{inside, rooted},
+};
 
-use crate::{glob::Glob, path::join, path::split};
+use crate::{path::join, path::split};
 
 /// More links than this are not followed; a tree with so many is an attack or a mistake.
 const MAX_LINKS: usize = 100_000;
@@ -67,7 +70,7 @@ fn targets(root: &Path, path: &str, wildcards: bool) -> Result<Vec<String>> {
     let failed = |e| Fault::io(format!("follow {}", root.join(path).display()), e);
     let (dir, name) = split(path);
     if wildcards && has_wildcards(name) {
-        let Ok(glob) = Glob::new(name, false) else { return Ok(Vec::new()) };
+        let Ok(glob) = Glob::new(name) else { return Ok(Vec::new()) };
         let entries = match fs::read_dir(root.join(dir)) {
             Err(e) if absent(&e) => return Ok(Vec::new()),
             entries => entries.map_err(failed)?,
@@ -97,18 +100,6 @@ fn relative(path: &str) -> String {
         path if path.is_empty() => ".".to_owned(),
         path => path,
     }
-}
-
-fn has_wildcards(name: &str) -> bool {
-    let mut chars = name.chars();
-    while let Some(c) = chars.next() {
-        match c {
-            '\\' => _ = chars.next(),
-            '*' | '?' | '[' => return true,
-            _ => {}
-        }
-    }
-    false
 }
 
 fn absent(error: &io::Error) -> bool {

@@ -15,7 +15,6 @@
 mod budget;
 mod disk;
 mod follow;
-mod glob;
 mod ignore;
 mod known;
 mod list;
@@ -33,7 +32,6 @@ mod write;
 pub use budget::Budget;
 pub use disk::chmod_nofollow;
 pub use follow::follow_paths;
-pub use glob::Glob;
 pub use ignore::{IgnoreFile, IgnoreRule};
 pub use known::{KnownEntry, KnownTree};
 pub use list::announced;

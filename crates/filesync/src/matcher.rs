@@ -1,9 +1,7 @@
 //! Lists of patterns with `**` and `!`, as in `.dockerignore`, and the filter of a tree walk (rows `cb.filesync.md`, `df.ignore*`).
 
 use shipway_fault::{Fault, Result};
-use shipway_gocompat::path::clean;
-
-use crate::glob::Glob;
+use shipway_gocompat::{BadPattern, Glob, path::clean};
 
 /// One pattern of a list.
 #[derive(Clone, Debug)]
@@ -37,7 +35,7 @@ impl Pattern {
         } else if text.strip_suffix("**").is_some_and(plain) {
             Form::Prefix
         } else {
-            Form::Glob(Glob::new(&text, true)?)
+            Form::Glob(Glob::with_double_star(&text).map_err(|e| malformed(&text, e))?)
         };
         Ok(Self { text, negated, index, form })
     }
@@ -82,6 +80,10 @@ impl Pattern {
         let stem = stem.strip_suffix("/*").unwrap_or(stem);
         (!stem.contains(['*', '[', ']', '?', '^', '\\'])).then_some(stem)
     }
+}
+
+fn malformed(pattern: &str, error: BadPattern) -> Fault {
+    Fault::invalid(format!("{error} {pattern:?}")).hint("a pattern ends with a lone backslash or has an unclosed or empty [class]")
 }
 
 /// A list of patterns, of which the last that matches decides.

@@ -5,6 +5,8 @@
 //! differs from Go on purpose is not here but with its only user, and says there how it differs.
 
 mod boolean;
+mod glob;
 pub mod path;
 
 pub use boolean::parse_bool;
+pub use glob::{BadPattern, Glob, has_wildcards};

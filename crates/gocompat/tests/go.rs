@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use serde_json::{Value, json};
-use shipway_gocompat::{parse_bool, path};
+use shipway_gocompat::{Glob, parse_bool, path};
 use std::collections::BTreeMap;
 
 /// One case a line, as a JSON array: the function's name in Go, its arguments, what Go 1.26 returns.
@@ -17,6 +17,7 @@ fn call(function: &str, args: &[Value]) -> Value {
         "path.Base" => json!(path::base(text(0))),
         "path.Clean" => json!(path::clean(text(0))),
         "path.Join" => json!(path::join(text(0), text(1))),
+        "path.Match" => json!(Glob::new(text(0)).ok().map(|glob| glob.matches(text(1)))),
         "strconv.ParseBool" => json!(parse_bool(text(0))),
         unknown => panic!("{unknown} is in the table and not here"),
     }

@@ -7,6 +7,7 @@ use crate::{
 };
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use shipway_fault::{Fault, Result};
+use shipway_gocompat::Glob;
 use shipway_oci::{Digest, Hasher};
 use std::{
     collections::HashMap,
@@ -240,6 +241,8 @@ fn list(base: &impl std::os::fd::AsFd, path: &Path) -> Result<Vec<(CString, Stam
 fn matches(root: &Path, pattern: &str) -> Result<Vec<PathBuf>> {
     let mut at = vec![PathBuf::new()];
     for component in pattern.split('/').filter(|c| !c.is_empty() && *c != ".") {
+        // What is malformed matters only where there is something to match.
+        let glob = Glob::new(component).map_err(|e| Fault::invalid(format!("{e} {pattern:?}")));
         let mut next = Vec::new();
         for dir in &at {
             if component == ".." {
@@ -255,9 +258,7 @@ fn matches(root: &Path, pattern: &str) -> Result<Vec<PathBuf>> {
             let base = rustix::fs::open(root, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
                 .map_err(|e| Fault::io(format!("open {}", root.display()), e.into()))?;
             for (name, _) in list(&base, &resolved.path)?.into_iter().rev() {
-                if glob(component.as_bytes(), name.as_bytes())
-                    .ok_or_else(|| Fault::invalid(format!("syntax error in pattern {pattern:?}")))?
-                {
+                if glob.as_ref().map_err(Fault::clone)?.matches(&name.to_string_lossy()) {
                     next.push(dir.join(OsStr::from_bytes(name.as_bytes())));
                 }
             }
@@ -265,87 +266,4 @@ fn matches(root: &Path, pattern: &str) -> Result<Vec<PathBuf>> {
         at = next;
     }
     Ok(at)
-}
-
-/// Whether one component matches; `None` for a malformed pattern. Works on bytes; `?` and classes take whole characters of UTF-8 names.
-fn glob(pattern: &[u8], name: &[u8]) -> Option<bool> {
-    let (pattern, name) = (String::from_utf8_lossy(pattern), String::from_utf8_lossy(name));
-    let (pattern, name): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
-    let (mut p, mut n) = (0, 0);
-    let mut star: Option<(usize, usize)> = None;
-    loop {
-        if p < pattern.len() && pattern[p] == '*' {
-            star = Some((p, n));
-            p += 1;
-            continue;
-        }
-        if p == pattern.len() && n == name.len() {
-            return Some(true);
-        }
-        let step = if p < pattern.len() { one(&pattern[p..], name.get(n).copied())? } else { None };
-        match (step, &mut star) {
-            (Some(used), _) => {
-                p += used;
-                n += 1;
-            }
-            (None, Some((at, from))) if *from < name.len() => {
-                *from += 1;
-                (p, n) = (*at + 1, *from);
-            }
-            _ => return Some(false),
-        }
-    }
-}
-
-/// How much of the pattern takes the character: `Some(None)` if it does not match, `None` if the pattern is malformed.
-fn one(pattern: &[char], c: Option<char>) -> Option<Option<usize>> {
-    let escaped =
-        |i: usize| if pattern.get(i) == Some(&'\\') { pattern.get(i + 1).map(|c| (*c, 2)) } else { pattern.get(i).map(|c| (*c, 1)) };
-    match pattern[0] {
-        '?' => Some(c.map(|_| 1)),
-        '[' => {
-            let negated = pattern.get(1) == Some(&'^');
-            let mut i = if negated { 2 } else { 1 };
-            let (mut hit, mut first) = (false, true);
-            while first || pattern.get(i) != Some(&']') {
-                first = false;
-                let (low, used) = escaped(i)?;
-                i += used;
-                let mut high = low;
-                if pattern.get(i) == Some(&'-') {
-                    let (end, used) = escaped(i + 1)?;
-                    high = end;
-                    i += 1 + used;
-                }
-                hit |= c.is_some_and(|c| (low..=high).contains(&c));
-            }
-            Some((c.is_some() && hit != negated).then_some(i + 1))
-        }
-        _ => {
-            let (want, used) = escaped(0)?;
-            Some((c == Some(want)).then_some(used))
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn globs_match_as_in_go() {
-        for (pattern, name, want) in [
-            ("*.go", "a.go", Some(true)),
-            ("*.go", "a.goo", Some(false)),
-            ("a*b*c", "axxbyyc", Some(true)),
-            ("a*b*c", "axxbyy", Some(false)),
-            ("?[a-c]", "xb", Some(true)),
-            ("[^a]", "a", Some(false)),
-            ("\\*", "*", Some(true)),
-            ("[", "a", None),
-            ("*", "", Some(true)),
-        ] {
-            assert_eq!(glob(pattern.as_bytes(), name.as_bytes()), want, "{pattern} {name}");
-        }
-    }
 }

@@ -7,7 +7,7 @@ use super::{
 use crate::key::{KeyWriter, go_quote};
 use shipway_fault::{Code, Fault, Result};
 use shipway_filesync::{DirMatch, PathFilter as Patterns, Verdict as Judgement};
-use shipway_gocompat::path::rooted;
+use shipway_gocompat::{has_wildcards, path::rooted};
 use shipway_llb::{Chown, FileAction, FileActionKind, FileCopy, FileOp, Owner, Vertex};
 use shipway_oci::Digest;
 use shipway_progress::Reporter;
@@ -78,19 +78,6 @@ impl PathFilter for Walk {
             Judgement::Pass | Judgement::Prune => Verdict::Skip,
         }
     }
-}
-
-/// Whether `path` holds a wildcard that is not escaped.
-pub(crate) fn has_wildcards(path: &str) -> bool {
-    let mut chars = path.chars();
-    while let Some(c) = chars.next() {
-        match c {
-            '\\' => drop(chars.next()),
-            '*' | '?' | '[' => return true,
-            _ => {}
-        }
-    }
-    false
 }
 
 /// The name of what is at `path` in its root; empty for the root itself.
@@ -302,13 +289,6 @@ mod tests {
         };
         assert_eq!(key("/x/f"), key("/y/f"));
         assert_ne!(key("/x/f"), key("/x/g"));
-    }
-
-    #[test]
-    fn wildcards_can_be_escaped() {
-        for (path, expected) in [("/a*", true), ("/a\\*", false), ("/[a]", true), ("/a?", true), ("/a", false)] {
-            assert_eq!(has_wildcards(path), expected, "{path}");
-        }
     }
 
     #[test]

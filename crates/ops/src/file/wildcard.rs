@@ -1,13 +1,12 @@
 //! Paths with `*`, `?` and `[…]`, as Go's `filepath.Match` has them: no wildcard crosses a slash.
 
 use super::{
-    key::has_wildcards,
     path::RootPath,
     place::{Root, fault, is_dir, names},
 };
 use rustix::{fd::AsFd, fs::FileType};
 use shipway_fault::Result;
-use shipway_filesync::Glob;
+use shipway_gocompat::{Glob, has_wildcards};
 
 /// The paths of `root` that match `pattern`, sorted. Without wildcards that is the path itself, whether it exists or not.
 ///
@@ -28,7 +27,7 @@ pub(super) fn resolve(root: &Root, pattern: &str, follow: bool) -> Result<Vec<Ro
     let mut found = if is_dir(&stat) { vec![start] } else { Vec::new() };
     while let Some(part) = parts.next() {
         // As in Go, what is no pattern matches nothing.
-        let Ok(glob) = Glob::new(&part, false) else { return Ok(Vec::new()) };
+        let Ok(glob) = Glob::new(&part) else { return Ok(Vec::new()) };
         let is_last = parts.peek().is_none();
         let mut next = Vec::new();
         for dir in found {

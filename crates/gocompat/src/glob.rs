@@ -1,6 +1,32 @@
-//! Matching of one glob against one path, in time proportional to the product of their lengths whatever the pattern.
+//! `path.Match`, compiled: one pattern against one path, in time proportional to the product of
+//! their lengths whatever the pattern.
 
-use shipway_fault::{Fault, Result};
+use std::{error::Error, fmt, iter::Peekable, str::Chars};
+
+/// A pattern is malformed: it ends with a lone backslash, or has an unclosed or empty class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadPattern;
+
+impl fmt::Display for BadPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("syntax error in pattern")
+    }
+}
+
+impl Error for BadPattern {}
+
+/// Whether `pattern` has a `*`, `?` or `[` that is not escaped.
+pub fn has_wildcards(pattern: &str) -> bool {
+    let mut chars = pattern.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '\\' => drop(chars.next()),
+            '*' | '?' | '[' => return true,
+            _ => {}
+        }
+    }
+    false
+}
 
 /// One step of a compiled pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,8 +52,19 @@ enum Step {
 pub struct Glob(Vec<Step>);
 
 impl Glob {
-    /// Compiles `pattern`; with `double_star`, `**` spans directories, otherwise it means `*`.
-    pub fn new(pattern: &str, double_star: bool) -> Result<Self> {
+    /// Compiles a pattern of Go's `path.Match`: `*` and `?` match no slash, `**` means `*`. Unlike
+    /// Go, which finds some mistakes only in certain texts, all are found here.
+    pub fn new(pattern: &str) -> Result<Self, BadPattern> {
+        Self::compile(pattern, false)
+    }
+
+    /// Compiles a pattern of `.dockerignore` (moby's `patternmatcher`), where `**` spans directories
+    /// besides.
+    pub fn with_double_star(pattern: &str) -> Result<Self, BadPattern> {
+        Self::compile(pattern, true)
+    }
+
+    fn compile(pattern: &str, double_star: bool) -> Result<Self, BadPattern> {
         let mut chars = pattern.chars().peekable();
         let mut steps = Vec::new();
         while let Some(c) = chars.next() {
@@ -47,8 +84,8 @@ impl Glob {
                     }
                 }
                 '?' => steps.push(Step::One),
-                '[' => steps.push(class(&mut chars).ok_or_else(|| malformed(pattern))?),
-                '\\' => steps.push(Step::Literal(chars.next().ok_or_else(|| malformed(pattern))?)),
+                '[' => steps.push(class(&mut chars).ok_or(BadPattern)?),
+                '\\' => steps.push(Step::Literal(chars.next().ok_or(BadPattern)?)),
                 c => steps.push(Step::Literal(c)),
             }
         }
@@ -61,7 +98,7 @@ impl Glob {
     }
 
     /// Whether `path` or a directory above it matches, in one pass.
-    pub(crate) fn matches_or_parent(&self, path: &str) -> bool {
+    pub fn matches_or_parent(&self, path: &str) -> bool {
         self.run(path, true)
     }
 
@@ -133,10 +170,10 @@ impl Glob {
 }
 
 /// The rest of a class after its `[`.
-fn class(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) -> Option<Step> {
+fn class(chars: &mut Peekable<Chars<'_>>) -> Option<Step> {
     let negated = chars.next_if_eq(&'^').is_some();
     let mut ranges = Vec::new();
-    let bound = |chars: &mut std::iter::Peekable<std::str::Chars<'_>>| match chars.next()? {
+    let bound = |chars: &mut Peekable<Chars<'_>>| match chars.next()? {
         '-' | ']' => None,
         '\\' => chars.next(),
         c => Some(c),
@@ -151,7 +188,42 @@ fn class(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) -> Option<Step> {
     }
 }
 
-fn malformed(pattern: &str) -> Fault {
-    Fault::invalid(format!("syntax error in pattern {pattern:?}"))
-        .hint("a pattern ends with a lone backslash or has an unclosed or empty [class]")
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_matches_has_all_that_is_in_it() {
+        let paths = ["a", "a/b", "a/b/c", "ab", "b/a", "b/ab/c", "x/y/a/z"];
+        for pattern in ["a", "*", "a*", "*/*", "**", "**/a", "a/**", "**/a/**", "b/**/c", "[^a]*", "?/?"] {
+            let glob = Glob::with_double_star(pattern).unwrap();
+            for path in paths {
+                let above = path.match_indices('/').any(|(slash, _)| glob.matches(&path[..slash]));
+                assert_eq!(glob.matches_or_parent(path), above || glob.matches(path), "{pattern} {path}");
+            }
+        }
+    }
+
+    #[test]
+    fn two_stars_span_directories_only_where_they_are_asked_to() {
+        for (pattern, path, spans) in
+            [("**/c", "a/b/c", true), ("a**c", "a/b/c", true), ("a**c", "abc", false), ("**", "a/b", true), ("**/c", "c", true)]
+        {
+            assert_eq!(Glob::with_double_star(pattern).unwrap().matches(path), spans, "{pattern} {path}");
+        }
+        assert!(!Glob::new("**/c").unwrap().matches("a/b/c"));
+    }
+
+    #[test]
+    fn no_pattern_takes_long() {
+        let (pattern, text) = ("a*".repeat(200) + "b", "a".repeat(2000));
+        assert!(!Glob::new(&pattern).unwrap().matches(&text));
+    }
+
+    #[test]
+    fn wildcards_can_be_escaped() {
+        for (path, expected) in [("/a*", true), ("/a\\*", false), ("/[a]", true), ("/a?", true), ("/a", false), ("a\\", false)] {
+            assert_eq!(has_wildcards(path), expected, "{path}");
+        }
+    }
 }
