@@ -9,9 +9,10 @@ use crate::{
     heredoc,
     lines::{Keyword, Node},
     lint::{Finding, Linter},
-    literals::{duration, quote, with_suggestion},
+    literals::{duration, with_suggestion},
     place::Token,
 };
+use shipway_gocompat::quote;
 
 /// What a node is.
 pub(crate) enum Parsed {

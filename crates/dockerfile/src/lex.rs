@@ -11,9 +11,9 @@ use std::{
 use crate::{
     error::{Error, Result},
     glob,
-    literals::quote,
     work::Work,
 };
+use shipway_gocompat::quote;
 
 /// How deep `${a:-${b:-…}}` may go.
 const MAX_DEPTH: usize = 100;

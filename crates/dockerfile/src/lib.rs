@@ -38,6 +38,6 @@ pub use file::parse_trigger;
 pub use heredoc::{is_heredoc, strip_tabs};
 pub use lex::{Env, Expanded, Lex};
 pub use lint::{Finding, Fix, Lint, LintConfig, Linter, Rule, Selection, is_secret_name};
-pub use literals::{csv, quote, suggest};
+pub use literals::{csv, suggest};
 pub use place::{Source, Token, pin};
 pub use work::Work;

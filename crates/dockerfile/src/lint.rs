@@ -4,13 +4,12 @@
 //! settings (`# check=skip=…;error=…;experimental=…`) or the comment above an instruction switch off.
 
 use shipway_fault::Span;
-use shipway_gocompat::parse_bool;
+use shipway_gocompat::{parse_bool, quote};
 
 use crate::{
     ast::{Lines, Stage},
     directive,
     error::{Error, Result},
-    literals::quote,
     place::{Source, Token},
 };
 

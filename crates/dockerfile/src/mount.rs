@@ -4,10 +4,10 @@ use crate::{
     ast::{Device, Mount, MountKind, MountSpec, Sharing},
     error::{Error, Result},
     expand::Expander,
-    literals::{self, quote, with_suggestion},
+    literals::{self, with_suggestion},
     place::Token,
 };
-use shipway_gocompat::parse_bool;
+use shipway_gocompat::{parse_bool, quote};
 
 const KEYS: [&str; 19] = [
     "type",

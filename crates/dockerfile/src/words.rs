@@ -3,9 +3,9 @@
 use crate::{
     error::{Error, Result},
     instruction::example,
-    literals::quote,
     place::Token,
 };
+use shipway_gocompat::quote;
 
 /// The blanks that separate words of a Dockerfile.
 pub(crate) const BLANKS: [char; 5] = ['\t', '\x0b', '\x0c', '\r', ' '];

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, time::Instant};
 
 use shipway_dockerfile::{Lex, Work, suggest};
+use shipway_gocompat::quote;
 
 fn env() -> BTreeMap<String, String> {
     let pairs = [("A", "alpha/beta.gamma"), ("B", ""), ("C", "x y"), ("V", "1.2.3"), ("STAR", "a*b*c"), ("E", "été")];
@@ -12,8 +13,7 @@ fn env() -> BTreeMap<String, String> {
 #[track_caller]
 fn check(lex: Lex, word: &str, expected: &str) {
     let text = lex.word(word, &env()).map_or_else(|e| e.message, |e| e.text);
-    let expected =
-        expected.strip_prefix("! ").map_or(expected.to_owned(), |e| format!("failed to process {}: {e}", shipway_dockerfile::quote(word)));
+    let expected = expected.strip_prefix("! ").map_or(expected.to_owned(), |e| format!("failed to process {}: {e}", quote(word)));
     assert_eq!(text, expected, "for {word:?}");
 }
 

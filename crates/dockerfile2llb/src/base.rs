@@ -9,6 +9,7 @@ use crate::{
 };
 use shipway_dockerfile::{Linter, Token};
 use shipway_fault::Fault;
+use shipway_gocompat::quote;
 use shipway_llb::{State, VertexOptions};
 use shipway_oci::{ImageConfig, ImageName, NameError, Platform};
 use std::collections::BTreeMap;
@@ -64,8 +65,8 @@ async fn find(plan: &Plan<'_>, stage: &Stage, needed: bool) -> Result<Base> {
     let ui = plan.ui;
     let written = &stage.base;
     let name: ImageName = written.parse().map_err(|e: NameError| {
-        let fault = Fault::unknown(format!("failed to parse stage name {}: {e}", shipway_dockerfile::quote(written)));
-        Failure::from(fault.hint(format!("{} is no stage above and no image name: {}", shipway_dockerfile::quote(written), e.why)))
+        let fault = Fault::unknown(format!("failed to parse stage name {}: {e}", quote(written)));
+        Failure::from(fault.hint(format!("{} is no stage above and no image name: {}", quote(written), e.why)))
     })?;
     if !needed {
         return Ok(Base::Unneeded);
@@ -85,10 +86,8 @@ async fn find(plan: &Plan<'_>, stage: &Stage, needed: bool) -> Result<Base> {
         Failure::from(e).context(written.clone()).suggest(written, options.iter().map(String::as_str))
     })?;
     let config = parse_config(&resolved)?;
-    let pinned: ImageName = resolved
-        .name
-        .parse()
-        .map_err(|e| Failure::new(format!("failed to parse ref {}: {e}", shipway_dockerfile::quote(&resolved.name))))?;
+    let pinned: ImageName =
+        resolved.name.parse().map_err(|e| Failure::new(format!("failed to parse ref {}: {e}", quote(&resolved.name))))?;
     let platform = match stage.platform {
         None if plan.platforms.implicit => platform::detect(&config, &wanted, &plan.platforms.build),
         _ => wanted,

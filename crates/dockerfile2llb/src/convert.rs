@@ -12,9 +12,9 @@ use crate::{
     stage::{SCRATCH, Scanned, Stage, Step, empty_image},
     ui::Ui,
 };
-use shipway_dockerfile::{self as df, Command, Dockerfile, Finding, Lex, Lines, Linter, Token, quote};
+use shipway_dockerfile::{self as df, Command, Dockerfile, Finding, Lex, Lines, Linter, Token};
 use shipway_fault::Fault;
-use shipway_gocompat::path;
+use shipway_gocompat::{path, quote};
 use shipway_llb::{Deferred, State};
 use shipway_oci::{ImageConfig, Platform};
 use std::collections::{BTreeMap, BTreeSet, HashMap};

@@ -10,10 +10,10 @@ use crate::{
     ui::internal,
     url::Url,
 };
-use shipway_dockerfile::{self as df, Files, Finding, Token, quote};
+use shipway_dockerfile::{self as df, Files, Finding, Token};
 use shipway_fault::Fault;
 use shipway_filesync::PatternMatcher;
-use shipway_gocompat::path;
+use shipway_gocompat::{path, quote};
 use shipway_llb::{Chown, FileCopy, FileDraft, FileMkfile, State, VertexOptions, attr, paths};
 use shipway_oci::{Digest, DigestError};
 use std::collections::BTreeMap;

@@ -12,9 +12,10 @@ use crate::{
     ui::{Ui, solve},
 };
 use bytes::{Buf as _, Bytes};
-use shipway_dockerfile::{self as df, Command, Dockerfile, Lex, quote};
+use shipway_dockerfile::{self as df, Command, Dockerfile, Lex};
 use shipway_fault::Fault;
 use shipway_frontend::SourceRequest;
+use shipway_gocompat::quote;
 use shipway_llb::{Caps, EnvList, Graph, MarshalOptions, Op, SourceOp, State, VertexOptions, attr};
 use std::{
     io::{self, BufRead, Read},

@@ -5,11 +5,11 @@
 
 use crate::ui::CONTEXT;
 use async_trait::async_trait;
-use shipway_dockerfile::{Lines, Source, pin, quote};
+use shipway_dockerfile::{Lines, Source, pin};
 use shipway_fault::{Detail, Fault, SourceFile, nearest};
 use shipway_filesync::IgnoreFile;
 use shipway_frontend::{Bridge, Explain};
-use shipway_gocompat::path;
+use shipway_gocompat::{path, quote};
 use std::{sync::Arc, time::Duration};
 
 /// How long a client may take to list a directory for a suggestion.

@@ -6,7 +6,8 @@ use crate::{
     stage::{Stage, Vars},
     text,
 };
-use shipway_dockerfile::{Finding, Lines, quote};
+use shipway_dockerfile::{Finding, Lines};
+use shipway_gocompat::quote;
 use std::net::IpAddr;
 
 impl Scene<'_> {

@@ -4,8 +4,7 @@ use crate::{
     failure::{Failure, Result},
     url::Url,
 };
-use shipway_dockerfile::quote;
-use shipway_gocompat::{parse_bool, path};
+use shipway_gocompat::{parse_bool, path, quote};
 use shipway_llb::{State, VertexOptions, attr};
 use std::collections::BTreeMap;
 

@@ -7,9 +7,9 @@ use crate::{
     ui::{DOCKERIGNORE, Found, Ui, parse_ignore},
 };
 use base64::Engine as _;
-use shipway_dockerfile::quote;
 use shipway_fault::Fault;
 use shipway_frontend::{Bridge, Options};
+use shipway_gocompat::quote;
 use shipway_llb::{Deferred, ImageFacts, State, VertexOptions, attr};
 use shipway_oci::{ImageConfig, ImageName, Platform};
 use std::{collections::BTreeMap, sync::Arc};

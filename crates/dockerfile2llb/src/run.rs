@@ -7,7 +7,7 @@ use crate::{
     ui::internal,
 };
 use shipway_dockerfile::{self as df, CommandLine, Mount, MountKind, Sharing, is_heredoc, strip_tabs};
-use shipway_gocompat::path;
+use shipway_gocompat::{path, quote};
 use shipway_llb::{
     CacheSharing, CdiDevice, Chown, EnvList, ExecDraft, FileDraft, FileMkdir, FileMkfile, MountDraft, MountSource, NetMode, Owner,
     SecretDraft, SecurityMode, SshDraft, State, VertexOptions,
@@ -141,8 +141,8 @@ impl Scene<'_> {
                 let name = if from_stage { &mount.from } else { crate::stage::SCRATCH };
                 return Err(Failure::new(format!(
                     "cannot mount from stage {} to {}, stage needs to be defined before current command",
-                    df::quote(name),
-                    df::quote(&mount.target)
+                    quote(name),
+                    quote(&mount.target)
                 )));
             }
             state = from.state.clone();
@@ -152,7 +152,7 @@ impl Scene<'_> {
             false => path::join("/", &format!("{}/{}", stage.state.dir(), mount.target)),
         };
         if target == "/" {
-            return Err(Failure::new(format!("invalid mount target {}", df::quote(&target))));
+            return Err(Failure::new(format!("invalid mount target {}", quote(&target))));
         }
         let path = path::join("/", &mount.source);
         let mut selector = String::new();

@@ -1,5 +1,6 @@
 //! Texts that must look as Go's programs write them, because clients and image configs are compared by them.
 
+use shipway_gocompat::quote;
 use std::time::Duration;
 
 /// A JSON array of strings as Go encodes it: also `<`, `>` and `&` are escaped. Empty for no strings.
@@ -44,7 +45,7 @@ pub fn list<S: AsRef<str>>(items: &[S]) -> String {
 
 /// Quoted words in brackets, as `%q` shows a list.
 pub fn quoted_list<S: AsRef<str>>(items: &[S]) -> String {
-    let quoted: Vec<String> = items.iter().map(|i| shipway_dockerfile::quote(i.as_ref())).collect();
+    let quoted: Vec<String> = items.iter().map(|i| quote(i.as_ref())).collect();
     list(&quoted)
 }
 

@@ -7,6 +7,8 @@
 mod boolean;
 mod glob;
 pub mod path;
+mod quote;
 
 pub use boolean::parse_bool;
 pub use glob::{BadPattern, Glob, has_wildcards};
+pub use quote::quote;

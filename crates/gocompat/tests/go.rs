@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use serde_json::{Value, json};
-use shipway_gocompat::{Glob, parse_bool, path};
+use shipway_gocompat::{Glob, parse_bool, path, quote};
 use std::collections::BTreeMap;
 
 /// One case a line, as a JSON array: the function's name in Go, its arguments, what Go 1.26 returns.
@@ -19,6 +19,7 @@ fn call(function: &str, args: &[Value]) -> Value {
         "path.Join" => json!(path::join(text(0), text(1))),
         "path.Match" => json!(Glob::new(text(0)).ok().map(|glob| glob.matches(text(1)))),
         "strconv.ParseBool" => json!(parse_bool(text(0))),
+        "strconv.Quote" => json!(quote(text(0))),
         unknown => panic!("{unknown} is in the table and not here"),
     }
 }

@@ -19,6 +19,7 @@ use logs::StepLog;
 use mounts::{Behalf, Held, OutputState, Plan};
 use shipway_executor::{Edits, HostEntry, Keep, NetworkMode, OutputSink, ProcessSpec, ResourceLimits, Rlimit, Security, Stream, Wires};
 use shipway_fault::{Fault, Result};
+use shipway_gocompat::quote;
 use shipway_llb::{ExecOp, Mount, NetMode, ProxyEnv, SecurityMode};
 use shipway_netproxy::Capture;
 use shipway_refs::ImmutableRef;
@@ -171,7 +172,7 @@ pub(crate) async fn environment(exec: &ExecOp, sessions: &SessionGroup) -> Resul
     env.extend(exec.meta.proxy.iter().flat_map(proxies));
     for wanted in &exec.secret_env {
         if wanted.id.is_empty() {
-            return Err(Fault::invalid(format!("secret ID missing for {} environment variable", crate::key::go_quote(&wanted.name))));
+            return Err(Fault::invalid(format!("secret ID missing for {} environment variable", quote(&wanted.name))));
         }
         let value = mounts::secret(sessions, &wanted.id, wanted.optional).await?.unwrap_or_default();
         let value = String::from_utf8(value)

@@ -50,44 +50,9 @@ impl KeyWriter {
     }
 }
 
-/// `text` as Go's `%q` prints it, which is what clients have in their expectations.
-pub(crate) fn go_quote(text: &str) -> String {
-    let mut out = String::with_capacity(text.len() + 2);
-    out.push('"');
-    for c in text.chars() {
-        match c {
-            '"' => out.push_str("\\\""),
-            '\\' => out.push_str("\\\\"),
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            '\x07' => out.push_str("\\a"),
-            '\x08' => out.push_str("\\b"),
-            '\x0c' => out.push_str("\\f"),
-            '\x0b' => out.push_str("\\v"),
-            c if (c as u32) < 0x20 || c == '\x7f' => {
-                let _ = write!(out, "\\x{:02x}", c as u32);
-            }
-            c if c.is_control() || (c.is_whitespace() && c != ' ') => {
-                let _ = write!(out, "\\u{:04x}", c as u32);
-            }
-            c => out.push(c),
-        }
-    }
-    out.push('"');
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn quoting_is_gos() {
-        for (text, expected) in [("a \"b\"\\", r#""a \"b\"\\""#), ("é\n\u{1}", "\"é\\n\\x01\""), ("\u{a0}", "\"\\u00a0\"")] {
-            assert_eq!(go_quote(text), expected);
-        }
-    }
 
     #[test]
     fn neighbouring_values_cannot_be_confused() {

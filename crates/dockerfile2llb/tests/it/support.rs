@@ -5,6 +5,7 @@ use async_trait::async_trait;
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_fault::{Detail, Fault, Result, Span};
 use shipway_frontend::{Bridge, Frontend, FrontendResult, Options, SolveRequest, SourceMeta, SourceRequest, Warning};
+use shipway_gocompat::quote;
 use shipway_llb::{Definition, GitFacts, ImageFacts, SourceFacts};
 use shipway_oci::{Digest, Platform};
 use std::{
@@ -124,7 +125,6 @@ impl Fake {
 
 /// The operations of a definition, one per line.
 fn dump(definition: &Definition) -> String {
-    let quote = |s: &str| shipway_dockerfile::quote(s);
     let mut out = String::from("solve\n");
     for op in &definition.ops {
         let digest = Digest::of(op).to_string();
@@ -179,13 +179,13 @@ impl Bridge for Fake {
     async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta> {
         let name = request.identifier.split_once("://").unwrap().1.to_owned();
         if request.git_objects {
-            self.add(format!("resolve {} {}\n", request.identifier, shipway_dockerfile::quote(&request.log_name)));
+            self.add(format!("resolve {} {}\n", request.identifier, quote(&request.log_name)));
             let commit_object = "commit 1\0tree 1\ncommitter a b <a@b> 1700000000 +0100\n\nwhy\n".into();
             let git = Some(GitFacts { commit_object, ..Default::default() });
             return Ok(SourceMeta { facts: SourceFacts { git, ..Default::default() }, ..Default::default() });
         }
         let platform = request.platform.map(|p| p.to_string()).unwrap_or_default();
-        self.add(format!("resolve {name} {platform} {}\n", shipway_dockerfile::quote(&request.log_name)));
+        self.add(format!("resolve {name} {platform} {}\n", quote(&request.log_name)));
         let config = self.images.get(&format!("{name} {platform}")).or_else(|| self.images.get(&name));
         let config = config.ok_or_else(|| Fault::not_found(format!("{name}: not found")))?;
         let image = ImageFacts { digest: Digest::of(&name), name, config: config.get().to_owned().into(), attestations: None };

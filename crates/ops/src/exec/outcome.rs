@@ -1,9 +1,9 @@
 //! What the end of a process means (rows `exec.err`, `exec.validexit`), with the reasons that an exit code does not tell.
 
 use super::logs::StepLog;
-use crate::key::go_quote;
 use shipway_executor::ExitStatus;
 use shipway_fault::{Class, Code, Detail, Fault, Result};
+use shipway_gocompat::quote;
 use shipway_storage::Mount;
 
 /// A file system with less than this is full for a step's purposes.
@@ -11,7 +11,7 @@ const NOTHING_LEFT: u64 = 1 << 20;
 
 /// `Ok` if the process ended as it may; otherwise the fault that says why not.
 pub(super) async fn judge(name: &str, valid: &[i32], status: Result<ExitStatus>, log: &StepLog, root: &[Mount]) -> Result<()> {
-    let prefix = format!("process {} did not complete successfully", go_quote(name));
+    let prefix = format!("process {} did not complete successfully", quote(name));
     let status = match status {
         Ok(status) => status,
         Err(e) if e.is_cancelled() => return Err(e),

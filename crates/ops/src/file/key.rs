@@ -4,10 +4,10 @@ use super::{
     path::RootPath,
     place::{self, Root},
 };
-use crate::key::{KeyWriter, go_quote};
+use crate::key::KeyWriter;
 use shipway_fault::{Code, Fault, Result};
 use shipway_filesync::{DirMatch, PathFilter as Patterns, Verdict as Judgement};
-use shipway_gocompat::{has_wildcards, path::rooted};
+use shipway_gocompat::{has_wildcards, path::rooted, quote};
 use shipway_llb::{Chown, FileAction, FileActionKind, FileCopy, FileOp, Owner, Vertex};
 use shipway_oci::Digest;
 use shipway_progress::Reporter;
@@ -231,7 +231,7 @@ async fn require(state: &ImmutableRef, selector: &ContentSelector) -> Result<()>
     let (mount, selector) = (state.mount().await?, selector.clone());
     let looked = tokio::task::spawn_blocking(move || missing(&Root::open(mount.path())?, &selector)).await;
     match looked.map_err(|e| Fault::internal(format!("a look for required paths failed: {e}")))?? {
-        Some(path) => Err(Fault::not_found(format!("{}: not found", go_quote(path.as_str())))),
+        Some(path) => Err(Fault::not_found(format!("{}: not found", quote(path.as_str())))),
         None => Ok(()),
     }
 }
