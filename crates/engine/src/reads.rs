@@ -5,6 +5,7 @@ use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use shipway_fault::{Fault, Result};
 use shipway_filesync::{DirMatch, PathFilter, Verdict};
 use shipway_frontend::FileStat;
+use shipway_gocompat::FileMode;
 use std::{
     collections::{BTreeMap, HashMap},
     ffi::{OsStr, OsString},
@@ -60,21 +61,6 @@ pub(crate) fn read_file(root: &Path, path: &str, range: Option<(u64, u64)>) -> R
     Ok(bytes.into())
 }
 
-/// Go's `FileMode` for a `st_mode`.
-fn go_mode(mode: u32) -> u32 {
-    let kind = match mode & 0o170_000 {
-        0o040_000 => 1 << 31,
-        0o120_000 => 1 << 27,
-        0o010_000 => 1 << 25,
-        // Sockets have no type here: what reads these modes makes tar headers of them.
-        0o060_000 => 1 << 26,
-        0o020_000 => 1 << 26 | 1 << 21,
-        _ => 0,
-    };
-    let set = |bit: u32, go: u32| if mode & bit != 0 { 1 << go } else { 0 };
-    (mode & 0o777) | kind | set(0o4000, 23) | set(0o2000, 22) | set(0o1000, 20)
-}
-
 /// What is told of the file behind `fd`, which was opened as a path only.
 fn stat_of(fd: OwnedFd, path: String) -> Result<(FileStat, std::fs::Metadata)> {
     let linkname = rustix::fs::readlinkat(&fd, "", Vec::new()).map(|l| l.to_string_lossy().into_owned()).unwrap_or_default();
@@ -84,7 +70,7 @@ fn stat_of(fd: OwnedFd, path: String) -> Result<(FileStat, std::fs::Metadata)> {
     let device = |number: fn(u64) -> u32| if is_device { number(meta.rdev()).into() } else { 0 };
     let stat = FileStat {
         path,
-        mode: go_mode(meta.mode()),
+        mode: FileMode::from_unix(meta.mode()).0,
         uid: meta.uid(),
         gid: meta.gid(),
         size: if meta.is_dir() { 0 } else { meta.len() as i64 },

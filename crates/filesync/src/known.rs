@@ -3,9 +3,10 @@
 use std::{path::Path, sync::Arc};
 
 use shipway_fault::Result;
+use shipway_gocompat::{FileKind, FileMode};
 
 use crate::{
-    FileMode, Kind, PathFilter, Stat, compare,
+    PathFilter, Stat, compare,
     walk::{self, Details},
 };
 
@@ -60,7 +61,7 @@ impl KnownEntry {
 
     /// Whether it is a file with its own content.
     pub fn has_content(&self) -> bool {
-        self.mode.kind() == Kind::Regular && self.link.is_empty()
+        self.mode.kind() == FileKind::Regular && self.link.is_empty()
     }
 }
 

@@ -1,8 +1,9 @@
 //! The form, order and ancestry that every received path must have (row `cb.fsutil.data`).
 
 use shipway_fault::{Fault, Result};
+use shipway_gocompat::{FileKind, FileMode};
 
-use crate::{FileMode, Kind, Stat, path::split};
+use crate::{Stat, path::split};
 
 const MAX_PATH: usize = 4095;
 const MAX_NAME: usize = 255;
@@ -27,10 +28,10 @@ impl Order {
             return Err(refuse(path, "negative size"));
         }
         let kind = FileMode(stat.mode).kind();
-        if kind == Kind::Other {
+        if kind == FileKind::Other {
             return Err(refuse(path, "unknown file type"));
         }
-        if kind == Kind::Symlink && (stat.linkname.is_empty() || stat.linkname.len() > MAX_PATH || stat.linkname.contains('\0')) {
+        if kind == FileKind::Symlink && (stat.linkname.is_empty() || stat.linkname.len() > MAX_PATH || stat.linkname.contains('\0')) {
             return Err(refuse(path, "impossible link target"));
         }
         let (dir, name) = split(path);
@@ -46,7 +47,7 @@ impl Order {
             return Err(refuse(path, &format!("changes out of order: it came after {last:?}")));
         }
         name.clone_into(last);
-        if kind == Kind::Directory {
+        if kind == FileKind::Directory {
             self.open.push((path.to_owned(), String::new()));
         }
         Ok(())

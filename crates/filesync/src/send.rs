@@ -13,6 +13,7 @@ use std::{
 use bytes::Bytes;
 use futures::StreamExt;
 use shipway_fault::{Code, Fault, Result};
+use shipway_gocompat::{FileKind, FileMode};
 use shipway_proto::fsutil::types::packet::PacketType;
 use tokio::{
     sync::mpsc::{self, UnboundedReceiver, UnboundedSender},
@@ -20,7 +21,7 @@ use tokio::{
 };
 
 use crate::{
-    FileMode, Kind, Packet, PacketStream, PathFilter, Stat, disk,
+    Packet, PacketStream, PathFilter, Stat, disk,
     follow::{follow_paths, without_nested},
     path::join,
     walk::{self, Details, Visitor},
@@ -272,7 +273,7 @@ impl Shared {
         let mut last: Option<Stat> = None;
         for (stat, source) in all {
             if let Some(last) = last.as_ref().filter(|last| last.path == stat.path) {
-                let directories = [last, &stat].iter().all(|s| FileMode(s.mode).kind() == Kind::Directory);
+                let directories = [last, &stat].iter().all(|s| FileMode(s.mode).kind() == FileKind::Directory);
                 if !directories {
                     return Err(Fault::invalid(format!("cannot overwrite {} when split option is disabled", stat.path)));
                 }
@@ -384,14 +385,14 @@ impl Visitor for Describe<'_, '_> {
 
     fn entry(&mut self, mut stat: Stat) -> Result<()> {
         let kind = FileMode(stat.mode).kind();
-        let source = (kind == Kind::Regular).then(|| Source {
+        let source = (kind == FileKind::Regular).then(|| Source {
             root: self.index,
             path: stat.path.as_str().into(),
             size: stat.size.try_into().unwrap_or(0),
         });
         if !self.prefix.is_empty() {
             stat.path = join(self.prefix, &stat.path);
-            if kind == Kind::Symlink {
+            if kind == FileKind::Symlink {
                 if stat.linkname.starts_with('/') {
                     stat.linkname = format!("/{}{}", self.prefix, stat.linkname);
                 }

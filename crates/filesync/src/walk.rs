@@ -11,8 +11,9 @@ use std::{
 
 use rustix::io::Errno;
 use shipway_fault::{Fault, Result};
+use shipway_gocompat::{FileKind, FileMode};
 
-use crate::{DirMatch, FileMode, Kind, Mapped, PathFilter, Stat, Verdict, known::IDENTITY, path::join};
+use crate::{DirMatch, Mapped, PathFilter, Stat, Verdict, known::IDENTITY, path::join};
 
 /// Receives the entries of a walk; an error ends it.
 pub(crate) trait Visitor {
@@ -147,7 +148,7 @@ impl<V: Visitor> Walk<'_, V> {
 
     fn give(&mut self, mut stat: Stat, meta: &Metadata) -> Result<(), Step> {
         // Only what was given can be linked to, so that a filter never leaves a link without its target.
-        if meta.nlink() > 1 && !meta.is_dir() && FileMode(stat.mode).kind() != Kind::Symlink {
+        if meta.nlink() > 1 && !meta.is_dir() && FileMode(stat.mode).kind() != FileKind::Symlink {
             let key = (meta.dev(), meta.ino());
             match self.inodes.get(&key) {
                 Some(first) => {
@@ -208,15 +209,15 @@ pub(crate) fn stat(path: &str, full: &Path, meta: &Metadata, xattrs: bool) -> io
         ..Default::default()
     };
     match mode.kind() {
-        Kind::Directory => {}
-        Kind::Symlink => {
+        FileKind::Directory => {}
+        FileKind::Symlink => {
             let target = fs::read_link(full)?;
             stat.linkname = target.to_str().map(str::to_owned).ok_or_else(|| io::Error::other("link target is not UTF-8"))?;
             stat.size = i64::try_from(meta.size()).unwrap_or(i64::MAX);
         }
         kind => {
             stat.size = i64::try_from(meta.size()).unwrap_or(i64::MAX);
-            if matches!(kind, Kind::CharDevice | Kind::BlockDevice) {
+            if matches!(kind, FileKind::CharDevice | FileKind::BlockDevice) {
                 stat.devmajor = rustix::fs::major(meta.rdev()).into();
                 stat.devminor = rustix::fs::minor(meta.rdev()).into();
             }

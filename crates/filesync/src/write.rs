@@ -13,10 +13,11 @@ use rustix::{
     io::Errno,
 };
 use shipway_fault::{Fault, Result};
+use shipway_gocompat::FileMode;
 use tokio::sync::mpsc;
 
 use crate::{
-    ContentHash, FileMode, HashSink, Stat,
+    ContentHash, HashSink, Stat,
     disk::{self, Dirs},
     path::split,
 };

@@ -10,6 +10,7 @@ use std::{
 use futures::StreamExt;
 use shipway_fault::{Fault, Result};
 use shipway_filesync::*;
+use shipway_gocompat::{FileKind, FileMode};
 use shipway_proto::fsutil::types::packet::PacketType;
 
 async fn transfer(from: &Path, to: &Path, send: SendOptions, receive: ReceiveOptions) -> (Result<Sent>, Result<Received>) {
@@ -30,7 +31,7 @@ fn listing(dir: &Path) -> Vec<String> {
     let mut inodes = std::collections::HashMap::new();
     for entry in KnownTree::scan(dir).expect("scan").entries() {
         let full = dir.join(&*entry.path);
-        let content = if entry.mode.kind() == Kind::Regular { fs::read_to_string(&full).unwrap_or_default() } else { String::new() };
+        let content = if entry.mode.kind() == FileKind::Regular { fs::read_to_string(&full).unwrap_or_default() } else { String::new() };
         let meta = fs::symlink_metadata(&full).expect("stat");
         let first = inodes.entry(meta.ino()).or_insert_with(|| entry.path.clone()).clone();
         out.push(format!("{} {:o} {} {} {content} ={first}", entry.path, meta.mode(), entry.mtime, entry.link));

@@ -6,9 +6,11 @@
 
 mod boolean;
 mod glob;
+mod mode;
 pub mod path;
 mod quote;
 
 pub use boolean::parse_bool;
 pub use glob::{BadPattern, Glob, has_wildcards};
+pub use mode::{FileKind, FileMode};
 pub use quote::quote;

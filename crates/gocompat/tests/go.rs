@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use serde_json::{Value, json};
-use shipway_gocompat::{Glob, parse_bool, path, quote};
+use shipway_gocompat::{FileMode, Glob, parse_bool, path, quote};
 use std::collections::BTreeMap;
 
 /// One case a line, as a JSON array: the function's name in Go, its arguments, what Go 1.26 returns.
@@ -14,6 +14,7 @@ const TABLE: &str = include_str!("go.jsonl");
 fn call(function: &str, args: &[Value]) -> Value {
     let text = |at: usize| args[at].as_str().unwrap();
     match function {
+        "os.FileMode" => json!(FileMode::from_unix(args[0].as_u64().unwrap().try_into().unwrap()).0),
         "path.Base" => json!(path::base(text(0))),
         "path.Clean" => json!(path::clean(text(0))),
         "path.Join" => json!(path::join(text(0), text(1))),

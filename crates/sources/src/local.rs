@@ -7,10 +7,9 @@ use crate::{
 use serde::Serialize;
 use shipway_fault::{Context, Fault, Result};
 use shipway_filesync::{
-    ContentHash, Differ, FileMode, FileSyncRequest, HashSink, KnownTree, PatternMatcher, ReceiveOptions, Received, Receiver, Stat,
-    announced,
+    ContentHash, Differ, FileSyncRequest, HashSink, KnownTree, PatternMatcher, ReceiveOptions, Received, Receiver, Stat, announced,
 };
-use shipway_gocompat::parse_bool;
+use shipway_gocompat::{FileMode, parse_bool};
 use shipway_oci::Digest;
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, NamedRequest, RecordType, RefId, RefStore, Sharing};

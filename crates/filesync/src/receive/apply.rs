@@ -14,12 +14,13 @@ use rustix::{
     io::Errno,
 };
 use shipway_fault::{Code, Context, Fault, Result};
+use shipway_gocompat::{FileKind, FileMode};
 use shipway_oci::is_image_xattr;
 use tokio::sync::mpsc;
 
 use super::{Change, ChangeKind, Differ, LISTING, ReceiveOptions, Received};
 use crate::{
-    Budget, FileMode, Kind, KnownEntry, KnownTree, Stat,
+    Budget, KnownEntry, KnownTree, Stat,
     budget::{ENTRY, Taken},
     compare,
     disk::{self, Dirs, chmod_nofollow},
@@ -122,7 +123,7 @@ impl Apply {
     fn entry(&mut self, mut stat: Stat) -> Result<()> {
         self.order.check(&stat)?;
         let refuse = |why: &str| Err(Fault::invalid(format!("refuse {:?} from the sender: {why}", stat.path)));
-        if FileMode(stat.mode).kind() == Kind::CharDevice && (stat.devmajor, stat.devminor) == (0, 0) {
+        if FileMode(stat.mode).kind() == FileKind::CharDevice && (stat.devmajor, stat.devminor) == (0, 0) {
             return refuse("a character device 0:0 stands for a removed file");
         }
         stat.xattrs.retain(|name, _| name == IDENTITY || is_image_xattr(name));
@@ -169,7 +170,7 @@ impl Apply {
         }
         let entry = KnownEntry::of(&stat);
         stat.xattrs.remove(IDENTITY);
-        let linked = entry.mode.kind() == Kind::Regular && !entry.link.is_empty();
+        let linked = entry.mode.kind() == FileKind::Regular && !entry.link.is_empty();
         if linked && !find(&self.new, &entry.link).is_some_and(KnownEntry::has_content) {
             return Err(Fault::invalid(format!("invalid link {} to unknown path: {:?}", stat.path, stat.linkname)));
         }
@@ -234,26 +235,26 @@ impl Apply {
         }
         let failed = |what: &str, e| Fault::io(format!("{what} {}", entry.path), e);
         let (dir, name) = split(&entry.path);
-        if !(kind == Kind::Directory && was_dir) {
+        if !(kind == FileKind::Directory && was_dir) {
             self.touch_parent(&entry.path);
         }
         match kind {
-            Kind::Directory => {
+            FileKind::Directory => {
                 self.touched.insert((*entry.path).into());
                 let at = self.dirs.get(dir).map_err(|e| failed("open the directory of", e))?;
                 make_dir(at, name, &stat, was_dir).map_err(|e| failed("create directory", e))
             }
-            Kind::Symlink => {
+            FileKind::Symlink => {
                 let at = self.dirs.get(dir).map_err(|e| failed("open the directory of", e))?;
                 let make = || rustix::fs::symlinkat(&stat.linkname, at, name);
                 replace(at, name, make).and_then(|()| own(at, name, &stat)).map_err(|e| failed("create link", e))
             }
-            Kind::Regular if !entry.link.is_empty() => {
+            FileKind::Regular if !entry.link.is_empty() => {
                 self.links.push(self.new.len() - 1);
                 Ok(())
             }
-            Kind::Regular => self.file(id, stat, entry),
-            Kind::Fifo | Kind::CharDevice | Kind::BlockDevice | Kind::Other => {
+            FileKind::Regular => self.file(id, stat, entry),
+            FileKind::Fifo | FileKind::CharDevice | FileKind::BlockDevice | FileKind::Other => {
                 let at = self.dirs.get(dir).map_err(|e| failed("open the directory of", e))?;
                 make_special(at, name, &stat, kind).map_err(|e| failed("create special file", e))
             }
@@ -354,10 +355,10 @@ fn make_dir(at: BorrowedFd<'_>, name: &str, stat: &Stat, exists: bool) -> io::Re
     Ok(())
 }
 
-fn make_special(at: BorrowedFd<'_>, name: &str, stat: &Stat, kind: Kind) -> io::Result<()> {
+fn make_special(at: BorrowedFd<'_>, name: &str, stat: &Stat, kind: FileKind) -> io::Result<()> {
     let file_type = match kind {
-        Kind::CharDevice => FileType::CharacterDevice,
-        Kind::BlockDevice => FileType::BlockDevice,
+        FileKind::CharDevice => FileType::CharacterDevice,
+        FileKind::BlockDevice => FileType::BlockDevice,
         _ => FileType::Fifo,
     };
     let number = |n: i64| u32::try_from(n).map_err(|_| io::Error::from(Errno::INVAL));

@@ -1,6 +1,5 @@
-//! Go's `os.FileMode` bits, which the protocol uses on every platform, and Unix's (row `cb.fsutil.stat`).
-
-use rustix::fs::FileType;
+//! `os.FileMode`: its bits, which fsutil's protocol and BuildKit's gateway use on every platform, and
+//! those of Unix (row `cb.fsutil.stat`).
 
 /// A file's type and permissions as Go numbers them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -8,7 +7,7 @@ pub struct FileMode(pub u32);
 
 /// What kind of thing a mode describes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub enum FileKind {
     /// A file with content, or another name of one.
     Regular,
     /// A directory.
@@ -35,6 +34,8 @@ const SETGID: u32 = 1 << 22;
 const CHAR_DEVICE: u32 = 1 << 21;
 const STICKY: u32 = 1 << 20;
 const IRREGULAR: u32 = 1 << 19;
+/// A character device has the bit of devices besides its own.
+const CHAR: u32 = DEVICE | CHAR_DEVICE;
 const TYPE: u32 = DIR | SYMLINK | FIFO | SOCKET | DEVICE | CHAR_DEVICE | IRREGULAR;
 
 impl FileMode {
@@ -53,14 +54,15 @@ impl FileMode {
         Self(SYMLINK | 0o777)
     }
 
-    /// The Go mode of Unix's `st_mode`. Sockets come out as regular files, as BuildKit's do.
+    /// The Go mode of Unix's `st_mode`. Sockets come out as regular files, as
+    /// fsutil's do: what reads these modes makes headers of tar archives of them.
     pub fn from_unix(st_mode: u32) -> Self {
-        let kind = match FileType::from_raw_mode(st_mode) {
-            FileType::Directory => DIR,
-            FileType::Symlink => SYMLINK,
-            FileType::Fifo => FIFO,
-            FileType::BlockDevice => DEVICE,
-            FileType::CharacterDevice => DEVICE | CHAR_DEVICE,
+        let kind = match st_mode & 0o170_000 {
+            0o040_000 => DIR,
+            0o120_000 => SYMLINK,
+            0o010_000 => FIFO,
+            0o060_000 => DEVICE,
+            0o020_000 => CHAR,
             _ => 0,
         };
         Self(kind | from_bits(st_mode))
@@ -73,15 +75,15 @@ impl FileMode {
     }
 
     /// What it is.
-    pub fn kind(self) -> Kind {
+    pub fn kind(self) -> FileKind {
         match self.0 & TYPE {
-            0 => Kind::Regular,
-            DIR => Kind::Directory,
-            SYMLINK => Kind::Symlink,
-            FIFO => Kind::Fifo,
-            DEVICE => Kind::BlockDevice,
-            CHAR => Kind::CharDevice,
-            _ => Kind::Other,
+            0 => FileKind::Regular,
+            DIR => FileKind::Directory,
+            SYMLINK => FileKind::Symlink,
+            FIFO => FileKind::Fifo,
+            DEVICE => FileKind::BlockDevice,
+            CHAR => FileKind::CharDevice,
+            _ => FileKind::Other,
         }
     }
 
@@ -90,8 +92,6 @@ impl FileMode {
         self.0 & DIR != 0
     }
 }
-
-const CHAR: u32 = DEVICE | CHAR_DEVICE;
 
 fn from_bits(unix: u32) -> u32 {
     let special = [(0o4000, SETUID), (0o2000, SETGID), (0o1000, STICKY)];
@@ -105,14 +105,14 @@ mod tests {
     #[test]
     fn modes_convert_both_ways() {
         for (unix, go, kind) in [
-            (0o100644, 0o644, Kind::Regular),
-            (0o104755, (1 << 23) | 0o755, Kind::Regular),
-            (0o041777, (1 << 31) | (1 << 20) | 0o777, Kind::Directory),
-            (0o120777, (1 << 27) | 0o777, Kind::Symlink),
-            (0o020600, (1 << 26) | (1 << 21) | 0o600, Kind::CharDevice),
-            (0o060600, (1 << 26) | 0o600, Kind::BlockDevice),
-            (0o010600, (1 << 25) | 0o600, Kind::Fifo),
-            (0o140600, 0o600, Kind::Regular),
+            (0o100644, 0o644, FileKind::Regular),
+            (0o104755, (1 << 23) | 0o755, FileKind::Regular),
+            (0o041777, (1 << 31) | (1 << 20) | 0o777, FileKind::Directory),
+            (0o120777, (1 << 27) | 0o777, FileKind::Symlink),
+            (0o020600, (1 << 26) | (1 << 21) | 0o600, FileKind::CharDevice),
+            (0o060600, (1 << 26) | 0o600, FileKind::BlockDevice),
+            (0o010600, (1 << 25) | 0o600, FileKind::Fifo),
+            (0o140600, 0o600, FileKind::Regular),
         ] {
             let mode = FileMode::from_unix(unix);
             assert_eq!((mode.0, mode.kind(), mode.permissions()), (go, kind, unix & 0o7777), "{unix:o}");
