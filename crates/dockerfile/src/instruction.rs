@@ -9,10 +9,10 @@ use crate::{
     heredoc,
     lines::{Keyword, Node},
     lint::{Finding, Linter},
-    literals::{duration, with_suggestion},
+    literals::with_suggestion,
     place::Token,
 };
-use shipway_gocompat::quote;
+use shipway_gocompat::{GoDuration, InvalidDuration, quote};
 
 /// What a node is.
 pub(crate) enum Parsed {
@@ -392,11 +392,10 @@ fn interval(flags: &Flags, name: &str) -> Result<Duration> {
     }
     let flag = || Token::Flag(format!("--{name}"));
     let hint = "write a number with its unit, such as 30s or 1m30s";
-    let (negative, value) = duration(&text).map_err(|e| e.at(flag()).hint(hint))?;
-    if !value.is_zero() && (negative || value < Duration::from_millis(1)) {
-        return Err(Error::new(format!("Interval {} cannot be less than 1ms", quote(name))).at(flag()).hint(hint));
-    }
-    Ok(value)
+    let wrong = |message: String| Error::new(message).at(flag()).hint(hint);
+    let value: GoDuration = text.parse().map_err(|e: InvalidDuration| wrong(e.to_string()))?;
+    let value = value.to_std().filter(|d| d.is_zero() || *d >= Duration::from_millis(1));
+    value.ok_or_else(|| wrong(format!("Interval {} cannot be less than 1ms", quote(name))))
 }
 
 fn retries(text: &str) -> Result<i32> {

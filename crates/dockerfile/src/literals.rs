@@ -1,10 +1,5 @@
-//! Values as the reference's programs spell and read them: quoted texts, numbers, sizes and durations.
-//!
-//! The words of errors contain quoted texts, so the quoting is part of what users and tests compare.
-
-use std::time::Duration;
-
-use shipway_gocompat::quote;
+//! Values as the reference's programs spell and read them: numbers, sizes and lists; and what was
+//! meant by a misspelled word. What Go itself reads is in crate `gocompat`.
 
 use crate::error::{Error, Result};
 
@@ -36,54 +31,6 @@ pub fn bytes(text: &str) -> Option<i64> {
         _ => return None,
     };
     Some((size * 1024f64.powi(factor)) as i64)
-}
-
-/// A duration such as `1m30s`: its sign and its size.
-pub fn duration(text: &str) -> Result<(bool, Duration)> {
-    let invalid = || Error::new(format!("time: invalid duration {}", quote(text)));
-    let (negative, mut rest) = match text.as_bytes().first() {
-        Some(b'-') => (true, &text[1..]),
-        Some(b'+') => (false, &text[1..]),
-        _ => (false, text),
-    };
-    if rest == "0" {
-        return Ok((false, Duration::ZERO));
-    }
-    if rest.is_empty() {
-        return Err(invalid());
-    }
-    let mut total: u128 = 0;
-    while !rest.is_empty() {
-        let whole = rest.bytes().take_while(u8::is_ascii_digit).count();
-        let after = &rest[whole..];
-        let fraction = after.strip_prefix('.').map(|f| &f[..f.bytes().take_while(u8::is_ascii_digit).count()]);
-        if whole == 0 && fraction.is_none_or(str::is_empty) {
-            return Err(invalid());
-        }
-        let unit = &after[fraction.map_or(0, |f| f.len() + 1)..];
-        let end = unit.find(|c: char| c == '.' || c.is_ascii_digit()).unwrap_or(unit.len());
-        let scale: u128 = match &unit[..end] {
-            "" => return Err(Error::new(format!("time: missing unit in duration {}", quote(text)))),
-            "ns" => 1,
-            "us" | "µs" | "μs" => 1_000,
-            "ms" => 1_000_000,
-            "s" => 1_000_000_000,
-            "m" => 60_000_000_000,
-            "h" => 3_600_000_000_000,
-            unknown => return Err(Error::new(format!("time: unknown unit {} in duration {}", quote(unknown), quote(text)))),
-        };
-        let number = if whole == 0 { 0 } else { rest[..whole].parse::<u64>().map_err(|_| invalid())? };
-        // More digits than nanoseconds have do not matter.
-        let digits = fraction.map_or("", |f| &f[..f.len().min(18)]);
-        let part =
-            if digits.is_empty() { 0 } else { digits.parse::<u128>().map_err(|_| invalid())? * scale / 10u128.pow(digits.len() as u32) };
-        total = total + u128::from(number) * scale + part;
-        if total > i64::MAX as u128 {
-            return Err(invalid());
-        }
-        rest = &unit[end..];
-    }
-    Ok((negative, Duration::from_nanos(total as u64)))
 }
 
 /// The fields of one CSV line.

@@ -9,7 +9,7 @@ use crate::{
 };
 use shipway_dockerfile::{self as df, Command, CommandLine, Finding, Lex, Lines, Linter, is_secret_name, suggest};
 use shipway_filesync::IgnoreFile;
-use shipway_gocompat::path;
+use shipway_gocompat::{GoDuration, path};
 use shipway_llb::{Chown, FileDraft, FileMkdir, State, VertexOptions};
 use shipway_oci::Healthcheck;
 use std::collections::BTreeSet;
@@ -333,7 +333,7 @@ fn healthcheck(check: df::Healthcheck) -> Healthcheck {
 }
 
 fn healthcheck_text(c: &df::Healthcheck) -> String {
-    let [interval, timeout, period, start] = [c.interval, c.timeout, c.start_period, c.start_interval].map(text::duration);
+    let [interval, timeout, period, start] = [c.interval, c.timeout, c.start_period, c.start_interval].map(GoDuration::from);
     format!(
         "HEALTHCHECK {{Test:{} Interval:{interval} Timeout:{timeout} StartPeriod:{period} StartInterval:{start} Retries:{}}}",
         text::list(&c.test),

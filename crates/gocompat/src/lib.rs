@@ -5,12 +5,14 @@
 //! differs from Go on purpose is not here but with its only user, and says there how it differs.
 
 mod boolean;
+mod duration;
 mod glob;
 mod mode;
 pub mod path;
 mod quote;
 
 pub use boolean::parse_bool;
+pub use duration::{GoDuration, InvalidDuration};
 pub use glob::{BadPattern, Glob, has_wildcards};
 pub use mode::{FileKind, FileMode};
 pub use quote::quote;

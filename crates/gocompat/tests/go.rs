@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use serde_json::{Value, json};
-use shipway_gocompat::{FileMode, Glob, parse_bool, path, quote};
+use shipway_gocompat::{FileMode, Glob, GoDuration, InvalidDuration, parse_bool, path, quote};
 use std::collections::BTreeMap;
 
 /// One case a line, as a JSON array: the function's name in Go, its arguments, what Go 1.26 returns.
@@ -21,6 +21,8 @@ fn call(function: &str, args: &[Value]) -> Value {
         "path.Match" => json!(Glob::new(text(0)).ok().map(|glob| glob.matches(text(1)))),
         "strconv.ParseBool" => json!(parse_bool(text(0))),
         "strconv.Quote" => json!(quote(text(0))),
+        "time.Duration.String" => json!(GoDuration(args[0].as_i64().unwrap()).to_string()),
+        "time.ParseDuration" => text(0).parse().map_or_else(|e: InvalidDuration| json!(e.to_string()), |GoDuration(nanos)| json!(nanos)),
         unknown => panic!("{unknown} is in the table and not here"),
     }
 }

@@ -6,10 +6,13 @@ use crate::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use serde::Deserialize;
+use shipway_gocompat::GoDuration;
 use std::{path::Path, time::Duration};
 
 /// Longest file that is read.
 const MAX_FILE: u64 = 1 << 20;
+/// A `dial_timeout` must be shorter.
+const MAX_TIMEOUT: Duration = Duration::from_secs(86_400);
 
 #[derive(Deserialize)]
 struct File {
@@ -199,25 +202,10 @@ fn clients(clients: Clients) -> Result<Vec<(String, String)>, String> {
         .collect()
 }
 
-/// A duration as Go writes it: numbers with units `ms`, `s`, `m`, `h`.
+/// A duration as Go writes it, of less than a day.
 fn duration(text: &str) -> Result<Duration, String> {
-    let bad = || format!("dial_timeout {text:?}: want for example \"5s\"");
-    let (mut rest, mut total) = (text, 0.0);
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(bad)?;
-        let number: f64 = rest[..digits].parse().map_err(|_| bad())?;
-        let unit_end = rest[digits..].find(|c: char| c.is_ascii_digit()).map_or(rest.len(), |i| digits + i);
-        total += number
-            * match &rest[digits..unit_end] {
-                "ms" => 0.001,
-                "s" => 1.0,
-                "m" => 60.0,
-                "h" => 3600.0,
-                _ => return Err(bad()),
-            };
-        rest = &rest[unit_end..];
-    }
-    if (0.0..86_400.0).contains(&total) { Ok(Duration::from_secs_f64(total)) } else { Err(bad()) }
+    let parsed = text.parse().ok().and_then(GoDuration::to_std).filter(|d| *d < MAX_TIMEOUT);
+    parsed.ok_or_else(|| format!("dial_timeout {text:?}: want for example \"5s\""))
 }
 
 #[cfg(test)]
@@ -291,8 +279,14 @@ server = "https://docker.example"
 
     #[test]
     fn mistakes_are_named() {
-        for bad in ["capabilities = [\"fly\"]", "server = \"https://\"", "[host.\"https://x\"]\ndial_timeout = \"5 apples\"", "server = 5"]
-        {
+        for bad in [
+            "capabilities = [\"fly\"]",
+            "server = \"https://\"",
+            "[host.\"https://x\"]\ndial_timeout = \"5 apples\"",
+            "dial_timeout = \"24h\"",
+            "dial_timeout = \"-1s\"",
+            "server = 5",
+        ] {
             assert!(parse(Path::new("/"), "r.io", bad).is_err(), "{bad}");
         }
     }

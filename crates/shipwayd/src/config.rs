@@ -9,7 +9,7 @@ use shipway_fault::{Fault, Result, closest};
 use std::{collections::BTreeMap, path::Path};
 
 pub use oci::OciWorker;
-pub use units::{DiskSpace, KeepStorage, MaxAge, Span, go_duration};
+pub use units::{DiskSpace, KeepStorage, MaxAge, Span, duration};
 
 /// The whole file.
 #[derive(Clone, Debug, Default, Deserialize)]

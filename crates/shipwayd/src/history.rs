@@ -1,6 +1,6 @@
 //! Build history on the wire (rows `ctl.hist.*`).
 
-use crate::{config::go_duration, filter};
+use crate::{config::duration, filter};
 use prost::Message as _;
 use shipway_attest::slsa;
 use shipway_engine::{History, HistoryEventKind, HistoryRecord, HistoryStatus, HistorySummary, LogFile};
@@ -164,7 +164,7 @@ impl TimeTest {
             _ => return Ok(None),
         };
         // A duration is so long ago.
-        let time = || match go_duration(value) {
+        let time = || match duration(value) {
             Some(ago) => Ok(seconds(now) - i64::try_from(ago.as_secs()).unwrap_or(i64::MAX)),
             None => timestamp::parse(value)
                 .map(seconds)
@@ -174,7 +174,7 @@ impl TimeTest {
             "startedAt" => Self::Started(operator, time()?),
             "completedAt" => Self::Completed(operator, time()?),
             "duration" => {
-                let least = go_duration(value)
+                let least = duration(value)
                     .ok_or_else(|| Fault::invalid(format!("invalid duration {value}")).hint("want for example 90s or 1h30m"))?;
                 Self::Took(operator, i128::try_from(least.as_nanos()).unwrap_or(i128::MAX))
             }

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use shipway_client::{Client, PruneInfo, WorkerInfo};
 use shipway_fault::Result;
+use shipway_gocompat::GoDuration;
 
 use super::du;
 use crate::{output, size, table, template};
@@ -76,7 +77,7 @@ fn policy(rule: &PruneInfo) -> String {
         let _ = writeln!(out, "\tFilters:\t{}", rule.filter.join(" "));
     }
     if rule.keep_duration > 0 {
-        let _ = writeln!(out, "\tKeep duration:\t{}", size::duration(rule.keep_duration));
+        let _ = writeln!(out, "\tKeep duration:\t{}", GoDuration(rule.keep_duration));
     }
     for (name, bytes) in
         [("Reserved space", rule.reserved_space), ("Minimum free space", rule.min_free_space), ("Maximum used space", rule.max_used_space)]

@@ -1,6 +1,7 @@
 //! Durations and sizes as Go programs write them (rows `toml.t.*`).
 
 use serde::{Deserialize, Deserializer, de::Error};
+use shipway_gocompat::GoDuration;
 use std::time::Duration;
 
 /// A duration: whole seconds, or Go's `1h30m`.
@@ -67,31 +68,9 @@ impl std::str::FromStr for KeepStorage {
     }
 }
 
-/// Parses Go's duration text, such as `1h30m` or `500ms`.
-pub fn go_duration(text: &str) -> Option<Duration> {
-    let mut rest = text;
-    let mut seconds = 0f64;
-    if rest.is_empty() {
-        return None;
-    }
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-        let number: f64 = rest[..digits].parse().ok()?;
-        rest = &rest[digits..];
-        let end = rest.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(rest.len());
-        seconds += number
-            * match &rest[..end] {
-                "ns" => 1e-9,
-                "us" | "µs" => 1e-6,
-                "ms" => 1e-3,
-                "s" => 1.0,
-                "m" => 60.0,
-                "h" => 3600.0,
-                _ => return None,
-            };
-        rest = &rest[end..];
-    }
-    Duration::try_from_secs_f64(seconds).ok()
+/// A duration that is not negative, as Go writes it, such as `1h30m` or `500ms`.
+pub fn duration(text: &str) -> Option<Duration> {
+    text.parse().ok().and_then(GoDuration::to_std)
 }
 
 /// How long something is good: `None`, written as a negative duration, for as long as the daemon lives.
@@ -122,7 +101,7 @@ impl Raw {
             Self::Number(n) => u64::try_from(*n).map(|s| Span(Duration::from_secs(s))).map_err(|_| bad(&n.to_string())),
             Self::Text(t) => match t.parse::<u64>() {
                 Ok(s) => Ok(Span(Duration::from_secs(s))),
-                Err(_) => go_duration(t).map(Span).ok_or_else(|| bad(t)),
+                Err(_) => duration(t).map(Span).ok_or_else(|| bad(t)),
             },
         }
     }
@@ -174,9 +153,9 @@ mod tests {
         assert_eq!(disk_space("512mb"), Some(DiskSpace::Bytes(512 << 20)));
         assert_eq!(disk_space("20%"), Some(DiskSpace::Percent(20)));
         assert_eq!(disk_space("x"), None);
-        assert_eq!(go_duration("1h30m"), Some(Duration::from_secs(5400)));
-        assert_eq!(go_duration("500ms"), Some(Duration::from_millis(500)));
-        assert_eq!(go_duration("5"), None);
+        assert_eq!(duration("1h30m"), Some(Duration::from_secs(5400)));
+        assert_eq!(duration("5"), None);
+        assert_eq!(duration("-5s"), None);
     }
 
     #[test]
