@@ -1,7 +1,8 @@
 //! Compiles `proto/` with protox, so that no system `protoc` is needed for our own wire code.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // As cargo says now, not when this was compiled: a copy of the workspace may share the target directory.
+    // As cargo says now, not when this was compiled: a copy of the workspace may share the target
+    // directory.
     let root = std::path::Path::new(&std::env::var("CARGO_MANIFEST_DIR")?).join("../../proto");
     println!("cargo:rerun-if-changed={}", root.display());
     let mut files = Vec::new();

@@ -1,5 +1,5 @@
-//! Live tests: one file per behaviour below `tests/`, each against a containerd, registry and daemon of its own. What
-//! several of them share is here.
+//! Live tests: one file per behavior below `tests/`, each against a containerd, registry and
+//! daemon of its own. What several of them share is here.
 
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
@@ -20,7 +20,7 @@ pub fn on_each(check: impl Fn(Flavour)) {
     }
 }
 
-/// The containerd for tests whose behaviour does not depend on its version: the newest here.
+/// The containerd for tests whose behavior does not depend on its version: the newest here.
 pub fn any() -> Flavour {
     *Flavour::present().last().expect("no containerd is installed; `cargo xtask test` installs it")
 }
@@ -40,8 +40,9 @@ pub fn build_text(lab: &Lab, tag: &str, text: &str) -> Finished {
     build(lab, tag, &lab.context(&name, &[("Dockerfile", text)]), &[])
 }
 
-/// `ctr run` of an image's own command, or of another. On a busy machine `ctr` sometimes hears nothing of a process that ends at once, but its
-/// exit code: one that succeeded without a word is asked again.
+/// `ctr run` of an image's own command, or of another. On a busy machine `ctr` sometimes hears
+/// nothing of a process that ends at once, but its exit code: one that succeeded without a word is
+/// asked again.
 #[track_caller]
 pub fn ctr_run(lab: &Lab, image: &str, command: &[&str]) -> Finished {
     use std::sync::atomic::{AtomicU32, Ordering};
@@ -73,12 +74,18 @@ impl Image {
     #[track_caller]
     pub fn of(lab: &Lab, name: &str) -> Self {
         let list = lab.ctr(["images", "list", &format!("name=={name}")]).ok();
-        let row = list.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("there is no image {name}:\n{}", list.stdout));
+        let row = list
+            .lines()
+            .find(|l| l.starts_with(name))
+            .unwrap_or_else(|| panic!("there is no image {name}:\n{}", list.stdout));
         let target = row.split_whitespace().find(|w| w.starts_with("sha256:")).unwrap().to_owned();
         let mut digest = target.clone();
         let mut manifest = blob(lab, &digest);
         if let Some(entries) = manifest["manifests"].as_array() {
-            let entry = entries.iter().find(|e| e["platform"]["os"] != "unknown").expect("an index without an image");
+            let entry = entries
+                .iter()
+                .find(|e| e["platform"]["os"] != "unknown")
+                .expect("an index without an image");
             digest = entry["digest"].as_str().unwrap().to_owned();
             manifest = blob(lab, &digest);
         }
@@ -88,7 +95,11 @@ impl Image {
 
     /// Names its snapshots must have, lowest first.
     pub fn chain(&self) -> Vec<String> {
-        let ids = self.config["rootfs"]["diff_ids"].as_array().unwrap().iter().map(|d| d.as_str().unwrap().parse::<DiffId>().unwrap());
+        let ids = self.config["rootfs"]["diff_ids"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|d| d.as_str().unwrap().parse::<DiffId>().unwrap());
         let chain = ids.scan(None, |below, layer| {
             *below = Some(ChainId::extend(*below, layer));
             *below
@@ -98,7 +109,12 @@ impl Image {
 
     /// Digests of its layers' blobs, lowest first.
     pub fn layers(&self) -> Vec<String> {
-        self.manifest["layers"].as_array().unwrap().iter().map(|l| l["digest"].as_str().unwrap().to_owned()).collect()
+        self.manifest["layers"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|l| l["digest"].as_str().unwrap().to_owned())
+            .collect()
     }
 }
 
@@ -106,7 +122,11 @@ impl Image {
 #[track_caller]
 pub fn blob(lab: &Lab, digest: &str) -> Value {
     let got = lab.ctr(["content", "get", digest]).ok();
-    assert_eq!(Digest::of(&got.stdout).to_string(), digest, "a blob that does not match its digest");
+    assert_eq!(
+        Digest::of(&got.stdout).to_string(),
+        digest,
+        "a blob that does not match its digest"
+    );
     serde_json::from_str(&got.stdout).unwrap()
 }
 
@@ -143,11 +163,18 @@ pub fn remove_everything(lab: &Lab) {
     collect_garbage(lab);
 }
 
-/// Nothing is left in containerd or around it: at once of what was stored, within half a minute of what was kept warm.
+/// Nothing is left in containerd or around it: at once of what was stored, within half a minute of
+/// what was kept warm.
 #[track_caller]
 pub fn nothing_left(lab: &Lab) {
     let left = lab.leftovers();
-    let stored = Leftovers { containers: Vec::new(), tasks: Vec::new(), sandboxes: Vec::new(), shims: Vec::new(), ..left };
+    let stored = Leftovers {
+        containers: Vec::new(),
+        tasks: Vec::new(),
+        sandboxes: Vec::new(),
+        shims: Vec::new(),
+        ..left
+    };
     assert!(stored.is_empty(), "left behind: {stored:#?}");
     wait_for("warm shims to end", Duration::from_secs(30), || {
         let left = lab.leftovers();

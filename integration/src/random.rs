@@ -1,8 +1,9 @@
-//! Random projects for tests: a build context and a Dockerfile that change a little from build to build. Everything comes
-//! from a seed, so a failure is reproduced by its seed alone.
+//! Random projects for tests: a build context and a Dockerfile that change a little from build to
+//! build. Everything comes from a seed, so a failure is reproduced by its seed alone.
 //!
-//! What a generated build writes depends only on its inputs: no clock, no host name, no order of a directory. A `RUN` never
-//! fails; a `COPY` may, where its source is missing, and then has to fail with every cache.
+//! What a generated build writes depends only on its inputs: no clock, no host name, no order of a
+//! directory. A `RUN` never fails; a `COPY` may, where its source is missing, and then has to fail
+//! with every cache.
 
 mod context;
 mod dockerfile;

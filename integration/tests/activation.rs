@@ -1,4 +1,5 @@
-//! The daemon as systemd runs it: its sockets are there before it is, and it says when it is ready and when it stops.
+//! The daemon as systemd runs it: its sockets are there before it is, and it says when it is ready
+//! and when it stops.
 
 #![allow(clippy::unwrap_used)]
 
@@ -10,7 +11,8 @@ use std::{os::unix::net::UnixDatagram, process::Command, time::Duration};
 #[test]
 fn a_connection_starts_the_daemon_which_says_that_it_is_ready() {
     let Some(activate) = which("systemd-socket-activate") else {
-        // `cargo xtask test` installs what it can; a machine without systemd has no sockets to pass on.
+        // `cargo xtask test` installs what it can; a machine without systemd has no sockets to pass
+        // on.
         eprintln!("systemd-socket-activate is absent");
         return;
     };
@@ -23,16 +25,35 @@ fn a_connection_starts_the_daemon_which_says_that_it_is_ready() {
     for socket in &sockets {
         command.arg("-l").arg(socket);
     }
-    command.arg("-E").arg(format!("NOTIFY_SOCKET={}", lab.dir().join("notify").display())).arg("-E").arg("PATH");
-    command.arg(built("shipwayd")).arg("--config").arg(lab.dir().join("shipwayd.toml")).args(["--addr", "fd://"]);
-    let mut daemon = Process::start("activated", command.env("PATH", lab.path()), &lab.dir().join("activated.log"));
+    command
+        .arg("-E")
+        .arg(format!("NOTIFY_SOCKET={}", lab.dir().join("notify").display()))
+        .arg("-E")
+        .arg("PATH");
+    command
+        .arg(built("shipwayd"))
+        .arg("--config")
+        .arg(lab.dir().join("shipwayd.toml"))
+        .args(["--addr", "fd://"]);
+    let mut daemon = Process::start(
+        "activated",
+        command.env("PATH", lab.path()),
+        &lab.dir().join("activated.log"),
+    );
     shipway_testkit::wait_for("the sockets", Duration::from_secs(10), || {
         if sockets.iter().all(|s| s.exists()) { Ok(()) } else { Err(daemon.tail(20)) }
     });
 
     for socket in &sockets {
         let address = format!("unix://{}", socket.display());
-        run(Command::new(built("shipway")).args(["--addr", &address, "--timeout", "20", "workers"])).ok();
+        run(Command::new(built("shipway")).args([
+            "--addr",
+            &address,
+            "--timeout",
+            "20",
+            "workers",
+        ]))
+        .ok();
     }
     let heard = || {
         let mut buffer = [0; 256];

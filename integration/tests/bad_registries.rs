@@ -1,5 +1,5 @@
-//! Registries that refuse, fail, hang, trickle or lie: a clear error that names the image as the user wrote it, in bounded
-//! time, with nothing left behind.
+//! Registries that refuse, fail, hang, trickle or lie: a clear error that names the image as the
+//! user wrote it, in bounded time, with nothing left behind.
 
 #![allow(clippy::unwrap_used)]
 
@@ -9,7 +9,13 @@ use std::time::Duration;
 
 /// Where a fault happens, which, what the error says, and within what time.
 const CASES: &[(&str, &str, RegistryFault, &[&str], u64)] = &[
-    ("refused", "/v2/", RegistryFault::Status(401, "{\"errors\":[{\"code\":\"UNAUTHORIZED\"}]}"), &["authorization"], 30),
+    (
+        "refused",
+        "/v2/",
+        RegistryFault::Status(401, "{\"errors\":[{\"code\":\"UNAUTHORIZED\"}]}"),
+        &["authorization"],
+        30,
+    ),
     ("busy", "/manifests/", RegistryFault::Status(429, "slow down"), &["429"], 60),
     ("broken", "/manifests/", RegistryFault::Status(500, "oh no"), &["500"], 60),
     ("brokenlayer", "/blobs/", RegistryFault::Status(500, "oh no"), &["500"], 60),
@@ -33,7 +39,10 @@ fn each_fault_is_a_clear_error_in_bounded_time() {
         image.push(&lab.registry(), name, "1");
     }
     BaseImage::busybox().push(&lab.registry(), "good", "1");
-    let faulty: Vec<_> = CASES.iter().map(|(_, path, fault, _, _)| FaultyRegistry::start(&lab.registry(), path, fault.clone())).collect();
+    let faulty: Vec<_> = CASES
+        .iter()
+        .map(|(_, path, fault, _, _)| FaultyRegistry::start(&lab.registry(), path, fault.clone()))
+        .collect();
     for registry in &faulty {
         lab.configure_daemon(&format!("[registry.\"{}\"]\n  http = true\n", registry.address()));
     }
@@ -44,17 +53,27 @@ fn each_fault_is_a_clear_error_in_bounded_time() {
             let lab = &lab;
             scope.spawn(move || {
                 let image = format!("{}/{name}:1", registry.address());
-                let context = lab.context(name, &[("Dockerfile", &format!("FROM {image}\nRUN true\n"))]);
+                let context =
+                    lab.context(name, &[("Dockerfile", &format!("FROM {image}\nRUN true\n"))]);
                 let failed = build(lab, name, &context, &[]).failed();
-                assert!(failed.took < Duration::from_secs(*limit), "{name}: took {:?}", failed.took);
+                assert!(
+                    failed.took < Duration::from_secs(*limit),
+                    "{name}: took {:?}",
+                    failed.took
+                );
                 for word in says.iter().chain([&image.as_str()]) {
-                    assert!(failed.all().contains(word), "{name}: the error does not say {word:?}:\n{}", failed.all());
+                    assert!(
+                        failed.all().contains(word),
+                        "{name}: the error does not say {word:?}:\n{}",
+                        failed.all()
+                    );
                 }
             });
         }
     });
     // The good one still works, and nothing of the bad ones stays.
-    let good = lab.context("good", &[("Dockerfile", &format!("FROM {}/good:1\nRUN true\n", lab.registry()))]);
+    let good = lab
+        .context("good", &[("Dockerfile", &format!("FROM {}/good:1\nRUN true\n", lab.registry()))]);
     build(&lab, "good:1", &good, &[]).ok();
     remove_everything(&lab);
     nothing_left(&lab);
@@ -66,10 +85,15 @@ fn a_layer_that_is_not_what_the_config_says_is_refused() {
     let mut image = BaseImage::busybox();
     image.layers[0].diff_id = format!("sha256:{}", "0".repeat(64));
     image.push(&lab.registry(), "library/forged", "1");
-    let context = lab.context("forged", &[("Dockerfile", "FROM forged:1\nRUN echo must not run\n")]);
+    let context =
+        lab.context("forged", &[("Dockerfile", "FROM forged:1\nRUN echo must not run\n")]);
     let failed = build(&lab, "forged:2", &context, &[]).failed();
     for says in ["forged:1", "config"] {
-        assert!(failed.all().to_lowercase().contains(says), "the error does not say {says:?}:\n{}", failed.all());
+        assert!(
+            failed.all().to_lowercase().contains(says),
+            "the error does not say {says:?}:\n{}",
+            failed.all()
+        );
     }
     collect_garbage(&lab);
 }

@@ -1,4 +1,5 @@
-//! The main job: a multi-stage image is built by our client and run by containerd's, and the second build is cached.
+//! The main job: a multi-stage image is built by our client and run by containerd's, and the second
+//! build is cached.
 
 use shipway_integration::{Image, build, ctr_run, on_each};
 use shipway_testkit::Lab;
@@ -46,7 +47,10 @@ fn a_multi_stage_image_is_built_and_run_and_rebuilt_from_cache() {
         assert_eq!(config["Labels"]["org.example.label"], "a value");
         assert_eq!(config["ExposedPorts"]["80/tcp"], serde_json::json!({}));
         assert_eq!(config["User"], "nobody");
-        assert!(config["Env"].as_array().is_some_and(|e| e.iter().any(|v| v == "PORT=80")), "{config}");
+        assert!(
+            config["Env"].as_array().is_some_and(|e| e.iter().any(|v| v == "PORT=80")),
+            "{config}"
+        );
 
         // Again: every step is cached and the image is the same, bit for bit.
         let second = build(&lab, "app:1", &context, &["--build-arg", "WHO=lab"]).ok();

@@ -1,4 +1,5 @@
-//! `shipway` called as `buildctl`, and the real `buildctl` where it is: the same arguments, the same effect.
+//! `shipway` called as `buildctl`, and the real `buildctl` where it is: the same arguments, the
+//! same effect.
 
 #![allow(clippy::unwrap_used)]
 
@@ -30,41 +31,83 @@ fn command(lab: &Lab, client: &Path) -> Command {
 #[test]
 fn buildctl_builds_lists_and_prunes() {
     let lab = Lab::complete(any());
-    let context = lab.context("bctl", &[("Dockerfile", "FROM busybox\nARG X\nRUN echo $X > /x\n"), ("file", "x")]);
+    let context = lab.context(
+        "bctl",
+        &[("Dockerfile", "FROM busybox\nARG X\nRUN echo $X > /x\n"), ("file", "x")],
+    );
     for (n, client) in clients(&lab).iter().enumerate() {
         let name = format!("docker.io/library/bctl:{n}");
         let metadata = lab.dir().join(format!("metadata-{n}.json"));
         let reference = lab.dir().join(format!("ref-{n}"));
         let mut build = command(&lab, client);
-        build.args(["build", "--progress=plain", "--frontend=dockerfile.v0", "--opt", &format!("build-arg:X=round {n}")]);
-        build.args(["--local", &format!("context={}", context.display()), "--local", &format!("dockerfile={}", context.display())]);
-        build.args(["--output", &format!("type=image,name={name},unpack=true")]).arg(format!("--metadata-file={}", metadata.display()));
+        build.args([
+            "build",
+            "--progress=plain",
+            "--frontend=dockerfile.v0",
+            "--opt",
+            &format!("build-arg:X=round {n}"),
+        ]);
+        build.args([
+            "--local",
+            &format!("context={}", context.display()),
+            "--local",
+            &format!("dockerfile={}", context.display()),
+        ]);
+        build
+            .args(["--output", &format!("type=image,name={name},unpack=true")])
+            .arg(format!("--metadata-file={}", metadata.display()));
         build.arg(format!("--ref-file={}", reference.display()));
         run(&mut build).ok();
         assert_eq!(ctr_run(&lab, &name, &["cat", "/x"]).ok().stdout, format!("round {n}\n"));
-        let metadata: serde_json::Value = serde_json::from_slice(&std::fs::read(metadata).unwrap()).unwrap();
-        assert!(metadata["containerimage.digest"].as_str().is_some_and(|d| d.starts_with("sha256:")), "{metadata}");
+        let metadata: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(metadata).unwrap()).unwrap();
+        assert!(
+            metadata["containerimage.digest"].as_str().is_some_and(|d| d.starts_with("sha256:")),
+            "{metadata}"
+        );
 
-        let workers = run(command(&lab, client).args(["debug", "workers", "--format", "{{json .}}"])).ok();
+        let workers =
+            run(command(&lab, client).args(["debug", "workers", "--format", "{{json .}}"])).ok();
         let workers: serde_json::Value = serde_json::from_str(&workers.stdout).unwrap();
         let labels = &workers[0]["labels"];
         assert_eq!(labels["org.mobyproject.buildkit.worker.executor"], "containerd", "{workers}");
-        assert_eq!(labels["org.mobyproject.buildkit.worker.containerd.namespace"], "default", "{workers}");
+        assert_eq!(
+            labels["org.mobyproject.buildkit.worker.containerd.namespace"], "default",
+            "{workers}"
+        );
         assert_eq!(labels["org.mobyproject.buildkit.worker.snapshotter"], "overlayfs", "{workers}");
-        assert_eq!(labels["org.mobyproject.buildkit.worker.containerd.uuid"].as_str().map(str::len), Some(36), "{workers}");
+        assert_eq!(
+            labels["org.mobyproject.buildkit.worker.containerd.uuid"].as_str().map(str::len),
+            Some(36),
+            "{workers}"
+        );
 
         // What the build was called is what the history calls it.
         let reference = std::fs::read_to_string(reference).unwrap();
-        let histories = run(command(&lab, client).args(["debug", "histories", "--format", "{{json .}}"])).ok();
-        assert!(!reference.is_empty() && histories.stdout.contains(&format!("\"{reference}\"")), "{reference}: {}", histories.stdout);
-        let info = run(command(&lab, client).args(["debug", "info", "--format", "{{json .}}"])).ok();
+        let histories =
+            run(command(&lab, client).args(["debug", "histories", "--format", "{{json .}}"])).ok();
+        assert!(
+            !reference.is_empty() && histories.stdout.contains(&format!("\"{reference}\"")),
+            "{reference}: {}",
+            histories.stdout
+        );
+        let info =
+            run(command(&lab, client).args(["debug", "info", "--format", "{{json .}}"])).ok();
         let info: serde_json::Value = serde_json::from_str(&info.stdout).unwrap();
-        assert!(info["buildkitVersion"]["version"].as_str().is_some_and(|v| v.starts_with('v')), "{info}");
+        assert!(
+            info["buildkitVersion"]["version"].as_str().is_some_and(|v| v.starts_with('v')),
+            "{info}"
+        );
 
         assert!(run(command(&lab, client).arg("du")).ok().stdout.contains("Total"));
         run(command(&lab, client).args(["prune", "--all"])).ok();
         let version = run(Command::new(client).arg("--version")).ok();
-        assert_eq!(version.stdout.split_whitespace().next(), Some("buildctl"), "{}", version.stdout);
+        assert_eq!(
+            version.stdout.split_whitespace().next(),
+            Some("buildctl"),
+            "{}",
+            version.stdout
+        );
         assert!((3..=4).contains(&version.stdout.split_whitespace().count()), "{}", version.stdout);
     }
 }
@@ -72,11 +115,23 @@ fn buildctl_builds_lists_and_prunes() {
 #[test]
 fn a_stream_of_an_image_goes_to_standard_output() {
     let lab = Lab::complete(any());
-    let context = lab.context("stream", &[("Dockerfile", "FROM scratch\nCOPY file /\n"), ("file", "x")]);
+    let context =
+        lab.context("stream", &[("Dockerfile", "FROM scratch\nCOPY file /\n"), ("file", "x")]);
     for client in clients(&lab) {
         let mut build = command(&lab, &client);
-        build.args(["build", "--progress=plain", "--frontend=dockerfile.v0", "--output", "type=docker,name=streamed:1"]);
-        build.args(["--local", &format!("context={}", context.display()), "--local", &format!("dockerfile={}", context.display())]);
+        build.args([
+            "build",
+            "--progress=plain",
+            "--frontend=dockerfile.v0",
+            "--output",
+            "type=docker,name=streamed:1",
+        ]);
+        build.args([
+            "--local",
+            &format!("context={}", context.display()),
+            "--local",
+            &format!("dockerfile={}", context.display()),
+        ]);
         let tar = lab.dir().join("streamed.tar");
         let output = build.stdout(std::fs::File::create(&tar).unwrap()).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -98,10 +153,14 @@ fn key_files_are_an_agent_of_the_steps() {
     lab.start_daemon();
     let keys = ["one", "two"].map(|name| {
         let path = lab.dir().join(name);
-        run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", name, "-f"]).arg(&path)).ok();
+        run(Command::new("ssh-keygen")
+            .args(["-q", "-t", "ed25519", "-N", "", "-C", name, "-f"])
+            .arg(&path))
+        .ok();
         path.display().to_string()
     });
-    let public = |name: &str| std::fs::read_to_string(lab.dir().join(format!("{name}.pub"))).unwrap();
+    let public =
+        |name: &str| std::fs::read_to_string(lab.dir().join(format!("{name}.pub"))).unwrap();
     let text = "FROM keys\nRUN --mount=type=ssh ssh-add -L > /all && ! ssh-add -D\n\
                 RUN --mount=type=ssh,id=other ssh-add -L > /other\nFROM scratch\nCOPY --from=0 /all /other /\n";
     let context = lab.context("keys", &[("Dockerfile", text)]);
@@ -109,17 +168,37 @@ fn key_files_are_an_agent_of_the_steps() {
     let build = |ssh: &[String], out: &Path| {
         let mut build = command(&lab, client);
         build.args(["build", "--progress=plain", "--frontend=dockerfile.v0"]);
-        build.args(["--local", &format!("context={}", context.display()), "--local", &format!("dockerfile={}", context.display())]);
-        run(build.args(ssh.iter().map(|s| format!("--ssh={s}"))).args(["--output", &format!("type=local,dest={}", out.display())]))
+        build.args([
+            "--local",
+            &format!("context={}", context.display()),
+            "--local",
+            &format!("dockerfile={}", context.display()),
+        ]);
+        run(build
+            .args(ssh.iter().map(|s| format!("--ssh={s}")))
+            .args(["--output", &format!("type=local,dest={}", out.display())]))
     };
     let out = lab.dir().join("out");
     build(&[format!("default={},{}", keys[0], keys[1]), format!("other={}", keys[1])], &out).ok();
     assert_eq!(std::fs::read_to_string(out.join("all")).unwrap(), public("one") + &public("two"));
     assert_eq!(std::fs::read_to_string(out.join("other")).unwrap(), public("two"));
     let secret = lab.dir().join("locked").display().to_string();
-    run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "passphrase", "-f", &secret])).ok();
+    run(Command::new("ssh-keygen").args([
+        "-q",
+        "-t",
+        "ed25519",
+        "-N",
+        "passphrase",
+        "-f",
+        &secret,
+    ]))
+    .ok();
     let refused = build(&[format!("default={secret}")], &out).failed();
-    assert!(refused.all().contains(&format!("the key {secret} is protected by a passphrase")), "{}", refused.all());
+    assert!(
+        refused.all().contains(&format!("the key {secret} is protected by a passphrase")),
+        "{}",
+        refused.all()
+    );
 }
 
 #[test]
@@ -128,11 +207,28 @@ fn a_local_cache_that_is_reset_keeps_nothing_of_older_builds() {
     let client = &clients(&lab)[0];
     let cache = lab.dir().join("cache");
     let build = |round: &str, more: &str| {
-        let context = lab.context(round, &[("Dockerfile", &*format!("FROM busybox\nRUN echo {round} > /round\n"))]);
+        let context = lab.context(
+            round,
+            &[("Dockerfile", &*format!("FROM busybox\nRUN echo {round} > /round\n"))],
+        );
         let mut build = command(&lab, client);
-        build.args(["build", "--progress=plain", "--frontend=dockerfile.v0", "--debug-json-cache-metrics=stdout"]);
-        build.args(["--local", &format!("context={}", context.display()), "--local", &format!("dockerfile={}", context.display())]);
-        run(build.args(["--export-cache", &format!("type=local,mode=max,dest={}{more}", cache.display())])).ok()
+        build.args([
+            "build",
+            "--progress=plain",
+            "--frontend=dockerfile.v0",
+            "--debug-json-cache-metrics=stdout",
+        ]);
+        build.args([
+            "--local",
+            &format!("context={}", context.display()),
+            "--local",
+            &format!("dockerfile={}", context.display()),
+        ]);
+        run(build.args([
+            "--export-cache",
+            &format!("type=local,mode=max,dest={}{more}", cache.display()),
+        ]))
+        .ok()
     };
     let blobs = || std::fs::read_dir(cache.join("blobs/sha256")).unwrap().count();
     let told = build("one", "").stdout;

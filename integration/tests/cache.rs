@@ -5,7 +5,9 @@
 use prost::Message as _;
 use serde_json::Value;
 use shipway_integration::{Image, any, build, build_text, ctr_run, remove_everything};
-use shipway_llb::{Definition, ExecDraft, MarshalOptions, MountDraft, MountSource, State, VertexOptions};
+use shipway_llb::{
+    Definition, ExecDraft, MarshalOptions, MountDraft, MountSource, State, VertexOptions,
+};
 use shipway_oci::Platform;
 use shipway_testkit::{FaultyRegistry, Lab, RegistryFault, run};
 use std::{
@@ -28,7 +30,10 @@ fn only_what_reads_a_changed_file_is_built_again() {
                 FROM busybox\nCOPY --from=a /stamp-a /\nCOPY --from=b /stamp-b /\n";
     let context = lab.context("content", &[("Dockerfile", text), ("a", "1"), ("b", "1")]);
     let stamps = |tag: &str| {
-        let out = ctr_run(&lab, &format!("docker.io/library/{tag}"), &["cat", "/stamp-a", "/stamp-b"]).ok().stdout;
+        let out =
+            ctr_run(&lab, &format!("docker.io/library/{tag}"), &["cat", "/stamp-a", "/stamp-b"])
+                .ok()
+                .stdout;
         out.lines().map(str::to_owned).collect::<Vec<_>>()
     };
     build(&lab, "content:1", &context, &[]).ok();
@@ -64,14 +69,22 @@ fn the_cache_survives_a_restart_of_the_daemon() {
         lab.start_daemon();
         let again = build_text(&lab, "kept:1", text).ok();
         assert!(cached(&again.all()) >= 2, "{end}:\n{}", again.all());
-        assert_eq!(ctr_run(&lab, "docker.io/library/kept:1", &["cat", "/stamp"]).ok().stdout, before, "{end}");
+        assert_eq!(
+            ctr_run(&lab, "docker.io/library/kept:1", &["cat", "/stamp"]).ok().stdout,
+            before,
+            "{end}"
+        );
     }
     // So does the history, with what the builds said.
     let history = lab.shipway(["history", "ls"]).ok().stdout;
-    let ids: Vec<&str> = history.lines().skip(1).filter_map(|l| l.split_whitespace().next()).collect();
+    let ids: Vec<&str> =
+        history.lines().skip(1).filter_map(|l| l.split_whitespace().next()).collect();
     assert_eq!(ids.len(), 3, "{history}");
     for id in ids {
-        assert!(lab.shipway(["history", "logs", id]).ok().all().contains("RUN cat /proc"), "{history}");
+        assert!(
+            lab.shipway(["history", "logs", id]).ok().all().contains("RUN cat /proc"),
+            "{history}"
+        );
     }
 }
 
@@ -79,10 +92,13 @@ fn the_cache_survives_a_restart_of_the_daemon() {
 fn equal_work_of_builds_at_once_is_done_once() {
     let lab = Lab::complete(any());
     let text = "FROM busybox\nRUN sleep 2; cat /proc/sys/kernel/random/uuid > /stamp\n";
-    let contexts: Vec<_> = (0..4).map(|n| lab.context(&format!("once{n}"), &[("Dockerfile", text)])).collect();
+    let contexts: Vec<_> =
+        (0..4).map(|n| lab.context(&format!("once{n}"), &[("Dockerfile", text)])).collect();
     let start = |n: usize| {
         let mut command = lab.shipway_command();
-        command.args(["build", "--progress", "plain", "--tag", &format!("once:{n}")]).arg(&contexts[n]);
+        command
+            .args(["build", "--progress", "plain", "--tag", &format!("once:{n}")])
+            .arg(&contexts[n]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     };
     let builds: Vec<_> = (0..4).map(start).collect();
@@ -90,7 +106,9 @@ fn equal_work_of_builds_at_once_is_done_once() {
         let output = build.wait_with_output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
-    let stamp = |n: usize| ctr_run(&lab, &format!("docker.io/library/once:{n}"), &["cat", "/stamp"]).ok().stdout;
+    let stamp = |n: usize| {
+        ctr_run(&lab, &format!("docker.io/library/once:{n}"), &["cat", "/stamp"]).ok().stdout
+    };
     let first = stamp(0);
     for n in 1..4 {
         assert_eq!(stamp(n), first, "build {n} ran the step again");
@@ -100,7 +118,10 @@ fn equal_work_of_builds_at_once_is_done_once() {
 #[test]
 fn no_cache_runs_every_step_again() {
     let lab = Lab::complete(any());
-    let context = lab.context("fresh", &[("Dockerfile", "FROM busybox\nRUN cat /proc/sys/kernel/random/uuid > /stamp\n")]);
+    let context = lab.context(
+        "fresh",
+        &[("Dockerfile", "FROM busybox\nRUN cat /proc/sys/kernel/random/uuid > /stamp\n")],
+    );
     let stamp = |more: &[&str]| {
         build(&lab, "fresh:1", &context, more).ok();
         ctr_run(&lab, "docker.io/library/fresh:1", &["cat", "/stamp"]).ok().stdout
@@ -124,11 +145,27 @@ fn caches_know_the_parts_of_a_merge_and_move_no_layer_in_vain() {
         };
         let built = || {
             lab.shipway(["prune", "--all"]).ok();
-            let all = ["build", "--progress", "plain", "--output", &output, "--cache-to", &to, "--cache-from", &from];
+            let all = [
+                "build",
+                "--progress",
+                "plain",
+                "--output",
+                &output,
+                "--cache-to",
+                &to,
+                "--cache-from",
+                &from,
+            ];
             lab.shipway(all.into_iter().chain([&*context.to_string_lossy()])).ok()
         };
         // Layers that are here, by the labels of what was unpacked or packed.
-        let layers = || lab.ctr(["content", "list"]).ok().lines().filter(|l| l.contains("containerd.io/uncompressed=")).count();
+        let layers = || {
+            lab.ctr(["content", "list"])
+                .ok()
+                .lines()
+                .filter(|l| l.contains("containerd.io/uncompressed="))
+                .count()
+        };
         built();
         let again = built();
         assert_eq!((cached(&again.all()), layers()), (4, 0), "{kind}: {}", again.all());
@@ -143,7 +180,8 @@ fn caches_know_the_parts_of_a_merge_and_move_no_layer_in_vain() {
 fn what_one_client_left_lazy_is_fetched_with_the_next_ones_login() {
     let mut lab = Lab::complete(any());
     let right = Arc::new(Mutex::new(String::new()));
-    let private = FaultyRegistry::start(&lab.registry(), "/v2/", RegistryFault::Login(right.clone()));
+    let private =
+        FaultyRegistry::start(&lab.registry(), "/v2/", RegistryFault::Login(right.clone()));
     lab.configure_daemon(&format!("[registry.\"{}\"]\n  http = true\n", private.address()));
     assert!(lab.stop_daemon(), "the daemon had to be killed");
     lab.start_daemon();
@@ -151,19 +189,35 @@ fn what_one_client_left_lazy_is_fetched_with_the_next_ones_login() {
     let build_as = |password: &str, more: &[&str]| {
         let text = "FROM busybox AS a\nRUN cat /proc/sys/kernel/random/uuid > /stamp\nFROM scratch\nCOPY --from=a /stamp /\n";
         let context = lab.context(password, &[("Dockerfile", text)]);
-        let login = serde_json::json!({ "auths": { private.address(): { "auth": password } } }).to_string();
+        let login =
+            serde_json::json!({ "auths": { private.address(): { "auth": password } } }).to_string();
         let home = lab.context(&format!("login-{password}"), &[("config.json", &login)]);
         *right.lock().unwrap() = format!("Basic {password}");
         let mut command = lab.shipway_command();
-        command.args(["build", "--progress", "plain"]).args(more).arg(&context).env("DOCKER_CONFIG", home);
+        command
+            .args(["build", "--progress", "plain"])
+            .args(more)
+            .arg(&context)
+            .env("DOCKER_CONFIG", home);
         run(&mut command).ok();
     };
-    let written = |name: &str| (format!("type=local,dest={}", lab.dir().join(name).display()), lab.dir().join(name).join("stamp"));
+    let written = |name: &str| {
+        (
+            format!("type=local,dest={}", lab.dir().join(name).display()),
+            lab.dir().join(name).join("stamp"),
+        )
+    };
     let cache = |host: &str| format!("type=registry,ref={host}/private/cache:1");
     let ((first, made), (second, found)) = (written("made"), written("found"));
-    build_as("bWFrZXI6MA==", &["--output", &first, "--cache-to", &format!("{},mode=max", cache(&lab.registry()))]);
+    build_as(
+        "bWFrZXI6MA==",
+        &["--output", &first, "--cache-to", &format!("{},mode=max", cache(&lab.registry()))],
+    );
     remove_everything(&lab);
-    build_as("Zmlyc3Q6MQ==", &["--output", "type=cacheonly", "--cache-from", &cache(&private.address())]);
+    build_as(
+        "Zmlyc3Q6MQ==",
+        &["--output", "type=cacheonly", "--cache-from", &cache(&private.address())],
+    );
     // The first client has gone, and its password is no longer right.
     build_as("c2Vjb25kOjI=", &["--output", &second]);
     assert_eq!(std::fs::read(found).unwrap(), std::fs::read(made).unwrap());
@@ -177,15 +231,27 @@ fn an_image_made_of_its_own_inline_cache_is_the_same_image() {
     let name = format!("{}/inline:1", lab.registry());
     let built = || {
         remove_everything(&lab);
-        let (output, cache) = (format!("type=image,name={name},push=true"), format!("type=registry,ref={name}"));
-        let all = ["build", "--progress", "plain", "--output", &output, "--cache-to", "type=inline", "--cache-from", &cache];
+        let (output, cache) =
+            (format!("type=image,name={name},push=true"), format!("type=registry,ref={name}"));
+        let all = [
+            "build",
+            "--progress",
+            "plain",
+            "--output",
+            &output,
+            "--cache-to",
+            "type=inline",
+            "--cache-from",
+            &cache,
+        ];
         lab.shipway(all.into_iter().chain([&*context.to_string_lossy()])).ok();
         Image::of(&lab, &name)
     };
     let first = built();
     // Somebody looks at it, as an image.
     let text = format!("FROM {name}\n");
-    let (looking, out) = (lab.context("looking", &[("Dockerfile", &text)]), lab.dir().join("looked"));
+    let (looking, out) =
+        (lab.context("looking", &[("Dockerfile", &text)]), lab.dir().join("looked"));
     let output = format!("type=local,dest={}", out.display());
     lab.shipway(["build", "--output", &output, &*looking.to_string_lossy()]).ok();
     assert!(out.join("stamp").exists());
@@ -197,17 +263,35 @@ fn an_image_made_of_its_own_inline_cache_is_the_same_image() {
 #[test]
 fn a_graph_whose_image_is_made_of_its_own_inline_cache_is_the_same_image() {
     let lab = Lab::complete(any());
-    let busybox = State::image("docker.io/library/busybox:latest", "", BTreeMap::new(), VertexOptions::default());
+    let busybox = State::image(
+        "docker.io/library/busybox:latest",
+        "",
+        BTreeMap::new(),
+        VertexOptions::default(),
+    );
     // No frontend writes a history, so that it is made of what the steps are called.
     let step = |result: State, command: &str| {
-        let mount = MountDraft { target: "/wd".into(), source: MountSource::State(result), ..MountDraft::default() };
+        let mount = MountDraft {
+            target: "/wd".into(),
+            source: MountSource::State(result),
+            ..MountDraft::default()
+        };
         let args = ["sh", "-c", command].map(str::to_owned).to_vec();
-        busybox.run_into(ExecDraft { args, mounts: vec![mount], ..ExecDraft::default() }, "/wd", VertexOptions::named(command))
+        busybox.run_into(
+            ExecDraft { args, mounts: vec![mount], ..ExecDraft::default() },
+            "/wd",
+            VertexOptions::named(command),
+        )
     };
-    let state = step(step(State::scratch(), "echo a > /wd/const"), "cat /proc/sys/kernel/random/uuid > /wd/stamp");
-    let options = MarshalOptions { platform: Platform::host(), caps: None, local_unique_id: String::new() };
+    let state = step(
+        step(State::scratch(), "echo a > /wd/const"),
+        "cat /proc/sys/kernel/random/uuid > /wd/stamp",
+    );
+    let options =
+        MarshalOptions { platform: Platform::host(), caps: None, local_unique_id: String::new() };
     let graph = lab.dir().join("graph");
-    std::fs::write(&graph, Definition::to_pb(&state.marshal(&options).unwrap()).encode_to_vec()).unwrap();
+    std::fs::write(&graph, Definition::to_pb(&state.marshal(&options).unwrap()).encode_to_vec())
+        .unwrap();
     let client = lab.dir().join("buildctl");
     std::os::unix::fs::symlink(shipway_testkit::built("shipway"), &client).unwrap();
     let name = format!("{}/inline:1", lab.registry());
@@ -223,7 +307,12 @@ fn a_graph_whose_image_is_made_of_its_own_inline_cache_is_the_same_image() {
             "--output",
             &format!("type=image,name={name},push=true"),
         ]);
-        build.args(["--export-cache", "type=inline", "--import-cache", &format!("type=registry,ref={name}")]);
+        build.args([
+            "--export-cache",
+            "type=inline",
+            "--import-cache",
+            &format!("type=registry,ref={name}"),
+        ]);
         let done = build.stdin(std::fs::File::open(&graph).unwrap()).output().unwrap();
         assert!(done.status.success(), "{done:?}");
         Image::of(&lab, &name)
@@ -241,16 +330,25 @@ fn a_cache_that_lost_a_layer_is_exported_without_it() {
     let (old, new) = (lab.dir().join("old-cache"), lab.dir().join("new-cache"));
     let built = |more: &[String]| {
         remove_everything(&lab);
-        let fixed = ["build", "--progress", "plain", "--output", "type=cacheonly"].map(str::to_owned);
+        let fixed =
+            ["build", "--progress", "plain", "--output", "type=cacheonly"].map(str::to_owned);
         lab.shipway(fixed.iter().chain(more).cloned().chain([context.display().to_string()])).ok()
     };
-    let blob = |dir: &Path, digest: &str| dir.join("blobs/sha256").join(digest.trim_start_matches("sha256:"));
-    let read = |path: PathBuf| serde_json::from_slice::<Value>(&std::fs::read(path).unwrap()).unwrap();
+    let blob = |dir: &Path, digest: &str| {
+        dir.join("blobs/sha256").join(digest.trim_start_matches("sha256:"))
+    };
+    let read =
+        |path: PathBuf| serde_json::from_slice::<Value>(&std::fs::read(path).unwrap()).unwrap();
     let config = |dir: &Path| {
-        let manifest = read(blob(dir, read(dir.join("index.json"))["manifests"][0]["digest"].as_str().unwrap()));
+        let manifest = read(blob(
+            dir,
+            read(dir.join("index.json"))["manifests"][0]["digest"].as_str().unwrap(),
+        ));
         read(blob(dir, manifest["config"]["digest"].as_str().unwrap()))
     };
-    let to = |dir: &Path| format!("--cache-to=type=local,mode=max,image-manifest=true,dest={}", dir.display());
+    let to = |dir: &Path| {
+        format!("--cache-to=type=local,mode=max,image-manifest=true,dest={}", dir.display())
+    };
     built(&[to(&old)]);
     let before = config(&old);
     // The layer of the step lies on another one.
@@ -261,7 +359,14 @@ fn a_cache_that_lost_a_layer_is_exported_without_it() {
     assert_eq!(cached(&again.all()), 3, "{}", again.all());
     let after = config(&new);
     assert_eq!(after["layers"].as_array().unwrap().len(), layers.len() - 1);
-    let keys = |config: &Value| config["records"].as_array().unwrap().iter().map(|r| r["digest"].clone()).collect::<Vec<_>>();
+    let keys = |config: &Value| {
+        config["records"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|r| r["digest"].clone())
+            .collect::<Vec<_>>()
+    };
     assert_eq!(keys(&after), keys(&before));
 }
 
@@ -279,7 +384,8 @@ fn a_cache_that_is_late_is_waited_for_and_one_that_never_comes_is_not_missed() {
         ("broken", "/manifests/", RegistryFault::Status(404, "oh no")),
         ("lying", "/manifests/", RegistryFault::Corrupt),
     ];
-    let faults = faults.map(|(name, path, fault)| (name, FaultyRegistry::start(&lab.registry(), path, fault)));
+    let faults = faults
+        .map(|(name, path, fault)| (name, FaultyRegistry::start(&lab.registry(), path, fault)));
     for (_, registry) in &faults {
         lab.configure_daemon(&format!("[registry.\"{}\"]\n  http = true\n", registry.address()));
     }
@@ -289,11 +395,20 @@ fn a_cache_that_is_late_is_waited_for_and_one_that_never_comes_is_not_missed() {
     let text = "FROM busybox\nRUN cat /proc/sys/kernel/random/uuid > /stamp\n";
     let context = lab.context("late", &[("Dockerfile", text)]);
     let cache = |host: &str| format!("{},mode=max", registry_cache(host));
-    lab.shipway(["build", "--output", "type=cacheonly", "--cache-to", &cache(&lab.registry()), &*context.to_string_lossy()]).ok();
+    lab.shipway([
+        "build",
+        "--output",
+        "type=cacheonly",
+        "--cache-to",
+        &cache(&lab.registry()),
+        &*context.to_string_lossy(),
+    ])
+    .ok();
     for (name, registry) in &faults {
         // A client that drives the build itself is not made to wait for that (row `top.1`).
         let from = registry_cache(&registry.address());
-        let all = ["build", "--progress", "plain", "--cache-from", &from, &*context.to_string_lossy()];
+        let all =
+            ["build", "--progress", "plain", "--cache-from", &from, &*context.to_string_lossy()];
         remove_everything(&lab);
         let built = match lab.buildx() {
             Some(mut command) => run(command.args(all)),
@@ -309,7 +424,12 @@ fn a_cache_that_is_late_is_waited_for_and_one_that_never_comes_is_not_missed() {
             assert!(text.contains("importing cache manifest from"), "{name}:\n{text}");
             assert_eq!(cached(&text) > 0, *name == "late", "{name}:\n{text}");
         }
-        assert_eq!(ours.all().contains("was not imported"), *name != "late", "{name}:\n{}", ours.all());
+        assert_eq!(
+            ours.all().contains("was not imported"),
+            *name != "late",
+            "{name}:\n{}",
+            ours.all()
+        );
     }
 }
 
@@ -317,9 +437,12 @@ fn a_cache_that_is_late_is_waited_for_and_one_that_never_comes_is_not_missed() {
 fn what_an_import_gave_is_nobody_elses_while_it_is_there() {
     let lab = Lab::complete(any());
     let cache = format!("{},mode=max", registry_cache(&lab.registry()));
-    let dockerfile = |more: &str| format!("FROM busybox\nRUN cat /proc/sys/kernel/random/uuid > /stamp\n{more}");
-    let (context, busy) =
-        (lab.context("one", &[("Dockerfile", &dockerfile(""))]), lab.context("busy", &[("Dockerfile", "FROM busybox\nRUN sleep 20\n")]));
+    let dockerfile =
+        |more: &str| format!("FROM busybox\nRUN cat /proc/sys/kernel/random/uuid > /stamp\n{more}");
+    let (context, busy) = (
+        lab.context("one", &[("Dockerfile", &dockerfile(""))]),
+        lab.context("busy", &[("Dockerfile", "FROM busybox\nRUN sleep 20\n")]),
+    );
     let (context, busy) = (context.display().to_string(), busy.display().to_string());
     lab.shipway(["build", "--output", "type=cacheonly", "--cache-to", &cache, &context]).ok();
     remove_everything(&lab);
@@ -333,11 +456,19 @@ fn what_an_import_gave_is_nobody_elses_while_it_is_there() {
     let mut other = other.spawn().unwrap();
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(other.stderr.take().unwrap()));
     // Its step is not looked for in the cache before the cache was read.
-    assert!(lines.by_ref().map_while(Result::ok).any(|l| l.contains("RUN sleep 20")), "the other build does not run");
+    assert!(
+        lines.by_ref().map_while(Result::ok).any(|l| l.contains("RUN sleep 20")),
+        "the other build does not run"
+    );
     let without = lab.shipway(["build", "--progress", "plain", &context]).ok();
-    // The base that the other build took from its cache is known now, under the key that it asked with.
+    // The base that the other build took from its cache is known now, under the key that it asked
+    // with.
     let text = without.all();
-    let step = text.lines().find(|l| l.contains("RUN cat /proc")).and_then(|l| l.split_whitespace().next()).unwrap();
+    let step = text
+        .lines()
+        .find(|l| l.contains("RUN cat /proc"))
+        .and_then(|l| l.split_whitespace().next())
+        .unwrap();
     assert!(!text.lines().any(|l| l == format!("{step} CACHED")), "{text}");
     other.kill().unwrap();
     other.wait().unwrap();
@@ -346,22 +477,31 @@ fn what_an_import_gave_is_nobody_elses_while_it_is_there() {
 #[test]
 fn what_a_cache_can_no_longer_give_is_built_again() {
     let mut lab = Lab::complete(any());
-    let text = "FROM busybox AS s1\nRUN echo 1 > /w\nFROM scratch\nCOPY f /f\nCOPY --from=s1 /w /w\n";
+    let text =
+        "FROM busybox AS s1\nRUN echo 1 > /w\nFROM scratch\nCOPY f /f\nCOPY --from=s1 /w /w\n";
     let dir = lab.dir().join("lost-cache");
     let gone = FaultyRegistry::start(&lab.registry(), "/no such thing/", RegistryFault::Hang);
     lab.configure_daemon(&format!("[registry.\"{}\"]\n  http = true\n", gone.address()));
     assert!(lab.stop_daemon(), "the daemon had to be killed");
     lab.start_daemon();
     let mut gone = Some(gone);
-    let local = [format!("type=local,mode=max,dest={}", dir.display()), format!("type=local,src={}", dir.display())];
-    let registry = [format!("{},mode=max", registry_cache(&lab.registry())), registry_cache(&gone.as_ref().unwrap().address())];
+    let local = [
+        format!("type=local,mode=max,dest={}", dir.display()),
+        format!("type=local,src={}", dir.display()),
+    ];
+    let registry = [
+        format!("{},mode=max", registry_cache(&lab.registry())),
+        registry_cache(&gone.as_ref().unwrap().address()),
+    ];
     for (kind, [to, from]) in [("local", local), ("registry", registry)] {
         let context = lab.context(kind, &[("Dockerfile", text), ("f", "1")]);
         let out = lab.dir().join(format!("out-{kind}"));
         let output = format!("type=local,dest={}", out.display());
         let built = |more: &[&str]| {
             let fixed = ["build", "--progress", "plain", "--output", &output];
-            lab.shipway(fixed.into_iter().chain(more.iter().copied()).chain([&*context.to_string_lossy()]))
+            lab.shipway(
+                fixed.into_iter().chain(more.iter().copied()).chain([&*context.to_string_lossy()]),
+            )
         };
         built(&["--cache-to", &to]).ok();
         lab.shipway(["prune", "--all"]).ok();
@@ -374,7 +514,12 @@ fn what_a_cache_can_no_longer_give_is_built_again() {
         std::fs::write(context.join("f"), "2").unwrap();
         let changed = built(&[]).ok();
         let read = |name: &str| std::fs::read_to_string(out.join(name)).unwrap();
-        assert_eq!((read("f"), read("w")), ("2".into(), "1\n".into()), "{kind}:\n{}", changed.all());
+        assert_eq!(
+            (read("f"), read("w")),
+            ("2".into(), "1\n".into()),
+            "{kind}:\n{}",
+            changed.all()
+        );
         assert!(gone.is_some() || kind == "registry");
     }
 }

@@ -22,19 +22,29 @@ fn ignored_files_are_not_there_and_links_and_modes_are() {
     std::os::unix::fs::symlink("a.txt", context.join("link")).unwrap();
     std::fs::hard_link(context.join("a.txt"), context.join("hard")).unwrap();
     use std::os::unix::fs::PermissionsExt as _;
-    std::fs::set_permissions(context.join("a.txt"), std::fs::Permissions::from_mode(0o751)).unwrap();
+    std::fs::set_permissions(context.join("a.txt"), std::fs::Permissions::from_mode(0o751))
+        .unwrap();
     build(&lab, "ignore:1", &context, &[]).ok();
-    let run = |script: &str| ctr_run(&lab, "docker.io/library/ignore:1", &["sh", "-c", script]).ok().stdout;
+    let run = |script: &str| {
+        ctr_run(&lab, "docker.io/library/ignore:1", &["sh", "-c", script]).ok().stdout
+    };
     let list = run("cd /all; find . -type f -o -type l | sort");
-    assert_eq!(list, "./.dockerignore\n./Dockerfile\n./a.txt\n./hard\n./keep.log\n./link\n./sub/deep/er/s.txt\n");
+    assert_eq!(
+        list,
+        "./.dockerignore\n./Dockerfile\n./a.txt\n./hard\n./keep.log\n./link\n./sub/deep/er/s.txt\n"
+    );
     assert_eq!(run("stat -c %a /all/a.txt; readlink /all/link"), "751\na.txt\n");
 }
 
 /// Bytes that plain progress says were transferred for the context.
 #[track_caller]
 fn transferred(text: &str) -> f64 {
-    let line = text.lines().rfind(|l| l.contains("transferring context:")).unwrap_or_else(|| panic!("no transfer in\n{text}"));
-    let amount = line.split("transferring context:").nth(1).unwrap().split_whitespace().next().unwrap();
+    let line = text
+        .lines()
+        .rfind(|l| l.contains("transferring context:"))
+        .unwrap_or_else(|| panic!("no transfer in\n{text}"));
+    let amount =
+        line.split("transferring context:").nth(1).unwrap().split_whitespace().next().unwrap();
     let digits = amount.trim_end_matches(|c: char| c.is_alphabetic());
     let unit = match &amount[digits.len()..] {
         "B" => 1.0,
@@ -61,8 +71,12 @@ fn one_changed_file_of_many_moves_one_file() {
     let second = build(&lab, "many:2", &context, &[]).ok();
     // Names and times of all the files are told again; contents are not.
     assert!(transferred(&second.all()) < 3e6, "{}", second.all());
-    let out =
-        ctr_run(&lab, "docker.io/library/many:2", &["sh", "-c", "cat /all/d0/f0; test ! -e /all/d1/f200; find /all -type f | wc -l"]).ok();
+    let out = ctr_run(
+        &lab,
+        "docker.io/library/many:2",
+        &["sh", "-c", "cat /all/d0/f0; test ! -e /all/d1/f200; find /all -type f | wc -l"],
+    )
+    .ok();
     assert_eq!(out.stdout, "changed20000\n");
 }
 
@@ -79,25 +93,48 @@ fn a_file_with_one_name_has_one_link() {
             lab.start_daemon();
             let text = "FROM busybox AS other\nCOPY d /d\nFROM busybox\nCOPY job /etc/cron.d/job\nCOPY d /d\nCOPY --link d /linked\nCOPY --from=other /d /from\n\
                         RUN cd / && stat -c '%h %n' etc/cron.d/job d/* linked/* from/* > /seen && cat d/one linked/one\n";
-            let context = lab.context("links", &[("Dockerfile", text), ("job", "j"), ("d/one", "1"), ("d/two", "2")]);
+            let context = lab.context(
+                "links",
+                &[("Dockerfile", text), ("job", "j"), ("d/one", "1"), ("d/two", "2")],
+            );
             std::fs::hard_link(context.join("d/two"), context.join("d/zwei")).unwrap();
             let want: String = std::iter::once("1 etc/cron.d/job\n".to_owned())
-                .chain(["d", "linked", "from"].map(|d| format!("1 {d}/one\n2 {d}/two\n2 {d}/zwei\n")))
+                .chain(
+                    ["d", "linked", "from"].map(|d| format!("1 {d}/one\n2 {d}/two\n2 {d}/zwei\n")),
+                )
                 .collect();
             for (tag, text) in [("links:1", "1"), ("links:2", "changed")] {
                 std::fs::write(context.join("d/one"), text).unwrap();
                 build(&lab, tag, &context, &[]).ok();
                 let image = format!("docker.io/library/{tag}");
                 let script = "cd / && cat seen && stat -c '%h %n' etc/cron.d/job d/* linked/* from/* && cat d/one linked/one from/one";
-                let out = lab.ctr(["run", "--rm", "--snapshotter", snapshotter, &image, "links", "sh", "-c", script]).ok().stdout;
+                let out = lab
+                    .ctr([
+                        "run",
+                        "--rm",
+                        "--snapshotter",
+                        snapshotter,
+                        &image,
+                        "links",
+                        "sh",
+                        "-c",
+                        script,
+                    ])
+                    .ok()
+                    .stdout;
                 // As the step saw it, and as a container of the image does.
-                assert_eq!(out, format!("{want}{want}{}", text.repeat(3)), "{tag} on {snapshotter}");
+                assert_eq!(
+                    out,
+                    format!("{want}{want}{}", text.repeat(3)),
+                    "{tag} on {snapshotter}"
+                );
             }
         }
     });
 }
 
-/// A checkout in the place of another, with files of equal names, sizes and times, is not the other.
+/// A checkout in the place of another, with files of equal names, sizes and times, is not the
+/// other.
 #[test]
 fn a_checkout_in_the_place_of_another_is_not_the_other() {
     let lab = Lab::complete(any());

@@ -1,4 +1,5 @@
-//! Contexts that are no directory beside the Dockerfile: repositories, downloads, standard input, named ones.
+//! Contexts that are no directory beside the Dockerfile: repositories, downloads, standard input,
+//! named ones.
 
 #![allow(clippy::unwrap_used)]
 
@@ -33,18 +34,30 @@ fn answer(mut stream: TcpStream, files: &BTreeMap<&'static str, Vec<u8>>) -> std
     let first = lines.next().transpose()?.unwrap_or_default();
     while lines.next().transpose()?.is_some_and(|line| !line.is_empty()) {}
     let mut words = first.split(' ');
-    let (method, name) = (words.next().unwrap_or_default(), words.next().unwrap_or_default().trim_start_matches('/'));
+    let (method, name) = (
+        words.next().unwrap_or_default(),
+        words.next().unwrap_or_default().trim_start_matches('/'),
+    );
     let (status, body) = match files.get(name) {
         Some(body) => ("200 OK", body.as_slice()),
         None => ("404 Not Found", &b""[..]),
     };
-    write!(stream, "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len())?;
+    write!(
+        stream,
+        "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    )?;
     if method == "GET" { stream.write_all(body) } else { Ok(()) }
 }
 
 #[track_caller]
 fn sh(dir: &Path, script: &str) {
-    let done = Command::new("sh").args(["-ec", script]).current_dir(dir).env("GIT_CONFIG_GLOBAL", "/dev/null").output().unwrap();
+    let done = Command::new("sh")
+        .args(["-ec", script])
+        .current_dir(dir)
+        .env("GIT_CONFIG_GLOBAL", "/dev/null")
+        .output()
+        .unwrap();
     assert!(done.status.success(), "{script}: {}", String::from_utf8_lossy(&done.stderr));
 }
 
@@ -64,7 +77,11 @@ fn tree(dir: &Path) -> String {
     }
     let mut found = BTreeMap::new();
     walk(dir, dir, &mut found);
-    found.into_iter().map(|(name, text)| format!("{}={text}", name.display())).collect::<Vec<_>>().join(" ")
+    found
+        .into_iter()
+        .map(|(name, text)| format!("{}={text}", name.display()))
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 struct Scene {
@@ -80,7 +97,8 @@ impl Scene {
         let out = self.lab.context(&format!("out{}", self.n), &[]);
         let mut command = self.lab.shipway_command();
         command.args(["build", "--progress", "plain", "--output"]).arg(&out).args(arguments);
-        let input = stdin.map_or_else(Stdio::null, |path| std::fs::File::open(path).unwrap().into());
+        let input =
+            stdin.map_or_else(Stdio::null, |path| std::fs::File::open(path).unwrap().into());
         let done = command.stdin(input).output().unwrap();
         assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
         assert_eq!(tree(&out), want, "{arguments:?}");
@@ -89,8 +107,15 @@ impl Scene {
     /// Builds and expects a failure that says `says`.
     #[track_caller]
     fn fails(&self, arguments: &[&str], says: &str) {
-        let failed = self.lab.shipway(["build", "--progress", "plain"].into_iter().chain(arguments.iter().copied())).failed();
-        assert!(failed.all().contains(says), "{arguments:?} does not say {says:?}: {}", failed.all());
+        let failed = self
+            .lab
+            .shipway(["build", "--progress", "plain"].into_iter().chain(arguments.iter().copied()))
+            .failed();
+        assert!(
+            failed.all().contains(says),
+            "{arguments:?} does not say {says:?}: {}",
+            failed.all()
+        );
     }
 }
 
@@ -118,26 +143,45 @@ fn contexts_of_every_kind() {
     };
     let plain = write("Plain", "FROM scratch\nCOPY <<EOF /made\nmade\nEOF\n");
     let from_x = write("from-x", "FROM scratch\nCOPY --from=x . /x/\n");
-    let stages = write("stages", "FROM scratch AS st\nCOPY nothing /\nFROM scratch\nCOPY --from=st . /s/\n");
+    let stages =
+        write("stages", "FROM scratch AS st\nCOPY nothing /\nFROM scratch\nCOPY --from=st . /s/\n");
     let image = write("image", "FROM scratch\nCOPY --from=x /bin/busybox /b/\n");
-    let own = lab.context("own", &[("Dockerfile", "FROM scratch\nCOPY o.txt /own\n"), ("o.txt", "own")]);
+    let own =
+        lab.context("own", &[("Dockerfile", "FROM scratch\nCOPY o.txt /own\n"), ("o.txt", "own")]);
     let other = lab.context("other", &[("o.txt", "o"), ("skip", "s"), (".dockerignore", "skip\n")]);
     let (own, other) = (own.to_str().unwrap().to_owned(), other.to_str().unwrap().to_owned());
 
     let port = free_port();
     let mut daemon = Command::new("git");
-    daemon.args(["daemon", "--reuseaddr", "--export-all", "--listen=127.0.0.1"]).arg(format!("--port={port}"));
-    let _daemon = Process::start("git", daemon.arg(format!("--base-path={}", base.display())), &base.join("git.log"));
-    wait_for("git to listen", Duration::from_secs(20), || TcpStream::connect(("127.0.0.1", port)).map(drop).map_err(|e| e.to_string()));
+    daemon
+        .args(["daemon", "--reuseaddr", "--export-all", "--listen=127.0.0.1"])
+        .arg(format!("--port={port}"));
+    let _daemon = Process::start(
+        "git",
+        daemon.arg(format!("--base-path={}", base.display())),
+        &base.join("git.log"),
+    );
+    wait_for("git to listen", Duration::from_secs(20), || {
+        TcpStream::connect(("127.0.0.1", port)).map(drop).map_err(|e| e.to_string())
+    });
     let read = |name: &str| std::fs::read(base.join(name)).unwrap();
     let named = b"FROM scratch\nCOPY o.txt /n\n".to_vec();
-    let web = serve([("c.tar.gz", read("c.tar.gz")), ("Plain", read("Plain")), ("Named", named), ("f.txt", b"f".to_vec())].into());
+    let web = serve(
+        [
+            ("c.tar.gz", read("c.tar.gz")),
+            ("Plain", read("Plain")),
+            ("Named", named),
+            ("f.txt", b"f".to_vec()),
+        ]
+        .into(),
+    );
     let git = format!("git://127.0.0.1:{port}/repo");
     let (tar, gz) = (base.join("c.tar"), base.join("c.tar.gz"));
     let registry = lab.registry();
     let mut scene = Scene { lab, n: 0 };
 
-    // What a repository or an archive has is all of it; ignore files are for directories of clients.
+    // What a repository or an archive has is all of it; ignore files are for directories of
+    // clients.
     let sub = "Dockerfile=FROM scratch\nCOPY . / deep/f=deep";
     scene.check(None, &[&git], "top=two");
     scene.check(None, &[&format!("{git}#v1")], "top=one");
@@ -160,17 +204,39 @@ fn contexts_of_every_kind() {
 
     // Named ones.
     let named = |value: &str| format!("x={value}");
-    scene.check(None, &["-f", &from_x, "--build-context", &named(&other), &own], "x/.dockerignore=skip x/o.txt=o");
+    scene.check(
+        None,
+        &["-f", &from_x, "--build-context", &named(&other), &own],
+        "x/.dockerignore=skip x/o.txt=o",
+    );
     let all = "x/.dockerignore=file x/Dockerfile=FROM scratch\nCOPY file /top x/file=two x/sub/Dockerfile=FROM scratch\nCOPY . / x/sub/deep/f=deep";
     scene.check(None, &["-f", &from_x, "--build-context", &named(&git), &own], all);
-    scene.check(None, &["-f", &from_x, "--build-context", &named(&format!("{git}#main:sub/deep")), &own], "x/f=deep");
-    scene.check(None, &["-f", &from_x, "--build-context", &named(&format!("{web}/f.txt")), &own], "x/context=f");
-    scene.check(None, &["-f", &stages, "--build-context", &format!("st={other}"), &own], "s/.dockerignore=skip s/o.txt=o");
+    scene.check(
+        None,
+        &["-f", &from_x, "--build-context", &named(&format!("{git}#main:sub/deep")), &own],
+        "x/f=deep",
+    );
+    scene.check(
+        None,
+        &["-f", &from_x, "--build-context", &named(&format!("{web}/f.txt")), &own],
+        "x/context=f",
+    );
+    scene.check(
+        None,
+        &["-f", &stages, "--build-context", &format!("st={other}"), &own],
+        "s/.dockerignore=skip s/o.txt=o",
+    );
     // An image's name in its longest form is the same name.
     let replaced = write("replaced", "FROM busybox\nCOPY --from=busybox o.txt /\n");
     scene.check(
         None,
-        &["-f", &replaced, "--build-context", &format!("docker.io/library/busybox:latest={other}"), &own],
+        &[
+            "-f",
+            &replaced,
+            "--build-context",
+            &format!("docker.io/library/busybox:latest={other}"),
+            &own,
+        ],
         ".dockerignore=skip o.txt=o",
     );
     let layout = base.join("layout");
@@ -184,11 +250,26 @@ fn contexts_of_every_kind() {
     ] {
         scene.n += 1;
         let out = scene.lab.context(&format!("out{}", scene.n), &[]);
-        scene.lab.shipway(["build", "-f", &image, "--build-context", &named(&value), "--output", out.to_str().unwrap(), &own]).ok();
+        scene
+            .lab
+            .shipway([
+                "build",
+                "-f",
+                &image,
+                "--build-context",
+                &named(&value),
+                "--output",
+                out.to_str().unwrap(),
+                &own,
+            ])
+            .ok();
         assert!(out.join("b/busybox").exists(), "{value}");
     }
     scene.fails(&["-f", &from_x, "--build-context", "X Y=.", &own], "invalid context name X Y");
-    scene.fails(&["-f", &from_x, "--build-context", "x=target:y", &own], "unsupported context source target for x");
+    scene.fails(
+        &["-f", &from_x, "--build-context", "x=target:y", &own],
+        "unsupported context source target for x",
+    );
 }
 
 /// Paths of files below `dir` that contain `text`; what vanishes meanwhile is passed over.
@@ -199,7 +280,10 @@ fn files_with(dir: &Path, text: &str) -> Vec<PathBuf> {
         let Ok(kind) = entry.file_type() else { continue };
         if kind.is_dir() {
             found.extend(files_with(&path, text));
-        } else if kind.is_file() && std::fs::read(&path).is_ok_and(|bytes| bytes.windows(text.len()).any(|part| part == text.as_bytes())) {
+        } else if kind.is_file()
+            && std::fs::read(&path)
+                .is_ok_and(|bytes| bytes.windows(text.len()).any(|part| part == text.as_bytes()))
+        {
             found.push(path);
         }
     }
@@ -230,10 +314,24 @@ fn a_login_in_the_address_of_a_context_is_in_no_file_and_no_answer() {
     let output = "type=image,name=docker.io/library/told:1";
     let build = |path: &str| {
         let address = format!("http://me:{TOKEN}@{host}/{path}#main");
-        lab.shipway(["build", "--progress", "plain", "--attest", "type=provenance,mode=max", "--output", output, &address])
+        lab.shipway([
+            "build",
+            "--progress",
+            "plain",
+            "--attest",
+            "type=provenance,mode=max",
+            "--output",
+            output,
+            &address,
+        ])
     };
     let (good, bad) = (build(".git").ok(), build("none.git").failed());
-    for said in [good.all(), bad.all(), lab.shipway(["du", "--verbose"]).ok().all(), lab.shipway(["history", "ls"]).ok().all()] {
+    for said in [
+        good.all(),
+        bad.all(),
+        lab.shipway(["du", "--verbose"]).ok().all(),
+        lab.shipway(["history", "ls"]).ok().all(),
+    ] {
         assert!(!said.contains(TOKEN), "{said}");
     }
     assert!(lab.stop_daemon());

@@ -1,5 +1,5 @@
-//! `kill -9` of the daemon, and of containerd, at random points of a build: what follows works, what was cached is used,
-//! and nothing is left.
+//! `kill -9` of the daemon, and of containerd, at random points of a build: what follows works,
+//! what was cached is used, and nothing is left.
 
 #![allow(clippy::unwrap_used)]
 
@@ -11,34 +11,56 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-/// A build of about a second and a half: a stable first step, two that change each time, a copy, and an export.
+/// A build of about a second and a half: a stable first step, two that change each time, a copy,
+/// and an export.
 const DOCKERFILE: &str = "FROM busybox AS a\nRUN sleep 0.3; cat /proc/sys/kernel/random/uuid > /stable\nARG ROUND\n\
      RUN sleep 0.3; echo $ROUND > /round; dd if=/dev/urandom of=/noise bs=1M count=4 2>/dev/null\n\
      FROM busybox\nARG ROUND\nCOPY --from=a /stable /round /\nRUN sleep 0.3; echo $ROUND >> /round\nCOPY file /file\n";
 
 fn start(lab: &Lab, context: &Path, round: usize) -> Child {
     let mut command = lab.shipway_command();
-    command.args(["build", "--progress", "plain", "--tag", "crash:1", "--build-arg", &format!("ROUND={round}")]).arg(context);
+    command
+        .args([
+            "build",
+            "--progress",
+            "plain",
+            "--tag",
+            "crash:1",
+            "--build-arg",
+            &format!("ROUND={round}"),
+        ])
+        .arg(context);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// Spreads moments over the length of a build without needing luck: a low-discrepancy sequence, moved by the clock.
+/// Spreads moments over the length of a build without needing luck: a low-discrepancy sequence,
+/// moved by the clock.
 fn moment(round: usize, length: Duration) -> Duration {
-    let start = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().subsec_nanos() as f64 / 1e9;
+    let start = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().subsec_nanos()
+        as f64
+        / 1e9;
     length.mul_f64((round as f64 * 0.618_034 + start * 0.1).fract())
 }
 
 fn wait(moment: Duration) {
     let start = Instant::now();
-    wait_for("a moment to pass", Duration::from_secs(60), || if start.elapsed() >= moment { Ok(()) } else { Err(String::new()) });
+    wait_for("a moment to pass", Duration::from_secs(60), || {
+        if start.elapsed() >= moment { Ok(()) } else { Err(String::new()) }
+    });
 }
 
 #[track_caller]
 fn check_image(lab: &Lab, round: usize) -> String {
-    let out = ctr_run(lab, "docker.io/library/crash:1", &["cat", "/round", "/file", "/stable"]).ok().stdout;
+    let out = ctr_run(lab, "docker.io/library/crash:1", &["cat", "/round", "/file", "/stable"])
+        .ok()
+        .stdout;
     let mut lines = out.lines();
     let round = round.to_string();
-    assert_eq!([lines.next(), lines.next(), lines.next()], [Some(&*round), Some(&*round), Some("content")], "{out}");
+    assert_eq!(
+        [lines.next(), lines.next(), lines.next()],
+        [Some(&*round), Some(&*round), Some("content")],
+        "{out}"
+    );
     lines.next().unwrap().to_owned()
 }
 
@@ -56,7 +78,8 @@ fn twenty_times_the_daemon_is_killed() {
         wait(at);
         match client.try_wait().unwrap() {
             None => hit += 1,
-            // The first build was a cold one, on a machine that may have been busy: this one was over by then.
+            // The first build was a cold one, on a machine that may have been busy: this one was
+            // over by then.
             Some(_) => length = at,
         }
         lab.kill_daemon();
@@ -89,7 +112,10 @@ fn containerd_is_killed_during_builds() {
         let output = client.wait_with_output().unwrap();
         assert!(began.elapsed() < Duration::from_secs(60), "round {n}: the build hung");
         let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success() || text.contains("containerd"), "round {n}: no clear error:\n{text}");
+        assert!(
+            output.status.success() || text.contains("containerd"),
+            "round {n}: no clear error:\n{text}"
+        );
         build(&lab, "crash:1", &context, &["--build-arg", &round(n)]).ok();
         check_image(&lab, n);
     }

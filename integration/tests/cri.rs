@@ -1,4 +1,5 @@
-//! Kubernetes' side of the house: what is built in its namespace is an image of CRI's at once, and a pod runs it.
+//! Kubernetes' side of the house: what is built in its namespace is an image of CRI's at once, and
+//! a pod runs it.
 
 #![allow(clippy::unwrap_used)]
 
@@ -9,7 +10,8 @@ use std::time::Duration;
 use tonic::{client::Grpc, transport::Channel};
 use tonic_prost::ProstCodec;
 
-/// The parts of Kubernetes' CRI (`runtime.v1`) that a pod of one container takes; field numbers are its own.
+/// The parts of Kubernetes' CRI (`runtime.v1`) that a pod of one container takes; field numbers are
+/// its own.
 mod wire {
     use prost::Message;
 
@@ -156,12 +158,18 @@ impl Cri {
     fn of(lab: &Lab) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let address = format!("unix://{}", lab.containerd_socket().display());
-        let channel = runtime.block_on(tonic::transport::Endpoint::from_shared(address).unwrap().connect()).unwrap();
+        let channel = runtime
+            .block_on(tonic::transport::Endpoint::from_shared(address).unwrap().connect())
+            .unwrap();
         Self(runtime, channel)
     }
 
     #[track_caller]
-    fn call<A: Message + Default + 'static>(&self, method: &str, request: impl Message + 'static + Default) -> A {
+    fn call<A: Message + Default + 'static>(
+        &self,
+        method: &str,
+        request: impl Message + 'static + Default,
+    ) -> A {
         self.try_call(method, request).unwrap_or_else(|e| panic!("{method}: {e}"))
     }
 
@@ -170,12 +178,19 @@ impl Cri {
         method: &str,
         request: impl Message + 'static + Default,
     ) -> Result<A, tonic::Status> {
-        let service = if ["ListImages", "ImageFsInfo"].contains(&method) { "ImageService" } else { "RuntimeService" };
-        let path = format!("/runtime.v1.{service}/{method}").parse::<http::uri::PathAndQuery>().unwrap();
+        let service = if ["ListImages", "ImageFsInfo"].contains(&method) {
+            "ImageService"
+        } else {
+            "RuntimeService"
+        };
+        let path =
+            format!("/runtime.v1.{service}/{method}").parse::<http::uri::PathAndQuery>().unwrap();
         self.0.block_on(async {
             let mut grpc = Grpc::new(self.1.clone());
             grpc.ready().await.unwrap();
-            grpc.unary(tonic::Request::new(request), path, ProstCodec::default()).await.map(tonic::Response::into_inner)
+            grpc.unary(tonic::Request::new(request), path, ProstCodec::default())
+                .await
+                .map(tonic::Response::into_inner)
         })
     }
 }
@@ -196,9 +211,14 @@ fn a_pod_runs_what_was_built_on_our_snapshotter() {
         // What CRI tells kubelet of the disk is the snapshotter's; 1.6 takes the place for granted.
         wait_for("CRI to know what images take", Duration::from_secs(30), || {
             let found: wire::FileSystems = cri.call("ImageFsInfo", wire::Nothing {});
-            let at = |f: &wire::FileSystem| f.id.as_ref().is_some_and(|id| id.path == lab.dir().join("snapshotter").display().to_string());
+            let at = |f: &wire::FileSystem| {
+                f.id.as_ref().is_some_and(|id| {
+                    id.path == lab.dir().join("snapshotter").display().to_string()
+                })
+            };
             let place = flavour == Flavour::System || found.image.iter().any(at);
-            let used = found.image.iter().filter_map(|f| f.used_bytes.as_ref()).any(|n| n.value > 0);
+            let used =
+                found.image.iter().filter_map(|f| f.used_bytes.as_ref()).any(|n| n.value > 0);
             if place && used { Ok(()) } else { Err(format!("{found:?}")) }
         });
     });
@@ -212,44 +232,70 @@ fn pod(mut options: LabOptions) -> (Lab, Cri) {
     BaseImage::busybox().push(&lab.registry(), "library/busybox", "latest");
     lab.start_daemon();
     let cri = Cri::of(&lab);
-    let pause = lab.context("pause", &[("Dockerfile", "FROM busybox\nENTRYPOINT [\"sleep\", \"600\"]\n")]);
+    let pause =
+        lab.context("pause", &[("Dockerfile", "FROM busybox\nENTRYPOINT [\"sleep\", \"600\"]\n")]);
     build(&lab, "sandbox:1", &pause, &[]).ok();
-    let app = lab.context("app", &[("Dockerfile", "FROM busybox\nRUN echo built here > /word\nENTRYPOINT [\"cat\", \"/word\"]\n")]);
+    let app = lab.context(
+        "app",
+        &[(
+            "Dockerfile",
+            "FROM busybox\nRUN echo built here > /word\nENTRYPOINT [\"cat\", \"/word\"]\n",
+        )],
+    );
     build(&lab, "app:1", &app, &[]).ok();
 
     // CRI hears of images by events, a moment later.
     wait_for("CRI to list the image", Duration::from_secs(10), || {
         let images: wire::Images = cri.call("ListImages", wire::Nothing {});
         let tags: Vec<String> = images.images.into_iter().flat_map(|i| i.tags).collect();
-        if tags.iter().any(|t| t == "docker.io/library/app:1") { Ok(()) } else { Err(format!("{tags:?}")) }
+        if tags.iter().any(|t| t == "docker.io/library/app:1") {
+            Ok(())
+        } else {
+            Err(format!("{tags:?}"))
+        }
     });
 
     let logs = lab.dir().join("pod-logs");
     std::fs::create_dir_all(&logs).unwrap();
     let node = wire::Namespaces { network: NODE };
     let sandbox = wire::Sandbox {
-        metadata: Some(wire::Metadata { name: "pod".into(), uid: "1".into(), namespace: "default".into() }),
+        metadata: Some(wire::Metadata {
+            name: "pod".into(),
+            uid: "1".into(),
+            namespace: "default".into(),
+        }),
         log_directory: logs.display().to_string(),
-        linux: Some(wire::Linux { security: Some(wire::Security { namespaces: Some(node.clone()) }) }),
+        linux: Some(wire::Linux {
+            security: Some(wire::Security { namespaces: Some(node.clone()) }),
+        }),
     };
-    let pod: wire::Id = cri.call("RunPodSandbox", wire::RunSandbox { config: Some(sandbox.clone()) });
+    let pod: wire::Id =
+        cri.call("RunPodSandbox", wire::RunSandbox { config: Some(sandbox.clone()) });
     let container = wire::Container {
         metadata: Some(wire::ContainerMetadata { name: "app".into() }),
         image: Some(wire::Id { id: "docker.io/library/app:1".into() }),
         log_path: "app.log".into(),
-        linux: Some(wire::ContainerLinux { security: Some(wire::ContainerSecurity { namespaces: Some(node) }) }),
+        linux: Some(wire::ContainerLinux {
+            security: Some(wire::ContainerSecurity { namespaces: Some(node) }),
+        }),
     };
-    let create = wire::CreateContainer { sandbox: pod.id.clone(), config: Some(container), sandbox_config: Some(sandbox) };
+    let create = wire::CreateContainer {
+        sandbox: pod.id.clone(),
+        config: Some(container),
+        sandbox_config: Some(sandbox),
+    };
     let container: wire::Id = cri.call("CreateContainer", create);
     let _: wire::Nothing = cri.call("StartContainer", container);
     wait_for("the pod's container to speak", Duration::from_secs(20), || {
         let said = std::fs::read_to_string(logs.join("app.log")).unwrap_or_default();
         if said.contains("built here") { Ok(()) } else { Err(said) }
     });
-    // Both may be asked again, and have to be: containerd 1.6 answers an error when the container ends by itself
-    // while it is being stopped.
+    // Both may be asked again, and have to be: containerd 1.6 answers an error when the container
+    // ends by itself while it is being stopped.
     for method in ["StopPodSandbox", "RemovePodSandbox"] {
-        wait_for(method, Duration::from_secs(30), || cri.try_call::<wire::Nothing>(method, pod.clone()).map_err(|e| e.to_string()));
+        wait_for(method, Duration::from_secs(30), || {
+            cri.try_call::<wire::Nothing>(method, pod.clone()).map_err(|e| e.to_string())
+        });
     }
     (lab, cri)
 }

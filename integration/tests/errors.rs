@@ -9,7 +9,11 @@ fn check(lab: &Lab, name: &str, files: &[(&str, &str)], says: &[&str]) {
     let context = lab.context(name, files);
     let failed = build(lab, name, &context, &[]).failed();
     for word in says {
-        assert!(failed.all().contains(word), "{name}: the error does not say {word:?}:\n{}", failed.all());
+        assert!(
+            failed.all().contains(word),
+            "{name}: the error does not say {word:?}:\n{}",
+            failed.all()
+        );
     }
 }
 
@@ -26,7 +30,12 @@ fn mistakes_are_named_with_their_lines() {
         &lab,
         "instruction",
         &[("Dockerfile", "FROM busybox\nCOPPY a b\n")],
-        &["Dockerfile:2", ">>> COPPY a b\n     |     ^^^^^\n", "unknown instruction: COPPY", "COPY"],
+        &[
+            "Dockerfile:2",
+            ">>> COPPY a b\n     |     ^^^^^\n",
+            "unknown instruction: COPPY",
+            "COPY",
+        ],
     );
     check(
         &lab,
@@ -34,10 +43,24 @@ fn mistakes_are_named_with_their_lines() {
         &[("Dockerfile", "FROM busybox\nCOPY settings.jsn /\n"), ("settings.json", "{}")],
         &[">>> COPY settings.jsn /\n     |          ^^^^^^^^^^^^\n", "settings.json"],
     );
-    let ignored = [("Dockerfile", "FROM busybox\nCOPY secret.txt /\n"), ("secret.txt", "x"), (".dockerignore", "*.md\nsecret*\n")];
+    let ignored = [
+        ("Dockerfile", "FROM busybox\nCOPY secret.txt /\n"),
+        ("secret.txt", "x"),
+        (".dockerignore", "*.md\nsecret*\n"),
+    ];
     check(&lab, "ignored", &ignored, &["secret.txt", ".dockerignore", "secret*"]);
-    check(&lab, "base", &[("Dockerfile", "FROM no-such-image:9\n")], &["Dockerfile:1", "no-such-image:9", "not found"]);
-    check(&lab, "stage", &[("Dockerfile", "FROM busybox AS build\nFROM busybox\nCOPY --from=biuld /x /x\n")], &["biuld", "build"]);
+    check(
+        &lab,
+        "base",
+        &[("Dockerfile", "FROM no-such-image:9\n")],
+        &["Dockerfile:1", "no-such-image:9", "not found"],
+    );
+    check(
+        &lab,
+        "stage",
+        &[("Dockerfile", "FROM busybox AS build\nFROM busybox\nCOPY --from=biuld /x /x\n")],
+        &["biuld", "build"],
+    );
     check(&lab, "user", &[("Dockerfile", "FROM busybox\nUSER nosuch\nRUN true\n")], &["nosuch"]);
     check(&lab, "empty", &[("Dockerfile", "")], &["empty"]);
 }
@@ -45,7 +68,10 @@ fn mistakes_are_named_with_their_lines() {
 #[test]
 fn a_check_tells_all_mistakes_at_once_with_their_columns() {
     let lab = Lab::complete(any());
-    let context = lab.context("check", &[("Dockerfile", "FROM busybox as b\nENV A=$B\nCOPY --frm=b /x /\nEXPOSE 80/TPC\n")]);
+    let context = lab.context(
+        "check",
+        &[("Dockerfile", "FROM busybox as b\nENV A=$B\nCOPY --frm=b /x /\nEXPOSE 80/TPC\n")],
+    );
     let checked = build(&lab, "check", &context, &["--check"]).failed().all();
     for part in [
         ">>> FROM busybox as b\n     |                  ^^\n",
@@ -55,13 +81,21 @@ fn a_check_tells_all_mistakes_at_once_with_their_columns() {
     ] {
         assert!(checked.contains(part), "no {part:?} in\n{checked}");
     }
-    let context = lab.context("check2", &[("Dockerfile", "FROM busybox AS b\nENV A=$PTAH\nEXPOSE 80/TPC\nCOPY --chmod=9 x /\n")]);
+    let context = lab.context(
+        "check2",
+        &[("Dockerfile", "FROM busybox AS b\nENV A=$PTAH\nEXPOSE 80/TPC\nCOPY --chmod=9 x /\n")],
+    );
     let checked = build(&lab, "check2", &context, &["--check"]).failed().all();
-    for part in ["^^^^\n", "hint: did you mean PATH?", "invalid proto: TPC", "invalid chmod parameter: '9'"] {
+    for part in
+        ["^^^^\n", "hint: did you mean PATH?", "invalid proto: TPC", "invalid chmod parameter: '9'"]
+    {
         assert!(checked.contains(part), "no {part:?} in\n{checked}");
     }
     let sarif = build(&lab, "check2", &context, &["--check", "--format", "sarif"]).failed().all();
-    assert!(sarif.contains("\"startColumn\": 8") && sarif.contains("\"insertedContent\""), "{sarif}");
+    assert!(
+        sarif.contains("\"startColumn\": 8") && sarif.contains("\"insertedContent\""),
+        "{sarif}"
+    );
 }
 
 #[test]

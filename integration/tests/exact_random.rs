@@ -1,5 +1,6 @@
-//! Random trees and random changes: what unpacking the layers of a state gives is the state, in everything that `stat` and `listxattr` show, or the state
-//! has no snapshot under its chain ID. On overlayfs and on a snapshotter that copies, on both containerds. `SHIPWAY_SEED` repeats one run;
+//! Random trees and random changes: what unpacking the layers of a state gives is the state, in
+//! everything that `stat` and `listxattr` show, or the state has no snapshot under its chain ID. On
+//! overlayfs and on a snapshotter that copies, on both containerds. `SHIPWAY_SEED` repeats one run;
 //! `SHIPWAY_RANDOM_SECONDS` makes it as long as wanted.
 
 #![allow(clippy::unwrap_used)]
@@ -13,7 +14,9 @@ use shipway_fault::Result;
 use shipway_integration::{on_each, random::Random};
 use shipway_oci::{Descriptor, Digest};
 use shipway_progress::Reporter;
-use shipway_refs::{Compression, CompressionKind, ImmutableRef, LayerSource, LazyLayer, RecordType, RefStore};
+use shipway_refs::{
+    Compression, CompressionKind, ImmutableRef, LayerSource, LazyLayer, RecordType, RefStore,
+};
 use shipway_storage::{ContentStore, Labels, LeaseId, Storage};
 use shipway_testkit::Lab;
 use std::{
@@ -64,7 +67,9 @@ fn name(random: &mut Random, strange: bool) -> Vec<u8> {
 /// An access control list with user 1 in it.
 fn acl(perm: u16) -> Vec<u8> {
     let mut value = 2u32.to_le_bytes().to_vec();
-    for (tag, perm, id) in [(1u16, 7, u32::MAX), (2, perm, 1), (4, 5, u32::MAX), (16, 7, u32::MAX), (32, 5, u32::MAX)] {
+    for (tag, perm, id) in
+        [(1u16, 7, u32::MAX), (2, perm, 1), (4, 5, u32::MAX), (16, 7, u32::MAX), (32, 5, u32::MAX)]
+    {
         value.extend(tag.to_le_bytes());
         value.extend(perm.to_le_bytes());
         value.extend(id.to_le_bytes());
@@ -110,10 +115,12 @@ fn remove(path: &Path) -> std::io::Result<()> {
     if path.symlink_metadata()?.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
 }
 
-/// One change, as a process in the file system could make it. Not every one succeeds, and none needs to.
+/// One change, as a process in the file system could make it. Not every one succeeds, and none
+/// needs to.
 fn change(root: &Path, random: &mut Random, strange: bool) -> std::io::Result<()> {
     let all = paths(root);
-    let mut dirs: Vec<PathBuf> = all.iter().filter(|p| p.symlink_metadata().unwrap().is_dir()).cloned().collect();
+    let mut dirs: Vec<PathBuf> =
+        all.iter().filter(|p| p.symlink_metadata().unwrap().is_dir()).cloned().collect();
     dirs.push(root.to_owned());
     let new = random.pick(&dirs).join(OsStr::from_bytes(&name(random, strange)));
     let old = if all.is_empty() { new.clone() } else { random.pick(&all).clone() };
@@ -122,18 +129,27 @@ fn change(root: &Path, random: &mut Random, strange: bool) -> std::io::Result<()
         rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW)
     };
     // Never opened if it is a pipe or a device.
-    if new.symlink_metadata().is_ok_and(|meta| random.one_in(2) || !meta.is_file() && !meta.is_dir()) {
+    if new
+        .symlink_metadata()
+        .is_ok_and(|meta| random.one_in(2) || !meta.is_file() && !meta.is_dir())
+    {
         remove(&new)?;
     }
     match random.below(if strange { 20 } else { 17 }) {
         0..3 => {
             fs::write(&new, vec![random.below(256) as u8; random.below(3000)])?;
-            fs::set_permissions(&new, fs::Permissions::from_mode(*random.pick(&[0o644, 0o600, 0o4755, 0o2711, 0o0])))?;
+            fs::set_permissions(
+                &new,
+                fs::Permissions::from_mode(*random.pick(&[0o644, 0o600, 0o4755, 0o2711, 0o0])),
+            )?;
             touch(&new, time(random))?;
         }
         3 | 4 => {
             fs::create_dir(&new)?;
-            fs::set_permissions(&new, fs::Permissions::from_mode(*random.pick(&[0o755, 0o1777, 0o2775, 0o700])))?;
+            fs::set_permissions(
+                &new,
+                fs::Permissions::from_mode(*random.pick(&[0o755, 0o1777, 0o2775, 0o700])),
+            )?;
         }
         5 => {
             symlink(random.pick(&["a", "/b", "../c", &"x".repeat(150)]), &new)?;
@@ -141,8 +157,11 @@ fn change(root: &Path, random: &mut Random, strange: bool) -> std::io::Result<()
             touch(&new, time(random))?;
         }
         6 => {
-            let (kind, device) =
-                *random.pick(&[(FileType::Fifo, 0), (FileType::CharacterDevice, makedev(1, 3)), (FileType::BlockDevice, makedev(7, 300))]);
+            let (kind, device) = *random.pick(&[
+                (FileType::Fifo, 0),
+                (FileType::CharacterDevice, makedev(1, 3)),
+                (FileType::BlockDevice, makedev(7, 300)),
+            ]);
             mknodat(CWD, &new, kind, Mode::from_raw_mode(0o620), device)?;
         }
         7 => fs::hard_link(&old, &new)?,
@@ -156,7 +175,10 @@ fn change(root: &Path, random: &mut Random, strange: bool) -> std::io::Result<()
         }
         11 => {
             lchown(&old, Some(*random.pick(&[0, 1000, 3_000_000])), Some(*random.pick(&[0, 5])))?;
-            fs::set_permissions(&old, fs::Permissions::from_mode(*random.pick(&[0o644, 0o755, 0o4755])))?;
+            fs::set_permissions(
+                &old,
+                fs::Permissions::from_mode(*random.pick(&[0o644, 0o755, 0o4755])),
+            )?;
         }
         12 => touch(&old, time(random))?,
         13 => {
@@ -191,8 +213,10 @@ fn change(root: &Path, random: &mut Random, strange: bool) -> std::io::Result<()
     Ok(())
 }
 
-/// All that `stat` and `listxattr` show of one path, but what only the file system decides: inode numbers, blocks, the times of access and change, sizes
-/// and link counts of directories. Nobody decides when the root was changed, nor, where directories are `copied` with what is in them, when those were.
+/// All that `stat` and `listxattr` show of one path, but what only the file system decides: inode
+/// numbers, blocks, the times of access and change, sizes and link counts of directories. Nobody
+/// decides when the root was changed, nor, where directories are `copied` with what is in them,
+/// when those were.
 fn seen(path: &Path, inodes: &mut HashMap<u64, String>, root: bool, copied: bool) -> String {
     let meta = path.symlink_metadata().unwrap();
     let kind = meta.file_type();
@@ -201,7 +225,9 @@ fn seen(path: &Path, inodes: &mut HashMap<u64, String>, root: bool, copied: bool
         text += &format!(" at {}.{:09}", meta.mtime(), meta.mtime_nsec());
     }
     if !kind.is_dir() {
-        let first = inodes.entry(meta.ino()).or_insert_with(|| path.file_name().unwrap().to_string_lossy().into_owned());
+        let first = inodes
+            .entry(meta.ino())
+            .or_insert_with(|| path.file_name().unwrap().to_string_lossy().into_owned());
         text += &format!(" size {} links {} of {first}", meta.size(), meta.nlink());
     }
     if kind.is_file() {
@@ -240,7 +266,11 @@ fn tree(root: &Path, copied: bool) -> BTreeMap<Vec<u8>, String> {
 fn differences(one: &BTreeMap<Vec<u8>, String>, other: &BTreeMap<Vec<u8>, String>) -> Vec<String> {
     let names = one.keys().chain(other.keys()).collect::<std::collections::BTreeSet<_>>();
     let differs = names.into_iter().filter(|n| one.get(*n) != other.get(*n));
-    differs.map(|n| format!("{:?}:\n  {:?}\n  {:?}", String::from_utf8_lossy(n), one.get(n), other.get(n))).collect()
+    differs
+        .map(|n| {
+            format!("{:?}:\n  {:?}\n  {:?}", String::from_utf8_lossy(n), one.get(n), other.get(n))
+        })
+        .collect()
 }
 
 /// Blobs of another namespace.
@@ -248,7 +278,13 @@ struct From(Storage);
 
 #[async_trait::async_trait]
 impl LayerSource for From {
-    async fn fetch(&self, layer: &Descriptor, content: &dyn ContentStore, lease: &LeaseId, _: Option<&Reporter>) -> Result<()> {
+    async fn fetch(
+        &self,
+        layer: &Descriptor,
+        content: &dyn ContentStore,
+        lease: &LeaseId,
+        _: Option<&Reporter>,
+    ) -> Result<()> {
         let blob = self.0.content.read_all(layer.digest, layer.size).await?;
         content.put(lease, blob, &Labels::new()).await.map(drop)
     }
@@ -263,7 +299,11 @@ async fn tree_of(state: &ImmutableRef, store: &RefStore) -> BTreeMap<Vec<u8>, St
 }
 
 /// An image of layers whose blobs are in `from`.
-async fn image(store: &RefStore, layers: &[shipway_refs::LayerBlob], from: &Storage) -> ImmutableRef {
+async fn image(
+    store: &RefStore,
+    layers: &[shipway_refs::LayerBlob],
+    from: &Storage,
+) -> ImmutableRef {
     let source: Arc<dyn LayerSource> = Arc::new(From(from.clone()));
     let lazy = |b: &shipway_refs::LayerBlob| LazyLayer {
         diff_id: b.diff_id,
@@ -291,18 +331,25 @@ async fn one_run(seed: u64, states: &RefStore, others: &RefStore, what: &str, ta
     let strange = random.one_in(2);
     let mut state: Option<ImmutableRef> = None;
     for step in 0..STEPS {
-        let writable = states.mutable(state.as_ref(), format!("step {step}"), RecordType::Regular, None).await.unwrap();
+        let writable = states
+            .mutable(state.as_ref(), format!("step {step}"), RecordType::Regular, None)
+            .await
+            .unwrap();
         let mount = writable.mount().await.unwrap();
         for _ in 0..=random.below(CHANGES) {
             let _ = change(mount.path(), random, strange);
         }
         mount.unmount().await.unwrap();
         let was_exact = state.as_ref().is_none_or(ImmutableRef::is_exact);
-        let next = writable.commit("step").await.unwrap_or_else(|e| panic!("{what}, step {step}: {e}"));
+        let next =
+            writable.commit("step").await.unwrap_or_else(|e| panic!("{what}, step {step}: {e}"));
         let compression = Compression { kind: CompressionKind::Zstd, ..Compression::default() };
-        let layers = next.blobs(compression, true, None).await.unwrap_or_else(|e| panic!("{what}, step {step}: {e}"));
+        let layers = next
+            .blobs(compression, true, None)
+            .await
+            .unwrap_or_else(|e| panic!("{what}, step {step}: {e}"));
         let unpacked = image(others, &layers, states.storage()).await;
-        if let Err(e) = unpacked.realise(None).await {
+        if let Err(e) = unpacked.materialize(None).await {
             // What is named like a whiteout can make tars that nobody unpacks.
             assert!(!next.is_exact(), "{what}, step {step}: {e}");
             tally.all += 1;
@@ -312,11 +359,17 @@ async fn one_run(seed: u64, states: &RefStore, others: &RefStore, what: &str, ta
         let (here, there) = (tree_of(&next, states).await, tree_of(&unpacked, others).await);
         let differ = differences(&here, &there);
         if next.is_exact() {
-            assert!(differ.is_empty(), "{what}, step {step}: the state is not what unpacking gives:\n{}", differ.join("\n"));
+            assert!(
+                differ.is_empty(),
+                "{what}, step {step}: the state is not what unpacking gives:\n{}",
+                differ.join("\n")
+            );
         } else {
             tally.own += 1;
             if was_exact && differ.is_empty() {
-                eprintln!("{what}, step {step}: the state is what unpacking gives, and has another name");
+                eprintln!(
+                    "{what}, step {step}: the state is what unpacking gives, and has another name"
+                );
                 tally.needless += 1;
             }
             next.unpack(compression, None).await.unwrap();
@@ -326,10 +379,16 @@ async fn one_run(seed: u64, states: &RefStore, others: &RefStore, what: &str, ta
         let mut there = there;
         // A directory that is named like a whiteout is made for what is in it, when it is unpacked.
         for tree in [&mut named, &mut there] {
-            tree.retain(|name, _| !name.split(|b| *b == b'/').any(|part| part.starts_with(b".wh.")));
+            tree.retain(|name, _| {
+                !name.split(|b| *b == b'/').any(|part| part.starts_with(b".wh."))
+            });
         }
         let differ = differences(&named, &there);
-        assert!(differ.is_empty(), "{what}, step {step}: what the chain ID names is not what unpacking gives:\n{}", differ.join("\n"));
+        assert!(
+            differ.is_empty(),
+            "{what}, step {step}: what the chain ID names is not what unpacking gives:\n{}",
+            differ.join("\n")
+        );
         state = Some(next);
         tally.all += 1;
     }
@@ -346,7 +405,11 @@ fn on_snapshotter(snapshotter: &'static str) {
     on_each(|flavour| {
         let lab = Lab::on(flavour);
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
         runtime.block_on(async {
             let containerd = Containerd::connect(lab.containerd_socket()).await.unwrap();
             let open = async |namespace: &str| {

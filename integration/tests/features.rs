@@ -1,5 +1,7 @@
-//! The table of features (`integration/features.md`) is true as far as a test can see: ids that comments cite are its rows, tests that it names are
-//! there, and capabilities that the daemon announces are done. `cargo test -p shipway-integration --test features -- --nocapture` prints the counts.
+//! The table of features (`integration/features.md`) is true as far as a test can see: ids that
+//! comments cite are its rows, tests that it names are there, and capabilities that the daemon
+//! announces are done. `cargo test -p shipway-integration --test features -- --nocapture` prints
+//! the counts.
 
 #![allow(clippy::unwrap_used)]
 
@@ -15,9 +17,20 @@ use std::{
 const TABLE: &str = "integration/features.md";
 const STATES: [&str; 5] = ["done", "untested", "different", "refused", "open"];
 /// What an open row's note begins with: the kind of work that closes it.
-const KINDS: [&str; 10] =
-    ["buildx client", "cache backend", "daemon", "deployment", "lazy pulling", "metrics", "rootless", "signatures", "tracing", "Windows"];
-/// Suites of other projects whose cases may be named. Their lists are not here, so only the form of a name is checked.
+const KINDS: [&str; 10] = [
+    "buildx client",
+    "cache backend",
+    "daemon",
+    "deployment",
+    "lazy pulling",
+    "metrics",
+    "rootless",
+    "signatures",
+    "tracing",
+    "Windows",
+];
+/// Suites of other projects whose cases may be named. Their lists are not here, so only the form of
+/// a name is checked.
 const SUITES: [&str; 4] = ["buildctl", "client", "dockerfile", "solver"];
 /// Where comments cite rows.
 const CITING: [&str; 6] = ["crates", "integration", "proto", "xtask", "config", "README.md"];
@@ -44,24 +57,43 @@ fn table() -> Vec<Row> {
     for (number, line) in text.lines().enumerate() {
         if let Some(heading) = line.strip_prefix("## ").or_else(|| line.strip_prefix("### ")) {
             section = heading.to_owned();
-            assert!(chapter(&section).is_some(), "{TABLE}:{}: a heading begins with a number: {heading}", number + 1);
+            assert!(
+                chapter(&section).is_some(),
+                "{TABLE}:{}: a heading begins with a number: {heading}",
+                number + 1
+            );
         }
-        let Some(cells) = line.strip_prefix("| ").and_then(|l| l.strip_suffix(" |")) else { continue };
+        let Some(cells) = line.strip_prefix("| ").and_then(|l| l.strip_suffix(" |")) else {
+            continue;
+        };
         let cells: Vec<&str> = cells.split('|').map(str::trim).collect();
         // The table before the first section explains the states.
         if cells[0] == "row" || section.is_empty() {
             continue;
         }
         let [id, feature, state, shown, note] = cells[..] else {
-            panic!("{TABLE}:{}: {} columns instead of 5 (row, feature, state, shown by, note)", number + 1, cells.len())
+            panic!(
+                "{TABLE}:{}: {} columns instead of 5 (row, feature, state, shown by, note)",
+                number + 1,
+                cells.len()
+            )
         };
         let shown = shown.split(", ").filter(|s| !s.is_empty());
         let shown = shown.map(|s| match s.strip_prefix('`').and_then(|s| s.strip_suffix('`')) {
             Some(reference) => reference.to_owned(),
             None => panic!("{TABLE}:{}: {s:?} is not a reference in backticks, or not one after a comma and a space", number + 1),
         });
-        let (id, feature, state, note) = (id.to_owned(), feature.to_owned(), state.to_owned(), note.to_owned());
-        rows.push(Row { line: number + 1, section: section.clone(), id, feature, state, shown: shown.collect(), note });
+        let (id, feature, state, note) =
+            (id.to_owned(), feature.to_owned(), state.to_owned(), note.to_owned());
+        rows.push(Row {
+            line: number + 1,
+            section: section.clone(),
+            id,
+            feature,
+            state,
+            shown: shown.collect(),
+            note,
+        });
     }
     assert!(!rows.is_empty(), "{TABLE} has no rows");
     rows
@@ -75,7 +107,9 @@ fn none_of(complaints: &[String]) {
 
 /// " (did you mean …?)" where something is near.
 fn near<'a>(wrong: &str, all: impl Iterator<Item = &'a str>) -> String {
-    shipway_fault::nearest(wrong, all).map(|near| format!(" (did you mean {near}?)")).unwrap_or_default()
+    shipway_fault::nearest(wrong, all)
+        .map(|near| format!(" (did you mean {near}?)"))
+        .unwrap_or_default()
 }
 
 #[test]
@@ -90,20 +124,39 @@ fn rows_have_a_state_and_what_it_needs() {
         if let Some(first) = seen.insert(id.as_str(), line) {
             complain(format!("is a row already in line {first}"));
         }
-        if feature.is_empty() || [feature, note].iter().any(|cell| cell.chars().count() > MAX_CELL) {
-            complain(format!("feature and note are lines of at most {MAX_CELL} characters, and there is a feature"));
+        if feature.is_empty() || [feature, note].iter().any(|cell| cell.chars().count() > MAX_CELL)
+        {
+            complain(format!(
+                "feature and note are lines of at most {MAX_CELL} characters, and there is a feature"
+            ));
         }
         match state.as_str() {
-            "done" if shown.is_empty() => complain("done, and nothing shows it: name a test, or call it untested".into()),
-            "untested" if !shown.is_empty() => complain("untested, and a test is named: call it done, or take the test away".into()),
-            "different" | "refused" | "open" if note.is_empty() => {
-                complain("say why it is different, how it is refused, or which kind of work is open".into());
+            "done" if shown.is_empty() => {
+                complain("done, and nothing shows it: name a test, or call it untested".into())
             }
-            "open" if !KINDS.iter().any(|kind| note == kind || note.starts_with(&format!("{kind}: "))) => {
-                complain(format!("an open row's note begins with the kind of work, one of: {}", KINDS.join(", ")));
+            "untested" if !shown.is_empty() => complain(
+                "untested, and a test is named: call it done, or take the test away".into(),
+            ),
+            "different" | "refused" | "open" if note.is_empty() => {
+                complain(
+                    "say why it is different, how it is refused, or which kind of work is open"
+                        .into(),
+                );
+            }
+            "open"
+                if !KINDS
+                    .iter()
+                    .any(|kind| note == kind || note.starts_with(&format!("{kind}: "))) =>
+            {
+                complain(format!(
+                    "an open row's note begins with the kind of work, one of: {}",
+                    KINDS.join(", ")
+                ));
             }
             state if STATES.contains(&state) => {}
-            state => complain(format!("{state:?} is not a state{}", near(state, STATES.into_iter()))),
+            state => {
+                complain(format!("{state:?} is not a state{}", near(state, STATES.into_iter())))
+            }
         }
     }
     println!("{}", counts(&rows));
@@ -115,12 +168,17 @@ fn chapter(section: &str) -> Option<u32> {
     section.split(['.', ' ']).next()?.parse().ok()
 }
 
-/// How many rows of each chapter have each state, and how many open ones wait for each kind of work.
+/// How many rows of each chapter have each state, and how many open ones wait for each kind of
+/// work.
 fn counts(rows: &[Row]) -> String {
     let mut chapters: BTreeMap<u32, BTreeMap<&str, usize>> = BTreeMap::new();
     let (mut all, mut kinds) = (BTreeMap::new(), BTreeMap::new());
     for row in rows {
-        *chapters.entry(chapter(&row.section).unwrap()).or_default().entry(&row.state).or_default() += 1;
+        *chapters
+            .entry(chapter(&row.section).unwrap())
+            .or_default()
+            .entry(&row.state)
+            .or_default() += 1;
         *all.entry(row.state.as_str()).or_default() += 1;
         if row.state == "open" {
             *kinds.entry(row.note.split(':').next().unwrap_or_default()).or_insert(0) += 1;
@@ -142,7 +200,9 @@ fn counts(rows: &[Row]) -> String {
 }
 
 fn is_id(text: &str) -> bool {
-    let word = |w: &str| !w.is_empty() && w.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-');
+    let word = |w: &str| {
+        !w.is_empty() && w.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+    };
     text.contains('.') && text.split('.').all(word)
 }
 
@@ -160,10 +220,15 @@ fn files(path: &Path, endings: &[&str], found: &mut Vec<PathBuf>) {
     }
 }
 
-/// What is cited as `row` or `rows` in `text`: ids, or beginnings of ids with a `*`, each with its line. A list may go on in the next line of a comment.
+/// What is cited as `row` or `rows` in `text`: ids, or beginnings of ids with a `*`, each with its
+/// line. A list may go on in the next line of a comment.
 fn citations(text: &str) -> Vec<(usize, String)> {
-    let lines = text.lines().map(|line| line.trim_start().trim_start_matches(['/', '!', '#', '*']).trim());
-    let words: Vec<(usize, &str)> = lines.enumerate().flat_map(|(n, line)| line.split_whitespace().map(move |w| (n + 1, w))).collect();
+    let lines =
+        text.lines().map(|line| line.trim_start().trim_start_matches(['/', '!', '#', '*']).trim());
+    let words: Vec<(usize, &str)> = lines
+        .enumerate()
+        .flat_map(|(n, line)| line.split_whitespace().map(move |w| (n + 1, w)))
+        .collect();
     let mut found = Vec::new();
     for (i, (_, word)) in words.iter().enumerate() {
         if !["row", "rows"].contains(&word.trim_start_matches('(').to_lowercase().as_str()) {
@@ -177,7 +242,9 @@ fn citations(text: &str) -> Vec<(usize, String)> {
                 break;
             };
             let (id, rest) = quoted.split_once('`').unwrap_or((quoted, ""));
-            if !is_id(id.strip_suffix('*').unwrap_or(id).trim_end_matches('.')) && !is_id(&id.replace('*', "x")) {
+            if !is_id(id.strip_suffix('*').unwrap_or(id).trim_end_matches('.'))
+                && !is_id(&id.replace('*', "x"))
+            {
                 break;
             }
             found.push((*line, id.to_owned()));
@@ -193,8 +260,12 @@ fn citations(text: &str) -> Vec<(usize, String)> {
 fn citations_are_found_in_all_their_forms() {
     let text = "/// Waits (row `so.gc.when`).\n//! Both (rows `exec.mnt.*`, `exec.key` and\n//! `llb.*`); not `a.b`.\n// Row `file.copy*`, in words.\n\
                 | row | `x.y` |\nlet row = `a.b`;\n/// Of rows\n/// `df.run`, `followpaths`, `df.cmd`.";
-    let found: Vec<String> = citations(text).into_iter().map(|(line, id)| format!("{line} {id}")).collect();
-    assert_eq!(found, ["1 so.gc.when", "2 exec.mnt.*", "2 exec.key", "3 llb.*", "4 file.copy*", "8 df.run"]);
+    let found: Vec<String> =
+        citations(text).into_iter().map(|(line, id)| format!("{line} {id}")).collect();
+    assert_eq!(
+        found,
+        ["1 so.gc.when", "2 exec.mnt.*", "2 exec.key", "3 llb.*", "4 file.copy*", "8 df.run"]
+    );
 }
 
 #[test]
@@ -216,7 +287,10 @@ fn rows_that_are_cited_exist() {
                 None => ids.contains(id.as_str()),
             };
             if !there {
-                wrong.push(format!("{shown}:{line}: {TABLE} has no row {id}{}", near(&id, ids.iter().copied())));
+                wrong.push(format!(
+                    "{shown}:{line}: {TABLE} has no row {id}{}",
+                    near(&id, ids.iter().copied())
+                ));
             }
         }
     }
@@ -230,7 +304,9 @@ fn tests_of(source: &str) -> BTreeSet<&str> {
     for line in source.lines().map(str::trim_start) {
         if line.starts_with("#[test]") || line.starts_with("#[tokio::test") {
             attributed = true;
-        } else if let Some((_, rest)) = line.split_once("fn ").filter(|(before, _)| before.is_empty() || *before == "async ") {
+        } else if let Some((_, rest)) =
+            line.split_once("fn ").filter(|(before, _)| before.is_empty() || *before == "async ")
+        {
             let name = rest.split(['(', '<']).next().unwrap_or_default();
             if std::mem::take(&mut attributed) {
                 names.insert(name);
@@ -243,8 +319,14 @@ fn tests_of(source: &str) -> BTreeSet<&str> {
 /// Why `reference` leads nowhere.
 fn check_reference(reference: &str) -> Result<(), String> {
     if let Some(case) = reference.strip_prefix("suite:") {
-        let well_formed = case.split_once('/').is_some_and(|(suite, name)| SUITES.contains(&suite) && name.starts_with("Test"));
-        return if well_formed { Ok(()) } else { Err(format!("want suite:<{}>/Test…", SUITES.join(","))) };
+        let well_formed = case
+            .split_once('/')
+            .is_some_and(|(suite, name)| SUITES.contains(&suite) && name.starts_with("Test"));
+        return if well_formed {
+            Ok(())
+        } else {
+            Err(format!("want suite:<{}>/Test…", SUITES.join(",")))
+        };
     }
     if let Some(case) = reference.strip_prefix("case:") {
         let dir = workspace().join("crates/dockerfile2llb/tests/cases");
@@ -259,10 +341,18 @@ fn check_reference(reference: &str) -> Result<(), String> {
     let Some((file, test)) = reference.split_once("::") else {
         return Err("want <file>::<test>, case:<name> or suite:<suite>/<name>".into());
     };
-    let path = if file.contains('/') { format!("crates/{file}") } else { format!("integration/tests/{file}") };
+    let path = if file.contains('/') {
+        format!("crates/{file}")
+    } else {
+        format!("integration/tests/{file}")
+    };
     let source = fs::read_to_string(workspace().join(&path)).map_err(|e| format!("{path}: {e}"))?;
     let tests = tests_of(&source);
-    if tests.contains(test) { Ok(()) } else { Err(format!("{path} has no test {test}{}", near(test, tests.iter().copied()))) }
+    if tests.contains(test) {
+        Ok(())
+    } else {
+        Err(format!("{path} has no test {test}{}", near(test, tests.iter().copied())))
+    }
 }
 
 #[test]
@@ -276,8 +366,15 @@ fn what_shows_a_row_exists() {
         }
     }
     none_of(&wrong);
-    assert!(check_reference("features.rs::what_shows_a_row_exist").unwrap_err().contains("did you mean what_shows_a_row_exists?"));
-    assert!(check_reference("features.rs::check_reference").is_err(), "a function that is not a test");
+    assert!(
+        check_reference("features.rs::what_shows_a_row_exist")
+            .unwrap_err()
+            .contains("did you mean what_shows_a_row_exists?")
+    );
+    assert!(
+        check_reference("features.rs::check_reference").is_err(),
+        "a function that is not a test"
+    );
     assert!(check_reference("nowhere.rs::x").is_err() && check_reference("case:nothing").is_err());
     assert!(check_reference("suite:client/x").is_err() && check_reference("x").is_err());
 }
@@ -288,7 +385,9 @@ const UNREGISTERED: [&str; 2] = ["exec.meta.removemountstubs.recursive", "file.c
 #[test]
 fn capabilities_have_rows_and_those_that_are_announced_are_done() {
     let rows: BTreeMap<String, String> = table().into_iter().map(|r| (r.id, r.state)).collect();
-    let named = |prefix: &str, names: &[&str]| names.iter().map(|n| format!("cap.{prefix}{n}")).collect::<Vec<_>>();
+    let named = |prefix: &str, names: &[&str]| {
+        names.iter().map(|n| format!("cap.{prefix}{n}")).collect::<Vec<_>>()
+    };
     let announced = [named("", caps::LLB), named("gw.", caps::GATEWAY)].concat();
     let missing = [named("", caps::LLB_MISSING), named("gw.", caps::GATEWAY_MISSING)].concat();
     let mut wrong = Vec::new();
@@ -296,16 +395,26 @@ fn capabilities_have_rows_and_those_that_are_announced_are_done() {
         for id in ids {
             match rows.get(id) {
                 None => wrong.push(format!("{TABLE} has no row {id}, which is {why}")),
-                Some(state) if !states.contains(&state.as_str()) => wrong.push(format!("{id} is {why}, and {TABLE} calls it {state}")),
+                Some(state) if !states.contains(&state.as_str()) => {
+                    wrong.push(format!("{id} is {why}, and {TABLE} calls it {state}"))
+                }
                 Some(_) => {}
             }
         }
     };
-    check(&announced, &["done", "untested", "different"], "announced to clients (shipway_llb::caps)");
+    check(
+        &announced,
+        &["done", "untested", "different"],
+        "announced to clients (shipway_llb::caps)",
+    );
     check(&missing, &["open", "refused"], "listed as missing (shipway_llb::caps)");
     check(&named("", &UNREGISTERED), &["done", "untested"], "done without being announced");
-    let known: BTreeSet<String> = [announced, missing, named("", &UNREGISTERED)].concat().into_iter().collect();
-    for id in rows.keys().filter(|id| id.starts_with("cap.") && !id.starts_with("cap.df.") && !known.contains(*id)) {
+    let known: BTreeSet<String> =
+        [announced, missing, named("", &UNREGISTERED)].concat().into_iter().collect();
+    for id in rows
+        .keys()
+        .filter(|id| id.starts_with("cap.") && !id.starts_with("cap.df.") && !known.contains(*id))
+    {
         wrong.push(format!("{id} is a row, and shipway_llb::caps has no such capability"));
     }
     none_of(&wrong);

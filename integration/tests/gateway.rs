@@ -1,4 +1,5 @@
-//! The gateway, as debuggers of builds and frontends out of images use it: containers over states, also over those of a step that failed.
+//! The gateway, as debuggers of builds and frontends out of images use it: containers over states,
+//! also over those of a step that failed.
 
 #![allow(clippy::unwrap_used)]
 
@@ -6,7 +7,9 @@ use prost::Message as _;
 use shipway_fault::Detail;
 use shipway_grpc::fault_of;
 use shipway_integration::{any, build_text, on_each};
-use shipway_llb::{Definition, ExecDraft, FileDraft, FileMkfile, MarshalOptions, State, VertexOptions};
+use shipway_llb::{
+    Definition, ExecDraft, FileDraft, FileMkfile, MarshalOptions, State, VertexOptions,
+};
 use shipway_oci::Platform;
 use shipway_proto::{
     moby::buildkit::v1::{
@@ -32,7 +35,8 @@ fn of_build<T>(message: T) -> Request<T> {
 }
 
 fn definition(state: &State) -> pb::Definition {
-    let options = MarshalOptions { platform: Platform::host(), caps: None, local_unique_id: String::new() };
+    let options =
+        MarshalOptions { platform: Platform::host(), caps: None, local_unique_id: String::new() };
     Definition::to_pb(&state.marshal(&options).unwrap())
 }
 
@@ -43,14 +47,24 @@ fn is_unguessable(id: &str) -> bool {
 
 /// A build that a client drives, until `drive` is done with it.
 fn driven<F: Future<Output = ()>>(lab: &Lab, drive: impl FnOnce(LlbBridgeClient<Channel>) -> F) {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let work = async {
-        let channel = shipway_grpc::dial(&lab.daemon_address().parse().unwrap(), None).await.unwrap();
+        let channel =
+            shipway_grpc::dial(&lab.daemon_address().parse().unwrap(), None).await.unwrap();
         let mut control = ControlClient::new(channel.clone());
-        let building = tokio::spawn(async move { control.solve(api::SolveRequest { r#ref: BUILD.into(), ..Default::default() }).await });
+        let building = tokio::spawn(async move {
+            control.solve(api::SolveRequest { r#ref: BUILD.into(), ..Default::default() }).await
+        });
         let mut bridge = LlbBridgeClient::new(channel);
         drive(bridge.clone()).await;
-        bridge.r#return(of_build(wire::ReturnRequest { result: Some(wire::Result::default()), error: None })).await.unwrap();
+        bridge
+            .r#return(of_build(wire::ReturnRequest {
+                result: Some(wire::Result::default()),
+                error: None,
+            }))
+            .await
+            .unwrap();
         building.await.unwrap().unwrap();
     };
     runtime.block_on(async { tokio::time::timeout(Duration::from_secs(120), work).await }).unwrap();
@@ -74,13 +88,22 @@ fn nested(input: &State) -> pb::Definition {
 
 /// A state whose only file has `definition`.
 fn written(definition: &pb::Definition) -> State {
-    let file =
-        FileMkfile { path: "/buildkit.llb.definition".into(), mode: 0o644, data: definition.encode_to_vec().into(), ..Default::default() };
+    let file = FileMkfile {
+        path: "/buildkit.llb.definition".into(),
+        mode: 0o644,
+        data: definition.encode_to_vec().into(),
+        ..Default::default()
+    };
     State::scratch().file(FileDraft::new().mkfile(file), Default::default())
 }
 
 fn solve(definition: pb::Definition) -> Request<wire::SolveRequest> {
-    of_build(wire::SolveRequest { definition: Some(definition), evaluate: true, allow_result_return: true, ..Default::default() })
+    of_build(wire::SolveRequest {
+        definition: Some(definition),
+        evaluate: true,
+        allow_result_return: true,
+        ..Default::default()
+    })
 }
 
 /// A stream of processes.
@@ -92,12 +115,16 @@ struct Processes {
 impl Processes {
     async fn open(bridge: &mut LlbBridgeClient<Channel>) -> Self {
         let (to, queue) = mpsc::channel(16);
-        let from = bridge.exec_process(of_build(ReceiverStream::new(queue))).await.unwrap().into_inner();
+        let from =
+            bridge.exec_process(of_build(ReceiverStream::new(queue))).await.unwrap().into_inner();
         Self { to, from }
     }
 
     async fn tell(&self, process: &str, input: Input) {
-        self.to.send(wire::ExecMessage { process_id: process.into(), input: Some(input) }).await.unwrap();
+        self.to
+            .send(wire::ExecMessage { process_id: process.into(), input: Some(input) })
+            .await
+            .unwrap();
     }
 
     async fn start(&self, process: &str, args: &[&str], tty: bool) {
@@ -105,8 +132,18 @@ impl Processes {
     }
 
     async fn start_in(&self, container: &str, process: &str, args: &[&str], tty: bool) {
-        let meta = pb::Meta { args: args.iter().map(|a| (*a).to_owned()).collect(), cwd: "/".into(), ..Default::default() };
-        let init = wire::InitMessage { container_id: container.into(), meta: Some(meta), fds: vec![0, 1, 2], tty, ..Default::default() };
+        let meta = pb::Meta {
+            args: args.iter().map(|a| (*a).to_owned()).collect(),
+            cwd: "/".into(),
+            ..Default::default()
+        };
+        let init = wire::InitMessage {
+            container_id: container.into(),
+            meta: Some(meta),
+            fds: vec![0, 1, 2],
+            tty,
+            ..Default::default()
+        };
         self.tell(process, Input::Init(init)).await;
     }
 
@@ -119,7 +156,9 @@ impl Processes {
         let (mut said, mut code) = (String::new(), None);
         while let Some(message) = self.from.message().await.unwrap() {
             match message.input {
-                Some(Input::File(file)) if message.process_id == process => said.push_str(&String::from_utf8_lossy(&file.data)),
+                Some(Input::File(file)) if message.process_id == process => {
+                    said.push_str(&String::from_utf8_lossy(&file.data))
+                }
                 Some(Input::Exit(exit)) if message.process_id == process => code = Some(exit.code),
                 Some(Input::Done(_)) if message.process_id == process => break,
                 _ => {}
@@ -132,14 +171,24 @@ impl Processes {
 async fn enter_a_failed_step(lab: &Lab) {
     let channel = shipway_grpc::dial(&lab.daemon_address().parse().unwrap(), None).await.unwrap();
     let mut control = ControlClient::new(channel.clone());
-    let building = tokio::spawn(async move { control.solve(api::SolveRequest { r#ref: BUILD.into(), ..Default::default() }).await });
+    let building = tokio::spawn(async move {
+        control.solve(api::SolveRequest { r#ref: BUILD.into(), ..Default::default() }).await
+    });
     let mut bridge = LlbBridgeClient::new(channel);
 
-    let busybox = State::image("docker.io/library/busybox:latest", "", BTreeMap::new(), Default::default());
+    let busybox =
+        State::image("docker.io/library/busybox:latest", "", BTreeMap::new(), Default::default());
     let step = ["sh", "-c", "echo half > /done && exit 9"].map(str::to_owned).to_vec();
-    let failing = busybox.run(ExecDraft { args: step, ..ExecDraft::default() }, VertexOptions::named("a step that fails"));
-    let solve =
-        wire::SolveRequest { definition: Some(definition(&failing)), evaluate: true, allow_result_return: true, ..Default::default() };
+    let failing = busybox.run(
+        ExecDraft { args: step, ..ExecDraft::default() },
+        VertexOptions::named("a step that fails"),
+    );
+    let solve = wire::SolveRequest {
+        definition: Some(definition(&failing)),
+        evaluate: true,
+        allow_result_return: true,
+        ..Default::default()
+    };
     let fault = fault_of(&bridge.solve(of_build(solve)).await.unwrap_err());
     let mounts = fault.details().iter().find_map(|d| match d {
         Detail::Solve { mount_ids, .. } => Some(mount_ids.clone()),
@@ -153,7 +202,11 @@ async fn enter_a_failed_step(lab: &Lab) {
 
     let mount = pb::Mount { dest: "/".into(), result_id: root, ..Default::default() };
     for container in ["c", "d"] {
-        let asked = wire::NewContainerRequest { container_id: container.into(), mounts: vec![mount.clone()], ..Default::default() };
+        let asked = wire::NewContainerRequest {
+            container_id: container.into(),
+            mounts: vec![mount.clone()],
+            ..Default::default()
+        };
         bridge.new_container(of_build(asked)).await.unwrap();
     }
     let mut processes = Processes::open(&mut bridge).await;
@@ -174,13 +227,27 @@ async fn enter_a_failed_step(lab: &Lab) {
     assert!(said.contains("33 77"), "{said}");
     assert_eq!(code, 50);
 
-    let read = wire::ReadFileRequest { r#ref: "c".into(), file_path: "/done".into(), ..Default::default() };
-    assert_eq!(bridge.read_file_container(of_build(read)).await.unwrap().into_inner().data, b"half\n");
-    bridge.release_container(of_build(wire::ReleaseContainerRequest { container_id: "c".into() })).await.unwrap();
+    let read = wire::ReadFileRequest {
+        r#ref: "c".into(),
+        file_path: "/done".into(),
+        ..Default::default()
+    };
+    assert_eq!(
+        bridge.read_file_container(of_build(read)).await.unwrap().into_inner().data,
+        b"half\n"
+    );
+    bridge
+        .release_container(of_build(wire::ReleaseContainerRequest { container_id: "c".into() }))
+        .await
+        .unwrap();
     // A container that still runs something says so when it is given back.
     processes.start_in("d", "left", &["sleep", "1000"], false).await;
-    while !matches!(processes.from.message().await.unwrap().unwrap().input, Some(Input::Started(_))) {}
-    let left = bridge.release_container(of_build(wire::ReleaseContainerRequest { container_id: "d".into() })).await;
+    while !matches!(processes.from.message().await.unwrap().unwrap().input, Some(Input::Started(_)))
+    {
+    }
+    let left = bridge
+        .release_container(of_build(wire::ReleaseContainerRequest { container_id: "d".into() }))
+        .await;
     assert!(fault_of(&left.unwrap_err()).is_cancelled());
     let scratch = wire::ReturnRequest { result: Some(wire::Result::default()), error: None };
     bridge.r#return(of_build(scratch)).await.unwrap();
@@ -190,8 +257,13 @@ async fn enter_a_failed_step(lab: &Lab) {
 #[test]
 fn a_failed_step_can_be_entered() {
     let lab = Lab::complete(any());
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), enter_a_failed_step(&lab)).await }).unwrap();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime
+        .block_on(async {
+            tokio::time::timeout(Duration::from_secs(60), enter_a_failed_step(&lab)).await
+        })
+        .unwrap();
     // Nothing stays of the container.
     wait_for("the container to go", Duration::from_secs(20), || {
         let left = lab.leftovers().containers;
@@ -206,7 +278,8 @@ fn a_frontend_out_of_an_image_says_why_it_failed() {
     let text = "FROM busybox\nENTRYPOINT [\"sh\", \"-c\", \"echo I am no frontend >&2; exit 4\"]\n";
     let context = lab.context("front", &[("Dockerfile", text)]);
     shipway_integration::build(&lab, &name, &context, &["--push"]).ok();
-    let failed = build_text(&lab, "with-front:1", &format!("# syntax={name}\nFROM busybox\n")).failed();
+    let failed =
+        build_text(&lab, "with-front:1", &format!("# syntax={name}\nFROM busybox\n")).failed();
     for word in ["run the frontend", "exit code: 4", "I am no frontend"] {
         assert!(failed.all().contains(word), "{word}: {}", failed.all());
     }
@@ -217,18 +290,35 @@ fn a_graph_can_be_built_and_then_solved() {
     on_each(|flavour| {
         let lab = Lab::complete(flavour);
         driven(&lab, async |mut bridge| {
-            let busybox = State::image("docker.io/library/busybox:latest", "", BTreeMap::new(), Default::default());
+            let busybox = State::image(
+                "docker.io/library/busybox:latest",
+                "",
+                BTreeMap::new(),
+                Default::default(),
+            );
             let step = ["sh", "-c", "echo inner > /made"].map(str::to_owned).to_vec();
-            let inner = definition(&busybox.run(ExecDraft { args: step, ..ExecDraft::default() }, Default::default()));
+            let inner = definition(
+                &busybox.run(ExecDraft { args: step, ..ExecDraft::default() }, Default::default()),
+            );
             // Twice, one inside the other.
             let outer = nested(&written(&nested(&written(&inner))));
             let result = bridge.solve(solve(outer)).await.unwrap().into_inner().result.unwrap();
-            let Some(wire::result::Result::RefDeprecated(id)) = result.result else { panic!("{result:?}") };
+            let Some(wire::result::Result::RefDeprecated(id)) = result.result else {
+                panic!("{result:?}")
+            };
             assert!(is_unguessable(&id), "{id}");
-            let read =
-                |r#ref: &str| of_build(wire::ReadFileRequest { r#ref: r#ref.into(), file_path: "/made".into(), ..Default::default() });
+            let read = |r#ref: &str| {
+                of_build(wire::ReadFileRequest {
+                    r#ref: r#ref.into(),
+                    file_path: "/made".into(),
+                    ..Default::default()
+                })
+            };
             assert_eq!(bridge.read_file(read(&id)).await.unwrap().into_inner().data, b"inner\n");
-            assert!(fault_of(&bridge.read_file(read(&format!("{BUILD}-0"))).await.unwrap_err()).is_not_found());
+            assert!(
+                fault_of(&bridge.read_file(read(&format!("{BUILD}-0"))).await.unwrap_err())
+                    .is_not_found()
+            );
 
             let broken = State::scratch().file(
                 FileDraft::new().mkfile(FileMkfile {
@@ -240,7 +330,10 @@ fn a_graph_can_be_built_and_then_solved() {
                 Default::default(),
             );
             let fault = fault_of(&bridge.solve(solve(nested(&broken))).await.unwrap_err());
-            assert!(fault.to_string().contains("read the definition of a build operation"), "{fault}");
+            assert!(
+                fault.to_string().contains("read the definition of a build operation"),
+                "{fault}"
+            );
         });
     });
 }
@@ -262,10 +355,15 @@ fn frontends_are_told_what_they_run_on_and_another_may_be_put_in_their_place() {
         assert!(failed.all().contains(words), "{words}: {}", failed.all());
     }
     // Also the in-house frontend is replaced where the build says so.
-    let context = lab.context("replaced", &[("Dockerfile", "# syntax=docker/dockerfile:1\nFROM busybox\nRUN true\n")]);
+    let context = lab.context(
+        "replaced",
+        &[("Dockerfile", "# syntax=docker/dockerfile:1\nFROM busybox\nRUN true\n")],
+    );
     shipway_integration::build(&lab, "ours:1", &context, &[]).ok();
     let other = format!("docker/dockerfile:1=docker-image://{name}");
-    let failed = shipway_integration::build(&lab, "replaced:1", &context, &["--build-context", &other]).failed();
+    let failed =
+        shipway_integration::build(&lab, "replaced:1", &context, &["--build-context", &other])
+            .failed();
     assert!(failed.all().contains("product buildkit"), "{}", failed.all());
 }
 
@@ -279,11 +377,20 @@ fn only_frontends_that_the_configuration_allows_run() {
     lab.start_daemon();
     let context = lab.context("front", &[("Dockerfile", TELLS)]);
     for name in ["allowed:1", "other:1"] {
-        shipway_integration::build(&lab, &format!("{}/{name}", lab.registry()), &context, &["--push"]).ok();
+        shipway_integration::build(
+            &lab,
+            &format!("{}/{name}", lab.registry()),
+            &context,
+            &["--push"],
+        )
+        .ok();
     }
     let with = |front: &str, more: &[&str]| {
         let name = front.replace([':', '/'], "-");
-        let context = lab.context(&name, &[("Dockerfile", &*format!("# syntax={front}\nFROM busybox\nRUN true\n"))]);
+        let context = lab.context(
+            &name,
+            &[("Dockerfile", &*format!("# syntax={front}\nFROM busybox\nRUN true\n"))],
+        );
         shipway_integration::build(&lab, "app:1", &context, more)
     };
     let other = format!("{}/other:1", lab.registry());

@@ -1,5 +1,5 @@
-//! Random histories of builds: a project that changes step by step, built with whatever the cache holds by then, gives file by
-//! file what a build without any cache gives on an empty store.
+//! Random histories of builds: a project that changes step by step, built with whatever the cache
+//! holds by then, gives file by file what a build without any cache gives on an empty store.
 
 #![allow(clippy::unwrap_used)]
 
@@ -71,7 +71,10 @@ fn what_the_cache_gives_is_what_a_build_without_cache_gives() {
         failed += history.failed;
         seed += 1;
     }
-    println!("{builds} builds of {} histories from seed {first}; {failed} failed as they should", seed - first);
+    println!(
+        "{builds} builds of {} histories from seed {first}; {failed} failed as they should",
+        seed - first
+    );
     assert!(builds < 10 || failed * 2 < builds, "most builds fail: nothing is compared");
     remove_everything(&lab);
     nothing_left(&lab);
@@ -90,8 +93,11 @@ impl History {
             if self.builds > 0 {
                 self.disturb(lab);
                 for _ in 0..self.random.below(3) {
-                    let said =
-                        if self.random.chance(50) { self.context.change(&mut self.random) } else { self.recipe.change(&mut self.random) };
+                    let said = if self.random.chance(50) {
+                        self.context.change(&mut self.random)
+                    } else {
+                        self.recipe.change(&mut self.random)
+                    };
                     self.said.push(said);
                 }
             }
@@ -136,27 +142,37 @@ impl History {
 
     /// Cache options of the next build.
     fn caches(&mut self, lab: &Lab) -> Vec<String> {
-        let (local, registry) = (lab.dir().join("cache"), format!("{}/histories/cache:{}", lab.registry(), self.random.below(2)));
+        let (local, registry) = (
+            lab.dir().join("cache"),
+            format!("{}/histories/cache:{}", lab.registry(), self.random.below(2)),
+        );
         let mode = *self.random.pick(&["min", "max"]);
         let mut options = Vec::new();
         match self.random.below(5) {
-            0 => options.extend(["--cache-to".into(), format!("type=local,dest={},mode={mode}", local.display())]),
-            1 => options.extend(["--cache-to".into(), format!("type=registry,ref={registry},mode={mode}")]),
+            0 => options.extend([
+                "--cache-to".into(),
+                format!("type=local,dest={},mode={mode}", local.display()),
+            ]),
+            1 => options
+                .extend(["--cache-to".into(), format!("type=registry,ref={registry},mode={mode}")]),
             _ => {}
         }
         match self.random.below(5) {
             // One that is missing is no failure.
-            0 => options.extend(["--cache-from".into(), format!("type=local,src={}", local.display())]),
+            0 => options
+                .extend(["--cache-from".into(), format!("type=local,src={}", local.display())]),
             1 => options.extend(["--cache-from".into(), format!("type=registry,ref={registry}")]),
             _ => {}
         }
         options
     }
 
-    /// Builds here with what is cached, sometimes beside an older form of the project, and without cache elsewhere.
+    /// Builds here with what is cached, sometimes beside an older form of the project, and without
+    /// cache elsewhere.
     #[track_caller]
     fn compare(&mut self, lab: &Lab, fresh: &Lab) {
-        let (here, there, other) = (lab.dir().join("project"), lab.dir().join("reference"), lab.dir().join("other"));
+        let (here, there, other) =
+            (lab.dir().join("project"), lab.dir().join("reference"), lab.dir().join("other"));
         for dir in [&here, &there] {
             self.context.write(dir);
             fs::write(dir.join("Dockerfile"), self.recipe.text()).unwrap();
@@ -173,8 +189,16 @@ impl History {
             context.write(&other);
             fs::write(other.join("Dockerfile"), recipe.text()).unwrap();
             let mut command = lab.shipway_command();
-            command.args(["build", "--progress", "plain", "--output", "type=cacheonly"]).args(recipe.arguments()).arg(&other);
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+            command
+                .args(["build", "--progress", "plain", "--output", "type=cacheonly"])
+                .args(recipe.arguments())
+                .arg(&other);
+            command
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap()
         });
         let (cached, said_here) = self.build(lab, &here, &caches);
         if let Some(mut beside) = beside {
@@ -203,12 +227,24 @@ impl History {
         let _ = fs::remove_file(&tar);
         let output = format!("type=tar,dest={}", tar.display());
         let mut command = lab.shipway_command();
-        command.args(["build", "--progress", "plain", "--output", &output]).args(self.recipe.arguments()).args(more).arg(project);
+        command
+            .args(["build", "--progress", "plain", "--output", &output])
+            .args(self.recipe.arguments())
+            .args(more)
+            .arg(project);
         let Finished { code, stdout, stderr, .. } = run(&mut command);
         let said = format!("{stdout}{stderr}");
         let outcome = if code == Some(0) { Outcome::Files(read(&tar)) } else { Outcome::Failed };
-        // Only what a Dockerfile may ask for in vain is a failure that counts; anything else is found here.
-        let expected = ["not found", "no such file", "not a directory", "is a directory", "non-directory", "failed to calculate checksum"];
+        // Only what a Dockerfile may ask for in vain is a failure that counts; anything else is
+        // found here.
+        let expected = [
+            "not found",
+            "no such file",
+            "not a directory",
+            "is a directory",
+            "non-directory",
+            "failed to calculate checksum",
+        ];
         assert!(
             outcome != Outcome::Failed || expected.iter().any(|e| said.to_lowercase().contains(e)),
             "seed {}: the build failed for a reason of its own\n--- history\n{}\n--- Dockerfile\n{}\n---\n{said}",
@@ -262,5 +298,9 @@ fn difference(cached: &Outcome, clean: &Outcome) -> String {
     };
     let paths: std::collections::BTreeSet<_> = cached.keys().chain(clean.keys()).collect();
     let unlike = paths.into_iter().filter(|p| cached.get(*p) != clean.get(*p)).take(5);
-    unlike.map(|p| format!("\n{}: {:?} cached, {:?} without", p.display(), cached.get(p), clean.get(p))).collect()
+    unlike
+        .map(|p| {
+            format!("\n{}: {:?} cached, {:?} without", p.display(), cached.get(p), clean.get(p))
+        })
+        .collect()
 }

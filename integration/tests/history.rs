@@ -1,4 +1,5 @@
-//! What is remembered of builds, and what of containerd the daemon's socket shows: bounded, whole after a restart, and nobody else's.
+//! What is remembered of builds, and what of containerd the daemon's socket shows: bounded, whole
+//! after a restart, and nobody else's.
 
 #![allow(clippy::unwrap_used)]
 
@@ -15,13 +16,22 @@ use tonic::{Code, transport::Channel};
 /// Runs `work` with a connection to the lab's daemon.
 fn connected<T, F: Future<Output = T>>(lab: &Lab, work: impl FnOnce(Channel) -> F) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async { work(shipway_grpc::dial(&lab.daemon_address().parse().unwrap(), None).await.unwrap()).await })
+    runtime.block_on(async {
+        work(shipway_grpc::dial(&lab.daemon_address().parse().unwrap(), None).await.unwrap()).await
+    })
 }
 
-async fn history(channel: Channel, filter: &[&str]) -> Result<Vec<api::BuildHistoryRecord>, tonic::Status> {
+async fn history(
+    channel: Channel,
+    filter: &[&str],
+) -> Result<Vec<api::BuildHistoryRecord>, tonic::Status> {
     let filter = filter.iter().map(|f| (*f).to_owned()).collect();
     let request = api::BuildHistoryRequest { early_exit: true, filter, ..Default::default() };
-    let mut events = ControlClient::new(channel).max_decoding_message_size(MAX_MESSAGE).listen_build_history(request).await?.into_inner();
+    let mut events = ControlClient::new(channel)
+        .max_decoding_message_size(MAX_MESSAGE)
+        .listen_build_history(request)
+        .await?
+        .into_inner();
     let mut all = Vec::new();
     while let Some(event) = events.message().await? {
         all.extend(event.record);
@@ -44,7 +54,11 @@ fn huge_options_neither_fill_the_memory_nor_lose_their_builds() {
                 ..Default::default()
             };
             // It has no session, so it fails; what counts is what is remembered of it.
-            ControlClient::new(channel).max_encoding_message_size(MAX_MESSAGE).solve(request).await.unwrap_err();
+            ControlClient::new(channel)
+                .max_encoding_message_size(MAX_MESSAGE)
+                .solve(request)
+                .await
+                .unwrap_err();
         });
     };
     solve(&lab, 0);
@@ -57,7 +71,8 @@ fn huge_options_neither_fill_the_memory_nor_lose_their_builds() {
     lab.start_daemon();
     let records = connected(&lab, async |channel| history(channel, &[]).await).unwrap();
     assert_eq!(records.len(), BUILDS);
-    assert!(records.iter().all(|r| r.frontend_attrs["target"] == "x" && r.frontend_attrs["build-arg:large"].len() < 1 << 20));
+    assert!(records.iter().all(|r| r.frontend_attrs["target"] == "x"
+        && r.frontend_attrs["build-arg:large"].len() < 1 << 20));
     let idle = lab.daemon().memory();
     assert!(idle < before + 4 * LARGE as u64, "the history takes {} MiB", (idle - before) >> 20);
 
@@ -75,7 +90,8 @@ fn internal_builds_are_not_remembered() {
     let solve = |id: &str, internal: bool| {
         connected(&lab, async |channel| {
             let definition = Some(Default::default());
-            let request = api::SolveRequest { r#ref: id.into(), definition, internal, ..Default::default() };
+            let request =
+                api::SolveRequest { r#ref: id.into(), definition, internal, ..Default::default() };
             ControlClient::new(channel).solve(request).await.unwrap();
         });
     };
@@ -97,10 +113,20 @@ fn images_of_others_in_the_namespace_cannot_be_read() {
     let read = |digest: &str| {
         connected(&lab, async |channel| {
             let mut client = ContentClient::new(channel);
-            let info = client.info(content::InfoRequest { digest: digest.to_owned() }).await.map(drop);
-            let read = client.read(content::ReadContentRequest { digest: digest.to_owned(), ..Default::default() }).await;
+            let info =
+                client.info(content::InfoRequest { digest: digest.to_owned() }).await.map(drop);
+            let read = client
+                .read(content::ReadContentRequest {
+                    digest: digest.to_owned(),
+                    ..Default::default()
+                })
+                .await;
             let read = match read {
-                Ok(stream) => stream.into_inner().message().await.map(|m| m.is_some_and(|m| !m.data.is_empty())),
+                Ok(stream) => stream
+                    .into_inner()
+                    .message()
+                    .await
+                    .map(|m| m.is_some_and(|m| !m.data.is_empty())),
                 Err(status) => Err(status),
             };
             let code = |s: tonic::Status| s.code();
@@ -108,7 +134,11 @@ fn images_of_others_in_the_namespace_cannot_be_read() {
         })
     };
     let listed = connected(&lab, async |channel| {
-        let mut stream = ContentClient::new(channel).list(content::ListContentRequest::default()).await.unwrap().into_inner();
+        let mut stream = ContentClient::new(channel)
+            .list(content::ListContentRequest::default())
+            .await
+            .unwrap()
+            .into_inner();
         let mut digests = Vec::new();
         while let Some(part) = stream.message().await.unwrap() {
             digests.extend(part.info.into_iter().map(|i| i.digest));
@@ -116,11 +146,16 @@ fn images_of_others_in_the_namespace_cannot_be_read() {
         digests
     });
     let config = |image: &Image| image.manifest["config"]["digest"].as_str().unwrap().to_owned();
-    for digest in [theirs.target.clone(), theirs.digest.clone(), config(&theirs)].iter().chain(&theirs.layers()) {
+    for digest in [theirs.target.clone(), theirs.digest.clone(), config(&theirs)]
+        .iter()
+        .chain(&theirs.layers())
+    {
         assert_eq!(read(digest), (Err(Code::NotFound), Err(Code::NotFound)), "{digest}");
         assert!(!listed.contains(digest), "{digest}");
     }
-    for digest in [ours.target.clone(), ours.digest.clone(), config(&ours)].iter().chain(&ours.layers()) {
+    for digest in
+        [ours.target.clone(), ours.digest.clone(), config(&ours)].iter().chain(&ours.layers())
+    {
         assert_eq!(read(digest), (Ok(()), Ok(true)), "{digest}");
         assert!(listed.contains(digest), "{digest}");
     }

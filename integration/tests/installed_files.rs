@@ -1,21 +1,32 @@
-//! What an administrator installs is right: the sample configuration is understood by the daemon, with every key it only
-//! mentions too, and systemd accepts the units.
+//! What an administrator installs is right: the sample configuration is understood by the daemon,
+//! with every key it only mentions too, and systemd accepts the units.
 
 #![allow(clippy::unwrap_used)]
 
 use shipway_testkit::{built, run, which, workspace};
 use std::{fs, process::Command};
 
-const UNITS: &[&str] = &["shipwayd.service", "shipwayd.socket", "shipway-snapshotter.service", "shipway-snapshotter.socket"];
+const UNITS: &[&str] = &[
+    "shipwayd.service",
+    "shipwayd.socket",
+    "shipway-snapshotter.service",
+    "shipway-snapshotter.socket",
+];
 
-/// How far the daemon comes with this configuration: past it, it looks for containerd and finds none.
+/// How far the daemon comes with this configuration: past it, it looks for containerd and finds
+/// none.
 #[track_caller]
 fn understood(text: &str) {
     let dir = tempfile::tempdir().unwrap();
     let config = dir.path().join("shipwayd.toml");
     fs::write(&config, text).unwrap();
     let mut daemon = Command::new(built("shipwayd"));
-    daemon.arg("--config").arg(&config).arg("--root").arg(dir.path()).args(["--containerd-worker-addr", "/nonexistent/containerd.sock"]);
+    daemon
+        .arg("--config")
+        .arg(&config)
+        .arg("--root")
+        .arg(dir.path())
+        .args(["--containerd-worker-addr", "/nonexistent/containerd.sock"]);
     daemon.arg("--addr").arg(format!("unix://{}/d.sock", dir.path().display()));
     let done = run(&mut daemon).failed();
     assert!(done.stderr.contains("connect to containerd"), "{}\n{text}", done.stderr);
@@ -47,15 +58,28 @@ fn an_unknown_key_stops_the_daemon_and_names_the_nearest() {
     }
 }
 
-/// Drivers of builders tell daemons by the words of this line: program, package, version, revision (row `fl.version`).
+/// Drivers of builders tell daemons by the words of this line: program, package, version, revision
+/// (row `fl.version`).
 #[test]
 fn the_version_of_buildkitd_has_four_words() {
     use std::os::unix::process::CommandExt as _;
-    let version = run(Command::new(built("shipwayd")).arg0("/usr/bin/buildkitd").arg("--version")).ok().stdout;
+    let version = run(Command::new(built("shipwayd")).arg0("/usr/bin/buildkitd").arg("--version"))
+        .ok()
+        .stdout;
     let words: Vec<&str> = version.split_whitespace().collect();
     let [program, _, number, _] = words[..] else { panic!("{version}") };
-    let parts: Vec<Option<u32>> = number.trim_start_matches('v').splitn(3, '.').map(|p| p.split('-').next()?.parse().ok()).collect();
-    assert!(program == "buildkitd" && number.starts_with('v') && parts.len() == 3 && parts.iter().all(Option::is_some), "{version}");
+    let parts: Vec<Option<u32>> = number
+        .trim_start_matches('v')
+        .splitn(3, '.')
+        .map(|p| p.split('-').next()?.parse().ok())
+        .collect();
+    assert!(
+        program == "buildkitd"
+            && number.starts_with('v')
+            && parts.len() == 3
+            && parts.iter().all(Option::is_some),
+        "{version}"
+    );
     let help = run(Command::new(built("shipwayd")).arg("--help")).ok().stdout;
     assert!(help.contains("--config") && help.contains("--addr"), "{help}");
 }
@@ -72,7 +96,8 @@ fn systemd_accepts_the_units() {
     for unit in UNITS {
         let mut text = read_unit(unit);
         for program in ["shipwayd", "shipway-snapshotter"] {
-            text = text.replace(&format!("/usr/local/bin/{program}"), built(program).to_str().unwrap());
+            text = text
+                .replace(&format!("/usr/local/bin/{program}"), built(program).to_str().unwrap());
         }
         fs::write(dir.path().join(unit), text).unwrap();
     }
@@ -90,7 +115,10 @@ fn read_unit(name: &str) -> String {
     let text = fs::read_to_string(workspace().join("systemd").join(name)).unwrap();
     for line in text.lines().filter(|l| !l.is_empty() && !l.starts_with('#')) {
         let section = line.starts_with('[') && line.ends_with(']');
-        assert!(section || line.split_once('=').is_some_and(|(k, v)| !k.is_empty() && !v.is_empty()), "{name}: {line}");
+        assert!(
+            section || line.split_once('=').is_some_and(|(k, v)| !k.is_empty() && !v.is_empty()),
+            "{name}: {line}"
+        );
     }
     text
 }

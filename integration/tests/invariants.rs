@@ -1,11 +1,15 @@
-//! What is absent: a second copy of a layer, an image that is not whole, a registry where none is needed, other people's
-//! labels lost, anything left after a prune.
+//! What is absent: a second copy of a layer, an image that is not whole, a registry where none is
+//! needed, other people's labels lost, anything left after a prune.
 
-use shipway_integration::{Image, build, build_text, collect_garbage, ctr_run, nothing_left, on_each, remove_everything, snapshots};
+use shipway_integration::{
+    Image, build, build_text, collect_garbage, ctr_run, nothing_left, on_each, remove_everything,
+    snapshots,
+};
 use shipway_testkit::Lab;
 use std::collections::BTreeSet;
 
-const THREE_LAYERS: &str = "FROM busybox\nRUN echo one > /one\nCOPY Dockerfile /two\nRUN echo three > /three\n";
+const THREE_LAYERS: &str =
+    "FROM busybox\nRUN echo one > /one\nCOPY Dockerfile /two\nRUN echo three > /three\n";
 
 #[test]
 fn a_steps_snapshot_is_committed_as_its_chain_id_and_there_is_no_other() {
@@ -15,11 +19,15 @@ fn a_steps_snapshot_is_committed_as_its_chain_id_and_there_is_no_other() {
         let image = Image::of(&lab, "docker.io/library/layers:1");
         let chain: BTreeSet<String> = image.chain().into_iter().collect();
         assert_eq!(chain.len(), 4, "{chain:?}");
-        // Of local files (Dockerfile, ignore file, context) there may be snapshots without a parent; of the image none but its chain.
+        // Of local files (Dockerfile, ignore file, context) there may be snapshots without a
+        // parent; of the image none but its chain.
         let all = snapshots(&lab);
         let names: BTreeSet<String> = all.iter().map(|(name, _)| name.clone()).collect();
         assert!(chain.is_subset(&names), "chain {chain:#?}\nis not in {all:#?}");
-        let others: Vec<_> = all.iter().filter(|(name, parent)| !chain.contains(name) && !parent.is_empty()).collect();
+        let others: Vec<_> = all
+            .iter()
+            .filter(|(name, parent)| !chain.contains(name) && !parent.is_empty())
+            .collect();
         assert!(others.is_empty(), "snapshots besides the image's own: {others:#?}");
         assert!(all.len() <= chain.len() + 3, "{all:#?}");
     });
@@ -45,7 +53,10 @@ fn a_synchronous_collection_right_after_a_build_takes_nothing() {
         for id in after.chain() {
             assert!(names.contains(&id), "snapshot {id} is gone: {names:?}");
         }
-        assert_eq!(ctr_run(&lab, "docker.io/library/whole:1", &["cat", "/one", "/three"]).ok().stdout, "one\nthree\n");
+        assert_eq!(
+            ctr_run(&lab, "docker.io/library/whole:1", &["cat", "/one", "/three"]).ok().stdout,
+            "one\nthree\n"
+        );
         // containerd's own opinion.
         let check = lab.ctr(["images", "check", "name==docker.io/library/whole:1"]).ok();
         assert!(check.stdout.contains("complete"), "{}", check.stdout);
@@ -56,11 +67,11 @@ fn a_synchronous_collection_right_after_a_build_takes_nothing() {
 fn other_programs_labels_on_the_record_survive_a_rebuild() {
     on_each(|flavour| {
         let lab = Lab::complete(flavour);
-        build_text(&lab, "labelled:1", "FROM busybox\nRUN echo one > /x\n").ok();
-        let name = "docker.io/library/labelled:1";
+        build_text(&lab, "labeled:1", "FROM busybox\nRUN echo one > /x\n").ok();
+        let name = "docker.io/library/labeled:1";
         let first = Image::of(&lab, name).target;
         lab.ctr(["images", "label", name, "io.cri-containerd.pinned=pinned"]).ok();
-        build_text(&lab, "labelled:1", "FROM busybox\nRUN echo two > /x\n").ok();
+        build_text(&lab, "labeled:1", "FROM busybox\nRUN echo two > /x\n").ok();
         assert_ne!(Image::of(&lab, name).target, first);
         let list = lab.ctr(["images", "list", &format!("name=={name}")]).ok();
         assert!(list.stdout.contains("io.cri-containerd.pinned=pinned"), "{}", list.stdout);
@@ -77,7 +88,10 @@ fn an_image_built_from_a_local_image_needs_no_registry() {
         assert!(lab.stop_daemon(), "the daemon had to be killed");
         lab.start_daemon();
         build_text(&lab, "child:1", "FROM base.invalid/mine:1\nRUN cat /local > /copy\n").ok();
-        assert_eq!(ctr_run(&lab, "docker.io/library/child:1", &["cat", "/copy"]).ok().stdout, "local\n");
+        assert_eq!(
+            ctr_run(&lab, "docker.io/library/child:1", &["cat", "/copy"]).ok().stdout,
+            "local\n"
+        );
     });
 }
 

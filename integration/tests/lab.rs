@@ -15,7 +15,9 @@ fn a_made_image_is_pulled_and_run_and_removed_by_containerd_alone() {
         let image = format!("{}/library/busybox:latest", lab.registry());
         lab.ctr(["images", "pull", "--plain-http", &image]).ok();
         assert_eq!(
-            ctr_run(&lab, &image, &["sh", "-c", "echo $((6*7)); id -un; ls -ld /tmp | cut -c1-10"]).ok().stdout,
+            ctr_run(&lab, &image, &["sh", "-c", "echo $((6*7)); id -un; ls -ld /tmp | cut -c1-10"])
+                .ok()
+                .stdout,
             "42\nroot\ndrwxrwxrwt\n"
         );
         assert!(!lab.leftovers().is_empty());
@@ -32,7 +34,8 @@ fn a_faulty_registry_passes_on_what_is_not_meant() {
     BaseImage::busybox().push(&lab.registry(), "base", "1");
     let good = FaultyRegistry::start(&lab.registry(), "/nothing/", RegistryFault::Hang);
     lab.ctr(["images", "pull", "--plain-http", &format!("{}/base:1", good.address())]).ok();
-    let bad = FaultyRegistry::start(&lab.registry(), "/manifests/", RegistryFault::Status(500, "oh no"));
+    let bad =
+        FaultyRegistry::start(&lab.registry(), "/manifests/", RegistryFault::Status(500, "oh no"));
     lab.ctr(["images", "pull", "--plain-http", &format!("{}/base:1", bad.address())]).failed();
 }
 
@@ -49,7 +52,13 @@ fn a_dropped_lab_leaves_no_process_and_no_directory() {
     drop(lab);
     assert!(!dir.exists());
     let below = dir.to_string_lossy().into_owned();
-    let all = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|e| std::fs::read(e.path().join("cmdline")).ok());
-    let ours: Vec<_> = all.map(|c| String::from_utf8_lossy(&c).replace('\0', " ")).filter(|c| c.contains(&below)).collect();
+    let all = std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|e| std::fs::read(e.path().join("cmdline")).ok());
+    let ours: Vec<_> = all
+        .map(|c| String::from_utf8_lossy(&c).replace('\0', " "))
+        .filter(|c| c.contains(&below))
+        .collect();
     assert!(ours.is_empty(), "{ours:#?}");
 }

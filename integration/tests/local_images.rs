@@ -12,7 +12,10 @@ fn base(word: &str) -> BaseImage {
 }
 
 fn word(lab: &Lab, tag: &str) -> String {
-    Image::of(lab, &format!("docker.io/library/{tag}")).config["config"]["Labels"]["word"].as_str().unwrap().to_owned()
+    Image::of(lab, &format!("docker.io/library/{tag}")).config["config"]["Labels"]["word"]
+        .as_str()
+        .unwrap()
+        .to_owned()
 }
 
 #[test]
@@ -66,11 +69,16 @@ fn a_name_that_cri_manages_is_not_taken() {
         let before = target(&pause);
         let failed = build_text(&lab, &pause, text).failed();
         for says in [pause.as_str(), "managed by Kubernetes", "replaceManagedImages"] {
-            assert!(failed.all().contains(says), "the error does not say {says:?}:\n{}", failed.all());
+            assert!(
+                failed.all().contains(says),
+                "the error does not say {says:?}:\n{}",
+                failed.all()
+            );
         }
         assert_eq!(target(&pause), before);
 
-        // What was built here is ours to build again, though CRI marks every image of its namespace.
+        // What was built here is ours to build again, though CRI marks every image of its
+        // namespace.
         build_text(&lab, &own, text).ok();
         lab.ctr(["images", "label", &own, "io.cri-containerd.image=managed"]).ok();
         let first = target(&own);

@@ -1,4 +1,5 @@
-//! What the daemon mounts for itself: images can hold set-id programs and devices, and whoever reaches such a mount must have nothing of them.
+//! What the daemon mounts for itself: images can hold set-id programs and devices, and whoever
+//! reaches such a mount must have nothing of them.
 
 #![allow(clippy::unwrap_used)]
 
@@ -14,7 +15,10 @@ fn mounts(lab: &Lab) -> BTreeSet<(String, String)> {
     let below = format!("{}/", lab.dir().join("shipwayd/refs").display());
     let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     let fields = table.lines().map(|l| l.split(' ').collect::<Vec<_>>());
-    fields.filter(|f| f[4].starts_with(&below)).map(|f| (f[4].to_owned(), f[5].to_owned())).collect()
+    fields
+        .filter(|f| f[4].starts_with(&below))
+        .map(|f| (f[4].to_owned(), f[5].to_owned()))
+        .collect()
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! An unmodified `nerdctl`, where it is: it finds that the daemon shares its image store, builds without a load step through
-//! our `buildctl`, and runs the result.
+//! An unmodified `nerdctl`, where it is: it finds that the daemon shares its image store, builds
+//! without a load step through our `buildctl`, and runs the result.
 
 #![allow(clippy::unwrap_used)]
 
@@ -21,11 +21,29 @@ fn nerdctl_builds_and_runs() {
     let nerdctl = |arguments: &[&str]| {
         let mut command = Command::new(&nerdctl);
         command.env("PATH", &path).env("BUILDKIT_HOST", lab.daemon_address());
-        command.args(["--address", lab.containerd_socket().to_str().unwrap(), "--data-root", lab.dir().join("nerdctl").to_str().unwrap()]);
+        command.args([
+            "--address",
+            lab.containerd_socket().to_str().unwrap(),
+            "--data-root",
+            lab.dir().join("nerdctl").to_str().unwrap(),
+        ]);
         run(command.args(arguments))
     };
-    let context = lab.context("nerd", &[("Dockerfile", "FROM busybox\nRUN echo by nerdctl > /n\nCMD [\"cat\", \"/n\"]\n")]);
-    let built = nerdctl(&["build", "--progress", "plain", "-t", "nerd:1", "-t", "nerd:2", context.to_str().unwrap()]).ok();
+    let context = lab.context(
+        "nerd",
+        &[("Dockerfile", "FROM busybox\nRUN echo by nerdctl > /n\nCMD [\"cat\", \"/n\"]\n")],
+    );
+    let built = nerdctl(&[
+        "build",
+        "--progress",
+        "plain",
+        "-t",
+        "nerd:1",
+        "-t",
+        "nerd:2",
+        context.to_str().unwrap(),
+    ])
+    .ok();
     assert!(!built.all().contains("Loaded image"), "there was a load step:\n{}", built.all());
     for tag in ["nerd:1", "nerd:2"] {
         assert_eq!(nerdctl(&["run", "--rm", "--net", "none", tag]).ok().stdout, "by nerdctl\n");

@@ -25,14 +25,23 @@ impl Drop for Bridge {
 
 /// A lab whose steps are on a bridge of their own; with it the directory of the addresses in use.
 fn lab_on_a_bridge() -> (Lab, PathBuf) {
-    let bin = PLUG_INS.iter().find(|d| Path::new(d).join("bridge").exists()).expect("no CNI plug-ins; `cargo xtask test` installs them");
+    let bin = PLUG_INS
+        .iter()
+        .find(|d| Path::new(d).join("bridge").exists())
+        .expect("no CNI plug-ins; `cargo xtask test` installs them");
     let mut lab = Lab::on(any());
     let (config, addresses) = (lab.dir().join("cni.json"), lab.dir().join("addresses"));
-    let subnet = format!("10.{}.{}.0/24", 100 + std::process::id() / 256 % 100, std::process::id() % 256);
-    let ipam =
-        format!(r#"{{"type":"host-local","dataDir":"{}","subnet":"{subnet}","routes":[{{"dst":"0.0.0.0/0"}}]}}"#, addresses.display());
-    let bridge = format!(r#"{{"type":"bridge","bridge":"{}","isGateway":true,"ipam":{ipam}}}"#, link());
-    let plug_ins = format!(r#"{{"cniVersion":"1.0.0","name":"swt","plugins":[{{"type":"loopback"}},{bridge}]}}"#);
+    let subnet =
+        format!("10.{}.{}.0/24", 100 + std::process::id() / 256 % 100, std::process::id() % 256);
+    let ipam = format!(
+        r#"{{"type":"host-local","dataDir":"{}","subnet":"{subnet}","routes":[{{"dst":"0.0.0.0/0"}}]}}"#,
+        addresses.display()
+    );
+    let bridge =
+        format!(r#"{{"type":"bridge","bridge":"{}","isGateway":true,"ipam":{ipam}}}"#, link());
+    let plug_ins = format!(
+        r#"{{"cniVersion":"1.0.0","name":"swt","plugins":[{{"type":"loopback"}},{bridge}]}}"#
+    );
     std::fs::write(&config, plug_ins).unwrap();
     let config = config.display();
     lab.configure_worker(&format!("networkMode = \"cni\"\ncniConfigPath = \"{config}\"\ncniBinaryPath = \"{bin}\"\ncniPoolSize = 2\n"));
@@ -43,7 +52,11 @@ fn lab_on_a_bridge() -> (Lab, PathBuf) {
 }
 
 fn in_use(addresses: &Path) -> usize {
-    let names = std::fs::read_dir(addresses.join("swt")).into_iter().flatten().flatten().map(|e| e.file_name());
+    let names = std::fs::read_dir(addresses.join("swt"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.file_name());
     names.filter(|n| n.to_string_lossy().starts_with("10.")).count()
 }
 
@@ -62,7 +75,8 @@ fn steps_have_an_address_each_and_nothing_stays() {
     assert!(address.starts_with("inet 10."), "{address}");
     // Clean namespaces wait for the next step, within the pool's size.
     assert!((1..=2).contains(&in_use(&addresses)), "{} addresses", in_use(&addresses));
-    let failed = build_text(&lab, "net:2", "FROM busybox\nRUN ping -c 1 -w 1 203.0.113.1\n").failed();
+    let failed =
+        build_text(&lab, "net:2", "FROM busybox\nRUN ping -c 1 -w 1 203.0.113.1\n").failed();
     assert!(failed.all().contains("exit code: 1"), "{}", failed.all());
 
     // A killed daemon's successor takes back what it had.
@@ -84,17 +98,35 @@ fn a_proxied_step_goes_out_from_the_network_that_it_would_have_had() {
     lab.daemon_flag("--proxy-network");
     lab.start_daemon();
     // Its address on the bridge is known once the first step has made the bridge.
-    build_text(&lab, "proxied:1", "FROM busybox\nRUN true\nRUN --network=none test -z \"$HTTP_PROXY\"\n").ok();
-    let told = run(std::process::Command::new("ip").args(["-4", "-o", "addr", "show", "dev", &link()])).ok().stdout;
-    let gateway = told.split_whitespace().find(|w| w.starts_with("10.")).unwrap().split('/').next().unwrap().to_owned();
+    build_text(
+        &lab,
+        "proxied:1",
+        "FROM busybox\nRUN true\nRUN --network=none test -z \"$HTTP_PROXY\"\n",
+    )
+    .ok();
+    let told =
+        run(std::process::Command::new("ip").args(["-4", "-o", "addr", "show", "dev", &link()]))
+            .ok()
+            .stdout;
+    let gateway = told
+        .split_whitespace()
+        .find(|w| w.starts_with("10."))
+        .unwrap()
+        .split('/')
+        .next()
+        .unwrap()
+        .to_owned();
     let listener = std::net::TcpListener::bind((gateway.as_str(), 0)).unwrap();
     let loopback = std::net::TcpListener::bind(("127.0.0.2", 0)).unwrap();
-    let (port, hidden) = (listener.local_addr().unwrap().port(), loopback.local_addr().unwrap().port());
+    let (port, hidden) =
+        (listener.local_addr().unwrap().port(), loopback.local_addr().unwrap().port());
     let peers = std::thread::spawn(move || {
         use std::io::{Read as _, Write as _};
         let (mut stream, peer) = listener.accept().unwrap();
         let _ = stream.read(&mut [0; 4096]);
-        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nyes").unwrap();
+        stream
+            .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nyes")
+            .unwrap();
         peer.ip().to_string()
     });
     let text = format!(
@@ -104,16 +136,24 @@ fn a_proxied_step_goes_out_from_the_network_that_it_would_have_had() {
     let built = build_text(&lab, "proxied:2", &text).ok();
     let peer = peers.join().unwrap();
     assert!(peer.starts_with("10.") && peer != gateway, "the proxy went out from {peer}");
-    assert!(built.all().contains(&format!("- GET http://127.0.0.2:{hidden}/ -> 502")), "{}", built.all());
+    assert!(
+        built.all().contains(&format!("- GET http://127.0.0.2:{hidden}/ -> 502")),
+        "{}",
+        built.all()
+    );
     assert!(lab.stop_daemon(), "the daemon had to be killed");
     assert_eq!(in_use(&addresses), 0);
 }
 
 #[test]
 fn a_bridge_of_the_daemons_own_comes_and_goes_with_it() {
-    let bin = PLUG_INS.iter().find(|d| Path::new(d).join("bridge").exists()).expect("no CNI plug-ins; `cargo xtask test` installs them");
+    let bin = PLUG_INS
+        .iter()
+        .find(|d| Path::new(d).join("bridge").exists())
+        .expect("no CNI plug-ins; `cargo xtask test` installs them");
     let name = format!("swo{}", std::process::id() % 100_000);
-    let subnet = format!("10.{}.{}.0/24", 200 + std::process::id() / 256 % 50, std::process::id() % 256);
+    let subnet =
+        format!("10.{}.{}.0/24", 200 + std::process::id() / 256 % 50, std::process::id() % 256);
     let mut lab = Lab::on(any());
     lab.configure_worker(&format!(
         "networkMode = \"bridge\"\nbridgeName = \"{name}\"\nbridgeSubnet = \"{subnet}\"\ncniBinaryPath = \"{bin}\"\n"
@@ -124,7 +164,9 @@ fn a_bridge_of_the_daemons_own_comes_and_goes_with_it() {
     let workers = lab.shipway(["workers", "--verbose"]).ok().all();
     assert!(workers.contains("worker.network") && workers.contains("cni"), "{workers}");
     let prefix = subnet.rsplit_once('.').unwrap().0.to_owned();
-    let text = format!("FROM busybox\nRUN ip -4 addr show eth0 | grep -q 'inet {prefix}' && ip route | grep -q ^default\n");
+    let text = format!(
+        "FROM busybox\nRUN ip -4 addr show eth0 | grep -q 'inet {prefix}' && ip route | grep -q ^default\n"
+    );
     build_text(&lab, "bridge:1", &text).ok();
     let link = Path::new("/sys/class/net").join(&name);
     assert!(link.join("bridge").exists());

@@ -1,4 +1,5 @@
-//! A power cut: what was not on the disk yet is gone, and nothing that is served afterwards is short.
+//! A power cut: what was not on the disk yet is gone, and nothing that is served afterwards is
+//! short.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,7 +20,9 @@ struct Disk {
 
 impl Disk {
     fn new() -> Self {
-        let disk = Self { dir: tempfile::Builder::new().prefix("shipway-cut").tempdir_in("/var/tmp").unwrap() };
+        let disk = Self {
+            dir: tempfile::Builder::new().prefix("shipway-cut").tempdir_in("/var/tmp").unwrap(),
+        };
         std::fs::File::create(disk.image()).unwrap().set_len(SIZE).unwrap();
         run(Command::new("mkfs.ext4").arg("-q").arg(disk.image())).ok();
         disk.mounted()
@@ -27,7 +30,9 @@ impl Disk {
 
     /// What is on the disk now, and not what the kernel would write to it later.
     fn cut(&self) -> Self {
-        let after = Self { dir: tempfile::Builder::new().prefix("shipway-cut").tempdir_in("/var/tmp").unwrap() };
+        let after = Self {
+            dir: tempfile::Builder::new().prefix("shipway-cut").tempdir_in("/var/tmp").unwrap(),
+        };
         run(Command::new("cp").arg("--sparse=always").arg(self.image()).arg(after.image())).ok();
         after.mounted()
     }
@@ -62,7 +67,10 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
             if entry.file_type().unwrap().is_dir() {
                 left.push(entry.path());
             } else {
-                found.insert(entry.path().strip_prefix(dir).unwrap().to_owned(), std::fs::read(entry.path()).unwrap());
+                found.insert(
+                    entry.path().strip_prefix(dir).unwrap().to_owned(),
+                    std::fs::read(entry.path()).unwrap(),
+                );
             }
         }
     }
@@ -79,11 +87,19 @@ fn after_a_power_cut_nothing_is_short() {
             std::fs::create_dir_all(&dir).unwrap();
             std::fs::write(dir.join(format!("f{n}")), format!("{n} ").repeat(2000)).unwrap();
         }
-        std::fs::write(context.join("Dockerfile"), "FROM scratch\nCOPY files /files\nCOPY files/d1 /again\n").unwrap();
+        std::fs::write(
+            context.join("Dockerfile"),
+            "FROM scratch\nCOPY files /files\nCOPY files/d1 /again\n",
+        )
+        .unwrap();
         let out = |name: &str| contexts.path().join(name);
         let output = |name: &str| format!("type=local,dest={}", out(name).display());
         let options = |disk: &Disk, boot: &str| {
-            let options = LabOptions { keep_in: Some(disk.place().join("lab")), boot: Some(boot.into()), ..LabOptions::new(flavour) };
+            let options = LabOptions {
+                keep_in: Some(disk.place().join("lab")),
+                boot: Some(boot.into()),
+                ..LabOptions::new(flavour)
+            };
             LabOptions { worker_config: "  snapshotter = \"overlayfs\"\n".into(), ..options }
         };
 
@@ -103,8 +119,18 @@ fn after_a_power_cut_nothing_is_short() {
         second.start_daemon();
         build(&second, "cut:1", &context, &["--output", &output("second")]).ok();
         let got = files(&out("second"));
-        let short: Vec<_> = want.iter().filter(|(name, text)| got.get(*name) != Some(text)).map(|(name, _)| name).collect();
-        assert!(short.is_empty(), "{} of {} files are wrong after the cut, such as {:?}", short.len(), want.len(), short[0]);
+        let short: Vec<_> = want
+            .iter()
+            .filter(|(name, text)| got.get(*name) != Some(text))
+            .map(|(name, _)| name)
+            .collect();
+        assert!(
+            short.is_empty(),
+            "{} of {} files are wrong after the cut, such as {:?}",
+            short.len(),
+            want.len(),
+            short[0]
+        );
         assert_eq!(got.len(), want.len());
         drop(second);
 
@@ -114,7 +140,12 @@ fn after_a_power_cut_nothing_is_short() {
         let mut third = Lab::start(options(&after, "three"));
         third.start_daemon();
         let cached = build(&third, "cut:1", &context, &["--output", &output("third")]).ok();
-        assert_eq!(cached.all().lines().filter(|l| l.ends_with("CACHED")).count(), 2, "{}", cached.all());
+        assert_eq!(
+            cached.all().lines().filter(|l| l.ends_with("CACHED")).count(),
+            2,
+            "{}",
+            cached.all()
+        );
         assert_eq!(files(&out("third")), want);
     });
 }

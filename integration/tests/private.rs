@@ -1,5 +1,5 @@
-//! What a build leaves on the host is for root alone: its sources, logs and secrets are nobody else's. And what is in an image does not depend
-//! on that.
+//! What a build leaves on the host is for root alone: its sources, logs and secrets are nobody
+//! else's. And what is in an image does not depend on that.
 
 #![allow(clippy::unwrap_used)]
 
@@ -40,19 +40,28 @@ fn other_users_of_the_host_see_nothing_of_a_build() {
         fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
     }
     let log = lab.dir().join("shipwayd.log").display().to_string();
-    assert!(seen_by_nobody(lab.dir()).contains(&log), "another user does not get as far as the lab");
+    assert!(
+        seen_by_nobody(lab.dir()).contains(&log),
+        "another user does not get as far as the lab"
+    );
     lab.start_daemon();
 
-    let files =
-        [("Dockerfile", "FROM busybox\nCOPY . /big/\nRUN mknod -m 666 /disk b 8 0 && find /big | wc -l\nCOPY --from=busybox / /all/\n")];
+    let files = [(
+        "Dockerfile",
+        "FROM busybox\nCOPY . /big/\nRUN mknod -m 666 /disk b 8 0 && find /big | wc -l\nCOPY --from=busybox / /all/\n",
+    )];
     let context = lab.context("private", &files);
     let data: Vec<u8> = (0..256_u32 * 1024).flat_map(u32::to_le_bytes).collect();
     for i in 0..64 {
         fs::write(context.join(format!("file-{i}")), &data).unwrap();
     }
     let mut client = lab.shipway_command();
-    let mut client =
-        client.args(["build", "--progress", "plain", "--tag", "private:1"]).arg(&context).stderr(Stdio::null()).spawn().unwrap();
+    let mut client = client
+        .args(["build", "--progress", "plain", "--tag", "private:1"])
+        .arg(&context)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     let mut looks = 0;
     let ended = loop {
         assert_eq!(seen_by_nobody(&root), [root.display().to_string()]);
@@ -65,10 +74,20 @@ fn other_users_of_the_host_see_nothing_of_a_build() {
     assert!(looks > 1, "the build was over before anybody looked");
 
     assert_eq!(seen_by_nobody(&root), [root.display().to_string()]);
-    let made = run(Command::new("find").arg(&root).args(["-xdev", "-perm", "/077", "-newer", &log.replace("shipwayd.log", "owner")])).ok();
+    let made = run(Command::new("find").arg(&root).args([
+        "-xdev",
+        "-perm",
+        "/077",
+        "-newer",
+        &log.replace("shipwayd.log", "owner"),
+    ]))
+    .ok();
     let open: Vec<&str> = made.stdout.lines().filter(|l| !l.contains("/refs/mnt/")).collect();
     assert!(open.is_empty(), "open to others but for the directory they are in: {open:#?}");
-    assert_eq!((mode(&root), mode(&root.join("history")), mode(&root.join("cache.redb"))), (0o700, 0o700, 0o600));
+    assert_eq!(
+        (mode(&root), mode(&root.join("history")), mode(&root.join("cache.redb"))),
+        (0o700, 0o700, 0o600)
+    );
     assert_eq!(mode(&lab.daemon_socket()), 0o660);
 }
 
@@ -82,9 +101,17 @@ fn what_is_in_an_image_has_the_usual_modes() {
     run(Command::new("sh").args(["-c", commit]).current_dir(&repo)).ok();
     let port = free_port();
     let mut daemon = Command::new("git");
-    daemon.args(["daemon", "--reuseaddr", "--export-all", "--listen=127.0.0.1"]).arg(format!("--port={port}"));
-    let _daemon = Process::start("git", daemon.arg(format!("--base-path={}", base.display())), &base.join("git.log"));
-    wait_for("git to listen", Duration::from_secs(20), || TcpStream::connect(("127.0.0.1", port)).map(drop).map_err(|e| e.to_string()));
+    daemon
+        .args(["daemon", "--reuseaddr", "--export-all", "--listen=127.0.0.1"])
+        .arg(format!("--port={port}"));
+    let _daemon = Process::start(
+        "git",
+        daemon.arg(format!("--base-path={}", base.display())),
+        &base.join("git.log"),
+    );
+    wait_for("git to listen", Duration::from_secs(20), || {
+        TcpStream::connect(("127.0.0.1", port)).map(drop).map_err(|e| e.to_string())
+    });
 
     let text = format!(
         "FROM busybox\n\
@@ -100,10 +127,14 @@ fn what_is_in_an_image_has_the_usual_modes() {
     );
     let context = lab.context("modes", &[("Dockerfile", &text), ("file", "x")]);
     build(&lab, "modes:1", &context, &[]).ok();
-    let modes = shipway_integration::ctr_run(&lab, "docker.io/library/modes:1", &["cat", "/modes"]).ok().stdout;
+    let modes = shipway_integration::ctr_run(&lab, "docker.io/library/modes:1", &["cat", "/modes"])
+        .ok()
+        .stdout;
     for line in modes.lines() {
         let (mode, path) = line.split_once(' ').unwrap();
-        let is_file = ["file", "plain/plain", "kept/plain", "HEAD", ".conf", "hosts"].iter().any(|f| path.ends_with(f));
+        let is_file = ["file", "plain/plain", "kept/plain", "HEAD", ".conf", "hosts"]
+            .iter()
+            .any(|f| path.ends_with(f));
         assert_eq!(mode, if is_file { "644" } else { "755" }, "{path}\n{modes}");
     }
     assert_eq!(modes.lines().count(), 19, "{modes}");

@@ -40,12 +40,18 @@ impl Server {
                 std::thread::spawn(move || {
                     let peer = stream.peer_addr().unwrap().ip();
                     let mut lines = BufReader::new(&stream).lines().map_while(Result::ok);
-                    let path = lines.next().and_then(|l| l.split(' ').nth(1).map(str::to_owned)).unwrap_or_default();
+                    let path = lines
+                        .next()
+                        .and_then(|l| l.split(' ').nth(1).map(str::to_owned))
+                        .unwrap_or_default();
                     while lines.next().is_some_and(|l| !l.is_empty()) {}
                     count.fetch_add(1, Ordering::SeqCst);
                     let (status, body) = answer(&path, peer);
                     if path != "/hang" {
-                        let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+                        let head = format!(
+                            "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                            body.len()
+                        );
                         let _ = (&stream).write_all(format!("{head}{body}").as_bytes());
                     } else {
                         // Until the other side gives up.
@@ -89,7 +95,19 @@ impl TlsServer {
         std::fs::create_dir_all(&files).unwrap();
         std::fs::write(files.join("file"), "this came by TLS\n").unwrap();
         run(Command::new("openssl")
-            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", "/CN=test"])
+            .args([
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:P-256",
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                "/CN=test",
+            ])
             .args(["-addext", "basicConstraints=critical,CA:FALSE"])
             .args(["-addext", &format!("subjectAltName=IP:{HOST}"), "-keyout"])
             .arg(&key)
@@ -145,9 +163,23 @@ impl Web {
             std::os::unix::fs::symlink(built("shipway"), &client).unwrap();
         }
         let mut command = Command::new(client);
-        command.args(["--addr", &self.lab.daemon_address(), "build", "--progress=plain", "--frontend=dockerfile.v0", "--proxy-network"]);
-        command.args(["--local", &format!("context={}", context.display()), "--local", &format!("dockerfile={}", context.display())]);
-        command.args(["--output", &format!("type=image,name=docker.io/library/{name}:1,unpack=true")]).args(more);
+        command.args([
+            "--addr",
+            &self.lab.daemon_address(),
+            "build",
+            "--progress=plain",
+            "--frontend=dockerfile.v0",
+            "--proxy-network",
+        ]);
+        command.args([
+            "--local",
+            &format!("context={}", context.display()),
+            "--local",
+            &format!("dockerfile={}", context.display()),
+        ]);
+        command
+            .args(["--output", &format!("type=image,name=docker.io/library/{name}:1,unpack=true")])
+            .args(more);
         command
     }
 
@@ -156,8 +188,14 @@ impl Web {
     }
 
     fn provenance(&self, name: &str) -> Value {
-        let index = blob(&self.lab, &Image::of(&self.lab, &format!("docker.io/library/{name}:1")).target);
-        let said = index["manifests"].as_array().unwrap().iter().find(|m| m["platform"]["os"] == "unknown").unwrap();
+        let index =
+            blob(&self.lab, &Image::of(&self.lab, &format!("docker.io/library/{name}:1")).target);
+        let said = index["manifests"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|m| m["platform"]["os"] == "unknown")
+            .unwrap();
         let manifest = blob(&self.lab, said["digest"].as_str().unwrap());
         blob(&self.lab, manifest["layers"][0]["digest"].as_str().unwrap())["predicate"].clone()
     }
@@ -166,7 +204,10 @@ impl Web {
 fn materials(predicate: &Value) -> Vec<(String, String)> {
     let all = predicate["buildDefinition"]["resolvedDependencies"].as_array().unwrap();
     let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
-    all.iter().map(|m| (text(&m["uri"]), text(&m["digest"]["sha256"]))).filter(|(uri, _)| uri.starts_with("http")).collect()
+    all.iter()
+        .map(|m| (text(&m["uri"]), text(&m["digest"]["sha256"])))
+        .filter(|(uri, _)| uri.starts_with("http"))
+        .collect()
 }
 
 const MAX: &[&str] = &["--opt", "attest:provenance=mode=max"];
@@ -202,17 +243,29 @@ fn steps_reach_the_outside_by_the_proxy_only_and_what_they_fetch_is_told() {
         assert_eq!(plain.asked(), 1, "a step went around the proxy");
         let name = "docker.io/library/fetched:1";
         let image = Image::of(&web.lab, name);
-        assert!(!image.config["config"].to_string().to_lowercase().contains("proxy"), "{}", image.config);
+        assert!(
+            !image.config["config"].to_string().to_lowercase().contains("proxy"),
+            "{}",
+            image.config
+        );
         // The first step's layer has its two files, the last one's the bundle as the step left it.
         let layers = image.layers();
         let of = |layer: &str, arguments: &[&str]| {
-            let ctr = format!("{} --address {} --namespace default", web.lab.ctr_path().display(), web.lab.containerd_socket().display());
-            let script = format!("{ctr} content get {layer} | gzip -dcf | tar {}", arguments.join(" "));
+            let ctr = format!(
+                "{} --address {} --namespace default",
+                web.lab.ctr_path().display(),
+                web.lab.containerd_socket().display()
+            );
+            let script =
+                format!("{ctr} content get {layer} | gzip -dcf | tar {}", arguments.join(" "));
             run(Command::new("sh").args(["-c", &script]).env("PATH", web.lab.path())).ok().stdout
         };
         let first = &layers[layers.len() - 4];
-        let names: Vec<String> =
-            of(first, &["-t"]).lines().map(|l| l.trim_end_matches('/').to_owned()).filter(|l| l != "." && !l.is_empty()).collect();
+        let names: Vec<String> = of(first, &["-t"])
+            .lines()
+            .map(|l| l.trim_end_matches('/').to_owned())
+            .filter(|l| l != "." && !l.is_empty())
+            .collect();
         assert_eq!(names, ["http", "https"], "{names:?}");
         assert_eq!(of(first, &["-xO", "https"]), "this came by TLS\n");
         for layer in &layers[layers.len() - 3..layers.len() - 1] {
@@ -226,20 +279,32 @@ fn steps_reach_the_outside_by_the_proxy_only_and_what_they_fetch_is_told() {
 
         let predicate = web.provenance("fetched");
         let digest = |text: &str| shipway_oci::Digest::of(text).hex();
-        assert_eq!(materials(&predicate), [(http.clone(), digest("this is /file\n")), (https.clone(), digest("this came by TLS\n"))]);
+        assert_eq!(
+            materials(&predicate),
+            [
+                (http.clone(), digest("this is /file\n")),
+                (https.clone(), digest("this came by TLS\n"))
+            ]
+        );
         let metadata = &predicate["runDetails"]["metadata"];
         assert_eq!(metadata["buildkit_metadata"]["network"]["mode"], "proxy", "{metadata}");
         assert_eq!(metadata["buildkit_hermetic"], Value::Null);
 
         // Without the proxy it is another step, which does not take the proxied one's result.
-        let context = web.lab.context("unproxied", &[("Dockerfile", &*format!("FROM web\nRUN curl -fsS {http} > /http\n"))]);
+        let context = web.lab.context(
+            "unproxied",
+            &[("Dockerfile", &*format!("FROM web\nRUN curl -fsS {http} > /http\n"))],
+        );
         web.build("again", &format!("FROM web\nRUN curl -fsS {http} > /http\n"), &[]).ok();
         let before = plain.asked();
         shipway_integration::build(&web.lab, "unproxied:1", &context, &[]).ok();
         assert_eq!(plain.asked(), before + 1);
         remove_everything(&web.lab);
         nothing_left(&web.lab);
-        assert_eq!(std::fs::read_dir(web.lab.dir().join("shipwayd/executor/netns")).unwrap().count(), 0);
+        assert_eq!(
+            std::fs::read_dir(web.lab.dir().join("shipwayd/executor/netns")).unwrap().count(),
+            0
+        );
     });
 }
 
@@ -252,9 +317,17 @@ fn the_source_policy_decides_on_what_steps_fetch() {
     let rules = serde_json::json!({ "rules": [rule("DENY", "/denied", ""), rule("CONVERT", "/old", "/new")] });
     std::fs::write(&policy, rules.to_string()).unwrap();
     let flag = format!("--source-policy-file={}", policy.display());
-    let text = format!("FROM web\nRUN ! curl -fsS {} && curl -fsS {} > /file\n", server.url("/denied"), server.url("/old"));
+    let text = format!(
+        "FROM web\nRUN ! curl -fsS {} && curl -fsS {} > /file\n",
+        server.url("/denied"),
+        server.url("/old")
+    );
     let built = web.build("judged", &text, &[&[&*flag], MAX].concat()).ok();
-    assert!(built.all().contains(&format!("- GET {} -> 403", server.url("/denied"))), "{}", built.all());
+    assert!(
+        built.all().contains(&format!("- GET {} -> 403", server.url("/denied"))),
+        "{}",
+        built.all()
+    );
     let predicate = web.provenance("judged");
     let digest = shipway_oci::Digest::of("this is /new\n").hex();
     assert_eq!(materials(&predicate), [(server.url("/new"), digest)]);
@@ -265,7 +338,11 @@ fn the_source_policy_decides_on_what_steps_fetch() {
     let text = format!("FROM web\nRUN curl -sS {} || true\n", server.url("/missing"));
     let strict = ["--opt", "attest:provenance=mode=max,complete-materials=true"];
     let refused = web.build("strict", &text, &strict).failed().all();
-    assert!(refused.contains("provenance materials are incomplete") && refused.contains(&server.url("/missing")), "{refused}");
+    assert!(
+        refused.contains("provenance materials are incomplete")
+            && refused.contains(&server.url("/missing")),
+        "{refused}"
+    );
     assert!(refused.contains("unsuccessful_response"), "{refused}");
     // What a cached step once fetched is not known any more, and nothing else is said.
     let text = format!("FROM web\nRUN curl -fsS {} > /kept\n", server.url("/kept"));
@@ -274,7 +351,8 @@ fn the_source_policy_decides_on_what_steps_fetch() {
     web.build("cached", &text, MAX).ok();
     let predicate = web.provenance("cached");
     assert_eq!(materials(&predicate), []);
-    let told = &predicate["runDetails"]["metadata"]["buildkit_metadata"]["network"]["proxy"]["incomplete"];
+    let told =
+        &predicate["runDetails"]["metadata"]["buildkit_metadata"]["network"]["proxy"]["incomplete"];
     assert_eq!(told[0]["reason"], "cached_result", "{predicate}");
 }
 
@@ -283,8 +361,11 @@ fn a_daemon_that_is_killed_while_a_step_fetches_leaves_nothing() {
     let mut web = web(Lab::on(any()));
     let server = Server::start();
     let text = format!("FROM web\nRUN curl -fsS {} > /file\n", server.url("/hang"));
-    let mut building = web.command("hang", &text, &[]).stderr(std::process::Stdio::null()).spawn().unwrap();
-    wait_for("the step to ask", Duration::from_secs(120), || if server.asked() > 0 { Ok(()) } else { Err("not yet".into()) });
+    let mut building =
+        web.command("hang", &text, &[]).stderr(std::process::Stdio::null()).spawn().unwrap();
+    wait_for("the step to ask", Duration::from_secs(120), || {
+        if server.asked() > 0 { Ok(()) } else { Err("not yet".into()) }
+    });
     web.lab.kill_daemon();
     assert!(!building.wait().unwrap().success());
     web.lab.start_daemon();
@@ -292,5 +373,8 @@ fn a_daemon_that_is_killed_while_a_step_fetches_leaves_nothing() {
     web.build("after", &text, &[]).ok();
     remove_everything(&web.lab);
     nothing_left(&web.lab);
-    assert_eq!(std::fs::read_dir(web.lab.dir().join("shipwayd/executor/netns")).unwrap().count(), 0);
+    assert_eq!(
+        std::fs::read_dir(web.lab.dir().join("shipwayd/executor/netns")).unwrap().count(),
+        0
+    );
 }

@@ -8,7 +8,10 @@ use shipway_testkit::Lab;
 #[test]
 fn what_was_pushed_can_be_pulled_back_and_run() {
     let lab = Lab::complete(any());
-    let context = lab.context("push", &[("Dockerfile", "FROM busybox\nRUN echo pushed > /p\nCMD [\"cat\", \"/p\"]\n")]);
+    let context = lab.context(
+        "push",
+        &[("Dockerfile", "FROM busybox\nRUN echo pushed > /p\nCMD [\"cat\", \"/p\"]\n")],
+    );
     let name = format!("{}/some/app:1", lab.registry());
     build(&lab, &name, &context, &["--push"]).ok();
     let image = Image::of(&lab, &name);
@@ -37,13 +40,23 @@ fn a_failed_push_keeps_the_cache_and_a_failed_export_keeps_the_push() {
     let context = lab.context("beside", &[("Dockerfile", "FROM busybox\nRUN echo 1 > /p\n")]);
     let context = context.to_string_lossy();
     let cache = format!("type=registry,ref={}/beside/cache:1,mode=max", lab.registry());
-    let nowhere = format!("type=image,name=127.0.0.1:{}/beside:1,push=true", shipway_testkit::free_port());
+    let nowhere =
+        format!("type=image,name=127.0.0.1:{}/beside:1,push=true", shipway_testkit::free_port());
     lab.shipway(["build", "--output", &nowhere, "--cache-to", &cache, &context]).failed();
-    assert_eq!(lab.registry_get("/v2/beside/cache/manifests/1").0, 200, "the cache went with the push");
+    assert_eq!(
+        lab.registry_get("/v2/beside/cache/manifests/1").0,
+        200,
+        "the cache went with the push"
+    );
     // With two exporters, nothing is pushed if the other one fails.
     let somewhere = format!("type=image,name={}/beside/app:1,push=true", lab.registry());
-    lab.shipway(["build", "--output", &somewhere, "--output", "type=tar,dest=/dev/full", &context]).failed();
-    assert_eq!(lab.registry_get("/v2/beside/app/manifests/1").0, 404, "it was pushed though the build failed");
+    lab.shipway(["build", "--output", &somewhere, "--output", "type=tar,dest=/dev/full", &context])
+        .failed();
+    assert_eq!(
+        lab.registry_get("/v2/beside/app/manifests/1").0,
+        404,
+        "it was pushed though the build failed"
+    );
     lab.shipway(["build", "--output", &somewhere, &context]).ok();
     assert_eq!(lab.registry_get("/v2/beside/app/manifests/1").0, 200);
 }
@@ -54,7 +67,10 @@ fn a_failed_push_keeps_the_cache_and_a_failed_export_keeps_the_push() {
 fn a_layer_that_was_pushed_is_mounted_by_the_next_push_to_the_same_registry() {
     on_each(|flavour| {
         let lab = Lab::complete(flavour);
-        let context = lab.context("mounted", &[("Dockerfile", "FROM busybox\nRUN head -c 3000000 /dev/urandom > /p\n")]);
+        let context = lab.context(
+            "mounted",
+            &[("Dockerfile", "FROM busybox\nRUN head -c 3000000 /dev/urandom > /p\n")],
+        );
         let name = |repository: &str| format!("{}/{repository}:1", lab.registry());
         build(&lab, &name("team/one"), &context, &["--push"]).ok();
         let layer = Image::of(&lab, &name("team/one")).layers().pop().unwrap();
@@ -66,8 +82,15 @@ fn a_layer_that_was_pushed_is_mounted_by_the_next_push_to_the_same_registry() {
         let log = std::fs::read_to_string(lab.dir().join("registry.log")).unwrap();
         let asked = format!("POST /v2/team/two/blobs/uploads/?mount={layer}&from=team%2Fone");
         let plain = format!("POST /v2/team/two/blobs/uploads/?mount={layer}&from=team/one");
-        assert!(log.lines().any(|l| (l.contains(&asked) || l.contains(&plain)) && l.contains("201")), "{log}");
-        assert!(!log.lines().any(|l| l.contains("PUT /v2/team/two/blobs/uploads/") && l.contains(&layer.replace(':', "%3A"))), "{log}");
+        assert!(
+            log.lines().any(|l| (l.contains(&asked) || l.contains(&plain)) && l.contains("201")),
+            "{log}"
+        );
+        assert!(
+            !log.lines().any(|l| l.contains("PUT /v2/team/two/blobs/uploads/")
+                && l.contains(&layer.replace(':', "%3A"))),
+            "{log}"
+        );
         assert_eq!(lab.registry_get(&format!("/v2/team/two/blobs/{layer}")).0, 200);
     });
 }

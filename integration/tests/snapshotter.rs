@@ -1,4 +1,5 @@
-//! containerd with `shipway-snapshotter` as its plug-in: images, namespaces, builds, and kills of either.
+//! containerd with `shipway-snapshotter` as its plug-in: images, namespaces, builds, and kills of
+//! either.
 
 #![allow(clippy::unwrap_used)]
 
@@ -14,7 +15,8 @@ use std::{
     time::Duration,
 };
 
-/// How long containerd may take to reach a snapshotter that is back: it tries every three seconds at last.
+/// How long containerd may take to reach a snapshotter that is back: it tries every three seconds
+/// at last.
 const RECONNECT: Duration = Duration::from_secs(30);
 
 fn lab(flavour: Flavour) -> Lab {
@@ -49,13 +51,19 @@ fn pull(lab: &Lab, namespace: &str, image: &str) -> Finished {
     lab.ctr_in(namespace, ["images", "pull", "--plain-http", "--snapshotter", "shipway", image])
 }
 
-/// What `sh -c script` says in a container of the image. `ctr` sometimes hears nothing of a process that ends at once, and is asked again then.
+/// What `sh -c script` says in a container of the image. `ctr` sometimes hears nothing of a process
+/// that ends at once, and is asked again then.
 #[track_caller]
 fn say(lab: &Lab, namespace: &str, image: &str, script: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let ask = || {
         let id = format!("say-{}", NEXT.fetch_add(1, Ordering::Relaxed));
-        lab.ctr_in(namespace, ["run", "--rm", "--snapshotter", "shipway", image, &id, "sh", "-c", script]).ok().stdout
+        lab.ctr_in(
+            namespace,
+            ["run", "--rm", "--snapshotter", "shipway", image, &id, "sh", "-c", script],
+        )
+        .ok()
+        .stdout
     };
     let first = ask();
     if first.is_empty() { ask() } else { first }
@@ -78,9 +86,11 @@ fn all_gone(lab: &Lab) {
     for kind in ["active", "views", "committed"] {
         assert_eq!(status["snapshots"][kind], 0, "{status}");
     }
-    wait_for("the trash to be emptied", Duration::from_secs(10), || match (entries(lab, "snapshots"), entries(lab, "trash")) {
-        (0, 0) => Ok(()),
-        left => Err(format!("{left:?}")),
+    wait_for("the trash to be emptied", Duration::from_secs(10), || {
+        match (entries(lab, "snapshots"), entries(lab, "trash")) {
+            (0, 0) => Ok(()),
+            left => Err(format!("{left:?}")),
+        }
     });
 }
 
@@ -95,13 +105,21 @@ fn images_are_pulled_run_and_removed_without_a_trace() {
         let (image, chain) = image(&lab);
         pull(&lab, "default", &image).ok();
         assert_eq!(status(&lab)["snapshots"]["committed"], chain.len());
-        wait_for("the layers to be counted", Duration::from_secs(10), || match status(&lab)["disk"]["uncounted"].as_u64() {
-            Some(0) => Ok(()),
-            other => Err(format!("{other:?}")),
-        });
+        wait_for(
+            "the layers to be counted",
+            Duration::from_secs(10),
+            || match status(&lab)["disk"]["uncounted"].as_u64() {
+                Some(0) => Ok(()),
+                other => Err(format!("{other:?}")),
+            },
+        );
         let script = "cat /words/one; test -e /etc/group || echo hidden; echo new > /words/one && cat /words/one; chown 7:8 /bin && ls -ldn /bin | awk '{print $3}'";
         assert_eq!(say(&lab, "default", &image, script), "1hidden\nnew\n7\n");
-        assert_eq!(say(&lab, "default", &image, "cat /words/one"), "1", "what a container wrote is its own");
+        assert_eq!(
+            say(&lab, "default", &image, "cat /words/one"),
+            "1",
+            "what a container wrote is its own"
+        );
         lab.ctr(["images", "delete", "--sync", &image]).ok();
         all_gone(&lab);
     });
@@ -126,7 +144,11 @@ fn a_layer_is_had_once_by_all_namespaces_and_lost_by_none() {
             for (n, id) in chain.iter().enumerate() {
                 let labels = Labels::from([("containerd.io/snapshot.ref".to_owned(), id.clone())]);
                 let key = SnapshotKey(format!("alias-{n}"));
-                let answer = storage.snapshots.prepare(&lease, &key, parent.as_ref(), &labels).await.unwrap_err();
+                let answer = storage
+                    .snapshots
+                    .prepare(&lease, &key, parent.as_ref(), &labels)
+                    .await
+                    .unwrap_err();
                 assert_eq!(answer.code(), Code::AlreadyExists, "{answer}");
                 let name = SnapshotKey(id.clone());
                 assert_eq!(storage.snapshots.stat(&name).await.unwrap().parent, parent);
@@ -156,13 +178,22 @@ fn our_builds_work_on_it() {
         lab.start_daemon();
         let text = "FROM busybox\nRUN echo built > /word && rm /etc/group\nRUN mkdir /d && mv /word /d/word\nCOPY Dockerfile /d/\n";
         build_text(&lab, "docker.io/library/app:1", text).ok();
-        let said = say(&lab, "default", "docker.io/library/app:1", "cat /d/word; head -n 1 /d/Dockerfile; test -e /etc/group || echo gone");
+        let said = say(
+            &lab,
+            "default",
+            "docker.io/library/app:1",
+            "cat /d/word; head -n 1 /d/Dockerfile; test -e /etc/group || echo gone",
+        );
         assert_eq!(said, "built\nFROM busybox\ngone\n");
         assert!(lab.ctr(["snapshots", "list"]).ok().lines().count() <= 1, "overlayfs has nothing");
         lab.kill_snapshotter();
         lab.start_snapshotter();
         wait_for("a build after the snapshotter was killed", RECONNECT, || {
-            let again = build_text(&lab, "docker.io/library/app:2", &format!("{text}RUN echo more >> /d/word\n"));
+            let again = build_text(
+                &lab,
+                "docker.io/library/app:2",
+                &format!("{text}RUN echo more >> /d/word\n"),
+            );
             if again.code == Some(0) { Ok(()) } else { Err(again.all()) }
         });
         assert_eq!(say(&lab, "default", "docker.io/library/app:2", "cat /d/word"), "built\nmore\n");
@@ -184,7 +215,11 @@ fn pulling(lab: &Lab, image: &str) -> Child {
 /// Waits until the snapshotter has made its `n`-th directory, or the pull is over.
 fn until_directory(lab: &Lab, pull: &mut Child, n: usize) {
     wait_for("a snapshot to be made", Duration::from_secs(60), || {
-        if entries(lab, "snapshots") >= n || pull.try_wait().unwrap().is_some() { Ok(()) } else { Err("none yet".into()) }
+        if entries(lab, "snapshots") >= n || pull.try_wait().unwrap().is_some() {
+            Ok(())
+        } else {
+            Err("none yet".into())
+        }
     });
 }
 
@@ -196,7 +231,8 @@ fn pulled_at_last(lab: &Lab, image: &str) {
     });
 }
 
-/// Removes all images and leases, as an administrator after a crash would, once containerd reaches the snapshotter.
+/// Removes all images and leases, as an administrator after a crash would, once containerd reaches
+/// the snapshotter.
 fn clear(lab: &Lab) {
     for image in lab.ctr(["images", "list", "--quiet"]).ok().lines() {
         lab.ctr(["images", "delete", image]).ok();
@@ -231,7 +267,17 @@ fn the_snapshotter_may_be_killed_between_and_within_operations() {
             lab.start_snapshotter();
             wait_for("a container to run", RECONNECT, || {
                 let id = format!("try-{n}");
-                let done = lab.ctr(["run", "--rm", "--snapshotter", "shipway", &image, &id, "sh", "-c", "cat /words/one; sleep 0.1"]);
+                let done = lab.ctr([
+                    "run",
+                    "--rm",
+                    "--snapshotter",
+                    "shipway",
+                    &image,
+                    &id,
+                    "sh",
+                    "-c",
+                    "cat /words/one; sleep 0.1",
+                ]);
                 if done.code == Some(0) && done.stdout == "1" {
                     return Ok(());
                 }
@@ -242,7 +288,10 @@ fn the_snapshotter_may_be_killed_between_and_within_operations() {
             });
             clear(&lab);
         }
-        assert!(lab.stop_snapshotter(), "SIGTERM is enough, though containerd keeps its connection");
+        assert!(
+            lab.stop_snapshotter(),
+            "SIGTERM is enough, though containerd keeps its connection"
+        );
         lab.start_snapshotter();
         all_gone(&lab);
     });
@@ -274,7 +323,11 @@ fn both_may_be_killed_and_agree_afterwards() {
             }
             collect_garbage(&lab);
             let names = status(&lab)["snapshots"].clone();
-            assert_eq!((&names["active"], &names["committed"]), (&0.into(), &chain.len().into()), "{names}");
+            assert_eq!(
+                (&names["active"], &names["committed"]),
+                (&0.into(), &chain.len().into()),
+                "{names}"
+            );
             assert_eq!(entries(&lab, "snapshots"), chain.len());
             clear(&lab);
         }
@@ -300,7 +353,11 @@ fn setup_is_taken_back_and_doctor_says_what_is_missing() {
         assert!(!healthy.stdout.contains("missing"), "{}", healthy.stdout);
         let plugins = lab.ctr(["plugins", "list"]).ok().stdout;
         let ours = |plugins: &str| {
-            plugins.lines().any(|l| l.contains("io.containerd.snapshotter.v1") && l.contains("shipway") && l.contains("ok"))
+            plugins.lines().any(|l| {
+                l.contains("io.containerd.snapshotter.v1")
+                    && l.contains("shipway")
+                    && l.contains("ok")
+            })
         };
         assert!(ours(&plugins), "{plugins}");
 
@@ -316,7 +373,11 @@ fn setup_is_taken_back_and_doctor_says_what_is_missing() {
 
         // `--print` writes nothing and shows what would be.
         let mut print = lab.snapshotter_command();
-        print.args(["setup", "--print", "--containerd"]).arg(lab.containerd_path()).arg("--containerd-config").arg(&config);
+        print
+            .args(["setup", "--print", "--containerd"])
+            .arg(lab.containerd_path())
+            .arg("--containerd-config")
+            .arg(&config);
         assert_eq!(run(&mut print).ok().stdout, set_up);
     });
 }
@@ -327,20 +388,31 @@ fn what_setup_writes_is_what_containerd_understands() {
         let lab = lab(flavour);
         let cri = "[plugins.\"io.containerd.grpc.v1.cri\".containerd";
         let plain = format!("version = 2\n{cri}]\n  snapshotter = \"overlayfs\"\n");
-        let runtimes = format!("{plain}{cri}.runtimes.runc]\n  runtime_type = \"io.containerd.runc.v2\"\n");
+        let runtimes =
+            format!("{plain}{cri}.runtimes.runc]\n  runtime_type = \"io.containerd.runc.v2\"\n");
         for text in ["version = 2\n", &plain, &runtimes] {
             let file = lab.dir().join("other.toml");
             std::fs::write(&file, text).unwrap();
             let mut setup = lab.snapshotter_command();
-            setup.args(["setup", "--containerd"]).arg(lab.containerd_path()).arg("--containerd-config").arg(&file);
+            setup
+                .args(["setup", "--containerd"])
+                .arg(lab.containerd_path())
+                .arg("--containerd-config")
+                .arg(&file);
             run(&mut setup).ok();
-            let dump =
-                run(Command::new(lab.containerd_path()).arg("--config").arg(&file).args(["config", "dump"])).ok().stdout.replace('"', "'");
+            let dump = run(Command::new(lab.containerd_path())
+                .arg("--config")
+                .arg(&file)
+                .args(["config", "dump"]))
+            .ok()
+            .stdout
+            .replace('"', "'");
             let section = match flavour {
                 Flavour::System => "[plugins.'io.containerd.grpc.v1.cri'.containerd]",
                 Flavour::Newer => "[plugins.'io.containerd.cri.v1.images']",
             };
-            let section = dump.split(section).nth(1).unwrap_or_else(|| panic!("no {section} in\n{dump}"));
+            let section =
+                dump.split(section).nth(1).unwrap_or_else(|| panic!("no {section} in\n{dump}"));
             let settings = section.split("[plugins").next().unwrap();
             assert!(settings.contains("snapshotter = 'shipway'"), "{text}\n{settings}");
             assert!(dump.contains("[proxy_plugins.shipway]"), "{dump}");

@@ -1,4 +1,5 @@
-//! Steps: mounts, users, environment, networks, secrets, and that a cancelled step leaves no process.
+//! Steps: mounts, users, environment, networks, secrets, and that a cancelled step leaves no
+//! process.
 
 #![allow(clippy::unwrap_used)]
 
@@ -39,8 +40,19 @@ SHELL ["/bin/ash", "-ec"]
 RUN false || true; test -n "$A"
 "#;
         let context = lab.context("steps", &[("Dockerfile", text), ("file", "x")]);
-        build(&lab, "steps:1", &context, &["--secret", &format!("id=token,src={}", secret.display())]).ok();
-        let missing = build_text(&lab, "steps:2", "FROM busybox\nRUN --mount=type=secret,id=absent,required=true true\n").failed();
+        build(
+            &lab,
+            "steps:1",
+            &context,
+            &["--secret", &format!("id=token,src={}", secret.display())],
+        )
+        .ok();
+        let missing = build_text(
+            &lab,
+            "steps:2",
+            "FROM busybox\nRUN --mount=type=secret,id=absent,required=true true\n",
+        )
+        .failed();
         assert!(missing.all().contains("absent"), "{}", missing.all());
     });
 }
@@ -60,7 +72,8 @@ fn steps(lab: &Lab) -> Vec<String> {
 #[test]
 fn what_a_step_prints_is_seen_while_it_runs() {
     let lab = Lab::complete(any());
-    let context = lab.context("log", &[("Dockerfile", "FROM busybox\nRUN echo early; sleep 600\n")]);
+    let context =
+        lab.context("log", &[("Dockerfile", "FROM busybox\nRUN echo early; sleep 600\n")]);
     let mut child = lab
         .shipway_command()
         .args(["build", "--progress", "plain"])
@@ -71,7 +84,10 @@ fn what_a_step_prints_is_seen_while_it_runs() {
         .spawn()
         .unwrap();
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
-    assert!(lines.by_ref().map_while(Result::ok).any(|l| l.ends_with("early")), "the step's output never came");
+    assert!(
+        lines.by_ref().map_while(Result::ok).any(|l| l.ends_with("early")),
+        "the step's output never came"
+    );
     assert_eq!(steps(&lab).len(), 1, "{:?}", lab.leftovers().tasks);
 
     // The client goes away: so do the step, its container and its process.
@@ -91,7 +107,12 @@ fn many_small_writes_leave_no_memory_behind() {
     let mut lab = Lab::complete(any());
     let mut round = |n: u32| {
         let script = "i=0; while [ $i -lt 30000 ]; do printf x; printf y >&2; i=$((i+1)); done";
-        let done = build_text(&lab, &format!("bytes:{n}"), &format!("FROM busybox\nRUN : {n}; {script}\n")).ok();
+        let done = build_text(
+            &lab,
+            &format!("bytes:{n}"),
+            &format!("FROM busybox\nRUN : {n}; {script}\n"),
+        )
+        .ok();
         let said = done.all().bytes().filter(|b| *b == b'x').count();
         assert!(said >= 30_000, "{said}");
         lab.daemon().memory()
@@ -131,13 +152,25 @@ fn owners_by_name_need_the_name() {
     .into_iter()
     .enumerate()
     {
-        let failed = build_text(&lab, &format!("owner:{n}"), &format!("FROM scratch\n{copy}\n")).failed();
+        let failed =
+            build_text(&lab, &format!("owner:{n}"), &format!("FROM scratch\n{copy}\n")).failed();
         assert!(failed.all().contains(expected), "{copy}: {}", failed.all());
     }
-    let failed = build_text(&lab, "owner:linked", "FROM busybox\nCOPY --link --chown=nobody Dockerfile /f\n").failed();
+    let failed = build_text(
+        &lab,
+        "owner:linked",
+        "FROM busybox\nCOPY --link --chown=nobody Dockerfile /f\n",
+    )
+    .failed();
     assert!(failed.all().contains(missing), "{}", failed.all());
-    let failed = build_text(&lab, "owner:none", "FROM busybox\nCOPY --chown=nosuchuser Dockerfile /f\n").failed();
-    assert!(failed.all().contains("unable to find user nosuchuser: no matching entries in /etc/passwd"), "{}", failed.all());
+    let failed =
+        build_text(&lab, "owner:none", "FROM busybox\nCOPY --chown=nosuchuser Dockerfile /f\n")
+            .failed();
+    assert!(
+        failed.all().contains("unable to find user nosuchuser: no matching entries in /etc/passwd"),
+        "{}",
+        failed.all()
+    );
     let text = "FROM busybox\nCOPY --chown=nobody Dockerfile /f\nCOPY --link --chown=root Dockerfile /g\nRUN test $(stat -c %u /f) = 65534 && test $(stat -c %u /g) = 0\n";
     build_text(&lab, "owner:fine", text).ok();
 }
@@ -156,10 +189,24 @@ FROM layer
 COPY --from=1 /seen /
 "#;
         let context = lab.context("newlines", &[("Dockerfile", text)]);
-        std::fs::write(context.join("odd.tar"), include_bytes!("../../crates/archive/tests/corpus/python-pax.tar")).unwrap();
+        std::fs::write(
+            context.join("odd.tar"),
+            include_bytes!("../../crates/archive/tests/corpus/python-pax.tar"),
+        )
+        .unwrap();
         let out = lab.dir().join("newlines.tar");
-        build(&lab, "newlines:1", &context, &["--output", &format!("type=tar,dest={}", out.display())]).ok();
-        let list = std::process::Command::new("tar").args(["-t", "--quoting-style=literal", "-f"]).arg(&out).output().unwrap();
+        build(
+            &lab,
+            "newlines:1",
+            &context,
+            &["--output", &format!("type=tar,dest={}", out.display())],
+        )
+        .ok();
+        let list = std::process::Command::new("tar")
+            .args(["-t", "--quoting-style=literal", "-f"])
+            .arg(&out)
+            .output()
+            .unwrap();
         let list = String::from_utf8_lossy(&list.stdout).into_owned();
         assert!(list.contains("café\nbreak/fi\nle\n") && list.contains("link\nname\n"), "{list}");
     });
@@ -168,18 +215,24 @@ COPY --from=1 /seen /
 #[test]
 fn network_host_needs_permission_and_then_works() {
     let lab = Lab::complete(any());
-    let context = lab.context("net", &[("Dockerfile", "FROM busybox\nRUN --network=host ls /sys/class/net > /net\n")]);
+    let context = lab.context(
+        "net",
+        &[("Dockerfile", "FROM busybox\nRUN --network=host ls /sys/class/net > /net\n")],
+    );
     let refused = build(&lab, "net:1", &context, &[]).failed();
     assert!(refused.all().contains("network.host"), "{}", refused.all());
     build(&lab, "net:1", &context, &["--allow", "network.host"]).ok();
 }
 
-/// Waits until `running` steps are left and a shim is warm, so that nothing is in the middle of being made or removed.
+/// Waits until `running` steps are left and a shim is warm, so that nothing is in the middle of
+/// being made or removed.
 fn settled(lab: &Lab, running: usize) {
     wait_for("a warm shim", Duration::from_secs(30), || {
         let (left, tasks) = (lab.leftovers(), lab.ctr(["tasks", "list"]).ok().stdout);
-        let keepers = tasks.lines().filter(|l| l.contains("-keeper") && l.contains("STOPPED")).count();
-        // containerd runs steps in a shim that is there without starting its program, if it knows how.
+        let keepers =
+            tasks.lines().filter(|l| l.contains("-keeper") && l.contains("STOPPED")).count();
+        // containerd runs steps in a shim that is there without starting its program, if it knows
+        // how.
         let sandboxes = if lab.flavour() == Flavour::Newer { keepers } else { 0 };
         match (steps(lab).len() == running, keepers > 0, left.sandboxes.len() == sandboxes) {
             (true, true, true) => Ok(()),
@@ -197,11 +250,19 @@ fn steps_share_shims_and_outlive_a_killed_one() {
         assert_ne!(lab.kill_shims(), 0);
         build_text(&lab, "shims:2", "FROM busybox\nRUN echo 3 > /3\nRUN cat /3\n").ok();
 
-        let context = lab.context("killed", &[("Dockerfile", "FROM busybox\nRUN echo early; sleep 600\n")]);
+        let context =
+            lab.context("killed", &[("Dockerfile", "FROM busybox\nRUN echo early; sleep 600\n")]);
         let mut command = lab.shipway_command();
-        command.args(["build", "--progress", "plain"]).arg(&context).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+            .args(["build", "--progress", "plain"])
+            .arg(&context)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
-        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap())).map_while(Result::ok);
+        let mut lines =
+            std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()))
+                .map_while(Result::ok);
         assert!(lines.by_ref().any(|l| l.ends_with("early")), "the step's output never came");
         settled(&lab, 1);
         assert_ne!(lab.kill_shims(), 0);
@@ -217,7 +278,10 @@ fn steps_share_shims_and_outlive_a_killed_one() {
 fn programs_of_other_processors_run_by_an_emulator_on_path_and_it_leaves_no_trace() {
     let mut lab = Lab::complete(any());
     let workers = lab.shipway(["workers"]).ok().all();
-    assert!(!workers.contains("linux/s390x"), "this kernel runs s390x programs by itself: {workers}");
+    assert!(
+        !workers.contains("linux/s390x"),
+        "this kernel runs s390x programs by itself: {workers}"
+    );
     // A stand-in that runs by the image's shell, and tells that it was used.
     let dir = lab.dir().join("emulators");
     std::fs::create_dir_all(&dir).unwrap();
@@ -225,7 +289,8 @@ fn programs_of_other_processors_run_by_an_emulator_on_path_and_it_leaves_no_trac
     std::fs::write(&emulator, "#!/bin/sh\nexport EMULATED=$0\nexec \"$@\"\n").unwrap();
     use std::os::unix::fs::PermissionsExt as _;
     std::fs::set_permissions(&emulator, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let path = std::env::join_paths(std::iter::once(dir).chain(std::env::split_paths(&lab.path()))).unwrap();
+    let path = std::env::join_paths(std::iter::once(dir).chain(std::env::split_paths(&lab.path())))
+        .unwrap();
     assert!(lab.stop_daemon());
     lab.daemon_environment("PATH", &path.to_string_lossy());
     lab.start_daemon();
@@ -235,11 +300,34 @@ fn programs_of_other_processors_run_by_an_emulator_on_path_and_it_leaves_no_trac
                 USER 1234\nRUN test -n \"$EMULATED\"\n";
     let out = lab.dir().join("out");
     let context = lab.context("emulated", &[("Dockerfile", text)]);
-    build(&lab, "emulated:1", &context, &["--platform", "linux/s390x", "-o", &out.to_string_lossy()]).ok();
-    assert_eq!(std::fs::read_to_string(out.join("emulated")).unwrap(), "/dev/.buildkit_qemu_emulator\n");
-    assert_eq!(std::fs::read_dir(out.join("dev")).unwrap().count(), 0, "the emulator's mount point is left");
+    build(
+        &lab,
+        "emulated:1",
+        &context,
+        &["--platform", "linux/s390x", "-o", &out.to_string_lossy()],
+    )
+    .ok();
+    assert_eq!(
+        std::fs::read_to_string(out.join("emulated")).unwrap(),
+        "/dev/.buildkit_qemu_emulator\n"
+    );
+    assert_eq!(
+        std::fs::read_dir(out.join("dev")).unwrap().count(),
+        0,
+        "the emulator's mount point is left"
+    );
     // A failure is told in words of the step.
     let text = "FROM --platform=$BUILDPLATFORM busybox AS native\nFROM scratch\nCOPY --from=native / /\nRUN false\n";
-    let failed = build(&lab, "emulated:2", &lab.context("failing", &[("Dockerfile", text)]), &["--platform", "linux/s390x"]).failed();
-    assert!(failed.all().contains("process \"/bin/sh -c false\" did not complete"), "{}", failed.all());
+    let failed = build(
+        &lab,
+        "emulated:2",
+        &lab.context("failing", &[("Dockerfile", text)]),
+        &["--platform", "linux/s390x"],
+    )
+    .failed();
+    assert!(
+        failed.all().contains("process \"/bin/sh -c false\" did not complete"),
+        "{}",
+        failed.all()
+    );
 }

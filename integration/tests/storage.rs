@@ -1,4 +1,5 @@
-//! The storage ports over a real containerd pass the same suite as the fake, and say clearly when containerd is gone.
+//! The storage ports over a real containerd pass the same suite as the fake, and say clearly when
+//! containerd is gone.
 
 #![allow(clippy::unwrap_used)]
 
@@ -8,7 +9,12 @@ use shipway_storage::{Labels, LeaseId, suite};
 use shipway_testkit::{Flavour, Lab};
 
 fn block_on<T>(work: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(work)
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(work)
 }
 
 #[track_caller]
@@ -43,13 +49,17 @@ fn a_blob_of_another_namespace_is_taken_over_without_its_bytes() {
         let lab = Lab::on(flavour);
         block_on(async {
             let containerd = Containerd::connect(lab.containerd_socket()).await.unwrap();
-            let (one, two) = (containerd.storage("one", "overlayfs").unwrap(), containerd.storage("two", "overlayfs").unwrap());
+            let (one, two) = (
+                containerd.storage("one", "overlayfs").unwrap(),
+                containerd.storage("two", "overlayfs").unwrap(),
+            );
             let lease = LeaseId("shared".into());
             let bytes = bytes_of(9 << 20);
             for storage in [&one, &two] {
                 storage.leases.create(&lease, &Labels::new()).await.unwrap();
                 let labels = Labels::from([("here".to_owned(), "yes".to_owned())]);
-                let digest = storage.content.put(&lease, bytes.clone().into(), &labels).await.unwrap();
+                let digest =
+                    storage.content.put(&lease, bytes.clone().into(), &labels).await.unwrap();
                 let found = storage.content.info(digest).await.unwrap();
                 assert_eq!((found.size, found.labels), (9 << 20, labels));
                 assert_eq!(storage.content.read_all(digest, 10 << 20).await.unwrap(), bytes);
@@ -68,12 +78,17 @@ fn bytes_that_come_and_go_are_stored_all_the_same() {
             // In one message, and in several.
             let blobs = &[bytes_of(1000), bytes_of(3 << 20)];
             let labels = &Labels::from([("here".to_owned(), "yes".to_owned())]);
-            // The end of each lease takes the bytes away from under the others, unless one has them already.
+            // The end of each lease takes the bytes away from under the others, unless one has them
+            // already.
             let one = |n: usize| async move {
                 for round in 0..40 {
                     let lease = LeaseId(format!("busy-{n}-{round}"));
                     storage.leases.create(&lease, &Labels::new()).await.unwrap();
-                    let digest = storage.content.put(&lease, blobs[(n + round) % 2].clone().into(), labels).await.unwrap();
+                    let digest = storage
+                        .content
+                        .put(&lease, blobs[(n + round) % 2].clone().into(), labels)
+                        .await
+                        .unwrap();
                     assert_eq!(&storage.content.info(digest).await.unwrap().labels, labels);
                     storage.leases.delete(&lease, true).await.unwrap();
                 }
@@ -100,10 +115,15 @@ fn who_a_containerd_is() {
             assert_eq!(uuid.len(), 36, "{uuid:?}");
             assert_eq!(uuid, containerd.server_uuid().await.unwrap());
             assert!(containerd.snapshotters().await.unwrap().contains(&"overlayfs".to_owned()));
-            // Where snapshots are is the disk that garbage collection is about; of a snapshotter that is not there, contents tell.
+            // Where snapshots are is the disk that garbage collection is about; of a snapshotter
+            // that is not there, contents tell.
             for name in ["overlayfs", "no-such-snapshotter"] {
                 let disk = containerd.snapshots_at(name).await.unwrap().unwrap();
-                assert!(disk.starts_with(lab.dir().join("containerd-root")) && disk.is_dir(), "{}", disk.display());
+                assert!(
+                    disk.starts_with(lab.dir().join("containerd-root")) && disk.is_dir(),
+                    "{}",
+                    disk.display()
+                );
             }
         });
     });
@@ -113,7 +133,11 @@ fn who_a_containerd_is() {
 fn a_containerd_that_is_gone_is_a_clear_error_and_one_that_came_back_is_used_again() {
     shipway_integration::on_each(|flavour| {
         let mut lab = Lab::on(flavour);
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
         let storage = runtime.block_on(async {
             let containerd = Containerd::connect(lab.containerd_socket()).await.unwrap();
             containerd.storage("suite", "overlayfs").unwrap()

@@ -1,4 +1,5 @@
-//! The daemon over TCP: who may talk to it is a matter of certificates (rows `toml.grpc.tls`, `fl.tls`).
+//! The daemon over TCP: who may talk to it is a matter of certificates (rows `toml.grpc.tls`,
+//! `fl.tls`).
 
 #![allow(clippy::unwrap_used)]
 
@@ -18,13 +19,17 @@ impl Authority {
     fn new(dir: PathBuf) -> Self {
         assert!(which("openssl").is_some(), "openssl is absent; `cargo xtask test` installs it");
         std::fs::create_dir(&dir).unwrap();
-        let openssl = |words: &str| run(Command::new("openssl").args(words.split(' ')).current_dir(&dir)).ok();
+        let openssl = |words: &str| {
+            run(Command::new("openssl").args(words.split(' ')).current_dir(&dir)).ok()
+        };
         const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
         openssl(&format!("req -x509 {KEY} -keyout ca.key -out ca.pem -subj /CN=authority -days 2"));
         std::fs::write(dir.join("names"), "subjectAltName=DNS:builder.test\n").unwrap();
         for name in ["server", "client"] {
             openssl(&format!("req {KEY} -keyout {name}.key -out {name}.csr -subj /CN={name}"));
-            openssl(&format!("x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -out {name}.pem -extfile names"));
+            openssl(&format!(
+                "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -out {name}.pem -extfile names"
+            ));
         }
         Self(dir)
     }
@@ -38,7 +43,12 @@ impl Authority {
 fn serve(lab: &Lab, name: &str, flags: &[String]) -> (Process, u16) {
     let port = free_port();
     let mut command = Command::new(built("shipwayd"));
-    command.arg("--config").arg(lab.dir().join("shipwayd.toml")).arg("--root").arg(lab.dir().join(name)).env("PATH", lab.path());
+    command
+        .arg("--config")
+        .arg(lab.dir().join("shipwayd.toml"))
+        .arg("--root")
+        .arg(lab.dir().join(name))
+        .env("PATH", lab.path());
     command.arg("--addr").arg(format!("tcp://127.0.0.1:{port}")).args(flags);
     let mut daemon = Process::start(name, &mut command, &log(lab, name));
     wait_for("the daemon to listen", Duration::from_secs(30), || {
@@ -54,27 +64,43 @@ fn log(lab: &Lab, name: &str) -> PathBuf {
 
 fn ask(port: u16, flags: &[String], command: &[&str]) -> Finished {
     let address = format!("tcp://127.0.0.1:{port}");
-    run(Command::new(built("shipway")).args(["--addr", &address, "--timeout", "20"]).args(flags).args(command))
+    run(Command::new(built("shipway"))
+        .args(["--addr", &address, "--timeout", "20"])
+        .args(flags)
+        .args(command))
 }
 
 fn risks(path: &Path) -> bool {
-    std::fs::read_to_string(path).unwrap().contains("whoever reaches this address controls the daemon")
+    std::fs::read_to_string(path)
+        .unwrap()
+        .contains("whoever reaches this address controls the daemon")
 }
 
 #[test]
 fn over_tcp_a_client_needs_a_certificate_of_the_authority() {
     let mut lab = Lab::complete(any());
     assert!(lab.stop_daemon(), "the daemon had to be killed");
-    let (ours, other) = (Authority::new(lab.dir().join("ours")), Authority::new(lab.dir().join("other")));
+    let (ours, other) =
+        (Authority::new(lab.dir().join("ours")), Authority::new(lab.dir().join("other")));
     let server = |ca: bool| {
-        let mut flags = vec![format!("--tlscert={}", ours.file("server.pem")), format!("--tlskey={}", ours.file("server.key"))];
+        let mut flags = vec![
+            format!("--tlscert={}", ours.file("server.pem")),
+            format!("--tlskey={}", ours.file("server.key")),
+        ];
         flags.extend(ca.then(|| format!("--tlscacert={}", ours.file("ca.pem"))));
         flags
     };
     let client = |trusts: &Authority, has: Option<&Authority>| {
-        let mut flags = vec!["--tlsservername=builder.test".to_owned(), format!("--tlscacert={}", trusts.file("ca.pem"))];
-        flags
-            .extend(has.iter().flat_map(|a| [format!("--tlscert={}", a.file("client.pem")), format!("--tlskey={}", a.file("client.key"))]));
+        let mut flags = vec![
+            "--tlsservername=builder.test".to_owned(),
+            format!("--tlscacert={}", trusts.file("ca.pem")),
+        ];
+        flags.extend(has.iter().flat_map(|a| {
+            [
+                format!("--tlscert={}", a.file("client.pem")),
+                format!("--tlskey={}", a.file("client.key")),
+            ]
+        }));
         flags
     };
 
@@ -82,7 +108,12 @@ fn over_tcp_a_client_needs_a_certificate_of_the_authority() {
     let good = client(&ours, Some(&ours));
     ask(port, &good, &["workers"]).ok();
     let context = lab.context("tls", &[("Dockerfile", "FROM busybox\nRUN echo over tls > /x\n")]);
-    ask(port, &good, &["build", "--progress", "plain", "--tag", "tls:1", &context.display().to_string()]).ok();
+    ask(
+        port,
+        &good,
+        &["build", "--progress", "plain", "--tag", "tls:1", &context.display().to_string()],
+    )
+    .ok();
     for (what, flags) in [
         ("no certificate", client(&ours, None)),
         ("a certificate of another authority", client(&ours, Some(&other))),
@@ -92,7 +123,8 @@ fn over_tcp_a_client_needs_a_certificate_of_the_authority() {
         let refused = ask(port, &flags, &["workers"]);
         assert_ne!(refused.code, Some(0), "{what}: {}", refused.all());
     }
-    let wrong_name: Vec<String> = good.iter().map(|f| f.replace("builder.test", "other.test")).collect();
+    let wrong_name: Vec<String> =
+        good.iter().map(|f| f.replace("builder.test", "other.test")).collect();
     ask(port, &wrong_name, &["workers"]).failed();
     // After all these it still serves.
     ask(port, &good, &["workers"]).ok();
@@ -114,7 +146,8 @@ fn over_tcp_a_client_needs_a_certificate_of_the_authority() {
 fn half_of_what_tls_needs_stops_the_daemon() {
     let dir = tempfile::tempdir().unwrap();
     for flags in [&["--tlscert=/c"][..], &["--tlskey=/k"], &["--tlscacert=/ca"]] {
-        let done = run(Command::new(built("shipwayd")).arg("--root").arg(dir.path()).args(flags)).failed();
+        let done =
+            run(Command::new(built("shipwayd")).arg("--root").arg(dir.path()).args(flags)).failed();
         assert!(done.stderr.contains("TLS needs a certificate and a key"), "{}", done.stderr);
     }
 }

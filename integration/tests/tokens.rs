@@ -18,9 +18,13 @@ fn a_client_fetches_its_tokens_itself_and_shares_them_with_nobody_else() {
     lab.configure_daemon(&format!("[registry.\"{}\"]\n  http = true\n", private.address()));
     assert!(lab.stop_daemon(), "the daemon had to be killed");
     lab.start_daemon();
-    let context = lab.context("private", &[("Dockerfile", &format!("FROM {}/library/busybox\nRUN true\n", private.address()))]);
+    let context = lab.context(
+        "private",
+        &[("Dockerfile", &format!("FROM {}/library/busybox\nRUN true\n", private.address()))],
+    );
     let home = |name: &str, login: &str| {
-        let login = serde_json::json!({ "auths": { private.address(): { "auth": login } } }).to_string();
+        let login =
+            serde_json::json!({ "auths": { private.address(): { "auth": login } } }).to_string();
         lab.context(name, &[("config.json", &login)])
     };
     let build = |mut command: Command, home: &std::path::Path, no_tokens: bool| {
@@ -37,7 +41,11 @@ fn a_client_fetches_its_tokens_itself_and_shares_them_with_nobody_else() {
     };
     let news = || std::mem::take(&mut *asked.lock().unwrap());
 
-    let (mine, yours, nobodys) = (home("mine", "bWU6czNjcmV0"), home("yours", "bWU6czNjcmV0"), home("nobodys", "bWU6d3Jvbmc="));
+    let (mine, yours, nobodys) = (
+        home("mine", "bWU6czNjcmV0"),
+        home("yours", "bWU6czNjcmV0"),
+        home("nobodys", "bWU6d3Jvbmc="),
+    );
     build(ours(), &mine, false).ok();
     assert_eq!(news(), ["buildkit-client"]);
     // Another session of the same client; and then clients that do not prove to be the same.
@@ -68,9 +76,14 @@ fn a_client_fetches_its_tokens_itself_and_shares_them_with_nobody_else() {
 fn a_token_in_an_address_is_shown_nowhere() {
     const TOKEN: &str = "s3cr3tt0k3n";
     let lab = Lab::complete(any());
-    let context = format!("http://{TOKEN}@127.0.0.1:{}/repository.git#main", shipway_testkit::free_port());
+    let context =
+        format!("http://{TOKEN}@127.0.0.1:{}/repository.git#main", shipway_testkit::free_port());
     let failed = lab.shipway(["build", "--progress", "plain", &context]).failed();
-    assert!(failed.all().contains("repository.git") && !failed.all().contains(TOKEN), "{}", failed.all());
+    assert!(
+        failed.all().contains("repository.git") && !failed.all().contains(TOKEN),
+        "{}",
+        failed.all()
+    );
     assert!(!lab.shipway(["du", "--verbose"]).all().contains(TOKEN));
     let log = std::fs::read_to_string(lab.dir().join("shipwayd.log")).unwrap();
     assert!(log.contains("repository.git") && !log.contains(TOKEN), "{log}");

@@ -29,17 +29,24 @@ pub fn root_command(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// Builds the programs with `profile` and starts the release of this program that does `second` as root: containers,
-/// mounts and snapshots need it.
+/// Builds the programs with `profile` and starts the release of this program that does `second` as
+/// root: containers, mounts and snapshots need it.
 pub fn build_and_continue(profile: &str, second: &[&str]) -> Result<(), String> {
     println!("building ({profile}) …");
     let mut build = cargo();
     build.args(["build", "--profile", profile]);
-    build.args(["xtask", "shipwayd", "shipway", "shipway-snapshotter"].into_iter().flat_map(|package| ["--package", package]));
+    build.args(
+        ["xtask", "shipwayd", "shipway", "shipway-snapshotter"]
+            .into_iter()
+            .flat_map(|package| ["--package", package]),
+    );
     succeed(build)?;
     let directory = if profile == "dev" { "debug" } else { profile };
-    let program: PathBuf =
-        shipway_testkit::profile_dir().parent().ok_or("the target directory has no parent")?.join(directory).join("xtask");
+    let program: PathBuf = shipway_testkit::profile_dir()
+        .parent()
+        .ok_or("the target directory has no parent")?
+        .join(directory)
+        .join("xtask");
     let mut again = root_command(program);
     again.args(second);
     succeed(again)

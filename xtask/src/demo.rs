@@ -1,4 +1,5 @@
-//! `cargo xtask demo`: a small multi-stage image, built by `shipwayd` on a private containerd and run by `ctr` a moment later.
+//! `cargo xtask demo`: a small multi-stage image, built by `shipwayd` on a private containerd and
+//! run by `ctr` a moment later.
 
 use crate::{cargo, packages};
 use shipway_testkit::{BaseImage, Finished, Flavour, Lab, LabOptions};
@@ -45,7 +46,11 @@ fn good(done: Finished) -> Result<Finished, String> {
 
 /// The demonstration itself.
 pub fn as_root(keep: bool) -> Result<(), String> {
-    let flavour = if Flavour::present().contains(&Flavour::System) { Flavour::System } else { Flavour::Newer };
+    let flavour = if Flavour::present().contains(&Flavour::System) {
+        Flavour::System
+    } else {
+        Flavour::Newer
+    };
     if keep {
         stop_as_root()?;
     }
@@ -54,7 +59,11 @@ pub fn as_root(keep: bool) -> Result<(), String> {
     lab.start_registry();
     BaseImage::busybox().push(&lab.registry(), "library/busybox", "latest");
     lab.start_daemon();
-    println!("A private containerd {}, a registry with busybox, and shipwayd run in {}.", flavour.version(), lab.dir().display());
+    println!(
+        "A private containerd {}, a registry with busybox, and shipwayd run in {}.",
+        flavour.version(),
+        lab.dir().display()
+    );
 
     let context = lab.context("hello", &[("Dockerfile", DOCKERFILE), ("name", "world\n")]);
     let context = context.to_string_lossy().into_owned();
@@ -62,9 +71,19 @@ pub fn as_root(keep: bool) -> Result<(), String> {
     let image = "docker.io/library/demo:latest";
 
     let built = good(lab.shipway(build))?;
-    step("shipway build --tag demo:latest hello/   (pulls busybox, runs two steps)", built.took, &built.all());
+    step(
+        "shipway build --tag demo:latest hello/   (pulls busybox, runs two steps)",
+        built.took,
+        &built.all(),
+    );
     let ran = good(lab.ctr(["run", "--rm", image, "demo"]))?;
-    step(&format!("ctr run --rm {image} demo   (nothing was loaded or unpacked: the image was there)"), ran.took, &ran.stdout);
+    step(
+        &format!(
+            "ctr run --rm {image} demo   (nothing was loaded or unpacked: the image was there)"
+        ),
+        ran.took,
+        &ran.stdout,
+    );
     let again = good(lab.shipway(build))?;
     step("shipway build again   (everything from the cache)", again.took, &again.all());
     match lab.buildx() {
@@ -78,7 +97,11 @@ pub fn as_root(keep: bool) -> Result<(), String> {
                 "type=image,name=docker.io/library/demo:buildx",
                 &context,
             ])))?;
-            step("docker-buildx build, the unmodified client, on the same daemon", done.took, &done.all());
+            step(
+                "docker-buildx build, the unmodified client, on the same daemon",
+                done.took,
+                &done.all(),
+            );
         }
     }
     let snapshots = good(lab.ctr(["images", "list", "--quiet"]))?;
@@ -87,8 +110,16 @@ pub fn as_root(keep: bool) -> Result<(), String> {
     if keep {
         println!("\nAll of it keeps running. To go on by hand (as root):");
         let ctr = lab.ctr_path();
-        println!("  {} --addr {} build --tag mine {context}", shipway_testkit::built("shipway").display(), lab.daemon_address());
-        println!("  {} --address {} run --rm {image} demo2", ctr.display(), lab.containerd_socket().display());
+        println!(
+            "  {} --addr {} build --tag mine {context}",
+            shipway_testkit::built("shipway").display(),
+            lab.daemon_address()
+        );
+        println!(
+            "  {} --address {} run --rm {image} demo2",
+            ctr.display(),
+            lab.containerd_socket().display()
+        );
         println!("  docker buildx create --name shipway --driver remote {}", lab.daemon_address());
         println!("  cargo xtask stop      ends it");
         lab.leave_running();

@@ -1,7 +1,9 @@
-//! `cargo xtask llb`: the Dockerfile frontend beside another one (issue 4: equal graphs wherever a reference is at hand).
+//! `cargo xtask llb`: the Dockerfile frontend beside another one (issue 4: equal graphs wherever a
+//! reference is at hand).
 //!
-//! The answers are those of `crates/dockerfile2llb/examples/answers.rs`, which says what cases and answers look like. A reference is
-//! any command that takes the same input and gives the same kind of lines; with none, ours are printed.
+//! The answers are those of `crates/dockerfile2llb/examples/answers.rs`, which says what cases and
+//! answers look like. A reference is any command that takes the same input and gives the same kind
+//! of lines; with none, ours are printed.
 
 use crate::cargo::{cargo, succeed};
 use serde_json::Value;
@@ -19,17 +21,32 @@ pub fn run(arguments: &[&str]) -> Result<(), String> {
     let (mut shown, mut reference, mut rest) = (SHOWN, None, arguments);
     loop {
         match rest {
-            ["-n", n, more @ ..] => (shown, rest) = (n.parse().map_err(|_| format!("-n wants a number, not {n}"))?, more),
+            ["-n", n, more @ ..] => {
+                (shown, rest) =
+                    (n.parse().map_err(|_| format!("-n wants a number, not {n}"))?, more)
+            }
             ["-r", command, more @ ..] => (reference, rest) = (Some(*command), more),
             _ => break,
         }
     }
-    let [images, cases] = rest else { return Err("want: cargo xtask llb [-n SHOWN] [-r COMMAND] IMAGES CASES".into()) };
+    let [images, cases] = rest else {
+        return Err("want: cargo xtask llb [-n SHOWN] [-r COMMAND] IMAGES CASES".into());
+    };
     let directory = std::env::current_dir().map_err(|e| format!("the current directory: {e}"))?;
     let (images, cases) = (directory.join(images), directory.join(cases));
     let input = || File::open(&cases).map_err(|e| format!("{}: {e}", cases.display()));
     let mut ours = cargo();
-    ours.args(["run", "--quiet", "--release", "--package", "shipway-dockerfile2llb", "--example", "answers", "--"]).arg(&images);
+    ours.args([
+        "run",
+        "--quiet",
+        "--release",
+        "--package",
+        "shipway-dockerfile2llb",
+        "--example",
+        "answers",
+        "--",
+    ])
+    .arg(&images);
     ours.stdin(input()?);
     let Some(reference) = reference else { return succeed(ours) };
     let mut theirs = Command::new("sh");
@@ -60,7 +77,11 @@ fn short(value: &Value) -> String {
 }
 
 fn answers(mut command: Command) -> Result<Vec<Value>, String> {
-    let out = command.stdout(Stdio::piped()).stderr(Stdio::inherit()).output().map_err(|e| format!("{command:?}: {e}"))?;
+    let out = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .output()
+        .map_err(|e| format!("{command:?}: {e}"))?;
     if !out.status.success() {
         return Err(format!("{command:?}: {}", out.status));
     }
@@ -72,7 +93,11 @@ fn answers(mut command: Command) -> Result<Vec<Value>, String> {
 fn parts(our: &Value, their: &Value) -> Vec<(String, Value, Value)> {
     let request = our["request"].as_str().unwrap_or_default();
     if !our["error"].is_null() || !their["error"].is_null() {
-        return vec![(format!("refusal of {request}"), our["error"].clone(), their["error"].clone())];
+        return vec![(
+            format!("refusal of {request}"),
+            our["error"].clone(),
+            their["error"].clone(),
+        )];
     }
     let meta = |answer: &Value, key: &str| match answer["meta"][key].as_str() {
         Some(text) => serde_json::from_str(&nameless(text)).unwrap_or_else(|_| text.into()),
@@ -82,14 +107,24 @@ fn parts(our: &Value, their: &Value) -> Vec<(String, Value, Value)> {
     match request {
         "convertllb" => {
             let (a, b) = (meta(our, "result.json"), meta(their, "result.json"));
-            for (kind, member) in [("graph", "def"), ("metadata", "metadata"), ("source map", "source")] {
+            for (kind, member) in
+                [("graph", "def"), ("metadata", "metadata"), ("source map", "source")]
+            {
                 out.push((kind.to_owned(), a[member].clone(), b[member].clone()));
             }
         }
         "build" => {
-            let keys = our["meta"].as_object().into_iter().chain(their["meta"].as_object()).flat_map(|m| m.keys());
+            let keys = our["meta"]
+                .as_object()
+                .into_iter()
+                .chain(their["meta"].as_object())
+                .flat_map(|m| m.keys());
             for key in keys.collect::<std::collections::BTreeSet<_>>() {
-                out.push((key.split('/').next().unwrap_or_default().to_owned(), meta(our, key), meta(their, key)));
+                out.push((
+                    key.split('/').next().unwrap_or_default().to_owned(),
+                    meta(our, key),
+                    meta(their, key),
+                ));
             }
             out.push(("warnings".into(), sorted(&our["warns"]), sorted(&their["warns"])));
         }

@@ -1,6 +1,8 @@
-//! Developer commands, each sufficient on a fresh Debian machine with Rust: `cargo xtask demo`, `test`, `lab`, `bench`.
+//! Developer commands, each sufficient on a fresh Debian machine with Rust: `cargo xtask demo`,
+//! `test`, `lab`, `bench`.
 //!
-//! Depends on nothing that needs `protoc`, because installing it is the first thing that happens here.
+//! Depends on nothing that needs `protoc`, because installing it is the first thing that happens
+//! here.
 
 mod bench;
 mod cargo;
@@ -34,7 +36,8 @@ fn main() -> ExitCode {
         ["lab"] => shell::run(),
         ["bench", rest @ ..] => bench::run(rest),
         ["llb", rest @ ..] => llb::run(rest),
-        ["prepare"] => packages::prepare().map(|missing| missing.0.iter().for_each(|m| println!("absent: {m}"))),
+        ["prepare"] => packages::prepare()
+            .map(|missing| missing.0.iter().for_each(|m| println!("absent: {m}"))),
         ["stop"] => demo::stop(),
         // Second halves, started again as root once everything is built.
         ["demo-as-root"] => demo::as_root(false),

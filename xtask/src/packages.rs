@@ -1,5 +1,6 @@
-//! Real parts: what the system lacks comes from its own package archive; a newer containerd, buildx and the registry are
-//! unpacked below `target/lab/root`, beside the system and not into it (installing them would start or replace services).
+//! Real parts: what the system lacks comes from its own package archive; a newer containerd, buildx
+//! and the registry are unpacked below `target/lab/root`, beside the system and not into it
+//! (installing them would start or replace services).
 
 use crate::cargo::{root_command, succeed};
 use shipway_testkit::{lab_dir, which};
@@ -34,8 +35,10 @@ pub fn prepare() -> Result<Missing, String> {
     if which("docker-registry").is_none() {
         unpack("stable", &own_suite()?, &["docker-registry"])?;
     }
-    let newer = which("docker-buildx").is_some() && lab_dir().join("root/usr/bin/containerd").exists();
-    let fetched = if newer { Ok(()) } else { unpack("sid", "sid", &["docker-buildx", "containerd"]) };
+    let newer =
+        which("docker-buildx").is_some() && lab_dir().join("root/usr/bin/containerd").exists();
+    let fetched =
+        if newer { Ok(()) } else { unpack("sid", "sid", &["docker-buildx", "containerd"]) };
     if let Err(why) = fetched {
         let note = "docker-buildx and containerd 2.1 (Debian sid could not be reached)";
         eprintln!("{note}: {why}");
@@ -54,11 +57,13 @@ fn there(needed: &str) -> bool {
         return Path::new(needed).exists();
     }
     // Root's programs are not on everybody's PATH.
-    which(needed).is_some() || ["/usr/sbin", "/sbin"].iter().any(|d| Path::new(d).join(needed).exists())
+    which(needed).is_some()
+        || ["/usr/sbin", "/sbin"].iter().any(|d| Path::new(d).join(needed).exists())
 }
 
 fn install() -> Result<(), String> {
-    let lacking: Vec<&str> = NEEDED.iter().filter(|(needed, _)| !there(needed)).map(|(_, package)| *package).collect();
+    let lacking: Vec<&str> =
+        NEEDED.iter().filter(|(needed, _)| !there(needed)).map(|(_, package)| *package).collect();
     if lacking.is_empty() {
         return Ok(());
     }
@@ -73,16 +78,19 @@ fn install() -> Result<(), String> {
     succeed(update)?;
     let mut install = apt();
     install.args(["install", "--yes", "--no-install-recommends"]).args(&lacking);
-    succeed(install).map_err(|e| format!("{e}\ninstall these packages by hand: {}", lacking.join(" ")))
+    succeed(install)
+        .map_err(|e| format!("{e}\ninstall these packages by hand: {}", lacking.join(" ")))
 }
 
 fn own_suite() -> Result<String, String> {
-    let release = fs::read_to_string("/etc/os-release").map_err(|e| format!("read /etc/os-release: {e}"))?;
+    let release =
+        fs::read_to_string("/etc/os-release").map_err(|e| format!("read /etc/os-release: {e}"))?;
     let name = release.lines().find_map(|l| l.strip_prefix("VERSION_CODENAME=")).unwrap_or("sid");
     Ok(name.trim_matches('"').to_owned())
 }
 
-/// Unpacks `packages` of a Debian suite below `target/lab/root`, with apt but without touching the system's state.
+/// Unpacks `packages` of a Debian suite below `target/lab/root`, with apt but without touching the
+/// system's state.
 fn unpack(name: &str, suite: &str, packages: &[&str]) -> Result<(), String> {
     println!("fetching {} of Debian {suite} …", packages.join(" "));
     let apt = lab_dir().join("apt").join(name);
@@ -96,7 +104,12 @@ fn unpack(name: &str, suite: &str, packages: &[&str]) -> Result<(), String> {
     let command = || {
         let mut command = Command::new("apt-get");
         command
-            .args(["-qq", "-oDir::Etc::sourceparts=/nonexistent", "-oAPT::Sandbox::User=", "-oAcquire::Languages=none"])
+            .args([
+                "-qq",
+                "-oDir::Etc::sourceparts=/nonexistent",
+                "-oAPT::Sandbox::User=",
+                "-oAcquire::Languages=none",
+            ])
             .arg(format!("-oDir::Etc::sourcelist={}", apt.join("sources.list").display()))
             .arg(format!("-oDir::State::Lists={}", apt.join("lists").display()))
             .arg(format!("-oDir::Cache={}", apt.join("cache").display()))
@@ -111,12 +124,19 @@ fn unpack(name: &str, suite: &str, packages: &[&str]) -> Result<(), String> {
     succeed(download)?;
     let root = lab_dir().join("root");
     fs::create_dir_all(&root).map_err(io)?;
-    let archives: Vec<PathBuf> = fs::read_dir(apt.join("dl")).map_err(io)?.flatten().map(|e| e.path()).collect();
+    let archives: Vec<PathBuf> =
+        fs::read_dir(apt.join("dl")).map_err(io)?.flatten().map(|e| e.path()).collect();
     for package in packages {
         let prefix = format!("{package}_");
-        let newest = archives.iter().filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&prefix))).max();
+        let newest = archives
+            .iter()
+            .filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&prefix)))
+            .max();
         let mut extract = Command::new("dpkg");
-        extract.arg("-x").arg(newest.ok_or_else(|| format!("apt-get download {package} left no file"))?).arg(&root);
+        extract
+            .arg("-x")
+            .arg(newest.ok_or_else(|| format!("apt-get download {package} left no file"))?)
+            .arg(&root);
         succeed(extract)?;
     }
     Ok(())
@@ -125,23 +145,33 @@ fn unpack(name: &str, suite: &str, packages: &[&str]) -> Result<(), String> {
 /// The mirror that this machine's own suite comes from.
 fn mirror() -> Result<String, String> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
-    files.extend(fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten().flatten().map(|e| e.path()));
+    files.extend(
+        fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten().flatten().map(|e| e.path()),
+    );
     let texts: Vec<String> = files.iter().filter_map(|f| fs::read_to_string(f).ok()).collect();
     let suite = own_suite()?;
-    texts.iter().find_map(|text| mirror_in(text, &suite)).ok_or_else(|| format!("no mirror for {suite} is named below /etc/apt"))
+    texts
+        .iter()
+        .find_map(|text| mirror_in(text, &suite))
+        .ok_or_else(|| format!("no mirror for {suite} is named below /etc/apt"))
 }
 
 /// The URI for `suite` in one of apt's source files, of either format.
 fn mirror_in(text: &str, suite: &str) -> Option<String> {
     for line in text.lines().filter(|l| l.trim_start().starts_with("deb ")) {
-        let words: Vec<&str> =
-            line.split_whitespace().skip(1).skip_while(|w| w.starts_with('[') || w.contains('=') || w.ends_with(']')).collect();
+        let words: Vec<&str> = line
+            .split_whitespace()
+            .skip(1)
+            .skip_while(|w| w.starts_with('[') || w.contains('=') || w.ends_with(']'))
+            .collect();
         if words.get(1) == Some(&suite) {
             return Some(words[0].to_owned());
         }
     }
     text.split("\n\n").find_map(|stanza| {
-        let field = |name: &str| stanza.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
+        let field = |name: &str| {
+            stanza.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+        };
         let named = field("Suites")?.split_whitespace().any(|s| s == suite);
         if named { field("URIs")?.split_whitespace().next().map(str::to_owned) } else { None }
     })
@@ -159,8 +189,17 @@ mod tests {
     #[test]
     fn the_mirror_is_found_in_both_formats() {
         check("deb http://deb.example/debian bookworm main\n", Some("http://deb.example/debian"));
-        check("# deb http://no/ bookworm main\ndeb [arch=amd64 signed-by=/k] http://a/debian bookworm main", Some("http://a/debian"));
-        check("Types: deb\nURIs: http://b/debian\nSuites: bookworm bookworm-updates\nComponents: main\n", Some("http://b/debian"));
-        check("deb http://security/ bookworm-security main\n\nTypes: deb\nURIs: http://c\nSuites: nodistro\n", None);
+        check(
+            "# deb http://no/ bookworm main\ndeb [arch=amd64 signed-by=/k] http://a/debian bookworm main",
+            Some("http://a/debian"),
+        );
+        check(
+            "Types: deb\nURIs: http://b/debian\nSuites: bookworm bookworm-updates\nComponents: main\n",
+            Some("http://b/debian"),
+        );
+        check(
+            "deb http://security/ bookworm-security main\n\nTypes: deb\nURIs: http://c\nSuites: nodistro\n",
+            None,
+        );
     }
 }

@@ -17,8 +17,14 @@ pub fn as_root() -> Result<(), String> {
     lab.start_registry();
     BaseImage::busybox().push(&lab.registry(), "library/busybox", "latest");
     lab.start_daemon();
-    println!("containerd {} at $CONTAINERD_ADDRESS, a registry with busybox at $REGISTRY, shipwayd at $BUILDKIT_HOST.", flavour.version());
-    println!("`shipway`, `shipwayd` and `ctr` are on PATH; logs are in {}. `exit` ends all of it.", lab.dir().display());
+    println!(
+        "containerd {} at $CONTAINERD_ADDRESS, a registry with busybox at $REGISTRY, shipwayd at $BUILDKIT_HOST.",
+        flavour.version()
+    );
+    println!(
+        "`shipway`, `shipwayd` and `ctr` are on PATH; logs are in {}. `exit` ends all of it.",
+        lab.dir().display()
+    );
     let path = format!("{}:{}", profile_dir().display(), lab.path().to_string_lossy());
     let mut shell = Command::new(std::env::var_os("SHELL").unwrap_or_else(|| "/bin/sh".into()));
     shell

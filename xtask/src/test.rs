@@ -29,14 +29,28 @@ pub fn run() -> Result<(), String> {
     let missing = packages::prepare()?;
     let mut tally = Tally::default();
     check(&mut tally, "cargo fmt", cargo().args(["fmt", "--all", "--", "--check"]));
-    check(&mut tally, "cargo clippy", cargo().args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]));
+    check(
+        &mut tally,
+        "cargo clippy",
+        cargo().args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]),
+    );
     let doc = &["doc", "--workspace", "--no-deps", "--document-private-items", "--quiet"];
-    check(&mut tally, "cargo doc", cargo().args(doc).env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private-intra-doc-links"));
+    check(
+        &mut tally,
+        "cargo doc",
+        cargo().args(doc).env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private-intra-doc-links"),
+    );
     // The programs that live tests start.
     check(&mut tally, "cargo build", cargo().args(["build", "--workspace", "--bins"]));
-    tests(&mut tally, "unit tests", &["test", "--workspace", "--exclude", "shipway-integration", "--no-fail-fast"]);
-    // Two at a time: each has a containerd and a daemon of its own. What fails beside the others has failed: races live there.
-    let live = &["test", "--package", "shipway-integration", "--no-fail-fast", "--", "--test-threads=2"];
+    tests(
+        &mut tally,
+        "unit tests",
+        &["test", "--workspace", "--exclude", "shipway-integration", "--no-fail-fast"],
+    );
+    // Two at a time: each has a containerd and a daemon of its own. What fails beside the others
+    // has failed: races live there.
+    let live =
+        &["test", "--package", "shipway-integration", "--no-fail-fast", "--", "--test-threads=2"];
     tests(&mut tally, "live tests", live);
 
     println!();
@@ -88,14 +102,19 @@ impl Tally {
     }
 }
 
-/// Runs tests, shows their output, and counts them. Tests run as root: snapshots and mounts need it.
+/// Runs tests, shows their output, and counts them. Tests run as root: snapshots and mounts need
+/// it.
 fn tests(tally: &mut Tally, name: &str, arguments: &[&str]) {
     println!("== {name}");
     let mut command = cargo();
-    command.env("SHIPWAY_FUZZ_SECONDS", FUZZ_SECONDS).env("SHIPWAY_HISTORY_SECONDS", HISTORY_SECONDS);
+    command
+        .env("SHIPWAY_FUZZ_SECONDS", FUZZ_SECONDS)
+        .env("SHIPWAY_HISTORY_SECONDS", HISTORY_SECONDS);
     command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
     if !is_root() {
-        let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH).to_uppercase().replace('-', "_");
+        let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH)
+            .to_uppercase()
+            .replace('-', "_");
         command.env(format!("CARGO_TARGET_{target}_RUNNER"), "sudo -E");
     }
     let before = tally.failed;
@@ -123,7 +142,8 @@ fn tests(tally: &mut Tally, name: &str, arguments: &[&str]) {
             child.wait().is_ok_and(|s| s.success())
         }
     };
-    let (counted, any) = std::mem::take(&mut *shared.lock().unwrap_or_else(PoisonError::into_inner));
+    let (counted, any) =
+        std::mem::take(&mut *shared.lock().unwrap_or_else(PoisonError::into_inner));
     *tally = counted;
     // Something failed that no test program counted: it did not compile, or died.
     if !any || (!success && tally.failed == before) {

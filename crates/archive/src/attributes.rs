@@ -1,4 +1,5 @@
-//! Extended attributes: which ones a layer carries, which are the host's own, and which no unpacking gives back.
+//! Extended attributes: which ones a layer carries, which are the host's own, and which no
+//! unpacking gives back.
 
 use crate::tree::broken;
 use rustix::{fd::BorrowedFd, io::Errno};
@@ -6,7 +7,8 @@ use shipway_fault::{Code, Fault, Result};
 use shipway_oci::is_image_xattr;
 use std::path::Path;
 
-/// Most bytes of names and values of one file. Go's tar reader, which containerd unpacks with, takes no longer extended header.
+/// Most bytes of names and values of one file. Go's tar reader, which containerd unpacks with,
+/// takes no longer extended header.
 const MAX_BYTES: usize = 1 << 20;
 /// The longest value that Linux has.
 const MAX_VALUE: usize = 64 << 10;
@@ -15,7 +17,8 @@ pub(crate) const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
 pub(crate) const DEFAULT_ACL: &[u8] = b"system.posix_acl_default";
 pub(crate) const CAPABILITY: &[u8] = b"security.capability";
 
-/// Labels that the host's security modules set, and what file systems show of their own in namespaces that no image uses.
+/// Labels that the host's security modules set, and what file systems show of their own in
+/// namespaces that no image uses.
 const HOST: [&[u8]; 7] = [
     b"security.selinux",
     b"security.SMACK64",
@@ -65,10 +68,14 @@ fn is_carried(name: &[u8]) -> bool {
 
 /// Whether the attribute is not of the image: it is not told, and nobody misses it.
 fn is_hosts(name: &[u8], marks: Option<Marks>) -> bool {
-    let images = [&b"user."[..], b"trusted.", b"security."].iter().any(|space| name.starts_with(space));
+    let images =
+        [&b"user."[..], b"trusted.", b"security."].iter().any(|space| name.starts_with(space));
     let acl = [ACCESS_ACL, DEFAULT_ACL].contains(&name);
-    // The kernel keeps what is set like a mark, and is none, under another name: `overlay.overlay.`.
-    let mark = marks.and_then(|m| name.strip_prefix(m.prefix())).is_some_and(|mark| !mark.starts_with(b"overlay."));
+    // The kernel keeps what is set like a mark, and is none, under another name:
+    // `overlay.overlay.`.
+    let mark = marks
+        .and_then(|m| name.strip_prefix(m.prefix()))
+        .is_some_and(|mark| !mark.starts_with(b"overlay."));
     !images && !acl || HOST.iter().any(|h| name.starts_with(h)) || mark
 }
 
@@ -113,7 +120,8 @@ impl Of<'_> {
     }
 }
 
-/// Reads the attributes of what is in a directory with an overlay's `marks`, or in none; `full` is for people.
+/// Reads the attributes of what is in a directory with an overlay's `marks`, or in none; `full` is
+/// for people.
 pub(crate) fn read(of: Of<'_>, marks: Option<Marks>, full: &Path) -> Result<Attributes> {
     let (mut short, mut long) = ([0u8; 512], Vec::new());
     let names: &[u8] = loop {
@@ -149,7 +157,10 @@ pub(crate) fn read(of: Of<'_>, marks: Option<Marks>, full: &Path) -> Result<Attr
         }
         bytes += name.len() + value.len();
         if bytes > MAX_BYTES {
-            return Err(Fault::invalid(format!("{}: its extended attributes are larger than a layer can hold (1 MiB)", full.display())));
+            return Err(Fault::invalid(format!(
+                "{}: its extended attributes are larger than a layer can hold (1 MiB)",
+                full.display()
+            )));
         }
         value.shrink_to_fit();
         let kind = if is_carried(name) { &mut found.carried } else { &mut found.lost };
@@ -172,7 +183,10 @@ mod tests {
             Hosts,
             Lost,
         }
-        let fate = |name: &str, marks| match (is_hosts(name.as_bytes(), marks), is_carried(name.as_bytes())) {
+        let fate = |name: &str, marks| match (
+            is_hosts(name.as_bytes(), marks),
+            is_carried(name.as_bytes()),
+        ) {
             (true, _) => Fate::Hosts,
             (false, true) => Fate::Carried,
             (false, false) => Fate::Lost,

@@ -1,4 +1,5 @@
-//! What lies below a directory of a layer: the lower directories of an overlay as one, or the tree before the changes.
+//! What lies below a directory of a layer: the lower directories of an overlay as one, or the tree
+//! before the changes.
 
 use crate::{
     attributes::{self, Marks, Of, Pairs},
@@ -81,7 +82,8 @@ impl Below {
                 if seen.contains(&name) || hidden.contains(&name) {
                     continue;
                 }
-                let device = self.marks.is_some() && entry.file_type().map_err(failed)?.is_char_device();
+                let device =
+                    self.marks.is_some() && entry.file_type().map_err(failed)?.is_char_device();
                 if device && entry.metadata().map_err(failed)?.rdev() == 0 {
                     hidden.insert(name);
                 } else {
@@ -92,9 +94,11 @@ impl Below {
         Ok(seen)
     }
 
-    /// Whether the thing at a path, open as a file if it is a file or directory and with the `found` attributes (those that a layer
-    /// carries, and others), is the `old` one: but for access times, and for times that a directory got because names in it changed.
-    /// Contents are read where nothing else differs. Of what is not told then, `losses` hears what unpacking would not give back.
+    /// Whether the thing at a path, open as a file if it is a file or directory and with the
+    /// `found` attributes (those that a layer carries, and others), is the `old` one: but for
+    /// access times, and for times that a directory got because names in it changed. Contents are
+    /// read where nothing else differs. Of what is not told then, `losses` hears what unpacking
+    /// would not give back.
     pub fn is_same(
         &self,
         (old_path, old): &(PathBuf, Stat),
@@ -106,16 +110,22 @@ impl Below {
         if (old.st_dev, old.st_ino) == (new.st_dev, new.st_ino) {
             return Ok(true);
         }
-        if (old.st_mode, old.st_uid, old.st_gid, old.st_rdev) != (new.st_mode, new.st_uid, new.st_gid, new.st_rdev) {
+        if (old.st_mode, old.st_uid, old.st_gid, old.st_rdev)
+            != (new.st_mode, new.st_uid, new.st_gid, new.st_rdev)
+        {
             return Ok(false);
         }
         let kind = FileType::from_raw_mode(new.st_mode);
-        // Times that a tar cannot tell from each other are one time: the file may have got it, and must look the same before and after.
+        // Times that a tar cannot tell from each other are one time: the file may have got it, and
+        // must look the same before and after.
         let (then, now) = (time_of(old), time_of(new));
         let other_time = now != then && unpacked(now) != then;
         let differs = match kind {
-            // Only in upper directories is a set time one that the step has set: copying a tree sets all of them.
-            FileType::Directory => other_time && self.marks.is_some() && file.is_some_and(|dir| was_set(dir, new)),
+            // Only in upper directories is a set time one that the step has set: copying a tree
+            // sets all of them.
+            FileType::Directory => {
+                other_time && self.marks.is_some() && file.is_some_and(|dir| was_set(dir, new))
+            }
             _ => other_time || old.st_size != new.st_size,
         };
         if differs {
@@ -144,11 +154,14 @@ impl Below {
     }
 }
 
-/// Whether somebody has set the time of a directory: one that it got because names in it changed is between its birth in the upper
-/// directory and the last change of its status. Where the file system does not know the birth, it is the latter.
+/// Whether somebody has set the time of a directory: one that it got because names in it changed is
+/// between its birth in the upper directory and the last change of its status. Where the file
+/// system does not know the birth, it is the latter.
 fn was_set(dir: &File, stat: &Stat) -> bool {
     let born = rustix::fs::statx(dir, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME).ok();
-    let born = born.filter(|s| s.stx_mask & StatxFlags::BTIME.bits() != 0).map(|s| (s.stx_btime.tv_sec, i64::from(s.stx_btime.tv_nsec)));
+    let born = born
+        .filter(|s| s.stx_mask & StatxFlags::BTIME.bits() != 0)
+        .map(|s| (s.stx_btime.tv_sec, i64::from(s.stx_btime.tv_nsec)));
     !(born.unwrap_or(changed(stat))..=changed(stat)).contains(&time_of(stat))
 }
 

@@ -5,15 +5,19 @@ use libdeflater::{CompressionLvl, Compressor};
 use shipway_fault::{Fault, Result};
 use std::mem;
 
-/// Bytes of the stream per block. Part of the format of our blobs: changing it changes their digests.
+/// Bytes of the stream per block. Part of the format of our blobs: changing it changes their
+/// digests.
 pub const BLOCK: usize = 512 * 1024;
-/// A block is judged in pieces of this size: tars mix what shrinks with what does not, at places of their own.
+/// A block is judged in pieces of this size: tars mix what shrinks with what does not, at places of
+/// their own.
 const PIECE: usize = 64 * 1024;
 /// Bytes in the middle of a piece that are looked at to see whether it can be compressed at all.
 const SAMPLE: usize = 4 * 1024;
-/// A sample with more strings that occurred before is worth compressing: each saves some two bytes, and less than 2 % is not worth the time.
+/// A sample with more strings that occurred before is worth compressing: each saves some two bytes,
+/// and less than 2 % is not worth the time.
 const REPEATS: usize = 40;
-/// What deflate does by default: the fastest level, for blobs are waited for; `compression-level` asks for more.
+/// What deflate does by default: the fastest level, for blobs are waited for; `compression-level`
+/// asks for more.
 const GZIP_LEVEL: i32 = 1;
 /// zstd's own default.
 const ZSTD_LEVEL: i32 = 3;
@@ -50,7 +54,10 @@ impl BlockCompressor {
             CompressionKind::Gzip => {
                 // BuildKit counts 0 to 9 and -1 for the default.
                 let level = compression.level.filter(|l| *l >= 0).unwrap_or(GZIP_LEVEL).min(12);
-                Codec::Gzip { normal: Compressor::new(gzip_level(level)?), stored: Compressor::new(gzip_level(0)?) }
+                Codec::Gzip {
+                    normal: Compressor::new(gzip_level(level)?),
+                    stored: Compressor::new(gzip_level(0)?),
+                }
             }
             CompressionKind::Zstd => {
                 let level = compression.level.filter(|l| *l >= 0).unwrap_or(ZSTD_LEVEL).min(22);
@@ -60,7 +67,8 @@ impl BlockCompressor {
         Ok(Self { codec, zeros: Vec::new(), scratch: Vec::new() })
     }
 
-    /// Appends the compressed form of `block` to `out`: a member or frame for each run of pieces of one nature.
+    /// Appends the compressed form of `block` to `out`: a member or frame for each run of pieces of
+    /// one nature.
     pub fn compress(&mut self, block: &[u8], out: &mut Vec<u8>) -> Result<()> {
         if matches!(self.codec, Codec::None) {
             out.extend_from_slice(block);
@@ -101,13 +109,17 @@ impl BlockCompressor {
             Codec::Gzip { normal, stored } => {
                 let codec = if hard { stored } else { normal };
                 let room = room(&mut self.scratch, codec.gzip_compress_bound(block.len()));
-                let n = codec.gzip_compress(block, room).map_err(|e| Fault::internal(format!("gzip a layer: {e}")))?;
+                let n = codec
+                    .gzip_compress(block, room)
+                    .map_err(|e| Fault::internal(format!("gzip a layer: {e}")))?;
                 &room[..n]
             }
             Codec::Zstd { normal, fast } => {
                 let codec = if hard { fast } else { normal };
                 let room = room(&mut self.scratch, zstd::zstd_safe::compress_bound(block.len()));
-                let n = codec.compress_to_buffer(block, room).map_err(|e| Fault::internal(format!("zstd a layer: {e}")))?;
+                let n = codec
+                    .compress_to_buffer(block, room)
+                    .map_err(|e| Fault::internal(format!("zstd a layer: {e}")))?;
                 &room[..n]
             }
         };
@@ -137,15 +149,20 @@ fn judge(piece: &[u8]) -> Nature {
 }
 
 fn gzip_level(level: i32) -> Result<CompressionLvl> {
-    CompressionLvl::new(level).map_err(|_| Fault::invalid(format!("compression-level {level} is not a level of gzip")).hint("use 0 to 9"))
+    CompressionLvl::new(level).map_err(|_| {
+        Fault::invalid(format!("compression-level {level} is not a level of gzip"))
+            .hint("use 0 to 9")
+    })
 }
 
 fn zstd_of(level: i32) -> Result<zstd::bulk::Compressor<'static>> {
-    zstd::bulk::Compressor::new(level).map_err(|e| Fault::invalid(format!("compression-level {level} is not a level of zstd: {e}")))
+    zstd::bulk::Compressor::new(level).map_err(|e| {
+        Fault::invalid(format!("compression-level {level} is not a level of zstd: {e}"))
+    })
 }
 
-/// Positions of `sample` whose next four bytes, the shortest that deflate and zstd look for, were there before. Some that were overwritten
-/// by others of the same hash are missed.
+/// Positions of `sample` whose next four bytes, the shortest that deflate and zstd look for, were
+/// there before. Some that were overwritten by others of the same hash are missed.
 fn repeats(sample: &[u8]) -> usize {
     const BITS: u32 = 12;
     let mut last = [0u32; 1 << BITS];
@@ -171,8 +188,11 @@ fn looks_random(sample: &[u8]) -> bool {
 }
 
 fn is_zero(block: &[u8]) -> bool {
-    let (head, words, tail) = (block.first(), block.chunks_exact(64), block.chunks_exact(64).remainder());
-    head == Some(&0) && words.into_iter().all(|w| w.iter().fold(0, |a, b| a | b) == 0) && tail.iter().all(|b| *b == 0)
+    let (head, words, tail) =
+        (block.first(), block.chunks_exact(64), block.chunks_exact(64).remainder());
+    head == Some(&0)
+        && words.into_iter().all(|w| w.iter().fold(0, |a, b| a | b) == 0)
+        && tail.iter().all(|b| *b == 0)
 }
 
 #[cfg(test)]
@@ -189,11 +209,15 @@ mod tests {
         .take(PIECE)
         .collect();
         let repeated: Vec<u8> = random[..1024].iter().copied().cycle().take(PIECE).collect();
-        let text = b"fn main() { println!(\"hello\"); }\n".iter().copied().cycle().take(PIECE).collect();
+        let text =
+            b"fn main() { println!(\"hello\"); }\n".iter().copied().cycle().take(PIECE).collect();
         let mut compressor = BlockCompressor::new(Compression::default()).expect("a compressor");
-        for (piece, nature) in
-            [(vec![0; PIECE], Nature::Zero), (random.clone(), Nature::Hard), (repeated, Nature::Normal), (text, Nature::Normal)]
-        {
+        for (piece, nature) in [
+            (vec![0; PIECE], Nature::Zero),
+            (random.clone(), Nature::Hard),
+            (repeated, Nature::Normal),
+            (text, Nature::Normal),
+        ] {
             assert_eq!(judge(&piece), nature);
         }
         // As tars have it: a header, then what does not shrink, then a hole.

@@ -26,7 +26,10 @@ impl Read for Pieces<'_> {
 }
 
 /// A reader of what `input` holds, decompressed.
-pub fn reader<'a>(kind: CompressionKind, input: &'a mut (dyn FnMut() -> Result<Option<Bytes>> + Send)) -> Result<Box<dyn Read + 'a>> {
+pub fn reader<'a>(
+    kind: CompressionKind,
+    input: &'a mut (dyn FnMut() -> Result<Option<Bytes>> + Send),
+) -> Result<Box<dyn Read + 'a>> {
     let pieces = Pieces { next: input, piece: Bytes::new() };
     Ok(match kind {
         CompressionKind::Uncompressed => Box::new(pieces),

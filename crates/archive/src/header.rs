@@ -1,4 +1,5 @@
-//! Tar headers: ustar where it can say it, a PAX header before it where it cannot (POSIX.1-2001 pax, `SCHILY.xattr`).
+//! Tar headers: ustar where it can say it, a PAX header before it where it cannot (POSIX.1-2001
+//! pax, `SCHILY.xattr`).
 
 use crate::{
     Entry, EntryKind,
@@ -68,7 +69,8 @@ pub fn write(entry: &Entry, out: &mut Vec<u8>) {
     ustar(&name, link, flag, entry.mode, ids, entry.size.min(MAX_SIZE), mtime, device, out);
 }
 
-/// Name in the archive: directories end with a slash, whiteouts have their prefix (OCI image-spec, layer.md, "Whiteouts").
+/// Name in the archive: directories end with a slash, whiteouts have their prefix (OCI image-spec,
+/// layer.md, "Whiteouts").
 fn tar_name(entry: &Entry) -> Vec<u8> {
     let mut name = entry.path.clone();
     match entry.kind {
@@ -96,7 +98,17 @@ fn pax_name(path: &[u8]) -> Vec<u8> {
 }
 
 #[allow(clippy::too_many_arguments)]
-fn ustar(name: &[u8], link: &[u8], flag: u8, mode: u32, ids: (u32, u32), size: u64, mtime: u64, device: (u32, u32), out: &mut Vec<u8>) {
+fn ustar(
+    name: &[u8],
+    link: &[u8],
+    flag: u8,
+    mode: u32,
+    ids: (u32, u32),
+    size: u64,
+    mtime: u64,
+    device: (u32, u32),
+    out: &mut Vec<u8>,
+) {
     let start = out.len();
     out.resize(start + BLOCK, 0);
     let h = &mut out[start..];
@@ -116,7 +128,8 @@ fn ustar(name: &[u8], link: &[u8], flag: u8, mode: u32, ids: (u32, u32), size: u
     octal(&mut h[148..155], sum.into());
 }
 
-/// As much of a text as fits; the whole of it is in the PAX header then, so bytes that are not ASCII are left out here.
+/// As much of a text as fits; the whole of it is in the PAX header then, so bytes that are not
+/// ASCII are left out here.
 fn text(field: &mut [u8], value: &[u8]) {
     for (to, from) in field.iter_mut().zip(value.iter().filter(|b| b.is_ascii())) {
         *to = *from;

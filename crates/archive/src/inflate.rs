@@ -2,7 +2,8 @@
 
 use std::io::{self, BufRead, Cursor, Read};
 
-/// Memory that a decompressor may take: an archive says how large its dictionary is, up to 4 GiB in xz. `xz -9` and `zstd -19` need half of it.
+/// Memory that a decompressor may take: an archive says how large its dictionary is, up to 4 GiB in
+/// xz. `xz -9` and `zstd -19` need half of it.
 const MAX_MEMORY: u64 = 128 << 20;
 /// The same as a power of two, for zstd's window; its own tool has the same limit.
 const MAX_WINDOW_LOG: u32 = MAX_MEMORY.ilog2();
@@ -17,7 +18,10 @@ pub fn inflate<'a>(mut input: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a
         [0x1f, 0x8b, 0x08, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
         [b'B', b'Z', b'h', ..] => Box::new(bzip2::bufread::MultiBzDecoder::new(input)),
         [0xfd, b'7', b'z', b'X', b'Z', 0] => {
-            let stream = liblzma::stream::Stream::new_stream_decoder(MAX_MEMORY, liblzma::stream::CONCATENATED)?;
+            let stream = liblzma::stream::Stream::new_stream_decoder(
+                MAX_MEMORY,
+                liblzma::stream::CONCATENATED,
+            )?;
             Box::new(liblzma::bufread::XzDecoder::new_stream(input, stream))
         }
         // A frame, or one to skip before it.

@@ -1,9 +1,11 @@
 //! What unpacking the tar of a tree does not give back.
 //!
-//! A snapshot may be named by its layer's chain ID only if it is what unpacking gives, since whoever asks for the name gets it. So the walk that
-//! makes the tar also looks for what the tar cannot say. The measure is what containerd does (1.6 and 2.1 do the same): entries that mean the root are
-//! passed over; `trusted.` attributes are not set; a name with the prefix `.wh.` is a whiteout; a directory gives its default access
-//! control list to what is made in it; a directory that is there keeps its attributes.
+//! A snapshot may be named by its layer's chain ID only if it is what unpacking gives, since
+//! whoever asks for the name gets it. So the walk that makes the tar also looks for what the tar
+//! cannot say. The measure is what containerd does (1.6 and 2.1 do the same): entries that mean the
+//! root are passed over; `trusted.` attributes are not set; a name with the prefix `.wh.` is a
+//! whiteout; a directory gives its default access control list to what is made in it; a directory
+//! that is there keeps its attributes.
 
 use crate::attributes::Pairs;
 use rustix::fs::{FileType, Stat};
@@ -50,7 +52,9 @@ impl fmt::Display for Loss {
             LossKind::WhiteoutName => f.write_str("named like a whiteout"),
             LossKind::WhiteoutDevice => f.write_str("a device like a whiteout"),
             LossKind::Attribute(name) => write!(f, "attribute {}", String::from_utf8_lossy(name)),
-            LossKind::Inherited => f.write_str("no access control list in a directory that hands one down"),
+            LossKind::Inherited => {
+                f.write_str("no access control list in a directory that hands one down")
+            }
             LossKind::Root => f.write_str("owner, permissions or attributes of the root"),
             LossKind::Links => f.write_str("linked in a way that layers cannot tell"),
             LossKind::Time => f.write_str("its time cannot be set"),
@@ -72,13 +76,15 @@ impl Losses {
 
     /// Notes the first attribute that only one of two has.
     pub fn difference(&mut self, path: &[u8], one: &Pairs, other: &Pairs) {
-        let only = |a: &Pairs, b: &Pairs| a.iter().find(|x| !b.contains(x)).map(|(name, _)| name.clone());
+        let only =
+            |a: &Pairs, b: &Pairs| a.iter().find(|x| !b.contains(x)).map(|(name, _)| name.clone());
         if let Some(name) = only(one, other).or_else(|| only(other, one)) {
             self.note(path, LossKind::Attribute(name));
         }
     }
 
-    /// Notes a file that is told; the path at which it was told first if this is another name of it.
+    /// Notes a file that is told; the path at which it was told first if this is another name of
+    /// it.
     pub fn told(&mut self, path: &[u8], stat: &Stat) -> Option<&[u8]> {
         if stat.st_nlink < 2 || FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
             return None;
@@ -105,10 +111,13 @@ impl Losses {
         }
     }
 
-    /// Notes a file of an upper directory that is the `old` one, which unpacking leaves as it is in its lower directory.
+    /// Notes a file of an upper directory that is the `old` one, which unpacking leaves as it is in
+    /// its lower directory.
     pub fn same_below(&mut self, path: &[u8], new: &Stat, old: &Stat) {
         self.same(path, new, old);
-        if FileType::from_raw_mode(new.st_mode) != FileType::Directory && new.st_nlink != old.st_nlink {
+        if FileType::from_raw_mode(new.st_mode) != FileType::Directory
+            && new.st_nlink != old.st_nlink
+        {
             self.note(path, LossKind::Links);
         }
     }
@@ -116,8 +125,14 @@ impl Losses {
     /// What was lost first; the walk has ended.
     pub fn first(mut self) -> Option<Loss> {
         let links = std::mem::take(&mut self.links);
-        let mut broken: Vec<_> = links.told.iter().filter(|(inode, _)| links.same.contains_key(*inode)).map(|(_, n)| n).collect();
-        broken.extend(links.told.values().chain(links.same.values()).filter(|n| n.count != n.links));
+        let mut broken: Vec<_> = links
+            .told
+            .iter()
+            .filter(|(inode, _)| links.same.contains_key(*inode))
+            .map(|(_, n)| n)
+            .collect();
+        broken
+            .extend(links.told.values().chain(links.same.values()).filter(|n| n.count != n.links));
         if let Some(names) = broken.into_iter().min_by(|a, b| a.path.cmp(&b.path)) {
             self.note(&names.path, LossKind::Links);
         }

@@ -1,11 +1,13 @@
-//! The time of the newest file in an archive, for builds that are to look as old as their source (row `df.arg.sde`).
+//! The time of the newest file in an archive, for builds that are to look as old as their source
+//! (row `df.arg.sde`).
 
 use crate::{MemberKind, TarReader, inflate};
 use shipway_fault::{Fault, Result};
 use std::io::{self, BufRead};
 
-/// The time of the newest regular file in a tar archive, in seconds since the epoch; plain, or compressed with gzip, bzip2, xz or zstd. None if
-/// it has no file; an error if `input` is no archive. Blocks: call it off the async threads.
+/// The time of the newest regular file in a tar archive, in seconds since the epoch; plain, or
+/// compressed with gzip, bzip2, xz or zstd. None if it has no file; an error if `input` is no
+/// archive. Blocks: call it off the async threads.
 pub fn newest_file(input: impl BufRead) -> Result<Option<i64>> {
     let fail = |e: io::Error| Fault::invalid(format!("read the archive: {e}"));
     let mut archive = TarReader::new(inflate(input).map_err(fail)?);

@@ -1,5 +1,5 @@
-//! The stream of a layer and the threads it flows through: one walks and reads, one hashes the tar, some compress blocks, and
-//! the caller's puts them in order, hashes them and hands them on.
+//! The stream of a layer and the threads it flows through: one walks and reads, one hashes the tar,
+//! some compress blocks, and the caller's puts them in order, hashes them and hands them on.
 
 use crate::{
     Compression, CompressionKind, Entry, EntryKind, LayerTree, Loss,
@@ -35,7 +35,8 @@ pub struct Tar {
     pub diff_id: DiffId,
     /// Its length.
     pub size: u64,
-    /// Its CRC-32, the one of gzip. Taking it costs next to nothing, and it notices what happens to files that nobody should touch.
+    /// Its CRC-32, the one of gzip. Taking it costs next to nothing, and it notices what happens to
+    /// files that nobody should touch.
     pub crc: u32,
 }
 
@@ -73,9 +74,10 @@ pub fn tar_of(tree: &LayerTree) -> Result<Hashed> {
     })
 }
 
-/// Packs `tree` as `compression` says and hands the bytes to `sink` in order. The bytes are the same for any number of `threads`
-/// (`None`: as many as there are processors). If the tar is `known`, it is not hashed again, only checked by its checksum.
-/// Blocks: call it off the async threads.
+/// Packs `tree` as `compression` says and hands the bytes to `sink` in order. The bytes are the
+/// same for any number of `threads` (`None`: as many as there are processors). If the tar is
+/// `known`, it is not hashed again, only checked by its checksum. Blocks: call it off the async
+/// threads.
 pub fn pack(
     tree: &LayerTree,
     compression: Compression,
@@ -86,9 +88,13 @@ pub fn pack(
     flow(compression, known, threads, |emit| Writer::new(emit).write(tree), sink)
 }
 
-/// One tar of several trees, each below a directory of its own (`""`: none) that is made with the time `mtime`. Uncompressed; otherwise
-/// as [`pack`].
-pub fn pack_below(trees: &[(String, LayerTree)], mtime: i64, sink: &mut dyn FnMut(Bytes) -> Result<()>) -> Result<Packed> {
+/// One tar of several trees, each below a directory of its own (`""`: none) that is made with the
+/// time `mtime`. Uncompressed; otherwise as [`pack`].
+pub fn pack_below(
+    trees: &[(String, LayerTree)],
+    mtime: i64,
+    sink: &mut dyn FnMut(Bytes) -> Result<()>,
+) -> Result<Packed> {
     let plain = Compression { kind: CompressionKind::Uncompressed, ..Compression::default() };
     let produce = |emit: &mut dyn FnMut(Bytes) -> bool| {
         let mut writer = Writer::new(emit);
@@ -104,8 +110,8 @@ pub fn pack_below(trees: &[(String, LayerTree)], mtime: i64, sink: &mut dyn FnMu
     flow(plain, None, None, produce, sink)
 }
 
-/// Compresses anew the layer that `input` gives piece by piece and that is compressed as `from` says; its tar stays the same
-/// to the byte. Otherwise as [`pack`].
+/// Compresses anew the layer that `input` gives piece by piece and that is compressed as `from`
+/// says; its tar stays the same to the byte. Otherwise as [`pack`].
 pub fn recompress(
     input: &mut (dyn FnMut() -> Result<Option<Bytes>> + Send),
     from: CompressionKind,
@@ -117,7 +123,8 @@ pub fn recompress(
         let mut tar = decompress::reader(from, input)?;
         loop {
             let mut block = Vec::with_capacity(BLOCK);
-            let n = (&mut tar).take(BLOCK as u64).read_to_end(&mut block).map_err(decompress::fault)?;
+            let n =
+                (&mut tar).take(BLOCK as u64).read_to_end(&mut block).map_err(decompress::fault)?;
             if n == 0 {
                 return Ok(None);
             }
@@ -129,7 +136,8 @@ pub fn recompress(
     flow(compression, None, threads, produce, sink)
 }
 
-/// Runs the threads: `produce` gives the tar in blocks and stops when it is told that nobody wants them.
+/// Runs the threads: `produce` gives the tar in blocks and stops when it is told that nobody wants
+/// them.
 pub(crate) fn flow(
     compression: Compression,
     known: Option<Tar>,
@@ -151,7 +159,9 @@ pub(crate) fn flow(
         let reading = scope.spawn(move || {
             let mut next = 0;
             produce(&mut |block| {
-                let sent = !stop.load(Relaxed) && to_hash.send(block.clone()).is_ok() && to_compress.send((next, block)).is_ok();
+                let sent = !stop.load(Relaxed)
+                    && to_hash.send(block.clone()).is_ok()
+                    && to_compress.send((next, block)).is_ok();
                 next += 1;
                 sent
             })
@@ -193,12 +203,21 @@ fn hash(blocks: Receiver<Bytes>, known: Option<Tar>) -> Result<Tar> {
     match (hasher, known) {
         (Some(hasher), _) => Ok(Tar { diff_id: DiffId(hasher.finish()), size, crc }),
         (None, Some(tar)) if (tar.size, tar.crc) == (size, crc) => Ok(tar),
-        (None, _) => Err(Fault::new(Code::FailedPrecondition, "the files of the layer are not what they were when it was committed")
-            .hint("something wrote to the snapshot behind containerd's back: prune it and build again")),
+        (None, _) => Err(Fault::new(
+            Code::FailedPrecondition,
+            "the files of the layer are not what they were when it was committed",
+        )
+        .hint(
+            "something wrote to the snapshot behind containerd's back: prune it and build again",
+        )),
     }
 }
 
-fn work(compression: Compression, jobs: &Mutex<Receiver<(u64, Bytes)>>, done: &SyncSender<Result<(u64, Bytes)>>) {
+fn work(
+    compression: Compression,
+    jobs: &Mutex<Receiver<(u64, Bytes)>>,
+    done: &SyncSender<Result<(u64, Bytes)>>,
+) {
     let mut compressor = match BlockCompressor::new(compression) {
         Ok(compressor) => compressor,
         Err(e) => {
@@ -221,7 +240,10 @@ fn work(compression: Compression, jobs: &Mutex<Receiver<(u64, Bytes)>>, done: &S
     }
 }
 
-fn gather(results: Receiver<Result<(u64, Bytes)>>, sink: &mut dyn FnMut(Bytes) -> Result<()>) -> Result<(Digest, u64)> {
+fn gather(
+    results: Receiver<Result<(u64, Bytes)>>,
+    sink: &mut dyn FnMut(Bytes) -> Result<()>,
+) -> Result<(Digest, u64)> {
     let (mut hasher, mut size, mut next) = (Hasher::new(), 0, 0);
     let mut early = BTreeMap::new();
     for result in results {
@@ -256,7 +278,10 @@ impl<F: FnMut(Bytes) -> bool> Writer<F> {
     fn directory(&mut self, path: &str, mtime: i64) -> Result<()> {
         let (path, kind) = (path.as_bytes().to_vec(), EntryKind::Directory);
         let mut head = Vec::new();
-        header::write(&Entry { path, kind, mode: 0o755, uid: 0, gid: 0, size: 0, mtime, xattrs: Vec::new() }, &mut head);
+        header::write(
+            &Entry { path, kind, mode: 0o755, uid: 0, gid: 0, size: 0, mtime, xattrs: Vec::new() },
+            &mut head,
+        );
         self.put(&head)
     }
 
@@ -267,7 +292,9 @@ impl<F: FnMut(Bytes) -> bool> Writer<F> {
         };
         let mut head = Vec::new();
         tree.walk_open(|mut entry, file| {
-            let file = file.filter(|_| entry.kind == EntryKind::File && entry.size > 0).map(|file| (file, entry.path.clone()));
+            let file = file
+                .filter(|_| entry.kind == EntryKind::File && entry.size > 0)
+                .map(|file| (file, entry.path.clone()));
             if !under.is_empty() {
                 below(&mut entry.path);
                 if let EntryKind::HardLink(first) = &mut entry.kind {
@@ -307,7 +334,9 @@ impl<F: FnMut(Bytes) -> bool> Writer<F> {
 
     fn file(&mut self, file: &File, path: &[u8], size: u64) -> Result<()> {
         let path = Path::new(OsStr::from_bytes(path));
-        let failed = |e: rustix::io::Errno| Fault::io(format!("read {} of a layer", path.display()), e.into());
+        let failed = |e: rustix::io::Errno| {
+            Fault::io(format!("read {} of a layer", path.display()), e.into())
+        };
         let mut left = size;
         while left > 0 {
             let want = (BLOCK - self.block.len()).min(usize::try_from(left).unwrap_or(usize::MAX));
@@ -325,8 +354,11 @@ impl<F: FnMut(Bytes) -> bool> Writer<F> {
                 other => other.map_err(failed)?,
             };
             if n == 0 {
-                return Err(Fault::new(Code::Aborted, format!("{} became shorter while it was read", path.display()))
-                    .hint("something still writes to the file system of a step that has ended"));
+                return Err(Fault::new(
+                    Code::Aborted,
+                    format!("{} became shorter while it was read", path.display()),
+                )
+                .hint("something still writes to the file system of a step that has ended"));
             }
             left -= n as u64;
             self.flush_full()?;

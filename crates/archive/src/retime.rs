@@ -1,4 +1,5 @@
-//! A layer with no time later than a given one (row `ex.c.rewrite`): its headers are written anew, its files are not touched.
+//! A layer with no time later than a given one (row `ex.c.rewrite`): its headers are written anew,
+//! its files are not touched.
 
 use crate::{
     Compression, CompressionKind, Packed,
@@ -17,8 +18,9 @@ use std::{
     num::NonZero,
 };
 
-/// Packs the layer that `input` gives piece by piece and that is compressed as `from` says, with every time later than `latest` (seconds since the
-/// epoch) set to it. Otherwise as [`crate::pack()`].
+/// Packs the layer that `input` gives piece by piece and that is compressed as `from` says, with
+/// every time later than `latest` (seconds since the epoch) set to it. Otherwise as
+/// [`crate::pack()`].
 pub fn retime(
     input: &mut (dyn FnMut() -> Result<Option<Bytes>> + Send),
     from: CompressionKind,
@@ -62,7 +64,9 @@ impl Out<'_> {
 /// The fault of a read: the input's own, if that is what failed.
 fn fault(error: io::Error) -> Fault {
     match error.kind() {
-        ErrorKind::InvalidData | ErrorKind::UnexpectedEof => Fault::new(Code::DataLoss, format!("read a layer: {error}")),
+        ErrorKind::InvalidData | ErrorKind::UnexpectedEof => {
+            Fault::new(Code::DataLoss, format!("read a layer: {error}"))
+        }
         _ => decompress::fault(error),
     }
 }
@@ -122,21 +126,25 @@ fn copy(tar: &mut dyn Read, size: u64, buffer: &mut [u8], out: &mut Out<'_>) -> 
     let mut left = size.saturating_add(padding(size) as u64);
     while left > 0 {
         let n = usize::try_from(left).unwrap_or(buffer.len()).min(buffer.len());
-        tar.read_exact(&mut buffer[..n]).map_err(|e| if e.kind() == ErrorKind::UnexpectedEof { fault(block::cut()) } else { fault(e) })?;
+        tar.read_exact(&mut buffer[..n]).map_err(|e| {
+            if e.kind() == ErrorKind::UnexpectedEof { fault(block::cut()) } else { fault(e) }
+        })?;
         out.put(&buffer[..n])?;
         left -= n as u64;
     }
     Ok(())
 }
 
-/// Extended records with their times clamped, and the size that they tell. What is no record stays as it is.
+/// Extended records with their times clamped, and the size that they tell. What is no record stays
+/// as it is.
 fn times(records: &[u8], latest: i64) -> (Vec<u8>, Option<u64>) {
     let mut out = Vec::with_capacity(records.len());
     let (mut rest, mut size) = (records, None);
     while let Some((record, more)) = pax::take(rest) {
         let value = std::str::from_utf8(record.value).ok();
         let seconds = value.and_then(|v| v.split('.').next()?.parse::<i64>().ok());
-        let late = matches!(record.key, b"mtime" | b"atime" | b"ctime") && seconds.is_some_and(|s| s >= latest);
+        let late = matches!(record.key, b"mtime" | b"atime" | b"ctime")
+            && seconds.is_some_and(|s| s >= latest);
         if late {
             out.extend(pax::record(record.key, latest.to_string().as_bytes()));
         } else {
@@ -173,13 +181,21 @@ mod tests {
     }
 
     fn retimed(tar: &[u8], latest: i64) -> Result<Vec<u8>> {
-        let mut pieces = tar.chunks(700).map(Bytes::copy_from_slice).collect::<Vec<_>>().into_iter();
+        let mut pieces =
+            tar.chunks(700).map(Bytes::copy_from_slice).collect::<Vec<_>>().into_iter();
         let mut out = Vec::new();
         let plain = Compression { kind: CompressionKind::Uncompressed, ..Compression::default() };
-        retime(&mut || Ok(pieces.next()), CompressionKind::Uncompressed, latest, plain, None, &mut |b| {
-            out.extend_from_slice(&b);
-            Ok(())
-        })?;
+        retime(
+            &mut || Ok(pieces.next()),
+            CompressionKind::Uncompressed,
+            latest,
+            plain,
+            None,
+            &mut |b| {
+                out.extend_from_slice(&b);
+                Ok(())
+            },
+        )?;
         Ok(out)
     }
 
@@ -189,13 +205,24 @@ mod tests {
         let mut seen = Vec::new();
         for entry in tar::Archive::new(&out[..]).entries().unwrap() {
             let mut entry = entry.unwrap();
-            let pax = entry.pax_extensions().unwrap().map(|p| p.map(|p| p.unwrap().value().unwrap().to_owned()).collect::<Vec<_>>());
+            let pax = entry
+                .pax_extensions()
+                .unwrap()
+                .map(|p| p.map(|p| p.unwrap().value().unwrap().to_owned()).collect::<Vec<_>>());
             let mut text = String::new();
             entry.read_to_string(&mut text).unwrap();
-            seen.push((entry.path().unwrap().display().to_string(), entry.header().mtime().unwrap(), text, pax));
+            seen.push((
+                entry.path().unwrap().display().to_string(),
+                entry.header().mtime().unwrap(),
+                text,
+                pax,
+            ));
         }
-        let want =
-            [("old", 100, "abc", None), ("new", 1000, "abc", None), ("extended", 1000, "", Some(vec!["1000".to_owned(), "x".to_owned()]))];
+        let want = [
+            ("old", 100, "abc", None),
+            ("new", 1000, "abc", None),
+            ("extended", 1000, "", Some(vec!["1000".to_owned(), "x".to_owned()])),
+        ];
         assert_eq!(seen, want.map(|(n, t, c, p)| (n.to_owned(), t, c.to_owned(), p)));
         assert!(retimed(&layer(), i64::MAX).unwrap() == layer());
     }

@@ -39,7 +39,8 @@ pub struct LayerTree {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Base {
     Nothing,
-    /// Lower directories of the overlay whose upper directory the tree is, topmost first, and where the overlay leaves its marks.
+    /// Lower directories of the overlay whose upper directory the tree is, topmost first, and where
+    /// the overlay leaves its marks.
     Lowers(Vec<PathBuf>, Marks),
     /// The whole tree before the changes; the tree is whole, too.
     Before(PathBuf),
@@ -51,7 +52,8 @@ struct Frame {
     dir: Option<OwnedFd>,
     /// Names still to visit, last one first.
     names: Vec<OsString>,
-    /// The directory's own entry, if it is unchanged and thus told only when something in it is told.
+    /// The directory's own entry, if it is unchanged and thus told only when something in it is
+    /// told.
     held: Option<Entry>,
     /// What lies below it.
     below: Below,
@@ -130,7 +132,8 @@ impl LayerTree {
         Self { root, base, time: None, rooted, settled: false }
     }
 
-    /// The upper directory of an overlay over `lowers`, topmost first: what differs from them, for the upper directory has also what was only touched.
+    /// The upper directory of an overlay over `lowers`, topmost first: what differs from them, for
+    /// the upper directory has also what was only touched.
     pub fn overlay(upper: impl Into<PathBuf>, lowers: Vec<PathBuf>, marks: Marks) -> Self {
         Self::new(upper.into(), Base::Lowers(lowers, marks), true)
     }
@@ -140,7 +143,8 @@ impl LayerTree {
         Self::new(root.into(), Base::Nothing, false)
     }
 
-    /// The same as the lowest layer of a stack: the root has an entry, too, where it is not as all roots are.
+    /// The same as the lowest layer of a stack: the root has an entry, too, where it is not as all
+    /// roots are.
     pub fn lowest(root: impl Into<PathBuf>) -> Self {
         Self::new(root.into(), Base::Nothing, true)
     }
@@ -150,8 +154,9 @@ impl LayerTree {
         Self::new(after.into(), Base::Before(before.into()), true)
     }
 
-    /// The same, and walking it gives everything the time that unpacking its tar gives: whole seconds, and to a directory that is not told the time
-    /// of the one below. For trees that are written, and not committed yet.
+    /// The same, and walking it gives everything the time that unpacking its tar gives: whole
+    /// seconds, and to a directory that is not told the time of the one below. For trees that are
+    /// written, and not committed yet.
     #[must_use]
     pub fn settled(self) -> Self {
         Self { settled: true, ..self }
@@ -173,14 +178,21 @@ impl LayerTree {
         self.root.join(OsStr::from_bytes(&entry.path))
     }
 
-    /// Visits the entries: parents before children, siblings in byte order. The root is none, or the first one, with an empty path.
+    /// Visits the entries: parents before children, siblings in byte order. The root is none, or
+    /// the first one, with an empty path.
     pub fn walk(&self, mut visit: impl FnMut(Entry) -> Result<()>) -> Result<()> {
         self.walk_open(|entry, _| visit(entry)).map(drop)
     }
 
-    /// The same, with each file open for reading. Says what unpacking the entries would not give back, if there is anything.
-    pub(crate) fn walk_open(&self, mut visit: impl FnMut(Entry, Option<File>) -> Result<()>) -> Result<Option<Loss>> {
-        let mut visit = |entry: Entry, file| visit(Entry { mtime: self.time.unwrap_or(entry.mtime), ..entry }, file);
+    /// The same, with each file open for reading. Says what unpacking the entries would not give
+    /// back, if there is anything.
+    pub(crate) fn walk_open(
+        &self,
+        mut visit: impl FnMut(Entry, Option<File>) -> Result<()>,
+    ) -> Result<Option<Loss>> {
+        let mut visit = |entry: Entry, file| {
+            visit(Entry { mtime: self.time.unwrap_or(entry.mtime), ..entry }, file)
+        };
         let mut losses = Losses::default();
         let dir = open_dir(CWD, &self.root, &self.root)?;
         let (below, bare) = match &self.base {
@@ -219,21 +231,36 @@ impl LayerTree {
             let full = self.root.join(&path);
             let place = Place::look(dir, &name, &path, &full, frame.bare)?;
             let seen = frame.below.look(&name)?;
-            let Some((mut entry, lost)) = self.entry(&place, seen.thing.as_ref().map(|(_, old)| old), &mut losses)? else {
+            let Some((mut entry, lost)) =
+                self.entry(&place, seen.thing.as_ref().map(|(_, old)| old), &mut losses)?
+            else {
                 path.pop();
                 continue;
             };
             let unchanged = match (&seen.thing, &place.stat) {
                 (Some(old), Some(new)) => {
                     let found = (&entry.xattrs, &lost);
-                    frame.below.is_same(old, (&full, new, place.file.as_ref()), found, &entry.path, &mut losses)?
+                    frame.below.is_same(
+                        old,
+                        (&full, new, place.file.as_ref()),
+                        found,
+                        &entry.path,
+                        &mut losses,
+                    )?
                 }
                 _ => false,
             };
             let (bare, inherits) = (frame.bare, entry.has(DEFAULT_ACL));
             let directory = entry.kind == EntryKind::Directory;
-            let times = (place.time(), seen.thing.as_ref().map(|(_, old)| time_of(old)).unwrap_or_default());
-            if self.settled && !directory && place.stat.is_some() && entry.kind != EntryKind::Whiteout {
+            let times = (
+                place.time(),
+                seen.thing.as_ref().map(|(_, old)| time_of(old)).unwrap_or_default(),
+            );
+            if self.settled
+                && !directory
+                && place.stat.is_some()
+                && entry.kind != EntryKind::Whiteout
+            {
                 let want = if unchanged { times.1 } else { unpacked(times.0) };
                 if want != times.0 && place.set_time(dir, &name, want).is_err() {
                     losses.note(&entry.path, LossKind::Time);
@@ -246,7 +273,10 @@ impl LayerTree {
                 if let Some(stat) = &place.stat
                     && entry.kind != EntryKind::Whiteout
                 {
-                    let over = seen.thing.as_ref().filter(|_| directory && matches!(self.base, Base::Before(_)));
+                    let over = seen
+                        .thing
+                        .as_ref()
+                        .filter(|_| directory && matches!(self.base, Base::Before(_)));
                     self.told(&mut entry, stat, lost, frame.inherits, over, &mut losses)?;
                 }
                 for parent in stack.iter_mut().filter_map(|f| f.held.take()) {
@@ -265,14 +295,21 @@ impl LayerTree {
                     let opaque = |marks| below::is_opaque(&full, marks);
                     let bare = bare || matches!(self.base, Base::Lowers(_, marks) if opaque(marks));
                     let frame = self.frame(dir.into(), &path, seen.below, bare)?;
-                    stack.push(Frame { held, inherits, time: times.0, below_time: times.1, ..frame });
+                    stack.push(Frame {
+                        held,
+                        inherits,
+                        time: times.0,
+                        below_time: times.1,
+                        ..frame
+                    });
                 }
                 _ => drop(path.pop()),
             }
         }
     }
 
-    /// The root's own entry, if it differs from the root below, and whether what is made in it inherits an access control list.
+    /// The root's own entry, if it differs from the root below, and whether what is made in it
+    /// inherits an access control list.
     fn root_entry(&self, dir: &OwnedFd, losses: &mut Losses) -> Result<(Option<Entry>, bool)> {
         let stat = rustix::fs::fstat(dir).map_err(|e| broken(&self.root, e.into()))?;
         let own = attributes::read(Of::Open(dir.as_fd()), self.marks(), &self.root)?;
@@ -281,11 +318,16 @@ impl LayerTree {
             return Ok((None, inherits));
         }
         let (below, unpacked) = self.root_below()?;
-        let own = Root { mode: stat.st_mode & 0o7777, owner: (stat.st_uid, stat.st_gid), attributes: own };
+        let own = Root {
+            mode: stat.st_mode & 0o7777,
+            owner: (stat.st_uid, stat.st_gid),
+            attributes: own,
+        };
         if own != unpacked {
             losses.note(b"", LossKind::Root);
         }
-        let same = (own.mode, own.owner, &own.attributes.carried) == (below.mode, below.owner, &below.attributes.carried);
+        let same = (own.mode, own.owner, &own.attributes.carried)
+            == (below.mode, below.owner, &below.attributes.carried);
         let entry = || Entry {
             path: Vec::new(),
             kind: EntryKind::Directory,
@@ -299,8 +341,9 @@ impl LayerTree {
         Ok(((!same).then(entry), inherits))
     }
 
-    /// The root below, and the one that unpacking gives: containerd passes over entries of the root. Its overlay snapshotters make each root anew
-    /// and keep the owner, snapshotters that copy keep all.
+    /// The root below, and the one that unpacking gives: containerd passes over entries of the
+    /// root. Its overlay snapshotters make each root anew and keep the owner, snapshotters that
+    /// copy keep all.
     fn root_below(&self) -> Result<(Root, Root)> {
         let top = match &self.base {
             Base::Nothing => None,
@@ -327,7 +370,8 @@ impl LayerTree {
         }
     }
 
-    /// Completes an entry that is told, and notes what is lost of it. `over` is the directory that it is unpacked into, if that is not made anew.
+    /// Completes an entry that is told, and notes what is lost of it. `over` is the directory that
+    /// it is unpacked into, if that is not made anew.
     fn told(
         &self,
         entry: &mut Entry,
@@ -355,19 +399,22 @@ impl LayerTree {
         if let Some(first) = losses.told(&entry.path, stat) {
             entry.kind = EntryKind::HardLink(first.to_vec());
             entry.size = 0;
-            // Whoever unpacks a link gives its file the owner again, and with that the kernel takes capabilities away.
+            // Whoever unpacks a link gives its file the owner again, and with that the kernel takes
+            // capabilities away.
             entry.xattrs.retain(|(name, _)| name == CAPABILITY);
             return Ok(());
         }
         let linked = matches!(entry.kind, EntryKind::Symlink(_));
-        let own = entry.has(ACCESS_ACL) && (entry.kind != EntryKind::Directory || entry.has(DEFAULT_ACL));
+        let own =
+            entry.has(ACCESS_ACL) && (entry.kind != EntryKind::Directory || entry.has(DEFAULT_ACL));
         if inherits && !linked && !own {
             losses.note(&entry.path, LossKind::Inherited);
         }
         Ok(())
     }
 
-    /// Gives the directory at `path` the time that unpacking gives it, now that nothing in it is told any more.
+    /// Gives the directory at `path` the time that unpacking gives it, now that nothing in it is
+    /// told any more.
     fn settle_dir(&self, frame: Option<Frame>, path: &Path, losses: &mut Losses) -> Result<()> {
         let Some(Frame { dir, held, time, below_time, .. }) = frame else { return Ok(()) };
         let want = if held.is_some() { below_time } else { unpacked(time) };
@@ -396,18 +443,34 @@ impl LayerTree {
             }
         }
         let names = names.into_iter().rev().collect();
-        Ok(Frame { dir: Some(dir), names, held: None, below, bare, inherits: false, time: (0, 0), below_time: (0, 0) })
+        Ok(Frame {
+            dir: Some(dir),
+            names,
+            held: None,
+            below,
+            bare,
+            inherits: false,
+            time: (0, 0),
+            below_time: (0, 0),
+        })
     }
 
     /// What is told of a place, and which attributes of it are lost; `old` is what lies below.
-    fn entry(&self, place: &Place<'_>, old: Option<&Stat>, losses: &mut Losses) -> Result<Option<(Entry, Pairs)>> {
+    fn entry(
+        &self,
+        place: &Place<'_>,
+        old: Option<&Stat>,
+        losses: &mut Losses,
+    ) -> Result<Option<(Entry, Pairs)>> {
         let name = bytes(place.path).to_vec();
         let whiteout = |name| Some((Entry::bare(name, EntryKind::Whiteout), Vec::new()));
         let Some(stat) = &place.stat else { return Ok(whiteout(name)) };
         // What nobody tells of stays where the whole tree was copied.
         let looks = |s: &Stat| (s.st_mode, s.st_uid, s.st_gid, s.st_rdev, time_of(s));
         let unless_old = |kind, losses: &mut Losses| {
-            if old.is_none_or(|old| matches!(self.base, Base::Lowers(..)) || looks(old) != looks(stat)) {
+            if old.is_none_or(|old| {
+                matches!(self.base, Base::Lowers(..)) || looks(old) != looks(stat)
+            }) {
                 losses.note(bytes(place.path), kind);
             }
         };
@@ -422,9 +485,12 @@ impl LayerTree {
         let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
         let kind = match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => EntryKind::Directory,
-            FileType::Symlink => {
-                EntryKind::Symlink(fs::read_link(place.full).map_err(|e| broken(place.full, e))?.into_os_string().into_vec())
-            }
+            FileType::Symlink => EntryKind::Symlink(
+                fs::read_link(place.full)
+                    .map_err(|e| broken(place.full, e))?
+                    .into_os_string()
+                    .into_vec(),
+            ),
             FileType::CharacterDevice => EntryKind::CharDevice(major, minor),
             FileType::BlockDevice => EntryKind::BlockDevice(major, minor),
             FileType::Fifo => EntryKind::Fifo,
@@ -458,7 +524,13 @@ impl LayerTree {
 
 impl<'a> Place<'a> {
     /// Looks at `name` in `dir`. What was there `before` may be gone.
-    fn look(dir: &OwnedFd, name: &OsStr, path: &'a Path, full: &'a Path, before: bool) -> Result<Self> {
+    fn look(
+        dir: &OwnedFd,
+        name: &OsStr,
+        path: &'a Path,
+        full: &'a Path,
+        before: bool,
+    ) -> Result<Self> {
         let failed = |e: Errno| broken(full, e.into());
         let stat = match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => stat,
@@ -467,7 +539,9 @@ impl<'a> Place<'a> {
         };
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => Some(rustix::fs::openat(dir, name, flags, Mode::empty()).map_err(failed)?),
+            FileType::RegularFile => {
+                Some(rustix::fs::openat(dir, name, flags, Mode::empty()).map_err(failed)?)
+            }
             FileType::Directory => Some(open_dir(dir, Path::new(name), full)?),
             _ => None,
         };

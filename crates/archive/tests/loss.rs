@@ -1,9 +1,14 @@
-//! What a tar cannot say is found, and nothing else; what it can say is in it. As root, for the kernel lets nobody else make such trees.
+//! What a tar cannot say is found, and nothing else; what it can say is in it. As root, for the
+//! kernel lets nobody else make such trees.
 
 #![allow(clippy::unwrap_used)]
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags, makedev, mknodat};
-use shipway_archive::{Compression, CompressionKind, Entry, EntryKind, LayerTree, LossKind, Marks, pack, tar_of};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags, makedev, mknodat,
+};
+use shipway_archive::{
+    Compression, CompressionKind, Entry, EntryKind, LayerTree, LossKind, Marks, pack, tar_of,
+};
 use std::{
     fs,
     os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink},
@@ -11,10 +16,13 @@ use std::{
     process::Command,
 };
 
-/// An access control list of user 1 and the mask, with the tags in the order in which the kernel wants them.
+/// An access control list of user 1 and the mask, with the tags in the order in which the kernel
+/// wants them.
 fn acl() -> Vec<u8> {
     let mut value = 2u32.to_le_bytes().to_vec();
-    for (tag, perm, id) in [(1u16, 6u16, u32::MAX), (2, 7, 1), (4, 4, u32::MAX), (16, 7, u32::MAX), (32, 4, u32::MAX)] {
+    for (tag, perm, id) in
+        [(1u16, 6u16, u32::MAX), (2, 7, 1), (4, 4, u32::MAX), (16, 7, u32::MAX), (32, 4, u32::MAX)]
+    {
         value.extend(tag.to_le_bytes());
         value.extend(perm.to_le_bytes());
         value.extend(id.to_le_bytes());
@@ -54,7 +62,14 @@ impl Lab {
     /// A copy of the lower directory, as snapshotters without an overlay make it.
     #[track_caller]
     fn copied(&self) -> LayerTree {
-        assert!(Command::new("cp").arg("-a").args([self.path("lower"), self.path("after")]).status().unwrap().success());
+        assert!(
+            Command::new("cp")
+                .arg("-a")
+                .args([self.path("lower"), self.path("after")])
+                .status()
+                .unwrap()
+                .success()
+        );
         LayerTree::compared(self.path("lower"), self.path("after"))
     }
 }
@@ -101,7 +116,10 @@ fn names(tree: &LayerTree) -> Vec<String> {
 #[track_caller]
 fn loses(tree: &LayerTree, want: Option<(&str, LossKind)>) {
     let loss = tar_of(tree).unwrap().loss;
-    assert_eq!(loss.as_ref().map(|l| (std::str::from_utf8(&l.path).unwrap(), l.kind.clone())), want);
+    assert_eq!(
+        loss.as_ref().map(|l| (std::str::from_utf8(&l.path).unwrap(), l.kind.clone())),
+        want
+    );
     let plain = Compression { kind: CompressionKind::Uncompressed, ..Default::default() };
     assert_eq!(pack(tree, plain, None, None, &mut |_| Ok(())).unwrap().loss, loss);
 }
@@ -144,16 +162,32 @@ fn changes_of_the_root_are_an_entry_that_unpacking_passes_over() {
             loses(&tree, Some(("", LossKind::Root)));
             let root = entries(&tree).swap_remove(0);
             let is = fs::metadata(tree.root()).unwrap();
-            assert_eq!((root.path.len(), root.kind, root.mode, root.uid), (0, EntryKind::Directory, is.mode() & 0o7777, is.uid()));
+            assert_eq!(
+                (root.path.len(), root.kind, root.mode, root.uid),
+                (0, EntryKind::Directory, is.mode() & 0o7777, is.uid())
+            );
         }
-        assert_eq!(names(&LayerTree::whole(lab.path("after"))), ["d", "d/g", "f"], "what is no layer has no root");
-        // The next layer finds it below: an overlay snapshotter hands on the owner, one that copies all.
+        assert_eq!(
+            names(&LayerTree::whole(lab.path("after"))),
+            ["d", "d/g", "f"],
+            "what is no layer has no root"
+        );
+        // The next layer finds it below: an overlay snapshotter hands on the owner, one that copies
+        // all.
         fs::create_dir(lab.path("next")).unwrap();
         let owner = fs::metadata(lab.path("upper")).unwrap().uid();
         chown(lab.path("next"), Some(owner), None).unwrap();
-        let next = LayerTree::overlay(lab.path("next"), vec![lab.path("upper"), lab.path("lower")], Marks::Trusted);
+        let next = LayerTree::overlay(
+            lab.path("next"),
+            vec![lab.path("upper"), lab.path("lower")],
+            Marks::Trusted,
+        );
         loses(&next, None);
-        assert_eq!(names(&next).len(), usize::from(owner == 0), "permissions and attributes of the root are not what they were");
+        assert_eq!(
+            names(&next).len(),
+            usize::from(owner == 0),
+            "permissions and attributes of the root are not what they were"
+        );
     }
 }
 
@@ -173,7 +207,12 @@ fn the_root_is_written_as_tools_write_it() {
     let mut all = archive.entries().unwrap();
     let mut only = all.next().unwrap().unwrap();
     assert_eq!((&only.path_bytes()[..], only.header().mode().unwrap()), (&b"./"[..], 0o700));
-    let records: Vec<_> = only.pax_extensions().unwrap().unwrap().map(|r| r.unwrap().key().unwrap().to_owned()).collect();
+    let records: Vec<_> = only
+        .pax_extensions()
+        .unwrap()
+        .unwrap()
+        .map(|r| r.unwrap().key().unwrap().to_owned())
+        .collect();
     assert_eq!(records, ["SCHILY.xattr.user.a"]);
     assert!(all.next().is_none());
 }
@@ -182,7 +221,11 @@ fn the_root_is_written_as_tools_write_it() {
 fn what_a_tar_has_no_word_for_is_found() {
     type Case = (fn(&Path), &'static str, LossKind);
     let cases: [Case; 8] = [
-        (|at| drop(std::os::unix::net::UnixListener::bind(at.join("s")).unwrap()), "s", LossKind::Socket),
+        (
+            |at| drop(std::os::unix::net::UnixListener::bind(at.join("s")).unwrap()),
+            "s",
+            LossKind::Socket,
+        ),
         (|at| write(&at.join(".wh.x"), ""), ".wh.x", LossKind::WhiteoutName),
         (|at| fs::create_dir(at.join(".wh.x")).unwrap(), ".wh.x", LossKind::WhiteoutName),
         (
@@ -279,7 +322,13 @@ fn attributes_of_images_are_told_and_compared() {
         let all: Vec<_> = entries(&tree)
             .into_iter()
             .map(|e| {
-                (String::from_utf8(e.path).unwrap(), e.xattrs.into_iter().map(|(n, _)| String::from_utf8(n).unwrap()).collect::<Vec<_>>())
+                (
+                    String::from_utf8(e.path).unwrap(),
+                    e.xattrs
+                        .into_iter()
+                        .map(|(n, _)| String::from_utf8(n).unwrap())
+                        .collect::<Vec<_>>(),
+                )
             })
             .collect();
         let want = [
@@ -288,7 +337,10 @@ fn attributes_of_images_are_told_and_compared() {
             // The owner that is given to the second name takes the capability away.
             ("g", vec!["security.capability"]),
         ];
-        assert_eq!(all, want.map(|(p, n)| (p.to_owned(), n.into_iter().map(String::from).collect())));
+        assert_eq!(
+            all,
+            want.map(|(p, n)| (p.to_owned(), n.into_iter().map(String::from).collect()))
+        );
     }
 }
 
@@ -316,7 +368,14 @@ fn links_that_the_tar_does_not_tell_of_are_found() {
     // A second name of a file that is not told itself.
     let lab = Lab::new();
     let copied = lab.copied();
-    assert!(Command::new("cp").arg("-a").args([lab.path("lower/f"), lab.path("upper/f")]).status().unwrap().success());
+    assert!(
+        Command::new("cp")
+            .arg("-a")
+            .args([lab.path("lower/f"), lab.path("upper/f")])
+            .status()
+            .unwrap()
+            .success()
+    );
     for root in ["upper", "after"] {
         fs::hard_link(lab.path(root).join("f"), lab.path(root).join("z")).unwrap();
     }
@@ -336,7 +395,14 @@ fn links_that_the_tar_does_not_tell_of_are_found() {
     loses(&copied, None);
     fs::remove_file(lab.path("after/h")).unwrap();
     for root in ["after", "upper"] {
-        assert!(Command::new("cp").arg("-a").args([lab.path("lower/f"), lab.path(root).join("h")]).status().unwrap().success());
+        assert!(
+            Command::new("cp")
+                .arg("-a")
+                .args([lab.path("lower/f"), lab.path(root).join("h")])
+                .status()
+                .unwrap()
+                .success()
+        );
     }
     loses(&copied, Some(("h", LossKind::Links)));
     loses(&lab.overlay(), Some(("h", LossKind::Links)));
@@ -383,7 +449,14 @@ fn what_is_settled_has_the_times_of_its_tar() {
         touch(&at("kept"), then);
         // Only something in it was touched, and is what it was.
         let _ = fs::remove_file(at("d/g"));
-        assert!(Command::new("cp").arg("-a").args([lab.path("lower/d/g"), at("d/g")]).status().unwrap().success());
+        assert!(
+            Command::new("cp")
+                .arg("-a")
+                .args([lab.path("lower/d/g"), at("d/g")])
+                .status()
+                .unwrap()
+                .success()
+        );
     }
     for (tree, root) in [(lab.overlay(), "upper"), (copied, "after")] {
         let before = tar_of(&tree).unwrap();

@@ -40,12 +40,24 @@ fn sample(root: &Path) {
         last_access: rustix::fs::Timespec { tv_sec: 1, tv_nsec: 0 },
         last_modification: rustix::fs::Timespec { tv_sec: 1_700_000_000, tv_nsec: 5 },
     };
-    for entry in ["dir/sub", "dir/hello", "dir", "dir.txt", "link", &"a".repeat(150), "ünïcode", "big"] {
-        rustix::fs::utimensat(rustix::fs::CWD, root.join(entry), &times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).unwrap();
+    for entry in
+        ["dir/sub", "dir/hello", "dir", "dir.txt", "link", &"a".repeat(150), "ünïcode", "big"]
+    {
+        rustix::fs::utimensat(
+            rustix::fs::CWD,
+            root.join(entry),
+            &times,
+            rustix::fs::AtFlags::SYMLINK_NOFOLLOW,
+        )
+        .unwrap();
     }
 }
 
-fn packed(tree: &LayerTree, compression: Compression, threads: usize) -> (Vec<u8>, shipway_archive::Packed) {
+fn packed(
+    tree: &LayerTree,
+    compression: Compression,
+    threads: usize,
+) -> (Vec<u8>, shipway_archive::Packed) {
     let mut bytes = Vec::new();
     let packed = pack(tree, compression, None, NonZero::new(threads), &mut |b| {
         bytes.extend_from_slice(&b);
@@ -60,7 +72,8 @@ fn pipe(program: &str, args: &[&str], input: &[u8]) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("in"), input).unwrap();
     let input = fs::File::open(dir.path().join("in")).unwrap();
-    let out = Command::new(program).args(args).stdin(input).stderr(Stdio::inherit()).output().unwrap();
+    let out =
+        Command::new(program).args(args).stdin(input).stderr(Stdio::inherit()).output().unwrap();
     assert!(out.status.success(), "{program} {args:?}");
     out.stdout
 }
@@ -70,18 +83,29 @@ fn tar_reads_a_layer_in_path_order() {
     let dir = tempfile::tempdir().unwrap();
     sample(dir.path());
     let tree = LayerTree::whole(dir.path());
-    let (bytes, packed) = packed(&tree, Compression { kind: CompressionKind::Uncompressed, ..Default::default() }, 1);
+    let (bytes, packed) =
+        packed(&tree, Compression { kind: CompressionKind::Uncompressed, ..Default::default() }, 1);
     assert_eq!(packed.tar.diff_id.0, packed.digest);
     assert_eq!(tar_of(&tree).unwrap().tar, packed.tar);
     assert_eq!((packed.tar.size, packed.tar.crc), (bytes.len() as u64, libdeflater::crc32(&bytes)));
     let list = String::from_utf8(pipe("tar", &["-t", "--quoting-style=literal"], &bytes)).unwrap();
-    let want = format!("{}\nbig\ndir/\ndir/hello\ndir/sub/\ndir/sub/again\ndir.txt\nlink\nünïcode\n", "a".repeat(150));
+    let want = format!(
+        "{}\nbig\ndir/\ndir/hello\ndir/sub/\ndir/sub/again\ndir.txt\nlink\nünïcode\n",
+        "a".repeat(150)
+    );
     assert_eq!(list, want);
     let out = tempfile::tempdir().unwrap();
     pipe("tar", &["-x", "-C", out.path().to_str().unwrap()], &bytes);
-    let status = Command::new("diff").args(["-r", "--no-dereference"]).args([dir.path(), out.path()]).status().unwrap();
+    let status = Command::new("diff")
+        .args(["-r", "--no-dereference"])
+        .args([dir.path(), out.path()])
+        .status()
+        .unwrap();
     assert!(status.success());
-    assert_eq!(fs::metadata(out.path().join("dir.txt")).unwrap().permissions().mode() & 0o7777, 0o4755);
+    assert_eq!(
+        fs::metadata(out.path().join("dir.txt")).unwrap().permissions().mode() & 0o7777,
+        0o4755
+    );
 }
 
 #[test]
@@ -89,7 +113,8 @@ fn several_trees_lie_below_their_own_directories() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("f"), "text").unwrap();
     fs::hard_link(dir.path().join("f"), dir.path().join("g")).unwrap();
-    let trees = ["linux_amd64", "", "x"].map(|under| (under.to_owned(), LayerTree::whole(dir.path())));
+    let trees =
+        ["linux_amd64", "", "x"].map(|under| (under.to_owned(), LayerTree::whole(dir.path())));
     let mut bytes = Vec::new();
     let mut sink = |piece: bytes::Bytes| {
         bytes.extend_from_slice(&piece);
@@ -124,7 +149,10 @@ fn the_bytes_do_not_depend_on_the_number_of_threads() {
         assert_eq!(one.1.tar, tar_of(&tree).unwrap().tar);
         assert_eq!(one.1.digest, shipway_oci::Digest::of(&one.0));
         if kind == CompressionKind::Gzip {
-            assert_eq!(shipway_oci::Digest::of(pipe("gzip", &["-dc"], &one.0)), one.1.tar.diff_id.0);
+            assert_eq!(
+                shipway_oci::Digest::of(pipe("gzip", &["-dc"], &one.0)),
+                one.1.tar.diff_id.0
+            );
         } else {
             let tar = zstd::stream::decode_all(&one.0[..]).unwrap();
             assert_eq!(shipway_oci::Digest::of(tar), one.1.tar.diff_id.0);
@@ -145,13 +173,22 @@ fn overlays_say_what_is_gone() {
     for new in ["old", "new", "d"] {
         fs::create_dir_all(upper.join(new)).unwrap();
         // Root's attribute.
-        rustix::fs::setxattr(upper.join(new), "trusted.overlay.opaque", b"y", XattrFlags::empty()).unwrap();
+        rustix::fs::setxattr(upper.join(new), "trusted.overlay.opaque", b"y", XattrFlags::empty())
+            .unwrap();
     }
     // Directories in one that hides everything hide everything, marked or not.
     fs::create_dir_all(upper.join("old/sub")).unwrap();
-    assert!(Command::new("cp").arg("-a").args([lower.join("old/kept"), upper.join("old/kept")]).status().unwrap().success());
+    assert!(
+        Command::new("cp")
+            .arg("-a")
+            .args([lower.join("old/kept"), upper.join("old/kept")])
+            .status()
+            .unwrap()
+            .success()
+    );
     rustix::fs::removexattr(upper.join("d"), "trusted.overlay.opaque").unwrap();
-    mknodat(CWD, upper.join("d/gone"), FileType::CharacterDevice, Mode::empty(), makedev(0, 0)).unwrap();
+    mknodat(CWD, upper.join("d/gone"), FileType::CharacterDevice, Mode::empty(), makedev(0, 0))
+        .unwrap();
     // All whiteouts may be one.
     for other in ["d/gone too", "d/never"] {
         fs::hard_link(upper.join("d/gone"), upper.join(other)).unwrap();
@@ -185,12 +222,21 @@ fn overlays_do_not_tell_what_was_only_touched() {
         fs::write(layer("bottom").join(there), "text").unwrap();
     }
     std::os::unix::fs::symlink("a", layer("bottom/d/link")).unwrap();
-    let touch = |path: PathBuf, time: &str| assert!(Command::new("touch").args(["-d", time]).arg(path).status().unwrap().success());
+    let touch = |path: PathBuf, time: &str| {
+        assert!(Command::new("touch").args(["-d", time]).arg(path).status().unwrap().success())
+    };
     for whole in ["d/same", "d/other", "d/later"] {
         touch(layer("bottom").join(whole), "@1000");
     }
     fs::create_dir_all(layer("middle")).unwrap();
-    assert!(Command::new("cp").arg("-a").args([layer("bottom"), layer("upper")]).status().unwrap().success());
+    assert!(
+        Command::new("cp")
+            .arg("-a")
+            .args([layer("bottom"), layer("upper")])
+            .status()
+            .unwrap()
+            .success()
+    );
     fs::write(layer("upper/d/longer"), "text and more").unwrap();
     // Same length and time, other contents.
     fs::write(layer("upper/d/other"), "TEXT").unwrap();
@@ -206,7 +252,17 @@ fn overlays_do_not_tell_what_was_only_touched() {
             Ok(())
         })
         .unwrap();
-    assert_eq!(names, ["d Directory", "d/later File", "d/longer File", "d/mode File", "d/other File", "d/zweit File"]);
+    assert_eq!(
+        names,
+        [
+            "d Directory",
+            "d/later File",
+            "d/longer File",
+            "d/mode File",
+            "d/other File",
+            "d/zweit File"
+        ]
+    );
 }
 
 #[test]
@@ -218,10 +274,14 @@ fn a_known_tar_is_checked_and_not_hashed() {
     let again = |known| pack(&tree, Compression::default(), Some(known), None, &mut |_| Ok(()));
     assert_eq!(again(tar).unwrap(), packed(&tree, Compression::default(), 1).1);
     // It believes what it is told, as long as the files are the same.
-    let told = shipway_archive::Tar { diff_id: shipway_oci::DiffId(shipway_oci::Digest::of("another")), ..tar };
+    let told = shipway_archive::Tar {
+        diff_id: shipway_oci::DiffId(shipway_oci::Digest::of("another")),
+        ..tar
+    };
     assert_eq!(again(told).unwrap().tar, told);
     let hello = dir.path().join("dir/hello");
-    let times = fs::FileTimes::new().set_modified(fs::metadata(&hello).unwrap().modified().unwrap());
+    let times =
+        fs::FileTimes::new().set_modified(fs::metadata(&hello).unwrap().modified().unwrap());
     fs::write(&hello, "hullo\n").unwrap();
     fs::File::options().append(true).open(&hello).unwrap().set_times(times).unwrap();
     let failed = again(tar).unwrap_err();
@@ -232,7 +292,10 @@ fn a_known_tar_is_checked_and_not_hashed() {
 fn a_failing_sink_ends_the_packing() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("big"), pseudo_random(40_000_000)).unwrap();
-    let failed = pack(&LayerTree::whole(dir.path()), Compression::default(), None, None, &mut |_| Err(shipway_fault::Fault::cancelled()));
+    let failed =
+        pack(&LayerTree::whole(dir.path()), Compression::default(), None, None, &mut |_| {
+            Err(shipway_fault::Fault::cancelled())
+        });
     assert!(failed.unwrap_err().is_cancelled());
 }
 
@@ -256,7 +319,16 @@ fn comparing_trees_tells_changes_with_their_parents() {
             Ok(())
         })
         .unwrap();
-    assert_eq!(names, ["same Directory", "same/changed File", "same/deep Directory", "same/deep/gone Whiteout", "same/new File"]);
+    assert_eq!(
+        names,
+        [
+            "same Directory",
+            "same/changed File",
+            "same/deep Directory",
+            "same/deep/gone Whiteout",
+            "same/new File"
+        ]
+    );
 }
 
 #[test]
@@ -268,9 +340,20 @@ fn recompressing_keeps_the_tar() {
     for from in kinds {
         let (bytes, before) = packed(&tree, Compression { kind: from, ..Default::default() }, 2);
         for kind in kinds {
-            let mut pieces = bytes.chunks(70_000).map(|c| Ok(Some(c.to_vec().into()))).collect::<Vec<_>>().into_iter();
+            let mut pieces = bytes
+                .chunks(70_000)
+                .map(|c| Ok(Some(c.to_vec().into())))
+                .collect::<Vec<_>>()
+                .into_iter();
             let compression = Compression { kind, ..Default::default() };
-            let after = recompress(&mut || pieces.next().unwrap_or(Ok(None)), from, compression, None, &mut |_| Ok(())).unwrap();
+            let after = recompress(
+                &mut || pieces.next().unwrap_or(Ok(None)),
+                from,
+                compression,
+                None,
+                &mut |_| Ok(()),
+            )
+            .unwrap();
             assert_eq!(after, packed(&tree, compression, 1).1, "{from:?} to {kind:?}");
             assert_eq!(after.tar, before.tar);
         }

@@ -1,8 +1,11 @@
-//! The reader of archives, on what GNU tar and Python's `tarfile` make, on bombs, and on mutations of all that.
+//! The reader of archives, on what GNU tar and Python's `tarfile` make, on bombs, and on mutations
+//! of all that.
 
 #![allow(clippy::unwrap_used)]
 
-use shipway_archive::{Compression, CompressionKind, LayerTree, MemberKind, TarReader, inflate, newest_file, pack};
+use shipway_archive::{
+    Compression, CompressionKind, LayerTree, MemberKind, TarReader, inflate, newest_file, pack,
+};
 use std::{
     fs::{self, File},
     io::{self, Read, Write as _},
@@ -25,7 +28,10 @@ fn read(tar: impl Read) -> io::Result<Vec<Whole>> {
     while let Some(member) = tar.next_member()? {
         let mut content = Vec::new();
         while let Some(piece) = tar.piece(&mut buffer)? {
-            assert!(piece.offset >= content.len() as u64 && piece.offset + piece.len as u64 <= member.size);
+            assert!(
+                piece.offset >= content.len() as u64
+                    && piece.offset + piece.len as u64 <= member.size
+            );
             // What mutations say of sizes is not made.
             if piece.offset < 64 * MIB as u64 {
                 content.resize(piece.offset as usize, 0);
@@ -94,16 +100,24 @@ fn what_gnu_tar_packs_is_read_whole() {
     let dir = tempfile::tempdir().unwrap();
     for (kind, bytes) in archives(dir.path()) {
         let sparse_kind = kind.contains(&"-S");
-        assert!(!sparse_kind || bytes.len() < 600_000, "{kind:?} has {} bytes: nothing is sparse", bytes.len());
+        assert!(
+            !sparse_kind || bytes.len() < 600_000,
+            "{kind:?} has {} bytes: nothing is sparse",
+            bytes.len()
+        );
         let all = read(&bytes[..]).unwrap_or_else(|e| panic!("{kind:?}: {e}"));
         assert_eq!(all.len(), 8, "{kind:?}");
         for (member, content) in all {
             let path = dir.path().join(String::from_utf8(member.path.clone()).unwrap());
             match &member.kind {
-                MemberKind::File => assert!(content == fs::read(&path).unwrap(), "{kind:?} {}", path.display()),
+                MemberKind::File => {
+                    assert!(content == fs::read(&path).unwrap(), "{kind:?} {}", path.display())
+                }
                 MemberKind::Directory => assert!(path.is_dir()),
                 MemberKind::Symlink(to) => assert_eq!(to, b"sub/plain"),
-                MemberKind::HardLink(to) => assert!(fs::read(dir.path().join(std::str::from_utf8(to).unwrap())).unwrap() == b"text"),
+                MemberKind::HardLink(to) => assert!(
+                    fs::read(dir.path().join(std::str::from_utf8(to).unwrap())).unwrap() == b"text"
+                ),
                 other => panic!("{other:?}"),
             }
             assert_eq!((member.uid, member.gid), (1000, 1001), "{kind:?}");
@@ -119,9 +133,13 @@ fn long_names_are_read_whole() {
     std::os::unix::fs::symlink(&target, dir.path().join("link")).unwrap();
     for format in ["--format=gnu", "--format=posix"] {
         let all = read(&tar(dir.path(), &[format])[..]).unwrap();
-        let names: Vec<_> = all.iter().map(|(m, _)| String::from_utf8(m.path.clone()).unwrap()).collect();
+        let names: Vec<_> =
+            all.iter().map(|(m, _)| String::from_utf8(m.path.clone()).unwrap()).collect();
         assert!(names.contains(&format!("./{long}")), "{format}: {names:?}");
-        assert!(all.iter().any(|(m, _)| m.kind == MemberKind::Symlink(target.clone().into())), "{format}");
+        assert!(
+            all.iter().any(|(m, _)| m.kind == MemberKind::Symlink(target.clone().into())),
+            "{format}"
+        );
     }
 }
 
@@ -129,12 +147,24 @@ fn long_names_are_read_whole() {
 fn records_may_have_newlines() {
     let all = read(PYTHON).unwrap();
     let (tool, text) = &all[0];
-    assert_eq!((tool.uid, tool.gid, tool.mode, &text[..]), (1234, 3_000_000, 0o755, &b"#!/bin/sh\n"[..]));
+    assert_eq!(
+        (tool.uid, tool.gid, tool.mode, &text[..]),
+        (1234, 3_000_000, 0o755, &b"#!/bin/sh\n"[..])
+    );
     assert_eq!(tool.mtime, 1_700_000_000_250_000_000);
     let capability = b"\x01\0\0\x02\n\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0".to_vec();
-    assert_eq!(tool.xattrs, [(b"security.capability".to_vec(), capability), (b"user.text".to_vec(), b"two\nlines=".to_vec())]);
+    assert_eq!(
+        tool.xattrs,
+        [
+            (b"security.capability".to_vec(), capability),
+            (b"user.text".to_vec(), b"two\nlines=".to_vec())
+        ]
+    );
     let (file, text) = &all[1];
-    assert_eq!((&file.path[..], file.uid, &text[..]), ("café\nbreak/fi\nle".as_bytes(), 7, &b"abc"[..]));
+    assert_eq!(
+        (&file.path[..], file.uid, &text[..]),
+        ("café\nbreak/fi\nle".as_bytes(), 7, &b"abc"[..])
+    );
     assert_eq!(all[2].0.path, b"link\nname");
     assert_eq!(all[2].0.kind, MemberKind::Symlink("tö\nthere".into()));
     assert_eq!(all[3].0.path, [&[b'd'; 120][..], b"/", &[b'f'; 120]].concat());
@@ -149,7 +179,13 @@ fn layers_keep_names_and_attributes_with_newlines() {
     fs::create_dir(dir.path().join("a\nb")).unwrap();
     fs::write(dir.path().join("a\nb").join(&name), "x").unwrap();
     let value = b"1\n20 path=elsewhere\n";
-    rustix::fs::setxattr(dir.path().join("a\nb").join(&name), "user.lines", value, rustix::fs::XattrFlags::empty()).unwrap();
+    rustix::fs::setxattr(
+        dir.path().join("a\nb").join(&name),
+        "user.lines",
+        value,
+        rustix::fs::XattrFlags::empty(),
+    )
+    .unwrap();
     let mut bytes = Vec::new();
     let plain = Compression { kind: CompressionKind::Uncompressed, ..Default::default() };
     pack(&LayerTree::whole(dir.path()), plain, None, None, &mut |b| {
@@ -163,7 +199,14 @@ fn layers_keep_names_and_attributes_with_newlines() {
     assert_eq!(all[1].0.xattrs, [(b"user.lines".to_vec(), value.to_vec())]);
     let out = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     fs::write(out.path().join("tar"), &bytes).unwrap();
-    let done = Command::new("tar").arg("--xattrs").arg("-C").arg(out.path()).arg("-xf").arg(out.path().join("tar")).status().unwrap();
+    let done = Command::new("tar")
+        .arg("--xattrs")
+        .arg("-C")
+        .arg(out.path())
+        .arg("-xf")
+        .arg(out.path().join("tar"))
+        .status()
+        .unwrap();
     assert!(done.success());
     let unpacked = out.path().join("a\nb").join(&name);
     let mut read_back = [0; 64];
@@ -212,7 +255,8 @@ fn special_entries_are_limited() {
     for kind in [b'L', b'K', b'x', b'g'] {
         let failed = read(header(kind, 8 << 30).chain(Zeros(0))).unwrap_err();
         assert!(failed.to_string().contains("too large"), "{failed}");
-        let failed = newest_file(io::BufReader::new(header(kind, 8 << 30).chain(Zeros(0)))).unwrap_err();
+        let failed =
+            newest_file(io::BufReader::new(header(kind, 8 << 30).chain(Zeros(0)))).unwrap_err();
         assert!(failed.to_string().contains("too large"), "{failed}");
     }
     // The largest that is read.
@@ -227,8 +271,16 @@ fn maps_of_sparse_files_are_limited_and_checked() {
         let records: Vec<_> = records.iter().map(|(k, v)| (*k, (*v).to_owned())).collect();
         read(&extended(&records, size, content)[..])
     };
-    let good = one(&[("GNU.sparse.size", "20"), ("GNU.sparse.name", "real"), ("GNU.sparse.map", "2,3,10,2")], 5, b"abcde").unwrap();
-    assert_eq!((&good[0].0.path[..], &good[0].1[..]), (&b"real"[..], &b"\0\0abc\0\0\0\0\0de\0\0\0\0\0\0\0\0"[..]));
+    let good = one(
+        &[("GNU.sparse.size", "20"), ("GNU.sparse.name", "real"), ("GNU.sparse.map", "2,3,10,2")],
+        5,
+        b"abcde",
+    )
+    .unwrap();
+    assert_eq!(
+        (&good[0].0.path[..], &good[0].1[..]),
+        (&b"real"[..], &b"\0\0abc\0\0\0\0\0de\0\0\0\0\0\0\0\0"[..])
+    );
     let bad: [(&str, &str, u64); 8] = [
         ("2,3,1,2", "20", 5),
         ("2,3,10", "20", 5),
@@ -240,20 +292,31 @@ fn maps_of_sparse_files_are_limited_and_checked() {
         ("0,99999999999999", "99999999999999", 5),
     ];
     for (map, size, stored) in bad {
-        assert!(one(&[("GNU.sparse.size", size), ("GNU.sparse.map", map)], stored, b"abcde").is_err(), "{map}");
+        assert!(
+            one(&[("GNU.sparse.size", size), ("GNU.sparse.map", map)], stored, b"abcde").is_err(),
+            "{map}"
+        );
     }
     assert!(one(&[("GNU.sparse.map", "0,5")], 5, b"abcde").is_err(), "no size");
-    assert!(one(&[("GNU.sparse.size", "9"), ("GNU.sparse.numbytes", "5")], 5, b"abcde").is_err(), "out of order");
+    assert!(
+        one(&[("GNU.sparse.size", "9"), ("GNU.sparse.numbytes", "5")], 5, b"abcde").is_err(),
+        "out of order"
+    );
     // Maps that never end: many numbers, one long number, blocks of the old form.
     let version_1 = |content: &[u8]| {
-        let records = [("GNU.sparse.major", "1".to_owned()), ("GNU.sparse.realsize", "9".to_owned())];
+        let records =
+            [("GNU.sparse.major", "1".to_owned()), ("GNU.sparse.realsize", "9".to_owned())];
         let mut bytes = extended(&records, 1 << 32, content);
         bytes.truncate(bytes.len() - 1024);
         read(bytes.chain(Zeros(0))).unwrap_err()
     };
     assert!(version_1(format!("{}\n", u64::MAX).as_bytes()).to_string().contains("too large"));
     assert!(version_1(&[b'1'; 2000]).to_string().contains("too large"));
-    assert!(version_1(format!("262144\n{}", "0000\n".repeat(600_000)).as_bytes()).to_string().contains("too large"));
+    assert!(
+        version_1(format!("262144\n{}", "0000\n".repeat(600_000)).as_bytes())
+            .to_string()
+            .contains("too large")
+    );
     let mut old = header(b'S', 0);
     old[257..265].copy_from_slice(b"ustar  \0");
     old[482] = 1;
@@ -279,7 +342,9 @@ fn dictionaries_are_limited() {
         options.dict_size(dictionary);
         let mut filters = liblzma::stream::Filters::new();
         filters.lzma2(&options);
-        let stream = liblzma::stream::Stream::new_stream_encoder(&filters, liblzma::stream::Check::Crc32).unwrap();
+        let stream =
+            liblzma::stream::Stream::new_stream_encoder(&filters, liblzma::stream::Check::Crc32)
+                .unwrap();
         let mut encoder = liblzma::write::XzEncoder::new_stream(Vec::new(), stream);
         encoder.write_all(PYTHON).unwrap();
         encoder.finish().unwrap()
@@ -335,7 +400,8 @@ fn sums(bytes: &mut [u8]) {
     }
 }
 
-/// Mutated archives: nothing panics, and nothing takes long. What still reads fits into what it was read from.
+/// Mutated archives: nothing panics, and nothing takes long. What still reads fits into what it was
+/// read from.
 #[test]
 fn mutations_never_break_it() {
     const TOKENS: [&[u8]; 12] = [
@@ -355,12 +421,24 @@ fn mutations_never_break_it() {
     let dir = tempfile::tempdir().unwrap();
     let mut corpus: Vec<_> = archives(dir.path()).into_iter().map(|(_, bytes)| bytes).collect();
     corpus.retain(|bytes| bytes.len() < 600_000);
-    corpus.extend([PYTHON.to_vec(), extended(&[("GNU.sparse.size", "20".into()), ("GNU.sparse.map", "2,3,10,2".into())], 5, b"abcde")]);
+    corpus.extend([
+        PYTHON.to_vec(),
+        extended(
+            &[("GNU.sparse.size", "20".into()), ("GNU.sparse.map", "2,3,10,2".into())],
+            5,
+            b"abcde",
+        ),
+    ]);
     let mut dice = Dice(0x7a12_5eed);
-    // Some rounds always; a quarter of what the parsers get where there is time, then with another seed each time.
-    let time = std::env::var("SHIPWAY_FUZZ_SECONDS").ok().and_then(|n| n.parse().ok()).map(|n| Duration::from_secs(n) / 4);
+    // Some rounds always; a quarter of what the parsers get where there is time, then with another
+    // seed each time.
+    let time = std::env::var("SHIPWAY_FUZZ_SECONDS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .map(|n| Duration::from_secs(n) / 4);
     if time.is_some() {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_secs());
+        let now =
+            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_secs());
         println!("seed {now}");
         dice = Dice(now);
     }
@@ -388,9 +466,18 @@ fn mutations_never_break_it() {
         sums(&mut bytes);
         let begun = Instant::now();
         if let Ok(all) = read(&bytes[..]) {
-            let kept: usize = all.iter().map(|(m, _)| m.path.len() + m.xattrs.iter().map(|(k, v)| k.len() + v.len()).sum::<usize>()).sum();
+            let kept: usize = all
+                .iter()
+                .map(|(m, _)| {
+                    m.path.len() + m.xattrs.iter().map(|(k, v)| k.len() + v.len()).sum::<usize>()
+                })
+                .sum();
             assert!(kept <= bytes.len(), "round {round}");
         }
-        assert!(begun.elapsed() < Duration::from_secs(10), "round {round} took {:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() < Duration::from_secs(10),
+            "round {round} took {:?}",
+            begun.elapsed()
+        );
     }
 }

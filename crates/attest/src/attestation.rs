@@ -1,4 +1,5 @@
-//! One attestation on its way to an exporter, generic over what holds its content (rows `at.filter`, `at.bundle`, `at.make`).
+//! One attestation on its way to an exporter, generic over what holds its content (rows
+//! `at.filter`, `at.bundle`, `at.make`).
 
 use crate::intoto::{DigestSet, STATEMENT, Statement, Subject};
 use serde_json::Value;
@@ -86,7 +87,8 @@ impl<C> Attestation<C> {
         self.metadata.get(keys::SBOM_CORE).is_some_and(|name| name == stem.as_bytes())
     }
 
-    /// The statement with `predicate`. What it says of the result itself it says of each of `exported`.
+    /// The statement with `predicate`. What it says of the result itself it says of each of
+    /// `exported`.
     pub fn statement(&self, predicate: Value, exported: &[Subject]) -> Statement {
         let own = [SubjectSpec::default()];
         let mut subject = Vec::new();
@@ -96,17 +98,26 @@ impl<C> Attestation<C> {
                     for e in exported {
                         subject.push(e.clone());
                         if !spec.name.is_empty() && spec.name != "_" {
-                            subject.push(Subject { name: spec.name.clone(), digest: e.digest.clone() });
+                            subject.push(Subject {
+                                name: spec.name.clone(),
+                                digest: e.digest.clone(),
+                            });
                         }
                     }
                 }
                 SubjectKind::Raw => {
-                    let name = if spec.name.is_empty() { "_".to_owned() } else { spec.name.clone() };
+                    let name =
+                        if spec.name.is_empty() { "_".to_owned() } else { spec.name.clone() };
                     subject.push(Subject { name, digest: spec.digests.clone() });
                 }
             }
         }
-        Statement { kind: STATEMENT.into(), predicate_type: self.predicate_type.clone(), subject, predicate }
+        Statement {
+            kind: STATEMENT.into(),
+            predicate_type: self.predicate_type.clone(),
+            subject,
+            predicate,
+        }
     }
 
     /// Refuses what no exporter could name.
@@ -135,10 +146,14 @@ mod tests {
 
     #[test]
     fn what_is_said_of_the_result_is_said_of_everything_exported() {
-        let exported = [Subject { name: "pkg:docker/a@1".into(), digest: DigestSet::from([("sha256".into(), "aa".into())]) }];
+        let exported = [Subject {
+            name: "pkg:docker/a@1".into(),
+            digest: DigestSet::from([("sha256".into(), "aa".into())]),
+        }];
         let mut a = Attestation { predicate_type: "t".into(), ..Attestation::<()>::default() };
-        let names =
-            |a: &Attestation<()>| -> Vec<String> { a.statement(Value::Null, &exported).subject.into_iter().map(|s| s.name).collect() };
+        let names = |a: &Attestation<()>| -> Vec<String> {
+            a.statement(Value::Null, &exported).subject.into_iter().map(|s| s.name).collect()
+        };
         assert_eq!(names(&a), ["pkg:docker/a@1"]);
         a.subjects = vec![
             SubjectSpec { name: "x".into(), ..SubjectSpec::default() },
@@ -151,10 +166,14 @@ mod tests {
     fn what_only_images_carry_is_left_out_elsewhere() {
         let of = |path: &str, inline: Option<&str>| Attestation {
             path: path.into(),
-            metadata: inline.map(|v| (keys::INLINE_ONLY.to_owned(), v.as_bytes().to_vec())).into_iter().collect(),
+            metadata: inline
+                .map(|v| (keys::INLINE_ONLY.to_owned(), v.as_bytes().to_vec()))
+                .into_iter()
+                .collect(),
             ..Attestation::<()>::default()
         };
-        let rest = filter_inline(vec![of("a", None), of("b", Some("true")), of("c", Some("false"))]);
+        let rest =
+            filter_inline(vec![of("a", None), of("b", Some("true")), of("c", Some("false"))]);
         assert_eq!(rest.iter().map(|a| a.path.as_str()).collect::<Vec<_>>(), ["a", "c"]);
     }
 
@@ -165,7 +184,8 @@ mod tests {
             metadata: [(keys::SBOM_CORE.to_owned(), b"sbom".to_vec())].into(),
             ..Attestation::<()>::default()
         };
-        let sorted = core_first(vec![scan("/out/sbom-base.spdx.json"), scan("/out/sbom.spdx.json")]);
+        let sorted =
+            core_first(vec![scan("/out/sbom-base.spdx.json"), scan("/out/sbom.spdx.json")]);
         assert_eq!(sorted[0].path, "/out/sbom.spdx.json");
     }
 }

@@ -120,7 +120,10 @@ pub struct MissingFetch {
 
 fn same_platform(a: &Option<Platform>, b: &Option<Platform>) -> bool {
     match (a, b) {
-        (Some(a), Some(b)) => (&a.os, &a.architecture, &a.variant, &a.os_version) == (&b.os, &b.architecture, &b.variant, &b.os_version),
+        (Some(a), Some(b)) => {
+            (&a.os, &a.architecture, &a.variant, &a.os_version)
+                == (&b.os, &b.architecture, &b.variant, &b.os_version)
+        }
         (None, None) => true,
         _ => false,
     }
@@ -137,7 +140,11 @@ fn add_named(all: &mut Vec<Named>, named: Named) {
 impl Capture {
     /// Notes an image.
     pub fn add_image(&mut self, image: ImageSource) {
-        let known = |i: &ImageSource| i.name == image.name && i.local == image.local && same_platform(&i.platform, &image.platform);
+        let known = |i: &ImageSource| {
+            i.name == image.name
+                && i.local == image.local
+                && same_platform(&i.platform, &image.platform)
+        };
         match self.sources.images.iter_mut().find(|i| known(i)) {
             Some(known) => known.stored = known.stored.or(image.stored),
             None => self.sources.images.push(image),
@@ -208,18 +215,30 @@ impl Capture {
         other.missing.into_iter().for_each(|m| self.add_missing(m));
     }
 
-    /// Puts it in an order that does not depend on the order of events, and leaves out images by digest that are there by tag.
+    /// Puts it in an order that does not depend on the order of events, and leaves out images by
+    /// digest that are there by tag.
     #[must_use]
     pub fn tidied(mut self) -> Self {
         let label = |n: &ImageName| format!("{}:{}", n.locator(), n.tag().unwrap_or("latest"));
         // What is told of an image by digest is told of its tag, too.
-        let by_digest: Vec<ImageSource> = self.sources.images.iter().filter(|i| i.name.digest().is_some()).cloned().collect();
+        let by_digest: Vec<ImageSource> =
+            self.sources.images.iter().filter(|i| i.name.digest().is_some()).cloned().collect();
         for image in self.sources.images.iter_mut().filter(|i| i.name.digest().is_none()) {
-            let same = |i: &&ImageSource| i.digest == image.digest && label(&i.name) == label(&image.name);
-            image.stored = image.stored.or_else(|| by_digest.iter().filter(same).find_map(|i| i.stored));
+            let same =
+                |i: &&ImageSource| i.digest == image.digest && label(&i.name) == label(&image.name);
+            image.stored =
+                image.stored.or_else(|| by_digest.iter().filter(same).find_map(|i| i.stored));
         }
-        let tagged: HashSet<String> = self.sources.images.iter().filter(|i| i.name.digest().is_none()).map(|i| label(&i.name)).collect();
-        self.sources.images.retain(|i| i.name.digest().is_none() || !tagged.contains(&label(&i.name)));
+        let tagged: HashSet<String> = self
+            .sources
+            .images
+            .iter()
+            .filter(|i| i.name.digest().is_none())
+            .map(|i| label(&i.name))
+            .collect();
+        self.sources
+            .images
+            .retain(|i| i.name.digest().is_none() || !tagged.contains(&label(&i.name)));
         self.sources.images.sort_by_key(|i| i.name.to_string());
         self.sources.blobs.sort_by_key(|b| b.name.to_string());
         self.sources.git.sort_by(|a, b| a.url.cmp(&b.url));
@@ -227,7 +246,9 @@ impl Capture {
         self.sources.local.sort_by(|a, b| a.name.cmp(&b.name));
         self.secrets.sort_by(|a, b| a.id.cmp(&b.id));
         self.ssh.sort_by(|a, b| a.id.cmp(&b.id));
-        self.missing.sort_by(|a, b| (&a.op, &a.url, &a.method, &a.reason).cmp(&(&b.op, &b.url, &b.method, &b.reason)));
+        self.missing.sort_by(|a, b| {
+            (&a.op, &a.url, &a.method, &a.reason).cmp(&(&b.op, &b.url, &b.method, &b.reason))
+        });
         self
     }
 }
@@ -237,7 +258,13 @@ mod tests {
     use super::*;
 
     fn image(name: &str) -> ImageSource {
-        ImageSource { name: name.parse().unwrap(), platform: None, digest: None, local: false, stored: None }
+        ImageSource {
+            name: name.parse().unwrap(),
+            platform: None,
+            digest: None,
+            local: false,
+            stored: None,
+        }
     }
 
     #[test]

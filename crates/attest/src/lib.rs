@@ -1,8 +1,9 @@
 //! Attestations as data: what is said about a result, never how it is found out.
 //!
-//! [`Attestation`] is one statement on its way from whoever makes it to the exporter that writes it, generic over what holds its content.
-//! [`Capture`] is what a build was seen to use; [`Predicate`] is SLSA provenance made of it, in both versions (rows `at.*`).
-//! [`AttestOptions`] is what a client asks for. Nothing here reads a file, knows a graph or talks to anybody.
+//! [`Attestation`] is one statement on its way from whoever makes it to the exporter that writes
+//! it, generic over what holds its content. [`Capture`] is what a build was seen to use;
+//! [`Predicate`] is SLSA provenance made of it, in both versions (rows `at.*`). [`AttestOptions`]
+//! is what a client asks for. Nothing here reads a file, knows a graph or talks to anybody.
 
 mod attestation;
 mod capture;
@@ -13,11 +14,19 @@ mod purl;
 mod request;
 mod usage;
 
-pub use attestation::{Attestation, Kind, SubjectKind, SubjectSpec, core_first, filter_inline, keys};
-pub use capture::{BlobSource, Capture, GitSource, HttpSource, ImageSource, MissingFetch, Sources, Stored};
+pub use attestation::{
+    Attestation, Kind, SubjectKind, SubjectSpec, core_first, filter_inline, keys,
+};
+pub use capture::{
+    BlobSource, Capture, GitSource, HttpSource, ImageSource, MissingFetch, Sources, Stored,
+};
 pub use intoto::{DigestSet, SPDX, STATEMENT, Statement, Subject, digest_set, slsa};
 pub use options::{AttestOptions, Mode, ProvenanceOptions, SbomOptions, Version};
-pub use predicate::{BuildConfig, BuildStep, Builder, LayerMap, Metadata, Predicate, Source, SourceInfo};
+pub use predicate::{
+    BuildConfig, BuildStep, Builder, LayerMap, Metadata, Predicate, Source, SourceInfo,
+};
 pub use purl::{PurlKind, image_purl};
-pub use request::{ConfigSource, GitAddress, Local, Named, Parameters, RequestProvenance, filter_args};
+pub use request::{
+    ConfigSource, GitAddress, Local, Named, Parameters, RequestProvenance, filter_args,
+};
 pub use usage::system_sample;

@@ -1,4 +1,5 @@
-//! What a client asks for: `attest:provenance=…` and `attest:sbom=…` (rows `at.opts`, `at.sbom.gen`, `at.prov.mode`, `at.prov.ver`, `at.prov.params`).
+//! What a client asks for: `attest:provenance=…` and `attest:sbom=…` (rows `at.opts`,
+//! `at.sbom.gen`, `at.prov.mode`, `at.prov.ver`, `at.prov.params`).
 
 use shipway_fault::{Fault, Result, nearest};
 use shipway_gocompat::parse_bool;
@@ -107,8 +108,15 @@ fn attrs(kind: &str, text: &str) -> Result<BTreeMap<String, String>> {
     if text.is_empty() {
         return Ok(BTreeMap::new());
     }
-    let fields = fields(text).map_err(|why| Fault::invalid(format!("failed to parse {kind}: {why}")))?;
-    Ok(fields.into_iter().map(|f| f.split_once('=').map_or_else(|| (f.clone(), String::new()), |(k, v)| (k.into(), v.into()))).collect())
+    let fields =
+        fields(text).map_err(|why| Fault::invalid(format!("failed to parse {kind}: {why}")))?;
+    Ok(fields
+        .into_iter()
+        .map(|f| {
+            f.split_once('=')
+                .map_or_else(|| (f.clone(), String::new()), |(k, v)| (k.into(), v.into()))
+        })
+        .collect())
 }
 
 impl AttestOptions {
@@ -116,7 +124,9 @@ impl AttestOptions {
     pub fn parse(options: &BTreeMap<String, String>) -> Result<Self> {
         let mut asked: BTreeMap<String, &str> = BTreeMap::new();
         for (key, value) in options {
-            let kind = key.strip_prefix("build-arg:BUILDKIT_ATTEST_").or_else(|| key.strip_prefix("attest:"));
+            let kind = key
+                .strip_prefix("build-arg:BUILDKIT_ATTEST_")
+                .or_else(|| key.strip_prefix("attest:"));
             if let Some(kind) = kind {
                 asked.insert(kind.to_lowercase(), value);
             }
@@ -124,7 +134,9 @@ impl AttestOptions {
         let mut out = Self::default();
         for (kind, text) in asked {
             let mut attrs = attrs(&kind, text)?;
-            let off = attrs.remove("disabled").is_some_and(|v| v.is_empty() || parse_bool(&v) == Some(true));
+            let off = attrs
+                .remove("disabled")
+                .is_some_and(|v| v.is_empty() || parse_bool(&v) == Some(true));
             match kind.as_str() {
                 "provenance" | "sbom" if off => {}
                 "provenance" => out.provenance = Some(ProvenanceOptions::of(&attrs)?),
@@ -146,18 +158,28 @@ impl ProvenanceOptions {
     fn of(attrs: &BTreeMap<String, String>) -> Result<Self> {
         let truth = |key: &str| match attrs.get(key) {
             None => Ok(false),
-            Some(v) => parse_bool(v).ok_or_else(|| Fault::invalid(format!("failed to parse {key} flag {v:?}")).hint("it is true or false")),
+            Some(v) => parse_bool(v).ok_or_else(|| {
+                Fault::invalid(format!("failed to parse {key} flag {v:?}"))
+                    .hint("it is true or false")
+            }),
         };
         let mode = match attrs.get("mode").map(String::as_str) {
             None | Some("max" | "full") => Mode::Max,
             Some("min") => Mode::Min,
-            Some(other) => return Err(Fault::invalid(format!("invalid mode {other:?}")).hint("it is min or max")),
+            Some(other) => {
+                return Err(
+                    Fault::invalid(format!("invalid mode {other:?}")).hint("it is min or max")
+                );
+            }
         };
         let version = match attrs.get("version").map(String::as_str) {
             None | Some("v1") => Version::V1,
             Some("v0.2") => Version::V02,
             Some("") => return Err(Fault::invalid("provenance SLSA version cannot be empty")),
-            Some(other) => return Err(Fault::invalid(format!("invalid provenance SLSA version: {other}")).hint("it is v1 or v0.2")),
+            Some(other) => {
+                return Err(Fault::invalid(format!("invalid provenance SLSA version: {other}"))
+                    .hint("it is v1 or v0.2"));
+            }
         };
         Ok(Self {
             mode,
@@ -183,7 +205,9 @@ impl SbomOptions {
         if generator.is_empty() {
             return Err(Fault::invalid("sbom generator cannot be empty"));
         }
-        let generator = generator.parse().map_err(|e| Fault::invalid(format!("failed to parse sbom generator {generator}: {e}")))?;
+        let generator = generator.parse().map_err(|e| {
+            Fault::invalid(format!("failed to parse sbom generator {generator}: {e}"))
+        })?;
         Ok(Self { generator, params: attrs })
     }
 }
@@ -193,7 +217,9 @@ mod tests {
     use super::*;
 
     fn parse(options: &[(&str, &str)]) -> Result<AttestOptions> {
-        AttestOptions::parse(&options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
+        AttestOptions::parse(
+            &options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+        )
     }
 
     #[test]
@@ -202,11 +228,26 @@ mod tests {
         assert_eq!(none, AttestOptions::default());
         let p = parse(&[("attest:provenance", "")]).unwrap().provenance.unwrap();
         assert_eq!((p.mode, p.version, p.file()), (Mode::Max, Version::V1, "provenance.json"));
-        let p = parse(&[("attest:provenance", "mode=min,version=v0.2,\"builder-id=a,b\",inline-only=true")]).unwrap().provenance.unwrap();
-        assert_eq!((p.mode, p.version, p.builder_id.as_str(), p.inline_only), (Mode::Min, Version::V02, "a,b", true));
+        let p = parse(&[(
+            "attest:provenance",
+            "mode=min,version=v0.2,\"builder-id=a,b\",inline-only=true",
+        )])
+        .unwrap()
+        .provenance
+        .unwrap();
+        assert_eq!(
+            (p.mode, p.version, p.builder_id.as_str(), p.inline_only),
+            (Mode::Min, Version::V02, "a,b", true)
+        );
         assert!(parse(&[("attest:provenance", "disabled=true")]).unwrap().provenance.is_none());
-        let s = parse(&[("build-arg:BUILDKIT_ATTEST_SBOM", "generator=x/y,EXTRA=1")]).unwrap().sbom.unwrap();
-        assert_eq!((s.generator.familiar().as_str(), s.params["EXTRA"].as_str()), ("x/y:latest", "1"));
+        let s = parse(&[("build-arg:BUILDKIT_ATTEST_SBOM", "generator=x/y,EXTRA=1")])
+            .unwrap()
+            .sbom
+            .unwrap();
+        assert_eq!(
+            (s.generator.familiar().as_str(), s.params["EXTRA"].as_str()),
+            ("x/y:latest", "1")
+        );
     }
 
     #[test]
@@ -219,7 +260,10 @@ mod tests {
             ("attest:provenance", "reproducible=maybe", "reproducible"),
             ("attest:sbom", "generator=", "generator cannot be empty"),
         ] {
-            assert!(parse(&[(key, value)]).unwrap_err().to_string().contains(want), "{key}={value}");
+            assert!(
+                parse(&[(key, value)]).unwrap_err().to_string().contains(want),
+                "{key}={value}"
+            );
         }
     }
 }

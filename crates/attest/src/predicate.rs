@@ -1,4 +1,5 @@
-//! SLSA provenance in both versions (rows `at.prov.*`): version 1 is the model, version 0.2 another view of it.
+//! SLSA provenance in both versions (rows `at.prov.*`): version 1 is the model, version 0.2 another
+//! view of it.
 
 use crate::{
     BlobSource, Capture, ImageSource, MissingFetch, Mode, ProvenanceOptions, Version,
@@ -12,7 +13,8 @@ use shipway_fault::{Detail, Fault, IncompleteMaterial, Result, redact};
 use shipway_oci::{Descriptor, Platform, timestamp};
 use std::{collections::BTreeMap, time::SystemTime};
 
-const BUILD_TYPE_V1: &str = "https://github.com/moby/buildkit/blob/master/docs/attestations/slsa-definitions.md";
+const BUILD_TYPE_V1: &str =
+    "https://github.com/moby/buildkit/blob/master/docs/attestations/slsa-definitions.md";
 const BUILD_TYPE_V02: &str = "https://mobyproject.org/buildkit@v1";
 
 /// A step of the build.
@@ -120,7 +122,8 @@ fn image_uri(image: &ImageSource) -> String {
 
 fn materials(capture: &Capture) -> Vec<(String, DigestSet)> {
     let sources = &capture.sources;
-    let images = sources.images.iter().map(|i| (image_uri(i), i.digest.map(digest_set).unwrap_or_default()));
+    let images =
+        sources.images.iter().map(|i| (image_uri(i), i.digest.map(digest_set).unwrap_or_default()));
     // With the address of the repository whose commits it has.
     let blob = |b: &BlobSource, url: Option<&str>| {
         let kind = if b.local { PurlKind::Oci } else { PurlKind::Docker };
@@ -151,7 +154,8 @@ fn incomplete(capture: &Capture) -> Fault {
         text.push_str("\n\nUncaptured requests:");
     }
     for m in &capture.missing {
-        let name = [&m.name, &m.op, &m.url].into_iter().find(|t| !t.is_empty()).map_or("", String::as_str);
+        let name =
+            [&m.name, &m.op, &m.url].into_iter().find(|t| !t.is_empty()).map_or("", String::as_str);
         text.push_str(&format!("\n  - {name}"));
         for (key, value) in [("method", &m.method), ("url", &m.url), ("reason", &m.reason)] {
             if !value.is_empty() {
@@ -177,8 +181,15 @@ fn incomplete(capture: &Capture) -> Fault {
 
 impl Predicate {
     /// The predicate about what `capture` saw, of which `request` asked for.
-    pub fn new(capture: &Capture, request: &Parameters, options: &ProvenanceOptions, builder: Builder, git: GitAddress) -> Result<Self> {
-        let told = RequestProvenance::new(&request.frontend, request.args.clone(), &capture.sources, git);
+    pub fn new(
+        capture: &Capture,
+        request: &Parameters,
+        options: &ProvenanceOptions,
+        builder: Builder,
+        git: GitAddress,
+    ) -> Result<Self> {
+        let told =
+            RequestProvenance::new(&request.frontend, request.args.clone(), &capture.sources, git);
         let mut asked = request.clone();
         asked.args = told.request.map(|r| r.args).unwrap_or_default();
         asked.secrets.clone_from(&capture.secrets);
@@ -206,7 +217,12 @@ impl Predicate {
             hermetic: complete && !capture.network,
             complete_request: !request.frontend.is_empty(),
             complete_materials: complete,
-            stored: capture.sources.images.iter().filter_map(|i| Some((image_uri(i), i.stored?.to_string()))).collect(),
+            stored: capture
+                .sources
+                .images
+                .iter()
+                .filter_map(|i| Some((image_uri(i), i.stored?.to_string())))
+                .collect(),
             ..Metadata::default()
         };
         if options.mode == Mode::Min && asked.scrub() {
@@ -297,8 +313,14 @@ impl Predicate {
         let m = &self.metadata;
         let mut definition = Map::new();
         definition.insert("buildType".into(), json!(BUILD_TYPE_V1));
-        definition.insert("externalParameters".into(), json!({ "configSource": self.config_source, "request": self.request }));
-        definition.insert("internalParameters".into(), Value::Object(self.environment("builderPlatform")));
+        definition.insert(
+            "externalParameters".into(),
+            json!({ "configSource": self.config_source, "request": self.request }),
+        );
+        definition.insert(
+            "internalParameters".into(),
+            Value::Object(self.environment("builderPlatform")),
+        );
         if !self.materials.is_empty() {
             definition.insert("resolvedDependencies".into(), self.materials());
         }
@@ -308,8 +330,10 @@ impl Predicate {
         put_time(&mut metadata, "finishedOn", m.finished);
         metadata.insert("buildkit_metadata".into(), self.buildkit_metadata());
         put_flag(&mut metadata, "buildkit_hermetic", m.hermetic);
-        metadata
-            .insert("buildkit_completeness".into(), json!({ "request": m.complete_request, "resolvedDependencies": m.complete_materials }));
+        metadata.insert(
+            "buildkit_completeness".into(),
+            json!({ "request": m.complete_request, "resolvedDependencies": m.complete_materials }),
+        );
         put_flag(&mut metadata, "buildkit_reproducible", m.reproducible);
         json!({
             "buildDefinition": definition,
@@ -351,7 +375,10 @@ impl Predicate {
             json!({ "parameters": m.complete_request, "environment": true, "materials": m.complete_materials }),
         );
         metadata.insert("reproducible".into(), json!(m.reproducible));
-        metadata.insert("https://mobyproject.org/buildkit@v1#metadata".into(), self.buildkit_metadata());
+        metadata.insert(
+            "https://mobyproject.org/buildkit@v1#metadata".into(),
+            self.buildkit_metadata(),
+        );
         put_flag(&mut metadata, "https://mobyproject.org/buildkit@v1#hermetic", m.hermetic);
         out.insert("metadata".into(), Value::Object(metadata));
         Value::Object(out)
@@ -376,16 +403,32 @@ mod tests {
     use crate::{Stored, filter_args};
     use shipway_oci::Digest;
 
-    fn predicate(options: &ProvenanceOptions, change: impl FnOnce(&mut Capture)) -> Result<Predicate> {
+    fn predicate(
+        options: &ProvenanceOptions,
+        change: impl FnOnce(&mut Capture),
+    ) -> Result<Predicate> {
         let mut capture = Capture::default();
         let digest = Some(Digest::of("x"));
-        capture.add_image(ImageSource { name: "busybox".parse().unwrap(), platform: None, digest, local: false, stored: None });
+        capture.add_image(ImageSource {
+            name: "busybox".parse().unwrap(),
+            platform: None,
+            digest,
+            local: false,
+            stored: None,
+        });
         capture.add_secret("s", false);
         change(&mut capture);
         let args = [("build-arg:A", "1"), ("vcs:source", "https://u:p@h/r"), ("filename", "F")];
         let args = args.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        let request = Parameters { frontend: "dockerfile.v0".into(), args: filter_args(&args), ..Parameters::default() };
-        let builder = Builder { dockerfile: "1.2".into(), environment: Map::from_iter([("foo".to_owned(), json!("bar"))]) };
+        let request = Parameters {
+            frontend: "dockerfile.v0".into(),
+            args: filter_args(&args),
+            ..Parameters::default()
+        };
+        let builder = Builder {
+            dockerfile: "1.2".into(),
+            environment: Map::from_iter([("foo".to_owned(), json!("bar"))]),
+        };
         Predicate::new(&capture, &request, options, builder, |_, _| None)
     }
 
@@ -393,17 +436,31 @@ mod tests {
     fn both_versions_tell_the_same() {
         let v1 = predicate(&ProvenanceOptions::default(), |c| c.network = true).unwrap().json();
         let external = &v1["buildDefinition"]["externalParameters"];
-        assert_eq!((&external["request"]["args"]["build-arg:A"], &external["configSource"]["path"]), (&json!("1"), &json!("F")));
+        assert_eq!(
+            (&external["request"]["args"]["build-arg:A"], &external["configSource"]["path"]),
+            (&json!("1"), &json!("F"))
+        );
         assert_eq!(v1["buildDefinition"]["internalParameters"]["foo"], "bar");
-        assert_eq!(v1["buildDefinition"]["resolvedDependencies"][0]["uri"], "pkg:docker/busybox@latest");
-        assert_eq!(v1["runDetails"]["metadata"]["buildkit_metadata"]["vcs"]["source"], "https://xxxxx:xxxxx@h/r");
+        assert_eq!(
+            v1["buildDefinition"]["resolvedDependencies"][0]["uri"],
+            "pkg:docker/busybox@latest"
+        );
+        assert_eq!(
+            v1["runDetails"]["metadata"]["buildkit_metadata"]["vcs"]["source"],
+            "https://xxxxx:xxxxx@h/r"
+        );
         assert_eq!(v1["runDetails"]["metadata"]["buildkit_hermetic"], Value::Null);
         assert_eq!(v1["runDetails"]["metadata"]["buildkit_metadata"]["localImages"], Value::Null);
         // A tag is told what is known of its digest.
         let pinned = format!("busybox:latest@{}", Digest::of("x"));
         let built = Some(Stored::Built(SystemTime::UNIX_EPOCH));
-        let image =
-            ImageSource { name: pinned.parse().unwrap(), platform: None, digest: Some(Digest::of("x")), local: false, stored: built };
+        let image = ImageSource {
+            name: pinned.parse().unwrap(),
+            platform: None,
+            digest: Some(Digest::of("x")),
+            local: false,
+            stored: built,
+        };
         let local = predicate(&ProvenanceOptions::default(), |c| {
             c.add_image(image);
             *c = std::mem::take(c).tidied();
@@ -412,7 +469,10 @@ mod tests {
             local.unwrap().json()["runDetails"]["metadata"]["buildkit_metadata"]["localImages"],
             json!({ "pkg:docker/busybox@latest": "built here at 1970-01-01T00:00:00Z" })
         );
-        let v02 = predicate(&ProvenanceOptions { version: Version::V02, ..Default::default() }, |_| {}).unwrap().json();
+        let v02 =
+            predicate(&ProvenanceOptions { version: Version::V02, ..Default::default() }, |_| {})
+                .unwrap()
+                .json();
         assert_eq!(
             (&v02["invocation"]["configSource"]["entryPoint"], &v02["materials"][0]["uri"]),
             (&json!("F"), &json!("pkg:docker/busybox@latest"))
@@ -423,7 +483,9 @@ mod tests {
 
     #[test]
     fn little_is_told_in_mode_min_and_says_so() {
-        let min = predicate(&ProvenanceOptions { mode: Mode::Min, ..Default::default() }, |_| {}).unwrap().json();
+        let min = predicate(&ProvenanceOptions { mode: Mode::Min, ..Default::default() }, |_| {})
+            .unwrap()
+            .json();
         let request = &min["buildDefinition"]["externalParameters"]["request"];
         assert_eq!((&request["args"], &request["secrets"]), (&Value::Null, &Value::Null));
         assert_eq!(min["runDetails"]["metadata"]["buildkit_completeness"]["request"], false);
@@ -460,8 +522,15 @@ mod tests {
         assert_eq!(metadata["buildkit_completeness"]["resolvedDependencies"], false);
         let strict = ProvenanceOptions { complete_materials: true, ..Default::default() };
         let fault = predicate(&strict, missing).unwrap_err();
-        assert!(fault.to_string().contains("- wget\n    method: GET\n    url: http://h/m\n    reason: unsuccessful_response"), "{fault}");
-        assert!(matches!(fault.details(), [Detail::IncompleteMaterials(all)] if all.len() == 1 && all[0].uri == "http://h/m"));
+        assert!(
+            fault.to_string().contains(
+                "- wget\n    method: GET\n    url: http://h/m\n    reason: unsuccessful_response"
+            ),
+            "{fault}"
+        );
+        assert!(
+            matches!(fault.details(), [Detail::IncompleteMaterials(all)] if all.len() == 1 && all[0].uri == "http://h/m")
+        );
     }
 
     #[test]
@@ -470,8 +539,15 @@ mod tests {
         assert!(predicate(&options, |_| {}).is_ok());
         let fault = predicate(&options, |c| c.add_local("context")).unwrap_err();
         let why = fault.to_string();
-        let material = IncompleteMaterial { name: "context".into(), reason: "local_source".into(), ..Default::default() };
+        let material = IncompleteMaterial {
+            name: "context".into(),
+            reason: "local_source".into(),
+            ..Default::default()
+        };
         assert_eq!(fault.details(), [Detail::IncompleteMaterials(vec![material])]);
-        assert!(why.contains("provenance materials are incomplete") && why.contains("- context\n    reason: local_source"));
+        assert!(
+            why.contains("provenance materials are incomplete")
+                && why.contains("- context\n    reason: local_source")
+        );
     }
 }

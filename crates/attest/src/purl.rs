@@ -12,7 +12,8 @@ pub enum PurlKind {
     Oci,
 }
 
-/// Besides letters, digits and `-_.~`: what stands for itself in versions and qualifiers. In names it does not, as a registry's port shows.
+/// Besides letters, digits and `-_.~`: what stands for itself in versions and qualifiers. In names
+/// it does not, as a registry's port shows.
 const PLAIN: &[u8] = b"$&+=:@";
 
 /// Percent-encodes all but letters, digits, `-_.~` and what is `plain`.
@@ -28,7 +29,8 @@ fn escape(text: &str, plain: &[u8]) -> String {
     out
 }
 
-/// The package URL of an image: its familiar name, the tag as version, digest and platform as qualifiers.
+/// The package URL of an image: its familiar name, the tag as version, digest and platform as
+/// qualifiers.
 pub fn image_purl(kind: PurlKind, name: &ImageName, platform: Option<&Platform>) -> String {
     let platform = platform.map(|p| ("platform", p.clone().normalized().to_string()));
     purl(kind, name, platform)
@@ -42,17 +44,32 @@ pub fn blob_purl(kind: PurlKind, name: &ImageName, repository: Option<&str>) -> 
 }
 
 /// The qualifiers stand in the order of their names, after the digest.
-fn purl(kind: PurlKind, name: &ImageName, more: impl IntoIterator<Item = (&'static str, String)>) -> String {
+fn purl(
+    kind: PurlKind,
+    name: &ImageName,
+    more: impl IntoIterator<Item = (&'static str, String)>,
+) -> String {
     let full = name.locator();
-    let short = full.strip_prefix("docker.io/library/").or_else(|| full.strip_prefix("docker.io/")).unwrap_or(&full);
+    let short = full
+        .strip_prefix("docker.io/library/")
+        .or_else(|| full.strip_prefix("docker.io/"))
+        .unwrap_or(&full);
     let segments: Vec<String> = short.split('/').map(|segment| escape(segment, b"")).collect();
-    let mut out = format!("pkg:{}/{}", if kind == PurlKind::Oci { "oci" } else { "docker" }, segments.join("/"));
+    let mut out = format!(
+        "pkg:{}/{}",
+        if kind == PurlKind::Oci { "oci" } else { "docker" },
+        segments.join("/")
+    );
     let tag = name.tag().or(name.digest().is_none().then_some("latest"));
     if let Some(tag) = tag {
         _ = write!(out, "@{}", escape(tag, PLAIN));
     }
     let digest = name.digest().map(|d| ("digest", d.to_string()));
-    let qualifiers: Vec<String> = digest.into_iter().chain(more).map(|(key, value)| format!("{key}={}", escape(&value, PLAIN))).collect();
+    let qualifiers: Vec<String> = digest
+        .into_iter()
+        .chain(more)
+        .map(|(key, value)| format!("{key}={}", escape(&value, PLAIN)))
+        .collect();
     if !qualifiers.is_empty() {
         _ = write!(out, "?{}", qualifiers.join("&"));
     }
@@ -68,7 +85,9 @@ mod tests {
     fn bundles_say_whose_commits_they_have() {
         let digest = Digest::of("x");
         let name = format!("127.0.0.1:5/foo/bundle@{digest}").parse().unwrap();
-        let want = format!("pkg:docker/127.0.0.1%3A5/foo/bundle?digest={digest}&ref_type=bundle&vcs_url=https:%2F%2Fh%2Fa.git%23main");
+        let want = format!(
+            "pkg:docker/127.0.0.1%3A5/foo/bundle?digest={digest}&ref_type=bundle&vcs_url=https:%2F%2Fh%2Fa.git%23main"
+        );
         assert_eq!(blob_purl(PurlKind::Docker, &name, Some("https://h/a.git#main")), want);
         let blob = format!("pkg:oci/127.0.0.1%3A5/foo/bundle?digest={digest}&ref_type=blob");
         assert_eq!(blob_purl(PurlKind::Oci, &name, None), blob);
@@ -85,10 +104,17 @@ mod tests {
             ("localhost:5000/a/b:1", None, "pkg:docker/localhost%3A5000/a/b@1".to_owned()),
             (&format!("alpine@{digest}"), None, format!("pkg:docker/alpine?digest={digest}")),
             (&format!("alpine:1@{digest}"), None, format!("pkg:docker/alpine@1?digest={digest}")),
-            ("busybox", Some("linux/arm/v7"), "pkg:docker/busybox@latest?platform=linux%2Farm%2Fv7".to_owned()),
+            (
+                "busybox",
+                Some("linux/arm/v7"),
+                "pkg:docker/busybox@latest?platform=linux%2Farm%2Fv7".to_owned(),
+            ),
         ] {
             let platform = platform.map(|p| p.parse().unwrap());
-            assert_eq!(image_purl(PurlKind::Docker, &name.parse().unwrap(), platform.as_ref()), want);
+            assert_eq!(
+                image_purl(PurlKind::Docker, &name.parse().unwrap(), platform.as_ref()),
+                want
+            );
         }
     }
 }

@@ -1,4 +1,5 @@
-//! What was asked of a frontend, as provenance tells it: without what concerns this host alone, and without passwords (row `at.prov.params`).
+//! What was asked of a frontend, as provenance tells it: without what concerns this host alone, and
+//! without passwords (row `at.prov.params`).
 
 use crate::{Sources, intoto::DigestSet};
 use serde::Serialize;
@@ -88,13 +89,21 @@ pub struct RequestProvenance {
     pub request: Option<Parameters>,
 }
 
-/// Turns the address of a git repository into `remote#reference[:subdirectory]`, the latter if the flag says so; `None` for other texts.
+/// Turns the address of a git repository into `remote#reference[:subdirectory]`, the latter if the
+/// flag says so; `None` for other texts.
 pub type GitAddress = fn(&str, bool) -> Option<String>;
 
 impl RequestProvenance {
     /// The request to `frontend` with `args`, which were [filtered](filter_args).
-    pub fn new(frontend: &str, mut args: BTreeMap<String, String>, sources: &Sources, git: GitAddress) -> Self {
-        let given = |args: &BTreeMap<String, String>, key: &str| args.get(key).filter(|v| !v.is_empty()).cloned();
+    pub fn new(
+        frontend: &str,
+        mut args: BTreeMap<String, String>,
+        sources: &Sources,
+        git: GitAddress,
+    ) -> Self {
+        let given = |args: &BTreeMap<String, String>, key: &str| {
+            args.get(key).filter(|v| !v.is_empty()).cloned()
+        };
         let context = match given(&args, "contextkey") {
             Some(key) => key,
             None if given(&args, "input:context").is_some() => "input:context".into(),
@@ -102,7 +111,8 @@ impl RequestProvenance {
         };
         let mut source = ConfigSource::default();
         if let Some(uri) = given(&args, &context) {
-            (source.uri, source.digest) = material(&uri, sources, git).unwrap_or((uri, DigestSet::new()));
+            (source.uri, source.digest) =
+                material(&uri, sources, git).unwrap_or((uri, DigestSet::new()));
             source.uri = redact(&source.uri);
             args.remove(&context);
         }
@@ -125,7 +135,9 @@ impl RequestProvenance {
 
     /// Whether it tells nothing.
     pub fn is_empty(&self) -> bool {
-        self.request.as_ref().is_none_or(|r| r.frontend.is_empty() && r.args.is_empty() && r.inputs.is_empty())
+        self.request
+            .as_ref()
+            .is_none_or(|r| r.frontend.is_empty() && r.args.is_empty() && r.inputs.is_empty())
     }
 }
 
@@ -146,13 +158,20 @@ fn material(uri: &str, sources: &Sources, git: GitAddress) -> Option<(String, Di
     })
 }
 
-/// Frontend options without what concerns this host alone, and without passwords in addresses of contexts.
+/// Frontend options without what concerns this host alone, and without passwords in addresses of
+/// contexts.
 pub fn filter_args(options: &BTreeMap<String, String>) -> BTreeMap<String, String> {
-    let context = options.get("contextkey").filter(|k| !k.is_empty()).map_or("context", String::as_str);
+    let context =
+        options.get("contextkey").filter(|k| !k.is_empty()).map_or("context", String::as_str);
     // How errors are told says nothing of the result either.
-    let host = ["cgroup-parent", "image-resolve-mode", "platform", "cache-imports", "source-columns"];
-    let kept = options.iter().filter(|(k, _)| !host.contains(&k.as_str()) && !k.starts_with("attest:"));
-    kept.map(|(k, v)| (k.clone(), if k == context || k.starts_with("context:") { redact(v) } else { v.clone() })).collect()
+    let host =
+        ["cgroup-parent", "image-resolve-mode", "platform", "cache-imports", "source-columns"];
+    let kept =
+        options.iter().filter(|(k, _)| !host.contains(&k.as_str()) && !k.starts_with("attest:"));
+    kept.map(|(k, v)| {
+        (k.clone(), if k == context || k.starts_with("context:") { redact(v) } else { v.clone() })
+    })
+    .collect()
 }
 
 #[cfg(test)]
@@ -162,11 +181,24 @@ mod tests {
 
     #[test]
     fn the_context_becomes_the_config_source() {
-        let args = [("context", "R#main"), ("filename", "F"), ("attest:sbom", ""), ("platform", "x"), ("label:a", "b")];
+        let args = [
+            ("context", "R#main"),
+            ("filename", "F"),
+            ("attest:sbom", ""),
+            ("platform", "x"),
+            ("label:a", "b"),
+        ];
         let args = args.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        let sources = Sources { git: vec![GitSource { url: "R#main".into(), commit: "a".repeat(40), bundle: None }], ..Sources::default() };
-        let got = RequestProvenance::new("f", filter_args(&args), &sources, |u, _| Some(u.to_owned()));
-        assert_eq!((got.config_source.uri.as_str(), got.config_source.path.as_str()), ("R#main", "F"));
+        let sources = Sources {
+            git: vec![GitSource { url: "R#main".into(), commit: "a".repeat(40), bundle: None }],
+            ..Sources::default()
+        };
+        let got =
+            RequestProvenance::new("f", filter_args(&args), &sources, |u, _| Some(u.to_owned()));
+        assert_eq!(
+            (got.config_source.uri.as_str(), got.config_source.path.as_str()),
+            ("R#main", "F")
+        );
         assert_eq!(got.config_source.digest["sha1"].len(), 40);
         let mut request = got.request.unwrap();
         assert_eq!(request.args.keys().collect::<Vec<_>>(), ["label:a"]);

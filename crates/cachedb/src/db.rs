@@ -1,6 +1,9 @@
 //! The file: keys, records, and which records a result has.
 
-use redb::{Database, Durability, MultimapTableDefinition, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use redb::{
+    Database, Durability, MultimapTableDefinition, ReadableDatabase, ReadableTable,
+    ReadableTableMetadata, TableDefinition,
+};
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
 use shipway_oci::Digest;
@@ -70,23 +73,51 @@ pub(crate) struct Stored {
 
 impl Stored {
     fn new(result: String, meta: &RecordMeta) -> Self {
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs()).unwrap_or_default();
-        let inputs = meta.inputs.iter().map(|(keys, selector)| (keys.iter().map(|k| k.0).collect(), *selector)).collect();
+        let created =
+            SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs()).unwrap_or_default();
+        let inputs = meta
+            .inputs
+            .iter()
+            .map(|(keys, selector)| (keys.iter().map(|k| k.0).collect(), *selector))
+            .collect();
         let (op_keys, description) = (meta.op_keys.clone(), meta.description.clone());
-        Self { result, created, op_keys, output: meta.output, inputs, description, imported: meta.imported }
+        Self {
+            result,
+            created,
+            op_keys,
+            output: meta.output,
+            inputs,
+            description,
+            imported: meta.imported,
+        }
     }
 
     pub(crate) fn into_record(self) -> Record {
-        let inputs = self.inputs.into_iter().map(|(keys, selector)| (keys.into_iter().map(CacheKey).collect(), selector)).collect();
-        let meta =
-            RecordMeta { op_keys: self.op_keys, output: self.output, inputs, description: self.description, imported: self.imported };
-        Record { result: self.result, created: UNIX_EPOCH + Duration::from_secs(self.created), meta }
+        let inputs = self
+            .inputs
+            .into_iter()
+            .map(|(keys, selector)| (keys.into_iter().map(CacheKey).collect(), selector))
+            .collect();
+        let meta = RecordMeta {
+            op_keys: self.op_keys,
+            output: self.output,
+            inputs,
+            description: self.description,
+            imported: self.imported,
+        };
+        Record {
+            result: self.result,
+            created: UNIX_EPOCH + Duration::from_secs(self.created),
+            meta,
+        }
     }
 }
 
 fn fault(error: impl Into<redb::Error>) -> Fault {
     let error = error.into();
-    Fault::new(Code::Internal, format!("the build cache index: {error}")).with_class(Class::Environment).with_source(error)
+    Fault::new(Code::Internal, format!("the build cache index: {error}"))
+        .with_class(Class::Environment)
+        .with_source(error)
 }
 
 fn key(key: &CacheKey) -> Key {
@@ -97,7 +128,9 @@ fn cache_key(key: Key) -> CacheKey {
     CacheKey(Digest::from_bytes(key))
 }
 
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(e) => Err(Fault::internal(format!("the build cache index failed: {e}"))),
@@ -134,10 +167,12 @@ impl Drop for Inner {
 }
 
 impl Inner {
-    /// Opens the file at `path`, or makes it. A damaged one, or one of another format, is moved aside.
+    /// Opens the file at `path`, or makes it. A damaged one, or one of another format, is moved
+    /// aside.
     pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
         if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(|e| Fault::io(format!("make {}", parent.display()), e))?;
+            std::fs::create_dir_all(parent)
+                .map_err(|e| Fault::io(format!("make {}", parent.display()), e))?;
         }
         let attempt = || match std::panic::catch_unwind(|| Self::try_open(path)) {
             Ok(result) => result,
@@ -145,12 +180,15 @@ impl Inner {
         };
         let problem = match attempt() {
             Ok(inner) => return Ok(Arc::new(inner)),
-            Err(OpenError::Fault(fault)) => return Err(fault.context(format!("open {}", path.display()))),
+            Err(OpenError::Fault(fault)) => {
+                return Err(fault.context(format!("open {}", path.display())));
+            }
             Err(OpenError::Damaged(problem)) => problem,
         };
         let aside = path.with_extension(format!("damaged-{}", std::process::id()));
         tracing::warn!(path = %path.display(), aside = %aside.display(), problem, "the build cache index is moved aside and begun anew");
-        std::fs::rename(path, &aside).map_err(|e| Fault::io(format!("move {} aside", path.display()), e))?;
+        std::fs::rename(path, &aside)
+            .map_err(|e| Fault::io(format!("move {} aside", path.display()), e))?;
         match attempt() {
             Ok(inner) => Ok(Arc::new(inner)),
             Err(OpenError::Fault(fault)) => Err(fault),
@@ -165,17 +203,28 @@ impl Inner {
             Ok(db) => db,
             Err(DatabaseError::DatabaseAlreadyOpen) => {
                 return Err(OpenError::Fault(
-                    Fault::new(Code::FailedPrecondition, "another process has the build cache index open")
-                        .hint("give each daemon its own root directory, or stop the other one"),
+                    Fault::new(
+                        Code::FailedPrecondition,
+                        "another process has the build cache index open",
+                    )
+                    .hint("give each daemon its own root directory, or stop the other one"),
                 ));
             }
-            // An ordinary I/O error (no permission, disk full) says nothing about the file's content; unfit content does.
-            Err(DatabaseError::Storage(StorageError::Io(e))) if e.kind() != std::io::ErrorKind::InvalidData => {
+            // An ordinary I/O error (no permission, disk full) says nothing about the file's
+            // content; unfit content does.
+            Err(DatabaseError::Storage(StorageError::Io(e)))
+                if e.kind() != std::io::ErrorKind::InvalidData =>
+            {
                 return Err(OpenError::Fault(Fault::io("the build cache index", e)));
             }
             Err(e) => return Err(OpenError::Damaged(e.to_string())),
         };
-        let inner = Self { db, dirty: AtomicBool::new(false), sweep_at: AtomicU64::new(FEW_KEYS), wake: Arc::default() };
+        let inner = Self {
+            db,
+            dirty: AtomicBool::new(false),
+            sweep_at: AtomicU64::new(FEW_KEYS),
+            wake: Arc::default(),
+        };
         match inner.begin() {
             Ok(()) => Ok(inner),
             Err(fault) => Err(OpenError::Damaged(fault.to_string())),
@@ -189,7 +238,10 @@ impl Inner {
             let format = about.get("format").map_err(fault)?.map(|f| f.value());
             drop(about);
             if format.is_some_and(|f| f != FORMAT) {
-                return Err(Fault::invalid(format!("it has format {}, this daemon writes {FORMAT}", format.unwrap_or_default())));
+                return Err(Fault::invalid(format!(
+                    "it has format {}, this daemon writes {FORMAT}",
+                    format.unwrap_or_default()
+                )));
             }
             create_tables(tx)?;
             self.sweep(tx)?;
@@ -271,7 +323,10 @@ impl Inner {
         Ok(found)
     }
 
-    pub(crate) fn aliases_of(&self, primaries: &HashSet<CacheKey>) -> Result<HashMap<CacheKey, Vec<CacheKey>>> {
+    pub(crate) fn aliases_of(
+        &self,
+        primaries: &HashSet<CacheKey>,
+    ) -> Result<HashMap<CacheKey, Vec<CacheKey>>> {
         let tx = self.db.begin_read().map_err(fault)?;
         let aliases = tx.open_table(ALIASES).map_err(fault)?;
         let mut found: HashMap<CacheKey, Vec<CacheKey>> = HashMap::new();
@@ -305,19 +360,39 @@ impl Inner {
         keys.map(|k| k.map(|k| cache_key(k.value())).map_err(fault)).collect()
     }
 
-    /// Stores a record of `result`, if there is one, under the primary that the first of `keys` has or becomes; all keys lead to it.
-    pub(crate) fn save(&self, keys: &[CacheKey], result: Option<String>, meta: &RecordMeta) -> Result<CacheKey> {
-        self.store(keys, result, meta, |aliases, k, primary| aliases.insert(k, primary).map(drop), |_| true)
+    /// Stores a record of `result`, if there is one, under the primary that the first of `keys` has
+    /// or becomes; all keys lead to it.
+    pub(crate) fn save(
+        &self,
+        keys: &[CacheKey],
+        result: Option<String>,
+        meta: &RecordMeta,
+    ) -> Result<CacheKey> {
+        self.store(
+            keys,
+            result,
+            meta,
+            |aliases, k, primary| aliases.insert(k, primary).map(drop),
+            |_| true,
+        )
     }
 
     /// The same, but keys that lead somewhere stay, and so does a record, unless it is that of the
     /// result `gone`.
-    pub(crate) fn adopt(&self, keys: &[CacheKey], result: Option<String>, meta: &RecordMeta, gone: Option<&str>) -> Result<CacheKey> {
+    pub(crate) fn adopt(
+        &self,
+        keys: &[CacheKey],
+        result: Option<String>,
+        meta: &RecordMeta,
+        gone: Option<&str>,
+    ) -> Result<CacheKey> {
         let add = |aliases: &mut redb::Table<'_, Key, Key>, k, primary| {
             let known = aliases.get(k)?.is_some();
             if known { Ok(()) } else { aliases.insert(k, primary).map(drop) }
         };
-        self.store(keys, result, meta, add, |before| before.is_none_or(|before| Some(before) == gone))
+        self.store(keys, result, meta, add, |before| {
+            before.is_none_or(|before| Some(before) == gone)
+        })
     }
 
     fn store(
@@ -325,23 +400,34 @@ impl Inner {
         keys: &[CacheKey],
         result: Option<String>,
         meta: &RecordMeta,
-        lead: impl Fn(&mut redb::Table<'_, Key, Key>, Key, Key) -> std::result::Result<(), redb::StorageError>,
+        lead: impl Fn(
+            &mut redb::Table<'_, Key, Key>,
+            Key,
+            Key,
+        ) -> std::result::Result<(), redb::StorageError>,
         replace: impl FnOnce(Option<&str>) -> bool,
     ) -> Result<CacheKey> {
-        let Some(first) = keys.first() else { return Err(Fault::internal("a result to store has no key")) };
+        let Some(first) = keys.first() else {
+            return Err(Fault::internal("a result to store has no key"));
+        };
         self.write(|tx| {
             let mut aliases = tx.open_table(ALIASES).map_err(fault)?;
-            let primary = aliases.get(key(first)).map_err(fault)?.map(|p| p.value()).unwrap_or(key(first));
+            let primary =
+                aliases.get(key(first)).map_err(fault)?.map(|p| p.value()).unwrap_or(key(first));
             for k in keys.iter().map(key).chain([primary]) {
                 lead(&mut aliases, k, primary).map_err(fault)?;
             }
             let Some(result) = result else { return Ok(cache_key(primary)) };
             let mut results = tx.open_multimap_table(RESULTS).map_err(fault)?;
             let mut records = tx.open_table(RECORDS).map_err(fault)?;
-            let before = records.get(primary).map_err(fault)?.and_then(|b| serde_json::from_slice::<Stored>(b.value()).ok());
+            let before = records
+                .get(primary)
+                .map_err(fault)?
+                .and_then(|b| serde_json::from_slice::<Stored>(b.value()).ok());
             if replace(before.as_ref().map(|b| b.result.as_str())) {
                 let stored = Stored::new(result, meta);
-                let bytes = serde_json::to_vec(&stored).map_err(|e| Fault::internal(format!("encode a cache record: {e}")))?;
+                let bytes = serde_json::to_vec(&stored)
+                    .map_err(|e| Fault::internal(format!("encode a cache record: {e}")))?;
                 records.insert(primary, bytes.as_slice()).map_err(fault)?;
                 if let Some(before) = before {
                     results.remove(before.result.as_str(), primary).map_err(fault)?;
@@ -372,10 +458,16 @@ impl Inner {
     pub(crate) fn drop_record(&self, primary: &CacheKey, result: &str) -> Result<()> {
         self.write(|tx| {
             let mut records = tx.open_table(RECORDS).map_err(fault)?;
-            let now = records.get(key(primary)).map_err(fault)?.and_then(|b| serde_json::from_slice::<Stored>(b.value()).ok());
+            let now = records
+                .get(key(primary))
+                .map_err(fault)?
+                .and_then(|b| serde_json::from_slice::<Stored>(b.value()).ok());
             if now.is_some_and(|r| r.result == result) {
                 records.remove(key(primary)).map_err(fault)?;
-                tx.open_multimap_table(RESULTS).map_err(fault)?.remove(result, key(primary)).map_err(fault)?;
+                tx.open_multimap_table(RESULTS)
+                    .map_err(fault)?
+                    .remove(result, key(primary))
+                    .map_err(fault)?;
             }
             Ok(())
         })
@@ -388,7 +480,9 @@ impl Inner {
             let mut dropped = 0;
             for result in gone {
                 let keys = results.remove_all(result.as_str()).map_err(fault)?;
-                for k in keys.map(|k| k.map(|k| k.value()).map_err(fault)).collect::<Result<Vec<_>>>()? {
+                for k in
+                    keys.map(|k| k.map(|k| k.value()).map_err(fault)).collect::<Result<Vec<_>>>()?
+                {
                     records.remove(k).map_err(fault)?;
                     dropped += 1;
                 }

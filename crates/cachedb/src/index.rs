@@ -36,8 +36,8 @@ impl<O> Clone for CacheDb<O> {
 }
 
 impl<O> CacheDb<O> {
-    /// Opens the file at `path`, or makes it. A damaged one, or one of another format, is moved aside. Reads files, so call it at the start; must be
-    /// called within a tokio runtime.
+    /// Opens the file at `path`, or makes it. A damaged one, or one of another format, is moved
+    /// aside. Reads files, so call it at the start; must be called within a tokio runtime.
     pub fn open(path: &Path, results: Arc<dyn ResultStore<O>>) -> Result<Self> {
         let inner = Inner::open(path)?;
         tokio::spawn(keep_flushing(Arc::downgrade(&inner), inner.wake.clone()));
@@ -55,8 +55,12 @@ impl<O> CacheDb<O> {
         self.inner.keys_of(result)
     }
 
-    /// Every key that leads to one of `primaries`, by primary. Reads the whole index, so it is for exports and people.
-    pub async fn aliases_of(&self, primaries: HashSet<CacheKey>) -> Result<HashMap<CacheKey, Vec<CacheKey>>> {
+    /// Every key that leads to one of `primaries`, by primary. Reads the whole index, so it is for
+    /// exports and people.
+    pub async fn aliases_of(
+        &self,
+        primaries: HashSet<CacheKey>,
+    ) -> Result<HashMap<CacheKey, Vec<CacheKey>>> {
         let inner = self.inner.clone();
         blocking(move || inner.aliases_of(&primaries)).await
     }
@@ -65,7 +69,9 @@ impl<O> CacheDb<O> {
     /// they are next looked for. Keys stay known while they may lead to something.
     pub async fn forget_results(&self, results: Vec<String>) -> Result<usize> {
         let inner = self.inner.clone();
-        blocking(move || inner.forget_results(&results)).await.context(|| "drop results from the build cache index")
+        blocking(move || inner.forget_results(&results))
+            .await
+            .context(|| "drop results from the build cache index")
     }
 
     /// Forgets everything.
@@ -81,7 +87,8 @@ impl<O> CacheDb<O> {
     }
 }
 
-// Reading is memory and, rarely, a page of the file; it never waits for a writer. Writing may wait for a flush and goes to a blocking thread.
+// Reading is memory and, rarely, a page of the file; it never waits for a writer. Writing may wait
+// for a flush and goes to a blocking thread.
 #[async_trait]
 impl<O: Send + Sync> CacheStore<O> for CacheDb<O> {
     async fn primaries(&self, keys: &[CacheKey]) -> Result<Vec<CacheKey>> {
@@ -107,7 +114,8 @@ impl<O: Send + Sync> CacheStore<O> for CacheDb<O> {
     }
 
     async fn save(&self, keys: &[CacheKey], value: &O, meta: &RecordMeta) -> Result<CacheKey> {
-        let (inner, keys, id, meta) = (self.inner.clone(), keys.to_vec(), self.results.id_of(value), meta.clone());
+        let (inner, keys, id, meta) =
+            (self.inner.clone(), keys.to_vec(), self.results.id_of(value), meta.clone());
         blocking(move || inner.save(&keys, id, &meta)).await
     }
 
@@ -120,10 +128,13 @@ impl<O: Send + Sync> CacheStore<O> for CacheDb<O> {
             match self.results.load(&id).await {
                 Ok(None) => gone = Some(id),
                 Ok(Some(_)) => {}
-                Err(error) => tracing::warn!(%error, result = id, "a cached result cannot be loaded"),
+                Err(error) => {
+                    tracing::warn!(%error, result = id, "a cached result cannot be loaded")
+                }
             }
         }
-        let (inner, keys, id, meta) = (self.inner.clone(), keys.to_vec(), self.results.id_of(value), meta.clone());
+        let (inner, keys, id, meta) =
+            (self.inner.clone(), keys.to_vec(), self.results.id_of(value), meta.clone());
         blocking(move || inner.adopt(&keys, id, &meta, gone.as_deref())).await
     }
 

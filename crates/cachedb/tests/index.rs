@@ -40,7 +40,8 @@ struct Lab {
 impl Lab {
     async fn new() -> Self {
         let (dir, names) = (tempfile::tempdir().expect("a directory"), Arc::<Names>::default());
-        let db = CacheDb::open(&dir.path().join("state/cache.db"), names.clone()).expect("an index");
+        let db =
+            CacheDb::open(&dir.path().join("state/cache.db"), names.clone()).expect("an index");
         Self { dir, names, db }
     }
     async fn save(&self, keys: &[&str], value: &str) -> CacheKey {
@@ -56,7 +57,8 @@ impl Lab {
     async fn reopen(self) -> Self {
         let Self { dir, names, db } = self;
         drop(db);
-        let db = CacheDb::open(&dir.path().join("state/cache.db"), names.clone()).expect("an index");
+        let db =
+            CacheDb::open(&dir.path().join("state/cache.db"), names.clone()).expect("an index");
         Self { dir, names, db }
     }
 }
@@ -74,7 +76,8 @@ async fn keys_lead_to_the_primary_of_the_first() {
     let lab = Lab::new().await;
     assert_eq!(lab.save(&["content 1", "definition"], "one").await, key("content 1"));
     assert_eq!(lab.load(&["unknown", "definition"]).await, Some((key("content 1"), "one".into())));
-    // The same definition gave something else: it leads there now, and the old content still to the old result.
+    // The same definition gave something else: it leads there now, and the old content still to the
+    // old result.
     assert_eq!(lab.save(&["content 2", "definition"], "two").await, key("content 2"));
     assert_eq!(lab.load(&["definition"]).await, Some((key("content 2"), "two".into())));
     assert_eq!(lab.load(&["content 1"]).await, Some((key("content 1"), "one".into())));
@@ -101,8 +104,14 @@ async fn pruning_drops_all_records_of_a_result() {
     lab.save(&["a"], "x").await;
     lab.save(&["b"], "x").await;
     lab.save(&["c"], "y").await;
-    assert_eq!(lab.db.forget_results(vec!["x".into(), "never".into()]).await.expect("forgotten"), 2);
-    assert_eq!((lab.load(&["a", "b"]).await, lab.load(&["c"]).await.map(|r| r.1)), (None, Some("y".into())));
+    assert_eq!(
+        lab.db.forget_results(vec!["x".into(), "never".into()]).await.expect("forgotten"),
+        2
+    );
+    assert_eq!(
+        (lab.load(&["a", "b"]).await, lab.load(&["c"]).await.map(|r| r.1)),
+        (None, Some("y".into()))
+    );
     lab.db.clear().await.expect("cleared");
     assert_eq!((lab.load(&["c"]).await, lab.primaries(&["c"]).await.len()), (None, 0));
 }
@@ -118,7 +127,9 @@ async fn what_an_import_gave_replaces_nothing_that_lives() {
     lab.save(&["else"], "other").await;
     // Its key leads to a living record, and another one of its keys to somebody else's: both stay.
     assert_eq!(adopt(&["definition", "else", "new"], "theirs").await, key("content"));
-    for (k, value) in [("content", "ours"), ("definition", "ours"), ("new", "ours"), ("else", "other")] {
+    for (k, value) in
+        [("content", "ours"), ("definition", "ours"), ("new", "ours"), ("else", "other")]
+    {
         assert_eq!(lab.load(&[k]).await.map(|r| r.1), Some(value.into()), "{k}");
     }
     // Where the result is gone, and where there was none, it is as good as one made here.
@@ -137,7 +148,10 @@ async fn a_lost_result_is_forgotten_under_all_its_keys() {
     lab.save(&["a"], "x").await;
     lab.save(&["b"], "x").await;
     lab.db.forget(&"x".to_owned()).await.expect("forgotten");
-    assert_eq!((lab.load(&["a", "b"]).await, lab.primaries(&["a", "b"]).await), (None, keys_of(&["a", "b"])));
+    assert_eq!(
+        (lab.load(&["a", "b"]).await, lab.primaries(&["a", "b"]).await),
+        (None, keys_of(&["a", "b"]))
+    );
 }
 
 #[tokio::test]
@@ -145,13 +159,25 @@ async fn keys_of_dropped_records_do_not_stay_for_ever() {
     let lab = Lab::new().await;
     let inputs = vec![(keys_of(&["base"]), None)];
     lab.save(&["base", "base by tag"], "image").await;
-    lab.db.save(&keys_of(&["step"]), &"made".to_owned(), &RecordMeta { inputs, ..RecordMeta::default() }).await.expect("saved");
+    lab.db
+        .save(
+            &keys_of(&["step"]),
+            &"made".to_owned(),
+            &RecordMeta { inputs, ..RecordMeta::default() },
+        )
+        .await
+        .expect("saved");
     for n in 0..300 {
         let names: Vec<String> = (0..4).map(|i| format!("key {i} of {n}")).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         lab.save(&names, &format!("result {n}")).await;
     }
-    lab.db.forget_results((0..300).map(|n| format!("result {n}")).chain(["image".to_owned()]).collect()).await.expect("forgotten");
+    lab.db
+        .forget_results(
+            (0..300).map(|n| format!("result {n}")).chain(["image".to_owned()]).collect(),
+        )
+        .await
+        .expect("forgotten");
     assert!(lab.primaries(&["key 0 of 0", "key 3 of 299"]).await.is_empty());
     // What a living result was made of leads to it, though its own record went.
     assert_eq!(lab.primaries(&["base by tag", "step"]).await, keys_of(&["base", "step"]));
@@ -172,7 +198,10 @@ async fn everything_is_there_after_a_restart() {
     lab.save(&["a", "b"], "x").await;
     let lab = lab.reopen().await;
     assert_eq!(lab.load(&["b"]).await, Some((key("a"), "x".into())));
-    assert_eq!(lab.db.record(&key("b")).expect("read").map(|r| r.meta.description), Some("made x".into()));
+    assert_eq!(
+        lab.db.record(&key("b")).expect("read").map(|r| r.meta.description),
+        Some("made x".into())
+    );
 }
 
 #[tokio::test]
@@ -192,18 +221,29 @@ async fn a_kill_costs_at_most_what_was_not_flushed() {
 async fn a_damaged_file_is_moved_aside() {
     let lab = Lab::new().await;
     let path = lab.dir.path().join("damaged.db");
-    for bytes in [b"not a database".to_vec(), vec![0; 100_000], Vec::from_iter((0..50_000u32).flat_map(u32::to_le_bytes))] {
+    for bytes in [
+        b"not a database".to_vec(),
+        vec![0; 100_000],
+        Vec::from_iter((0..50_000u32).flat_map(u32::to_le_bytes)),
+    ] {
         std::fs::write(&path, &bytes).expect("written");
         let db = CacheDb::open(&path, lab.names.clone()).expect("a new index");
         db.save(&[key("a")], &"x".to_owned(), &RecordMeta::default()).await.expect("saved");
     }
-    let kept = std::fs::read_dir(lab.dir.path()).expect("listed").filter_map(|e| e.ok()?.file_name().into_string().ok());
-    assert!(kept.into_iter().any(|n| n.starts_with("damaged.damaged-")), "the damaged file is kept for study");
+    let kept = std::fs::read_dir(lab.dir.path())
+        .expect("listed")
+        .filter_map(|e| e.ok()?.file_name().into_string().ok());
+    assert!(
+        kept.into_iter().any(|n| n.starts_with("damaged.damaged-")),
+        "the damaged file is kept for study"
+    );
 }
 
 #[tokio::test]
 async fn two_processes_cannot_share_it() {
     let lab = Lab::new().await;
     let second = CacheDb::open(&lab.dir.path().join("state/cache.db"), lab.names.clone());
-    assert!(second.is_err_and(|e| e.to_string().contains("another process") && e.hints().count() == 1));
+    assert!(
+        second.is_err_and(|e| e.to_string().contains("another process") && e.hints().count() == 1)
+    );
 }

@@ -46,13 +46,19 @@ fn kind_of(name: &str) -> &str {
 }
 
 impl Device {
-    pub(crate) fn new(path: &Path, spec: Arc<Spec>, index: usize, auto_allowed: &BTreeSet<String>) -> Self {
+    pub(crate) fn new(
+        path: &Path,
+        spec: Arc<Spec>,
+        index: usize,
+        auto_allowed: &BTreeSet<String>,
+    ) -> Self {
         let device = &spec.devices[index];
         let name = format!("{}={}", spec.kind.0, device.name.0);
         let both = spec.annotations.iter().chain(&device.annotations);
         let annotations: BTreeMap<_, _> = both.map(|(k, v)| (k.clone(), v.0.clone())).collect();
         let says_so = annotations.get(AUTO_ALLOW).and_then(|v| parse_bool(v)) == Some(true);
-        let auto_allow = says_so || auto_allowed.contains(&name) || auto_allowed.contains(&spec.kind.0);
+        let auto_allow =
+            says_so || auto_allowed.contains(&name) || auto_allowed.contains(&spec.kind.0);
         Self { name, annotations, auto_allow, path: path.to_owned(), spec, index }
     }
 }
@@ -78,7 +84,8 @@ impl Devices {
         self.by_name.get(name).is_some_and(|d| d.auto_allow)
     }
 
-    /// Full names of the devices that `asked` means: one by its full name, the first of a kind, all of a kind (`kind=*`), or else all of a class.
+    /// Full names of the devices that `asked` means: one by its full name, the first of a kind, all
+    /// of a kind (`kind=*`), or else all of a class.
     pub fn find(&self, asked: &str) -> Vec<&str> {
         let mut found: Vec<&str> = Vec::new();
         let (kind, name) = asked.split_once('=').unwrap_or((asked, ""));
@@ -91,14 +98,20 @@ impl Devices {
             }
         }
         if found.is_empty() {
-            let of_class = self.iter().filter(|d| d.annotations.get(CLASS).is_some_and(|class| class == asked));
+            let of_class = self
+                .iter()
+                .filter(|d| d.annotations.get(CLASS).is_some_and(|class| class == asked));
             found.extend(of_class.map(|d| d.name.as_str()));
         }
         found
     }
 
-    /// Full names of the devices that all of `asked` mean, each once; of those that need not be there (the second of each pair) perhaps none.
-    pub fn resolve<'a>(&self, asked: impl IntoIterator<Item = (&'a str, bool)>) -> Result<Vec<String>> {
+    /// Full names of the devices that all of `asked` mean, each once; of those that need not be
+    /// there (the second of each pair) perhaps none.
+    pub fn resolve<'a>(
+        &self,
+        asked: impl IntoIterator<Item = (&'a str, bool)>,
+    ) -> Result<Vec<String>> {
         let mut all: Vec<String> = Vec::new();
         for (asked, optional) in asked {
             let found = self.find(asked);
@@ -120,7 +133,8 @@ impl Devices {
             return fault.hint(format!("did you mean {near}?"));
         }
         if !self.problems.is_empty() {
-            return fault.hint(format!("not every device can be used: {}", self.problems.join("; ")));
+            return fault
+                .hint(format!("not every device can be used: {}", self.problems.join("; ")));
         }
         match kind_of(asked) {
             "nvidia.com/gpu" | "docker.com/gpu" => fault.hint(
@@ -130,16 +144,20 @@ impl Devices {
         }
     }
 
-    /// What the devices of these full names change, in this order; what a file says for all its devices once, before the first. Looks at nodes of
-    /// the host, and so blocks.
+    /// What the devices of these full names change, in this order; what a file says for all its
+    /// devices once, before the first. Looks at nodes of the host, and so blocks.
     pub fn edits<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Result<Edits> {
         let mut all = Edits::default();
         let mut begun: Vec<&Arc<Spec>> = Vec::new();
         for name in names {
             let device = self.by_name.get(name).ok_or_else(|| self.missing(name))?;
-            let of_file = (!begun.iter().any(|s| Arc::ptr_eq(s, &device.spec))).then_some(&device.spec.container_edits);
-            for edits in of_file.into_iter().chain([&device.spec.devices[device.index].container_edits]) {
-                append(&mut all, edits).context(|| format!("device {name} of {}", device.path.display()))?;
+            let of_file = (!begun.iter().any(|s| Arc::ptr_eq(s, &device.spec)))
+                .then_some(&device.spec.container_edits);
+            for edits in
+                of_file.into_iter().chain([&device.spec.devices[device.index].container_edits])
+            {
+                append(&mut all, edits)
+                    .context(|| format!("device {name} of {}", device.path.display()))?;
             }
             begun.push(&device.spec);
         }
@@ -156,10 +174,17 @@ fn append(all: &mut Edits, more: &spec::Edits) -> Result<()> {
     for wanted in &more.device_nodes {
         all.nodes.push(node(wanted)?);
     }
-    all.interfaces.extend(more.net_devices.iter().map(|i| (i.host_interface_name.0.clone(), i.name.0.clone())));
+    all.interfaces.extend(
+        more.net_devices.iter().map(|i| (i.host_interface_name.0.clone(), i.name.0.clone())),
+    );
     all.mounts.extend(more.mounts.iter().map(|m| SpecMount {
         target: m.container_path.0.clone(),
-        mount: Mount { kind: m.r#type.0.clone(), source: m.host_path.0.clone(), target: String::new(), options: texts(&m.options) },
+        mount: Mount {
+            kind: m.r#type.0.clone(),
+            source: m.host_path.0.clone(),
+            target: String::new(),
+            options: texts(&m.options),
+        },
     }));
     all.hooks.extend(more.hooks.iter().map(|h| Hook {
         when: h.hook_name.0.clone(),
@@ -170,7 +195,11 @@ fn append(all: &mut Edits, more: &spec::Edits) -> Result<()> {
     }));
     if let Some(rdt) = &more.intel_rdt {
         let mut value = json!({});
-        for (key, text) in [("closID", &rdt.clos_id), ("l3CacheSchema", &rdt.l3_cache_schema), ("memBwSchema", &rdt.mem_bw_schema)] {
+        for (key, text) in [
+            ("closID", &rdt.clos_id),
+            ("l3CacheSchema", &rdt.l3_cache_schema),
+            ("memBwSchema", &rdt.mem_bw_schema),
+        ] {
             if !text.0.is_empty() {
                 value[key] = json!(text.0);
             }
@@ -198,17 +227,26 @@ fn node(wanted: &spec::Node) -> Result<DeviceNode> {
         mode: wanted.file_mode,
         uid: wanted.uid,
         gid: wanted.gid,
-        access: if wanted.permissions.0.is_empty() { "rwm".into() } else { wanted.permissions.0.clone() },
+        access: if wanted.permissions.0.is_empty() {
+            "rwm".into()
+        } else {
+            wanted.permissions.0.clone()
+        },
         path: path.clone(),
     };
     let known = !node.kind.is_empty() && (node.major != 0 || node.kind == "p");
-    let found =
-        rustix::fs::lstat(host).map_err(|e| Fault::io(format!("failed to stat CDI host device {host:?}"), e.into())).and_then(|stat| {
+    let found = rustix::fs::lstat(host)
+        .map_err(|e| Fault::io(format!("failed to stat CDI host device {host:?}"), e.into()))
+        .and_then(|stat| {
             let kind = match FileType::from_raw_mode(stat.st_mode) {
                 FileType::BlockDevice => "b",
                 FileType::CharacterDevice => "c",
                 FileType::Fifo => "p",
-                _ => return Err(Fault::invalid(format!("failed to stat CDI host device {host:?}: not a device node"))),
+                _ => {
+                    return Err(Fault::invalid(format!(
+                        "failed to stat CDI host device {host:?}: not a device node"
+                    )));
+                }
             };
             Ok((stat, kind))
         });
@@ -223,11 +261,15 @@ fn node(wanted: &spec::Node) -> Result<DeviceNode> {
         return Ok(node);
     }
     if !node.kind.is_empty() && node.kind != kind {
-        return Err(Fault::invalid(format!("CDI device ({path:?}, {host:?}), host type mismatch ({}, {kind})", node.kind)));
+        return Err(Fault::invalid(format!(
+            "CDI device ({path:?}, {host:?}), host type mismatch ({}, {kind})",
+            node.kind
+        )));
     }
     node.kind = kind.into();
     if kind != "p" {
-        (node.major, node.minor) = (rustix::fs::major(stat.st_rdev).into(), rustix::fs::minor(stat.st_rdev).into());
+        (node.major, node.minor) =
+            (rustix::fs::major(stat.st_rdev).into(), rustix::fs::minor(stat.st_rdev).into());
     }
     Ok(node)
 }
@@ -266,7 +308,8 @@ containerEdits: {env: [ALL=1]}
     fn names_mean_devices() {
         let all = devices(&[TWO, THIRD], &[]);
         assert_eq!(all.problems(), [""; 0]);
-        let check = |asked: &str, expected: &[&str]| assert_eq!(all.find(asked), expected, "{asked}");
+        let check =
+            |asked: &str, expected: &[&str]| assert_eq!(all.find(asked), expected, "{asked}");
         check("v.com/gpu=b", &["v.com/gpu=b"]);
         check("v.com/gpu", &["v.com/gpu=a"]);
         check("v.com/gpu=", &["v.com/gpu=a"]);
@@ -310,7 +353,9 @@ containerEdits: {env: [ALL=1]}
     #[test]
     fn what_a_file_leaves_out_of_a_node_is_the_hosts() {
         let check = |node: &str, expected: Result<(&str, i64, i64), &str>| {
-            let text = format!("{{cdiVersion: 0.6.0, kind: v/c, devices: [{{name: a, containerEdits: {{deviceNodes: [{node}]}}}}]}}");
+            let text = format!(
+                "{{cdiVersion: 0.6.0, kind: v/c, devices: [{{name: a, containerEdits: {{deviceNodes: [{node}]}}}}]}}"
+            );
             let found = devices(&[&text], &[]).edits(["v/c=a"]);
             match (found, expected) {
                 (Ok(edits), Ok(expected)) => {
@@ -326,7 +371,10 @@ containerEdits: {env: [ALL=1]}
         check("{path: /dev/null, type: b, major: 7, minor: 9}", Ok(("b", 7, 9)));
         check("{path: /dev/none, type: p}", Ok(("p", 0, 0)));
         check("{path: /dev/null, type: b}", Err("host type mismatch (b, c)"));
-        check("{path: /dev/no-such}", Err("failed to stat CDI host device \"/dev/no-such\": no such file or directory"));
+        check(
+            "{path: /dev/no-such}",
+            Err("failed to stat CDI host device \"/dev/no-such\": no such file or directory"),
+        );
         check("{path: /etc/passwd}", Err("not a device node"));
     }
 }

@@ -33,8 +33,12 @@ enum Claim {
 }
 
 impl Registry {
-    /// Devices out of `dirs`, of which a later one wins; every build may use those whose name or kind is in `auto_allowed`.
-    pub fn new(dirs: impl IntoIterator<Item = PathBuf>, auto_allowed: impl IntoIterator<Item = String>) -> Self {
+    /// Devices out of `dirs`, of which a later one wins; every build may use those whose name or
+    /// kind is in `auto_allowed`.
+    pub fn new(
+        dirs: impl IntoIterator<Item = PathBuf>,
+        auto_allowed: impl IntoIterator<Item = String>,
+    ) -> Self {
         Self { dirs: dirs.into_iter().collect(), auto_allowed: auto_allowed.into_iter().collect() }
     }
 
@@ -49,7 +53,8 @@ impl Registry {
                     Err(why) => all.problems.push(format!("{}: {why}", path.display())),
                 }
             }
-            // A name that files of one directory disagree about means nothing, whatever an earlier directory says.
+            // A name that files of one directory disagree about means nothing, whatever an earlier
+            // directory says.
             for (name, claim) in claims {
                 match claim {
                     Claim::One(device) => drop(all.by_name.insert(name, device)),
@@ -60,7 +65,13 @@ impl Registry {
         all
     }
 
-    fn claim(&self, path: &Path, spec: Spec, claims: &mut BTreeMap<String, Claim>, problems: &mut Vec<String>) {
+    fn claim(
+        &self,
+        path: &Path,
+        spec: Spec,
+        claims: &mut BTreeMap<String, Claim>,
+        problems: &mut Vec<String>,
+    ) {
         let spec = Arc::new(spec);
         for index in 0..spec.devices.len() {
             let device = Device::new(path, spec.clone(), index, &self.auto_allowed);
@@ -71,7 +82,12 @@ impl Registry {
                         Claim::One(other) => other.path.clone(),
                         Claim::Several(other) => other.clone(),
                     };
-                    problems.push(format!("{}: device {:?} is in {} too", path.display(), device.name, other.display()));
+                    problems.push(format!(
+                        "{}: device {:?} is in {} too",
+                        path.display(),
+                        device.name,
+                        other.display()
+                    ));
                     taken.insert(Claim::Several(other));
                 }
             }
@@ -92,7 +108,10 @@ fn list(dir: &Path, problems: &mut Vec<String>) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = Vec::new();
     for (seen, entry) in entries.flatten().enumerate() {
         if seen >= MAX_FILES {
-            problems.push(format!("{}: more than {MAX_FILES} entries; the others are not looked at", dir.display()));
+            problems.push(format!(
+                "{}: more than {MAX_FILES} entries; the others are not looked at",
+                dir.display()
+            ));
             break;
         }
         let is_dir = entry.file_type().is_ok_and(|t| t.is_dir());
@@ -108,13 +127,21 @@ fn list(dir: &Path, problems: &mut Vec<String>) -> Vec<PathBuf> {
 /// The text of a regular file. Opening it neither waits for anybody nor makes a terminal ours.
 fn read_file(path: &Path) -> Result<String, String> {
     let words = |e: Errno| std::io::Error::from(e).to_string();
-    let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY, Mode::empty()).map_err(words)?;
+    let fd = rustix::fs::open(
+        path,
+        OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY,
+        Mode::empty(),
+    )
+    .map_err(words)?;
     let stat = rustix::fs::fstat(&fd).map_err(words)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err("not a regular file".into());
     }
     let mut bytes = Vec::new();
-    std::fs::File::from(fd).take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+    std::fs::File::from(fd)
+        .take(MAX_FILE + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| e.to_string())?;
     if bytes.len() as u64 > MAX_FILE {
         return Err(format!("larger than {MAX_FILE} bytes"));
     }
@@ -127,7 +154,9 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     fn spec(kind: &str, name: &str, value: &str) -> String {
-        format!("cdiVersion: 0.6.0\nkind: {kind}\ndevices:\n- name: {name}\n  containerEdits: {{env: [V={value}]}}\n")
+        format!(
+            "cdiVersion: 0.6.0\nkind: {kind}\ndevices:\n- name: {name}\n  containerEdits: {{env: [V={value}]}}\n"
+        )
     }
 
     #[test]
@@ -146,10 +175,19 @@ mod tests {
         symlink(at("cycle.yaml"), at("cycle.yaml")).unwrap();
         symlink(at("nothing"), at("dangling.yaml")).unwrap();
         symlink("/dev/zero", at("zero.yaml")).unwrap();
-        rustix::fs::mknodat(rustix::fs::CWD, at("pipe.yaml"), FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
-        let found = Registry::new([dir.path().to_owned(), at("absent"), at("half.yaml")], []).read();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            at("pipe.yaml"),
+            FileType::Fifo,
+            Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
+        let found =
+            Registry::new([dir.path().to_owned(), at("absent"), at("half.yaml")], []).read();
         assert_eq!(found.iter().map(|d| d.name.as_str()).collect::<Vec<_>>(), ["v/c=a", "v/j=a"]);
-        let mut problems = found.problems().iter().map(|p| p.trim_start_matches(dir.path().to_str().unwrap()));
+        let mut problems =
+            found.problems().iter().map(|p| p.trim_start_matches(dir.path().to_str().unwrap()));
         for (file, why) in [
             ("/bytes.yaml", "UTF-8"),
             ("/cycle.yaml", "symbolic links"),
@@ -162,7 +200,10 @@ mod tests {
             ("/half.yaml", "Not a directory"),
         ] {
             let problem = problems.next().unwrap_or_default();
-            assert!(problem.starts_with(file) && problem.contains(why), "{problem} is not of {file}: {why}");
+            assert!(
+                problem.starts_with(file) && problem.contains(why),
+                "{problem} is not of {file}: {why}"
+            );
         }
         assert_eq!(problems.next(), None);
     }
@@ -170,10 +211,15 @@ mod tests {
     #[test]
     fn a_later_directory_wins_and_a_disputed_name_means_nothing() {
         let (low, high) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        for (dir, file, name, value) in
-            [(&low, "1", "a", "low"), (&low, "2", "b", "low"), (&low, "3", "b", "low"), (&low, "4", "c", "low"), (&high, "1", "a", "high")]
-        {
-            std::fs::write(dir.path().join(format!("{file}.yaml")), spec("v/c", name, value)).unwrap();
+        for (dir, file, name, value) in [
+            (&low, "1", "a", "low"),
+            (&low, "2", "b", "low"),
+            (&low, "3", "b", "low"),
+            (&low, "4", "c", "low"),
+            (&high, "1", "a", "high"),
+        ] {
+            std::fs::write(dir.path().join(format!("{file}.yaml")), spec("v/c", name, value))
+                .unwrap();
         }
         let registry = Registry::new([low.path().to_owned(), high.path().to_owned()], []);
         let found = registry.read();
@@ -182,7 +228,8 @@ mod tests {
         assert!(found.problems()[0].contains("device \"v/c=b\" is in"), "{:?}", found.problems());
         // A dispute above hides what is below.
         for file in ["2", "3"] {
-            std::fs::write(high.path().join(format!("{file}.yaml")), spec("v/c", "c", "high")).unwrap();
+            std::fs::write(high.path().join(format!("{file}.yaml")), spec("v/c", "c", "high"))
+                .unwrap();
         }
         assert_eq!(registry.read().iter().map(|d| d.name.as_str()).collect::<Vec<_>>(), ["v/c=a"]);
     }

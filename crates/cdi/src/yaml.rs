@@ -1,5 +1,6 @@
-//! YAML as a JSON value, within bounds. Scalars mean what YAML 1.1 says, as for the programs for which device files are written: `yes` is true and
-//! `0660` is octal. Members that are null are left out.
+//! YAML as a JSON value, within bounds. Scalars mean what YAML 1.1 says, as for the programs for
+//! which device files are written: `yes` is true and `0660` is octal. Members that are null are
+//! left out.
 
 use saphyr_parser::{Event, Parser, ScalarStyle};
 use serde_json::{Map, Value};
@@ -39,7 +40,9 @@ pub(crate) fn read(text: &str) -> Result<Value, String> {
 impl Reader {
     fn take(&mut self, event: Event<'_>) -> Result<(), String> {
         match event {
-            Event::DocumentStart(_) if self.root.is_some() => Err("a file holds one document".into()),
+            Event::DocumentStart(_) if self.root.is_some() => {
+                Err("a file holds one document".into())
+            }
             Event::MappingStart(anchor, _) => self.start(Open::Table(Map::new(), None), anchor),
             Event::SequenceStart(anchor, _) => self.start(Open::List(Vec::new()), anchor),
             Event::MappingEnd | Event::SequenceEnd => match self.open.pop() {
@@ -51,12 +54,20 @@ impl Reader {
                 None => Err("an end without a start".into()),
             },
             Event::Scalar(text, style, anchor, tag) => {
-                let plain = style == ScalarStyle::Plain && tag.is_none_or(|t| !t.is_yaml_core_schema() || t.suffix != "str");
-                self.place(if plain { scalar(&text) } else { Value::from(text.into_owned()) }, anchor)
+                let plain = style == ScalarStyle::Plain
+                    && tag.is_none_or(|t| !t.is_yaml_core_schema() || t.suffix != "str");
+                self.place(
+                    if plain { scalar(&text) } else { Value::from(text.into_owned()) },
+                    anchor,
+                )
             }
             Event::Alias(id) => {
                 // Who is inside what it stands for meets nothing: that is not finished.
-                let (value, size) = self.anchors.get(&id).cloned().ok_or("an alias stands for what it is a part of")?;
+                let (value, size) = self
+                    .anchors
+                    .get(&id)
+                    .cloned()
+                    .ok_or("an alias stands for what it is a part of")?;
                 self.count(size)?;
                 self.place(value, 0)
             }
@@ -66,7 +77,11 @@ impl Reader {
 
     fn count(&mut self, more: usize) -> Result<(), String> {
         self.values = self.values.saturating_add(more);
-        if self.values > MAX_VALUES { Err(format!("more than {MAX_VALUES} values")) } else { Ok(()) }
+        if self.values > MAX_VALUES {
+            Err(format!("more than {MAX_VALUES} values"))
+        } else {
+            Ok(())
+        }
     }
 
     fn start(&mut self, collection: Open, anchor: usize) -> Result<(), String> {
@@ -87,7 +102,9 @@ impl Reader {
             Some((Open::List(list), _)) => list.push(value),
             Some((Open::Table(map, key), _)) => match key.take() {
                 None => *key = Some(text(value).ok_or("a key is not a text")?),
-                Some(key) if map.contains_key(&key) => return Err(format!("key {key:?} is there twice")),
+                Some(key) if map.contains_key(&key) => {
+                    return Err(format!("key {key:?} is there twice"));
+                }
                 Some(key) => drop(map.insert(key, value)),
             },
         }
@@ -116,8 +133,12 @@ pub(crate) fn text(value: Value) -> Option<String> {
 fn scalar(text: &str) -> Value {
     match text {
         "" | "~" | "null" | "Null" | "NULL" => Value::Null,
-        "y" | "Y" | "yes" | "Yes" | "YES" | "true" | "True" | "TRUE" | "on" | "On" | "ON" => true.into(),
-        "n" | "N" | "no" | "No" | "NO" | "false" | "False" | "FALSE" | "off" | "Off" | "OFF" => false.into(),
+        "y" | "Y" | "yes" | "Yes" | "YES" | "true" | "True" | "TRUE" | "on" | "On" | "ON" => {
+            true.into()
+        }
+        "n" | "N" | "no" | "No" | "NO" | "false" | "False" | "FALSE" | "off" | "Off" | "OFF" => {
+            false.into()
+        }
         _ => number(text).unwrap_or_else(|| text.into()),
     }
 }
@@ -145,7 +166,8 @@ fn number(text: &str) -> Option<Value> {
         return Some(if negative { -value } else { value }.into());
     }
     // Of what Rust takes for a number only what is written in digits: `1.5`, `1e3`.
-    let written = body.bytes().all(|b| b.is_ascii_digit() || matches!(b, b'.' | b'e' | b'E' | b'-' | b'+'));
+    let written =
+        body.bytes().all(|b| b.is_ascii_digit() || matches!(b, b'.' | b'e' | b'E' | b'-' | b'+'));
     let value: f64 = if written { digits.parse().ok()? } else { return None };
     serde_json::Number::from_f64(value).map(Value::Number)
 }
@@ -159,15 +181,24 @@ mod tests {
     fn documents_are_read_as_the_reference_reads_them() {
         let check = |text: &str, expected: Value| assert_eq!(read(text), Ok(expected), "{text}");
         check("", Value::Null);
-        check("a: yes\nb: 'yes'\nc: !!str yes\nd: off\n", json!({ "a": true, "b": "yes", "c": "yes", "d": false }));
-        check("- 0660\n- 0x1F\n- 0b11\n- 1_000\n- -5\n- 0o17\n- 0\n- 08\n", json!([432, 31, 3, 1000, -5, 15, 0, 8.0]));
+        check(
+            "a: yes\nb: 'yes'\nc: !!str yes\nd: off\n",
+            json!({ "a": true, "b": "yes", "c": "yes", "d": false }),
+        );
+        check(
+            "- 0660\n- 0x1F\n- 0b11\n- 1_000\n- -5\n- 0o17\n- 0\n- 08\n",
+            json!([432, 31, 3, 1000, -5, 15, 0, 8.0]),
+        );
         check(
             "- 0.6.0\n- 1.5\n- 1e3\n- inf\n- .\n- 1-2\n- '1'\n- 2001-01-02\n",
             json!(["0.6.0", 1.5, 1000.0, "inf", ".", "1-2", "1", "2001-01-02"]),
         );
         check("a: &x\n  b: 1\nc: *x\n", json!({ "a": { "b": 1 }, "c": { "b": 1 } }));
         check("true: 1\n2: 3\n", json!({ "true": 1, "2": 3 }));
-        check("{\n\t\"a\":[1,\"\\u00e9\\/\"],\n\t\"b\":{\"c\":null}\n}\n", json!({ "a": [1, "é/"], "b": {} }));
+        check(
+            "{\n\t\"a\":[1,\"\\u00e9\\/\"],\n\t\"b\":{\"c\":null}\n}\n",
+            json!({ "a": [1, "é/"], "b": {} }),
+        );
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! One build: a session, one `Control.Solve`, and the stream of its events beside it (rows `ctl.solve`, `ctl.status`).
+//! One build: a session, one `Control.Solve`, and the stream of its events beside it (rows
+//! `ctl.solve`, `ctl.status`).
 
 use std::{
     collections::BTreeMap,
@@ -26,7 +27,10 @@ use crate::{
     policy::Policy,
     question::{Answer, Question},
     session::store as session_store,
-    session::{DockerConfig, FileTarget, LocalDirs, Receives, Secrets, Services, SshAgents, Stores, Targets, Uploads, new_id},
+    session::{
+        DockerConfig, FileTarget, LocalDirs, Receives, Secrets, Services, SshAgents, Stores,
+        Targets, Uploads, new_id,
+    },
 };
 
 /// Events that may still come after the end of a build, if each comes within this time of the last.
@@ -83,9 +87,12 @@ pub struct Definition(pb::Definition);
 impl Definition {
     /// Reads an encoded definition.
     pub fn read(bytes: &[u8]) -> Result<Self> {
-        let definition = pb::Definition::decode(bytes).map_err(|e| Fault::invalid(format!("failed to parse input: {e}")))?;
+        let definition = pb::Definition::decode(bytes)
+            .map_err(|e| Fault::invalid(format!("failed to parse input: {e}")))?;
         if definition.def.is_empty() {
-            return Err(Fault::invalid("empty definition sent to build. Specify --frontend instead?"));
+            return Err(Fault::invalid(
+                "empty definition sent to build. Specify --frontend instead?",
+            ));
         }
         Ok(Self(definition))
     }
@@ -94,11 +101,17 @@ impl Definition {
     pub fn download(url: &str, filename: &str) -> Self {
         let attrs = BTreeMap::from([("http.filename".to_owned(), filename.to_owned())]);
         let source = pb::SourceOp { identifier: url.to_owned(), attrs };
-        let source = pb::Op { op: Some(pb::op::Op::Source(source)), ..Default::default() }.encode_to_vec();
+        let source =
+            pb::Op { op: Some(pb::op::Op::Source(source)), ..Default::default() }.encode_to_vec();
         let digest = Digest::of(&source).to_string();
-        let description = BTreeMap::from([("llb.customname".to_owned(), format!("[internal] load {url}"))]);
-        let metadata = BTreeMap::from([(digest.clone(), pb::OpMetadata { description, ..Default::default() })]);
-        let end = pb::Op { inputs: vec![pb::Input { digest, index: 0 }], ..Default::default() }.encode_to_vec();
+        let description =
+            BTreeMap::from([("llb.customname".to_owned(), format!("[internal] load {url}"))]);
+        let metadata = BTreeMap::from([(
+            digest.clone(),
+            pb::OpMetadata { description, ..Default::default() },
+        )]);
+        let end = pb::Op { inputs: vec![pb::Input { digest, index: 0 }], ..Default::default() }
+            .encode_to_vec();
         Self(pb::Definition { def: vec![source, end], metadata, ..Default::default() })
     }
 
@@ -149,7 +162,8 @@ pub struct SolveOptions {
     pub uploads: Uploads,
     /// Credentials to offer.
     pub docker: Option<DockerConfig>,
-    /// Key by which the daemon keeps what it received of the directories; see [`crate::shared_key`].
+    /// Key by which the daemon keeps what it received of the directories; see
+    /// [`crate::shared_key`].
     pub shared_key: String,
 }
 
@@ -162,7 +176,8 @@ pub struct Outcome {
     pub response: BTreeMap<String, String>,
 }
 
-/// What the session serves for the exports and caches, and what is to be recorded in layouts afterwards.
+/// What the session serves for the exports and caches, and what is to be recorded in layouts
+/// afterwards.
 struct Plan {
     targets: Targets,
     stores: BTreeMap<String, session_store::Layout>,
@@ -174,16 +189,26 @@ struct Plan {
 
 impl Plan {
     fn of(options: &mut SolveOptions) -> Result<Self> {
-        let mut plan =
-            Self { targets: Targets::default(), stores: BTreeMap::new(), exported: Vec::new(), cached: Vec::new(), reset: Vec::new() };
+        let mut plan = Self {
+            targets: Targets::default(),
+            stores: BTreeMap::new(),
+            exported: Vec::new(),
+            cached: Vec::new(),
+            reset: Vec::new(),
+        };
         for (name, dir) in &options.layouts {
-            plan.stores.insert(format!("oci:{name}"), session_store::Layout { dir: dir.clone(), writable: false });
+            plan.stores.insert(
+                format!("oci:{name}"),
+                session_store::Layout { dir: dir.clone(), writable: false },
+            );
         }
         for (index, export) in options.exports.iter().enumerate() {
             let received = match &export.target {
                 Target::None => continue,
                 Target::File(target) => Receives::File(target.clone()),
-                Target::Dir { path, delete } => Receives::Dir { path: path.clone(), delete: *delete },
+                Target::Dir { path, delete } => {
+                    Receives::Dir { path: path.clone(), delete: *delete }
+                }
                 Target::Layout(dir) => {
                     let layout = session_store::Layout { dir: dir.clone(), writable: true };
                     if plan.stores.insert("export".to_owned(), layout).is_some() {
@@ -201,12 +226,22 @@ impl Plan {
 
     fn caches(&mut self, options: &mut SolveOptions) -> Result<()> {
         for entry in options.cache_exports.iter().filter(|e| e.kind == "local") {
-            let dir = entry.attrs.get("dest").ok_or_else(|| Fault::invalid("local cache exporter requires dest"))?;
-            self.stores.insert(format!("local:{dir}"), session_store::Layout { dir: dir.into(), writable: true });
+            let dir = entry
+                .attrs
+                .get("dest")
+                .ok_or_else(|| Fault::invalid("local cache exporter requires dest"))?;
+            self.stores.insert(
+                format!("local:{dir}"),
+                session_store::Layout { dir: dir.into(), writable: true },
+            );
             let tag = entry.attrs.get("tag").map_or("latest", String::as_str);
             self.cached.push((dir.into(), tag.to_owned()));
             if let Some(reset) = entry.attrs.get("reset") {
-                let invalid = || Fault::invalid(format!("failed to parse reset attribute: invalid value {reset:?}"));
+                let invalid = || {
+                    Fault::invalid(format!(
+                        "failed to parse reset attribute: invalid value {reset:?}"
+                    ))
+                };
                 let reset = parse_bool(reset).ok_or_else(invalid)?;
                 self.reset.extend(reset.then(|| PathBuf::from(dir)));
             }
@@ -214,14 +249,20 @@ impl Plan {
         let mut imports = Vec::new();
         for mut entry in std::mem::take(&mut options.cache_imports) {
             if entry.kind == "local" {
-                let dir = entry.attrs.get("src").ok_or_else(|| Fault::invalid("local cache importer requires src"))?.clone();
+                let dir = entry
+                    .attrs
+                    .get("src")
+                    .ok_or_else(|| Fault::invalid("local cache importer requires src"))?
+                    .clone();
                 if !entry.attrs.contains_key("digest") {
                     let tag = entry.attrs.get("tag").map_or("latest", String::as_str);
                     match layout::find(dir.as_ref(), tag) {
                         Ok(Some(digest)) => _ = entry.attrs.insert("digest".to_owned(), digest),
                         // A cache that is not there yet is no reason not to build.
                         Ok(None) => {
-                            tracing::warn!("local cache import at {dir} skipped: no digest found for tag {tag}");
+                            tracing::warn!(
+                                "local cache import at {dir} skipped: no digest found for tag {tag}"
+                            );
                             continue;
                         }
                         Err(fault) => {
@@ -231,7 +272,10 @@ impl Plan {
                     }
                 }
                 let writable = self.stores.get(&format!("local:{dir}")).is_some_and(|l| l.writable);
-                self.stores.insert(format!("local:{dir}"), session_store::Layout { dir: dir.into(), writable });
+                self.stores.insert(
+                    format!("local:{dir}"),
+                    session_store::Layout { dir: dir.into(), writable },
+                );
             }
             imports.push(entry);
         }
@@ -241,14 +285,17 @@ impl Plan {
 }
 
 fn entries(list: &[CacheEntry]) -> Vec<wire::CacheOptionsEntry> {
-    list.iter().map(|e| wire::CacheOptionsEntry { r#type: e.kind.clone(), attrs: e.attrs.clone() }).collect()
+    list.iter()
+        .map(|e| wire::CacheOptionsEntry { r#type: e.kind.clone(), attrs: e.attrs.clone() })
+        .collect()
 }
 
 /// The request, without the session that is not open yet.
 fn request(options: SolveOptions) -> Result<wire::SolveRequest> {
     let mut attrs = options.frontend_attrs;
     if !options.frontend.is_empty() && !options.cache_imports.is_empty() {
-        let imports = serde_json::to_string(&options.cache_imports).map_err(|e| Fault::internal(format!("encode cache imports: {e}")))?;
+        let imports = serde_json::to_string(&options.cache_imports)
+            .map_err(|e| Fault::internal(format!("encode cache imports: {e}")))?;
         attrs.insert("cache-imports".to_owned(), imports);
     }
     let first = options.exports.first().cloned();
@@ -257,7 +304,11 @@ fn request(options: SolveOptions) -> Result<wire::SolveRequest> {
         definition: options.definition.map(|d| d.0),
         exporter_deprecated: first.as_ref().map(|e| e.kind.clone()).unwrap_or_default(),
         exporter_attrs_deprecated: first.map(|e| e.attrs).unwrap_or_default(),
-        exporters: options.exports.into_iter().map(|e| wire::Exporter { r#type: e.kind, attrs: e.attrs }).collect(),
+        exporters: options
+            .exports
+            .into_iter()
+            .map(|e| wire::Exporter { r#type: e.kind, attrs: e.attrs })
+            .collect(),
         frontend: options.frontend,
         frontend_attrs: attrs,
         frontend_inputs: options.frontend_inputs.into_iter().map(|(name, d)| (name, d.0)).collect(),
@@ -323,22 +374,40 @@ impl Followed {
 }
 
 impl Client {
-    /// Builds. Events go to `events` as they come; `stop` cancels the build and still delivers what it says at its end; dropping the
-    /// future cancels it at once.
-    pub async fn build(&self, options: SolveOptions, events: mpsc::Sender<Status>, stop: CancellationToken) -> Result<Outcome> {
+    /// Builds. Events go to `events` as they come; `stop` cancels the build and still delivers what
+    /// it says at its end; dropping the future cancels it at once.
+    pub async fn build(
+        &self,
+        options: SolveOptions,
+        events: mpsc::Sender<Status>,
+        stop: CancellationToken,
+    ) -> Result<Outcome> {
         if options.frontend.is_empty() == options.definition.is_none() {
             return Err(Fault::invalid("a build needs either a frontend or a definition"));
         }
         Ok(self.drive(options, None, events, stop).await?.0)
     }
 
-    /// Asks the frontend what its attribute `requestid` says; nothing is built. Events and `stop` are as for a build.
-    pub async fn ask(&self, mut options: SolveOptions, events: mpsc::Sender<Status>, stop: CancellationToken) -> Result<Answer> {
+    /// Asks the frontend what its attribute `requestid` says; nothing is built. Events and `stop`
+    /// are as for a build.
+    pub async fn ask(
+        &self,
+        mut options: SolveOptions,
+        events: mpsc::Sender<Status>,
+        stop: CancellationToken,
+    ) -> Result<Answer> {
         if options.frontend.is_empty() {
             return Err(Fault::invalid("a question needs a frontend"));
         }
-        let inputs = std::mem::take(&mut options.frontend_inputs).into_iter().map(|(name, d)| (name, d.0)).collect();
-        let question = Question::new(std::mem::take(&mut options.frontend), options.frontend_attrs.clone(), inputs);
+        let inputs = std::mem::take(&mut options.frontend_inputs)
+            .into_iter()
+            .map(|(name, d)| (name, d.0))
+            .collect();
+        let question = Question::new(
+            std::mem::take(&mut options.frontend),
+            options.frontend_attrs.clone(),
+            inputs,
+        );
         Ok(self.drive(options, Some(question), events, stop).await?.1)
     }
 
@@ -362,7 +431,8 @@ impl Client {
             ssh: std::mem::take(&mut options.ssh),
             uploads: std::mem::take(&mut options.uploads),
         };
-        let (shared_key, reference) = (std::mem::take(&mut options.shared_key), options.reference.clone());
+        let (shared_key, reference) =
+            (std::mem::take(&mut options.shared_key), options.reference.clone());
         let mut request = request(options)?;
         let mut session = services.attach(self, &shared_key).await?;
         request.session = session.id.clone();
@@ -421,7 +491,11 @@ fn solve_fault(status: &tonic::Status) -> Fault {
 }
 
 /// Lists in layouts what was written into them.
-fn record(exported: &[PathBuf], cached: &[(PathBuf, String)], response: &BTreeMap<String, String>) -> Result<()> {
+fn record(
+    exported: &[PathBuf],
+    cached: &[(PathBuf, String)],
+    response: &BTreeMap<String, String>,
+) -> Result<()> {
     if let Some(manifest) = response.get("cache.manifest") {
         for (dir, tag) in cached {
             layout::put(dir, manifest.as_bytes(), &[LayoutName::Tag(tag)])?;
@@ -429,7 +503,9 @@ fn record(exported: &[PathBuf], cached: &[(PathBuf, String)], response: &BTreeMa
     }
     if let Some(descriptor) = response.get("containerimage.descriptor") {
         use base64::{Engine, engine::general_purpose::STANDARD};
-        let broken = |e: base64::DecodeError| Fault::invalid(format!("the daemon's image descriptor cannot be read: {e}"));
+        let broken = |e: base64::DecodeError| {
+            Fault::invalid(format!("the daemon's image descriptor cannot be read: {e}"))
+        };
         for dir in exported {
             let descriptor = STANDARD.decode(descriptor).map_err(broken)?;
             let names: Vec<LayoutName<'_>> = match response.get("image.name") {

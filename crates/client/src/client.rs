@@ -5,7 +5,9 @@ use std::{process::Stdio, sync::Arc, time::Duration};
 use futures::{Stream, TryStreamExt};
 use shipway_fault::{Code, Context, Fault, Result};
 use shipway_grpc::{ClientTls, TunnelChannel, dial, fault_of};
-use shipway_proto::{MAX_MESSAGE, moby::buildkit::v1 as wire, moby::buildkit::v1::control_client::ControlClient};
+use shipway_proto::{
+    MAX_MESSAGE, moby::buildkit::v1 as wire, moby::buildkit::v1::control_client::ControlClient,
+};
 use tokio::process::{Child, Command};
 use tonic::transport::Channel;
 
@@ -71,7 +73,9 @@ impl Client {
                     Ok::<_, Fault>(client)
                 };
                 match attempt.await {
-                    Err(fault) if options.wait && fault.code() == Code::Unavailable => tokio::time::sleep(Duration::from_millis(200)).await,
+                    Err(fault) if options.wait && fault.code() == Code::Unavailable => {
+                        tokio::time::sleep(Duration::from_millis(200)).await
+                    }
                     done => return done,
                 }
             }
@@ -79,18 +83,27 @@ impl Client {
         match options.timeout {
             None => connecting.await,
             Some(limit) => tokio::time::timeout(limit, connecting).await.unwrap_or_else(|_| {
-                Err(Fault::new(Code::DeadlineExceeded, format!("connect to {location}: no answer within {} seconds", limit.as_secs()))
-                    .hint("is the daemon running, and is this its address?"))
+                Err(Fault::new(
+                    Code::DeadlineExceeded,
+                    format!("connect to {location}: no answer within {} seconds", limit.as_secs()),
+                )
+                .hint("is the daemon running, and is this its address?"))
             }),
         }
     }
 
     async fn attempt(location: &Location, options: &ConnectOptions) -> Result<Self> {
         let (url, argv) = match location {
-            Location::Socket(address) => return Ok(Self { channel: dial(address, options.tls.as_ref()).await?, _carrier: None }),
+            Location::Socket(address) => {
+                return Ok(Self {
+                    channel: dial(address, options.tls.as_ref()).await?,
+                    _carrier: None,
+                });
+            }
             Location::Command { url, argv } => (url, argv),
         };
-        let (program, arguments) = argv.split_first().ok_or_else(|| Fault::internal("an address gave no command"))?;
+        let (program, arguments) =
+            argv.split_first().ok_or_else(|| Fault::internal("an address gave no command"))?;
         let mut child = Command::new(program)
             .args(arguments)
             .stdin(Stdio::piped())
@@ -104,8 +117,13 @@ impl Client {
         let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(Fault::internal("a command was started without its streams"));
         };
-        let tunnel = TunnelChannel::connect(tokio::io::join(stdout, stdin)).await.context(|| format!("connect to {url}"))?;
-        Ok(Self { channel: tunnel.channel(), _carrier: Some(Arc::new(Carrier { tunnel, _child: child })) })
+        let tunnel = TunnelChannel::connect(tokio::io::join(stdout, stdin))
+            .await
+            .context(|| format!("connect to {url}"))?;
+        Ok(Self {
+            channel: tunnel.channel(),
+            _carrier: Some(Arc::new(Carrier { tunnel, _child: child })),
+        })
     }
 
     /// Whether the daemon answers. Old ones do not know the question, which is an answer too.
@@ -117,7 +135,9 @@ impl Client {
     }
 
     pub(crate) fn control(&self) -> ControlClient<Channel> {
-        ControlClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
+        ControlClient::new(self.channel.clone())
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE)
     }
 
     pub(crate) fn channel(&self) -> Channel {
@@ -126,38 +146,86 @@ impl Client {
 
     /// What the daemon says of itself.
     pub async fn info(&self) -> Result<DaemonInfo> {
-        let answer = self.control().info(wire::InfoRequest {}).await.map_err(|s| fault_of(&s).context("failed to call info"))?;
+        let answer = self
+            .control()
+            .info(wire::InfoRequest {})
+            .await
+            .map_err(|s| fault_of(&s).context("failed to call info"))?;
         Ok(DaemonInfo { buildkit_version: answer.into_inner().buildkit_version.into() })
     }
 
     /// The workers that match `filter`.
     pub async fn workers(&self, filter: Vec<String>) -> Result<Vec<WorkerInfo>> {
         let request = wire::ListWorkersRequest { filter };
-        let answer = self.control().list_workers(request).await.map_err(|s| fault_of(&s).context("failed to list workers"))?;
+        let answer = self
+            .control()
+            .list_workers(request)
+            .await
+            .map_err(|s| fault_of(&s).context("failed to list workers"))?;
         Ok(answer.into_inner().record.into_iter().map(WorkerInfo::from).collect())
     }
 
     /// The records of the build cache that match `filter`, smallest first.
     pub async fn disk_usage(&self, filter: Vec<String>) -> Result<Vec<UsageInfo>> {
         let request = wire::DiskUsageRequest { filter, age_limit: 0 };
-        let answer = self.control().disk_usage(request).await.map_err(|s| fault_of(&s).context("failed to call diskusage"))?;
-        let mut records: Vec<UsageInfo> = answer.into_inner().record.into_iter().map(UsageInfo::from).collect();
+        let answer = self
+            .control()
+            .disk_usage(request)
+            .await
+            .map_err(|s| fault_of(&s).context("failed to call diskusage"))?;
+        let mut records: Vec<UsageInfo> =
+            answer.into_inner().record.into_iter().map(UsageInfo::from).collect();
         records.sort_by(|a, b| a.size.cmp(&b.size).then_with(|| a.id.cmp(&b.id)));
         Ok(records)
     }
 
-    /// Prunes the build cache; gives the records that go, as they go. Dropping the stream ends the pruning.
-    pub async fn prune(&self, options: PruneOptions) -> Result<impl Stream<Item = Result<UsageInfo>> + Send + Unpin + use<>> {
-        let PruneOptions { filter, all, keep_duration, reserved_space, max_used_space, min_free_space } = options;
-        let request = wire::PruneRequest { filter, all, keep_duration, reserved_space, max_used_space, min_free_space };
-        let answer = self.control().prune(request).await.map_err(|s| fault_of(&s).context("failed to call prune"))?;
-        Ok(answer.into_inner().map_ok(UsageInfo::from).map_err(|s| fault_of(&s).context("failed to prune")))
+    /// Prunes the build cache; gives the records that go, as they go. Dropping the stream ends the
+    /// pruning.
+    pub async fn prune(
+        &self,
+        options: PruneOptions,
+    ) -> Result<impl Stream<Item = Result<UsageInfo>> + Send + Unpin + use<>> {
+        let PruneOptions {
+            filter,
+            all,
+            keep_duration,
+            reserved_space,
+            max_used_space,
+            min_free_space,
+        } = options;
+        let request = wire::PruneRequest {
+            filter,
+            all,
+            keep_duration,
+            reserved_space,
+            max_used_space,
+            min_free_space,
+        };
+        let answer = self
+            .control()
+            .prune(request)
+            .await
+            .map_err(|s| fault_of(&s).context("failed to call prune"))?;
+        Ok(answer
+            .into_inner()
+            .map_ok(UsageInfo::from)
+            .map_err(|s| fault_of(&s).context("failed to prune")))
     }
 
     /// The events of the build `reference`, from its beginning to its end.
-    pub async fn status(&self, reference: &str) -> Result<impl Stream<Item = Result<Status>> + Send + Unpin + use<>> {
+    pub async fn status(
+        &self,
+        reference: &str,
+    ) -> Result<impl Stream<Item = Result<Status>> + Send + Unpin + use<>> {
         let request = wire::StatusRequest { r#ref: reference.to_owned() };
-        let answer = self.control().status(request).await.map_err(|s| fault_of(&s).context("failed to get status"))?;
-        Ok(answer.into_inner().map_ok(Status::from).map_err(|s| fault_of(&s).context("failed to receive status")))
+        let answer = self
+            .control()
+            .status(request)
+            .await
+            .map_err(|s| fault_of(&s).context("failed to get status"))?;
+        Ok(answer
+            .into_inner()
+            .map_ok(Status::from)
+            .map_err(|s| fault_of(&s).context("failed to receive status")))
     }
 }

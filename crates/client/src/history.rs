@@ -95,33 +95,54 @@ impl From<wire::BuildHistoryEvent> for HistoryEvent {
 }
 
 impl Client {
-    /// The records there are (only `reference`, if given), and then, if `follow`, what happens to them.
+    /// The records there are (only `reference`, if given), and then, if `follow`, what happens to
+    /// them.
     pub async fn history(
         &self,
         reference: Option<&str>,
         follow: bool,
     ) -> Result<impl Stream<Item = Result<HistoryEvent>> + Send + Unpin + use<>> {
-        let request =
-            wire::BuildHistoryRequest { early_exit: !follow, r#ref: reference.unwrap_or_default().to_owned(), ..Default::default() };
-        let answer = self.control().listen_build_history(request).await.map_err(|s| fault_of(&s).context("failed to list builds"))?;
-        Ok(answer.into_inner().map_ok(HistoryEvent::from).map_err(|s| fault_of(&s).context("failed to list builds")))
+        let request = wire::BuildHistoryRequest {
+            early_exit: !follow,
+            r#ref: reference.unwrap_or_default().to_owned(),
+            ..Default::default()
+        };
+        let answer = self
+            .control()
+            .listen_build_history(request)
+            .await
+            .map_err(|s| fault_of(&s).context("failed to list builds"))?;
+        Ok(answer
+            .into_inner()
+            .map_ok(HistoryEvent::from)
+            .map_err(|s| fault_of(&s).context("failed to list builds")))
     }
 
     /// Forgets the build `reference`.
     pub async fn delete_history(&self, reference: &str) -> Result<()> {
-        let request = wire::UpdateBuildHistoryRequest { r#ref: reference.to_owned(), delete: true, ..Default::default() };
+        let request = wire::UpdateBuildHistoryRequest {
+            r#ref: reference.to_owned(),
+            delete: true,
+            ..Default::default()
+        };
         self.update(request, "delete").await
     }
 
     /// Keeps the build `reference` for ever, or no longer.
     pub async fn pin_history(&self, reference: &str, pinned: bool) -> Result<()> {
-        let request = wire::UpdateBuildHistoryRequest { r#ref: reference.to_owned(), pinned, ..Default::default() };
+        let request = wire::UpdateBuildHistoryRequest {
+            r#ref: reference.to_owned(),
+            pinned,
+            ..Default::default()
+        };
         self.update(request, "pin").await
     }
 
     async fn update(&self, request: wire::UpdateBuildHistoryRequest, what: &str) -> Result<()> {
         let reference = request.r#ref.clone();
         let answer = self.control().update_build_history(request).await;
-        answer.map(drop).map_err(|s| fault_of(&s).context(format!("{what} the record of build {reference}")))
+        answer
+            .map(drop)
+            .map_err(|s| fault_of(&s).context(format!("{what} the record of build {reference}")))
     }
 }

@@ -24,7 +24,9 @@ fn read(dir: &Path) -> Result<Option<Value>> {
     let path = dir.join(INDEX);
     let what = || format!("read {}", path.display());
     match std::fs::read(&path) {
-        Ok(data) => serde_json::from_slice(&data).map(Some).map_err(|e| Fault::invalid(format!("{}: {e}", what()))),
+        Ok(data) => serde_json::from_slice(&data)
+            .map(Some)
+            .map_err(|e| Fault::invalid(format!("{}: {e}", what()))),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Fault::io(what(), e)),
     }
@@ -37,7 +39,8 @@ fn annotation<'a>(entry: &'a Value, key: &str) -> Option<&'a str> {
 /// The digest of the entry called `tag`.
 pub(crate) fn find(dir: &Path, tag: &str) -> Result<Option<String>> {
     let index = read(dir)?.unwrap_or_default();
-    let entries = index.get("manifests").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let entries =
+        index.get("manifests").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let named = |key| entries.iter().find(move |entry| annotation(entry, key) == Some(tag));
     let found = named(IMAGE_NAME).or_else(|| named(REF_NAME));
     Ok(found.and_then(|entry| entry.get("digest")?.as_str()).map(str::to_owned))
@@ -46,7 +49,8 @@ pub(crate) fn find(dir: &Path, tag: &str) -> Result<Option<String>> {
 /// The digest of the only entry.
 pub(crate) fn only(dir: &Path) -> Result<Option<String>> {
     let index = read(dir)?.unwrap_or_default();
-    let entries = index.get("manifests").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let entries =
+        index.get("manifests").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let [entry] = entries else { return Ok(None) };
     Ok(entry.get("digest").and_then(Value::as_str).map(str::to_owned))
 }
@@ -62,9 +66,11 @@ fn tag(name: &str) -> &str {
 
 /// Lists `descriptor` in `dir` under each of `names`; entries that had these names lose them.
 pub(crate) fn put(dir: &Path, descriptor: &[u8], names: &[LayoutName<'_>]) -> Result<()> {
-    let descriptor: Map<String, Value> =
-        serde_json::from_slice(descriptor).map_err(|e| Fault::invalid(format!("the daemon's descriptor cannot be read: {e}")))?;
-    let mut index = read(dir)?.unwrap_or_else(|| json!({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json"}));
+    let descriptor: Map<String, Value> = serde_json::from_slice(descriptor)
+        .map_err(|e| Fault::invalid(format!("the daemon's descriptor cannot be read: {e}")))?;
+    let mut index = read(dir)?.unwrap_or_else(
+        || json!({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json"}),
+    );
     let entries = index.get_mut("manifests").and_then(Value::as_array_mut).map(std::mem::take);
     let mut entries = entries.unwrap_or_default();
     for name in names {
@@ -77,9 +83,12 @@ pub(crate) fn put(dir: &Path, descriptor: &[u8], names: &[LayoutName<'_>]) -> Re
         if let Some(full) = full {
             wanted.insert(IMAGE_NAME.to_owned(), full.into());
         }
-        entries.retain(|e| annotation(e, REF_NAME) != Some(short) || annotation(e, IMAGE_NAME) != full);
+        entries.retain(|e| {
+            annotation(e, REF_NAME) != Some(short) || annotation(e, IMAGE_NAME) != full
+        });
         let mut entry = descriptor.clone();
-        let mut annotations = entry.get("annotations").and_then(Value::as_object).cloned().unwrap_or_default();
+        let mut annotations =
+            entry.get("annotations").and_then(Value::as_object).cloned().unwrap_or_default();
         annotations.extend(wanted);
         entry.insert("annotations".to_owned(), annotations.into());
         entries.push(entry.into());
@@ -101,12 +110,22 @@ pub(crate) fn reset(dir: &Path) -> Result<()> {
     let index = read(dir)?.unwrap_or_default();
     let (mut kept, mut queue) = (HashSet::new(), vec![index]);
     while let Some(document) = queue.pop() {
-        let lists = ["manifests", "layers", "blobs"].iter().filter_map(|key| document.get(key)?.as_array()).flatten();
+        let lists = ["manifests", "layers", "blobs"]
+            .iter()
+            .filter_map(|key| document.get(key)?.as_array())
+            .flatten();
         for entry in lists.chain(document.get("config")) {
-            let Some(hex) = entry.get("digest").and_then(Value::as_str).and_then(|d| d.strip_prefix("sha256:")) else { continue };
+            let Some(hex) =
+                entry.get("digest").and_then(Value::as_str).and_then(|d| d.strip_prefix("sha256:"))
+            else {
+                continue;
+            };
             let plain = hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit());
             let kind = entry.get("mediaType").and_then(Value::as_str).unwrap_or_default();
-            if plain && kept.insert(hex.to_owned()) && (kind.contains(".manifest.") || kind.contains(".index.")) {
+            if plain
+                && kept.insert(hex.to_owned())
+                && (kind.contains(".manifest.") || kind.contains(".index."))
+            {
                 queue.extend(manifest(&blobs.join(hex))?);
             }
         }
@@ -165,13 +184,24 @@ mod tests {
         };
         let descriptor = |hex: &str, kind: &str| json!({"digest": format!("sha256:{hex}"), "mediaType": format!("application/vnd.oci.image.{kind}.v1+json")});
         let (layer, config, old) = (add(b"layer"), add(b"config"), add(b"old"));
-        let of = |layer: &str| json!({"layers": [descriptor(layer, "layer")], "config": descriptor(&config, "config")}).to_string();
+        let of = |layer: &str| {
+            json!({"layers": [descriptor(layer, "layer")], "config": descriptor(&config, "config")})
+                .to_string()
+        };
         let (manifest, gone) = (add(of(&layer).as_bytes()), add(of(&old).as_bytes()));
-        let outer = add(json!({"manifests": [descriptor(&manifest, "manifest")]}).to_string().as_bytes());
-        put(dir.path(), descriptor(&outer, "index").to_string().as_bytes(), &[LayoutName::Tag("latest")]).expect("puts");
+        let outer =
+            add(json!({"manifests": [descriptor(&manifest, "manifest")]}).to_string().as_bytes());
+        put(
+            dir.path(),
+            descriptor(&outer, "index").to_string().as_bytes(),
+            &[LayoutName::Tag("latest")],
+        )
+        .expect("puts");
         reset(dir.path()).expect("resets");
-        let left: HashSet<_> =
-            std::fs::read_dir(&blobs).expect("lists").map(|e| e.expect("an entry").file_name().into_string().expect("text")).collect();
+        let left: HashSet<_> = std::fs::read_dir(&blobs)
+            .expect("lists")
+            .map(|e| e.expect("an entry").file_name().into_string().expect("text"))
+            .collect();
         assert_eq!(left, HashSet::from([layer, config.clone(), manifest.clone(), outer]));
         assert!(!left.contains(&gone));
         // A manifest that cannot be read: nothing is known, and nothing is deleted.
@@ -183,7 +213,10 @@ mod tests {
     #[test]
     fn entries_take_over_names() {
         let dir = tempfile::tempdir().expect("temp dir");
-        let put_one = |digest: &str, name| put(dir.path(), json!({"digest": digest}).to_string().as_bytes(), &[name]).expect("puts");
+        let put_one = |digest: &str, name| {
+            put(dir.path(), json!({"digest": digest}).to_string().as_bytes(), &[name])
+                .expect("puts")
+        };
         assert_eq!(find(dir.path(), "latest").expect("no index yet"), None);
         assert_eq!(only(dir.path()).expect("no index yet"), None);
         put_one("sha256:a", LayoutName::Tag("latest"));
@@ -192,7 +225,10 @@ mod tests {
         put_one("sha256:c", LayoutName::Image("r.example:5000/x:v1"));
         assert_eq!(find(dir.path(), "latest").expect("reads"), Some("sha256:b".into()));
         assert_eq!(only(dir.path()).expect("two"), None);
-        assert_eq!(find(dir.path(), "r.example:5000/x:v1").expect("reads"), Some("sha256:c".into()));
+        assert_eq!(
+            find(dir.path(), "r.example:5000/x:v1").expect("reads"),
+            Some("sha256:c".into())
+        );
         let index = read(dir.path()).expect("reads").expect("is there");
         assert_eq!(index["manifests"].as_array().map(Vec::len), Some(2));
     }

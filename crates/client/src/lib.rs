@@ -1,12 +1,17 @@
-//! The client's end of BuildKit's API: connect, ask, build, and serve a session while a build runs (rows `ctl.*`, `ses.*`, `cb.*`).
+//! The client's end of BuildKit's API: connect, ask, build, and serve a session while a build runs
+//! (rows `ctl.*`, `ses.*`, `cb.*`).
 //!
-//! - [`Client`]: a connection to a daemon, with a method per question; [`Location`]: where a daemon is.
-//! - [`Client::build`] with [`SolveOptions`]: one `Control.Solve` with a session that offers the caller's directories, files to
-//!   write, credentials, secrets and agents, and the build's [`Status`] events as they come.
+//! - [`Client`]: a connection to a daemon, with a method per question; [`Location`]: where a daemon
+//!   is.
+//! - [`Client::build`] with [`SolveOptions`]: one `Control.Solve` with a session that offers the
+//!   caller's directories, files to write, credentials, secrets and agents, and the build's
+//!   [`Status`] events as they come.
 //! - [`Client::ask`]: the same, for a question that a frontend answers instead of building.
-//! - [`WorkerInfo`], [`UsageInfo`], [`Status`] and the like: answers as plain data that serialise as Go's client prints them.
+//! - [`WorkerInfo`], [`UsageInfo`], [`Status`] and the like: answers as plain data that serialize
+//!   as Go's client prints them.
 //!
-//! Nothing here reads a command line, draws progress, or knows a Dockerfile; no protobuf type gets out.
+//! Nothing here reads a command line, draws progress, or knows a Dockerfile; no protobuf type gets
+//! out.
 //!
 //! Dependencies worth a word: `base64` decodes the passwords in Docker's configuration;
 //! `prost-types` has the wire's times;
@@ -31,18 +36,25 @@ pub use model::{CdiDevice, DaemonInfo, DaemonVersion, PruneInfo, UsageInfo, Work
 pub use policy::Policy;
 pub use question::Answer;
 pub use session::{
-    AuthTls, DockerConfig, FileTarget, KeyRing, LocalDirs, MAX_SECRET, SecretSource, Secrets, SshAgents, SshSource, Uploads, shared_key,
+    AuthTls, DockerConfig, FileTarget, KeyRing, LocalDirs, MAX_SECRET, SecretSource, Secrets,
+    SshAgents, SshSource, Uploads, shared_key,
 };
 pub use shipway_grpc::ClientTls;
-pub use status::{Lines, Log, ProgressGroup, SourceText, Status, Time, Vertex, VertexStatus, Warning};
+pub use status::{
+    Lines, Log, ProgressGroup, SourceText, Status, Time, Vertex, VertexStatus, Warning,
+};
 
 /// An id for a build that no other has; for callers that need it before the build begins.
 pub fn new_reference() -> shipway_fault::Result<String> {
     session::new_id()
 }
 
-/// The digest that the OCI layout in `dir` has under `tag`; without one the latest, or the only one there is.
-pub fn layout_digest(dir: &std::path::Path, tag: Option<&str>) -> shipway_fault::Result<Option<String>> {
+/// The digest that the OCI layout in `dir` has under `tag`; without one the latest, or the only one
+/// there is.
+pub fn layout_digest(
+    dir: &std::path::Path,
+    tag: Option<&str>,
+) -> shipway_fault::Result<Option<String>> {
     match (layout::find(dir, tag.unwrap_or("latest"))?, tag) {
         (None, None) => layout::only(dir),
         (found, _) => Ok(found),

@@ -5,7 +5,8 @@ use std::{fmt, str::FromStr};
 use shipway_fault::{Fault, Result, nearest};
 use shipway_grpc::Address;
 
-const SCHEMES: [&str; 7] = ["unix", "tcp", "docker-container", "nerdctl-container", "podman-container", "kube-pod", "ssh"];
+const SCHEMES: [&str; 7] =
+    ["unix", "tcp", "docker-container", "nerdctl-container", "podman-container", "kube-pod", "ssh"];
 
 /// Where a daemon is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,7 +36,8 @@ impl FromStr for Location {
 
     fn from_str(text: &str) -> Result<Self> {
         let Some((scheme, rest)) = text.split_once("://") else {
-            return Err(Fault::invalid(format!("invalid address {text}: it has no scheme")).hint(format!("did you mean unix://{text}?")));
+            return Err(Fault::invalid(format!("invalid address {text}: it has no scheme"))
+                .hint(format!("did you mean unix://{text}?")));
         };
         let argv = match scheme {
             "unix" | "tcp" => return Ok(Self::Socket(text.parse()?)),
@@ -44,9 +46,13 @@ impl FromStr for Location {
             "podman-container" => container("podman", "--connection", rest),
             "kube-pod" => kube_pod(rest),
             "ssh" => ssh(rest),
-            "npipe" => return Err(Fault::unimplemented("connecting to a Windows pipe").context(format!("use the address {text}"))),
+            "npipe" => {
+                return Err(Fault::unimplemented("connecting to a Windows pipe")
+                    .context(format!("use the address {text}")));
+            }
             other => {
-                let fault = Fault::invalid(format!("invalid address {text}: unknown scheme {other}"));
+                let fault =
+                    Fault::invalid(format!("invalid address {text}: unknown scheme {other}"));
                 return Err(match nearest(other, SCHEMES) {
                     Some(near) => fault.hint(format!("did you mean {near}://{rest}?")),
                     None => fault.hint(format!("known schemes are {}", SCHEMES.join(", "))),
@@ -77,7 +83,12 @@ fn container(program: &str, flag: &str, rest: &str) -> Result<Vec<String>> {
     let (name, query) = name_and_query(rest)?;
     let mut out = argv(&[program]);
     let key = flag.trim_start_matches('-');
-    out.extend(query.iter().filter(|(k, _)| *k == key || *k == "context").map(|(_, v)| format!("{flag}={v}")));
+    out.extend(
+        query
+            .iter()
+            .filter(|(k, _)| *k == key || *k == "context")
+            .map(|(_, v)| format!("{flag}={v}")),
+    );
     out.extend(argv(&["exec", "-i", name, "buildctl", "dial-stdio"]));
     Ok(out)
 }
@@ -93,7 +104,9 @@ fn kube_pod(rest: &str) -> Result<Vec<String>> {
         }
     }
     out.extend(argv(&["exec", "-i", pod]));
-    out.extend(query.iter().filter(|(k, _)| *k == "container").map(|(_, v)| format!("--container={v}")));
+    out.extend(
+        query.iter().filter(|(k, _)| *k == "container").map(|(_, v)| format!("--container={v}")),
+    );
     out.extend(argv(&["--", "buildctl", "dial-stdio"]));
     Ok(out)
 }
@@ -103,7 +116,9 @@ fn ssh(rest: &str) -> Result<Vec<String>> {
     let (user, host) = authority.rsplit_once('@').map_or((None, authority), |(u, h)| (Some(u), h));
     let (host, port) = host.rsplit_once(':').map_or((host, None), |(h, p)| (h, Some(p)));
     if user.is_some_and(|u| u.contains(':')) {
-        return Err(Fault::invalid("plain-text password is not supported").hint("use a key or an agent"));
+        return Err(
+            Fault::invalid("plain-text password is not supported").hint("use a key or an agent")
+        );
     }
     if host.is_empty() || host.starts_with('-') {
         return Err(Fault::invalid("no host specified"));
@@ -141,15 +156,24 @@ mod tests {
     fn addresses_become_sockets_and_commands() {
         check("unix:///run/x.sock", "socket unix:///run/x.sock");
         check("tcp://10.0.0.1:1234", "socket tcp://10.0.0.1:1234");
-        check("docker-container://b0?context=far", "docker --context=far exec -i b0 buildctl dial-stdio");
+        check(
+            "docker-container://b0?context=far",
+            "docker --context=far exec -i b0 buildctl dial-stdio",
+        );
         check("podman-container://b0", "podman exec -i b0 buildctl dial-stdio");
         check(
             "kube-pod://p?namespace=ns&container=c&context=k",
             "kubectl --namespace=ns --context=k exec -i p --container=c -- buildctl dial-stdio",
         );
-        check("ssh://me@host:22/run/b.sock", "ssh -l me -p 22 -- host buildctl --addr unix:///run/b.sock dial-stdio");
+        check(
+            "ssh://me@host:22/run/b.sock",
+            "ssh -l me -p 22 -- host buildctl --addr unix:///run/b.sock dial-stdio",
+        );
         check("ssh://host", "ssh -- host buildctl dial-stdio");
-        check("docker-container://-v", "error use the address docker-container://-v: \"-v\" names no host, container or pod");
+        check(
+            "docker-container://-v",
+            "error use the address docker-container://-v: \"-v\" names no host, container or pod",
+        );
         check("/run/x.sock", "error invalid address /run/x.sock: it has no scheme");
         check("unx:///run/x", "error invalid address unx:///run/x: unknown scheme unx");
     }

@@ -1,5 +1,5 @@
-//! Answers of a daemon as plain data. Field names and nulls are those that Go's client prints, because programs read them
-//! (row `ctl.*`; `nerdctl` parses workers and pruned records).
+//! Answers of a daemon as plain data. Field names and nulls are those that Go's client prints,
+//! because programs read them (row `ctl.*`; `nerdctl` parses workers and pruned records).
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,10 @@ use shipway_proto::{moby::buildkit::v1 as wire, moby::buildkit::v1::types};
 use crate::status::Time;
 
 /// Go prints an empty list that was never made as `null`.
-fn null_if_empty<T: Serialize, S: Serializer>(list: &[T], serializer: S) -> Result<S::Ok, S::Error> {
+fn null_if_empty<T: Serialize, S: Serializer>(
+    list: &[T],
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
     if list.is_empty() { serializer.serialize_none() } else { list.serialize(serializer) }
 }
 
@@ -32,7 +35,12 @@ pub struct DaemonVersion {
 impl From<Option<types::BuildkitVersion>> for DaemonVersion {
     fn from(version: Option<types::BuildkitVersion>) -> Self {
         let v = version.unwrap_or_default();
-        Self { package: v.package, version: v.version, revision: v.revision, dockerfile_version: v.dockerfile_version }
+        Self {
+            package: v.package,
+            version: v.version,
+            revision: v.revision,
+            dockerfile_version: v.dockerfile_version,
+        }
     }
 }
 
@@ -113,8 +121,12 @@ impl From<types::WorkerRecord> for WorkerInfo {
             max_used_space: r.max_used_space,
             min_free_space: r.min_free_space,
         };
-        let device =
-            |d: types::CdiDevice| CdiDevice { name: d.name, auto_allow: d.auto_allow, annotations: d.annotations, on_demand: d.on_demand };
+        let device = |d: types::CdiDevice| CdiDevice {
+            name: d.name,
+            auto_allow: d.auto_allow,
+            annotations: d.annotations,
+            on_demand: d.on_demand,
+        };
         Self {
             id: record.id,
             labels: record.labels,

@@ -79,7 +79,12 @@ enum Name {
 
 impl Name {
     /// The number by which the wire knows it.
-    fn number(self, what: &str, of: impl Fn(&str) -> Option<i32>, known: impl Fn(i32) -> bool) -> Result<i32> {
+    fn number(
+        self,
+        what: &str,
+        of: impl Fn(&str) -> Option<i32>,
+        known: impl Fn(i32) -> bool,
+    ) -> Result<i32> {
         let (number, shown) = match self {
             Self::First => (Some(0), String::new()),
             Self::Text(text) => (of(&text), text),
@@ -98,13 +103,17 @@ impl Policy {
         let mut text = Vec::new();
         file.take(MAX_POLICY + 1).read_to_end(&mut text).map_err(|e| Fault::io(what(), e))?;
         if text.len() as u64 > MAX_POLICY {
-            return Err(Fault::invalid(format!("{}: it is larger than {MAX_POLICY} bytes", what())));
+            return Err(Fault::invalid(format!(
+                "{}: it is larger than {MAX_POLICY} bytes",
+                what()
+            )));
         }
         Self::parse(&text).map_err(|fault| fault.context(what()))
     }
 
     fn parse(text: &[u8]) -> Result<Self> {
-        let file: PolicyFile = serde_json::from_slice(text).map_err(|e| Fault::invalid(e.to_string()))?;
+        let file: PolicyFile =
+            serde_json::from_slice(text).map_err(|e| Fault::invalid(e.to_string()))?;
         let rules = file.rules.into_iter().map(Rule::wire).collect::<Result<_>>()?;
         Ok(Self(wire::Policy { version: file.version, rules }))
     }
@@ -115,22 +124,29 @@ impl Rule {
         use wire::{AttrMatch, MatchType, PolicyAction};
         let constraint = |c: Constraint| {
             let of = |name: &str| AttrMatch::from_str_name(name).map(|v| v as i32);
-            let condition = c.condition.number("AttrMatch", of, |n| AttrMatch::try_from(n).is_ok())?;
+            let condition =
+                c.condition.number("AttrMatch", of, |n| AttrMatch::try_from(n).is_ok())?;
             Ok(wire::AttrConstraint { key: c.key, value: c.value, condition })
         };
         let selector = |s: Selector| {
             let of = |name: &str| MatchType::from_str_name(name).map(|v| v as i32);
             Ok::<_, Fault>(wire::Selector {
                 identifier: s.identifier,
-                match_type: s.match_type.number("MatchType", of, |n| MatchType::try_from(n).is_ok())?,
+                match_type: s
+                    .match_type
+                    .number("MatchType", of, |n| MatchType::try_from(n).is_ok())?,
                 constraints: s.constraints.into_iter().map(constraint).collect::<Result<_>>()?,
             })
         };
         let of = |name: &str| PolicyAction::from_str_name(name).map(|v| v as i32);
         Ok(wire::Rule {
-            action: self.action.number("PolicyAction", of, |n| PolicyAction::try_from(n).is_ok())?,
+            action: self
+                .action
+                .number("PolicyAction", of, |n| PolicyAction::try_from(n).is_ok())?,
             selector: self.selector.map(selector).transpose()?,
-            updates: self.updates.map(|u| wire::Update { identifier: u.identifier, attrs: u.attrs }),
+            updates: self
+                .updates
+                .map(|u| wire::Update { identifier: u.identifier, attrs: u.attrs }),
         })
     }
 }
@@ -146,14 +162,21 @@ mod tests {
             {"selector": {"identifier": "h*", "match_type": 2, "constraints": [{"key": "x", "value": "y", "condition": "NOTEQUAL"}]}, "action": "DENY"},
             {"action": "ALLOW", "selector": {"identifier": "c", "matchType": "REGEX"}}]}"#;
         let policy = Policy::parse(text).expect("a policy").0;
-        let told: Vec<_> = policy.rules.iter().map(|r| (r.action, r.selector.as_ref().map(|s| s.match_type))).collect();
+        let told: Vec<_> = policy
+            .rules
+            .iter()
+            .map(|r| (r.action, r.selector.as_ref().map(|s| s.match_type)))
+            .collect();
         let wanted = [
             (wire::PolicyAction::Convert as i32, Some(0)),
             (wire::PolicyAction::Deny as i32, Some(2)),
             (wire::PolicyAction::Allow as i32, Some(wire::MatchType::Regex as i32)),
         ];
         assert_eq!((policy.version, told), (1, wanted.to_vec()));
-        assert_eq!(policy.rules[1].selector.as_ref().expect("a selector").constraints[0].condition, wire::AttrMatch::Notequal as i32);
+        assert_eq!(
+            policy.rules[1].selector.as_ref().expect("a selector").constraints[0].condition,
+            wire::AttrMatch::Notequal as i32
+        );
         assert_eq!(policy.rules[0].updates.as_ref().expect("an update").attrs["k"], "v");
     }
 
@@ -161,7 +184,10 @@ mod tests {
     fn what_nobody_would_read_is_an_error() {
         for (text, why) in [
             (r#"{"rule": []}"#, "unknown field `rule`"),
-            (r#"{"rules": [{"selector": {"identifier": "a", "match": "REGEX"}}]}"#, "unknown field `match`"),
+            (
+                r#"{"rules": [{"selector": {"identifier": "a", "match": "REGEX"}}]}"#,
+                "unknown field `match`",
+            ),
             (r#"{"rules": [{"action": "FORBID"}]}"#, "invalid PolicyAction value: FORBID"),
             (r#"{"rules": [{"action": 9}]}"#, "invalid PolicyAction value: 9"),
             ("", "EOF"),

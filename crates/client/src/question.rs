@@ -1,5 +1,5 @@
-//! Questions to a frontend instead of a build (rows `ctl.solve.gwmode`, `dfs.*`): we drive the build through the gateway, ask the
-//! frontend, and return what it said. Answers are metadata.
+//! Questions to a frontend instead of a build (rows `ctl.solve.gwmode`, `dfs.*`): we drive the
+//! build through the gateway, ask the frontend, and return what it said. Answers are metadata.
 
 use std::collections::BTreeMap;
 
@@ -31,15 +31,23 @@ pub(crate) struct Question {
 }
 
 impl Question {
-    pub(crate) fn new(frontend: String, mut options: BTreeMap<String, String>, inputs: BTreeMap<String, pb::Definition>) -> Self {
+    pub(crate) fn new(
+        frontend: String,
+        mut options: BTreeMap<String, String>,
+        inputs: BTreeMap<String, pb::Definition>,
+    ) -> Self {
         options.entry(CAPS.to_owned()).or_insert_with(|| SUBREQUESTS.to_owned());
         Self { frontend, options, inputs }
     }
 
     /// Asks within the build `reference` and ends it with the answer.
     pub(crate) async fn ask(self, channel: Channel, reference: &str) -> Result<Answer> {
-        let id: AsciiMetadataValue = reference.parse().map_err(|_| Fault::invalid(format!("{reference:?} is no id of a build")))?;
-        let mut gateway = LlbBridgeClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+        let id: AsciiMetadataValue = reference
+            .parse()
+            .map_err(|_| Fault::invalid(format!("{reference:?} is no id of a build")))?;
+        let mut gateway = LlbBridgeClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE);
         let solve = wire::SolveRequest {
             frontend: self.frontend,
             frontend_opt: self.options,
@@ -51,8 +59,16 @@ impl Question {
         let answer = gateway.solve(of_build(solve, &id)).await;
         let done = match &answer {
             Ok(answer) => {
-                let metadata = answer.get_ref().result.as_ref().map(|r| r.metadata.clone()).unwrap_or_default();
-                wire::ReturnRequest { result: Some(wire::Result { metadata, ..Default::default() }), error: None }
+                let metadata = answer
+                    .get_ref()
+                    .result
+                    .as_ref()
+                    .map(|r| r.metadata.clone())
+                    .unwrap_or_default();
+                wire::ReturnRequest {
+                    result: Some(wire::Result { metadata, ..Default::default() }),
+                    error: None,
+                }
             }
             Err(status) => wire::ReturnRequest { result: None, error: Some(status_of(status)) },
         };
@@ -73,7 +89,11 @@ fn of_build<T>(message: T, id: &AsciiMetadataValue) -> tonic::Request<T> {
 fn status_of(status: &tonic::Status) -> rpc::Status {
     match rpc::Status::decode(status.details()) {
         Ok(whole) if whole.code != 0 => whole,
-        _ => rpc::Status { code: status.code() as i32, message: status.message().to_owned(), details: Vec::new() },
+        _ => rpc::Status {
+            code: status.code() as i32,
+            message: status.message().to_owned(),
+            details: Vec::new(),
+        },
     }
 }
 
@@ -85,9 +105,13 @@ mod tests {
     fn failures_are_returned_whole() {
         let any = prost_types::Any { type_url: "t".into(), value: vec![1] };
         let whole = rpc::Status { code: 2, message: "m".into(), details: vec![any] };
-        let with = tonic::Status::with_details(tonic::Code::Unknown, "m", whole.encode_to_vec().into());
+        let with =
+            tonic::Status::with_details(tonic::Code::Unknown, "m", whole.encode_to_vec().into());
         assert_eq!(status_of(&with), whole);
         let bare = tonic::Status::not_found("x");
-        assert_eq!(status_of(&bare), rpc::Status { code: 5, message: "x".into(), details: Vec::new() });
+        assert_eq!(
+            status_of(&bare),
+            rpc::Status { code: 5, message: "x".into(), details: Vec::new() }
+        );
     }
 }

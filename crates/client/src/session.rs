@@ -1,6 +1,8 @@
-//! The client's side of a session: a gRPC server inside a `Control.Session` stream (rows `ctl.session`, `ses.*`, `cb.*`).
+//! The client's side of a session: a gRPC server inside a `Control.Session` stream (rows
+//! `ctl.session`, `ses.*`, `cb.*`).
 //!
-//! What a caller offers becomes [`Services`]; [`Services::attach`] opens the stream and serves them until the handle is dropped.
+//! What a caller offers becomes [`Services`]; [`Services::attach`] opens the stream and serves them
+//! until the handle is dropped.
 
 mod auth;
 mod docker;
@@ -98,7 +100,10 @@ impl Services {
         }
         if !self.ssh.is_empty() {
             routes.add_service(self.ssh.service());
-            methods.extend(["/moby.sshforward.v1.SSH/CheckAgent", "/moby.sshforward.v1.SSH/ForwardAgent"]);
+            methods.extend([
+                "/moby.sshforward.v1.SSH/CheckAgent",
+                "/moby.sshforward.v1.SSH/ForwardAgent",
+            ]);
         }
         if !self.uploads.is_empty() {
             routes.add_service(self.uploads.service());
@@ -114,16 +119,32 @@ impl Services {
         let (sink, stream) = frames::<BytesMessage>();
         let mut call = Request::new(stream);
         announce(call.metadata_mut(), &id, shared_key, &methods)?;
-        let answers = client.control().session(call).await.map_err(|s| fault_of(&s).context("open a session"))?.into_inner();
+        let answers = client
+            .control()
+            .session(call)
+            .await
+            .map_err(|s| fault_of(&s).context("open a session"))?
+            .into_inner();
         let duplex = Duplex::new(answers, sink);
-        let server = AbortOnDropHandle::new(tokio::spawn(serve_tunnel(duplex, routes.routes(), TunnelPeer::Daemon)));
+        let server = AbortOnDropHandle::new(tokio::spawn(serve_tunnel(
+            duplex,
+            routes.routes(),
+            TunnelPeer::Daemon,
+        )));
         Ok(Attached { id, server })
     }
 }
 
-fn announce(metadata: &mut MetadataMap, id: &str, shared_key: &str, methods: &[&'static str]) -> Result<()> {
+fn announce(
+    metadata: &mut MetadataMap,
+    id: &str,
+    shared_key: &str,
+    methods: &[&'static str],
+) -> Result<()> {
     let value = |text: &str| {
-        text.parse::<MetadataValue<Ascii>>().map_err(|_| Fault::internal(format!("{text:?} cannot be sent in a session's metadata")))
+        text.parse::<MetadataValue<Ascii>>().map_err(|_| {
+            Fault::internal(format!("{text:?} cannot be sent in a session's metadata"))
+        })
     };
     metadata.insert(headers::SESSION_ID, value(id)?);
     metadata.insert(headers::SESSION_NAME, value("")?);
@@ -138,7 +159,8 @@ fn announce(metadata: &mut MetadataMap, id: &str, shared_key: &str, methods: &[&
 pub(crate) fn new_id() -> Result<String> {
     use std::io::Read;
     let mut bytes = [0u8; 16];
-    let mut source = std::fs::File::open("/dev/urandom").map_err(|e| Fault::io("open /dev/urandom", e))?;
+    let mut source =
+        std::fs::File::open("/dev/urandom").map_err(|e| Fault::io("open /dev/urandom", e))?;
     source.read_exact(&mut bytes).map_err(|e| Fault::io("read /dev/urandom", e))?;
     let mut number = u128::from_be_bytes(bytes);
     let mut id = Vec::with_capacity(25);
@@ -149,10 +171,12 @@ pub(crate) fn new_id() -> Result<String> {
     String::from_utf8(id).map_err(|e| Fault::internal(e.to_string()))
 }
 
-/// The key under which a daemon may keep what it received of these directories: stable for the same directories of the same machine,
-/// so that the next build sends only what changed.
+/// The key under which a daemon may keep what it received of these directories: stable for the same
+/// directories of the same machine, so that the next build sends only what changed.
 pub fn shared_key<'a>(dirs: impl IntoIterator<Item = (&'a str, &'a Path)>) -> String {
-    let machine = ["/etc/machine-id", "/proc/sys/kernel/hostname"].iter().find_map(|path| std::fs::read_to_string(path).ok());
+    let machine = ["/etc/machine-id", "/proc/sys/kernel/hostname"]
+        .iter()
+        .find_map(|path| std::fs::read_to_string(path).ok());
     let mut hasher = Hasher::new();
     hasher.update(machine.unwrap_or_default().trim());
     let dirs: BTreeMap<&str, &Path> = dirs.into_iter().collect();

@@ -1,4 +1,5 @@
-//! What happens in a build, as the daemon tells it (rows `ctl.status.*`). Serialises as Go's client prints it, one event per line.
+//! What happens in a build, as the daemon tells it (rows `ctl.status.*`). Serialises as Go's client
+//! prints it, one event per line.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -47,7 +48,9 @@ impl Serialize for Time {
 impl<'de> Deserialize<'de> for Time {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        timestamp::parse(&text).map(Time).ok_or_else(|| D::Error::custom(format!("{text:?} is not a time")))
+        timestamp::parse(&text)
+            .map(Time)
+            .ok_or_else(|| D::Error::custom(format!("{text:?} is not a time")))
     }
 }
 
@@ -59,7 +62,9 @@ mod bytes_as_text {
         serializer.serialize_str(&STANDARD.encode(bytes))
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<u8>, D::Error> {
         STANDARD.decode(String::deserialize(deserializer)?).map_err(D::Error::custom)
     }
 }
@@ -67,11 +72,16 @@ mod bytes_as_text {
 mod list_of_bytes_as_text {
     use super::*;
 
-    pub(super) fn serialize<S: Serializer>(list: &[Vec<u8>], serializer: S) -> Result<S::Ok, S::Error> {
+    pub(super) fn serialize<S: Serializer>(
+        list: &[Vec<u8>],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         serializer.collect_seq(list.iter().map(|bytes| STANDARD.encode(bytes)))
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Vec<u8>>, D::Error> {
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<Vec<u8>>, D::Error> {
         let texts = Vec::<String>::deserialize(deserializer)?;
         texts.iter().map(|text| STANDARD.decode(text).map_err(D::Error::custom)).collect()
     }
@@ -288,7 +298,11 @@ fn vertex(v: wire::Vertex) -> Vertex {
         completed: v.completed.map(Time::from),
         cached: v.cached,
         error: v.error,
-        progress_group: v.progress_group.map(|g| ProgressGroup { id: g.id, name: g.name, weak: g.weak }),
+        progress_group: v.progress_group.map(|g| ProgressGroup {
+            id: g.id,
+            name: g.name,
+            weak: g.weak,
+        }),
     }
 }
 
@@ -306,11 +320,18 @@ fn counter(s: wire::VertexStatus) -> VertexStatus {
 }
 
 fn log(l: wire::VertexLog) -> Log {
-    Log { vertex: l.vertex, stream: l.stream, data: l.msg, timestamp: l.timestamp.map_or_else(Time::epoch, Time::from) }
+    Log {
+        vertex: l.vertex,
+        stream: l.stream,
+        data: l.msg,
+        timestamp: l.timestamp.map_or_else(Time::epoch, Time::from),
+    }
 }
 
 fn lines(range: &pb::Range) -> Lines {
-    let place = |p: Option<pb::Position>| p.map_or_else(Place::default, |p| Place { line: p.line, character: p.character });
+    let place = |p: Option<pb::Position>| {
+        p.map_or_else(Place::default, |p| Place { line: p.line, character: p.character })
+    };
     Lines { start: place(range.start), end: place(range.end) }
 }
 
@@ -321,7 +342,11 @@ fn warning(w: wire::VertexWarning) -> Warning {
         short: w.short,
         detail: w.detail,
         url: w.url,
-        source_info: w.info.map(|i| SourceText { filename: i.filename, data: i.data, language: i.language }),
+        source_info: w.info.map(|i| SourceText {
+            filename: i.filename,
+            data: i.data,
+            language: i.language,
+        }),
         range: w.ranges.iter().map(lines).collect(),
     }
 }

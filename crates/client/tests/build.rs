@@ -1,4 +1,5 @@
-//! A build with everything a session offers, against a daemon that is only a Control service which asks for it.
+//! A build with everything a session offers, against a daemon that is only a Control service which
+//! asks for it.
 
 use std::{
     collections::BTreeMap,
@@ -8,10 +9,15 @@ use std::{
 };
 
 use futures::TryStreamExt;
-use shipway_client::{Client, ConnectOptions, DockerConfig, Export, FileTarget, Outcome, SecretSource, SolveOptions, Status, Target};
+use shipway_client::{
+    Client, ConnectOptions, DockerConfig, Export, FileTarget, Outcome, SecretSource, SolveOptions,
+    Status, Target,
+};
 use shipway_fault::{Code, Fault, Result};
 use shipway_filesync::{FileSyncRequest, PacketStream, ReceiveOptions, Receiver, packets};
-use shipway_grpc::{Address, Duplex, ListenOptions, Listener, TunnelChannel, fault_of, frames, headers, status_of};
+use shipway_grpc::{
+    Address, Duplex, ListenOptions, Listener, TunnelChannel, fault_of, frames, headers, status_of,
+};
 use shipway_proto::moby::{
     buildkit::{
         secrets::v1::{GetSecretRequest, secrets_client::SecretsClient},
@@ -21,8 +27,8 @@ use shipway_proto::moby::{
         },
     },
     filesync::v1::{
-        BytesMessage, CredentialsRequest, FetchTokenRequest, auth_client::AuthClient, file_send_client::FileSendClient,
-        file_sync_client::FileSyncClient,
+        BytesMessage, CredentialsRequest, FetchTokenRequest, auth_client::AuthClient,
+        file_send_client::FileSendClient, file_sync_client::FileSyncClient,
     },
 };
 use tempfile::TempDir;
@@ -68,7 +74,10 @@ impl Fake {
 
     async fn work(&self, request: &wire::SolveRequest) -> Result<BTreeMap<String, String>> {
         let session = self.attached().await;
-        assert_eq!(session.metadata.get(headers::SESSION_ID).expect("an id"), request.session.as_str());
+        assert_eq!(
+            session.metadata.get(headers::SESSION_ID).expect("an id"),
+            request.session.as_str()
+        );
         match request.frontend.as_str() {
             "everything" => self.everything(&session).await,
             "fail" => {
@@ -77,7 +86,8 @@ impl Fake {
                 let mut client = FileSendClient::new(session.tunnel.channel());
                 sink.send(BytesMessage { data: b"half".to_vec() }).await.expect("open");
                 let _answers = client.diff_copy(Request::new(stream)).await.expect("answers");
-                Err(Fault::invalid("no good").detail(shipway_fault::Detail::Vertex("sha256:v".into())))
+                Err(Fault::invalid("no good")
+                    .detail(shipway_fault::Detail::Vertex("sha256:v".into())))
             }
             "hang" => {
                 let _guard = OnDrop(self.cancelled.lock().expect("lock").take());
@@ -89,24 +99,47 @@ impl Fake {
 
     async fn everything(&self, session: &Attached) -> Result<BTreeMap<String, String>> {
         let channel = session.tunnel.channel();
-        let methods: Vec<_> = session.metadata.get_all(headers::SESSION_METHOD).iter().filter_map(|m| m.to_str().ok()).collect();
-        for method in ["/moby.filesync.v1.FileSync/DiffCopy", "/moby.filesync.v1.FileSend/DiffCopy", "/moby.filesync.v1.Auth/Credentials"] {
+        let methods: Vec<_> = session
+            .metadata
+            .get_all(headers::SESSION_METHOD)
+            .iter()
+            .filter_map(|m| m.to_str().ok())
+            .collect();
+        for method in [
+            "/moby.filesync.v1.FileSync/DiffCopy",
+            "/moby.filesync.v1.FileSend/DiffCopy",
+            "/moby.filesync.v1.Auth/Credentials",
+        ] {
             assert!(methods.contains(&method), "{methods:?}");
         }
         self.sync(session, "context", &["skipped"]).await?;
         let refused = self.sync(session, "other", &[]).await.expect_err("not offered");
-        assert_eq!((refused.code(), refused.message()), (Code::NotFound, "no access allowed to dir \"other\""));
+        assert_eq!(
+            (refused.code(), refused.message()),
+            (Code::NotFound, "no access allowed to dir \"other\"")
+        );
 
         let mut secrets = SecretsClient::new(channel.clone());
-        let secret = secrets.get_secret(GetSecretRequest { id: "s".into(), ..Default::default() }).await.map_err(|s| fault_of(&s))?;
+        let secret = secrets
+            .get_secret(GetSecretRequest { id: "s".into(), ..Default::default() })
+            .await
+            .map_err(|s| fault_of(&s))?;
         assert_eq!(secret.into_inner().data, b"hush");
-        let missing = secrets.get_secret(GetSecretRequest { id: "x".into(), ..Default::default() }).await.expect_err("no such secret");
+        let missing = secrets
+            .get_secret(GetSecretRequest { id: "x".into(), ..Default::default() })
+            .await
+            .expect_err("no such secret");
         assert_eq!((missing.code(), missing.message()), (tonic::Code::NotFound, "not found"));
 
         let mut auth = AuthClient::new(channel.clone());
-        let login = auth.credentials(CredentialsRequest { host: "r.example".into() }).await.map_err(|s| fault_of(&s))?.into_inner();
+        let login = auth
+            .credentials(CredentialsRequest { host: "r.example".into() })
+            .await
+            .map_err(|s| fault_of(&s))?
+            .into_inner();
         assert_eq!((login.username.as_str(), login.secret.as_str()), ("user", "pass"));
-        let refused = auth.fetch_token(FetchTokenRequest::default()).await.expect_err("no token server");
+        let refused =
+            auth.fetch_token(FetchTokenRequest::default()).await.expect_err("no token server");
         assert!(refused.message().contains("wrong token server"), "{refused}");
 
         let (sink, stream) = frames::<BytesMessage>();
@@ -116,7 +149,11 @@ impl Fake {
             sink.send(BytesMessage { data: part.to_vec() }).await.expect("open");
         }
         drop(sink);
-        let mut answers = FileSendClient::new(channel).diff_copy(call).await.map_err(|s| fault_of(&s))?.into_inner();
+        let mut answers = FileSendClient::new(channel)
+            .diff_copy(call)
+            .await
+            .map_err(|s| fault_of(&s))?
+            .into_inner();
         assert!(answers.message().await.map_err(|s| fault_of(&s))?.is_none());
         Ok(BTreeMap::from([("containerimage.digest".to_owned(), "sha256:d".to_owned())]))
     }
@@ -131,7 +168,11 @@ impl Fake {
             let key: tonic::metadata::AsciiMetadataKey = key.parse().expect("a key");
             call.metadata_mut().append(key, value.parse().expect("ascii"));
         }
-        let answers = FileSyncClient::new(session.tunnel.channel()).diff_copy(call).await.map_err(|s| fault_of(&s))?.into_inner();
+        let answers = FileSyncClient::new(session.tunnel.channel())
+            .diff_copy(call)
+            .await
+            .map_err(|s| fault_of(&s))?
+            .into_inner();
         let stream = PacketStream::new(answers.map_err(|s| fault_of(&s)), sink);
         Receiver::new(self.dir.path(), ReceiveOptions::default()).run(stream).await.map(drop)
     }
@@ -152,17 +193,27 @@ impl Control for Service {
         let request = request.into_inner();
         let _ = self.0.requests.send(request.clone());
         let done = self.0.work(&request).await;
-        done.map(|exporter_response| Response::new(wire::SolveResponse { exporter_response })).map_err(|f| status_of(&f))
+        done.map(|exporter_response| Response::new(wire::SolveResponse { exporter_response }))
+            .map_err(|f| status_of(&f))
     }
 
     async fn status(&self, request: Request<wire::StatusRequest>) -> Answer<Self::StatusStream> {
         let (sink, stream) = mpsc::channel(1);
-        let vertex = wire::Vertex { digest: "sha256:v".into(), name: request.into_inner().r#ref, ..Default::default() };
-        let _ = sink.send(Ok(wire::StatusResponse { vertexes: vec![vertex], ..Default::default() })).await;
+        let vertex = wire::Vertex {
+            digest: "sha256:v".into(),
+            name: request.into_inner().r#ref,
+            ..Default::default()
+        };
+        let _ = sink
+            .send(Ok(wire::StatusResponse { vertexes: vec![vertex], ..Default::default() }))
+            .await;
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
-    async fn session(&self, request: Request<Streaming<wire::BytesMessage>>) -> Answer<Self::SessionStream> {
+    async fn session(
+        &self,
+        request: Request<Streaming<wire::BytesMessage>>,
+    ) -> Answer<Self::SessionStream> {
         let (metadata, _, incoming) = request.into_parts();
         let (duplex, answers) = Duplex::answering(incoming.into_stream());
         let fake = self.0.clone();
@@ -173,16 +224,25 @@ impl Control for Service {
         Ok(Response::new(answers))
     }
 
-    async fn disk_usage(&self, _: Request<wire::DiskUsageRequest>) -> Answer<wire::DiskUsageResponse> {
-        let record = |id: &str, size| wire::UsageRecord { id: id.into(), size, ..Default::default() };
-        Ok(Response::new(wire::DiskUsageResponse { record: vec![record("big", 9), record("small", 1)] }))
+    async fn disk_usage(
+        &self,
+        _: Request<wire::DiskUsageRequest>,
+    ) -> Answer<wire::DiskUsageResponse> {
+        let record =
+            |id: &str, size| wire::UsageRecord { id: id.into(), size, ..Default::default() };
+        Ok(Response::new(wire::DiskUsageResponse {
+            record: vec![record("big", 9), record("small", 1)],
+        }))
     }
 
     async fn prune(&self, _: Request<wire::PruneRequest>) -> Answer<Self::PruneStream> {
         Err(tonic::Status::unimplemented("prune"))
     }
 
-    async fn list_workers(&self, _: Request<wire::ListWorkersRequest>) -> Answer<wire::ListWorkersResponse> {
+    async fn list_workers(
+        &self,
+        _: Request<wire::ListWorkersRequest>,
+    ) -> Answer<wire::ListWorkersResponse> {
         Err(tonic::Status::unimplemented("workers"))
     }
 
@@ -190,11 +250,17 @@ impl Control for Service {
         Err(tonic::Status::unimplemented("info"))
     }
 
-    async fn listen_build_history(&self, _: Request<wire::BuildHistoryRequest>) -> Answer<Self::ListenBuildHistoryStream> {
+    async fn listen_build_history(
+        &self,
+        _: Request<wire::BuildHistoryRequest>,
+    ) -> Answer<Self::ListenBuildHistoryStream> {
         Err(tonic::Status::unimplemented("history"))
     }
 
-    async fn update_build_history(&self, _: Request<wire::UpdateBuildHistoryRequest>) -> Answer<wire::UpdateBuildHistoryResponse> {
+    async fn update_build_history(
+        &self,
+        _: Request<wire::UpdateBuildHistoryRequest>,
+    ) -> Answer<wire::UpdateBuildHistoryResponse> {
         Err(tonic::Status::unimplemented("history"))
     }
 }
@@ -222,7 +288,8 @@ impl Scene {
             requests,
         });
         for listener in listeners {
-            let server = shipway_grpc::server().add_service(ControlServer::new(Service(fake.clone())));
+            let server =
+                shipway_grpc::server().add_service(ControlServer::new(Service(fake.clone())));
             tokio::spawn(server.serve_with_incoming(listener.incoming()));
         }
         let location = address.to_string().parse().expect("an address");
@@ -253,7 +320,11 @@ fn options(frontend: &str) -> SolveOptions {
 }
 
 fn file(path: &Path) -> Export {
-    Export { kind: "tar".into(), attrs: BTreeMap::new(), target: Target::File(FileTarget::Path(path.to_owned())) }
+    Export {
+        kind: "tar".into(),
+        attrs: BTreeMap::new(),
+        target: Target::File(FileTarget::Path(path.to_owned())),
+    }
 }
 
 #[tokio::test]
@@ -264,13 +335,18 @@ async fn a_build_gets_what_its_session_offers() {
     std::fs::write(context.join("dir/file"), "content").expect("writes");
     std::fs::write(context.join("skipped"), "secret").expect("writes");
     std::fs::write(scene.path("secret"), "hush").expect("writes");
-    std::fs::write(scene.path("config.json"), r#"{"auths":{"r.example":{"auth":"dXNlcjpwYXNz"}}}"#).expect("writes");
+    std::fs::write(scene.path("config.json"), r#"{"auths":{"r.example":{"auth":"dXNlcjpwYXNz"}}}"#)
+        .expect("writes");
     let mut options = options("everything");
     options.dirs.add("context", &context).expect("a directory");
     options.secrets.add("s", Some(SecretSource::File(scene.path("secret")))).expect("a secret");
     options.docker = Some(DockerConfig::load(&scene.path("config.json")).expect("loads"));
     options.frontend_attrs.insert("target".into(), "t".into());
-    let image = Export { kind: "image".into(), attrs: BTreeMap::from([("name".into(), "x".into())]), target: Target::None };
+    let image = Export {
+        kind: "image".into(),
+        attrs: BTreeMap::from([("name".into(), "x".into())]),
+        target: Target::None,
+    };
     options.exports = vec![image, file(&scene.path("out.tar"))];
 
     let (outcome, events) = scene.build(options).await;
@@ -284,8 +360,14 @@ async fn a_build_gets_what_its_session_offers() {
     assert_eq!(std::fs::metadata(received.join("dir/file")).expect("is there").uid(), 0);
     assert!(!received.join("skipped").exists());
     let request = scene.requests.recv().await.expect("a request");
-    assert_eq!(request.exporters.iter().map(|e| e.r#type.as_str()).collect::<Vec<_>>(), ["image", "tar"]);
-    assert_eq!((request.exporter_deprecated.as_str(), request.frontend_attrs["target"].as_str()), ("image", "t"));
+    assert_eq!(
+        request.exporters.iter().map(|e| e.r#type.as_str()).collect::<Vec<_>>(),
+        ["image", "tar"]
+    );
+    assert_eq!(
+        (request.exporter_deprecated.as_str(), request.frontend_attrs["target"].as_str()),
+        ("image", "t")
+    );
 }
 
 #[tokio::test]
@@ -295,10 +377,18 @@ async fn a_failure_keeps_its_details_and_leaves_no_half_file() {
     options.exports = vec![file(&scene.path("out.tar"))];
     let (outcome, _) = scene.build(options).await;
     let fault = outcome.expect_err("fails");
-    assert_eq!((fault.code(), fault.to_string().as_str()), (Code::InvalidArgument, "failed to solve: no good"));
+    assert_eq!(
+        (fault.code(), fault.to_string().as_str()),
+        (Code::InvalidArgument, "failed to solve: no good")
+    );
     assert_eq!(fault.details(), [shipway_fault::Detail::Vertex("sha256:v".into())]);
-    // The session's server is gone, and with it the receiving end; its file may take a moment longer.
-    let left = || std::fs::read_dir(scene.home.path()).expect("reads").filter_map(|e| e.ok()?.file_name().into_string().ok());
+    // The session's server is gone, and with it the receiving end; its file may take a moment
+    // longer.
+    let left = || {
+        std::fs::read_dir(scene.home.path())
+            .expect("reads")
+            .filter_map(|e| e.ok()?.file_name().into_string().ok())
+    };
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
     while left().any(|name| name.contains("out.tar")) {
         assert!(std::time::Instant::now() < deadline, "{:?}", left().collect::<Vec<_>>());
@@ -315,7 +405,11 @@ async fn stopping_cancels_the_build_and_still_hears_its_end() {
         scene.requests.recv().await.expect("a request");
         stop.cancel();
     };
-    let (outcome, (), first) = tokio::join!(scene.client.build(options("hang"), sink, stop.clone()), stop_then, events.recv());
+    let (outcome, (), first) = tokio::join!(
+        scene.client.build(options("hang"), sink, stop.clone()),
+        stop_then,
+        events.recv()
+    );
     let fault = outcome.expect_err("cancelled");
     assert!(fault.is_cancelled(), "{fault:?}");
     assert!(first.is_some());
@@ -327,7 +421,10 @@ async fn dropping_a_build_cancels_it() {
     let mut scene = Scene::new().await;
     let client = scene.client.clone();
     let (sink, _events) = mpsc::channel(16);
-    let building = tokio::spawn(async move { client.build(options("hang"), sink, CancellationToken::new()).await });
+    let building =
+        tokio::spawn(
+            async move { client.build(options("hang"), sink, CancellationToken::new()).await },
+        );
     scene.requests.recv().await.expect("a request");
     building.abort();
     scene.cancelled.await.expect("the daemon noticed");

@@ -1,9 +1,9 @@
-//! Owns the gRPC channels to one containerd and the way every call is made: headers, a deadline, errors in our words.
-//! Knows no service.
+//! Owns the gRPC channels to one containerd and the way every call is made: headers, a deadline,
+//! errors in our words. Knows no service.
 //!
-//! Channels dial lazily and again after containerd was restarted; a call that was under way then fails at once. HTTP/2
-//! keep-alive is off on purpose: Go's server answers frequent pings with GOAWAY, so deadlines catch a containerd that
-//! stopped answering.
+//! Channels dial lazily and again after containerd was restarted; a call that was under way then
+//! fails at once. HTTP/2 keep-alive is off on purpose: Go's server answers frequent pings with
+//! GOAWAY, so deadlines catch a containerd that stopped answering.
 
 use crate::fault;
 use shipway_fault::{Code, Fault, Result};
@@ -25,7 +25,8 @@ use tonic::{
 
 /// Largest message in either direction; containerd's own limit.
 pub(crate) const MAX_MESSAGE: usize = 16 << 20;
-/// Connections that carry blob bytes, so that one HTTP/2 connection's framing does not bound parallel layers.
+/// Connections that carry blob bytes, so that one HTTP/2 connection's framing does not bound
+/// parallel layers.
 const BULK_CONNECTIONS: usize = 3;
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
@@ -61,7 +62,7 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Channels to the socket at `address`; nothing is dialled yet.
+    /// Channels to the socket at `address`; nothing is dialed yet.
     pub(crate) fn new(address: &Path, namespace: &str) -> Result<Self> {
         let channels = Channels {
             address: address.to_path_buf(),
@@ -103,7 +104,9 @@ impl Connection {
     /// `message` as a request in this namespace.
     pub(crate) fn request<T>(&self, message: T) -> Result<Request<T>> {
         let mut request = Request::new(message);
-        request.metadata_mut().insert("containerd-namespace", header(&self.namespace, "namespace")?);
+        request
+            .metadata_mut()
+            .insert("containerd-namespace", header(&self.namespace, "namespace")?);
         Ok(request)
     }
 
@@ -114,7 +117,8 @@ impl Connection {
         Ok(request)
     }
 
-    /// Runs one call within `limit`. `what` completes "while containerd was to …", for example `stat snapshot "x"`.
+    /// Runs one call within `limit`. `what` completes "while containerd was to …", for example
+    /// `stat snapshot "x"`.
     pub(crate) async fn call<T>(
         &self,
         what: impl FnOnce() -> String,
@@ -146,7 +150,11 @@ impl Connection {
     pub(crate) fn stalled(&self, what: String, limit: Duration) -> Fault {
         Fault::new(
             Code::DeadlineExceeded,
-            format!("{what}: containerd at {} did not answer within {} s", self.address().display(), limit.as_secs()),
+            format!(
+                "{what}: containerd at {} did not answer within {} s",
+                self.address().display(),
+                limit.as_secs()
+            ),
         )
         .hint("is containerd overloaded, or its disk very slow? its log may say more")
     }
@@ -156,7 +164,11 @@ fn dial(address: &Path) -> Result<Channel> {
     let path = address.to_path_buf();
     let connector = tower::service_fn(move |_| {
         let path = path.clone();
-        async move { Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(tokio::net::UnixStream::connect(path).await?)) }
+        async move {
+            Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(
+                tokio::net::UnixStream::connect(path).await?,
+            ))
+        }
     });
     // The authority is never resolved; the connector goes to the socket.
     let endpoint = Endpoint::from_static("http://containerd")
@@ -167,9 +179,9 @@ fn dial(address: &Path) -> Result<Channel> {
 }
 
 fn header(value: &str, what: &str) -> Result<MetadataValue<tonic::metadata::Ascii>> {
-    value
-        .parse()
-        .ok()
-        .filter(|_| !value.is_empty())
-        .ok_or_else(|| Fault::invalid(format!("{value:?} is no valid containerd {what} name: only printable ASCII is allowed")))
+    value.parse().ok().filter(|_| !value.is_empty()).ok_or_else(|| {
+        Fault::invalid(format!(
+            "{value:?} is no valid containerd {what} name: only printable ASCII is allowed"
+        ))
+    })
 }

@@ -1,5 +1,5 @@
-//! Owns the content port over containerd's Content service: information, labels, and the way in and out of blobs
-//! (`write` and `read` hold the streams).
+//! Owns the content port over containerd's Content service: information, labels, and the way in and
+//! out of blobs (`write` and `read` hold the streams).
 
 mod read;
 mod write;
@@ -10,7 +10,9 @@ use crate::{
 };
 use async_trait::async_trait;
 use bytes::Bytes;
-use containerd_client::services::v1::{self as api, content_client::ContentClient, leases_client::LeasesClient};
+use containerd_client::services::v1::{
+    self as api, content_client::ContentClient, leases_client::LeasesClient,
+};
 use shipway_fault::{Fault, Result};
 use shipway_oci::Digest;
 use shipway_storage::{BlobInfo, BlobReader, BlobWriter, ContentStore, Ingest, Labels, LeaseId};
@@ -38,21 +40,41 @@ impl Content {
         limited(ContentClient::new(self.connection.bulk()))
     }
 
-    /// Puts a blob that exists already into `lease`: containerd does so itself in some of the cases only.
+    /// Puts a blob that exists already into `lease`: containerd does so itself in some of the cases
+    /// only.
     async fn keep(&self, lease: &LeaseId, digest: Digest) -> Result<()> {
         let resource = api::Resource { id: digest.to_string(), r#type: "content".into() };
-        let request = self.connection.request(api::AddResourceRequest { id: lease.0.clone(), resource: Some(resource) })?;
+        let request = self
+            .connection
+            .request(api::AddResourceRequest { id: lease.0.clone(), resource: Some(resource) })?;
         let mut leases = LeasesClient::new(self.connection.control());
-        self.connection.call(|| format!("add blob {digest} to lease {:?}", lease.0), deadline::QUICK, leases.add_resource(request)).await
+        self.connection
+            .call(
+                || format!("add blob {digest} to lease {:?}", lease.0),
+                deadline::QUICK,
+                leases.add_resource(request),
+            )
+            .await
     }
 
-    /// The information of a blob that somebody else stored first, with `labels` added and kept by `lease`.
+    /// The information of a blob that somebody else stored first, with `labels` added and kept by
+    /// `lease`.
     async fn adopt(&self, lease: &LeaseId, digest: Digest, labels: &Labels) -> Result<BlobInfo> {
         self.keep(lease, digest).await?;
-        if labels.is_empty() { self.info(digest).await } else { self.update_labels(digest, labels).await }
+        if labels.is_empty() {
+            self.info(digest).await
+        } else {
+            self.update_labels(digest, labels).await
+        }
     }
 
-    async fn put_once(&self, lease: &LeaseId, digest: Digest, bytes: &Bytes, labels: &Labels) -> Result<()> {
+    async fn put_once(
+        &self,
+        lease: &LeaseId,
+        digest: Digest,
+        bytes: &Bytes,
+        labels: &Labels,
+    ) -> Result<()> {
         match write::put(self, lease, digest, bytes, labels).await {
             Err(e) if e.is_already_exists() => self.adopt(lease, digest, labels).await.map(drop),
             stored => stored,
@@ -65,22 +87,32 @@ fn limited(client: ContentClient<Channel>) -> ContentClient<Channel> {
 }
 
 fn info(info: Option<api::Info>) -> Result<BlobInfo> {
-    let info = info.ok_or_else(|| Fault::internal("containerd sent an answer without a blob's information"))?;
-    Ok(BlobInfo { digest: wire::digest_in(&info.digest)?, size: info.size.max(0) as u64, labels: wire::labels_in(info.labels) })
+    let info = info
+        .ok_or_else(|| Fault::internal("containerd sent an answer without a blob's information"))?;
+    Ok(BlobInfo {
+        digest: wire::digest_in(&info.digest)?,
+        size: info.size.max(0) as u64,
+        labels: wire::labels_in(info.labels),
+    })
 }
 
 #[async_trait]
 impl ContentStore for Content {
     async fn info(&self, digest: Digest) -> Result<BlobInfo> {
         let request = self.connection.request(api::InfoRequest { digest: digest.to_string() })?;
-        let answer = self.connection.call(|| format!("look up blob {digest}"), deadline::QUICK, self.client().info(request)).await?;
+        let answer = self
+            .connection
+            .call(|| format!("look up blob {digest}"), deadline::QUICK, self.client().info(request))
+            .await?;
         info(answer.info)
     }
 
     async fn list(&self, filters: &[String]) -> Result<Vec<BlobInfo>> {
-        let request = self.connection.request(api::ListContentRequest { filters: filters.to_vec() })?;
+        let request =
+            self.connection.request(api::ListContentRequest { filters: filters.to_vec() })?;
         let what = || "list blobs".to_owned();
-        let mut stream = self.connection.call(what, deadline::SLOW, self.client().list(request)).await?;
+        let mut stream =
+            self.connection.call(what, deadline::SLOW, self.client().list(request)).await?;
         let mut all = Vec::new();
         loop {
             match tokio::time::timeout(deadline::SLOW, stream.message()).await {
@@ -97,11 +129,23 @@ impl ContentStore for Content {
     }
 
     async fn update_labels(&self, digest: Digest, labels: &Labels) -> Result<BlobInfo> {
-        let changed = api::Info { digest: digest.to_string(), labels: wire::labels_out(labels), ..Default::default() };
-        let request =
-            self.connection.request(api::UpdateRequest { info: Some(changed), update_mask: wire::mask(wire::label_paths(labels)) })?;
-        let answer =
-            self.connection.call(|| format!("set labels of blob {digest}"), deadline::QUICK, self.client().update(request)).await?;
+        let changed = api::Info {
+            digest: digest.to_string(),
+            labels: wire::labels_out(labels),
+            ..Default::default()
+        };
+        let request = self.connection.request(api::UpdateRequest {
+            info: Some(changed),
+            update_mask: wire::mask(wire::label_paths(labels)),
+        })?;
+        let answer = self
+            .connection
+            .call(
+                || format!("set labels of blob {digest}"),
+                deadline::QUICK,
+                self.client().update(request),
+            )
+            .await?;
         info(answer.info)
     }
 

@@ -25,19 +25,24 @@ pub struct Version {
     pub revision: String,
 }
 
-/// One containerd. Cheap to clone; connections are dialled when needed, and again after a restart.
+/// One containerd. Cheap to clone; connections are dialed when needed, and again after a restart.
 #[derive(Clone)]
 pub struct Containerd {
     pub(crate) connection: Connection,
 }
 
 impl Containerd {
-    /// Reaches the containerd whose socket is at `address` and asks it for its version, so that a wrong address shows now.
+    /// Reaches the containerd whose socket is at `address` and asks it for its version, so that a
+    /// wrong address shows now.
     pub async fn connect(address: impl AsRef<Path>) -> Result<Self> {
         let daemon = Self { connection: Connection::new(address.as_ref(), "default")? };
         tokio::time::timeout(Duration::from_secs(15), daemon.version())
             .await
-            .unwrap_or_else(|_| Err(daemon.connection.stalled("ask for the version".into(), Duration::from_secs(15))))
+            .unwrap_or_else(|_| {
+                Err(daemon
+                    .connection
+                    .stalled("ask for the version".into(), Duration::from_secs(15)))
+            })
             .context(|| "connect to containerd")?;
         Ok(daemon)
     }
@@ -50,36 +55,64 @@ impl Containerd {
     /// Its version.
     pub async fn version(&self) -> Result<Version> {
         let mut client = api::version_client::VersionClient::new(self.connection.control());
-        let answer =
-            self.connection.call(|| "ask for the version".into(), deadline::QUICK, client.version(self.connection.request(())?)).await?;
+        let answer = self
+            .connection
+            .call(
+                || "ask for the version".into(),
+                deadline::QUICK,
+                client.version(self.connection.request(())?),
+            )
+            .await?;
         Ok(Version { version: answer.version, revision: answer.revision })
     }
 
-    /// The UUID of this containerd installation, by which `nerdctl` knows that a builder shares its image store.
+    /// The UUID of this containerd installation, by which `nerdctl` knows that a builder shares its
+    /// image store.
     pub async fn server_uuid(&self) -> Result<String> {
-        let mut client = api::introspection_client::IntrospectionClient::new(self.connection.control());
+        let mut client =
+            api::introspection_client::IntrospectionClient::new(self.connection.control());
         let answer = self
             .connection
-            .call(|| "ask for the server's UUID".into(), deadline::QUICK, client.server(self.connection.request(())?))
+            .call(
+                || "ask for the server's UUID".into(),
+                deadline::QUICK,
+                client.server(self.connection.request(())?),
+            )
             .await?;
         Ok(answer.uuid)
     }
 
     /// Names of the snapshotters that work here.
     pub async fn snapshotters(&self) -> Result<Vec<String>> {
-        let mut client = api::introspection_client::IntrospectionClient::new(self.connection.control());
-        let request = api::PluginsRequest { filters: vec!["type==io.containerd.snapshotter.v1".into()] };
-        let answer =
-            self.connection.call(|| "list plug-ins".into(), deadline::QUICK, client.plugins(self.connection.request(request)?)).await?;
+        let mut client =
+            api::introspection_client::IntrospectionClient::new(self.connection.control());
+        let request =
+            api::PluginsRequest { filters: vec!["type==io.containerd.snapshotter.v1".into()] };
+        let answer = self
+            .connection
+            .call(
+                || "list plug-ins".into(),
+                deadline::QUICK,
+                client.plugins(self.connection.request(request)?),
+            )
+            .await?;
         Ok(answer.plugins.into_iter().filter(|p| p.init_err.is_none()).map(|p| p.id).collect())
     }
 
-    /// The directory that `snapshotter` keeps its snapshots in, if containerd knows: snapshotters outside of it need not say.
+    /// The directory that `snapshotter` keeps its snapshots in, if containerd knows: snapshotters
+    /// outside of it need not say.
     pub async fn snapshots_at(&self, snapshotter: &str) -> Result<Option<PathBuf>> {
-        let mut client = api::introspection_client::IntrospectionClient::new(self.connection.control());
-        let filters = vec![format!("type==io.containerd.snapshotter.v1,id=={snapshotter}"), "type==io.containerd.content.v1".into()];
+        let mut client =
+            api::introspection_client::IntrospectionClient::new(self.connection.control());
+        let filters = vec![
+            format!("type==io.containerd.snapshotter.v1,id=={snapshotter}"),
+            "type==io.containerd.content.v1".into(),
+        ];
         let request = self.connection.request(api::PluginsRequest { filters })?;
-        let answer = self.connection.call(|| "list plug-ins".into(), deadline::QUICK, client.plugins(request)).await?;
+        let answer = self
+            .connection
+            .call(|| "list plug-ins".into(), deadline::QUICK, client.plugins(request))
+            .await?;
         // Where contents are is the next best: most often the same disk.
         let mut plugins = answer.plugins;
         plugins.sort_by_key(|p| p.id != snapshotter);
@@ -92,8 +125,13 @@ impl Containerd {
     pub async fn ensure_namespace(&self, name: &str) -> Result<()> {
         let mut client = api::namespaces_client::NamespacesClient::new(self.connection.control());
         let namespace = api::Namespace { name: name.into(), labels: Default::default() };
-        let request = self.connection.request(api::CreateNamespaceRequest { namespace: Some(namespace) })?;
-        match self.connection.call(|| format!("create namespace {name:?}"), deadline::QUICK, client.create(request)).await {
+        let request =
+            self.connection.request(api::CreateNamespaceRequest { namespace: Some(namespace) })?;
+        match self
+            .connection
+            .call(|| format!("create namespace {name:?}"), deadline::QUICK, client.create(request))
+            .await
+        {
             Err(e) if !e.is_already_exists() => Err(e),
             _ => Ok(()),
         }
@@ -102,12 +140,17 @@ impl Containerd {
     /// Names of all namespaces.
     pub async fn namespaces(&self) -> Result<Vec<String>> {
         let mut client = api::namespaces_client::NamespacesClient::new(self.connection.control());
-        let request = self.connection.request(api::ListNamespacesRequest { filter: String::new() })?;
-        let answer = self.connection.call(|| "list namespaces".into(), deadline::QUICK, client.list(request)).await?;
+        let request =
+            self.connection.request(api::ListNamespacesRequest { filter: String::new() })?;
+        let answer = self
+            .connection
+            .call(|| "list namespaces".into(), deadline::QUICK, client.list(request))
+            .await?;
         Ok(answer.namespaces.into_iter().map(|n| n.name).collect())
     }
 
-    /// The four stores of `namespace`, with filesystems in `snapshotter`. Nothing is asked of containerd yet.
+    /// The four stores of `namespace`, with filesystems in `snapshotter`. Nothing is asked of
+    /// containerd yet.
     pub fn storage(&self, namespace: &str, snapshotter: &str) -> Result<Storage> {
         if snapshotter.is_empty() {
             return Err(Fault::invalid("the snapshotter's name is empty"));

@@ -7,13 +7,18 @@ use tonic::Status;
 /// The fault of `status`, which answered `what` at `address`.
 pub(crate) fn from_status(what: &str, address: &Path, status: &Status) -> Fault {
     let message = status.message();
-    // Statuses that containerd sent have no source; those with one were made here, of a broken connection. We never
-    // cancel a call and look at its answer, so a cancelled one means that containerd is going away.
-    let broken = status.source().is_some() || matches!(status.code(), tonic::Code::Unavailable | tonic::Code::Cancelled);
+    // Statuses that containerd sent have no source; those with one were made here, of a broken
+    // connection. We never cancel a call and look at its answer, so a cancelled one means that
+    // containerd is going away.
+    let broken = status.source().is_some()
+        || matches!(status.code(), tonic::Code::Unavailable | tonic::Code::Cancelled);
     if broken && !is_locked(message) {
         let cause = root_cause(status);
-        return Fault::unavailable(format!("{what}: no connection to containerd at {}: {cause}", address.display()))
-            .hint(format!("is containerd running at {}?", address.display()));
+        return Fault::unavailable(format!(
+            "{what}: no connection to containerd at {}: {cause}",
+            address.display()
+        ))
+        .hint(format!("is containerd running at {}?", address.display()));
     }
     if message.contains("no space left on device") || message.contains("disk quota exceeded") {
         return Fault::new(Code::ResourceExhausted, format!("{what}: containerd: {message}"))
@@ -25,7 +30,9 @@ pub(crate) fn from_status(what: &str, address: &Path, status: &Status) -> Fault 
     match code {
         Code::NotFound | Code::AlreadyExists => fault,
         // A wrong request to containerd is ours, not the user's.
-        Code::InvalidArgument | Code::OutOfRange | Code::Internal | Code::DataLoss => fault.with_class(Class::Internal),
+        Code::InvalidArgument | Code::OutOfRange | Code::Internal | Code::DataLoss => {
+            fault.with_class(Class::Internal)
+        }
         _ => fault.with_class(Class::Environment),
     }
 }
@@ -59,13 +66,39 @@ mod tests {
 
     #[test]
     fn statuses_become_faults_that_say_what_to_do() {
-        check(Status::not_found("snapshot a: not found"), Code::NotFound, Class::User, "snapshot a: not found");
-        check(Status::unavailable("gone"), Code::Unavailable, Class::Environment, "is containerd running at /run/c.sock?");
-        check(Status::cancelled("context canceled"), Code::Unavailable, Class::Environment, "is containerd running");
+        check(
+            Status::not_found("snapshot a: not found"),
+            Code::NotFound,
+            Class::User,
+            "snapshot a: not found",
+        );
+        check(
+            Status::unavailable("gone"),
+            Code::Unavailable,
+            Class::Environment,
+            "is containerd running at /run/c.sock?",
+        );
+        check(
+            Status::cancelled("context canceled"),
+            Code::Unavailable,
+            Class::Environment,
+            "is containerd running",
+        );
         check(Status::unavailable("ref x locked"), Code::Unavailable, Class::Environment, "locked");
-        check(Status::unknown("write /x: no space left on device"), Code::ResourceExhausted, Class::Environment, "prune");
-        check(Status::invalid_argument("empty key"), Code::InvalidArgument, Class::Internal, "empty key");
-        let broken = Status::from_error(Box::new(std::io::Error::from(std::io::ErrorKind::ConnectionReset)));
+        check(
+            Status::unknown("write /x: no space left on device"),
+            Code::ResourceExhausted,
+            Class::Environment,
+            "prune",
+        );
+        check(
+            Status::invalid_argument("empty key"),
+            Code::InvalidArgument,
+            Class::Internal,
+            "empty key",
+        );
+        let broken =
+            Status::from_error(Box::new(std::io::Error::from(std::io::ErrorKind::ConnectionReset)));
         check(broken, Code::Unavailable, Class::Environment, "connection reset");
     }
 }

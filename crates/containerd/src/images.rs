@@ -1,5 +1,5 @@
-//! Owns the image port over containerd's Images service. Records are only ever updated by field path, because CRI and
-//! others keep their labels on the same records.
+//! Owns the image port over containerd's Images service. Records are only ever updated by field
+//! path, because CRI and others keep their labels on the same records.
 
 use crate::{
     conn::{Connection, MAX_MESSAGE, deadline},
@@ -31,24 +31,41 @@ impl ImageStore {
 
     async fn create(&self, image: api::Image, time: Option<SystemTime>) -> Result<()> {
         let what = format!("create image {:?}", image.name);
-        let request = self.connection.request(api::CreateImageRequest { image: Some(image), source_date_epoch: time.map(Into::into) })?;
-        self.connection.call(|| what, deadline::QUICK, self.client().create(request)).await.map(drop)
+        let request = self.connection.request(api::CreateImageRequest {
+            image: Some(image),
+            source_date_epoch: time.map(Into::into),
+        })?;
+        self.connection
+            .call(|| what, deadline::QUICK, self.client().create(request))
+            .await
+            .map(drop)
     }
 
-    async fn update(&self, image: api::Image, labels: &Labels, time: Option<SystemTime>) -> Result<()> {
+    async fn update(
+        &self,
+        image: api::Image,
+        labels: &Labels,
+        time: Option<SystemTime>,
+    ) -> Result<()> {
         let what = format!("update image {:?}", image.name);
-        let update_mask = wire::mask(std::iter::once("target".to_owned()).chain(wire::label_paths(labels)));
+        let update_mask =
+            wire::mask(std::iter::once("target".to_owned()).chain(wire::label_paths(labels)));
         let request = self.connection.request(api::UpdateImageRequest {
             image: Some(image),
             update_mask,
             source_date_epoch: time.map(Into::into),
         })?;
-        self.connection.call(|| what, deadline::QUICK, self.client().update(request)).await.map(drop)
+        self.connection
+            .call(|| what, deadline::QUICK, self.client().update(request))
+            .await
+            .map(drop)
     }
 }
 
 fn record(image: api::Image) -> Result<ImageRecord> {
-    let target = image.target.ok_or_else(|| Fault::internal(format!("image record {:?} has no target", image.name)))?;
+    let target = image
+        .target
+        .ok_or_else(|| Fault::internal(format!("image record {:?} has no target", image.name)))?;
     Ok(ImageRecord {
         target: wire::descriptor_in(target)?,
         labels: wire::labels_in(image.labels),
@@ -61,13 +78,22 @@ fn record(image: api::Image) -> Result<ImageRecord> {
 impl Images for ImageStore {
     async fn get(&self, name: &str) -> Result<ImageRecord> {
         let request = self.connection.request(api::GetImageRequest { name: name.into() })?;
-        let answer = self.connection.call(|| format!("get image {name:?}"), deadline::QUICK, self.client().get(request)).await?;
-        record(answer.image.ok_or_else(|| Fault::internal(format!("get image {name:?}: containerd sent an empty answer")))?)
+        let answer = self
+            .connection
+            .call(|| format!("get image {name:?}"), deadline::QUICK, self.client().get(request))
+            .await?;
+        record(answer.image.ok_or_else(|| {
+            Fault::internal(format!("get image {name:?}: containerd sent an empty answer"))
+        })?)
     }
 
     async fn list(&self, filters: &[String]) -> Result<Vec<ImageRecord>> {
-        let request = self.connection.request(api::ListImagesRequest { filters: filters.to_vec() })?;
-        let answer = self.connection.call(|| "list images".into(), deadline::QUICK, self.client().list(request)).await?;
+        let request =
+            self.connection.request(api::ListImagesRequest { filters: filters.to_vec() })?;
+        let answer = self
+            .connection
+            .call(|| "list images".into(), deadline::QUICK, self.client().list(request))
+            .await?;
         answer.images.into_iter().map(record).collect()
     }
 
@@ -75,7 +101,13 @@ impl Images for ImageStore {
         self.put_at(name, target, labels, None).await
     }
 
-    async fn put_at(&self, name: &str, target: &Descriptor, labels: &Labels, time: Option<SystemTime>) -> Result<()> {
+    async fn put_at(
+        &self,
+        name: &str,
+        target: &Descriptor,
+        labels: &Labels,
+        time: Option<SystemTime>,
+    ) -> Result<()> {
         let image = api::Image {
             name: name.into(),
             labels: wire::labels_out(labels),
@@ -98,8 +130,14 @@ impl Images for ImageStore {
     }
 
     async fn delete(&self, name: &str, sync: bool) -> Result<()> {
-        let request = self.connection.request(api::DeleteImageRequest { name: name.into(), sync, target: None })?;
+        let request = self.connection.request(api::DeleteImageRequest {
+            name: name.into(),
+            sync,
+            target: None,
+        })?;
         let limit = if sync { deadline::COLLECT } else { deadline::QUICK };
-        self.connection.call(|| format!("delete image {name:?}"), limit, self.client().delete(request)).await
+        self.connection
+            .call(|| format!("delete image {name:?}"), limit, self.client().delete(request))
+            .await
     }
 }

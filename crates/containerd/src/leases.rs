@@ -27,7 +27,9 @@ impl LeaseStore {
 fn resource_out(resource: &LeaseResource) -> api::Resource {
     let (id, kind) = match resource {
         LeaseResource::Content(digest) => (digest.to_string(), "content".to_owned()),
-        LeaseResource::Snapshot(snapshotter, key) => (key.0.clone(), format!("snapshots/{snapshotter}")),
+        LeaseResource::Snapshot(snapshotter, key) => {
+            (key.0.clone(), format!("snapshots/{snapshotter}"))
+        }
         LeaseResource::Ingest(reference) => (reference.clone(), "ingests".to_owned()),
         LeaseResource::Image(name) => (name.clone(), "images".to_owned()),
     };
@@ -41,7 +43,9 @@ fn resource_in(resource: api::Resource) -> Result<Option<LeaseResource>> {
         "ingests" => LeaseResource::Ingest(resource.id),
         "images" => LeaseResource::Image(resource.id),
         kind => match kind.strip_prefix("snapshots/") {
-            Some(snapshotter) => LeaseResource::Snapshot(snapshotter.to_owned(), SnapshotKey(resource.id)),
+            Some(snapshotter) => {
+                LeaseResource::Snapshot(snapshotter.to_owned(), SnapshotKey(resource.id))
+            }
             None => return Ok(None),
         },
     }))
@@ -53,15 +57,27 @@ impl Leases for LeaseStore {
         if id.0.is_empty() {
             return Err(Fault::internal("a lease needs a name"));
         }
-        let request = self.connection.request(api::CreateRequest { id: id.0.clone(), labels: wire::labels_out(labels) })?;
-        self.connection.call(|| format!("create lease {:?}", id.0), deadline::QUICK, self.client().create(request)).await?;
+        let request = self
+            .connection
+            .request(api::CreateRequest { id: id.0.clone(), labels: wire::labels_out(labels) })?;
+        self.connection
+            .call(
+                || format!("create lease {:?}", id.0),
+                deadline::QUICK,
+                self.client().create(request),
+            )
+            .await?;
         Ok(())
     }
 
     async fn delete(&self, id: &LeaseId, sync: bool) -> Result<()> {
         let request = self.connection.request(api::DeleteRequest { id: id.0.clone(), sync })?;
         let limit = if sync { deadline::COLLECT } else { deadline::QUICK };
-        match self.connection.call(|| format!("delete lease {:?}", id.0), limit, self.client().delete(request)).await {
+        match self
+            .connection
+            .call(|| format!("delete lease {:?}", id.0), limit, self.client().delete(request))
+            .await
+        {
             Err(e) if !e.is_not_found() => Err(e),
             _ => Ok(()),
         }
@@ -69,23 +85,46 @@ impl Leases for LeaseStore {
 
     async fn list(&self, filters: &[String]) -> Result<Vec<Lease>> {
         let request = self.connection.request(api::ListRequest { filters: filters.to_vec() })?;
-        let answer = self.connection.call(|| "list leases".into(), deadline::QUICK, self.client().list(request)).await?;
+        let answer = self
+            .connection
+            .call(|| "list leases".into(), deadline::QUICK, self.client().list(request))
+            .await?;
         Ok(answer
             .leases
             .into_iter()
-            .map(|l| Lease { id: LeaseId(l.id), labels: wire::labels_in(l.labels), created: wire::time_in(l.created_at) })
+            .map(|l| Lease {
+                id: LeaseId(l.id),
+                labels: wire::labels_in(l.labels),
+                created: wire::time_in(l.created_at),
+            })
             .collect())
     }
 
     async fn add(&self, id: &LeaseId, resource: LeaseResource) -> Result<()> {
-        let request = self.connection.request(api::AddResourceRequest { id: id.0.clone(), resource: Some(resource_out(&resource)) })?;
-        self.connection.call(|| format!("add {resource:?} to lease {:?}", id.0), deadline::QUICK, self.client().add_resource(request)).await
+        let request = self.connection.request(api::AddResourceRequest {
+            id: id.0.clone(),
+            resource: Some(resource_out(&resource)),
+        })?;
+        self.connection
+            .call(
+                || format!("add {resource:?} to lease {:?}", id.0),
+                deadline::QUICK,
+                self.client().add_resource(request),
+            )
+            .await
     }
 
     async fn remove(&self, id: &LeaseId, resource: LeaseResource) -> Result<()> {
-        let request = self.connection.request(api::DeleteResourceRequest { id: id.0.clone(), resource: Some(resource_out(&resource)) })?;
+        let request = self.connection.request(api::DeleteResourceRequest {
+            id: id.0.clone(),
+            resource: Some(resource_out(&resource)),
+        })?;
         self.connection
-            .call(|| format!("take {resource:?} out of lease {:?}", id.0), deadline::QUICK, self.client().delete_resource(request))
+            .call(
+                || format!("take {resource:?} out of lease {:?}", id.0),
+                deadline::QUICK,
+                self.client().delete_resource(request),
+            )
             .await
     }
 
@@ -93,7 +132,11 @@ impl Leases for LeaseStore {
         let request = self.connection.request(api::ListResourcesRequest { id: id.0.clone() })?;
         let answer = self
             .connection
-            .call(|| format!("list what lease {:?} keeps", id.0), deadline::QUICK, self.client().list_resources(request))
+            .call(
+                || format!("list what lease {:?} keeps", id.0),
+                deadline::QUICK,
+                self.client().list_resources(request),
+            )
             .await?;
         answer.resources.into_iter().filter_map(|r| resource_in(r).transpose()).collect()
     }

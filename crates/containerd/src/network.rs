@@ -1,6 +1,8 @@
-//! Owns the network of processes: the host's, none, or namespaces made ready by CNI plug-ins (row `exec.net`).
+//! Owns the network of processes: the host's, none, or namespaces made ready by CNI plug-ins (row
+//! `exec.net`).
 //!
-//! A namespace costs a plug-in run of many milliseconds, so clean ones are kept for the next process and used one at a time.
+//! A namespace costs a plug-in run of many milliseconds, so clean ones are kept for the next
+//! process and used one at a time.
 
 mod cni;
 mod netns;
@@ -55,7 +57,11 @@ impl Bridge {
     /// Refuses what the kernel would not take.
     fn check(&self) -> Result<()> {
         let plain = |c: char| !c.is_whitespace() && !c.is_control() && c != '/' && c != ':';
-        if self.name.is_empty() || self.name.len() > MAX_LINK_NAME || !self.name.chars().all(plain) || [".", ".."].contains(&&*self.name) {
+        if self.name.is_empty()
+            || self.name.len() > MAX_LINK_NAME
+            || !self.name.chars().all(plain)
+            || [".", ".."].contains(&&*self.name)
+        {
             return Err(Fault::invalid(format!("{:?} cannot be the name of a bridge", self.name)));
         }
         let whole = |(address, bits): (&str, &str)| {
@@ -63,7 +69,8 @@ impl Bridge {
             Some(bits <= if address.is_ipv4() { 30 } else { 126 })
         };
         if self.subnet.split_once('/').and_then(whole) != Some(true) {
-            return Err(Fault::invalid(format!("{:?} is no subnet", self.subnet)).hint("write it as 10.10.0.0/16"));
+            return Err(Fault::invalid(format!("{:?} is no subnet", self.subnet))
+                .hint("write it as 10.10.0.0/16"));
         }
         Ok(())
     }
@@ -72,7 +79,9 @@ impl Bridge {
     fn exists(&self) -> Result<bool> {
         let link = Path::new("/sys/class/net").join(&self.name);
         match (link.exists(), link.join("bridge").exists()) {
-            (true, false) => Err(Fault::invalid(format!("{:?} already exists but is not a bridge", self.name))),
+            (true, false) => {
+                Err(Fault::invalid(format!("{:?} already exists but is not a bridge", self.name)))
+            }
             (there, _) => Ok(there),
         }
     }
@@ -153,7 +162,8 @@ impl Network {
     }
 
     pub(crate) fn new(config: NetworkConfig, dir: PathBuf) -> Result<Self> {
-        std::fs::create_dir_all(&dir).map_err(|e| Fault::io(format!("create {}", dir.display()), e))?;
+        std::fs::create_dir_all(&dir)
+            .map_err(|e| Fault::io(format!("create {}", dir.display()), e))?;
         let wanted = match config.mode {
             NetworkDefault::Auto => config.cni_config.exists(),
             NetworkDefault::Cni | NetworkDefault::Bridge => true,
@@ -165,7 +175,11 @@ impl Network {
                 return CniNetwork::load(&config.cni_config, &config.cni_bin);
             }
             config.bridge.check()?;
-            CniNetwork::bridge(&config.bridge, &config.cni_bin, &std::env::var_os("PATH").unwrap_or_default())
+            CniNetwork::bridge(
+                &config.bridge,
+                &config.cni_bin,
+                &std::env::var_os("PATH").unwrap_or_default(),
+            )
         };
         let cni = wanted.then(load).transpose()?;
         let own_bridge = is_bridge && !config.bridge.exists()?;
@@ -195,7 +209,11 @@ impl Network {
     }
 
     /// A namespace for a process in `mode`; `None` where the runtime does what is needed.
-    pub(crate) async fn lease(&self, mode: NetworkMode, proxy: Option<&Proxied>) -> Result<Option<Lease>> {
+    pub(crate) async fn lease(
+        &self,
+        mode: NetworkMode,
+        proxy: Option<&Proxied>,
+    ) -> Result<Option<Lease>> {
         if let Some(proxy) = proxy {
             return self.proxied(mode, proxy).await.map(Some);
         }
@@ -219,7 +237,9 @@ impl Network {
         let mut done = false;
         let first = async {
             let lock = self.config.init_lock.clone();
-            let locked = tokio::task::spawn_blocking(move || lock.map(|path| lock_file(&path)).transpose()).await;
+            let locked =
+                tokio::task::spawn_blocking(move || lock.map(|path| lock_file(&path)).transpose())
+                    .await;
             let _lock = locked.map_err(|e| Fault::internal(format!("lock the network: {e}")))??;
             done = true;
             cni.add(netns.id(), netns.path()).await
@@ -244,7 +264,9 @@ impl Network {
             Err(e) => (None, Err(e)),
         };
         match (netns, result) {
-            (Some(netns), Ok(listener)) => Ok(Lease { netns, proxy: Some(Serving::start(proxy, listener, egress)?) }),
+            (Some(netns), Ok(listener)) => {
+                Ok(Lease { netns, proxy: Some(Serving::start(proxy, listener, egress)?) })
+            }
             (netns, result) => {
                 if let Some(netns) = netns {
                     netns.remove().await;
@@ -252,7 +274,9 @@ impl Network {
                 if let proxied::WayOut::Namespace(netns) = egress {
                     self.reuse(netns).await;
                 }
-                Err(result.err().unwrap_or_else(|| Fault::internal("a proxied network has no namespace")))
+                Err(result
+                    .err()
+                    .unwrap_or_else(|| Fault::internal("a proxied network has no namespace")))
             }
         }
     }
@@ -325,7 +349,8 @@ impl Network {
 fn lock_file(path: &Path) -> Result<std::fs::File> {
     let failed = |e: std::io::Error| Fault::io(format!("lock {}", path.display()), e);
     let file = std::fs::File::options().create(true).append(true).open(path).map_err(failed)?;
-    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).map_err(|e| failed(e.into()))?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)
+        .map_err(|e| failed(e.into()))?;
     Ok(file)
 }
 
@@ -335,7 +360,9 @@ mod tests {
 
     #[test]
     fn a_bridge_that_cannot_be_is_refused() {
-        let check = |name: &str, subnet: &str| Bridge { name: name.into(), subnet: subnet.into() }.check().is_ok();
+        let check = |name: &str, subnet: &str| {
+            Bridge { name: name.into(), subnet: subnet.into() }.check().is_ok()
+        };
         assert!(Bridge::default().check().is_ok() && check("b", "fd00::/64"));
         for name in ["", "a/b", "a b", "..", "sixteen-letters-"] {
             assert!(!check(name, "10.0.0.0/8"), "{name:?}");

@@ -13,7 +13,9 @@ use containerd_client::services::v1::{
 };
 use shipway_fault::{Fault, Result};
 use shipway_oci::{Descriptor, DiffId};
-use shipway_storage::{Labels, LeaseId, Mount, SnapshotInfo, SnapshotKey, SnapshotKind, Snapshotter, Usage};
+use shipway_storage::{
+    Labels, LeaseId, Mount, SnapshotInfo, SnapshotKey, SnapshotKind, Snapshotter, Usage,
+};
 use tonic::transport::Channel;
 
 pub(crate) struct Snapshots {
@@ -31,11 +33,18 @@ impl Snapshots {
     }
 
     async fn keep(&self, lease: &LeaseId, name: &SnapshotKey) -> Result<()> {
-        let resource = api::Resource { id: name.0.clone(), r#type: format!("snapshots/{}", self.snapshotter) };
-        let request = self.connection.request(api::AddResourceRequest { id: lease.0.clone(), resource: Some(resource) })?;
+        let resource =
+            api::Resource { id: name.0.clone(), r#type: format!("snapshots/{}", self.snapshotter) };
+        let request = self
+            .connection
+            .request(api::AddResourceRequest { id: lease.0.clone(), resource: Some(resource) })?;
         let mut leases = LeasesClient::new(self.connection.control());
         self.connection
-            .call(|| format!("add snapshot {:?} to lease {:?}", name.0, lease.0), deadline::QUICK, leases.add_resource(request))
+            .call(
+                || format!("add snapshot {:?} to lease {:?}", name.0, lease.0),
+                deadline::QUICK,
+                leases.add_resource(request),
+            )
             .await
     }
 }
@@ -68,13 +77,30 @@ impl Snapshotter for Snapshots {
     }
 
     async fn stat(&self, key: &SnapshotKey) -> Result<SnapshotInfo> {
-        let request =
-            self.connection.request(wire_api::StatSnapshotRequest { snapshotter: self.snapshotter.clone(), key: key.0.clone() })?;
-        let answer = self.connection.call(|| format!("stat snapshot {:?}", key.0), deadline::QUICK, self.client().stat(request)).await?;
-        answer.info.map(info).ok_or_else(|| Fault::internal(format!("stat snapshot {:?}: containerd sent an empty answer", key.0)))
+        let request = self.connection.request(wire_api::StatSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.0.clone(),
+        })?;
+        let answer = self
+            .connection
+            .call(
+                || format!("stat snapshot {:?}", key.0),
+                deadline::QUICK,
+                self.client().stat(request),
+            )
+            .await?;
+        answer.info.map(info).ok_or_else(|| {
+            Fault::internal(format!("stat snapshot {:?}: containerd sent an empty answer", key.0))
+        })
     }
 
-    async fn prepare(&self, lease: &LeaseId, key: &SnapshotKey, parent: Option<&SnapshotKey>, labels: &Labels) -> Result<Vec<Mount>> {
+    async fn prepare(
+        &self,
+        lease: &LeaseId,
+        key: &SnapshotKey,
+        parent: Option<&SnapshotKey>,
+        labels: &Labels,
+    ) -> Result<Vec<Mount>> {
         let message = wire_api::PrepareSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
             key: key.0.clone(),
@@ -83,10 +109,21 @@ impl Snapshotter for Snapshots {
         };
         let request = self.connection.leased(message, lease)?;
         let what = || format!("prepare snapshot {:?} on {:?}", key.0, parent_out(parent));
-        Ok(mounts_in(self.connection.call(what, deadline::SLOW, self.client().prepare(request)).await?.mounts))
+        Ok(mounts_in(
+            self.connection
+                .call(what, deadline::SLOW, self.client().prepare(request))
+                .await?
+                .mounts,
+        ))
     }
 
-    async fn view(&self, lease: &LeaseId, key: &SnapshotKey, parent: Option<&SnapshotKey>, labels: &Labels) -> Result<Vec<Mount>> {
+    async fn view(
+        &self,
+        lease: &LeaseId,
+        key: &SnapshotKey,
+        parent: Option<&SnapshotKey>,
+        labels: &Labels,
+    ) -> Result<Vec<Mount>> {
         let message = wire_api::ViewSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
             key: key.0.clone(),
@@ -95,16 +132,29 @@ impl Snapshotter for Snapshots {
         };
         let request = self.connection.leased(message, lease)?;
         let what = || format!("make view {:?} of snapshot {:?}", key.0, parent_out(parent));
-        Ok(mounts_in(self.connection.call(what, deadline::SLOW, self.client().view(request)).await?.mounts))
+        Ok(mounts_in(
+            self.connection.call(what, deadline::SLOW, self.client().view(request)).await?.mounts,
+        ))
     }
 
     async fn mounts(&self, key: &SnapshotKey) -> Result<Vec<Mount>> {
-        let request = self.connection.request(wire_api::MountsRequest { snapshotter: self.snapshotter.clone(), key: key.0.clone() })?;
+        let request = self.connection.request(wire_api::MountsRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.0.clone(),
+        })?;
         let what = || format!("ask for the mounts of snapshot {:?}", key.0);
-        Ok(mounts_in(self.connection.call(what, deadline::SLOW, self.client().mounts(request)).await?.mounts))
+        Ok(mounts_in(
+            self.connection.call(what, deadline::SLOW, self.client().mounts(request)).await?.mounts,
+        ))
     }
 
-    async fn commit(&self, lease: &LeaseId, name: &SnapshotKey, key: &SnapshotKey, labels: &Labels) -> Result<()> {
+    async fn commit(
+        &self,
+        lease: &LeaseId,
+        name: &SnapshotKey,
+        key: &SnapshotKey,
+        labels: &Labels,
+    ) -> Result<()> {
         let message = wire_api::CommitSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
             name: name.0.clone(),
@@ -124,35 +174,65 @@ impl Snapshotter for Snapshots {
     }
 
     async fn remove(&self, key: &SnapshotKey) -> Result<()> {
-        let request =
-            self.connection.request(wire_api::RemoveSnapshotRequest { snapshotter: self.snapshotter.clone(), key: key.0.clone() })?;
-        self.connection.call(|| format!("remove snapshot {:?}", key.0), deadline::SLOW, self.client().remove(request)).await
+        let request = self.connection.request(wire_api::RemoveSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.0.clone(),
+        })?;
+        self.connection
+            .call(
+                || format!("remove snapshot {:?}", key.0),
+                deadline::SLOW,
+                self.client().remove(request),
+            )
+            .await
     }
 
     async fn update_labels(&self, key: &SnapshotKey, labels: &Labels) -> Result<()> {
-        let changed = wire_api::Info { name: key.0.clone(), labels: wire::labels_out(labels), ..Default::default() };
+        let changed = wire_api::Info {
+            name: key.0.clone(),
+            labels: wire::labels_out(labels),
+            ..Default::default()
+        };
         let request = self.connection.request(wire_api::UpdateSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
             info: Some(changed),
             update_mask: wire::mask(wire::label_paths(labels)),
         })?;
         self.connection
-            .call(|| format!("set labels of snapshot {:?}", key.0), deadline::QUICK, self.client().update(request))
+            .call(
+                || format!("set labels of snapshot {:?}", key.0),
+                deadline::QUICK,
+                self.client().update(request),
+            )
             .await
             .map(drop)
     }
 
     async fn usage(&self, key: &SnapshotKey) -> Result<Usage> {
-        let request = self.connection.request(wire_api::UsageRequest { snapshotter: self.snapshotter.clone(), key: key.0.clone() })?;
-        let answer = self.connection.call(|| format!("measure snapshot {:?}", key.0), deadline::SLOW, self.client().usage(request)).await?;
+        let request = self.connection.request(wire_api::UsageRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.0.clone(),
+        })?;
+        let answer = self
+            .connection
+            .call(
+                || format!("measure snapshot {:?}", key.0),
+                deadline::SLOW,
+                self.client().usage(request),
+            )
+            .await?;
         Ok(Usage { bytes: answer.size.max(0) as u64, inodes: answer.inodes.max(0) as u64 })
     }
 
     async fn list(&self, filters: &[String]) -> Result<Vec<SnapshotInfo>> {
-        let message = wire_api::ListSnapshotsRequest { snapshotter: self.snapshotter.clone(), filters: filters.to_vec() };
+        let message = wire_api::ListSnapshotsRequest {
+            snapshotter: self.snapshotter.clone(),
+            filters: filters.to_vec(),
+        };
         let request = self.connection.request(message)?;
         let what = || "list snapshots".to_owned();
-        let mut stream = self.connection.call(what, deadline::SLOW, self.client().list(request)).await?;
+        let mut stream =
+            self.connection.call(what, deadline::SLOW, self.client().list(request)).await?;
         let mut all = Vec::new();
         loop {
             match tokio::time::timeout(deadline::SLOW, stream.message()).await {
@@ -175,7 +255,9 @@ impl Snapshotter for Snapshots {
         let mut client = DiffClient::new(self.connection.control());
         let what = || format!("unpack layer {}", layer.digest);
         let answer = self.connection.call(what, deadline::UNPACK, client.apply(request)).await?;
-        let applied = answer.applied.ok_or_else(|| Fault::internal(format!("{}: containerd sent an empty answer", what())))?;
+        let applied = answer.applied.ok_or_else(|| {
+            Fault::internal(format!("{}: containerd sent an empty answer", what()))
+        })?;
         Ok(DiffId(wire::digest_in(&applied.digest)?))
     }
 }

@@ -1,9 +1,11 @@
 //! Owns the executor port over containerd's Containers and Tasks services.
 //!
-//! One process = one container record + one task. The record names the root snapshot, which makes that a root of garbage collection; the
-//! snapshot's mounts go to the shim, and nothing is mounted on the host. A process has a supervisor of its own (`run`) that outlives the
-//! caller's future: it kills on loss of interest and cleans up in the background. Shims are kept warm and shared one after another (`shims`).
-//! What a killed daemon leaves is found by label and by name, and removed by [`Executor::sweep`].
+//! One process = one container record + one task. The record names the root snapshot, which makes
+//! that a root of garbage collection; the snapshot's mounts go to the shim, and nothing is mounted
+//! on the host. A process has a supervisor of its own (`run`) that outlives the caller's future: it
+//! kills on loss of interest and cleans up in the background. Shims are kept warm and shared one
+//! after another (`shims`). What a killed daemon leaves is found by label and by name, and removed
+//! by [`Executor::sweep`].
 
 mod api;
 mod cgroup;
@@ -23,7 +25,9 @@ use crate::{
 use api::TaskApi;
 use async_trait::async_trait;
 use shims::Shims;
-use shipway_executor::{Attached, ExecMount, Executor, ExitStatus, ProcessSpec, RootFs, Wires, etc::Dns, spec::Host};
+use shipway_executor::{
+    Attached, ExecMount, Executor, ExitStatus, ProcessSpec, RootFs, Wires, etc::Dns, spec::Host,
+};
 use shipway_fault::{Fault, Result};
 use std::{
     collections::HashMap,
@@ -57,7 +61,8 @@ pub struct TaskConfig {
     pub apparmor: Option<String>,
 }
 
-/// Options of the runc shim (row `toml.w.ctd`), by the names that containerd's own configuration has for them.
+/// Options of the runc shim (row `toml.w.ctd`), by the names that containerd's own configuration
+/// has for them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Deserialize)]
 #[serde(deny_unknown_fields, default, rename_all = "PascalCase")]
 pub struct RuntimeOptions {
@@ -146,17 +151,24 @@ impl Inner {
 }
 
 impl TaskExecutor {
-    /// An executor in `namespace`. Nothing is asked of containerd; call [`Executor::sweep`] once before the first process.
+    /// An executor in `namespace`. Nothing is asked of containerd; call [`Executor::sweep`] once
+    /// before the first process.
     pub fn new(containerd: &Containerd, namespace: &str, config: TaskConfig) -> Result<Self> {
         if config.runtime.is_empty() || config.snapshotter.is_empty() {
-            return Err(Fault::invalid("the executor needs the names of a runtime and a snapshotter"));
+            return Err(Fault::invalid(
+                "the executor needs the names of a runtime and a snapshotter",
+            ));
         }
         if !config.root.is_absolute() {
-            return Err(Fault::invalid(format!("the executor's directory {} is not absolute", config.root.display())));
+            return Err(Fault::invalid(format!(
+                "the executor's directory {} is not absolute",
+                config.root.display()
+            )));
         }
         for dir in ["run", "secret"] {
             let dir = config.root.join(dir);
-            std::fs::create_dir_all(&dir).map_err(|e| Fault::io(format!("create {}", dir.display()), e))?;
+            std::fs::create_dir_all(&dir)
+                .map_err(|e| Fault::io(format!("create {}", dir.display()), e))?;
         }
         let api = TaskApi::new(containerd.connection.in_namespace(namespace)?, &config);
         let busy = Busy::default();
@@ -187,7 +199,13 @@ impl TaskExecutor {
 
 #[async_trait]
 impl Executor for TaskExecutor {
-    async fn run(&self, mut process: ProcessSpec, root: RootFs, mounts: Vec<ExecMount>, wires: Wires) -> Result<ExitStatus> {
+    async fn run(
+        &self,
+        mut process: ProcessSpec,
+        root: RootFs,
+        mounts: Vec<ExecMount>,
+        wires: Wires,
+    ) -> Result<ExitStatus> {
         let (answer, result) = oneshot::channel();
         let guard = self.0.busy.enter();
         let inner = self.0.clone();
@@ -198,10 +216,17 @@ impl Executor for TaskExecutor {
             run::supervise(inner, process, root, mounts, wires, answer).await;
             drop(guard);
         });
-        result.await.unwrap_or_else(|_| Err(Fault::internal("the supervisor of a process ended without an answer")))
+        result.await.unwrap_or_else(|_| {
+            Err(Fault::internal("the supervisor of a process ended without an answer"))
+        })
     }
 
-    async fn exec(&self, container: &str, process: ProcessSpec, wires: Wires) -> Result<ExitStatus> {
+    async fn exec(
+        &self,
+        container: &str,
+        process: ProcessSpec,
+        wires: Wires,
+    ) -> Result<ExitStatus> {
         let (answer, result) = oneshot::channel();
         let guard = self.0.busy.enter();
         let (inner, container) = (self.0.clone(), self.0.marked(container));
@@ -209,7 +234,9 @@ impl Executor for TaskExecutor {
             exec::supervise(inner, container, process, wires, answer).await;
             drop(guard);
         });
-        result.await.unwrap_or_else(|_| Err(Fault::internal("the supervisor of a process ended without an answer")))
+        result.await.unwrap_or_else(|_| {
+            Err(Fault::internal("the supervisor of a process ended without an answer"))
+        })
     }
 
     async fn rest(&self) {
@@ -217,7 +244,8 @@ impl Executor for TaskExecutor {
         let _ = tokio::time::timeout(CLEANING, self.0.cleaning.idle()).await;
         self.0.shims.retire_idle(None).await;
         self.0.network.retire_idle().await;
-        // With nothing running, what there is was left by a call that failed, as when containerd was killed.
+        // With nothing running, what there is was left by a call that failed, as when containerd
+        // was killed.
         if let Ok(_closed) = self.0.gate.clone().try_write_owned()
             && let Err(e) = sweep::containers(&self.0).await
         {
@@ -271,7 +299,9 @@ impl Drop for BusyGuard {
 fn host() -> Host {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let status = read("/proc/self/status");
-    let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim).unwrap_or_default();
+    let field = |name: &str| {
+        status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim).unwrap_or_default()
+    };
     Host {
         arch: shipway_oci::Platform::host().architecture,
         seccomp: !field("Seccomp:").is_empty(),

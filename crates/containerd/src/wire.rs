@@ -28,11 +28,16 @@ pub(crate) fn mask(paths: impl IntoIterator<Item = String>) -> Option<prost_type
 
 pub(crate) fn time_in(time: Option<prost_types::Timestamp>) -> Option<SystemTime> {
     let time = time?;
-    SystemTime::UNIX_EPOCH.checked_add(Duration::new(time.seconds.try_into().ok()?, time.nanos.try_into().ok()?))
+    SystemTime::UNIX_EPOCH
+        .checked_add(Duration::new(time.seconds.try_into().ok()?, time.nanos.try_into().ok()?))
 }
 
 pub(crate) fn digest_in(digest: &str) -> Result<Digest> {
-    digest.parse().map_err(|e| Fault::unimplemented(format!("containerd names a blob {digest:?} ({e}); a digest other than sha256")))
+    digest.parse().map_err(|e| {
+        Fault::unimplemented(format!(
+            "containerd names a blob {digest:?} ({e}); a digest other than sha256"
+        ))
+    })
 }
 
 pub(crate) fn descriptor_out(descriptor: &Descriptor) -> types::Descriptor {
@@ -45,7 +50,11 @@ pub(crate) fn descriptor_out(descriptor: &Descriptor) -> types::Descriptor {
 }
 
 pub(crate) fn descriptor_in(descriptor: types::Descriptor) -> Result<Descriptor> {
-    let mut out = Descriptor::new(descriptor.media_type, digest_in(&descriptor.digest)?, descriptor.size.max(0) as u64);
+    let mut out = Descriptor::new(
+        descriptor.media_type,
+        digest_in(&descriptor.digest)?,
+        descriptor.size.max(0) as u64,
+    );
     out.annotations = descriptor.annotations.into_iter().collect();
     Ok(out)
 }
@@ -55,5 +64,10 @@ pub(crate) fn mount_in(mount: types::Mount) -> Mount {
 }
 
 pub(crate) fn mount_out(mount: &Mount) -> types::Mount {
-    types::Mount { r#type: mount.kind.clone(), source: mount.source.clone(), target: mount.target.clone(), options: mount.options.clone() }
+    types::Mount {
+        r#type: mount.kind.clone(),
+        source: mount.source.clone(),
+        target: mount.target.clone(),
+        options: mount.options.clone(),
+    }
 }

@@ -1,8 +1,9 @@
 //! The tree: what a Dockerfile says, typed, with the words still unexpanded.
 //!
-//! `FROM` opens a [`Stage`]; every other instruction is an [`Instruction`] holding a typed [`Command`], its own text and its
-//! lines. Words keep quotes, escapes and `$variables` until [`Command::expand`] is given the environment of its moment,
-//! because that depends on stages and build arguments which only the conversion knows (rows `df.*`).
+//! `FROM` opens a [`Stage`]; every other instruction is an [`Instruction`] holding a typed
+//! [`Command`], its own text and its lines. Words keep quotes, escapes and `$variables` until
+//! [`Command::expand`] is given the environment of its moment, because that depends on stages and
+//! build arguments which only the conversion knows (rows `df.*`).
 
 use std::time::Duration;
 
@@ -21,7 +22,10 @@ impl Lines {
     /// One span per line with characters 0, the form clients and source maps know.
     pub fn spans(self) -> Vec<Span> {
         (self.start..=self.end.max(self.start))
-            .map(|line| Span { start: Position { line, character: 0 }, end: Position { line, character: 0 } })
+            .map(|line| Span {
+                start: Position { line, character: 0 },
+                end: Position { line, character: 0 },
+            })
             .collect()
     }
 }
@@ -46,7 +50,8 @@ pub struct Dockerfile {
     pub escape: char,
     /// `ARG`s before the first `FROM`, in their order; every `command` is [`Command::Arg`].
     pub global_args: Vec<Instruction>,
-    /// Stages in their order. May be empty: then a build answers `dockerfile contains no stages to build`.
+    /// Stages in their order. May be empty: then a build answers
+    /// `dockerfile contains no stages to build`.
     pub stages: Vec<Stage>,
 }
 
@@ -59,7 +64,7 @@ pub struct Stage {
     pub base: String,
     /// Value of `--platform`, unexpanded; empty when not given.
     pub platform: String,
-    /// `FROM` as it was spelt.
+    /// `FROM` as it was spelled.
     pub keyword: String,
     /// Text of the `FROM` line, continuation lines joined, trimmed.
     pub source: String,
@@ -76,9 +81,10 @@ pub struct Stage {
 /// An instruction other than `FROM`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Instruction {
-    /// The keyword as it was spelt.
+    /// The keyword as it was spelled.
     pub keyword: String,
-    /// Its text: continuation lines joined, comments out, trimmed, without heredoc bodies. Vertex names and history show it.
+    /// Its text: continuation lines joined, comments out, trimmed, without heredoc bodies. Vertex
+    /// names and history show it.
     pub source: String,
     /// Lines it covers, heredoc bodies included.
     pub lines: Lines,
@@ -103,7 +109,8 @@ pub enum Command {
     Entrypoint(CommandLine),
     /// `ENV` (row `df.env`).
     Env(Vec<Pair>),
-    /// `EXPOSE`: port words, sorted, unexpanded; one word may expand to several ([`crate::Lex::words`]) (row `df.expose`).
+    /// `EXPOSE`: port words, sorted, unexpanded; one word may expand to several
+    /// ([`crate::Lex::words`]) (row `df.expose`).
     Expose(Vec<String>),
     /// `HEALTHCHECK` (row `df.healthcheck`).
     Healthcheck(Healthcheck),
@@ -173,7 +180,8 @@ pub struct ArgPair {
     pub description: String,
 }
 
-/// `ARG a=1 b`. Its words expand one by one ([`Arg::expand`]) because a build argument may make a bad default harmless.
+/// `ARG a=1 b`. Its words expand one by one ([`Arg::expand`]) because a build argument may make a
+/// bad default harmless.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Arg {
     /// The arguments, in their order.
@@ -262,13 +270,15 @@ pub struct Heredoc {
     pub fd: u64,
     /// False when the word was quoted.
     pub expand: bool,
-    /// Whether it was `<<-`: leading tabs do not count. [`crate::strip_tabs`] removes them; `data` still has them.
+    /// Whether it was `<<-`: leading tabs do not count. [`crate::strip_tabs`] removes them; `data`
+    /// still has them.
     pub strip: bool,
     /// Its text as written, ends of lines included.
     pub data: String,
 }
 
-/// A `--mount` as written. Only `from` is known before expansion, because variables are not allowed there.
+/// A `--mount` as written. Only `from` is known before expansion, because variables are not allowed
+/// there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountSpec {
     /// The option's value, a CSV line.
@@ -386,6 +396,7 @@ pub struct Healthcheck {
 /// `ONBUILD`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Onbuild {
-    /// The instruction's text with its heredocs, as the image config keeps it; [`crate::parse_trigger`] reads it.
+    /// The instruction's text with its heredocs, as the image config keeps it;
+    /// [`crate::parse_trigger`] reads it.
     pub trigger: String,
 }

@@ -70,15 +70,22 @@ pub fn find(name: &str, text: &[u8]) -> Option<Found> {
     in_comments(name, text, "#", before)
 }
 
-/// The frontend a file asks for, in any of the forms the reference accepts: `# syntax=`, `// syntax=` or a JSON object with a
-/// key `syntax`; a first line `#!…` is passed over (row `df.dir.syntax`).
+/// The frontend a file asks for, in any of the forms the reference accepts: `# syntax=`,
+/// `// syntax=` or a JSON object with a key `syntax`; a first line `#!…` is passed over (row
+/// `df.dir.syntax`).
 pub fn syntax(text: &[u8]) -> Option<Found> {
     let (text, before) = without_shebang(text);
-    in_comments("syntax", text, "#", before).or_else(|| in_comments("syntax", text, "//", before)).or_else(|| {
-        let value = crate::json::object_member(&String::from_utf8_lossy(text), "syntax")?;
-        // An object has no line of its own; the reference says how many lines it passed over.
-        Some(Found { first_word: value.clone(), value, lines: Lines { start: before, end: before } })
-    })
+    in_comments("syntax", text, "#", before)
+        .or_else(|| in_comments("syntax", text, "//", before))
+        .or_else(|| {
+            let value = crate::json::object_member(&String::from_utf8_lossy(text), "syntax")?;
+            // An object has no line of its own; the reference says how many lines it passed over.
+            Some(Found {
+                first_word: value.clone(),
+                value,
+                lines: Lines { start: before, end: before },
+            })
+        })
 }
 
 /// The text after a byte order mark and a line `#!…`, and how many lines are gone.
@@ -102,5 +109,9 @@ fn in_comments(name: &str, text: &[u8], comment: &'static str, before: i32) -> O
     }
     let found = directives.found.into_iter().find(|d| d.name == name)?;
     let first_word = found.value.split(' ').next().unwrap_or_default().to_owned();
-    Some(Found { first_word, value: found.value, lines: Lines { start: found.line, end: found.line } })
+    Some(Found {
+        first_word,
+        value: found.value,
+        lines: Lines { start: found.line, end: found.line },
+    })
 }

@@ -62,7 +62,8 @@ impl Error {
 }
 
 impl From<Error> for Fault {
-    /// Loses the place: whoever has the file adds it as [`shipway_fault::Detail::Source`] from [`Error::spans`].
+    /// Loses the place: whoever has the file adds it as [`shipway_fault::Detail::Source`] from
+    /// [`Error::spans`].
     fn from(error: Error) -> Self {
         // The reference answers with gRPC's `Unknown` here, and clients print the words only.
         let fault = Fault::unknown(error.message);

@@ -15,8 +15,9 @@ impl Dockerfile {
         Self::parse_with(text, &mut Linter::default())
     }
 
-    /// Parses a file and reports to `linter` what the rules say about its text. Stops at the first mistake, with the words and
-    /// lines the reference has for it; what was reported until then stays with the linter.
+    /// Parses a file and reports to `linter` what the rules say about its text. Stops at the first
+    /// mistake, with the words and lines the reference has for it; what was reported until then
+    /// stays with the linter.
     pub fn parse_with(text: &[u8], linter: &mut Linter) -> Result<Self> {
         let text = String::from_utf8_lossy(text);
         let nodes = lines::read(&text, None)?;
@@ -30,7 +31,8 @@ impl Dockerfile {
         Ok(builder.finish(nodes.directives, nodes.escape, linter))
     }
 
-    /// Parses as much of a file as can be understood and gives every mistake in it, in the order of its lines.
+    /// Parses as much of a file as can be understood and gives every mistake in it, in the order of
+    /// its lines.
     pub fn diagnose(text: &[u8], linter: &mut Linter) -> (Option<Self>, Vec<Error>) {
         let text = String::from_utf8_lossy(text);
         let mut mistakes = Vec::new();
@@ -42,7 +44,11 @@ impl Dockerfile {
             Ok(nodes) => {
                 let mut builder = Builder::default();
                 for line in &nodes.empty_continuations {
-                    linter.report(Finding::NoEmptyContinuation, Lines { start: *line, end: *line }, &[]);
+                    linter.report(
+                        Finding::NoEmptyContinuation,
+                        Lines { start: *line, end: *line },
+                        &[],
+                    );
                 }
                 for node in nodes.nodes {
                     mistakes.extend(builder.add(node, linter).err());
@@ -84,23 +90,35 @@ struct Builder {
 impl Builder {
     fn add(&mut self, node: Node, linter: &mut Linter) -> Result<()> {
         let lines = node.lines;
-        let parsed = instruction::parse(node, linter)
-            .map_err(|e| Error { message: format!("dockerfile parse error on line {}: {}", lines.start, e.message), ..e.on(lines) })?;
+        let parsed = instruction::parse(node, linter).map_err(|e| Error {
+            message: format!("dockerfile parse error on line {}: {}", lines.start, e.message),
+            ..e.on(lines)
+        })?;
         match (parsed, self.stages.last_mut()) {
             (Parsed::Stage(stage), _) => self.stages.push(stage),
             (Parsed::Instruction(instruction), Some(stage)) => stage.instructions.push(instruction),
-            (Parsed::Instruction(instruction), None) if matches!(instruction.command, Command::Arg(_)) => {
+            (Parsed::Instruction(instruction), None)
+                if matches!(instruction.command, Command::Arg(_)) =>
+            {
                 self.global_args.push(instruction);
             }
             (Parsed::Instruction(_), None) => {
-                let error = Error::new("no build stage in current context").on(lines).at(Token::Keyword);
-                return Err(error.hint("start with a FROM instruction; only ARG may come before it"));
+                let error =
+                    Error::new("no build stage in current context").on(lines).at(Token::Keyword);
+                return Err(
+                    error.hint("start with a FROM instruction; only ARG may come before it")
+                );
             }
         }
         Ok(())
     }
 
-    fn finish(self, directives: Vec<crate::ast::Directive>, escape: char, linter: &mut Linter) -> Dockerfile {
+    fn finish(
+        self,
+        directives: Vec<crate::ast::Directive>,
+        escape: char,
+        linter: &mut Linter,
+    ) -> Dockerfile {
         lint::stages(&self.stages, linter);
         Dockerfile { directives, escape, global_args: self.global_args, stages: self.stages }
     }

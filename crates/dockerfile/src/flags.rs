@@ -37,7 +37,9 @@ impl Flags {
             let (name, value) = flag.split_once('=').map_or((flag, None), |(n, v)| (n, Some(v)));
             let Some(&(name, kind)) = known.iter().find(|(n, _)| *n == name) else {
                 let options: Vec<&str> = known.iter().map(|(n, _)| *n).collect();
-                let error = with_suggestion(format!("unknown flag: --{name}"), name, &options, true).at(Token::Flag(word.clone()));
+                let error =
+                    with_suggestion(format!("unknown flag: --{name}"), name, &options, true)
+                        .at(Token::Flag(word.clone()));
                 return Err(match options.as_slice() {
                     [] => error.hint("this instruction has no flags; a word that begins with -- goes behind a lone --"),
                     known => error.hint(format!("its flags are {}", known.iter().map(|n| format!("--{n}")).collect::<Vec<_>>().join(", "))),
@@ -46,7 +48,10 @@ impl Flags {
             if kind != Kind::List && flags.given.contains_key(name) {
                 return Err(wrong(format!("duplicate flag specified: --{name}")));
             }
-            let missing = || wrong(format!("missing a value on flag: --{name}")).hint(format!("write --{name}=<value>"));
+            let missing = || {
+                wrong(format!("missing a value on flag: --{name}"))
+                    .hint(format!("write --{name}=<value>"))
+            };
             let value = match (kind, value) {
                 (Kind::Switch, None) => "true".to_owned(),
                 (Kind::Switch, Some("")) => return Err(missing()),
@@ -54,8 +59,12 @@ impl Flags {
                 (Kind::Switch, Some(value)) => match value.to_lowercase() {
                     value if value == "true" || value == "false" => value,
                     _ => {
-                        let error = wrong(format!("expecting boolean value for flag --{name}, not: {value}"));
-                        return Err(error.hint(format!("write --{name}, --{name}=true or --{name}=false")));
+                        let error = wrong(format!(
+                            "expecting boolean value for flag --{name}, not: {value}"
+                        ));
+                        return Err(
+                            error.hint(format!("write --{name}, --{name}=true or --{name}=false"))
+                        );
                     }
                 },
                 (_, value) => value.ok_or_else(missing)?.to_owned(),

@@ -1,8 +1,10 @@
-//! The patterns of `${v#p}`, `${v%p}` and `${v/p/r}`: `*` for any text within a line, `?` for any character, `\` to escape.
+//! The patterns of `${v#p}`, `${v%p}` and `${v/p/r}`: `*` for any text within a line, `?` for any
+//! character, `\` to escape.
 //!
-//! A pattern is cut at its stars into pieces of fixed length. Placing the pieces one after the other as early as possible
-//! decides whether it matches, and the last piece placed early or late gives the shortest or the longest match, so nothing
-//! backtracks. A step counter bounds what is left: long pieces that almost match everywhere.
+//! A pattern is cut at its stars into pieces of fixed length. Placing the pieces one after the
+//! other as early as possible decides whether it matches, and the last piece placed early or late
+//! gives the shortest or the longest match, so nothing backtracks. A step counter bounds what is
+//! left: long pieces that almost match everywhere.
 
 use crate::{
     error::{Error, Result},
@@ -26,7 +28,11 @@ struct Pattern {
 
 impl Pattern {
     fn parse(pattern: &str, greedy: bool) -> Result<Self> {
-        let invalid = |c: char| Error::new(format!("invalid pattern ({pattern}) in substitution: invalid escape '\\{c}'"));
+        let invalid = |c: char| {
+            Error::new(format!(
+                "invalid pattern ({pattern}) in substitution: invalid escape '\\{c}'"
+            ))
+        };
         let mut pieces = vec![Vec::new()];
         let mut chars = pattern.chars().peekable();
         while let Some(c) = chars.next() {
@@ -36,7 +42,8 @@ impl Pattern {
                     continue;
                 }
                 '?' => Unit::Any,
-                // In `${…}` these two are escaped for the sake of the substitution, not of the pattern.
+                // In `${…}` these two are escaped for the sake of the substitution, not of the
+                // pattern.
                 '\\' if matches!(chars.peek(), Some('}' | '/')) => continue,
                 '\\' => match chars.next() {
                     Some(c @ ('*' | '?' | '\\')) => Unit::Char(c),
@@ -77,7 +84,9 @@ impl<'a> Search<'a> {
     fn fits(&mut self, piece: &[Unit], at: usize) -> Result<bool> {
         let Some(text) = self.text.get(at..at + piece.len()) else { return Ok(false) };
         for (unit, c) in piece.iter().zip(text) {
-            self.steps = self.steps.checked_sub(1).ok_or_else(|| Error::new("the pattern of a substitution takes too long to match"))?;
+            self.steps = self.steps.checked_sub(1).ok_or_else(|| {
+                Error::new("the pattern of a substitution takes too long to match")
+            })?;
             let fits = match unit {
                 Unit::Char(wanted) => wanted == c,
                 Unit::Any => *c != '\n',
@@ -86,7 +95,10 @@ impl<'a> Search<'a> {
                 return Ok(false);
             }
         }
-        self.steps = self.steps.checked_sub(1).ok_or_else(|| Error::new("the pattern of a substitution takes too long to match"))?;
+        self.steps = self
+            .steps
+            .checked_sub(1)
+            .ok_or_else(|| Error::new("the pattern of a substitution takes too long to match"))?;
         Ok(true)
     }
 
@@ -106,13 +118,21 @@ impl<'a> Search<'a> {
         for (i, piece) in rest.iter().enumerate() {
             let places = end..=self.line_end(end);
             let late = pattern.greedy && i + 1 == rest.len();
-            let Some(place) = (if late { self.place(piece, places.rev())? } else { self.place(piece, places)? }) else { return Ok(None) };
+            let Some(place) =
+                (if late { self.place(piece, places.rev())? } else { self.place(piece, places)? })
+            else {
+                return Ok(None);
+            };
             end = place + piece.len();
         }
         Ok(Some(end))
     }
 
-    fn place(&mut self, piece: &[Unit], places: impl Iterator<Item = usize>) -> Result<Option<usize>> {
+    fn place(
+        &mut self,
+        piece: &[Unit],
+        places: impl Iterator<Item = usize>,
+    ) -> Result<Option<usize>> {
         for place in places {
             if self.fits(piece, place)? {
                 return Ok(Some(place));
@@ -169,8 +189,16 @@ fn reversed(pattern: &str) -> String {
     units.into_iter().rev().collect()
 }
 
-/// `${v/pattern/replacement}`, or `//` for all. The result must not grow by more than `budget` bytes.
-pub fn replace(pattern: &str, value: &str, replacement: &str, all: bool, budget: usize, work: &Work) -> Result<String> {
+/// `${v/pattern/replacement}`, or `//` for all. The result must not grow by more than `budget`
+/// bytes.
+pub fn replace(
+    pattern: &str,
+    value: &str,
+    replacement: &str,
+    all: bool,
+    budget: usize,
+    work: &Work,
+) -> Result<String> {
     let pattern = Pattern::parse(pattern, true)?;
     let text: Vec<char> = value.chars().collect();
     let mut search = Search::new(&pattern, &text, work);
@@ -197,7 +225,8 @@ pub fn replace(pattern: &str, value: &str, replacement: &str, all: bool, budget:
     Ok(out)
 }
 
-/// The replacement of `//` knows `$0` and drops other `$names`, as the reference's regular expressions do.
+/// The replacement of `//` knows `$0` and drops other `$names`, as the reference's regular
+/// expressions do.
 fn template(replacement: &str, matched: &[char], out: &mut String) {
     let mut rest = replacement;
     while let Some((before, after)) = rest.split_once('$') {
@@ -214,7 +243,8 @@ fn template(replacement: &str, matched: &[char], out: &mut String) {
                 .filter(|n| inner[*n..].starts_with('}'))
                 .map_or(("", 0), |n| (&inner[..n], n + 2)),
             None => {
-                let n = rest.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(rest.len());
+                let n =
+                    rest.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(rest.len());
                 (&rest[..n], n)
             }
         };

@@ -1,4 +1,5 @@
-//! Heredocs: `[fd]<<[-]WORD` in a line, with quotes around the word or parts of it to forbid expansion (row `df.heredoc`).
+//! Heredocs: `[fd]<<[-]WORD` in a line, with quotes around the word or parts of it to forbid
+//! expansion (row `df.heredoc`).
 
 use crate::{
     ast::Heredoc,
@@ -8,7 +9,8 @@ use crate::{
 
 /// The heredocs that a line opens, without their texts. A line that is not made of words has none.
 pub(crate) fn in_line(line: &str) -> Result<Vec<Heredoc>> {
-    let words = Lex::new('\\').raw_quotes().raw_escapes().keep_unset().words(line, &()).unwrap_or_default();
+    let words =
+        Lex::new('\\').raw_quotes().raw_escapes().keep_unset().words(line, &()).unwrap_or_default();
     let mut found = Vec::new();
     for word in words {
         found.extend(parse(&word)?);
@@ -32,7 +34,9 @@ pub(crate) fn parse(word: &str) -> Result<Option<Heredoc>> {
     }
     let raw = lex.clone().raw_quotes().words(rest, &())?;
     if raw.len() != 1 {
-        return Err(Error::new(format!("internal lexing of heredoc produced inconsistent results: {rest}")));
+        return Err(Error::new(format!(
+            "internal lexing of heredoc produced inconsistent results: {rest}"
+        )));
     }
     let quotes = |s: &str| s.bytes().filter(|b| matches!(b, b'\'' | b'"')).count();
     let name = names.remove(0);

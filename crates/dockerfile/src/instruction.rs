@@ -1,4 +1,5 @@
-//! The second pass: nodes to typed instructions, with the checks and words the reference has, in its order (rows `df.*`).
+//! The second pass: nodes to typed instructions, with the checks and words the reference has, in
+//! its order (rows `df.*`).
 
 use std::time::Duration;
 
@@ -25,7 +26,12 @@ pub(crate) fn parse(mut node: Node, linter: &mut Linter) -> Result<Parsed> {
     let lines = node.lines;
     let Some(keyword) = node.kind else {
         let names = Keyword::NAMES.map(|(name, _)| name);
-        let error = with_suggestion(format!("unknown instruction: {}", node.keyword), &node.keyword, &names, false);
+        let error = with_suggestion(
+            format!("unknown instruction: {}", node.keyword),
+            &node.keyword,
+            &names,
+            false,
+        );
         return Err(error.at(Token::Keyword));
     };
     let command = match keyword {
@@ -34,7 +40,9 @@ pub(crate) fn parse(mut node: Node, linter: &mut Linter) -> Result<Parsed> {
         Keyword::Arg => arg(&node, linter).map(Command::Arg),
         Keyword::Cmd => no_flags(&node).map(|()| Command::Cmd(command_line(&mut node))),
         Keyword::Copy => copy(&mut node).map(Command::Copy),
-        Keyword::Entrypoint => no_flags(&node).map(|()| Command::Entrypoint(command_line(&mut node))),
+        Keyword::Entrypoint => {
+            no_flags(&node).map(|()| Command::Entrypoint(command_line(&mut node)))
+        }
         Keyword::Env => pairs(&mut node, "ENV").map(Command::Env),
         Keyword::Expose => expose(&mut node).map(Command::Expose),
         Keyword::Healthcheck => healthcheck(&node).map(Command::Healthcheck),
@@ -54,7 +62,13 @@ pub(crate) fn parse(mut node: Node, linter: &mut Linter) -> Result<Parsed> {
     };
     let command = command?;
     let source = trimmed(node.original);
-    Ok(Parsed::Instruction(Instruction { keyword: node.keyword, source, lines, comments: node.comments, command }))
+    Ok(Parsed::Instruction(Instruction {
+        keyword: node.keyword,
+        source,
+        lines,
+        comments: node.comments,
+        command,
+    }))
 }
 
 /// The text trimmed, without a copy where that is possible.
@@ -88,13 +102,17 @@ pub(crate) fn example(keyword: &str) -> String {
 }
 
 fn at_least_one(keyword: &str) -> Error {
-    Error::new(format!("{keyword} requires at least one argument")).at(Token::Keyword).hint(example(keyword))
+    Error::new(format!("{keyword} requires at least one argument"))
+        .at(Token::Keyword)
+        .hint(example(keyword))
 }
 
 fn exactly_one(node: &mut Node, keyword: &str) -> Result<String> {
     match node.args.pop() {
         Some(word) if node.args.is_empty() => Ok(word),
-        _ => Err(Error::new(format!("{keyword} requires exactly one argument")).at(Token::Arguments).hint(example(keyword))),
+        _ => Err(Error::new(format!("{keyword} requires exactly one argument"))
+            .at(Token::Arguments)
+            .hint(example(keyword))),
     }
 }
 
@@ -121,7 +139,11 @@ fn lint_description(instruction: &str, names: &[&str], node: &Node, linter: &mut
         return;
     }
     let name = if names.len() > 1 { "<arg_key>" } else { first };
-    linter.report(Finding::InvalidDefinitionDescription { instruction, name }, node.lines, &node.comments);
+    linter.report(
+        Finding::InvalidDefinitionDescription { instruction, name },
+        node.lines,
+        &node.comments,
+    );
 }
 
 fn from(node: Node, linter: &mut Linter) -> Result<Stage> {
@@ -140,13 +162,21 @@ fn from(node: Node, linter: &mut Linter) -> Result<Stage> {
             *keyword == keyword.to_uppercase() && *r#as != r#as.to_uppercase()
         };
         if differs {
-            linter.report(Finding::FromAsCasing { from: keyword, r#as }, node.lines, &node.comments);
+            linter.report(
+                Finding::FromAsCasing { from: keyword, r#as },
+                node.lines,
+                &node.comments,
+            );
         }
     }
     let name = match args.as_slice() {
         [_, r#as, name] if r#as.eq_ignore_ascii_case("as") => stage_name(name)?,
         [_] => String::new(),
-        _ => return Err(Error::new("FROM requires either one or three arguments").at(Token::Arguments).hint(example("FROM"))),
+        _ => {
+            return Err(Error::new("FROM requires either one or three arguments")
+                .at(Token::Arguments)
+                .hint(example("FROM")));
+        }
     };
     let platform = Flags::parse(&node.flags, &[("platform", Kind::Text)])?.text("platform");
     if !name.is_empty() {
@@ -167,11 +197,15 @@ fn from(node: Node, linter: &mut Linter) -> Result<Stage> {
 
 fn stage_name(written: &str) -> Result<String> {
     let name = written.to_lowercase();
-    let rest = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '_' | '.');
+    let rest =
+        |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '_' | '.');
     if name.starts_with(|c: char| c.is_ascii_lowercase()) && name.chars().all(rest) {
         return Ok(name);
     }
-    let message = format!("invalid name for build stage: {}, name can't start with a number or contain symbols", quote(written));
+    let message = format!(
+        "invalid name for build stage: {}, name can't start with a number or contain symbols",
+        quote(written)
+    );
     let hint = "begin with a letter, and go on with letters, digits, -, _ and .";
     Err(Error::new(message).at(Token::Word(2)).hint(hint))
 }
@@ -183,9 +217,11 @@ fn pairs(node: &mut Node, keyword: &str) -> Result<Vec<Pair>> {
     }
     let mut pairs = Vec::with_capacity(node.args.len() / 3);
     let mut words = std::mem::take(&mut node.args).into_iter();
-    while let (Some(key), Some(value), Some(separator)) = (words.next(), words.next(), words.next()) {
+    while let (Some(key), Some(value), Some(separator)) = (words.next(), words.next(), words.next())
+    {
         if key.is_empty() {
-            let error = Error::new(format!("{keyword} names can not be blank")).at(Token::Text(format!("={value}")));
+            let error = Error::new(format!("{keyword} names can not be blank"))
+                .at(Token::Text(format!("={value}")));
             return Err(error.hint(example(keyword)));
         }
         pairs.push(Pair { key, value, legacy: separator.is_empty() });
@@ -199,11 +235,18 @@ fn arg(node: &Node, linter: &mut Linter) -> Result<Arg> {
     }
     let mut args = Vec::with_capacity(node.args.len());
     for word in &node.args {
-        let (name, default) = word.split_once('=').map_or((word.as_str(), None), |(n, d)| (n, Some(d.to_owned())));
+        let (name, default) =
+            word.split_once('=').map_or((word.as_str(), None), |(n, d)| (n, Some(d.to_owned())));
         if name.is_empty() && default.is_some() {
-            return Err(Error::new("ARG names can not be blank").at(Token::Text(word.clone())).hint(example("ARG")));
+            return Err(Error::new("ARG names can not be blank")
+                .at(Token::Text(word.clone()))
+                .hint(example("ARG")));
         }
-        args.push(ArgPair { name: name.to_owned(), default, description: description(&node.comments, name) });
+        args.push(ArgPair {
+            name: name.to_owned(),
+            default,
+            description: description(&node.comments, name),
+        });
     }
     let names: Vec<&str> = args.iter().map(|a| a.name.as_str()).collect();
     lint_description("ARG", &names, node, linter);
@@ -243,7 +286,9 @@ fn add(node: &mut Node) -> Result<Add> {
 fn files(node: &mut Node, keyword: &str, known: &[(&'static str, Kind)]) -> Result<(Flags, Files)> {
     if node.args.len() < 2 {
         let message = "requires at least two arguments, but only one was provided. Destination could not be determined";
-        return Err(Error::new(format!("{keyword} {message}")).at(Token::Arguments).hint(example(keyword)));
+        return Err(Error::new(format!("{keyword} {message}"))
+            .at(Token::Arguments)
+            .hint(example(keyword)));
     }
     let flags = Flags::parse(&node.flags, known)?;
     // A word that is no proper heredoc is a path.
@@ -251,7 +296,8 @@ fn files(node: &mut Node, keyword: &str, known: &[(&'static str, Kind)]) -> Resu
     let mut words = std::mem::take(&mut node.args);
     let dest = words.pop().unwrap_or_default();
     if heredoc(&dest).is_some() {
-        let error = Error::new(format!("{keyword} cannot accept a heredoc as a destination")).at(Token::Text(dest));
+        let error = Error::new(format!("{keyword} cannot accept a heredoc as a destination"))
+            .at(Token::Text(dest));
         return Err(error.hint("write the destination after the heredoc"));
     }
     let mut files = Files {
@@ -268,7 +314,12 @@ fn files(node: &mut Node, keyword: &str, known: &[(&'static str, Kind)]) -> Resu
             continue;
         };
         // The last one of a name gives the text, as with the reference.
-        let body = node.heredocs.iter().rev().find(|h| h.name == opening.name).map_or("", |h| h.data.as_str());
+        let body = node
+            .heredocs
+            .iter()
+            .rev()
+            .find(|h| h.name == opening.name)
+            .map_or("", |h| h.data.as_str());
         let data = if opening.strip { heredoc::strip_tabs(body) } else { body.to_owned() };
         files.contents.push(InlineFile { name: opening.name, data, expand: opening.expand });
     }
@@ -281,25 +332,46 @@ fn command_line(node: &mut Node) -> CommandLine {
 }
 
 fn run(node: &mut Node) -> Result<Run> {
-    let known = [("device", Kind::List), ("mount", Kind::List), ("network", Kind::Text), ("security", Kind::Text)];
+    let known = [
+        ("device", Kind::List),
+        ("mount", Kind::List),
+        ("network", Kind::Text),
+        ("security", Kind::Text),
+    ];
     let flags = Flags::parse(&node.flags, &known)?;
-    let devices = flags.list("device").iter().map(|raw| Device::parse(raw)).collect::<Result<_>>()?;
-    let mounts = flags.list("mount").iter().map(|raw| MountSpec::parse(raw)).collect::<Result<_>>()?;
+    let devices =
+        flags.list("device").iter().map(|raw| Device::parse(raw)).collect::<Result<_>>()?;
+    let mounts =
+        flags.list("mount").iter().map(|raw| MountSpec::parse(raw)).collect::<Result<_>>()?;
     let used = flags.used();
     let value = |name: &str| used.iter().any(|u| u == name).then(|| flags.text(name));
     let network = match value("network").as_deref() {
         None | Some("default") => Network::Default,
         Some("none") => Network::None,
         Some("host") => Network::Host,
-        Some(other) => return Err(Error::new(format!("invalid network mode {}", quote(other))).hint("use default, none or host")),
+        Some(other) => {
+            return Err(Error::new(format!("invalid network mode {}", quote(other)))
+                .hint("use default, none or host"));
+        }
     };
     let security = match value("security").as_deref() {
         None | Some("sandbox") => Security::Sandbox,
         Some("insecure") => Security::Insecure,
-        Some(other) => return Err(Error::new(format!("security {} is not valid", quote(other))).hint("use sandbox or insecure")),
+        Some(other) => {
+            return Err(Error::new(format!("security {} is not valid", quote(other)))
+                .hint("use sandbox or insecure"));
+        }
     };
     let heredocs = std::mem::take(&mut node.heredocs);
-    Ok(Run { command: command_line(node), heredocs, mounts, network, security, devices, flags_used: used })
+    Ok(Run {
+        command: command_line(node),
+        heredocs,
+        mounts,
+        network,
+        security,
+        devices,
+        flags_used: used,
+    })
 }
 
 fn expose(node: &mut Node) -> Result<Vec<String>> {
@@ -331,7 +403,9 @@ fn shell(node: &mut Node) -> Result<Vec<String>> {
     }
     if !node.json {
         let hint = "write it as a JSON array, for example SHELL [\"/bin/bash\", \"-c\"]";
-        return Err(Error::new("SHELL requires the arguments to be in JSON form").at(Token::Arguments).hint(hint));
+        return Err(Error::new("SHELL requires the arguments to be in JSON form")
+            .at(Token::Arguments)
+            .hint(hint));
     }
     Ok(std::mem::take(&mut node.args))
 }
@@ -340,15 +414,20 @@ fn onbuild(node: &Node) -> Result<Onbuild> {
     let Some(trigger) = node.args.first() else { return Err(at_least_one("ONBUILD")) };
     no_flags(node)?;
     match trigger.trim().to_uppercase().as_str() {
-        "ONBUILD" => return Err(Error::new("Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed").at(Token::Word(0))),
+        "ONBUILD" => {
+            return Err(Error::new("Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed")
+                .at(Token::Word(0)));
+        }
         trigger @ ("MAINTAINER" | "FROM") => {
-            return Err(Error::new(format!("{trigger} isn't allowed as an ONBUILD trigger")).at(Token::Word(0)));
+            return Err(Error::new(format!("{trigger} isn't allowed as an ONBUILD trigger"))
+                .at(Token::Word(0)));
         }
         _ => {}
     }
     let blank = |c: char| matches!(c, '\t' | '\n' | '\x0c' | '\r' | ' ');
     let text = node.original.trim_start_matches(blank);
-    let mut trigger = text.get("onbuild".len()..).unwrap_or_default().trim_start_matches(blank).to_owned();
+    let mut trigger =
+        text.get("onbuild".len()..).unwrap_or_default().trim_start_matches(blank).to_owned();
     for heredoc in &node.heredocs {
         trigger.push('\n');
         trigger.push_str(&heredoc.data);
@@ -358,7 +437,9 @@ fn onbuild(node: &Node) -> Result<Onbuild> {
 }
 
 fn healthcheck(node: &Node) -> Result<Healthcheck> {
-    let Some((kind, words)) = node.args.split_first() else { return Err(at_least_one("HEALTHCHECK")) };
+    let Some((kind, words)) = node.args.split_first() else {
+        return Err(at_least_one("HEALTHCHECK"));
+    };
     let kind = kind.to_uppercase();
     if kind == "NONE" {
         if !words.is_empty() {
@@ -373,7 +454,9 @@ fn healthcheck(node: &Node) -> Result<Healthcheck> {
         return Err(error.at(Token::Word(0)).hint(example("HEALTHCHECK")));
     }
     if words.is_empty() {
-        return Err(Error::new("Missing command after HEALTHCHECK CMD").at(Token::Arguments).hint(example("HEALTHCHECK")));
+        return Err(Error::new("Missing command after HEALTHCHECK CMD")
+            .at(Token::Arguments)
+            .hint(example("HEALTHCHECK")));
     }
     let mut test = vec![if node.json { kind } else { "CMD-SHELL".to_owned() }];
     test.extend_from_slice(words);

@@ -1,7 +1,7 @@
 //! Arrays of strings in JSON, the exec form.
 //!
-//! What is not JSON is not an error: `["c:\x"]` is then text for a shell, as users of the reference expect. Only an array
-//! with other things than strings is one. Nesting needs no recursion.
+//! What is not JSON is not an error: `["c:\x"]` is then text for a shell, as users of the reference
+//! expect. Only an array with other things than strings is one. Nesting needs no recursion.
 
 /// How a text reads as JSON.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -153,11 +153,15 @@ impl<'a> Reader<'a> {
                 return Some(());
             }
         }
-        let end = rest.find(|c: char| !matches!(c, '0'..='9' | '+' | '-' | '.' | 'e' | 'E')).unwrap_or(rest.len());
+        let end = rest
+            .find(|c: char| !matches!(c, '0'..='9' | '+' | '-' | '.' | 'e' | 'E'))
+            .unwrap_or(rest.len());
         let number = &rest[..end];
         let unsigned = number.strip_prefix('-').unwrap_or(number);
-        let (mantissa, exponent) = unsigned.split_once(['e', 'E']).map_or((unsigned, None), |(m, e)| (m, Some(e)));
-        let (whole, fraction) = mantissa.split_once('.').map_or((mantissa, None), |(w, f)| (w, Some(f)));
+        let (mantissa, exponent) =
+            unsigned.split_once(['e', 'E']).map_or((unsigned, None), |(m, e)| (m, Some(e)));
+        let (whole, fraction) =
+            mantissa.split_once('.').map_or((mantissa, None), |(w, f)| (w, Some(f)));
         let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
         let valid = digits(whole)
             && (whole == "0" || !whole.starts_with('0'))

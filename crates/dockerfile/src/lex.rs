@@ -1,7 +1,9 @@
-//! Word expansion in the manner of a shell: quotes, escapes, `$v`, `${v}` with its operators, and splitting into words.
+//! Word expansion in the manner of a shell: quotes, escapes, `$v`, `${v}` with its operators, and
+//! splitting into words.
 //!
-//! The rules are those users know from the reference, oddities included (rows `df.expand`, `df.expand.pat`). Everything is one
-//! pass over the text; nesting is bounded, and so is the size of a result, since `ENV A=$A$A` doubles with every line.
+//! The rules are those users know from the reference, oddities included (rows `df.expand`,
+//! `df.expand.pat`). Everything is one pass over the text; nesting is bounded, and so is the size
+//! of a result, since `ENV A=$A$A` doubles with every line.
 
 use std::{
     borrow::Cow,
@@ -77,7 +79,14 @@ pub struct Lex {
 impl Lex {
     /// Words of a Dockerfile whose escape character is `escape`.
     pub fn new(escape: char) -> Self {
-        Self { escape, raw_quotes: false, raw_escapes: false, skip_quotes: false, keep_unset: false, work: Work::default() }
+        Self {
+            escape,
+            raw_quotes: false,
+            raw_escapes: false,
+            skip_quotes: false,
+            keep_unset: false,
+            work: Work::default(),
+        }
     }
 
     /// Contents of inline files: quotes mean nothing and the escape is always `\`.
@@ -120,9 +129,20 @@ impl Lex {
     }
 
     /// The same; `unmatched` gets the names that nobody set also where the expansion fails.
-    pub fn word_noting<E: Env + ?Sized>(&self, text: &str, env: &E, unmatched: &mut BTreeSet<String>) -> Result<Expanded> {
+    pub fn word_noting<E: Env + ?Sized>(
+        &self,
+        text: &str,
+        env: &E,
+        unmatched: &mut BTreeSet<String>,
+    ) -> Result<Expanded> {
         self.work.read(text)?;
-        let special = |c| c == '$' || c == self.escape || c == '<' || c == '\u{feff}' || (!self.skip_quotes && (c == '"' || c == '\''));
+        let special = |c| {
+            c == '$'
+                || c == self.escape
+                || c == '<'
+                || c == '\u{feff}'
+                || (!self.skip_quotes && (c == '"' || c == '\''))
+        };
         if !text.contains(special) {
             return Ok(Expanded { text: text.to_owned(), ..Expanded::default() });
         }
@@ -132,7 +152,8 @@ impl Lex {
         Ok(Expanded { text: text?, matched: pass.matched, unmatched: pass.unmatched })
     }
 
-    /// Expands `text` and splits it at the blanks that are not quoted; blanks from variables split too.
+    /// Expands `text` and splits it at the blanks that are not quoted; blanks from variables split
+    /// too.
     pub fn words<E: Env + ?Sized>(&self, text: &str, env: &E) -> Result<Vec<String>> {
         self.work.read(text)?;
         let mut words = Words::default();
@@ -170,8 +191,8 @@ struct Pass<'a, E: Env + ?Sized> {
     env: &'a E,
     rest: &'a str,
     raw_escapes: bool,
-    /// An operator's word was read. When splitting, the reference then forgets what the current word had before it
-    /// (`EXPOSE 80${x:-80}` exposes 80), and image configs shall be equal.
+    /// An operator's word was read. When splitting, the reference then forgets what the current
+    /// word had before it (`EXPOSE 80${x:-80}` exposes 80), and image configs shall be equal.
     forget: bool,
     depth: usize,
     budget: usize,
@@ -198,8 +219,10 @@ impl<'a, E: Env + ?Sized> Pass<'a, E> {
     }
 
     fn whole(&mut self, text: &str, words: Option<&mut Words>) -> Result<String> {
-        self.until(None, self.raw_escapes, words)
-            .map_err(|e| Error { message: format!("failed to process {}: {}", quote(text), e.message), ..e })
+        self.until(None, self.raw_escapes, words).map_err(|e| Error {
+            message: format!("failed to process {}: {}", quote(text), e.message),
+            ..e
+        })
     }
 
     fn peek(&self) -> Option<char> {
@@ -222,7 +245,12 @@ impl<'a, E: Env + ?Sized> Pass<'a, E> {
     }
 
     /// Reads up to `stop` (which is consumed), or to the end when there is none.
-    fn until(&mut self, stop: Option<char>, raw_escapes: bool, words: Option<&mut Words>) -> Result<String> {
+    fn until(
+        &mut self,
+        stop: Option<char>,
+        raw_escapes: bool,
+        words: Option<&mut Words>,
+    ) -> Result<String> {
         let outer = std::mem::replace(&mut self.raw_escapes, raw_escapes);
         let result = self.read(stop, words);
         self.raw_escapes = outer;
@@ -279,13 +307,16 @@ impl<'a, E: Env + ?Sized> Pass<'a, E> {
         }
         match stop {
             None => Ok(out),
-            Some(stop) => Err(Error::new(format!("unexpected end of statement while looking for matching {stop}"))),
+            Some(stop) => Err(Error::new(format!(
+                "unexpected end of statement while looking for matching {stop}"
+            ))),
         }
     }
 
     fn spend(&mut self, bytes: usize) -> Result<()> {
         self.budget = self.budget.checked_sub(bytes).ok_or_else(|| {
-            Error::new("the expanded text is too long").hint("a variable probably contains itself several times over, as in ENV A=$A$A")
+            Error::new("the expanded text is too long")
+                .hint("a variable probably contains itself several times over, as in ENV A=$A$A")
         })?;
         Ok(())
     }
@@ -294,7 +325,9 @@ impl<'a, E: Env + ?Sized> Pass<'a, E> {
         self.next();
         let Some(end) = self.rest.find('\'') else {
             self.rest = "";
-            return Err(Error::new("unexpected end of statement while looking for matching single-quote"));
+            return Err(Error::new(
+                "unexpected end of statement while looking for matching single-quote",
+            ));
         };
         let inner = &self.rest[..end];
         self.rest = &self.rest[end + 1..];
@@ -309,7 +342,11 @@ impl<'a, E: Env + ?Sized> Pass<'a, E> {
         }
         loop {
             match self.peek() {
-                None => return Err(Error::new("unexpected end of statement while looking for matching double-quote")),
+                None => {
+                    return Err(Error::new(
+                        "unexpected end of statement while looking for matching double-quote",
+                    ));
+                }
                 Some('"') => {
                     self.next();
                     if self.lex.raw_quotes {
@@ -333,7 +370,9 @@ impl<'a, E: Env + ?Sized> Pass<'a, E> {
                     }
                     match self.peek() {
                         None => {}
-                        Some(escaped) if escaped == '"' || escaped == '$' || escaped == self.lex.escape => {
+                        Some(escaped)
+                            if escaped == '"' || escaped == '$' || escaped == self.lex.escape =>
+                        {
                             self.next();
                             out.push(escaped);
                         }
@@ -369,7 +408,11 @@ impl<'a, E: Env + ?Sized> Pass<'a, E> {
             });
         }
         self.depth += 1;
-        let result = if self.depth > MAX_DEPTH { Err(Error::new("substitutions are nested too deeply")) } else { self.braces() };
+        let result = if self.depth > MAX_DEPTH {
+            Err(Error::new("substitutions are nested too deeply"))
+        } else {
+            self.braces()
+        };
         self.depth -= 1;
         result
     }
@@ -402,7 +445,9 @@ impl<'a, E: Env + ?Sized> Pass<'a, E> {
         if colon && pattern {
             return Err(unsupported(colon, op));
         }
-        let word = self.until(Some('}'), pattern, None).map_err(|e| if self.rest.is_empty() { missing("}") } else { e })?;
+        let word = self
+            .until(Some('}'), pattern, None)
+            .map_err(|e| if self.rest.is_empty() { missing("}") } else { e })?;
         self.spend(word.len())?;
         let value = self.value(name);
         if value.is_none() && self.lex.keep_unset {
@@ -416,11 +461,13 @@ impl<'a, E: Env + ?Sized> Pass<'a, E> {
             Some('+') => Ok(if present { word } else { String::new() }),
             Some('?') if present => Ok(value),
             Some('?') => {
-                let usual = if set { "is not allowed to be empty" } else { "is not allowed to be unset" };
+                let usual =
+                    if set { "is not allowed to be empty" } else { "is not allowed to be unset" };
                 Err(Error::new(format!("{name}: {}", if word.is_empty() { usual } else { &word })))
             }
             Some(op @ ('#' | '%')) => {
-                let (pattern, greedy) = word.strip_prefix(op).map_or((word.as_str(), false), |p| (p, true));
+                let (pattern, greedy) =
+                    word.strip_prefix(op).map_or((word.as_str(), false), |p| (p, true));
                 if op == '%' {
                     glob::trim_suffix(pattern, &value, greedy, &self.lex.work)
                 } else {
@@ -436,10 +483,18 @@ impl<'a, E: Env + ?Sized> Pass<'a, E> {
         let all = self.next_is('/');
         let at_end = |rest: &str, what: &str, e| if rest.is_empty() { missing(what) } else { e };
         let pattern = self.until(Some('/'), true, None).map_err(|e| at_end(self.rest, "/", e))?;
-        let replacement = self.until(Some('}'), true, None).map_err(|e| at_end(self.rest, "}", e))?;
+        let replacement =
+            self.until(Some('}'), true, None).map_err(|e| at_end(self.rest, "}", e))?;
         match self.value(name) {
             None if self.lex.keep_unset => Ok(format!("${{{name}/{pattern}/{replacement}}}")),
-            value => glob::replace(&pattern, &value.unwrap_or_default(), &replacement, all, self.budget, &self.lex.work),
+            value => glob::replace(
+                &pattern,
+                &value.unwrap_or_default(),
+                &replacement,
+                all,
+                self.budget,
+                &self.lex.work,
+            ),
         }
     }
 
@@ -474,5 +529,8 @@ fn unsupported(colon: bool, op: Option<char>) -> Error {
 }
 
 fn missing(what: &str) -> Error {
-    Error::new(format!("syntax error: missing '{what}'{}", if what == "/" { " in ${}" } else { "" }))
+    Error::new(format!(
+        "syntax error: missing '{what}'{}",
+        if what == "/" { " in ${}" } else { "" }
+    ))
 }

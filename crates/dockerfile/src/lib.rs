@@ -1,15 +1,18 @@
 //! Dockerfile text to syntax tree, word expansion, lints; no I/O.
 //!
-//! Two passes: `lines` cuts the text into nodes (continuation lines, comments, directives, heredocs, flags), `instruction`
-//! gives each node its meaning. [`Dockerfile::parse_with`] runs both and gives the tree of [`ast`], whose words are still as
-//! written; [`Lex`] expands them when the conversion knows the variables, and [`Command::expand`] knows which. [`Linter`]
-//! collects violations from here and from the conversion. Words of errors and lints are those of the reference, because
-//! clients and their users compare them; advice beyond them is a hint beside the message.
+//! Two passes: `lines` cuts the text into nodes (continuation lines, comments, directives,
+//! heredocs, flags), `instruction` gives each node its meaning. [`Dockerfile::parse_with`] runs
+//! both and gives the tree of [`ast`], whose words are still as written; [`Lex`] expands them when
+//! the conversion knows the variables, and [`Command::expand`] knows which. [`Linter`] collects
+//! violations from here and from the conversion. Words of errors and lints are those of the
+//! reference, because clients and their users compare them; advice beyond them is a hint beside the
+//! message.
 //!
-//! Parsing notes lines. Columns are looked for in the text when something is said ([`Source`], [`Token`]), so they cost nothing before.
+//! Parsing notes lines. Columns are looked for in the text when something is said ([`Source`],
+//! [`Token`]), so they cost nothing before.
 //!
-//! Invariants: nothing here panics, recurses or allocates without bound on any text; nothing here does I/O.
-//! `thiserror` is there for [`Error`] alone.
+//! Invariants: nothing here panics, recurses or allocates without bound on any text; nothing here
+//! does I/O. `thiserror` is there for [`Error`] alone.
 
 pub mod ast;
 pub mod directive;

@@ -1,5 +1,6 @@
-//! The first pass: lines to nodes. It joins continuation lines, drops comments, collects heredoc bodies, and cuts each
-//! instruction into keyword, flags and arguments; what they mean is `instruction`'s business (rows `df.cont`, `df.heredoc`).
+//! The first pass: lines to nodes. It joins continuation lines, drops comments, collects heredoc
+//! bodies, and cuts each instruction into keyword, flags and arguments; what they mean is
+//! `instruction`'s business (rows `df.cont`, `df.heredoc`).
 
 use crate::{
     ast::{Directive, Heredoc, Lines},
@@ -40,7 +41,8 @@ pub(crate) enum Keyword {
 }
 
 impl Keyword {
-    /// All of them as they are usually written, the frequent ones first: among equally near ones, they are meant.
+    /// All of them as they are usually written, the frequent ones first: among equally near ones,
+    /// they are meant.
     pub(crate) const NAMES: [(&str, Self); 18] = [
         ("RUN", Self::Run),
         ("COPY", Self::Copy),
@@ -63,7 +65,10 @@ impl Keyword {
     ];
 
     fn parse(word: &str) -> Option<Self> {
-        Self::NAMES.iter().find(|(name, _)| name.eq_ignore_ascii_case(word)).map(|(_, keyword)| *keyword)
+        Self::NAMES
+            .iter()
+            .find(|(name, _)| name.eq_ignore_ascii_case(word))
+            .map(|(_, keyword)| *keyword)
     }
 }
 
@@ -92,12 +97,20 @@ pub(crate) struct Nodes {
     pub(crate) empty_continuations: Vec<i32>,
 }
 
-/// Reads a file. With `mistakes`, instructions that cannot be cut are left out and their errors pushed there.
+/// Reads a file. With `mistakes`, instructions that cannot be cut are left out and their errors
+/// pushed there.
 pub(crate) fn read(text: &str, mistakes: Option<&mut Vec<Error>>) -> Result<Nodes> {
     if text.len() > MAX_FILE {
         return Err(Error::new(format!("dockerfile is larger than {} MiB", MAX_FILE >> 20)));
     }
-    let mut reader = Reader { rest: text, line: 0, too_long: false, directives: Directives::new("#"), escape: '\\', comments: Vec::new() };
+    let mut reader = Reader {
+        rest: text,
+        line: 0,
+        too_long: false,
+        directives: Directives::new("#"),
+        escape: '\\',
+        comments: Vec::new(),
+    };
     reader.file(mistakes)
 }
 
@@ -123,7 +136,8 @@ impl<'a> Reader<'a> {
             }
             match self.node(text, start) {
                 Ok(node) => nodes.push(node),
-                // An unfinished heredoc has swallowed the rest of the file; nothing is left to go on with.
+                // An unfinished heredoc has swallowed the rest of the file; nothing is left to go
+                // on with.
                 Err(error) => {
                     self.comments.clear();
                     match &mut mistakes {
@@ -138,9 +152,18 @@ impl<'a> Reader<'a> {
             return Err(Error::new("file with no instructions").on(here));
         }
         if self.too_long {
-            return Err(Error::new(format!("dockerfile line greater than max allowed size of {}", MAX_LINE - 1)).on(here));
+            return Err(Error::new(format!(
+                "dockerfile line greater than max allowed size of {}",
+                MAX_LINE - 1
+            ))
+            .on(here));
         }
-        Ok(Nodes { directives: std::mem::take(&mut self.directives.found), escape: self.escape, nodes, empty_continuations })
+        Ok(Nodes {
+            directives: std::mem::take(&mut self.directives.found),
+            escape: self.escape,
+            nodes,
+            empty_continuations,
+        })
     }
 
     /// The next line with its end.
@@ -159,11 +182,13 @@ impl<'a> Reader<'a> {
         Some(line)
     }
 
-    /// The text of the next instruction, its first line, and whether a blank line was among its continuation lines.
+    /// The text of the next instruction, its first line, and whether a blank line was among its
+    /// continuation lines.
     fn instruction(&mut self) -> Result<Option<(String, i32, bool)>> {
         loop {
             let Some(raw) = self.next() else { return Ok(None) };
-            let raw = if self.line == 0 { raw.strip_prefix('\u{feff}').unwrap_or(raw) } else { raw };
+            let raw =
+                if self.line == 0 { raw.strip_prefix('\u{feff}').unwrap_or(raw) } else { raw };
             let line = self.first_line(raw)?;
             self.line += 1;
             let start = self.line;
@@ -215,12 +240,17 @@ impl<'a> Reader<'a> {
         if !self.directives.feed(line).map_err(|e| e.on(here).at(Token::Directive))? {
             return Ok(false);
         }
-        if let Some(Directive { value, .. }) = self.directives.found.last().filter(|d| d.name == "escape") {
+        if let Some(Directive { value, .. }) =
+            self.directives.found.last().filter(|d| d.name == "escape")
+        {
             self.escape = match value.as_str() {
                 "\\" => '\\',
                 "`" => '`',
                 other => {
-                    let error = Error::new(format!("invalid escape token '{other}' does not match ` or \\")).on(here);
+                    let error = Error::new(format!(
+                        "invalid escape token '{other}' does not match ` or \\"
+                    ))
+                    .on(here);
                     return Err(error.at(Token::Directive).hint("write # escape=` or # escape=\\"));
                 }
             };
@@ -237,7 +267,10 @@ impl<'a> Reader<'a> {
                 if !self.body(&mut heredoc) {
                     let error = Error::new("unterminated heredoc").on(here(self.line));
                     let error = error.at(Token::Text(heredoc.name.clone()));
-                    return Err(error.hint(format!("end the heredoc with a line that says only {}", heredoc.name)));
+                    return Err(error.hint(format!(
+                        "end the heredoc with a line that says only {}",
+                        heredoc.name
+                    )));
                 }
                 heredocs.push(heredoc);
             }
@@ -269,7 +302,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// The line without its continuation character, and whether it had one: the escape character, not escaped itself, at the end.
+/// The line without its continuation character, and whether it had one: the escape character, not
+/// escaped itself, at the end.
 pub(crate) fn continuation(line: &str, escape: char) -> (&str, bool) {
     match line.trim_end_matches([' ', '\t']).strip_suffix(escape) {
         Some(before) if !before.ends_with(escape) => (before, true),
@@ -293,7 +327,14 @@ fn cut(text: &str, escape: char) -> Result<Cut<'_>> {
     let kind = Keyword::parse(keyword);
     if kind != Some(Keyword::Onbuild) {
         let (args, json) = arguments(kind, rest, escape)?;
-        return Ok(Cut { keyword, kind, flags, args, json, heredocs: takes_heredocs(kind) && !json });
+        return Ok(Cut {
+            keyword,
+            kind,
+            flags,
+            args,
+            json,
+            heredocs: takes_heredocs(kind) && !json,
+        });
     }
     // The trigger is cut too, only to find its mistakes and its heredocs; chains are refused later.
     let mut trigger = rest;
@@ -320,7 +361,8 @@ fn takes_heredocs(kind: Option<Keyword>) -> bool {
     matches!(kind, Some(Keyword::Add | Keyword::Copy | Keyword::Run))
 }
 
-/// Cuts `rest` as the keyword wants it; true when it was a JSON array. Key-value pairs come as key, value and separator.
+/// Cuts `rest` as the keyword wants it; true when it was a JSON array. Key-value pairs come as key,
+/// value and separator.
 fn arguments(kind: Option<Keyword>, rest: &str, escape: char) -> Result<(Vec<String>, bool)> {
     use Keyword::*;
     let plain = |args| Ok((args, false));
@@ -345,11 +387,17 @@ fn arguments(kind: Option<Keyword>, rest: &str, escape: char) -> Result<(Vec<Str
     }
 }
 
-fn array_or(rest: &str, otherwise: impl FnOnce(&str) -> Vec<String>) -> Result<(Vec<String>, bool)> {
+fn array_or(
+    rest: &str,
+    otherwise: impl FnOnce(&str) -> Vec<String>,
+) -> Result<(Vec<String>, bool)> {
     match json::array(rest) {
         Array::Strings(strings) => Ok((strings, true)),
         Array::Mixed => {
-            let error = Error::new("when using JSON array syntax, arrays must be comprised of strings only").at(Token::Arguments);
+            let error = Error::new(
+                "when using JSON array syntax, arrays must be comprised of strings only",
+            )
+            .at(Token::Arguments);
             Err(error.hint("put each word in double quotes, such as [\"sleep\", \"1\"]"))
         }
         Array::Not => Ok((otherwise(rest), false)),

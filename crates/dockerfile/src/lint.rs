@@ -1,7 +1,8 @@
 //! Lint rules: their names, words and settings (rows `dfl.*`).
 //!
-//! The parser reports what it can see; the conversion reports the rest through the same [`Linter`], which drops what the file's
-//! settings (`# check=skip=…;error=…;experimental=…`) or the comment above an instruction switch off.
+//! The parser reports what it can see; the conversion reports the rest through the same [`Linter`],
+//! which drops what the file's settings (`# check=skip=…;error=…;experimental=…`) or the comment
+//! above an instruction switch off.
 
 use shipway_fault::Span;
 use shipway_gocompat::{parse_bool, quote};
@@ -192,53 +193,99 @@ impl Finding<'_> {
 
     /// The words users see.
     pub fn message(&self) -> String {
-        let near = |mark: &str, s: Option<&str>| s.map(|s| format!(" (did you mean {mark}{s}?)")).unwrap_or_default();
+        let near = |mark: &str, s: Option<&str>| {
+            s.map(|s| format!(" (did you mean {mark}{s}?)")).unwrap_or_default()
+        };
         match *self {
             Self::StageNameCasing { stage } => format!("Stage name '{stage}' should be lowercase"),
-            Self::FromAsCasing { from, r#as } => format!("'{as}' and '{from}' keywords' casing do not match"),
+            Self::FromAsCasing { from, r#as } => {
+                format!("'{as}' and '{from}' keywords' casing do not match")
+            }
             Self::NoEmptyContinuation => "Empty continuation line".into(),
             Self::ConsistentInstructionCasing { keyword, majority } => {
-                format!("Command '{keyword}' should match the case of the command majority ({majority})")
+                format!(
+                    "Command '{keyword}' should match the case of the command majority ({majority})"
+                )
             }
-            Self::DuplicateStageName { stage } => format!("Duplicate stage name {}, stage names should be unique", quote(stage)),
-            Self::ReservedStageName { stage } => format!("Stage name should not use the same name as reserved stage {}", quote(stage)),
+            Self::DuplicateStageName { stage } => {
+                format!("Duplicate stage name {}, stage names should be unique", quote(stage))
+            }
+            Self::ReservedStageName { stage } => format!(
+                "Stage name should not use the same name as reserved stage {}",
+                quote(stage)
+            ),
             Self::JSONArgsRecommended { keyword, .. } => {
-                format!("JSON arguments recommended for {keyword} to prevent unintended behavior related to OS signals")
+                format!(
+                    "JSON arguments recommended for {keyword} to prevent unintended behavior related to OS signals"
+                )
             }
-            Self::MaintainerDeprecated => "Maintainer instruction is deprecated in favor of using label".into(),
-            Self::UndefinedArgInFrom { arg, suggestion } => format!("FROM argument '{arg}' is not declared{}", near("", suggestion)),
+            Self::MaintainerDeprecated => {
+                "Maintainer instruction is deprecated in favor of using label".into()
+            }
+            Self::UndefinedArgInFrom { arg, suggestion } => {
+                format!("FROM argument '{arg}' is not declared{}", near("", suggestion))
+            }
             Self::WorkdirRelativePath { path } => {
-                format!("Relative workdir {} can have unexpected results if the base image changes", quote(path))
+                format!(
+                    "Relative workdir {} can have unexpected results if the base image changes",
+                    quote(path)
+                )
             }
-            Self::UndefinedVar { name, suggestion } => format!("Usage of undefined variable '${name}'{}", near("$", suggestion)),
+            Self::UndefinedVar { name, suggestion } => {
+                format!("Usage of undefined variable '${name}'{}", near("$", suggestion))
+            }
             Self::MultipleInstructionsDisallowed { keyword } => {
-                format!("Multiple {keyword} instructions should not be used in the same stage because only the last one will be used")
+                format!(
+                    "Multiple {keyword} instructions should not be used in the same stage because only the last one will be used"
+                )
             }
             Self::LegacyKeyValueFormat { keyword, .. } => {
-                format!("\"{keyword} key=value\" should be used instead of legacy \"{keyword} key value\" format")
+                format!(
+                    "\"{keyword} key=value\" should be used instead of legacy \"{keyword} key value\" format"
+                )
             }
             Self::InvalidBaseImagePlatform { image, expected, actual } => {
-                format!("Base image {image} was pulled with platform {}, expected {} for current build", quote(actual), quote(expected))
+                format!(
+                    "Base image {image} was pulled with platform {}, expected {} for current build",
+                    quote(actual),
+                    quote(expected)
+                )
             }
             Self::RedundantTargetPlatform { platform } => {
-                format!("Setting platform to predefined {platform} in FROM is redundant as this is the default behavior")
+                format!(
+                    "Setting platform to predefined {platform} in FROM is redundant as this is the default behavior"
+                )
             }
             Self::SecretsUsedInArgOrEnv { instruction, key } => {
-                format!("Do not use ARG or ENV instructions for sensitive data ({instruction} {})", quote(key))
+                format!(
+                    "Do not use ARG or ENV instructions for sensitive data ({instruction} {})",
+                    quote(key)
+                )
             }
-            Self::InvalidDefaultArgInFrom { base } => format!("Default value for ARG {base} results in empty or invalid base image name"),
+            Self::InvalidDefaultArgInFrom { base } => {
+                format!("Default value for ARG {base} results in empty or invalid base image name")
+            }
             Self::FromPlatformFlagConstDisallowed { platform } => {
                 format!("FROM --platform flag should not use constant value {}", quote(platform))
             }
             Self::CopyIgnoredFile { verb, path, .. } => {
-                format!("Attempting to {verb} file {} that is excluded by .dockerignore", quote(path))
+                format!(
+                    "Attempting to {verb} file {} that is excluded by .dockerignore",
+                    quote(path)
+                )
             }
             Self::InvalidDefinitionDescription { instruction, name } => {
-                format!("Comment for {instruction} should follow the format: `# {name} <description>`")
+                format!(
+                    "Comment for {instruction} should follow the format: `# {name} <description>`"
+                )
             }
-            Self::ExposeProtoCasing { port } => format!("Defined protocol '{port}' in EXPOSE instruction should be lowercase"),
+            Self::ExposeProtoCasing { port } => {
+                format!("Defined protocol '{port}' in EXPOSE instruction should be lowercase")
+            }
             Self::ExposeInvalidFormat { port } => {
-                format!("EXPOSE instruction should not define an IP address or host-port mapping, found '{port}'")
+                format!(
+                    "EXPOSE instruction should not define an IP address or host-port mapping, found '{port}'"
+                )
             }
         }
     }
@@ -248,15 +295,25 @@ impl Finding<'_> {
         Some(match *self {
             // It is reported where the instruction ends, as the reference does.
             Self::NoEmptyContinuation => return None,
-            Self::StageNameCasing { .. } | Self::DuplicateStageName { .. } | Self::ReservedStageName { .. } => Token::Word(2),
+            Self::StageNameCasing { .. }
+            | Self::DuplicateStageName { .. }
+            | Self::ReservedStageName { .. } => Token::Word(2),
             Self::FromAsCasing { .. } => Token::Word(1),
-            Self::InvalidBaseImagePlatform { .. } | Self::InvalidDefaultArgInFrom { .. } => Token::Word(0),
-            Self::ConsistentInstructionCasing { .. } | Self::MaintainerDeprecated | Self::MultipleInstructionsDisallowed { .. } => {
-                Token::Keyword
+            Self::InvalidBaseImagePlatform { .. } | Self::InvalidDefaultArgInFrom { .. } => {
+                Token::Word(0)
             }
-            Self::JSONArgsRecommended { .. } | Self::LegacyKeyValueFormat { .. } | Self::WorkdirRelativePath { .. } => Token::Arguments,
-            Self::UndefinedArgInFrom { arg: name, .. } | Self::UndefinedVar { name, .. } => Token::Variable(name.to_owned()),
-            Self::RedundantTargetPlatform { .. } | Self::FromPlatformFlagConstDisallowed { .. } => Token::Flag("--platform".to_owned()),
+            Self::ConsistentInstructionCasing { .. }
+            | Self::MaintainerDeprecated
+            | Self::MultipleInstructionsDisallowed { .. } => Token::Keyword,
+            Self::JSONArgsRecommended { .. }
+            | Self::LegacyKeyValueFormat { .. }
+            | Self::WorkdirRelativePath { .. } => Token::Arguments,
+            Self::UndefinedArgInFrom { arg: name, .. } | Self::UndefinedVar { name, .. } => {
+                Token::Variable(name.to_owned())
+            }
+            Self::RedundantTargetPlatform { .. } | Self::FromPlatformFlagConstDisallowed { .. } => {
+                Token::Flag("--platform".to_owned())
+            }
             Self::SecretsUsedInArgOrEnv { key: text, .. }
             | Self::CopyIgnoredFile { path: text, .. }
             | Self::ExposeProtoCasing { port: text }
@@ -269,7 +326,10 @@ impl Finding<'_> {
     pub fn fix(&self) -> Fix {
         let advice = |advice: String| Fix { advice, replacement: None };
         let write = |text: String| Fix { advice: format!("write {text}"), replacement: Some(text) };
-        let nearest = |near: &str| Fix { advice: format!("did you mean {near}?"), replacement: Some(near.to_owned()) };
+        let nearest = |near: &str| Fix {
+            advice: format!("did you mean {near}?"),
+            replacement: Some(near.to_owned()),
+        };
         match *self {
             Self::StageNameCasing { stage } => write(stage.to_lowercase()),
             Self::FromAsCasing { from, .. } => write(if from == from.to_lowercase() { "as" } else { "AS" }.to_owned()),
@@ -328,7 +388,11 @@ fn pair(key: &str, value: &str) -> Option<String> {
     if key.contains(['"', '\'', '\\']) || value.contains(['"', '\'', '\\', '`']) {
         return None;
     }
-    Some(if value.contains(char::is_whitespace) { format!("{key}=\"{value}\"") } else { format!("{key}={value}") })
+    Some(if value.contains(char::is_whitespace) {
+        format!("{key}=\"{value}\"")
+    } else {
+        format!("{key}={value}")
+    })
 }
 
 /// What would make a violation go away.
@@ -358,7 +422,11 @@ pub struct Lint {
 impl Lint {
     /// `Rule: message (line N)`, the short text of a warning.
     pub fn short(&self) -> String {
-        let place = if self.lines.start > 0 { format!(" (line {})", self.lines.start) } else { String::new() };
+        let place = if self.lines.start > 0 {
+            format!(" (line {})", self.lines.start)
+        } else {
+            String::new()
+        };
         format!("{}: {}{place}", self.rule.name(), self.message)
     }
 
@@ -379,7 +447,9 @@ impl Selection {
     fn parse(list: &str) -> Self {
         match list.trim() {
             "all" => Self { all: true, rules: Vec::new() },
-            list => Self { all: false, rules: list.split(',').map(|r| r.trim().to_owned()).collect() },
+            list => {
+                Self { all: false, rules: list.split(',').map(|r| r.trim().to_owned()).collect() }
+            }
         }
     }
 
@@ -417,7 +487,8 @@ impl LintConfig {
                 "error" => {
                     let value = value.trim();
                     config.error = parse_bool(value).ok_or_else(|| {
-                        let cause = format!("strconv.ParseBool: parsing {}: invalid syntax", quote(value));
+                        let cause =
+                            format!("strconv.ParseBool: parsing {}: invalid syntax", quote(value));
                         Error::new(format!("failed to parse check option {}: {cause}", quote(part)))
                     })?;
                 }
@@ -430,9 +501,10 @@ impl LintConfig {
     /// The settings that the file's own `# check=` directive asks for.
     pub fn of_file(text: &[u8]) -> Result<Self> {
         match directive::find("check", text) {
-            Some(found) => {
-                Self::parse(&found.first_word).map_err(|e| Error { message: format!("failed to parse check options: {}", e.message), ..e })
-            }
+            Some(found) => Self::parse(&found.first_word).map_err(|e| Error {
+                message: format!("failed to parse check options: {}", e.message),
+                ..e
+            }),
             None => Ok(Self::default()),
         }
     }
@@ -441,9 +513,12 @@ impl LintConfig {
         if rule.experimental() { self.experimental.has(rule) } else { !self.skip.has(rule) }
     }
 
-    /// What the comments above an instruction change: they switch rules off, and experimental ones on.
+    /// What the comments above an instruction change: they switch rules off, and experimental ones
+    /// on.
     fn of_comments(comments: &[String]) -> Option<Self> {
-        let directive = comments.iter().find_map(|c| directive::parse_line(c).filter(|(name, _)| name == "check"))?;
+        let directive = comments
+            .iter()
+            .find_map(|c| directive::parse_line(c).filter(|(name, _)| name == "check"))?;
         Self::parse(directive.1.split(' ').next().unwrap_or_default()).ok()
     }
 }
@@ -461,12 +536,14 @@ impl Linter {
         Self { config, found: Vec::new() }
     }
 
-    /// Reports a violation on `lines`; `comments` are those above the instruction, which may change the settings.
+    /// Reports a violation on `lines`; `comments` are those above the instruction, which may change
+    /// the settings.
     pub fn report(&mut self, finding: Finding<'_>, lines: Lines, comments: &[String]) {
         self.add(finding, lines, comments, true);
     }
 
-    /// The same for an instruction that does not stand on `lines` itself: a trigger of the image there.
+    /// The same for an instruction that does not stand on `lines` itself: a trigger of the image
+    /// there.
     pub fn report_inherited(&mut self, finding: Finding<'_>, lines: Lines, comments: &[String]) {
         self.add(finding, lines, comments, false);
     }
@@ -497,7 +574,8 @@ impl Linter {
         std::mem::take(&mut self.found)
     }
 
-    /// The failure that `error=true` asks for when something was reported (row `dfl.error`); ask before [`Linter::take`].
+    /// The failure that `error=true` asks for when something was reported (row `dfl.error`); ask
+    /// before [`Linter::take`].
     pub fn error(&self) -> Result<()> {
         if !self.config.error || self.found.is_empty() {
             return Ok(());
@@ -547,8 +625,20 @@ fn casing(stages: &[Stage], linter: &mut Linter) {
 
 /// Whether a variable's name looks like that of a secret (rule `SecretsUsedInArgOrEnv`).
 pub fn is_secret_name(name: &str) -> bool {
-    const SECRET: [&str; 10] = ["apikey", "auth", "credential", "credentials", "key", "password", "pword", "passwd", "secret", "token"];
+    const SECRET: [&str; 10] = [
+        "apikey",
+        "auth",
+        "credential",
+        "credentials",
+        "key",
+        "password",
+        "pword",
+        "passwd",
+        "secret",
+        "token",
+    ];
     const HARMLESS: [&str; 3] = ["public", "file", "version"];
     let words = || name.split('_').map(str::to_lowercase);
-    words().any(|w| SECRET.contains(&w.as_str())) && !words().any(|w| HARMLESS.contains(&w.as_str()))
+    words().any(|w| SECRET.contains(&w.as_str()))
+        && !words().any(|w| HARMLESS.contains(&w.as_str()))
 }

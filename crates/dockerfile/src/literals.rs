@@ -11,9 +11,15 @@ pub fn number(text: &str, radix: u32) -> Option<u32> {
 /// An amount of memory such as `64m`, `1.5 GiB` or `100`.
 pub fn bytes(text: &str) -> Option<i64> {
     let sep = text.rfind(|c: char| c.is_ascii_digit() || c == '.' || c == ' ')?;
-    let (number, suffix) = if text[sep..].starts_with(' ') { (&text[..sep], &text[sep + 1..]) } else { text.split_at(sep + 1) };
+    let (number, suffix) = if text[sep..].starts_with(' ') {
+        (&text[..sep], &text[sep + 1..])
+    } else {
+        text.split_at(sep + 1)
+    };
     // Rust would read words such as `inf`, Go would too; neither is an amount.
-    if number.is_empty() || !number.chars().all(|c| c.is_ascii_digit() || matches!(c, '.' | '+' | 'e' | 'E' | '-')) {
+    if number.is_empty()
+        || !number.chars().all(|c| c.is_ascii_digit() || matches!(c, '.' | '+' | 'e' | 'E' | '-'))
+    {
         return None;
     }
     let size: f64 = number.parse().ok()?;
@@ -39,7 +45,9 @@ pub fn csv(line: &str) -> Result<Vec<String>> {
     if line.is_empty() {
         return Err(Error::new("EOF"));
     }
-    let wrong = |at: usize, what: &str| Error::new(format!("parse error on line 1, column {}: {what}", at + 1));
+    let wrong = |at: usize, what: &str| {
+        Error::new(format!("parse error on line 1, column {}: {what}", at + 1))
+    };
     let bare = |at| wrong(at, "bare \" in non-quoted-field");
     let stray = |at| wrong(at, "extraneous or missing \" in quoted-field");
     let mut fields = Vec::new();
@@ -84,22 +92,33 @@ pub fn csv(line: &str) -> Result<Vec<String>> {
     }
 }
 
-/// `message` with the nearest of `options` proposed, when `word` is near enough to one to be a typing error.
-pub fn with_suggestion(message: String, word: &str, options: &[&str], case_sensitive: bool) -> Error {
+/// `message` with the nearest of `options` proposed, when `word` is near enough to one to be a
+/// typing error.
+pub fn with_suggestion(
+    message: String,
+    word: &str,
+    options: &[&str],
+    case_sensitive: bool,
+) -> Error {
     match suggest(word, options.iter().copied(), case_sensitive) {
         Some(near) => Error::new(format!("{message} (did you mean {near}?)")),
         None => Error::new(message),
     }
 }
 
-/// Longest word, in bytes, that is compared with others: what is longer is no typing error, and comparing takes the product of the lengths.
+/// Longest word, in bytes, that is compared with others: what is longer is no typing error, and
+/// comparing takes the product of the lengths.
 const MAX_WORD: usize = 128;
 /// Most names that one word is compared with.
 const MAX_OPTIONS: usize = 1000;
 
-/// The option nearest to `word`, at most two edits away; none when `word` is one of them. Without case sensitivity the answer
-/// takes the case of `word`.
-pub fn suggest<'a>(word: &str, options: impl IntoIterator<Item = &'a str>, case_sensitive: bool) -> Option<String> {
+/// The option nearest to `word`, at most two edits away; none when `word` is one of them. Without
+/// case sensitivity the answer takes the case of `word`.
+pub fn suggest<'a>(
+    word: &str,
+    options: impl IntoIterator<Item = &'a str>,
+    case_sensitive: bool,
+) -> Option<String> {
     if word.len() > MAX_WORD {
         return None;
     }
@@ -121,7 +140,11 @@ pub fn suggest<'a>(word: &str, options: impl IntoIterator<Item = &'a str>, case_
         }
     }
     let (_, option) = best?;
-    Some(if !case_sensitive && word != word.to_lowercase() && word == word.to_uppercase() { option.to_uppercase() } else { option })
+    Some(if !case_sensitive && word != word.to_lowercase() && word == word.to_uppercase() {
+        option.to_uppercase()
+    } else {
+        option
+    })
 }
 
 fn edits(a: &str, b: &str) -> usize {

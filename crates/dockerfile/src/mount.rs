@@ -1,4 +1,5 @@
-//! `RUN --mount` and `RUN --device`: CSV lines of keys and values (rows `df.run.mount*`, `df.run.device`).
+//! `RUN --mount` and `RUN --device`: CSV lines of keys and values (rows `df.run.mount*`,
+//! `df.run.device`).
 
 use crate::{
     ast::{Device, Mount, MountKind, MountSpec, Sharing},
@@ -69,8 +70,10 @@ impl MountSpec {
                 continue;
             }
             if value.find('$').is_some_and(|at| at + 1 != value.len()) {
-                let error =
-                    Error::new("'from' doesn't support variable expansion, define alias stage instead").at(Token::Text(field.clone()));
+                let error = Error::new(
+                    "'from' doesn't support variable expansion, define alias stage instead",
+                )
+                .at(Token::Text(field.clone()));
                 return Err(error.hint("add a stage `FROM <the image> AS <name>`, where variables work, and say from=<name>"));
             }
             from = value.to_owned();
@@ -90,16 +93,24 @@ impl MountSpec {
             mount.set(&field, &key, value, &mut readonly)?;
         }
         // Written data survives only where the mount is the place to keep it.
-        mount.readonly = readonly.unwrap_or(!matches!(mount.kind, MountKind::Cache | MountKind::Tmpfs));
+        mount.readonly =
+            readonly.unwrap_or(!matches!(mount.kind, MountKind::Cache | MountKind::Tmpfs));
         mount.check()?;
         Ok(mount)
     }
 }
 
 impl Mount {
-    fn set(&mut self, field: &str, key: &str, value: Option<String>, readonly: &mut Option<bool>) -> Result<()> {
+    fn set(
+        &mut self,
+        field: &str,
+        key: &str,
+        value: Option<String>,
+        readonly: &mut Option<bool>,
+    ) -> Result<()> {
         let kind = self.kind;
-        let misplaced = || Error::new(format!("unexpected key '{key}' for mount type '{}'", kind.name()));
+        let misplaced =
+            || Error::new(format!("unexpected key '{key}' for mount type '{}'", kind.name()));
         let waits = matches!(kind, MountKind::Secret | MountKind::Ssh);
         let Some(value) = value else {
             match key {
@@ -107,20 +118,29 @@ impl Mount {
                 "readwrite" | "rw" => *readonly = Some(false),
                 "required" if waits => self.required = true,
                 "required" => return Err(misplaced()),
-                _ => return Err(Error::new(format!("invalid field '{field}' must be a key=value pair"))),
+                _ => {
+                    return Err(Error::new(format!(
+                        "invalid field '{field}' must be a key=value pair"
+                    )));
+                }
             }
             return Ok(());
         };
-        let truth = |value: &str| parse_bool(value).ok_or_else(|| Error::new(format!("invalid value for {key}: {value}")));
-        let number =
-            |value: &str, radix| literals::number(value, radix).ok_or_else(|| Error::new(format!("invalid value {value} for {key}")));
+        let truth = |value: &str| {
+            parse_bool(value).ok_or_else(|| Error::new(format!("invalid value for {key}: {value}")))
+        };
+        let number = |value: &str, radix| {
+            literals::number(value, radix)
+                .ok_or_else(|| Error::new(format!("invalid value {value} for {key}")))
+        };
         match key {
             "type" => {
                 let lower = value.to_lowercase();
-                self.kind = MountKind::ALL.into_iter().find(|k| k.name() == lower).ok_or_else(|| {
-                    let message = format!("unsupported mount type {}", quote(&value));
-                    with_suggestion(message, &value, &MountKind::ALL.map(MountKind::name), true)
-                })?;
+                self.kind =
+                    MountKind::ALL.into_iter().find(|k| k.name() == lower).ok_or_else(|| {
+                        let message = format!("unsupported mount type {}", quote(&value));
+                        with_suggestion(message, &value, &MountKind::ALL.map(MountKind::name), true)
+                    })?;
             }
             "from" => self.from = value,
             "source" | "src" => self.source = value,
@@ -129,22 +149,32 @@ impl Mount {
             "readwrite" | "rw" => *readonly = Some(!truth(&value)?),
             "required" if waits => self.required = truth(&value)?,
             "size" if kind == MountKind::Tmpfs => {
-                self.size = literals::bytes(&value).ok_or_else(|| Error::new(format!("invalid value for {key}: {value}")))?;
+                self.size = literals::bytes(&value)
+                    .ok_or_else(|| Error::new(format!("invalid value for {key}: {value}")))?;
             }
             "required" | "size" => return Err(misplaced()),
             "id" => self.id = value,
             "sharing" => {
                 let lower = value.to_lowercase();
-                self.sharing = Some(Sharing::ALL.into_iter().find(|s| s.name() == lower).ok_or_else(|| {
-                    let message = format!("unsupported sharing value {}", quote(&value));
-                    with_suggestion(message, &value, &Sharing::ALL.map(Sharing::name), true)
-                })?);
+                self.sharing = Some(
+                    Sharing::ALL.into_iter().find(|s| s.name() == lower).ok_or_else(|| {
+                        let message = format!("unsupported sharing value {}", quote(&value));
+                        with_suggestion(message, &value, &Sharing::ALL.map(Sharing::name), true)
+                    })?,
+                );
             }
             "mode" => self.mode = Some(number(&value, 8)?),
             "uid" => self.uid = Some(number(&value, 10)?),
             "gid" => self.gid = Some(number(&value, 10)?),
             "env" => self.env = Some(value),
-            _ => return Err(with_suggestion(format!("unexpected key '{key}' in '{field}'"), key, &KEYS, true)),
+            _ => {
+                return Err(with_suggestion(
+                    format!("unexpected key '{key}' in '{field}'"),
+                    key,
+                    &KEYS,
+                    true,
+                ));
+            }
         }
         Ok(())
     }
@@ -153,9 +183,14 @@ impl Mount {
     fn check(&self) -> Result<()> {
         let kind = self.kind;
         if matches!(kind, MountKind::Bind | MountKind::Tmpfs) {
-            let given = [("mode", self.mode), ("uid", self.uid), ("gid", self.gid)].into_iter().find(|(_, v)| v.is_some());
+            let given = [("mode", self.mode), ("uid", self.uid), ("gid", self.gid)]
+                .into_iter()
+                .find(|(_, v)| v.is_some());
             if let Some((key, _)) = given {
-                return Err(Error::new(format!("{key} not allowed for {} type mounts", quote(kind.name()))));
+                return Err(Error::new(format!(
+                    "{key} not allowed for {} type mounts",
+                    quote(kind.name())
+                )));
             }
         }
         if kind == MountKind::Secret {
@@ -186,18 +221,33 @@ impl Device {
     pub fn parse(raw: &str) -> Result<Self> {
         let mut device = Self::default();
         for field in fields(raw, "devices")? {
-            let (key, value) = field.split_once('=').map_or((field.as_str(), None), |(k, v)| (k, Some(v)));
+            let (key, value) =
+                field.split_once('=').map_or((field.as_str(), None), |(k, v)| (k, Some(v)));
             let key = key.to_lowercase();
             match (key.as_str(), value) {
                 ("required", None) => device.required = true,
                 ("required", Some(value)) => {
-                    device.required = parse_bool(value).ok_or_else(|| Error::new(format!("invalid value for {key}: {value}")))?;
+                    device.required = parse_bool(value)
+                        .ok_or_else(|| Error::new(format!("invalid value for {key}: {value}")))?;
                 }
                 ("name", Some(value)) if device.name.is_empty() => device.name = value.to_owned(),
-                ("name", Some(_)) => return Err(Error::new(format!("device name already set to {}", device.name))),
+                ("name", Some(_)) => {
+                    return Err(Error::new(format!("device name already set to {}", device.name)));
+                }
                 _ if device.name.is_empty() => device.name = field.clone(),
-                (_, None) => return Err(Error::new(format!("invalid field '{field}' must be a key=value pair"))),
-                _ => return Err(with_suggestion(format!("unexpected key '{key}' in '{field}'"), &key, &["name", "required"], true)),
+                (_, None) => {
+                    return Err(Error::new(format!(
+                        "invalid field '{field}' must be a key=value pair"
+                    )));
+                }
+                _ => {
+                    return Err(with_suggestion(
+                        format!("unexpected key '{key}' in '{field}'"),
+                        &key,
+                        &["name", "required"],
+                        true,
+                    ));
+                }
             }
         }
         Ok(device)
@@ -205,5 +255,6 @@ impl Device {
 }
 
 fn fields(raw: &str, what: &str) -> Result<Vec<String>> {
-    literals::csv(raw).map_err(|e| Error { message: format!("failed to parse csv {what}: {}", e.message), ..e })
+    literals::csv(raw)
+        .map_err(|e| Error { message: format!("failed to parse csv {what}: {}", e.message), ..e })
 }

@@ -1,7 +1,8 @@
 //! Where in a file the thing stands that a finding or a mistake is about.
 //!
-//! Parsing notes lines only. Whoever has something to say names a [`Token`], and [`Source`] looks for it in the text when somebody
-//! wants to see it: the instruction's lines are joined once more, now with a note of where each piece came from.
+//! Parsing notes lines only. Whoever has something to say names a [`Token`], and [`Source`] looks
+//! for it in the text when somebody wants to see it: the instruction's lines are joined once more,
+//! now with a note of where each piece came from.
 
 use shipway_fault::{Position, Span};
 
@@ -20,7 +21,8 @@ pub enum Token {
     Word(usize),
     /// A stretch of the text; the arguments if it stands nowhere, as when it came out of variables.
     Text(String),
-    /// A parser directive. Mistakes in it are told one line above, as by the reference; this is the line itself.
+    /// A parser directive. Mistakes in it are told one line above, as by the reference; this is the
+    /// line itself.
     Directive,
     /// The name of a variable where it is used, `$NAME` or `${NAME…}`.
     Variable(String),
@@ -37,11 +39,14 @@ impl<'a> Source<'a> {
     /// The text of a Dockerfile.
     pub fn new(text: &'a str) -> Self {
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-        let escape = directive::find("escape", text.as_bytes()).and_then(|d| d.value.chars().next()).unwrap_or('\\');
+        let escape = directive::find("escape", text.as_bytes())
+            .and_then(|d| d.value.chars().next())
+            .unwrap_or('\\');
         Self { lines: text.split('\n').map(|line| line.trim_end_matches('\r')).collect(), escape }
     }
 
-    /// One span per line as [`Lines::spans`] gives them, of which the one with the token on it has the token's characters.
+    /// One span per line as [`Lines::spans`] gives them, of which the one with the token on it has
+    /// the token's characters.
     pub fn spans(&self, lines: Lines, token: Option<&Token>) -> Vec<Span> {
         pin(lines, token.and_then(|token| self.find(lines, token)))
     }
@@ -49,7 +54,10 @@ impl<'a> Source<'a> {
     /// The same for a message: what it quotes of the text, or a flag that it names.
     pub fn spans_of_message(&self, lines: Lines, message: &str) -> Vec<Span> {
         let Some(joined) = self.join(lines) else { return lines.spans() };
-        pin(lines, quoted(message).into_iter().find_map(|word| self.span(&joined, joined.find(word)?)))
+        pin(
+            lines,
+            quoted(message).into_iter().find_map(|word| self.span(&joined, joined.find(word)?)),
+        )
     }
 
     /// The place of `text` in the instruction on `lines`, if it stands there as it is.
@@ -63,7 +71,10 @@ impl<'a> Source<'a> {
         if *token == Token::Directive {
             let number = lines.start + 1;
             let end = characters(self.line(number)?.trim_end());
-            return Some(Span { start: Position { line: number, character: 0 }, end: Position { line: number, character: end } });
+            return Some(Span {
+                start: Position { line: number, character: 0 },
+                end: Position { line: number, character: end },
+            });
         }
         let joined = self.join(lines)?;
         let at = match token {
@@ -90,7 +101,8 @@ impl<'a> Source<'a> {
         lines.find_map(|number| {
             let line = self.line(number)?;
             let (start, end) = variable(line, name, '\\', false)?;
-            let position = |at: usize| Position { line: number, character: characters(&line[..at]) };
+            let position =
+                |at: usize| Position { line: number, character: characters(&line[..at]) };
             Some(Span { start: position(start), end: position(end) })
         })
     }
@@ -101,7 +113,12 @@ impl<'a> Source<'a> {
         let text = first.trim_start();
         let (line, mut continues) = continuation(text, self.escape);
         let piece = Piece { from: 0, line: lines.start, column: first.len() - text.len() };
-        let mut joined = Joined { text: line.to_owned(), pieces: vec![piece], escape: self.escape, last: lines.start };
+        let mut joined = Joined {
+            text: line.to_owned(),
+            pieces: vec![piece],
+            escape: self.escape,
+            last: lines.start,
+        };
         while continues && joined.last < lines.end {
             joined.last += 1;
             let line = self.line(joined.last)?;
@@ -119,7 +136,8 @@ impl<'a> Source<'a> {
     /// A stretch of the joined text in the file; what goes over the end of a line is cut off there.
     fn span(&self, joined: &Joined, (start, end): (usize, usize)) -> Option<Span> {
         let piece = joined.pieces.iter().rfind(|p| p.from <= start)?;
-        let next = joined.pieces.iter().find(|p| p.from > start).map_or(joined.text.len(), |p| p.from);
+        let next =
+            joined.pieces.iter().find(|p| p.from > start).map_or(joined.text.len(), |p| p.from);
         let line = self.line(piece.line)?;
         let position = |at: usize| {
             let before = line.get(..piece.column + (at - piece.from))?;
@@ -207,7 +225,9 @@ impl Joined {
         }
         let at = bounded(after, text).or_else(|| after.find(text)).map(|at| keyword + at);
         // Only the keyword itself is left.
-        let at = at.or_else(|| (self.text.trim_start().get(..text.len()) == Some(text)).then(|| self.keyword().0))?;
+        let at = at.or_else(|| {
+            (self.text.trim_start().get(..text.len()) == Some(text)).then(|| self.keyword().0)
+        })?;
         Some((at, at + text.len()))
     }
 }
@@ -230,12 +250,14 @@ fn rest_of_word(text: &str) -> usize {
 fn bounded(text: &str, word: &str) -> Option<usize> {
     let part = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | '.' | '/');
     text.match_indices(word).map(|(at, _)| at).find(|at| {
-        let (before, after) = (text[..*at].chars().next_back(), text[at + word.len()..].chars().next());
+        let (before, after) =
+            (text[..*at].chars().next_back(), text[at + word.len()..].chars().next());
         !before.is_some_and(part) && !after.is_some_and(part)
     })
 }
 
-/// Where the name of the variable stands: not behind an escape, and not between single quotes if `quotes` count.
+/// Where the name of the variable stands: not behind an escape, and not between single quotes if
+/// `quotes` count.
 fn variable(text: &str, name: &str, escape: char, quotes: bool) -> Option<(usize, usize)> {
     let (mut single, mut double) = (false, false);
     let mut chars = text.char_indices();
@@ -247,7 +269,9 @@ fn variable(text: &str, name: &str, escape: char, quotes: bool) -> Option<(usize
             '$' if !single => {
                 let start = at + 1 + usize::from(text[at + 1..].starts_with('{'));
                 let follows = text[start..].strip_prefix(name).map(|rest| rest.chars().next());
-                if follows.is_some_and(|next| !next.is_some_and(|c| c.is_alphanumeric() || c == '_')) {
+                if follows
+                    .is_some_and(|next| !next.is_some_and(|c| c.is_alphanumeric() || c == '_'))
+                {
                     return Some((start, start + name.len()));
                 }
             }
@@ -257,11 +281,16 @@ fn variable(text: &str, name: &str, escape: char, quotes: bool) -> Option<(usize
     None
 }
 
-/// The stretches of a message that come from the file: what is quoted, a flag, what follows a colon.
+/// The stretches of a message that come from the file: what is quoted, a flag, what follows a
+/// colon.
 fn quoted(message: &str) -> Vec<&str> {
-    let message = message.split_once(" on line ").and_then(|(_, m)| m.split_once(": ")).map_or(message, |(_, m)| m);
+    let message = message
+        .split_once(" on line ")
+        .and_then(|(_, m)| m.split_once(": "))
+        .map_or(message, |(_, m)| m);
     let message = message.split_once(" (did you mean").map_or(message, |(m, _)| m);
-    let mut found: Vec<&str> = message.split(' ').filter(|w| w.starts_with("--") && w.len() > 2).collect();
+    let mut found: Vec<&str> =
+        message.split(' ').filter(|w| w.starts_with("--") && w.len() > 2).collect();
     for quote in ['"', '\''] {
         found.extend(message.split(quote).skip(1).step_by(2).filter(|w| !w.is_empty()));
     }

@@ -1,8 +1,10 @@
-//! The tree as text again, in one canonical form: what it prints parses to the same tree, texts and lines of instructions aside.
+//! The tree as text again, in one canonical form: what it prints parses to the same tree, texts and
+//! lines of instructions aside.
 //!
-//! Every instruction takes one line and its heredocs; words stay raw, so nothing is expanded or lost. Two oddities of the
-//! language cannot be written again: two inline files of one `COPY` with the same name and different texts, and words that
-//! end in a blank which does not separate words (such as U+00A0) when they come last.
+//! Every instruction takes one line and its heredocs; words stay raw, so nothing is expanded or
+//! lost. Two oddities of the language cannot be written again: two inline files of one `COPY` with
+//! the same name and different texts, and words that end in a blank which does not separate words
+//! (such as U+00A0) when they come last.
 
 use std::fmt::{self, Write};
 
@@ -25,7 +27,8 @@ impl fmt::Display for Dockerfile {
             print_comments(f, &stage.comments)?;
             let mut line = Line::new(&stage.keyword, self.escape);
             line.text_flag("platform", &stage.platform);
-            let name = if stage.name.is_empty() { String::new() } else { format!(" AS {}", stage.name) };
+            let name =
+                if stage.name.is_empty() { String::new() } else { format!(" AS {}", stage.name) };
             line.rest(&format!("{}{name}", stage.base));
             line.print(f)?;
             for instruction in &stage.instructions {
@@ -40,7 +43,11 @@ fn print_comments(f: &mut fmt::Formatter<'_>, comments: &[String]) -> fmt::Resul
     comments.iter().try_for_each(|comment| writeln!(f, "# {comment}"))
 }
 
-fn print_instruction(f: &mut fmt::Formatter<'_>, instruction: &Instruction, escape: char) -> fmt::Result {
+fn print_instruction(
+    f: &mut fmt::Formatter<'_>,
+    instruction: &Instruction,
+    escape: char,
+) -> fmt::Result {
     print_comments(f, &instruction.comments)?;
     let mut line = Line::new(&instruction.keyword, escape);
     match &instruction.command {
@@ -58,17 +65,23 @@ fn print_instruction(f: &mut fmt::Formatter<'_>, instruction: &Instruction, esca
             line.files(&copy.files);
         }
         Command::Arg(arg) => {
-            let word = |a: &ArgPair| a.default.as_ref().map_or(a.name.clone(), |d| format!("{}={d}", a.name));
+            let word = |a: &ArgPair| {
+                a.default.as_ref().map_or(a.name.clone(), |d| format!("{}={d}", a.name))
+            };
             line.rest(&arg.args.iter().map(word).collect::<Vec<_>>().join(" "));
         }
         Command::Cmd(command) | Command::Entrypoint(command) => line.command(command),
         Command::Env(pairs) | Command::Label(pairs) => {
-            let word = |p: &Pair| format!("{}{}{}", p.key, if p.legacy { ' ' } else { '=' }, p.value);
+            let word =
+                |p: &Pair| format!("{}{}{}", p.key, if p.legacy { ' ' } else { '=' }, p.value);
             line.rest(&pairs.iter().map(word).collect::<Vec<_>>().join(" "));
         }
         Command::Expose(ports) => line.rest(&ports.join(" ")),
         Command::Healthcheck(check) => line.healthcheck(check),
-        Command::Maintainer(text) | Command::StopSignal(text) | Command::User(text) | Command::Workdir(text) => line.rest(text),
+        Command::Maintainer(text)
+        | Command::StopSignal(text)
+        | Command::User(text)
+        | Command::Workdir(text) => line.rest(text),
         // Its heredocs are in its text already, and so is what must not be taken for a flag.
         Command::Onbuild(onbuild) => line.text.push_str(&format!(" {}", onbuild.trigger)),
         Command::Run(run) => line.run(run),
@@ -147,8 +160,13 @@ impl Line {
     /// Words between blanks where that is possible, else an array.
     fn list(&mut self, words: &[String]) {
         let plain = words.join(" ");
-        let separable = words.iter().all(|w| !w.is_empty() && !w.contains(BLANKS)) && plain.trim() == plain;
-        if separable && json::array(&plain) == json::Array::Not { self.rest(&plain) } else { self.rest(&array(words)) }
+        let separable =
+            words.iter().all(|w| !w.is_empty() && !w.contains(BLANKS)) && plain.trim() == plain;
+        if separable && json::array(&plain) == json::Array::Not {
+            self.rest(&plain)
+        } else {
+            self.rest(&array(words))
+        }
     }
 
     fn files_flags(&mut self, files: &Files) {
@@ -163,14 +181,21 @@ impl Line {
     fn files(&mut self, files: &Files) {
         // Heredocs come first, because quotes in other words could swallow them.
         let heredocs = files.contents.iter().map(|c| opening(&c.name, c.expand));
-        let words: Vec<String> = heredocs.chain(files.sources.iter().cloned()).chain([files.dest.clone()]).collect();
+        let words: Vec<String> =
+            heredocs.chain(files.sources.iter().cloned()).chain([files.dest.clone()]).collect();
         let before = self.text.len();
         self.list(&words);
-        if self.text[before..].starts_with(" [") && json::array(&self.text[before..]) != json::Array::Not {
+        if self.text[before..].starts_with(" [")
+            && json::array(&self.text[before..]) != json::Array::Not
+        {
             return;
         }
         for opened in heredoc::in_line(&self.text).unwrap_or_default() {
-            let data = files.contents.iter().find(|c| c.name == opened.name).map_or("", |c| c.data.as_str());
+            let data = files
+                .contents
+                .iter()
+                .find(|c| c.name == opened.name)
+                .map_or("", |c| c.data.as_str());
             self.bodies.push_str(&format!("{data}{}\n", opened.name));
         }
     }
@@ -178,7 +203,10 @@ impl Line {
     fn run(&mut self, run: &Run) {
         for device in &run.devices {
             let name = csv_field(&format!("name={}", device.name));
-            self.flag("device", &format!("{name}{}", if device.required { ",required" } else { "" }));
+            self.flag(
+                "device",
+                &format!("{name}{}", if device.required { ",required" } else { "" }),
+            );
         }
         for mount in &run.mounts {
             self.flag("mount", &mount.raw);
@@ -220,7 +248,9 @@ impl Line {
         }
         match check.test.split_first() {
             Some((kind, words)) if kind == "CMD" => self.rest(&format!("CMD {}", array(words))),
-            Some((kind, words)) if kind == "CMD-SHELL" => self.rest(&format!("CMD {}", words.join(" "))),
+            Some((kind, words)) if kind == "CMD-SHELL" => {
+                self.rest(&format!("CMD {}", words.join(" ")))
+            }
             _ => self.rest("NONE"),
         }
     }
@@ -231,7 +261,12 @@ impl Line {
         for c in self.text.chars() {
             if c == '\n' {
                 length = 0;
-            } else if length > MAX_LINE && before != self.escape && !c.is_whitespace() && c != '#' && c != self.escape {
+            } else if length > MAX_LINE
+                && before != self.escape
+                && !c.is_whitespace()
+                && c != '#'
+                && c != self.escape
+            {
                 f.write_char(self.escape)?;
                 f.write_char('\n')?;
                 length = 0;
@@ -268,7 +303,11 @@ fn array(words: &[String]) -> String {
 }
 
 fn csv_field(field: &str) -> String {
-    if field.contains([',', '"']) { format!("\"{}\"", field.replace('"', "\"\"")) } else { field.to_owned() }
+    if field.contains([',', '"']) {
+        format!("\"{}\"", field.replace('"', "\"\""))
+    } else {
+        field.to_owned()
+    }
 }
 
 /// `<<` and a word that reads as `name`.

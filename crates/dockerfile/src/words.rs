@@ -22,8 +22,9 @@ pub(crate) fn split(line: &str, escape: char) -> (&str, Vec<String>, &str) {
     }
 }
 
-/// Takes words with `--` in front off `line`, quotes and escapes resolved; a lone `--` ends them. The reference reads bytes
-/// here and garbles what is not ASCII (`--exclude=é`); we do not follow it in that.
+/// Takes words with `--` in front off `line`, quotes and escapes resolved; a lone `--` ends them.
+/// The reference reads bytes here and garbles what is not ASCII (`--exclude=é`); we do not follow
+/// it in that.
 fn flags(line: &str, escape: char) -> (Vec<String>, &str) {
     let mut flags = Vec::new();
     let mut rest = line.trim_start();
@@ -78,7 +79,8 @@ pub(crate) fn blank_separated(rest: &str) -> Vec<String> {
     rest.split(BLANKS).filter(|w| !w.is_empty()).map(str::to_owned).collect()
 }
 
-/// Words between blanks that are neither quoted nor escaped; quotes and escapes stay for the expansion.
+/// Words between blanks that are neither quoted nor escaped; quotes and escapes stay for the
+/// expansion.
 pub(crate) fn quoted(rest: &str, escape: char) -> Vec<&str> {
     let mut words = Vec::new();
     let mut start = None;
@@ -107,22 +109,33 @@ pub(crate) fn quoted(rest: &str, escape: char) -> Vec<&str> {
     words
 }
 
-/// The pairs of `ENV` and `LABEL`: key, value and `=`, or nothing as separator for the old form with one pair.
+/// The pairs of `ENV` and `LABEL`: key, value and `=`, or nothing as separator for the old form
+/// with one pair.
 pub(crate) fn pairs(keyword: &str, rest: &str, escape: char) -> Result<Vec<String>> {
     let words = quoted(rest, escape);
     let Some(first) = words.first() else { return Ok(Vec::new()) };
     if !first.contains('=') {
         let Some((key, value)) = rest.split_once(BLANKS) else {
-            let error = Error::new(format!("{keyword} must have two arguments")).at(Token::Arguments);
+            let error =
+                Error::new(format!("{keyword} must have two arguments")).at(Token::Arguments);
             return Err(error.hint(example(keyword)));
         };
-        return Ok(vec![key.to_owned(), value.trim_start_matches(BLANKS).to_owned(), String::new()]);
+        return Ok(vec![
+            key.to_owned(),
+            value.trim_start_matches(BLANKS).to_owned(),
+            String::new(),
+        ]);
     }
     let mut args = Vec::with_capacity(words.len() * 3);
     for word in words {
         let Some((key, value)) = word.split_once('=') else {
-            let message = format!("Syntax error - can't find = in {}. Must be of the form: name=value", quote(word));
-            return Err(Error::new(message).at(Token::Text(word.to_owned())).hint("quote a value that contains blanks"));
+            let message = format!(
+                "Syntax error - can't find = in {}. Must be of the form: name=value",
+                quote(word)
+            );
+            return Err(Error::new(message)
+                .at(Token::Text(word.to_owned()))
+                .hint("quote a value that contains blanks"));
         };
         args.extend([key.to_owned(), value.to_owned(), "=".to_owned()]);
     }

@@ -1,5 +1,6 @@
-//! Mutated Dockerfiles: nothing panics, whatever parses prints and parses to the same tree, and the tolerant reading agrees
-//! with the strict one. The seed is fixed, so a failure comes back; its input goes to `corpus/` then.
+//! Mutated Dockerfiles: nothing panics, whatever parses prints and parses to the same tree, and the
+//! tolerant reading agrees with the strict one. The seed is fixed, so a failure comes back; its
+//! input goes to `corpus/` then.
 
 use std::{
     collections::HashMap,
@@ -156,7 +157,10 @@ fn swallows(files: &shipway_dockerfile::Files) -> bool {
     let quoted = |s: &String| s.contains(['"', '\'', '\\', '$']);
     let mut names: Vec<&str> = files.contents.iter().map(|c| c.name.as_str()).collect();
     names.sort_unstable();
-    !names.is_empty() && (names.windows(2).any(|w| w[0] == w[1]) || files.sources.iter().any(quoted) || quoted(&files.dest))
+    !names.is_empty()
+        && (names.windows(2).any(|w| w[0] == w[1])
+            || files.sources.iter().any(quoted)
+            || quoted(&files.dest))
 }
 
 #[track_caller]
@@ -165,10 +169,18 @@ fn try_one(text: &str) {
     let mut linter = Linter::default();
     let (file, mistakes) = Dockerfile::diagnose(text.as_bytes(), &mut linter);
     let source = Source::new(text);
-    for spans in mistakes.iter().map(|m| m.spans(&source)).chain(linter.found().iter().map(|l| l.spans(&source))) {
+    for spans in mistakes
+        .iter()
+        .map(|m| m.spans(&source))
+        .chain(linter.found().iter().map(|l| l.spans(&source)))
+    {
         assert!(spans.iter().all(|s| s.start <= s.end), "{spans:?}");
     }
-    assert_eq!(parsed.is_ok(), mistakes.is_empty(), "strict and tolerant reading differ: {mistakes:?}");
+    assert_eq!(
+        parsed.is_ok(),
+        mistakes.is_empty(),
+        "strict and tolerant reading differ: {mistakes:?}"
+    );
     let Ok(parsed) = parsed else { return };
     assert_eq!(Some(&parsed), file.as_ref(), "strict and tolerant trees differ");
     let env: HashMap<String, String> = [("A".to_owned(), "alpha/beta".to_owned())].into();
@@ -196,15 +208,21 @@ fn try_one(text: &str) {
 #[test]
 fn mutations_never_break_it() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
-    let mut paths: Vec<_> = fs::read_dir(directory).expect("corpus").map(|e| e.expect("entry").path()).collect();
+    let mut paths: Vec<_> =
+        fs::read_dir(directory).expect("corpus").map(|e| e.expect("entry").path()).collect();
     paths.sort();
     let corpus: Vec<String> = paths.iter().map(|p| fs::read_to_string(p).expect("text")).collect();
     corpus.iter().for_each(|text| try_one(text));
     let mut dice = Dice(0x5eed_d0c5);
-    // Some rounds always; as long as asked for where there is time (`cargo xtask test` gives a minute), then with another seed each time.
-    let time = std::env::var("SHIPWAY_FUZZ_SECONDS").ok().and_then(|n| n.parse().ok()).map(Duration::from_secs);
+    // Some rounds always; as long as asked for where there is time (`cargo xtask test` gives a
+    // minute), then with another seed each time.
+    let time = std::env::var("SHIPWAY_FUZZ_SECONDS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .map(Duration::from_secs);
     if time.is_some() {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_secs());
+        let now =
+            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_secs());
         println!("seed {now}");
         dice = Dice(now);
     }
@@ -220,15 +238,27 @@ fn mutations_never_break_it() {
             println!("round {round}, input:\n{text:?}");
             std::panic::resume_unwind(panic);
         }
-        assert!(begun.elapsed() < HANG, "round {round} took {:?}, input:\n{text:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() < HANG,
+            "round {round} took {:?}, input:\n{text:?}",
+            begun.elapsed()
+        );
     }
 }
 
-/// Twice the text takes about twice the time, whatever it is made of; what grows with the square would take four times as much.
+/// Twice the text takes about twice the time, whatever it is made of; what grows with the square
+/// would take four times as much.
 #[test]
 fn time_grows_with_the_text() {
-    for piece in ["RUN a \\\n", "ENV A=${A:-${A:-x}}\n", "COPY <<a <<b /\nx\na\ny\nb\n", "# c\n", "${A:-", "RUN [\"a\",", "ARG x=\"'\\\n\n"]
-    {
+    for piece in [
+        "RUN a \\\n",
+        "ENV A=${A:-${A:-x}}\n",
+        "COPY <<a <<b /\nx\na\ny\nb\n",
+        "# c\n",
+        "${A:-",
+        "RUN [\"a\",",
+        "ARG x=\"'\\\n\n",
+    ] {
         let took = |times: usize| {
             let text = format!("FROM a\n{}", piece.repeat(times));
             let once = || {
@@ -241,6 +271,9 @@ fn time_grows_with_the_text() {
             (0..5).map(|_| once()).min().unwrap_or_default()
         };
         let (short, long) = (took(2_000), took(32_000));
-        assert!(long < short * 16 * 5 + Duration::from_millis(100), "{piece:?}: {short:?} became {long:?} with sixteen times the text");
+        assert!(
+            long < short * 16 * 5 + Duration::from_millis(100),
+            "{piece:?}: {short:?} became {long:?} with sixteen times the text"
+        );
     }
 }

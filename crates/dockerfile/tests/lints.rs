@@ -25,15 +25,29 @@ fn rules_of_the_text() {
             "DuplicateStageName: Duplicate stage name \"x\", stage names should be unique (line 2)",
         ],
     );
-    check("FROM a AS context", &["ReservedStageName: Stage name should not use the same name as reserved stage \"context\" (line 1)"]);
-    check("FROM a\nMAINTAINER b", &["MaintainerDeprecated: Maintainer instruction is deprecated in favor of using label (line 2)"]);
+    check(
+        "FROM a AS context",
+        &[
+            "ReservedStageName: Stage name should not use the same name as reserved stage \"context\" (line 1)",
+        ],
+    );
+    check(
+        "FROM a\nMAINTAINER b",
+        &[
+            "MaintainerDeprecated: Maintainer instruction is deprecated in favor of using label (line 2)",
+        ],
+    );
     check(
         "FROM a\nrun b\nRUN c",
-        &["ConsistentInstructionCasing: Command 'run' should match the case of the command majority (uppercase) (line 2)"],
+        &[
+            "ConsistentInstructionCasing: Command 'run' should match the case of the command majority (uppercase) (line 2)",
+        ],
     );
     check(
         "from a\nrun b\nRun c",
-        &["ConsistentInstructionCasing: Command 'Run' should match the case of the command majority (lowercase) (line 3)"],
+        &[
+            "ConsistentInstructionCasing: Command 'Run' should match the case of the command majority (lowercase) (line 3)",
+        ],
     );
 }
 
@@ -53,7 +67,9 @@ fn settings() {
     );
     check(
         "FROM a\n# check=skip=MaintainerDeprecated\nMAINTAINER x\nMAINTAINER y",
-        &["MaintainerDeprecated: Maintainer instruction is deprecated in favor of using label (line 4)"],
+        &[
+            "MaintainerDeprecated: Maintainer instruction is deprecated in favor of using label (line 4)",
+        ],
     );
     let described = "# wrong words\nARG A\n# A is right\nARG A\n# stage\nFROM a AS b\n";
     check(described, &[]);
@@ -67,7 +83,10 @@ fn settings() {
     for (text, message) in [
         ("skip", "invalid check option \"skip\""),
         ("skp=x", "invalid check option \"skp\""),
-        ("error=x", "failed to parse check option \"error=x\": strconv.ParseBool: parsing \"x\": invalid syntax"),
+        (
+            "error=x",
+            "failed to parse check option \"error=x\": strconv.ParseBool: parsing \"x\": invalid syntax",
+        ),
     ] {
         assert_eq!(LintConfig::parse(text).expect_err(text).message, message);
     }
@@ -75,11 +94,19 @@ fn settings() {
 
 #[test]
 fn violations_may_fail_the_build() {
-    let mut linter = Linter::new(LintConfig::parse("error=true;skip=UndefinedVar").expect("settings"));
+    let mut linter =
+        Linter::new(LintConfig::parse("error=true;skip=UndefinedVar").expect("settings"));
     linter.report(Finding::UndefinedVar { name: "x", suggestion: None }, Lines::default(), &[]);
     assert!(linter.error().is_ok());
-    linter.report(Finding::UndefinedArgInFrom { arg: "x", suggestion: Some("y") }, Lines { start: 2, end: 3 }, &[]);
-    assert_eq!(linter.error().expect_err("fails").message, "lint violation found for rules: UndefinedArgInFrom");
+    linter.report(
+        Finding::UndefinedArgInFrom { arg: "x", suggestion: Some("y") },
+        Lines { start: 2, end: 3 },
+        &[],
+    );
+    assert_eq!(
+        linter.error().expect_err("fails").message,
+        "lint violation found for rules: UndefinedArgInFrom"
+    );
     let lint = &linter.take()[0];
     assert_eq!(
         (lint.short().as_str(), lint.lines.spans().len()),
@@ -90,11 +117,16 @@ fn violations_may_fail_the_build() {
 #[test]
 fn names_and_pages() {
     assert_eq!(Rule::ALL.len(), 22);
-    assert_eq!(Rule::JSONArgsRecommended.url(), "https://docs.docker.com/go/dockerfile/rule/json-args-recommended/");
+    assert_eq!(
+        Rule::JSONArgsRecommended.url(),
+        "https://docs.docker.com/go/dockerfile/rule/json-args-recommended/"
+    );
     assert_eq!(Rule::InvalidBaseImagePlatform.url(), "");
     let secret = ["API_KEY", "token", "DB_PASSWORD", "auth"];
     let harmless = ["KEYRING", "PUBLIC_KEY", "TOKEN_FILE", "key_version", "monkey"];
-    assert!(secret.iter().all(|n| is_secret_name(n)) && !harmless.iter().any(|n| is_secret_name(n)));
+    assert!(
+        secret.iter().all(|n| is_secret_name(n)) && !harmless.iter().any(|n| is_secret_name(n))
+    );
 }
 
 #[test]

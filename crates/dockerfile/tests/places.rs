@@ -10,8 +10,16 @@ fn marked(text: &str, spans: &[Span]) -> Vec<String> {
     let show = |s: &Span| {
         let (from, to) = (s.start.character as usize, s.end.character as usize);
         assert_eq!(s.start.line, s.end.line);
-        let line = text.trim_start_matches('\u{feff}').lines().nth(s.start.line as usize - 1).expect("line");
-        format!("{}:{from} {}", s.start.line, line.chars().skip(from).take(to - from).collect::<String>())
+        let line = text
+            .trim_start_matches('\u{feff}')
+            .lines()
+            .nth(s.start.line as usize - 1)
+            .expect("line");
+        format!(
+            "{}:{from} {}",
+            s.start.line,
+            line.chars().skip(from).take(to - from).collect::<String>()
+        )
     };
     exact.map(show).collect()
 }
@@ -66,8 +74,10 @@ fn mistakes_are_pointed_at() {
     }
     mistake("  RUN x", "1:2 RUN");
     // These lines are counted from 0.
-    for (text, place) in [("# escape=x\nFROM a", "1:0 # escape=x"), ("# check=skip=all\n# check=skip=all\nFROM a", "2:0 # check=skip=all")]
-    {
+    for (text, place) in [
+        ("# escape=x\nFROM a", "1:0 # escape=x"),
+        ("# check=skip=all\n# check=skip=all\nFROM a", "2:0 # check=skip=all"),
+    ] {
         let error = Dockerfile::parse(text.as_bytes()).expect_err(text);
         assert_eq!(marked(text, &error.spans(&Source::new(text))).join(", "), place);
     }
@@ -94,7 +104,11 @@ fn tokens_are_found_where_they_are_meant() {
     check("WORKDIR", word("x"), "1:0 WORKDIR");
     check("FROM --platform=x \\\n img as b", Token::Word(1), "2:5 as");
     check("FROM a", Token::Word(2), "");
-    check("FROM --platform=\"a b\" img", Token::Flag("--platform".into()), "1:5 --platform=\"a b\"");
+    check(
+        "FROM --platform=\"a b\" img",
+        Token::Flag("--platform".into()),
+        "1:5 --platform=\"a b\"",
+    );
     check("COPY --link a b", Token::Arguments, "1:12 a b");
     check("RUN a \\\n b \\\n c", Token::Arguments, "1:4 a ");
     check("RUN a", Token::Keyword, "1:0 RUN");
@@ -112,11 +126,18 @@ fn violations_are_pointed_at_and_mended() {
         ("FROM a AS b\nFROM a AS b", "2:10 b", "give one of the two stages another name", None),
         ("FROM a\nRUN b\nrun c", "3:0 run", "write RUN", Some("RUN")),
         ("from a\nrun b\nRun c", "3:0 Run", "write run", Some("run")),
-        ("FROM a\nMAINTAINER b", "2:0 MAINTAINER", "write LABEL org.opencontainers.image.authors=\"…\"", None),
+        (
+            "FROM a\nMAINTAINER b",
+            "2:0 MAINTAINER",
+            "write LABEL org.opencontainers.image.authors=\"…\"",
+            None,
+        ),
         ("FROM a\nRUN b \\\n\n c", "", "remove the empty line, or begin it with #", None),
         ("# check=experimental=all\n# x y\nARG v", "3:4 v", "begin the comment with v", None),
     ] {
-        let mut linter = Linter::new(shipway_dockerfile::LintConfig::of_file(text.as_bytes()).expect("settings"));
+        let mut linter = Linter::new(
+            shipway_dockerfile::LintConfig::of_file(text.as_bytes()).expect("settings"),
+        );
         Dockerfile::parse_with(text.as_bytes(), &mut linter).expect("parses");
         let [lint] = linter.found() else { panic!("{:?}", linter.found()) };
         assert_eq!(marked(text, &lint.spans(&Source::new(text))).join(", "), place, "for {text:?}");

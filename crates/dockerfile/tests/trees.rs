@@ -5,7 +5,8 @@ use shipway_dockerfile::{Command, Dockerfile, Lex, Linter, directive, parse_trig
 /// The canonical text of `body` as a stage of `FROM a`, without that line.
 #[track_caller]
 fn check(body: &str, expected: &str) {
-    let file = Dockerfile::parse(format!("FROM a\n{body}").as_bytes()).unwrap_or_else(|e| panic!("{body:?}: {e}"));
+    let file = Dockerfile::parse(format!("FROM a\n{body}").as_bytes())
+        .unwrap_or_else(|e| panic!("{body:?}: {e}"));
     let printed = file.to_string();
     assert_eq!(printed.strip_prefix("\nFROM a\n"), Some(expected), "for {body:?}");
 }
@@ -14,7 +15,8 @@ fn check(body: &str, expected: &str) {
 #[track_caller]
 fn fails(text: &str, expected: &str) {
     let error = Dockerfile::parse(text.as_bytes()).expect_err(text);
-    let lines = error.lines.map_or(String::new(), |l| format!("{}-{}: ", l.start, l.end.max(l.start)));
+    let lines =
+        error.lines.map_or(String::new(), |l| format!("{}-{}: ", l.start, l.end.max(l.start)));
     assert_eq!(format!("{lines}{}", error.message), expected, "for {text:?}");
 }
 
@@ -44,7 +46,10 @@ fn forms_of_commands() {
     check("RUN -- --a", "RUN -- --a\n");
     check("SHELL [\"/bin/sh\",\"-c\"]", "SHELL [\"/bin/sh\", \"-c\"]\n");
     check("HEALTHCHECK CMD  curl  x", "HEALTHCHECK CMD curl  x\n");
-    check("HEALTHCHECK --interval=1m30s --retries=2 cmd [\"a\"]", "HEALTHCHECK --interval=90000000000ns --retries=2 CMD [\"a\"]\n");
+    check(
+        "HEALTHCHECK --interval=1m30s --retries=2 cmd [\"a\"]",
+        "HEALTHCHECK --interval=90000000000ns --retries=2 CMD [\"a\"]\n",
+    );
     check("HEALTHCHECK none", "HEALTHCHECK NONE\n");
 }
 
@@ -74,7 +79,10 @@ fn files_and_their_flags() {
         "COPY --from=x --chown=a\" b:c\" --link=true --exclude=*.md --exclude='\"q' a b\n",
     );
     check("COPY --parents=FALSE a b", "COPY a b\n");
-    check("ADD --keep-git-dir --unpack=false --checksum=sha256:1 u d", "ADD --checksum=sha256:1 --keep-git-dir=true --unpack=false u d\n");
+    check(
+        "ADD --keep-git-dir --unpack=false --checksum=sha256:1 u d",
+        "ADD --checksum=sha256:1 --keep-git-dir=true --unpack=false u d\n",
+    );
     check("COPY -- --a b", "COPY -- --a b\n");
 }
 
@@ -91,7 +99,10 @@ fn heredocs() {
     check("RUN <<EOF\na\n b\nEOF\nRUN c", "RUN <<EOF\na\n b\nEOF\nRUN c\n");
     check("RUN 3<<A cat <<-B\n1\nA\n\t2\n\tB", "RUN 3<<A cat <<-B\n1\nA\n\t2\nB\n");
     check("RUN << 'E O'\nx\nE O", "RUN << 'E O'\nx\nE O\n");
-    check("COPY <<a.txt <<\"b\" x /d/\n1\na.txt\n2\nb", "COPY <<a.txt <<'b' x /d/\n1\na.txt\n2\nb\n");
+    check(
+        "COPY <<a.txt <<\"b\" x /d/\n1\na.txt\n2\nb",
+        "COPY <<a.txt <<'b' x /d/\n1\na.txt\n2\nb\n",
+    );
     check("COPY <<-A /d\n\t1\n\t\t2\nA", "COPY <<A /d\n1\n2\nA\n");
     check("COPY <<A /d\nA", "COPY <<A /d\nA\n");
     check("CMD x <<EOF", "CMD x <<EOF\n");
@@ -108,9 +119,12 @@ fn directives_and_the_escape() {
     assert_eq!(file.to_string(), "only one escape parser directive can be used");
     let file = Dockerfile::parse(b"# escape=`\nFROM `\n a\nRUN x\\\nRUN y").expect("parses");
     assert_eq!((file.escape, file.stages[0].instructions.len()), ('`', 2));
-    let file = Dockerfile::parse(b"# other=x\n# escape=`\nFROM a").expect("a comment ends the directives");
+    let file =
+        Dockerfile::parse(b"# other=x\n# escape=`\nFROM a").expect("a comment ends the directives");
     assert_eq!((file.escape, file.directives.len()), ('\\', 0));
-    let syntax = |text: &str| directive::syntax(text.as_bytes()).map(|f| (f.first_word, f.value, f.lines.start));
+    let syntax = |text: &str| {
+        directive::syntax(text.as_bytes()).map(|f| (f.first_word, f.value, f.lines.start))
+    };
     let found = |image: &str, value: &str, line| Some((image.to_owned(), value.to_owned(), line));
     assert_eq!(syntax("# syntax = a b\nFROM x"), found("a", "a b", 1));
     assert_eq!(syntax("#!/bin/x\n# syntax=a"), found("a", "a", 2));
@@ -129,8 +143,14 @@ fn stages() {
         "\nARG V=1\n# base is the start\nFROM --platform=$P a:$V AS base\nRUN x\nFROM base\nFROM scratch AS b.c-d_1\n"
     );
     let base = &file.stages[0];
-    assert_eq!((base.description.as_str(), base.source.as_str()), ("is the start", "FROM --platform=$P a:$V AS Base"));
-    assert_eq!((base.lines.start, base.instructions[0].lines.end, file.stage("BASE"), file.stage("x")), (3, 4, Some(0), None));
+    assert_eq!(
+        (base.description.as_str(), base.source.as_str()),
+        ("is the start", "FROM --platform=$P a:$V AS Base")
+    );
+    assert_eq!(
+        (base.lines.start, base.instructions[0].lines.end, file.stage("BASE"), file.stage("x")),
+        (3, 4, Some(0), None)
+    );
 }
 
 #[test]
@@ -141,9 +161,18 @@ fn mistakes_of_lines() {
     fails("# escape=x\nFROM a", "0-0: invalid escape token 'x' does not match ` or \\");
     fails("FROM a\nRUN <<EOF\nx", "2-3: unterminated heredoc");
     fails("FROM a\nENV a", "2-2: ENV must have two arguments");
-    fails("FROM a\nENV a=b \\\n c", "2-3: Syntax error - can't find = in \"c\". Must be of the form: name=value");
-    fails("FROM a\nRUN [1]", "2-2: when using JSON array syntax, arrays must be comprised of strings only");
-    fails("FROM a\nRUN [[\"x\"]]", "2-2: when using JSON array syntax, arrays must be comprised of strings only");
+    fails(
+        "FROM a\nENV a=b \\\n c",
+        "2-3: Syntax error - can't find = in \"c\". Must be of the form: name=value",
+    );
+    fails(
+        "FROM a\nRUN [1]",
+        "2-2: when using JSON array syntax, arrays must be comprised of strings only",
+    );
+    fails(
+        "FROM a\nRUN [[\"x\"]]",
+        "2-2: when using JSON array syntax, arrays must be comprised of strings only",
+    );
     fails("FROM a\nONBUILD LABEL x", "2-2: LABEL must have two arguments");
     let long = format!("FROM a\nRUN {}\n", "x".repeat(70_000));
     fails(&long, "1-1: dockerfile line greater than max allowed size of 65535");
@@ -151,17 +180,25 @@ fn mistakes_of_lines() {
 
 #[test]
 fn mistakes_of_instructions() {
-    let on = |line: i32, message: &str| format!("{line}-{line}: dockerfile parse error on line {line}: {message}");
+    let on = |line: i32, message: &str| {
+        format!("{line}-{line}: dockerfile parse error on line {line}: {message}")
+    };
     let cases = [
         ("FORM a", "unknown instruction: FORM (did you mean FROM?)"),
         ("form a", "unknown instruction: form (did you mean from?)"),
         ("BLAH a", "unknown instruction: BLAH"),
         ("FROM", "FROM requires either one or three arguments"),
         ("FROM a b", "FROM requires either one or three arguments"),
-        ("FROM a AS 1x", "invalid name for build stage: \"1x\", name can't start with a number or contain symbols"),
+        (
+            "FROM a AS 1x",
+            "invalid name for build stage: \"1x\", name can't start with a number or contain symbols",
+        ),
         ("FROM --plaform=x a", "unknown flag: --plaform (did you mean platform?)"),
         ("FROM --platform a", "missing a value on flag: --platform"),
-        ("COPY a", "COPY requires at least two arguments, but only one was provided. Destination could not be determined"),
+        (
+            "COPY a",
+            "COPY requires at least two arguments, but only one was provided. Destination could not be determined",
+        ),
         ("COPY --link=x a b", "expecting boolean value for flag --link, not: x"),
         ("COPY --link= a b", "missing a value on flag: --link"),
         ("COPY --from=a --from=b a b", "duplicate flag specified: --from"),
@@ -186,9 +223,15 @@ fn mistakes_of_instructions() {
         ("ONBUILD", "ONBUILD requires at least one argument"),
         ("ONBUILD ONBUILD RUN x", "Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed"),
         ("ONBUILD from x", "FROM isn't allowed as an ONBUILD trigger"),
-        ("RUN --mount=type=cache,from=$x y", "'from' doesn't support variable expansion, define alias stage instead"),
+        (
+            "RUN --mount=type=cache,from=$x y",
+            "'from' doesn't support variable expansion, define alias stage instead",
+        ),
         ("RUN --mount= x", "failed to parse csv mounts: EOF"),
-        ("RUN --mount=a\\\"b x", "failed to parse csv mounts: parse error on line 1, column 2: bare \" in non-quoted-field"),
+        (
+            "RUN --mount=a\\\"b x",
+            "failed to parse csv mounts: parse error on line 1, column 2: bare \" in non-quoted-field",
+        ),
         ("RUN --network=x y", "invalid network mode \"x\""),
         ("RUN --security=x y", "security \"x\" is not valid"),
         ("RUN --device=a,b y", "invalid field 'b' must be a key=value pair"),
@@ -203,7 +246,8 @@ fn mistakes_of_instructions() {
 
 #[test]
 fn all_mistakes_at_once() {
-    let (file, mistakes) = Dockerfile::diagnose(b"FROM a\nFORM b\nENV x\nRUN ok\nCOPY a", &mut Linter::default());
+    let (file, mistakes) =
+        Dockerfile::diagnose(b"FROM a\nFORM b\nENV x\nRUN ok\nCOPY a", &mut Linter::default());
     let lines: Vec<_> = mistakes.iter().filter_map(|m| m.lines).map(|l| l.start).collect();
     assert_eq!((lines, file.map(|f| f.stages[0].instructions.len())), (vec![2, 3, 5], Some(1)));
 }
@@ -213,12 +257,15 @@ fn mounts() {
     #[track_caller]
     fn mount(raw: &str, expected: &str) {
         let file = Dockerfile::parse(format!("FROM a\nRUN --mount={raw} x").as_bytes()).expect(raw);
-        let Command::Run(run) = &file.stages[0].instructions[0].command else { panic!("not a RUN") };
-        let env = [("A".to_owned(), "alpha".to_owned())];
-        let mount = match run.expand_mounts(&mut |word| Ok(Lex::new('\\').word(word, &env[..])?.text)) {
-            Ok(mounts) => format!("{:?}", mounts[0]),
-            Err(error) => error.message,
+        let Command::Run(run) = &file.stages[0].instructions[0].command else {
+            panic!("not a RUN")
         };
+        let env = [("A".to_owned(), "alpha".to_owned())];
+        let mount =
+            match run.expand_mounts(&mut |word| Ok(Lex::new('\\').word(word, &env[..])?.text)) {
+                Ok(mounts) => format!("{:?}", mounts[0]),
+                Err(error) => error.message,
+            };
         assert!(mount.contains(expected), "{raw}: {mount}");
     }
     mount("target=/x", "kind: Bind, from: \"\", source: \"\", target: \"/x\", readonly: true");
@@ -248,6 +295,12 @@ fn triggers() {
     let copy = parse_trigger("COPY --from=b <<A /x\nhi\nA", lines).expect("parses");
     let Command::Copy(command) = &copy.command else { panic!("not a COPY") };
     assert_eq!((command.files.contents[0].data.as_str(), copy.lines), ("hi\n", lines));
-    assert_eq!(parse_trigger("RUN a\nRUN b", lines).expect_err("two").message, "onbuild trigger should be a single expression");
-    assert_eq!(parse_trigger("RUNN a", lines).expect_err("unknown").message, "unknown instruction: RUNN (did you mean RUN?)");
+    assert_eq!(
+        parse_trigger("RUN a\nRUN b", lines).expect_err("two").message,
+        "onbuild trigger should be a single expression"
+    );
+    assert_eq!(
+        parse_trigger("RUNN a", lines).expect_err("unknown").message,
+        "unknown instruction: RUNN (did you mean RUN?)"
+    );
 }

@@ -6,14 +6,23 @@ use shipway_dockerfile::{Lex, Work, suggest};
 use shipway_gocompat::quote;
 
 fn env() -> BTreeMap<String, String> {
-    let pairs = [("A", "alpha/beta.gamma"), ("B", ""), ("C", "x y"), ("V", "1.2.3"), ("STAR", "a*b*c"), ("E", "été")];
+    let pairs = [
+        ("A", "alpha/beta.gamma"),
+        ("B", ""),
+        ("C", "x y"),
+        ("V", "1.2.3"),
+        ("STAR", "a*b*c"),
+        ("E", "été"),
+    ];
     pairs.map(|(k, v)| (k.to_owned(), v.to_owned())).into()
 }
 
 #[track_caller]
 fn check(lex: Lex, word: &str, expected: &str) {
     let text = lex.word(word, &env()).map_or_else(|e| e.message, |e| e.text);
-    let expected = expected.strip_prefix("! ").map_or(expected.to_owned(), |e| format!("failed to process {}: {e}", quote(word)));
+    let expected = expected
+        .strip_prefix("! ")
+        .map_or(expected.to_owned(), |e| format!("failed to process {}: {e}", quote(word)));
     assert_eq!(text, expected, "for {word:?}");
 }
 
@@ -46,7 +55,11 @@ fn plain() {
         check(Lex::new('\\'), word, expected);
     }
     check(Lex::new('`'), "C:\\x`$V", "C:\\x$V");
-    check(Lex::new('\\').keep_unset(), "$V $X ${X} ${X:-y} ${X/a/b}", "1.2.3 $X ${X} ${X:-y} ${X/a/b}");
+    check(
+        Lex::new('\\').keep_unset(),
+        "$V $X ${X} ${X:-y} ${X/a/b}",
+        "1.2.3 $X ${X} ${X:-y} ${X/a/b}",
+    );
     check(Lex::new('\\').raw_quotes().raw_escapes(), "'a' \"b\\\"\" \\c", "'a' \"b\\\"\" \\c");
     check(Lex::for_contents(), "it's \"$V\" \\$V", "it's \"1.2.3\" $V");
 }
@@ -151,7 +164,9 @@ fn hostile_words_end_soon() {
 #[test]
 fn all_words_of_a_build_share_their_work() {
     let long: BTreeMap<String, String> = [("A".to_owned(), "a".repeat(1000))].into();
-    let expanded = |work: &Work, word: &str| (0..10_000).take_while(|_| Lex::new('\\').part_of(work).word(word, &long).is_ok()).count();
+    let expanded = |work: &Work, word: &str| {
+        (0..10_000).take_while(|_| Lex::new('\\').part_of(work).word(word, &long).is_ok()).count()
+    };
     assert!(expanded(&Work::of(3_000_000), "${A//*a*a*a*b/}") < 3000);
     assert!(expanded(&Work::of(1 << 20), "$A") < 200, "results count, too");
     assert_eq!(expanded(&Work::of(10_000), "plain"), 10_000 / 6);
@@ -167,6 +182,7 @@ fn suggestions_are_for_short_words_among_few() {
     // Compared, these would take hours.
     let (word, name) = ("b".repeat(1 << 20), "a".repeat(1 << 20));
     assert_eq!(suggest(&word, [&*name], true), None);
-    let many = std::iter::repeat_n("other", 1000).chain(std::iter::from_fn(|| panic!("one too many")));
+    let many =
+        std::iter::repeat_n("other", 1000).chain(std::iter::from_fn(|| panic!("one too many")));
     assert_eq!(suggest("short", many, true), None);
 }

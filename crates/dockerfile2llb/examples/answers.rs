@@ -1,9 +1,11 @@
-//! What the frontend answers, as lines of JSON that can be compared with those of another implementation (`cargo xtask llb`).
+//! What the frontend answers, as lines of JSON that can be compared with those of another
+//! implementation (`cargo xtask llb`).
 //!
-//! Reads cases from standard input, one JSON object after another: `name`, `files` (by path; `Dockerfile` is one) and `opts`. The
-//! one argument is a file of images: `names` has image configs by full name, with null for images that are not there; any other name
-//! has a config of the list `default`, chosen by the sum of the bytes of name and platform. For every case five lines go out, one per
-//! request: a build and the subrequests `outline`, `targets`, `lint` and `convertllb`.
+//! Reads cases from standard input, one JSON object after another: `name`, `files` (by path;
+//! `Dockerfile` is one) and `opts`. The one argument is a file of images: `names` has image configs
+//! by full name, with null for images that are not there; any other name has a config of the list
+//! `default`, chosen by the sum of the bytes of name and platform. For every case five lines go
+//! out, one per request: a build and the subrequests `outline`, `targets`, `lint` and `convertllb`.
 #![allow(clippy::unwrap_used)]
 
 #[path = "../tests/it/files.rs"]
@@ -15,7 +17,9 @@ use files::Files;
 use serde_json::{Map, Value, json, value::RawValue};
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_fault::{Detail, Fault, Result, Span};
-use shipway_frontend::{Bridge, Frontend, FrontendResult, Options, SolveRequest, SourceMeta, SourceRequest, Warning};
+use shipway_frontend::{
+    Bridge, Frontend, FrontendResult, Options, SolveRequest, SourceMeta, SourceRequest, Warning,
+};
 use shipway_llb::{Definition, ImageFacts, SourceFacts};
 use shipway_oci::{Digest, Platform};
 use std::{
@@ -43,9 +47,12 @@ struct Images {
 #[tokio::main(flavor = "current_thread")]
 async fn main() {
     let images = std::env::args().nth(1).expect("the first argument is a file of images");
-    let images: Arc<Images> = Arc::new(serde_json::from_slice(&std::fs::read(images).unwrap()).unwrap());
+    let images: Arc<Images> =
+        Arc::new(serde_json::from_slice(&std::fs::read(images).unwrap()).unwrap());
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-    for case in serde_json::Deserializer::from_reader(std::io::BufReader::new(std::io::stdin())).into_iter::<Case>() {
+    for case in serde_json::Deserializer::from_reader(std::io::BufReader::new(std::io::stdin()))
+        .into_iter::<Case>()
+    {
         let case = case.unwrap();
         let files = Arc::new(case.files);
         for request in REQUESTS {
@@ -53,11 +60,18 @@ async fn main() {
             if request != "build" {
                 options.insert("requestid".into(), format!("frontend.{request}"));
             }
-            let scene = Arc::new(Scene { options, files: files.clone(), images: images.clone(), heard: Mutex::default() });
+            let scene = Arc::new(Scene {
+                options,
+                files: files.clone(),
+                images: images.clone(),
+                heard: Mutex::default(),
+            });
             let result = DockerfileFrontend.run(scene.clone()).await;
             let mut answer = answer(result);
             let heard = std::mem::take(&mut *scene.heard.lock().unwrap());
-            for (name, list) in [("solves", heard.solves), ("warns", heard.warnings), ("asked", heard.asked)] {
+            for (name, list) in
+                [("solves", heard.solves), ("warns", heard.warnings), ("asked", heard.asked)]
+            {
                 if !list.is_empty() {
                     answer.insert(name.into(), list.into());
                 }
@@ -85,7 +99,15 @@ fn answer(result: Result<FrontendResult>) -> Map<String, Value> {
         }
         Ok(result) => {
             let text = |v: &Vec<u8>| json!(String::from_utf8_lossy(v));
-            out.insert("meta".into(), result.metadata.iter().map(|(k, v)| (k.clone(), text(v))).collect::<Map<_, _>>().into());
+            out.insert(
+                "meta".into(),
+                result
+                    .metadata
+                    .iter()
+                    .map(|(k, v)| (k.clone(), text(v)))
+                    .collect::<Map<_, _>>()
+                    .into(),
+            );
             let mut refs: Vec<&str> = result.map.keys().map(String::as_str).collect();
             // Scratch is no reference, but a target of its own.
             refs.extend(result.single.is_some().then_some("single"));
@@ -98,7 +120,10 @@ fn answer(result: Result<FrontendResult>) -> Map<String, Value> {
 }
 
 fn ranges(spans: &[Span]) -> Value {
-    spans.iter().map(|s| json!([s.start.line, s.start.character, s.end.line, s.end.character])).collect()
+    spans
+        .iter()
+        .map(|s| json!([s.start.line, s.start.character, s.end.line, s.end.character]))
+        .collect()
 }
 
 #[derive(Default)]
@@ -131,10 +156,17 @@ impl Bridge for Scene {
 
     async fn solve(&self, request: SolveRequest) -> Result<FrontendResult> {
         if !request.frontend.is_empty() {
-            return Err(Fault::unknown(format!("frontend {} of {}", request.frontend, request.options["source"])));
+            return Err(Fault::unknown(format!(
+                "frontend {} of {}",
+                request.frontend, request.options["source"]
+            )));
         }
         let definition = request.definition.unwrap_or_default();
-        self.heard.lock().unwrap().solves.push(base64::engine::general_purpose::STANDARD.encode(definition.encode()).into());
+        self.heard
+            .lock()
+            .unwrap()
+            .solves
+            .push(base64::engine::general_purpose::STANDARD.encode(definition.encode()).into());
         if definition.is_empty() {
             return Ok(FrontendResult::of(None));
         }
@@ -142,20 +174,40 @@ impl Bridge for Scene {
     }
 
     async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta> {
-        let Some(name) = request.identifier.strip_prefix("docker-image://").or_else(|| request.identifier.strip_prefix("oci-layout://"))
+        let Some(name) = request
+            .identifier
+            .strip_prefix("docker-image://")
+            .or_else(|| request.identifier.strip_prefix("oci-layout://"))
         else {
             return Err(Fault::unknown("no metadata"));
         };
-        let platform = request.platform.map(|p| Platform { os_version: String::new(), ..p }.to_string()).unwrap_or_default();
-        self.heard.lock().unwrap().asked.push(json!(format!("{name} {platform} {}", request.log_name)));
+        let platform = request
+            .platform
+            .map(|p| Platform { os_version: String::new(), ..p }.to_string())
+            .unwrap_or_default();
+        self.heard
+            .lock()
+            .unwrap()
+            .asked
+            .push(json!(format!("{name} {platform} {}", request.log_name)));
         let key = format!("{name} {platform}");
         let config = match self.images.names.get(name) {
             Some(Some(config)) => config.get(),
             Some(None) => return Err(Fault::not_found(format!("{name}: not found"))),
-            None => self.images.default[key.bytes().map(usize::from).sum::<usize>() % self.images.default.len()].get(),
+            None => self.images.default
+                [key.bytes().map(usize::from).sum::<usize>() % self.images.default.len()]
+            .get(),
         };
-        let image = ImageFacts { digest: Digest::of(&key), name: name.to_owned(), config: config.to_owned().into(), attestations: None };
-        Ok(SourceMeta { facts: SourceFacts { image: Some(image), ..Default::default() }, ..Default::default() })
+        let image = ImageFacts {
+            digest: Digest::of(&key),
+            name: name.to_owned(),
+            config: config.to_owned().into(),
+            attestations: None,
+        };
+        Ok(SourceMeta {
+            facts: SourceFacts { image: Some(image), ..Default::default() },
+            ..Default::default()
+        })
     }
 
     async fn inputs(&self) -> Result<BTreeMap<String, Definition>> {

@@ -1,5 +1,5 @@
-//! The frontend's own thread. Reading and converting a Dockerfile may take seconds of computing between two waits, which must not keep one of the
-//! few threads from others that they share.
+//! The frontend's own thread. Reading and converting a Dockerfile may take seconds of computing
+//! between two waits, which must not keep one of the few threads from others that they share.
 
 use shipway_dockerfile::Work;
 use shipway_fault::{Fault, Result};
@@ -18,7 +18,10 @@ impl Drop for Guard {
 }
 
 /// Runs `future`, which does `work`, on a thread of its own. It ends soon after it is given up.
-pub async fn run<T: Send + 'static>(work: Work, future: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+pub async fn run<T: Send + 'static>(
+    work: Work,
+    future: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
     let (gone, given_up) = oneshot::channel();
     let (done, result) = oneshot::channel();
     let (runtime, span) = (Handle::current(), tracing::Span::current());

@@ -1,4 +1,5 @@
-//! Arguments of the global scope, and the words of `FROM` that use them (rows `df.arg`, `df.from`, `df.arg.sde`).
+//! Arguments of the global scope, and the words of `FROM` that use them (rows `df.arg`, `df.from`,
+//! `df.arg.sde`).
 
 use crate::{
     epoch,
@@ -8,7 +9,9 @@ use crate::{
     stage::Vars,
     ui::Ui,
 };
-use shipway_dockerfile::{self as df, Command, Dockerfile, Expanded, Finding, Instruction, Lex, Linter, Token, suggest};
+use shipway_dockerfile::{
+    self as df, Command, Dockerfile, Expanded, Finding, Instruction, Lex, Linter, Token, suggest,
+};
 use shipway_llb::{EnvList, ProxyEnv};
 use shipway_oci::{ImageName, Platform};
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,7 +30,12 @@ pub struct Globals {
 }
 
 impl Globals {
-    pub async fn read(ui: &Ui, file: &Dockerfile, platforms: &Platforms, linter: &mut Linter) -> Result<Self> {
+    pub async fn read(
+        ui: &Ui,
+        file: &Dockerfile,
+        platforms: &Platforms,
+        linter: &mut Linter,
+    ) -> Result<Self> {
         let options = &ui.options;
         let lex = Lex::new(file.escape).part_of(&ui.work);
         let last = file.stages.last().map(|s| s.name.as_str()).unwrap_or_default();
@@ -35,9 +43,17 @@ impl Globals {
         let defaults = platforms.default_args(&options.build_args, stage);
         lint_default_bases(&lex, file, &defaults, linter);
         let (env, declared) = declare(&lex, &file.global_args, defaults, &options.build_args)?;
-        let mut globals = Self { env, declared, build_args: options.build_args.clone(), proxy: proxy(&options.build_args), epoch: None };
+        let mut globals = Self {
+            env,
+            declared,
+            build_args: options.build_args.clone(),
+            proxy: proxy(&options.build_args),
+            epoch: None,
+        };
         let given = globals.build_args.get("SOURCE_DATE_EPOCH").cloned();
-        if let Some(value) = given.or_else(|| globals.env.get("SOURCE_DATE_EPOCH").filter(|v| !v.is_empty()).map(str::to_owned)) {
+        if let Some(value) = given.or_else(|| {
+            globals.env.get("SOURCE_DATE_EPOCH").filter(|v| !v.is_empty()).map(str::to_owned)
+        }) {
             globals.epoch = epoch::resolve(ui, file, &globals, &value).await?;
             globals.set_epoch();
         }
@@ -73,12 +89,18 @@ fn declare(
     for instruction in args {
         let Command::Arg(arg) = &instruction.command else { continue };
         for pair in &arg.args {
-            let mut info =
-                ArgInfo { name: pair.name.clone(), description: pair.description.clone(), lines: instruction.lines, ..ArgInfo::default() };
+            let mut info = ArgInfo {
+                name: pair.name.clone(),
+                description: pair.description.clone(),
+                lines: instruction.lines,
+                ..ArgInfo::default()
+            };
             let value = match (build_args.get(&pair.name), &pair.default) {
                 (Some(given), _) => Some(given.clone()),
                 (None, Some(default)) => {
-                    let expanded = lex.word(default, &Vars(&env)).map_err(|e| Failure::from(e).at(instruction.lines))?;
+                    let expanded = lex
+                        .word(default, &Vars(&env))
+                        .map_err(|e| Failure::from(e).at(instruction.lines))?;
                     info.deps = expanded.matched;
                     // An argument made of itself is made of what it was made of before.
                     if info.deps.remove(&pair.name)
@@ -102,7 +124,9 @@ fn declare(
 
 /// Bases must be image names without any build argument too (rule `InvalidDefaultArgInFrom`).
 fn lint_default_bases(lex: &Lex, file: &Dockerfile, defaults: &EnvList, linter: &mut Linter) {
-    let Ok((env, _)) = declare(lex, &file.global_args, defaults.clone(), &BTreeMap::new()) else { return };
+    let Ok((env, _)) = declare(lex, &file.global_args, defaults.clone(), &BTreeMap::new()) else {
+        return;
+    };
     for stage in &file.stages {
         let Ok(name) = lex.word(&stage.base, &Vars(&env)) else { return };
         if name.text.parse::<ImageName>().is_err() {
@@ -112,10 +136,18 @@ fn lint_default_bases(lex: &Lex, file: &Dockerfile, defaults: &EnvList, linter: 
 }
 
 /// The base of a stage.
-pub fn expand_from(lex: &Lex, stage: &df::Stage, globals: &Globals, linter: &mut Linter) -> Result<Expanded> {
-    let expanded = expand(lex, &stage.base, stage, globals, linter).map_err(|e| Failure::from(e).at(stage.lines))?;
+pub fn expand_from(
+    lex: &Lex,
+    stage: &df::Stage,
+    globals: &Globals,
+    linter: &mut Linter,
+) -> Result<Expanded> {
+    let expanded = expand(lex, &stage.base, stage, globals, linter)
+        .map_err(|e| Failure::from(e).at(stage.lines))?;
     if expanded.text.is_empty() {
-        return Err(Failure::new(format!("base name ({}) should not be blank", stage.base)).at(stage.lines).about(Token::Word(0)));
+        return Err(Failure::new(format!("base name ({}) should not be blank", stage.base))
+            .at(stage.lines)
+            .about(Token::Word(0)));
     }
     Ok(expanded)
 }
@@ -131,39 +163,70 @@ pub fn expand_platform(
     if written.is_empty() {
         return Ok((None, BTreeSet::new()));
     }
-    let expanded = expand(lex, written, stage, globals, linter)
-        .map_err(|e| Failure::from(e).context("failed to process arguments for platform ").at(stage.lines))?;
+    let expanded = expand(lex, written, stage, globals, linter).map_err(|e| {
+        Failure::from(e).context("failed to process arguments for platform ").at(stage.lines)
+    })?;
     lint_platform(&expanded, stage, globals, linter);
     let flag = || Token::Flag("--platform".into());
-    let near = |failure: Failure| match expanded.unmatched.iter().find(|n| suggest(n, globals.env.names(), true).is_some()) {
+    let near = |failure: Failure| match expanded
+        .unmatched
+        .iter()
+        .find(|n| suggest(n, globals.env.names(), true).is_some())
+    {
         Some(name) => failure.suggest(name, globals.env.names()),
         None => failure,
     };
     if expanded.text.is_empty() {
-        return Err(near(Failure::new(format!("empty platform value from expression {written}")).at(stage.lines).about(flag())));
+        return Err(near(
+            Failure::new(format!("empty platform value from expression {written}"))
+                .at(stage.lines)
+                .about(flag()),
+        ));
     }
     match expanded.text.parse() {
         Ok(platform) => Ok((Some(platform), expanded.matched)),
         Err(e) => {
-            let failure = Failure::new(format!("failed to parse platform {written}: {e}")).at(stage.lines).at(stage.lines);
+            let failure = Failure::new(format!("failed to parse platform {written}: {e}"))
+                .at(stage.lines)
+                .at(stage.lines);
             Err(near(failure.about(flag()).hint("write <os>/<architecture>, such as linux/arm64")))
         }
     }
 }
 
-/// Expands a word of `FROM` and reports the variables in it that nobody declared, also where the expansion fails.
-fn expand(lex: &Lex, word: &str, stage: &df::Stage, globals: &Globals, linter: &mut Linter) -> df::Result<Expanded> {
+/// Expands a word of `FROM` and reports the variables in it that nobody declared, also where the
+/// expansion fails.
+fn expand(
+    lex: &Lex,
+    word: &str,
+    stage: &df::Stage,
+    globals: &Globals,
+    linter: &mut Linter,
+) -> df::Result<Expanded> {
     let mut unmatched = BTreeSet::new();
     let expanded = lex.word_noting(word, &Vars(&globals.env), &mut unmatched);
     lint_undeclared(&unmatched, stage, globals, linter);
     expanded
 }
 
-fn lint_undeclared(unmatched: &BTreeSet<String>, stage: &df::Stage, globals: &Globals, linter: &mut Linter) {
-    for name in unmatched.iter().filter(|n| !globals.declared.contains_key(*n) && globals.env.get(n).is_none()) {
-        let options: BTreeSet<&str> = globals.declared.keys().map(String::as_str).chain(globals.env.names()).collect();
+fn lint_undeclared(
+    unmatched: &BTreeSet<String>,
+    stage: &df::Stage,
+    globals: &Globals,
+    linter: &mut Linter,
+) {
+    for name in unmatched
+        .iter()
+        .filter(|n| !globals.declared.contains_key(*n) && globals.env.get(n).is_none())
+    {
+        let options: BTreeSet<&str> =
+            globals.declared.keys().map(String::as_str).chain(globals.env.names()).collect();
         let near = suggest(name, options, true);
-        linter.report(Finding::UndefinedArgInFrom { arg: name, suggestion: near.as_deref() }, stage.lines, &stage.comments);
+        linter.report(
+            Finding::UndefinedArgInFrom { arg: name, suggestion: near.as_deref() },
+            stage.lines,
+            &stage.comments,
+        );
     }
 }
 
@@ -172,12 +235,22 @@ fn lint_platform(expanded: &Expanded, stage: &df::Stage, globals: &Globals, lint
     if constant && let Ok(platform) = expanded.text.parse::<Platform>() {
         // A name that says the platform shows that the constant is meant.
         if !stage.name.contains(&platform.os) && !stage.name.contains(&platform.architecture) {
-            linter.report(Finding::FromPlatformFlagConstDisallowed { platform: &expanded.text }, stage.lines, &stage.comments);
+            linter.report(
+                Finding::FromPlatformFlagConstDisallowed { platform: &expanded.text },
+                stage.lines,
+                &stage.comments,
+            );
         }
     }
-    let only_target = expanded.matched.len() == 1 && expanded.matched.contains("TARGETPLATFORM") && expanded.unmatched.is_empty();
+    let only_target = expanded.matched.len() == 1
+        && expanded.matched.contains("TARGETPLATFORM")
+        && expanded.unmatched.is_empty();
     if only_target && globals.env.get("TARGETPLATFORM") == Some(&expanded.text) {
-        linter.report(Finding::RedundantTargetPlatform { platform: &stage.platform }, stage.lines, &stage.comments);
+        linter.report(
+            Finding::RedundantTargetPlatform { platform: &stage.platform },
+            stage.lines,
+            &stage.comments,
+        );
     }
 }
 

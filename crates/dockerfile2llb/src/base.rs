@@ -47,7 +47,8 @@ pub async fn resolve(plan: &mut Plan<'_>, reachable: &[bool], linter: &mut Linte
     let plan_ref = &*plan;
     let found = futures::future::join_all(waiting.iter().map(|&i| async move {
         let stage = &plan_ref.stages[i];
-        let written = if stage.unregistered { Token::Text(stage.base.clone()) } else { Token::Word(0) };
+        let written =
+            if stage.unregistered { Token::Text(stage.base.clone()) } else { Token::Word(0) };
         find(plan_ref, stage, reachable[i]).await.map_err(|e| e.at(stage.lines).about(written))
     }));
     // What is wrong with one base does not hide what is to be said of the others.
@@ -66,7 +67,11 @@ async fn find(plan: &Plan<'_>, stage: &Stage, needed: bool) -> Result<Base> {
     let written = &stage.base;
     let name: ImageName = written.parse().map_err(|e: NameError| {
         let fault = Fault::unknown(format!("failed to parse stage name {}: {e}", quote(written)));
-        Failure::from(fault.hint(format!("{} is no stage above and no image name: {}", quote(written), e.why)))
+        Failure::from(fault.hint(format!(
+            "{} is no stage above and no image name: {}",
+            quote(written),
+            e.why
+        )))
     })?;
     if !needed {
         return Ok(Base::Unneeded);
@@ -78,21 +83,42 @@ async fn find(plan: &Plan<'_>, stage: &Stage, needed: bool) -> Result<Base> {
     if let Some(named) = NamedContext::find(ui, &name.to_string(), Some(&wanted))? {
         return Ok(Base::Image(named.load(ui).await?, wanted));
     }
-    let shown = if ui.options.multi_platform { format!("{} ", platform::full(&wanted)) } else { String::new() };
+    let shown = if ui.options.multi_platform {
+        format!("{} ", platform::full(&wanted))
+    } else {
+        String::new()
+    };
     let log = format!("[{shown}internal] load metadata for {name}");
-    let resolved = ui.image(format!("docker-image://{name}"), BTreeMap::new(), &wanted, log).await.map_err(|e| {
-        let common = COMMON.into_iter().map(String::from).chain(COMMON.into_iter().map(|c| format!("{c}:latest")));
-        let options: Vec<String> = plan.shown_names().into_iter().map(String::from).chain(common).collect();
-        Failure::from(e).context(written.clone()).suggest(written, options.iter().map(String::as_str))
-    })?;
+    let resolved = ui
+        .image(format!("docker-image://{name}"), BTreeMap::new(), &wanted, log)
+        .await
+        .map_err(|e| {
+            let common = COMMON
+                .into_iter()
+                .map(String::from)
+                .chain(COMMON.into_iter().map(|c| format!("{c}:latest")));
+            let options: Vec<String> =
+                plan.shown_names().into_iter().map(String::from).chain(common).collect();
+            Failure::from(e)
+                .context(written.clone())
+                .suggest(written, options.iter().map(String::as_str))
+        })?;
     let config = parse_config(&resolved)?;
-    let pinned: ImageName =
-        resolved.name.parse().map_err(|e| Failure::new(format!("failed to parse ref {}: {e}", quote(&resolved.name))))?;
+    let pinned: ImageName = resolved
+        .name
+        .parse()
+        .map_err(|e| Failure::new(format!("failed to parse ref {}: {e}", quote(&resolved.name))))?;
     let platform = match stage.platform {
-        None if plan.platforms.implicit => platform::detect(&config, &wanted, &plan.platforms.build),
+        None if plan.platforms.implicit => {
+            platform::detect(&config, &wanted, &plan.platforms.build)
+        }
         _ => wanted,
     };
-    Ok(Base::Resolved { pinned: pinned.with_digest(resolved.digest), config: Box::new(config), platform })
+    Ok(Base::Resolved {
+        pinned: pinned.with_digest(resolved.digest),
+        config: Box::new(config),
+        platform,
+    })
 }
 
 fn apply(plan: &mut Plan<'_>, i: usize, base: Base, linter: &mut Linter) {
@@ -126,17 +152,24 @@ fn apply(plan: &mut Plan<'_>, i: usize, base: Base, linter: &mut Linter) {
             let written = std::mem::replace(&mut stage.base, pinned.to_string());
             stage.base_image = Some((*config).clone());
             // Old manifests name no layers; their history still does.
-            let empty = config.rootfs.diff_ids.is_empty() && config.history.iter().all(|h| h.empty_layer);
+            let empty =
+                config.rootfs.diff_ids.is_empty() && config.history.iter().all(|h| h.empty_layer);
             stage.state = if empty {
                 State::scratch()
             } else {
-                let title = stage.title(&format!("FROM {pinned}"), multi.then_some(&platform), None);
+                let title =
+                    stage.title(&format!("FROM {pinned}"), multi.then_some(&platform), None);
                 let options = VertexOptions::named(title)
                     .describe("com.docker.dockerfile.v1.command", stage.source.clone())
                     .platform(platform.clone())
                     .at(&plan.ui.file, stage.lines.spans());
                 lint_platform(linter, &written, &platform, &config, stage.lines);
-                State::image(&pinned.to_string(), plan.ui.options.resolve_mode_attr(), BTreeMap::new(), options)
+                State::image(
+                    &pinned.to_string(),
+                    plan.ui.options.resolve_mode_attr(),
+                    BTreeMap::new(),
+                    options,
+                )
             };
             stage.image = *config;
             stage.image.created = None;

@@ -45,33 +45,42 @@ pub async fn run(bridge: Arc<dyn Bridge>, work: Work) -> Result<FrontendResult> 
     }
 }
 
-/// The frontend image that the build or its Dockerfile asks for instead of this one. Images of docker/dockerfile speak the language
-/// that this frontend speaks; they are not needed.
+/// The frontend image that the build or its Dockerfile asks for instead of this one. Images of
+/// docker/dockerfile speak the language that this frontend speaks; they are not needed.
 fn other_frontend(ui: &Ui) -> Option<(String, String, Option<Lines>)> {
     if ui.raw.contains_key("cmdline") {
         return None;
     }
     let (image, cmdline, lines) = match ui.raw.get("build-arg:BUILDKIT_SYNTAX") {
-        Some(cmdline) => (cmdline.trim().split(' ').next().unwrap_or_default().to_owned(), cmdline.clone(), None),
+        Some(cmdline) => {
+            (cmdline.trim().split(' ').next().unwrap_or_default().to_owned(), cmdline.clone(), None)
+        }
         None => {
             let found = directive::syntax(&ui.file.data)?;
             (found.first_word, found.value, Some(found.lines))
         }
     };
     let ours = image.parse::<ImageName>().is_ok_and(|name| {
-        name.registry() == "docker.io" && matches!(name.repository(), "docker/dockerfile" | "docker/dockerfile-upstream")
+        name.registry() == "docker.io"
+            && matches!(name.repository(), "docker/dockerfile" | "docker/dockerfile-upstream")
     });
     // An image that the build puts in its place speaks a language of its own.
     let ours = ours && !matches!(FrontendOverride::find(&ui.raw, &image), Ok(Some(_)));
     (!ours).then_some((image, cmdline, lines))
 }
 
-async fn forward(ui: &Ui, image: String, cmdline: String, lines: Option<Lines>) -> Result<FrontendResult> {
+async fn forward(
+    ui: &Ui,
+    image: String,
+    cmdline: String,
+    lines: Option<Lines>,
+) -> Result<FrontendResult> {
     let mut options = ui.raw.clone();
     options.insert("cmdline".into(), cmdline.clone());
     options.insert("source".into(), image);
     let inputs = ui.bridge.inputs().await.context(|| "failed to get frontend inputs")?;
-    let request = SolveRequest { frontend: "gateway.v0".into(), options, inputs, ..SolveRequest::default() };
+    let request =
+        SolveRequest { frontend: "gateway.v0".into(), options, inputs, ..SolveRequest::default() };
     ui.bridge.solve(request).await.map_err(|fault| {
         if fault.details().iter().any(|d| matches!(d, Detail::Source { .. })) {
             return fault;
@@ -121,8 +130,11 @@ async fn build(ui: &Ui, file: &Dockerfile, mut linter: Linter) -> Result<Fronten
         warn_all(ui, &mut linter).await?;
         built
     };
-    let others = platforms[1..].iter().map(|platform| async move { one(ui, file, *platform, &mut Linter::default()).await });
-    let (first, others) = futures::future::try_join(first, futures::future::try_join_all(others)).await?;
+    let others = platforms[1..]
+        .iter()
+        .map(|platform| async move { one(ui, file, *platform, &mut Linter::default()).await });
+    let (first, others) =
+        futures::future::try_join(first, futures::future::try_join_all(others)).await?;
     result(ui, std::iter::once(first).chain(others).collect()).await
 }
 
@@ -155,13 +167,26 @@ struct Part {
     converted: Converted,
 }
 
-async fn one(ui: &Ui, file: &Dockerfile, platform: Option<&Platform>, linter: &mut Linter) -> Result<Part> {
-    let converted = convert(ui, file, platform, Reach::Target, linter).await.map_err(|f| ui.fault(f))?;
+async fn one(
+    ui: &Ui,
+    file: &Dockerfile,
+    platform: Option<&Platform>,
+    linter: &mut Linter,
+) -> Result<Part> {
+    let converted =
+        convert(ui, file, platform, Reach::Target, linter).await.map_err(|f| ui.fault(f))?;
     let definition = marshal(ui, &converted)?;
     let definition = (!definition.is_empty()).then_some(definition);
     let cache_imports = ui.options.cache_imports.clone();
-    let solved = ui.bridge.solve(SolveRequest { definition, cache_imports, ..SolveRequest::default() }).await?;
-    Ok(Part { platform: platform.cloned().unwrap_or_else(|| ui.build_platform()).normalized(), solved, converted })
+    let solved = ui
+        .bridge
+        .solve(SolveRequest { definition, cache_imports, ..SolveRequest::default() })
+        .await?;
+    Ok(Part {
+        platform: platform.cloned().unwrap_or_else(|| ui.build_platform()).normalized(),
+        solved,
+        converted,
+    })
 }
 
 /// The graph of a converted target.
@@ -196,24 +221,32 @@ async fn result(ui: &Ui, parts: Vec<Part>) -> Result<FrontendResult> {
     let mut result = FrontendResult::default();
     let mut uses = Vec::new();
     let scanner = match &ui.options.sbom {
-        Some(sbom) => Some(Scanner::find(&*ui.bridge, sbom, ui.build_platform(), ui.options.resolve_mode).await?),
+        Some(sbom) => Some(
+            Scanner::find(&*ui.bridge, sbom, ui.build_platform(), ui.options.resolve_mode).await?,
+        ),
         None => None,
     };
     let mut exported = Exported { platforms: Vec::with_capacity(parts.len()) };
     for Part { platform, solved, converted } in parts {
         let id = platform::full(&platform);
-        let key = |name: &str| if ui.options.multi_platform { format!("{name}/{id}") } else { name.to_owned() };
+        let key = |name: &str| {
+            if ui.options.multi_platform { format!("{name}/{id}") } else { name.to_owned() }
+        };
         let mut put = |name: &str, value: Vec<u8>| result.metadata.insert(key(name), value);
         put("containerimage.config", json("image config", serde_json::to_vec(&converted.image))?);
         if let Some(base) = &converted.base_image {
-            put("containerimage.base.config", json("source image config", serde_json::to_vec(base))?);
+            put(
+                "containerimage.base.config",
+                json("source image config", serde_json::to_vec(base))?,
+            );
         }
         if let Some(epoch) = converted.epoch {
             put("source.date.epoch", epoch.to_string().into_bytes());
         }
         uses.extend(converted.uses);
         if let Some(scanner) = &scanner {
-            let (core, extras, ignore_cache) = (&converted.state, &converted.extras, converted.ignore_cache);
+            let (core, extras, ignore_cache) =
+                (&converted.state, &converted.extras, converted.ignore_cache);
             let scan = Scan { platform: &id, core, extras, ignore_cache };
             let found = scanner.scan(&*ui.bridge, &scan, ui.bridge.session()).await?;
             result.attestations.entry(id.clone()).or_default().push(found);
@@ -243,6 +276,8 @@ async fn result(ui: &Ui, parts: Vec<Part>) -> Result<FrontendResult> {
             uses,
         }));
     }
-    result.metadata.insert("refs.platforms".into(), json("platforms", serde_json::to_vec(&exported))?);
+    result
+        .metadata
+        .insert("refs.platforms".into(), json("platforms", serde_json::to_vec(&exported))?);
     Ok(result)
 }

@@ -61,7 +61,13 @@ pub enum Reach {
 }
 
 /// Converts `file` for `platform`; without one the worker's platform or the base image decides.
-pub async fn convert(ui: &Ui, file: &Dockerfile, platform: Option<&Platform>, reach: Reach, linter: &mut Linter) -> Result<Converted> {
+pub async fn convert(
+    ui: &Ui,
+    file: &Dockerfile,
+    platform: Option<&Platform>,
+    reach: Reach,
+    linter: &mut Linter,
+) -> Result<Converted> {
     if file.stages.is_empty() {
         return Err(Failure::new("dockerfile contains no stages to build"));
     }
@@ -108,7 +114,8 @@ impl Plan<'_> {
         }
         for (i, from) in file.stages.iter().enumerate() {
             let base = args::expand_from(&self.lex, from, &self.globals, linter)?;
-            let (platform, mut used) = args::expand_platform(&self.lex, from, &self.globals, linter)?;
+            let (platform, mut used) =
+                args::expand_platform(&self.lex, from, &self.globals, linter)?;
             used.extend(base.matched);
             let mut stage = Stage {
                 name: from.name.clone(),
@@ -121,7 +128,11 @@ impl Plan<'_> {
                 ..Stage::default()
             };
             if !from.name.is_empty() {
-                stage.named = NamedContext::find(self.ui, &from.name, Some(stage.platform.as_ref().unwrap_or(&self.platforms.target)))?;
+                stage.named = NamedContext::find(
+                    self.ui,
+                    &from.name,
+                    Some(stage.platform.as_ref().unwrap_or(&self.platforms.target)),
+                )?;
             }
             let replaced = stage.named.is_some();
             let index = self.add(stage);
@@ -131,8 +142,14 @@ impl Plan<'_> {
                 continue;
             }
             let steps = from.instructions.iter();
-            let steps = steps.filter(|i| matches!(i.command, Command::Add(_) | Command::Copy(_) | Command::Run(_) | Command::Workdir(_)));
-            stage.total = steps.count() + usize::from(stage.base != SCRATCH && stage.parent.is_none());
+            let steps = steps.filter(|i| {
+                matches!(
+                    i.command,
+                    Command::Add(_) | Command::Copy(_) | Command::Run(_) | Command::Workdir(_)
+                )
+            });
+            stage.total =
+                steps.count() + usize::from(stage.base != SCRATCH && stage.parent.is_none());
             stage.ignore_cache = self.ui.options.is_no_cache(&from.name);
             stage.outline.used.extend(used);
         }
@@ -164,14 +181,16 @@ impl Plan<'_> {
         self.stages.iter().map(|s| s.shown.as_str()).filter(|s| !s.is_empty()).collect()
     }
 
-    /// The stage asked for, or the last (row `dfo.target`). Stages without a name cannot be asked for.
+    /// The stage asked for, or the last (row `dfo.target`). Stages without a name cannot be asked
+    /// for.
     fn target(&self) -> Result<usize> {
         let wanted = &self.ui.options.target;
         if wanted.is_empty() {
             return Ok(self.stages.len() - 1);
         }
         self.find(wanted).ok_or_else(|| {
-            let mut fault = Fault::unknown(format!("target stage {} could not be found", quote(wanted)));
+            let mut fault =
+                Fault::unknown(format!("target stage {} could not be found", quote(wanted)));
             if wanted.parse::<usize>().is_ok() {
                 fault = fault.hint("stages are asked for by name: FROM … AS name");
             }
@@ -188,7 +207,8 @@ impl Plan<'_> {
                         self.depend(i, &step);
                         self.stages[i].steps.push(step);
                     }
-                    Err(failure) => failures.push(failure.near(instruction.lines).about(Token::Flag("--from".into()))),
+                    Err(failure) => failures
+                        .push(failure.near(instruction.lines).about(Token::Flag("--from".into()))),
                 }
             }
         }
@@ -206,7 +226,8 @@ impl Plan<'_> {
         }
     }
 
-    /// Finds the stages that an instruction takes files from; images that are no stage become one of their own.
+    /// Finds the stages that an instruction takes files from; images that are no stage become one
+    /// of their own.
     fn step(&mut self, instruction: df::Instruction, trigger: bool) -> Result<Step> {
         let mut sources = Vec::new();
         match &instruction.command {
@@ -217,13 +238,14 @@ impl Plan<'_> {
                     return Err(Failure::new(message));
                 }
                 sources.push(match from.parse::<i64>() {
-                    Err(_) => self.find(from).map_or_else(|| self.add_image(from, instruction.lines), Ok)?,
+                    Err(_) => self
+                        .find(from)
+                        .map_or_else(|| self.add_image(from, instruction.lines), Ok)?,
                     Ok(n) => match usize::try_from(n) {
                         Ok(n) if n < self.stages.len() => n,
                         _ => {
-                            return Err(
-                                Failure::new(format!("invalid stage index {n}")).hint("stages are counted from 0; their names are clearer")
-                            );
+                            return Err(Failure::new(format!("invalid stage index {n}"))
+                                .hint("stages are counted from 0; their names are clearer"));
                         }
                     },
                 });
@@ -231,7 +253,10 @@ impl Plan<'_> {
             Command::Run(run) => {
                 for mount in &run.mounts {
                     let from = if mount.from.is_empty() { SCRATCH } else { &mount.from };
-                    sources.push(self.find(from).map_or_else(|| self.add_image(from, instruction.lines), Ok)?);
+                    sources.push(
+                        self.find(from)
+                            .map_or_else(|| self.add_image(from, instruction.lines), Ok)?,
+                    );
                 }
             }
             _ => {}
@@ -241,7 +266,10 @@ impl Plan<'_> {
 
     fn add_image(&mut self, name: &str, lines: Lines) -> Result<usize> {
         if self.stages.len() >= MAX_STAGES {
-            return Err(Failure::new(format!("the Dockerfile has more than {MAX_STAGES} stages and images")).at(lines));
+            return Err(Failure::new(format!(
+                "the Dockerfile has more than {MAX_STAGES} stages and images"
+            ))
+            .at(lines));
         }
         Ok(self.add(Stage { base: name.to_owned(), lines, unregistered: true, ..Stage::default() }))
     }
@@ -264,8 +292,12 @@ impl Plan<'_> {
                 };
                 *next += 1;
                 if open[dep] {
-                    let failure = Failure::new(format!("circular dependency detected on stage: {}", self.stages[first].shown));
-                    let lines = path.iter().map(|(stage, next)| self.stages[*stage].deps[next - 1].1);
+                    let failure = Failure::new(format!(
+                        "circular dependency detected on stage: {}",
+                        self.stages[first].shown
+                    ));
+                    let lines =
+                        path.iter().map(|(stage, next)| self.stages[*stage].deps[next - 1].1);
                     return Err(lines.fold(failure, Failure::at));
                 }
                 if !std::mem::replace(&mut seen[dep], true) {
@@ -290,12 +322,17 @@ impl Plan<'_> {
         reachable
     }
 
-    /// Resolves the bases of all stages that the target needs; triggers of base images may add to what it needs.
+    /// Resolves the bases of all stages that the target needs; triggers of base images may add to
+    /// what it needs.
     async fn resolve(&mut self, target: usize, linter: &mut Linter) -> Result<Vec<bool>> {
         loop {
             let reachable = self.reachable(target);
             // Triggers are those of what the target needs, also where everything is looked at.
-            let wanted = if self.reach == Reach::All { vec![true; self.stages.len()] } else { reachable.clone() };
+            let wanted = if self.reach == Reach::All {
+                vec![true; self.stages.len()]
+            } else {
+                reachable.clone()
+            };
             base::resolve(self, &wanted, linter).await?;
             let mut more = false;
             for (i, needed) in reachable.into_iter().enumerate() {
@@ -316,16 +353,19 @@ impl Plan<'_> {
         if let Some(parent) = self.stages[i].parent
             && !std::mem::replace(&mut self.stages[i].triggers_read, true)
         {
-            triggers.extend(self.stages[parent].steps.iter().filter_map(|step| match &step.instruction.command {
-                Command::Onbuild(onbuild) => Some(onbuild.trigger.clone()),
-                _ => None,
+            triggers.extend(self.stages[parent].steps.iter().filter_map(|step| {
+                match &step.instruction.command {
+                    Command::Onbuild(onbuild) => Some(onbuild.trigger.clone()),
+                    _ => None,
+                }
             }));
         }
         let lines = self.stages[i].lines;
         let mut steps = Vec::with_capacity(triggers.len());
         let mut more = false;
         for trigger in triggers {
-            let instruction = df::parse_trigger(&trigger, lines).map_err(|e| Failure::from(e).only_at(lines).of_trigger())?;
+            let instruction = df::parse_trigger(&trigger, lines)
+                .map_err(|e| Failure::from(e).only_at(lines).of_trigger())?;
             let step = self.step(instruction, true).map_err(|e| e.only_at(lines).of_trigger())?;
             more |= !step.sources.is_empty();
             self.depend(i, &step);
@@ -341,17 +381,25 @@ impl Plan<'_> {
     fn inherit(&mut self, i: usize) {
         let Some(parent) = self.stages[i].parent else { return };
         let parent = &self.stages[parent];
-        let (state, platform, base_image) = (parent.state.clone(), parent.platform.clone(), parent.base_image.clone());
-        let (paths_of, workdir_set, inherited) = (parent.paths_of, parent.workdir_set, parent.args.clone());
+        let (state, platform, base_image) =
+            (parent.state.clone(), parent.platform.clone(), parent.base_image.clone());
+        let (paths_of, workdir_set, inherited) =
+            (parent.paths_of, parent.workdir_set, parent.args.clone());
         let mut image = parent.image.clone();
         image.config.on_build.clear();
         let stage = &mut self.stages[i];
-        (stage.state, stage.platform, stage.image, stage.base_image) = (state, platform, image, base_image);
+        (stage.state, stage.platform, stage.image, stage.base_image) =
+            (state, platform, image, base_image);
         (stage.paths_of, stage.workdir_set) = (paths_of, workdir_set);
         stage.args.extend(inherited);
     }
 
-    async fn dispatch(mut self, target: usize, needed: &[bool], linter: &mut Linter) -> Result<Converted> {
+    async fn dispatch(
+        mut self,
+        target: usize,
+        needed: &[bool],
+        linter: &mut Linter,
+    ) -> Result<Converted> {
         let context = Deferred::default();
         let ignore = self.ui.ignore().await?;
         let mut paths: Vec<BTreeSet<String>> = vec![BTreeSet::new(); self.stages.len()];
@@ -417,7 +465,8 @@ impl Plan<'_> {
     }
 
     fn outline(&self, target: usize) -> TargetOutline {
-        // The target first, then what it is built on, then what it takes from: the first to know an argument tells of it.
+        // The target first, then what it is built on, then what it takes from: the first to know an
+        // argument tells of it.
         let mut order = Vec::new();
         let mut seen = vec![false; self.stages.len()];
         let mut todo = vec![target];
@@ -430,7 +479,13 @@ impl Plan<'_> {
         }
         let (args, secrets, ssh) = outline::collect(order.into_iter());
         let stage = &self.stages[target];
-        TargetOutline { name: stage.name.clone(), description: stage.description.clone(), args, secrets, ssh }
+        TargetOutline {
+            name: stage.name.clone(),
+            description: stage.description.clone(),
+            args,
+            secrets,
+            ssh,
+        }
     }
 
     fn finish(mut self, target: usize, uses: Vec<ContextUse>) -> Converted {
@@ -454,7 +509,8 @@ impl Plan<'_> {
             }
         }
         let normal = image.platform();
-        (image.os, image.architecture, image.variant) = (normal.os, normal.architecture, normal.variant);
+        (image.os, image.architecture, image.variant) =
+            (normal.os, normal.architecture, normal.variant);
         Converted {
             state: stage.state,
             image,
@@ -474,18 +530,32 @@ fn follow(used: &BTreeSet<String>) -> Vec<String> {
     if used.contains("/") {
         return Vec::new();
     }
-    let mut follow: Vec<String> = used.iter().map(|p| path::clean(p.trim_start_matches('/'))).collect();
+    let mut follow: Vec<String> =
+        used.iter().map(|p| path::clean(p.trim_start_matches('/'))).collect();
     follow.sort();
     follow
 }
 
 /// Lints what a base image says of its platform.
-pub fn lint_platform(linter: &mut Linter, name: &str, expected: &Platform, image: &ImageConfig, lines: Lines) {
+pub fn lint_platform(
+    linter: &mut Linter,
+    name: &str,
+    expected: &Platform,
+    image: &ImageConfig,
+    lines: Lines,
+) {
     if expected.os == image.os && expected.architecture == image.architecture {
         return;
     }
-    let (expected, actual) = (crate::platform::full(&expected.clone().normalized()), crate::platform::full(&image.platform()));
-    linter.report(Finding::InvalidBaseImagePlatform { image: name, expected: &expected, actual: &actual }, lines, &[]);
+    let (expected, actual) = (
+        crate::platform::full(&expected.clone().normalized()),
+        crate::platform::full(&image.platform()),
+    );
+    linter.report(
+        Finding::InvalidBaseImagePlatform { image: name, expected: &expected, actual: &actual },
+        lines,
+        &[],
+    );
 }
 
 /// A stage that is nothing but an empty filesystem.

@@ -1,4 +1,5 @@
-//! COPY and ADD: files of contexts, stages, images, addresses and of the Dockerfile itself (rows `df.copy*`, `df.add*`).
+//! COPY and ADD: files of contexts, stages, images, addresses and of the Dockerfile itself (rows
+//! `df.copy*`, `df.add*`).
 
 use crate::{
     explain::ContextUse,
@@ -36,7 +37,11 @@ impl Scene<'_> {
     pub fn add(&mut self, stage: &mut Stage, step: &Step, add: df::Add) -> Result<()> {
         let source = self.context.clone();
         self.transfer(stage, step, &add.files, source, Some(&add), false)?;
-        let local = add.files.sources.iter().filter(|s| !s.starts_with("http://") && !s.starts_with("https://"));
+        let local = add
+            .files
+            .sources
+            .iter()
+            .filter(|s| !s.starts_with("http://") && !s.starts_with("https://"));
         stage.context_paths.extend(local.map(|s| path::join("/", s)));
         Ok(())
     }
@@ -100,19 +105,28 @@ impl Scene<'_> {
         if from_context {
             stage.uses.push(ContextUse { lines: instruction.lines, paths: files.sources.clone() });
         }
-        let job = Job { step, files, source, add, parents, from_context, base, title: title.clone() };
+        let job =
+            Job { step, files, source, add, parents, from_context, base, title: title.clone() };
         let mut draft = FileDraft::new();
         for path in &files.sources {
-            draft = self.one_source(&job, draft, path).map_err(|e| e.about(Token::Text(path.clone())))?;
+            draft = self
+                .one_source(&job, draft, path)
+                .map_err(|e| e.about(Token::Text(path.clone())))?;
         }
         for content in &files.contents {
-            let file = FileMkfile { path: content.name.clone(), mode: 0o644, data: content.data.clone().into(), ..FileMkfile::default() };
+            let file = FileMkfile {
+                path: content.name.clone(),
+                mode: 0o644,
+                data: content.data.clone().into(),
+                ..FileMkfile::default()
+            };
             let options = with_platform(internal("preparing inline document"), stage);
             let state = State::scratch().file(FileDraft::new().mkfile(file), options);
             draft = draft.copy(&state, FileCopy { src: content.name.clone(), ..job.base.clone() });
         }
         let created_by = history_text(&job);
-        let mut options = VertexOptions::named(title).at(&self.plan.ui.file, instruction.lines.spans());
+        let mut options =
+            VertexOptions::named(title).at(&self.plan.ui.file, instruction.lines.spans());
         if stage.ignore_cache {
             options = options.ignore_cache();
         }
@@ -127,14 +141,20 @@ impl Scene<'_> {
 
     /// `--link`: a layer that does not depend on those below (row `df.copy.link`).
     fn link(&self, stage: &Stage, name: &str, draft: FileDraft, options: VertexOptions) -> State {
-        let platform = self.plan.ui.options.multi_platform.then(|| stage.platform.clone()).flatten();
+        let platform =
+            self.plan.ui.options.multi_platform.then(|| stage.platform.clone()).flatten();
         let title = stage.title_again(name, platform.as_ref(), Some(stage.state.env()));
         // A group is known by its id within one build.
-        let id = Digest::of(format!("{title}\n{}\n{}", stage.shown, stage.done)).hex()[..25].to_owned();
+        let id =
+            Digest::of(format!("{title}\n{}\n{}", stage.shown, stage.done)).hex()[..25].to_owned();
         let copy = with_platform(options.clone(), stage).group(id.clone(), title.clone(), true);
         let copied = State::scratch().file(draft, copy);
-        let linked = stage.title_again(&format!("LINK {name}"), platform.as_ref(), Some(stage.state.env()));
-        let merged = State::merge(&[stage.state.clone(), copied], options.group(id, title, false).name(linked));
+        let linked =
+            stage.title_again(&format!("LINK {name}"), platform.as_ref(), Some(stage.state.env()));
+        let merged = State::merge(
+            &[stage.state.clone(), copied],
+            options.group(id, title, false).name(linked),
+        );
         stage.state.with_filesystem(&merged)
     }
 
@@ -145,16 +165,26 @@ impl Scene<'_> {
             Ok(_) => {}
         }
         if path.starts_with("http://") || path.starts_with("https://") {
-            let Some(add) = job.add else { return Err(Failure::new("source can't be a URL for COPY").hint("write ADD")) };
-            let options = VertexOptions::named(job.title.clone()).describe("com.docker.dockerfile.v1.command", "");
+            let Some(add) = job.add else {
+                return Err(Failure::new("source can't be a URL for COPY").hint("write ADD"));
+            };
+            let options = VertexOptions::named(job.title.clone())
+                .describe("com.docker.dockerfile.v1.command", "");
             let (state, src) = from_http(add, path, options)?;
-            return Ok(draft.copy(&state, FileCopy { src, attempt_unpack: add.unpack.unwrap_or(false), ..job.base.clone() }));
+            return Ok(draft.copy(
+                &state,
+                FileCopy { src, attempt_unpack: add.unpack.unwrap_or(false), ..job.base.clone() },
+            ));
         }
         self.lint_ignored(job, path);
         let (mut src, mut patterns, mut required) = (path.to_owned(), Vec::new(), Vec::new());
         if job.parents {
             let (parent, pattern) = path.split_once("/./").unwrap_or(("/", path));
-            let pattern = if pattern.starts_with('/') { pattern.to_owned() } else { path::join("/", pattern) };
+            let pattern = if pattern.starts_with('/') {
+                pattern.to_owned()
+            } else {
+                path::join("/", pattern)
+            };
             if !has_wildcard(parent) && !has_wildcard(&pattern) {
                 required = vec![path::join("/", &format!("{parent}/{pattern}"))];
             }
@@ -175,7 +205,8 @@ impl Scene<'_> {
         Ok(draft.copy(&job.source, copy))
     }
 
-    /// Reports sources that the ignore file hides (rule `CopyIgnoredFile`). With exceptions in it that cannot be told from here.
+    /// Reports sources that the ignore file hides (rule `CopyIgnoredFile`). With exceptions in it
+    /// that cannot be told from here.
     fn lint_ignored(&mut self, job: &Job<'_>, path: &str) {
         let Some(ignore) = self.ignore.filter(|_| job.from_context) else { return };
         let patterns = ignore.patterns();
@@ -183,28 +214,40 @@ impl Scene<'_> {
             return;
         }
         let path = path::clean(path);
-        if matches!(path.as_str(), "." | "/") && !patterns.iter().any(|p| matches!(p.as_str(), "*" | "**" | "**/*")) {
+        if matches!(path.as_str(), "." | "/")
+            && !patterns.iter().any(|p| matches!(p.as_str(), "*" | "**" | "**/*"))
+        {
             return;
         }
         if PatternMatcher::new(&patterns).is_ok_and(|m| m.matches(&path)) {
             let verb = if job.add.is_some() { "Add" } else { "Copy" };
             let name = self.plan.ui.ignore_name();
             let rule = ignore.excluder(path.trim_start_matches('/')).ok().flatten();
-            let rule = rule.map(|rule| format!("line {} of {name}: {}", rule.line, rule.text)).unwrap_or_default();
-            self.report(Finding::CopyIgnoredFile { verb, path: &path, rule: &rule }, job.step.instruction.lines);
+            let rule = rule
+                .map(|rule| format!("line {} of {name}: {}", rule.line, rule.text))
+                .unwrap_or_default();
+            self.report(
+                Finding::CopyIgnoredFile { verb, path: &path, rule: &rule },
+                job.step.instruction.lines,
+            );
         }
     }
 }
 
 fn from_git(job: &Job<'_>, draft: FileDraft, git: GitRef) -> Result<FileDraft> {
-    let Some(add) = job.add else { return Err(Failure::new("source can't be a git ref for COPY").hint("write ADD")) };
+    let Some(add) = job.add else {
+        return Err(Failure::new("source can't be a git ref for COPY").hint("write ADD"));
+    };
     let state = with_flags(git, add)?.state(VertexOptions::named(job.title.clone()));
     Ok(draft.copy(&state, FileCopy { src: "/".into(), ..job.base.clone() }))
 }
 
 /// The repository that `ADD` of `source` takes, if it is one.
 pub fn git_of_add(add: &df::Add, source: &str) -> Result<Option<GitRef>> {
-    GitRef::parse(source)?.filter(|git| !git.looks_local).map(|git| with_flags(git, add)).transpose()
+    GitRef::parse(source)?
+        .filter(|git| !git.looks_local)
+        .map(|git| with_flags(git, add))
+        .transpose()
 }
 
 /// A repository as the flags of `ADD` want it.
@@ -219,7 +262,11 @@ fn with_flags(mut git: GitRef, add: &df::Add) -> Result<GitRef> {
     git.mtime.clear();
     if !add.checksum.is_empty() {
         if !git.checksum.is_empty() && git.checksum != add.checksum {
-            return Err(Failure::new(format!("checksum mismatch {} != {}", quote(&add.checksum), quote(&git.checksum))));
+            return Err(Failure::new(format!(
+                "checksum mismatch {} != {}",
+                quote(&add.checksum),
+                quote(&git.checksum)
+            )));
         }
         git.checksum.clone_from(&add.checksum);
     }
@@ -232,7 +279,10 @@ pub fn from_http(add: &df::Add, url: &str, options: VertexOptions) -> Result<(St
     let file = parsed.as_ref().and_then(Url::file_name).unwrap_or("__unnamed__").to_owned();
     let mut attrs = BTreeMap::from([(attr::HTTP_FILENAME.to_owned(), file.clone())]);
     if !add.checksum.is_empty() {
-        let digest: Digest = add.checksum.parse().map_err(|e: DigestError| Fault::unknown(e.words()).hint(e.to_string()))?;
+        let digest: Digest = add
+            .checksum
+            .parse()
+            .map_err(|e: DigestError| Fault::unknown(e.words()).hint(e.to_string()))?;
         attrs.insert(attr::HTTP_CHECKSUM.into(), digest.to_string());
     }
     Ok((State::http(url, attrs, options), file))
@@ -243,10 +293,18 @@ fn check_checksum(checksum: &str, files: &Files) -> Result<()> {
         return Ok(());
     }
     let [source] = files.sources.as_slice() else {
-        return Err(Failure::new("checksum can't be specified for multiple sources").about(Token::Flag("--checksum".into())));
+        return Err(Failure::new("checksum can't be specified for multiple sources")
+            .about(Token::Flag("--checksum".into())));
     };
-    let remote = source.starts_with("http://") || source.starts_with("https://") || GitRef::parse(source)?.is_some();
-    if remote { Ok(()) } else { Err(Failure::new("checksum requires HTTP(S) or Git sources").about(Token::Flag("--checksum".into()))) }
+    let remote = source.starts_with("http://")
+        || source.starts_with("https://")
+        || GitRef::parse(source)?.is_some();
+    if remote {
+        Ok(())
+    } else {
+        Err(Failure::new("checksum requires HTTP(S) or Git sources")
+            .about(Token::Flag("--checksum".into())))
+    }
 }
 
 fn history_text(job: &Job<'_>) -> String {
@@ -274,7 +332,11 @@ fn chmod(text: &str) -> Result<(Option<u32>, String)> {
     if text.is_empty() {
         return Ok((None, String::new()));
     }
-    let not_octal = || Failure::new(format!("invalid chmod parameter: '{text}'. it should be octal string and between 0 and 07777"));
+    let not_octal = || {
+        Failure::new(format!(
+            "invalid chmod parameter: '{text}'. it should be octal string and between 0 and 07777"
+        ))
+    };
     if text.starts_with(|c: char| c.is_ascii_digit()) {
         return match u32::from_str_radix(text, 8) {
             Ok(bits) if bits <= 0o7777 => Ok((Some(bits), String::new())),

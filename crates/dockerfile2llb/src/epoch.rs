@@ -1,7 +1,8 @@
 //! `SOURCE_DATE_EPOCH`: a number, or the name of a source whose time counts (row `df.arg.sde`).
 //!
-//! The time of a git source is its commit's, that of an address what its server says, or that of the newest file in it if it is an
-//! archive. A stage can name such a source when it is nothing but one `ADD` of it to scratch.
+//! The time of a git source is its commit's, that of an address what its server says, or that of
+//! the newest file in it if it is an archive. A stage can name such a source when it is nothing but
+//! one `ADD` of it to scratch.
 
 use crate::{
     args::Globals,
@@ -30,7 +31,12 @@ const MAX_ARCHIVE: u64 = 1 << 30;
 const PIECE: u64 = 1 << 20;
 
 /// The time that `value` means, in seconds. What has no time, such as a local context, means none.
-pub async fn resolve(ui: &Ui, file: &Dockerfile, globals: &Globals, value: &str) -> Result<Option<i64>> {
+pub async fn resolve(
+    ui: &Ui,
+    file: &Dockerfile,
+    globals: &Globals,
+    value: &str,
+) -> Result<Option<i64>> {
     if value.is_empty() {
         return Ok(None);
     }
@@ -40,7 +46,9 @@ pub async fn resolve(ui: &Ui, file: &Dockerfile, globals: &Globals, value: &str)
     if value == "context" {
         return match ui.remote_context() {
             None => Ok(None),
-            Some(state) => time_of(ui, state, "[internal] resolve main build context metadata".into()).await,
+            Some(state) => {
+                time_of(ui, state, "[internal] resolve main build context metadata".into()).await
+            }
         };
     }
     if let Some(named) = NamedContext::find(ui, value, None)? {
@@ -48,12 +56,18 @@ pub async fn resolve(ui: &Ui, file: &Dockerfile, globals: &Globals, value: &str)
         if loaded.pending.is_some() {
             return Ok(None);
         }
-        return time_of(ui, &loaded.state, format!("[internal] resolve {NAME} named context {value}")).await;
+        return time_of(
+            ui,
+            &loaded.state,
+            format!("[internal] resolve {NAME} named context {value}"),
+        )
+        .await;
     }
     let Some(stage) = file.stages.iter().find(|s| s.name.eq_ignore_ascii_case(value)) else {
         return Err(Failure::new(format!("invalid {NAME}: {value}")));
     };
-    let state = stage_source(stage, globals, &Lex::new(file.escape).part_of(&ui.work)).map_err(|e| e.at(stage.lines))?;
+    let state = stage_source(stage, globals, &Lex::new(file.escape).part_of(&ui.work))
+        .map_err(|e| e.at(stage.lines))?;
     time_of(ui, &state, format!("[internal] resolve {NAME} source stage {}", stage.name)).await
 }
 
@@ -61,9 +75,10 @@ pub async fn resolve(ui: &Ui, file: &Dockerfile, globals: &Globals, value: &str)
 fn stage_source(stage: &df::Stage, globals: &Globals, lex: &Lex) -> Result<State> {
     let mut env = globals.env.clone();
     env.remove(NAME);
-    let base = lex
-        .word(&stage.base, &Vars(&env))
-        .map_err(|e| Failure::from(e).context(format!("failed to process source stage base name {}", quote(&stage.base))))?;
+    let base = lex.word(&stage.base, &Vars(&env)).map_err(|e| {
+        Failure::from(e)
+            .context(format!("failed to process source stage base name {}", quote(&stage.base)))
+    })?;
     if base.text != SCRATCH {
         return Err(Failure::new(format!("{NAME} stage must use FROM scratch")));
     }
@@ -72,12 +87,16 @@ fn stage_source(stage: &df::Stage, globals: &Globals, lex: &Lex) -> Result<State
         match &instruction.command {
             Command::Arg(arg) => declare(arg, globals, lex, &mut env)?,
             Command::Add(_) if found.is_some() => {
-                return Err(Failure::new(format!("{NAME} stage must contain exactly one remote ADD")));
+                return Err(Failure::new(format!(
+                    "{NAME} stage must contain exactly one remote ADD"
+                )));
             }
             Command::Add(add) => found = Some(add_source(add, lex, &env)?),
             _ => {
                 let keyword = instruction.keyword.to_lowercase();
-                let message = format!("{NAME} stage does not meet source-only requirements: unsupported {keyword} instruction");
+                let message = format!(
+                    "{NAME} stage does not meet source-only requirements: unsupported {keyword} instruction"
+                );
                 return Err(Failure::new(message));
             }
         }
@@ -99,7 +118,9 @@ fn declare(arg: &df::Arg, globals: &Globals, lex: &Lex, env: &mut EnvList) -> Re
 
 fn add_source(add: &df::Add, lex: &Lex, env: &EnvList) -> Result<State> {
     let ([source], []) = (add.files.sources.as_slice(), add.files.contents.as_slice()) else {
-        return Err(Failure::new(format!("{NAME} stage must contain exactly one remote ADD source")));
+        return Err(Failure::new(format!(
+            "{NAME} stage must contain exactly one remote ADD source"
+        )));
     };
     let word = |text: &str| lex.word(text, &Vars(env)).map(|e| e.text);
     let (source, mut add) = (word(source)?, add.clone());
@@ -116,7 +137,11 @@ fn add_source(add: &df::Add, lex: &Lex, env: &EnvList) -> Result<State> {
 /// The time of the source that `state` is made of; none if there are several.
 async fn time_of(ui: &Ui, state: &State, log_name: String) -> Result<Option<i64>> {
     let platform = ui.build_platform();
-    let options = MarshalOptions { platform: platform.clone(), caps: Some(Caps::llb()), local_unique_id: "shipway".into() };
+    let options = MarshalOptions {
+        platform: platform.clone(),
+        caps: Some(Caps::llb()),
+        local_unique_id: "shipway".into(),
+    };
     let definition = state.marshal(&options)?;
     let graph = Graph::decode(&definition, &Caps::llb(), &platform)?;
     let mut sources = graph.vertices.iter().filter_map(|v| match &v.op {
@@ -156,24 +181,33 @@ fn seconds(time: SystemTime) -> i64 {
 /// When a commit was made, from git's own text of it.
 fn commit_time(object: &[u8]) -> Result<i64> {
     let text = String::from_utf8_lossy(object);
-    let committer = text.lines().take_while(|l| !l.is_empty()).find_map(|l| l.strip_prefix("committer "));
+    let committer =
+        text.lines().take_while(|l| !l.is_empty()).find_map(|l| l.strip_prefix("committer "));
     let time = committer.and_then(|c| c.rsplit(' ').nth(1)).and_then(|t| t.parse().ok());
     time.ok_or_else(|| Failure::new("the commit object names no committer with a time"))
 }
 
 /// The time of the newest file in the archive at an address; none if it is no archive.
 async fn newest_file(ui: &Ui, source: &SourceOp) -> Result<Option<i64>> {
-    let Some(name) = source.attrs.get(attr::HTTP_FILENAME).filter(|n| !n.is_empty()) else { return Ok(None) };
-    let state = State::source(source.identifier.clone(), source.attrs.clone(), VertexOptions::default());
+    let Some(name) = source.attrs.get(attr::HTTP_FILENAME).filter(|n| !n.is_empty()) else {
+        return Ok(None);
+    };
+    let state =
+        State::source(source.identifier.clone(), source.attrs.clone(), VertexOptions::default());
     let (state, ..) = solve(&*ui.bridge, &state, false).await?;
     let (pieces, from) = mpsc::channel(1);
-    let look = tokio::task::spawn_blocking(move || shipway_archive::newest_file(Pieces { from, piece: Bytes::new() }));
+    let look = tokio::task::spawn_blocking(move || {
+        shipway_archive::newest_file(Pieces { from, piece: Bytes::new() })
+    });
     let mut offset = 0;
     loop {
         let piece = state.read_file(name, Some((offset, PIECE))).await?;
         offset += piece.len() as u64;
         if offset > MAX_ARCHIVE {
-            return Err(Failure::new(format!("{NAME}: {} is larger than {MAX_ARCHIVE} bytes", source.identifier)));
+            return Err(Failure::new(format!(
+                "{NAME}: {} is larger than {MAX_ARCHIVE} bytes",
+                source.identifier
+            )));
         }
         if piece.is_empty() || pieces.send(piece).await.is_err() {
             break;
@@ -181,7 +215,10 @@ async fn newest_file(ui: &Ui, source: &SourceOp) -> Result<Option<i64>> {
     }
     drop(pieces);
     // An address need not lead to an archive.
-    Ok(look.await.map_err(|e| Fault::internal(format!("reading an archive failed: {e}")))?.unwrap_or(None))
+    Ok(look
+        .await
+        .map_err(|e| Fault::internal(format!("reading an archive failed: {e}")))?
+        .unwrap_or(None))
 }
 
 /// Reads, on a blocking thread, pieces as they come.
@@ -225,7 +262,9 @@ mod tests {
     #[tokio::test]
     async fn an_archive_is_read_as_it_comes() {
         let (pieces, from) = mpsc::channel(1);
-        let look = tokio::task::spawn_blocking(move || shipway_archive::newest_file(Pieces { from, piece: Bytes::new() }));
+        let look = tokio::task::spawn_blocking(move || {
+            shipway_archive::newest_file(Pieces { from, piece: Bytes::new() })
+        });
         let archive: &[u8] = include_bytes!("../../archive/tests/corpus/python-pax.tar");
         for piece in archive.chunks(700) {
             // The zeros at the end are not waited for.
@@ -235,7 +274,9 @@ mod tests {
         assert_eq!(look.await.expect("no panic").expect("an archive"), Some(1_700_000_000));
         // What is no archive is not read to its end.
         let (pieces, from) = mpsc::channel(1);
-        let look = tokio::task::spawn_blocking(move || shipway_archive::newest_file(Pieces { from, piece: Bytes::new() }));
+        let look = tokio::task::spawn_blocking(move || {
+            shipway_archive::newest_file(Pieces { from, piece: Bytes::new() })
+        });
         while pieces.send(Bytes::from_static(&[b'x'; 4096])).await.is_ok() {}
         assert!(look.await.expect("no panic").is_err());
     }

@@ -1,7 +1,8 @@
-//! Why a COPY found nothing: the line of the ignore file that hides the path, or the name that was probably meant; and where in
-//! the instruction the path stands.
+//! Why a COPY found nothing: the line of the ignore file that hides the path, or the name that was
+//! probably meant; and where in the instruction the path stands.
 //!
-//! States are solved after the frontend has returned, so this is kept with the result ([`Explain`]).
+//! States are solved after the frontend has returned, so this is kept with the result
+//! ([`Explain`]).
 
 use crate::ui::CONTEXT;
 use async_trait::async_trait;
@@ -51,13 +52,16 @@ impl Explainer {
     fn missing(&self, fault: &Fault) -> Vec<&str> {
         let text = fault.to_string();
         let starts = fault.details().iter().filter_map(|d| match d {
-            Detail::Source { file, spans } if file.data == self.file.data => spans.first().map(|s| s.start.line),
+            Detail::Source { file, spans } if file.data == self.file.data => {
+                spans.first().map(|s| s.start.line)
+            }
             _ => None,
         });
         let starts: Vec<i32> = starts.collect();
         let uses = self.uses.iter().filter(|u| starts.contains(&u.lines.start));
-        let paths =
-            uses.flat_map(|u| &u.paths).filter(|p| text.contains(&quote(&path::join("/", p))) || text.contains(&start_is_missing(p)));
+        let paths = uses.flat_map(|u| &u.paths).filter(|p| {
+            text.contains(&quote(&path::join("/", p))) || text.contains(&start_is_missing(p))
+        });
         paths.map(String::as_str).take(MAX_PATHS).collect()
     }
 
@@ -65,7 +69,10 @@ impl Explainer {
         let inside = path::join("/", path);
         let relative = inside.trim_start_matches('/');
         if let Some(Ok(Some(rule))) = self.ignore.as_ref().map(|ignore| ignore.excluder(relative)) {
-            return format!("{path} of the build context is excluded by line {} of {}: {}", rule.line, self.ignore_name, rule.text);
+            return format!(
+                "{path} of the build context is excluded by line {} of {}: {}",
+                rule.line, self.ignore_name, rule.text
+            );
         }
         let (dir, base) = relative.rsplit_once('/').unwrap_or(("", relative));
         let asked = bridge.local_names(CONTEXT, &self.session, dir);
@@ -73,9 +80,12 @@ impl Explainer {
             Ok(Ok(names)) => names,
             _ => Vec::new(),
         };
-        let none = format!("the build context (the directory given to the build) has no {relative}");
+        let none =
+            format!("the build context (the directory given to the build) has no {relative}");
         match nearest(base, names.iter().map(String::as_str)) {
-            Some(near) if near != base => format!("{none}; did you mean {}?", path::join(dir, near)),
+            Some(near) if near != base => {
+                format!("{none}; did you mean {}?", path::join(dir, near))
+            }
             _ => none,
         }
     }
@@ -83,7 +93,10 @@ impl Explainer {
 
 /// The paths that a message quotes, and those in it that are absolute.
 fn paths_in(message: &str) -> impl Iterator<Item = &str> {
-    let absolute = message.split(' ').map(|word| word.trim_end_matches(':')).filter(|word| word.starts_with('/'));
+    let absolute = message
+        .split(' ')
+        .map(|word| word.trim_end_matches(':'))
+        .filter(|word| word.starts_with('/'));
     message.split('"').skip(1).step_by(2).chain(absolute)
 }
 
@@ -96,10 +109,20 @@ impl Explainer {
         let source = Source::new(&text);
         fault.clone().map_details(|detail| match detail {
             Detail::Source { file, spans } if file.data == self.file.data && !spans.is_empty() => {
-                let lines = Lines { start: spans[0].start.line, end: spans[spans.len() - 1].end.line };
-                let written = missing.iter().copied().chain(paths_in(&message)).flat_map(|p| [p, p.trim_start_matches('/')]);
-                let exact = written.filter(|p| !p.is_empty()).find_map(|path| source.find_text(lines, path));
-                Detail::Source { file: file.clone(), spans: if exact.is_some() { pin(lines, exact) } else { spans.clone() } }
+                let lines =
+                    Lines { start: spans[0].start.line, end: spans[spans.len() - 1].end.line };
+                let written = missing
+                    .iter()
+                    .copied()
+                    .chain(paths_in(&message))
+                    .flat_map(|p| [p, p.trim_start_matches('/')]);
+                let exact = written
+                    .filter(|p| !p.is_empty())
+                    .find_map(|path| source.find_text(lines, path));
+                Detail::Source {
+                    file: file.clone(),
+                    spans: if exact.is_some() { pin(lines, exact) } else { spans.clone() },
+                }
             }
             other => other.clone(),
         })

@@ -51,11 +51,15 @@ impl Scene<'_> {
         if !bare.is_empty() && bare.parse::<IpAddr>().is_err() {
             return Err(Failure::new(format!("invalid IP address: {bare}")));
         }
-        let (first, last) = range(port).ok_or_else(|| Failure::new(format!("invalid containerPort: {port}")))?;
+        let (first, last) =
+            range(port).ok_or_else(|| Failure::new(format!("invalid containerPort: {port}")))?;
         if !host.is_empty() {
-            let (from, to) = range(host).ok_or_else(|| Failure::new(format!("invalid hostPort: {host}")))?;
+            let (from, to) =
+                range(host).ok_or_else(|| Failure::new(format!("invalid hostPort: {host}")))?;
             if last - first != to - from && first != last {
-                let message = format!("invalid ranges specified for container and host Ports: {port} and {host}");
+                let message = format!(
+                    "invalid ranges specified for container and host Ports: {port} and {host}"
+                );
                 return Err(Failure::new(message));
             }
         }

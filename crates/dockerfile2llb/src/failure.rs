@@ -1,4 +1,5 @@
-//! A failure while converting: a fault and the places in the Dockerfile that it is about (row `dfr.errors`).
+//! A failure while converting: a fault and the places in the Dockerfile that it is about (row
+//! `dfr.errors`).
 
 use shipway_dockerfile::{self as df, Source, Token};
 use shipway_fault::{Detail, Fault, SourceFile, Span};
@@ -9,7 +10,8 @@ use std::{borrow::Cow, sync::Arc};
 pub struct Failure {
     pub fault: Fault,
     pub places: Vec<df::Lines>,
-    /// A place that the reference does not tell. Those who ask for columns are told it where there is no other.
+    /// A place that the reference does not tell. Those who ask for columns are told it where there
+    /// is no other.
     near: Option<df::Lines>,
     /// What on the lines is meant; without it what the message quotes.
     token: Option<Token>,
@@ -25,8 +27,8 @@ impl Failure {
         Fault::unknown(message).into()
     }
 
-    /// Adds a place. Each level that knows one adds it, as the reference does, so that clients draw the same lines; the same
-    /// place twice in a row says nothing new.
+    /// Adds a place. Each level that knows one adds it, as the reference does, so that clients draw
+    /// the same lines; the same place twice in a row says nothing new.
     #[must_use]
     pub fn at(mut self, lines: df::Lines) -> Self {
         self.places.push(lines);
@@ -80,7 +82,8 @@ impl Failure {
     pub fn suggest<'a>(mut self, word: &str, options: impl IntoIterator<Item = &'a str>) -> Self {
         let Some(near) = df::suggest(word, options, true) else { return self };
         let old = &self.fault;
-        let mut fault = Fault::new(old.code(), format!("{old} (did you mean {near}?)")).with_class(old.class());
+        let mut fault =
+            Fault::new(old.code(), format!("{old} (did you mean {near}?)")).with_class(old.class());
         for hint in old.hints() {
             fault = fault.hint(hint.to_owned());
         }
@@ -113,7 +116,9 @@ impl Failure {
     /// The fault with the lines of `file` to draw.
     pub fn into_fault(self, file: &Arc<SourceFile>, source: Option<&Source<'_>>) -> Fault {
         let places = self.spans(source);
-        places.into_iter().fold(self.fault, |fault, spans| fault.detail(Detail::Source { file: file.clone(), spans }))
+        places.into_iter().fold(self.fault, |fault, spans| {
+            fault.detail(Detail::Source { file: file.clone(), spans })
+        })
     }
 }
 

@@ -1,4 +1,5 @@
-//! Addresses of git repositories: which texts are one, and the state they mean (rows `dfc.git`, `df.add`).
+//! Addresses of git repositories: which texts are one, and the state they mean (rows `dfc.git`,
+//! `df.add`).
 
 use crate::{
     failure::{Failure, Result},
@@ -21,7 +22,8 @@ pub struct GitRef {
     pub reference: String,
     pub checksum: String,
     pub subdir: String,
-    /// Whether the text could as well be a local path, such as `github.com/a/b`: only contexts may be written so.
+    /// Whether the text could as well be a local path, such as `github.com/a/b`: only contexts may
+    /// be written so.
     pub looks_local: bool,
     pub keep_git_dir: Option<bool>,
     pub submodules: Option<bool>,
@@ -42,7 +44,8 @@ impl GitRef {
         Ok(Some(git))
     }
 
-    /// `remote#reference[:subdirectory]`, the latter if `subdir` says so; `None` when the text is no address (row `at.prov.params`).
+    /// `remote#reference[:subdirectory]`, the latter if `subdir` says so; `None` when the text is
+    /// no address (row `at.prov.params`).
     pub fn formatted(text: &str, subdir: bool) -> Option<String> {
         let git = Self::parse(text).ok()??;
         let below = if subdir { git.subdir.as_str() } else { "" };
@@ -68,24 +71,38 @@ impl GitRef {
             if !["http", "https", "ssh", "git"].contains(&scheme.as_str()) {
                 return None;
             }
-            return Self::url(text).filter(|(git, ..)| !scheme.starts_with("http") || git.path.ends_with(".git"));
+            return Self::url(text)
+                .filter(|(git, ..)| !scheme.starts_with("http") || git.path.ends_with(".git"));
         }
         let (user, rest) = text.split_once('@')?;
         let (host, rest) = rest.split_once(':')?;
-        let word = |t: &str, more: &str| !t.is_empty() && t.chars().all(|c| c.is_ascii_alphanumeric() || more.contains(c));
+        let word = |t: &str, more: &str| {
+            !t.is_empty() && t.chars().all(|c| c.is_ascii_alphanumeric() || more.contains(c))
+        };
         if !word(user, "-_") || !word(host, "-.") {
             return None;
         }
         let (rest, fragment) = rest.split_once('#').unwrap_or((rest, ""));
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
-        let git =
-            Self { remote: format!("{user}@{host}:{path}"), scheme: "ssh".into(), host: host.into(), path: path.into(), ..Self::default() };
+        let git = Self {
+            remote: format!("{user}@{host}:{path}"),
+            scheme: "ssh".into(),
+            host: host.into(),
+            path: path.into(),
+            ..Self::default()
+        };
         Some((git, query.to_owned(), fragment.to_owned()))
     }
 
     fn url(text: &str) -> Option<(Self, String, String)> {
         let url = Url::parse(text)?;
-        let git = Self { remote: url.remote(), scheme: url.scheme, host: url.host, path: url.path, ..Self::default() };
+        let git = Self {
+            remote: url.remote(),
+            scheme: url.scheme,
+            host: url.host,
+            path: url.path,
+            ..Self::default()
+        };
         Some((git, url.query, url.fragment))
     }
 
@@ -105,14 +122,19 @@ impl GitRef {
             let text = value.clone().unwrap_or_default();
             let truth = || match &value {
                 None => Ok(true),
-                Some(v) => parse_bool(v).ok_or_else(|| Failure::new(format!("invalid {key} value: {}", quote(v)))),
+                Some(v) => parse_bool(v)
+                    .ok_or_else(|| Failure::new(format!("invalid {key} value: {}", quote(v)))),
             };
             match key.as_str() {
                 "ref" => self.set_reference(text)?,
                 "tag" => tag = Some(qualified("refs/tags/", text)),
                 "branch" => branch = Some(qualified("refs/heads/", text)),
                 "subdir" if !self.subdir.is_empty() && self.subdir != text => {
-                    return Err(Failure::new(format!("subdir conflicts: {} vs {}", quote(&self.subdir), quote(&text))));
+                    return Err(Failure::new(format!(
+                        "subdir conflicts: {} vs {}",
+                        quote(&self.subdir),
+                        quote(&text)
+                    )));
                 }
                 "subdir" => self.subdir = text,
                 "checksum" | "commit" => self.checksum = text,
@@ -121,7 +143,10 @@ impl GitRef {
                 "fetch-by-commit" => self.fetch_by_commit = truth()?,
                 "mtime" if matches!(text.as_str(), "checkout" | "commit") => self.mtime = text,
                 "mtime" => {
-                    let message = format!("invalid mtime value: {} (must be \"checkout\" or \"commit\")", quote(&text));
+                    let message = format!(
+                        "invalid mtime value: {} (must be \"checkout\" or \"commit\")",
+                        quote(&text)
+                    );
                     return Err(Failure::new(message));
                 }
                 _ => return Err(Failure::new(format!("unexpected query {}", quote(&key)))),
@@ -136,7 +161,11 @@ impl GitRef {
 
     fn set_reference(&mut self, reference: String) -> Result<()> {
         if !self.reference.is_empty() && self.reference != reference {
-            return Err(Failure::new(format!("ref conflicts: {} vs {}", quote(&self.reference), quote(&reference))));
+            return Err(Failure::new(format!(
+                "ref conflicts: {} vs {}",
+                quote(&self.reference),
+                quote(&reference)
+            )));
         }
         self.reference = reference;
         Ok(())
@@ -151,7 +180,8 @@ impl GitRef {
                 id += &format!(":{}", self.subdir);
             }
         }
-        let remote = if self.looks_local { format!("https://{}", self.remote) } else { self.remote.clone() };
+        let remote =
+            if self.looks_local { format!("https://{}", self.remote) } else { self.remote.clone() };
         let mut attrs = BTreeMap::from([
             (attr::GIT_FULL_URL.to_owned(), remote),
             (attr::GIT_AUTH_TOKEN_SECRET.to_owned(), "GIT_AUTH_TOKEN".to_owned()),
@@ -166,7 +196,11 @@ impl GitRef {
         for (name, value, cap) in [
             (attr::GIT_KEEP_DIR, truth(self.keep_git_dir == Some(true)), "source.git.keepgitdir"),
             (attr::GIT_CHECKSUM, self.checksum.as_str(), "source.git.checksum"),
-            (attr::GIT_SKIP_SUBMODULES, truth(self.submodules == Some(false)), "source.git.skipsubmodules"),
+            (
+                attr::GIT_SKIP_SUBMODULES,
+                truth(self.submodules == Some(false)),
+                "source.git.skipsubmodules",
+            ),
             (attr::GIT_MTIME, self.mtime.as_str(), "source.git.mtime"),
             (attr::GIT_FETCH_BY_COMMIT, truth(self.fetch_by_commit), "source.git.fetchbycommit"),
         ] {
@@ -190,7 +224,11 @@ mod tests {
     #[track_caller]
     fn check(text: &str, remote: &str, reference: &str, subdir: &str) {
         let git = GitRef::parse(text).expect("valid").expect("a repository");
-        assert_eq!((git.remote.as_str(), git.reference.as_str(), git.subdir.as_str()), (remote, reference, subdir), "{text}");
+        assert_eq!(
+            (git.remote.as_str(), git.reference.as_str(), git.subdir.as_str()),
+            (remote, reference, subdir),
+            "{text}"
+        );
     }
 
     #[test]
@@ -212,7 +250,10 @@ mod tests {
             ("https://h.io/a.git?ref=", "query \"ref\" has no value"),
             ("https://h.io/a.git?ref=a&ref=b", "query \"ref\" has multiple values"),
             ("https://h.io/a.git?ref=a#b", "ref conflicts: \"b\" vs \"a\""),
-            ("https://h.io/a.git?mtime=x", "invalid mtime value: \"x\" (must be \"checkout\" or \"commit\")"),
+            (
+                "https://h.io/a.git?mtime=x",
+                "invalid mtime value: \"x\" (must be \"checkout\" or \"commit\")",
+            ),
         ] {
             assert_eq!(GitRef::parse(text).expect_err(text).fault.to_string(), want);
         }

@@ -1,4 +1,5 @@
-//! The instructions of a stage, one after the other (rows `df.*`); RUN, COPY/ADD and EXPOSE have modules of their own.
+//! The instructions of a stage, one after the other (rows `df.*`); RUN, COPY/ADD and EXPOSE have
+//! modules of their own.
 
 use crate::{
     convert::{Plan, Reach},
@@ -7,7 +8,9 @@ use crate::{
     stage::{Stage, Step, Vars, set_env, shown_text},
     text,
 };
-use shipway_dockerfile::{self as df, Command, CommandLine, Finding, Lex, Lines, Linter, is_secret_name, suggest};
+use shipway_dockerfile::{
+    self as df, Command, CommandLine, Finding, Lex, Lines, Linter, is_secret_name, suggest,
+};
 use shipway_filesync::IgnoreFile;
 use shipway_gocompat::{GoDuration, path};
 use shipway_llb::{Chown, FileDraft, FileMkdir, State, VertexOptions};
@@ -41,7 +44,9 @@ impl Scene<'_> {
         let platform = stage.platform.get_or_insert_with(|| self.plan.platforms.target.clone());
         let needs_path = platform.os != "windows";
         let env = &mut stage.image.config.env;
-        if needs_path && !env.iter().any(|e| e.split_once('=').map_or(e.as_str(), |(n, _)| n) == "PATH") {
+        if needs_path
+            && !env.iter().any(|e| e.split_once('=').map_or(e.as_str(), |(n, _)| n) == "PATH")
+        {
             env.push(format!("PATH={}", shipway_llb::DEFAULT_PATH));
         }
         let mut state = std::mem::take(&mut stage.state);
@@ -67,8 +72,11 @@ impl Scene<'_> {
             let lines = step.instruction.lines;
             match self.step(stage, &step).map_err(|e| e.at(lines)) {
                 Ok(()) => {}
-                // Nothing comes of this conversion but what is said of it. The reference says the first mistake only.
-                Err(failure) if self.plan.ui.options.columns && self.plan.reach == Reach::All => self.failures.push(failure),
+                // Nothing comes of this conversion but what is said of it. The reference says the
+                // first mistake only.
+                Err(failure) if self.plan.ui.options.columns && self.plan.reach == Reach::All => {
+                    self.failures.push(failure)
+                }
                 Err(failure) => return Err(failure),
             }
         }
@@ -188,7 +196,13 @@ impl Scene<'_> {
     }
 
     /// Expands a word with the stage's variables and reports those that nobody set.
-    pub fn word(&mut self, lex: &Lex, stage: &Stage, word: &str, lines: Lines) -> df::Result<String> {
+    pub fn word(
+        &mut self,
+        lex: &Lex,
+        stage: &Stage,
+        word: &str,
+        lines: Lines,
+    ) -> df::Result<String> {
         let env = stage.state.env();
         let mut unmatched = BTreeSet::new();
         let expanded = lex.word_noting(word, &Vars(env), &mut unmatched);
@@ -202,7 +216,12 @@ impl Scene<'_> {
         Ok(expanded?.text)
     }
 
-    fn workdir(&mut self, stage: &mut Stage, instruction: &df::Instruction, dir: &str) -> Result<()> {
+    fn workdir(
+        &mut self,
+        stage: &mut Stage,
+        instruction: &df::Instruction,
+        dir: &str,
+    ) -> Result<()> {
         if !std::mem::replace(&mut stage.workdir_set, true) && !dir.starts_with('/') {
             self.report(Finding::WorkdirRelativePath { path: dir }, instruction.lines);
         }
@@ -219,7 +238,8 @@ impl Scene<'_> {
                 timestamp: epoch.map(|e| e.saturating_mul(1_000_000_000)),
             };
             let name = shown_text(&self.plan.lex, &instruction.source, &Vars(stage.state.env()));
-            let options = VertexOptions::named(self.title(stage, &name)).at(&self.plan.ui.file, instruction.lines.spans());
+            let options = VertexOptions::named(self.title(stage, &name))
+                .at(&self.plan.ui.file, instruction.lines.spans());
             let options = match &stage.platform {
                 Some(platform) => options.platform(platform.clone()),
                 None => options,
@@ -233,22 +253,32 @@ impl Scene<'_> {
     /// The name of the next vertex of a stage.
     pub fn title(&self, stage: &mut Stage, name: &str) -> String {
         let multi = self.plan.ui.options.multi_platform;
-        let platform = multi.then(|| stage.platform.clone().unwrap_or_else(|| self.plan.platforms.target.clone()));
+        let platform = multi
+            .then(|| stage.platform.clone().unwrap_or_else(|| self.plan.platforms.target.clone()));
         let env = stage.state.env().clone();
         stage.title(name, platform.as_ref(), Some(&env))
     }
 
-    fn arg(&mut self, stage: &mut Stage, instruction: &df::Instruction, arg: &df::Arg) -> Result<()> {
+    fn arg(
+        &mut self,
+        stage: &mut Stage,
+        instruction: &df::Instruction,
+        arg: &df::Arg,
+    ) -> Result<()> {
         let globals = &self.plan.globals;
         let mut words = Vec::with_capacity(arg.args.len());
         for pair in &arg.args {
             self.lint_secret("ARG", &pair.name, instruction.lines);
             let value = match (globals.build_args.get(&pair.name), &pair.default) {
                 (Some(given), _) => Some(given.clone()),
-                (None, Some(default)) => Some(self.word(&self.plan.lex, stage, default, instruction.lines)?),
+                (None, Some(default)) => {
+                    Some(self.word(&self.plan.lex, stage, default, instruction.lines)?)
+                }
                 (None, None) => globals.env.get(&pair.name).map(str::to_owned),
             };
-            let inherited = value.is_some() && pair.default.is_none() && !globals.build_args.contains_key(&pair.name);
+            let inherited = value.is_some()
+                && pair.default.is_none()
+                && !globals.build_args.contains_key(&pair.name);
             if !inherited {
                 let info = ArgInfo {
                     name: pair.name.clone(),
@@ -275,13 +305,24 @@ impl Scene<'_> {
         Ok(())
     }
 
-    fn with_shell(&mut self, stage: &Stage, instruction: &df::Instruction, line: &CommandLine) -> Vec<String> {
+    fn with_shell(
+        &mut self,
+        stage: &Stage,
+        instruction: &df::Instruction,
+        line: &CommandLine,
+    ) -> Vec<String> {
         let words = line.words();
         if !line.is_shell() {
             return words;
         }
         if stage.image.config.shell.is_empty() {
-            self.report(Finding::JSONArgsRecommended { keyword: &instruction.keyword, line: &words.concat() }, instruction.lines);
+            self.report(
+                Finding::JSONArgsRecommended {
+                    keyword: &instruction.keyword,
+                    line: &words.concat(),
+                },
+                instruction.lines,
+            );
         }
         stage.with_shell(&words)
     }
@@ -299,9 +340,14 @@ impl Scene<'_> {
             return;
         }
         // The old form has one pair; the instruction still has it as it is written.
-        let (Command::Env(written) | Command::Label(written)) = &instruction.command else { return };
+        let (Command::Env(written) | Command::Label(written)) = &instruction.command else {
+            return;
+        };
         let df::Pair { key, value, .. } = written.first().unwrap_or(pair);
-        self.report(Finding::LegacyKeyValueFormat { keyword: &instruction.keyword, key, value }, instruction.lines);
+        self.report(
+            Finding::LegacyKeyValueFormat { keyword: &instruction.keyword, key, value },
+            instruction.lines,
+        );
     }
 
     fn lint_secret(&mut self, instruction: &str, key: &str, lines: Lines) {
@@ -311,9 +357,12 @@ impl Scene<'_> {
     }
 }
 
-/// Sets the directory of the image and the state. An absolute one is kept as it is written; an empty one changes nothing.
+/// Sets the directory of the image and the state. An absolute one is kept as it is written; an
+/// empty one changes nothing.
 fn set_workdir(stage: &mut Stage, dir: &str) {
-    let absolute = |base: &str, dir: &str| if dir.starts_with('/') { dir.to_owned() } else { path::join(base, dir) };
+    let absolute = |base: &str, dir: &str| {
+        if dir.starts_with('/') { dir.to_owned() } else { path::join(base, dir) }
+    };
     let current = absolute("/", &stage.image.config.working_dir);
     let dir = if dir.is_empty() { current } else { absolute(&current, dir) };
     stage.state = std::mem::take(&mut stage.state).with_dir(&dir);
@@ -333,7 +382,8 @@ fn healthcheck(check: df::Healthcheck) -> Healthcheck {
 }
 
 fn healthcheck_text(c: &df::Healthcheck) -> String {
-    let [interval, timeout, period, start] = [c.interval, c.timeout, c.start_period, c.start_interval].map(GoDuration::from);
+    let [interval, timeout, period, start] =
+        [c.interval, c.timeout, c.start_period, c.start_interval].map(GoDuration::from);
     format!(
         "HEALTHCHECK {{Test:{} Interval:{interval} Timeout:{timeout} StartPeriod:{period} StartInterval:{start} Retries:{}}}",
         text::list(&c.test),
@@ -344,8 +394,9 @@ fn healthcheck_text(c: &df::Healthcheck) -> String {
 /// Whether Docker knows the signal (row `df.stopsignal`).
 fn is_signal(text: &str) -> bool {
     const NAMES: [&str; 33] = [
-        "ABRT", "ALRM", "BUS", "CHLD", "CLD", "CONT", "FPE", "HUP", "ILL", "INT", "IO", "IOT", "KILL", "PIPE", "POLL", "PROF", "PWR",
-        "QUIT", "SEGV", "STKFLT", "STOP", "SYS", "TERM", "TRAP", "TSTP", "TTIN", "TTOU", "URG", "USR1", "USR2", "VTALRM", "WINCH", "XCPU",
+        "ABRT", "ALRM", "BUS", "CHLD", "CLD", "CONT", "FPE", "HUP", "ILL", "INT", "IO", "IOT",
+        "KILL", "PIPE", "POLL", "PROF", "PWR", "QUIT", "SEGV", "STKFLT", "STOP", "SYS", "TERM",
+        "TRAP", "TSTP", "TTIN", "TTOU", "URG", "USR1", "USR2", "VTALRM", "WINCH", "XCPU",
     ];
     if let Ok(number) = text.parse::<i64>() {
         return number != 0;
@@ -354,7 +405,13 @@ fn is_signal(text: &str) -> bool {
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
     let offset = |prefix: &str, sign: char, most: u32| {
         let rest = name.strip_prefix(prefix)?;
-        Some(rest.is_empty() || rest.strip_prefix(sign)?.parse::<u32>().is_ok_and(|n| (1..=most).contains(&n)))
+        Some(
+            rest.is_empty()
+                || rest.strip_prefix(sign)?.parse::<u32>().is_ok_and(|n| (1..=most).contains(&n)),
+        )
     };
-    NAMES.contains(&name) || name == "XFSZ" || offset("RTMIN", '+', 15) == Some(true) || offset("RTMAX", '-', 14) == Some(true)
+    NAMES.contains(&name)
+        || name == "XFSZ"
+        || offset("RTMIN", '+', 15) == Some(true)
+        || offset("RTMAX", '-', 14) == Some(true)
 }

@@ -1,15 +1,19 @@
 //! The Dockerfile frontend: `dockerfile.v0`, in-house.
 //!
-//! [`DockerfileFrontend::run`] reads options, Dockerfile and ignore file through the [`Bridge`] (`ui`), converts the Dockerfile once
-//! per platform (`convert`) and answers with states and image configs. A conversion is a plan of stages (`stage`): their bases are
-//! resolved together (`base`), then the instructions of those that the target needs are turned into vertices (`instruct`, `run`,
-//! `copy`, `expose`). Names, metadata, history and digests are those of BuildKit's frontend, because clients and caches compare
-//! them. Nothing here touches files, processes or the network: whatever is needed from outside is a question to the bridge.
+//! [`DockerfileFrontend::run`] reads options, Dockerfile and ignore file through the [`Bridge`]
+//! (`ui`), converts the Dockerfile once per platform (`convert`) and answers with states and image
+//! configs. A conversion is a plan of stages (`stage`): their bases are resolved together (`base`),
+//! then the instructions of those that the target needs are turned into vertices (`instruct`,
+//! `run`, `copy`, `expose`). Names, metadata, history and digests are those of BuildKit's frontend,
+//! because clients and caches compare them. Nothing here touches files, processes or the network:
+//! whatever is needed from outside is a question to the bridge.
 //!
-//! Places are lines, as the reference's are. With the option `source-columns`, which `shipway` gives, warnings and errors also say
-//! the columns and the advice, and a check says all mistakes; the graph's source map never changes.
+//! Places are lines, as the reference's are. With the option `source-columns`, which `shipway`
+//! gives, warnings and errors also say the columns and the advice, and a check says all mistakes;
+//! the graph's source map never changes.
 //!
-//! `base64` reads image configs inside `input-metadata:` options; `futures` asks for several images at once.
+//! `base64` reads image configs inside `input-metadata:` options; `futures` asks for several images
+//! at once.
 
 mod apart;
 mod args;
@@ -42,7 +46,8 @@ use shipway_fault::Result;
 use shipway_frontend::{Bridge, Frontend, FrontendResult};
 use std::sync::Arc;
 
-/// `remote#reference[:subdirectory]` of the address of a git repository, the latter if `subdir` says so; `None` for other texts.
+/// `remote#reference[:subdirectory]` of the address of a git repository, the latter if `subdir`
+/// says so; `None` for other texts.
 pub fn git_address(text: &str, subdir: bool) -> Option<String> {
     gitref::GitRef::formatted(text, subdir)
 }

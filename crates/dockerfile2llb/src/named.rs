@@ -50,7 +50,10 @@ impl PendingLocal {
     pub fn decide(self, follow: &[String]) {
         let attrs = BTreeMap::from([
             (attr::LOCAL_SESSION.to_owned(), self.session),
-            (attr::LOCAL_SHARED_KEY_HINT.to_owned(), format!("context:{}-{}", self.key, self.shared_key)),
+            (
+                attr::LOCAL_SHARED_KEY_HINT.to_owned(),
+                format!("context:{}-{}", self.key, self.shared_key),
+            ),
             (attr::LOCAL_EXCLUDE_PATTERNS.to_owned(), text::json_list(&self.excludes)),
             (attr::LOCAL_FOLLOW_PATHS.to_owned(), text::json_list(follow)),
         ]);
@@ -74,28 +77,39 @@ fn with_config(mut state: State, image: &ImageConfig) -> State {
         }
     }
     state = state.with_dir(&image.config.working_dir);
-    if image.architecture.is_empty() || image.os.is_empty() { state } else { state.with_platform(image.platform()) }
+    if image.architecture.is_empty() || image.os.is_empty() {
+        state
+    } else {
+        state.with_platform(image.platform())
+    }
 }
 
 pub fn parse_config(image: &ImageFacts) -> Result<ImageConfig> {
-    serde_json::from_slice(&image.config).map_err(|e| Failure::new(format!("failed to parse image config: {}: {e}", image.name)))
+    serde_json::from_slice(&image.config)
+        .map_err(|e| Failure::new(format!("failed to parse image config: {}: {e}", image.name)))
 }
 
 impl NamedContext {
-    /// The context for `name`, if the build has one; with a platform's own option first (rows `dfc.override`, `dfc.platform`).
+    /// The context for `name`, if the build has one; with a platform's own option first (rows
+    /// `dfc.override`, `dfc.platform`).
     pub fn find(ui: &Ui, name: &str, platform: Option<&Platform>) -> Result<Option<Self>> {
         Self::among(&ui.raw, name, platform)
     }
 
     /// The same among `options`.
-    pub fn among(options: &Options, name: &str, platform: Option<&Platform>) -> Result<Option<Self>> {
+    pub fn among(
+        options: &Options,
+        name: &str,
+        platform: Option<&Platform>,
+    ) -> Result<Option<Self>> {
         if name.eq_ignore_ascii_case("scratch") || name.eq_ignore_ascii_case("context") {
             return Ok(None);
         }
         if !options.keys().any(|k| k.starts_with("context:")) {
             return Ok(None);
         }
-        let parsed: ImageName = name.parse().map_err(|e| Failure::new(format!("invalid context name {name}: {e}")))?;
+        let parsed: ImageName =
+            name.parse().map_err(|e| Failure::new(format!("invalid context name {name}: {e}")))?;
         let familiar = parsed.familiar();
         let name = familiar.strip_suffix(":latest").unwrap_or(&familiar);
         let host = Platform::host();
@@ -104,7 +118,10 @@ impl NamedContext {
             Some(Self {
                 input: options.get(&format!("context:{key}"))?.clone(),
                 name: name.to_owned(),
-                shared_key: options.get(&format!("sharedkey:localdir:{key}")).cloned().unwrap_or_default(),
+                shared_key: options
+                    .get(&format!("sharedkey:localdir:{key}"))
+                    .cloned()
+                    .unwrap_or_default(),
                 key,
                 platform: platform.cloned(),
             })
@@ -114,27 +131,40 @@ impl NamedContext {
     /// Loads it (row `dfc.types`).
     pub async fn load(&self, ui: &Ui) -> Result<Loaded> {
         let Some((kind, rest)) = self.input.split_once(':') else {
-            return Err(Failure::new(format!("invalid context specifier {} for {}", self.input, self.key)));
+            return Err(Failure::new(format!(
+                "invalid context specifier {} for {}",
+                self.input, self.key
+            )));
         };
         let rest = rest.strip_prefix("//").unwrap_or(rest);
         match kind {
             "docker-image" => self.image(ui, rest).await,
             "oci-layout" => self.oci_layout(ui, rest).await,
             "http" | "https" => match GitRef::parse(&self.input)? {
-                Some(git) => Ok(Loaded::of(git.state(crate::ui::internal(&format!("load git source {}", self.input))))),
+                Some(git) => Ok(Loaded::of(
+                    git.state(crate::ui::internal(&format!("load git source {}", self.input))),
+                )),
                 None => {
-                    let attrs = BTreeMap::from([(attr::HTTP_FILENAME.to_owned(), "context".to_owned())]);
-                    let options = VertexOptions::named(format!("[context {}] {}", self.key, self.input));
+                    let attrs =
+                        BTreeMap::from([(attr::HTTP_FILENAME.to_owned(), "context".to_owned())]);
+                    let options =
+                        VertexOptions::named(format!("[context {}] {}", self.key, self.input));
                     Ok(Loaded::of(State::http(&self.input, attrs, options)))
                 }
             },
-            kind if kind == "git" || kind.starts_with("git@") => match GitRef::parse(&self.input)? {
-                Some(git) => Ok(Loaded::of(git.state(crate::ui::internal(&format!("load git source {}", self.input))))),
-                None => Err(Failure::new(format!("invalid git context {}", self.input))),
-            },
+            kind if kind == "git" || kind.starts_with("git@") => {
+                match GitRef::parse(&self.input)? {
+                    Some(git) => Ok(Loaded::of(
+                        git.state(crate::ui::internal(&format!("load git source {}", self.input))),
+                    )),
+                    None => Err(Failure::new(format!("invalid git context {}", self.input))),
+                }
+            }
             "local" => self.local(ui, rest).await,
             "input" => self.frontend_input(ui, rest).await,
-            kind => Err(Failure::new(format!("unsupported context source {kind} for {}", self.key))),
+            kind => {
+                Err(Failure::new(format!("unsupported context source {kind} for {}", self.key)))
+            }
         }
     }
 
@@ -156,7 +186,14 @@ impl NamedContext {
         }
         let name: ImageName = reference.parse().map_err(|e| Failure::new(format!("{e}")))?;
         let log = format!("[context {}] load metadata for {reference}", self.key);
-        let found = ui.image_or_other(format!("docker-image://{name}"), BTreeMap::new(), &self.asked_platform(ui), log).await?;
+        let found = ui
+            .image_or_other(
+                format!("docker-image://{name}"),
+                BTreeMap::new(),
+                &self.asked_platform(ui),
+                log,
+            )
+            .await?;
         let resolved = match found {
             Found::Image(image) => image,
             Found::Other(identifier) => {
@@ -166,37 +203,45 @@ impl NamedContext {
         };
         let mut image = parse_config(&resolved)?;
         image.created = None;
-        let pinned: ImageName =
-            resolved.name.parse().map_err(|e| Failure::new(format!("failed to parse ref {}: {e}", quote(&resolved.name))))?;
+        let pinned: ImageName = resolved.name.parse().map_err(|e| {
+            Failure::new(format!("failed to parse ref {}: {e}", quote(&resolved.name)))
+        })?;
         let state = State::image(&pinned.to_string(), "", BTreeMap::new(), self.options(reference));
         Ok(Loaded { state: with_config(state, &image), image: Some(image), pending: None })
     }
 
     async fn oci_layout(&self, ui: &Ui, reference: &str) -> Result<Loaded> {
         let Some((name, digest)) = reference.split_once('@') else {
-            return Err(Failure::new(format!("oci-layout reference {} has no digest", quote(reference))));
+            return Err(Failure::new(format!(
+                "oci-layout reference {} has no digest",
+                quote(reference)
+            )));
         };
         let store = match name.rsplit_once(':') {
             Some((store, tag)) if !tag.contains('/') => store,
             _ => name,
         };
-        let dummy: ImageName = format!("{}@{digest}", self.name)
-            .parse()
-            .map_err(|e| Failure::new(format!("could not parse oci-layout reference {}: {e}", quote(reference))))?;
+        let dummy: ImageName = format!("{}@{digest}", self.name).parse().map_err(|e| {
+            Failure::new(format!("could not parse oci-layout reference {}: {e}", quote(reference)))
+        })?;
         let attrs = BTreeMap::from([
             (attr::OCI_SESSION.to_owned(), ui.bridge.session().to_owned()),
             (attr::OCI_STORE.to_owned(), store.to_owned()),
         ]);
         let log = format!("[context {}] load metadata for {dummy}", self.key);
-        let resolved = ui.image(format!("oci-layout://{dummy}"), attrs.clone(), &self.asked_platform(ui), log).await?;
+        let resolved = ui
+            .image(format!("oci-layout://{dummy}"), attrs.clone(), &self.asked_platform(ui), log)
+            .await?;
         let image = parse_config(&resolved)?;
-        let state = State::oci_layout(&dummy.to_string(), attrs, self.options("OCI load from client"));
+        let state =
+            State::oci_layout(&dummy.to_string(), attrs, self.options("OCI load from client"));
         Ok(Loaded { state: with_config(state, &image), image: Some(image), pending: None })
     }
 
     async fn local(&self, ui: &Ui, local: &str) -> Result<Loaded> {
         let options = VertexOptions::named(format!("[context {}] load {DOCKERIGNORE}", self.key));
-        let data = ui.load_ignore(local, &format!("context:{}-{DOCKERIGNORE}", self.key), options).await?;
+        let data =
+            ui.load_ignore(local, &format!("context:{}-{DOCKERIGNORE}", self.key), options).await?;
         let deferred = Deferred::default();
         let pending = PendingLocal {
             deferred: deferred.clone(),
@@ -218,10 +263,13 @@ impl NamedContext {
         let Some(metadata) = ui.raw.get(&format!("input-metadata:{name}")) else {
             return Ok(Loaded::of(state));
         };
-        let config = input_config(metadata).map_err(|e| e.context(format!("failed to parse input metadata {metadata}")))?;
+        let config = input_config(metadata)
+            .map_err(|e| e.context(format!("failed to parse input metadata {metadata}")))?;
         match config {
             None => Ok(Loaded::of(state)),
-            Some(image) => Ok(Loaded { state: with_config(state, &image), image: Some(image), pending: None }),
+            Some(image) => {
+                Ok(Loaded { state: with_config(state, &image), image: Some(image), pending: None })
+            }
         }
     }
 }
@@ -242,7 +290,10 @@ impl FrontendOverride {
     }
 
     /// The frontend's files, and the config of the image that they are, if they are one.
-    pub async fn load(&self, bridge: Arc<dyn Bridge>) -> Result<(State, Option<ImageConfig>), Fault> {
+    pub async fn load(
+        &self,
+        bridge: Arc<dyn Bridge>,
+    ) -> Result<(State, Option<ImageConfig>), Fault> {
         let ui = Ui::without_file(bridge).map_err(|f| f.fault)?;
         let loaded = self.context.load(&ui).await.map_err(|f| f.fault)?;
         if let Some(pending) = loaded.pending {
@@ -252,10 +303,16 @@ impl FrontendOverride {
     }
 }
 
-/// The image config in an `input-metadata:` option: JSON whose values are base64, as Go encodes bytes (row `dfo.inputmeta`).
+/// The image config in an `input-metadata:` option: JSON whose values are base64, as Go encodes
+/// bytes (row `dfo.inputmeta`).
 fn input_config(metadata: &str) -> Result<Option<ImageConfig>> {
-    let map: BTreeMap<String, Option<String>> = serde_json::from_str(metadata).map_err(|e| Failure::new(e.to_string()))?;
+    let map: BTreeMap<String, Option<String>> =
+        serde_json::from_str(metadata).map_err(|e| Failure::new(e.to_string()))?;
     let Some(Some(encoded)) = map.get("containerimage.config") else { return Ok(None) };
-    let bytes = base64::engine::general_purpose::STANDARD.decode(encoded).map_err(|e| Failure::new(e.to_string()))?;
-    serde_json::from_slice(&bytes).map(Some).map_err(|e| Failure::new(format!("failed to parse image config: {e}")))
+    let bytes = base64::engine::general_purpose::STANDARD
+        .decode(encoded)
+        .map_err(|e| Failure::new(e.to_string()))?;
+    serde_json::from_slice(&bytes)
+        .map(Some)
+        .map_err(|e| Failure::new(format!("failed to parse image config: {e}")))
 }

@@ -57,7 +57,8 @@ pub struct BuildOptions {
     /// Stages to run without cache; `Some` of nothing means all.
     pub no_cache: Option<Vec<String>>,
     pub lint: Option<LintConfig>,
-    /// Whether places of warnings and errors have columns too (option `source-columns`, which only our own client gives).
+    /// Whether places of warnings and errors have columns too (option `source-columns`, which only
+    /// our own client gives).
     pub columns: bool,
     /// Other sessions to take local sources from.
     pub local_sessions: BTreeMap<String, String>,
@@ -80,15 +81,23 @@ impl BuildOptions {
         let multi_platform = match or_arg("BUILDKIT_MULTI_PLATFORM", "multi-platform").as_str() {
             "" => platforms.len() > 1,
             text => match parse_bool(text) {
-                None => return Err(Failure::new(format!("invalid boolean value for multi-platform: {text}"))),
+                None => {
+                    return Err(Failure::new(format!(
+                        "invalid boolean value for multi-platform: {text}"
+                    )));
+                }
                 Some(false) if platforms.len() > 1 => {
-                    return Err(Failure::new("conflicting config: returning multiple target platforms is not allowed"));
+                    return Err(Failure::new(
+                        "conflicting config: returning multiple target platforms is not allowed",
+                    ));
                 }
                 Some(yes) => yes,
             },
         };
         let lint = options.get("build-arg:BUILDKIT_DOCKERFILE_CHECK").map(|text| {
-            LintConfig::parse(text).map_err(|e| Failure::from(e).context("failed to parse build-arg:BUILDKIT_DOCKERFILE_CHECK"))
+            LintConfig::parse(text).map_err(|e| {
+                Failure::from(e).context("failed to parse build-arg:BUILDKIT_DOCKERFILE_CHECK")
+            })
         });
         let no_cache = options.get("no-cache").map(|list| match list.as_str() {
             "" => Vec::new(),
@@ -109,7 +118,8 @@ impl BuildOptions {
                 "local" => ResolveMode::PreferLocal,
                 other => return Err(Failure::new(format!("invalid image-resolve-mode: {other}"))),
             },
-            extra_hosts: parse_hosts(get("add-hosts")).map_err(|e| e.context("failed to parse additional hosts"))?,
+            extra_hosts: parse_hosts(get("add-hosts"))
+                .map_err(|e| e.context("failed to parse additional hosts"))?,
             network: match get("force-network-mode") {
                 "" | "sandbox" | "default" => NetMode::Unset,
                 "none" => NetMode::None,
@@ -118,12 +128,16 @@ impl BuildOptions {
             },
             shm_size: match get("shm-size") {
                 "" => 0,
-                text => text.parse().map_err(|_| Failure::new(format!("failed to parse shm size: invalid number {text:?}")))?,
+                text => text.parse().map_err(|_| {
+                    Failure::new(format!("failed to parse shm size: invalid number {text:?}"))
+                })?,
             },
-            ulimits: parse_ulimits(get("ulimit")).map_err(|e| e.context("failed to parse ulimit"))?,
+            ulimits: parse_ulimits(get("ulimit"))
+                .map_err(|e| e.context("failed to parse ulimit"))?,
             cgroup_parent: get("cgroup-parent").into(),
             hostname: or_arg("BUILDKIT_SANDBOX_HOSTNAME", "hostname"),
-            resources: parse_resources(options).map_err(|e| e.context("failed to parse resource limits"))?,
+            resources: parse_resources(options)
+                .map_err(|e| e.context("failed to parse resource limits"))?,
             cache_namespace: get("build-arg:BUILDKIT_CACHE_MOUNT_NS").into(),
             no_cache,
             lint: lint.transpose()?,
@@ -150,16 +164,26 @@ impl BuildOptions {
     }
 }
 
-/// Checks `frontend.caps`. The second error is one that another frontend may still cure, so it waits for `# syntax=`.
+/// Checks `frontend.caps`. The second error is one that another frontend may still cure, so it
+/// waits for `# syntax=`.
 pub fn check_caps(options: &Options) -> (Result<(), Fault>, Option<Fault>) {
     let mut deferred = None;
-    for cap in options.get("frontend.caps").map(|c| c.split(',')).into_iter().flatten().filter(|c| !c.is_empty()) {
+    for cap in options
+        .get("frontend.caps")
+        .map(|c| c.split(','))
+        .into_iter()
+        .flatten()
+        .filter(|c| !c.is_empty())
+    {
         let (name, extra) = cap.split_once('+').unwrap_or((cap, ""));
         if CAPS.contains(&name) {
             continue;
         }
-        let fault = Fault::new(shipway_fault::Code::Unimplemented, format!("unsupported frontend capability {name}"))
-            .detail(Detail::FrontendCap(name.into()));
+        let fault = Fault::new(
+            shipway_fault::Code::Unimplemented,
+            format!("unsupported frontend capability {name}"),
+        )
+        .detail(Detail::FrontendCap(name.into()));
         if extra != "forward" {
             return (Err(fault), None);
         }
@@ -170,23 +194,34 @@ pub fn check_caps(options: &Options) -> (Result<(), Fault>, Option<Fault>) {
 
 fn refuse_removed(options: &Options) -> Result<()> {
     if options.get("override-copy-image").is_some_and(|v| !v.is_empty()) {
-        return Err(Failure::new("support for \"override-copy-image\" was removed in BuildKit 0.11"));
+        return Err(Failure::new(
+            "support for \"override-copy-image\" was removed in BuildKit 0.11",
+        ));
     }
     if options.get("build-arg:BUILDKIT_DISABLE_FILEOP").and_then(|v| parse_bool(v)) == Some(true) {
-        return Err(Failure::new("support for \"BUILDKIT_DISABLE_FILEOP\" build-arg was removed in BuildKit 0.11"));
+        return Err(Failure::new(
+            "support for \"BUILDKIT_DISABLE_FILEOP\" build-arg was removed in BuildKit 0.11",
+        ));
     }
     Ok(())
 }
 
 fn with_prefix(options: &Options, prefix: &str) -> BTreeMap<String, String> {
-    options.iter().filter_map(|(k, v)| Some((k.strip_prefix(prefix)?.to_owned(), v.clone()))).collect()
+    options
+        .iter()
+        .filter_map(|(k, v)| Some((k.strip_prefix(prefix)?.to_owned(), v.clone())))
+        .collect()
 }
 
 fn parse_platforms(text: &str) -> Result<Vec<Platform>> {
     if text.is_empty() {
         return Ok(Vec::new());
     }
-    text.split(',').map(|p| p.parse().map_err(|e| Failure::new(format!("failed to parse target platform {p}: {e}")))).collect()
+    text.split(',')
+        .map(|p| {
+            p.parse().map_err(|e| Failure::new(format!("failed to parse target platform {p}: {e}")))
+        })
+        .collect()
 }
 
 /// A cache as Go's encoder writes it.
@@ -201,11 +236,15 @@ struct WrittenImport {
 /// `cache-imports` is a list in JSON; `cache-from`, which clients said before there was more than
 /// registries, comes after it.
 fn parse_cache_imports(options: &Options) -> Result<Vec<CacheImport>> {
-    let in_registry = |name: &str| CacheImport { kind: "registry".into(), attrs: [("ref".to_owned(), name.to_owned())].into() };
+    let in_registry = |name: &str| CacheImport {
+        kind: "registry".into(),
+        attrs: [("ref".to_owned(), name.to_owned())].into(),
+    };
     let mut imports = Vec::new();
     if let Some(json) = options.get("cache-imports").filter(|j| !j.is_empty()) {
-        let list: Vec<WrittenImport> =
-            serde_json::from_str(json).map_err(|e| Failure::new(format!("failed to unmarshal cache-imports ({json:?}): {e}")))?;
+        let list: Vec<WrittenImport> = serde_json::from_str(json).map_err(|e| {
+            Failure::new(format!("failed to unmarshal cache-imports ({json:?}): {e}"))
+        })?;
         imports.extend(list.into_iter().map(|w| CacheImport { kind: w.kind, attrs: w.attrs }));
     }
     let names = options.get("cache-from").map(String::as_str).unwrap_or_default();
@@ -222,7 +261,8 @@ fn parse_hosts(text: &str) -> Result<Vec<HostIp>> {
         let Some((host, ip)) = field.split_once('=') else {
             return Err(Failure::new(format!("invalid key-value pair {field}")));
         };
-        let ip: IpAddr = ip.parse().map_err(|_| Failure::new(format!("failed to parse IP {ip}")))?;
+        let ip: IpAddr =
+            ip.parse().map_err(|_| Failure::new(format!("failed to parse IP {ip}")))?;
         Ok(HostIp { host: host.into(), ip: ip.to_string() })
     };
     csv(text)?.into_iter().map(host).collect()
@@ -239,9 +279,12 @@ fn parse_ulimits(text: &str) -> Result<Vec<Ulimit>> {
             return Err(Failure::new(format!("invalid ulimit type: {name}")).suggest(name, ULIMITS));
         }
         let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
-        let (soft, hard): (i64, i64) = (soft.parse().map_err(|_| bad())?, hard.parse().map_err(|_| bad())?);
+        let (soft, hard): (i64, i64) =
+            (soft.parse().map_err(|_| bad())?, hard.parse().map_err(|_| bad())?);
         if hard != -1 && (soft == -1 || soft > hard) {
-            let message = format!("ulimit soft limit must be less than or equal to hard limit: {soft} > {hard}");
+            let message = format!(
+                "ulimit soft limit must be less than or equal to hard limit: {soft} > {hard}"
+            );
             return Err(Failure::new(message));
         }
         Ok(Ulimit { name: name.into(), soft, hard })
@@ -255,7 +298,9 @@ fn parse_resources(options: &Options) -> Result<Option<LinuxResources>> {
         None => Ok(0),
         Some(v) => match v.parse::<i64>() {
             Err(_) => Err(Failure::new(format!("invalid {key} value: {v}"))),
-            Ok(n) if !fits(n) => Err(Failure::new(format!("invalid {key} value: {v}: must be {least}"))),
+            Ok(n) if !fits(n) => {
+                Err(Failure::new(format!("invalid {key} value: {v}: must be {least}")))
+            }
             Ok(n) => Ok(n),
         },
     };
@@ -299,16 +344,26 @@ mod tests {
     fn caches_are_read_in_both_forms() {
         let of = |key: &str, text: &str| {
             let found = parse(&[(key, text)]).map(|o| o.cache_imports);
-            found.map(|l| l.into_iter().map(|c| format!("{} {:?}", c.kind, c.attrs)).collect::<Vec<_>>())
+            found.map(|l| {
+                l.into_iter().map(|c| format!("{} {:?}", c.kind, c.attrs)).collect::<Vec<_>>()
+            })
         };
-        assert_eq!(of("cache-from", "a/b:1,c").unwrap(), [r#"registry {"ref": "a/b:1"}"#, r#"registry {"ref": "c"}"#]);
         assert_eq!(
-            of("cache-imports", r#"[{"Type":"local","Attrs":{"src":"x"}},{"Type":"gha"}]"#).unwrap(),
+            of("cache-from", "a/b:1,c").unwrap(),
+            [r#"registry {"ref": "a/b:1"}"#, r#"registry {"ref": "c"}"#]
+        );
+        assert_eq!(
+            of("cache-imports", r#"[{"Type":"local","Attrs":{"src":"x"}},{"Type":"gha"}]"#)
+                .unwrap(),
             [r#"local {"src": "x"}"#, "gha {}"]
         );
-        let both = parse(&[("cache-from", "a"), ("cache-imports", r#"[{"Type":"local"}]"#)]).unwrap().cache_imports;
+        let both = parse(&[("cache-from", "a"), ("cache-imports", r#"[{"Type":"local"}]"#)])
+            .unwrap()
+            .cache_imports;
         assert_eq!(both.iter().map(|c| &*c.kind).collect::<Vec<_>>(), ["local", "registry"]);
-        assert!(of("cache-imports", "{").unwrap_err().contains("failed to unmarshal cache-imports"));
+        assert!(
+            of("cache-imports", "{").unwrap_err().contains("failed to unmarshal cache-imports")
+        );
         assert!(of("cache-from", "").unwrap().is_empty());
     }
 
@@ -343,10 +398,18 @@ mod tests {
             ("ulimit", "nofile=3:2", "3 > 2"),
             ("force-network-mode", "x", "invalid netmode x"),
             ("multi-platform", "x", "invalid boolean value for multi-platform: x"),
-            ("memory", "0", "failed to parse resource limits: invalid memory value: 0: must be > 0"),
+            (
+                "memory",
+                "0",
+                "failed to parse resource limits: invalid memory value: 0: must be > 0",
+            ),
             ("attest:sbom", "generator=", "sbom generator cannot be empty"),
             ("override-copy-image", "x", "support for \"override-copy-image\" was removed"),
-            ("build-arg:BUILDKIT_DISABLE_FILEOP", "1", "support for \"BUILDKIT_DISABLE_FILEOP\" build-arg was removed"),
+            (
+                "build-arg:BUILDKIT_DISABLE_FILEOP",
+                "1",
+                "support for \"BUILDKIT_DISABLE_FILEOP\" build-arg was removed",
+            ),
         ] {
             let error = parse(&[(key, value)]).expect_err(key);
             assert!(error.contains(want), "{error:?} lacks {want:?}");

@@ -1,4 +1,5 @@
-//! What a build can be told: arguments, secrets, SSH agents of the target and what it needs (row `dfs.outline`).
+//! What a build can be told: arguments, secrets, SSH agents of the target and what it needs (row
+//! `dfs.outline`).
 
 use crate::stage::Stage;
 use shipway_dockerfile::{Lines, Mount, MountKind};
@@ -54,8 +55,11 @@ impl Outline {
 }
 
 /// Everything that the target and the stages it needs ask for, in the order of the file.
-pub fn collect<'a>(stages: impl Iterator<Item = &'a Stage>) -> (Vec<ArgInfo>, Vec<Asked>, Vec<Asked>) {
-    let (mut args, mut secrets, mut ssh) = (Vec::<ArgInfo>::new(), Vec::<Asked>::new(), Vec::<Asked>::new());
+pub fn collect<'a>(
+    stages: impl Iterator<Item = &'a Stage>,
+) -> (Vec<ArgInfo>, Vec<Asked>, Vec<Asked>) {
+    let (mut args, mut secrets, mut ssh) =
+        (Vec::<ArgInfo>::new(), Vec::<Asked>::new(), Vec::<Asked>::new());
     for stage in stages {
         for info in stage.outline.args() {
             if !args.iter().any(|a| a.name == info.name) {
@@ -63,7 +67,8 @@ pub fn collect<'a>(stages: impl Iterator<Item = &'a Stage>) -> (Vec<ArgInfo>, Ve
             }
         }
         for (from, to) in [(&stage.outline.secrets, &mut secrets), (&stage.outline.ssh, &mut ssh)] {
-            let new: Vec<Asked> = from.iter().filter(|a| !to.iter().any(|t| t.name == a.name)).cloned().collect();
+            let new: Vec<Asked> =
+                from.iter().filter(|a| !to.iter().any(|t| t.name == a.name)).cloned().collect();
             to.extend(new);
         }
     }

@@ -16,7 +16,11 @@ pub struct Platforms {
 
 impl Platforms {
     pub fn new(target: Option<&Platform>, build: Platform) -> Self {
-        Self { target: target.cloned().unwrap_or_else(|| build.clone()), build, implicit: target.is_none() }
+        Self {
+            target: target.cloned().unwrap_or_else(|| build.clone()),
+            build,
+            implicit: target.is_none(),
+        }
     }
 
     /// The arguments that exist without `ARG`; build arguments of their names win.

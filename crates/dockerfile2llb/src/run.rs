@@ -6,11 +6,14 @@ use crate::{
     stage::{Stage, Step, Vars, shown_text},
     ui::internal,
 };
-use shipway_dockerfile::{self as df, CommandLine, Mount, MountKind, Sharing, is_heredoc, strip_tabs};
+use shipway_dockerfile::{
+    self as df, CommandLine, Mount, MountKind, Sharing, is_heredoc, strip_tabs,
+};
 use shipway_gocompat::{path, quote};
 use shipway_llb::{
-    CacheSharing, CdiDevice, Chown, EnvList, ExecDraft, FileDraft, FileMkdir, FileMkfile, MountDraft, MountSource, NetMode, Owner,
-    SecretDraft, SecurityMode, SshDraft, State, VertexOptions,
+    CacheSharing, CdiDevice, Chown, EnvList, ExecDraft, FileDraft, FileMkdir, FileMkfile,
+    MountDraft, MountSource, NetMode, Owner, SecretDraft, SecurityMode, SshDraft, State,
+    VertexOptions,
 };
 use std::borrow::Cow;
 
@@ -28,7 +31,8 @@ impl Scene<'_> {
             let lex = self.plan.lex.clone();
             run.expand_mounts(&mut |w| self.word(&lex, stage, w, instruction.lines))?
         };
-        let mut draft = ExecDraft { proxy: self.plan.globals.proxy.clone(), ..ExecDraft::default() };
+        let mut draft =
+            ExecDraft { proxy: self.plan.globals.proxy.clone(), ..ExecDraft::default() };
         let (args, summary) = self.arguments(stage, run, &mut draft)?;
         draft.args = if run.command.is_shell() { stage.with_shell(&args) } else { args };
         self.mounts(stage, step, &mounts, &mut draft)?;
@@ -43,26 +47,44 @@ impl Scene<'_> {
             draft.ulimits.clone_from(&options.ulimits);
         }
         if caps.has("exec.meta.cdi") {
-            draft.devices.extend(run.devices.iter().map(|d| CdiDevice { name: d.name.clone(), optional: !d.required }));
+            draft.devices.extend(
+                run.devices
+                    .iter()
+                    .map(|d| CdiDevice { name: d.name.clone(), optional: !d.required }),
+            );
         } else if let Some(device) = run.devices.first() {
-            return Err(shipway_fault::Fault::unimplemented(format!("RUN --device={}", device.name)).into());
+            return Err(shipway_fault::Fault::unimplemented(format!(
+                "RUN --device={}",
+                device.name
+            ))
+            .into());
         }
         if options.shm_size > 0 && caps.has("exec.mount.tmpfs.size") {
             let source = MountSource::Tmpfs(options.shm_size);
-            draft.mounts.push(MountDraft { target: "/dev/shm".into(), source, ..MountDraft::default() });
+            draft.mounts.push(MountDraft {
+                target: "/dev/shm".into(),
+                source,
+                ..MountDraft::default()
+            });
         }
         if caps.has("exec.meta.cgroup.parent") {
             draft.cgroup_parent.clone_from(&options.cgroup_parent);
         }
         let shown = format!("{}{summary}", instruction.source);
-        let name = shown_text(&self.plan.lex.clone().raw_quotes().keep_unset(), &shown, &Masked::new(stage.state.env(), &mounts));
+        let name = shown_text(
+            &self.plan.lex.clone().raw_quotes().keep_unset(),
+            &shown,
+            &Masked::new(stage.state.env(), &mounts),
+        );
         let mut vertex = VertexOptions::named(self.run_title(stage, &name))
             .describe("com.docker.dockerfile.v1.command", instruction.source.clone())
             .at(&self.plan.ui.file, instruction.lines.spans());
         if stage.ignore_cache {
             vertex = vertex.ignore_cache();
         }
-        if let Some(resources) = options.resources.clone().filter(|_| caps.has("exec.meta.linux.resources")) {
+        if let Some(resources) =
+            options.resources.clone().filter(|_| caps.has("exec.meta.linux.resources"))
+        {
             vertex = vertex.resources(resources);
         }
         let created_by = format!("RUN {} # buildkit", history_text(stage, &draft.args));
@@ -73,17 +95,25 @@ impl Scene<'_> {
 
     /// Like [`Scene::title`], with the platform of the state, which a base image may have decided.
     fn run_title(&self, stage: &mut Stage, name: &str) -> String {
-        let platform = self.plan.ui.options.multi_platform.then(|| stage.state.platform().cloned()).flatten();
+        let platform =
+            self.plan.ui.options.multi_platform.then(|| stage.state.platform().cloned()).flatten();
         let env = stage.state.env().clone();
         stage.title(name, platform.as_ref(), Some(&env))
     }
 
     /// The words of the command, heredocs worked in, and what the vertex name says of them.
-    fn arguments(&self, stage: &Stage, run: &df::Run, draft: &mut ExecDraft) -> Result<(Vec<String>, String)> {
+    fn arguments(
+        &self,
+        stage: &Stage,
+        run: &df::Run,
+        draft: &mut ExecDraft,
+    ) -> Result<(Vec<String>, String)> {
         let words = run.command.words();
         let Some(first) = run.heredocs.first() else { return Ok((words, String::new())) };
         let CommandLine::Shell(Some(line)) = &run.command else {
-            return Err(Failure::new(format!("parsing produced an invalid run command: {words:?}")));
+            return Err(Failure::new(format!(
+                "parsing produced an invalid run command: {words:?}"
+            )));
         };
         if !is_heredoc(line) {
             // The shell reads the heredocs itself.
@@ -98,7 +128,12 @@ impl Scene<'_> {
         if stage.image.os == "windows" || !data.starts_with("#!") {
             return Ok((vec![data], summary));
         }
-        let file = FileMkfile { path: first.name.clone(), mode: 0o755, data: data.into(), ..FileMkfile::default() };
+        let file = FileMkfile {
+            path: first.name.clone(),
+            mode: 0o755,
+            data: data.into(),
+            ..FileMkfile::default()
+        };
         let options = with_platform(internal("preparing inline document"), stage);
         let state = State::scratch().file(FileDraft::new().mkfile(file), options);
         draft.mounts.push(MountDraft {
@@ -111,7 +146,13 @@ impl Scene<'_> {
         Ok((vec![path::join(PIPES, &first.name)], summary))
     }
 
-    fn mounts(&mut self, stage: &mut Stage, step: &Step, mounts: &[Mount], draft: &mut ExecDraft) -> Result<()> {
+    fn mounts(
+        &mut self,
+        stage: &mut Stage,
+        step: &Step,
+        mounts: &[Mount],
+        draft: &mut ExecDraft,
+    ) -> Result<()> {
         for (mount, &source) in mounts.iter().zip(&step.sources) {
             match mount.kind {
                 MountKind::Secret => {
@@ -181,7 +222,8 @@ impl Scene<'_> {
             },
             _ => MountSource::State(state),
         };
-        let discards = mount.kind == MountKind::Bind && self.plan.ui.caps.has("exec.mount.bind.readwrite-nooutput");
+        let discards = mount.kind == MountKind::Bind
+            && self.plan.ui.caps.has("exec.mount.bind.readwrite-nooutput");
         Ok(MountDraft {
             target,
             source,
@@ -200,8 +242,16 @@ impl Scene<'_> {
 
 /// A directory for a cache mount that belongs to somebody.
 fn owned_directory(mount: &Mount, base: &State) -> State {
-    let owner = Chown { user: Some(Owner::Id(mount.uid.unwrap_or(0))), group: Some(Owner::Id(mount.gid.unwrap_or(0))) };
-    let mkdir = FileMkdir { path: "/cache".into(), mode: mount.mode.unwrap_or(0o755), owner: Some(owner), ..FileMkdir::default() };
+    let owner = Chown {
+        user: Some(Owner::Id(mount.uid.unwrap_or(0))),
+        group: Some(Owner::Id(mount.gid.unwrap_or(0))),
+    };
+    let mkdir = FileMkdir {
+        path: "/cache".into(),
+        mode: mount.mode.unwrap_or(0o755),
+        owner: Some(owner),
+        ..FileMkdir::default()
+    };
     base.file(FileDraft::new().mkdir(mkdir), internal("setting cache mount permissions"))
 }
 
@@ -213,7 +263,8 @@ pub fn with_platform(options: VertexOptions, stage: &Stage) -> VertexOptions {
     }
 }
 
-/// A `--mount=type=secret` as a file, a variable or both (rows `df.run.mount.secret`, `df.run.mount.secretenv`).
+/// A `--mount=type=secret` as a file, a variable or both (rows `df.run.mount.secret`,
+/// `df.run.mount.secretenv`).
 fn secret(mount: &Mount) -> Result<SecretDraft> {
     let id = match (mount.source.as_str(), mount.id.as_str(), mount.target.as_str()) {
         ("", "", "") => return Err(Failure::new("one of source, target required")),
@@ -256,7 +307,13 @@ fn ssh(mount: &Mount) -> Result<SshDraft> {
 fn history_text(stage: &Stage, args: &[String]) -> String {
     let mut given: Vec<(String, String)> = Vec::new();
     for (name, value) in &stage.args {
-        let value = stage.state.env().get(name).map(str::to_owned).or_else(|| value.clone()).unwrap_or_default();
+        let value = stage
+            .state
+            .env()
+            .get(name)
+            .map(str::to_owned)
+            .or_else(|| value.clone())
+            .unwrap_or_default();
         match given.iter_mut().find(|(n, _)| n == name) {
             Some(old) => old.1 = value,
             None => given.push((name.clone(), value)),
@@ -288,13 +345,18 @@ struct Masked<'a> {
 
 impl<'a> Masked<'a> {
     fn new(env: &'a EnvList, mounts: &'a [Mount]) -> Self {
-        let secrets = mounts.iter().filter(|m| m.kind == MountKind::Secret).filter_map(|m| m.env.as_deref());
+        let secrets =
+            mounts.iter().filter(|m| m.kind == MountKind::Secret).filter_map(|m| m.env.as_deref());
         Self { env, secrets: secrets.collect() }
     }
 }
 
 impl df::Env for Masked<'_> {
     fn get(&self, name: &str) -> Option<Cow<'_, str>> {
-        if self.secrets.contains(&name) { Some("****".into()) } else { Vars(self.env).0.get(name).map(Cow::Borrowed) }
+        if self.secrets.contains(&name) {
+            Some("****".into())
+        } else {
+            Vars(self.env).0.get(name).map(Cow::Borrowed)
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! A stage while it is converted, and the texts its vertices are named by (rows `dfr.names`, `dfr.history`).
+//! A stage while it is converted, and the texts its vertices are named by (rows `dfr.names`,
+//! `dfr.history`).
 
 use crate::{explain::ContextUse, named::NamedContext, outline::Outline};
 use shipway_dockerfile::{self as df, Lex, Lines};
@@ -46,7 +47,8 @@ pub struct Stage {
     pub context_paths: BTreeSet<String>,
     /// Which instructions copy what from the main context.
     pub uses: Vec<ContextUse>,
-    /// The stage that records which paths of this one are used: it shares them with what it is built on.
+    /// The stage that records which paths of this one are used: it shares them with what it is
+    /// built on.
     pub paths_of: usize,
     pub ignore_cache: bool,
     /// What of it a scanner sees besides the result.
@@ -77,13 +79,21 @@ impl Scanned {
     /// Reads what a stage's arguments say; those of the file count for all stages.
     pub fn of(stage: &Stage, globals: &EnvList) -> Self {
         let asked = |name: &str| {
-            let own = stage.args.iter().rev().find(|(n, value)| n == name && value.is_some()).and_then(|(_, value)| value.as_deref());
+            let own = stage
+                .args
+                .iter()
+                .rev()
+                .find(|(n, value)| n == name && value.is_some())
+                .and_then(|(_, value)| value.as_deref());
             own.or_else(|| globals.get(name)).is_some_and(|value| match parse_bool(value) {
                 Some(yes) => yes,
                 None => value.split(',').any(|name| name == stage.name),
             })
         };
-        Self { context: asked("BUILDKIT_SBOM_SCAN_CONTEXT"), stage: asked("BUILDKIT_SBOM_SCAN_STAGE") }
+        Self {
+            context: asked("BUILDKIT_SBOM_SCAN_CONTEXT"),
+            stage: asked("BUILDKIT_SBOM_SCAN_STAGE"),
+        }
     }
 }
 
@@ -108,7 +118,12 @@ impl Stage {
     }
 
     /// `[platform stage n/m] text`: the name of the stage's next vertex.
-    pub fn title(&mut self, text: &str, platform: Option<&Platform>, env: Option<&EnvList>) -> String {
+    pub fn title(
+        &mut self,
+        text: &str,
+        platform: Option<&Platform>,
+        env: Option<&EnvList>,
+    ) -> String {
         if self.total == 0 {
             return text.to_owned();
         }
@@ -117,11 +132,18 @@ impl Stage {
     }
 
     /// The name of a further vertex of the same instruction.
-    pub fn title_again(&self, text: &str, platform: Option<&Platform>, env: Option<&EnvList>) -> String {
+    pub fn title_again(
+        &self,
+        text: &str,
+        platform: Option<&Platform>,
+        env: Option<&EnvList>,
+    ) -> String {
         if self.total == 0 {
             return text.to_owned();
         }
-        let platform = platform.map(|p| format!("{}{} ", crate::platform::full(p), cross(p, env))).unwrap_or_default();
+        let platform = platform
+            .map(|p| format!("{}{} ", crate::platform::full(p), cross(p, env)))
+            .unwrap_or_default();
         let stage = if self.shown.is_empty() { String::new() } else { format!("{} ", self.shown) };
         let trigger = if self.in_trigger { "ONBUILD " } else { "" };
         let width = self.total.ilog10() as usize + 1;
@@ -188,7 +210,8 @@ fn target_of(env: &EnvList) -> Option<Platform> {
     found.then_some(target)
 }
 
-/// The instruction's text as vertex names show it: variables replaced where that works, the keyword in capitals.
+/// The instruction's text as vertex names show it: variables replaced where that works, the keyword
+/// in capitals.
 pub fn shown_text<E: df::Env + ?Sized>(lex: &Lex, source: &str, env: &E) -> String {
     let text = lex.word(source, env).map_or_else(|_| source.to_owned(), |e| e.text);
     match text.split_once(' ') {

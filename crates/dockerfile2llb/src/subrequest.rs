@@ -1,4 +1,5 @@
-//! Questions about a Dockerfile instead of a build: describe, targets, outline, lint (rows `dfs.*`). Answers are metadata only.
+//! Questions about a Dockerfile instead of a build: describe, targets, outline, lint (rows
+//! `dfs.*`). Answers are metadata only.
 
 use crate::{
     build::{lint_config, marshal, parse, parse_any, warn_all},
@@ -47,10 +48,12 @@ fn result(answer: &Value, text: String, extra: &[(&str, &str)]) -> Result<Fronte
 
 /// Indented JSON as Go writes it.
 fn go_json(value: &Value) -> Result<String> {
-    gojson::to_string_pretty(value).map_err(|e| Fault::internal(format!("failed to encode an answer: {e}")))
+    gojson::to_string_pretty(value)
+        .map_err(|e| Fault::internal(format!("failed to encode an answer: {e}")))
 }
 
-/// Converts the target as a build would: its rules are heard on the status, and are errors if the file says so.
+/// Converts the target as a build would: its rules are heard on the status, and are errors if the
+/// file says so.
 async fn converted(ui: &Ui) -> Result<Converted> {
     let mut linter = Linter::new(lint_config(ui).map_err(|f| ui.fault(f))?);
     let asked = async {
@@ -66,7 +69,9 @@ async fn converted(ui: &Ui) -> Result<Converted> {
 async fn convert_llb(ui: &Ui) -> Result<FrontendResult> {
     let converted = converted(ui).await?;
     let mut result = FrontendResult::default();
-    result.metadata.insert("result.json".into(), go_json(&marshal(ui, &converted)?.to_json()?)?.into_bytes());
+    result
+        .metadata
+        .insert("result.json".into(), go_json(&marshal(ui, &converted)?.to_json()?)?.into_bytes());
     result.metadata.insert("version".into(), "0.1.0".into());
     Ok(result)
 }
@@ -74,7 +79,9 @@ async fn convert_llb(ui: &Ui) -> Result<FrontendResult> {
 /// Rows of cells, each column as wide as its widest cell and `gap` more.
 fn table(rows: &[Vec<String>], gap: usize) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|t| t.chars().count()).max().unwrap_or(0) + gap;
+    let width = |c: usize| {
+        rows.iter().filter_map(|r| r.get(c)).map(|t| t.chars().count()).max().unwrap_or(0) + gap
+    };
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut out = String::new();
     for row in rows {
@@ -89,7 +96,9 @@ fn table(rows: &[Vec<String>], gap: usize) -> String {
 }
 
 fn describe() -> Result<FrontendResult> {
-    let named = |names: &[&str]| names.iter().map(|n| json!({"name": n, "description": ""})).collect::<Vec<_>>();
+    let named = |names: &[&str]| {
+        names.iter().map(|n| json!({"name": n, "description": ""})).collect::<Vec<_>>()
+    };
     let request = |name: &str, description: &str, opts: Value| {
         json!({
             "name": name,
@@ -112,13 +121,18 @@ fn describe() -> Result<FrontendResult> {
         ("frontend.subrequests.describe", "List available subrequest types", Value::Null),
     ];
     let mut rows = vec![["NAME", "VERSION", "DESCRIPTION"].map(String::from).to_vec()];
-    rows.extend(all.iter().map(|(name, description, _)| vec![name.replacen("frontend.", "", 1), VERSION.into(), (*description).into()]));
-    let answer: Vec<Value> = all.into_iter().map(|(name, description, opts)| request(name, description, opts)).collect();
+    rows.extend(all.iter().map(|(name, description, _)| {
+        vec![name.replacen("frontend.", "", 1), VERSION.into(), (*description).into()]
+    }));
+    let answer: Vec<Value> =
+        all.into_iter().map(|(name, description, opts)| request(name, description, opts)).collect();
     result(&Value::Array(answer), table(&rows, 1), &[])
 }
 
 fn ranges(spans: &[Span]) -> Value {
-    let position = |p: shipway_fault::Position| object([("line", json!(p.line)), ("character", json!(p.character))]);
+    let position = |p: shipway_fault::Position| {
+        object([("line", json!(p.line)), ("character", json!(p.character))])
+    };
     spans.iter().map(|s| json!({"start": position(s.start), "end": position(s.end)})).collect()
 }
 
@@ -128,8 +142,15 @@ fn location(spans: &[Span]) -> Value {
 
 /// Members that say something; Go's encoder leaves the others out.
 fn object(members: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
-    let said = |v: &Value| !(v.is_null() || v == "" || v == false || v == 0 || v.as_array().is_some_and(Vec::is_empty));
-    members.into_iter().filter(|(_, v)| said(v)).map(|(k, v)| (k.to_owned(), v)).collect::<serde_json::Map<_, _>>().into()
+    let said = |v: &Value| {
+        !(v.is_null() || v == "" || v == false || v == 0 || v.as_array().is_some_and(Vec::is_empty))
+    };
+    members
+        .into_iter()
+        .filter(|(_, v)| said(v))
+        .map(|(k, v)| (k.to_owned(), v))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
 }
 
 /// A name, also if it is empty, and what else there is to say.
@@ -173,10 +194,16 @@ async fn outline(ui: &Ui) -> Result<FrontendResult> {
     let TargetOutline { name, description, args, secrets, ssh } = converted(ui).await?.outline;
     let at = |lines: Lines| location(&lines.spans());
     let arg = |a: &crate::outline::ArgInfo| {
-        let rest = [("description", json!(a.description)), ("value", json!(a.value)), ("location", at(a.lines))];
+        let rest = [
+            ("description", json!(a.description)),
+            ("value", json!(a.value)),
+            ("location", at(a.lines)),
+        ];
         named(&a.name, rest)
     };
-    let asked = |a: &crate::outline::Asked| named(&a.name, [("required", json!(a.required)), ("location", at(a.lines))]);
+    let asked = |a: &crate::outline::Asked| {
+        named(&a.name, [("required", json!(a.required)), ("location", at(a.lines))])
+    };
     let answer = object([
         ("name", json!(name)),
         ("description", json!(description)),
@@ -196,21 +223,25 @@ async fn outline(ui: &Ui) -> Result<FrontendResult> {
     }
     if !args.is_empty() {
         let mut rows = vec![["BUILD ARG", "VALUE", "DESCRIPTION"].map(String::from).to_vec()];
-        rows.extend(args.iter().map(|a| vec![a.name.clone(), a.value.clone(), a.description.clone()]));
+        rows.extend(
+            args.iter().map(|a| vec![a.name.clone(), a.value.clone(), a.description.clone()]),
+        );
         text += &(table(&rows, 3) + "\n");
     }
     for (title, list) in [("SECRET", &secrets), ("SSH", &ssh)] {
         if !list.is_empty() {
             let mut rows = vec![vec![title.to_owned(), "REQUIRED".into()]];
-            rows.extend(list.iter().map(|a| vec![a.name.clone(), if a.required { "true".into() } else { String::new() }]));
+            rows.extend(list.iter().map(|a| {
+                vec![a.name.clone(), if a.required { "true".into() } else { String::new() }]
+            }));
             text += &(table(&rows, 3) + "\n");
         }
     }
     result(&answer, text, &[])
 }
 
-/// Converts everything and answers with what the rules found; a failing conversion is part of the answer (row `dfs.lint`). Who asks
-/// for columns gets all mistakes and the advice too.
+/// Converts everything and answers with what the rules found; a failing conversion is part of the
+/// answer (row `dfs.lint`). Who asks for columns gets all mistakes and the advice too.
 async fn lint(ui: &Ui) -> Result<FrontendResult> {
     let config = lint_config(ui);
     let mut linter = Linter::new(config.as_ref().ok().cloned().unwrap_or_default());
@@ -233,20 +264,27 @@ async fn lint(ui: &Ui) -> Result<FrontendResult> {
             ("description", json!(l.rule.description())),
             ("url", json!(l.rule.url())),
             ("detail", json!(l.message)),
-            ("location", location(&source.map_or_else(|| l.lines.spans(), |source| l.spans(source)))),
+            (
+                "location",
+                location(&source.map_or_else(|| l.lines.spans(), |source| l.spans(source))),
+            ),
         ]);
         if source.is_some() {
             warning["fix"] = json!({"advice": l.fix.advice, "replacement": l.fix.replacement});
         }
         warning
     };
-    let warnings: Value = if found.is_empty() { Value::Null } else { found.iter().map(warning).collect() };
+    let warnings: Value =
+        if found.is_empty() { Value::Null } else { found.iter().map(warning).collect() };
     let mut answer = json!({"warnings": warnings, "sources": [self::source(&ui.file)]});
     let bad = failed.is_some() || !found.is_empty();
     if let Some(failure) = failed {
         answer["buildError"] = error(&failure, source);
         if source.is_some() {
-            answer["errors"] = std::iter::once(&failure).chain(&failure.others).map(|f| error(f, source)).collect();
+            answer["errors"] = std::iter::once(&failure)
+                .chain(&failure.others)
+                .map(|f| error(f, source))
+                .collect();
         }
     }
     found.sort_by_key(|l| l.lines.start);
@@ -254,7 +292,8 @@ async fn lint(ui: &Ui) -> Result<FrontendResult> {
     result(&answer, text, &[("result.statuscode", if bad { "1" } else { "0" })])
 }
 
-/// A file that does not parse once more, now with all that is wrong with it. `first` is what the strict reading said.
+/// A file that does not parse once more, now with all that is wrong with it. `first` is what the
+/// strict reading said.
 fn all_mistakes(ui: &Ui, first: Failure, config: LintConfig, linter: &mut Linter) -> Failure {
     *linter = Linter::new(config);
     let (_, mistakes) = Dockerfile::diagnose(&ui.file.data, linter);
@@ -265,7 +304,8 @@ fn error(failure: &Failure, source: Option<&Source<'_>>) -> Value {
     let mut places = failure.spans(source);
     places.sort_by_key(|spans| (spans.first().map(|s| s.start.line), spans.len()));
     places.dedup();
-    let mut error = json!({"message": failure.fault.to_string(), "location": location(&places.concat())});
+    let mut error =
+        json!({"message": failure.fault.to_string(), "location": location(&places.concat())});
     if source.is_some() {
         error["hints"] = failure.fault.hints().collect();
     }
@@ -276,11 +316,17 @@ fn error(failure: &Failure, source: Option<&Source<'_>>) -> Value {
 fn source(file: &SourceFile) -> Value {
     let definition = file.definition.as_deref().and_then(|d| Definition::decode(d).ok()).map(|d| {
         let metadata = d.metadata.iter().map(|(digest, m)| {
-            let caps: serde_json::Map<String, Value> = m.caps.iter().map(|c| (c.clone(), Value::Bool(true))).collect();
-            let description = if m.description.is_empty() { Value::Null } else { json!(m.description) };
+            let caps: serde_json::Map<String, Value> =
+                m.caps.iter().map(|c| (c.clone(), Value::Bool(true))).collect();
+            let description =
+                if m.description.is_empty() { Value::Null } else { json!(m.description) };
             (digest.clone(), object([("description", description), ("caps", caps.into())]))
         });
-        let locations = d.source.iter().flat_map(|s| s.locations.keys()).map(|digest| (digest.clone(), json!({})));
+        let locations = d
+            .source
+            .iter()
+            .flat_map(|s| s.locations.keys())
+            .map(|digest| (digest.clone(), json!({})));
         json!({
             "def": d.ops.iter().map(|op| base64(op)).collect::<Vec<_>>(),
             "metadata": metadata.collect::<serde_json::Map<_, _>>(),
@@ -297,7 +343,8 @@ fn source(file: &SourceFile) -> Value {
 
 /// A warning with the lines it is about.
 fn print(lint: &Lint, file: &SourceFile) -> String {
-    let url = if lint.rule.url().is_empty() { String::new() } else { format!(" - {}", lint.rule.url()) };
+    let url =
+        if lint.rule.url().is_empty() { String::new() } else { format!(" - {}", lint.rule.url()) };
     let mut out = format!("\nWARNING: {}{url}\n{}\n", lint.rule.name(), lint.message);
     let text = String::from_utf8_lossy(&file.data);
     let lines: Vec<&str> = text.split('\n').collect();

@@ -1,8 +1,10 @@
-//! Texts that must look as Go's programs write them, because clients and image configs are compared by them.
+//! Texts that must look as Go's programs write them, because clients and image configs are compared
+//! by them.
 
 use shipway_gocompat::quote;
 
-/// A JSON array of strings as Go encodes it: also `<`, `>` and `&` are escaped. Empty for no strings.
+/// A JSON array of strings as Go encodes it: also `<`, `>` and `&` are escaped. Empty for no
+/// strings.
 pub fn json_list<S: AsRef<str>>(items: &[S]) -> String {
     if items.is_empty() {
         return String::new();

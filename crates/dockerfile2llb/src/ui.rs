@@ -1,5 +1,6 @@
-//! What a build reads from outside before and while it converts: the Dockerfile, the ignore file, the main context, image
-//! configs. One per run of the frontend; the platforms of a build share it, so nothing is asked twice.
+//! What a build reads from outside before and while it converts: the Dockerfile, the ignore file,
+//! the main context, image configs. One per run of the frontend; the platforms of a build share it,
+//! so nothing is asked twice.
 
 use crate::{
     failure::{Failure, Result},
@@ -12,7 +13,9 @@ use shipway_fault::{Context as _, Fault, SourceFile};
 use shipway_filesync::{IgnoreFile, PatternMatcher};
 use shipway_frontend::{Bridge, BuildRef, Options, SolveRequest, SourceRequest};
 use shipway_gocompat::{parse_bool, path};
-use shipway_llb::{Caps, FileCopy, FileDraft, ImageFacts, MarshalOptions, State, VertexOptions, attr};
+use shipway_llb::{
+    Caps, FileCopy, FileDraft, ImageFacts, MarshalOptions, State, VertexOptions, attr,
+};
 use shipway_oci::{Digest, Platform};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -77,11 +80,18 @@ fn marshal_options(bridge: &dyn Bridge) -> MarshalOptions {
 }
 
 /// Solves a state that is not scratch.
-pub async fn solve(bridge: &dyn Bridge, state: &State, evaluate: bool) -> Result<(Arc<dyn BuildRef>, Option<Digest>, Vec<u8>), Fault> {
+pub async fn solve(
+    bridge: &dyn Bridge,
+    state: &State,
+    evaluate: bool,
+) -> Result<(Arc<dyn BuildRef>, Option<Digest>, Vec<u8>), Fault> {
     let definition = state.marshal(&marshal_options(bridge))?;
     let (head, encoded) = (definition.head(), definition.encode());
-    let result = bridge.solve(SolveRequest { definition: Some(definition), evaluate, ..SolveRequest::default() }).await?;
-    let state = result.single.flatten().ok_or_else(|| Fault::internal("solving a source gave no state"))?;
+    let result = bridge
+        .solve(SolveRequest { definition: Some(definition), evaluate, ..SolveRequest::default() })
+        .await?;
+    let state =
+        result.single.flatten().ok_or_else(|| Fault::internal("solving a source gave no state"))?;
     Ok((state, head, encoded))
 }
 
@@ -137,7 +147,8 @@ impl Ui {
         })
     }
 
-    /// Where columns are looked for; `None` if only lines are told, as clients of the reference know them.
+    /// Where columns are looked for; `None` if only lines are told, as clients of the reference
+    /// know them.
     pub fn source(&self) -> Option<Source<'_>> {
         self.text.as_deref().map(Source::new)
     }
@@ -157,7 +168,8 @@ impl Ui {
         self.bridge.platforms().into_iter().next().unwrap_or_else(Platform::host)
     }
 
-    /// The ignore file of the main context; `None` when the context is not the client's directory (rows `df.lookup`, `df.ignore`).
+    /// The ignore file of the main context; `None` when the context is not the client's directory
+    /// (rows `df.lookup`, `df.ignore`).
     pub async fn ignore(&self) -> Result<Option<&IgnoreFile>> {
         if self.context.is_some() {
             return Ok(None);
@@ -166,7 +178,12 @@ impl Ui {
             let (data, name) = match &self.ignore_of_file {
                 Some(data) => (data.clone(), self.ignore_name()),
                 None => (
-                    self.load_ignore(CONTEXT, &format!("{CONTEXT}-{DOCKERIGNORE}"), internal(&format!("load {DOCKERIGNORE}"))).await?,
+                    self.load_ignore(
+                        CONTEXT,
+                        &format!("{CONTEXT}-{DOCKERIGNORE}"),
+                        internal(&format!("load {DOCKERIGNORE}")),
+                    )
+                    .await?,
                     DOCKERIGNORE.into(),
                 ),
             };
@@ -184,7 +201,12 @@ impl Ui {
     }
 
     /// The `.dockerignore` of a local source; empty when it has none.
-    pub async fn load_ignore(&self, local: &str, key: &str, options: VertexOptions) -> Result<Vec<u8>, Fault> {
+    pub async fn load_ignore(
+        &self,
+        local: &str,
+        key: &str,
+        options: VertexOptions,
+    ) -> Result<Vec<u8>, Fault> {
         let attrs = BTreeMap::from([
             (attr::LOCAL_SESSION.to_owned(), self.session(local).to_owned()),
             (attr::LOCAL_FOLLOW_PATHS.to_owned(), text::json_list(&[DOCKERIGNORE])),
@@ -195,7 +217,8 @@ impl Ui {
         match state.read_file(DOCKERIGNORE, Some((0, MAX_FILE))).await {
             Ok(data) => Ok(data.to_vec()),
             Err(e) if e.is_cancelled() => Err(e),
-            // No ignore file is the usual case; why it cannot be read does not matter here, and is told when the context is.
+            // No ignore file is the usual case; why it cannot be read does not matter here, and is
+            // told when the context is.
             Err(_) => Ok(Vec::new()),
         }
     }
@@ -205,10 +228,17 @@ impl Ui {
         if let Some(context) = &self.context {
             return Ok(context.clone());
         }
-        let excludes = self.ignore().await.map_err(|e| e.context("failed to read dockerignore patterns"))?.map(IgnoreFile::patterns);
+        let excludes = self
+            .ignore()
+            .await
+            .map_err(|e| e.context("failed to read dockerignore patterns"))?
+            .map(IgnoreFile::patterns);
         let attrs = BTreeMap::from([
             (attr::LOCAL_SESSION.to_owned(), self.session(CONTEXT).to_owned()),
-            (attr::LOCAL_EXCLUDE_PATTERNS.to_owned(), text::json_list(&excludes.unwrap_or_default())),
+            (
+                attr::LOCAL_EXCLUDE_PATTERNS.to_owned(),
+                text::json_list(&excludes.unwrap_or_default()),
+            ),
             (attr::LOCAL_SHARED_KEY_HINT.to_owned(), CONTEXT.to_owned()),
             (attr::LOCAL_FOLLOW_PATHS.to_owned(), text::json_list(follow)),
         ]);
@@ -230,11 +260,14 @@ impl Ui {
     ) -> Result<ImageFacts, Fault> {
         match self.image_or_other(identifier.clone(), attrs, platform, log_name).await? {
             Found::Image(image) => Ok(image),
-            Found::Other(_) => Err(Fault::internal(format!("resolving {identifier} gave no image"))),
+            Found::Other(_) => {
+                Err(Fault::internal(format!("resolving {identifier} gave no image")))
+            }
         }
     }
 
-    /// [`Self::image`], where a source policy may have put another kind of source in the image's place.
+    /// [`Self::image`], where a source policy may have put another kind of source in the image's
+    /// place.
     pub async fn image_or_other(
         &self,
         identifier: String,
@@ -243,7 +276,13 @@ impl Ui {
         log_name: String,
     ) -> Result<Found, Fault> {
         let key = format!("{identifier}\n{platform}\n{}\n{log_name}", platform.os_version);
-        let cell = self.images.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default().clone();
+        let cell = self
+            .images
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(key)
+            .or_default()
+            .clone();
         let ask = || async {
             let mode = self.options.resolve_mode;
             let request = SourceRequest {
@@ -267,7 +306,9 @@ pub fn parse_ignore(data: &[u8], name: &str) -> Result<IgnoreFile> {
     match PatternMatcher::new(ignore.patterns()) {
         Ok(_) => Ok(ignore),
         // The words are the reference's; which pattern it is, and where, comes as advice.
-        Err(error) => Err(Fault::unknown("syntax error in pattern").hint(format!("{name}: {error}")).into()),
+        Err(error) => {
+            Err(Fault::unknown("syntax error in pattern").hint(format!("{name}: {error}")).into())
+        }
     }
 }
 
@@ -283,10 +324,14 @@ impl Origin {
         };
         let context = get(&get("contextkey").unwrap_or_else(|| CONTEXT.into())).unwrap_or_default();
         if let Some(mut git) = GitRef::parse(&context)? {
-            if get("build-arg:BUILDKIT_CONTEXT_KEEP_GIT_DIR").and_then(|v| parse_bool(&v)) == Some(true) {
+            if get("build-arg:BUILDKIT_CONTEXT_KEEP_GIT_DIR").and_then(|v| parse_bool(&v))
+                == Some(true)
+            {
                 git.keep_git_dir = Some(true);
             }
-            if get("build-arg:SOURCE_DATE_EPOCH").is_some_and(|v| !v.is_empty()) && git.mtime.is_empty() {
+            if get("build-arg:SOURCE_DATE_EPOCH").is_some_and(|v| !v.is_empty())
+                && git.mtime.is_empty()
+            {
                 git.mtime = "commit".into();
             }
             let state = git.state(internal(&format!("load git source {context}")));
@@ -307,8 +352,16 @@ impl Origin {
             origin.dockerfile = None;
         }
         if let (Some(context), Some(dir)) = (&origin.context, get("contextsubdir")) {
-            let copy = FileCopy { src: dir, dest: "/".into(), dir_copy_contents: true, ..FileCopy::default() };
-            origin.context = Some(State::scratch().file(FileDraft::new().copy(context, copy), VertexOptions::default()));
+            let copy = FileCopy {
+                src: dir,
+                dest: "/".into(),
+                dir_copy_contents: true,
+                ..FileCopy::default()
+            };
+            origin.context = Some(
+                State::scratch()
+                    .file(FileDraft::new().copy(context, copy), VertexOptions::default()),
+            );
         }
         Ok(origin)
     }
@@ -318,10 +371,19 @@ impl Origin {
         const NAME: &str = "context";
         let attrs = BTreeMap::from([(attr::HTTP_FILENAME.to_owned(), NAME.to_owned())]);
         let download = State::http(url, attrs, internal("load remote build context"));
-        let (state, ..) = solve(bridge, &download, false).await.context(|| "failed to resolve httpcontext")?;
-        let head = state.read_file(NAME, Some((0, 1024))).await.context(|| "failed to read downloaded context")?;
+        let (state, ..) =
+            solve(bridge, &download, false).await.context(|| "failed to resolve httpcontext")?;
+        let head = state
+            .read_file(NAME, Some((0, 1024)))
+            .await
+            .context(|| "failed to read downloaded context")?;
         let context = if is_archive(&head) {
-            let copy = FileCopy { src: format!("/{NAME}"), dest: "/".into(), attempt_unpack: true, ..FileCopy::default() };
+            let copy = FileCopy {
+                src: format!("/{NAME}"),
+                dest: "/".into(),
+                attempt_unpack: true,
+                ..FileCopy::default()
+            };
             State::scratch().file(FileDraft::new().copy(&download, copy), VertexOptions::default())
         } else {
             self.filename = NAME.into();
@@ -335,7 +397,12 @@ impl Origin {
 /// Whether a file begins as an archive that `ADD` would unpack.
 fn is_archive(head: &[u8]) -> bool {
     // The reference does not know the last one, zstd.
-    let magics: [&[u8]; 4] = [b"BZh", &[0x1f, 0x8b, 0x08], &[0xfd, b'7', b'z', b'X', b'Z', 0], &[0x28, 0xb5, 0x2f, 0xfd]];
+    let magics: [&[u8]; 4] = [
+        b"BZh",
+        &[0x1f, 0x8b, 0x08],
+        &[0xfd, b'7', b'z', b'X', b'Z', 0],
+        &[0x28, 0xb5, 0x2f, 0xfd],
+    ];
     magics.iter().any(|m| head.starts_with(m)) || head.get(257..262) == Some(b"ustar")
 }
 
@@ -365,7 +432,8 @@ impl Entry {
             ]);
             State::local(local, attrs, internal(&format!("load build definition from {name}")))
         });
-        let (state, vertex, definition) = solve(bridge, &source, false).await.context(|| "failed to resolve dockerfile")?;
+        let (state, vertex, definition) =
+            solve(bridge, &source, false).await.context(|| "failed to resolve dockerfile")?;
         let limit = Some((0, MAX_FILE + 1));
         let data = match (state.read_file(name, limit).await, lower) {
             (Err(error), Some(lower)) => state.read_file(&lower, limit).await.map_err(|_| error),
@@ -373,10 +441,18 @@ impl Entry {
         };
         let data = data.map_err(|e| missing(e, name))?;
         if data.len() as u64 > MAX_FILE {
-            return Err(Failure::new(format!("the Dockerfile {name} is larger than {MAX_FILE} bytes")));
+            return Err(Failure::new(format!(
+                "the Dockerfile {name} is larger than {MAX_FILE} bytes"
+            )));
         }
-        let ignore = state.read_file(&ignore_name, Some((0, MAX_FILE))).await.ok().map(|d| d.to_vec());
-        let file = SourceFile { filename: name.clone(), language: DOCKERFILE.into(), data: data.to_vec(), definition: Some(definition) };
+        let ignore =
+            state.read_file(&ignore_name, Some((0, MAX_FILE))).await.ok().map(|d| d.to_vec());
+        let file = SourceFile {
+            filename: name.clone(),
+            language: DOCKERFILE.into(),
+            data: data.to_vec(),
+            definition: Some(definition),
+        };
         Ok(Self { file: Arc::new(file), vertex, ignore })
     }
 }

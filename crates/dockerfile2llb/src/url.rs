@@ -1,5 +1,6 @@
-//! Addresses as the reference's library reads and writes them: what is none, and which bytes are escaped, decides what a source is
-//! called and so what is found in caches (rows `dfc.git`, `df.add`).
+//! Addresses as the reference's library reads and writes them: what is none, and which bytes are
+//! escaped, decides what a source is called and so what is found in caches (rows `dfc.git`,
+//! `df.add`).
 
 use std::net::Ipv6Addr;
 
@@ -40,14 +41,18 @@ impl Url {
         }
         let (scheme, rest) = rest.split_once("://")?;
         let mut letters = scheme.chars();
-        if !letters.next()?.is_ascii_alphabetic() || !letters.all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c)) {
+        if !letters.next()?.is_ascii_alphabetic()
+            || !letters.all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
+        {
             return None;
         }
         let scheme = scheme.to_ascii_lowercase();
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
-        let empty_query = query.is_empty() && text.split('#').next().is_some_and(|t| t.ends_with('?'));
+        let empty_query =
+            query.is_empty() && text.split('#').next().is_some_and(|t| t.ends_with('?'));
         let (authority, path) = rest.find('/').map_or((rest, ""), |at| rest.split_at(at));
-        let (user, host) = authority.rsplit_once('@').map_or((None, authority), |(user, host)| (Some(user), host));
+        let (user, host) =
+            authority.rsplit_once('@').map_or((None, authority), |(user, host)| (Some(user), host));
         Some(Self {
             user: match user {
                 Some(user) => Some(userinfo(user)?),
@@ -111,7 +116,9 @@ fn userinfo(text: &str) -> Option<(String, Option<String>)> {
     }
     Some(match text.split_once(':') {
         None => (unescape(text, Part::User)?, None),
-        Some((name, password)) => (unescape(name, Part::User)?, Some(unescape(password, Part::User)?)),
+        Some((name, password)) => {
+            (unescape(name, Part::User)?, Some(unescape(password, Part::User)?))
+        }
     })
 }
 
@@ -119,7 +126,8 @@ fn parse_host(scheme: &str, host: &str) -> Option<String> {
     let port = match host.strip_prefix('[') {
         Some(inside) => {
             let (address, port) = inside.rsplit_once(']')?;
-            let address: std::result::Result<Ipv6Addr, _> = address.split("%25").next().unwrap_or(address).parse();
+            let address: std::result::Result<Ipv6Addr, _> =
+                address.split("%25").next().unwrap_or(address).parse();
             address.ok().map(|_| port)?
         }
         None if host.contains('[') => return None,
@@ -127,7 +135,9 @@ fn parse_host(scheme: &str, host: &str) -> Option<String> {
         None if scheme.starts_with("http") => host.find(':').map_or("", |at| &host[at..]),
         None => host.rfind(':').map_or("", |at| &host[at..]),
     };
-    let digits = port.strip_prefix(':').map_or(port.is_empty(), |digits| digits.bytes().all(|b| b.is_ascii_digit()));
+    let digits = port
+        .strip_prefix(':')
+        .map_or(port.is_empty(), |digits| digits.bytes().all(|b| b.is_ascii_digit()));
     if digits { unescape(host, Part::Host) } else { None }
 }
 
@@ -139,7 +149,8 @@ fn unescape(text: &str, part: Part) -> Option<String> {
     while at < bytes.len() {
         let byte = bytes[at];
         if byte == b'%' {
-            let digits = text.get(at + 1..at + 3).filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()))?;
+            let digits =
+                text.get(at + 1..at + 3).filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()))?;
             let value = u8::from_str_radix(digits, 16).ok()?;
             // In hosts only what is not ASCII is escaped, and the sign itself.
             if part == Part::Host && value < 0x80 && value != b'%' {

@@ -1,4 +1,5 @@
-//! What is said about a build's results: by its frontends, by a scanner, and by the daemon (rows `at.*`).
+//! What is said about a build's results: by its frontends, by a scanner, and by the daemon (rows
+//! `at.*`).
 
 use crate::{
     bridge::BuildScope,
@@ -7,7 +8,9 @@ use crate::{
     sbom,
     state::EngineRef,
 };
-use shipway_attest::{AttestOptions, Attestation, Kind, Mode, ProvenanceOptions, SPDX, Version, keys, slsa};
+use shipway_attest::{
+    AttestOptions, Attestation, Kind, Mode, ProvenanceOptions, SPDX, Version, keys, slsa,
+};
 use shipway_exporters::{Content, ExportAttestation, ExportInput};
 use shipway_fault::{Fault, Result};
 use shipway_frontend::{BuildRef, FrontendResult, Options};
@@ -27,7 +30,8 @@ fn engine_ref(state: &Arc<dyn BuildRef>) -> Option<Arc<EngineRef>> {
     trail.states().into_iter().find(|s| s.id == ours.id)
 }
 
-/// Adds what was asked for to `input`, the solved `result`; gives what is known of the result, for the history.
+/// Adds what was asked for to `input`, the solved `result`; gives what is known of the result, for
+/// the history.
 pub(crate) async fn add(
     scope: &Arc<BuildScope>,
     wanted: &AttestOptions,
@@ -45,50 +49,76 @@ pub(crate) async fn add(
     }
     if let Some(options) = &wanted.provenance {
         for (platform, told) in &told {
-            input.attestations.entry(platform.clone()).or_default().push(provenance_of(scope, told, options)?);
+            input
+                .attestations
+                .entry(platform.clone())
+                .or_default()
+                .push(provenance_of(scope, told, options)?);
         }
     }
     let single = result.single.is_some();
     Ok(told.into_iter().map(|(platform, told)| ((!single).then_some(platform), told)).collect())
 }
 
-async fn tell(scope: &BuildScope, result: &FrontendResult, input: &ExportInput) -> Result<BTreeMap<String, Arc<Told>>> {
+async fn tell(
+    scope: &BuildScope,
+    result: &FrontendResult,
+    input: &ExportInput,
+) -> Result<BTreeMap<String, Arc<Told>>> {
     let worked = Arc::new(Worked::of(scope).await);
     let ids: HashSet<String> = result.states().map(|s| s.id().to_owned()).collect();
     let platforms: Vec<Platform> = input.platforms.iter().map(|p| p.platform.clone()).collect();
     // Without a list of platforms nothing is left out for one.
-    let platforms = if result.metadata.contains_key("refs.platforms") { platforms } else { Vec::new() };
+    let platforms =
+        if result.metadata.contains_key("refs.platforms") { platforms } else { Vec::new() };
     let mut told = BTreeMap::new();
     for p in &input.platforms {
         let state = result.map.get(&p.id).or(result.single.as_ref()).and_then(Option::as_ref);
         // Scratch is made of nothing.
         if let Some(state) = state.and_then(engine_ref) {
-            told.insert(p.id.clone(), Arc::new(provenance::tell(scope, &worked, &state, &ids, (&p.platform, &platforms)).await?));
+            told.insert(
+                p.id.clone(),
+                Arc::new(
+                    provenance::tell(scope, &worked, &state, &ids, (&p.platform, &platforms))
+                        .await?,
+                ),
+            );
         }
     }
     Ok(told)
 }
 
 /// What frontends say.
-async fn given(scope: &BuildScope, result: &FrontendResult) -> Result<BTreeMap<String, Vec<ExportAttestation>>> {
+async fn given(
+    scope: &BuildScope,
+    result: &FrontendResult,
+) -> Result<BTreeMap<String, Vec<ExportAttestation>>> {
     let mut out: BTreeMap<String, Vec<ExportAttestation>> = BTreeMap::new();
     for (platform, all) in &result.attestations {
         for attestation in all {
             attestation.check()?;
-            if attestation.kind == Kind::InToto && attestation.predicate_type.starts_with(slsa::PREFIX) {
+            if attestation.kind == Kind::InToto
+                && attestation.predicate_type.starts_with(slsa::PREFIX)
+            {
                 return Err(Fault::invalid("frontend may not set provenance attestations"));
             }
             if attestation.content.is_none() {
                 return Err(Fault::invalid("attestation does not have available content"));
             }
             let state = export::state_of(scope, &attestation.content).await?;
-            out.entry(platform.clone()).or_default().push(attestation.clone().with(Content::State(state)));
+            out.entry(platform.clone())
+                .or_default()
+                .push(attestation.clone().with(Content::State(state)));
         }
     }
     Ok(out)
 }
 
-fn provenance_of(scope: &Arc<BuildScope>, told: &Arc<Told>, options: &ProvenanceOptions) -> Result<ExportAttestation> {
+fn provenance_of(
+    scope: &Arc<BuildScope>,
+    told: &Arc<Told>,
+    options: &ProvenanceOptions,
+) -> Result<ExportAttestation> {
     let predicate = told.predicate(scope, options)?;
     let metadata = BTreeMap::from([
         (keys::REASON.to_owned(), b"provenance".to_vec()),
@@ -98,7 +128,8 @@ fn provenance_of(scope: &Arc<BuildScope>, told: &Arc<Told>, options: &Provenance
     let (scope, told) = (scope.clone(), told.clone());
     let make = move || {
         let (scope, told, predicate) = (scope.clone(), told.clone(), predicate.clone());
-        Box::pin(async move { told.written(&scope, predicate).await }) as futures::future::BoxFuture<'static, _>
+        Box::pin(async move { told.written(&scope, predicate).await })
+            as futures::future::BoxFuture<'static, _>
     };
     Ok(Attestation {
         kind: Kind::InToto,
@@ -110,10 +141,20 @@ fn provenance_of(scope: &Arc<BuildScope>, told: &Arc<Told>, options: &Provenance
     })
 }
 
-/// Provenance for the history, which has it whether it was asked for or not (row `at.prov.history`).
-pub(crate) async fn record(scope: &BuildScope, wanted: &AttestOptions, attested: &Attested) -> Result<Vec<(Option<String>, Vec<u8>)>> {
+/// Provenance for the history, which has it whether it was asked for or not (row
+/// `at.prov.history`).
+pub(crate) async fn record(
+    scope: &BuildScope,
+    wanted: &AttestOptions,
+    attested: &Attested,
+) -> Result<Vec<(Option<String>, Vec<u8>)>> {
     let builder_id = wanted.provenance.as_ref().map(|p| p.builder_id.clone()).unwrap_or_default();
-    let options = ProvenanceOptions { mode: Mode::Max, version: Version::V1, builder_id, ..ProvenanceOptions::default() };
+    let options = ProvenanceOptions {
+        mode: Mode::Max,
+        version: Version::V1,
+        builder_id,
+        ..ProvenanceOptions::default()
+    };
     let mut out = Vec::new();
     for (platform, told) in attested {
         out.push((platform.clone(), told.written(scope, told.predicate(scope, &options)?).await?));

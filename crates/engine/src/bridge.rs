@@ -19,8 +19,8 @@ use shipway_attest::ImageSource;
 use shipway_dockerfile2llb::FrontendOverride;
 use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{
-    Bridge, BuildRef, Container, ContainerRequest, Explain, Frontend as _, FrontendResult, Options, ResolveMode, SolveRequest, SourceMeta,
-    SourceRequest, Warning, Worker,
+    Bridge, BuildRef, Container, ContainerRequest, Explain, Frontend as _, FrontendResult, Options,
+    ResolveMode, SolveRequest, SourceMeta, SourceRequest, Warning, Worker,
 };
 use shipway_llb::{Caps, Definition, Graph, NetMode, Op, SourceOp, SourcePolicy, Vertex};
 use shipway_oci::{Digest, Platform};
@@ -86,10 +86,21 @@ impl BuildScope {
 
     /// What the build imports.
     pub(crate) fn imports(&self) -> Vec<Arc<Import>> {
-        self.imports.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|(_, import)| import.clone()).collect()
+        self.imports
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .map(|(_, import)| import.clone())
+            .collect()
     }
 
-    pub(crate) fn new(engine: Arc<EngineInner>, request: &BuildRequest, data: JobData, job: Job<LlbOp>, journal: Journal) -> Arc<Self> {
+    pub(crate) fn new(
+        engine: Arc<EngineInner>,
+        request: &BuildRequest,
+        data: JobData,
+        job: Job<LlbOp>,
+        journal: Journal,
+    ) -> Arc<Self> {
         let started = SystemTime::now();
         let nested = data.nested.clone();
         let scope = Arc::new_cyclic(|itself| Self {
@@ -146,7 +157,13 @@ impl BuildScope {
     pub(crate) async fn explain(self: &Arc<Self>, mut fault: Fault) -> Fault {
         let explainers = self.explainers.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let trail = Trail::root(Asked::default());
-        let bridge = EngineBridge { scope: self.clone(), options: Options::default(), inputs: BTreeMap::new(), depth: 0, trail };
+        let bridge = EngineBridge {
+            scope: self.clone(),
+            options: Options::default(),
+            inputs: BTreeMap::new(),
+            depth: 0,
+            trail,
+        };
         for explain in explainers {
             fault = explain.explain(&bridge, fault).await;
         }
@@ -162,14 +179,17 @@ impl BuildScope {
     ) -> Result<Arc<EngineRef>> {
         let decode = |definition: Definition| {
             let platform = self.engine.parts.platforms[0].clone();
-            heavy(move || Graph::decode(&definition, &Caps::llb(), &platform).map(|graph| (definition, graph)))
+            heavy(move || {
+                Graph::decode(&definition, &Caps::llb(), &platform).map(|graph| (definition, graph))
+            })
         };
         let (definition, graph) = decode(definition).await?;
         let (definition, graph) = match self.checked(definition.clone(), &graph, policies).await? {
             Some(changed) => decode(changed).await?,
             None => (definition, graph),
         };
-        // Each build is asked, whoever runs the vertex in the end: a shared or cached result needs the permission too.
+        // Each build is asked, whoever runs the vertex in the end: a shared or cached result needs
+        // the permission too.
         for vertex in &graph.vertices {
             self.data.entitlements.check(&vertex.op)?;
         }
@@ -185,7 +205,8 @@ impl BuildScope {
 impl BuildScope {
     /// The graph with the devices that steps get instead of those they ask for.
     async fn with_devices(&self, mut graph: Graph) -> Result<Graph> {
-        let wants = |vertex: &Vertex| matches!(&vertex.op, Op::Exec(exec) if !exec.devices.is_empty());
+        let wants =
+            |vertex: &Vertex| matches!(&vertex.op, Op::Exec(exec) if !exec.devices.is_empty());
         if !graph.vertices.iter().any(|v| wants(v)) {
             return Ok(graph);
         }
@@ -220,10 +241,18 @@ impl BuildScope {
         if let Some(mode) = mode {
             attrs.entry("image.resolvemode".into()).or_insert_with(|| mode.into());
         }
-        let name = if query.log_name.is_empty() { format!("resolve {}", source.identifier) } else { query.log_name };
+        let name = if query.log_name.is_empty() {
+            format!("resolve {}", source.identifier)
+        } else {
+            query.log_name
+        };
         let reporter = self.journal.reporter(Digest::of(format!("{}\n{name}", self.id)), name);
         reporter.started();
-        let cx = SourceContext { sessions: self.data.sessions.clone(), reporter: reporter.clone(), memo: self.data.memo.clone() };
+        let cx = SourceContext {
+            sessions: self.data.sessions.clone(),
+            reporter: reporter.clone(),
+            memo: self.data.memo.clone(),
+        };
         let spec = SourceSpec { identifier: source.identifier.clone(), attrs, platform };
         let resolved = self.engine.parts.services.sources.resolve(&spec, query.want, &cx).await;
         reporter.completed(resolved.as_ref().err().map(ToString::to_string));
@@ -263,7 +292,9 @@ const MAX_DEPTH: usize = 16;
 impl EngineBridge {
     async fn run_frontend(&self, request: SolveRequest) -> Result<FrontendResult> {
         if self.depth >= MAX_DEPTH {
-            return Err(Fault::invalid(format!("frontends called each other more than {MAX_DEPTH} deep")));
+            return Err(Fault::invalid(format!(
+                "frontends called each other more than {MAX_DEPTH} deep"
+            )));
         }
         let parts = &self.scope.engine.parts;
         let wanted = Wanted::of(&request, &parts.image_frontends)?;
@@ -275,9 +306,15 @@ impl EngineBridge {
         if frontend.is_none() && image.is_none() {
             return Err(Fault::not_found(format!("invalid frontend: {}", request.frontend)));
         }
-        let detail =
-            Detail::Frontend { name: request.frontend.clone(), source: request.options.get("source").cloned().unwrap_or_default() };
-        let asked = Asked { frontend: request.frontend, options: request.options.clone(), inputs: request.inputs.clone() };
+        let detail = Detail::Frontend {
+            name: request.frontend.clone(),
+            source: request.options.get("source").cloned().unwrap_or_default(),
+        };
+        let asked = Asked {
+            frontend: request.frontend,
+            options: request.options.clone(),
+            inputs: request.inputs.clone(),
+        };
         let trail = self.trail.nested(asked);
         let bridge = EngineBridge {
             scope: self.scope.clone(),
@@ -288,7 +325,9 @@ impl EngineBridge {
         };
         let result = match (frontend, image) {
             (Some(frontend), _) => frontend.run(Arc::new(bridge)).await,
-            (None, image) => Box::pin(image_frontend::run(self, &image.unwrap_or_default(), bridge)).await,
+            (None, image) => {
+                Box::pin(image_frontend::run(self, &image.unwrap_or_default(), bridge)).await
+            }
         };
         let mut result = result.map_err(|fault| fault.detail(detail))?;
         self.trail.adopt(trail);
@@ -328,9 +367,10 @@ impl Wanted {
 
 /// Whether `source` names an image of docker/dockerfile.
 fn is_dockerfile_image(source: &str) -> bool {
-    source
-        .parse::<shipway_oci::ImageName>()
-        .is_ok_and(|n| n.registry() == "docker.io" && ["docker/dockerfile", "docker/dockerfile-upstream"].contains(&n.repository()))
+    source.parse::<shipway_oci::ImageName>().is_ok_and(|n| {
+        n.registry() == "docker.io"
+            && ["docker/dockerfile", "docker/dockerfile-upstream"].contains(&n.repository())
+    })
 }
 
 #[async_trait]
@@ -355,15 +395,19 @@ impl Bridge for EngineBridge {
         if request.definition.is_some() && !request.frontend.is_empty() {
             return Err(Fault::invalid("cannot solve with both Definition and Frontend specified"));
         }
-        let imports: Vec<CacheRequest> =
-            request.cache_imports.iter().map(|c| CacheRequest { kind: c.kind.clone(), attrs: c.attrs.clone() }).collect();
+        let imports: Vec<CacheRequest> = request
+            .cache_imports
+            .iter()
+            .map(|c| CacheRequest { kind: c.kind.clone(), attrs: c.attrs.clone() })
+            .collect();
         caches::import_all(&self.scope, &imports);
         let evaluate = request.evaluate;
         let result = match request.definition.clone() {
             Some(definition) if definition.ops.is_empty() => FrontendResult::of(None),
-            Some(definition) => {
-                FrontendResult::of(Some(self.scope.state(definition, &request.policies, &self.trail).await? as Arc<dyn BuildRef>))
-            }
+            Some(definition) => FrontendResult::of(Some(
+                self.scope.state(definition, &request.policies, &self.trail).await?
+                    as Arc<dyn BuildRef>,
+            )),
             None if request.frontend.is_empty() => FrontendResult::of(None),
             None => self.run_frontend(request).await?,
         };
@@ -400,10 +444,17 @@ impl Bridge for EngineBridge {
         if let Some(image) = &meta.facts.image {
             let identifier = &meta.source.identifier;
             let layout = identifier.strip_prefix("oci-layout://");
-            let reference = layout.or_else(|| identifier.strip_prefix("docker-image://")).unwrap_or(identifier);
+            let reference =
+                layout.or_else(|| identifier.strip_prefix("docker-image://")).unwrap_or(identifier);
             if let Ok(name) = reference.parse() {
                 let digest = Some(image.digest);
-                self.trail.note_image(ImageSource { name, platform: asked_for, digest, local: layout.is_some(), stored: None });
+                self.trail.note_image(ImageSource {
+                    name,
+                    platform: asked_for,
+                    digest,
+                    local: layout.is_some(),
+                    stored: None,
+                });
             }
         }
         Ok(meta)
@@ -414,7 +465,13 @@ impl Bridge for EngineBridge {
     }
 
     async fn local_names(&self, local: &str, session: &str, dir: &str) -> Result<Vec<String>> {
-        self.scope.engine.parts.services.sources.local_names(local, session, dir, &self.scope.data.sessions).await
+        self.scope
+            .engine
+            .parts
+            .services
+            .sources
+            .local_names(local, session, dir, &self.scope.data.sessions)
+            .await
     }
 
     fn left_by(&self, fault: &Fault) -> Vec<Arc<dyn BuildRef>> {
@@ -446,29 +503,52 @@ mod tests {
     fn frontends_are_what_the_configuration_allows_and_the_build_puts_in_their_place() {
         let wanted = |frontend: &str, options: &[(&str, &str)], images: &ImageFrontends| {
             let options = options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-            Wanted::of(&SolveRequest { frontend: frontend.into(), options, ..SolveRequest::default() }, images).map_err(|f| f.to_string())
+            Wanted::of(
+                &SolveRequest { frontend: frontend.into(), options, ..SolveRequest::default() },
+                images,
+            )
+            .map_err(|f| f.to_string())
         };
         let any = ImageFrontends::new(true, &[]).unwrap();
         let image = |source: &str| Ok(Wanted::Image(source.to_owned()));
         let official = ("source", "docker/dockerfile:1.7");
         assert_eq!(wanted("dockerfile.v0", &[], &any), Ok(Wanted::Dockerfile));
         assert_eq!(wanted("gateway.v0", &[official], &any), Ok(Wanted::Dockerfile));
-        assert_eq!(wanted("gateway.v0", &[("source", "dockerfile.v0")], &any), Ok(Wanted::Dockerfile));
-        assert_eq!(wanted("gateway.v0", &[("source", "example.com/f")], &any), image("example.com/f"));
+        assert_eq!(
+            wanted("gateway.v0", &[("source", "dockerfile.v0")], &any),
+            Ok(Wanted::Dockerfile)
+        );
+        assert_eq!(
+            wanted("gateway.v0", &[("source", "example.com/f")], &any),
+            image("example.com/f")
+        );
         let other = ("context:docker/dockerfile:1.7", "docker-image://example.com/f");
         assert_eq!(wanted("gateway.v0", &[official, other], &any), image("docker/dockerfile:1.7"));
         let built_in = ("context:dockerfile.v0", "docker-image://example.com/f");
-        assert_eq!(wanted("gateway.v0", &[("source", "dockerfile.v0"), built_in], &any), image("dockerfile.v0"));
-        assert_eq!(wanted("gateway.v0", &[], &any), Err("no source specified for gateway".to_owned()));
+        assert_eq!(
+            wanted("gateway.v0", &[("source", "dockerfile.v0"), built_in], &any),
+            image("dockerfile.v0")
+        );
+        assert_eq!(
+            wanted("gateway.v0", &[], &any),
+            Err("no source specified for gateway".to_owned())
+        );
         assert_eq!(wanted("other", &[], &any), Ok(Wanted::Unknown));
 
         let none = ImageFrontends::new(false, &[]).unwrap();
         assert_eq!(wanted("gateway.v0", &[official], &none), Ok(Wanted::Unknown));
         assert_eq!(wanted("dockerfile.v0", &[], &none), Ok(Wanted::Dockerfile));
 
-        let some = ImageFrontends::new(true, &["example.com/f:1".to_owned(), "docker/dockerfile".to_owned()]).unwrap();
+        let some = ImageFrontends::new(
+            true,
+            &["example.com/f:1".to_owned(), "docker/dockerfile".to_owned()],
+        )
+        .unwrap();
         assert_eq!(wanted("gateway.v0", &[official], &some), Ok(Wanted::Dockerfile));
-        assert_eq!(wanted("gateway.v0", &[("source", "example.com/f:2")], &some), image("example.com/f:2"));
+        assert_eq!(
+            wanted("gateway.v0", &[("source", "example.com/f:2")], &some),
+            image("example.com/f:2")
+        );
         let refused = Err("'example.com/g' is not an allowed gateway source".to_owned());
         assert_eq!(wanted("gateway.v0", &[("source", "example.com/g")], &some), refused);
     }

@@ -6,7 +6,9 @@ use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_oci::Digest;
 use shipway_progress::{Reporter, WarningUpdate};
 use shipway_refs::{Compression, ImmutableRef};
-use shipway_remotecache::{CacheBackend, CacheClients, CacheRequest, Export, ExportOptions, INLINE, Import, ReadCache};
+use shipway_remotecache::{
+    CacheBackend, CacheClients, CacheRequest, Export, ExportOptions, INLINE, Import, ReadCache,
+};
 use shipway_session::SessionId;
 use shipway_solver::CacheKey;
 use std::{collections::HashSet, sync::Arc, time::Duration};
@@ -22,8 +24,15 @@ pub(crate) fn import_all(scope: &BuildScope, requests: &[CacheRequest]) {
     for request in requests {
         scope.import(request, || {
             let name = format!("importing cache manifest from {}", request.shown());
-            let reporter = scope.journal.reporter(Digest::of(format!("{}\n{name}\n{:?}", scope.id, request.attrs)), name);
-            let importing = Importing { engine: scope.engine.clone(), clients: clients(scope), reporter, request: request.clone() };
+            let reporter = scope
+                .journal
+                .reporter(Digest::of(format!("{}\n{name}\n{:?}", scope.id, request.attrs)), name);
+            let importing = Importing {
+                engine: scope.engine.clone(),
+                clients: clients(scope),
+                reporter,
+                request: request.clone(),
+            };
             Import::new(&scope.engine.parts.caches, importing.run())
         });
     }
@@ -70,7 +79,11 @@ impl Importing {
 
     async fn read(&self) -> Result<ReadCache> {
         let parts = &self.engine.parts;
-        let source = parts.cache_backends.importer(&self.request)?.source(&self.request, &self.clients).await?;
+        let source = parts
+            .cache_backends
+            .importer(&self.request)?
+            .source(&self.request, &self.clients)
+            .await?;
         shipway_remotecache::read(&parts.services.sources, &source).await
     }
 }
@@ -91,7 +104,8 @@ fn roots(input: &ExportInput) -> Vec<ImmutableRef> {
     input.platforms.iter().map(|p| p.state.clone()).collect()
 }
 
-/// Adds caches to the metadata of an exporter that writes image configs, if one was asked for (row `rc.inline`).
+/// Adds caches to the metadata of an exporter that writes image configs, if one was asked for (row
+/// `rc.inline`).
 pub(crate) async fn inline(
     scope: &BuildScope,
     requests: &[CacheRequest],
@@ -99,7 +113,11 @@ pub(crate) async fn inline(
     mut input: ExportInput,
     reporter: &Reporter,
 ) -> Result<ExportInput> {
-    let Some(compression) = exporter.wants_layers().filter(|_| requests.iter().any(|r| r.kind == INLINE)) else { return Ok(input) };
+    let Some(compression) =
+        exporter.wants_layers().filter(|_| requests.iter().any(|r| r.kind == INLINE))
+    else {
+        return Ok(input);
+    };
     let name = "preparing layers for inline cache";
     reporter.status(name, 0, 0, false);
     prepare_inline(scope, &mut input, compression, reporter).await.context(|| name)?;
@@ -107,13 +125,30 @@ pub(crate) async fn inline(
     Ok(input)
 }
 
-async fn prepare_inline(scope: &BuildScope, input: &mut ExportInput, compression: Compression, reporter: &Reporter) -> Result<()> {
+async fn prepare_inline(
+    scope: &BuildScope,
+    input: &mut ExportInput,
+    compression: Compression,
+    reporter: &Reporter,
+) -> Result<()> {
     let options = ExportOptions { compression, ..ExportOptions::default() };
     let withheld = withheld(scope).await;
     for platform in &input.platforms {
         let roots = std::slice::from_ref(&platform.state);
-        if let Some(export) = Export::prepare(&scope.engine.parts.caches, &scope.imports(), roots, &withheld, &options, reporter).await? {
-            input.metadata.insert(format!("containerimage.inlinecache/{}", platform.id), export.inline(&platform.state).await?);
+        if let Some(export) = Export::prepare(
+            &scope.engine.parts.caches,
+            &scope.imports(),
+            roots,
+            &withheld,
+            &options,
+            reporter,
+        )
+        .await?
+        {
+            input.metadata.insert(
+                format!("containerimage.inlinecache/{}", platform.id),
+                export.inline(&platform.state).await?,
+            );
         }
     }
     Ok(())
@@ -121,7 +156,11 @@ async fn prepare_inline(scope: &BuildScope, input: &mut ExportInput, compression
 
 /// Exports caches, each under its own vertex; gives what the client is told (row `ex.resp.cache`).
 /// All are brought to their end before one fails the build.
-pub(crate) async fn export_all(scope: &BuildScope, requests: &[CacheRequest], input: &ExportInput) -> Result<Response> {
+pub(crate) async fn export_all(
+    scope: &BuildScope,
+    requests: &[CacheRequest],
+    input: &ExportInput,
+) -> Result<Response> {
     let each = requests.iter().filter(|r| r.kind != INLINE).enumerate().map(|(index, request)| async move {
         match export_one(scope, index, request, input).await {
             Err(fault) if request.ignores_errors() => {
@@ -135,9 +174,16 @@ pub(crate) async fn export_all(scope: &BuildScope, requests: &[CacheRequest], in
     Ok(all.into_iter().collect::<Result<Vec<Response>>>()?.into_iter().flatten().collect())
 }
 
-async fn export_one(scope: &BuildScope, index: usize, request: &CacheRequest, input: &ExportInput) -> Result<Response> {
+async fn export_one(
+    scope: &BuildScope,
+    index: usize,
+    request: &CacheRequest,
+    input: &ExportInput,
+) -> Result<Response> {
     let backend = scope.engine.parts.cache_backends.exporter(request)?;
-    let reporter = scope.journal.reporter(vertex_digest(&scope.session, "cache", index), backend.export_title());
+    let reporter = scope
+        .journal
+        .reporter(vertex_digest(&scope.session, "cache", index), backend.export_title());
     reporter.started();
     let done = try_export(scope, backend, request, input, &reporter).await;
     reporter.completed(done.as_ref().err().map(ToString::to_string));
@@ -155,7 +201,15 @@ async fn try_export(
     let writer = backend.writer(request, &clients(scope)).await?;
     let options = ExportOptions::of(request)?;
     reporter.status("preparing build cache for export", 0, 0, false);
-    let export = Export::prepare(&parts.caches, &scope.imports(), &roots(input), &withheld(scope).await, &options, reporter).await?;
+    let export = Export::prepare(
+        &parts.caches,
+        &scope.imports(),
+        &roots(input),
+        &withheld(scope).await,
+        &options,
+        reporter,
+    )
+    .await?;
     reporter.status("preparing build cache for export", 0, 0, true);
     let Some(export) = export else {
         reporter.status("skipping cache export for empty result", 0, 0, true);
@@ -163,6 +217,7 @@ async fn try_export(
     };
     let content = &parts.services.refs.storage().content;
     let descriptor = export.write(&*writer, content, &options, reporter).await?;
-    let json = serde_json::to_string(&descriptor).map_err(|e| Fault::internal(format!("encode a descriptor: {e}")))?;
+    let json = serde_json::to_string(&descriptor)
+        .map_err(|e| Fault::internal(format!("encode a descriptor: {e}")))?;
     Ok(Response::from([("cache.manifest".to_owned(), json)]))
 }

@@ -35,31 +35,52 @@ impl EngineContainer {
             mount.input = None;
             if let Some(state) = wanted.state {
                 mount.input = Some(spec.inputs.len());
-                let here = async |state: ImmutableRef| state.realise(None).await.map(|()| state);
+                let here =
+                    async |state: ImmutableRef| state.materialize(None).await.map(|()| state);
                 spec.inputs.push(state::with(state.as_ref(), here).await?);
             }
             spec.mounts.push(mount);
         }
         // Nobody watches what a container fetches: it is what was asked for before.
-        let reporter = Reporter::new(Digest::of(&spec.name), format!("container {}", spec.name), Vec::new(), None);
-        let container = shipway_ops::Container::new(scope.engine.parts.services.clone(), scope.data.clone(), spec, &reporter);
+        let reporter = Reporter::new(
+            Digest::of(&spec.name),
+            format!("container {}", spec.name),
+            Vec::new(),
+            None,
+        );
+        let container = shipway_ops::Container::new(
+            scope.engine.parts.services.clone(),
+            scope.data.clone(),
+            spec,
+            &reporter,
+        );
         container.await.map(Self)
     }
 
-    async fn look<T: Send + 'static>(&self, mount: usize, f: impl FnOnce(&Path) -> Result<T> + Send + 'static) -> Result<T> {
+    async fn look<T: Send + 'static>(
+        &self,
+        mount: usize,
+        f: impl FnOnce(&Path) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let mounts = self.0.snapshot(mount)?.to_vec();
         let look = move || {
             let view = RootView::open(&mounts, Access::Read)?;
             f(&PathBuf::from(format!("/proc/self/fd/{}", view.as_fd().as_raw_fd())))
         };
-        let done = tokio::task::spawn_blocking(look).await.map_err(|e| Fault::internal(format!("a read failed: {e}")))?;
+        let done = tokio::task::spawn_blocking(look)
+            .await
+            .map_err(|e| Fault::internal(format!("a read failed: {e}")))?;
         done.context(|| format!("read from mount {mount} of a container"))
     }
 }
 
 #[async_trait]
 impl Container for EngineContainer {
-    fn start(&self, process: ContainerProcess, wires: Wires) -> BoxFuture<'static, Result<ExitStatus>> {
+    fn start(
+        &self,
+        process: ContainerProcess,
+        wires: Wires,
+    ) -> BoxFuture<'static, Result<ExitStatus>> {
         let meta = ExecMeta {
             args: process.args,
             env: process.env,
@@ -68,16 +89,31 @@ impl Container for EngineContainer {
             remove_mount_stubs_recursive: process.remove_mount_stubs_recursive,
             ..ExecMeta::default()
         };
-        let exec = ExecOp { meta, security: process.security, secret_env: process.secret_env, ..ExecOp::default() };
+        let exec = ExecOp {
+            meta,
+            security: process.security,
+            secret_env: process.secret_env,
+            ..ExecOp::default()
+        };
         Box::pin(self.0.start(exec, process.tty, wires))
     }
 
-    async fn read_file(&self, mount: usize, path: &str, range: Option<(u64, u64)>) -> Result<Bytes> {
+    async fn read_file(
+        &self,
+        mount: usize,
+        path: &str,
+        range: Option<(u64, u64)>,
+    ) -> Result<Bytes> {
         let path = path.to_owned();
         self.look(mount, move |root| reads::read_file(root, &path, range)).await
     }
 
-    async fn read_dir(&self, mount: usize, path: &str, include: Option<&str>) -> Result<Vec<FileStat>> {
+    async fn read_dir(
+        &self,
+        mount: usize,
+        path: &str,
+        include: Option<&str>,
+    ) -> Result<Vec<FileStat>> {
         let (path, include) = (path.to_owned(), include.map(str::to_owned));
         self.look(mount, move |root| reads::read_dir(root, &path, include.as_deref())).await
     }

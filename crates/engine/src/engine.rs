@@ -37,7 +37,8 @@ const MAX_REF: usize = 1024;
 /// How long a status request waits for its build to begin (row `so.st.replay`).
 const STATUS_GRACE: Duration = Duration::from_secs(6);
 
-/// How long, and how many, ended builds can be followed from memory (row `so.st.keep`): a status request may come after a short build's end.
+/// How long, and how many, ended builds can be followed from memory (row `so.st.keep`): a status
+/// request may come after a short build's end.
 const RECENT: (Duration, usize) = (Duration::from_secs(10), 64);
 
 /// What an engine is made of.
@@ -129,9 +130,12 @@ impl Drop for Running {
         }
         // Dropped before its end: the client went away.
         if self.recorded && !self.done {
-            let (engine, id, journal) = (self.engine.clone(), self.id.clone(), self.journal.clone());
+            let (engine, id, journal) =
+                (self.engine.clone(), self.id.clone(), self.journal.clone());
             if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-                runtime.spawn(async move { engine.parts.history.completed(&id, &journal, Err(Fault::cancelled())).await });
+                runtime.spawn(async move {
+                    engine.parts.history.completed(&id, &journal, Err(Fault::cancelled())).await
+                });
             }
         }
     }
@@ -160,7 +164,11 @@ impl EngineInner {
         if let Some(journal) = lock(&self.running).get(id) {
             return Some(journal.clone());
         }
-        lock(&self.recent).iter().rev().find(|(_, known, _)| known == id).map(|(.., journal)| journal.clone())
+        lock(&self.recent)
+            .iter()
+            .rev()
+            .find(|(_, known, _)| known == id)
+            .map(|(.., journal)| journal.clone())
     }
 }
 
@@ -182,21 +190,30 @@ impl Engine {
         &self.0.parts
     }
 
-    /// Builds. Dropping the future cancels the build: what nobody else needs is stopped and removed.
+    /// Builds. Dropping the future cancels the build: what nobody else needs is stopped and
+    /// removed.
     pub async fn build(&self, mut request: BuildRequest) -> Result<BuildResponse> {
         request.simplify();
         if request.id.is_empty() {
             return Err(Fault::invalid("a build needs a ref"));
         }
         if request.id.len() > MAX_REF {
-            return Err(Fault::invalid(format!("the ref of a build may have {MAX_REF} bytes, and this one has {}", request.id.len())));
+            return Err(Fault::invalid(format!(
+                "the ref of a build may have {MAX_REF} bytes, and this one has {}",
+                request.id.len()
+            )));
         }
         let parts = &self.0.parts;
         let entitlements = request.entitlements(&parts.entitlements)?;
         parts.cache_backends.check_exports(&request.cache_exports)?;
         let wanted = AttestOptions::parse(&request.options)?;
-        let exporters = request.exporters.iter().map(|e| parts.exporters.resolve(&e.kind, &e.attrs)).collect::<Result<Vec<_>>>()?;
-        let sessions = SessionGroup::new(parts.sessions.clone(), [SessionId::new(&request.session)]);
+        let exporters = request
+            .exporters
+            .iter()
+            .map(|e| parts.exporters.resolve(&e.kind, &e.attrs))
+            .collect::<Result<Vec<_>>>()?;
+        let sessions =
+            SessionGroup::new(parts.sessions.clone(), [SessionId::new(&request.session)]);
         let journal = Journal::new();
         let data = JobData {
             id: request.id.as_str().into(),
@@ -236,7 +253,13 @@ impl Engine {
             self.0.parts.history.started(request);
         }
         self.0.begun.send_modify(|n| *n += 1);
-        Ok(Running { engine: self.0.clone(), id: request.id.clone(), journal, recorded: !request.internal, done: false })
+        Ok(Running {
+            engine: self.0.clone(),
+            id: request.id.clone(),
+            journal,
+            recorded: !request.internal,
+            done: false,
+        })
     }
 
     /// How to follow the build `id`, which may be about to begin.
@@ -267,10 +290,21 @@ async fn run(
     exporters: Vec<Arc<dyn Exporter>>,
 ) -> Result<BuildResponse> {
     caches::import_all(&scope, &request.cache_imports);
-    let asked = Asked { frontend: request.frontend.clone(), options: request.options.clone(), inputs: request.inputs.clone() };
+    let asked = Asked {
+        frontend: request.frontend.clone(),
+        options: request.options.clone(),
+        inputs: request.inputs.clone(),
+    };
     let trail = Trail::root(asked);
-    let (internal, options, inputs) = (request.internal, request.options.clone(), request.inputs.clone());
-    let bridge = EngineBridge { scope: scope.clone(), options: options.clone(), inputs, depth: 0, trail: trail.clone() };
+    let (internal, options, inputs) =
+        (request.internal, request.options.clone(), request.inputs.clone());
+    let bridge = EngineBridge {
+        scope: scope.clone(),
+        options: options.clone(),
+        inputs,
+        depth: 0,
+        trail: trail.clone(),
+    };
     let platforms = options.get("platform").cloned();
     // A client that drives the build may look at its states until the build has ended.
     let mut _registration = None;
@@ -332,7 +366,11 @@ async fn made_again(result: &FrontendResult, fault: &Fault) -> bool {
 }
 
 /// Solves and exports the result.
-async fn finish(scope: &Arc<BuildScope>, how: &Finishing, result: &FrontendResult) -> Result<BuildResponse> {
+async fn finish(
+    scope: &Arc<BuildScope>,
+    how: &Finishing,
+    result: &FrontendResult,
+) -> Result<BuildResponse> {
     let mut exporters = how.exporters.clone();
     let mut input = export::solve_all(scope, result, &exporters).await?;
     if how.by_session {
@@ -340,23 +378,35 @@ async fn finish(scope: &Arc<BuildScope>, how: &Finishing, result: &FrontendResul
     }
     verify::warn(scope, how.platforms.as_deref(), &input, exporters.len());
     let attested = attestations::add(scope, &how.wanted, &how.options, result, &mut input).await?;
-    let (mut response, written) = export::run_all(scope, &exporters, &how.cache_exports, &input).await?;
+    let (mut response, written) =
+        export::run_all(scope, &exporters, &how.cache_exports, &input).await?;
     for (key, value) in &result.metadata {
         if key.starts_with("frontend.") {
             response.insert(key.clone(), String::from_utf8_lossy(value).into_owned());
         }
     }
-    let provenance = if how.internal { Vec::new() } else { attestations::record(scope, &how.wanted, &attested).await? };
+    let provenance = if how.internal {
+        Vec::new()
+    } else {
+        attestations::record(scope, &how.wanted, &attested).await?
+    };
     if how.by_session {
         let session = scope.engine.parts.sessions.get(&SessionId::new(&scope.session)).await?;
         session.finalize_export(response.clone()).await?;
     }
-    let metadata = result.metadata.iter().map(|(k, v)| (k.clone(), String::from_utf8_lossy(v).into_owned())).collect();
+    let metadata = result
+        .metadata
+        .iter()
+        .map(|(k, v)| (k.clone(), String::from_utf8_lossy(v).into_owned()))
+        .collect();
     Ok(BuildResponse { exporter_response: response, written, metadata, provenance })
 }
 
 /// Waits for the client to return a result through the gateway (row `ctl.solve.gwmode`).
-async fn returned_by_client(scope: &BuildScope, returned: oneshot::Receiver<Result<FrontendResult>>) -> Result<FrontendResult> {
+async fn returned_by_client(
+    scope: &BuildScope,
+    returned: oneshot::Receiver<Result<FrontendResult>>,
+) -> Result<FrontendResult> {
     let gone = async {
         match scope.engine.parts.sessions.get(&SessionId::new(&scope.session)).await {
             Ok(session) => session.closed().await,

@@ -28,7 +28,10 @@ struct PlatformEntry {
 /// One platform's id, platform and unsolved state.
 type Wanted<'a> = (String, Platform, &'a Option<Arc<dyn BuildRef>>);
 
-pub(crate) async fn state_of(scope: &BuildScope, state: &Option<Arc<dyn BuildRef>>) -> Result<shipway_refs::ImmutableRef> {
+pub(crate) async fn state_of(
+    scope: &BuildScope,
+    state: &Option<Arc<dyn BuildRef>>,
+) -> Result<shipway_refs::ImmutableRef> {
     match state {
         None => scope.engine.parts.services.refs.scratch(),
         Some(r) => state::state_of(r.as_ref()).await,
@@ -36,7 +39,11 @@ pub(crate) async fn state_of(scope: &BuildScope, state: &Option<Arc<dyn BuildRef
 }
 
 /// Solves everything in `result`, all platforms at once, for `exporters`.
-pub(crate) async fn solve_all(scope: &BuildScope, result: &FrontendResult, exporters: &[Arc<dyn Exporter>]) -> Result<ExportInput> {
+pub(crate) async fn solve_all(
+    scope: &BuildScope,
+    result: &FrontendResult,
+    exporters: &[Arc<dyn Exporter>],
+) -> Result<ExportInput> {
     let listed = listed(result)?;
     let mut wanted: Vec<Wanted<'_>> = Vec::new();
     match (&result.single, listed) {
@@ -46,34 +53,57 @@ pub(crate) async fn solve_all(scope: &BuildScope, result: &FrontendResult, expor
                 Some(e) => (e.id, e.platform),
                 None => (
                     scope.engine.parts.platforms[0].to_string(),
-                    config_platform(result)?.unwrap_or_else(|| scope.engine.parts.platforms[0].clone()),
+                    config_platform(result)?
+                        .unwrap_or_else(|| scope.engine.parts.platforms[0].clone()),
                 ),
             };
             wanted.push((platform.0, platform.1, state));
         }
         (None, None) if result.map.is_empty() => {}
-        (None, None) => return Err(Fault::invalid("unable to export multiple refs, missing platforms mapping")),
+        (None, None) => {
+            return Err(Fault::invalid(
+                "unable to export multiple refs, missing platforms mapping",
+            ));
+        }
         (None, Some(listed)) => {
             for e in listed {
-                let state = result.map.get(&e.id).ok_or_else(|| Fault::invalid(format!("failed to find ref for ID {}", e.id)))?;
+                let state = result
+                    .map
+                    .get(&e.id)
+                    .ok_or_else(|| Fault::invalid(format!("failed to find ref for ID {}", e.id)))?;
                 wanted.push((e.id, e.platform, state));
             }
         }
     }
     if let Some(compression) = exporters.iter().find_map(|e| e.wants_layers()) {
-        wanted.iter().filter_map(|(_, _, state)| state.as_ref()).for_each(|state| state::announce(state.as_ref(), compression));
+        wanted
+            .iter()
+            .filter_map(|(_, _, state)| state.as_ref())
+            .for_each(|state| state::announce(state.as_ref(), compression));
     }
-    let solved = futures::future::try_join_all(wanted.iter().map(|(_, _, state)| state_of(scope, state))).await?;
-    let platforms = wanted.into_iter().zip(solved).map(|((id, platform, _), state)| ExportPlatform { id, platform, state }).collect();
+    let solved =
+        futures::future::try_join_all(wanted.iter().map(|(_, _, state)| state_of(scope, state)))
+            .await?;
+    let platforms = wanted
+        .into_iter()
+        .zip(solved)
+        .map(|((id, platform, _), state)| ExportPlatform { id, platform, state })
+        .collect();
     let attestations = BTreeMap::new();
-    Ok(ExportInput { platforms, is_map: result.single.is_none(), metadata: result.metadata.clone(), attestations })
+    Ok(ExportInput {
+        platforms,
+        is_map: result.single.is_none(),
+        metadata: result.metadata.clone(),
+        attestations,
+    })
 }
 
 /// The platforms that the frontend lists, checked as clients expect it (row `ex.c.platforms`).
 fn listed(result: &FrontendResult) -> Result<Option<Vec<PlatformEntry>>> {
     let Some(json) = result.metadata.get("refs.platforms") else { return Ok(None) };
-    let parsed: Option<Platforms> =
-        serde_json::from_slice(json).map_err(|e| Fault::invalid(format!("failed to parse platforms passed to exporter: {e}")))?;
+    let parsed: Option<Platforms> = serde_json::from_slice(json).map_err(|e| {
+        Fault::invalid(format!("failed to parse platforms passed to exporter: {e}"))
+    })?;
     let entries = parsed.and_then(|p| p.platforms).unwrap_or_default();
     if entries.is_empty() {
         return Err(Fault::invalid("invalid empty platforms index for exporter"));
@@ -83,7 +113,10 @@ fn listed(result: &FrontendResult) -> Result<Option<Vec<PlatformEntry>>> {
             return Err(Fault::invalid("invalid empty platform key for exporter"));
         }
         if entry.platform.os.is_empty() || entry.platform.architecture.is_empty() {
-            return Err(Fault::invalid(format!("invalid platform value {} for exporter", entry.platform)));
+            return Err(Fault::invalid(format!(
+                "invalid platform value {} for exporter",
+                entry.platform
+            )));
         }
     }
     Ok(Some(entries))
@@ -92,16 +125,23 @@ fn listed(result: &FrontendResult) -> Result<Option<Vec<PlatformEntry>>> {
 fn config_platform(result: &FrontendResult) -> Result<Option<Platform>> {
     let Some(json) = result.metadata.get("containerimage.config") else { return Ok(None) };
     // What is no config at all is for the exporter to refuse.
-    let Ok(Some(config)) = serde_json::from_slice::<Option<shipway_oci::ImageConfig>>(json) else { return Ok(None) };
+    let Ok(Some(config)) = serde_json::from_slice::<Option<shipway_oci::ImageConfig>>(json) else {
+        return Ok(None);
+    };
     match (config.os.is_empty(), config.architecture.is_empty()) {
         (true, true) => Ok(None),
         (false, false) => Ok(Some(config.platform())),
-        _ => Err(Fault::invalid("invalid image config: os and architecture must be specified together")),
+        _ => Err(Fault::invalid(
+            "invalid image config: os and architecture must be specified together",
+        )),
     }
 }
 
 /// The exporters that the client wants now that it can look at the result (row `cb.exporter`).
-pub(crate) async fn chosen_by_client(scope: &BuildScope, result: &FrontendResult) -> Result<Vec<Arc<dyn Exporter>>> {
+pub(crate) async fn chosen_by_client(
+    scope: &BuildScope,
+    result: &FrontendResult,
+) -> Result<Vec<Arc<dyn Exporter>>> {
     let session = scope.engine.parts.sessions.get(&SessionId::new(&scope.session)).await?;
     let states = result.single.iter().flatten().chain(result.map.values().flatten());
     let refs = states.map(|s| s.id().to_owned()).collect();
@@ -109,8 +149,9 @@ pub(crate) async fn chosen_by_client(scope: &BuildScope, result: &FrontendResult
     chosen.iter().map(|(kind, attrs)| scope.engine.parts.exporters.resolve(kind, attrs)).collect()
 }
 
-/// The digest of the vertex that stands for exporter or cache export `index` of a session (`kind` is `export` or `cache`), as clients work it out
-/// to know it among the vertices of a build (row `ex.vertex`).
+/// The digest of the vertex that stands for exporter or cache export `index` of a session (`kind`
+/// is `export` or `cache`), as clients work it out to know it among the vertices of a build (row
+/// `ex.vertex`).
 pub(crate) fn vertex_digest(session: &str, kind: &str, index: usize) -> Digest {
     Digest::of(format!("{session}-{kind}-{index}"))
 }
@@ -144,9 +185,16 @@ impl<'a> ExportVertex<'a> {
         done.context(|| self.exporter.name().to_owned())
     }
 
-    async fn export(&self, scope: &BuildScope, caches: &[CacheRequest], input: ExportInput) -> Result<Response> {
+    async fn export(
+        &self,
+        scope: &BuildScope,
+        caches: &[CacheRequest],
+        input: ExportInput,
+    ) -> Result<Response> {
         let export = async {
-            let input = caches::inline(scope, caches, self.exporter.as_ref(), input, &self.cx.reporter).await?;
+            let input =
+                caches::inline(scope, caches, self.exporter.as_ref(), input, &self.cx.reporter)
+                    .await?;
             self.exporter.export(input, &self.cx).await
         };
         self.during(export).await
@@ -177,7 +225,8 @@ pub(crate) async fn run_all(
     caches: &[CacheRequest],
     input: &ExportInput,
 ) -> Result<(Response, BTreeMap<usize, Descriptor>)> {
-    let vertices: Vec<ExportVertex<'_>> = exporters.iter().enumerate().map(|(i, e)| ExportVertex::new(scope, i, e)).collect();
+    let vertices: Vec<ExportVertex<'_>> =
+        exporters.iter().enumerate().map(|(i, e)| ExportVertex::new(scope, i, e)).collect();
     let each = vertices.iter().map(|v| v.export(scope, caches, input.clone()));
     let (mut all, mut written) = (Response::new(), BTreeMap::new());
     for (index, response) in futures::future::try_join_all(each).await?.into_iter().enumerate() {
@@ -193,7 +242,9 @@ pub(crate) async fn run_all(
 
 /// What an exporter says it wrote (row `ex.resp.desc`).
 fn descriptor(response: &Response) -> Option<Descriptor> {
-    let json = base64::engine::general_purpose::STANDARD.decode(response.get("containerimage.descriptor")?).ok()?;
+    let json = base64::engine::general_purpose::STANDARD
+        .decode(response.get("containerimage.descriptor")?)
+        .ok()?;
     serde_json::from_slice(&json).ok()
 }
 
@@ -202,7 +253,10 @@ mod tests {
     use super::*;
 
     fn result(key: &str, value: &str) -> FrontendResult {
-        FrontendResult { metadata: [(key.to_owned(), value.as_bytes().to_vec())].into(), ..FrontendResult::default() }
+        FrontendResult {
+            metadata: [(key.to_owned(), value.as_bytes().to_vec())].into(),
+            ..FrontendResult::default()
+        }
     }
 
     #[test]
@@ -216,11 +270,20 @@ mod tests {
         for (json, want) in [
             ("null", "invalid empty platforms index for exporter"),
             (r#"{"Platforms":[]}"#, "invalid empty platforms index for exporter"),
-            (r#"{"Platforms":[{"Platform":{"os":"linux","architecture":"amd64"}}]}"#, "invalid empty platform key for exporter"),
-            (r#"{"Platforms":[{"ID":"a","Platform":{"os":"","architecture":"amd64"}}]}"#, "invalid platform value"),
+            (
+                r#"{"Platforms":[{"Platform":{"os":"linux","architecture":"amd64"}}]}"#,
+                "invalid empty platform key for exporter",
+            ),
+            (
+                r#"{"Platforms":[{"ID":"a","Platform":{"os":"","architecture":"amd64"}}]}"#,
+                "invalid platform value",
+            ),
             (r#"{"Platforms":[{"ID":"a","Platform":{"os":"linux","architecture":"amd64"}}]}"#, ""),
         ] {
-            let said = listed(&result("refs.platforms", json)).err().map(|e| e.to_string()).unwrap_or_default();
+            let said = listed(&result("refs.platforms", json))
+                .err()
+                .map(|e| e.to_string())
+                .unwrap_or_default();
             assert!(said.contains(want) && said.is_empty() == want.is_empty(), "{json}: {said}");
         }
         assert!(config_platform(&result("containerimage.config", r#"{"os":"linux"}"#)).is_err());

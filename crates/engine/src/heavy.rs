@@ -1,4 +1,5 @@
-//! Work on what clients send that computes for long where they send much: it must not keep a thread that others share.
+//! Work on what clients send that computes for long where they send much: it must not keep a thread
+//! that others share.
 
 use shipway_fault::{Fault, Result};
 use std::{
@@ -13,8 +14,11 @@ static PLACES: LazyLock<Arc<Semaphore>> = LazyLock::new(|| {
     Arc::new(Semaphore::new(processors))
 });
 
-/// Does `work`, which computes and never waits, on a thread for that. What is given up before its turn is not done.
-pub(crate) async fn heavy<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+/// Does `work`, which computes and never waits, on a thread for that. What is given up before its
+/// turn is not done.
+pub(crate) async fn heavy<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     let place = PLACES.clone().acquire_owned().await.map_err(|e| Fault::internal(e.to_string()))?;
     let done = tokio::task::spawn_blocking(move || {
         let _place = place;
@@ -31,7 +35,8 @@ mod tests {
     #[tokio::test]
     async fn others_are_served_while_it_computes() {
         let (go, wait) = mpsc::channel();
-        let work = tokio::spawn(heavy(move || wait.recv().map_err(|e| Fault::internal(e.to_string()))));
+        let work =
+            tokio::spawn(heavy(move || wait.recv().map_err(|e| Fault::internal(e.to_string()))));
         // The only thread for everything else is this one, and it is not kept.
         tokio::task::yield_now().await;
         go.send(7).expect("it is awaited");

@@ -1,7 +1,8 @@
 //! What finished and running builds are remembered by (rows `ctl.hist.*`, `so.h.*`).
 //!
-//! Of builds that ended only a [`HistorySummary`] is in memory: their records and files are on disk ([`kept`]) and read when somebody asks. What clients
-//! said is bounded when it is recorded ([`clip`]).
+//! Of builds that ended only a [`HistorySummary`] is in memory: their records and files are on disk
+//! ([`kept`]) and read when somebody asks. What clients said is bounded when it is recorded
+//! ([`clip`]).
 
 mod clip;
 mod kept;
@@ -23,10 +24,12 @@ use std::{
 };
 use tokio::sync::broadcast;
 
-/// Writes events as the bytes that clients read back as a build's log (row `so.h.status`), piece by piece.
+/// Writes events as the bytes that clients read back as a build's log (row `so.h.status`), piece by
+/// piece.
 pub type LogEncoder = Arc<dyn Fn(&[Event], &mut dyn Write) -> io::Result<()> + Send + Sync>;
 
-/// Turns an error into the bytes that clients read back as what a build failed with (row `so.h.err`).
+/// Turns an error into the bytes that clients read back as what a build failed with (row
+/// `so.h.err`).
 pub type FaultEncoder = Arc<dyn Fn(&Fault) -> Vec<u8> + Send + Sync>;
 
 /// How the files of finished builds are written.
@@ -86,7 +89,8 @@ pub struct HistoryRecord {
     /// Why it failed.
     #[serde(with = "kept::fault")]
     pub error: Option<Fault>,
-    /// The same with everything that was known of it: the lines of the Dockerfile, the step, the process.
+    /// The same with everything that was known of it: the lines of the Dockerfile, the step, the
+    /// process.
     #[serde(default)]
     pub failure: Option<LogFile>,
     /// When it began.
@@ -95,7 +99,8 @@ pub struct HistoryRecord {
     pub completed: Option<SystemTime>,
     /// Its log.
     pub log: Option<LogFile>,
-    /// Provenance of its results: by platform, or of the one result there is (row `at.prov.history`).
+    /// Provenance of its results: by platform, or of the one result there is (row
+    /// `at.prov.history`).
     pub provenance: Vec<(Option<String>, LogFile)>,
     /// Metadata of its result (row `so.h.resp`).
     pub response: BTreeMap<String, String>,
@@ -112,7 +117,10 @@ pub struct HistoryRecord {
 impl HistoryRecord {
     /// Its files on disk.
     fn files(&self) -> impl Iterator<Item = LogFile> + '_ {
-        self.log.into_iter().chain(self.failure).chain(self.provenance.iter().map(|(_, file)| *file))
+        self.log
+            .into_iter()
+            .chain(self.failure)
+            .chain(self.provenance.iter().map(|(_, file)| *file))
     }
 }
 
@@ -186,11 +194,15 @@ impl HistorySummary {
     }
 }
 
-/// What the client says, or the address of the context where that is a repository (row `so.h.filter`).
+/// What the client says, or the address of the context where that is a repository (row
+/// `so.h.filter`).
 fn repository(options: &BTreeMap<String, String>) -> Option<String> {
     let address = |context: &String| shipway_dockerfile2llb::git_address(context, false);
     let remote = |address: String| address.split('#').next().unwrap_or_default().to_owned();
-    options.get("vcs:source").cloned().or_else(|| options.get("context").and_then(address).map(remote))
+    options
+        .get("vcs:source")
+        .cloned()
+        .or_else(|| options.get("context").and_then(address).map(remote))
 }
 
 /// What happened to a record.
@@ -243,9 +255,11 @@ fn unknown(id: &str) -> Fault {
 impl History {
     /// The history kept in `dir`, without what has been kept long enough.
     pub fn open(dir: PathBuf, limits: HistoryLimits, encode: HistoryEncoders) -> Result<Self> {
-        let kept = kept::read_all(&dir).map_err(|e| Fault::io(format!("read the history in {}", dir.display()), e))?;
+        let kept = kept::read_all(&dir)
+            .map_err(|e| Fault::io(format!("read the history in {}", dir.display()), e))?;
         let (changes, _) = broadcast::channel(256);
-        let entry = |s: HistorySummary| (s.id.clone(), Entry { summary: Arc::new(s), record: None });
+        let entry =
+            |s: HistorySummary| (s.id.clone(), Entry { summary: Arc::new(s), record: None });
         let entries = Mutex::new(kept.into_iter().map(entry).collect());
         let (disk, verified, syncer) = (Mutex::default(), Mutex::default(), Syncer::default());
         let history = Self { entries, disk, verified, changes, dir, limits, encode, syncer };
@@ -253,7 +267,8 @@ impl History {
         Ok(history)
     }
 
-    /// Keeps a record over the daemon's end, and says whether that worked; if not it is no failure of a build.
+    /// Keeps a record over the daemon's end, and says whether that worked; if not it is no failure
+    /// of a build.
     fn keep(&self, record: &HistoryRecord) -> bool {
         match kept::write(&self.dir, record) {
             Ok(path) => {
@@ -283,9 +298,16 @@ impl History {
 
     pub(crate) fn started(&self, request: &BuildRequest) {
         let mut budget = Budget::default();
-        let options = request.options.iter().map(|(k, v)| (k.clone(), shipway_fault::redact_text(v))).collect();
+        let options = request
+            .options
+            .iter()
+            .map(|(k, v)| (k.clone(), shipway_fault::redact_text(v)))
+            .collect();
         let options = budget.map(&options);
-        let exporter = |e: &ExporterRequest| ExporterRequest { kind: budget.text(&e.kind), attrs: budget.map(&e.attrs) };
+        let exporter = |e: &ExporterRequest| ExporterRequest {
+            kind: budget.text(&e.kind),
+            attrs: budget.map(&e.attrs),
+        };
         let record = HistoryRecord {
             id: request.id.clone(),
             exporters: request.exporters.iter().map(exporter).collect(),
@@ -311,7 +333,12 @@ impl History {
         self.tell(HistoryEventKind::Started, summary);
     }
 
-    pub(crate) async fn completed(self: &Arc<Self>, id: &str, journal: &Journal, outcome: Result<BuildResponse>) {
+    pub(crate) async fn completed(
+        self: &Arc<Self>,
+        id: &str,
+        journal: &Journal,
+        outcome: Result<BuildResponse>,
+    ) {
         let (history, id, journal) = (self.clone(), id.to_owned(), journal.clone());
         let work = tokio::task::spawn_blocking(move || history.complete(&id, &journal, outcome));
         if let Err(e) = work.await {
@@ -323,22 +350,35 @@ impl History {
         let events = journal.events();
         let file = |what: &str, fill: &kept::Fill<'_>| {
             let written = kept::write_file(&self.dir, fill);
-            let written = written.inspect_err(|f| tracing::warn!(build = id, error = %f, "the build's {what} was not kept")).ok()?;
+            let written = written
+                .inspect_err(
+                    |f| tracing::warn!(build = id, error = %f, "the build's {what} was not kept"),
+                )
+                .ok()?;
             lock(&self.verified).insert(written.digest);
             Some(written)
         };
         let one = lock(&self.disk);
         let log = file("log", &|out| (self.encode.log)(&events, out));
-        let failure = outcome.as_ref().err().and_then(|fault| file("error", &|out| out.write_all(&(self.encode.fault)(fault))));
+        let failure = outcome
+            .as_ref()
+            .err()
+            .and_then(|fault| file("error", &|out| out.write_all(&(self.encode.fault)(fault))));
         let told = outcome.iter().flat_map(|r| &r.provenance);
-        let told = told.filter_map(|(platform, bytes)| Some((platform.clone(), file("provenance", &|out| out.write_all(bytes))?)));
+        let told = told.filter_map(|(platform, bytes)| {
+            Some((platform.clone(), file("provenance", &|out| out.write_all(bytes))?))
+        });
         let provenance = told.collect();
         let Some(mut record) = self.get(id).map(|r| HistoryRecord::clone(&r)) else { return };
         record.completed = Some(SystemTime::now());
-        (record.log, record.failure, record.provenance, record.steps) = (log, failure, provenance, count(&events));
+        (record.log, record.failure, record.provenance, record.steps) =
+            (log, failure, provenance, count(&events));
         record.generation += 1;
         match outcome {
-            Ok(response) => (record.response, record.written) = (Budget::default().map(&response.metadata), response.written),
+            Ok(response) => {
+                (record.response, record.written) =
+                    (Budget::default().map(&response.metadata), response.written)
+            }
             Err(fault) => record.error = Some(fault.without_kept()),
         }
         let kept = self.keep(&record);
@@ -352,14 +392,23 @@ impl History {
     pub fn trim(&self) {
         let gone: Vec<String> = {
             let entries = lock(&self.entries);
-            let mut finished: Vec<_> =
-                entries.values().filter_map(|e| Some((e.summary.completed?, &e.summary))).filter(|(_, s)| !s.pinned).collect();
+            let mut finished: Vec<_> = entries
+                .values()
+                .filter_map(|e| Some((e.summary.completed?, &e.summary)))
+                .filter(|(_, s)| !s.pinned)
+                .collect();
             finished.sort_by_key(|(completed, _)| std::cmp::Reverse(*completed));
-            let old = |completed: &SystemTime| completed.elapsed().is_ok_and(|age| age > self.limits.max_age);
-            // A cap beyond what BuildKit has: a busy daemon must stay small within the first two days as well.
+            let old = |completed: &SystemTime| {
+                completed.elapsed().is_ok_and(|age| age > self.limits.max_age)
+            };
+            // A cap beyond what BuildKit has: a busy daemon must stay small within the first two
+            // days as well.
             let hard = self.limits.max_entries.saturating_mul(4).max(1);
             let excess = finished.iter().enumerate().skip(self.limits.max_entries);
-            excess.filter(|(i, (completed, _))| old(completed) || *i >= hard).map(|(_, (_, s))| s.id.clone()).collect()
+            excess
+                .filter(|(i, (completed, _))| old(completed) || *i >= hard)
+                .map(|(_, (_, s))| s.id.clone())
+                .collect()
         };
         for id in gone {
             let _ = self.delete(&id);
@@ -372,10 +421,14 @@ impl History {
         let mut entries = lock(&self.entries);
         let summary = entries.get(id).map(|e| e.summary.clone()).ok_or_else(|| unknown(id))?;
         if summary.completed.is_none() {
-            return Err(Fault::new(shipway_fault::Code::FailedPrecondition, format!("build {id} is still running")));
+            return Err(Fault::new(
+                shipway_fault::Code::FailedPrecondition,
+                format!("build {id} is still running"),
+            ));
         }
         entries.remove(id);
-        let kept: HashSet<Digest> = entries.values().flat_map(|e| &e.summary.files).map(|f| f.digest).collect();
+        let kept: HashSet<Digest> =
+            entries.values().flat_map(|e| &e.summary.files).map(|f| f.digest).collect();
         drop(entries);
         kept::remove(&self.dir, id);
         for file in summary.files.iter().filter(|f| !kept.contains(&f.digest)) {
@@ -389,7 +442,8 @@ impl History {
     /// Keeps a build whatever the limits, or not. Blocks.
     pub fn pin(&self, id: &str, pinned: bool) -> Result<()> {
         let one = lock(&self.disk);
-        let mut record = self.get(id).map(|r| HistoryRecord::clone(&r)).ok_or_else(|| unknown(id))?;
+        let mut record =
+            self.get(id).map(|r| HistoryRecord::clone(&r)).ok_or_else(|| unknown(id))?;
         record.pinned = pinned;
         record.generation += 1;
         let (kind, kept) = match record.completed {
@@ -424,7 +478,11 @@ impl History {
 
     /// Whether `digest` is a log, an error or a predicate of a build, and its size.
     pub fn knows(&self, digest: Digest) -> Option<u64> {
-        lock(&self.entries).values().flat_map(|e| &e.summary.files).find(|f| f.digest == digest).map(|f| f.size)
+        lock(&self.entries)
+            .values()
+            .flat_map(|e| &e.summary.files)
+            .find(|f| f.digest == digest)
+            .map(|f| f.size)
     }
 
     /// What builds wrote into the content store: manifests and indexes.
@@ -432,7 +490,8 @@ impl History {
         lock(&self.entries).values().flat_map(|e| e.summary.written.iter().copied()).collect()
     }
 
-    /// A log, an error or a predicate, if `digest` is one and its bytes are what its name says. Blocks.
+    /// A log, an error or a predicate, if `digest` is one and its bytes are what its name says.
+    /// Blocks.
     pub fn open_file(&self, digest: Digest) -> Result<Option<File>> {
         if self.knows(digest).is_none() {
             return Ok(None);
@@ -464,8 +523,15 @@ fn count(events: &[Event]) -> Steps {
             _ => {}
         }
     }
-    let number = |f: &dyn Fn(&&&shipway_progress::VertexUpdate) -> bool| last.values().filter(|v| f(v)).count() as i32;
-    Steps { total: last.len() as i32, completed: number(&|v| v.completed.is_some()), cached: number(&|v| v.cached), warnings }
+    let number = |f: &dyn Fn(&&&shipway_progress::VertexUpdate) -> bool| {
+        last.values().filter(|v| f(v)).count() as i32
+    };
+    Steps {
+        total: last.len() as i32,
+        completed: number(&|v| v.completed.is_some()),
+        cached: number(&|v| v.cached),
+        warnings,
+    }
 }
 
 #[cfg(test)]
@@ -478,11 +544,19 @@ mod tests {
     }
 
     fn open_with(dir: &Path, limits: HistoryLimits) -> Arc<History> {
-        let encode = HistoryEncoders { log: Arc::new(|_, out| out.write_all(b"log")), fault: Arc::new(|f| f.to_string().into_bytes()) };
+        let encode = HistoryEncoders {
+            log: Arc::new(|_, out| out.write_all(b"log")),
+            fault: Arc::new(|f| f.to_string().into_bytes()),
+        };
         Arc::new(History::open(dir.to_owned(), limits, encode).unwrap())
     }
 
-    async fn build_with(history: &Arc<History>, id: &str, options: BTreeMap<String, String>, outcome: Result<BuildResponse>) {
+    async fn build_with(
+        history: &Arc<History>,
+        id: &str,
+        options: BTreeMap<String, String>,
+        outcome: Result<BuildResponse>,
+    ) {
         history.started(&BuildRequest { id: id.into(), options, ..BuildRequest::default() });
         history.completed(id, &Journal::new(), outcome).await;
     }
@@ -499,7 +573,15 @@ mod tests {
     async fn what_ended_outlives_the_daemon_and_nothing_else_does() {
         let dir = tempfile::tempdir().unwrap();
         let first = open(dir.path());
-        build(&first, "../../good", Ok(BuildResponse { metadata: [("a".into(), "b".into())].into(), ..BuildResponse::default() })).await;
+        build(
+            &first,
+            "../../good",
+            Ok(BuildResponse {
+                metadata: [("a".into(), "b".into())].into(),
+                ..BuildResponse::default()
+            }),
+        )
+        .await;
         build(&first, "bad", Err(Fault::not_found("no such thing").context("step"))).await;
         build(&first, "gone", Ok(BuildResponse::default())).await;
         first.pin("bad", true).unwrap();
@@ -515,10 +597,16 @@ mod tests {
         assert_eq!(next.get("../../good").unwrap().response["a"], "b");
         let bad = next.get("bad").unwrap();
         let error = bad.error.clone().unwrap();
-        assert_eq!((error.to_string().as_str(), error.code()), ("step: no such thing", shipway_fault::Code::NotFound));
+        assert_eq!(
+            (error.to_string().as_str(), error.code()),
+            ("step: no such thing", shipway_fault::Code::NotFound)
+        );
         assert!(bad.pinned && bad.options["target"] == "x");
         assert_eq!(next.summary("bad").unwrap().status, HistoryStatus::Error);
-        assert_eq!((text(&next, bad.log.unwrap()), text(&next, bad.failure.unwrap())), ("log".into(), "step: no such thing".into()));
+        assert_eq!(
+            (text(&next, bad.log.unwrap()), text(&next, bad.failure.unwrap())),
+            ("log".into(), "step: no such thing".into())
+        );
         next.delete("bad").unwrap();
         next.delete("../../good").unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
@@ -529,7 +617,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let first = open(dir.path());
         // As large as a message may be; control characters are six bytes each in JSON.
-        let huge = || [("build-arg:x".to_owned(), "\u{1}".repeat(15 << 20)), ("target".into(), "x".into())].into();
+        let huge = || {
+            [("build-arg:x".to_owned(), "\u{1}".repeat(15 << 20)), ("target".into(), "x".into())]
+                .into()
+        };
         for i in 0..8 {
             build_with(&first, &format!("build-{i}"), huge(), Ok(BuildResponse::default())).await;
         }
@@ -539,7 +630,10 @@ mod tests {
         let next = open(dir.path());
         assert_eq!(next.listen().0.len(), 8);
         let record = next.get("build-7").unwrap();
-        assert!(record.options["target"] == "x" && record.options["build-arg:x"].len() < 2 * clip::MAX_VALUE);
+        assert!(
+            record.options["target"] == "x"
+                && record.options["build-arg:x"].len() < 2 * clip::MAX_VALUE
+        );
         for file in std::fs::read_dir(dir.path()).unwrap() {
             assert!(file.unwrap().metadata().unwrap().len() <= kept::MAX_RECORD);
         }
@@ -568,9 +662,15 @@ mod tests {
         std::fs::write(dir.path().join(log.digest.hex()), "l").unwrap();
         std::fs::write(dir.path().join(failure.digest.hex()), "NO").unwrap();
         let next = open(dir.path());
-        assert_eq!((next.get("short").unwrap().log, next.summary("short").unwrap().log), (None, None));
+        assert_eq!(
+            (next.get("short").unwrap().log, next.summary("short").unwrap().log),
+            (None, None)
+        );
         assert!(next.open_file(log.digest).unwrap().is_none());
-        assert_eq!(next.open_file(failure.digest).unwrap_err().code(), shipway_fault::Code::DataLoss);
+        assert_eq!(
+            next.open_file(failure.digest).unwrap_err().code(),
+            shipway_fault::Code::DataLoss
+        );
     }
 
     #[tokio::test]
@@ -589,9 +689,17 @@ mod tests {
 
     #[test]
     fn a_repository_is_told_or_seen_in_the_context() {
-        let of = |options: &[(&str, &str)]| repository(&options.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect());
-        assert_eq!(of(&[("context", "https://example.org/a.git#main:sub")]).as_deref(), Some("https://example.org/a.git"));
-        assert_eq!(of(&[("context", "https://example.org/a.git"), ("vcs:source", "x")]).as_deref(), Some("x"));
+        let of = |options: &[(&str, &str)]| {
+            repository(&options.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect())
+        };
+        assert_eq!(
+            of(&[("context", "https://example.org/a.git#main:sub")]).as_deref(),
+            Some("https://example.org/a.git")
+        );
+        assert_eq!(
+            of(&[("context", "https://example.org/a.git"), ("vcs:source", "x")]).as_deref(),
+            Some("x")
+        );
         assert_eq!((of(&[("context", ".")]), of(&[])), (None, None));
     }
 }

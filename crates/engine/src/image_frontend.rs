@@ -1,4 +1,5 @@
-//! Frontends out of images (rows `gwctr.*`): the image's process speaks LLBBridge over its standard input and output.
+//! Frontends out of images (rows `gwctr.*`): the image's process speaks LLBBridge over its standard
+//! input and output.
 
 use crate::{
     bridge::{EngineBridge, SourceQuery},
@@ -9,11 +10,15 @@ use shipway_dockerfile2llb::FrontendOverride;
 use shipway_executor::{ExitStatus, Outlet, Output, Stream, Wires};
 use shipway_fault::{Code, Context as _, Detail, Fault, Result};
 use shipway_frontend::{
-    Bridge as _, BuildRef, Container as _, ContainerMount, ContainerProcess, ContainerRequest, FrontendResult, Options, Worker,
+    Bridge as _, BuildRef, Container as _, ContainerMount, ContainerProcess, ContainerRequest,
+    FrontendResult, Options, Worker,
 };
 use shipway_gateway::GatewayBuild;
 use shipway_gocompat::parse_bool;
-use shipway_llb::{Definition, FileDraft, FileMkfile, MarshalOptions, Mount, NetMode, SourceOp, State, VertexOptions};
+use shipway_llb::{
+    Definition, FileDraft, FileMkfile, MarshalOptions, Mount, NetMode, SourceOp, State,
+    VertexOptions,
+};
 use shipway_oci::{ImageConfig, ImageName, Platform};
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -51,7 +56,9 @@ impl ImageFrontends {
     pub fn new(enabled: bool, allowed: &[String]) -> Result<Self> {
         let repository = |name: &String| {
             let parsed = name.parse::<ImageName>();
-            parsed.map(|n| n.locator()).map_err(|e| Fault::invalid(format!("allowedRepositories: {name:?} names no repository: {e}")))
+            parsed.map(|n| n.locator()).map_err(|e| {
+                Fault::invalid(format!("allowedRepositories: {name:?} names no repository: {e}"))
+            })
         };
         Ok(Self { enabled, allowed: allowed.iter().map(repository).collect::<Result<_>>()? })
     }
@@ -65,7 +72,9 @@ impl ImageFrontends {
         if self.allowed.is_empty() {
             return Ok(());
         }
-        let name: ImageName = source.parse().map_err(|e| Fault::invalid(format!("{source:?} cannot name a frontend's image: {e}")))?;
+        let name: ImageName = source.parse().map_err(|e| {
+            Fault::invalid(format!("{source:?} cannot name a frontend's image: {e}"))
+        })?;
         if self.allowed.contains(&name.locator()) {
             return Ok(());
         }
@@ -95,7 +104,8 @@ struct FrontendImage {
 
 /// Names in a comma separated list, without what follows a `+`.
 fn caps(list: Option<&String>) -> BTreeSet<&str> {
-    let names = list.map_or("", String::as_str).split(',').map(|c| c.split('+').next().unwrap_or_default());
+    let names =
+        list.map_or("", String::as_str).split(',').map(|c| c.split('+').next().unwrap_or_default());
     names.filter(|c| !c.is_empty()).collect()
 }
 
@@ -103,7 +113,9 @@ impl FrontendImage {
     /// What the build puts in the place of the image `source`, if it does that, or the image
     /// itself.
     async fn find(bridge: &EngineBridge, source: &str, inner: &Arc<EngineBridge>) -> Result<Self> {
-        let Some(other) = FrontendOverride::find(&inner.options, source)? else { return Self::resolve(bridge, source).await };
+        let Some(other) = FrontendOverride::find(&inner.options, source)? else {
+            return Self::resolve(bridge, source).await;
+        };
         let parts = &bridge.scope.engine.parts;
         parts.image_frontends.check_override(&other.input)?;
         let (state, config) = other.load(inner.clone()).await?;
@@ -113,17 +125,28 @@ impl FrontendImage {
 
     async fn resolve(bridge: &EngineBridge, source: &str) -> Result<Self> {
         let scope = &bridge.scope;
-        let name: ImageName = source.parse().map_err(|e| Fault::invalid(format!("{source:?} cannot name a frontend's image: {e}")))?;
+        let name: ImageName = source.parse().map_err(|e| {
+            Fault::invalid(format!("{source:?} cannot name a frontend's image: {e}"))
+        })?;
         let platform = scope.engine.parts.platforms[0].clone();
-        let asked = SourceOp { identifier: format!("docker-image://{name}"), attrs: BTreeMap::new() };
+        let asked =
+            SourceOp { identifier: format!("docker-image://{name}"), attrs: BTreeMap::new() };
         let asked = scope.check(asked, Some(&platform), &[]).await?;
         // A policy may have put another in its place, and that may be the client's.
         let found = asked.identifier.strip_prefix("docker-image://").unwrap_or(&asked.identifier);
         scope.engine.parts.image_frontends.check(found)?;
-        let query = SourceQuery { platform: Some(platform.clone()), log_name: String::new(), ..SourceQuery::default() };
+        let query = SourceQuery {
+            platform: Some(platform.clone()),
+            log_name: String::new(),
+            ..SourceQuery::default()
+        };
         let meta = scope.resolve(asked, query).await?;
-        let image = meta.facts.image.ok_or_else(|| Fault::internal("an image was resolved without its config"))?;
-        let config = serde_json::from_slice(&image.config).map_err(|e| Fault::invalid(format!("read the config of {name}: {e}")))?;
+        let image = meta
+            .facts
+            .image
+            .ok_or_else(|| Fault::internal("an image was resolved without its config"))?;
+        let config = serde_json::from_slice(&image.config)
+            .map_err(|e| Fault::invalid(format!("read the config of {name}: {e}")))?;
         let name = name.with_digest(image.digest).to_string();
         let extra = BTreeMap::from([("image.recordtype".to_owned(), "frontend".to_owned())]);
         let state = State::image(&name, "", extra, Default::default());
@@ -134,15 +157,26 @@ impl FrontendImage {
     fn check_caps(&self, options: &Options, has_inputs: bool) -> Result<()> {
         let has = caps(self.config.config.labels.get("moby.buildkit.frontend.caps"));
         let inputs = has_inputs.then_some("moby.buildkit.frontend.inputs");
-        match caps(options.get("frontend.caps")).into_iter().chain(inputs).find(|c| !has.contains(c)) {
+        match caps(options.get("frontend.caps"))
+            .into_iter()
+            .chain(inputs)
+            .find(|c| !has.contains(c))
+        {
             None => Ok(()),
-            Some(lacking) => Err(Fault::new(shipway_fault::Code::Unimplemented, format!("unsupported frontend capability {lacking}"))
-                .detail(Detail::FrontendCap(lacking.to_owned()))),
+            Some(lacking) => Err(Fault::new(
+                shipway_fault::Code::Unimplemented,
+                format!("unsupported frontend capability {lacking}"),
+            )
+            .detail(Detail::FrontendCap(lacking.to_owned()))),
         }
     }
 
     fn marshal(&self, state: &State) -> Result<Definition> {
-        state.marshal(&MarshalOptions { platform: self.platform.clone(), caps: None, local_unique_id: String::new() })
+        state.marshal(&MarshalOptions {
+            platform: self.platform.clone(),
+            caps: None,
+            local_unique_id: String::new(),
+        })
     }
 
     /// A directory with what the frontend may want to know of itself: the definition of its files
@@ -155,23 +189,39 @@ impl FrontendImage {
             timestamp: Some(0),
             ..FileMkfile::default()
         };
-        let name = VertexOptions::named(format!("[internal] metadata of the frontend {}", self.name));
+        let name =
+            VertexOptions::named(format!("[internal] metadata of the frontend {}", self.name));
         self.marshal(&State::scratch().file(FileDraft::new().mkfile(file), name))
     }
 
-    fn process(&self, options: &Options, session: &str, worker: &Worker) -> Result<ContainerProcess> {
+    fn process(
+        &self,
+        options: &Options,
+        session: &str,
+        worker: &Worker,
+    ) -> Result<ContainerProcess> {
         let config = &self.config.config;
         let mut env = config.env.clone();
-        env.extend(options.iter().enumerate().map(|(i, (k, v))| format!("BUILDKIT_FRONTEND_OPT_{i}={k}={v}")));
+        env.extend(
+            options
+                .iter()
+                .enumerate()
+                .map(|(i, (k, v))| format!("BUILDKIT_FRONTEND_OPT_{i}={k}={v}")),
+        );
         let Worker { id, labels, platforms, package, version, revision } = worker;
-        let version = serde_json::json!({ "package": package, "version": version, "revision": revision });
+        let version =
+            serde_json::json!({ "package": package, "version": version, "revision": revision });
         let workers = serde_json::json!([{
             "id": id, "labels": labels, "platforms": platforms, "gcPolicy": null, "buildkitVersion": version, "cdiDevices": null,
         }]);
         env.push(format!("BUILDKIT_SESSION_ID={session}"));
         env.push(format!("BUILDKIT_WORKERS={workers}"));
         env.push("BUILDKIT_EXPORTEDPRODUCT=buildkit".to_owned());
-        let args = config.entrypoint.clone().filter(|e| !e.is_empty()).unwrap_or_else(|| vec!["/run".to_owned()]);
+        let args = config
+            .entrypoint
+            .clone()
+            .filter(|e| !e.is_empty())
+            .unwrap_or_else(|| vec!["/run".to_owned()]);
         Ok(ContainerProcess {
             args,
             env,
@@ -182,7 +232,13 @@ impl FrontendImage {
     }
 
     fn network(&self) -> NetMode {
-        match self.config.config.labels.get("moby.buildkit.frontend.network.none").and_then(|v| parse_bool(v)) {
+        match self
+            .config
+            .config
+            .labels
+            .get("moby.buildkit.frontend.network.none")
+            .and_then(|v| parse_bool(v))
+        {
             Some(true) => NetMode::None,
             _ => NetMode::Unset,
         }
@@ -212,7 +268,12 @@ impl LastWords {
 }
 
 /// Carries bytes between our end of a pipe and a process.
-async fn carry(ours: DuplexStream, to: mpsc::Sender<bytes::Bytes>, mut from: mpsc::Receiver<Output>, words: &LastWords) {
+async fn carry(
+    ours: DuplexStream,
+    to: mpsc::Sender<bytes::Bytes>,
+    mut from: mpsc::Receiver<Output>,
+    words: &LastWords,
+) {
     let (mut read, mut write) = tokio::io::split(ours);
     let there = async {
         let mut buffer = bytes::BytesMut::new();
@@ -240,14 +301,21 @@ async fn carry(ours: DuplexStream, to: mpsc::Sender<bytes::Bytes>, mut from: mps
 }
 
 /// Runs the frontend in the image `source`, which gets `inner` as its bridge.
-pub(crate) async fn run(bridge: &EngineBridge, source: &str, inner: EngineBridge) -> Result<FrontendResult> {
+pub(crate) async fn run(
+    bridge: &EngineBridge,
+    source: &str,
+    inner: EngineBridge,
+) -> Result<FrontendResult> {
     let doing = || format!("run the frontend {source}");
     let inner = Arc::new(inner);
     let image = FrontendImage::find(bridge, source, &inner).await.context(doing)?;
     image.check_caps(&inner.options, !inner.inputs.is_empty())?;
     let scope = bridge.scope.clone();
     let definition = image.marshal(&image.state)?;
-    let metadata = scope.state(image.metadata(&definition)?, &[], &Trail::root(Asked::default())).await.context(doing)?;
+    let metadata = scope
+        .state(image.metadata(&definition)?, &[], &Trail::root(Asked::default()))
+        .await
+        .context(doing)?;
     let state = scope.state(definition, &[], &bridge.trail).await.context(doing)?;
     let mount = |dest: &str, readonly: bool, state: Arc<dyn BuildRef>| ContainerMount {
         mount: Mount { dest: dest.into(), readonly, ..Mount::default() },
@@ -265,7 +333,8 @@ pub(crate) async fn run(bridge: &EngineBridge, source: &str, inner: EngineBridge
     let ((theirs, ours), words) = (tokio::io::duplex(PIPE), LastWords::default());
     let (to, input) = mpsc::channel(QUEUE);
     let (output, from) = mpsc::channel(QUEUE);
-    let wires = Wires { input: Some(input), output: Outlet::Queue(output), control: None, started: None };
+    let wires =
+        Wires { input: Some(input), output: Outlet::Queue(output), control: None, started: None };
     let end = container.start(process, wires);
     let serve = shipway_gateway::serve(build.clone(), theirs);
     let work = async {
@@ -280,7 +349,8 @@ pub(crate) async fn run(bridge: &EngineBridge, source: &str, inner: EngineBridge
     result.map_err(|fault| words.hint(fault).context(doing()))?
 }
 
-/// What the frontend returned, or why it returned nothing. One that has returned is not waited for for ever.
+/// What the frontend returned, or why it returned nothing. One that has returned is not waited for
+/// for ever.
 async fn outcome(
     work: impl Future<Output = Result<ExitStatus>>,
     mut returned: tokio::sync::oneshot::Receiver<Result<FrontendResult>>,
@@ -306,7 +376,9 @@ async fn outcome(
     }
     match (ended?, result) {
         (ExitStatus { code: 0, .. }, Ok(result)) => Ok(result),
-        (ExitStatus { code: 0, .. }, Err(_)) => Err(Fault::unknown("the frontend ended without a result")),
+        (ExitStatus { code: 0, .. }, Err(_)) => {
+            Err(Fault::unknown("the frontend ended without a result"))
+        }
         (ExitStatus { code, .. }, _) => Err(exited(code)),
     }
 }
@@ -321,44 +393,79 @@ mod tests {
 
     fn image(labels: &[(&str, &str)]) -> FrontendImage {
         let mut config = ImageConfig::default();
-        config.config.labels = labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        FrontendImage { name: "example.com/front:1".into(), config, state: State::scratch(), platform: Platform::host() }
+        config.config.labels =
+            labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        FrontendImage {
+            name: "example.com/front:1".into(),
+            config,
+            state: State::scratch(),
+            platform: Platform::host(),
+        }
     }
 
     #[test]
     fn a_frontend_is_asked_only_for_what_it_knows() {
         let options = |caps: &str| Options::from([("frontend.caps".to_owned(), caps.to_owned())]);
-        let image = image(&[("moby.buildkit.frontend.caps", "moby.buildkit.frontend.inputs,moby.buildkit.frontend.contexts+forward")]);
+        let image = image(&[(
+            "moby.buildkit.frontend.caps",
+            "moby.buildkit.frontend.inputs,moby.buildkit.frontend.contexts+forward",
+        )]);
         image.check_caps(&options("moby.buildkit.frontend.contexts"), true).unwrap();
-        let lacking = image.check_caps(&options("moby.buildkit.frontend.subrequests"), false).unwrap_err();
-        assert_eq!(lacking.details(), [Detail::FrontendCap("moby.buildkit.frontend.subrequests".into())]);
+        let lacking =
+            image.check_caps(&options("moby.buildkit.frontend.subrequests"), false).unwrap_err();
+        assert_eq!(
+            lacking.details(),
+            [Detail::FrontendCap("moby.buildkit.frontend.subrequests".into())]
+        );
     }
 
     #[test]
     fn a_frontend_is_told_of_everything_in_its_environment() {
-        let options = Options::from([("a".to_owned(), "1".to_owned()), ("b".to_owned(), "x=y".to_owned())]);
+        let options =
+            Options::from([("a".to_owned(), "1".to_owned()), ("b".to_owned(), "x=y".to_owned())]);
         let labels = [("l".to_owned(), "v".to_owned())].into();
-        let worker = Worker { id: "w".into(), labels, platforms: vec![Platform::host()], version: "v1".into(), ..Worker::default() };
-        let process = image(&[("moby.buildkit.frontend.network.none", "true")]).process(&options, "s", &worker).unwrap();
+        let worker = Worker {
+            id: "w".into(),
+            labels,
+            platforms: vec![Platform::host()],
+            version: "v1".into(),
+            ..Worker::default()
+        };
+        let process = image(&[("moby.buildkit.frontend.network.none", "true")])
+            .process(&options, "s", &worker)
+            .unwrap();
         assert_eq!(process.args, ["/run"]);
-        assert!(process.env.contains(&"BUILDKIT_FRONTEND_OPT_1=b=x=y".to_owned()), "{:?}", process.env);
+        assert!(
+            process.env.contains(&"BUILDKIT_FRONTEND_OPT_1=b=x=y".to_owned()),
+            "{:?}",
+            process.env
+        );
         assert!(process.env.contains(&"BUILDKIT_EXPORTEDPRODUCT=buildkit".to_owned()));
         let workers = process.env.iter().find_map(|e| e.strip_prefix("BUILDKIT_WORKERS=")).unwrap();
         let workers: serde_json::Value = serde_json::from_str(workers).unwrap();
         assert_eq!((&workers[0]["id"], &workers[0]["labels"]["l"]), (&"w".into(), &"v".into()));
-        assert_eq!((&workers[0]["platforms"][0]["os"], &workers[0]["buildkitVersion"]["version"]), (&"linux".into(), &"v1".into()));
+        assert_eq!(
+            (&workers[0]["platforms"][0]["os"], &workers[0]["buildkitVersion"]["version"]),
+            (&"linux".into(), &"v1".into())
+        );
     }
 
     #[tokio::test]
     async fn a_frontend_that_says_nothing_is_an_error() {
         let (_sender, returned) = tokio::sync::oneshot::channel();
-        let said = outcome(async { Ok(ExitStatus { code: 3, ..Default::default() }) }, returned).await.err().unwrap();
+        let said = outcome(async { Ok(ExitStatus { code: 3, ..Default::default() }) }, returned)
+            .await
+            .err()
+            .unwrap();
         assert_eq!(said.to_string(), "exit code: 3");
         let (sender, returned) = tokio::sync::oneshot::channel();
         assert!(sender.send(Ok(FrontendResult::of(None))).is_ok());
         assert!(outcome(async { Ok(ExitStatus::default()) }, returned).await.unwrap().is_ok());
         // The end counts more than a result, and a failure that was returned more than both.
-        for (returns, want) in [(Ok(FrontendResult::of(None)), "exit code: 3"), (Err(Fault::unknown("no such file")), "no such file")] {
+        for (returns, want) in [
+            (Ok(FrontendResult::of(None)), "exit code: 3"),
+            (Err(Fault::unknown("no such file")), "no such file"),
+        ] {
             let (sender, returned) = tokio::sync::oneshot::channel();
             assert!(sender.send(returns).is_ok());
             let work = async { Ok(ExitStatus { code: 3, ..Default::default() }) };

@@ -1,4 +1,5 @@
-//! What a build may use: rules that came with the request, and a client that is asked about every source (rows `so.pol*`, `cb.policy`).
+//! What a build may use: rules that came with the request, and a client that is asked about every
+//! source (rows `so.pol*`, `cb.policy`).
 
 use crate::{
     bridge::{BuildScope, SourceQuery},
@@ -39,8 +40,10 @@ impl BuildPolicy {
 }
 
 /// The identifier in the form that policies see.
-fn normalise(source: &mut SourceOp) {
-    if let Some(name) = source.identifier.strip_prefix("docker-image://").and_then(|n| n.parse::<ImageName>().ok()) {
+fn normalize(source: &mut SourceOp) {
+    if let Some(name) =
+        source.identifier.strip_prefix("docker-image://").and_then(|n| n.parse::<ImageName>().ok())
+    {
         source.identifier = format!("docker-image://{name}");
     } else if let Some((address, fragment)) = source.identifier.split_once('#')
         && address.starts_with("git://")
@@ -51,7 +54,8 @@ fn normalise(source: &mut SourceOp) {
         let subdir = inside(subdir);
         let colon = if subdir.is_empty() { "" } else { ":" };
         let fragment = format!("{reference}{colon}{subdir}");
-        source.identifier = if fragment.is_empty() { address.to_owned() } else { format!("{address}#{fragment}") };
+        source.identifier =
+            if fragment.is_empty() { address.to_owned() } else { format!("{address}#{fragment}") };
     }
 }
 
@@ -77,7 +81,12 @@ impl BuildScope {
     }
 
     /// `definition` with the sources that the policies make of its own.
-    pub(crate) async fn checked(&self, definition: Definition, graph: &Graph, more: &[SourcePolicy]) -> Result<Option<Definition>> {
+    pub(crate) async fn checked(
+        &self,
+        definition: Definition,
+        graph: &Graph,
+        more: &[SourcePolicy],
+    ) -> Result<Option<Definition>> {
         if self.policy.is_empty() && more.is_empty() {
             return Ok(None);
         }
@@ -89,26 +98,42 @@ impl BuildScope {
             let after = self.check(source.clone(), Some(&vertex.platform), more).await?;
             Ok::<_, Fault>((after != *source).then_some((vertex.digest, after)))
         });
-        let changed = try_join_all(check).await.context(|| "failed to load LLB: error evaluating the source policy")?;
+        let changed = try_join_all(check)
+            .await
+            .context(|| "failed to load LLB: error evaluating the source policy")?;
         let changed: HashMap<_, _> = changed.into_iter().flatten().collect();
-        if changed.is_empty() { Ok(None) } else { graph.with_sources(&definition, &changed).map(Some) }
+        if changed.is_empty() {
+            Ok(None)
+        } else {
+            graph.with_sources(&definition, &changed).map(Some)
+        }
     }
 
     /// The source that the policies make of `source`, or why it is not allowed.
-    pub(crate) async fn check(&self, mut source: SourceOp, platform: Option<&Platform>, more: &[SourcePolicy]) -> Result<SourceOp> {
+    pub(crate) async fn check(
+        &self,
+        mut source: SourceOp,
+        platform: Option<&Platform>,
+        more: &[SourcePolicy],
+    ) -> Result<SourceOp> {
         if self.policy.is_empty() && more.is_empty() {
             return Ok(source);
         }
         let rules = self.rules(more);
         let client = match &self.policy.session {
-            Some(id) => {
-                Some(self.engine.parts.sessions.get(&SessionId::new(id)).await.context(|| "find the client that decides on sources")?)
-            }
+            Some(id) => Some(
+                self.engine
+                    .parts
+                    .sessions
+                    .get(&SessionId::new(id))
+                    .await
+                    .context(|| "find the client that decides on sources")?,
+            ),
             None => None,
         };
         let mut facts = SourceFacts::default();
         for _ in 0..MAX_ROUNDS {
-            normalise(&mut source);
+            normalize(&mut source);
             let rules = rules.clone();
             source = heavy(move || policy::evaluate(&rules, &mut source).map(|_| source)).await?;
             let Some(client) = &client else { return Ok(source) };
@@ -122,9 +147,19 @@ impl BuildScope {
         Err(Fault::invalid("too many policy requests"))
     }
 
-    async fn ask(&self, client: &Session, source: &SourceOp, platform: Option<&Platform>, facts: SourceFacts) -> Result<PolicyAnswer> {
-        let subject =
-            PolicySubject { identifier: source.identifier.clone(), attrs: source.attrs.clone(), platform: platform.cloned(), facts };
+    async fn ask(
+        &self,
+        client: &Session,
+        source: &SourceOp,
+        platform: Option<&Platform>,
+        facts: SourceFacts,
+    ) -> Result<PolicyAnswer> {
+        let subject = PolicySubject {
+            identifier: source.identifier.clone(),
+            attrs: source.attrs.clone(),
+            platform: platform.cloned(),
+            facts,
+        };
         client.check_policy(&subject).await
     }
 
@@ -132,7 +167,9 @@ impl BuildScope {
     async fn answer(&self, source: &SourceOp, question: PolicyQuestion) -> Result<SourceFacts> {
         if question.identifier != source.identifier {
             let (asked, about) = (&question.identifier, &source.identifier);
-            return Err(Fault::invalid(format!("policy requested different source identifier: {asked:?} != {about:?}")));
+            return Err(Fault::invalid(format!(
+                "policy requested different source identifier: {asked:?} != {about:?}"
+            )));
         }
         if question.attrs != source.attrs {
             return Err(Fault::invalid("policy requested different source attrs"));
@@ -156,7 +193,10 @@ impl BuildScope {
                 attestations: question.attestations,
             },
         };
-        let meta = self.resolve(source.clone(), query).await.context(|| "error resolving source metadata from policy request")?;
+        let meta = self
+            .resolve(source.clone(), query)
+            .await
+            .context(|| "error resolving source metadata from policy request")?;
         let mut facts = meta.facts;
         if question.no_config {
             facts.image.iter_mut().for_each(|i| i.config.clear());
@@ -173,7 +213,7 @@ mod tests {
     fn policies_see_one_name_however_a_source_is_written() {
         let check = |from: &str, to: &str| {
             let mut source = SourceOp { identifier: from.into(), attrs: Default::default() };
-            normalise(&mut source);
+            normalize(&mut source);
             assert_eq!(source.identifier, to);
         };
         check("docker-image://busybox", "docker-image://docker.io/library/busybox:latest");

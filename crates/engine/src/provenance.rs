@@ -1,10 +1,12 @@
-//! What a build's results are made of (rows `at.prov.*`): from the states, the requests that led to them, and what the solver knows.
+//! What a build's results are made of (rows `at.prov.*`): from the states, the requests that led to
+//! them, and what the solver knows.
 
 use crate::{bridge::BuildScope, state::EngineRef, trail::Trail};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::Value;
 use shipway_attest::{
-    BuildConfig, BuildStep, Capture, ImageSource, LayerMap, Mode, Parameters, Predicate, ProvenanceOptions, Source, SourceInfo,
+    BuildConfig, BuildStep, Capture, ImageSource, LayerMap, Mode, Parameters, Predicate,
+    ProvenanceOptions, Source, SourceInfo,
 };
 use shipway_dockerfile2llb::git_address;
 use shipway_fault::{Result, redact_text};
@@ -40,26 +42,45 @@ impl Worked {
         let mut seen = HashSet::from([top.id]);
         let mut queue = vec![top];
         while let Some(vertex) = queue.pop() {
-            self.0.get(&vertex.id).map_or(vertex, |known| &known.vertex).op.capture(&mut capture)?;
-            queue.extend(vertex.inputs.iter().map(|(input, _)| input).filter(|i| seen.insert(i.id)));
+            self.0
+                .get(&vertex.id)
+                .map_or(vertex, |known| &known.vertex)
+                .op
+                .capture(&mut capture)?;
+            queue
+                .extend(vertex.inputs.iter().map(|(input, _)| input).filter(|i| seen.insert(i.id)));
         }
         Ok(capture)
     }
 
-    /// The results of the vertices below `top`, and of `top` itself, which came to `result`. What a cached result was made from is known by the
-    /// states below it.
-    fn states(&self, top: &Arc<Vertex<LlbOp>>, output: usize, result: &ImmutableRef) -> HashMap<(Digest, usize), ImmutableRef> {
+    /// The results of the vertices below `top`, and of `top` itself, which came to `result`. What a
+    /// cached result was made from is known by the states below it.
+    fn states(
+        &self,
+        top: &Arc<Vertex<LlbOp>>,
+        output: usize,
+        result: &ImmutableRef,
+    ) -> HashMap<(Digest, usize), ImmutableRef> {
         let mut states = HashMap::from([((top.id.digest, output), result.clone())]);
         let mut seen = HashSet::from([top.id]);
         let mut queue = vec![top.clone()];
         while let Some(vertex) = queue.pop() {
             if let Some(known) = self.0.get(&vertex.id) {
-                states.extend(known.outputs.iter().map(|(output, state)| ((vertex.id.digest, *output), state.clone())));
+                states.extend(
+                    known
+                        .outputs
+                        .iter()
+                        .map(|(output, state)| ((vertex.id.digest, *output), state.clone())),
+                );
             }
-            queue.extend(vertex.inputs.iter().map(|(input, _)| input).filter(|i| seen.insert(i.id)).cloned());
+            queue.extend(
+                vertex.inputs.iter().map(|(input, _)| input).filter(|i| seen.insert(i.id)).cloned(),
+            );
         }
         let (mut vertex, mut state) = (top.clone(), result.clone());
-        while let (Some((input, output)), Some(parent)) = (vertex.inputs.first().cloned(), state.parent()) {
+        while let (Some((input, output)), Some(parent)) =
+            (vertex.inputs.first().cloned(), state.parent())
+        {
             state = states.entry((input.id.digest, output)).or_insert(parent).clone();
             vertex = input;
         }
@@ -68,17 +89,28 @@ impl Worked {
 }
 
 /// Images without those for other platforms, where there is one for each platform of the result.
-fn for_platform(images: Vec<ImageSource>, current: &Platform, all: &[Platform]) -> Vec<ImageSource> {
-    let fits = |image: &ImageSource, wanted: &Platform| image.platform.as_ref().is_some_and(|p| p.rank_for(wanted).is_some());
-    let everywhere = |name: &ImageSource| all.iter().all(|p| images.iter().any(|i| i.name == name.name && fits(i, p)));
+fn for_platform(
+    images: Vec<ImageSource>,
+    current: &Platform,
+    all: &[Platform],
+) -> Vec<ImageSource> {
+    let fits = |image: &ImageSource, wanted: &Platform| {
+        image.platform.as_ref().is_some_and(|p| p.rank_for(wanted).is_some())
+    };
+    let everywhere = |name: &ImageSource| {
+        all.iter().all(|p| images.iter().any(|i| i.name == name.name && fits(i, p)))
+    };
     let kept = images.iter().filter(|image| match &image.platform {
-        Some(p) if everywhere(image) => (&p.os, &p.architecture) == (&current.os, &current.architecture),
+        Some(p) if everywhere(image) => {
+            (&p.os, &p.architecture) == (&current.os, &current.architecture)
+        }
         _ => true,
     });
     kept.cloned().collect()
 }
 
-/// What is known of `state`, a part of a result for `platforms` of which it is `current`; the other states of the result are `others`.
+/// What is known of `state`, a part of a result for `platforms` of which it is `current`; the other
+/// states of the result are `others`.
 pub(crate) async fn tell(
     scope: &BuildScope,
     worked: &Arc<Worked>,
@@ -89,9 +121,15 @@ pub(crate) async fn tell(
     let producers = &scope.engine.producers;
     let mut capture = worked.capture(&state.vertex)?;
     let Some(trail) = state.trail.upgrade() else {
-        return Ok(Told { state: state.clone(), capture: capture.tidied(), request: Parameters::default(), worked: worked.clone() });
+        return Ok(Told {
+            state: state.clone(),
+            capture: capture.tidied(),
+            request: Parameters::default(),
+            worked: worked.clone(),
+        });
     };
-    // The request is told with the sources of the result alone, as what else it used has other addresses.
+    // The request is told with the sources of the result alone, as what else it used has other
+    // addresses.
     let request = trail.parameters(&capture.sources, producers);
     let mut seen = others.clone();
     seen.insert(state.id.clone());
@@ -126,7 +164,9 @@ fn redacted(value: Value) -> Value {
     match value {
         Value::String(text) => Value::String(redact_text(&text)),
         Value::Array(all) => Value::Array(all.into_iter().map(redacted).collect()),
-        Value::Object(all) => Value::Object(all.into_iter().map(|(key, value)| (key, redacted(value))).collect()),
+        Value::Object(all) => {
+            Value::Object(all.into_iter().map(|(key, value)| (key, redacted(value))).collect())
+        }
         other => other,
     }
 }
@@ -137,7 +177,8 @@ fn steps_of(definition: &Definition) -> Result<(BuildConfig, BTreeMap<String, us
         let id = format!("step{position}");
         config.digests.insert(op.digest.to_string(), id.clone());
         positions.insert(op.digest.to_string(), position);
-        let inputs = op.inputs.iter().map(|(input, output)| format!("step{input}:{output}")).collect();
+        let inputs =
+            op.inputs.iter().map(|(input, output)| format!("step{input}:{output}")).collect();
         config.steps.push(BuildStep { id, op: redacted(op.op), inputs });
     }
     Ok((config, positions))
@@ -148,7 +189,13 @@ impl Told {
     pub fn predicate(&self, scope: &BuildScope, options: &ProvenanceOptions) -> Result<Predicate> {
         let mut request = self.request.clone();
         request.compatibility_version = scope.compatibility;
-        let mut predicate = Predicate::new(&self.capture, &request, options, scope.engine.parts.builder.clone(), git_address)?;
+        let mut predicate = Predicate::new(
+            &self.capture,
+            &request,
+            options,
+            scope.engine.parts.builder.clone(),
+            git_address,
+        )?;
         predicate.metadata.invocation = scope.invocation.clone();
         predicate.metadata.started = Some(scope.started);
         if options.mode == Mode::Min {
@@ -186,11 +233,19 @@ impl Told {
         let result = self.state.state().await?;
         let (_, positions) = steps_of(&self.state.definition)?;
         let mut layers = LayerMap::new();
-        for ((digest, output), state) in self.worked.states(&self.state.vertex, self.state.output, &result) {
-            let (Some(position), Some(known)) = (positions.get(&digest.to_string()), state.known_layers()) else { continue };
+        for ((digest, output), state) in
+            self.worked.states(&self.state.vertex, self.state.output, &result)
+        {
+            let (Some(position), Some(known)) =
+                (positions.get(&digest.to_string()), state.known_layers())
+            else {
+                continue;
+            };
             let blobs: Option<Vec<_>> = known.into_iter().map(|l| l.blob).collect();
             if let Some(mut blobs) = blobs.filter(|b| !b.is_empty()) {
-                blobs.iter_mut().for_each(|b| b.annotations.retain(|k, _| !shipway_exporters::is_internal(k)));
+                blobs
+                    .iter_mut()
+                    .for_each(|b| b.annotations.retain(|k, _| !shipway_exporters::is_internal(k)));
                 layers.entry(format!("step{position}:{output}")).or_default().push(blobs);
             }
         }
@@ -204,7 +259,8 @@ impl Told {
         if predicate.steps.is_some() {
             predicate.metadata.layers = self.layers().await?;
         }
-        serde_json::to_vec_pretty(&predicate.json()).map_err(|e| shipway_fault::Fault::internal(format!("encode provenance: {e}")))
+        serde_json::to_vec_pretty(&predicate.json())
+            .map_err(|e| shipway_fault::Fault::internal(format!("encode provenance: {e}")))
     }
 }
 
@@ -222,9 +278,16 @@ mod tests {
             stored: None,
         };
         let all: Vec<Platform> = ["linux/amd64", "linux/arm64"].map(|p| p.parse().unwrap()).into();
-        let images = vec![image("a", "linux/amd64"), image("a", "linux/arm64"), image("tool", "linux/amd64")];
+        let images = vec![
+            image("a", "linux/amd64"),
+            image("a", "linux/arm64"),
+            image("tool", "linux/amd64"),
+        ];
         let kept = for_platform(images, &all[1], &all);
-        let names: Vec<String> = kept.iter().map(|i| format!("{} {}", i.name.familiar(), i.platform.as_ref().unwrap())).collect();
+        let names: Vec<String> = kept
+            .iter()
+            .map(|i| format!("{} {}", i.name.familiar(), i.platform.as_ref().unwrap()))
+            .collect();
         assert_eq!(names, ["a:latest linux/arm64", "tool:latest linux/amd64"]);
     }
 }

@@ -1,4 +1,5 @@
-//! Reading files out of a state for a frontend (rows `gw.readfile`, `gw.readdir`, `gw.statfile`). Paths never leave the root.
+//! Reading files out of a state for a frontend (rows `gw.readfile`, `gw.readdir`, `gw.statfile`).
+//! Paths never leave the root.
 
 use bytes::Bytes;
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
@@ -31,28 +32,46 @@ const MAX_XATTR: usize = 64 << 10;
 const MAX_WALK: usize = 1_000_000;
 
 fn open(root: &Path, path: &str, flags: OFlags) -> Result<OwnedFd> {
-    let what = |e: rustix::io::Errno| Fault::io(format!("open {path}"), e.into()).with_class(shipway_fault::Class::User);
-    let dir = rustix::fs::open(root, OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(what)?;
+    let what = |e: rustix::io::Errno| {
+        Fault::io(format!("open {path}"), e.into()).with_class(shipway_fault::Class::User)
+    };
+    let dir =
+        rustix::fs::open(root, OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            .map_err(what)?;
     let relative = path.trim_start_matches('/');
     let relative = if relative.is_empty() { "." } else { relative };
-    rustix::fs::openat2(&dir, relative, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
-        .map_err(what)
+    rustix::fs::openat2(
+        &dir,
+        relative,
+        flags | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+    )
+    .map_err(what)
 }
 
 /// A file, or a range of it.
 pub(crate) fn read_file(root: &Path, path: &str, range: Option<(u64, u64)>) -> Result<Bytes> {
     let found = open(root, path, OFlags::PATH)?;
-    let opened = shipway_executor::reopen_regular(found.as_fd()).map_err(|e| Fault::io(format!("open {path}"), e.into()))?;
+    let opened = shipway_executor::reopen_regular(found.as_fd())
+        .map_err(|e| Fault::io(format!("open {path}"), e.into()))?;
     let Some(mut file) = opened else {
-        let is_dir = rustix::fs::fstat(&found).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Directory);
-        return Err(Fault::invalid(format!("read {path}: {}", if is_dir { "is a directory" } else { "is not a regular file" })));
+        let is_dir = rustix::fs::fstat(&found)
+            .is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Directory);
+        return Err(Fault::invalid(format!(
+            "read {path}: {}",
+            if is_dir { "is a directory" } else { "is not a regular file" }
+        )));
     };
     let meta = file.metadata().map_err(|e| Fault::io(format!("stat {path}"), e))?;
     let (offset, length) = range.unwrap_or((0, 0));
     let rest = meta.len().saturating_sub(offset);
     let length = if length == 0 { rest } else { length.min(rest) };
     if length > MAX_FILE {
-        return Err(Fault::invalid(format!("read {path}: {length} bytes are more than {MAX_FILE}")).hint("read it in ranges"));
+        return Err(Fault::invalid(format!(
+            "read {path}: {length} bytes are more than {MAX_FILE}"
+        ))
+        .hint("read it in ranges"));
     }
     file.seek(SeekFrom::Start(offset)).map_err(|e| Fault::io(format!("seek {path}"), e))?;
     // Ranges are often as long as they may be, and files short.
@@ -63,9 +82,12 @@ pub(crate) fn read_file(root: &Path, path: &str, range: Option<(u64, u64)>) -> R
 
 /// What is told of the file behind `fd`, which was opened as a path only.
 fn stat_of(fd: OwnedFd, path: String) -> Result<(FileStat, std::fs::Metadata)> {
-    let linkname = rustix::fs::readlinkat(&fd, "", Vec::new()).map(|l| l.to_string_lossy().into_owned()).unwrap_or_default();
+    let linkname = rustix::fs::readlinkat(&fd, "", Vec::new())
+        .map(|l| l.to_string_lossy().into_owned())
+        .unwrap_or_default();
     let xattrs = xattrs_of(&fd);
-    let meta = std::fs::File::from(fd).metadata().map_err(|e| Fault::io(format!("stat {path}"), e))?;
+    let meta =
+        std::fs::File::from(fd).metadata().map_err(|e| Fault::io(format!("stat {path}"), e))?;
     let is_device = matches!(meta.mode() & 0o170_000, 0o060_000 | 0o020_000);
     let device = |number: fn(u64) -> u32| if is_device { number(meta.rdev()).into() } else { 0 };
     let stat = FileStat {
@@ -114,7 +136,9 @@ pub(crate) fn stat_file(root: &Path, path: &str) -> Result<FileStat> {
     let top = open(root, "", OFlags::PATH | OFlags::DIRECTORY)?;
     let place = |fd: &OwnedFd| std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok();
     let name = match (place(&fd), place(&top)) {
-        (Some(place), Some(top)) if place != top => place.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
+        (Some(place), Some(top)) if place != top => {
+            place.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+        }
         _ => "/".to_owned(),
     };
     stat_of(fd, name).map(|(stat, _)| stat)
@@ -129,18 +153,28 @@ pub(crate) fn read_dir(root: &Path, path: &str, include: Option<&str>) -> Result
     let (mut entries, mut first, mut xattrs) = (Vec::<FileStat>::new(), HashMap::new(), 0);
     for name in names_in(&fd, path)? {
         let what = |e: rustix::io::Errno| Fault::io(format!("read directory {path}"), e.into());
-        let one = rustix::fs::openat(&fd, &name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()).map_err(what)?;
+        let one = rustix::fs::openat(
+            &fd,
+            &name,
+            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(what)?;
         let shown = name.to_string_lossy().into_owned();
         if !filter.wants(&fd, &shown)? {
             continue;
         }
         if entries.len() == MAX_ENTRIES {
-            return Err(Fault::invalid(format!("read directory {path}: more than {MAX_ENTRIES} entries")));
+            return Err(Fault::invalid(format!(
+                "read directory {path}: more than {MAX_ENTRIES} entries"
+            )));
         }
         let (mut stat, meta) = stat_of(one, shown)?;
         xattrs += stat.xattrs.values().map(Vec::len).sum::<usize>();
         if xattrs > MAX_XATTRS {
-            return Err(Fault::invalid(format!("read directory {path}: more than {MAX_XATTRS} bytes of extended attributes")));
+            return Err(Fault::invalid(format!(
+                "read directory {path}: more than {MAX_XATTRS} bytes of extended attributes"
+            )));
         }
         if meta.nlink() > 1 && !meta.is_dir() && !meta.is_symlink() {
             match first.get(&(meta.dev(), meta.ino())) {
@@ -164,7 +198,9 @@ fn names_in(dir: &OwnedFd, path: &str) -> Result<Vec<OsString>> {
             continue;
         }
         if names.len() == MAX_WALK {
-            return Err(Fault::invalid(format!("read directory {path}: more than {MAX_WALK} entries")));
+            return Err(Fault::invalid(format!(
+                "read directory {path}: more than {MAX_WALK} entries"
+            )));
         }
         names.push(name.to_owned());
     }
@@ -189,8 +225,12 @@ impl Filter<'_> {
         let mut waiting = vec![(name.to_owned(), DirMatch::default())];
         while let Some((path, parent)) = waiting.pop() {
             let Some(left) = self.left.checked_sub(1) else {
-                let message = format!("read directory {}: the pattern was looked for in more than {MAX_WALK} entries", self.path);
-                return Err(Fault::invalid(message).hint("use a pattern that begins with the name of a directory"));
+                let message = format!(
+                    "read directory {}: the pattern was looked for in more than {MAX_WALK} entries",
+                    self.path
+                );
+                return Err(Fault::invalid(message)
+                    .hint("use a pattern that begins with the name of a directory"));
             };
             self.left = left;
             // Only directories can be opened so; links are not followed, at any depth.
@@ -202,7 +242,8 @@ impl Filter<'_> {
                 (Verdict::Keep, _) => return Ok(true),
                 (Verdict::Pass, Some(below)) => {
                     for name in names_in(&below, self.path)? {
-                        waiting.push((format!("{path}/{}", name.to_string_lossy()), matched.clone()));
+                        waiting
+                            .push((format!("{path}/{}", name.to_string_lossy()), matched.clone()));
                     }
                 }
                 _ => {}
@@ -242,11 +283,21 @@ mod tests {
         std::fs::write(dir.path().join("one"), "1").unwrap();
         std::fs::hard_link(dir.path().join("one"), dir.path().join("two")).unwrap();
         std::fs::write(dir.path().join("three"), "333").unwrap();
-        rustix::fs::setxattr(dir.path().join("three"), "user.a", b"b", rustix::fs::XattrFlags::empty()).unwrap();
+        rustix::fs::setxattr(
+            dir.path().join("three"),
+            "user.a",
+            b"b",
+            rustix::fs::XattrFlags::empty(),
+        )
+        .unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("socket")).unwrap();
         let all = read_dir(dir.path(), "", None).unwrap();
-        let told: Vec<_> = all.iter().map(|s| (&*s.path, s.size, &*s.linkname, s.xattrs.len())).collect();
-        assert_eq!(told, [("one", 1, "", 0), ("socket", 0, "", 0), ("three", 3, "", 1), ("two", 0, "one", 0)]);
+        let told: Vec<_> =
+            all.iter().map(|s| (&*s.path, s.size, &*s.linkname, s.xattrs.len())).collect();
+        assert_eq!(
+            told,
+            [("one", 1, "", 0), ("socket", 0, "", 0), ("three", 3, "", 1), ("two", 0, "one", 0)]
+        );
         assert_eq!(all[1].mode & !0o777, 0, "a socket has no type");
         assert_eq!(stat_file(dir.path(), "three").unwrap().xattrs["user.a"], b"b");
         // One alone is no link.
@@ -261,7 +312,11 @@ mod tests {
         for path in ["src/deep/a.go", "src/b.rs", "docs/c.md", "a.go", "empty/"] {
             let path = dir.path().join(path);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            let made = if path.to_string_lossy().ends_with('/') { std::fs::create_dir_all(&path) } else { std::fs::write(&path, "") };
+            let made = if path.to_string_lossy().ends_with('/') {
+                std::fs::create_dir_all(&path)
+            } else {
+                std::fs::write(&path, "")
+            };
             made.unwrap();
         }
         std::os::unix::fs::symlink("src", dir.path().join("link")).unwrap();
@@ -274,7 +329,11 @@ mod tests {
             ("*/b.rs", &["src"]),
             ("[^a]*", &["docs", "empty", "link", "src"]),
         ] {
-            let names: Vec<String> = read_dir(dir.path(), "", Some(pattern)).unwrap().into_iter().map(|s| s.path).collect();
+            let names: Vec<String> = read_dir(dir.path(), "", Some(pattern))
+                .unwrap()
+                .into_iter()
+                .map(|s| s.path)
+                .collect();
             assert_eq!(names, want, "{pattern}");
         }
     }

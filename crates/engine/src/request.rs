@@ -68,10 +68,17 @@ pub struct BuildResponse {
 }
 
 impl BuildRequest {
-    /// The built-in frontend by its other name becomes the built-in frontend, unless the Dockerfile's own context is given by name.
+    /// The built-in frontend by its other name becomes the built-in frontend, unless the
+    /// Dockerfile's own context is given by name.
     pub(crate) fn simplify(&mut self) {
-        let named = self.options.keys().any(|k| k == "context:dockerfile.v0" || k.starts_with("context:dockerfile.v0::"));
-        if self.frontend == "gateway.v0" && self.options.get("source").is_some_and(|s| s == "dockerfile.v0") && !named {
+        let named = self
+            .options
+            .keys()
+            .any(|k| k == "context:dockerfile.v0" || k.starts_with("context:dockerfile.v0::"));
+        if self.frontend == "gateway.v0"
+            && self.options.get("source").is_some_and(|s| s == "dockerfile.v0")
+            && !named
+        {
             self.frontend = "dockerfile.v0".into();
             self.options.remove("source");
         }
@@ -81,7 +88,9 @@ impl BuildRequest {
     pub(crate) fn entitlements(&self, allowed: &[String]) -> Result<Entitlements> {
         let mut granted = Entitlements::default();
         for asked in &self.entitlements {
-            let (name, which) = asked.split_once('=').map_or((asked.as_str(), None), |(name, which)| (name, Some(which)));
+            let (name, which) = asked
+                .split_once('=')
+                .map_or((asked.as_str(), None), |(name, which)| (name, Some(which)));
             match (name, which) {
                 ("network.host", None) => granted.network_host = true,
                 ("security.insecure", None) => granted.security_insecure = true,
@@ -89,7 +98,9 @@ impl BuildRequest {
                 _ => return Err(Fault::invalid(format!("unknown entitlement {asked}"))),
             }
             if !allowed.iter().any(|a| a == name) {
-                let message = format!("granting entitlement {name} is not allowed by build daemon configuration");
+                let message = format!(
+                    "granting entitlement {name} is not allowed by build daemon configuration"
+                );
                 let advice = match name {
                     "device" => {
                         "the daemon was told not to give devices to steps: `disabled` of [cdi] in its configuration, or --cdi-disabled"

@@ -22,15 +22,22 @@ pub(crate) async fn scan(
 ) -> Result<Vec<(String, ExportAttestation)>> {
     // What the scanner uses is not what the result is made of: it has a trail of its own.
     let trail = Trail::root(Asked::default());
-    let bridge =
-        EngineBridge { scope: scope.clone(), options: Options::default(), inputs: BTreeMap::new(), depth: 0, trail: trail.clone() };
+    let bridge = EngineBridge {
+        scope: scope.clone(),
+        options: Options::default(),
+        inputs: BTreeMap::new(),
+        depth: 0,
+        trail: trail.clone(),
+    };
     let mode = match options.get("image-resolve-mode").map(String::as_str) {
         Some("pull") => ResolveMode::ForcePull,
         Some("local") => ResolveMode::PreferLocal,
         _ => ResolveMode::Default,
     };
     let platform = scope.engine.parts.platforms[0].clone();
-    let scanner = Scanner::find(&bridge, sbom, platform, mode).await.context(|| "find the scanner for an SBOM")?;
+    let scanner = Scanner::find(&bridge, sbom, platform, mode)
+        .await
+        .context(|| "find the scanner for an SBOM")?;
     // `no-cache` without stages is for all of them.
     let ignore_cache = options.get("no-cache").is_some_and(String::is_empty);
     let mut found = Vec::new();

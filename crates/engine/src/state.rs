@@ -46,7 +46,8 @@ impl LeftRef {
     pub(crate) fn of(fault: &Fault) -> Vec<Arc<dyn BuildRef>> {
         let of = |remains: Arc<Remains>| {
             let ids: Vec<String> = remains.ids().map(str::to_owned).collect();
-            ids.into_iter().map(move |id| Arc::new(Self { id, remains: remains.clone() }) as Arc<dyn BuildRef>)
+            ids.into_iter()
+                .map(move |id| Arc::new(Self { id, remains: remains.clone() }) as Arc<dyn BuildRef>)
         };
         Remains::of(fault).flat_map(of).collect()
     }
@@ -64,7 +65,10 @@ pub(crate) async fn state_of(state: &dyn BuildRef) -> Result<ImmutableRef> {
 
 /// Does `work` with the state, and again with another one if the first turns out to be lost: the
 /// cache had promised it, and whoever had its bytes is gone.
-pub(crate) async fn with<T>(state: &dyn BuildRef, work: impl AsyncFn(ImmutableRef) -> Result<T>) -> Result<T> {
+pub(crate) async fn with<T>(
+    state: &dyn BuildRef,
+    work: impl AsyncFn(ImmutableRef) -> Result<T>,
+) -> Result<T> {
     let mut tries = 0;
     loop {
         tries += 1;
@@ -90,9 +94,16 @@ pub(crate) fn announce(state: &dyn BuildRef, compression: Compression) {
     }
 }
 
-async fn read<T: Send + 'static>(state: &dyn BuildRef, f: impl FnOnce(&Path) -> Result<T> + Send + 'static) -> Result<T> {
-    let mount = with(state, async |state| state.mount().await).await.context(|| "read from a build's result")?;
-    tokio::task::spawn_blocking(move || f(mount.path())).await.map_err(|e| Fault::internal(format!("a read failed: {e}")))?
+async fn read<T: Send + 'static>(
+    state: &dyn BuildRef,
+    f: impl FnOnce(&Path) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let mount = with(state, async |state| state.mount().await)
+        .await
+        .context(|| "read from a build's result")?;
+    tokio::task::spawn_blocking(move || f(mount.path()))
+        .await
+        .map_err(|e| Fault::internal(format!("a read failed: {e}")))?
 }
 
 impl EngineRef {
@@ -112,7 +123,9 @@ impl EngineRef {
     pub(crate) fn vertices(&self) -> HashSet<Digest> {
         let (mut seen, mut queue) = (HashSet::from([self.vertex.id.digest]), vec![&self.vertex]);
         while let Some(next) = queue.pop() {
-            queue.extend(next.inputs.iter().map(|(input, _)| input).filter(|i| seen.insert(i.id.digest)));
+            queue.extend(
+                next.inputs.iter().map(|(input, _)| input).filter(|i| seen.insert(i.id.digest)),
+            );
         }
         seen
     }
@@ -136,7 +149,8 @@ impl EngineRef {
         true
     }
 
-    /// The state, solved now if it was not before. Errors carry the lines of the source that the failing vertex came from (row `err.source`).
+    /// The state, solved now if it was not before. Errors carry the lines of the source that the
+    /// failing vertex came from (row `err.source`).
     pub async fn state(&self) -> Result<ImmutableRef> {
         let _one = self.solving.lock().await;
         if let Some(solved) = self.solved().clone() {
@@ -145,7 +159,12 @@ impl EngineRef {
         let solve = async {
             match self.scope.job.build(self.vertex.clone(), self.output).await {
                 Ok((state, _)) => {
-                    self.scope.engine.parts.services.sources.wanted_by(&state, &self.scope.data.sessions);
+                    self.scope
+                        .engine
+                        .parts
+                        .services
+                        .sources
+                        .wanted_by(&state, &self.scope.data.sessions);
                     Ok(state)
                 }
                 Err(fault) => Err(self.scope.explain(self.place(fault)).await),
@@ -163,10 +182,16 @@ impl EngineRef {
         });
         let (Some(vertex), Some(source)) = (vertex, &self.definition.source) else { return fault };
         let placed = |digest: &str| source.find(digest).next().is_some();
-        // What has no lines of its own, such as the file that an instruction adds, is shown by the lines of what wants it.
-        let of = if placed(&vertex) { vertex } else { self.wanting(&vertex, placed).unwrap_or(vertex) };
-        let places: Vec<_> = source.find(&of).map(|(file, spans)| Detail::Source { file: file.clone(), spans: spans.to_vec() }).collect();
-        // Clients take what comes first for the innermost, which is what was said last (row `err.source`).
+        // What has no lines of its own, such as the file that an instruction adds, is shown by the
+        // lines of what wants it.
+        let of =
+            if placed(&vertex) { vertex } else { self.wanting(&vertex, placed).unwrap_or(vertex) };
+        let places: Vec<_> = source
+            .find(&of)
+            .map(|(file, spans)| Detail::Source { file: file.clone(), spans: spans.to_vec() })
+            .collect();
+        // Clients take what comes first for the innermost, which is what was said last (row
+        // `err.source`).
         places.into_iter().rev().fold(fault, Fault::detail)
     }
 
@@ -176,10 +201,14 @@ impl EngineRef {
         let mut queue = vec![&self.vertex];
         while let Some(next) = queue.pop() {
             let digest = next.id.digest.to_string();
-            if next.inputs.iter().any(|(input, _)| input.id.digest.to_string() == vertex) && placed(&digest) {
+            if next.inputs.iter().any(|(input, _)| input.id.digest.to_string() == vertex)
+                && placed(&digest)
+            {
                 return Some(digest);
             }
-            queue.extend(next.inputs.iter().map(|(input, _)| input).filter(|i| seen.insert(i.id.digest)));
+            queue.extend(
+                next.inputs.iter().map(|(input, _)| input).filter(|i| seen.insert(i.id.digest)),
+            );
         }
         None
     }

@@ -1,5 +1,5 @@
-//! Who asked for what: one trail per frontend of a build, so that provenance can tell for each state which request led to it, and what
-//! else that request used.
+//! Who asked for what: one trail per frontend of a build, so that provenance can tell for each
+//! state which request led to it, and what else that request used.
 
 use crate::state::EngineRef;
 use shipway_attest::{ImageSource, Parameters, RequestProvenance, Sources, filter_args};
@@ -31,7 +31,12 @@ impl Asked {
 
     /// The request as provenance tells it.
     fn told(&self, sources: &Sources, producers: &Producers) -> RequestProvenance {
-        let mut told = RequestProvenance::new(&self.frontend, filter_args(&self.options), sources, git_address);
+        let mut told = RequestProvenance::new(
+            &self.frontend,
+            filter_args(&self.options),
+            sources,
+            git_address,
+        );
         if let Some(request) = &mut told.request {
             request.inputs = producers.of(&self.inputs);
         }
@@ -62,7 +67,8 @@ impl Trail {
         Arc::new(Self { asked: None, root, log: Mutex::default() })
     }
 
-    /// The trail of a frontend that is called from here. It counts once it is [adopted](Self::adopt).
+    /// The trail of a frontend that is called from here. It counts once it is
+    /// [adopted](Self::adopt).
     pub fn nested(&self, request: Asked) -> Arc<Self> {
         let root = self.root.clone().or_else(|| self.asked.clone());
         Arc::new(Self { asked: Some(Arc::new(request)), root, log: Mutex::default() })
@@ -96,7 +102,11 @@ impl Trail {
     /// The request with what it was made for; `None` for the build itself.
     pub fn request(&self, sources: &Sources, producers: &Producers) -> Option<RequestProvenance> {
         let mut told = self.asked.as_ref()?.told(sources, producers);
-        let root = self.root.as_ref().map(|r| r.told(sources, producers)).filter(|r| !r.is_empty() && *r != told);
+        let root = self
+            .root
+            .as_ref()
+            .map(|r| r.told(sources, producers))
+            .filter(|r| !r.is_empty() && *r != told);
         if let Some(request) = &mut told.request {
             request.root = root.map(Box::new);
         }
@@ -111,7 +121,8 @@ impl Trail {
     }
 }
 
-/// Which requests made the states that other requests take as inputs, by the digest of the states' definitions.
+/// Which requests made the states that other requests take as inputs, by the digest of the states'
+/// definitions.
 #[derive(Clone, Default)]
 pub(crate) struct Producers(Arc<Mutex<HashMap<Digest, Vec<Arc<RequestProvenance>>>>>);
 
@@ -147,11 +158,17 @@ impl Producers {
     fn of(&self, inputs: &BTreeMap<String, Definition>) -> BTreeMap<String, RequestProvenance> {
         let all = lock(&self.0);
         let one = |definition: &Definition| {
-            let mut requests = all.get(&definition.head()?)?.iter().map(|r| RequestProvenance::clone(r).rootless());
+            let mut requests = all
+                .get(&definition.head()?)?
+                .iter()
+                .map(|r| RequestProvenance::clone(r).rootless());
             let first = requests.next()?;
             requests.all(|r| r == first).then_some(first)
         };
-        inputs.iter().filter_map(|(name, definition)| Some((name.clone(), one(definition)?))).collect()
+        inputs
+            .iter()
+            .filter_map(|(name, definition)| Some((name.clone(), one(definition)?)))
+            .collect()
     }
 }
 
@@ -172,9 +189,15 @@ mod tests {
         assert_eq!(same.request(&none, &producers).unwrap().request.unwrap().root, None);
         let below = same.nested(asked("b"));
         let told = below.parameters(&none, &producers);
-        assert_eq!((told.frontend.as_str(), told.root.unwrap().request.unwrap().frontend.as_str()), ("b", "a"));
+        assert_eq!(
+            (told.frontend.as_str(), told.root.unwrap().request.unwrap().frontend.as_str()),
+            ("b", "a")
+        );
         // A build that the client drives has no request of its own.
         let driven = Trail::root(Asked::default()).nested(asked("c")).nested(asked("d"));
-        assert_eq!(driven.parameters(&none, &producers).root.unwrap().request.unwrap().frontend, "c");
+        assert_eq!(
+            driven.parameters(&none, &producers).root.unwrap().request.unwrap().frontend,
+            "c"
+        );
     }
 }

@@ -70,7 +70,12 @@ fn thin(samples: &mut Vec<Value>) -> bool {
 fn sample() -> Option<Value> {
     let read = |name: &str| std::fs::read_to_string(format!("/proc/{name}")).ok();
     let pressure = ["cpu", "memory", "io"].map(|what| read(&format!("pressure/{what}")));
-    Some(system_sample(SystemTime::now(), &read("stat")?, &read("meminfo")?, pressure.each_ref().map(Option::as_deref)))
+    Some(system_sample(
+        SystemTime::now(),
+        &read("stat")?,
+        &read("meminfo")?,
+        pressure.each_ref().map(Option::as_deref),
+    ))
 }
 
 #[cfg(test)]
@@ -84,6 +89,11 @@ mod tests {
         tokio::time::sleep(INTERVAL * 1000).await;
         let samples = sampler.samples();
         assert!((MAX_SAMPLES / 2..=MAX_SAMPLES + 1).contains(&samples.len()), "{}", samples.len());
-        assert!(samples.iter().all(|s| s["cpuStat"]["user"].is_number() && s["memoryStat"]["total"].is_number()), "{samples:?}");
+        assert!(
+            samples
+                .iter()
+                .all(|s| s["cpuStat"]["user"].is_number() && s["memoryStat"]["total"].is_number()),
+            "{samples:?}"
+        );
     }
 }

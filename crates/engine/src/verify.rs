@@ -1,4 +1,5 @@
-//! Whether a result is for the platforms that were asked for; if not, that is worth a warning (row `ex.c.verify`).
+//! Whether a result is for the platforms that were asked for; if not, that is worth a warning (row
+//! `ex.c.verify`).
 
 use crate::bridge::BuildScope;
 use shipway_exporters::ExportInput;
@@ -7,7 +8,12 @@ use shipway_progress::{Event, WarningUpdate};
 use std::{collections::BTreeSet, sync::Arc};
 
 /// Warns on the vertex of the first exporter, or on one of its own if there is none.
-pub(crate) fn warn(scope: &BuildScope, requested: Option<&str>, input: &ExportInput, exporters: usize) {
+pub(crate) fn warn(
+    scope: &BuildScope,
+    requested: Option<&str>,
+    input: &ExportInput,
+    exporters: usize,
+) {
     let host = &scope.engine.parts.platforms[0];
     let warnings = warnings(requested, host, input);
     if warnings.is_empty() {
@@ -35,7 +41,9 @@ pub(crate) fn warn(scope: &BuildScope, requested: Option<&str>, input: &ExportIn
 }
 
 fn warnings(requested: Option<&str>, host: &Platform, input: &ExportInput) -> Vec<String> {
-    let nothing = !input.is_map && !input.metadata.contains_key("refs.platforms") && input.platforms.iter().all(|p| p.state.is_scratch());
+    let nothing = !input.is_map
+        && !input.metadata.contains_key("refs.platforms")
+        && input.platforms.iter().all(|p| p.state.is_scratch());
     if nothing {
         return Vec::new();
     }
@@ -43,14 +51,22 @@ fn warnings(requested: Option<&str>, host: &Platform, input: &ExportInput) -> Ve
     compare(requested, host, &results, input.is_map)
 }
 
-fn compare(requested: Option<&str>, host: &Platform, results: &[&Platform], is_map: bool) -> Vec<String> {
+fn compare(
+    requested: Option<&str>,
+    host: &Platform,
+    results: &[&Platform],
+    is_map: bool,
+) -> Vec<String> {
     let (mut wanted, mut warnings) = (BTreeSet::new(), Vec::new());
     let host_text = host.to_string();
-    let requested: Vec<&str> = requested.map_or_else(|| vec![host_text.as_str()], |r| r.split(',').collect());
+    let requested: Vec<&str> =
+        requested.map_or_else(|| vec![host_text.as_str()], |r| r.split(',').collect());
     for text in &requested {
         match text.parse::<Platform>() {
             Err(e) => warnings.push(format!("Invalid platform result requested {text:?}: {e}")),
-            Ok(platform) if !wanted.insert(platform.to_string()) => warnings.push(format!("Duplicate platform result requested {text:?}")),
+            Ok(platform) if !wanted.insert(platform.to_string()) => {
+                warnings.push(format!("Duplicate platform result requested {text:?}"))
+            }
             Ok(_) => {}
         }
     }
@@ -66,12 +82,22 @@ fn compare(requested: Option<&str>, host: &Platform, results: &[&Platform], is_m
             if wanted.contains(&only.to_string()) || wanted.contains(&without.to_string()) {
                 Vec::new()
             } else {
-                vec![format!("Requested platform {:?} does not match result platform {:?}", requested[0], only.to_string())]
+                vec![format!(
+                    "Requested platform {:?} does not match result platform {:?}",
+                    requested[0],
+                    only.to_string()
+                )]
             }
         }
-        (2.., _) if !is_map => vec!["Multiple platforms requested but result is not multi-platform".into()],
+        (2.., _) if !is_map => {
+            vec!["Multiple platforms requested but result is not multi-platform".into()]
+        }
         _ if wanted != there => {
-            vec![format!("Requested platforms {} do not match result platforms {}", list(&wanted), list(&there))]
+            vec![format!(
+                "Requested platforms {} do not match result platforms {}",
+                list(&wanted),
+                list(&there)
+            )]
         }
         _ => Vec::new(),
     }
@@ -85,19 +111,32 @@ mod tests {
     fn check(requested: Option<&str>, results: &[&str], is_map: bool, expected: &str) {
         let results: Vec<Platform> = results.iter().map(|r| r.parse().unwrap()).collect();
         let host = "linux/amd64".parse().unwrap();
-        let found = compare(requested, &host, &results.iter().collect::<Vec<_>>(), is_map).join("; ");
+        let found =
+            compare(requested, &host, &results.iter().collect::<Vec<_>>(), is_map).join("; ");
         assert_eq!(found, expected, "{requested:?}");
     }
 
     #[test]
     fn results_are_held_against_requests() {
         check(None, &["linux/amd64"], false, "");
-        check(Some("linux/amd64,linux/arm64"), &["linux/amd64"], false, "Multiple platforms requested but result is not multi-platform");
+        check(
+            Some("linux/amd64,linux/arm64"),
+            &["linux/amd64"],
+            false,
+            "Multiple platforms requested but result is not multi-platform",
+        );
         check(Some("linux/amd64,linux/arm64"), &["linux/arm64", "linux/amd64"], true, "");
-        let two = "Requested platforms linux/amd64 do not match result platforms linux/amd64,linux/arm64";
+        let two =
+            "Requested platforms linux/amd64 do not match result platforms linux/amd64,linux/arm64";
         check(None, &["linux/amd64", "linux/arm64"], true, two);
-        let one = r#"Requested platform "linux/arm64" does not match result platform "linux/amd64""#;
+        let one =
+            r#"Requested platform "linux/arm64" does not match result platform "linux/amd64""#;
         check(Some("linux/arm64"), &["linux/amd64"], false, one);
-        check(Some("linux/arm64,linux/arm64"), &["linux/arm64"], true, r#"Duplicate platform result requested "linux/arm64""#);
+        check(
+            Some("linux/arm64,linux/arm64"),
+            &["linux/arm64"],
+            true,
+            r#"Duplicate platform result requested "linux/arm64""#,
+        );
     }
 }

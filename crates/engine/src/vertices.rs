@@ -9,13 +9,17 @@ use std::sync::Arc;
 const PROXIED: u8 = 1;
 
 /// The solver's vertex and output index for the result of `graph`.
-pub(crate) fn of_graph(graph: &Graph, services: &Arc<Services>, ignore_cache: bool) -> (Arc<Vertex<LlbOp>>, usize) {
+pub(crate) fn of_graph(
+    graph: &Graph,
+    services: &Arc<Services>,
+    ignore_cache: bool,
+) -> (Arc<Vertex<LlbOp>>, usize) {
     let mut made: Vec<Arc<Vertex<LlbOp>>> = Vec::with_capacity(graph.vertices.len());
     for vertex in &graph.vertices {
         // What a proxied process wrote, and what is made of it, is not shared with builds that have
         // no proxy (row `exec.proxynet`).
-        let proxied =
-            matches!(&vertex.op, Op::Exec(exec) if exec.proxied) || vertex.inputs.iter().any(|e| made[e.vertex].id.variant == PROXIED);
+        let proxied = matches!(&vertex.op, Op::Exec(exec) if exec.proxied)
+            || vertex.inputs.iter().any(|e| made[e.vertex].id.variant == PROXIED);
         let group = vertex.metadata.progress_group.as_ref().map(|g| shipway_progress::Group {
             id: g.id.clone(),
             name: g.name.clone(),

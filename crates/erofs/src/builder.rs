@@ -1,4 +1,5 @@
-//! The tree of a layer: entries in the order of its tar, with the meaning that unpacking gives them.
+//! The tree of a layer: entries in the order of its tar, with the meaning that unpacking gives
+//! them.
 
 use crate::{
     BLOCK, BuildError, Image, Xattr, limits,
@@ -34,8 +35,8 @@ impl OpaqueMark {
 /// What is said of an image beside its entries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
-    /// The file system's UUID. Overlayfs finds the origin of a copied-up file by it, so layers that meet in one overlay should differ;
-    /// zeros are "none".
+    /// The file system's UUID. Overlayfs finds the origin of a copied-up file by it, so layers that
+    /// meet in one overlay should differ; zeros are "none".
     pub uuid: [u8; 16],
     /// How opaque directories are marked.
     pub opaque: OpaqueMark,
@@ -84,7 +85,10 @@ impl DeviceNumber {
     }
 
     pub(crate) fn decode(encoded: u32) -> Self {
-        Self { major: (encoded >> 8) & limits::DEVICE_MAJOR, minor: (encoded & 0xff) | ((encoded >> 12) & !0xff) }
+        Self {
+            major: (encoded >> 8) & limits::DEVICE_MAJOR,
+            minor: (encoded & 0xff) | ((encoded >> 12) & !0xff),
+        }
     }
 }
 
@@ -116,8 +120,8 @@ pub enum Node<'a> {
     Fifo,
 }
 
-/// Where a regular file's contents belong in the data file, in blocks of [`BLOCK`] bytes. The rest of the last block has to be zeros: programs that
-/// map the file see it.
+/// Where a regular file's contents belong in the data file, in blocks of [`BLOCK`] bytes. The rest
+/// of the last block has to be zeros: programs that map the file see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// First block.
@@ -129,7 +133,8 @@ pub struct Extent {
 /// What became of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Inserted {
-    /// Nothing: the entry is the root, whose attributes layers do not change when containerd unpacks them.
+    /// Nothing: the entry is the root, whose attributes layers do not change when containerd
+    /// unpacks them.
     Root,
     /// A regular file, and where its contents belong.
     File(Extent),
@@ -152,7 +157,8 @@ pub const ROOT: InodeId = 0;
 /// The inode of entries that are gone, and the end of lists; beyond [`limits::ENTRIES`].
 const NONE: u32 = u32::MAX;
 
-/// What an inode is. Of a directory, `first` begins the list of its entries, and in an [`Image`] it is the place of its first entry in order.
+/// What an inode is. Of a directory, `first` begins the list of its entries, and in an [`Image`] it
+/// is the place of its first entry in order.
 #[derive(Clone, Copy)]
 pub enum Payload {
     Directory { parent: InodeId, first: u32, implied: bool },
@@ -234,18 +240,21 @@ impl Tree {
 
 /// Collects a layer's entries.
 ///
-/// Paths are bytes, relative to the layer's root, whether they begin with a slash or not. What unpacking does is done here as text, and no
-/// file system is asked:
+/// Paths are bytes, relative to the layer's root, whether they begin with a slash or not. What
+/// unpacking does is done here as text, and no file system is asked:
 ///
-/// - `..` takes the name before it back; symbolic links of this layer on the way to a parent are followed inside the root;
-/// - a parent that is missing is made, `0755` and root's (containerd takes the attributes of the directory below, if there is one: ask
-///   [`Builder::implied`] and insert those);
-/// - a directory over a directory changes its attributes and adds to its extended ones; anything else replaces what was there, with all
-///   that was in it;
+/// - `..` takes the name before it back; symbolic links of this layer on the way to a parent are
+///   followed inside the root;
+/// - a parent that is missing is made, `0755` and root's (containerd takes the attributes of the
+///   directory below, if there is one: ask [`Builder::implied`] and insert those);
+/// - a directory over a directory changes its attributes and adds to its extended ones; anything
+///   else replaces what was there, with all that was in it;
 /// - a hard link needs its target before it, and gives it its attributes;
-/// - `.wh.name` becomes a whiteout of `name` unless this layer has the name already, and `.wh..wh..opq` makes its directory opaque.
+/// - `.wh.name` becomes a whiteout of `name` unless this layer has the name already, and
+///   `.wh..wh..opq` makes its directory opaque.
 ///
-/// Contents get blocks of the data file in the order of insertion; those of a file that is replaced later stay unused.
+/// Contents get blocks of the data file in the order of insertion; those of a file that is replaced
+/// later stay unused.
 pub struct Builder {
     tree: Tree,
     /// Entries by directory and name.
@@ -267,14 +276,28 @@ struct Way {
 impl Builder {
     /// A tree with nothing but the root, which has the attributes `root`.
     pub fn new(options: Options, root: &Attributes<'_>) -> Result<Self, BuildError> {
-        let tree = Tree { options, text: Vec::new(), entries: Vec::new(), inodes: Vec::new(), xattrs: Xattrs::new(), data_blocks: 0 };
-        let mut builder = Self { tree, table: HashTable::new(), hasher: RandomState::new(), linked_bytes: 0 };
-        builder.add_inode(Payload::Directory { parent: ROOT, first: NONE, implied: false }, root)?;
+        let tree = Tree {
+            options,
+            text: Vec::new(),
+            entries: Vec::new(),
+            inodes: Vec::new(),
+            xattrs: Xattrs::new(),
+            data_blocks: 0,
+        };
+        let mut builder =
+            Self { tree, table: HashTable::new(), hasher: RandomState::new(), linked_bytes: 0 };
+        builder
+            .add_inode(Payload::Directory { parent: ROOT, first: NONE, implied: false }, root)?;
         Ok(builder)
     }
 
     /// Inserts an entry.
-    pub fn insert(&mut self, path: &[u8], attributes: &Attributes<'_>, node: Node<'_>) -> Result<Inserted, BuildError> {
+    pub fn insert(
+        &mut self,
+        path: &[u8],
+        attributes: &Attributes<'_>,
+        node: Node<'_>,
+    ) -> Result<Inserted, BuildError> {
         let path = clean(path)?;
         let Some((parent, name)) = split(&path) else { return Ok(Inserted::Root) };
         if name.len() > limits::NAME_BYTES {
@@ -294,7 +317,8 @@ impl Builder {
         if let (Some(entry), Node::Directory) = (found, node) {
             let inode = self.tree.entries[entry as usize].inode;
             if let Payload::Directory { parent, first, .. } = self.tree.inode(inode).payload {
-                self.tree.inodes[inode as usize].payload = Payload::Directory { parent, first, implied: false };
+                self.tree.inodes[inode as usize].payload =
+                    Payload::Directory { parent, first, implied: false };
                 self.set_attributes(inode, attributes)?;
                 return Ok(Inserted::Entry);
             }
@@ -305,8 +329,8 @@ impl Builder {
         Ok(inserted)
     }
 
-    /// Paths of directories that no entry told, but whose entries were. Parents come before what is in them. An error if the paths have more bytes
-    /// together than [`limits::IMPLIED_BYTES`].
+    /// Paths of directories that no entry told, but whose entries were. Parents come before what is
+    /// in them. An error if the paths have more bytes together than [`limits::IMPLIED_BYTES`].
     pub fn implied(&self) -> Result<Vec<Vec<u8>>, BuildError> {
         let live = (0..self.tree.entries.len() as u32).filter(|e| self.tree.is_live(*e));
         let implied = live.filter(|e| {
@@ -341,7 +365,8 @@ impl Builder {
         Ok(paths)
     }
 
-    /// Entries so far, with those that were implied, without those that were replaced; the root does not count.
+    /// Entries so far, with those that were implied, without those that were replaced; the root
+    /// does not count.
     pub fn len(&self) -> usize {
         self.table.len()
     }
@@ -357,7 +382,11 @@ impl Builder {
         Image::of(self.tree, limits::IMAGE_BYTES)
     }
 
-    fn payload(&mut self, parent: InodeId, node: Node<'_>) -> Result<(Payload, Inserted), BuildError> {
+    fn payload(
+        &mut self,
+        parent: InodeId,
+        node: Node<'_>,
+    ) -> Result<(Payload, Inserted), BuildError> {
         let payload = match node {
             Node::Directory => Payload::Directory { parent, first: NONE, implied: false },
             Node::File { size } => {
@@ -382,7 +411,10 @@ impl Builder {
 
     fn allocate(&mut self, size: u64) -> Result<Extent, BuildError> {
         let (block, blocks) = (self.tree.data_blocks, size.div_ceil(BLOCK));
-        let end = block.checked_add(blocks).filter(|end| *end < limits::BLOCKS).ok_or(BuildError::TooMuchData)?;
+        let end = block
+            .checked_add(blocks)
+            .filter(|end| *end < limits::BLOCKS)
+            .ok_or(BuildError::TooMuchData)?;
         self.tree.data_blocks = end;
         Ok(Extent { block: block as u32, blocks: blocks as u32 })
     }
@@ -394,19 +426,34 @@ impl Builder {
         Ok(Inserted::Opaque)
     }
 
-    /// A device `0:0` without permissions, as overlayfs makes it. What the layer itself has stays: whiteouts are for lower layers.
-    fn whiteout(&mut self, parent: InodeId, hidden: &[u8], attributes: &Attributes<'_>) -> Result<Inserted, BuildError> {
+    /// A device `0:0` without permissions, as overlayfs makes it. What the layer itself has stays:
+    /// whiteouts are for lower layers.
+    fn whiteout(
+        &mut self,
+        parent: InodeId,
+        hidden: &[u8],
+        attributes: &Attributes<'_>,
+    ) -> Result<Inserted, BuildError> {
         if matches!(hidden, b"" | b"." | b"..") {
             return Err(BuildError::Whiteout);
         }
         if self.find(parent, hidden).is_none() {
-            let inode = self.add_inode(Payload::CharDevice(0), &Attributes { mode: 0, xattrs: &[], ..*attributes })?;
+            let inode = self.add_inode(
+                Payload::CharDevice(0),
+                &Attributes { mode: 0, xattrs: &[], ..*attributes },
+            )?;
             self.place(parent, hidden, inode, None)?;
         }
         Ok(Inserted::Whiteout)
     }
 
-    fn hard_link(&mut self, parent: InodeId, name: &[u8], target: &[u8], attributes: &Attributes<'_>) -> Result<Inserted, BuildError> {
+    fn hard_link(
+        &mut self,
+        parent: InodeId,
+        name: &[u8],
+        target: &[u8],
+        attributes: &Attributes<'_>,
+    ) -> Result<Inserted, BuildError> {
         let target = clean(target)?;
         let (above, base) = split(&target).ok_or(BuildError::HardLink)?;
         // What has the name goes first, so that a link to it, or to something in it, finds nothing.
@@ -421,7 +468,10 @@ impl Builder {
         };
         let way = self.walk(above)?;
         let at = if way.missing.is_empty() { self.find(way.directory, base) } else { None };
-        let inode = at.map(|e| self.tree.entries[e as usize].inode).filter(|i| *i != nothing).ok_or(BuildError::HardLink)?;
+        let inode = at
+            .map(|e| self.tree.entries[e as usize].inode)
+            .filter(|i| *i != nothing)
+            .ok_or(BuildError::HardLink)?;
         if self.tree.inode(inode).is_directory() {
             return Err(BuildError::HardLink);
         }
@@ -434,13 +484,20 @@ impl Builder {
         }
         self.tree.inodes[inode as usize].nlink += 1;
         // To set an owner takes capabilities away.
-        self.tree.inodes[inode as usize].xattrs = self.tree.xattrs.without(self.tree.inode(inode).xattrs, CAPABILITY)?;
+        self.tree.inodes[inode as usize].xattrs =
+            self.tree.xattrs.without(self.tree.inode(inode).xattrs, CAPABILITY)?;
         self.set_attributes(inode, attributes)?;
         Ok(Inserted::Entry)
     }
 
     /// Gives `name` to a new inode; `found` is the entry that has the name.
-    fn place(&mut self, parent: InodeId, name: &[u8], inode: InodeId, found: Option<u32>) -> Result<(), BuildError> {
+    fn place(
+        &mut self,
+        parent: InodeId,
+        name: &[u8],
+        inode: InodeId,
+        found: Option<u32>,
+    ) -> Result<(), BuildError> {
         match found {
             Some(entry) => {
                 let old = std::mem::replace(&mut self.tree.entries[entry as usize].inode, inode);
@@ -454,7 +511,8 @@ impl Builder {
         Ok(())
     }
 
-    /// Takes a name from an inode of the directory `parent`, and all that is in it if it is a directory.
+    /// Takes a name from an inode of the directory `parent`, and all that is in it if it is a
+    /// directory.
     fn release(&mut self, parent: InodeId, inode: InodeId) {
         if !self.tree.inode(inode).is_directory() {
             self.tree.inodes[inode as usize].nlink -= 1;
@@ -464,7 +522,9 @@ impl Builder {
         let mut gone = vec![inode];
         while let Some(directory) = gone.pop() {
             self.tree.inodes[directory as usize].nlink = 0;
-            let Payload::Directory { mut first, .. } = self.tree.inode(directory).payload else { continue };
+            let Payload::Directory { mut first, .. } = self.tree.inode(directory).payload else {
+                continue;
+            };
             while first != NONE {
                 let entry = self.tree.entries[first as usize];
                 let hash = hash_of(&self.hasher, directory, self.tree.name(first));
@@ -484,7 +544,8 @@ impl Builder {
     }
 
     fn find(&self, parent: InodeId, name: &[u8]) -> Option<u32> {
-        let is = |e: &u32| self.tree.entries[*e as usize].parent == parent && self.tree.name(*e) == name;
+        let is =
+            |e: &u32| self.tree.entries[*e as usize].parent == parent && self.tree.name(*e) == name;
         self.table.find(hash_of(&self.hasher, parent, name), is).copied()
     }
 
@@ -497,7 +558,10 @@ impl Builder {
                 return Err(BuildError::Path);
             }
             let implied = Attributes { mode: 0o755, ..Attributes::default() };
-            let inode = self.add_inode(Payload::Directory { parent: directory, first: NONE, implied: true }, &implied)?;
+            let inode = self.add_inode(
+                Payload::Directory { parent: directory, first: NONE, implied: true },
+                &implied,
+            )?;
             self.place(directory, &name, inode, None)?;
             directory = inode;
         }
@@ -512,21 +576,26 @@ impl Builder {
             let Some(link) = self.walk_to_link(&path, &mut way)? else { return Ok(way) };
             links += 1;
             self.linked_bytes += link.len();
-            if links > limits::LINKS || link.len() > 2 * limits::PATH_BYTES || self.linked_bytes > limits::LINKED_PATH_BYTES {
+            if links > limits::LINKS
+                || link.len() > 2 * limits::PATH_BYTES
+                || self.linked_bytes > limits::LINKED_PATH_BYTES
+            {
                 return Err(BuildError::TooManyLinks);
             }
             path = Cow::Owned(link);
         }
     }
 
-    /// Goes on with `way` along `path` to its end, or to a symbolic link: then what is to be followed from there.
+    /// Goes on with `way` along `path` to its end, or to a symbolic link: then what is to be
+    /// followed from there.
     fn walk_to_link(&self, path: &[u8], way: &mut Way) -> Result<Option<Vec<u8>>, BuildError> {
         let mut rest = components(path);
         while let Some(name) = rest.next() {
             if name == b".." {
                 // The root's parent is the root.
                 if way.missing.pop().is_none()
-                    && let Payload::Directory { parent, .. } = self.tree.inode(way.directory).payload
+                    && let Payload::Directory { parent, .. } =
+                        self.tree.inode(way.directory).payload
                 {
                     way.directory = parent;
                 }
@@ -555,19 +624,36 @@ impl Builder {
         Ok(None)
     }
 
-    fn add_inode(&mut self, payload: Payload, attributes: &Attributes<'_>) -> Result<InodeId, BuildError> {
+    fn add_inode(
+        &mut self,
+        payload: Payload,
+        attributes: &Attributes<'_>,
+    ) -> Result<InodeId, BuildError> {
         // The root is one more.
         if self.tree.inodes.len() > limits::ENTRIES {
             return Err(BuildError::TooManyEntries);
         }
         let id = self.tree.inodes.len() as InodeId;
         let none = SetId::default();
-        self.tree.inodes.push(Inode { payload, mtime: 0, nanoseconds: 0, uid: 0, gid: 0, nlink: 2, xattrs: none, mode: 0 });
+        self.tree.inodes.push(Inode {
+            payload,
+            mtime: 0,
+            nanoseconds: 0,
+            uid: 0,
+            gid: 0,
+            nlink: 2,
+            xattrs: none,
+            mode: 0,
+        });
         self.set_attributes(id, attributes)?;
         Ok(id)
     }
 
-    fn set_attributes(&mut self, id: InodeId, attributes: &Attributes<'_>) -> Result<(), BuildError> {
+    fn set_attributes(
+        &mut self,
+        id: InodeId,
+        attributes: &Attributes<'_>,
+    ) -> Result<(), BuildError> {
         if attributes.mode > 0o7777 {
             return Err(BuildError::Mode);
         }
@@ -576,25 +662,36 @@ impl Builder {
         }
         let inode = &mut self.tree.inodes[id as usize];
         inode.xattrs = self.tree.xattrs.with(inode.xattrs, attributes.xattrs, inode.holder())?;
-        inode.mode = if matches!(inode.payload, Payload::Symlink { .. }) { 0o777 } else { attributes.mode };
+        inode.mode =
+            if matches!(inode.payload, Payload::Symlink { .. }) { 0o777 } else { attributes.mode };
         (inode.uid, inode.gid) = (attributes.uid, attributes.gid);
         (inode.mtime, inode.nanoseconds) = (attributes.mtime.seconds, attributes.mtime.nanoseconds);
         Ok(())
     }
 
     /// Adds a name that the directory does not have.
-    fn add_entry(&mut self, parent: InodeId, name: &[u8], inode: InodeId) -> Result<(), BuildError> {
+    fn add_entry(
+        &mut self,
+        parent: InodeId,
+        name: &[u8],
+        inode: InodeId,
+    ) -> Result<(), BuildError> {
         if self.tree.entries.len() >= limits::ENTRIES {
             return Err(BuildError::TooManyEntries);
         }
         let name_at = self.add_text(name)?;
         let id = self.tree.entries.len() as u32;
-        let Payload::Directory { first, .. } = &mut self.tree.inodes[parent as usize].payload else { return Err(BuildError::NotDirectory) };
+        let Payload::Directory { first, .. } = &mut self.tree.inodes[parent as usize].payload
+        else {
+            return Err(BuildError::NotDirectory);
+        };
         let next = std::mem::replace(first, id);
         self.tree.entries.push(Entry { parent, inode, name_at, next, name_len: name.len() as u8 });
         let (tree, hasher) = (&self.tree, &self.hasher);
         let rehash = |e: &u32| hash_of(hasher, tree.entries[*e as usize].parent, tree.name(*e));
-        if let Slot::Vacant(slot) = self.table.entry(hash_of(hasher, parent, name), |e| *e == id, rehash) {
+        if let Slot::Vacant(slot) =
+            self.table.entry(hash_of(hasher, parent, name), |e| *e == id, rehash)
+        {
             slot.insert(id);
         }
         Ok(())
@@ -617,10 +714,17 @@ mod tests {
     #[test]
     fn an_image_is_not_larger_than_its_bound() {
         let image = |most| {
-            let mut builder = Builder::new(Options::default(), &Attributes::default()).expect("a builder");
+            let mut builder =
+                Builder::new(Options::default(), &Attributes::default()).expect("a builder");
             for n in 0..100 {
                 let target = [b't'; 3000];
-                builder.insert(format!("{n}").as_bytes(), &Attributes::default(), Node::Symlink { target: &target }).expect("a link");
+                builder
+                    .insert(
+                        format!("{n}").as_bytes(),
+                        &Attributes::default(),
+                        Node::Symlink { target: &target },
+                    )
+                    .expect("a link");
             }
             Image::of(builder.tree, most).map(|image| image.bytes())
         };
@@ -631,7 +735,9 @@ mod tests {
 
     #[test]
     fn device_numbers_are_those_of_linux() {
-        for (major, minor, encoded) in [(0, 0, 0), (1, 3, 0x103), (4095, 0xfffff, 0xffff_ffff), (8, 256, 0x0010_0800)] {
+        for (major, minor, encoded) in
+            [(0, 0, 0), (1, 3, 0x103), (4095, 0xfffff, 0xffff_ffff), (8, 256, 0x0010_0800)]
+        {
             let number = DeviceNumber { major, minor };
             assert_eq!(number.encoded(), Ok(encoded));
             assert_eq!(DeviceNumber::decode(encoded), number);

@@ -45,11 +45,16 @@ pub enum BuildError {
     /// An access control list or capability that Linux would not have stored, or too long a value.
     #[error("not a valid value of an extended attribute")]
     XattrValue,
-    /// See [`limits::XATTRS`], [`limits::XATTR_BODY_BYTES`], [`limits::XATTR_TEXT_BYTES`] and [`limits::XATTR_MEMBERS`].
+    /// See [`limits::XATTRS`], [`limits::XATTR_BODY_BYTES`], [`limits::XATTR_TEXT_BYTES`] and
+    /// [`limits::XATTR_MEMBERS`].
     #[error("too many extended attributes")]
     TooManyXattrs,
     /// See [`limits::BLOCKS`].
-    #[error("the files of the layer are larger than {} blocks of {} bytes", limits::BLOCKS, crate::BLOCK)]
+    #[error(
+        "the files of the layer are larger than {} blocks of {} bytes",
+        limits::BLOCKS,
+        crate::BLOCK
+    )]
     TooMuchData,
     /// See [`limits::IMAGE_BYTES`].
     #[error("the image would have more than {} bytes", limits::IMAGE_BYTES)]

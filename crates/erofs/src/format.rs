@@ -67,9 +67,11 @@ pub const S_IFSOCK: u16 = 0o140_000;
 /// CRC-32C of `bytes` as the superblock has it: begun with all ones and not inverted at the end.
 pub fn checksum(bytes: &[u8]) -> u32 {
     const POLYNOMIAL: u32 = 0x82f6_3b78;
-    bytes
-        .iter()
-        .fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { (crc >> 1) ^ POLYNOMIAL } else { crc >> 1 }))
+    bytes.iter().fold(!0, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            if crc & 1 == 1 { (crc >> 1) ^ POLYNOMIAL } else { crc >> 1 }
+        })
+    })
 }
 
 #[cfg(test)]

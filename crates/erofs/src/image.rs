@@ -1,11 +1,16 @@
 //! Where everything is in an image, and its bytes.
 //!
 //! ```text
-//! 0     1024        1152         1280
-//! │ … │ superblock │ device slot │ inodes, each with attributes and what is inline │ shared attributes │ blocks of directories and long links │
+//!    0  …
+//! 1024  superblock
+//! 1152  device slot
+//! 1280  inodes, each with attributes and what is inline
+//!    …  shared attributes
+//!    …  blocks of directories and long links
 //! ```
 //!
-//! The inodes of a directory's entries are neighbours, in the order of their names, for whoever lists a directory asks for all of them next.
+//! The inodes of a directory's entries are neighbors, in the order of their names, for whoever
+//! lists a directory asks for all of them next.
 
 use crate::{
     BLOCK as BLOCK_BYTES, BuildError, ReadError, Reader,
@@ -63,8 +68,8 @@ impl Cut {
     }
 }
 
-/// Where an inode of `body` bytes (attributes included) comes to be, not before `from`, and whether a `tail` fits behind it: an inode and a
-/// tail do not cross blocks.
+/// Where an inode of `body` bytes (attributes included) comes to be, not before `from`, and whether
+/// a `tail` fits behind it: an inode and a tail do not cross blocks.
 fn position(from: u64, body: u64, tail: u64) -> (u64, bool) {
     let fits = |at: u64, bytes: u64| at % BLOCK_BYTES + bytes <= BLOCK_BYTES;
     let at = from.next_multiple_of(NID_BYTES as u64);
@@ -135,7 +140,8 @@ impl Image {
         out.flush(0)
     }
 
-    /// Finds the order of the inodes: a directory's entries, then those of each directory among them.
+    /// Finds the order of the inodes: a directory's entries, then those of each directory among
+    /// them.
     fn arrange(&mut self) {
         let Self { tree, order, sequence, nids, .. } = self;
         // Until they have positions, the numbers say who has had a place.
@@ -177,7 +183,11 @@ impl Image {
         if self.bytes() > most {
             return Err(BuildError::TooLarge);
         }
-        if self.blocks + self.tree.data_blocks >= limits::BLOCKS { Err(BuildError::TooMuchData) } else { Ok(()) }
+        if self.blocks + self.tree.data_blocks >= limits::BLOCKS {
+            Err(BuildError::TooMuchData)
+        } else {
+            Ok(())
+        }
     }
 
     /// Bytes of an inode and its attributes.
@@ -207,10 +217,13 @@ impl Image {
 
     /// A directory's entries as they are on disk, with `.` and `..` where they belong.
     fn dirents(&self, directory: InodeId) -> impl Iterator<Item = (&[u8], InodeId)> {
-        let Payload::Directory { parent, .. } = self.tree.inode(directory).payload else { unreachable!("only directories have entries") };
+        let Payload::Directory { parent, .. } = self.tree.inode(directory).payload else {
+            unreachable!("only directories have entries")
+        };
         let mut dots = [(&b"."[..], directory), (&b".."[..], parent)].into_iter().peekable();
         let entries = entries_of(&self.tree, &self.order, directory);
-        let mut entries = entries.map(|e| (self.tree.name(e), self.tree.entries[e as usize].inode)).peekable();
+        let mut entries =
+            entries.map(|e| (self.tree.name(e), self.tree.entries[e as usize].inode)).peekable();
         std::iter::from_fn(move || match (dots.peek(), entries.peek()) {
             (Some(dot), Some(entry)) if entry.0 < dot.0 => entries.next(),
             (None, _) => entries.next(),
@@ -244,13 +257,22 @@ impl Image {
     }
 
     /// Everything of an inode that is not in blocks elsewhere. `out` is at its position.
-    fn write_inode(&self, index: usize, id: InodeId, out: &mut Out<'_, impl Write>) -> io::Result<()> {
+    fn write_inode(
+        &self,
+        index: usize,
+        id: InodeId,
+        out: &mut Out<'_, impl Write>,
+    ) -> io::Result<()> {
         let inode = self.tree.inode(id);
         let (body, cut) = (self.body(id), self.cut(id));
         let (_, inline) = position(out.position(), body, cut.tail);
         let (kind, size, word) = match inode.payload {
-            Payload::Directory { .. } => (S_IFDIR, cut.size(), out.outside(self.tree_block, cut.outside(inline))),
-            Payload::Symlink { .. } => (S_IFLNK, cut.size(), out.outside(self.tree_block, cut.outside(inline))),
+            Payload::Directory { .. } => {
+                (S_IFDIR, cut.size(), out.outside(self.tree_block, cut.outside(inline)))
+            }
+            Payload::Symlink { .. } => {
+                (S_IFLNK, cut.size(), out.outside(self.tree_block, cut.outside(inline)))
+            }
             Payload::File { size: 0, .. } => (S_IFREG, 0, 0),
             Payload::File { size, block } => (S_IFREG, size, self.blocks as u32 + block),
             Payload::CharDevice(number) => (S_IFCHR, 0, number),
@@ -274,7 +296,12 @@ impl Image {
         put32(buffer, inode.nlink);
         put64(buffer, 0);
         put64(buffer, 0);
-        self.shared.write_body(&self.tree.xattrs, inode.xattrs, self.shared_at % BLOCK_BYTES, buffer);
+        self.shared.write_body(
+            &self.tree.xattrs,
+            inode.xattrs,
+            self.shared_at % BLOCK_BYTES,
+            buffer,
+        );
         match inode.payload {
             _ if !inline => Ok(()),
             Payload::Symlink { at, len } => {
@@ -317,7 +344,11 @@ impl Image {
     }
 
     /// Calls `each` with the number of each block of a directory and the entries in it.
-    fn directory_blocks(&self, directory: InodeId, mut each: impl FnMut(u64, &[(&[u8], InodeId)]) -> io::Result<()>) -> io::Result<()> {
+    fn directory_blocks(
+        &self,
+        directory: InodeId,
+        mut each: impl FnMut(u64, &[(&[u8], InodeId)]) -> io::Result<()>,
+    ) -> io::Result<()> {
         let (mut number, mut bytes, mut block) = (0, 0, Vec::new());
         for (name, id) in self.dirents(directory) {
             let more = DIRENT_BYTES + name.len();
@@ -364,7 +395,8 @@ fn seal(first: &mut [u8]) {
     first[SUPER_AT + 4..SUPER_AT + 8].copy_from_slice(&sum.to_le_bytes());
 }
 
-/// The first block of the image `meta` in the given form. All other blocks are the same, so one file can be served in both.
+/// The first block of the image `meta` in the given form. All other blocks are the same, so one
+/// file can be served in both.
 pub fn first_block(meta: &[u8], form: Form) -> Result<[u8; BLOCK], ReadError> {
     let reader = Reader::open(meta)?;
     let mut first = meta.first_chunk().copied().ok_or(ReadError::NotErofs)?;
@@ -385,7 +417,9 @@ fn sort(tree: &mut Tree) -> Vec<u32> {
         }
     }
     for (place, entry) in order.iter().enumerate().rev() {
-        if let Payload::Directory { first, .. } = &mut tree.inodes[tree.entries[*entry as usize].parent as usize].payload {
+        if let Payload::Directory { first, .. } =
+            &mut tree.inodes[tree.entries[*entry as usize].parent as usize].payload
+        {
             *first = place as u32;
         }
     }
@@ -393,9 +427,18 @@ fn sort(tree: &mut Tree) -> Vec<u32> {
 }
 
 /// A directory's entries, sorted.
-fn entries_of<'a>(tree: &'a Tree, order: &'a [u32], directory: InodeId) -> impl Iterator<Item = u32> + use<'a> {
-    let Payload::Directory { first, .. } = tree.inode(directory).payload else { unreachable!("only directories have entries") };
-    order[first as usize..].iter().copied().take_while(move |e| tree.entries[*e as usize].parent == directory)
+fn entries_of<'a>(
+    tree: &'a Tree,
+    order: &'a [u32],
+    directory: InodeId,
+) -> impl Iterator<Item = u32> + use<'a> {
+    let Payload::Directory { first, .. } = tree.inode(directory).payload else {
+        unreachable!("only directories have entries")
+    };
+    order[first as usize..]
+        .iter()
+        .copied()
+        .take_while(move |e| tree.entries[*e as usize].parent == directory)
 }
 
 fn file_type(inode: &Inode) -> u8 {
@@ -456,7 +499,8 @@ impl<W: Write> Out<'_, W> {
         self.pad(self.position().next_multiple_of(BLOCK_BYTES));
     }
 
-    /// Passes on what is gathered, once it is `enough`. The first block is complete then, and its checksum known.
+    /// Passes on what is gathered, once it is `enough`. The first block is complete then, and its
+    /// checksum known.
     fn flush(&mut self, enough: usize) -> io::Result<()> {
         if self.buffer.len() < enough {
             return Ok(());

@@ -2,19 +2,23 @@
 
 /// Entries inserted into one image, implied parents and replaced ones included.
 pub const ENTRIES: usize = 2 << 20;
-/// Bytes of a path as the layer names it, or of the target of a link (Linux' `PATH_MAX` without its NUL).
+/// Bytes of a path as the layer names it, or of the target of a link (Linux' `PATH_MAX` without its
+/// NUL).
 pub const PATH_BYTES: usize = 4095;
 /// Bytes of one name in a directory (`NAME_MAX`).
 pub const NAME_BYTES: usize = 255;
 /// Bytes of all names and targets of symbolic links of an image.
 pub const TEXT_BYTES: usize = 256 << 20;
-/// Bytes of all paths of directories that are only implied, when they are asked for: deep ones have far more than there are bytes of names.
+/// Bytes of all paths of directories that are only implied, when they are asked for: deep ones have
+/// far more than there are bytes of names.
 pub const IMPLIED_BYTES: usize = 64 << 20;
-/// Bytes of all paths that are looked up because a parent is a symbolic link; a few links could otherwise make each of many paths a long walk.
+/// Bytes of all paths that are looked up because a parent is a symbolic link; a few links could
+/// otherwise make each of many paths a long walk.
 pub const LINKED_PATH_BYTES: usize = 64 << 20;
 /// Symbolic links on the way to one parent directory (as many as containerd follows).
 pub const LINKS: usize = 255;
-/// Attributes of one inode: the format counts the shared ones in eight bits, and all their names fit what `listxattr` can return.
+/// Attributes of one inode: the format counts the shared ones in eight bits, and all their names
+/// fit what `listxattr` can return.
 pub const XATTRS: usize = 255;
 /// Bytes of an attribute's name (`XATTR_NAME_MAX`).
 pub const XATTR_NAME_BYTES: usize = 255;
@@ -32,5 +36,6 @@ pub const DEVICE_MAJOR: u32 = (1 << 12) - 1;
 pub const DEVICE_MINOR: u32 = (1 << 20) - 1;
 /// Bytes of the image itself, without the data file.
 pub const IMAGE_BYTES: u64 = 2 << 30;
-/// Blocks of the image and the data file together; block numbers have 32 bits, and the last is the kernel's mark of a hole.
+/// Blocks of the image and the data file together; block numbers have 32 bits, and the last is the
+/// kernel's mark of a hole.
 pub const BLOCKS: u64 = u32::MAX as u64;

@@ -3,7 +3,8 @@
 use crate::{BuildError, limits};
 use std::borrow::Cow;
 
-/// `path` without a `..`, each taken back with the name before it as text alone (and dropped at the root).
+/// `path` without a `..`, each taken back with the name before it as text alone (and dropped at the
+/// root).
 pub fn clean(path: &[u8]) -> Result<Cow<'_, [u8]>, BuildError> {
     check(path)?;
     if !components(path).any(|c| c == b"..") {
@@ -22,7 +23,11 @@ pub fn clean(path: &[u8]) -> Result<Cow<'_, [u8]>, BuildError> {
 
 /// Whether Linux would take it for a path.
 pub fn check(path: &[u8]) -> Result<(), BuildError> {
-    if path.len() > limits::PATH_BYTES || path.contains(&0) { Err(BuildError::Path) } else { Ok(()) }
+    if path.len() > limits::PATH_BYTES || path.contains(&0) {
+        Err(BuildError::Path)
+    } else {
+        Ok(())
+    }
 }
 
 /// What is between the slashes, without nothing and `.`.
@@ -49,7 +54,9 @@ mod tests {
 
     #[test]
     fn parents_of_parents_are_taken_back_as_text() {
-        for (path, expected) in [("a/../b", "b"), ("../../x", "x"), ("a/b/../../..", ""), ("/a/./b/", "/a/./b/")] {
+        for (path, expected) in
+            [("a/../b", "b"), ("../../x", "x"), ("a/b/../../..", ""), ("/a/./b/", "/a/./b/")]
+        {
             assert_eq!(&*clean(path.as_bytes()).expect(path), expected.as_bytes(), "{path}");
         }
         assert_eq!(clean(b"a\0"), Err(BuildError::Path));
@@ -59,7 +66,8 @@ mod tests {
 
     #[test]
     fn the_last_component_is_split_off() {
-        let text = |path: &'static str| split(path.as_bytes()).map(|(p, n)| (p.to_vec(), n.to_vec()));
+        let text =
+            |path: &'static str| split(path.as_bytes()).map(|(p, n)| (p.to_vec(), n.to_vec()));
         for root in ["", "/", ".", "./", "//././/"] {
             assert_eq!(text(root), None, "{root}");
         }

@@ -1,7 +1,9 @@
-//! Reads images that a [`Builder`](crate::Builder) made, from any bytes. Nothing is allocated that the bytes do not have, nothing recurses,
-//! and every step is bounded by the size of what it reads.
+//! Reads images that a [`Builder`](crate::Builder) made, from any bytes. Nothing is allocated that
+//! the bytes do not have, nothing recurses, and every step is bounded by the size of what it reads.
 
-use crate::{BLOCK as BLOCK_BYTES, DeviceNumber, Extent, ReadError, Time, format::*, limits, xattr::prefix};
+use crate::{
+    BLOCK as BLOCK_BYTES, DeviceNumber, Extent, ReadError, Time, format::*, limits, xattr::prefix,
+};
 
 /// Number of an inode, which is also what `stat` shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -125,8 +127,11 @@ impl<'a> Reader<'a> {
         if le32(head, 0)? != MAGIC {
             return Err(ReadError::NotErofs);
         }
-        let plain =
-            head[12] == BLOCK_BITS && head[13] == 0 && le32(head, 40)? == 0 && le16(head, 84)? == 0 && head[90..SUPER_BYTES] == [0; 38];
+        let plain = head[12] == BLOCK_BITS
+            && head[13] == 0
+            && le32(head, 40)? == 0
+            && le16(head, 84)? == 0
+            && head[90..SUPER_BYTES] == [0; 38];
         let compat = COMPAT_CHECKSUM | COMPAT_MTIME;
         let devices = match le32(head, 80)? {
             0 => (0, 0),
@@ -143,7 +148,8 @@ impl<'a> Reader<'a> {
         let slot = SUPER_AT + SUPER_BYTES;
         let (data_blocks, blocks) = (le32(bytes, slot + 64)?, le32(bytes, slot + 68)?);
         let whole = u64::from(blocks) + if devices.0 == 0 { u64::from(data_blocks) } else { 0 };
-        let metadata = usize::try_from(u64::from(blocks) * BLOCK_BYTES).ok().and_then(|len| bytes.get(..len));
+        let metadata =
+            usize::try_from(u64::from(blocks) * BLOCK_BYTES).ok().and_then(|len| bytes.get(..len));
         if whole != u64::from(le32(head, 36)?) {
             return Err(ReadError::Corrupt);
         }
@@ -241,7 +247,11 @@ impl<'a> Reader<'a> {
             return Err(ReadError::Kind);
         }
         // More blocks than the image has are not worth a search.
-        if inode.size > self.bytes.len() as u64 { Err(ReadError::Corrupt) } else { Ok(Directory { reader: *self, inode: *inode }) }
+        if inode.size > self.bytes.len() as u64 {
+            Err(ReadError::Corrupt)
+        } else {
+            Ok(Directory { reader: *self, inode: *inode })
+        }
     }
 
     /// Extended attributes, in no particular order.
@@ -255,7 +265,10 @@ impl<'a> Reader<'a> {
         let mut found = Vec::new();
         for n in 0..shared {
             let at = self.shared_at + u64::from(le32(ids, 4 * n)?) * XATTR_ENTRY as u64;
-            let rest = usize::try_from(at).ok().and_then(|at| self.bytes.get(at..)).ok_or(ReadError::Corrupt)?;
+            let rest = usize::try_from(at)
+                .ok()
+                .and_then(|at| self.bytes.get(at..))
+                .ok_or(ReadError::Corrupt)?;
             found.push(attribute(rest)?.0);
         }
         let mut rest = &body[XATTR_HEADER + 4 * shared..];
@@ -291,14 +304,22 @@ impl<'a> Reader<'a> {
 
     /// Block `number` of a directory or symbolic link; the last may be shorter.
     fn part(&self, inode: &Metadata, number: u64) -> Result<&'a [u8], ReadError> {
-        let start = number.checked_mul(BLOCK_BYTES).filter(|s| *s < inode.size).ok_or(ReadError::Corrupt)?;
+        let start = number
+            .checked_mul(BLOCK_BYTES)
+            .filter(|s| *s < inode.size)
+            .ok_or(ReadError::Corrupt)?;
         let bytes = (inode.size - start).min(BLOCK_BYTES);
         let at = if inode.inline && start + bytes == inode.size {
             self.inode_at(inode.nid)? + INODE_BYTES + inode.xattrs
         } else {
-            usize::try_from((u64::from(inode.block) + number) * BLOCK_BYTES).map_err(|_| ReadError::Corrupt)?
+            usize::try_from((u64::from(inode.block) + number) * BLOCK_BYTES)
+                .map_err(|_| ReadError::Corrupt)?
         };
-        if at % BLOCK + bytes as usize > BLOCK { Err(ReadError::Corrupt) } else { self.slice(at, bytes as usize) }
+        if at % BLOCK + bytes as usize > BLOCK {
+            Err(ReadError::Corrupt)
+        } else {
+            self.slice(at, bytes as usize)
+        }
     }
 }
 
@@ -327,7 +348,11 @@ impl<'a> Directory<'a> {
         // The first block that begins beyond the name.
         while low < high {
             let middle = low + (high - low) / 2;
-            if self.block(middle)?.entry(0)?.name <= name { low = middle + 1 } else { high = middle }
+            if self.block(middle)?.entry(0)?.name <= name {
+                low = middle + 1
+            } else {
+                high = middle
+            }
         }
         let Some(number) = low.checked_sub(1) else { return Ok(None) };
         let block = self.block(number)?;
@@ -344,14 +369,20 @@ impl<'a> Directory<'a> {
         Ok(None)
     }
 
-    /// The entries from a position on, in the order of their names: zero, or [`DirEntry::next`]. After an error there is nothing more.
-    pub fn entries(&self, from: u64) -> impl Iterator<Item = Result<DirEntry<'a>, ReadError>> + use<'a> {
+    /// The entries from a position on, in the order of their names: zero, or [`DirEntry::next`].
+    /// After an error there is nothing more.
+    pub fn entries(
+        &self,
+        from: u64,
+    ) -> impl Iterator<Item = Result<DirEntry<'a>, ReadError>> + use<'a> {
         let directory = *self;
-        let (mut number, mut index) = (from / BLOCK_BYTES, (from % BLOCK_BYTES) as usize / DIRENT_BYTES);
+        let (mut number, mut index) =
+            (from / BLOCK_BYTES, (from % BLOCK_BYTES) as usize / DIRENT_BYTES);
         std::iter::from_fn(move || {
             while number < directory.blocks() {
-                let entry =
-                    directory.block(number).and_then(|block| if index < block.count { block.entry(index).map(Some) } else { Ok(None) });
+                let entry = directory.block(number).and_then(|block| {
+                    if index < block.count { block.entry(index).map(Some) } else { Ok(None) }
+                });
                 match entry {
                     Ok(Some(entry)) => {
                         index += 1;
@@ -401,7 +432,9 @@ impl<'a> Block<'a> {
             let rest = self.bytes.get(start..);
             rest.map(|rest| &rest[..rest.iter().position(|b| *b == 0).unwrap_or(rest.len())])
         };
-        let name = name.filter(|n| (1..=limits::NAME_BYTES).contains(&n.len()) && !n.iter().any(|b| matches!(b, 0 | b'/')));
+        let name = name.filter(|n| {
+            (1..=limits::NAME_BYTES).contains(&n.len()) && !n.iter().any(|b| matches!(b, 0 | b'/'))
+        });
         let kind = match self.bytes[at + 10] {
             FT_FILE => Kind::File,
             FT_DIRECTORY => Kind::Directory,
@@ -413,6 +446,11 @@ impl<'a> Block<'a> {
             _ => return Err(ReadError::Corrupt),
         };
         let next = self.at + (at + DIRENT_BYTES) as u64;
-        Ok(DirEntry { name: name.ok_or(ReadError::Corrupt)?, nid: Nid(le64(self.bytes, at)?), kind, next })
+        Ok(DirEntry {
+            name: name.ok_or(ReadError::Corrupt)?,
+            nid: Nid(le64(self.bytes, at)?),
+            kind,
+            next,
+        })
     }
 }

@@ -1,4 +1,5 @@
-//! Extended attributes: which an image can have, and one copy of each and of each set of them, since layers repeat few.
+//! Extended attributes: which an image can have, and one copy of each and of each set of them,
+//! since layers repeat few.
 
 use crate::{
     BuildError,
@@ -17,7 +18,8 @@ pub struct Xattr<'a> {
     pub value: &'a [u8],
 }
 
-/// Namespaces as the format numbers them, with what comes before the rest of the name. Access control lists have no rest.
+/// Namespaces as the format numbers them, with what comes before the rest of the name. Access
+/// control lists have no rest.
 const NAMESPACES: &[(u8, &[u8])] = &[
     (1, b"user."),
     (ACL_ACCESS, b"system.posix_acl_access"),
@@ -37,7 +39,9 @@ const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
 
 /// The namespace's number and the rest of `name`.
 pub fn split_name(name: &[u8]) -> Option<(u8, &[u8])> {
-    let (index, rest) = NAMESPACES.iter().find_map(|(index, prefix)| Some((*index, name.strip_prefix(*prefix)?)))?;
+    let (index, rest) = NAMESPACES
+        .iter()
+        .find_map(|(index, prefix)| Some((*index, name.strip_prefix(*prefix)?)))?;
     let list = matches!(index, ACL_ACCESS | ACL_DEFAULT);
     (list == rest.is_empty()).then_some((index, rest))
 }
@@ -97,9 +101,14 @@ impl Xattrs {
         }
     }
 
-    /// `base` with the attributes that a file of the kind `holder` would have after a layer was unpacked: those that Linux refuses to it
-    /// are left out, as containerd leaves them out.
-    pub fn with(&mut self, base: SetId, xattrs: &[Xattr<'_>], holder: Holder) -> Result<SetId, BuildError> {
+    /// `base` with the attributes that a file of the kind `holder` would have after a layer was
+    /// unpacked: those that Linux refuses to it are left out, as containerd leaves them out.
+    pub fn with(
+        &mut self,
+        base: SetId,
+        xattrs: &[Xattr<'_>],
+        holder: Holder,
+    ) -> Result<SetId, BuildError> {
         if xattrs.is_empty() {
             return Ok(base);
         }
@@ -133,12 +142,15 @@ impl Xattrs {
     /// `base` without the attribute `name`.
     pub fn without(&mut self, base: SetId, name: &[u8]) -> Result<SetId, BuildError> {
         let split = split_name(name);
-        let kept: Vec<u32> = self.members(base).iter().copied().filter(|i| Some(self.key(*i)) != split).collect();
+        let kept: Vec<u32> =
+            self.members(base).iter().copied().filter(|i| Some(self.key(*i)) != split).collect();
         if kept.len() == self.members(base).len() { Ok(base) } else { self.set(&kept) }
     }
 
     fn add(&mut self, members: &mut Vec<u32>, xattr: &Xattr<'_>) -> Result<(), BuildError> {
-        let key = split_name(xattr.name).filter(|_| !xattr.name.contains(&0)).ok_or(BuildError::XattrName)?;
+        let key = split_name(xattr.name)
+            .filter(|_| !xattr.name.contains(&0))
+            .ok_or(BuildError::XattrName)?;
         if xattr.name.len() > limits::XATTR_NAME_BYTES {
             return Err(BuildError::XattrName);
         }
@@ -153,14 +165,21 @@ impl Xattrs {
     fn item(&mut self, (index, name): (u8, &[u8]), value: &[u8]) -> Result<u32, BuildError> {
         let value_len = u16::try_from(value.len()).map_err(|_| BuildError::XattrValue)?;
         let hash = self.hasher.hash_one((index, name, value));
-        if let Some(found) = self.item_table.find(hash, |i| self.key(*i) == (index, name) && self.value(*i) == value) {
+        if let Some(found) =
+            self.item_table.find(hash, |i| self.key(*i) == (index, name) && self.value(*i) == value)
+        {
             return Ok(*found);
         }
         if self.text.len() + name.len() + value.len() > limits::XATTR_TEXT_BYTES {
             return Err(BuildError::TooManyXattrs);
         }
         let id = self.items.len() as u32;
-        self.items.push(Item { index, name: name.len() as u8, value: value_len, at: self.text.len() as u32 });
+        self.items.push(Item {
+            index,
+            name: name.len() as u8,
+            value: value_len,
+            at: self.text.len() as u32,
+        });
         self.text.extend_from_slice(name);
         self.text.extend_from_slice(value);
         let (items, text, hasher) = (&self.items, &self.text, &self.hasher);
@@ -181,7 +200,9 @@ impl Xattrs {
             return Ok(SetId(*found));
         }
         let body: usize = members.iter().map(|i| self.bytes(*i)).sum();
-        if XATTR_HEADER + body > limits::XATTR_BODY_BYTES || self.members.len() + members.len() > limits::XATTR_MEMBERS {
+        if XATTR_HEADER + body > limits::XATTR_BODY_BYTES
+            || self.members.len() + members.len() > limits::XATTR_MEMBERS
+        {
             return Err(BuildError::TooManyXattrs);
         }
         let id = self.sets.len() as u32;
@@ -213,7 +234,8 @@ impl Xattrs {
     /// Bytes of an attribute on disk.
     fn bytes(&self, item: u32) -> usize {
         let item = &self.items[item as usize];
-        (XATTR_ENTRY + usize::from(item.name) + usize::from(item.value)).next_multiple_of(XATTR_ENTRY)
+        (XATTR_ENTRY + usize::from(item.name) + usize::from(item.value))
+            .next_multiple_of(XATTR_ENTRY)
     }
 
     fn write(&self, item: u32, out: &mut Vec<u8>) {
@@ -238,14 +260,19 @@ fn check_value(index: u8, xattr: &Xattr<'_>) -> Result<(), BuildError> {
         (_, CAPABILITY) => is_capability(xattr.value),
         _ => true,
     };
-    if valid && xattr.value.len() <= limits::XATTR_VALUE_BYTES { Ok(()) } else { Err(BuildError::XattrValue) }
+    if valid && xattr.value.len() <= limits::XATTR_VALUE_BYTES {
+        Ok(())
+    } else {
+        Err(BuildError::XattrValue)
+    }
 }
 
 fn le32(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-/// Version 2 and entries of a tag, permissions and an id (`linux/posix_acl_xattr.h`), in the order of the tags that Linux demands.
+/// Version 2 and entries of a tag, permissions and an id (`linux/posix_acl_xattr.h`), in the order
+/// of the tags that Linux demands.
 fn is_acl(value: &[u8]) -> bool {
     const OWNER: u16 = 0x01;
     const USER: u16 = 0x02;
@@ -253,15 +280,21 @@ fn is_acl(value: &[u8]) -> bool {
     const GROUP: u16 = 0x08;
     const MASK: u16 = 0x10;
     const OTHERS: u16 = 0x20;
-    let Some(entries) = value.get(4..).filter(|e| le32(value, 0) == Some(2) && e.len() % 8 == 0) else { return false };
-    let fields = entries.chunks_exact(8).map(|e| (u16::from_le_bytes([e[0], e[1]]), u16::from_le_bytes([e[2], e[3]])));
+    let Some(entries) = value.get(4..).filter(|e| le32(value, 0) == Some(2) && e.len() % 8 == 0)
+    else {
+        return false;
+    };
+    let fields = entries
+        .chunks_exact(8)
+        .map(|e| (u16::from_le_bytes([e[0], e[1]]), u16::from_le_bytes([e[2], e[3]])));
     let (mut last, mut count) = (0, [0usize; 6]);
     for (tag, permissions) in fields {
         let known = matches!(tag, OWNER | USER | GROUP_OF_OWNER | GROUP | MASK | OTHERS);
         if !known || tag < last || permissions > 7 {
             return false;
         }
-        (last, count[tag.trailing_zeros() as usize]) = (tag, count[tag.trailing_zeros() as usize] + 1);
+        (last, count[tag.trailing_zeros() as usize]) =
+            (tag, count[tag.trailing_zeros() as usize] + 1);
     }
     let [owner, users, group, groups, mask, others] = count;
     (owner, group, others) == (1, 1, 1) && if users + groups > 0 { mask == 1 } else { mask <= 1 }
@@ -286,7 +319,10 @@ impl Shared {
     pub fn decide(xattrs: &Xattrs, users: &[u32]) -> Self {
         let mut uses = vec![0u64; xattrs.items.len()];
         for (set, users) in users.iter().enumerate() {
-            xattrs.members(SetId(set as u32)).iter().for_each(|i| uses[*i as usize] += u64::from(*users));
+            xattrs
+                .members(SetId(set as u32))
+                .iter()
+                .for_each(|i| uses[*i as usize] += u64::from(*users));
         }
         let (mut at, mut bytes) = (vec![u32::MAX; uses.len()], 0);
         for (item, uses) in uses.iter().enumerate() {
@@ -317,7 +353,8 @@ impl Shared {
         if members.is_empty() { 0 } else { XATTR_HEADER + each.sum::<usize>() }
     }
 
-    /// Writes what is behind such an inode; `area` is where the shared ones begin, from the block that the superblock names.
+    /// Writes what is behind such an inode; `area` is where the shared ones begin, from the block
+    /// that the superblock names.
     pub fn write_body(&self, xattrs: &Xattrs, set: SetId, area: u64, out: &mut Vec<u8>) {
         let members = xattrs.members(set);
         if members.is_empty() {
@@ -351,7 +388,8 @@ mod tests {
     fn equal_sets_are_one() {
         let mut xattrs = Xattrs::new();
         let (a, b) = (xattr("user.a", b"1"), xattr("user.b", b"2"));
-        let mut with = |base, list: &[Xattr<'_>]| xattrs.with(base, list, Holder::File).expect("a set");
+        let mut with =
+            |base, list: &[Xattr<'_>]| xattrs.with(base, list, Holder::File).expect("a set");
         let both = with(SetId::default(), &[a, b]);
         assert_eq!(both, with(SetId::default(), &[b, a]));
         let one = with(SetId::default(), &[a]);
@@ -365,25 +403,49 @@ mod tests {
     #[test]
     fn what_linux_refuses_is_not_in_the_image() {
         let mut xattrs = Xattrs::new();
-        let acl =
-            [&2u32.to_le_bytes()[..], &[1, 0, 6, 0, 255, 255, 255, 255, 4, 0, 4, 0, 255, 255, 255, 255, 32, 0, 0, 0, 255, 255, 255, 255]];
+        let acl = [
+            &2u32.to_le_bytes()[..],
+            &[
+                1, 0, 6, 0, 255, 255, 255, 255, 4, 0, 4, 0, 255, 255, 255, 255, 32, 0, 0, 0, 255,
+                255, 255, 255,
+            ],
+        ];
         let acl = acl.concat();
         let (user, access) = (xattr("user.a", b""), xattr("system.posix_acl_access", &acl));
         let default = xattr("system.posix_acl_default", &acl);
         let mut count = |holder| {
-            let set = xattrs.with(SetId::default(), &[user, access, default], holder).expect("a set");
+            let set =
+                xattrs.with(SetId::default(), &[user, access, default], holder).expect("a set");
             xattrs.members(set).len()
         };
-        assert_eq!([Holder::Directory, Holder::File, Holder::Special, Holder::Symlink].map(&mut count), [3, 2, 1, 0]);
-        let mut with = |name: &str, value: &[u8]| xattrs.with(SetId::default(), &[xattr(name, value)], Holder::File);
-        for name in ["user.", "security.", "trusted.", "system.posix_acl_accessory", "system.nfs4_acl", "btrfs.x", "", "user.a\0"] {
+        assert_eq!(
+            [Holder::Directory, Holder::File, Holder::Special, Holder::Symlink].map(&mut count),
+            [3, 2, 1, 0]
+        );
+        let mut with = |name: &str, value: &[u8]| {
+            xattrs.with(SetId::default(), &[xattr(name, value)], Holder::File)
+        };
+        for name in [
+            "user.",
+            "security.",
+            "trusted.",
+            "system.posix_acl_accessory",
+            "system.nfs4_acl",
+            "btrfs.x",
+            "",
+            "user.a\0",
+        ] {
             assert_eq!(with(name, b""), Err(BuildError::XattrName), "{name}");
         }
         for name in ["trusted.overlay.redirect", "user.overlay.opaque"] {
             assert_eq!(with(name, b"y"), Err(BuildError::XattrName), "{name}");
         }
         for bad in [&acl[..acl.len() - 1], &acl[..12], &[], &[1, 0, 0, 0]] {
-            assert_eq!(with("system.posix_acl_access", bad), Err(BuildError::XattrValue), "{bad:?}");
+            assert_eq!(
+                with("system.posix_acl_access", bad),
+                Err(BuildError::XattrValue),
+                "{bad:?}"
+            );
         }
         assert_eq!(with("security.capability", b"x"), Err(BuildError::XattrValue));
         assert!(with("security.capability", &[&[1, 0, 0, 2][..], &[0; 16]].concat()).is_ok());
@@ -397,7 +459,10 @@ mod tests {
         assert!(with(&[xattr(&name(0), b"")]).is_ok());
         assert_eq!(with(&[xattr(&format!("{}x", name(0)), b"")]), Err(BuildError::XattrName));
         assert!(with(&[xattr("user.a", &[0; limits::XATTR_VALUE_BYTES])]).is_ok());
-        assert_eq!(with(&[xattr("user.a", &[0; limits::XATTR_VALUE_BYTES + 1])]), Err(BuildError::XattrValue));
+        assert_eq!(
+            with(&[xattr("user.a", &[0; limits::XATTR_VALUE_BYTES + 1])]),
+            Err(BuildError::XattrValue)
+        );
         let short: Vec<String> = (0..=limits::XATTRS).map(|n| format!("user.{n}")).collect();
         let list: Vec<Xattr<'_>> = short.iter().map(|n| xattr(n, b"")).collect();
         assert!(with(&list[..limits::XATTRS]).is_ok());
@@ -411,11 +476,18 @@ mod tests {
     #[test]
     fn an_attribute_is_shared_if_that_is_smaller() {
         let mut xattrs = Xattrs::new();
-        let once = xattrs.with(SetId::default(), &[xattr("user.once", b"v")], Holder::File).expect("a set");
-        let twice = xattrs.with(SetId::default(), &[xattr("user.twice", b"v")], Holder::File).expect("a set");
+        let once = xattrs
+            .with(SetId::default(), &[xattr("user.once", b"v")], Holder::File)
+            .expect("a set");
+        let twice = xattrs
+            .with(SetId::default(), &[xattr("user.twice", b"v")], Holder::File)
+            .expect("a set");
         let users = Shared::count(&xattrs, [once, twice, twice, SetId::default()].into_iter());
         let shared = Shared::decide(&xattrs, &users);
-        assert_eq!((shared.body(&xattrs, once), shared.body(&xattrs, twice), shared.bytes), (12 + 12, 12 + 4, 12));
+        assert_eq!(
+            (shared.body(&xattrs, once), shared.body(&xattrs, twice), shared.bytes),
+            (12 + 12, 12 + 4, 12)
+        );
         assert_eq!(shared.body(&xattrs, SetId::default()), 0);
     }
 }

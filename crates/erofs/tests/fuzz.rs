@@ -1,5 +1,5 @@
-//! Broken images and broken layers: nothing panics or hangs, and whatever the builder takes is read back whole. The seed is fixed unless time is
-//! given; what fails prints its seed and round.
+//! Broken images and broken layers: nothing panics or hangs, and whatever the builder takes is read
+//! back whole. The seed is fixed unless time is given; what fails prints its seed and round.
 
 #![allow(clippy::unwrap_used)]
 
@@ -17,9 +17,13 @@ const ROUNDS: usize = 3_000;
 /// No image of these sizes takes this long, however slow the machine.
 const HANG: Duration = Duration::from_secs(10);
 
-/// Calls `each` in rounds: some always, and for a share of `SHIPWAY_FUZZ_SECONDS` where that is set, then with another seed each time.
+/// Calls `each` in rounds: some always, and for a share of `SHIPWAY_FUZZ_SECONDS` where that is
+/// set, then with another seed each time.
 fn rounds(mut each: impl FnMut(&mut Dice, usize)) {
-    let time = std::env::var("SHIPWAY_FUZZ_SECONDS").ok().and_then(|n| n.parse().ok()).map(|n| Duration::from_secs(n) / 4);
+    let time = std::env::var("SHIPWAY_FUZZ_SECONDS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .map(|n| Duration::from_secs(n) / 4);
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_secs());
     let seed = if time.is_some() { now | 1 } else { 0x5eed_e40f };
     let started = Instant::now();
@@ -29,7 +33,9 @@ fn rounds(mut each: impl FnMut(&mut Dice, usize)) {
         }
         let begun = Instant::now();
         let mut dice = Dice(seed ^ (round as u64) << 20);
-        if let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| each(&mut dice, round))) {
+        if let Err(panic) =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| each(&mut dice, round)))
+        {
             println!("seed {seed}, round {round}");
             std::panic::resume_unwind(panic);
         }
@@ -37,7 +43,8 @@ fn rounds(mut each: impl FnMut(&mut Dice, usize)) {
     }
 }
 
-/// Reads everything that can be reached, each inode once. Returns how many inodes there were, or the first error.
+/// Reads everything that can be reached, each inode once. Returns how many inodes there were, or
+/// the first error.
 fn read_all(reader: &Reader<'_>) -> Result<usize, ReadError> {
     let (mut seen, mut stack, mut first) = (HashSet::new(), vec![reader.root()], Ok(()));
     while let Some(nid) = stack.pop() {
@@ -62,14 +69,18 @@ fn read_one(reader: &Reader<'_>, nid: Nid, stack: &mut Vec<Nid>) -> Result<(), R
                     Ok(entry) => {
                         stack.push(entry.nid);
                         let looked_up = directory.lookup(entry.name);
-                        result = result.and(looked_up.and_then(|e| if e == Some(entry) { Ok(()) } else { Err(ReadError::Corrupt) }));
+                        result = result.and(looked_up.and_then(|e| {
+                            if e == Some(entry) { Ok(()) } else { Err(ReadError::Corrupt) }
+                        }));
                     }
                     Err(error) => result = result.and(Err(error)),
                 }
             }
             result.and(directory.lookup(b"no such name").map(|_| ()))
         }),
-        Content::File(extent) if u64::from(extent.block) + u64::from(extent.blocks) > reader.data_blocks().into() => {
+        Content::File(extent)
+            if u64::from(extent.block) + u64::from(extent.blocks) > reader.data_blocks().into() =>
+        {
             panic!("an extent outside of the data file")
         }
         _ => Ok(()),
@@ -77,17 +88,23 @@ fn read_one(reader: &Reader<'_>, nid: Nid, stack: &mut Vec<Nid>) -> Result<(), R
     xattrs.and(content)
 }
 
-/// Makes the superblock's checksum right again (CRC-32C without inversion at the end, over the first block from the superblock on).
+/// Makes the superblock's checksum right again (CRC-32C without inversion at the end, over the
+/// first block from the superblock on).
 fn seal(image: &mut [u8]) {
     image[1028..1032].fill(0);
-    let step = |crc: u32, byte: &u8| (0..8).fold(crc ^ u32::from(*byte), |c, _| if c & 1 == 1 { (c >> 1) ^ 0x82f6_3b78 } else { c >> 1 });
+    let step = |crc: u32, byte: &u8| {
+        (0..8).fold(crc ^ u32::from(*byte), |c, _| {
+            if c & 1 == 1 { (c >> 1) ^ 0x82f6_3b78 } else { c >> 1 }
+        })
+    };
     let sum = image[1024..4096].iter().fold(!0, step);
     image[1028..1032].copy_from_slice(&sum.to_le_bytes());
 }
 
 fn mutate(image: &mut Vec<u8>, dice: &mut Dice) {
     for _ in 0..=dice.below(8) {
-        // Most of what means something is after the superblock; zeros at the end of blocks mean nothing.
+        // Most of what means something is after the superblock; zeros at the end of blocks mean
+        // nothing.
         let at = 1024 + dice.below(image.len() - 1024);
         match dice.below(8) {
             0 => image.truncate((at & !7).max(4096)),
@@ -113,7 +130,12 @@ fn mutate(image: &mut Vec<u8>, dice: &mut Dice) {
 #[test]
 fn broken_images_are_errors() {
     let corpus: Vec<Vec<u8>> = (1..=12)
-        .map(|seed| bytes(&Layer::random(seed, 12 * seed as usize).image(), if seed % 2 == 0 { Form::Flat } else { Form::WithDevice }))
+        .map(|seed| {
+            bytes(
+                &Layer::random(seed, 12 * seed as usize).image(),
+                if seed % 2 == 0 { Form::Flat } else { Form::WithDevice },
+            )
+        })
         .collect();
     for image in &corpus {
         assert!(read_all(&Reader::open(image).unwrap()).unwrap() > 1);
@@ -143,14 +165,25 @@ fn any_entries_make_an_image_or_an_error() {
             let mut op = maker.op(&layer.model);
             if dice.one_in(4) {
                 let at = dice.below(op.path.len() + 1);
-                let piece = *dice.pick(&[&b"/"[..], b"..", b"/../", b".wh.", b"\0", b"./", b"/./", &[b'x'; 300], b"a/b/c"]);
+                let piece = *dice.pick(&[
+                    &b"/"[..],
+                    b"..",
+                    b"/../",
+                    b".wh.",
+                    b"\0",
+                    b"./",
+                    b"/./",
+                    &[b'x'; 300],
+                    b"a/b/c",
+                ]);
                 op.path.splice(at..at, piece.iter().copied());
             }
             if dice.one_in(10) {
                 op.attrs.xattrs.insert(b"security.ima".to_vec(), dice.bytes(20));
                 op.attrs.mode = dice.next() as u16;
             }
-            // Dropped after an error by those who use it; it must stand what comes next all the same.
+            // Dropped after an error by those who use it; it must stand what comes next all the
+            // same.
             let _ = op.insert(&mut layer.builder);
             let _ = layer.model.apply(&op, layer.options.opaque.name());
         }

@@ -1,6 +1,8 @@
-//! Images as the kernel sees them, and `fsck.erofs`: both are asked what is in them. As root, for only root mounts EROFS.
+//! Images as the kernel sees them, and `fsck.erofs`: both are asked what is in them. As root, for
+//! only root mounts EROFS.
 //!
-//! Nothing is mounted anywhere: a mount is a file descriptor (`fsmount`) that goes with the test, however it ends.
+//! Nothing is mounted anywhere: a mount is a file descriptor (`fsmount`) that goes with the test,
+//! however it ends.
 
 #![allow(clippy::unwrap_used)]
 
@@ -9,7 +11,10 @@ mod common;
 use common::*;
 use rustix::{
     fd::{AsFd, AsRawFd, OwnedFd},
-    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen},
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
+        fsconfig_set_string, fsmount, fsopen,
+    },
 };
 use shipway_erofs::*;
 use std::{
@@ -29,8 +34,12 @@ struct Mounted(OwnedFd);
 
 impl Mounted {
     fn new(kind: &str, options: &[(&str, Option<&Path>)]) -> Result<Self, String> {
-        assert!(rustix::process::geteuid().is_root(), "mounts need root: run as root, as `cargo xtask test` does");
-        let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|e| format!("the kernel has no {kind}: {e}"))?;
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "mounts need root: run as root, as `cargo xtask test` does"
+        );
+        let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)
+            .map_err(|e| format!("the kernel has no {kind}: {e}"))?;
         let told = |what: &str, error: rustix::io::Errno| {
             let mut log = [0; 512];
             let read = rustix::io::read(context.as_fd(), &mut log).unwrap_or(0);
@@ -77,7 +86,11 @@ impl Lab {
     }
 
     fn with_device(&self) -> Mounted {
-        let options = [("source", Some(self.path("meta"))), ("device", Some(self.path("data"))), ("ro", None)];
+        let options = [
+            ("source", Some(self.path("meta"))),
+            ("device", Some(self.path("data"))),
+            ("ro", None),
+        ];
         Mounted::new("erofs", &options.each_ref().map(|(k, v)| (*k, v.as_deref()))).unwrap()
     }
 
@@ -85,27 +98,40 @@ impl Lab {
         Mounted::new("erofs", &[("source", Some(&self.path("flat"))), ("ro", None)]).unwrap()
     }
 
-    /// The flat image as a block device, which is what kernels before 6.12 need. The kernel takes the device away with the mount.
+    /// The flat image as a block device, which is what kernels before 6.12 need. The kernel takes
+    /// the device away with the mount.
     fn looped(&self) -> Mounted {
         let run = |command: &mut Command| {
             let output = command.output().expect("losetup, of the package mount");
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             String::from_utf8(output.stdout).unwrap().trim().to_owned()
         };
-        let device = run(Command::new("losetup").args(["--read-only", "--find", "--show"]).arg(self.path("flat")));
+        let device = run(Command::new("losetup")
+            .args(["--read-only", "--find", "--show"])
+            .arg(self.path("flat")));
         let mounted = Mounted::new("erofs", &[("source", Some(Path::new(&device))), ("ro", None)]);
         run(Command::new("losetup").arg("--detach").arg(&device));
         mounted.unwrap()
     }
 
     fn fsck(&self) {
-        // Contents only in the flat image: versions up to 1.5 look for those at unified addresses in the first device.
+        // Contents only in the flat image: versions up to 1.5 look for those at unified addresses
+        // in the first device.
         let device = format!("--device={}", self.path("data").display());
         for (image, option) in [("meta", &*device), ("flat", "--extract")] {
             let output = Command::new("fsck.erofs").arg(option).arg(self.path(image)).output();
-            let output = output.expect("fsck.erofs: install the package erofs-utils, as `cargo xtask test` does");
-            let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-            assert!(output.status.success() && !text.contains("<E>"), "{image}: {}, {text}", output.status);
+            let output = output
+                .expect("fsck.erofs: install the package erofs-utils, as `cargo xtask test` does");
+            let text = format!(
+                "{}{}",
+                String::from_utf8_lossy(&output.stdout),
+                String::from_utf8_lossy(&output.stderr)
+            );
+            assert!(
+                output.status.success() && !text.contains("<E>"),
+                "{image}: {}, {text}",
+                output.status
+            );
         }
     }
 }
@@ -116,7 +142,8 @@ fn xattrs_of(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
     let names = list[..length].split(|b| *b == 0).filter(|n| !n.is_empty());
     let value = |name: &[u8]| {
         let mut value = vec![0; limits::XATTR_VALUE_BYTES + 1];
-        let length = rustix::fs::lgetxattr(path, CString::new(name).unwrap(), &mut value[..]).unwrap();
+        let length =
+            rustix::fs::lgetxattr(path, CString::new(name).unwrap(), &mut value[..]).unwrap();
         value.truncate(length);
         value
     };
@@ -124,7 +151,8 @@ fn xattrs_of(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
 }
 
 fn names_in(path: &Path) -> Vec<Vec<u8>> {
-    let mut names: Vec<Vec<u8>> = fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name().into_vec()).collect();
+    let mut names: Vec<Vec<u8>> =
+        fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name().into_vec()).collect();
     names.sort();
     names
 }
@@ -138,36 +166,66 @@ fn compare(root: &Path, model: &Model) {
         let (attrs, is) = &model.inodes[inode];
         let found = fs::symlink_metadata(&path).unwrap();
         let shown = path.display();
-        assert_eq!(*numbers.entry(inode).or_insert(found.ino()), found.ino(), "links share their inode: {shown}");
-        let of = |a: &Attrs| (u32::from(a.mode), a.uid, a.gid, a.mtime.seconds, i64::from(a.mtime.nanoseconds));
-        assert_eq!((found.mode() & 0o7777, found.uid(), found.gid(), found.mtime(), found.mtime_nsec()), of(attrs), "{shown}");
+        assert_eq!(
+            *numbers.entry(inode).or_insert(found.ino()),
+            found.ino(),
+            "links share their inode: {shown}"
+        );
+        let of = |a: &Attrs| {
+            (u32::from(a.mode), a.uid, a.gid, a.mtime.seconds, i64::from(a.mtime.nanoseconds))
+        };
+        assert_eq!(
+            (found.mode() & 0o7777, found.uid(), found.gid(), found.mtime(), found.mtime_nsec()),
+            of(attrs),
+            "{shown}"
+        );
         assert_eq!(found.nlink(), u64::from(links[&inode]), "{shown}");
         assert_eq!(xattrs_of(&path), attrs.xattrs, "{shown}");
         let device = |major: &u32, minor: &u32| rustix::fs::makedev(*major, *minor);
         match is {
             Is::Directory(children) => {
                 assert!(found.is_dir(), "{shown}");
-                assert_eq!(names_in(&path), children.keys().cloned().collect::<Vec<_>>(), "{shown}");
+                assert_eq!(
+                    names_in(&path),
+                    children.keys().cloned().collect::<Vec<_>>(),
+                    "{shown}"
+                );
                 for name in children.keys() {
                     let missing = [name, &b"\x01"[..]].concat();
-                    let there = fs::symlink_metadata(path.join(std::ffi::OsStr::from_bytes(&missing))).is_ok();
+                    let there =
+                        fs::symlink_metadata(path.join(std::ffi::OsStr::from_bytes(&missing)))
+                            .is_ok();
                     assert_eq!(there, children.contains_key(&missing), "{shown}");
                 }
-                stack.extend(children.iter().map(|(name, child)| (*child, path.join(std::ffi::OsStr::from_bytes(name)))));
+                stack.extend(
+                    children.iter().map(|(name, child)| {
+                        (*child, path.join(std::ffi::OsStr::from_bytes(name)))
+                    }),
+                );
             }
             Is::Other(Thing::File(contents)) => {
                 assert!(found.is_file() && found.size() == contents.len() as u64, "{shown}");
                 assert!(fs::read(&path).unwrap() == contents[..], "contents of {shown}");
             }
-            Is::Other(Thing::Symlink(target)) => assert_eq!(fs::read_link(&path).unwrap().as_os_str().as_bytes(), target, "{shown}"),
+            Is::Other(Thing::Symlink(target)) => {
+                assert_eq!(fs::read_link(&path).unwrap().as_os_str().as_bytes(), target, "{shown}")
+            }
             Is::Other(Thing::Char(major, minor)) => {
-                assert!(found.file_type().is_char_device() && found.rdev() == device(major, minor), "{shown}");
+                assert!(
+                    found.file_type().is_char_device() && found.rdev() == device(major, minor),
+                    "{shown}"
+                );
             }
             Is::Other(Thing::Block(major, minor)) => {
-                assert!(found.file_type().is_block_device() && found.rdev() == device(major, minor), "{shown}");
+                assert!(
+                    found.file_type().is_block_device() && found.rdev() == device(major, minor),
+                    "{shown}"
+                );
             }
             Is::Other(Thing::Fifo) => assert!(found.file_type().is_fifo(), "{shown}"),
-            Is::Other(Thing::HardLink(_) | Thing::Directory) => unreachable!("not an inode of the model"),
+            Is::Other(Thing::HardLink(_) | Thing::Directory) => {
+                unreachable!("not an inode of the model")
+            }
         }
     }
     let mut distinct: Vec<u64> = numbers.values().copied().collect();
@@ -200,7 +258,10 @@ fn a_directory_of_many_entries_is_searched_and_listed() {
     let name = |n: usize| format!("{n:0>width$}", width = 6 + n % 250);
     for n in 0..COUNT {
         let attributes = Attributes { mode: 0o600, uid: n as u32, ..Attributes::default() };
-        layer.builder.insert(format!("many/{}", name(n)).as_bytes(), &attributes, Node::File { size: 0 }).unwrap();
+        layer
+            .builder
+            .insert(format!("many/{}", name(n)).as_bytes(), &attributes, Node::File { size: 0 })
+            .unwrap();
     }
     let image = layer.image();
     let lab = Lab::new(&image, &[]);
@@ -214,12 +275,15 @@ fn a_directory_of_many_entries_is_searched_and_listed() {
     lab.fsck();
 }
 
-/// The contents of a file are found to its end however large it is, and holes of the data file are zeros.
+/// The contents of a file are found to its end however large it is, and holes of the data file are
+/// zeros.
 #[test]
 fn files_reach_to_the_end_of_the_address_space() {
     const TIB: u64 = 1 << 40;
     let mut layer = Layer::new(Options::default(), Attrs { mode: 0o755, ..Attrs::default() });
-    let mut insert = |name: &str, size| layer.builder.insert(name.as_bytes(), &Attributes::default(), Node::File { size });
+    let mut insert = |name: &str, size| {
+        layer.builder.insert(name.as_bytes(), &Attributes::default(), Node::File { size })
+    };
     let Inserted::File(small) = insert("small", 10).unwrap() else { panic!("a file") };
     let Inserted::File(large) = insert("large", 15 * TIB + 5).unwrap() else { panic!("a file") };
     assert_eq!(insert("more", TIB), Err(BuildError::TooMuchData));
@@ -240,7 +304,8 @@ fn files_reach_to_the_end_of_the_address_space() {
     assert_eq!(end, [0; 16]);
 }
 
-/// Whiteouts and opaque directories of such a layer hide what is below it, and the number of a file stays when it is copied up.
+/// Whiteouts and opaque directories of such a layer hide what is below it, and the number of a file
+/// stays when it is copied up.
 #[test]
 fn overlayfs_takes_the_layer() {
     let root = Attrs { mode: 0o755, ..Attrs::default() };
@@ -275,29 +340,53 @@ fn overlayfs_takes_the_layer() {
         let writable = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let at = |name: &str| writable.path().join(name);
         ["upper", "work", "above", "below"].iter().for_each(|dir| fs::create_dir(at(dir)).unwrap());
-        // Overlayfs takes layers by their paths, so these are mounted, where nobody but this thread sees it.
+        // Overlayfs takes layers by their paths, so these are mounted, where nobody but this thread
+        // sees it.
         let (above, below) = (above.with_device(), below.flat());
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
                 private_mounts();
                 for (mounted, name) in [(&above, "above"), (&below, "below")] {
                     let flags = rustix::mount::MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-                    rustix::mount::move_mount(mounted.0.as_fd(), "", rustix::fs::CWD, at(name), flags).unwrap();
+                    rustix::mount::move_mount(
+                        mounted.0.as_fd(),
+                        "",
+                        rustix::fs::CWD,
+                        at(name),
+                        flags,
+                    )
+                    .unwrap();
                 }
-                let lower = PathBuf::from(format!("{}:{}", at("above").display(), at("below").display()));
+                let lower =
+                    PathBuf::from(format!("{}:{}", at("above").display(), at("below").display()));
                 let (upper, work) = (at("upper"), at("work"));
                 let on = Path::new("on");
-                let mut options = vec![("lowerdir", Some(&lower)), ("upperdir", Some(&upper)), ("workdir", Some(&work))];
+                let mut options = vec![
+                    ("lowerdir", Some(&lower)),
+                    ("upperdir", Some(&upper)),
+                    ("workdir", Some(&work)),
+                ];
                 let on = on.to_owned();
-                options.push(if opaque == OpaqueMark::User { ("userxattr", None) } else { ("xino", Some(&on)) });
-                let options: Vec<(&str, Option<&Path>)> = options.iter().map(|(k, v)| (*k, v.map(PathBuf::as_path))).collect();
+                options.push(if opaque == OpaqueMark::User {
+                    ("userxattr", None)
+                } else {
+                    ("xino", Some(&on))
+                });
+                let options: Vec<(&str, Option<&Path>)> =
+                    options.iter().map(|(k, v)| (*k, v.map(PathBuf::as_path))).collect();
                 let overlay = Mounted::new("overlay", &options).unwrap();
                 let root = overlay.root();
-                let text = |names: &[&str]| names.iter().map(|n| n.as_bytes().to_vec()).collect::<Vec<_>>();
+                let text = |names: &[&str]| {
+                    names.iter().map(|n| n.as_bytes().to_vec()).collect::<Vec<_>>()
+                };
                 assert_eq!(names_in(&root), text(&["dir", "kept", "opaque"]));
                 assert_eq!(names_in(&root.join("dir")), text(&["kept"]));
                 assert_eq!(names_in(&root.join("opaque")), text(&["new"]));
-                assert!(!root.join("gone").exists() && !root.join("dir/gone").exists() && !root.join("opaque/deep").exists());
+                assert!(
+                    !root.join("gone").exists()
+                        && !root.join("dir/gone").exists()
+                        && !root.join("opaque/deep").exists()
+                );
                 assert_eq!(fs::read(root.join("dir/kept")).unwrap(), b"kept");
                 let number = || fs::metadata(root.join("kept")).unwrap().ino();
                 let before = number();
@@ -318,7 +407,9 @@ fn private_mounts() {
         mount::{MountPropagationFlags, mount_change},
         thread::{UnshareFlags, unshare_unsafe},
     };
-    // SAFETY: the file descriptor table stays shared; only this thread's view of mounts and its working directory part from the others'.
-    unsafe { unshare_unsafe(UnshareFlags::FS | UnshareFlags::NEWNS) }.expect("mounts need root: run as root, as `cargo xtask test` does");
+    // SAFETY: the file descriptor table stays shared; only this thread's view of mounts and its
+    // working directory part from the others'.
+    unsafe { unshare_unsafe(UnshareFlags::FS | UnshareFlags::NEWNS) }
+        .expect("mounts need root: run as root, as `cargo xtask test` does");
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
 }

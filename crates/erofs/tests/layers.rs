@@ -1,4 +1,5 @@
-//! The meaning of a layer's entries, and the bounds on them. Images are looked at through the reader.
+//! The meaning of a layer's entries, and the bounds on them. Images are looked at through the
+//! reader.
 
 #![allow(clippy::unwrap_used)]
 
@@ -12,7 +13,11 @@ fn builder() -> Builder {
 }
 
 fn file(builder: &mut Builder, path: &str) -> Result<Inserted, BuildError> {
-    builder.insert(path.as_bytes(), &Attributes { mode: 0o644, ..Attributes::default() }, Node::File { size: 1 })
+    builder.insert(
+        path.as_bytes(),
+        &Attributes { mode: 0o644, ..Attributes::default() },
+        Node::File { size: 1 },
+    )
 }
 
 fn add(builder: &mut Builder, path: &str, node: Node<'_>) -> Result<Inserted, BuildError> {
@@ -27,11 +32,21 @@ fn shown(builder: Builder) -> Vec<String> {
     let mut stack = vec![(reader.root(), String::new())];
     while let Some((nid, path)) = stack.pop() {
         let directory = reader.directory(&reader.metadata(nid).unwrap()).unwrap();
-        for entry in directory.entries(0).map(Result::unwrap).filter(|e| !matches!(e.name, b"." | b"..")) {
+        for entry in
+            directory.entries(0).map(Result::unwrap).filter(|e| !matches!(e.name, b"." | b".."))
+        {
             let path = format!("{path}/{}", String::from_utf8_lossy(entry.name));
             let found = reader.metadata(entry.nid).unwrap();
             let letter = match found.content {
-                Content::Directory if reader.xattrs(&found).unwrap().iter().any(|x| x.name.ends_with(b".opaque") && x.value == b"y") => 'o',
+                Content::Directory
+                    if reader
+                        .xattrs(&found)
+                        .unwrap()
+                        .iter()
+                        .any(|x| x.name.ends_with(b".opaque") && x.value == b"y") =>
+                {
+                    'o'
+                }
                 Content::Directory => 'd',
                 Content::File(_) => 'f',
                 Content::CharDevice(DeviceNumber { major: 0, minor: 0 }) if found.mode == 0 => 'w',
@@ -56,7 +71,8 @@ fn parents_are_implied_and_can_be_told_later() {
     add(&mut layer, "x", Node::Directory).unwrap();
     file(&mut layer, "gone/sub/file").unwrap();
     file(&mut layer, "gone").unwrap();
-    let implied: Vec<String> = layer.implied().unwrap().into_iter().map(|p| String::from_utf8(p).unwrap()).collect();
+    let implied: Vec<String> =
+        layer.implied().unwrap().into_iter().map(|p| String::from_utf8(p).unwrap()).collect();
     assert_eq!(implied, ["a", "a/b"]);
     assert_eq!(layer.len(), 6);
     add(&mut layer, "a/b", Node::Directory).unwrap();
@@ -88,7 +104,16 @@ fn links_of_the_layer_lead_to_parents_inside_the_root() {
     file(&mut layer, "lib/../c").unwrap();
     assert_eq!(
         shown(layer),
-        ["f /c", "l /lib", "d /usr", "d /usr/lib", "f /usr/lib/a", "d /usr/lib/more", "f /usr/lib/more/b", "l /usr/up"]
+        [
+            "f /c",
+            "l /lib",
+            "d /usr",
+            "d /usr/lib",
+            "f /usr/lib/a",
+            "d /usr/lib/more",
+            "f /usr/lib/more/b",
+            "l /usr/up"
+        ]
     );
     let mut layer = builder();
     add(&mut layer, "loop", Node::Symlink { target: b"loop/x" }).unwrap();
@@ -101,7 +126,10 @@ fn links_of_the_layer_lead_to_parents_inside_the_root() {
 fn whiteouts_are_for_lower_layers() {
     let mut layer = builder();
     let inserted: Vec<Inserted> =
-        [".wh.gone", "d/.wh..wh..opq", "here", ".wh.here", ".wh.back", "back"].iter().map(|p| file(&mut layer, p).unwrap()).collect();
+        [".wh.gone", "d/.wh..wh..opq", "here", ".wh.here", ".wh.back", "back"]
+            .iter()
+            .map(|p| file(&mut layer, p).unwrap())
+            .collect();
     use Inserted::*;
     let first = |block| File(Extent { block, blocks: 1 });
     assert_eq!(inserted, [Whiteout, Opaque, first(0), Whiteout, Whiteout, first(1)]);
@@ -127,14 +155,20 @@ fn the_root_is_passed_over() {
 fn hard_links_need_what_they_link_to() {
     let mut layer = builder();
     file(&mut layer, "dir/a").unwrap();
-    let link = |layer: &mut Builder, path: &str, target: &str| add(layer, path, Node::HardLink { target: target.as_bytes() });
+    let link = |layer: &mut Builder, path: &str, target: &str| {
+        add(layer, path, Node::HardLink { target: target.as_bytes() })
+    };
     assert_eq!(link(&mut layer, "b", "none"), Err(BuildError::HardLink));
     assert_eq!(link(&mut layer, "b", "dir"), Err(BuildError::HardLink));
     assert_eq!(link(&mut layer, "b", "/"), Err(BuildError::HardLink));
     assert_eq!(link(&mut layer, "dir/a", "dir/a"), Err(BuildError::HardLink));
     let mut layer = builder();
     file(&mut layer, "dir/a").unwrap();
-    assert_eq!(link(&mut layer, "dir", "dir/a"), Err(BuildError::NotDirectory), "it makes room first");
+    assert_eq!(
+        link(&mut layer, "dir", "dir/a"),
+        Err(BuildError::NotDirectory),
+        "it makes room first"
+    );
     let mut layer = builder();
     file(&mut layer, "dir/a").unwrap();
     assert_eq!(link(&mut layer, "dir/b", "dir/a"), Ok(Inserted::Entry));
@@ -180,7 +214,12 @@ fn links_on_the_way_are_bounded() {
     let chain = |links: usize| {
         let mut layer = builder();
         for n in 0..links {
-            add(&mut layer, &format!("l{n}"), Node::Symlink { target: format!("l{}", n + 1).as_bytes() }).unwrap();
+            add(
+                &mut layer,
+                &format!("l{n}"),
+                Node::Symlink { target: format!("l{}", n + 1).as_bytes() },
+            )
+            .unwrap();
         }
         file(&mut layer, "l0/x")
     };
@@ -199,7 +238,9 @@ fn implied_paths_are_bounded() {
     let depth = 2000;
     let of = |trees: usize| {
         let mut layer = builder();
-        (0..trees).for_each(|n| assert!(file(&mut layer, &format!("{n:0>3}/{}x", "d/".repeat(depth))).is_ok()));
+        (0..trees).for_each(|n| {
+            assert!(file(&mut layer, &format!("{n:0>3}/{}x", "d/".repeat(depth))).is_ok())
+        });
         layer.implied()
     };
     let each: usize = (0..=depth).map(|n| 3 + 2 * n).sum();
@@ -212,29 +253,55 @@ fn implied_paths_are_bounded() {
 fn text_is_bounded() {
     let mut layer = builder();
     let target = [b't'; limits::PATH_BYTES];
-    let refused = (0..).find_map(|n| add(&mut layer, &format!("{n:0>5}"), Node::Symlink { target: &target }).err().map(|e| (n, e)));
-    assert_eq!(refused, Some((limits::TEXT_BYTES / (limits::PATH_BYTES + 5), BuildError::TooMuchText)));
+    let refused = (0..).find_map(|n| {
+        add(&mut layer, &format!("{n:0>5}"), Node::Symlink { target: &target })
+            .err()
+            .map(|e| (n, e))
+    });
+    assert_eq!(
+        refused,
+        Some((limits::TEXT_BYTES / (limits::PATH_BYTES + 5), BuildError::TooMuchText))
+    );
 }
 
 #[test]
 fn attributes_of_all_entries_are_bounded() {
     let mut layer = builder();
     let mut insert = |path: &str, xattrs: &[Xattr<'_>]| {
-        layer.insert(path.as_bytes(), &Attributes { xattrs, ..Attributes::default() }, Node::Directory).err()
+        layer
+            .insert(
+                path.as_bytes(),
+                &Attributes { xattrs, ..Attributes::default() },
+                Node::Directory,
+            )
+            .err()
     };
     let mut value = vec![0; limits::XATTR_VALUE_BYTES];
     let refused = (0u32..).find_map(|n| {
         value[..4].copy_from_slice(&n.to_le_bytes());
-        insert(&format!("{n}"), &[Xattr { name: b"user.a", value: &value }]).map(|e| (n as usize, e))
+        insert(&format!("{n}"), &[Xattr { name: b"user.a", value: &value }])
+            .map(|e| (n as usize, e))
     });
-    assert_eq!(refused, Some((limits::XATTR_TEXT_BYTES / (limits::XATTR_VALUE_BYTES + 1), BuildError::TooManyXattrs)));
+    assert_eq!(
+        refused,
+        Some((
+            limits::XATTR_TEXT_BYTES / (limits::XATTR_VALUE_BYTES + 1),
+            BuildError::TooManyXattrs
+        ))
+    );
     let mut layer = builder();
     let names: Vec<String> = (0..limits::XATTRS).map(|n| format!("user.{n}")).collect();
-    let xattrs: Vec<Xattr<'_>> = names.iter().map(|n| Xattr { name: n.as_bytes(), value: b"" }).collect();
-    layer.insert(b"d", &Attributes { xattrs: &xattrs, ..Attributes::default() }, Node::Directory).unwrap();
+    let xattrs: Vec<Xattr<'_>> =
+        names.iter().map(|n| Xattr { name: n.as_bytes(), value: b"" }).collect();
+    layer
+        .insert(b"d", &Attributes { xattrs: &xattrs, ..Attributes::default() }, Node::Directory)
+        .unwrap();
     let refused = (1u32..).find_map(|n| {
         let xattrs = [Xattr { name: b"user.0", value: &n.to_le_bytes() }];
-        layer.insert(b"d", &Attributes { xattrs: &xattrs, ..Attributes::default() }, Node::Directory).err().map(|e| (n as usize, e))
+        layer
+            .insert(b"d", &Attributes { xattrs: &xattrs, ..Attributes::default() }, Node::Directory)
+            .err()
+            .map(|e| (n as usize, e))
     });
     assert_eq!(refused, Some((limits::XATTR_MEMBERS / limits::XATTRS, BuildError::TooManyXattrs)));
 }
@@ -243,7 +310,10 @@ fn attributes_of_all_entries_are_bounded() {
 fn data_is_bounded_with_the_image_before_it() {
     let largest = (limits::BLOCKS - 1) * BLOCK;
     let mut layer = builder();
-    assert_eq!(add(&mut layer, "f", Node::File { size: largest + 1 }), Err(BuildError::TooMuchData));
+    assert_eq!(
+        add(&mut layer, "f", Node::File { size: largest + 1 }),
+        Err(BuildError::TooMuchData)
+    );
     assert_eq!(add(&mut layer, "f", Node::File { size: u64::MAX }), Err(BuildError::TooMuchData));
     add(&mut layer, "f", Node::File { size: largest }).unwrap();
     assert_eq!(layer.finish().err(), Some(BuildError::TooMuchData));

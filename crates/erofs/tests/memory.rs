@@ -16,18 +16,25 @@ fn reset() {
     fs::write("/proc/self/clear_refs", "5").unwrap();
 }
 
-/// A tree of `count` entries beside the root, a twentieth of them directories and some symbolic links; returns the bytes of their names.
+/// A tree of `count` entries beside the root, a twentieth of them directories and some symbolic
+/// links; returns the bytes of their names.
 fn fill(builder: &mut Builder, count: usize) -> u64 {
     let mut text = 0;
     for n in 0..count {
-        let path = if n % 20 == 0 { format!("usr/share/{n:0>8}") } else { format!("usr/share/{:0>8}/file-{n:0>8}.txt", n - n % 20) };
+        let path = if n % 20 == 0 {
+            format!("usr/share/{n:0>8}")
+        } else {
+            format!("usr/share/{:0>8}/file-{n:0>8}.txt", n - n % 20)
+        };
         let node = match n % 20 {
             0 => Node::Directory,
             7 => Node::Symlink { target: b"../some/other/place" },
             _ => Node::File { size: 5000 },
         };
         text += path.rsplit('/').next().unwrap().len() as u64;
-        builder.insert(path.as_bytes(), &Attributes { mode: 0o644, ..Attributes::default() }, node).unwrap();
+        builder
+            .insert(path.as_bytes(), &Attributes { mode: 0o644, ..Attributes::default() }, node)
+            .unwrap();
     }
     text
 }
@@ -44,7 +51,12 @@ fn a_million_entries_cost_less_than_a_hundred_bytes_each() {
     let image = small.finish().unwrap();
     let mut bytes = Vec::with_capacity(image.bytes() as usize);
     image.write(Form::WithDevice, &mut bytes).unwrap();
-    println!("{} inodes: {inserted:?} to insert, {:?} in all, {} bytes", image.inodes(), started.elapsed(), image.bytes());
+    println!(
+        "{} inodes: {inserted:?} to insert, {:?} in all, {} bytes",
+        image.inodes(),
+        started.elapsed(),
+        image.bytes()
+    );
     drop((image, bytes));
 
     reset();

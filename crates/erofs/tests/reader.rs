@@ -19,9 +19,17 @@ fn compare(reader: &Reader<'_>, layer: &Layer) {
         let found = reader.metadata(nid).unwrap();
         let (attrs, is) = &model.inodes[inode];
         assert_eq!(*numbers.entry(inode).or_insert(nid), nid, "links share their inode");
-        assert_eq!((found.mode, found.uid, found.gid, found.mtime), (attrs.mode, attrs.uid, attrs.gid, attrs.mtime));
+        assert_eq!(
+            (found.mode, found.uid, found.gid, found.mtime),
+            (attrs.mode, attrs.uid, attrs.gid, attrs.mtime)
+        );
         assert_eq!(found.nlink, links[&inode]);
-        let xattrs: BTreeMap<Vec<u8>, Vec<u8>> = reader.xattrs(&found).unwrap().into_iter().map(|x| (x.name, x.value.to_vec())).collect();
+        let xattrs: BTreeMap<Vec<u8>, Vec<u8>> = reader
+            .xattrs(&found)
+            .unwrap()
+            .into_iter()
+            .map(|x| (x.name, x.value.to_vec()))
+            .collect();
         assert_eq!(xattrs, attrs.xattrs);
         match (is, found.content) {
             (Is::Directory(children), Content::Directory) => {
@@ -31,7 +39,10 @@ fn compare(reader: &Reader<'_>, layer: &Layer) {
                 assert_eq!(all.len(), children.len() + 2);
                 for (n, entry) in all.iter().enumerate() {
                     assert_eq!(directory.lookup(entry.name).unwrap(), Some(*entry));
-                    assert_eq!(directory.entries(entry.next).next().map(Result::unwrap), all.get(n + 1).copied());
+                    assert_eq!(
+                        directory.entries(entry.next).next().map(Result::unwrap),
+                        all.get(n + 1).copied()
+                    );
                     let to = match entry.name {
                         b"." => nid,
                         b".." => parent,
@@ -42,7 +53,10 @@ fn compare(reader: &Reader<'_>, layer: &Layer) {
                     };
                     assert_eq!(entry.nid, to);
                     let missing = [entry.name, b"\x01"].concat();
-                    assert_eq!(directory.lookup(&missing).unwrap().map(|e| e.name), all.iter().map(|e| e.name).find(|n| *n == missing));
+                    assert_eq!(
+                        directory.lookup(&missing).unwrap().map(|e| e.name),
+                        all.iter().map(|e| e.name).find(|n| *n == missing)
+                    );
                 }
             }
             (Is::Other(Thing::File(contents)), Content::File(extent)) => {
@@ -50,9 +64,15 @@ fn compare(reader: &Reader<'_>, layer: &Layer) {
                 let at = extent.block as usize * BLOCK as usize;
                 assert_eq!(layer.data[at..at + contents.len()], contents[..]);
             }
-            (Is::Other(Thing::Symlink(target)), Content::Symlink) => assert_eq!(reader.target(&found).unwrap(), target),
-            (Is::Other(Thing::Char(major, minor)), Content::CharDevice(n)) => assert_eq!((n.major, n.minor), (*major, *minor)),
-            (Is::Other(Thing::Block(major, minor)), Content::BlockDevice(n)) => assert_eq!((n.major, n.minor), (*major, *minor)),
+            (Is::Other(Thing::Symlink(target)), Content::Symlink) => {
+                assert_eq!(reader.target(&found).unwrap(), target)
+            }
+            (Is::Other(Thing::Char(major, minor)), Content::CharDevice(n)) => {
+                assert_eq!((n.major, n.minor), (*major, *minor))
+            }
+            (Is::Other(Thing::Block(major, minor)), Content::BlockDevice(n)) => {
+                assert_eq!((n.major, n.minor), (*major, *minor))
+            }
             (Is::Other(Thing::Fifo), Content::Fifo) => {}
             (is, content) => panic!("{is:?} is {content:?}"),
         }
@@ -67,7 +87,10 @@ fn random_layers_are_read_back() {
         for form in [Form::WithDevice, Form::Flat] {
             let bytes = bytes(&image, form);
             let reader = Reader::open(&bytes).unwrap();
-            assert_eq!((reader.blocks(), reader.data_blocks()), (image.blocks(), image.data_blocks()));
+            assert_eq!(
+                (reader.blocks(), reader.data_blocks()),
+                (image.blocks(), image.data_blocks())
+            );
             assert_eq!(reader.uuid(), layer.options.uuid);
             compare(&reader, &layer);
         }

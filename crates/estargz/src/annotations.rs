@@ -44,16 +44,26 @@ impl Annotated {
     /// Reads a layer's annotations; `None` if they have no digest of a table of contents.
     pub fn read(annotations: &BTreeMap<String, String>) -> Result<Option<Self>> {
         let get = |key: &'static str| annotations.get(key).map(|value| (key, value.as_str()));
-        let digest = |(key, value): (&'static str, &str)| value.parse::<Digest>().map_err(|_| invalid(key, value));
-        let toc_digest = match (get(TOC_DIGEST), get(PODMAN_CHECKSUM).or_else(|| get(STARGZ_CHECKSUM))) {
-            (Some(json), _) => TocDigest::Json(digest(json)?),
-            (None, Some(compressed)) => TocDigest::Compressed(digest(compressed)?),
-            (None, None) => return Ok(None),
+        let digest = |(key, value): (&'static str, &str)| {
+            value.parse::<Digest>().map_err(|_| invalid(key, value))
         };
-        let toc = get(PODMAN_POSITION).or_else(|| get(STARGZ_POSITION)).map(|(k, v)| numbers(k, v)).transpose()?;
+        let toc_digest =
+            match (get(TOC_DIGEST), get(PODMAN_CHECKSUM).or_else(|| get(STARGZ_CHECKSUM))) {
+                (Some(json), _) => TocDigest::Json(digest(json)?),
+                (None, Some(compressed)) => TocDigest::Compressed(digest(compressed)?),
+                (None, None) => return Ok(None),
+            };
+        let toc = get(PODMAN_POSITION)
+            .or_else(|| get(STARGZ_POSITION))
+            .map(|(k, v)| numbers(k, v))
+            .transpose()?;
         let tar_split = get(PODMAN_TAR_SPLIT).map(|(k, v)| numbers(k, v)).transpose()?;
         let size = get(UNCOMPRESSED_SIZE).map(|(k, v)| numbers::<1>(k, v)).transpose()?;
-        Ok(Some(Self { toc_digest, uncompressed_size: size.map(|[n]| n), position: toc.map(|toc| (toc, tar_split)) }))
+        Ok(Some(Self {
+            toc_digest,
+            uncompressed_size: size.map(|[n]| n),
+            position: toc.map(|toc| (toc, tar_split)),
+        }))
     }
 
     /// The layout of a blob of `size` bytes, where the annotations tell it: then no footer need be
@@ -69,7 +79,8 @@ fn invalid(key: &'static str, value: &str) -> Error {
 
 fn numbers<const N: usize>(key: &'static str, value: &str) -> Result<[u64; N]> {
     // Signs, which the library takes, are not part of it.
-    let number = |n: &str| n.parse::<u64>().ok().filter(|_| n.starts_with(|c: char| c.is_ascii_digit()));
+    let number =
+        |n: &str| n.parse::<u64>().ok().filter(|_| n.starts_with(|c: char| c.is_ascii_digit()));
     let all: Option<Vec<u64>> = value.split(':').take(N + 1).map(number).collect();
     all.and_then(|all| all.try_into().ok()).ok_or_else(|| invalid(key, value))
 }
@@ -93,10 +104,17 @@ mod tests {
             (STARGZ_POSITION, "508:100:700:1"),
         ]);
         let stargz = stargz.unwrap().unwrap();
-        assert_eq!((stargz.toc_digest, stargz.uncompressed_size), (TocDigest::Json(json), Some(5000)));
+        assert_eq!(
+            (stargz.toc_digest, stargz.uncompressed_size),
+            (TocDigest::Json(json), Some(5000))
+        );
         assert_eq!(stargz.layout(2000).unwrap().unwrap().toc, Some(508..608));
         assert!(stargz.layout(600).unwrap().is_err());
-        let podman = [(PODMAN_CHECKSUM, &*compressed.to_string()), (PODMAN_POSITION, "508:100:700:1"), (PODMAN_TAR_SPLIT, "616:20:90")];
+        let podman = [
+            (PODMAN_CHECKSUM, &*compressed.to_string()),
+            (PODMAN_POSITION, "508:100:700:1"),
+            (PODMAN_TAR_SPLIT, "616:20:90"),
+        ];
         let podman = read(&podman).unwrap().unwrap();
         assert_eq!(podman.toc_digest, TocDigest::Compressed(compressed));
         assert_eq!(podman.layout(2000).unwrap().unwrap().tar_split, Some((616..636, 90)));
@@ -116,7 +134,10 @@ mod tests {
             (UNCOMPRESSED_SIZE, "-1"),
         ] {
             let refused = read(&[(PODMAN_CHECKSUM, &digest), (key, value)]);
-            assert!(matches!(&refused, Err(Error::Annotation { key: named, .. }) if *named == key), "{key} {value} {refused:?}");
+            assert!(
+                matches!(&refused, Err(Error::Annotation { key: named, .. }) if *named == key),
+                "{key} {value} {refused:?}"
+            );
         }
     }
 }

@@ -46,8 +46,12 @@ impl Toc {
                 (none, Some(compressed)) => none.insert(Frames::new(codec, compressed)?),
                 (None, None) => return Err(self.bad(chunk, ChunkProblem::Short)),
             };
-            let skip = chunk.inner.checked_sub(at).ok_or_else(|| io::Error::other("chunks of a frame are out of order"))?;
-            let skipped = io::copy(&mut frames.take(skip), &mut io::sink()).map_err(|e| failed(chunk, e))?;
+            let skip = chunk
+                .inner
+                .checked_sub(at)
+                .ok_or_else(|| io::Error::other("chunks of a frame are out of order"))?;
+            let skipped =
+                io::copy(&mut frames.take(skip), &mut io::sink()).map_err(|e| failed(chunk, e))?;
             data.clear();
             // More is reserved only as data comes, for the size is the index's word.
             frames.take(chunk.size).read_to_end(&mut data).map_err(|e| failed(chunk, e))?;
@@ -66,7 +70,12 @@ impl Toc {
 
     /// Reads one chunk, as [`Toc::read_frame`] does; zeros are put in, too, if they are no more
     /// than [`MAX_CHUNK`].
-    pub fn read_chunk(&self, codec: Codec, chunk: &Chunk, compressed: impl BufRead) -> Result<Vec<u8>> {
+    pub fn read_chunk(
+        &self,
+        codec: Codec,
+        chunk: &Chunk,
+        compressed: impl BufRead,
+    ) -> Result<Vec<u8>> {
         if chunk.size > MAX_CHUNK {
             return Err(Error::TooLarge { what: "a chunk", size: chunk.size, limit: MAX_CHUNK });
         }
@@ -80,7 +89,11 @@ impl Toc {
     }
 
     fn bad(&self, chunk: &Chunk, problem: ChunkProblem) -> Error {
-        Error::Chunk { name: Shown::new(self.entry(chunk.file).path()), file_offset: chunk.file_offset, problem }
+        Error::Chunk {
+            name: Shown::new(self.entry(chunk.file).path()),
+            file_offset: chunk.file_offset,
+            problem,
+        }
     }
 }
 
@@ -92,7 +105,9 @@ struct Input<'a, R> {
 
 impl<R> Input<'_, R> {
     fn note<T>(failed: &Cell<bool>, read: io::Result<T>) -> io::Result<T> {
-        failed.set(failed.get() || read.as_ref().is_err_and(|e| e.kind() != io::ErrorKind::Interrupted));
+        failed.set(
+            failed.get() || read.as_ref().is_err_and(|e| e.kind() != io::ErrorKind::Interrupted),
+        );
         read
     }
 }

@@ -70,11 +70,18 @@ impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = &self.path;
         let what = match self.mismatch {
-            Mismatch::NotInToc => return write!(f, "{path} is in the tar and not in the table of contents"),
-            Mismatch::NotInTar => return write!(f, "{path} is in the table of contents and not in the tar"),
+            Mismatch::NotInToc => {
+                return write!(f, "{path} is in the tar and not in the table of contents");
+            }
+            Mismatch::NotInTar => {
+                return write!(f, "{path} is in the table of contents and not in the tar");
+            }
             Mismatch::Twice => return write!(f, "{path} is twice in the tar"),
             Mismatch::Data { file_offset } => {
-                return write!(f, "the data of {path} at {file_offset} differs between the tar and the table of contents");
+                return write!(
+                    f,
+                    "the data of {path} at {file_offset} differs between the tar and the table of contents"
+                );
             }
             Mismatch::Kind => "type",
             Mismatch::Size => "size",
@@ -165,7 +172,13 @@ impl<'a> Comparison<'a> {
         let mut path = Vec::new();
         let known = match toc::clean(&entry.path, &mut path) {
             // The table is not in itself.
-            Ok(()) if self.codec == Codec::Gzip && path == TOC_NAME.as_bytes() && matches!(entry.kind, TarKind::File(_)) => return,
+            Ok(())
+                if self.codec == Codec::Gzip
+                    && path == TOC_NAME.as_bytes()
+                    && matches!(entry.kind, TarKind::File(_)) =>
+            {
+                return;
+            }
             Ok(()) => self.toc.find(&path),
             Err(_) => None,
         };
@@ -178,30 +191,47 @@ impl<'a> Comparison<'a> {
         if let Kind::File { chunks: chunks @ [first, ..], .. } = known.kind() {
             let has_whole = chunks.len() > 1 || first.content == Content::Zeros;
             let whole = known.digest().filter(|_| has_whole).map(|_| Whole::new());
-            self.file = Some(File { entry: known, chunks, hasher: ChunkHasher::new(Some(first)), have: 0, whole });
+            self.file = Some(File {
+                entry: known,
+                chunks,
+                hasher: ChunkHasher::new(Some(first)),
+                have: 0,
+                whole,
+            });
         }
     }
 
     fn compare(&self, known: Entry<'_>, entry: &TarEntry) -> Option<Mismatch> {
         let kind = match (known.kind(), &entry.kind) {
             (Kind::Directory, TarKind::Directory) | (Kind::Fifo, TarKind::Fifo) => None,
-            (Kind::File { size, .. }, TarKind::File(other)) => (size != *other).then_some(Mismatch::Size),
-            (Kind::Symlink { target }, TarKind::Symlink(other)) => (target != other).then_some(Mismatch::Target),
-            (Kind::HardLink { target }, TarKind::HardLink(other)) => (!self.leads_to(other, target)).then_some(Mismatch::Target),
+            (Kind::File { size, .. }, TarKind::File(other)) => {
+                (size != *other).then_some(Mismatch::Size)
+            }
+            (Kind::Symlink { target }, TarKind::Symlink(other)) => {
+                (target != other).then_some(Mismatch::Target)
+            }
+            (Kind::HardLink { target }, TarKind::HardLink(other)) => {
+                (!self.leads_to(other, target)).then_some(Mismatch::Target)
+            }
             (Kind::CharDevice { major, minor }, TarKind::CharDevice(a, b))
-            | (Kind::BlockDevice { major, minor }, TarKind::BlockDevice(a, b)) => ((major, minor) != (*a, *b)).then_some(Mismatch::Device),
+            | (Kind::BlockDevice { major, minor }, TarKind::BlockDevice(a, b)) => {
+                ((major, minor) != (*a, *b)).then_some(Mismatch::Device)
+            }
             _ => Some(Mismatch::Kind),
         };
         let differs = |differs: bool, mismatch| differs.then_some(mismatch);
         kind.or_else(|| differs(u32::from(known.mode()) != entry.mode & 0o7777, Mismatch::Mode))
-            .or_else(|| differs((known.uid(), known.gid()) != (entry.uid, entry.gid), Mismatch::Owner))
+            .or_else(|| {
+                differs((known.uid(), known.gid()) != (entry.uid, entry.gid), Mismatch::Owner)
+            })
             .or_else(|| differs(!is_same_time(known.mtime(), entry.mtime), Mismatch::Time))
             .or_else(|| differs(!has_xattrs(known, &entry.xattrs), Mismatch::Xattrs))
     }
 
     fn leads_to(&self, link: &[u8], target: EntryId) -> bool {
         let mut path = Vec::new();
-        toc::clean(link, &mut path).is_ok() && self.toc.find(&path).is_some_and(|entry| entry.resolved().id() == target)
+        toc::clean(link, &mut path).is_ok()
+            && self.toc.find(&path).is_some_and(|entry| entry.resolved().id() == target)
     }
 
     /// Data of the entry that was told last, in order.

@@ -205,10 +205,15 @@ impl From<Error> for Fault {
             Error::Io(e) => Fault::io("read a layer", e),
             Error::NotIndexed => layer(Code::NotFound),
             Error::TooLarge { .. } => layer(Code::ResourceExhausted),
-            Error::TocDigest { .. } | Error::Corrupt(_) | Error::Chunk { .. } => layer(Code::DataLoss),
-            Error::Footer(_) | Error::Annotation { .. } | Error::Syntax(_) | Error::Entry { .. } => {
-                layer(Code::FailedPrecondition).hint("the layer can still be pulled as a whole; convert the image again to have it lazy")
+            Error::TocDigest { .. } | Error::Corrupt(_) | Error::Chunk { .. } => {
+                layer(Code::DataLoss)
             }
+            Error::Footer(_)
+            | Error::Annotation { .. }
+            | Error::Syntax(_)
+            | Error::Entry { .. } => layer(Code::FailedPrecondition).hint(
+                "the layer can still be pulled as a whole; convert the image again to have it lazy",
+            ),
         }
     }
 }

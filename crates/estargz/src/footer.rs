@@ -82,16 +82,27 @@ impl Tail {
             return Ok(Self::Need(need));
         }
         let last = |n: usize| suffix.split_last_chunk_at(n);
-        let layout = if let Some(footer) = last(ESTARGZ_FOOTER).and_then(gzip_extra).and_then(|e| subfield(e, 22)) {
+        let layout = if let Some(footer) =
+            last(ESTARGZ_FOOTER).and_then(gzip_extra).and_then(|e| subfield(e, 22))
+        {
             gzip(footer, size, ESTARGZ_FOOTER)?
-        } else if let Some(footer) = last(STARGZ_FOOTER).and_then(gzip_extra).filter(|e| e.len() == 22 && e.ends_with(b"STARGZ")) {
+        } else if let Some(footer) = last(STARGZ_FOOTER)
+            .and_then(gzip_extra)
+            .filter(|e| e.len() == 22 && e.ends_with(b"STARGZ"))
+        {
             gzip(footer, size, STARGZ_FOOTER)?
-        } else if last(EXTERNAL_FOOTER).and_then(gzip_extra).and_then(|e| subfield(e, EXTERNAL.len())) == Some(EXTERNAL) {
+        } else if last(EXTERNAL_FOOTER)
+            .and_then(gzip_extra)
+            .and_then(|e| subfield(e, EXTERNAL.len()))
+            == Some(EXTERNAL)
+        {
             let payload_end = size - EXTERNAL_FOOTER as u64;
             Layout { codec: Codec::Gzip, payload_end, toc: None, toc_size: None, tar_split: None }
         } else if let Some(footer) = frame(suffix, ZSTD_FOOTER) {
             zstd(footer, size)?
-        } else if let Some(footer) = frame(suffix, ZSTD_FOOTER_TAR_SPLIT).filter(|f| f.ends_with(MAGIC_PODMAN)) {
+        } else if let Some(footer) =
+            frame(suffix, ZSTD_FOOTER_TAR_SPLIT).filter(|f| f.ends_with(MAGIC_PODMAN))
+        {
             zstd(footer, size)?
         } else {
             return Err(Error::NotIndexed);
@@ -119,7 +130,9 @@ impl Layout {
 
     /// Checks what was read against the size of the blob.
     pub(crate) fn checked(self, size: u64) -> Result<Self> {
-        let inside = |part: &Range<u64>| part.start < part.end && part.end <= size && part.start >= self.payload_end;
+        let inside = |part: &Range<u64>| {
+            part.start < part.end && part.end <= size && part.start >= self.payload_end
+        };
         let Some(toc) = &self.toc else { return Ok(self) };
         if self.payload_end > size || !inside(toc) {
             return Err(Error::Footer("the table of contents is outside of the blob"));
@@ -128,7 +141,8 @@ impl Layout {
             return Err(Error::Footer("the tar-split is outside of the blob"));
         }
         let lengths = [("a compressed table of contents", toc.end - toc.start, MAX_COMPRESSED_TOC)];
-        let lengths = lengths.into_iter().chain(self.toc_size.map(|n| ("a table of contents", n, MAX_TOC)));
+        let lengths =
+            lengths.into_iter().chain(self.toc_size.map(|n| ("a table of contents", n, MAX_TOC)));
         for (what, size, limit) in lengths {
             if size > limit {
                 return Err(Error::TooLarge { what, size, limit });
@@ -167,10 +181,14 @@ fn subfield(extra: &[u8], length: usize) -> Option<&[u8]> {
 
 fn gzip(content: &[u8], size: u64, footer: usize) -> Result<Layout> {
     let digits = content.strip_suffix(b"STARGZ").ok_or(Error::NotIndexed)?;
-    let digits = std::str::from_utf8(digits).ok().filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()));
-    let start = digits.and_then(|d| u64::from_str_radix(d, 16).ok()).ok_or(Error::Footer("its offset is no number"))?;
+    let digits =
+        std::str::from_utf8(digits).ok().filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()));
+    let start = digits
+        .and_then(|d| u64::from_str_radix(d, 16).ok())
+        .ok_or(Error::Footer("its offset is no number"))?;
     let toc = Some(start..size - footer as u64);
-    Layout { codec: Codec::Gzip, payload_end: start, toc, toc_size: None, tar_split: None }.checked(size)
+    Layout { codec: Codec::Gzip, payload_end: start, toc, toc_size: None, tar_split: None }
+        .checked(size)
 }
 
 /// The content of a skippable frame of `length` bytes at the end that has a magic text at its own
@@ -182,12 +200,15 @@ fn frame(suffix: &[u8], length: usize) -> Option<&[u8]> {
 }
 
 fn zstd(footer: &[u8], size: u64) -> Result<Layout> {
-    let numbers: Vec<u64> = footer.as_chunks::<8>().0.iter().map(|n| u64::from_le_bytes(*n)).collect();
+    let numbers: Vec<u64> =
+        footer.as_chunks::<8>().0.iter().map(|n| u64::from_le_bytes(*n)).collect();
     let tar_split = match numbers[..] {
         [_, _, _, _, offset, length, whole, _] => Some([offset, length, whole]),
         _ => None,
     };
-    let [offset, length, whole, kind, ..] = numbers[..] else { return Err(Error::Footer("it is too short")) };
+    let [offset, length, whole, kind, ..] = numbers[..] else {
+        return Err(Error::Footer("it is too short"));
+    };
     zstd_layout([offset, length, whole, kind], tar_split, size)
 }
 
@@ -197,9 +218,13 @@ pub(crate) fn zstd_layout(toc: [u64; 4], tar_split: Option<[u64; 3]>, size: u64)
     if kind != TYPE_CRFS {
         return Err(Error::Footer("its table of contents has a type that we do not know"));
     }
-    let end = |offset: u64, length| offset.checked_add(length).ok_or(Error::Footer("a length is out of range"));
+    let end = |offset: u64, length| {
+        offset.checked_add(length).ok_or(Error::Footer("a length is out of range"))
+    };
     // The table is in a skippable frame of its own.
-    let payload_end = offset.checked_sub(FRAME_HEADER as u64).ok_or(Error::Footer("the table of contents is outside of the blob"))?;
+    let payload_end = offset
+        .checked_sub(FRAME_HEADER as u64)
+        .ok_or(Error::Footer("the table of contents is outside of the blob"))?;
     let tar_split = match tar_split {
         Some([offset, length, whole]) if length > 0 => Some((offset..end(offset, length)?, whole)),
         _ => None,
@@ -256,14 +281,23 @@ mod tests {
         let footer = write_gzip(0x123);
         assert_eq!((footer.len(), write_external().len()), (ESTARGZ_FOOTER, EXTERNAL_FOOTER));
         let read = layout(&with(&footer)).unwrap();
-        assert_eq!((read.toc, read.payload_end, read.codec), (Some(0x123..1000), 0x123, Codec::Gzip));
+        assert_eq!(
+            (read.toc, read.payload_end, read.codec),
+            (Some(0x123..1000), 0x123, Codec::Gzip)
+        );
         let legacy = [&GZIP_HEADER[..], &[22, 0], b"0000000000000123STARGZ", &GZIP_EMPTY].concat();
-        assert_eq!((legacy.len(), layout(&with(&legacy)).unwrap().toc), (STARGZ_FOOTER, Some(0x123..1000)));
+        assert_eq!(
+            (legacy.len(), layout(&with(&legacy)).unwrap().toc),
+            (STARGZ_FOOTER, Some(0x123..1000))
+        );
         let external = layout(&with(&write_external())).unwrap();
         assert_eq!((external.toc, external.payload_end), (None, 1000));
         for magic in [MAGIC_STARGZ, MAGIC_PODMAN] {
             let read = layout(&chunked(&[508, 100, 700, 1], magic)).unwrap();
-            assert_eq!((read.toc, read.toc_size, read.payload_end, read.codec), (Some(508..608), Some(700), 500, Codec::Zstd));
+            assert_eq!(
+                (read.toc, read.toc_size, read.payload_end, read.codec),
+                (Some(508..608), Some(700), 500, Codec::Zstd)
+            );
         }
         let read = layout(&chunked(&[508, 100, 700, 1, 616, 20, 90], MAGIC_PODMAN)).unwrap();
         assert_eq!((read.toc, read.tar_split), (Some(508..608), Some((616..636, 90))));
@@ -301,9 +335,14 @@ mod tests {
         let mut not_hexadecimal = write_gzip(5);
         not_hexadecimal[16] = b'+';
         refused(&with(&not_hexadecimal));
-        for numbers in
-            [[7, 100, 700, 1], [508, 0, 700, 1], [508, 600, 700, 1], [u64::MAX, 1, 1, 1], [508, u64::MAX, 1, 1], [508, 100, 1, 2]]
-        {
+        for numbers in [
+            [7, 100, 700, 1],
+            [508, 0, 700, 1],
+            [508, 600, 700, 1],
+            [u64::MAX, 1, 1, 1],
+            [508, u64::MAX, 1, 1],
+            [508, 100, 1, 2],
+        ] {
             refused(&chunked(&numbers, MAGIC_PODMAN));
         }
         refused(&chunked(&[508, 100, 700, 1, 20, 20, 90], MAGIC_PODMAN));
@@ -320,10 +359,19 @@ mod tests {
         };
         let size = MAX_COMPRESSED_TOC + 2000;
         assert!(read(size, [508, MAX_COMPRESSED_TOC, MAX_TOC, 1]).is_ok());
-        assert!(matches!(read(size, [508, MAX_COMPRESSED_TOC + 1, 1, 1]), Err(Error::TooLarge { limit: MAX_COMPRESSED_TOC, .. })));
-        assert!(matches!(read(size, [508, 5, MAX_TOC + 1, 1]), Err(Error::TooLarge { limit: MAX_TOC, .. })));
+        assert!(matches!(
+            read(size, [508, MAX_COMPRESSED_TOC + 1, 1, 1]),
+            Err(Error::TooLarge { limit: MAX_COMPRESSED_TOC, .. })
+        ));
+        assert!(matches!(
+            read(size, [508, 5, MAX_TOC + 1, 1]),
+            Err(Error::TooLarge { limit: MAX_TOC, .. })
+        ));
         let blob = with(&write_gzip(10));
-        let read = Tail::read(&blob[blob.len() - LONGEST_FOOTER..], MAX_COMPRESSED_TOC + 10 + ESTARGZ_FOOTER as u64 + 1);
+        let read = Tail::read(
+            &blob[blob.len() - LONGEST_FOOTER..],
+            MAX_COMPRESSED_TOC + 10 + ESTARGZ_FOOTER as u64 + 1,
+        );
         assert!(matches!(read, Err(Error::TooLarge { .. })));
     }
 }

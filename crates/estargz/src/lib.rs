@@ -40,21 +40,22 @@ mod toc;
 mod write;
 
 pub use annotations::{
-    Annotated, PODMAN_CHECKSUM, PODMAN_POSITION, PODMAN_TAR_SPLIT, STARGZ_CHECKSUM, STARGZ_POSITION, TOC_DIGEST, TocDigest,
-    UNCOMPRESSED_SIZE,
+    Annotated, PODMAN_CHECKSUM, PODMAN_POSITION, PODMAN_TAR_SPLIT, STARGZ_CHECKSUM,
+    STARGZ_POSITION, TOC_DIGEST, TocDigest, UNCOMPRESSED_SIZE,
 };
 pub use codec::{Codec, Frames, MAX_WINDOW_LOG};
 pub use compare::{Comparison, Difference, Mismatch};
 pub use error::{ChunkProblem, Error, Problem, Shown};
 pub use footer::{
-    ESTARGZ_FOOTER, EXTERNAL_FOOTER, LONGEST_FOOTER, Layout, MAX_COMPRESSED_TOC, MAX_TOC, STARGZ_FOOTER, Tail, ZSTD_FOOTER,
-    ZSTD_FOOTER_TAR_SPLIT,
+    ESTARGZ_FOOTER, EXTERNAL_FOOTER, LONGEST_FOOTER, Layout, MAX_COMPRESSED_TOC, MAX_TOC,
+    STARGZ_FOOTER, Tail, ZSTD_FOOTER, ZSTD_FOOTER_TAR_SPLIT,
 };
 pub use index::{DATA_BLOCK, Record};
 pub use tar::{TarEntry, TarKind};
 pub use toc::{
-    Chunk, Content, Entry, EntryId, Expected, Kind, Landmark, MAX_CHUNK, MAX_DATA, MAX_DEPTH, MAX_ENTRIES, MAX_INNER, MAX_MAJOR, MAX_MINOR,
-    MAX_NAME, MAX_PATH, MAX_STRING, MAX_XATTR, MAX_XATTRS, NO_PREFETCH_LANDMARK, Node, PREFETCH_LANDMARK, TOC_NAME, Time, Toc,
+    Chunk, Content, Entry, EntryId, Expected, Kind, Landmark, MAX_CHUNK, MAX_DATA, MAX_DEPTH,
+    MAX_ENTRIES, MAX_INNER, MAX_MAJOR, MAX_MINOR, MAX_NAME, MAX_PATH, MAX_STRING, MAX_XATTR,
+    MAX_XATTRS, NO_PREFETCH_LANDMARK, Node, PREFETCH_LANDMARK, TOC_NAME, Time, Toc,
 };
 pub use write::{Dialect, Order, Output, Writer, WriterOptions, Written};
 

@@ -51,7 +51,9 @@ impl TarEntry {
     /// contents. Who converts a layer that has them leaves them out.
     pub fn is_of_format(&self) -> bool {
         let mut path = Vec::new();
-        matches!(self.kind, TarKind::File(_)) && toc::clean(&self.path, &mut path).is_ok() && is_reserved(&path)
+        matches!(self.kind, TarKind::File(_))
+            && toc::clean(&self.path, &mut path).is_ok()
+            && is_reserved(&path)
     }
 }
 

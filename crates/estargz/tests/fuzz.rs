@@ -7,7 +7,8 @@ mod common;
 
 use common::{Dice, corpus};
 use shipway_estargz::{
-    Annotated, Codec, Content, Error, Expected, Kind, LONGEST_FOOTER, Layout, MAX_CHUNK, MAX_DATA, MAX_NAME, MAX_PATH, Tail, Toc, TocDigest,
+    Annotated, Codec, Content, Error, Expected, Kind, LONGEST_FOOTER, Layout, MAX_CHUNK, MAX_DATA,
+    MAX_NAME, MAX_PATH, Tail, Toc, TocDigest,
 };
 use shipway_oci::Digest;
 use std::{
@@ -21,7 +22,13 @@ const ROUNDS: usize = 4000;
 /// A round that takes longer hangs.
 const HANG: Duration = Duration::from_secs(10);
 
-const BLOBS: [&str; 5] = ["estargz.tgz", "estargz-packed.tgz", "estargz-lossless.tgz", "zstd-stargz.tzst", "zstd-podman.tzst"];
+const BLOBS: [&str; 5] = [
+    "estargz.tgz",
+    "estargz-packed.tgz",
+    "estargz-lossless.tgz",
+    "zstd-stargz.tzst",
+    "zstd-podman.tzst",
+];
 
 /// A blob with its parts.
 struct Sample {
@@ -46,7 +53,9 @@ fn samples() -> Vec<Sample> {
         let mut json = Vec::new();
         match layout.codec {
             Codec::Zstd => json = zstd::stream::decode_all(&compressed[..]).unwrap(),
-            Codec::Gzip => drop(flate2::read::GzDecoder::new(&compressed[..]).read_to_end(&mut json).unwrap()),
+            Codec::Gzip => {
+                drop(flate2::read::GzDecoder::new(&compressed[..]).read_to_end(&mut json).unwrap())
+            }
         }
         let json = String::from_utf8(json).unwrap();
         let json = json[json.find('{').unwrap()..=json.rfind('}').unwrap()].to_owned();
@@ -63,7 +72,14 @@ fn promises(toc: &Toc, layout: &Layout) {
         let path = entry.path();
         assert!(path.len() <= MAX_PATH && paths.insert(path));
         let mut parts = path.split(|b| *b == b'/');
-        assert!(path.is_empty() || parts.all(|p| !p.is_empty() && p != b"." && p != b".." && p.len() <= MAX_NAME && !p.contains(&0)));
+        assert!(
+            path.is_empty()
+                || parts.all(|p| !p.is_empty()
+                    && p != b"."
+                    && p != b".."
+                    && p.len() <= MAX_NAME
+                    && !p.contains(&0))
+        );
         assert_eq!(toc.find(path).map(|e| e.id()), Some(entry.id()));
         match entry.kind() {
             Kind::File { size, chunks } => {
@@ -79,7 +95,10 @@ fn promises(toc: &Toc, layout: &Layout) {
             }
             Kind::HardLink { target } => {
                 assert!(target < entry.id());
-                assert!(!matches!(toc.entry(target).kind(), Kind::HardLink { .. } | Kind::Directory));
+                assert!(!matches!(
+                    toc.entry(target).kind(),
+                    Kind::HardLink { .. } | Kind::Directory
+                ));
             }
             Kind::Symlink { target } => assert!(!target.is_empty() && target.len() <= MAX_PATH),
             _ => {}
@@ -90,7 +109,8 @@ fn promises(toc: &Toc, layout: &Layout) {
     assert!(toc.frames().map(<[_]>::len).sum::<usize>() == toc.chunks().len());
     let mut directories = BTreeSet::from([&b""[..]]);
     for node in toc.tree() {
-        let parent = node.path.iter().rposition(|b| *b == b'/').map_or(&b""[..], |at| &node.path[..at]);
+        let parent =
+            node.path.iter().rposition(|b| *b == b'/').map_or(&b""[..], |at| &node.path[..at]);
         assert!(directories.contains(parent), "{}", String::from_utf8_lossy(node.path));
         if node.entry.is_none_or(|e| e.kind() == Kind::Directory) {
             assert!(directories.insert(node.path) || node.path.is_empty());
@@ -129,8 +149,20 @@ fn mutate(bytes: &mut Vec<u8>, dice: &mut Dice, tokens: &[&[u8]]) {
 
 /// Replaces numbers and words of the JSON by others that may still be right there.
 fn mutate_json(json: &mut String, dice: &mut Dice) {
-    const VALUES: [&str; 12] =
-        ["0", "1", "-1", "511", "1000", "2500", "9223372036854775807", "18446744073709551616", "4294967296", "1e3", "null", "\"\""];
+    const VALUES: [&str; 12] = [
+        "0",
+        "1",
+        "-1",
+        "511",
+        "1000",
+        "2500",
+        "9223372036854775807",
+        "18446744073709551616",
+        "4294967296",
+        "1e3",
+        "null",
+        "\"\"",
+    ];
     const WORDS: [&str; 16] = [
         "\"reg\"",
         "\"chunk\"",
@@ -153,13 +185,20 @@ fn mutate_json(json: &mut String, dice: &mut Dice) {
         let colons: Vec<usize> = json.match_indices(':').map(|(at, _)| at + 1).collect();
         let at = colons[dice.below(colons.len())];
         let end = json[at..].find([',', '}', '\n']).map_or(json.len(), |n| at + n);
-        let value = if dice.below(2) == 0 { VALUES[dice.below(VALUES.len())] } else { WORDS[dice.below(WORDS.len())] };
+        let value = if dice.below(2) == 0 {
+            VALUES[dice.below(VALUES.len())]
+        } else {
+            WORDS[dice.below(WORDS.len())]
+        };
         json.replace_range(at..end, value);
     }
     // Whole entries go, or change places.
     if dice.below(3) == 0 {
-        let starts: Vec<usize> =
-            json.match_indices("{\"type\"").map(|(at, _)| at).chain(json.match_indices("{\n").map(|(at, _)| at)).collect();
+        let starts: Vec<usize> = json
+            .match_indices("{\"type\"")
+            .map(|(at, _)| at)
+            .chain(json.match_indices("{\n").map(|(at, _)| at))
+            .collect();
         if starts.len() > 3 {
             let at = starts[1 + dice.below(starts.len() - 2)];
             if let Some(n) = json[at..].find("},") {
@@ -176,7 +215,13 @@ fn mutate_json(json: &mut String, dice: &mut Dice) {
 }
 
 fn read_json(json: &str, payload_end: u64) -> Result<Toc, Error> {
-    let layout = Layout { codec: Codec::Zstd, payload_end, toc: None, toc_size: Some(json.len() as u64), tar_split: None };
+    let layout = Layout {
+        codec: Codec::Zstd,
+        payload_end,
+        toc: None,
+        toc_size: Some(json.len() as u64),
+        tar_split: None,
+    };
     let expected = Expected { digest: TocDigest::Json(Digest::of(json)), uncompressed_size: None };
     Toc::read(&zstd::bulk::compress(json.as_bytes(), 1).unwrap(), &layout, &expected)
 }
@@ -186,11 +231,27 @@ fn round(sample: &Sample, dice: &mut Dice) -> bool {
         0 => {
             let size = sample.blob.len();
             let mut end = sample.blob[size - LONGEST_FOOTER..].to_vec();
-            mutate(&mut end, dice, &[b"STARGZ", b"GNUlInUx", b"GnUlInUx", &[0xff; 8], &[0; 8], b"ffffffffffffffff", b"SG"]);
+            mutate(
+                &mut end,
+                dice,
+                &[
+                    b"STARGZ",
+                    b"GNUlInUx",
+                    b"GnUlInUx",
+                    &[0xff; 8],
+                    &[0; 8],
+                    b"ffffffffffffffff",
+                    b"SG",
+                ],
+            );
             if let Ok(Tail::Layout(layout)) = Tail::read(&end, size as u64) {
                 assert!(layout.payload_end <= size as u64);
                 if let Some(toc) = layout.toc {
-                    assert!(toc.start < toc.end && toc.end <= size as u64 && toc.start >= layout.payload_end);
+                    assert!(
+                        toc.start < toc.end
+                            && toc.end <= size as u64
+                            && toc.start >= layout.payload_end
+                    );
                 }
             }
         }
@@ -208,14 +269,20 @@ fn round(sample: &Sample, dice: &mut Dice) -> bool {
         2 => {
             let mut compressed = sample.compressed.clone();
             mutate(&mut compressed, dice, &[]);
-            let expected = Expected { digest: TocDigest::Compressed(Digest::of(&compressed)), uncompressed_size: None };
+            let expected = Expected {
+                digest: TocDigest::Compressed(Digest::of(&compressed)),
+                uncompressed_size: None,
+            };
             if let Ok(toc) = Toc::read(&compressed, &sample.layout, &expected) {
                 promises(&toc, &sample.layout);
             }
         }
         3 => {
             // Frames: whatever comes, it is the right data or an error.
-            let expected = Expected { digest: TocDigest::Compressed(Digest::of(&sample.compressed)), uncompressed_size: None };
+            let expected = Expected {
+                digest: TocDigest::Compressed(Digest::of(&sample.compressed)),
+                uncompressed_size: None,
+            };
             let toc = Toc::read(&sample.compressed, &sample.layout, &expected).unwrap();
             let frames: Vec<_> = toc.frames().collect();
             let chunks = frames[dice.below(frames.len())];
@@ -223,7 +290,10 @@ fn round(sample: &Sample, dice: &mut Dice) -> bool {
             let mut bytes = sample.blob[last.offset as usize..last.end as usize].to_vec();
             mutate(&mut bytes, dice, &[]);
             let read = toc.read_frame(sample.layout.codec, chunks, &bytes[..], |chunk, data| {
-                assert!(chunk.content == Content::Zeros || chunk.content == Content::Data(Digest::of(data)));
+                assert!(
+                    chunk.content == Content::Zeros
+                        || chunk.content == Content::Data(Digest::of(data))
+                );
                 Ok(())
             });
             assert!(matches!(read, Ok(()) | Err(Error::Chunk { .. })), "{read:?}");
@@ -232,7 +302,14 @@ fn round(sample: &Sample, dice: &mut Dice) -> bool {
             let mut json = sample.json.clone();
             if n == 4 {
                 let mut bytes = json.into_bytes();
-                mutate(&mut bytes, dice, &[b"{", b"}", b"[", b"]", b"\"", b",", b":", b"\\u0000", b"null", b"1e999", b"\xff", b"\\ud800"]);
+                mutate(
+                    &mut bytes,
+                    dice,
+                    &[
+                        b"{", b"}", b"[", b"]", b"\"", b",", b":", b"\\u0000", b"null", b"1e999",
+                        b"\xff", b"\\ud800",
+                    ],
+                );
                 json = String::from_utf8_lossy(&bytes).into_owned();
             } else {
                 mutate_json(&mut json, dice);
@@ -251,8 +328,14 @@ fn round(sample: &Sample, dice: &mut Dice) -> bool {
 fn mutations_never_break_it() {
     let samples = samples();
     for sample in &samples {
-        let expected = Expected { digest: TocDigest::Compressed(Digest::of(&sample.compressed)), uncompressed_size: None };
-        promises(&Toc::read(&sample.compressed, &sample.layout, &expected).unwrap(), &sample.layout);
+        let expected = Expected {
+            digest: TocDigest::Compressed(Digest::of(&sample.compressed)),
+            uncompressed_size: None,
+        };
+        promises(
+            &Toc::read(&sample.compressed, &sample.layout, &expected).unwrap(),
+            &sample.layout,
+        );
     }
     let (mut dice, time) = Dice::seeded(0x0e57_a462);
     let started = Instant::now();

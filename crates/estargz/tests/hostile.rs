@@ -7,8 +7,9 @@ mod common;
 
 use common::{corpus, open, options, write};
 use shipway_estargz::{
-    Codec, Difference, Error, Expected, Kind, Landmark, Layout, MAX_CHUNK, MAX_DATA, MAX_DEPTH, MAX_ENTRIES, MAX_INNER, MAX_MAJOR,
-    MAX_MINOR, MAX_NAME, MAX_PATH, MAX_STRING, MAX_TOC, MAX_XATTR, MAX_XATTRS, Mismatch, Output, Problem, Toc, TocDigest,
+    Codec, Difference, Error, Expected, Kind, Landmark, Layout, MAX_CHUNK, MAX_DATA, MAX_DEPTH,
+    MAX_ENTRIES, MAX_INNER, MAX_MAJOR, MAX_MINOR, MAX_NAME, MAX_PATH, MAX_STRING, MAX_TOC,
+    MAX_XATTR, MAX_XATTRS, Mismatch, Output, Problem, Toc, TocDigest,
 };
 use shipway_oci::Digest;
 use std::io::Write as _;
@@ -17,7 +18,13 @@ use std::io::Write as _;
 const END: u64 = 10_000;
 
 fn read_json(json: &str) -> Result<Toc, Error> {
-    let layout = Layout { codec: Codec::Zstd, payload_end: END, toc: None, toc_size: Some(json.len() as u64), tar_split: None };
+    let layout = Layout {
+        codec: Codec::Zstd,
+        payload_end: END,
+        toc: None,
+        toc_size: Some(json.len() as u64),
+        tar_split: None,
+    };
     let expected = Expected { digest: TocDigest::Json(Digest::of(json)), uncompressed_size: None };
     Toc::read(&zstd::bulk::compress(json.as_bytes(), 1).unwrap(), &layout, &expected)
 }
@@ -50,20 +57,32 @@ fn sha(text: &str) -> String {
 
 /// A file in one chunk.
 fn file(name: &str, size: u64, offset: u64) -> String {
-    format!(r#"{{"type":"reg","name":"{name}","size":{size},"offset":{offset},"chunkDigest":"{}"}}"#, sha(name))
+    format!(
+        r#"{{"type":"reg","name":"{name}","size":{size},"offset":{offset},"chunkDigest":"{}"}}"#,
+        sha(name)
+    )
 }
 
 /// The first chunk of a file, and another.
 fn first(name: &str, size: u64, offset: u64, chunk: u64) -> String {
-    format!(r#"{{"type":"reg","name":"{name}","size":{size},"offset":{offset},"chunkSize":{chunk},"chunkDigest":"{}"}}"#, sha(name))
+    format!(
+        r#"{{"type":"reg","name":"{name}","size":{size},"offset":{offset},"chunkSize":{chunk},"chunkDigest":"{}"}}"#,
+        sha(name)
+    )
 }
 
 fn next(offset: u64, at: u64, chunk: u64) -> String {
-    format!(r#"{{"type":"chunk","offset":{offset},"chunkOffset":{at},"chunkSize":{chunk},"chunkDigest":"{}"}}"#, sha("x"))
+    format!(
+        r#"{{"type":"chunk","offset":{offset},"chunkOffset":{at},"chunkSize":{chunk},"chunkDigest":"{}"}}"#,
+        sha("x")
+    )
 }
 
 fn entry(kind: &str, name: &str, more: &str) -> String {
-    format!(r#"{{"type":"{kind}","name":"{name}"{}{more}}}"#, if more.is_empty() { "" } else { "," })
+    format!(
+        r#"{{"type":"{kind}","name":"{name}"{}{more}}}"#,
+        if more.is_empty() { "" } else { "," }
+    )
 }
 
 #[test]
@@ -84,7 +103,8 @@ fn what_is_right_is_read() {
     assert_eq!(toc.data_size(), 14);
     assert_eq!(toc.find(b"").map(|root| root.id().index()), Some(0));
     assert_eq!(toc.find(b"i").unwrap().resolved().path(), b"d/f");
-    let ends: Vec<_> = toc.chunks().iter().map(|c| (c.offset, c.end, c.file_offset, c.size)).collect();
+    let ends: Vec<_> =
+        toc.chunks().iter().map(|c| (c.offset, c.end, c.file_offset, c.size)).collect();
     // The last may be followed by anything; so many bytes are enough for any four.
     assert_eq!(ends, [(100, 200, 0, 5), (200, 300, 0, 5), (300, 300 + 4 + 1 + 4096, 5, 4)]);
     assert!(read_json(r#"{"entries":null,"version":1}"#).unwrap().is_empty());
@@ -131,7 +151,10 @@ fn names_that_cannot_be_are_refused() {
     let (index, _, found) = problem(&entry("fifo", &long, ""));
     assert_eq!((index, found), (0, Problem::NameTooLong));
     assert_eq!(problem(&entry("fifo", &"d/".repeat(MAX_DEPTH + 1), "")).2, Problem::NameTooLong);
-    assert_eq!(problem(&entry("fifo", &"nnnnnnn/".repeat(MAX_PATH / 8 + 1), "")).2, Problem::NameTooLong);
+    assert_eq!(
+        problem(&entry("fifo", &"nnnnnnn/".repeat(MAX_PATH / 8 + 1), "")).2,
+        Problem::NameTooLong
+    );
     assert!(read(&entry("fifo", &"d/".repeat(MAX_DEPTH), "")).is_ok());
     refused(&entry("fifo", r"a\u0000b", ""), (0, r"a\u{0}b", Problem::BadName));
     let two = |a: &str, b: &str| [entry("fifo", a, ""), entry("fifo", b, "")].join(",");
@@ -142,7 +165,10 @@ fn names_that_cannot_be_are_refused() {
     assert!(read(&root("dir")).is_ok());
     // A directory of its own and one that is another's name.
     refused(&two("a/b", "a"), (0, "a/b", Problem::NotADirectory(shown("a"))));
-    refused(&[entry("symlink", "a", r#""linkName":"b""#), file("a/b/c", 1, 1)].join(","), (1, "a/b/c", Problem::NotADirectory(shown("a"))));
+    refused(
+        &[entry("symlink", "a", r#""linkName":"b""#), file("a/b/c", 1, 1)].join(","),
+        (1, "a/b/c", Problem::NotADirectory(shown("a"))),
+    );
     refused(
         &[entry("fifo", "a/b/c", ""), entry("fifo", "a/b", ""), entry("dir", "a", "")].join(","),
         (0, "a/b/c", Problem::NotADirectory(shown("a/b"))),
@@ -152,7 +178,9 @@ fn names_that_cannot_be_are_refused() {
 
 /// How an error shows a name.
 fn shown(name: &str) -> shipway_estargz::Shown {
-    let Problem::NotADirectory(shown) = problem(&[entry("fifo", name, ""), entry("fifo", &format!("{name}/x"), "")].join(",")).2 else {
+    let Problem::NotADirectory(shown) =
+        problem(&[entry("fifo", name, ""), entry("fifo", &format!("{name}/x"), "")].join(",")).2
+    else {
         panic!()
     };
     shown
@@ -200,20 +228,34 @@ fn attributes_that_cannot_be_are_refused() {
         assert_eq!(with(more), Problem::Range(key), "{more}");
     }
     assert_eq!(with(r#""modtime":"yesterday""#), Problem::Time);
-    let device = |major: u32, minor: u32| read(&entry("char", "a", &format!(r#""devMajor":{major},"devMinor":{minor}"#)));
+    let device = |major: u32, minor: u32| {
+        read(&entry("char", "a", &format!(r#""devMajor":{major},"devMinor":{minor}"#)))
+    };
     assert!(device(MAX_MAJOR, MAX_MINOR).is_ok());
     for (major, minor) in [(MAX_MAJOR + 1, 0), (0, MAX_MINOR + 1)] {
-        assert!(matches!(device(major, minor), Err(Error::Entry { problem: Problem::Range("device"), .. })));
+        assert!(matches!(
+            device(major, minor),
+            Err(Error::Entry { problem: Problem::Range("device"), .. })
+        ));
     }
     let xattr = |name: &str, size: usize| {
         use base64::prelude::{BASE64_STANDARD, Engine as _};
-        read(&entry("fifo", "a", &format!(r#""xattrs":{{"{name}":"{}"}}"#, BASE64_STANDARD.encode(vec![b'v'; size]))))
+        read(&entry(
+            "fifo",
+            "a",
+            &format!(r#""xattrs":{{"{name}":"{}"}}"#, BASE64_STANDARD.encode(vec![b'v'; size])),
+        ))
     };
     assert!(xattr("user.a", MAX_XATTR).is_ok());
     let n = "n".repeat(MAX_NAME);
     assert!(xattr(&n, 1).is_ok());
-    for (name, size) in [("user.a", MAX_XATTR + 1), ("", 1), (&*format!("{n}n"), 1), (r"a\u0000", 1)] {
-        assert!(matches!(xattr(name, size), Err(Error::Entry { problem: Problem::Xattrs, .. })), "{name}");
+    for (name, size) in
+        [("user.a", MAX_XATTR + 1), ("", 1), (&*format!("{n}n"), 1), (r"a\u0000", 1)]
+    {
+        assert!(
+            matches!(xattr(name, size), Err(Error::Entry { problem: Problem::Xattrs, .. })),
+            "{name}"
+        );
     }
     let many = |n: usize| {
         let all: Vec<_> = (0..n).map(|n| format!(r#""user.{n}":"""#)).collect();
@@ -250,18 +292,29 @@ fn chunks_that_cannot_be_are_refused() {
         (5, 3, Problem::ChunkSum),
         (5, u64::MAX >> 1, Problem::ChunkSum),
     ] {
-        assert_eq!(problem(&two(first("a", 9, 100, 5), next(200, at, size))).2, found, "{at} {size}");
+        assert_eq!(
+            problem(&two(first("a", 9, 100, 5), next(200, at, size))).2,
+            found,
+            "{at} {size}"
+        );
     }
     assert_eq!(problem(&two(file("a", 9, 100), next(200, 5, 4))).2, Problem::StrayChunk);
     assert_eq!(problem(&next(200, 0, 4)).2, Problem::StrayChunk);
     assert_eq!(problem(&two(entry("dir", "d", ""), next(200, 0, 4))).2, Problem::StrayChunk);
-    let named = |name: &str| next(200, 5, 4).replace(r#""type":"chunk""#, &format!(r#""type":"chunk","name":"{name}""#));
+    let named = |name: &str| {
+        next(200, 5, 4).replace(r#""type":"chunk""#, &format!(r#""type":"chunk","name":"{name}""#))
+    };
     assert!(read(&two(first("a", 9, 100, 5), named("./a"))).is_ok());
     assert_eq!(problem(&two(first("a", 9, 100, 5), named("b"))).2, Problem::StrayChunk);
-    assert_eq!(problem(&first("a", 9, 100, 5).replace(r#""chunkSize""#, r#""chunkOffset":1,"chunkSize""#)).2, Problem::ChunkGap);
+    assert_eq!(
+        problem(&first("a", 9, 100, 5).replace(r#""chunkSize""#, r#""chunkOffset":1,"chunkSize""#))
+            .2,
+        Problem::ChunkGap
+    );
     // Packed ones.
-    let packed =
-        |name: &str, offset: u64, inner: u64| file(name, 5, offset).replace(r#""size""#, &format!(r#""innerOffset":{inner},"size""#));
+    let packed = |name: &str, offset: u64, inner: u64| {
+        file(name, 5, offset).replace(r#""size""#, &format!(r#""innerOffset":{inner},"size""#))
+    };
     assert!(read(&two(packed("a", 0, 512), packed("b", 0, 517))).is_ok());
     refused(&two(packed("a", 9, 0), packed("b", 9, 4)), b(Problem::Order));
     assert!(read(&packed("a", 9, MAX_INNER)).is_ok());
@@ -269,7 +322,9 @@ fn chunks_that_cannot_be_are_refused() {
     // Sizes.
     assert!(read(&file("a", MAX_CHUNK, 9)).is_ok());
     refused(&file("a", MAX_CHUNK + 1, 9), a(Problem::ChunkTooLarge(MAX_CHUNK + 1)));
-    let zeros = |name: &str, size: u64, offset: u64| file(name, size, offset).replace(r#""size""#, r#""chunkType":"zeros","size""#);
+    let zeros = |name: &str, size: u64, offset: u64| {
+        file(name, size, offset).replace(r#""size""#, r#""chunkType":"zeros","size""#)
+    };
     assert_eq!(read(&zeros("a", MAX_DATA, 9)).unwrap().data_size(), MAX_DATA);
     // Holes cost nothing until somebody wants the bytes.
     let hole = read(&zeros("a", MAX_CHUNK + 1, 9)).unwrap();
@@ -278,16 +333,26 @@ fn chunks_that_cannot_be_are_refused() {
     refused(&two(zeros("a", MAX_DATA, 9), file("b", 1, 10)), b(Problem::TooMuchData(MAX_DATA)));
     refused(&zeros("a", i64::MAX as u64, 9), a(Problem::TooMuchData(MAX_DATA)));
     let json = document(&file("a", 600, 9));
-    let layout = Layout { codec: Codec::Zstd, payload_end: END, toc: None, toc_size: Some(json.len() as u64), tar_split: None };
+    let layout = Layout {
+        codec: Codec::Zstd,
+        payload_end: END,
+        toc: None,
+        toc_size: Some(json.len() as u64),
+        tar_split: None,
+    };
     let declared = |size: u64| {
-        let expected = Expected { digest: TocDigest::Json(Digest::of(&json)), uncompressed_size: Some(size) };
+        let expected =
+            Expected { digest: TocDigest::Json(Digest::of(&json)), uncompressed_size: Some(size) };
         Toc::read(&zstd::bulk::compress(json.as_bytes(), 1).unwrap(), &layout, &expected)
     };
     assert!(declared(600).is_ok());
     assert!(matches!(declared(599), Err(Error::Entry { problem: Problem::TooMuchData(599), .. })));
     // Digests.
-    let digests =
-        |file: &str, chunk: &str| format!(r#"{{"type":"reg","name":"a","size":5,"offset":9,"digest":"{file}","chunkDigest":"{chunk}"}}"#);
+    let digests = |file: &str, chunk: &str| {
+        format!(
+            r#"{{"type":"reg","name":"a","size":5,"offset":9,"digest":"{file}","chunkDigest":"{chunk}"}}"#
+        )
+    };
     assert!(read(&digests(&sha("x"), "")).is_ok());
     assert!(read(&digests("", &sha("x"))).is_ok());
     refused(&digests(&sha("x"), &sha("y")), a(Problem::Digests));
@@ -310,18 +375,29 @@ fn tables_are_limited_and_packed_as_they_should_be() {
         gzip.write_all(&[&header[..], json.as_bytes(), &[0; 1024]].concat()).unwrap();
         gzip.finish().unwrap()
     };
-    let layout = Layout { codec: Codec::Gzip, payload_end: END, toc: None, toc_size: None, tar_split: None };
+    let layout =
+        Layout { codec: Codec::Gzip, payload_end: END, toc: None, toc_size: None, tar_split: None };
     let json = document(&file("a", 5, 9));
     let gzip = |packed: &[u8]| {
-        let expected = Expected { digest: TocDigest::Json(Digest::of(&json)), uncompressed_size: None };
+        let expected =
+            Expected { digest: TocDigest::Json(Digest::of(&json)), uncompressed_size: None };
         Toc::read(packed, &layout, &expected)
     };
     let size = json.len() as u64;
     assert!(gzip(&tar("stargz.index.json", size, &json)).is_ok());
     assert!(matches!(gzip(&tar("other.json", size, &json)), Err(Error::Syntax(_))));
-    assert!(matches!(gzip(&tar("stargz.index.json", MAX_TOC + 1, &json)), Err(Error::TooLarge { limit: MAX_TOC, .. })));
-    assert!(matches!(gzip(&tar("stargz.index.json", size - 1, &json)), Err(Error::TocDigest { .. })));
-    assert!(matches!(gzip(&tar("stargz.index.json", 1 << 20, &json)), Err(Error::TocDigest { .. } | Error::Corrupt(_))));
+    assert!(matches!(
+        gzip(&tar("stargz.index.json", MAX_TOC + 1, &json)),
+        Err(Error::TooLarge { limit: MAX_TOC, .. })
+    ));
+    assert!(matches!(
+        gzip(&tar("stargz.index.json", size - 1, &json)),
+        Err(Error::TocDigest { .. })
+    ));
+    assert!(matches!(
+        gzip(&tar("stargz.index.json", 1 << 20, &json)),
+        Err(Error::TocDigest { .. } | Error::Corrupt(_))
+    ));
     let packed = tar("stargz.index.json", size, &json);
     assert!(matches!(gzip(&packed[..packed.len() / 2]), Err(Error::Corrupt(_))));
     assert!(matches!(gzip(b"nothing"), Err(Error::Corrupt(_))));
@@ -329,14 +405,28 @@ fn tables_are_limited_and_packed_as_they_should_be() {
     // Where the layer's own tar has the table, no file may take its name.
     let json = document(&file("stargz.index.json", 5, 9));
     let expected = Expected { digest: TocDigest::Json(Digest::of(&json)), uncompressed_size: None };
-    let reserved = Toc::read(&tar("stargz.index.json", json.len() as u64, &json), &layout, &expected);
-    assert!(matches!(reserved, Err(Error::Entry { problem: Problem::Reserved, .. })), "{reserved:?}");
+    let reserved =
+        Toc::read(&tar("stargz.index.json", json.len() as u64, &json), &layout, &expected);
+    assert!(
+        matches!(reserved, Err(Error::Entry { problem: Problem::Reserved, .. })),
+        "{reserved:?}"
+    );
     assert!(read(&file("stargz.index.json", 5, 9)).is_ok());
     // zstd: longer than the footer says, endless, compressed digest.
     let json = document("");
     let zstd = |told: u64, bytes: &[u8], digest| {
-        let layout = Layout { codec: Codec::Zstd, payload_end: END, toc: None, toc_size: Some(told), tar_split: None };
-        Toc::read(&zstd::bulk::compress(bytes, 1).unwrap(), &layout, &Expected { digest, uncompressed_size: None })
+        let layout = Layout {
+            codec: Codec::Zstd,
+            payload_end: END,
+            toc: None,
+            toc_size: Some(told),
+            tar_split: None,
+        };
+        Toc::read(
+            &zstd::bulk::compress(bytes, 1).unwrap(),
+            &layout,
+            &Expected { digest, uncompressed_size: None },
+        )
     };
     let size = json.len() as u64;
     let padded = [json.as_bytes(), &vec![b' '; 10 << 20]].concat();
@@ -359,7 +449,10 @@ fn entries_are_counted() {
     json.push_str("]}");
     let refused = read_json(&json);
     let limit = MAX_ENTRIES as u64;
-    assert!(matches!(refused, Err(Error::TooLarge { size, limit: l, .. }) if l == limit && size == limit + 1), "{refused:?}");
+    assert!(
+        matches!(refused, Err(Error::TooLarge { size, limit: l, .. }) if l == limit && size == limit + 1),
+        "{refused:?}"
+    );
 }
 
 #[test]
@@ -394,9 +487,15 @@ fn a_table_that_lies_about_the_tar_is_found() {
         ("etc/small", Mismatch::Mode, |e| at(e, "etc/small")["mode"] = 0o4644.into()),
         ("etc/small", Mismatch::Owner, |e| at(e, "etc/small")["uid"] = 0.into()),
         ("etc/small", Mismatch::Owner, |e| at(e, "etc/small")["gid"] = 0.into()),
-        ("etc/small", Mismatch::Time, |e| at(e, "etc/small")["modtime"] = "2023-11-14T22:13:21Z".into()),
-        ("etc/small", Mismatch::Time, |e| at(e, "etc/small")["modtime"] = "2023-11-14T22:13:20.5Z".into()),
-        ("xattr", Mismatch::Xattrs, |e| at(e, "xattr")["xattrs"] = serde_json::json!({"user.a": "dgD/"})),
+        ("etc/small", Mismatch::Time, |e| {
+            at(e, "etc/small")["modtime"] = "2023-11-14T22:13:21Z".into()
+        }),
+        ("etc/small", Mismatch::Time, |e| {
+            at(e, "etc/small")["modtime"] = "2023-11-14T22:13:20.5Z".into()
+        }),
+        ("xattr", Mismatch::Xattrs, |e| {
+            at(e, "xattr")["xattrs"] = serde_json::json!({"user.a": "dgD/"})
+        }),
         ("etc/link", Mismatch::Target, |e| at(e, "etc/link")["linkName"] = "../xattr".into()),
         ("etc/hard", Mismatch::Target, |e| at(e, "etc/hard")["linkName"] = "xattr".into()),
         ("dev/null", Mismatch::Device, |e| at(e, "dev/null")["devMinor"] = 5.into()),
@@ -407,10 +506,13 @@ fn a_table_that_lies_about_the_tar_is_found() {
         }),
         ("big", Mismatch::Digest, |e| at(e, "big")["digest"] = sha("other").into()),
         ("big", Mismatch::Data { file_offset: 1000 }, |e| {
-            let chunk = e.iter_mut().find(|e| e["type"] == "chunk" && e["chunkOffset"] == 1000).unwrap();
+            let chunk =
+                e.iter_mut().find(|e| e["type"] == "chunk" && e["chunkOffset"] == 1000).unwrap();
             chunk["chunkType"] = "zeros".into();
         }),
-        ("added", Mismatch::NotInTar, |e| e.push(serde_json::json!({"type": "dir", "name": "added"}))),
+        ("added", Mismatch::NotInTar, |e| {
+            e.push(serde_json::json!({"type": "dir", "name": "added"}))
+        }),
         ("etc/empty", Mismatch::NotInToc, |e| e.retain(|e| e["name"] != "etc/empty")),
         ("etc/small", Mismatch::Size, |e| {
             at(e, "etc/small")["size"] = 11.into();
@@ -422,9 +524,12 @@ fn a_table_that_lies_about_the_tar_is_found() {
         lie(value["entries"].as_array_mut().unwrap());
         let json = value.to_string();
         let layout = Layout { toc_size: Some(json.len() as u64), ..honest.layout.clone() };
-        let expected = Expected { digest: TocDigest::Json(Digest::of(&json)), uncompressed_size: None };
-        let toc = Toc::read(&zstd::bulk::compress(json.as_bytes(), 1).unwrap(), &layout, &expected).unwrap();
-        let found = common::compare(&toc, Codec::Zstd, &honest.blob).unwrap_or_else(|| panic!("{path} {mismatch:?} is not found"));
+        let expected =
+            Expected { digest: TocDigest::Json(Digest::of(&json)), uncompressed_size: None };
+        let toc = Toc::read(&zstd::bulk::compress(json.as_bytes(), 1).unwrap(), &layout, &expected)
+            .unwrap();
+        let found = common::compare(&toc, Codec::Zstd, &honest.blob)
+            .unwrap_or_else(|| panic!("{path} {mismatch:?} is not found"));
         let Difference { path: named, mismatch: what } = &found;
         assert_eq!((named.to_string(), *what), (path.to_owned(), mismatch), "{found}");
     }
@@ -438,9 +543,13 @@ fn tars_that_say_something_twice_differ() {
     let data = [&b"hello"[..], &[0; 507]].concat();
     let once = tar(&[&header, &data]);
     let (blob, written) = write(&once, options(Output::ZstdChunked, 100)).unwrap();
-    let layer = open(blob, &written.annotations(shipway_estargz::Dialect::Containerd), None).unwrap();
+    let layer =
+        open(blob, &written.annotations(shipway_estargz::Dialect::Containerd), None).unwrap();
     assert!(matches!(layer.toc.find(b"a").unwrap().kind(), Kind::File { size: 5, .. }));
-    let compare = |tar: &[u8]| common::compare(&layer.toc, Codec::Zstd, &zstd::bulk::compress(tar, 1).unwrap()).map(|d| d.mismatch);
+    let compare = |tar: &[u8]| {
+        common::compare(&layer.toc, Codec::Zstd, &zstd::bulk::compress(tar, 1).unwrap())
+            .map(|d| d.mismatch)
+    };
     assert_eq!(compare(&once), None);
     assert_eq!(compare(&tar(&[&header, &data, &header, &data])), Some(Mismatch::Twice));
     assert_eq!(compare(&tar(&[])), Some(Mismatch::NotInTar));
@@ -448,8 +557,15 @@ fn tars_that_say_something_twice_differ() {
     resum(&mut header);
     assert_eq!(compare(&tar(&[&header, &data])), Some(Mismatch::NotInToc));
     // The writer does not write what could not be read.
-    let twice = write(&tar(&[&tar_header("a", 5), &data, &tar_header("a", 5), &data]), options(Output::Estargz, 100));
-    assert!(matches!(twice, Err(Error::Entry { problem: Problem::Duplicate, .. })), "{:?}", twice.map(|_| ()));
+    let twice = write(
+        &tar(&[&tar_header("a", 5), &data, &tar_header("a", 5), &data]),
+        options(Output::Estargz, 100),
+    );
+    assert!(
+        matches!(twice, Err(Error::Entry { problem: Problem::Duplicate, .. })),
+        "{:?}",
+        twice.map(|_| ())
+    );
 }
 
 fn tar_header(name: &str, size: u64) -> [u8; 512] {

@@ -6,7 +6,9 @@
 mod common;
 
 use common::{Opened, corpus, each, open};
-use shipway_estargz::{Codec, Content, DATA_BLOCK, Error, Frames, Kind, Landmark, Record, TOC_DIGEST, Tail, Time};
+use shipway_estargz::{
+    Codec, Content, DATA_BLOCK, Error, Frames, Kind, Landmark, Record, TOC_DIGEST, Tail, Time,
+};
 use shipway_oci::Digest;
 use std::{collections::BTreeMap, io::Read as _};
 
@@ -27,7 +29,8 @@ fn annotations(name: &str) -> BTreeMap<String, String> {
 
 fn opened(name: &str) -> Opened {
     let external = (name == "estargz-external.tgz").then(|| corpus("estargz-external.toc"));
-    open(corpus(name), &annotations(name), external.as_deref()).unwrap_or_else(|e| panic!("{name}: {e}"))
+    open(corpus(name), &annotations(name), external.as_deref())
+        .unwrap_or_else(|e| panic!("{name}: {e}"))
 }
 
 fn all() -> impl Iterator<Item = (&'static str, Opened)> {
@@ -67,20 +70,36 @@ fn every_attribute_is_read() {
             assert_eq!(layer.read("naïve \"quoted\"").unwrap(), b"utf-8 and \\ escapes", "{name}");
             let ids = toc.find(b"ids").unwrap();
             assert_eq!((ids.uid(), ids.gid()), (3_000_000, 4_000_000), "{name}");
-            want.splice(0..0, (0..40).map(|n| "long/".repeat(n + 1).trim_end_matches('/').as_bytes().to_vec()));
+            want.splice(
+                0..0,
+                (0..40).map(|n| "long/".repeat(n + 1).trim_end_matches('/').as_bytes().to_vec()),
+            );
         }
         assert_eq!(implicit, want, "{name}");
         if !name.contains("gnu") && !name.contains("ustar") {
             let mut xattrs: Vec<_> = toc.find(b"xattr").unwrap().xattrs().collect();
             xattrs.sort();
-            assert_eq!(xattrs, [(&b"security.capability"[..], &b"\x01\0\0\x02\0\0\0\0"[..]), (b"user.a", b"v\0\xff")], "{name}");
+            assert_eq!(
+                xattrs,
+                [
+                    (&b"security.capability"[..], &b"\x01\0\0\x02\0\0\0\0"[..]),
+                    (b"user.a", b"v\0\xff")
+                ],
+                "{name}"
+            );
         }
         // In the order of a tree, parents first, each once.
-        let tree: Vec<_> = toc.tree().map(|node| (node.path.to_vec(), node.entry.is_some())).collect();
+        let tree: Vec<_> =
+            toc.tree().map(|node| (node.path.to_vec(), node.entry.is_some())).collect();
         assert_eq!(tree.len(), toc.len() + implicit.len());
-        for (at, (path, _)) in tree.iter().enumerate().filter(|(_, (path, _))| path.contains(&b'/')) {
+        for (at, (path, _)) in tree.iter().enumerate().filter(|(_, (path, _))| path.contains(&b'/'))
+        {
             let parent = &path[..path.iter().rposition(|b| *b == b'/').unwrap()];
-            assert!(tree[..at].iter().any(|(p, _)| p == parent), "{name} {}", String::from_utf8_lossy(path));
+            assert!(
+                tree[..at].iter().any(|(p, _)| p == parent),
+                "{name} {}",
+                String::from_utf8_lossy(path)
+            );
         }
     }
 }
@@ -98,13 +117,19 @@ fn data_is_read_by_chunk_and_by_frame_and_is_what_the_tar_has() {
                 let path = String::from_utf8(entry.path.clone()).unwrap();
                 **last.borrow_mut() = path.trim_start_matches(['.', '/']).as_bytes().to_vec();
             },
-            |bytes| all.borrow_mut().entry(last.borrow().to_vec()).or_default().extend_from_slice(bytes),
+            |bytes| {
+                all.borrow_mut().entry(last.borrow().to_vec()).or_default().extend_from_slice(bytes)
+            },
         )
         .unwrap();
         files.remove(&b"stargz.index.json"[..]);
         // The prefix of a landmark's name is its own dot.
-        let by_frame: BTreeMap<_, _> =
-            layer.read_all().unwrap().into_iter().map(|(p, d)| (String::from_utf8(p).unwrap().trim_start_matches('.').into(), d)).collect();
+        let by_frame: BTreeMap<_, _> = layer
+            .read_all()
+            .unwrap()
+            .into_iter()
+            .map(|(p, d)| (String::from_utf8(p).unwrap().trim_start_matches('.').into(), d))
+            .collect();
         assert!(
             files == by_frame,
             "{name}: {:?} {:?}",
@@ -114,7 +139,10 @@ fn data_is_read_by_chunk_and_by_frame_and_is_what_the_tar_has() {
         for entry in layer.toc.entries() {
             if let Kind::File { size: 1.., .. } = entry.kind() {
                 let path = std::str::from_utf8(entry.path()).unwrap();
-                assert!(layer.read(path).unwrap() == files[path.trim_start_matches('.').as_bytes()], "{name} {path}");
+                assert!(
+                    layer.read(path).unwrap() == files[path.trim_start_matches('.').as_bytes()],
+                    "{name} {path}"
+                );
             }
         }
     }
@@ -139,7 +167,9 @@ fn landmarks_and_places_are_found() {
                     Kind::File { chunks, .. } => chunks,
                     _ => panic!("{path}"),
                 };
-                assert!(chunks("big").iter().chain(chunks("etc/small")).all(|chunk| chunk.end <= end));
+                assert!(
+                    chunks("big").iter().chain(chunks("etc/small")).all(|chunk| chunk.end <= end)
+                );
                 assert!(chunks("xattr").iter().all(|chunk| chunk.offset > end));
                 assert!(toc.find(b".prefetch.landmark").unwrap().is_landmark());
             }
@@ -149,16 +179,31 @@ fn landmarks_and_places_are_found() {
         }
     }
     let packed = opened("estargz-packed.tgz");
-    assert!(packed.toc.frames().any(|frame| frame.len() > 2) && packed.toc.chunks().iter().any(|c| c.inner > 0));
+    assert!(
+        packed.toc.frames().any(|frame| frame.len() > 2)
+            && packed.toc.chunks().iter().any(|c| c.inner > 0)
+    );
     let podman = opened("zstd-podman.tzst");
-    assert!(podman.toc.chunks().iter().any(|chunk| chunk.content == Content::Zeros && chunk.size == 300_000));
+    assert!(
+        podman
+            .toc
+            .chunks()
+            .iter()
+            .any(|chunk| chunk.content == Content::Zeros && chunk.size == 300_000)
+    );
     // The digest of the tar-split is in the table, its place in the annotations.
     let (place, _) = podman.layout.tar_split.clone().unwrap();
-    assert_eq!(podman.toc.tar_split(), Some(Digest::of(&podman.blob[place.start as usize..place.end as usize])));
+    assert_eq!(
+        podman.toc.tar_split(),
+        Some(Digest::of(&podman.blob[place.start as usize..place.end as usize]))
+    );
     // The footer says the same as the annotations.
     for name in ZSTD {
         let layer = opened(name);
-        let Tail::Layout(by_footer) = Tail::read(&layer.blob, layer.blob.len() as u64).unwrap() else { panic!() };
+        let Tail::Layout(by_footer) = Tail::read(&layer.blob, layer.blob.len() as u64).unwrap()
+        else {
+            panic!()
+        };
         assert_eq!(by_footer.toc, layer.layout.toc, "{name}");
         assert_eq!(by_footer.codec, Codec::Zstd);
     }
@@ -174,16 +219,27 @@ fn every_byte_has_a_place_on_the_disk() {
         for (record, chunk) in records.iter().zip(layer.toc.chunks()) {
             assert_eq!(&Record::from_bytes(&record.to_bytes()), record, "{name}");
             assert_eq!(record.data, starts[&chunk.file] + chunk.file_offset, "{name}");
-            assert_eq!((record.size, record.offset, u64::from(record.inner)), (chunk.size, chunk.offset, chunk.inner), "{name}");
+            assert_eq!(
+                (record.size, record.offset, u64::from(record.inner)),
+                (chunk.size, chunk.offset, chunk.inner),
+                "{name}"
+            );
             // Files begin at blocks, the nearest that is free; their chunks follow each other.
-            let from = if chunk.file_offset == 0 { u64::next_multiple_of(end, DATA_BLOCK) } else { end };
+            let from =
+                if chunk.file_offset == 0 { u64::next_multiple_of(end, DATA_BLOCK) } else { end };
             assert_eq!(record.data, from, "{name}");
             end = record.data + record.size;
             match chunk.content {
                 Content::Data(digest) => {
-                    assert_eq!((record.digest, u64::from(record.compressed)), (Some(digest), chunk.end - chunk.offset), "{name}");
+                    assert_eq!(
+                        (record.digest, u64::from(record.compressed)),
+                        (Some(digest), chunk.end - chunk.offset),
+                        "{name}"
+                    );
                 }
-                Content::Zeros => assert_eq!((record.digest, record.compressed), (None, 0), "{name}"),
+                Content::Zeros => {
+                    assert_eq!((record.digest, record.compressed), (None, 0), "{name}")
+                }
             }
         }
     }
@@ -199,7 +255,10 @@ fn another_digest_is_refused() {
             }
         }
         let refused = open(corpus(name), &annotations, None).map(|_| ());
-        assert!(matches!(&refused, Err(e @ Error::TocDigest { .. }) if e.is_wrong_bytes()), "{name}: {refused:?}");
+        assert!(
+            matches!(&refused, Err(e @ Error::TocDigest { .. }) if e.is_wrong_bytes()),
+            "{name}: {refused:?}"
+        );
     }
 }
 
@@ -236,8 +295,12 @@ fn no_more_is_decompressed_than_a_chunk_needs() {
     // One that ends early is named.
     let cut = layer.toc.read_chunk(Codec::Gzip, chunk, &layer.frame(chunk)[..15]).unwrap_err();
     assert_eq!(cut.to_string(), "the data of etc/small at 0: it ends too early");
-    let other = layer.toc.read_chunk(Codec::Gzip, chunk, &b"this is no gzip at all"[..]).unwrap_err();
-    assert!(other.to_string().starts_with("the data of etc/small at 0: it cannot be decompressed"), "{other}");
+    let other =
+        layer.toc.read_chunk(Codec::Gzip, chunk, &b"this is no gzip at all"[..]).unwrap_err();
+    assert!(
+        other.to_string().starts_with("the data of etc/small at 0: it cannot be decompressed"),
+        "{other}"
+    );
     // What the reader below says stays an error of its own.
     struct Broken;
     impl std::io::Read for Broken {
@@ -245,6 +308,10 @@ fn no_more_is_decompressed_than_a_chunk_needs() {
             Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset))
         }
     }
-    let failed = layer.toc.read_chunk(Codec::Gzip, chunk, std::io::BufReader::new(Broken)).unwrap_err();
-    assert!(matches!(&failed, Error::Io(e) if e.kind() == std::io::ErrorKind::ConnectionReset), "{failed:?}");
+    let failed =
+        layer.toc.read_chunk(Codec::Gzip, chunk, std::io::BufReader::new(Broken)).unwrap_err();
+    assert!(
+        matches!(&failed, Error::Io(e) if e.kind() == std::io::ErrorKind::ConnectionReset),
+        "{failed:?}"
+    );
 }

@@ -7,8 +7,8 @@ mod common;
 
 use common::{Dice, corpus, each, open, options, write};
 use shipway_estargz::{
-    Codec, Dialect, Error, Frames, Kind, Landmark, MAX_CHUNK, Order, Output, PODMAN_TAR_SPLIT, Problem, TarEntry, TarKind, Time, Writer,
-    WriterOptions, Written,
+    Codec, Dialect, Error, Frames, Kind, Landmark, MAX_CHUNK, Order, Output, PODMAN_TAR_SPLIT,
+    Problem, TarEntry, TarKind, Time, Writer, WriterOptions, Written,
 };
 use shipway_oci::Digest;
 use std::{
@@ -44,13 +44,22 @@ fn random_tar(dice: &mut Dice, entries: usize, largest: usize) -> Vec<u8> {
         header.set_mtime(dice.below(1 << 33) as u64);
         let mut records = Vec::new();
         for n in 0..dice.below(8).saturating_sub(5) {
-            records.push((format!("SCHILY.xattr.user.{n}"), (0..dice.below(300)).map(|_| dice.below(256) as u8).collect()));
+            records.push((
+                format!("SCHILY.xattr.user.{n}"),
+                (0..dice.below(300)).map(|_| dice.below(256) as u8).collect(),
+            ));
         }
         if dice.below(4) == 0 {
-            records.push(("mtime".to_owned(), format!("{}.{:09}", dice.below(1 << 31), dice.below(1_000_000_000)).into_bytes()));
+            records.push((
+                "mtime".to_owned(),
+                format!("{}.{:09}", dice.below(1 << 31), dice.below(1_000_000_000)).into_bytes(),
+            ));
         }
         if !records.is_empty() {
-            tar.append_pax_extensions(records.iter().map(|(k, v): &(String, Vec<u8>)| (k.as_str(), v.as_slice()))).unwrap();
+            tar.append_pax_extensions(
+                records.iter().map(|(k, v): &(String, Vec<u8>)| (k.as_str(), v.as_slice())),
+            )
+            .unwrap();
         }
         let kind = dice.below(12);
         header.set_size(0);
@@ -98,7 +107,12 @@ fn decompressed(codec: Codec, blob: &[u8]) -> Vec<u8> {
     match codec {
         Codec::Zstd => zstd::stream::decode_all(blob).unwrap(),
         Codec::Gzip => {
-            let mut gzip = Command::new("gzip").arg("-dc").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+            let mut gzip = Command::new("gzip")
+                .arg("-dc")
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
             let (mut stdin, blob) = (gzip.stdin.take().unwrap(), blob.to_vec());
             let feed = std::thread::spawn(move || stdin.write_all(&blob).unwrap());
             let mut out = Vec::new();
@@ -120,20 +134,42 @@ fn check(tar: &[u8], options: &WriterOptions) {
     // Any tool gives the tar, with nothing but the table after it where the format has that there.
     let unpacked = decompressed(options.output.codec(), &blob);
     assert!(unpacked.starts_with(tar), "{options:?}");
-    assert_eq!((Digest::of(&unpacked), unpacked.len() as u64), (written.diff_id.0, written.tar_size), "{options:?}");
+    assert_eq!(
+        (Digest::of(&unpacked), unpacked.len() as u64),
+        (written.diff_id.0, written.tar_size),
+        "{options:?}"
+    );
     assert_eq!(unpacked.len() > tar.len(), options.output == Output::Estargz);
     for dialect in [Dialect::Containerd, Dialect::Podman] {
-        if dialect == Dialect::Podman && options.output == Output::ZstdChunked && options.min_chunk_size > 0 {
+        if dialect == Dialect::Podman
+            && options.output == Output::ZstdChunked
+            && options.min_chunk_size > 0
+        {
             // containers/storage would look for packed chunks at the wrong place.
-            assert!(written.annotations(dialect).keys().all(|key| key == shipway_estargz::UNCOMPRESSED_SIZE));
+            assert!(
+                written
+                    .annotations(dialect)
+                    .keys()
+                    .all(|key| key == shipway_estargz::UNCOMPRESSED_SIZE)
+            );
             continue;
         }
         let layer = open_written(blob.clone(), &written, dialect);
         assert_eq!(layer.compare(), None, "{options:?}");
         let data = layer.read_all().unwrap();
-        let (files, path) = (RefCell::new(BTreeMap::<Vec<u8>, Vec<u8>>::new()), RefCell::new(Vec::new()));
-        let add = |bytes: &[u8]| files.borrow_mut().entry(path.borrow().clone()).or_default().extend_from_slice(bytes);
-        each(tar, |entry, _| *path.borrow_mut() = entry.path.strip_prefix(b"./").unwrap_or(&entry.path).to_vec(), add).unwrap();
+        let (files, path) =
+            (RefCell::new(BTreeMap::<Vec<u8>, Vec<u8>>::new()), RefCell::new(Vec::new()));
+        let add = |bytes: &[u8]| {
+            files.borrow_mut().entry(path.borrow().clone()).or_default().extend_from_slice(bytes)
+        };
+        each(
+            tar,
+            |entry, _| {
+                *path.borrow_mut() = entry.path.strip_prefix(b"./").unwrap_or(&entry.path).to_vec()
+            },
+            add,
+        )
+        .unwrap();
         assert!(files.into_inner() == data, "{options:?}");
         for chunk in layer.toc.chunks() {
             assert!(chunk.size <= options.chunk_size);
@@ -156,7 +192,8 @@ fn random_trees_come_back() {
         let entries = 1 + dice.below(60);
         let tar = random_tar(&mut dice, entries, 3000);
         for output in OUTPUTS {
-            let chunk_size = [1, 100, 512, 1000, 4 << 20][dice.below(5)].max(if entries > 10 { 64 } else { 1 });
+            let chunk_size =
+                [1, 100, 512, 1000, 4 << 20][dice.below(5)].max(if entries > 10 { 64 } else { 1 });
             let min_chunk_size = [0, 0, 1000, 5000][dice.below(4)];
             let level = [None, Some(-1), Some(1), Some(9)][dice.below(4)];
             check(&tar, &WriterOptions { min_chunk_size, level, ..options(output, chunk_size) });
@@ -187,7 +224,11 @@ fn small_files_are_packed() {
     let tar = random_tar(&mut Dice(77), 80, 500);
     let sizes: Vec<_> = OUTPUTS
         .into_iter()
-        .flat_map(|output| [0, 8000].map(|min_chunk_size| write(&tar, WriterOptions { min_chunk_size, ..options(output, 4096) }).unwrap()))
+        .flat_map(|output| {
+            [0, 8000].map(|min_chunk_size| {
+                write(&tar, WriterOptions { min_chunk_size, ..options(output, 4096) }).unwrap()
+            })
+        })
         .collect();
     for pair in sizes.chunks(2) {
         assert!(pair[1].0.len() < pair[0].0.len());
@@ -208,7 +249,9 @@ fn what_is_read_first_comes_first() {
         &tar[..],
         |entry, header| {
             let mut all = all.borrow_mut();
-            let padding = all.last().map_or(0, |(.., data): &Whole| data.len().next_multiple_of(512) - data.len());
+            let padding = all
+                .last()
+                .map_or(0, |(.., data): &Whole| data.len().next_multiple_of(512) - data.len());
             all.push((entry.clone(), header[padding..].to_vec(), Vec::new()));
         },
         |bytes| all.borrow_mut().last_mut().unwrap().2.extend_from_slice(bytes),
@@ -216,10 +259,16 @@ fn what_is_read_first_comes_first() {
     .unwrap();
     let all = all.into_inner();
     let entries: Vec<_> = all.iter().map(|(entry, ..)| entry).collect();
-    let files: Vec<_> =
-        entries.iter().filter(|e| matches!(e.kind, TarKind::File(1..) | TarKind::HardLink(_))).map(|e| e.path.clone()).collect();
-    let prioritized: Vec<_> =
-        [files.len() - 1, 3, files.len() / 2].map(|n| files[n].clone()).into_iter().chain([b"not/there".to_vec()]).collect();
+    let files: Vec<_> = entries
+        .iter()
+        .filter(|e| matches!(e.kind, TarKind::File(1..) | TarKind::HardLink(_)))
+        .map(|e| e.path.clone())
+        .collect();
+    let prioritized: Vec<_> = [files.len() - 1, 3, files.len() / 2]
+        .map(|n| files[n].clone())
+        .into_iter()
+        .chain([b"not/there".to_vec()])
+        .collect();
     let order = Order::new(entries.iter().copied(), &prioritized);
     assert_eq!(order.missing, [3]);
     let mut every: Vec<_> = order.first.iter().chain(&order.rest).copied().collect();
@@ -250,7 +299,10 @@ fn what_is_read_first_comes_first() {
         for entry in layer.toc.entries().filter(|e| !e.is_landmark()) {
             let Kind::File { chunks, .. } = entry.kind() else { continue };
             let is_first = order.first.iter().any(|at| all[*at].0.path.as_slice() == entry.path());
-            assert!(chunks.iter().all(|c| (c.offset < end) == is_first && (!is_first || c.end <= end)), "{output:?}");
+            assert!(
+                chunks.iter().all(|c| (c.offset < end) == is_first && (!is_first || c.end <= end)),
+                "{output:?}"
+            );
         }
     }
 }
@@ -261,11 +313,15 @@ fn annotations_are_those_of_the_reader() {
     let (_, written) = write(&tar, options(Output::ZstdChunked, 1000)).unwrap();
     // containers/storage takes no layer that has both digests.
     let podman = written.annotations(Dialect::Podman);
-    assert!(!podman.contains_key(shipway_estargz::TOC_DIGEST) && podman.contains_key(PODMAN_TAR_SPLIT));
+    assert!(
+        !podman.contains_key(shipway_estargz::TOC_DIGEST) && podman.contains_key(PODMAN_TAR_SPLIT)
+    );
     let containerd = written.annotations(Dialect::Containerd);
     assert_eq!(containerd[shipway_estargz::TOC_DIGEST], written.toc_digest.to_string());
     assert_eq!(containerd[shipway_estargz::UNCOMPRESSED_SIZE], tar.len().to_string());
-    let (_, plain) = write(&tar, WriterOptions { tar_split: false, ..options(Output::ZstdChunked, 1000) }).unwrap();
+    let (_, plain) =
+        write(&tar, WriterOptions { tar_split: false, ..options(Output::ZstdChunked, 1000) })
+            .unwrap();
     assert!(!plain.annotations(Dialect::Podman).contains_key(PODMAN_TAR_SPLIT));
     let (_, gzip) = write(&tar, options(Output::Estargz, 1000)).unwrap();
     assert_eq!(gzip.annotations(Dialect::Podman), gzip.annotations(Dialect::Containerd));
@@ -288,8 +344,11 @@ fn the_tar_split_makes_the_tar_again() {
         let line: serde_json::Value = serde_json::from_str(line).unwrap();
         assert_eq!(line["position"], position);
         match line["type"].as_u64() {
-            Some(2) => again.extend(BASE64_STANDARD.decode(line["payload"].as_str().unwrap()).unwrap()),
-            Some(1) if line["size"].is_u64() => again.extend(layer.read(line["name"].as_str().unwrap().trim_end_matches('/')).unwrap()),
+            Some(2) => {
+                again.extend(BASE64_STANDARD.decode(line["payload"].as_str().unwrap()).unwrap())
+            }
+            Some(1) if line["size"].is_u64() => again
+                .extend(layer.read(line["name"].as_str().unwrap().trim_end_matches('/')).unwrap()),
             _ => assert!(line["payload"].is_null()),
         }
     }
@@ -298,11 +357,21 @@ fn the_tar_split_makes_the_tar_again() {
 
 #[test]
 fn what_cannot_be_written_is_refused() {
-    let entry =
-        |path: &[u8], kind| TarEntry { path: path.to_vec(), kind, mode: 0, uid: 0, gid: 0, mtime: Time::default(), xattrs: Vec::new() };
+    let entry = |path: &[u8], kind| TarEntry {
+        path: path.to_vec(),
+        kind,
+        mode: 0,
+        uid: 0,
+        gid: 0,
+        mtime: Time::default(),
+        xattrs: Vec::new(),
+    };
     let writer = |options| Writer::new(options, |_: &[u8]| Ok(()));
     for size in [0, MAX_CHUNK + 1] {
-        assert!(matches!(writer(options(Output::Estargz, size)), Err(Error::TooLarge { limit: MAX_CHUNK, .. })));
+        assert!(matches!(
+            writer(options(Output::Estargz, size)),
+            Err(Error::TooLarge { limit: MAX_CHUNK, .. })
+        ));
     }
     let packed = WriterOptions { min_chunk_size: MAX_CHUNK + 1, ..options(Output::Estargz, 5) };
     assert!(matches!(writer(packed), Err(Error::TooLarge { .. })));
@@ -315,12 +384,18 @@ fn what_cannot_be_written_is_refused() {
     refused(&entry(b"a", TarKind::Symlink(b"\xff".to_vec())), Problem::BadName);
     refused(&entry(b"a", TarKind::HardLink(b"\xff".to_vec())), Problem::BadName);
     refused(&entry(b"a", TarKind::Other(b'V')), Problem::NoType);
-    let attribute = TarEntry { xattrs: vec![(b"user.\xff".to_vec(), Vec::new())], ..entry(b"a", TarKind::Fifo) };
+    let attribute = TarEntry {
+        xattrs: vec![(b"user.\xff".to_vec(), Vec::new())],
+        ..entry(b"a", TarKind::Fifo)
+    };
     refused(&attribute, Problem::Xattrs);
     // Data that is too short or too long.
     w.entry(&entry(b"short", TarKind::File(5)), &[]).unwrap();
     w.data(b"1234").unwrap();
-    assert!(matches!(w.entry(&entry(b"next", TarKind::Fifo), &[]), Err(Error::Entry { problem: Problem::ChunkSum, .. })));
+    assert!(matches!(
+        w.entry(&entry(b"next", TarKind::Fifo), &[]),
+        Err(Error::Entry { problem: Problem::ChunkSum, .. })
+    ));
     assert!(w.data(b"56").is_err());
     // What no reader would take.
     let mut w = writer(options(Output::ZstdChunked, 5)).unwrap();
@@ -345,9 +420,17 @@ fn a_sink_that_fails_ends_it() {
             failed.borrow_mut().get_or_insert(e);
         }
     };
-    each(&tar[..], |entry, header| keep(writer.borrow_mut().entry(entry, header)), |bytes| keep(writer.borrow_mut().data(bytes))).unwrap();
+    each(
+        &tar[..],
+        |entry, header| keep(writer.borrow_mut().entry(entry, header)),
+        |bytes| keep(writer.borrow_mut().data(bytes)),
+    )
+    .unwrap();
     let failed = failed.into_inner();
-    assert!(matches!(&failed, Some(Error::Io(e)) if e.kind() == io::ErrorKind::StorageFull), "{failed:?}");
+    assert!(
+        matches!(&failed, Some(Error::Io(e)) if e.kind() == io::ErrorKind::StorageFull),
+        "{failed:?}"
+    );
 }
 
 /// Flipped bytes of our own blobs: wherever they are, nobody reads other data, and the comparison
@@ -361,13 +444,20 @@ fn flipped_bytes_never_pass() {
         let want = good.read_all().unwrap();
         let entries = |tar: &[u8]| {
             let all = RefCell::new(Vec::new());
-            each(tar, |entry, _| all.borrow_mut().push(entry.clone()), |_| {}).map(|_| all.into_inner())
+            each(tar, |entry, _| all.borrow_mut().push(entry.clone()), |_| {})
+                .map(|_| all.into_inner())
         };
         let tar_entries = entries(&tar).unwrap();
         for at in (0..blob.len()).step_by(7) {
             let mut flipped = blob.clone();
             flipped[at] ^= 1 << (at % 8);
-            let Ok(layer) = open(flipped, &written.annotations(Dialect::Containerd), written.external_toc.as_deref()) else { continue };
+            let Ok(layer) = open(
+                flipped,
+                &written.annotations(Dialect::Containerd),
+                written.external_toc.as_deref(),
+            ) else {
+                continue;
+            };
             match layer.read_all() {
                 Ok(data) => assert!(data == want, "{output:?} {at}"),
                 Err(e) => assert!(e.is_wrong_bytes(), "{output:?} {at}: {e:?}"),
@@ -375,9 +465,14 @@ fn flipped_bytes_never_pass() {
             // The tar as everybody reads it: if the comparison is content, nothing is other that it
             // looks at.
             let mut unpacked = Vec::new();
-            let whole = Frames::new(output.codec(), &layer.blob[..]).unwrap().read_to_end(&mut unpacked);
-            if whole.is_ok() && entries(&unpacked).is_ok_and(|e| e.len() >= tar_entries.len()) && layer.compare().is_none() {
-                let again: Vec<_> = entries(&unpacked).unwrap().into_iter().filter(|e| !e.is_of_format()).collect();
+            let whole =
+                Frames::new(output.codec(), &layer.blob[..]).unwrap().read_to_end(&mut unpacked);
+            if whole.is_ok()
+                && entries(&unpacked).is_ok_and(|e| e.len() >= tar_entries.len())
+                && layer.compare().is_none()
+            {
+                let again: Vec<_> =
+                    entries(&unpacked).unwrap().into_iter().filter(|e| !e.is_of_format()).collect();
                 assert!(again == tar_entries, "{output:?} {at}");
             }
         }

@@ -1,9 +1,11 @@
-//! What a device of the host changes in a runtime specification (row `exec.cdi`): crate `cdi` reads it from files, [`Edits::apply`] does it.
+//! What a device of the host changes in a runtime specification (row `exec.cdi`): crate `cdi` reads
+//! it from files, [`Edits::apply`] does it.
 
 use crate::{Identity, spec::SpecMount};
 use serde_json::{Value, json};
 
-/// Changes of one or several devices, in the order in which they are made. Those of mounts are made with the process's other mounts.
+/// Changes of one or several devices, in the order in which they are made. Those of mounts are made
+/// with the process's other mounts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Edits {
     /// Variables, `NAME=value`; they win over the process's own.
@@ -74,7 +76,8 @@ fn push(object: &mut Value, key: &str, value: Value) {
 }
 
 impl Edits {
-    /// Makes all changes but those of mounts in `spec`, the specification of a process that runs as `who`.
+    /// Makes all changes but those of mounts in `spec`, the specification of a process that runs as
+    /// `who`.
     pub(crate) fn apply(&self, spec: &mut Value, who: &Identity) {
         for variable in &self.env {
             set_variable(&mut spec["process"], variable);
@@ -83,7 +86,8 @@ impl Edits {
             node.apply(&mut spec["linux"], who);
         }
         for (outside, inside) in &self.interfaces {
-            entry(&mut spec["linux"], "netDevices", || json!({}))[outside] = json!({ "name": inside });
+            entry(&mut spec["linux"], "netDevices", || json!({}))[outside] =
+                json!({ "name": inside });
         }
         for hook in &self.hooks {
             let mut value = json!({ "path": hook.path, "args": hook.args, "env": hook.env });
@@ -97,7 +101,8 @@ impl Edits {
         }
         for group in &self.groups {
             let user = &mut spec["process"]["user"];
-            let known = user["additionalGids"].as_array().is_some_and(|all| all.contains(&json!(group)));
+            let known =
+                user["additionalGids"].as_array().is_some_and(|all| all.contains(&json!(group)));
             if *group != 0 && !known {
                 push(user, "additionalGids", json!(group));
             }
@@ -108,7 +113,9 @@ impl Edits {
 /// Takes the place of a variable of the same name, or goes to the end.
 fn set_variable(process: &mut Value, variable: &str) {
     let name = variable.split('=').next().unwrap_or_default();
-    let same = |v: &Value| v.as_str().and_then(|v| v.strip_prefix(name)).is_some_and(|rest| rest.starts_with('='));
+    let same = |v: &Value| {
+        v.as_str().and_then(|v| v.strip_prefix(name)).is_some_and(|rest| rest.starts_with('='))
+    };
     let old = process["env"].as_array_mut().and_then(|all| all.iter_mut().rev().find(|v| same(v)));
     match old {
         Some(old) => *old = json!(variable),
@@ -120,7 +127,11 @@ impl DeviceNode {
     fn apply(&self, linux: &mut Value, who: &Identity) {
         let mut device = json!({ "path": self.path, "type": self.kind, "major": self.major, "minor": self.minor });
         let own = |id: u32| (id != 0).then_some(id);
-        for (key, value) in [("fileMode", self.mode), ("uid", self.uid.or(own(who.uid))), ("gid", self.gid.or(own(who.gid)))] {
+        for (key, value) in [
+            ("fileMode", self.mode),
+            ("uid", self.uid.or(own(who.uid))),
+            ("gid", self.gid.or(own(who.gid))),
+        ] {
             if let Some(value) = value {
                 device[key] = json!(value);
             }
@@ -142,7 +153,14 @@ mod tests {
 
     #[test]
     fn each_change_goes_where_the_runtime_looks_for_it() {
-        let null = DeviceNode { path: "/dev/n".into(), kind: "c".into(), major: 1, minor: 3, access: "rw".into(), ..Default::default() };
+        let null = DeviceNode {
+            path: "/dev/n".into(),
+            kind: "c".into(),
+            major: 1,
+            minor: 3,
+            access: "rw".into(),
+            ..Default::default()
+        };
         let edits = Edits {
             env: vec!["A=2".into(), "AB=3".into()],
             nodes: vec![
@@ -151,7 +169,12 @@ mod tests {
                 DeviceNode { path: "/p".into(), kind: "p".into(), major: 0, minor: 0, ..null },
             ],
             interfaces: vec![("ib0".into(), "eth9".into())],
-            hooks: vec![Hook { when: "createContainer".into(), path: "/h".into(), timeout: Some(5), ..Default::default() }],
+            hooks: vec![Hook {
+                when: "createContainer".into(),
+                path: "/h".into(),
+                timeout: Some(5),
+                ..Default::default()
+            }],
             rdt: Some(json!({ "closID": "x" })),
             groups: vec![0, 44, 5, 44],
             mounts: vec![],

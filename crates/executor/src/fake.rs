@@ -5,7 +5,8 @@ use async_trait::async_trait;
 use shipway_fault::{Fault, Result};
 use std::sync::{Arc, Mutex, PoisonError};
 
-type Script = dyn Fn(&ProcessSpec, &RootFs, &[ExecMount], &OutputSink) -> Result<ExitStatus> + Send + Sync;
+type Script =
+    dyn Fn(&ProcessSpec, &RootFs, &[ExecMount], &OutputSink) -> Result<ExitStatus> + Send + Sync;
 
 /// Answers every process by a closure and remembers what it was asked.
 #[derive(Clone)]
@@ -16,7 +17,12 @@ pub struct FakeExecutor {
 
 impl FakeExecutor {
     /// An executor whose processes do what `script` does.
-    pub fn new(script: impl Fn(&ProcessSpec, &RootFs, &[ExecMount], &OutputSink) -> Result<ExitStatus> + Send + Sync + 'static) -> Self {
+    pub fn new(
+        script: impl Fn(&ProcessSpec, &RootFs, &[ExecMount], &OutputSink) -> Result<ExitStatus>
+        + Send
+        + Sync
+        + 'static,
+    ) -> Self {
         Self { script: Arc::new(script), ran: Arc::default() }
     }
 
@@ -28,7 +34,13 @@ impl FakeExecutor {
 
 #[async_trait]
 impl Executor for FakeExecutor {
-    async fn run(&self, process: ProcessSpec, root: RootFs, mounts: Vec<ExecMount>, wires: Wires) -> Result<ExitStatus> {
+    async fn run(
+        &self,
+        process: ProcessSpec,
+        root: RootFs,
+        mounts: Vec<ExecMount>,
+        wires: Wires,
+    ) -> Result<ExitStatus> {
         let output: OutputSink = match wires.output {
             Outlet::Sink(sink) => sink,
             Outlet::Queue(queue) => Arc::new(move |output| drop(queue.try_send(output))),

@@ -1,4 +1,5 @@
-//! Who a process is: users and groups by name, from the root filesystem's own `/etc/passwd` and `/etc/group` (row `exec.args`).
+//! Who a process is: users and groups by name, from the root filesystem's own `/etc/passwd` and
+//! `/etc/group` (row `exec.args`).
 
 use crate::RootView;
 use shipway_fault::{Fault, Result, nearest};
@@ -49,7 +50,10 @@ fn groups(text: &str) -> impl Iterator<Item = Group<'_>> {
 }
 
 fn text(root: &RootView, path: &str) -> Result<String> {
-    Ok(root.read_file(path, LIMIT)?.map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default())
+    Ok(root
+        .read_file(path, LIMIT)?
+        .map(|b| String::from_utf8_lossy(&b).into_owned())
+        .unwrap_or_default())
 }
 
 /// The user `name` of `root`: uid and primary gid.
@@ -68,8 +72,9 @@ pub fn group_by_name(root: &RootView, name: &str) -> Result<u32> {
 
 /// Resolves `user` (name, uid, `user:group`; empty is root) in `root`.
 ///
-/// With both ids given as numbers nothing is looked up and there are no further groups. A number without a name is taken as it is; a name
-/// that is not there is an error. Further groups are those that list the user, unless a group is given.
+/// With both ids given as numbers nothing is looked up and there are no further groups. A number
+/// without a name is taken as it is; a name that is not there is an error. Further groups are those
+/// that list the user, unless a group is given.
 pub fn resolve(root: &RootView, user: &str) -> Result<Identity> {
     let (user, group) = match user.split_once(':') {
         Some((u, g)) => (u, Some(g)),
@@ -87,7 +92,9 @@ pub fn resolve(root: &RootView, user: &str) -> Result<Identity> {
         (Some(u), _) => (u.uid, u.gid, u.name.to_owned()),
         (None, Some(uid)) => (uid, 0, String::new()),
         (None, None) if wanted == "root" => (0, 0, "root".to_owned()),
-        (None, None) => return Err(unknown("user", wanted, "/etc/passwd", users(&passwd).map(|u| u.name))),
+        (None, None) => {
+            return Err(unknown("user", wanted, "/etc/passwd", users(&passwd).map(|u| u.name)));
+        }
     };
     let database = text(root, "/etc/group")?;
     let mut all = Vec::new();
@@ -96,10 +103,21 @@ pub fn resolve(root: &RootView, user: &str) -> Result<Identity> {
             gid = match (groups(&database).find(|x| x.name == g), g.parse().ok()) {
                 (Some(found), _) => found.gid,
                 (None, Some(gid)) => gid,
-                (None, None) => return Err(unknown("group", g, "/etc/group", groups(&database).map(|g| g.name))),
+                (None, None) => {
+                    return Err(unknown(
+                        "group",
+                        g,
+                        "/etc/group",
+                        groups(&database).map(|g| g.name),
+                    ));
+                }
             };
         }
-        None => all.extend(groups(&database).filter(|g| !name.is_empty() && g.members.split(',').any(|m| m == name)).map(|g| g.gid)),
+        None => all.extend(
+            groups(&database)
+                .filter(|g| !name.is_empty() && g.members.split(',').any(|m| m == name))
+                .map(|g| g.gid),
+        ),
     }
     all.retain(|g| *g != gid);
     all.insert(0, gid);
@@ -107,7 +125,9 @@ pub fn resolve(root: &RootView, user: &str) -> Result<Identity> {
 }
 
 fn unknown<'a>(what: &str, name: &str, file: &str, known: impl Iterator<Item = &'a str>) -> Fault {
-    let fault = Fault::invalid(format!("unable to find {what} {name}: no matching entries in {file} of the image"));
+    let fault = Fault::invalid(format!(
+        "unable to find {what} {name}: no matching entries in {file} of the image"
+    ));
     match nearest(name, known) {
         Some(near) => fault.hint(format!("did you mean {near}?")),
         None => fault,
@@ -122,12 +142,23 @@ mod tests {
     fn check(user: &str, expected: Option<(u32, u32, &[u32])>) {
         let dir = tempfile::tempdir().expect("a temporary directory");
         std::fs::create_dir(dir.path().join("etc")).expect("mkdir");
-        std::fs::write(dir.path().join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nbroken\nlone:x:7::\nweb:x:33:34::/:/bin/sh\n")
-            .expect("passwd");
-        std::fs::write(dir.path().join("etc/group"), "root:x:0:\nwww:x:34:\nlog:x:50:other,web\nweb:x:60:web\n").expect("group");
+        std::fs::write(
+            dir.path().join("etc/passwd"),
+            "root:x:0:0::/root:/bin/sh\nbroken\nlone:x:7::\nweb:x:33:34::/:/bin/sh\n",
+        )
+        .expect("passwd");
+        std::fs::write(
+            dir.path().join("etc/group"),
+            "root:x:0:\nwww:x:34:\nlog:x:50:other,web\nweb:x:60:web\n",
+        )
+        .expect("group");
         let root = RootView::of_directory(dir.path()).expect("open");
         let found = resolve(&root, user).ok();
-        assert_eq!(found, expected.map(|(uid, gid, groups)| Identity { uid, gid, groups: groups.to_vec() }), "{user:?}");
+        assert_eq!(
+            found,
+            expected.map(|(uid, gid, groups)| Identity { uid, gid, groups: groups.to_vec() }),
+            "{user:?}"
+        );
     }
 
     #[test]

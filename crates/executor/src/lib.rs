@@ -1,6 +1,8 @@
-//! The executor port: processes over mounts, in plain types; and the OCI runtime specification they become.
+//! The executor port: processes over mounts, in plain types; and the OCI runtime specification they
+//! become.
 //!
-//! [`Executor`] is implemented by crate `containerd` with tasks, and by [`fake`] for tests. Nothing here knows LLB.
+//! [`Executor`] is implemented by crate `containerd` with tasks, and by [`fake`] for tests. Nothing
+//! here knows LLB.
 //!
 //! Beside the port lives what any implementation needs and no runtime does: who the user is in the
 //! image ([`identity`]), the files of `/etc` that name hosts ([`etc`]), what devices change in the
@@ -23,8 +25,9 @@ mod wires;
 pub use edits::{DeviceNode, Edits, Hook};
 pub use identity::Identity;
 pub use process::{
-    CgroupParent, ExecMount, Executor, ExitStatus, HostEntry, Keep, MountSource, NetworkMode, Output, OutputSink, ProcessSpec,
-    ResourceLimits, Rlimit, RootFs, Secret, Security, Stream, User,
+    CgroupParent, ExecMount, Executor, ExitStatus, HostEntry, Keep, MountSource, NetworkMode,
+    Output, OutputSink, ProcessSpec, ResourceLimits, Rlimit, RootFs, Secret, Security, Stream,
+    User,
 };
 pub use proxy::{Egress, Proxied, StepProxy, environment as proxy_environment, set_variables};
 pub use rootview::{Access, Attached, RootView, open_in_root, reopen_regular};

@@ -7,7 +7,8 @@ use shipway_fault::Result;
 use shipway_storage::{Mount, SnapshotKey};
 use std::{any::Any, path::PathBuf, sync::Arc};
 
-/// The root filesystem of a process: mounts that the shim itself performs, and the snapshot they belong to.
+/// The root filesystem of a process: mounts that the shim itself performs, and the snapshot they
+/// belong to.
 #[derive(Clone, Debug)]
 pub struct RootFs {
     /// The active snapshot or view; it becomes a garbage-collection root of the container.
@@ -41,14 +42,16 @@ pub enum MountSource {
         /// Limit in bytes; 0 for none.
         size: u64,
     },
-    /// A file or directory within a snapshot. The path is resolved inside the snapshot; no link leads out of it.
+    /// A file or directory within a snapshot. The path is resolved inside the snapshot; no link
+    /// leads out of it.
     SnapshotPath {
         /// The snapshot's mounts.
         mounts: Vec<Mount>,
         /// Path within it; `NotFound` if there is nothing.
         path: String,
     },
-    /// A file with these bytes, which never reach a disk: a secret. Mounted without set-user-id, devices or execution.
+    /// A file with these bytes, which never reach a disk: a secret. Mounted without set-user-id,
+    /// devices or execution.
     Content {
         /// The bytes.
         bytes: Secret,
@@ -71,7 +74,8 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-/// User of the process, as written: name, uid, `uid:gid`, `name:group`; resolved in the root filesystem by the executor. Empty is root.
+/// User of the process, as written: name, uid, `uid:gid`, `name:group`; resolved in the root
+/// filesystem by the executor. Empty is root.
 pub type User = String;
 
 /// Network of the process (row `exec.net`).
@@ -167,9 +171,11 @@ pub struct ProcessSpec {
     pub edits: Edits,
     /// Whether stdout is a terminal.
     pub tty: bool,
-    /// Whether stub files made for mount points are removed afterwards along with parent directories made for them.
+    /// Whether stub files made for mount points are removed afterwards along with parent
+    /// directories made for them.
     pub remove_stubs_recursively: bool,
-    /// What must live until nothing is left of the process, also when its future is dropped before that: its snapshots.
+    /// What must live until nothing is left of the process, also when its future is dropped before
+    /// that: its snapshots.
     pub keep: Keep,
 }
 
@@ -218,18 +224,28 @@ pub struct ExitStatus {
 /// Runs processes.
 #[async_trait]
 pub trait Executor: Send + Sync {
-    /// Runs a process to its end and returns how it ended. When the future is dropped, the process is killed and everything made for it is
-    /// removed in the background; [`Executor::drained`] waits for that.
-    async fn run(&self, process: ProcessSpec, root: RootFs, mounts: Vec<ExecMount>, wires: Wires) -> Result<ExitStatus>;
+    /// Runs a process to its end and returns how it ended. When the future is dropped, the process
+    /// is killed and everything made for it is removed in the background; [`Executor::drained`]
+    /// waits for that.
+    async fn run(
+        &self,
+        process: ProcessSpec,
+        root: RootFs,
+        mounts: Vec<ExecMount>,
+        wires: Wires,
+    ) -> Result<ExitStatus>;
 
-    /// Runs another process in the container whose first process `run` was given as `container`, which must have started; of `process`
-    /// only what is the process's own counts. It ends with the first one at the latest, and with the future.
-    async fn exec(&self, container: &str, process: ProcessSpec, wires: Wires) -> Result<ExitStatus>;
+    /// Runs another process in the container whose first process `run` was given as `container`,
+    /// which must have started; of `process` only what is the process's own counts. It ends with
+    /// the first one at the latest, and with the future.
+    async fn exec(&self, container: &str, process: ProcessSpec, wires: Wires)
+    -> Result<ExitStatus>;
 
     /// Ends what is only kept ready for processes to come.
     async fn rest(&self);
 
-    /// Waits until nothing is left of processes whose futures were dropped, nor anything kept ready for others.
+    /// Waits until nothing is left of processes whose futures were dropped, nor anything kept ready
+    /// for others.
     async fn drained(&self);
 
     /// Removes containers, tasks and mounts that an earlier life of this daemon left behind.

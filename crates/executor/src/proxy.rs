@@ -46,7 +46,8 @@ pub fn environment(address: SocketAddr) -> Vec<String> {
 
 /// Sets `variables` in an environment, in the place of what has their names.
 pub fn set_variables(env: &mut Vec<String>, variables: Vec<String>) {
-    let name = |v: &str| v.split_once('=').map_or_else(|| v.to_owned(), |(name, _)| name.to_owned());
+    let name =
+        |v: &str| v.split_once('=').map_or_else(|| v.to_owned(), |(name, _)| name.to_owned());
     let names: Vec<String> = variables.iter().map(|v| name(v)).collect();
     env.retain(|v| !names.contains(&name(v)));
     env.extend(variables);
@@ -61,7 +62,10 @@ mod tests {
         let mut env = vec!["A=1".to_owned(), "HTTP_PROXY=http://other".into(), "NO_PROXY=*".into()];
         set_variables(&mut env, environment("127.0.0.1:99".parse().expect("an address")));
         assert_eq!(env.len(), 7);
-        assert!(env.contains(&"A=1".to_owned()) && env.contains(&"HTTP_PROXY=http://127.0.0.1:99".to_owned()));
+        assert!(
+            env.contains(&"A=1".to_owned())
+                && env.contains(&"HTTP_PROXY=http://127.0.0.1:99".to_owned())
+        );
         assert!(env.contains(&"no_proxy=127.0.0.1,localhost,::1".to_owned()));
     }
 }

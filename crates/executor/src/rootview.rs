@@ -1,7 +1,8 @@
 //! Looks into a root filesystem without anybody else seeing a mount.
 //!
-//! A [`RootView`] is a descriptor of a detached mount (or of a plain directory where the snapshot is one): it belongs to no mount namespace, and
-//! it is gone with the descriptor, also after `kill -9`. Every path is resolved by the kernel inside the root (`openat2` with
+//! A [`RootView`] is a descriptor of a detached mount (or of a plain directory where the snapshot
+//! is one): it belongs to no mount namespace, and it is gone with the descriptor, also after
+//! `kill -9`. Every path is resolved by the kernel inside the root (`openat2` with
 //! `RESOLVE_IN_ROOT`), so no link leads out of it.
 
 use rustix::{
@@ -22,13 +23,15 @@ use std::{
 const MAX_LINKS: usize = 40;
 /// Longest path whose links are followed; the kernel takes none that is longer than a part of it.
 const MAX_PATH: usize = 16 << 10;
-/// How often a path is resolved that others change meanwhile. A step that renames directories all the time must not hold a thread.
+/// How often a path is resolved that others change meanwhile. A step that renames directories all
+/// the time must not hold a thread.
 const MAX_TRIES: usize = 128;
 
 /// What one wants to do in a root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Look only. An active snapshot's upper directory is shown as one more read-only layer, so that nothing is locked.
+    /// Look only. An active snapshot's upper directory is shown as one more read-only layer, so
+    /// that nothing is locked.
     Read,
     /// Change things; nobody else may have the snapshot mounted.
     Write,
@@ -51,20 +54,32 @@ pub struct RootView {
 }
 
 impl RootView {
-    /// Opens the filesystem that `mounts` describe. Nothing in it has set-id bits that count, is a device that can be opened, or a program.
+    /// Opens the filesystem that `mounts` describe. Nothing in it has set-id bits that count, is a
+    /// device that can be opened, or a program.
     pub fn open(mounts: &[Mount], access: Access) -> Result<Self> {
         Self::open_for(mounts, access, Viewer::Daemon)
     }
 
     fn open_for(mounts: &[Mount], access: Access, viewer: Viewer) -> Result<Self> {
         let [mount] = mounts else {
-            return Err(Fault::unimplemented(format!("a root filesystem of {} mounts", mounts.len())));
+            return Err(Fault::unimplemented(format!(
+                "a root filesystem of {} mounts",
+                mounts.len()
+            )));
         };
         let what = || format!("look into a root filesystem ({} {})", mount.kind, mount.source);
         let (fd, detached) = match mount.kind.as_str() {
-            "bind" | "rbind" => (open_directory(Path::new(&mount.source)).map_err(|e| Fault::io(what(), e.into()))?, false),
+            "bind" | "rbind" => (
+                open_directory(Path::new(&mount.source))
+                    .map_err(|e| Fault::io(what(), e.into()))?,
+                false,
+            ),
             "overlay" => overlay(mount, access, viewer).map_err(|e| Fault::io(what(), e.into()))?,
-            kind => return Err(Fault::unimplemented(format!("reading a root filesystem of kind {kind:?}"))),
+            kind => {
+                return Err(Fault::unimplemented(format!(
+                    "reading a root filesystem of kind {kind:?}"
+                )));
+            }
         };
         Ok(Self { fd, detached })
     }
@@ -75,17 +90,23 @@ impl RootView {
 
     /// The directory at `path` of the host as a root.
     pub fn of_directory(path: &Path) -> Result<Self> {
-        let fd = open_directory(path).map_err(|e| Fault::io(format!("open {}", path.display()), e.into()))?;
+        let fd = open_directory(path)
+            .map_err(|e| Fault::io(format!("open {}", path.display()), e.into()))?;
         Ok(Self { fd, detached: false })
     }
 
     /// Opens `path` inside the root.
-    pub fn open_at(&self, path: impl AsRef<[u8]>, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
+    pub fn open_at(
+        &self,
+        path: impl AsRef<[u8]>,
+        flags: OFlags,
+        mode: Mode,
+    ) -> rustix::io::Result<OwnedFd> {
         open_in_root(self.fd.as_fd(), path, flags, mode)
     }
 
-    /// Opens the file at `path` for reading, following links; `None` if it is not a regular file. What images and steps wrote may be anything,
-    /// and a device does something when it is opened.
+    /// Opens the file at `path` for reading, following links; `None` if it is not a regular file.
+    /// What images and steps wrote may be anything, and a device does something when it is opened.
     pub fn open_regular(&self, path: impl AsRef<[u8]>) -> rustix::io::Result<Option<File>> {
         reopen_regular(self.open_at(path, OFlags::PATH, Mode::empty())?.as_fd())
     }
@@ -107,20 +128,27 @@ impl RootView {
         let fail = |e: std::io::Error| Fault::io(format!("read {path} of the root filesystem"), e);
         let file = match self.open_regular(path) {
             Ok(Some(file)) => file,
-            Ok(None) => return Err(Fault::invalid(format!("{path} of the root filesystem is not a regular file"))),
+            Ok(None) => {
+                return Err(Fault::invalid(format!(
+                    "{path} of the root filesystem is not a regular file"
+                )));
+            }
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
             Err(e) => return Err(fail(e.into())),
         };
         let mut bytes = Vec::new();
         file.take(limit + 1).read_to_end(&mut bytes).map_err(fail)?;
         if bytes.len() as u64 > limit {
-            return Err(Fault::invalid(format!("{path} of the root filesystem is larger than {limit} bytes")));
+            return Err(Fault::invalid(format!(
+                "{path} of the root filesystem is larger than {limit} bytes"
+            )));
         }
         Ok(Some(bytes))
     }
 
-    /// `path` with every link in it followed inside the root; what does not exist stays as written. `None` if links lead in circles
-    /// or to a name that is not UTF-8, or if the path is longer than any.
+    /// `path` with every link in it followed inside the root; what does not exist stays as written.
+    /// `None` if links lead in circles or to a name that is not UTF-8, or if the path is longer
+    /// than any.
     pub fn real_path(&self, path: &str) -> Option<String> {
         String::from_utf8(self.real_path_bytes(path.as_bytes())?).ok()
     }
@@ -131,7 +159,9 @@ impl RootView {
         if path.len() > MAX_PATH {
             return None;
         }
-        let parts = |path: &[u8]| path.split(|b| *b == b'/').rev().map(<[u8]>::to_owned).collect::<Vec<_>>();
+        let parts = |path: &[u8]| {
+            path.split(|b| *b == b'/').rev().map(<[u8]>::to_owned).collect::<Vec<_>>()
+        };
         let mut rest = parts(path);
         let (mut at, mut links) = (Vec::new(), 0);
         while let Some(part) = rest.pop() {
@@ -144,7 +174,9 @@ impl RootView {
                 _ => {}
             }
             let next = [&at[..], b"/", &part].concat();
-            let is_link = self.lstat(&next).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Symlink);
+            let is_link = self
+                .lstat(&next)
+                .is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Symlink);
             if !is_link {
                 at = next;
                 continue;
@@ -163,7 +195,8 @@ impl RootView {
         Some(if at.is_empty() { b"/".to_vec() } else { at })
     }
 
-    /// Makes directory `path` with its missing parents, owned by `uid` and `gid`; those that exist stay as they are.
+    /// Makes directory `path` with its missing parents, owned by `uid` and `gid`; those that exist
+    /// stay as they are.
     pub fn make_dirs(&self, path: &str, mode: u32, uid: u32, gid: u32) -> rustix::io::Result<()> {
         let path = self.real_path(path).ok_or(Errno::LOOP)?;
         let mut at = String::new();
@@ -171,7 +204,9 @@ impl RootView {
             let parent = if at.is_empty() { "/".to_owned() } else { at.clone() };
             at = format!("{at}/{part}");
             match self.stat(&at) {
-                Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Directory => continue,
+                Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Directory => {
+                    continue;
+                }
                 Ok(_) => return Err(Errno::NOTDIR),
                 Err(Errno::NOENT) => {}
                 Err(e) => return Err(e),
@@ -192,43 +227,65 @@ impl RootView {
     }
 }
 
-/// A mount at a directory or file of ours in the host, for containers, which need a path. Dropping it unmounts.
+/// A mount at a directory or file of ours in the host, for containers, which need a path. Dropping
+/// it unmounts.
 #[derive(Debug)]
 pub struct Attached {
     path: PathBuf,
 }
 
 impl Attached {
-    /// Makes `path` within the filesystem of `mounts` appear at `at`, which is created as a directory or a file accordingly.
+    /// Makes `path` within the filesystem of `mounts` appear at `at`, which is created as a
+    /// directory or a file accordingly.
     ///
-    /// What appears is exactly the file that the path named now: whoever writes in the filesystem cannot exchange it for a link.
+    /// What appears is exactly the file that the path named now: whoever writes in the filesystem
+    /// cannot exchange it for a link.
     pub fn new(mounts: &[Mount], access: Access, path: &str, at: &Path) -> Result<Self> {
-        let fail = |e: Errno| Fault::io(format!("mount {path:?} of a snapshot at {}", at.display()), e.into());
-        let make = |dir: &Path| std::fs::create_dir_all(dir).map_err(|e| Fault::io(format!("create {}", dir.display()), e));
+        let fail = |e: Errno| {
+            Fault::io(format!("mount {path:?} of a snapshot at {}", at.display()), e.into())
+        };
+        let make = |dir: &Path| {
+            std::fs::create_dir_all(dir)
+                .map_err(|e| Fault::io(format!("create {}", dir.display()), e))
+        };
         let view = RootView::open_for(mounts, access, Viewer::Container)?;
         // A detached mount cannot be cloned by older kernels: attach it first.
         let whole = match mounts {
             [m] if m.kind == "overlay" && view.is_detached() => {
                 let dir = at.with_extension("whole");
                 make(&dir)?;
-                rustix::mount::move_mount(view.as_fd(), "", CWD, &dir, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(fail)?;
+                rustix::mount::move_mount(
+                    view.as_fd(),
+                    "",
+                    CWD,
+                    &dir,
+                    MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+                )
+                .map_err(fail)?;
                 Some(Self { path: dir })
             }
             _ => None,
         };
         let part = match &whole {
-            Some(w) => RootView::of_directory(&w.path)?.open_at(path, OFlags::PATH, Mode::empty()).map_err(fail)?,
+            Some(w) => RootView::of_directory(&w.path)?
+                .open_at(path, OFlags::PATH, Mode::empty())
+                .map_err(fail)?,
             None => view.open_at(path, OFlags::PATH, Mode::empty()).map_err(fail)?,
         };
-        let is_dir = FileType::from_raw_mode(rustix::fs::fstat(&part).map_err(fail)?.st_mode) == FileType::Directory;
+        let is_dir = FileType::from_raw_mode(rustix::fs::fstat(&part).map_err(fail)?.st_mode)
+            == FileType::Directory;
         if is_dir {
             make(at)?;
         } else {
-            std::fs::File::create(at).map_err(|e| Fault::io(format!("create {}", at.display()), e))?;
+            std::fs::File::create(at)
+                .map_err(|e| Fault::io(format!("create {}", at.display()), e))?;
         }
-        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH;
         let tree = rustix::mount::open_tree(&part, "", flags).map_err(fail)?;
-        rustix::mount::move_mount(&tree, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(fail)?;
+        rustix::mount::move_mount(&tree, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+            .map_err(fail)?;
         drop(whole);
         Ok(Self { path: at.to_owned() })
     }
@@ -237,8 +294,11 @@ impl Attached {
     pub fn tmpfs(at: &Path) -> Result<Self> {
         let fail = |e: std::io::Error| Fault::io(format!("mount a tmpfs at {}", at.display()), e);
         std::fs::create_dir_all(at).map_err(fail)?;
-        let flags = rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV | rustix::mount::MountFlags::NOEXEC;
-        rustix::mount::mount("tmpfs", at, "tmpfs", flags, c"mode=0700").map_err(|e| fail(e.into()))?;
+        let flags = rustix::mount::MountFlags::NOSUID
+            | rustix::mount::MountFlags::NODEV
+            | rustix::mount::MountFlags::NOEXEC;
+        rustix::mount::mount("tmpfs", at, "tmpfs", flags, c"mode=0700")
+            .map_err(|e| fail(e.into()))?;
         Ok(Self { path: at.to_owned() })
     }
 
@@ -266,7 +326,8 @@ impl AsFd for RootView {
     }
 }
 
-/// Opens for reading what `fd` was opened to look at (`O_PATH`), if it is a regular file. Between the look and the opening nobody can exchange it.
+/// Opens for reading what `fd` was opened to look at (`O_PATH`), if it is a regular file. Between
+/// the look and the opening nobody can exchange it.
 pub fn reopen_regular(fd: BorrowedFd<'_>) -> rustix::io::Result<Option<File>> {
     if FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) != FileType::RegularFile {
         return Ok(None);
@@ -276,7 +337,12 @@ pub fn reopen_regular(fd: BorrowedFd<'_>) -> rustix::io::Result<Option<File>> {
 }
 
 /// Opens `path` inside the directory `root`, which no link and no `..` leaves.
-pub fn open_in_root(root: BorrowedFd<'_>, path: impl AsRef<[u8]>, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
+pub fn open_in_root(
+    root: BorrowedFd<'_>,
+    path: impl AsRef<[u8]>,
+    flags: OFlags,
+    mode: Mode,
+) -> rustix::io::Result<OwnedFd> {
     let path = path.as_ref();
     let path = &path[path.iter().take_while(|b| **b == b'/').count()..];
     let path: &[u8] = if path.is_empty() { b"." } else { path };
@@ -341,7 +407,8 @@ fn overlay(mount: &Mount, access: Access, viewer: Viewer) -> rustix::io::Result<
         return Ok((open_directory(Path::new(only))?, false));
     }
     let fd = match overlay_by_fsconfig(&layers, viewer) {
-        // Linux before 6.5 takes no lower directories one by one, before 5.2 knows no fsopen, and paths may be too long for it.
+        // Linux before 6.5 takes no lower directories one by one, before 5.2 knows no fsopen, and
+        // paths may be too long for it.
         Err(Errno::INVAL | Errno::NOSYS | Errno::TOOBIG) => overlay_by_mount(&layers, viewer),
         other => other,
     };
@@ -367,22 +434,31 @@ fn overlay_by_fsconfig(layers: &Layers<'_>, viewer: Viewer) -> rustix::io::Resul
     fsconfig_create(context.as_fd())?;
     let mut attributes = MountAttrFlags::empty();
     attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, layers.upper.is_none());
-    let inert = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let inert = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     attributes.set(inert, viewer == Viewer::Daemon);
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
-/// The same with `mount(2)`, on a thread with a mount namespace of its own that ends with it: the descriptor keeps the mount alive.
+/// The same with `mount(2)`, on a thread with a mount namespace of its own that ends with it: the
+/// descriptor keeps the mount alive.
 #[allow(unsafe_code)]
 fn overlay_by_mount(layers: &Layers<'_>, viewer: Viewer) -> rustix::io::Result<OwnedFd> {
     use rustix::{
         mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
         thread::{UnshareFlags, unshare_unsafe},
     };
-    // The options have to fit one page, so lower directories are named relative to their common parent.
+    // The options have to fit one page, so lower directories are named relative to their common
+    // parent.
     let base = common_parent(&layers.lower);
-    let relative = |dir: &&str| dir.get(base.len()..).map_or((*dir).to_owned(), |d| d.trim_start_matches('/').to_owned());
-    let mut options = vec![format!("lowerdir={}", layers.lower.iter().map(relative).collect::<Vec<_>>().join(":"))];
+    let relative = |dir: &&str| {
+        dir.get(base.len()..).map_or((*dir).to_owned(), |d| d.trim_start_matches('/').to_owned())
+    };
+    let mut options = vec![format!(
+        "lowerdir={}",
+        layers.lower.iter().map(relative).collect::<Vec<_>>().join(":")
+    )];
     if let (Some(upper), Some(work)) = (layers.upper, layers.work) {
         options.push(format!("upperdir={upper},workdir={work}"));
     }
@@ -390,10 +466,12 @@ fn overlay_by_mount(layers: &Layers<'_>, viewer: Viewer) -> rustix::io::Result<O
     let options = std::ffi::CString::new(options.join(",")).map_err(|_| Errno::INVAL)?;
     let mut flags = MountFlags::empty();
     flags.set(MountFlags::RDONLY, layers.upper.is_none());
-    flags.set(MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, viewer == Viewer::Daemon);
+    flags
+        .set(MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, viewer == Viewer::Daemon);
     let work = move || -> rustix::io::Result<OwnedFd> {
-        // SAFETY: CLONE_NEWNS and CLONE_FS leave the file descriptor table shared; only this thread's view of mounts and its
-        // working directory part from the others', and the thread ends below.
+        // SAFETY: CLONE_NEWNS and CLONE_FS leave the file descriptor table shared; only this
+        // thread's view of mounts and its working directory part from the others', and the thread
+        // ends below.
         unsafe { unshare_unsafe(UnshareFlags::FS | UnshareFlags::NEWNS) }?;
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
         rustix::process::chdir(if base.is_empty() { "/" } else { base.as_str() })?;
@@ -445,9 +523,16 @@ mod tests {
         let root = tempfile::tempdir().expect("a temporary directory");
         fs::write(root.path().join("file"), "text").expect("write");
         symlink("file", root.path().join("link")).expect("symlink");
-        // Opened, the FIFO would wait for a writer, and the device (there is none of that number) would be an error.
+        // Opened, the FIFO would wait for a writer, and the device (there is none of that number)
+        // would be an error.
         mknodat(CWD, root.path().join("fifo"), FileType::Fifo, Mode::RUSR, 0).expect("mknod");
-        let device = mknodat(CWD, root.path().join("device"), FileType::CharacterDevice, Mode::RUSR, makedev(4000, 1));
+        let device = mknodat(
+            CWD,
+            root.path().join("device"),
+            FileType::CharacterDevice,
+            Mode::RUSR,
+            makedev(4000, 1),
+        );
         let view = RootView::of_directory(root.path()).expect("open");
         let is_opened = |path: &str| view.open_regular(path).expect(path).is_some();
         assert!(is_opened("/file") && is_opened("link"));
@@ -472,7 +557,12 @@ mod tests {
                 }
             });
             for _ in 0..2000 {
-                let _ = view.make_dirs("/d", 0o777, rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+                let _ = view.make_dirs(
+                    "/d",
+                    0o777,
+                    rustix::process::geteuid().as_raw(),
+                    rustix::process::getegid().as_raw(),
+                );
             }
             stop.store(true, std::sync::atomic::Ordering::Relaxed);
         });
@@ -539,22 +629,29 @@ mod tests {
             all.map(|fd| (fd, v))
         });
         use rustix::fs::StatVfsMountFlags;
-        let inert = StatVfsMountFlags::NOSUID | StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC;
+        let inert =
+            StatVfsMountFlags::NOSUID | StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC;
         for (fd, viewer) in ways.into_iter().flatten() {
             let view = RootView { fd: fd.expect("mount"), detached: true };
             for name in ["l1", "l2", "up"] {
                 assert_eq!(view.read_file(name, 10).expect("read"), Some(name.as_bytes().to_vec()));
             }
             let flags = rustix::fs::fstatvfs(&view).expect("statvfs").f_flag & inert;
-            assert_eq!(flags, if viewer == Viewer::Daemon { inert } else { StatVfsMountFlags::empty() });
+            assert_eq!(
+                flags,
+                if viewer == Viewer::Daemon { inert } else { StatVfsMountFlags::empty() }
+            );
         }
         let at = dir.path().join("at");
-        let attached = Attached::new(std::slice::from_ref(&mount), Access::Write, "up", &at).expect("attach");
+        let attached =
+            Attached::new(std::slice::from_ref(&mount), Access::Write, "up", &at).expect("attach");
         assert_eq!(fs::read(attached.path()).expect("read"), b"up");
         let flags = rustix::fs::statvfs(attached.path()).expect("statvfs").f_flag;
         assert!(!flags.intersects(inert), "a container runs what is mounted for it");
         drop(attached);
         assert!(!at.exists());
-        assert!(!fs::read_to_string("/proc/self/mountinfo").expect("mountinfo").contains(&path("up")));
+        assert!(
+            !fs::read_to_string("/proc/self/mountinfo").expect("mountinfo").contains(&path("up"))
+        );
     }
 }

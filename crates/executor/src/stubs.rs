@@ -1,7 +1,9 @@
-//! Removal of what a runtime makes in a root filesystem only to mount on it (row `exec.cleanstubs`).
+//! Removal of what a runtime makes in a root filesystem only to mount on it (row
+//! `exec.cleanstubs`).
 //!
-//! [`Stubs::before`] notes which mount points do not exist; after the process [`Stubs::remove`] takes those that are empty out of the snapshot's
-//! writable directory, gives their parents the times they had, and undoes parents that were copied up for nothing. A step that changes nothing
+//! [`Stubs::before`] notes which mount points do not exist; after the process [`Stubs::remove`]
+//! takes those that are empty out of the snapshot's writable directory, gives their parents the
+//! times they had, and undoes parents that were copied up for nothing. A step that changes nothing
 //! then leaves an empty layer.
 
 use crate::RootView;
@@ -42,12 +44,19 @@ struct Parent {
     in_upper: bool,
 }
 
-/// The directory that takes what a process writes through `mounts`, and whether it is an overlay's upper one.
+/// The directory that takes what a process writes through `mounts`, and whether it is an overlay's
+/// upper one.
 pub(crate) fn writable(mounts: &[Mount]) -> Option<(PathBuf, bool)> {
     let [mount] = mounts else { return None };
     match mount.kind.as_str() {
-        "overlay" => mount.options.iter().find_map(|o| o.strip_prefix("upperdir=")).map(|dir| (dir.into(), true)),
-        "bind" | "rbind" if !mount.options.iter().any(|o| o == "ro") => Some((mount.source.clone().into(), false)),
+        "overlay" => mount
+            .options
+            .iter()
+            .find_map(|o| o.strip_prefix("upperdir="))
+            .map(|dir| (dir.into(), true)),
+        "bind" | "rbind" if !mount.options.iter().any(|o| o == "ro") => {
+            Some((mount.source.clone().into(), false))
+        }
         _ => None,
     }
 }
@@ -60,12 +69,19 @@ pub(crate) fn parent_of(path: &str) -> &str {
 }
 
 impl Stubs {
-    /// Notes which of `targets` and of every container's mount points are missing in `root`, which is made of `mounts`. With `recursive`
-    /// their missing parents count too. `None` if nothing can be left behind.
-    pub fn before<'a>(root: &RootView, mounts: &[Mount], targets: impl IntoIterator<Item = &'a str>, recursive: bool) -> Option<Self> {
+    /// Notes which of `targets` and of every container's mount points are missing in `root`, which
+    /// is made of `mounts`. With `recursive` their missing parents count too. `None` if nothing can
+    /// be left behind.
+    pub fn before<'a>(
+        root: &RootView,
+        mounts: &[Mount],
+        targets: impl IntoIterator<Item = &'a str>,
+        recursive: bool,
+    ) -> Option<Self> {
         let (upper, overlay) = writable(mounts)?;
         let upper_view = RootView::of_directory(&upper).ok()?;
-        let mut stubs = Self { upper, overlay, missing: Vec::new(), parents: HashMap::new(), noted: now() };
+        let mut stubs =
+            Self { upper, overlay, missing: Vec::new(), parents: HashMap::new(), noted: now() };
         for target in ALWAYS.into_iter().chain(targets) {
             let Some(mut path) = root.real_path(target) else { continue };
             while path != "/" && root.lstat(&path).is_err() {
@@ -87,7 +103,8 @@ impl Stubs {
         (!stubs.missing.is_empty()).then_some(stubs)
     }
 
-    /// Removes those that are there and empty. Blocks. What cannot be removed stays: it is not worth failing a step.
+    /// Removes those that are there and empty. Blocks. What cannot be removed stays: it is not
+    /// worth failing a step.
     pub fn remove(self) {
         let Ok(upper) = RootView::of_directory(&self.upper) else { return };
         for (path, hides) in &self.missing {
@@ -120,7 +137,8 @@ impl Stubs {
             let _ = rustix::fs::mknodat(&dir, name, FileType::CharacterDevice, Mode::empty(), 0);
         }
         // A time from before the process was given to the directory by the process.
-        let made_now = (nanos(&dir_stat) - nanos(&stub)).abs() <= TICK_NANOS && nanos(&dir_stat) >= self.noted - TICK_NANOS;
+        let made_now = (nanos(&dir_stat) - nanos(&stub)).abs() <= TICK_NANOS
+            && nanos(&dir_stat) >= self.noted - TICK_NANOS;
         let times = match self.parents.get(above) {
             Some(parent) if made_now => &parent.stat,
             _ => &dir_stat,
@@ -129,7 +147,8 @@ impl Stubs {
     }
 }
 
-/// Removes the copies of unchanged directories that only exist because something was made and removed in them.
+/// Removes the copies of unchanged directories that only exist because something was made and
+/// removed in them.
 fn undo_copy_up(upper: &RootView, path: &str, before: &Parent) {
     let (mut path, mut first) = (path.to_owned(), true);
     while path != "/" {
@@ -139,12 +158,15 @@ fn undo_copy_up(upper: &RootView, path: &str, before: &Parent) {
             && now.st_uid == before.stat.st_uid
             && now.st_gid == before.stat.st_gid
             && nanos(&now) == nanos(&before.stat);
-        // Further up nothing is known of the state before, but nothing was made there either: an overlay copies directories up as they are.
+        // Further up nothing is known of the state before, but nothing was made there either: an
+        // overlay copies directories up as they are.
         if (first && !same) || rustix::fs::fgetxattr(&dir, OPAQUE, &mut [0_u8; 8][..]).is_ok() {
             return;
         }
         let above = parent_of(&path).to_owned();
-        let Ok(parent) = open_plain(upper, &above, OFlags::RDONLY | OFlags::DIRECTORY) else { return };
+        let Ok(parent) = open_plain(upper, &above, OFlags::RDONLY | OFlags::DIRECTORY) else {
+            return;
+        };
         let Ok(times) = rustix::fs::fstat(&parent) else { return };
         let name = path.rsplit('/').next().unwrap_or_default();
         if rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR).is_err() {
@@ -197,8 +219,12 @@ mod tests {
     use std::{fs, path::Path, time::Duration};
 
     fn names(dir: &Path) -> Vec<String> {
-        let mut all: Vec<String> =
-            fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+        let mut all: Vec<String> = fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|e| e.file_name().to_string_lossy().into_owned())
+            .collect();
         all.sort();
         all
     }
@@ -210,10 +236,20 @@ mod tests {
             fs::create_dir(path(name)).expect("mkdir");
         }
         std::os::unix::fs::symlink("/real", path("low/link")).expect("symlink");
-        let old = fs::FileTimes::new().set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1000));
+        let old =
+            fs::FileTimes::new().set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1000));
         fs::File::open(path("low/etc")).expect("open").set_times(old).expect("set times");
-        let options = vec![format!("workdir={}", path("work")), format!("upperdir={}", path("up")), format!("lowerdir={}", path("low"))];
-        let mounts = vec![Mount { kind: "overlay".into(), source: "overlay".into(), target: String::new(), options }];
+        let options = vec![
+            format!("workdir={}", path("work")),
+            format!("upperdir={}", path("up")),
+            format!("lowerdir={}", path("low")),
+        ];
+        let mounts = vec![Mount {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            target: String::new(),
+            options,
+        }];
         (dir, mounts)
     }
 
@@ -222,7 +258,8 @@ mod tests {
         assert!(rustix::process::geteuid().is_root(), "run as root, as `cargo xtask test` does");
         let (dir, mounts) = lab();
         let before = RootView::open(&mounts, Access::Read).expect("look");
-        let stubs = Stubs::before(&before, &mounts, ["/link/a/b", "/used", "/x/y"], true).expect("stubs are missing");
+        let stubs = Stubs::before(&before, &mounts, ["/link/a/b", "/used", "/x/y"], true)
+            .expect("stubs are missing");
         drop(before);
         // What a runtime and a process do.
         let root = RootView::open(&mounts, Access::Write).expect("mount");
@@ -230,7 +267,10 @@ mod tests {
             root.make_dirs(path, 0o755, 0, 0).expect("make directories");
         }
         for path in ["/etc/hosts", "/etc/resolv.conf", "/used/file"] {
-            drop(root.open_at(path, OFlags::WRONLY | OFlags::CREATE, Mode::from_raw_mode(0o644)).expect("create"));
+            drop(
+                root.open_at(path, OFlags::WRONLY | OFlags::CREATE, Mode::from_raw_mode(0o644))
+                    .expect("create"),
+            );
         }
         stubs.remove();
         drop(root);
@@ -245,7 +285,10 @@ mod tests {
         let before = RootView::open(&mounts, Access::Read).expect("look");
         let stubs = Stubs::before(&before, &mounts, [], false).expect("stubs are missing");
         let root = RootView::open(&mounts, Access::Write).expect("mount");
-        drop(root.open_at("/etc/hosts", OFlags::WRONLY | OFlags::CREATE, Mode::from_raw_mode(0o644)).expect("create"));
+        drop(
+            root.open_at("/etc/hosts", OFlags::WRONLY | OFlags::CREATE, Mode::from_raw_mode(0o644))
+                .expect("create"),
+        );
         let touched = SystemTime::UNIX_EPOCH + Duration::from_secs(5000);
         let etc = root.open_at("/etc", OFlags::RDONLY, Mode::empty()).expect("open");
         fs::File::from(etc).set_modified(touched).expect("touch");
@@ -260,12 +303,15 @@ mod tests {
         assert!(rustix::process::geteuid().is_root(), "run as root, as `cargo xtask test` does");
         let (dir, mounts) = lab();
         let before = RootView::open(&mounts, Access::Read).expect("look");
-        let stubs = Stubs::before(&before, &mounts, ["/real/a/b"], true).expect("stubs are missing");
+        let stubs =
+            Stubs::before(&before, &mounts, ["/real/a/b"], true).expect("stubs are missing");
         let root = RootView::open(&mounts, Access::Write).expect("mount");
         root.make_dirs("/real/a/b", 0o755, 0, 0).expect("make directories");
         let touched = SystemTime::UNIX_EPOCH + Duration::from_secs(5000);
         for path in ["/real/a", "/real"] {
-            fs::File::from(root.open_at(path, OFlags::RDONLY, Mode::empty()).expect("open")).set_modified(touched).expect("touch");
+            fs::File::from(root.open_at(path, OFlags::RDONLY, Mode::empty()).expect("open"))
+                .set_modified(touched)
+                .expect("touch");
         }
         stubs.remove();
         let real = dir.path().join("up/real");

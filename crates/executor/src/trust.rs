@@ -58,11 +58,20 @@ impl Trust {
     /// Adds `certificates` (PEM) to those of the root filesystem that `mounts` describe. `None` if
     /// it has none that could be added to. Blocks.
     pub fn add(mounts: &[Mount], certificates: &[u8]) -> Result<Option<Self>> {
-        let fail = |e: std::io::Error| Fault::io("add the proxy's certificate to those of the root filesystem", e);
+        let fail = |e: std::io::Error| {
+            Fault::io("add the proxy's certificate to those of the root filesystem", e)
+        };
         let Some((upper, overlay)) = writable(mounts) else { return Ok(None) };
         let looked = RootView::open(mounts, Access::Read)?;
-        let is_file = |path: &str| looked.lstat(path).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::RegularFile);
-        let Some(path) = BUNDLES.iter().filter_map(|b| looked.real_path(b)).find(|p| is_file(p)) else { return Ok(None) };
+        let is_file = |path: &str| {
+            looked
+                .lstat(path)
+                .is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::RegularFile)
+        };
+        let Some(path) = BUNDLES.iter().filter_map(|b| looked.real_path(b)).find(|p| is_file(p))
+        else {
+            return Ok(None);
+        };
         let upper_view = RootView::of_directory(&upper)?;
         let mut copied = Vec::new();
         let mut above = parent_of(&path);
@@ -73,11 +82,15 @@ impl Trust {
         let in_upper = !overlay || upper_view.lstat(&path).is_ok();
         drop(looked);
         let root = RootView::open(mounts, Access::Write)?;
-        let fd = root.open_at(&path, OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK, Mode::empty()).map_err(|e| fail(e.into()))?;
+        let fd = root
+            .open_at(&path, OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK, Mode::empty())
+            .map_err(|e| fail(e.into()))?;
         let before = rustix::fs::fstat(&fd).map_err(|e| fail(e.into()))?;
         let mut file = File::from(fd);
         if u64::try_from(before.st_size).unwrap_or(u64::MAX) > MAX_BUNDLE {
-            return Err(Fault::invalid(format!("{path} of the root filesystem exceeds {MAX_BUNDLE} bytes")));
+            return Err(Fault::invalid(format!(
+                "{path} of the root filesystem exceeds {MAX_BUNDLE} bytes"
+            )));
         }
         let mut bytes = Vec::new();
         (&mut file).take(MAX_BUNDLE).read_to_end(&mut bytes).map_err(fail)?;
@@ -101,18 +114,30 @@ impl Trust {
 
     /// Variables that name the file, for a process with `env` that does not set them itself.
     pub fn environment(&self, env: &[String]) -> Vec<String> {
-        let is_set = |name: &str| env.iter().any(|e| e.split_once('=').is_some_and(|(n, _)| n == name));
-        VARIABLES.iter().filter(|name| !is_set(name)).map(|name| format!("{name}={}", self.path)).collect()
+        let is_set =
+            |name: &str| env.iter().any(|e| e.split_once('=').is_some_and(|(n, _)| n == name));
+        VARIABLES
+            .iter()
+            .filter(|name| !is_set(name))
+            .map(|name| format!("{name}={}", self.path))
+            .collect()
     }
 
     /// Takes out what was added. Blocks.
     pub fn restore(self) -> Result<()> {
-        let fail = |e: std::io::Error| Fault::io("take the proxy's certificate out of a step's files", e);
+        let fail =
+            |e: std::io::Error| Fault::io("take the proxy's certificate out of a step's files", e);
         let upper = RootView::of_directory(&self.upper)?;
-        let fd = match open_plain(&upper, &self.path, OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOFOLLOW) {
+        let fd = match open_plain(
+            &upper,
+            &self.path,
+            OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOFOLLOW,
+        ) {
             Ok(fd) => fd,
             // Removed, or something else is in its place.
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ISDIR | Errno::NXIO) => return Ok(()),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ISDIR | Errno::NXIO) => {
+                return Ok(());
+            }
             Err(e) => return Err(fail(e.into())),
         };
         let now = rustix::fs::fstat(&fd).map_err(|e| fail(e.into()))?;
@@ -122,8 +147,11 @@ impl Trust {
         let mut file = File::from(fd);
         let mut bytes = Vec::new();
         (&mut file).take(2 * MAX_BUNDLE).read_to_end(&mut bytes).map_err(fail)?;
-        let Some(at) = bytes.windows(self.block.len()).position(|w| w == self.block) else { return Ok(()) };
-        let untouched = same(&now, &self.before) && now.st_size == self.before.st_size + self.block.len() as i64;
+        let Some(at) = bytes.windows(self.block.len()).position(|w| w == self.block) else {
+            return Ok(());
+        };
+        let untouched = same(&now, &self.before)
+            && now.st_size == self.before.st_size + self.block.len() as i64;
         if untouched && !self.in_upper {
             return self.remove(&upper).map_err(|e| fail(e.into()));
         }
@@ -147,9 +175,16 @@ impl Trust {
         };
         remove(&self.path, AtFlags::empty())?;
         for (path, before) in &self.copied {
-            let Ok(dir) = open_plain(upper, path, OFlags::RDONLY | OFlags::DIRECTORY) else { break };
-            let opaque = rustix::fs::fgetxattr(dir.as_fd(), crate::stubs::OPAQUE, &mut [0_u8; 8][..]).is_ok();
-            if opaque || !rustix::fs::fstat(&dir).is_ok_and(|now| same(&now, before)) || remove(path, AtFlags::REMOVEDIR).is_err() {
+            let Ok(dir) = open_plain(upper, path, OFlags::RDONLY | OFlags::DIRECTORY) else {
+                break;
+            };
+            let opaque =
+                rustix::fs::fgetxattr(dir.as_fd(), crate::stubs::OPAQUE, &mut [0_u8; 8][..])
+                    .is_ok();
+            if opaque
+                || !rustix::fs::fstat(&dir).is_ok_and(|now| same(&now, before))
+                || remove(path, AtFlags::REMOVEDIR).is_err()
+            {
                 break;
             }
         }
@@ -159,7 +194,8 @@ impl Trust {
 
 /// Whether nobody changed it since, as far as its times, owner and permissions tell.
 fn same(now: &Stat, before: &Stat) -> bool {
-    (now.st_mode, now.st_uid, now.st_gid) == (before.st_mode, before.st_uid, before.st_gid) && nanos(now) == nanos(before)
+    (now.st_mode, now.st_uid, now.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+        && nanos(now) == nanos(before)
 }
 
 #[cfg(test)]
@@ -184,14 +220,27 @@ mod tests {
             fs::create_dir(path(name)).expect("mkdir");
         }
         fs::write(path("low/usr/share/certs/ca.crt"), "original").expect("write");
-        std::os::unix::fs::symlink("/usr/share/certs/ca.crt", path("low/etc/ssl/cert.pem")).expect("symlink");
-        let old = fs::FileTimes::new().set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1000));
-        for name in ["low/usr/share/certs/ca.crt", "low/usr/share/certs", "low/usr/share", "low/usr"] {
+        std::os::unix::fs::symlink("/usr/share/certs/ca.crt", path("low/etc/ssl/cert.pem"))
+            .expect("symlink");
+        let old =
+            fs::FileTimes::new().set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1000));
+        for name in
+            ["low/usr/share/certs/ca.crt", "low/usr/share/certs", "low/usr/share", "low/usr"]
+        {
             fs::File::open(path(name)).expect("open").set_times(old).expect("set times");
         }
         let show = |n: &str| path(n).display().to_string();
-        let options = vec![format!("workdir={}", show("work")), format!("upperdir={}", show("up")), format!("lowerdir={}", show("low"))];
-        let mounts = vec![Mount { kind: "overlay".into(), source: "overlay".into(), target: String::new(), options }];
+        let options = vec![
+            format!("workdir={}", show("work")),
+            format!("upperdir={}", show("up")),
+            format!("lowerdir={}", show("low")),
+        ];
+        let mounts = vec![Mount {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            target: String::new(),
+            options,
+        }];
         (dir, mounts, "usr/share/certs/ca.crt".into())
     }
 
@@ -206,9 +255,13 @@ mod tests {
         let trust = Trust::add(&mounts, CERTIFICATE).expect("add").expect("there is a bundle");
         assert_eq!(trust.environment(&["SSL_CERT_FILE=/mine".into()]).len(), VARIABLES.len() - 1);
         let view = RootView::open(&mounts, Access::Read).expect("look");
-        let shown = view.read_file("/etc/ssl/cert.pem", 1 << 20).expect("read").expect("it is there");
+        let shown =
+            view.read_file("/etc/ssl/cert.pem", 1 << 20).expect("read").expect("it is there");
         let shown = String::from_utf8(shown).expect("text");
-        assert!(shown.starts_with("original\n\n# buildkit proxy CA begin\n-----BEGIN CERTIFICATE-----"), "{shown}");
+        assert!(
+            shown.starts_with("original\n\n# buildkit proxy CA begin\n-----BEGIN CERTIFICATE-----"),
+            "{shown}"
+        );
         assert!(dir.path().join("up").join(&bundle).exists());
         trust.restore().expect("restore");
         assert_eq!(entries(&dir.path().join("up")), 0);
@@ -221,7 +274,12 @@ mod tests {
         let bundle = dir.path().join("up").join(bundle);
         let trust = Trust::add(&mounts, CERTIFICATE).expect("add").expect("there is a bundle");
         let appended = |text: &str| {
-            fs::OpenOptions::new().append(true).open(&bundle).expect("open").write_all(text.as_bytes()).expect("append");
+            fs::OpenOptions::new()
+                .append(true)
+                .open(&bundle)
+                .expect("open")
+                .write_all(text.as_bytes())
+                .expect("append");
         };
         appended("the step's");
         let when = SystemTime::UNIX_EPOCH + Duration::from_secs(5000);
@@ -245,8 +303,18 @@ mod tests {
     fn a_root_without_certificates_is_left_alone_and_a_huge_file_is_refused() {
         assert!(rustix::process::geteuid().is_root(), "overlays need root");
         let (dir, mounts, bundle) = lab();
-        fs::File::options().write(true).open(dir.path().join("low").join(&bundle)).expect("open").set_len(MAX_BUNDLE + 1).expect("grow");
-        assert!(Trust::add(&mounts, CERTIFICATE).expect_err("too large").to_string().contains("exceeds"));
+        fs::File::options()
+            .write(true)
+            .open(dir.path().join("low").join(&bundle))
+            .expect("open")
+            .set_len(MAX_BUNDLE + 1)
+            .expect("grow");
+        assert!(
+            Trust::add(&mounts, CERTIFICATE)
+                .expect_err("too large")
+                .to_string()
+                .contains("exceeds")
+        );
         let (dir, mounts, bundle) = lab();
         fs::remove_file(dir.path().join("low").join(bundle)).expect("remove");
         assert!(Trust::add(&mounts, CERTIFICATE).expect("add").is_none());

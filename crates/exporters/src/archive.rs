@@ -1,4 +1,5 @@
-//! The `oci` and `docker` exporters: an image as one tar to the client (rows `ex.oci.*`, `ex.docker`).
+//! The `oci` and `docker` exporters: an image as one tar to the client (rows `ex.oci.*`,
+//! `ex.docker`).
 
 use crate::{
     image::{self, ExportLease},
@@ -28,13 +29,18 @@ pub(crate) struct ArchiveExporter {
     inner: Arc<Inner>,
     variant: Variant,
     options: ImageOptions,
-    /// Whether the client gets blobs for a content store of its own instead of a tar (row `ex.oci.tar`).
+    /// Whether the client gets blobs for a content store of its own instead of a tar (row
+    /// `ex.oci.tar`).
     store: bool,
     metadata: BTreeMap<String, Vec<u8>>,
 }
 
 impl ArchiveExporter {
-    pub fn new(inner: Arc<Inner>, variant: Variant, attrs: &BTreeMap<String, String>) -> Result<Self> {
+    pub fn new(
+        inner: Arc<Inner>,
+        variant: Variant,
+        attrs: &BTreeMap<String, String>,
+    ) -> Result<Self> {
         let mut attrs = Attrs::new(attrs);
         let store = !attrs.flag("tar")?.unwrap_or(true);
         let options = ImageOptions::take(&mut attrs)?;
@@ -44,13 +50,17 @@ impl ArchiveExporter {
 
     /// Names with tag, completed (row `ex.oci.name`).
     fn names(&self, metadata: &BTreeMap<String, Vec<u8>>) -> Result<Vec<ImageName>> {
-        let parse = |n: &String| n.parse::<ImageName>().map_err(|e| Fault::invalid(format!("failed to parse {n}: {e}")));
+        let parse = |n: &String| {
+            n.parse::<ImageName>().map_err(|e| Fault::invalid(format!("failed to parse {n}: {e}")))
+        };
         self.options.names(metadata).iter().map(parse).collect()
     }
 }
 
 fn json(value: &impl serde::Serialize) -> Result<Bytes> {
-    gojson::to_string(value).map(Bytes::from).map_err(|e| Fault::internal(format!("encode an archive's index: {e}")))
+    gojson::to_string(value)
+        .map(Bytes::from)
+        .map_err(|e| Fault::internal(format!("encode an archive's index: {e}")))
 }
 
 fn blob_path(descriptor: &Descriptor) -> String {
@@ -63,18 +73,27 @@ fn index(root: &Descriptor, names: &[ImageName]) -> Index {
     for name in names {
         let mut entry = root.clone();
         entry.annotations.insert("io.containerd.image.name".into(), name.to_string());
-        entry.annotations.insert("org.opencontainers.image.ref.name".into(), name.tag().unwrap_or("latest").to_owned());
+        entry.annotations.insert(
+            "org.opencontainers.image.ref.name".into(),
+            name.tag().unwrap_or("latest").to_owned(),
+        );
         manifests.push(entry);
     }
     if manifests.is_empty() {
         manifests.push(root.clone());
     }
-    Index { schema_version: 2, media_type: Some(media::OCI_INDEX.into()), manifests, annotations: BTreeMap::new() }
+    Index {
+        schema_version: 2,
+        media_type: Some(media::OCI_INDEX.into()),
+        manifests,
+        annotations: BTreeMap::new(),
+    }
 }
 
 /// `manifest.json`, which `docker load` reads.
 fn docker_manifest(written: &Written, names: &[ImageName]) -> Result<Bytes> {
-    let only = written.manifests.first().ok_or_else(|| Fault::internal("an image without a manifest"))?;
+    let only =
+        written.manifests.first().ok_or_else(|| Fault::internal("an image without a manifest"))?;
     json(&serde_json::json!([{
         "Config": blob_path(&only.config),
         "RepoTags": names.iter().map(ImageName::familiar).collect::<Vec<_>>(),
@@ -106,7 +125,8 @@ impl ArchiveExporter {
         cx.reporter.status("sending tarball", 0, 0, false);
         let mut tar = Tarball::new(session.file_send(cx.index, response)?);
         let sent = self.send(&mut tar, written, root, names).await;
-        // A client that has the image already stops reading; only its answer tells (row `ex.oci.skip`).
+        // A client that has the image already stops reading; only its answer tells (row
+        // `ex.oci.skip`).
         match tar.finish().await {
             Ok(Delivered::NotNeeded) => {}
             Ok(Delivered::Taken) => sent?,
@@ -116,7 +136,13 @@ impl ArchiveExporter {
         Ok(())
     }
 
-    async fn send(&self, tar: &mut Tarball, written: &Written, root: &Descriptor, names: &[ImageName]) -> Result<()> {
+    async fn send(
+        &self,
+        tar: &mut Tarball,
+        written: &Written,
+        root: &Descriptor,
+        names: &[ImageName],
+    ) -> Result<()> {
         let content = &self.inner.refs.storage().content;
         tar.directory("blobs/").await?;
         tar.directory("blobs/sha256/").await?;
@@ -155,17 +181,29 @@ impl Exporter for ArchiveExporter {
 
     async fn export(&self, mut input: ExportInput, cx: &ExportContext) -> Result<Response> {
         if self.variant == Variant::Docker && input.is_map {
-            return Err(Fault::invalid("docker exporter does not currently support exporting manifest lists")
-                .hint("use type=oci, or build for one platform"));
+            return Err(Fault::invalid(
+                "docker exporter does not currently support exporting manifest lists",
+            )
+            .hint("use type=oci, or build for one platform"));
         }
         input.metadata.extend(self.metadata.clone());
-        let options = self.options.settled(&input, cx.compatibility, if self.variant == Variant::Oci { "oci" } else { "docker" })?;
+        let options = self.options.settled(
+            &input,
+            cx.compatibility,
+            if self.variant == Variant::Oci { "oci" } else { "docker" },
+        )?;
         let input = self.options.rewritten(input, &cx.reporter).await?;
         let epoch = self.options.epoch.whole(&input)?;
         let names = self.names(&input.metadata)?;
         let session = self.inner.hub.get(&SessionId::new(&cx.session)).await?;
         let lease = ExportLease::new(&self.inner.refs.storage().leases, cx);
-        let writer = Writer { refs: &self.inner.refs, lease: &lease, options: &options, reporter: &cx.reporter, fetch: true };
+        let writer = Writer {
+            refs: &self.inner.refs,
+            lease: &lease,
+            options: &options,
+            reporter: &cx.reporter,
+            fetch: true,
+        };
         let written = writer.write(&input).await?;
         let root = written.dated(epoch);
         let mut response = image::response(&written, &root)?;

@@ -1,4 +1,5 @@
-//! The image config as it is written: the frontend's, with layers, history and times completed (row `ex.c.config`).
+//! The image config as it is written: the frontend's, with layers, history and times completed (row
+//! `ex.c.config`).
 
 use base64::Engine as _;
 use serde::Deserialize;
@@ -57,12 +58,16 @@ pub(crate) fn complete(
         Some(bytes) => bytes.to_vec(),
         None => synthesised(platform)?,
     };
-    let bad = |e: serde_json::Error| Fault::invalid(format!("invalid image config for export: {e}"));
-    let raw = |value: serde_json::Result<Box<RawValue>>| value.map_err(|e| Fault::internal(format!("encode an image config: {e}")));
+    let bad =
+        |e: serde_json::Error| Fault::invalid(format!("invalid image config for export: {e}"));
+    let raw = |value: serde_json::Result<Box<RawValue>>| {
+        value.map_err(|e| Fault::internal(format!("encode an image config: {e}")))
+    };
     if bytes.trim_ascii() == b"null" {
         return Err(Fault::invalid("invalid null image config for export"));
     }
-    let mut fields: BTreeMap<String, Box<RawValue>> = serde_json::from_slice(&bytes).map_err(bad)?;
+    let mut fields: BTreeMap<String, Box<RawValue>> =
+        serde_json::from_slice(&bytes).map_err(bad)?;
     let known: Known = serde_json::from_slice(&bytes).map_err(bad)?;
     for (key, value) in [("os", &known.os), ("architecture", &known.architecture)] {
         if value.as_deref().unwrap_or_default().is_empty() {
@@ -71,23 +76,34 @@ pub(crate) fn complete(
     }
     let mut history = padded(known.history, layers);
     if let Some(epoch) = epoch {
-        let base = base.and_then(|b| serde_json::from_slice::<ImageConfig>(b).ok()).map(|b| b.history).unwrap_or_default();
+        let base = base
+            .and_then(|b| serde_json::from_slice::<ImageConfig>(b).ok())
+            .map(|b| b.history)
+            .unwrap_or_default();
         clamp(history.as_deref_mut().unwrap_or_default(), &base, epoch);
     }
     if let Some(cache) = cache {
         let text = base64::engine::general_purpose::STANDARD.encode(cache);
         fields.insert(INLINE_CACHE.into(), raw(serde_json::value::to_raw_value(&text))?);
     }
-    let rootfs = RootFs { kind: "layers".into(), diff_ids: layers.iter().map(|l| l.diff_id).collect() };
+    let rootfs =
+        RootFs { kind: "layers".into(), diff_ids: layers.iter().map(|l| l.diff_id).collect() };
     fields.insert("rootfs".into(), raw(serde_json::value::to_raw_value(&rootfs))?);
     let last = history.iter().flatten().rev().find_map(|h| h.created.clone());
     fields.insert("history".into(), raw(serde_json::value::to_raw_value(&history))?);
     match (fields.get("created"), epoch) {
         (Some(created), Some(epoch)) => {
             let text: Option<String> = serde_json::from_str(created.get()).map_err(bad)?;
-            let time = text.map(|t| timestamp::parse(&t).ok_or_else(|| Fault::invalid(format!("failed to unmarshal creation time {t:?}"))));
+            let time = text.map(|t| {
+                timestamp::parse(&t).ok_or_else(|| {
+                    Fault::invalid(format!("failed to unmarshal creation time {t:?}"))
+                })
+            });
             if time.transpose()?.is_some_and(|t| t > epoch) {
-                fields.insert("created".into(), raw(serde_json::value::to_raw_value(&timestamp::format(epoch)))?);
+                fields.insert(
+                    "created".into(),
+                    raw(serde_json::value::to_raw_value(&timestamp::format(epoch)))?,
+                );
             }
         }
         (Some(_), None) => {}
@@ -95,7 +111,8 @@ pub(crate) fn complete(
             fields.insert("created".into(), raw(serde_json::value::to_raw_value(&last))?);
         }
     }
-    let json = serde_json::to_string(&fields).map_err(|e| Fault::internal(format!("encode an image config: {e}")))?;
+    let json = serde_json::to_string(&fields)
+        .map_err(|e| Fault::internal(format!("encode an image config: {e}")))?;
     Ok(gojson::compact(&json).into_bytes())
 }
 
@@ -109,7 +126,9 @@ fn padded(history: Option<Vec<History>>, layers: &[LayerNote]) -> Option<Vec<His
         match unnamed.next() {
             // More entries than layers should not be; those that have none are marked so.
             None => entry.empty_layer = true,
-            Some(layer) if entry.created.is_none() => entry.created = Some(timestamp::format(layer.created)),
+            Some(layer) if entry.created.is_none() => {
+                entry.created = Some(timestamp::format(layer.created))
+            }
             Some(_) => {}
         }
     }
@@ -154,13 +173,25 @@ mod tests {
     use shipway_oci::Digest;
 
     fn note(name: &str) -> LayerNote {
-        LayerNote { diff_id: DiffId(Digest::of(name)), created_by: name.into(), created: timestamp::parse("2020-01-01T00:00:00Z").unwrap() }
+        LayerNote {
+            diff_id: DiffId(Digest::of(name)),
+            created_by: name.into(),
+            created: timestamp::parse("2020-01-01T00:00:00Z").unwrap(),
+        }
     }
 
     fn text(config: &str, base: Option<&str>, layers: &[&str], epoch: Option<&str>) -> String {
         let layers: Vec<_> = layers.iter().map(|l| note(l)).collect();
         let epoch = epoch.map(|e| timestamp::parse(e).unwrap());
-        let bytes = complete(Some(config.as_bytes()), base.map(str::as_bytes), &Platform::host(), &layers, epoch, None).unwrap();
+        let bytes = complete(
+            Some(config.as_bytes()),
+            base.map(str::as_bytes),
+            &Platform::host(),
+            &layers,
+            epoch,
+            None,
+        )
+        .unwrap();
         String::from_utf8(bytes).unwrap()
     }
 
@@ -173,14 +204,25 @@ mod tests {
         let c = check(r#"{"os":"linux","architecture":"amd64"}"#, &["a", "b"], None);
         assert_eq!(c["history"].as_array().unwrap().len(), 2);
         assert_eq!(c["history"][1]["created_by"], "b");
-        let c = check(r#"{"os":"linux","architecture":"amd64","history":[{"created_by":"x"},{"created_by":"y"}]}"#, &["a"], None);
-        assert_eq!((c["history"][0].get("empty_layer"), &c["history"][1]["empty_layer"]), (None, &Value::Bool(true)));
+        let c = check(
+            r#"{"os":"linux","architecture":"amd64","history":[{"created_by":"x"},{"created_by":"y"}]}"#,
+            &["a"],
+            None,
+        );
+        assert_eq!(
+            (c["history"][0].get("empty_layer"), &c["history"][1]["empty_layer"]),
+            (None, &Value::Bool(true))
+        );
         assert_eq!(c["rootfs"]["diff_ids"].as_array().unwrap().len(), 1);
     }
 
     #[test]
     fn the_epoch_clamps_times() {
-        let c = check(r#"{"os":"linux","architecture":"amd64","created":"2026-01-01T00:00:00Z"}"#, &["a"], Some("2001-01-01T00:00:00Z"));
+        let c = check(
+            r#"{"os":"linux","architecture":"amd64","created":"2026-01-01T00:00:00Z"}"#,
+            &["a"],
+            Some("2001-01-01T00:00:00Z"),
+        );
         assert_eq!(c["created"], "2001-01-01T00:00:00Z");
         assert_eq!(c["history"][0]["created"], "2001-01-01T00:00:00Z");
     }
@@ -190,7 +232,8 @@ mod tests {
     fn the_bytes_are_those_of_go() {
         let (a, b) = (DiffId(Digest::of("a")), DiffId(Digest::of("b")));
         let diffs = |ids: &str| format!(r#""rootfs":{{"type":"layers","diff_ids":{ids}}}"#);
-        let (none, one, two) = (diffs("null"), diffs(&format!(r#"["{a}"]"#)), diffs(&format!(r#"["{a}","{b}"]"#)));
+        let (none, one, two) =
+            (diffs("null"), diffs(&format!(r#"["{a}"]"#)), diffs(&format!(r#"["{a}","{b}"]"#)));
         let os = r#""architecture":"amd64""#;
         for (name, given, layers, epoch, want) in [
             (
@@ -260,8 +303,19 @@ mod tests {
     fn entries_of_the_base_keep_their_times() {
         let base = r#"{"os":"linux","architecture":"amd64","history":[{"created":"2018-01-01T00:00:00.0Z","comment":"&"},{"created":"2018-01-02T00:00:00Z"}]}"#;
         let given = r#"{"os":"linux","architecture":"amd64","history":[{"created":"2018-01-01T00:00:00Z","comment":"\u0026"},{"created":"2018-01-03T00:00:00Z"},{"created":"2018-01-02T00:00:00Z"}]}"#;
-        let c: Value = serde_json::from_str(&text(given, Some(base), &["a", "b", "c"], Some("2001-01-01T00:00:00Z"))).unwrap();
-        let times: Vec<_> = c["history"].as_array().unwrap().iter().map(|h| h["created"].as_str().unwrap()).collect();
+        let c: Value = serde_json::from_str(&text(
+            given,
+            Some(base),
+            &["a", "b", "c"],
+            Some("2001-01-01T00:00:00Z"),
+        ))
+        .unwrap();
+        let times: Vec<_> = c["history"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|h| h["created"].as_str().unwrap())
+            .collect();
         assert_eq!(times, ["2018-01-01T00:00:00Z", "2001-01-01T00:00:00Z", "2001-01-01T00:00:00Z"]);
     }
 
@@ -272,7 +326,8 @@ mod tests {
             (r#"{"os":"","architecture":"a"}"#, "missing os"),
             ("null", "null image config"),
         ] {
-            let bad = complete(Some(given.as_bytes()), None, &Platform::host(), &[], None, None).unwrap_err();
+            let bad = complete(Some(given.as_bytes()), None, &Platform::host(), &[], None, None)
+                .unwrap_err();
             assert!(bad.to_string().contains(want), "{bad}");
         }
         // An empty config is none.

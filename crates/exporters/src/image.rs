@@ -30,7 +30,8 @@ pub(crate) struct ImageExporter {
     options: ImageOptions,
     push: Option<PushOptions>,
     store: bool,
-    /// Whether the image in the store may lack layers that a registry has (row `ex.img.incomplete`).
+    /// Whether the image in the store may lack layers that a registry has (row
+    /// `ex.img.incomplete`).
     incomplete: bool,
     canonical: bool,
     dangling: Option<Dangling>,
@@ -57,13 +58,29 @@ impl ImageExporter {
         let incomplete = attrs.flag("unsafe-internal-store-allow-incomplete")?.unwrap_or(false);
         let canonical = attrs.flag("name-canonical")?.unwrap_or(false);
         let empty_only = attrs.flag("danging-name-empty-only")?.unwrap_or(false);
-        let dangling = attrs.text("dangling-name-prefix").filter(|p| !p.is_empty()).map(|prefix| Dangling { prefix, empty_only });
+        let dangling = attrs
+            .text("dangling-name-prefix")
+            .filter(|p| !p.is_empty())
+            .map(|prefix| Dangling { prefix, empty_only });
         let push = push.then_some(PushOptions { by_digest, insecure });
-        Ok(Self { inner, options, push, store, incomplete, canonical, dangling, metadata: attrs.rest() })
+        Ok(Self {
+            inner,
+            options,
+            push,
+            store,
+            incomplete,
+            canonical,
+            dangling,
+            metadata: attrs.rest(),
+        })
     }
 
     /// Names to write, and whether canonical ones are added.
-    fn names(&self, metadata: &BTreeMap<String, Vec<u8>>, written: &Written) -> (Vec<String>, bool) {
+    fn names(
+        &self,
+        metadata: &BTreeMap<String, Vec<u8>>,
+        written: &Written,
+    ) -> (Vec<String>, bool) {
         // Short names are completed, or `nerdctl run app` would not find what was built as `app`.
         // Pushing by digest is for names without a tag, and must see that there is none.
         let by_digest = self.push.is_some_and(|p| p.by_digest);
@@ -87,7 +104,8 @@ impl ImageExporter {
         let groups = with_canonical(names, canonical, written.root.digest);
         let points_here = async |name: &String| match storage.images.get(name).await {
             Ok(image) => {
-                let same = image.target.digest == written.root.digest && image.target.media_type == written.root.media_type;
+                let same = image.target.digest == written.root.digest
+                    && image.target.media_type == written.root.media_type;
                 if !same {
                     may_replace(&image, &self.inner.replaceable)?;
                 }
@@ -108,7 +126,11 @@ impl ImageExporter {
             cx.reporter.status(status.clone(), 0, 0, false);
             for name in group {
                 if named.next() != Some(true) {
-                    storage.images.put_at(&name, &written.root, &labels, epoch).await.context(|| status.clone())?;
+                    storage
+                        .images
+                        .put_at(&name, &written.root, &labels, epoch)
+                        .await
+                        .context(|| status.clone())?;
                 }
             }
             cx.reporter.status(status, 0, 0, true);
@@ -117,13 +139,20 @@ impl ImageExporter {
     }
 }
 
-/// Whether another image may take the name: what CRI manages is what pods are started from, and kubelet does not ask who put it there.
+/// Whether another image may take the name: what CRI manages is what pods are started from, and
+/// kubelet does not ask who put it there.
 fn may_replace(image: &ImageRecord, replaceable: &[String]) -> Result<()> {
     let name = &image.name;
-    if !image.is_cri_managed() || image.built().is_some() || replaceable.iter().any(|pattern| matches(pattern, name)) {
+    if !image.is_cri_managed()
+        || image.built().is_some()
+        || replaceable.iter().any(|pattern| matches(pattern, name))
+    {
         return Ok(());
     }
-    let fault = Fault::new(Code::FailedPrecondition, format!("image {name} is managed by Kubernetes (CRI) and was not built here"));
+    let fault = Fault::new(
+        Code::FailedPrecondition,
+        format!("image {name} is managed by Kubernetes (CRI) and was not built here"),
+    );
     let fault = fault.with_class(Class::User);
     Err(fault
         .hint(format!("choose another name, or add {name:?} to replaceManagedImages of [worker.containerd] in the daemon's configuration")))
@@ -145,8 +174,8 @@ fn matches(pattern: &str, name: &str) -> bool {
     name.ends_with(last)
 }
 
-/// A temporary lease that is made when something is first written, and ends with the export, however that ends. Nobody waits for its end: what was
-/// exported is held by its name, or was sent.
+/// A temporary lease that is made when something is first written, and ends with the export,
+/// however that ends. Nobody waits for its end: what was exported is held by its name, or was sent.
 pub(crate) struct ExportLease {
     id: LeaseId,
     leases: Arc<dyn Leases>,
@@ -166,9 +195,14 @@ impl ExportLease {
         let make = async || {
             self.asked.store(true, Ordering::Relaxed);
             let expire = timestamp::format(SystemTime::now() + LEASE_TIME);
-            let labels = Labels::from([(GC_EXPIRE.to_owned(), expire), (EPOCH_KIND.0.to_owned(), EPOCH_KIND.1.to_owned())]);
+            let labels = Labels::from([
+                (GC_EXPIRE.to_owned(), expire),
+                (EPOCH_KIND.0.to_owned(), EPOCH_KIND.1.to_owned()),
+            ]);
             match self.leases.create(&self.id, &labels).await {
-                Err(e) if !e.is_already_exists() => Err(e.context("protect the export from garbage collection")),
+                Err(e) if !e.is_already_exists() => {
+                    Err(e.context("protect the export from garbage collection"))
+                }
                 _ => Ok(()),
             }
         };
@@ -180,7 +214,8 @@ impl ExportLease {
 impl Drop for ExportLease {
     fn drop(&mut self) {
         let (leases, id) = (self.leases.clone(), self.id.clone());
-        // A creation that failed may have happened all the same: containerd can go away before it answers.
+        // A creation that failed may have happened all the same: containerd can go away before it
+        // answers.
         if self.asked.load(Ordering::Relaxed)
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
@@ -196,7 +231,9 @@ async fn end(leases: Arc<dyn Leases>, id: LeaseId) {
         match leases.delete(&id, false).await {
             Ok(()) => return,
             Err(fault) if fault.class() == Class::Environment => tokio::time::sleep(pause).await,
-            Err(fault) => return tracing::debug!(lease = %id, error = %fault, "the lease of an export stays until it expires"),
+            Err(fault) => {
+                return tracing::debug!(lease = %id, error = %fault, "the lease of an export stays until it expires");
+            }
         }
         pause = (pause * 2).min(Duration::from_secs(10));
     }
@@ -205,20 +242,30 @@ async fn end(leases: Arc<dyn Leases>, id: LeaseId) {
 
 /// Keys that all image-like exporters answer (rows `ex.resp.*`).
 pub(crate) fn response(written: &Written, root: &Descriptor) -> Result<Response> {
-    let mut response = Response::from([("containerimage.digest".to_owned(), written.root.digest.to_string())]);
+    let mut response =
+        Response::from([("containerimage.digest".to_owned(), written.root.digest.to_string())]);
     if let [only] = written.manifests.as_slice()
         && only.descriptor.digest == written.root.digest
     {
         response.insert("containerimage.config.digest".into(), only.config.digest.to_string());
     }
-    let json = gojson::to_string(root).map_err(|e| Fault::internal(format!("encode a descriptor: {e}")))?;
-    response.insert("containerimage.descriptor".into(), base64::engine::general_purpose::STANDARD.encode(json));
+    let json = gojson::to_string(root)
+        .map_err(|e| Fault::internal(format!("encode a descriptor: {e}")))?;
+    response.insert(
+        "containerimage.descriptor".into(),
+        base64::engine::general_purpose::STANDARD.encode(json),
+    );
     Ok(response)
 }
 
-/// The names of an image, the dangling one included, and whether canonical ones are added (rows `ex.img.dangling`,
-/// `ex.img.canonical`): an image that has only its dangling name gets none.
-fn with_dangling(mut names: Vec<String>, mut canonical: bool, dangling: Option<&Dangling>, digest: Digest) -> (Vec<String>, bool) {
+/// The names of an image, the dangling one included, and whether canonical ones are added (rows
+/// `ex.img.dangling`, `ex.img.canonical`): an image that has only its dangling name gets none.
+fn with_dangling(
+    mut names: Vec<String>,
+    mut canonical: bool,
+    dangling: Option<&Dangling>,
+    digest: Digest,
+) -> (Vec<String>, bool) {
     if let Some(dangling) = dangling
         && (!dangling.empty_only || names.is_empty())
     {
@@ -228,10 +275,17 @@ fn with_dangling(mut names: Vec<String>, mut canonical: bool, dangling: Option<&
     (names, canonical)
 }
 
-/// Each name with all names that are written for it: itself, and with `canonical` itself with the digest.
+/// Each name with all names that are written for it: itself, and with `canonical` itself with the
+/// digest.
 fn with_canonical(names: &[String], canonical: bool, digest: Digest) -> Vec<(String, Vec<String>)> {
-    let with_digest = |name: &String| (canonical && !name.contains('@')).then(|| format!("{name}@{digest}"));
-    names.iter().map(|name| (name.clone(), std::iter::once(name.clone()).chain(with_digest(name)).collect())).collect()
+    let with_digest =
+        |name: &String| (canonical && !name.contains('@')).then(|| format!("{name}@{digest}"));
+    names
+        .iter()
+        .map(|name| {
+            (name.clone(), std::iter::once(name.clone()).chain(with_digest(name)).collect())
+        })
+        .collect()
 }
 
 #[async_trait]
@@ -253,36 +307,68 @@ impl Exporter for ImageExporter {
         let lease = ExportLease::new(&storage.leases, cx);
         // Only an image in the store needs all layers here; a registry may have them already.
         let fetch = self.store && !self.incomplete;
-        let writer = Writer { refs: &self.inner.refs, lease: &lease, options: &options, reporter: &cx.reporter, fetch };
+        let writer = Writer {
+            refs: &self.inner.refs,
+            lease: &lease,
+            options: &options,
+            reporter: &cx.reporter,
+            fetch,
+        };
         let written = writer.draft(&input).await?;
         let (names, canonical) = self.names(&input.metadata, &written);
         if self.store && !names.is_empty() {
-            // The snapshots must be there before the record is (third invariant); other platforms' are of no use here.
+            // The snapshots must be there before the record is (third invariant); other platforms'
+            // are of no use here.
             let host = Platform::host();
-            for p in input.platforms.iter().filter(|p| !self.incomplete && p.platform.rank_for(&host).is_some()) {
-                p.state.unpack(self.options.compression, Some(&cx.reporter)).await.context(|| "unpacking the image")?;
+            for p in input
+                .platforms
+                .iter()
+                .filter(|p| !self.incomplete && p.platform.rank_for(&host).is_some())
+            {
+                p.state
+                    .unpack(self.options.compression, Some(&cx.reporter))
+                    .await
+                    .context(|| "unpacking the image")?;
             }
             self.name_all((&names, canonical, epoch), &written, &lease, cx).await?;
         } else {
             written.protect(&storage.content, &lease).await?;
         }
         if self.push.is_some() && names.is_empty() {
-            return Err(Fault::invalid("name is required for push").hint("add name=<registry>/<repository>:<tag> to the output"));
+            return Err(Fault::invalid("name is required for push")
+                .hint("add name=<registry>/<repository>:<tag> to the output"));
         }
         let mut response = response(&written, &written.root)?;
         if !names.is_empty() {
             response.insert("image.name".into(), names.join(","));
         }
         if let Some(options) = self.push {
-            let dangling = |n: &&String| self.dangling.as_ref().is_some_and(|d| n.starts_with(&d.prefix));
+            let dangling =
+                |n: &&String| self.dangling.as_ref().is_some_and(|d| n.starts_with(&d.prefix));
             let names: Vec<String> = names.iter().filter(|n| !dangling(n)).cloned().collect();
-            let blobs = Blobs::new(&storage.content, &input, &written, self.options.compression, &cx.reporter);
-            let (inner, sessions, reporter) = (self.inner.clone(), cx.sessions.clone(), cx.reporter.clone());
+            let blobs = Blobs::new(
+                &storage.content,
+                &input,
+                &written,
+                self.options.compression,
+                &cx.reporter,
+            );
+            let (inner, sessions, reporter) =
+                (self.inner.clone(), cx.sessions.clone(), cx.reporter.clone());
             cx.finally.then(async move {
                 // Until then all that is pushed stays.
                 let _lease = lease;
                 for name in &names {
-                    push::push(&inner.registry, &blobs, &written, name, options, &sessions, &reporter).await?;
+                    push::push(
+                        &inner.registry,
+                        &blobs,
+                        &written,
+                        name,
+                        options,
+                        &sessions,
+                        &reporter,
+                    )
+                    .await?;
                 }
                 Ok(())
             });
@@ -319,8 +405,14 @@ mod tests {
         let check = |names: &[&str], canonical: bool, dangling: Option<Dangling>, want: &[&str]| {
             let names = names.iter().map(|n| (*n).to_owned()).collect();
             let (names, canonical) = with_dangling(names, canonical, dangling.as_ref(), digest);
-            let all: Vec<String> = with_canonical(&names, canonical, digest).into_iter().flat_map(|(_, all)| all).collect();
-            assert_eq!(all, want.iter().map(|n| n.replace('#', &digest.to_string())).collect::<Vec<_>>());
+            let all: Vec<String> = with_canonical(&names, canonical, digest)
+                .into_iter()
+                .flat_map(|(_, all)| all)
+                .collect();
+            assert_eq!(
+                all,
+                want.iter().map(|n| n.replace('#', &digest.to_string())).collect::<Vec<_>>()
+            );
         };
         check(&["a:1"], false, None, &["a:1"]);
         check(&["a:1", "b@sha256:x"], true, None, &["a:1", "a:1@#", "b@sha256:x"]);
@@ -337,8 +429,14 @@ mod tests {
         let managed = Labels::from([("io.cri-containerd.image".to_owned(), "managed".to_owned())]);
         let ours = built_labels(&target, SystemTime::now());
         let check = |labels: &[&Labels], replaceable: &[&str]| {
-            let labels = labels.iter().flat_map(|l| l.iter()).map(|(k, v)| (k.clone(), v.clone())).collect();
-            let image = ImageRecord { name: "registry.k8s.io/pause:3.9".into(), target: target.clone(), labels, updated: None };
+            let labels =
+                labels.iter().flat_map(|l| l.iter()).map(|(k, v)| (k.clone(), v.clone())).collect();
+            let image = ImageRecord {
+                name: "registry.k8s.io/pause:3.9".into(),
+                target: target.clone(),
+                labels,
+                updated: None,
+            };
             may_replace(&image, &replaceable.iter().map(|p| (*p).to_owned()).collect::<Vec<_>>())
         };
         assert!(check(&[], &[]).is_ok());

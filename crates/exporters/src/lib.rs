@@ -1,7 +1,8 @@
-//! Exporters: what becomes of a build's result. [`Exporters::resolve`] checks attributes before anything is built; the exporter it gives runs when all is
-//! solved.
+//! Exporters: what becomes of a build's result. [`Exporters::resolve`] checks attributes before
+//! anything is built; the exporter it gives runs when all is solved.
 //!
-//! `writer` writes manifests, configs and indexes for all that make images; layers are compressed by `refs`. Names are written last, by field path.
+//! `writer` writes manifests, configs and indexes for all that make images; layers are compressed
+//! by `refs`. Names are written last, by field path.
 
 mod archive;
 mod config;
@@ -15,5 +16,8 @@ mod tarball;
 mod tree;
 mod writer;
 
-pub use port::{Content, ExportAttestation, ExportContext, ExportInput, ExportPlatform, Exporter, Exporters, Finally, Maker, Response};
+pub use port::{
+    Content, ExportAttestation, ExportContext, ExportInput, ExportPlatform, Exporter, Exporters,
+    Finally, Maker, Response,
+};
 pub use writer::is_internal;

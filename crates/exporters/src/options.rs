@@ -33,16 +33,19 @@ impl Attrs {
         match self.0.remove(key).as_deref() {
             None => Ok(None),
             Some("") => Ok(Some(true)),
-            Some(text) => parse_bool(text)
-                .map(Some)
-                .ok_or_else(|| Fault::invalid(format!("non-bool value specified for {key}: {text:?}")).hint("use true or false")),
+            Some(text) => parse_bool(text).map(Some).ok_or_else(|| {
+                Fault::invalid(format!("non-bool value specified for {key}: {text:?}"))
+                    .hint("use true or false")
+            }),
         }
     }
 
     /// Whole seconds since the epoch (row `ex.c.sde`).
     pub fn epoch(&mut self) -> Result<Epoch> {
         let text = self.0.remove("source-date-epoch");
-        text.map_or(Ok(Epoch::Frontend), |text| Ok(Epoch::Given(seconds(&text, "source-date-epoch")?)))
+        text.map_or(Ok(Epoch::Frontend), |text| {
+            Ok(Epoch::Given(seconds(&text, "source-date-epoch")?))
+        })
     }
 
     pub fn rest(self) -> BTreeMap<String, Vec<u8>> {
@@ -55,7 +58,9 @@ fn seconds(text: &str, what: &str) -> Result<Option<SystemTime>> {
     if text.is_empty() {
         return Ok(None);
     }
-    let seconds: i64 = text.parse().map_err(|_| Fault::invalid(format!("invalid {what}: {text:?} is no number of seconds")))?;
+    let seconds: i64 = text
+        .parse()
+        .map_err(|_| Fault::invalid(format!("invalid {what}: {text:?} is no number of seconds")))?;
     Ok(Some(UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))))
 }
 
@@ -75,7 +80,9 @@ impl Epoch {
         match self {
             Self::Given(time) => Ok(time),
             Self::Frontend => match metadata_of(metadata, "source.date.epoch", id) {
-                Some(text) => seconds(&String::from_utf8_lossy(text), "SOURCE_DATE_EPOCH from frontend"),
+                Some(text) => {
+                    seconds(&String::from_utf8_lossy(text), "SOURCE_DATE_EPOCH from frontend")
+                }
                 None => Ok(None),
             },
         }
@@ -114,9 +121,13 @@ impl Annotation {
             Some("manifest-descriptor") => Level::ManifestDescriptor,
             Some("index") => Level::Index,
             Some("index-descriptor") => Level::IndexDescriptor,
-            Some(other) => return Err(Fault::invalid(format!("unrecognized annotation type {other}"))),
+            Some(other) => {
+                return Err(Fault::invalid(format!("unrecognized annotation type {other}")));
+            }
         };
-        let platform = platform.map(|p| p.parse::<Platform>().map_err(|e| Fault::invalid(e.to_string()))).transpose()?;
+        let platform = platform
+            .map(|p| p.parse::<Platform>().map_err(|e| Fault::invalid(e.to_string())))
+            .transpose()?;
         Ok(Some(Self { level, platform, key: key.to_owned(), value: value.to_owned() }))
     }
 
@@ -141,7 +152,10 @@ fn parts(attr: &str) -> Option<(Option<&str>, Option<&str>, &str)> {
         Some(rest) => {
             let (platform, rest) = rest.split_once(']')?;
             let is_platform = |c: char| c.is_ascii_alphanumeric() || "_/-".contains(c);
-            (Some(platform).filter(|p| !p.is_empty() && p.chars().all(is_platform)).map(Some)?, rest)
+            (
+                Some(platform).filter(|p| !p.is_empty() && p.chars().all(is_platform)).map(Some)?,
+                rest,
+            )
         }
         None => (None, rest),
     };
@@ -154,15 +168,18 @@ fn parts(attr: &str) -> Option<(Option<&str>, Option<&str>, &str)> {
 pub(crate) struct ImageOptions {
     /// Names, comma separated, as written.
     pub names: String,
-    /// Whether types are OCI's rather than Docker's; without `oci-mediatypes` it depends on the input.
+    /// Whether types are OCI's rather than Docker's; without `oci-mediatypes` it depends on the
+    /// input.
     pub oci_types: bool,
     /// What `oci-mediatypes` says.
     asked_types: Option<bool>,
-    /// Whether attestations are artifacts that name their subject, rather than images of another platform (row `at.artifact`).
+    /// Whether attestations are artifacts that name their subject, rather than images of another
+    /// platform (row `at.artifact`).
     pub artifact: bool,
     /// What `oci-artifact` says.
     asked_artifact: Option<bool>,
-    /// Whether attestations that only images carry make an image an index; the exporter knows if this does not.
+    /// Whether attestations that only images carry make an image an index; the exporter knows if
+    /// this does not.
     pub inline: Option<bool>,
     /// Whether layers get no times later than the epoch (row `ex.c.rewrite`).
     pub rewrite: bool,
@@ -176,7 +193,11 @@ pub(crate) struct ImageOptions {
 
 impl ImageOptions {
     pub fn take(attrs: &mut Attrs) -> Result<Self> {
-        let (kind, level, force) = (attrs.text("compression"), attrs.text("compression-level"), attrs.text("force-compression"));
+        let (kind, level, force) = (
+            attrs.text("compression"),
+            attrs.text("compression-level"),
+            attrs.text("force-compression"),
+        );
         let compression = Compression::parse(kind.as_deref(), level.as_deref(), force.as_deref())?;
         let asked_types = attrs.flag("oci-mediatypes")?;
         let oci_types = asked_types.unwrap_or(true);
@@ -186,7 +207,8 @@ impl ImageOptions {
         let foreign = attrs.flag("prefer-nondist-layers")?.unwrap_or(false);
         let epoch = attrs.epoch()?;
         let mut annotations = Vec::new();
-        let keys: Vec<String> = attrs.0.keys().filter(|k| k.starts_with("annotation")).cloned().collect();
+        let keys: Vec<String> =
+            attrs.0.keys().filter(|k| k.starts_with("annotation")).cloned().collect();
         for key in keys {
             let value = attrs.0[&key].clone();
             if let Some(annotation) = Annotation::parse(&key, &value)? {
@@ -194,9 +216,21 @@ impl ImageOptions {
                 annotations.push(annotation);
             }
         }
-        let (names, artifact) = (attrs.text("name").unwrap_or_default(), asked_artifact.unwrap_or(oci_types));
-        let options =
-            Self { names, oci_types, asked_types, artifact, asked_artifact, inline, rewrite, foreign, compression, epoch, annotations };
+        let (names, artifact) =
+            (attrs.text("name").unwrap_or_default(), asked_artifact.unwrap_or(oci_types));
+        let options = Self {
+            names,
+            oci_types,
+            asked_types,
+            artifact,
+            asked_artifact,
+            inline,
+            rewrite,
+            foreign,
+            compression,
+            epoch,
+            annotations,
+        };
         options.check()?;
         Ok(options)
     }
@@ -207,12 +241,15 @@ impl ImageOptions {
         self
     }
 
-    /// These options for `input`: with the annotations that the frontend gave, which come before those of the request, and the defaults of the version
-    /// that the client wants (rows `ex.c.oci`, `ex.c.artifact`, `cmp.compat`). `kind` is the exporter's type.
+    /// These options for `input`: with the annotations that the frontend gave, which come before
+    /// those of the request, and the defaults of the version that the client wants (rows
+    /// `ex.c.oci`, `ex.c.artifact`, `cmp.compat`). `kind` is the exporter's type.
     pub fn settled(&self, input: &ExportInput, compatibility: i64, kind: &str) -> Result<Self> {
         if compatibility <= NO_ZSTD && self.compression.kind == CompressionKind::Zstd {
             let feature = format!("{kind} exporter compression=zstd");
-            let fault = Fault::invalid(format!("unsupported compatibility-version {compatibility} feature {feature}"));
+            let fault = Fault::invalid(format!(
+                "unsupported compatibility-version {compatibility} feature {feature}"
+            ));
             return Err(fault.detail(Detail::Compatibility { version: compatibility, feature }));
         }
         let mut all = self.clone();
@@ -230,8 +267,10 @@ impl ImageOptions {
         if self.oci_types || self.asked_artifact != Some(true) {
             return Ok(());
         }
-        Err(Fault::invalid("exporter option \"oci-artifact=true\" conflicts with \"oci-mediatypes=false\"")
-            .hint("leave oci-mediatypes=false out"))
+        Err(Fault::invalid(
+            "exporter option \"oci-artifact=true\" conflicts with \"oci-mediatypes=false\"",
+        )
+        .hint("leave oci-mediatypes=false out"))
     }
 
     /// Whether what is exported has a place for every annotation (row `ex.c.annoterr`).
@@ -240,40 +279,63 @@ impl ImageOptions {
             if let Some(platform) = &annotation.platform
                 && !input.platforms.iter().any(|p| p.platform == *platform)
             {
-                let built = input.platforms.iter().map(|p| p.platform.to_string()).collect::<Vec<_>>().join(", ");
+                let built = input
+                    .platforms
+                    .iter()
+                    .map(|p| p.platform.to_string())
+                    .collect::<Vec<_>>()
+                    .join(", ");
                 let name = platform.to_string();
-                return Err(Fault::invalid(format!("invalid annotation: no platform {name} found in source"))
-                    .hint(format!("this build is for {built}")));
+                return Err(Fault::invalid(format!(
+                    "invalid annotation: no platform {name} found in source"
+                ))
+                .hint(format!("this build is for {built}")));
             }
             // Docker's manifests have annotations in practice; its lists and descriptors have no
             // place for them.
             if !self.oci_types && annotation.level != Level::Manifest {
-                return Err(Fault::invalid("cannot export annotations with \"oci-mediatypes=false\"")
-                    .hint("leave oci-mediatypes=false out, or annotate the manifest only"));
+                return Err(Fault::invalid(
+                    "cannot export annotations with \"oci-mediatypes=false\"",
+                )
+                .hint("leave oci-mediatypes=false out, or annotate the manifest only"));
             }
             if !is_index && annotation.is_of_index() {
-                return Err(Fault::invalid("index annotations not supported for single platform export"));
+                return Err(Fault::invalid(
+                    "index annotations not supported for single platform export",
+                ));
             }
         }
         Ok(())
     }
 
-    /// The same result without times later than its epoch, if that is asked for (row `ex.c.rewrite`). Layers of the base image stay.
-    pub async fn rewritten(&self, mut input: ExportInput, reporter: &Reporter) -> Result<ExportInput> {
+    /// The same result without times later than its epoch, if that is asked for (row
+    /// `ex.c.rewrite`). Layers of the base image stay.
+    pub async fn rewritten(
+        &self,
+        mut input: ExportInput,
+        reporter: &Reporter,
+    ) -> Result<ExportInput> {
         if !self.rewrite {
             return Ok(input);
         }
         for p in &mut input.platforms {
             let Some(epoch) = self.epoch.of(&input.metadata, &p.id)? else {
-                tracing::warn!("rewrite-timestamp is specified, but no source-date-epoch was found");
+                tracing::warn!(
+                    "rewrite-timestamp is specified, but no source-date-epoch was found"
+                );
                 continue;
             };
             let latest = epoch.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
-            let status = format!("rewriting layers with source-date-epoch {latest} ({})", timestamp::format(epoch));
+            let status = format!(
+                "rewriting layers with source-date-epoch {latest} ({})",
+                timestamp::format(epoch)
+            );
             reporter.status(status.clone(), 0, 0, false);
             let base = metadata_of(&input.metadata, "containerimage.base.config", &p.id);
-            let base =
-                base.and_then(|json| serde_json::from_slice::<ImageConfig>(json).ok()).map(|c| c.rootfs.diff_ids).unwrap_or_default();
+            let base = base
+                .and_then(|json| serde_json::from_slice::<ImageConfig>(json).ok())
+                .map(|c| c.rootfs.diff_ids)
+                .unwrap_or_default();
             p.state = p.state.retimed(&base, latest, self.compression, Some(reporter)).await?;
             reporter.status(status, 0, 0, true);
         }
@@ -282,10 +344,17 @@ impl ImageOptions {
 
     /// Annotations of one level for one platform. Those of the index are for all, whatever platform
     /// they name.
-    pub fn annotations(&self, level: Level, platform: Option<&Platform>) -> BTreeMap<String, String> {
+    pub fn annotations(
+        &self,
+        level: Level,
+        platform: Option<&Platform>,
+    ) -> BTreeMap<String, String> {
         self.annotations
             .iter()
-            .filter(|a| a.level == level && (a.is_of_index() || a.platform.is_none() || a.platform.as_ref() == platform))
+            .filter(|a| {
+                a.level == level
+                    && (a.is_of_index() || a.platform.is_none() || a.platform.as_ref() == platform)
+            })
             .map(|a| (a.key.clone(), a.value.clone()))
             .collect()
     }
@@ -309,8 +378,14 @@ mod tests {
         for (attr, want) in [
             ("annotation.a.b", Some((Level::Manifest, None, "a.b"))),
             ("annotation-index.k", Some((Level::Index, None, "k"))),
-            ("annotation-manifest-descriptor[linux/arm64].k", Some((Level::ManifestDescriptor, Some("linux/arm64"), "k"))),
-            ("annotation-manifest-descriptor[linux/arm64/v8].k=[x]", Some((Level::ManifestDescriptor, Some("linux/arm64"), "k=[x]"))),
+            (
+                "annotation-manifest-descriptor[linux/arm64].k",
+                Some((Level::ManifestDescriptor, Some("linux/arm64"), "k")),
+            ),
+            (
+                "annotation-manifest-descriptor[linux/arm64/v8].k=[x]",
+                Some((Level::ManifestDescriptor, Some("linux/arm64"), "k=[x]")),
+            ),
             ("other.k", None),
             ("annotations.k", None),
             ("annotation[linux(1.0)/amd64].k", None),
@@ -318,20 +393,38 @@ mod tests {
             ("annotation.k k", None),
             ("annotation.", None),
         ] {
-            let got = Annotation::parse(attr, "v").unwrap().map(|a| (a.level, a.platform.map(|p| p.to_string()), a.key));
-            assert_eq!(got, want.map(|(l, p, k)| (l, p.map(str::to_owned), k.to_owned())), "{attr}");
+            let got = Annotation::parse(attr, "v")
+                .unwrap()
+                .map(|a| (a.level, a.platform.map(|p| p.to_string()), a.key));
+            assert_eq!(
+                got,
+                want.map(|(l, p, k)| (l, p.map(str::to_owned), k.to_owned())),
+                "{attr}"
+            );
         }
         assert!(Annotation::parse("annotation-nonsense.k", "v").is_err());
     }
 
     #[test]
     fn annotations_of_the_frontend_come_first() {
-        let attrs = |of: &[(&str, &str)]| of.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect::<BTreeMap<_, _>>();
-        let options = ImageOptions::take(&mut Attrs::new(&attrs(&[("annotation.a", "asked"), ("annotation.b", "asked")]))).unwrap();
-        let given = BTreeMap::from([("annotation.a".to_owned(), b"given".to_vec()), ("other".to_owned(), vec![])]);
+        let attrs = |of: &[(&str, &str)]| {
+            of.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect::<BTreeMap<_, _>>()
+        };
+        let options = ImageOptions::take(&mut Attrs::new(&attrs(&[
+            ("annotation.a", "asked"),
+            ("annotation.b", "asked"),
+        ])))
+        .unwrap();
+        let given = BTreeMap::from([
+            ("annotation.a".to_owned(), b"given".to_vec()),
+            ("other".to_owned(), vec![]),
+        ]);
         let given = input(given);
         let all = options.settled(&given, OCI_TYPES, "image").unwrap();
-        assert_eq!(all.annotations(Level::Manifest, None), attrs(&[("a", "given"), ("b", "asked")]));
+        assert_eq!(
+            all.annotations(Level::Manifest, None),
+            attrs(&[("a", "given"), ("b", "asked")])
+        );
     }
 
     #[test]
@@ -343,8 +436,15 @@ mod tests {
         };
         let docker = ("oci-mediatypes", "false");
         assert_eq!(check(&[docker, ("annotation.k", "v")], true), Ok(()));
-        for level in ["annotation-index.k", "annotation-index-descriptor.k", "annotation-manifest-descriptor.k"] {
-            assert_eq!(check(&[docker, (level, "v")], true), Err("cannot export annotations with \"oci-mediatypes=false\"".to_owned()));
+        for level in [
+            "annotation-index.k",
+            "annotation-index-descriptor.k",
+            "annotation-manifest-descriptor.k",
+        ] {
+            assert_eq!(
+                check(&[docker, (level, "v")], true),
+                Err("cannot export annotations with \"oci-mediatypes=false\"".to_owned())
+            );
             assert_eq!(check(&[(level, "v")], true), Ok(()));
         }
         assert_eq!(
@@ -358,13 +458,22 @@ mod tests {
 
     #[test]
     fn annotations_of_the_index_are_for_all_platforms() {
-        let attrs = BTreeMap::from([("annotation-index[linux/arm64].k".to_owned(), "v".to_owned())]);
+        let attrs =
+            BTreeMap::from([("annotation-index[linux/arm64].k".to_owned(), "v".to_owned())]);
         let options = ImageOptions::take(&mut Attrs::new(&attrs)).unwrap();
-        assert_eq!(options.annotations(Level::Index, None), BTreeMap::from([("k".to_owned(), "v".to_owned())]));
+        assert_eq!(
+            options.annotations(Level::Index, None),
+            BTreeMap::from([("k".to_owned(), "v".to_owned())])
+        );
     }
 
     fn input(metadata: BTreeMap<String, Vec<u8>>) -> ExportInput {
-        ExportInput { platforms: Vec::new(), is_map: false, metadata, attestations: BTreeMap::new() }
+        ExportInput {
+            platforms: Vec::new(),
+            is_map: false,
+            metadata,
+            attestations: BTreeMap::new(),
+        }
     }
 
     #[test]
@@ -375,7 +484,9 @@ mod tests {
             if attested {
                 input.attestations.insert("p".into(), Vec::new());
             }
-            ImageOptions::take(&mut Attrs::new(&attrs))?.settled(&input, version, "image").map(|o| (o.oci_types, o.artifact))
+            ImageOptions::take(&mut Attrs::new(&attrs))?
+                .settled(&input, version, "image")
+                .map(|o| (o.oci_types, o.artifact))
         };
         assert_eq!(of(&[], 30, false).unwrap(), (true, true));
         assert_eq!(of(&[], 20, false).unwrap(), (false, false));
@@ -384,7 +495,10 @@ mod tests {
         let zstd = [("compression", "zstd"), ("oci-mediatypes", "true")];
         assert!(of(&zstd, 20, false).is_ok());
         let fault = of(&zstd, 10, false).unwrap_err();
-        assert_eq!(fault.to_string(), "unsupported compatibility-version 10 feature image exporter compression=zstd");
+        assert_eq!(
+            fault.to_string(),
+            "unsupported compatibility-version 10 feature image exporter compression=zstd"
+        );
         assert!(
             matches!(&fault.details()[0], Detail::Compatibility { version: 10, feature } if feature == "image exporter compression=zstd")
         );
@@ -394,12 +508,20 @@ mod tests {
 
     #[test]
     fn attributes_that_mean_nothing_to_an_image_are_metadata() {
-        let attrs = [("name", "a"), ("containerimage.config", "{}"), ("oci-mediatypes", "true"), ("annotation.k", "v"), ("my.key", "")];
+        let attrs = [
+            ("name", "a"),
+            ("containerimage.config", "{}"),
+            ("oci-mediatypes", "true"),
+            ("annotation.k", "v"),
+            ("my.key", ""),
+        ];
         let mut attrs = Attrs::new(&attrs.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
         ImageOptions::take(&mut attrs).unwrap();
         assert_eq!(
             attrs.rest(),
-            [("containerimage.config", "{}"), ("my.key", "")].map(|(k, v)| (k.to_owned(), v.as_bytes().to_vec())).into()
+            [("containerimage.config", "{}"), ("my.key", "")]
+                .map(|(k, v)| (k.to_owned(), v.as_bytes().to_vec()))
+                .into()
         );
     }
 

@@ -38,7 +38,8 @@ pub struct ExportPlatform {
 pub struct ExportInput {
     /// One entry per platform, in the order of `refs.platforms`.
     pub platforms: Vec<ExportPlatform>,
-    /// Whether the frontend returned a map: an index is made and directories are split even for one entry (rows `ex.fs.split`, `df.arg.multi`).
+    /// Whether the frontend returned a map: an index is made and directories are split even for one
+    /// entry (rows `ex.fs.split`, `df.arg.multi`).
     pub is_map: bool,
     /// Metadata of the frontend: `containerimage.config[/<platform>]` and others.
     pub metadata: BTreeMap<String, Vec<u8>>,
@@ -47,7 +48,11 @@ pub struct ExportInput {
 }
 
 /// What the frontend says of `key` for the platform `id`, or for all of them.
-pub(crate) fn metadata_of<'a>(metadata: &'a BTreeMap<String, Vec<u8>>, key: &str, id: &str) -> Option<&'a [u8]> {
+pub(crate) fn metadata_of<'a>(
+    metadata: &'a BTreeMap<String, Vec<u8>>,
+    key: &str,
+    id: &str,
+) -> Option<&'a [u8]> {
     metadata.get(&format!("{key}/{id}")).or_else(|| metadata.get(key)).map(Vec::as_slice)
 }
 
@@ -108,7 +113,8 @@ pub trait Exporter: Send + Sync {
     /// Name of its progress vertex, such as `exporting to image`.
     fn name(&self) -> &str;
 
-    /// Whether layers will be needed compressed, so that compression may begin while later steps run.
+    /// Whether layers will be needed compressed, so that compression may begin while later steps
+    /// run.
     fn wants_layers(&self) -> Option<shipway_refs::Compression> {
         None
     }
@@ -127,20 +133,32 @@ pub(crate) struct Inner {
     pub refs: RefStore,
     pub registry: Registry,
     pub hub: SessionHub,
-    /// Names of images that may be replaced although CRI manages them and they are not ours; `*` stands for anything.
+    /// Names of images that may be replaced although CRI manages them and they are not ours; `*`
+    /// stands for anything.
     pub replaceable: Vec<String>,
 }
 
 impl Exporters {
     /// Exporters over these.
     ///
-    /// An image that CRI manages and that was not built here keeps its name unless it matches one of `replaceable`, in which `*` stands for anything.
-    pub fn new(refs: RefStore, registry: Registry, hub: SessionHub, replaceable: Vec<String>) -> Self {
+    /// An image that CRI manages and that was not built here keeps its name unless it matches one
+    /// of `replaceable`, in which `*` stands for anything.
+    pub fn new(
+        refs: RefStore,
+        registry: Registry,
+        hub: SessionHub,
+        replaceable: Vec<String>,
+    ) -> Self {
         Self { inner: Arc::new(Inner { refs, registry, hub, replaceable }) }
     }
 
-    /// The exporter of type `kind` (image, oci, docker, local, tar); wrong attributes and unknown types are errors here, before anything is built.
-    pub fn resolve(&self, kind: &str, attrs: &BTreeMap<String, String>) -> Result<Arc<dyn Exporter>> {
+    /// The exporter of type `kind` (image, oci, docker, local, tar); wrong attributes and unknown
+    /// types are errors here, before anything is built.
+    pub fn resolve(
+        &self,
+        kind: &str,
+        attrs: &BTreeMap<String, String>,
+    ) -> Result<Arc<dyn Exporter>> {
         let inner = self.inner.clone();
         Ok(match kind {
             "image" => Arc::new(ImageExporter::new(inner, attrs)?),

@@ -26,7 +26,8 @@ pub(crate) struct PushOptions {
     pub insecure: bool,
 }
 
-/// The blobs of an image to push. Layers that are known by descriptor only are fetched when the registry does not have them.
+/// The blobs of an image to push. Layers that are known by descriptor only are fetched when the
+/// registry does not have them.
 #[derive(Clone)]
 pub(crate) struct Blobs {
     content: Arc<dyn ContentStore>,
@@ -49,7 +50,14 @@ impl Blobs {
         let lazy = written.manifests.iter().flat_map(|m| m.lazy.clone()).collect();
         let states = input.platforms.iter().map(|p| p.state.clone()).collect();
         let (content, reporter) = (content.clone(), reporter.clone());
-        Self { content, lazy: Arc::new(lazy), states: Arc::new(states), compression, fetched: Arc::default(), reporter }
+        Self {
+            content,
+            lazy: Arc::new(lazy),
+            states: Arc::new(states),
+            compression,
+            fetched: Arc::default(),
+            reporter,
+        }
     }
 
     /// The bytes of a blob as a stream for the registry client.
@@ -64,7 +72,9 @@ impl Blobs {
             self.fetched.get_or_try_init(fetch).await?;
         }
         let reader = self.content.reader(digest).await?;
-        let next = |mut reader: Box<dyn BlobReader>| async move { Ok::<_, Fault>(reader.next().await?.map(|bytes| (bytes, reader))) };
+        let next = |mut reader: Box<dyn BlobReader>| async move {
+            Ok::<_, Fault>(reader.next().await?.map(|bytes| (bytes, reader)))
+        };
         Ok(futures::stream::try_unfold(reader, next).boxed())
     }
 
@@ -74,12 +84,16 @@ impl Blobs {
     async fn mountable(&self, descriptor: &Descriptor, name: &ImageName) -> Vec<String> {
         if let Some(origin) = self.lazy.get(&descriptor.digest) {
             let origin = origin.parse::<ImageName>().ok();
-            let origin = origin.filter(|o| o.registry() == name.registry() && o.repository() != name.repository());
+            let origin = origin
+                .filter(|o| o.registry() == name.registry() && o.repository() != name.repository());
             return origin.map(|o| o.repository().to_owned()).into_iter().collect();
         }
         let Ok(info) = self.content.info(descriptor.digest).await else { return Vec::new() };
         let keys = [source_label(name), format!("{DISTRIBUTION_SOURCE}.{}", name.registry())];
-        by_likeness(keys.iter().filter_map(|key| info.labels.get(key)).flat_map(|label| label.split(',')), name.repository())
+        by_likeness(
+            keys.iter().filter_map(|key| info.labels.get(key)).flat_map(|label| label.split(',')),
+            name.repository(),
+        )
     }
 
     /// Notes that the repository has the layer, so that the next push to the same registry can
@@ -89,14 +103,17 @@ impl Blobs {
         let Ok(info) = self.content.info(layer.digest).await else { return };
         let key = source_label(name);
         let known = info.labels.get(&key).map(String::as_str).unwrap_or_default();
-        let mut repositories: Vec<&str> = known.split(',').filter(|r| !r.is_empty()).chain([name.repository()]).collect();
+        let mut repositories: Vec<&str> =
+            known.split(',').filter(|r| !r.is_empty()).chain([name.repository()]).collect();
         repositories.sort_unstable();
         repositories.dedup();
         let value = repositories.join(",");
         if value == known || key.len() + value.len() > MAX_LABEL {
             return;
         }
-        if let Err(fault) = self.content.update_labels(layer.digest, &Labels::from([(key, value)])).await {
+        if let Err(fault) =
+            self.content.update_labels(layer.digest, &Labels::from([(key, value)])).await
+        {
             tracing::debug!(error = %fault, digest = %layer.digest, "where a layer was pushed to was not noted");
         }
     }
@@ -115,14 +132,21 @@ fn source_label(name: &ImageName) -> String {
 /// The repositories without `target`, each once, those first that have most leading path components
 /// in common with it.
 fn by_likeness<'a>(repositories: impl Iterator<Item = &'a str>, target: &str) -> Vec<String> {
-    let common = |repository: &&str| repository.split('/').zip(target.split('/')).take_while(|(a, b)| a == b).count();
+    let common = |repository: &&str| {
+        repository.split('/').zip(target.split('/')).take_while(|(a, b)| a == b).count()
+    };
     let mut all: Vec<&str> = repositories.filter(|r| !r.is_empty() && *r != target).collect();
     all.sort_by_key(|repository| (std::cmp::Reverse(common(repository)), *repository));
     all.dedup();
     all.into_iter().map(str::to_owned).collect()
 }
 
-async fn push_data(repository: &Repository, blobs: &Blobs, blob: Descriptor, reporter: &Reporter) -> Result<()> {
+async fn push_data(
+    repository: &Repository,
+    blobs: &Blobs,
+    blob: Descriptor,
+    reporter: &Reporter,
+) -> Result<()> {
     let from = blobs.mountable(&blob, repository.name()).await;
     let (source, digest) = (blobs.clone(), blob.digest);
     let open = move || source.clone().body(digest).boxed();
@@ -150,12 +174,17 @@ pub(crate) async fn push(
     sessions: &SessionGroup,
     reporter: &Reporter,
 ) -> Result<()> {
-    let parsed: ImageName = name.parse().map_err(|e: shipway_oci::NameError| Fault::invalid(e.to_string()))?;
+    let parsed: ImageName =
+        name.parse().map_err(|e: shipway_oci::NameError| Fault::invalid(e.to_string()))?;
     let tagged = name.rsplit_once('/').map_or(name, |(_, last)| last).contains(':');
     if options.by_digest && tagged {
         return Err(Fault::invalid(format!("can't push tagged ref {parsed} by digest")));
     }
-    let mut repository = registry.repository(&parsed, Arc::new(SessionCredentials::new(sessions.clone())), Mode::Push);
+    let mut repository = registry.repository(
+        &parsed,
+        Arc::new(SessionCredentials::new(sessions.clone())),
+        Mode::Push,
+    );
     if options.insecure {
         repository = repository.insecure();
     }
@@ -170,7 +199,8 @@ pub(crate) async fn push(
         .await
         .context(|| format!("failed to push {name}"))?;
     reporter.status("pushing layers", 0, 0, true);
-    let status = format!("pushing manifest for {}@{}", parsed.clone().without_digest(), written.root.digest);
+    let status =
+        format!("pushing manifest for {}@{}", parsed.clone().without_digest(), written.root.digest);
     reporter.status(status.clone(), 0, 0, false);
     for manifest in manifests {
         let bytes = blobs.content.read_all(manifest.digest, 4 << 20).await?;
@@ -179,7 +209,10 @@ pub(crate) async fn push(
             Some(tag) if is_root && !options.by_digest => tag.to_owned(),
             _ => manifest.digest.to_string(),
         };
-        repository.push_manifest(bytes, &manifest.media_type, &reference).await.context(|| format!("failed to push {name}"))?;
+        repository
+            .push_manifest(bytes, &manifest.media_type, &reference)
+            .await
+            .context(|| format!("failed to push {name}"))?;
     }
     reporter.status(status, 0, 0, true);
     Ok(())
@@ -191,14 +224,24 @@ mod tests {
 
     #[test]
     fn the_label_is_containerds() {
-        for (name, want) in [("alpine", "docker.io"), ("localhost:5000/a/b", "localhost"), ("r.example.com/a", "r.example.com")] {
-            assert_eq!(source_label(&name.parse().unwrap()), format!("containerd.io/distribution.source.{want}"));
+        for (name, want) in [
+            ("alpine", "docker.io"),
+            ("localhost:5000/a/b", "localhost"),
+            ("r.example.com/a", "r.example.com"),
+        ] {
+            assert_eq!(
+                source_label(&name.parse().unwrap()),
+                format!("containerd.io/distribution.source.{want}")
+            );
         }
     }
 
     #[test]
     fn the_repositories_most_like_the_target_are_tried_first() {
         let all = ["x/y", "team/app/base", "", "team/app/web", "team/other", "x/y"];
-        assert_eq!(by_likeness(all.into_iter(), "team/app/web"), ["team/app/base", "team/other", "x/y"]);
+        assert_eq!(
+            by_likeness(all.into_iter(), "team/app/web"),
+            ["team/app/base", "team/other", "x/y"]
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! What an image's export adds to a scan of it: which layer each file is from (row `at.sbom.layers`).
+//! What an image's export adds to a scan of it: which layer each file is from (row
+//! `at.sbom.layers`).
 
 use serde_json::{Value, json};
 use shipway_attest::{Attestation, SPDX};
@@ -9,13 +10,18 @@ use shipway_refs::ImmutableRef;
 use std::collections::HashSet;
 
 /// Says so in `scan`, if it is a scan of `state` itself, whose blobs are `layers`.
-pub(crate) async fn name_layers(scan: &mut Attestation<Value>, state: &ImmutableRef, layers: &[Descriptor]) -> Result<()> {
+pub(crate) async fn name_layers(
+    scan: &mut Attestation<Value>,
+    state: &ImmutableRef,
+    layers: &[Descriptor],
+) -> Result<()> {
     if scan.predicate_type != SPDX || !scan.is_core() || !scan.content["spdxVersion"].is_string() {
         return Ok(());
     }
     let wanted: HashSet<Vec<u8>> = files(&mut scan.content).filter_map(|f| path(f)).collect();
     if !wanted.is_empty() {
-        let found = state.layers_with(wanted).await.context(|| "find the layers of an SBOM's files")?;
+        let found =
+            state.layers_with(wanted).await.context(|| "find the layers of an SBOM's files")?;
         for file in files(&mut scan.content) {
             let layer = path(file).and_then(|path| layers.get(*found.get(&path)?));
             if let Some(layer) = layer {
@@ -51,7 +57,8 @@ fn files(scan: &mut Value) -> impl Iterator<Item = &mut Value> {
     list(own).chain(list(packages).flat_map(|p| list(p.get_mut("files"))))
 }
 
-/// Where a file is, unless its comment is taken: scanners write there, too, and nobody can tell what.
+/// Where a file is, unless its comment is taken: scanners write there, too, and nobody can tell
+/// what.
 fn path(file: &Value) -> Option<Vec<u8>> {
     if file["comment"].as_str().is_some_and(|c| !c.is_empty()) {
         return None;
@@ -69,7 +76,10 @@ mod tests {
             "files": [{ "fileName": "/a/../b" }, { "fileName": "./c" }, { "fileName": "/d", "comment": "taken" }, { "fileName": "/" }, 1, {}],
             "packages": [{ "files": [{ "fileName": "e" }] }, {}, 2],
         });
-        let paths: Vec<_> = files(&mut scan).filter_map(|f| path(f)).map(|p| String::from_utf8(p).unwrap()).collect();
+        let paths: Vec<_> = files(&mut scan)
+            .filter_map(|f| path(f))
+            .map(|p| String::from_utf8(p).unwrap())
+            .collect();
         assert_eq!(paths, ["b", "c", "e"]);
         assert_eq!(files(&mut json!({ "files": "many" })).count(), 0);
         assert_eq!(files(&mut json!([])).count(), 0);

@@ -3,7 +3,9 @@
 use crate::port::{Content, ExportAttestation};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use serde_json::Value;
-use shipway_attest::{Attestation, DigestSet, Kind, Statement, Subject, SubjectKind, SubjectSpec, core_first, slsa};
+use shipway_attest::{
+    Attestation, DigestSet, Kind, Statement, Subject, SubjectKind, SubjectSpec, core_first, slsa,
+};
 use shipway_fault::{Context as _, Fault, Result};
 use std::{
     io::Read as _,
@@ -31,14 +33,17 @@ pub(crate) async fn read(attestations: Vec<ExportAttestation>) -> Result<Vec<Att
                 let bare = attestation.with(());
                 let work = move || {
                     let read = match bare.kind {
-                        Kind::InToto => file(mount.path(), &bare.path).map(|bytes| vec![(bare, bytes)]),
+                        Kind::InToto => {
+                            file(mount.path(), &bare.path).map(|bytes| vec![(bare, bytes)])
+                        }
                         Kind::Bundle => bundle(mount.path(), &bare),
                     };
                     drop(mount);
                     read
                 };
                 let read = tokio::task::spawn_blocking(work).await;
-                let read = read.map_err(|e| Fault::internal(format!("reading attestations failed: {e}")))?;
+                let read =
+                    read.map_err(|e| Fault::internal(format!("reading attestations failed: {e}")))?;
                 for (bare, predicate) in read? {
                     out.push(bare.with(predicate));
                 }
@@ -49,32 +54,48 @@ pub(crate) async fn read(attestations: Vec<ExportAttestation>) -> Result<Vec<Att
 }
 
 /// The statements about what was exported, with the names of their files.
-pub(crate) fn statements(attestations: &[Attestation<Value>], exported: &[Subject]) -> Vec<(String, Statement)> {
-    attestations.iter().map(|a| (a.path.clone(), a.statement(a.content.clone(), exported))).collect()
+pub(crate) fn statements(
+    attestations: &[Attestation<Value>],
+    exported: &[Subject],
+) -> Vec<(String, Statement)> {
+    attestations
+        .iter()
+        .map(|a| (a.path.clone(), a.statement(a.content.clone(), exported)))
+        .collect()
 }
 
 fn json(bytes: &[u8]) -> Result<Value> {
     if bytes.is_empty() {
         return Ok(Value::Null);
     }
-    serde_json::from_slice(bytes).map_err(|e| Fault::invalid(format!("cannot decode in-toto statement: {e}")))
+    serde_json::from_slice(bytes)
+        .map_err(|e| Fault::invalid(format!("cannot decode in-toto statement: {e}")))
 }
 
 /// Opens what lies at `path` for somebody whose root is `root`.
 fn open(root: &Path, path: &Path, flags: OFlags) -> Result<OwnedFd> {
-    let failed = |e: rustix::io::Errno| Fault::io(format!("open {} of an attestation", path.display()), e.into());
-    let dir = rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+    let failed = |e: rustix::io::Errno| {
+        Fault::io(format!("open {} of an attestation", path.display()), e.into())
+    };
+    let dir =
+        rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(failed)?;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     let inside = path.strip_prefix("/").unwrap_or(path);
     let inside = if inside.as_os_str().is_empty() { Path::new(".") } else { inside };
-    rustix::fs::openat2(dir, inside, flags | OFlags::CLOEXEC, Mode::empty(), resolve).map_err(failed)
+    rustix::fs::openat2(dir, inside, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
+        .map_err(failed)
 }
 
 fn file(root: &Path, path: &str) -> Result<Value> {
     let failed = |e| Fault::io(format!("read the attestation {path}"), e);
     let found = open(root, Path::new(path), OFlags::PATH)?;
-    let Some(file) = shipway_executor::reopen_regular(found.as_fd()).map_err(|e| failed(e.into()))? else {
-        return Err(Fault::invalid(format!("cannot read in-toto attestation: {path} is not a regular file")));
+    let Some(file) =
+        shipway_executor::reopen_regular(found.as_fd()).map_err(|e| failed(e.into()))?
+    else {
+        return Err(Fault::invalid(format!(
+            "cannot read in-toto attestation: {path} is not a regular file"
+        )));
     };
     let mut bytes = Vec::new();
     file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
@@ -87,7 +108,9 @@ fn file(root: &Path, path: &str) -> Result<Value> {
 /// The statements in a directory.
 fn bundle(root: &Path, bundle: &Attestation<()>) -> Result<Vec<(Attestation<()>, Value)>> {
     let dir = open(root, Path::new(&bundle.path), OFlags::RDONLY | OFlags::DIRECTORY)?;
-    let failed = |e: rustix::io::Errno| Fault::io(format!("list the attestations in {:?}", bundle.path), e.into());
+    let failed = |e: rustix::io::Errno| {
+        Fault::io(format!("list the attestations in {:?}", bundle.path), e.into())
+    };
     let mut names = Vec::new();
     for entry in rustix::fs::Dir::new(dir).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
@@ -104,8 +127,8 @@ fn bundle(root: &Path, bundle: &Attestation<()>) -> Result<Vec<(Attestation<()>,
 
 fn opened(root: &Path, bundle: &Attestation<()>, name: &str) -> Result<(Attestation<()>, Value)> {
     let path = PathBuf::from(&bundle.path).join(name).to_string_lossy().into_owned();
-    let statement: Statement =
-        serde_json::from_value(file(root, &path)?).map_err(|e| Fault::invalid(format!("cannot decode in-toto statement: {e}")))?;
+    let statement: Statement = serde_json::from_value(file(root, &path)?)
+        .map_err(|e| Fault::invalid(format!("cannot decode in-toto statement: {e}")))?;
     if !bundle.predicate_type.is_empty() && statement.predicate_type != bundle.predicate_type {
         return Err(Fault::invalid(format!(
             "bundle entry {} does not match required predicate type {}",
@@ -115,7 +138,11 @@ fn opened(root: &Path, bundle: &Attestation<()>, name: &str) -> Result<(Attestat
     if statement.predicate_type.starts_with(slsa::PREFIX) {
         return Err(Fault::invalid("frontend may not bundle provenance attestations"));
     }
-    let subject = |s: Subject| SubjectSpec { kind: SubjectKind::Raw, name: s.name, digests: DigestSet::from_iter(s.digest) };
+    let subject = |s: Subject| SubjectSpec {
+        kind: SubjectKind::Raw,
+        name: s.name,
+        digests: DigestSet::from_iter(s.digest),
+    };
     let attestation = Attestation {
         kind: Kind::InToto,
         path,
@@ -138,10 +165,22 @@ mod tests {
         std::fs::create_dir(&dir).unwrap();
         let text = r#"{"_type":"t","predicateType":"p","subject":[{"name":"n","digest":{"sha256":"aa"}}],"predicate":{"a":1}}"#;
         std::fs::write(dir.join("one.json"), text).unwrap();
-        let at = |path: &str, kind: &str| Attestation { path: path.into(), predicate_type: kind.into(), ..Attestation::<()>::default() };
+        let at = |path: &str, kind: &str| Attestation {
+            path: path.into(),
+            predicate_type: kind.into(),
+            ..Attestation::<()>::default()
+        };
         let read = bundle(root.path(), &at("/out", "p")).unwrap();
-        assert_eq!((read[0].0.path.as_str(), read[0].0.subjects[0].name.as_str(), &read[0].1["a"]), ("/out/one.json", "n", &1.into()));
-        assert!(bundle(root.path(), &at("/out", "q")).unwrap_err().to_string().contains("required predicate type"));
+        assert_eq!(
+            (read[0].0.path.as_str(), read[0].0.subjects[0].name.as_str(), &read[0].1["a"]),
+            ("/out/one.json", "n", &1.into())
+        );
+        assert!(
+            bundle(root.path(), &at("/out", "q"))
+                .unwrap_err()
+                .to_string()
+                .contains("required predicate type")
+        );
         std::os::unix::fs::symlink("/etc/passwd", dir.join("two.json")).unwrap();
         assert!(bundle(root.path(), &at("/out", "p")).is_err());
         assert!(file(root.path(), "/out").unwrap_err().to_string().contains("not a regular file"));

@@ -1,4 +1,5 @@
-//! The `local` and `tar` exporters: the result's files to the client (rows `ex.local*`, `ex.tar`, `ex.fs.*`).
+//! The `local` and `tar` exporters: the result's files to the client (rows `ex.local*`, `ex.tar`,
+//! `ex.fs.*`).
 
 use crate::{
     options::{Attrs, Epoch},
@@ -40,7 +41,10 @@ impl TreeOptions {
         match attrs.text("mode").as_deref() {
             // The client deletes; what we send is the same (row `ex.local.mode`).
             None | Some("" | "copy" | "delete") => {}
-            Some(other) => return Err(Fault::invalid(format!("invalid local exporter mode {other:?}")).hint("use copy or delete")),
+            Some(other) => {
+                return Err(Fault::invalid(format!("invalid local exporter mode {other:?}"))
+                    .hint("use copy or delete"));
+            }
         }
         let prefix = attrs.text("attestation-prefix").unwrap_or_default();
         Ok(Self { epoch: attrs.epoch()?, split: attrs.flag("platform-split")?, prefix })
@@ -88,7 +92,8 @@ impl TreeOptions {
         let mut all = Vec::new();
         for p in &input.platforms {
             let (id, mount) = (p.id.replace('/', "_"), p.state.mount().await?);
-            let attestations = filter_inline(input.attestations.get(&p.id).cloned().unwrap_or_default());
+            let attestations =
+                filter_inline(input.attestations.get(&p.id).cloned().unwrap_or_default());
             let statements = match attestations.is_empty() {
                 true => None,
                 false => Some(
@@ -117,18 +122,24 @@ impl TreeOptions {
         let (prefix, id) = (self.prefix.clone(), id.cloned());
         let work = move || {
             let all = statements::statements(&read, &subjects(&root)?);
-            let dir = tempfile::tempdir().map_err(|e| Fault::io("make a directory for attestations", e))?;
+            let dir = tempfile::tempdir()
+                .map_err(|e| Fault::io("make a directory for attestations", e))?;
             for (path, statement) in all {
                 let name = file_name(&prefix, &path, id.as_deref());
                 if name.contains('/') || name.is_empty() {
-                    return Err(Fault::invalid(format!("invalid name of an attestation's file: {name:?}")));
+                    return Err(Fault::invalid(format!(
+                        "invalid name of an attestation's file: {name:?}"
+                    )));
                 }
                 let failed = |e| Fault::io(format!("write the attestation {name}"), e);
-                let json = serde_json::to_vec_pretty(&statement).map_err(|e| Fault::internal(format!("encode an attestation: {e}")))?;
+                let json = serde_json::to_vec_pretty(&statement)
+                    .map_err(|e| Fault::internal(format!("encode an attestation: {e}")))?;
                 let path = dir.path().join(&name);
                 let file = File::options().write(true).create_new(true).mode(0o600).open(path);
                 let mut file = file.map_err(|e| match e.kind() {
-                    ErrorKind::AlreadyExists => Fault::invalid(format!("duplicate attestation path name {name}")),
+                    ErrorKind::AlreadyExists => {
+                        Fault::invalid(format!("duplicate attestation path name {name}"))
+                    }
                     _ => failed(e),
                 })?;
                 file.write_all(&json).map_err(failed)?;
@@ -138,11 +149,14 @@ impl TreeOptions {
             }
             Ok(dir)
         };
-        tokio::task::spawn_blocking(work).await.map_err(|e| Fault::internal(format!("writing attestations failed: {e}")))?
+        tokio::task::spawn_blocking(work)
+            .await
+            .map_err(|e| Fault::internal(format!("writing attestations failed: {e}")))?
     }
 }
 
-/// Refuses platforms that have the same file: side by side in one directory one would overwrite the other (row `ex.fs.split`).
+/// Refuses platforms that have the same file: side by side in one directory one would overwrite the
+/// other (row `ex.fs.split`).
 fn check_apart(trees: &[(String, PathBuf)]) -> Result<()> {
     let mut seen: HashMap<PathBuf, &str> = HashMap::new();
     for (id, root) in trees {
@@ -167,11 +181,19 @@ fn check_apart(trees: &[(String, PathBuf)]) -> Result<()> {
 
 /// [`check_apart`] for mounted results.
 async fn check_parts_apart(input: &ExportInput, parts: &[Part]) -> Result<()> {
-    let trees: Vec<_> = input.platforms.iter().zip(parts).map(|(p, part)| (p.id.clone(), part.mount.path().to_owned())).collect();
-    tokio::task::spawn_blocking(move || check_apart(&trees)).await.map_err(|e| Fault::internal(format!("compare platforms: {e}")))?
+    let trees: Vec<_> = input
+        .platforms
+        .iter()
+        .zip(parts)
+        .map(|(p, part)| (p.id.clone(), part.mount.path().to_owned()))
+        .collect();
+    tokio::task::spawn_blocking(move || check_apart(&trees))
+        .await
+        .map_err(|e| Fault::internal(format!("compare platforms: {e}")))?
 }
 
-/// What an attestation's file is called; with a platform where files of several platforms lie together.
+/// What an attestation's file is called; with a platform where files of several platforms lie
+/// together.
 fn file_name(prefix: &str, path: &str, platform: Option<&str>) -> String {
     let base = path.rsplit('/').next().unwrap_or_default();
     match (platform, base.rsplit_once('.')) {
@@ -189,9 +211,14 @@ fn subjects(root: &Path) -> Result<Vec<Subject>> {
         if matches!(entry.kind, EntryKind::File | EntryKind::HardLink(_)) {
             let path = tree.locate(&entry);
             let failed = |e| Fault::io(format!("read {}", path.display()), e);
-            let checksum = ChecksumAlgorithm::Sha256.of(File::open(&path).map_err(failed)?).map_err(failed)?;
-            let digest: Digest = checksum.parse().map_err(|_| Fault::internal("a checksum is no digest"))?;
-            all.push(Subject { name: String::from_utf8_lossy(&entry.path).into_owned(), digest: digest_set(digest) });
+            let checksum =
+                ChecksumAlgorithm::Sha256.of(File::open(&path).map_err(failed)?).map_err(failed)?;
+            let digest: Digest =
+                checksum.parse().map_err(|_| Fault::internal("a checksum is no digest"))?;
+            all.push(Subject {
+                name: String::from_utf8_lossy(&entry.path).into_owned(),
+                digest: digest_set(digest),
+            });
         }
         Ok(())
     })?;
@@ -202,7 +229,8 @@ fn nanos(time: SystemTime) -> i64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX))
 }
 
-/// The files of each platform, below its own directory when they are split. The client owns what it receives.
+/// The files of each platform, below its own directory when they are split. The client owns what it
+/// receives.
 fn send_options(epoch: Option<SystemTime>) -> SendOptions {
     let map = move |stat: &mut Stat| {
         if let Some(epoch) = epoch {
@@ -226,9 +254,17 @@ impl Exporter for LocalExporter {
         let epoch = self.options.epoch.whole(&input)?;
         let options = send_options(epoch);
         let time = nanos(epoch.unwrap_or_else(SystemTime::now));
-        let directory = |id: &String| Stat { path: id.clone(), mode: FileMode::directory(0o755).0, mod_time: time, ..Stat::default() };
-        let root =
-            |part: &Part, dir: &Path| SendRoot { dir: dir.to_owned(), under: split.then(|| directory(&part.id)), options: options.clone() };
+        let directory = |id: &String| Stat {
+            path: id.clone(),
+            mode: FileMode::directory(0o755).0,
+            mod_time: time,
+            ..Stat::default()
+        };
+        let root = |part: &Part, dir: &Path| SendRoot {
+            dir: dir.to_owned(),
+            under: split.then(|| directory(&part.id)),
+            options: options.clone(),
+        };
         let mut roots = Vec::new();
         for part in &parts {
             roots.push(root(part, part.mount.path()));
@@ -246,8 +282,10 @@ impl Exporter for LocalExporter {
         };
         cx.reporter.status("copying files", 0, 0, false);
         let reporter = cx.reporter.clone();
-        let progress = move |sent: Sent| reporter.status("copying files", sent.bytes as i64, 0, false);
-        let sent = sender.on_progress(Arc::new(progress)).run(session.file_send_dir(cx.index)?).await?;
+        let progress =
+            move |sent: Sent| reporter.status("copying files", sent.bytes as i64, 0, false);
+        let sent =
+            sender.on_progress(Arc::new(progress)).run(session.file_send_dir(cx.index)?).await?;
         cx.reporter.status("copying files", sent.bytes as i64, 0, true);
         drop(parts);
         Ok(Response::new())
@@ -274,15 +312,27 @@ impl Exporter for TarExporter {
             let mut trees = Vec::new();
             for part in &parts {
                 let below = if split { part.id.clone() } else { String::new() };
-                let dirs = [Some(part.mount.path()), part.statements.as_ref().map(tempfile::TempDir::path)];
-                trees.extend(dirs.into_iter().flatten().map(|dir| (below.clone(), LayerTree::whole(dir).at(epoch))));
+                let dirs = [
+                    Some(part.mount.path()),
+                    part.statements.as_ref().map(tempfile::TempDir::path),
+                ];
+                trees.extend(
+                    dirs.into_iter()
+                        .flatten()
+                        .map(|dir| (below.clone(), LayerTree::whole(dir).at(epoch))),
+                );
             }
             let now = epoch.unwrap_or_else(|| nanos(SystemTime::now()) / 1_000_000_000);
-            let mut send = |bytes: bytes::Bytes| sink.blocking_write(&bytes).map_err(|e| Fault::io("send a tarball to the client", e));
+            let mut send = |bytes: bytes::Bytes| {
+                sink.blocking_write(&bytes)
+                    .map_err(|e| Fault::io("send a tarball to the client", e))
+            };
             let sent = shipway_archive::pack_below(&trees, now, &mut send).map(drop);
             (sink, sent)
         };
-        let (sink, sent) = tokio::task::spawn_blocking(pack).await.map_err(|e| Fault::internal(format!("pack a tarball: {e}")))?;
+        let (sink, sent) = tokio::task::spawn_blocking(pack)
+            .await
+            .map_err(|e| Fault::internal(format!("pack a tarball: {e}")))?;
         match sink.finish().await? {
             Delivered::NotNeeded => {}
             Delivered::Taken => sent?,
@@ -317,6 +367,9 @@ mod tests {
     #[test]
     fn files_of_attestations_are_named_after_their_platform_where_they_lie_together() {
         assert_eq!(file_name("", "/out/sbom.spdx.json", None), "sbom.spdx.json");
-        assert_eq!(file_name("x-", "provenance.json", Some("linux_arm64")), "x-provenance.linux_arm64.json");
+        assert_eq!(
+            file_name("x-", "provenance.json", Some("linux_arm64")),
+            "x-provenance.linux_arm64.json"
+        );
     }
 }

@@ -1,8 +1,9 @@
 //! Errors as data: a class, a code, a message, its causes, hints, and typed details.
 //!
-//! Leaf crates have precise `thiserror` enums and convert them to [`Fault`] with `From`; from `refs` upward [`Fault`] is
-//! the common currency, because results and their errors are shared between builds and must be `Clone`.
-//! Nothing here knows gRPC; crate `grpc` turns a fault into a status and back (rows `net.err*`, `err.*`).
+//! Leaf crates have precise `thiserror` enums and convert them to [`Fault`] with `From`; from
+//! `refs` upward [`Fault`] is the common currency, because results and their errors are shared
+//! between builds and must be `Clone`. Nothing here knows gRPC; crate `grpc` turns a fault into a
+//! status and back (rows `net.err*`, `err.*`).
 
 mod redact;
 
@@ -81,7 +82,8 @@ impl Code {
     }
 }
 
-/// A place in a text: line and character, both counted as the client's source map does (lines from 1, characters from 0).
+/// A place in a text: line and character, both counted as the client's source map does (lines from
+/// 1, characters from 0).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Position {
     /// Line, from 1.
@@ -99,7 +101,8 @@ pub struct Span {
     pub end: Position,
 }
 
-/// A text that spans point into, carried whole so that a client can draw the lines (row `err.source`).
+/// A text that spans point into, carried whole so that a client can draw the lines (row
+/// `err.source`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SourceFile {
     /// Name as the user knows it.
@@ -108,7 +111,8 @@ pub struct SourceFile {
     pub language: String,
     /// The whole text.
     pub data: Vec<u8>,
-    /// Encoded LLB definition that produced the file (`pb.Definition`), when it came out of a build.
+    /// Encoded LLB definition that produced the file (`pb.Definition`), when it came out of a
+    /// build.
     pub definition: Option<Vec<u8>>,
 }
 
@@ -160,7 +164,8 @@ pub enum Detail {
     Subrequest(String),
     /// What provenance lacks of the materials that the build wanted all of (row `err.provenance`).
     IncompleteMaterials(Vec<IncompleteMaterial>),
-    /// Something that the version of the defaults which the client wants does not have (row `err.compat`).
+    /// Something that the version of the defaults which the client wants does not have (row
+    /// `err.compat`).
     Compatibility {
         /// The version.
         version: i64,
@@ -171,7 +176,8 @@ pub enum Detail {
     Exit(u32),
     /// A thing that goes with the fault inside this process only; what it is, its maker knows.
     Kept(Kept),
-    /// A detail that came from elsewhere and passes through untouched: type URL and value (row `net.errunknown`).
+    /// A detail that came from elsewhere and passes through untouched: type URL and value (row
+    /// `net.errunknown`).
     Opaque {
         /// Type URL.
         type_url: String,
@@ -222,17 +228,23 @@ struct Data {
     source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
-/// An error as data. Cheap to clone; `Display` gives the contexts, outermost first, then the message.
+/// An error as data. Cheap to clone; `Display` gives the contexts, outermost first, then the
+/// message.
 #[derive(Clone)]
 pub struct Fault(Arc<Data>);
 
 /// The usual result above the leaf crates.
 pub type Result<T, E = Fault> = std::result::Result<T, E>;
 
-/// An I/O error in the words that BuildKit's users know: `no such file or directory`, without the number behind.
+/// An I/O error in the words that BuildKit's users know: `no such file or directory`, without the
+/// number behind.
 fn words_of(error: &std::io::Error) -> String {
     let text = error.to_string();
-    let Some(words) = error.raw_os_error().and_then(|n| text.strip_suffix(&format!(" (os error {n})"))) else { return text };
+    let Some(words) =
+        error.raw_os_error().and_then(|n| text.strip_suffix(&format!(" (os error {n})")))
+    else {
+        return text;
+    };
     let mut chars = words.chars();
     chars.next().map_or_else(String::new, |first| first.to_lowercase().chain(chars).collect())
 }
@@ -308,8 +320,14 @@ impl Fault {
             _ => Code::Unknown,
         };
         let full = matches!(error.kind(), StorageFull | QuotaExceeded);
-        let fault = Self::new(code, format!("{what}: {}", words_of(&error))).with_class(Class::Environment).with_source(error);
-        if full { fault.hint("the disk is full: free some space, for example with `shipway prune`, and build again") } else { fault }
+        let fault = Self::new(code, format!("{what}: {}", words_of(&error)))
+            .with_class(Class::Environment)
+            .with_source(error);
+        if full {
+            fault.hint("the disk is full: free some space, for example with `shipway prune`, and build again")
+        } else {
+            fault
+        }
     }
 
     fn edit(mut self, f: impl FnOnce(&mut Data)) -> Self {
@@ -343,7 +361,8 @@ impl Fault {
         self.edit(|d| d.details.iter_mut().for_each(|detail| *detail = with(detail)))
     }
 
-    /// Without the things that are kept with it: for those who remember it longer than anybody needs them.
+    /// Without the things that are kept with it: for those who remember it longer than anybody
+    /// needs them.
     #[must_use]
     pub fn without_kept(self) -> Self {
         self.edit(|d| d.details.retain(|d| !matches!(d, Detail::Kept(_))))
@@ -461,7 +480,8 @@ impl<T, E: Into<Fault>> Context<T> for std::result::Result<T, E> {
     }
 }
 
-/// The candidate nearest to `word` by edit distance, if it is near enough to be a likely typing error.
+/// The candidate nearest to `word` by edit distance, if it is near enough to be a likely typing
+/// error.
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let limit = (word.chars().count() / 3).max(1);
     by_distance(word, candidates).filter(|(d, _)| *d <= limit).map(|(_, c)| c)
@@ -472,12 +492,16 @@ pub fn closest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     by_distance(word, candidates).map(|(_, c)| c)
 }
 
-/// Longest word, in bytes, that is compared with others: what is longer is no typing error, and comparing takes the product of the lengths.
+/// Longest word, in bytes, that is compared with others: what is longer is no typing error, and
+/// comparing takes the product of the lengths.
 const MAX_WORD: usize = 128;
 /// Most candidates that one word is compared with.
 const MAX_CANDIDATES: usize = 1000;
 
-fn by_distance<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<(usize, &'a str)> {
+fn by_distance<'a>(
+    word: &str,
+    candidates: impl IntoIterator<Item = &'a str>,
+) -> Option<(usize, &'a str)> {
     if word.len() > MAX_WORD {
         return None;
     }
@@ -514,7 +538,9 @@ mod tests {
 
     #[test]
     fn io_errors_have_the_words_that_users_know() {
-        let check = |error: std::io::Error, want: &str| assert_eq!(Fault::io("open /x", error).to_string(), want);
+        let check = |error: std::io::Error, want: &str| {
+            assert_eq!(Fault::io("open /x", error).to_string(), want)
+        };
         check(std::io::Error::from_raw_os_error(2), "open /x: no such file or directory");
         check(std::io::Error::from_raw_os_error(5), "open /x: input/output error");
         check(std::io::Error::other("Strange (os error 2)"), "open /x: Strange (os error 2)");
@@ -544,7 +570,8 @@ mod tests {
         assert_eq!(nearest("short", [name.as_str(), "shorts"]), Some("shorts"));
         let limit = "x".repeat(MAX_WORD);
         assert_eq!(nearest(&limit, [limit.as_str()]), Some(limit.as_str()));
-        let many = std::iter::repeat_n("other", MAX_CANDIDATES).chain(std::iter::from_fn(|| panic!("one too many")));
+        let many = std::iter::repeat_n("other", MAX_CANDIDATES)
+            .chain(std::iter::from_fn(|| panic!("one too many")));
         assert_eq!(nearest("short", many), None);
     }
 }

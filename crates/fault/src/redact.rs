@@ -1,4 +1,5 @@
-//! Addresses without the names and passwords in them: what is shown to people, logged or kept goes through here.
+//! Addresses without the names and passwords in them: what is shown to people, logged or kept goes
+//! through here.
 
 const MASK: &str = "xxxxx";
 
@@ -22,7 +23,9 @@ pub fn redact_text(text: &str) -> String {
     while let Some(at) = rest.find("://") {
         let (before, after) = rest.split_at(at + 3);
         out.push_str(before);
-        let end = after.find(|c: char| matches!(c, '/' | '?' | '#' | '"' | '<' | '>') || c.is_whitespace() || c.is_control());
+        let end = after.find(|c: char| {
+            matches!(c, '/' | '?' | '#' | '"' | '<' | '>') || c.is_whitespace() || c.is_control()
+        });
         let (authority, beyond) = after.split_at(end.unwrap_or(after.len()));
         if holds_another(authority, beyond) {
             rest = after;
@@ -34,13 +37,15 @@ pub fn redact_text(text: &str) -> String {
     out + rest
 }
 
-/// Whether what looks like an authority is the scheme of an address within the address, as in `git://https://host/repo`.
+/// Whether what looks like an authority is the scheme of an address within the address, as in
+/// `git://https://host/repo`.
 fn holds_another(authority: &str, beyond: &str) -> bool {
     authority.ends_with(':') && beyond.starts_with("//")
 }
 
 fn is_scheme(text: &str) -> bool {
-    text.starts_with(|c: char| c.is_ascii_alphabetic()) && text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
+    text.starts_with(|c: char| c.is_ascii_alphabetic())
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
 }
 
 /// `user:password@host` without the first two; `None` if they are not there.
@@ -61,8 +66,14 @@ mod tests {
     #[test]
     fn passwords_are_masked() {
         for (url, want) in [
-            ("https://user:pass@example.invalid/repo.git", "https://xxxxx:xxxxx@example.invalid/repo.git"),
-            ("https://token@example.invalid/r.git#main", "https://xxxxx@example.invalid/r.git#main"),
+            (
+                "https://user:pass@example.invalid/repo.git",
+                "https://xxxxx:xxxxx@example.invalid/repo.git",
+            ),
+            (
+                "https://token@example.invalid/r.git#main",
+                "https://xxxxx@example.invalid/r.git#main",
+            ),
             ("https://:p@h/", "https://:xxxxx@h/"),
             ("https://p@ss@h", "https://xxxxx@h"),
             ("https://example.invalid/a@b", "https://example.invalid/a@b"),
@@ -78,7 +89,10 @@ mod tests {
     #[test]
     fn all_addresses_of_a_text_are_masked() {
         for (text, want) in [
-            ("fatal: unable to access 'https://t@h/a/': a@b", "fatal: unable to access 'https://xxxxx@h/a/': a@b"),
+            (
+                "fatal: unable to access 'https://t@h/a/': a@b",
+                "fatal: unable to access 'https://xxxxx@h/a/': a@b",
+            ),
             ("ADD https://a:b@h/x http://c@i /y", "ADD https://xxxxx:xxxxx@h/x http://xxxxx@i /y"),
             ("git://https://t@h/a", "git://https://xxxxx@h/a"),
             ("a://b://c@d", "a://b://xxxxx@d"),

@@ -1,4 +1,5 @@
-//! Memory for what senders describe: a sender that describes without end, or that never sends what it described, must not take it all.
+//! Memory for what senders describe: a sender that describes without end, or that never sends what
+//! it described, must not take it all.
 
 use shipway_fault::{Code, Fault, Result};
 use std::sync::{
@@ -10,7 +11,8 @@ use std::sync::{
 const MAX_TRANSFER: usize = 1 << 30;
 /// What those of all transfers together may take.
 const MAX_TOGETHER: usize = 2 << 30;
-/// What an entry takes besides its texts: its places in the tree, among the changes and in the tables of what was asked for.
+/// What an entry takes besides its texts: its places in the tree, among the changes and in the
+/// tables of what was asked for.
 pub(crate) const ENTRY: usize = 256;
 
 /// A bound of the memory that transfers which share it take.
@@ -29,7 +31,8 @@ impl Budget {
 
     /// That of this process.
     pub fn shared() -> Arc<Self> {
-        static SHARED: LazyLock<Arc<Budget>> = LazyLock::new(|| Budget::new(MAX_TRANSFER, MAX_TOGETHER));
+        static SHARED: LazyLock<Arc<Budget>> =
+            LazyLock::new(|| Budget::new(MAX_TRANSFER, MAX_TOGETHER));
         SHARED.clone()
     }
 }
@@ -49,11 +52,14 @@ impl Taken {
     pub(crate) fn take(&mut self, bytes: usize) -> Result<()> {
         let exhausted = |what: &str| Err(Fault::new(Code::ResourceExhausted, what.to_owned()));
         if self.bytes.saturating_add(bytes) > self.budget.each {
-            return exhausted("the sender's tree is too large")
-                .map_err(|e: Fault| e.hint("exclude what the build does not need in .dockerignore"));
+            return exhausted("the sender's tree is too large").map_err(|e: Fault| {
+                e.hint("exclude what the build does not need in .dockerignore")
+            });
         }
         self.bytes += bytes;
-        if self.budget.used.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > self.budget.together {
+        if self.budget.used.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes)
+            > self.budget.together
+        {
             return exhausted("too many large directories are being received")
                 .map_err(|e: Fault| e.hint("try again when other builds have their files"));
         }

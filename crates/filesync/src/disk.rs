@@ -1,4 +1,5 @@
-//! Access below a directory that never follows a symbolic link and never leaves it, whatever the paths say.
+//! Access below a directory that never follows a symbolic link and never leaves it, whatever the
+//! paths say.
 
 use std::{
     fs::File,
@@ -26,9 +27,19 @@ pub(crate) fn open_below(root: impl AsFd, path: &str, flags: OFlags) -> io::Resu
         // Old kernels and some sandboxes lack the call; one step at a time does the same.
         Err(Errno::NOSYS | Errno::PERM) => {
             let (dir, name) = split(path);
-            let mut at = rustix::fs::openat(&root, ".", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+            let mut at = rustix::fs::openat(
+                &root,
+                ".",
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )?;
             for part in dir.split('/').filter(|p| !p.is_empty()) {
-                at = rustix::fs::openat(&at, part, OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+                at = rustix::fs::openat(
+                    &at,
+                    part,
+                    OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                    Mode::empty(),
+                )?;
             }
             Ok(rustix::fs::openat(&at, name, flags, Mode::empty())?)
         }
@@ -36,14 +47,25 @@ pub(crate) fn open_below(root: impl AsFd, path: &str, flags: OFlags) -> io::Resu
     }
 }
 
-/// Reads the regular file `path` below `root`. A socket, a pipe or a link in its place is an error, never a wait.
+/// Reads the regular file `path` below `root`. A socket, a pipe or a link in its place is an error,
+/// never a wait.
 pub(crate) fn open_file(root: impl AsFd, path: &str) -> io::Result<File> {
     open_below(root, path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY).map(File::from)
 }
 
-/// Sets the permissions of `name` in `dir`, never of what a link leads to: whoever works in the directory at the same time may have put one there.
-pub fn chmod_nofollow(dir: impl AsFd, name: impl rustix::path::Arg, mode: Mode) -> rustix::io::Result<()> {
-    let file = rustix::fs::openat(dir, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+/// Sets the permissions of `name` in `dir`, never of what a link leads to: whoever works in the
+/// directory at the same time may have put one there.
+pub fn chmod_nofollow(
+    dir: impl AsFd,
+    name: impl rustix::path::Arg,
+    mode: Mode,
+) -> rustix::io::Result<()> {
+    let file = rustix::fs::openat(
+        dir,
+        name,
+        OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
     if FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode) == FileType::Symlink {
         return Err(Errno::LOOP);
     }
@@ -53,8 +75,13 @@ pub fn chmod_nofollow(dir: impl AsFd, name: impl rustix::path::Arg, mode: Mode) 
 
 /// Opens a directory to work in.
 pub(crate) fn open_root(path: &Path) -> Result<OwnedFd> {
-    rustix::fs::openat(CWD, path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|e| Fault::io(format!("open directory {}", path.display()), e.into()))
+    rustix::fs::openat(
+        CWD,
+        path,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(|e| Fault::io(format!("open directory {}", path.display()), e.into()))
 }
 
 /// Handles of the directories that were used last.
@@ -92,11 +119,14 @@ impl Dirs {
 
     /// Forgets the directory `path` and what is below it.
     pub(crate) fn forget(&mut self, path: &str) {
-        self.cached.retain(|(p, _)| !p.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')));
+        self.cached.retain(|(p, _)| {
+            !p.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        });
     }
 }
 
-/// Removes `name` from `dir` and, if it is a directory, what is in it. What is not there is no error.
+/// Removes `name` from `dir` and, if it is a directory, what is in it. What is not there is no
+/// error.
 pub(crate) fn remove(dir: impl AsFd, name: &str) -> io::Result<()> {
     match rustix::fs::unlinkat(&dir, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
@@ -123,7 +153,9 @@ pub(crate) fn remove(dir: impl AsFd, name: &str) -> io::Result<()> {
         match child.to_str() {
             Ok(child) => remove(&inner, child)?,
             // Only what we were sent has a name we could not have written.
-            Err(_) => return Err(io::Error::other(format!("directory name {child:?} is not UTF-8"))),
+            Err(_) => {
+                return Err(io::Error::other(format!("directory name {child:?} is not UTF-8")));
+            }
         }
     }
     Ok(rustix::fs::unlinkat(&dir, name, AtFlags::REMOVEDIR)?)

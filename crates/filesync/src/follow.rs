@@ -1,4 +1,5 @@
-//! Which paths a client must send so that given paths can be followed through symbolic links (row `cb.filesync.md`, `followpaths`).
+//! Which paths a client must send so that given paths can be followed through symbolic links (row
+//! `cb.filesync.md`, `followpaths`).
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -17,14 +18,16 @@ use crate::{path::join, path::split};
 /// More links than this are not followed; a tree with so many is an attack or a mistake.
 const MAX_LINKS: usize = 100_000;
 
-/// Resolves `paths` inside `root`: every symbolic link on the way and what it leads to. The answer is sorted and without paths below
-/// others; `None` means everything. Blocks.
+/// Resolves `paths` inside `root`: every symbolic link on the way and what it leads to. The answer
+/// is sorted and without paths below others; `None` means everything. Blocks.
 pub fn follow_paths<S: AsRef<str>>(root: &Path, paths: &[S]) -> Result<Option<Vec<String>>> {
     let mut todo: VecDeque<String> = paths.iter().map(|p| relative(p.as_ref())).collect();
     let mut resolved = BTreeSet::new();
     while let Some(path) = todo.pop_front() {
         if resolved.len() > MAX_LINKS {
-            return Err(Fault::invalid(format!("followpaths leads through more than {MAX_LINKS} links")));
+            return Err(Fault::invalid(format!(
+                "followpaths leads through more than {MAX_LINKS} links"
+            )));
         }
         follow(root, &path, &mut resolved, &mut todo)?;
     }
@@ -38,7 +41,9 @@ pub(crate) fn without_nested(paths: Vec<String>) -> Option<Vec<String>> {
         if path == "." {
             return None;
         }
-        let nested = out.last().is_some_and(|last| path.strip_prefix(last.as_str()).is_some_and(|rest| rest.starts_with('/')));
+        let nested = out.last().is_some_and(|last| {
+            path.strip_prefix(last.as_str()).is_some_and(|rest| rest.starts_with('/'))
+        });
         if !nested {
             out.push(path);
         }
@@ -46,12 +51,21 @@ pub(crate) fn without_nested(paths: Vec<String>) -> Option<Vec<String>> {
     Some(out)
 }
 
-fn follow(root: &Path, path: &str, resolved: &mut BTreeSet<String>, todo: &mut VecDeque<String>) -> Result<()> {
+fn follow(
+    root: &Path,
+    path: &str,
+    resolved: &mut BTreeSet<String>,
+    todo: &mut VecDeque<String>,
+) -> Result<()> {
     let mut current = String::new();
     let mut rest = path;
     loop {
         let (first, after) = rest.split_once('/').unwrap_or((rest, ""));
-        current = if current.is_empty() || current == "." { first.to_owned() } else { join(&current, first) };
+        current = if current.is_empty() || current == "." {
+            first.to_owned()
+        } else {
+            join(&current, first)
+        };
         rest = after;
         let targets = targets(root, &current, true)?;
         if targets.is_empty() && !rest.is_empty() {
@@ -77,7 +91,9 @@ fn targets(root: &Path, path: &str, wildcards: bool) -> Result<Vec<String>> {
         };
         let mut out = Vec::new();
         for entry in entries {
-            if let Some(name) = entry.map_err(failed)?.file_name().to_str().filter(|n| glob.matches(n)) {
+            if let Some(name) =
+                entry.map_err(failed)?.file_name().to_str().filter(|n| glob.matches(n))
+            {
                 out.extend(targets(root, &join(dir, name), false)?);
             }
         }
@@ -135,7 +151,11 @@ mod tests {
             (&["[lm]"], Some(vec!["[lm]", "a/b", "l"])),
         ] {
             let got = follow_paths(root, paths).expect("follows");
-            assert_eq!(got, expected.map(|e| e.into_iter().map(str::to_owned).collect()), "{paths:?}");
+            assert_eq!(
+                got,
+                expected.map(|e| e.into_iter().map(str::to_owned).collect()),
+                "{paths:?}"
+            );
         }
     }
 }

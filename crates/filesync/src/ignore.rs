@@ -1,4 +1,5 @@
-//! Ignore files such as `.dockerignore`, with the lines their patterns came from so that errors can point there.
+//! Ignore files such as `.dockerignore`, with the lines their patterns came from so that errors can
+//! point there.
 
 use shipway_fault::Result;
 use shipway_gocompat::path::clean;
@@ -23,8 +24,8 @@ pub struct IgnoreFile {
 }
 
 impl IgnoreFile {
-    /// Parses `data`: one pattern per line, `#` at a line's start comments, a first byte-order mark is skipped, leading slashes
-    /// mean nothing. Pattern errors show when they are compiled.
+    /// Parses `data`: one pattern per line, `#` at a line's start comments, a first byte-order mark
+    /// is skipped, leading slashes mean nothing. Pattern errors show when they are compiled.
     pub fn parse(data: &[u8]) -> Self {
         let text = String::from_utf8_lossy(data.strip_prefix(b"\xef\xbb\xbf").unwrap_or(data));
         let rules = text.lines().enumerate().filter_map(|(i, line)| {
@@ -40,7 +41,11 @@ impl IgnoreFile {
             if body.len() > 1 && body.starts_with('/') {
                 body.remove(0);
             }
-            Some(IgnoreRule { pattern: format!("{bang}{body}"), line: i + 1, text: text.to_owned() })
+            Some(IgnoreRule {
+                pattern: format!("{bang}{body}"),
+                line: i + 1,
+                text: text.to_owned(),
+            })
         });
         Self { rules: rules.collect() }
     }
@@ -60,7 +65,10 @@ impl IgnoreFile {
         let matcher = PatternMatcher::new(self.rules.iter().map(|r| &r.pattern))?;
         let path = clean(path);
         let path = path.trim_start_matches('/');
-        Ok(matcher.decider(path).filter(|p| !p.is_negated()).and_then(|p| self.rules.get(p.index())))
+        Ok(matcher
+            .decider(path)
+            .filter(|p| !p.is_negated())
+            .and_then(|p| self.rules.get(p.index())))
     }
 }
 

@@ -1,4 +1,5 @@
-//! What a directory is known to hold, so that a transfer into it need not look (row `src.local.key`).
+//! What a directory is known to hold, so that a transfer into it need not look (row
+//! `src.local.key`).
 
 use std::{path::Path, sync::Arc};
 
@@ -29,7 +30,8 @@ pub struct KnownEntry {
     pub link: Box<str>,
     /// Major and minor number of a device.
     pub device: (i64, i64),
-    /// What its sender tells it apart by besides (see [`crate::FileSyncRequest::identify`]); 0 if that is not known.
+    /// What its sender tells it apart by besides (see [`crate::FileSyncRequest::identify`]); 0 if
+    /// that is not known.
     pub identity: u64,
 }
 
@@ -48,7 +50,8 @@ impl KnownEntry {
         }
     }
 
-    /// Whether `other`, which is sent, describes the same state; what a directory's size and time say depends on what is in it.
+    /// Whether `other`, which is sent, describes the same state; what a directory's size and time
+    /// say depends on what is in it.
     pub(crate) fn same(&self, other: &Self) -> bool {
         (self.mode.is_dir() || (self.size == other.size && self.mtime == other.mtime))
             && self.mode == other.mode
@@ -86,7 +89,10 @@ impl KnownTree {
         let mut tree = Self::scan(dir)?;
         if tree.len() == identities.len() {
             let entries = Arc::make_mut(&mut tree.entries);
-            entries.iter_mut().zip(identities).for_each(|(entry, identity)| entry.identity = *identity);
+            entries
+                .iter_mut()
+                .zip(identities)
+                .for_each(|(entry, identity)| entry.identity = *identity);
         }
         Ok(tree)
     }
@@ -117,7 +123,8 @@ impl KnownTree {
     }
 }
 
-/// Name under which a file's identity is sent among its extended attributes. No file system has such an attribute.
+/// Name under which a file's identity is sent among its extended attributes. No file system has
+/// such an attribute.
 pub(crate) const IDENTITY: &str = "shipway.identity";
 
 fn identity(stat: &Stat) -> u64 {

@@ -17,7 +17,9 @@ pub async fn announced(stream: PacketStream, limit: usize) -> Result<Vec<String>
                 // The empty one ends the list; past the limit the rest does not matter.
                 _ => break,
             },
-            Ok(PacketType::PacketErr) => return Err(Fault::unknown(String::from_utf8_lossy(&packet.data).into_owned())),
+            Ok(PacketType::PacketErr) => {
+                return Err(Fault::unknown(String::from_utf8_lossy(&packet.data).into_owned()));
+            }
             _ => break,
         }
     }
@@ -37,7 +39,8 @@ mod tests {
         let PacketStream { mut incoming, outgoing } = theirs;
         for path in ["a", "b", ""] {
             let stat = (!path.is_empty()).then(|| Stat { path: path.into(), ..Default::default() });
-            let packet = Packet { r#type: PacketType::PacketStat.into(), stat, ..Default::default() };
+            let packet =
+                Packet { r#type: PacketType::PacketStat.into(), stat, ..Default::default() };
             outgoing.send(packet).await.expect("sent");
         }
         assert_eq!(announced(ours, 10).await.expect("names"), ["a", "b"]);

@@ -1,4 +1,5 @@
-//! Lists of patterns with `**` and `!`, as in `.dockerignore`, and the filter of a tree walk (rows `cb.filesync.md`, `df.ignore*`).
+//! Lists of patterns with `**` and `!`, as in `.dockerignore`, and the filter of a tree walk (rows
+//! `cb.filesync.md`, `df.ignore*`).
 
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::{BadPattern, Glob, path::clean};
@@ -27,7 +28,8 @@ impl Pattern {
     fn new(text: String, negated: bool, index: usize) -> Result<Self> {
         let body = text.strip_prefix("**").unwrap_or(&text);
         let plain = |t: &str| !t.contains(['*', '?', '[', ']', '\\']);
-        // The forms are not only faster: `**x` as a suffix matches `ax`, which the general form would not.
+        // The forms are not only faster: `**x` as a suffix matches `ax`, which the general form
+        // would not.
         let form = if plain(&text) {
             Form::Exact
         } else if text.starts_with("**") && plain(body) {
@@ -70,7 +72,9 @@ impl Pattern {
     fn matches_or_parent(&self, path: &str) -> bool {
         match &self.form {
             Form::Glob(glob) => glob.matches_or_parent(path),
-            _ => self.matches(path) || path.match_indices('/').any(|(i, _)| self.matches(&path[..i])),
+            _ => {
+                self.matches(path) || path.match_indices('/').any(|(i, _)| self.matches(&path[..i]))
+            }
         }
     }
 
@@ -83,7 +87,8 @@ impl Pattern {
 }
 
 fn malformed(pattern: &str, error: BadPattern) -> Fault {
-    Fault::invalid(format!("{error} {pattern:?}")).hint("a pattern ends with a lone backslash or has an unclosed or empty [class]")
+    Fault::invalid(format!("{error} {pattern:?}"))
+        .hint("a pattern ends with a lone backslash or has an unclosed or empty [class]")
 }
 
 /// A list of patterns, of which the last that matches decides.
@@ -138,7 +143,8 @@ impl PatternMatcher {
         decider
     }
 
-    /// Like [`PatternMatcher::matches`] during a walk, with what is known of the parent directory; the second value is for the children.
+    /// Like [`PatternMatcher::matches`] during a walk, with what is known of the parent directory;
+    /// the second value is for the children.
     pub fn matches_below(&self, path: &str, parent: &MatchInfo) -> (bool, MatchInfo) {
         let known = parent.0.len() == self.patterns.len();
         let mut matched = false;
@@ -178,7 +184,8 @@ pub struct DirMatch {
     exclude: MatchInfo,
 }
 
-/// Include and exclude patterns together: a path must match the first, if there are any, and must not match the second.
+/// Include and exclude patterns together: a path must match the first, if there are any, and must
+/// not match the second.
 #[derive(Clone, Debug, Default)]
 pub struct PathFilter {
     include: Option<PatternMatcher>,
@@ -196,13 +203,21 @@ impl PathFilter {
             if patterns.is_empty() {
                 return Ok(None);
             }
-            PatternMatcher::new(patterns).map(Some).map_err(|e| e.context(format!("invalid {what}")))
+            PatternMatcher::new(patterns)
+                .map(Some)
+                .map_err(|e| e.context(format!("invalid {what}")))
         };
         let include = compile("includepatterns", include)?;
         let exclude = compile("excludepatterns", exclude)?;
-        let plain =
-            |m: &Option<PatternMatcher>, negated| m.iter().flat_map(|m| &m.patterns).all(|p| p.negated != negated || p.stem().is_some());
-        Ok(Self { plain_includes: plain(&include, false), plain_exceptions: plain(&exclude, true), include, exclude })
+        let plain = |m: &Option<PatternMatcher>, negated| {
+            m.iter().flat_map(|m| &m.patterns).all(|p| p.negated != negated || p.stem().is_some())
+        };
+        Ok(Self {
+            plain_includes: plain(&include, false),
+            plain_exceptions: plain(&exclude, true),
+            include,
+            exclude,
+        })
     }
 
     /// Whether everything passes.
@@ -212,7 +227,8 @@ impl PathFilter {
 
     /// Whether `path` passes, judged alone.
     pub fn keeps(&self, path: &str) -> bool {
-        self.include.as_ref().is_none_or(|m| m.matches(path)) && !self.exclude.as_ref().is_some_and(|m| m.matches(path))
+        self.include.as_ref().is_none_or(|m| m.matches(path))
+            && !self.exclude.as_ref().is_some_and(|m| m.matches(path))
     }
 
     /// Judges `path` during a walk, given its directory's [`DirMatch`].
@@ -245,11 +261,11 @@ impl PathFilter {
 
 /// Whether some (negated or plain) pattern of `matcher` names something below the directory `path`.
 fn leads_on(matcher: &PatternMatcher, negated: bool, path: &str) -> bool {
-    matcher
-        .patterns
-        .iter()
-        .filter(|p| p.negated == negated)
-        .any(|p| p.stem().is_some_and(|stem| stem.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))))
+    matcher.patterns.iter().filter(|p| p.negated == negated).any(|p| {
+        p.stem().is_some_and(|stem| {
+            stem.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        })
+    })
 }
 
 #[cfg(test)]
@@ -328,7 +344,18 @@ mod tests {
 
     #[test]
     fn walking_agrees_with_judging_alone() {
-        let paths = ["a", "a/b", "a/b/c", "a/b/c/d.go", "a/x.md", "b", "b/x.md", "c", "c/vendor", "c/vendor/x"];
+        let paths = [
+            "a",
+            "a/b",
+            "a/b/c",
+            "a/b/c/d.go",
+            "a/x.md",
+            "b",
+            "b/x.md",
+            "c",
+            "c/vendor",
+            "c/vendor/x",
+        ];
         let lists: &[(&[&str], &[&str])] = &[
             (&["a/b/c"], &[]),
             (&["**/*.md"], &["a"]),
@@ -340,13 +367,24 @@ mod tests {
         ];
         for (include, exclude) in lists {
             let filter = PathFilter::new(include, exclude).expect("valid");
-            let mut states = std::collections::HashMap::from([(String::new(), (Verdict::Pass, DirMatch::default()))]);
+            let mut states = std::collections::HashMap::from([(
+                String::new(),
+                (Verdict::Pass, DirMatch::default()),
+            )]);
             for path in paths {
                 let (dir, _) = crate::path::split(path);
                 let (above, parent) = states[dir].clone();
                 let is_dir = paths.iter().any(|p| p.starts_with(&format!("{path}/")));
-                let judged = if above == Verdict::Prune { (Verdict::Prune, parent) } else { filter.visit(path, is_dir, &parent) };
-                assert_eq!(judged.0 == Verdict::Keep, filter.keeps(path), "{include:?} {exclude:?} {path}");
+                let judged = if above == Verdict::Prune {
+                    (Verdict::Prune, parent)
+                } else {
+                    filter.visit(path, is_dir, &parent)
+                };
+                assert_eq!(
+                    judged.0 == Verdict::Keep,
+                    filter.keeps(path),
+                    "{include:?} {exclude:?} {path}"
+                );
                 states.insert(path.to_owned(), judged);
             }
         }

@@ -12,7 +12,8 @@ const MAX_DEPTH: usize = 1024;
 /// Follows a tree's paths in order.
 #[derive(Debug, Default)]
 pub(crate) struct Order {
-    /// The directories that the last path was in, outermost first, each with the name of its last entry.
+    /// The directories that the last path was in, outermost first, each with the name of its last
+    /// entry.
     open: Vec<(String, String)>,
     root_last: String,
 }
@@ -31,7 +32,11 @@ impl Order {
         if kind == FileKind::Other {
             return Err(refuse(path, "unknown file type"));
         }
-        if kind == FileKind::Symlink && (stat.linkname.is_empty() || stat.linkname.len() > MAX_PATH || stat.linkname.contains('\0')) {
+        if kind == FileKind::Symlink
+            && (stat.linkname.is_empty()
+                || stat.linkname.len() > MAX_PATH
+                || stat.linkname.contains('\0'))
+        {
             return Err(refuse(path, "impossible link target"));
         }
         let (dir, name) = split(path);
@@ -88,7 +93,11 @@ mod tests {
 
     #[test]
     fn only_ordered_clean_paths_pass() {
-        let dir = |p: &str| Stat { path: p.into(), mode: FileMode::directory(0o755).0, ..Default::default() };
+        let dir = |p: &str| Stat {
+            path: p.into(),
+            mode: FileMode::directory(0o755).0,
+            ..Default::default()
+        };
         let file = |p: &str| Stat { path: p.into(), mode: 0o644, ..Default::default() };
         for (stats, good) in [
             (vec![dir("a"), file("a/b"), dir("a/c"), file("a/c/d"), file("a.x"), file("b")], true),
@@ -111,7 +120,12 @@ mod tests {
         ] {
             let mut order = Order::default();
             let result: Result<Vec<()>> = stats.iter().map(|s| order.check(s)).collect();
-            assert_eq!(result.is_ok(), good, "{:?}", stats.iter().map(|s| &s.path).collect::<Vec<_>>());
+            assert_eq!(
+                result.is_ok(),
+                good,
+                "{:?}",
+                stats.iter().map(|s| &s.path).collect::<Vec<_>>()
+            );
         }
     }
 }

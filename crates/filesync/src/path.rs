@@ -3,7 +3,8 @@
 
 use std::cmp::Ordering;
 
-/// The order in which a walk meets paths: by components, each compared by bytes, a directory before what is in it.
+/// The order in which a walk meets paths: by components, each compared by bytes, a directory before
+/// what is in it.
 pub fn compare(a: &str, b: &str) -> Ordering {
     let key = |c: u8| if c == b'/' { 0 } else { c };
     a.bytes().map(key).cmp(b.bytes().map(key))

@@ -1,7 +1,9 @@
-//! The receiving side: compares what is sent with what is there, asks for what differs, writes it (rows `cb.fsutil.flow`, `src.local*`).
+//! The receiving side: compares what is sent with what is there, asks for what differs, writes it
+//! (rows `cb.fsutil.flow`, `src.local*`).
 //!
-//! One thread applies entries in order, a few write files, and the calling task only distributes packets. Requests wait in a queue of
-//! their own, because a receiver that stopped reading while it asks would deadlock with a sender that stops reading while it sends.
+//! One thread applies entries in order, a few write files, and the calling task only distributes
+//! packets. Requests wait in a queue of their own, because a receiver that stopped reading while it
+//! asks would deadlock with a sender that stops reading while it sends.
 
 mod apply;
 
@@ -28,7 +30,8 @@ use crate::{
 
 /// Threads that write files.
 const WRITERS: usize = 2;
-/// Neighbours in the tree go to the same thread, in runs of this many, so that its directory handles serve them all.
+/// Neighbours in the tree go to the same thread, in runs of this many, so that its directory
+/// handles serve them all.
 const RUN: u32 = 64;
 /// Packets taken at once, if so many are there.
 const BATCH: usize = 128;
@@ -37,8 +40,8 @@ const QUEUE: usize = 4;
 /// Grace for a sender to end its stream when all is done.
 const GOODBYE: Duration = Duration::from_secs(10);
 
-/// Name of the file that says what the sender has (see [`ReceiveOptions::listed`]), as in BuildKit: for each entry the length of its `Stat`, four bytes with
-/// the lowest first, and the `Stat`.
+/// Name of the file that says what the sender has (see [`ReceiveOptions::listed`]), as in BuildKit:
+/// for each entry the length of its `Stat`, four bytes with the lowest first, and the `Stat`.
 pub const LISTING: &str = ".fsutil-metadata";
 
 /// Whether an entry with unchanged metadata counts as unchanged.
@@ -114,12 +117,14 @@ pub struct ReceiveOptions {
     pub merge: bool,
     /// What the destination holds, from an earlier transfer; without it, the destination is walked.
     pub known: Option<KnownTree>,
-    /// Receive what these patterns match, with the directories above it, and of everything else only what it is: that is in the file [`LISTING`], which a
-    /// sender's own of that name never replaces (row `src.local.meta`).
+    /// Receive what these patterns match, with the directories above it, and of everything else
+    /// only what it is: that is in the file [`LISTING`], which a sender's own of that name never
+    /// replaces (row `src.local.meta`).
     pub listed: Option<Arc<PatternMatcher>>,
     /// Hears of progress after every batch of packets.
     pub progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
-    /// Hashes content on the way, but for files with extended attributes: which of these the file system keeps is known only there.
+    /// Hashes content on the way, but for files with extended attributes: which of these the file
+    /// system keeps is known only there.
     pub hash: Option<Arc<dyn ContentHash>>,
     /// Bounds the memory that descriptions take; the process's without.
     pub budget: Option<Arc<Budget>>,
@@ -128,9 +133,11 @@ pub struct ReceiveOptions {
 /// A finished transfer.
 #[derive(Clone, Debug, Default)]
 pub struct Received {
-    /// What the sender has, which is what the destination now holds (with [`ReceiveOptions::merge`], a part of it).
+    /// What the sender has, which is what the destination now holds (with
+    /// [`ReceiveOptions::merge`], a part of it).
     pub tree: KnownTree,
-    /// What changed in the destination, in tree order except that links and deletions may come later.
+    /// What changed in the destination, in tree order except that links and deletions may come
+    /// later.
     pub changes: Vec<Change>,
     /// Counts.
     pub progress: Progress,
@@ -148,8 +155,9 @@ impl Receiver {
         Self { dest: dest.to_owned(), options }
     }
 
-    /// Runs the transfer to its end. If it fails or is dropped, the destination is somewhere between its old and its new state,
-    /// and only a walk tells where: a [`KnownTree`] of it must be forgotten.
+    /// Runs the transfer to its end. If it fails or is dropped, the destination is somewhere
+    /// between its old and its new state, and only a walk tells where: a [`KnownTree`] of it must
+    /// be forgotten.
     pub async fn run(self, stream: PacketStream) -> Result<Received> {
         let PacketStream { mut incoming, outgoing } = stream;
         let result = self.transfer(&mut incoming, &outgoing).await;
@@ -229,8 +237,9 @@ async fn ask(mut queue: mpsc::UnboundedReceiver<u32>, outgoing: mpsc::Sender<Pac
 
 /// The threads at work and the ways to them.
 struct Pool {
-    /// Given up at the empty STAT that ends the descriptions, after an empty batch has said so: a way that is merely closed means failure, and
-    /// must not look like a tree that ends here, for whose absent rest everything would be deleted.
+    /// Given up at the empty STAT that ends the descriptions, after an empty batch has said so: a
+    /// way that is merely closed means failure, and must not look like a tree that ends here, for
+    /// whose absent rest everything would be deleted.
     stats: Option<mpsc::Sender<Vec<Stat>>>,
     applying: Option<JoinHandle<Result<Apply>>>,
     /// The applied entries, once all are.
@@ -253,10 +262,19 @@ impl Pool {
         for expected in expected {
             let (sink, batches) = mpsc::channel(QUEUE);
             let (dest, hash) = (dest.to_owned(), options.hash.clone());
-            writing.spawn_blocking(move || FileWriter::new(disk::open_root(&dest)?, expected, hash).run(batches));
+            writing.spawn_blocking(move || {
+                FileWriter::new(disk::open_root(&dest)?, expected, hash).run(batches)
+            });
             writers.push(sink);
         }
-        Self { stats: Some(stats), applying: Some(applying), applied: None, writers, writing, ended: 0 }
+        Self {
+            stats: Some(stats),
+            applying: Some(applying),
+            applied: None,
+            writers,
+            writing,
+            ended: 0,
+        }
     }
 
     /// Whether every entry is applied and every requested file has come.
@@ -264,7 +282,8 @@ impl Pool {
         self.applied.as_ref().is_some_and(|a| a.requested() <= self.ended)
     }
 
-    /// Waits for a thread to end: the entries' does when all are applied, the others' only do in failure.
+    /// Waits for a thread to end: the entries' does when all are applied, the others' only do in
+    /// failure.
     async fn event(&mut self) -> Result<()> {
         let crashed = |e| Fault::internal(format!("receive files: {e}"));
         tokio::select! {
@@ -284,7 +303,11 @@ impl Pool {
         Ok(())
     }
 
-    async fn distribute(&mut self, packets: Vec<Result<Packet>>, progress: &mut Progress) -> Result<()> {
+    async fn distribute(
+        &mut self,
+        packets: Vec<Result<Packet>>,
+        progress: &mut Progress,
+    ) -> Result<()> {
         let mut stats = Vec::new();
         let mut batches: [Batch; WRITERS] = Default::default();
         let mut described = false;
@@ -293,7 +316,9 @@ impl Pool {
             progress.bytes += packet.encoded_len() as u64;
             match packet.r#type() {
                 PacketType::PacketStat if self.stats.is_none() || described => {
-                    return Err(Fault::invalid("the sender describes files after it said that all were described"));
+                    return Err(Fault::invalid(
+                        "the sender describes files after it said that all were described",
+                    ));
                 }
                 PacketType::PacketStat => match packet.stat {
                     Some(stat) => {
@@ -310,10 +335,21 @@ impl Pool {
                     batches[(packet.id / RUN) as usize % WRITERS].push((packet.id, packet.data));
                 }
                 PacketType::PacketErr => {
-                    return Err(Fault::unknown(format!("error from sender: {}", String::from_utf8_lossy(&packet.data))));
+                    return Err(Fault::unknown(format!(
+                        "error from sender: {}",
+                        String::from_utf8_lossy(&packet.data)
+                    )));
                 }
-                PacketType::PacketFin => return Err(Fault::invalid("the sender ended the transfer before its files were received")),
-                PacketType::PacketReq => return Err(Fault::invalid("the sender asks for files instead of sending them")),
+                PacketType::PacketFin => {
+                    return Err(Fault::invalid(
+                        "the sender ended the transfer before its files were received",
+                    ));
+                }
+                PacketType::PacketReq => {
+                    return Err(Fault::invalid(
+                        "the sender asks for files instead of sending them",
+                    ));
+                }
             }
         }
         // A closed way means that its thread has failed: `event` says why.
@@ -365,7 +401,9 @@ impl Pool {
         while let Some(written) = self.writing.join_next().await {
             finished.extend(written.map_err(crashed)??);
         }
-        let Some(applied) = self.applied else { return Err(Fault::internal("the transfer ended before its entries were applied")) };
+        let Some(applied) = self.applied else {
+            return Err(Fault::internal("the transfer ended before its entries were applied"));
+        };
         if finished.len() as u64 != applied.requested() {
             return Err(Fault::invalid("the sender ended some files twice and others never"));
         }

@@ -26,16 +26,28 @@ pub struct FileSyncRequest {
 }
 
 impl FileSyncRequest {
-    /// Keys and values to send. A list with a value that a header cannot hold is escaped and marked with a second key.
+    /// Keys and values to send. A list with a value that a header cannot hold is escaped and marked
+    /// with a second key.
     pub fn pairs(&self) -> Vec<(String, String)> {
         let mut pairs = Vec::new();
         let name = std::slice::from_ref(&self.dir_name);
-        for (key, values) in [(DIR_NAME, name), (INCLUDE, &self.include), (EXCLUDE, &self.exclude), (FOLLOW, &self.follow)] {
-            let escaped = values.iter().any(|v| v.bytes().any(|b| !(b' '..=b'~').contains(&b)) || v.trim() != v);
+        for (key, values) in [
+            (DIR_NAME, name),
+            (INCLUDE, &self.include),
+            (EXCLUDE, &self.exclude),
+            (FOLLOW, &self.follow),
+        ] {
+            let escaped = values
+                .iter()
+                .any(|v| v.bytes().any(|b| !(b' '..=b'~').contains(&b)) || v.trim() != v);
             if escaped {
                 pairs.push((format!("{key}-encoded"), "1".to_owned()));
             }
-            pairs.extend(values.iter().map(|v| (key.to_owned(), if escaped { escape(v) } else { v.clone() })));
+            pairs.extend(
+                values
+                    .iter()
+                    .map(|v| (key.to_owned(), if escaped { escape(v) } else { v.clone() })),
+            );
         }
         if self.identify {
             pairs.push((IDENTIFY.to_owned(), "1".to_owned()));
@@ -46,7 +58,8 @@ impl FileSyncRequest {
     /// The request that `lookup`, which gives all values of a key, holds.
     pub fn from_pairs(lookup: impl Fn(&str) -> Vec<String>) -> Self {
         let values = |key: &str| {
-            let escaped = lookup(&format!("{key}-encoded")).first().and_then(|v| parse_bool(v)) == Some(true);
+            let escaped =
+                lookup(&format!("{key}-encoded")).first().and_then(|v| parse_bool(v)) == Some(true);
             let values = lookup(key);
             if escaped { values.iter().map(|v| unescape(v)).collect() } else { values }
         };
@@ -65,7 +78,9 @@ fn escape(text: &str) -> String {
     let mut out = String::new();
     for byte in text.bytes() {
         match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => out.push(byte.into()),
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => {
+                out.push(byte.into())
+            }
             b' ' => out.push('+'),
             _ => _ = write!(out, "%{byte:02X}"),
         }
@@ -82,7 +97,9 @@ fn unescape(text: &str) -> String {
             b'+' => out.push(b' '),
             b'%' => {
                 let digit = |b: Option<u8>| b.and_then(|b| (b as char).to_digit(16));
-                let (Some(high), Some(low)) = (digit(bytes.next()), digit(bytes.next())) else { return String::new() };
+                let (Some(high), Some(low)) = (digit(bytes.next()), digit(bytes.next())) else {
+                    return String::new();
+                };
                 out.push((high * 16 + low) as u8);
             }
             _ => out.push(byte),
@@ -105,7 +122,9 @@ mod tests {
             identify: true,
         };
         let pairs = request.pairs();
-        let values = |key: &str| pairs.iter().filter(|(k, _)| k == key).map(|(_, v)| v.clone()).collect::<Vec<_>>();
+        let values = |key: &str| {
+            pairs.iter().filter(|(k, _)| k == key).map(|(_, v)| v.clone()).collect::<Vec<_>>()
+        };
         assert_eq!(values("include-patterns"), ["a b", "a%20+b"]);
         assert_eq!(values("include-patterns-encoded"), [""; 0]);
         assert_eq!(values("exclude-patterns"), ["%C3%A9+x%2B%25", "plain"]);

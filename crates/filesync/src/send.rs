@@ -1,4 +1,5 @@
-//! The sending side: walks a tree, then answers requests for files (rows `cb.filesync`, `cb.fsutil.flow`).
+//! The sending side: walks a tree, then answers requests for files (rows `cb.filesync`,
+//! `cb.fsutil.flow`).
 
 use std::{
     io::{self, Read},
@@ -29,7 +30,8 @@ use crate::{
 
 /// Files read at the same time.
 const READERS: usize = 4;
-/// Content per packet; peers take anything below gRPC's message limit, and clients of Go's defaults take 4 MiB.
+/// Content per packet; peers take anything below gRPC's message limit, and clients of Go's defaults
+/// take 4 MiB.
 const CHUNK: usize = 256 << 10;
 
 /// What a map function decides about an entry.
@@ -57,7 +59,8 @@ pub struct SendOptions {
     pub follow: Vec<String>,
     /// Sees every entry before it is sent.
     pub map: Option<Arc<MapFn>>,
-    /// Tell files apart by more than size and time, as the receiver asked ([`crate::FileSyncRequest::identify`]).
+    /// Tell files apart by more than size and time, as the receiver asked
+    /// ([`crate::FileSyncRequest::identify`]).
     pub identify: bool,
 }
 
@@ -66,7 +69,8 @@ pub struct SendOptions {
 pub struct SendRoot {
     /// Where it is.
     pub dir: PathBuf,
-    /// If given, the entry in the sent tree below which the content appears: its path is one name, its mode a directory's.
+    /// If given, the entry in the sent tree below which the content appears: its path is one name,
+    /// its mode a directory's.
     pub under: Option<Stat>,
     /// What of it to send.
     pub options: SendOptions,
@@ -94,7 +98,11 @@ pub struct Sender {
 impl Sender {
     /// Sends what `options` let through of `dir`.
     pub fn new(dir: impl Into<PathBuf>, options: SendOptions) -> Self {
-        Self { roots: vec![SendRoot { dir: dir.into(), under: None, options }], merge: false, progress: None }
+        Self {
+            roots: vec![SendRoot { dir: dir.into(), under: None, options }],
+            merge: false,
+            progress: None,
+        }
     }
 
     /// Sends several directories, each below its own name; they are sorted by it.
@@ -129,8 +137,15 @@ impl Sender {
         let PacketStream { mut incoming, outgoing } = stream;
         let (requests, queue) = mpsc::unbounded_channel();
         let merge = self.merge;
-        let resolve = move || self.roots.into_iter().map(|r| Ok((walk::resolve_root(&r.dir)?, r))).collect::<Result<Vec<_>>>();
-        let roots = tokio::task::spawn_blocking(resolve).await.map_err(|e| Fault::internal(format!("send files: {e}")))??;
+        let resolve = move || {
+            self.roots
+                .into_iter()
+                .map(|r| Ok((walk::resolve_root(&r.dir)?, r)))
+                .collect::<Result<Vec<_>>>()
+        };
+        let roots = tokio::task::spawn_blocking(resolve)
+            .await
+            .map_err(|e| Fault::internal(format!("send files: {e}")))??;
         let shared = Arc::new(Shared {
             files: Mutex::new(Vec::new()),
             roots,
@@ -142,7 +157,13 @@ impl Sender {
         let mut tasks: JoinSet<Result<()>> = JoinSet::new();
         tasks.spawn_blocking({
             let shared = shared.clone();
-            move || if merge { shared.walk_merged() } else { shared.walk(&mut |stat, source| shared.describe(stat, source)) }
+            move || {
+                if merge {
+                    shared.walk_merged()
+                } else {
+                    shared.walk(&mut |stat, source| shared.describe(stat, source))
+                }
+            }
         });
         for _ in 0..READERS {
             let shared = shared.clone();
@@ -171,7 +192,11 @@ impl Sender {
         drop(requests);
         let last = match &result {
             Ok(()) => Packet { r#type: PacketType::PacketFin.into(), ..Default::default() },
-            Err(fault) => Packet { r#type: PacketType::PacketErr.into(), data: fault.to_string().into(), ..Default::default() },
+            Err(fault) => Packet {
+                r#type: PacketType::PacketErr.into(),
+                data: fault.to_string().into(),
+                ..Default::default()
+            },
         };
         // A receiver that is gone needs no goodbye; one that is stuck must not keep us.
         let _ = tokio::time::timeout(std::time::Duration::from_secs(5), outgoing.send(last)).await;
@@ -184,7 +209,9 @@ fn told(packet: &Packet) -> Fault {
 }
 
 /// The error that a receiver sent before it went away, if it sent one.
-async fn last_words(incoming: &mut (impl futures::Stream<Item = Result<Packet>> + Unpin)) -> Option<Fault> {
+async fn last_words(
+    incoming: &mut (impl futures::Stream<Item = Result<Packet>> + Unpin),
+) -> Option<Fault> {
     let find = async {
         while let Some(Ok(packet)) = incoming.next().await {
             if packet.r#type() == PacketType::PacketErr {
@@ -248,7 +275,8 @@ impl Shared {
             PacketType::PacketErr => Err(told(&packet)),
             PacketType::PacketReq => {
                 let source = lock(&self.files).get_mut(packet.id as usize).and_then(Option::take);
-                let source = source.ok_or_else(|| Fault::invalid(format!("invalid file id {}", packet.id)))?;
+                let source = source
+                    .ok_or_else(|| Fault::invalid(format!("invalid file id {}", packet.id)))?;
                 let _ = requests.send((packet.id, source));
                 Ok(false)
             }
@@ -258,7 +286,9 @@ impl Shared {
     }
 
     fn send(&self, packet: Packet) -> Result<()> {
-        self.outgoing.blocking_send(packet).map_err(|_| Fault::unavailable("the receiver has gone away"))
+        self.outgoing
+            .blocking_send(packet)
+            .map_err(|_| Fault::unavailable("the receiver has gone away"))
     }
 
     /// All directories as one, in the order of the protocol.
@@ -273,9 +303,13 @@ impl Shared {
         let mut last: Option<Stat> = None;
         for (stat, source) in all {
             if let Some(last) = last.as_ref().filter(|last| last.path == stat.path) {
-                let directories = [last, &stat].iter().all(|s| FileMode(s.mode).kind() == FileKind::Directory);
+                let directories =
+                    [last, &stat].iter().all(|s| FileMode(s.mode).kind() == FileKind::Directory);
                 if !directories {
-                    return Err(Fault::invalid(format!("cannot overwrite {} when split option is disabled", stat.path)));
+                    return Err(Fault::invalid(format!(
+                        "cannot overwrite {} when split option is disabled",
+                        stat.path
+                    )));
                 }
                 continue;
             }
@@ -308,7 +342,12 @@ impl Shared {
                 give(under, None)?;
             }
             let details = Details { xattrs: true, identities: options.identify };
-            walk::walk(dir, &filter, details, &mut Describe { give, index, prefix, map: options.map.as_deref() })?;
+            walk::walk(
+                dir,
+                &filter,
+                details,
+                &mut Describe { give, index, prefix, map: options.map.as_deref() },
+            )?;
         }
         Ok(())
     }
@@ -316,12 +355,17 @@ impl Shared {
     fn describe(&self, stat: Stat, source: Option<Source>) -> Result<()> {
         lock(&self.files).push(source);
         self.counts.entries.fetch_add(1, Ordering::Relaxed);
-        self.send(Packet { r#type: PacketType::PacketStat.into(), stat: Some(stat), ..Default::default() })
+        self.send(Packet {
+            r#type: PacketType::PacketStat.into(),
+            stat: Some(stat),
+            ..Default::default()
+        })
     }
 
     /// Answers requests until there can be none any more.
     fn read_files(&self) -> Result<()> {
-        let roots = self.roots.iter().map(|(dir, _)| disk::open_root(dir)).collect::<Result<Vec<_>>>()?;
+        let roots =
+            self.roots.iter().map(|(dir, _)| disk::open_root(dir)).collect::<Result<Vec<_>>>()?;
         loop {
             let next = lock(&self.queue).blocking_recv();
             let Some((id, source)) = next else { return Ok(()) };
@@ -330,8 +374,14 @@ impl Shared {
     }
 
     fn read_file(&self, id: u32, source: &Source, roots: &[OwnedFd]) -> Result<()> {
-        let failed = |what: &str, e| Fault::io(format!("{what} {}", self.roots[source.root].0.join(&*source.path).display()), e);
-        let data = |data| Packet { r#type: PacketType::PacketData.into(), id, data, ..Default::default() };
+        let failed = |what: &str, e| {
+            Fault::io(
+                format!("{what} {}", self.roots[source.root].0.join(&*source.path).display()),
+                e,
+            )
+        };
+        let data =
+            |data| Packet { r#type: PacketType::PacketData.into(), id, data, ..Default::default() };
         match disk::open_file(&roots[source.root], &source.path) {
             // Gone, or a socket: as with every sender of this protocol, an empty file.
             Err(e) if gone(&e) => {}

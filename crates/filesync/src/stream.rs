@@ -20,7 +20,10 @@ pub struct PacketStream {
 
 impl PacketStream {
     /// A stream of these directions.
-    pub fn new(incoming: impl Stream<Item = Result<Packet>> + Send + 'static, outgoing: mpsc::Sender<Packet>) -> Self {
+    pub fn new(
+        incoming: impl Stream<Item = Result<Packet>> + Send + 'static,
+        outgoing: mpsc::Sender<Packet>,
+    ) -> Self {
         Self { incoming: Box::pin(incoming), outgoing }
     }
 
@@ -32,7 +35,8 @@ impl PacketStream {
     }
 }
 
-/// A bounded queue of outgoing packets: the sender for [`PacketStream::new`], the stream for the call.
+/// A bounded queue of outgoing packets: the sender for [`PacketStream::new`], the stream for the
+/// call.
 pub fn packets() -> (mpsc::Sender<Packet>, ReceiverStream<Packet>) {
     let (sink, stream) = mpsc::channel(QUEUE);
     (sink, ReceiverStream::new(stream))

@@ -52,8 +52,14 @@ pub(crate) struct Details {
 }
 
 /// Walks what is in `root`, which must be a directory. Entries that vanish meanwhile are left out.
-pub(crate) fn walk(root: &Path, filter: &PathFilter, details: Details, visitor: &mut impl Visitor) -> Result<()> {
-    let entries = list(root).map_err(|e| Fault::io(format!("read directory {}", root.display()), e))?;
+pub(crate) fn walk(
+    root: &Path,
+    filter: &PathFilter,
+    details: Details,
+    visitor: &mut impl Visitor,
+) -> Result<()> {
+    let entries =
+        list(root).map_err(|e| Fault::io(format!("read directory {}", root.display()), e))?;
     let frame = Frame { path: String::new(), entries, matched: DirMatch::default(), waiting: None };
     Walk { root, filter, visitor, frames: vec![frame], inodes: HashMap::new(), details }.run()
 }
@@ -68,17 +74,22 @@ impl<V: Visitor> Walk<'_, V> {
             let name = entry.file_name();
             let Some(name) = name.to_str() else {
                 let shown = join(&frame.path, &name.to_string_lossy());
-                // Only a name that would be sent matters; the filter decides on what can be shown of it.
+                // Only a name that would be sent matters; the filter decides on what can be shown
+                // of it.
                 if self.filter.visit(&shown, false, &frame.matched).0 == Verdict::Keep {
-                    return Err(Fault::invalid(format!("file name {shown:?} is not UTF-8 and cannot be sent"))
-                        .hint("rename it, or exclude it in .dockerignore"));
+                    return Err(Fault::invalid(format!(
+                        "file name {shown:?} is not UTF-8 and cannot be sent"
+                    ))
+                    .hint("rename it, or exclude it in .dockerignore"));
                 }
                 continue;
             };
             let path = join(&frame.path, name);
             match self.step(path.clone(), &entry) {
                 Err(Step::Io(e)) if vanished(&e) => {}
-                Err(Step::Io(e)) => return Err(Fault::io(format!("open {}", self.root.join(path).display()), e)),
+                Err(Step::Io(e)) => {
+                    return Err(Fault::io(format!("open {}", self.root.join(path).display()), e));
+                }
                 Err(Step::Fault(fault)) => return Err(fault),
                 Ok(()) => {}
             }
@@ -89,7 +100,9 @@ impl<V: Visitor> Walk<'_, V> {
     fn step(&mut self, path: String, entry: &DirEntry) -> Result<(), Step> {
         let is_dir = entry.file_type()?.is_dir();
         let (verdict, matched) = match self.frames.last() {
-            Some(frame) if !self.filter.is_empty() => self.filter.visit(&path, is_dir, &frame.matched),
+            Some(frame) if !self.filter.is_empty() => {
+                self.filter.visit(&path, is_dir, &frame.matched)
+            }
             _ => (Verdict::Keep, DirMatch::default()),
         };
         if verdict == Verdict::Prune || (verdict == Verdict::Pass && !is_dir) {
@@ -120,7 +133,9 @@ impl<V: Visitor> Walk<'_, V> {
         if is_dir {
             let entries = match list(&self.root.join(&path)) {
                 // What is filtered away need not be readable.
-                Err(e) if e.kind() == ErrorKind::PermissionDenied && verdict != Verdict::Keep => return Ok(()),
+                Err(e) if e.kind() == ErrorKind::PermissionDenied && verdict != Verdict::Keep => {
+                    return Ok(());
+                }
                 entries => entries?,
             };
             self.frames.push(Frame { path, entries, matched, waiting });
@@ -128,7 +143,8 @@ impl<V: Visitor> Walk<'_, V> {
         Ok(())
     }
 
-    /// Gives the directories above the current entry that have not been given; false if the visitor skips one of them.
+    /// Gives the directories above the current entry that have not been given; false if the visitor
+    /// skips one of them.
     fn give_parents(&mut self) -> Result<bool, Step> {
         for i in 0..self.frames.len() {
             let Some(meta) = self.frames[i].waiting.take() else { continue };
@@ -147,7 +163,8 @@ impl<V: Visitor> Walk<'_, V> {
     }
 
     fn give(&mut self, mut stat: Stat, meta: &Metadata) -> Result<(), Step> {
-        // Only what was given can be linked to, so that a filter never leaves a link without its target.
+        // Only what was given can be linked to, so that a filter never leaves a link without its
+        // target.
         if meta.nlink() > 1 && !meta.is_dir() && FileMode(stat.mode).kind() != FileKind::Symlink {
             let key = (meta.dev(), meta.ino());
             match self.inodes.get(&key) {
@@ -169,7 +186,8 @@ impl<V: Visitor> Walk<'_, V> {
     }
 }
 
-/// A number that another file, or the same one after a change, does not have, whatever its size and time were set to.
+/// A number that another file, or the same one after a change, does not have, whatever its size and
+/// time were set to.
 fn identity(meta: &Metadata) -> u64 {
     let mut hasher = DefaultHasher::new();
     (meta.dev(), meta.ino(), meta.ctime(), meta.ctime_nsec()).hash(&mut hasher);
@@ -212,7 +230,10 @@ pub(crate) fn stat(path: &str, full: &Path, meta: &Metadata, xattrs: bool) -> io
         FileKind::Directory => {}
         FileKind::Symlink => {
             let target = fs::read_link(full)?;
-            stat.linkname = target.to_str().map(str::to_owned).ok_or_else(|| io::Error::other("link target is not UTF-8"))?;
+            stat.linkname = target
+                .to_str()
+                .map(str::to_owned)
+                .ok_or_else(|| io::Error::other("link target is not UTF-8"))?;
             stat.size = i64::try_from(meta.size()).unwrap_or(i64::MAX);
         }
         kind => {

@@ -1,4 +1,5 @@
-//! Writing received files: a few threads, each with its share of the files and its own directory handles.
+//! Writing received files: a few threads, each with its share of the files and its own directory
+//! handles.
 
 use std::{
     collections::HashMap,
@@ -66,7 +67,11 @@ struct Open {
 }
 
 impl FileWriter {
-    pub(crate) fn new(root: OwnedFd, expected: Expected, hash: Option<Arc<dyn ContentHash>>) -> Self {
+    pub(crate) fn new(
+        root: OwnedFd,
+        expected: Expected,
+        hash: Option<Arc<dyn ContentHash>>,
+    ) -> Self {
         Self { dirs: Dirs::new(root), expected, hash, open: HashMap::new(), finished: Vec::new() }
     }
 
@@ -87,7 +92,8 @@ impl FileWriter {
         };
         let failed = |path: &str, e| Fault::io(format!("write {path}"), e);
         if data.is_empty() {
-            set_metadata(&open.file, &open.pending.stat).map_err(|e| failed(&open.pending.stat.path, e))?;
+            set_metadata(&open.file, &open.pending.stat)
+                .map_err(|e| failed(&open.pending.stat.path, e))?;
             self.finished.push(Finished {
                 entry: open.pending.entry,
                 change: open.pending.change,
@@ -115,7 +121,8 @@ impl FileWriter {
 
     fn start(&mut self, id: u32) -> Result<Open> {
         let pending = self.expected.lock().unwrap_or_else(|e| e.into_inner()).remove(&id);
-        let pending = pending.ok_or_else(|| Fault::invalid(format!("invalid file request {id}")))?;
+        let pending =
+            pending.ok_or_else(|| Fault::invalid(format!("invalid file request {id}")))?;
         if self.open.len() >= MAX_OPEN {
             return Err(Fault::invalid("the sender mixes the content of too many files"));
         }
@@ -126,7 +133,10 @@ impl FileWriter {
 }
 
 /// Who hashes the file, if anybody does on the way.
-pub(crate) fn hash_for<'a>(hash: Option<&'a Arc<dyn ContentHash>>, stat: &Stat) -> Option<&'a Arc<dyn ContentHash>> {
+pub(crate) fn hash_for<'a>(
+    hash: Option<&'a Arc<dyn ContentHash>>,
+    stat: &Stat,
+) -> Option<&'a Arc<dyn ContentHash>> {
     hash.filter(|_| stat.xattrs.is_empty())
 }
 
@@ -136,15 +146,21 @@ pub(crate) fn create(dirs: &mut Dirs, path: &str) -> Result<OwnedFd> {
     let make = |dirs: &mut Dirs| -> io::Result<OwnedFd> {
         let at = dirs.get(dir)?;
         replace(at, name, || {
-            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let flags =
+                OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             rustix::fs::openat(at, name, flags, Mode::from_raw_mode(0o600))
         })
     };
     make(dirs).map_err(|e| Fault::io(format!("create {path}"), e))
 }
 
-/// Makes `name` in `dir` with `make`, which must not replace anything; what is there is removed first.
-pub(crate) fn replace<T>(dir: impl AsFd, name: &str, make: impl Fn() -> rustix::io::Result<T>) -> io::Result<T> {
+/// Makes `name` in `dir` with `make`, which must not replace anything; what is there is removed
+/// first.
+pub(crate) fn replace<T>(
+    dir: impl AsFd,
+    name: &str,
+    make: impl Fn() -> rustix::io::Result<T>,
+) -> io::Result<T> {
     match make() {
         Err(Errno::EXIST) => {
             disk::remove(&dir, name)?;
@@ -156,10 +172,12 @@ pub(crate) fn replace<T>(dir: impl AsFd, name: &str, make: impl Fn() -> rustix::
 
 /// Owner, attributes, permissions and time of an open file.
 pub(crate) fn set_metadata(file: impl AsFd, stat: &Stat) -> io::Result<()> {
-    // In this order, and after the contents: writing and a change of owner clear set-id bits and capabilities.
+    // In this order, and after the contents: writing and a change of owner clear set-id bits and
+    // capabilities.
     rustix::fs::fchown(&file, Some(Uid::from_raw(stat.uid)), Some(Gid::from_raw(stat.gid)))?;
     for (name, value) in &stat.xattrs {
-        // Not every filesystem and user can store every attribute; they are best effort, as everywhere in this protocol.
+        // Not every filesystem and user can store every attribute; they are best effort, as
+        // everywhere in this protocol.
         let _ = rustix::fs::fsetxattr(&file, name, value, XattrFlags::empty());
     }
     rustix::fs::fchmod(&file, Mode::from_raw_mode(FileMode(stat.mode).permissions()))?;
@@ -172,6 +190,9 @@ pub(crate) fn set_time(dir: impl AsFd, name: &str, mtime: i64) -> io::Result<()>
 }
 
 fn times(mtime: i64) -> Timestamps {
-    let time = Timespec { tv_sec: mtime.div_euclid(1_000_000_000), tv_nsec: mtime.rem_euclid(1_000_000_000) as _ };
+    let time = Timespec {
+        tv_sec: mtime.div_euclid(1_000_000_000),
+        tv_nsec: mtime.rem_euclid(1_000_000_000) as _,
+    };
     Timestamps { last_access: time, last_modification: time }
 }

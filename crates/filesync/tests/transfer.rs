@@ -13,7 +13,12 @@ use shipway_filesync::*;
 use shipway_gocompat::{FileKind, FileMode};
 use shipway_proto::fsutil::types::packet::PacketType;
 
-async fn transfer(from: &Path, to: &Path, send: SendOptions, receive: ReceiveOptions) -> (Result<Sent>, Result<Received>) {
+async fn transfer(
+    from: &Path,
+    to: &Path,
+    send: SendOptions,
+    receive: ReceiveOptions,
+) -> (Result<Sent>, Result<Received>) {
     let (a, b) = PacketStream::pair();
     let sender = tokio::spawn(Sender::new(from, send).run(a));
     let received = Receiver::new(to, receive).run(b).await;
@@ -31,10 +36,20 @@ fn listing(dir: &Path) -> Vec<String> {
     let mut inodes = std::collections::HashMap::new();
     for entry in KnownTree::scan(dir).expect("scan").entries() {
         let full = dir.join(&*entry.path);
-        let content = if entry.mode.kind() == FileKind::Regular { fs::read_to_string(&full).unwrap_or_default() } else { String::new() };
+        let content = if entry.mode.kind() == FileKind::Regular {
+            fs::read_to_string(&full).unwrap_or_default()
+        } else {
+            String::new()
+        };
         let meta = fs::symlink_metadata(&full).expect("stat");
         let first = inodes.entry(meta.ino()).or_insert_with(|| entry.path.clone()).clone();
-        out.push(format!("{} {:o} {} {} {content} ={first}", entry.path, meta.mode(), entry.mtime, entry.link));
+        out.push(format!(
+            "{} {:o} {} {} {content} ={first}",
+            entry.path,
+            meta.mode(),
+            entry.mtime,
+            entry.link
+        ));
     }
     out
 }
@@ -51,7 +66,8 @@ fn sample(dir: &Path) {
     fs::write(dir.join("ro/inner"), "y").expect("file");
     fs::set_permissions(dir.join("ro"), fs::Permissions::from_mode(0o555)).expect("mode");
     fs::set_permissions(dir.join("d/e/f"), fs::Permissions::from_mode(0o4750)).expect("mode");
-    let old = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_nanos(1_234_567_890_123_456_789);
+    let old = std::time::SystemTime::UNIX_EPOCH
+        + std::time::Duration::from_nanos(1_234_567_890_123_456_789);
     for path in ["d/e/f", "d/e", "ro"] {
         fs::File::open(dir.join(path)).expect("open").set_modified(old).expect("time");
     }
@@ -68,7 +84,10 @@ async fn a_tree_arrives_as_it_is() {
     let (sent, received) = sync(from.path(), to.path(), ReceiveOptions::default()).await;
     assert_eq!(listing(to.path()), listing(from.path()));
     assert_eq!((sent.entries, sent.files, sent.bytes), (10, 4, 1_000_014));
-    assert_eq!((received.progress.entries, received.progress.files, received.progress.done), (10, 4, true));
+    assert_eq!(
+        (received.progress.entries, received.progress.files, received.progress.done),
+        (10, 4, true)
+    );
     assert_eq!(received.tree.entries(), KnownTree::scan(to.path()).expect("scan").entries());
     assert_eq!(received.changes.len(), 10);
 }
@@ -79,7 +98,8 @@ async fn only_what_changed_moves() {
     sample(from.path());
     let (_, first) = sync(from.path(), to.path(), ReceiveOptions::default()).await;
     for known in [None, Some(first.tree.clone())] {
-        let (sent, received) = sync(from.path(), to.path(), ReceiveOptions { known, ..Default::default() }).await;
+        let (sent, received) =
+            sync(from.path(), to.path(), ReceiveOptions { known, ..Default::default() }).await;
         assert_eq!((sent.files, received.changes.len()), (0, 0));
     }
 
@@ -90,11 +110,22 @@ async fn only_what_changed_moves() {
     fs::create_dir(from.path().join("empty")).expect("dir");
     fs::write(from.path().join("new"), "n").expect("write");
     fs::remove_file(from.path().join("d-after")).expect("remove");
-    let (sent, received) = sync(from.path(), to.path(), ReceiveOptions { known: Some(first.tree), ..Default::default() }).await;
+    let (sent, received) = sync(
+        from.path(),
+        to.path(),
+        ReceiveOptions { known: Some(first.tree), ..Default::default() },
+    )
+    .await;
     assert_eq!(sent.files, 3);
     assert_eq!(listing(to.path()), listing(from.path()));
     use ChangeKind::*;
-    let expected = [("d/e/f", Modified), ("d-after", Deleted), ("empty", Modified), ("new", Added), ("ro", Modified)];
+    let expected = [
+        ("d/e/f", Modified),
+        ("d-after", Deleted),
+        ("empty", Modified),
+        ("new", Added),
+        ("ro", Modified),
+    ];
     assert_eq!(kinds(&received), expected.map(|(p, k)| (p.to_owned(), k)));
 }
 
@@ -115,11 +146,19 @@ async fn a_changed_file_leaves_its_other_names_alone_or_takes_them_along() {
 async fn filters_and_maps_apply() {
     let (from, to) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
     sample(from.path());
-    let send = SendOptions { include: vec!["d".into(), "ro/inner".into()], exclude: vec!["**/e".into()], ..Default::default() };
-    let receive = ReceiveOptions { map: Some(Arc::new(|stat: &mut Stat| stat.mode |= 0o4)), ..Default::default() };
+    let send = SendOptions {
+        include: vec!["d".into(), "ro/inner".into()],
+        exclude: vec!["**/e".into()],
+        ..Default::default()
+    };
+    let receive = ReceiveOptions {
+        map: Some(Arc::new(|stat: &mut Stat| stat.mode |= 0o4)),
+        ..Default::default()
+    };
     let (sent, received) = transfer(from.path(), to.path(), send, receive).await;
     sent.expect("sends");
-    let paths: Vec<String> = received.expect("receives").tree.entries().iter().map(|e| e.path.to_string()).collect();
+    let paths: Vec<String> =
+        received.expect("receives").tree.entries().iter().map(|e| e.path.to_string()).collect();
     // The link's first name was filtered away, so that the second is a file.
     assert_eq!(paths, ["d", "d/hard", "d/sym", "ro", "ro/inner"]);
     assert_eq!(fs::read(to.path().join("d/hard")).expect("read").len(), 1_000_000);
@@ -127,7 +166,8 @@ async fn filters_and_maps_apply() {
     let to = tempfile::tempdir().expect("dir");
     let send = SendOptions { follow: vec!["d/e/f".into()], ..Default::default() };
     let (_, received) = transfer(from.path(), to.path(), send, ReceiveOptions::default()).await;
-    let paths: Vec<String> = received.expect("receives").tree.entries().iter().map(|e| e.path.to_string()).collect();
+    let paths: Vec<String> =
+        received.expect("receives").tree.entries().iter().map(|e| e.path.to_string()).collect();
     assert_eq!(paths, ["d", "d/e", "d/e/f"]);
 }
 
@@ -149,12 +189,16 @@ async fn several_directories_go_below_their_names() {
     let (from, to) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
     sample(from.path());
     symlink("/d", from.path().join("abs")).expect("link");
-    let roots = ["linux_amd64", "linux_arm64"].map(|n| SendRoot::under(from.path(), n, SendOptions::default()).expect("root"));
+    let roots = ["linux_amd64", "linux_arm64"]
+        .map(|n| SendRoot::under(from.path(), n, SendOptions::default()).expect("root"));
     let (a, b) = PacketStream::pair();
     let sender = tokio::spawn(Sender::many(roots.to_vec()).expect("names").run(a));
     Receiver::new(to.path(), ReceiveOptions::default()).run(b).await.expect("receives");
     sender.await.expect("no panic").expect("sends");
-    assert_eq!(fs::read_link(to.path().join("linux_arm64/abs")).expect("link"), Path::new("/linux_arm64/d"));
+    assert_eq!(
+        fs::read_link(to.path().join("linux_arm64/abs")).expect("link"),
+        Path::new("/linux_arm64/d")
+    );
     let inode = |p: &str| fs::metadata(to.path().join(p)).expect("stat").ino();
     assert_eq!(inode("linux_arm64/big"), inode("linux_arm64/d/hard"));
     assert!(Sender::many(vec![roots[0].clone(), roots[0].clone()]).is_err());
@@ -181,12 +225,18 @@ async fn digests_come_with_the_changes() {
     fs::write(from.path().join("a"), [1, 2]).expect("write");
     fs::write(from.path().join("b"), []).expect("write");
     fs::create_dir(from.path().join("c")).expect("dir");
-    let (_, received) = sync(from.path(), to.path(), ReceiveOptions { hash: Some(Arc::new(Sum)), ..Default::default() }).await;
+    let (_, received) = sync(
+        from.path(),
+        to.path(),
+        ReceiveOptions { hash: Some(Arc::new(Sum)), ..Default::default() },
+    )
+    .await;
     let digests: Vec<_> = received.changes.iter().map(|c| c.digest.map(|d| d[0])).collect();
     assert_eq!(digests, [Some(10), Some(7), None]);
 }
 
-/// Plays `packets` to a receiver in an empty directory below one with a file `secret`; what it answers and what is left outside.
+/// Plays `packets` to a receiver in an empty directory below one with a file `secret`; what it
+/// answers and what is left outside.
 async fn hostile(packets: Vec<Packet>) -> (Result<Received>, String) {
     let outer = tempfile::tempdir().expect("dir");
     let to = outer.path().join("to");
@@ -202,13 +252,18 @@ async fn hostile(packets: Vec<Packet>) -> (Result<Received>, String) {
     for packet in packets {
         described += u32::from(packet.stat.is_some());
         // Content of a file that exists comes when it is asked for; of others it comes unasked.
-        while packet.r#type() == PacketType::PacketData && packet.id < described && !asked.contains(&packet.id) && last.is_none() {
+        while packet.r#type() == PacketType::PacketData
+            && packet.id < described
+            && !asked.contains(&packet.id)
+            && last.is_none()
+        {
             let answer = answers.next().await.expect("the receiver asks or ends");
             note(&answer, &mut asked, &mut last);
         }
         let _ = sink.send(packet).await;
     }
-    // The receiver answers with an error by itself; an end of the stream is the last resort of the test.
+    // The receiver answers with an error by itself; an end of the stream is the last resort of the
+    // test.
     while last.is_none()
         && let Some(answer) = answers.next().await
     {
@@ -228,7 +283,8 @@ fn note(answer: &Packet, asked: &mut Vec<u32>, last: &mut Option<PacketType>) {
     }
 }
 
-fn packets_in() -> (tokio::sync::mpsc::Sender<Packet>, tokio_stream::wrappers::ReceiverStream<Packet>) {
+fn packets_in()
+-> (tokio::sync::mpsc::Sender<Packet>, tokio_stream::wrappers::ReceiverStream<Packet>) {
     shipway_filesync::packets()
 }
 
@@ -252,20 +308,42 @@ async fn hostile_packets_are_refused() {
     let removed = stat("a", FileMode::from_unix(0o020_644).0, 0, "");
     let large = with_xattrs("a", &[("user.a", vec![0; 1 << 20])]);
     for (packets, expected) in [
-        (vec![removed], "refuse \"a\" from the sender: a character device 0:0 stands for a removed file"),
+        (
+            vec![removed],
+            "refuse \"a\" from the sender: a character device 0:0 stands for a removed file",
+        ),
         (vec![large], "too many extended attributes"),
         (vec![stat("../secret", 0o644, 0, "")], "path leaves the tree"),
-        (vec![stat("a", link, 1, ".."), stat("a/secret", 0o644, 0, "")], "its directory was not sent"),
+        (
+            vec![stat("a", link, 1, ".."), stat("a/secret", 0o644, 0, "")],
+            "its directory was not sent",
+        ),
         (vec![stat("b", 0o644, 0, ""), stat("a", 0o644, 0, "")], "out of order"),
         (vec![stat("a", 0o644, 0, "../secret")], "unknown path"),
         (vec![stat("a", dir, 0, ""), stat("b", 0o644, 0, "a")], "unknown path"),
         (vec![stat("a", link, 1, ".."), stat("b", 0o644, 0, "a")], "unknown path"),
         (vec![stat("a", 0o644, 1, ""), end(), data(7, "x")], "invalid file request 7"),
-        (vec![stat("a", 0o644, 1, ""), end(), stat("b", 0o644, 1, "")], "after it said that all were described"),
+        (
+            vec![stat("a", 0o644, 1, ""), end(), stat("b", 0o644, 1, "")],
+            "after it said that all were described",
+        ),
         (vec![end(), end()], ""),
-        (vec![Packet { r#type: PacketType::PacketErr.into(), data: "broken".into(), ..Default::default() }], "error from sender: broken"),
-        (vec![Packet { r#type: PacketType::PacketFin.into(), ..Default::default() }], "before its files were received"),
-        (vec![Packet { r#type: PacketType::PacketReq.into(), ..Default::default() }], "asks for files"),
+        (
+            vec![Packet {
+                r#type: PacketType::PacketErr.into(),
+                data: "broken".into(),
+                ..Default::default()
+            }],
+            "error from sender: broken",
+        ),
+        (
+            vec![Packet { r#type: PacketType::PacketFin.into(), ..Default::default() }],
+            "before its files were received",
+        ),
+        (
+            vec![Packet { r#type: PacketType::PacketReq.into(), ..Default::default() }],
+            "asks for files",
+        ),
     ] {
         let (result, secret) = hostile(packets).await;
         assert_eq!(secret, "secret");
@@ -299,13 +377,20 @@ async fn failures_reach_the_other_end() {
     let to = tempfile::tempdir().expect("dir");
     let (a, b) = PacketStream::pair();
     let sender = Sender::new("/nonexistent/context", SendOptions::default()).run(a);
-    let (sent, received) = tokio::join!(sender, Receiver::new(to.path(), ReceiveOptions::default()).run(b));
+    let (sent, received) =
+        tokio::join!(sender, Receiver::new(to.path(), ReceiveOptions::default()).run(b));
     assert!(sent.expect_err("no such directory").to_string().contains("/nonexistent/context"));
     assert!(received.is_err());
 
     let from = tempfile::tempdir().expect("dir");
     sample(from.path());
-    let (sent, received) = transfer(from.path(), Path::new("/nonexistent/dest"), SendOptions::default(), ReceiveOptions::default()).await;
+    let (sent, received) = transfer(
+        from.path(),
+        Path::new("/nonexistent/dest"),
+        SendOptions::default(),
+        ReceiveOptions::default(),
+    )
+    .await;
     assert!(received.expect_err("no such directory").to_string().contains("/nonexistent/dest"));
     assert!(sent.expect_err("told").to_string().contains("error from receiver"));
 }
@@ -325,7 +410,12 @@ async fn many_files_arrive_and_one_changed_file_moves_alone() {
         Arc::new(move |p| reports.lock().expect("lock").push(p))
     };
     let started = std::time::Instant::now();
-    let (sent, cold) = sync(from.path(), to.path(), ReceiveOptions { progress: Some(progress), ..Default::default() }).await;
+    let (sent, cold) = sync(
+        from.path(),
+        to.path(),
+        ReceiveOptions { progress: Some(progress), ..Default::default() },
+    )
+    .await;
     eprintln!("cold: {:?}", started.elapsed());
     assert_eq!(sent.files, 2000);
     assert_eq!(listing(to.path()), listing(from.path()));
@@ -333,7 +423,12 @@ async fn many_files_arrive_and_one_changed_file_moves_alone() {
 
     fs::write(from.path().join("d7/f42"), "changed").expect("write");
     let started = std::time::Instant::now();
-    let (sent, warm) = sync(from.path(), to.path(), ReceiveOptions { known: Some(cold.tree), ..Default::default() }).await;
+    let (sent, warm) = sync(
+        from.path(),
+        to.path(),
+        ReceiveOptions { known: Some(cold.tree), ..Default::default() },
+    )
+    .await;
     eprintln!("warm: {:?}", started.elapsed());
     assert_eq!((sent.files, sent.bytes), (1, 7));
     assert_eq!(kinds(&warm), [("d7/f42".to_owned(), ChangeKind::Modified)]);
@@ -345,8 +440,11 @@ async fn a_transfer_that_breaks_off_deletes_nothing() {
     fs::write(to.path().join("x"), "kept").expect("write");
     for failure in [None, Some(Fault::not_found("no access"))] {
         let (out, _answers) = packets();
-        let incoming = futures::stream::iter([Ok(stat("a", 0o644, 0, ""))]).chain(futures::stream::iter(failure.map(Err)));
-        let result = Receiver::new(to.path(), ReceiveOptions::default()).run(PacketStream::new(incoming, out)).await;
+        let incoming = futures::stream::iter([Ok(stat("a", 0o644, 0, ""))])
+            .chain(futures::stream::iter(failure.map(Err)));
+        let result = Receiver::new(to.path(), ReceiveOptions::default())
+            .run(PacketStream::new(incoming, out))
+            .await;
         assert!(result.is_err());
         assert!(to.path().join("x").exists());
     }
@@ -374,10 +472,19 @@ async fn a_listed_directory_has_only_what_is_wanted_and_says_what_else_there_is(
     let wanted = Arc::new(PatternMatcher::new(["d/*/f", "ro"]).expect("patterns"));
     let options = ReceiveOptions { listed: Some(wanted), ..Default::default() };
     sync(from.path(), to.path(), options.clone()).await;
-    let there = || listing(to.path()).iter().filter_map(|l| l.split(' ').next()).map(str::to_owned).collect::<Vec<_>>();
+    let there = || {
+        listing(to.path())
+            .iter()
+            .filter_map(|l| l.split(' ').next())
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
     assert_eq!(there(), [LISTING, "d", "d/e", "d/e/f", "ro", "ro/inner"]);
     let paths: Vec<_> = listed(to.path()).into_iter().map(|(path, _)| path).collect();
-    assert_eq!(paths, ["big", "d", "d/e", "d/e/f", "d/hard", "d/sym", "d-after", "empty", "ro", "ro/inner"]);
+    assert_eq!(
+        paths,
+        ["big", "d", "d/e", "d/e/f", "d/hard", "d/sym", "d-after", "empty", "ro", "ro/inner"]
+    );
     assert_eq!(fs::read_to_string(to.path().join("d/e/f")).expect("file"), "content of f");
 
     // Again: what is gone goes, and the listing is a new file.
@@ -389,21 +496,26 @@ async fn a_listed_directory_has_only_what_is_wanted_and_says_what_else_there_is(
     assert_eq!(there(), [LISTING, "ro", "ro/inner"]);
     assert!(listed(to.path()).contains(&("empty".to_owned(), 2)));
     assert_ne!(fs::metadata(to.path().join(LISTING)).expect("stat").ino(), old);
-    assert!(received.tree.get(LISTING).is_none() && received.changes.iter().any(|c| &*c.path == LISTING));
+    assert!(
+        received.tree.get(LISTING).is_none()
+            && received.changes.iter().any(|c| &*c.path == LISTING)
+    );
     drop(held);
 }
 
 /// A file with one byte, and attributes.
 fn with_xattrs(path: &str, xattrs: &[(&str, Vec<u8>)]) -> Packet {
     let mut packet = stat(path, 0o644, 1, "");
-    packet.stat.as_mut().expect("a stat").xattrs = xattrs.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
+    packet.stat.as_mut().expect("a stat").xattrs =
+        xattrs.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
     packet
 }
 
 /// Sends `packets`, and then nothing without an end; what the receiver ends with.
 async fn receive_under(budget: &Arc<Budget>, packets: Vec<Packet>) -> Result<Received> {
     let to = tempfile::tempdir().expect("dir");
-    let stream = futures::stream::iter(packets.into_iter().map(Ok::<_, Fault>)).chain(futures::stream::pending());
+    let stream = futures::stream::iter(packets.into_iter().map(Ok::<_, Fault>))
+        .chain(futures::stream::pending());
     let (out, mut answers) = packets_in();
     let options = ReceiveOptions { budget: Some(budget.clone()), ..Default::default() };
     let receiver = Receiver::new(to.path(), options);
@@ -420,7 +532,8 @@ async fn receive_under(budget: &Arc<Budget>, packets: Vec<Packet>) -> Result<Rec
 async fn what_is_described_and_never_sent_has_a_bound() {
     let budget = Budget::new(1 << 20, 1 << 20);
     // Attributes of files whose content never comes.
-    let attributes: Vec<Packet> = (0..20).map(|n| with_xattrs(&format!("{n:02}"), &[("user.a", vec![0; 60_000])])).collect();
+    let attributes: Vec<Packet> =
+        (0..20).map(|n| with_xattrs(&format!("{n:02}"), &[("user.a", vec![0; 60_000])])).collect();
     // Entries without any.
     let entries: Vec<Packet> = (0..5_000).map(|n| stat(&format!("{n:04}"), 0o644, 1, "")).collect();
     // Long names.
@@ -432,7 +545,8 @@ async fn what_is_described_and_never_sent_has_a_bound() {
     // What the failed ones took is free again.
     let (from, to) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
     (0..2_000).for_each(|n| fs::write(from.path().join(format!("{n:04}")), "x").expect("file"));
-    sync(from.path(), to.path(), ReceiveOptions { budget: Some(budget), ..Default::default() }).await;
+    sync(from.path(), to.path(), ReceiveOptions { budget: Some(budget), ..Default::default() })
+        .await;
 }
 
 #[tokio::test]
@@ -441,7 +555,8 @@ async fn all_transfers_together_have_a_bound() {
     let many = || (0..3_000).map(|n| stat(&format!("{n:04}"), 0o644, 1, "")).collect::<Vec<_>>();
     let to = tempfile::tempdir().expect("dir");
     // One stalls after its descriptions.
-    let stalled = futures::stream::iter(many().into_iter().map(Ok::<_, Fault>)).chain(futures::stream::pending());
+    let stalled = futures::stream::iter(many().into_iter().map(Ok::<_, Fault>))
+        .chain(futures::stream::pending());
     let (out, mut answers) = packets_in();
     let options = ReceiveOptions { budget: Some(budget.clone()), ..Default::default() };
     let first = tokio::spawn({
@@ -461,14 +576,19 @@ async fn attributes_that_belong_to_no_image_are_left_out() {
     let (from, to) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
     fs::create_dir(from.path().join("d")).expect("dir");
     fs::write(from.path().join("d/f"), "x").expect("file");
-    let set =
-        |path: &str, name: &str| rustix::fs::lsetxattr(from.path().join(path), name, b"y", rustix::fs::XattrFlags::empty()).expect(name);
+    let set = |path: &str, name: &str| {
+        rustix::fs::lsetxattr(from.path().join(path), name, b"y", rustix::fs::XattrFlags::empty())
+            .expect(name)
+    };
     for path in ["d", "d/f"] {
-        ["user.kept", "user.overlay.opaque", "trusted.overlay.opaque", "trusted.other"].iter().for_each(|name| set(path, name));
+        ["user.kept", "user.overlay.opaque", "trusted.overlay.opaque", "trusted.other"]
+            .iter()
+            .for_each(|name| set(path, name));
     }
     sync(from.path(), to.path(), ReceiveOptions::default()).await;
     for path in ["d", "d/f"] {
-        let get = |name: &str| rustix::fs::lgetxattr(to.path().join(path), name, &mut [0_u8; 8]).is_ok();
+        let get =
+            |name: &str| rustix::fs::lgetxattr(to.path().join(path), name, &mut [0_u8; 8]).is_ok();
         assert!(get("user.kept"), "{path}");
         for name in ["user.overlay.opaque", "trusted.overlay.opaque", "trusted.other"] {
             assert!(!get(name), "{path} {name}");
@@ -478,15 +598,25 @@ async fn attributes_that_belong_to_no_image_are_left_out() {
 
 #[tokio::test]
 async fn files_of_equal_size_and_time_are_told_apart_by_senders_that_can() {
-    let (one, two, to) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
+    let (one, two, to) = (
+        tempfile::tempdir().expect("dir"),
+        tempfile::tempdir().expect("dir"),
+        tempfile::tempdir().expect("dir"),
+    );
     let time = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
     for (dir, text) in [(&one, "first"), (&two, "other")] {
         fs::write(dir.path().join("f"), text).expect("file");
-        fs::File::options().write(true).open(dir.path().join("f")).expect("open").set_modified(time).expect("time");
+        fs::File::options()
+            .write(true)
+            .open(dir.path().join("f"))
+            .expect("open")
+            .set_modified(time)
+            .expect("time");
     }
     let go = async |from: &Path, identify: bool, known: Option<KnownTree>| {
         let send = SendOptions { identify, ..Default::default() };
-        let (sent, received) = transfer(from, to.path(), send, ReceiveOptions { known, ..Default::default() }).await;
+        let (sent, received) =
+            transfer(from, to.path(), send, ReceiveOptions { known, ..Default::default() }).await;
         let text = fs::read_to_string(to.path().join("f")).expect("file");
         (sent.expect("sends").files, text, received.expect("receives").tree)
     };
@@ -507,14 +637,17 @@ async fn files_of_equal_size_and_time_are_told_apart_by_senders_that_can() {
     assert_eq!((files, text.as_str()), (0, "other"));
     let (files, text, _) = go(one.path(), true, Some(tree)).await;
     assert_eq!((files, text.as_str()), (1, "first"));
-    assert!(rustix::fs::lgetxattr(to.path().join("f"), "shipway.identity", &mut [0_u8; 8]).is_err());
+    assert!(
+        rustix::fs::lgetxattr(to.path().join("f"), "shipway.identity", &mut [0_u8; 8]).is_err()
+    );
 }
 
 #[test]
 fn permissions_are_never_those_of_a_links_target() {
     let dir = tempfile::tempdir().expect("dir");
     fs::write(dir.path().join("target"), "").expect("file");
-    fs::set_permissions(dir.path().join("target"), fs::Permissions::from_mode(0o600)).expect("mode");
+    fs::set_permissions(dir.path().join("target"), fs::Permissions::from_mode(0o600))
+        .expect("mode");
     symlink("target", dir.path().join("link")).expect("link");
     let at = fs::File::open(dir.path()).expect("open");
     let mode = |m| rustix::fs::Mode::from_raw_mode(m);

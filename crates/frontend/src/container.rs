@@ -51,15 +51,25 @@ pub struct ContainerProcess {
 /// A container. Its processes end when it is dropped.
 #[async_trait]
 pub trait Container: Send + Sync {
-    /// Starts a process. The end of the first one is the end of all. The future resolves when the process has ended, which may also be because it
-    /// could not start; it need not be awaited.
-    fn start(&self, process: ContainerProcess, wires: Wires) -> BoxFuture<'static, Result<ExitStatus>>;
+    /// Starts a process. The end of the first one is the end of all. The future resolves when the
+    /// process has ended, which may also be because it could not start; it need not be awaited.
+    fn start(
+        &self,
+        process: ContainerProcess,
+        wires: Wires,
+    ) -> BoxFuture<'static, Result<ExitStatus>>;
 
     /// Reads a file of mount number `mount`, or a range of it: offset and length.
-    async fn read_file(&self, mount: usize, path: &str, range: Option<(u64, u64)>) -> Result<Bytes>;
+    async fn read_file(&self, mount: usize, path: &str, range: Option<(u64, u64)>)
+    -> Result<Bytes>;
 
     /// Lists a directory of mount number `mount`; `include` is a pattern for names.
-    async fn read_dir(&self, mount: usize, path: &str, include: Option<&str>) -> Result<Vec<FileStat>>;
+    async fn read_dir(
+        &self,
+        mount: usize,
+        path: &str,
+        include: Option<&str>,
+    ) -> Result<Vec<FileStat>>;
 
     /// One entry of mount number `mount`.
     async fn stat_file(&self, mount: usize, path: &str) -> Result<FileStat>;

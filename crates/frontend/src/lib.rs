@@ -1,8 +1,9 @@
 //! Ports between frontends and the engine.
 //!
-//! A [`Frontend`] turns options and inputs into a [`FrontendResult`], calling back into the engine through a [`Bridge`]. The bridge is the same
-//! for the in-house Dockerfile frontend, for clients that drive a build themselves (crate `gateway` carries it over LLBBridge), and for
-//! frontends out of images, which run in containers.
+//! A [`Frontend`] turns options and inputs into a [`FrontendResult`], calling back into the engine
+//! through a [`Bridge`]. The bridge is the same for the in-house Dockerfile frontend, for clients
+//! that drive a build themselves (crate `gateway` carries it over LLBBridge), and for frontends out
+//! of images, which run in containers.
 
 mod container;
 mod sbom;
@@ -22,7 +23,8 @@ pub use sbom::{Scan, Scanner};
 /// Options of a frontend (`FrontendAttrs`; rows `dfo.*`).
 pub type Options = BTreeMap<String, String>;
 
-/// A lazily solved filesystem state, as a frontend holds it. Nothing runs until it is read, evaluated or exported.
+/// A lazily solved filesystem state, as a frontend holds it. Nothing runs until it is read,
+/// evaluated or exported.
 #[async_trait]
 pub trait BuildRef: Send + Sync {
     /// Identity on the wire.
@@ -34,7 +36,8 @@ pub trait BuildRef: Send + Sync {
     /// Solves it.
     async fn evaluate(&self) -> Result<()>;
 
-    /// Reads a file, or a range of it: offset and length, length 0 for the rest (row `gw.readfile`).
+    /// Reads a file, or a range of it: offset and length, length 0 for the rest (row
+    /// `gw.readfile`).
     async fn read_file(&self, path: &str, range: Option<(u64, u64)>) -> Result<Bytes>;
 
     /// Lists a directory; `include` is a pattern for names (row `gw.readdir`).
@@ -82,9 +85,10 @@ pub struct FrontendResult {
     pub explain: Option<Arc<dyn Explain>>,
 }
 
-/// What a frontend knows about failures of its result: states are solved after it has returned, and only it knows why they ask
-/// for what they ask for. The engine calls it with a failure whose details name the vertex and its lines. It must hold no bridge,
-/// since the build would then hold itself; it gets one for the call.
+/// What a frontend knows about failures of its result: states are solved after it has returned, and
+/// only it knows why they ask for what they ask for. The engine calls it with a failure whose
+/// details name the vertex and its lines. It must hold no bridge, since the build would then hold
+/// itself; it gets one for the call.
 #[async_trait]
 pub trait Explain: Send + Sync {
     /// The same fault, with hints if there are any to give.
@@ -170,7 +174,8 @@ pub struct SourceRequest {
     pub no_config: bool,
     /// Whether a git reference's objects are wanted.
     pub git_objects: bool,
-    /// Whether another checksum of a file is wanted: of its bytes and these behind them (row `gw.resolvesrc.http`).
+    /// Whether another checksum of a file is wanted: of its bytes and these behind them (row
+    /// `gw.resolvesrc.http`).
     pub http_checksum: Option<(ChecksumAlgorithm, Bytes)>,
     /// Whether it is wanted what is said of an image, with the statements of these types.
     pub attestations: Option<Vec<String>>,
@@ -234,8 +239,8 @@ pub trait Bridge: Send + Sync {
     /// Inputs by name (row `gw.inputs`).
     async fn inputs(&self) -> Result<BTreeMap<String, Definition>>;
 
-    /// Names in the directory `dir` (empty for the top) of a client's directory, without transferring anything; for suggestions
-    /// only, so nobody need answer.
+    /// Names in the directory `dir` (empty for the top) of a client's directory, without
+    /// transferring anything; for suggestions only, so nobody need answer.
     async fn local_names(&self, local: &str, session: &str, dir: &str) -> Result<Vec<String>> {
         let _ = (local, session, dir);
         Ok(Vec::new())

@@ -36,14 +36,33 @@ pub struct Scan<'a> {
 
 impl Scanner {
     /// Finds the scanner that is asked for.
-    pub async fn find(bridge: &dyn Bridge, options: &SbomOptions, platform: Platform, mode: ResolveMode) -> Result<Self> {
+    pub async fn find(
+        bridge: &dyn Bridge,
+        options: &SbomOptions,
+        platform: Platform,
+        mode: ResolveMode,
+    ) -> Result<Self> {
         let identifier = format!("docker-image://{}", options.generator);
-        let request = SourceRequest { identifier, platform: Some(platform.clone()), mode, ..SourceRequest::default() };
+        let request = SourceRequest {
+            identifier,
+            platform: Some(platform.clone()),
+            mode,
+            ..SourceRequest::default()
+        };
         let image = bridge.resolve_source(request).await?.facts.image;
-        let image = image.ok_or_else(|| Fault::internal("a scanner was resolved without its config"))?;
-        let config: ImageConfig = serde_json::from_slice(&image.config)
-            .map_err(|e| Fault::invalid(format!("the image config of the scanner {} is broken: {e}", image.name)))?;
-        let args: Vec<String> = config.config.entrypoint.iter().flatten().chain(config.config.cmd.iter().flatten()).cloned().collect();
+        let image =
+            image.ok_or_else(|| Fault::internal("a scanner was resolved without its config"))?;
+        let config: ImageConfig = serde_json::from_slice(&image.config).map_err(|e| {
+            Fault::invalid(format!("the image config of the scanner {} is broken: {e}", image.name))
+        })?;
+        let args: Vec<String> = config
+            .config
+            .entrypoint
+            .iter()
+            .flatten()
+            .chain(config.config.cmd.iter().flatten())
+            .cloned()
+            .collect();
         if args.is_empty() {
             return Err(Fault::invalid(format!("scanner {} does not have cmd", image.name)));
         }
@@ -53,12 +72,18 @@ impl Scanner {
     /// The directory of statements that the scanner makes.
     fn output(&self, scan: &Scan<'_>) -> State {
         let core = format!("{SOURCES}core/{CORE}");
-        let mut image = State::image(&self.name, "", BTreeMap::new(), VertexOptions::default().platform(self.platform.clone()));
+        let mut image = State::image(
+            &self.name,
+            "",
+            BTreeMap::new(),
+            VertexOptions::default().platform(self.platform.clone()),
+        );
         for entry in &self.config.config.env {
             let (name, value) = entry.split_once('=').unwrap_or((entry, ""));
             image = image.add_env(name, value);
         }
-        image = image.add_env("BUILDKIT_SCAN_DESTINATION", OUT).add_env("BUILDKIT_SCAN_SOURCE", &core);
+        image =
+            image.add_env("BUILDKIT_SCAN_DESTINATION", OUT).add_env("BUILDKIT_SCAN_SOURCE", &core);
         if !scan.extras.is_empty() {
             image = image.add_env("BUILDKIT_SCAN_SOURCE_EXTRAS", &format!("{SOURCES}extras"));
         }
@@ -75,13 +100,24 @@ impl Scanner {
             ..MountDraft::default()
         };
         let mut mounts = vec![
-            MountDraft { target: "/tmp".into(), source: MountSource::Tmpfs(0), ..MountDraft::default() },
+            MountDraft {
+                target: "/tmp".into(),
+                source: MountSource::Tmpfs(0),
+                ..MountDraft::default()
+            },
             MountDraft { target: OUT.into(), ..MountDraft::default() },
             looked_at(core, scan.core),
         ];
-        mounts.extend(scan.extras.iter().map(|(name, state)| looked_at(format!("{SOURCES}extras/{CORE}-{name}"), state)));
+        mounts.extend(
+            scan.extras
+                .iter()
+                .map(|(name, state)| looked_at(format!("{SOURCES}extras/{CORE}-{name}"), state)),
+        );
         let draft = ExecDraft { args: self.args.clone(), mounts, ..ExecDraft::default() };
-        let mut options = VertexOptions::named(format!("[{}] generating sbom using {}", scan.platform, self.name));
+        let mut options = VertexOptions::named(format!(
+            "[{}] generating sbom using {}",
+            scan.platform, self.name
+        ));
         if scan.ignore_cache {
             options = options.ignore_cache();
         }
@@ -89,14 +125,28 @@ impl Scanner {
     }
 
     /// Scans; the attestation is lazy.
-    pub async fn scan(&self, bridge: &dyn Bridge, scan: &Scan<'_>, local_unique_id: &str) -> Result<BuildAttestation> {
-        let options = MarshalOptions { platform: self.platform.clone(), caps: None, local_unique_id: local_unique_id.to_owned() };
+    pub async fn scan(
+        &self,
+        bridge: &dyn Bridge,
+        scan: &Scan<'_>,
+        local_unique_id: &str,
+    ) -> Result<BuildAttestation> {
+        let options = MarshalOptions {
+            platform: self.platform.clone(),
+            caps: None,
+            local_unique_id: local_unique_id.to_owned(),
+        };
         let definition = self.output(scan).marshal(&options)?;
-        let solved = bridge.solve(SolveRequest { definition: Some(definition), ..SolveRequest::default() }).await?;
+        let solved = bridge
+            .solve(SolveRequest { definition: Some(definition), ..SolveRequest::default() })
+            .await?;
         Ok(Attestation {
             kind: Kind::Bundle,
             path: String::new(),
-            metadata: BTreeMap::from([(keys::REASON.to_owned(), b"sbom".to_vec()), (keys::SBOM_CORE.to_owned(), CORE.as_bytes().to_vec())]),
+            metadata: BTreeMap::from([
+                (keys::REASON.to_owned(), b"sbom".to_vec()),
+                (keys::SBOM_CORE.to_owned(), CORE.as_bytes().to_vec()),
+            ]),
             predicate_type: SPDX.into(),
             subjects: Vec::new(),
             content: solved.single.flatten(),

@@ -9,7 +9,8 @@ const MAX_PAGES: u64 = 1 << 22;
 const HAS_RESEND: u64 = 1 << 39;
 const ALLOW_IDMAP: u64 = 1 << 40;
 
-/// The protocol's version that is spoken here; the kernel adapts to a lower minor number than its own.
+/// The protocol's version that is spoken here; the kernel adapts to a lower minor number than its
+/// own.
 const MAJOR: u32 = 7;
 const MINOR: u32 = 41;
 /// The lowest minor number that is served.
@@ -33,12 +34,13 @@ pub struct InitRequest {
 pub struct Wanted {
     /// Pages of one read at most. Linux has 256 unless `fs.fuse.max_pages_limit` says otherwise.
     pub max_pages: u16,
-    /// Bytes of one write, of which there are none; the buffer for requests has to have room for them, so this is small.
+    /// Bytes of one write, of which there are none; the buffer for requests has to have room for
+    /// them, so this is small.
     pub max_write: u32,
     /// Reads that nobody waits for, at most at once.
     pub max_background: u16,
-    /// Whether clones of the mount with mapped ids are allowed. The kernel breaks the connection off if it is not mounted with
-    /// `default_permissions`.
+    /// Whether clones of the mount with mapped ids are allowed. The kernel breaks the connection
+    /// off if it is not mounted with `default_permissions`.
     pub idmap: bool,
 }
 
@@ -62,7 +64,8 @@ impl InitRequest {
         if self.major != MAJOR || self.minor < LOWEST_MINOR {
             return None;
         }
-        let mut flags = ASYNC_READ | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES | INIT_EXT | HAS_RESEND;
+        let mut flags =
+            ASYNC_READ | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES | INIT_EXT | HAS_RESEND;
         if wanted.idmap {
             flags |= ALLOW_IDMAP;
         }
@@ -71,7 +74,8 @@ impl InitRequest {
 }
 
 impl InitAnswer {
-    /// Whether the kernel can be asked to send again what it has no answer to ([`Reply::resend`](crate::Reply::resend)).
+    /// Whether the kernel can be asked to send again what it has no answer to
+    /// ([`Reply::resend`](crate::Reply::resend)).
     pub fn can_resend(&self) -> bool {
         self.flags & HAS_RESEND != 0
     }
@@ -111,7 +115,10 @@ mod tests {
         let offer = |minor, flags| InitRequest { major: 7, minor, max_readahead: 131_072, flags };
         let all = offer(45, u64::MAX).answer(Wanted::default()).expect("an answer");
         assert!(all.can_resend() && !all.has_idmap());
-        assert_eq!(all.flags, ASYNC_READ | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES | INIT_EXT | HAS_RESEND);
+        assert_eq!(
+            all.flags,
+            ASYNC_READ | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES | INIT_EXT | HAS_RESEND
+        );
         let idmap = Wanted { idmap: true, ..Wanted::default() };
         assert!(offer(45, u64::MAX).answer(idmap).expect("an answer").has_idmap());
         assert!(!offer(31, u64::from(u32::MAX)).answer(idmap).expect("an answer").has_idmap());

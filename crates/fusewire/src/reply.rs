@@ -6,7 +6,8 @@ use std::time::Duration;
 
 /// Bytes of an answer's header.
 const HEADER: usize = 16;
-/// How long the kernel may believe what it was told: it never changes, for numbers of nodes are not used again.
+/// How long the kernel may believe what it was told: it never changes, for numbers of nodes are not
+/// used again.
 const FOREVER: Duration = Duration::from_secs(1 << 40);
 
 /// Attributes of a file of the directory, or of the directory itself.
@@ -42,7 +43,8 @@ pub struct StatFs {
     pub files: u64,
 }
 
-/// Writes answers into a buffer that is used again for the next; it grows to the largest and is then allocated no more.
+/// Writes answers into a buffer that is used again for the next; it grows to the largest and is
+/// then allocated no more.
 #[derive(Debug, Default)]
 pub struct Reply {
     bytes: Vec<u8>,
@@ -92,7 +94,9 @@ impl Reply {
 
     /// A file or directory was opened; its handle is zero.
     pub fn opened(&mut self, unique: Unique, opened: Opened) -> &[u8] {
-        let flags = u32::from(opened.direct) | u32::from(opened.keep_cache) << 1 | u32::from(opened.cache_directory) << 3;
+        let flags = u32::from(opened.direct)
+            | u32::from(opened.keep_cache) << 1
+            | u32::from(opened.cache_directory) << 3;
         self.finish(unique, 0, |out| {
             // The handle (two words), flags, and what is not used.
             for word in [0, 0, flags, 0] {
@@ -101,8 +105,14 @@ impl Reply {
         })
     }
 
-    /// Contents of a file or directory: as many of `size` bytes as `fill` puts at the start of the buffer that it gets.
-    pub fn data(&mut self, unique: Unique, size: usize, fill: impl FnOnce(&mut [u8]) -> Result<usize, Errno>) -> &[u8] {
+    /// Contents of a file or directory: as many of `size` bytes as `fill` puts at the start of the
+    /// buffer that it gets.
+    pub fn data(
+        &mut self,
+        unique: Unique,
+        size: usize,
+        fill: impl FnOnce(&mut [u8]) -> Result<usize, Errno>,
+    ) -> &[u8] {
         self.bytes.clear();
         self.bytes.resize(HEADER + size, 0);
         match fill(&mut self.bytes[HEADER..]) {
@@ -127,7 +137,8 @@ impl Reply {
         })
     }
 
-    /// Not an answer: asks the kernel to send again what it has no answer to. See [`InitAnswer::can_resend`].
+    /// Not an answer: asks the kernel to send again what it has no answer to. See
+    /// [`InitAnswer::can_resend`].
     pub fn resend(&mut self) -> &[u8] {
         const NOTIFY_RESEND: i32 = 7;
         self.finish(Unique(0), NOTIFY_RESEND, |_| {})
@@ -179,7 +190,9 @@ impl<'a> DirBuffer<'a> {
     pub fn add(&mut self, node: NodeId, directory: bool, name: &[u8], next: u64) -> bool {
         const ENTRY: usize = 24;
         let bytes = (ENTRY + name.len()).next_multiple_of(8);
-        let Some(entry) = self.bytes.get_mut(self.filled..self.filled + bytes) else { return false };
+        let Some(entry) = self.bytes.get_mut(self.filled..self.filled + bytes) else {
+            return false;
+        };
         // The kinds of `d_type`: 4 and 8.
         let kind: u32 = if directory { 4 } else { 8 };
         entry.fill(0);
@@ -227,7 +240,10 @@ mod tests {
         let answer = reply.data(unique, 10, fill);
         assert_eq!((answer.len(), &answer[16..]), (19, &b"abc"[..]));
         assert_eq!(reply.data(unique, 10, |_| Ok(99)).len(), 26);
-        assert_eq!(reply.data(unique, 10, |_| Err(Errno::IO)), Reply::default().error(unique, Errno::IO));
+        assert_eq!(
+            reply.data(unique, 10, |_| Err(Errno::IO)),
+            Reply::default().error(unique, Errno::IO)
+        );
     }
 
     #[test]

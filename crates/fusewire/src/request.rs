@@ -188,7 +188,8 @@ impl<'a> Request<'a> {
 
 impl<'a> Operation<'a> {
     fn parse(opcode: u32, body: &'a [u8]) -> Result<Self, WireError> {
-        let at_least = |bytes: usize| if body.len() < bytes { Err(WireError::Short) } else { Ok(()) };
+        let at_least =
+            |bytes: usize| if body.len() < bytes { Err(WireError::Short) } else { Ok(()) };
         Ok(match opcode {
             1 => Operation::Lookup { name: name(body)? },
             2 => {
@@ -202,7 +203,11 @@ impl<'a> Operation<'a> {
             }
             15 => {
                 at_least(40)?;
-                Operation::Read { handle: Handle(u64_at(body, 0)), offset: u64_at(body, 8), size: u32_at(body, 16) }
+                Operation::Read {
+                    handle: Handle(u64_at(body, 0)),
+                    offset: u64_at(body, 8),
+                    size: u32_at(body, 16),
+                }
             }
             17 => Operation::StatFs,
             18 => {
@@ -212,18 +217,27 @@ impl<'a> Operation<'a> {
             26 => {
                 at_least(16)?;
                 // The second word of flags is there if the first says so.
-                let flags = u64::from(u32_at(body, 12)) | if body.len() >= 20 { u64::from(u32_at(body, 16)) << 32 } else { 0 };
+                let flags = u64::from(u32_at(body, 12))
+                    | if body.len() >= 20 { u64::from(u32_at(body, 16)) << 32 } else { 0 };
                 Operation::Init(InitRequest {
                     major: u32_at(body, 0),
                     minor: u32_at(body, 4),
                     max_readahead: u32_at(body, 8),
-                    flags: if flags & crate::init::INIT_EXT == 0 { flags & u64::from(u32::MAX) } else { flags },
+                    flags: if flags & crate::init::INIT_EXT == 0 {
+                        flags & u64::from(u32::MAX)
+                    } else {
+                        flags
+                    },
                 })
             }
             27 => Operation::OpenDir,
             28 => {
                 at_least(40)?;
-                Operation::ReadDir { handle: Handle(u64_at(body, 0)), offset: u64_at(body, 8), size: u32_at(body, 16) }
+                Operation::ReadDir {
+                    handle: Handle(u64_at(body, 0)),
+                    offset: u64_at(body, 8),
+                    size: u32_at(body, 16),
+                }
             }
             29 => {
                 at_least(24)?;
@@ -237,7 +251,8 @@ impl<'a> Operation<'a> {
             42 => {
                 at_least(8)?;
                 let count = u32_at(body, 0) as usize;
-                let end = count.checked_mul(16).and_then(|n| n.checked_add(8)).ok_or(WireError::Short)?;
+                let end =
+                    count.checked_mul(16).and_then(|n| n.checked_add(8)).ok_or(WireError::Short)?;
                 Operation::BatchForget(Forget(body.get(8..end).ok_or(WireError::Short)?))
             }
             other => Operation::Other(other),
@@ -246,7 +261,13 @@ impl<'a> Operation<'a> {
 
     /// Whether the kernel waits for an answer.
     pub fn is_answered(&self) -> bool {
-        !matches!(self, Operation::Forget { .. } | Operation::BatchForget(_) | Operation::Interrupt { .. } | Operation::Destroy)
+        !matches!(
+            self,
+            Operation::Forget { .. }
+                | Operation::BatchForget(_)
+                | Operation::Interrupt { .. }
+                | Operation::Destroy
+        )
     }
 }
 
@@ -278,7 +299,10 @@ mod tests {
     fn parsed(opcode: u32, body: &[u8]) -> Result<String, WireError> {
         let bytes = request(opcode, body);
         let request = Request::parse(&bytes)?;
-        assert_eq!(request.header, Header { unique: Unique(7), node: NodeId(3), uid: 1000, gid: 100, pid: 4242 });
+        assert_eq!(
+            request.header,
+            Header { unique: Unique(7), node: NodeId(3), uid: 1000, gid: 100, pid: 4242 }
+        );
         Ok(format!("{:?}", request.operation))
     }
 
@@ -288,13 +312,22 @@ mod tests {
         assert_eq!(parsed(2, &words(&[5])).as_deref(), Ok("Forget { lookups: 5 }"));
         assert_eq!(parsed(3, &[]).as_deref(), Ok("GetAttr"));
         assert_eq!(parsed(14, &words(&[0x8000])).as_deref(), Ok("Open { flags: 32768 }"));
-        assert_eq!(parsed(15, &words(&[9, 4096, 65536, 0, 0])).as_deref(), Ok("Read { handle: Handle(9), offset: 4096, size: 65536 }"));
-        assert_eq!(parsed(28, &words(&[9, 2, 4096, 0, 0])).as_deref(), Ok("ReadDir { handle: Handle(9), offset: 2, size: 4096 }"));
+        assert_eq!(
+            parsed(15, &words(&[9, 4096, 65536, 0, 0])).as_deref(),
+            Ok("Read { handle: Handle(9), offset: 4096, size: 65536 }")
+        );
+        assert_eq!(
+            parsed(28, &words(&[9, 2, 4096, 0, 0])).as_deref(),
+            Ok("ReadDir { handle: Handle(9), offset: 2, size: 4096 }")
+        );
         assert_eq!(parsed(36, &words(&[6])).as_deref(), Ok("Interrupt { unique: Unique(6) }"));
         assert_eq!(parsed(38, &[]).as_deref(), Ok("Destroy"));
         assert_eq!(parsed(16, &[]).as_deref(), Ok("Other(16)"));
         let bytes = request(42, &words(&[2, 3, 1, 4, 2]));
-        let Ok(Request { operation: Operation::BatchForget(forget), .. }) = Request::parse(&bytes) else { panic!("not forgotten") };
+        let Ok(Request { operation: Operation::BatchForget(forget), .. }) = Request::parse(&bytes)
+        else {
+            panic!("not forgotten")
+        };
         assert_eq!(forget.nodes().collect::<Vec<_>>(), [(NodeId(3), 1), (NodeId(4), 2)]);
         assert_eq!(Unique(7 | 1 << 63).first(), Unique(7));
         assert!(Unique(7 | 1 << 63).is_resent() && !Unique(7).is_resent());
@@ -302,7 +335,9 @@ mod tests {
 
     #[test]
     fn what_is_short_is_an_error() {
-        for (opcode, bytes) in [(2, 8), (14, 8), (15, 40), (18, 24), (26, 16), (28, 40), (29, 24), (36, 8), (42, 8)] {
+        for (opcode, bytes) in
+            [(2, 8), (14, 8), (15, 40), (18, 24), (26, 16), (28, 40), (29, 24), (36, 8), (42, 8)]
+        {
             assert!(parsed(opcode, &vec![0; bytes]).is_ok(), "{opcode}");
             assert_eq!(parsed(opcode, &vec![0; bytes - 1]), Err(WireError::Short), "{opcode}");
         }
@@ -312,7 +347,10 @@ mod tests {
             assert_eq!(parsed(1, name), Err(WireError::Name));
         }
         let whole = request(3, &[]);
-        assert!(Request::parse(&[&whole[..], &[1; 50]].concat()).is_ok(), "what is behind it is none of it");
+        assert!(
+            Request::parse(&[&whole[..], &[1; 50]].concat()).is_ok(),
+            "what is behind it is none of it"
+        );
         assert_eq!(Request::parse(&whole[..HEADER - 1]), Err(WireError::Short));
         for length in [0, 39, 41, u32::MAX] {
             let bytes = [&length.to_ne_bytes()[..], &whole[4..]].concat();

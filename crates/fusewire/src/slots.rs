@@ -1,20 +1,23 @@
-//! Requests in flight, in memory that outlives the process: a file without a name (`memfd`), which a successor or a store of file descriptors
-//! holds as well.
+//! Requests in flight, in memory that outlives the process: a file without a name (`memfd`), which
+//! a successor or a store of file descriptors holds as well.
 //!
 //! ```text
 //! page 0       head: what this is, and its shape
-//! then         one slot for each thread that reads requests: [`REQUEST_BYTES`] that the kernel writes a request into
+//! then         one slot for each thread that reads requests: [`REQUEST_BYTES`] that the kernel
+//!              writes a request into
 //! then         parked requests, 32 bytes each: state, size, number, node, offset
 //! ```
 //!
-//! A request is in at least one of the two from the moment the kernel has handed it over until it was answered:
+//! A request is in at least one of the two from the moment the kernel has handed it over until it
+//! was answered:
 //!
 //! 1. the thread empties its slot and reads into it: from then on the request is there;
 //! 2. a read that has to wait is parked, and only then is the slot emptied or used again;
 //! 3. the answer is written, and only then is the slot or the parked request given up.
 //!
-//! So a process that comes after one that was killed answers everything that it finds ([`Slots::left_in_slots`], [`Slots::parked`]). Some of it may
-//! have been answered already: the kernel says `ENOENT` to a second answer, which does no harm. Shared words are atomic.
+//! So a process that comes after one that was killed answers everything that it finds
+//! ([`Slots::left_in_slots`], [`Slots::parked`]). Some of it may have been answered already: the
+//! kernel says `ENOENT` to a second answer, which does no harm. Shared words are atomic.
 
 use crate::{NodeId, REQUEST_BYTES, Unique};
 use rustix::{
@@ -31,7 +34,8 @@ use std::{
 
 /// Threads that read requests, at most.
 pub const READERS: usize = 16;
-/// Requests that wait, at most: what the kernel sends beyond is refused with an error by whoever cannot park it.
+/// Requests that wait, at most: what the kernel sends beyond is refused with an error by whoever
+/// cannot park it.
 pub const PARKED: usize = 16 << 10;
 
 const HEAD: usize = 4096;
@@ -86,7 +90,8 @@ pub struct ParkedId(u32);
 /// The mapping; it ends with the last user.
 struct Map(NonNull<u8>);
 
-// SAFETY: the memory is reached through atomics, and through the slots, each of which one `SlotReader` has to itself.
+// SAFETY: the memory is reached through atomics, and through the slots, each of which one
+// `SlotReader` has to itself.
 #[allow(unsafe_code)]
 unsafe impl Send for Map {}
 // SAFETY: as above.
@@ -126,26 +131,42 @@ impl Slots {
             return Err(SlotError::Foreign);
         }
         let slots = Self::map(fd)?;
-        if slots.word64(0).load(Ordering::Acquire) == MAGIC { Ok(slots) } else { Err(SlotError::Foreign) }
+        if slots.word64(0).load(Ordering::Acquire) == MAGIC {
+            Ok(slots)
+        } else {
+            Err(SlotError::Foreign)
+        }
     }
 
     #[allow(unsafe_code)]
     fn map(fd: impl AsFd) -> Result<Self, SlotError> {
-        // SAFETY: a fresh mapping, which nothing in this process refers to. The file has `BYTES` bytes and only this module writes it; a process
-        // that shortened it could only be one of our own.
-        let at = unsafe { mmap(std::ptr::null_mut(), BYTES, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, fd, 0) }?;
+        // SAFETY: a fresh mapping, which nothing in this process refers to. The file has `BYTES`
+        // bytes and only this module writes it; a process that shortened it could only be one of
+        // our own.
+        let at = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                BYTES,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                fd,
+                0,
+            )
+        }?;
         let map = Map(NonNull::new(at.cast()).ok_or(SlotError::Foreign)?);
         Ok(Self { map, taken: [const { AtomicU8::new(0) }; READERS], hint: AtomicU32::new(0) })
     }
 
     /// The slot `number`, for one thread.
     pub fn reader(&self, number: usize) -> Result<SlotReader<'_>, SlotError> {
-        let free = self.taken.get(number).is_some_and(|t| t.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok());
+        let free = self.taken.get(number).is_some_and(|t| {
+            t.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok()
+        });
         if free { Ok(SlotReader { slots: self, number }) } else { Err(SlotError::Taken) }
     }
 
-    /// Requests that a predecessor had read and neither parked nor answered, each copied. To be asked before this process reads any: the first use
-    /// of a slot empties it.
+    /// Requests that a predecessor had read and neither parked nor answered, each copied. To be
+    /// asked before this process reads any: the first use of a slot empties it.
     pub fn left_in_slots(&self) -> Vec<Vec<u8>> {
         let mut left = Vec::new();
         for number in 0..READERS {
@@ -164,9 +185,11 @@ impl Slots {
     /// Notes a request that waits; `None` if too many do.
     pub fn park(&self, request: Parked) -> Option<ParkedId> {
         let start = self.hint.load(Ordering::Relaxed) as usize;
-        let id = (0..PARKED)
-            .map(|n| (start + n) % PARKED)
-            .find(|id| self.state(*id).compare_exchange(FREE, FILLING, Ordering::Acquire, Ordering::Relaxed).is_ok())?;
+        let id = (0..PARKED).map(|n| (start + n) % PARKED).find(|id| {
+            self.state(*id)
+                .compare_exchange(FREE, FILLING, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok()
+        })?;
         let at = self.entry(id);
         self.word32(at + 4).store(request.size, Ordering::Relaxed);
         self.word64(at + 8).store(request.unique.0, Ordering::Relaxed);
@@ -196,10 +219,12 @@ impl Slots {
         self.state(id.0 as usize).store(FREE, Ordering::Release);
     }
 
-    /// Frees entries that a predecessor had begun and not filled: those requests are in its slots. Before any thread parks.
+    /// Frees entries that a predecessor had begun and not filled: those requests are in its slots.
+    /// Before any thread parks.
     pub fn clear_unfinished(&self) {
         for id in 0..PARKED {
-            let _ = self.state(id).compare_exchange(FILLING, FREE, Ordering::AcqRel, Ordering::Relaxed);
+            let _ =
+                self.state(id).compare_exchange(FILLING, FREE, Ordering::AcqRel, Ordering::Relaxed);
         }
     }
 
@@ -214,7 +239,8 @@ impl Slots {
     #[allow(unsafe_code)]
     fn word32(&self, at: usize) -> &AtomicU32 {
         assert!(at.is_multiple_of(4) && at + 4 <= BYTES);
-        // SAFETY: inside the mapping and aligned, since mappings begin at a page. These words are reached as atomics only: none is in a slot.
+        // SAFETY: inside the mapping and aligned, since mappings begin at a page. These words are
+        // reached as atomics only: none is in a slot.
         unsafe { AtomicU32::from_ptr(self.map.0.as_ptr().add(at).cast()) }
     }
 
@@ -242,8 +268,9 @@ impl SlotReader<'_> {
     #[allow(unsafe_code)]
     pub fn bytes(&mut self) -> &mut [u8] {
         let at = HEAD + self.number * REQUEST_BYTES;
-        // SAFETY: inside the mapping, and no word that is reached as an atomic. In this process the slot belongs to this reader alone (`taken`); a
-        // predecessor that had it is gone, for a connection is handed over by one that has stopped or was killed.
+        // SAFETY: inside the mapping, and no word that is reached as an atomic. In this process the
+        // slot belongs to this reader alone (`taken`); a predecessor that had it is gone, for a
+        // connection is handed over by one that has stopped or was killed.
         unsafe { std::slice::from_raw_parts_mut(self.slots.map.0.as_ptr().add(at), REQUEST_BYTES) }
     }
 }
@@ -283,7 +310,10 @@ mod tests {
     fn a_request_stays_in_its_slot_until_that_is_cleared() {
         let (fd, slots) = Slots::create().expect("slots");
         let mut reader = slots.reader(1).expect("a slot");
-        assert!(matches!(slots.reader(1), Err(SlotError::Taken)) && matches!(slots.reader(READERS), Err(SlotError::Taken)));
+        assert!(
+            matches!(slots.reader(1), Err(SlotError::Taken))
+                && matches!(slots.reader(READERS), Err(SlotError::Taken))
+        );
         reader.bytes()[..8].copy_from_slice(&[8, 0, 0, 0, 1, 2, 3, 4]);
         drop(reader);
         let next = Slots::open(&fd).expect("slots");
@@ -307,7 +337,11 @@ mod tests {
         std::thread::scope(|scope| {
             for thread in 0..4 {
                 let slots = &slots;
-                scope.spawn(move || (0..PARKED / 4).for_each(|n| assert!(slots.park(request((n * 4 + thread) as u64)).is_some())));
+                scope.spawn(move || {
+                    (0..PARKED / 4).for_each(|n| {
+                        assert!(slots.park(request((n * 4 + thread) as u64)).is_some())
+                    })
+                });
             }
         });
         assert_eq!(slots.park(request(0)), None);

@@ -8,7 +8,10 @@ const ROUNDS: usize = 200_000;
 
 #[test]
 fn any_bytes_are_a_request_or_an_error() {
-    let time = std::env::var("SHIPWAY_FUZZ_SECONDS").ok().and_then(|n| n.parse().ok()).map(|n| Duration::from_secs(n) / 6);
+    let time = std::env::var("SHIPWAY_FUZZ_SECONDS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .map(|n| Duration::from_secs(n) / 6);
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_secs());
     let mut state = if time.is_some() { now | 1 } else { 0x5eed_f05e };
     println!("seed {state}");
@@ -25,7 +28,8 @@ fn any_bytes_are_a_request_or_an_error() {
             break;
         }
         let length = (next() % 200) as usize;
-        let mut bytes: Vec<u8> = (0..length).map(|_| if next() % 3 == 0 { next() as u8 } else { 0 }).collect();
+        let mut bytes: Vec<u8> =
+            (0..length).map(|_| if next() % 3 == 0 { next() as u8 } else { 0 }).collect();
         if length >= 8 && next() % 8 != 0 {
             let told = if next() % 4 == 0 { (next() % 300) as u32 } else { length as u32 };
             bytes[..4].copy_from_slice(&told.to_ne_bytes());
@@ -34,7 +38,9 @@ fn any_bytes_are_a_request_or_an_error() {
         if let Ok(request) = Request::parse(&bytes) {
             requests += 1;
             match request.operation {
-                Operation::Lookup { name } => assert!(!name.is_empty() && !name.contains(&0) && !name.contains(&b'/')),
+                Operation::Lookup { name } => {
+                    assert!(!name.is_empty() && !name.contains(&0) && !name.contains(&b'/'))
+                }
                 Operation::BatchForget(forget) => forgotten += forget.nodes().count(),
                 _ => {}
             }

@@ -1,5 +1,6 @@
-//! A directory of one file, served to the kernel. As root, for only root mounts it like this. Nothing is mounted anywhere: the mount is a file
-//! descriptor that goes with the test, and the connection with the server's.
+//! A directory of one file, served to the kernel. As root, for only root mounts it like this.
+//! Nothing is mounted anywhere: the mount is a file descriptor that goes with the test, and the
+//! connection with the server's.
 
 #![allow(clippy::unwrap_used)]
 
@@ -7,7 +8,10 @@ use rustix::{
     fd::{AsFd, AsRawFd, OwnedFd},
     fs::{Mode, OFlags, open},
     io::{Errno, pread, read, write},
-    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen},
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+        fsopen,
+    },
 };
 use shipway_fusewire::*;
 use std::{
@@ -38,16 +42,34 @@ struct Mounted {
 
 impl Mounted {
     fn new() -> (OwnedFd, Self) {
-        assert!(rustix::process::geteuid().is_root(), "mounts need root: run as root, as `cargo xtask test` does");
-        let device = open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).expect("the kernel has no FUSE");
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "mounts need root: run as root, as `cargo xtask test` does"
+        );
+        let device = open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .expect("the kernel has no FUSE");
         let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
-        let options =
-            [("fd", device.as_raw_fd().to_string()), ("rootmode", "40000".into()), ("user_id", "0".into()), ("group_id", "0".into())];
+        let options = [
+            ("fd", device.as_raw_fd().to_string()),
+            ("rootmode", "40000".into()),
+            ("user_id", "0".into()),
+            ("group_id", "0".into()),
+        ];
         for (key, value) in options {
             fsconfig_set_string(context.as_fd(), key, value).unwrap();
         }
         fsconfig_create(context.as_fd()).unwrap();
-        (device, Self { mount: fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap() })
+        (
+            device,
+            Self {
+                mount: fsmount(
+                    context.as_fd(),
+                    FsMountFlags::FSMOUNT_CLOEXEC,
+                    MountAttrFlags::empty(),
+                )
+                .unwrap(),
+            },
+        )
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -61,7 +83,8 @@ enum Reads {
     Answered,
     /// Parked; tells of it and goes on.
     Parked,
-    /// The server ends with the request in its slot, as if it had been killed there, before or just after it was parked.
+    /// The server ends with the request in its slot, as if it had been killed there, before or just
+    /// after it was parked.
     Deadly {
         parked: bool,
     },
@@ -74,7 +97,8 @@ enum Event {
     Interrupted,
 }
 
-/// Serves until the mount is gone or a read is deadly. It owns its descriptor, so that nobody waits for a server that has failed.
+/// Serves until the mount is gone or a read is deadly. It owns its descriptor, so that nobody waits
+/// for a server that has failed.
 fn serve(device: OwnedFd, slots: &Slots, reads: Reads, direct: bool, events: &Sender<Event>) {
     let device = &device;
     let mut slot = slots.reader(0).unwrap();
@@ -95,15 +119,20 @@ fn serve(device: OwnedFd, slots: &Slots, reads: Reads, direct: bool, events: &Se
         let unique = request.header.unique;
         let answer = match request.operation {
             Operation::Init(offer) => {
-                let answer = offer.answer(Wanted::default()).expect("a protocol of Linux 5.4 or newer");
+                let answer =
+                    offer.answer(Wanted::default()).expect("a protocol of Linux 5.4 or newer");
                 events.send(Event::Began { resend: answer.can_resend() }).unwrap();
                 reply.init(unique, &answer)
             }
-            Operation::Lookup { name: b"file" } if request.header.node == NodeId::ROOT => reply.entry(unique, &file),
+            Operation::Lookup { name: b"file" } if request.header.node == NodeId::ROOT => {
+                reply.entry(unique, &file)
+            }
             Operation::Lookup { .. } => reply.error(unique, Errno::NOENT),
             Operation::GetAttr => reply.attributes(unique, &of(request.header.node)),
             Operation::Open { .. } => reply.opened(unique, Opened { direct, ..Opened::default() }),
-            Operation::OpenDir => reply.opened(unique, Opened { cache_directory: true, ..Opened::default() }),
+            Operation::OpenDir => {
+                reply.opened(unique, Opened { cache_directory: true, ..Opened::default() })
+            }
             Operation::ReadDir { offset, size, .. } => reply.data(unique, size as usize, |bytes| {
                 let mut buffer = DirBuffer::new(bytes);
                 if offset == 0 {
@@ -112,7 +141,9 @@ fn serve(device: OwnedFd, slots: &Slots, reads: Reads, direct: bool, events: &Se
                 Ok(buffer.filled())
             }),
             Operation::Read { offset, size, .. } => match reads {
-                Reads::Answered => reply.data(unique, size as usize, |bytes| Ok(contents(offset, bytes))),
+                Reads::Answered => {
+                    reply.data(unique, size as usize, |bytes| Ok(contents(offset, bytes)))
+                }
                 Reads::Deadly { parked: false } => return,
                 Reads::Parked | Reads::Deadly { .. } => {
                     slots.park(Parked { unique, node: request.header.node, offset, size }).unwrap();
@@ -125,7 +156,10 @@ fn serve(device: OwnedFd, slots: &Slots, reads: Reads, direct: bool, events: &Se
             },
             Operation::Interrupt { unique } => {
                 events.send(Event::Interrupted).unwrap();
-                let Some((id, _)) = slots.parked().find(|(_, parked)| parked.unique == unique) else { continue };
+                let Some((id, _)) = slots.parked().find(|(_, parked)| parked.unique == unique)
+                else {
+                    continue;
+                };
                 let _ = write(device, reply.error(unique, Errno::INTR));
                 slots.unpark(id);
                 continue;
@@ -151,11 +185,17 @@ fn replay(device: &OwnedFd, slots: &Slots) -> usize {
     for left in slots.left_in_slots() {
         let request = Request::parse(&left).unwrap();
         if let Operation::Read { offset, size, .. } = request.operation {
-            reads.push(Parked { unique: request.header.unique, node: request.header.node, offset, size });
+            reads.push(Parked {
+                unique: request.header.unique,
+                node: request.header.node,
+                offset,
+                size,
+            });
         }
     }
     for parked in &reads {
-        let answer = reply.data(parked.unique, parked.size as usize, |bytes| Ok(contents(parked.offset, bytes)));
+        let answer = reply
+            .data(parked.unique, parked.size as usize, |bytes| Ok(contents(parked.offset, bytes)));
         // The second time is one too many, and harmless.
         write(device, answer).unwrap();
         assert_eq!(write(device, answer), Err(Errno::NOENT));
@@ -178,14 +218,20 @@ fn a_file_is_listed_and_read_by_the_page_cache_and_past_it() {
         std::thread::scope(move |scope| {
             scope.spawn(move || serve(device, slots, Reads::Answered, direct, &tell));
             started(&events);
-            let names: Vec<_> = fs::read_dir(mounted.path("")).unwrap().map(|e| e.unwrap().file_name()).collect();
+            let names: Vec<_> =
+                fs::read_dir(mounted.path("")).unwrap().map(|e| e.unwrap().file_name()).collect();
             assert_eq!(names, ["file"]);
             let found = fs::metadata(mounted.path("file")).unwrap();
             assert_eq!((found.len(), found.ino(), found.mode()), (SIZE, FILE.0, 0o100_444));
             assert!(!mounted.path("other").exists());
             let whole = fs::read(mounted.path("file")).unwrap();
             assert!(whole.len() as u64 == SIZE && (0..).zip(&whole).all(|(at, b)| *b == byte(at)));
-            let past = open(mounted.path("file"), OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty()).unwrap();
+            let past = open(
+                mounted.path("file"),
+                OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC,
+                Mode::empty(),
+            )
+            .unwrap();
             let mut bytes = vec![0; 2 << 20];
             let mut count = 0;
             while count < bytes.len() {
@@ -216,7 +262,8 @@ fn a_reader_that_is_killed_is_let_go() {
     assert_eq!(slots.parked().count(), 0);
 }
 
-/// Requests outlive the server that read them, parked or just in its slot, or sent again by the kernel, and whoever asked sees nothing of it.
+/// Requests outlive the server that read them, parked or just in its slot, or sent again by the
+/// kernel, and whoever asked sees nothing of it.
 #[test]
 fn a_successor_answers_what_its_predecessor_had_read() {
     for (parked, resend) in [(true, false), (false, false), (false, true)] {
@@ -227,8 +274,11 @@ fn a_successor_answers_what_its_predecessor_had_read() {
         let (slots, next) = (&slots, &next);
         std::thread::scope(move |scope| {
             let again = rustix::io::dup(&device).unwrap();
-            let first = scope.spawn(move || serve(again, slots, Reads::Deadly { parked }, true, &tell));
-            let Event::Began { resend: can_resend } = events.recv().unwrap() else { panic!("not begun") };
+            let first =
+                scope.spawn(move || serve(again, slots, Reads::Deadly { parked }, true, &tell));
+            let Event::Began { resend: can_resend } = events.recv().unwrap() else {
+                panic!("not begun")
+            };
             let path = mounted.path("file");
             let reader = scope.spawn(move || {
                 let mut bytes = [0; 100];

@@ -48,7 +48,15 @@ impl GatewayBuild {
     /// A build over `bridge`, and where its result will arrive.
     pub fn new(bridge: Arc<dyn Bridge>) -> (Arc<Self>, oneshot::Receiver<Result<FrontendResult>>) {
         let (sender, receiver) = oneshot::channel();
-        (Arc::new(Self { bridge, refs: Mutex::default(), containers: Mutex::default(), returned: Mutex::new(Some(sender)) }), receiver)
+        (
+            Arc::new(Self {
+                bridge,
+                refs: Mutex::default(),
+                containers: Mutex::default(),
+                returned: Mutex::new(Some(sender)),
+            }),
+            receiver,
+        )
     }
 
     /// Remembers a reference under its id.
@@ -76,18 +84,26 @@ impl GatewayBuild {
 
     /// The reference that was handed out as `id`.
     pub(crate) fn find(&self, id: &str) -> Result<Arc<dyn BuildRef>> {
-        lock(&self.refs).get(id).cloned().ok_or_else(|| Fault::not_found(format!("no such ref: {id}")))
+        lock(&self.refs)
+            .get(id)
+            .cloned()
+            .ok_or_else(|| Fault::not_found(format!("no such ref: {id}")))
     }
 
     /// Remembers a container; a name is used once at a time.
     pub(crate) fn add_container(&self, name: String, kept: Kept) -> Result<()> {
         let mut containers = lock(&self.containers);
         if containers.contains_key(&name) {
-            return Err(Fault::new(shipway_fault::Code::AlreadyExists, format!("Container {name} already exists")));
+            return Err(Fault::new(
+                shipway_fault::Code::AlreadyExists,
+                format!("Container {name} already exists"),
+            ));
         }
         if containers.len() >= MAX_CONTAINERS {
-            let message = format!("the build has {MAX_CONTAINERS} containers, and more are not allowed");
-            return Err(Fault::new(shipway_fault::Code::ResourceExhausted, message).hint("release those that are not needed any more"));
+            let message =
+                format!("the build has {MAX_CONTAINERS} containers, and more are not allowed");
+            return Err(Fault::new(shipway_fault::Code::ResourceExhausted, message)
+                .hint("release those that are not needed any more"));
         }
         containers.insert(name, kept);
         Ok(())
@@ -98,8 +114,12 @@ impl GatewayBuild {
         lock(&self.containers).get(name).map(|k| k.container.clone())
     }
 
-    /// The container `name` for one more process, the PATH of processes that name none, and whether it is the first one.
-    pub(crate) fn enter_container(&self, name: &str) -> Option<(Arc<dyn Container>, &'static str, bool)> {
+    /// The container `name` for one more process, the PATH of processes that name none, and whether
+    /// it is the first one.
+    pub(crate) fn enter_container(
+        &self,
+        name: &str,
+    ) -> Option<(Arc<dyn Container>, &'static str, bool)> {
         let mut containers = lock(&self.containers);
         let kept = containers.get_mut(name)?;
         let first = !std::mem::replace(&mut kept.started, true);
@@ -122,9 +142,9 @@ impl GatewayBuild {
 
     /// Delivers the result; the second time is an error (row `gw.return`).
     pub(crate) fn deliver(&self, result: Result<FrontendResult>) -> Result<()> {
-        let sender = lock(&self.returned)
-            .take()
-            .ok_or_else(|| Fault::new(shipway_fault::Code::FailedPrecondition, "gateway result is already set"))?;
+        let sender = lock(&self.returned).take().ok_or_else(|| {
+            Fault::new(shipway_fault::Code::FailedPrecondition, "gateway result is already set")
+        })?;
         // A build whose waiter is gone was cancelled; its client learns that from Solve.
         let _ = sender.send(result);
         Ok(())
@@ -141,13 +161,18 @@ impl Default for Builds {
     }
 }
 
-/// Serves `build` alone over `io`, to a frontend that needs not say which build it means, until that ends.
-pub async fn serve(build: Arc<GatewayBuild>, io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Result<()> {
+/// Serves `build` alone over `io`, to a frontend that needs not say which build it means, until
+/// that ends.
+pub async fn serve(
+    build: Arc<GatewayBuild>,
+    io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+) -> Result<()> {
     // Clients of Go's look whether the other end is in good health, as they do with the daemon
     // itself.
     let health = HealthServer::new(HealthService);
-    let service =
-        LlbBridgeServer::new(BridgeService::of(build)).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+    let service = LlbBridgeServer::new(BridgeService::of(build))
+        .max_decoding_message_size(MAX_MESSAGE)
+        .max_encoding_message_size(MAX_MESSAGE);
     let routes = Routes::new(service).add_service(health);
     shipway_grpc::serve_tunnel(io, routes, shipway_grpc::TunnelPeer::Stranger).await
 }
@@ -178,13 +203,14 @@ impl Builds {
     /// The build `id`, which may be about to be registered.
     pub async fn get(&self, id: &str) -> Result<Arc<GatewayBuild>> {
         let mut changes = self.0.subscribe();
-        let found =
-            tokio::time::timeout(GRACE, async { changes.wait_for(|m| m.contains_key(id)).await.ok().and_then(|m| m.get(id).cloned()) })
-                .await;
-        found
-            .ok()
-            .flatten()
-            .ok_or_else(|| Fault::not_found(format!("no such job {id}")).hint("the build ended, or was never started on this daemon"))
+        let found = tokio::time::timeout(GRACE, async {
+            changes.wait_for(|m| m.contains_key(id)).await.ok().and_then(|m| m.get(id).cloned())
+        })
+        .await;
+        found.ok().flatten().ok_or_else(|| {
+            Fault::not_found(format!("no such job {id}"))
+                .hint("the build ended, or was never started on this daemon")
+        })
     }
 }
 
@@ -195,8 +221,12 @@ mod tests {
     use shipway_frontend::{Options, SolveRequest, SourceMeta, SourceRequest, Warning};
     use shipway_llb::Definition;
     use shipway_oci::Platform;
-    use shipway_proto::grpc::health::v1::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
-    use shipway_proto::moby::buildkit::v1::frontend::{self as wire, llb_bridge_client::LlbBridgeClient};
+    use shipway_proto::grpc::health::v1::{
+        HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+    };
+    use shipway_proto::moby::buildkit::v1::frontend::{
+        self as wire, llb_bridge_client::LlbBridgeClient,
+    };
     use std::collections::BTreeMap;
 
     struct Nothing;
@@ -217,7 +247,11 @@ mod tests {
         }
 
         fn worker(&self) -> shipway_frontend::Worker {
-            shipway_frontend::Worker { id: "w".into(), labels: [("a".to_owned(), "b".to_owned())].into(), ..Default::default() }
+            shipway_frontend::Worker {
+                id: "w".into(),
+                labels: [("a".to_owned(), "b".to_owned())].into(),
+                ..Default::default()
+            }
         }
 
         async fn solve(&self, _: SolveRequest) -> Result<FrontendResult> {
@@ -258,7 +292,11 @@ mod tests {
             Err(Fault::not_found(path.to_owned()))
         }
 
-        async fn read_dir(&self, path: &str, _: Option<&str>) -> Result<Vec<shipway_frontend::FileStat>> {
+        async fn read_dir(
+            &self,
+            path: &str,
+            _: Option<&str>,
+        ) -> Result<Vec<shipway_frontend::FileStat>> {
             Err(Fault::not_found(path.to_owned()))
         }
 
@@ -274,14 +312,19 @@ mod tests {
     #[test]
     fn a_build_holds_no_more_states_than_it_may() {
         let (build, _returned) = GatewayBuild::new(Arc::new(Nothing));
-        let keep = |number: usize| build.keep(&(Arc::new(Numbered(number.to_string())) as Arc<dyn BuildRef>));
+        let keep = |number: usize| {
+            build.keep(&(Arc::new(Numbered(number.to_string())) as Arc<dyn BuildRef>))
+        };
         for number in 0..MAX_REFS {
             keep(number).unwrap();
         }
         assert_eq!(keep(MAX_REFS).unwrap_err().code(), shipway_fault::Code::ResourceExhausted);
         // Those that are known stay so.
         assert_eq!(keep(0).unwrap(), "0");
-        assert!(build.find("0").is_ok() && build.find(&MAX_REFS.to_string()).is_err_and(|f| f.is_not_found()));
+        assert!(
+            build.find("0").is_ok()
+                && build.find(&MAX_REFS.to_string()).is_err_and(|f| f.is_not_found())
+        );
     }
 
     /// Go writes a map of byte slices, and the result's own metadata counts more.
@@ -293,9 +336,15 @@ mod tests {
         let tunnel = shipway_grpc::TunnelChannel::connect(theirs).await.unwrap();
         let mut client = LlbBridgeClient::new(tunnel.channel());
         let exporter_attr = br#"{"k":"YXNrZWQ=","l":"YXNrZWQ=","n":null}"#.to_vec();
-        client.solve(wire::SolveRequest { r#final: true, exporter_attr, ..Default::default() }).await.unwrap();
+        client
+            .solve(wire::SolveRequest { r#final: true, exporter_attr, ..Default::default() })
+            .await
+            .unwrap();
         let metadata = returned.await.unwrap().unwrap().metadata;
-        assert_eq!((&*metadata["k"], &*metadata["l"], &*metadata["n"]), (&b"own"[..], &b"asked"[..], &b""[..]));
+        assert_eq!(
+            (&*metadata["k"], &*metadata["l"], &*metadata["n"]),
+            (&b"own"[..], &b"asked"[..], &b""[..])
+        );
         drop((client, tunnel));
         let _ = serving.await.unwrap();
     }
@@ -308,14 +357,27 @@ mod tests {
         let tunnel = shipway_grpc::TunnelChannel::connect(theirs).await.unwrap();
         let mut client = LlbBridgeClient::new(tunnel.channel());
         let pong = client.ping(wire::PingRequest {}).await.unwrap().into_inner();
-        assert_eq!((pong.workers.len(), &*pong.workers[0].id, &*pong.workers[0].labels["a"]), (1, "w", "b"));
+        assert_eq!(
+            (pong.workers.len(), &*pong.workers[0].id, &*pong.workers[0].labels["a"]),
+            (1, "w", "b")
+        );
         let mut health = HealthClient::new(tunnel.channel());
-        let status = health.check(HealthCheckRequest::default()).await.unwrap().into_inner().status();
+        let status =
+            health.check(HealthCheckRequest::default()).await.unwrap().into_inner().status();
         assert_eq!(status, ServingStatus::Serving);
         assert!(pong.frontend_api_caps.iter().any(|c| c.id == "gateway.exec" && c.enabled));
-        let unknown = client.new_container(wire::NewContainerRequest { container_id: "c".into(), ..Default::default() }).await.unwrap_err();
+        let unknown = client
+            .new_container(wire::NewContainerRequest {
+                container_id: "c".into(),
+                ..Default::default()
+            })
+            .await
+            .unwrap_err();
         assert_eq!(unknown.code(), tonic::Code::Unimplemented);
-        let result = wire::Result { metadata: [("k".to_owned(), b"v".to_vec())].into(), ..Default::default() };
+        let result = wire::Result {
+            metadata: [("k".to_owned(), b"v".to_vec())].into(),
+            ..Default::default()
+        };
         client.r#return(wire::ReturnRequest { result: Some(result), error: None }).await.unwrap();
         assert_eq!(returned.await.unwrap().unwrap().metadata["k"], b"v");
         drop((client, health, tunnel));

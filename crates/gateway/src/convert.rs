@@ -24,7 +24,8 @@ pub(crate) fn mode(text: &str) -> Result<ResolveMode> {
         "" | "default" => Ok(ResolveMode::Default),
         "pull" => Ok(ResolveMode::ForcePull),
         "local" => Ok(ResolveMode::PreferLocal),
-        other => Err(Fault::invalid(format!("invalid resolvemode: {other}")).hint("want default, pull or local")),
+        other => Err(Fault::invalid(format!("invalid resolvemode: {other}"))
+            .hint("want default, pull or local")),
     }
 }
 
@@ -39,7 +40,9 @@ pub(crate) fn checksum(request: wire::ChecksumRequest) -> Result<(ChecksumAlgori
         Ok(ChecksumAlgo::Sha256) => ChecksumAlgorithm::Sha256,
         Ok(ChecksumAlgo::Sha384) => ChecksumAlgorithm::Sha384,
         Ok(ChecksumAlgo::Sha512) => ChecksumAlgorithm::Sha512,
-        Err(_) => return Err(Fault::invalid(format!("unsupported checksum algorithm {}", request.algo))),
+        Err(_) => {
+            return Err(Fault::invalid(format!("unsupported checksum algorithm {}", request.algo)));
+        }
     };
     Ok((algorithm, request.suffix.into()))
 }
@@ -76,51 +79,71 @@ pub(crate) fn definition_to_wire(definition: &Definition) -> pb::Definition {
     wire
 }
 
-/// Leaves operations from nowhere out of the source maps, those of the files' own definitions included: a map's empty message is left out by our
-/// encoder, and Go's fast decoder then makes a nil of it that its users trip over.
+/// Leaves operations from nowhere out of the source maps, those of the files' own definitions
+/// included: a map's empty message is left out by our encoder, and Go's fast decoder then makes a
+/// nil of it that its users trip over.
 fn no_empty_places(definition: &mut pb::Definition) {
     let Some(source) = &mut definition.source else { return };
     source.locations.retain(|_, places| !places.locations.is_empty());
     source.infos.iter_mut().filter_map(|info| info.definition.as_mut()).for_each(no_empty_places);
 }
 
-/// A result for the client; references are remembered in `build`. `arrays` is the client's `allowResultArrayRef`.
-pub(crate) fn result_to_wire(build: &GatewayBuild, result: &FrontendResult, arrays: bool) -> Result<wire::Result> {
+/// A result for the client; references are remembered in `build`. `arrays` is the client's
+/// `allowResultArrayRef`.
+pub(crate) fn result_to_wire(
+    build: &GatewayBuild,
+    result: &FrontendResult,
+    arrays: bool,
+) -> Result<wire::Result> {
     for state in result.states() {
         build.keep(state)?;
     }
-    let id = |state: &Option<Arc<dyn BuildRef>>| state.as_ref().map(|r| r.id().to_owned()).unwrap_or_default();
-    // Scratch has an empty definition rather than none: a map's empty message is left out by our encoder, and Go's fast decoder makes a nil of it.
+    let id = |state: &Option<Arc<dyn BuildRef>>| {
+        state.as_ref().map(|r| r.id().to_owned()).unwrap_or_default()
+    };
+    // Scratch has an empty definition rather than none: a map's empty message is left out by our
+    // encoder, and Go's fast decoder makes a nil of it.
     let definition = |state: &Option<Arc<dyn BuildRef>>| match state {
         None => Some(pb::Definition::default()),
         Some(r) => r.definition().map(definition_to_wire),
     };
-    let full = |state: &Option<Arc<dyn BuildRef>>| wire::Ref { id: id(state), def: definition(state) };
+    let full =
+        |state: &Option<Arc<dyn BuildRef>>| wire::Ref { id: id(state), def: definition(state) };
     let payload = match (&result.single, arrays) {
         (Some(state), true) => Some(wire::result::Result::Ref(full(state))),
         (Some(state), false) => Some(wire::result::Result::RefDeprecated(id(state))),
-        (None, true) => {
-            Some(wire::result::Result::Refs(wire::RefMap { refs: result.map.iter().map(|(k, v)| (k.clone(), full(v))).collect() }))
-        }
+        (None, true) => Some(wire::result::Result::Refs(wire::RefMap {
+            refs: result.map.iter().map(|(k, v)| (k.clone(), full(v))).collect(),
+        })),
         (None, false) => Some(wire::result::Result::RefsDeprecated(wire::RefMapDeprecated {
             refs: result.map.iter().map(|(k, v)| (k.clone(), id(v))).collect(),
         })),
     };
     let one = |a: &BuildAttestation| wire::Attestation {
-        kind: if a.kind == Kind::Bundle { wire::AttestationKind::Bundle } else { wire::AttestationKind::InToto } as i32,
+        kind: if a.kind == Kind::Bundle {
+            wire::AttestationKind::Bundle
+        } else {
+            wire::AttestationKind::InToto
+        } as i32,
         metadata: a.metadata.clone(),
         r#ref: a.content.is_some().then(|| full(&a.content)),
         path: a.path.clone(),
         in_toto_predicate_type: a.predicate_type.clone(),
         in_toto_subjects: a.subjects.iter().map(subject_to_wire).collect(),
     };
-    let list = |all: &Vec<BuildAttestation>| wire::Attestations { attestation: all.iter().map(one).collect() };
+    let list = |all: &Vec<BuildAttestation>| wire::Attestations {
+        attestation: all.iter().map(one).collect(),
+    };
     let attestations = result.attestations.iter().map(|(k, all)| (k.clone(), list(all))).collect();
     Ok(wire::Result { result: payload, metadata: result.metadata.clone(), attestations })
 }
 
 fn subject_to_wire(s: &SubjectSpec) -> wire::InTotoSubject {
-    let kind = if s.kind == SubjectKind::Raw { wire::InTotoSubjectKind::Raw } else { wire::InTotoSubjectKind::Self_ };
+    let kind = if s.kind == SubjectKind::Raw {
+        wire::InTotoSubjectKind::Raw
+    } else {
+        wire::InTotoSubjectKind::Self_
+    };
     let digest = s.digests.iter().map(|(algorithm, hex)| format!("{algorithm}:{hex}")).collect();
     wire::InTotoSubject { kind: kind as i32, digest, name: s.name.clone() }
 }
@@ -129,13 +152,19 @@ fn subject(s: wire::InTotoSubject) -> Result<SubjectSpec> {
     let kind = match wire::InTotoSubjectKind::try_from(s.kind) {
         Ok(wire::InTotoSubjectKind::Self_) => SubjectKind::Itself,
         Ok(wire::InTotoSubjectKind::Raw) => SubjectKind::Raw,
-        Err(_) => return Err(Fault::invalid(format!("unknown attestation subject type {}", s.kind))),
+        Err(_) => {
+            return Err(Fault::invalid(format!("unknown attestation subject type {}", s.kind)));
+        }
     };
     let split = |d: &String| match d.split_once(':') {
         Some((algorithm, hex)) => Ok((algorithm.to_owned(), hex.to_owned())),
         None => Err(Fault::invalid(format!("invalid digest {d:?} of an attestation's subject"))),
     };
-    Ok(SubjectSpec { kind, name: s.name, digests: s.digest.iter().map(split).collect::<Result<_>>()? })
+    Ok(SubjectSpec {
+        kind,
+        name: s.name,
+        digests: s.digest.iter().map(split).collect::<Result<_>>()?,
+    })
 }
 
 fn attestation(build: &GatewayBuild, a: wire::Attestation) -> Result<BuildAttestation> {
@@ -159,11 +188,18 @@ fn attestation(build: &GatewayBuild, a: wire::Attestation) -> Result<BuildAttest
 }
 
 /// What the client returned, its references resolved in `build`.
-pub(crate) fn result_from_wire(build: &GatewayBuild, result: wire::Result) -> Result<FrontendResult> {
+pub(crate) fn result_from_wire(
+    build: &GatewayBuild,
+    result: wire::Result,
+) -> Result<FrontendResult> {
     let find = |id: String| if id.is_empty() { Ok(None) } else { build.find(&id).map(Some) };
     let mut out = FrontendResult { metadata: result.metadata, ..FrontendResult::default() };
     for (platform, all) in result.attestations {
-        let all = all.attestation.into_iter().map(|a| attestation(build, a)).collect::<Result<Vec<_>>>()?;
+        let all = all
+            .attestation
+            .into_iter()
+            .map(|a| attestation(build, a))
+            .collect::<Result<Vec<_>>>()?;
         out.attestations.insert(platform, all);
     }
     match result.result {
@@ -186,11 +222,18 @@ pub(crate) fn result_from_wire(build: &GatewayBuild, result: wire::Result) -> Re
 
 pub(crate) fn source_file(info: pb::SourceInfo) -> SourceFile {
     use prost::Message as _;
-    SourceFile { filename: info.filename, language: info.language, data: info.data, definition: info.definition.map(|d| d.encode_to_vec()) }
+    SourceFile {
+        filename: info.filename,
+        language: info.language,
+        data: info.data,
+        definition: info.definition.map(|d| d.encode_to_vec()),
+    }
 }
 
 pub(crate) fn spans(ranges: Vec<pb::Range>) -> Vec<Span> {
-    let position = |p: Option<pb::Position>| p.map(|p| Position { line: p.line, character: p.character }).unwrap_or_default();
+    let position = |p: Option<pb::Position>| {
+        p.map(|p| Position { line: p.line, character: p.character }).unwrap_or_default()
+    };
     ranges.into_iter().map(|r| Span { start: position(r.start), end: position(r.end) }).collect()
 }
 

@@ -1,11 +1,14 @@
-//! The LLBBridge service: carries the [`Bridge`](shipway_frontend::Bridge) port to clients and frontends over gRPC.
+//! The LLBBridge service: carries the [`Bridge`](shipway_frontend::Bridge) port to clients and
+//! frontends over gRPC.
 //!
-//! Clients do not build through one `Solve`: they send an empty one and then drive the build through this service on the same
-//! connection, by build id (row `top.1`). [`Builds`] routes by that id, waiting a little for a build that is about to be
-//! registered; [`GatewayBuild`] is the state of one such build: the references it handed out, and what it returned.
+//! Clients do not build through one `Solve`: they send an empty one and then drive the build
+//! through this service on the same connection, by build id (row `top.1`). [`Builds`] routes by
+//! that id, waiting a little for a build that is about to be registered; [`GatewayBuild`] is the
+//! state of one such build: the references it handed out, and what it returned.
 //!
-//! Containers and their processes (`containers`, `processes`) are the engine's; here they get names and messages. A frontend out of an image is
-//! served alone, over its standard input and output, by [`serve`].
+//! Containers and their processes (`containers`, `processes`) are the engine's; here they get names
+//! and messages. A frontend out of an image is served alone, over its standard input and output, by
+//! [`serve`].
 //!
 //! Everybody who reaches the daemon may name any build; what a build made is found only by ids that
 //! cannot be guessed. `base64` reads metadata as old clients send it.

@@ -1,4 +1,5 @@
-//! Processes in containers over one stream (rows `gw.exec.*`): messages are told apart by the id that the client gives each process.
+//! Processes in containers over one stream (rows `gw.exec.*`): messages are told apart by the id
+//! that the client gives each process.
 
 use crate::build::GatewayBuild;
 use bytes::Bytes;
@@ -32,11 +33,17 @@ struct Ends {
 }
 
 /// Serves one stream until the client ends it and all processes have ended, or it goes away.
-pub(crate) async fn serve(build: Arc<GatewayBuild>, mut incoming: Streaming<wire::ExecMessage>, answers: Answers) {
+pub(crate) async fn serve(
+    build: Arc<GatewayBuild>,
+    mut incoming: Streaming<wire::ExecMessage>,
+    answers: Answers,
+) {
     let (mut ends, mut running) = (HashMap::new(), JoinSet::new());
     let work = async {
         while let Some(message) = incoming.message().await? {
-            handle(&build, message, &mut ends, &mut running, &answers).await.map_err(|f| status_of(&f))?;
+            handle(&build, message, &mut ends, &mut running, &answers)
+                .await
+                .map_err(|f| status_of(&f))?;
         }
         ends.clear();
         while running.join_next().await.is_some() {}
@@ -66,7 +73,10 @@ async fn handle(
     match message.input {
         Some(Input::Init(init)) => {
             if ends.contains_key(&id) {
-                return Err(Fault::new(Code::AlreadyExists, format!("Process {id} already exists")));
+                return Err(Fault::new(
+                    Code::AlreadyExists,
+                    format!("Process {id} already exists"),
+                ));
             }
             let (process, theirs) = start(build, id.clone(), init, answers.clone())?;
             ends.insert(id, theirs);
@@ -74,7 +84,9 @@ async fn handle(
         }
         Some(Input::File(file)) => {
             let process = ends.get_mut(&id).ok_or_else(unknown)?;
-            if let Some(input) = process.input.as_ref().filter(|_| file.fd == 0 && !file.data.is_empty()) {
+            if let Some(input) =
+                process.input.as_ref().filter(|_| file.fd == 0 && !file.data.is_empty())
+            {
                 // A process that has ended reads no more.
                 let _ = input.send(file.data.into()).await;
             }
@@ -87,7 +99,8 @@ async fn handle(
             let _ = ends.get(&id).ok_or_else(unknown)?.control.send(control).await;
         }
         Some(Input::Signal(signal)) => {
-            let number = number(&signal.name).ok_or_else(|| Fault::invalid(format!("Unknown signal {}", signal.name)))?;
+            let number = number(&signal.name)
+                .ok_or_else(|| Fault::invalid(format!("Unknown signal {}", signal.name)))?;
             let _ = ends.get(&id).ok_or_else(unknown)?.control.send(Control::Signal(number)).await;
         }
         Some(Input::Started(_) | Input::Exit(_) | Input::Done(_)) | None => {}
@@ -104,16 +117,23 @@ fn start(
 ) -> Result<(impl Future<Output = ()> + Send + 'static, Ends)> {
     let name = &init.container_id;
     let entered = build.enter_container(name);
-    let (container, path, first) =
-        entered.ok_or_else(|| Fault::not_found(format!("container {name:?} previously released or not created")))?;
+    let (container, path, first) = entered.ok_or_else(|| {
+        Fault::not_found(format!("container {name:?} previously released or not created"))
+    })?;
     let fds = init.fds.clone();
     let (control, told) = mpsc::channel(QUEUE);
     let (output, said) = mpsc::channel(QUEUE);
     let (started, runs) = oneshot::channel();
-    // Only of the first one, which the others need, is the start awaited: clients do not read another's start while they read output.
+    // Only of the first one, which the others need, is the start awaited: clients do not read
+    // another's start while they read output.
     let started = first.then_some(started);
     let (input, read) = if fds.contains(&0) { mpsc::channel(QUEUE) } else { mpsc::channel(1) };
-    let wires = Wires { input: fds.contains(&0).then_some(read), output: Outlet::Queue(output), control: Some(told), started };
+    let wires = Wires {
+        input: fds.contains(&0).then_some(read),
+        output: Outlet::Queue(output),
+        control: Some(told),
+        started,
+    };
     let end = match process(init, path) {
         Ok(process) => container.start(process, wires),
         Err(fault) => Box::pin(std::future::ready(Err(fault))),
@@ -133,12 +153,20 @@ struct Said {
 }
 
 impl Said {
-    async fn tell(&self, input: Input) -> Result<(), mpsc::error::SendError<Result<wire::ExecMessage, Status>>> {
-        self.answers.send(Ok(wire::ExecMessage { process_id: self.id.clone(), input: Some(input) })).await
+    async fn tell(
+        &self,
+        input: Input,
+    ) -> Result<(), mpsc::error::SendError<Result<wire::ExecMessage, Status>>> {
+        self.answers
+            .send(Ok(wire::ExecMessage { process_id: self.id.clone(), input: Some(input) }))
+            .await
     }
 
     /// Output that the client has no place for is dropped.
-    async fn output(&self, output: Output) -> Result<(), mpsc::error::SendError<Result<wire::ExecMessage, Status>>> {
+    async fn output(
+        &self,
+        output: Output,
+    ) -> Result<(), mpsc::error::SendError<Result<wire::ExecMessage, Status>>> {
         let fd = match output.stream {
             Stream::Stdout => 1,
             Stream::Stderr => 2,
@@ -146,11 +174,13 @@ impl Said {
         if !self.fds.contains(&fd) {
             return Ok(());
         }
-        self.tell(Input::File(wire::FdMessage { fd, eof: false, data: output.bytes.to_vec() })).await
+        self.tell(Input::File(wire::FdMessage { fd, eof: false, data: output.bytes.to_vec() }))
+            .await
     }
 }
 
-/// Tells the client what becomes of a process: that it started, what it says, how it ended, and that this was all.
+/// Tells the client what becomes of a process: that it started, what it says, how it ended, and
+/// that this was all.
 async fn follow(
     said: Said,
     end: impl Future<Output = Result<ExitStatus>>,
@@ -187,12 +217,18 @@ async fn follow(
 fn exit(result: Result<ExitStatus>) -> wire::ExitMessage {
     let (code, fault) = match result {
         Ok(ExitStatus { code: 0, .. }) => return wire::ExitMessage::default(),
-        Ok(status) => (status.code, Fault::unknown(format!("exit code: {}", status.code)).detail(Detail::Exit(status.code))),
+        Ok(status) => (
+            status.code,
+            Fault::unknown(format!("exit code: {}", status.code)).detail(Detail::Exit(status.code)),
+        ),
         Err(fault) => (UNKNOWN_EXIT, fault),
     };
     let status = status_of(&fault);
-    let details = <rpc::Status as prost::Message>::decode(status.details()).map(|s| s.details).unwrap_or_default();
-    let error = rpc::Status { code: status.code() as i32, message: status.message().to_owned(), details };
+    let details = <rpc::Status as prost::Message>::decode(status.details())
+        .map(|s| s.details)
+        .unwrap_or_default();
+    let error =
+        rpc::Status { code: status.code() as i32, message: status.message().to_owned(), details };
     wire::ExitMessage { code, error: Some(error) }
 }
 
@@ -215,7 +251,11 @@ fn process(init: wire::InitMessage, path: &str) -> Result<ContainerProcess> {
     Ok(ContainerProcess {
         args: meta.args,
         env,
-        secret_env: init.secretenv.into_iter().map(|s| SecretEnv { id: s.id, name: s.name, optional: s.optional }).collect(),
+        secret_env: init
+            .secretenv
+            .into_iter()
+            .map(|s| SecretEnv { id: s.id, name: s.name, optional: s.optional })
+            .collect(),
         cwd: meta.cwd,
         user: meta.user,
         tty: init.tty,
@@ -227,8 +267,9 @@ fn process(init: wire::InitMessage, path: &str) -> Result<ContainerProcess> {
 /// A signal's number on Linux, by its name without `SIG` (row `gw.exec.signal`).
 fn number(name: &str) -> Option<u32> {
     const NAMES: [&str; 31] = [
-        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM", "TERM", "STKFLT",
-        "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
+        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2",
+        "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG",
+        "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
     ];
     let number = match name {
         "IOT" => 6,
@@ -245,7 +286,14 @@ mod tests {
 
     #[test]
     fn signals_are_known_by_name() {
-        for (name, expected) in [("HUP", Some(1)), ("KILL", Some(9)), ("TERM", Some(15)), ("SYS", Some(31)), ("SIGHUP", None), ("", None)] {
+        for (name, expected) in [
+            ("HUP", Some(1)),
+            ("KILL", Some(9)),
+            ("TERM", Some(15)),
+            ("SYS", Some(31)),
+            ("SIGHUP", None),
+            ("", None),
+        ] {
             assert_eq!(number(name), expected, "{name}");
         }
     }
@@ -257,7 +305,10 @@ mod tests {
             (message.code, message.error.map(|e| e.message).unwrap_or_default())
         };
         assert_eq!(code(Ok(ExitStatus::default())), (0, String::new()));
-        assert_eq!(code(Ok(ExitStatus { code: 99, ..Default::default() })), (99, "exit code: 99".into()));
+        assert_eq!(
+            code(Ok(ExitStatus { code: 99, ..Default::default() })),
+            (99, "exit code: 99".into())
+        );
         assert_eq!(code(Err(Fault::cancelled())), (255, "context canceled".into()));
     }
 
@@ -272,7 +323,9 @@ mod tests {
         }
         started.send(()).expect("somebody waits");
         drop(out);
-        follow(said, async { Ok(ExitStatus::default()) }, runs, output).await.expect("somebody listens");
+        follow(said, async { Ok(ExitStatus::default()) }, runs, output)
+            .await
+            .expect("somebody listens");
         let mut kinds = Vec::new();
         while let Some(Ok(message)) = told.recv().await {
             kinds.push(match message.input {

@@ -57,10 +57,18 @@ impl BridgeService {
         match &self.0 {
             Route::Named(_, workers) => workers(),
             Route::Only(build) => {
-                let Worker { id, labels, platforms, package, version, revision } = build.bridge.worker();
+                let Worker { id, labels, platforms, package, version, revision } =
+                    build.bridge.worker();
                 let platforms = platforms.iter().map(platform_to_wire).collect();
-                let version = BuildkitVersion { package, version, revision, ..BuildkitVersion::default() };
-                vec![WorkerRecord { id, labels, platforms, buildkit_version: Some(version), ..WorkerRecord::default() }]
+                let version =
+                    BuildkitVersion { package, version, revision, ..BuildkitVersion::default() };
+                vec![WorkerRecord {
+                    id,
+                    labels,
+                    platforms,
+                    buildkit_version: Some(version),
+                    ..WorkerRecord::default()
+                }]
             }
         }
     }
@@ -70,7 +78,12 @@ impl BridgeService {
             Route::Only(build) => return Ok((build.clone(), request.into_inner())),
             Route::Named(builds, _) => builds,
         };
-        let id = request.metadata().get(BUILD_ID).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        let id = request
+            .metadata()
+            .get(BUILD_ID)
+            .and_then(|v| v.to_str().ok())
+            .unwrap_or_default()
+            .to_owned();
         if id.is_empty() {
             return Err(status_of(&Fault::invalid("no buildid found in context")));
         }
@@ -95,17 +108,25 @@ async fn solve(build: &GatewayBuild, request: wire::SolveRequest) -> Result<wire
         inputs: convert::definitions(request.frontend_inputs),
         evaluate: request.evaluate,
         policies: convert::policies(request.source_policies)?,
-        cache_imports: request.cache_imports.into_iter().map(|c| CacheImport { kind: c.r#type, attrs: c.attrs }).collect(),
+        cache_imports: request
+            .cache_imports
+            .into_iter()
+            .map(|c| CacheImport { kind: c.r#type, attrs: c.attrs })
+            .collect(),
     };
     let mut result = build.bridge.solve(solve).await?;
     if request.r#final {
         // Clients from before Return put metadata here, bytes as Go writes them; the result's own
         // counts more (row `gw.solve.compat`).
         if !request.exporter_attr.is_empty() {
-            let bad = |e: &dyn std::fmt::Display| Fault::invalid(format!("invalid exporter attributes: {e}"));
-            let extra: BTreeMap<String, Option<String>> = serde_json::from_slice(&request.exporter_attr).map_err(|e| bad(&e))?;
+            let bad = |e: &dyn std::fmt::Display| {
+                Fault::invalid(format!("invalid exporter attributes: {e}"))
+            };
+            let extra: BTreeMap<String, Option<String>> =
+                serde_json::from_slice(&request.exporter_attr).map_err(|e| bad(&e))?;
             for (key, value) in extra {
-                let bytes = BASE64_STANDARD.decode(value.unwrap_or_default()).map_err(|e| bad(&e))?;
+                let bytes =
+                    BASE64_STANDARD.decode(value.unwrap_or_default()).map_err(|e| bad(&e))?;
                 result.metadata.entry(key).or_insert(bytes);
             }
         }
@@ -131,9 +152,13 @@ async fn solve(build: &GatewayBuild, request: wire::SolveRequest) -> Result<wire
     }
 }
 
-async fn resolve_source(build: &GatewayBuild, request: wire::ResolveSourceMetaRequest) -> Result<wire::ResolveSourceMetaResponse> {
+async fn resolve_source(
+    build: &GatewayBuild,
+    request: wire::ResolveSourceMetaRequest,
+) -> Result<wire::ResolveSourceMetaResponse> {
     let source = request.source.ok_or_else(|| Fault::invalid("source is required"))?;
-    let http_checksum = request.http.and_then(|h| h.checksum_request).map(convert::checksum).transpose()?;
+    let http_checksum =
+        request.http.and_then(|h| h.checksum_request).map(convert::checksum).transpose()?;
     let meta = build
         .bridge
         .resolve_source(SourceRequest {
@@ -155,7 +180,10 @@ async fn resolve_source(build: &GatewayBuild, request: wire::ResolveSourceMetaRe
     Ok(meta.facts.to_pb(meta.source))
 }
 
-async fn resolve_image(build: &GatewayBuild, request: wire::ResolveImageConfigRequest) -> Result<wire::ResolveImageConfigResponse> {
+async fn resolve_image(
+    build: &GatewayBuild,
+    request: wire::ResolveImageConfigRequest,
+) -> Result<wire::ResolveImageConfigResponse> {
     // Resolver type 1 is an OCI layout in the client's content store.
     let scheme = if request.resolver_type == 1 { "oci-layout" } else { "docker-image" };
     let mut attrs = BTreeMap::new();
@@ -175,11 +203,21 @@ async fn resolve_image(build: &GatewayBuild, request: wire::ResolveImageConfigRe
             ..SourceRequest::default()
         })
         .await?;
-    let image = meta.facts.image.ok_or_else(|| Fault::internal("an image was resolved without its config"))?;
-    Ok(wire::ResolveImageConfigResponse { digest: image.digest.to_string(), config: image.config.to_vec(), r#ref: image.name })
+    let image = meta
+        .facts
+        .image
+        .ok_or_else(|| Fault::internal("an image was resolved without its config"))?;
+    Ok(wire::ResolveImageConfigResponse {
+        digest: image.digest.to_string(),
+        config: image.config.to_vec(),
+        r#ref: image.name,
+    })
 }
 
-async fn read_file(build: &GatewayBuild, r: wire::ReadFileRequest) -> Result<wire::ReadFileResponse> {
+async fn read_file(
+    build: &GatewayBuild,
+    r: wire::ReadFileRequest,
+) -> Result<wire::ReadFileResponse> {
     let state = build.find(&r.r#ref)?;
     bounded_file(&r, async |range| state.read_file(&r.file_path, range).await).await
 }
@@ -193,7 +231,10 @@ pub(crate) async fn bounded_file(
     let wanted = if length == 0 { MAX_FILE + 1 } else { length.min(MAX_FILE + 1) };
     let data = read(Some((offset, wanted))).await?;
     if data.len() as u64 > MAX_FILE {
-        let message = format!("read {}: it is more than the {MAX_FILE} bytes that fit into one message", r.file_path);
+        let message = format!(
+            "read {}: it is more than the {MAX_FILE} bytes that fit into one message",
+            r.file_path
+        );
         return Err(Fault::invalid(message).hint("read it in ranges"));
     }
     Ok(wire::ReadFileResponse { data: data.to_vec() })
@@ -205,7 +246,10 @@ async fn read_dir(build: &GatewayBuild, r: wire::ReadDirRequest) -> Result<wire:
     Ok(wire::ReadDirResponse { entries: entries.into_iter().map(convert::stat).collect() })
 }
 
-async fn stat_file(build: &GatewayBuild, r: wire::StatFileRequest) -> Result<wire::StatFileResponse> {
+async fn stat_file(
+    build: &GatewayBuild,
+    r: wire::StatFileRequest,
+) -> Result<wire::StatFileResponse> {
     let stat = build.find(&r.r#ref)?.stat_file(&r.path).await?;
     Ok(wire::StatFileResponse { stat: Some(convert::stat(stat)) })
 }
@@ -229,12 +273,18 @@ async fn warn(build: &GatewayBuild, r: wire::WarnRequest) -> Result<wire::WarnRe
 
 #[tonic::async_trait]
 impl LlbBridge for BridgeService {
-    async fn resolve_image_config(&self, request: Request<wire::ResolveImageConfigRequest>) -> Answer<wire::ResolveImageConfigResponse> {
+    async fn resolve_image_config(
+        &self,
+        request: Request<wire::ResolveImageConfigRequest>,
+    ) -> Answer<wire::ResolveImageConfigResponse> {
         let (build, r) = self.build(request).await?;
         answer(resolve_image(&build, r).await)
     }
 
-    async fn resolve_source_meta(&self, request: Request<wire::ResolveSourceMetaRequest>) -> Answer<wire::ResolveSourceMetaResponse> {
+    async fn resolve_source_meta(
+        &self,
+        request: Request<wire::ResolveSourceMetaRequest>,
+    ) -> Answer<wire::ResolveSourceMetaResponse> {
         let (build, r) = self.build(request).await?;
         answer(resolve_source(&build, r).await)
     }
@@ -244,24 +294,37 @@ impl LlbBridge for BridgeService {
         answer(build.keep_left(solve(&build, r).await))
     }
 
-    async fn read_file(&self, request: Request<wire::ReadFileRequest>) -> Answer<wire::ReadFileResponse> {
+    async fn read_file(
+        &self,
+        request: Request<wire::ReadFileRequest>,
+    ) -> Answer<wire::ReadFileResponse> {
         let (build, r) = self.build(request).await?;
         answer(build.keep_left(read_file(&build, r).await))
     }
 
-    async fn read_dir(&self, request: Request<wire::ReadDirRequest>) -> Answer<wire::ReadDirResponse> {
+    async fn read_dir(
+        &self,
+        request: Request<wire::ReadDirRequest>,
+    ) -> Answer<wire::ReadDirResponse> {
         let (build, r) = self.build(request).await?;
         answer(build.keep_left(read_dir(&build, r).await))
     }
 
-    async fn stat_file(&self, request: Request<wire::StatFileRequest>) -> Answer<wire::StatFileResponse> {
+    async fn stat_file(
+        &self,
+        request: Request<wire::StatFileRequest>,
+    ) -> Answer<wire::StatFileResponse> {
         let (build, r) = self.build(request).await?;
         answer(build.keep_left(stat_file(&build, r).await))
     }
 
-    async fn evaluate(&self, request: Request<wire::EvaluateRequest>) -> Answer<wire::EvaluateResponse> {
+    async fn evaluate(
+        &self,
+        request: Request<wire::EvaluateRequest>,
+    ) -> Answer<wire::EvaluateResponse> {
         let (build, r) = self.build(request).await?;
-        let result = async { build.find(&r.r#ref)?.evaluate().await.map(|()| wire::EvaluateResponse {}) };
+        let result =
+            async { build.find(&r.r#ref)?.evaluate().await.map(|()| wire::EvaluateResponse {}) };
         answer(build.keep_left(result.await))
     }
 
@@ -274,7 +337,10 @@ impl LlbBridge for BridgeService {
         }))
     }
 
-    async fn r#return(&self, request: Request<wire::ReturnRequest>) -> Answer<wire::ReturnResponse> {
+    async fn r#return(
+        &self,
+        request: Request<wire::ReturnRequest>,
+    ) -> Answer<wire::ReturnResponse> {
         let (build, r) = self.build(request).await?;
         let result: Result<FrontendResult> = match r.error {
             Some(error) => {
@@ -290,13 +356,9 @@ impl LlbBridge for BridgeService {
 
     async fn inputs(&self, request: Request<wire::InputsRequest>) -> Answer<wire::InputsResponse> {
         let (build, _) = self.build(request).await?;
-        answer(
-            build
-                .bridge
-                .inputs()
-                .await
-                .map(|m| wire::InputsResponse { definitions: m.into_iter().map(|(k, d)| (k, convert::definition_to_wire(&d))).collect() }),
-        )
+        answer(build.bridge.inputs().await.map(|m| wire::InputsResponse {
+            definitions: m.into_iter().map(|(k, d)| (k, convert::definition_to_wire(&d))).collect(),
+        }))
     }
 
     async fn warn(&self, request: Request<wire::WarnRequest>) -> Answer<wire::WarnResponse> {
@@ -304,36 +366,58 @@ impl LlbBridge for BridgeService {
         answer(warn(&build, r).await)
     }
 
-    async fn new_container(&self, request: Request<wire::NewContainerRequest>) -> Answer<wire::NewContainerResponse> {
+    async fn new_container(
+        &self,
+        request: Request<wire::NewContainerRequest>,
+    ) -> Answer<wire::NewContainerResponse> {
         let (build, r) = self.build(request).await?;
         answer(containers::new(&build, r).await.map(|()| wire::NewContainerResponse {}))
     }
 
-    async fn release_container(&self, request: Request<wire::ReleaseContainerRequest>) -> Answer<wire::ReleaseContainerResponse> {
+    async fn release_container(
+        &self,
+        request: Request<wire::ReleaseContainerRequest>,
+    ) -> Answer<wire::ReleaseContainerResponse> {
         let (build, r) = self.build(request).await?;
-        answer(containers::release(&build, &r.container_id).await.map(|()| wire::ReleaseContainerResponse {}))
+        answer(
+            containers::release(&build, &r.container_id)
+                .await
+                .map(|()| wire::ReleaseContainerResponse {}),
+        )
     }
 
     type ExecProcessStream = ReceiverStream<Result<wire::ExecMessage, Status>>;
 
-    async fn exec_process(&self, request: Request<Streaming<wire::ExecMessage>>) -> Answer<Self::ExecProcessStream> {
+    async fn exec_process(
+        &self,
+        request: Request<Streaming<wire::ExecMessage>>,
+    ) -> Answer<Self::ExecProcessStream> {
         let (build, incoming) = self.build(request).await?;
         let (answers, queue) = mpsc::channel(ANSWERS);
         tokio::spawn(processes::serve(build, incoming, answers));
         Ok(Response::new(ReceiverStream::new(queue)))
     }
 
-    async fn read_file_container(&self, request: Request<wire::ReadFileRequest>) -> Answer<wire::ReadFileResponse> {
+    async fn read_file_container(
+        &self,
+        request: Request<wire::ReadFileRequest>,
+    ) -> Answer<wire::ReadFileResponse> {
         let (build, r) = self.build(request).await?;
         answer(containers::read_file(&build, r).await)
     }
 
-    async fn read_dir_container(&self, request: Request<wire::ReadDirRequest>) -> Answer<wire::ReadDirResponse> {
+    async fn read_dir_container(
+        &self,
+        request: Request<wire::ReadDirRequest>,
+    ) -> Answer<wire::ReadDirResponse> {
         let (build, r) = self.build(request).await?;
         answer(containers::read_dir(&build, r).await)
     }
 
-    async fn stat_file_container(&self, request: Request<wire::StatFileRequest>) -> Answer<wire::StatFileResponse> {
+    async fn stat_file_container(
+        &self,
+        request: Request<wire::StatFileRequest>,
+    ) -> Answer<wire::StatFileResponse> {
         let (build, r) = self.build(request).await?;
         answer(containers::stat_file(&build, r).await)
     }

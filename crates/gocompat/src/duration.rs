@@ -71,16 +71,31 @@ impl FromStr for GoDuration {
                 "s" => SECOND,
                 "m" => 60 * SECOND,
                 "h" => 3600 * SECOND,
-                "" => return Err(InvalidDuration(format!("missing unit in duration {}", quote(text)))),
-                unknown => return Err(InvalidDuration(format!("unknown unit {} in duration {}", quote(unknown), quote(text)))),
+                "" => {
+                    return Err(InvalidDuration(format!(
+                        "missing unit in duration {}",
+                        quote(text)
+                    )));
+                }
+                unknown => {
+                    return Err(InvalidDuration(format!(
+                        "unknown unit {} in duration {}",
+                        quote(unknown),
+                        quote(text)
+                    )));
+                }
             };
-            let number: u64 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| invalid())? };
-            let part = number.checked_mul(unit).and_then(|nanos| nanos.checked_add(fraction_of(unit, fraction)));
+            let number: u64 =
+                if whole.is_empty() { 0 } else { whole.parse().map_err(|_| invalid())? };
+            let part = number
+                .checked_mul(unit)
+                .and_then(|nanos| nanos.checked_add(fraction_of(unit, fraction)));
             let sum = part.and_then(|part| part.checked_add(total));
             total = sum.filter(|sum| *sum <= LIMIT).ok_or_else(invalid)?;
             rest = &after[end..];
         }
-        let nanos = if negative { 0_i64.checked_sub_unsigned(total) } else { i64::try_from(total).ok() };
+        let nanos =
+            if negative { 0_i64.checked_sub_unsigned(total) } else { i64::try_from(total).ok() };
         nanos.map(Self).ok_or_else(invalid)
     }
 }

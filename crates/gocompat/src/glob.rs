@@ -58,8 +58,8 @@ impl Glob {
         Self::compile(pattern, false)
     }
 
-    /// Compiles a pattern of `.dockerignore` (moby's `patternmatcher`), where `**` spans directories
-    /// besides.
+    /// Compiles a pattern of `.dockerignore` (moby's `patternmatcher`), where `**` spans
+    /// directories besides.
     pub fn with_double_star(pattern: &str) -> Result<Self, BadPattern> {
         Self::compile(pattern, true)
     }
@@ -104,7 +104,8 @@ impl Glob {
 
     fn run(&self, text: &str, parents: bool) -> bool {
         let steps = &self.0;
-        let literal = steps.iter().map_while(|s| if let Step::Literal(c) = s { Some(*c) } else { None });
+        let literal =
+            steps.iter().map_while(|s| if let Step::Literal(c) = s { Some(*c) } else { None });
         let mut chars = text.chars();
         let mut start = 0;
         for expected in literal {
@@ -133,7 +134,9 @@ impl Glob {
                     Step::All => (true, false),
                     Step::MaybeDirs => (false, false),
                     Step::Dirs => (true, c == '/'),
-                    Step::Class { negated, ranges } => (false, ranges.iter().any(|(a, b)| (*a..=*b).contains(&c)) != *negated),
+                    Step::Class { negated, ranges } => {
+                        (false, ranges.iter().any(|(a, b)| (*a..=*b).contains(&c)) != *negated)
+                    }
                 };
                 if stay {
                     self.enter(&mut next, i);
@@ -195,21 +198,35 @@ mod tests {
     #[test]
     fn a_directory_that_matches_has_all_that_is_in_it() {
         let paths = ["a", "a/b", "a/b/c", "ab", "b/a", "b/ab/c", "x/y/a/z"];
-        for pattern in ["a", "*", "a*", "*/*", "**", "**/a", "a/**", "**/a/**", "b/**/c", "[^a]*", "?/?"] {
+        for pattern in
+            ["a", "*", "a*", "*/*", "**", "**/a", "a/**", "**/a/**", "b/**/c", "[^a]*", "?/?"]
+        {
             let glob = Glob::with_double_star(pattern).unwrap();
             for path in paths {
                 let above = path.match_indices('/').any(|(slash, _)| glob.matches(&path[..slash]));
-                assert_eq!(glob.matches_or_parent(path), above || glob.matches(path), "{pattern} {path}");
+                assert_eq!(
+                    glob.matches_or_parent(path),
+                    above || glob.matches(path),
+                    "{pattern} {path}"
+                );
             }
         }
     }
 
     #[test]
     fn two_stars_span_directories_only_where_they_are_asked_to() {
-        for (pattern, path, spans) in
-            [("**/c", "a/b/c", true), ("a**c", "a/b/c", true), ("a**c", "abc", false), ("**", "a/b", true), ("**/c", "c", true)]
-        {
-            assert_eq!(Glob::with_double_star(pattern).unwrap().matches(path), spans, "{pattern} {path}");
+        for (pattern, path, spans) in [
+            ("**/c", "a/b/c", true),
+            ("a**c", "a/b/c", true),
+            ("a**c", "abc", false),
+            ("**", "a/b", true),
+            ("**/c", "c", true),
+        ] {
+            assert_eq!(
+                Glob::with_double_star(pattern).unwrap().matches(path),
+                spans,
+                "{pattern} {path}"
+            );
         }
         assert!(!Glob::new("**/c").unwrap().matches("a/b/c"));
     }
@@ -222,7 +239,14 @@ mod tests {
 
     #[test]
     fn wildcards_can_be_escaped() {
-        for (path, expected) in [("/a*", true), ("/a\\*", false), ("/[a]", true), ("/a?", true), ("/a", false), ("a\\", false)] {
+        for (path, expected) in [
+            ("/a*", true),
+            ("/a\\*", false),
+            ("/[a]", true),
+            ("/a?", true),
+            ("/a", false),
+            ("a\\", false),
+        ] {
             assert_eq!(has_wildcards(path), expected, "{path}");
         }
     }

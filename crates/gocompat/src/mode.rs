@@ -1,5 +1,5 @@
-//! `os.FileMode`: its bits, which fsutil's protocol and BuildKit's gateway use on every platform, and
-//! those of Unix (row `cb.fsutil.stat`).
+//! `os.FileMode`: its bits, which fsutil's protocol and BuildKit's gateway use on every platform,
+//! and those of Unix (row `cb.fsutil.stat`).
 
 /// A file's type and permissions as Go numbers them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,7 +71,8 @@ impl FileMode {
     /// Permission bits with set-id and sticky bits, as Unix has them.
     pub fn permissions(self) -> u32 {
         let special = [(SETUID, 0o4000), (SETGID, 0o2000), (STICKY, 0o1000)];
-        (self.0 & 0o777) | special.iter().filter(|(go, _)| self.0 & go != 0).map(|(_, unix)| unix).sum::<u32>()
+        (self.0 & 0o777)
+            | special.iter().filter(|(go, _)| self.0 & go != 0).map(|(_, unix)| unix).sum::<u32>()
     }
 
     /// What it is.
@@ -115,7 +116,11 @@ mod tests {
             (0o140600, 0o600, FileKind::Regular),
         ] {
             let mode = FileMode::from_unix(unix);
-            assert_eq!((mode.0, mode.kind(), mode.permissions()), (go, kind, unix & 0o7777), "{unix:o}");
+            assert_eq!(
+                (mode.0, mode.kind(), mode.permissions()),
+                (go, kind, unix & 0o7777),
+                "{unix:o}"
+            );
         }
     }
 }

@@ -107,7 +107,8 @@ mod tests {
     fn all_short_paths_become_clean() {
         let mut paths = vec![String::new()];
         for _ in 0..6 {
-            let longer = |path: &String| ["", ".", "..", "a", "é"].map(|name| format!("{path}/{name}"));
+            let longer =
+                |path: &String| ["", ".", "..", "a", "é"].map(|name| format!("{path}/{name}"));
             paths = paths.iter().flat_map(longer).collect();
         }
         for path in paths.iter().flat_map(|path| [path.as_str(), &path[1..]]) {

@@ -6,15 +6,17 @@ use serde_json::{Value, json};
 use shipway_gocompat::{FileMode, Glob, GoDuration, InvalidDuration, parse_bool, path, quote};
 use std::collections::BTreeMap;
 
-/// One case a line, as a JSON array: the function's name in Go, its arguments, what Go 1.26 returns.
-/// `null` is an error whose text is not compared.
+/// One case a line, as a JSON array: the function's name in Go, its arguments, what Go 1.26
+/// returns. `null` is an error whose text is not compared.
 const TABLE: &str = include_str!("go.jsonl");
 
 /// What our function returns for `args`.
 fn call(function: &str, args: &[Value]) -> Value {
     let text = |at: usize| args[at].as_str().unwrap();
     match function {
-        "os.FileMode" => json!(FileMode::from_unix(args[0].as_u64().unwrap().try_into().unwrap()).0),
+        "os.FileMode" => {
+            json!(FileMode::from_unix(args[0].as_u64().unwrap().try_into().unwrap()).0)
+        }
         "path.Base" => json!(path::base(text(0))),
         "path.Clean" => json!(path::clean(text(0))),
         "path.Join" => json!(path::join(text(0), text(1))),
@@ -22,7 +24,10 @@ fn call(function: &str, args: &[Value]) -> Value {
         "strconv.ParseBool" => json!(parse_bool(text(0))),
         "strconv.Quote" => json!(quote(text(0))),
         "time.Duration.String" => json!(GoDuration(args[0].as_i64().unwrap()).to_string()),
-        "time.ParseDuration" => text(0).parse().map_or_else(|e: InvalidDuration| json!(e.to_string()), |GoDuration(nanos)| json!(nanos)),
+        "time.ParseDuration" => text(0).parse().map_or_else(
+            |e: InvalidDuration| json!(e.to_string()),
+            |GoDuration(nanos)| json!(nanos),
+        ),
         unknown => panic!("{unknown} is in the table and not here"),
     }
 }
@@ -32,7 +37,8 @@ fn all_functions_return_what_go_returns() {
     let (mut wrong, mut cases) = (Vec::new(), BTreeMap::<String, usize>::new());
     for line in TABLE.lines() {
         let row: Vec<Value> = serde_json::from_str(line).unwrap();
-        let (function, args, want) = (row[0].as_str().unwrap(), &row[1..row.len() - 1], &row[row.len() - 1]);
+        let (function, args, want) =
+            (row[0].as_str().unwrap(), &row[1..row.len() - 1], &row[row.len() - 1]);
         let got = call(function, args);
         if got != *want {
             wrong.push(format!("{line}: {got}"));

@@ -1,7 +1,8 @@
 //! Typed error details as Go clients read them: `Any` messages whose value is JSON.
 //!
-//! Two dialects are in use. `Solve` is canonical protobuf JSON; every other type is what Go's `encoding/json` makes of the generated
-//! struct, which is protobuf JSON with original field names and plain numbers. Both are written from descriptors.
+//! Two dialects are in use. `Solve` is canonical protobuf JSON; every other type is what Go's
+//! `encoding/json` makes of the generated struct, which is protobuf JSON with original field names
+//! and plain numbers. Both are written from descriptors.
 
 use std::{
     panic::Location,
@@ -30,7 +31,9 @@ static POOL: LazyLock<Option<DescriptorPool>> = LazyLock::new(|| {
 /// The message of `detail`, unless it cannot be expressed.
 pub(crate) fn encode(detail: &Detail) -> Option<Any> {
     match detail {
-        Detail::Vertex(digest) => go_json("errdefs.Vertex", &errdefs::Vertex { digest: digest.clone() }),
+        Detail::Vertex(digest) => {
+            go_json("errdefs.Vertex", &errdefs::Vertex { digest: digest.clone() })
+        }
         Detail::Source { file, spans } => go_json("errdefs.Source", &source(file, spans)),
         Detail::Solve { input_ids, mount_ids, op, subject, description } => {
             let message = errdefs::Solve {
@@ -38,16 +41,27 @@ pub(crate) fn encode(detail: &Detail) -> Option<Any> {
                 mount_i_ds: mount_ids.clone(),
                 op: if op.is_empty() { None } else { pb::Op::decode(&op[..]).ok() },
                 subject: subject.map(|s| match s {
-                    Subject::FileAction(index) => errdefs::solve::Subject::File(errdefs::FileAction { index }),
-                    Subject::CacheInput(index) => errdefs::solve::Subject::Cache(errdefs::ContentCache { index }),
+                    Subject::FileAction(index) => {
+                        errdefs::solve::Subject::File(errdefs::FileAction { index })
+                    }
+                    Subject::CacheInput(index) => {
+                        errdefs::solve::Subject::Cache(errdefs::ContentCache { index })
+                    }
                 }),
                 description: description.clone(),
             };
             json("errdefs.Solve", &message, &SerializeOptions::new())
         }
-        Detail::Frontend { name, source } => go_json("errdefs.Frontend", &errdefs::Frontend { name: name.clone(), source: source.clone() }),
-        Detail::FrontendCap(name) => go_json("errdefs.FrontendCap", &errdefs::FrontendCap { name: name.clone() }),
-        Detail::Subrequest(name) => go_json("errdefs.Subrequest", &errdefs::Subrequest { name: name.clone() }),
+        Detail::Frontend { name, source } => go_json(
+            "errdefs.Frontend",
+            &errdefs::Frontend { name: name.clone(), source: source.clone() },
+        ),
+        Detail::FrontendCap(name) => {
+            go_json("errdefs.FrontendCap", &errdefs::FrontendCap { name: name.clone() })
+        }
+        Detail::Subrequest(name) => {
+            go_json("errdefs.Subrequest", &errdefs::Subrequest { name: name.clone() })
+        }
         Detail::IncompleteMaterials(all) => {
             let one = |m: &IncompleteMaterial| errdefs::ProvenanceMaterialIncomplete {
                 op: m.op.clone(),
@@ -57,15 +71,22 @@ pub(crate) fn encode(detail: &Detail) -> Option<Any> {
                 final_uri: m.final_uri.clone(),
                 reason: m.reason.clone(),
             };
-            let message = errdefs::ProvenanceMaterialsIncomplete { incomplete: all.iter().map(one).collect() };
+            let message = errdefs::ProvenanceMaterialsIncomplete {
+                incomplete: all.iter().map(one).collect(),
+            };
             go_json("errdefs.ProvenanceMaterialsIncomplete", &message)
         }
         Detail::Compatibility { version, feature } => {
-            let message = errdefs::CompatibilityFeature { version: *version, feature: feature.clone() };
+            let message =
+                errdefs::CompatibilityFeature { version: *version, feature: feature.clone() };
             go_json("errdefs.CompatibilityFeature", &message)
         }
-        Detail::Exit(code) => Some(any(EXIT, serde_json::json!({ "Code": code }).to_string().into_bytes())),
-        Detail::Opaque { type_url, value } => Some(Any { type_url: type_url.clone(), value: value.clone() }),
+        Detail::Exit(code) => {
+            Some(any(EXIT, serde_json::json!({ "Code": code }).to_string().into_bytes()))
+        }
+        Detail::Opaque { type_url, value } => {
+            Some(Any { type_url: type_url.clone(), value: value.clone() })
+        }
         _ => None,
     }
 }
@@ -85,7 +106,10 @@ pub(crate) fn decode(any: &Any) -> Option<Detail> {
                 data: info.data,
                 definition: info.definition.map(|d| d.encode_to_vec()),
             };
-            Detail::Source { file: Arc::new(file), spans: message.ranges.into_iter().map(span).collect() }
+            Detail::Source {
+                file: Arc::new(file),
+                spans: message.ranges.into_iter().map(span).collect(),
+            }
         }
         "errdefs.Solve" => {
             let message = parse::<errdefs::Solve>(name, value)?;
@@ -104,7 +128,9 @@ pub(crate) fn decode(any: &Any) -> Option<Detail> {
             let message = parse::<errdefs::Frontend>(name, value)?;
             Detail::Frontend { name: message.name, source: message.source }
         }
-        "errdefs.FrontendCap" => Detail::FrontendCap(parse::<errdefs::FrontendCap>(name, value)?.name),
+        "errdefs.FrontendCap" => {
+            Detail::FrontendCap(parse::<errdefs::FrontendCap>(name, value)?.name)
+        }
         "errdefs.Subrequest" => Detail::Subrequest(parse::<errdefs::Subrequest>(name, value)?.name),
         "errdefs.ProvenanceMaterialsIncomplete" => {
             let message = parse::<errdefs::ProvenanceMaterialsIncomplete>(name, value)?;
@@ -135,7 +161,11 @@ pub(crate) fn decode(any: &Any) -> Option<Detail> {
 pub(crate) fn stack(fault: &Fault, program: &Program) -> Any {
     let frame = |place: &'static Location<'static>| {
         let file = place.file();
-        let module = file.trim_start_matches("crates/").trim_end_matches(".rs").replace("/src/", "::").replace('/', "::");
+        let module = file
+            .trim_start_matches("crates/")
+            .trim_end_matches(".rs")
+            .replace("/src/", "::")
+            .replace('/', "::");
         serde_json::json!({ "Name": module, "File": file, "Line": place.line() })
     };
     let frames: Vec<_> = fault.trace().take(MAX_FRAMES).map(frame).collect();
@@ -159,12 +189,17 @@ fn source(file: &SourceFile, spans: &[Span]) -> errdefs::Source {
             language: file.language.clone(),
         }),
         // Clients read both ends of every range without asking whether they are there.
-        ranges: spans.iter().map(|s| pb::Range { start: position(s.start), end: position(s.end) }).collect(),
+        ranges: spans
+            .iter()
+            .map(|s| pb::Range { start: position(s.start), end: position(s.end) })
+            .collect(),
     }
 }
 
 fn span(range: pb::Range) -> Span {
-    let position = |p: Option<pb::Position>| p.map_or_else(Position::default, |p| Position { line: p.line, character: p.character });
+    let position = |p: Option<pb::Position>| {
+        p.map_or_else(Position::default, |p| Position { line: p.line, character: p.character })
+    };
     Span { start: position(range.start), end: position(range.end) }
 }
 
@@ -173,7 +208,10 @@ fn any(name: &str, value: Vec<u8>) -> Any {
 }
 
 fn go_json(name: &str, message: &impl Message) -> Option<Any> {
-    let options = SerializeOptions::new().use_proto_field_name(true).stringify_64_bit_integers(false).use_enum_numbers(true);
+    let options = SerializeOptions::new()
+        .use_proto_field_name(true)
+        .stringify_64_bit_integers(false)
+        .use_enum_numbers(true);
     json(name, message, &options)
 }
 
@@ -189,6 +227,7 @@ fn parse<M: Message + Default>(name: &str, value: &[u8]) -> Option<M> {
     let descriptor = POOL.as_ref()?.get_message_by_name(name)?;
     let options = DeserializeOptions::new().deny_unknown_fields(false);
     let mut deserializer = serde_json::Deserializer::from_slice(value);
-    let message = DynamicMessage::deserialize_with_options(descriptor, &mut deserializer, &options).ok()?;
+    let message =
+        DynamicMessage::deserialize_with_options(descriptor, &mut deserializer, &options).ok()?;
     M::decode(&message.encode_to_vec()[..]).ok()
 }

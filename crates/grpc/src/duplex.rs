@@ -1,4 +1,5 @@
-//! A bidirectional stream of byte messages as a byte stream: `Control.Session`, SSH forwarding, file targets.
+//! A bidirectional stream of byte messages as a byte stream: `Control.Session`, SSH forwarding,
+//! file targets.
 
 use std::{
     io,
@@ -71,7 +72,8 @@ impl<M> Stream for Answers<M> {
     }
 }
 
-/// Two message streams as one byte stream. Shutting it down ends the outgoing messages; dropping it ends both.
+/// Two message streams as one byte stream. Shutting it down ends the outgoing messages; dropping it
+/// ends both.
 pub struct Duplex<M> {
     incoming: Pin<Box<dyn Stream<Item = Result<M, Status>> + Send>>,
     current: Bytes,
@@ -81,12 +83,22 @@ pub struct Duplex<M> {
 
 impl<M: Frame> Duplex<M> {
     /// A byte stream that reads `incoming` and writes to `outgoing`.
-    pub fn new(incoming: impl Stream<Item = Result<M, Status>> + Send + 'static, outgoing: FrameSink<M>) -> Self {
-        Self { incoming: Box::pin(incoming), current: Bytes::new(), outgoing: PollSender::new(outgoing), pending: BytesMut::new() }
+    pub fn new(
+        incoming: impl Stream<Item = Result<M, Status>> + Send + 'static,
+        outgoing: FrameSink<M>,
+    ) -> Self {
+        Self {
+            incoming: Box::pin(incoming),
+            current: Bytes::new(),
+            outgoing: PollSender::new(outgoing),
+            pending: BytesMut::new(),
+        }
     }
 
     /// The server's side of a call: the byte stream, and what to answer the call with.
-    pub fn answering(incoming: impl Stream<Item = Result<M, Status>> + Send + 'static) -> (Self, Answers<M>) {
+    pub fn answering(
+        incoming: impl Stream<Item = Result<M, Status>> + Send + 'static,
+    ) -> (Self, Answers<M>) {
         let (sink, stream) = frames();
         (Self::new(incoming, sink), Answers(stream))
     }
@@ -108,7 +120,11 @@ fn closed() -> io::Error {
 }
 
 impl<M: Frame> AsyncRead for Duplex<M> {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         while this.current.is_empty() {
             match ready!(this.incoming.as_mut().poll_next(cx)) {
@@ -125,11 +141,19 @@ impl<M: Frame> AsyncRead for Duplex<M> {
 }
 
 impl<M: Frame> AsyncWrite for Duplex<M> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
     }
 
-    fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         if this.pending.len() >= CHUNK {
             ready!(this.poll_send(cx))?;
@@ -192,7 +216,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_status_is_an_io_error_that_keeps_it() {
-        let (mut duplex, _answers) = Duplex::<BytesMessage>::answering(futures::stream::iter([Err(Status::not_found("gone"))]));
+        let (mut duplex, _answers) =
+            Duplex::<BytesMessage>::answering(futures::stream::iter([Err(Status::not_found(
+                "gone",
+            ))]));
         let error = duplex.read_u8().await.expect_err("status");
         assert!(crate::fault_of_io("read", error).is_not_found());
     }

@@ -12,7 +12,10 @@ fn serving() -> wire::HealthCheckResponse {
 
 #[tonic::async_trait]
 impl wire::health_server::Health for HealthService {
-    async fn check(&self, _: Request<wire::HealthCheckRequest>) -> Result<Response<wire::HealthCheckResponse>, Status> {
+    async fn check(
+        &self,
+        _: Request<wire::HealthCheckRequest>,
+    ) -> Result<Response<wire::HealthCheckResponse>, Status> {
         Ok(Response::new(serving()))
     }
 
@@ -21,8 +24,14 @@ impl wire::health_server::Health for HealthService {
         futures::stream::Pending<Result<wire::HealthCheckResponse, Status>>,
     >;
 
-    async fn watch(&self, _: Request<wire::HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(
+        &self,
+        _: Request<wire::HealthCheckRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
         // The status never changes while we live, and a watch must not end.
-        Ok(Response::new(futures::StreamExt::chain(tokio_stream::once(Ok(serving())), futures::stream::pending())))
+        Ok(Response::new(futures::StreamExt::chain(
+            tokio_stream::once(Ok(serving())),
+            futures::stream::pending(),
+        )))
     }
 }

@@ -1,4 +1,5 @@
-//! Where servers listen and clients dial: unix sockets, TCP with or without TLS, systemd's sockets (row `net.listen`).
+//! Where servers listen and clients dial: unix sockets, TCP with or without TLS, systemd's sockets
+//! (row `net.listen`).
 
 use std::{
     fmt, io,
@@ -33,7 +34,8 @@ const BACKLOG: usize = 64;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// TLS handshakes of one listener at the same time; who comes then waits in the kernel's queue.
 const MAX_HANDSHAKES: usize = 256;
-/// Connections of one listener at the same time, those that shake hands included; who comes then waits in the kernel's queue.
+/// Connections of one listener at the same time, those that shake hands included; who comes then
+/// waits in the kernel's queue.
 const MAX_CONNECTIONS: usize = 4096;
 /// Pause after an accept error such as "too many open files", so that the loop does not spin.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -54,14 +56,18 @@ impl FromStr for Address {
 
     fn from_str(text: &str) -> Result<Self> {
         let Some((scheme, rest)) = text.split_once("://") else {
-            return Err(Fault::invalid(format!("address {text} does not contain proto, you meant unix://{text} ?")));
+            return Err(Fault::invalid(format!(
+                "address {text} does not contain proto, you meant unix://{text} ?"
+            )));
         };
         match scheme {
             "unix" if rest.is_empty() => Err(Fault::invalid(format!("address {text} has no path"))),
             "unix" => Ok(Self::Unix(rest.into())),
             "tcp" => Ok(Self::Tcp(rest.into())),
             "fd" if rest.is_empty() => Ok(Self::Activated),
-            "fd" => Err(Fault::unimplemented(format!("choosing one of systemd's sockets by number ({text}); use fd://"))),
+            "fd" => Err(Fault::unimplemented(format!(
+                "choosing one of systemd's sockets by number ({text}); use fd://"
+            ))),
             other => {
                 let fault = Fault::invalid(format!("addr {text} not supported"));
                 Err(match nearest(other, ["unix", "tcp", "fd"]) {
@@ -148,15 +154,15 @@ impl Listener {
     /// Where it listens, with the port that was chosen for port 0.
     pub fn address(&self) -> Address {
         match &self.socket {
-            Socket::Tcp(listener, _) => {
-                listener.local_addr().map_or_else(|_| self.address.clone(), |address| Address::Tcp(address.to_string()))
-            }
+            Socket::Tcp(listener, _) => listener
+                .local_addr()
+                .map_or_else(|_| self.address.clone(), |address| Address::Tcp(address.to_string())),
             Socket::Unix { .. } => self.address.clone(),
         }
     }
 
-    /// Accepts connections until the stream is dropped; for tonic's `serve_with_incoming`. TLS handshakes run beside the
-    /// loop, so that a slow peer holds up no one.
+    /// Accepts connections until the stream is dropped; for tonic's `serve_with_incoming`. TLS
+    /// handshakes run beside the loop, so that a slow peer holds up no one.
     pub fn incoming(self) -> impl futures::Stream<Item = io::Result<Connection>> + Send + 'static {
         let (sink, stream) = mpsc::channel(BACKLOG);
         let span = tracing::info_span!("accept", address = %self.address);
@@ -173,27 +179,35 @@ async fn bind_unix(path: &Path, options: &ListenOptions) -> Result<Socket> {
     match tokio::fs::symlink_metadata(path).await {
         Ok(meta) if meta.file_type().is_socket() => {
             if UnixStream::connect(path).await.is_ok() {
-                return Err(Fault::new(shipway_fault::Code::AlreadyExists, "another process is listening there already")
-                    .with_class(shipway_fault::Class::Environment)
-                    .hint("stop the other daemon, or choose another address with --addr"));
+                return Err(Fault::new(
+                    shipway_fault::Code::AlreadyExists,
+                    "another process is listening there already",
+                )
+                .with_class(shipway_fault::Class::Environment)
+                .hint("stop the other daemon, or choose another address with --addr"));
             }
             tokio::fs::remove_file(path).await.map_err(|e| failed("remove the stale socket", e))?;
         }
-        Ok(_) => return Err(Fault::invalid(format!("{} exists and is not a socket", path.display()))),
+        Ok(_) => {
+            return Err(Fault::invalid(format!("{} exists and is not a socket", path.display())));
+        }
         Err(_) => {}
     }
-    // Until its mode is set below, a socket has what the umask leaves: the daemon's umask leaves nothing to others.
+    // Until its mode is set below, a socket has what the umask leaves: the daemon's umask leaves
+    // nothing to others.
     let listener = UnixListener::bind(path).map_err(|e| failed("bind", e))?;
     let unlink = Unlink(path.to_owned());
     if options.uid.is_some() || options.gid.is_some() {
-        std::os::unix::fs::chown(path, options.uid, options.gid).map_err(|e| failed("change the owner of", e))?;
+        std::os::unix::fs::chown(path, options.uid, options.gid)
+            .map_err(|e| failed("change the owner of", e))?;
     }
     let mode = std::fs::Permissions::from_mode(options.mode);
     tokio::fs::set_permissions(path, mode).await.map_err(|e| failed("change the mode of", e))?;
     Ok(Socket::Unix { listener, _unlink: Some(unlink) })
 }
 
-/// Makes the missing directories of `path` such that clients get through to a socket in it, whatever the umask is.
+/// Makes the missing directories of `path` such that clients get through to a socket in it,
+/// whatever the umask is.
 fn make_public(path: &Path) -> io::Result<()> {
     if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
@@ -206,13 +220,14 @@ fn make_public(path: &Path) -> io::Result<()> {
     }
 }
 
-/// What is wrong with a TCP socket under `tls`: it has no owner and no mode that would keep anybody out.
+/// What is wrong with a TCP socket under `tls`: it has no owner and no mode that would keep anybody
+/// out.
 fn risk(tls: Option<&ServerTls>) -> Option<&'static str> {
     match tls {
         None => Some("TLS is not enabled: whoever reaches this address controls the daemon"),
-        Some(ServerTls { client_ca: None, .. }) => {
-            Some("clients need no certificate (no CA is given): whoever reaches this address controls the daemon")
-        }
+        Some(ServerTls { client_ca: None, .. }) => Some(
+            "clients need no certificate (no CA is given): whoever reaches this address controls the daemon",
+        ),
         Some(_) => None,
     }
 }
@@ -225,7 +240,10 @@ fn activated(tls: Option<&ServerTls>, acceptor: Option<TlsAcceptor>) -> Result<V
         let socket = match fds.take_unix_listener(index) {
             Ok(Some(unix)) => {
                 unix.set_nonblocking(true).map_err(failed)?;
-                Socket::Unix { listener: UnixListener::from_std(unix).map_err(failed)?, _unlink: None }
+                Socket::Unix {
+                    listener: UnixListener::from_std(unix).map_err(failed)?,
+                    _unlink: None,
+                }
             }
             _ => {
                 let Some(tcp) = fds.take_tcp_listener(index).map_err(failed)? else { continue };
@@ -239,8 +257,12 @@ fn activated(tls: Option<&ServerTls>, acceptor: Option<TlsAcceptor>) -> Result<V
         listeners.push(Listener { socket, address: Address::Activated });
     }
     if listeners.is_empty() {
-        return Err(Fault::invalid("no sockets found via socket activation: make sure the service was started by systemd")
-            .hint("fd:// works only in a unit that has a .socket beside it; otherwise use unix://<path>"));
+        return Err(Fault::invalid(
+            "no sockets found via socket activation: make sure the service was started by systemd",
+        )
+        .hint(
+            "fd:// works only in a unit that has a .socket beside it; otherwise use unix://<path>",
+        ));
     }
     Ok(listeners)
 }
@@ -249,12 +271,19 @@ async fn accept(socket: Socket, sink: mpsc::Sender<io::Result<Connection>>) {
     accept_some(socket, sink, MAX_CONNECTIONS, MAX_HANDSHAKES).await;
 }
 
-async fn accept_some(socket: Socket, sink: mpsc::Sender<io::Result<Connection>>, connections: usize, handshakes: usize) {
-    let (places, handshakes) = (Arc::new(Semaphore::new(connections)), Arc::new(Semaphore::new(handshakes)));
+async fn accept_some(
+    socket: Socket,
+    sink: mpsc::Sender<io::Result<Connection>>,
+    connections: usize,
+    handshakes: usize,
+) {
+    let (places, handshakes) =
+        (Arc::new(Semaphore::new(connections)), Arc::new(Semaphore::new(handshakes)));
     loop {
         let next = async {
             // Neither semaphore is ever closed.
-            let (place, handshake) = (places.clone().acquire_owned().await, handshakes.clone().acquire_owned().await);
+            let (place, handshake) =
+                (places.clone().acquire_owned().await, handshakes.clone().acquire_owned().await);
             (accept_one(&socket).await, place.ok(), handshake.ok())
         };
         let (accepted, place, handshake) = tokio::select! {
@@ -269,7 +298,9 @@ async fn accept_some(socket: Socket, sink: mpsc::Sender<io::Result<Connection>>,
                         match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
                             Ok(Ok(tls)) => {
                                 drop(handshake);
-                                _ = sink.send(Ok(Connection::new(Stream::Tls(Box::new(tls)), place))).await;
+                                _ = sink
+                                    .send(Ok(Connection::new(Stream::Tls(Box::new(tls)), place)))
+                                    .await;
                             }
                             Ok(Err(error)) => tracing::warn!(%error, "TLS handshake failed"),
                             Err(_) => tracing::warn!("TLS handshake timed out"),
@@ -346,7 +377,9 @@ impl Connected for Connection {
                 Err(_) => Peer::default(),
             },
             Stream::Tcp(stream) => Peer { address: stream.peer_addr().ok(), ..Peer::default() },
-            Stream::Tls(stream) => Peer { address: stream.get_ref().0.peer_addr().ok(), ..Peer::default() },
+            Stream::Tls(stream) => {
+                Peer { address: stream.get_ref().0.peer_addr().ok(), ..Peer::default() }
+            }
         }
     }
 }
@@ -362,7 +395,11 @@ macro_rules! each {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let read = {
             let this = self.as_mut();
             each!(this, stream => Pin::new(stream).poll_read(cx, buf))
@@ -372,18 +409,29 @@ impl AsyncRead for Connection {
         } else if let Some(first) = &mut self.first
             && first.as_mut().poll(cx).is_ready()
         {
-            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the peer says nothing")));
+            return Poll::Ready(Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "the peer says nothing",
+            )));
         }
         read
     }
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         each!(self, stream => Pin::new(stream).poll_write(cx, buf))
     }
 
-    fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         each!(self, stream => Pin::new(stream).poll_write_vectored(cx, bufs))
     }
 
@@ -408,7 +456,9 @@ impl AsyncWrite for Connection {
 pub async fn dial(address: &Address, tls: Option<&ClientTls>) -> Result<Channel> {
     let failed = |e: tonic::transport::Error| {
         let cause = std::error::Error::source(&e).map_or_else(|| e.to_string(), root_cause);
-        Fault::unavailable(format!("connect to {address}: {cause}")).with_source(e).hint("is the daemon running, and is this its address?")
+        Fault::unavailable(format!("connect to {address}: {cause}"))
+            .with_source(e)
+            .hint("is the daemon running, and is this its address?")
     };
     match address {
         Address::Unix(path) => {
@@ -417,18 +467,27 @@ pub async fn dial(address: &Address, tls: Option<&ClientTls>) -> Result<Channel>
                 let path = path.clone();
                 async move { UnixStream::connect(path).await.map(TokioIo::new) }
             });
-            tuned(Endpoint::from_static("http://localhost")).connect_with_connector(connector).await.map_err(failed)
+            tuned(Endpoint::from_static("http://localhost"))
+                .connect_with_connector(connector)
+                .await
+                .map_err(failed)
         }
         Address::Tcp(host) => {
             let scheme = if tls.is_some() { "https" } else { "http" };
-            let mut endpoint = Endpoint::from_shared(format!("{scheme}://{host}"))
-                .map_err(|e| Fault::invalid(format!("address {address} is not a host and port: {e}")))?;
+            let mut endpoint =
+                Endpoint::from_shared(format!("{scheme}://{host}")).map_err(|e| {
+                    Fault::invalid(format!("address {address} is not a host and port: {e}"))
+                })?;
             if let Some(tls) = tls {
-                endpoint = endpoint.tls_config(tls.config().await?).map_err(|e| Fault::invalid(format!("use the TLS files given: {e}")))?;
+                endpoint = endpoint
+                    .tls_config(tls.config().await?)
+                    .map_err(|e| Fault::invalid(format!("use the TLS files given: {e}")))?;
             }
             tuned(endpoint).connect().await.map_err(failed)
         }
-        Address::Activated => Err(Fault::invalid("fd:// is an address to listen on, not one to connect to")),
+        Address::Activated => {
+            Err(Fault::invalid("fd:// is an address to listen on, not one to connect to"))
+        }
     }
 }
 
@@ -470,7 +529,11 @@ mod tests {
         let options = ListenOptions { mode: 0o600, ..Default::default() };
         let listener = Listener::bind(&address, &options).await.expect("bind").remove(0);
         assert_eq!(std::fs::metadata(&path).expect("stat").permissions().mode() & 0o777, 0o600);
-        assert!(Listener::bind(&address, &options).await.is_err_and(|e| e.to_string().contains("another process")));
+        assert!(
+            Listener::bind(&address, &options)
+                .await
+                .is_err_and(|e| e.to_string().contains("another process"))
+        );
         let mut incoming = Box::pin(listener.incoming());
         let mut client = UnixStream::connect(&path).await.expect("connect");
         client.write_all(b"x").await.expect("write");
@@ -490,7 +553,10 @@ mod tests {
     async fn connections_and_handshakes_of_a_listener_are_limited() {
         let dir = tempfile::tempdir().expect("dir");
         let path = dir.path().join("s.sock");
-        let listener = Listener::bind(&Address::Unix(path.clone()), &ListenOptions::default()).await.expect("bind").remove(0);
+        let listener = Listener::bind(&Address::Unix(path.clone()), &ListenOptions::default())
+            .await
+            .expect("bind")
+            .remove(0);
         let (sink, mut incoming) = mpsc::channel(BACKLOG);
         tokio::spawn(accept_some(listener.socket, sink, 2, 1));
         let mut clients = Vec::new();
@@ -510,12 +576,15 @@ mod tests {
         // A peer that never shakes hands holds up the next one, not more, and not for long.
         let tcp = TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let address = tcp.local_addr().expect("an address");
-        let config =
-            tokio_rustls::rustls::ServerConfig::builder_with_provider(Arc::new(tokio_rustls::rustls::crypto::ring::default_provider()))
-                .with_safe_default_protocol_versions()
-                .expect("versions")
-                .with_no_client_auth()
-                .with_cert_resolver(Arc::new(tokio_rustls::rustls::server::ResolvesServerCertUsingSni::new()));
+        let config = tokio_rustls::rustls::ServerConfig::builder_with_provider(Arc::new(
+            tokio_rustls::rustls::crypto::ring::default_provider(),
+        ))
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(
+            tokio_rustls::rustls::server::ResolvesServerCertUsingSni::new(),
+        ));
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let (sink, _incoming) = mpsc::channel(BACKLOG);
         tokio::spawn(accept_some(Socket::Tcp(tcp, Some(acceptor)), sink, 9, 1));
@@ -523,7 +592,8 @@ mod tests {
         let mut garbage = TcpStream::connect(address).await.expect("connect");
         garbage.write_all(&[b'x'; 64]).await.expect("write");
         let mut answer = [0; 64];
-        let early = tokio::time::timeout(Duration::from_millis(200), garbage.read(&mut answer)).await;
+        let early =
+            tokio::time::timeout(Duration::from_millis(200), garbage.read(&mut answer)).await;
         assert!(early.is_err(), "it was answered while another one shakes hands");
         drop(silent);
         assert!(garbage.read(&mut answer).await.is_ok(), "its turn came");
@@ -540,6 +610,9 @@ mod tests {
     #[tokio::test]
     async fn dialling_nobody_names_the_address() {
         let error = dial(&Address::Unix("/nonexistent/s".into()), None).await.expect_err("nobody");
-        assert!(error.to_string().starts_with("connect to unix:///nonexistent/s: No such file"), "{error}");
+        assert!(
+            error.to_string().starts_with("connect to unix:///nonexistent/s: No such file"),
+            "{error}"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Messages as bytes, for methods whose type depends on their metadata, such as `FileSend/DiffCopy` (rows `cb.filesend.*`).
+//! Messages as bytes, for methods whose type depends on their metadata, such as `FileSend/DiffCopy`
+//! (rows `cb.filesend.*`).
 
 use std::{
     convert::Infallible,
@@ -59,12 +60,15 @@ impl Decoder for RawCodec {
 /// Answers of a [`FileSend`] call, undecoded.
 pub type RawAnswers = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
 
-/// The client's `FileSend` service, whose one method carries either a file's bytes (as `BytesMessage`) or a directory's packets: the
-/// metadata say which.
+/// The client's `FileSend` service, whose one method carries either a file's bytes (as
+/// `BytesMessage`) or a directory's packets: the metadata say which.
 #[tonic::async_trait]
 pub trait FileSend: Send + Sync + 'static {
     /// Takes what a daemon exports.
-    async fn diff_copy(&self, request: Request<Streaming<Bytes>>) -> Result<Response<RawAnswers>, Status>;
+    async fn diff_copy(
+        &self,
+        request: Request<Streaming<Bytes>>,
+    ) -> Result<Response<RawAnswers>, Status>;
 }
 
 /// Serves a [`FileSend`].
@@ -121,7 +125,9 @@ where
                 return Ok(Status::unimplemented("FileSend has no such method").into_http());
             }
             let limit = shipway_proto::MAX_MESSAGE;
-            let mut grpc = Grpc::new(RawCodec).max_decoding_message_size(limit).max_encoding_message_size(limit);
+            let mut grpc = Grpc::new(RawCodec)
+                .max_decoding_message_size(limit)
+                .max_encoding_message_size(limit);
             Ok(grpc.streaming(Method(service), request).await)
         })
     }

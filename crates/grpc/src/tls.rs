@@ -1,4 +1,5 @@
-//! TLS for TCP listeners and for clients: certificates from files, with or without a client authority.
+//! TLS for TCP listeners and for clients: certificates from files, with or without a client
+//! authority.
 
 use std::{
     path::{Path, PathBuf},
@@ -31,7 +32,7 @@ pub struct ServerTls {
 /// What a client needs for TLS.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClientTls {
-    /// Name to expect in the server's certificate, when it is not the host that was dialled.
+    /// Name to expect in the server's certificate, when it is not the host that was dialed.
     pub server_name: Option<String>,
     /// PEM file with the authorities that the server's certificate must come from.
     pub ca: Option<PathBuf>,
@@ -42,7 +43,8 @@ pub struct ClientTls {
 impl ServerTls {
     pub(crate) fn acceptor(&self) -> Result<TlsAcceptor> {
         let provider = Arc::new(ring::default_provider());
-        let key = PrivateKeyDer::from_pem_file(&self.key).map_err(|e| broken("read the TLS key", &self.key, e))?;
+        let key = PrivateKeyDer::from_pem_file(&self.key)
+            .map_err(|e| broken("read the TLS key", &self.key, e))?;
         let builder = ServerConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()
             .map_err(|e| Fault::internal(format!("set up TLS: {e}")))?;
@@ -53,14 +55,16 @@ impl ServerTls {
                 for cert in certificates(ca)? {
                     roots.add(cert).map_err(|e| broken("use the TLS client authority", ca, e))?;
                 }
-                let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
-                    .build()
-                    .map_err(|e| broken("use the TLS client authority", ca, e))?;
+                let verifier =
+                    WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+                        .build()
+                        .map_err(|e| broken("use the TLS client authority", ca, e))?;
                 builder.with_client_cert_verifier(verifier)
             }
         };
-        let mut config =
-            builder.with_single_cert(certificates(&self.cert)?, key).map_err(|e| broken("use the TLS certificate", &self.cert, e))?;
+        let mut config = builder
+            .with_single_cert(certificates(&self.cert)?, key)
+            .map_err(|e| broken("use the TLS certificate", &self.cert, e))?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok(TlsAcceptor::from(Arc::new(config)))
     }
@@ -87,10 +91,14 @@ async fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
-    let certs: Vec<_> =
-        CertificateDer::pem_file_iter(path).and_then(|certs| certs.collect()).map_err(|e| broken("read the TLS certificates", path, e))?;
+    let certs: Vec<_> = CertificateDer::pem_file_iter(path)
+        .and_then(|certs| certs.collect())
+        .map_err(|e| broken("read the TLS certificates", path, e))?;
     if certs.is_empty() {
-        return Err(Fault::invalid(format!("read the TLS certificates {}: the file holds none", path.display())));
+        return Err(Fault::invalid(format!(
+            "read the TLS certificates {}: the file holds none",
+            path.display()
+        )));
     }
     Ok(certs)
 }

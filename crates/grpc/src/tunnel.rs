@@ -23,19 +23,22 @@ use tonic::{
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 const MAX_FRAME: u32 = 1 << 20;
-/// Errors carry whole Dockerfiles in their trailers, and calls to a client's session whole lists of patterns in their headers: this is what
-/// clients, and the sessions in them, take from the daemon.
+/// Errors carry whole Dockerfiles in their trailers, and calls to a client's session whole lists of
+/// patterns in their headers: this is what clients, and the sessions in them, take from the daemon.
 const MAX_HEADERS: u32 = shipway_proto::MAX_MESSAGE as u32;
-/// What servers take of a request's headers. The longest that clients send announce the methods of a session, which is some kilobytes.
+/// What servers take of a request's headers. The longest that clients send announce the methods of
+/// a session, which is some kilobytes.
 const MAX_REQUEST_HEADERS: u32 = 256 << 10;
-/// Calls of one connection at the same time. A client that wants more waits; a bake of many targets takes some calls for each.
+/// Calls of one connection at the same time. A client that wants more waits; a bake of many targets
+/// takes some calls for each.
 const MAX_STREAMS: u32 = 1000;
-/// A connection is asked for a sign of life when it was quiet for so long, and closed when none comes: clients vanish behind routers without
-/// a word. A client that was stopped for a moment stays.
+/// A connection is asked for a sign of life when it was quiet for so long, and closed when none
+/// comes: clients vanish behind routers without a word. A client that was stopped for a moment
+/// stays.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(60));
 
-/// A server with the windows and limits that all our servers have. Message sizes are set per service:
-/// `max_decoding_message_size(shipway_proto::MAX_MESSAGE)` and its twin.
+/// A server with the windows and limits that all our servers have. Message sizes are set per
+/// service: `max_decoding_message_size(shipway_proto::MAX_MESSAGE)` and its twin.
 pub fn server() -> Server {
     Server::builder()
         .initial_stream_window_size(STREAM_WINDOW)
@@ -70,16 +73,26 @@ impl TunnelChannel {
     /// Starts HTTP/2, as its client, on `io`.
     pub async fn connect(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Result<Self> {
         let (stop, closed) = (CancellationToken::new(), CancellationToken::new());
-        let io = Watched { io, stopped: Box::pin(stop.clone().cancelled_owned()), closed: closed.clone() };
+        let io = Watched {
+            io,
+            stopped: Box::pin(stop.clone().cancelled_owned()),
+            closed: closed.clone(),
+        };
         let once = Arc::new(Mutex::new(Some(TokioIo::new(io))));
         let connector = tower::service_fn(move |_: http::Uri| {
             let io = once.lock().unwrap_or_else(|e| e.into_inner()).take();
-            async move { io.ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "the client has gone away")) }
+            async move {
+                io.ok_or_else(|| {
+                    io::Error::new(io::ErrorKind::NotConnected, "the client has gone away")
+                })
+            }
         });
         let channel = tuned(Endpoint::from_static("http://localhost"))
             .connect_with_connector(connector)
             .await
-            .map_err(|e| Fault::unavailable(format!("start HTTP/2 in the tunnel: {e}")).with_source(e))?;
+            .map_err(|e| {
+                Fault::unavailable(format!("start HTTP/2 in the tunnel: {e}")).with_source(e)
+            })?;
         Ok(Self { channel, stop, closed })
     }
 
@@ -115,7 +128,11 @@ pub enum TunnelPeer {
 }
 
 /// Serves `routes` over `io`, as HTTP/2's server, until the stream ends.
-pub async fn serve_tunnel(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, routes: Routes, peer: TunnelPeer) -> Result<()> {
+pub async fn serve_tunnel(
+    io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    routes: Routes,
+    peer: TunnelPeer,
+) -> Result<()> {
     let headers = match peer {
         TunnelPeer::Daemon => MAX_HEADERS,
         TunnelPeer::Stranger => MAX_REQUEST_HEADERS,
@@ -142,7 +159,9 @@ struct Watched<T> {
 impl<T> Watched<T> {
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         match self.stopped.as_mut().poll(cx) {
-            Poll::Ready(()) => Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the tunnel was closed")),
+            Poll::Ready(()) => {
+                Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the tunnel was closed"))
+            }
             Poll::Pending => Ok(()),
         }
     }
@@ -159,7 +178,11 @@ impl<T> Drop for Watched<T> {
 }
 
 impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         self.check(cx)?;
         let before = buf.filled().len();
         let result = ready!(Pin::new(&mut self.io).poll_read(cx, buf));
@@ -171,12 +194,20 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
 }
 
 impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let result = ready!(Pin::new(&mut self.io).poll_write(cx, buf));
         Poll::Ready(self.note(result))
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         let result = ready!(Pin::new(&mut self.io).poll_write_vectored(cx, bufs));
         Poll::Ready(self.note(result))
     }
@@ -215,10 +246,16 @@ mod tests {
     impl Health for Fine {
         type WatchStream = tokio_stream::Empty<Result<HealthCheckResponse, Status>>;
 
-        async fn check(&self, request: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
+        async fn check(
+            &self,
+            request: Request<HealthCheckRequest>,
+        ) -> Result<Response<HealthCheckResponse>, Status> {
             match &*request.into_inner().service {
                 // A status whose details exceed the usual header limits must arrive whole.
-                "big" => Err(crate::status_of(&Fault::unknown("x").detail(shipway_fault::Detail::Vertex("v".repeat(300 << 10))))),
+                "big" => Err(crate::status_of(
+                    &Fault::unknown("x")
+                        .detail(shipway_fault::Detail::Vertex("v".repeat(300 << 10))),
+                )),
                 "hang" => {
                     HANGING.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
                     std::future::pending().await
@@ -227,7 +264,10 @@ mod tests {
             }
         }
 
-        async fn watch(&self, _: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        async fn watch(
+            &self,
+            _: Request<HealthCheckRequest>,
+        ) -> Result<Response<Self::WatchStream>, Status> {
             Ok(Response::new(tokio_stream::empty()))
         }
     }
@@ -246,7 +286,8 @@ mod tests {
     async fn ask(channel: Channel, size: usize) -> Result<(), Status> {
         let mut request = Request::new(HealthCheckRequest::default());
         for n in 0..size / 1024 {
-            let name = format!("x-filler-{n}").parse::<tonic::metadata::MetadataKey<_>>().expect("a key");
+            let name =
+                format!("x-filler-{n}").parse::<tonic::metadata::MetadataKey<_>>().expect("a key");
             request.metadata_mut().insert(name, "v".repeat(1000).parse().expect("a value"));
         }
         HealthClient::new(channel).check(request).await.map(drop)
@@ -265,19 +306,28 @@ mod tests {
     async fn a_server_limits_headers_and_still_sends_big_errors() {
         let dir = tempfile::tempdir().expect("dir");
         let address = crate::Address::Unix(dir.path().join("s"));
-        let listener = crate::Listener::bind(&address, &crate::ListenOptions::default()).await.expect("bind").remove(0);
-        let serving = server().add_service(HealthServer::new(Fine)).serve_with_incoming(listener.incoming());
+        let listener = crate::Listener::bind(&address, &crate::ListenOptions::default())
+            .await
+            .expect("bind")
+            .remove(0);
+        let serving =
+            server().add_service(HealthServer::new(Fine)).serve_with_incoming(listener.incoming());
         let serving = tokio::spawn(serving);
         let channel = crate::dial(&address, None).await.expect("dial");
         assert!(ask(channel.clone(), 64 << 10).await.is_ok());
         assert!(ask(channel.clone(), 1 << 20).await.is_err());
-        let status = HealthClient::new(channel.clone()).check(HealthCheckRequest { service: "big".into() }).await.expect_err("fails");
+        let status = HealthClient::new(channel.clone())
+            .check(HealthCheckRequest { service: "big".into() })
+            .await
+            .expect_err("fails");
         assert_eq!(crate::fault_of(&status).details().len(), 1);
         // Calls beyond the limit wait for others to end.
         let calls: Vec<_> = (0..MAX_STREAMS)
             .map(|_| {
                 let mut client = HealthClient::new(channel.clone());
-                tokio::spawn(async move { client.check(HealthCheckRequest { service: "hang".into() }).await })
+                tokio::spawn(async move {
+                    client.check(HealthCheckRequest { service: "hang".into() }).await
+                })
             })
             .collect();
         while HANGING.load(std::sync::atomic::Ordering::SeqCst) < MAX_STREAMS {
@@ -294,17 +344,27 @@ mod tests {
     async fn calls_cross_a_tunnel_and_big_errors_too() {
         let (tunnel, _server) = pair().await;
         let mut client = HealthClient::new(tunnel.channel());
-        assert_eq!(client.check(HealthCheckRequest::default()).await.expect("ok").into_inner().status, 1);
-        let status = client.check(HealthCheckRequest { service: "big".into() }).await.expect_err("fails");
+        assert_eq!(
+            client.check(HealthCheckRequest::default()).await.expect("ok").into_inner().status,
+            1
+        );
+        let status =
+            client.check(HealthCheckRequest { service: "big".into() }).await.expect_err("fails");
         let fault = crate::fault_of(&status);
-        assert_eq!(fault.details(), [shipway_fault::Detail::Vertex("v".repeat(300 << 10))], "{fault:?}");
+        assert_eq!(
+            fault.details(),
+            [shipway_fault::Detail::Vertex("v".repeat(300 << 10))],
+            "{fault:?}"
+        );
     }
 
     #[tokio::test]
     async fn either_end_can_close_and_the_other_notices() {
         let (tunnel, server) = pair().await;
         let mut client = HealthClient::new(tunnel.channel());
-        let hanging = tokio::spawn(async move { client.check(HealthCheckRequest { service: "hang".into() }).await });
+        let hanging = tokio::spawn(async move {
+            client.check(HealthCheckRequest { service: "hang".into() }).await
+        });
         HealthClient::new(tunnel.channel()).check(HealthCheckRequest::default()).await.expect("ok");
         tunnel.close();
         assert!(hanging.await.expect("no panic").is_err());
@@ -313,7 +373,10 @@ mod tests {
         let (tunnel, server) = pair().await;
         server.abort();
         tunnel.closed().await;
-        let status = HealthClient::new(tunnel.channel()).check(HealthCheckRequest::default()).await.expect_err("closed");
+        let status = HealthClient::new(tunnel.channel())
+            .check(HealthCheckRequest::default())
+            .await
+            .expect_err("closed");
         assert_eq!(status.code(), tonic::Code::Unavailable);
     }
 }

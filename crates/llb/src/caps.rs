@@ -1,5 +1,6 @@
-//! Capability names: what a client may ask for (rows `cap.*`). A name stands in one of two lists: what this daemon does, and
-//! what BuildKit does and this daemon does not yet. Implementing one means moving its line.
+//! Capability names: what a client may ask for (rows `cap.*`). A name stands in one of two lists:
+//! what this daemon does, and what BuildKit does and this daemon does not yet. Implementing one
+//! means moving its line.
 
 use shipway_fault::Fault;
 use std::collections::BTreeSet;
@@ -157,7 +158,9 @@ impl Caps {
             return Ok(());
         }
         if LLB_MISSING.contains(&name) || GATEWAY_MISSING.contains(&name) {
-            let message = format!("requested experimental feature {name}  is not supported by build server, please update buildkit");
+            let message = format!(
+                "requested experimental feature {name}  is not supported by build server, please update buildkit"
+            );
             return Err(Fault::unimplemented(format_args!("{name}")).context(message));
         }
         let shown: String = name.chars().take(100).collect();
@@ -198,7 +201,12 @@ mod tests {
         }
         // BuildKit does what these mean and announces neither; so do we.
         for unregistered in ["exec.meta.removemountstubs.recursive", "file.copy.modestring"] {
-            assert!(all.require(unregistered).unwrap_err().to_string().contains("unknown API capability"));
+            assert!(
+                all.require(unregistered)
+                    .unwrap_err()
+                    .to_string()
+                    .contains("unknown API capability")
+            );
         }
         let near = all.require("source.imag").unwrap_err();
         assert_eq!(near.code(), Code::InvalidArgument);

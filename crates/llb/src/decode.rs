@@ -1,4 +1,5 @@
-//! One operation off the wire: bytes to plain types, with the structural checks of row `llb.validate`.
+//! One operation off the wire: bytes to plain types, with the structural checks of row
+//! `llb.validate`.
 
 use crate::ops::*;
 use bytes::Bytes;
@@ -37,18 +38,29 @@ pub fn op(bytes: &[u8]) -> Result<Decoded, Fault> {
         Some(Wire::Source(s)) => Op::Source(SourceOp { identifier: s.identifier, attrs: s.attrs }),
         Some(Wire::Exec(e)) => Op::Exec(exec(e, n)?),
         Some(Wire::File(f)) => Op::File(file(f, n)?),
-        Some(Wire::Merge(m)) => {
-            Op::Merge(MergeOp { inputs: m.inputs.iter().map(|i| n.get("merge input", i.input)).collect::<Result<_, _>>()? })
-        }
+        Some(Wire::Merge(m)) => Op::Merge(MergeOp {
+            inputs: m
+                .inputs
+                .iter()
+                .map(|i| n.get("merge input", i.input))
+                .collect::<Result<_, _>>()?,
+        }),
         Some(Wire::Diff(d)) => {
             let (Some(lower), Some(upper)) = (d.lower, d.upper) else {
                 return Err(invalid("diff op with nil lower or upper input"));
             };
-            Op::Diff(DiffOp { lower: n.get("diff input", lower.input)?, upper: n.get("diff input", upper.input)? })
+            Op::Diff(DiffOp {
+                lower: n.get("diff input", lower.input)?,
+                upper: n.get("diff input", upper.input)?,
+            })
         }
         Some(Wire::Build(b)) => Op::Build(BuildOp {
             builder: n.get("builder", b.builder)?,
-            inputs: b.inputs.into_iter().map(|(k, i)| Ok((k, n.get("build input", i.input)?))).collect::<Result<_, Fault>>()?,
+            inputs: b
+                .inputs
+                .into_iter()
+                .map(|(k, i)| Ok((k, n.get("build input", i.input)?)))
+                .collect::<Result<_, Fault>>()?,
             definition: b.def.map(|d| Bytes::from(d.encode_to_vec())),
             attrs: b.attrs,
         }),
@@ -62,7 +74,12 @@ pub fn op(bytes: &[u8]) -> Result<Decoded, Fault> {
         os_features: p.os_features,
         variant: p.variant,
     });
-    Ok(Decoded { op: typed, inputs, platform, constraints: op.constraints.map(|c| c.filter).unwrap_or_default() })
+    Ok(Decoded {
+        op: typed,
+        inputs,
+        platform,
+        constraints: op.constraints.map(|c| c.filter).unwrap_or_default(),
+    })
 }
 
 fn invalid(what: impl std::fmt::Display) -> Fault {
@@ -120,9 +137,17 @@ fn exec(e: pb::ExecOp, n: Inputs) -> Result<ExecOp, Fault> {
                 no: p.no_proxy,
                 all: p.all_proxy,
             }),
-            extra_hosts: meta.extra_hosts.into_iter().map(|h| HostIp { host: h.host, ip: h.ip }).collect(),
+            extra_hosts: meta
+                .extra_hosts
+                .into_iter()
+                .map(|h| HostIp { host: h.host, ip: h.ip })
+                .collect(),
             hostname: meta.hostname,
-            ulimits: meta.ulimit.into_iter().map(|u| Ulimit { name: u.name, soft: u.soft, hard: u.hard }).collect(),
+            ulimits: meta
+                .ulimit
+                .into_iter()
+                .map(|u| Ulimit { name: u.name, soft: u.soft, hard: u.hard })
+                .collect(),
             cgroup_parent: meta.cgroup_parent,
             remove_mount_stubs_recursive: meta.remove_mount_stubs_recursive,
             valid_exit_codes: meta.valid_exit_codes,
@@ -130,8 +155,16 @@ fn exec(e: pb::ExecOp, n: Inputs) -> Result<ExecOp, Fault> {
         mounts: e.mounts.into_iter().map(|m| mount(m, n)).collect::<Result<_, _>>()?,
         network,
         security,
-        secret_env: e.secretenv.into_iter().map(|s| SecretEnv { id: s.id, name: s.name, optional: s.optional }).collect(),
-        devices: e.cdi_devices.into_iter().map(|d| CdiDevice { name: d.name, optional: d.optional }).collect(),
+        secret_env: e
+            .secretenv
+            .into_iter()
+            .map(|s| SecretEnv { id: s.id, name: s.name, optional: s.optional })
+            .collect(),
+        devices: e
+            .cdi_devices
+            .into_iter()
+            .map(|d| CdiDevice { name: d.name, optional: d.optional })
+            .collect(),
         proxied: false,
     })
 }
@@ -171,14 +204,27 @@ fn mount(m: pb::Mount, n: Inputs) -> Result<Mount, Fault> {
         Ok(pb::MountType::Bind) => MountKind::Bind,
         Ok(pb::MountType::Secret) => {
             let o = m.secret_opt.ok_or_else(|| invalid("secret mount options"))?;
-            MountKind::Secret(SecretMount { id: o.id, uid: o.uid, gid: o.gid, mode: o.mode, optional: o.optional })
+            MountKind::Secret(SecretMount {
+                id: o.id,
+                uid: o.uid,
+                gid: o.gid,
+                mode: o.mode,
+                optional: o.optional,
+            })
         }
         Ok(pb::MountType::Ssh) => {
             let o = m.ssh_opt.ok_or_else(|| invalid("ssh mount options"))?;
-            MountKind::Ssh(SshMount { id: o.id, uid: o.uid, gid: o.gid, mode: o.mode, optional: o.optional })
+            MountKind::Ssh(SshMount {
+                id: o.id,
+                uid: o.uid,
+                gid: o.gid,
+                mode: o.mode,
+                optional: o.optional,
+            })
         }
         Ok(pb::MountType::Cache) => {
-            let o = m.cache_opt.ok_or_else(|| invalid("cache mount: missing cache mount options"))?;
+            let o =
+                m.cache_opt.ok_or_else(|| invalid("cache mount: missing cache mount options"))?;
             let sharing = match pb::CacheSharingOpt::try_from(o.sharing) {
                 Ok(pb::CacheSharingOpt::Shared) => CacheSharing::Shared,
                 Ok(pb::CacheSharingOpt::Private) => CacheSharing::Private,
@@ -187,7 +233,9 @@ fn mount(m: pb::Mount, n: Inputs) -> Result<Mount, Fault> {
             };
             MountKind::Cache(CacheMount { id: o.id, sharing })
         }
-        Ok(pb::MountType::Tmpfs) => MountKind::Tmpfs { size: m.tmpfs_opt.map(|o| o.size).unwrap_or_default() },
+        Ok(pb::MountType::Tmpfs) => {
+            MountKind::Tmpfs { size: m.tmpfs_opt.map(|o| o.size).unwrap_or_default() }
+        }
         Err(_) => return Err(invalid(format!("mount type {} of {}", m.mount_type, m.dest))),
     };
     let content_cache = match pb::MountContentCache::try_from(m.content_cache) {
@@ -196,7 +244,8 @@ fn mount(m: pb::Mount, n: Inputs) -> Result<Mount, Fault> {
         Ok(pb::MountContentCache::Off) => ContentCache::Off,
         Err(_) => return Err(invalid(format!("content cache option {}", m.content_cache))),
     };
-    // Secrets and agents have no state; their output is 0 on the wire, which must not be read as an output.
+    // Secrets and agents have no state; their output is 0 on the wire, which must not be read as an
+    // output.
     let stateless = matches!(kind, MountKind::Secret(_) | MountKind::Ssh(_));
     Ok(Mount {
         input: n.get("mount input", m.input)?,
@@ -217,7 +266,8 @@ fn file(f: pb::FileOp, n: Inputs) -> Result<FileOp, Fault> {
     if f.actions.len() > MAX_PARTS {
         return Err(invalid(format!("file op with {} actions", f.actions.len())));
     }
-    // The results of actions are numbered after the inputs, in any order: who runs them refuses circles.
+    // The results of actions are numbered after the inputs, in any order: who runs them refuses
+    // circles.
     let all = Inputs(n.0 + f.actions.len());
     let actions = f.actions.into_iter().map(|a| file_action(a, all)).collect::<Result<_, _>>()?;
     Ok(FileOp { actions })
@@ -260,7 +310,11 @@ fn file_action(a: pb::FileAction, n: Inputs) -> Result<FileAction, Fault> {
             owner: chown(m.owner, n)?,
             timestamp: time(m.timestamp),
         }),
-        Action::Rm(r) => FileActionKind::Rm(FileRm { path: r.path, allow_not_found: r.allow_not_found, allow_wildcard: r.allow_wildcard }),
+        Action::Rm(r) => FileActionKind::Rm(FileRm {
+            path: r.path,
+            allow_not_found: r.allow_not_found,
+            allow_wildcard: r.allow_wildcard,
+        }),
         Action::Symlink(s) => FileActionKind::Symlink(FileSymlink {
             oldpath: s.oldpath,
             newpath: s.newpath,
@@ -281,7 +335,9 @@ fn chown(c: Option<pb::ChownOpt>, n: Inputs) -> Result<Option<Chown>, Fault> {
         Ok::<_, Fault>(match o.and_then(|o| o.user) {
             None => None,
             Some(pb::user_opt::User::ById(id)) => Some(Owner::Id(id)),
-            Some(pb::user_opt::User::ByName(u)) => Some(Owner::Name { name: u.name, input: n.get("owner input", u.input)? }),
+            Some(pb::user_opt::User::ByName(u)) => {
+                Some(Owner::Name { name: u.name, input: n.get("owner input", u.input)? })
+            }
         })
     };
     c.map(|c| Ok(Chown { user: owner(c.user)?, group: owner(c.group)? })).transpose()
@@ -298,5 +354,8 @@ fn passthrough(p: pb::PassthroughOp, n: Inputs) -> Result<Op, Fault> {
         Some(i) => Ok(i),
         None => Err(invalid(format!("passthrough output input index {index}"))),
     };
-    Ok(Op::Passthrough(PassthroughOp { id: p.id, outputs: p.outputs.iter().map(output).collect::<Result<_, Fault>>()? }))
+    Ok(Op::Passthrough(PassthroughOp {
+        id: p.id,
+        outputs: p.outputs.iter().map(output).collect::<Result<_, Fault>>()?,
+    }))
 }

@@ -1,4 +1,5 @@
-//! The container that travels: operations as bytes, metadata by digest, the source map (rows `llb.def`, `llb.md.*`, `llb.src`).
+//! The container that travels: operations as bytes, metadata by digest, the source map (rows
+//! `llb.def`, `llb.md.*`, `llb.src`).
 
 use bytes::Bytes;
 use prost::Message;
@@ -28,7 +29,8 @@ pub struct OpMetadata {
     pub ignore_cache: bool,
     /// Free text by key; `llb.customname` is its name in progress (row `llb.md.desc`).
     pub description: BTreeMap<String, String>,
-    /// Whether its result goes into exported caches; `None` leaves that to the export (row `llb.md.exportcache`).
+    /// Whether its result goes into exported caches; `None` leaves that to the export (row
+    /// `llb.md.exportcache`).
     pub export_cache: Option<ExportCache>,
     /// Capabilities that it needs; one that is not known fails the load (row `llb.md.caps`).
     pub caps: BTreeSet<String>,
@@ -115,7 +117,10 @@ pub struct Location {
 
 impl SourceMap {
     /// The texts and spans of an operation.
-    pub fn find<'a>(&'a self, digest: &str) -> impl Iterator<Item = (&'a Arc<SourceFile>, &'a [Span])> + 'a {
+    pub fn find<'a>(
+        &'a self,
+        digest: &str,
+    ) -> impl Iterator<Item = (&'a Arc<SourceFile>, &'a [Span])> + 'a {
         let locations = self.locations.get(digest).map(Vec::as_slice).unwrap_or_default();
         locations.iter().filter_map(|l| Some((self.files.get(l.file)?, l.spans.as_slice())))
     }
@@ -124,7 +129,8 @@ impl SourceMap {
 impl Definition {
     /// Reads an encoded `pb.Definition`.
     pub fn decode(bytes: &[u8]) -> Result<Self, Fault> {
-        let pb = pb::Definition::decode(bytes).map_err(|e| Fault::invalid(format!("failed to parse llb definition: {e}")))?;
+        let pb = pb::Definition::decode(bytes)
+            .map_err(|e| Fault::invalid(format!("failed to parse llb definition: {e}")))?;
         Ok(Self::from_pb(pb))
     }
 
@@ -137,7 +143,11 @@ impl Definition {
     pub fn from_pb(pb: pb::Definition) -> Self {
         Self {
             ops: pb.def.into_iter().map(Bytes::from).collect(),
-            metadata: pb.metadata.into_iter().map(|(digest, m)| (digest, OpMetadata::from_pb(m))).collect(),
+            metadata: pb
+                .metadata
+                .into_iter()
+                .map(|(digest, m)| (digest, OpMetadata::from_pb(m)))
+                .collect(),
             source: pb.source.map(|s| Arc::new(SourceMap::from_pb(s))),
         }
     }
@@ -168,9 +178,15 @@ impl OpMetadata {
         Self {
             ignore_cache: pb.ignore_cache,
             description: pb.description,
-            export_cache: pb.export_cache.map(|e| if e.value { ExportCache::Yes } else { ExportCache::No }),
+            export_cache: pb
+                .export_cache
+                .map(|e| if e.value { ExportCache::Yes } else { ExportCache::No }),
             caps: pb.caps.into_keys().collect(),
-            progress_group: pb.progress_group.map(|g| ProgressGroup { id: g.id, name: g.name, weak: g.weak }),
+            progress_group: pb.progress_group.map(|g| ProgressGroup {
+                id: g.id,
+                name: g.name,
+                weak: g.weak,
+            }),
             resources: pb.linux_resources.map(|r| LinuxResources {
                 memory: r.memory,
                 memory_swap: r.memory_swap,
@@ -187,9 +203,15 @@ impl OpMetadata {
         pb::OpMetadata {
             ignore_cache: self.ignore_cache,
             description: self.description.clone(),
-            export_cache: self.export_cache.map(|e| pb::ExportCache { value: e == ExportCache::Yes }),
+            export_cache: self
+                .export_cache
+                .map(|e| pb::ExportCache { value: e == ExportCache::Yes }),
             caps: self.caps.iter().map(|c| (c.clone(), true)).collect(),
-            progress_group: self.progress_group.clone().map(|g| pb::ProgressGroup { id: g.id, name: g.name, weak: g.weak }),
+            progress_group: self.progress_group.clone().map(|g| pb::ProgressGroup {
+                id: g.id,
+                name: g.name,
+                weak: g.weak,
+            }),
             linux_resources: self.resources.clone().map(|r| pb::LinuxResources {
                 memory: r.memory,
                 memory_swap: r.memory_swap,
@@ -205,10 +227,15 @@ impl OpMetadata {
 
 impl SourceMap {
     fn from_pb(pb: pb::Source) -> Self {
-        let position = |p: Option<pb::Position>| p.map(|p| Position { line: p.line, character: p.character }).unwrap_or_default();
+        let position = |p: Option<pb::Position>| {
+            p.map(|p| Position { line: p.line, character: p.character }).unwrap_or_default()
+        };
         let span = |r: pb::Range| Span { start: position(r.start), end: position(r.end) };
         let location = |l: pb::Location| {
-            Some(Location { file: usize::try_from(l.source_index).ok()?, spans: l.ranges.into_iter().map(span).collect() })
+            Some(Location {
+                file: usize::try_from(l.source_index).ok()?,
+                spans: l.ranges.into_iter().map(span).collect(),
+            })
         };
         let file = |i: pb::SourceInfo| {
             Arc::new(SourceFile {
@@ -220,7 +247,11 @@ impl SourceMap {
         };
         Self {
             files: pb.infos.into_iter().map(file).collect(),
-            locations: pb.locations.into_iter().map(|(d, l)| (d, l.locations.into_iter().filter_map(location).collect())).collect(),
+            locations: pb
+                .locations
+                .into_iter()
+                .map(|(d, l)| (d, l.locations.into_iter().filter_map(location).collect()))
+                .collect(),
         }
     }
 
@@ -241,7 +272,9 @@ impl SourceMap {
             locations: self
                 .locations
                 .iter()
-                .map(|(d, l)| (d.clone(), pb::Locations { locations: l.iter().map(location).collect() }))
+                .map(|(d, l)| {
+                    (d.clone(), pb::Locations { locations: l.iter().map(location).collect() })
+                })
                 .collect(),
             infos: self.files.iter().map(info).collect(),
         }

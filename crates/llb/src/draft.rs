@@ -1,10 +1,14 @@
-//! Operations to be, as those who make a graph describe them: what every vertex says of itself, processes and their mounts,
-//! chains of file actions. [`crate::State`] turns them into vertices.
+//! Operations to be, as those who make a graph describe them: what every vertex says of itself,
+//! processes and their mounts, chains of file actions. [`crate::State`] turns them into vertices.
 
 use crate::{
-    CdiDevice, ContentCache, HostIp, LinuxResources, NetMode, OpMetadata, ProgressGroup, ProxyEnv, SecurityMode, State, Ulimit,
+    CdiDevice, ContentCache, HostIp, LinuxResources, NetMode, OpMetadata, ProgressGroup, ProxyEnv,
+    SecurityMode, State, Ulimit,
     definition::ExportCache,
-    ops::{CacheSharing, Chown, FileActionKind, FileCopy, FileMkdir, FileMkfile, FileRm, FileSymlink, Owner},
+    ops::{
+        CacheSharing, Chown, FileActionKind, FileCopy, FileMkdir, FileMkfile, FileRm, FileSymlink,
+        Owner,
+    },
 };
 use shipway_fault::{SourceFile, Span};
 use shipway_oci::Platform;
@@ -75,7 +79,8 @@ impl VertexOptions {
     /// Puts it into a progress group.
     #[must_use]
     pub fn group(mut self, id: impl Into<String>, name: impl Into<String>, weak: bool) -> Self {
-        self.metadata.progress_group = Some(ProgressGroup { id: id.into(), name: name.into(), weak });
+        self.metadata.progress_group =
+            Some(ProgressGroup { id: id.into(), name: name.into(), weak });
         self
     }
 
@@ -214,8 +219,8 @@ pub struct SshDraft {
     pub optional: bool,
 }
 
-/// File actions to do on a state, one after the other. Relative paths are under the state's directory; the `input` of an
-/// [`Owner::Name`] is set by [`State::file`].
+/// File actions to do on a state, one after the other. Relative paths are under the state's
+/// directory; the `input` of an [`Owner::Name`] is set by [`State::file`].
 #[derive(Clone, Debug, Default)]
 pub struct FileDraft(pub(crate) Vec<(FileActionKind, Option<State>)>);
 

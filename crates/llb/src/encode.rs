@@ -1,4 +1,5 @@
-//! One operation onto the wire, byte for byte as Go's deterministic encoding has it (row `llb.digest`).
+//! One operation onto the wire, byte for byte as Go's deterministic encoding has it (row
+//! `llb.digest`).
 
 use crate::ops::*;
 use bytes::Bytes;
@@ -6,10 +7,19 @@ use prost::Message;
 use shipway_oci::{Digest, Platform};
 use shipway_proto::pb;
 
-/// The bytes of an operation. Go writes `oneof` fields after all others; prost by number. So the payload is appended.
-pub fn op(inputs: &[(Digest, usize)], op: &Op, platform: Option<&Platform>, constraints: &[String]) -> Bytes {
+/// The bytes of an operation. Go writes `oneof` fields after all others; prost by number. So the
+/// payload is appended.
+pub fn op(
+    inputs: &[(Digest, usize)],
+    op: &Op,
+    platform: Option<&Platform>,
+    constraints: &[String],
+) -> Bytes {
     let head = pb::Op {
-        inputs: inputs.iter().map(|(digest, index)| pb::Input { digest: digest.to_string(), index: *index as i64 }).collect(),
+        inputs: inputs
+            .iter()
+            .map(|(digest, index)| pb::Input { digest: digest.to_string(), index: *index as i64 })
+            .collect(),
         op: None,
         platform: platform.map(|p| pb::Platform {
             architecture: p.architecture.clone(),
@@ -44,23 +54,34 @@ fn index(i: Option<usize>) -> i64 {
 fn payload(op: &Op) -> pb::op::Op {
     use pb::op::Op as Wire;
     match op {
-        Op::Source(s) => Wire::Source(pb::SourceOp { identifier: s.identifier.clone(), attrs: s.attrs.clone() }),
+        Op::Source(s) => {
+            Wire::Source(pb::SourceOp { identifier: s.identifier.clone(), attrs: s.attrs.clone() })
+        }
         Op::Exec(e) => Wire::Exec(exec(e)),
-        Op::File(f) => Wire::File(pb::FileOp { actions: f.actions.iter().map(file_action).collect() }),
-        Op::Merge(m) => Wire::Merge(pb::MergeOp { inputs: m.inputs.iter().map(|&i| pb::MergeInput { input: index(i) }).collect() }),
+        Op::File(f) => {
+            Wire::File(pb::FileOp { actions: f.actions.iter().map(file_action).collect() })
+        }
+        Op::Merge(m) => Wire::Merge(pb::MergeOp {
+            inputs: m.inputs.iter().map(|&i| pb::MergeInput { input: index(i) }).collect(),
+        }),
         Op::Diff(d) => Wire::Diff(pb::DiffOp {
             lower: Some(pb::LowerDiffInput { input: index(d.lower) }),
             upper: Some(pb::UpperDiffInput { input: index(d.upper) }),
         }),
         Op::Build(b) => Wire::Build(pb::BuildOp {
             builder: index(b.builder),
-            inputs: b.inputs.iter().map(|(k, &i)| (k.clone(), pb::BuildInput { input: index(i) })).collect(),
+            inputs: b
+                .inputs
+                .iter()
+                .map(|(k, &i)| (k.clone(), pb::BuildInput { input: index(i) }))
+                .collect(),
             def: b.definition.as_deref().and_then(|d| pb::Definition::decode(d).ok()),
             attrs: b.attrs.clone(),
         }),
-        Op::Passthrough(p) => {
-            Wire::Passthrough(pb::PassthroughOp { id: p.id.clone(), outputs: p.outputs.iter().map(|&i| i as i64).collect() })
-        }
+        Op::Passthrough(p) => Wire::Passthrough(pb::PassthroughOp {
+            id: p.id.clone(),
+            outputs: p.outputs.iter().map(|&i| i as i64).collect(),
+        }),
     }
 }
 
@@ -78,9 +99,17 @@ fn exec(e: &ExecOp) -> pb::ExecOp {
             no_proxy: p.no,
             all_proxy: p.all,
         }),
-        extra_hosts: m.extra_hosts.iter().map(|h| pb::HostIp { host: h.host.clone(), ip: h.ip.clone() }).collect(),
+        extra_hosts: m
+            .extra_hosts
+            .iter()
+            .map(|h| pb::HostIp { host: h.host.clone(), ip: h.ip.clone() })
+            .collect(),
         hostname: m.hostname.clone(),
-        ulimit: m.ulimits.iter().map(|u| pb::Ulimit { name: u.name.clone(), soft: u.soft, hard: u.hard }).collect(),
+        ulimit: m
+            .ulimits
+            .iter()
+            .map(|u| pb::Ulimit { name: u.name.clone(), soft: u.soft, hard: u.hard })
+            .collect(),
         cgroup_parent: m.cgroup_parent.clone(),
         remove_mount_stubs_recursive: m.remove_mount_stubs_recursive,
         valid_exit_codes: m.valid_exit_codes.clone(),
@@ -99,8 +128,16 @@ fn exec(e: &ExecOp) -> pb::ExecOp {
         mounts: e.mounts.iter().map(mount).collect(),
         network: network.into(),
         security: security.into(),
-        secretenv: e.secret_env.iter().map(|s| pb::SecretEnv { id: s.id.clone(), name: s.name.clone(), optional: s.optional }).collect(),
-        cdi_devices: e.devices.iter().map(|d| pb::CdiDevice { name: d.name.clone(), optional: d.optional }).collect(),
+        secretenv: e
+            .secret_env
+            .iter()
+            .map(|s| pb::SecretEnv { id: s.id.clone(), name: s.name.clone(), optional: s.optional })
+            .collect(),
+        cdi_devices: e
+            .devices
+            .iter()
+            .map(|d| pb::CdiDevice { name: d.name.clone(), optional: d.optional })
+            .collect(),
     }
 }
 
@@ -126,12 +163,24 @@ fn mount(m: &Mount) -> pb::Mount {
             // Go's client leaves the output of secrets and agents at 0.
             out.output = 0;
             out.mount_type = pb::MountType::Secret.into();
-            out.secret_opt = Some(pb::SecretOpt { id: s.id.clone(), uid: s.uid, gid: s.gid, mode: s.mode, optional: s.optional });
+            out.secret_opt = Some(pb::SecretOpt {
+                id: s.id.clone(),
+                uid: s.uid,
+                gid: s.gid,
+                mode: s.mode,
+                optional: s.optional,
+            });
         }
         MountKind::Ssh(s) => {
             out.output = 0;
             out.mount_type = pb::MountType::Ssh.into();
-            out.ssh_opt = Some(pb::SshOpt { id: s.id.clone(), uid: s.uid, gid: s.gid, mode: s.mode, optional: s.optional });
+            out.ssh_opt = Some(pb::SshOpt {
+                id: s.id.clone(),
+                uid: s.uid,
+                gid: s.gid,
+                mode: s.mode,
+                optional: s.optional,
+            });
         }
         MountKind::Cache(c) => {
             let sharing = match c.sharing {
@@ -186,9 +235,11 @@ fn file_action(a: &FileAction) -> pb::FileAction {
             owner: chown(&m.owner),
             timestamp: time(m.timestamp),
         }),
-        FileActionKind::Rm(r) => {
-            Action::Rm(pb::FileActionRm { path: r.path.clone(), allow_not_found: r.allow_not_found, allow_wildcard: r.allow_wildcard })
-        }
+        FileActionKind::Rm(r) => Action::Rm(pb::FileActionRm {
+            path: r.path.clone(),
+            allow_not_found: r.allow_not_found,
+            allow_wildcard: r.allow_wildcard,
+        }),
         FileActionKind::Symlink(s) => Action::Symlink(pb::FileActionSymlink {
             oldpath: s.oldpath.clone(),
             newpath: s.newpath.clone(),
@@ -196,7 +247,12 @@ fn file_action(a: &FileAction) -> pb::FileAction {
             timestamp: time(s.timestamp),
         }),
     };
-    pb::FileAction { input: index(a.input), secondary_input: index(a.secondary), output: index(a.output), action: Some(action) }
+    pb::FileAction {
+        input: index(a.input),
+        secondary_input: index(a.secondary),
+        output: index(a.output),
+        action: Some(action),
+    }
 }
 
 fn chown(c: &Option<Chown>) -> Option<pb::ChownOpt> {
@@ -204,7 +260,10 @@ fn chown(c: &Option<Chown>) -> Option<pb::ChownOpt> {
         o.as_ref().map(|o| pb::UserOpt {
             user: Some(match o {
                 Owner::Id(id) => pb::user_opt::User::ById(*id),
-                Owner::Name { name, input } => pb::user_opt::User::ByName(pb::NamedUserOpt { name: name.clone(), input: index(*input) }),
+                Owner::Name { name, input } => pb::user_opt::User::ByName(pb::NamedUserOpt {
+                    name: name.clone(),
+                    input: index(*input),
+                }),
             }),
         })
     };

@@ -1,4 +1,5 @@
-//! What resolving a source tells of it without fetching it (row `gw.resolvesrc`): for frontends, and for clients that decide on sources.
+//! What resolving a source tells of it without fetching it (row `gw.resolvesrc`): for frontends,
+//! and for clients that decide on sources.
 
 use crate::SourceOp;
 use bytes::Bytes;
@@ -74,7 +75,8 @@ pub struct HttpFacts {
 }
 
 impl SourceFacts {
-    /// The message in which frontends and deciding clients learn of it, for the source as it was resolved.
+    /// The message in which frontends and deciding clients learn of it, for the source as it was
+    /// resolved.
     pub fn to_pb(self, source: SourceOp) -> wire::ResolveSourceMetaResponse {
         wire::ResolveSourceMetaResponse {
             source: Some(pb::SourceOp { identifier: source.identifier, attrs: source.attrs }),
@@ -94,7 +96,10 @@ impl SourceFacts {
                 checksum: h.digest,
                 filename: h.filename,
                 last_modified: h.last_modified.map(Into::into),
-                checksum_response: h.other.map(|(digest, suffix)| wire::ChecksumResponse { digest, suffix: suffix.to_vec() }),
+                checksum_response: h.other.map(|(digest, suffix)| wire::ChecksumResponse {
+                    digest,
+                    suffix: suffix.to_vec(),
+                }),
             }),
         }
     }
@@ -117,7 +122,11 @@ impl AttestationChain {
             image_manifest: text(self.image),
             attestation_manifest: text(self.attestation),
             signature_manifests: self.signatures.iter().map(ToString::to_string).collect(),
-            blobs: self.blobs.into_iter().map(|(digest, b)| (digest.to_string(), blob(b))).collect(),
+            blobs: self
+                .blobs
+                .into_iter()
+                .map(|(digest, b)| (digest.to_string(), blob(b)))
+                .collect(),
         }
     }
 }

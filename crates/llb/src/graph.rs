@@ -1,4 +1,5 @@
-//! The checked graph: vertices in an order in which inputs come first (rows `llb.terminal`, `llb.digest`, `llb.validate`).
+//! The checked graph: vertices in an order in which inputs come first (rows `llb.terminal`,
+//! `llb.digest`, `llb.validate`).
 
 use crate::{
     Caps, Definition, OpMetadata, SourceMap, decode, encode, names,
@@ -35,9 +36,10 @@ pub struct Vertex {
     pub op: Op,
     /// What it needs; the vertices come earlier in the graph.
     pub inputs: Vec<Edge>,
-    /// Where it runs: defaulted and normalised after digesting (row `llb.normplat`).
+    /// Where it runs: defaulted and normalized after digesting (row `llb.normplat`).
     pub platform: Platform,
-    /// Filters for workers, which nothing here looks at: there is one worker (row `llb.constraints`).
+    /// Filters for workers, which nothing here looks at: there is one worker (row
+    /// `llb.constraints`).
     pub constraints: Vec<String>,
     /// Its name in progress: the custom one, or by what it does (rows `llb.vname`, `llb.md.desc`).
     pub name: String,
@@ -46,7 +48,8 @@ pub struct Vertex {
 }
 
 impl Vertex {
-    /// The operation as it came, but for users and passwords in the address of a source: for errors, which are kept.
+    /// The operation as it came, but for users and passwords in the address of a source: for
+    /// errors, which are kept.
     pub fn shown(&self) -> Bytes {
         let Ok(mut op) = decode::raw(&self.bytes) else { return self.bytes.clone() };
         let Some(pb::op::Op::Source(source)) = &mut op.op else { return self.bytes.clone() };
@@ -72,10 +75,15 @@ pub struct Graph {
 }
 
 impl Graph {
-    /// Reads and checks a definition; operations without platform get `platform`, and capabilities that `caps` lacks are refused.
+    /// Reads and checks a definition; operations without platform get `platform`, and capabilities
+    /// that `caps` lacks are refused.
     ///
     /// Digests are those of the bytes as they came, which are the ones a client correlates by.
-    pub fn decode(definition: &Definition, caps: &Caps, platform: &Platform) -> Result<Self, Fault> {
+    pub fn decode(
+        definition: &Definition,
+        caps: &Caps,
+        platform: &Platform,
+    ) -> Result<Self, Fault> {
         let Some((last, ops)) = definition.ops.split_last() else {
             return Err(Fault::invalid("invalid empty definition"));
         };
@@ -83,23 +91,40 @@ impl Graph {
             return Err(Fault::invalid("invalid LLB with 1 vertexes"));
         }
         if definition.ops.len() > MAX_OPS {
-            return Err(Fault::invalid(format!("invalid LLB with {} vertexes: at most {MAX_OPS} are accepted", definition.ops.len())));
+            return Err(Fault::invalid(format!(
+                "invalid LLB with {} vertexes: at most {MAX_OPS} are accepted",
+                definition.ops.len()
+            )));
         }
         let terminal = decode::raw(last)?;
         let Some(head) = terminal.inputs.first() else {
             return Err(Fault::invalid("invalid LLB with no inputs on last vertex"));
         };
-        let by_digest: HashMap<Digest, &Bytes> = ops.iter().map(|bytes| (Digest::of(bytes), bytes)).collect();
-        let mut walk = Walk { definition, caps, platform, by_digest, done: HashMap::new(), vertices: Vec::new(), edges: 0 };
+        let by_digest: HashMap<Digest, &Bytes> =
+            ops.iter().map(|bytes| (Digest::of(bytes), bytes)).collect();
+        let mut walk = Walk {
+            definition,
+            caps,
+            platform,
+            by_digest,
+            done: HashMap::new(),
+            vertices: Vec::new(),
+            edges: 0,
+        };
         let head_digest = parse_digest(&head.digest)?;
         walk.reach(head_digest)?;
         let result = Edge { vertex: walk.done[&head_digest], output: output_index(0, head.index)? };
         Ok(Self { vertices: walk.vertices, result, source: definition.source.clone() })
     }
 
-    /// The definition `definition`, from which this graph came, with other sources in the vertices that `changed` names by their digest. Whatever
-    /// depends on them gets another digest; what was known of an operation is known of the one in its place.
-    pub fn with_sources(&self, definition: &Definition, changed: &HashMap<Digest, SourceOp>) -> Result<Definition, Fault> {
+    /// The definition `definition`, from which this graph came, with other sources in the vertices
+    /// that `changed` names by their digest. Whatever depends on them gets another digest; what was
+    /// known of an operation is known of the one in its place.
+    pub fn with_sources(
+        &self,
+        definition: &Definition,
+        changed: &HashMap<Digest, SourceOp>,
+    ) -> Result<Definition, Fault> {
         let mut renamed: HashMap<Digest, Digest> = HashMap::new();
         let mut out = Definition { metadata: definition.metadata.clone(), ..Definition::default() };
         let mut source = definition.source.as_deref().cloned();
@@ -115,10 +140,16 @@ impl Graph {
             let mut op = decode::raw(&vertex.bytes)?;
             rename(&mut op, &renamed)?;
             if let Some(new) = changed.get(&vertex.digest) {
-                op.op = Some(pb::op::Op::Source(pb::SourceOp { identifier: new.identifier.clone(), attrs: new.attrs.clone() }));
+                op.op = Some(pb::op::Op::Source(pb::SourceOp {
+                    identifier: new.identifier.clone(),
+                    attrs: new.attrs.clone(),
+                }));
             }
-            let touched =
-                changed.contains_key(&vertex.digest) || vertex.inputs.iter().any(|e| renamed.contains_key(&self.vertices[e.vertex].digest));
+            let touched = changed.contains_key(&vertex.digest)
+                || vertex
+                    .inputs
+                    .iter()
+                    .any(|e| renamed.contains_key(&self.vertices[e.vertex].digest));
             if !touched {
                 out.ops.push(vertex.bytes.clone());
                 continue;
@@ -162,8 +193,8 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    /// Depth first without recursion, so that a long chain cannot exhaust the stack. Cycles cannot be: they would need a digest
-    /// that contains itself.
+    /// Depth first without recursion, so that a long chain cannot exhaust the stack. Cycles cannot
+    /// be: they would need a digest that contains itself.
     fn reach(&mut self, head: Digest) -> Result<(), Fault> {
         let mut stack = vec![(head, false)];
         while let Some((digest, inputs_done)) = stack.pop() {
@@ -180,7 +211,9 @@ impl Walk<'_> {
             }
             self.edges += decoded.inputs.len();
             if self.edges > MAX_EDGES {
-                return Err(Fault::invalid(format!("invalid LLB with more than {MAX_EDGES} inputs")));
+                return Err(Fault::invalid(format!(
+                    "invalid LLB with more than {MAX_EDGES} inputs"
+                )));
             }
             stack.push((digest, true));
             for (input, _) in decoded.inputs.iter().rev() {
@@ -191,7 +224,8 @@ impl Walk<'_> {
     }
 
     fn add(&mut self, digest: Digest, bytes: Bytes, decoded: decode::Decoded) -> Result<(), Fault> {
-        let metadata = self.definition.metadata.get(&digest.to_string()).cloned().unwrap_or_default();
+        let metadata =
+            self.definition.metadata.get(&digest.to_string()).cloned().unwrap_or_default();
         for cap in &metadata.caps {
             self.caps.require(cap)?;
         }
@@ -199,14 +233,30 @@ impl Walk<'_> {
             .inputs
             .iter()
             .enumerate()
-            .map(|(i, (input, index))| Ok(Edge { vertex: self.done[&parse_digest(input)?], output: output_index(i, *index)? }))
+            .map(|(i, (input, index))| {
+                Ok(Edge {
+                    vertex: self.done[&parse_digest(input)?],
+                    output: output_index(i, *index)?,
+                })
+            })
             .collect::<Result<Vec<_>, Fault>>()?;
         let name = match metadata.description.get("llb.customname") {
             Some(name) => name.clone(),
-            None => names::of(&decoded.op, |input| self.vertices[inputs[input].vertex].name.as_str()),
+            None => {
+                names::of(&decoded.op, |input| self.vertices[inputs[input].vertex].name.as_str())
+            }
         };
         let platform = decoded.platform.unwrap_or_else(|| self.platform.clone()).normalized();
-        let vertex = Vertex { digest, bytes, op: decoded.op, inputs, platform, constraints: decoded.constraints, name, metadata };
+        let vertex = Vertex {
+            digest,
+            bytes,
+            op: decoded.op,
+            inputs,
+            platform,
+            constraints: decoded.constraints,
+            name,
+            metadata,
+        };
         self.done.insert(digest, self.vertices.len());
         self.vertices.push(Arc::new(vertex));
         Ok(())
@@ -214,11 +264,17 @@ impl Walk<'_> {
 }
 
 fn parse_digest(text: &str) -> Result<Digest, Fault> {
-    text.parse().map_err(|_| Fault::invalid(format!("invalid missing input digest {}", text.chars().take(100).collect::<String>())))
+    text.parse().map_err(|_| {
+        Fault::invalid(format!(
+            "invalid missing input digest {}",
+            text.chars().take(100).collect::<String>()
+        ))
+    })
 }
 
 fn output_index(input: usize, index: i64) -> Result<usize, Fault> {
-    usize::try_from(index).map_err(|_| Fault::invalid(format!("invalid input {input} output index {index}")))
+    usize::try_from(index)
+        .map_err(|_| Fault::invalid(format!("invalid input {input} output index {index}")))
 }
 
 #[cfg(test)]
@@ -232,9 +288,18 @@ mod tests {
 
     #[test]
     fn a_source_is_shown_without_what_is_secret_in_its_address() {
-        let options = MarshalOptions { platform: Platform::new("linux", "amd64", ""), caps: None, local_unique_id: String::new() };
-        let built =
-            |name: &str| graph(&State::image(name, "", Default::default(), VertexOptions::named("base")).marshal(&options).unwrap());
+        let options = MarshalOptions {
+            platform: Platform::new("linux", "amd64", ""),
+            caps: None,
+            local_unique_id: String::new(),
+        };
+        let built = |name: &str| {
+            graph(
+                &State::image(name, "", Default::default(), VertexOptions::named("base"))
+                    .marshal(&options)
+                    .unwrap(),
+            )
+        };
         let plain = built("docker.io/library/a:1");
         assert_eq!(plain.vertices[0].shown(), plain.vertices[0].bytes);
         let mut vertex = (*plain.vertices[0]).clone();
@@ -249,21 +314,33 @@ mod tests {
 
     #[test]
     fn other_sources_give_other_digests_and_nothing_is_forgotten() {
-        let image = |name: &str| State::image(name, "", Default::default(), VertexOptions::named("base"));
+        let image =
+            |name: &str| State::image(name, "", Default::default(), VertexOptions::named("base"));
         let built = |name: &str| {
             let mkdir = FileMkdir { path: "/x".into(), mode: 0o755, ..FileMkdir::default() };
-            let state = image(name).file(FileDraft::new().mkdir(mkdir), VertexOptions::named("mkdir"));
+            let state =
+                image(name).file(FileDraft::new().mkdir(mkdir), VertexOptions::named("mkdir"));
             state
-                .marshal(&MarshalOptions { platform: Platform::new("linux", "amd64", ""), caps: None, local_unique_id: String::new() })
+                .marshal(&MarshalOptions {
+                    platform: Platform::new("linux", "amd64", ""),
+                    caps: None,
+                    local_unique_id: String::new(),
+                })
                 .unwrap()
         };
         let (before, wanted) = (built("docker.io/library/a:1"), built("docker.io/library/b:1"));
         let graph_before = graph(&before);
-        let source = SourceOp { identifier: "docker-image://docker.io/library/b:1".into(), attrs: Default::default() };
+        let source = SourceOp {
+            identifier: "docker-image://docker.io/library/b:1".into(),
+            attrs: Default::default(),
+        };
         let changed = HashMap::from([(graph_before.vertices[0].digest, source)]);
         let after = graph_before.with_sources(&before, &changed).unwrap();
         assert_eq!(after.head(), wanted.head());
-        assert_eq!(graph(&after).vertices.iter().map(|v| v.name.clone()).collect::<Vec<_>>(), ["base", "mkdir"]);
+        assert_eq!(
+            graph(&after).vertices.iter().map(|v| v.name.clone()).collect::<Vec<_>>(),
+            ["base", "mkdir"]
+        );
         assert_eq!(graph_before.with_sources(&before, &HashMap::new()).unwrap().ops, before.ops);
     }
 }

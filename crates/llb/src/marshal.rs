@@ -1,12 +1,13 @@
-//! States to definitions, with the same bytes, metadata and order as Go's client (rows `llb.def`, `llb.digest`, `llb.terminal`).
+//! States to definitions, with the same bytes, metadata and order as Go's client (rows `llb.def`,
+//! `llb.digest`, `llb.terminal`).
 
 use crate::{
     Caps, Definition, Location, Mount, MountKind, Op, OpMetadata, SourceMap, attr,
     draft::{MountSource, SourceLocation},
     encode,
     ops::{
-        CacheMount, DiffOp, ExecMeta, ExecOp, FileAction, FileActionKind, FileOp, MergeOp, NetMode, Owner, PassthroughOp, SecretEnv,
-        SecretMount, SecurityMode, SourceOp, SshMount,
+        CacheMount, DiffOp, ExecMeta, ExecOp, FileAction, FileActionKind, FileOp, MergeOp, NetMode,
+        Owner, PassthroughOp, SecretEnv, SecretMount, SecurityMode, SourceOp, SshMount,
     },
     state::{Draft, DraftKind, ExecSpec, FileStep, Output, OutputKind, State},
 };
@@ -41,8 +42,13 @@ impl State {
         let Some((vertex, index)) = self.out.as_ref().map(resolve).transpose()?.flatten() else {
             return Ok(Definition::default());
         };
-        let mut run =
-            Run { options, digests: HashMap::new(), seen: HashSet::new(), definition: Definition::default(), map: SourceMap::default() };
+        let mut run = Run {
+            options,
+            digests: HashMap::new(),
+            seen: HashSet::new(),
+            definition: Definition::default(),
+            map: SourceMap::default(),
+        };
         run.reach(&vertex)?;
         let digest = run.digests[&Arc::as_ptr(&vertex)];
         let Run { mut definition, map, .. } = run;
@@ -55,7 +61,9 @@ impl State {
                 (!m.description.is_empty(), "meta.description"),
                 (m.export_cache.is_some(), "meta.exportcache"),
             ];
-            metadata.caps.extend(caps.into_iter().filter(|(used, _)| *used).map(|(_, cap)| cap.to_owned()));
+            metadata
+                .caps
+                .extend(caps.into_iter().filter(|(used, _)| *used).map(|(_, cap)| cap.to_owned()));
         }
         definition.metadata.insert(Digest::of(&terminal).to_string(), metadata);
         definition.ops.push(terminal);
@@ -71,7 +79,11 @@ fn resolve(output: &Output) -> Result<Option<(Arc<Draft>, usize)>, Fault> {
         match &output.0 {
             OutputKind::Of { vertex, index } => return Ok(Some((vertex.clone(), *index))),
             OutputKind::Later(later) => match later.get() {
-                None => return Err(Fault::internal("a deferred state was marshalled before it was decided")),
+                None => {
+                    return Err(Fault::internal(
+                        "a deferred state was marshalled before it was decided",
+                    ));
+                }
                 Some(state) => match &state.out {
                     None => return Ok(None),
                     Some(next) => output = next,
@@ -104,7 +116,9 @@ impl Run<'_> {
             let mut inputs = draft.inputs.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
             if matches!(draft.kind, DraftKind::File(_)) && inputs.len() > 2 {
                 // Go's client visits the base first and then the copies' sources, last one first.
-                let from = usize::from(matches!(&draft.kind, DraftKind::File(steps) if steps[0].base.is_some()));
+                let from = usize::from(
+                    matches!(&draft.kind, DraftKind::File(steps) if steps[0].base.is_some()),
+                );
                 inputs[from..].reverse();
             }
             stack.push((draft, true));
@@ -116,7 +130,9 @@ impl Run<'_> {
     fn add(&mut self, draft: &Arc<Draft>) -> Result<(), Fault> {
         let mut inputs: Vec<Option<Input>> = Vec::with_capacity(draft.inputs.len());
         for input in &draft.inputs {
-            inputs.push(resolve(input)?.map(|(vertex, index)| (self.digests[&Arc::as_ptr(&vertex)], index)));
+            inputs.push(
+                resolve(input)?.map(|(vertex, index)| (self.digests[&Arc::as_ptr(&vertex)], index)),
+            );
         }
         let mut metadata = draft.options.metadata.clone();
         let bytes = self.encode(draft, &inputs, &mut metadata)?;
@@ -124,7 +140,8 @@ impl Run<'_> {
         self.digests.insert(Arc::as_ptr(draft), digest);
         let text = digest.to_string();
         self.definition.metadata.entry(text.clone()).or_default().merge(&metadata);
-        let locations: Vec<Location> = draft.options.locations.iter().map(|l| self.location(l)).collect();
+        let locations: Vec<Location> =
+            draft.options.locations.iter().map(|l| self.location(l)).collect();
         self.map.locations.entry(text).or_default().extend(locations);
         if self.seen.insert(digest) {
             self.definition.ops.push(bytes);
@@ -141,7 +158,12 @@ impl Run<'_> {
         Location { file, spans: location.spans.clone() }
     }
 
-    fn encode(&self, draft: &Draft, inputs: &[Option<Input>], metadata: &mut OpMetadata) -> Result<Bytes, Fault> {
+    fn encode(
+        &self,
+        draft: &Draft,
+        inputs: &[Option<Input>],
+        metadata: &mut OpMetadata,
+    ) -> Result<Bytes, Fault> {
         let options = &draft.options;
         let platform = options.platform.as_ref().unwrap_or(&self.options.platform);
         match &draft.kind {
@@ -152,12 +174,17 @@ impl Run<'_> {
                     attrs.insert(attr::LOCAL_UNIQUE.into(), self.options.local_unique_id.clone());
                     metadata.caps.insert("source.local.unique".into());
                 }
-                let specific = identifier.starts_with("docker-image://") || identifier.starts_with("oci-layout://");
+                let specific = identifier.starts_with("docker-image://")
+                    || identifier.starts_with("oci-layout://");
                 let op = Op::Source(SourceOp { identifier: identifier.clone(), attrs });
                 Ok(encode::op(&[], &op, specific.then_some(platform), &options.constraints))
             }
             DraftKind::Exec(spec) => {
-                let platform = options.platform.as_ref().or(spec.defaults.platform.as_ref()).unwrap_or(&self.options.platform);
+                let platform = options
+                    .platform
+                    .as_ref()
+                    .or(spec.defaults.platform.as_ref())
+                    .unwrap_or(&self.options.platform);
                 let (inputs, op) = self.exec(spec, inputs, platform, metadata)?;
                 Ok(encode::op(&inputs, &Op::Exec(op), Some(platform), &options.constraints))
             }
@@ -174,11 +201,17 @@ impl Run<'_> {
                 let mut table = Table::default();
                 let lower = lower.and_then(|i| inputs[i]).map(|i| table.push(i));
                 let upper = upper.and_then(|i| inputs[i]).map(|i| table.push(i));
-                Ok(encode::op(&table.0, &Op::Diff(DiffOp { lower, upper }), None, &options.constraints))
+                Ok(encode::op(
+                    &table.0,
+                    &Op::Diff(DiffOp { lower, upper }),
+                    None,
+                    &options.constraints,
+                ))
             }
             DraftKind::Passthrough { id, outputs } => {
                 let inputs: Vec<Input> = inputs.iter().flatten().copied().collect();
-                let op = Op::Passthrough(PassthroughOp { id: id.clone(), outputs: outputs.clone() });
+                let op =
+                    Op::Passthrough(PassthroughOp { id: id.clone(), outputs: outputs.clone() });
                 Ok(encode::op(&inputs, &op, None, &options.constraints))
             }
         }
@@ -227,7 +260,9 @@ impl Run<'_> {
             });
             let kind = match &m.source {
                 MountSource::State(_) => MountKind::Bind,
-                MountSource::Cache { id, sharing, .. } => MountKind::Cache(CacheMount { id: id.clone(), sharing: *sharing }),
+                MountSource::Cache { id, sharing, .. } => {
+                    MountKind::Cache(CacheMount { id: id.clone(), sharing: *sharing })
+                }
                 MountSource::Tmpfs(size) => MountKind::Tmpfs { size: *size },
             };
             mounts.push(Mount {
@@ -244,16 +279,40 @@ impl Run<'_> {
         let mut secret_env = Vec::new();
         for s in &draft.secrets {
             if let Some(name) = &s.env {
-                secret_env.push(SecretEnv { id: s.id.clone(), name: name.clone(), optional: s.optional });
+                secret_env.push(SecretEnv {
+                    id: s.id.clone(),
+                    name: name.clone(),
+                    optional: s.optional,
+                });
             }
             if let Some(target) = &s.target {
-                let secret = SecretMount { id: s.id.clone(), uid: s.uid, gid: s.gid, mode: s.mode, optional: s.optional };
-                mounts.push(Mount { dest: target.clone(), kind: MountKind::Secret(secret), ..Mount::default() });
+                let secret = SecretMount {
+                    id: s.id.clone(),
+                    uid: s.uid,
+                    gid: s.gid,
+                    mode: s.mode,
+                    optional: s.optional,
+                };
+                mounts.push(Mount {
+                    dest: target.clone(),
+                    kind: MountKind::Secret(secret),
+                    ..Mount::default()
+                });
             }
         }
         for (i, s) in draft.ssh.iter().enumerate() {
-            let ssh = SshMount { id: s.id.clone(), uid: s.uid, gid: s.gid, mode: s.mode, optional: s.optional };
-            mounts.push(Mount { dest: ssh_target(i), kind: MountKind::Ssh(ssh), ..Mount::default() });
+            let ssh = SshMount {
+                id: s.id.clone(),
+                uid: s.uid,
+                gid: s.gid,
+                mode: s.mode,
+                optional: s.optional,
+            };
+            mounts.push(Mount {
+                dest: ssh_target(i),
+                kind: MountKind::Ssh(ssh),
+                ..Mount::default()
+            });
         }
         let meta = ExecMeta {
             args: draft.args.clone(),
@@ -268,12 +327,29 @@ impl Run<'_> {
             remove_mount_stubs_recursive: true,
             valid_exit_codes: draft.valid_exit_codes.clone(),
         };
-        Ok((table.0, ExecOp { meta, mounts, network, security, secret_env, devices: draft.devices.clone(), proxied: false }))
+        Ok((
+            table.0,
+            ExecOp {
+                meta,
+                mounts,
+                network,
+                security,
+                secret_env,
+                devices: draft.devices.clone(),
+                proxied: false,
+            },
+        ))
     }
 }
 
 /// The capabilities that a process needs, as Go's client finds them.
-fn exec_caps(spec: &ExecSpec, inputs: &[Option<Input>], network: NetMode, security: SecurityMode, metadata: &mut OpMetadata) {
+fn exec_caps(
+    spec: &ExecSpec,
+    inputs: &[Option<Input>],
+    network: NetMode,
+    security: SecurityMode,
+    metadata: &mut OpMetadata,
+) {
     let draft = &spec.draft;
     let has_resources = metadata.resources.is_some();
     let mut cap = |name: &str, needed: bool| {
@@ -299,7 +375,9 @@ fn exec_caps(spec: &ExecSpec, inputs: &[Option<Input>], network: NetMode, securi
                 cap("exec.mount.tmpfs", true);
                 cap("exec.mount.tmpfs.size", *size > 0);
             }
-            MountSource::State(_) => cap("exec.mount.bind", input.and_then(|i| inputs[i]).is_some()),
+            MountSource::State(_) => {
+                cap("exec.mount.bind", input.and_then(|i| inputs[i]).is_some())
+            }
         }
         cap("exec.mount.cache.content", m.content_cache != crate::ContentCache::Default);
     }
@@ -337,7 +415,12 @@ fn file(steps: &[FileStep], inputs: &[Option<Input>]) -> (Vec<Input>, FileOp) {
     let actions = steps.iter().zip(resolved).enumerate().map(|(i, (step, (base, secondary)))| {
         let mut kind = step.kind.clone();
         rebase(&mut kind, base);
-        FileAction { input: if i == 0 { base } else { Some(count + i - 1) }, secondary, output: (i + 1 == steps.len()).then_some(0), kind }
+        FileAction {
+            input: if i == 0 { base } else { Some(count + i - 1) },
+            secondary,
+            output: (i + 1 == steps.len()).then_some(0),
+            kind,
+        }
     });
     let op = FileOp { actions: actions.collect() };
     (table.0, op)

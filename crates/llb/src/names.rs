@@ -7,14 +7,18 @@ const MAX_LEN: usize = 16 << 10;
 
 /// The name of an operation; `input` gives the name of its nth input.
 pub fn of<'a>(op: &Op, input: impl Fn(usize) -> &'a str) -> String {
-    let side = |index: Option<usize>| index.map_or("scratch".to_owned(), |i| format!("({})", input(i)));
+    let side =
+        |index: Option<usize>| index.map_or("scratch".to_owned(), |i| format!("({})", input(i)));
     let mut name = match op {
         Op::Source(source) => source.identifier.clone(),
         Op::Exec(exec) => exec.meta.args.join(" "),
-        Op::File(file) => file.actions.iter().map(|a| action(&a.kind)).collect::<Vec<_>>().join(", "),
+        Op::File(file) => {
+            file.actions.iter().map(|a| action(&a.kind)).collect::<Vec<_>>().join(", ")
+        }
         Op::Build(_) => "build".into(),
         Op::Merge(merge) => {
-            let names: Vec<&str> = merge.inputs.iter().map(|i| i.map_or("scratch", &input)).collect();
+            let names: Vec<&str> =
+                merge.inputs.iter().map(|i| i.map_or("scratch", &input)).collect();
             format!("merge ({})", names.join(", "))
         }
         Op::Diff(diff) => format!("diff {} -> {}", side(diff.lower), side(diff.upper)),

@@ -1,5 +1,5 @@
-//! The operations in plain types (rows `op.*`). Field for field what the wire carries, with `Option`
-//! where the wire has a negative index, and nothing that belongs to running them.
+//! The operations in plain types (rows `op.*`). Field for field what the wire carries, with
+//! `Option` where the wire has a negative index, and nothing that belongs to running them.
 
 use bytes::Bytes;
 use std::collections::BTreeMap;
@@ -52,7 +52,8 @@ pub struct ExecOp {
     pub network: NetMode,
     /// How far the process is confined (row `exec.sec`).
     pub security: SecurityMode,
-    /// Variables whose values are secrets of the session; not part of the cache key (row `exec.secretenv`).
+    /// Variables whose values are secrets of the session; not part of the cache key (row
+    /// `exec.secretenv`).
     pub secret_env: Vec<SecretEnv>,
     /// Devices of the host that the process sees (row `exec.cdi`).
     pub devices: Vec<CdiDevice>,
@@ -74,15 +75,18 @@ pub struct ExecMeta {
     pub user: String,
     /// Proxy variables of the process; not part of the cache key (row `exec.proxyenv`).
     pub proxy: Option<ProxyEnv>,
-    /// Hosts to add to `/etc/hosts`; their addresses are not part of the cache key (row `exec.hosts`).
+    /// Hosts to add to `/etc/hosts`; their addresses are not part of the cache key (row
+    /// `exec.hosts`).
     pub extra_hosts: Vec<HostIp>,
     /// Host name inside; empty for the default (row `exec.hostname`).
     pub hostname: String,
     /// Limits of the process; those of the runtime where none is named (row `exec.ulimit`).
     pub ulimits: Vec<Ulimit>,
-    /// Cgroup below which the process gets its own: a path, or a systemd slice; empty for the configured one (row `exec.cgroupparent`).
+    /// Cgroup below which the process gets its own: a path, or a systemd slice; empty for the
+    /// configured one (row `exec.cgroupparent`).
     pub cgroup_parent: String,
-    /// Whether parents that were made for mount points are removed as well, not only the mount points (row `exec.cleanstubs`).
+    /// Whether parents that were made for mount points are removed as well, not only the mount
+    /// points (row `exec.cleanstubs`).
     pub remove_mount_stubs_recursive: bool,
     /// Exit codes that count as success; empty means only 0 (row `exec.validexit`).
     pub valid_exit_codes: Vec<i32>,
@@ -180,7 +184,8 @@ pub struct Mount {
     pub readonly: bool,
     /// What it is.
     pub kind: MountKind,
-    /// Whether the cache key may depend on the input's content instead of its definition (row `exec.mnt.contentcache`).
+    /// Whether the cache key may depend on the input's content instead of its definition (row
+    /// `exec.mnt.contentcache`).
     pub content_cache: ContentCache,
     /// Identity of a mount's result (gateway containers).
     pub result_id: String,
@@ -196,7 +201,8 @@ pub enum MountKind {
     Secret(SecretMount),
     /// A socket that leads to an SSH agent of the session (row `exec.mnt.ssh`).
     Ssh(SshMount),
-    /// A directory that outlives the build, copied from the input when it is new (row `exec.mnt.cache`).
+    /// A directory that outlives the build, copied from the input when it is new (row
+    /// `exec.mnt.cache`).
     Cache(CacheMount),
     /// A directory in memory (row `exec.mnt.tmpfs`).
     Tmpfs {
@@ -275,7 +281,8 @@ pub struct FileOp {
     pub actions: Vec<FileAction>,
 }
 
-/// One action. Indexes below the number of inputs name inputs, higher ones the results of actions (row `file.idx`).
+/// One action. Indexes below the number of inputs name inputs, higher ones the results of actions
+/// (row `file.idx`).
 #[derive(Clone, Debug, PartialEq)]
 pub struct FileAction {
     /// What it changes; `None` is scratch.

@@ -1,7 +1,8 @@
 //! Rules that allow, deny or change sources (rows `so.pol*`): matching and rewriting, nothing else.
 //!
-//! Within one policy the last matching `ALLOW` or `DENY` wins, and the first rule that changes something starts everything over with what it made.
-//! Expressions are Go's; the crate `regex` speaks the same language and, as Go's, needs no more than linear time.
+//! Within one policy the last matching `ALLOW` or `DENY` wins, and the first rule that changes
+//! something starts everything over with what it made. Expressions are Go's; the crate `regex`
+//! speaks the same language and, as Go's, needs no more than linear time.
 
 use crate::ops::SourceOp;
 use regex::{Regex, RegexBuilder};
@@ -16,7 +17,8 @@ use std::{
 const MAX_CHANGES: usize = 20;
 /// More rules than this in one policy are refused.
 const MAX_RULES: usize = 10_000;
-/// More patterns than this in one policy are refused: each takes memory when it is compiled, and the time of that.
+/// More patterns than this in one policy are refused: each takes memory when it is compiled, and
+/// the time of that.
 const MAX_PATTERNS: usize = 1000;
 /// Longest identifier that a rule changes, or makes. Each round of changes could double it.
 const MAX_IDENTIFIER: usize = 8 << 10;
@@ -63,12 +65,18 @@ impl SourcePolicy {
     /// Takes a policy off the wire.
     pub fn from_pb(pb: wire::Policy) -> Result<Self, Fault> {
         if pb.rules.len() > MAX_RULES {
-            return Err(Fault::invalid(format!("a source policy of {} rules: at most {MAX_RULES} are accepted", pb.rules.len())));
+            return Err(Fault::invalid(format!(
+                "a source policy of {} rules: at most {MAX_RULES} are accepted",
+                pb.rules.len()
+            )));
         }
-        let rules: Arc<[Rule]> = pb.rules.into_iter().map(Rule::from_pb).collect::<Result<_, _>>()?;
+        let rules: Arc<[Rule]> =
+            pb.rules.into_iter().map(Rule::from_pb).collect::<Result<_, _>>()?;
         let patterns: usize = rules.iter().map(Rule::patterns).sum();
         if patterns > MAX_PATTERNS {
-            return Err(Fault::invalid(format!("a source policy of {patterns} patterns: at most {MAX_PATTERNS} are accepted")));
+            return Err(Fault::invalid(format!(
+                "a source policy of {patterns} patterns: at most {MAX_PATTERNS} are accepted"
+            )));
         }
         Ok(Self { rules })
     }
@@ -88,7 +96,11 @@ impl SourcePolicy {
             match &rule.action {
                 Action::Allow => denied = false,
                 Action::Deny => denied = true,
-                Action::Convert(None) => return Err(Fault::invalid("error mutating source policy: missing destination for convert rule")),
+                Action::Convert(None) => {
+                    return Err(Fault::invalid(
+                        "error mutating source policy: missing destination for convert rule",
+                    ));
+                }
                 Action::Convert(Some((identifier, attrs))) => {
                     if rule.selector.convert(source, identifier, attrs)? {
                         return Ok(true);
@@ -114,7 +126,9 @@ pub fn evaluate(policies: &[SourcePolicy], source: &mut SourceOp) -> Result<bool
             if policy.judge(source)? {
                 changes += 1;
                 if changes > MAX_CHANGES {
-                    return Err(Fault::invalid("too many mutations on a single source: too many operations"));
+                    return Err(Fault::invalid(
+                        "too many mutations on a single source: too many operations",
+                    ));
                 }
                 continue 'again;
             }
@@ -125,23 +139,36 @@ pub fn evaluate(policies: &[SourcePolicy], source: &mut SourceOp) -> Result<bool
 
 impl Rule {
     fn from_pb(pb: wire::Rule) -> Result<Self, Fault> {
-        let unknown = |what: &str, n: i32| Fault::invalid(format!("invalid source policy: unknown {what} {n}"));
-        let selector = pb.selector.ok_or_else(|| Fault::invalid("invalid nil selector in policy"))?;
-        let action = match wire::PolicyAction::try_from(pb.action).map_err(|_| unknown("type", pb.action))? {
+        let unknown = |what: &str, n: i32| {
+            Fault::invalid(format!("invalid source policy: unknown {what} {n}"))
+        };
+        let selector =
+            pb.selector.ok_or_else(|| Fault::invalid("invalid nil selector in policy"))?;
+        let action = match wire::PolicyAction::try_from(pb.action)
+            .map_err(|_| unknown("type", pb.action))?
+        {
             wire::PolicyAction::Allow => Action::Allow,
             wire::PolicyAction::Deny => Action::Deny,
-            wire::PolicyAction::Convert => Action::Convert(pb.updates.map(|u| (u.identifier, u.attrs))),
+            wire::PolicyAction::Convert => {
+                Action::Convert(pb.updates.map(|u| (u.identifier, u.attrs)))
+            }
         };
         let constraint = |c: wire::AttrConstraint| {
-            let condition = wire::AttrMatch::try_from(c.condition).map_err(|_| unknown("attr condition", c.condition))?;
+            let condition = wire::AttrMatch::try_from(c.condition)
+                .map_err(|_| unknown("attr condition", c.condition))?;
             Ok(Constraint { key: c.key, value: c.value, condition, pattern: OnceLock::new() })
         };
         Ok(Self {
             action,
-            constraints: selector.constraints.into_iter().map(constraint).collect::<Result<_, Fault>>()?,
+            constraints: selector
+                .constraints
+                .into_iter()
+                .map(constraint)
+                .collect::<Result<_, Fault>>()?,
             selector: Selector {
                 text: selector.identifier,
-                kind: wire::MatchType::try_from(selector.match_type).map_err(|_| unknown("match type", selector.match_type))?,
+                kind: wire::MatchType::try_from(selector.match_type)
+                    .map_err(|_| unknown("match type", selector.match_type))?,
                 pattern: OnceLock::new(),
             },
         })
@@ -154,7 +181,8 @@ impl Rule {
             wire::MatchType::Wildcard => self.selector.text.contains('*'),
             wire::MatchType::Regex => true,
         };
-        usize::from(own) + self.constraints.iter().filter(|c| c.condition == wire::AttrMatch::Matches).count()
+        usize::from(own)
+            + self.constraints.iter().filter(|c| c.condition == wire::AttrMatch::Matches).count()
     }
 
     fn matches(&self, source: &SourceOp) -> Result<bool, Fault> {
@@ -176,14 +204,19 @@ impl Rule {
             wire::MatchType::Exact => Ok(false),
             // Without a star it is a name like any other.
             wire::MatchType::Wildcard if !self.selector.text.contains('*') => Ok(false),
-            wire::MatchType::Regex | wire::MatchType::Wildcard => Ok(self.selector.pattern()?.is_match(&source.identifier)),
+            wire::MatchType::Regex | wire::MatchType::Wildcard => {
+                Ok(self.selector.pattern()?.is_match(&source.identifier))
+            }
         }
     }
 }
 
 fn compile(pattern: &str) -> Result<Regex, Fault> {
-    let built = RegexBuilder::new(pattern).size_limit(MAX_PATTERN).dfa_size_limit(MAX_PATTERN).build();
-    built.map_err(|e| Fault::invalid(format!("error matching source policy: invalid regex {pattern:?}: {e}")))
+    let built =
+        RegexBuilder::new(pattern).size_limit(MAX_PATTERN).dfa_size_limit(MAX_PATTERN).build();
+    built.map_err(|e| {
+        Fault::invalid(format!("error matching source policy: invalid regex {pattern:?}: {e}"))
+    })
 }
 
 impl Constraint {
@@ -205,10 +238,19 @@ impl Selector {
         made.as_ref().map_err(Clone::clone)
     }
 
-    fn convert(&self, source: &mut SourceOp, identifier: &str, attrs: &BTreeMap<String, String>) -> Result<bool, Fault> {
+    fn convert(
+        &self,
+        source: &mut SourceOp,
+        identifier: &str,
+        attrs: &BTreeMap<String, String>,
+    ) -> Result<bool, Fault> {
         let target = if identifier.is_empty() { &self.text } else { identifier };
         let fits = |text: &str| {
-            let too_long = || Fault::invalid(format!("error mutating source policy: an identifier is longer than {MAX_IDENTIFIER} bytes"));
+            let too_long = || {
+                Fault::invalid(format!(
+                    "error mutating source policy: an identifier is longer than {MAX_IDENTIFIER} bytes"
+                ))
+            };
             if text.len() > MAX_IDENTIFIER { Err(too_long()) } else { Ok(()) }
         };
         fits(target)?;
@@ -253,10 +295,19 @@ impl Selector {
 mod tests {
     use super::*;
 
-    fn rule(action: wire::PolicyAction, kind: wire::MatchType, selector: &str, to: Option<&str>) -> wire::Rule {
+    fn rule(
+        action: wire::PolicyAction,
+        kind: wire::MatchType,
+        selector: &str,
+        to: Option<&str>,
+    ) -> wire::Rule {
         wire::Rule {
             action: action as i32,
-            selector: Some(wire::Selector { identifier: selector.into(), match_type: kind as i32, constraints: Vec::new() }),
+            selector: Some(wire::Selector {
+                identifier: selector.into(),
+                match_type: kind as i32,
+                constraints: Vec::new(),
+            }),
             updates: to.map(|t| wire::Update { identifier: t.into(), attrs: BTreeMap::new() }),
         }
     }
@@ -279,21 +330,42 @@ mod tests {
     fn the_last_matching_rule_wins() {
         let all = || rule(Deny, Wildcard, "*", None);
         check(vec![all()], "docker-image://x", Err("source \"docker-image://x\" denied by policy"));
-        check(vec![all(), rule(Allow, Exact, "docker-image://x", None)], "docker-image://x", Ok("docker-image://x"));
-        check(vec![rule(Allow, Exact, "docker-image://x", None), all()], "docker-image://x", Err("denied"));
-        check(vec![rule(Deny, Regex, "^https?://.*evil", None)], "http://an.evil.host/", Err("denied"));
+        check(
+            vec![all(), rule(Allow, Exact, "docker-image://x", None)],
+            "docker-image://x",
+            Ok("docker-image://x"),
+        );
+        check(
+            vec![rule(Allow, Exact, "docker-image://x", None), all()],
+            "docker-image://x",
+            Err("denied"),
+        );
+        check(
+            vec![rule(Deny, Regex, "^https?://.*evil", None)],
+            "http://an.evil.host/",
+            Err("denied"),
+        );
     }
 
     #[test]
     fn a_change_may_use_what_matched() {
-        let golang = |to| rule(Convert, Wildcard, "docker-image://docker.io/library/golang:*", Some(to));
+        let golang =
+            |to| rule(Convert, Wildcard, "docker-image://docker.io/library/golang:*", Some(to));
         check(
             vec![golang("docker-image://mirror/golang:${1}-alpine")],
             "docker-image://docker.io/library/golang:1.19",
             Ok("docker-image://mirror/golang:1.19-alpine"),
         );
-        check(vec![rule(Convert, Regex, "x:(.*)", Some("y:$1"))], "docker-image://x:3", Ok("docker-image://y:3"));
-        check(vec![rule(Convert, Exact, "a", Some("b")), rule(Deny, Exact, "b", None)], "a", Err("source \"b\" denied"));
+        check(
+            vec![rule(Convert, Regex, "x:(.*)", Some("y:$1"))],
+            "docker-image://x:3",
+            Ok("docker-image://y:3"),
+        );
+        check(
+            vec![rule(Convert, Exact, "a", Some("b")), rule(Deny, Exact, "b", None)],
+            "a",
+            Err("source \"b\" denied"),
+        );
     }
 
     #[test]
@@ -303,27 +375,44 @@ mod tests {
         let signed = [("git.sig.pubkey", "ssh-ed25519 AAAA"), ("git.sig.requiresignedtag", "true")];
         let signed: BTreeMap<_, _> = signed.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
         wanted.updates.as_mut().unwrap().attrs = signed.clone();
-        let policy = SourcePolicy::from_pb(wire::Policy { version: 1, rules: vec![wanted] }).unwrap();
-        let mut op = SourceOp { identifier: source.into(), attrs: [("git.sig.requiresignedtag".into(), "false".into())].into() };
+        let policy =
+            SourcePolicy::from_pb(wire::Policy { version: 1, rules: vec![wanted] }).unwrap();
+        let mut op = SourceOp {
+            identifier: source.into(),
+            attrs: [("git.sig.requiresignedtag".into(), "false".into())].into(),
+        };
         assert!(evaluate(&[policy], &mut op).unwrap());
         assert_eq!((op.identifier.as_str(), op.attrs), (source, signed));
     }
 
     #[test]
     fn circles_and_broken_rules_are_errors() {
-        check(vec![rule(Convert, Exact, "a", Some("b")), rule(Convert, Exact, "b", Some("a"))], "a", Err("too many mutations"));
+        check(
+            vec![rule(Convert, Exact, "a", Some("b")), rule(Convert, Exact, "b", Some("a"))],
+            "a",
+            Err("too many mutations"),
+        );
         check(vec![rule(Convert, Exact, "a", None)], "a", Err("missing destination"));
         check(vec![rule(Deny, Regex, "(", None)], "a", Err("invalid regex"));
         check(vec![rule(Deny, Wildcard, "a**", None)], "a", Err("invalid wildcard"));
-        assert!(SourcePolicy::from_pb(wire::Policy { version: 1, rules: vec![wire::Rule::default()] }).is_err());
+        assert!(
+            SourcePolicy::from_pb(wire::Policy { version: 1, rules: vec![wire::Rule::default()] })
+                .is_err()
+        );
     }
 
     #[test]
     fn what_a_rule_makes_of_an_identifier_is_limited() {
         let convert = |kind, selector: &str, to: &str| {
-            let pb = wire::Policy { rules: vec![rule(wire::PolicyAction::Convert, kind, selector, Some(to))], ..Default::default() };
-            let mut source = SourceOp { identifier: "docker-image://x".into(), ..Default::default() };
-            evaluate(&[SourcePolicy::from_pb(pb).expect("a policy")], &mut source).expect_err("too long").to_string()
+            let pb = wire::Policy {
+                rules: vec![rule(wire::PolicyAction::Convert, kind, selector, Some(to))],
+                ..Default::default()
+            };
+            let mut source =
+                SourceOp { identifier: "docker-image://x".into(), ..Default::default() };
+            evaluate(&[SourcePolicy::from_pb(pb).expect("a policy")], &mut source)
+                .expect_err("too long")
+                .to_string()
         };
         // Each round makes it longer by far.
         assert!(convert(wire::MatchType::Regex, ".*", &"$0".repeat(100)).contains("longer than"));
@@ -332,13 +421,20 @@ mod tests {
 
     #[test]
     fn patterns_are_limited_in_number_and_size() {
-        let rule = |identifier: String, kind| rule(wire::PolicyAction::Deny, kind, &identifier, None);
+        let rule =
+            |identifier: String, kind| rule(wire::PolicyAction::Deny, kind, &identifier, None);
         let policy = |rules| SourcePolicy::from_pb(wire::Policy { rules, ..Default::default() });
-        let many = |text: &str, kind| (0..=MAX_PATTERNS).map(|n| rule(format!("{text}{n}"), kind)).collect::<Vec<_>>();
-        assert!(policy(many("docker-image://a", wire::MatchType::Wildcard)).is_ok(), "names are no patterns");
+        let many = |text: &str, kind| {
+            (0..=MAX_PATTERNS).map(|n| rule(format!("{text}{n}"), kind)).collect::<Vec<_>>()
+        };
+        assert!(
+            policy(many("docker-image://a", wire::MatchType::Wildcard)).is_ok(),
+            "names are no patterns"
+        );
         assert!(policy(many("*", wire::MatchType::Wildcard)).is_err());
         assert!(policy(many("a", wire::MatchType::Regex)).is_err());
-        let large = policy(vec![rule("(a{100}){100}{100}".into(), wire::MatchType::Regex)]).expect("a policy");
+        let large = policy(vec![rule("(a{100}){100}{100}".into(), wire::MatchType::Regex)])
+            .expect("a policy");
         let mut source = SourceOp { identifier: "docker-image://x".into(), ..Default::default() };
         let failed = evaluate(&[large], &mut source).expect_err("too large");
         assert!(failed.to_string().contains("size limit"), "{failed}");

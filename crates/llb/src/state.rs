@@ -1,5 +1,6 @@
-//! Filesystem states while a graph is being made: immutable values, each the result of an operation on others, together with
-//! the defaults that processes on them get. [`State::marshal`] turns one into a [`crate::Definition`].
+//! Filesystem states while a graph is being made: immutable values, each the result of an operation
+//! on others, together with the defaults that processes on them get. [`State::marshal`] turns one
+//! into a [`crate::Definition`].
 
 use crate::{
     EnvList, HostIp, NetMode, SecurityMode, attr,
@@ -44,7 +45,8 @@ pub(crate) enum OutputKind {
     Later(Arc<OnceLock<State>>),
 }
 
-/// A state that is decided after others already build on it: what a context needs is known only when all its uses are.
+/// A state that is decided after others already build on it: what a context needs is known only
+/// when all its uses are.
 #[derive(Clone, Debug, Default)]
 pub struct Deferred(Arc<OnceLock<State>>);
 
@@ -121,7 +123,11 @@ impl Drop for Draft {
 
 impl State {
     pub(crate) fn new(out: Option<Output>, platform: Option<Platform>) -> Self {
-        let defaults = Defaults { dir: "/".into(), platform: platform.map(Platform::normalized), ..Defaults::default() };
+        let defaults = Defaults {
+            dir: "/".into(),
+            platform: platform.map(Platform::normalized),
+            ..Defaults::default()
+        };
         Self { out, env: Arc::default(), defaults: Arc::new(defaults) }
     }
 
@@ -131,14 +137,23 @@ impl State {
     }
 
     /// A source by identifier and attributes; its capabilities must be in `options`.
-    pub fn source(identifier: impl Into<String>, attrs: BTreeMap<String, String>, options: VertexOptions) -> Self {
+    pub fn source(
+        identifier: impl Into<String>,
+        attrs: BTreeMap<String, String>,
+        options: VertexOptions,
+    ) -> Self {
         let platform = options.platform.clone();
         let kind = DraftKind::Source { identifier: identifier.into(), attrs };
         Self::new(Some(Output::of(kind, Vec::new(), options, 0)), platform)
     }
 
     /// An image by its full name. `mode` is the `image.resolvemode`; empty for the default.
-    pub fn image(name: &str, mode: &str, extra: BTreeMap<String, String>, options: VertexOptions) -> Self {
+    pub fn image(
+        name: &str,
+        mode: &str,
+        extra: BTreeMap<String, String>,
+        options: VertexOptions,
+    ) -> Self {
         let mut attrs = extra;
         let mut options = options.cap("source.image");
         if !mode.is_empty() {
@@ -147,7 +162,10 @@ impl State {
                 options = options.cap("source.image.resolvemode");
             }
         }
-        for (name, cap) in [(attr::IMAGE_LAYER_LIMIT, "source.image.layerlimit"), (attr::IMAGE_CHECKSUM, "source.image.checksum")] {
+        for (name, cap) in [
+            (attr::IMAGE_LAYER_LIMIT, "source.image.layerlimit"),
+            (attr::IMAGE_CHECKSUM, "source.image.checksum"),
+        ] {
             if attrs.contains_key(name) {
                 options = options.cap(cap);
             }
@@ -155,7 +173,8 @@ impl State {
         Self::source(format!("docker-image://{name}"), attrs, options)
     }
 
-    /// A directory of the client. `attrs` are the `local.*` attributes wanted; empty values do not count.
+    /// A directory of the client. `attrs` are the `local.*` attributes wanted; empty values do not
+    /// count.
     pub fn local(name: &str, mut attrs: BTreeMap<String, String>, options: VertexOptions) -> Self {
         attrs.retain(|_, v| !v.is_empty());
         let mut options = options.cap("source.local");
@@ -174,7 +193,8 @@ impl State {
         Self::source(format!("local://{name}"), attrs, options)
     }
 
-    /// A file behind an address. `attrs` are the `http.*` attributes wanted; empty values do not count.
+    /// A file behind an address. `attrs` are the `http.*` attributes wanted; empty values do not
+    /// count.
     pub fn http(url: &str, mut attrs: BTreeMap<String, String>, options: VertexOptions) -> Self {
         attrs.retain(|_, v| !v.is_empty());
         let mut options = options.cap("source.http");
@@ -208,7 +228,8 @@ impl State {
         self.with_output(Some(out), platform)
     }
 
-    /// Runs a process; the result is what it wrote to the mount at `target`, which must be one that keeps what is written.
+    /// Runs a process; the result is what it wrote to the mount at `target`, which must be one that
+    /// keeps what is written.
     #[must_use]
     pub fn run_into(&self, draft: ExecDraft, target: &str, options: VertexOptions) -> Self {
         let platform = options.platform.clone();
@@ -229,7 +250,11 @@ impl State {
         let mut order: Vec<usize> = (0..mounts.len()).collect();
         order.sort_by(|&a, &b| mounts[a].target.cmp(&mounts[b].target));
         // Outputs are counted in the order of the mounts.
-        let index = order.iter().take_while(|&&i| mounts[i].target != target).filter(|&&i| mounts[i].has_output()).count();
+        let index = order
+            .iter()
+            .take_while(|&&i| mounts[i].target != target)
+            .filter(|&&i| mounts[i].has_output())
+            .count();
         let mut inputs = Vec::new();
         let mut sorted = Vec::with_capacity(mounts.len());
         let mut mounts: Vec<Option<MountDraft>> = mounts.into_iter().map(Some).collect();
@@ -241,12 +266,19 @@ impl State {
             });
             // The graph's edges live in `inputs` alone, so that dropping a long chain stays flat.
             match &mut mount.source {
-                MountSource::State(state) | MountSource::Cache { base: state, .. } => *state = State::default(),
+                MountSource::State(state) | MountSource::Cache { base: state, .. } => {
+                    *state = State::default()
+                }
                 MountSource::Tmpfs(_) => {}
             }
             sorted.push((mount, input));
         }
-        let spec = ExecSpec { draft, env: self.env.clone(), defaults: self.defaults.clone(), mounts: sorted };
+        let spec = ExecSpec {
+            draft,
+            env: self.env.clone(),
+            defaults: self.defaults.clone(),
+            mounts: sorted,
+        };
         Output::of(DraftKind::Exec(Box::new(spec)), inputs, options, index)
     }
 
@@ -321,7 +353,10 @@ impl State {
             [one] => (*one).clone(),
             [first, ..] => {
                 let inputs = real.iter().filter_map(|s| s.out.clone()).collect();
-                first.with_output(Some(Output::of(DraftKind::Merge, inputs, options.cap("mergeop"), 0)), None)
+                first.with_output(
+                    Some(Output::of(DraftKind::Merge, inputs, options.cap("mergeop"), 0)),
+                    None,
+                )
             }
         }
     }
@@ -334,7 +369,15 @@ impl State {
             inputs.push(out);
             1
         });
-        lower.with_output(Some(Output::of(DraftKind::Diff { lower: Some(0), upper }, inputs, options.cap("diffop"), 0)), None)
+        lower.with_output(
+            Some(Output::of(
+                DraftKind::Diff { lower: Some(0), upper },
+                inputs,
+                options.cap("diffop"),
+                0,
+            )),
+            None,
+        )
     }
 
     /// The same filesystem, made only after `others`.
@@ -393,7 +436,9 @@ impl State {
     pub fn with_dir(self, dir: &str) -> Self {
         let dir = match dir.starts_with('/') {
             true => dir.to_owned(),
-            false => path::join(if self.defaults.dir.is_empty() { "/" } else { &self.defaults.dir }, dir),
+            false => {
+                path::join(if self.defaults.dir.is_empty() { "/" } else { &self.defaults.dir }, dir)
+            }
         };
         self.edit(|d| d.dir = dir)
     }

@@ -1,4 +1,5 @@
-//! Digests of known graphs, as BuildKit's Go client (v0.32-dev, 2026) marshals them (row `llb.digest`).
+//! Digests of known graphs, as BuildKit's Go client (v0.32-dev, 2026) marshals them (row
+//! `llb.digest`).
 #![allow(clippy::unwrap_used)]
 
 use shipway_llb::*;
@@ -8,11 +9,20 @@ use std::collections::BTreeMap;
 fn options() -> MarshalOptions {
     // The reference was asked with all of its capabilities.
     let caps = caps::LLB.iter().chain(caps::LLB_MISSING).copied().collect();
-    MarshalOptions { platform: Platform::new("linux", "amd64", ""), caps: Some(caps), local_unique_id: "uid".into() }
+    MarshalOptions {
+        platform: Platform::new("linux", "amd64", ""),
+        caps: Some(caps),
+        local_unique_id: "uid".into(),
+    }
 }
 
 fn base() -> State {
-    State::image("docker.io/library/busybox:latest", "", BTreeMap::new(), VertexOptions::named("base"))
+    State::image(
+        "docker.io/library/busybox:latest",
+        "",
+        BTreeMap::new(),
+        VertexOptions::named("base"),
+    )
 }
 
 fn local() -> State {
@@ -22,16 +32,35 @@ fn local() -> State {
         (attr::LOCAL_SHARED_KEY_HINT, "k"),
         (attr::LOCAL_FOLLOW_PATHS, r#"["x"]"#),
     ];
-    State::local("context", attrs.map(|(k, v)| (k.into(), v.into())).into(), VertexOptions::default())
+    State::local(
+        "context",
+        attrs.map(|(k, v)| (k.into(), v.into())).into(),
+        VertexOptions::default(),
+    )
 }
 
 fn run() -> State {
-    let mount = |target: &str, source: MountSource| MountDraft { target: target.into(), source, ..MountDraft::default() };
+    let mount = |target: &str, source: MountSource| MountDraft {
+        target: target.into(),
+        source,
+        ..MountDraft::default()
+    };
     let draft = ExecDraft {
         args: ["sh", "-c", "true"].map(String::from).into(),
         mounts: vec![
-            MountDraft { readonly: true, selector: "/x".into(), ..mount("/src", MountSource::State(local())) },
-            mount("/cache", MountSource::Cache { id: "id".into(), sharing: CacheSharing::Locked, base: State::scratch() }),
+            MountDraft {
+                readonly: true,
+                selector: "/x".into(),
+                ..mount("/src", MountSource::State(local()))
+            },
+            mount(
+                "/cache",
+                MountSource::Cache {
+                    id: "id".into(),
+                    sharing: CacheSharing::Locked,
+                    base: State::scratch(),
+                },
+            ),
             mount("/tmp", MountSource::Tmpfs(100)),
             MountDraft { no_output: true, ..mount("/bb", MountSource::State(base())) },
         ],
@@ -45,7 +74,12 @@ fn run() -> State {
                 optional: true,
                 ..SecretDraft::default()
             },
-            SecretDraft { id: "e".into(), env: Some("E".into()), mode: 0o400, ..SecretDraft::default() },
+            SecretDraft {
+                id: "e".into(),
+                env: Some("E".into()),
+                mode: 0o400,
+                ..SecretDraft::default()
+            },
         ],
         ssh: vec![SshDraft { id: "default".into(), mode: 0o600, ..SshDraft::default() }],
         extra_hosts: vec![HostIp { host: "hh".into(), ip: "1.2.3.4".into() }],
@@ -68,8 +102,20 @@ fn run() -> State {
 
 fn files() -> State {
     let draft = FileDraft::new()
-        .mkdir(FileMkdir { path: "d/e".into(), mode: 0o755, make_parents: true, owner: Some(Chown::parse("me:7")), ..FileMkdir::default() })
-        .mkfile(FileMkfile { path: "f".into(), mode: 0o600, data: "hi".into(), timestamp: Some(5_000_000_000), ..FileMkfile::default() })
+        .mkdir(FileMkdir {
+            path: "d/e".into(),
+            mode: 0o755,
+            make_parents: true,
+            owner: Some(Chown::parse("me:7")),
+            ..FileMkdir::default()
+        })
+        .mkfile(FileMkfile {
+            path: "f".into(),
+            mode: 0o600,
+            data: "hi".into(),
+            timestamp: Some(5_000_000_000),
+            ..FileMkfile::default()
+        })
         .copy(
             &local(),
             FileCopy {
@@ -86,8 +132,20 @@ fn files() -> State {
                 ..FileCopy::default()
             },
         )
-        .copy(&base(), FileCopy { src: "/bin".into(), dest: "/x".into(), mode: Some(0o644), ..FileCopy::default() })
-        .symlink(FileSymlink { oldpath: "/a".into(), newpath: "/b".into(), ..FileSymlink::default() })
+        .copy(
+            &base(),
+            FileCopy {
+                src: "/bin".into(),
+                dest: "/x".into(),
+                mode: Some(0o644),
+                ..FileCopy::default()
+            },
+        )
+        .symlink(FileSymlink {
+            oldpath: "/a".into(),
+            newpath: "/b".into(),
+            ..FileSymlink::default()
+        })
         .rm(FileRm { path: "gone".into(), allow_not_found: true, ..FileRm::default() });
     run().with_dir("/w").file(draft, VertexOptions::named("files"))
 }
@@ -98,7 +156,8 @@ fn check(name: &str, state: State, vertex: &str, terminal: &str) {
     let digests: Vec<String> = definition.ops.iter().map(|op| Digest::of(op).hex()).collect();
     assert_eq!(digests[digests.len() - 2..], [vertex.to_owned(), terminal.to_owned()], "{name}");
     // What we marshal we also read, and the capabilities are known.
-    let graph = Graph::decode(&definition, options().caps.as_ref().unwrap(), &options().platform).unwrap();
+    let graph =
+        Graph::decode(&definition, options().caps.as_ref().unwrap(), &options().platform).unwrap();
     assert_eq!(graph.vertex(graph.result).digest.hex(), vertex);
     let back = Definition::decode(&definition.encode()).unwrap();
     assert_eq!(back, definition, "{name}");
@@ -136,7 +195,13 @@ fn graphs_marshal_as_the_reference_does() {
         "d042790d79c51241598e8d96dd53f951066162c336d9f692a1660fb9638c3b3d",
         "5d13f6286a4aa2cbd48011e6d38af58a82566b35c711e57ab1820d5b612f839a",
     );
-    let bob = FileMkfile { path: "/a".into(), mode: 0o644, data: "x".into(), owner: Some(Chown::parse("bob")), ..FileMkfile::default() };
+    let bob = FileMkfile {
+        path: "/a".into(),
+        mode: 0o644,
+        data: "x".into(),
+        owner: Some(Chown::parse("bob")),
+        ..FileMkfile::default()
+    };
     check(
         "file on scratch",
         State::scratch().file(FileDraft::new().mkfile(bob), VertexOptions::default()),
@@ -177,7 +242,12 @@ fn capabilities_and_names_follow_the_reference() {
          exec.mount.tmpfs exec.mount.tmpfs.size exec.secretenv"
     );
     assert_eq!(caps(3), "constraints meta.description meta.ignorecache platform");
-    let graph = Graph::decode(&files().marshal(&options()).unwrap(), &options().caps.unwrap(), &options().platform).unwrap();
+    let graph = Graph::decode(
+        &files().marshal(&options()).unwrap(),
+        &options().caps.unwrap(),
+        &options().platform,
+    )
+    .unwrap();
     let names: Vec<&str> = graph.vertices.iter().map(|v| v.name.as_str()).collect();
     assert_eq!(names, ["base", "local://context", "sh -c true", "files"]);
 }
@@ -186,10 +256,12 @@ fn capabilities_and_names_follow_the_reference() {
 fn deferred_states_are_followed() {
     let context = Deferred::default();
     let copy = FileCopy { src: "/a".into(), dest: "/b".into(), ..FileCopy::default() };
-    let state = State::scratch().file(FileDraft::new().copy(&context.state(), copy.clone()), VertexOptions::default());
+    let state = State::scratch()
+        .file(FileDraft::new().copy(&context.state(), copy.clone()), VertexOptions::default());
     assert!(state.marshal(&options()).is_err());
     context.decide(local());
-    let direct = State::scratch().file(FileDraft::new().copy(&local(), copy), VertexOptions::default());
+    let direct =
+        State::scratch().file(FileDraft::new().copy(&local(), copy), VertexOptions::default());
     assert_eq!(state.marshal(&options()).unwrap().ops, direct.marshal(&options()).unwrap().ops);
 }
 

@@ -9,7 +9,13 @@ use shipway_proto::pb;
 use prost::Message;
 
 fn source() -> pb::Op {
-    pb::Op { op: Some(pb::op::Op::Source(pb::SourceOp { identifier: "x://y".into(), ..Default::default() })), ..Default::default() }
+    pb::Op {
+        op: Some(pb::op::Op::Source(pb::SourceOp {
+            identifier: "x://y".into(),
+            ..Default::default()
+        })),
+        ..Default::default()
+    }
 }
 
 /// A definition of `op` on top of a source, and a terminal.
@@ -17,7 +23,10 @@ fn definition(mut op: pb::Op) -> Definition {
     let source = Bytes::from(source().encode_to_vec());
     op.inputs.push(pb::Input { digest: Digest::of(&source).to_string(), index: 0 });
     let op = Bytes::from(op.encode_to_vec());
-    let terminal = pb::Op { inputs: vec![pb::Input { digest: Digest::of(&op).to_string(), index: 0 }], ..Default::default() };
+    let terminal = pb::Op {
+        inputs: vec![pb::Input { digest: Digest::of(&op).to_string(), index: 0 }],
+        ..Default::default()
+    };
     Definition { ops: vec![source, op, terminal.encode_to_vec().into()], ..Default::default() }
 }
 
@@ -43,7 +52,11 @@ fn exec(f: impl FnOnce(&mut pb::ExecOp)) -> pb::op::Op {
 
 fn file(f: impl FnOnce(&mut pb::FileAction)) -> pb::op::Op {
     let rm = pb::FileActionRm { path: "/a".into(), ..Default::default() };
-    let mut a = pb::FileAction { secondary_input: -1, action: Some(pb::file_action::Action::Rm(rm)), ..Default::default() };
+    let mut a = pb::FileAction {
+        secondary_input: -1,
+        action: Some(pb::file_action::Action::Rm(rm)),
+        ..Default::default()
+    };
     f(&mut a);
     pb::op::Op::File(pb::FileOp { actions: vec![a] })
 }
@@ -51,7 +64,13 @@ fn file(f: impl FnOnce(&mut pb::FileAction)) -> pb::op::Op {
 #[test]
 fn sound_operations_pass() {
     for op in [exec(|_| {}), file(|_| {})] {
-        assert_eq!(decode(&definition(pb::Op { op: Some(op), ..Default::default() })).unwrap().vertices.len(), 2);
+        assert_eq!(
+            decode(&definition(pb::Op { op: Some(op), ..Default::default() }))
+                .unwrap()
+                .vertices
+                .len(),
+            2
+        );
     }
 }
 
@@ -65,13 +84,22 @@ fn broken_operations_are_refused() {
     refused(exec(|e| e.mounts[0].input = i64::MIN), "invalid mount input index");
     refused(exec(|e| e.mounts[0].output = i64::MAX), "invalid mount output index");
     refused(exec(|e| e.mounts[0].mount_type = 99), "invalid mount type 99");
-    refused(exec(|e| e.mounts[0].mount_type = pb::MountType::Cache.into()), "missing cache mount options");
+    refused(
+        exec(|e| e.mounts[0].mount_type = pb::MountType::Cache.into()),
+        "missing cache mount options",
+    );
     refused(exec(|e| e.network = 7), "invalid network mode 7");
     refused(pb::op::Op::File(pb::FileOp::default()), "invalid file op with no actions");
     refused(file(|a| a.action = None), "invalid file action with no payload");
     refused(file(|a| a.input = 2), "invalid file action input index 2");
-    refused(pb::op::Op::Diff(pb::DiffOp::default()), "invalid diff op with nil lower or upper input");
-    refused(pb::op::Op::Passthrough(pb::PassthroughOp::default()), "invalid passthrough op with no id");
+    refused(
+        pb::op::Op::Diff(pb::DiffOp::default()),
+        "invalid diff op with nil lower or upper input",
+    );
+    refused(
+        pb::op::Op::Passthrough(pb::PassthroughOp::default()),
+        "invalid passthrough op with no id",
+    );
     let pass = pb::PassthroughOp { id: "a".into(), outputs: vec![3] };
     refused(pb::op::Op::Passthrough(pass), "invalid passthrough output input index 3");
 }
@@ -113,7 +141,10 @@ fn random_bytes_never_panic() {
             let at = x as usize % op.len();
             op[at] = (x >> 8) as u8;
         }
-        let terminal = pb::Op { inputs: vec![pb::Input { digest: Digest::of(&op).to_string(), index: 0 }], ..Default::default() };
+        let terminal = pb::Op {
+            inputs: vec![pb::Input { digest: Digest::of(&op).to_string(), index: 0 }],
+            ..Default::default()
+        };
         d.ops[1] = op.into();
         d.ops[2] = terminal.encode_to_vec().into();
         let _ = decode(&d);

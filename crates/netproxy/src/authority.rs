@@ -3,7 +3,8 @@
 
 use bytes::Bytes;
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, Error, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SerialNumber,
+    BasicConstraints, CertificateParams, DnType, Error, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, SerialNumber,
 };
 use shipway_fault::{Fault, Result};
 use shipway_oci::Digest;
@@ -60,8 +61,12 @@ impl Authority {
         let key = KeyPair::generate().map_err(failed)?;
         let pem = params.self_signed(&key).map_err(failed)?.pem().into();
         let provider = Arc::new(ring::default_provider());
-        let tls = |e: tokio_rustls::rustls::Error| Fault::internal(format!("set up TLS for the proxy network: {e}"));
-        let client = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions().map_err(tls)?;
+        let tls = |e: tokio_rustls::rustls::Error| {
+            Fault::internal(format!("set up TLS for the proxy network: {e}"))
+        };
+        let client = ClientConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .map_err(tls)?;
         let mut client = client.with_root_certificates(roots).with_no_client_auth();
         client.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Self {
@@ -103,7 +108,9 @@ impl Authority {
         // Tells addresses from names.
         let mut params = CertificateParams::new([host.to_owned()]).map_err(failed)?;
         // A common name is at most 64 characters long; what counts is the alternative name.
-        params.distinguished_name.push(DnType::CommonName, host.chars().take(64).collect::<String>());
+        params
+            .distinguished_name
+            .push(DnType::CommonName, host.chars().take(64).collect::<String>());
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         params.use_authority_key_identifier_extension = true;
@@ -112,9 +119,15 @@ impl Authority {
         params.serial_number = Some(serial(host, now));
         let certificate = params.signed_by(&self.key, &self.issuer).map_err(failed)?;
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.serialize_der()));
-        let tls = |e: tokio_rustls::rustls::Error| Fault::internal(format!("speak TLS for {host}: {e}"));
-        let builder = ServerConfig::builder_with_provider(self.provider.clone()).with_safe_default_protocol_versions().map_err(tls)?;
-        let mut config = builder.with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key).map_err(tls)?;
+        let tls =
+            |e: tokio_rustls::rustls::Error| Fault::internal(format!("speak TLS for {host}: {e}"));
+        let builder = ServerConfig::builder_with_provider(self.provider.clone())
+            .with_safe_default_protocol_versions()
+            .map_err(tls)?;
+        let mut config = builder
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.der().clone()], key)
+            .map_err(tls)?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(config)
     }

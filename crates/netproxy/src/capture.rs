@@ -63,7 +63,11 @@ impl Log {
         let fits = others < MAX_RECORDS && self.bytes + bytes <= MAX_BYTES;
         self.bytes += if fits { bytes } else { 0 };
         if !fits && !std::mem::replace(&mut self.full, true) {
-            self.incomplete.push(Incomplete { method: String::new(), url: String::new(), reason: TOO_MANY.into() });
+            self.incomplete.push(Incomplete {
+                method: String::new(),
+                url: String::new(),
+                reason: TOO_MANY.into(),
+            });
         }
         fits
     }
@@ -108,7 +112,8 @@ impl Capture {
     pub fn materials(&self) -> Vec<Material> {
         let log = self.lock();
         let mut all = log.materials.clone();
-        let mut known: HashMap<&str, Digest> = log.materials.iter().map(|m| (m.url.as_str(), m.digest)).collect();
+        let mut known: HashMap<&str, Digest> =
+            log.materials.iter().map(|m| (m.url.as_str(), m.digest)).collect();
         // By target, so that every address is looked at once.
         let mut leading: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for request in &log.requests {
@@ -141,7 +146,12 @@ mod tests {
     use super::*;
 
     fn request(url: &str, redirect: Option<&str>) -> Request {
-        Request { method: "GET".into(), url: url.into(), redirect: redirect.map(str::to_owned), status: 200 }
+        Request {
+            method: "GET".into(),
+            url: url.into(),
+            redirect: redirect.map(str::to_owned),
+            status: 200,
+        }
     }
 
     #[test]
@@ -163,7 +173,10 @@ mod tests {
             capture.request(request(&n.to_string(), None));
         }
         assert_eq!(capture.requests().len(), MAX_RECORDS);
-        assert_eq!(capture.incomplete_requests().iter().map(|i| i.reason.as_str()).collect::<Vec<_>>(), [TOO_MANY]);
+        assert_eq!(
+            capture.incomplete_requests().iter().map(|i| i.reason.as_str()).collect::<Vec<_>>(),
+            [TOO_MANY]
+        );
         let capture = Capture::default();
         for _ in 0..10 {
             capture.material("u".repeat(MAX_BYTES / 4), Digest::of(""));

@@ -83,7 +83,11 @@ impl fmt::Debug for Proxy {
 
 impl Proxy {
     /// A proxy that notes in `capture` what the policy allows; without one, everything is allowed.
-    pub fn new(authority: Arc<Authority>, policy: Option<Arc<dyn Policy>>, capture: Capture) -> Self {
+    pub fn new(
+        authority: Arc<Authority>,
+        policy: Option<Arc<dyn Policy>>,
+        capture: Capture,
+    ) -> Self {
         Self { authority, policy, capture }
     }
 
@@ -100,8 +104,11 @@ impl Proxy {
                 "source policy converted proxy request {asked:?}, but conversion is only supported for GET"
             )));
         }
-        Target::parse(&url)
-            .ok_or_else(|| Fault::invalid(format!("source policy converted proxy request {asked:?} to an unsupported address")))
+        Target::parse(&url).ok_or_else(|| {
+            Fault::invalid(format!(
+                "source policy converted proxy request {asked:?} to an unsupported address"
+            ))
+        })
     }
 }
 
@@ -161,7 +168,11 @@ impl Serving {
     }
 
     /// Takes the place of the server that a tunnel leads to.
-    async fn tunnel(&self, upgrade: OnUpgrade, target: Target) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    async fn tunnel(
+        &self,
+        upgrade: OnUpgrade,
+        target: Target,
+    ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let config = self.proxy.authority.server(&target.host)?;
         let stream = TokioIo::new(upgrade.await?);
         let tls = timeout(HEAD_PATIENCE, TlsAcceptor::from(config).accept(stream)).await??;
@@ -169,8 +180,15 @@ impl Serving {
         Ok(())
     }
 
-    async fn requests(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, within: Option<&Target>, tunnel: &Tunnel) {
-        let service = service_fn(|request| async { Ok::<_, Infallible>(self.answer(request, within, tunnel).await) });
+    async fn requests(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        within: Option<&Target>,
+        tunnel: &Tunnel,
+    ) {
+        let service = service_fn(|request| async {
+            Ok::<_, Infallible>(self.answer(request, within, tunnel).await)
+        });
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_PATIENCE)
@@ -187,7 +205,12 @@ impl Serving {
         }
     }
 
-    async fn answer(&self, mut request: Request<Incoming>, within: Option<&Target>, tunnel: &Tunnel) -> Response<Body> {
+    async fn answer(
+        &self,
+        mut request: Request<Incoming>,
+        within: Option<&Target>,
+        tunnel: &Tunnel,
+    ) -> Response<Body> {
         if request.uri().path().len() + request.uri().query().map_or(0, str::len) > MAX_URL {
             return plain(StatusCode::URI_TOO_LONG, "the address is too long");
         }
@@ -196,7 +219,8 @@ impl Serving {
             return match target.filter(|_| within.is_none()) {
                 Some(target) => {
                     let upgrade = hyper::upgrade::on(&mut request);
-                    *tunnel.lock().unwrap_or_else(PoisonError::into_inner) = Some((upgrade, target));
+                    *tunnel.lock().unwrap_or_else(PoisonError::into_inner) =
+                        Some((upgrade, target));
                     Response::new(no_body())
                 }
                 None => plain(StatusCode::BAD_REQUEST, "no address to connect to"),
@@ -239,14 +263,28 @@ impl Serving {
             Err(e) => {
                 let reason = reason_of(&e);
                 self.note(&method, &target, None, StatusCode::BAD_GATEWAY);
-                self.proxy.capture.incomplete(method.to_string(), target.to_string(), "upstream_error");
+                self.proxy.capture.incomplete(
+                    method.to_string(),
+                    target.to_string(),
+                    "upstream_error",
+                );
                 return plain(StatusCode::BAD_GATEWAY, &reason);
             }
         };
         let (head, body) = answer.into_parts();
-        let location = head.headers.get(header::LOCATION).and_then(|l| l.to_str().ok()).and_then(|l| target.follow(l));
+        let location = head
+            .headers
+            .get(header::LOCATION)
+            .and_then(|l| l.to_str().ok())
+            .and_then(|l| target.follow(l));
         self.note(&method, &target, location, head.status);
-        let note = Note { capture: self.proxy.capture.clone(), method, target, status: head.status, ranged };
+        let note = Note {
+            capture: self.proxy.capture.clone(),
+            method,
+            target,
+            status: head.status,
+            ranged,
+        };
         let mut response = Response::new(Recorded::new(body, note).boxed_unsync());
         *response.status_mut() = head.status;
         *response.headers_mut() = end_to_end(head.headers);
@@ -254,7 +292,12 @@ impl Serving {
     }
 
     fn note(&self, method: &Method, target: &Target, redirect: Option<String>, status: StatusCode) {
-        self.proxy.capture.request(Asked { method: method.to_string(), url: target.to_string(), redirect, status: status.as_u16() });
+        self.proxy.capture.request(Asked {
+            method: method.to_string(),
+            url: target.to_string(),
+            redirect,
+            status: status.as_u16(),
+        });
     }
 }
 
@@ -278,7 +321,9 @@ fn no_body() -> Body {
 }
 
 fn plain(status: StatusCode, text: &str) -> Response<Body> {
-    let body = Full::new(Bytes::from(format!("{text}\n"))).map_err(|e: Infallible| match e {}).boxed_unsync();
+    let body = Full::new(Bytes::from(format!("{text}\n")))
+        .map_err(|e: Infallible| match e {})
+        .boxed_unsync();
     let mut response = Response::new(body);
     *response.status_mut() = status;
     response

@@ -36,11 +36,19 @@ fn host_of(authority: &Authority) -> Option<String> {
 
 impl Target {
     pub fn new(https: bool, authority: &Authority, path: Option<&PathAndQuery>) -> Option<Self> {
-        let port = match authority.as_str().rsplit_once(']').map_or(authority.as_str(), |(_, rest)| rest).rsplit_once(':') {
+        let port = match authority
+            .as_str()
+            .rsplit_once(']')
+            .map_or(authority.as_str(), |(_, rest)| rest)
+            .rsplit_once(':')
+        {
             Some((_, port)) if !port.is_empty() => port.parse().ok()?,
             _ => port_of(https),
         };
-        let path = path.filter(|p| p.as_str().starts_with('/')).cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+        let path = path
+            .filter(|p| p.as_str().starts_with('/'))
+            .cloned()
+            .unwrap_or_else(|| PathAndQuery::from_static("/"));
         Some(Self { https, host: host_of(authority)?, port, path })
     }
 
@@ -78,7 +86,9 @@ impl Target {
             return None;
         }
         if location.contains("://") {
-            return Some(Self::parse(location).map_or_else(|| location.to_owned(), |t| t.to_string()));
+            return Some(
+                Self::parse(location).map_or_else(|| location.to_owned(), |t| t.to_string()),
+            );
         }
         if let Some(rest) = location.strip_prefix("//") {
             return Self::parse(&format!("{}://{rest}", self.scheme())).map(|t| t.to_string());
@@ -150,7 +160,10 @@ mod tests {
     fn within_a_tunnel_the_host_is_the_tunnels() {
         let tunnel = Target::parse("https://h/").unwrap();
         let headers = HeaderMap::from_iter([(header::HOST, "other".parse().unwrap())]);
-        let of = |uri: &str, tunnel| Target::of_request(&uri.parse().unwrap(), &headers, tunnel).map(|t: Target| t.to_string());
+        let of = |uri: &str, tunnel| {
+            Target::of_request(&uri.parse().unwrap(), &headers, tunnel)
+                .map(|t: Target| t.to_string())
+        };
         assert_eq!(of("/x", Some(&tunnel)).as_deref(), Some("https://h/x"));
         assert_eq!(of("http://elsewhere/x", Some(&tunnel)).as_deref(), Some("https://h/x"));
         assert_eq!(of("/x", None).as_deref(), Some("http://other/x"));

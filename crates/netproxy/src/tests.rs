@@ -1,6 +1,8 @@
 //! The proxy between a client and servers on loopback.
 
-use crate::{Authority, Capture, Incomplete, MAX_CONNECTIONS, MAX_HEAD, MAX_URL, Material, Policy, Proxy};
+use crate::{
+    Authority, Capture, Incomplete, MAX_CONNECTIONS, MAX_HEAD, MAX_URL, Material, Policy, Proxy,
+};
 use async_trait::async_trait;
 use rcgen::{CertificateParams, KeyPair};
 use shipway_executor::{Egress, StepProxy as _};
@@ -22,7 +24,9 @@ use tokio_rustls::{
     rustls::{
         ClientConfig, RootCertStore, ServerConfig,
         crypto::ring,
-        pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, pem::PemObject as _},
+        pki_types::{
+            CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, pem::PemObject as _,
+        },
     },
 };
 
@@ -111,7 +115,10 @@ async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     }
     let head = String::from_utf8(head).unwrap();
     let path = head.split(' ').nth(1).unwrap().to_owned();
-    let host = head.lines().find_map(|l| l.to_ascii_lowercase().strip_prefix("host: ").map(str::to_owned)).unwrap();
+    let host = head
+        .lines()
+        .find_map(|l| l.to_ascii_lowercase().strip_prefix("host: ").map(str::to_owned))
+        .unwrap();
     let packed = head.to_ascii_lowercase().contains("accept-encoding");
     let (status, more, body) = match path.as_str() {
         "/missing" => ("404 Not Found", String::new(), "nothing"),
@@ -158,20 +165,48 @@ async fn what_is_fetched_is_noted_with_its_digest() {
     let (lab, server) = (Lab::new().await, server(None).await);
     let url = |path: &str| format!("http://{server}{path}");
     let answer = lab.get(&url("/file")).await;
-    assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("\r\n\r\nthe file"), "{answer}");
+    assert!(
+        answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("\r\n\r\nthe file"),
+        "{answer}"
+    );
     // What the client called the host does not count, and nothing comes packed.
-    assert!(answer.to_ascii_lowercase().contains(&format!("x-seen: /file {server} false")), "{answer}");
+    assert!(
+        answer.to_ascii_lowercase().contains(&format!("x-seen: /file {server} false")),
+        "{answer}"
+    );
     assert!(!answer.to_ascii_lowercase().contains("keep-alive"), "{answer}");
     lab.get(&url("/moved")).await;
     lab.get(&url("/missing")).await;
     lab.get(&url("/cut")).await;
-    lab.ask(&format!("POST {} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi", url("/file"))).await;
-    lab.ask(&format!("GET {} HTTP/1.1\r\nHost: x\r\nRange: bytes=0-1\r\nConnection: close\r\n\r\n", url("/part"))).await;
-    let seen: Vec<_> = lab.capture.requests().into_iter().map(|r| (r.method, r.url.replace(&url(""), ""), r.status)).collect();
-    let expected = [("GET", "/file", 200), ("GET", "/moved", 302), ("GET", "/missing", 404), ("GET", "/cut", 200), ("POST", "/file", 200)];
+    lab.ask(&format!(
+        "POST {} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi",
+        url("/file")
+    ))
+    .await;
+    lab.ask(&format!(
+        "GET {} HTTP/1.1\r\nHost: x\r\nRange: bytes=0-1\r\nConnection: close\r\n\r\n",
+        url("/part")
+    ))
+    .await;
+    let seen: Vec<_> = lab
+        .capture
+        .requests()
+        .into_iter()
+        .map(|r| (r.method, r.url.replace(&url(""), ""), r.status))
+        .collect();
+    let expected = [
+        ("GET", "/file", 200),
+        ("GET", "/moved", 302),
+        ("GET", "/missing", 404),
+        ("GET", "/cut", 200),
+        ("POST", "/file", 200),
+    ];
     assert_eq!(seen[..5], expected.map(|(m, p, s)| (m.to_owned(), p.to_owned(), s)));
     let digest = Digest::of("the file");
-    assert_eq!(lab.capture.materials(), [Material { url: url("/file"), digest }, Material { url: url("/moved"), digest }]);
+    assert_eq!(
+        lab.capture.materials(),
+        [Material { url: url("/file"), digest }, Material { url: url("/moved"), digest }]
+    );
     assert_eq!(
         lab.capture.incomplete_requests(),
         [
@@ -186,13 +221,20 @@ async fn what_is_fetched_is_noted_with_its_digest() {
 #[tokio::test]
 async fn the_policy_decides_before_anything_is_sent() {
     let (lab, server) = (Lab::new().await, server(None).await);
-    assert!(lab.get(&format!("http://{server}/denied")).await.starts_with("HTTP/1.1 403 Forbidden"));
+    assert!(
+        lab.get(&format!("http://{server}/denied")).await.starts_with("HTTP/1.1 403 Forbidden")
+    );
     let answer = lab.get(&format!("http://{server}/old")).await;
     assert!(answer.contains(&format!("x-seen: /new {server}")), "{answer}");
-    let posted = format!("POST http://{server}/old HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    let posted = format!(
+        "POST http://{server}/old HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    );
     assert!(lab.ask(&posted).await.starts_with("HTTP/1.1 403"));
     let noted: Vec<_> = lab.capture.requests().into_iter().map(|r| (r.url, r.status)).collect();
-    assert_eq!(noted[..2], [(format!("http://{server}/denied"), 403), (format!("http://{server}/new"), 200)]);
+    assert_eq!(
+        noted[..2],
+        [(format!("http://{server}/denied"), 403), (format!("http://{server}/new"), 200)]
+    );
     assert_eq!(lab.capture.materials().len(), 1);
 }
 
@@ -201,22 +243,33 @@ async fn a_server_that_cannot_be_reached_is_a_bad_gateway() {
     let lab = Lab::new().await;
     let closed = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap().local_addr().unwrap();
     let answer = lab.get(&format!("http://{closed}/file")).await;
-    assert!(answer.starts_with("HTTP/1.1 502 Bad Gateway") && answer.contains("refused"), "{answer}");
+    assert!(
+        answer.starts_with("HTTP/1.1 502 Bad Gateway") && answer.contains("refused"),
+        "{answer}"
+    );
     assert_eq!(lab.capture.requests()[0].status, 502);
-    assert_eq!(lab.capture.incomplete_requests(), [incomplete("GET", format!("http://{closed}/file"), "upstream_error")]);
+    assert_eq!(
+        lab.capture.incomplete_requests(),
+        [incomplete("GET", format!("http://{closed}/file"), "upstream_error")]
+    );
 }
 
 fn client(pem: &[u8]) -> TlsConnector {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(pem).unwrap()).unwrap();
-    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider())).with_safe_default_protocol_versions().unwrap();
+    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap();
     TlsConnector::from(Arc::new(builder.with_root_certificates(roots).with_no_client_auth()))
 }
 
 /// A tunnel to `host`, in which the certificate of the lab's authority is believed.
 async fn tunnel(lab: &Lab, host: &'static str, port: u16) -> TlsStream<TcpStream> {
     let mut stream = lab.connect().await;
-    stream.write_all(format!("CONNECT {host}:{port} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+    stream
+        .write_all(format!("CONNECT {host}:{port} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes())
+        .await
+        .unwrap();
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         head.push(stream.read_u8().await.unwrap());
@@ -228,21 +281,42 @@ async fn tunnel(lab: &Lab, host: &'static str, port: u16) -> TlsStream<TcpStream
 #[tokio::test]
 async fn tls_is_opened_with_a_certificate_that_the_step_trusts() {
     let key = KeyPair::generate().unwrap();
-    let certificate = CertificateParams::new(["localhost".to_owned()]).unwrap().self_signed(&key).unwrap();
+    let certificate =
+        CertificateParams::new(["localhost".to_owned()]).unwrap().self_signed(&key).unwrap();
     let mut roots = RootCertStore::empty();
     roots.add(certificate.der().clone()).unwrap();
-    let builder = ServerConfig::builder_with_provider(Arc::new(ring::default_provider())).with_safe_default_protocol_versions().unwrap();
+    let builder = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap();
     let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-    let config = builder.with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key).unwrap();
+    let config = builder
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate.der().clone()], key)
+        .unwrap();
     let port = server(Some(TlsAcceptor::from(Arc::new(config)))).await.port();
     let lab = Lab::with_roots(roots).await;
 
-    let answer = exchange(tunnel(&lab, "localhost", port).await, "GET /file HTTP/1.1\r\nHost: evil\r\nConnection: close\r\n\r\n").await;
-    assert!(answer.contains("200 OK") && answer.contains(&format!("x-seen: /file localhost:{port}")), "{answer}");
-    let answer = exchange(tunnel(&lab, "localhost", port).await, "GET /denied HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
+    let answer = exchange(
+        tunnel(&lab, "localhost", port).await,
+        "GET /file HTTP/1.1\r\nHost: evil\r\nConnection: close\r\n\r\n",
+    )
+    .await;
+    assert!(
+        answer.contains("200 OK") && answer.contains(&format!("x-seen: /file localhost:{port}")),
+        "{answer}"
+    );
+    let answer = exchange(
+        tunnel(&lab, "localhost", port).await,
+        "GET /denied HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    )
+    .await;
     assert!(answer.starts_with("HTTP/1.1 403 Forbidden"), "{answer}");
     // A name that the server's certificate does not have: it is the proxy that checks.
-    let answer = exchange(tunnel(&lab, "127.0.0.1", port).await, "GET /file HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
+    let answer = exchange(
+        tunnel(&lab, "127.0.0.1", port).await,
+        "GET /file HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    )
+    .await;
     assert!(answer.starts_with("HTTP/1.1 502 Bad Gateway"), "{answer}");
     let url = format!("https://localhost:{port}/file");
     assert_eq!(lab.capture.materials(), [Material { url, digest: Digest::of("the file") }]);
@@ -257,8 +331,16 @@ async fn heads_addresses_and_tunnels_are_bounded() {
     let answer = lab.ask(&format!("GET http://localhost/ HTTP/1.1\r\n{header}\r\n")).await;
     assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
     let many = "X: y\r\n".repeat(500);
-    assert!(lab.ask(&format!("GET http://localhost/ HTTP/1.1\r\n{many}\r\n")).await.starts_with("HTTP/1.1 431"));
-    assert!(lab.ask("GET ftp://h/ HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n").await.starts_with("HTTP/1.1 400"));
+    assert!(
+        lab.ask(&format!("GET http://localhost/ HTTP/1.1\r\n{many}\r\n"))
+            .await
+            .starts_with("HTTP/1.1 431")
+    );
+    assert!(
+        lab.ask("GET ftp://h/ HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+            .await
+            .starts_with("HTTP/1.1 400")
+    );
     assert!(lab.capture.requests().is_empty());
 }
 

@@ -47,9 +47,11 @@ impl Connector {
     }
 
     async fn dial(self, uri: Uri) -> io::Result<Stream> {
-        let target = Target::parse(&uri.to_string()).ok_or_else(|| io::Error::other(format!("{uri} is no address of a server")))?;
+        let target = Target::parse(&uri.to_string())
+            .ok_or_else(|| io::Error::other(format!("{uri} is no address of a server")))?;
         let looked_up = tokio::net::lookup_host((target.host.as_str(), target.port)).await;
-        let addresses = looked_up.map_err(|e| io::Error::other(format!("dial tcp: lookup {}: {e}", target.host)))?;
+        let addresses = looked_up
+            .map_err(|e| io::Error::other(format!("dial tcp: lookup {}: {e}", target.host)))?;
         let mut last = io::Error::other(format!("dial tcp: lookup {}: no address", target.host));
         for address in addresses.take(MAX_ADDRESSES) {
             let connected = timeout(ONE_ADDRESS, self.egress.connect(address)).await;
@@ -66,8 +68,13 @@ impl Connector {
         if !target.https {
             return Ok(Stream::Plain(tcp));
         }
-        let name = ServerName::try_from(target.host.clone()).map_err(|_| io::Error::other(format!("{:?} is no host name", target.host)))?;
-        let tls = self.tls.connect(name, tcp).await.map_err(|e| io::Error::other(format!("TLS with {}: {e}", target.authority())))?;
+        let name = ServerName::try_from(target.host.clone())
+            .map_err(|_| io::Error::other(format!("{:?} is no host name", target.host)))?;
+        let tls = self
+            .tls
+            .connect(name, tcp)
+            .await
+            .map_err(|e| io::Error::other(format!("TLS with {}: {e}", target.authority())))?;
         Ok(Stream::Tls(Box::new(tls)))
     }
 }
@@ -84,8 +91,12 @@ impl Service<Uri> for Connector {
     fn call(&mut self, uri: Uri) -> Self::Future {
         let dial = self.clone().dial(uri);
         Box::pin(async move {
-            let dialled = timeout(PATIENCE, dial).await;
-            dialled.unwrap_or_else(|_| Err(io::Error::other(format!("no connection within {PATIENCE:.0?}")))).map(TokioIo::new)
+            let dialed = timeout(PATIENCE, dial).await;
+            dialed
+                .unwrap_or_else(|_| {
+                    Err(io::Error::other(format!("no connection within {PATIENCE:.0?}")))
+                })
+                .map(TokioIo::new)
         })
     }
 }
@@ -103,7 +114,11 @@ impl Connection for Stream {
 }
 
 impl AsyncRead for Stream {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Plain(s) => Pin::new(s).poll_read(cx, buf),
             Self::Tls(s) => Pin::new(s).poll_read(cx, buf),
@@ -112,7 +127,11 @@ impl AsyncRead for Stream {
 }
 
 impl AsyncWrite for Stream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Plain(s) => Pin::new(s).poll_write(cx, buf),
             Self::Tls(s) => Pin::new(s).poll_write(cx, buf),

@@ -1,4 +1,5 @@
-//! Checksums in other hash functions than the one that names things: what a policy may want to know of a file.
+//! Checksums in other hash functions than the one that names things: what a policy may want to know
+//! of a file.
 
 use sha2::{Digest, Sha256, Sha384, Sha512};
 use std::io::{self, Read};
@@ -42,7 +43,9 @@ mod tests {
 
     #[test]
     fn checksums_name_their_function() {
-        let check = |algorithm: ChecksumAlgorithm, start: &str| assert!(algorithm.of(&b"abc"[..]).unwrap().starts_with(start));
+        let check = |algorithm: ChecksumAlgorithm, start: &str| {
+            assert!(algorithm.of(&b"abc"[..]).unwrap().starts_with(start))
+        };
         check(ChecksumAlgorithm::Sha256, "sha256:ba7816bf");
         check(ChecksumAlgorithm::Sha384, "sha384:cb00753f");
         check(ChecksumAlgorithm::Sha512, "sha512:ddaf35a1");

@@ -11,12 +11,17 @@ fn is_default<T: Default + PartialEq>(t: &T) -> bool {
 }
 
 /// Accepts `null` for a value that has a default, as Go's encoder writes empty lists and maps.
-pub(crate) fn nullable<'de, D: serde::Deserializer<'de>, T: Default + Deserialize<'de>>(d: D) -> Result<T, D::Error> {
+pub(crate) fn nullable<'de, D: serde::Deserializer<'de>, T: Default + Deserialize<'de>>(
+    d: D,
+) -> Result<T, D::Error> {
     Ok(Option::<T>::deserialize(d)?.unwrap_or_default())
 }
 
 /// Writes no layers as `null`, as Go's encoder does: configs are compared, also by digest.
-pub(crate) fn null_if_empty<S: serde::Serializer, T: Serialize>(list: &[T], s: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn null_if_empty<S: serde::Serializer, T: Serialize>(
+    list: &[T],
+    s: S,
+) -> Result<S::Ok, S::Error> {
     if list.is_empty() { s.serialize_none() } else { list.serialize(s) }
 }
 
@@ -63,10 +68,20 @@ pub struct ImageConfig {
     #[serde(default, deserialize_with = "nullable")]
     pub os: String,
     /// Platform's operating system version.
-    #[serde(rename = "os.version", default, skip_serializing_if = "is_default", deserialize_with = "nullable")]
+    #[serde(
+        rename = "os.version",
+        default,
+        skip_serializing_if = "is_default",
+        deserialize_with = "nullable"
+    )]
     pub os_version: String,
     /// Platform's operating system features.
-    #[serde(rename = "os.features", default, skip_serializing_if = "is_default", deserialize_with = "nullable")]
+    #[serde(
+        rename = "os.features",
+        default,
+        skip_serializing_if = "is_default",
+        deserialize_with = "nullable"
+    )]
     pub os_features: Vec<String>,
     /// Platform's variant.
     #[serde(default, skip_serializing_if = "is_default", deserialize_with = "nullable")]
@@ -140,7 +155,8 @@ pub struct History {
     pub empty_layer: bool,
 }
 
-/// How containers of an image run. Field order follows Docker's, so that configs compare equal as text.
+/// How containers of an image run. Field order follows Docker's, so that configs compare equal as
+/// text.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Config {
@@ -218,18 +234,29 @@ mod tests {
     #[test]
     fn configs_are_written_as_go_does() {
         let whole = |inner: &str| {
-            format!(r#"{{"architecture":"amd64","os":"linux","config":{inner},"rootfs":{{"type":"layers","diff_ids":null}}}}"#)
+            format!(
+                r#"{{"architecture":"amd64","os":"linux","config":{inner},"rootfs":{{"type":"layers","diff_ids":null}}}}"#
+            )
         };
         for (given, want) in [
             ("{}", "{}"),
             ("null", "{}"),
-            (r#"{"Env":null,"Cmd":["sh"],"X":1,"StopTimeout":3,"Hostname":"h"}"#, r#"{"Cmd":["sh"]}"#),
-            (r#"{"Cmd":[],"Entrypoint":[],"Env":[],"OnBuild":[],"Shell":[],"Labels":{},"Volumes":{}}"#, "{}"),
+            (
+                r#"{"Env":null,"Cmd":["sh"],"X":1,"StopTimeout":3,"Hostname":"h"}"#,
+                r#"{"Cmd":["sh"]}"#,
+            ),
+            (
+                r#"{"Cmd":[],"Entrypoint":[],"Env":[],"OnBuild":[],"Shell":[],"Labels":{},"Volumes":{}}"#,
+                "{}",
+            ),
             (
                 r#"{"Volumes":{"/b":{"x":1},"/a":null},"ExposedPorts":{"80/tcp":{}}}"#,
                 r#"{"ExposedPorts":{"80/tcp":{}},"Volumes":{"/a":{},"/b":{}}}"#,
             ),
-            (r#"{"Labels":{"b":"<&>","a":"\u003c"},"User":null}"#, r#"{"Labels":{"a":"\u003c","b":"\u003c\u0026\u003e"}}"#),
+            (
+                r#"{"Labels":{"b":"<&>","a":"\u003c"},"User":null}"#,
+                r#"{"Labels":{"a":"\u003c","b":"\u003c\u0026\u003e"}}"#,
+            ),
             (
                 r#"{"Shell":["s"],"OnBuild":["RUN x"],"Healthcheck":{"Retries":3,"Test":null,"Interval":1000000000},"ArgsEscaped":true,"User":"u"}"#,
                 r#"{"User":"u","ArgsEscaped":true,"Healthcheck":{"Interval":1000000000,"Retries":3},"OnBuild":["RUN x"],"Shell":["s"]}"#,
@@ -246,6 +273,9 @@ mod tests {
             r#""rootfs":{"type":"","diff_ids":null},"history":[{"created_by":"RUN a \u0026\u0026 b","comment":"c"},"#,
             r#"{"created":"then","author":"a","empty_layer":true}]}"#
         );
-        assert_eq!(gojson::to_string(&serde_json::from_str::<ImageConfig>(given).unwrap()).unwrap(), want);
+        assert_eq!(
+            gojson::to_string(&serde_json::from_str::<ImageConfig>(given).unwrap()).unwrap(),
+            want
+        );
     }
 }

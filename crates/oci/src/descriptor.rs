@@ -21,10 +21,13 @@ pub mod media {
     pub const DOCKER_LAYER_GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
     pub const DOCKER_LAYER_ZSTD: &str = "application/vnd.docker.image.rootfs.diff.tar.zstd";
     pub const OCI_FOREIGN: &str = "application/vnd.oci.image.layer.nondistributable.v1.tar";
-    pub const OCI_FOREIGN_GZIP: &str = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip";
-    pub const OCI_FOREIGN_ZSTD: &str = "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd";
+    pub const OCI_FOREIGN_GZIP: &str =
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip";
+    pub const OCI_FOREIGN_ZSTD: &str =
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd";
     pub const DOCKER_FOREIGN: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar";
-    pub const DOCKER_FOREIGN_GZIP: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
+    pub const DOCKER_FOREIGN_GZIP: &str =
+        "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
     pub const IN_TOTO: &str = "application/vnd.in-toto+json";
     pub const EMPTY_JSON: &str = "application/vnd.oci.empty.v1+json";
 
@@ -180,20 +183,35 @@ mod tests {
     #[test]
     fn nulls_of_go_are_read_and_written() {
         let digest = Digest::of("");
-        let config = format!(r#"{{"mediaType":"m","digest":"{digest}","size":0,"urls":null,"annotations":null,"platform":null}}"#);
-        let manifest: Manifest =
-            serde_json::from_str(&format!(r#"{{"schemaVersion":2,"config":{config},"layers":null,"annotations":null}}"#)).unwrap();
+        let config = format!(
+            r#"{{"mediaType":"m","digest":"{digest}","size":0,"urls":null,"annotations":null,"platform":null}}"#
+        );
+        let manifest: Manifest = serde_json::from_str(&format!(
+            r#"{{"schemaVersion":2,"config":{config},"layers":null,"annotations":null}}"#
+        ))
+        .unwrap();
         assert!(manifest.layers.is_empty());
-        let want = format!(r#"{{"schemaVersion":2,"config":{{"mediaType":"m","digest":"{digest}","size":0}},"layers":null}}"#);
+        let want = format!(
+            r#"{{"schemaVersion":2,"config":{{"mediaType":"m","digest":"{digest}","size":0}},"layers":null}}"#
+        );
         assert_eq!(serde_json::to_string(&manifest).unwrap(), want);
         let index: Index = serde_json::from_str(r#"{"schemaVersion":2,"manifests":null}"#).unwrap();
-        assert_eq!(serde_json::to_string(&index).unwrap(), r#"{"schemaVersion":2,"manifests":null}"#);
+        assert_eq!(
+            serde_json::to_string(&index).unwrap(),
+            r#"{"schemaVersion":2,"manifests":null}"#
+        );
     }
 
     #[test]
     fn foreign_types_are_those_of_layers_only() {
-        for (plain, foreign) in [(media::OCI_LAYER_ZSTD, media::OCI_FOREIGN_ZSTD), (media::DOCKER_LAYER_GZIP, media::DOCKER_FOREIGN_GZIP)] {
-            assert_eq!((media::foreign_type(plain, true), media::foreign_type(foreign, false)), (foreign, plain));
+        for (plain, foreign) in [
+            (media::OCI_LAYER_ZSTD, media::OCI_FOREIGN_ZSTD),
+            (media::DOCKER_LAYER_GZIP, media::DOCKER_FOREIGN_GZIP),
+        ] {
+            assert_eq!(
+                (media::foreign_type(plain, true), media::foreign_type(foreign, false)),
+                (foreign, plain)
+            );
             assert_eq!((media::is_foreign(foreign), media::is_foreign(plain)), (true, false));
         }
         assert_eq!(media::foreign_type("application/x", true), "application/x");

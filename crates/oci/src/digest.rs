@@ -1,5 +1,5 @@
-//! Content digests and the identifiers made of them. `ring`, which TLS brings anyway, hashes about half again as fast as `sha2`, and bytes of
-//! layers are hashed several times on their way.
+//! Content digests and the identifiers made of them. `ring`, which TLS brings anyway, hashes about
+//! half again as fast as `sha2`, and bytes of layers are hashed several times on their way.
 
 use ring::digest::{Context, SHA256};
 use serde::{Deserialize, Serialize};
@@ -23,9 +23,12 @@ impl DigestError {
             Some(("sha256", hex)) if hex.len() != 64 => "invalid checksum digest length",
             Some(("sha256", _)) => FORMAT,
             Some((algorithm, hex)) => {
-                let word = |w: &str| w.starts_with(|c: char| c.is_ascii_lowercase()) || w.starts_with(|c: char| c.is_ascii_digit());
-                let known =
-                    algorithm.split(['.', '_', '+', '-']).all(word) && hex.chars().all(|c| c.is_ascii_alphanumeric() || "=_-".contains(c));
+                let word = |w: &str| {
+                    w.starts_with(|c: char| c.is_ascii_lowercase())
+                        || w.starts_with(|c: char| c.is_ascii_digit())
+                };
+                let known = algorithm.split(['.', '_', '+', '-']).all(word)
+                    && hex.chars().all(|c| c.is_ascii_alphanumeric() || "=_-".contains(c));
                 if known { "unsupported digest algorithm" } else { FORMAT }
             }
         }
@@ -156,12 +159,14 @@ macro_rules! id {
 }
 
 id! {
-    /// Digest of a layer's uncompressed tar. Changes with any byte of the tar, not with its compression.
+    /// Digest of a layer's uncompressed tar. Changes with any byte of the tar, not with its
+    /// compression.
     DiffId
 }
 id! {
-    /// Identity of a stack of layers: the first layer's diffID, then `sha256(parent + " " + diffID)` for each above it
-    /// (OCI image-spec, config.md, "Layer ChainID"). It is the *name* of the committed snapshot in containerd.
+    /// Identity of a stack of layers: the first layer's diffID, then
+    /// `sha256(parent + " " + diffID)` for each above it (OCI image-spec, config.md, "Layer
+    /// ChainID"). It is the *name* of the committed snapshot in containerd.
     ChainId
 }
 

@@ -64,7 +64,13 @@ pub fn time(text: &str) -> Option<String> {
         1..=12 => 31,
         _ => return None,
     };
-    let marks = [day.as_bytes()[4], day.as_bytes()[7], clock.as_bytes()[0], clock.as_bytes()[3], clock.as_bytes()[6]];
+    let marks = [
+        day.as_bytes()[4],
+        day.as_bytes()[7],
+        clock.as_bytes()[0],
+        clock.as_bytes()[3],
+        clock.as_bytes()[6],
+    ];
     if marks != *b"--T::" || !(1..=days).contains(&dom) || hour > 23 || minute > 59 || second > 59 {
         return None;
     }
@@ -100,7 +106,10 @@ mod tests {
             "[\"a\\u003cb\\u003e\\u0026\\u2028\\u2029\\\"\\b\\f\\u001f\u{7f}é\"]"
         );
         for (given, want) in [
-            ("{ \"a\" : [ 1.50 , null ],\n\t\"b c\" : \" x \\\" < y \" }", "{\"a\":[1.50,null],\"b c\":\" x \\\" \\u003c y \"}"),
+            (
+                "{ \"a\" : [ 1.50 , null ],\n\t\"b c\" : \" x \\\" < y \" }",
+                "{\"a\":[1.50,null],\"b c\":\" x \\\" \\u003c y \"}",
+            ),
             (r#" "\\" "#, r#""\\""#),
             (r#"["\u003c", "\/", "\\\" "]"#, r#"["\u003c","\/","\\\" "]"#),
         ] {

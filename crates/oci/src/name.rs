@@ -3,8 +3,8 @@
 use crate::{Digest, digest::DigestError};
 use std::{fmt, str::FromStr};
 
-/// A fully qualified image name: `registry/repository[:tag][@digest]`. Short names are completed as Docker does:
-/// `busybox` is `docker.io/library/busybox:latest`.
+/// A fully qualified image name: `registry/repository[:tag][@digest]`. Short names are completed as
+/// Docker does: `busybox` is `docker.io/library/busybox:latest`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ImageName {
     registry: String,
@@ -13,7 +13,8 @@ pub struct ImageName {
     digest: Option<Digest>,
 }
 
-/// Why a text is no image name, in the distribution library's words, because clients show them; `why` says what it is about.
+/// Why a text is no image name, in the distribution library's words, because clients show them;
+/// `why` says what it is about.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{words}")]
 pub struct NameError {
@@ -89,7 +90,10 @@ impl ImageName {
     /// The name as a person writes it: `docker.io/library/` and nothing else is dropped.
     pub fn familiar(&self) -> String {
         let full = self.to_string();
-        full.strip_prefix("docker.io/library/").or_else(|| full.strip_prefix("docker.io/")).unwrap_or(&full).to_owned()
+        full.strip_prefix("docker.io/library/")
+            .or_else(|| full.strip_prefix("docker.io/"))
+            .unwrap_or(&full)
+            .to_owned()
     }
 }
 
@@ -111,14 +115,17 @@ impl FromStr for ImageName {
 
     fn from_str(s: &str) -> Result<Self, NameError> {
         if s.len() == 64 && s.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
-            let words = format!("invalid repository name ({s}), cannot specify 64-byte hexadecimal strings");
+            let words = format!(
+                "invalid repository name ({s}), cannot specify 64-byte hexadecimal strings"
+            );
             return Err(NameError::new(words, "it looks like an image ID"));
         }
         let (registry, rest) = split_registry(s);
         let remote = rest.split_once(':').map_or(rest.as_str(), |(remote, _)| remote);
         if remote.to_lowercase() != remote {
             let shown: String = remote.chars().take(200).collect();
-            let words = format!("invalid reference format: repository name ({shown}) must be lowercase");
+            let words =
+                format!("invalid reference format: repository name ({shown}) must be lowercase");
             return Err(NameError::new(words, "it has upper case letters"));
         }
         let wrong = |why| NameError::new("invalid reference format", why);
@@ -149,22 +156,27 @@ impl FromStr for ImageName {
             let words = format!("repository name must not be more than {MAX_PATH} characters");
             return Err(NameError::new(words, "it is too long"));
         }
-        let digest: Option<Digest> = digest
-            .map(str::parse)
-            .transpose()
-            .map_err(|e: DigestError| NameError::new(e.words(), "the digest is not sha256:<64 hex characters>"))?;
+        let digest: Option<Digest> =
+            digest.map(str::parse).transpose().map_err(|e: DigestError| {
+                NameError::new(e.words(), "the digest is not sha256:<64 hex characters>")
+            })?;
         let tag = tag.map(str::to_owned).or_else(|| digest.is_none().then(|| "latest".to_owned()));
         Ok(Self { registry: registry.to_owned(), repository: repository.to_owned(), tag, digest })
     }
 }
 
-/// The registry and the rest of a name. What comes before the first slash is a registry if it looks like a host's name.
+/// The registry and the rest of a name. What comes before the first slash is a registry if it looks
+/// like a host's name.
 fn split_registry(s: &str) -> (&str, String) {
     const DEFAULT: &str = "docker.io";
     let (registry, rest) = match s.split_once('/') {
         None => (DEFAULT, s),
         Some(("index.docker.io", rest)) => (DEFAULT, rest),
-        Some((host, rest)) if host == "localhost" || host.contains(['.', ':']) || host.to_lowercase() != host => (host, rest),
+        Some((host, rest))
+            if host == "localhost" || host.contains(['.', ':']) || host.to_lowercase() != host =>
+        {
+            (host, rest)
+        }
         Some(_) => (DEFAULT, s),
     };
     let official = registry == DEFAULT && !rest.contains('/');
@@ -173,22 +185,31 @@ fn split_registry(s: &str) -> (&str, String) {
 
 fn is_registry(text: &str) -> bool {
     let (host, port) = match text.strip_prefix('[').and_then(|t| t.split_once(']')) {
-        Some((address, port)) => (Err(address), port.strip_prefix(':').or((!port.is_empty()).then_some("?"))),
+        Some((address, port)) => {
+            (Err(address), port.strip_prefix(':').or((!port.is_empty()).then_some("?")))
+        }
         None => match text.split_once(':') {
             Some((host, port)) => (Ok(host), Some(port)),
             None => (Ok(text), None),
         },
     };
-    let label =
-        |l: &str| !l.is_empty() && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') && !l.starts_with('-') && !l.ends_with('-');
+    let label = |l: &str| {
+        !l.is_empty()
+            && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+            && !l.starts_with('-')
+            && !l.ends_with('-')
+    };
     let host = match host {
         Ok(name) => name.split('.').all(label),
-        Err(address) => !address.is_empty() && address.bytes().all(|b| b.is_ascii_hexdigit() || b == b':'),
+        Err(address) => {
+            !address.is_empty() && address.bytes().all(|b| b.is_ascii_hexdigit() || b == b':')
+        }
     };
     host && port.is_none_or(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_digit()))
 }
 
-/// Lower case letters and digits in groups, between which there is a dot, one or two underscores, or dashes.
+/// Lower case letters and digits in groups, between which there is a dot, one or two underscores,
+/// or dashes.
 fn is_component(text: &str) -> bool {
     let group = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let separator = |t: &str| matches!(t, "" | "." | "_" | "__") || t.bytes().all(|b| b == b'-');
@@ -197,13 +218,21 @@ fn is_component(text: &str) -> bool {
 
 fn is_tag(text: &str) -> bool {
     let ok = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
-    !text.is_empty() && text.len() <= MAX_TAG && text.chars().all(ok) && !text.starts_with(['.', '-'])
+    !text.is_empty()
+        && text.len() <= MAX_TAG
+        && text.chars().all(ok)
+        && !text.starts_with(['.', '-'])
 }
 
 fn has_form_of_digest(text: &str) -> bool {
     let Some((algorithm, hex)) = text.split_once(':') else { return false };
-    let part = |p: &str| p.starts_with(|c: char| c.is_ascii_alphabetic()) && p.bytes().all(|b| b.is_ascii_alphanumeric());
-    algorithm.split(['-', '_', '+', '.']).all(part) && hex.len() >= 32 && hex.bytes().all(|b| b.is_ascii_hexdigit())
+    let part = |p: &str| {
+        p.starts_with(|c: char| c.is_ascii_alphabetic())
+            && p.bytes().all(|b| b.is_ascii_alphanumeric())
+    };
+    algorithm.split(['-', '_', '+', '.']).all(part)
+        && hex.len() >= 32
+        && hex.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
 #[cfg(test)]
@@ -236,7 +265,10 @@ mod tests {
         for (bad, words) in [
             ("", format),
             ("a/B", "invalid reference format: repository name (a/B) must be lowercase"),
-            ("Stage", "invalid reference format: repository name (library/Stage) must be lowercase"),
+            (
+                "Stage",
+                "invalid reference format: repository name (library/Stage) must be lowercase",
+            ),
             ("a:", format),
             ("a b", format),
             ("a//b", format),
@@ -247,7 +279,12 @@ mod tests {
             ("[::1/a", format),
             ("a@sha256:1", format),
             ("../x", format),
-            (&hex, &format!("invalid repository name ({hex}), cannot specify 64-byte hexadecimal strings")),
+            (
+                &hex,
+                &format!(
+                    "invalid repository name ({hex}), cannot specify 64-byte hexadecimal strings"
+                ),
+            ),
             (&format!("a@sha1:{}", &hex[..40]), "unsupported digest algorithm"),
             (&format!("a@sha256:{}", &hex[..40]), "invalid checksum digest length"),
             (&format!("a@sha256:{}", "A".repeat(64)), "invalid checksum digest format"),

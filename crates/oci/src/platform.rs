@@ -1,9 +1,10 @@
-//! Platforms and their matching, as containerd's `platforms` package normalises them.
+//! Platforms and their matching, as containerd's `platforms` package normalizes them.
 
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
-/// An operating system and processor. Always normalised: `amd64` without variant, `arm64` without `v8`, `arm` with one.
+/// An operating system and processor. Always normalized: `amd64` without variant, `arm64` without
+/// `v8`, `arm` with one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Platform {
     /// Processor, in Go's words: `amd64`, `arm64`, …
@@ -97,7 +98,7 @@ const PROCESSORS: [&str; 24] = [
 ];
 
 impl Platform {
-    /// A normalised platform.
+    /// A normalized platform.
     pub fn new(os: &str, architecture: &str, variant: &str) -> Self {
         Self {
             architecture: architecture.into(),
@@ -142,15 +143,20 @@ impl Platform {
         self
     }
 
-    /// How well an image for `self` runs where `wanted` is asked for: `None` not at all, smaller is better.
+    /// How well an image for `self` runs where `wanted` is asked for: `None` not at all, smaller is
+    /// better.
     pub fn rank_for(&self, wanted: &Platform) -> Option<u32> {
         let (a, w) = (self.clone().normalized(), wanted.clone().normalized());
         if a.os != w.os {
             return None;
         }
         if a.architecture == w.architecture {
-            let level =
-                |p: &Platform| p.variant.trim_start_matches('v').parse::<u32>().unwrap_or(if p.architecture == "amd64" { 1 } else { 8 });
+            let level = |p: &Platform| {
+                p.variant
+                    .trim_start_matches('v')
+                    .parse::<u32>()
+                    .unwrap_or(if p.architecture == "amd64" { 1 } else { 8 })
+            };
             let (have, want) = (level(&a), level(&w));
             return match a.architecture.as_str() {
                 "amd64" | "arm" | "arm64" if have <= want => Some(want - have),
@@ -182,16 +188,23 @@ impl FromStr for Platform {
             return Err(PlatformError::Wildcard(short(s)));
         }
         let parts: Vec<&str> = s.splitn(4, '/').collect();
-        let system = System::parse(parts[0]).ok_or_else(|| PlatformError::Os { part: short(parts[0]), whole: short(s) })?;
-        let word = |w: &str| !w.is_empty() && w.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
+        let system = System::parse(parts[0])
+            .ok_or_else(|| PlatformError::Os { part: short(parts[0]), whole: short(s) })?;
+        let word = |w: &str| {
+            !w.is_empty() && w.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c))
+        };
         if let Some(bad) = parts[1..].iter().find(|p| !word(p)) {
             return Err(PlatformError::Part { part: short(bad), whole: short(s) });
         }
         let os = system.name;
         let mut p = match parts.as_slice() {
             [one] => match Platform::new(os, one, "") {
-                p if SYSTEMS.contains(&p.os.as_str()) => Platform::new(os, std::env::consts::ARCH, ""),
-                p if PROCESSORS.contains(&p.architecture.as_str()) => Platform::new("linux", one, ""),
+                p if SYSTEMS.contains(&p.os.as_str()) => {
+                    Platform::new(os, std::env::consts::ARCH, "")
+                }
+                p if PROCESSORS.contains(&p.architecture.as_str()) => {
+                    Platform::new("linux", one, "")
+                }
                 _ => return Err(PlatformError::Unknown(short(s))),
             },
             [_, arch] => Platform::new(os, arch, ""),
@@ -216,13 +229,20 @@ impl<'a> System<'a> {
             Some((name, rest)) => (name, rest.strip_suffix(')')?),
             None => (text, ""),
         };
-        let allowed = |t: &str, more: &str| t.chars().all(|c| c.is_ascii_alphanumeric() || more.contains(c));
+        let allowed =
+            |t: &str, more: &str| t.chars().all(|c| c.is_ascii_alphanumeric() || more.contains(c));
         let mut options = options.split('+');
         let version = options.next().unwrap_or_default();
         let features: Vec<&str> = options.collect();
         let named = !name.is_empty() && allowed(name, "_-");
-        let good = named && allowed(version, "_.%-") && features.iter().all(|f| !f.is_empty() && allowed(f, "_.%-"));
-        good.then(|| Self { name, version: unescape(version), features: features.into_iter().map(unescape).collect() })
+        let good = named
+            && allowed(version, "_.%-")
+            && features.iter().all(|f| !f.is_empty() && allowed(f, "_.%-"));
+        good.then(|| Self {
+            name,
+            version: unescape(version),
+            features: features.into_iter().map(unescape).collect(),
+        })
     }
 }
 
@@ -231,7 +251,10 @@ fn unescape(text: &str) -> String {
     let mut out = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&first, tail)) = rest.split_first() {
-        let byte = tail.get(..2).filter(|_| first == b'%').and_then(|h| u8::from_str_radix(std::str::from_utf8(h).ok()?, 16).ok());
+        let byte = tail
+            .get(..2)
+            .filter(|_| first == b'%')
+            .and_then(|h| u8::from_str_radix(std::str::from_utf8(h).ok()?, 16).ok());
         out.push(byte.unwrap_or(first));
         rest = if byte.is_some() { &tail[2..] } else { tail };
     }
@@ -243,7 +266,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn texts_are_normalised() {
+    fn texts_are_normalized() {
         for (text, want) in [
             ("linux/x86_64", "linux/amd64"),
             ("linux/arm64/v8", "linux/arm64"),
@@ -255,7 +278,10 @@ mod tests {
             assert_eq!(text.parse::<Platform>().unwrap().to_string(), want);
         }
         let windows: Platform = "windows(10.0.1%2B2+win32k)/amd64".parse().unwrap();
-        assert_eq!((windows.os_version.as_str(), windows.os_features), ("10.0.1+2", vec!["win32k".to_owned()]));
+        assert_eq!(
+            (windows.os_version.as_str(), windows.os_features),
+            ("10.0.1+2", vec!["win32k".to_owned()])
+        );
         for (bad, words) in [
             ("", "\"\" is an invalid OS component"),
             (
@@ -263,7 +289,10 @@ mod tests {
                 "\"a.b\" is an invalid OS component of \"a.b/c\": OSAndVersion specifier component must match \"^([A-Za-z0-9_-]+)(?:\\\\(",
             ),
             ("a/b/c/d", "\"a/b/c/d\": cannot parse platform specifier: invalid argument"),
-            ("linux//x", "\"\" is an invalid component of \"linux//x\": platform specifier component must match"),
+            (
+                "linux//x",
+                "\"\" is an invalid component of \"linux//x\": platform specifier component must match",
+            ),
             ("lin ux/amd64", "\"lin ux\" is an invalid OS component"),
             ("linux/*", "\"linux/*\": wildcards not yet supported: invalid argument"),
             ("foo", "\"foo\": unknown operating system or architecture: invalid argument"),

@@ -48,7 +48,12 @@ impl Nested {
 }
 
 /// Runs the operation of `vertex`.
-pub(crate) async fn run(op: &BuildOp, vertex: &Vertex, inputs: &[ImmutableRef], cx: &Context) -> Result<ImmutableRef> {
+pub(crate) async fn run(
+    op: &BuildOp,
+    vertex: &Vertex,
+    inputs: &[ImmutableRef],
+    cx: &Context,
+) -> Result<ImmutableRef> {
     let definition = definition(op, inputs).await?;
     let mut tried = None;
     loop {
@@ -56,7 +61,8 @@ pub(crate) async fn run(op: &BuildOp, vertex: &Vertex, inputs: &[ImmutableRef], 
         if tried.as_ref() == Some(&job.id) {
             return Err(Fault::cancelled());
         }
-        let solved = async { job.nested.get()?.solve_nested(vertex.digest, definition.clone()).await };
+        let solved =
+            async { job.nested.get()?.solve_nested(vertex.digest, definition.clone()).await };
         match solved.await {
             // The build that was asked ended meanwhile; another one that wants the same may go on
             // with it.
@@ -70,18 +76,32 @@ async fn definition(op: &BuildOp, inputs: &[ImmutableRef]) -> Result<Definition>
     if op.builder.is_some() {
         return Err(Fault::invalid("only LLB builder is currently allowed"));
     }
-    let input = op.inputs.get(DEFINITION).ok_or_else(|| Fault::invalid(format!("no llb definition input {DEFINITION} found")))?;
-    let state = input.and_then(|i| inputs.get(i)).ok_or_else(|| Fault::invalid("invalid index of the llb definition input"))?;
+    let input = op
+        .inputs
+        .get(DEFINITION)
+        .ok_or_else(|| Fault::invalid(format!("no llb definition input {DEFINITION} found")))?;
+    let state = input
+        .and_then(|i| inputs.get(i))
+        .ok_or_else(|| Fault::invalid("invalid index of the llb definition input"))?;
     let mount = state.mount().await.context(|| "read the definition of a build operation")?;
-    let name = op.attrs.get(FILENAME).filter(|n| !n.is_empty()).map_or(DEFINITION, String::as_str).to_owned();
+    let name = op
+        .attrs
+        .get(FILENAME)
+        .filter(|n| !n.is_empty())
+        .map_or(DEFINITION, String::as_str)
+        .to_owned();
     let read = move || Definition::decode(&read(mount.path(), &name)?);
-    let definition = tokio::task::spawn_blocking(read).await.map_err(|e| Fault::internal(format!("a read failed: {e}")))?;
+    let definition = tokio::task::spawn_blocking(read)
+        .await
+        .map_err(|e| Fault::internal(format!("a read failed: {e}")))?;
     definition.context(|| "read the definition of a build operation")
 }
 
 /// A regular file of the user's, inside `root`.
 fn read(root: &Path, name: &str) -> Result<Vec<u8>> {
-    let failed = |e: std::io::Error| Fault::io(format!("open {name}"), e).with_class(shipway_fault::Class::User);
+    let failed = |e: std::io::Error| {
+        Fault::io(format!("open {name}"), e).with_class(shipway_fault::Class::User)
+    };
     let flags = OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC;
     let dir = rustix::fs::open(root, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
     let found = shipway_executor::open_in_root(dir.as_fd(), name, OFlags::PATH, Mode::empty());
@@ -91,7 +111,9 @@ fn read(root: &Path, name: &str) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.take(MAX_DEFINITION + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > MAX_DEFINITION {
-        return Err(Fault::invalid(format!("{name} has more than the {MAX_DEFINITION} bytes that a definition may have")));
+        return Err(Fault::invalid(format!(
+            "{name} has more than the {MAX_DEFINITION} bytes that a definition may have"
+        )));
     }
     Ok(bytes)
 }
@@ -123,20 +145,37 @@ pub struct NestedGraph {
 
 impl NestedGraphs {
     /// Notes that the operation `of` needs `vertices` now.
-    pub fn enter(&self, of: Digest, vertices: impl IntoIterator<Item = Digest>) -> Result<NestedGraph> {
+    pub fn enter(
+        &self,
+        of: Digest,
+        vertices: impl IntoIterator<Item = Digest>,
+    ) -> Result<NestedGraph> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let vertices: HashSet<Digest> = vertices.into_iter().collect();
         let (mut seen, mut waiting) = (HashSet::new(), vec![&vertices]);
         while let Some(set) = waiting.pop() {
             if set.contains(&of) {
-                return Err(Fault::invalid(format!("the build operation {of} needs its own result")));
+                return Err(Fault::invalid(format!(
+                    "the build operation {of} needs its own result"
+                )));
             }
-            let inner = all.running.iter().filter(|(number, graph)| set.contains(&graph.of) && seen.insert(**number));
+            let inner = all
+                .running
+                .iter()
+                .filter(|(number, graph)| set.contains(&graph.of) && seen.insert(**number));
             waiting.extend(inner.map(|(_, graph)| &graph.vertices));
         }
-        let depth = 1 + all.running.values().filter(|graph| graph.vertices.contains(&of)).map(|graph| graph.depth).max().unwrap_or(0);
+        let depth = 1 + all
+            .running
+            .values()
+            .filter(|graph| graph.vertices.contains(&of))
+            .map(|graph| graph.depth)
+            .max()
+            .unwrap_or(0);
         if depth > MAX_DEPTH {
-            return Err(Fault::invalid(format!("graphs are inside graphs more than {MAX_DEPTH} deep")));
+            return Err(Fault::invalid(format!(
+                "graphs are inside graphs more than {MAX_DEPTH} deep"
+            )));
         }
         let number = all.next;
         all.next += 1;
@@ -163,7 +202,13 @@ mod tests {
         assert!(graphs.enter(a, [a]).is_err());
         let first = graphs.enter(a, [b]).unwrap();
         let second = graphs.enter(b, [c]).unwrap();
-        assert!(graphs.enter(c, [Digest::of("d"), a]).unwrap_err().to_string().contains("needs its own result"));
+        assert!(
+            graphs
+                .enter(c, [Digest::of("d"), a])
+                .unwrap_err()
+                .to_string()
+                .contains("needs its own result")
+        );
         drop(second);
         // What has ended is waited for by nobody.
         assert!(graphs.enter(c, [a]).is_ok());
@@ -175,7 +220,8 @@ mod tests {
     fn graphs_are_inside_graphs_so_deep_only() {
         let graphs = NestedGraphs::default();
         let name = |n: usize| Digest::of(n.to_string());
-        let held: Vec<_> = (0..MAX_DEPTH).map(|n| graphs.enter(name(n), [name(n + 1)]).unwrap()).collect();
+        let held: Vec<_> =
+            (0..MAX_DEPTH).map(|n| graphs.enter(name(n), [name(n + 1)]).unwrap()).collect();
         assert!(graphs.enter(name(MAX_DEPTH), []).unwrap_err().to_string().contains("deep"));
         assert!(graphs.enter(Digest::of("beside"), []).is_ok());
         drop(held);
@@ -191,7 +237,14 @@ mod tests {
         std::fs::write(root.join("file"), "yes").unwrap();
         std::os::unix::fs::symlink("/file", root.join("link")).unwrap();
         std::os::unix::fs::symlink("../outside", root.join("out")).unwrap();
-        rustix::fs::mknodat(rustix::fs::CWD, root.join("pipe"), rustix::fs::FileType::Fifo, Mode::RUSR, 0).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            root.join("pipe"),
+            rustix::fs::FileType::Fifo,
+            Mode::RUSR,
+            0,
+        )
+        .unwrap();
         std::fs::File::create(root.join("large")).unwrap().set_len(MAX_DEFINITION + 1).unwrap();
         assert_eq!(read(&root, "/file").unwrap(), b"yes");
         assert_eq!(read(&root, "link").unwrap(), b"yes");

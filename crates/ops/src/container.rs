@@ -1,4 +1,5 @@
-//! Containers that a frontend asks for (rows `gw.ctr.*`, `gw.exec`): mounts as an operation has them, and processes as somebody starts them.
+//! Containers that a frontend asks for (rows `gw.ctr.*`, `gw.exec`): mounts as an operation has
+//! them, and processes as somebody starts them.
 
 use crate::{
     JobData, Services,
@@ -64,11 +65,21 @@ pub struct Container {
 
 impl Container {
     /// Takes the mounts of `spec` on behalf of `job`.
-    pub async fn new(services: Arc<Services>, job: JobData, spec: ContainerSpec, reporter: &Reporter) -> Result<Self> {
-        let meta = ExecMeta { args: vec![format!("container {}", spec.name)], cwd: "/".into(), ..ExecMeta::default() };
+    pub async fn new(
+        services: Arc<Services>,
+        job: JobData,
+        spec: ContainerSpec,
+        reporter: &Reporter,
+    ) -> Result<Self> {
+        let meta = ExecMeta {
+            args: vec![format!("container {}", spec.name)],
+            cwd: "/".into(),
+            ..ExecMeta::default()
+        };
         let exec = ExecOp { meta, mounts: spec.mounts.clone(), ..ExecOp::default() };
         let behalf = Behalf { sessions: &job.sessions, reporter, jobs: &[] };
-        let Plan { root, mounts, snapshots, held } = exec::mounts::plan(&services, &exec, &spec.inputs, behalf).await?;
+        let Plan { root, mounts, snapshots, held } =
+            exec::mounts::plan(&services, &exec, &spec.inputs, behalf).await?;
         let end = CancellationToken::new();
         Ok(Self {
             services,
@@ -85,9 +96,15 @@ impl Container {
         })
     }
 
-    /// Starts a process: of `process`, what is the container's own is not used. The first one is the container's init, and its end is the others'.
-    /// What comes back resolves when the process has ended, which may also be because it could not start.
-    pub fn start(&self, mut process: ExecOp, tty: bool, mut wires: Wires) -> impl Future<Output = Result<ExitStatus>> + Send + 'static {
+    /// Starts a process: of `process`, what is the container's own is not used. The first one is
+    /// the container's init, and its end is the others'. What comes back resolves when the process
+    /// has ended, which may also be because it could not start.
+    pub fn start(
+        &self,
+        mut process: ExecOp,
+        tty: bool,
+        mut wires: Wires,
+    ) -> impl Future<Output = Result<ExitStatus>> + Send + 'static {
         process.network = self.spec.network;
         process.meta.hostname.clone_from(&self.spec.hostname);
         process.meta.extra_hosts.clone_from(&self.spec.extra_hosts);
@@ -101,7 +118,9 @@ impl Container {
             let held = held.ok_or_else(|| Fault::not_found("the container was released"))?;
             let op = Op::Exec(process);
             job.entitlements.check(&op)?;
-            let Op::Exec(process) = op else { return Err(Fault::internal("a process is no process")) };
+            let Op::Exec(process) = op else {
+                return Err(Fault::internal("a process is no process"));
+            };
             let env = exec::environment(&process, &job.sessions).await?;
             let mut spec = exec::process(&services, &process, env, &job.id, held);
             spec.tty = tty;
@@ -109,7 +128,11 @@ impl Container {
                 Some(((root, mounts), begin)) => {
                     if proxied {
                         let jobs = job.clone();
-                        spec.proxy = Some(services.proxy(Arc::new(move || vec![jobs.clone()]), Capture::default()).await?);
+                        spec.proxy = Some(
+                            services
+                                .proxy(Arc::new(move || vec![jobs.clone()]), Capture::default())
+                                .await?,
+                        );
                     }
                     spec.id = id;
                     let (started, runs) = oneshot::channel();
@@ -135,15 +158,21 @@ impl Container {
                 () = end.cancelled() => Err(Fault::cancelled()),
             }
         });
-        async move { task.await.unwrap_or_else(|e| Err(Fault::internal(format!("run a process in a container: {e}")))) }
+        async move {
+            task.await.unwrap_or_else(|e| {
+                Err(Fault::internal(format!("run a process in a container: {e}")))
+            })
+        }
     }
 
     /// The snapshot behind mount number `index`, for looking into.
     pub fn snapshot(&self, index: usize) -> Result<&[SnapshotMount]> {
-        let mount = self
-            .snapshots
-            .get(index)
-            .ok_or_else(|| Fault::invalid(format!("mount index {index} is out of bounds ({} available)", self.snapshots.len())))?;
+        let mount = self.snapshots.get(index).ok_or_else(|| {
+            Fault::invalid(format!(
+                "mount index {index} is out of bounds ({} available)",
+                self.snapshots.len()
+            ))
+        })?;
         mount.as_deref().ok_or_else(|| Fault::invalid(format!("mountable {index} not found")))
     }
 

@@ -30,20 +30,28 @@ impl Emulators {
     /// Emulators on `path`, a list as in `PATH`, for what is not among the platforms that the
     /// kernel runs.
     pub fn new(kernel: impl IntoIterator<Item = Platform>, path: &OsStr) -> Self {
-        Self { kernel: kernel.into_iter().collect(), dirs: std::env::split_paths(path).filter(|d| d.is_absolute()).collect() }
+        Self {
+            kernel: kernel.into_iter().collect(),
+            dirs: std::env::split_paths(path).filter(|d| d.is_absolute()).collect(),
+        }
     }
 
     /// The emulator for `platform`, where one is needed and there.
     fn find(&self, platform: &Platform) -> Option<PathBuf> {
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
-        let known = platform.os == "linux" && !platform.architecture.is_empty() && platform.architecture.chars().all(plain);
+        let known = platform.os == "linux"
+            && !platform.architecture.is_empty()
+            && platform.architecture.chars().all(plain);
         // Of one architecture's variants the processor decides by itself.
-        let runs = |p: &Platform| (&p.os, &p.architecture) == (&platform.os, &platform.architecture);
+        let runs =
+            |p: &Platform| (&p.os, &p.architecture) == (&platform.os, &platform.architecture);
         if !known || self.kernel.iter().any(runs) {
             return None;
         }
         let name = format!("buildkit-qemu-{}", qemu_name(&platform.architecture));
-        let is_program = |p: &PathBuf| std::fs::metadata(p).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
+        let is_program = |p: &PathBuf| {
+            std::fs::metadata(p).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+        };
         let found = self.dirs.iter().map(|dir| dir.join(&name)).find(is_program);
         if found.is_none() {
             tracing::debug!(%platform, "neither the kernel nor {name} runs this platform's programs");
@@ -52,10 +60,19 @@ impl Emulators {
     }
 
     /// Puts an emulator for `platform` before the program in `args`, where one is needed and there.
-    pub(crate) fn apply(&self, platform: &Platform, args: &mut Vec<String>, mounts: &mut Vec<ExecMount>) {
+    pub(crate) fn apply(
+        &self,
+        platform: &Platform,
+        args: &mut Vec<String>,
+        mounts: &mut Vec<ExecMount>,
+    ) {
         if let Some(emulator) = self.find(platform) {
             args.insert(0, PLACE.to_owned());
-            mounts.push(ExecMount { target: PLACE.to_owned(), source: MountSource::Host(emulator), read_only: true });
+            mounts.push(ExecMount {
+                target: PLACE.to_owned(),
+                source: MountSource::Host(emulator),
+                read_only: true,
+            });
         }
     }
 }
@@ -80,12 +97,20 @@ mod tests {
         let kernel = ["linux/amd64", "linux/386"].map(|p| p.parse().unwrap());
         let check = |platform: &str, expected: Option<&str>| {
             let (mut args, mut mounts) = (vec!["sh".to_owned()], Vec::new());
-            Emulators::new(kernel.clone(), &path).apply(&platform.parse().unwrap(), &mut args, &mut mounts);
+            Emulators::new(kernel.clone(), &path).apply(
+                &platform.parse().unwrap(),
+                &mut args,
+                &mut mounts,
+            );
             let sources = mounts.iter().map(|m| match &m.source {
                 MountSource::Host(path) => path.file_name().unwrap().to_str().unwrap(),
                 other => panic!("{other:?}"),
             });
-            assert_eq!(sources.collect::<Vec<_>>(), expected.into_iter().collect::<Vec<_>>(), "{platform}");
+            assert_eq!(
+                sources.collect::<Vec<_>>(),
+                expected.into_iter().collect::<Vec<_>>(),
+                "{platform}"
+            );
             assert_eq!(args.len(), 1 + mounts.len());
         };
         check("linux/arm64", Some("buildkit-qemu-aarch64"));

@@ -17,7 +17,10 @@ use crate::{
 pub use logs::LogLimits;
 use logs::StepLog;
 use mounts::{Behalf, Held, OutputState, Plan};
-use shipway_executor::{Edits, HostEntry, Keep, NetworkMode, OutputSink, ProcessSpec, ResourceLimits, Rlimit, Security, Stream, Wires};
+use shipway_executor::{
+    Edits, HostEntry, Keep, NetworkMode, OutputSink, ProcessSpec, ResourceLimits, Rlimit, Security,
+    Stream, Wires,
+};
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::quote;
 use shipway_llb::{ExecOp, Mount, NetMode, ProxyEnv, SecurityMode};
@@ -33,7 +36,12 @@ use std::{
 };
 
 /// Runs the process and commits what it wrote.
-pub(crate) async fn run(op: &LlbOp, exec: &ExecOp, inputs: Vec<ImmutableRef>, cx: &Context) -> Result<Vec<ImmutableRef>> {
+pub(crate) async fn run(
+    op: &LlbOp,
+    exec: &ExecOp,
+    inputs: Vec<ImmutableRef>,
+    cx: &Context,
+) -> Result<Vec<ImmutableRef>> {
     let jobs = (cx.jobs)();
     if !jobs.iter().any(|j| j.entitlements.check(&op.vertex.op).is_ok())
         && let Some(job) = jobs.first()
@@ -42,20 +50,30 @@ pub(crate) async fn run(op: &LlbOp, exec: &ExecOp, inputs: Vec<ImmutableRef>, cx
     }
     let sessions = LlbOp::sessions(cx)?;
     let behalf = Behalf { sessions: &sessions, reporter: &cx.reporter, jobs: &jobs };
-    let Plan { root, mut mounts, held, .. } = mounts::plan(&op.services, exec, &inputs, behalf).await?;
+    let Plan { root, mut mounts, held, .. } =
+        mounts::plan(&op.services, exec, &inputs, behalf).await?;
     let writable = root.mounts.clone();
     let env = environment(exec, &sessions).await?;
     let edits = op.services.edits(exec).await?;
-    // Held by the process too: were this future dropped, the snapshots would go before the process is dead.
+    // Held by the process too: were this future dropped, the snapshots would go before the process
+    // is dead.
     let held = Arc::new(Mutex::new(Some(held)));
-    let resources = jobs.iter().filter_map(|j| j.wishes.limits(op.vertex.digest)).reduce(|a, b| limits::wider(&a, &b));
-    let resources = resources.or_else(|| op.vertex.metadata.resources.clone()).as_ref().map(limits::of).unwrap_or_default();
+    let resources = jobs
+        .iter()
+        .filter_map(|j| j.wishes.limits(op.vertex.digest))
+        .reduce(|a, b| limits::wider(&a, &b));
+    let resources = resources
+        .or_else(|| op.vertex.metadata.resources.clone())
+        .as_ref()
+        .map(limits::of)
+        .unwrap_or_default();
     let fetched = exec.proxied.then(Capture::default);
     let proxy = match &fetched {
         Some(fetched) => Some(op.services.proxy(cx.jobs.clone(), fetched.clone()).await?),
         None => None,
     };
-    let process = process(&op.services, exec, env, jobs.first().map_or("", |j| &j.id), held.clone());
+    let process =
+        process(&op.services, exec, env, jobs.first().map_or("", |j| &j.id), held.clone());
     let mut process = ProcessSpec { resources, edits, proxy, ..process };
     op.services.emulators.apply(&op.vertex.platform, &mut process.args, &mut mounts);
     let log = Arc::new(StepLog::new(cx.reporter.clone(), op.services.log_limits));
@@ -76,7 +94,9 @@ pub(crate) async fn run(op: &LlbOp, exec: &ExecOp, inputs: Vec<ImmutableRef>, cx
     op.fetched(fetched);
     let held = held.lock().unwrap_or_else(PoisonError::into_inner).take();
     let held = held.ok_or_else(|| Fault::internal("the snapshots of a step are gone"))?;
-    if let Err(fault) = outcome::judge(&name, &exec.meta.valid_exit_codes, status, &log, &writable).await {
+    if let Err(fault) =
+        outcome::judge(&name, &exec.meta.valid_exit_codes, status, &log, &writable).await
+    {
         log.flush();
         return Err(failed(op, exec, &inputs, held, fault));
     }
@@ -106,7 +126,9 @@ async fn commit(op: &LlbOp, held: Held, name: &str, cx: &Context) -> Result<Vec<
         let Some(index) = held.output else { continue };
         let result = match held.state {
             OutputState::Same(same) => same,
-            OutputState::Written { state, dest } => op.commit(state, format!("mount {dest} from exec {name}"), Some(index), cx).await?,
+            OutputState::Written { state, dest } => {
+                op.commit(state, format!("mount {dest} from exec {name}"), Some(index), cx).await?
+            }
         };
         results[index] = Some(result);
     }
@@ -121,9 +143,19 @@ pub(crate) fn container_id() -> String {
 }
 
 /// The process of `exec`, without limits.
-pub(crate) fn process(services: &Services, exec: &ExecOp, env: Vec<String>, job: &str, held: Arc<Mutex<Option<Held>>>) -> ProcessSpec {
+pub(crate) fn process(
+    services: &Services,
+    exec: &ExecOp,
+    env: Vec<String>,
+    job: &str,
+    held: Arc<Mutex<Option<Held>>>,
+) -> ProcessSpec {
     let meta = &exec.meta;
-    let parent = if meta.cgroup_parent.is_empty() { services.cgroup_parent.clone() } else { Some(meta.cgroup_parent.clone()) };
+    let parent = if meta.cgroup_parent.is_empty() {
+        services.cgroup_parent.clone()
+    } else {
+        Some(meta.cgroup_parent.clone())
+    };
     ProcessSpec {
         id: container_id(),
         group: job.to_owned(),
@@ -132,7 +164,11 @@ pub(crate) fn process(services: &Services, exec: &ExecOp, env: Vec<String>, job:
         cwd: meta.cwd.clone(),
         user: meta.user.clone(),
         hostname: meta.hostname.clone(),
-        extra_hosts: meta.extra_hosts.iter().map(|h| HostEntry { host: h.host.clone(), ip: h.ip.clone() }).collect(),
+        extra_hosts: meta
+            .extra_hosts
+            .iter()
+            .map(|h| HostEntry { host: h.host.clone(), ip: h.ip.clone() })
+            .collect(),
         network: match exec.network {
             NetMode::Unset => NetworkMode::Default,
             NetMode::Host => NetworkMode::Host,
@@ -142,7 +178,11 @@ pub(crate) fn process(services: &Services, exec: &ExecOp, env: Vec<String>, job:
             SecurityMode::Sandbox => Security::Sandbox,
             SecurityMode::Insecure => Security::Insecure,
         },
-        rlimits: meta.ulimits.iter().map(|u| Rlimit { name: u.name.clone(), soft: u.soft, hard: u.hard }).collect(),
+        rlimits: meta
+            .ulimits
+            .iter()
+            .map(|u| Rlimit { name: u.name.clone(), soft: u.soft, hard: u.hard })
+            .collect(),
         cgroup_parent: parent,
         resources: ResourceLimits::default(),
         edits: Edits::default(),
@@ -163,20 +203,31 @@ fn proxies(proxy: &ProxyEnv) -> impl Iterator<Item = String> + '_ {
     ]
     .into_iter()
     .filter(|(_, value)| !value.is_empty())
-    .flat_map(|(name, value)| [format!("{}={value}", name.to_uppercase()), format!("{name}={value}")])
+    .flat_map(|(name, value)| {
+        [format!("{}={value}", name.to_uppercase()), format!("{name}={value}")]
+    })
 }
 
-/// The environment with proxies (row `exec.proxyenv`) and secrets (row `exec.secretenv`); PATH is the executor's.
+/// The environment with proxies (row `exec.proxyenv`) and secrets (row `exec.secretenv`); PATH is
+/// the executor's.
 pub(crate) async fn environment(exec: &ExecOp, sessions: &SessionGroup) -> Result<Vec<String>> {
     let mut env = exec.meta.env.clone();
     env.extend(exec.meta.proxy.iter().flat_map(proxies));
     for wanted in &exec.secret_env {
         if wanted.id.is_empty() {
-            return Err(Fault::invalid(format!("secret ID missing for {} environment variable", quote(&wanted.name))));
+            return Err(Fault::invalid(format!(
+                "secret ID missing for {} environment variable",
+                quote(&wanted.name)
+            )));
         }
-        let value = mounts::secret(sessions, &wanted.id, wanted.optional).await?.unwrap_or_default();
-        let value = String::from_utf8(value)
-            .map_err(|_| Fault::invalid(format!("secret {} is not text and cannot be the value of variable {}", wanted.id, wanted.name)))?;
+        let value =
+            mounts::secret(sessions, &wanted.id, wanted.optional).await?.unwrap_or_default();
+        let value = String::from_utf8(value).map_err(|_| {
+            Fault::invalid(format!(
+                "secret {} is not text and cannot be the value of variable {}",
+                wanted.id, wanted.name
+            ))
+        })?;
         env.push(format!("{}={value}", wanted.name));
     }
     Ok(env)

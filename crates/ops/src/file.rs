@@ -1,4 +1,5 @@
-//! File actions (rows `file.*`): the key, what is read of the inputs, and the order in which actions are done on states.
+//! File actions (rows `file.*`): the key, what is read of the inputs, and the order in which
+//! actions are done on states.
 
 mod actions;
 mod chmod;
@@ -89,7 +90,12 @@ struct Runner<'a> {
 }
 
 /// Does the actions that the outputs need and commits the outputs.
-pub(crate) async fn run(op: &LlbOp, file: &FileOp, inputs: Vec<ImmutableRef>, cx: &Context) -> Result<Vec<ImmutableRef>> {
+pub(crate) async fn run(
+    op: &LlbOp,
+    file: &FileOp,
+    inputs: Vec<ImmutableRef>,
+    cx: &Context,
+) -> Result<Vec<ImmutableRef>> {
     let count = output_count(file)?;
     let order = order(file, inputs.len())?;
     let mut results = Vec::new();
@@ -124,10 +130,14 @@ fn output_count(file: &FileOp) -> Result<usize> {
 /// The actions whose results an action needs.
 fn needs(action: &FileAction, inputs: usize) -> Vec<usize> {
     let [user, group] = lookups(&action.kind);
-    [action.input, action.secondary, user, group].into_iter().filter_map(|n| n?.checked_sub(inputs)).collect()
+    [action.input, action.secondary, user, group]
+        .into_iter()
+        .filter_map(|n| n?.checked_sub(inputs))
+        .collect()
 }
 
-/// The actions that the outputs need, each after those that it needs itself. They may be written in any order, but not in circles.
+/// The actions that the outputs need, each after those that it needs itself. They may be written in
+/// any order, but not in circles.
 fn order(file: &FileOp, inputs: usize) -> Result<Vec<usize>> {
     #[derive(Clone, Copy, PartialEq)]
     enum Mark {
@@ -137,7 +147,13 @@ fn order(file: &FileOp, inputs: usize) -> Result<Vec<usize>> {
     }
     let mut marks = vec![Mark::Unseen; file.actions.len()];
     let mut order = Vec::new();
-    let absent = |index: usize| Fault::invalid(format!("invalid input index {}, {} provided", index + inputs, inputs + file.actions.len()));
+    let absent = |index: usize| {
+        Fault::invalid(format!(
+            "invalid input index {}, {} provided",
+            index + inputs,
+            inputs + file.actions.len()
+        ))
+    };
     for start in (0..file.actions.len()).filter(|i| file.actions[*i].output.is_some()) {
         // Each with what it needs and has not been looked at yet.
         let mut way: Vec<(usize, Vec<usize>)> = Vec::new();
@@ -145,7 +161,9 @@ fn order(file: &FileOp, inputs: usize) -> Result<Vec<usize>> {
         loop {
             if let Some(index) = next.take() {
                 match marks.get(index).ok_or_else(|| absent(index))? {
-                    Mark::Open => return Err(Fault::invalid(format!("loop from index {}", index + inputs))),
+                    Mark::Open => {
+                        return Err(Fault::invalid(format!("loop from index {}", index + inputs)));
+                    }
                     Mark::Done => {}
                     Mark::Unseen => {
                         marks[index] = Mark::Open;
@@ -188,7 +206,8 @@ fn lookups(kind: &FileActionKind) -> [Option<usize>; 2] {
 }
 
 impl Runner<'_> {
-    /// Whether the result of action `index` is read by nobody but the one action that goes on writing it.
+    /// Whether the result of action `index` is read by nobody but the one action that goes on
+    /// writing it.
     fn is_passed_on(&self, index: usize) -> bool {
         let number = self.inputs.len() + index;
         let wanted = |a: &FileAction| {
@@ -212,12 +231,27 @@ impl Runner<'_> {
                 if let Some(beside) = beside {
                     let stop = Stop::default();
                     let _guard = StopOnDrop(stop.clone());
-                    let copied = tokio::task::spawn_blocking(move || beside.copy(&|| stop.check().is_ok())).await;
-                    copied.map_err(|e| Fault::internal(format!("copying files did not end well: {e}")))??;
+                    let copied =
+                        tokio::task::spawn_blocking(move || beside.copy(&|| stop.check().is_ok()))
+                            .await;
+                    copied.map_err(|e| {
+                        Fault::internal(format!("copying files did not end well: {e}"))
+                    })??;
                 }
-                self.op.commit(state, self.op.vertex.name.clone(), self.file.actions[index].output, self.cx).await?
+                self.op
+                    .commit(
+                        state,
+                        self.op.vertex.name.clone(),
+                        self.file.actions[index].output,
+                        self.cx,
+                    )
+                    .await?
             }
-            None => return Err(Fault::invalid(format!("the result of file action {index} is used before it is there"))),
+            None => {
+                return Err(Fault::invalid(format!(
+                    "the result of file action {index} is used before it is there"
+                )));
+            }
         };
         self.results[index] = Some(State::Done(done.clone()));
         Ok(done)
@@ -254,21 +288,29 @@ impl Runner<'_> {
         if state.is_scratch() {
             return Ok(None);
         }
-        state.realise(Some(&self.cx.reporter)).await?;
+        state.materialize(Some(&self.cx.reporter)).await?;
         Ok(Some(Readable { mount: state.mount().await?, _empty: None }))
     }
 
     /// A new state on `parent`.
     async fn writable(&self, parent: Option<&ImmutableRef>) -> Result<(MutableRef, LocalMount)> {
         let name = self.op.vertex.name.clone();
-        let state = self.op.services.refs.mutable(parent, name, RecordType::Regular, Some(&self.cx.reporter)).await?;
+        let state = self
+            .op
+            .services
+            .refs
+            .mutable(parent, name, RecordType::Regular, Some(&self.cx.reporter))
+            .await?;
         let mount = state.mount().await?;
         Ok((state, mount))
     }
 
-    /// How a copy may do without the mount: if it is all there is to do, so that nothing looks at the files in between.
+    /// How a copy may do without the mount: if it is all there is to do, so that nothing looks at
+    /// the files in between.
     async fn beside(&self, action: &FileAction, state: &MutableRef) -> Result<Option<Beside>> {
-        let ([FileAction { kind: FileActionKind::Copy(_), .. }], Some(source)) = (&self.file.actions[..], action.secondary) else {
+        let ([FileAction { kind: FileActionKind::Copy(_), .. }], Some(source)) =
+            (&self.file.actions[..], action.secondary)
+        else {
             return Ok(None);
         };
         let Some(source) = self.inputs.get(source) else { return Ok(None) };
@@ -296,33 +338,51 @@ impl Runner<'_> {
         let stop = Stop::default();
         let guard = StopOnDrop(stop.clone());
         let kind = action.kind.clone();
-        // The closure owns what it works on, so that it is not unmounted under it when nobody waits any more.
+        // The closure owns what it works on, so that it is not unmounted under it when nobody waits
+        // any more.
         let work = tokio::task::spawn_blocking(move || {
-            let owners = OwnerRoots { user: user.as_ref().map(Readable::path), group: group.as_ref().map(Readable::path) };
-            let done = act(&kind, mount.path(), source.as_ref().map(Readable::path), &owners, beside.as_ref(), &stop);
+            let owners = OwnerRoots {
+                user: user.as_ref().map(Readable::path),
+                group: group.as_ref().map(Readable::path),
+            };
+            let done = act(
+                &kind,
+                mount.path(),
+                source.as_ref().map(Readable::path),
+                &owners,
+                beside.as_ref(),
+                &stop,
+            );
             (done, Open { state, mount, beside })
         });
-        let (done, open) = work.await.map_err(|e| Fault::internal(format!("a file action did not end well: {e}")))?;
+        let (done, open) = work
+            .await
+            .map_err(|e| Fault::internal(format!("a file action did not end well: {e}")))?;
         drop(guard);
         // Kept after a failure, too: it shows how far things came.
         self.results[index] = Some(State::Open(Box::new(open)));
         done
     }
 
-    /// The failure of action `index`, with the states to look into: what it changed, and what it copied from.
+    /// The failure of action `index`, with the states to look into: what it changed, and what it
+    /// copied from.
     async fn failed(&mut self, index: usize, fault: Fault) -> Fault {
         if fault.is_cancelled() {
             return fault;
         }
-        let mut shown_states: Places = std::iter::repeat_with(|| None).take(self.file.actions.len()).collect();
-        let source = self.file.actions[index].secondary.and_then(|n| n.checked_sub(self.inputs.len()));
+        let mut shown_states: Places =
+            std::iter::repeat_with(|| None).take(self.file.actions.len()).collect();
+        let source =
+            self.file.actions[index].secondary.and_then(|n| n.checked_sub(self.inputs.len()));
         for shown in source.into_iter().chain([index]) {
             if let Ok(state) = self.done(shown).await {
                 shown_states[shown] = Some(Remain::Done(state));
             }
         }
-        // What is wrong with the user's files is a failure of the build: nothing that the client asked for by name is `NotFound`.
-        let fault = if fault.class() == Class::User { fault.with_code(Code::Unknown) } else { fault };
+        // What is wrong with the user's files is a failure of the build: nothing that the client
+        // asked for by name is `NotFound`.
+        let fault =
+            if fault.class() == Class::User { fault.with_code(Code::Unknown) } else { fault };
         let inputs = self.inputs.iter().map(|i| Some(Remain::Done(i.clone()))).collect();
         let subject = Subject::FileAction(i64::try_from(index).unwrap_or(-1));
         Remains::attach(fault, &self.op.vertex, inputs, shown_states, Some(subject))
@@ -371,15 +431,24 @@ mod tests {
 
     /// Actions on one input: what each changes, what it copies from, and its output.
     #[track_caller]
-    fn check_order(actions: &[(Option<usize>, Option<usize>, Option<usize>)], expected: Result<&[usize], &str>) {
-        let action = |(input, secondary, output): &(Option<usize>, Option<usize>, Option<usize>)| FileAction {
-            input: *input,
-            secondary: *secondary,
-            output: *output,
-            kind: FileActionKind::Copy(Default::default()),
-        };
+    fn check_order(
+        actions: &[(Option<usize>, Option<usize>, Option<usize>)],
+        expected: Result<&[usize], &str>,
+    ) {
+        let action =
+            |(input, secondary, output): &(Option<usize>, Option<usize>, Option<usize>)| {
+                FileAction {
+                    input: *input,
+                    secondary: *secondary,
+                    output: *output,
+                    kind: FileActionKind::Copy(Default::default()),
+                }
+            };
         let file = FileOp { actions: actions.iter().map(action).collect() };
-        assert_eq!(order(&file, 1).map_err(|e| e.to_string()), expected.map(<[usize]>::to_vec).map_err(str::to_owned));
+        assert_eq!(
+            order(&file, 1).map_err(|e| e.to_string()),
+            expected.map(<[usize]>::to_vec).map_err(str::to_owned)
+        );
     }
 
     #[test]
@@ -387,7 +456,10 @@ mod tests {
         check_order(&[(Some(0), None, None), (Some(1), None, Some(0))], Ok(&[0, 1]));
         check_order(&[(Some(2), None, Some(0)), (Some(0), None, None)], Ok(&[1, 0]));
         check_order(&[(Some(0), None, None), (Some(0), None, Some(0))], Ok(&[1]));
-        check_order(&[(Some(0), Some(3), Some(0)), (None, Some(3), Some(1)), (None, None, None)], Ok(&[2, 0, 1]));
+        check_order(
+            &[(Some(0), Some(3), Some(0)), (None, Some(3), Some(1)), (None, None, None)],
+            Ok(&[2, 0, 1]),
+        );
         check_order(&[(Some(2), None, Some(0)), (Some(1), None, None)], Err("loop from index 1"));
         check_order(&[(Some(1), None, Some(0))], Err("loop from index 1"));
         check_order(&[(Some(7), None, Some(0))], Err("invalid input index 7, 2 provided"));

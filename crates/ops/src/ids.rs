@@ -8,7 +8,9 @@ use std::fmt::Write as _;
 /// who reaches the daemon may ask for any id.
 pub fn random_id() -> Result<String> {
     let mut bytes = [0u8; 16];
-    SystemRandom::new().fill(&mut bytes).map_err(|_| Fault::internal("the system gives no random numbers"))?;
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| Fault::internal("the system gives no random numbers"))?;
     Ok(bytes.iter().fold(String::with_capacity(32), |mut id, byte| {
         let _ = write!(id, "{byte:02x}");
         id

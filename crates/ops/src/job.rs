@@ -16,7 +16,8 @@ use std::{
 };
 use tokio::sync::OnceCell;
 
-/// What a build may do beyond the sandbox (row `so.ent`); granted by the daemon and asked for by the build.
+/// What a build may do beyond the sandbox (row `so.ent`); granted by the daemon and asked for by
+/// the build.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Entitlements {
     /// `network.host`.
@@ -28,12 +29,14 @@ pub struct Entitlements {
 }
 
 impl Entitlements {
-    /// Refuses an operation that asks for more, in BuildKit's words; what is said of devices, [`Entitlements::grant_devices`] does.
+    /// Refuses an operation that asks for more, in BuildKit's words; what is said of devices,
+    /// [`Entitlements::grant_devices`] does.
     pub fn check(&self, op: &Op) -> Result<()> {
         let Op::Exec(exec) = op else { return Ok(()) };
         let refuse = |name: &str| {
-            Err(Fault::new(Code::PermissionDenied, format!("{name} is not allowed"))
-                .hint(format!("ask for it with `--allow {name}`; the daemon's configuration must allow it too")))
+            Err(Fault::new(Code::PermissionDenied, format!("{name} is not allowed")).hint(format!(
+                "ask for it with `--allow {name}`; the daemon's configuration must allow it too"
+            )))
         };
         if exec.network == NetMode::Host && !self.network_host {
             return refuse("network.host");

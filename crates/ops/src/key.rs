@@ -1,5 +1,6 @@
-//! Encoding of what an operation's key depends on: a text in which every string is length-prefixed, hashed. Unlike a rendering for people it
-//! stays the same when types gain fields, because every field is written by hand.
+//! Encoding of what an operation's key depends on: a text in which every string is length-prefixed,
+//! hashed. Unlike a rendering for people it stays the same when types gain fields, because every
+//! field is written by hand.
 
 use shipway_oci::Digest;
 use std::fmt::Write as _;
@@ -55,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neighbouring_values_cannot_be_confused() {
+    fn neighboring_values_cannot_be_confused() {
         let key = |a: &str, b: &str| KeyWriter::new("k").text("a", a).text("b", b).digest();
         assert_ne!(key("x\nb 1:y", ""), key("x", "y"));
     }

@@ -56,7 +56,8 @@ impl LlbOp {
         self.vertex.metadata.export_cache != Some(ExportCache::No)
     }
 
-    /// Notes in `capture` what the operation used (row `at.prov.capture`). A source tells once it is pinned.
+    /// Notes in `capture` what the operation used (row `at.prov.capture`). A source tells once it
+    /// is pinned.
     pub fn capture(&self, capture: &mut Capture) -> Result<()> {
         match &self.vertex.op {
             Op::Source(_) => {
@@ -75,7 +76,8 @@ impl LlbOp {
                 exec.secret_env.iter().for_each(|s| capture.add_secret(&s.id, s.optional));
                 capture.network |= exec.network != NetMode::None;
                 if exec.proxied {
-                    let fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                    let fetched =
+                        self.fetched.lock().unwrap_or_else(PoisonError::into_inner).clone();
                     let (op, name) = (self.vertex.digest.to_string(), exec.meta.args.join(" "));
                     exec::proxied::tell(fetched.as_ref(), &op, &name, capture);
                 }
@@ -93,13 +95,20 @@ impl LlbOp {
 
     fn spec(&self) -> Option<SourceSpec> {
         let Op::Source(source) = &self.vertex.op else { return None };
-        Some(SourceSpec { identifier: source.identifier.clone(), attrs: source.attrs.clone(), platform: self.vertex.platform.clone() })
+        Some(SourceSpec {
+            identifier: source.identifier.clone(),
+            attrs: source.attrs.clone(),
+            platform: self.vertex.platform.clone(),
+        })
     }
 
     fn source(&self, cx: &Context) -> Result<Option<(SourceSpec, SourceContext)>> {
         let Some(spec) = self.spec() else { return Ok(None) };
         let memo = (cx.jobs)().first().map(|j| j.memo.clone()).unwrap_or_default();
-        Ok(Some((spec, SourceContext { sessions: Self::sessions(cx)?, reporter: cx.reporter.clone(), memo })))
+        Ok(Some((
+            spec,
+            SourceContext { sessions: Self::sessions(cx)?, reporter: cx.reporter.clone(), memo },
+        )))
     }
 
     async fn pin(&self, spec: &SourceSpec, source: &SourceContext) -> Result<&Pin> {
@@ -113,15 +122,27 @@ impl LlbOp {
         }
         match &self.vertex.op {
             Op::Source(_) => {
-                let Some((spec, source)) = self.source(cx)? else { return Err(Fault::internal("a source is no source")) };
+                let Some((spec, source)) = self.source(cx)? else {
+                    return Err(Fault::internal("a source is no source"));
+                };
                 let pin = self.pin(&spec, &source).await?;
-                Ok(CacheMap { keys: pin.keys.clone(), inputs: Vec::new(), ephemeral: pin.ephemeral })
+                Ok(CacheMap {
+                    keys: pin.keys.clone(),
+                    inputs: Vec::new(),
+                    ephemeral: pin.ephemeral,
+                })
             }
             Op::Exec(op) => exec::cache_map(op, &self.vertex),
             Op::File(op) => file::cache_map(op, &self.vertex),
-            Op::Passthrough(op) => Ok(keyed("shipway.passthrough.v1", &op.id, &op.outputs, self.vertex.inputs.len())),
-            Op::Merge(op) => Ok(keyed("shipway.merge.v1", "", &op.inputs, self.vertex.inputs.len())),
-            Op::Diff(op) => Ok(keyed("shipway.diff.v1", "", &(op.lower, op.upper), self.vertex.inputs.len())),
+            Op::Passthrough(op) => {
+                Ok(keyed("shipway.passthrough.v1", &op.id, &op.outputs, self.vertex.inputs.len()))
+            }
+            Op::Merge(op) => {
+                Ok(keyed("shipway.merge.v1", "", &op.inputs, self.vertex.inputs.len()))
+            }
+            Op::Diff(op) => {
+                Ok(keyed("shipway.diff.v1", "", &(op.lower, op.upper), self.vertex.inputs.len()))
+            }
             Op::Build(op) => {
                 let asked = (&op.builder, &op.inputs, &op.definition, &op.attrs);
                 Ok(keyed("shipway.build.v1", "", &asked, self.vertex.inputs.len()))
@@ -132,7 +153,9 @@ impl LlbOp {
     async fn work(&self, inputs: Vec<ImmutableRef>, cx: &Context) -> Result<Vec<ImmutableRef>> {
         match &self.vertex.op {
             Op::Source(_) => {
-                let Some((spec, source)) = self.source(cx)? else { return Err(Fault::internal("a source is no source")) };
+                let Some((spec, source)) = self.source(cx)? else {
+                    return Err(Fault::internal("a source is no source"));
+                };
                 let pin = self.pin(&spec, &source).await?;
                 let state = self.services.sources.fetch(&spec, pin, &source).await?;
                 state.reported_by(&cx.reporter);
@@ -143,23 +166,40 @@ impl LlbOp {
             Op::Passthrough(op) => op
                 .outputs
                 .iter()
-                .map(|i| inputs.get(*i).cloned().ok_or_else(|| Fault::invalid(format!("passthrough of input {i}, which does not exist"))))
+                .map(|i| {
+                    inputs.get(*i).cloned().ok_or_else(|| {
+                        Fault::invalid(format!("passthrough of input {i}, which does not exist"))
+                    })
+                })
                 .collect(),
             Op::Merge(op) => {
-                let parts: Vec<ImmutableRef> = op.inputs.iter().filter_map(|i| inputs.get((*i)?).cloned()).collect();
+                let parts: Vec<ImmutableRef> =
+                    op.inputs.iter().filter_map(|i| inputs.get((*i)?).cloned()).collect();
                 Ok(vec![self.services.refs.merge(&parts, self.vertex.name.clone()).await?])
             }
             Op::Diff(op) => {
-                let state = |i: Option<usize>| i.and_then(|i| inputs.get(i)).filter(|s| !s.is_scratch());
-                Ok(vec![self.services.refs.diff(state(op.lower), state(op.upper), self.vertex.name.clone()).await?])
+                let state =
+                    |i: Option<usize>| i.and_then(|i| inputs.get(i)).filter(|s| !s.is_scratch());
+                Ok(vec![
+                    self.services
+                        .refs
+                        .diff(state(op.lower), state(op.upper), self.vertex.name.clone())
+                        .await?,
+                ])
             }
             Op::Build(op) => Ok(vec![build::run(op, &self.vertex, &inputs, cx).await?]),
         }
     }
 
     /// The failing operation as a typed detail, with the states that went into it.
-    pub(crate) fn failed(&self, fault: Fault, inputs: &[ImmutableRef], subject: Option<shipway_fault::Subject>) -> Fault {
-        if fault.is_cancelled() || fault.details().iter().any(|d| matches!(d, Detail::Solve { .. })) {
+    pub(crate) fn failed(
+        &self,
+        fault: Fault,
+        inputs: &[ImmutableRef],
+        subject: Option<shipway_fault::Subject>,
+    ) -> Fault {
+        if fault.is_cancelled() || fault.details().iter().any(|d| matches!(d, Detail::Solve { .. }))
+        {
             return fault;
         }
         let inputs = inputs.iter().map(|i| Some(Remain::Done(i.clone()))).collect();
@@ -182,7 +222,12 @@ impl Operation for LlbOp {
         self.map(cx).await.map_err(|e| self.failed(e, &[], None))
     }
 
-    async fn content_key(&self, input: usize, value: &ImmutableRef, cx: &Context) -> Result<Option<Digest>> {
+    async fn content_key(
+        &self,
+        input: usize,
+        value: &ImmutableRef,
+        cx: &Context,
+    ) -> Result<Option<Digest>> {
         let selectors = match &self.vertex.op {
             Op::Exec(op) => exec::selectors(op, input),
             Op::File(op) => file::selectors(op, input)?,

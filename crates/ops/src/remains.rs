@@ -1,6 +1,8 @@
-//! What an operation leaves when it fails: states that somebody may want to look into (row `err.solve`).
+//! What an operation leaves when it fails: states that somebody may want to look into (row
+//! `err.solve`).
 //!
-//! They live as long as the fault that they go with. What a process wrote is committed only when it is asked for, since nearly nobody asks.
+//! They live as long as the fault that they go with. What a process wrote is committed only when it
+//! is asked for, since nearly nobody asks.
 
 use crate::random_id;
 use shipway_fault::{Detail, Fault, Kept, Result, Subject};
@@ -35,13 +37,26 @@ pub struct Remains(Vec<(String, Entry)>);
 pub(crate) type Places = Vec<Option<Remain>>;
 
 impl Remains {
-    /// Attaches the states of the failed operation `op` to its fault: what went into it, and what it was working on.
-    pub(crate) fn attach(fault: Fault, op: &Vertex, inputs: Places, mounts: Places, subject: Option<Subject>) -> Fault {
+    /// Attaches the states of the failed operation `op` to its fault: what went into it, and what
+    /// it was working on.
+    pub(crate) fn attach(
+        fault: Fault,
+        op: &Vertex,
+        inputs: Places,
+        mounts: Places,
+        subject: Option<Subject>,
+    ) -> Fault {
         let mut remains = Self(Vec::new());
         let input_ids = inputs.into_iter().map(|i| remains.add(i)).collect();
         let mount_ids = mounts.into_iter().map(|m| remains.add(m)).collect();
         let description = op.metadata.description.clone();
-        let fault = fault.detail(Detail::Solve { input_ids, mount_ids, op: op.shown().to_vec(), subject, description });
+        let fault = fault.detail(Detail::Solve {
+            input_ids,
+            mount_ids,
+            op: op.shown().to_vec(),
+            subject,
+            description,
+        });
         fault.detail(Detail::Kept(Kept(Arc::new(remains))))
     }
 
@@ -50,13 +65,17 @@ impl Remains {
         let entry = match remain {
             None => return String::new(),
             Some(Remain::Done(state)) => {
-                let same = |entry: &Entry| matches!(entry, Entry::Done(known) if known.id() == state.id());
+                let same =
+                    |entry: &Entry| matches!(entry, Entry::Done(known) if known.id() == state.id());
                 if let Some((id, _)) = self.0.iter().find(|(_, entry)| same(entry)) {
                     return id.clone();
                 }
                 Entry::Done(state)
             }
-            Some(Remain::Written(state)) => Entry::Written(Box::new(Written { open: Mutex::new(Some(state)), committed: OnceCell::new() })),
+            Some(Remain::Written(state)) => Entry::Written(Box::new(Written {
+                open: Mutex::new(Some(state)),
+                committed: OnceCell::new(),
+            })),
         };
         // Without an id nobody can ask for the state; the failure itself is told all the same.
         let Ok(id) = random_id() else { return String::new() };
@@ -80,12 +99,16 @@ impl Remains {
     /// The state `id`.
     pub async fn state(&self, id: &str) -> Result<ImmutableRef> {
         let entry = self.0.iter().find(|(known, _)| known == id).map(|(_, entry)| entry);
-        match entry.ok_or_else(|| Fault::not_found(format!("no state {id} of a failed operation")))? {
+        match entry
+            .ok_or_else(|| Fault::not_found(format!("no state {id} of a failed operation")))?
+        {
             Entry::Done(state) => Ok(state.clone()),
             Entry::Written(written) => {
                 let commit = || async {
                     let state = written.open.lock().unwrap_or_else(PoisonError::into_inner).take();
-                    let state = state.ok_or_else(|| Fault::not_found(format!("the state {id} of a failed operation was lost")))?;
+                    let state = state.ok_or_else(|| {
+                        Fault::not_found(format!("the state {id} of a failed operation was lost"))
+                    })?;
                     let description = state.description().to_owned();
                     state.commit(description).await
                 };

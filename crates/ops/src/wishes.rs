@@ -1,4 +1,5 @@
-//! What a build wants of vertices that is no part of what they are: another build that shares them may want something else.
+//! What a build wants of vertices that is no part of what they are: another build that shares them
+//! may want something else.
 
 use crate::exec::mounts::id_of;
 use shipway_llb::{Graph, LinuxResources, MountKind, Op};
@@ -16,7 +17,8 @@ pub struct Wishes(Arc<Mutex<State>>);
 struct State {
     /// Limits of steps.
     limits: HashMap<Digest, LinuxResources>,
-    /// Cache mounts that begin empty in this build: their ids, and whether they have something to begin with.
+    /// Cache mounts that begin empty in this build: their ids, and whether they have something to
+    /// begin with.
     empty: HashSet<(String, bool)>,
     /// Keys of those that were emptied already.
     emptied: HashSet<String>,
@@ -49,8 +51,8 @@ impl Wishes {
         self.lock().limits.get(&vertex).cloned()
     }
 
-    /// Calls `empty` if the cache mount `id`, whose key is `key`, begins empty in this build and was not emptied yet. What one step of the build
-    /// leaves in it is there for the next one.
+    /// Calls `empty` if the cache mount `id`, whose key is `key`, begins empty in this build and
+    /// was not emptied yet. What one step of the build leaves in it is there for the next one.
     pub(crate) fn empty_once(&self, id: &str, nested: bool, key: &str, empty: impl FnOnce()) {
         let mut state = self.lock();
         // Done under the lock: a step that runs beside this one must not get what is thrown away.
@@ -84,8 +86,13 @@ mod tests {
     #[test]
     fn a_cache_mount_is_emptied_once_and_limits_are_found() {
         let wishes = Wishes::default();
-        let graph = |vertices| Graph { vertices, result: Edge { vertex: 0, output: 0 }, source: None };
-        wishes.note(&graph(vec![vertex("a", "x", true, 0), vertex("b", "", true, 5), vertex("c", "y", false, 7)]));
+        let graph =
+            |vertices| Graph { vertices, result: Edge { vertex: 0, output: 0 }, source: None };
+        wishes.note(&graph(vec![
+            vertex("a", "x", true, 0),
+            vertex("b", "", true, 5),
+            vertex("c", "y", false, 7),
+        ]));
         let empties = |id: &str, nested: bool| {
             let mut done = false;
             wishes.empty_once(id, nested, &format!("key-{id}"), || done = true);

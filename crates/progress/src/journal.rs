@@ -31,7 +31,11 @@ pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) fn weight(event: &Event) -> usize {
     OVERHEAD
         + match event {
-            Event::Vertex(v) => v.name.len() + v.inputs.len() * size_of::<Digest>() + v.error.as_ref().map_or(0, String::len),
+            Event::Vertex(v) => {
+                v.name.len()
+                    + v.inputs.len() * size_of::<Digest>()
+                    + v.error.as_ref().map_or(0, String::len)
+            }
             Event::Status(s) => s.id.len() + s.name.len(),
             Event::Log(l) => l.bytes.len(),
             Event::Warning(w) => warning_weight(w),
@@ -39,7 +43,9 @@ pub(crate) fn weight(event: &Event) -> usize {
 }
 
 fn warning_weight(w: &WarningUpdate) -> usize {
-    let text = w.short.len() + w.url.len() + w.detail.iter().map(|d| d.len() + size_of::<String>()).sum::<usize>();
+    let text = w.short.len()
+        + w.url.len()
+        + w.detail.iter().map(|d| d.len() + size_of::<String>()).sum::<usize>();
     text + w.source.as_ref().map_or(0, |s| size_of_val(&s.spans[..]))
 }
 
@@ -55,7 +61,8 @@ pub(crate) struct JournalInner {
 
 #[derive(Default)]
 struct JournalState {
-    /// Events in order, with numbers that only grow; what a later event stands for is `None` until the list is tidied.
+    /// Events in order, with numbers that only grow; what a later event stands for is `None` until
+    /// the list is tidied.
     events: Vec<(u64, Option<Event>)>,
     next: u64,
     /// How many of `events` are `None`.
@@ -82,7 +89,8 @@ impl JournalState {
             },
             event => event,
         };
-        // The state of a counter stands for all earlier ones, and so does that of a vertex where memory is short.
+        // The state of a counter stands for all earlier ones, and so does that of a vertex where
+        // memory is short.
         let short = self.memory + weight(&event) > MAX_MEMORY;
         let replaced = match &event {
             Event::Status(s) => self.counters.get(&s.vertex).and_then(|c| c.get(&s.id)).copied(),
@@ -133,12 +141,19 @@ impl JournalState {
         if std::mem::replace(&mut self.clipped, true) {
             return false;
         }
-        let notice = format!("\n[output clipped, log limit {}MiB of the build reached]\n", MAX_MEMORY >> 20);
-        self.append(Event::Log(Arc::new(LogUpdate { vertex, stream, bytes: notice.into_bytes().into(), time: SystemTime::now() })));
+        let notice =
+            format!("\n[output clipped, log limit {}MiB of the build reached]\n", MAX_MEMORY >> 20);
+        self.append(Event::Log(Arc::new(LogUpdate {
+            vertex,
+            stream,
+            bytes: notice.into_bytes().into(),
+            time: SystemTime::now(),
+        })));
         true
     }
 
-    /// The warning as it is kept, if it still is: short enough, and with one copy of its source for all that point into it.
+    /// The warning as it is kept, if it still is: short enough, and with one copy of its source for
+    /// all that point into it.
     fn bounded(&mut self, mut warning: Arc<WarningUpdate>) -> Option<Arc<WarningUpdate>> {
         if self.warnings == MAX_WARNINGS {
             return None;
@@ -150,7 +165,10 @@ impl JournalState {
         if let Some(file) = warning.source.as_ref().map(|s| s.file.clone()) {
             match self.source(&file) {
                 Some(known) if Arc::ptr_eq(&known, &file) => {}
-                Some(known) => Arc::make_mut(&mut warning).source.iter_mut().for_each(|s| s.file = known.clone()),
+                Some(known) => Arc::make_mut(&mut warning)
+                    .source
+                    .iter_mut()
+                    .for_each(|s| s.file = known.clone()),
                 None => Arc::make_mut(&mut warning).source = None,
             }
         }
@@ -159,9 +177,15 @@ impl JournalState {
 
     /// The kept copy of `file`; none if it is too much.
     fn source(&mut self, file: &Arc<SourceFile>) -> Option<Arc<SourceFile>> {
-        let known = self.sources.iter().find(|known| Arc::ptr_eq(known, file) || known == &file).cloned();
+        let known =
+            self.sources.iter().find(|known| Arc::ptr_eq(known, file) || known == &file).cloned();
         known.or_else(|| {
-            let size = |f: &SourceFile| OVERHEAD + f.filename.len() + f.data.len() + f.definition.as_ref().map_or(0, Vec::len);
+            let size = |f: &SourceFile| {
+                OVERHEAD
+                    + f.filename.len()
+                    + f.data.len()
+                    + f.definition.as_ref().map_or(0, Vec::len)
+            };
             let all: usize = self.sources.iter().map(|f| size(f)).sum();
             (all + size(file) <= MAX_SOURCES).then(|| {
                 self.sources.push(file.clone());
@@ -177,7 +201,10 @@ impl JournalState {
             Some(Event::Vertex(v)) if seen.insert(v.digest) => Some(v),
             _ => None,
         });
-        let mut open: Vec<_> = last.filter(|v| v.started.is_some() && v.completed.is_none()).map(|v| VertexUpdate::clone(v)).collect();
+        let mut open: Vec<_> = last
+            .filter(|v| v.started.is_some() && v.completed.is_none())
+            .map(|v| VertexUpdate::clone(v))
+            .collect();
         open.reverse();
         open
     }
@@ -224,7 +251,8 @@ impl Journal {
         }
     }
 
-    /// Ends the journal: vertices that started and did not end are closed as cancelled (row `so.st.encore`), and watchers come to their end.
+    /// Ends the journal: vertices that started and did not end are closed as cancelled (row
+    /// `so.st.encore`), and watchers come to their end.
     pub fn close(&self) {
         let mut state = lock(&self.0.state);
         if state.closed {
@@ -266,7 +294,8 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// The next events since the last call, at least one; `None` when the journal is closed and all was read.
+    /// The next events since the last call, at least one; `None` when the journal is closed and all
+    /// was read.
     pub async fn next(&mut self) -> Option<Vec<Event>> {
         let inner = self.journal.0.clone();
         loop {
@@ -316,7 +345,14 @@ mod tests {
     fn warning(text: &str, file: Option<SourceFile>) -> Event {
         let source = file.map(|file| SourceSpan { file: Arc::new(file), spans: Vec::new() });
         let (short, detail, url) = (text.to_owned(), vec![text.to_owned(); 3], String::new());
-        Event::Warning(Arc::new(WarningUpdate { vertex: vertex(), level: 1, short, detail, url, source }))
+        Event::Warning(Arc::new(WarningUpdate {
+            vertex: vertex(),
+            level: 1,
+            short,
+            detail,
+            url,
+            source,
+        }))
     }
 
     #[tokio::test]
@@ -327,7 +363,9 @@ mod tests {
         assert!(w.next().await.is_some());
         j.close();
         let last = w.next().await.expect("the open vertex is closed");
-        assert!(matches!(&last[..], [Event::Vertex(v)] if v.error.as_deref() == Some("context canceled")));
+        assert!(
+            matches!(&last[..], [Event::Vertex(v)] if v.error.as_deref() == Some("context canceled"))
+        );
         assert!(w.next().await.is_none());
     }
 
@@ -337,12 +375,21 @@ mod tests {
         let mut w = j.watch();
         let status = |current| {
             let (id, time) = ("layer".to_owned(), SystemTime::now());
-            let update =
-                crate::StatusUpdate { vertex: vertex(), id, name: String::new(), current, total: 0, time, started: None, completed: None };
+            let update = crate::StatusUpdate {
+                vertex: vertex(),
+                id,
+                name: String::new(),
+                current,
+                total: 0,
+                time,
+                started: None,
+                completed: None,
+            };
             Event::Status(Arc::new(update))
         };
         let log = |text: String| {
-            let (stream, bytes, time) = (LogStream::Stdout, text.into_bytes().into(), SystemTime::now());
+            let (stream, bytes, time) =
+                (LogStream::Stdout, text.into_bytes().into(), SystemTime::now());
             Event::Log(Arc::new(LogUpdate { vertex: vertex(), stream, bytes, time }))
         };
         let (mut logs, mut states) = (0, Vec::new());
@@ -371,7 +418,11 @@ mod tests {
     #[test]
     fn warnings_are_limited_in_number_and_size() {
         let j = Journal::new();
-        let file = |n: usize| SourceFile { filename: format!("f{n}"), data: vec![b'x'; 1 << 20], ..SourceFile::default() };
+        let file = |n: usize| SourceFile {
+            filename: format!("f{n}"),
+            data: vec![b'x'; 1 << 20],
+            ..SourceFile::default()
+        };
         for n in 0..MAX_WARNINGS + 10 {
             // All but a few of the sources are the same, in copies of their own.
             j.push(warning(&"é".repeat(200_000), Some(file(n.min(20)))));
@@ -390,7 +441,8 @@ mod tests {
     #[test]
     fn logs_of_a_build_are_limited_and_its_vertices_still_end() {
         let j = Journal::new();
-        let all: Vec<_> = (0..40).map(|n| j.reporter(Digest::of(format!("{n}")), format!("{n}"))).collect();
+        let all: Vec<_> =
+            (0..40).map(|n| j.reporter(Digest::of(format!("{n}")), format!("{n}"))).collect();
         all.iter().for_each(Reporter::started);
         let piece = vec![b'x'; 1 << 20];
         for _ in 0..5 {
@@ -399,9 +451,15 @@ mod tests {
         assert!(lock(&j.0.state).memory <= MAX_MEMORY + (1 << 10));
         all.iter().for_each(|r| r.completed(None));
         let events = j.events();
-        let ended = events.iter().filter(|e| matches!(e, Event::Vertex(v) if v.completed.is_some())).count();
+        let ended = events
+            .iter()
+            .filter(|e| matches!(e, Event::Vertex(v) if v.completed.is_some()))
+            .count();
         assert_eq!(ended, 40);
-        let notices = events.iter().filter(|e| matches!(e, Event::Log(l) if l.bytes.starts_with(b"\n[output clipped"))).count();
+        let notices = events
+            .iter()
+            .filter(|e| matches!(e, Event::Log(l) if l.bytes.starts_with(b"\n[output clipped")))
+            .count();
         assert_eq!(notices, 1);
     }
 

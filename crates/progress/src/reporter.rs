@@ -53,7 +53,16 @@ impl Reporter {
     /// A voice that nobody hears yet.
     pub fn new(digest: Digest, name: String, inputs: Vec<Digest>, group: Option<Group>) -> Self {
         let name = redact_text(&name);
-        let vertex = VertexUpdate { digest, inputs, name, cached: false, started: None, completed: None, error: None, group };
+        let vertex = VertexUpdate {
+            digest,
+            inputs,
+            name,
+            cached: false,
+            started: None,
+            completed: None,
+            error: None,
+            group,
+        };
         let state = ReporterState {
             vertex: Arc::new(vertex),
             journals: Vec::new(),
@@ -75,7 +84,10 @@ impl Reporter {
         }
         journal.push(Event::Vertex(state.vertex.clone()));
         state.past.iter().for_each(|event| journal.push(event.clone()));
-        state.counters.iter().for_each(|counter| journal.push(Event::Status(counter.update.clone())));
+        state
+            .counters
+            .iter()
+            .for_each(|counter| journal.push(Event::Status(counter.update.clone())));
         state.journals.push(weak);
     }
 
@@ -134,7 +146,8 @@ impl Reporter {
         });
     }
 
-    /// The result came from the cache, or was never needed (row `so.st.cached`). Says nothing if work was done already.
+    /// The result came from the cache, or was never needed (row `so.st.cached`). Says nothing if
+    /// work was done already.
     pub fn cached(&self) {
         if lock(&self.0.state).vertex.completed.is_some() {
             return;
@@ -162,15 +175,32 @@ impl Reporter {
         self.named_status(id, "", current, total, done);
     }
 
-    /// Sets a counter that also says what is done, such as `transferring`, for programs that look for that.
-    pub fn named_status(&self, id: impl Into<String>, name: &str, current: i64, total: i64, done: bool) {
+    /// Sets a counter that also says what is done, such as `transferring`, for programs that look
+    /// for that.
+    pub fn named_status(
+        &self,
+        id: impl Into<String>,
+        name: &str,
+        current: i64,
+        total: i64,
+        done: bool,
+    ) {
         let (id, time, now) = (id.into(), SystemTime::now(), Instant::now());
         let mut state = lock(&self.0.state);
         let vertex = state.vertex.digest;
         let place = state.places.get(&id).copied();
         let started = place.map_or(Some(time), |at| state.counters[at].update.started);
         let completed = done.then_some(time);
-        let update = Arc::new(StatusUpdate { vertex, id: id.clone(), name: name.to_owned(), current, total, time, started, completed });
+        let update = Arc::new(StatusUpdate {
+            vertex,
+            id: id.clone(),
+            name: name.to_owned(),
+            current,
+            total,
+            time,
+            started,
+            completed,
+        });
         match place {
             Some(at) => {
                 let counter = &mut state.counters[at];
@@ -207,7 +237,9 @@ impl Reporter {
         let size = weight(&event(Box::default())) + bytes.len();
         state.log += size;
         if state.log >= MAX_LOG {
-            bytes = format!("\n[output clipped, log limit {}MiB reached]\n", MAX_LOG >> 20).into_bytes().into();
+            bytes = format!("\n[output clipped, log limit {}MiB reached]\n", MAX_LOG >> 20)
+                .into_bytes()
+                .into();
         }
         let event = event(bytes);
         state.past.push(event.clone());
@@ -284,7 +316,10 @@ mod tests {
                 told.extend(w.next().await.expect("the journal is open"));
             }
         }
-        let statuses: Vec<_> = told.iter().filter_map(|e| if let Event::Status(s) = e { Some(s.current) } else { None }).collect();
+        let statuses: Vec<_> = told
+            .iter()
+            .filter_map(|e| if let Event::Status(s) = e { Some(s.current) } else { None })
+            .collect();
         assert_eq!(statuses, [0, 99_999]);
         let said = j.events().len();
         assert!(said == 2, "{said} events after {:?}", began.elapsed());
@@ -312,7 +347,9 @@ mod tests {
         let events = j.events();
         let kept: usize = events.iter().map(weight).sum();
         assert!(kept <= MAX_LOG + 1024, "{kept}");
-        assert!(matches!(events.last(), Some(Event::Log(l)) if l.bytes.ends_with(b"log limit 32MiB reached]\n")));
+        assert!(
+            matches!(events.last(), Some(Event::Log(l)) if l.bytes.ends_with(b"log limit 32MiB reached]\n"))
+        );
     }
 
     #[test]
@@ -320,7 +357,14 @@ mod tests {
         let r = reporter();
         for n in 0..MAX_WARNINGS + 5 {
             let short = format!("{n}");
-            r.warn(WarningUpdate { vertex: r.digest(), level: 1, short, detail: vec![], url: String::new(), source: None });
+            r.warn(WarningUpdate {
+                vertex: r.digest(),
+                level: 1,
+                short,
+                detail: vec![],
+                url: String::new(),
+                source: None,
+            });
         }
         let j = Journal::new();
         r.attach(&j);

@@ -13,7 +13,8 @@ use shipway_fault::Result;
 use shipway_oci::Descriptor;
 use std::sync::Arc;
 
-/// The blob of a layer that belongs to no state yet: the lease of the epoch keeps it until a state does.
+/// The blob of a layer that belongs to no state yet: the lease of the epoch keeps it until a state
+/// does.
 pub(crate) struct Loose {
     store: Arc<Inner>,
     lease: EpochLease,
@@ -36,13 +37,16 @@ impl Loose {
             drop(guard);
             packed
         };
-        let (packed, writer) = store.stream(lease, format!("shipway-ahead-{}", fresh_id()), work).await?;
+        let (packed, writer) =
+            store.stream(lease, format!("shipway-ahead-{}", fresh_id()), work).await?;
         let (owner, lease) = (store.clone(), lease.clone());
         // Cut off in the middle, it would leave a blob in a lease that lives long.
         let sealed = async move {
             lease.want(packed.digest).await;
             match seal(writer, &packed, compression).await {
-                Ok(descriptor) => Ok(Self { store: owner, lease, tar: packed.tar, loss: packed.loss, descriptor }),
+                Ok(descriptor) => {
+                    Ok(Self { store: owner, lease, tar: packed.tar, loss: packed.loss, descriptor })
+                }
                 Err(e) => {
                     lease.let_go(&owner.storage, packed.digest).await;
                     Err(e)
@@ -57,7 +61,8 @@ impl Loose {
         KnownBlob { descriptor: self.descriptor.clone(), source: None, stored: true }
     }
 
-    /// Lets `record`, whose topmost layer it is and whose lease exists, keep the blob; false if somebody deleted it.
+    /// Lets `record`, whose topmost layer it is and whose lease exists, keep the blob; false if
+    /// somebody deleted it.
     pub async fn give(&self, record: &Record) -> Result<bool> {
         match record.layers.last() {
             Some(cell) => self.store.secure(cell, &self.known(), record, None).await,
@@ -68,14 +73,20 @@ impl Loose {
 
 impl Drop for Loose {
     fn drop(&mut self) {
-        let (store, lease, digest) = (self.store.clone(), self.lease.clone(), self.descriptor.digest);
+        let (store, lease, digest) =
+            (self.store.clone(), self.lease.clone(), self.descriptor.digest);
         self.store.background.spawn(async move { lease.let_go(&store.storage, digest).await });
     }
 }
 
 impl ImmutableRef {
-    /// Begins in the background what [`ImmutableRef::blobs`] will wait for, layers that have no blob yet; stops when `unwanted` is done.
-    pub fn start_compression(&self, compression: Compression, unwanted: impl Future<Output = ()> + Send + 'static) {
+    /// Begins in the background what [`ImmutableRef::blobs`] will wait for, layers that have no
+    /// blob yet; stops when `unwanted` is done.
+    pub fn start_compression(
+        &self,
+        compression: Compression,
+        unwanted: impl Future<Output = ()> + Send + 'static,
+    ) {
         let this = self.clone();
         self.0.store.background.spawn(async move {
             if this.record().is_none() {

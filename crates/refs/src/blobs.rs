@@ -23,9 +23,14 @@ const IN_FLIGHT: usize = 8;
 const MEDIA_TYPE: &str = "shipway/media-type";
 
 impl ImmutableRef {
-    /// A blob for each layer, in the content store (under the lease of the state that brought the layer) unless `fetch` is false and the layer is lazy:
-    /// then the descriptor is all there is.
-    pub async fn blobs(&self, compression: Compression, fetch: bool, progress: Option<&Reporter>) -> Result<Vec<LayerBlob>> {
+    /// A blob for each layer, in the content store (under the lease of the state that brought the
+    /// layer) unless `fetch` is false and the layer is lazy: then the descriptor is all there is.
+    pub async fn blobs(
+        &self,
+        compression: Compression,
+        fetch: bool,
+        progress: Option<&Reporter>,
+    ) -> Result<Vec<LayerBlob>> {
         let layered = self.layered().await?;
         let record = layered.layered_record()?;
         if record.layers.is_empty() {
@@ -39,7 +44,8 @@ impl ImmutableRef {
             let one = async move {
                 store.ensure_lease(&owner).await?;
                 let descriptor = store.blob(cell, &owner, compression, fetch, progress).await;
-                let descriptor = descriptor.context(|| format!("compress layer {} ({})", cell.diff_id, record.called()))?;
+                let descriptor = descriptor
+                    .context(|| format!("compress layer {} ({})", cell.diff_id, record.called()))?;
                 let lazy = cell.origin_of(&descriptor);
                 Ok::<_, Fault>(LayerBlob { descriptor, diff_id: cell.diff_id, lazy })
             };
@@ -48,14 +54,17 @@ impl ImmutableRef {
         stream::iter(work).buffered(PARALLEL).try_collect().await
     }
 
-    /// The lowest state below this one that has the layer, or this one: states stay as long as something is made of them, so the blob is kept
-    /// with the layer's own state, and another state on top of that need not keep it again.
+    /// The lowest state below this one that has the layer, or this one: states stay as long as
+    /// something is made of them, so the blob is kept with the layer's own state, and another state
+    /// on top of that need not keep it again.
     fn owner(&self, cell: &Arc<Cell>) -> Result<Arc<Record>> {
         let mut owner = self.layered_record()?.clone();
         let mut below = self.parent();
         while let Some(state) = below {
             match state.record() {
-                Some(record) if record.layers.iter().any(|c| Arc::ptr_eq(c, cell)) => owner = record.clone(),
+                Some(record) if record.layers.iter().any(|c| Arc::ptr_eq(c, cell)) => {
+                    owner = record.clone()
+                }
                 _ => break,
             }
             below = state.parent();
@@ -65,13 +74,18 @@ impl ImmutableRef {
 }
 
 impl ImmutableRef {
-    /// Makes the snapshot exist that the chain ID of its layers names: its own where that is what unpacking them gives, and otherwise one that is unpacked
-    /// from their blobs, which are compressed as `compression` says where there are none yet.
-    pub async fn unpack(&self, compression: Compression, progress: Option<&Reporter>) -> Result<()> {
+    /// Makes the snapshot exist that the chain ID of its layers names: its own where that is what
+    /// unpacking them gives, and otherwise one that is unpacked from their blobs, which are
+    /// compressed as `compression` says where there are none yet.
+    pub async fn unpack(
+        &self,
+        compression: Compression,
+        progress: Option<&Reporter>,
+    ) -> Result<()> {
         let layered = self.layered().await?;
         let record = layered.layered_record()?;
         if layered.is_exact() {
-            return layered.realise(progress).await;
+            return layered.materialize(progress).await;
         }
         layered.blobs(compression, true, progress).await?;
         let store = &layered.0.store;
@@ -84,7 +98,10 @@ impl ImmutableRef {
             }
             cells.push(cell);
         }
-        store.assembled("unpacked", cells, Vec::new(), record.description.clone()).realise(progress).await
+        store
+            .assembled("unpacked", cells, Vec::new(), record.description.clone())
+            .materialize(progress)
+            .await
     }
 }
 
@@ -110,13 +127,14 @@ impl Inner {
         if compression.force && !cell.blobs().is_empty() {
             return self.convert(cell, record, compression, progress).await;
         }
-        // The files of a layer that was moved are where they were: what lies below it here need not be.
+        // The files of a layer that was moved are where they were: what lies below it here need not
+        // be.
         let elsewhere = match cell.copy_of() {
             Some(original) => self.keep_snapshot(&record.lease, &original).await?,
             None => false,
         };
         if !elsewhere {
-            self.realise(record, None, progress).await?;
+            self.materialize(record, None, progress).await?;
         }
         self.pack(cell, record, compression).await
     }
@@ -130,7 +148,9 @@ impl Inner {
         fetch: bool,
         progress: Option<&Reporter>,
     ) -> Result<Option<Descriptor>> {
-        let fits = |b: &KnownBlob| CompressionKind::of_media_type(&b.descriptor.media_type) == Some(compression.kind);
+        let fits = |b: &KnownBlob| {
+            CompressionKind::of_media_type(&b.descriptor.media_type) == Some(compression.kind)
+        };
         let mut blobs = cell.blobs();
         blobs.retain(|b| !compression.force || fits(b));
         blobs.sort_by_key(|b| (!fits(b), !b.stored));
@@ -173,7 +193,12 @@ impl Inner {
     }
 
     /// Makes a blob from the layer's files. It must be the very tar that the diffID was taken of.
-    pub async fn pack(self: &Arc<Self>, cell: &Cell, record: &Record, compression: Compression) -> Result<Descriptor> {
+    pub async fn pack(
+        self: &Arc<Self>,
+        cell: &Cell,
+        record: &Record,
+        compression: Compression,
+    ) -> Result<Descriptor> {
         let own = || (cell.snapshot.clone(), cell.parent.is_some());
         let (name, parent) = match cell.copy_of() {
             Some(original) => match self.storage.snapshots.stat(&original).await {
@@ -201,10 +226,16 @@ impl Inner {
         progress: Option<&Reporter>,
     ) -> Result<Descriptor> {
         let from = self.stored_blob(cell, record, progress).await?;
-        let kind = CompressionKind::of_media_type(&from.media_type)
-            .ok_or_else(|| Fault::unimplemented(format!("changing the compression of layers of type {}", from.media_type)))?;
+        let kind = CompressionKind::of_media_type(&from.media_type).ok_or_else(|| {
+            Fault::unimplemented(format!(
+                "changing the compression of layers of type {}",
+                from.media_type
+            ))
+        })?;
         let mut input = Feed::new(self.storage.content.reader(from.digest).await?);
-        let work = move |sink: Sink<'_>| shipway_archive::recompress(&mut || input.next(), kind, compression, None, sink);
+        let work = move |sink: Sink<'_>| {
+            shipway_archive::recompress(&mut || input.next(), kind, compression, None, sink)
+        };
         self.store_packed(cell, record, compression, work).await
     }
 
@@ -231,14 +262,19 @@ impl Inner {
         Ok(descriptor)
     }
 
-    /// Writes what `work` makes, on a thread of its own, into the content store under `lease`; whoever has the writer says what it is called.
+    /// Writes what `work` makes, on a thread of its own, into the content store under `lease`;
+    /// whoever has the writer says what it is called.
     pub(crate) async fn stream(
         &self,
         lease: &LeaseId,
         reference: String,
         work: impl FnOnce(Sink<'_>) -> Result<Packed> + Send + 'static,
     ) -> Result<(Packed, Box<dyn BlobWriter>)> {
-        let mut writer = self.storage.content.writer(lease, Ingest { reference, expected: None, size: None }).await?;
+        let mut writer = self
+            .storage
+            .content
+            .writer(lease, Ingest { reference, expected: None, size: None })
+            .await?;
         let (send, mut blocks) = mpsc::channel::<Bytes>(IN_FLIGHT);
         let packing = tokio::task::spawn_blocking(move || {
             // A failing send means that nobody wants the blob any more.
@@ -247,12 +283,15 @@ impl Inner {
         while let Some(block) = blocks.recv().await {
             writer.write(block).await?;
         }
-        let packed = packing.await.map_err(|e| Fault::internal(format!("packing a layer failed: {e}")))??;
+        let packed = packing
+            .await
+            .map_err(|e| Fault::internal(format!("packing a layer failed: {e}")))??;
         Ok((packed, writer))
     }
 }
 
-/// The bytes of a stored blob on their way to a thread that packs; the way ends when this is dropped.
+/// The bytes of a stored blob on their way to a thread that packs; the way ends when this is
+/// dropped.
 pub(crate) struct Feed {
     chunks: mpsc::Receiver<Result<Bytes>>,
     reading: AbortHandle,
@@ -287,10 +326,17 @@ impl Drop for Feed {
 /// Takes the blocks of a blob in their order.
 pub(crate) type Sink<'a> = &'a mut dyn FnMut(Bytes) -> Result<()>;
 
-/// Ends the writing of a layer's blob, labelled so that it is found again.
-pub(crate) async fn seal(writer: Box<dyn BlobWriter>, packed: &Packed, compression: Compression) -> Result<Descriptor> {
+/// Ends the writing of a layer's blob, labeled so that it is found again.
+pub(crate) async fn seal(
+    writer: Box<dyn BlobWriter>,
+    packed: &Packed,
+    compression: Compression,
+) -> Result<Descriptor> {
     let media_type = compression.kind.media_type();
-    let labels = Labels::from([(UNCOMPRESSED.into(), packed.tar.diff_id.to_string()), (MEDIA_TYPE.into(), media_type.into())]);
+    let labels = Labels::from([
+        (UNCOMPRESSED.into(), packed.tar.diff_id.to_string()),
+        (MEDIA_TYPE.into(), media_type.into()),
+    ]);
     writer.commit(Some(packed.digest), &labels).await?;
     Ok(Descriptor::new(media_type, packed.digest, packed.size))
 }

@@ -1,4 +1,5 @@
-//! Copying of a file's bytes, with as little work as the file systems allow: shared blocks, holes left out, within the kernel.
+//! Copying of a file's bytes, with as little work as the file systems allow: shared blocks, holes
+//! left out, within the kernel.
 
 use rustix::{
     fd::BorrowedFd,
@@ -15,8 +16,14 @@ thread_local! {
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; SMALL as usize]);
 }
 
-/// Copies all bytes of `from`, whose state is `stat`, to the new file `to`. `go_on` is asked between pieces.
-pub fn copy_contents(from: BorrowedFd<'_>, to: BorrowedFd<'_>, stat: &Stat, go_on: &dyn Fn() -> bool) -> rustix::io::Result<()> {
+/// Copies all bytes of `from`, whose state is `stat`, to the new file `to`. `go_on` is asked
+/// between pieces.
+pub fn copy_contents(
+    from: BorrowedFd<'_>,
+    to: BorrowedFd<'_>,
+    stat: &Stat,
+    go_on: &dyn Fn() -> bool,
+) -> rustix::io::Result<()> {
     let size = u64::try_from(stat.st_size).unwrap_or_default();
     if size == 0 {
         return Ok(());
@@ -46,7 +53,13 @@ pub fn copy_contents(from: BorrowedFd<'_>, to: BorrowedFd<'_>, stat: &Stat, go_o
 }
 
 /// Copies the bytes from `start` to `end`.
-fn extent(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64, go_on: &dyn Fn() -> bool) -> rustix::io::Result<()> {
+fn extent(
+    from: BorrowedFd<'_>,
+    to: BorrowedFd<'_>,
+    start: u64,
+    end: u64,
+    go_on: &dyn Fn() -> bool,
+) -> rustix::io::Result<()> {
     let (mut read, mut written) = (start, start);
     while read < end {
         if !go_on() {
@@ -58,7 +71,15 @@ fn extent(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64, go_on:
             Ok(0) => return Ok(()),
             Ok(_) => {}
             Err(Errno::INTR) => {}
-            Err(Errno::XDEV | Errno::NOSYS | Errno::OPNOTSUPP | Errno::INVAL | Errno::PERM | Errno::IO | Errno::BADF) => {
+            Err(
+                Errno::XDEV
+                | Errno::NOSYS
+                | Errno::OPNOTSUPP
+                | Errno::INVAL
+                | Errno::PERM
+                | Errno::IO
+                | Errno::BADF,
+            ) => {
                 return by_hand(from, to, read, end, go_on);
             }
             Err(e) => return Err(e),
@@ -68,7 +89,13 @@ fn extent(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64, go_on:
 }
 
 /// The same where the kernel cannot do it in one go.
-fn by_hand(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64, go_on: &dyn Fn() -> bool) -> rustix::io::Result<()> {
+fn by_hand(
+    from: BorrowedFd<'_>,
+    to: BorrowedFd<'_>,
+    start: u64,
+    end: u64,
+    go_on: &dyn Fn() -> bool,
+) -> rustix::io::Result<()> {
     rustix::fs::seek(to, SeekFrom::Start(start))?;
     let mut read = start;
     while read < end {

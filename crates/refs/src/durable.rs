@@ -1,9 +1,12 @@
-//! What a power cut takes. Of a snapshot's files the kernel may have written nothing yet, though containerd's own record of it, and ours, are on the
-//! disk: after a cut such a snapshot has its name and short files.
+//! What a power cut takes. Of a snapshot's files the kernel may have written nothing yet, though
+//! containerd's own record of it, and ours, are on the disk: after a cut such a snapshot has its
+//! name and short files.
 //!
-//! No commit waits for the disk. A committed snapshot bears the boot and the number of the period in which it was committed; some seconds later its
-//! file system is synced, and a small file says which periods that covers. At a start after another boot, what is of a later period is
-//! removed before anybody sees it. A start after the same boot finds the kernel's caches whole, however the daemon ended.
+//! No commit waits for the disk. A committed snapshot bears the boot and the number of the period
+//! in which it was committed; some seconds later its file system is synced, and a small file says
+//! which periods that covers. At a start after another boot, what is of a later period is removed
+//! before anybody sees it. A start after the same boot finds the kernel's caches whole, however the
+//! daemon ended.
 
 use crate::{layer::lock, mount::written_in};
 use rustix::fs::{Mode, OFlags};
@@ -23,7 +26,8 @@ use tokio::sync::Notify;
 
 /// Label of a committed snapshot: boot and period.
 const WRITTEN: &str = "shipway/written";
-/// How long what was committed waits for its sync; a cut loses no more builds than were done in this time.
+/// How long what was committed waits for its sync; a cut loses no more builds than were done in
+/// this time.
 const PERIOD: Duration = Duration::from_secs(10);
 /// Between the periods of two lives of one boot, so that none is used twice.
 const LIFE: u64 = 1 << 32;
@@ -93,17 +97,22 @@ impl Durable {
         Ok(durable)
     }
 
-    /// Whether a committed snapshot with these labels may be short since the last start of the machine.
+    /// Whether a committed snapshot with these labels may be short since the last start of the
+    /// machine.
     pub fn is_lost(&self, key: &SnapshotKey, labels: &Labels) -> bool {
         if lock(&self.lost).contains(key) {
             return true;
         }
-        let Some((boot, period)) = labels.get(WRITTEN).and_then(|w| w.rsplit_once('.')) else { return false };
+        let Some((boot, period)) = labels.get(WRITTEN).and_then(|w| w.rsplit_once('.')) else {
+            return false;
+        };
         match &self.before {
             _ if boot == self.boot => false,
             None => true,
             // Those of earlier boots have been looked through at earlier starts.
-            Some(mark) => boot == mark.boot && !mark.clean && period.parse().unwrap_or(u64::MAX) > mark.synced,
+            Some(mark) => {
+                boot == mark.boot && !mark.clean && period.parse().unwrap_or(u64::MAX) > mark.synced
+            }
         }
     }
 
@@ -117,8 +126,11 @@ impl Durable {
         if !lock(&self.lost).contains(key) {
             return Ok(());
         }
-        let what = format!("the snapshot {key} was not on the disk yet when the machine lost power, and something still uses it");
-        Err(Fault::new(Code::FailedPrecondition, what).hint("remove the containers that were made of it, and start the daemon again"))
+        let what = format!(
+            "the snapshot {key} was not on the disk yet when the machine lost power, and something still uses it"
+        );
+        Err(Fault::new(Code::FailedPrecondition, what)
+            .hint("remove the containers that were made of it, and start the daemon again"))
     }
 
     /// Begins this life: `lost` is what could not be removed.
@@ -169,8 +181,12 @@ impl Durable {
             return Ok(());
         }
         let paths = places.clone();
-        let synced = tokio::task::spawn_blocking(move || paths.iter().try_for_each(|(device, path)| sync_device(*device, path))).await;
-        let synced = synced.map_err(|e| Fault::internal(format!("writing to the disk failed: {e}")))?;
+        let synced = tokio::task::spawn_blocking(move || {
+            paths.iter().try_for_each(|(device, path)| sync_device(*device, path))
+        })
+        .await;
+        let synced =
+            synced.map_err(|e| Fault::internal(format!("writing to the disk failed: {e}")))?;
         if let Err(e) = synced {
             lock(&self.now).places.extend(places);
             return Err(Fault::io("sync the snapshots", e));
@@ -180,9 +196,13 @@ impl Durable {
     }
 
     async fn write(&self, mark: &Mark) -> Result<()> {
-        let (text, file) = (serde_json::to_vec(mark).map_err(|e| Fault::internal(e.to_string()))?, self.file.clone());
+        let (text, file) = (
+            serde_json::to_vec(mark).map_err(|e| Fault::internal(e.to_string()))?,
+            self.file.clone(),
+        );
         let written = tokio::task::spawn_blocking(move || write_synced(&file, &text)).await;
-        let written = written.map_err(|e| Fault::internal(format!("writing to the disk failed: {e}")))?;
+        let written =
+            written.map_err(|e| Fault::internal(format!("writing to the disk failed: {e}")))?;
         written.map_err(|e| Fault::io(format!("write {}", self.file.display()), e))
     }
 }
@@ -193,7 +213,8 @@ impl Drop for Durable {
     }
 }
 
-/// Syncs the file system `device`, which something at `path` was on. One that is not there any more was written when it was unmounted.
+/// Syncs the file system `device`, which something at `path` was on. One that is not there any more
+/// was written when it was unmounted.
 fn sync_device(device: u64, path: &Path) -> io::Result<()> {
     // What was written may have been removed since.
     let there = path.ancestors().find(|p| fs::metadata(p).is_ok_and(|m| m.dev() == device));

@@ -1,12 +1,14 @@
 //! What the snapshots of states are called.
 //!
-//! A snapshot under a chain ID is exactly what unpacking its layer over its parent gives, for containerd and all its clients take it for that. A
-//! step that left something that its layer cannot tell ([`shipway_archive::Loss`]: the root's owner, a socket, …) is a state like any other for the
-//! steps that follow, but its snapshot has a name of its own, and so has everything on top of it. Whoever needs the
-//! chain ID, as an image does, unpacks the layer's blob ([`crate::ImmutableRef::unpack`]).
+//! A snapshot under a chain ID is exactly what unpacking its layer over its parent gives, for
+//! containerd and all its clients take it for that. A step that left something that its layer
+//! cannot tell ([`shipway_archive::Loss`]: the root's owner, a socket, …) is a state like any other
+//! for the steps that follow, but its snapshot has a name of its own, and so has everything on top
+//! of it. Whoever needs the chain ID, as an image does, unpacks the layer's blob
+//! ([`crate::ImmutableRef::unpack`]).
 //!
-//! Names of our own are no promise to anybody and mean nothing to other programs; they are in the labels of the record's lease, which alone
-//! keeps the snapshot.
+//! Names of our own are no promise to anybody and mean nothing to other programs; they are in the
+//! labels of the record's lease, which alone keeps the snapshot.
 
 use crate::{
     layer::{Cell, lock},
@@ -18,12 +20,13 @@ use shipway_oci::{ChainId, DiffId};
 use shipway_storage::{Labels, SnapshotInfo, SnapshotKey};
 use std::collections::HashSet;
 
-/// Label of snapshots that were committed as they were written, and of records: the version of the rule by which they have their names. What
-/// was unpacked has no label of ours.
+/// Label of snapshots that were committed as they were written, and of records: the version of the
+/// rule by which they have their names. What was unpacked has no label of ours.
 const RULE: &str = "shipway/exact";
 /// Changes when something that an earlier version took for exact no longer is.
 const VERSION: &str = "1";
-/// Label of snapshots that were committed before there was a rule, with files that had other names elsewhere.
+/// Label of snapshots that were committed before there was a rule, with files that had other names
+/// elsewhere.
 const LINKED: &str = "shipway/linked";
 
 /// The labels of a snapshot that is committed as it was written.
@@ -51,12 +54,17 @@ pub(crate) fn own_name() -> SnapshotKey {
 pub(crate) struct Distrusted(std::sync::Mutex<HashSet<SnapshotKey>>);
 
 impl Distrusted {
-    /// Learns of all snapshots there are. What lies on a snapshot that is not what it promises is not either.
+    /// Learns of all snapshots there are. What lies on a snapshot that is not what it promises is
+    /// not either.
     pub fn learn(&self, all: &[SnapshotInfo]) {
-        let mut bad: HashSet<SnapshotKey> = all.iter().filter(|s| !is_trusted(s)).map(|s| s.key.clone()).collect();
+        let mut bad: HashSet<SnapshotKey> =
+            all.iter().filter(|s| !is_trusted(s)).map(|s| s.key.clone()).collect();
         loop {
-            let over =
-                |s: &&SnapshotInfo| !bad.contains(&s.key) && !is_ours(&s.labels) && s.parent.as_ref().is_some_and(|p| bad.contains(p));
+            let over = |s: &&SnapshotInfo| {
+                !bad.contains(&s.key)
+                    && !is_ours(&s.labels)
+                    && s.parent.as_ref().is_some_and(|p| bad.contains(p))
+            };
             let more: Vec<_> = all.iter().filter(over).map(|s| s.key.clone()).collect();
             if more.is_empty() {
                 break;
@@ -66,7 +74,8 @@ impl Distrusted {
         *lock(&self.0) = bad;
     }
 
-    /// Whether a snapshot that exists is what its name promises; if it is not, its name is avoided from now on.
+    /// Whether a snapshot that exists is what its name promises; if it is not, its name is avoided
+    /// from now on.
     pub fn accepts(&self, info: &SnapshotInfo) -> bool {
         if is_trusted(info) && !lock(&self.0).contains(&info.key) {
             return true;
@@ -119,7 +128,8 @@ mod tests {
         ];
         let distrusted = Distrusted::default();
         distrusted.learn(&all);
-        let accepted: Vec<_> = all.iter().filter(|i| distrusted.accepts(i)).map(|i| i.key.0.as_str()).collect();
+        let accepted: Vec<_> =
+            all.iter().filter(|i| distrusted.accepts(i)).map(|i| i.key.0.as_str()).collect();
         assert_eq!(accepted, ["step", "pulled"]);
         let later = info("later", "pulled", &[(RULE, "2")]);
         assert!(!distrusted.accepts(&later));

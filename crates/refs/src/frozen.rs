@@ -57,10 +57,19 @@ pub(crate) struct Frozen {
 }
 
 impl Frozen {
-    pub fn held(reader: Reader, id: RefId, description: String, mounts: Vec<Mount>) -> ImmutableRef {
+    pub fn held(
+        reader: Reader,
+        id: RefId,
+        description: String,
+        mounts: Vec<Mount>,
+    ) -> ImmutableRef {
         let store = reader.store.clone();
         let frozen = Self { reader, id, description, mounts, layered: OnceCell::new() };
-        ImmutableRef(Arc::new(Held { store, body: HeldBody::Frozen(frozen), origin: OnceLock::new() }))
+        ImmutableRef(Arc::new(Held {
+            store,
+            body: HeldBody::Frozen(frozen),
+            origin: OnceLock::new(),
+        }))
     }
 
     pub fn id(&self) -> &RefId {
@@ -91,8 +100,8 @@ impl Frozen {
         }
     }
 
-    /// Makes a layer of it: the slot ends, and its snapshot becomes a committed one in the same place on the disk, so
-    /// whoever reads its files goes on undisturbed.
+    /// Makes a layer of it: the slot ends, and its snapshot becomes a committed one in the same
+    /// place on the disk, so whoever reads its files goes on undisturbed.
     pub async fn layered(&self) -> Result<ImmutableRef> {
         let make = || async {
             let (store, slot) = (&self.reader.store, &self.reader.slot);
@@ -109,7 +118,10 @@ impl Frozen {
             let info = store.storage.snapshots.stat(&slot.snapshot).await?;
             let over = below.and_then(|r| r.snapshot());
             if info.parent.as_ref() != over {
-                return Err(Fault::internal(format!("the state that {:?} was made from is gone", self.description)));
+                return Err(Fault::internal(format!(
+                    "the state that {:?} was made from is gone",
+                    self.description
+                )));
             }
             let layer = hash(store, &self.mounts, over).await?;
             let note = Note {
@@ -119,23 +131,31 @@ impl Frozen {
                 parents: slot.note.parents.clone(),
                 body: Body::Layers(Vec::new()),
             };
-            let (store, slot, mounts, below) = (store.clone(), slot.clone(), self.mounts.clone(), below.cloned());
+            let (store, slot, mounts, below) =
+                (store.clone(), slot.clone(), self.mounts.clone(), below.cloned());
             let background = store.background.clone();
-            // Cut off in the middle, it would leave a slot without a snapshot, or a snapshot that nobody knows.
+            // Cut off in the middle, it would leave a slot without a snapshot, or a snapshot that
+            // nobody knows.
             let work = async move {
-                let (record, made) = name(&store, (&slot.snapshot, &mounts), below.as_deref(), &layer, &note, None).await?;
+                let (record, made) =
+                    name(&store, (&slot.snapshot, &mounts), below.as_deref(), &layer, &note, None)
+                        .await?;
                 // Otherwise the same files were committed before, and the slot stays what it is.
                 if made {
                     remember(&record, &mounts, below.is_some());
                     store.bury_slot(&slot).await;
                 }
-                *record.realised.lock().await = true;
+                *record.materialized.lock().await = true;
                 Ok(store.insert(record))
             };
             let made = background.finish(work).await?;
             *layered = Some((generation, made.id().clone()));
             Ok(made)
         };
-        self.layered.get_or_try_init(make).await.context(|| format!("make a layer of {:?}", self.description)).cloned()
+        self.layered
+            .get_or_try_init(make)
+            .await
+            .context(|| format!("make a layer of {:?}", self.description))
+            .cloned()
     }
 }

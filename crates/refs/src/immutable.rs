@@ -4,8 +4,8 @@ use crate::{
     Layer, LayerSource, LocalMount, RecordType, RefId, Selector,
     frozen::Frozen,
     layer,
+    materialize::Active,
     mount::{WeakMount, read_only},
-    realise::Active,
     store::{Inner, Record},
 };
 use shipway_fault::{Context as _, Fault, Result, nearest};
@@ -34,7 +34,8 @@ pub struct View {
     pub guard: Arc<dyn Any + Send + Sync>,
 }
 
-/// A state that does not change: a stack of layers. Clones share it; while one lives, it is in use and not pruned.
+/// A state that does not change: a stack of layers. Clones share it; while one lives, it is in use
+/// and not pruned.
 #[derive(Clone)]
 pub struct ImmutableRef(pub(crate) Arc<Held>);
 
@@ -59,7 +60,11 @@ impl Held {
     pub fn layers(store: Arc<Inner>, record: Arc<Record>) -> ImmutableRef {
         record.users.fetch_add(1, Ordering::AcqRel);
         let parents = record.parents.iter().filter_map(|p| store.held(p)).collect();
-        ImmutableRef(Arc::new(Self { store, body: HeldBody::Layers { record, parents }, origin: OnceLock::new() }))
+        ImmutableRef(Arc::new(Self {
+            store,
+            body: HeldBody::Layers { record, parents },
+            origin: OnceLock::new(),
+        }))
     }
 }
 
@@ -69,7 +74,8 @@ impl Drop for Held {
             self.store.uses.used(&record.id);
             let last = record.users.fetch_sub(1, Ordering::AcqRel) == 1;
             // Buried, and nothing in the table has its id, and so its lease, by now.
-            if last && record.dead.load(Ordering::Acquire) && self.store.peek(&record.id).is_none() {
+            if last && record.dead.load(Ordering::Acquire) && self.store.peek(&record.id).is_none()
+            {
                 let (store, lease) = (self.store.clone(), record.lease.clone());
                 self.store.background.spawn(async move { store.end_lease(&lease).await });
             }
@@ -147,7 +153,8 @@ impl ImmutableRef {
         Ok(layered.layered_record()?.layers.iter().map(|c| c.describe()).collect())
     }
 
-    /// Its layers, as [`Self::layers`] gives them, unless it is a client's directory that is no layer yet.
+    /// Its layers, as [`Self::layers`] gives them, unless it is a client's directory that is no
+    /// layer yet.
     pub fn known_layers(&self) -> Option<Vec<Layer>> {
         Some(self.record()?.layers.iter().map(|c| c.describe()).collect())
     }
@@ -164,8 +171,8 @@ impl ImmutableRef {
         found
     }
 
-    /// When each of its layers came to be, lowest first, as far as the states below it are known still. Whole milliseconds,
-    /// so that a time is the same after a restart.
+    /// When each of its layers came to be, lowest first, as far as the states below it are known
+    /// still. Whole milliseconds, so that a time is the same after a restart.
     pub async fn layer_times(&self) -> Result<Vec<SystemTime>> {
         let mut state = self.layered().await?;
         let record = state.layered_record()?;
@@ -184,29 +191,31 @@ impl ImmutableRef {
         Ok(times.into_iter().map(whole).collect())
     }
 
-    /// Whether its snapshot is the one that the chain ID of its layers names: it is what unpacking them gives. A client's directory is none yet.
+    /// Whether its snapshot is the one that the chain ID of its layers names: it is what unpacking
+    /// them gives. A client's directory is none yet.
     pub fn is_exact(&self) -> bool {
         self.record().is_some_and(|r| r.layers.iter().all(|c| c.is_exact()))
     }
 
-    /// The name of the snapshot that unpacking its layers gives; `None` without layers. A client's directory becomes a layer by this call.
+    /// The name of the snapshot that unpacking its layers gives; `None` without layers. A client's
+    /// directory becomes a layer by this call.
     pub async fn chain_id(&self) -> Result<Option<ChainId>> {
         Ok(self.layered().await?.layered_record()?.chain())
     }
 
-    /// Lets `origin`, the vertex that the state comes from, speak of the fetches that others cause later: that is where people look for them. The
-    /// first one stays.
+    /// Lets `origin`, the vertex that the state comes from, speak of the fetches that others cause
+    /// later: that is where people look for them. The first one stays.
     pub fn reported_by(&self, origin: &Reporter) {
         let _ = self.0.origin.set(origin.clone());
     }
 
-    /// Makes the snapshot exist: lazy layers are fetched in parallel, unpacked and verified against their diffIDs. `progress` speaks of it where the
-    /// state's origin cannot.
-    pub async fn realise(&self, progress: Option<&Reporter>) -> Result<()> {
+    /// Makes the snapshot exist: lazy layers are fetched in parallel, unpacked and verified against
+    /// their diffIDs. `progress` speaks of it where the state's origin cannot.
+    pub async fn materialize(&self, progress: Option<&Reporter>) -> Result<()> {
         match &self.0.body {
             HeldBody::Layers { record, .. } => {
                 let origin = self.0.origin.get().filter(|o| o.is_heard() && o.is_completed());
-                self.0.store.realise(record, origin, progress).await
+                self.0.store.materialize(record, origin, progress).await
             }
             HeldBody::Frozen(_) => Ok(()),
         }
@@ -224,8 +233,8 @@ impl ImmutableRef {
     /// layers.
     pub fn is_lost(&self, fault: &Fault) -> bool {
         self.record().is_some_and(|r| {
-            let realised = r.realised.try_lock().is_ok_and(|r| *r);
-            r.layers.iter().any(|c| layer::is_lost(c, realised, fault))
+            let materialized = r.materialized.try_lock().is_ok_and(|r| *r);
+            r.layers.iter().any(|c| layer::is_lost(c, materialized, fault))
         })
     }
 
@@ -240,11 +249,21 @@ impl ImmutableRef {
                 }
                 let view = self.view().await?;
                 let both: Arc<dyn Any + Send + Sync> = Arc::new((view.guard, guard));
-                let mount = LocalMount::new(&view.mounts, &store.mounts, &store.background, Some(both)).await?;
+                let mount =
+                    LocalMount::new(&view.mounts, &store.mounts, &store.background, Some(both))
+                        .await?;
                 *mounted = mount.downgrade();
                 Ok(mount)
             }
-            HeldBody::Frozen(frozen) => LocalMount::new(&read_only(frozen.mounts()), &store.mounts, &store.background, Some(guard)).await,
+            HeldBody::Frozen(frozen) => {
+                LocalMount::new(
+                    &read_only(frozen.mounts()),
+                    &store.mounts,
+                    &store.background,
+                    Some(guard),
+                )
+                .await
+            }
         }
         .context(|| format!("look into {}", self.description()))
     }
@@ -254,9 +273,15 @@ impl ImmutableRef {
         let store = &self.0.store;
         let record = match &self.0.body {
             HeldBody::Layers { record, .. } => record,
-            HeldBody::Frozen(frozen) => return Ok(View { key: None, mounts: read_only(frozen.mounts()), guard: self.0.clone() }),
+            HeldBody::Frozen(frozen) => {
+                return Ok(View {
+                    key: None,
+                    mounts: read_only(frozen.mounts()),
+                    guard: self.0.clone(),
+                });
+            }
         };
-        self.realise(None).await?;
+        self.materialize(None).await?;
         if let Some(mounts) = record.shown.get() {
             return Ok(View { key: None, mounts: mounts.clone(), guard: self.0.clone() });
         }
@@ -275,10 +300,15 @@ impl ImmutableRef {
                 view
             }
         };
-        Ok(View { key: Some(view.key.clone()), mounts: view.mounts.clone(), guard: Arc::new((view, self.0.clone())) })
+        Ok(View {
+            key: Some(view.key.clone()),
+            mounts: view.mounts.clone(),
+            guard: Arc::new((view, self.0.clone())),
+        })
     }
 
-    /// Checksum of a part of the state, independent of times (row `so.hash`). `NotFound` names the missing path.
+    /// Checksum of a part of the state, independent of times (row `so.hash`). `NotFound` names the
+    /// missing path.
     pub async fn checksum(&self, selector: &Selector) -> Result<Digest> {
         let index = match &self.0.body {
             HeldBody::Layers { record, .. } => record.index.clone(),
@@ -288,9 +318,13 @@ impl ImmutableRef {
         // What a client's directory should have, its frontend explains: it knows the ignore file.
         let suggests = self.record().is_some();
         let work = move || {
-            index.checksum(mount.path(), &selector).map_err(|e| match near(mount.path(), &selector.path) {
-                Some(near) if suggests && e.is_not_found() => e.hint(format!("did you mean {near}?")),
-                _ => e,
+            index.checksum(mount.path(), &selector).map_err(|e| {
+                match near(mount.path(), &selector.path) {
+                    Some(near) if suggests && e.is_not_found() => {
+                        e.hint(format!("did you mean {near}?"))
+                    }
+                    _ => e,
+                }
             })
         };
         let hashed = tokio::task::spawn_blocking(work).await;
@@ -301,14 +335,17 @@ impl ImmutableRef {
     pub async fn size(&self) -> Result<u64> {
         match &self.0.body {
             HeldBody::Layers { record, .. } => self.0.store.size_of(record).await,
-            HeldBody::Frozen(frozen) => Ok(self.0.store.storage.snapshots.usage(&frozen.snapshot()).await?.bytes),
+            HeldBody::Frozen(frozen) => {
+                Ok(self.0.store.storage.snapshots.usage(&frozen.snapshot()).await?.bytes)
+            }
         }
     }
 }
 
 /// A path beside the missing `path` of the tree at `root` that was probably meant.
 fn near(root: &Path, path: &str) -> Option<String> {
-    let (dir, name) = path.trim_matches('/').rsplit_once('/').unwrap_or(("", path.trim_matches('/')));
+    let (dir, name) =
+        path.trim_matches('/').rsplit_once('/').unwrap_or(("", path.trim_matches('/')));
     let mut at = root.to_owned();
     for part in dir.split('/').filter(|p| !p.is_empty()) {
         at.push(part);
@@ -317,7 +354,12 @@ fn near(root: &Path, path: &str) -> Option<String> {
             return None;
         }
     }
-    let names = at.read_dir().ok()?.flatten().take(MAX_NAMES).filter_map(|e| e.file_name().into_string().ok());
+    let names = at
+        .read_dir()
+        .ok()?
+        .flatten()
+        .take(MAX_NAMES)
+        .filter_map(|e| e.file_name().into_string().ok());
     let names: Vec<String> = names.collect();
     let near = nearest(name, names.iter().map(String::as_str)).filter(|n| *n != name)?;
     Some(if dir.is_empty() { format!("/{near}") } else { format!("/{dir}/{near}") })

@@ -19,9 +19,15 @@ use std::{
 /// Fetches blobs of layers that are not on this machine yet.
 #[async_trait]
 pub trait LayerSource: Any + Send + Sync {
-    /// Makes the blob of `layer` exist in `content` under `lease`, whole and verified. A blob that is there already is success.
-    /// Counts bytes in `progress`.
-    async fn fetch(&self, layer: &Descriptor, content: &dyn ContentStore, lease: &LeaseId, progress: Option<&Reporter>) -> Result<()>;
+    /// Makes the blob of `layer` exist in `content` under `lease`, whole and verified. A blob that
+    /// is there already is success. Counts bytes in `progress`.
+    async fn fetch(
+        &self,
+        layer: &Descriptor,
+        content: &dyn ContentStore,
+        lease: &LeaseId,
+        progress: Option<&Reporter>,
+    ) -> Result<()>;
 
     /// What it fetches from, for error messages: an image name.
     fn describe(&self) -> String;
@@ -102,7 +108,8 @@ pub(crate) fn lost(cell: &Cell, source: Option<&Arc<dyn LayerSource>>, fault: Fa
 pub(crate) fn is_lost(cell: &Cell, in_snapshot: bool, fault: &Fault) -> bool {
     let only = |source: &Arc<dyn LayerSource>| {
         let blobs = cell.blobs();
-        let its = |b: &KnownBlob| !b.stored && b.source.as_ref().is_some_and(|s| Arc::ptr_eq(s, source));
+        let its =
+            |b: &KnownBlob| !b.stored && b.source.as_ref().is_some_and(|s| Arc::ptr_eq(s, source));
         !in_snapshot && cell.copy_of().is_none() && !blobs.is_empty() && blobs.iter().all(its)
     };
     fault.details().iter().any(|detail| {
@@ -117,7 +124,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One layer at its place in a stack; all states with that place share it, so that nothing is fetched, unpacked or compressed twice.
+/// One layer at its place in a stack; all states with that place share it, so that nothing is
+/// fetched, unpacked or compressed twice.
 pub(crate) struct Cell {
     pub diff_id: DiffId,
     pub chain_id: ChainId,
@@ -134,7 +142,8 @@ pub(crate) struct Cell {
     pub tar: OnceLock<Tar>,
     /// Committed in this life: no blob of it can exist that we do not know.
     pub new: AtomicBool,
-    /// The snapshot does not tell the whole layer, because whiteouts at the bottom of a stack vanish: only a blob does.
+    /// The snapshot does not tell the whole layer, because whiteouts at the bottom of a stack
+    /// vanish: only a blob does.
     pub blob_only: AtomicBool,
     /// Held while the snapshot is made.
     pub applying: tokio::sync::Mutex<()>,
@@ -204,7 +213,9 @@ impl Cell {
             Some(known) => {
                 known.stored |= blob.stored;
                 let lasts = |source: &Arc<dyn LayerSource>| !source.is_clients();
-                let better = |new: &Arc<dyn LayerSource>| lasts(new) || !known.source.as_ref().is_some_and(lasts);
+                let better = |new: &Arc<dyn LayerSource>| {
+                    lasts(new) || !known.source.as_ref().is_some_and(lasts)
+                };
                 if blob.source.as_ref().is_some_and(better) {
                     known.source = blob.source;
                 }
@@ -216,7 +227,9 @@ impl Cell {
     /// Forgets that a blob is stored, and the blob when there is nowhere to fetch it from.
     pub fn lost(&self, blob: &KnownBlob) {
         let mut origin = lock(&self.origin);
-        origin.blobs.retain(|b| b.descriptor.digest != blob.descriptor.digest || b.source.is_some());
+        origin
+            .blobs
+            .retain(|b| b.descriptor.digest != blob.descriptor.digest || b.source.is_some());
         for known in &mut origin.blobs {
             known.stored &= known.descriptor.digest != blob.descriptor.digest;
         }
@@ -225,7 +238,8 @@ impl Cell {
     /// Where a blob would be fetched from, if it is known by descriptor only.
     pub fn origin_of(&self, descriptor: &Descriptor) -> Option<String> {
         let origin = lock(&self.origin);
-        let blob = origin.blobs.iter().find(|b| b.descriptor.digest == descriptor.digest && !b.stored)?;
+        let blob =
+            origin.blobs.iter().find(|b| b.descriptor.digest == descriptor.digest && !b.stored)?;
         blob.source.as_ref().map(|s| s.describe())
     }
 

@@ -1,17 +1,22 @@
-//! Life of filesystem states. A [`RefStore`] hands out refs: an [`ImmutableRef`] is a stack of layers that may not exist on this
-//! machine yet, a [`MutableRef`] is being written, a [`NamedRef`] is a mutable state that outlives builds (cache mounts,
-//! the client's directories, git repositories).
+//! Life of filesystem states. A [`RefStore`] hands out refs: an [`ImmutableRef`] is a stack of
+//! layers that may not exist on this machine yet, a [`MutableRef`] is being written, a [`NamedRef`]
+//! is a mutable state that outlives builds (cache mounts, the client's directories, git
+//! repositories).
 //!
 //! What is true here:
-//! - A committed state's snapshot is *named by its chain id*, as containerd names an image's, so an image export needs no second copy, unless
-//!   it is not what unpacking its layer gives (`exact.rs`). The diffID is found by hashing the layer's tar stream at commit; nothing
-//!   is stored for it, unless an export comes next: then the same stream becomes its blob.
-//! - One record = one flat lease without expiry, whose labels hold all there is to know. Pruning deletes leases and nothing else.
-//! - Active snapshots and views of one life of the daemon hang on *epoch* leases, which the next life deletes.
+//! - A committed state's snapshot is *named by its chain id*, as containerd names an image's, so an
+//!   image export needs no second copy, unless it is not what unpacking its layer gives
+//!   (`exact.rs`). The diffID is found by hashing the layer's tar stream at commit; nothing is
+//!   stored for it, unless an export comes next: then the same stream becomes its blob.
+//! - One record = one flat lease without expiry, whose labels hold all there is to know. Pruning
+//!   deletes leases and nothing else.
+//! - Active snapshots and views of one life of the daemon hang on *epoch* leases, which the next
+//!   life deletes.
 //! - What may be lost lives in a small file: last use and use count.
 //! - After a power cut, what was not on the disk is removed before anybody sees it (`durable.rs`).
 //!
-//! Nothing here knows LLB, sessions or registries: a lazy layer is fetched through its [`LayerSource`].
+//! Nothing here knows LLB, sessions or registries: a lazy layer is fetched through its
+//! [`LayerSource`].
 
 mod ahead;
 mod blobs;
@@ -22,12 +27,12 @@ mod frozen;
 mod immutable;
 mod layer;
 mod life;
+mod materialize;
 mod merge;
 mod mount;
 mod mutable;
 mod named;
 mod places;
-mod realise;
 mod record;
 mod retime;
 mod store;

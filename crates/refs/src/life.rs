@@ -1,4 +1,5 @@
-//! One life of the daemon: the epoch lease that active snapshots and views hang on, background work, and what earlier lives left.
+//! One life of the daemon: the epoch lease that active snapshots and views hang on, background
+//! work, and what earlier lives left.
 
 use crate::record::{KIND, KIND_EPOCH, fresh_id};
 use shipway_fault::{Context as _, Fault, Result};
@@ -17,7 +18,8 @@ use tokio::{runtime::Handle, sync::Notify};
 
 /// An epoch lease takes new snapshots for this long.
 const EPOCH: Duration = Duration::from_secs(12 * 3600);
-/// And ends this long after it began, should nobody end it: no build lasts longer than the difference.
+/// And ends this long after it began, should nobody end it: no build lasts longer than the
+/// difference.
 const EXPIRY: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Background work that [`crate::RefStore::drained`] waits for.
@@ -62,11 +64,16 @@ impl Background {
         });
     }
 
-    /// Runs `work` to its end even if the caller goes away in the middle, because half of it would be worse than all.
-    pub async fn finish<T: Send + 'static>(&self, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    /// Runs `work` to its end even if the caller goes away in the middle, because half of it would
+    /// be worse than all.
+    pub async fn finish<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
         let (tell, told) = tokio::sync::oneshot::channel();
         self.spawn(async move { drop(tell.send(work.await)) });
-        told.await.unwrap_or_else(|_| Err(Fault::internal("a piece of work ended without an answer")))
+        told.await
+            .unwrap_or_else(|_| Err(Fault::internal("a piece of work ended without an answer")))
     }
 
     /// The same for work that blocks.
@@ -157,18 +164,28 @@ impl Epochs {
             return Ok(lease.clone());
         }
         let lease = EpochLease::new(LeaseId(format!("shipway-epoch-{}", fresh_id())));
-        let labels = Labels::from([(KIND.into(), KIND_EPOCH.into()), (GC_EXPIRE.into(), timestamp::format_whole(now + EXPIRY))]);
-        storage.leases.create(&lease, &labels).await.context(|| "make a lease for file systems in use")?;
+        let labels = Labels::from([
+            (KIND.into(), KIND_EPOCH.into()),
+            (GC_EXPIRE.into(), timestamp::format_whole(now + EXPIRY)),
+        ]);
+        storage
+            .leases
+            .create(&lease, &labels)
+            .await
+            .context(|| "make a lease for file systems in use")?;
         *current = Some((lease.clone(), now));
         Ok(lease)
     }
 
-    /// Ends the lease if nobody holds it and it keeps nothing; `anyway` if what it keeps belongs to nobody. Says whether it did.
+    /// Ends the lease if nobody holds it and it keeps nothing; `anyway` if what it keeps belongs to
+    /// nobody. Says whether it did.
     pub async fn end_unused(&self, storage: &Storage, anyway: bool) -> Result<bool> {
         let mut current = self.current.lock().await;
         let Some((lease, _)) = &*current else { return Ok(false) };
         // Nobody can take another hold while the table is locked.
-        if Arc::strong_count(&lease.0) > 1 || !(anyway || storage.leases.resources(lease).await?.is_empty()) {
+        if Arc::strong_count(&lease.0) > 1
+            || !(anyway || storage.leases.resources(lease).await?.is_empty())
+        {
             return Ok(false);
         }
         storage.leases.delete(lease, false).await?;
@@ -177,7 +194,8 @@ impl Epochs {
     }
 }
 
-/// Removes an active snapshot or view and its entry in the lease it was made under. One that is gone is no error.
+/// Removes an active snapshot or view and its entry in the lease it was made under. One that is
+/// gone is no error.
 pub(crate) async fn remove(storage: &Storage, lease: &LeaseId, key: &SnapshotKey) -> Result<()> {
     let removed = match storage.snapshots.remove(key).await {
         Err(e) if e.is_not_found() => Ok(()),
@@ -187,7 +205,8 @@ pub(crate) async fn remove(storage: &Storage, lease: &LeaseId, key: &SnapshotKey
     removed
 }
 
-/// Takes a name that no longer exists out of its lease, so that the lease of a long life does not grow.
+/// Takes a name that no longer exists out of its lease, so that the lease of a long life does not
+/// grow.
 pub(crate) async fn forget(storage: &Storage, lease: &LeaseId, key: &SnapshotKey) {
     let resource = LeaseResource::Snapshot(storage.snapshots.name().to_owned(), key.clone());
     if let Err(e) = storage.leases.remove(lease, resource).await

@@ -1,5 +1,6 @@
-//! States made of other states' layers (rows `op.merge`, `op.diff`). Only the list of layers is made here; files are copied
-//! when somebody needs the snapshot, and blobs are those of the original layers.
+//! States made of other states' layers (rows `op.merge`, `op.diff`). Only the list of layers is
+//! made here; files are copied when somebody needs the snapshot, and blobs are those of the
+//! original layers.
 
 use crate::{
     ImmutableRef, RecordType, RefId, RefStore,
@@ -16,8 +17,13 @@ use std::{
 };
 
 impl RefStore {
-    /// The layers of all `parts`, one on another (row `op.merge`); no file is copied before somebody needs the snapshot.
-    pub async fn merge(&self, parts: &[ImmutableRef], description: impl Into<String>) -> Result<ImmutableRef> {
+    /// The layers of all `parts`, one on another (row `op.merge`); no file is copied before
+    /// somebody needs the snapshot.
+    pub async fn merge(
+        &self,
+        parts: &[ImmutableRef],
+        description: impl Into<String>,
+    ) -> Result<ImmutableRef> {
         let mut whole = Vec::with_capacity(parts.len());
         for part in parts {
             let part = part.layered().await?;
@@ -36,7 +42,12 @@ impl RefStore {
                 layers.push(self.0.moved(original, layers.last()));
             }
         }
-        Ok(self.0.assembled("merge", layers, whole.iter().map(|p| p.id().clone()).collect(), description.into()))
+        Ok(self.0.assembled(
+            "merge",
+            layers,
+            whole.iter().map(|p| p.id().clone()).collect(),
+            description.into(),
+        ))
     }
 
     /// What `upper` adds to `lower` (row `op.diff`). Without `lower` it is all of `upper`.
@@ -55,13 +66,22 @@ impl RefStore {
             None => return Ok(upper),
         };
         let (below, above) = (&lower.layered_record()?.layers, &upper.layered_record()?.layers);
-        let parents = [&lower, &upper].into_iter().filter(|r| !r.is_scratch()).map(|r| r.id().clone()).collect();
+        let parents = [&lower, &upper]
+            .into_iter()
+            .filter(|r| !r.is_scratch())
+            .map(|r| r.id().clone())
+            .collect();
         if below.last().map(|c| &c.snapshot) == above.last().map(|c| &c.snapshot) {
             return self.scratch();
         }
-        let prefix = above.len() > below.len() && below.iter().zip(above).all(|(b, a)| b.snapshot == a.snapshot);
+        let prefix = above.len() > below.len()
+            && below.iter().zip(above).all(|(b, a)| b.snapshot == a.snapshot);
         if !prefix {
-            return self.0.compared(&lower, &upper, parents, description.into()).await.context(|| "compare two file systems");
+            return self
+                .0
+                .compared(&lower, &upper, parents, description.into())
+                .await
+                .context(|| "compare two file systems");
         }
         let mut layers = Vec::new();
         for original in &above[below.len()..] {
@@ -90,21 +110,33 @@ impl Inner {
             }
             match original.is_blob_only() {
                 true => cell.blob_only.store(true, Relaxed),
-                false => cell.set_copy_of(original.copy_of().unwrap_or_else(|| original.snapshot.clone())),
+                false => cell
+                    .set_copy_of(original.copy_of().unwrap_or_else(|| original.snapshot.clone())),
             }
         }
         cell
     }
 
-    pub fn assembled(self: &Arc<Self>, how: &str, layers: Vec<Arc<Cell>>, parents: Vec<RefId>, description: String) -> ImmutableRef {
+    pub fn assembled(
+        self: &Arc<Self>,
+        how: &str,
+        layers: Vec<Arc<Cell>>,
+        parents: Vec<RefId>,
+        description: String,
+    ) -> ImmutableRef {
         let seed = layers.iter().fold(how.to_owned(), |s, c| s + " " + &c.snapshot.0);
-        let note =
-            Note { record_type: RecordType::Regular, description, created: SystemTime::now(), parents, body: Body::Layers(Vec::new()) };
+        let note = Note {
+            record_type: RecordType::Regular,
+            description,
+            created: SystemTime::now(),
+            parents,
+            body: Body::Layers(Vec::new()),
+        };
         self.insert(Record::new(id_of(seed), note, layers, false))
     }
 
-    /// The layer that turns `lower` into `upper`, packed from both trees, for states that are not on one lineage. Nothing but its blob has it,
-    /// so the new state keeps that from the beginning.
+    /// The layer that turns `lower` into `upper`, packed from both trees, for states that are not
+    /// on one lineage. Nothing but its blob has it, so the new state keeps that from the beginning.
     async fn compared(
         self: &Arc<Self>,
         lower: &ImmutableRef,
@@ -115,7 +147,8 @@ impl Inner {
         let (before, after) = tokio::try_join!(lower.mount(), upper.mount())?;
         let lease = self.epochs.lease(&self.storage).await?;
         let tree = LayerTree::compared(before.path(), after.path());
-        let blob = Loose::pack(self, &lease, (tree, (before, after)), Compression::default()).await?;
+        let blob =
+            Loose::pack(self, &lease, (tree, (before, after)), Compression::default()).await?;
         let cell = self.cell(blob.tar.diff_id, None);
         cell.blob_only.store(true, Relaxed);
         cell.know(blob.known());
@@ -123,8 +156,11 @@ impl Inner {
         let record = state.layered_record()?;
         self.ensure_lease(record).await?;
         if !blob.give(record).await? {
-            return Err(Fault::new(Code::Aborted, "the blob of the difference vanished while it was made")
-                .hint("something else deletes content in this containerd namespace; build again"));
+            return Err(Fault::new(
+                Code::Aborted,
+                "the blob of the difference vanished while it was made",
+            )
+            .hint("something else deletes content in this containerd namespace; build again"));
         }
         Ok(state)
     }

@@ -1,4 +1,5 @@
-//! Mounts on the host for the daemon's own reading and writing, and what a snapshot's mounts tell about its layers.
+//! Mounts on the host for the daemon's own reading and writing, and what a snapshot's mounts tell
+//! about its layers.
 
 use crate::life::Background;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -18,8 +19,9 @@ use std::{
 };
 use tokio::sync::oneshot;
 
-/// What is in a snapshot is there to be read and written by us, never to be run: a program with a set-id bit or a device in an image must be
-/// of no use to whoever reaches the mount. Processes of builds get mounts of their own.
+/// What is in a snapshot is there to be read and written by us, never to be run: a program with a
+/// set-id bit or a device in an image must be of no use to whoever reaches the mount. Processes of
+/// builds get mounts of their own.
 const INERT: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 
 /// Longest option text that mount(2) takes: a page with its ending zero.
@@ -54,7 +56,8 @@ impl LocalMount {
         Self { path: path.to_owned(), guard: None, point: None }
     }
 
-    /// `mounts` as a directory: a bind is its source, everything else is mounted below `root`. `guard` is dropped after unmounting.
+    /// `mounts` as a directory: a bind is its source, everything else is mounted below `root`.
+    /// `guard` is dropped after unmounting.
     pub(crate) async fn new(
         mounts: &[Mount],
         root: &Path,
@@ -64,14 +67,24 @@ impl LocalMount {
         if let [only] = mounts
             && is_bind(only)
         {
-            return Ok(Self { path: Path::new(&only.source).join(&only.target), guard, point: None });
+            return Ok(Self {
+                path: Path::new(&only.source).join(&only.target),
+                guard,
+                point: None,
+            });
         }
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let path = root.join(COUNT.fetch_add(1, Ordering::Relaxed).to_string());
         let (mounts, at) = (mounts.to_vec(), path.clone());
         let done = tokio::task::spawn_blocking(move || mount_all(&mounts, &at)).await;
         done.map_err(|e| Fault::internal(format!("a mount failed: {e}")))??;
-        let point = Point { path: path.clone(), background: background.clone(), guard, ended: None, live: true };
+        let point = Point {
+            path: path.clone(),
+            background: background.clone(),
+            guard,
+            ended: None,
+            live: true,
+        };
         Ok(Self { path, guard: None, point: Some(Arc::new(point)) })
     }
 
@@ -89,7 +102,11 @@ pub(crate) struct WeakMount {
 
 impl WeakMount {
     pub fn upgrade(&self) -> Option<LocalMount> {
-        Some(LocalMount { path: self.path.clone(), guard: None, point: Some(self.point.upgrade()?) })
+        Some(LocalMount {
+            path: self.path.clone(),
+            guard: None,
+            point: Some(self.point.upgrade()?),
+        })
     }
 }
 
@@ -116,7 +133,8 @@ impl Drop for Point {
         if !std::mem::take(&mut self.live) {
             return;
         }
-        let (path, guard, ended) = (std::mem::take(&mut self.path), self.guard.take(), self.ended.take());
+        let (path, guard, ended) =
+            (std::mem::take(&mut self.path), self.guard.take(), self.ended.take());
         // Unmounting waits for the kernel to forget, which takes milliseconds.
         self.background.spawn_blocking(move || {
             let result = detach(&path);
@@ -136,11 +154,13 @@ fn detach(path: &Path) -> Result<()> {
         Ok(()) | Err(rustix::io::Errno::INVAL) => {}
         Err(e) => return Err(Fault::io(format!("unmount {}", path.display()), e.into())),
     }
-    fs::remove_dir(path).map_err(|e| Fault::io(format!("remove the mount point {}", path.display()), e))
+    fs::remove_dir(path)
+        .map_err(|e| Fault::io(format!("remove the mount point {}", path.display()), e))
 }
 
 fn mount_all(mounts: &[Mount], at: &Path) -> Result<()> {
-    fs::create_dir_all(at).map_err(|e| Fault::io(format!("make the mount point {}", at.display()), e))?;
+    fs::create_dir_all(at)
+        .map_err(|e| Fault::io(format!("make the mount point {}", at.display()), e))?;
     for (done, m) in mounts.iter().enumerate() {
         if let Err(e) = mount_one(m, at) {
             for _ in 0..done {
@@ -190,14 +210,18 @@ fn mount_one(m: &Mount, at: &Path) -> io::Result<()> {
             mount_one(&without, at)
         }
         Ok(()) if options.iter().any(|o| o == VOLATILE) => {
-            options.iter().filter_map(|o| o.strip_prefix("workdir=")).for_each(|dir| unmark(Path::new(dir)));
+            options
+                .iter()
+                .filter_map(|o| o.strip_prefix("workdir="))
+                .for_each(|dir| unmark(Path::new(dir)));
             Ok(())
         }
         other => Ok(other?),
     }
 }
 
-/// The options as one text. Lower directories are named by descriptors when their paths are too long together.
+/// The options as one text. Lower directories are named by descriptors when their paths are too
+/// long together.
 fn shortened(options: &[String]) -> io::Result<(String, Vec<OwnedFd>)> {
     let text = options.join(",");
     if text.len() <= OPTIONS_MAX {
@@ -213,7 +237,11 @@ fn shortened(options: &[String]) -> io::Result<(String, Vec<OwnedFd>)> {
         let mut names = Vec::new();
         for lower in lowers.split(':') {
             use rustix::fs::{Mode, OFlags};
-            let fd = rustix::fs::open(lower, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+            let fd = rustix::fs::open(
+                lower,
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )?;
             names.push(format!("/proc/self/fd/{}", fd.as_raw_fd()));
             open.push(fd);
         }
@@ -231,8 +259,13 @@ pub(crate) fn read_only(mounts: &[Mount]) -> Vec<Mount> {
     let mut mounts = mounts.to_vec();
     for m in &mut mounts {
         if let Some((upper, lowers)) = overlay_dirs(m) {
-            m.options.retain(|o| !["upperdir=", "workdir=", "lowerdir=", VOLATILE, "rw"].iter().any(|p| o.starts_with(p)));
-            let all: Vec<String> = upper.into_iter().chain(lowers).map(|p| p.to_string_lossy().into_owned()).collect();
+            m.options.retain(|o| {
+                !["upperdir=", "workdir=", "lowerdir=", VOLATILE, "rw"]
+                    .iter()
+                    .any(|p| o.starts_with(p))
+            });
+            let all: Vec<String> =
+                upper.into_iter().chain(lowers).map(|p| p.to_string_lossy().into_owned()).collect();
             m.options.push(format!("lowerdir={}", all.join(":")));
         } else {
             m.options.retain(|o| o != "rw" && o != "ro");
@@ -245,7 +278,8 @@ pub(crate) fn read_only(mounts: &[Mount]) -> Vec<Mount> {
 /// The option that keeps an overlay from writing everything to the disk when it is unmounted.
 const VOLATILE: &str = "volatile";
 
-/// The same file system, without waiting for the disk when it is unmounted: `durable.rs` sees to that.
+/// The same file system, without waiting for the disk when it is unmounted: `durable.rs` sees to
+/// that.
 pub(crate) fn unsynced(mounts: &[Mount]) -> Vec<Mount> {
     let mut mounts = mounts.to_vec();
     for m in &mut mounts {
@@ -256,8 +290,9 @@ pub(crate) fn unsynced(mounts: &[Mount]) -> Vec<Mount> {
     mounts
 }
 
-/// Removes the mark that forbids mounting an overlay again after it was mounted without sync. Only mounting looks at it, so it
-/// can go as soon as the mount stands: a process may be given the same file system next.
+/// Removes the mark that forbids mounting an overlay again after it was mounted without sync. Only
+/// mounting looks at it, so it can go as soon as the mount stands: a process may be given the same
+/// file system next.
 fn unmark(workdir: &Path) {
     let mark = workdir.join("work/incompat");
     if let Err(e) = fs::remove_dir_all(&mark)
@@ -281,12 +316,14 @@ fn overlay_dirs(m: &Mount) -> Option<(Option<PathBuf>, Vec<PathBuf>)> {
         return None;
     }
     let option = |name: &str| m.options.iter().find_map(|o| o.strip_prefix(name));
-    let lowers = option("lowerdir=").map(|l| l.split(':').map(PathBuf::from).collect()).unwrap_or_default();
+    let lowers =
+        option("lowerdir=").map(|l| l.split(':').map(PathBuf::from).collect()).unwrap_or_default();
     Some((option("upperdir=").map(PathBuf::from), lowers))
 }
 
-/// The tree of an active snapshot's own layer, or of a committed one's as its view shows it. `parent` is a mount of the parent, asked for only
-/// when the snapshotter has no layers of its own to look at.
+/// The tree of an active snapshot's own layer, or of a committed one's as its view shows it.
+/// `parent` is a mount of the parent, asked for only when the snapshotter has no layers of its own
+/// to look at.
 pub(crate) enum OwnLayer {
     /// It is all there.
     Tree(LayerTree),
@@ -297,8 +334,10 @@ pub(crate) enum OwnLayer {
 pub(crate) fn own_layer(mounts: &[Mount], has_parent: bool) -> Result<OwnLayer> {
     let unknown = || {
         let kinds: Vec<&str> = mounts.iter().map(|m| m.kind.as_str()).collect();
-        Fault::unimplemented(format!("finding the layer in a snapshot with mounts of kind {kinds:?}"))
-            .hint("use a snapshotter whose mounts are overlays or binds: overlayfs, native")
+        Fault::unimplemented(format!(
+            "finding the layer in a snapshot with mounts of kind {kinds:?}"
+        ))
+        .hint("use a snapshotter whose mounts are overlays or binds: overlayfs, native")
     };
     let [only] = mounts else { return Err(unknown()) };
     if let Some((upper, mut lowers)) = overlay_dirs(only) {
@@ -307,9 +346,17 @@ pub(crate) fn own_layer(mounts: &[Mount], has_parent: bool) -> Result<OwnLayer> 
             None if lowers.is_empty() => return Err(unknown()),
             None => lowers.remove(0),
         };
-        let marks = if only.options.iter().any(|o| o == "userxattr") { Marks::User } else { Marks::Trusted };
+        let marks = if only.options.iter().any(|o| o == "userxattr") {
+            Marks::User
+        } else {
+            Marks::Trusted
+        };
         let lowest = lowers.is_empty() && !has_parent;
-        return Ok(OwnLayer::Tree(if lowest { LayerTree::lowest(top) } else { LayerTree::overlay(top, lowers, marks) }));
+        return Ok(OwnLayer::Tree(if lowest {
+            LayerTree::lowest(top)
+        } else {
+            LayerTree::overlay(top, lowers, marks)
+        }));
     }
     if !is_bind(only) {
         return Err(unknown());
@@ -320,11 +367,17 @@ pub(crate) fn own_layer(mounts: &[Mount], has_parent: bool) -> Result<OwnLayer> 
 
 /// Unmounts what an earlier life left mounted below `root` and removes the mount points.
 pub(crate) fn sweep(root: &Path) -> Result<()> {
-    let table = fs::read_to_string("/proc/self/mountinfo").map_err(|e| Fault::io("read the mount table", e))?;
-    let points: Vec<PathBuf> = table.lines().filter_map(|l| l.split(' ').nth(4)).map(|p| PathBuf::from(unescaped(p))).collect();
+    let table = fs::read_to_string("/proc/self/mountinfo")
+        .map_err(|e| Fault::io("read the mount table", e))?;
+    let points: Vec<PathBuf> = table
+        .lines()
+        .filter_map(|l| l.split(' ').nth(4))
+        .map(|p| PathBuf::from(unescaped(p)))
+        .collect();
     for point in points.iter().rev().filter(|p| p.starts_with(root) && *p != root) {
-        unmount(point, UnmountFlags::DETACH)
-            .map_err(|e| Fault::io(format!("unmount {}, left by an earlier life", point.display()), e.into()))?;
+        unmount(point, UnmountFlags::DETACH).map_err(|e| {
+            Fault::io(format!("unmount {}, left by an earlier life", point.display()), e.into())
+        })?;
     }
     if let Ok(entries) = fs::read_dir(root) {
         for entry in entries.flatten() {
@@ -336,7 +389,9 @@ pub(crate) fn sweep(root: &Path) -> Result<()> {
 
 /// A path of the mount table: blanks and the like are written in octal.
 fn unescaped(text: &str) -> String {
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")].iter().fold(text.to_owned(), |t, (from, to)| t.replace(from, to))
+    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
+        .iter()
+        .fold(text.to_owned(), |t, (from, to)| t.replace(from, to))
 }
 
 #[cfg(test)]
@@ -354,7 +409,8 @@ mod tests {
 
     #[test]
     fn an_overlay_for_readers_has_its_upper_directory_on_top() {
-        let m = read_only(&[overlay(&["index=off", "workdir=/w", "upperdir=/u", "lowerdir=/a:/b"])]);
+        let m =
+            read_only(&[overlay(&["index=off", "workdir=/w", "upperdir=/u", "lowerdir=/a:/b"])]);
         assert_eq!(m[0].options, ["index=off", "lowerdir=/u:/a:/b"]);
     }
 
@@ -366,13 +422,23 @@ mod tests {
         for name in ["l", "u", "w", "source"] {
             fs::create_dir(path(name)).unwrap();
         }
-        let device = |at: PathBuf| mknodat(CWD, at, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(1, 3));
+        let device = |at: PathBuf| {
+            mknodat(CWD, at, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(1, 3))
+        };
         device(path("l/null")).unwrap();
         device(path("source/null")).unwrap();
         let [l, u, w] = ["l", "u", "w"].map(|n| path(n).display().to_string());
-        let writable = overlay(&[&format!("lowerdir={l}"), &format!("upperdir={u}"), &format!("workdir={w}")]);
-        let bind = |options: &[&str]| Mount { kind: "bind".into(), source: path("source").display().to_string(), ..overlay(options) };
-        for m in unsynced(&[writable]).into_iter().chain([bind(&["rbind", "rw"]), bind(&["rbind", "ro", "exec", "suid"])]) {
+        let writable =
+            overlay(&[&format!("lowerdir={l}"), &format!("upperdir={u}"), &format!("workdir={w}")]);
+        let bind = |options: &[&str]| Mount {
+            kind: "bind".into(),
+            source: path("source").display().to_string(),
+            ..overlay(options)
+        };
+        for m in unsynced(&[writable])
+            .into_iter()
+            .chain([bind(&["rbind", "rw"]), bind(&["rbind", "ro", "exec", "suid"])])
+        {
             let at = path("at");
             mount_all(std::slice::from_ref(&m), &at).unwrap();
             let flags = rustix::fs::statvfs(&at).unwrap().f_flag;
@@ -381,7 +447,8 @@ mod tests {
             let (made, seen) = (device(at.join("new")), fs::symlink_metadata(at.join("null")));
             let read_only = flags.contains(StatVfsMountFlags::RDONLY);
             detach(&at).unwrap();
-            let inert = StatVfsMountFlags::NOSUID | StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC;
+            let inert =
+                StatVfsMountFlags::NOSUID | StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC;
             assert!(flags.contains(inert), "{m:?}");
             assert_eq!(opened.unwrap_err().kind(), io::ErrorKind::PermissionDenied, "{m:?}");
             assert!(seen.is_ok() && (made.is_ok() || read_only), "{m:?}");
@@ -395,9 +462,14 @@ mod tests {
                 &["upperdir=/u", "workdir=/w", "lowerdir=/a:/b"][..],
                 LayerTree::overlay("/u", vec!["/a".into(), "/b".into()], Marks::Trusted),
             ),
-            (&["lowerdir=/a:/b", "userxattr"][..], LayerTree::overlay("/a", vec!["/b".into()], Marks::User)),
+            (
+                &["lowerdir=/a:/b", "userxattr"][..],
+                LayerTree::overlay("/a", vec!["/b".into()], Marks::User),
+            ),
         ] {
-            assert!(matches!(own_layer(&[overlay(options)], true), Ok(OwnLayer::Tree(t)) if t == want));
+            assert!(
+                matches!(own_layer(&[overlay(options)], true), Ok(OwnLayer::Tree(t)) if t == want)
+            );
         }
     }
 }

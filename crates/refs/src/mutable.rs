@@ -5,8 +5,8 @@ use crate::{
     ahead::Loose,
     exact,
     layer::lock,
+    materialize::Active,
     mount::{OwnLayer, WeakMount, is_bind, own_layer, read_only, unsynced},
-    realise::Active,
     record::{Body, Note, fresh_id},
     store::{Inner, Record},
 };
@@ -21,7 +21,8 @@ use std::{
     time::SystemTime,
 };
 
-/// A state being written. Dropped without commit it vanishes in the background; [`crate::RefStore::drained`] waits for that.
+/// A state being written. Dropped without commit it vanishes in the background;
+/// [`crate::RefStore::drained`] waits for that.
 pub struct MutableRef {
     store: Arc<Inner>,
     active: Active,
@@ -48,14 +49,27 @@ impl MutableRef {
         let parent = match parent {
             Some(parent) => {
                 let parent = parent.layered().await?;
-                parent.realise(progress).await?;
+                parent.materialize(progress).await?;
                 Some(parent).filter(|p| !p.is_scratch())
             }
             None => None,
         };
-        let below = parent.as_ref().map(ImmutableRef::layered_record).transpose()?.and_then(|r| r.snapshot());
-        let active = Active::prepare(store, "step", below).await.context(|| format!("make a file system for {description:?}"))?;
-        Ok(Self { store: store.clone(), active, parent, record_type, description, mounted: Mutex::default() })
+        let below = parent
+            .as_ref()
+            .map(ImmutableRef::layered_record)
+            .transpose()?
+            .and_then(|r| r.snapshot());
+        let active = Active::prepare(store, "step", below)
+            .await
+            .context(|| format!("make a file system for {description:?}"))?;
+        Ok(Self {
+            store: store.clone(),
+            active,
+            parent,
+            record_type,
+            description,
+            mounted: Mutex::default(),
+        })
     }
 
     /// Key of the active snapshot.
@@ -80,20 +94,28 @@ impl MutableRef {
 
     /// The state as a writable directory of the host. Drop it before commit.
     pub async fn mount(&self) -> Result<LocalMount> {
-        // The newest is the only one that can live: a second mount of the same upper directory is never made.
+        // The newest is the only one that can live: a second mount of the same upper directory is
+        // never made.
         let live = lock(&self.mounted).last().and_then(WeakMount::upgrade);
         if let Some(mount) = live {
             return Ok(mount);
         }
-        let mount = LocalMount::new(&unsynced(&self.active.mounts), &self.store.mounts, &self.store.background, None).await?;
+        let mount = LocalMount::new(
+            &unsynced(&self.active.mounts),
+            &self.store.mounts,
+            &self.store.background,
+            None,
+        )
+        .await?;
         lock(&self.mounted).extend(mount.downgrade());
         Ok(mount)
     }
 
-    /// The directory that holds what is written here and nothing else, for writing into it while the state is not mounted; `None` where the
-    /// snapshotter has no such directory.
+    /// The directory that holds what is written here and nothing else, for writing into it while
+    /// the state is not mounted; `None` where the snapshotter has no such directory.
     pub fn layer_dir(&self) -> Result<Option<PathBuf>> {
-        let has_parent = self.parent.as_ref().map(ImmutableRef::layered_record).transpose()?.is_some();
+        let has_parent =
+            self.parent.as_ref().map(ImmutableRef::layered_record).transpose()?.is_some();
         Ok(match own_layer(&self.active.mounts, has_parent) {
             Ok(OwnLayer::Tree(own)) => Some(own.root().to_owned()),
             _ => None,
@@ -105,14 +127,25 @@ impl MutableRef {
         self.committed(description.into(), None).await
     }
 
-    /// [`MutableRef::commit`] with the layer's blob made on the way, so that its files are read once; for a layer that is exported next.
-    pub async fn commit_packed(self, description: impl Into<String>, compression: Compression) -> Result<ImmutableRef> {
+    /// [`MutableRef::commit`] with the layer's blob made on the way, so that its files are read
+    /// once; for a layer that is exported next.
+    pub async fn commit_packed(
+        self,
+        description: impl Into<String>,
+        compression: Compression,
+    ) -> Result<ImmutableRef> {
         self.committed(description.into(), Some(compression)).await
     }
 
-    async fn committed(self, description: String, pack: Option<Compression>) -> Result<ImmutableRef> {
+    async fn committed(
+        self,
+        description: String,
+        pack: Option<Compression>,
+    ) -> Result<ImmutableRef> {
         if lock(&self.mounted).iter().any(|m| m.upgrade().is_some()) {
-            return Err(Fault::internal(format!("{description:?} is committed while it is still mounted")));
+            return Err(Fault::internal(format!(
+                "{description:?} is committed while it is still mounted"
+            )));
         }
         let Self { store, active, parent, record_type, .. } = self;
         let note = Note {
@@ -123,7 +156,9 @@ impl MutableRef {
             body: Body::Layers(Vec::new()),
         };
         let what = note.description.clone();
-        commit(&store, active, parent.as_ref(), note, pack).await.context(|| format!("commit {what:?}"))
+        commit(&store, active, parent.as_ref(), note, pack)
+            .await
+            .context(|| format!("commit {what:?}"))
     }
 
     /// Throws the state away and waits for that.
@@ -132,7 +167,8 @@ impl MutableRef {
     }
 }
 
-/// Hashes what was written into `active`, or packs it as `pack` says, and makes it a state on top of `parent`.
+/// Hashes what was written into `active`, or packs it as `pack` says, and makes it a state on top
+/// of `parent`.
 async fn commit(
     store: &Arc<Inner>,
     active: Active,
@@ -144,7 +180,10 @@ async fn commit(
     let mounts = active.mounts.clone();
     let over = below.as_ref().and_then(|r| r.snapshot());
     let blob = match pack {
-        Some(compression) => Some(Loose::pack(store, &active.lease, written(store, &mounts, over).await?, compression).await?),
+        Some(compression) => Some(
+            Loose::pack(store, &active.lease, written(store, &mounts, over).await?, compression)
+                .await?,
+        ),
         None => None,
     };
     let layer = match &blob {
@@ -154,20 +193,23 @@ async fn commit(
     let (store, background, parent) = (store.clone(), store.background.clone(), parent.cloned());
     // Cut off in the middle, it would leave a lease and a snapshot that nobody knows.
     let work = async move {
-        let (record, made) = name(&store, (&active.key, &mounts), below.as_deref(), &layer, &note, blob.as_ref()).await?;
+        let (record, made) =
+            name(&store, (&active.key, &mounts), below.as_deref(), &layer, &note, blob.as_ref())
+                .await?;
         if made {
             active.committed();
             remember(&record, &mounts, below.is_some());
         }
-        *record.realised.lock().await = true;
+        *record.materialized.lock().await = true;
         drop(parent);
         Ok(store.insert(record))
     };
     background.finish(work).await
 }
 
-/// Commits the active snapshot `key`, which holds `layer` on top of `below`, under the name that it may have, and records that under a lease. Says
-/// whether it was this one that got the name; otherwise there is one that is equal.
+/// Commits the active snapshot `key`, which holds `layer` on top of `below`, under the name that it
+/// may have, and records that under a lease. Says whether it was this one that got the name;
+/// otherwise there is one that is equal.
 pub(crate) async fn name(
     store: &Arc<Inner>,
     (key, mounts): (&SnapshotKey, &[Mount]),
@@ -178,7 +220,9 @@ pub(crate) async fn name(
 ) -> Result<(Record, bool)> {
     loop {
         let record = stacked(store, below, layer, note.clone());
-        let Some(cell) = record.layers.last() else { return Err(Fault::internal("a commit without a layer")) };
+        let Some(cell) = record.layers.last() else {
+            return Err(Fault::internal("a commit without a layer"));
+        };
         if let Some(blob) = blob {
             cell.know(blob.known());
         }
@@ -188,7 +232,8 @@ pub(crate) async fn name(
                 blob.give(&record).await?;
             }
             let labels = exact::labels().into_iter().chain(store.durable.labels(mounts)).collect();
-            match store.storage.snapshots.commit(&record.lease, &cell.snapshot, key, &labels).await {
+            match store.storage.snapshots.commit(&record.lease, &cell.snapshot, key, &labels).await
+            {
                 Ok(()) => Ok(Some(true)),
                 Err(e) if e.is_already_exists() => {
                     store.durable.check(&cell.snapshot)?;
@@ -216,19 +261,26 @@ pub(crate) fn remember(record: &Record, mounts: &[Mount], has_parent: bool) {
         && (only.kind == "overlay" || is_bind(only))
     {
         let _ = record.shown.set(read_only(mounts));
-        if let (Some(cell), Ok(OwnLayer::Tree(tree))) = (record.layers.last(), own_layer(mounts, has_parent)) {
+        if let (Some(cell), Ok(OwnLayer::Tree(tree))) =
+            (record.layers.last(), own_layer(mounts, has_parent))
+        {
             let _ = cell.tree.set(tree);
         }
     }
 }
 
 /// What was written over `below`, and what keeps it readable.
-async fn written(store: &Arc<Inner>, mounts: &[Mount], below: Option<&SnapshotKey>) -> Result<(LayerTree, impl Send + 'static)> {
+async fn written(
+    store: &Arc<Inner>,
+    mounts: &[Mount],
+    below: Option<&SnapshotKey>,
+) -> Result<(LayerTree, impl Send + 'static)> {
     let (tree, guard) = match own_layer(mounts, below.is_some())? {
         OwnLayer::Tree(tree) => (tree, None),
         OwnLayer::Whole(after) => {
             let view = Active::view(store, below).await?;
-            let before = LocalMount::new(&view.mounts, &store.mounts, &store.background, None).await?;
+            let before =
+                LocalMount::new(&view.mounts, &store.mounts, &store.background, None).await?;
             (LayerTree::compared(before.path(), after), Some((before, view)))
         }
     };
@@ -236,7 +288,11 @@ async fn written(store: &Arc<Inner>, mounts: &[Mount], below: Option<&SnapshotKe
 }
 
 /// The tar of what was written over `below`.
-pub(crate) async fn hash(store: &Arc<Inner>, mounts: &[Mount], below: Option<&SnapshotKey>) -> Result<Hashed> {
+pub(crate) async fn hash(
+    store: &Arc<Inner>,
+    mounts: &[Mount],
+    below: Option<&SnapshotKey>,
+) -> Result<Hashed> {
     let (tree, guard) = written(store, mounts, below).await?;
     let hashed = tokio::task::spawn_blocking(move || shipway_archive::tar_of(&tree)).await;
     drop(guard);
@@ -255,6 +311,7 @@ fn stacked(store: &Inner, below: Option<&Record>, layer: &Hashed, note: Note) ->
     };
     let _ = cell.tar.set(layer.tar);
     cell.new.store(true, Ordering::Relaxed);
-    let layers = below.map(|r| r.layers.clone()).unwrap_or_default().into_iter().chain([cell]).collect();
+    let layers =
+        below.map(|r| r.layers.clone()).unwrap_or_default().into_iter().chain([cell]).collect();
     Record::new(fresh_id(), note, layers, false)
 }

@@ -1,4 +1,5 @@
-//! Mutable states that outlive builds, found by key: cache mounts, clients' directories, git repositories.
+//! Mutable states that outlive builds, found by key: cache mounts, clients' directories, git
+//! repositories.
 
 use crate::{
     ImmutableRef, LocalMount, RecordType, RefId, RefStore,
@@ -36,7 +37,8 @@ pub enum Sharing {
 pub struct NamedRequest {
     /// What it is for.
     pub record_type: RecordType,
-    /// Its key, of any length. Put into it whatever must tell two of them apart (such as the id of `parent`).
+    /// Its key, of any length. Put into it whatever must tell two of them apart (such as the id of
+    /// `parent`).
     pub key: String,
     /// What it is, for people.
     pub description: String,
@@ -87,7 +89,10 @@ pub(crate) struct SlotUse {
 impl Slot {
     fn new(id: RefId, note: Note, name: String, snapshot: SnapshotKey) -> Self {
         // Generations of different lives must not be equal: ids of frozen states contain them.
-        let generation = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
+        let generation = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_micros() as u64;
         let use_ = Mutex::new(SlotUse { generation, ..SlotUse::default() });
         let lease = lease_of(&id);
         Self {
@@ -179,7 +184,11 @@ impl Slots {
     }
 
     fn named(&self, name: &str, record_type: RecordType) -> Vec<Arc<Slot>> {
-        lock(&self.all).iter().filter(|s| s.name == name && s.note.record_type == record_type).cloned().collect()
+        lock(&self.all)
+            .iter()
+            .filter(|s| s.name == name && s.note.record_type == record_type)
+            .cloned()
+            .collect()
     }
 
     pub fn drop_slot(&self, slot: &Slot) {
@@ -203,19 +212,26 @@ impl RefStore {
                 if slot.enter(request.sharing) {
                     let writer = Writer { store: store.clone(), slot: slot.clone() };
                     match slot.mounts(store).await {
-                        Ok(mounts) => return Ok(NamedRef { mounts: mounts.to_vec(), writer, fresh: false }),
+                        Ok(mounts) => {
+                            return Ok(NamedRef { mounts: mounts.to_vec(), writer, fresh: false });
+                        }
                         // Somebody pruned it; it will not come back.
                         Err(e) if e.is_not_found() => {
                             drop(writer);
                             store.bury_slot(slot).await;
                         }
-                        Err(e) => return Err(e).context(|| format!("take {}", request.description)),
+                        Err(e) => {
+                            return Err(e).context(|| format!("take {}", request.description));
+                        }
                     }
                 }
             }
             let taken = slots.iter().any(|s| s.in_use());
             if !taken || request.sharing == Sharing::Private {
-                return store.make_slot(&request, name).await.context(|| format!("make {}", request.description));
+                return store
+                    .make_slot(&request, name)
+                    .await
+                    .context(|| format!("make {}", request.description));
             }
             drop(making);
             freed.await;
@@ -224,7 +240,8 @@ impl RefStore {
 }
 
 impl RefStore {
-    /// Throws away the named states of a key: nobody gets them any more, and each vanishes with the last who has it.
+    /// Throws away the named states of a key: nobody gets them any more, and each vanishes with the
+    /// last who has it.
     pub fn discard_named(&self, record_type: RecordType, key: &str) {
         let store = &self.0;
         store.slots.named(&name_of(key), record_type).iter().for_each(|slot| store.doom(slot));
@@ -253,7 +270,7 @@ impl Inner {
         let mut parents = Vec::new();
         if let Some(parent) = &request.parent {
             let parent = parent.layered().await?;
-            parent.realise(None).await?;
+            parent.materialize(None).await?;
             below = parent.layered_record()?.snapshot().cloned();
             parents = vec![parent.id().clone()];
         }
@@ -271,7 +288,11 @@ impl Inner {
         let work = async move {
             let made = async {
                 store.storage.leases.create(&slot.lease, &labels_of(&slot.note)).await?;
-                store.storage.snapshots.prepare(&slot.lease, &slot.snapshot, below.as_ref(), &Labels::new()).await
+                store
+                    .storage
+                    .snapshots
+                    .prepare(&slot.lease, &slot.snapshot, below.as_ref(), &Labels::new())
+                    .await
             };
             let mounts = match made.await {
                 Ok(mounts) => mounts,
@@ -357,21 +378,26 @@ impl NamedRef {
             return Ok(mount);
         }
         let guard: Arc<dyn Any + Send + Sync> = slot.clone();
-        let mount = LocalMount::new(&self.mounts, &store.mounts, &store.background, Some(guard)).await?;
+        let mount =
+            LocalMount::new(&self.mounts, &store.mounts, &store.background, Some(guard)).await?;
         *mounted = mount.downgrade();
         Ok(mount)
     }
 
-    /// Ends writing for now and hands the state out for reading, without copying a file. Until the returned ref and its clones
-    /// are gone, requests for the key get another state ([`Sharing::Private`]) or wait. Drop mounts first. It becomes a
-    /// layer only if somebody asks for its layers, or writes on top of it.
+    /// Ends writing for now and hands the state out for reading, without copying a file. Until the
+    /// returned ref and its clones are gone, requests for the key get another state
+    /// ([`Sharing::Private`]) or wait. Drop mounts first. It becomes a layer only if somebody asks
+    /// for its layers, or writes on top of it.
     pub async fn freeze(self, description: impl Into<String>) -> Result<ImmutableRef> {
         let Self { writer, mounts, .. } = self;
         let slot = writer.slot.clone();
         let id = {
             let mut u = lock(&slot.use_);
             if u.writers > 1 {
-                return Err(Fault::internal(format!("{:?} is frozen while others write", slot.note.description)));
+                return Err(Fault::internal(format!(
+                    "{:?} is frozen while others write",
+                    slot.note.description
+                )));
             }
             u.readers += 1;
             RefId(format!("{}-{}", slot.id, u.generation))
@@ -381,8 +407,8 @@ impl NamedRef {
         Ok(Frozen::held(reader, id, description.into(), mounts))
     }
 
-    /// Throws the state away, as when its contents turned out to be damaged: nobody gets it any more, and it vanishes with the
-    /// last who has it.
+    /// Throws the state away, as when its contents turned out to be damaged: nobody gets it any
+    /// more, and it vanishes with the last who has it.
     pub async fn discard(self) -> Result<()> {
         self.writer.store.doom(&self.writer.slot);
         Ok(())

@@ -6,11 +6,12 @@ use shipway_fault::{Fault, Result};
 use std::collections::{HashMap, HashSet};
 
 impl ImmutableRef {
-    /// The topmost layer, by number from below, that has each of `paths` (from the root, without a slash at either end), also where a later layer takes it
-    /// away again. A path that no layer has is left out. Layers are read from above, and only until all are found.
+    /// The topmost layer, by number from below, that has each of `paths` (from the root, without a
+    /// slash at either end), also where a later layer takes it away again. A path that no layer has
+    /// is left out. Layers are read from above, and only until all are found.
     pub async fn layers_with(&self, paths: HashSet<Vec<u8>>) -> Result<HashMap<Vec<u8>, usize>> {
         let layered = self.layered().await?;
-        layered.realise(None).await?;
+        layered.materialize(None).await?;
         let (store, record) = (&layered.0.store, layered.layered_record()?);
         let (mut wanted, mut found) = (paths, HashMap::new());
         for (number, cell) in record.layers.iter().enumerate().rev() {
@@ -30,7 +31,8 @@ impl ImmutableRef {
                 walked.map(|()| (wanted, here))
             };
             let walked = tokio::task::spawn_blocking(walk).await;
-            let (left, here) = walked.map_err(|e| Fault::internal(format!("reading a layer failed: {e}")))??;
+            let (left, here) =
+                walked.map_err(|e| Fault::internal(format!("reading a layer failed: {e}")))??;
             wanted = left;
             found.extend(here.into_iter().map(|path| (path, number)));
         }

@@ -73,10 +73,17 @@ impl FromStr for RecordType {
     type Err = ();
 
     fn from_str(s: &str) -> Result<Self, ()> {
-        [Self::Regular, Self::Internal, Self::Frontend, Self::LocalSource, Self::GitCheckout, Self::CacheMount]
-            .into_iter()
-            .find(|t| t.as_str() == s)
-            .ok_or(())
+        [
+            Self::Regular,
+            Self::Internal,
+            Self::Frontend,
+            Self::LocalSource,
+            Self::GitCheckout,
+            Self::CacheMount,
+        ]
+        .into_iter()
+        .find(|t| t.as_str() == s)
+        .ok_or(())
     }
 }
 
@@ -121,7 +128,8 @@ pub(crate) const KIND: &str = "shipway/kind";
 pub(crate) const KIND_EPOCH: &str = "epoch";
 /// A label and its value for leases that the next life of the daemon deletes.
 pub const EPOCH_KIND: (&str, &str) = (KIND, KIND_EPOCH);
-/// A label and its value for leases of manifests and configs that sources keep for the next build; a prune of everything ends them.
+/// A label and its value for leases of manifests and configs that sources keep for the next build;
+/// a prune of everything ends them.
 pub const DOCUMENT_KIND: (&str, &str) = (KIND, "document");
 const KIND_LAYERS: &str = "layers";
 const KIND_NAMED: &str = "named";
@@ -165,7 +173,10 @@ pub(crate) fn labels_of(note: &Note) -> Labels {
                     text += " blob-only";
                 }
                 if let Some(created) = layer.created {
-                    text += &format!(" created={}", created.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis());
+                    text += &format!(
+                        " created={}",
+                        created.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis()
+                    );
                 }
                 labels.insert(format!("shipway/layer.{i:04}"), text);
             }
@@ -179,22 +190,33 @@ pub(crate) fn labels_of(note: &Note) -> Labels {
     labels
 }
 
-/// Reads a lease back; `None` for leases that are not ours, or that another version wrote in a way we do not know.
+/// Reads a lease back; `None` for leases that are not ours, or that another version wrote in a way
+/// we do not know.
 pub(crate) fn read(lease: &Lease) -> Option<(RefId, Note)> {
     let id = RefId(lease.id.0.strip_prefix(PREFIX)?.to_owned());
     let label = |name: &str| lease.labels.get(name);
     let body = match label(KIND)?.as_str() {
         KIND_LAYERS => Body::Layers(
-            lease.labels.iter().filter(|(k, _)| k.starts_with("shipway/layer.")).map(|(_, v)| layer(v)).collect::<Option<_>>()?,
+            lease
+                .labels
+                .iter()
+                .filter(|(k, _)| k.starts_with("shipway/layer."))
+                .map(|(_, v)| layer(v))
+                .collect::<Option<_>>()?,
         ),
-        KIND_NAMED => Body::Named { name: label("shipway/name")?.clone(), snapshot: SnapshotKey(label("shipway/snapshot")?.clone()) },
+        KIND_NAMED => Body::Named {
+            name: label("shipway/name")?.clone(),
+            snapshot: SnapshotKey(label("shipway/snapshot")?.clone()),
+        },
         _ => return None,
     };
     let note = Note {
         record_type: label("shipway/type")?.parse().ok()?,
         description: label("shipway/description").cloned().unwrap_or_default(),
         created: UNIX_EPOCH + Duration::from_millis(label("shipway/created")?.parse().ok()?),
-        parents: label("shipway/parents").map(|p| p.split(',').map(|p| RefId(p.into())).collect()).unwrap_or_default(),
+        parents: label("shipway/parents")
+            .map(|p| p.split(',').map(|p| RefId(p.into())).collect())
+            .unwrap_or_default(),
         body,
     };
     Some((id, note))
@@ -202,8 +224,14 @@ pub(crate) fn read(lease: &Lease) -> Option<(RefId, Note)> {
 
 fn layer(text: &str) -> Option<LayerNote> {
     let mut words = text.split(' ');
-    let mut note =
-        LayerNote { diff_id: words.next()?.parse().ok()?, blob: None, copy_of: None, own: None, blob_only: false, created: None };
+    let mut note = LayerNote {
+        diff_id: words.next()?.parse().ok()?,
+        blob: None,
+        copy_of: None,
+        own: None,
+        blob_only: false,
+        created: None,
+    };
     for word in words {
         if let Some(blob) = word.strip_prefix("blob=") {
             let mut parts = blob.splitn(3, ',');
@@ -224,7 +252,11 @@ fn layer(text: &str) -> Option<LayerNote> {
 
 /// The name of a named state as a label can hold it: long ones by digest.
 pub(crate) fn name_of(key: &str) -> String {
-    if key.len() <= VALUE_MAX && !key.is_empty() { key.to_owned() } else { Digest::of(key).to_string() }
+    if key.len() <= VALUE_MAX && !key.is_empty() {
+        key.to_owned()
+    } else {
+        Digest::of(key).to_string()
+    }
 }
 
 fn cut(text: &str, max: usize) -> &str {
@@ -242,7 +274,12 @@ pub(crate) fn fresh_id() -> RefId {
 /// The identity that follows from `seed`.
 pub(crate) fn id_of(seed: impl AsRef<[u8]>) -> RefId {
     RefId(
-        Digest::of(seed).as_bytes().iter().take(25).map(|b| char::from(b"0123456789abcdefghijklmnopqrstuv"[usize::from(b & 31)])).collect(),
+        Digest::of(seed)
+            .as_bytes()
+            .iter()
+            .take(25)
+            .map(|b| char::from(b"0123456789abcdefghijklmnopqrstuv"[usize::from(b & 31)]))
+            .collect(),
     )
 }
 
@@ -262,9 +299,19 @@ mod tests {
                 blob_only: true,
                 created: Some(UNIX_EPOCH + Duration::from_millis(1_600_000_000_007)),
             },
-            LayerNote { diff_id: d, blob: None, copy_of: None, own: None, blob_only: false, created: None },
+            LayerNote {
+                diff_id: d,
+                blob: None,
+                copy_of: None,
+                own: None,
+                blob_only: false,
+                created: None,
+            },
         ];
-        for body in [Body::Layers(layers), Body::Named { name: "k".into(), snapshot: SnapshotKey("s".into()) }] {
+        for body in [
+            Body::Layers(layers),
+            Body::Named { name: "k".into(), snapshot: SnapshotKey("s".into()) },
+        ] {
             let note = Note {
                 record_type: RecordType::CacheMount,
                 description: "mount / from exec".into(),

@@ -14,8 +14,8 @@ use shipway_storage::{Labels, UNCOMPRESSED};
 pub const REWRITTEN: &str = "buildkit/rewritten-timestamp";
 
 impl ImmutableRef {
-    /// The same files with every time later than `latest` (seconds since the epoch) set to it. The layers that it has in common with `base`, counted
-    /// from below, stay what they are.
+    /// The same files with every time later than `latest` (seconds since the epoch) set to it. The
+    /// layers that it has in common with `base`, counted from below, stay what they are.
     pub async fn retimed(
         &self,
         base: &[DiffId],
@@ -24,7 +24,8 @@ impl ImmutableRef {
         progress: Option<&Reporter>,
     ) -> Result<ImmutableRef> {
         let blobs = self.blobs(compression, true, progress).await?;
-        let common = blobs.iter().zip(base).take_while(|(blob, base)| blob.diff_id == **base).count();
+        let common =
+            blobs.iter().zip(base).take_while(|(blob, base)| blob.diff_id == **base).count();
         if common == blobs.len() {
             return Ok(self.clone());
         }
@@ -44,17 +45,30 @@ impl ImmutableRef {
                 // A layer of a kind that nobody knows stays as it is.
                 None => (blob.diff_id, blob.descriptor),
             };
-            layers.push(LazyLayer { diff_id, descriptor, source: None, created: times.get(i).copied() });
+            layers.push(LazyLayer {
+                diff_id,
+                descriptor,
+                source: None,
+                created: times.get(i).copied(),
+            });
         }
         let store = RefStore(store.clone());
         store.image(layers, self.description(), self.record_type()).await
     }
 
-    async fn rewrite(&self, record: &Record, blob: &LayerBlob, latest: i64, how: Compression) -> Result<(DiffId, Descriptor)> {
+    async fn rewrite(
+        &self,
+        record: &Record,
+        blob: &LayerBlob,
+        latest: i64,
+        how: Compression,
+    ) -> Result<(DiffId, Descriptor)> {
         let content = &self.0.store.storage.content;
         let mut input = Feed::new(content.reader(blob.descriptor.digest).await?);
         let reference = format!("shipway-retime-{}-{latest}-{:?}", blob.diff_id.0.hex(), how.kind);
-        let work = move |sink: Sink<'_>| shipway_archive::retime(&mut || input.next(), how.kind, latest, how, None, sink);
+        let work = move |sink: Sink<'_>| {
+            shipway_archive::retime(&mut || input.next(), how.kind, latest, how, None, sink)
+        };
         let (packed, writer) = self.0.store.stream(&record.lease, reference, work).await?;
         let labels = Labels::from([(UNCOMPRESSED.to_owned(), packed.tar.diff_id.to_string())]);
         writer.commit(Some(packed.digest), &labels).await?;

@@ -7,9 +7,9 @@ use crate::{
     immutable::Held,
     layer::{Cell, KnownBlob, lock},
     life::{Background, Epochs},
+    materialize::Active,
     mount::{self, WeakMount},
     named::Slots,
-    realise::Active,
     record::{self, Body, KIND, KIND_EPOCH, LayerNote, Note, fresh_id, lease_of},
     uses::Uses,
 };
@@ -53,7 +53,8 @@ pub(crate) struct Record {
     pub id: RefId,
     pub record_type: RecordType,
     pub description: String,
-    /// What it was asked for as since, under another name: images may have all their layers in common.
+    /// What it was asked for as since, under another name: images may have all their layers in
+    /// common.
     asked: Mutex<Option<String>>,
     pub created: SystemTime,
     pub parents: Vec<RefId>,
@@ -62,7 +63,7 @@ pub(crate) struct Record {
     /// Whether the lease was made.
     pub leased: tokio::sync::Mutex<bool>,
     /// Whether the snapshot exists and the lease keeps it.
-    pub realised: tokio::sync::Mutex<bool>,
+    pub materialized: tokio::sync::Mutex<bool>,
     /// Handles that live.
     pub users: AtomicUsize,
     pub dead: AtomicBool,
@@ -88,7 +89,7 @@ impl Record {
             parents: note.parents,
             layers,
             leased: tokio::sync::Mutex::new(exists),
-            realised: tokio::sync::Mutex::new(exists),
+            materialized: tokio::sync::Mutex::new(exists),
             users: AtomicUsize::new(0),
             dead: AtomicBool::new(false),
             view: Default::default(),
@@ -104,7 +105,14 @@ impl Record {
         let layers = self.layers.iter().map(|c| {
             let blob = c.describe().blob;
             let own = c.own.then(|| c.snapshot.clone());
-            LayerNote { diff_id: c.diff_id, blob, copy_of: c.copy_of(), own, blob_only: c.is_blob_only(), created: c.created() }
+            LayerNote {
+                diff_id: c.diff_id,
+                blob,
+                copy_of: c.copy_of(),
+                own,
+                blob_only: c.is_blob_only(),
+                created: c.created(),
+            }
         });
         Note {
             record_type: self.record_type,
@@ -132,13 +140,14 @@ impl Record {
 }
 
 impl RefStore {
-    /// Opens the states that leases record, after throwing away what an earlier life left half done. `root` is a directory
-    /// of ours for mount points and what may be lost.
+    /// Opens the states that leases record, after throwing away what an earlier life left half
+    /// done. `root` is a directory of ours for mount points and what may be lost.
     pub async fn open(storage: Storage, root: PathBuf) -> Result<Self> {
         Self::open_in_boot(storage, root, &durable::boot_id()?).await
     }
 
-    /// [`RefStore::open`] in the life of the machine that is called `boot`: of an earlier one only what is on the disk is left.
+    /// [`RefStore::open`] in the life of the machine that is called `boot`: of an earlier one only
+    /// what is on the disk is left.
     pub async fn open_in_boot(storage: Storage, root: PathBuf, boot: &str) -> Result<Self> {
         let mounts = root.join("mnt");
         let points = mounts.clone();
@@ -172,8 +181,14 @@ impl RefStore {
         Ok(self.0.clone().scratch())
     }
 
-    /// The state of an image's layers, lowest first; nothing is fetched. The same layers give the same id.
-    pub async fn image(&self, layers: Vec<LazyLayer>, description: impl Into<String>, record_type: RecordType) -> Result<ImmutableRef> {
+    /// The state of an image's layers, lowest first; nothing is fetched. The same layers give the
+    /// same id.
+    pub async fn image(
+        &self,
+        layers: Vec<LazyLayer>,
+        description: impl Into<String>,
+        record_type: RecordType,
+    ) -> Result<ImmutableRef> {
         if layers.is_empty() {
             return self.scratch();
         }
@@ -182,7 +197,11 @@ impl RefStore {
         for layer in layers {
             seed += &format!(" {} {}", layer.diff_id, layer.descriptor.digest);
             let cell = self.0.cell(layer.diff_id, cells.last());
-            cell.know(KnownBlob { stored: layer.source.is_none(), descriptor: layer.descriptor, source: layer.source });
+            cell.know(KnownBlob {
+                stored: layer.source.is_none(),
+                descriptor: layer.descriptor,
+                source: layer.source,
+            });
             if let Some(created) = layer.created {
                 cell.set_created(created);
             }
@@ -232,7 +251,8 @@ impl RefStore {
         self.0.durable.sync(false).await
     }
 
-    /// The end: waits until everything is cleaned up, and on the disk. Nothing may be written afterwards.
+    /// The end: waits until everything is cleaned up, and on the disk. Nothing may be written
+    /// afterwards.
     pub async fn close(&self) -> Result<()> {
         self.drained().await;
         self.0.durable.sync(true).await
@@ -255,10 +275,13 @@ impl Inner {
         let leases = self.storage.leases.list(&[format!("labels.\"{KIND}\"")]).await?;
         let all = self.storage.snapshots.list(&[]).await?;
         self.distrusted.learn(&all);
-        let (lost, whole): (Vec<_>, Vec<_>) = all.into_iter().partition(|s| self.durable.is_lost(&s.key, &s.labels));
-        let lost: HashMap<SnapshotKey, Option<SnapshotKey>> = lost.into_iter().map(|s| (s.key, s.parent)).collect();
+        let (lost, whole): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|s| self.durable.is_lost(&s.key, &s.labels));
+        let lost: HashMap<SnapshotKey, Option<SnapshotKey>> =
+            lost.into_iter().map(|s| (s.key, s.parent)).collect();
         let on_lost = |s: &SnapshotInfo| s.parent.as_ref().is_some_and(|p| lost.contains_key(p));
-        let snapshots: HashSet<SnapshotKey> = whole.into_iter().filter(|s| !on_lost(s)).map(|s| s.key).collect();
+        let snapshots: HashSet<SnapshotKey> =
+            whole.into_iter().filter(|s| !on_lost(s)).map(|s| s.key).collect();
         // What is in the way of a removal has to be gone first.
         let at_once = !lost.is_empty();
         for lease in leases {
@@ -291,7 +314,8 @@ impl Inner {
                         cells.push(cell);
                     }
                     // What another version recorded may not be what its layers say.
-                    let whole = exact::is_ours(&lease.labels) && cells.last().is_some_and(|c| snapshots.contains(&c.snapshot));
+                    let whole = exact::is_ours(&lease.labels)
+                        && cells.last().is_some_and(|c| snapshots.contains(&c.snapshot));
                     if whole {
                         let record = Arc::new(Record::new(id.clone(), note, cells, true));
                         lock(&self.records).insert(id, record);
@@ -301,7 +325,8 @@ impl Inner {
                 }
                 // What can be fetched anew is: nobody can tell which of its files are short.
                 Body::Named { snapshot, .. }
-                    if snapshots.contains(snapshot) && !(self.durable.was_cut() && note.record_type.is_source()) =>
+                    if snapshots.contains(snapshot)
+                        && !(self.durable.was_cut() && note.record_type.is_source()) =>
                 {
                     self.slots.load(id, note);
                 }
@@ -312,8 +337,12 @@ impl Inner {
         self.durable.begin(left).await
     }
 
-    /// Removes the snapshots that a power cut may have made short (each with its parent), and names those that others still use.
-    async fn remove_lost(&self, mut lost: HashMap<SnapshotKey, Option<SnapshotKey>>) -> Result<HashSet<SnapshotKey>> {
+    /// Removes the snapshots that a power cut may have made short (each with its parent), and names
+    /// those that others still use.
+    async fn remove_lost(
+        &self,
+        mut lost: HashMap<SnapshotKey, Option<SnapshotKey>>,
+    ) -> Result<HashSet<SnapshotKey>> {
         if !lost.is_empty() {
             tracing::warn!(
                 snapshots = lost.len(),
@@ -324,7 +353,8 @@ impl Inner {
         // From above: what others are made from cannot be removed.
         while !lost.is_empty() {
             let below: HashSet<SnapshotKey> = lost.values().flatten().cloned().collect();
-            let (above, rest): (HashMap<_, _>, HashMap<_, _>) = lost.into_iter().partition(|(key, _)| !below.contains(key));
+            let (above, rest): (HashMap<_, _>, HashMap<_, _>) =
+                lost.into_iter().partition(|(key, _)| !below.contains(key));
             for key in above.into_keys() {
                 match self.storage.snapshots.remove(&key).await {
                     Err(e) if !e.is_not_found() => {
@@ -346,11 +376,22 @@ impl Inner {
     }
 
     /// The cell of a layer whose snapshot has more than the layer tells, and so a name of its own.
-    pub fn own_cell(&self, diff_id: DiffId, below: Option<&Arc<Cell>>, snapshot: SnapshotKey) -> Arc<Cell> {
+    pub fn own_cell(
+        &self,
+        diff_id: DiffId,
+        below: Option<&Arc<Cell>>,
+        snapshot: SnapshotKey,
+    ) -> Arc<Cell> {
         self.named_cell(diff_id, below.map(|c| &**c), snapshot, true)
     }
 
-    fn named_cell(&self, diff_id: DiffId, below: Option<&Cell>, snapshot: SnapshotKey, own: bool) -> Arc<Cell> {
+    fn named_cell(
+        &self,
+        diff_id: DiffId,
+        below: Option<&Cell>,
+        snapshot: SnapshotKey,
+        own: bool,
+    ) -> Arc<Cell> {
         let mut cells = lock(&self.cells);
         if let Some(cell) = cells.get(&snapshot).and_then(Weak::upgrade) {
             return cell;
@@ -430,14 +471,16 @@ impl Inner {
         records.remove(id)
     }
 
-    /// Takes a record that is broken out of the table; those who have it see errors, and the last of them ends its lease.
+    /// Takes a record that is broken out of the table; those who have it see errors, and the last
+    /// of them ends its lease.
     fn bury(&self, record: &Record) {
         if !record.dead.swap(true, Ordering::AcqRel) {
             lock(&self.records).remove(&record.id);
         }
     }
 
-    /// Ends a lease that nobody knows any more, now or later: while containerd is away, at the next occasion.
+    /// Ends a lease that nobody knows any more, now or later: while containerd is away, at the next
+    /// occasion.
     pub async fn end_lease(&self, lease: &LeaseId) {
         if let Err(e) = self.storage.leases.delete(lease, false).await {
             tracing::warn!(%lease, error = %e, "a lease that is of no use stays for now");
@@ -461,7 +504,9 @@ impl Inner {
             return Ok(());
         }
         match self.storage.leases.create(&record.lease, &record::labels_of(&record.note())).await {
-            Err(e) if !e.is_already_exists() => Err(e).context(|| format!("record {:?}", record.description)),
+            Err(e) if !e.is_already_exists() => {
+                Err(e).context(|| format!("record {:?}", record.description))
+            }
             _ => {
                 *leased = true;
                 Ok(())
@@ -469,20 +514,27 @@ impl Inner {
         }
     }
 
-    /// Whether a record can still give what it promises: its snapshot exists and its lease keeps it, or every layer can be had.
+    /// Whether a record can still give what it promises: its snapshot exists and its lease keeps
+    /// it, or every layer can be had.
     async fn is_whole(&self, record: &Record) -> bool {
-        // A record that somebody realises right now can be realised.
-        let Ok(realised) = record.realised.try_lock().map(|r| *r) else { return true };
-        if realised {
+        // A record that somebody materializes right now can be materialized.
+        let Ok(materialized) = record.materialized.try_lock().map(|r| *r) else { return true };
+        if materialized {
             let Some(name) = record.snapshot() else { return true };
-            let (stat, lease) = tokio::join!(self.storage.snapshots.stat(name), self.storage.leases.resources(&record.lease));
+            let (stat, lease) = tokio::join!(
+                self.storage.snapshots.stat(name),
+                self.storage.leases.resources(&record.lease)
+            );
             // Any other error is containerd's trouble, not the record's.
             let gone = |r: Result<()>| r.is_err_and(|e| e.is_not_found());
             return !gone(stat.map(drop)) && !gone(lease.map(drop));
         }
         // A layer that has neither a blob that can be had nor another place is in its own, with the
         // state that made it.
-        let here = record.layers.iter().filter(|c| c.copy_of().is_none() && !c.blobs().iter().any(KnownBlob::may_be_had));
+        let here = record
+            .layers
+            .iter()
+            .filter(|c| c.copy_of().is_none() && !c.blobs().iter().any(KnownBlob::may_be_had));
         for cell in here {
             if self.storage.snapshots.stat(&cell.snapshot).await.is_err_and(|e| e.is_not_found()) {
                 return false;
@@ -499,7 +551,10 @@ impl Inner {
             other => drop(other?),
         }
         self.durable.check(name)?;
-        self.storage.leases.add(lease, LeaseResource::Snapshot(self.storage.snapshots.name().into(), name.clone())).await?;
+        self.storage
+            .leases
+            .add(lease, LeaseResource::Snapshot(self.storage.snapshots.name().into(), name.clone()))
+            .await?;
         // It may have gone between the two.
         match self.storage.snapshots.stat(name).await {
             Err(e) if e.is_not_found() => Ok(false),

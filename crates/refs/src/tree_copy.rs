@@ -1,6 +1,7 @@
-//! Copies a layer's files under another stack (rows `op.merge`, `op.diff`): whiteouts as the overlay has them, and files that share
-//! their blocks where the file system has that. They are never other names of the layer's files: a count of links tells programs how many
-//! names a file has in what they see.
+//! Copies a layer's files under another stack (rows `op.merge`, `op.diff`): whiteouts as the
+//! overlay has them, and files that share their blocks where the file system has that. They are
+//! never other names of the layer's files: a count of links tells programs how many names a file
+//! has in what they see.
 
 use crate::contents::copy_contents;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
@@ -41,14 +42,16 @@ pub(crate) fn copy(tree: &LayerTree, target: &Target) -> Result<bool> {
             return Ok(());
         }
         let (from, to) = (tree.locate(&entry), root.join(OsStr::from_bytes(&entry.path)));
-        one(&entry, &from, &to, root, target).map_err(|e| Fault::io(format!("copy {} into a layer", from.display()), e))?;
+        one(&entry, &from, &to, root, target)
+            .map_err(|e| Fault::io(format!("copy {} into a layer", from.display()), e))?;
         if entry.kind == EntryKind::Directory {
             times.push((entry.mtime, to));
         }
         Ok(())
     })?;
     for (mtime, to) in times.iter().rev() {
-        set_time(*mtime, to).map_err(|e| Fault::io(format!("set the times of {}", to.display()), e))?;
+        set_time(*mtime, to)
+            .map_err(|e| Fault::io(format!("set the times of {}", to.display()), e))?;
     }
     Ok(plain)
 }
@@ -59,9 +62,14 @@ fn one(entry: &Entry, from: &Path, to: &Path, root: &Path, target: &Target) -> i
         EntryKind::Whiteout => match target {
             Target::Merged(_) => clear(to),
             Target::Layer { bottom: true, .. } => Ok(()),
-            Target::Layer { .. } => {
-                rustix::fs::mknodat(CWD, to, FileType::CharacterDevice, Mode::empty(), rustix::fs::makedev(0, 0)).map_err(Into::into)
-            }
+            Target::Layer { .. } => rustix::fs::mknodat(
+                CWD,
+                to,
+                FileType::CharacterDevice,
+                Mode::empty(),
+                rustix::fs::makedev(0, 0),
+            )
+            .map_err(Into::into),
         },
         EntryKind::Directory => {
             match fs::symlink_metadata(to) {
@@ -85,17 +93,31 @@ fn one(entry: &Entry, from: &Path, to: &Path, root: &Path, target: &Target) -> i
 
 fn leaf(entry: &Entry, kind: &EntryKind, from: &Path, to: &Path, root: &Path) -> io::Result<()> {
     match kind {
-        EntryKind::HardLink(first) => return fs::hard_link(root.join(OsStr::from_bytes(first)), to),
+        EntryKind::HardLink(first) => {
+            return fs::hard_link(root.join(OsStr::from_bytes(first)), to);
+        }
         EntryKind::Symlink(link) => symlink(OsStr::from_bytes(link), to)?,
         EntryKind::File => {
             let (source, made) = (fs::File::open(from)?, fs::File::create_new(to)?);
             copy_contents(source.as_fd(), made.as_fd(), &rustix::fs::fstat(&source)?, &|| true)?;
         }
         EntryKind::CharDevice(major, minor) => {
-            rustix::fs::mknodat(CWD, to, FileType::CharacterDevice, Mode::empty(), rustix::fs::makedev(*major, *minor))?;
+            rustix::fs::mknodat(
+                CWD,
+                to,
+                FileType::CharacterDevice,
+                Mode::empty(),
+                rustix::fs::makedev(*major, *minor),
+            )?;
         }
         EntryKind::BlockDevice(major, minor) => {
-            rustix::fs::mknodat(CWD, to, FileType::BlockDevice, Mode::empty(), rustix::fs::makedev(*major, *minor))?;
+            rustix::fs::mknodat(
+                CWD,
+                to,
+                FileType::BlockDevice,
+                Mode::empty(),
+                rustix::fs::makedev(*major, *minor),
+            )?;
         }
         _ => rustix::fs::mknodat(CWD, to, FileType::Fifo, Mode::empty(), 0)?,
     }

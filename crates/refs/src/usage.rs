@@ -49,7 +49,8 @@ pub struct UsageRecord {
 /// Decides which records a prune or listing is about.
 pub type UsageFilter = Arc<dyn Fn(&UsageRecord) -> bool + Send + Sync>;
 
-/// What may go. Zero means no limit. Without any of the byte limits everything that matches and is older than `keep_duration` goes.
+/// What may go. Zero means no limit. Without any of the byte limits everything that matches and is
+/// older than `keep_duration` goes.
 #[derive(Clone, Default)]
 pub struct PruneOptions {
     /// Also internal, frontend and shared records.
@@ -82,8 +83,13 @@ impl RefStore {
         blobs.filter(|b| b.stored).map(|b| b.descriptor.digest).collect()
     }
 
-    /// Removes what may go, telling `on_removed` of each, and returns once containerd has freed the space. One prune runs at a time.
-    pub async fn prune(&self, options: PruneOptions, on_removed: &(dyn Fn(UsageRecord) + Send + Sync)) -> Result<()> {
+    /// Removes what may go, telling `on_removed` of each, and returns once containerd has freed the
+    /// space. One prune runs at a time.
+    pub async fn prune(
+        &self,
+        options: PruneOptions,
+        on_removed: &(dyn Fn(UsageRecord) + Send + Sync),
+    ) -> Result<()> {
         let _one = self.0.pruning.lock().await;
         let pruned = self.0.prune(&options, on_removed).await;
         self.0.uses.save().await;
@@ -115,7 +121,8 @@ impl Inner {
         if whole {
             *lock(&record.size) = Some(size);
         }
-        let blobs = record.layers.iter().filter(|c| !parents.contains(&c.snapshot)).flat_map(|c| c.blobs());
+        let blobs =
+            record.layers.iter().filter(|c| !parents.contains(&c.snapshot)).flat_map(|c| c.blobs());
         Ok(size + blobs.filter(|b| b.stored).map(|b| b.descriptor.size).sum::<u64>())
     }
 
@@ -134,7 +141,10 @@ impl Inner {
                 last_used: uses.map(|u| u.last()),
                 usage_count: uses.map_or(0, |u| u.count),
                 parents: record.parents.clone(),
-                shared: record.layers.last().is_some_and(|c| c.is_exact() && shared.contains(&c.chain_id)),
+                shared: record
+                    .layers
+                    .last()
+                    .is_some_and(|c| c.is_exact() && shared.contains(&c.chain_id)),
             });
         }
         for slot in self.slots.list() {
@@ -162,7 +172,8 @@ impl Inner {
         Ok(all)
     }
 
-    /// Names of the snapshots that images of this namespace need. Images that are incomplete here do not count.
+    /// Names of the snapshots that images of this namespace need. Images that are incomplete here
+    /// do not count.
     async fn image_chains(&self) -> Result<HashSet<ChainId>> {
         let mut chains = HashSet::new();
         for image in self.storage.images.list(&[]).await? {
@@ -170,9 +181,15 @@ impl Inner {
             let mut budget = 64;
             while let Some(target) = queue.pop().filter(|_| budget > 0) {
                 budget -= 1;
-                let Ok(bytes) = self.storage.content.read_all(target.digest, MAX_JSON).await else { continue };
+                let Ok(bytes) = self.storage.content.read_all(target.digest, MAX_JSON).await else {
+                    continue;
+                };
                 if media::is_index(&target.media_type) {
-                    queue.extend(serde_json::from_slice::<Index>(&bytes).map(|i| i.manifests).unwrap_or_default());
+                    queue.extend(
+                        serde_json::from_slice::<Index>(&bytes)
+                            .map(|i| i.manifests)
+                            .unwrap_or_default(),
+                    );
                 } else if media::is_manifest(&target.media_type) {
                     queue.extend(serde_json::from_slice::<Manifest>(&bytes).map(|m| m.config));
                 } else if let Ok(config) = serde_json::from_slice::<ImageConfig>(&bytes) {
@@ -188,9 +205,18 @@ impl Inner {
         Ok(chains)
     }
 
-    async fn prune(self: &Arc<Self>, options: &PruneOptions, on_removed: &(dyn Fn(UsageRecord) + Send + Sync)) -> Result<()> {
-        // Whether images share a layer matters for what may go and for the sum, which nobody asks for when all goes.
-        let shared = if options.all && options.filter.is_none() { HashSet::new() } else { self.image_chains().await? };
+    async fn prune(
+        self: &Arc<Self>,
+        options: &PruneOptions,
+        on_removed: &(dyn Fn(UsageRecord) + Send + Sync),
+    ) -> Result<()> {
+        // Whether images share a layer matters for what may go and for the sum, which nobody asks
+        // for when all goes.
+        let shared = if options.all && options.filter.is_none() {
+            HashSet::new()
+        } else {
+            self.image_chains().await?
+        };
         let all = self.usage(&shared).await?;
         let mut total: u64 = all.iter().filter(|u| !u.shared).map(|u| u.size).sum();
         let keep = options.keep(total, self.free_bytes(options));
@@ -218,7 +244,10 @@ impl Inner {
         if removed {
             // A lease of nothing: its synchronous end waits for one collection of everything above.
             let last = LeaseId(format!("shipway-gc-{}", fresh_id()));
-            self.storage.leases.create(&last, &Labels::from([(KIND.into(), KIND_EPOCH.into())])).await?;
+            self.storage
+                .leases
+                .create(&last, &Labels::from([(KIND.into(), KIND_EPOCH.into())]))
+                .await?;
             self.storage.leases.delete(&last, true).await?;
         }
         Ok(())
@@ -229,7 +258,9 @@ impl Inner {
         let (label, value) = DOCUMENT_KIND;
         let mut removed = false;
         for lease in self.storage.leases.list(&[format!("labels.\"{label}\"=={value}")]).await? {
-            let recent = lease.created.is_some_and(|c| SystemTime::now().duration_since(c).is_ok_and(|a| a < age));
+            let recent = lease
+                .created
+                .is_some_and(|c| SystemTime::now().duration_since(c).is_ok_and(|a| a < age));
             if !recent {
                 self.storage.leases.delete(&lease.id, false).await?;
                 removed = true;
@@ -251,7 +282,8 @@ impl Inner {
     }
 
     fn free_bytes(&self, options: &PruneOptions) -> u64 {
-        rustix::fs::statvfs(options.disk.as_ref().unwrap_or(&self.mounts)).map_or(u64::MAX, |s| s.f_bavail.saturating_mul(s.f_frsize))
+        rustix::fs::statvfs(options.disk.as_ref().unwrap_or(&self.mounts))
+            .map_or(u64::MAX, |s| s.f_bavail.saturating_mul(s.f_frsize))
     }
 }
 
@@ -272,7 +304,8 @@ impl PruneOptions {
     }
 }
 
-/// Records in the order in which they go: nobody has them, nothing is made of them, and the options say so. Each is looked at once, however many go.
+/// Records in the order in which they go: nobody has them, nothing is made of them, and the options
+/// say so. Each is looked at once, however many go.
 struct Order {
     /// Records that may go once nothing is made of them any more, with their rank.
     rest: HashMap<RefId, (u64, UsageRecord)>,
@@ -289,10 +322,16 @@ impl Order {
             *children.entry(parent.clone()).or_default() += 1;
         }
         let now = SystemTime::now();
-        let mut wanted: Vec<UsageRecord> = all.into_iter().filter(|u| may_go(u, options, now)).collect();
+        let mut wanted: Vec<UsageRecord> =
+            all.into_iter().filter(|u| may_go(u, options, now)).collect();
         let ranks = ranks(&wanted);
-        let rest: HashMap<_, _> = wanted.drain(..).zip(ranks).map(|(u, rank)| (u.id.clone(), (rank, u))).collect();
-        let ready = rest.values().filter(|(_, u)| !children.contains_key(&u.id)).map(|(rank, u)| (*rank, u.id.clone())).collect();
+        let rest: HashMap<_, _> =
+            wanted.drain(..).zip(ranks).map(|(u, rank)| (u.id.clone(), (rank, u))).collect();
+        let ready = rest
+            .values()
+            .filter(|(_, u)| !children.contains_key(&u.id))
+            .map(|(rank, u)| (*rank, u.id.clone()))
+            .collect();
         Self { rest, children, ready }
     }
 
@@ -321,7 +360,10 @@ fn may_go(u: &UsageRecord, options: &PruneOptions, now: SystemTime) -> bool {
     let special = matches!(u.record_type, RecordType::Internal | RecordType::Frontend) || u.shared;
     let used = u.last_used.unwrap_or(u.created);
     let recent = now.duration_since(used).map_or(true, |age| age < options.keep_duration);
-    !u.in_use && (options.all || !special) && (options.keep_duration.is_zero() || !recent) && options.filter.as_ref().is_none_or(|f| f(u))
+    !u.in_use
+        && (options.all || !special)
+        && (options.keep_duration.is_zero() || !recent)
+        && options.filter.as_ref().is_none_or(|f| f(u))
 }
 
 /// Ranks by age and rarity of use together, first to go lowest (row `so.gc.order`).
@@ -330,9 +372,14 @@ fn ranks(records: &[UsageRecord]) -> Vec<u64> {
         let distinct: Vec<u128> = BTreeSet::from_iter(values.iter().copied()).into_iter().collect();
         let n = distinct.len().max(1) as u64;
         // The place among the distinct values, as a share of them.
-        values.into_iter().map(|v| (distinct.partition_point(|d| *d < v) as u64).saturating_mul(1 << 32) / n).collect::<Vec<_>>()
+        values
+            .into_iter()
+            .map(|v| (distinct.partition_point(|d| *d < v) as u64).saturating_mul(1 << 32) / n)
+            .collect::<Vec<_>>()
     };
-    let age = |u: &UsageRecord| u.last_used.map_or(0, |t| t.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis());
+    let age = |u: &UsageRecord| {
+        u.last_used.map_or(0, |t| t.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis())
+    };
     let by_time = places(records.iter().map(age).collect());
     let by_count = places(records.iter().map(|u| u.usage_count.into()).collect());
     by_time.into_iter().zip(by_count).map(|(time, count)| time + count).collect()
@@ -387,7 +434,12 @@ mod tests {
 
     #[test]
     fn old_and_rare_records_go_first_and_parents_after_their_children() {
-        let all = vec![usage(0, &[], 1, 1), usage(1, &[0], 9, 9), usage(2, &[0], 5, 5), usage(3, &[], 7, 7)];
+        let all = vec![
+            usage(0, &[], 1, 1),
+            usage(1, &[0], 9, 9),
+            usage(2, &[0], 5, 5),
+            usage(3, &[], 7, 7),
+        ];
         assert_eq!(order(all, &PruneOptions::default()), ["2", "3", "1", "0"]);
         // What is made of something that stays keeps it.
         let mut all = vec![usage(0, &[], 1, 1), usage(1, &[0], 9, 9), usage(2, &[], 5, 5)];
@@ -406,8 +458,12 @@ mod tests {
             true
         });
         // Chains of a hundred.
-        let all = (0..RECORDS).map(|i| usage(i, &[i.wrapping_sub(1)][..usize::from(i % 100 != 0)], 1, 1));
-        let gone = order(all.collect(), &PruneOptions { max_used: 1, filter: Some(filter), ..PruneOptions::default() });
+        let all =
+            (0..RECORDS).map(|i| usage(i, &[i.wrapping_sub(1)][..usize::from(i % 100 != 0)], 1, 1));
+        let gone = order(
+            all.collect(),
+            &PruneOptions { max_used: 1, filter: Some(filter), ..PruneOptions::default() },
+        );
         assert_eq!((gone.len(), looks.load(Ordering::Relaxed)), (RECORDS, RECORDS));
     }
 }

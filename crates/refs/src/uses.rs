@@ -35,8 +35,16 @@ pub(crate) struct Uses {
 
 impl Uses {
     pub fn load(file: PathBuf) -> Self {
-        let table = std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
-        Self { file, table: Mutex::new(table), dirty: AtomicBool::new(false), saving: Default::default() }
+        let table = std::fs::read(&file)
+            .ok()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            .unwrap_or_default();
+        Self {
+            file,
+            table: Mutex::new(table),
+            dirty: AtomicBool::new(false),
+            saving: Default::default(),
+        }
     }
 
     pub fn get(&self, id: &RefId) -> Option<Use> {
@@ -45,7 +53,8 @@ impl Uses {
 
     /// Counts a use that ends now.
     pub fn used(&self, id: &RefId) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+        let now =
+            SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
         let mut table = lock(&self.table);
         let entry = table.entry(id.0.clone()).or_default();
         *entry = Use { last: now, count: entry.count + 1 };

@@ -1,4 +1,5 @@
-//! What is under a chain ID is what unpacking gives, whatever steps leave; over the fake. As root, as the daemon is.
+//! What is under a chain ID is what unpacking gives, whatever steps leave; over the fake. As root,
+//! as the daemon is.
 
 #![allow(clippy::unwrap_used)]
 
@@ -28,7 +29,11 @@ impl Lab {
     }
 }
 
-async fn step(store: &RefStore, parent: Option<&ImmutableRef>, change: impl FnOnce(&Path)) -> ImmutableRef {
+async fn step(
+    store: &RefStore,
+    parent: Option<&ImmutableRef>,
+    change: impl FnOnce(&Path),
+) -> ImmutableRef {
     let state = store.mutable(parent, "step", RecordType::Regular, None).await.unwrap();
     let mount = state.mount().await.unwrap();
     change(mount.path());
@@ -76,7 +81,8 @@ async fn steps_with_equal_tars_and_other_roots_do_not_meet() {
         let store = lab.open().await;
         let base = step(&store, None, |root| write(&root.join("f"), "f")).await;
         let nothing = async || step(&store, Some(&base), |_| {}).await;
-        let chown_root = async || step(&store, Some(&base), |root| chown(root, Some(1000), None).unwrap()).await;
+        let chown_root =
+            async || step(&store, Some(&base), |root| chown(root, Some(1000), None).unwrap()).await;
         let (plain, owned) = if true_first {
             let plain = nothing().await;
             (plain, chown_root().await)
@@ -84,9 +90,14 @@ async fn steps_with_equal_tars_and_other_roots_do_not_meet() {
             let owned = chown_root().await;
             (nothing().await, owned)
         };
-        assert_eq!((shown(&plain, owner).await, shown(&owned, owner).await), (0, 1000), "true first: {true_first}");
+        assert_eq!(
+            (shown(&plain, owner).await, shown(&owned, owner).await),
+            (0, 1000),
+            "true first: {true_first}"
+        );
         assert_eq!(look(&store, &chain(&plain).await, owner).await, 0);
-        // The image has what a layer can tell, and others find under its name what they would unpack.
+        // The image has what a layer can tell, and others find under its name what they would
+        // unpack.
         assert_ne!(chain(&plain).await, chain(&owned).await);
         assert!(store.storage().snapshots.stat(&chain(&owned).await).await.is_err());
         let top = step(&store, Some(&owned), |root| {
@@ -97,9 +108,16 @@ async fn steps_with_equal_tars_and_other_roots_do_not_meet() {
         assert_eq!(top.layers().await.unwrap().len(), 3);
         top.unpack(Compression::default(), None).await.unwrap();
         for state in [&owned, &top] {
-            assert_eq!(look(&store, &chain(state).await, owner).await, 0, "true first: {true_first}");
+            assert_eq!(
+                look(&store, &chain(state).await, owner).await,
+                0,
+                "true first: {true_first}"
+            );
         }
-        assert_eq!(look(&store, &chain(&top).await, |r| fs::read_to_string(r.join("x")).unwrap()).await, "x");
+        assert_eq!(
+            look(&store, &chain(&top).await, |r| fs::read_to_string(r.join("x")).unwrap()).await,
+            "x"
+        );
         assert_eq!(shown(&top, owner).await, 1000);
     }
 }
@@ -110,7 +128,8 @@ async fn what_no_layer_tells_survives_a_restart_and_leaves_nothing_when_pruned()
     let store = lab.open().await;
     let before = lab.fake.count();
     let has_socket = |root: &Path| root.join("socket").exists();
-    let base = step(&store, None, |root| drop(UnixListener::bind(root.join("socket")).unwrap())).await;
+    let base =
+        step(&store, None, |root| drop(UnixListener::bind(root.join("socket")).unwrap())).await;
     let top = step(&store, Some(&base), |root| write(&root.join("x"), "x")).await;
     let (id, layers, name) = (top.id().clone(), top.layers().await.unwrap(), chain(&top).await);
     top.unpack(Compression::default(), None).await.unwrap();
@@ -136,14 +155,18 @@ async fn what_no_layer_tells_survives_a_restart_and_leaves_nothing_when_pruned()
     store.prune(PruneOptions { all: true, ..Default::default() }, &|_| {}).await.unwrap();
     lab.fake.gc();
     let after = lab.fake.count();
-    assert_eq!((after.snapshots, after.blobs, after.leases), (before.snapshots, before.blobs, before.leases));
+    assert_eq!(
+        (after.snapshots, after.blobs, after.leases),
+        (before.snapshots, before.blobs, before.leases)
+    );
 }
 
 #[tokio::test]
 async fn equal_steps_on_what_no_layer_tells_are_one() {
     let lab = Lab::new();
     let store = lab.open().await;
-    let base = step(&store, None, |root| drop(UnixListener::bind(root.join("socket")).unwrap())).await;
+    let base =
+        step(&store, None, |root| drop(UnixListener::bind(root.join("socket")).unwrap())).await;
     let one = step(&store, Some(&base), |root| write(&root.join("x"), "x")).await;
     let count = lab.fake.count().snapshots;
     let other = step(&store, Some(&base), |root| write(&root.join("x"), "x")).await;
@@ -152,9 +175,17 @@ async fn equal_steps_on_what_no_layer_tells_are_one() {
     assert_eq!(lab.fake.count().snapshots, count);
     // The same layers as an image are another thing.
     let blobs = one.blobs(Compression::default(), true, None).await.unwrap();
-    let lazy = blobs.iter().map(|b| LazyLayer { diff_id: b.diff_id, descriptor: b.descriptor.clone(), source: None, created: None });
+    let lazy = blobs.iter().map(|b| LazyLayer {
+        diff_id: b.diff_id,
+        descriptor: b.descriptor.clone(),
+        source: None,
+        created: None,
+    });
     let image = store.image(lazy.collect(), "image", RecordType::Regular).await.unwrap();
-    assert!(!shown(&image, |root| root.join("socket").exists()).await && shown(&one, |root| root.join("socket").exists()).await);
+    assert!(
+        !shown(&image, |root| root.join("socket").exists()).await
+            && shown(&one, |root| root.join("socket").exists()).await
+    );
 }
 
 #[tokio::test]
@@ -180,7 +211,8 @@ async fn what_another_version_committed_is_not_taken_for_a_step() {
             let storage = lab.fake.storage();
             let (lease, key) = (LeaseId("theirs".into()), SnapshotKey("theirs".into()));
             storage.leases.create(&lease, &Labels::new()).await.unwrap();
-            let mounts = storage.snapshots.prepare(&lease, &key, None, &Labels::new()).await.unwrap();
+            let mounts =
+                storage.snapshots.prepare(&lease, &key, None, &Labels::new()).await.unwrap();
             write_x(Path::new(&mounts[0].source));
             chown(&mounts[0].source, Some(1000), None).unwrap();
             storage.snapshots.commit(&lease, &name, &key, &labels).await.unwrap();
@@ -195,12 +227,21 @@ async fn what_another_version_committed_is_not_taken_for_a_step() {
             store
         };
         let state = step(&store, None, write_x).await;
-        assert_eq!((shown(&state, owner).await, chain(&state).await), (0, name.clone()), "before the start: {before_start}");
+        assert_eq!(
+            (shown(&state, owner).await, chain(&state).await),
+            (0, name.clone()),
+            "before the start: {before_start}"
+        );
         let top = step(&store, Some(&state), |root| write(&root.join("y"), "y")).await;
         assert_eq!(shown(&top, owner).await, 0);
         // An image of the same layer is unpacked anew.
         let blobs = state.blobs(Compression::default(), true, None).await.unwrap();
-        let layer = LazyLayer { diff_id: blobs[0].diff_id, descriptor: blobs[0].descriptor.clone(), source: None, created: None };
+        let layer = LazyLayer {
+            diff_id: blobs[0].diff_id,
+            descriptor: blobs[0].descriptor.clone(),
+            source: None,
+            created: None,
+        };
         let image = store.image(vec![layer], "image", RecordType::Regular).await.unwrap();
         assert_eq!(shown(&image, owner).await, 0);
         let ids = [state.id().clone(), top.id().clone()];
@@ -217,13 +258,23 @@ async fn what_another_version_committed_is_not_taken_for_a_step() {
 #[tokio::test]
 async fn what_was_unpacked_by_others_is_as_good() {
     let (probe, lab) = (Lab::new(), Lab::new());
-    let name = chain(&step(&probe.open().await, None, |root| write(&root.join("x"), "x")).await).await;
+    let name =
+        chain(&step(&probe.open().await, None, |root| write(&root.join("x"), "x")).await).await;
     let storage = lab.fake.storage();
     let (lease, key) = (LeaseId("theirs".into()), SnapshotKey("theirs".into()));
     storage.leases.create(&lease, &Labels::new()).await.unwrap();
     let mounts = storage.snapshots.prepare(&lease, &key, None, &Labels::new()).await.unwrap();
     write(&Path::new(&mounts[0].source).join("x"), "x");
-    storage.snapshots.commit(&lease, &name, &key, &Labels::from([("containerd.io/snapshot.ref".into(), "x".into())])).await.unwrap();
+    storage
+        .snapshots
+        .commit(
+            &lease,
+            &name,
+            &key,
+            &Labels::from([("containerd.io/snapshot.ref".into(), "x".into())]),
+        )
+        .await
+        .unwrap();
     let store = lab.open().await;
     let before = lab.fake.count().snapshots;
     let state = step(&store, None, |root| write(&root.join("x"), "x")).await;
@@ -251,15 +302,25 @@ async fn merges_take_what_layers_tell() {
         assert_eq!(fs::metadata(root.join("a")).unwrap().nlink(), 2);
         (owner(root), root.join("b").exists(), root.join("socket").exists())
     });
-    assert_eq!(seen.await, (1000, true, false), "the base is what it was, and of the other its layer is added");
+    assert_eq!(
+        seen.await,
+        (1000, true, false),
+        "the base is what it was, and of the other its layer is added"
+    );
     // On something else it is as if it had been unpacked there, under the chain ID.
     let other = step(&store, None, |root| write(&root.join("o"), "o")).await;
     let onto = store.merge(&[other, added], "merge").await.unwrap();
-    onto.realise(None).await.unwrap();
-    let seen = look(&store, &chain(&onto).await, |root| (owner(root), root.join("a").exists(), root.join("socket").exists())).await;
+    onto.materialize(None).await.unwrap();
+    let seen = look(&store, &chain(&onto).await, |root| {
+        (owner(root), root.join("a").exists(), root.join("socket").exists())
+    })
+    .await;
     assert_eq!(seen, (0, true, false));
     // A file that whoever unpacks takes for a whiteout.
     let named = step(&store, None, |root| write(&root.join(".wh.b"), "")).await;
     let gone = store.merge(&[base, named], "merge").await.unwrap();
-    assert_eq!(shown(&gone, |root| (root.join("b").exists(), root.join(".wh.b").exists())).await, (false, false));
+    assert_eq!(
+        shown(&gone, |root| (root.join("b").exists(), root.join(".wh.b").exists())).await,
+        (false, false)
+    );
 }

@@ -41,13 +41,27 @@ impl Lab {
 
     async fn names(&self) -> Vec<String> {
         self.fake.gc();
-        self.fake.storage().snapshots.list(&[]).await.unwrap().into_iter().map(|s| s.key.0).collect()
+        self.fake
+            .storage()
+            .snapshots
+            .list(&[])
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|s| s.key.0)
+            .collect()
     }
 }
 
 /// A state with one file on top of `parent`.
-async fn step(store: &RefStore, parent: Option<&ImmutableRef>, name: &str, text: &str) -> ImmutableRef {
-    let state = store.mutable(parent, format!("step {name}"), RecordType::Regular, None).await.unwrap();
+async fn step(
+    store: &RefStore,
+    parent: Option<&ImmutableRef>,
+    name: &str,
+    text: &str,
+) -> ImmutableRef {
+    let state =
+        store.mutable(parent, format!("step {name}"), RecordType::Regular, None).await.unwrap();
     let mount = state.mount().await.unwrap();
     write_old(&mount.path().join(name), text);
     mount.unmount().await.unwrap();
@@ -74,7 +88,10 @@ async fn a_commit_has_the_chain_id_as_its_name_and_outlives_the_store() {
     let one = step(&store, None, "one", "1").await;
     let two = step(&store, Some(&one), "two", "2").await;
     let layers = two.layers().await.unwrap();
-    assert_eq!(two.chain_id().await.unwrap(), shipway_oci::ChainId::of(layers.iter().map(|l| l.diff_id)));
+    assert_eq!(
+        two.chain_id().await.unwrap(),
+        shipway_oci::ChainId::of(layers.iter().map(|l| l.diff_id))
+    );
     let name = two.chain_id().await.unwrap().unwrap().into();
     assert!(store.storage().snapshots.stat(&name).await.is_ok());
     let again = step(&store, Some(&one), "two", "2").await;
@@ -129,7 +146,11 @@ impl LayerSource for Registry {
         _progress: Option<&Reporter>,
     ) -> Result<()> {
         self.fetched.fetch_add(1, Ordering::SeqCst);
-        let blob = self.blobs.iter().find(|b| Digest::of(b) == layer.digest).ok_or_else(|| Fault::not_found("blob unknown"))?;
+        let blob = self
+            .blobs
+            .iter()
+            .find(|b| Digest::of(b) == layer.digest)
+            .ok_or_else(|| Fault::not_found("blob unknown"))?;
         content.put(lease, blob.clone(), &Default::default()).await.map(drop)
     }
 
@@ -143,7 +164,9 @@ async fn published(state: &ImmutableRef, store: &RefStore) -> (Vec<LayerBlob>, A
     let layers = state.blobs(Compression::default(), true, None).await.unwrap();
     let mut blobs = Vec::new();
     for layer in &layers {
-        blobs.push(store.storage().content.read_all(layer.descriptor.digest, 1 << 20).await.unwrap());
+        blobs.push(
+            store.storage().content.read_all(layer.descriptor.digest, 1 << 20).await.unwrap(),
+        );
     }
     (layers, Arc::new(Registry { blobs, fetched: AtomicUsize::new(0) }))
 }
@@ -151,7 +174,12 @@ async fn published(state: &ImmutableRef, store: &RefStore) -> (Vec<LayerBlob>, A
 fn lazy(layers: &[LayerBlob], source: &Arc<Registry>) -> Vec<LazyLayer> {
     layers
         .iter()
-        .map(|l| LazyLayer { diff_id: l.diff_id, descriptor: l.descriptor.clone(), source: Some(source.clone()), created: None })
+        .map(|l| LazyLayer {
+            diff_id: l.diff_id,
+            descriptor: l.descriptor.clone(),
+            source: Some(source.clone()),
+            created: None,
+        })
         .collect()
 }
 
@@ -164,15 +192,20 @@ async fn an_image_is_fetched_when_somebody_needs_it_and_once() {
 
     let lab = Lab::new();
     let store = lab.open().await;
-    let image = store.image(lazy(&layers, &source), "pulled from example", RecordType::Regular).await.unwrap();
-    let same = store.image(lazy(&layers, &source), "pulled again", RecordType::Regular).await.unwrap();
+    let image = store
+        .image(lazy(&layers, &source), "pulled from example", RecordType::Regular)
+        .await
+        .unwrap();
+    let same =
+        store.image(lazy(&layers, &source), "pulled again", RecordType::Regular).await.unwrap();
     assert_eq!(image.id(), same.id());
     assert!(image.layers().await.unwrap().iter().all(|l| l.lazy));
     let from = Some("example.org/app:1".to_owned());
-    let unfetched: Vec<LayerBlob> = layers.iter().map(|l| LayerBlob { lazy: from.clone(), ..l.clone() }).collect();
+    let unfetched: Vec<LayerBlob> =
+        layers.iter().map(|l| LayerBlob { lazy: from.clone(), ..l.clone() }).collect();
     assert_eq!(image.blobs(Compression::default(), false, None).await.unwrap(), unfetched);
     assert_eq!(source.fetched.load(Ordering::SeqCst), 0);
-    let (a, b) = tokio::join!(image.realise(None), same.realise(None));
+    let (a, b) = tokio::join!(image.materialize(None), same.materialize(None));
     a.and(b).unwrap();
     assert_eq!(source.fetched.load(Ordering::SeqCst), 2);
     assert_eq!(read(&image, "one").await.as_deref(), Some("1"));
@@ -188,23 +221,31 @@ async fn a_fetch_is_told_of_by_the_vertex_that_the_image_comes_from() {
     let origin = there.open().await;
     let (layers, source) = published(&step(&origin, None, "one", "1").await, &origin).await;
     let store = Lab::new().open().await;
-    let image = store.image(lazy(&layers, &source), "pulled from example", RecordType::Regular).await.unwrap();
+    let image = store
+        .image(lazy(&layers, &source), "pulled from example", RecordType::Regular)
+        .await
+        .unwrap();
     let journal = Journal::new();
-    let (from, run) = (journal.reporter(Digest::of("from"), "FROM"), journal.reporter(Digest::of("run"), "RUN"));
+    let (from, run) =
+        (journal.reporter(Digest::of("from"), "FROM"), journal.reporter(Digest::of("run"), "RUN"));
     from.started();
     from.completed(None);
     image.reported_by(&from);
-    image.clone().realise(Some(&run)).await.unwrap();
+    image.clone().materialize(Some(&run)).await.unwrap();
     let starts: Vec<bool> = journal
         .events()
         .iter()
         .filter_map(|e| match e {
-            Event::Vertex(v) if v.digest == from.digest() => v.started.map(|_| v.completed.is_some()),
+            Event::Vertex(v) if v.digest == from.digest() => {
+                v.started.map(|_| v.completed.is_some())
+            }
             _ => None,
         })
         .collect();
     assert_eq!(starts, [false, true, false, true], "it works twice");
-    let spoke = |r: &Reporter| journal.events().iter().any(|e| matches!(e, Event::Status(s) if s.vertex == r.digest()));
+    let spoke = |r: &Reporter| {
+        journal.events().iter().any(|e| matches!(e, Event::Status(s) if s.vertex == r.digest()))
+    };
     assert!(spoke(&from) && !spoke(&run));
 }
 
@@ -216,12 +257,21 @@ async fn a_layer_that_is_not_what_the_config_says_is_refused() {
     layers[0].diff_id = DiffId(Digest::of("something else"));
     let lab = Lab::new();
     let store = lab.open().await;
-    let image = store.image(lazy(&layers, &source), "pulled from example.org/app:1", RecordType::Regular).await.unwrap();
-    let refused = image.realise(None).await.unwrap_err().to_string();
-    assert!(refused.contains("(pulled from example.org/app:1): ") && refused.contains("promises"), "{refused}");
+    let image = store
+        .image(lazy(&layers, &source), "pulled from example.org/app:1", RecordType::Regular)
+        .await
+        .unwrap();
+    let refused = image.materialize(None).await.unwrap_err().to_string();
+    assert!(
+        refused.contains("(pulled from example.org/app:1): ") && refused.contains("promises"),
+        "{refused}"
+    );
     // Another image of the same layers is told by its own name.
-    let other = store.image(lazy(&layers, &source), "pulled from example.org/other:2", RecordType::Regular).await.unwrap();
-    let refused = other.realise(None).await.unwrap_err().to_string();
+    let other = store
+        .image(lazy(&layers, &source), "pulled from example.org/other:2", RecordType::Regular)
+        .await
+        .unwrap();
+    let refused = other.materialize(None).await.unwrap_err().to_string();
     assert!(refused.contains("other:2") && !refused.contains("app:1"), "{refused}");
     drop((image, other));
     store.drained().await;
@@ -238,7 +288,10 @@ async fn blobs_are_made_once_found_again_and_changed_on_demand() {
     let zstd = Compression { kind: CompressionKind::Zstd, ..Default::default() };
     assert_eq!(state.blobs(zstd, true, None).await.unwrap(), gzip, "what is there is used");
     let forced = state.blobs(Compression { force: true, ..zstd }, true, None).await.unwrap();
-    assert_eq!(CompressionKind::of_media_type(&forced[0].descriptor.media_type), Some(CompressionKind::Zstd));
+    assert_eq!(
+        CompressionKind::of_media_type(&forced[0].descriptor.media_type),
+        Some(CompressionKind::Zstd)
+    );
     // What nobody wants any more is not made.
     let unwanted = step(&store, None, "two", "2").await;
     let before = lab.fake.count().blobs;
@@ -261,7 +314,11 @@ async fn blobs_are_made_once_found_again_and_changed_on_demand() {
 async fn a_layer_packed_at_its_commit_is_the_one_packed_later() {
     let lab = Lab::new();
     let store = lab.open().await;
-    let later = step(&store, None, "one", "1").await.blobs(Compression::default(), true, None).await.unwrap();
+    let later = step(&store, None, "one", "1")
+        .await
+        .blobs(Compression::default(), true, None)
+        .await
+        .unwrap();
     store.drained().await;
 
     let lab = Lab::new();
@@ -285,7 +342,13 @@ async fn a_layer_packed_at_its_commit_is_the_one_packed_later() {
 
     // Cut off in the middle, it leaves a whole state or nothing.
     let open = write("two").await;
-    drop(tokio::time::timeout(std::time::Duration::ZERO, open.commit_packed("cut off", Compression::default())).await);
+    drop(
+        tokio::time::timeout(
+            std::time::Duration::ZERO,
+            open.commit_packed("cut off", Compression::default()),
+        )
+        .await,
+    );
     store.drained().await;
     lab.fake.gc();
     let count = lab.fake.count();
@@ -297,7 +360,10 @@ async fn a_layer_packed_at_its_commit_is_the_one_packed_later() {
     drop(store);
     let store = lab.open().await;
     lab.fake.gc();
-    assert_eq!(store.get(&id).await.unwrap().blobs(Compression::default(), true, None).await.unwrap(), later);
+    assert_eq!(
+        store.get(&id).await.unwrap().blobs(Compression::default(), true, None).await.unwrap(),
+        later
+    );
 }
 
 #[tokio::test]
@@ -307,18 +373,27 @@ async fn merged_layers_keep_their_digests() {
     let base = step(&store, None, "base", "b").await;
     let added = step(&store, None, "added", "a").await;
     let merged = store.merge(&[base.clone(), added.clone()], "merge").await.unwrap();
-    assert_eq!((read(&merged, "base").await.as_deref(), read(&merged, "added").await.as_deref()), (Some("b"), Some("a")));
+    assert_eq!(
+        (read(&merged, "base").await.as_deref(), read(&merged, "added").await.as_deref()),
+        (Some("b"), Some("a"))
+    );
     let layers = merged.layers().await.unwrap();
     assert_eq!(layers[1].diff_id, added.layers().await.unwrap()[0].diff_id);
     let blobs = merged.blobs(Compression::default(), true, None).await.unwrap();
     assert_eq!(blobs[1], added.blobs(Compression::default(), true, None).await.unwrap()[0]);
     let diff = store.diff(Some(&base), Some(&merged), "diff").await.unwrap();
-    assert_eq!((read(&diff, "base").await, read(&diff, "added").await.as_deref()), (None, Some("a")));
+    assert_eq!(
+        (read(&diff, "base").await, read(&diff, "added").await.as_deref()),
+        (None, Some("a"))
+    );
     let other = step(&store, None, "other", "o").await;
     let diff = store.diff(Some(&other), Some(&base), "diff").await.unwrap();
     assert_eq!(read(&diff, "base").await.as_deref(), Some("b"));
     let onto = store.merge(&[other, diff], "merge").await.unwrap();
-    assert_eq!((read(&onto, "other").await, read(&onto, "base").await.as_deref()), (None, Some("b")));
+    assert_eq!(
+        (read(&onto, "other").await, read(&onto, "base").await.as_deref()),
+        (None, Some("b"))
+    );
 }
 
 #[tokio::test]
@@ -352,12 +427,19 @@ async fn differences_of_unrelated_states_leave_nothing_behind() {
     let before = lab.fake.count();
     let one = step(&store, None, "one", "1").await;
     let two = step(&store, None, "two", "2").await;
-    let (first, second) = tokio::try_join!(store.diff(Some(&one), Some(&two), "diff"), store.diff(Some(&one), Some(&two), "diff")).unwrap();
+    let (first, second) = tokio::try_join!(
+        store.diff(Some(&one), Some(&two), "diff"),
+        store.diff(Some(&one), Some(&two), "diff")
+    )
+    .unwrap();
     let whole = store.merge(&[one.clone(), second.clone()], "merge").await.unwrap();
     drop((one, two, first, second));
     store.drained().await;
     lab.fake.gc();
-    assert_eq!((read(&whole, "one").await, read(&whole, "two").await.as_deref()), (None, Some("2")));
+    assert_eq!(
+        (read(&whole, "one").await, read(&whole, "two").await.as_deref()),
+        (None, Some("2"))
+    );
     drop(whole);
     store.drained().await;
     store.prune(PruneOptions { all: true, ..Default::default() }, &|_| {}).await.unwrap();
@@ -371,16 +453,28 @@ async fn blobs_of_merged_layers_need_nothing_of_what_lies_below() {
     let (layers, source) = published(&step(&origin, None, "base", "b").await, &origin).await;
     let lab = Lab::new();
     let store = lab.open().await;
-    let base = store.image(lazy(&layers, &source), "pulled from example.org/app:1", RecordType::Regular).await.unwrap();
+    let base = store
+        .image(lazy(&layers, &source), "pulled from example.org/app:1", RecordType::Regular)
+        .await
+        .unwrap();
     let added = step(&store, None, "added", "a").await;
     let merged = store.merge(&[base, added], "merge").await.unwrap();
     let blobs = merged.blobs(Compression::default(), false, None).await.unwrap();
     assert_eq!(blobs.iter().map(|b| b.lazy.is_some()).collect::<Vec<_>>(), [true, false]);
-    assert!(store.storage().content.info(blobs[0].descriptor.digest).await.is_err(), "it was fetched");
+    assert!(
+        store.storage().content.info(blobs[0].descriptor.digest).await.is_err(),
+        "it was fetched"
+    );
 }
 
 fn named(key: &str, sharing: Sharing) -> NamedRequest {
-    NamedRequest { record_type: RecordType::LocalSource, key: key.into(), description: "local source".into(), sharing, parent: None }
+    NamedRequest {
+        record_type: RecordType::LocalSource,
+        key: key.into(),
+        description: "local source".into(),
+        sharing,
+        parent: None,
+    }
 }
 
 #[tokio::test]
@@ -396,7 +490,10 @@ async fn a_clients_directory_is_read_in_place_and_kept() {
     let slot = dir.id().clone();
     let frozen = dir.freeze("local src").await.unwrap();
     let first = frozen.checksum(&Selector::path("/")).await.unwrap();
-    assert_eq!(fs::metadata(frozen.mount().await.unwrap().path().join("file")).unwrap().ino(), inode);
+    assert_eq!(
+        fs::metadata(frozen.mount().await.unwrap().path().join("file")).unwrap().ino(),
+        inode
+    );
     let other = store.named(named("k", Sharing::Private)).await.unwrap();
     assert_ne!(*other.id(), slot, "somebody reads the first one");
     other.discard().await.unwrap();
@@ -502,7 +599,10 @@ async fn a_path_is_from_the_topmost_layer_that_has_it() {
     write_old(&mount.path().join("two"), "another");
     mount.unmount().await.unwrap();
     let top = gone.commit("took one away").await.unwrap();
-    let found = top.layers_with(["one", "two", "three"].map(|p| p.as_bytes().to_vec()).into()).await.unwrap();
+    let found = top
+        .layers_with(["one", "two", "three"].map(|p| p.as_bytes().to_vec()).into())
+        .await
+        .unwrap();
     assert_eq!(found, [(b"one".to_vec(), 0), (b"two".to_vec(), 2)].into());
 }
 
@@ -582,7 +682,11 @@ async fn a_short_snapshot_that_others_use_is_an_error_and_goes_when_they_do() {
     let lease = LeaseId("somebody".into());
     storage.leases.create(&lease, &Default::default()).await.unwrap();
     let container = shipway_storage::SnapshotKey("container".into());
-    storage.snapshots.prepare(&lease, &container, Some(&chain.into()), &Default::default()).await.unwrap();
+    storage
+        .snapshots
+        .prepare(&lease, &container, Some(&chain.into()), &Default::default())
+        .await
+        .unwrap();
     drop(store);
 
     for start in 0..2 {
@@ -591,8 +695,13 @@ async fn a_short_snapshot_that_others_use_is_an_error_and_goes_when_they_do() {
         let mount = state.mount().await.unwrap();
         write_old(&mount.path().join("f"), "1");
         mount.unmount().await.unwrap();
-        let fault = state.commit("wrote f").await.expect_err("the name is taken by what may be short");
-        assert!(fault.to_string().contains("lost power") && fault.hints().any(|h| h.contains("containers")), "{start}: {fault}");
+        let fault =
+            state.commit("wrote f").await.expect_err("the name is taken by what may be short");
+        assert!(
+            fault.to_string().contains("lost power")
+                && fault.hints().any(|h| h.contains("containers")),
+            "{start}: {fault}"
+        );
         store.drained().await;
     }
     storage.leases.delete(&lease, true).await.unwrap();
@@ -605,7 +714,13 @@ async fn a_short_snapshot_that_others_use_is_an_error_and_goes_when_they_do() {
 async fn what_can_be_fetched_anew_is_after_a_power_cut() {
     let lab = Lab::new();
     let named = async |store: &RefStore, record_type| {
-        let request = NamedRequest { record_type, key: "k".into(), description: "d".into(), sharing: Sharing::Private, parent: None };
+        let request = NamedRequest {
+            record_type,
+            key: "k".into(),
+            description: "d".into(),
+            sharing: Sharing::Private,
+            parent: None,
+        };
         let state = store.named(request).await.unwrap();
         let fresh = state.is_fresh();
         drop(state);
@@ -613,9 +728,12 @@ async fn what_can_be_fetched_anew_is_after_a_power_cut() {
         fresh
     };
     let types = [RecordType::LocalSource, RecordType::GitCheckout, RecordType::CacheMount];
-    for (boot, in_peace, fresh) in
-        [("one", false, [true; 3]), ("one", false, [false; 3]), ("two", true, [true, true, false]), ("three", false, [false; 3])]
-    {
+    for (boot, in_peace, fresh) in [
+        ("one", false, [true; 3]),
+        ("one", false, [false; 3]),
+        ("two", true, [true, true, false]),
+        ("three", false, [false; 3]),
+    ] {
         let store = lab.boot(boot).await;
         for (record_type, fresh) in types.into_iter().zip(fresh) {
             assert_eq!(named(&store, record_type).await, fresh, "{boot} {record_type:?}");

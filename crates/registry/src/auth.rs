@@ -1,6 +1,8 @@
-//! Who we say we are: challenges remembered, tokens fetched once and renewed before they expire (rows `cb.auth.*`).
+//! Who we say we are: challenges remembered, tokens fetched once and renewed before they expire
+//! (rows `cb.auth.*`).
 //!
-//! Secrets and tokens live in header values marked sensitive and in types whose `Debug` hides them; no message names one.
+//! Secrets and tokens live in header values marked sensitive and in types whose `Debug` hides them;
+//! no message names one.
 
 use crate::{
     CredentialSource, Credentials, Given, Token,
@@ -55,8 +57,13 @@ impl Scopes {
     }
 
     pub(crate) fn list(&self) -> Vec<String> {
-        let join = |actions: &BTreeSet<String>| actions.iter().map(String::as_str).collect::<Vec<_>>().join(",");
-        self.0.iter().map(|((kind, name), actions)| format!("{kind}:{name}:{}", join(actions))).collect()
+        let join = |actions: &BTreeSet<String>| {
+            actions.iter().map(String::as_str).collect::<Vec<_>>().join(",")
+        };
+        self.0
+            .iter()
+            .map(|((kind, name), actions)| format!("{kind}:{name}:{}", join(actions)))
+            .collect()
     }
 }
 
@@ -96,7 +103,10 @@ impl AuthStores {
 impl AuthStore {
     /// The token under `key`, if it is still good.
     fn token(&self, key: &str) -> Option<Sent> {
-        locked(&self.tokens).get(key).filter(|cached| cached.renew_at > Instant::now()).map(|cached| cached.sent.clone())
+        locked(&self.tokens)
+            .get(key)
+            .filter(|cached| cached.renew_at > Instant::now())
+            .map(|cached| cached.sent.clone())
     }
 
     fn turn(&self, key: &str) -> Arc<tokio::sync::Mutex<()>> {
@@ -165,7 +175,9 @@ impl Authorizer {
         repository: &str,
         scopes: &Scopes,
     ) -> Result<Option<Sent>, Kind> {
-        let known = locked(&self.store.challenges).get(&format!("{}/{repository}", endpoint.authority)).cloned();
+        let known = locked(&self.store.challenges)
+            .get(&format!("{}/{repository}", endpoint.authority))
+            .cloned();
         match known {
             None => Ok(None),
             Some(Challenge::Basic) => self.basic(endpoint).await,
@@ -186,7 +198,8 @@ impl Authorizer {
         sent: Option<&Sent>,
         tries: u32,
     ) -> Verdict {
-        let texts = headers.get_all(header::WWW_AUTHENTICATE).iter().filter_map(|v| v.to_str().ok());
+        let texts =
+            headers.get_all(header::WWW_AUTHENTICATE).iter().filter_map(|v| v.to_str().ok());
         let key = format!("{}/{repository}", endpoint.authority);
         let Some(challenge) = challenge::parse(texts).into_iter().next() else {
             return Verdict::Denied(String::new());
@@ -201,10 +214,14 @@ impl Authorizer {
         {
             locked(&store.tokens).remove(token_key);
         }
-        // A fresh token or password that is refused, with nothing new in the challenge, will be refused again.
+        // A fresh token or password that is refused, with nothing new in the challenge, will be
+        // refused again.
         let same = previous.as_ref() == Some(&challenge);
         let wider = match (&previous, &challenge) {
-            (Some(Challenge::Bearer { scope: had, .. }), Challenge::Bearer { scope: wants, .. }) => {
+            (
+                Some(Challenge::Bearer { scope: had, .. }),
+                Challenge::Bearer { scope: wants, .. },
+            ) => {
                 let (had, mut both) = (Scopes::of([had.as_str()]), Scopes::of([had.as_str()]));
                 both.add(wants);
                 both != had
@@ -213,39 +230,64 @@ impl Authorizer {
         };
         let is_basic = challenge == Challenge::Basic;
         remember(&mut locked(&self.store.challenges), key, challenge);
-        if tries >= 2 || (sent.is_some() && tries >= 1 && !wider) || (sent.is_some() && same && is_basic) {
-            return Verdict::Denied(if reason.is_empty() { reason } else { format!("{reason}: authorization failed") });
+        if tries >= 2
+            || (sent.is_some() && tries >= 1 && !wider)
+            || (sent.is_some() && same && is_basic)
+        {
+            return Verdict::Denied(if reason.is_empty() {
+                reason
+            } else {
+                format!("{reason}: authorization failed")
+            });
         }
         Verdict::Retry
     }
 
     async fn basic(&self, endpoint: &Endpoint) -> Result<Option<Sent>, Kind> {
         let found = self.credentials.credentials(&endpoint.authority).await.map_err(Kind::Local)?;
-        Ok(found.map(|given| given.what).filter(|c| !c.username.is_empty() && !c.secret.is_empty()).and_then(|c| {
-            let header = basic_header(&c)?;
-            Some(Sent { header, with_credentials: true, kept: None })
-        }))
+        Ok(found
+            .map(|given| given.what)
+            .filter(|c| !c.username.is_empty() && !c.secret.is_empty())
+            .and_then(|c| {
+                let header = basic_header(&c)?;
+                Some(Sent { header, with_credentials: true, kept: None })
+            }))
     }
 
-    async fn bearer(&self, client: &Client, endpoint: &Endpoint, realm: &str, service: &str, scopes: &Scopes) -> Result<Sent, Kind> {
+    async fn bearer(
+        &self,
+        client: &Client,
+        endpoint: &Endpoint,
+        realm: &str,
+        service: &str,
+        scopes: &Scopes,
+    ) -> Result<Sent, Kind> {
         let key = format!("{realm} {service} {} {}", endpoint.authority, scopes.list().join(" "));
         let owners = self.credentials.owners(&endpoint.authority).await.map_err(Kind::Local)?;
-        let mut stores: Vec<Arc<AuthStore>> = owners.into_iter().map(|owner| self.stores.of(Some(owner))).collect();
+        let mut stores: Vec<Arc<AuthStore>> =
+            owners.into_iter().map(|owner| self.stores.of(Some(owner))).collect();
         stores.push(self.store.clone());
         let turn = stores[0].turn(&key);
         let _turn = turn.lock().await;
         if let Some(sent) = stores.iter().find_map(|store| store.token(&key)) {
             return Ok(sent);
         }
-        let (Given { what: token, owner }, with_credentials) = self.token(client, endpoint, realm, service, &scopes.list()).await?;
+        let (Given { what: token, owner }, with_credentials) =
+            self.token(client, endpoint, realm, service, &scopes.list()).await?;
         let store = owner.map_or_else(|| self.store.clone(), |owner| self.stores.of(Some(owner)));
         let life = token.expires_in.unwrap_or(DEFAULT_LIFE);
-        let mut header = HeaderValue::try_from(format!("Bearer {}", token.token))
-            .map_err(|_| Kind::Auth { why: "the token has characters that headers cannot have".into(), status: None })?;
+        let mut header =
+            HeaderValue::try_from(format!("Bearer {}", token.token)).map_err(|_| Kind::Auth {
+                why: "the token has characters that headers cannot have".into(),
+                status: None,
+            })?;
         header.set_sensitive(true);
-        let sent = Sent { header, with_credentials, kept: Some((Arc::downgrade(&store), key.clone())) };
-        // Renewed a little early, so that a request that starts now does not arrive with a dead token.
-        let renew_at = Instant::now() + life.saturating_sub((life / 4).min(Duration::from_secs(30)));
+        let sent =
+            Sent { header, with_credentials, kept: Some((Arc::downgrade(&store), key.clone())) };
+        // Renewed a little early, so that a request that starts now does not arrive with a dead
+        // token.
+        let renew_at =
+            Instant::now() + life.saturating_sub((life / 4).min(Duration::from_secs(30)));
         remember(&mut locked(&store.tokens), key, Cached { sent: sent.clone(), renew_at });
         Ok(sent)
     }
@@ -260,17 +302,31 @@ impl Authorizer {
     ) -> Result<(Given<Token>, bool), Kind> {
         let uri = token_server(realm)?;
         let host = &endpoint.authority;
-        if let Some(token) = self.credentials.fetch_token(realm, service, scopes, host).await.map_err(Kind::Local)? {
+        if let Some(token) =
+            self.credentials.fetch_token(realm, service, scopes, host).await.map_err(Kind::Local)?
+        {
             return Ok((token, false));
         }
-        let credentials = self.credentials.credentials(host).await.map_err(Kind::Local)?.filter(|c| !c.what.secret.is_empty());
+        let credentials = self
+            .credentials
+            .credentials(host)
+            .await
+            .map_err(Kind::Local)?
+            .filter(|c| !c.what.secret.is_empty());
         let asker = Asker { client, uri: &uri, client_id: "shipway", service, scopes };
         let Some(Given { what: credentials, owner }) = credentials else {
-            return Ok((Given::alone(asker.get(None, "failed to fetch anonymous token").await?), false));
+            return Ok((
+                Given::alone(asker.get(None, "failed to fetch anonymous token").await?),
+                false,
+            ));
         };
-        let plain = uri.scheme_str() == Some("http") && !is_loopback(uri.host().unwrap_or_default());
+        let plain =
+            uri.scheme_str() == Some("http") && !is_loopback(uri.host().unwrap_or_default());
         if plain && endpoint.scheme == Scheme::Https {
-            return Err(Kind::Auth { why: format!("refusing to send credentials to {} over plain HTTP", host_of(&uri)), status: None });
+            return Err(Kind::Auth {
+                why: format!("refusing to send credentials to {} over plain HTTP", host_of(&uri)),
+                status: None,
+            });
         }
         Ok((Given { what: asker.with(&credentials).await?, owner }, true))
     }
@@ -278,14 +334,19 @@ impl Authorizer {
 
 /// The address of a token server.
 pub(crate) fn token_server(realm: &str) -> Result<Uri, Kind> {
-    let wrong = || Kind::Protocol(format!("the registry names a wrong token server {:?}", cut(realm)));
+    let wrong =
+        || Kind::Protocol(format!("the registry names a wrong token server {:?}", cut(realm)));
     let uri: Uri = realm.parse().map_err(|_| wrong())?;
     let good = matches!(uri.scheme_str(), Some("http" | "https")) && uri.authority().is_some();
     if good { Ok(uri) } else { Err(wrong()) }
 }
 
 fn basic_header(c: &Credentials) -> Option<HeaderValue> {
-    let mut header = HeaderValue::try_from(format!("Basic {}", BASE64_STANDARD.encode(format!("{}:{}", c.username, c.secret)))).ok()?;
+    let mut header = HeaderValue::try_from(format!(
+        "Basic {}",
+        BASE64_STANDARD.encode(format!("{}:{}", c.username, c.secret))
+    ))
+    .ok()?;
     header.set_sensitive(true);
     Some(header)
 }
@@ -322,8 +383,11 @@ impl Asker<'_> {
     /// Trades credentials for a token.
     pub(crate) async fn with(&self, credentials: &Credentials) -> Result<Token, Kind> {
         match self.post(credentials).await {
-            // Token servers without OAuth2 answer with one of these (GCR 404, Artifactory 401, ACR 400, others 405).
-            Err(Kind::Auth { status: Some(400 | 401 | 404 | 405), .. }) if !credentials.is_identity_token() => {
+            // Token servers without OAuth2 answer with one of these (GCR 404, Artifactory 401, ACR
+            // 400, others 405).
+            Err(Kind::Auth { status: Some(400 | 401 | 404 | 405), .. })
+                if !credentials.is_identity_token() =>
+            {
                 self.get(Some(credentials), "failed to fetch oauth token").await
             }
             other => other,
@@ -331,7 +395,11 @@ impl Asker<'_> {
     }
 
     /// Distribution's own way: GET with the scopes in the query.
-    pub(crate) async fn get(&self, credentials: Option<&Credentials>, what: &str) -> Result<Token, Kind> {
+    pub(crate) async fn get(
+        &self,
+        credentials: Option<&Credentials>,
+        what: &str,
+    ) -> Result<Token, Kind> {
         let mut query = String::new();
         if !self.service.is_empty() {
             let _ = write!(query, "service={}&", encode(self.service));
@@ -341,8 +409,9 @@ impl Asker<'_> {
         }
         let base = self.uri.to_string();
         let joint = if base.contains('?') { '&' } else { '?' };
-        let uri: Uri =
-            format!("{base}{joint}{}", query.trim_end_matches('&')).parse().map_err(|_| Kind::Protocol("wrong token address".into()))?;
+        let uri: Uri = format!("{base}{joint}{}", query.trim_end_matches('&'))
+            .parse()
+            .map_err(|_| Kind::Protocol("wrong token address".into()))?;
         let mut request = Request::new(no_body());
         *request.method_mut() = Method::GET;
         *request.uri_mut() = uri;
@@ -354,25 +423,48 @@ impl Asker<'_> {
 
     /// OAuth2's way: POST with a form.
     async fn post(&self, credentials: &Credentials) -> Result<Token, Kind> {
-        let mut form = format!("client_id={}&service={}&scope={}", self.client_id, encode(self.service), encode(&self.scopes.join(" ")));
+        let mut form = format!(
+            "client_id={}&service={}&scope={}",
+            self.client_id,
+            encode(self.service),
+            encode(&self.scopes.join(" "))
+        );
         let _ = match credentials.is_identity_token() {
-            true => write!(form, "&grant_type=refresh_token&refresh_token={}", encode(&credentials.secret)),
+            true => write!(
+                form,
+                "&grant_type=refresh_token&refresh_token={}",
+                encode(&credentials.secret)
+            ),
             false => {
-                write!(form, "&grant_type=password&username={}&password={}", encode(&credentials.username), encode(&credentials.secret))
+                write!(
+                    form,
+                    "&grant_type=password&username={}&password={}",
+                    encode(&credentials.username),
+                    encode(&credentials.secret)
+                )
             }
         };
         let mut request = Request::new(full_body(form));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.uri.clone();
-        request.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
+        request.headers_mut().insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/x-www-form-urlencoded"),
+        );
         self.ask(request, "failed to fetch oauth token").await
     }
 
-    async fn ask(&self, request: Request<crate::transport::Body>, what: &str) -> Result<Token, Kind> {
+    async fn ask(
+        &self,
+        request: Request<crate::transport::Body>,
+        what: &str,
+    ) -> Result<Token, Kind> {
         let line = format!("{} request to {}", request.method(), display_of(self.uri));
         let failed = |why: String, status| Kind::Auth { why: format!("{what}: {why}"), status };
         let answer = self.client.send(request).await.map_err(|f| match f {
-            f @ (crate::transport::Failure::Connect(_) | crate::transport::Failure::Tls(_)) => failed(f.to_string(), None),
+            f @ (crate::transport::Failure::Connect(_) | crate::transport::Failure::Tls(_)) => {
+                failed(f.to_string(), None)
+            }
             f => f.into(),
         })?;
         let status = answer.head.status;
@@ -384,13 +476,25 @@ impl Asker<'_> {
         if !status.is_success() {
             let words = server_words(&body);
             let words = if words.is_empty() { words } else { format!(": {words}") };
-            return Err(failed(format!("unexpected status from {line}: {status}{words}"), Some(status.as_u16())));
+            return Err(failed(
+                format!("unexpected status from {line}: {status}{words}"),
+                Some(status.as_u16()),
+            ));
         }
-        let parsed: TokenAnswer =
-            serde_json::from_slice(&body).map_err(|_| failed(format!("{line} was answered with something that is no token"), None))?;
-        let token = parsed.access_token.filter(|t| !t.is_empty()).or(parsed.token.filter(|t| !t.is_empty()));
-        let token = token.ok_or_else(|| failed("authorization server did not include a token in the response".into(), None))?;
-        let expires_in = parsed.expires_in.filter(|s| s.is_finite() && *s > 0.0).map(|s| Duration::from_secs_f64(s.min(1e7)));
+        let parsed: TokenAnswer = serde_json::from_slice(&body).map_err(|_| {
+            failed(format!("{line} was answered with something that is no token"), None)
+        })?;
+        let token = parsed
+            .access_token
+            .filter(|t| !t.is_empty())
+            .or(parsed.token.filter(|t| !t.is_empty()));
+        let token = token.ok_or_else(|| {
+            failed("authorization server did not include a token in the response".into(), None)
+        })?;
+        let expires_in = parsed
+            .expires_in
+            .filter(|s| s.is_finite() && *s > 0.0)
+            .map(|s| Duration::from_secs_f64(s.min(1e7)));
         Ok(Token { token, expires_in })
     }
 }
@@ -403,6 +507,9 @@ mod tests {
     fn scopes_are_merged() {
         let mut scopes = Scopes::of(["repository:a/b:pull", "repository:h:5/c:pull"]);
         scopes.add("repository:a/b:push,pull registry:catalog:* nonsense");
-        assert_eq!(scopes.list(), ["registry:catalog:*", "repository:a/b:pull,push", "repository:h:5/c:pull"]);
+        assert_eq!(
+            scopes.list(),
+            ["registry:catalog:*", "repository:a/b:pull,push", "repository:h:5/c:pull"]
+        );
     }
 }

@@ -18,7 +18,8 @@ const GOOD_PROGRESS: u64 = 256 << 10;
 /// A broken connection is one strike, a stall two; this many end the transfer.
 const STRIKES: u32 = 4;
 
-/// A blob, or a part of one, on its way. A connection that breaks is replaced by one that continues.
+/// A blob, or a part of one, on its way. A connection that breaks is replaced by one that
+/// continues.
 pub struct BlobReader {
     repository: Repository,
     descriptor: Descriptor,
@@ -47,13 +48,23 @@ struct Open {
 }
 
 impl Repository {
-    /// The blob from `offset` to its end. The caller checks the digest, or asks for it with [`BlobReader::verified`].
-    pub async fn fetch_blob(&self, descriptor: &Descriptor, offset: u64) -> Result<BlobReader, Error> {
+    /// The blob from `offset` to its end. The caller checks the digest, or asks for it with
+    /// [`BlobReader::verified`].
+    pub async fn fetch_blob(
+        &self,
+        descriptor: &Descriptor,
+        offset: u64,
+    ) -> Result<BlobReader, Error> {
         self.fetch_range(descriptor, offset..descriptor.size).await
     }
 
-    /// The blob's bytes in `range` (cut to its size). Works with servers that ignore ranges, at the price of what comes before.
-    pub async fn fetch_range(&self, descriptor: &Descriptor, range: Range<u64>) -> Result<BlobReader, Error> {
+    /// The blob's bytes in `range` (cut to its size). Works with servers that ignore ranges, at the
+    /// price of what comes before.
+    pub async fn fetch_range(
+        &self,
+        descriptor: &Descriptor,
+        range: Range<u64>,
+    ) -> Result<BlobReader, Error> {
         let end = range.end.min(descriptor.size);
         let mut reader = BlobReader {
             repository: self.clone(),
@@ -76,16 +87,33 @@ impl Repository {
     /// Length of a blob of which only the digest is known.
     pub async fn blob_size(&self, digest: Digest) -> Result<u64, Error> {
         let action = format!("look for blob {digest}");
-        let reply = self.ask(&Ask::new(Method::HEAD, format!("blobs/{digest}"), Need::Pull, &action)).await?;
+        let reply = self
+            .ask(&Ask::new(Method::HEAD, format!("blobs/{digest}"), Need::Pull, &action))
+            .await?;
         let said = reply.answer.head.headers.get(header::CONTENT_LENGTH);
         let size = said.and_then(|v| v.to_str().ok()?.parse().ok());
-        size.ok_or_else(|| Error::new(self.name(), self.name().registry(), &action, Kind::Protocol("the blob's length is not told".into())))
+        size.ok_or_else(|| {
+            Error::new(
+                self.name(),
+                self.name().registry(),
+                &action,
+                Kind::Protocol("the blob's length is not told".into()),
+            )
+        })
     }
 
     /// Whether the registry has the blob.
     pub async fn blob_exists(&self, descriptor: &Descriptor) -> Result<bool, Error> {
         let action = format!("look for blob {}", descriptor.digest);
-        match self.ask(&Ask::new(Method::HEAD, format!("blobs/{}", descriptor.digest), Need::Pull, action)).await {
+        match self
+            .ask(&Ask::new(
+                Method::HEAD,
+                format!("blobs/{}", descriptor.digest),
+                Need::Pull,
+                action,
+            ))
+            .await
+        {
             Ok(_) => Ok(true),
             Err(e) if e.is_not_found() => Ok(false),
             Err(e) => Err(e),
@@ -94,9 +122,9 @@ impl Repository {
 }
 
 impl BlobReader {
-    /// Checks the digest as the bytes pass; the last piece is followed by an error if it is not the promised one. Only for
-    /// a reader at the start of a whole blob. Costs processor time on the reading task: a content store that checks for
-    /// itself makes it needless.
+    /// Checks the digest as the bytes pass; the last piece is followed by an error if it is not the
+    /// promised one. Only for a reader at the start of a whole blob. Costs processor time on the
+    /// reading task: a content store that checks for itself makes it needless.
     #[must_use]
     pub fn verified(mut self) -> Self {
         if self.at == 0 && self.end == self.descriptor.size {
@@ -126,7 +154,9 @@ impl BlobReader {
                     Some(piece) => return Ok(Some(piece)),
                     None => continue,
                 },
-                Ok(None) => Failure::Broken(format!("it ended after {} of {} bytes", self.at, self.end)),
+                Ok(None) => {
+                    Failure::Broken(format!("it ended after {} of {} bytes", self.at, self.end))
+                }
                 Err(failure) => failure,
             };
             self.open = None;
@@ -136,7 +166,9 @@ impl BlobReader {
 
     /// The pieces as a stream.
     pub fn into_stream(self) -> impl Stream<Item = Result<Bytes, Error>> + Send + 'static {
-        stream::try_unfold(self, |mut reader| async move { Ok(reader.next().await?.map(|piece| (piece, reader))) })
+        stream::try_unfold(self, |mut reader| async move {
+            Ok(reader.next().await?.map(|piece| (piece, reader)))
+        })
     }
 
     fn take(&mut self, mut piece: Bytes) -> Result<Option<Bytes>, Error> {
@@ -147,7 +179,9 @@ impl BlobReader {
         let left = self.end - self.at;
         if piece.len() as u64 > left {
             if self.end == self.descriptor.size {
-                return Err(self.fail(Kind::Size { expected: self.end, got: self.at + piece.len() as u64 }));
+                return Err(
+                    self.fail(Kind::Size { expected: self.end, got: self.at + piece.len() as u64 })
+                );
             }
             piece.truncate(left as usize);
         }
@@ -183,19 +217,32 @@ impl BlobReader {
         }
         tracing::debug!(host = %self.host, action = %self.action, at = self.at, %failure, "resuming");
         if self.strikes > 1 {
-            tokio::time::sleep(self.repository.registry().config.timing.backoff * (self.strikes - 1)).await;
+            tokio::time::sleep(
+                self.repository.registry().config.timing.backoff * (self.strikes - 1),
+            )
+            .await;
         }
         Ok(())
     }
 
-    /// Opens a connection at the current position. A resumption does not try long: the strikes count.
+    /// Opens a connection at the current position. A resumption does not try long: the strikes
+    /// count.
     async fn reopen(&mut self, first: bool) -> Result<(), Error> {
-        let mut ask = Ask::new(Method::GET, format!("blobs/{}", self.descriptor.digest), Need::Pull, &self.action);
+        let mut ask = Ask::new(
+            Method::GET,
+            format!("blobs/{}", self.descriptor.digest),
+            Need::Pull,
+            &self.action,
+        );
         ask.load = Load::Heavy;
         ask.retry = first;
         let partial = self.at > 0 || self.end < self.descriptor.size;
         if partial {
-            let last = if self.end == self.descriptor.size { String::new() } else { (self.end - 1).to_string() };
+            let last = if self.end == self.descriptor.size {
+                String::new()
+            } else {
+                (self.end - 1).to_string()
+            };
             ask = ask.header(header::RANGE, &format!("bytes={}-{last}", self.at));
         }
         let reply = match self.repository.ask(&ask).await {
@@ -203,19 +250,32 @@ impl BlobReader {
             Err(e) if first || !e.kind().is_transient() => return Err(e),
             Err(e) => {
                 let failure = match e.kind() {
-                    Kind::TimedOut { waiting_for, after } => Failure::TimedOut { waiting_for, after: *after },
+                    Kind::TimedOut { waiting_for, after } => {
+                        Failure::TimedOut { waiting_for, after: *after }
+                    }
                     _ => Failure::Broken(e.to_string()),
                 };
                 return self.strike(failure).await;
             }
         };
         self.host.clone_from(&reply.endpoint.authority);
-        let number = |name: header::HeaderName| reply.answer.head.headers.get(name)?.to_str().ok()?.parse::<u64>().ok();
+        let number = |name: header::HeaderName| {
+            reply.answer.head.headers.get(name)?.to_str().ok()?.parse::<u64>().ok()
+        };
         let skip = match reply.answer.head.status {
             StatusCode::PARTIAL_CONTENT => {
-                let range = reply.answer.head.headers.get(header::CONTENT_RANGE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+                let range = reply
+                    .answer
+                    .head
+                    .headers
+                    .get(header::CONTENT_RANGE)
+                    .and_then(|v| v.to_str().ok())
+                    .unwrap_or_default();
                 if !range.starts_with(&format!("bytes {}-", self.at)) {
-                    return Err(self.fail(Kind::Protocol(format!("asked for bytes from {} and got {range:?}", self.at))));
+                    return Err(self.fail(Kind::Protocol(format!(
+                        "asked for bytes from {} and got {range:?}",
+                        self.at
+                    ))));
                 }
                 0
             }

@@ -11,10 +11,14 @@ pub(crate) enum Challenge {
 const MAX_HEADER: usize = 8 << 10;
 const MAX_PARAMETERS: usize = 32;
 
-/// The challenges in `headers`, best first: tokens before passwords. Unknown schemes and nonsense are passed over.
+/// The challenges in `headers`, best first: tokens before passwords. Unknown schemes and nonsense
+/// are passed over.
 pub(crate) fn parse<'a>(headers: impl IntoIterator<Item = &'a str>) -> Vec<Challenge> {
-    let mut found: Vec<Challenge> =
-        headers.into_iter().take(8).flat_map(|h| parse_one(h.get(..MAX_HEADER.min(h.len())).unwrap_or(""))).collect();
+    let mut found: Vec<Challenge> = headers
+        .into_iter()
+        .take(8)
+        .flat_map(|h| parse_one(h.get(..MAX_HEADER.min(h.len())).unwrap_or("")))
+        .collect();
     found.sort_by_key(|c| matches!(c, Challenge::Basic));
     found
 }
@@ -47,8 +51,8 @@ fn value(s: &str) -> Option<(String, &str)> {
     None
 }
 
-/// One header may carry several challenges, separated by the same comma as parameters are: a word that no `=` follows
-/// starts the next one.
+/// One header may carry several challenges, separated by the same comma as parameters are: a word
+/// that no `=` follows starts the next one.
 fn parse_one(header: &str) -> Vec<Challenge> {
     let mut found = Vec::new();
     let mut current: Option<(String, Vec<(String, String)>)> = None;
@@ -78,12 +82,23 @@ fn parse_one(header: &str) -> Vec<Challenge> {
 }
 
 fn finish((scheme, mut parameters): (String, Vec<(String, String)>)) -> Option<Challenge> {
-    let mut take = |name: &str| parameters.iter_mut().find(|(n, _)| n == name).map(|(_, v)| std::mem::take(v)).unwrap_or_default();
+    let mut take = |name: &str| {
+        parameters
+            .iter_mut()
+            .find(|(n, _)| n == name)
+            .map(|(_, v)| std::mem::take(v))
+            .unwrap_or_default()
+    };
     match scheme.as_str() {
         "basic" => Some(Challenge::Basic),
         "bearer" => {
             let realm = take("realm");
-            (!realm.is_empty()).then(|| Challenge::Bearer { realm, service: take("service"), scope: take("scope"), error: take("error") })
+            (!realm.is_empty()).then(|| Challenge::Bearer {
+                realm,
+                service: take("service"),
+                scope: take("scope"),
+                error: take("error"),
+            })
         }
         _ => None,
     }
@@ -94,7 +109,12 @@ mod tests {
     use super::*;
 
     fn bearer(realm: &str, service: &str, scope: &str, error: &str) -> Challenge {
-        Challenge::Bearer { realm: realm.into(), service: service.into(), scope: scope.into(), error: error.into() }
+        Challenge::Bearer {
+            realm: realm.into(),
+            service: service.into(),
+            scope: scope.into(),
+            error: error.into(),
+        }
     }
 
     #[test]
@@ -102,9 +122,17 @@ mod tests {
         for (header, want) in [
             (
                 r#"Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:library/x:pull",error="insufficient_scope""#,
-                vec![bearer("https://auth.docker.io/token", "registry.docker.io", "repository:library/x:pull", "insufficient_scope")],
+                vec![bearer(
+                    "https://auth.docker.io/token",
+                    "registry.docker.io",
+                    "repository:library/x:pull",
+                    "insufficient_scope",
+                )],
             ),
-            (r#"Basic realm="r", Bearer realm="https://a/t", service=s"#, vec![bearer("https://a/t", "s", "", ""), Challenge::Basic]),
+            (
+                r#"Basic realm="r", Bearer realm="https://a/t", service=s"#,
+                vec![bearer("https://a/t", "s", "", ""), Challenge::Basic],
+            ),
             ("bearer realm=https://a/t,scope=x", vec![bearer("https://a/t", "", "x", "")]),
             (r#"Bearer realm="a\"b""#, vec![bearer("a\"b", "", "", "")]),
             ("Negotiate", vec![]),

@@ -4,19 +4,23 @@ use crate::DeniedNetworks;
 use serde::Deserialize;
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
-/// Settings of the distribution client. `Default` is right for a machine without special registries.
+/// Settings of the distribution client. `Default` is right for a machine without special
+/// registries.
 #[derive(Clone, Debug)]
 pub struct RegistryConfig {
-    /// Per registry name (such as `docker.io` or `localhost:5000`), as in `[registry."host"]` (row `toml.reg`).
+    /// Per registry name (such as `docker.io` or `localhost:5000`), as in `[registry."host"]` (row
+    /// `toml.reg`).
     pub hosts: BTreeMap<String, HostConfig>,
-    /// Directory laid out like containerd's `certs.d`: `<host>/hosts.toml`. Read again for every image, so that edits count
-    /// at once. A registry named in `hosts` does not look here.
+    /// Directory laid out like containerd's `certs.d`: `<host>/hosts.toml`. Read again for every
+    /// image, so that edits count at once. A registry named in `hosts` does not look here.
     pub config_path: Option<PathBuf>,
-    /// How many blobs travel to or from one host at once (row `toml.sys`, `maxRegistryConcurrency`); manifests have one more.
+    /// How many blobs travel to or from one host at once (row `toml.sys`,
+    /// `maxRegistryConcurrency`); manifests have one more.
     pub max_concurrency: usize,
     /// How long to wait for what.
     pub timing: Timing,
-    /// Networks that are not connected to, whoever names an address in them: images, downloads, token servers.
+    /// Networks that are not connected to, whoever names an address in them: images, downloads,
+    /// token servers.
     pub denied: DeniedNetworks,
     /// Product name in `User-Agent`.
     pub user_agent: String,
@@ -49,7 +53,8 @@ pub struct HostConfig {
     pub ca: Vec<PathBuf>,
     /// Client certificates.
     pub keypair: Vec<KeyPair>,
-    /// Directories whose `*.crt` are root certificates and whose `*.cert`/`*.key` are client certificates.
+    /// Directories whose `*.crt` are root certificates and whose `*.cert`/`*.key` are client
+    /// certificates.
     pub tlsconfigdir: Vec<PathBuf>,
 }
 
@@ -62,7 +67,8 @@ pub struct KeyPair {
     pub cert: PathBuf,
 }
 
-/// How long to wait for what. Whatever a registry does, a request that makes no progress ends within about a minute.
+/// How long to wait for what. Whatever a registry does, a request that makes no progress ends
+/// within about a minute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
     /// For a connection, with its TLS handshake.

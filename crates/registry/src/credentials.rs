@@ -4,7 +4,8 @@ use async_trait::async_trait;
 use shipway_fault::Fault;
 use std::{fmt, time::Duration};
 
-/// A user name and its secret. An empty name, or `<token>`, makes the secret an identity token (OAuth2 refresh token).
+/// A user name and its secret. An empty name, or `<token>`, makes the secret an identity token
+/// (OAuth2 refresh token).
 #[derive(Clone, PartialEq, Eq, Default)]
 pub struct Credentials {
     /// User name.
@@ -31,7 +32,8 @@ impl fmt::Debug for Credentials {
 pub struct Token {
     /// The token.
     pub token: String,
-    /// How long it is good for from now; `None` when its issuer did not say (60 s by the specification).
+    /// How long it is good for from now; `None` when its issuer did not say (60 s by the
+    /// specification).
     pub expires_in: Option<Duration>,
 }
 
@@ -46,7 +48,8 @@ impl fmt::Debug for Token {
 pub struct Given<T> {
     /// What it gave.
     pub what: T,
-    /// Whose it is, as in [`CredentialSource::owners`]; nobody's in particular if the source has one owner alone.
+    /// Whose it is, as in [`CredentialSource::owners`]; nobody's in particular if the source has
+    /// one owner alone.
     pub owner: Option<String>,
 }
 
@@ -59,28 +62,37 @@ impl<T> Given<T> {
 
 /// Where a request's credentials come from (rows `cb.auth.*`).
 ///
-/// `host` is the host that will be asked: `registry-1.docker.io` for Docker Hub, as clients expect. A source that cannot
-/// answer returns `Ok(None)`: the request goes on as anonymous.
+/// `host` is the host that will be asked: `registry-1.docker.io` for Docker Hub, as clients expect.
+/// A source that cannot answer returns `Ok(None)`: the request goes on as anonymous.
 #[async_trait]
 pub trait CredentialSource: Send + Sync + 'static {
     /// User name and secret for `host`.
     async fn credentials(&self, host: &str) -> Result<Option<Given<Credentials>>, Fault>;
 
-    /// A token that somebody else (the client's machine) fetches from `realm`, so that the secret need not come here.
-    async fn fetch_token(&self, realm: &str, service: &str, scopes: &[String], host: &str) -> Result<Option<Given<Token>>, Fault> {
+    /// A token that somebody else (the client's machine) fetches from `realm`, so that the secret
+    /// need not come here.
+    async fn fetch_token(
+        &self,
+        realm: &str,
+        service: &str,
+        scopes: &[String],
+        host: &str,
+    ) -> Result<Option<Given<Token>>, Fault> {
         let _ = (realm, service, scopes, host);
         Ok(None)
     }
 
-    /// Whose tokens for `host` the source may use, besides those of its own identity: several people may stand behind one source, and a token is for
-    /// who brought it. Names are shared among sources; whoever gives one must be sure of it.
+    /// Whose tokens for `host` the source may use, besides those of its own identity: several
+    /// people may stand behind one source, and a token is for who brought it. Names are shared
+    /// among sources; whoever gives one must be sure of it.
     async fn owners(&self, host: &str) -> Result<Vec<String>, Fault> {
         let _ = host;
         Ok(Vec::new())
     }
 
-    /// Names whose credentials these are: challenges, and tokens of nobody in particular, are shared among sources that give the same name (for example
-    /// a session's id), and with nobody when there is none.
+    /// Names whose credentials these are: challenges, and tokens of nobody in particular, are
+    /// shared among sources that give the same name (for example a session's id), and with nobody
+    /// when there is none.
     fn identity(&self) -> Option<String> {
         None
     }

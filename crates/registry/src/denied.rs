@@ -1,5 +1,5 @@
-//! Addresses that nothing is fetched from. A build names hosts that the daemon then asks, and the daemon may reach what the one who
-//! builds must not: the metadata service of a cloud, for one.
+//! Addresses that nothing is fetched from. A build names hosts that the daemon then asks, and the
+//! daemon may reach what the one who builds must not: the metadata service of a cloud, for one.
 
 use hyper_util::client::legacy::connect::dns::{GaiResolver, Name};
 use serde::Deserialize;
@@ -14,7 +14,8 @@ use std::{
 };
 use tower_service::Service;
 
-/// Link-local addresses, where clouds have their metadata services, and the address of Amazon's among the others.
+/// Link-local addresses, where clouds have their metadata services, and the address of Amazon's
+/// among the others.
 const DEFAULT: [&str; 3] = ["169.254.0.0/16", "fe80::/10", "fd00:ec2::254"];
 
 /// A network, `10.0.0.0/8`, or one address.
@@ -27,11 +28,16 @@ pub struct Network {
 }
 
 impl Network {
-    /// Whether `address` is one of its addresses. IPv4 addresses that are written as IPv6 ones are IPv4 addresses.
+    /// Whether `address` is one of its addresses. IPv4 addresses that are written as IPv6 ones are
+    /// IPv4 addresses.
     pub fn contains(&self, address: IpAddr) -> bool {
         match (self.address, address.to_canonical()) {
-            (IpAddr::V4(own), IpAddr::V4(other)) => self.bits == 0 || (own.to_bits() ^ other.to_bits()) >> (32 - self.bits) == 0,
-            (IpAddr::V6(own), IpAddr::V6(other)) => self.bits == 0 || (own.to_bits() ^ other.to_bits()) >> (128 - self.bits) == 0,
+            (IpAddr::V4(own), IpAddr::V4(other)) => {
+                self.bits == 0 || (own.to_bits() ^ other.to_bits()) >> (32 - self.bits) == 0
+            }
+            (IpAddr::V6(own), IpAddr::V6(other)) => {
+                self.bits == 0 || (own.to_bits() ^ other.to_bits()) >> (128 - self.bits) == 0
+            }
             _ => false,
         }
     }
@@ -41,8 +47,13 @@ impl FromStr for Network {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is not a network: want an address, or one with the number of its leading bits, as in 10.0.0.0/8");
-        let (address, bits) = text.split_once('/').map_or((text, None), |(address, bits)| (address, Some(bits)));
+        let wrong = || {
+            format!(
+                "{text:?} is not a network: want an address, or one with the number of its leading bits, as in 10.0.0.0/8"
+            )
+        };
+        let (address, bits) =
+            text.split_once('/').map_or((text, None), |(address, bits)| (address, Some(bits)));
         let address: IpAddr = address.parse().map_err(|_| wrong())?;
         let all = if address.is_ipv4() { 32 } else { 128 };
         let bits = bits.map_or(Ok(all), |bits| bits.parse().map_err(|_| wrong()))?;
@@ -79,13 +90,19 @@ impl DeniedNetworks {
     /// Refuses an address of one of them, in words.
     pub fn check(&self, host: &str, address: IpAddr) -> Result<(), String> {
         match self.0.iter().find(|network| network.contains(address)) {
-            Some(network) => Err(format!("{host} has the address {address}, and {network} is one of the daemon's deniedNetworks")),
+            Some(network) => Err(format!(
+                "{host} has the address {address}, and {network} is one of the daemon's deniedNetworks"
+            )),
             None => Ok(()),
         }
     }
 
     /// Addresses of `host` that may be connected to; an error if it has others only.
-    fn allowed(&self, host: &str, found: impl Iterator<Item = SocketAddr>) -> Result<Vec<SocketAddr>, String> {
+    fn allowed(
+        &self,
+        host: &str,
+        found: impl Iterator<Item = SocketAddr>,
+    ) -> Result<Vec<SocketAddr>, String> {
         let (mut allowed, mut refusal) = (Vec::new(), None);
         for address in found {
             match self.check(host, address.ip()) {
@@ -99,8 +116,8 @@ impl DeniedNetworks {
         }
     }
 
-    /// Looks up a host, for programs that connect by themselves: its addresses that may be connected to. Empty if it cannot be
-    /// looked up here.
+    /// Looks up a host, for programs that connect by themselves: its addresses that may be
+    /// connected to. Empty if it cannot be looked up here.
     pub async fn addresses(&self, host: &str, port: u16) -> Result<Vec<IpAddr>, String> {
         let name = host.trim_start_matches('[').trim_end_matches(']').to_owned();
         let Ok(found) = tokio::net::lookup_host((name, port)).await else { return Ok(Vec::new()) };
@@ -134,7 +151,9 @@ impl Service<Name> for Resolver {
         let (denied, host, found) = (self.denied.clone(), name.to_string(), self.system.call(name));
         Box::pin(async move {
             let allowed = denied.allowed(&host, found.await?);
-            allowed.map(Vec::into_iter).map_err(|why| io::Error::new(io::ErrorKind::PermissionDenied, why))
+            allowed
+                .map(Vec::into_iter)
+                .map_err(|why| io::Error::new(io::ErrorKind::PermissionDenied, why))
         })
     }
 }
@@ -170,14 +189,27 @@ mod tests {
     fn metadata_services_are_denied_and_nothing_else_unless_it_is_said() {
         let default = DeniedNetworks::default();
         assert_eq!(default.0.len(), DEFAULT.len());
-        for (address, is_denied) in [("169.254.169.254", true), ("fd00:ec2::254", true), ("127.0.0.1", false), ("10.0.0.1", false)] {
-            assert_eq!(default.check("h", address.parse().unwrap()).is_err(), is_denied, "{address}");
+        for (address, is_denied) in [
+            ("169.254.169.254", true),
+            ("fd00:ec2::254", true),
+            ("127.0.0.1", false),
+            ("10.0.0.1", false),
+        ] {
+            assert_eq!(
+                default.check("h", address.parse().unwrap()).is_err(),
+                is_denied,
+                "{address}"
+            );
         }
-        let both: Vec<SocketAddr> = ["127.0.0.1:1", "192.0.2.1:1"].map(|a| a.parse().unwrap()).into();
+        let both: Vec<SocketAddr> =
+            ["127.0.0.1:1", "192.0.2.1:1"].map(|a| a.parse().unwrap()).into();
         let local = denied(&["127.0.0.0/8"]);
         assert_eq!(local.allowed("h", both.clone().into_iter()), Ok(vec![both[1]]));
         let why = local.allowed("h", both[..1].iter().copied()).unwrap_err();
-        assert_eq!(why, "h has the address 127.0.0.1, and 127.0.0.0/8 is one of the daemon's deniedNetworks");
+        assert_eq!(
+            why,
+            "h has the address 127.0.0.1, and 127.0.0.0/8 is one of the daemon's deniedNetworks"
+        );
         assert_eq!(local.allowed("h", [].into_iter()), Ok(vec![]));
     }
 

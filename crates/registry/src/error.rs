@@ -114,8 +114,19 @@ pub enum Kind {
 }
 
 impl Error {
-    pub(crate) fn new(image: impl fmt::Display, host: impl Into<String>, action: impl Into<String>, kind: Kind) -> Self {
-        Self(Box::new(Data { image: image.to_string(), host: host.into(), action: action.into(), kind, earlier: Vec::new() }))
+    pub(crate) fn new(
+        image: impl fmt::Display,
+        host: impl Into<String>,
+        action: impl Into<String>,
+        kind: Kind,
+    ) -> Self {
+        Self(Box::new(Data {
+            image: image.to_string(),
+            host: host.into(),
+            action: action.into(),
+            kind,
+            earlier: Vec::new(),
+        }))
     }
 
     pub(crate) fn after(mut self, earlier: Vec<String>) -> Self {
@@ -173,22 +184,38 @@ impl fmt::Display for Error {
             Kind::Unauthorized { server, .. } => {
                 let way = if action.starts_with("push") { "push" } else { "pull" };
                 let server = if server.is_empty() { "authentication required" } else { server };
-                write!(f, "{way} access denied, repository does not exist or may require authorization: server message: {server}")
+                write!(
+                    f,
+                    "{way} access denied, repository does not exist or may require authorization: server message: {server}"
+                )
             }
-            Kind::Forbidden { server } => write!(f, "403 Forbidden").and_then(|()| with_reason(f, server)),
-            Kind::TooManyRequests { server, .. } => write!(f, "429 Too Many Requests").and_then(|()| with_reason(f, server)),
+            Kind::Forbidden { server } => {
+                write!(f, "403 Forbidden").and_then(|()| with_reason(f, server))
+            }
+            Kind::TooManyRequests { server, .. } => {
+                write!(f, "429 Too Many Requests").and_then(|()| with_reason(f, server))
+            }
             Kind::Status { status, request, server } => {
-                let reason = http::StatusCode::from_u16(*status).ok().and_then(|s| s.canonical_reason()).unwrap_or_default();
+                let reason = http::StatusCode::from_u16(*status)
+                    .ok()
+                    .and_then(|s| s.canonical_reason())
+                    .unwrap_or_default();
                 write!(f, "unexpected status from {request}: {status} {reason}")?;
                 with_reason(f, server)
             }
             Kind::Auth { why, .. } => write!(f, "failed to authorize: {why}"),
             Kind::Connect { why } => write!(f, "failed to connect: {why}"),
             Kind::Tls { why } => write!(f, "TLS: {why}"),
-            Kind::TimedOut { waiting_for, after } => write!(f, "timed out waiting for {waiting_for} (no progress for {after:.0?})"),
+            Kind::TimedOut { waiting_for, after } => {
+                write!(f, "timed out waiting for {waiting_for} (no progress for {after:.0?})")
+            }
             Kind::Broken { why } => write!(f, "the connection broke: {why}"),
-            Kind::Digest { expected, got } => write!(f, "digest mismatch: expected {expected}, got {got}"),
-            Kind::Size { expected, got } => write!(f, "size mismatch: expected {expected} bytes, got {got}"),
+            Kind::Digest { expected, got } => {
+                write!(f, "digest mismatch: expected {expected}, got {got}")
+            }
+            Kind::Size { expected, got } => {
+                write!(f, "size mismatch: expected {expected} bytes, got {got}")
+            }
             Kind::TooLarge { what, limit } => write!(f, "{what} is larger than {limit} bytes"),
             Kind::Protocol(why) | Kind::Config(why) => f.write_str(why),
             Kind::Local(fault) => fault.fmt(f),

@@ -62,12 +62,14 @@ impl Endpoint {
         }
     }
 
-    /// What stands between the API's root and the repository's name (a mirror's `host/path`); part of token scopes.
+    /// What stands between the API's root and the repository's name (a mirror's `host/path`); part
+    /// of token scopes.
     pub(crate) fn prefix(&self) -> &str {
         self.path.strip_prefix("/v2/").unwrap_or_default().trim_matches('/')
     }
 
-    /// Applies `[registry."host"]`. Loopback hosts that nothing is said about may speak either way, unverified, as with containerd.
+    /// Applies `[registry."host"]`. Loopback hosts that nothing is said about may speak either way,
+    /// unverified, as with containerd.
     fn with(mut self, config: &HostConfig) -> Result<Self, String> {
         let insecure = config.insecure.unwrap_or(false);
         let loopback = config.http.is_none() && is_loopback(host_of_authority(&self.authority));
@@ -77,7 +79,11 @@ impl Endpoint {
             _ if loopback => Scheme::Either,
             _ => Scheme::Https,
         };
-        let mut tls = TlsSettings { ca: config.ca.clone(), keypair: config.keypair.clone(), skip_verify: insecure || loopback };
+        let mut tls = TlsSettings {
+            ca: config.ca.clone(),
+            keypair: config.keypair.clone(),
+            skip_verify: insecure || loopback,
+        };
         for dir in &config.tlsconfigdir {
             let (ca, keypair) = certificate_files(dir)?;
             tls.ca.extend(ca);
@@ -91,11 +97,21 @@ impl Endpoint {
     }
 }
 
-/// The `*.crt` of a directory, and its `*.cert` with their `*.key`; nothing for a directory that is missing or closed to us.
-pub(crate) fn certificate_files(dir: &std::path::Path) -> Result<(Vec<PathBuf>, Vec<KeyPair>), String> {
+/// The `*.crt` of a directory, and its `*.cert` with their `*.key`; nothing for a directory that is
+/// missing or closed to us.
+pub(crate) fn certificate_files(
+    dir: &std::path::Path,
+) -> Result<(Vec<PathBuf>, Vec<KeyPair>), String> {
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
-        Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::PermissionDenied) => return Ok(Default::default()),
+        Err(e)
+            if matches!(
+                e.kind(),
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::PermissionDenied
+            ) =>
+        {
+            return Ok(Default::default());
+        }
         Err(e) => return Err(format!("read {}: {e}", dir.display())),
     };
     let mut files: Vec<PathBuf> = entries.filter_map(|e| e.ok().map(|e| e.path())).collect();
@@ -107,7 +123,10 @@ pub(crate) fn certificate_files(dir: &std::path::Path) -> Result<(Vec<PathBuf>, 
             Some("cert") => {
                 let key = file.with_extension("key");
                 // A certificate without its own key file may carry the key inside.
-                pairs.push(KeyPair { key: if key.exists() { key } else { file.clone() }, cert: file });
+                pairs.push(KeyPair {
+                    key: if key.exists() { key } else { file.clone() },
+                    cert: file,
+                });
             }
             _ => {}
         }
@@ -115,8 +134,13 @@ pub(crate) fn certificate_files(dir: &std::path::Path) -> Result<(Vec<PathBuf>, 
     Ok((ca, pairs))
 }
 
-/// The endpoints of `registry`, in the order to ask. Reads files: call it where blocking is allowed.
-pub(crate) fn endpoints(config: &RegistryConfig, registry: &str, insecure: bool) -> Result<Vec<Endpoint>, String> {
+/// The endpoints of `registry`, in the order to ask. Reads files: call it where blocking is
+/// allowed.
+pub(crate) fn endpoints(
+    config: &RegistryConfig,
+    registry: &str,
+    insecure: bool,
+) -> Result<Vec<Endpoint>, String> {
     let mut endpoints = match (config.hosts.get(registry), &config.config_path) {
         (Some(host), _) => from_table(config, registry, host)?,
         (None, Some(dir)) => match hosts_toml::load(dir, registry)? {
@@ -126,17 +150,23 @@ pub(crate) fn endpoints(config: &RegistryConfig, registry: &str, insecure: bool)
         (None, None) => vec![Endpoint::origin(registry).with(&HostConfig::default())?],
     };
     for endpoint in &mut endpoints {
-        let origin = endpoint.authority == registry || (registry == "docker.io" && endpoint.authority == "registry-1.docker.io");
+        let origin = endpoint.authority == registry
+            || (registry == "docker.io" && endpoint.authority == "registry-1.docker.io");
         endpoint.stands_for = (!origin).then(|| registry.to_owned());
         if insecure {
-            endpoint.scheme = if endpoint.scheme == Scheme::Http { Scheme::Http } else { Scheme::Either };
+            endpoint.scheme =
+                if endpoint.scheme == Scheme::Http { Scheme::Http } else { Scheme::Either };
             endpoint.tls.skip_verify = true;
         }
     }
     Ok(endpoints)
 }
 
-fn from_table(config: &RegistryConfig, registry: &str, host: &HostConfig) -> Result<Vec<Endpoint>, String> {
+fn from_table(
+    config: &RegistryConfig,
+    registry: &str,
+    host: &HostConfig,
+) -> Result<Vec<Endpoint>, String> {
     let mut endpoints = Vec::with_capacity(host.mirrors.len() + 1);
     for mirror in &host.mirrors {
         // A mirror is `host` or `host/path`; people also write the scheme.
@@ -154,7 +184,11 @@ fn from_table(config: &RegistryConfig, registry: &str, host: &HostConfig) -> Res
         match scheme {
             Some("http") => endpoint.scheme = Scheme::Http,
             Some("https") | None => {}
-            Some(other) => return Err(format!("the mirror {mirror:?} of {registry} has the scheme {other:?}: want http or https")),
+            Some(other) => {
+                return Err(format!(
+                    "the mirror {mirror:?} of {registry} has the scheme {other:?}: want http or https"
+                ));
+            }
         }
         endpoints.push(endpoint);
     }
@@ -168,7 +202,9 @@ pub(crate) fn host_of_authority(authority: &str) -> &str {
         return v6.split(']').next().unwrap_or_default();
     }
     match authority.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) && !host.contains(':') => host,
+        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) && !host.contains(':') => {
+            host
+        }
         _ => authority,
     }
 }
@@ -194,7 +230,12 @@ mod tests {
             .map(|e| {
                 format!(
                     "{:?} {}{} verify={} push={} ns={:?}",
-                    e.scheme, e.authority, e.path, !e.tls.skip_verify, e.capabilities.push, e.stands_for
+                    e.scheme,
+                    e.authority,
+                    e.path,
+                    !e.tls.skip_verify,
+                    e.capabilities.push,
+                    e.stands_for
                 )
             })
             .collect();
@@ -209,15 +250,27 @@ mod tests {
         check("", "[::1]:5000", &["Either [::1]:5000/v2 verify=false push=true ns=None"]);
         check("", "r.io", &["Https r.io/v2 verify=true push=true ns=None"]);
         check("[\"r.io\"]\nhttp = true", "r.io", &["Http r.io/v2 verify=true push=true ns=None"]);
-        check("[\"r.io\"]\ninsecure = true", "r.io", &["Https r.io/v2 verify=false push=true ns=None"]);
-        check("[\"r.io\"]\nhttp = true\ninsecure = true", "r.io", &["Either r.io/v2 verify=false push=true ns=None"]);
+        check(
+            "[\"r.io\"]\ninsecure = true",
+            "r.io",
+            &["Https r.io/v2 verify=false push=true ns=None"],
+        );
+        check(
+            "[\"r.io\"]\nhttp = true\ninsecure = true",
+            "r.io",
+            &["Either r.io/v2 verify=false push=true ns=None"],
+        );
     }
 
     #[test]
     fn what_is_called_insecure_may_be_plain_and_is_not_verified() {
         for (toml, scheme) in [("", Scheme::Either), ("[\"r.io\"]\nhttp = true", Scheme::Http)] {
             let all = endpoints(&config(toml), "r.io", true).unwrap();
-            assert_eq!((all.len(), all[0].scheme, all[0].tls.skip_verify), (1, scheme, true), "{toml}");
+            assert_eq!(
+                (all.len(), all[0].scheme, all[0].tls.skip_verify),
+                (1, scheme, true),
+                "{toml}"
+            );
         }
     }
 
@@ -236,7 +289,12 @@ mod tests {
 
     #[test]
     fn mistakes_in_the_table_are_refused() {
-        assert!(toml::from_str::<std::collections::BTreeMap<String, HostConfig>>("[\"r.io\"]\nhtpp = true").is_err());
+        assert!(
+            toml::from_str::<std::collections::BTreeMap<String, HostConfig>>(
+                "[\"r.io\"]\nhtpp = true"
+            )
+            .is_err()
+        );
         assert!(endpoints(&config("[\"r.io\"]\nmirrors = [\"ftp://x\"]"), "r.io", false).is_err());
     }
 }

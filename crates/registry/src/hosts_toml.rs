@@ -1,4 +1,5 @@
-//! containerd's `certs.d/<host>/hosts.toml` (containerd docs, `hosts.md`), and Docker's bare certificate directories.
+//! containerd's `certs.d/<host>/hosts.toml` (containerd docs, `hosts.md`), and Docker's bare
+//! certificate directories.
 
 use crate::{
     KeyPair,
@@ -69,13 +70,21 @@ pub(crate) fn load(root: &Path, registry: &str) -> Result<Option<Vec<Endpoint>>,
         return Ok(None);
     }
     let underscored = registry.rsplit_once(':').map(|(host, port)| format!("{host}_{port}_"));
-    let Some(dir) = underscored.as_deref().into_iter().chain([registry, "_default"]).map(|n| root.join(n)).find(|d| d.is_dir()) else {
+    let Some(dir) = underscored
+        .as_deref()
+        .into_iter()
+        .chain([registry, "_default"])
+        .map(|n| root.join(n))
+        .find(|d| d.is_dir())
+    else {
         return Ok(None);
     };
     let file = dir.join("hosts.toml");
     let text = match std::fs::metadata(&file) {
         Ok(m) if m.len() > MAX_FILE => return Err(format!("{} is too long", file.display())),
-        Ok(_) => std::fs::read_to_string(&file).map_err(|e| format!("read {}: {e}", file.display()))?,
+        Ok(_) => {
+            std::fs::read_to_string(&file).map_err(|e| format!("read {}: {e}", file.display()))?
+        }
         Err(_) => String::new(),
     };
     if text.trim().is_empty() {
@@ -93,7 +102,8 @@ fn parse(dir: &Path, registry: &str, text: &str) -> Result<Vec<Endpoint>, String
     let mut endpoints = Vec::new();
     for (url, table) in file.host {
         let host: Host = table.try_into().map_err(|e| format!("[host.{url:?}]: {e}"))?;
-        endpoints.push(endpoint(dir, registry, &url, host).map_err(|e| format!("[host.{url:?}]: {e}"))?);
+        endpoints
+            .push(endpoint(dir, registry, &url, host).map_err(|e| format!("[host.{url:?}]: {e}"))?);
     }
     endpoints.push(endpoint(dir, registry, &file.server, file.root)?);
     Ok(endpoints)
@@ -115,7 +125,8 @@ fn origin(registry: &str, skip_verify: Option<bool>) -> Endpoint {
 }
 
 fn endpoint(dir: &Path, registry: &str, url: &str, host: Host) -> Result<Endpoint, String> {
-    let mut endpoint = if url.is_empty() { origin(registry, host.skip_verify) } else { named(url, &host)? };
+    let mut endpoint =
+        if url.is_empty() { origin(registry, host.skip_verify) } else { named(url, &host)? };
     endpoint.capabilities = capabilities(&host.capabilities)?;
     endpoint.headers = headers(&host.header)?;
     endpoint.dial_timeout = host.dial_timeout.as_deref().map(duration).transpose()?;
@@ -124,16 +135,27 @@ fn endpoint(dir: &Path, registry: &str, url: &str, host: Host) -> Result<Endpoin
         OneOrMany::One(file) => vec![path(file)],
         OneOrMany::Many(files) => files.into_iter().map(path).collect(),
     };
-    endpoint.tls.keypair = clients(host.client)?.into_iter().map(|(cert, key)| KeyPair { key: path(key), cert: path(cert) }).collect();
+    endpoint.tls.keypair = clients(host.client)?
+        .into_iter()
+        .map(|(cert, key)| KeyPair { key: path(key), cert: path(cert) })
+        .collect();
     Ok(endpoint)
 }
 
 fn named(url: &str, host: &Host) -> Result<Endpoint, String> {
-    let url = if url.starts_with("http") && url.contains("://") { url.to_owned() } else { format!("https://{url}") };
+    let url = if url.starts_with("http") && url.contains("://") {
+        url.to_owned()
+    } else {
+        format!("https://{url}")
+    };
     let uri: Uri = url.parse().map_err(|e| format!("{url:?} is no address: {e}"))?;
     let authority = uri.authority().ok_or_else(|| format!("{url:?} names no host"))?.as_str();
     let path = uri.path().trim_end_matches('/');
-    let path = if host.override_path || path.ends_with("/v2") { path.to_owned() } else { format!("{path}/v2") };
+    let path = if host.override_path || path.ends_with("/v2") {
+        path.to_owned()
+    } else {
+        format!("{path}/v2")
+    };
     let mut endpoint = Endpoint::at(authority, path, Capabilities::ALL);
     endpoint.tls.skip_verify = host.skip_verify.unwrap_or(false);
     let tls_meant = host.skip_verify.is_some()
@@ -169,7 +191,8 @@ fn headers(table: &toml::Table) -> Result<HeaderMap, String> {
     let mut map = HeaderMap::new();
     for (name, value) in table {
         let bad = |e: &dyn std::fmt::Display| format!("header {name:?}: {e}");
-        let header: HeaderName = name.parse().map_err(|e: http::header::InvalidHeaderName| bad(&e))?;
+        let header: HeaderName =
+            name.parse().map_err(|e: http::header::InvalidHeaderName| bad(&e))?;
         let values: Vec<&str> = match value {
             toml::Value::String(s) => vec![s],
             toml::Value::Array(a) => a.iter().filter_map(|v| v.as_str()).collect(),
@@ -177,7 +200,8 @@ fn headers(table: &toml::Table) -> Result<HeaderMap, String> {
         };
         for v in values {
             // The value may be a secret: it is not repeated in the message.
-            let mut v: HeaderValue = v.parse().map_err(|_| bad(&"a value has a character that headers cannot have"))?;
+            let mut v: HeaderValue =
+                v.parse().map_err(|_| bad(&"a value has a character that headers cannot have"))?;
             v.set_sensitive(true);
             map.append(header.clone(), v);
         }
@@ -220,9 +244,19 @@ mod tests {
             .iter()
             .map(|e| {
                 let c = e.capabilities;
-                let caps =
-                    [(c.pull, "pull"), (c.resolve, "resolve"), (c.push, "push")].iter().filter(|c| c.0).map(|c| c.1).collect::<Vec<_>>();
-                format!("{:?} {}{} {} verify={}", e.scheme, e.authority, e.path, caps.join("+"), !e.tls.skip_verify)
+                let caps = [(c.pull, "pull"), (c.resolve, "resolve"), (c.push, "push")]
+                    .iter()
+                    .filter(|c| c.0)
+                    .map(|c| c.1)
+                    .collect::<Vec<_>>();
+                format!(
+                    "{:?} {}{} {} verify={}",
+                    e.scheme,
+                    e.authority,
+                    e.path,
+                    caps.join("+"),
+                    !e.tls.skip_verify
+                )
             })
             .collect();
         assert_eq!(got, want);
@@ -251,8 +285,16 @@ server = "https://docker.example"
                 "Https docker.example/v2 pull+resolve+push verify=true",
             ],
         );
-        check("docker.io", "ca = \"x.crt\"", &["Https registry-1.docker.io/v2 pull+resolve+push verify=true"]);
-        check("localhost:5000", "capabilities = [\"pull\"]", &["Either localhost:5000/v2 pull verify=false"]);
+        check(
+            "docker.io",
+            "ca = \"x.crt\"",
+            &["Https registry-1.docker.io/v2 pull+resolve+push verify=true"],
+        );
+        check(
+            "localhost:5000",
+            "capabilities = [\"pull\"]",
+            &["Either localhost:5000/v2 pull verify=false"],
+        );
     }
 
     #[test]

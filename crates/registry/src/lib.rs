@@ -1,17 +1,21 @@
-//! Distribution client (OCI distribution-spec 1.1): resolve, fetch with ranges, push, mount, authentication, mirrors.
+//! Distribution client (OCI distribution-spec 1.1): resolve, fetch with ranges, push, mount,
+//! authentication, mirrors.
 //!
-//! A [`Registry`] is the daemon's one configured client: connections, tokens and the limits on transfers are shared through it.
-//! A [`Repository`] is one image's repository as seen by one request: it knows who pays (a [`CredentialSource`]) and whether
-//! the request reads or writes ([`Mode`]). Where to go for a registry's name, mirrors first and the origin last, is decided by
-//! [`RegistryConfig`]: the daemon's own `[registry."host"]` tables (rows `toml.reg*`, `dp.mirror`), or the `hosts.toml` files
-//! that containerd reads.
+//! A [`Registry`] is the daemon's one configured client: connections, tokens and the limits on
+//! transfers are shared through it. A [`Repository`] is one image's repository as seen by one
+//! request: it knows who pays (a [`CredentialSource`]) and whether the request reads or writes
+//! ([`Mode`]). Where to go for a registry's name, mirrors first and the origin last, is decided by
+//! [`RegistryConfig`]: the daemon's own `[registry."host"]` tables (rows `toml.reg*`, `dp.mirror`),
+//! or the `hosts.toml` files that containerd reads.
 //!
-//! What this crate refuses to know: sessions (they implement [`CredentialSource`]), files of credentials, images on disk.
-//! Nothing that a registry sends is trusted: every answer is bounded in size and in time, and every manifest and blob is
-//! checked against its digest before it is handed on as whole.
+//! What this crate refuses to know: sessions (they implement [`CredentialSource`]), files of
+//! credentials, images on disk. Nothing that a registry sends is trusted: every answer is bounded
+//! in size and in time, and every manifest and blob is checked against its digest before it is
+//! handed on as whole.
 //!
-//! The transport is hyper with rustls (ring, because its alternative needs a C build) and HTTP/1.1: a layer is one long
-//! stream, and HTTP/2's flow control makes those slower, not faster. `rustls-native-certs` reads the machine's trust store.
+//! The transport is hyper with rustls (ring, because its alternative needs a C build) and HTTP/1.1:
+//! a layer is one long stream, and HTTP/2's flow control makes those slower, not faster.
+//! `rustls-native-certs` reads the machine's trust store.
 
 mod auth;
 mod blob;

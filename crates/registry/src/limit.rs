@@ -43,7 +43,12 @@ impl Limits {
     pub(crate) async fn enter(&self, host: &str, load: Load) -> Permit {
         let places = {
             let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-            let new = || Arc::new(Host { blobs: Arc::new(Semaphore::new(self.blobs)), all: Arc::new(Semaphore::new(self.blobs + 1)) });
+            let new = || {
+                Arc::new(Host {
+                    blobs: Arc::new(Semaphore::new(self.blobs)),
+                    all: Arc::new(Semaphore::new(self.blobs + 1)),
+                })
+            };
             hosts.entry(host.to_owned()).or_insert_with(new).clone()
         };
         // The semaphores are never closed, so that a missing permit cannot occur.

@@ -109,7 +109,8 @@ impl Repository {
                 Err(kind) => kind,
             };
             // A token that died under way is renewed by the next try; a quick refusal is meant.
-            let stale = matches!(kind, Kind::Unauthorized { .. }) && started.elapsed() > Duration::from_secs(30);
+            let stale = matches!(kind, Kind::Unauthorized { .. })
+                && started.elapsed() > Duration::from_secs(30);
             if tries >= MAX_TRIES || !(kind.is_transient() || stale) {
                 return Err(fail(kind));
             }
@@ -117,19 +118,31 @@ impl Repository {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(timing.max_backoff);
         }
-        Err(Error::new(self.name(), self.name().registry(), &upload.action, Kind::Protocol("gave up".into())))
+        Err(Error::new(
+            self.name(),
+            self.name().registry(),
+            &upload.action,
+            Kind::Protocol("gave up".into()),
+        ))
     }
 
-    /// Mounts a blob from the repository `from` of the same registry; `false` when the registry would rather have it uploaded.
+    /// Mounts a blob from the repository `from` of the same registry; `false` when the registry
+    /// would rather have it uploaded.
     pub async fn mount_blob(&self, descriptor: &Descriptor, from: &str) -> Result<bool, Error> {
         let action = format!("push blob {}", descriptor.digest);
-        let nothing = || -> BoxFuture<'static, Result<BodyStream, Fault>> { Box::pin(async { Ok(stream::empty().boxed()) }) };
+        let nothing = || -> BoxFuture<'static, Result<BodyStream, Fault>> {
+            Box::pin(async { Ok(stream::empty().boxed()) })
+        };
         let upload = Upload { descriptor, action, open: &nothing, progress: Arc::new(|_| {}) };
         Ok(matches!(self.start_upload(&upload, Some(from)).await?, Session::Done))
     }
 
     /// Asks for a place to upload to; with `mount`, the blob may be there at once.
-    async fn start_upload(&self, upload: &Upload<'_>, mount: Option<&str>) -> Result<Session, Error> {
+    async fn start_upload(
+        &self,
+        upload: &Upload<'_>,
+        mount: Option<&str>,
+    ) -> Result<Session, Error> {
         let ask = Ask::new(Method::POST, "blobs/uploads/", Need::Push, &upload.action);
         let mut reply = None;
         if let Some(from) = mount {
@@ -149,14 +162,24 @@ impl Repository {
             return Ok(Session::Done);
         }
         let fail = |kind| Error::new(self.name(), &reply.endpoint.authority, &upload.action, kind);
-        let location = reply.answer.head.headers.get(header::LOCATION).and_then(|l| l.to_str().ok());
-        let location = location.ok_or_else(|| fail(Kind::Protocol("the registry did not say where to upload to (no Location)".into())))?;
-        let uri = upload_uri(&reply.answer.uri, location, upload.descriptor.digest).map_err(|f| fail(f.into()))?;
+        let location =
+            reply.answer.head.headers.get(header::LOCATION).and_then(|l| l.to_str().ok());
+        let location = location.ok_or_else(|| {
+            fail(Kind::Protocol("the registry did not say where to upload to (no Location)".into()))
+        })?;
+        let uri = upload_uri(&reply.answer.uri, location, upload.descriptor.digest)
+            .map_err(|f| fail(f.into()))?;
         Ok(Session::At { uri, endpoint: Box::new(reply.endpoint) })
     }
 
-    /// Sends the bytes in one PUT. The header is renewed once if the token is refused before anything of weight was sent.
-    async fn put_stream(&self, upload: &Upload<'_>, uri: &Uri, endpoint: &Endpoint) -> Result<Answer, Kind> {
+    /// Sends the bytes in one PUT. The header is renewed once if the token is refused before
+    /// anything of weight was sent.
+    async fn put_stream(
+        &self,
+        upload: &Upload<'_>,
+        uri: &Uri,
+        endpoint: &Endpoint,
+    ) -> Result<Answer, Kind> {
         let _permit = self.registry().limits.enter(&endpoint.authority, Load::Heavy).await;
         let client: Client = self.registry().client(endpoint).await?;
         let scopes = self.scopes(endpoint, Need::Push, &[]);
@@ -164,7 +187,9 @@ impl Repository {
         let mut tries = 0;
         loop {
             let sent = match ours {
-                true => self.auth().header(&client, endpoint, self.name().repository(), &scopes).await?,
+                true => {
+                    self.auth().header(&client, endpoint, self.name().repository(), &scopes).await?
+                }
                 false => None,
             };
             let (body, count) = upload.body().await?;
@@ -172,18 +197,31 @@ impl Repository {
             *request.method_mut() = Method::PUT;
             *request.uri_mut() = uri.clone();
             if ours {
-                *request.headers_mut() = self.headers(endpoint, &header::HeaderMap::new(), sent.as_ref());
+                *request.headers_mut() =
+                    self.headers(endpoint, &header::HeaderMap::new(), sent.as_ref());
             }
             let headers = request.headers_mut();
-            headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/octet-stream"));
+            headers.insert(
+                header::CONTENT_TYPE,
+                header::HeaderValue::from_static("application/octet-stream"),
+            );
             headers.insert(header::CONTENT_LENGTH, upload.descriptor.size.into());
             // The registry may have to hash or move the bytes before it answers.
-            let settle = self.registry().config.timing.stall + Duration::from_secs(upload.descriptor.size >> 23);
+            let settle = self.registry().config.timing.stall
+                + Duration::from_secs(upload.descriptor.size >> 23);
             let answer = client.send_long(request, count, upload.descriptor.size, settle).await?;
             if answer.head.status == StatusCode::UNAUTHORIZED && ours {
-                match self.auth().challenged(endpoint, self.name().repository(), &answer.head.headers, sent.as_ref(), tries) {
+                match self.auth().challenged(
+                    endpoint,
+                    self.name().repository(),
+                    &answer.head.headers,
+                    sent.as_ref(),
+                    tries,
+                ) {
                     Verdict::Retry => tries += 1,
-                    Verdict::Denied(reason) => return Err(denied(answer, reason, sent.as_ref()).await),
+                    Verdict::Denied(reason) => {
+                        return Err(denied(answer, reason, sent.as_ref()).await);
+                    }
                 }
                 continue;
             }
@@ -192,24 +230,41 @@ impl Repository {
     }
 
     /// Puts a manifest or index under `reference` (a tag, or its digest).
-    pub async fn push_manifest(&self, bytes: Bytes, media_type: &str, reference: &str) -> Result<Descriptor, Error> {
+    pub async fn push_manifest(
+        &self,
+        bytes: Bytes,
+        media_type: &str,
+        reference: &str,
+    ) -> Result<Descriptor, Error> {
         let descriptor = Descriptor::of(media_type, &bytes);
-        let mut ask = Ask::new(Method::PUT, format!("manifests/{reference}"), Need::Push, format!("push manifest {}", descriptor.digest))
-            .header(header::CONTENT_TYPE, media_type);
+        let mut ask = Ask::new(
+            Method::PUT,
+            format!("manifests/{reference}"),
+            Need::Push,
+            format!("push manifest {}", descriptor.digest),
+        )
+        .header(header::CONTENT_TYPE, media_type);
         if descriptor.size > MAX_MANIFEST {
             let kind = Kind::TooLarge { what: "the manifest", limit: MAX_MANIFEST };
             return Err(Error::new(self.name(), self.name().registry(), &ask.action, kind));
         }
         ask.body = bytes;
         let reply = self.ask(&ask).await?;
-        confirm(&reply.answer, descriptor.digest).map_err(|kind| Error::new(self.name(), &reply.endpoint.authority, &ask.action, kind))?;
+        confirm(&reply.answer, descriptor.digest).map_err(|kind| {
+            Error::new(self.name(), &reply.endpoint.authority, &ask.action, kind)
+        })?;
         Ok(descriptor)
     }
 }
 
 /// A registry that says which digest it stored must name ours.
 fn confirm(answer: &Answer, expected: Digest) -> Result<(), Kind> {
-    let said = answer.head.headers.get("docker-content-digest").and_then(|d| d.to_str().ok()).and_then(|d| d.parse().ok());
+    let said = answer
+        .head
+        .headers
+        .get("docker-content-digest")
+        .and_then(|d| d.to_str().ok())
+        .and_then(|d| d.parse().ok());
     match said {
         Some(got) if got != expected => Err(Kind::Digest { expected, got }),
         _ => Ok(()),
@@ -219,10 +274,13 @@ fn confirm(answer: &Answer, expected: Digest) -> Result<(), Kind> {
 /// The upload's address with the digest added.
 fn upload_uri(asked: &Uri, location: &str, digest: Digest) -> Result<Uri, Failure> {
     let mut uri = join(asked, location)?;
-    // Registries behind a proxy that ends TLS often call themselves http; what was asked over HTTPS stays there.
+    // Registries behind a proxy that ends TLS often call themselves http; what was asked over HTTPS
+    // stays there.
     if asked.scheme_str() == Some("https") && uri.scheme_str() == Some("http") {
         if asked.host() != uri.host() {
-            return Err(Failure::Protocol("refusing to upload over plain HTTP to another host".into()));
+            return Err(Failure::Protocol(
+                "refusing to upload over plain HTTP to another host".into(),
+            ));
         }
         let path = uri.path_and_query().map_or("/", |p| p.as_str());
         uri = join(asked, path)?;
@@ -233,16 +291,19 @@ fn upload_uri(asked: &Uri, location: &str, digest: Digest) -> Result<Uri, Failur
 }
 
 impl Upload<'_> {
-    /// A fresh body, and the count of what has left of it. Bytes that are not as many as promised fail the request here,
-    /// with our own words, instead of at the registry.
+    /// A fresh body, and the count of what has left of it. Bytes that are not as many as promised
+    /// fail the request here, with our own words, instead of at the registry.
     async fn body(&self) -> Result<(crate::transport::Body, Arc<AtomicU64>), Kind> {
         let stream = (self.open)().await.map_err(Kind::Local)?;
         let (total, digest) = (self.descriptor.size, self.descriptor.digest);
         let (sent, progress) = (Arc::new(AtomicU64::new(0)), self.progress.clone());
         progress(0);
         let counter = sent.clone();
-        let wrong =
-            move |got: u64| Fault::internal(format!("the blob {digest} has {got} bytes on our side and was announced with {total}"));
+        let wrong = move |got: u64| {
+            Fault::internal(format!(
+                "the blob {digest} has {got} bytes on our side and was announced with {total}"
+            ))
+        };
         let counted = stream.map(move |piece| {
             let piece = piece?;
             let now = counter.fetch_add(piece.len() as u64, Ordering::Relaxed) + piece.len() as u64;
@@ -257,7 +318,10 @@ impl Upload<'_> {
             let got = counter.load(Ordering::Relaxed);
             if got == total { Ok(Bytes::new()) } else { Err(wrong(got)) }
         });
-        let frames = counted.chain(end).try_filter(|b| std::future::ready(!b.is_empty())).map_ok(Frame::data);
+        let frames = counted
+            .chain(end)
+            .try_filter(|b| std::future::ready(!b.is_empty()))
+            .map_ok(Frame::data);
         Ok((StreamBody::new(frames).boxed_unsync(), sent))
     }
 }

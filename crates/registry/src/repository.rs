@@ -110,15 +110,25 @@ impl Shared {
     }
 
     fn authorizer(&self, credentials: Arc<dyn CredentialSource>) -> Authorizer {
-        Authorizer { stores: self.stores.clone(), store: self.stores.of(credentials.identity()), credentials }
+        Authorizer {
+            stores: self.stores.clone(),
+            store: self.stores.of(credentials.identity()),
+            credentials,
+        }
     }
 }
 
 impl Registry {
-    /// A client with `config`. Nothing is read or dialled yet.
+    /// A client with `config`. Nothing is read or dialed yet.
     pub fn new(config: RegistryConfig) -> Self {
         let limits = Limits::new(config.max_concurrency);
-        Self(Arc::new(Shared { config, limits, clients: Mutex::default(), stores: Arc::default(), plain: Mutex::default() }))
+        Self(Arc::new(Shared {
+            config,
+            limits,
+            clients: Mutex::default(),
+            stores: Arc::default(),
+            plain: Mutex::default(),
+        }))
     }
 
     /// Networks that are not connected to.
@@ -127,16 +137,30 @@ impl Registry {
     }
 
     /// The repository of `name` as seen with `credentials`.
-    pub fn repository(&self, name: &ImageName, credentials: Arc<dyn CredentialSource>, mode: Mode) -> Repository {
+    pub fn repository(
+        &self,
+        name: &ImageName,
+        credentials: Arc<dyn CredentialSource>,
+        mode: Mode,
+    ) -> Repository {
         let auth = self.0.authorizer(credentials);
-        let view = View { shared: self.0.clone(), name: name.clone(), mode, insecure: false, auth, endpoints: OnceCell::new() };
+        let view = View {
+            shared: self.0.clone(),
+            name: name.clone(),
+            mode,
+            insecure: false,
+            auth,
+            endpoints: OnceCell::new(),
+        };
         Repository(Arc::new(view))
     }
 
-    /// Asks the token server `realm` for a token for the registry `host`, anonymously without credentials. This is for those who fetch tokens for others;
-    /// requests to repositories fetch their own.
+    /// Asks the token server `realm` for a token for the registry `host`, anonymously without
+    /// credentials. This is for those who fetch tokens for others; requests to repositories fetch
+    /// their own.
     ///
-    /// Who is asked for a token does not know the registry: credentials go to a server without TLS only if that is on this machine, or the registry itself.
+    /// Who is asked for a token does not know the registry: credentials go to a server without TLS
+    /// only if that is on this machine, or the registry itself.
     pub async fn fetch_token(
         &self,
         client_id: &str,
@@ -149,15 +173,25 @@ impl Registry {
         let uri = token_server(realm).map_err(failed)?;
         let mut endpoint = Endpoint::origin(host);
         if let Some(told) = self.0.config.hosts.get(host) {
-            endpoint.tls = TlsSettings { ca: told.ca.clone(), keypair: told.keypair.clone(), skip_verify: told.insecure == Some(true) };
+            endpoint.tls = TlsSettings {
+                ca: told.ca.clone(),
+                keypair: told.keypair.clone(),
+                skip_verify: told.insecure == Some(true),
+            };
         }
         let client = self.0.client(&endpoint).await.map_err(failed)?;
         let asker = Asker { client: &client, uri: &uri, client_id, service, scopes };
         let Some(credentials) = credentials else {
-            return asker.get(None, "failed to fetch anonymous token").await.map_err(|kind| failed(kind).into());
+            return asker
+                .get(None, "failed to fetch anonymous token")
+                .await
+                .map_err(|kind| failed(kind).into());
         };
         let server = uri.authority().map_or("", |a| a.as_str());
-        if uri.scheme_str() == Some("http") && server != host && !hosts::is_loopback(uri.host().unwrap_or_default()) {
+        if uri.scheme_str() == Some("http")
+            && server != host
+            && !hosts::is_loopback(uri.host().unwrap_or_default())
+        {
             let why = format!("refusing to send credentials to {server} over plain HTTP");
             return Err(failed(Kind::Auth { why, status: None }).into());
         }
@@ -167,7 +201,10 @@ impl Registry {
     /// A client for other HTTP than registries', sharing this one's pool and timing.
     pub async fn http_client(&self) -> Result<Client, shipway_fault::Fault> {
         let endpoint = Endpoint::origin("");
-        self.0.client(&endpoint).await.map_err(|kind| Error::new("", "", "prepare TLS", kind).into())
+        self.0
+            .client(&endpoint)
+            .await
+            .map_err(|kind| Error::new("", "", "prepare TLS", kind).into())
     }
 }
 
@@ -197,11 +234,16 @@ impl fmt::Debug for Repository {
 }
 
 impl Repository {
-    /// The same repository with certificates unverified and plain HTTP allowed (row `ex.img.insecure`).
+    /// The same repository with certificates unverified and plain HTTP allowed (row
+    /// `ex.img.insecure`).
     #[must_use]
     pub fn insecure(&self) -> Self {
         let Authorizer { stores, store, credentials } = &self.0.auth;
-        let auth = Authorizer { stores: stores.clone(), store: store.clone(), credentials: credentials.clone() };
+        let auth = Authorizer {
+            stores: stores.clone(),
+            store: store.clone(),
+            credentials: credentials.clone(),
+        };
         self.view(true, auth, OnceCell::new())
     }
 
@@ -214,7 +256,14 @@ impl Repository {
 
     fn view(&self, insecure: bool, auth: Authorizer, endpoints: OnceCell<Vec<Endpoint>>) -> Self {
         let v = &self.0;
-        Self(Arc::new(View { shared: v.shared.clone(), name: v.name.clone(), mode: v.mode, insecure, auth, endpoints }))
+        Self(Arc::new(View {
+            shared: v.shared.clone(),
+            name: v.name.clone(),
+            mode: v.mode,
+            insecure,
+            auth,
+            endpoints,
+        }))
     }
 
     /// The image's name.
@@ -241,15 +290,27 @@ impl Repository {
             let (config, registry) = (view.shared.config.clone(), view.name.registry().to_owned());
             hosts::endpoints(&config, &registry, view.insecure)
         };
-        let all = self.0.endpoints.get_or_try_init(|| async { tokio::task::spawn_blocking(load).await.map_err(|e| e.to_string())? }).await;
-        let all = all.map_err(|why| Error::new(self.name(), self.name().registry(), "find the hosts", Kind::Config(why)))?;
+        let all = self
+            .0
+            .endpoints
+            .get_or_try_init(|| async {
+                tokio::task::spawn_blocking(load).await.map_err(|e| e.to_string())?
+            })
+            .await;
+        let all = all.map_err(|why| {
+            Error::new(self.name(), self.name().registry(), "find the hosts", Kind::Config(why))
+        })?;
         // What is to be pushed must be looked for where it will be pushed, not at a mirror.
         let need_push = need == Need::Push || self.mode() == Mode::Push;
-        Ok(all.iter().filter(|e| e.can(if need_push { Need::Push } else { need })).cloned().collect())
+        Ok(all
+            .iter()
+            .filter(|e| e.can(if need_push { Need::Push } else { need }))
+            .cloned()
+            .collect())
     }
 
-    /// The descriptor that `reference` (a tag, or a digest) names. Asks with HEAD, which registries do not count as a
-    /// pull, and with GET where the answer to HEAD does not say enough.
+    /// The descriptor that `reference` (a tag, or a digest) names. Asks with HEAD, which registries
+    /// do not count as a pull, and with GET where the answer to HEAD does not say enough.
     pub async fn resolve(&self, reference: &str) -> Result<Descriptor, Error> {
         self.resolve_with(reference, true).await
     }
@@ -263,7 +324,8 @@ impl Repository {
         let pinned = reference.parse::<Digest>().ok();
         let need = if pinned.is_some() { Need::Pull } else { Need::Resolve };
         let ask = |method| {
-            let ask = Ask::new(method, format!("manifests/{reference}"), need, "resolve").header(header::ACCEPT, ACCEPT);
+            let ask = Ask::new(method, format!("manifests/{reference}"), need, "resolve")
+                .header(header::ACCEPT, ACCEPT);
             Ask { retry, ..ask }
         };
         match self.ask(&ask(Method::HEAD)).await {
@@ -272,8 +334,13 @@ impl Repository {
                     return self.fits(found, pinned, &reply.endpoint);
                 }
             }
-            // These answers to HEAD may hide what GET would say: words on why not, or a registry that knows no HEAD.
-            Err(e) if matches!(e.kind(), Kind::Forbidden { .. } | Kind::Status { status: 400 | 405 | 406 | 501, .. }) => {}
+            // These answers to HEAD may hide what GET would say: words on why not, or a registry
+            // that knows no HEAD.
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    Kind::Forbidden { .. } | Kind::Status { status: 400 | 405 | 406 | 501, .. }
+                ) => {}
             Err(e) => return Err(e),
         }
         let reply = self.ask(&ask(Method::GET)).await?;
@@ -284,7 +351,12 @@ impl Repository {
         self.fits(Descriptor::of(media_type, &bytes), pinned, &reply.endpoint)
     }
 
-    fn fits(&self, found: Descriptor, pinned: Option<Digest>, endpoint: &Endpoint) -> Result<Descriptor, Error> {
+    fn fits(
+        &self,
+        found: Descriptor,
+        pinned: Option<Digest>,
+        endpoint: &Endpoint,
+    ) -> Result<Descriptor, Error> {
         let fail = |kind| Err(Error::new(self.name(), &endpoint.authority, "resolve", kind));
         if let Some(expected) = pinned
             && expected != found.digest
@@ -294,7 +366,9 @@ impl Repository {
         if found.size > MAX_MANIFEST {
             return fail(Kind::TooLarge { what: "the manifest", limit: MAX_MANIFEST });
         }
-        if found.media_type.starts_with("application/vnd.docker.distribution.manifest.v1") || found.media_type == "text/plain" {
+        if found.media_type.starts_with("application/vnd.docker.distribution.manifest.v1")
+            || found.media_type == "text/plain"
+        {
             return fail(Kind::Protocol(format!(
                 "media type {:?} (schema 1) is no longer supported; rebuild the image as {:?}",
                 found.media_type,
@@ -304,11 +378,18 @@ impl Repository {
         Ok(found)
     }
 
-    /// The bytes of a manifest, index, or another small document that lives with the manifests; checked.
+    /// The bytes of a manifest, index, or another small document that lives with the manifests;
+    /// checked.
     pub async fn fetch_manifest(&self, descriptor: &Descriptor) -> Result<Bytes, Error> {
         let action = format!("fetch manifest {}", descriptor.digest);
-        let accept = if descriptor.media_type.is_empty() { ACCEPT.to_owned() } else { format!("{}, */*", descriptor.media_type) };
-        let ask = Ask::new(Method::GET, format!("manifests/{}", descriptor.digest), Need::Pull, &action).header(header::ACCEPT, &accept);
+        let accept = if descriptor.media_type.is_empty() {
+            ACCEPT.to_owned()
+        } else {
+            format!("{}, */*", descriptor.media_type)
+        };
+        let ask =
+            Ask::new(Method::GET, format!("manifests/{}", descriptor.digest), Need::Pull, &action)
+                .header(header::ACCEPT, &accept);
         let reply = self.ask(&ask).await?;
         self.whole(reply.answer, &reply.endpoint, descriptor, &action).await
     }
@@ -316,11 +397,24 @@ impl Repository {
     /// The bytes of a small blob such as an image's config; checked.
     pub async fn fetch_small_blob(&self, descriptor: &Descriptor) -> Result<Bytes, Error> {
         let action = format!("fetch blob {}", descriptor.digest);
-        let reply = self.ask(&Ask::new(Method::GET, format!("blobs/{}", descriptor.digest), Need::Pull, &action)).await?;
+        let reply = self
+            .ask(&Ask::new(
+                Method::GET,
+                format!("blobs/{}", descriptor.digest),
+                Need::Pull,
+                &action,
+            ))
+            .await?;
         self.whole(reply.answer, &reply.endpoint, descriptor, &action).await
     }
 
-    async fn whole(&self, answer: Answer, endpoint: &Endpoint, descriptor: &Descriptor, action: &str) -> Result<Bytes, Error> {
+    async fn whole(
+        &self,
+        answer: Answer,
+        endpoint: &Endpoint,
+        descriptor: &Descriptor,
+        action: &str,
+    ) -> Result<Bytes, Error> {
         let fail = |kind| Error::new(self.name(), &endpoint.authority, action, kind);
         if descriptor.size > MAX_MANIFEST {
             return Err(fail(Kind::TooLarge { what: "the document", limit: MAX_MANIFEST }));
@@ -330,31 +424,48 @@ impl Repository {
         if got != descriptor.digest {
             return Err(fail(Kind::Digest { expected: descriptor.digest, got }));
         }
-        // Some indexes name a size of zero for what they only mention; the digest has spoken already.
+        // Some indexes name a size of zero for what they only mention; the digest has spoken
+        // already.
         if descriptor.size != 0 && bytes.len() as u64 != descriptor.size {
             return Err(fail(Kind::Size { expected: descriptor.size, got: bytes.len() as u64 }));
         }
         Ok(bytes)
     }
 
-    /// What refers to the manifest `subject`, such as signatures: by the registry's own list, or, where it keeps none, by the index whose tag is the
-    /// digest with a dash (OCI distribution-spec 1.1, "Listing Referrers").
+    /// What refers to the manifest `subject`, such as signatures: by the registry's own list, or,
+    /// where it keeps none, by the index whose tag is the digest with a dash (OCI distribution-spec
+    /// 1.1, "Listing Referrers").
     pub async fn referrers(&self, subject: Digest) -> Result<Vec<Descriptor>, Error> {
         let action = format!("list what refers to {subject}");
-        let ask = Ask::new(Method::GET, format!("referrers/{subject}"), Need::Pull, &action).header(header::ACCEPT, media::OCI_INDEX);
+        let ask = Ask::new(Method::GET, format!("referrers/{subject}"), Need::Pull, &action)
+            .header(header::ACCEPT, media::OCI_INDEX);
         let (bytes, authority) = match self.ask(&ask).await {
             Ok(reply) => {
                 let fail = |kind| Error::new(self.name(), &reply.endpoint.authority, &action, kind);
-                (reply.answer.body.collect(MAX_MANIFEST).await.map_err(|f| fail(f.into()))?, reply.endpoint.authority.clone())
+                (
+                    reply.answer.body.collect(MAX_MANIFEST).await.map_err(|f| fail(f.into()))?,
+                    reply.endpoint.authority.clone(),
+                )
             }
-            Err(e) if e.is_not_found() => match self.resolve(&format!("sha256-{}", subject.hex())).await {
-                Ok(index) => (self.fetch_manifest(&index).await?, self.name().registry().to_owned()),
-                Err(e) if e.is_not_found() => return Ok(Vec::new()),
-                Err(e) => return Err(e),
-            },
+            Err(e) if e.is_not_found() => {
+                match self.resolve(&format!("sha256-{}", subject.hex())).await {
+                    Ok(index) => {
+                        (self.fetch_manifest(&index).await?, self.name().registry().to_owned())
+                    }
+                    Err(e) if e.is_not_found() => return Ok(Vec::new()),
+                    Err(e) => return Err(e),
+                }
+            }
             Err(e) => return Err(e),
         };
-        let bad = |e| Error::new(self.name(), &authority, &action, Kind::Protocol(format!("the list is no index: {e}")));
+        let bad = |e| {
+            Error::new(
+                self.name(),
+                &authority,
+                &action,
+                Kind::Protocol(format!("the list is no index: {e}")),
+            )
+        };
         serde_json::from_slice::<Index>(&bytes).map(|i| i.manifests).map_err(bad)
     }
 
@@ -370,10 +481,12 @@ impl Repository {
         for _ in 0..MAX_TAG_PAGES {
             let reply = self.ask(&ask).await?;
             let next = next_page(&reply.answer);
-            let fail = |kind| Error::new(self.name(), &reply.endpoint.authority, "list the tags", kind);
-            let bytes = reply.answer.body.collect(MAX_TAG_PAGE).await.map_err(|f| fail(f.into()))?;
-            let page: Page =
-                serde_json::from_slice(&bytes).map_err(|e| fail(Kind::Protocol(format!("the list of tags is no JSON: {e}"))))?;
+            let fail =
+                |kind| Error::new(self.name(), &reply.endpoint.authority, "list the tags", kind);
+            let bytes =
+                reply.answer.body.collect(MAX_TAG_PAGE).await.map_err(|f| fail(f.into()))?;
+            let page: Page = serde_json::from_slice(&bytes)
+                .map_err(|e| fail(Kind::Protocol(format!("the list of tags is no JSON: {e}"))))?;
             all.extend(page.tags.unwrap_or_default());
             match next {
                 Some(query) if query != ask.query => ask.query = query,
@@ -387,7 +500,13 @@ impl Repository {
 /// The query of the next page, from `Link: <…>; rel="next"`.
 fn next_page(answer: &Answer) -> Option<String> {
     let link = answer.head.headers.get(header::LINK)?.to_str().ok()?;
-    let target = link.split(',').find(|l| l.contains("next"))?.trim().strip_prefix('<')?.split('>').next()?;
+    let target = link
+        .split(',')
+        .find(|l| l.contains("next"))?
+        .trim()
+        .strip_prefix('<')?
+        .split('>')
+        .next()?;
     join(&answer.uri, target).ok()?.query().map(str::to_owned)
 }
 
@@ -403,7 +522,8 @@ fn media_type_of(answer: &Answer) -> Option<String> {
     let text = answer.head.headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
     let kind = text.split(';').next().unwrap_or_default().trim();
     // Some file servers say so of everything.
-    (!kind.is_empty() && kind != "application/octet-stream" && kind != "application/json").then(|| kind.to_owned())
+    (!kind.is_empty() && kind != "application/octet-stream" && kind != "application/json")
+        .then(|| kind.to_owned())
 }
 
 /// The media type that a manifest gives itself, or that its shape gives away.

@@ -49,7 +49,12 @@ pub(crate) struct Ask {
 }
 
 impl Ask {
-    pub(crate) fn new(method: Method, tail: impl Into<String>, need: Need, action: impl Into<String>) -> Self {
+    pub(crate) fn new(
+        method: Method,
+        tail: impl Into<String>,
+        need: Need,
+        action: impl Into<String>,
+    ) -> Self {
         Self {
             method,
             tail: tail.into(),
@@ -81,7 +86,8 @@ pub(crate) struct Reply {
 }
 
 impl Repository {
-    /// Asks mirrors and then the origin; the first good answer wins. The origin's failure is the one that is told.
+    /// Asks mirrors and then the origin; the first good answer wins. The origin's failure is the
+    /// one that is told.
     pub(crate) async fn ask(&self, ask: &Ask) -> Result<Reply, Error> {
         let endpoints = self.endpoints(ask.need).await?;
         let mut earlier = Vec::new();
@@ -104,7 +110,9 @@ impl Repository {
             self.name(),
             self.name().registry(),
             &ask.action,
-            Kind::Config(format!("no configured host may be asked to {:?}", ask.need).to_lowercase()),
+            Kind::Config(
+                format!("no configured host may be asked to {:?}", ask.need).to_lowercase(),
+            ),
         ))
     }
 
@@ -120,10 +128,16 @@ impl Repository {
                 Err(kind) => kind,
             };
             let wait = match &kind {
-                Kind::TooManyRequests { retry_after: Some(after), .. } => (*after).max(timing.backoff.min(Duration::from_millis(100))),
+                Kind::TooManyRequests { retry_after: Some(after), .. } => {
+                    (*after).max(timing.backoff.min(Duration::from_millis(100)))
+                }
                 _ => pause,
             };
-            if !retry || !kind.is_transient() || tries >= MAX_TRIES || started.elapsed() + wait > timing.budget {
+            if !retry
+                || !kind.is_transient()
+                || tries >= MAX_TRIES
+                || started.elapsed() + wait > timing.budget
+            {
                 return Err(kind);
             }
             tracing::debug!(host = %endpoint.authority, action = %ask.action, ?kind, "trying again in {wait:?}");
@@ -138,7 +152,8 @@ impl Repository {
         let scopes = self.scopes(endpoint, ask.need, &ask.scopes);
         let mut tries = 0;
         loop {
-            let sent = self.auth().header(client, endpoint, self.name().repository(), &scopes).await?;
+            let sent =
+                self.auth().header(client, endpoint, self.name().repository(), &scopes).await?;
             let answer = match self.send(client, endpoint, ask, sent.as_ref()).await {
                 Err(Failure::NotTls(why)) if self.registry().speak_plain(endpoint) => {
                     tracing::info!(host = %endpoint.authority, why, "falling back to plain HTTP");
@@ -149,9 +164,17 @@ impl Repository {
             // Another host's challenge (after a redirect) is not for the registry's credentials.
             let ours = answer.uri.authority().is_some_and(|a| a.as_str() == endpoint.authority);
             if answer.head.status == StatusCode::UNAUTHORIZED && ours {
-                match self.auth().challenged(endpoint, self.name().repository(), &answer.head.headers, sent.as_ref(), tries) {
+                match self.auth().challenged(
+                    endpoint,
+                    self.name().repository(),
+                    &answer.head.headers,
+                    sent.as_ref(),
+                    tries,
+                ) {
                     Verdict::Retry => tries += 1,
-                    Verdict::Denied(reason) => return Err(denied(answer, reason, sent.as_ref()).await),
+                    Verdict::Denied(reason) => {
+                        return Err(denied(answer, reason, sent.as_ref()).await);
+                    }
                 }
                 continue;
             }
@@ -159,7 +182,13 @@ impl Repository {
         }
     }
 
-    async fn send(&self, client: &Client, endpoint: &Endpoint, ask: &Ask, sent: Option<&Sent>) -> Result<Answer, Failure> {
+    async fn send(
+        &self,
+        client: &Client,
+        endpoint: &Endpoint,
+        ask: &Ask,
+        sent: Option<&Sent>,
+    ) -> Result<Answer, Failure> {
         let uri = self.uri(endpoint, ask)?;
         let headers = self.headers(endpoint, &ask.headers, sent);
         if ask.method == Method::GET || ask.method == Method::HEAD {
@@ -167,14 +196,20 @@ impl Repository {
         }
         let body = if ask.body.is_empty() { no_body() } else { full_body(ask.body.clone()) };
         let mut request = Request::new(body);
-        (*request.method_mut(), *request.uri_mut(), *request.headers_mut()) = (ask.method.clone(), uri, headers);
+        (*request.method_mut(), *request.uri_mut(), *request.headers_mut()) =
+            (ask.method.clone(), uri, headers);
         if ask.body.is_empty() {
             request.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
         }
         client.send(request).await
     }
 
-    pub(crate) fn headers(&self, endpoint: &Endpoint, own: &HeaderMap, sent: Option<&Sent>) -> HeaderMap {
+    pub(crate) fn headers(
+        &self,
+        endpoint: &Endpoint,
+        own: &HeaderMap,
+        sent: Option<&Sent>,
+    ) -> HeaderMap {
         let mut headers = endpoint.headers.clone();
         if let Ok(agent) = HeaderValue::from_str(&self.registry().config.user_agent) {
             headers.entry(header::USER_AGENT).or_insert(agent);
@@ -195,7 +230,13 @@ impl Repository {
             query = format!("ns={registry}{}{query}", if query.is_empty() { "" } else { "&" });
         }
         let mark = if query.is_empty() { "" } else { "?" };
-        let text = format!("{scheme}://{}{}/{}/{}{mark}{query}", endpoint.authority, endpoint.path, self.name().repository(), ask.tail);
+        let text = format!(
+            "{scheme}://{}{}/{}/{}{mark}{query}",
+            endpoint.authority,
+            endpoint.path,
+            self.name().repository(),
+            ask.tail
+        );
         text.parse().map_err(|_| Failure::Protocol(format!("{text:?} is no address")))
     }
 
@@ -204,9 +245,13 @@ impl Repository {
             "" => self.name().repository().to_owned(),
             prefix => format!("{prefix}/{}", self.name().repository()),
         };
-        // A pusher asks for both from the start: a token for reading would have to be replaced at once.
+        // A pusher asks for both from the start: a token for reading would have to be replaced at
+        // once.
         let push = need == Need::Push || self.mode() == Mode::Push;
-        let own = format!("repository:{repository}:pull{}", if push && endpoint.capabilities.push { ",push" } else { "" });
+        let own = format!(
+            "repository:{repository}:pull{}",
+            if push && endpoint.capabilities.push { ",push" } else { "" }
+        );
         Scopes::of([own.as_str()].into_iter().chain(more.iter().map(String::as_str)))
     }
 }
@@ -261,7 +306,8 @@ pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     text.parse::<u32>().ok().map(|s| Duration::from_secs(s.into()))
 }
 
-/// A short, printable form of an error document: the specification's `errors` list, a token server's `details`, or plain text.
+/// A short, printable form of an error document: the specification's `errors` list, a token
+/// server's `details`, or plain text.
 pub(crate) fn server_words(body: &[u8]) -> String {
     let text = match serde_json::from_slice::<serde_json::Value>(body) {
         Ok(json) => json_words(&json),
@@ -271,7 +317,8 @@ pub(crate) fn server_words(body: &[u8]) -> String {
             if text.starts_with('<') { String::new() } else { text.to_owned() }
         }
     };
-    let clean: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_WORDS + 1).collect();
+    let clean: String =
+        text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_WORDS + 1).collect();
     match clean.char_indices().nth(MAX_WORDS) {
         Some((end, _)) => format!("{}…", &clean[..end]),
         None => clean,
@@ -279,7 +326,9 @@ pub(crate) fn server_words(body: &[u8]) -> String {
 }
 
 fn json_words(json: &serde_json::Value) -> String {
-    let word = |v: &serde_json::Value, key: &str| v.get(key).and_then(|w| w.as_str()).unwrap_or_default().trim().to_owned();
+    let word = |v: &serde_json::Value, key: &str| {
+        v.get(key).and_then(|w| w.as_str()).unwrap_or_default().trim().to_owned()
+    };
     let list = json.get("errors").and_then(|e| e.as_array()).map(Vec::as_slice).unwrap_or_default();
     let said: Vec<String> = list
         .iter()
@@ -293,7 +342,11 @@ fn json_words(json: &serde_json::Value) -> String {
     if !said.is_empty() {
         return said.join("; ");
     }
-    ["error_description", "details", "message", "error"].iter().map(|k| word(json, k)).find(|w| !w.is_empty()).unwrap_or_default()
+    ["error_description", "details", "message", "error"]
+        .iter()
+        .map(|k| word(json, k))
+        .find(|w| !w.is_empty())
+        .unwrap_or_default()
 }
 
 #[cfg(test)]

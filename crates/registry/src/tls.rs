@@ -47,7 +47,8 @@ impl Stamp {
     }
 }
 
-/// The machine's trust store, read once: call it first where blocking is allowed. A certificate that does not parse is passed over, as others do.
+/// The machine's trust store, read once: call it first where blocking is allowed. A certificate
+/// that does not parse is passed over, as others do.
 pub fn native_roots() -> &'static RootCertStore {
     static ROOTS: OnceLock<RootCertStore> = OnceLock::new();
     ROOTS.get_or_init(|| {
@@ -64,7 +65,9 @@ pub fn native_roots() -> &'static RootCertStore {
 /// The rustls configuration for `settings`. Reads files: call it where blocking is allowed.
 pub(crate) fn client_config(settings: &TlsSettings) -> Result<ClientConfig, String> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions().map_err(|e| e.to_string())?;
+    let builder = ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|e| e.to_string())?;
     let builder = if settings.skip_verify {
         builder.dangerous().with_custom_certificate_verifier(Arc::new(AcceptAny(provider)))
     } else {
@@ -82,9 +85,13 @@ pub(crate) fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Stri
         return Ok(builder.with_no_client_auth());
     }
     let keys = settings.keypair.iter().map(|pair| {
-        let key = PrivateKeyDer::from_pem_file(&pair.key).map_err(|e| format!("read the key {}: {e}", pair.key.display()))?;
-        let unfit = |e: rustls::Error| format!("use the client certificate {}: {e}", pair.cert.display());
-        CertifiedKey::from_der(certificates(&pair.cert)?, key, builder.crypto_provider()).map(Arc::new).map_err(unfit)
+        let key = PrivateKeyDer::from_pem_file(&pair.key)
+            .map_err(|e| format!("read the key {}: {e}", pair.key.display()))?;
+        let unfit =
+            |e: rustls::Error| format!("use the client certificate {}: {e}", pair.cert.display());
+        CertifiedKey::from_der(certificates(&pair.cert)?, key, builder.crypto_provider())
+            .map(Arc::new)
+            .map_err(unfit)
     });
     let keys = keys.collect::<Result<_, _>>()?;
     Ok(builder.with_client_cert_resolver(Arc::new(ClientKeys(keys))))
@@ -97,7 +104,9 @@ struct ClientKeys(Vec<Arc<CertifiedKey>>);
 impl ResolvesClientCert for ClientKeys {
     fn resolve(&self, issuers: &[&[u8]], schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
         let usable = || self.0.iter().filter(|key| key.key.choose_scheme(schemes).is_some());
-        let accepted = |key: &&Arc<CertifiedKey>| key.cert.iter().any(|c| issuer(c).is_some_and(|i| issuers.contains(&i)));
+        let accepted = |key: &&Arc<CertifiedKey>| {
+            key.cert.iter().any(|c| issuer(c).is_some_and(|i| issuers.contains(&i)))
+        };
         // A server need not name all the issuers that it accepts.
         usable().find(accepted).or_else(|| usable().next()).cloned()
     }
@@ -129,7 +138,8 @@ fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     let (length, rest) = match usize::from(*first) {
         short if short < 0x80 => (short, rest),
         long => {
-            let (length, rest) = rest.split_at_checked(long - 0x80).filter(|(l, _)| l.len() <= 4)?;
+            let (length, rest) =
+                rest.split_at_checked(long - 0x80).filter(|(l, _)| l.len() <= 4)?;
             (length.iter().fold(0, |all, byte| all << 8 | usize::from(*byte)), rest)
         }
     };
@@ -138,11 +148,14 @@ fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
 }
 
 fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let read = |e: rustls::pki_types::pem::Error| format!("read certificates from {}: {e}", file.display());
+    let read = |e: rustls::pki_types::pem::Error| {
+        format!("read certificates from {}: {e}", file.display())
+    };
     CertificateDer::pem_file_iter(file).map_err(read)?.collect::<Result<_, _>>().map_err(read)
 }
 
-/// Believes any certificate (`insecure`, `skip_verify`): the administrator asked for it. Signatures are still checked.
+/// Believes any certificate (`insecure`, `skip_verify`): the administrator asked for it. Signatures
+/// are still checked.
 #[derive(Debug)]
 struct AcceptAny(Arc<CryptoProvider>);
 
@@ -164,7 +177,12 @@ impl ServerCertVerifier for AcceptAny {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        rustls::crypto::verify_tls12_signature(
+            message,
+            cert,
+            dss,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn verify_tls13_signature(
@@ -173,7 +191,12 @@ impl ServerCertVerifier for AcceptAny {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        rustls::crypto::verify_tls13_signature(
+            message,
+            cert,
+            dss,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

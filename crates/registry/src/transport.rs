@@ -1,4 +1,5 @@
-//! HTTP/1.1 over TCP or TLS with pooled connections: bounded in time, following redirects without leaking credentials.
+//! HTTP/1.1 over TCP or TLS with pooled connections: bounded in time, following redirects without
+//! leaking credentials.
 //!
 //! Also used by source `http`; it knows nothing of registries.
 
@@ -143,9 +144,15 @@ impl Client {
         Ok(self.answer(response, uri))
     }
 
-    /// Sends a request whose body is long. `sent` counts the body's bytes as they leave: as long as it grows, there is
-    /// patience; `settle` is granted for the answer after the last byte.
-    pub async fn send_long(&self, request: Request<Body>, sent: Arc<AtomicU64>, total: u64, settle: Duration) -> Result<Answer, Failure> {
+    /// Sends a request whose body is long. `sent` counts the body's bytes as they leave: as long as
+    /// it grows, there is patience; `settle` is granted for the answer after the last byte.
+    pub async fn send_long(
+        &self,
+        request: Request<Body>,
+        sent: Arc<AtomicU64>,
+        total: u64,
+        settle: Duration,
+    ) -> Result<Answer, Failure> {
         let uri = request.uri().clone();
         let watch = async {
             let mut before = sent.load(Ordering::Relaxed);
@@ -166,9 +173,14 @@ impl Client {
         Ok(self.answer(response, uri))
     }
 
-    /// A GET or HEAD that follows redirects. `Authorization` and cookies stay with the host they were meant for, and nothing
-    /// leads from HTTPS to plain HTTP.
-    pub async fn fetch(&self, method: Method, uri: Uri, headers: HeaderMap) -> Result<Answer, Failure> {
+    /// A GET or HEAD that follows redirects. `Authorization` and cookies stay with the host they
+    /// were meant for, and nothing leads from HTTPS to plain HTTP.
+    pub async fn fetch(
+        &self,
+        method: Method,
+        uri: Uri,
+        headers: HeaderMap,
+    ) -> Result<Answer, Failure> {
         let (mut method, mut uri, mut headers) = (method, uri, headers);
         for _ in 0..=MAX_REDIRECTS {
             let mut request = Request::new(no_body());
@@ -179,13 +191,28 @@ impl Client {
             let Some(location) = redirect_of(&answer.head) else { return Ok(answer) };
             let next = join(&uri, &location)?;
             if uri.scheme_str() == Some("https") && next.scheme_str() == Some("http") {
-                return Err(Failure::Protocol(format!("refusing the redirect from {} to plain HTTP at {}", host_of(&uri), host_of(&next))));
+                return Err(Failure::Protocol(format!(
+                    "refusing the redirect from {} to plain HTTP at {}",
+                    host_of(&uri),
+                    host_of(&next)
+                )));
             }
             if next.authority() != uri.authority() || next.scheme() != uri.scheme() {
-                // Whatever was said to one host in confidence is not for another: keep what only describes the request.
-                let kept =
-                    [header::ACCEPT, header::RANGE, header::USER_AGENT, header::IF_NONE_MATCH, header::IF_MODIFIED_SINCE, header::IF_RANGE];
-                headers = headers.iter().filter(|(n, _)| kept.contains(n)).map(|(n, v)| (n.clone(), v.clone())).collect();
+                // Whatever was said to one host in confidence is not for another: keep what only
+                // describes the request.
+                let kept = [
+                    header::ACCEPT,
+                    header::RANGE,
+                    header::USER_AGENT,
+                    header::IF_NONE_MATCH,
+                    header::IF_MODIFIED_SINCE,
+                    header::IF_RANGE,
+                ];
+                headers = headers
+                    .iter()
+                    .filter(|(n, _)| kept.contains(n))
+                    .map(|(n, v)| (n.clone(), v.clone()))
+                    .collect();
             }
             if answer.head.status == StatusCode::SEE_OTHER && method != Method::HEAD {
                 method = Method::GET;
@@ -203,7 +230,14 @@ impl Client {
 
 fn redirect_of(head: &http::response::Parts) -> Option<String> {
     use StatusCode as S;
-    let redirect = matches!(head.status, S::MOVED_PERMANENTLY | S::FOUND | S::SEE_OTHER | S::TEMPORARY_REDIRECT | S::PERMANENT_REDIRECT);
+    let redirect = matches!(
+        head.status,
+        S::MOVED_PERMANENTLY
+            | S::FOUND
+            | S::SEE_OTHER
+            | S::TEMPORARY_REDIRECT
+            | S::PERMANENT_REDIRECT
+    );
     let location = head.headers.get(header::LOCATION)?.to_str().ok()?;
     redirect.then(|| location.to_owned())
 }
@@ -219,11 +253,18 @@ pub fn display_of(uri: &Uri) -> String {
     format!("{}://{}{}{query}", uri.scheme_str().unwrap_or("?"), host_of(uri), uri.path())
 }
 
-/// What `reference` (a `Location`) means, seen from `base` (RFC 3986, section 5, as far as it occurs).
+/// What `reference` (a `Location`) means, seen from `base` (RFC 3986, section 5, as far as it
+/// occurs).
 pub fn join(base: &Uri, reference: &str) -> Result<Uri, Failure> {
     let reference = reference.split('#').next().unwrap_or_default().trim();
-    let bad = || Failure::Protocol(format!("the server pointed to a wrong address {:?}", reference.chars().take(200).collect::<String>()));
-    let (scheme, authority) = (base.scheme_str().unwrap_or("https"), base.authority().map_or("", |a| a.as_str()));
+    let bad = || {
+        Failure::Protocol(format!(
+            "the server pointed to a wrong address {:?}",
+            reference.chars().take(200).collect::<String>()
+        ))
+    };
+    let (scheme, authority) =
+        (base.scheme_str().unwrap_or("https"), base.authority().map_or("", |a| a.as_str()));
     let text = if reference.contains("://") {
         reference.to_owned()
     } else if let Some(rest) = reference.strip_prefix("//") {
@@ -271,8 +312,8 @@ fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     e.to_string()
 }
 
-/// Reads an answer's body and notices when it stalls or trickles. Only time spent waiting for the network counts, not
-/// the time that the reader takes between pieces.
+/// Reads an answer's body and notices when it stalls or trickles. Only time spent waiting for the
+/// network counts, not the time that the reader takes between pieces.
 #[derive(Debug)]
 pub struct Reader {
     body: Incoming,
@@ -295,7 +336,9 @@ impl Reader {
             let frame = match timeout(left, self.body.frame()).await {
                 Err(_) => return Err(stalled),
                 Ok(None) => return Ok(None),
-                Ok(Some(frame)) => frame.map_err(|e| failure_in(&e).unwrap_or_else(|| Failure::Broken(innermost(&e))))?,
+                Ok(Some(frame)) => frame.map_err(|e| {
+                    failure_in(&e).unwrap_or_else(|| Failure::Broken(innermost(&e)))
+                })?,
             };
             self.waited += started.elapsed();
             let Ok(data) = frame.into_data() else { continue };

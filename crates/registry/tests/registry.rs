@@ -11,7 +11,10 @@ use fake::{Fake, Reply, ok, registry, status};
 use futures::{FutureExt, StreamExt, stream};
 use shipway_fault::{Class, Code, Fault};
 use shipway_oci::{Descriptor, Digest, ImageName, media};
-use shipway_registry::{Anonymous, CredentialSource, Credentials, Given, HostConfig, Mode, Pushed, RegistryConfig, Repository};
+use shipway_registry::{
+    Anonymous, CredentialSource, Credentials, Given, HostConfig, Mode, Pushed, RegistryConfig,
+    Repository,
+};
 use std::{
     collections::HashMap,
     sync::{
@@ -27,7 +30,12 @@ fn pull(host: &str) -> Repository {
     at(host, RegistryConfig::default(), Arc::new(Anonymous), Mode::Pull)
 }
 
-fn at(host: &str, config: RegistryConfig, credentials: Arc<dyn CredentialSource>, mode: Mode) -> Repository {
+fn at(
+    host: &str,
+    config: RegistryConfig,
+    credentials: Arc<dyn CredentialSource>,
+    mode: Mode,
+) -> Repository {
     let name: ImageName = format!("{host}/a/b:1").parse().unwrap();
     registry(config).repository(&name, credentials, mode)
 }
@@ -74,14 +82,19 @@ async fn a_tag_is_resolved_by_head_and_its_manifest_checked() {
     let found = repository.resolve("1").await.unwrap();
     assert_eq!(found, Descriptor::of(media::OCI_MANIFEST, MANIFEST.as_bytes()));
     assert_eq!(repository.fetch_manifest(&found).await.unwrap(), MANIFEST);
-    assert_eq!(fake.log(), ["HEAD /v2/a/b/manifests/1".to_owned(), format!("GET /v2/a/b/manifests/{}", found.digest)]);
+    assert_eq!(
+        fake.log(),
+        ["HEAD /v2/a/b/manifests/1".to_owned(), format!("GET /v2/a/b/manifests/{}", found.digest)]
+    );
     assert!(fake.asked()[0].header("accept").contains(media::OCI_INDEX));
 }
 
 #[tokio::test]
 async fn a_head_that_says_too_little_is_followed_by_get() {
     for head in [405, 200] {
-        let fake = Fake::start(move |a| if a.method == "HEAD" { status(head) } else { ok(MANIFEST) }).await;
+        let fake =
+            Fake::start(move |a| if a.method == "HEAD" { status(head) } else { ok(MANIFEST) })
+                .await;
         let found = pull(&fake.host).resolve("1").await.unwrap();
         assert_eq!(found, Descriptor::of(media::OCI_MANIFEST, MANIFEST.as_bytes()));
     }
@@ -89,12 +102,32 @@ async fn a_head_that_says_too_little_is_followed_by_get() {
 
 #[tokio::test]
 async fn failures_have_the_words_and_codes_that_people_know() {
-    let body = |code: &str| Bytes::from(format!(r#"{{"errors":[{{"code":"{code}","message":"the reason"}}]}}"#));
+    let body = |code: &str| {
+        Bytes::from(format!(r#"{{"errors":[{{"code":"{code}","message":"the reason"}}]}}"#))
+    };
     for (code, reply, want_code, want_class, words) in [
         (404, "MANIFEST_UNKNOWN", Code::NotFound, Class::User, vec!["/a/b:1: not found"]),
-        (403, "DENIED", Code::PermissionDenied, Class::User, vec!["403 Forbidden", "denied: the reason"]),
-        (429, "TOOMANYREQUESTS", Code::ResourceExhausted, Class::Environment, vec!["429 Too Many Requests", "the reason"]),
-        (500, "UNKNOWN", Code::Unavailable, Class::Environment, vec!["500 Internal Server Error", "the reason", "/a/b:1"]),
+        (
+            403,
+            "DENIED",
+            Code::PermissionDenied,
+            Class::User,
+            vec!["403 Forbidden", "denied: the reason"],
+        ),
+        (
+            429,
+            "TOOMANYREQUESTS",
+            Code::ResourceExhausted,
+            Class::Environment,
+            vec!["429 Too Many Requests", "the reason"],
+        ),
+        (
+            500,
+            "UNKNOWN",
+            Code::Unavailable,
+            Class::Environment,
+            vec!["500 Internal Server Error", "the reason", "/a/b:1"],
+        ),
         (
             401,
             "UNAUTHORIZED",
@@ -124,11 +157,16 @@ async fn failures_have_the_words_and_codes_that_people_know() {
 async fn trouble_that_passes_is_waited_out_and_lasting_trouble_is_not() {
     for trouble in [500, 503, 429] {
         let count = AtomicU32::new(0);
-        let fake = Fake::start(move |_| if count.fetch_add(1, SeqCst) < 2 { status(trouble) } else { manifest() }).await;
+        let fake =
+            Fake::start(
+                move |_| if count.fetch_add(1, SeqCst) < 2 { status(trouble) } else { manifest() },
+            )
+            .await;
         pull(&fake.host).resolve("1").await.unwrap();
         assert_eq!(fake.log().len(), 3);
     }
-    let fake = Fake::start(|_| Reply::Full(429, vec![("retry-after", "3600".into())], Bytes::new())).await;
+    let fake =
+        Fake::start(|_| Reply::Full(429, vec![("retry-after", "3600".into())], Bytes::new())).await;
     let fault = error(pull(&fake.host).resolve("1").await.unwrap_err());
     assert!(fault.hints().any(|h| h.contains("3600 s")), "{fault:?}");
     assert_eq!(fake.log().len(), 1, "an hour is not waited for");
@@ -157,19 +195,33 @@ async fn a_port_nobody_listens_on_is_named() {
 #[tokio::test]
 async fn a_blob_that_trickles_ends_in_an_error() {
     let bytes = vec![7; 100_000];
-    let fake = Fake::start(move |_| Reply::Stall(vec![("content-length", "100000".into())], Bytes::from_static(b"few"))).await;
+    let fake = Fake::start(move |_| {
+        Reply::Stall(vec![("content-length", "100000".into())], Bytes::from_static(b"few"))
+    })
+    .await;
     let reader = pull(&fake.host).fetch_blob(&layer(&bytes), 0).await.unwrap();
     let started = Instant::now();
     let fault = read(reader).await.unwrap_err();
-    assert!(fault.to_string().contains("Content-Range") || fault.to_string().contains("timed out"), "{fault}");
+    assert!(
+        fault.to_string().contains("Content-Range") || fault.to_string().contains("timed out"),
+        "{fault}"
+    );
     assert!(started.elapsed() < Duration::from_secs(5));
 }
 
-/// A registry with one blob that breaks the connection after `each` bytes and can do ranges, or cannot.
+/// A registry with one blob that breaks the connection after `each` bytes and can do ranges, or
+/// cannot.
 async fn breaking(bytes: Vec<u8>, each: usize, ranges: bool) -> Fake {
     Fake::start(move |a| {
-        let from: usize =
-            if ranges { a.header("range").trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap_or(0) } else { 0 };
+        let from: usize = if ranges {
+            a.header("range")
+                .trim_start_matches("bytes=")
+                .trim_end_matches('-')
+                .parse()
+                .unwrap_or(0)
+        } else {
+            0
+        };
         let rest = &bytes[from..];
         let code = if from > 0 { 206 } else { 200 };
         let headers = vec![
@@ -207,9 +259,11 @@ async fn ranges_are_served_even_by_servers_without_ranges() {
     for ranges in [true, false] {
         let content = bytes.clone();
         let fake = Fake::start(move |a| match a.header("range") {
-            "bytes=10-19" if ranges => {
-                Reply::Full(206, vec![("content-range", "bytes 10-19/256".into())], Bytes::copy_from_slice(&content[10..20]))
-            }
+            "bytes=10-19" if ranges => Reply::Full(
+                206,
+                vec![("content-range", "bytes 10-19/256".into())],
+                Bytes::copy_from_slice(&content[10..20]),
+            ),
             _ => ok(content.clone()),
         })
         .await;
@@ -225,21 +279,38 @@ async fn wrong_bytes_are_refused_with_both_digests() {
     let fake = Fake::start(move |_| ok(wrong.clone())).await;
     let repository = pull(&fake.host);
     let reader = repository.fetch_blob(&layer(&good), 0).await.unwrap().verified();
-    for fault in [read(reader).await.unwrap_err(), error(repository.fetch_manifest(&layer(&good)).await.unwrap_err())] {
+    for fault in [
+        read(reader).await.unwrap_err(),
+        error(repository.fetch_manifest(&layer(&good)).await.unwrap_err()),
+    ] {
         let text = fault.to_string();
-        assert!(text.contains(&Digest::of(&good).to_string()) && text.contains(&Digest::of(&bad).to_string()), "{text}");
+        assert!(
+            text.contains(&Digest::of(&good).to_string())
+                && text.contains(&Digest::of(&bad).to_string()),
+            "{text}"
+        );
         assert_eq!((fault.code(), fault.class()), (Code::DataLoss, Class::Environment));
     }
     let longer = layer(b"longer than that");
-    assert!(error(repository.fetch_blob(&longer, 0).await.unwrap_err()).to_string().contains("size mismatch"));
+    assert!(
+        error(repository.fetch_blob(&longer, 0).await.unwrap_err())
+            .to_string()
+            .contains("size mismatch")
+    );
     let pinned = Digest::of(MANIFEST).to_string();
-    assert!(error(repository.resolve(&pinned).await.unwrap_err()).to_string().contains("digest mismatch"));
+    assert!(
+        error(repository.resolve(&pinned).await.unwrap_err())
+            .to_string()
+            .contains("digest mismatch")
+    );
 }
 
 #[tokio::test]
 async fn a_huge_manifest_is_refused() {
     let fake = Fake::start(|_| ok(vec![b' '; 5 << 20])).await;
-    let fault = error(pull(&fake.host).fetch_manifest(&Descriptor::new("", Digest::of(""), 1)).await.unwrap_err());
+    let fault = error(
+        pull(&fake.host).fetch_manifest(&Descriptor::new("", Digest::of(""), 1)).await.unwrap_err(),
+    );
     assert!(fault.to_string().contains("larger than"), "{fault}");
 }
 
@@ -251,7 +322,9 @@ async fn redirects_are_followed_and_take_no_secrets_along() {
     // The same machine by another name is another host.
     let to = format!("http://{}/blob?sig=1", storage.host.replace("127.0.0.1", "localhost"));
     let fake = Fake::start(move |a| match a.header("authorization") {
-        "" => Reply::Full(401, vec![("www-authenticate", "Basic realm=\"r\"".into())], Bytes::new()),
+        "" => {
+            Reply::Full(401, vec![("www-authenticate", "Basic realm=\"r\"".into())], Bytes::new())
+        }
         _ => Reply::Full(307, vec![("location", to.clone())], Bytes::new()),
     })
     .await;
@@ -259,8 +332,11 @@ async fn redirects_are_followed_and_take_no_secrets_along() {
     assert_eq!(read(repository.fetch_blob(&layer(&bytes), 0).await.unwrap()).await.unwrap(), bytes);
     assert_eq!(fake.asked().last().unwrap().header("authorization"), "Basic bWU6czNjcmV0");
     assert_eq!(storage.asked()[0].header("authorization"), "");
-    let circle = Fake::start(|a| Reply::Full(302, vec![("location", a.path.clone())], Bytes::new())).await;
-    assert!(error(pull(&circle.host).resolve("1").await.unwrap_err()).to_string().contains("redirects"));
+    let circle =
+        Fake::start(|a| Reply::Full(302, vec![("location", a.path.clone())], Bytes::new())).await;
+    assert!(
+        error(pull(&circle.host).resolve("1").await.unwrap_err()).to_string().contains("redirects")
+    );
 }
 
 /// A registry that wants a bearer token from its own `/token`, whose answers `token` gives.
@@ -294,8 +370,13 @@ async fn an_anonymous_token_is_fetched_once_for_many_requests() {
 
 #[tokio::test]
 async fn credentials_go_by_form_and_then_by_basic_where_forms_are_unknown() {
-    let fake = guarded(|a| if a.method == "POST" { status(404) } else { ok(r#"{"access_token":"tok"}"#) }).await;
-    at(&fake.host, RegistryConfig::default(), Arc::new(Login), Mode::Pull).resolve("1").await.unwrap();
+    let fake =
+        guarded(|a| if a.method == "POST" { status(404) } else { ok(r#"{"access_token":"tok"}"#) })
+            .await;
+    at(&fake.host, RegistryConfig::default(), Arc::new(Login), Mode::Pull)
+        .resolve("1")
+        .await
+        .unwrap();
     let asked = fake.asked();
     let post = asked.iter().find(|a| a.method == "POST").unwrap();
     assert_eq!(
@@ -331,10 +412,21 @@ async fn a_token_that_dies_is_renewed_and_a_refusal_is_final() {
 
 #[tokio::test]
 async fn wrong_credentials_are_said_to_be_wrong_without_showing_them() {
-    let fake = guarded(|_| Reply::Full(401, vec![], r#"{"details":"incorrect username or password"}"#.into())).await;
-    let fault = error(at(&fake.host, RegistryConfig::default(), Arc::new(Login), Mode::Pull).resolve("1").await.unwrap_err());
+    let fake = guarded(|_| {
+        Reply::Full(401, vec![], r#"{"details":"incorrect username or password"}"#.into())
+    })
+    .await;
+    let fault = error(
+        at(&fake.host, RegistryConfig::default(), Arc::new(Login), Mode::Pull)
+            .resolve("1")
+            .await
+            .unwrap_err(),
+    );
     let text = format!("{fault:?}");
-    assert!(text.contains("failed to authorize") && text.contains("incorrect username or password"), "{text}");
+    assert!(
+        text.contains("failed to authorize") && text.contains("incorrect username or password"),
+        "{text}"
+    );
     assert!(text.contains("docker login") && !text.contains("s3cret"), "{text}");
 }
 
@@ -343,8 +435,10 @@ async fn mirrors_are_asked_first_and_may_fail() {
     let origin = Fake::start(|_| manifest()).await;
     for bad in [404, 500, 401] {
         let mirror = Fake::start(move |_| status(bad)).await;
-        let hosts =
-            HashMap::from([(origin.host.clone(), HostConfig { mirrors: vec![format!("{}/hub", mirror.host)], ..Default::default() })]);
+        let hosts = HashMap::from([(
+            origin.host.clone(),
+            HostConfig { mirrors: vec![format!("{}/hub", mirror.host)], ..Default::default() },
+        )]);
         let config = RegistryConfig { hosts: hosts.into_iter().collect(), ..Default::default() };
         at(&origin.host, config, Arc::new(Anonymous), Mode::Pull).resolve("1").await.unwrap();
         assert_eq!(mirror.log()[0], format!("HEAD /v2/hub/a/b/manifests/1?ns={}", origin.host));
@@ -357,7 +451,10 @@ async fn mirrors_are_asked_first_and_may_fail() {
 async fn pushes_go_to_the_origin_and_mirrors_are_left_alone() {
     let mirror = Fake::start(|_| manifest()).await;
     let origin = Fake::start(|_| status(201)).await;
-    let hosts = [(origin.host.clone(), HostConfig { mirrors: vec![mirror.host.clone()], ..Default::default() })];
+    let hosts = [(
+        origin.host.clone(),
+        HostConfig { mirrors: vec![mirror.host.clone()], ..Default::default() },
+    )];
     let config = RegistryConfig { hosts: hosts.into_iter().collect(), ..Default::default() };
     let repository = at(&origin.host, config, Arc::new(Anonymous), Mode::Push);
     repository.push_manifest(MANIFEST.into(), media::OCI_MANIFEST, "1").await.unwrap();
@@ -367,7 +464,8 @@ async fn pushes_go_to_the_origin_and_mirrors_are_left_alone() {
 }
 
 fn pieces(bytes: Vec<u8>) -> futures::stream::BoxStream<'static, Result<Bytes, Fault>> {
-    stream::iter(bytes.chunks(1000).map(|c| Ok(Bytes::copy_from_slice(c))).collect::<Vec<_>>()).boxed()
+    stream::iter(bytes.chunks(1000).map(|c| Ok(Bytes::copy_from_slice(c))).collect::<Vec<_>>())
+        .boxed()
 }
 
 #[tokio::test]
@@ -388,7 +486,10 @@ async fn a_blob_is_looked_for_then_uploaded_and_tried_again() {
         let content = content.clone();
         async move { Ok(pieces(content)) }.boxed()
     };
-    let pushed = repository.push_blob(&layer(&bytes), None, open, move |n| heard.store(n, SeqCst)).await.unwrap();
+    let pushed = repository
+        .push_blob(&layer(&bytes), None, open, move |n| heard.store(n, SeqCst))
+        .await
+        .unwrap();
     assert_eq!((pushed, seen.load(SeqCst)), (Pushed::Uploaded, 10_000));
     let last = fake.asked().pop().unwrap();
     assert_eq!(last.path, format!("/upload/1?_state=x&digest={}", Digest::of(&bytes)));
@@ -402,9 +503,15 @@ async fn blobs_that_are_there_or_can_be_mounted_are_not_sent() {
     for (fake, want) in [(&there, Pushed::Existed), (&mount, Pushed::Mounted)] {
         let repository = at(&fake.host, RegistryConfig::default(), Arc::new(Anonymous), Mode::Push);
         let open = || async { Err(Fault::internal("not to be read")) }.boxed();
-        assert_eq!(repository.push_blob(&layer(b"x"), Some("other/repo"), open, |_| {}).await.unwrap(), want);
+        assert_eq!(
+            repository.push_blob(&layer(b"x"), Some("other/repo"), open, |_| {}).await.unwrap(),
+            want
+        );
     }
-    assert_eq!(mount.log()[1], format!("POST /v2/a/b/blobs/uploads/?mount={}&from=other/repo", Digest::of(b"x")));
+    assert_eq!(
+        mount.log()[1],
+        format!("POST /v2/a/b/blobs/uploads/?mount={}&from=other/repo", Digest::of(b"x"))
+    );
 }
 
 #[tokio::test]
@@ -442,22 +549,32 @@ async fn our_own_failures_are_not_blamed_on_the_registry() {
     let counted = calls.clone();
     let open = move || {
         *counted.lock().unwrap() += 1;
-        async { Ok(stream::iter([Ok(Bytes::from_static(b"12")), Err(Fault::not_found("blob vanished"))]).boxed()) }.boxed()
+        async {
+            Ok(stream::iter([
+                Ok(Bytes::from_static(b"12")),
+                Err(Fault::not_found("blob vanished")),
+            ])
+            .boxed())
+        }
+        .boxed()
     };
     let fault = error(repository.push_blob(&layer(b"1234"), None, open, |_| {}).await.unwrap_err());
     assert!(fault.to_string().contains("blob vanished"), "{fault}");
     assert_eq!((fault.code(), *calls.lock().unwrap()), (Code::NotFound, 1));
     let short = || async { Ok(pieces(vec![1])) }.boxed();
-    let fault = error(repository.push_blob(&layer(b"1234"), None, short, |_| {}).await.unwrap_err());
+    let fault =
+        error(repository.push_blob(&layer(b"1234"), None, short, |_| {}).await.unwrap_err());
     assert!(fault.to_string().contains("1 bytes on our side"), "{fault}");
 }
 
 #[tokio::test]
 async fn tags_come_page_by_page() {
     let fake = Fake::start(|a| match a.path.as_str() {
-        "/v2/a/b/tags/list" => {
-            Reply::Full(200, vec![("link", "</v2/a/b/tags/list?last=y>; rel=\"next\"".into())], r#"{"tags":["x","y"]}"#.into())
-        }
+        "/v2/a/b/tags/list" => Reply::Full(
+            200,
+            vec![("link", "</v2/a/b/tags/list?last=y>; rel=\"next\"".into())],
+            r#"{"tags":["x","y"]}"#.into(),
+        ),
         _ => ok(r#"{"name":"a/b","tags":["z"]}"#),
     })
     .await;
@@ -472,14 +589,22 @@ async fn what_refers_to_a_manifest_is_in_a_list_or_below_a_tag() {
         media::OCI_INDEX,
         Digest::of("sig")
     );
-    for (place, count) in
-        [(format!("/v2/a/b/referrers/{subject}"), 1), (format!("/v2/a/b/manifests/sha256-{}", subject.hex()), 1), (String::new(), 0)]
-    {
+    for (place, count) in [
+        (format!("/v2/a/b/referrers/{subject}"), 1),
+        (format!("/v2/a/b/manifests/sha256-{}", subject.hex()), 1),
+        (String::new(), 0),
+    ] {
         let bytes = list.clone();
         let digest = format!("/v2/a/b/manifests/{}", Digest::of(&list));
-        let fake = Fake::start(move |a| match a.path == place || (a.path == digest && place.contains("sha256-")) {
-            true => Reply::Full(200, vec![("content-type", media::OCI_INDEX.into())], bytes.clone().into()),
-            false => status(404),
+        let fake = Fake::start(move |a| {
+            match a.path == place || (a.path == digest && place.contains("sha256-")) {
+                true => Reply::Full(
+                    200,
+                    vec![("content-type", media::OCI_INDEX.into())],
+                    bytes.clone().into(),
+                ),
+                false => status(404),
+            }
         })
         .await;
         let found = pull(&fake.host).referrers(subject).await.unwrap();

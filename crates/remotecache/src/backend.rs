@@ -1,5 +1,5 @@
-//! The port between builds and the kinds of places that keep caches. A new kind is a file beside `backend/registry.rs`
-//! and a line in [`Backends::new`].
+//! The port between builds and the kinds of places that keep caches. A new kind is a file beside
+//! `backend/registry.rs` and a line in [`Backends::new`].
 
 mod client;
 mod registry;
@@ -14,7 +14,8 @@ use shipway_session::{SessionGroup, SessionHub, SessionId};
 use shipway_sources::Remote;
 use std::{collections::HashSet, sync::Arc};
 
-/// The kind of cache that an image's own config holds. It is written with the image, not to a place of its own.
+/// The kind of cache that an image's own config holds. It is written with the image, not to a place
+/// of its own.
 pub const INLINE: &str = "inline";
 
 /// The clients of a build that imports or exports caches.
@@ -26,7 +27,8 @@ pub struct CacheClients {
     pub own: SessionId,
 }
 
-/// A place that is read: where its documents and blobs come from, and the tag or digest of the cache there.
+/// A place that is read: where its documents and blobs come from, and the tag or digest of the
+/// cache there.
 pub struct CacheSource {
     /// Where they come from.
     pub remote: Arc<dyn Remote>,
@@ -45,23 +47,33 @@ pub trait CacheBackend: Send + Sync {
         format!("exporting cache to {}", self.kind())
     }
 
-    /// Checks a request to export, before anything is built. Gives what no other export of the build may give, too: the
-    /// place it goes to.
+    /// Checks a request to export, before anything is built. Gives what no other export of the
+    /// build may give, too: the place it goes to.
     fn check_export(&self, request: &CacheRequest) -> Result<String>;
 
     /// The place that `request` to import names.
     async fn source(&self, request: &CacheRequest, clients: &CacheClients) -> Result<CacheSource>;
 
     /// A writer to the place that `request` to export names.
-    async fn writer(&self, request: &CacheRequest, clients: &CacheClients) -> Result<Box<dyn CacheWriter>>;
+    async fn writer(
+        &self,
+        request: &CacheRequest,
+        clients: &CacheClients,
+    ) -> Result<Box<dyn CacheWriter>>;
 }
 
-/// Writes one cache: its layers, in any order and several at once, then its config, then its manifest.
+/// Writes one cache: its layers, in any order and several at once, then its config, then its
+/// manifest.
 #[async_trait]
 pub trait CacheWriter: Send + Sync {
-    /// Writes a layer that is not there yet. `origin` is the image that has it if it is not on this machine; places that
-    /// share storage with it need no copy.
-    async fn layer(&self, layer: &Descriptor, bytes: LayerBytes, origin: Option<ImageName>) -> Result<()>;
+    /// Writes a layer that is not there yet. `origin` is the image that has it if it is not on this
+    /// machine; places that share storage with it need no copy.
+    async fn layer(
+        &self,
+        layer: &Descriptor,
+        bytes: LayerBytes,
+        origin: Option<ImageName>,
+    ) -> Result<()>;
 
     /// Writes the config.
     async fn config(&self, config: &Descriptor, bytes: Bytes) -> Result<()>;
@@ -92,16 +104,21 @@ impl Backends {
 
     /// The one that `request` to import names.
     pub fn importer(&self, request: &CacheRequest) -> Result<&dyn CacheBackend> {
-        self.of(&request.kind).ok_or_else(|| Fault::unimplemented(format!("importing a {} cache", request.kind)))
+        self.of(&request.kind)
+            .ok_or_else(|| Fault::unimplemented(format!("importing a {} cache", request.kind)))
     }
 
     /// The one that `request` to export names.
     pub fn exporter(&self, request: &CacheRequest) -> Result<&dyn CacheBackend> {
-        let unknown = || Fault::invalid(format!("unknown cache exporter: {:?}", request.kind)).hint("use registry, local or inline");
+        let unknown = || {
+            Fault::invalid(format!("unknown cache exporter: {:?}", request.kind))
+                .hint("use registry, local or inline")
+        };
         self.of(&request.kind).ok_or_else(unknown)
     }
 
-    /// Checks what is asked before anything is built (row `top.13`): the reference finds out after the build.
+    /// Checks what is asked before anything is built (row `top.13`): the reference finds out after
+    /// the build.
     pub fn check_exports(&self, exports: &[CacheRequest]) -> Result<()> {
         let mut seen: HashSet<(&str, String)> = HashSet::new();
         let mut doubles = Vec::new();
@@ -114,13 +131,19 @@ impl Backends {
                 doubles.push(export.kind.as_str());
             }
         }
-        if doubles.is_empty() { Ok(()) } else { Err(Fault::invalid(format!("duplicate cache exports [{}]", doubles.join(" ")))) }
+        if doubles.is_empty() {
+            Ok(())
+        } else {
+            Err(Fault::invalid(format!("duplicate cache exports [{}]", doubles.join(" "))))
+        }
     }
 }
 
 /// Checks the options that all kinds have.
 fn check_options(request: &CacheRequest) -> Result<()> {
-    ExportOptions::of(request).map(drop).context(|| format!("failed to configure {} cache exporter", request.kind))
+    ExportOptions::of(request)
+        .map(drop)
+        .context(|| format!("failed to configure {} cache exporter", request.kind))
 }
 
 /// A kind of BuildKit's that is not there yet.
@@ -140,7 +163,11 @@ impl CacheBackend for Missing {
         Err(Fault::unimplemented(format!("importing a {} cache", self.0)))
     }
 
-    async fn writer(&self, request: &CacheRequest, _: &CacheClients) -> Result<Box<dyn CacheWriter>> {
+    async fn writer(
+        &self,
+        request: &CacheRequest,
+        _: &CacheClients,
+    ) -> Result<Box<dyn CacheWriter>> {
         Err(self.check_export(request).expect_err("it is not there"))
     }
 }
@@ -156,10 +183,15 @@ mod tests {
             kind: kind.into(),
             attrs: attrs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect(),
         };
-        let say = |all: &[CacheRequest]| backends.check_exports(all).err().map(|e| e.to_string()).unwrap_or_default();
+        let say = |all: &[CacheRequest]| {
+            backends.check_exports(all).err().map(|e| e.to_string()).unwrap_or_default()
+        };
         let registry = request("registry", &[("ref", "a/b")]);
         assert_eq!(say(&[registry.clone(), request("inline", &[]), request("inline", &[])]), "");
-        assert!(say(&[registry.clone(), registry.clone()]).contains("duplicate cache exports [registry]"));
+        assert!(
+            say(&[registry.clone(), registry.clone()])
+                .contains("duplicate cache exports [registry]")
+        );
         assert_eq!(say(&[registry, request("registry", &[("ref", "a/c")])]), "");
         let local = |dest: &str| request("local", &[("dest", dest)]);
         assert!(say(&[local("a"), local("a")]).contains("duplicate cache exports [local]"));

@@ -53,7 +53,10 @@ impl Walk<'_> {
         if let Some(record) = self.index.local.record(key)? {
             let mut meta = record.meta;
             // What was imported keeps its name, so that a cache made of itself is the same cache.
-            let named = imported.as_ref().filter(|_| meta.imported).and_then(|(import, no)| import.record(*no));
+            let named = imported
+                .as_ref()
+                .filter(|_| meta.imported)
+                .and_then(|(import, no)| import.record(*no));
             if let Some(named) = named {
                 meta.description.clone_from(&named.description);
             }
@@ -62,7 +65,13 @@ impl Walk<'_> {
         let Some((import, no)) = &imported else { return Ok(None) };
         let Some(record) = import.record(*no) else { return Ok(None) };
         let (inputs, description) = (import.inputs(*no), record.description.clone());
-        let meta = RecordMeta { output: record.output, inputs, description, imported: true, ..RecordMeta::default() };
+        let meta = RecordMeta {
+            output: record.output,
+            inputs,
+            description,
+            imported: true,
+            ..RecordMeta::default()
+        };
         Ok(Some(Found { meta, result: None, imported }))
     }
 
@@ -105,7 +114,12 @@ impl Walk<'_> {
 }
 
 /// Everything that `roots` were made from, inputs first.
-pub(crate) async fn collect(index: &CacheIndex, imports: &[Arc<Import>], roots: &[ImmutableRef], mode: Mode) -> Result<Vec<Entry>> {
+pub(crate) async fn collect(
+    index: &CacheIndex,
+    imports: &[Arc<Import>],
+    roots: &[ImmutableRef],
+    mode: Mode,
+) -> Result<Vec<Entry>> {
     for import in imports {
         import.ready().await;
     }
@@ -123,7 +137,9 @@ pub(crate) async fn collect(index: &CacheIndex, imports: &[Arc<Import>], roots: 
         }
     }
     let mut aliases = index.local.aliases_of(walk.entered.clone()).await?;
-    for (key, primary) in imports.iter().flat_map(|i| i.keys()).filter(|(_, primary)| walk.entered.contains(primary)) {
+    for (key, primary) in
+        imports.iter().flat_map(|i| i.keys()).filter(|(_, primary)| walk.entered.contains(primary))
+    {
         aliases.entry(primary).or_default().push(key);
     }
     let mut numbers: HashMap<CacheKey, usize> = HashMap::new();
@@ -133,18 +149,21 @@ pub(crate) async fn collect(index: &CacheIndex, imports: &[Arc<Import>], roots: 
         aliases.retain(|a| *a != key);
         aliases.sort();
         aliases.dedup();
-        let selectors: Vec<Option<Digest>> = found.iter().flat_map(|f| &f.meta.inputs).map(|(_, s)| *s).collect();
+        let selectors: Vec<Option<Digest>> =
+            found.iter().flat_map(|f| &f.meta.inputs).map(|(_, s)| *s).collect();
         // A link to what is not written yet would be a loop.
-        let links = |(keys, selector): (Vec<CacheKey>, Option<Digest>)| -> Vec<(usize, Option<Digest>)> {
-            keys.iter().filter_map(|k| numbers.get(k)).map(|n| (*n, selector)).collect()
-        };
+        let links =
+            |(keys, selector): (Vec<CacheKey>, Option<Digest>)| -> Vec<(usize, Option<Digest>)> {
+                keys.iter().filter_map(|k| numbers.get(k)).map(|n| (*n, selector)).collect()
+            };
         let inputs = inputs.into_iter().zip(selectors).map(links).collect();
         let state = match &found {
             Some(found) => state(index, found, mode, &wanted).await?,
             None => None,
         };
         let meta = found.map(|f| f.meta).unwrap_or_default();
-        let described = state.as_ref().filter(|_| !meta.imported).map(|s| s.description().to_owned());
+        let described =
+            state.as_ref().filter(|_| !meta.imported).map(|s| s.description().to_owned());
         let description = described.unwrap_or(meta.description);
         numbers.insert(key, entries.len());
         entries.push(Entry { key, aliases, inputs, output: meta.output, description, state });
@@ -152,8 +171,9 @@ pub(crate) async fn collect(index: &CacheIndex, imports: &[Arc<Import>], roots: 
     Ok(entries)
 }
 
-/// The keys by which a result was made of something, if there are any: what was built here and pulled as an image since is that image's result, too, and a
-/// cache must not depend on who looked at it.
+/// The keys by which a result was made of something, if there are any: what was built here and
+/// pulled as an image since is that image's result, too, and a cache must not depend on who looked
+/// at it.
 fn made_by(index: &CacheIndex, keys: Vec<CacheKey>) -> Result<Vec<CacheKey>> {
     let mut made = Vec::new();
     for key in &keys {
@@ -164,9 +184,18 @@ fn made_by(index: &CacheIndex, keys: Vec<CacheKey>) -> Result<Vec<CacheKey>> {
     Ok(if made.is_empty() { keys } else { made })
 }
 
-/// Its result, if that is wanted: with [`Mode::Min`], those whose layers lie on one another in a root, too, such as the parts of a merge.
-async fn state(index: &CacheIndex, found: &Found, mode: Mode, wanted: &[Vec<DiffId>]) -> Result<Option<ImmutableRef>> {
-    let within = |layers: &[DiffId]| layers.is_empty() || wanted.iter().any(|root| root.windows(layers.len()).any(|part| part == layers));
+/// Its result, if that is wanted: with [`Mode::Min`], those whose layers lie on one another in a
+/// root, too, such as the parts of a merge.
+async fn state(
+    index: &CacheIndex,
+    found: &Found,
+    mode: Mode,
+    wanted: &[Vec<DiffId>],
+) -> Result<Option<ImmutableRef>> {
+    let within = |layers: &[DiffId]| {
+        layers.is_empty()
+            || wanted.iter().any(|root| root.windows(layers.len()).any(|part| part == layers))
+    };
     let fits = |layers: &[DiffId]| mode == Mode::Max || within(layers);
     if let Some(result) = &found.result
         && let Some(state) = index.state(result).await

@@ -3,7 +3,10 @@
 use crate::{
     CacheIndex, CacheWriter, ExportOptions, Import,
     collect::{Entry, collect},
-    format::{CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, CacheResult, ChainedResult, LayerNote, MAX_ENTRIES, time},
+    format::{
+        CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, CacheResult, ChainedResult,
+        LayerNote, MAX_ENTRIES, time,
+    },
 };
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
@@ -22,7 +25,8 @@ use std::{
 /// Layers on their way at the same time.
 const PARALLEL: usize = 4;
 
-/// A cache ready to be written. Its layers are in the content store as long as it lives, but for those that are known by descriptor only.
+/// A cache ready to be written. Its layers are in the content store as long as it lives, but for
+/// those that are known by descriptor only.
 pub struct Export {
     pub(crate) config: CacheConfig,
     /// Blobs of the config's layers, in their order.
@@ -63,7 +67,11 @@ impl Table {
                     size: descriptor.size as i64,
                     created_at: time(times.get(i).copied()),
                 };
-                self.config.layers.push(CacheLayer { blob: descriptor.digest, parent, annotations: Some(note) });
+                self.config.layers.push(CacheLayer {
+                    blob: descriptor.digest,
+                    parent,
+                    annotations: Some(note),
+                });
                 self.blobs.push(descriptor.clone());
             }
             chain.push(number);
@@ -84,25 +92,37 @@ impl Table {
         // BuildKit refuses a record with an input that may be nothing; such a record is one without
         // inputs.
         let inputs = if entry.inputs.iter().any(Vec::is_empty) { &[][..] } else { &entry.inputs };
-        let link = |(link, selector): &(usize, Option<Digest>)| CacheInput { selector: *selector, link: *link };
+        let link = |(link, selector): &(usize, Option<Digest>)| CacheInput {
+            selector: *selector,
+            link: *link,
+        };
         self.config.records.push(CacheRecord {
             results,
             chains,
             digest: entry.key.0,
-            inputs: inputs.iter().map(|alternatives| alternatives.iter().map(link).collect()).collect(),
+            inputs: inputs
+                .iter()
+                .map(|alternatives| alternatives.iter().map(link).collect())
+                .collect(),
             alias_of: None,
             output: entry.output,
             description: entry.description.clone(),
         });
     }
 
-    /// Adds a record for each further key, after those with inputs: each key is a record in this format.
-    /// Those that are too many for whoever reads it are left out.
+    /// Adds a record for each further key, after those with inputs: each key is a record in this
+    /// format. Those that are too many for whoever reads it are left out.
     fn aliases(&mut self, entries: &[Entry]) {
         for (number, entry) in entries.iter().enumerate() {
-            for key in entry.aliases.iter().take(MAX_ENTRIES.saturating_sub(self.config.records.len())) {
-                let record =
-                    CacheRecord { digest: key.0, inputs: Vec::new(), alias_of: Some(number), ..self.config.records[number].clone() };
+            for key in
+                entry.aliases.iter().take(MAX_ENTRIES.saturating_sub(self.config.records.len()))
+            {
+                let record = CacheRecord {
+                    digest: key.0,
+                    inputs: Vec::new(),
+                    alias_of: Some(number),
+                    ..self.config.records[number].clone()
+                };
                 self.config.records.push(record);
             }
         }
@@ -130,13 +150,18 @@ impl Export {
                     Ok(result) => {
                         for blob in &result.0 {
                             let Some(origin) = blob.lazy.clone() else { continue };
-                            lazy.entry(blob.descriptor.digest).or_insert_with(|| Lazy { origin, state: state.clone() });
+                            lazy.entry(blob.descriptor.digest)
+                                .or_insert_with(|| Lazy { origin, state: state.clone() });
                         }
                         Some(result)
                     }
                     // What cannot be had any more is left out; the rest is still worth having.
                     Err(fault) if fault.is_not_found() || state.is_lost(&fault) => None,
-                    Err(fault) => return Err(fault.context(format!("make the layers of {}", state.description()))),
+                    Err(fault) => {
+                        return Err(
+                            fault.context(format!("make the layers of {}", state.description()))
+                        );
+                    }
                 },
                 None => None,
             };
@@ -179,9 +204,14 @@ impl Export {
                 other => other.context(|| "error writing layer blob").map(|()| None),
             }
         });
-        let gone: Vec<Option<Digest>> = stream::iter(work).buffer_unordered(PARALLEL).try_collect().await?;
+        let gone: Vec<Option<Digest>> =
+            stream::iter(work).buffer_unordered(PARALLEL).try_collect().await?;
         let (config, left) = self.config.without(|blob| gone.contains(&Some(*blob)));
-        let layers = left.iter().filter_map(|number| self.blobs.get(*number)).map(|b| self.described(b, options.oci_types)).collect();
+        let layers = left
+            .iter()
+            .filter_map(|number| self.blobs.get(*number))
+            .map(|b| self.described(b, options.oci_types))
+            .collect();
         let bytes = Bytes::from(config.to_json()?);
         let config = Descriptor::of(CONFIG, &bytes);
         let status = format!("writing config {}", config.digest);
@@ -190,8 +220,11 @@ impl Export {
         reporter.status(status, 0, 0, true);
         let (kind, bytes) = manifest(config, layers, options)?;
         let descriptor = Descriptor::of(kind, &bytes);
-        let status =
-            format!("writing cache {} {}", if options.image_manifest { "image manifest" } else { "manifest list" }, descriptor.digest);
+        let status = format!(
+            "writing cache {} {}",
+            if options.image_manifest { "image manifest" } else { "manifest list" },
+            descriptor.digest
+        );
         reporter.status(status.clone(), 0, 0, false);
         writer.manifest(&descriptor, bytes).await.context(|| "error writing manifest blob")?;
         reporter.status(status, 0, 0, true);
@@ -202,9 +235,17 @@ impl Export {
 impl Export {
     /// A layer as the manifest names it. BuildKit looks for the diffID there.
     fn described(&self, blob: &Descriptor, oci: bool) -> Descriptor {
-        let mut layer = Descriptor::new(media::layer_type(&blob.media_type, oci), blob.digest, blob.size);
-        let noted = self.config.layers.iter().find(|l| l.blob == blob.digest).and_then(|l| l.annotations.as_ref()?.diff_id);
-        layer.annotations.extend(noted.map(|diff_id| (UNCOMPRESSED.to_owned(), diff_id.to_string())));
+        let mut layer =
+            Descriptor::new(media::layer_type(&blob.media_type, oci), blob.digest, blob.size);
+        let noted = self
+            .config
+            .layers
+            .iter()
+            .find(|l| l.blob == blob.digest)
+            .and_then(|l| l.annotations.as_ref()?.diff_id);
+        layer
+            .annotations
+            .extend(noted.map(|diff_id| (UNCOMPRESSED.to_owned(), diff_id.to_string())));
         layer
     }
 
@@ -214,9 +255,21 @@ impl Export {
     }
 
     /// How to read the blob, fetched before if it has to be.
-    fn source(&self, blob: &Descriptor, content: &Arc<dyn ContentStore>, options: &ExportOptions, reporter: &Reporter) -> LayerBytes {
+    fn source(
+        &self,
+        blob: &Descriptor,
+        content: &Arc<dyn ContentStore>,
+        options: &ExportOptions,
+        reporter: &Reporter,
+    ) -> LayerBytes {
         let lazy = self.lazy.get(&blob.digest).map(|lazy| lazy.state.clone());
-        LayerBytes { digest: blob.digest, lazy, content: content.clone(), compression: options.compression, reporter: reporter.clone() }
+        LayerBytes {
+            digest: blob.digest,
+            lazy,
+            content: content.clone(),
+            compression: options.compression,
+            reporter: reporter.clone(),
+        }
     }
 }
 
@@ -240,13 +293,21 @@ impl LayerBytes {
     }
 }
 
-async fn result(state: &ImmutableRef, options: &ExportOptions, reporter: &Reporter) -> Result<(Vec<LayerBlob>, Vec<SystemTime>)> {
+async fn result(
+    state: &ImmutableRef,
+    options: &ExportOptions,
+    reporter: &Reporter,
+) -> Result<(Vec<LayerBlob>, Vec<SystemTime>)> {
     let blobs = state.blobs(options.compression, false, Some(reporter)).await?;
     Ok((blobs, state.layer_times().await?))
 }
 
 /// The manifest of a cache: an image manifest, or an index that names blobs (row `rc.reg`).
-fn manifest(config: Descriptor, layers: Vec<Descriptor>, options: &ExportOptions) -> Result<(&'static str, Bytes)> {
+fn manifest(
+    config: Descriptor,
+    layers: Vec<Descriptor>,
+    options: &ExportOptions,
+) -> Result<(&'static str, Bytes)> {
     let encode = |e: serde_json::Error| Fault::internal(format!("encode a cache manifest: {e}"));
     if options.image_manifest {
         let manifest = Manifest {
@@ -262,6 +323,11 @@ fn manifest(config: Descriptor, layers: Vec<Descriptor>, options: &ExportOptions
     }
     let kind = if options.oci_types { media::OCI_INDEX } else { media::DOCKER_LIST };
     let manifests = layers.into_iter().chain([config]).collect();
-    let index = Index { schema_version: 2, media_type: Some(kind.into()), manifests, annotations: Default::default() };
+    let index = Index {
+        schema_version: 2,
+        media_type: Some(kind.into()),
+        manifests,
+        annotations: Default::default(),
+    };
     Ok((kind, serde_json::to_vec(&index).map_err(encode)?.into()))
 }

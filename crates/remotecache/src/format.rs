@@ -17,11 +17,15 @@ pub(crate) const MAX_DEPTH: usize = 512;
 const NO_TIME: &str = "0001-01-01T00:00:00Z";
 
 /// Go writes an empty list as `null`.
-fn nullable<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> std::result::Result<T, D::Error> {
+fn nullable<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
+    from: D,
+) -> std::result::Result<T, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
-fn lists<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> std::result::Result<Vec<Vec<T>>, D::Error> {
+fn lists<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    from: D,
+) -> std::result::Result<Vec<Vec<T>>, D::Error> {
     let lists: Vec<Option<Vec<T>>> = nullable(from)?;
     Ok(lists.into_iter().map(Option::unwrap_or_default).collect())
 }
@@ -82,7 +86,12 @@ pub(crate) struct LayerNote {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct CacheRecord {
     /// The top layers of results.
-    #[serde(rename = "layers", default, deserialize_with = "nullable", skip_serializing_if = "Vec::is_empty")]
+    #[serde(
+        rename = "layers",
+        default,
+        deserialize_with = "nullable",
+        skip_serializing_if = "Vec::is_empty"
+    )]
     pub results: Vec<CacheResult>,
     /// Results by all their layers.
     #[serde(default, deserialize_with = "nullable", skip_serializing_if = "Vec::is_empty")]
@@ -140,31 +149,51 @@ impl CacheConfig {
     /// Reads and checks what came from outside: all numbers lead somewhere. Layers may be in any
     /// order, and may lie on themselves.
     pub fn read(bytes: &[u8]) -> Result<Self> {
-        serde_json::from_slice::<Self>(bytes).map_err(|e| Fault::invalid(format!("a cache config cannot be read: {e}")))?.checked()
+        serde_json::from_slice::<Self>(bytes)
+            .map_err(|e| Fault::invalid(format!("a cache config cannot be read: {e}")))?
+            .checked()
     }
 
-    /// The records alone, as they are in the config of an image with these layers (row `rc.inline`):
-    /// a layer is told by its place in the image, so that it does not matter how the image's layers
-    /// are compressed or dated. Results that are not part of the image are left out.
+    /// The records alone, as they are in the config of an image with these layers (row
+    /// `rc.inline`): a layer is told by its place in the image, so that it does not matter how the
+    /// image's layers are compressed or dated. Results that are not part of the image are left out.
     pub fn inline(&self, image: &[DiffId]) -> Result<Vec<u8>> {
         let diff_id = |layer: usize| self.layers.get(layer)?.annotations.as_ref()?.diff_id;
         let record = |record: &CacheRecord| {
-            let mut inline = CacheRecord { results: Vec::new(), chains: Vec::new(), ..record.clone() };
-            let times = record.results.iter().map(|r| &r.created_at).chain(record.chains.iter().map(|c| &c.created_at));
+            let mut inline =
+                CacheRecord { results: Vec::new(), chains: Vec::new(), ..record.clone() };
+            let times = record
+                .results
+                .iter()
+                .map(|r| &r.created_at)
+                .chain(record.chains.iter().map(|c| &c.created_at));
             for (chain, created_at) in self.results_of(record).zip(times.cloned()) {
-                let Some(part) = chain.iter().map(|l| diff_id(*l)).collect::<Option<Vec<DiffId>>>() else { continue };
+                let Some(part) = chain.iter().map(|l| diff_id(*l)).collect::<Option<Vec<DiffId>>>()
+                else {
+                    continue;
+                };
                 // A part of a merge lies on nothing, and in the image on the parts before it.
-                let place = if part.is_empty() { Some(0) } else { image.windows(part.len()).position(|layers| layers == part) };
+                let place = if part.is_empty() {
+                    Some(0)
+                } else {
+                    image.windows(part.len()).position(|layers| layers == part)
+                };
                 match (place, part.len()) {
-                    (Some(0), 1..) => inline.results.push(CacheResult { layer: part.len() - 1, created_at }),
-                    (Some(first), depth) => inline.chains.push(ChainedResult { layers: (first..first + depth).collect(), created_at }),
+                    (Some(0), 1..) => {
+                        inline.results.push(CacheResult { layer: part.len() - 1, created_at })
+                    }
+                    (Some(first), depth) => inline.chains.push(ChainedResult {
+                        layers: (first..first + depth).collect(),
+                        created_at,
+                    }),
                     (None, _) => {}
                 }
             }
             inline
         };
         let records: Vec<CacheRecord> = self.records.iter().map(record).collect();
-        serde_json::to_vec(&records).map_err(|e| Fault::internal(format!("encode a cache config: {e}")))
+        serde_json::to_vec(&records)
+            .map_err(|e| Fault::internal(format!("encode a cache config: {e}")))
     }
 
     /// Reads what [`CacheConfig::inline`] writes into the config of an image with these layers;
@@ -173,24 +202,41 @@ impl CacheConfig {
         if !bytes.trim_ascii_start().starts_with(b"[") {
             return Self::read(bytes);
         }
-        let records = serde_json::from_slice(bytes).map_err(|e| Fault::invalid(format!("a cache config cannot be read: {e}")))?;
-        let layer = |(i, blob): (usize, &Digest)| CacheLayer { blob: *blob, parent: i as i64 - 1, annotations: None };
+        let records = serde_json::from_slice(bytes)
+            .map_err(|e| Fault::invalid(format!("a cache config cannot be read: {e}")))?;
+        let layer = |(i, blob): (usize, &Digest)| CacheLayer {
+            blob: *blob,
+            parent: i as i64 - 1,
+            annotations: None,
+        };
         Self { layers: image.iter().enumerate().map(layer).collect(), records }.checked()
     }
 
     fn checked(self) -> Result<Self> {
         if self.layers.len() > MAX_ENTRIES || self.records.len() > MAX_ENTRIES {
-            return Err(Fault::invalid(format!("a cache config has more than {MAX_ENTRIES} entries")));
+            return Err(Fault::invalid(format!(
+                "a cache config has more than {MAX_ENTRIES} entries"
+            )));
         }
         let (layers, records) = (self.layers.len(), self.records.len());
-        let sound = self.layers.iter().all(|l| l.parent == -1 || usize::try_from(l.parent).is_ok_and(|p| p < layers))
+        let sound = self
+            .layers
+            .iter()
+            .all(|l| l.parent == -1 || usize::try_from(l.parent).is_ok_and(|p| p < layers))
             && self.records.iter().all(|r| {
                 r.results.iter().all(|l| l.layer < layers)
-                    && r.chains.iter().all(|c| c.layers.len() <= MAX_DEPTH && c.layers.iter().all(|l| *l < layers))
+                    && r.chains.iter().all(|c| {
+                        c.layers.len() <= MAX_DEPTH && c.layers.iter().all(|l| *l < layers)
+                    })
                     && r.inputs.iter().flatten().all(|l| l.link < records)
-                    && r.alias_of.is_none_or(|of| self.records.get(of).is_some_and(|r| r.alias_of.is_none()))
+                    && r.alias_of
+                        .is_none_or(|of| self.records.get(of).is_some_and(|r| r.alias_of.is_none()))
             });
-        if sound { Ok(self) } else { Err(Fault::invalid("a cache config names layers or records that it does not have")) }
+        if sound {
+            Ok(self)
+        } else {
+            Err(Fault::invalid("a cache config names layers or records that it does not have"))
+        }
     }
 
     /// The same of a config of ours, whose layers come after those they lie on, without the layers
@@ -219,7 +265,10 @@ impl CacheConfig {
                 let layers = c.layers.iter().map(|l| now(*l)).collect::<Option<_>>()?;
                 Some(ChainedResult { layers, ..c.clone() })
             };
-            let (results, chains) = (record.results.iter().filter_map(result).collect(), record.chains.iter().filter_map(chain).collect());
+            let (results, chains) = (
+                record.results.iter().filter_map(result).collect(),
+                record.chains.iter().filter_map(chain).collect(),
+            );
             CacheRecord { results, chains, ..record.clone() }
         };
         (Self { layers, records: self.records.iter().map(record).collect() }, left)
@@ -240,7 +289,11 @@ impl CacheConfig {
             chain.reverse();
             Some(chain)
         };
-        record.results.iter().filter_map(below).chain(record.chains.iter().map(|c| c.layers.clone()))
+        record
+            .results
+            .iter()
+            .filter_map(below)
+            .chain(record.chains.iter().map(|c| c.layers.clone()))
     }
 }
 
@@ -253,13 +306,24 @@ mod tests {
     }
 
     fn record(results: Vec<CacheResult>, inputs: Vec<Vec<CacheInput>>) -> CacheRecord {
-        CacheRecord { results, chains: Vec::new(), digest: Digest::of("k"), inputs, alias_of: None, output: 0, description: String::new() }
+        CacheRecord {
+            results,
+            chains: Vec::new(),
+            digest: Digest::of("k"),
+            inputs,
+            alias_of: None,
+            output: 0,
+            description: String::new(),
+        }
     }
 
     #[test]
     fn layers_are_followed_down_and_parent_zero_is_left_out() {
         let top = CacheResult { layer: 2, created_at: String::new() };
-        let config = CacheConfig { layers: vec![layer("a", -1), layer("b", 0), layer("c", 1)], records: vec![record(vec![top], vec![])] };
+        let config = CacheConfig {
+            layers: vec![layer("a", -1), layer("b", 0), layer("c", 1)],
+            records: vec![record(vec![top], vec![])],
+        };
         let json = serde_json::to_string(&config).unwrap();
         assert_eq!(json.matches("parent").count(), 2, "{json}");
         let read = CacheConfig::read(json.as_bytes()).unwrap();
@@ -275,11 +339,17 @@ mod tests {
         chained.chains = vec![chain];
         let config = CacheConfig {
             layers: vec![layer("a", -1), layer("b", 0), layer("c", 1), layer("d", 0)],
-            records: vec![record(result(0), vec![]), record(result(2), vec![]), record(result(3), vec![]), chained],
+            records: vec![
+                record(result(0), vec![]),
+                record(result(2), vec![]),
+                record(result(3), vec![]),
+                chained,
+            ],
         };
         let (rest, left) = config.without(|blob| *blob == Digest::of("b"));
         assert_eq!((rest.layers, left), (vec![layer("a", -1), layer("d", 0)], vec![0, 3]));
-        let tops: Vec<_> = rest.records.iter().map(|r| r.results.first().map(|r| r.layer)).collect();
+        let tops: Vec<_> =
+            rest.records.iter().map(|r| r.results.first().map(|r| r.layer)).collect();
         assert_eq!(tops, [Some(0), None, Some(1), None]);
         assert_eq!(rest.records[3].chains[0].layers, [0, 1]);
         assert_eq!(config.without(|_| false), (config.clone(), vec![0, 1, 2, 3]));

@@ -69,7 +69,10 @@ pub struct Import {
 impl Import {
     /// The cache that `reading` gives; `None` stands for one that cannot be read. Nothing happens
     /// before somebody waits for it.
-    pub fn new(index: &CacheIndex, reading: impl Future<Output = Option<ReadCache>> + Send + 'static) -> Arc<Self> {
+    pub fn new(
+        index: &CacheIndex,
+        reading: impl Future<Output = Option<ReadCache>> + Send + 'static,
+    ) -> Arc<Self> {
         let contents = Arc::<OnceLock<Contents>>::default();
         let read = contents.clone();
         let reading = async move {
@@ -97,14 +100,21 @@ impl Import {
     /// For each input of a record, the keys that it may have, and the selector.
     pub(crate) fn inputs(&self, no: RecordNo) -> Vec<(Vec<CacheKey>, Option<Digest>)> {
         let Some(record) = self.record(no) else { return Vec::new() };
-        let key = |input: &CacheInput| self.record(RecordNo(no.0, u32::try_from(input.link).ok()?)).map(|r| CacheKey(r.digest));
-        let keys = |input: &Vec<CacheInput>| (input.iter().filter_map(key).collect(), input.first().and_then(|i| i.selector));
+        let key = |input: &CacheInput| {
+            self.record(RecordNo(no.0, u32::try_from(input.link).ok()?)).map(|r| CacheKey(r.digest))
+        };
+        let keys = |input: &Vec<CacheInput>| {
+            (input.iter().filter_map(key).collect(), input.first().and_then(|i| i.selector))
+        };
         record.inputs.iter().map(keys).collect()
     }
 
     /// Every key of the cache with the primary that it leads to.
     pub(crate) fn keys(&self) -> impl Iterator<Item = (CacheKey, CacheKey)> {
-        self.contents().keys.iter().filter_map(|(key, (no, _))| Some((*key, CacheKey(self.record(*no)?.digest))))
+        self.contents()
+            .keys
+            .iter()
+            .filter_map(|(key, (no, _))| Some((*key, CacheKey(self.record(*no)?.digest))))
     }
 
     /// The diffIDs of a record's result; `None` if it has none.
@@ -116,8 +126,13 @@ impl Import {
     /// The state of a record's result, of lazy layers.
     pub(crate) async fn state(&self, no: RecordNo) -> Result<Option<ImmutableRef>> {
         let contents = self.contents();
-        let (Some(record), Some(source)) = (self.record(no), &contents.source) else { return Ok(None) };
-        let Some(layers) = contents.found.get(no.0 as usize).and_then(|found| found.result(record)) else { return Ok(None) };
+        let (Some(record), Some(source)) = (self.record(no), &contents.source) else {
+            return Ok(None);
+        };
+        let Some(layers) = contents.found.get(no.0 as usize).and_then(|found| found.result(record))
+        else {
+            return Ok(None);
+        };
         let lazy = |l: &ImportedLayer| LazyLayer {
             diff_id: l.diff_id,
             descriptor: l.descriptor.clone(),
@@ -126,8 +141,11 @@ impl Import {
         };
         let layers = layers.into_iter().map(lazy).collect();
         // It is the history of an image, too, which must not depend on where the layer came from.
-        let description =
-            if record.description.is_empty() { format!("imported from {}", source.describe()) } else { record.description.clone() };
+        let description = if record.description.is_empty() {
+            format!("imported from {}", source.describe())
+        } else {
+            record.description.clone()
+        };
         self.refs.image(layers, description, RecordType::Regular).await.map(Some)
     }
 }
@@ -161,7 +179,8 @@ pub struct ReadCache(pub(crate) Contents);
 pub async fn read(sources: &Sources, source: &CacheSource) -> Result<ReadCache> {
     let remote = &source.remote;
     let root = remote.resolve(&source.reference).await?;
-    let mut contents = Contents { source: Some(sources.layers_of(remote.clone())), ..Contents::default() };
+    let mut contents =
+        Contents { source: Some(sources.layers_of(remote.clone())), ..Contents::default() };
     for found in documents(&**remote, &root).await? {
         contents.add(found)?;
     }
@@ -169,7 +188,8 @@ pub async fn read(sources: &Sources, source: &CacheSource) -> Result<ReadCache> 
 }
 
 fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T> {
-    serde_json::from_slice(bytes).map_err(|e| Fault::invalid(format!("a cache's {what} cannot be read: {e}")))
+    serde_json::from_slice(bytes)
+        .map_err(|e| Fault::invalid(format!("a cache's {what} cannot be read: {e}")))
 }
 
 async fn documents(remote: &dyn Remote, root: &Descriptor) -> Result<Vec<Found>> {
@@ -183,8 +203,13 @@ async fn documents(remote: &dyn Remote, root: &Descriptor) -> Result<Vec<Found>>
         return Ok(vec![Found::new(config, &list.manifests, &HashMap::new())]);
     }
     let mut all = Vec::new();
-    for image in
-        list.manifests.iter().filter(|m| media::is_manifest(&m.media_type) && !m.annotations.contains_key(REFERENCE_TYPE)).take(MAX_IMAGES)
+    for image in list
+        .manifests
+        .iter()
+        .filter(|m| {
+            media::is_manifest(&m.media_type) && !m.annotations.contains_key(REFERENCE_TYPE)
+        })
+        .take(MAX_IMAGES)
     {
         all.extend(of_manifest(remote, parse(&remote.manifest(image).await?, "manifest")?).await?);
     }
@@ -204,34 +229,53 @@ fn of_image(config: &[u8], layers: &[Descriptor]) -> Result<Option<Found>> {
     let fields: serde_json::Value = parse(config, "image config")?;
     let Some(inline) = fields.get(INLINE_FIELD).and_then(|v| v.as_str()) else { return Ok(None) };
     let inline = base64::engine::general_purpose::STANDARD.decode(inline);
-    let inline = inline.map_err(|e| Fault::invalid(format!("the cache in an image's config is damaged: {e}")))?;
+    let inline = inline
+        .map_err(|e| Fault::invalid(format!("the cache in an image's config is damaged: {e}")))?;
     let image: ImageConfig = parse(config, "image config")?;
     if image.rootfs.diff_ids.len() != layers.len() {
-        return Err(Fault::invalid("an image with a cache has another number of layers in its manifest than in its config"));
+        return Err(Fault::invalid(
+            "an image with a cache has another number of layers in its manifest than in its config",
+        ));
     }
     let mut times = image.history.iter().filter(|h| !h.empty_layer).map(|h| h.created.as_deref());
     let times: Vec<Option<&str>> = layers.iter().map(|_| times.next().flatten()).collect();
-    let diffs: HashMap<Digest, (DiffId, Option<&str>)> =
-        layers.iter().zip(image.rootfs.diff_ids).zip(times).map(|((l, diff_id), time)| (l.digest, (diff_id, time))).collect();
+    let diffs: HashMap<Digest, (DiffId, Option<&str>)> = layers
+        .iter()
+        .zip(image.rootfs.diff_ids)
+        .zip(times)
+        .map(|((l, diff_id), time)| (l.digest, (diff_id, time)))
+        .collect();
     let blobs: Vec<Digest> = layers.iter().map(|l| l.digest).collect();
     Ok(Some(Found::new(CacheConfig::read_inline(&inline, &blobs)?, layers, &diffs)))
 }
 
 impl Found {
     /// `config` with the blobs that its layers may be, and what an image's config says of them.
-    fn new(config: CacheConfig, blobs: &[Descriptor], image: &HashMap<Digest, (DiffId, Option<&str>)>) -> Self {
+    fn new(
+        config: CacheConfig,
+        blobs: &[Descriptor],
+        image: &HashMap<Digest, (DiffId, Option<&str>)>,
+    ) -> Self {
         let blobs: HashMap<Digest, &Descriptor> = blobs.iter().map(|b| (b.digest, b)).collect();
         let layer = |layer: &crate::format::CacheLayer| {
             let (note, said) = (layer.annotations.as_ref(), image.get(&layer.blob));
             let blob = blobs.get(&layer.blob)?;
-            let annotated = || blob.annotations.get(shipway_storage::UNCOMPRESSED).and_then(|d| d.parse().ok());
-            let diff_id = note.and_then(|n| n.diff_id).or(said.map(|(diff_id, _)| *diff_id)).or_else(annotated)?;
+            let annotated =
+                || blob.annotations.get(shipway_storage::UNCOMPRESSED).and_then(|d| d.parse().ok());
+            let diff_id = note
+                .and_then(|n| n.diff_id)
+                .or(said.map(|(diff_id, _)| *diff_id))
+                .or_else(annotated)?;
             // A manifest list of blobs may say nothing but the digest.
-            let media_type = Some(blob.media_type.as_str()).filter(|t| !t.is_empty()).or(note.map(|n| n.media_type.as_str()))?;
+            let media_type = Some(blob.media_type.as_str())
+                .filter(|t| !t.is_empty())
+                .or(note.map(|n| n.media_type.as_str()))?;
             let descriptor = Descriptor::new(media_type, layer.blob, blob.size);
-            let created = note.map(|n| n.created_at.as_str()).or_else(|| said.and_then(|(_, time)| *time));
+            let created =
+                note.map(|n| n.created_at.as_str()).or_else(|| said.and_then(|(_, time)| *time));
             // Go writes a time that it does not know as the year one.
-            let created = created.and_then(timestamp::parse).filter(|t| *t > SystemTime::UNIX_EPOCH);
+            let created =
+                created.and_then(timestamp::parse).filter(|t| *t > SystemTime::UNIX_EPOCH);
             Some(ImportedLayer { diff_id, descriptor, created })
         };
         let layers = config.layers.iter().map(layer).collect();
@@ -240,7 +284,9 @@ impl Found {
 
     /// The layers of a record's result, lowest first; `None` if it has none that can be had.
     fn result(&self, record: &CacheRecord) -> Option<Vec<&ImportedLayer>> {
-        let layers = |numbers: Vec<usize>| numbers.into_iter().map(|n| self.layers.get(n)?.as_ref()).collect::<Option<Vec<_>>>();
+        let layers = |numbers: Vec<usize>| {
+            numbers.into_iter().map(|n| self.layers.get(n)?.as_ref()).collect::<Option<Vec<_>>>()
+        };
         self.config.results_of(record).find_map(layers)
     }
 
@@ -261,7 +307,8 @@ impl Found {
                 next = usize::try_from(self.config.layers[i].parent).ok();
             }
             for i in path.into_iter().rev() {
-                depth = depth.map(|d| d + 1).filter(|d| self.layers[i].is_some() && *d <= MAX_DEPTH);
+                depth =
+                    depth.map(|d| d + 1).filter(|d| self.layers[i].is_some() && *d <= MAX_DEPTH);
                 depths[i] = Some(depth);
             }
         }
@@ -273,7 +320,8 @@ impl Contents {
     /// Takes in one config, unless all are too many.
     fn add(&mut self, found: Found) -> Result<()> {
         let depths = found.depths();
-        let number = u32::try_from(self.found.len()).map_err(|_| Fault::invalid("a cache has too many configs"))?;
+        let number = u32::try_from(self.found.len())
+            .map_err(|_| Fault::invalid("a cache has too many configs"))?;
         self.records += found.config.records.len();
         if self.records > MAX_ENTRIES {
             return Err(Fault::invalid(format!("a cache has more than {MAX_ENTRIES} records")));
@@ -284,12 +332,17 @@ impl Contents {
                 continue;
             }
             let no = RecordNo(number, i as u32);
-            let chains = record.chains.iter().filter(|c| c.layers.iter().all(|l| found.layers.get(*l).is_some_and(Option::is_some)));
-            let stacks = record.results.iter().filter_map(|r| depths.get(r.layer).copied().flatten());
+            let chains = record.chains.iter().filter(|c| {
+                c.layers.iter().all(|l| found.layers.get(*l).is_some_and(Option::is_some))
+            });
+            let stacks =
+                record.results.iter().filter_map(|r| depths.get(r.layer).copied().flatten());
             let depth = chains.map(|c| c.layers.len()).chain(stacks).max();
             self.places += depth.unwrap_or(0);
             if self.places > MAX_PLACES {
-                return Err(Fault::invalid(format!("the results of a cache have more than {MAX_PLACES} layers together")));
+                return Err(Fault::invalid(format!(
+                    "the results of a cache have more than {MAX_PLACES} layers together"
+                )));
             }
             results[i] = depth.is_some();
             self.key(record, no, depth.is_some());
@@ -303,7 +356,8 @@ impl Contents {
         Ok(())
     }
 
-    /// A record's own key leads to record `no`. One that several images have leads to the first one with a result.
+    /// A record's own key leads to record `no`. One that several images have leads to the first one
+    /// with a result.
     fn key(&mut self, record: &CacheRecord, no: RecordNo, has_result: bool) {
         let known = self.keys.entry(CacheKey(record.digest)).or_insert((no, has_result));
         if !known.1 && has_result {
@@ -325,7 +379,8 @@ mod tests {
 
     fn image(diff_ids: &[&str], inline: &str) -> Vec<u8> {
         let diff_ids: Vec<String> = diff_ids.iter().map(|d| Digest::of(d).to_string()).collect();
-        let history = serde_json::json!([{ "created": "2024-05-06T07:08:09Z" }, { "empty_layer": true }, {}]);
+        let history =
+            serde_json::json!([{ "created": "2024-05-06T07:08:09Z" }, { "empty_layer": true }, {}]);
         let inline = base64::engine::general_purpose::STANDARD.encode(inline);
         serde_json::to_vec(
             &serde_json::json!({ "rootfs": { "type": "layers", "diff_ids": diff_ids }, "history": history, INLINE_FIELD: inline }),
@@ -348,10 +403,16 @@ mod tests {
             let (no, has) = contents.keys[&CacheKey(*key)];
             let found = &contents.found[0];
             let layers = found.result(&found.config.records[no.1 as usize]).unwrap();
-            (has, layers.into_iter().map(|l| (l.diff_id.0, l.created.is_some())).collect::<Vec<_>>())
+            (
+                has,
+                layers.into_iter().map(|l| (l.diff_id.0, l.created.is_some())).collect::<Vec<_>>(),
+            )
         };
         assert_eq!(of(&step), (true, vec![(Digest::of("x"), true), (Digest::of("y"), false)]));
-        assert_eq!(of(&base).1.iter().map(|l| l.0).collect::<Vec<_>>(), [Digest::of("y"), Digest::of("x")]);
+        assert_eq!(
+            of(&base).1.iter().map(|l| l.0).collect::<Vec<_>>(),
+            [Digest::of("y"), Digest::of("x")]
+        );
         // An image that says nothing of a cache has none, and one that contradicts itself is no
         // cache.
         assert!(of_image(br#"{"rootfs":{"diff_ids":[]}}"#, &[]).unwrap().is_none());
@@ -361,27 +422,44 @@ mod tests {
     #[test]
     fn layers_may_come_in_any_order() {
         // BuildKit sorts them by digest.
-        let layer = |name: &str, parent| CacheLayer { blob: Digest::of(name), parent, annotations: None };
-        let layers = vec![layer("c", 1), layer("b", 2), layer("a", -1), layer("x", 4), layer("y", 3)];
-        let blobs: Vec<Descriptor> = layers.iter().map(|l| Descriptor::new(GZIP, l.blob, 1)).collect();
+        let layer =
+            |name: &str, parent| CacheLayer { blob: Digest::of(name), parent, annotations: None };
+        let layers =
+            vec![layer("c", 1), layer("b", 2), layer("a", -1), layer("x", 4), layer("y", 3)];
+        let blobs: Vec<Descriptor> =
+            layers.iter().map(|l| Descriptor::new(GZIP, l.blob, 1)).collect();
         let said = blobs.iter().map(|b| (b.digest, (DiffId(b.digest), None))).collect();
         let config = CacheConfig { layers, records: Vec::new() };
         let config = CacheConfig::read(&config.to_json().unwrap()).unwrap();
-        assert_eq!(Found::new(config, &blobs, &said).depths(), [Some(3), Some(2), Some(1), None, None]);
+        assert_eq!(
+            Found::new(config, &blobs, &said).depths(),
+            [Some(3), Some(2), Some(1), None, None]
+        );
     }
 
     #[test]
     fn what_we_write_into_an_image_is_read_by_place() {
         let layer = |name: &str, parent| {
             let diff_id = Some(DiffId(Digest::of(name)));
-            let note = LayerNote { media_type: GZIP.into(), diff_id, size: 1, created_at: crate::format::time(None) };
+            let note = LayerNote {
+                media_type: GZIP.into(),
+                diff_id,
+                size: 1,
+                created_at: crate::format::time(None),
+            };
             CacheLayer { blob: Digest::of(format!("{name}.gz")), parent, annotations: Some(note) }
         };
         let record = |key: &str, results: Vec<usize>, chains: Vec<Vec<usize>>| {
             let time = crate::format::time(None);
             CacheRecord {
-                results: results.into_iter().map(|layer| CacheResult { layer, created_at: time.clone() }).collect(),
-                chains: chains.into_iter().map(|layers| ChainedResult { layers, created_at: time.clone() }).collect(),
+                results: results
+                    .into_iter()
+                    .map(|layer| CacheResult { layer, created_at: time.clone() })
+                    .collect(),
+                chains: chains
+                    .into_iter()
+                    .map(|layers| ChainedResult { layers, created_at: time.clone() })
+                    .collect(),
                 digest: Digest::of(key),
                 inputs: Vec::new(),
                 alias_of: None,
@@ -404,7 +482,10 @@ mod tests {
         let image = [Digest::of("a, dated"), Digest::of("b, dated")];
         let read = CacheConfig::read_inline(&json, &image).unwrap();
         let of = |i: usize| read.results_of(&read.records[i]).collect::<Vec<_>>();
-        assert_eq!([of(0), of(1), of(2), of(3)], [vec![vec![0]], vec![], vec![vec![0, 1]], vec![vec![1]]]);
+        assert_eq!(
+            [of(0), of(1), of(2), of(3)],
+            [vec![vec![0]], vec![], vec![vec![0, 1]], vec![vec![1]]]
+        );
         assert_eq!(CacheConfig::read_inline(&config.to_json().unwrap(), &image).unwrap(), config);
     }
 
@@ -412,7 +493,10 @@ mod tests {
     fn further_keys_lead_to_the_record_they_are_aliases_of() {
         let record = |key: &str, alias_of| CacheRecord {
             results: Vec::new(),
-            chains: vec![ChainedResult { layers: Vec::new(), created_at: crate::format::time(None) }],
+            chains: vec![ChainedResult {
+                layers: Vec::new(),
+                created_at: crate::format::time(None),
+            }],
             digest: Digest::of(key),
             inputs: Vec::new(),
             alias_of,
@@ -432,8 +516,13 @@ mod tests {
     #[test]
     fn results_share_their_layers_and_are_bounded_together() {
         let of = |depth: usize, records: usize| {
-            let layers: Vec<CacheLayer> =
-                (0..depth).map(|i| CacheLayer { blob: Digest::of(i.to_string()), parent: i as i64 - 1, annotations: None }).collect();
+            let layers: Vec<CacheLayer> = (0..depth)
+                .map(|i| CacheLayer {
+                    blob: Digest::of(i.to_string()),
+                    parent: i as i64 - 1,
+                    annotations: None,
+                })
+                .collect();
             let record = |i: usize| CacheRecord {
                 results: vec![CacheResult { layer: depth - 1, created_at: String::new() }],
                 chains: Vec::new(),
@@ -443,14 +532,27 @@ mod tests {
                 output: 0,
                 description: String::new(),
             };
-            let blobs: Vec<Descriptor> = layers.iter().map(|l| Descriptor::new(GZIP, l.blob, 1)).collect();
+            let blobs: Vec<Descriptor> =
+                layers.iter().map(|l| Descriptor::new(GZIP, l.blob, 1)).collect();
             let said = blobs.iter().map(|b| (b.digest, (DiffId(b.digest), None))).collect();
             let mut contents = Contents::default();
-            contents.add(Found::new(CacheConfig { layers, records: (0..records).map(record).collect() }, &blobs, &said)).map(|()| contents)
+            contents
+                .add(Found::new(
+                    CacheConfig { layers, records: (0..records).map(record).collect() },
+                    &blobs,
+                    &said,
+                ))
+                .map(|()| contents)
         };
-        assert!(of(100, 2_000).is_ok_and(|c| c.places == 200_000 && c.keys.values().all(|(_, result)| *result)));
+        assert!(
+            of(100, 2_000)
+                .is_ok_and(|c| c.places == 200_000 && c.keys.values().all(|(_, result)| *result))
+        );
         assert!(of(MAX_DEPTH, MAX_PLACES / MAX_DEPTH + 1).is_err());
         // A stack that is too high, or lies on itself, is no result, and no harm.
-        assert!(of(MAX_DEPTH + 1, 10).is_ok_and(|c| c.places == 0 && c.keys.values().all(|(_, result)| !result)));
+        assert!(
+            of(MAX_DEPTH + 1, 10)
+                .is_ok_and(|c| c.places == 0 && c.keys.values().all(|(_, result)| !result))
+        );
     }
 }

@@ -21,8 +21,13 @@ impl CacheIndex {
         Self { local, refs }
     }
 
-    /// Removes states that may go, telling `on_removed` of each, and forgets whose results they were: the index would grow for ever otherwise.
-    pub async fn prune(&self, options: PruneOptions, on_removed: &(dyn Fn(UsageRecord) + Send + Sync)) -> Result<()> {
+    /// Removes states that may go, telling `on_removed` of each, and forgets whose results they
+    /// were: the index would grow for ever otherwise.
+    pub async fn prune(
+        &self,
+        options: PruneOptions,
+        on_removed: &(dyn Fn(UsageRecord) + Send + Sync),
+    ) -> Result<()> {
         let gone = Mutex::new(Vec::new());
         let removed = |record: UsageRecord| {
             gone.lock().unwrap_or_else(PoisonError::into_inner).push(record.id.to_string());
@@ -52,11 +57,21 @@ impl CacheStore<ImmutableRef> for CacheIndex {
         self.local.load(keys).await
     }
 
-    async fn save(&self, keys: &[CacheKey], value: &ImmutableRef, meta: &RecordMeta) -> Result<CacheKey> {
+    async fn save(
+        &self,
+        keys: &[CacheKey],
+        value: &ImmutableRef,
+        meta: &RecordMeta,
+    ) -> Result<CacheKey> {
         self.local.save(keys, value, meta).await
     }
 
-    async fn adopt(&self, keys: &[CacheKey], value: &ImmutableRef, meta: &RecordMeta) -> Result<CacheKey> {
+    async fn adopt(
+        &self,
+        keys: &[CacheKey],
+        value: &ImmutableRef,
+        meta: &RecordMeta,
+    ) -> Result<CacheKey> {
         self.local.adopt(keys, value, meta).await
     }
 
@@ -94,29 +109,49 @@ mod tests {
 
     async fn lab() -> (tempfile::TempDir, RefStore, CacheIndex) {
         let dir = tempfile::tempdir().expect("a directory");
-        let refs = RefStore::open(FakeStorage::new().expect("a store").storage(), dir.path().join("refs")).await.expect("states");
-        let db = CacheDb::open(&dir.path().join("cache.db"), Arc::new(States(refs.clone()))).expect("an index");
+        let refs =
+            RefStore::open(FakeStorage::new().expect("a store").storage(), dir.path().join("refs"))
+                .await
+                .expect("states");
+        let db = CacheDb::open(&dir.path().join("cache.db"), Arc::new(States(refs.clone())))
+            .expect("an index");
         (dir, refs.clone(), CacheIndex::new(db, refs))
     }
 
     #[tokio::test]
     async fn what_is_not_to_be_exported_is_a_record_without_a_result() {
         let (_dir, refs, index) = lab().await;
-        let make = async |parent: Option<&ImmutableRef>, name: &str, inputs: Vec<(Vec<CacheKey>, Option<Digest>)>| {
-            let state = refs.mutable(parent, name, RecordType::Regular, None).await.expect("a state");
+        let make = async |parent: Option<&ImmutableRef>,
+                          name: &str,
+                          inputs: Vec<(Vec<CacheKey>, Option<Digest>)>| {
+            let state =
+                refs.mutable(parent, name, RecordType::Regular, None).await.expect("a state");
             let state = state.commit(name).await.expect("committed");
             let key = CacheKey(Digest::of(name));
-            index.save(&[key], &state, &RecordMeta { inputs, ..RecordMeta::default() }).await.expect("saved");
+            index
+                .save(&[key], &state, &RecordMeta { inputs, ..RecordMeta::default() })
+                .await
+                .expect("saved");
             (key, state)
         };
         let (below, first) = make(None, "first", Vec::new()).await;
         let (above, second) = make(Some(&first), "second", vec![(vec![below], None)]).await;
         let options = ExportOptions { mode: Mode::Max, ..ExportOptions::default() };
         let reporter = Reporter::new(Digest::of("export"), "export".into(), Vec::new(), None);
-        for (withheld, want) in [(vec![], [true, true]), (vec![below], [false, true]), (vec![above], [true, false])] {
+        for (withheld, want) in
+            [(vec![], [true, true]), (vec![below], [false, true]), (vec![above], [true, false])]
+        {
             let withheld = withheld.into_iter().collect();
-            let export =
-                Export::prepare(&index, &[], std::slice::from_ref(&second), &withheld, &options, &reporter).await.expect("prepared");
+            let export = Export::prepare(
+                &index,
+                &[],
+                std::slice::from_ref(&second),
+                &withheld,
+                &options,
+                &reporter,
+            )
+            .await
+            .expect("prepared");
             let has = |key: &CacheKey| {
                 let records = &export.as_ref().expect("layers").config.records;
                 !records.iter().find(|r| r.digest == key.0).expect("a record").results.is_empty()
@@ -135,7 +170,10 @@ mod tests {
         drop(state);
         refs.drained().await;
         assert_eq!(index.local.keys_of(&id).expect("keys"), [key]);
-        index.prune(PruneOptions { all: true, ..PruneOptions::default() }, &|_| {}).await.expect("pruned");
+        index
+            .prune(PruneOptions { all: true, ..PruneOptions::default() }, &|_| {})
+            .await
+            .expect("pruned");
         assert!(index.local.keys_of(&id).expect("keys").is_empty());
     }
 }

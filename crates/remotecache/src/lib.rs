@@ -1,14 +1,18 @@
-//! Build caches outside this machine (rows `rc.*`): in a registry, in a client's directory, or inside an image's config.
+//! Build caches outside this machine (rows `rc.*`): in a registry, in a client's directory, or
+//! inside an image's config.
 //!
-//! A cache is a manifest whose layers are those of the results and whose config is a `format::CacheConfig`: which result has which layers, and which
-//! results it was made from. [`CacheIndex`] is the solver's store, the local index. An [`Import`]
-//! is a cache that one build looks into besides: its results become lazy states, and nothing is
-//! fetched before somebody reads it. [`Export`] walks from a build's results back through the index
-//! and what the build imported, and writes what it meets.
+//! A cache is a manifest whose layers are those of the results and whose config is a
+//! `format::CacheConfig`: which result has which layers, and which results it was made from.
+//! [`CacheIndex`] is the solver's store, the local index. An [`Import`] is a cache that one build
+//! looks into besides: its results become lazy states, and nothing is fetched before somebody reads
+//! it. [`Export`] walks from a build's results back through the index and what the build imported,
+//! and writes what it meets.
 //!
-//! Where a cache is kept is a [`CacheBackend`]'s business: `backend/` has one for registries and one for clients' directories.
+//! Where a cache is kept is a [`CacheBackend`]'s business: `backend/` has one for registries and
+//! one for clients' directories.
 //!
-//! The keys in it are this program's own (crate `solver`), so a cache of BuildKit's is read without harm and without hits.
+//! The keys in it are this program's own (crate `solver`), so a cache of BuildKit's is read without
+//! harm and without hits.
 
 mod backend;
 mod collect;

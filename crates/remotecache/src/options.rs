@@ -25,18 +25,22 @@ impl CacheRequest {
     /// A flag, if it is given.
     pub fn flag(&self, key: &str) -> Result<Option<bool>> {
         let Some(text) = self.attrs.get(key) else { return Ok(None) };
-        let invalid = || Fault::invalid(format!("failed to parse {key}: {text:?} is neither true nor false"));
+        let invalid =
+            || Fault::invalid(format!("failed to parse {key}: {text:?} is neither true nor false"));
         parse_bool(text).map(Some).ok_or_else(invalid)
     }
 
     /// What it is for people: the reference of a cache in a registry, else the kind with a number
     /// that follows from the attributes (row `rc.vertex`).
     pub fn shown(&self) -> String {
-        if let Some(reference) = self.attrs.get("ref").filter(|r| self.kind == "registry" && !r.is_empty()) {
+        if let Some(reference) =
+            self.attrs.get("ref").filter(|r| self.kind == "registry" && !r.is_empty())
+        {
             return reference.clone();
         }
         let digest = Digest::of(format!("{} {:?}", self.kind, self.attrs));
-        let number = digest.as_bytes().iter().take(8).fold(0_u64, |n, byte| n << 8 | u64::from(*byte));
+        let number =
+            digest.as_bytes().iter().take(8).fold(0_u64, |n, byte| n << 8 | u64::from(*byte));
         format!("{}:{number}", self.kind)
     }
 
@@ -73,7 +77,11 @@ impl ExportOptions {
     /// The options of `request`. A mode that is not known is `min`.
     pub fn of(request: &CacheRequest) -> Result<Self> {
         let text = |key: &str| request.attrs.get(key).map(String::as_str);
-        let compression = Compression::parse(text("compression"), text("compression-level"), text("force-compression"))?;
+        let compression = Compression::parse(
+            text("compression"),
+            text("compression-level"),
+            text("force-compression"),
+        )?;
         let oci_types = request.flag("oci-mediatypes")?.unwrap_or(true);
         let image_manifest = request.flag("image-manifest")?.unwrap_or(oci_types);
         if image_manifest && !oci_types {

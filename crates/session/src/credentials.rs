@@ -8,7 +8,8 @@ use ring::{
 };
 use shipway_fault::{Code, Fault, Result};
 use shipway_proto::moby::filesync::v1::{
-    CredentialsRequest, FetchTokenRequest, GetTokenAuthorityRequest, VerifyTokenAuthorityRequest, auth_client::AuthClient,
+    CredentialsRequest, FetchTokenRequest, GetTokenAuthorityRequest, VerifyTokenAuthorityRequest,
+    auth_client::AuthClient,
 };
 
 use crate::{
@@ -16,7 +17,8 @@ use crate::{
     call::{client, optional},
 };
 
-/// Answers may wait for a helper program, or for the registry's server of tokens, and a build that gets none fails within a minute.
+/// Answers may wait for a helper program, or for the registry's server of tokens, and a build that
+/// gets none fails within a minute.
 const LIMIT: Duration = Duration::from_secs(45);
 
 /// A name and a secret for a registry. An empty name makes the secret an identity token.
@@ -71,11 +73,14 @@ const SIGNATURE: usize = 64;
 
 fn random() -> Result<[u8; 32]> {
     let mut bytes = [0; 32];
-    SystemRandom::new().fill(&mut bytes).map_err(|_| Fault::internal("the machine gives no random numbers"))?;
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| Fault::internal("the machine gives no random numbers"))?;
     Ok(bytes)
 }
 
-/// Goes into the keys that clients make for us, so that they are of no use to another daemon or after a restart.
+/// Goes into the keys that clients make for us, so that they are of no use to another daemon or
+/// after a restart.
 fn salt() -> Result<[u8; 32]> {
     static SALT: OnceLock<[u8; 32]> = OnceLock::new();
     match SALT.get() {
@@ -104,45 +109,79 @@ impl Session {
         let mut client = client!(AuthClient, self);
         let what = format!("ask the client for a token for {}", request.host);
         let TokenRequest { client_id, host, realm, service, scopes } = request;
-        let call = client.fetch_token(FetchTokenRequest { client_id, host, realm, service, scopes });
-        let answer = optional(LIMIT, &what, &[Code::Unimplemented, Code::Unavailable], call).await?;
-        Ok(answer.map(|a| Token { token: a.token, expires_in: a.expires_in, issued_at: a.issued_at }))
+        let call =
+            client.fetch_token(FetchTokenRequest { client_id, host, realm, service, scopes });
+        let answer =
+            optional(LIMIT, &what, &[Code::Unimplemented, Code::Unavailable], call).await?;
+        Ok(answer.map(|a| Token {
+            token: a.token,
+            expires_in: a.expires_in,
+            issued_at: a.issued_at,
+        }))
     }
 
-    /// The public key that stands for the client's credentials for `host`, after the client has proved to have its other half; `None` if it does not do
-    /// that. Clients of equal credentials have equal keys as long as we live, and may share tokens.
+    /// The public key that stands for the client's credentials for `host`, after the client has
+    /// proved to have its other half; `None` if it does not do that. Clients of equal credentials
+    /// have equal keys as long as we live, and may share tokens.
     pub async fn proven_authority(&self, host: &str) -> Result<Option<[u8; 32]>> {
         let salt = salt()?;
         let Some(key) = self.token_authority(host, &salt).await? else { return Ok(None) };
         let payload = random()?;
         let signed = self.verify_token_authority(host, &salt, &payload).await?.unwrap_or_default();
-        let proven = signed
-            .split_at_checked(SIGNATURE)
-            .is_some_and(|(signature, said)| said == payload && UnparsedPublicKey::new(&ED25519, key).verify(&payload, signature).is_ok());
+        let proven = signed.split_at_checked(SIGNATURE).is_some_and(|(signature, said)| {
+            said == payload
+                && UnparsedPublicKey::new(&ED25519, key).verify(&payload, signature).is_ok()
+        });
         if !proven {
-            tracing::warn!(session = self.id().as_str(), host, "the client does not prove its token authority");
+            tracing::warn!(
+                session = self.id().as_str(),
+                host,
+                "the client does not prove its token authority"
+            );
         }
         Ok(proven.then_some(key))
     }
 
-    /// The public key by which the client proves, with [`Session::verify_token_authority`], that it holds credentials for `host`;
-    /// `None` if it does not do that.
+    /// The public key by which the client proves, with [`Session::verify_token_authority`], that it
+    /// holds credentials for `host`; `None` if it does not do that.
     pub async fn token_authority(&self, host: &str, salt: &[u8]) -> Result<Option<[u8; 32]>> {
         let mut client = client!(AuthClient, self);
         let what = format!("ask the client for its token authority for {host}");
-        let call = client.get_token_authority(GetTokenAuthorityRequest { host: host.to_owned(), salt: salt.to_vec() });
-        let Some(answer) = optional(LIMIT, &what, &[Code::Unimplemented, Code::Unavailable], call).await? else { return Ok(None) };
+        let call = client.get_token_authority(GetTokenAuthorityRequest {
+            host: host.to_owned(),
+            salt: salt.to_vec(),
+        });
+        let Some(answer) =
+            optional(LIMIT, &what, &[Code::Unimplemented, Code::Unavailable], call).await?
+        else {
+            return Ok(None);
+        };
         let length = answer.public_key.len();
-        let key = answer.public_key.try_into().map_err(|_| Fault::invalid(format!("{what}: invalid pubkey length {length}")))?;
+        let key = answer
+            .public_key
+            .try_into()
+            .map_err(|_| Fault::invalid(format!("{what}: invalid pubkey length {length}")))?;
         Ok(Some(key))
     }
 
-    /// `payload` signed by the client with the key of [`Session::token_authority`]; `None` if it does not do that.
-    pub async fn verify_token_authority(&self, host: &str, salt: &[u8], payload: &[u8]) -> Result<Option<Vec<u8>>> {
+    /// `payload` signed by the client with the key of [`Session::token_authority`]; `None` if it
+    /// does not do that.
+    pub async fn verify_token_authority(
+        &self,
+        host: &str,
+        salt: &[u8],
+        payload: &[u8],
+    ) -> Result<Option<Vec<u8>>> {
         let mut client = client!(AuthClient, self);
         let what = format!("verify the client's token authority for {host}");
-        let request = VerifyTokenAuthorityRequest { host: host.to_owned(), payload: payload.to_vec(), salt: salt.to_vec() };
-        let answer = optional(LIMIT, &what, &[Code::Unimplemented], client.verify_token_authority(request)).await?;
+        let request = VerifyTokenAuthorityRequest {
+            host: host.to_owned(),
+            payload: payload.to_vec(),
+            salt: salt.to_vec(),
+        };
+        let answer =
+            optional(LIMIT, &what, &[Code::Unimplemented], client.verify_token_authority(request))
+                .await?;
         Ok(answer.map(|a| a.signed))
     }
 }

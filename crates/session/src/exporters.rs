@@ -1,9 +1,12 @@
-//! Clients that choose exporters when the result is there, and want to know how exporting ended (row `cb.exporter`).
+//! Clients that choose exporters when the result is there, and want to know how exporting ended
+//! (row `cb.exporter`).
 
 use std::{collections::BTreeMap, time::Duration};
 
 use shipway_fault::{Code, Result};
-use shipway_proto::moby::exporter::v1::{FinalizeExportRequest, FindExportersRequest, exporter_client::ExporterClient};
+use shipway_proto::moby::exporter::v1::{
+    FinalizeExportRequest, FindExportersRequest, exporter_client::ExporterClient,
+};
 
 use crate::{
     Session,
@@ -16,7 +19,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 const TOLERATED: [Code; 2] = [Code::Unavailable, Code::Unimplemented];
 
 impl Session {
-    /// The exporters, by type and attributes, that the client wants for a result with this metadata, whose states it may read by these ids.
+    /// The exporters, by type and attributes, that the client wants for a result with this
+    /// metadata, whose states it may read by these ids.
     pub async fn find_exporters(
         &self,
         metadata: BTreeMap<String, Vec<u8>>,

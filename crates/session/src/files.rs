@@ -6,7 +6,9 @@ use bytes::Bytes;
 use shipway_fault::{Fault, Result};
 use shipway_filesync::{FileSyncRequest, Packet, PacketStream, packets};
 use shipway_grpc::{FrameSink, fault_of, frames, headers};
-use shipway_proto::moby::filesync::v1::{BytesMessage, file_send_client::FileSendClient, file_sync_client::FileSyncClient};
+use shipway_proto::moby::filesync::v1::{
+    BytesMessage, file_send_client::FileSendClient, file_sync_client::FileSyncClient,
+};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Request, client::Grpc, metadata::MetadataMap};
 use tonic_prost::ProstCodec;
@@ -37,7 +39,8 @@ pub struct FileSink {
 }
 
 impl FileSink {
-    /// Sends `data`. An error of kind `BrokenPipe` means that the client takes no more; [`FileSink::finish`] tells why.
+    /// Sends `data`. An error of kind `BrokenPipe` means that the client takes no more;
+    /// [`FileSink::finish`] tells why.
     pub async fn write(&mut self, mut data: Bytes) -> std::io::Result<()> {
         while !data.is_empty() {
             let chunk = data.split_to(data.len().min(CHUNK));
@@ -61,7 +64,8 @@ impl FileSink {
     }
 }
 
-/// For writers of tars and the like that run on a blocking thread. Each call is a message, so put a `BufWriter` around it.
+/// For writers of tars and the like that run on a blocking thread. Each call is a message, so put a
+/// `BufWriter` around it.
 impl std::io::Write for FileSink {
     fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
         self.blocking_write(data)?;
@@ -81,7 +85,8 @@ impl Session {
     /// Asks for a directory; the stream is for a [`shipway_filesync::Receiver`].
     pub fn file_sync(&self, request: &FileSyncRequest) -> Result<PacketStream> {
         if !self.supports(SYNC) {
-            return Err(Fault::invalid("no local sources enabled").hint("the client that asked for this build offers no local directories"));
+            return Err(Fault::invalid("no local sources enabled")
+                .hint("the client that asked for this build offers no local directories"));
         }
         let (sink, stream) = packets();
         let mut call = Request::new(stream);
@@ -92,20 +97,26 @@ impl Session {
         let name = request.dir_name.clone();
         let answers = eager_faults(async move { client.diff_copy(call).await });
         let answers = futures::StreamExt::map(answers, move |packet: Result<Packet>| {
-            packet.map_err(|e| e.context(format!("transfer the local directory {name:?} from the client")))
+            packet.map_err(|e| {
+                e.context(format!("transfer the local directory {name:?} from the client"))
+            })
         });
         Ok(PacketStream::new(answers, sink))
     }
 
-    /// Starts sending one file, such as a tar, to the client's exporter `index`, with the exporter's metadata.
+    /// Starts sending one file, such as a tar, to the client's exporter `index`, with the
+    /// exporter's metadata.
     pub fn file_send(&self, index: usize, metadata: &BTreeMap<String, String>) -> Result<FileSink> {
         self.check_send()?;
         let (sink, stream) = frames();
         let mut call = Request::new(stream);
         add(call.metadata_mut(), headers::EXPORTER_ID, &index.to_string())?;
         for (key, value) in metadata {
-            // Keys come from exporters and frontends; one that a header cannot hold must not fail the whole export.
-            if let Err(fault) = add(call.metadata_mut(), &format!("{}{key}", headers::EXPORTER_METADATA), value) {
+            // Keys come from exporters and frontends; one that a header cannot hold must not fail
+            // the whole export.
+            if let Err(fault) =
+                add(call.metadata_mut(), &format!("{}{key}", headers::EXPORTER_METADATA), value)
+            {
                 tracing::warn!(error = %fault, "exporter metadata left out");
             }
         }
@@ -118,14 +129,17 @@ impl Session {
             };
             match sent.await {
                 Ok(()) => Ok(Delivered::Taken),
-                Err(status) if status.code() == tonic::Code::AlreadyExists => Ok(Delivered::NotNeeded),
+                Err(status) if status.code() == tonic::Code::AlreadyExists => {
+                    Ok(Delivered::NotNeeded)
+                }
                 Err(status) => Err(fault_of(&status).context("send a file to the client")),
             }
         };
         Ok(FileSink { sink, call: AbortOnDropHandle::new(tokio::spawn(call)) })
     }
 
-    /// Starts sending a directory to the client's exporter `index`; the stream is for a [`shipway_filesync::Sender`].
+    /// Starts sending a directory to the client's exporter `index`; the stream is for a
+    /// [`shipway_filesync::Sender`].
     pub fn file_send_dir(&self, index: usize) -> Result<PacketStream> {
         self.check_send()?;
         let mut metadata = MetadataMap::new();
@@ -135,7 +149,9 @@ impl Session {
         let mut call = Request::new(stream);
         *call.metadata_mut() = metadata;
         let limit = shipway_proto::MAX_MESSAGE;
-        let mut grpc = Grpc::new(self.channel()).max_decoding_message_size(limit).max_encoding_message_size(limit);
+        let mut grpc = Grpc::new(self.channel())
+            .max_decoding_message_size(limit)
+            .max_encoding_message_size(limit);
         // The generated method has the other of the two payloads that this method carries.
         let answers = eager_faults(async move {
             grpc.ready().await.map_err(|e| tonic::Status::unavailable(e.to_string()))?;

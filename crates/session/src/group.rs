@@ -33,7 +33,8 @@ impl SessionGroup {
         &self.hub
     }
 
-    /// Tries `f` with one session after the other until it succeeds; if it never does, gives its last error.
+    /// Tries `f` with one session after the other until it succeeds; if it never does, gives its
+    /// last error.
     pub async fn any<T, F, R>(&self, mut f: F) -> Result<T>
     where
         F: FnMut(Session) -> R,

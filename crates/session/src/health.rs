@@ -8,7 +8,8 @@ use shipway_proto::grpc::health::v1::{HealthCheckRequest, health_client::HealthC
 use tokio::time::Instant;
 use tonic::transport::Channel;
 
-/// How often a client is asked and how patiently. The defaults forgive a slow line that is busy with other data.
+/// How often a client is asked and how patiently. The defaults forgive a slow line that is busy
+/// with other data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct HealthPolicy {
     interval: Duration,
@@ -25,7 +26,11 @@ impl HealthPolicy {
                 let timeout = Duration::from_millis(ms).max(Duration::from_secs(1));
                 Self { interval: timeout, timeout, failures: 1 }
             }
-            _ => Self { interval: Duration::from_secs(5), timeout: Duration::from_secs(15), failures: 2 },
+            _ => Self {
+                interval: Duration::from_secs(5),
+                timeout: Duration::from_secs(15),
+                failures: 2,
+            },
         }
     }
 
@@ -40,11 +45,17 @@ impl HealthPolicy {
             ticks.tick().await;
             let timeout = self.timeout.max(last.mul_f32(1.5));
             let started = Instant::now();
-            let fault = match tokio::time::timeout(timeout, client.check(HealthCheckRequest::default())).await {
-                Ok(Ok(_)) => None,
-                Ok(Err(status)) => Some(fault_of(&status)),
-                Err(_) => Some(Fault::new(Code::DeadlineExceeded, format!("no answer within {timeout:?}"))),
-            };
+            let fault =
+                match tokio::time::timeout(timeout, client.check(HealthCheckRequest::default()))
+                    .await
+                {
+                    Ok(Ok(_)) => None,
+                    Ok(Err(status)) => Some(fault_of(&status)),
+                    Err(_) => Some(Fault::new(
+                        Code::DeadlineExceeded,
+                        format!("no answer within {timeout:?}"),
+                    )),
+                };
             last = started.elapsed();
             match fault {
                 None => failures = 0,
@@ -67,10 +78,18 @@ mod tests {
     #[test]
     fn a_client_can_ask_for_its_own_patience() {
         let (ms, s) = (Duration::from_millis, Duration::from_secs);
-        for (header, interval, timeout, failures) in
-            [("", s(5), s(15), 2), ("x", s(5), s(15), 2), ("0", s(5), s(15), 2), ("10", s(1), s(1), 1), ("2500", ms(2500), ms(2500), 1)]
-        {
-            assert_eq!(HealthPolicy::of(header), HealthPolicy { interval, timeout, failures }, "{header}");
+        for (header, interval, timeout, failures) in [
+            ("", s(5), s(15), 2),
+            ("x", s(5), s(15), 2),
+            ("0", s(5), s(15), 2),
+            ("10", s(1), s(1), 1),
+            ("2500", ms(2500), ms(2500), 1),
+        ] {
+            assert_eq!(
+                HealthPolicy::of(header),
+                HealthPolicy { interval, timeout, failures },
+                "{header}"
+            );
         }
     }
 }

@@ -32,7 +32,8 @@ const MAX_METHODS: usize = 4096;
 pub struct SessionId(Arc<str>);
 
 impl SessionId {
-    /// The id `id`. Of the form `prefix:id`, which callers use to tell apart contexts of one session, only the last part counts.
+    /// The id `id`. Of the form `prefix:id`, which callers use to tell apart contexts of one
+    /// session, only the last part counts.
     pub fn new(id: &str) -> Self {
         match id.split_once(':') {
             Some((_, rest)) if !rest.is_empty() => Self(rest.into()),
@@ -87,7 +88,8 @@ impl SessionHub {
         Self::default()
     }
 
-    /// Attaches the client that calls `Control.Session` with `metadata`; the answer ends when the session does.
+    /// Attaches the client that calls `Control.Session` with `metadata`; the answer ends when the
+    /// session does.
     pub async fn attach(
         &self,
         metadata: &MetadataMap,
@@ -98,13 +100,27 @@ impl SessionHub {
         Ok(answers)
     }
 
-    /// Attaches the client at the other end of `io`, which announced itself with `metadata`. It is detached when the stream ends or
-    /// its health checks fail; a newer session with the same id takes its place.
-    pub async fn register(&self, metadata: &MetadataMap, io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Result<Session> {
-        let text = |key| metadata.get(key).and_then(|v| v.to_str().ok()).filter(|v| v.len() <= MAX_VALUE).unwrap_or_default();
+    /// Attaches the client at the other end of `io`, which announced itself with `metadata`. It is
+    /// detached when the stream ends or its health checks fail; a newer session with the same id
+    /// takes its place.
+    pub async fn register(
+        &self,
+        metadata: &MetadataMap,
+        io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    ) -> Result<Session> {
+        let text = |key| {
+            metadata
+                .get(key)
+                .and_then(|v| v.to_str().ok())
+                .filter(|v| v.len() <= MAX_VALUE)
+                .unwrap_or_default()
+        };
         let id = text(headers::SESSION_ID);
         if id.is_empty() {
-            return Err(Fault::invalid(format!("attach a session: the request lacks the metadata {}", headers::SESSION_ID)));
+            return Err(Fault::invalid(format!(
+                "attach a session: the request lacks the metadata {}",
+                headers::SESSION_ID
+            )));
         }
         let methods = metadata.get_all(headers::SESSION_METHOD).iter().take(MAX_METHODS);
         let session = Session(Arc::new(Attached {
@@ -154,8 +170,11 @@ impl SessionHub {
             }
         };
         tokio::time::timeout(PATIENCE, found).await.map_err(|_| {
-            Fault::new(Code::DeadlineExceeded, format!("no active session for {id}: context deadline exceeded"))
-                .hint("the client that asked for this build has disconnected")
+            Fault::new(
+                Code::DeadlineExceeded,
+                format!("no active session for {id}: context deadline exceeded"),
+            )
+            .hint("the client that asked for this build has disconnected")
         })
     }
 

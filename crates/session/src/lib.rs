@@ -1,8 +1,9 @@
 //! Attached clients, and typed callers into them (rows `ses.*`, `cb.*`).
 //!
-//! A client opens `Control.Session` and serves gRPC inside that stream, so that the daemon can ask it for files, secrets, credentials
-//! and agents. [`SessionHub`] knows who is attached, [`Session`] is one of them with a method per thing that can be asked for, and
-//! [`SessionGroup`] stands for all the clients that wait for one piece of work, any of which may answer.
+//! A client opens `Control.Session` and serves gRPC inside that stream, so that the daemon can ask
+//! it for files, secrets, credentials and agents. [`SessionHub`] knows who is attached, [`Session`]
+//! is one of them with a method per thing that can be asked for, and [`SessionGroup`] stands for
+//! all the clients that wait for one piece of work, any of which may answer.
 //!
 //! Nothing here knows what a build is, or what is done with what a client gives.
 

@@ -1,7 +1,8 @@
 //! Clients that decide on sources themselves (row `cb.policy`).
 //!
-//! The client is asked about a source as the build names it. It answers with a decision, or with a question of its own: then it is asked again with
-//! what resolving the source has told. How often is the caller's business.
+//! The client is asked about a source as the build names it. It answers with a decision, or with a
+//! question of its own: then it is asked again with what resolving the source has told. How often
+//! is the caller's business.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -14,7 +15,10 @@ use shipway_proto::moby::buildkit::v1::{
     frontend::{self as wire, checksum_request::ChecksumAlgo},
     sourcepolicy::{
         PolicyAction,
-        policysession::{CheckPolicyRequest, check_policy_response::Result as Answer, policy_verifier_client::PolicyVerifierClient},
+        policysession::{
+            CheckPolicyRequest, check_policy_response::Result as Answer,
+            policy_verifier_client::PolicyVerifierClient,
+        },
     },
 };
 use tonic::Request;
@@ -68,7 +72,10 @@ pub enum PolicyAnswer {
 
 /// The fault of a source that a client refused; the words travel as a detail that the client knows.
 pub fn denied(identifier: &str, words: &[String]) -> Fault {
-    let fault = Fault::new(shipway_fault::Code::PermissionDenied, format!("source {identifier:?} not allowed by policy: action DENY"));
+    let fault = Fault::new(
+        shipway_fault::Code::PermissionDenied,
+        format!("source {identifier:?} not allowed by policy: action DENY"),
+    );
     if words.is_empty() {
         return fault;
     }
@@ -95,16 +102,24 @@ fn json_string(text: &str) -> String {
 fn request(subject: &PolicySubject) -> CheckPolicyRequest {
     let source = SourceOp { identifier: subject.identifier.clone(), attrs: subject.attrs.clone() };
     let source = subject.facts.clone().to_pb(source);
-    CheckPolicyRequest { platform: subject.platform.as_ref().map(platform_to_wire), source: Some(source), caps: BTreeMap::new() }
+    CheckPolicyRequest {
+        platform: subject.platform.as_ref().map(platform_to_wire),
+        source: Some(source),
+        caps: BTreeMap::new(),
+    }
 }
 
 fn question(q: wire::ResolveSourceMetaRequest) -> Result<PolicyQuestion> {
-    let source = q.source.ok_or_else(|| Fault::invalid("the client's policy asked about no source"))?;
+    let source =
+        q.source.ok_or_else(|| Fault::invalid("the client's policy asked about no source"))?;
     let algorithm = |c: wire::ChecksumRequest| match ChecksumAlgo::try_from(c.algo) {
         Ok(ChecksumAlgo::Sha256) => Ok((ChecksumAlgorithm::Sha256, Bytes::from(c.suffix))),
         Ok(ChecksumAlgo::Sha384) => Ok((ChecksumAlgorithm::Sha384, Bytes::from(c.suffix))),
         Ok(ChecksumAlgo::Sha512) => Ok((ChecksumAlgorithm::Sha512, Bytes::from(c.suffix))),
-        Err(_) => Err(Fault::invalid(format!("the client's policy asked for an unsupported checksum algorithm: {}", c.algo))),
+        Err(_) => Err(Fault::invalid(format!(
+            "the client's policy asked for an unsupported checksum algorithm: {}",
+            c.algo
+        ))),
     };
     Ok(PolicyQuestion {
         identifier: source.identifier,
@@ -113,7 +128,10 @@ fn question(q: wire::ResolveSourceMetaRequest) -> Result<PolicyQuestion> {
         log_name: q.log_name,
         resolve_mode: q.resolve_mode,
         no_config: q.image.as_ref().is_some_and(|i| i.no_config),
-        attestations: q.image.filter(|i| i.attestation_chain || !i.resolve_attestations.is_empty()).map(|i| i.resolve_attestations),
+        attestations: q
+            .image
+            .filter(|i| i.attestation_chain || !i.resolve_attestations.is_empty())
+            .map(|i| i.resolve_attestations),
         git_objects: q.git.is_some_and(|g| g.return_object),
         http_checksum: q.http.and_then(|h| h.checksum_request).map(algorithm).transpose()?,
     })
@@ -125,9 +143,16 @@ impl Session {
         let what = || format!("ask the client's policy about {}", subject.identifier);
         let mut client = client!(PolicyVerifierClient, self);
         let call = client.check_policy(Request::new(request(subject)));
-        let late =
-            |_| Fault::new(shipway_fault::Code::DeadlineExceeded, format!("the client has not answered within {} s", LIMIT.as_secs()));
-        let response = tokio::time::timeout(LIMIT, call).await.map_err(late).and_then(|r| r.map_err(|s| shipway_grpc::fault_of(&s)));
+        let late = |_| {
+            Fault::new(
+                shipway_fault::Code::DeadlineExceeded,
+                format!("the client has not answered within {} s", LIMIT.as_secs()),
+            )
+        };
+        let response = tokio::time::timeout(LIMIT, call)
+            .await
+            .map_err(late)
+            .and_then(|r| r.map_err(|s| shipway_grpc::fault_of(&s)));
         let decision = match response.map_err(|f| f.context(what()))?.into_inner().result {
             Some(Answer::Request(q)) => return Ok(PolicyAnswer::Ask(Box::new(question(q)?))),
             Some(Answer::Decision(decision)) => decision,
@@ -135,12 +160,22 @@ impl Session {
         };
         Ok(match PolicyAction::try_from(decision.action) {
             Ok(PolicyAction::Allow) => PolicyAnswer::Allow,
-            Ok(PolicyAction::Deny) => PolicyAnswer::Deny(decision.deny_messages.into_iter().map(|m| m.message).collect()),
+            Ok(PolicyAction::Deny) => {
+                PolicyAnswer::Deny(decision.deny_messages.into_iter().map(|m| m.message).collect())
+            }
             Ok(PolicyAction::Convert) => {
-                let to = decision.update.ok_or_else(|| Fault::invalid("convert action requires updated source").context(what()))?;
+                let to = decision.update.ok_or_else(|| {
+                    Fault::invalid("convert action requires updated source").context(what())
+                })?;
                 PolicyAnswer::Convert(to.identifier, to.attrs)
             }
-            Err(_) => return Err(Fault::invalid(format!("unknown action {} in policy response", decision.action)).context(what())),
+            Err(_) => {
+                return Err(Fault::invalid(format!(
+                    "unknown action {} in policy response",
+                    decision.action
+                ))
+                .context(what()));
+            }
         })
     }
 }
@@ -152,9 +187,15 @@ mod tests {
     #[test]
     fn a_refusal_carries_the_clients_words() {
         let fault = denied("docker-image://x", &["no \"x\"\n".into()]);
-        assert_eq!(fault.to_string(), "source \"docker-image://x\" not allowed by policy: action DENY");
+        assert_eq!(
+            fault.to_string(),
+            "source \"docker-image://x\" not allowed by policy: action DENY"
+        );
         let [Detail::Opaque { value, .. }] = fault.details() else { panic!("{fault:?}") };
-        assert_eq!(String::from_utf8_lossy(value), r#"{"denyMessages":[{"message":"no \"x\"\u000a"}]}"#);
+        assert_eq!(
+            String::from_utf8_lossy(value),
+            r#"{"denyMessages":[{"message":"no \"x\"\u000a"}]}"#
+        );
         assert!(denied("x", &[]).details().is_empty());
     }
 }

@@ -49,7 +49,8 @@ impl Session {
         let mut client = client!(SshClient, self);
         let what = format!("ask the client for the SSH agent {id}");
         let call = client.check_agent(CheckAgentRequest { id: id.to_owned() });
-        // Clients answer an unknown id with a plain error; only one that has no agents at all lacks the method.
+        // Clients answer an unknown id with a plain error; only one that has no agents at all lacks
+        // the method.
         Ok(optional(LIMIT, &what, &[Code::NotFound, Code::Unimplemented], call).await?.is_some())
     }
 

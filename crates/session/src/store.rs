@@ -1,4 +1,5 @@
-//! A client's content stores: layouts it builds from, caches it keeps, images it receives (rows `cb.content*`).
+//! A client's content stores: layouts it builds from, caches it keeps, images it receives (rows
+//! `cb.content*`).
 
 use std::collections::BTreeMap;
 
@@ -9,7 +10,8 @@ use shipway_fault::{Code, Fault, Result};
 use shipway_grpc::fault_of;
 use shipway_oci::{Descriptor, Digest};
 use shipway_proto::containerd::services::content::v1::{
-    InfoRequest, ReadContentRequest, WriteAction, WriteContentRequest, WriteContentResponse, content_client::ContentClient,
+    InfoRequest, ReadContentRequest, WriteAction, WriteContentRequest, WriteContentResponse,
+    content_client::ContentClient,
 };
 use shipway_storage::BlobReader;
 use tokio::sync::mpsc;
@@ -54,18 +56,27 @@ impl ClientStore {
 
     fn client(&self) -> ContentClient<StoreChannel> {
         let limit = shipway_proto::MAX_MESSAGE;
-        ContentClient::new(self.channel.clone()).max_decoding_message_size(limit).max_encoding_message_size(limit)
+        ContentClient::new(self.channel.clone())
+            .max_decoding_message_size(limit)
+            .max_encoding_message_size(limit)
     }
 
     fn fault(&self, what: &str, digest: Digest, status: &Status) -> Fault {
-        fault_of(status).context(format!("{what} {digest} in the client's content store {:?}", self.id))
+        fault_of(status)
+            .context(format!("{what} {digest} in the client's content store {:?}", self.id))
     }
 
     /// Length of a blob; `NotFound` if the client does not have it.
     pub async fn size(&self, digest: Digest) -> Result<u64> {
         let answer = self.client().info(InfoRequest { digest: digest.to_string() }).await;
-        let info = answer.map_err(|s| self.fault("look up", digest, &s))?.into_inner().info.unwrap_or_default();
-        u64::try_from(info.size).map_err(|_| Fault::invalid(format!("the client says that {digest} has a negative length")))
+        let info = answer
+            .map_err(|s| self.fault("look up", digest, &s))?
+            .into_inner()
+            .info
+            .unwrap_or_default();
+        u64::try_from(info.size).map_err(|_| {
+            Fault::invalid(format!("the client says that {digest} has a negative length"))
+        })
     }
 
     /// A reader of a blob.
@@ -78,14 +89,20 @@ impl ClientStore {
     pub async fn read_all(&self, digest: Digest, limit: u64) -> Result<Bytes> {
         let mut reader = self.reader(digest).await?;
         if reader.size > limit {
-            return Err(Fault::invalid(format!("blob {digest} has {} bytes, more than the {limit} allowed here", reader.size)));
+            return Err(Fault::invalid(format!(
+                "blob {digest} has {} bytes, more than the {limit} allowed here",
+                reader.size
+            )));
         }
         let mut bytes = Vec::with_capacity(reader.size as usize);
         while let Some(chunk) = reader.next().await? {
             bytes.extend_from_slice(&chunk);
         }
         if Digest::of(&bytes) != digest {
-            return Err(Fault::new(Code::DataLoss, format!("blob {digest} is damaged in the client's content store {:?}", self.id)));
+            return Err(Fault::new(
+                Code::DataLoss,
+                format!("blob {digest} is damaged in the client's content store {:?}", self.id),
+            ));
         }
         Ok(bytes.into())
     }
@@ -109,7 +126,10 @@ impl ClientStore {
             }
         }
         if offset != blob.size as i64 {
-            return Err(Fault::internal(format!("blob {digest} has {offset} bytes and was announced with {}", blob.size)));
+            return Err(Fault::internal(format!(
+                "blob {digest} has {offset} bytes and was announced with {}",
+                blob.size
+            )));
         }
         ingest.send(WriteAction::Commit, offset, Bytes::new()).await.map(drop)
     }
@@ -174,7 +194,10 @@ impl<'a> Ingest<'a> {
             Some(Ok(_)) => Ok(true),
             Some(Err(status)) if status.code() == tonic::Code::AlreadyExists => Ok(false),
             Some(Err(status)) => Err(self.store.fault("write", self.blob.digest, &status)),
-            None => Err(Fault::unavailable(format!("the client ended the transfer of {} early", self.blob.digest))),
+            None => Err(Fault::unavailable(format!(
+                "the client ended the transfer of {} early",
+                self.blob.digest
+            ))),
         }
     }
 }
@@ -185,7 +208,9 @@ pub struct ClientBlob {
     digest: Digest,
     size: u64,
     offset: u64,
-    stream: Option<tonic::Streaming<shipway_proto::containerd::services::content::v1::ReadContentResponse>>,
+    stream: Option<
+        tonic::Streaming<shipway_proto::containerd::services::content::v1::ReadContentResponse>,
+    >,
 }
 
 #[async_trait]
@@ -203,15 +228,23 @@ impl BlobReader for ClientBlob {
             let stream = match &mut self.stream {
                 Some(stream) => stream,
                 None => {
-                    let request = ReadContentRequest { digest: self.digest.to_string(), offset: self.offset as i64, size: 0 };
-                    let answers = self.store.client().read(request).await.map_err(fault)?.into_inner();
+                    let request = ReadContentRequest {
+                        digest: self.digest.to_string(),
+                        offset: self.offset as i64,
+                        size: 0,
+                    };
+                    let answers =
+                        self.store.client().read(request).await.map_err(fault)?.into_inner();
                     self.stream.insert(answers)
                 }
             };
             match stream.message().await {
                 Ok(Some(piece)) if piece.data.is_empty() => {}
                 Ok(Some(piece)) if piece.data.len() as u64 > self.size - self.offset => {
-                    let message = format!("the client sent more than the {} bytes that blob {} has", self.size, self.digest);
+                    let message = format!(
+                        "the client sent more than the {} bytes that blob {} has",
+                        self.size, self.digest
+                    );
                     return Err(Fault::new(Code::DataLoss, message));
                 }
                 Ok(Some(piece)) => {
@@ -219,7 +252,10 @@ impl BlobReader for ClientBlob {
                     return Ok(Some(piece.data.into()));
                 }
                 Ok(None) => {
-                    let message = format!("the client sent {} of {} bytes of blob {}", self.offset, self.size, self.digest);
+                    let message = format!(
+                        "the client sent {} of {} bytes of blob {}",
+                        self.offset, self.size, self.digest
+                    );
                     return Err(Fault::unavailable(message));
                 }
                 Err(status) => return Err(self.store.fault("read", self.digest, &status)),

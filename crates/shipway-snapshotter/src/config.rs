@@ -1,4 +1,5 @@
-//! The configuration: one TOML file, strict, every key of which has a default. `config/shipway-snapshotter.toml` shows them all.
+//! The configuration: one TOML file, strict, every key of which has a default.
+//! `config/shipway-snapshotter.toml` shows them all.
 
 use serde::Deserialize;
 use shipway_fault::{Fault, Result, closest};
@@ -9,7 +10,8 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Directory of the snapshots. The default is where containerd before 1.7.16 takes the size of the file system of images from, whatever it is told.
+    /// Directory of the snapshots. The default is where containerd before 1.7.16 takes the size of
+    /// the file system of images from, whatever it is told.
     pub root: PathBuf,
     /// Socket that containerd connects to.
     pub address: PathBuf,
@@ -73,19 +75,30 @@ impl Config {
     /// Parses the text of a file called `name`.
     pub fn parse(text: &str, name: &str) -> Result<Self> {
         let config: Self = toml::from_str(text).map_err(|e| {
-            let fault = Fault::invalid(format!("{e}").trim_end().to_owned()).context(format!("parse the configuration file {name}"));
+            let fault = Fault::invalid(format!("{e}").trim_end().to_owned())
+                .context(format!("parse the configuration file {name}"));
             match suggestion(e.message()) {
                 Some(known) => fault.hint(format!("did you mean `{known}`?")),
                 None => fault,
             }
         })?;
-        for (key, path) in [("root", &config.root), ("address", &config.address), ("status_address", &config.status_address)] {
+        for (key, path) in [
+            ("root", &config.root),
+            ("address", &config.address),
+            ("status_address", &config.status_address),
+        ] {
             if !path.is_absolute() {
-                return Err(Fault::invalid(format!("`{key}` of {name} is not an absolute path: {:?}", path.display())));
+                return Err(Fault::invalid(format!(
+                    "`{key}` of {name} is not an absolute path: {:?}",
+                    path.display()
+                )));
             }
         }
-        if let Some(option) = config.mount_options.iter().find(|o| o.is_empty() || o.contains(',')) {
-            return Err(Fault::invalid(format!("`mount_options` of {name} wants one option each, not {option:?}")));
+        if let Some(option) = config.mount_options.iter().find(|o| o.is_empty() || o.contains(','))
+        {
+            return Err(Fault::invalid(format!(
+                "`mount_options` of {name} wants one option each, not {option:?}"
+            )));
         }
         Ok(config)
     }
@@ -135,12 +148,20 @@ mod tests {
         // Keys that are only mentioned are "#key" without a space.
         let mentioned: Vec<&str> = SAMPLE
             .lines()
-            .map(|l| l.trim_start().strip_prefix('#').filter(|r| !r.starts_with(' ') && !r.is_empty()).unwrap_or(l))
+            .map(|l| {
+                l.trim_start()
+                    .strip_prefix('#')
+                    .filter(|r| !r.starts_with(' ') && !r.is_empty())
+                    .unwrap_or(l)
+            })
             .collect();
         let all = mentioned.join("\n");
         let uncommented = Config::parse(&all, "sample").unwrap();
         assert_eq!(format!("{plain:?}"), format!("{:?}", Config::default()));
-        assert_eq!(format!("{uncommented:?}"), format!("{:?}", Config { mount_options: vec!["volatile".into()], ..Config::default() }));
+        assert_eq!(
+            format!("{uncommented:?}"),
+            format!("{:?}", Config { mount_options: vec!["volatile".into()], ..Config::default() })
+        );
         // No key is missing in it.
         let shown: toml::Table = toml::from_str(&all).unwrap();
         let mut keys: Vec<&str> = shown.keys().map(String::as_str).collect();

@@ -27,7 +27,9 @@ pub fn run(config: &Config, target: &Target) -> ExitCode {
 }
 
 fn checks(config: &Config, target: &Target) -> Vec<Check> {
-    let missing = |what: &'static str, hint: &'static str| Fault::new(Code::FailedPrecondition, what).hint(hint);
+    let missing = |what: &'static str, hint: &'static str| {
+        Fault::new(Code::FailedPrecondition, what).hint(hint)
+    };
     let overlay = match std::fs::read_to_string("/proc/filesystems") {
         Ok(text) if text.split_whitespace().any(|word| word == "overlay") => Ok(()),
         Ok(_) => Err(missing("this kernel has none, or has not loaded it", "modprobe overlay")),

@@ -1,15 +1,18 @@
-//! The snapshotter of Shipway: a program that containerd asks for snapshots (a proxy plug-in). `main` is a table of contents.
+//! The snapshotter of Shipway: a program that containerd asks for snapshots (a proxy plug-in).
+//! `main` is a table of contents.
 //!
-//! - [`rpc`]: containerd's snapshots service on [`shipway_snapstore::Store`], by the crate `containerd-snapshots`.
+//! - [`rpc`]: containerd's snapshots service on [`shipway_snapstore::Store`], by the crate
+//!   `containerd-snapshots`.
 //! - [`serve`]: sockets, ready and stop.
 //! - [`status`]: what it tells about itself.
 //! - [`setup`]: what containerd's configuration needs to find it; [`doctor`]: what is missing.
 //! - [`config`]: its own file.
 //!
-//! Dependencies worth a word. `containerd-snapshots` is the server that the project's user asks for. Its release 0.3 brings tonic 0.9 and what
-//! that stands on beside the tonic of the rest; none of it is seen outside of [`rpc`]. It does not pass on the parent of
-//! Commit, which only unpackers need that put layers together in any order (`rebase`, which is not advertised). `toml_edit` changes
-//! containerd's configuration without touching other people's lines.
+//! Dependencies worth a word. `containerd-snapshots` is the server that the project's user asks
+//! for. Its release 0.3 brings tonic 0.9 and what that stands on beside the tonic of the rest; none
+//! of it is seen outside of [`rpc`]. It does not pass on the parent of Commit, which only unpackers
+//! need that put layers together in any order (`rebase`, which is not advertised). `toml_edit`
+//! changes containerd's configuration without touching other people's lines.
 
 mod config;
 mod doctor;
@@ -51,7 +54,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Makes containerd use this snapshotter: writes what its configuration lacks, and leaves everything else as it is.
+    /// Makes containerd use this snapshotter: writes what its configuration lacks, and leaves
+    /// everything else as it is.
     Setup(setup::Flags),
     /// Tells what is missing on this host.
     Doctor(setup::Target),

@@ -1,4 +1,5 @@
-//! containerd's snapshots service, by the crate `containerd-snapshots`, none of whose types leave this module.
+//! containerd's snapshots service, by the crate `containerd-snapshots`, none of whose types leave
+//! this module.
 
 use containerd_snapshots::{Info, Kind, Snapshotter, Usage, api::types, tonic};
 use shipway_fault::{Class, Fault, Result};
@@ -21,8 +22,9 @@ pub async fn serve(
     connections: impl Stream<Item = UnixStream> + Send,
     stopped: impl Future<Output = ()> + Send,
 ) -> Result<()> {
-    let service =
-        containerd_snapshots::server(Arc::new(Rpc { store })).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+    let service = containerd_snapshots::server(Arc::new(Rpc { store }))
+        .max_decoding_message_size(MAX_MESSAGE)
+        .max_encoding_message_size(MAX_MESSAGE);
     tonic::transport::Server::builder()
         .max_concurrent_streams(MAX_CALLS)
         .add_service(service)
@@ -36,7 +38,8 @@ struct Rpc {
 }
 
 impl Rpc {
-    /// Does what may wait for the disk where waiting holds up nobody. What has begun is finished, even if the caller goes.
+    /// Does what may wait for the disk where waiting holds up nobody. What has begun is finished,
+    /// even if the caller goes.
     async fn blocking<T: Send + 'static>(
         &self,
         what: &'static str,
@@ -45,7 +48,11 @@ impl Rpc {
     ) -> Answer<T> {
         let store = self.store.clone();
         let result = tokio::task::spawn_blocking(move || work(&store)).await;
-        answer(what, &key, result.unwrap_or_else(|e| Err(Fault::internal(format!("{what} failed: {e}")))))
+        answer(
+            what,
+            &key,
+            result.unwrap_or_else(|e| Err(Fault::internal(format!("{what} failed: {e}")))),
+        )
     }
 }
 
@@ -100,8 +107,12 @@ fn info_of(info: snapstore::Info) -> Info {
 }
 
 fn mounts_of(mounts: Vec<snapstore::Mount>) -> Vec<types::Mount> {
-    let mount =
-        |m: snapstore::Mount| types::Mount { r#type: m.kind.into(), source: m.source, options: m.options, ..types::Mount::default() };
+    let mount = |m: snapstore::Mount| types::Mount {
+        r#type: m.kind.into(),
+        source: m.source,
+        options: m.options,
+        ..types::Mount::default()
+    };
     mounts.into_iter().map(mount).collect()
 }
 
@@ -110,12 +121,18 @@ impl Snapshotter for Rpc {
     type Error = Failure;
 
     async fn stat(&self, key: String) -> Answer<Info> {
-        answer("stat", &key, Name::new(key.clone()).and_then(|name| self.store.stat(&name)).map(info_of))
+        answer(
+            "stat",
+            &key,
+            Name::new(key.clone()).and_then(|name| self.store.stat(&name)).map(info_of),
+        )
     }
 
     async fn update(&self, info: Info, fieldpaths: Option<Vec<String>>) -> Answer<Info> {
         let paths = fieldpaths.unwrap_or_default();
-        let update = move |store: &Store| store.update(&Name::new(info.name)?, labels_of(info.labels), &paths).map(info_of);
+        let update = move |store: &Store| {
+            store.update(&Name::new(info.name)?, labels_of(info.labels), &paths).map(info_of)
+        };
         self.blocking("update", String::new(), update).await
     }
 
@@ -124,14 +141,23 @@ impl Snapshotter for Rpc {
             inodes: i64::try_from(usage.inodes).unwrap_or(i64::MAX),
             size: i64::try_from(usage.bytes).unwrap_or(i64::MAX),
         };
-        self.blocking("usage", key.clone(), move |store| store.usage(&Name::new(key)?).map(counted)).await
+        self.blocking("usage", key.clone(), move |store| store.usage(&Name::new(key)?).map(counted))
+            .await
     }
 
     async fn mounts(&self, key: String) -> Answer<Vec<types::Mount>> {
-        self.blocking("mounts", key.clone(), move |store| store.mounts(&Name::new(key)?).map(mounts_of)).await
+        self.blocking("mounts", key.clone(), move |store| {
+            store.mounts(&Name::new(key)?).map(mounts_of)
+        })
+        .await
     }
 
-    async fn prepare(&self, key: String, parent: String, labels: HashMap<String, String>) -> Answer<Vec<types::Mount>> {
+    async fn prepare(
+        &self,
+        key: String,
+        parent: String,
+        labels: HashMap<String, String>,
+    ) -> Answer<Vec<types::Mount>> {
         let work = move |store: &Store| {
             let (key, parent) = (Name::new(key)?, parent_of(parent)?);
             store.prepare(&key, parent.as_ref(), labels_of(labels)).map(mounts_of)
@@ -139,7 +165,12 @@ impl Snapshotter for Rpc {
         self.blocking("prepare", String::new(), work).await
     }
 
-    async fn view(&self, key: String, parent: String, labels: HashMap<String, String>) -> Answer<Vec<types::Mount>> {
+    async fn view(
+        &self,
+        key: String,
+        parent: String,
+        labels: HashMap<String, String>,
+    ) -> Answer<Vec<types::Mount>> {
         let work = move |store: &Store| {
             let (key, parent) = (Name::new(key)?, parent_of(parent)?);
             store.view(&key, parent.as_ref(), labels_of(labels)).map(mounts_of)
@@ -147,8 +178,15 @@ impl Snapshotter for Rpc {
         self.blocking("view", String::new(), work).await
     }
 
-    async fn commit(&self, name: String, key: String, labels: HashMap<String, String>) -> Answer<()> {
-        let work = move |store: &Store| store.commit(&Name::new(name)?, &Name::new(key)?, labels_of(labels));
+    async fn commit(
+        &self,
+        name: String,
+        key: String,
+        labels: HashMap<String, String>,
+    ) -> Answer<()> {
+        let work = move |store: &Store| {
+            store.commit(&Name::new(name)?, &Name::new(key)?, labels_of(labels))
+        };
         self.blocking("commit", String::new(), work).await
     }
 
@@ -160,7 +198,9 @@ impl Snapshotter for Rpc {
         self.blocking("cleanup", String::new(), Store::cleanup).await
     }
 
-    type InfoStream = tokio_stream::Iter<std::iter::Map<std::vec::IntoIter<snapstore::Info>, fn(snapstore::Info) -> Answer<Info>>>;
+    type InfoStream = tokio_stream::Iter<
+        std::iter::Map<std::vec::IntoIter<snapstore::Info>, fn(snapstore::Info) -> Answer<Info>>,
+    >;
 
     async fn list(&self, _: String, filters: Vec<String>) -> Answer<Self::InfoStream> {
         let filters = answer("list", "", Filters::parse(&filters))?;
@@ -172,7 +212,9 @@ impl Snapshotter for Rpc {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use containerd_snapshots::api::snapshots::v1::{self as wire, snapshots_client::SnapshotsClient};
+    use containerd_snapshots::api::snapshots::v1::{
+        self as wire, snapshots_client::SnapshotsClient,
+    };
     use shipway_snapstore::{NoLazyLayers, Options};
     use std::path::Path;
     use tonic::{
@@ -186,14 +228,24 @@ mod tests {
         let connections = tokio_stream::iter([theirs]).chain(tokio_stream::pending());
         tokio::spawn(serve(Arc::new(store), connections, std::future::pending()));
         let mut ours = Some(ours);
-        let connect =
-            tower::service_fn(move |_: Uri| std::future::ready(ours.take().ok_or(std::io::Error::from(std::io::ErrorKind::NotConnected))));
-        let channel = Endpoint::from_static("http://[::]:0").connect_with_connector(connect).await.unwrap();
-        SnapshotsClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
+        let connect = tower::service_fn(move |_: Uri| {
+            std::future::ready(
+                ours.take().ok_or(std::io::Error::from(std::io::ErrorKind::NotConnected)),
+            )
+        });
+        let channel =
+            Endpoint::from_static("http://[::]:0").connect_with_connector(connect).await.unwrap();
+        SnapshotsClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE)
     }
 
     fn prepare(key: &str, parent: &str) -> wire::PrepareSnapshotRequest {
-        wire::PrepareSnapshotRequest { key: key.into(), parent: parent.into(), ..Default::default() }
+        wire::PrepareSnapshotRequest {
+            key: key.into(),
+            parent: parent.into(),
+            ..Default::default()
+        }
     }
 
     #[tokio::test]
@@ -203,48 +255,90 @@ mod tests {
         let labels: HashMap<String, String> = [("l".to_owned(), "1".to_owned())].into();
         let request = wire::PrepareSnapshotRequest { labels: labels.clone(), ..prepare("a", "") };
         let mounts = client.prepare(request).await.unwrap().into_inner().mounts;
-        assert_eq!((mounts[0].r#type.as_str(), mounts[0].options.as_slice()), ("bind", &["rw".to_owned(), "rbind".to_owned()][..]));
+        assert_eq!(
+            (mounts[0].r#type.as_str(), mounts[0].options.as_slice()),
+            ("bind", &["rw".to_owned(), "rbind".to_owned()][..])
+        );
         assert_eq!(client.prepare(prepare("a", "")).await.unwrap_err().code(), Code::AlreadyExists);
         assert_eq!(client.prepare(prepare("b", "x")).await.unwrap_err().code(), Code::NotFound);
-        assert_eq!(client.prepare(prepare("", "")).await.unwrap_err().code(), Code::InvalidArgument);
-        let again = client.mounts(wire::MountsRequest { key: "a".into(), ..Default::default() }).await.unwrap().into_inner().mounts;
+        assert_eq!(
+            client.prepare(prepare("", "")).await.unwrap_err().code(),
+            Code::InvalidArgument
+        );
+        let again = client
+            .mounts(wire::MountsRequest { key: "a".into(), ..Default::default() })
+            .await
+            .unwrap()
+            .into_inner()
+            .mounts;
         assert_eq!(again, mounts);
-        let active = client.usage(wire::UsageRequest { key: "a".into(), ..Default::default() }).await.unwrap().into_inner();
+        let active = client
+            .usage(wire::UsageRequest { key: "a".into(), ..Default::default() })
+            .await
+            .unwrap()
+            .into_inner();
         assert_eq!(active.inodes, 1);
 
-        let commit = wire::CommitSnapshotRequest { name: "c".into(), key: "a".into(), labels: labels.clone(), ..Default::default() };
+        let commit = wire::CommitSnapshotRequest {
+            name: "c".into(),
+            key: "a".into(),
+            labels: labels.clone(),
+            ..Default::default()
+        };
         client.commit(commit).await.unwrap();
-        let view = wire::ViewSnapshotRequest { key: "v".into(), parent: "c".into(), ..Default::default() };
-        assert_eq!(client.view(view).await.unwrap().into_inner().mounts[0].options, ["ro", "rbind"]);
-        let stat = client.stat(wire::StatSnapshotRequest { key: "c".into(), ..Default::default() }).await.unwrap().into_inner();
+        let view =
+            wire::ViewSnapshotRequest { key: "v".into(), parent: "c".into(), ..Default::default() };
+        assert_eq!(
+            client.view(view).await.unwrap().into_inner().mounts[0].options,
+            ["ro", "rbind"]
+        );
+        let stat = client
+            .stat(wire::StatSnapshotRequest { key: "c".into(), ..Default::default() })
+            .await
+            .unwrap()
+            .into_inner();
         let info = stat.info.unwrap();
-        assert_eq!((info.kind, &info.labels, info.parent.as_str()), (wire::Kind::Committed as i32, &labels, ""));
+        assert_eq!(
+            (info.kind, &info.labels, info.parent.as_str()),
+            (wire::Kind::Committed as i32, &labels, "")
+        );
         assert!(info.created_at.as_ref().unwrap().seconds > 1_700_000_000);
 
         // Go sends year 1 for times it does not set.
         let mut unset = info.created_at.clone().unwrap();
         (unset.seconds, unset.nanos) = (-62_135_596_800, 0);
         let unset = Some(unset);
-        let changed = wire::Info { name: "c".into(), created_at: unset.clone(), updated_at: unset, ..Default::default() };
+        let changed = wire::Info {
+            name: "c".into(),
+            created_at: unset.clone(),
+            updated_at: unset,
+            ..Default::default()
+        };
         let mut request = wire::UpdateSnapshotRequest { info: Some(changed), ..Default::default() };
         request.update_mask.get_or_insert_with(Default::default).paths = vec!["labels.l".into()];
         let updated = client.update(request).await.unwrap().into_inner().info.unwrap();
         assert!(updated.labels.is_empty());
         assert_eq!(updated.created_at, info.created_at);
 
-        let remove = |key: &str| wire::RemoveSnapshotRequest { key: key.into(), ..Default::default() };
+        let remove =
+            |key: &str| wire::RemoveSnapshotRequest { key: key.into(), ..Default::default() };
         assert_eq!(client.remove(remove("c")).await.unwrap_err().code(), Code::FailedPrecondition);
         client.remove(remove("v")).await.unwrap();
         client.remove(remove("c")).await.unwrap();
         client.cleanup(wire::CleanupRequest::default()).await.unwrap();
         assert_eq!(std::fs::read_dir(dir.path().join("trash")).unwrap().count(), 0);
-        let filter = wire::ListSnapshotsRequest { filters: vec!["name=c".into()], ..Default::default() };
+        let filter =
+            wire::ListSnapshotsRequest { filters: vec!["name=c".into()], ..Default::default() };
         let error = match client.list(filter).await {
             Err(error) => error,
             Ok(stream) => stream.into_inner().message().await.unwrap_err(),
         };
         assert_eq!(error.code(), Code::InvalidArgument);
-        assert!(error.message().contains("unsupported operator") && error.message().contains("hint: "), "{}", error.message());
+        assert!(
+            error.message().contains("unsupported operator") && error.message().contains("hint: "),
+            "{}",
+            error.message()
+        );
     }
 
     #[tokio::test]
@@ -254,10 +348,14 @@ mod tests {
         // More than the 4 MiB that gRPC allows by default, in one message of a hundred.
         let large: HashMap<String, String> = [("l".to_owned(), "x".repeat(60_000))].into();
         for i in 0..120 {
-            let request = wire::PrepareSnapshotRequest { labels: large.clone(), ..prepare(&format!("k{i:03}"), "") };
+            let request = wire::PrepareSnapshotRequest {
+                labels: large.clone(),
+                ..prepare(&format!("k{i:03}"), "")
+            };
             client.prepare(request).await.unwrap();
         }
-        let mut stream = client.list(wire::ListSnapshotsRequest::default()).await.unwrap().into_inner();
+        let mut stream =
+            client.list(wire::ListSnapshotsRequest::default()).await.unwrap().into_inner();
         let mut sizes = Vec::new();
         while let Some(part) = stream.message().await.unwrap() {
             sizes.push(part.info.len());

@@ -38,7 +38,10 @@ pub async fn run(config: &Config) -> Result<()> {
     let options = Options { sharing: config.sharing, mount_options: config.mount_options.clone() };
     let store = Arc::new(Store::open(&config.root, options, Arc::new(NoLazyLayers))?);
     let worker = store.clone();
-    std::thread::Builder::new().name("later".into()).spawn(move || worker.work()).map_err(|e| Fault::io("start a thread", e))?;
+    std::thread::Builder::new()
+        .name("later".into())
+        .spawn(move || worker.work())
+        .map_err(|e| Fault::io("start a thread", e))?;
     let telling = tokio::spawn(status::serve(accept(told), store.clone(), config.clone()));
     tracing::info!(root = %config.root.display(), address = %config.address.display(), "serving snapshots");
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -89,11 +92,13 @@ fn bind(path: &Path) -> Result<UnixListener> {
     }
     if path.symlink_metadata().is_ok_and(|m| m.file_type().is_socket()) {
         match std::os::unix::net::UnixStream::connect(path) {
-            Err(e) if e.kind() == ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(failed)?,
+            Err(e) if e.kind() == ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(path).map_err(failed)?
+            }
             _ => {
-                return Err(
-                    failed(ErrorKind::AddrInUse.into()).hint("another snapshotter runs; stop it, or give this one sockets of its own")
-                );
+                return Err(failed(ErrorKind::AddrInUse.into()).hint(
+                    "another snapshotter runs; stop it, or give this one sockets of its own",
+                ));
             }
         }
     }
@@ -134,7 +139,9 @@ fn notify(state: sd_notify::NotifyState<'_>) {
 }
 
 async fn asked_to_stop() {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut term), Ok(mut int)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         return std::future::pending().await;
     };
     tokio::select! {

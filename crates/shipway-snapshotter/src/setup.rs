@@ -1,7 +1,8 @@
 //! containerd's configuration: what it needs to use the snapshotter, and taking it back.
 //!
-//! Other people's lines stay as they are, byte for byte. Each line of ours ends in a comment that says so, and says what was there before; so taking back needs
-//! no file of its own, and works after other people's changes.
+//! Other people's lines stay as they are, byte for byte. Each line of ours ends in a comment that
+//! says so, and says what was there before; so taking back needs no file of its own, and works
+//! after other people's changes.
 
 mod edit;
 
@@ -61,7 +62,10 @@ pub fn run(config: &Config, flags: &Flags) -> Result<()> {
     let path = &flags.target.containerd_config;
     let before = read(path)?;
     let (after, version) = if flags.undo {
-        (undone(before.as_deref().unwrap_or_default()).context(|| path.display().to_string())?, None)
+        (
+            undone(before.as_deref().unwrap_or_default()).context(|| path.display().to_string())?,
+            None,
+        )
     } else {
         let version = flags.target.version()?;
         (Some(flags.target.wanted(config, before.as_deref(), version)?), Some(version))
@@ -76,10 +80,13 @@ pub fn run(config: &Config, flags: &Flags) -> Result<()> {
     }
     match &after {
         Some(text) => write(path, text)?,
-        None => std::fs::remove_file(path).map_err(|e| Fault::io(format!("remove {}", path.display()), e))?,
+        None => std::fs::remove_file(path)
+            .map_err(|e| Fault::io(format!("remove {}", path.display()), e))?,
     }
     match version {
-        Some(Version(major, minor)) => println!("{} is set up for containerd {major}.{minor}", path.display()),
+        Some(Version(major, minor)) => {
+            println!("{} is set up for containerd {major}.{minor}", path.display())
+        }
         None => println!("{} is as it was", path.display()),
     }
     println!("restart containerd to use it: systemctl restart containerd");
@@ -90,13 +97,15 @@ impl Target {
     /// The version of the program.
     pub fn version(&self) -> Result<Version> {
         let program = self.containerd.display();
-        let output = Command::new(&self.containerd)
-            .arg("--version")
-            .output()
-            .map_err(|e| Fault::io(format!("run {program} --version"), e).hint("say where containerd is with --containerd"))?;
+        let output = Command::new(&self.containerd).arg("--version").output().map_err(|e| {
+            Fault::io(format!("run {program} --version"), e)
+                .hint("say where containerd is with --containerd")
+        })?;
         let text = String::from_utf8_lossy(&output.stdout);
         let version = text.split_whitespace().find_map(parse_version);
-        version.ok_or_else(|| Fault::invalid(format!("{program} --version says no version: {:?}", text.trim())))
+        version.ok_or_else(|| {
+            Fault::invalid(format!("{program} --version says no version: {:?}", text.trim()))
+        })
     }
 
     /// Whether the file has all that it needs.
@@ -106,7 +115,9 @@ impl Target {
     }
 
     fn wanted(&self, config: &Config, text: Option<&str>, version: Version) -> Result<String> {
-        if self.name.is_empty() || !self.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
+        if self.name.is_empty()
+            || !self.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+        {
             return Err(Fault::invalid(format!("{:?} is no name for a snapshotter", self.name)));
         }
         let path = self.containerd_config.display();
@@ -122,7 +133,13 @@ fn parse_version(word: &str) -> Option<Version> {
 }
 
 /// The file with everything that containerd of this version needs.
-fn set_up(config: &Config, name: &str, text: Option<&str>, version: Version, cri: bool) -> Result<String> {
+fn set_up(
+    config: &Config,
+    name: &str,
+    text: Option<&str>,
+    version: Version,
+    cri: bool,
+) -> Result<String> {
     if version < Version(1, 6) {
         return Err(Fault::new(Code::FailedPrecondition, "containerd before 1.6 is not supported"));
     }
@@ -149,13 +166,25 @@ fn set_up(config: &Config, name: &str, text: Option<&str>, version: Version, cri
                 &unpack,
                 "unpack_config",
                 "snapshotter",
-                &[("platform", "linux"), ("snapshotter", DEFAULT_SNAPSHOTTER), ("differ", "walking")],
+                &[
+                    ("platform", "linux"),
+                    ("snapshotter", DEFAULT_SNAPSHOTTER),
+                    ("differ", "walking"),
+                ],
             )?;
         }
-        edit.add(&unpack, "unpack_config", "snapshotter", &[("platform", "linux"), ("snapshotter", name), ("differ", "walking")])?;
+        edit.add(
+            &unpack,
+            "unpack_config",
+            "snapshotter",
+            &[("platform", "linux"), ("snapshotter", name), ("differ", "walking")],
+        )?;
     }
     let disabled = edit.texts("disabled_plugins");
-    let is_cri = |plugin: &String| ["cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images"].contains(&plugin.as_str());
+    let is_cri = |plugin: &String| {
+        ["cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images"]
+            .contains(&plugin.as_str())
+    };
     if cri && !disabled.iter().any(is_cri) {
         const IMAGES: &[&str] = &["plugins", "io.containerd.cri.v1.images"];
         let images: &[&str] = match format {
@@ -165,10 +194,12 @@ fn set_up(config: &Config, name: &str, text: Option<&str>, version: Version, cri
         };
         edit.set(images, "snapshotter", Want::Text(name))?;
         if format < 3 && version >= Version(2, 0) {
-            // What 2.x makes of an older file has this setting only if the file names runtimes; else it goes by its own place.
+            // What 2.x makes of an older file has this setting only if the file names runtimes;
+            // else it goes by its own place.
             edit.set(IMAGES, "snapshotter", Want::Text(name))?;
         }
-        // From 2.1 on the transfer service pulls, and goes by what is exported; this setting would switch it off.
+        // From 2.1 on the transfer service pulls, and goes by what is exported; this setting would
+        // switch it off.
         if version < Version(2, 1) {
             edit.set(images, "disable_snapshot_annotations", Want::Bool(false))?;
         }
@@ -189,7 +220,12 @@ fn read(path: &Path) -> Result<Option<String>> {
     match path.metadata() {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(failed(e)),
-        Ok(m) if m.len() > MAX_FILE => return Err(Fault::invalid(format!("{} has more than {MAX_FILE} bytes", path.display()))),
+        Ok(m) if m.len() > MAX_FILE => {
+            return Err(Fault::invalid(format!(
+                "{} has more than {MAX_FILE} bytes",
+                path.display()
+            )));
+        }
         Ok(_) => {}
     }
     std::fs::read_to_string(path).map(Some).map_err(failed)
@@ -229,7 +265,8 @@ fn write(path: &Path, text: &str) -> Result<()> {
 mod tests {
     use super::*;
 
-    const ALL: [Version; 5] = [Version(1, 6), Version(1, 7), Version(2, 0), Version(2, 1), Version(2, 4)];
+    const ALL: [Version; 5] =
+        [Version(1, 6), Version(1, 7), Version(2, 0), Version(2, 1), Version(2, 4)];
 
     fn done(text: Option<&str>, version: Version) -> String {
         set_up(&Config::default(), "shipway", text, version, true).unwrap()
@@ -248,8 +285,7 @@ mod tests {
         value(file, path).map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_owned))
     }
 
-    const DOCKER: &str =
-        "#   Copyright by somebody\n\ndisabled_plugins = [\"cri\"]\n\n#root = \"/var/lib/containerd\"\n#[grpc]\n#  uid = 0\n";
+    const DOCKER: &str = "#   Copyright by somebody\n\ndisabled_plugins = [\"cri\"]\n\n#root = \"/var/lib/containerd\"\n#[grpc]\n#  uid = 0\n";
     const KUBERNETES: &str = r#"version = 2
 imports = ["/etc/containerd/conf.d/*.toml"]
 
@@ -285,8 +321,12 @@ differ = "erofs"
         for version in ALL {
             let file = done(None, version);
             assert_eq!(text(&file, "proxy_plugins/shipway/type").as_deref(), Some("snapshot"));
-            assert_eq!(text(&file, "proxy_plugins/shipway/address").as_deref(), Some("/run/shipway-snapshotter/snapshotter.sock"));
-            let exports = text(&file, "proxy_plugins/shipway/exports/enable_remote_snapshot_annotations");
+            assert_eq!(
+                text(&file, "proxy_plugins/shipway/address").as_deref(),
+                Some("/run/shipway-snapshotter/snapshotter.sock")
+            );
+            let exports =
+                text(&file, "proxy_plugins/shipway/exports/enable_remote_snapshot_annotations");
             assert_eq!(exports.as_deref(), (version >= Version(1, 7)).then_some("true"));
             let cri = if version < Version(2, 0) {
                 "plugins/io.containerd.grpc.v1.cri/containerd"
@@ -295,30 +335,57 @@ differ = "erofs"
             };
             assert_eq!(text(&file, &format!("{cri}/snapshotter")).as_deref(), Some("shipway"));
             let annotations = value(&file, &format!("{cri}/disable_snapshot_annotations"));
-            assert_eq!(annotations, (version < Version(2, 1)).then_some(toml::Value::Boolean(false)));
+            assert_eq!(
+                annotations,
+                (version < Version(2, 1)).then_some(toml::Value::Boolean(false))
+            );
             let unpack = value(&file, "plugins/io.containerd.transfer.v1.local/unpack_config");
             let snapshotters = unpack.map(|list| {
                 let entries = list.as_array().unwrap().clone();
-                entries.iter().map(|e| e["snapshotter"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+                entries
+                    .iter()
+                    .map(|e| e["snapshotter"].as_str().unwrap().to_owned())
+                    .collect::<Vec<_>>()
             });
-            assert_eq!(snapshotters, (version >= Version(1, 7)).then(|| vec!["overlayfs".to_owned(), "shipway".to_owned()]));
+            assert_eq!(
+                snapshotters,
+                (version >= Version(1, 7))
+                    .then(|| vec!["overlayfs".to_owned(), "shipway".to_owned()])
+            );
             assert_eq!(undone(&file).unwrap(), None, "a file that was not there goes:\n{file}");
         }
     }
 
     #[test]
     fn what_others_wrote_stays_and_comes_back_byte_for_byte() {
-        for before in ["", "\n", "version = 2", "version = 2\n", DOCKER, KUBERNETES, THIRD, OLD, "# only a remark\n"] {
+        for before in [
+            "",
+            "\n",
+            "version = 2",
+            "version = 2\n",
+            DOCKER,
+            KUBERNETES,
+            THIRD,
+            OLD,
+            "# only a remark\n",
+        ] {
             for version in ALL {
                 let after = done(Some(before), version);
                 assert_eq!(done(Some(&after), version), after, "twice is once");
-                // Every line is still there, but for those that were changed, and these say what they were.
+                // Every line is still there, but for those that were changed, and these say what
+                // they were.
                 for line in before.lines() {
-                    let there = after.lines().any(|l| l == line || l.ends_with(&format!("{WAS}{}", value_part(line))));
+                    let there = after
+                        .lines()
+                        .any(|l| l == line || l.ends_with(&format!("{WAS}{}", value_part(line))));
                     assert!(there, "{line:?} is gone:\n{after}");
                 }
                 let back = undone(&after).unwrap().unwrap_or_default();
-                assert_eq!(back.trim_end_matches('\n'), before.trim_end_matches('\n'), "{version:?}\n{after}");
+                assert_eq!(
+                    back.trim_end_matches('\n'),
+                    before.trim_end_matches('\n'),
+                    "{version:?}\n{after}"
+                );
                 assert_eq!(done(Some(&back), version).trim_end(), after.trim_end());
             }
         }
@@ -335,23 +402,38 @@ differ = "erofs"
         let file = done(Some(KUBERNETES), Version(2, 1));
         let cri = "plugins/io.containerd.grpc.v1.cri/containerd";
         assert_eq!(text(&file, &format!("{cri}/snapshotter")).as_deref(), Some("shipway"));
-        assert_eq!(text(&file, &format!("{cri}/runtimes/runc/runtime_type")).as_deref(), Some("io.containerd.runc.v2"));
+        assert_eq!(
+            text(&file, &format!("{cri}/runtimes/runc/runtime_type")).as_deref(),
+            Some("io.containerd.runc.v2")
+        );
         // From 2.1 on it is not ours to say.
-        assert_eq!(value(&file, &format!("{cri}/disable_snapshot_annotations")), Some(toml::Value::Boolean(true)));
+        assert_eq!(
+            value(&file, &format!("{cri}/disable_snapshot_annotations")),
+            Some(toml::Value::Boolean(true))
+        );
         assert!(text(&file, "proxy_plugins/stargz/address").is_some());
-        assert_eq!(text(&file, "plugins/io.containerd.cri.v1.images/snapshotter").as_deref(), Some("shipway"), "2.x looks here as well");
+        assert_eq!(
+            text(&file, "plugins/io.containerd.cri.v1.images/snapshotter").as_deref(),
+            Some("shipway"),
+            "2.x looks here as well"
+        );
         let file = done(Some(KUBERNETES), Version(1, 6));
         assert_eq!(value(&file, "plugins/io.containerd.cri.v1.images"), None);
-        assert_eq!(value(&file, &format!("{cri}/disable_snapshot_annotations")), Some(toml::Value::Boolean(false)));
+        assert_eq!(
+            value(&file, &format!("{cri}/disable_snapshot_annotations")),
+            Some(toml::Value::Boolean(false))
+        );
         let file = done(Some(THIRD), Version(2, 1));
         let unpack = value(&file, "plugins/io.containerd.transfer.v1.local/unpack_config").unwrap();
-        let names: Vec<&str> = unpack.as_array().unwrap().iter().map(|e| e["snapshotter"].as_str().unwrap()).collect();
+        let names: Vec<&str> =
+            unpack.as_array().unwrap().iter().map(|e| e["snapshotter"].as_str().unwrap()).collect();
         assert_eq!(names, ["erofs", "shipway"], "a list of somebody's is added to");
         let file = done(Some(OLD), Version(1, 7));
         assert_eq!(text(&file, "plugins/cri/containerd/snapshotter").as_deref(), Some("shipway"));
         let file = done(Some(DOCKER), Version(1, 7));
         assert!(!file.contains("plugins.cri"), "there is no CRI to be set up:\n{file}");
-        let file = set_up(&Config::default(), "lazy", Some(KUBERNETES), Version(1, 7), false).unwrap();
+        let file =
+            set_up(&Config::default(), "lazy", Some(KUBERNETES), Version(1, 7), false).unwrap();
         assert_eq!(text(&file, &format!("{cri}/snapshotter")).as_deref(), Some("overlayfs"));
         assert!(text(&file, "proxy_plugins/lazy/address").is_some());
     }
@@ -359,12 +441,22 @@ differ = "erofs"
     #[test]
     fn later_changes_of_others_stay_and_ours_are_renewed() {
         let first = done(Some(KUBERNETES), Version(1, 7));
-        let changed = first.replace("pause:3.9", "pause:3.10").replace("# the end", "[debug]\nlevel = \"debug\"\n");
+        let changed = first
+            .replace("pause:3.9", "pause:3.10")
+            .replace("# the end", "[debug]\nlevel = \"debug\"\n");
         let moved = Config { root: "/data/snapshots".into(), ..Config::default() };
         let second = set_up(&moved, "shipway", Some(&changed), Version(1, 7), true).unwrap();
-        assert_eq!(text(&second, "proxy_plugins/shipway/exports/root").as_deref(), Some("/data/snapshots"));
+        assert_eq!(
+            text(&second, "proxy_plugins/shipway/exports/root").as_deref(),
+            Some("/data/snapshots")
+        );
         let back = undone(&second).unwrap().unwrap();
-        assert_eq!(back, KUBERNETES.replace("pause:3.9", "pause:3.10").replace("# the end", "[debug]\nlevel = \"debug\"\n"));
+        assert_eq!(
+            back,
+            KUBERNETES
+                .replace("pause:3.9", "pause:3.10")
+                .replace("# the end", "[debug]\nlevel = \"debug\"\n")
+        );
         // What the user has set the same is the user's.
         let own = "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = \"shipway\"\n";
         assert_eq!(undone(&done(Some(own), Version(1, 7))).unwrap().unwrap(), own);
@@ -374,14 +466,24 @@ differ = "erofs"
     fn what_cannot_be_edited_line_by_line_is_refused_whole() {
         for (before, says) in [
             ("version = 2\nproxy_plugins = { other = { type = \"snapshot\" } }\n", "proxy_plugins"),
-            ("version = 2\n[plugins]\n\"io.containerd.grpc.v1.cri\".containerd.snapshotter = \"x\"\n", "io.containerd.grpc.v1.cri"),
+            (
+                "version = 2\n[plugins]\n\"io.containerd.grpc.v1.cri\".containerd.snapshotter = \"x\"\n",
+                "io.containerd.grpc.v1.cri",
+            ),
             ("version = 9\n", "version 9"),
             ("version = [", "TOML parse error"),
-            ("version = 2\n[proxy_plugins.shipway.type]\n", "proxy_plugins.shipway.type is a table"),
+            (
+                "version = 2\n[proxy_plugins.shipway.type]\n",
+                "proxy_plugins.shipway.type is a table",
+            ),
             ("version = 2\nplugins = 1\n", "plugins"),
-            ("version = 2\n[plugins.\"io.containerd.transfer.v1.local\"]\nunpack_config = []\n", "unpack_config is no list of tables"),
+            (
+                "version = 2\n[plugins.\"io.containerd.transfer.v1.local\"]\nunpack_config = []\n",
+                "unpack_config is no list of tables",
+            ),
         ] {
-            let error = set_up(&Config::default(), "shipway", Some(before), Version(1, 7), true).unwrap_err();
+            let error = set_up(&Config::default(), "shipway", Some(before), Version(1, 7), true)
+                .unwrap_err();
             assert!(error.to_string().contains(says), "{error}");
         }
         assert!(set_up(&Config::default(), "shipway", None, Version(1, 5), true).is_err());
@@ -390,9 +492,15 @@ differ = "erofs"
     #[test]
     fn versions_are_read_as_distributions_write_them() {
         for (line, want) in [
-            ("containerd github.com/containerd/containerd 1.6.20~ds1 1.6.20~ds1-1+deb12u3", Some(Version(1, 6))),
+            (
+                "containerd github.com/containerd/containerd 1.6.20~ds1 1.6.20~ds1-1+deb12u3",
+                Some(Version(1, 6)),
+            ),
             ("containerd github.com/containerd/containerd/v2 v2.1.9 abc", Some(Version(2, 1))),
-            ("containerd containerd.io 1.7.24 88bf19b2105c8b17560993bee28a01ddc2f97182", Some(Version(1, 7))),
+            (
+                "containerd containerd.io 1.7.24 88bf19b2105c8b17560993bee28a01ddc2f97182",
+                Some(Version(1, 7)),
+            ),
             ("containerd", None),
         ] {
             assert_eq!(line.split_whitespace().find_map(parse_version), want);

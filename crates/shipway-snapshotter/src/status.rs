@@ -82,18 +82,21 @@ pub async fn serve(connections: impl Stream<Item = UnixStream>, store: Arc<Store
 pub fn ask(config: &Config) -> Result<Status> {
     let path = &config.status_address;
     let failed = |e| Fault::io(format!("ask the snapshotter at {}", path.display()), e);
-    let connection = net::UnixStream::connect(path).map_err(|e| failed(e).hint("is shipway-snapshotter running?"))?;
+    let connection = net::UnixStream::connect(path)
+        .map_err(|e| failed(e).hint("is shipway-snapshotter running?"))?;
     connection.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
     let mut text = Vec::new();
     connection.take(MAX_ANSWER).read_to_end(&mut text).map_err(failed)?;
-    serde_json::from_slice(&text).map_err(|e| Fault::unavailable(format!("{} answers something else: {e}", path.display())))
+    serde_json::from_slice(&text)
+        .map_err(|e| Fault::unavailable(format!("{} answers something else: {e}", path.display())))
 }
 
 /// The command `status`.
 pub fn show(config: &Config, json: bool) -> Result<()> {
     let status = ask(config)?;
     if json {
-        let text = serde_json::to_string_pretty(&status).map_err(|e| Fault::internal(format!("encode the status: {e}")))?;
+        let text = serde_json::to_string_pretty(&status)
+            .map_err(|e| Fault::internal(format!("encode the status: {e}")))?;
         println!("{text}");
         return Ok(());
     }
@@ -101,8 +104,18 @@ pub fn show(config: &Config, json: bool) -> Result<()> {
     println!("version    {version}");
     println!("root       {}", root.display());
     println!("sharing    {sharing}");
-    println!("snapshots  {} active, {} views, {} committed", snapshots.active, snapshots.views, snapshots.committed);
-    let more = if disk.uncounted > 0 { format!(", and {} not counted yet", disk.uncounted) } else { String::new() };
-    println!("disk       {} bytes in {} inodes of {} directories{more}", disk.bytes, disk.inodes, disk.directories);
+    println!(
+        "snapshots  {} active, {} views, {} committed",
+        snapshots.active, snapshots.views, snapshots.committed
+    );
+    let more = if disk.uncounted > 0 {
+        format!(", and {} not counted yet", disk.uncounted)
+    } else {
+        String::new()
+    };
+    println!(
+        "disk       {} bytes in {} inodes of {} directories{more}",
+        disk.bytes, disk.inodes, disk.directories
+    );
     Ok(())
 }

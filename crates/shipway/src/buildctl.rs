@@ -1,4 +1,5 @@
-//! The `buildctl` persona: BuildKit's client, argument for argument, so that programs which run it can run us.
+//! The `buildctl` persona: BuildKit's client, argument for argument, so that programs which run it
+//! can run us.
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use shipway_fault::{Fault, Result};
@@ -62,7 +63,8 @@ enum Debug {
 }
 
 pub(crate) async fn main() -> Result<()> {
-    let line = Line::from_arg_matches(&Line::command().get_matches()).map_err(|e| Fault::invalid(e.to_string()))?;
+    let line = Line::from_arg_matches(&Line::command().get_matches())
+        .map_err(|e| Fault::invalid(e.to_string()))?;
     crate::log(line.debug, line.log_format == "json");
     if line.version {
         return version::run(PERSONA);

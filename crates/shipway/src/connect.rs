@@ -13,7 +13,8 @@ use crate::Persona;
 /// Which daemon to talk to, and how.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub(crate) struct ConnectArgs {
-    /// Address of the daemon (unix://, tcp://, ssh://, docker-container://, nerdctl-container://, podman-container://, kube-pod://)
+    /// Address of the daemon (unix://, tcp://, ssh://, docker-container://, nerdctl-container://,
+    /// podman-container://, kube-pod://)
     #[arg(long, global = true, value_name = "URL")]
     addr: Option<String>,
     /// Name to expect in the daemon's certificate
@@ -40,7 +41,8 @@ pub(crate) struct ConnectArgs {
 }
 
 impl ConnectArgs {
-    /// Where the daemon is: as told, else as the environment says, else where daemons usually listen.
+    /// Where the daemon is: as told, else as the environment says, else where daemons usually
+    /// listen.
     pub(crate) fn location(&self, persona: Persona) -> Result<Location> {
         if let Some(addr) = self.addr.as_deref().filter(|a| !a.is_empty()) {
             return addr.parse().map_err(|f: Fault| f.context("--addr"));
@@ -54,14 +56,19 @@ impl ConnectArgs {
                 return addr.parse().map_err(|f: Fault| f.context(format!("${name}")));
             }
         }
-        let sockets = usual_sockets(persona, run_dir().as_deref(), std::env::var("CONTAINERD_NAMESPACE").ok().as_deref());
+        let sockets = usual_sockets(
+            persona,
+            run_dir().as_deref(),
+            std::env::var("CONTAINERD_NAMESPACE").ok().as_deref(),
+        );
         let found = sockets.iter().find(|socket| socket.exists());
         match (found, persona) {
             (Some(socket), _) => Ok(Location::Socket(shipway_grpc_unix(socket))),
             // The first of them, so that connecting fails as with the program whose name this is.
             (None, Persona::Buildctl) => Ok(Location::Socket(shipway_grpc_unix(&sockets[0]))),
             (None, Persona::Shipway) => {
-                let tried: Vec<String> = sockets.iter().map(|s| format!("unix://{}", s.display())).collect();
+                let tried: Vec<String> =
+                    sockets.iter().map(|s| format!("unix://{}", s.display())).collect();
                 Err(Fault::new(Code::Unavailable, format!("found no daemon to talk to; tried {}", tried.join(", ")))
                     .hint("start one with `systemctl start shipwayd`, or name its address with --addr or $SHIPWAY_HOST"))
             }
@@ -72,14 +79,23 @@ impl ConnectArgs {
         let (mut ca, mut cert, mut key) = (self.ca.clone(), self.cert.clone(), self.key.clone());
         if let Some(dir) = &self.dir {
             if ca.is_some() || cert.is_some() || key.is_some() {
-                return Err(Fault::invalid("cannot specify tlsdir and tlscacert/tlscert/tlskey at the same time"));
+                return Err(Fault::invalid(
+                    "cannot specify tlsdir and tlscacert/tlscert/tlskey at the same time",
+                ));
             }
             let one = |either: &str, or: &str| {
-                let found = [either, or].iter().map(|name| dir.join(name)).find(|path| path.exists());
-                let lacking = || Fault::not_found(format!("{} did not contain one of the needed files: {either} or {or}", dir.display()));
+                let found =
+                    [either, or].iter().map(|name| dir.join(name)).find(|path| path.exists());
+                let lacking = || {
+                    Fault::not_found(format!(
+                        "{} did not contain one of the needed files: {either} or {or}",
+                        dir.display()
+                    ))
+                };
                 found.ok_or_else(lacking).map(Some)
             };
-            (ca, cert, key) = (one("ca.pem", "ca.crt")?, one("cert.pem", "tls.crt")?, one("key.pem", "tls.key")?);
+            (ca, cert, key) =
+                (one("ca.pem", "ca.crt")?, one("cert.pem", "tls.crt")?, one("key.pem", "tls.key")?);
         }
         let identity = match (cert, key) {
             (Some(cert), Some(key)) => Some((cert, key)),
@@ -87,8 +103,13 @@ impl ConnectArgs {
             _ => return Err(Fault::invalid("--tlscert and --tlskey need each other")),
         };
         let wanted = ca.is_some() || identity.is_some();
-        let tcp = matches!(location, Location::Socket(_)) && location.to_string().starts_with("tcp://");
-        Ok((wanted && tcp).then(|| ClientTls { server_name: self.server_name.clone(), ca, identity }))
+        let tcp =
+            matches!(location, Location::Socket(_)) && location.to_string().starts_with("tcp://");
+        Ok((wanted && tcp).then(|| ClientTls {
+            server_name: self.server_name.clone(),
+            ca,
+            identity,
+        }))
     }
 
     /// Connects.
@@ -137,12 +158,22 @@ mod tests {
     #[test]
     fn sockets_are_looked_for_in_order() {
         let shown = |persona, own: Option<&str>, namespace| {
-            usual_sockets(persona, own.map(Path::new), namespace).iter().map(|p| p.display().to_string()).collect::<Vec<_>>()
+            usual_sockets(persona, own.map(Path::new), namespace)
+                .iter()
+                .map(|p| p.display().to_string())
+                .collect::<Vec<_>>()
         };
         assert_eq!(
             shown(Persona::Shipway, None, Some("k8s.io")),
-            ["/run/shipway/shipwayd.sock", "/run/buildkit-k8s.io/buildkitd.sock", "/run/buildkit/buildkitd.sock"]
+            [
+                "/run/shipway/shipwayd.sock",
+                "/run/buildkit-k8s.io/buildkitd.sock",
+                "/run/buildkit/buildkitd.sock"
+            ]
         );
-        assert_eq!(shown(Persona::Buildctl, Some("/run/user/7"), None)[0], "/run/user/7/buildkit/buildkitd.sock");
+        assert_eq!(
+            shown(Persona::Buildctl, Some("/run/user/7"), None)[0],
+            "/run/user/7/buildkit/buildkitd.sock"
+        );
     }
 }

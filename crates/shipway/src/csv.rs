@@ -1,4 +1,5 @@
-//! Comma-separated `key=value` words, in which a field may be quoted: the form of `--output`, `--secret`, `--cache-to` and others.
+//! Comma-separated `key=value` words, in which a field may be quoted: the form of `--output`,
+//! `--secret`, `--cache-to` and others.
 
 use std::collections::BTreeMap;
 
@@ -39,7 +40,8 @@ pub(crate) fn separated(text: &str, comma: char) -> Result<Vec<String>> {
                 None => return Err(broken()),
             }
         } else {
-            let (field, more) = rest.split_once(comma).map_or((rest, None), |(field, more)| (field, Some(more)));
+            let (field, more) =
+                rest.split_once(comma).map_or((rest, None), |(field, more)| (field, Some(more)));
             if field.contains('"') {
                 return Err(broken());
             }
@@ -80,13 +82,20 @@ mod tests {
             ("a", Some(vec!["a"])),
             ("", Some(vec![""])),
             ("type=image,name=x", Some(vec!["type=image", "name=x"])),
-            (r#"type=image,"name=a,b",push=true"#, Some(vec!["type=image", "name=a,b", "push=true"])),
+            (
+                r#"type=image,"name=a,b",push=true"#,
+                Some(vec!["type=image", "name=a,b", "push=true"]),
+            ),
             (r#""a""b",c"#, Some(vec![r#"a"b"#, "c"])),
             (r#"a="b""#, None),
             (r#""a"#, None),
             (r#""a"b"#, None),
         ] {
-            assert_eq!(fields(text).ok(), expected.map(|e| e.into_iter().map(str::to_owned).collect()), "{text}");
+            assert_eq!(
+                fields(text).ok(),
+                expected.map(|e| e.into_iter().map(str::to_owned).collect()),
+                "{text}"
+            );
         }
     }
 }

@@ -1,10 +1,13 @@
-//! The client, in two personas: `shipway`, and `buildctl` when called by that name, with exactly that program's arguments.
+//! The client, in two personas: `shipway`, and `buildctl` when called by that name, with exactly
+//! that program's arguments.
 //!
-//! Each command is a file in `command`; the doc comments of its arguments are its help. `spec` reads the small languages of flags,
-//! `run` carries a build from options to its end, `progress` draws it, `failure` tells what went wrong.
+//! Each command is a file in `command`; the doc comments of its arguments are its help. `spec`
+//! reads the small languages of flags, `run` carries a build from options to its end, `progress`
+//! draws it, `failure` tells what went wrong.
 //!
-//! Dependencies worth a word: `clap` reads command lines; `base64` opens what exporters answer; `tempfile` holds a Dockerfile or context that comes on standard input;
-//! `rustix` asks the terminal for its size and the kernel who we are.
+//! Dependencies worth a word: `clap` reads command lines; `base64` opens what exporters answer;
+//! `tempfile` holds a Dockerfile or context that comes on standard input; `rustix` asks the
+//! terminal for its size and the kernel who we are.
 
 mod buildctl;
 mod command;
@@ -56,7 +59,8 @@ fn main() -> ExitCode {
 }
 
 fn start(persona: Persona) -> Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|e| Fault::io("start the async runtime", e))?;
     let result = runtime.block_on(async {
         match persona {
@@ -72,8 +76,13 @@ fn start(persona: Persona) -> Result<ExitCode> {
 /// Warnings go to standard error; with `debug`, everything.
 pub(crate) fn log(debug: bool, json: bool) {
     let level = if debug { tracing::Level::DEBUG } else { tracing::Level::WARN };
-    let colored = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
-    let builder = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(debug).with_ansi(colored);
+    let colored = std::io::stderr().is_terminal()
+        && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    let builder = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_target(debug)
+        .with_ansi(colored);
     // A second call would mean a second start, which there is not.
     let _ = if json { builder.json().try_init() } else { builder.without_time().try_init() };
 }

@@ -41,14 +41,22 @@ impl Metrics {
     /// For a build that begins now; told at `out`: `stdout`, `stderr`, or a file.
     pub(crate) fn start(out: &str) -> Result<Self> {
         use std::os::unix::fs::OpenOptionsExt as _;
-        let out: Box<dyn Write + Send> = match out {
-            "stdout" => Box::new(std::io::stdout()),
-            "stderr" => Box::new(std::io::stderr()),
-            path => {
-                let file = std::fs::File::options().create(true).write(true).truncate(true).mode(0o600).open(Path::new(path));
-                Box::new(file.map_err(|e| Fault::io(format!("open the file {path} for cache metrics"), e))?)
-            }
-        };
+        let out: Box<dyn Write + Send> =
+            match out {
+                "stdout" => Box::new(std::io::stdout()),
+                "stderr" => Box::new(std::io::stderr()),
+                path => {
+                    let file = std::fs::File::options()
+                        .create(true)
+                        .write(true)
+                        .truncate(true)
+                        .mode(0o600)
+                        .open(Path::new(path));
+                    Box::new(file.map_err(|e| {
+                        Fault::io(format!("open the file {path} for cache metrics"), e)
+                    })?)
+                }
+            };
         Ok(Self { started: Instant::now(), steps: BTreeMap::new(), out })
     }
 
@@ -90,9 +98,14 @@ impl Metrics {
     /// Tells them.
     pub(crate) fn write(mut self) -> Result<()> {
         let (mut numbers, missed) = self.count();
-        numbers.client_duration_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let mut text: String = missed.into_iter().map(|name| format!("cache miss: {name}\n")).collect();
-        text.push_str(&serde_json::to_string(&numbers).map_err(|e| Fault::internal(format!("write cache metrics: {e}")))?);
+        numbers.client_duration_ms =
+            u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let mut text: String =
+            missed.into_iter().map(|name| format!("cache miss: {name}\n")).collect();
+        text.push_str(
+            &serde_json::to_string(&numbers)
+                .map_err(|e| Fault::internal(format!("write cache metrics: {e}")))?,
+        );
         writeln!(self.out, "{text}").map_err(|e| Fault::io("write cache metrics", e))
     }
 }
@@ -112,7 +125,9 @@ mod tests {
             ("4", "[3/3] RUN b", r#""completed":"2026-01-01T00:00:00Z""#),
             ("5", "exporting to image", r#""started":"2026-01-01T00:00:00Z""#),
         ] {
-            let event = format!(r#"{{"vertexes":[{{"digest":"sha256:{digest}","name":"{name}",{more}}}]}}"#);
+            let event = format!(
+                r#"{{"vertexes":[{{"digest":"sha256:{digest}","name":"{name}",{more}}}]}}"#
+            );
             metrics.note(&serde_json::from_str(&event).expect("an event"));
         }
         let (numbers, missed) = metrics.count();

@@ -10,7 +10,9 @@ use shipway_fault::{Fault, Result};
 pub(crate) fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Fault::io("write to standard output", e)),
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Fault::io("write to standard output", e))
+        }
         _ => Ok(()),
     }
 }
@@ -23,7 +25,11 @@ pub(crate) fn write_file(path: &Path, data: &[u8]) -> Result<()> {
         return std::fs::write(path, data).map_err(failed);
     }
     let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new().prefix(".shipway-").permissions(mode()).tempfile_in(dir).map_err(failed)?;
+    let mut file = tempfile::Builder::new()
+        .prefix(".shipway-")
+        .permissions(mode())
+        .tempfile_in(dir)
+        .map_err(failed)?;
     file.write_all(data).map_err(failed)?;
     file.persist(path).map_err(|e| failed(e.error)).map(drop)
 }
@@ -33,15 +39,18 @@ fn mode() -> std::fs::Permissions {
     std::os::unix::fs::PermissionsExt::from_mode(0o666)
 }
 
-/// What exporters answered, as the metadata file has it: values that are JSON objects in base64 as objects (row `ct.b.meta`).
+/// What exporters answered, as the metadata file has it: values that are JSON objects in base64 as
+/// objects (row `ct.b.meta`).
 pub(crate) fn metadata(response: &BTreeMap<String, String>) -> String {
     let decode = |text: &String| {
         let data = STANDARD.decode(text).ok()?;
         let object: Map<String, Value> = serde_json::from_slice(&data).ok()?;
         (!object.is_empty()).then_some(Value::Object(object))
     };
-    let values: Map<String, Value> =
-        response.iter().map(|(key, text)| (key.clone(), decode(text).unwrap_or_else(|| text.as_str().into()))).collect();
+    let values: Map<String, Value> = response
+        .iter()
+        .map(|(key, text)| (key.clone(), decode(text).unwrap_or_else(|| text.as_str().into())))
+        .collect();
     serde_json::to_string_pretty(&values).unwrap_or_default()
 }
 
@@ -52,7 +61,10 @@ mod tests {
     #[test]
     fn metadata_shows_objects_as_objects() {
         let response = BTreeMap::from([
-            ("containerimage.descriptor".to_owned(), "eyJkaWdlc3QiOiJzaGEyNTY6YSIsInNpemUiOjd9".to_owned()),
+            (
+                "containerimage.descriptor".to_owned(),
+                "eyJkaWdlc3QiOiJzaGEyNTY6YSIsInNpemUiOjd9".to_owned(),
+            ),
             ("containerimage.digest".to_owned(), "sha256:a".to_owned()),
             ("empty".to_owned(), "e30=".to_owned()),
         ]);

@@ -1,6 +1,8 @@
-//! What a person sees of a build: a live view, plain lines, JSON, or nothing (the modes of `--progress`).
+//! What a person sees of a build: a live view, plain lines, JSON, or nothing (the modes of
+//! `--progress`).
 //!
-//! [`start`] gives the sender for events and runs the view on a thread of its own, so that a slow terminal slows no transfer.
+//! [`start`] gives the sender for events and runs the view on a thread of its own, so that a slow
+//! terminal slows no transfer.
 
 mod colors;
 mod plain;
@@ -95,7 +97,10 @@ impl View {
     /// Waits until everything is drawn; the senders must be gone.
     pub(crate) async fn finish(self) -> Result<Shown> {
         let joined = tokio::task::spawn_blocking(move || self.thread.join()).await;
-        joined.ok().and_then(|shown| shown.ok()).ok_or_else(|| Fault::internal("the progress view broke"))
+        joined
+            .ok()
+            .and_then(|shown| shown.ok())
+            .ok_or_else(|| Fault::internal("the progress view broke"))
     }
 }
 
@@ -112,13 +117,20 @@ pub(crate) fn start(mode: Mode, phase: &str) -> Result<(mpsc::Sender<Status>, Vi
     let terminal = err.is_terminal();
     let painter = match mode {
         Mode::Tty if !terminal => {
-            return Err(Fault::invalid("failed to get console: standard error is not a terminal").hint("use --progress plain"));
+            return Err(Fault::invalid("failed to get console: standard error is not a terminal")
+                .hint("use --progress plain"));
         }
         Mode::Auto | Mode::Tty if terminal => {
-            let lines = std::env::var("BUILDKIT_TTY_LOG_LINES").ok().and_then(|v| v.parse().ok()).filter(|n| *n > 0);
+            let lines = std::env::var("BUILDKIT_TTY_LOG_LINES")
+                .ok()
+                .and_then(|v| v.parse().ok())
+                .filter(|n| *n > 0);
             Painter::Live(Tty::new(phase, Palette::from_env(), lines), err)
         }
-        Mode::Auto | Mode::Tty | Mode::Plain => Painter::Plain(Plain::new(std::env::var("PROGRESS_NO_TRUNC").is_ok_and(|v| v == "0")), err),
+        Mode::Auto | Mode::Tty | Mode::Plain => Painter::Plain(
+            Plain::new(std::env::var("PROGRESS_NO_TRUNC").is_ok_and(|v| v == "0")),
+            err,
+        ),
         Mode::RawJson => Painter::Json(err),
         Mode::Quiet => Painter::Nothing,
     };
@@ -126,16 +138,26 @@ pub(crate) fn start(mode: Mode, phase: &str) -> Result<(mpsc::Sender<Status>, Vi
     let (events, queue) = mpsc::channel(QUEUE);
     let runtime = Handle::current();
     let thread = std::thread::Builder::new().name("progress".to_owned());
-    let thread = thread.spawn(move || paint(painter, pace, queue, &runtime)).map_err(|e| Fault::io("start the progress view", e))?;
+    let thread = thread
+        .spawn(move || paint(painter, pace, queue, &runtime))
+        .map_err(|e| Fault::io("start the progress view", e))?;
     Ok((events, View { thread }))
 }
 
 /// Seconds since 1970.
 fn now() -> f64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs_f64()
 }
 
-fn paint(mut painter: Painter, pace: Pace, mut events: mpsc::Receiver<Status>, runtime: &Handle) -> Shown {
+fn paint(
+    mut painter: Painter,
+    pace: Pace,
+    mut events: mpsc::Receiver<Status>,
+    runtime: &Handle,
+) -> Shown {
     let mut shown = Shown::default();
     let mut trace = Trace::new(matches!(painter, Painter::Live(..)));
     let mut drawn: Option<Instant> = None;

@@ -28,7 +28,12 @@ pub(crate) struct Extras {
 }
 
 /// Builds; gives the outcome and what the view leaves behind.
-pub(crate) async fn build(client: &Client, options: SolveOptions, mode: Mode, extras: &Extras) -> Result<(Outcome, Shown)> {
+pub(crate) async fn build(
+    client: &Client,
+    options: SolveOptions,
+    mode: Mode,
+    extras: &Extras,
+) -> Result<(Outcome, Shown)> {
     let stop = CancellationToken::new();
     let _signals = AbortOnDropHandle::new(tokio::spawn(signals(stop.clone())));
     let (events, view) = progress::start(mode, "Building")?;
@@ -96,7 +101,11 @@ async fn follow(
 
 /// The first Ctrl-C cancels the build and waits for its end; the second ends us.
 async fn signals(stop: CancellationToken) {
-    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else { return };
+    let (Ok(mut interrupt), Ok(mut terminate)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return;
+    };
     loop {
         tokio::select! {
             _ = interrupt.recv() => {}
@@ -114,8 +123,16 @@ pub(crate) fn warnings(warnings: &[Warning], debug: bool) -> String {
     if warnings.is_empty() {
         return String::new();
     }
-    let count = if warnings.len() == 1 { "1 warning".to_owned() } else { format!("{} warnings", warnings.len()) };
-    let mut out = if debug { format!("\n{count} found:\n") } else { format!("\n{count} found (use --debug to expand):\n") };
+    let count = if warnings.len() == 1 {
+        "1 warning".to_owned()
+    } else {
+        format!("{} warnings", warnings.len())
+    };
+    let mut out = if debug {
+        format!("\n{count} found:\n")
+    } else {
+        format!("\n{count} found (use --debug to expand):\n")
+    };
     for warning in warnings {
         out.push_str(&format!(" - {}", String::from_utf8_lossy(&warning.short)));
         if let Some(lines) = warning.range.first() {

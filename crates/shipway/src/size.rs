@@ -35,20 +35,27 @@ pub(crate) fn exact_bytes(bytes: i64) -> String {
 
 /// Bytes as Docker's flags have them: `64m`, `1.5gb`, `1GiB`, in powers of 1024.
 pub(crate) fn parse_bytes(text: &str) -> Result<i64> {
-    let broken = || Fault::invalid(format!("invalid size: '{text}'")).hint("write it as a number with a unit, such as 512m or 2g");
+    let broken = || {
+        Fault::invalid(format!("invalid size: '{text}'"))
+            .hint("write it as a number with a unit, such as 512m or 2g")
+    };
     let at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(at);
     let number: f64 = number.parse().map_err(|_| broken())?;
     let unit = unit.trim().to_lowercase();
     let unit = unit.strip_suffix("ib").or_else(|| unit.strip_suffix('b')).unwrap_or(&unit);
-    let factor = ["", "k", "m", "g", "t", "p"].iter().position(|u| *u == unit).ok_or_else(broken)?;
+    let factor =
+        ["", "k", "m", "g", "t", "p"].iter().position(|u| *u == unit).ok_or_else(broken)?;
     Ok((number * 1024f64.powi(factor as i32)) as i64)
 }
 
 /// Nanoseconds of a duration that is not negative, as Go writes it: `1h30m`, `1.5s`, `300ms`.
 pub(crate) fn parse_duration(text: &str) -> Result<i64> {
     let parsed = text.parse().ok().map(|GoDuration(nanos)| nanos).filter(|nanos| *nanos >= 0);
-    parsed.ok_or_else(|| Fault::invalid(format!("invalid duration {text:?}")).hint("write it as 24h, 1h30m, 10s or the like"))
+    parsed.ok_or_else(|| {
+        Fault::invalid(format!("invalid duration {text:?}"))
+            .hint("write it as 24h, 1h30m, 10s or the like")
+    })
 }
 
 #[cfg(test)]
@@ -57,14 +64,24 @@ mod tests {
 
     #[test]
     fn sizes_print_and_parse() {
-        for (n, expected) in
-            [(0, "0B"), (999, "999B"), (1000, "1.00kB"), (1234, "1.23kB"), (20_000_000, "20.00MB"), (3_210_000_000, "3.21GB")]
-        {
+        for (n, expected) in [
+            (0, "0B"),
+            (999, "999B"),
+            (1000, "1.00kB"),
+            (1234, "1.23kB"),
+            (20_000_000, "20.00MB"),
+            (3_210_000_000, "3.21GB"),
+        ] {
             assert_eq!(bytes(n), expected);
         }
-        for (text, expected) in
-            [("64m", Some(64 << 20)), ("1.5gb", Some(3 << 29)), ("10", Some(10)), ("1GiB", Some(1 << 30)), ("x", None), ("1q", None)]
-        {
+        for (text, expected) in [
+            ("64m", Some(64 << 20)),
+            ("1.5gb", Some(3 << 29)),
+            ("10", Some(10)),
+            ("1GiB", Some(1 << 30)),
+            ("x", None),
+            ("1q", None),
+        ] {
             assert_eq!(parse_bytes(text).ok(), expected, "{text}");
         }
     }

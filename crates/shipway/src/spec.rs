@@ -1,4 +1,5 @@
-//! The small languages of `--output`, `--cache-to`, `--secret`, `--ssh` and their like, common to both personas.
+//! The small languages of `--output`, `--cache-to`, `--secret`, `--ssh` and their like, common to
+//! both personas.
 
 use std::{
     collections::BTreeMap,
@@ -6,7 +7,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use shipway_client::{AuthTls, CacheEntry, Export, FileTarget, SecretSource, Secrets, SshAgents, Target};
+use shipway_client::{
+    AuthTls, CacheEntry, Export, FileTarget, SecretSource, Secrets, SshAgents, Target,
+};
 use shipway_fault::{Fault, Result, nearest};
 use shipway_gocompat::parse_bool;
 
@@ -18,10 +21,13 @@ const EXPORTERS: [&str; 5] = ["image", "local", "tar", "oci", "docker"];
 /// What a value of `--output` asks for, once it has a type.
 pub(crate) fn export(kind: String, mut attrs: BTreeMap<String, String>) -> Result<Export> {
     if let Some(value) = attrs.get("output") {
-        return Err(Fault::invalid(format!("output={value} not supported for --output, you meant dest={value}?")));
+        return Err(Fault::invalid(format!(
+            "output={value} not supported for --output, you meant dest={value}?"
+        )));
     }
     let dest = attrs.get("dest").cloned().unwrap_or_default();
-    let target = target(&kind, &dest, &attrs).map_err(|fault| fault.context("invalid output option"))?;
+    let target =
+        target(&kind, &dest, &attrs).map_err(|fault| fault.context("invalid output option"))?;
     if target != Target::None {
         attrs.remove("dest");
     }
@@ -30,7 +36,10 @@ pub(crate) fn export(kind: String, mut attrs: BTreeMap<String, String>) -> Resul
 
 fn target(kind: &str, dest: &str, attrs: &BTreeMap<String, String>) -> Result<Target> {
     let directory = || {
-        let lacking = || Fault::invalid(format!("output directory is required for {kind} exporter")).hint("name it with dest=<path>");
+        let lacking = || {
+            Fault::invalid(format!("output directory is required for {kind} exporter"))
+                .hint("name it with dest=<path>")
+        };
         if dest.is_empty() { Err(lacking()) } else { Ok(PathBuf::from(dest)) }
     };
     match kind {
@@ -38,16 +47,24 @@ fn target(kind: &str, dest: &str, attrs: &BTreeMap<String, String>) -> Result<Ta
             let delete = match attrs.get("mode").map(|m| m.trim().to_lowercase()).as_deref() {
                 None | Some("" | "copy") => false,
                 Some("delete") => true,
-                Some(other) => return Err(Fault::invalid(format!("invalid local exporter mode {other:?}")).hint("it is copy or delete")),
+                Some(other) => {
+                    return Err(Fault::invalid(format!("invalid local exporter mode {other:?}"))
+                        .hint("it is copy or delete"));
+                }
             };
             Ok(Target::Dir { path: directory()?, delete })
         }
-        "oci" | "docker" if attrs.get("tar").and_then(|v| parse_bool(v)) == Some(false) => Ok(Target::Layout(directory()?)),
+        "oci" | "docker" if attrs.get("tar").and_then(|v| parse_bool(v)) == Some(false) => {
+            Ok(Target::Layout(directory()?))
+        }
         "tar" | "oci" | "docker" => file(kind, dest),
-        _ if !dest.is_empty() => Err(Fault::invalid(format!("output {dest} is not supported by {kind} exporter"))),
+        _ if !dest.is_empty() => {
+            Err(Fault::invalid(format!("output {dest} is not supported by {kind} exporter")))
+        }
         "image" => Ok(Target::None),
         other => match nearest(other, EXPORTERS) {
-            Some(near) => Err(Fault::invalid(format!("unknown exporter {other:?}")).hint(format!("did you mean type={near}?"))),
+            Some(near) => Err(Fault::invalid(format!("unknown exporter {other:?}"))
+                .hint(format!("did you mean type={near}?"))),
             None => Ok(Target::None),
         },
     }
@@ -61,8 +78,10 @@ fn file(kind: &str, dest: &str) -> Result<Target> {
         return Ok(Target::File(FileTarget::Path(dest.into())));
     }
     if std::io::stdout().is_terminal() {
-        return Err(Fault::invalid(format!("output file is required for {kind} exporter. refusing to write to console"))
-            .hint("name a file with dest=<path>, or redirect standard output"));
+        return Err(Fault::invalid(format!(
+            "output file is required for {kind} exporter. refusing to write to console"
+        ))
+        .hint("name a file with dest=<path>, or redirect standard output"));
     }
     Ok(Target::File(FileTarget::Stdout))
 }
@@ -83,7 +102,9 @@ pub(crate) fn cache(text: &str, flag: &str, export: bool) -> Result<CacheEntry> 
         ("registry".to_owned(), BTreeMap::from([("ref".to_owned(), text.to_owned())]))
     };
     if kind == "registry" && attrs.get("ref").is_none_or(String::is_empty) {
-        return Err(Fault::invalid(format!("{flag}: a cache of type registry requires ref=<name>")));
+        return Err(Fault::invalid(format!(
+            "{flag}: a cache of type registry requires ref=<name>"
+        )));
     }
     if export {
         attrs.entry("mode".to_owned()).or_insert_with(|| "min".to_owned());
@@ -94,8 +115,12 @@ pub(crate) fn cache(text: &str, flag: &str, export: bool) -> Result<CacheEntry> 
     Ok(CacheEntry { kind, attrs })
 }
 
-/// What a GitHub runner's environment says of its cache (row `rc.gha.env`): address, token and version, unless they are given.
-fn github(attrs: &mut BTreeMap<String, String>, env: impl Fn(&str) -> Option<String>) -> Result<()> {
+/// What a GitHub runner's environment says of its cache (row `rc.gha.env`): address, token and
+/// version, unless they are given.
+fn github(
+    attrs: &mut BTreeMap<String, String>,
+    env: impl Fn(&str) -> Option<String>,
+) -> Result<()> {
     let second = attrs.get("version").map(String::as_str) == Some("2")
         || env("ACTIONS_CACHE_SERVICE_V2").and_then(|v| parse_bool(&v)).unwrap_or(false);
     let mut fill = |key: &str, value: Option<String>| {
@@ -112,7 +137,9 @@ fn github(attrs: &mut BTreeMap<String, String>, env: impl Fn(&str) -> Option<Str
         return Err(Fault::invalid("cache with type gha requires url parameter to be set"));
     }
     if !attrs.contains_key("token") {
-        return Err(Fault::invalid("cache with type gha requires token parameter or $ACTIONS_RUNTIME_TOKEN"));
+        return Err(Fault::invalid(
+            "cache with type gha requires token parameter or $ACTIONS_RUNTIME_TOKEN",
+        ));
     }
     Ok(())
 }
@@ -132,7 +159,10 @@ fn secret(secrets: &mut Secrets, text: &str) -> Result<()> {
         match key.as_str() {
             "type" if value == "env" => from_env = true,
             "type" if value == "file" => {}
-            "type" => return Err(Fault::invalid(format!("unsupported secret type {value:?}")).hint("it is file or env")),
+            "type" => {
+                return Err(Fault::invalid(format!("unsupported secret type {value:?}"))
+                    .hint("it is file or env"));
+            }
             "id" => id = value,
             "src" | "source" => file = Some(value),
             "env" => env = Some(value),
@@ -149,7 +179,10 @@ fn secret(secrets: &mut Secrets, text: &str) -> Result<()> {
         env = file.take();
     }
     let source = env.filter(|v| !v.is_empty()).map(SecretSource::Env);
-    secrets.add(&id, source.or_else(|| file.filter(|v| !v.is_empty()).map(|f| SecretSource::File(f.into()))))
+    secrets.add(
+        &id,
+        source.or_else(|| file.filter(|v| !v.is_empty()).map(|f| SecretSource::File(f.into()))),
+    )
 }
 
 /// Values of `--ssh`: `default`, `<id>`, `<id>=<socket>[,raw=true]`, `<id>=<key>[,<key>]`.
@@ -160,7 +193,11 @@ pub(crate) fn ssh(texts: &[String]) -> Result<SshAgents> {
         let (mut paths, mut raw) = (Vec::new(), false);
         for part in rest.split(',').filter(|p| !p.is_empty()) {
             match part.strip_prefix("raw=") {
-                Some(value) => raw = parse_bool(value).ok_or_else(|| Fault::invalid(format!("invalid value for 'raw': {value}")))?,
+                Some(value) => {
+                    raw = parse_bool(value).ok_or_else(|| {
+                        Fault::invalid(format!("invalid value for 'raw': {value}"))
+                    })?
+                }
                 None => paths.push(part.to_owned()),
             }
         }
@@ -174,17 +211,27 @@ pub(crate) fn auth_tls(texts: &[String]) -> Result<BTreeMap<String, AuthTls>> {
     const FLAG: &str = "--registry-auth-tlscontext requires";
     let mut all: BTreeMap<String, AuthTls> = BTreeMap::new();
     for text in texts {
-        let (mut host, mut ca, mut cert, mut key, mut insecure) = (String::new(), None, None, None, false);
+        let (mut host, mut ca, mut cert, mut key, mut insecure) =
+            (String::new(), None, None, None, false);
         for field in csv::fields(text)? {
-            let (name, value) = field.split_once('=').ok_or_else(|| Fault::invalid(format!("invalid value {field}")))?;
+            let (name, value) = field
+                .split_once('=')
+                .ok_or_else(|| Fault::invalid(format!("invalid value {field}")))?;
             let file = Some(value).filter(|v| !v.is_empty()).map(PathBuf::from);
             match name.to_ascii_lowercase().as_str() {
                 "host" => value.clone_into(&mut host),
                 "ca" => ca = file,
                 "cert" => cert = file,
                 "key" => key = file,
-                "insecure" => insecure = parse_bool(value).ok_or_else(|| Fault::invalid(format!("invalid value {field}")))?,
-                _ => return Err(Fault::invalid(format!("--registry-auth-tlscontext {text}: unexpected key '{name}'"))),
+                "insecure" => {
+                    insecure = parse_bool(value)
+                        .ok_or_else(|| Fault::invalid(format!("invalid value {field}")))?
+                }
+                _ => {
+                    return Err(Fault::invalid(format!(
+                        "--registry-auth-tlscontext {text}: unexpected key '{name}'"
+                    )));
+                }
             }
         }
         if host.is_empty() {
@@ -193,7 +240,11 @@ pub(crate) fn auth_tls(texts: &[String]) -> Result<BTreeMap<String, AuthTls>> {
         let pair = match (cert, key) {
             (Some(cert), Some(key)) => Some((cert, key)),
             (None, None) if ca.is_some() || insecure => None,
-            (None, None) => return Err(Fault::invalid(format!("{FLAG} ca=<ca> or cert=<cert>,key=<key> or insecure=true"))),
+            (None, None) => {
+                return Err(Fault::invalid(format!(
+                    "{FLAG} ca=<ca> or cert=<cert>,key=<key> or insecure=true"
+                )));
+            }
             _ => return Err(Fault::invalid(format!("{FLAG} cert=<cert>,key=<key>"))),
         };
         let tls = all.entry(host).or_default();
@@ -223,8 +274,9 @@ pub(crate) fn entitlements(texts: &[String]) -> Result<Vec<String>> {
 /// `key=value` words.
 pub(crate) fn pairs(texts: &[String]) -> Result<BTreeMap<String, String>> {
     let pair = |text: &String| {
-        let (key, value) =
-            text.split_once('=').ok_or_else(|| Fault::invalid(format!("invalid value {text}")).hint("write it as key=value"))?;
+        let (key, value) = text.split_once('=').ok_or_else(|| {
+            Fault::invalid(format!("invalid value {text}")).hint("write it as key=value")
+        })?;
         Ok((key.to_owned(), value.to_owned()))
     };
     texts.iter().map(pair).collect()
@@ -246,22 +298,44 @@ mod tests {
     #[test]
     fn outputs_name_their_targets() {
         check_output("type=image,name=x,push=true", r#"image {"name": "x", "push": "true"} None"#);
-        check_output("type=local,dest=out,mode=delete", r#"local {"mode": "delete"} Dir { path: "out", delete: true }"#);
+        check_output(
+            "type=local,dest=out,mode=delete",
+            r#"local {"mode": "delete"} Dir { path: "out", delete: true }"#,
+        );
         check_output("type=tar,dest=out.tar", r#"tar {} File(Path("out.tar"))"#);
         check_output("type=oci,dest=out,tar=false", r#"oci {"tar": "false"} Layout("out")"#);
-        check_output("type=local", "error invalid output option: output directory is required for local exporter");
-        check_output("type=image,dest=x", "error invalid output option: output x is not supported by image exporter");
+        check_output(
+            "type=local",
+            "error invalid output option: output directory is required for local exporter",
+        );
+        check_output(
+            "type=image,dest=x",
+            "error invalid output option: output x is not supported by image exporter",
+        );
         check_output("type=imge", "error invalid output option: unknown exporter \"imge\"");
         check_output("name=x", "error --output requires type=<type>");
-        check_output("type=tar,output=x", "error output=x not supported for --output, you meant dest=x?");
+        check_output(
+            "type=tar,output=x",
+            "error output=x not supported for --output, you meant dest=x?",
+        );
     }
 
     #[test]
     fn caches_have_a_type_and_a_mode() {
-        let shown = |text, export| cache(text, "--cache", export).map(|c| format!("{} {:?}", c.kind, c.attrs)).map_err(|f| f.to_string());
-        assert_eq!(shown("r.example/x:c", true), Ok(r#"registry {"mode": "min", "ref": "r.example/x:c"}"#.into()));
+        let shown = |text, export| {
+            cache(text, "--cache", export)
+                .map(|c| format!("{} {:?}", c.kind, c.attrs))
+                .map_err(|f| f.to_string())
+        };
+        assert_eq!(
+            shown("r.example/x:c", true),
+            Ok(r#"registry {"mode": "min", "ref": "r.example/x:c"}"#.into())
+        );
         assert_eq!(shown("type=local,src=d", false), Ok(r#"local {"src": "d"}"#.into()));
-        assert_eq!(shown("type=registry,mode=max", true), Err("--cache: a cache of type registry requires ref=<name>".into()));
+        assert_eq!(
+            shown("type=registry,mode=max", true),
+            Err("--cache: a cache of type registry requires ref=<name>".into())
+        );
         assert_eq!(shown("ref=x", true), Err("--cache requires type=<type>".into()));
     }
 
@@ -269,31 +343,64 @@ mod tests {
     fn a_runner_says_where_its_cache_is() {
         let fill = |given: &[(&str, &str)], environment: &[(&str, &str)]| {
             let mut attrs = given.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-            let env = |name: &str| environment.iter().find(|(k, _)| *k == name).map(|(_, v)| (*v).to_owned());
+            let env = |name: &str| {
+                environment.iter().find(|(k, _)| *k == name).map(|(_, v)| (*v).to_owned())
+            };
             github(&mut attrs, env).map(|()| format!("{attrs:?}")).map_err(|f| f.to_string())
         };
-        let (url, results, token) = (("ACTIONS_CACHE_URL", "u"), ("ACTIONS_RESULTS_URL", "r"), ("ACTIONS_RUNTIME_TOKEN", "t"));
+        let (url, results, token) = (
+            ("ACTIONS_CACHE_URL", "u"),
+            ("ACTIONS_RESULTS_URL", "r"),
+            ("ACTIONS_RUNTIME_TOKEN", "t"),
+        );
         assert_eq!(fill(&[], &[url, results, token]), Ok(r#"{"token": "t", "url": "u"}"#.into()));
         assert_eq!(fill(&[], &[results, token]), Ok(r#"{"token": "t", "url": "r"}"#.into()));
-        assert_eq!(fill(&[("url", "mine"), ("token", "mine")], &[url, token]), Ok(r#"{"token": "mine", "url": "mine"}"#.into()));
+        assert_eq!(
+            fill(&[("url", "mine"), ("token", "mine")], &[url, token]),
+            Ok(r#"{"token": "mine", "url": "mine"}"#.into())
+        );
         let second = Ok(r#"{"token": "t", "url": "u", "url_v2": "r"}"#.to_owned());
         assert_eq!(fill(&[], &[url, results, token, ("ACTIONS_CACHE_SERVICE_V2", "True")]), second);
-        assert!(fill(&[("version", "2")], &[results, token]).is_ok_and(|a| a.contains(r#""url_v2": "r""#)));
+        assert!(
+            fill(&[("version", "2")], &[results, token])
+                .is_ok_and(|a| a.contains(r#""url_v2": "r""#))
+        );
         assert!(fill(&[], &[token]).is_err_and(|why| why.contains("requires url")));
         assert!(fill(&[], &[url]).is_err_and(|why| why.contains("requires token")));
     }
 
     #[test]
     fn tls_for_tokens_is_told_by_registry() {
-        let read = |texts: &[&str]| auth_tls(&texts.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>()).map_err(|f| f.to_string());
-        let all = read(&["host=a,ca=/ca1", "host=a,ca=/ca2,cert=/c,key=/k", "HOST=b,insecure=true"]).expect("settings");
-        let a = AuthTls { ca: vec!["/ca1".into(), "/ca2".into()], keypairs: vec![("/c".into(), "/k".into())], insecure: false };
-        assert_eq!(all, BTreeMap::from([("a".into(), a), ("b".into(), AuthTls { insecure: true, ..AuthTls::default() })]));
+        let read = |texts: &[&str]| {
+            auth_tls(&texts.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>())
+                .map_err(|f| f.to_string())
+        };
+        let all =
+            read(&["host=a,ca=/ca1", "host=a,ca=/ca2,cert=/c,key=/k", "HOST=b,insecure=true"])
+                .expect("settings");
+        let a = AuthTls {
+            ca: vec!["/ca1".into(), "/ca2".into()],
+            keypairs: vec![("/c".into(), "/k".into())],
+            insecure: false,
+        };
+        assert_eq!(
+            all,
+            BTreeMap::from([
+                ("a".into(), a),
+                ("b".into(), AuthTls { insecure: true, ..AuthTls::default() })
+            ])
+        );
         for (text, why) in [
             ("ca=/x", "--registry-auth-tlscontext requires host=<host>"),
-            ("host=a", "--registry-auth-tlscontext requires ca=<ca> or cert=<cert>,key=<key> or insecure=true"),
+            (
+                "host=a",
+                "--registry-auth-tlscontext requires ca=<ca> or cert=<cert>,key=<key> or insecure=true",
+            ),
             ("host=a,ca=/x,cert=/c", "--registry-auth-tlscontext requires cert=<cert>,key=<key>"),
-            ("host=a,cacert=/x", "--registry-auth-tlscontext host=a,cacert=/x: unexpected key 'cacert'"),
+            (
+                "host=a,cacert=/x",
+                "--registry-auth-tlscontext host=a,cacert=/x: unexpected key 'cacert'",
+            ),
         ] {
             assert_eq!(read(&[text]), Err(why.to_owned()));
         }
@@ -301,7 +408,11 @@ mod tests {
 
     #[test]
     fn secrets_and_entitlements_are_checked() {
-        assert!(!secrets(&["id=a,env=HOME".into(), "type=env,id=b,src=PATH".into()]).expect("secrets").is_empty());
+        assert!(
+            !secrets(&["id=a,env=HOME".into(), "type=env,id=b,src=PATH".into()])
+                .expect("secrets")
+                .is_empty()
+        );
         for (text, expected) in [
             ("src=x", "--secret src=x: secret missing ID"),
             ("id=a,sorce=x", "--secret id=a,sorce=x: unexpected key 'sorce' in 'id=a,sorce=x'"),

@@ -1,9 +1,11 @@
-//! Tables of tab-separated cells, aligned with tabs as Go's `tabwriter` does, so that what reads `buildctl`'s output reads ours.
+//! Tables of tab-separated cells, aligned with tabs as Go's `tabwriter` does, so that what reads
+//! `buildctl`'s output reads ours.
 
 /// Width of a tab.
 const TAB: usize = 8;
 
-/// Aligns lines of cells: each run of lines that have a column in common gets one width for it. The last cell of a line is no column.
+/// Aligns lines of cells: each run of lines that have a column in common gets one width for it. The
+/// last cell of a line is no column.
 pub(crate) fn align(text: &str) -> String {
     let lines: Vec<Vec<&str>> = text.split('\n').map(|line| line.split('\t').collect()).collect();
     let mut out = String::new();
@@ -41,7 +43,10 @@ fn print(lines: &[Vec<&str>], widths: &[usize], out: &mut String) {
         for (i, cell) in line.iter().enumerate() {
             out.push_str(cell);
             if let Some(column) = widths.get(i) {
-                out.extend(std::iter::repeat_n('\t', column.saturating_sub(width(cell)).div_ceil(TAB)));
+                out.extend(std::iter::repeat_n(
+                    '\t',
+                    column.saturating_sub(width(cell)).div_ceil(TAB),
+                ));
             }
         }
         out.push('\n');
@@ -56,6 +61,9 @@ mod tests {
     fn columns_share_a_width_while_lines_have_them() {
         assert_eq!(align("ID\tSIZE\nabcdefgh\t1\nx\t2\n"), "ID\t\tSIZE\nabcdefgh\t1\nx\t\t2\n");
         assert_eq!(align("a\tb\n\nlonger-than-eight\tc\n"), "a\tb\n\nlonger-than-eight\tc\n");
-        assert_eq!(align("Labels:\n\tk:\tv\n\tlonger.key:\tw\n"), "Labels:\n\tk:\t\tv\n\tlonger.key:\tw\n");
+        assert_eq!(
+            align("Labels:\n\tk:\tv\n\tlonger.key:\tw\n"),
+            "Labels:\n\tk:\t\tv\n\tlonger.key:\tw\n"
+        );
     }
 }

@@ -1,6 +1,8 @@
-//! The part of Go's templates that scripts use with `--format`: fields, `range`, `if`, `index`, `len`, `json`, `join`, pipes.
+//! The part of Go's templates that scripts use with `--format`: fields, `range`, `if`, `index`,
+//! `len`, `json`, `join`, pipes.
 //!
-//! Values are the JSON of what is printed; a field is found by its Go name (`.ID`) or its JSON name.
+//! Values are the JSON of what is printed; a field is found by its Go name (`.ID`) or its JSON
+//! name.
 
 use serde_json::Value;
 use shipway_fault::{Fault, Result};
@@ -62,14 +64,17 @@ fn parse_block(rest: &mut &str, depth: usize) -> Result<(Vec<Node>, Stop)> {
             *rest = "";
             return Ok((nodes, Stop::Text));
         };
-        let (action, after) = after.split_once("}}").ok_or_else(|| Fault::invalid("unclosed action"))?;
+        let (action, after) =
+            after.split_once("}}").ok_or_else(|| Fault::invalid("unclosed action"))?;
         let (trim_left, action) = action.strip_prefix("- ").map_or((false, action), |a| (true, a));
         let (trim_right, action) = action.strip_suffix(" -").map_or((false, action), |a| (true, a));
         nodes.push(Node::Text(if trim_left { text.trim_end() } else { text }.to_owned()));
         *rest = if trim_right { after.trim_start() } else { after };
         let action = action.trim();
         let inside = |rest: &mut &str| match parse_block(rest, depth + 1)? {
-            (nodes, Stop::Text) => Err(Fault::invalid(format!("{} blocks without end", nodes.len().min(1)))),
+            (nodes, Stop::Text) => {
+                Err(Fault::invalid(format!("{} blocks without end", nodes.len().min(1))))
+            }
             done => Ok(done),
         };
         match action.split_once(char::is_whitespace).unwrap_or((action, "")) {
@@ -103,14 +108,23 @@ fn pipeline(text: &str, depth: usize) -> Result<Vec<Vec<Word>>> {
                 continue;
             }
             '"' | '`' => {
-                let end = rest[1..].find(first).ok_or_else(|| Fault::invalid("unterminated quoted string"))?;
-                (Word::Text(rest[1..=end].replace("\\n", "\n").replace("\\t", "\t")), &rest[end + 2..])
+                let end = rest[1..]
+                    .find(first)
+                    .ok_or_else(|| Fault::invalid("unterminated quoted string"))?;
+                (
+                    Word::Text(rest[1..=end].replace("\\n", "\n").replace("\\t", "\t")),
+                    &rest[end + 2..],
+                )
             }
             '(' => {
                 let end = closing(rest)?;
                 let after = &rest[end + 1..];
-                let stop = after.find(|c: char| c.is_whitespace() || c == '|').unwrap_or(after.len());
-                (Word::Group(pipeline(&rest[1..end], depth + 1)?, path(&after[..stop])), &after[stop..])
+                let stop =
+                    after.find(|c: char| c.is_whitespace() || c == '|').unwrap_or(after.len());
+                (
+                    Word::Group(pipeline(&rest[1..end], depth + 1)?, path(&after[..stop])),
+                    &after[stop..],
+                )
             }
             _ => {
                 let stop = rest.find(|c: char| c.is_whitespace() || c == '|').unwrap_or(rest.len());
@@ -155,10 +169,15 @@ fn walk(value: &Value, path: &[String]) -> Result<Value> {
     let mut value = value.clone();
     for name in path {
         let Value::Object(fields) = &value else {
-            return Err(Fault::invalid(format!("can't evaluate field {name} in a value that has none")));
+            return Err(Fault::invalid(format!(
+                "can't evaluate field {name} in a value that has none"
+            )));
         };
-        let found = fields.get(name).or_else(|| fields.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, v)| v));
-        value = found.ok_or_else(|| Fault::invalid(format!("can't evaluate field {name}")))?.clone();
+        let found = fields.get(name).or_else(|| {
+            fields.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, v)| v)
+        });
+        value =
+            found.ok_or_else(|| Fault::invalid(format!("can't evaluate field {name}")))?.clone();
     }
     Ok(value)
 }
@@ -167,9 +186,18 @@ fn show(value: &Value) -> String {
     match value {
         Value::Null => "<nil>".to_owned(),
         Value::String(text) => text.clone(),
-        Value::Array(items) => format!("[{}]", items.iter().map(show).collect::<Vec<_>>().join(" ")),
+        Value::Array(items) => {
+            format!("[{}]", items.iter().map(show).collect::<Vec<_>>().join(" "))
+        }
         Value::Object(fields) => {
-            format!("map[{}]", fields.iter().map(|(k, v)| format!("{k}:{}", show(v))).collect::<Vec<_>>().join(" "))
+            format!(
+                "map[{}]",
+                fields
+                    .iter()
+                    .map(|(k, v)| format!("{k}:{}", show(v)))
+                    .collect::<Vec<_>>()
+                    .join(" ")
+            )
         }
         other => other.to_string(),
     }
@@ -189,9 +217,11 @@ fn truthy(value: &Value) -> bool {
 fn evaluate(stages: &[Vec<Word>], dot: &Value) -> Result<Value> {
     let mut piped: Option<Value> = None;
     for stage in stages {
-        let (first, arguments) = stage.split_first().ok_or_else(|| Fault::invalid("missing value for command"))?;
+        let (first, arguments) =
+            stage.split_first().ok_or_else(|| Fault::invalid("missing value for command"))?;
         piped = Some(if let Word::Call(name) = first {
-            let mut values = arguments.iter().map(|w| single(w, dot)).collect::<Result<Vec<_>>>()?;
+            let mut values =
+                arguments.iter().map(|w| single(w, dot)).collect::<Result<Vec<_>>>()?;
             values.extend(piped.take());
             call(name, &values)?
         } else {
@@ -218,22 +248,32 @@ fn call(name: &str, values: &[Value]) -> Result<Value> {
         ("len", [Value::Object(o)]) => Ok(o.len().into()),
         ("len", [Value::String(s)]) => Ok(s.len().into()),
         ("len", [Value::Null]) => Ok(0.into()),
-        ("join", [Value::Array(a), Value::String(by)]) => Ok(a.iter().map(show).collect::<Vec<_>>().join(by).into()),
-        ("println", values) => Ok((values.iter().map(show).collect::<Vec<_>>().join(" ") + "\n").into()),
+        ("join", [Value::Array(a), Value::String(by)]) => {
+            Ok(a.iter().map(show).collect::<Vec<_>>().join(by).into())
+        }
+        ("println", values) => {
+            Ok((values.iter().map(show).collect::<Vec<_>>().join(" ") + "\n").into())
+        }
         ("true" | "false", []) => Ok((name == "true").into()),
         ("not", [value]) => Ok((!truthy(value)).into()),
         ("eq", [a, b]) => Ok((a == b).into()),
         ("ne", [a, b]) => Ok((a != b).into()),
-        ("index", [value, keys @ ..]) => keys.iter().try_fold(value.clone(), |value, key| match (&value, key) {
-            (Value::Array(a), Value::Number(n)) => {
-                let item = n.as_u64().and_then(|n| a.get(usize::try_from(n).ok()?));
-                item.cloned().ok_or_else(|| Fault::invalid(format!("index out of range: {n}")))
-            }
-            // Go gives the zero value of what the map holds; ours hold texts.
-            (Value::Object(o), Value::String(k)) => Ok(o.get(k).cloned().unwrap_or_else(|| "".into())),
-            _ => Err(Fault::invalid("can't index item of this type")),
-        }),
-        _ => Err(Fault::invalid(format!("function {name:?} is not defined, or not for these values"))),
+        ("index", [value, keys @ ..]) => {
+            keys.iter().try_fold(value.clone(), |value, key| match (&value, key) {
+                (Value::Array(a), Value::Number(n)) => {
+                    let item = n.as_u64().and_then(|n| a.get(usize::try_from(n).ok()?));
+                    item.cloned().ok_or_else(|| Fault::invalid(format!("index out of range: {n}")))
+                }
+                // Go gives the zero value of what the map holds; ours hold texts.
+                (Value::Object(o), Value::String(k)) => {
+                    Ok(o.get(k).cloned().unwrap_or_else(|| "".into()))
+                }
+                _ => Err(Fault::invalid("can't index item of this type")),
+            })
+        }
+        _ => Err(Fault::invalid(format!(
+            "function {name:?} is not defined, or not for these values"
+        ))),
     }
 }
 
@@ -244,11 +284,15 @@ fn run(nodes: &[Node], dot: &Value, out: &mut String) -> Result<()> {
             Node::Print(stages) => out.push_str(&show(&evaluate(stages, dot)?)),
             Node::Range(stages, body) => match evaluate(stages, dot)? {
                 Value::Array(items) => items.iter().try_for_each(|item| run(body, item, out))?,
-                Value::Object(fields) => fields.values().try_for_each(|item| run(body, item, out))?,
+                Value::Object(fields) => {
+                    fields.values().try_for_each(|item| run(body, item, out))?
+                }
                 Value::Null => {}
                 _ => return Err(Fault::invalid("range can't iterate over this value")),
             },
-            Node::If(stages, then, otherwise) => run(if truthy(&evaluate(stages, dot)?) { then } else { otherwise }, dot, out)?,
+            Node::If(stages, then, otherwise) => {
+                run(if truthy(&evaluate(stages, dot)?) { then } else { otherwise }, dot, out)?
+            }
         }
     }
     Ok(())
@@ -282,10 +326,15 @@ mod tests {
         check("{{(index . 0).ID}}", Ok("w1"));
         check(r#"{{range .}}{{index .Labels "a.b"}};{{end}}"#, Ok("x;;"));
         check("{{len .}} {{json (index . 1).Platforms}}", Ok("2 []"));
-        check("{{range . -}}  {{if .Platforms}}{{(index .Platforms 0).OS}}{{else}}none{{end}} {{- end}}", Ok("linuxnone"));
+        check(
+            "{{range . -}}  {{if .Platforms}}{{(index .Platforms 0).OS}}{{else}}none{{end}} {{- end}}",
+            Ok("linuxnone"),
+        );
         check(
             "{{index . 0 | json}}",
-            Ok(r#"{"id":"w1","labels":{"a.b":"x","c":"y"},"platforms":[{"os":"linux"},{"os":"other"}],"cdiDevices":null}"#),
+            Ok(
+                r#"{"id":"w1","labels":{"a.b":"x","c":"y"},"platforms":[{"os":"linux"},{"os":"other"}],"cdiDevices":null}"#,
+            ),
         );
         check("{{range .}}", Err("1 blocks without end"));
         check("{{.X}}", Err("can't evaluate field X in a value that has none"));

@@ -1,4 +1,5 @@
-//! The program as people run it, in a sealed environment: help, versions, mistakes in arguments, no daemon.
+//! The program as people run it, in a sealed environment: help, versions, mistakes in arguments, no
+//! daemon.
 
 use std::{
     io::{Read as _, Write as _},
@@ -23,7 +24,8 @@ fn run(persona: &str, arguments: &[&str]) -> Output {
 #[track_caller]
 fn check(persona: &str, arguments: &[&str], code: i32, expected: &[&str]) {
     let output = run(persona, arguments);
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(code), "{persona} {arguments:?}: {text}");
     for part in expected {
         assert!(text.contains(part), "{persona} {arguments:?} lacks {part:?}:\n{text}");
@@ -32,13 +34,38 @@ fn check(persona: &str, arguments: &[&str], code: i32, expected: &[&str]) {
 
 #[test]
 fn help_tells_what_there_is() {
-    check("shipway", &["--help"], 0, &["build ", "du ", "prune ", "workers ", "history ", "--addr"]);
-    let flags =
-        ["--tag", "--build-arg", "--output", "--push", "--secret", "--cache-to", "--platform", "--no-cache", "--progress", "--iidfile"];
+    check(
+        "shipway",
+        &["--help"],
+        0,
+        &["build ", "du ", "prune ", "workers ", "history ", "--addr"],
+    );
+    let flags = [
+        "--tag",
+        "--build-arg",
+        "--output",
+        "--push",
+        "--secret",
+        "--cache-to",
+        "--platform",
+        "--no-cache",
+        "--progress",
+        "--iidfile",
+    ];
     check("shipway", &["build", "--help"], 0, &flags);
-    check("buildctl", &["--help"], 0, &["build", "debug", "du", "prune", "--addr", "--tlscacert", "--wait"]);
+    check(
+        "buildctl",
+        &["--help"],
+        0,
+        &["build", "debug", "du", "prune", "--addr", "--tlscacert", "--wait"],
+    );
     check("buildctl", &[], 0, &["Usage: buildctl"]);
-    check("buildctl", &["build", "--help"], 0, &["--frontend", "--opt", "--local", "--oci-layout", "--export-cache", "--metadata-file"]);
+    check(
+        "buildctl",
+        &["build", "--help"],
+        0,
+        &["--frontend", "--opt", "--local", "--oci-layout", "--export-cache", "--metadata-file"],
+    );
 }
 
 #[test]
@@ -53,7 +80,12 @@ fn versions_have_the_words_that_programs_look_for() {
 #[test]
 fn mistakes_are_named() {
     check("shipway", &["bild", "."], 2, &["bild", "build"]);
-    check("shipway", &["build", "."], 1, &["ERROR: failed to build: failed to read dockerfile", "hint: name it with --file"]);
+    check(
+        "shipway",
+        &["build", "."],
+        1,
+        &["ERROR: failed to build: failed to read dockerfile", "hint: name it with --file"],
+    );
     check("shipway", &["build", "/no/such"], 1, &["unable to prepare context: open /no/such"]);
     check("shipway", &["build", "--progress", "plane", "."], 2, &["invalid progress mode plane"]);
     check("buildctl", &["build"], 1, &["error: ", "connect to unix:///"]);
@@ -61,22 +93,42 @@ fn mistakes_are_named() {
         "shipway",
         &["--addr", "unixx://x", "du"],
         1,
-        &["ERROR: --addr: invalid address unixx://x: unknown scheme unixx", "hint: did you mean unix://x?"],
+        &[
+            "ERROR: --addr: invalid address unixx://x: unknown scheme unixx",
+            "hint: did you mean unix://x?",
+        ],
     );
-    check("shipway", &["--addr", "unix:///no/such.sock", "workers"], 1, &["connect to unix:///no/such.sock: "]);
+    check(
+        "shipway",
+        &["--addr", "unix:///no/such.sock", "workers"],
+        1,
+        &["connect to unix:///no/such.sock: "],
+    );
 }
 
 #[test]
 fn without_a_daemon_the_places_are_named_where_it_was_looked_for() {
     // Where one runs on this very machine, there is nothing to see.
-    if std::path::Path::new("/run/shipway/shipwayd.sock").exists() || std::path::Path::new("/run/buildkit/buildkitd.sock").exists() {
+    if std::path::Path::new("/run/shipway/shipwayd.sock").exists()
+        || std::path::Path::new("/run/buildkit/buildkitd.sock").exists()
+    {
         return;
     }
-    check("shipway", &["du"], 1, &["found no daemon to talk to; tried", "unix:///run/shipway/shipwayd.sock", "hint: start one"]);
+    check(
+        "shipway",
+        &["du"],
+        1,
+        &[
+            "found no daemon to talk to; tried",
+            "unix:///run/shipway/shipwayd.sock",
+            "hint: start one",
+        ],
+    );
     check("buildctl", &["du"], 1, &["buildkitd.sock"]);
 }
 
-/// Standard streams become a connection, and its end in one direction does not end the other (row `ct.dial`).
+/// Standard streams become a connection, and its end in one direction does not end the other (row
+/// `ct.dial`).
 #[test]
 fn standard_input_and_output_are_a_connection_that_closes_by_halves() {
     let dir = tempfile::tempdir().expect("temp dir");
@@ -87,7 +139,9 @@ fn standard_input_and_output_are_a_connection_that_closes_by_halves() {
         let mut said = String::new();
         // Ends only if the end of standard input is passed on.
         stream.read_to_string(&mut said).expect("reads");
-        stream.write_all(said.to_uppercase().as_bytes()).expect("writes after the other side has ended");
+        stream
+            .write_all(said.to_uppercase().as_bytes())
+            .expect("writes after the other side has ended");
     });
     let mut client = Command::new(env!("CARGO_BIN_EXE_shipway"))
         .arg0("buildctl")

@@ -1,5 +1,5 @@
-//! The daemon's configuration: one TOML file with buildkitd's keys (rows `toml.*`), strict where buildkitd is not: an unknown key is
-//! an error that names the nearest known one.
+//! The daemon's configuration: one TOML file with buildkitd's keys (rows `toml.*`), strict where
+//! buildkitd is not: an unknown key is an error that names the nearest known one.
 
 mod oci;
 mod units;
@@ -42,7 +42,8 @@ pub struct Config {
     pub worker: Workers,
     /// Registries by host.
     pub registry: BTreeMap<String, shipway_registry::HostConfig>,
-    /// Networks that images, downloads and repositories are not fetched from: `10.0.0.0/8`, or one address.
+    /// Networks that images, downloads and repositories are not fetched from: `10.0.0.0/8`, or one
+    /// address.
     #[serde(rename = "deniedNetworks")]
     pub denied_networks: Option<shipway_registry::DeniedNetworks>,
     /// Name resolution in steps.
@@ -276,7 +277,8 @@ impl Config {
     /// Parses the text of a file called `name`.
     pub fn parse(text: &str, name: &str) -> Result<Self> {
         toml::from_str(text).map_err(|e| {
-            let fault = Fault::invalid(format!("{e}").trim_end().to_owned()).context(format!("parse the configuration file {name}"));
+            let fault = Fault::invalid(format!("{e}").trim_end().to_owned())
+                .context(format!("parse the configuration file {name}"));
             match suggestion(e.message()) {
                 Some(known) => fault.hint(format!("did you mean `{known}`?")),
                 None => fault,
@@ -332,7 +334,10 @@ mod tests {
         .unwrap();
         assert_eq!(c.worker.containerd.namespace.as_deref(), Some("default"));
         assert_eq!(c.registry["docker.io"].mirrors, ["127.0.0.1:5000"]);
-        assert_eq!(c.worker.containerd.gcpolicy[0].keep_duration.map(|d| d.0.as_secs()), Some(48 * 3600));
+        assert_eq!(
+            c.worker.containerd.gcpolicy[0].keep_duration.map(|d| d.0.as_secs()),
+            Some(48 * 3600)
+        );
     }
 
     #[test]

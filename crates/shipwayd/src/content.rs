@@ -1,5 +1,6 @@
-//! containerd's Content service, read-only (row `content.ro`): blobs of the build cache, what builds wrote, and the logs of finished builds. The namespace may
-//! be somebody else's, too, such as Kubernetes': its other images are nobody's business here.
+//! containerd's Content service, read-only (row `content.ro`): blobs of the build cache, what
+//! builds wrote, and the logs of finished builds. The namespace may be somebody else's, too, such
+//! as Kubernetes': its other images are nobody's business here.
 
 use shipway_engine::History;
 use shipway_fault::{Fault, Result};
@@ -68,11 +69,14 @@ fn digest(text: &str) -> Result<Digest, Status> {
 }
 
 fn read_only<T>(what: &str) -> Answer<T> {
-    Err(status_of(&Fault::unimplemented(format!("{what}: content is read-only on this socket, so {what}"))))
+    Err(status_of(&Fault::unimplemented(format!(
+        "{what}: content is read-only on this socket, so {what}"
+    ))))
 }
 
 impl ContentService {
-    /// The blobs of `storage` that `refs` keeps or that `history` tells of, and the files of `history`.
+    /// The blobs of `storage` that `refs` keeps or that `history` tells of, and the files of
+    /// `history`.
     pub fn new(storage: Storage, refs: RefStore, history: Arc<History>) -> Self {
         Self { storage, refs, history, parts: Mutex::default() }
     }
@@ -82,13 +86,28 @@ impl ContentService {
         let documents = self.storage.leases.list(&[format!("labels.\"{label}\"=={value}")]).await?;
         let mut roots = self.history.written();
         // The history forgets; an image that was built here says so itself.
-        roots.extend(self.storage.images.list(&[]).await?.into_iter().filter(|i| i.built().is_some()).map(|i| i.target.digest));
+        roots.extend(
+            self.storage
+                .images
+                .list(&[])
+                .await?
+                .into_iter()
+                .filter(|i| i.built().is_some())
+                .map(|i| i.target.digest),
+        );
         let mut written = Vec::with_capacity(roots.len());
         for root in &roots {
             written.push(self.parts_of(*root).await?);
         }
-        self.parts.lock().unwrap_or_else(PoisonError::into_inner).retain(|root, _| roots.contains(root));
-        Ok(Ours { cached: self.refs.blobs_kept(), documents: documents.into_iter().map(|l| l.id).collect(), written })
+        self.parts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|root, _| roots.contains(root));
+        Ok(Ours {
+            cached: self.refs.blobs_kept(),
+            documents: documents.into_iter().map(|l| l.id).collect(),
+            written,
+        })
     }
 
     /// Everything that `root`, which a build wrote, leads to.
@@ -131,12 +150,17 @@ impl ContentService {
     async fn file(&self, digest: Digest) -> Result<Option<tokio::fs::File>, Status> {
         let history = self.history.clone();
         let opened = tokio::task::spawn_blocking(move || history.open_file(digest)).await;
-        let opened = opened.unwrap_or_else(|e| Err(Fault::internal(format!("read a file of the history: {e}"))));
+        let opened = opened
+            .unwrap_or_else(|e| Err(Fault::internal(format!("read a file of the history: {e}"))));
         opened.map(|file| file.map(tokio::fs::File::from_std)).map_err(|f| status_of(&f))
     }
 }
 
-async fn send(tx: &tokio::sync::mpsc::Sender<Result<wire::ReadContentResponse, Status>>, offset: u64, data: Vec<u8>) -> bool {
+async fn send(
+    tx: &tokio::sync::mpsc::Sender<Result<wire::ReadContentResponse, Status>>,
+    offset: u64,
+    data: Vec<u8>,
+) -> bool {
     tx.send(Ok(wire::ReadContentResponse { offset: offset as i64, data })).await.is_ok()
 }
 
@@ -152,7 +176,12 @@ impl wire::content_server::Content for ContentService {
                 (info.size, info.labels)
             }
         };
-        let info = wire::Info { digest: digest.to_string(), size: size as i64, labels, ..Default::default() };
+        let info = wire::Info {
+            digest: digest.to_string(),
+            size: size as i64,
+            labels,
+            ..Default::default()
+        };
         Ok(Response::new(wire::InfoResponse { info: Some(info) }))
     }
 
@@ -161,7 +190,8 @@ impl wire::content_server::Content for ContentService {
     async fn read(&self, request: Request<wire::ReadContentRequest>) -> Answer<Chunks> {
         let request = request.into_inner();
         let digest = digest(&request.digest)?;
-        let offset = u64::try_from(request.offset).map_err(|_| Status::out_of_range("negative offset"))?;
+        let offset =
+            u64::try_from(request.offset).map_err(|_| Status::out_of_range("negative offset"))?;
         let limit = if request.size > 0 { request.size as u64 } else { u64::MAX };
         let (tx, rx) = tokio::sync::mpsc::channel(4);
         if let Some(mut file) = self.file(digest).await? {
@@ -184,7 +214,9 @@ impl wire::content_server::Content for ContentService {
         self.check(digest).await?;
         let mut reader = self.storage.content.reader(digest).await.map_err(|f| status_of(&f))?;
         if offset > reader.size() {
-            return Err(Status::out_of_range(format!("offset {offset} is past the end of {digest}")));
+            return Err(Status::out_of_range(format!(
+                "offset {offset} is past the end of {digest}"
+            )));
         }
         reader.seek(offset).await.map_err(|f| status_of(&f))?;
         tokio::spawn(async move {
@@ -213,7 +245,12 @@ impl wire::content_server::Content for ContentService {
     type ListStream = ReceiverStream<std::result::Result<wire::ListContentResponse, Status>>;
 
     async fn list(&self, request: Request<wire::ListContentRequest>) -> Answer<Self::ListStream> {
-        let mut blobs = self.storage.content.list(&request.into_inner().filters).await.map_err(|f| status_of(&f))?;
+        let mut blobs = self
+            .storage
+            .content
+            .list(&request.into_inner().filters)
+            .await
+            .map_err(|f| status_of(&f))?;
         let ours = self.ours().await.map_err(|f| status_of(&f))?;
         blobs.retain(|b| ours.contains(b.digest));
         let (tx, rx) = tokio::sync::mpsc::channel(4);
@@ -245,13 +282,19 @@ impl wire::content_server::Content for ContentService {
         read_only("Status")
     }
 
-    async fn list_statuses(&self, _: Request<wire::ListStatusesRequest>) -> Answer<wire::ListStatusesResponse> {
+    async fn list_statuses(
+        &self,
+        _: Request<wire::ListStatusesRequest>,
+    ) -> Answer<wire::ListStatusesResponse> {
         read_only("ListStatuses")
     }
 
     type WriteStream = tokio_stream::Empty<std::result::Result<wire::WriteContentResponse, Status>>;
 
-    async fn write(&self, _: Request<Streaming<wire::WriteContentRequest>>) -> Answer<Self::WriteStream> {
+    async fn write(
+        &self,
+        _: Request<Streaming<wire::WriteContentRequest>>,
+    ) -> Answer<Self::WriteStream> {
         read_only("Write")
     }
 
@@ -273,8 +316,10 @@ mod tests {
         let (fake, dir) = (FakeStorage::new().unwrap(), tempfile::tempdir().unwrap());
         let storage = fake.storage();
         let refs = RefStore::open(storage.clone(), dir.path().join("refs")).await.unwrap();
-        let encode = HistoryEncoders { log: Arc::new(|_, _| Ok(())), fault: Arc::new(|_| Vec::new()) };
-        let history = History::open(dir.path().join("history"), HistoryLimits::default(), encode).unwrap();
+        let encode =
+            HistoryEncoders { log: Arc::new(|_, _| Ok(())), fault: Arc::new(|_| Vec::new()) };
+        let history =
+            History::open(dir.path().join("history"), HistoryLimits::default(), encode).unwrap();
         let service = ContentService::new(storage.clone(), refs, Arc::new(history));
         let put = async |lease: LeaseId, labels: Labels, bytes: &'static [u8]| {
             storage.leases.create(&lease, &labels).await.unwrap();
@@ -285,15 +330,30 @@ mod tests {
         let kind = Labels::from([(DOCUMENT_KIND.0.to_owned(), DOCUMENT_KIND.1.to_owned())]);
         put(shipway_sources::document_lease(document), kind, b"ours").await;
 
-        let info = async |digest: Digest| service.info(Request::new(wire::InfoRequest { digest: digest.to_string() })).await.map(drop);
+        let info = async |digest: Digest| {
+            service
+                .info(Request::new(wire::InfoRequest { digest: digest.to_string() }))
+                .await
+                .map(drop)
+        };
         assert_eq!(info(theirs).await.unwrap_err().code(), tonic::Code::NotFound);
         info(document).await.unwrap();
         let read = async |digest: Digest| {
-            service.read(Request::new(wire::ReadContentRequest { digest: digest.to_string(), ..Default::default() })).await.map(drop)
+            service
+                .read(Request::new(wire::ReadContentRequest {
+                    digest: digest.to_string(),
+                    ..Default::default()
+                }))
+                .await
+                .map(drop)
         };
         assert_eq!(read(theirs).await.unwrap_err().code(), tonic::Code::NotFound);
         read(document).await.unwrap();
-        let mut listed = service.list(Request::new(wire::ListContentRequest::default())).await.unwrap().into_inner();
+        let mut listed = service
+            .list(Request::new(wire::ListContentRequest::default()))
+            .await
+            .unwrap()
+            .into_inner();
         let mut digests = Vec::new();
         while let Some(part) = listed.next().await {
             digests.extend(part.unwrap().info.into_iter().map(|i| i.digest));

@@ -34,7 +34,12 @@ pub struct WorkerInfo {
 impl WorkerInfo {
     /// The record on the wire, without devices.
     pub fn record(&self) -> wire::types::WorkerRecord {
-        worker::record(&self.id, self.labels.clone(), &self.platforms.now(), self.gc.iter().map(crate::gc::Rule::to_wire).collect())
+        worker::record(
+            &self.id,
+            self.labels.clone(),
+            &self.platforms.now(),
+            self.gc.iter().map(crate::gc::Rule::to_wire).collect(),
+        )
     }
 }
 
@@ -55,15 +60,24 @@ fn definitions(map: BTreeMap<String, pb::Definition>) -> BTreeMap<String, Defini
     map.into_iter().map(|(k, d)| (k, Definition::from_pb(d))).collect()
 }
 
-/// Exporters of a request: the list, or the deprecated pair when there is no list (row `ctl.solve.legacyexp`); `SOURCE_DATE_EPOCH` goes to each
-/// (row `ctl.solve.sde`).
+/// Exporters of a request: the list, or the deprecated pair when there is no list (row
+/// `ctl.solve.legacyexp`); `SOURCE_DATE_EPOCH` goes to each (row `ctl.solve.sde`).
 fn exporters(request: &wire::SolveRequest) -> Vec<ExporterRequest> {
-    let mut all: Vec<ExporterRequest> =
-        request.exporters.iter().map(|e| ExporterRequest { kind: e.r#type.clone(), attrs: e.attrs.clone() }).collect();
+    let mut all: Vec<ExporterRequest> = request
+        .exporters
+        .iter()
+        .map(|e| ExporterRequest { kind: e.r#type.clone(), attrs: e.attrs.clone() })
+        .collect();
     if all.is_empty() && !request.exporter_deprecated.is_empty() {
-        all.push(ExporterRequest { kind: request.exporter_deprecated.clone(), attrs: request.exporter_attrs_deprecated.clone() });
+        all.push(ExporterRequest {
+            kind: request.exporter_deprecated.clone(),
+            attrs: request.exporter_attrs_deprecated.clone(),
+        });
     }
-    let epoch = request.frontend_attrs.get("build-arg:SOURCE_DATE_EPOCH").filter(|v| v.parse::<i64>().is_ok());
+    let epoch = request
+        .frontend_attrs
+        .get("build-arg:SOURCE_DATE_EPOCH")
+        .filter(|v| v.parse::<i64>().is_ok());
     if let Some(epoch) = epoch {
         for e in &mut all {
             e.attrs.entry("source-date-epoch".into()).or_insert_with(|| epoch.clone());
@@ -75,12 +89,20 @@ fn exporters(request: &wire::SolveRequest) -> Vec<ExporterRequest> {
 fn build_request(mut request: wire::SolveRequest) -> Result<BuildRequest> {
     check_compatibility(request.compatibility_version)?;
     let policy = BuildPolicy {
-        rules: request.source_policy.take().map(SourcePolicy::from_pb).transpose()?.unwrap_or_default(),
+        rules: request
+            .source_policy
+            .take()
+            .map(SourcePolicy::from_pb)
+            .transpose()?
+            .unwrap_or_default(),
         session: Some(std::mem::take(&mut request.source_policy_session)).filter(|s| !s.is_empty()),
     };
     let exporters = exporters(&request);
     let cache = request.cache.unwrap_or_default();
-    let of = |e: &wire::CacheOptionsEntry| CacheRequest { kind: e.r#type.clone(), attrs: e.attrs.clone() };
+    let of = |e: &wire::CacheOptionsEntry| CacheRequest {
+        kind: e.r#type.clone(),
+        attrs: e.attrs.clone(),
+    };
     let in_registry = |reference: &String, attrs: &BTreeMap<String, String>| {
         let mut attrs = attrs.clone();
         attrs.insert("ref".into(), reference.clone());
@@ -88,14 +110,19 @@ fn build_request(mut request: wire::SolveRequest) -> Result<BuildRequest> {
     };
     let mut cache_exports: Vec<CacheRequest> = cache.exports.iter().map(of).collect();
     if !cache.export_ref_deprecated.is_empty() {
-        cache_exports.push(in_registry(&cache.export_ref_deprecated, &cache.export_attrs_deprecated));
+        cache_exports
+            .push(in_registry(&cache.export_ref_deprecated, &cache.export_attrs_deprecated));
     }
     let older = cache.import_refs_deprecated.iter().map(|r| in_registry(r, &BTreeMap::new()));
     let cache_imports = cache.imports.iter().map(of).chain(older).collect();
     Ok(BuildRequest {
         id: request.r#ref,
-        // One without operations is scratch; none at all is a build that the client drives. Beside a frontend it means nothing.
-        definition: request.definition.filter(|d| !d.def.is_empty() || request.frontend.is_empty()).map(Definition::from_pb),
+        // One without operations is scratch; none at all is a build that the client drives. Beside
+        // a frontend it means nothing.
+        definition: request
+            .definition
+            .filter(|d| !d.def.is_empty() || request.frontend.is_empty())
+            .map(Definition::from_pb),
         frontend: request.frontend,
         options: request.frontend_attrs,
         inputs: definitions(request.frontend_inputs),
@@ -106,13 +133,18 @@ fn build_request(mut request: wire::SolveRequest) -> Result<BuildRequest> {
         internal: request.internal,
         policy,
         proxied: request.proxy_network,
-        compatibility: if request.compatibility_version == 0 { COMPATIBILITY } else { request.compatibility_version },
+        compatibility: if request.compatibility_version == 0 {
+            COMPATIBILITY
+        } else {
+            request.compatibility_version
+        },
         cache_exports,
         cache_imports,
     })
 }
 
-/// Versions of the defaults of exporters that a client may name; the last is meant when it names none (row `ctl.solve.compat`).
+/// Versions of the defaults of exporters that a client may name; the last is meant when it names
+/// none (row `ctl.solve.compat`).
 const COMPATIBILITIES: [i64; 3] = [10, 20, COMPATIBILITY];
 const COMPATIBILITY: i64 = 30;
 
@@ -121,7 +153,9 @@ fn check_compatibility(version: i64) -> Result<()> {
         return Ok(());
     }
     Err(Fault::invalid(match version > COMPATIBILITY {
-        true => format!("unsupported compatibility-version {version}: upgrade buildkit (max supported: {COMPATIBILITY})"),
+        true => format!(
+            "unsupported compatibility-version {version}: upgrade buildkit (max supported: {COMPATIBILITY})"
+        ),
         false => format!("unsupported compatibility-version {version} (supported: [10 20 30])"),
     }))
 }
@@ -137,13 +171,19 @@ fn with_time<T>(mut response: Response<T>) -> Response<T> {
 
 #[tonic::async_trait]
 impl Control for ControlService {
-    async fn disk_usage(&self, request: Request<wire::DiskUsageRequest>) -> Answer<wire::DiskUsageResponse> {
+    async fn disk_usage(
+        &self,
+        request: Request<wire::DiskUsageRequest>,
+    ) -> Answer<wire::DiskUsageResponse> {
         let request = request.into_inner();
-        let filters = filter::parse_all(&request.filter, prune::FIELDS).map_err(|f| status_of(&f))?;
+        let filters =
+            filter::parse_all(&request.filter, prune::FIELDS).map_err(|f| status_of(&f))?;
         let records = self.engine.parts().services.refs.usage().await.map_err(|f| status_of(&f))?;
         let now = SystemTime::now();
-        let wanted =
-            |r: &&UsageRecord| prune::is_older(r, request.age_limit, now) && filter::any(&filters, &|field| prune::field(r, field));
+        let wanted = |r: &&UsageRecord| {
+            prune::is_older(r, request.age_limit, now)
+                && filter::any(&filters, &|field| prune::field(r, field))
+        };
         let record = records.iter().filter(wanted).map(prune::to_wire).collect();
         Ok(Response::new(wire::DiskUsageResponse { record }))
     }
@@ -151,8 +191,10 @@ impl Control for ControlService {
     type PruneStream = Sent<wire::UsageRecord>;
 
     async fn prune(&self, request: Request<wire::PruneRequest>) -> Answer<Self::PruneStream> {
-        let options = prune::options(request.into_inner(), &self.worker.disk).map_err(|f| status_of(&f))?;
-        let (services, caches) = (self.engine.parts().services.clone(), self.engine.parts().caches.clone());
+        let options =
+            prune::options(request.into_inner(), &self.worker.disk).map_err(|f| status_of(&f))?;
+        let (services, caches) =
+            (self.engine.parts().services.clone(), self.engine.parts().caches.clone());
         let (tx, rx) = mpsc::channel(64);
         let prune = async move {
             let refs = &services.refs;
@@ -198,7 +240,9 @@ impl Control for ControlService {
         match outcome {
             Ok(response) => {
                 tracing::debug!(parent: &span, "build done");
-                Ok(Response::new(wire::SolveResponse { exporter_response: response.exporter_response }))
+                Ok(Response::new(wire::SolveResponse {
+                    exporter_response: response.exporter_response,
+                }))
             }
             Err(fault) => {
                 tracing::info!(parent: &span, error = %fault, "build failed");
@@ -210,7 +254,8 @@ impl Control for ControlService {
     type StatusStream = Sent<wire::StatusResponse>;
 
     async fn status(&self, request: Request<wire::StatusRequest>) -> Answer<Self::StatusStream> {
-        let progress = self.engine.progress(&request.into_inner().r#ref).await.map_err(|f| status_of(&f))?;
+        let progress =
+            self.engine.progress(&request.into_inner().r#ref).await.map_err(|f| status_of(&f))?;
         let (tx, rx) = mpsc::channel(16);
         match progress {
             Progress::Live(journal) => {
@@ -232,7 +277,9 @@ impl Control for ControlService {
                         let mut messages = status::read_blob(std::io::BufReader::new(file));
                         let _ = messages.try_for_each(|message| tx.blocking_send(Ok(message)));
                     }
-                    Ok(None) => drop(tx.blocking_send(Err(status_of(&Fault::not_found("the build was forgotten just now"))))),
+                    Ok(None) => drop(tx.blocking_send(Err(status_of(&Fault::not_found(
+                        "the build was forgotten just now",
+                    ))))),
                     Err(fault) => drop(tx.blocking_send(Err(status_of(&fault)))),
                 });
             }
@@ -242,23 +289,35 @@ impl Control for ControlService {
 
     type SessionStream = Answers<wire::BytesMessage>;
 
-    async fn session(&self, request: Request<Streaming<wire::BytesMessage>>) -> Answer<Self::SessionStream> {
+    async fn session(
+        &self,
+        request: Request<Streaming<wire::BytesMessage>>,
+    ) -> Answer<Self::SessionStream> {
         let hub = &self.engine.parts().sessions;
         let (metadata, _, incoming) = request.into_parts();
         let answers = hub.attach(&metadata, incoming).await.map_err(|f| status_of(&f))?;
         Ok(Response::new(answers))
     }
 
-    async fn list_workers(&self, request: Request<wire::ListWorkersRequest>) -> Answer<wire::ListWorkersResponse> {
-        let filters = filter::parse_all(&request.into_inner().filter, &["id", "labels."]).map_err(|f| status_of(&f))?;
+    async fn list_workers(
+        &self,
+        request: Request<wire::ListWorkersRequest>,
+    ) -> Answer<wire::ListWorkersResponse> {
+        let filters = filter::parse_all(&request.into_inner().filter, &["id", "labels."])
+            .map_err(|f| status_of(&f))?;
         let there = self.engine.parts().services.devices().await.map_err(|f| status_of(&f))?;
-        let record = wire::types::WorkerRecord { cdi_devices: worker::devices(&there), ..self.worker.record() };
+        let record = wire::types::WorkerRecord {
+            cdi_devices: worker::devices(&there),
+            ..self.worker.record()
+        };
         let lookup = |field: &str| match field {
             "id" => Some(record.id.clone()),
             label => label.strip_prefix("labels.").and_then(|l| record.labels.get(l).cloned()),
         };
         let keep = filter::any(&filters, &lookup);
-        Ok(Response::new(wire::ListWorkersResponse { record: if keep { vec![record] } else { Vec::new() } }))
+        Ok(Response::new(wire::ListWorkersResponse {
+            record: if keep { vec![record] } else { Vec::new() },
+        }))
     }
 
     async fn info(&self, _: Request<wire::InfoRequest>) -> Answer<wire::InfoResponse> {
@@ -267,25 +326,35 @@ impl Control for ControlService {
 
     type ListenBuildHistoryStream = Sent<wire::BuildHistoryEvent>;
 
-    async fn listen_build_history(&self, request: Request<wire::BuildHistoryRequest>) -> Answer<Self::ListenBuildHistoryStream> {
-        let stream = history::listen(self.engine.parts().history.clone(), request.into_inner()).map_err(|f| status_of(&f))?;
+    async fn listen_build_history(
+        &self,
+        request: Request<wire::BuildHistoryRequest>,
+    ) -> Answer<Self::ListenBuildHistoryStream> {
+        let stream = history::listen(self.engine.parts().history.clone(), request.into_inner())
+            .map_err(|f| status_of(&f))?;
         Ok(with_time(Response::new(stream)))
     }
 
-    async fn update_build_history(&self, request: Request<wire::UpdateBuildHistoryRequest>) -> Answer<wire::UpdateBuildHistoryResponse> {
+    async fn update_build_history(
+        &self,
+        request: Request<wire::UpdateBuildHistoryRequest>,
+    ) -> Answer<wire::UpdateBuildHistoryResponse> {
         let request = request.into_inner();
         let history = self.engine.parts().history.clone();
         let update = move || {
             if request.delete {
                 history.delete(&request.r#ref)
             } else if request.finalize {
-                // There are no traces to wait for: a record is final as soon as its build ended, and one that is not there, too.
+                // There are no traces to wait for: a record is final as soon as its build ended,
+                // and one that is not there, too.
                 Ok(())
             } else {
                 history.pin(&request.r#ref, request.pinned)
             }
         };
-        let done = tokio::task::spawn_blocking(update).await.unwrap_or_else(|e| Err(Fault::internal(format!("update the history: {e}"))));
+        let done = tokio::task::spawn_blocking(update)
+            .await
+            .unwrap_or_else(|e| Err(Fault::internal(format!("update the history: {e}"))));
         done.map(|()| Response::new(wire::UpdateBuildHistoryResponse {})).map_err(|f| status_of(&f))
     }
 }
@@ -300,18 +369,28 @@ mod tests {
         for fine in [0, 10, 20, 30] {
             assert_eq!(said(fine), Ok(()));
         }
-        assert_eq!(said(31), Err("unsupported compatibility-version 31: upgrade buildkit (max supported: 30)".into()));
-        assert_eq!(said(15), Err("unsupported compatibility-version 15 (supported: [10 20 30])".into()));
+        assert_eq!(
+            said(31),
+            Err("unsupported compatibility-version 31: upgrade buildkit (max supported: 30)".into())
+        );
+        assert_eq!(
+            said(15),
+            Err("unsupported compatibility-version 15 (supported: [10 20 30])".into())
+        );
     }
 
     #[test]
     fn the_deprecated_exporter_counts_only_without_a_list() {
-        let mut request = wire::SolveRequest { exporter_deprecated: "local".into(), ..Default::default() };
+        let mut request =
+            wire::SolveRequest { exporter_deprecated: "local".into(), ..Default::default() };
         assert_eq!(exporters(&request)[0].kind, "local");
         request.exporters.push(wire::Exporter { r#type: "image".into(), ..Default::default() });
         request.frontend_attrs.insert("build-arg:SOURCE_DATE_EPOCH".into(), "7".into());
         let all = exporters(&request);
-        assert_eq!((all.len(), all[0].kind.as_str(), all[0].attrs["source-date-epoch"].as_str()), (1, "image", "7"));
+        assert_eq!(
+            (all.len(), all[0].kind.as_str(), all[0].attrs["source-date-epoch"].as_str()),
+            (1, "image", "7")
+        );
     }
 
     #[test]
@@ -339,14 +418,32 @@ mod tests {
             ..Default::default()
         };
         let build = build_request(request).unwrap();
-        let shown = |all: &[CacheRequest]| all.iter().map(|c| format!("{} {:?}", c.kind, c.attrs)).collect::<Vec<_>>();
-        assert_eq!(shown(&build.cache_exports), [r#"inline {"a": "b"}"#, r#"registry {"mode": "max", "ref": "r/out"}"#]);
-        let imports = [r#"local {"src": "d"}"#, r#"registry {"ref": "r/one"}"#, r#"registry {"ref": "r/two"}"#];
+        let shown = |all: &[CacheRequest]| {
+            all.iter().map(|c| format!("{} {:?}", c.kind, c.attrs)).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            shown(&build.cache_exports),
+            [r#"inline {"a": "b"}"#, r#"registry {"mode": "max", "ref": "r/out"}"#]
+        );
+        let imports = [
+            r#"local {"src": "d"}"#,
+            r#"registry {"ref": "r/one"}"#,
+            r#"registry {"ref": "r/two"}"#,
+        ];
         assert_eq!(shown(&build.cache_imports), imports);
-        assert!(build.definition.is_none() && build.internal && build.proxied && build.session_exporters);
-        assert_eq!((build.policy.session.as_deref(), build.compatibility), (Some("policies"), COMPATIBILITY));
+        assert!(
+            build.definition.is_none()
+                && build.internal
+                && build.proxied
+                && build.session_exporters
+        );
+        assert_eq!(
+            (build.policy.session.as_deref(), build.compatibility),
+            (Some("policies"), COMPATIBILITY)
+        );
         // Without a frontend, the same graph is the empty image.
-        let scratch = wire::SolveRequest { definition: Some(Default::default()), ..Default::default() };
+        let scratch =
+            wire::SolveRequest { definition: Some(Default::default()), ..Default::default() };
         assert!(build_request(scratch).unwrap().definition.is_some());
     }
 

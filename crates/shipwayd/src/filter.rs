@@ -1,5 +1,7 @@
-//! containerd's filter language for listing: `field==value`, `field!=value`, `field~=regular expression`, bare `field`; commas are AND, several filters
-//! are OR (rows `so.pr.filter`, `so.pr.or`). What is not understood is an error: a filter that matches nothing by mistake looks like an answer.
+//! containerd's filter language for listing: `field==value`, `field!=value`,
+//! `field~=regular expression`, bare `field`; commas are AND, several filters are OR (rows
+//! `so.pr.filter`, `so.pr.or`). What is not understood is an error: a filter that matches nothing
+//! by mistake looks like an answer.
 
 use regex::{Regex, RegexBuilder};
 use shipway_fault::{Fault, Result, nearest};
@@ -33,7 +35,11 @@ impl Filter {
     /// Parses one filter on `fields`; one that ends in a dot stands for all that begin with it.
     pub fn parse(text: &str, fields: &[&str]) -> Result<Self> {
         let parts = split(text)?;
-        let conditions = parts.iter().map(|p| p.trim()).filter(|p| !p.is_empty()).map(|part| Condition::parse(part, fields));
+        let conditions = parts
+            .iter()
+            .map(|p| p.trim())
+            .filter(|p| !p.is_empty())
+            .map(|part| Condition::parse(part, fields));
         conditions.collect::<Result<_>>().map(Self)
     }
 
@@ -54,11 +60,13 @@ impl Filter {
 impl Condition {
     fn parse(part: &str, fields: &[&str]) -> Result<Self> {
         let bad = |why: String| {
-            Fault::invalid(format!("invalid filter {part:?}: {why}")).hint("want for example `type==regular` or `id~=^abc,inuse`")
+            Fault::invalid(format!("invalid filter {part:?}: {why}"))
+                .hint("want for example `type==regular` or `id~=^abc,inuse`")
         };
         let end = field_length(part).ok_or_else(|| bad("a quote is not closed".into()))?;
         let (field, rest) = (part[..end].replace('"', ""), part[end..].trim_start());
-        let value = |rest: &str| unquote(rest.trim()).ok_or_else(|| bad("a quote is not closed".into()));
+        let value =
+            |rest: &str| unquote(rest.trim()).ok_or_else(|| bad("a quote is not closed".into()));
         let test = match (rest.get(..2), rest) {
             (_, "") => Test::Present,
             (Some("=="), _) => Test::Equal(value(&rest[2..])?),
@@ -67,11 +75,18 @@ impl Condition {
                 let regex = RegexBuilder::new(&value(&rest[2..])?).size_limit(MAX_REGEX).build();
                 Test::Matches(regex.map_err(|e| bad(format!("not a regular expression: {e}")))?)
             }
-            _ => return Err(bad(format!("unsupported operator {:?}; there are ==, != and ~=", operator(rest)))),
+            _ => {
+                return Err(bad(format!(
+                    "unsupported operator {:?}; there are ==, != and ~=",
+                    operator(rest)
+                )));
+            }
         };
-        let known = |f: &&&str| if f.ends_with('.') { field.starts_with(**f) } else { field == **f };
+        let known =
+            |f: &&&str| if f.ends_with('.') { field.starts_with(**f) } else { field == **f };
         if !fields.iter().any(|f| known(&f)) {
-            let fault = Fault::invalid(format!("invalid filter {part:?}: there is no field {field:?}"));
+            let fault =
+                Fault::invalid(format!("invalid filter {part:?}: there is no field {field:?}"));
             return Err(match nearest(&field, fields.iter().copied()) {
                 Some(near) => fault.hint(format!("did you mean `{near}`?")),
                 None => fault.hint(format!("there are {}", fields.join(", "))),
@@ -86,7 +101,8 @@ pub fn operator(rest: &str) -> &str {
     &rest[..rest.find(|c: char| !"=!~<>".contains(c)).unwrap_or(rest.len())]
 }
 
-/// Length of the field's name at the beginning of `part`: words with dots between them, in quotes where they have other characters.
+/// Length of the field's name at the beginning of `part`: words with dots between them, in quotes
+/// where they have other characters.
 pub fn field_length(part: &str) -> Option<usize> {
     let mut quoted = false;
     for (i, c) in part.char_indices() {
@@ -102,7 +118,10 @@ pub fn field_length(part: &str) -> Option<usize> {
 /// Splits at commas outside quotes.
 pub fn split(text: &str) -> Result<Vec<&str>> {
     if text.len() > MAX_FILTER {
-        return Err(Fault::invalid(format!("a filter has {} bytes; at most {MAX_FILTER} are understood", text.len())));
+        return Err(Fault::invalid(format!(
+            "a filter has {} bytes; at most {MAX_FILTER} are understood",
+            text.len()
+        )));
     }
     let (mut parts, mut start, mut quoted, mut escaped) = (Vec::new(), 0, false, false);
     for (i, c) in text.char_indices() {
@@ -149,7 +168,10 @@ pub fn parse_all(texts: &[String], fields: &[&str]) -> Result<Vec<Filter>> {
 /// Refuses more filters than anybody needs.
 pub fn check_count(texts: &[String]) -> Result<()> {
     if texts.len() > MAX_FILTERS {
-        return Err(Fault::invalid(format!("there are {} filters; at most {MAX_FILTERS} are understood", texts.len())));
+        return Err(Fault::invalid(format!(
+            "there are {} filters; at most {MAX_FILTERS} are understood",
+            texts.len()
+        )));
     }
     Ok(())
 }
@@ -197,7 +219,11 @@ mod tests {
 
     #[test]
     fn what_is_not_understood_is_an_error() {
-        let said = |text: &str| Filter::parse(text, FIELDS).map(drop).map_err(|f| (f.to_string(), f.hints().collect::<Vec<_>>().join(" ")));
+        let said = |text: &str| {
+            Filter::parse(text, FIELDS)
+                .map(drop)
+                .map_err(|f| (f.to_string(), f.hints().collect::<Vec<_>>().join(" ")))
+        };
         for (text, says) in [
             ("==x", "no field \"\""),
             ("type=regular", "unsupported operator \"=\""),

@@ -1,4 +1,5 @@
-//! The command line: buildkitd's flags (rows `fl.*`) for what exists, with the defaults of the name we were called by.
+//! The command line: buildkitd's flags (rows `fl.*`) for what exists, with the defaults of the name
+//! we were called by.
 
 mod absent;
 mod oci;
@@ -107,13 +108,15 @@ pub struct Flags {
     /// Automatic garbage collection
     #[arg(long = "containerd-worker-gc", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub gc: Option<bool>,
-    /// What garbage collection keeps: RESERVED or RESERVED,FREE,MAXIMUM, each in MB or as a percentage of the disk
+    /// What garbage collection keeps: RESERVED or RESERVED,FREE,MAXIMUM, each in MB or as a
+    /// percentage of the disk
     #[arg(long = "containerd-worker-gc-keepstorage")]
     pub gc_keepstorage: Option<KeepStorage>,
     /// Binary of the low-level runtime, which buildkitd has a flag for with its OCI worker only
     #[arg(skip)]
     pub binary: Option<String>,
-    /// Images of containerd's store that FROM takes without asking a registry: built (here), always, never
+    /// Images of containerd's store that FROM takes without asking a registry: built (here),
+    /// always, never
     #[arg(long = "prefer-local-images")]
     pub prefer_local_images: Option<String>,
     /// AppArmor profile of steps
@@ -182,7 +185,10 @@ impl Persona {
     pub fn addresses(self) -> Vec<String> {
         match self {
             // The second is where nerdctl looks for a builder of the default namespace.
-            Self::Shipwayd => vec!["unix:///run/shipway/shipwayd.sock".into(), "unix:///run/buildkit-default/buildkitd.sock".into()],
+            Self::Shipwayd => vec![
+                "unix:///run/shipway/shipwayd.sock".into(),
+                "unix:///run/buildkit-default/buildkitd.sock".into(),
+            ],
             Self::Buildkitd => vec!["unix:///run/buildkit/buildkitd.sock".into()],
         }
     }

@@ -56,8 +56,11 @@ impl Rule {
             max_used: self.max_used,
             min_free: self.min_free,
             disk: Some(disk.to_owned()),
-            filter: (!filters.is_empty())
-                .then(|| Arc::new(move |r: &UsageRecord| filter::any(&filters, &|name| prune::field(r, name))) as _),
+            filter: (!filters.is_empty()).then(|| {
+                Arc::new(move |r: &UsageRecord| {
+                    filter::any(&filters, &|name| prune::field(r, name))
+                }) as _
+            }),
         })
     }
 }
@@ -87,14 +90,23 @@ pub fn rules(settings: &GcSettings, total: u64) -> Vec<Rule> {
             ..Rule::default()
         },
         // One that is given leaves the others unset.
-        GcSettings::Limits { reserved, max_used, min_free } => {
-            Rule { reserved: size(*reserved), max_used: size(*max_used), min_free: size(*min_free), ..Rule::default() }
-        }
+        GcSettings::Limits { reserved, max_used, min_free } => Rule {
+            reserved: size(*reserved),
+            max_used: size(*max_used),
+            min_free: size(*min_free),
+            ..Rule::default()
+        },
     };
     let day = Duration::from_secs(24 * 3600);
-    let volatile = ["source.local", "exec.cachemount", "source.git.checkout"].map(|t| format!("type=={t}"));
+    let volatile =
+        ["source.local", "exec.cachemount", "source.git.checkout"].map(|t| format!("type=={t}"));
     vec![
-        Rule { filters: volatile.to_vec(), keep_duration: 2 * day, max_used: 512_000_000, ..Rule::default() },
+        Rule {
+            filters: volatile.to_vec(),
+            keep_duration: 2 * day,
+            max_used: 512_000_000,
+            ..Rule::default()
+        },
         Rule { keep_duration: 60 * day, ..bounded.clone() },
         bounded.clone(),
         Rule { all: true, ..bounded },
@@ -112,7 +124,8 @@ impl Trigger {
     }
 }
 
-/// Prunes by `rules`, whose limits are of the disk that has `disk`, a moment after each wake-up, at most once a minute, until dropped.
+/// Prunes by `rules`, whose limits are of the disk that has `disk`, a moment after each wake-up, at
+/// most once a minute, until dropped.
 pub async fn run(caches: CacheIndex, rules: Vec<Rule>, disk: PathBuf, trigger: Trigger) {
     if rules.is_empty() {
         return;
@@ -123,7 +136,12 @@ pub async fn run(caches: CacheIndex, rules: Vec<Rule>, disk: PathBuf, trigger: T
         tokio::time::sleep(DELAY).await;
         for rule in &rules {
             let pruned = match rule.options(&disk) {
-                Ok(options) => caches.prune(options, &|record| tracing::debug!(id = %record.id, size = record.size, "pruned")).await,
+                Ok(options) => caches
+                    .prune(
+                        options,
+                        &|record| tracing::debug!(id = %record.id, size = record.size, "pruned"),
+                    )
+                    .await,
                 Err(fault) => Err(fault),
             };
             if let Err(fault) = pruned {
@@ -140,7 +158,11 @@ mod tests {
 
     const DISK: u64 = 1 << 40;
 
-    fn limits(reserved: Option<DiskSpace>, max_used: Option<DiskSpace>, min_free: Option<DiskSpace>) -> Vec<Rule> {
+    fn limits(
+        reserved: Option<DiskSpace>,
+        max_used: Option<DiskSpace>,
+        min_free: Option<DiskSpace>,
+    ) -> Vec<Rule> {
         rules(&GcSettings::Limits { reserved, max_used, min_free }, DISK)
     }
 
@@ -148,7 +170,10 @@ mod tests {
     fn the_defaults_are_four_rules_and_off_means_none() {
         let all = limits(None, None, None);
         assert_eq!((all.len(), all[0].keep_duration.as_secs()), (4, 48 * 3600));
-        assert_eq!((all[3].reserved, all[3].max_used, all[3].min_free), (10_000_000_000, 100_000_000_000, 205_000_000_000));
+        assert_eq!(
+            (all[3].reserved, all[3].max_used, all[3].min_free),
+            (10_000_000_000, 100_000_000_000, 205_000_000_000)
+        );
         assert!(rules(&GcSettings::Off, DISK).is_empty());
     }
 
@@ -160,7 +185,11 @@ mod tests {
 
     #[test]
     fn rules_of_the_file_replace_all() {
-        let rule = crate::config::GcPolicy { all: true, keep_bytes: Some(DiskSpace::Bytes(9)), ..Default::default() };
+        let rule = crate::config::GcPolicy {
+            all: true,
+            keep_bytes: Some(DiskSpace::Bytes(9)),
+            ..Default::default()
+        };
         let made = rules(&GcSettings::Rules(vec![rule]), DISK);
         assert_eq!(made, [Rule { all: true, reserved: 9, ..Rule::default() }]);
     }

@@ -3,7 +3,9 @@
 use crate::{config::duration, filter};
 use prost::Message as _;
 use shipway_attest::slsa;
-use shipway_engine::{History, HistoryEventKind, HistoryRecord, HistoryStatus, HistorySummary, LogFile};
+use shipway_engine::{
+    History, HistoryEventKind, HistoryRecord, HistoryStatus, HistorySummary, LogFile,
+};
 use shipway_fault::{Fault, Result};
 use shipway_grpc::status_of;
 use shipway_oci::{Descriptor, media, timestamp};
@@ -19,7 +21,7 @@ use tonic::Status;
 
 /// Media type of a build's log (row `so.h.status`).
 const LOG: &str = "application/vnd.buildkit.status.v0";
-/// Media type of a build's error, spelt as clients know it (row `so.h.err`).
+/// Media type of a build's error, spelled as clients know it (row `so.h.err`).
 const FAILURE: &str = "application/vnd.googeapis.google.rpc.status+proto";
 
 fn descriptor(d: &Descriptor) -> wire::Descriptor {
@@ -31,7 +33,8 @@ fn descriptor(d: &Descriptor) -> wire::Descriptor {
     }
 }
 
-/// What a build wrote; the first result stands in a field of its own as well, for clients from before there were several.
+/// What a build wrote; the first result stands in a field of its own as well, for clients from
+/// before there were several.
 fn result(written: &BTreeMap<usize, Descriptor>) -> wire::BuildResultInfo {
     wire::BuildResultInfo {
         result_deprecated: written.values().next().map(descriptor),
@@ -41,7 +44,12 @@ fn result(written: &BTreeMap<usize, Descriptor>) -> wire::BuildResultInfo {
 }
 
 fn of_file(file: &LogFile, media_type: &str) -> wire::Descriptor {
-    wire::Descriptor { media_type: media_type.into(), digest: file.digest.to_string(), size: file.size as i64, ..Default::default() }
+    wire::Descriptor {
+        media_type: media_type.into(),
+        digest: file.digest.to_string(),
+        size: file.size as i64,
+        ..Default::default()
+    }
 }
 
 fn provenance(file: &LogFile) -> wire::Descriptor {
@@ -50,11 +58,14 @@ fn provenance(file: &LogFile) -> wire::Descriptor {
 }
 
 /// The results of a finished build: of the build itself, and by platform.
-fn results(r: &HistoryRecord) -> (Option<wire::BuildResultInfo>, BTreeMap<String, wire::BuildResultInfo>) {
+fn results(
+    r: &HistoryRecord,
+) -> (Option<wire::BuildResultInfo>, BTreeMap<String, wire::BuildResultInfo>) {
     if r.completed.is_none() {
         return Default::default();
     }
-    let (mut own, mut platforms) = (result(&r.written), BTreeMap::<String, wire::BuildResultInfo>::new());
+    let (mut own, mut platforms) =
+        (result(&r.written), BTreeMap::<String, wire::BuildResultInfo>::new());
     for (platform, file) in &r.provenance {
         let info = match platform {
             None => &mut own,
@@ -69,7 +80,12 @@ fn results(r: &HistoryRecord) -> (Option<wire::BuildResultInfo>, BTreeMap<String
 pub fn fault_blob(fault: &Fault) -> Vec<u8> {
     let status = status_of(fault);
     match status.details() {
-        [] => rpc::Status { code: status.code() as i32, message: status.message().to_owned(), details: Vec::new() }.encode_to_vec(),
+        [] => rpc::Status {
+            code: status.code() as i32,
+            message: status.message().to_owned(),
+            details: Vec::new(),
+        }
+        .encode_to_vec(),
         // What travels as details is the whole status.
         whole => whole.to_vec(),
     }
@@ -79,14 +95,22 @@ fn record(r: &HistoryRecord) -> wire::BuildHistoryRecord {
     let error = r.error.as_ref().map(|f| {
         let status = status_of(f);
         // Details are in the file (row `so.h.err`).
-        rpc::Status { code: status.code() as i32, message: status.message().to_owned(), details: Vec::new() }
+        rpc::Status {
+            code: status.code() as i32,
+            message: status.message().to_owned(),
+            details: Vec::new(),
+        }
     });
     let (own, platforms) = results(r);
     wire::BuildHistoryRecord {
         r#ref: r.id.clone(),
         frontend: r.frontend.clone(),
         frontend_attrs: r.options.clone(),
-        exporters: r.exporters.iter().map(|e| wire::Exporter { r#type: e.kind.clone(), attrs: e.attrs.clone() }).collect(),
+        exporters: r
+            .exporters
+            .iter()
+            .map(|e| wire::Exporter { r#type: e.kind.clone(), attrs: e.attrs.clone() })
+            .collect(),
         error,
         external_error: r.failure.as_ref().map(|file| of_file(file, FAILURE)),
         created_at: Some(r.created.into()),
@@ -105,7 +129,8 @@ fn record(r: &HistoryRecord) -> wire::BuildHistoryRecord {
     }
 }
 
-/// Which builds a listener wants to hear of (rows `ctl.hist.listen`, `so.h.filter`): containerd's filters on some fields, and comparisons of times.
+/// Which builds a listener wants to hear of (rows `ctl.hist.listen`, `so.h.filter`): containerd's
+/// filters on some fields, and comparisons of times.
 struct Wanted {
     times: Vec<TimeTest>,
     others: filter::Filter,
@@ -166,16 +191,19 @@ impl TimeTest {
         // A duration is so long ago.
         let time = || match duration(value) {
             Some(ago) => Ok(seconds(now) - i64::try_from(ago.as_secs()).unwrap_or(i64::MAX)),
-            None => timestamp::parse(value)
-                .map(seconds)
-                .ok_or_else(|| Fault::invalid(format!("invalid time {value}")).hint("want 48h, or 2006-01-02T15:04:05Z")),
+            None => timestamp::parse(value).map(seconds).ok_or_else(|| {
+                Fault::invalid(format!("invalid time {value}"))
+                    .hint("want 48h, or 2006-01-02T15:04:05Z")
+            }),
         };
         Ok(Some(match field {
             "startedAt" => Self::Started(operator, time()?),
             "completedAt" => Self::Completed(operator, time()?),
             "duration" => {
-                let least = duration(value)
-                    .ok_or_else(|| Fault::invalid(format!("invalid duration {value}")).hint("want for example 90s or 1h30m"))?;
+                let least = duration(value).ok_or_else(|| {
+                    Fault::invalid(format!("invalid duration {value}"))
+                        .hint("want for example 90s or 1h30m")
+                })?;
                 Self::Took(operator, i128::try_from(least.as_nanos()).unwrap_or(i128::MAX))
             }
             _ => return Ok(None),
@@ -185,10 +213,15 @@ impl TimeTest {
     fn holds(self, s: &HistorySummary) -> bool {
         match self {
             Self::Started(operator, than) => operator.holds(seconds(s.created), than),
-            Self::Completed(operator, than) => s.completed.is_some_and(|c| operator.holds(seconds(c), than)),
+            Self::Completed(operator, than) => {
+                s.completed.is_some_and(|c| operator.holds(seconds(c), than))
+            }
             Self::Took(operator, than) => {
-                let took = s.completed.map(|c| c.duration_since(s.created).unwrap_or_default().as_nanos());
-                took.is_some_and(|took| operator.holds(i128::try_from(took).unwrap_or(i128::MAX), than))
+                let took =
+                    s.completed.map(|c| c.duration_since(s.created).unwrap_or_default().as_nanos());
+                took.is_some_and(|took| {
+                    operator.holds(i128::try_from(took).unwrap_or(i128::MAX), than)
+                })
             }
         }
     }
@@ -233,12 +266,19 @@ fn field(s: &HistorySummary, name: &str) -> Option<String> {
     }
 }
 
-/// The builds there are that a listener hears of first: running ones, then those that ended, the newest first where their number is limited.
-fn existing(all: Vec<Arc<HistorySummary>>, request: &wire::BuildHistoryRequest, wanted: &[Wanted]) -> Vec<Arc<HistorySummary>> {
+/// The builds there are that a listener hears of first: running ones, then those that ended, the
+/// newest first where their number is limited.
+fn existing(
+    all: Vec<Arc<HistorySummary>>,
+    request: &wire::BuildHistoryRequest,
+    wanted: &[Wanted],
+) -> Vec<Arc<HistorySummary>> {
     let is_wanted = |s: &Arc<HistorySummary>| {
-        (request.r#ref.is_empty() || s.id == request.r#ref) && (wanted.is_empty() || wanted.iter().any(|w| w.matches(s)))
+        (request.r#ref.is_empty() || s.id == request.r#ref)
+            && (wanted.is_empty() || wanted.iter().any(|w| w.matches(s)))
     };
-    let (mut running, mut ended): (Vec<_>, Vec<_>) = all.into_iter().filter(is_wanted).partition(|s| s.completed.is_none());
+    let (mut running, mut ended): (Vec<_>, Vec<_>) =
+        all.into_iter().filter(is_wanted).partition(|s| s.completed.is_none());
     if request.active_only {
         ended.clear();
     }
@@ -257,16 +297,24 @@ async fn load(history: &Arc<History>, id: &str) -> Option<Arc<HistoryRecord>> {
 }
 
 /// What a listener is sent of a change; `None` where there is nothing to say any more.
-async fn event(history: &Arc<History>, kind: HistoryEventKind, id: &str) -> Option<wire::BuildHistoryEvent> {
+async fn event(
+    history: &Arc<History>,
+    kind: HistoryEventKind,
+    id: &str,
+) -> Option<wire::BuildHistoryEvent> {
     let (kind, record) = match kind {
-        HistoryEventKind::Deleted => {
-            (wire::BuildHistoryEventType::Deleted, wire::BuildHistoryRecord { r#ref: id.to_owned(), ..Default::default() })
+        HistoryEventKind::Deleted => (
+            wire::BuildHistoryEventType::Deleted,
+            wire::BuildHistoryRecord { r#ref: id.to_owned(), ..Default::default() },
+        ),
+        HistoryEventKind::Completed => {
+            (wire::BuildHistoryEventType::Complete, record(&*load(history, id).await?))
         }
-        HistoryEventKind::Completed => (wire::BuildHistoryEventType::Complete, record(&*load(history, id).await?)),
         // One that ended meanwhile is told of next.
-        HistoryEventKind::Started => {
-            (wire::BuildHistoryEventType::Started, record(&*load(history, id).await.filter(|r| r.completed.is_none())?))
-        }
+        HistoryEventKind::Started => (
+            wire::BuildHistoryEventType::Started,
+            record(&*load(history, id).await.filter(|r| r.completed.is_none())?),
+        ),
     };
     Some(wire::BuildHistoryEvent { r#type: kind as i32, record: Some(record) })
 }
@@ -287,8 +335,13 @@ pub fn listen(
         for summary in first {
             // As it stands now; one that was forgotten since then is none.
             let Some(there) = load(&history, &summary.id).await else { continue };
-            let kind = if there.completed.is_some() { wire::BuildHistoryEventType::Complete } else { wire::BuildHistoryEventType::Started };
-            let message = wire::BuildHistoryEvent { r#type: kind as i32, record: Some(record(&there)) };
+            let kind = if there.completed.is_some() {
+                wire::BuildHistoryEventType::Complete
+            } else {
+                wire::BuildHistoryEventType::Started
+            };
+            let message =
+                wire::BuildHistoryEvent { r#type: kind as i32, record: Some(record(&there)) };
             if tx.send(Ok(message)).await.is_err() {
                 return;
             }
@@ -303,15 +356,19 @@ pub fn listen(
             };
             let change = match change {
                 Ok(change) => change,
-                // A listener that fell behind misses events in the middle, as a slow client of any log does.
+                // A listener that fell behind misses events in the middle, as a slow client of any
+                // log does.
                 Err(RecvError::Lagged(_)) => continue,
                 Err(RecvError::Closed) => return,
             };
-            // Filters choose among what there is; of what happens from now on a listener hears everything, as from BuildKit.
+            // Filters choose among what there is; of what happens from now on a listener hears
+            // everything, as from BuildKit.
             if !request.r#ref.is_empty() && change.summary.id != request.r#ref {
                 continue;
             }
-            let Some(message) = event(&history, change.kind, &change.summary.id).await else { continue };
+            let Some(message) = event(&history, change.kind, &change.summary.id).await else {
+                continue;
+            };
             if tx.send(Ok(message)).await.is_err() {
                 return;
             }
@@ -331,9 +388,15 @@ mod tests {
         let decoded = |fault: &Fault| rpc::Status::decode(&fault_blob(fault)[..]).unwrap();
         let fault = Fault::not_found("no such thing").context("step");
         let plain = decoded(&fault);
-        assert_eq!((plain.code, plain.message.as_str(), plain.details.len()), (5, "step: no such thing", 0));
+        assert_eq!(
+            (plain.code, plain.message.as_str(), plain.details.len()),
+            (5, "step: no such thing", 0)
+        );
         let full = decoded(&fault.detail(Detail::Exit(3)));
-        assert_eq!((full.code, full.message.as_str(), full.details.len()), (5, "step: no such thing", 1));
+        assert_eq!(
+            (full.code, full.message.as_str(), full.details.len()),
+            (5, "step: no such thing", 1)
+        );
     }
 
     fn summary(id: &str, created: u64, took: Option<u64>) -> Arc<HistorySummary> {
@@ -353,8 +416,14 @@ mod tests {
         let now = UNIX_EPOCH + Duration::from_secs(10_000);
         let (old, young) = (summary("old", 1000, Some(100)), summary("young", 9000, Some(10)));
         let chosen = |filter: &str| {
-            let wanted = Wanted::parse_all(&[filter.to_owned()], now).unwrap_or_else(|e| panic!("{filter}: {e}"));
-            [&old, &young].into_iter().filter(|s| wanted[0].matches(s)).map(|s| s.id.as_str()).collect::<Vec<_>>().join(" ")
+            let wanted = Wanted::parse_all(&[filter.to_owned()], now)
+                .unwrap_or_else(|e| panic!("{filter}: {e}"));
+            [&old, &young]
+                .into_iter()
+                .filter(|s| wanted[0].matches(s))
+                .map(|s| s.id.as_str())
+                .collect::<Vec<_>>()
+                .join(" ")
         };
         for (filter, ids) in [
             ("startedAt>=1h", "young"),
@@ -379,22 +448,45 @@ mod tests {
             ("size>=1", "unsupported operator"),
             ("name==x", "no field"),
         ] {
-            let fault = Wanted::parse_all(&[filter.to_owned()], now).map(drop).unwrap_err().to_string();
+            let fault =
+                Wanted::parse_all(&[filter.to_owned()], now).map(drop).unwrap_err().to_string();
             assert!(fault.contains(says), "{filter}: {fault}");
         }
     }
 
     #[test]
     fn running_builds_come_first_and_a_limit_takes_the_newest() {
-        let all = || vec![summary("a", 1, Some(1)), summary("run", 2, None), summary("b", 3, Some(1)), summary("c", 4, Some(1))];
+        let all = || {
+            vec![
+                summary("a", 1, Some(1)),
+                summary("run", 2, None),
+                summary("b", 3, Some(1)),
+                summary("c", 4, Some(1)),
+            ]
+        };
         let ids = |request: wire::BuildHistoryRequest| {
             let wanted = Wanted::parse_all(&request.filter, SystemTime::now()).unwrap();
             existing(all(), &request, &wanted).iter().map(|s| s.id.clone()).collect::<Vec<_>>()
         };
         assert_eq!(ids(wire::BuildHistoryRequest::default()), ["run", "a", "b", "c"]);
-        assert_eq!(ids(wire::BuildHistoryRequest { limit: 2, ..Default::default() }), ["run", "c", "b"]);
-        assert_eq!(ids(wire::BuildHistoryRequest { active_only: true, ..Default::default() }), ["run"]);
-        assert_eq!(ids(wire::BuildHistoryRequest { r#ref: "b".into(), ..Default::default() }), ["b"]);
-        assert_eq!(ids(wire::BuildHistoryRequest { filter: vec!["ref==a".into(), "ref==c".into()], ..Default::default() }), ["a", "c"]);
+        assert_eq!(
+            ids(wire::BuildHistoryRequest { limit: 2, ..Default::default() }),
+            ["run", "c", "b"]
+        );
+        assert_eq!(
+            ids(wire::BuildHistoryRequest { active_only: true, ..Default::default() }),
+            ["run"]
+        );
+        assert_eq!(
+            ids(wire::BuildHistoryRequest { r#ref: "b".into(), ..Default::default() }),
+            ["b"]
+        );
+        assert_eq!(
+            ids(wire::BuildHistoryRequest {
+                filter: vec!["ref==a".into(), "ref==c".into()],
+                ..Default::default()
+            }),
+            ["a", "c"]
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! The builder daemon. `main` is a table of contents: settings, log, parts, sockets, and an orderly end.
+//! The builder daemon. `main` is a table of contents: settings, log, parts, sockets, and an orderly
+//! end.
 
 mod config;
 mod content;
@@ -58,7 +59,11 @@ fn run(settings: Settings) -> Result<()> {
         .map_err(|e| Fault::io("start the runtime", e))?;
     let version = worker::version();
     let command = std::env::args().collect();
-    shipway_grpc::tell_stacks(shipway_grpc::Program { command, version: version.version, revision: version.revision });
+    shipway_grpc::tell_stacks(shipway_grpc::Program {
+        command,
+        version: version.version,
+        revision: version.revision,
+    });
     runtime.block_on(async {
         let (parts, listening) = parts::build(settings).await?;
         let listeners = serve::bind(&listening).await?;
@@ -69,8 +74,10 @@ fn run(settings: Settings) -> Result<()> {
 fn start_log(logging: Logging) {
     use tracing_subscriber::{EnvFilter, fmt};
     let level = logging.level.as_str();
-    // The wire's own chatter drowns everything else; what is asked of containerd is traced by ourselves.
-    let filter = format!("{level},h2=info,hyper=info,hyper_util=info,tower=info,tonic=info,rustls=info");
+    // The wire's own chatter drowns everything else; what is asked of containerd is traced by
+    // ourselves.
+    let filter =
+        format!("{level},h2=info,hyper=info,hyper_util=info,tower=info,tonic=info,rustls=info");
     let builder = fmt().with_env_filter(EnvFilter::new(filter)).with_writer(std::io::stderr);
     match logging.json {
         false => builder.with_ansi(rustix::termios::isatty(std::io::stderr())).init(),

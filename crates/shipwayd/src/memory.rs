@@ -1,8 +1,10 @@
-//! What the allocator does with memory that is free. Left alone, glibc has an arena for every few threads and learns from large buffers never to
-//! give them back, so that a daemon that builds now and then stays as large as its largest build made it. While builds run, buffers of blobs
-//! are better kept: new pages for each cost a tenth of an export.
+//! What the allocator does with memory that is free. Left alone, glibc has an arena for every few
+//! threads and learns from large buffers never to give them back, so that a daemon that builds now
+//! and then stays as large as its largest build made it. While builds run, buffers of blobs are
+//! better kept: new pages for each cost a tenth of an export.
 //!
-//! The only unsafe code of the daemon: both calls are safe at any time and from any thread, but glibc has no safe binding.
+//! The only unsafe code of the daemon: both calls are safe at any time and from any thread, but
+//! glibc has no safe binding.
 
 #![allow(unsafe_code)]
 
@@ -25,7 +27,11 @@ static ENDED: AtomicU64 = AtomicU64::new(0);
 /// Sets the allocator up; before threads are started.
 pub fn tune() {
     #[cfg(target_env = "gnu")]
-    for (what, value) in [(libc::M_ARENA_MAX, 2), (libc::M_MMAP_THRESHOLD, LARGEST_KEPT), (libc::M_TRIM_THRESHOLD, KEPT)] {
+    for (what, value) in [
+        (libc::M_ARENA_MAX, 2),
+        (libc::M_MMAP_THRESHOLD, LARGEST_KEPT),
+        (libc::M_TRIM_THRESHOLD, KEPT),
+    ] {
         // SAFETY: it only sets a number, under the allocator's own lock.
         if unsafe { libc::mallopt(what, value) } == 0 {
             tracing::debug!(what, value, "the allocator does not take a setting");

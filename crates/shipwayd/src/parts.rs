@@ -48,7 +48,8 @@ const LOCKS: [&str; 2] = ["shipwayd.lock", "buildkitd.lock"];
 /// Builds everything, and gives back where it is to be served.
 pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
     if !rustix::process::geteuid().is_root() {
-        return Err(Fault::invalid("shipwayd needs to run as root").hint("start it with sudo, or as a systemd service"));
+        return Err(Fault::invalid("shipwayd needs to run as root")
+            .hint("start it with sudo, or as a systemd service"));
     }
     // Every setting is used, or the compiler says so.
     let Settings {
@@ -87,13 +88,20 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
     if let Some(profile) = &tasks.apparmor {
         apparmor(profile)?;
     }
-    let containerd = Containerd::connect(&address).await.context(|| format!("connect to containerd at {address}"))?;
-    let uuid = containerd.server_uuid().await.context(|| format!("talk to containerd at {address}"))?;
+    let containerd = Containerd::connect(&address)
+        .await
+        .context(|| format!("connect to containerd at {address}"))?;
+    let uuid =
+        containerd.server_uuid().await.context(|| format!("talk to containerd at {address}"))?;
     containerd.ensure_namespace(&namespace).await?;
     let snapshotter = tasks.snapshotter.clone();
     let storage = containerd.storage(&namespace, &snapshotter)?;
     // Limits of garbage collection are about the disk that snapshots are on.
-    let disk = containerd.snapshots_at(&snapshotter).await?.filter(|at| at.is_dir()).unwrap_or_else(|| root.clone());
+    let disk = containerd
+        .snapshots_at(&snapshotter)
+        .await?
+        .filter(|at| at.is_dir())
+        .unwrap_or_else(|| root.clone());
     let profile = tasks.apparmor.clone();
     let executor = TaskExecutor::new(&containerd, &namespace, tasks)?;
     executor.sweep().await.context(|| "remove what an earlier run left in containerd")?;
@@ -102,13 +110,19 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
 
     let registry = Registry::new(registry);
     let sessions = SessionHub::new();
-    let options = SourceOptions { prefer: prefer_local_images, files: Some(root.join("files.json")) };
+    let options =
+        SourceOptions { prefer: prefer_local_images, files: Some(root.join("files.json")) };
     let sources = Sources::new(refs.clone(), registry.clone(), options);
-    let exporters = Exporters::new(refs.clone(), registry.clone(), sessions.clone(), replace_managed_images);
-    let cache = CacheDb::open(&root.join("cache.redb"), Arc::new(shipway_engine::RefResults(refs.clone())))?;
+    let exporters =
+        Exporters::new(refs.clone(), registry.clone(), sessions.clone(), replace_managed_images);
+    let cache = CacheDb::open(
+        &root.join("cache.redb"),
+        Arc::new(shipway_engine::RefResults(refs.clone())),
+    )?;
     let caches = CacheIndex::new(cache, refs.clone());
     let solver = Solver::new(Arc::new(caches.clone()), Limits { max_parallel: max_parallelism });
-    let encode = HistoryEncoders { log: Arc::new(status::log_blob), fault: Arc::new(history::fault_blob) };
+    let encode =
+        HistoryEncoders { log: Arc::new(status::log_blob), fault: Arc::new(history::fault_blob) };
     let history = Arc::new(History::open(root.join("history"), history, encode)?);
     let platforms = Platforms::new(platforms, platforms_max_age);
     let services = Arc::new(Services {
@@ -122,7 +136,10 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         log_limits,
         authority: Default::default(),
     });
-    let (id, labels) = (worker_id(&root)?, worker::labels(&uuid, &namespace, &snapshotter, network, profile.as_deref(), &labels));
+    let (id, labels) = (
+        worker_id(&root)?,
+        worker::labels(&uuid, &namespace, &snapshotter, network, profile.as_deref(), &labels),
+    );
     let version = worker::version();
     let told = Worker {
         id: id.clone(),
@@ -145,30 +162,43 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         history,
         platforms: platforms.now(),
         entitlements,
-        builder: Builder { dockerfile: worker::version().dockerfile_version, environment: provenance_environment(&provenance)? },
+        builder: Builder {
+            dockerfile: worker::version().dockerfile_version,
+            environment: provenance_environment(&provenance)?,
+        },
         dockerfile: dockerfile.then_some(DockerfileFrontend),
         proxied,
-        image_frontends: ImageFrontends::new(gateway.enabled != Some(false), &gateway.allowed_repositories)?,
+        image_frontends: ImageFrontends::new(
+            gateway.enabled != Some(false),
+            &gateway.allowed_repositories,
+        )?,
         worker: told,
     });
     let worker = WorkerInfo {
         id,
         labels,
         platforms,
-        gc: gc::rules(&gc, rustix::fs::statvfs(&disk).map(|s| s.f_blocks.saturating_mul(s.f_frsize)).unwrap_or(0)),
+        gc: gc::rules(
+            &gc,
+            rustix::fs::statvfs(&disk).map(|s| s.f_blocks.saturating_mul(s.f_frsize)).unwrap_or(0),
+        ),
         disk,
     };
     tracing::info!(containerd = %address, %namespace, %snapshotter, root = %root.display(), "ready");
     Ok((Parts { engine, storage, worker: Arc::new(worker), _locks: locks }, listening))
 }
 
-/// Checks that steps can be given the AppArmor profile (row `exec.sandbox`): on a host without AppArmor the runtime would refuse each of them.
+/// Checks that steps can be given the AppArmor profile (row `exec.sandbox`): on a host without
+/// AppArmor the runtime would refuse each of them.
 fn apparmor(profile: &str) -> Result<()> {
-    let enabled = std::fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|t| t.starts_with('Y'));
+    let enabled = std::fs::read_to_string("/sys/module/apparmor/parameters/enabled")
+        .is_ok_and(|t| t.starts_with('Y'));
     if !enabled {
         return Err(Fault::new(
             Code::FailedPrecondition,
-            format!("steps are to have the AppArmor profile {profile:?}, and this host has no AppArmor"),
+            format!(
+                "steps are to have the AppArmor profile {profile:?}, and this host has no AppArmor"
+            ),
         )
         .with_class(Class::Environment)
         .hint("leave apparmor-profile (--containerd-worker-apparmor-profile) out"));
@@ -178,7 +208,10 @@ fn apparmor(profile: &str) -> Result<()> {
 
 /// Where devices are described; the log says what of it cannot be used.
 fn devices(config: &Cdi) -> DeviceRegistry {
-    let registry = DeviceRegistry::new(config.spec_dirs.iter().map(Into::into), config.auto_allowed.iter().cloned());
+    let registry = DeviceRegistry::new(
+        config.spec_dirs.iter().map(Into::into),
+        config.auto_allowed.iter().cloned(),
+    );
     for problem in registry.read().problems() {
         tracing::warn!("devices: {problem}");
     }
@@ -196,7 +229,8 @@ fn sockets(root: &Path) -> Result<std::path::PathBuf> {
     Ok(dir)
 }
 
-/// What the operator wants told in provenance (row `at.prov.env`): the JSON objects of a directory, merged.
+/// What the operator wants told in provenance (row `at.prov.env`): the JSON objects of a directory,
+/// merged.
 fn provenance_environment(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>> {
     /// Told by the daemon itself.
     const RESERVED: [&str; 4] = ["buildConfig", "builderPlatform", "dockerfileVersion", "platform"];
@@ -204,7 +238,8 @@ fn provenance_environment(path: &Path) -> Result<serde_json::Map<String, serde_j
     let mut files = match std::fs::read_dir(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Default::default()),
         entries => {
-            let entries = entries.and_then(|e| e.map(|e| e.map(|e| e.path())).collect::<std::io::Result<Vec<_>>>());
+            let entries = entries
+                .and_then(|e| e.map(|e| e.map(|e| e.path())).collect::<std::io::Result<Vec<_>>>());
             entries.map_err(|e| failed(path, e))?
         }
     };
@@ -213,10 +248,14 @@ fn provenance_environment(path: &Path) -> Result<serde_json::Map<String, serde_j
     let mut all = serde_json::Map::new();
     for file in files {
         let bytes = std::fs::read(&file).map_err(|e| failed(&file, e))?;
-        let object: serde_json::Map<_, _> =
-            serde_json::from_slice(&bytes).map_err(|e| Fault::invalid(format!("failed to parse {}: {e}", file.display())))?;
+        let object: serde_json::Map<_, _> = serde_json::from_slice(&bytes)
+            .map_err(|e| Fault::invalid(format!("failed to parse {}: {e}", file.display())))?;
         if let Some(key) = object.keys().find(|k| RESERVED.contains(&k.as_str())) {
-            return Err(Fault::invalid(format!("{}: {key} is told by the daemon itself", file.display())).hint("use another key"));
+            return Err(Fault::invalid(format!(
+                "{}: {key} is told by the daemon itself",
+                file.display()
+            ))
+            .hint("use another key"));
         }
         all.extend(object);
     }
@@ -226,10 +265,15 @@ fn provenance_environment(path: &Path) -> Result<serde_json::Map<String, serde_j
 fn lock(root: &Path, name: &str) -> Result<File> {
     let path = root.join(name);
     let file = File::create(&path).map_err(|e| Fault::io(format!("open {}", path.display()), e))?;
-    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        Fault::new(Code::FailedPrecondition, format!("could not lock {}, another instance running?", path.display()))
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(
+        |_| {
+            Fault::new(
+                Code::FailedPrecondition,
+                format!("could not lock {}, another instance running?", path.display()),
+            )
             .hint("give this one another --root, or stop the other")
-    })?;
+        },
+    )?;
     Ok(file)
 }
 
@@ -240,10 +284,12 @@ fn worker_id(root: &Path) -> Result<String> {
         Ok(id) if !id.trim().is_empty() => Ok(id.trim().to_owned()),
         _ => {
             let mut bytes = [0u8; 16];
-            let random = File::open("/dev/urandom").and_then(|mut f| std::io::Read::read_exact(&mut f, &mut bytes));
+            let random = File::open("/dev/urandom")
+                .and_then(|mut f| std::io::Read::read_exact(&mut f, &mut bytes));
             random.map_err(|e| Fault::io("make a worker id", e))?;
             let id = shipway_oci::Digest::of(bytes).hex()[..25].to_owned();
-            std::fs::write(&path, &id).map_err(|e| Fault::io(format!("write {}", path.display()), e))?;
+            std::fs::write(&path, &id)
+                .map_err(|e| Fault::io(format!("write {}", path.display()), e))?;
             Ok(id)
         }
     }
@@ -256,7 +302,11 @@ mod tests {
     #[test]
     fn what_provenance_tells_is_in_files_that_do_not_say_what_the_daemon_says() {
         let dir = tempfile::tempdir().unwrap();
-        let read = || provenance_environment(dir.path()).map(|all| serde_json::to_string(&all).unwrap()).map_err(|e| e.to_string());
+        let read = || {
+            provenance_environment(dir.path())
+                .map(|all| serde_json::to_string(&all).unwrap())
+                .map_err(|e| e.to_string())
+        };
         std::fs::write(dir.path().join("1.json"), r#"{"a":1,"b":1}"#).unwrap();
         std::fs::write(dir.path().join("2.json"), r#"{"b":2}"#).unwrap();
         std::fs::write(dir.path().join("other"), "no JSON").unwrap();
@@ -272,7 +322,12 @@ mod tests {
     fn a_root_in_use_is_not_used_twice() {
         let root = tempfile::tempdir().unwrap();
         let held = lock(root.path(), LOCKS[1]).unwrap();
-        assert!(lock(root.path(), LOCKS[1]).unwrap_err().to_string().contains("another instance running?"));
+        assert!(
+            lock(root.path(), LOCKS[1])
+                .unwrap_err()
+                .to_string()
+                .contains("another instance running?")
+        );
         lock(root.path(), LOCKS[0]).unwrap();
         drop(held);
         lock(root.path(), LOCKS[1]).unwrap();

@@ -28,21 +28,36 @@ pub fn to_wire(r: &UsageRecord) -> wire::UsageRecord {
     }
 }
 
-/// Whether a record was not used for `age`, in nanoseconds (row `ctl.du`); nothing or less means that any will do.
+/// Whether a record was not used for `age`, in nanoseconds (row `ctl.du`); nothing or less means
+/// that any will do.
 pub fn is_older(r: &UsageRecord, age: i64, now: SystemTime) -> bool {
     let age = Duration::from_nanos(u64::try_from(age).unwrap_or(0));
-    age.is_zero() || r.last_used.is_none_or(|used| now.duration_since(used).is_ok_and(|unused| unused >= age))
+    age.is_zero()
+        || r.last_used.is_none_or(|used| now.duration_since(used).is_ok_and(|unused| unused >= age))
 }
 
 /// What records can be filtered by.
-pub const FIELDS: &[&str] = &["id", "parents", "parent", "description", "inuse", "mutable", "immutable", "type", "shared", "private"];
+pub const FIELDS: &[&str] = &[
+    "id",
+    "parents",
+    "parent",
+    "description",
+    "inuse",
+    "mutable",
+    "immutable",
+    "type",
+    "shared",
+    "private",
+];
 
 /// A field of a record, for filters.
 pub fn field(r: &UsageRecord, name: &str) -> Option<String> {
     let flag = |b: bool| Some(b.to_string());
     match name {
         "id" => Some(r.id.to_string()),
-        "parents" | "parent" => Some(r.parents.iter().map(ToString::to_string).collect::<Vec<_>>().join(";")),
+        "parents" | "parent" => {
+            Some(r.parents.iter().map(ToString::to_string).collect::<Vec<_>>().join(";"))
+        }
         "description" => Some(r.description.clone()),
         "inuse" => flag(r.in_use),
         "mutable" => flag(r.mutable),
@@ -65,7 +80,9 @@ pub fn options(request: wire::PruneRequest, disk: &Path) -> Result<PruneOptions>
         max_used: bytes(request.max_used_space),
         min_free: bytes(request.min_free_space),
         disk: Some(disk.to_owned()),
-        filter: (!filters.is_empty()).then(|| Arc::new(move |r: &UsageRecord| filter::any(&filters, &|name| field(r, name))) as _),
+        filter: (!filters.is_empty()).then(|| {
+            Arc::new(move |r: &UsageRecord| filter::any(&filters, &|name| field(r, name))) as _
+        }),
     })
 }
 

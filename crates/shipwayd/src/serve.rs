@@ -1,6 +1,8 @@
 //! Sockets and services: bound early, served until a signal, ended in order.
 
-use crate::{content::ContentService, control::ControlService, gc, parts::Parts, settings::Listening};
+use crate::{
+    content::ContentService, control::ControlService, gc, parts::Parts, settings::Listening,
+};
 use shipway_engine::History;
 use shipway_fault::{Fault, Result};
 use shipway_gateway::BridgeService;
@@ -9,7 +11,9 @@ use shipway_proto::{
     MAX_MESSAGE,
     containerd::services::content::v1::content_server::ContentServer,
     grpc::health::v1::health_server::HealthServer,
-    moby::buildkit::v1::{control_server::ControlServer, frontend::llb_bridge_server::LlbBridgeServer},
+    moby::buildkit::v1::{
+        control_server::ControlServer, frontend::llb_bridge_server::LlbBridgeServer,
+    },
 };
 use std::{sync::Arc, time::Duration};
 use tokio::signal::unix::{SignalKind, signal};
@@ -37,10 +41,13 @@ fn group_id(group: &str) -> Result<u32> {
     if let Ok(id) = group.parse() {
         return Ok(id);
     }
-    let text = std::fs::read_to_string("/etc/group").map_err(|e| Fault::io("read /etc/group", e))?;
+    let text =
+        std::fs::read_to_string("/etc/group").map_err(|e| Fault::io("read /etc/group", e))?;
     let found = text.lines().find_map(|line| {
         let mut fields = line.split(':');
-        (fields.next() == Some(group)).then(|| fields.nth(1).and_then(|id| id.parse().ok())).flatten()
+        (fields.next() == Some(group))
+            .then(|| fields.nth(1).and_then(|id| id.parse().ok()))
+            .flatten()
     });
     found.ok_or_else(|| Fault::not_found(format!("no group {group:?} on this machine")))
 }
@@ -51,18 +58,40 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     let engine = parts.engine.clone();
     let worker = parts.worker.clone();
     let collector = tokio::spawn(
-        gc::run(engine.parts().caches.clone(), parts.worker.gc.clone(), parts.worker.disk.clone(), trigger.clone())
-            .instrument(tracing::info_span!("gc")),
+        gc::run(
+            engine.parts().caches.clone(),
+            parts.worker.gc.clone(),
+            parts.worker.disk.clone(),
+            trigger.clone(),
+        )
+        .instrument(tracing::info_span!("gc")),
     );
-    let remembered = tokio::spawn(forget(engine.parts().history.clone()).instrument(tracing::info_span!("history")));
+    let remembered = tokio::spawn(
+        forget(engine.parts().history.clone()).instrument(tracing::info_span!("history")),
+    );
     let control = ControlService { engine: engine.clone(), worker: worker.clone(), gc: trigger };
-    let bridge = BridgeService::new(engine.parts().builds.clone(), Arc::new(move || vec![worker.record()]));
-    let content = ContentService::new(parts.storage.clone(), engine.parts().services.refs.clone(), engine.parts().history.clone());
+    let bridge =
+        BridgeService::new(engine.parts().builds.clone(), Arc::new(move || vec![worker.record()]));
+    let content = ContentService::new(
+        parts.storage.clone(),
+        engine.parts().services.refs.clone(),
+        engine.parts().history.clone(),
+    );
     let routes = tonic::service::Routes::new(
-        ControlServer::new(control).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE),
+        ControlServer::new(control)
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE),
     )
-    .add_service(LlbBridgeServer::new(bridge).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE))
-    .add_service(ContentServer::new(content).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE))
+    .add_service(
+        LlbBridgeServer::new(bridge)
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE),
+    )
+    .add_service(
+        ContentServer::new(content)
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE),
+    )
     .add_service(HealthServer::new(HealthService));
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let mut servers = tokio::task::JoinSet::new();
@@ -73,7 +102,9 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
         let ended = async move {
             let _ = stopped.wait_for(|s| *s).await;
         };
-        let server = shipway_grpc::server().add_routes(routes.clone()).serve_with_incoming_shutdown(listener.incoming(), ended);
+        let server = shipway_grpc::server()
+            .add_routes(routes.clone())
+            .serve_with_incoming_shutdown(listener.incoming(), ended);
         servers.spawn(server.instrument(tracing::info_span!("serve", %address)));
     }
     notify(sd_notify::NotifyState::Ready);
@@ -124,7 +155,9 @@ fn notify(state: sd_notify::NotifyState<'_>) {
 }
 
 async fn asked_to_stop() {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut term), Ok(mut int)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         return std::future::pending().await;
     };
     tokio::select! {
@@ -140,6 +173,11 @@ mod tests {
     #[test]
     fn a_group_has_a_name_or_a_number() {
         assert_eq!((group_id("root").unwrap(), group_id("1234").unwrap()), (0, 1234));
-        assert!(group_id("no such group").unwrap_err().to_string().contains("no group \"no such group\""));
+        assert!(
+            group_id("no such group")
+                .unwrap_err()
+                .to_string()
+                .contains("no group \"no such group\"")
+        );
     }
 }

@@ -1,5 +1,6 @@
-//! Flags, file and defaults brought together. What is here is all that the daemon is made from ([`crate::parts`], [`crate::serve`]), so a key or flag that
-//! changes nothing here has no effect: then it is refused by name, or the log names it (`notes`). A test goes over all of them.
+//! Flags, file and defaults brought together. What is here is all that the daemon is made from
+//! ([`crate::parts`], [`crate::serve`]), so a key or flag that changes nothing here has no effect:
+//! then it is refused by name, or the log names it (`notes`). A test goes over all of them.
 
 use crate::{
     config::{Cdi, Config, DiskSpace, GatewayFrontend, GcPolicy, Grpc, Runtime, Worker},
@@ -58,7 +59,10 @@ impl Level {
             "info" => Self::Info,
             "debug" => Self::Debug,
             "trace" => Self::Trace,
-            _ => return Err(Fault::invalid(format!("unknown log level {text:?}")).hint("want error, warn, info, debug or trace")),
+            _ => {
+                return Err(Fault::invalid(format!("unknown log level {text:?}"))
+                    .hint("want error, warn, info, debug or trace"));
+            }
         })
     }
 
@@ -94,7 +98,8 @@ pub enum GcSettings {
     Off,
     /// These rules.
     Rules(Vec<GcPolicy>),
-    /// Rules made of these limits; those that are not given do not count, and without any the defaults do.
+    /// Rules made of these limits; those that are not given do not count, and without any the
+    /// defaults do.
     Limits {
         /// Never go below.
         reserved: Option<DiskSpace>,
@@ -199,12 +204,14 @@ impl Settings {
         note(flags.debugaddr.is_some(), "--debugaddr has no effect: there is no debug listener");
         for key in cache.iter().flat_map(toml::Table::keys) {
             if key != "gha" {
-                return Err(Fault::invalid(format!("unknown field `cache.{key}`")).hint("did you mean `cache.gha`?"));
+                return Err(Fault::invalid(format!("unknown field `cache.{key}`"))
+                    .hint("did you mean `cache.gha`?"));
             }
             note(true, "cache.gha has no effect: there is no gha cache");
         }
 
-        let root = flags.root.clone().or(root.map(Into::into)).unwrap_or_else(|| persona.root().into());
+        let root =
+            flags.root.clone().or(root.map(Into::into)).unwrap_or_else(|| persona.root().into());
         let (mut w, oci) = (worker.containerd, worker.oci);
         if w.enabled == Some(false) {
             notes.push(
@@ -214,9 +221,13 @@ impl Settings {
         let word = |enabled: Option<bool>| enabled.map(|e| if e { "true" } else { "false" });
         let containerd = flags.containerd_worker.as_deref().or(word(w.enabled.filter(|e| !e)));
         let oci_worker = flags.oci.enabled.as_deref().or(word(oci.enabled()));
-        for (flag, value) in [("--containerd-worker", &flags.containerd_worker), ("--oci-worker", &flags.oci.enabled)] {
+        for (flag, value) in [
+            ("--containerd-worker", &flags.containerd_worker),
+            ("--oci-worker", &flags.oci.enabled),
+        ] {
             if !value.as_deref().is_none_or(|v| ["true", "false", "auto"].contains(&v)) {
-                return Err(Fault::invalid(format!("invalid value of {flag}: {:?}", value)).hint("want true, false or auto"));
+                return Err(Fault::invalid(format!("invalid value of {flag}: {:?}", value))
+                    .hint("want true, false or auto"));
             }
         }
         let stand_in = stand_in(oci_worker, containerd, &root, persona.root())?;
@@ -252,23 +263,48 @@ impl Settings {
         logging.json = match flags.log_format.as_deref().or(log.format.as_deref()) {
             None | Some("text") => false,
             Some("json") => true,
-            Some(other) => return Err(Fault::invalid(format!("unknown log format {other:?}")).hint("want text or json")),
+            Some(other) => {
+                return Err(Fault::invalid(format!("unknown log format {other:?}"))
+                    .hint("want text or json"));
+            }
         };
 
         let Grpc { address, debug_address, uid, gid, security_descriptor, tls } = grpc;
         let mut note = |set: bool, text: &str| notes.extend(set.then(|| text.to_owned()));
-        note(debug_address.is_some(), "grpc.debugAddress has no effect: there is no debug listener");
-        note(security_descriptor.is_some(), "grpc.securityDescriptor has no effect: it is for Windows");
-        let tls = match (flags.tlscert.or(tls.cert), flags.tlskey.or(tls.key), flags.tlscacert.or(tls.ca)) {
-            (Some(cert), Some(key), ca) => Some(ServerTls { cert: cert.into(), key: key.into(), client_ca: ca.map(Into::into) }),
+        note(
+            debug_address.is_some(),
+            "grpc.debugAddress has no effect: there is no debug listener",
+        );
+        note(
+            security_descriptor.is_some(),
+            "grpc.securityDescriptor has no effect: it is for Windows",
+        );
+        let tls = match (
+            flags.tlscert.or(tls.cert),
+            flags.tlskey.or(tls.key),
+            flags.tlscacert.or(tls.ca),
+        ) {
+            (Some(cert), Some(key), ca) => Some(ServerTls {
+                cert: cert.into(),
+                key: key.into(),
+                client_ca: ca.map(Into::into),
+            }),
             (None, None, None) => None,
             _ => {
-                return Err(Fault::invalid("TLS needs a certificate and a key (grpc.tls.cert, grpc.tls.key)")
-                    .hint("give both --tlscert and --tlskey, or neither, and --tlscacert only with them"));
+                return Err(Fault::invalid(
+                    "TLS needs a certificate and a key (grpc.tls.cert, grpc.tls.key)",
+                )
+                .hint(
+                    "give both --tlscert and --tlskey, or neither, and --tlscacert only with them",
+                ));
             }
         };
-        let addresses = [flags.addr, address, persona.addresses()].into_iter().find(|a| !a.is_empty()).unwrap_or_default();
-        let listening = Listening { addresses, uid, group: flags.group.or(gid.map(|g| g.to_string())), tls };
+        let addresses = [flags.addr, address, persona.addresses()]
+            .into_iter()
+            .find(|a| !a.is_empty())
+            .unwrap_or_default();
+        let listening =
+            Listening { addresses, uid, group: flags.group.or(gid.map(|g| g.to_string())), tls };
 
         let entitlements = entitlements(
             if flags.allow_insecure_entitlement.is_empty() {
@@ -278,7 +314,11 @@ impl Settings {
             },
             flags.cdi_disabled.or(cdi.disabled) == Some(true),
         )?;
-        let dirs = [flags.cdi_spec_dir, cdi.spec_dirs, shipway_cdi::DEFAULT_DIRS.map(str::to_owned).into()];
+        let dirs = [
+            flags.cdi_spec_dir,
+            cdi.spec_dirs,
+            shipway_cdi::DEFAULT_DIRS.map(str::to_owned).into(),
+        ];
         let cdi = Cdi {
             disabled: flags.cdi_disabled.or(cdi.disabled),
             spec_dirs: dirs.into_iter().find(|d| !d.is_empty()).unwrap_or_default(),
@@ -318,23 +358,37 @@ impl Settings {
             min_free_space,
             gcpolicy,
         } = w;
-        let limits = [gckeepstorage, reserved_space, max_used_space, min_free_space].iter().any(Option::is_some);
+        let limits = [gckeepstorage, reserved_space, max_used_space, min_free_space]
+            .iter()
+            .any(Option::is_some);
         let mut note = |set: bool, text: &str| notes.extend(set.then(|| text.to_owned()));
-        note(limits && !gcpolicy.is_empty(), "gckeepstorage, reservedSpace, maxUsedSpace and minFreeSpace have no effect beside gcpolicy");
+        note(
+            limits && !gcpolicy.is_empty(),
+            "gckeepstorage, reservedSpace, maxUsedSpace and minFreeSpace have no effect beside gcpolicy",
+        );
         let some = |size: Option<DiskSpace>| size.filter(|s| !s.is_zero());
         let gc = match (flags.gc.or(gc), gcpolicy) {
             (Some(false), _) => GcSettings::Off,
             (_, rules) if !rules.is_empty() => {
                 for rule in &rules {
-                    filter::parse_all(&rule.filters, prune::FIELDS).context(|| "gcpolicy.filters")?;
+                    filter::parse_all(&rule.filters, prune::FIELDS)
+                        .context(|| "gcpolicy.filters")?;
                 }
                 GcSettings::Rules(rules)
             }
             _ => {
                 let (max_used, min_free) = (some(max_used_space), some(min_free_space));
-                let set = some(reserved_space).is_some() || max_used.is_some() || min_free.is_some();
-                note(set && gckeepstorage.is_some(), "gckeepstorage has no effect beside reservedSpace, maxUsedSpace and minFreeSpace");
-                GcSettings::Limits { reserved: some(reserved_space).or(some(gckeepstorage).filter(|_| !set)), max_used, min_free }
+                let set =
+                    some(reserved_space).is_some() || max_used.is_some() || min_free.is_some();
+                note(
+                    set && gckeepstorage.is_some(),
+                    "gckeepstorage has no effect beside reservedSpace, maxUsedSpace and minFreeSpace",
+                );
+                GcSettings::Limits {
+                    reserved: some(reserved_space).or(some(gckeepstorage).filter(|_| !set)),
+                    max_used,
+                    min_free,
+                }
             }
         };
 
@@ -343,24 +397,39 @@ impl Settings {
             network.mode = self::network_mode(&mode)?;
         }
         let variable = |name: &str| std::env::var(name).unwrap_or_default();
-        if network.mode == NetworkDefault::Auto && parse_bool(&variable("BUILDKIT_NETWORK_BRIDGE_AUTO")) == Some(true) {
+        if network.mode == NetworkDefault::Auto
+            && parse_bool(&variable("BUILDKIT_NETWORK_BRIDGE_AUTO")) == Some(true)
+        {
             network.mode = NetworkDefault::Bridge;
         }
-        network.init_lock = Some(variable("BUILDKIT_CNI_INIT_LOCK_PATH")).filter(|v| !v.is_empty()).map(Into::into);
+        network.init_lock =
+            Some(variable("BUILDKIT_CNI_INIT_LOCK_PATH")).filter(|v| !v.is_empty()).map(Into::into);
         if network.mode == NetworkDefault::Bridge {
-            network.bridge.name = bridge_name.filter(|n| !n.is_empty()).unwrap_or(network.bridge.name);
-            network.bridge.subnet = bridge_subnet.filter(|s| !s.is_empty()).unwrap_or(network.bridge.subnet);
+            network.bridge.name =
+                bridge_name.filter(|n| !n.is_empty()).unwrap_or(network.bridge.name);
+            network.bridge.subnet =
+                bridge_subnet.filter(|s| !s.is_empty()).unwrap_or(network.bridge.subnet);
             note(
                 flags.cni_config_path.is_some() || cni_config_path.is_some(),
                 "cniConfigPath has no effect with the network mode \"bridge\"",
             );
         } else {
-            note(bridge_name.is_some(), "bridgeName has no effect: it is for the network mode \"bridge\"");
-            note(bridge_subnet.is_some(), "bridgeSubnet has no effect: it is for the network mode \"bridge\"");
+            note(
+                bridge_name.is_some(),
+                "bridgeName has no effect: it is for the network mode \"bridge\"",
+            );
+            note(
+                bridge_subnet.is_some(),
+                "bridgeSubnet has no effect: it is for the network mode \"bridge\"",
+            );
         }
-        network.cni_config = flags.cni_config_path.or(cni_config_path).map_or(network.cni_config, PathBuf::from);
-        network.cni_bin = flags.cni_binary_dir.or(cni_binary_path).map_or(network.cni_bin, PathBuf::from);
-        network.pool = Some(flags.cni_pool_size.unwrap_or(cni_pool_size)).filter(|n| *n > 0).unwrap_or(network.pool);
+        network.cni_config =
+            flags.cni_config_path.or(cni_config_path).map_or(network.cni_config, PathBuf::from);
+        network.cni_bin =
+            flags.cni_binary_dir.or(cni_binary_path).map_or(network.cni_bin, PathBuf::from);
+        network.pool = Some(flags.cni_pool_size.unwrap_or(cni_pool_size))
+            .filter(|n| *n > 0)
+            .unwrap_or(network.pool);
 
         let (log_limits, unread) = log_limits(variable);
         notes.extend(unread);
@@ -368,31 +437,42 @@ impl Settings {
         let mut tasks = TaskConfig::new(root.join("executor"));
         let Runtime { name, path, options } = runtime;
         tasks.runtime = flags.runtime.or(name).unwrap_or(tasks.runtime);
-        let options = serde_json::to_value(options).map_err(|e| Fault::invalid(format!("worker.containerd.runtime.options: {e}")))?;
-        tasks.options = RuntimeOptions::parse(&tasks.runtime, options).context(|| "worker.containerd.runtime.options")?;
+        let options = serde_json::to_value(options)
+            .map_err(|e| Fault::invalid(format!("worker.containerd.runtime.options: {e}")))?;
+        tasks.options = RuntimeOptions::parse(&tasks.runtime, options)
+            .context(|| "worker.containerd.runtime.options")?;
         tasks.binary = flags.binary.or(path);
         tasks.snapshotter = flags.snapshotter.or(snapshotter).unwrap_or_else(|| "overlayfs".into());
         tasks.apparmor = flags.apparmor_profile.or(apparmor_profile).filter(|p| !p.is_empty());
         tasks.network = network;
         if let Some(dns) = dns {
-            tasks.dns = Dns { nameservers: dns.nameservers, options: dns.options, search: dns.search_domains };
+            tasks.dns = Dns {
+                nameservers: dns.nameservers,
+                options: dns.options,
+                search: dns.search_domains,
+            };
         }
 
         let mut all_labels = labels;
         for label in flags.labels {
-            let (k, v) =
-                label.split_once('=').ok_or_else(|| Fault::invalid(format!("--containerd-worker-labels {label:?}: want name=value")))?;
+            let (k, v) = label.split_once('=').ok_or_else(|| {
+                Fault::invalid(format!("--containerd-worker-labels {label:?}: want name=value"))
+            })?;
             all_labels.insert(k.into(), v.into());
         }
         let platforms = if flags.platforms.is_empty() { platforms } else { flags.platforms };
         let concurrency = match system.max_registry_concurrency {
-            Some(0) => return Err(Fault::invalid("system.maxRegistryConcurrency must be greater than 0")),
+            Some(0) => {
+                return Err(Fault::invalid("system.maxRegistryConcurrency must be greater than 0"));
+            }
             given => given.unwrap_or(REGISTRY_CONCURRENCY),
         };
         let defaults = HistoryLimits::default();
         let history = history.map_or(defaults, |h| HistoryLimits {
             max_age: h.max_age.map_or(defaults.max_age, |s| s.0),
-            max_entries: h.max_entries.map_or(defaults.max_entries, |n| usize::try_from(n).unwrap_or(0)),
+            max_entries: h
+                .max_entries
+                .map_or(defaults.max_entries, |n| usize::try_from(n).unwrap_or(0)),
         });
         Ok(Self {
             root,
@@ -406,12 +486,17 @@ impl Settings {
                 .unwrap_or_else(|| persona.namespace().into()),
             tasks,
             cgroup_parent: default_cgroup_parent,
-            max_parallelism: Some(flags.max_parallelism.unwrap_or(max_parallelism)).filter(|n| *n > 0),
+            max_parallelism: Some(flags.max_parallelism.unwrap_or(max_parallelism))
+                .filter(|n| *n > 0),
             platforms: platforms
                 .iter()
-                .map(|p| p.parse().map_err(|e: shipway_oci::PlatformError| Fault::invalid(e.to_string())))
+                .map(|p| {
+                    p.parse().map_err(|e: shipway_oci::PlatformError| Fault::invalid(e.to_string()))
+                })
                 .collect::<Result<_>>()?,
-            platforms_max_age: system.platforms_cache_max_age.map_or(Some(PLATFORMS_MAX_AGE), |age| age.0),
+            platforms_max_age: system
+                .platforms_cache_max_age
+                .map_or(Some(PLATFORMS_MAX_AGE), |age| age.0),
             labels: all_labels,
             gc,
             registry: RegistryConfig {
@@ -421,7 +506,9 @@ impl Settings {
                 denied: denied_networks.unwrap_or_default(),
                 ..RegistryConfig::default()
             },
-            import_deadline: system.cache_import_timeout.map_or(shipway_engine::IMPORT_DEADLINE, |s| s.0),
+            import_deadline: system
+                .cache_import_timeout
+                .map_or(shipway_engine::IMPORT_DEADLINE, |s| s.0),
             prefer_local_images: match flags.prefer_local_images.or(prefer_local_images) {
                 None => LocalImages::default(),
                 Some(text) => text.parse().context(|| "preferLocalImages")?,
@@ -440,10 +527,15 @@ impl Settings {
     }
 }
 
-/// The entitlements that may be granted. Row `d.device`: whether steps get devices is for `[cdi]` to say.
+/// The entitlements that may be granted. Row `d.device`: whether steps get devices is for `[cdi]`
+/// to say.
 fn entitlements(mut named: Vec<String>, no_devices: bool) -> Result<Vec<String>> {
-    if let Some(unknown) = named.iter().find(|e| !["network.host", "security.insecure", "device"].contains(&e.as_str())) {
-        return Err(Fault::invalid(format!("invalid entitlement : {unknown}")).hint("want network.host or security.insecure"));
+    if let Some(unknown) = named
+        .iter()
+        .find(|e| !["network.host", "security.insecure", "device"].contains(&e.as_str()))
+    {
+        return Err(Fault::invalid(format!("invalid entitlement : {unknown}"))
+            .hint("want network.host or security.insecure"));
     }
     named.retain(|e| e != "device");
     if !no_devices {
@@ -452,15 +544,21 @@ fn entitlements(mut named: Vec<String>, no_devices: bool) -> Result<Vec<String>>
     Ok(named)
 }
 
-/// The limits of a step's output that the environment sets (row `env.logclip`), and what is wrong with them.
+/// The limits of a step's output that the environment sets (row `env.logclip`), and what is wrong
+/// with them.
 fn log_limits(variable: impl Fn(&str) -> String) -> (LogLimits, Vec<String>) {
     let (mut limits, mut notes) = (LogLimits::default(), Vec::new());
-    for (name, limit) in [("BUILDKIT_STEP_LOG_MAX_SIZE", &mut limits.size), ("BUILDKIT_STEP_LOG_MAX_SPEED", &mut limits.speed)] {
+    for (name, limit) in [
+        ("BUILDKIT_STEP_LOG_MAX_SIZE", &mut limits.size),
+        ("BUILDKIT_STEP_LOG_MAX_SPEED", &mut limits.speed),
+    ] {
         let text = variable(name);
         match LogLimits::parse(&text) {
             Some(wanted) => *limit = wanted,
             None if text.is_empty() => {}
-            None => notes.push(format!("{name}={text:?} has no effect: it is neither a number of bytes nor -1 for no limit")),
+            None => notes.push(format!(
+                "{name}={text:?} has no effect: it is neither a number of bytes nor -1 for no limit"
+            )),
         }
     }
     (limits, notes)
@@ -473,7 +571,10 @@ fn network_mode(text: &str) -> Result<NetworkDefault> {
         "bridge" => NetworkDefault::Bridge,
         "host" => NetworkDefault::Host,
         "none" => NetworkDefault::None,
-        other => return Err(Fault::invalid(format!("invalid network mode: {other:?}")).hint("want auto, cni, bridge, host or none")),
+        other => {
+            return Err(Fault::invalid(format!("invalid network mode: {other:?}"))
+                .hint("want auto, cni, bridge, host or none"));
+        }
     })
 }
 

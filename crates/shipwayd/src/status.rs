@@ -27,7 +27,11 @@ fn vertex(v: &VertexUpdate) -> Vertex {
         started: v.started.map(Into::into),
         completed: v.completed.map(Into::into),
         error: v.error.clone().unwrap_or_default(),
-        progress_group: v.group.as_ref().map(|g| pb::ProgressGroup { id: g.id.clone(), name: g.name.clone(), weak: g.weak }),
+        progress_group: v.group.as_ref().map(|g| pb::ProgressGroup {
+            id: g.id.clone(),
+            name: g.name.clone(),
+            weak: g.weak,
+        }),
     }
 }
 
@@ -45,7 +49,8 @@ fn status(s: &StatusUpdate) -> VertexStatus {
 }
 
 fn range(s: &Span) -> pb::Range {
-    let position = |p: shipway_fault::Position| Some(pb::Position { line: p.line, character: p.character });
+    let position =
+        |p: shipway_fault::Position| Some(pb::Position { line: p.line, character: p.character });
     pb::Range { start: position(s.start), end: position(s.end) }
 }
 
@@ -60,7 +65,8 @@ fn source(s: &SourceSpan) -> (pb::SourceInfo, Vec<pb::Range>) {
 }
 
 fn warning(w: &WarningUpdate) -> VertexWarning {
-    let (info, ranges) = w.source.as_ref().map(source).map_or((None, Vec::new()), |(i, r)| (Some(i), r));
+    let (info, ranges) =
+        w.source.as_ref().map(source).map_or((None, Vec::new()), |(i, r)| (Some(i), r));
     VertexWarning {
         vertex: w.vertex.to_string(),
         level: w.level,
@@ -111,7 +117,8 @@ pub fn messages(events: &[Event]) -> Vec<StatusResponse> {
     all
 }
 
-/// The message with what is in it in the order of time (row `so.st.order`); what is said of one vertex stays in the order in which it was said.
+/// The message with what is in it in the order of time (row `so.st.order`); what is said of one
+/// vertex stays in the order in which it was said.
 fn ordered(mut message: StatusResponse) -> StatusResponse {
     let time = |t: &Option<prost_types::Timestamp>| t.as_ref().map(|t| (t.seconds, t.nanos));
     message.vertexes.sort_by_key(|v| time(&v.started));
@@ -120,7 +127,8 @@ fn ordered(mut message: StatusResponse) -> StatusResponse {
     message
 }
 
-/// Writes a whole build's events as the log blob: little-endian length, then message, repeated (row `so.h.status`).
+/// Writes a whole build's events as the log blob: little-endian length, then message, repeated (row
+/// `so.h.status`).
 pub fn log_blob(events: &[Event], out: &mut dyn Write) -> io::Result<()> {
     for message in events.chunks(WRITTEN_TOGETHER).flat_map(messages) {
         out.write_all(&(message.encoded_len() as u32).to_le_bytes())?;
@@ -164,7 +172,10 @@ mod tests {
         log_blob(&journal.events(), &mut blob).unwrap();
         let all: Vec<_> = read_blob(&blob[..]).collect();
         assert_eq!(all.len(), 1);
-        assert_eq!((all[0].vertexes.len(), all[0].statuses.len(), all[0].logs[0].stream), (3, 1, 2));
+        assert_eq!(
+            (all[0].vertexes.len(), all[0].statuses.len(), all[0].logs[0].stream),
+            (3, 1, 2)
+        );
         for broken in [&[9, 9, 9][..], &[255, 255, 255, 255], &[9, 0, 0, 0, 1]] {
             assert_eq!(read_blob(broken).count(), 0);
         }
@@ -172,16 +183,25 @@ mod tests {
 
     #[test]
     fn a_vertex_has_its_group_and_its_inputs() {
-        let group = shipway_progress::Group { id: "g".into(), name: "all of it".into(), weak: true };
+        let group =
+            shipway_progress::Group { id: "g".into(), name: "all of it".into(), weak: true };
         let inputs = vec![Digest::of("a"), Digest::of("b")];
         let journal = Journal::new();
-        let reporter = shipway_progress::Reporter::new(Digest::of("v"), "v".into(), inputs.clone(), Some(group));
+        let reporter = shipway_progress::Reporter::new(
+            Digest::of("v"),
+            "v".into(),
+            inputs.clone(),
+            Some(group),
+        );
         reporter.attach(&journal);
         reporter.started();
         let all = messages(&journal.events());
         let vertex = &all[0].vertexes[0];
         let group = vertex.progress_group.as_ref().map(|g| (&*g.id, &*g.name, g.weak));
-        assert_eq!((group, vertex.inputs.clone()), (Some(("g", "all of it", true)), inputs.iter().map(ToString::to_string).collect()));
+        assert_eq!(
+            (group, vertex.inputs.clone()),
+            (Some(("g", "all of it", true)), inputs.iter().map(ToString::to_string).collect())
+        );
     }
 
     #[test]

@@ -5,7 +5,9 @@ mod platforms;
 use shipway_cdi::{Device, Devices};
 use shipway_grpc::platform_to_wire;
 use shipway_oci::Platform;
-use shipway_proto::moby::buildkit::v1::types::{BuildkitVersion, CdiDevice, GcPolicy, WorkerRecord};
+use shipway_proto::moby::buildkit::v1::types::{
+    BuildkitVersion, CdiDevice, GcPolicy, WorkerRecord,
+};
 use std::collections::BTreeMap;
 
 pub use platforms::Platforms;
@@ -43,13 +45,19 @@ pub fn labels(
         ("containerd.namespace", namespace),
     ];
     let own = own.into_iter().chain(apparmor.map(|profile| ("apparmor.profile", profile)));
-    let mut labels: BTreeMap<_, _> = own.map(|(k, v)| (format!("org.mobyproject.buildkit.worker.{k}"), v.to_owned())).collect();
+    let mut labels: BTreeMap<_, _> =
+        own.map(|(k, v)| (format!("org.mobyproject.buildkit.worker.{k}"), v.to_owned())).collect();
     labels.extend(extra.clone());
     labels
 }
 
 /// The record, without devices.
-pub fn record(id: &str, labels: BTreeMap<String, String>, platforms: &[Platform], gc: Vec<GcPolicy>) -> WorkerRecord {
+pub fn record(
+    id: &str,
+    labels: BTreeMap<String, String>,
+    platforms: &[Platform],
+    gc: Vec<GcPolicy>,
+) -> WorkerRecord {
     WorkerRecord {
         id: id.to_owned(),
         labels,
@@ -62,7 +70,11 @@ pub fn record(id: &str, labels: BTreeMap<String, String>, platforms: &[Platform]
 
 /// The devices as the record has them.
 pub fn devices(there: &Devices) -> Vec<CdiDevice> {
-    let device =
-        |d: &Device| CdiDevice { name: d.name.clone(), auto_allow: d.auto_allow, annotations: d.annotations.clone(), on_demand: false };
+    let device = |d: &Device| CdiDevice {
+        name: d.name.clone(),
+        auto_allow: d.auto_allow,
+        annotations: d.annotations.clone(),
+        on_demand: false,
+    };
     there.iter().map(device).collect()
 }

@@ -8,7 +8,8 @@ use std::io::Cursor;
 /// How the text of a signature begins. git knows two more, which no key of ours verifies.
 const PGP: &str = "-----BEGIN PGP SIGNATURE-----";
 const SSH: &str = "-----BEGIN SSH SIGNATURE-----";
-const MARKERS: [&str; 4] = [PGP, SSH, "-----BEGIN PGP MESSAGE-----", "-----BEGIN SIGNED MESSAGE-----"];
+const MARKERS: [&str; 4] =
+    [PGP, SSH, "-----BEGIN PGP MESSAGE-----", "-----BEGIN SIGNED MESSAGE-----"];
 
 /// What an object is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,10 +49,13 @@ impl GitObject {
         bounded(&format!("the {what} {name}"), raw.len(), MAX_OBJECT)?;
         let found = object_name(kind, name.len(), raw);
         if found != name {
-            return Err(refused(format!("{what} object checksum verification failed: expected {name}, got {found}")));
+            return Err(refused(format!(
+                "{what} object checksum verification failed: expected {name}, got {found}"
+            )));
         }
         let (signed, signature) = match kind {
-            // Repositories of either hash have their own header, and ones that are being converted both.
+            // Repositories of either hash have their own header, and ones that are being converted
+            // both.
             ObjectKind::Commit if name.len() == 64 => take_header(raw, b"gpgsig-sha256 "),
             ObjectKind::Commit => take_header(raw, b"gpgsig "),
             ObjectKind::Tag => {
@@ -60,7 +64,8 @@ impl GitObject {
             }
         };
         bounded(&format!("the signature of the {what} {name}"), signature.len(), MAX_SIGNATURE)?;
-        let signature = String::from_utf8(signature).map_err(|_| refused(format!("the signature of the {what} {name} is not text")))?;
+        let signature = String::from_utf8(signature)
+            .map_err(|_| refused(format!("the signature of the {what} {name} is not text")))?;
         Ok(Self { kind, signed, signature: Some(signature).filter(|s| !s.is_empty()) })
     }
 
@@ -72,31 +77,39 @@ impl GitObject {
     pub fn verify(&self, trusted: &Trusted<'_>) -> Result<()> {
         let what = self.kind.name();
         let Some(signature) = &self.signature else {
-            return Err(refused(format!("git object is not signed: the {what} has no signature")).hint(match self.kind {
-                ObjectKind::Commit => "sign it (git commit -S), or name a commit or tag that is signed",
-                ObjectKind::Tag => "sign it (git tag -s), or name a tag that is signed",
-            }));
+            return Err(refused(format!("git object is not signed: the {what} has no signature"))
+                .hint(match self.kind {
+                    ObjectKind::Commit => {
+                        "sign it (git commit -S), or name a commit or tag that is signed"
+                    }
+                    ObjectKind::Tag => "sign it (git tag -s), or name a tag that is signed",
+                }));
         };
         let verified = match () {
-            () if signature.starts_with(PGP) => openpgp::verify(Cursor::new(&self.signed), signature, trusted),
-            () if signature.starts_with(SSH) => ssh::verify(&self.signed, signature, trusted.keys),
-            () => {
-                Err(refused("invalid signature format").hint("only signatures by PGP and SSH keys can be verified, and not those of X.509"))
+            () if signature.starts_with(PGP) => {
+                openpgp::verify(Cursor::new(&self.signed), signature, trusted)
             }
+            () if signature.starts_with(SSH) => ssh::verify(&self.signed, signature, trusted.keys),
+            () => Err(refused("invalid signature format").hint(
+                "only signatures by PGP and SSH keys can be verified, and not those of X.509",
+            )),
         };
         verified.context(|| format!("verify the signature of the git {what}"))
     }
 }
 
-/// The name of an object: the hash over its kind, size and content; SHA-1 or SHA-256 by the length of names.
+/// The name of an object: the hash over its kind, size and content; SHA-1 or SHA-256 by the length
+/// of names.
 fn object_name(kind: ObjectKind, length: usize, raw: &[u8]) -> String {
-    let mut hash = digest::Context::new(if length == 64 { &SHA256 } else { &SHA1_FOR_LEGACY_USE_ONLY });
+    let mut hash =
+        digest::Context::new(if length == 64 { &SHA256 } else { &SHA1_FOR_LEGACY_USE_ONLY });
     hash.update(format!("{} {}\0", kind.name(), raw.len()).as_bytes());
     hash.update(raw);
     hex::encode(hash.finish())
 }
 
-/// What is signed of `raw`, and the value of the header `name`: everything but the headers that hold signatures, of this hash or another.
+/// What is signed of `raw`, and the value of the header `name`: everything but the headers that
+/// hold signatures, of this hash or another.
 fn take_header(raw: &[u8], name: &[u8]) -> (Vec<u8>, Vec<u8>) {
     let (mut signed, mut signature) = (Vec::with_capacity(raw.len()), Vec::new());
     /// What lines that begin with a blank belong to.
@@ -134,7 +147,8 @@ fn take_header(raw: &[u8], name: &[u8]) -> (Vec<u8>, Vec<u8>) {
     (signed, signature)
 }
 
-/// Where the signature of a tag begins: at the last line that begins one, as git has it; its end if there is none.
+/// Where the signature of a tag begins: at the last line that begins one, as git has it; its end if
+/// there is none.
 fn trailer(raw: &[u8]) -> usize {
     let (mut at, mut found) = (0, raw.len());
     for line in raw.split_inclusive(|b| *b == b'\n') {
@@ -151,7 +165,9 @@ mod tests {
     use super::*;
 
     fn parse(kind: ObjectKind, length: usize, raw: &str) -> (String, String) {
-        let object = GitObject::parse(kind, &object_name(kind, length, raw.as_bytes()), raw.as_bytes()).unwrap();
+        let object =
+            GitObject::parse(kind, &object_name(kind, length, raw.as_bytes()), raw.as_bytes())
+                .unwrap();
         (String::from_utf8(object.signed).unwrap(), object.signature.unwrap_or_default())
     }
 
@@ -161,16 +177,26 @@ mod tests {
         let signed = "tree t\nparent p\nmergetag object x\n gpgsig no\n -----BEGIN\nencoding e\n\ngpgsig in the message\n";
         assert_eq!(parse(ObjectKind::Commit, 40, raw), (signed.into(), "A\na\n\nz\n".into()));
         assert_eq!(parse(ObjectKind::Commit, 64, raw), (signed.into(), "B\nb\n".into()));
-        assert_eq!(parse(ObjectKind::Commit, 40, "tree t\n\nm"), ("tree t\n\nm".into(), String::new()));
-        assert_eq!(parse(ObjectKind::Commit, 40, "tree t\ngpgsig A"), ("tree t\n".into(), "A".into()));
+        assert_eq!(
+            parse(ObjectKind::Commit, 40, "tree t\n\nm"),
+            ("tree t\n\nm".into(), String::new())
+        );
+        assert_eq!(
+            parse(ObjectKind::Commit, 40, "tree t\ngpgsig A"),
+            ("tree t\n".into(), "A".into())
+        );
     }
 
     #[test]
     fn what_is_signed_of_a_tag_is_all_before_the_last_signature() {
-        let raw = format!("object o\ngpgsig-sha256 B\n b\ntag t\n\nmessage\n{PGP}\nquoted\n{SSH}\nabc\n");
+        let raw =
+            format!("object o\ngpgsig-sha256 B\n b\ntag t\n\nmessage\n{PGP}\nquoted\n{SSH}\nabc\n");
         let signed = format!("object o\ntag t\n\nmessage\n{PGP}\nquoted\n");
         assert_eq!(parse(ObjectKind::Tag, 40, &raw), (signed, format!("{SSH}\nabc\n")));
-        assert_eq!(parse(ObjectKind::Tag, 64, "object o\n\nm\n"), ("object o\n\nm\n".into(), String::new()));
+        assert_eq!(
+            parse(ObjectKind::Tag, 64, "object o\n\nm\n"),
+            ("object o\n\nm\n".into(), String::new())
+        );
     }
 
     #[test]
@@ -189,6 +215,11 @@ mod tests {
         assert!(fault.to_string().contains("at most 65536"), "{fault}");
         let odd = [b"object o\n\n", PGP.as_bytes(), b"\n\xff"].concat();
         let named = object_name(ObjectKind::Tag, 40, &odd);
-        assert!(GitObject::parse(ObjectKind::Tag, &named, &odd).unwrap_err().to_string().contains("not text"));
+        assert!(
+            GitObject::parse(ObjectKind::Tag, &named, &odd)
+                .unwrap_err()
+                .to_string()
+                .contains("not text")
+        );
     }
 }

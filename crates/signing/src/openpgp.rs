@@ -1,8 +1,13 @@
 //! PGP signatures: which key made one, and whether that key may (RFC 9580).
 
-use crate::{MAX_KEYS, MAX_OWN_SIGNATURES, MAX_SIGNATURE, MAX_TRIES, MIN_RSA_BITS, Trusted, Validity, blocks, bounded, refused};
+use crate::{
+    MAX_KEYS, MAX_OWN_SIGNATURES, MAX_SIGNATURE, MAX_TRIES, MIN_RSA_BITS, Trusted, Validity,
+    blocks, bounded, refused,
+};
 use pgp::{
-    composed::{Deserializable, DetachedSignature, PublicOrSecret, SignedPublicKey, SignedPublicSubKey},
+    composed::{
+        Deserializable, DetachedSignature, PublicOrSecret, SignedPublicKey, SignedPublicSubKey,
+    },
     crypto::{hash::HashAlgorithm, public_key::PublicKeyAlgorithm},
     packet::{RevocationCode, Signature, SignatureType, SignatureVersion, SubpacketData},
     types::{Duration, KeyDetails, KeyVersion, PublicParams, Tag, Timestamp, VerifyingKey},
@@ -24,17 +29,27 @@ type Why = String;
 
 /// Whether `signature` (armored) is one of `data` by a key in `trusted`.
 ///
-/// `data` is read from its beginning, once for every key with the identifier that the signature names ([`MAX_TRIES`]).
+/// `data` is read from its beginning, once for every key with the identifier that the signature
+/// names ([`MAX_TRIES`]).
 ///
 /// # Errors
 ///
 /// It is not, or `data` cannot be read; the fault says why, and what to try.
-pub fn verify_detached(data: impl Read + Seek, signature: &str, trusted: &Trusted<'_>) -> Result<()> {
-    verify(data, signature, trusted).map_err(|fault| fault.context("failed to verify pgp signature"))
+pub fn verify_detached(
+    data: impl Read + Seek,
+    signature: &str,
+    trusted: &Trusted<'_>,
+) -> Result<()> {
+    verify(data, signature, trusted)
+        .map_err(|fault| fault.context("failed to verify pgp signature"))
 }
 
 /// The same without the context.
-pub(crate) fn verify(mut data: impl Read + Seek, armored: &str, trusted: &Trusted<'_>) -> Result<()> {
+pub(crate) fn verify(
+    mut data: impl Read + Seek,
+    armored: &str,
+    trusted: &Trusted<'_>,
+) -> Result<()> {
     let signatures = signatures(armored)?;
     let keys = keys(trusted.keys)?;
     let mut budget = Budget(MAX_OWN_SIGNATURES);
@@ -75,8 +90,13 @@ pub(crate) fn verify(mut data: impl Read + Seek, armored: &str, trusted: &Truste
         // The last one may say why there are no more.
         refusals.drain(MAX_TOLD - 1..refusals.len() - 1);
     }
-    let names: Vec<_> = keys.iter().take(MAX_TOLD).map(|key| key.primary_key.fingerprint().to_string().to_uppercase()).collect();
-    Err(refused(refusals.join("; ")).hint(format!("the keys to verify with are {}", names.join(", "))))
+    let names: Vec<_> = keys
+        .iter()
+        .take(MAX_TOLD)
+        .map(|key| key.primary_key.fingerprint().to_string().to_uppercase())
+        .collect();
+    Err(refused(refusals.join("; "))
+        .hint(format!("the keys to verify with are {}", names.join(", "))))
 }
 
 /// The signatures in an armored block.
@@ -86,13 +106,20 @@ fn signatures(armored: &str) -> Result<Vec<Signature>> {
         refused(format!("failed to decode armored signature: {why}"))
             .hint("a detached signature in text form is wanted: gpg --armor --detach-sign")
     };
-    let (_, block) = blocks(armored).next().ok_or_else(|| failed("it has no line -----BEGIN PGP SIGNATURE-----"))?;
-    let (found, _) = DetachedSignature::from_armor_many_buf(block.as_bytes()).map_err(|e| failed(&e.to_string()))?;
-    let found = found.map(|one| one.map(|one| one.signature)).collect::<Result<Vec<_>, _>>().map_err(|e| failed(&e.to_string()))?;
+    let (_, block) = blocks(armored)
+        .next()
+        .ok_or_else(|| failed("it has no line -----BEGIN PGP SIGNATURE-----"))?;
+    let (found, _) = DetachedSignature::from_armor_many_buf(block.as_bytes())
+        .map_err(|e| failed(&e.to_string()))?;
+    let found = found
+        .map(|one| one.map(|one| one.signature))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|e| failed(&e.to_string()))?;
     if found.is_empty() { Err(failed("no signature packet found")) } else { Ok(found) }
 }
 
-/// The keys in one or more armored blocks. Parts of one key that come in several blocks are one key.
+/// The keys in one or more armored blocks. Parts of one key that come in several blocks are one
+/// key.
 fn keys(text: &str) -> Result<Vec<SignedPublicKey>> {
     bounded("the text of the PGP public keys", text.len(), MAX_KEYS)?;
     let failed = |why: &str| {
@@ -105,7 +132,8 @@ fn keys(text: &str) -> Result<Vec<SignedPublicKey>> {
         if !matches!(kind, "PGP PUBLIC KEY BLOCK" | "PGP PRIVATE KEY BLOCK") {
             return Err(failed(&format!("expected public or private key block, got: {kind}")));
         }
-        let (found, _) = PublicOrSecret::from_armor_many_buf(block.as_bytes()).map_err(|e| failed(&e.to_string()))?;
+        let (found, _) = PublicOrSecret::from_armor_many_buf(block.as_bytes())
+            .map_err(|e| failed(&e.to_string()))?;
         for key in found {
             match key {
                 Ok(PublicOrSecret::Public(key)) => add(&mut all, key),
@@ -143,18 +171,27 @@ fn issuer(signature: &Signature) -> String {
 
 /// Whether a signature of data is one that can count, whoever made it; gives when that was.
 fn acceptable(signature: &Signature) -> Result<Timestamp, Why> {
-    let Some(config) = signature.config().filter(|c| matches!(c.version(), SignatureVersion::V4 | SignatureVersion::V6)) else {
+    let Some(config) = signature
+        .config()
+        .filter(|c| matches!(c.version(), SignatureVersion::V4 | SignatureVersion::V6))
+    else {
         return Err(format!("unsupported signature version {:?}", signature.version()));
     };
     // Other types are no statement about data, though the same bytes may be below them.
     if !matches!(config.typ, SignatureType::Binary | SignatureType::Text) {
         return Err(format!("a signature of type {:?} says nothing about data", config.typ));
     }
-    if !matches!(config.hash_alg, HashAlgorithm::Sha256 | HashAlgorithm::Sha384 | HashAlgorithm::Sha512) {
+    if !matches!(
+        config.hash_alg,
+        HashAlgorithm::Sha256 | HashAlgorithm::Sha384 | HashAlgorithm::Sha512
+    ) {
         return Err(format!("rejecting weak/unknown hash: {}", config.hash_alg));
     }
     use PublicKeyAlgorithm as Algorithm;
-    if !matches!(config.pub_alg, Algorithm::EdDSALegacy | Algorithm::ECDSA | Algorithm::RSA | Algorithm::RSASign) {
+    if !matches!(
+        config.pub_alg,
+        Algorithm::EdDSALegacy | Algorithm::ECDSA | Algorithm::RSA | Algorithm::RSASign
+    ) {
         return Err(format!("rejecting unsupported pubkey algorithm: {:?}", config.pub_alg));
     }
     if signature.issuer_key_id().is_empty() && signature.issuer_fingerprint().is_empty() {
@@ -191,7 +228,10 @@ impl Times {
 
     /// Whether something that began at `created` is over; a lifetime of zero is none.
     fn over(&self, created: Timestamp, lifetime: Option<Duration>) -> bool {
-        lifetime.map(|l| u64::from(l.as_secs())).filter(|l| *l > 0).is_some_and(|l| self.at > seconds(created) + l)
+        lifetime
+            .map(|l| u64::from(l.as_secs()))
+            .filter(|l| *l > 0)
+            .is_some_and(|l| self.at > seconds(created) + l)
     }
 }
 
@@ -204,7 +244,9 @@ struct Budget(usize);
 
 impl Budget {
     fn spend(&mut self) -> Result<(), Why> {
-        let less = self.0.checked_sub(1).ok_or_else(|| format!("the key has more than {MAX_OWN_SIGNATURES} signatures of its own"))?;
+        let less = self.0.checked_sub(1).ok_or_else(|| {
+            format!("the key has more than {MAX_OWN_SIGNATURES} signatures of its own")
+        })?;
         self.0 = less;
         Ok(())
     }
@@ -245,13 +287,20 @@ impl Signer<'_> {
             Some(subkey) => signature.verify(&subkey.key, data),
         };
         verified.map_err(|e| match e {
-            pgp::errors::Error::IO { source, .. } => format!("what is signed cannot be read: {source}"),
+            pgp::errors::Error::IO { source, .. } => {
+                format!("what is signed cannot be read: {source}")
+            }
             _ => "the signature does not belong to what is signed: one of them was changed".into(),
         })
     }
 
     /// Whether the key may have made such a signature.
-    fn may_sign(&self, signature: &Signature, times: &Times, budget: &mut Budget) -> Result<(), Why> {
+    fn may_sign(
+        &self,
+        signature: &Signature,
+        times: &Times,
+        budget: &mut Budget,
+    ) -> Result<(), Why> {
         let primary = &self.key.primary_key;
         supported(primary)?;
         self.check_revocations(budget)?;
@@ -296,13 +345,18 @@ impl Signer<'_> {
 
     /// Refuses a key that was revoked at any time.
     fn check_revocations(&self, budget: &mut Budget) -> Result<(), Why> {
-        let Some(revocation) = self.key.details.revocation_signatures.first() else { return Ok(()) };
+        let Some(revocation) = self.key.details.revocation_signatures.first() else {
+            return Ok(());
+        };
         budget.spend()?;
         // It may be by somebody whom the key made its revoker, whose key is not here.
         if sound(revocation).is_err() || revocation.verify_key(&self.key.primary_key).is_err() {
             return Err("the key has a revocation that cannot be verified".into());
         }
-        let reason = revocation.revocation_reason_string().map(|r| String::from_utf8_lossy(r).into_owned()).filter(|r| !r.is_empty());
+        let reason = revocation
+            .revocation_reason_string()
+            .map(|r| String::from_utf8_lossy(r).into_owned())
+            .filter(|r| !r.is_empty());
         Err(reason.map_or_else(|| "key revoked".into(), |r| format!("key revoked: {r}")))
     }
 
@@ -311,7 +365,13 @@ impl Signer<'_> {
         let primary = &self.key.primary_key;
         if primary.version() == KeyVersion::V6 {
             let mut best = None;
-            for direct in self.key.details.direct_signatures.iter().filter(|s| s.typ() == Some(SignatureType::Key) && times.said(s)) {
+            for direct in self
+                .key
+                .details
+                .direct_signatures
+                .iter()
+                .filter(|s| s.typ() == Some(SignatureType::Key) && times.said(s))
+            {
                 budget.spend()?;
                 if sound(direct).is_ok() && direct.verify_key(primary).is_ok() {
                     best = newest(best, direct);
@@ -322,12 +382,20 @@ impl Signer<'_> {
         let (mut best, mut revoked): (Option<&Signature>, bool) = (None, false);
         for user in &self.key.details.users {
             // The same user may come once more in another block.
-            let all = self.key.details.users.iter().filter(|u| u.id == user.id).flat_map(|u| &u.signatures);
+            let all = self
+                .key
+                .details
+                .users
+                .iter()
+                .filter(|u| u.id == user.id)
+                .flat_map(|u| &u.signatures);
             let mut own = None;
             let mut withdrawn = false;
             for certification in all.filter(|s| names(s, primary) && times.said(s)) {
                 budget.spend()?;
-                if sound(certification).is_err() || certification.verify_certification(primary, Tag::UserId, &user.id).is_err() {
+                if sound(certification).is_err()
+                    || certification.verify_certification(primary, Tag::UserId, &user.id).is_err()
+                {
                     continue;
                 }
                 if certification.typ() == Some(SignatureType::CertRevocation) {
@@ -339,11 +407,19 @@ impl Signer<'_> {
             revoked |= withdrawn;
             let Some(own) = own.filter(|_| !withdrawn) else { continue };
             best = match best {
-                Some(b) if (b.is_primary(), b.created()) >= (own.is_primary(), own.created()) => Some(b),
+                Some(b) if (b.is_primary(), b.created()) >= (own.is_primary(), own.created()) => {
+                    Some(b)
+                }
                 _ => Some(own),
             };
         }
-        best.ok_or_else(|| if revoked { "key revoked: its users were".into() } else { "the key has no valid signature of its own".into() })
+        best.ok_or_else(|| {
+            if revoked {
+                "key revoked: its users were".into()
+            } else {
+                "the key has no valid signature of its own".into()
+            }
+        })
     }
 
     /// The statements by which primary key and subkey belong together.
@@ -355,14 +431,22 @@ impl Signer<'_> {
     ) -> Result<(&'s Signature, &'s Signature), Why> {
         let primary = &self.key.primary_key;
         let mut best = None;
-        let all = self.key.public_subkeys.iter().filter(|s| s.key == subkey.key).flat_map(|s| &s.signatures);
+        let all = self
+            .key
+            .public_subkeys
+            .iter()
+            .filter(|s| s.key == subkey.key)
+            .flat_map(|s| &s.signatures);
         for signature in all.filter(|s| times.said(s)) {
             budget.spend()?;
-            if sound(signature).is_err() || signature.verify_subkey_binding(primary, &subkey.key).is_err() {
+            if sound(signature).is_err()
+                || signature.verify_subkey_binding(primary, &subkey.key).is_err()
+            {
                 continue;
             }
             if signature.typ() == Some(SignatureType::SubkeyRevocation) {
-                let before = signature.created().is_some_and(|created| seconds(created) <= times.at);
+                let before =
+                    signature.created().is_some_and(|created| seconds(created) <= times.at);
                 if before || is_hard(signature) {
                     return Err("the subkey is revoked".into());
                 }
@@ -373,7 +457,8 @@ impl Signer<'_> {
         let binding: &Signature = best.ok_or("the subkey does not belong to the key")?;
         budget.spend()?;
         // Without it, somebody could claim another's subkey, and with it what that signed.
-        let back = binding.embedded_signature().ok_or("signing subkey is missing cross-signature")?;
+        let back =
+            binding.embedded_signature().ok_or("signing subkey is missing cross-signature")?;
         if sound(back).is_err() || back.verify_primary_key_binding(&subkey.key, primary).is_err() {
             return Err("the cross-signature of the signing subkey is not valid".into());
         }
@@ -392,10 +477,14 @@ fn expired(what: &str) -> Why {
 
 /// Whether a revocation casts doubt on everything the key ever signed.
 fn is_hard(revocation: &Signature) -> bool {
-    !matches!(revocation.revocation_reason_code(), Some(RevocationCode::KeySuperseded | RevocationCode::KeyRetired))
+    !matches!(
+        revocation.revocation_reason_code(),
+        Some(RevocationCode::KeySuperseded | RevocationCode::KeyRetired)
+    )
 }
 
-/// Whether what a key says of itself is hashed well enough. SHA-1 still is, as most old keys have it; the library notices known collisions.
+/// Whether what a key says of itself is hashed well enough. SHA-1 still is, as most old keys have
+/// it; the library notices known collisions.
 fn sound(signature: &Signature) -> Result<(), Why> {
     match signature.hash_alg() {
         Some(HashAlgorithm::Md5 | HashAlgorithm::Ripemd160) | None => Err("weak hash".into()),
@@ -417,7 +506,8 @@ fn supported(key: &impl VerifyingKey) -> Result<(), Why> {
     Ok(())
 }
 
-/// Length of the modulus, which comes first: two bytes of its length in bits and the number (RFC 9580, section 3.2).
+/// Length of the modulus, which comes first: two bytes of its length in bits and the number (RFC
+/// 9580, section 3.2).
 fn bits(rsa: &pgp::types::RsaPublicParams) -> usize {
     let mut bytes = Vec::new();
     match pgp::ser::Serialize::to_writer(rsa, &mut bytes) {
@@ -429,7 +519,9 @@ fn bits(rsa: &pgp::types::RsaPublicParams) -> usize {
 /// A notation that must not be ignored, and that nobody here knows.
 fn critical_notation(signature: &Signature) -> Option<String> {
     signature.config()?.hashed_subpackets().find_map(|p| match &p.data {
-        SubpacketData::Notation(n) if p.is_critical => Some(String::from_utf8_lossy(&n.name).into_owned()),
+        SubpacketData::Notation(n) if p.is_critical => {
+            Some(String::from_utf8_lossy(&n.name).into_owned())
+        }
         _ => None,
     })
 }

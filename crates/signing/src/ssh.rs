@@ -18,7 +18,8 @@ const PRESENT: u8 = 1;
 /// Whether `armored` is a signature of `signed` by the key in `keys`.
 pub(crate) fn verify(signed: &[u8], armored: &str, keys: &str) -> Result<()> {
     let block = blocks(armored).next().map_or(armored, |(_, block)| block);
-    let signature = SshSig::from_pem(block).map_err(|e| refused(format!("failed to parse ssh signature: {e}")))?;
+    let signature = SshSig::from_pem(block)
+        .map_err(|e| refused(format!("failed to parse ssh signature: {e}")))?;
     if signature.version() != VERSION {
         return Err(refused(format!("unsupported SSH signature version: {}", signature.version())));
     }
@@ -38,7 +39,8 @@ pub(crate) fn verify(signed: &[u8], armored: &str, keys: &str) -> Result<()> {
     strong(&key, &signature).map_err(failed)?;
     // The library compares key and namespace once more.
     key.verify(NAMESPACE, signed, &signature).map_err(|_| {
-        failed("signature did not verify".into()).hint("the object is not the one that was signed, or the signature was changed")
+        failed("signature did not verify".into())
+            .hint("the object is not the one that was signed, or the signature was changed")
     })
 }
 
@@ -51,7 +53,9 @@ fn strong(key: &PublicKey, signature: &SshSig) -> Result<(), String> {
                 return Err(format!("RSA key too short: {bits} bits"));
             }
             if bits > MAX_RSA_BITS {
-                return Err(format!("RSA key too long: {bits} bits; at most {MAX_RSA_BITS} are accepted"));
+                return Err(format!(
+                    "RSA key too long: {bits} bits; at most {MAX_RSA_BITS} are accepted"
+                ));
             }
         }
         KeyData::SkEd25519(_) | KeyData::SkEcdsaSha2NistP256(_) => {
@@ -69,8 +73,10 @@ fn strong(key: &PublicKey, signature: &SshSig) -> Result<(), String> {
 /// The first key in lines as `authorized_keys` has them; lines that hold none are skipped.
 fn public_key(keys: &str) -> Result<PublicKey> {
     bounded("the text of the SSH public key", keys.len(), MAX_KEYS)?;
-    let lines = keys.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    let found = lines.filter_map(|line| parse(line).or_else(|| parse(without_options(line)?))).next();
+    let lines =
+        keys.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let found =
+        lines.filter_map(|line| parse(line).or_else(|| parse(without_options(line)?))).next();
     found.ok_or_else(|| {
         Fault::invalid("failed to parse ssh public key: ssh: no key found").hint(
             "the signature is by an SSH key, so it needs one to be verified with: a line such as \"ssh-ed25519 AAAA… name\", as in the files *.pub",
@@ -104,7 +110,8 @@ fn without_options(line: &str) -> Option<&str> {
 mod tests {
     use super::*;
 
-    const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAILM+rvN+ot98qgEN796jTiQfZfG1KaT0PtFDJ/XFSqti";
+    const KEY: &str =
+        "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAILM+rvN+ot98qgEN796jTiQfZfG1KaT0PtFDJ/XFSqti";
 
     #[test]
     fn keys_are_found_in_lines_of_authorized_keys() {
@@ -117,11 +124,20 @@ mod tests {
         ] {
             assert_eq!(public_key(&text).unwrap().to_openssh().unwrap(), KEY, "{text}");
         }
-        for text in ["", "# x", "x", "a \"b c", "-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nabc\n", "ssh-ed25519"] {
+        for text in [
+            "",
+            "# x",
+            "x",
+            "a \"b c",
+            "-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nabc\n",
+            "ssh-ed25519",
+        ] {
             let fault = public_key(text).unwrap_err();
             assert!(fault.to_string().contains("failed to parse ssh public key"), "{fault}");
         }
         let long = format!("{}{KEY}", "# x\n".repeat(MAX_KEYS / 4));
-        assert!(public_key(&long).unwrap_err().to_string().contains("at most 1048576 are accepted"));
+        assert!(
+            public_key(&long).unwrap_err().to_string().contains("at most 1048576 are accepted")
+        );
     }
 }

@@ -1,18 +1,22 @@
-//! Signatures that gpg, ssh-keygen and git made (`fixtures/make.sh`), and ones that they would not make.
+//! Signatures that gpg, ssh-keygen and git made (`fixtures/make.sh`), and ones that they would not
+//! make.
 
 #![allow(clippy::unwrap_used)]
 
 use pgp::{
     composed::{
-        ArmorOptions, Deserializable, DetachedSignature, KeyType, SecretKeyParamsBuilder, SignedPublicKey, SignedSecretKey,
-        SubkeyParamsBuilder,
+        ArmorOptions, Deserializable, DetachedSignature, KeyType, SecretKeyParamsBuilder,
+        SignedPublicKey, SignedSecretKey, SubkeyParamsBuilder,
     },
     crypto::hash::HashAlgorithm,
     packet::{Signature, SignatureConfig, SignatureType, Subpacket, SubpacketData},
     types::{KeyDetails, Password, SigningKey, Timestamp},
 };
 use shipway_fault::Fault;
-use shipway_signing::{GitObject, MAX_KEYS, MAX_OWN_SIGNATURES, MAX_SIGNATURE, MAX_TRIES, ObjectKind, Trusted, Validity, verify_detached};
+use shipway_signing::{
+    GitObject, MAX_KEYS, MAX_OWN_SIGNATURES, MAX_SIGNATURE, MAX_TRIES, ObjectKind, Trusted,
+    Validity, verify_detached,
+};
 use std::{
     io::Cursor,
     path::{Path, PathBuf},
@@ -33,7 +37,13 @@ fn year(year: u64) -> SystemTime {
     UNIX_EPOCH + Duration::from_secs((year - 1970) * 31_556_952)
 }
 
-fn check(data: &[u8], signature: &str, keys: &str, validity: Validity, now: SystemTime) -> Result<(), Fault> {
+fn check(
+    data: &[u8],
+    signature: &str,
+    keys: &str,
+    validity: Validity,
+    now: SystemTime,
+) -> Result<(), Fault> {
     verify_detached(Cursor::new(data), signature, &Trusted { keys, validity, now })
 }
 
@@ -58,13 +68,22 @@ fn signatures_of_every_algorithm_are_verified() {
     for name in ["rsa2048", "ed25519", "nistp256", "nistp384", "nistp521", "user1"] {
         let (keys, signature) = (fixture(&format!("{name}.pub")), fixture(&format!("{name}.sig")));
         verify(&data(), &signature, &keys).unwrap_or_else(|e| panic!("{name}: {e:?}"));
-        refused(verify(changed, &signature, &keys), "failed to verify pgp signature: signature by ");
+        refused(
+            verify(changed, &signature, &keys),
+            "failed to verify pgp signature: signature by ",
+        );
         refused(verify(changed, &signature, &keys), "one of them was changed");
-        refused(verify(&data(), &signature, &fixture("user2.pub")), "signature made by unknown entity");
+        refused(
+            verify(&data(), &signature, &fixture("user2.pub")),
+            "signature made by unknown entity",
+        );
     }
     let rsa = fixture("rsa2048.pub");
     verify(b"signed data\r\nof two lines\r\n", &fixture("text.sig"), &rsa).unwrap();
-    refused(verify(b"signed data\r\nof two lines\r\n", &fixture("rsa2048.sig"), &rsa), "was changed");
+    refused(
+        verify(b"signed data\r\nof two lines\r\n", &fixture("rsa2048.sig"), &rsa),
+        "was changed",
+    );
     verify(&data(), &fixture("sha384.sig"), &fixture("ed25519.pub")).unwrap();
 }
 
@@ -77,17 +96,27 @@ fn weak_and_odd_signatures_are_refused() {
         ("future", "rsa2048", "signature creation time is in the future"),
         ("notation", "ed25519", "unknown critical notation: must@example.com"),
     ] {
-        refused(verify(&data(), &fixture(&format!("{name}.sig")), &fixture(&format!("{key}.pub"))), why);
+        refused(
+            verify(&data(), &fixture(&format!("{name}.sig")), &fixture(&format!("{key}.pub"))),
+            why,
+        );
     }
     let far = year(2091);
-    check(&data(), &fixture("future.sig"), &fixture("rsa2048.pub"), Validity::AtSigning, far).unwrap();
+    check(&data(), &fixture("future.sig"), &fixture("rsa2048.pub"), Validity::AtSigning, far)
+        .unwrap();
 }
 
 #[test]
 fn keys_count_in_their_time() {
     use Validity::{AtSigning, Now};
     let at = |name: &str, key: &str, validity, now| {
-        check(&data(), &fixture(&format!("{name}.sig")), &fixture(&format!("{key}.pub")), validity, year(now))
+        check(
+            &data(),
+            &fixture(&format!("{name}.sig")),
+            &fixture(&format!("{key}.pub")),
+            validity,
+            year(now),
+        )
     };
     at("expired", "expired", AtSigning, 2026).unwrap();
     at("expired", "expired", Now, 2020).unwrap_err();
@@ -106,7 +135,13 @@ fn keys_count_in_their_time() {
 fn revoked_keys_do_not_count() {
     use Validity::{AtSigning, Now};
     let at = |name: &str, key: &str, validity| {
-        check(&data(), &fixture(&format!("{name}.sig")), &fixture(&format!("{key}.pub")), validity, year(2026))
+        check(
+            &data(),
+            &fixture(&format!("{name}.sig")),
+            &fixture(&format!("{key}.pub")),
+            validity,
+            year(2026),
+        )
     };
     at("revoked", "unrevoked", AtSigning).unwrap();
     refused(at("revoked", "revoked", AtSigning), "key revoked: retired");
@@ -125,24 +160,33 @@ fn revoked_keys_do_not_count() {
 #[test]
 fn any_key_of_any_block_counts() {
     let (one, two, signature) = (fixture("user1.pub"), fixture("user2.pub"), fixture("user1.sig"));
-    for keys in [format!("{one}{two}"), format!("{two}\n{one}"), format!("some words\r\n{}\r\n{two}", one.replace('\n', "\r\n"))] {
+    for keys in [
+        format!("{one}{two}"),
+        format!("{two}\n{one}"),
+        format!("some words\r\n{}\r\n{two}", one.replace('\n', "\r\n")),
+    ] {
         verify(&data(), &signature, &keys).unwrap();
     }
-    let both = [&*fixture("ed25519.pub"), &*two].map(|k| SignedPublicKey::from_string(k).unwrap().0);
-    let bytes: Vec<u8> = both.iter().flat_map(|k| pgp::ser::Serialize::to_bytes(k).unwrap()).collect();
+    let both =
+        [&*fixture("ed25519.pub"), &*two].map(|k| SignedPublicKey::from_string(k).unwrap().0);
+    let bytes: Vec<u8> =
+        both.iter().flat_map(|k| pgp::ser::Serialize::to_bytes(k).unwrap()).collect();
     let block = armored("PGP PUBLIC KEY BLOCK", &bytes);
     verify(&data(), &fixture("ed25519.sig"), &block).unwrap();
     verify(&data(), &fixture("user2.sig"), &block).unwrap();
     // A signature by somebody unknown beside one that counts.
-    let beside = [fixture("user1.sig"), fixture("ed25519.sig")].map(|s| DetachedSignature::from_string(&s).unwrap().0);
-    let bytes: Vec<u8> = beside.iter().flat_map(|s| pgp::ser::Serialize::to_bytes(s).unwrap()).collect();
+    let beside = [fixture("user1.sig"), fixture("ed25519.sig")]
+        .map(|s| DetachedSignature::from_string(&s).unwrap().0);
+    let bytes: Vec<u8> =
+        beside.iter().flat_map(|s| pgp::ser::Serialize::to_bytes(s).unwrap()).collect();
     verify(&data(), &armored("PGP SIGNATURE", &bytes), &fixture("ed25519.pub")).unwrap();
 }
 
 /// A block as `gpg --armor` makes it, but for the checksum, which nobody needs.
 fn armored(kind: &str, bytes: &[u8]) -> String {
     let text = base64(bytes);
-    let lines: Vec<_> = text.as_bytes().chunks(64).map(|c| std::str::from_utf8(c).unwrap()).collect();
+    let lines: Vec<_> =
+        text.as_bytes().chunks(64).map(|c| std::str::from_utf8(c).unwrap()).collect();
     format!("-----BEGIN {kind}-----\n\n{}\n-----END {kind}-----\n", lines.join("\n"))
 }
 
@@ -151,7 +195,9 @@ fn base64(bytes: &[u8]) -> String {
     let mut text = String::new();
     for chunk in bytes.chunks(3) {
         let n = chunk.iter().fold(0u32, |n, b| n << 8 | u32::from(*b)) << (8 * (3 - chunk.len()));
-        let letters = (0..4).map(|i| if i <= chunk.len() { ALPHABET[(n >> (18 - 6 * i)) as usize & 63] as char } else { '=' });
+        let letters = (0..4).map(|i| {
+            if i <= chunk.len() { ALPHABET[(n >> (18 - 6 * i)) as usize & 63] as char } else { '=' }
+        });
         text.extend(letters);
     }
     text
@@ -193,10 +239,14 @@ fn damaged_signatures_and_keys_are_refused() {
     };
     let whole = bytes(&signature);
     verify(&data(), &armored("PGP SIGNATURE", &whole), &key).unwrap();
-    // At its end are two numbers of 32 bytes, each behind its length in bits, of which the lowest do not matter, and before them two bytes of the hash.
-    // Before those is the issuer's identifier, which is a hint: the fingerprint is hashed.
+    // At its end are two numbers of 32 bytes, each behind its length in bits, of which the lowest
+    // do not matter, and before them two bytes of the hash. Before those is the issuer's
+    // identifier, which is a hint: the fingerprint is hashed.
     let numbers = whole.len() - 2 * (2 + 32);
-    let free = [numbers + 1, numbers + 2 + 32 + 1].into_iter().chain(numbers - 2 - 9..numbers - 2).collect::<Vec<_>>();
+    let free = [numbers + 1, numbers + 2 + 32 + 1]
+        .into_iter()
+        .chain(numbers - 2 - 9..numbers - 2)
+        .collect::<Vec<_>>();
     for at in 0..whole.len() {
         let mut damaged = whole.clone();
         damaged[at] ^= 1 << (at % 8);
@@ -209,7 +259,9 @@ fn damaged_signatures_and_keys_are_refused() {
     for at in 0..whole.len() {
         let mut damaged = whole.clone();
         damaged[at] ^= 1 << (at % 8);
-        accepted += usize::from(verify(&data(), &signature, &armored("PGP PUBLIC KEY BLOCK", &damaged)).is_ok());
+        accepted += usize::from(
+            verify(&data(), &signature, &armored("PGP PUBLIC KEY BLOCK", &damaged)).is_ok(),
+        );
     }
     // The same in the key's own signature.
     assert!(accepted <= free.len(), "{accepted} damaged keys were accepted");
@@ -221,7 +273,11 @@ struct Forge {
 
 impl Forge {
     fn new() -> Self {
-        let subkey = SubkeyParamsBuilder::default().key_type(KeyType::Ed25519Legacy).can_sign(true).build().unwrap();
+        let subkey = SubkeyParamsBuilder::default()
+            .key_type(KeyType::Ed25519Legacy)
+            .can_sign(true)
+            .build()
+            .unwrap();
         let params = SecretKeyParamsBuilder::default()
             .key_type(KeyType::Ed25519Legacy)
             .can_certify(true)
@@ -245,14 +301,22 @@ impl Forge {
     fn sign(&self, by_subkey: bool, kind: SignatureType, issuer: bool) -> String {
         let primary = &self.key.primary_key;
         let subkey = &self.key.secret_subkeys[0].key;
-        let (algorithm, fingerprint) =
-            if by_subkey { (subkey.algorithm(), subkey.fingerprint()) } else { (primary.algorithm(), primary.fingerprint()) };
+        let (algorithm, fingerprint) = if by_subkey {
+            (subkey.algorithm(), subkey.fingerprint())
+        } else {
+            (primary.algorithm(), primary.fingerprint())
+        };
         let mut config = SignatureConfig::v4(kind, algorithm, HashAlgorithm::Sha256);
-        config.hashed_subpackets = vec![Subpacket::regular(SubpacketData::SignatureCreationTime(Timestamp::now())).unwrap()];
+        config.hashed_subpackets = vec![
+            Subpacket::regular(SubpacketData::SignatureCreationTime(Timestamp::now())).unwrap(),
+        ];
         if issuer {
-            config.hashed_subpackets.push(Subpacket::regular(SubpacketData::IssuerFingerprint(fingerprint)).unwrap());
+            config
+                .hashed_subpackets
+                .push(Subpacket::regular(SubpacketData::IssuerFingerprint(fingerprint)).unwrap());
         }
-        // By hand, since the library makes no such statements as some of these, though it verifies them.
+        // By hand, since the library makes no such statements as some of these, though it verifies
+        // them.
         let mut hasher = config.hash_alg.new_hasher().unwrap();
         let short = matches!(kind, SignatureType::Standalone | SignatureType::Timestamp);
         let data = data();
@@ -288,14 +352,22 @@ fn forged_signatures_and_keys_are_refused() {
         parsed.verify(owner.key.primary_key.public_key(), &data()).unwrap();
         refused(verify_now(&signature, &keys), "says nothing about data");
     }
-    refused(verify_now(&owner.sign(false, SignatureType::Binary, false), &keys), "doesn't have an issuer");
-    // Another's subkey below a key of one's own: with the owner's binding, and with none that is valid.
+    refused(
+        verify_now(&owner.sign(false, SignatureType::Binary, false), &keys),
+        "doesn't have an issuer",
+    );
+    // Another's subkey below a key of one's own: with the owner's binding, and with none that is
+    // valid.
     let mut stolen = thief.public();
     stolen.public_subkeys = owner.public().public_subkeys;
     refused(verify_now(&by_subkey, &Forge::text(&stolen)), "the subkey does not belong to the key");
     // One's own binding of another's subkey lacks what only that subkey could sign.
     let subkey = &owner.public().public_subkeys[0].key;
-    let mut config = SignatureConfig::v4(SignatureType::SubkeyBinding, thief.key.primary_key.algorithm(), HashAlgorithm::Sha256);
+    let mut config = SignatureConfig::v4(
+        SignatureType::SubkeyBinding,
+        thief.key.primary_key.algorithm(),
+        HashAlgorithm::Sha256,
+    );
     let mut flags = pgp::packet::KeyFlags::default();
     flags.set_sign(true);
     config.hashed_subpackets = [
@@ -305,8 +377,14 @@ fn forged_signatures_and_keys_are_refused() {
     ]
     .map(|d| Subpacket::regular(d).unwrap())
     .into();
-    let binding =
-        config.sign_subkey_binding(&thief.key.primary_key, thief.key.primary_key.public_key(), &Password::empty(), subkey).unwrap();
+    let binding = config
+        .sign_subkey_binding(
+            &thief.key.primary_key,
+            thief.key.primary_key.public_key(),
+            &Password::empty(),
+            subkey,
+        )
+        .unwrap();
     stolen.public_subkeys[0].signatures = vec![binding];
     refused(verify_now(&by_subkey, &Forge::text(&stolen)), "missing cross-signature");
     // Another's users and what they were certified for.
@@ -314,9 +392,16 @@ fn forged_signatures_and_keys_are_refused() {
     claimed.details = thief.public().details;
     refused(verify_now(&binary, &Forge::text(&claimed)), "no valid signature of its own");
     // A revocation by somebody else cannot be judged.
-    let mut config = SignatureConfig::v4(SignatureType::KeyRevocation, thief.key.primary_key.algorithm(), HashAlgorithm::Sha256);
-    config.hashed_subpackets = vec![Subpacket::regular(SubpacketData::SignatureCreationTime(Timestamp::now())).unwrap()];
-    let revocation = config.sign_key(&thief.key.primary_key, &Password::empty(), owner.key.primary_key.public_key()).unwrap();
+    let mut config = SignatureConfig::v4(
+        SignatureType::KeyRevocation,
+        thief.key.primary_key.algorithm(),
+        HashAlgorithm::Sha256,
+    );
+    config.hashed_subpackets =
+        vec![Subpacket::regular(SubpacketData::SignatureCreationTime(Timestamp::now())).unwrap()];
+    let revocation = config
+        .sign_key(&thief.key.primary_key, &Password::empty(), owner.key.primary_key.public_key())
+        .unwrap();
     let mut revoked = owner.public();
     revoked.details.revocation_signatures.push(revocation);
     refused(verify_now(&binary, &Forge::text(&revoked)), "a revocation that cannot be verified");
@@ -336,12 +421,21 @@ fn a_key_with_very_many_signatures_is_refused() {
 
 #[test]
 fn data_is_not_read_for_very_many_signatures() {
-    let bytes = |name: &str| pgp::ser::Serialize::to_bytes(&DetachedSignature::from_string(&fixture(name)).unwrap().0).unwrap();
+    let bytes = |name: &str| {
+        pgp::ser::Serialize::to_bytes(&DetachedSignature::from_string(&fixture(name)).unwrap().0)
+            .unwrap()
+    };
     let changed = b"signed data\nof three lines\n";
-    let many = |n: usize| armored("PGP SIGNATURE", &[bytes("sha384.sig").repeat(n), bytes("ed25519.sig")].concat());
+    let many = |n: usize| {
+        armored("PGP SIGNATURE", &[bytes("sha384.sig").repeat(n), bytes("ed25519.sig")].concat())
+    };
     let key = fixture("ed25519.pub");
     let fault = verify(changed, &many(MAX_TRIES + 20), &key).unwrap_err().to_string();
-    assert!(fault.contains("more than 8 keys would have to be tried") && fault.matches("was changed").count() == 7, "{fault}");
+    assert!(
+        fault.contains("more than 8 keys would have to be tried")
+            && fault.matches("was changed").count() == 7,
+        "{fault}"
+    );
     // Those that are refused unread are not counted.
     let weak = [bytes("sha1.sig").repeat(3 * MAX_TRIES), bytes("rsa2048.sig")].concat();
     verify(&data(), &armored("PGP SIGNATURE", &weak), &fixture("rsa2048.pub")).unwrap();
@@ -366,25 +460,45 @@ fn verify_tag(signature: &str, keys: &str) -> Result<(), Fault> {
 #[test]
 fn ssh_signatures_of_every_algorithm_are_verified() {
     for kind in ["ed25519", "ecdsa-256", "ecdsa-384", "ecdsa-521", "rsa-3072"] {
-        let (key, signature) = (fixture(&format!("ssh-{kind}.pub")), fixture(&format!("ssh-{kind}.sig")));
+        let (key, signature) =
+            (fixture(&format!("ssh-{kind}.pub")), fixture(&format!("ssh-{kind}.sig")));
         verify_tag(&signature, &key).unwrap_or_else(|e| panic!("{kind}: {e:?}"));
         verify_tag(&signature, &format!("# mine\ncommand=\"a b\",restrict {key}")).unwrap();
-        refused(verify_tag(&signature, &fixture("ssh-other.pub")), "failed to verify ssh signature: public key does not match");
+        refused(
+            verify_tag(&signature, &fixture("ssh-other.pub")),
+            "failed to verify ssh signature: public key does not match",
+        );
         let changed = format!("one more line\n{signature}");
-        refused(verify_tag(&changed, &key), "failed to verify ssh signature: signature did not verify");
+        refused(
+            verify_tag(&changed, &key),
+            "failed to verify ssh signature: signature did not verify",
+        );
     }
     verify_tag(&fixture("ssh-sha256.sig"), &fixture("ssh-ed25519.pub")).unwrap();
-    for (name, key, why) in
-        [("file", "ed25519", "unexpected SSH signature namespace: \"file\""), ("rsa-1024", "rsa-1024", "RSA key too short: 1024 bits")]
-    {
-        refused(verify_tag(&fixture(&format!("ssh-{name}.sig")), &fixture(&format!("ssh-{key}.pub"))), why);
+    for (name, key, why) in [
+        ("file", "ed25519", "unexpected SSH signature namespace: \"file\""),
+        ("rsa-1024", "rsa-1024", "RSA key too short: 1024 bits"),
+    ] {
+        refused(
+            verify_tag(&fixture(&format!("ssh-{name}.sig")), &fixture(&format!("ssh-{key}.pub"))),
+            why,
+        );
     }
     let whole = fixture("ssh-ed25519.sig");
     refused(verify_tag(&whole, &fixture("user1.pub")), "failed to parse ssh public key");
-    refused(verify_tag(&fixture("user1.sig"), &fixture("ssh-ed25519.pub")), "failed to read armored public key");
-    refused(verify_tag(&whole[..whole.len() / 2], &fixture("ssh-ed25519.pub")), "failed to parse ssh signature");
+    refused(
+        verify_tag(&fixture("user1.sig"), &fixture("ssh-ed25519.pub")),
+        "failed to read armored public key",
+    );
+    refused(
+        verify_tag(&whole[..whole.len() / 2], &fixture("ssh-ed25519.pub")),
+        "failed to parse ssh signature",
+    );
     refused(verify_tag("", &fixture("ssh-ed25519.pub")), "git object is not signed");
-    refused(verify_tag("-----BEGIN SIGNED MESSAGE-----\n", &fixture("ssh-ed25519.pub")), "invalid signature format");
+    refused(
+        verify_tag("-----BEGIN SIGNED MESSAGE-----\n", &fixture("ssh-ed25519.pub")),
+        "invalid signature format",
+    );
 }
 
 fn git(dir: &Path, arguments: &[&str]) -> Vec<u8> {
@@ -397,10 +511,21 @@ fn git(dir: &Path, arguments: &[&str]) -> Vec<u8> {
 fn objects_that_git_signed_are_verified() {
     use ObjectKind::{Commit, Tag};
     for format in ["sha1", "sha256"] {
-        let dir = std::env::temp_dir().join(format!("shipway-signing-{}-{format}", std::process::id()));
-        git(Path::new("/"), &["clone", "-q", "--bare", path(&format!("git-{format}.bundle")).to_str().unwrap(), dir.to_str().unwrap()]);
+        let dir =
+            std::env::temp_dir().join(format!("shipway-signing-{}-{format}", std::process::id()));
+        git(
+            Path::new("/"),
+            &[
+                "clone",
+                "-q",
+                "--bare",
+                path(&format!("git-{format}.bundle")).to_str().unwrap(),
+                dir.to_str().unwrap(),
+            ],
+        );
         let object = |kind: ObjectKind, reference: &str| {
-            let name = String::from_utf8(git(&dir, &["rev-parse", reference])).unwrap().trim().to_owned();
+            let name =
+                String::from_utf8(git(&dir, &["rev-parse", reference])).unwrap().trim().to_owned();
             (git(&dir, &["cat-file", kind.name(), &name]), name)
         };
         for (kind, reference, key, why) in [
@@ -425,7 +550,10 @@ fn objects_that_git_signed_are_verified() {
             // Another object of the same name is none.
             let mut changed = raw.clone();
             *changed.last_mut().unwrap() ^= 1;
-            refused(GitObject::parse(kind, &name, &changed).map(drop), "checksum verification failed");
+            refused(
+                GitObject::parse(kind, &name, &changed).map(drop),
+                "checksum verification failed",
+            );
         }
         std::fs::remove_dir_all(&dir).unwrap();
     }

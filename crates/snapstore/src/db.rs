@@ -35,10 +35,14 @@ pub(crate) struct Change<'a> {
 fn fault(error: impl Into<redb::Error>) -> Fault {
     let error = error.into();
     let code = match &error {
-        redb::Error::Io(e) if e.kind() == std::io::ErrorKind::StorageFull => Code::ResourceExhausted,
+        redb::Error::Io(e) if e.kind() == std::io::ErrorKind::StorageFull => {
+            Code::ResourceExhausted
+        }
         _ => Code::Internal,
     };
-    Fault::new(code, format!("the database of snapshots: {error}")).with_class(Class::Environment).with_source(error)
+    Fault::new(code, format!("the database of snapshots: {error}"))
+        .with_class(Class::Environment)
+        .with_source(error)
 }
 
 impl Db {
@@ -62,7 +66,9 @@ impl Db {
             let format = about.get("format").map_err(fault)?.map(|f| f.value());
             if format.is_some_and(|f| f != FORMAT) {
                 let format = format.unwrap_or_default();
-                return Err(Fault::invalid(format!("the database has format {format}; this version knows {FORMAT}")));
+                return Err(Fault::invalid(format!(
+                    "the database has format {format}; this version knows {FORMAT}"
+                )));
             }
             about.insert("format", FORMAT).map_err(fault)?;
             let next = DirectoryId(about.get("next").map_err(fault)?.map_or(1, |n| n.value()));
@@ -70,8 +76,9 @@ impl Db {
             let mut rows = Vec::new();
             for entry in snapshots.iter().map_err(fault)? {
                 let (name, bytes) = entry.map_err(fault)?;
-                let row = serde_json::from_slice(bytes.value())
-                    .map_err(|e| Fault::new(Code::DataLoss, format!("the row of snapshot {}: {e}", name.value())))?;
+                let row = serde_json::from_slice(bytes.value()).map_err(|e| {
+                    Fault::new(Code::DataLoss, format!("the row of snapshot {}: {e}", name.value()))
+                })?;
                 rows.push((Name::new(name.value())?, row));
             }
             Content { rows, next, new: format.is_none() }
@@ -103,7 +110,8 @@ impl Db {
                 snapshots.remove(name.as_str()).map_err(fault)?;
             }
             if let Some((name, row)) = change.put {
-                let bytes = serde_json::to_vec(row).map_err(|e| Fault::internal(format!("encode a snapshot: {e}")))?;
+                let bytes = serde_json::to_vec(row)
+                    .map_err(|e| Fault::internal(format!("encode a snapshot: {e}")))?;
                 snapshots.insert(name.as_str(), bytes.as_slice()).map_err(fault)?;
             }
             if let Some(next) = change.next {

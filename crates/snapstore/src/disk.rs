@@ -1,7 +1,7 @@
 //! Directories: made before a row, thrown away after it, counted.
 //!
-//! What is inside `fs` belongs to containers and may be anything, so it is walked by descriptors only: no symlink is followed, no mount is crossed,
-//! and depth is bounded.
+//! What is inside `fs` belongs to containers and may be anything, so it is walked by descriptors
+//! only: no symlink is followed, no mount is crossed, and depth is bounded.
 
 use crate::model::{DirectoryId, Usage};
 use rustix::{
@@ -26,7 +26,8 @@ use std::{
 const COUNT_DEPTH: usize = 256;
 /// Directories at that depth that wait for their turn; those of further ones are not counted.
 const COUNT_LATER: usize = 256;
-/// Directories within directories that are removed in one go; what is deeper becomes an entry of the trash itself.
+/// Directories within directories that are removed in one go; what is deeper becomes an entry of
+/// the trash itself.
 const REMOVE_DEPTH: usize = 64;
 
 pub(crate) struct Disk {
@@ -50,8 +51,12 @@ impl Disk {
             }
         };
         make(root, true)?;
-        let disk =
-            Self { root: root.canonicalize().map_err(|e| io_fault(format!("find {}", root.display()), e))?, emptying: Mutex::new(()) };
+        let disk = Self {
+            root: root
+                .canonicalize()
+                .map_err(|e| io_fault(format!("find {}", root.display()), e))?,
+            emptying: Mutex::new(()),
+        };
         make(&disk.snapshots(), false)?;
         make(&disk.trash(), false)?;
         disk.check_types()?;
@@ -111,7 +116,8 @@ impl Disk {
         }
     }
 
-    /// Makes the directory of a snapshot whose files, still none, belong to the owner of the parent's. What an earlier life left there goes to the trash.
+    /// Makes the directory of a snapshot whose files, still none, belong to the owner of the
+    /// parent's. What an earlier life left there goes to the trash.
     pub(crate) fn make(&self, id: DirectoryId, parent: Option<&Path>) -> Result<()> {
         let path = self.directory(id);
         let attempt = || -> io::Result<()> {
@@ -164,7 +170,9 @@ impl Disk {
     pub(crate) fn discard_unknown(&self, known: impl Fn(DirectoryId) -> bool) -> Result<usize> {
         let snapshots = self.snapshots();
         let mut unknown = Vec::new();
-        for entry in std::fs::read_dir(&snapshots).map_err(|e| io_fault(format!("read {}", snapshots.display()), e))? {
+        for entry in std::fs::read_dir(&snapshots)
+            .map_err(|e| io_fault(format!("read {}", snapshots.display()), e))?
+        {
             let entry = entry.map_err(|e| io_fault(format!("read {}", snapshots.display()), e))?;
             let name = entry.file_name();
             let id = name.to_str().and_then(|n| n.parse().ok()).map(DirectoryId);
@@ -179,7 +187,8 @@ impl Disk {
     /// Whether there is any directory of a snapshot.
     pub(crate) fn is_empty(&self) -> Result<bool> {
         let snapshots = self.snapshots();
-        let mut entries = std::fs::read_dir(&snapshots).map_err(|e| io_fault(format!("read {}", snapshots.display()), e))?;
+        let mut entries = std::fs::read_dir(&snapshots)
+            .map_err(|e| io_fault(format!("read {}", snapshots.display()), e))?;
         Ok(entries.next().is_none())
     }
 
@@ -204,7 +213,8 @@ impl Disk {
             }
             for name in entries {
                 if let Err(error) = remove(&trash, trash.as_fd(), &name, 0) {
-                    let what = format!("remove {}/{}", self.trash().display(), name.to_string_lossy());
+                    let what =
+                        format!("remove {}/{}", self.trash().display(), name.to_string_lossy());
                     last = Some(io_fault(what, error));
                     failed.insert(name);
                 }
@@ -221,9 +231,12 @@ impl Disk {
 }
 
 fn lost(path: &Path) -> Fault {
-    Fault::new(Code::DataLoss, format!("the files of a snapshot are gone: there is no directory {}", path.display()))
-        .with_class(Class::Environment)
-        .hint("remove the image or container that needs them and make it anew")
+    Fault::new(
+        Code::DataLoss,
+        format!("the files of a snapshot are gone: there is no directory {}", path.display()),
+    )
+    .with_class(Class::Environment)
+    .hint("remove the image or container that needs them and make it anew")
 }
 
 fn is_dots(name: &CStr) -> bool {
@@ -233,7 +246,8 @@ fn is_dots(name: &CStr) -> bool {
 const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 fn open(at: BorrowedFd<'_>, path: impl rustix::path::Arg) -> Result<OwnedFd> {
-    rustix::fs::openat(at, path, DIRECTORY, Mode::empty()).map_err(|e| io_fault("open a directory", e))
+    rustix::fs::openat(at, path, DIRECTORY, Mode::empty())
+        .map_err(|e| io_fault("open a directory", e))
 }
 
 fn walk(fd: OwnedFd) -> Result<Dir> {
@@ -273,7 +287,11 @@ fn remove(trash: &OwnedFd, at: BorrowedFd<'_>, name: &CStr, depth: usize) -> Res
             break;
         }
         for name in &names {
-            let done = if depth < REMOVE_DEPTH { remove(trash, dir.as_fd(), name, depth + 1) } else { set_aside(trash, dir.as_fd(), name) };
+            let done = if depth < REMOVE_DEPTH {
+                remove(trash, dir.as_fd(), name, depth + 1)
+            } else {
+                set_aside(trash, dir.as_fd(), name)
+            };
             if let Err(error) = done {
                 failed = Some(error);
             }
@@ -293,7 +311,13 @@ fn set_aside(trash: &OwnedFd, at: BorrowedFd<'_>, name: &CStr) -> Result<(), Err
     }
     for attempt in 0u32.. {
         let target = format!("deep.{attempt}");
-        match rustix::fs::renameat_with(at, name, trash, target.as_str(), rustix::fs::RenameFlags::NOREPLACE) {
+        match rustix::fs::renameat_with(
+            at,
+            name,
+            trash,
+            target.as_str(),
+            rustix::fs::RenameFlags::NOREPLACE,
+        ) {
             Err(Errno::EXIST) => {}
             done => return done,
         }
@@ -301,13 +325,15 @@ fn set_aside(trash: &OwnedFd, at: BorrowedFd<'_>, name: &CStr) -> Result<(), Err
     Ok(())
 }
 
-/// Blocks and inodes of a tree; a file with several names counts once, what vanishes meanwhile not at all.
+/// Blocks and inodes of a tree; a file with several names counts once, what vanishes meanwhile not
+/// at all.
 fn usage(root: &Path) -> Result<Usage> {
     let fd = open(CWD, root)?;
     let mut usage = Usage::default();
     let mut linked = HashSet::new();
     let mut add = |stat: &rustix::fs::Stat| {
-        let several = stat.st_nlink > 1 && FileType::from_raw_mode(stat.st_mode) != FileType::Directory;
+        let several =
+            stat.st_nlink > 1 && FileType::from_raw_mode(stat.st_mode) != FileType::Directory;
         if !several || linked.insert((stat.st_dev, stat.st_ino)) {
             usage.inodes += 1;
             usage.bytes += u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
@@ -375,7 +401,13 @@ mod tests {
             rustix::fs::mkdirat(&fd, "d", Mode::from_raw_mode(0o755)).unwrap();
             fd = open(fd.as_fd(), c"d").unwrap();
         }
-        rustix::fs::openat(&fd, "bottom", OFlags::CREATE | OFlags::WRONLY, Mode::from_raw_mode(0o644)).unwrap();
+        rustix::fs::openat(
+            &fd,
+            "bottom",
+            OFlags::CREATE | OFlags::WRONLY,
+            Mode::from_raw_mode(0o644),
+        )
+        .unwrap();
     }
 
     #[test]
@@ -476,8 +508,12 @@ mod tests {
             std::os::unix::fs::lchown(&parent, Some(1234), Some(77)).unwrap();
         }
         disk.make(DirectoryId(2), Some(&parent)).unwrap();
-        let (above, below) = (disk.files(DirectoryId(2)).metadata().unwrap(), parent.metadata().unwrap());
-        assert_eq!((above.uid(), above.gid(), above.mode() & 0o7777), (below.uid(), below.gid(), 0o755));
+        let (above, below) =
+            (disk.files(DirectoryId(2)).metadata().unwrap(), parent.metadata().unwrap());
+        assert_eq!(
+            (above.uid(), above.gid(), above.mode() & 0o7777),
+            (below.uid(), below.gid(), 0o755)
+        );
         assert_eq!(disk.work(DirectoryId(2)).metadata().unwrap().mode() & 0o7777, 0o711);
     }
 }

@@ -1,6 +1,8 @@
-//! containerd's filters on snapshots: `field==value`, `field!=value`, `field~=regular expression`, or a field alone, which has to be there. Commas are AND,
-//! several filters are OR. Fields are `name`, `parent`, `kind` and `labels.<key>`, where a key with dots or slashes is in quotes or in parts; another field is
-//! never there. (The language of the builder's `prune` and `du` looks alike and is BuildKit's: it refuses fields that do not exist.)
+//! containerd's filters on snapshots: `field==value`, `field!=value`, `field~=regular expression`,
+//! or a field alone, which has to be there. Commas are AND, several filters are OR. Fields are
+//! `name`, `parent`, `kind` and `labels.<key>`, where a key with dots or slashes is in quotes or in
+//! parts; another field is never there. (The language of the builder's `prune` and `du` looks alike
+//! and is BuildKit's: it refuses fields that do not exist.)
 
 use crate::model::{Name, Row, SNAPSHOT_REF};
 use regex::{Regex, RegexBuilder};
@@ -44,7 +46,10 @@ impl Filters {
     /// Parses the filters of a request; an empty one matches everything.
     pub fn parse(texts: &[String]) -> Result<Self> {
         if texts.len() > MAX_FILTERS {
-            return Err(Fault::invalid(format!("there are {} filters; at most {MAX_FILTERS} are understood", texts.len())));
+            return Err(Fault::invalid(format!(
+                "there are {} filters; at most {MAX_FILTERS} are understood",
+                texts.len()
+            )));
         }
         texts.iter().map(|text| Parser::new(text)?.selectors()).collect::<Result<_>>().map(Self)
     }
@@ -56,7 +61,8 @@ impl Filters {
 
     /// The chain IDs one of which a snapshot's label must have, if every filter asks for one.
     pub(crate) fn chains(&self) -> Option<Vec<&str>> {
-        let chains: Option<Vec<&str>> = self.0.iter().map(|all| all.iter().find_map(Selector::chain)).collect();
+        let chains: Option<Vec<&str>> =
+            self.0.iter().map(|all| all.iter().find_map(Selector::chain)).collect();
         chains.filter(|chains| !chains.is_empty())
     }
 }
@@ -96,13 +102,16 @@ impl<'a> Parser<'a> {
     fn new(whole: &'a str) -> Result<Self> {
         match whole.len() {
             0..=MAX_FILTER => Ok(Self { whole, rest: whole }),
-            n => Err(Fault::invalid(format!("a filter has {n} bytes; at most {MAX_FILTER} are understood"))),
+            n => Err(Fault::invalid(format!(
+                "a filter has {n} bytes; at most {MAX_FILTER} are understood"
+            ))),
         }
     }
 
     fn bad(&self, why: &str) -> Fault {
         let at = self.whole.len() - self.rest.len();
-        Fault::invalid(format!("filter {:?}: {why} at byte {at}", self.whole)).hint("want for example `kind==active,labels.\"a.b/c\"==x`")
+        Fault::invalid(format!("filter {:?}: {why} at byte {at}", self.whole))
+            .hint("want for example `kind==active,labels.\"a.b/c\"==x`")
     }
 
     fn space(&mut self) {
@@ -141,23 +150,26 @@ impl<'a> Parser<'a> {
         self.space();
         let length = self.rest.find(|c| !"=!~".contains(c)).unwrap_or(self.rest.len());
         let (operator, rest) = self.rest.split_at(length);
-        let test = match operator {
-            "" if self.rest.is_empty() || self.rest.starts_with(',') => Test::Present,
-            "==" | "!=" | "~=" => {
-                self.rest = rest;
-                let value = self.value(operator == "~=")?;
-                match operator {
-                    "==" => Test::Equal(value),
-                    "!=" => Test::Different(value),
-                    _ => {
-                        let regex = RegexBuilder::new(&value).size_limit(MAX_REGEX).build();
-                        Test::Like(regex.map_err(|e| self.bad(&format!("not a regular expression ({e})")))?)
+        let test =
+            match operator {
+                "" if self.rest.is_empty() || self.rest.starts_with(',') => Test::Present,
+                "==" | "!=" | "~=" => {
+                    self.rest = rest;
+                    let value = self.value(operator == "~=")?;
+                    match operator {
+                        "==" => Test::Equal(value),
+                        "!=" => Test::Different(value),
+                        _ => {
+                            let regex = RegexBuilder::new(&value).size_limit(MAX_REGEX).build();
+                            Test::Like(regex.map_err(|e| {
+                                self.bad(&format!("not a regular expression ({e})"))
+                            })?)
+                        }
                     }
                 }
-            }
-            "" => return Err(self.bad("expected an operator (`==`, `!=`, `~=`)")),
-            other => return Err(self.bad(&format!("unsupported operator {other:?}"))),
-        };
+                "" => return Err(self.bad("expected an operator (`==`, `!=`, `~=`)")),
+                other => return Err(self.bad(&format!("unsupported operator {other:?}"))),
+            };
         Ok(Selector { field, test })
     }
 
@@ -167,7 +179,10 @@ impl<'a> Parser<'a> {
         if self.rest.starts_with('"') {
             return self.quoted('"');
         }
-        let length = self.rest.find(|c: char| !(c == '_' || c.is_ascii_alphanumeric())).unwrap_or(self.rest.len());
+        let length = self
+            .rest
+            .find(|c: char| !(c == '_' || c.is_ascii_alphanumeric()))
+            .unwrap_or(self.rest.len());
         let (word, rest) = self.rest.split_at(length);
         if word.is_empty() {
             return Err(self.bad("expected a field"));
@@ -185,7 +200,10 @@ impl<'a> Parser<'a> {
             Some('/' | '|') => return Err(self.bad("this quote is for regular expressions only")),
             _ => {}
         }
-        let length = self.rest.find(|c: char| c == ',' || c.is_whitespace() || c.is_control()).unwrap_or(self.rest.len());
+        let length = self
+            .rest
+            .find(|c: char| c == ',' || c.is_whitespace() || c.is_control())
+            .unwrap_or(self.rest.len());
         let (value, rest) = self.rest.split_at(length);
         if value.is_empty() {
             return Err(self.bad("expected a value"));
@@ -194,7 +212,8 @@ impl<'a> Parser<'a> {
         Ok(value.to_owned())
     }
 
-    /// A text in quotes, with Go's escapes. In other quotes than `"` a backslash stays but before the quote itself, for the regular expression.
+    /// A text in quotes, with Go's escapes. In other quotes than `"` a backslash stays but before
+    /// the quote itself, for the regular expression.
     fn quoted(&mut self, quote: char) -> Result<String> {
         let body = &self.rest[quote.len_utf8()..];
         let mut out = String::new();
@@ -217,8 +236,12 @@ impl<'a> Parser<'a> {
                     };
                     match (c, digits) {
                         (_, Some((from, count, radix))) => {
-                            let number = body.get(from..from + count).and_then(|d| u32::from_str_radix(d, radix).ok());
-                            let decoded = number.and_then(char::from_u32).ok_or_else(|| self.bad("illegal numeric escape"))?;
+                            let number = body
+                                .get(from..from + count)
+                                .and_then(|d| u32::from_str_radix(d, radix).ok());
+                            let decoded = number
+                                .and_then(char::from_u32)
+                                .ok_or_else(|| self.bad("illegal numeric escape"))?;
                             out.push(decoded);
                             let until = from + count;
                             while chars.clone().next().is_some_and(|(at, _)| at < until) {
@@ -269,7 +292,9 @@ mod tests {
 
     fn matches(filters: &[&str]) -> bool {
         let (name, row) = snapshot();
-        Filters::parse(&filters.iter().map(|f| f.to_string()).collect::<Vec<_>>()).unwrap().matches(&name, &row)
+        Filters::parse(&filters.iter().map(|f| f.to_string()).collect::<Vec<_>>())
+            .unwrap()
+            .matches(&name, &row)
     }
 
     #[test]
@@ -340,7 +365,8 @@ mod tests {
     #[test]
     fn a_wanted_chain_is_found_only_if_every_filter_names_one() {
         let chains = |filters: &[&str]| {
-            let filters = Filters::parse(&filters.iter().map(|f| f.to_string()).collect::<Vec<_>>()).unwrap();
+            let filters =
+                Filters::parse(&filters.iter().map(|f| f.to_string()).collect::<Vec<_>>()).unwrap();
             filters.chains().map(|c| c.into_iter().map(str::to_owned).collect::<Vec<_>>())
         };
         let one = "labels.\"containerd.io/snapshot.ref\"==sha256:ab,parent==x";

@@ -64,12 +64,17 @@ impl Index {
     }
 
     pub(crate) fn get(&self, name: &Name) -> Result<&Arc<Row>> {
-        self.rows.get(name).ok_or_else(|| Fault::not_found(format!("snapshot {name} does not exist")))
+        self.rows
+            .get(name)
+            .ok_or_else(|| Fault::not_found(format!("snapshot {name} does not exist")))
     }
 
     /// The row of a snapshot that others may stand on.
     pub(crate) fn parent(&self, name: &Name) -> Result<&Arc<Row>> {
-        let row = self.rows.get(name).ok_or_else(|| Fault::not_found(format!("parent snapshot {name} does not exist")))?;
+        let row = self
+            .rows
+            .get(name)
+            .ok_or_else(|| Fault::not_found(format!("parent snapshot {name} does not exist")))?;
         match row.kind {
             Kind::Committed => Ok(row),
             _ => Err(Fault::invalid(format!("parent {name} is not a committed snapshot"))),
@@ -103,17 +108,25 @@ impl Index {
     }
 
     /// The rows below a snapshot, its parent first.
-    pub(crate) fn below<'a>(&'a self, row: &Row) -> impl Iterator<Item = Result<(&'a Name, &'a Arc<Row>)>> {
+    pub(crate) fn below<'a>(
+        &'a self,
+        row: &Row,
+    ) -> impl Iterator<Item = Result<(&'a Name, &'a Arc<Row>)>> {
         let mut next = row.parent.clone();
         std::iter::from_fn(move || {
             let name = next.take()?;
             let found = self.rows.get_key_value(&name);
             next = found.and_then(|(_, row)| row.parent.clone());
-            Some(found.ok_or_else(|| Fault::not_found(format!("parent snapshot {name} does not exist"))))
+            Some(
+                found.ok_or_else(|| {
+                    Fault::not_found(format!("parent snapshot {name} does not exist"))
+                }),
+            )
         })
     }
 
-    /// Whether two snapshots hold the same files all the way down: the same ones, or each of the same chain ID as its counterpart.
+    /// Whether two snapshots hold the same files all the way down: the same ones, or each of the
+    /// same chain ID as its counterpart.
     pub(crate) fn same_chain(&self, one: Option<&Name>, other: Option<&Name>) -> bool {
         let (mut one, mut other) = (one, other);
         loop {
@@ -124,7 +137,8 @@ impl Index {
                 _ => return false,
             };
             let (Some(x), Some(y)) = (self.rows.get(a), self.rows.get(b)) else { return false };
-            let alike = x.backing == y.backing || x.chain(a).is_some_and(|chain| y.chain(b) == Some(chain));
+            let alike =
+                x.backing == y.backing || x.chain(a).is_some_and(|chain| y.chain(b) == Some(chain));
             if !alike {
                 return false;
             }

@@ -12,12 +12,13 @@ pub struct LayerId(pub u64);
 
 /// Whoever serves layers out of a registry. All calls may block; none is made while a lock is held.
 pub trait LazyLayers: Send + Sync + 'static {
-    /// The layer that the labels of a Prepare name, ready to be read; `None` if it has to be unpacked the ordinary way, for whatever
-    /// reason. Called again for a layer that is known already when another chain ends in it.
+    /// The layer that the labels of a Prepare name, ready to be read; `None` if it has to be
+    /// unpacked the ordinary way, for whatever reason. Called again for a layer that is known
+    /// already when another chain ends in it.
     fn find(&self, labels: &Labels) -> Option<LayerId>;
 
-    /// The directory with the layer's files, mounted when this returns and for as long as a snapshot that can be
-    /// written or viewed stands on it.
+    /// The directory with the layer's files, mounted when this returns and for as long as a
+    /// snapshot that can be written or viewed stands on it.
     fn directory(&self, layer: LayerId) -> Result<PathBuf>;
 
     /// What of the layer is on the disk now.
@@ -48,5 +49,8 @@ impl LazyLayers for NoLazyLayers {
 }
 
 fn unserved(layer: LayerId) -> Fault {
-    Fault::new(shipway_fault::Code::FailedPrecondition, format!("layer {} was not unpacked, and nothing serves it", layer.0))
+    Fault::new(
+        shipway_fault::Code::FailedPrecondition,
+        format!("layer {} was not unpacked, and nothing serves it", layer.0),
+    )
 }

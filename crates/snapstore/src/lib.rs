@@ -1,43 +1,52 @@
-//! Snapshots as containerd's `overlayfs` snapshotter has them, kept by us: names, kinds, parents, labels, times, usage and
-//! mounts. The program `shipway-snapshotter` serves this over gRPC; nothing here knows the wire.
+//! Snapshots as containerd's `overlayfs` snapshotter has them, kept by us: names, kinds, parents,
+//! labels, times, usage and mounts. The program `shipway-snapshotter` serves this over gRPC;
+//! nothing here knows the wire.
 //!
 //! # What a name is
 //!
-//! containerd's metadata store gives the names: `<namespace>/<number>/<key>` ([`Name::namespace`], [`Name::local`]). To us they
-//! are one flat space of opaque strings, in which active snapshots, views and committed snapshots live side by side. A client's own
-//! names (a chain ID, a container's ID) exist only in containerd's database, one entry per namespace, and several
-//! entries may lead to one of our names.
+//! containerd's metadata store gives the names: `<namespace>/<number>/<key>` ([`Name::namespace`],
+//! [`Name::local`]). To us they are one flat space of opaque strings, in which active snapshots,
+//! views and committed snapshots live side by side. A client's own names (a chain ID, a container's
+//! ID) exist only in containerd's database, one entry per namespace, and several entries may lead
+//! to one of our names.
 //!
 //! # Sharing between namespaces
 //!
-//! An unpacker that passes `containerd.io/snapshot.ref` to Prepare says which chain ID it is about to make. If we have it,
-//! we answer AlreadyExists, and containerd asks for the committed snapshots with that label *and the parent it passed*, and enters
-//! the first one for the caller. So there are two cases ([`Store::prepare`]):
+//! An unpacker that passes `containerd.io/snapshot.ref` to Prepare says which chain ID it is about
+//! to make. If we have it, we answer AlreadyExists, and containerd asks for the committed snapshots
+//! with that label *and the parent it passed*, and enters the first one for the caller. So there
+//! are two cases ([`Store::prepare`]):
 //!
 //! - A snapshot with this chain ID has that very parent: nothing has to be written.
-//! - One has a parent of another name but of the same chain (both namespaces unpacked the base for themselves), or carries
-//!   the chain ID only in its name: the key becomes an *alias*, a committed snapshot of its own with the parent
-//!   that was passed and the same files.
+//! - One has a parent of another name but of the same chain (both namespaces unpacked the base for
+//!   themselves), or carries the chain ID only in its name: the key becomes an *alias*, a committed
+//!   snapshot of its own with the parent that was passed and the same files.
 //!
-//! Files belong to a directory, not to a name: a directory goes when its last name goes. [`Store::usage`] tells each name the
-//! whole size, since namespaces are accounted one by one; [`Store::totals`] counts a directory once.
+//! Files belong to a directory, not to a name: a directory goes when its last name goes.
+//! [`Store::usage`] tells each name the whole size, since namespaces are accounted one by one;
+//! [`Store::totals`] counts a directory once.
 //!
 //! # Truth and order
 //!
-//! `db.redb` is the truth. A change is flushed before it is answered; directories are made before it and renamed into `trash/` after
-//! it. So a kill at any point leaves one of two things, both mended by [`Store::open`]: a directory that no row names goes to the trash;
-//! a row whose directory was lost (a power cut on a file system that does not order the two) is kept and is an error on use.
-//! Bytes are counted after Commit, in the background, because containerd holds its own write transaction meanwhile.
+//! `db.redb` is the truth. A change is flushed before it is answered; directories are made before
+//! it and renamed into `trash/` after it. So a kill at any point leaves one of two things, both
+//! mended by [`Store::open`]: a directory that no row names goes to the trash; a row whose
+//! directory was lost (a power cut on a file system that does not order the two) is kept and is an
+//! error on use. Bytes are counted after Commit, in the background, because containerd holds its
+//! own write transaction meanwhile.
 //!
-//! Reads (Stat, List, Mounts) come from an index in memory, which a writer locks only to apply what is on the disk already.
+//! Reads (Stat, List, Mounts) come from an index in memory, which a writer locks only to apply what
+//! is on the disk already.
 //!
 //! # What is left to others
 //!
-//! Layers that are not unpacked here come through a port, [`LazyLayers`]. Ids of user namespaces (`remap-ids`) are not mapped here: as long as
-//! the capability is not advertised, containerd does it itself.
+//! Layers that are not unpacked here come through a port, [`LazyLayers`]. Ids of user namespaces
+//! (`remap-ids`) are not mapped here: as long as the capability is not advertised, containerd does
+//! it itself.
 //!
-//! Dependencies worth a word: `redb` is one file with transactions, and gives its cache a limit; `regex` is what `~=` of
-//! containerd's filters means; `rustix` for `openat2`, which keeps walks below their root and on their mount.
+//! Dependencies worth a word: `redb` is one file with transactions, and gives its cache a limit;
+//! `regex` is what `~=` of containerd's filters means; `rustix` for `openat2`, which keeps walks
+//! below their root and on their mount.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 

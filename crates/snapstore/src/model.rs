@@ -14,7 +14,8 @@ use std::{
 
 /// Most bytes of a name.
 pub const MAX_NAME: usize = 4096;
-/// Most bytes of all labels of a snapshot together. containerd bounds each to 4096 and not their number.
+/// Most bytes of all labels of a snapshot together. containerd bounds each to 4096 and not their
+/// number.
 pub const MAX_LABELS: usize = 1 << 20;
 /// The label that names the chain ID that a snapshot is, or that an active one is about to become.
 pub const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
@@ -26,7 +27,9 @@ pub type Labels = BTreeMap<String, String>;
 pub(crate) fn checked(mut labels: Labels) -> Result<Labels> {
     let size: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
     if size > MAX_LABELS {
-        return Err(Fault::invalid(format!("the labels of a snapshot have {size} bytes; at most {MAX_LABELS} are kept")));
+        return Err(Fault::invalid(format!(
+            "the labels of a snapshot have {size} bytes; at most {MAX_LABELS} are kept"
+        )));
     }
     labels.retain(|_, value| !value.is_empty());
     Ok(labels)
@@ -44,7 +47,9 @@ impl Name {
         match text.len() {
             0 => Err(Fault::invalid("a snapshot has no name")),
             1..=MAX_NAME => Ok(Self(text.into())),
-            n => Err(Fault::invalid(format!("the name of a snapshot has {n} bytes; at most {MAX_NAME} are allowed"))),
+            n => Err(Fault::invalid(format!(
+                "the name of a snapshot has {n} bytes; at most {MAX_NAME} are allowed"
+            ))),
         }
     }
 
@@ -58,7 +63,8 @@ impl Name {
         self.0.split_once('/').map_or("", |(namespace, _)| namespace)
     }
 
-    /// What containerd's client called it: the third part of `<namespace>/<number>/<key>`, or the whole of another name.
+    /// What containerd's client called it: the third part of `<namespace>/<number>/<key>`, or the
+    /// whole of another name.
     pub fn local(&self) -> &str {
         self.0.splitn(3, '/').nth(2).unwrap_or(&self.0)
     }
@@ -211,10 +217,13 @@ impl Row {
         }
     }
 
-    /// The chain ID that it is or is to become: what its label says, else its name if that is one, as `Image.Unpack` of older clients and
-    /// our builder leave it.
+    /// The chain ID that it is or is to become: what its label says, else its name if that is one,
+    /// as `Image.Unpack` of older clients and our builder leave it.
     pub(crate) fn chain<'a>(&'a self, name: &'a Name) -> Option<&'a str> {
-        let labelled = self.labels.get(SNAPSHOT_REF).map(String::as_str);
-        labelled.or_else(|| (self.kind == Kind::Committed && name.local().parse::<ChainId>().is_ok()).then(|| name.local()))
+        let labeled = self.labels.get(SNAPSHOT_REF).map(String::as_str);
+        labeled.or_else(|| {
+            (self.kind == Kind::Committed && name.local().parse::<ChainId>().is_ok())
+                .then(|| name.local())
+        })
     }
 }

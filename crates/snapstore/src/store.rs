@@ -5,7 +5,10 @@ use crate::{
     db::{Change, Db},
     disk::Disk,
     index::Index,
-    model::{Backing, DirectoryId, Info, Kind, Labels, Mount, Name, Row, SNAPSHOT_REF, Time, Usage, checked},
+    model::{
+        Backing, DirectoryId, Info, Kind, Labels, Mount, Name, Row, SNAPSHOT_REF, Time, Usage,
+        checked,
+    },
 };
 use serde::Deserialize;
 use shipway_fault::{Code, Context as _, Fault, Result};
@@ -55,7 +58,8 @@ pub struct Totals {
     pub uncounted: u64,
 }
 
-/// Snapshots below one root directory. All calls may block on the disk, but for [`Store::stat`] and [`Store::list`].
+/// Snapshots below one root directory. All calls may block on the disk, but for [`Store::stat`] and
+/// [`Store::list`].
 pub struct Store {
     disk: Disk,
     options: Options,
@@ -64,7 +68,8 @@ pub struct Store {
     layers: Arc<dyn LazyLayers>,
     db: Db,
     index: RwLock<Index>,
-    /// The next number of a directory. Who holds it is the only writer, and reads an index that nobody changes.
+    /// The next number of a directory. Who holds it is the only writer, and reads an index that
+    /// nobody changes.
     next: Mutex<DirectoryId>,
     jobs: Mutex<Jobs>,
     wake: Condvar,
@@ -99,14 +104,20 @@ impl Store {
         let mut index = Index::default();
         let mut jobs = Jobs { trash: true, ..Jobs::default() };
         for (name, row) in content.rows {
-            if let (Kind::Committed, Backing::Directory(id), None) = (row.kind, row.backing, row.usage) {
+            if let (Kind::Committed, Backing::Directory(id), None) =
+                (row.kind, row.backing, row.usage)
+            {
                 jobs.count.push_back(id);
             }
             index.insert(name, row);
         }
-        let thrown = disk.discard_unknown(|id| !index.names_of(Backing::Directory(id)).is_empty())?;
+        let thrown =
+            disk.discard_unknown(|id| !index.names_of(Backing::Directory(id)).is_empty())?;
         if thrown > 0 {
-            tracing::info!(directories = thrown, "what an interrupted operation left goes to the trash");
+            tracing::info!(
+                directories = thrown,
+                "what an interrupted operation left goes to the trash"
+            );
         }
         // Never a number that is taken, even if the database is an old backup.
         let taken = index.places().filter_map(|place| match place {
@@ -153,18 +164,26 @@ impl Store {
     pub fn list(&self, filters: &Filters) -> Vec<Info> {
         self.read(|index| match filters.chains() {
             Some(chains) => {
-                let mut found: Vec<_> =
-                    chains.iter().flat_map(|c| index.with_chain(c)).filter(|(name, row)| filters.matches(name, row)).collect();
+                let mut found: Vec<_> = chains
+                    .iter()
+                    .flat_map(|c| index.with_chain(c))
+                    .filter(|(name, row)| filters.matches(name, row))
+                    .collect();
                 found.sort_by_key(|(name, _)| *name);
                 found.dedup_by_key(|(name, _)| *name);
                 found.into_iter().map(|(name, row)| row.info(name)).collect()
             }
-            None => index.rows().iter().filter(|(name, row)| filters.matches(name, row)).map(|(name, row)| row.info(name)).collect(),
+            None => index
+                .rows()
+                .iter()
+                .filter(|(name, row)| filters.matches(name, row))
+                .map(|(name, row)| row.info(name))
+                .collect(),
         })
     }
 
-    /// Replaces all labels, or with field paths those that they name: `labels`, or `labels.<key>` of one that is set or, where `labels` has
-    /// none, removed. Nothing else can be changed.
+    /// Replaces all labels, or with field paths those that they name: `labels`, or `labels.<key>`
+    /// of one that is set or, where `labels` has none, removed. Nothing else can be changed.
     pub fn update(&self, name: &Name, labels: Labels, paths: &[String]) -> Result<Info> {
         let _writer = lock(&self.next);
         let mut row = self.read(|index| index.get(name).map(|row| Row::clone(row)))?;
@@ -174,10 +193,15 @@ impl Store {
             for path in paths {
                 match path.strip_prefix("labels.") {
                     Some(key) => {
-                        row.labels.insert(key.to_owned(), labels.get(key).cloned().unwrap_or_default());
+                        row.labels
+                            .insert(key.to_owned(), labels.get(key).cloned().unwrap_or_default());
                     }
                     None if path == "labels" => row.labels = labels.clone(),
-                    None => return Err(Fault::invalid(format!("cannot update {path:?} field on snapshot {name}"))),
+                    None => {
+                        return Err(Fault::invalid(format!(
+                            "cannot update {path:?} field on snapshot {name}"
+                        )));
+                    }
                 }
             }
         }
@@ -190,7 +214,8 @@ impl Store {
         Ok(info)
     }
 
-    /// What a snapshot takes on the disk without its parents. That of an active one is counted now, that of a view is nothing.
+    /// What a snapshot takes on the disk without its parents. That of an active one is counted now,
+    /// that of a view is nothing.
     pub fn usage(&self, name: &Name) -> Result<Usage> {
         let row = self.read(|index| index.get(name).cloned())?;
         match (row.kind, row.backing, row.usage) {
@@ -207,9 +232,15 @@ impl Store {
         let (row, below) = self.read(|index| -> Result<_> {
             let row = index.get(key)?.clone();
             if row.kind == Kind::Committed {
-                return Err(Fault::new(Code::FailedPrecondition, format!("snapshot {key} is neither active nor a view")));
+                return Err(Fault::new(
+                    Code::FailedPrecondition,
+                    format!("snapshot {key} is neither active nor a view"),
+                ));
             }
-            let below = index.below(&row).map(|r| r.map(|(_, row)| row.backing)).collect::<Result<Vec<_>>>()?;
+            let below = index
+                .below(&row)
+                .map(|r| r.map(|(_, row)| row.backing))
+                .collect::<Result<Vec<_>>>()?;
             Ok((row, below))
         })?;
         self.mounts_of(&row, &below).context(|| format!("mounts of snapshot {key}"))
@@ -253,14 +284,18 @@ impl Store {
 
     /// Makes an active snapshot on a committed one, or on nothing.
     ///
-    /// With the label [`SNAPSHOT_REF`] the caller says which chain ID it is about to make. If there is one with that parent after this call, the
-    /// answer is AlreadyExists, no active snapshot was made, and [`Store::list`] finds it by label and parent.
+    /// With the label [`SNAPSHOT_REF`] the caller says which chain ID it is about to make. If there
+    /// is one with that parent after this call, the answer is AlreadyExists, no active snapshot was
+    /// made, and [`Store::list`] finds it by label and parent.
     pub fn prepare(&self, key: &Name, parent: Option<&Name>, labels: Labels) -> Result<Vec<Mount>> {
         let labels = checked(labels)?;
         if let Some(chain) = labels.get(SNAPSHOT_REF)
             && self.adopt(key, parent, chain, &labels)?
         {
-            return Err(Fault::new(Code::AlreadyExists, format!("target snapshot {chain:?} already exists")));
+            return Err(Fault::new(
+                Code::AlreadyExists,
+                format!("target snapshot {chain:?} already exists"),
+            ));
         }
         self.create(Kind::Active, key, parent, labels)
     }
@@ -270,7 +305,13 @@ impl Store {
         self.create(Kind::View, key, parent, checked(labels)?)
     }
 
-    fn create(&self, kind: Kind, key: &Name, parent: Option<&Name>, labels: Labels) -> Result<Vec<Mount>> {
+    fn create(
+        &self,
+        kind: Kind,
+        key: &Name,
+        parent: Option<&Name>,
+        labels: Labels,
+    ) -> Result<Vec<Mount>> {
         let mut next = lock(&self.next);
         let below = self.read(|index| -> Result<Vec<Backing>> {
             let Some(parent) = parent else {
@@ -282,17 +323,33 @@ impl Store {
             let further = index.below(row).map(|r| r.map(|(_, row)| row.backing));
             std::iter::once(Ok(row.backing)).chain(further).collect()
         })?;
-        let parent_files = below.first().map(|place| self.files(*place)).transpose().context(|| format!("snapshot {key}"))?;
+        let parent_files = below
+            .first()
+            .map(|place| self.files(*place))
+            .transpose()
+            .context(|| format!("snapshot {key}"))?;
         let id = *next;
         self.disk.make(id, parent_files.as_deref())?;
         self.step();
         let now = Time::now();
         let backing = Backing::Directory(id);
-        let row = Row { backing, kind, parent: parent.cloned(), labels, created: now, updated: now, usage: None };
+        let row = Row {
+            backing,
+            kind,
+            parent: parent.cloned(),
+            labels,
+            created: now,
+            updated: now,
+            usage: None,
+        };
         let mounts = self.mounts_of(&row, &below).context(|| format!("snapshot {key}"));
         let following = DirectoryId(id.0 + 1);
         let stored = mounts.and_then(|mounts| {
-            self.db.write(&Change { put: Some((key, &row)), next: Some(following), ..Change::default() })?;
+            self.db.write(&Change {
+                put: Some((key, &row)),
+                next: Some(following),
+                ..Change::default()
+            })?;
             Ok(mounts)
         });
         if stored.is_err() {
@@ -305,9 +362,16 @@ impl Store {
         stored
     }
 
-    /// Whether a committed snapshot with the label `chain` and this very parent exists when this returns: one that was there, a new name for files that
-    /// another one has, or a layer that need not be unpacked.
-    fn adopt(&self, key: &Name, parent: Option<&Name>, chain: &str, labels: &Labels) -> Result<bool> {
+    /// Whether a committed snapshot with the label `chain` and this very parent exists when this
+    /// returns: one that was there, a new name for files that another one has, or a layer that need
+    /// not be unpacked.
+    fn adopt(
+        &self,
+        key: &Name,
+        parent: Option<&Name>,
+        chain: &str,
+        labels: &Labels,
+    ) -> Result<bool> {
         let known = || self.read(|index| self.known(index, key, parent, chain));
         let layer = match known()? {
             Some(Known::Whole) => return Ok(true),
@@ -332,7 +396,15 @@ impl Store {
                     labels.insert(REMOTE.into(), "remote snapshot".into());
                 }
                 let now = Time::now();
-                let row = Row { backing, kind: Kind::Committed, parent: parent.cloned(), labels, created: now, updated: now, usage };
+                let row = Row {
+                    backing,
+                    kind: Kind::Committed,
+                    parent: parent.cloned(),
+                    labels,
+                    created: now,
+                    updated: now,
+                    usage,
+                };
                 self.db.write(&Change { put: Some((key, &row)), ..Change::default() })?;
                 self.step();
                 self.apply(|index| index.insert(key.clone(), row));
@@ -346,22 +418,35 @@ impl Store {
     }
 
     /// What there is of a chain ID for who asks for it under `key`.
-    fn known(&self, index: &Index, key: &Name, parent: Option<&Name>, chain: &str) -> Result<Option<Known>> {
+    fn known(
+        &self,
+        index: &Index,
+        key: &Name,
+        parent: Option<&Name>,
+        chain: &str,
+    ) -> Result<Option<Known>> {
         if let Some(parent) = parent {
             index.parent(parent)?;
         }
         index.vacant(key)?;
         let mut files = None;
         for (name, row) in index.with_chain(chain) {
-            let allowed = self.options.sharing == Sharing::Shared || name.namespace() == key.namespace();
+            let allowed =
+                self.options.sharing == Sharing::Shared || name.namespace() == key.namespace();
             let whole = || match row.backing {
                 Backing::Directory(id) => self.disk.present(id).is_ok(),
                 Backing::Layer(_) => true,
             };
-            if row.kind != Kind::Committed || !allowed || !index.same_chain(row.parent.as_ref(), parent) || !whole() {
+            if row.kind != Kind::Committed
+                || !allowed
+                || !index.same_chain(row.parent.as_ref(), parent)
+                || !whole()
+            {
                 continue;
             }
-            if row.parent.as_ref() == parent && row.labels.get(SNAPSHOT_REF).is_some_and(|label| label == chain) {
+            if row.parent.as_ref() == parent
+                && row.labels.get(SNAPSHOT_REF).is_some_and(|label| label == chain)
+            {
                 return Ok(Some(Known::Whole));
             }
             files.get_or_insert(Known::Files(row.backing, row.usage));
@@ -369,7 +454,8 @@ impl Store {
         Ok(files)
     }
 
-    /// Makes an active snapshot the committed `name`. It keeps its parent, and has the labels that are passed here only.
+    /// Makes an active snapshot the committed `name`. It keeps its parent, and has the labels that
+    /// are passed here only.
     pub fn commit(&self, name: &Name, key: &Name, labels: Labels) -> Result<()> {
         let labels = checked(labels)?;
         let _writer = lock(&self.next);
@@ -378,12 +464,20 @@ impl Store {
             index.vacant(name)?;
             match row.kind {
                 Kind::Active => Ok(Row::clone(row)),
-                _ => Err(Fault::new(Code::FailedPrecondition, format!("snapshot {key} is not active"))),
+                _ => Err(Fault::new(
+                    Code::FailedPrecondition,
+                    format!("snapshot {key} is not active"),
+                )),
             }
         })?;
         let now = Time::now();
-        let row = Row { kind: Kind::Committed, labels, created: now, updated: now, usage: None, ..row };
-        self.db.write(&Change { remove: Some(key), put: Some((name, &row)), ..Change::default() })?;
+        let row =
+            Row { kind: Kind::Committed, labels, created: now, updated: now, usage: None, ..row };
+        self.db.write(&Change {
+            remove: Some(key),
+            put: Some((name, &row)),
+            ..Change::default()
+        })?;
         self.step();
         let place = row.backing;
         self.apply(|index| {
@@ -396,14 +490,18 @@ impl Store {
         Ok(())
     }
 
-    /// Removes a name, and with its last name the files; those of others stay. Space is free after the next [`Store::cleanup`], or some time later.
+    /// Removes a name, and with its last name the files; those of others stay. Space is free after
+    /// the next [`Store::cleanup`], or some time later.
     pub fn remove(&self, name: &Name) -> Result<()> {
         let (place, last) = {
             let _writer = lock(&self.next);
             let place = self.read(|index| {
                 let row = index.get(name)?;
                 match index.has_children(name) {
-                    true => Err(Fault::new(Code::FailedPrecondition, format!("cannot remove snapshot {name}: it has children"))),
+                    true => Err(Fault::new(
+                        Code::FailedPrecondition,
+                        format!("cannot remove snapshot {name}: it has children"),
+                    )),
                     false => Ok(row.backing),
                 }
             })?;
@@ -472,7 +570,8 @@ impl Store {
         self.wake.notify_all();
     }
 
-    /// Counts what was committed and empties the trash, until [`Store::close`]. For a thread of its own.
+    /// Counts what was committed and empties the trash, until [`Store::close`]. For a thread of its
+    /// own.
     pub fn work(&self) {
         loop {
             let mut jobs = lock(&self.jobs);
@@ -541,9 +640,14 @@ enum Known {
     Files(Backing, Option<Usage>),
 }
 
-/// What every overlay mount needs here, unless the configuration says something else of the same option.
+/// What every overlay mount needs here, unless the configuration says something else of the same
+/// option.
 fn overlay_options(configured: &[String]) -> Vec<String> {
-    let has = |key: &str| configured.iter().any(|o| o == key || o.strip_prefix(key).is_some_and(|rest| rest.starts_with('=')));
+    let has = |key: &str| {
+        configured
+            .iter()
+            .any(|o| o == key || o.strip_prefix(key).is_some_and(|rest| rest.starts_with('=')))
+    };
     let mut options = configured.to_vec();
     // In a user namespace the kernel lets nobody write attributes of `trusted.`.
     if !has("userxattr") && in_user_namespace() {

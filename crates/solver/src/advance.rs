@@ -1,12 +1,16 @@
 //! How one edge comes to its result: the decisions of the scheduler.
 //!
-//! An edge learns in three stages, each asking no more of its inputs than it must (rows `so.states`, `so.earlyhit`):
+//! An edge learns in three stages, each asking no more of its inputs than it must (rows
+//! `so.states`, `so.earlyhit`):
 //!
-//! 1. *Fast*: its cache map and its inputs' fast keys give its keys by definition; the store says what they are aliases of.
-//! 2. *Slow*: the store is asked for a result; if it has none, inputs are asked for their slow keys, and those whose content matters for their
-//!    results, of which checksums give keys by content. An edge that cannot be in the store, because an input it depends on by definition is not,
-//!    skips the rest of this stage, so that what must run anyway runs side by side.
-//! 3. *Result*: all inputs' results; then the vertex runs, unless another edge does the same work (row `so.merge`).
+//! 1. *Fast*: its cache map and its inputs' fast keys give its keys by definition; the store says
+//!    what they are aliases of.
+//! 2. *Slow*: the store is asked for a result; if it has none, inputs are asked for their slow
+//!    keys, and those whose content matters for their results, of which checksums give keys by
+//!    content. An edge that cannot be in the store, because an input it depends on by definition is
+//!    not, skips the rest of this stage, so that what must run anyway runs side by side.
+//! 3. *Result*: all inputs' results; then the vertex runs, unless another edge does the same work
+//!    (row `so.merge`).
 
 use crate::{
     CacheKey, CacheMap, Operation,
@@ -54,8 +58,12 @@ impl Open {
     /// Keys to ask the store for: strong ones before weak ones.
     fn unasked(&self, load: bool) -> (Vec<CacheKey>, bool) {
         let asked = if load { &self.probed } else { &self.looked };
-        let of =
-            |keys: &[Key]| -> Vec<CacheKey> { keys.iter().filter(|k| k.askable() && !asked.contains(&k.key.0)).map(|k| k.key).collect() };
+        let of = |keys: &[Key]| -> Vec<CacheKey> {
+            keys.iter()
+                .filter(|k| k.askable() && !asked.contains(&k.key.0))
+                .map(|k| k.key)
+                .collect()
+        };
         let strong = of(&self.candidates.strong);
         if strong.is_empty() { (of(&self.candidates.weak), false) } else { (strong, true) }
     }
@@ -96,7 +104,11 @@ impl<Op: Operation> Graph<Op> {
             Phase::Failed(fault, _) => Err(fault.clone()),
             _ => return,
         };
-        let requests: Vec<_> = edge.wants.keys().filter_map(|w| if let Wanter::Request(r) = w { Some(*r) } else { None }).collect();
+        let requests: Vec<_> = edge
+            .wants
+            .keys()
+            .filter_map(|w| if let Wanter::Request(r) = w { Some(*r) } else { None })
+            .collect();
         for request in requests {
             self.requests.remove(&request);
             self.want(id, Wanter::Request(request), None);
@@ -104,7 +116,12 @@ impl<Op: Operation> Graph<Op> {
         }
     }
 
-    pub(crate) fn look(&mut self, id: EdgeId, mut open: Open, desired: Option<Level>) -> Phase<Op::Output> {
+    pub(crate) fn look(
+        &mut self,
+        id: EdgeId,
+        mut open: Open,
+        desired: Option<Level>,
+    ) -> Phase<Op::Output> {
         let Some(desired) = desired else {
             self.rest(id);
             return Phase::Open(open);
@@ -131,14 +148,24 @@ impl<Op: Operation> Graph<Op> {
         }
     }
 
-    pub(crate) fn failed(&mut self, id: EdgeId, fault: Fault, open: Option<Open>) -> Phase<Op::Output> {
+    pub(crate) fn failed(
+        &mut self,
+        id: EdgeId,
+        fault: Fault,
+        open: Option<Open>,
+    ) -> Phase<Op::Output> {
         if fault.is_cancelled() {
             self.forgotten.push(id);
         }
         Phase::Failed(fault, open)
     }
 
-    fn fast(&mut self, id: EdgeId, open: &mut Open, desired: Level) -> Result<Stage<Op::Output>, Stop> {
+    fn fast(
+        &mut self,
+        id: EdgeId,
+        open: &mut Open,
+        desired: Level,
+    ) -> Result<Stage<Op::Output>, Stop> {
         self.raise(id, |_| Level::Fast);
         let map = self.map(id.node)?;
         self.await_inputs(id, Level::Fast)?;
@@ -160,7 +187,9 @@ impl<Op: Operation> Graph<Op> {
         let content = |input: usize| map.inputs.get(input).is_some_and(|m| m.content);
         let unknown: Vec<bool> = self.unknown_inputs(id);
         // An input that the store does not know gives a hit by its content only.
-        self.raise(id, |i| if content(i) && unknown.get(i) == Some(&true) { Level::Result } else { Level::Slow });
+        self.raise(id, |i| {
+            if content(i) && unknown.get(i) == Some(&true) { Level::Result } else { Level::Slow }
+        });
         if self.hopeless(id, &map) {
             open.candidates = self.candidates(id, &map, false);
             return Ok(Stage::Settled(Level::Slow));
@@ -224,9 +253,12 @@ impl<Op: Operation> Graph<Op> {
 
     /// Checksums of all inputs whose content matters, asked for as their results come.
     fn contents(&mut self, id: EdgeId, map: &CacheMap) -> Result<(), Stop> {
-        let inputs = self.nodes.get(&id.node).map(|n| n.identity.inputs.clone()).unwrap_or_default();
+        let inputs =
+            self.nodes.get(&id.node).map(|n| n.identity.inputs.clone()).unwrap_or_default();
         let mut wait = false;
-        for (i, input) in inputs.iter().enumerate().filter(|(i, _)| map.inputs.get(*i).is_some_and(|m| m.content)) {
+        for (i, input) in
+            inputs.iter().enumerate().filter(|(i, _)| map.inputs.get(*i).is_some_and(|m| m.content))
+        {
             let value = match self.edge(*input).map(|e| &e.phase) {
                 Some(Phase::Done(done)) => done.value.clone(),
                 Some(Phase::Failed(fault, _)) => return Err(fault.clone().into()),
@@ -247,7 +279,14 @@ impl<Op: Operation> Graph<Op> {
                     let node = self.nodes.get_mut(&id.node).ok_or(Stop::Wait)?;
                     node.contents[i] = Work::Asked(flight);
                     let (vertex, cx) = (node.vertex.clone(), node.cx.clone());
-                    self.effects.push(Effect::Content { task: flight.task, node: id.node, vertex, input: i, value, cx });
+                    self.effects.push(Effect::Content {
+                        task: flight.task,
+                        node: id.node,
+                        vertex,
+                        input: i,
+                        value,
+                        cx,
+                    });
                 }
             }
         }
@@ -271,7 +310,9 @@ impl<Op: Operation> Graph<Op> {
     /// For each input, whether its slow keys are final and the store knows none of them.
     fn unknown_inputs(&self, id: EdgeId) -> Vec<bool> {
         let Some(node) = self.nodes.get(&id.node) else { return Vec::new() };
-        let unknown = |e: &Edge<Op::Output>| matches!(e.phase.seen(Level::Slow), Seen::Ready) && !e.may_have_consumers();
+        let unknown = |e: &Edge<Op::Output>| {
+            matches!(e.phase.seen(Level::Slow), Seen::Ready) && !e.may_have_consumers()
+        };
         node.identity.inputs.iter().map(|i| self.edge(*i).is_some_and(unknown)).collect()
     }
 
@@ -284,8 +325,10 @@ impl<Op: Operation> Graph<Op> {
         let inputs = node.identity.inputs.iter().enumerate();
         inputs.filter(|(i, _)| !map.inputs.get(*i).is_some_and(|m| m.content)).any(|(_, input)| {
             self.edge(*input).is_some_and(|e| {
-                let askable = || e.phase.keys().iter().chain(e.foreign.iter().flatten()).any(Key::askable);
-                matches!(e.phase.seen(Level::Slow), Seen::Ready) && (!e.may_have_consumers() || !askable())
+                let askable =
+                    || e.phase.keys().iter().chain(e.foreign.iter().flatten()).any(Key::askable);
+                matches!(e.phase.seen(Level::Slow), Seen::Ready)
+                    && (!e.may_have_consumers() || !askable())
             })
         })
     }
@@ -312,12 +355,16 @@ impl<Op: Operation> Graph<Op> {
             .inputs
             .iter()
             .enumerate()
-            .map(|(i, input)| InputKeys { keys: self.edge(*input).map(&keys).unwrap_or_default(), content: content(i) })
+            .map(|(i, input)| InputKeys {
+                keys: self.edge(*input).map(&keys).unwrap_or_default(),
+                content: content(i),
+            })
             .collect();
         Candidates::of(map, node.vertex.id.ignore_cache, id.output, &inputs)
     }
 
-    /// Wants at least this of its inputs. Never less than before, so that nothing under way is cancelled by a new question.
+    /// Wants at least this of its inputs. Never less than before, so that nothing under way is
+    /// cancelled by a new question.
     fn raise(&mut self, id: EdgeId, level: impl Fn(usize) -> Level) {
         let Some(node) = self.nodes.get(&id.node) else { return };
         let mut wanted: BTreeMap<EdgeId, Option<Level>> = BTreeMap::new();
@@ -333,7 +380,8 @@ impl<Op: Operation> Graph<Op> {
 
     /// Wants nothing of its inputs any more.
     pub(crate) fn rest(&mut self, id: EdgeId) {
-        let inputs = self.nodes.get(&id.node).map(|n| n.identity.inputs.clone()).unwrap_or_default();
+        let inputs =
+            self.nodes.get(&id.node).map(|n| n.identity.inputs.clone()).unwrap_or_default();
         for input in inputs {
             self.want(input, Wanter::Edge(id), None);
         }

@@ -43,8 +43,14 @@ pub(crate) fn spawn<Op: Operation>(
     store: Arc<dyn CacheStore<Op::Output>>,
     limits: Limits,
 ) {
-    let driver =
-        Driver { inbox, store, graph: Graph::new(limits.max_parallel), tasks: HashMap::new(), replies: HashMap::new(), forgetting: None };
+    let driver = Driver {
+        inbox,
+        store,
+        graph: Graph::new(limits.max_parallel),
+        tasks: HashMap::new(),
+        replies: HashMap::new(),
+        forgetting: None,
+    };
     tokio::spawn(driver.run(messages).instrument(info_span!("solver")));
 }
 
@@ -106,9 +112,16 @@ impl<Op: Operation> Driver<Op> {
             Effect::Content { task, node, vertex, input, value, cx } => {
                 let span = info_span!("content key", vertex = %vertex.name, input);
                 let work = async move {
-                    caught(vertex.op.content_key(input, &value, &cx)).await.map_err(|f| f.context("failed to compute cache key"))
+                    caught(vertex.op.content_key(input, &value, &cx))
+                        .await
+                        .map_err(|f| f.context("failed to compute cache key"))
                 };
-                self.spawn(task, span, work, move |result| Event::Content { task, node, input, result });
+                self.spawn(task, span, work, move |result| Event::Content {
+                    task,
+                    node,
+                    input,
+                    result,
+                });
             }
             Effect::Run { task, node, vertex, inputs, cx } => {
                 let span = info_span!("run", vertex = %vertex.name);
@@ -123,15 +136,26 @@ impl<Op: Operation> Driver<Op> {
                     }
                     probe(store, keys, load).await
                 };
-                self.spawn(task, info_span!("probe"), work, move |answer| Event::Probed { task, edge, answer });
+                self.spawn(task, info_span!("probe"), work, move |answer| Event::Probed {
+                    task,
+                    edge,
+                    answer,
+                });
             }
             Effect::Read { task, job, cache } => {
                 let work = async move { cache.ready().await };
-                self.spawn(task, info_span!("read an imported cache"), work, move |()| Event::Imported { task, job });
+                self.spawn(task, info_span!("read an imported cache"), work, move |()| {
+                    Event::Imported { task, job }
+                });
             }
             Effect::Fetch { task, edge, from, keys, meta } => {
                 let store = self.store.clone();
-                self.spawn(task, info_span!("fetch"), fetch(store, from, keys, meta), move |answer| Event::Probed { task, edge, answer });
+                self.spawn(
+                    task,
+                    info_span!("fetch"),
+                    fetch(store, from, keys, meta),
+                    move |answer| Event::Probed { task, edge, answer },
+                );
             }
             Effect::Forget { value } => {
                 let (store, before) = (self.store.clone(), self.forgetting.take());
@@ -139,7 +163,10 @@ impl<Op: Operation> Driver<Op> {
                     if let Some(before) = before {
                         before.await;
                     }
-                    warned("drop a lost result from the build cache", caught(store.forget(&value)).await);
+                    warned(
+                        "drop a lost result from the build cache",
+                        caught(store.forget(&value)).await,
+                    );
                 };
                 let work = work.boxed().shared();
                 tokio::spawn(work.clone().instrument(info_span!("forget")));
@@ -150,14 +177,19 @@ impl<Op: Operation> Driver<Op> {
                 let work = async move {
                     let saved = async {
                         let first = store.primaries(&strong).await?.into_iter().next();
-                        let mut keys: Vec<CacheKey> = first.into_iter().chain(strong).chain(weak).collect();
+                        let mut keys: Vec<CacheKey> =
+                            first.into_iter().chain(strong).chain(weak).collect();
                         let mut seen = std::collections::HashSet::new();
                         keys.retain(|k| seen.insert(*k));
                         store.save(&keys, &value, &meta).await
                     };
                     warned("store a result in the build cache", caught(saved).await)
                 };
-                self.spawn(task, info_span!("save"), work, move |primary| Event::Saved { task, edge, primary });
+                self.spawn(task, info_span!("save"), work, move |primary| Event::Saved {
+                    task,
+                    edge,
+                    primary,
+                });
             }
             Effect::Alias { primary, keys } => {
                 let store = self.store.clone();
@@ -216,7 +248,10 @@ async fn caught<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     match AssertUnwindSafe(work).catch_unwind().await {
         Ok(result) => result,
         Err(panic) => {
-            let text = panic.downcast_ref::<&str>().map(|s| s.to_string()).or_else(|| panic.downcast_ref::<String>().cloned());
+            let text = panic
+                .downcast_ref::<&str>()
+                .map(|s| s.to_string())
+                .or_else(|| panic.downcast_ref::<String>().cloned());
             Err(Fault::internal(format!("an operation panicked: {}", text.unwrap_or_default())))
         }
     }
@@ -227,11 +262,21 @@ fn warned<T>(what: &str, result: Result<T>) -> Option<T> {
     result.inspect_err(|fault| tracing::warn!(%fault, "cannot {what}")).ok()
 }
 
-async fn probe<O: Send + 'static>(store: Arc<dyn CacheStore<O>>, keys: Vec<CacheKey>, load: bool) -> Answer<O> {
-    if load && let Some(Some((primary, value))) = warned("load a result from the build cache", caught(store.load(&keys)).await) {
+async fn probe<O: Send + 'static>(
+    store: Arc<dyn CacheStore<O>>,
+    keys: Vec<CacheKey>,
+    load: bool,
+) -> Answer<O> {
+    if load
+        && let Some(Some((primary, value))) =
+            warned("load a result from the build cache", caught(store.load(&keys)).await)
+    {
         return Answer::Hit(primary, value);
     }
-    Answer::Miss(warned("look up keys in the build cache", caught(store.primaries(&keys)).await).unwrap_or_default())
+    Answer::Miss(
+        warned("look up keys in the build cache", caught(store.primaries(&keys)).await)
+            .unwrap_or_default(),
+    )
 }
 
 async fn fetch<O: Send + Sync + 'static>(
@@ -241,8 +286,15 @@ async fn fetch<O: Send + Sync + 'static>(
     meta: RecordMeta,
 ) -> Answer<O> {
     for Promise { cache, key, .. } in from {
-        let Some(Some(value)) = warned("load a result of an imported cache", caught(cache.load(&key)).await) else { continue };
-        let adopted = warned("store a result of an imported cache", caught(store.adopt(&keys, &value, &meta)).await);
+        let Some(Some(value)) =
+            warned("load a result of an imported cache", caught(cache.load(&key)).await)
+        else {
+            continue;
+        };
+        let adopted = warned(
+            "store a result of an imported cache",
+            caught(store.adopt(&keys, &value, &meta)).await,
+        );
         return Answer::Imported(adopted, value);
     }
     Answer::Miss(Vec::new())

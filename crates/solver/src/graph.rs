@@ -1,4 +1,5 @@
-//! The graph's data: vertices, edges, and the phase each is in. What happens to it is in [`crate::step`] and [`crate::advance`].
+//! The graph's data: vertices, edges, and the phase each is in. What happens to it is in
+//! [`crate::step`] and [`crate::advance`].
 
 use crate::{
     CacheKey, CacheMap, Completion, ImportedCache, OpContext, Operation, Vertex, VertexId,
@@ -55,7 +56,8 @@ pub(crate) struct EdgeId {
 pub(crate) enum Level {
     /// Its keys, as far as definitions and the store's aliases tell; nothing is loaded or run.
     Fast,
-    /// Its best keys: the store is asked for a result, and contents are computed, for which inputs may run.
+    /// Its best keys: the store is asked for a result, and contents are computed, for which inputs
+    /// may run.
     Slow,
     /// Its result.
     Result,
@@ -84,14 +86,16 @@ pub(crate) struct Graph<Op: Operation> {
     pub(crate) max_parallel: Option<usize>,
     pub(crate) queue: VecDeque<NodeNo>,
     pub(crate) dirty: Dirty,
-    /// Edges that failed only because something was cancelled; they start anew after the step (row `so.errcache`).
+    /// Edges that failed only because something was cancelled; they start anew after the step (row
+    /// `so.errcache`).
     pub(crate) forgotten: Vec<EdgeId>,
     pub(crate) next: u64,
     /// What this step asks of the world.
     pub(crate) effects: Vec<Effect<Op>>,
 }
 
-/// A vertex over given inputs. The same definition over an input that ignores the cache is another node.
+/// A vertex over given inputs. The same definition over an input that ignores the cache is another
+/// node.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Identity {
     pub(crate) vertex: VertexId,
@@ -214,7 +218,13 @@ pub(crate) struct Edge<O> {
 
 impl<O> Default for Edge<O> {
     fn default() -> Self {
-        Self { wants: BTreeMap::new(), phase: Phase::Open(Open::default()), foreign: None, taken: HashSet::new(), redone: 0 }
+        Self {
+            wants: BTreeMap::new(),
+            phase: Phase::Open(Open::default()),
+            foreign: None,
+            taken: HashSet::new(),
+            redone: 0,
+        }
     }
 }
 
@@ -226,7 +236,8 @@ impl<O> Edge<O> {
     /// Whether the store, or an imported cache, may have results that were made from this edge's
     /// keys.
     pub(crate) fn may_have_consumers(&self) -> bool {
-        self.phase.may_have_consumers() || self.foreign.as_ref().is_some_and(|keys| !keys.is_empty())
+        self.phase.may_have_consumers()
+            || self.foreign.as_ref().is_some_and(|keys| !keys.is_empty())
     }
 }
 
@@ -321,7 +332,8 @@ pub(crate) enum Seen {
 impl<O> Phase<O> {
     /// Whether the edge is known up to `level`.
     pub(crate) fn seen(&self, level: Level) -> Seen {
-        let settled = |open: &Open| if open.settled >= Some(level) { Seen::Ready } else { Seen::Pending };
+        let settled =
+            |open: &Open| if open.settled >= Some(level) { Seen::Ready } else { Seen::Pending };
         match self {
             Self::Open(open) => settled(open),
             Self::Following(open, _) | Self::Claimed(open) => settled(open),
@@ -338,7 +350,10 @@ impl<O> Phase<O> {
     /// Keys for consumers.
     pub(crate) fn keys(&self) -> Vec<Key> {
         match self {
-            Self::Open(open) | Self::Following(open, _) | Self::Claimed(open) | Self::Failed(_, Some(open)) => open.keys(),
+            Self::Open(open)
+            | Self::Following(open, _)
+            | Self::Claimed(open)
+            | Self::Failed(_, Some(open)) => open.keys(),
             Self::Saving(saving) => saving.candidates.published(),
             Self::Done(done) => done.keys.clone(),
             Self::Failed(_, None) => Vec::new(),
@@ -348,7 +363,10 @@ impl<O> Phase<O> {
     /// Whether the store may have results that were made from this edge's keys.
     pub(crate) fn may_have_consumers(&self) -> bool {
         match self {
-            Self::Open(open) | Self::Following(open, _) | Self::Claimed(open) | Self::Failed(_, Some(open)) => !open.aliases.is_empty(),
+            Self::Open(open)
+            | Self::Following(open, _)
+            | Self::Claimed(open)
+            | Self::Failed(_, Some(open)) => !open.aliases.is_empty(),
             Self::Saving(_) | Self::Done(_) => true,
             Self::Failed(_, None) => false,
         }
@@ -425,7 +443,8 @@ impl<Op: Operation> Graph<Op> {
 
     /// Looks again at everyone who wants `edge`.
     pub(crate) fn notify(&mut self, edge: EdgeId) {
-        let wanters: Vec<Wanter> = self.edge(edge).map(|e| e.wants.keys().copied().collect()).unwrap_or_default();
+        let wanters: Vec<Wanter> =
+            self.edge(edge).map(|e| e.wants.keys().copied().collect()).unwrap_or_default();
         for wanter in wanters {
             if let Wanter::Edge(consumer) = wanter {
                 self.dirty.push(consumer);
@@ -450,7 +469,10 @@ impl<Op: Operation> Graph<Op> {
             let inputs: Vec<EdgeId> = v
                 .inputs
                 .iter()
-                .map(|(i, output)| EdgeId { node: done.get(&Arc::as_ptr(i)).copied().unwrap_or(NodeNo(0)), output: *output })
+                .map(|(i, output)| EdgeId {
+                    node: done.get(&Arc::as_ptr(i)).copied().unwrap_or(NodeNo(0)),
+                    output: *output,
+                })
                 .collect();
             root = self.node(v, inputs);
             self.hold(root, job);
@@ -477,10 +499,17 @@ impl<Op: Operation> Graph<Op> {
         }
         let no = NodeNo(self.number());
         let inputs = vertex.inputs.iter().map(|(v, _)| v.id.digest).collect();
-        let reporter = Reporter::new(vertex.id.digest, vertex.name.clone(), inputs, vertex.group.clone());
+        let reporter =
+            Reporter::new(vertex.id.digest, vertex.name.clone(), inputs, vertex.group.clone());
         let shared: SharedJobs<Op::Job> = Arc::default();
         let jobs = shared.clone();
-        let jobs = Arc::new(move || jobs.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|(_, data)| data.clone()).collect());
+        let jobs = Arc::new(move || {
+            jobs.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .iter()
+                .map(|(_, data)| data.clone())
+                .collect()
+        });
         let node = Node {
             identity: identity.clone(),
             vertex: vertex.clone(),
@@ -502,7 +531,9 @@ impl<Op: Operation> Graph<Op> {
 
     /// Lets `job` hold `node`, hear of it and lend its data to it.
     pub(crate) fn hold(&mut self, node: NodeNo, job: JobNo) {
-        let (Some(state), Some(n)) = (self.jobs.get_mut(&job), self.nodes.get(&node)) else { return };
+        let (Some(state), Some(n)) = (self.jobs.get_mut(&job), self.nodes.get(&node)) else {
+            return;
+        };
         if !state.nodes.insert(node) {
             return;
         }

@@ -20,11 +20,13 @@ use tokio::sync::{mpsc, oneshot};
 /// Bounds on the solver's work.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Limits {
-    /// How many operations that [count](Operation::counts) run at once (row `so.par`); `None` for no limit.
+    /// How many operations that [count](Operation::counts) run at once (row `so.par`); `None` for
+    /// no limit.
     pub max_parallel: Option<usize>,
 }
 
-/// A handle on the one graph of this process. Clones share it; the task that owns the graph ends with the last handle.
+/// A handle on the one graph of this process. Clones share it; the task that owns the graph ends
+/// with the last handle.
 pub struct Solver<Op: Operation>(Arc<Shared<Op>>);
 
 impl<Op: Operation> Clone for Solver<Op> {
@@ -34,7 +36,8 @@ impl<Op: Operation> Clone for Solver<Op> {
 }
 
 pub(crate) struct Shared<Op: Operation> {
-    // Unbounded because closing a job and dropping a request cannot wait; what it holds is bounded by the live handles.
+    // Unbounded because closing a job and dropping a request cannot wait; what it holds is bounded
+    // by the live handles.
     pub(crate) inbox: mpsc::UnboundedSender<Message<Op>>,
     names: Mutex<HashSet<JobId>>,
     next: AtomicU64,
@@ -58,8 +61,8 @@ impl<Op: Operation> Solver<Op> {
         Self(Arc::new(Shared { inbox, names: Mutex::default(), next: AtomicU64::new(1) }))
     }
 
-    /// Opens a job: `data` is what its operations may use, `journal` hears of every vertex it asks for.
-    /// `AlreadyExists` while another job has the name (row `so.dupref`).
+    /// Opens a job: `data` is what its operations may use, `journal` hears of every vertex it asks
+    /// for. `AlreadyExists` while another job has the name (row `so.dupref`).
     pub fn job(&self, id: JobId, data: Op::Job, journal: Journal) -> Result<Job<Op>> {
         if !self.0.names().insert(id.clone()) {
             return Err(Fault::new(Code::AlreadyExists, format!("job ID {} exists", id.0))
@@ -81,7 +84,8 @@ pub struct Known<Op: Operation> {
     pub keys: Vec<CacheKey>,
 }
 
-/// One build's interest in the graph. Everything it asked for stays known until it is dropped or [closed](Job::close).
+/// One build's interest in the graph. Everything it asked for stays known until it is dropped or
+/// [closed](Job::close).
 pub struct Job<Op: Operation> {
     shared: Arc<Shared<Op>>,
     id: JobId,
@@ -94,9 +98,14 @@ impl<Op: Operation> Job<Op> {
         &self.id
     }
 
-    /// The result of one output of `vertex`. May be called many times and concurrently; the future does not borrow the job. Dropping it withdraws
-    /// the request, and work that nobody else wants is cancelled.
-    pub fn build(&self, vertex: Arc<Vertex<Op>>, output: usize) -> impl Future<Output = Result<(Op::Output, Completion)>> + Send + use<Op> {
+    /// The result of one output of `vertex`. May be called many times and concurrently; the future
+    /// does not borrow the job. Dropping it withdraws the request, and work that nobody else wants
+    /// is cancelled.
+    pub fn build(
+        &self,
+        vertex: Arc<Vertex<Op>>,
+        output: usize,
+    ) -> impl Future<Output = Result<(Op::Output, Completion)>> + Send + use<Op> {
         let (shared, job) = (self.shared.clone(), self.no);
         async move {
             let request = RequestNo(shared.number());
@@ -122,11 +131,18 @@ impl<Op: Operation> Job<Op> {
     /// lost and another [`Job::build`] makes it again.
     pub async fn lost(&self, vertex: Arc<Vertex<Op>>, output: usize, fault: Fault) -> bool {
         let (answer, redone) = oneshot::channel();
-        let _ = self.shared.inbox.send(Message::Event(Event::Lost { job: self.no, vertex, output, fault, answer }));
+        let _ = self.shared.inbox.send(Message::Event(Event::Lost {
+            job: self.no,
+            vertex,
+            output,
+            fault,
+            answer,
+        }));
         redone.await.unwrap_or(false)
     }
 
-    /// The vertices it asked for so far, as they are worked on: where several builds want the same work, one's operation does it for all.
+    /// The vertices it asked for so far, as they are worked on: where several builds want the same
+    /// work, one's operation does it for all.
     pub async fn known(&self) -> Vec<Known<Op>> {
         let (reply, answer) = oneshot::channel();
         // Without a solver nothing is known.
@@ -140,7 +156,8 @@ impl<Op: Operation> Job<Op> {
 
 impl<Op: Operation> Drop for Job<Op> {
     fn drop(&mut self) {
-        // The graph hears of the end before the name is free, so that a successor never meets its predecessor's interest.
+        // The graph hears of the end before the name is free, so that a successor never meets its
+        // predecessor's interest.
         let _ = self.shared.inbox.send(Message::Event(Event::Close { job: self.no }));
         self.shared.names().remove(&self.id);
     }

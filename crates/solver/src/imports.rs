@@ -9,7 +9,10 @@
 use crate::{
     CacheMap, ImportedCache, Operation, RecordMeta,
     advance::Stop,
-    graph::{EdgeId, Graph, Import, ImportNo, JobNo, Level, NodeNo, Open, Phase, Probe, Promise, TaskNo, Work},
+    graph::{
+        EdgeId, Graph, Import, ImportNo, JobNo, Level, NodeNo, Open, Phase, Probe, Promise, TaskNo,
+        Work,
+    },
     keys::{Candidates, Key},
     step::Effect,
 };
@@ -34,7 +37,9 @@ impl<Op: Operation> Graph<Op> {
     /// An imported cache was read, or cannot be.
     pub(crate) fn imported(&mut self, task: TaskNo, job: JobNo) {
         let Some(state) = self.jobs.get_mut(&job) else { return };
-        let Some(import) = state.imports.iter_mut().find(|i| i.reading == Some(task)) else { return };
+        let Some(import) = state.imports.iter_mut().find(|i| i.reading == Some(task)) else {
+            return;
+        };
         import.reading = None;
         for node in state.nodes.clone() {
             self.consult_again(node);
@@ -56,9 +61,12 @@ impl<Op: Operation> Graph<Op> {
     /// The caches that the jobs of a node imported; those that are not read yet stop the one who
     /// asks.
     fn imports_of(&self, no: NodeNo) -> Result<Vec<Read<Op::Output>>, Stop> {
-        let Some(node) = self.nodes.get(&no).filter(|_| self.imports > 0) else { return Ok(Vec::new()) };
+        let Some(node) = self.nodes.get(&no).filter(|_| self.imports > 0) else {
+            return Ok(Vec::new());
+        };
         let jobs: Vec<JobNo> = node.holders.edit(|h| h.iter().map(|(job, _)| *job).collect());
-        let imports = || jobs.iter().filter_map(|job| self.jobs.get(job)).flat_map(|job| &job.imports);
+        let imports =
+            || jobs.iter().filter_map(|job| self.jobs.get(job)).flat_map(|job| &job.imports);
         if imports().any(|i| i.reading.is_some()) {
             return Err(Stop::Wait);
         }
@@ -67,7 +75,13 @@ impl<Op: Operation> Graph<Op> {
 
     /// Asks imported caches for a result where one is promised that was not taken yet; whether
     /// there was any.
-    pub(crate) fn consult(&mut self, id: EdgeId, open: &mut Open, map: &CacheMap, contents: bool) -> Result<bool, Stop> {
+    pub(crate) fn consult(
+        &mut self,
+        id: EdgeId,
+        open: &mut Open,
+        map: &CacheMap,
+        contents: bool,
+    ) -> Result<bool, Stop> {
         if !open.candidates.all().any(Key::askable) {
             return Ok(false);
         }
@@ -80,8 +94,14 @@ impl<Op: Operation> Graph<Op> {
         let mut promised = Vec::new();
         for (strong, keys) in [(true, &candidates.strong), (false, &candidates.weak)] {
             for key in keys.iter().filter(|k| k.askable()).map(|k| k.key) {
-                let has = |(no, cache): &&Read<Op::Output>| cache.has_result(&key) && !taken.contains(&(*no, key));
-                promised.extend(imports.iter().filter(has).map(|(no, cache)| Promise { no: *no, cache: cache.clone(), key }));
+                let has = |(no, cache): &&Read<Op::Output>| {
+                    cache.has_result(&key) && !taken.contains(&(*no, key))
+                };
+                promised.extend(imports.iter().filter(has).map(|(no, cache)| Promise {
+                    no: *no,
+                    cache: cache.clone(),
+                    key,
+                }));
             }
             if !promised.is_empty() {
                 self.fetch(id, open, strong, promised);
@@ -96,14 +116,21 @@ impl<Op: Operation> Graph<Op> {
         Ok(false)
     }
 
-    fn fetch(&mut self, id: EdgeId, open: &mut Open, strong: bool, promised: Vec<Promise<Op::Output>>) {
+    fn fetch(
+        &mut self,
+        id: EdgeId,
+        open: &mut Open,
+        strong: bool,
+        promised: Vec<Promise<Op::Output>>,
+    ) {
         // A later job may import what has a result for other keys; what was promised here is taken
         // once, whether it can be had or not.
         if let Some(edge) = self.edge_mut(id) {
             edge.taken.extend(promised.iter().map(|p| (p.no, p.key)));
         }
         // Keys by definition alone lead to the latest result, and prove nothing of the others.
-        let of = |keys: &[Key]| keys.iter().filter(|k| k.askable()).map(|k| k.key).collect::<Vec<_>>();
+        let of =
+            |keys: &[Key]| keys.iter().filter(|k| k.askable()).map(|k| k.key).collect::<Vec<_>>();
         let mut keys = if strong { of(&open.candidates.strong) } else { Vec::new() };
         keys.extend(of(&open.candidates.weak));
         let meta = RecordMeta { imported: true, ..self.meta(id) };
@@ -114,7 +141,8 @@ impl<Op: Operation> Graph<Op> {
 
     /// The edge's candidates by its inputs' own keys and by what imported caches call these.
     fn widened(&mut self, id: EdgeId, map: &CacheMap, contents: bool) -> Candidates {
-        for input in self.nodes.get(&id.node).map(|n| n.identity.inputs.clone()).unwrap_or_default() {
+        for input in self.nodes.get(&id.node).map(|n| n.identity.inputs.clone()).unwrap_or_default()
+        {
             self.learn(input);
         }
         self.candidates_with(id, map, contents, |edge| {
@@ -134,7 +162,8 @@ impl<Op: Operation> Graph<Op> {
                 stack.pop();
                 continue;
             }
-            let inputs = self.nodes.get(&next.node).map(|n| n.identity.inputs.clone()).unwrap_or_default();
+            let inputs =
+                self.nodes.get(&next.node).map(|n| n.identity.inputs.clone()).unwrap_or_default();
             let unknown: Vec<EdgeId> = inputs.into_iter().filter(|i| !known(i)).collect();
             if !unknown.is_empty() {
                 stack.extend(unknown);
@@ -148,7 +177,9 @@ impl<Op: Operation> Graph<Op> {
     }
 
     fn names_of(&mut self, id: EdgeId) -> Vec<Key> {
-        let Some(Work::Known(map)) = self.nodes.get(&id.node).map(|n| &n.map) else { return Vec::new() };
+        let Some(Work::Known(map)) = self.nodes.get(&id.node).map(|n| &n.map) else {
+            return Vec::new();
+        };
         let (map, imports) = (map.clone(), self.imports_of(id.node).unwrap_or_default());
         let own = self.edge(id).map(|e| e.phase.keys()).unwrap_or_default();
         names(&imports, self.widened(id, &map, true).all().chain(&own))

@@ -1,4 +1,5 @@
-//! How cache keys are made: from an operation's keys and, for each input, its key or a checksum of its content.
+//! How cache keys are made: from an operation's keys and, for each input, its key or a checksum of
+//! its content.
 
 use crate::{CacheKey, CacheMap};
 use shipway_oci::{Digest, Hasher};
@@ -14,7 +15,8 @@ pub(crate) struct Key {
     pub(crate) key: CacheKey,
     /// Means something beyond this build's session (row `so.key.random`): worth storing under.
     pub(crate) durable: bool,
-    /// Comes from work that ignored the cache in this run: what is stored under it is older than the work and must not be used.
+    /// Comes from work that ignored the cache in this run: what is stored under it is older than
+    /// the work and must not be used.
     pub(crate) fresh: bool,
 }
 
@@ -41,17 +43,25 @@ pub(crate) struct InputKeys {
 /// The keys an edge can be known by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Candidates {
-    /// With content wherever there is content: the value follows from these, so they decide where it is stored.
+    /// With content wherever there is content: the value follows from these, so they decide where
+    /// it is stored.
     pub(crate) strong: Vec<Key>,
-    /// By definition alone. Only set where it differs from `strong`. They lead to the latest result of the same definition.
+    /// By definition alone. Only set where it differs from `strong`. They lead to the latest result
+    /// of the same definition.
     pub(crate) weak: Vec<Key>,
 }
 
 impl Candidates {
     /// Of `output` of a vertex with `map`, whose identity says `ignore_cache`.
-    pub(crate) fn of(map: &CacheMap, ignore_cache: bool, output: usize, inputs: &[InputKeys]) -> Self {
+    pub(crate) fn of(
+        map: &CacheMap,
+        ignore_cache: bool,
+        output: usize,
+        inputs: &[InputKeys],
+    ) -> Self {
         let combine = |content: bool| -> Vec<Key> {
-            let choices: Vec<Vec<(Part, Trust)>> = inputs.iter().map(|i| i.choices(content)).collect();
+            let choices: Vec<Vec<(Part, Trust)>> =
+                inputs.iter().map(|i| i.choices(content)).collect();
             let mut found: Vec<Key> = Vec::new();
             for parts in products(&choices, CANDIDATES.div_ceil(map.keys.len().max(1))) {
                 for op in &map.keys {
@@ -68,7 +78,8 @@ impl Candidates {
             found
         };
         let strong = combine(true);
-        let weak = if inputs.iter().any(|i| i.content.is_some()) { combine(false) } else { Vec::new() };
+        let weak =
+            if inputs.iter().any(|i| i.content.is_some()) { combine(false) } else { Vec::new() };
         Self { strong, weak }
     }
 
@@ -101,8 +112,14 @@ struct Trust {
 impl InputKeys {
     fn choices(&self, content: bool) -> Vec<(Part, Trust)> {
         match self.content {
-            Some(digest) if content => vec![(Part::Content(digest), Trust { durable: true, fresh: false })],
-            _ => self.keys.iter().map(|k| (Part::Key(k.key), Trust { durable: k.durable, fresh: k.fresh })).collect(),
+            Some(digest) if content => {
+                vec![(Part::Content(digest), Trust { durable: true, fresh: false })]
+            }
+            _ => self
+                .keys
+                .iter()
+                .map(|k| (Part::Key(k.key), Trust { durable: k.durable, fresh: k.fresh }))
+                .collect(),
         }
     }
 }

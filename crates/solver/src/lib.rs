@@ -1,11 +1,13 @@
 //! A generic scheduler with a cache-key graph. It knows no containers, no sessions and no protobuf.
 //!
-//! See [`port`] for the words: an [`Operation`] is one vertex's work, a [`CacheMap`] says what its result depends on, a
-//! [`CacheStore`] remembers results by [`CacheKey`].
+//! See [`port`] for the words: an [`Operation`] is one vertex's work, a [`CacheMap`] says what its
+//! result depends on, a [`CacheStore`] remembers results by [`CacheKey`].
 //!
-//! One task owns the graph of all builds (rows `so.graph`, `so.loop`). It feeds events to a synchronous, total state machine
-//! (`step.rs`; the decisions are in `advance.rs` and `work.rs`, the data in `graph.rs`, the keys in `keys.rs`) and does what that asks for (`driver.rs`).
-//! Interest is counted from requests down: dropping a [`Job::build`] future or a [`Job`] cancels what nobody else wants.
+//! One task owns the graph of all builds (rows `so.graph`, `so.loop`). It feeds events to a
+//! synchronous, total state machine (`step.rs`; the decisions are in `advance.rs` and `work.rs`,
+//! the data in `graph.rs`, the keys in `keys.rs`) and does what that asks for (`driver.rs`).
+//! Interest is counted from requests down: dropping a [`Job::build`] future or a [`Job`] cancels
+//! what nobody else wants.
 
 pub mod memory;
 pub mod port;
@@ -24,5 +26,6 @@ mod work;
 
 pub use handle::{Job, Known, Limits, Solver};
 pub use port::{
-    CacheKey, CacheMap, CacheStore, Completion, ImportedCache, InputMap, JobId, OpContext, Operation, RecordMeta, Vertex, VertexId,
+    CacheKey, CacheMap, CacheStore, Completion, ImportedCache, InputMap, JobId, OpContext,
+    Operation, RecordMeta, Vertex, VertexId,
 };

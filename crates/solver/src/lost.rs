@@ -23,7 +23,11 @@ impl<Op: Operation> Graph<Op> {
     /// `redone` so often, means no more than that an input is lost; then the node starts again when
     /// it is there.
     pub(crate) fn recover(&mut self, no: NodeNo, redone: u64, fault: &Fault) -> bool {
-        let Some(node) = self.nodes.get(&no).filter(|n| n.recoveries < MAX_RECOVERIES && !fault.is_cancelled()) else { return false };
+        let Some(node) =
+            self.nodes.get(&no).filter(|n| n.recoveries < MAX_RECOVERIES && !fault.is_cancelled())
+        else {
+            return false;
+        };
         let inputs = node.identity.inputs.clone();
         if self.redone(no) == redone {
             let doomed = self.doomed(fault);
@@ -41,7 +45,13 @@ impl<Op: Operation> Graph<Op> {
 
     /// Takes back the result of a request if `fault` says that it is lost and it can be made again,
     /// or if it is being made again already.
-    pub(crate) fn lost(&mut self, job: JobNo, vertex: &Arc<Vertex<Op>>, output: usize, fault: &Fault) -> bool {
+    pub(crate) fn lost(
+        &mut self,
+        job: JobNo,
+        vertex: &Arc<Vertex<Op>>,
+        output: usize,
+        fault: &Fault,
+    ) -> bool {
         if !self.jobs.contains_key(&job) {
             return false;
         }
@@ -68,8 +78,9 @@ impl<Op: Operation> Graph<Op> {
     /// The edges whose result is lost and can be made again: it is from the cache, or was made of
     /// such.
     fn doomed(&self, fault: &Fault) -> BTreeSet<EdgeId> {
-        let edges =
-            self.nodes.iter().flat_map(|(no, n)| n.edges.iter().map(move |(output, e)| (EdgeId { node: *no, output: *output }, n, e)));
+        let edges = self.nodes.iter().flat_map(|(no, n)| {
+            n.edges.iter().map(move |(output, e)| (EdgeId { node: *no, output: *output }, n, e))
+        });
         let mut left: Vec<_> = edges
             .filter_map(|(id, node, edge)| match &edge.phase {
                 Phase::Done(done) if Op::is_lost(&done.value, fault) => Some((id, node, done)),
@@ -79,13 +90,20 @@ impl<Op: Operation> Graph<Op> {
         let mut doomed = BTreeSet::new();
         loop {
             // Twins that share a key with one of these can have nothing else from it.
-            let made: BTreeSet<CacheKey> =
-                left.iter().filter(|(.., done)| done.from == From::Run).flat_map(|(.., done)| &done.keys).map(|k| k.key).collect();
+            let made: BTreeSet<CacheKey> = left
+                .iter()
+                .filter(|(.., done)| done.from == From::Run)
+                .flat_map(|(.., done)| &done.keys)
+                .map(|k| k.key)
+                .collect();
             let before = left.len();
             left.retain(|(id, node, done)| {
                 let goes = match done.from {
                     From::Cache => true,
-                    From::Run => node.ran_over != self.redone(id.node) || node.identity.inputs.iter().any(|i| doomed.contains(i)),
+                    From::Run => {
+                        node.ran_over != self.redone(id.node)
+                            || node.identity.inputs.iter().any(|i| doomed.contains(i))
+                    }
                     From::Twin => !done.keys.iter().any(|k| made.contains(&k.key)),
                 };
                 if goes {
@@ -104,7 +122,11 @@ impl<Op: Operation> Graph<Op> {
         for id in &edges {
             let Some(node) = self.nodes.get_mut(&id.node) else { continue };
             let Some(edge) = node.edges.get_mut(&id.output) else { continue };
-            let Phase::Done(done) = std::mem::replace(&mut edge.phase, Phase::Open(Open::default())) else { continue };
+            let Phase::Done(done) =
+                std::mem::replace(&mut edge.phase, Phase::Open(Open::default()))
+            else {
+                continue;
+            };
             edge.redone += 1;
             edge.foreign = None;
             if done.from == From::Run {
@@ -117,13 +139,25 @@ impl<Op: Operation> Graph<Op> {
         let reads: Vec<(NodeNo, Vec<usize>)> = self
             .nodes
             .iter()
-            .map(|(no, n)| (*no, n.identity.inputs.iter().enumerate().filter(|(_, i)| edges.contains(i)).map(|(i, _)| i).collect()))
+            .map(|(no, n)| {
+                (
+                    *no,
+                    n.identity
+                        .inputs
+                        .iter()
+                        .enumerate()
+                        .filter(|(_, i)| edges.contains(i))
+                        .map(|(i, _)| i)
+                        .collect(),
+                )
+            })
             .filter(|(_, inputs): &(NodeNo, Vec<usize>)| !inputs.is_empty())
             .collect();
         for (no, inputs) in reads {
             let Some(node) = self.nodes.get_mut(&no) else { continue };
             for input in inputs {
-                let slot = node.contents.get_mut(input).map(|slot| std::mem::replace(slot, Work::Unasked));
+                let slot =
+                    node.contents.get_mut(input).map(|slot| std::mem::replace(slot, Work::Unasked));
                 if let Some(Work::Asked(flight)) = slot {
                     self.effects.push(Effect::Cancel { task: flight.task });
                 }

@@ -65,7 +65,9 @@ impl<O: Clone + PartialEq + Send + Sync> CacheStore<O> for MemoryStore<O> {
 
     async fn save(&self, keys: &[CacheKey], value: &O, meta: &RecordMeta) -> Result<CacheKey> {
         let mut state = self.state();
-        let Some(first) = keys.first() else { return Err(shipway_fault::Fault::internal("a result to store has no key")) };
+        let Some(first) = keys.first() else {
+            return Err(shipway_fault::Fault::internal("a result to store has no key"));
+        };
         let primary = state.primary(first).unwrap_or(*first);
         for key in keys.iter().chain([&primary]) {
             state.aliases.insert(*key, primary);
@@ -76,7 +78,9 @@ impl<O: Clone + PartialEq + Send + Sync> CacheStore<O> for MemoryStore<O> {
 
     async fn adopt(&self, keys: &[CacheKey], value: &O, meta: &RecordMeta) -> Result<CacheKey> {
         let mut state = self.state();
-        let Some(first) = keys.first() else { return Err(shipway_fault::Fault::internal("a result to store has no key")) };
+        let Some(first) = keys.first() else {
+            return Err(shipway_fault::Fault::internal("a result to store has no key"));
+        };
         let primary = state.primary(first).unwrap_or(*first);
         for key in keys.iter().chain([&primary]) {
             state.aliases.entry(*key).or_insert(primary);

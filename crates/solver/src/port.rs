@@ -6,7 +6,8 @@ use shipway_oci::Digest;
 use shipway_progress::Reporter;
 use std::{fmt, sync::Arc};
 
-/// Identity of a vertex: the digest of its definition, plus whether it ignores the cache (row `so.ignorevariant`).
+/// Identity of a vertex: the digest of its definition, plus whether it ignores the cache (row
+/// `so.ignorevariant`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct VertexId {
     /// Digest of the definition.
@@ -29,19 +30,22 @@ impl fmt::Debug for JobId {
 
 /// Identity of a result by what it depends on. Two vertices with a common key are the same work.
 ///
-/// A key is `sha256(operation key, output index, for each input: the input's key or content digest, and its selector)`; all keys are
-/// therefore computable without looking anything up, and a store needs only aliases (several keys, one primary) and records.
+/// A key is the SHA-256 of the operation's key, the number of the output, and for each input the
+/// input's key or content digest and its selector. All keys are therefore computable without
+/// looking anything up, and a store needs only aliases (several keys, one primary) and records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CacheKey(pub Digest);
 
 /// What an operation's result depends on.
 #[derive(Clone, Debug, Default)]
 pub struct CacheMap {
-    /// Keys of the operation itself without its inputs, at least one; any of them identifies it (row `so.key.multi`).
+    /// Keys of the operation itself without its inputs, at least one; any of them identifies it
+    /// (row `so.key.multi`).
     pub keys: Vec<Digest>,
     /// One entry per input of the vertex.
     pub inputs: Vec<InputMap>,
-    /// Whether the keys mean something beyond this build's session (row `so.key.random`): results under other keys are not stored durably.
+    /// Whether the keys mean something beyond this build's session (row `so.key.random`): results
+    /// under other keys are not stored durably.
     pub ephemeral: bool,
 }
 
@@ -50,7 +54,8 @@ pub struct CacheMap {
 pub struct InputMap {
     /// Narrows the dependency to a part of the input (row `so.key.selector`).
     pub selector: Option<Digest>,
-    /// Whether [`Operation::content_key`] can replace the input's own key by a checksum of its content (row `so.key.content`).
+    /// Whether [`Operation::content_key`] can replace the input's own key by a checksum of its
+    /// content (row `so.key.content`).
     pub content: bool,
 }
 
@@ -59,11 +64,13 @@ pub struct InputMap {
 pub struct OpContext<J> {
     /// Where progress goes: to every build that shares the vertex.
     pub reporter: Reporter,
-    /// The data of every job interested at the moment of the call; never empty while the operation runs.
+    /// The data of every job interested at the moment of the call; never empty while the operation
+    /// runs.
     pub jobs: Arc<dyn Fn() -> Vec<J> + Send + Sync>,
 }
 
-/// The work of one vertex. Futures are dropped when nobody is interested any more; that must leave nothing behind.
+/// The work of one vertex. Futures are dropped when nobody is interested any more; that must leave
+/// nothing behind.
 #[async_trait]
 pub trait Operation: Send + Sync + 'static {
     /// A result; cheap to clone (a handle).
@@ -74,12 +81,21 @@ pub trait Operation: Send + Sync + 'static {
     /// What the result depends on. Called once per vertex; must not need the inputs.
     async fn cache_map(&self, cx: &OpContext<Self::Job>) -> Result<CacheMap>;
 
-    /// A checksum of what the operation reads of input number `input`, if it can be computed; called only for inputs whose
-    /// [`InputMap::content`] is set.
-    async fn content_key(&self, input: usize, value: &Self::Output, cx: &OpContext<Self::Job>) -> Result<Option<Digest>>;
+    /// A checksum of what the operation reads of input number `input`, if it can be computed;
+    /// called only for inputs whose [`InputMap::content`] is set.
+    async fn content_key(
+        &self,
+        input: usize,
+        value: &Self::Output,
+        cx: &OpContext<Self::Job>,
+    ) -> Result<Option<Digest>>;
 
     /// Does the work: one output per output index of the vertex.
-    async fn run(&self, inputs: Vec<Self::Output>, cx: &OpContext<Self::Job>) -> Result<Vec<Self::Output>>;
+    async fn run(
+        &self,
+        inputs: Vec<Self::Output>,
+        cx: &OpContext<Self::Job>,
+    ) -> Result<Vec<Self::Output>>;
 
     /// Whether running it counts against the parallelism limit (row `so.par`).
     fn counts(&self) -> bool {
@@ -109,7 +125,8 @@ pub struct Vertex<Op: ?Sized> {
 }
 
 impl<Op: ?Sized> Drop for Vertex<Op> {
-    /// Takes a chain of vertices apart without recursion: a client's graph may be deep enough to exhaust the stack.
+    /// Takes a chain of vertices apart without recursion: a client's graph may be deep enough to
+    /// exhaust the stack.
     fn drop(&mut self) {
         let mut doomed = std::mem::take(&mut self.inputs);
         while let Some((vertex, _)) = doomed.pop() {
@@ -147,16 +164,18 @@ pub enum Completion {
 /// Remembers results by key. Implementations keep aliases durable even when a record is pruned.
 #[async_trait]
 pub trait CacheStore<O>: Send + Sync {
-    /// The primary keys that `keys` are known aliases of (unknown ones are left out), without duplicates.
+    /// The primary keys that `keys` are known aliases of (unknown ones are left out), without
+    /// duplicates.
     async fn primaries(&self, keys: &[CacheKey]) -> Result<Vec<CacheKey>>;
 
-    /// The first of `keys` (or of their primaries) that has a loadable record: its primary and the result. A record whose result is gone is
-    /// dropped and skipped (row `so.loaderr`).
+    /// The first of `keys` (or of their primaries) that has a loadable record: its primary and the
+    /// result. A record whose result is gone is dropped and skipped (row `so.loaderr`).
     async fn load(&self, keys: &[CacheKey]) -> Result<Option<(CacheKey, O)>>;
 
-    /// Stores `value` under the primary that `keys[0]` already has, or else under `keys[0]` itself, and returns that primary. All keys
-    /// become its aliases, also those that led elsewhere before: the first key is the one the value follows from. An existing record of the
-    /// primary is replaced.
+    /// Stores `value` under the primary that `keys[0]` already has, or else under `keys[0]` itself,
+    /// and returns that primary. All keys become its aliases, also those that led elsewhere before:
+    /// the first key is the one the value follows from. An existing record of the primary is
+    /// replaced.
     async fn save(&self, keys: &[CacheKey], value: &O, meta: &RecordMeta) -> Result<CacheKey>;
 
     /// Stores `value`, which an imported cache gave for `keys`, where nothing is known yet: a key
@@ -167,7 +186,8 @@ pub trait CacheStore<O>: Send + Sync {
     /// Drops the records of `value`, which can no longer be had. Keys stay known.
     async fn forget(&self, value: &O) -> Result<()>;
 
-    /// Makes `keys` aliases of `primary`, whose record stays as it is. A store that keeps no aliases may do nothing.
+    /// Makes `keys` aliases of `primary`, whose record stays as it is. A store that keeps no
+    /// aliases may do nothing.
     async fn alias(&self, primary: CacheKey, keys: &[CacheKey]) -> Result<()> {
         let _ = (primary, keys);
         Ok(())

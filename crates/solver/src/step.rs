@@ -1,13 +1,15 @@
-//! The state machine: what happens ([`Event`]), what it asks of the world ([`Effect`]), and the step between them.
+//! The state machine: what happens ([`Event`]), what it asks of the world ([`Effect`]), and the
+//! step between them.
 //!
-//! A step is synchronous and total: any event is allowed at any time, and what comes too late is ignored by its task number.
+//! A step is synchronous and total: any event is allowed at any time, and what comes too late is
+//! ignored by its task number.
 
 use crate::handle::Known;
 use crate::{
     CacheKey, CacheMap, Completion, ImportedCache, OpContext, Operation, RecordMeta, Vertex,
     graph::{
-        Edge, EdgeId, Flight, Graph, JobNo, JobState, Level, Node, NodeNo, Open, Phase, Promise, Request, RequestNo, Run, TaskNo, Told,
-        Wanter, Work,
+        Edge, EdgeId, Flight, Graph, JobNo, JobState, Level, Node, NodeNo, Open, Phase, Promise,
+        Request, RequestNo, Run, TaskNo, Told, Wanter, Work,
     },
 };
 use shipway_fault::{Detail, Fault, Result};
@@ -27,7 +29,13 @@ pub(crate) enum Event<Op: Operation> {
     /// A task ended: the cache was read.
     Imported { task: TaskNo, job: JobNo },
     /// A request's result can no longer be had.
-    Lost { job: JobNo, vertex: Arc<Vertex<Op>>, output: usize, fault: Fault, answer: oneshot::Sender<bool> },
+    Lost {
+        job: JobNo,
+        vertex: Arc<Vertex<Op>>,
+        output: usize,
+        fault: Fault,
+        answer: oneshot::Sender<bool>,
+    },
     /// A job wants a result.
     Request { request: RequestNo, job: JobNo, vertex: Arc<Vertex<Op>>, output: usize },
     /// It does not any more.
@@ -59,21 +67,48 @@ pub(crate) enum Effect<Op: Operation> {
     /// Ask for the cache map.
     Map { task: TaskNo, node: NodeNo, vertex: Arc<Vertex<Op>>, cx: OpContext<Op::Job> },
     /// Ask for the checksum of what is read of an input.
-    Content { task: TaskNo, node: NodeNo, vertex: Arc<Vertex<Op>>, input: usize, value: Op::Output, cx: OpContext<Op::Job> },
+    Content {
+        task: TaskNo,
+        node: NodeNo,
+        vertex: Arc<Vertex<Op>>,
+        input: usize,
+        value: Op::Output,
+        cx: OpContext<Op::Job>,
+    },
     /// Ask the store for aliases and, with `load`, first for a result.
     Probe { task: TaskNo, edge: EdgeId, keys: Vec<CacheKey>, load: bool },
     /// Wait until an imported cache was read.
     Read { task: TaskNo, job: JobNo, cache: Arc<dyn ImportedCache<Op::Output>> },
     /// Ask imported caches for a result, by their keys; one that is there is stored under `keys`
     /// where nothing is known yet.
-    Fetch { task: TaskNo, edge: EdgeId, from: Vec<Promise<Op::Output>>, keys: Vec<CacheKey>, meta: RecordMeta },
+    Fetch {
+        task: TaskNo,
+        edge: EdgeId,
+        from: Vec<Promise<Op::Output>>,
+        keys: Vec<CacheKey>,
+        meta: RecordMeta,
+    },
     /// Drop the records of a result that can no longer be had, before the store is asked for
     /// anything else.
     Forget { value: Op::Output },
     /// Run the operation.
-    Run { task: TaskNo, node: NodeNo, vertex: Arc<Vertex<Op>>, inputs: Vec<Op::Output>, cx: OpContext<Op::Job> },
-    /// Store a result: under a primary of the strong keys if there is one, else under the first of them, and under the weak ones too.
-    Save { task: TaskNo, edge: EdgeId, strong: Vec<CacheKey>, weak: Vec<CacheKey>, value: Op::Output, meta: RecordMeta },
+    Run {
+        task: TaskNo,
+        node: NodeNo,
+        vertex: Arc<Vertex<Op>>,
+        inputs: Vec<Op::Output>,
+        cx: OpContext<Op::Job>,
+    },
+    /// Store a result: under a primary of the strong keys if there is one, else under the first of
+    /// them, and under the weak ones too.
+    Save {
+        task: TaskNo,
+        edge: EdgeId,
+        strong: Vec<CacheKey>,
+        weak: Vec<CacheKey>,
+        value: Op::Output,
+        meta: RecordMeta,
+    },
     /// Let more keys lead to a primary. Nothing waits for it.
     Alias { primary: CacheKey, keys: Vec<CacheKey> },
     /// Drop a task.
@@ -97,7 +132,10 @@ impl<Op: Operation> Graph<Op> {
     pub(crate) fn step(&mut self, event: Event<Op>) -> Vec<Effect<Op>> {
         match event {
             Event::Open { job, data, journal } => {
-                self.jobs.insert(job, JobState { data, journal, nodes: BTreeSet::new(), imports: Vec::new() });
+                self.jobs.insert(
+                    job,
+                    JobState { data, journal, nodes: BTreeSet::new(), imports: Vec::new() },
+                );
             }
             Event::Close { job } => self.close(job),
             Event::Import { job, cache } => self.import(job, cache),
@@ -107,7 +145,9 @@ impl<Op: Operation> Graph<Op> {
                 // The receiver may be gone: then nobody wants to know.
                 let _ = answer.send(redone);
             }
-            Event::Request { request, job, vertex, output } => self.request(request, job, &vertex, output),
+            Event::Request { request, job, vertex, output } => {
+                self.request(request, job, &vertex, output)
+            }
             Event::Withdraw { request } => self.withdraw(request),
             Event::Mapped { task, node, result } => self.mapped(task, node, result),
             Event::Content { task, node, input, result } => self.content(task, node, input, result),
@@ -121,13 +161,31 @@ impl<Op: Operation> Graph<Op> {
 
     /// What a job's vertices came to.
     pub(crate) fn known_to(&self, job: JobNo) -> Vec<Known<Op>> {
-        let nodes = self.jobs.get(&job).into_iter().flat_map(|j| &j.nodes).filter_map(|no| self.nodes.get(no));
+        let nodes = self
+            .jobs
+            .get(&job)
+            .into_iter()
+            .flat_map(|j| &j.nodes)
+            .filter_map(|no| self.nodes.get(no));
         let done = |(output, edge): (&usize, &Edge<Op::Output>)| match &edge.phase {
             Phase::Done(done) => Some((*output, done.value.clone())),
             _ => None,
         };
-        let keys = |n: &Node<Op>| n.edges.values().flat_map(|e| e.phase.keys()).filter(|k| k.durable).map(|k| k.key).collect();
-        nodes.map(|n| Known { vertex: n.vertex.clone(), outputs: n.edges.iter().filter_map(done).collect(), keys: keys(n) }).collect()
+        let keys = |n: &Node<Op>| {
+            n.edges
+                .values()
+                .flat_map(|e| e.phase.keys())
+                .filter(|k| k.durable)
+                .map(|k| k.key)
+                .collect()
+        };
+        nodes
+            .map(|n| Known {
+                vertex: n.vertex.clone(),
+                outputs: n.edges.iter().filter_map(done).collect(),
+                keys: keys(n),
+            })
+            .collect()
     }
 
     /// Looks at everything that may have changed until nothing changes.
@@ -140,7 +198,10 @@ impl<Op: Operation> Graph<Op> {
                 self.tend(node);
             }
             for edge in std::mem::take(&mut self.forgotten) {
-                let Some(e) = self.edge_mut(edge).filter(|e| matches!(e.phase, Phase::Failed(..))) else { continue };
+                let Some(e) = self.edge_mut(edge).filter(|e| matches!(e.phase, Phase::Failed(..)))
+                else {
+                    continue;
+                };
                 if e.desired().is_none() {
                     e.phase = Phase::Open(Open::default());
                 } else {
@@ -157,7 +218,10 @@ impl<Op: Operation> Graph<Op> {
 
     fn request(&mut self, request: RequestNo, job: JobNo, vertex: &Arc<Vertex<Op>>, output: usize) {
         if !self.jobs.contains_key(&job) {
-            self.effects.push(Effect::Reply { request, result: Err(Fault::cancelled().context("the job has ended")) });
+            self.effects.push(Effect::Reply {
+                request,
+                result: Err(Fault::cancelled().context("the job has ended")),
+            });
             return;
         }
         let edge = self.load(vertex, output, job);
@@ -176,8 +240,11 @@ impl<Op: Operation> Graph<Op> {
     fn close(&mut self, job: JobNo) {
         let Some(state) = self.jobs.remove(&job) else { return };
         self.imports -= state.imports.len();
-        self.effects.extend(state.imports.iter().filter_map(|i| i.reading).map(|task| Effect::Cancel { task }));
-        let ended: Vec<RequestNo> = self.requests.iter().filter(|(_, r)| r.job == job).map(|(no, _)| *no).collect();
+        self.effects.extend(
+            state.imports.iter().filter_map(|i| i.reading).map(|task| Effect::Cancel { task }),
+        );
+        let ended: Vec<RequestNo> =
+            self.requests.iter().filter(|(_, r)| r.job == job).map(|(no, _)| *no).collect();
         for request in ended {
             self.withdraw(request);
             self.effects.push(Effect::Reply { request, result: Err(Fault::cancelled()) });
@@ -212,7 +279,8 @@ impl<Op: Operation> Graph<Op> {
     /// Takes a node out of the graph that no job holds.
     fn remove(&mut self, no: NodeNo) {
         let Some(node) = self.nodes.get(&no) else { return };
-        let edges: Vec<EdgeId> = node.edges.keys().map(|output| EdgeId { node: no, output: *output }).collect();
+        let edges: Vec<EdgeId> =
+            node.edges.keys().map(|output| EdgeId { node: no, output: *output }).collect();
         for edge in &edges {
             self.rest(*edge);
             self.notify(*edge);
@@ -221,9 +289,16 @@ impl<Op: Operation> Graph<Op> {
         let Some(node) = self.nodes.remove(&no) else { return };
         self.known.remove(&node.identity);
         self.owners.retain(|_, owner| owner.node != no);
-        let flights = [&node.map].into_iter().filter_map(|w| if let Work::Asked(f) = w { Some(*f) } else { None });
-        let flights: Vec<Flight> =
-            flights.chain(node.contents.iter().filter_map(|w| if let Work::Asked(f) = w { Some(*f) } else { None })).collect();
+        let flights = [&node.map]
+            .into_iter()
+            .filter_map(|w| if let Work::Asked(f) = w { Some(*f) } else { None });
+        let flights: Vec<Flight> = flights
+            .chain(
+                node.contents
+                    .iter()
+                    .filter_map(|w| if let Work::Asked(f) = w { Some(*f) } else { None }),
+            )
+            .collect();
         for flight in flights {
             self.effects.push(Effect::Cancel { task: flight.task });
         }
@@ -232,13 +307,18 @@ impl<Op: Operation> Graph<Op> {
             self.running -= usize::from(node.vertex.op.counts());
         }
         if node.told == Told::Started {
-            self.effects.push(Effect::Report { reporter: node.cx.reporter, what: Say::Completed(Some(Fault::cancelled().to_string())) });
+            self.effects.push(Effect::Report {
+                reporter: node.cx.reporter,
+                what: Say::Completed(Some(Fault::cancelled().to_string())),
+            });
         }
     }
 
-    /// Whether a failed task is to be tried again: it was cancelled after one of its jobs left, and others still want it.
+    /// Whether a failed task is to be tried again: it was cancelled after one of its jobs left, and
+    /// others still want it.
     fn try_again(&self, node: NodeNo, flight: Flight, fault: &Fault) -> bool {
-        fault.is_cancelled() && self.nodes.get(&node).is_some_and(|n| n.departures != flight.departures)
+        fault.is_cancelled()
+            && self.nodes.get(&node).is_some_and(|n| n.departures != flight.departures)
     }
 
     fn mapped(&mut self, task: TaskNo, no: NodeNo, result: Result<CacheMap>) {
@@ -246,7 +326,10 @@ impl<Op: Operation> Graph<Op> {
         let Work::Asked(flight) = node.map else { return };
         let result = result.and_then(|mut map| {
             if map.keys.is_empty() {
-                return Err(Fault::internal(format!("the operation of {} has no cache key", node.vertex.name)));
+                return Err(Fault::internal(format!(
+                    "the operation of {} has no cache key",
+                    node.vertex.name
+                )));
             }
             map.inputs.resize_with(node.vertex.inputs.len(), Default::default);
             Ok(map)
@@ -278,11 +361,17 @@ impl<Op: Operation> Graph<Op> {
                 *slot = Work::Known(content);
                 node.edges.values_mut().for_each(|e| e.foreign = None);
             }
-            Err(fault) if self.try_again(no, flight, &fault) || self.recover(no, flight.redone, &fault) => {}
+            Err(fault)
+                if self.try_again(no, flight, &fault)
+                    || self.recover(no, flight.redone, &fault) => {}
             Err(fault) => {
                 self.tell(no, Say::Completed(Some(fault.to_string())));
                 let fault = self.blame(no, fault);
-                self.fail_node(no, &fault, |phase| matches!(phase, Phase::Open(open) if open.settled >= Some(Level::Fast)));
+                self.fail_node(
+                    no,
+                    &fault,
+                    |phase| matches!(phase, Phase::Open(open) if open.settled >= Some(Level::Fast)),
+                );
                 if let Some(slot) = self.nodes.get_mut(&no).and_then(|n| n.contents.get_mut(input))
                     && !fault.is_cancelled()
                 {
@@ -308,7 +397,9 @@ impl<Op: Operation> Graph<Op> {
                 self.tell(no, Say::Completed(None));
             }
             Err(fault) if self.try_again(no, flight, &fault) => {}
-            Err(fault) if self.recover(no, flight.redone, &fault) => self.tell(no, Say::Completed(None)),
+            Err(fault) if self.recover(no, flight.redone, &fault) => {
+                self.tell(no, Say::Completed(None))
+            }
             Err(fault) => {
                 self.tell(no, Say::Completed(Some(fault.to_string())));
                 let fault = self.blame(no, fault);
@@ -337,7 +428,8 @@ impl<Op: Operation> Graph<Op> {
 
     /// Marks all edges of a node for another look.
     pub(crate) fn dirty_node(&mut self, no: NodeNo) {
-        let outputs: Vec<usize> = self.nodes.get(&no).map(|n| n.edges.keys().copied().collect()).unwrap_or_default();
+        let outputs: Vec<usize> =
+            self.nodes.get(&no).map(|n| n.edges.keys().copied().collect()).unwrap_or_default();
         self.dirty.nodes.insert(no);
         for output in outputs {
             self.dirty.push(EdgeId { node: no, output });
@@ -365,10 +457,13 @@ impl<Op: Operation> Graph<Op> {
     pub(crate) fn tell_inputs_cached(&mut self, no: NodeNo) {
         let mut stack = vec![no];
         while let Some(no) = stack.pop() {
-            let inputs: Vec<EdgeId> = self.nodes.get(&no).map(|n| n.identity.inputs.clone()).unwrap_or_default();
+            let inputs: Vec<EdgeId> =
+                self.nodes.get(&no).map(|n| n.identity.inputs.clone()).unwrap_or_default();
             for input in inputs {
                 let Some(node) = self.nodes.get(&input.node) else { continue };
-                let busy = node.edges.values().any(|e| e.desired() == Some(Level::Result) && !matches!(e.phase, Phase::Done(_)));
+                let busy = node.edges.values().any(|e| {
+                    e.desired() == Some(Level::Result) && !matches!(e.phase, Phase::Done(_))
+                });
                 if node.told == Told::Nothing && !busy {
                     self.tell(input.node, Say::Cached);
                     stack.push(input.node);

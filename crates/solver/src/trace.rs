@@ -1,7 +1,8 @@
 //! Text traces of the state machine: what happens on lines with `>`, what it asks for below.
 
 use crate::{
-    CacheKey, CacheMap, Completion, ImportedCache, InputMap, JobId, OpContext, Operation, Vertex, VertexId,
+    CacheKey, CacheMap, Completion, ImportedCache, InputMap, JobId, OpContext, Operation, Vertex,
+    VertexId,
     graph::{EdgeId, Graph, JobNo, NodeNo, RequestNo, TaskNo},
     keys::{Candidates, InputKeys, Key},
     step::{Answer, Effect, Event, Say},
@@ -15,7 +16,8 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-/// A vertex of a trace: `name: input* [flags]`, an input is `name` or `~name` (content matters) or `name.1` (its second output).
+/// A vertex of a trace: `name: input* [flags]`, an input is `name` or `~name` (content matters) or
+/// `name.1` (its second output).
 struct Named {
     map: CacheMap,
     counts: bool,
@@ -78,7 +80,11 @@ enum Pending {
 impl Pending {
     fn task(&self) -> TaskNo {
         match self {
-            Self::Map(t, ..) | Self::Content(t, ..) | Self::Probe(t, ..) | Self::Run(t, ..) | Self::Save(t, ..) => *t,
+            Self::Map(t, ..)
+            | Self::Content(t, ..)
+            | Self::Probe(t, ..)
+            | Self::Run(t, ..)
+            | Self::Save(t, ..) => *t,
             Self::Read(t, ..) | Self::Fetch(t, ..) => *t,
         }
     }
@@ -98,7 +104,10 @@ impl Lab {
         let mut vertices: BTreeMap<String, Arc<Vertex<Named>>> = BTreeMap::new();
         for line in graph.lines().map(str::trim).filter(|l| !l.is_empty()) {
             let (name, rest) = line.split_once(':').expect("name: inputs");
-            let mut map = CacheMap { keys: vec![Digest::of(name.trim_end_matches('\''))], ..CacheMap::default() };
+            let mut map = CacheMap {
+                keys: vec![Digest::of(name.trim_end_matches('\''))],
+                ..CacheMap::default()
+            };
             let (mut inputs, mut ignore_cache, mut counts) = (Vec::new(), false, true);
             for word in rest.split_whitespace() {
                 match word {
@@ -107,7 +116,10 @@ impl Lab {
                     "!free" => counts = false,
                     _ => {
                         let content = word.starts_with('~');
-                        let (input, output) = word.trim_start_matches('~').split_once('.').unwrap_or((word.trim_start_matches('~'), "0"));
+                        let (input, output) = word
+                            .trim_start_matches('~')
+                            .split_once('.')
+                            .unwrap_or((word.trim_start_matches('~'), "0"));
                         map.inputs.push(InputMap { selector: None, content });
                         inputs.push((vertices[input].clone(), output.parse().expect("an output")));
                     }
@@ -115,7 +127,10 @@ impl Lab {
             }
             let id = VertexId { digest: Digest::of(name), ignore_cache, variant: 0 };
             let op = Arc::new(Named { map, counts });
-            vertices.insert(name.into(), Arc::new(Vertex { id, name: name.into(), group: None, inputs, op }));
+            vertices.insert(
+                name.into(),
+                Arc::new(Vertex { id, name: name.into(), group: None, inputs, op }),
+            );
         }
         let mut lab = Self {
             graph: Graph::new(max_parallel),
@@ -133,10 +148,15 @@ impl Lab {
 
     /// The key of a vertex by definition; `name(key)` is its key over inputs that have that key.
     fn key(&self, name: &str) -> CacheKey {
-        let (name, other) = name.trim_end_matches(')').split_once('(').map_or((name, None), |(name, other)| (name, Some(other)));
+        let (name, other) = name
+            .trim_end_matches(')')
+            .split_once('(')
+            .map_or((name, None), |(name, other)| (name, Some(other)));
         let vertex = &self.vertices[name];
         let input = |(v, _): &(Arc<Vertex<Named>>, usize)| InputKeys {
-            keys: vec![Key::stored(other.map_or_else(|| self.key(&v.name), |other| CacheKey(Digest::of(other))))],
+            keys: vec![Key::stored(
+                other.map_or_else(|| self.key(&v.name), |other| CacheKey(Digest::of(other))),
+            )],
             content: None,
         };
         let inputs: Vec<InputKeys> = vertex.inputs.iter().map(input).collect();
@@ -161,28 +181,44 @@ impl Lab {
 
     fn effect(&mut self, effect: Effect<Named>) -> String {
         let (line, pending) = match effect {
-            Effect::Map { task, node, vertex, .. } => (format!("map {}", vertex.name), Pending::Map(task, node, vertex)),
+            Effect::Map { task, node, vertex, .. } => {
+                (format!("map {}", vertex.name), Pending::Map(task, node, vertex))
+            }
             Effect::Content { task, node, vertex, input, .. } => {
                 (format!("content {} {input}", vertex.name), Pending::Content(task, node, input))
             }
-            Effect::Probe { task, edge, load, .. } => {
-                (format!("{} {}", if load { "load" } else { "look" }, self.edge(edge)), Pending::Probe(task, edge))
-            }
+            Effect::Probe { task, edge, load, .. } => (
+                format!("{} {}", if load { "load" } else { "look" }, self.edge(edge)),
+                Pending::Probe(task, edge),
+            ),
             Effect::Run { task, node, vertex, inputs, .. } => {
                 let line = format!("run {}", vertex.name);
                 self.pending.insert(line.clone(), Pending::Run(task, node));
                 return format!("{line} <- [{}]", inputs.join(" "));
             }
             Effect::Read { task, job, cache } => {
-                let name = self.elsewhere.values().find(|e| Arc::as_ptr(e).cast::<()>() == Arc::as_ptr(&cache).cast()).expect("a cache");
+                let name = self
+                    .elsewhere
+                    .values()
+                    .find(|e| Arc::as_ptr(e).cast::<()>() == Arc::as_ptr(&cache).cast())
+                    .expect("a cache");
                 (format!("read {}", name.name), Pending::Read(task, job))
             }
-            Effect::Fetch { task, edge, keys, .. } => (format!("fetch {}", self.edge(edge)), Pending::Fetch(task, edge, keys)),
+            Effect::Fetch { task, edge, keys, .. } => {
+                (format!("fetch {}", self.edge(edge)), Pending::Fetch(task, edge, keys))
+            }
             Effect::Forget { value } => return format!("forget {value}"),
-            Effect::Save { task, edge, strong, .. } => (format!("save {}", self.edge(edge)), Pending::Save(task, edge, strong[0])),
+            Effect::Save { task, edge, strong, .. } => {
+                (format!("save {}", self.edge(edge)), Pending::Save(task, edge, strong[0]))
+            }
             Effect::Alias { keys, .. } => return format!("alias {}", keys.len()),
             Effect::Cancel { task } => {
-                let name = self.pending.iter().find(|(_, p)| p.task() == task).map(|(n, _)| n.clone()).expect("a task to cancel");
+                let name = self
+                    .pending
+                    .iter()
+                    .find(|(_, p)| p.task() == task)
+                    .map(|(n, _)| n.clone())
+                    .expect("a task to cancel");
                 self.pending.remove(&name);
                 return format!("cancel {name}");
             }
@@ -197,7 +233,9 @@ impl Lab {
             Effect::Reply { request, result } => {
                 return match result {
                     Ok((value, Completion::Ran)) => format!("reply {}: ran {value}", request.0),
-                    Ok((value, Completion::Cached)) => format!("reply {}: cached {value}", request.0),
+                    Ok((value, Completion::Cached)) => {
+                        format!("reply {}: cached {value}", request.0)
+                    }
                     Err(fault) => format!("reply {}: error {fault}", request.0),
                 };
             }
@@ -206,48 +244,71 @@ impl Lab {
         line
     }
 
-    /// Lets one thing happen:
-    /// `request <no> <job> <edge>`, `withdraw <no>`, `close <job>`, or the end of a task by the words it was asked for with, and its result after `=`.
+    /// Lets one thing happen: `request <no> <job> <edge>`, `withdraw <no>`, `close <job>`, or the
+    /// end of a task by the words it was asked for with, and its result after `=`.
     fn happen(&mut self, line: &str) {
-        let (what, result) = line.split_once('=').map_or((line.trim(), ""), |(w, r)| (w.trim(), r.trim()));
+        let (what, result) =
+            line.split_once('=').map_or((line.trim(), ""), |(w, r)| (w.trim(), r.trim()));
         let words: Vec<&str> = what.split_whitespace().collect();
         let number = |word: &str| word.parse::<u64>().expect("a number");
         let event = match &words[..] {
             ["request", no, job, edge] => {
                 let (name, output) = edge.split_once('.').unwrap_or((edge, "0"));
                 let vertex = self.vertices[name].clone();
-                Event::Request { request: RequestNo(number(no)), job: JobNo(number(job)), vertex, output: number(output) as usize }
+                Event::Request {
+                    request: RequestNo(number(no)),
+                    job: JobNo(number(job)),
+                    vertex,
+                    output: number(output) as usize,
+                }
             }
             ["import", job, name] => {
-                let cache = Arc::new(Elsewhere { name: (*name).to_owned(), ..Elsewhere::default() });
+                let cache =
+                    Arc::new(Elsewhere { name: (*name).to_owned(), ..Elsewhere::default() });
                 self.elsewhere.insert((*name).to_owned(), cache.clone());
                 Event::Import { job: JobNo(number(job)), cache }
             }
             ["lost", job, name] => {
                 let (answer, mut redone) = tokio::sync::oneshot::channel();
-                let (vertex, fault) = (self.vertices[*name].clone(), Fault::not_found(result.to_owned()));
-                self.step(Event::Lost { job: JobNo(number(job)), vertex, output: 0, fault, answer });
+                let (vertex, fault) =
+                    (self.vertices[*name].clone(), Fault::not_found(result.to_owned()));
+                self.step(Event::Lost {
+                    job: JobNo(number(job)),
+                    vertex,
+                    output: 0,
+                    fault,
+                    answer,
+                });
                 self.out.push(format!("again: {}", redone.try_recv().expect("an answer")));
                 return;
             }
             ["withdraw", no] => Event::Withdraw { request: RequestNo(number(no)) },
             ["close", job] => Event::Close { job: JobNo(number(job)) },
             _ => {
-                let pending = self.pending.remove(what).unwrap_or_else(|| panic!("{what:?} was not asked for"));
+                let pending = self
+                    .pending
+                    .remove(what)
+                    .unwrap_or_else(|| panic!("{what:?} was not asked for"));
                 let fault = match result {
                     "cancelled" => Some(Fault::cancelled()),
                     r => r.strip_prefix("error ").map(|text| Fault::unknown(text.to_owned())),
                 };
                 let outcome = |value| fault.map_or(Ok(value), Err);
                 match pending {
-                    Pending::Map(task, node, vertex) => Event::Mapped { task, node, result: outcome(()).map(|()| vertex.op.map.clone()) },
+                    Pending::Map(task, node, vertex) => Event::Mapped {
+                        task,
+                        node,
+                        result: outcome(()).map(|()| vertex.op.map.clone()),
+                    },
                     Pending::Content(task, node, input) => {
                         let content = (!result.is_empty()).then(|| Digest::of(result));
                         Event::Content { task, node, input, result: outcome(()).map(|()| content) }
                     }
                     Pending::Probe(task, edge) => {
                         let answer = match result.split_once(' ') {
-                            Some(("hit", value)) => Answer::Hit(CacheKey(Digest::of(value)), value.into()),
+                            Some(("hit", value)) => {
+                                Answer::Hit(CacheKey(Digest::of(value)), value.into())
+                            }
                             Some(("known", key)) => Answer::Miss(vec![CacheKey(Digest::of(key))]),
                             _ => Answer::Miss(Vec::new()),
                         };
@@ -257,13 +318,17 @@ impl Lab {
                         let values = result.split_whitespace().map(String::from).collect();
                         Event::Ran { task, node, result: outcome(()).map(|()| values) }
                     }
-                    Pending::Save(task, edge, key) => Event::Saved { task, edge, primary: Some(key) },
+                    Pending::Save(task, edge, key) => {
+                        Event::Saved { task, edge, primary: Some(key) }
+                    }
                     // `name` has a result, `name>key` is only known, as `key`.
                     Pending::Read(task, job) => {
                         let cache = &self.elsewhere[words[1]];
                         for word in result.split_whitespace() {
                             let known = match word.split_once('>') {
-                                Some((name, primary)) => (self.key(name), (CacheKey(Digest::of(primary)), false)),
+                                Some((name, primary)) => {
+                                    (self.key(name), (CacheKey(Digest::of(primary)), false))
+                                }
                                 None => (self.key(word), (self.key(word), true)),
                             };
                             cache.known.lock().expect("unpoisoned").insert(known.0, known.1);
@@ -272,7 +337,9 @@ impl Lab {
                     }
                     Pending::Fetch(task, edge, keys) => {
                         let answer = match result.strip_prefix("hit ") {
-                            Some(value) => Answer::Imported(keys.first().copied(), value.to_owned()),
+                            Some(value) => {
+                                Answer::Imported(keys.first().copied(), value.to_owned())
+                            }
                             None => Answer::Miss(Vec::new()),
                         };
                         Event::Probed { task, edge, answer }
@@ -291,7 +358,8 @@ fn indent(text: &str) -> String {
     })
 }
 
-/// Runs the lines of `trace` that begin with `>` and compares everything that is asked for with the lines between them.
+/// Runs the lines of `trace` that begin with `>` and compares everything that is asked for with the
+/// lines between them.
 #[track_caller]
 fn check_limited(graph: &str, max_parallel: Option<usize>, trace: &str) {
     let mut lab = Lab::new(graph, max_parallel);

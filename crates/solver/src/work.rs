@@ -1,19 +1,26 @@
-//! How a vertex's work is done: claimed by one edge, run in its turn, stored, and given up when nobody wants it.
+//! How a vertex's work is done: claimed by one edge, run in its turn, stored, and given up when
+//! nobody wants it.
 
 use crate::{
     CacheKey, Operation, RecordMeta,
-    graph::{Done, EdgeId, From, Graph, JobNo, Level, NodeNo, Open, Phase, Probe, Run, Saving, TaskNo, Told, Wanter, Work},
+    graph::{
+        Done, EdgeId, From, Graph, JobNo, Level, NodeNo, Open, Phase, Probe, Run, Saving, TaskNo,
+        Told, Wanter, Work,
+    },
     keys::{Candidates, Key},
     step::{Effect, Say},
 };
 use shipway_fault::Fault;
 
 impl<Op: Operation> Graph<Op> {
-    /// Everything the edge needs is there and the store has no result: the vertex must run, unless another edge does, or did, the same work.
+    /// Everything the edge needs is there and the store has no result: the vertex must run, unless
+    /// another edge does, or did, the same work.
     pub(crate) fn claim(&mut self, id: EdgeId, open: Open) -> Phase<Op::Output> {
         let keys: Vec<Key> = open.candidates.strong.iter().filter(|k| !k.fresh).copied().collect();
         for key in &keys {
-            let Some(owner) = self.owners.get(&key.key.0).copied().filter(|o| *o != id) else { continue };
+            let Some(owner) = self.owners.get(&key.key.0).copied().filter(|o| *o != id) else {
+                continue;
+            };
             match self.edge(owner).map(|e| &e.phase) {
                 Some(Phase::Done(done)) => {
                     let (value, keys) = (done.value.clone(), done.keys.clone());
@@ -35,14 +42,23 @@ impl<Op: Operation> Graph<Op> {
 
     /// Lets the jobs of `id` hold the vertex whose result it will take, and hear of it.
     fn lend(&mut self, id: EdgeId, owner: EdgeId) {
-        let jobs: Vec<JobNo> =
-            self.nodes.get(&id.node).map(|n| n.holders.edit(|h| h.iter().map(|(j, _)| *j).collect())).unwrap_or_default();
+        let jobs: Vec<JobNo> = self
+            .nodes
+            .get(&id.node)
+            .map(|n| n.holders.edit(|h| h.iter().map(|(j, _)| *j).collect()))
+            .unwrap_or_default();
         for job in jobs {
             self.hold(owner.node, job);
         }
     }
 
-    pub(crate) fn follow(&mut self, id: EdgeId, open: Open, target: EdgeId, desired: Option<Level>) -> Phase<Op::Output> {
+    pub(crate) fn follow(
+        &mut self,
+        id: EdgeId,
+        open: Open,
+        target: EdgeId,
+        desired: Option<Level>,
+    ) -> Phase<Op::Output> {
         match self.edge(target).map(|e| &e.phase) {
             _ if desired != Some(Level::Result) => {}
             Some(Phase::Done(done)) => {
@@ -58,7 +74,13 @@ impl<Op: Operation> Graph<Op> {
     }
 
     /// Takes the result of another edge that did the same work.
-    fn adopt(&mut self, id: EdgeId, open: Open, value: Op::Output, keys: Vec<Key>) -> Phase<Op::Output> {
+    fn adopt(
+        &mut self,
+        id: EdgeId,
+        open: Open,
+        value: Op::Output,
+        keys: Vec<Key>,
+    ) -> Phase<Op::Output> {
         if let Some(primary) = keys.first().filter(|k| k.durable) {
             self.alias(primary.key, &open.candidates);
         }
@@ -70,13 +92,19 @@ impl<Op: Operation> Graph<Op> {
 
     /// Lets the other durable keys lead to `primary`, too.
     fn alias(&mut self, primary: CacheKey, candidates: &Candidates) {
-        let keys: Vec<CacheKey> = candidates.all().filter(|k| k.durable && k.key != primary).map(|k| k.key).collect();
+        let keys: Vec<CacheKey> =
+            candidates.all().filter(|k| k.durable && k.key != primary).map(|k| k.key).collect();
         if !keys.is_empty() {
             self.effects.push(Effect::Alias { primary, keys });
         }
     }
 
-    pub(crate) fn claimed(&mut self, id: EdgeId, open: Open, desired: Option<Level>) -> Phase<Op::Output> {
+    pub(crate) fn claimed(
+        &mut self,
+        id: EdgeId,
+        open: Open,
+        desired: Option<Level>,
+    ) -> Phase<Op::Output> {
         if desired != Some(Level::Result) {
             self.release(id);
             return self.look(id, open, desired);
@@ -119,7 +147,9 @@ impl<Op: Operation> Graph<Op> {
     }
 
     fn save(&mut self, id: EdgeId, open: Open, value: Op::Output) -> Phase<Op::Output> {
-        let durable = |keys: &[Key]| -> Vec<CacheKey> { keys.iter().filter(|k| k.durable).map(|k| k.key).collect() };
+        let durable = |keys: &[Key]| -> Vec<CacheKey> {
+            keys.iter().filter(|k| k.durable).map(|k| k.key).collect()
+        };
         let (strong, weak) = (durable(&open.candidates.strong), durable(&open.candidates.weak));
         if strong.is_empty() {
             let keys = open.candidates.published();
@@ -127,7 +157,14 @@ impl<Op: Operation> Graph<Op> {
         }
         let meta = self.meta(id);
         let task = self.task();
-        self.effects.push(Effect::Save { task, edge: id, strong, weak, value: value.clone(), meta });
+        self.effects.push(Effect::Save {
+            task,
+            edge: id,
+            strong,
+            weak,
+            value: value.clone(),
+            meta,
+        });
         Phase::Saving(Saving { task, value, candidates: open.candidates })
     }
 
@@ -141,7 +178,13 @@ impl<Op: Operation> Graph<Op> {
         RecordMeta {
             op_keys: map.keys.clone(),
             output: id.output,
-            inputs: node.identity.inputs.iter().zip(&map.inputs).map(|(input, m)| (keys(input), m.selector)).collect(),
+            inputs: node
+                .identity
+                .inputs
+                .iter()
+                .zip(&map.inputs)
+                .map(|(input, m)| (keys(input), m.selector))
+                .collect(),
             description: node.vertex.name.clone(),
             imported: false,
         }
@@ -155,7 +198,11 @@ impl<Op: Operation> Graph<Op> {
             return;
         }
         let keys = match primary {
-            Some(key) => vec![Key { key, durable: true, fresh: saving.candidates.strong.iter().any(|k| k.fresh) }],
+            Some(key) => vec![Key {
+                key,
+                durable: true,
+                fresh: saving.candidates.strong.iter().any(|k| k.fresh),
+            }],
             None => saving.candidates.published(),
         };
         let value = saving.value.clone();
@@ -166,15 +213,25 @@ impl<Op: Operation> Graph<Op> {
     }
 
     /// The store, or an imported cache, had the result.
-    pub(crate) fn hit(&mut self, id: EdgeId, probe: &Probe, primary: Option<CacheKey>, value: Op::Output, link: bool) {
+    pub(crate) fn hit(
+        &mut self,
+        id: EdgeId,
+        probe: &Probe,
+        primary: Option<CacheKey>,
+        value: Op::Output,
+        link: bool,
+    ) {
         let Some(edge) = self.edge_mut(id) else { return };
         let Phase::Open(open) = &mut edge.phase else { return };
         let open = std::mem::take(open);
         edge.foreign = None;
-        let keys = primary.map_or_else(|| open.candidates.published(), |primary| vec![Key::stored(primary)]);
+        let keys = primary
+            .map_or_else(|| open.candidates.published(), |primary| vec![Key::stored(primary)]);
         edge.phase = Phase::Done(Done { value, from: From::Cache, keys });
         // Weak keys lead to the latest result; they prove nothing of the strong ones.
-        if let Some(primary) = primary.filter(|_| link && probe.strong && open.candidates.all().count() > 1) {
+        if let Some(primary) =
+            primary.filter(|_| link && probe.strong && open.candidates.all().count() > 1)
+        {
             self.alias(primary, &open.candidates);
         }
         if self.nodes.get(&id.node).is_some_and(|n| n.told == Told::Nothing) {
@@ -186,7 +243,12 @@ impl<Op: Operation> Graph<Op> {
     }
 
     /// Fails the edges of a node in the phases that `which` names.
-    pub(crate) fn fail_node(&mut self, no: NodeNo, fault: &Fault, which: impl Fn(&Phase<Op::Output>) -> bool) {
+    pub(crate) fn fail_node(
+        &mut self,
+        no: NodeNo,
+        fault: &Fault,
+        which: impl Fn(&Phase<Op::Output>) -> bool,
+    ) {
         let Some(node) = self.nodes.get_mut(&no) else { return };
         let mut failed = Vec::new();
         for (output, edge) in &mut node.edges {
@@ -226,10 +288,15 @@ impl<Op: Operation> Graph<Op> {
         }
     }
 
-    /// Cancels what nobody wants any more of a node's work. Only at the end of a step: interest may come back within it.
+    /// Cancels what nobody wants any more of a node's work. Only at the end of a step: interest may
+    /// come back within it.
     pub(crate) fn tend(&mut self, no: NodeNo) {
         let Some(node) = self.nodes.get_mut(&no) else { return };
-        let open = |level: Level| node.edges.values().any(|e| matches!(e.phase, Phase::Open(_)) && e.desired() >= Some(level));
+        let open = |level: Level| {
+            node.edges
+                .values()
+                .any(|e| matches!(e.phase, Phase::Open(_)) && e.desired() >= Some(level))
+        };
         let (fast, slow) = (open(Level::Fast), open(Level::Slow));
         let claimed = node.edges.values().any(|e| matches!(e.phase, Phase::Claimed(_)));
         let mut cancelled = Vec::new();
@@ -290,7 +357,8 @@ impl<Op: Operation> Graph<Op> {
         };
         let inputs: Option<Vec<Op::Output>> = node.identity.inputs.iter().map(value).collect();
         let Some(inputs) = inputs else {
-            // Inputs went with the job that asked for them, and the vertex was kept for one that waits for its result.
+            // Inputs went with the job that asked for them, and the vertex was kept for one that
+            // waits for its result.
             if let Some(node) = self.nodes.get_mut(&no) {
                 node.run = Run::Idle;
             }

@@ -5,8 +5,8 @@ use shipway_fault::{Code, Detail, Fault, Result};
 use shipway_oci::Digest;
 use shipway_progress::{Event, Journal};
 use shipway_solver::{
-    CacheKey, CacheMap, CacheStore as _, Completion, ImportedCache, InputMap, Job, JobId, Limits, OpContext, Operation, Solver, Vertex,
-    VertexId, memory::MemoryStore,
+    CacheKey, CacheMap, CacheStore as _, Completion, ImportedCache, InputMap, Job, JobId, Limits,
+    OpContext, Operation, Solver, Vertex, VertexId, memory::MemoryStore,
 };
 use std::{
     sync::{
@@ -55,10 +55,19 @@ impl Operation for Op {
     type Job = &'static str;
 
     async fn cache_map(&self, _: &OpContext<&'static str>) -> Result<CacheMap> {
-        Ok(CacheMap { keys: vec![Digest::of(&self.key)], inputs: vec![InputMap::default(); 2], ephemeral: false })
+        Ok(CacheMap {
+            keys: vec![Digest::of(&self.key)],
+            inputs: vec![InputMap::default(); 2],
+            ephemeral: false,
+        })
     }
 
-    async fn content_key(&self, _: usize, _: &String, _: &OpContext<&'static str>) -> Result<Option<Digest>> {
+    async fn content_key(
+        &self,
+        _: usize,
+        _: &String,
+        _: &OpContext<&'static str>,
+    ) -> Result<Option<Digest>> {
         Ok(None)
     }
 
@@ -79,7 +88,13 @@ impl Operation for Op {
     }
 }
 
-fn vertex(lab: &Arc<Lab>, name: &str, key: &str, work: Work, inputs: &[&Arc<Vertex<Op>>]) -> Arc<Vertex<Op>> {
+fn vertex(
+    lab: &Arc<Lab>,
+    name: &str,
+    key: &str,
+    work: Work,
+    inputs: &[&Arc<Vertex<Op>>],
+) -> Arc<Vertex<Op>> {
     Arc::new(Vertex {
         id: VertexId { digest: Digest::of(name), ignore_cache: false, variant: 0 },
         name: name.into(),
@@ -152,7 +167,9 @@ async fn a_job_name_is_taken_while_the_job_lives() {
     let solver = solver();
     let one = job(&solver, "one");
     let taken = solver.job(JobId("one".into()), "other", Journal::new());
-    assert!(taken.is_err_and(|e| e.code() == Code::AlreadyExists && e.to_string().contains("job ID one exists")));
+    assert!(taken.is_err_and(
+        |e| e.code() == Code::AlreadyExists && e.to_string().contains("job ID one exists")
+    ));
     one.close();
     job(&solver, "one");
 }
@@ -171,7 +188,10 @@ async fn a_fault_names_its_vertex_once() {
 #[tokio::test]
 async fn a_panic_is_a_fault() {
     let (lab, solver) = (Arc::new(Lab::default()), solver());
-    let fault = job(&solver, "one").build(vertex(&lab, "a", "a", Work::Panic, &[]), 0).await.expect_err("it panics");
+    let fault = job(&solver, "one")
+        .build(vertex(&lab, "a", "a", Work::Panic, &[]), 0)
+        .await
+        .expect_err("it panics");
     assert_eq!(fault.code(), Code::Internal);
     assert!(fault.to_string().contains("a bug"));
 }
@@ -187,10 +207,15 @@ async fn a_second_build_tells_of_cached_vertices() {
     let two = solver.job(JobId("two".into()), "two", journal.clone()).expect("a free name");
     assert_eq!(two.build(b, 0).await.expect("a result"), (first, Completion::Cached));
     let told = journal.events().into_iter().filter_map(|e| match e {
-        Event::Vertex(v) if v.completed.is_some() => Some((v.name.clone(), v.cached, v.started == v.completed)),
+        Event::Vertex(v) if v.completed.is_some() => {
+            Some((v.name.clone(), v.cached, v.started == v.completed))
+        }
         _ => None,
     });
-    assert_eq!(told.collect::<Vec<_>>(), [("b".to_owned(), true, true), ("a".to_owned(), true, true)]);
+    assert_eq!(
+        told.collect::<Vec<_>>(),
+        [("b".to_owned(), true, true), ("a".to_owned(), true, true)]
+    );
     assert_eq!(lab.runs.load(Ordering::SeqCst), 2);
 }
 
@@ -201,7 +226,8 @@ async fn a_deep_graph_is_no_problem() {
     for i in 1..20_000 {
         top = vertex(&lab, &i.to_string(), &i.to_string(), Work::Join, &[&top, &top]);
     }
-    // The results double with every vertex; only the depth matters here, so the top is withdrawn once the bottom ran.
+    // The results double with every vertex; only the depth matters here, so the top is withdrawn
+    // once the bottom ran.
     let one = job(&solver, "one");
     let build = one.build(top.clone(), 0);
     tokio::select! {
@@ -248,7 +274,8 @@ async fn an_import_reaches_no_key_that_was_not_asked_for() {
     // The same step over another base, by somebody whose cache says that this base is the first
     // one.
     for name in keys.iter().copied() {
-        let other = vertex(&lab, &format!("other {name:?}"), &format!("other {name:?}"), Work::Join, &[]);
+        let other =
+            vertex(&lab, &format!("other {name:?}"), &format!("other {name:?}"), Work::Join, &[]);
         let step = vertex(&lab, &format!("step over {name:?}"), "step", Work::Join, &[&other]);
         let two = job(&solver, "two");
         two.import(Arc::new(Hostile { name: Some(name), ..Hostile::default() }));

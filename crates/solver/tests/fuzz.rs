@@ -1,4 +1,5 @@
-//! Random graphs, random caches, random failures and withdrawals: what the solver answers is what computing in order gives.
+//! Random graphs, random caches, random failures and withdrawals: what the solver answers is what
+//! computing in order gives.
 
 use async_trait::async_trait;
 use futures::FutureExt as _;
@@ -6,8 +7,8 @@ use shipway_fault::{Fault, Result};
 use shipway_oci::Digest;
 use shipway_progress::{Event, Journal};
 use shipway_solver::{
-    CacheKey, CacheMap, CacheStore as _, ImportedCache, InputMap, Job, JobId, Limits, OpContext, Operation, Solver, Vertex, VertexId,
-    memory::MemoryStore,
+    CacheKey, CacheMap, CacheStore as _, ImportedCache, InputMap, Job, JobId, Limits, OpContext,
+    Operation, Solver, Vertex, VertexId, memory::MemoryStore,
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -158,13 +159,31 @@ impl Operation for Op {
         if self.plan.ephemeral {
             keys = vec![Digest::of(format!("session {} {}", self.plan.name, self.round))];
         } else if self.plan.kind.is_multiple_of(2) {
-            keys.insert(0, Digest::of(format!("release {} of {} {}", self.round / 2, self.plan.kind, self.plan.carries)));
+            keys.insert(
+                0,
+                Digest::of(format!(
+                    "release {} of {} {}",
+                    self.round / 2,
+                    self.plan.kind,
+                    self.plan.carries
+                )),
+            );
         }
-        let input = |content: bool| InputMap { selector: content.then(|| Digest::of("narrow")), content };
-        Ok(CacheMap { keys, inputs: self.plan.inputs.iter().map(|i| input(i.2)).collect(), ephemeral: self.plan.ephemeral })
+        let input =
+            |content: bool| InputMap { selector: content.then(|| Digest::of("narrow")), content };
+        Ok(CacheMap {
+            keys,
+            inputs: self.plan.inputs.iter().map(|i| input(i.2)).collect(),
+            ephemeral: self.plan.ephemeral,
+        })
     }
 
-    async fn content_key(&self, _: usize, made: &Made, _: &OpContext<()>) -> Result<Option<Digest>> {
+    async fn content_key(
+        &self,
+        _: usize,
+        made: &Made,
+        _: &OpContext<()>,
+    ) -> Result<Option<Digest>> {
         tokio::task::yield_now().await;
         Ok(Some(Digest::of(format!("content {}", narrow(self.read(made)?)))))
     }
@@ -209,11 +228,21 @@ fn plans(dice: &mut Dice) -> Vec<Plan> {
             continue;
         }
         let wanted = if i == 0 { 0 } else { dice.roll(4) };
-        let inputs: Vec<_> = (0..wanted).map(|_| (dice.roll(i as u64) as usize, dice.roll(2) as usize, dice.chance(2))).collect();
+        let inputs: Vec<_> = (0..wanted)
+            .map(|_| (dice.roll(i as u64) as usize, dice.roll(2) as usize, dice.chance(2)))
+            .collect();
         let ephemeral = inputs.is_empty() && dice.chance(2);
         let carries = inputs.first().is_some_and(|(_, _, content)| !content) && dice.chance(4);
         let volatile = !carries && dice.chance(8);
-        plans.push(Plan { name: format!("v{i}"), kind: dice.roll(1000), inputs, ephemeral, volatile, carries, fails: false });
+        plans.push(Plan {
+            name: format!("v{i}"),
+            kind: dice.roll(1000),
+            inputs,
+            ephemeral,
+            volatile,
+            carries,
+            fails: false,
+        });
     }
     plans
 }
@@ -227,7 +256,13 @@ struct World {
 }
 
 impl World {
-    fn new(plans: &[Plan], round: u64, dice: &mut Dice, running: &Arc<AtomicUsize>, copies: &Arc<AtomicU64>) -> Self {
+    fn new(
+        plans: &[Plan],
+        round: u64,
+        dice: &mut Dice,
+        running: &Arc<AtomicUsize>,
+        copies: &Arc<AtomicU64>,
+    ) -> Self {
         let runs = Arc::<Mutex<BTreeMap<String, usize>>>::default();
         let losses = Arc::<AtomicUsize>::default();
         let mut vertices: Vec<Arc<Vertex<Op>>> = Vec::new();
@@ -242,10 +277,18 @@ impl World {
                 losses: losses.clone(),
             };
             vertices.push(Arc::new(Vertex {
-                id: VertexId { digest: Digest::of(format!("{plan:?}")), ignore_cache: plan.volatile, variant: 0 },
+                id: VertexId {
+                    digest: Digest::of(format!("{plan:?}")),
+                    ignore_cache: plan.volatile,
+                    variant: 0,
+                },
                 name: plan.name.clone(),
                 group: None,
-                inputs: plan.inputs.iter().map(|(i, output, _)| (vertices[*i].clone(), *output)).collect(),
+                inputs: plan
+                    .inputs
+                    .iter()
+                    .map(|(i, output, _)| (vertices[*i].clone(), *output))
+                    .collect(),
                 op: Arc::new(op),
             }));
         }
@@ -254,12 +297,14 @@ impl World {
 
     fn expected(&self, vertex: usize, output: usize) -> u64 {
         let plan = &self.plans[vertex];
-        let inputs: Vec<u64> = plan.inputs.iter().map(|(i, output, _)| self.expected(*i, *output)).collect();
+        let inputs: Vec<u64> =
+            plan.inputs.iter().map(|(i, output, _)| self.expected(*i, *output)).collect();
         value(plan, output, self.round, &inputs)
     }
 
     fn may_fail(&self, vertex: usize) -> bool {
-        self.plans[vertex].fails || self.plans[vertex].inputs.iter().any(|(i, ..)| self.may_fail(*i))
+        self.plans[vertex].fails
+            || self.plans[vertex].inputs.iter().any(|(i, ..)| self.may_fail(*i))
     }
 }
 
@@ -271,7 +316,10 @@ async fn ask(world: &World, job: &Job<Op>, vertex: usize, output: usize, patienc
                 return Ok(made.value);
             }
             world.losses.fetch_add(1, Ordering::SeqCst);
-            assert!(job.lost(world.vertices[vertex].clone(), output, gone(&made)).await, "v{vertex}.{output} cannot be made again");
+            assert!(
+                job.lost(world.vertices[vertex].clone(), output, gone(&made)).await,
+                "v{vertex}.{output} cannot be made again"
+            );
         }
     };
     let answer: Option<Result<u64>> = match patience {
@@ -312,11 +360,14 @@ fn check_journal(journal: &Journal) {
 async fn run_case(seed: u64) -> (usize, usize) {
     let mut dice = Dice(seed);
     let mut plans = plans(&mut dice);
-    let (store, elsewhere) = (Arc::new(MemoryStore::<Made>::default()), Arc::new(MemoryStore::<Made>::default()));
+    let (store, elsewhere) =
+        (Arc::new(MemoryStore::<Made>::default()), Arc::new(MemoryStore::<Made>::default()));
     let (given, mut lost) = (Arc::<AtomicUsize>::default(), 0);
     let (running, copies) = (Arc::<AtomicUsize>::default(), Arc::<AtomicU64>::default());
-    let solver: Solver<Op> = Solver::new(store.clone(), Limits { max_parallel: Some(MAX_PARALLEL) });
-    let other: Solver<Op> = Solver::new(elsewhere.clone(), Limits { max_parallel: Some(MAX_PARALLEL) });
+    let solver: Solver<Op> =
+        Solver::new(store.clone(), Limits { max_parallel: Some(MAX_PARALLEL) });
+    let other: Solver<Op> =
+        Solver::new(elsewhere.clone(), Limits { max_parallel: Some(MAX_PARALLEL) });
     for round in 0..4 {
         let calm = dice.chance(2);
         for plan in &mut plans {
@@ -330,15 +381,25 @@ async fn run_case(seed: u64) -> (usize, usize) {
         if dice.chance(3) {
             // The other machine builds something of it first.
             let theirs = World::new(&plans, round, &mut dice, &running, &copies);
-            let job = other.job(JobId(format!("of round {round}")), (), Journal::new()).expect("the name is free");
+            let job = other
+                .job(JobId(format!("of round {round}")), (), Journal::new())
+                .expect("the name is free");
             ask(&theirs, &job, dice.roll(plans.len() as u64) as usize, 0, None).await;
         }
         let jobs: Vec<Job<Op>> = (0..3)
-            .map(|n| solver.job(JobId(format!("job {n} of round {round}")), (), journal.clone()).expect("the name is free"))
+            .map(|n| {
+                solver
+                    .job(JobId(format!("job {n} of round {round}")), (), journal.clone())
+                    .expect("the name is free")
+            })
             .collect();
         for job in &jobs {
             if dice.chance(3) {
-                job.import(Arc::new(Elsewhere { store: elsewhere.clone(), delay: dice.roll(30), given: given.clone() }));
+                job.import(Arc::new(Elsewhere {
+                    store: elsewhere.clone(),
+                    delay: dice.roll(30),
+                    given: given.clone(),
+                }));
             }
         }
         let mut asked = Vec::new();
@@ -382,7 +443,11 @@ async fn run_case(seed: u64) -> (usize, usize) {
 
 #[test]
 fn the_solver_agrees_with_computing_in_order() {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().expect("a runtime");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .expect("a runtime");
     let (first, count) = match std::env::var("SHIPWAY_FUZZ_SEED") {
         Ok(seed) => (seed.parse().expect("a number"), 1),
         Err(_) => (0, 1000),
@@ -390,12 +455,21 @@ fn the_solver_agrees_with_computing_in_order() {
     let (mut given, mut lost) = (0, 0);
     for seed in first..first + count {
         let case = async {
-            // Time is virtual and moves only when nothing can run: a deadline that passes is a deadlock.
-            tokio::time::timeout(std::time::Duration::from_secs(60), run_case(seed)).await.expect("no deadlock")
+            // Time is virtual and moves only when nothing can run: a deadline that passes is a
+            // deadlock.
+            tokio::time::timeout(std::time::Duration::from_secs(60), run_case(seed))
+                .await
+                .expect("no deadlock")
         };
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.block_on(case)));
-        let Ok((by_imports, gone)) = result else { panic!("seed {seed} fails: set SHIPWAY_FUZZ_SEED={seed}") };
+        let result =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.block_on(case)));
+        let Ok((by_imports, gone)) = result else {
+            panic!("seed {seed} fails: set SHIPWAY_FUZZ_SEED={seed}")
+        };
         (given, lost) = (given + by_imports, lost + gone);
     }
-    assert!(count == 1 || (given > 100 && lost > 100), "imports gave {given} results, and {lost} were lost");
+    assert!(
+        count == 1 || (given > 100 && lost > 100),
+        "imports gave {given} results, and {lost} were lost"
+    );
 }

@@ -1,5 +1,5 @@
-//! `docker-image+blob://` and `oci-layout+blob://`: one blob by its digest, as one file (row `src.blob`); and where such a blob is, for others who
-//! read one.
+//! `docker-image+blob://` and `oci-layout+blob://`: one blob by its digest, as one file (row
+//! `src.blob`); and where such a blob is, for others who read one.
 
 use crate::{
     Pin, SourceSpec,
@@ -26,7 +26,8 @@ pub(crate) struct BlobAt {
 }
 
 impl BlobAt {
-    /// Reads `<scheme>://<name>@<digest>`; the store of a client is an attribute of `spec`, or called like the place. The error is the reason alone.
+    /// Reads `<scheme>://<name>@<digest>`; the store of a client is an attribute of `spec`, or
+    /// called like the place. The error is the reason alone.
     pub(crate) fn parse(locator: &str, spec: &SourceSpec) -> Result<Self, String> {
         let (scheme, body) = locator.split_once("://").ok_or("missing scheme")?;
         let name: ImageName = body.parse().map_err(|e| format!("{e}"))?;
@@ -38,14 +39,22 @@ impl BlobAt {
                 let named = || body.split('@').next().unwrap_or_default().to_owned();
                 Some((attr("oci.store").unwrap_or_else(named), attr("oci.session")))
             }
-            _ => return Err(format!("scheme {scheme:?} is not supported; expected \"docker-image+blob\" or \"oci-layout+blob\"")),
+            _ => {
+                return Err(format!(
+                    "scheme {scheme:?} is not supported; expected \"docker-image+blob\" or \"oci-layout+blob\""
+                ));
+            }
         };
         Ok(Self { name, digest, store })
     }
 
     async fn open(&self, peers: &dyn Peers, registry: &Registry) -> Result<Box<dyn BlobStream>> {
         let remote: Box<dyn Remote> = match &self.store {
-            None => Box::new(RegistryRemote(registry.repository(&self.name, peers.credentials(), Mode::Pull))),
+            None => Box::new(RegistryRemote(registry.repository(
+                &self.name,
+                peers.credentials(),
+                Mode::Pull,
+            ))),
             Some((store, session)) => {
                 let store = peers.client_store(session.as_deref(), &format!("oci:{store}")).await?;
                 Box::new(ClientRemote { store, name: self.name.to_string() })
@@ -55,15 +64,27 @@ impl BlobAt {
         remote.open(&Descriptor::new("application/octet-stream", self.digest, size)).await
     }
 
-    /// Writes it to the new file `name` in `dir`. The place is not trusted: it gives no more bytes than it told, and they have to be those of the digest.
-    pub(crate) async fn save(&self, dir: &Path, name: &str, shape: &Shape, peers: &dyn Peers, registry: &Registry) -> Result<()> {
+    /// Writes it to the new file `name` in `dir`. The place is not trusted: it gives no more bytes
+    /// than it told, and they have to be those of the digest.
+    pub(crate) async fn save(
+        &self,
+        dir: &Path,
+        name: &str,
+        shape: &Shape,
+        peers: &dyn Peers,
+        registry: &Registry,
+    ) -> Result<()> {
         let mut pieces = self.open(peers, registry).await?;
         let mut target = file::create(dir, name, false).await?;
         while let Some(piece) = pieces.next().await? {
             target.write(piece).await?;
         }
         let (expected, got) = (self.digest, target.finish(shape, None).await?);
-        if got == expected { Ok(()) } else { Err(Fault::invalid(format!("expected checksum to match {expected}, got {got}"))) }
+        if got == expected {
+            Ok(())
+        } else {
+            Err(Fault::invalid(format!("expected checksum to match {expected}, got {got}")))
+        }
     }
 }
 
@@ -91,13 +112,18 @@ struct BlobKey<'a> {
 
 impl BlobSpec {
     pub(crate) fn parse(spec: &SourceSpec) -> Result<Self> {
-        let wrong = |why: &str| Fault::invalid(format!("failed to parse blob {:?}: {why}", spec.identifier));
+        let wrong = |why: &str| {
+            Fault::invalid(format!("failed to parse blob {:?}: {why}", spec.identifier))
+        };
         let at = BlobAt::parse(&spec.identifier, spec).map_err(|why| wrong(&why))?;
         let (mut shape, mut record_type) = (Shape::default(), RecordType::Regular);
         for (key, value) in &spec.attrs {
             if key == "image.recordtype" && !value.is_empty() {
-                let known = value.parse().ok().filter(|t| matches!(t, RecordType::Regular | RecordType::Internal | RecordType::Frontend));
-                record_type = known.ok_or_else(|| wrong(&format!("invalid record type {value}")))?;
+                let known = value.parse().ok().filter(|t| {
+                    matches!(t, RecordType::Regular | RecordType::Internal | RecordType::Frontend)
+                });
+                record_type =
+                    known.ok_or_else(|| wrong(&format!("invalid record type {value}")))?;
             } else {
                 shape.take(key, value)?;
             }
@@ -106,7 +132,11 @@ impl BlobSpec {
     }
 
     fn filename(&self) -> String {
-        if self.shape.filename.is_empty() { self.at.digest.hex().to_string() } else { file::safe(&self.shape.filename) }
+        if self.shape.filename.is_empty() {
+            self.at.digest.hex().to_string()
+        } else {
+            file::safe(&self.shape.filename)
+        }
     }
 }
 
@@ -115,7 +145,12 @@ impl Blobs {
         let blob = BlobSpec::parse(spec)?;
         let Shape { perm, uid, gid, .. } = blob.shape;
         let key = BlobKey { digest: blob.at.digest, filename: &blob.filename(), perm, uid, gid };
-        Ok(Pin { keys: vec![keys::digest("blob", &key)], ephemeral: false, digest: Some(blob.at.digest.to_string()), stored: None })
+        Ok(Pin {
+            keys: vec![keys::digest("blob", &key)],
+            ephemeral: false,
+            digest: Some(blob.at.digest.to_string()),
+            stored: None,
+        })
     }
 
     pub(crate) async fn fetch(&self, spec: &SourceSpec, peers: &dyn Peers) -> Result<ImmutableRef> {
@@ -123,7 +158,8 @@ impl Blobs {
         let description = format!("blob {}", blob.at.name);
         let state = self.refs.mutable(None, &description, blob.record_type, None).await?;
         let mount = state.mount().await?;
-        let saved = blob.at.save(mount.path(), &blob.filename(), &blob.shape, peers, &self.registry).await;
+        let saved =
+            blob.at.save(mount.path(), &blob.filename(), &blob.shape, peers, &self.registry).await;
         saved.context(|| description.clone())?;
         mount.unmount().await?;
         state.commit(&description).await

@@ -1,4 +1,5 @@
-//! `git://`: a commit's files, through the git binary and a bare repository kept per remote (rows `src.git*`).
+//! `git://`: a commit's files, through the git binary and a bare repository kept per remote (rows
+//! `src.git*`).
 
 mod attrs;
 mod bundle;
@@ -71,7 +72,8 @@ impl Gits {
     ) -> Result<Pin> {
         let spec = GitSpec::parse(spec, locator)?;
         let tip = self.tip(&spec, peers, memo, reporter).await?;
-        // Whoever made the files that are cached under the key, this build wants to know who signed them.
+        // Whoever made the files that are cached under the key, this build wants to know who signed
+        // them.
         if spec.signed.is_some() {
             self.objects(&spec, &tip, peers, reporter).await?;
         }
@@ -85,7 +87,12 @@ impl Gits {
             commit_time: spec.commit_time,
             bundle: spec.bundle_name(),
         };
-        Ok(Pin { keys: vec![keys::digest("git", &key)], ephemeral: false, digest: Some(tip.sha), stored: None })
+        Ok(Pin {
+            keys: vec![keys::digest("git", &key)],
+            ephemeral: false,
+            digest: Some(tip.sha),
+            stored: None,
+        })
     }
 
     pub(crate) async fn fetch(
@@ -104,34 +111,59 @@ impl Gits {
             None => self.tip(&spec, peers, &SourceMemo::default(), reporter).await?,
         };
         let access = self.access(&spec, peers, reporter).await?;
-        let (tip, description) = (&tip, &*format!("git snapshot for {}#{}", spec.shown(), spec.reference));
+        let (tip, description) =
+            (&tip, &*format!("git snapshot for {}#{}", spec.shown(), spec.reference));
         let sha256 = tip.sha.len() == 64;
-        let made = self.in_repository(&spec, &access, sha256, |repo| async move { self.check_out(&repo, tip, peers, description).await });
+        let made = self.in_repository(&spec, &access, sha256, |repo| async move {
+            self.check_out(&repo, tip, peers, description).await
+        });
         made.await
     }
 
     /// The commit and the annotated tag, with the signature that is asked for.
-    async fn objects(&self, spec: &GitSpec, tip: &Tip, peers: &dyn Peers, reporter: &Reporter) -> Result<Objects> {
+    async fn objects(
+        &self,
+        spec: &GitSpec,
+        tip: &Tip,
+        peers: &dyn Peers,
+        reporter: &Reporter,
+    ) -> Result<Objects> {
         let access = self.access(spec, peers, reporter).await?;
         let sha256 = tip.sha.len() == 64;
-        let read = self.in_repository(spec, &access, sha256, |repo| async move { self.bring_objects(&repo, tip, peers).await });
+        let read = self.in_repository(spec, &access, sha256, |repo| async move {
+            self.bring_objects(&repo, tip, peers).await
+        });
         read.await
     }
 
-    /// Brings `tip` into the repository, the tag itself included, and verifies the signature that is asked for.
-    async fn bring_objects(&self, repo: &Repo<'_>, tip: &Tip, peers: &dyn Peers) -> Result<Objects> {
+    /// Brings `tip` into the repository, the tag itself included, and verifies the signature that
+    /// is asked for.
+    async fn bring_objects(
+        &self,
+        repo: &Repo<'_>,
+        tip: &Tip,
+        peers: &dyn Peers,
+    ) -> Result<Objects> {
         match &repo.spec.bundle {
             Some(bundle) => repo.unbundle(&tip.sha, bundle, peers, &self.registry).await?,
             None => repo.fetch_object(tip, &tip.sha).await?,
         }
         let objects = repo.objects(tip).await?;
         if let Some(want) = &repo.spec.signed {
-            want.verify(&objects).await.context(|| format!("load {}#{}", repo.spec.shown(), repo.spec.reference))?;
+            want.verify(&objects)
+                .await
+                .context(|| format!("load {}#{}", repo.spec.shown(), repo.spec.reference))?;
         }
         Ok(objects)
     }
 
-    async fn check_out(&self, repo: &Repo<'_>, tip: &Tip, peers: &dyn Peers, description: &str) -> Result<ImmutableRef> {
+    async fn check_out(
+        &self,
+        repo: &Repo<'_>,
+        tip: &Tip,
+        peers: &dyn Peers,
+        description: &str,
+    ) -> Result<ImmutableRef> {
         match &repo.spec.bundle {
             // Once more, for the tip may be another than the one that was pinned.
             _ if repo.spec.signed.is_some() => drop(self.bring_objects(repo, tip, peers).await?),
@@ -149,7 +181,8 @@ impl Gits {
         state.commit(description).await
     }
 
-    /// Where the reference leads; with `objects`, also the commit and the tag as git has them (row `gw.resolvesrc.git`).
+    /// Where the reference leads; with `objects`, also the commit and the tag as git has them (row
+    /// `gw.resolvesrc.git`).
     pub(crate) async fn resolve(
         &self,
         spec: &SourceSpec,
@@ -180,7 +213,13 @@ impl Gits {
         Ok(SourceFacts { git: Some(git), ..Default::default() })
     }
 
-    async fn tip(&self, spec: &GitSpec, peers: &dyn Peers, memo: &SourceMemo, reporter: &Reporter) -> Result<Tip> {
+    async fn tip(
+        &self,
+        spec: &GitSpec,
+        peers: &dyn Peers,
+        memo: &SourceMemo,
+        reporter: &Reporter,
+    ) -> Result<Tip> {
         let tip = match memo.tip(&spec.tip_key()) {
             Some(tip) => tip,
             None => {
@@ -198,16 +237,29 @@ impl Gits {
     }
 
     /// Where the reference leads in a bundle.
-    async fn tip_in(&self, bundle: &Bundle, spec: &GitSpec, access: &Access, peers: &dyn Peers) -> Result<Tip> {
+    async fn tip_in(
+        &self,
+        bundle: &Bundle,
+        spec: &GitSpec,
+        access: &Access,
+        peers: &dyn Peers,
+    ) -> Result<Tip> {
         if let Some(tip) = spec.bundled_tip() {
             return Ok(tip);
         }
         let sha256 = spec.checksum.len() == 64;
-        let find = self.in_repository(spec, access, sha256, |repo| async move { repo.tip_in(bundle, peers, &self.registry).await });
+        let find = self.in_repository(spec, access, sha256, |repo| async move {
+            repo.tip_in(bundle, peers, &self.registry).await
+        });
         find.await
     }
 
-    async fn access(&self, spec: &GitSpec, peers: &dyn Peers, reporter: &Reporter) -> Result<Access> {
+    async fn access(
+        &self,
+        spec: &GitSpec,
+        peers: &dyn Peers,
+        reporter: &Reporter,
+    ) -> Result<Access> {
         let agent = match spec.ssh_agent.as_str() {
             "" => None,
             id => Some(peers.ssh_agent(id).await?),
@@ -218,14 +270,19 @@ impl Gits {
         };
         let (host, port) = spec.endpoint();
         let addresses = self.registry.denied().addresses(host, port).await;
-        let addresses = addresses.map_err(|why| Fault::new(Code::PermissionDenied, format!("{}: {why}", spec.shown())))?;
+        let addresses = addresses.map_err(|why| {
+            Fault::new(Code::PermissionDenied, format!("{}: {why}", spec.shown()))
+        })?;
         let mut git = Git::new(reporter)
             .connecting(host, port, &addresses)
             .ssh(agent.as_ref().map(SshAgent::socket), known_hosts.as_ref().map(|f| f.path()));
         let settings = match auth_header(spec, peers).await? {
             Some(header) => Some((token_scope(&spec.remote), header)),
-            // What was in the address counts for the whole host, as it does for submodules that are named relative to it.
-            None => spec.login.as_ref().map(|login| (host_scope(&spec.remote), format!("Authorization: basic {}", login.0))),
+            // What was in the address counts for the whole host, as it does for submodules that are
+            // named relative to it.
+            None => spec.login.as_ref().map(|login| {
+                (host_scope(&spec.remote), format!("Authorization: basic {}", login.0))
+            }),
         };
         if let Some((scope, header)) = settings {
             git = git.secret_setting(format!("http.{scope}.extraheader"), header);
@@ -244,7 +301,10 @@ fn known_hosts_file(text: &str) -> Result<tempfile::NamedTempFile> {
 /// The header that authenticates us: the secret named for this host first (row `src.git.auth`).
 async fn auth_header(spec: &GitSpec, peers: &dyn Peers) -> Result<Option<String>> {
     let host = spec.host();
-    let names = [(format!("{}.{host}", spec.header_secret), false), (format!("{}.{host}", spec.token_secret), true)];
+    let names = [
+        (format!("{}.{host}", spec.header_secret), false),
+        (format!("{}.{host}", spec.token_secret), true),
+    ];
     let plain = [(spec.header_secret.clone(), false), (spec.token_secret.clone(), true)];
     for (name, token) in names.into_iter().chain(plain) {
         if name.is_empty() || name.starts_with('.') {
@@ -252,15 +312,23 @@ async fn auth_header(spec: &GitSpec, peers: &dyn Peers) -> Result<Option<String>
         }
         let Some(secret) = peers.secret(&name).await? else { continue };
         let secret = String::from_utf8_lossy(&secret).trim().to_owned();
-        let value = if token { format!("basic {}", BASE64_STANDARD.encode(format!("x-access-token:{secret}"))) } else { secret };
+        let value = if token {
+            format!("basic {}", BASE64_STANDARD.encode(format!("x-access-token:{secret}")))
+        } else {
+            secret
+        };
         return Ok(Some(format!("Authorization: {value}")));
     }
     Ok(None)
 }
 
-/// Where the header goes: to the remote alone; on GitHub to all of it, so that private submodules work.
+/// Where the header goes: to the remote alone; on GitHub to all of it, so that private submodules
+/// work.
 fn token_scope(remote: &str) -> &str {
-    ["https://github.com/", "https://www.github.com/"].into_iter().find(|p| remote.starts_with(p)).unwrap_or(remote)
+    ["https://github.com/", "https://www.github.com/"]
+        .into_iter()
+        .find(|p| remote.starts_with(p))
+        .unwrap_or(remote)
 }
 
 /// The host of a remote, with all its paths.

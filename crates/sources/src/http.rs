@@ -68,7 +68,13 @@ impl Files {
         Self { refs, registry, flights: Flights::default(), known: KnownFiles::load(kept) }
     }
 
-    pub(crate) async fn pin(&self, spec: &SourceSpec, peers: &dyn Peers, memo: &SourceMemo, reporter: &Reporter) -> Result<Pin> {
+    pub(crate) async fn pin(
+        &self,
+        spec: &SourceSpec,
+        peers: &dyn Peers,
+        memo: &SourceMemo,
+        reporter: &Reporter,
+    ) -> Result<Pin> {
         let file = HttpSpec::parse(spec)?;
         let (digest, filename, modified) = match file.checksum {
             // What is known by its digest need not be asked for, unless it is to be read.
@@ -88,7 +94,12 @@ impl Files {
             secret: &file.auth_secret,
             headers: &file.headers,
         };
-        Ok(Pin { keys: vec![keys::digest("http", &key)], ephemeral: false, digest: Some(digest.to_string()), stored: None })
+        Ok(Pin {
+            keys: vec![keys::digest("http", &key)],
+            ephemeral: false,
+            digest: Some(digest.to_string()),
+            stored: None,
+        })
     }
 
     pub(crate) async fn fetch(
@@ -100,7 +111,8 @@ impl Files {
         reporter: &Reporter,
     ) -> Result<ImmutableRef> {
         let file = HttpSpec::parse(spec)?;
-        let wanted: Option<Digest> = file.checksum.or_else(|| pin.digest.as_ref().and_then(|d| d.parse().ok()));
+        let wanted: Option<Digest> =
+            file.checksum.or_else(|| pin.digest.as_ref().and_then(|d| d.parse().ok()));
         if let Some(known) = self.recall(&file)
             && Some(known.digest) == wanted
             && let Some(state) = self.refs.get(&known.state).await
@@ -123,41 +135,69 @@ impl Files {
         reporter: &Reporter,
     ) -> Result<SourceFacts> {
         if checksum.as_ref().is_some_and(|(_, suffix)| suffix.len() > MAX_SUFFIX) {
-            return Err(Fault::invalid(format!("http checksum request suffix exceeds max size {MAX_SUFFIX}")));
+            return Err(Fault::invalid(format!(
+                "http checksum request suffix exceeds max size {MAX_SUFFIX}"
+            )));
         }
         let file = HttpSpec::parse(spec)?;
         let http = match (file.checksum, checksum) {
-            (Some(digest), None) if file.signed.is_none() => {
-                HttpFacts { digest: digest.to_string(), filename: file::name_of(&file, None), ..HttpFacts::default() }
-            }
+            (Some(digest), None) if file.signed.is_none() => HttpFacts {
+                digest: digest.to_string(),
+                filename: file::name_of(&file, None),
+                ..HttpFacts::default()
+            },
             (_, checksum) => {
                 let (known, state) = self.verified(&file, peers, memo, reporter).await?;
                 let other = match checksum {
-                    Some((algorithm, suffix)) => Some((sum(&state, &known.filename, algorithm, suffix.clone()).await?, suffix)),
+                    Some((algorithm, suffix)) => Some((
+                        sum(&state, &known.filename, algorithm, suffix.clone()).await?,
+                        suffix,
+                    )),
                     None => None,
                 };
-                HttpFacts { digest: known.digest.to_string(), filename: known.filename, last_modified: known.modified, other }
+                HttpFacts {
+                    digest: known.digest.to_string(),
+                    filename: known.filename,
+                    last_modified: known.modified,
+                    other,
+                }
             }
         };
         Ok(SourceFacts { http: Some(http), ..Default::default() })
     }
 
     /// The file as this build knows it, with the checksum and the signature that are asked for.
-    async fn verified(&self, file: &HttpSpec, peers: &dyn Peers, memo: &SourceMemo, reporter: &Reporter) -> Result<(Known, ImmutableRef)> {
+    async fn verified(
+        &self,
+        file: &HttpSpec,
+        peers: &dyn Peers,
+        memo: &SourceMemo,
+        reporter: &Reporter,
+    ) -> Result<(Known, ImmutableRef)> {
         let (known, state) = self.told(file, peers, memo, reporter).await?;
         if let Some(wanted) = file.checksum.filter(|w| *w != known.digest) {
             return Err(mismatch(file, known.digest, wanted));
         }
         if let Some(signed) = &file.signed {
-            verify(&state, &known.filename, signed.clone()).await.context(|| format!("verify the signature of {}", file.shown()))?;
+            verify(&state, &known.filename, signed.clone())
+                .await
+                .context(|| format!("verify the signature of {}", file.shown()))?;
         }
         Ok((known, state))
     }
 
     /// The file as this build knows it; asked for when it does not.
-    async fn told(&self, file: &HttpSpec, peers: &dyn Peers, memo: &SourceMemo, reporter: &Reporter) -> Result<(Known, ImmutableRef)> {
+    async fn told(
+        &self,
+        file: &HttpSpec,
+        peers: &dyn Peers,
+        memo: &SourceMemo,
+        reporter: &Reporter,
+    ) -> Result<(Known, ImmutableRef)> {
         let request = file.request_key();
-        if let Some(told) = memo.file(&request).filter(|(known, _)| file.checksum.is_none_or(|c| c == known.digest)) {
+        if let Some(told) =
+            memo.file(&request).filter(|(known, _)| file.checksum.is_none_or(|c| c == known.digest))
+        {
             return Ok(told);
         }
         let (known, state) = self.known_or_fetched(file, peers, reporter).await?;
@@ -176,7 +216,12 @@ impl Files {
     }
 
     /// The file as the server has it now: the one we have if the server says so, else fetched.
-    async fn known_or_fetched(&self, file: &HttpSpec, peers: &dyn Peers, reporter: &Reporter) -> Result<(Known, ImmutableRef)> {
+    async fn known_or_fetched(
+        &self,
+        file: &HttpSpec,
+        peers: &dyn Peers,
+        reporter: &Reporter,
+    ) -> Result<(Known, ImmutableRef)> {
         let _turn = self.flights.turn(&file.request_key().to_string()).await;
         let mut have = None;
         if let Some(known) = self.recall(file)
@@ -190,7 +235,8 @@ impl Files {
                 return Ok(have);
             }
             let body = peers.upload(file.uri.host().unwrap_or_default(), file.uri.path()).await?;
-            let (known, state) = self.store(file, &HeaderMap::new(), Body::Upload(body), reporter).await?;
+            let (known, state) =
+                self.store(file, &HeaderMap::new(), Body::Upload(body), reporter).await?;
             self.remember(file, known.clone()).await;
             return Ok((known, state));
         }
@@ -205,7 +251,8 @@ impl Files {
             conditional.insert(header::IF_NONE_MATCH, value);
             if let Ok(answer) = client.fetch(Method::HEAD, file.uri.clone(), conditional).await
                 && matches!(answer.head.status, StatusCode::OK | StatusCode::NOT_MODIFIED)
-                && etag_of(&answer.head.headers).map_or(answer.head.status == StatusCode::NOT_MODIFIED, |e| e == *etag)
+                && etag_of(&answer.head.headers)
+                    .map_or(answer.head.status == StatusCode::NOT_MODIFIED, |e| e == *etag)
             {
                 return Ok((known.clone(), state.clone()));
             }
@@ -215,18 +262,26 @@ impl Files {
         if !answer.head.status.is_success() {
             return Err(refused(file, &answer));
         }
-        let (known, state) = self.store(file, &answer.head.headers, Body::Answer(answer.body), reporter).await?;
+        let (known, state) =
+            self.store(file, &answer.head.headers, Body::Answer(answer.body), reporter).await?;
         self.remember(file, known.clone()).await;
         Ok((known, state))
     }
 
     /// Writes an answer's body into a new state.
-    async fn store(&self, file: &HttpSpec, headers: &HeaderMap, mut body: Body, reporter: &Reporter) -> Result<(Known, ImmutableRef)> {
+    async fn store(
+        &self,
+        file: &HttpSpec,
+        headers: &HeaderMap,
+        mut body: Body,
+        reporter: &Reporter,
+    ) -> Result<(Known, ImmutableRef)> {
         let filename = file::name_of(file, Some(headers));
         let etag = etag_of(headers);
         let text = |name: header::HeaderName| headers.get(name).and_then(|v| v.to_str().ok());
         // Some servers say UTC where the specification wants GMT.
-        let modified = text(header::LAST_MODIFIED).and_then(|t| httpdate::parse_http_date(&t.replace("UTC", "GMT")).ok());
+        let modified = text(header::LAST_MODIFIED)
+            .and_then(|t| httpdate::parse_http_date(&t.replace("UTC", "GMT")).ok());
         let total = text(header::CONTENT_LENGTH).and_then(|t| t.parse::<i64>().ok()).unwrap_or(0);
         let gzip = text(header::CONTENT_ENCODING).is_some_and(|e| e.eq_ignore_ascii_case("gzip"));
         let description = format!("http url {}", file.shown());
@@ -241,7 +296,10 @@ impl Files {
             reporter.status(status.clone(), current, total, false);
         }
         if total > 0 && current != total {
-            return Err(Fault::unavailable(format!("fetch {}: got {current} of {total} bytes", file.shown())));
+            return Err(Fault::unavailable(format!(
+                "fetch {}: got {current} of {total} bytes",
+                file.shown()
+            )));
         }
         let digest = target.finish(&file.shape, modified).await?;
         reporter.status(status, current, total, true);
@@ -257,7 +315,12 @@ impl Files {
 }
 
 /// The checksum of the file in `state` with `suffix` behind it.
-async fn sum(state: &ImmutableRef, filename: &str, algorithm: ChecksumAlgorithm, suffix: Bytes) -> Result<String> {
+async fn sum(
+    state: &ImmutableRef,
+    filename: &str,
+    algorithm: ChecksumAlgorithm,
+    suffix: Bytes,
+) -> Result<String> {
     let mount = state.mount().await.context(|| format!("hash {filename}"))?;
     let filename = filename.to_owned();
     let hash = move || {
@@ -265,7 +328,9 @@ async fn sum(state: &ImmutableRef, filename: &str, algorithm: ChecksumAlgorithm,
         let file = file::open(mount.path(), &filename)?;
         algorithm.of(std::io::Read::chain(file, &suffix[..])).map_err(failed)
     };
-    tokio::task::spawn_blocking(hash).await.map_err(|e| Fault::internal(format!("hashing failed: {e}")))?
+    tokio::task::spawn_blocking(hash)
+        .await
+        .map_err(|e| Fault::internal(format!("hashing failed: {e}")))?
 }
 
 /// Whether the file in `state` is signed.
@@ -275,10 +340,13 @@ async fn verify(state: &ImmutableRef, filename: &str, signed: Signed) -> Result<
     let verify = move || {
         let file = file::open(mount.path(), &filename)?;
         // As BuildKit has it, no attribute asks for keys that are valid today.
-        let trusted = Trusted { keys: &signed.keys, validity: Validity::AtSigning, now: SystemTime::now() };
+        let trusted =
+            Trusted { keys: &signed.keys, validity: Validity::AtSigning, now: SystemTime::now() };
         verify_detached(file, &signed.signature, &trusted)
     };
-    tokio::task::spawn_blocking(verify).await.map_err(|e| Fault::internal(format!("the verification of a signature ended early: {e}")))?
+    tokio::task::spawn_blocking(verify)
+        .await
+        .map_err(|e| Fault::internal(format!("the verification of a signature ended early: {e}")))?
 }
 
 /// Where a file's bytes come from.
@@ -305,7 +373,9 @@ async fn headers(file: &HttpSpec, peers: &dyn Peers) -> Result<HeaderMap> {
     headers.insert(header::USER_AGENT, HeaderValue::from_static(USER_AGENT));
     headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
     for (name, value) in &file.headers {
-        if let (Ok(name), Ok(value)) = (name.parse::<header::HeaderName>(), HeaderValue::from_str(value)) {
+        if let (Ok(name), Ok(value)) =
+            (name.parse::<header::HeaderName>(), HeaderValue::from_str(value))
+        {
             headers.insert(name, value);
         }
     }
@@ -314,24 +384,31 @@ async fn headers(file: &HttpSpec, peers: &dyn Peers) -> Result<HeaderMap> {
     }
     let host = file.uri.host().unwrap_or_default();
     let secrets = match file.auth_secret.as_str() {
-        "" => vec![(format!("HTTP_AUTH_HEADER_{host}"), ""), (format!("HTTP_AUTH_TOKEN_{host}"), "Bearer ")],
+        "" => vec![
+            (format!("HTTP_AUTH_HEADER_{host}"), ""),
+            (format!("HTTP_AUTH_TOKEN_{host}"), "Bearer "),
+        ],
         named => vec![(named.to_owned(), "")],
     };
     for (name, prefix) in secrets {
         let found = match peers.secret(&name).await {
             Ok(found) => found,
-            Err(e) if !file.auth_secret.is_empty() => return Err(e.context(format!("failed to retrieve HTTP auth secret {name}"))),
+            Err(e) if !file.auth_secret.is_empty() => {
+                return Err(e.context(format!("failed to retrieve HTTP auth secret {name}")));
+            }
             Err(_) => None,
         };
         let Some(secret) = found else {
             if file.auth_secret.is_empty() {
                 continue;
             }
-            return Err(Fault::not_found(format!("failed to retrieve HTTP auth secret {name}: secret {name}: not found")));
+            return Err(Fault::not_found(format!(
+                "failed to retrieve HTTP auth secret {name}: secret {name}: not found"
+            )));
         };
         let text = [prefix.as_bytes(), secret.trim_ascii_end()].concat();
-        let mut value =
-            HeaderValue::from_bytes(&text).map_err(|_| Fault::invalid(format!("the secret {name} cannot be sent as a header")))?;
+        let mut value = HeaderValue::from_bytes(&text)
+            .map_err(|_| Fault::invalid(format!("the secret {name} cannot be sent as a header")))?;
         value.set_sensitive(true);
         headers.insert(header::AUTHORIZATION, value);
     }
@@ -355,20 +432,26 @@ fn refused(file: &HttpSpec, answer: &Answer) -> Fault {
         s if s.is_server_error() => Code::Unavailable,
         _ => Code::Unknown,
     };
-    let fault = Fault::new(code, format!("fetch {}: invalid response status {status}", file.shown()));
+    let fault =
+        Fault::new(code, format!("fetch {}: invalid response status {status}", file.shown()));
     match status {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
             let host = file.uri.host().unwrap_or_default();
-            fault.hint(format!("give credentials as the secret HTTP_AUTH_TOKEN_{host} or HTTP_AUTH_HEADER_{host}"))
+            fault.hint(format!(
+                "give credentials as the secret HTTP_AUTH_TOKEN_{host} or HTTP_AUTH_HEADER_{host}"
+            ))
         }
         _ => fault,
     }
 }
 
 fn mismatch(file: &HttpSpec, got: Digest, expected: Digest) -> Fault {
-    Fault::new(Code::FailedPrecondition, format!("digest mismatch for {}: {got} (expected: {expected})", file.shown()))
-        .with_class(Class::User)
-        .hint("the file at that address has changed; if that is right, change the checksum")
+    Fault::new(
+        Code::FailedPrecondition,
+        format!("digest mismatch for {}: {got} (expected: {expected})", file.shown()),
+    )
+    .with_class(Class::User)
+    .hint("the file at that address has changed; if that is right, change the checksum")
 }
 
 impl HttpSpec {
@@ -380,7 +463,12 @@ impl HttpSpec {
 
 /// An address that can be asked, and the user and password in it, encoded for a header.
 fn address(text: &str) -> Result<(Uri, Option<Login>)> {
-    let bad = |why: &str| Fault::invalid(format!("invalid URL {:?}: {why}", redact(text.split('?').next().unwrap_or_default())));
+    let bad = |why: &str| {
+        Fault::invalid(format!(
+            "invalid URL {:?}: {why}",
+            redact(text.split('?').next().unwrap_or_default())
+        ))
+    };
     let (plain, login) = split_login(text.split('#').next().unwrap_or_default());
     let uri: Uri = plain.parse().map_err(|e: http::uri::InvalidUri| bad(&e.to_string()))?;
     if uri.host().is_none_or(str::is_empty) {
@@ -431,13 +519,22 @@ mod tests {
     #[tokio::test]
     async fn an_upload_is_pulled_once_whoever_asks() {
         let root = tempfile::tempdir().unwrap();
-        let refs = RefStore::open(FakeStorage::new().unwrap().storage(), root.path().to_owned()).await.unwrap();
+        let refs = RefStore::open(FakeStorage::new().unwrap().storage(), root.path().to_owned())
+            .await
+            .unwrap();
         let files = Files::new(refs.clone(), Registry::new(Default::default()), None);
         let (peers, memo) = (Uploader::default(), SourceMemo::default());
         let reporter = Reporter::new(Digest::of(""), "v".into(), vec![], None);
         let attrs = [("http.filename".to_owned(), "context".to_owned())].into();
-        let spec = SourceSpec { identifier: "http://buildkit-session/id".into(), attrs, platform: Platform::host() };
-        let (pin, other) = tokio::join!(files.pin(&spec, &peers, &memo, &reporter), files.pin(&spec, &peers, &memo, &reporter));
+        let spec = SourceSpec {
+            identifier: "http://buildkit-session/id".into(),
+            attrs,
+            platform: Platform::host(),
+        };
+        let (pin, other) = tokio::join!(
+            files.pin(&spec, &peers, &memo, &reporter),
+            files.pin(&spec, &peers, &memo, &reporter)
+        );
         let pin = pin.unwrap();
         assert_eq!(pin.digest, Some(Digest::of("one two").to_string()));
         assert_eq!(other.unwrap().digest, pin.digest);

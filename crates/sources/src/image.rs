@@ -1,4 +1,5 @@
-//! `docker-image://` and `oci-layout://`: resolved here, fetched when read (rows `src.image*`, `src.oci*`).
+//! `docker-image://` and `oci-layout://`: resolved here, fetched when read (rows `src.image*`,
+//! `src.oci*`).
 
 mod attested;
 mod attrs;
@@ -60,18 +61,41 @@ impl At<'_> {
 }
 
 impl Images {
-    pub(crate) async fn pin(&self, spec: &SourceSpec, at: At<'_>, cx: &SourceContext) -> Result<Pin> {
+    pub(crate) async fn pin(
+        &self,
+        spec: &SourceSpec,
+        at: At<'_>,
+        cx: &SourceContext,
+    ) -> Result<Pin> {
         let image = at.parse(spec)?;
         let found = self.find(&image, &spec.platform, cx).await?;
         let (diffs, _) = limited(&image, &found)?;
-        let mut keys =
-            vec![keys::digest("image", &ManifestKey { digest: found.main.digest, platform: &spec.platform, limit: image.layer_limit })];
-        // The second key is the content itself: the same layers under another name, or after a new push, are the same state.
+        let mut keys = vec![keys::digest(
+            "image",
+            &ManifestKey {
+                digest: found.main.digest,
+                platform: &spec.platform,
+                limit: image.layer_limit,
+            },
+        )];
+        // The second key is the content itself: the same layers under another name, or after a new
+        // push, are the same state.
         keys.extend(ChainId::of(diffs.iter().copied()).map(|c| c.0));
-        Ok(Pin { keys, ephemeral: false, digest: Some(found.main.digest.to_string()), stored: found.stored })
+        Ok(Pin {
+            keys,
+            ephemeral: false,
+            digest: Some(found.main.digest.to_string()),
+            stored: found.stored,
+        })
     }
 
-    pub(crate) async fn fetch(&self, spec: &SourceSpec, at: At<'_>, pin: &Pin, cx: &SourceContext) -> Result<ImmutableRef> {
+    pub(crate) async fn fetch(
+        &self,
+        spec: &SourceSpec,
+        at: At<'_>,
+        pin: &Pin,
+        cx: &SourceContext,
+    ) -> Result<ImmutableRef> {
         let mut image = at.parse(spec)?;
         // What was pinned is what is used, whatever the tag says by now.
         if let Some(digest) = pin.digest.as_ref().and_then(|d| d.parse().ok()) {
@@ -88,12 +112,18 @@ impl Images {
         for (diff_id, descriptor) in diffs.iter().zip(blobs) {
             let here = self.refs.storage().content.has(descriptor).await?;
             let source = (!here).then(|| source.clone());
-            layers.push(LazyLayer { diff_id: *diff_id, descriptor: descriptor.clone(), source, created: None });
+            layers.push(LazyLayer {
+                diff_id: *diff_id,
+                descriptor: descriptor.clone(),
+                source,
+                created: None,
+            });
         }
         self.refs.image(layers, format!("pulled from {}", image.name), image.record_type).await
     }
 
-    /// What the name leads to; with `attestations`, also what is said of it, with the statements of these types.
+    /// What the name leads to; with `attestations`, also what is said of it, with the statements of
+    /// these types.
     pub(crate) async fn resolve(
         &self,
         spec: &SourceSpec,
@@ -106,26 +136,42 @@ impl Images {
         let attestations = match attestations {
             Some(predicates) => {
                 let remote = self.remote(&image, &cx.sessions).await?;
-                let documents = resolve::Documents { storage: self.refs.storage(), remote: Some(&*remote) };
-                attested::chain(&documents, &found.main, &spec.platform, predicates).await?.map(Box::new)
+                let documents =
+                    resolve::Documents { storage: self.refs.storage(), remote: Some(&*remote) };
+                attested::chain(&documents, &found.main, &spec.platform, predicates)
+                    .await?
+                    .map(Box::new)
             }
             None => None,
         };
-        let resolved = ImageFacts { name: image.name.to_string(), digest: found.main.digest, config: found.config, attestations };
+        let resolved = ImageFacts {
+            name: image.name.to_string(),
+            digest: found.main.digest,
+            config: found.config,
+            attestations,
+        };
         Ok(SourceFacts { image: Some(resolved), ..Default::default() })
     }
 
-    async fn find(&self, image: &ImageSpec, platform: &Platform, cx: &SourceContext) -> Result<Resolved> {
+    async fn find(
+        &self,
+        image: &ImageSpec,
+        platform: &Platform,
+        cx: &SourceContext,
+    ) -> Result<Resolved> {
         let status = format!("resolve {}", image.name);
         cx.reporter.status(status.clone(), 0, 0, false);
-        // Several stages often start from one image: one asks the registry, the others find its manifest stored.
+        // Several stages often start from one image: one asks the registry, the others find its
+        // manifest stored.
         let turn = self.flights.turn(&image.name.to_string()).await;
         let remote = self.remote(image, &cx.sessions).await?;
-        let asked = Asked { storage: self.refs.storage(), remote: &*remote, prefer: self.prefer, cx };
+        let asked =
+            Asked { storage: self.refs.storage(), remote: &*remote, prefer: self.prefer, cx };
         let found = asked.resolve(image, platform).await;
         // The registry's errors name the image themselves.
         let name = image.name.to_string();
-        let found = found.map_err(|e| if e.to_string().contains(&name) { e } else { e.context(name) });
+        let found =
+            found.map_err(|e| if e.to_string().contains(&name) { e } else { e.context(name) });
         drop(turn);
         cx.reporter.status(status, 0, 0, true);
         let found = found?;
@@ -135,7 +181,10 @@ impl Images {
         match image.checksum {
             Some(wanted) if wanted != found.main.digest => Err(Fault::new(
                 Code::FailedPrecondition,
-                format!("image digest {} for {} does not match expected checksum {wanted}", found.main.digest, image.name),
+                format!(
+                    "image digest {} for {} does not match expected checksum {wanted}",
+                    found.main.digest, image.name
+                ),
             )),
             _ => Ok(found),
         }
@@ -143,7 +192,11 @@ impl Images {
 
     async fn remote(&self, image: &ImageSpec, peers: &dyn Peers) -> Result<Arc<dyn Remote>> {
         Ok(match &image.place {
-            Place::Registry => Arc::new(RegistryRemote(self.registry.repository(&image.name, peers.credentials(), Access::Pull))),
+            Place::Registry => Arc::new(RegistryRemote(self.registry.repository(
+                &image.name,
+                peers.credentials(),
+                Access::Pull,
+            ))),
             Place::Layout { session, store } => {
                 let session = Some(session.as_str()).filter(|s| !s.is_empty());
                 let store = peers.client_store(session, &format!("oci:{store}")).await?;

@@ -1,10 +1,13 @@
-//! Image, OCI layout, blob, git, http and local sources: from an identifier to a pin, and from a pin to a filesystem state.
+//! Image, OCI layout, blob, git, http and local sources: from an identifier to a pin, and from a
+//! pin to a filesystem state.
 //!
-//! A source is *pinned* first, which costs as little as possible and gives the cache keys; only if no result is cached under
-//! them is it *fetched*, and an image even then only by name: its layers come when somebody reads them.
+//! A source is *pinned* first, which costs as little as possible and gives the cache keys; only if
+//! no result is cached under them is it *fetched*, and an image even then only by name: its layers
+//! come when somebody reads them.
 //!
-//! Sources know registries, web servers and sessions, but no graph and no operation: [`Sources`] is the whole of what those
-//! above see, and a state ([`shipway_refs::ImmutableRef`]) all they get. [`SessionCredentials`] is also for those who push.
+//! Sources know registries, web servers and sessions, but no graph and no operation: [`Sources`] is
+//! the whole of what those above see, and a state ([`shipway_refs::ImmutableRef`]) all they get.
+//! [`SessionCredentials`] is also for those who push.
 
 mod blob;
 mod flight;

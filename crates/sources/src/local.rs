@@ -1,4 +1,5 @@
-//! `local://`: a client's directory, transferred into a state that is kept for the next transfer (rows `src.local*`).
+//! `local://`: a client's directory, transferred into a state that is kept for the next transfer
+//! (rows `src.local*`).
 
 use crate::{
     Pin, SourceSpec, keys,
@@ -7,7 +8,8 @@ use crate::{
 use serde::Serialize;
 use shipway_fault::{Context, Fault, Result};
 use shipway_filesync::{
-    ContentHash, Differ, FileSyncRequest, HashSink, KnownTree, PatternMatcher, ReceiveOptions, Received, Receiver, Stat, announced,
+    ContentHash, Differ, FileSyncRequest, HashSink, KnownTree, PatternMatcher, ReceiveOptions,
+    Received, Receiver, Stat, announced,
 };
 use shipway_gocompat::{FileMode, parse_bool};
 use shipway_oci::Digest;
@@ -23,7 +25,8 @@ use std::{
 
 /// How often a transfer tells how far it is.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
-/// Most directories whose contents are remembered, so that the next transfer need not walk them, and most entries of them all.
+/// Most directories whose contents are remembered, so that the next transfer need not walk them,
+/// and most entries of them all.
 const MAX_KNOWN: (usize, usize) = (64, 100_000);
 /// Most files whose identities are remembered of directories that are walked.
 const MAX_IDENTITIES: usize = 2_000_000;
@@ -70,13 +73,17 @@ struct LocalSpec {
 
 impl LocalSpec {
     fn parse(spec: &SourceSpec, name: &str) -> Result<Self> {
-        let request = FileSyncRequest { dir_name: name.to_owned(), identify: true, ..Default::default() };
+        let request =
+            FileSyncRequest { dir_name: name.to_owned(), identify: true, ..Default::default() };
         let mut local = Self { request, ..Default::default() };
         for (key, value) in &spec.attrs {
             match key.as_str() {
                 "local.session" => {
-                    // `prefix:id` comes from clients with several contexts; the prefix is part of the name.
-                    let (prefix, id) = value.split_once(':').map_or((None, value.as_str()), |(p, id)| (Some(p), id));
+                    // `prefix:id` comes from clients with several contexts; the prefix is part of
+                    // the name.
+                    let (prefix, id) = value
+                        .split_once(':')
+                        .map_or((None, value.as_str()), |(p, id)| (Some(p), id));
                     if let Some(prefix) = prefix {
                         local.request.dir_name = format!("{prefix}-{name}");
                     }
@@ -90,13 +97,19 @@ impl LocalSpec {
                     local.differ = match value.as_str() {
                         "" | "metadata" => Differ::Metadata,
                         "none" => Differ::None,
-                        _ => return Err(Fault::invalid(format!("{key}={value:?} is wrong: want metadata or none"))),
+                        _ => {
+                            return Err(Fault::invalid(format!(
+                                "{key}={value:?} is wrong: want metadata or none"
+                            )));
+                        }
                     }
                 }
                 "local.metadatatransfer" => match parse_bool(value) {
                     Some(true) => drop(local.listed.get_or_insert_default()),
                     Some(false) => local.listed = None,
-                    None => return Err(Fault::invalid(format!("invalid value for {key} {value:?}"))),
+                    None => {
+                        return Err(Fault::invalid(format!("invalid value for {key} {value:?}")));
+                    }
                 },
                 // Attributes come in the order of their names, so this is known to mean something.
                 "local.metadatatransferexclude" => {
@@ -113,11 +126,14 @@ impl LocalSpec {
 
 fn patterns(key: &str, value: &str) -> Result<Vec<String>> {
     // Go writes an absent list as `null`.
-    let list: Option<Vec<String>> =
-        serde_json::from_str(value).map_err(|e| Fault::invalid(format!("{key} is no JSON list of patterns: {e}")))?;
+    let list: Option<Vec<String>> = serde_json::from_str(value)
+        .map_err(|e| Fault::invalid(format!("{key} is no JSON list of patterns: {e}")))?;
     let list = list.unwrap_or_default();
     if list.len() > MAX_PATTERNS {
-        return Err(Fault::invalid(format!("{key} has {} patterns, more than the {MAX_PATTERNS} accepted", list.len())));
+        return Err(Fault::invalid(format!(
+            "{key} has {} patterns, more than the {MAX_PATTERNS} accepted",
+            list.len()
+        )));
     }
     Ok(list)
 }
@@ -137,20 +153,34 @@ impl Locals {
         Self { refs, known: Mutex::default() }
     }
 
-    /// The key means nothing beyond the session (row `src.local.key`): steps depend on what they read instead.
+    /// The key means nothing beyond the session (row `src.local.key`): steps depend on what they
+    /// read instead.
     pub(crate) fn pin(&self, spec: &SourceSpec, name: &str, peers: &dyn Peers) -> Result<Pin> {
         let local = LocalSpec::parse(spec, name)?;
         let session = local.session.clone().or_else(|| peers.session_id());
-        let session = session.ok_or_else(|| Fault::invalid("could not access local files without session"))?;
+        let session = session
+            .ok_or_else(|| Fault::invalid("could not access local files without session"))?;
         let FileSyncRequest { dir_name: name, include, exclude, follow, .. } = &local.request;
         let listed = local.listed.as_deref();
-        let key = keys::digest("local", &LocalKey { session: &session, name, include, exclude, follow, listed });
+        let key = keys::digest(
+            "local",
+            &LocalKey { session: &session, name, include, exclude, follow, listed },
+        );
         Ok(Pin { keys: vec![key], ephemeral: true, digest: Some(key.to_string()), stored: None })
     }
 
-    pub(crate) async fn fetch(&self, spec: &SourceSpec, name: &str, peers: &dyn Peers, reporter: &Reporter) -> Result<ImmutableRef> {
+    pub(crate) async fn fetch(
+        &self,
+        spec: &SourceSpec,
+        name: &str,
+        peers: &dyn Peers,
+        reporter: &Reporter,
+    ) -> Result<ImmutableRef> {
         let local = LocalSpec::parse(spec, name)?;
-        let mut last = Fault::invalid(format!("no attached client has the directory {:?}", local.request.dir_name));
+        let mut last = Fault::invalid(format!(
+            "no attached client has the directory {:?}",
+            local.request.dir_name
+        ));
         for peer in peers.dir_peers(local.session.as_deref()).await? {
             match self.transfer(&local, &*peer, reporter).await {
                 Ok(state) => return Ok(state),
@@ -163,32 +193,57 @@ impl Locals {
     }
 
     /// Names directly in `dir` of a client's directory; nothing is transferred.
-    pub(crate) async fn names(&self, name: &str, session: &str, dir: &str, peers: &dyn Peers) -> Result<Vec<String>> {
-        let below = |rest: &str| if dir.is_empty() { rest.to_owned() } else { format!("{dir}/{rest}") };
+    pub(crate) async fn names(
+        &self,
+        name: &str,
+        session: &str,
+        dir: &str,
+        peers: &dyn Peers,
+    ) -> Result<Vec<String>> {
+        let below =
+            |rest: &str| if dir.is_empty() { rest.to_owned() } else { format!("{dir}/{rest}") };
         let request = FileSyncRequest {
             dir_name: name.to_owned(),
             include: vec![below("*")],
             exclude: vec![below("*/*")],
             ..FileSyncRequest::default()
         };
-        let Some(peer) = peers.dir_peers(Some(session)).await?.into_iter().next() else { return Ok(Vec::new()) };
+        let Some(peer) = peers.dir_peers(Some(session)).await?.into_iter().next() else {
+            return Ok(Vec::new());
+        };
         let paths = announced(peer.open(&request).await?, MAX_NAMES).await?;
         let prefix = below("");
-        Ok(paths.iter().filter_map(|p| p.strip_prefix(&prefix)).filter(|n| !n.is_empty() && !n.contains('/')).map(str::to_owned).collect())
+        Ok(paths
+            .iter()
+            .filter_map(|p| p.strip_prefix(&prefix))
+            .filter(|n| !n.is_empty() && !n.contains('/'))
+            .map(str::to_owned)
+            .collect())
     }
 
-    async fn transfer(&self, local: &LocalSpec, peer: &dyn DirPeer, reporter: &Reporter) -> Result<ImmutableRef> {
+    async fn transfer(
+        &self,
+        local: &LocalSpec,
+        peer: &dyn DirPeer,
+        reporter: &Reporter,
+    ) -> Result<ImmutableRef> {
         let name = &local.request.dir_name;
         let description = format!("local source for {name}");
         let listed = local.listed.as_ref().map(PatternMatcher::new).transpose()?.map(Arc::new);
         let request = NamedRequest {
             record_type: RecordType::LocalSource,
-            key: format!("local:{name}:{}:{}{}", local.hint, peer.shared_key(), if local.listed.is_some() { ":metadata" } else { "" }),
+            key: format!(
+                "local:{name}:{}:{}{}",
+                local.hint,
+                peer.shared_key(),
+                if local.listed.is_some() { ":metadata" } else { "" }
+            ),
             description: description.clone(),
             sharing: Sharing::Private,
             parent: None,
         };
-        let state = self.refs.named(request).await.context(|| format!("prepare the {description}"))?;
+        let state =
+            self.refs.named(request).await.context(|| format!("prepare the {description}"))?;
         let known = self.take_known(state.id());
         let mount = state.mount().await?;
         let known = match known {
@@ -196,8 +251,14 @@ impl Locals {
             Some(Known::Tree(tree)) => Some(tree),
             Some(Known::Identities(identities)) => {
                 let dir = mount.path().to_owned();
-                let walk = tokio::task::spawn_blocking(move || KnownTree::scan_identified(&dir, &identities)).await;
-                Some(walk.map_err(|e| Fault::internal(format!("a walk failed: {e}")))?.context(|| format!("look at the {description}"))?)
+                let walk = tokio::task::spawn_blocking(move || {
+                    KnownTree::scan_identified(&dir, &identities)
+                })
+                .await;
+                Some(
+                    walk.map_err(|e| Fault::internal(format!("a walk failed: {e}")))?
+                        .context(|| format!("look at the {description}"))?,
+                )
             }
             None => None,
         };
@@ -211,7 +272,10 @@ impl Locals {
             ..Default::default()
         };
         let digests = Relearn::begin(state.index());
-        let received = Receiver::new(mount.path(), options).run(stream).await.context(|| format!("transfer {name}"))?;
+        let received = Receiver::new(mount.path(), options)
+            .run(stream)
+            .await
+            .context(|| format!("transfer {name}"))?;
         digests.end(&received);
         mount.unmount().await?;
         self.put_known(state.id().clone(), received.tree);
@@ -223,14 +287,23 @@ impl Locals {
     }
 
     fn put_known(&self, id: RefId, tree: KnownTree) {
-        let new = if tree.len() > MAX_KNOWN.1 { Known::Identities(tree.identities()) } else { Known::Tree(tree) };
+        let new = if tree.len() > MAX_KNOWN.1 {
+            Known::Identities(tree.identities())
+        } else {
+            Known::Tree(tree)
+        };
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let full = |known: &HashMap<RefId, Known>| {
-            let (entries, identities) = known.values().chain([&new]).map(Known::len).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
+            let (entries, identities) = known
+                .values()
+                .chain([&new])
+                .map(Known::len)
+                .fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
             known.len() >= MAX_KNOWN.0 || entries > MAX_KNOWN.1 || identities > MAX_IDENTITIES
         };
         while full(&known) {
-            // Forgetting costs a walk, and of a client that tells its files apart a transfer: which one goes does not matter.
+            // Forgetting costs a walk, and of a client that tells its files apart a transfer: which
+            // one goes does not matter.
             let Some(other) = known.keys().next().cloned() else { return };
             known.remove(&other);
         }
@@ -248,7 +321,13 @@ fn file_stat(mode: FileMode, uid: u32, gid: u32, size: i64, mtime: i64) -> FileS
 
 impl ContentHash for Digests {
     fn start(&self, stat: &Stat) -> Box<dyn HashSink> {
-        Box::new(Sink(FileHasher::new(&file_stat(FileMode(stat.mode), stat.uid, stat.gid, stat.size, stat.mod_time))))
+        Box::new(Sink(FileHasher::new(&file_stat(
+            FileMode(stat.mode),
+            stat.uid,
+            stat.gid,
+            stat.size,
+            stat.mod_time,
+        ))))
     }
 }
 
@@ -264,7 +343,8 @@ impl HashSink for Sink {
     }
 }
 
-/// Keeps the index of a directory true while it is written. A transfer that does not come to its end leaves nothing to trust.
+/// Keeps the index of a directory true while it is written. A transfer that does not come to its
+/// end leaves nothing to trust.
 struct Relearn(Option<TreeIndex>);
 
 impl Relearn {
@@ -279,7 +359,11 @@ impl Relearn {
             match (change.digest, received.tree.get(&change.path)) {
                 // A file that changed while it was sent has a time that no file has.
                 (Some(digest), Some(e)) if e.has_content() && e.mtime != i64::MIN => {
-                    index.learn(path, &file_stat(e.mode, e.uid, e.gid, e.size, e.mtime), Digest::from_bytes(digest));
+                    index.learn(
+                        path,
+                        &file_stat(e.mode, e.uid, e.gid, e.size, e.mtime),
+                        Digest::from_bytes(digest),
+                    );
                 }
                 _ => index.forget(path),
             }
@@ -322,14 +406,24 @@ mod tests {
     #[track_caller]
     fn parse(attrs: &[(&str, &str)]) -> Result<LocalSpec> {
         let attrs = attrs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        LocalSpec::parse(&SourceSpec { identifier: "local://context".into(), attrs, platform: Platform::host() }, "context")
+        LocalSpec::parse(
+            &SourceSpec { identifier: "local://context".into(), attrs, platform: Platform::host() },
+            "context",
+        )
     }
 
     #[test]
     fn attributes_are_read_as_clients_write_them() {
-        let local =
-            parse(&[("local.session", "pre:s1"), ("local.excludepatterns", "[\"a\",\"!b\"]"), ("local.followpaths", "null")]).unwrap();
-        assert_eq!((local.request.dir_name.as_str(), local.session.as_deref()), ("pre-context", Some("s1")));
+        let local = parse(&[
+            ("local.session", "pre:s1"),
+            ("local.excludepatterns", "[\"a\",\"!b\"]"),
+            ("local.followpaths", "null"),
+        ])
+        .unwrap();
+        assert_eq!(
+            (local.request.dir_name.as_str(), local.session.as_deref()),
+            ("pre-context", Some("s1"))
+        );
         assert_eq!((local.request.exclude.len(), local.request.follow.len()), (2, 0));
         assert!(parse(&[("local.includepattern", "a")]).is_err());
         assert!(parse(&[("local.differ", "b")]).is_err());
@@ -350,7 +444,10 @@ mod tests {
         async fn open(&self, request: &FileSyncRequest) -> Result<PacketStream> {
             self.asked.lock().unwrap().push(request.clone());
             if request.dir_name != "context" {
-                return Err(Fault::not_found(format!("no access allowed to dir {:?}", request.dir_name)));
+                return Err(Fault::not_found(format!(
+                    "no access allowed to dir {:?}",
+                    request.dir_name
+                )));
             }
             let (near, far) = PacketStream::pair();
             let options = SendOptions { identify: request.identify, ..SendOptions::default() };
@@ -383,11 +480,18 @@ mod tests {
     #[tokio::test]
     async fn a_directory_is_kept_between_transfers_and_follows_the_client() {
         let (root, client) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let refs = RefStore::open(FakeStorage::new().unwrap().storage(), root.path().to_owned()).await.unwrap();
+        let refs = RefStore::open(FakeStorage::new().unwrap().storage(), root.path().to_owned())
+            .await
+            .unwrap();
         let locals = Locals::new(refs.clone());
-        let peers = Clients(Arc::new(Client { dir: client.path().to_owned(), asked: Mutex::default() }));
+        let peers =
+            Clients(Arc::new(Client { dir: client.path().to_owned(), asked: Mutex::default() }));
         let reporter = Reporter::new(shipway_oci::Digest::of(""), "v".into(), vec![], None);
-        let source = SourceSpec { identifier: "local://context".into(), attrs: Default::default(), platform: Platform::host() };
+        let source = SourceSpec {
+            identifier: "local://context".into(),
+            attrs: Default::default(),
+            platform: Platform::host(),
+        };
         std::fs::write(client.path().join("a"), "1").unwrap();
 
         assert!(locals.pin(&source, "context", &peers).unwrap().ephemeral);
@@ -402,7 +506,10 @@ mod tests {
         std::fs::remove_file(client.path().join("a")).unwrap();
         std::fs::write(client.path().join("b"), "2").unwrap();
         let second = locals.fetch(&source, "context", &peers, &reporter).await.unwrap();
-        assert_eq!((read(&second, "a").await, read(&second, "b").await.as_deref()), (None, Some("2")));
+        assert_eq!(
+            (read(&second, "a").await, read(&second, "b").await.as_deref()),
+            (None, Some("2"))
+        );
         assert_eq!(locals.known.lock().unwrap().len(), 1, "{id} was used again");
 
         // Another checkout in the same place: equal names, sizes and times.
@@ -410,7 +517,12 @@ mod tests {
         let put = |text: &str| {
             std::fs::remove_file(client.path().join("b")).unwrap();
             std::fs::write(client.path().join("b"), text).unwrap();
-            std::fs::File::options().write(true).open(client.path().join("b")).unwrap().set_modified(time).unwrap();
+            std::fs::File::options()
+                .write(true)
+                .open(client.path().join("b"))
+                .unwrap()
+                .set_modified(time)
+                .unwrap();
         };
         put("3");
         drop(second);

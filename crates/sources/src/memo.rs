@@ -1,5 +1,5 @@
-//! What sources told one build. A tag that moves and a page that changes are, for the rest of the build, what they were when it first
-//! asked (row `so.flight`).
+//! What sources told one build. A tag that moves and a page that changes are, for the rest of the
+//! build, what they were when it first asked (row `so.flight`).
 
 use crate::{
     git::Tip,
@@ -63,6 +63,11 @@ impl SourceMemo {
 
 impl fmt::Debug for SourceMemo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "SourceMemo({} files, {} tips)", lock(&self.0.files).len(), lock(&self.0.tips).len())
+        write!(
+            f,
+            "SourceMemo({} files, {} tips)",
+            lock(&self.0.files).len(),
+            lock(&self.0.tips).len()
+        )
     }
 }

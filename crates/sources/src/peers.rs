@@ -1,5 +1,5 @@
-//! What sources need of the clients attached to a build: credentials, secrets, directories. A narrow port, so that sources
-//! are tested without sessions; `session.rs` implements it.
+//! What sources need of the clients attached to a build: credentials, secrets, directories. A
+//! narrow port, so that sources are tested without sessions; `session.rs` implements it.
 
 use async_trait::async_trait;
 use shipway_fault::{Fault, Result};

@@ -28,7 +28,7 @@ pub struct SourceSpec {
     pub identifier: String,
     /// Attributes (rows `src.*`).
     pub attrs: BTreeMap<String, String>,
-    /// Platform wanted, normalised.
+    /// Platform wanted, normalized.
     pub platform: Platform,
 }
 
@@ -72,7 +72,8 @@ pub struct ResolveWant {
 pub struct SourceOptions {
     /// Which images of containerd's store are preferred to a registry's.
     pub prefer: LocalImages,
-    /// Where to keep what is known of files of web servers, which may be lost; without, it lasts as long as the daemon.
+    /// Where to keep what is known of files of web servers, which may be lost; without, it lasts as
+    /// long as the daemon.
     pub files: Option<PathBuf>,
 }
 
@@ -101,9 +102,11 @@ enum Scheme<'a> {
 
 impl<'a> Scheme<'a> {
     fn of(identifier: &'a str) -> Result<Self> {
-        let (scheme, rest) = identifier
-            .split_once("://")
-            .ok_or_else(|| Fault::invalid(format!("failed to parse {identifier:?}: a source is written scheme://…")))?;
+        let (scheme, rest) = identifier.split_once("://").ok_or_else(|| {
+            Fault::invalid(format!(
+                "failed to parse {identifier:?}: a source is written scheme://…"
+            ))
+        })?;
         match scheme {
             "docker-image" => Ok(Self::Image(At::Registry(rest))),
             "oci-layout" => Ok(Self::Image(At::Layout(rest))),
@@ -113,7 +116,10 @@ impl<'a> Scheme<'a> {
             "docker-image+blob" | "oci-layout+blob" => Ok(Self::Blob),
             _ => {
                 let known = ["docker-image", "local", "http", "https", "git", "oci-layout"];
-                let fault = Fault::invalid(format!("unknown source scheme {scheme:?} in {:?}", redact(identifier)));
+                let fault = Fault::invalid(format!(
+                    "unknown source scheme {scheme:?} in {:?}",
+                    redact(identifier)
+                ));
                 Err(match shipway_fault::nearest(scheme, known) {
                     Some(near) => fault.hint(format!("did you mean {near}://?")),
                     None => fault,
@@ -128,7 +134,12 @@ impl Sources {
     pub fn new(refs: RefStore, registry: Registry, options: SourceOptions) -> Self {
         let flights = Flights::default();
         let inner = Inner {
-            images: Images { refs: refs.clone(), registry: registry.clone(), flights, prefer: options.prefer },
+            images: Images {
+                refs: refs.clone(),
+                registry: registry.clone(),
+                flights,
+                prefer: options.prefer,
+            },
             locals: Locals::new(refs.clone()),
             files: Files::new(refs.clone(), registry.clone(), options.files),
             gits: Gits::new(refs.clone(), registry.clone()),
@@ -137,7 +148,8 @@ impl Sources {
         Self { inner: Arc::new(inner) }
     }
 
-    /// Pins a source; nothing is fetched that fetching could avoid. Called for a vertex's cache map; the result is remembered for `fetch`.
+    /// Pins a source; nothing is fetched that fetching could avoid. Called for a vertex's cache
+    /// map; the result is remembered for `fetch`.
     pub async fn pin(&self, spec: &SourceSpec, cx: &SourceContext) -> Result<Pin> {
         let Inner { images, locals, files, gits, blobs } = &*self.inner;
         match Scheme::of(&spec.identifier)? {
@@ -145,30 +157,52 @@ impl Sources {
             Scheme::Local(name) => locals.pin(spec, name, &cx.sessions),
             Scheme::Http => files.pin(spec, &cx.sessions, &cx.memo, &cx.reporter).await,
             Scheme::Blob => blobs.pin(spec),
-            Scheme::Git(remote) => gits.pin(spec, remote, &cx.sessions, &cx.memo, &cx.reporter).await,
+            Scheme::Git(remote) => {
+                gits.pin(spec, remote, &cx.sessions, &cx.memo, &cx.reporter).await
+            }
         }
     }
 
     /// The state of a pinned source. Images are lazy: no layer is fetched.
-    pub async fn fetch(&self, spec: &SourceSpec, pin: &Pin, cx: &SourceContext) -> Result<ImmutableRef> {
+    pub async fn fetch(
+        &self,
+        spec: &SourceSpec,
+        pin: &Pin,
+        cx: &SourceContext,
+    ) -> Result<ImmutableRef> {
         let Inner { images, locals, files, gits, blobs } = &*self.inner;
         match Scheme::of(&spec.identifier)? {
             Scheme::Image(reference) => images.fetch(spec, reference, pin, cx).await,
             Scheme::Local(name) => locals.fetch(spec, name, &cx.sessions, &cx.reporter).await,
             Scheme::Http => files.fetch(spec, pin, &cx.sessions, &cx.memo, &cx.reporter).await,
             Scheme::Blob => blobs.fetch(spec, &cx.sessions).await,
-            Scheme::Git(remote) => gits.fetch(spec, remote, pin, &cx.sessions, &cx.memo, &cx.reporter).await,
+            Scheme::Git(remote) => {
+                gits.fetch(spec, remote, pin, &cx.sessions, &cx.memo, &cx.reporter).await
+            }
         }
     }
 
-    /// Resolves a source's metadata (rows `gw.resolveimg`, `gw.resolvesrc`); modes are in attr `image.resolvemode`.
-    pub async fn resolve(&self, spec: &SourceSpec, want: ResolveWant, cx: &SourceContext) -> Result<SourceFacts> {
+    /// Resolves a source's metadata (rows `gw.resolveimg`, `gw.resolvesrc`); modes are in attr
+    /// `image.resolvemode`.
+    pub async fn resolve(
+        &self,
+        spec: &SourceSpec,
+        want: ResolveWant,
+        cx: &SourceContext,
+    ) -> Result<SourceFacts> {
         let Inner { images, files, gits, .. } = &*self.inner;
         match Scheme::of(&spec.identifier)? {
-            Scheme::Image(reference) => images.resolve(spec, reference, want.attestations.as_deref(), cx).await,
+            Scheme::Image(reference) => {
+                images.resolve(spec, reference, want.attestations.as_deref(), cx).await
+            }
             Scheme::Local(_) | Scheme::Blob => Ok(SourceFacts::default()),
-            Scheme::Http => files.resolve(spec, want.http_checksum, &cx.sessions, &cx.memo, &cx.reporter).await,
-            Scheme::Git(remote) => gits.resolve(spec, remote, want.git_objects, &cx.sessions, &cx.memo, &cx.reporter).await,
+            Scheme::Http => {
+                files.resolve(spec, want.http_checksum, &cx.sessions, &cx.memo, &cx.reporter).await
+            }
+            Scheme::Git(remote) => {
+                gits.resolve(spec, remote, want.git_objects, &cx.sessions, &cx.memo, &cx.reporter)
+                    .await
+            }
         }
     }
 
@@ -194,18 +228,25 @@ impl Sources {
             }
             Scheme::Git(locator) => {
                 let git = GitSpec::parse(spec, locator)?;
-                for secret in [&git.token_secret, &git.header_secret].into_iter().filter(|s| !s.is_empty()) {
+                for secret in
+                    [&git.token_secret, &git.header_secret].into_iter().filter(|s| !s.is_empty())
+                {
                     capture.add_secret(secret, true);
                 }
                 if !git.ssh_agent.is_empty() {
                     capture.add_ssh(&git.ssh_agent, false);
                 }
-                let reference = Some(&git.reference).filter(|r| !r.is_empty()).map(|r| format!("#{r}")).unwrap_or_default();
+                let reference = Some(&git.reference)
+                    .filter(|r| !r.is_empty())
+                    .map(|r| format!("#{r}"))
+                    .unwrap_or_default();
                 let commit = pin.digest.clone().unwrap_or_default();
                 capture.add_git(GitSource {
                     url: format!("{}{reference}", git.shown()),
                     commit,
-                    bundle: git.bundle.map(|b| BlobSource { local: b.0.store.is_some(), name: b.0.name }),
+                    bundle: git
+                        .bundle
+                        .map(|b| BlobSource { local: b.0.store.is_some(), name: b.0.name }),
                 });
             }
         }
@@ -217,8 +258,8 @@ impl Sources {
         self.inner.images.layers_of(remote)
     }
 
-    /// Lets the clients of `sessions` answer for what has yet to be fetched of `state` (row `so.unlazy`): the one whose build began it may have gone,
-    /// or be somebody else.
+    /// Lets the clients of `sessions` answer for what has yet to be fetched of `state` (row
+    /// `so.unlazy`): the one whose build began it may have gone, or be somebody else.
     pub fn wanted_by(&self, state: &ImmutableRef, sessions: &SessionGroup) {
         for source in state.sources() {
             let source: Arc<dyn Any + Send + Sync> = source;
@@ -228,8 +269,15 @@ impl Sources {
         }
     }
 
-    /// Names directly in `dir` (empty for the top) of a client's directory, for suggestions; nothing is transferred.
-    pub async fn local_names(&self, local: &str, session: &str, dir: &str, sessions: &SessionGroup) -> Result<Vec<String>> {
+    /// Names directly in `dir` (empty for the top) of a client's directory, for suggestions;
+    /// nothing is transferred.
+    pub async fn local_names(
+        &self,
+        local: &str,
+        session: &str,
+        dir: &str,
+        sessions: &SessionGroup,
+    ) -> Result<Vec<String>> {
         self.inner.locals.names(local, session, dir, sessions).await
     }
 }

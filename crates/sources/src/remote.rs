@@ -1,5 +1,5 @@
-//! Where the documents and layers of an image, or of a cache, are fetched from: the port [`Remote`], a registry's
-//! repository, and a content store of a client.
+//! Where the documents and layers of an image, or of a cache, are fetched from: the port
+//! [`Remote`], a registry's repository, and a content store of a client.
 
 use crate::{SessionCredentials, flight::Flights};
 use async_trait::async_trait;
@@ -23,8 +23,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Largest manifest, index or config that is read.
 pub(crate) const MAX_DOCUMENT: u64 = 4 << 20;
 
-/// Where documents and blobs come from: the port between what needs them and those who have them. Everything it
-/// gives is checked against its digest, by itself or by the store that it is written to.
+/// Where documents and blobs come from: the port between what needs them and those who have them.
+/// Everything it gives is checked against its digest, by itself or by the store that it is written
+/// to.
 #[async_trait]
 pub trait Remote: Send + Sync {
     /// Its name for messages.
@@ -33,7 +34,8 @@ pub trait Remote: Send + Sync {
     /// What the tag or digest `reference` leads to; `NotFound` if there is nothing.
     async fn resolve(&self, reference: &str) -> Result<Descriptor>;
 
-    /// The same for callers that have something else to go by: it is asked once, and not waited for long.
+    /// The same for callers that have something else to go by: it is asked once, and not waited for
+    /// long.
     async fn resolve_soon(&self, reference: &str) -> Result<Descriptor> {
         self.resolve(reference).await
     }
@@ -108,7 +110,11 @@ impl Remote for RegistryRemote {
             Ok(answer) => answer.map_err(Fault::from),
             Err(_) => {
                 let host = self.0.name().registry();
-                Err(Fault::unavailable(format!("{}: {host} has not answered within {} s", self.0.name(), PATIENCE.as_secs())))
+                Err(Fault::unavailable(format!(
+                    "{}: {host} has not answered within {} s",
+                    self.0.name(),
+                    PATIENCE.as_secs()
+                )))
             }
         }
     }
@@ -170,8 +176,9 @@ impl Remote for ClientRemote {
         let bad = |_| Fault::invalid(format!("reference {name:?} must have digest"));
         let digest: Digest = reference.parse().map_err(bad)?;
         let bytes = self.store.read_all(digest, MAX_DOCUMENT).await?;
-        let kind =
-            media_type_of(&bytes).ok_or_else(|| Fault::invalid(format!("reference {name:?} contains neither an index nor a manifest")))?;
+        let kind = media_type_of(&bytes).ok_or_else(|| {
+            Fault::invalid(format!("reference {name:?} contains neither an index nor a manifest"))
+        })?;
         Ok(Descriptor::new(kind, digest, bytes.len() as u64))
     }
 
@@ -201,7 +208,10 @@ impl Remote for ClientRemote {
 }
 
 fn source_label(name: &ImageName) -> Labels {
-    Labels::from([(format!("{DISTRIBUTION_SOURCE}.{}", name.registry()), name.repository().to_owned())])
+    Labels::from([(
+        format!("{DISTRIBUTION_SOURCE}.{}", name.registry()),
+        name.repository().to_owned(),
+    )])
 }
 
 /// The media type of a manifest or index by what it says, or by its shape.
@@ -210,17 +220,23 @@ pub(crate) fn media_type_of(bytes: &[u8]) -> Option<String> {
     match json.get("mediaType").and_then(|t| t.as_str()) {
         Some(t) if media::is_index(t) || media::is_manifest(t) => Some(t.to_owned()),
         Some(_) => None,
-        None if json.get("manifests").is_some_and(|m| m.is_array()) => Some(media::OCI_INDEX.into()),
-        None if json.get("layers").is_some_and(|l| l.is_array()) => Some(media::OCI_MANIFEST.into()),
+        None if json.get("manifests").is_some_and(|m| m.is_array()) => {
+            Some(media::OCI_INDEX.into())
+        }
+        None if json.get("layers").is_some_and(|l| l.is_array()) => {
+            Some(media::OCI_MANIFEST.into())
+        }
         None => None,
     }
 }
 
-/// The layers of one place, fetched when somebody reads them: often a later build than the one that found the place, whose client may be gone.
+/// The layers of one place, fetched when somebody reads them: often a later build than the one that
+/// found the place, whose client may be gone.
 pub(crate) struct RemoteLayers {
     remote: Arc<dyn Remote>,
     flights: Flights,
-    /// The clients of builds that want the layers, the latest first. Before anybody said so, who found the place answers.
+    /// The clients of builds that want the layers, the latest first. Before anybody said so, who
+    /// found the place answers.
     wanted_by: Mutex<Option<SessionGroup>>,
 }
 
@@ -237,22 +253,37 @@ impl RemoteLayers {
             return;
         }
         let staying = before.iter().filter(|id| sessions.hub().try_get(id).is_some());
-        *all = Some(SessionGroup::new(sessions.hub().clone(), sessions.ids().iter().chain(staying).cloned()));
+        *all = Some(SessionGroup::new(
+            sessions.hub().clone(),
+            sessions.ids().iter().chain(staying).cloned(),
+        ));
     }
 
     /// The place as its clients of now see it. A client's own store is nobody else's.
     fn remote(&self) -> Arc<dyn Remote> {
         let sessions = self.wanted_by.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        sessions.and_then(|sessions| self.remote.for_sessions(&sessions)).unwrap_or_else(|| self.remote.clone())
+        sessions
+            .and_then(|sessions| self.remote.for_sessions(&sessions))
+            .unwrap_or_else(|| self.remote.clone())
     }
 }
 
 #[async_trait]
 impl LayerSource for RemoteLayers {
-    async fn fetch(&self, layer: &Descriptor, content: &dyn ContentStore, lease: &LeaseId, progress: Option<&Reporter>) -> Result<()> {
+    async fn fetch(
+        &self,
+        layer: &Descriptor,
+        content: &dyn ContentStore,
+        lease: &LeaseId,
+        progress: Option<&Reporter>,
+    ) -> Result<()> {
         // Two builds that want the same layer: one fetches, the other finds it there.
         let _turn = self.flights.turn(&layer.digest.to_string()).await;
-        let ingest = Ingest { reference: format!("shipway-layer-{}", layer.digest), expected: Some(layer.digest), size: Some(layer.size) };
+        let ingest = Ingest {
+            reference: format!("shipway-layer-{}", layer.digest),
+            expected: Some(layer.digest),
+            size: Some(layer.size),
+        };
         let mut writer = match content.writer(lease, ingest).await {
             Ok(writer) => writer,
             Err(e) if e.is_already_exists() => return Ok(()),
@@ -266,7 +297,11 @@ impl LayerSource for RemoteLayers {
         }
         // The store checks the digest: it hashes what it writes in any case.
         writer.commit(Some(layer.digest), &self.remote.labels()).await.context(|| {
-            format!("layer {} of {}: the bytes received are not the ones named, or cannot be stored", layer.digest, self.remote.name())
+            format!(
+                "layer {} of {}: the bytes received are not the ones named, or cannot be stored",
+                layer.digest,
+                self.remote.name()
+            )
         })?;
         report.done();
         Ok(())
@@ -285,7 +320,8 @@ impl LayerSource for RemoteLayers {
     }
 }
 
-/// Tells watchers how far a layer is, in the words that clients draw: the digest as the counter's id.
+/// Tells watchers how far a layer is, in the words that clients draw: the digest as the counter's
+/// id.
 struct Report<'a> {
     reporter: Option<&'a Reporter>,
     id: String,
@@ -296,7 +332,13 @@ struct Report<'a> {
 
 impl<'a> Report<'a> {
     fn new(reporter: Option<&'a Reporter>, layer: &Descriptor) -> Self {
-        let report = Self { reporter, id: layer.digest.to_string(), current: 0, total: layer.size, last: Instant::now() };
+        let report = Self {
+            reporter,
+            id: layer.digest.to_string(),
+            current: 0,
+            total: layer.size,
+            last: Instant::now(),
+        };
         report.say(false);
         report
     }

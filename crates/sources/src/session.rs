@@ -16,11 +16,12 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// Credentials for registries out of a build's sessions (rows `cb.auth.*`): a token fetched by the client if it does that,
-/// else its user name and secret, else nothing.
+/// Credentials for registries out of a build's sessions (rows `cb.auth.*`): a token fetched by the
+/// client if it does that, else its user name and secret, else nothing.
 ///
-/// A token belongs to the session that brought it, and to others that prove to hold the same key for the registry: those of one client, whose builds
-/// need no token each. A session that proves nothing shares with nobody.
+/// A token belongs to the session that brought it, and to others that prove to hold the same key
+/// for the registry: those of one client, whose builds need no token each. A session that proves
+/// nothing shares with nobody.
 pub struct SessionCredentials {
     sessions: SessionGroup,
     /// Who fetches tokens for a host, and under which name they are kept.
@@ -48,7 +49,9 @@ impl SessionCredentials {
             return Ok(owner.clone());
         }
         let owner = match session.proven_authority(host).await? {
-            Some(key) => Owner { name: format!("token authority {}", Digest::of(key).hex()), fetches: true },
+            Some(key) => {
+                Owner { name: format!("token authority {}", Digest::of(key).hex()), fetches: true }
+            }
             None => Owner { name: own_name(session), fetches: false },
         };
         owners.insert(key, owner.clone());
@@ -61,8 +64,8 @@ fn own_name(session: &Session) -> String {
     format!("session {}", session.id().as_str())
 }
 
-/// The first answer that any attached session of the group has. A session that has gone has no answer; one that fails is
-/// passed over, and its error told if nobody else answers.
+/// The first answer that any attached session of the group has. A session that has gone has no
+/// answer; one that fails is passed over, and its error told if nobody else answers.
 async fn first<T, R>(group: &SessionGroup, ask: impl Fn(Session) -> R) -> Result<Option<T>>
 where
     R: Future<Output = Result<Option<T>>>,
@@ -84,13 +87,22 @@ impl CredentialSource for SessionCredentials {
     async fn credentials(&self, host: &str) -> Result<Option<Given<Credentials>>> {
         first(&self.sessions, async |s: Session| {
             let found = s.credentials(host).await?;
-            let given = |c: shipway_session::Credentials| Credentials { username: c.username, secret: c.secret };
+            let given = |c: shipway_session::Credentials| Credentials {
+                username: c.username,
+                secret: c.secret,
+            };
             Ok(found.map(|c| Given { what: given(c), owner: Some(own_name(&s)) }))
         })
         .await
     }
 
-    async fn fetch_token(&self, realm: &str, service: &str, scopes: &[String], host: &str) -> Result<Option<Given<Token>>> {
+    async fn fetch_token(
+        &self,
+        realm: &str,
+        service: &str,
+        scopes: &[String],
+        host: &str,
+    ) -> Result<Option<Given<Token>>> {
         let request = TokenRequest {
             client_id: "shipwayd".into(),
             host: host.into(),
@@ -105,7 +117,10 @@ impl CredentialSource for SessionCredentials {
                 // A client that has no authority to prove wants us to fetch.
                 let found = if owner.fetches { s.fetch_token(request).await? } else { None };
                 let token = found.filter(|t| !t.token.is_empty());
-                let token = token.map(|t| Token { expires_in: remaining(t.expires_in, t.issued_at), token: t.token });
+                let token = token.map(|t| Token {
+                    expires_in: remaining(t.expires_in, t.issued_at),
+                    token: t.token,
+                });
                 Ok(token.map(|what| Given { what, owner: Some(owner.name) }))
             }
         })
@@ -118,7 +133,9 @@ impl CredentialSource for SessionCredentials {
             match self.owner(&session, host).await {
                 Ok(owner) => names.push(owner.name),
                 Err(_) if session.is_closed() => {}
-                Err(error) => tracing::debug!(host, %error, "a session does not say whose tokens it may use"),
+                Err(error) => {
+                    tracing::debug!(host, %error, "a session does not say whose tokens it may use")
+                }
             }
         }
         Ok(names)
@@ -129,11 +146,15 @@ impl CredentialSource for SessionCredentials {
     }
 }
 
-/// What is left of a token's life. Issuers' clocks differ from ours: an issue time in the future counts as now.
+/// What is left of a token's life. Issuers' clocks differ from ours: an issue time in the future
+/// counts as now.
 fn remaining(expires_in: i64, issued_at: i64) -> Option<Duration> {
     let life = u64::try_from(expires_in).ok().filter(|s| *s > 0)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let age = u64::try_from(issued_at).ok().filter(|s| *s > 0).map_or(0, |issued| now.saturating_sub(issued));
+    let age = u64::try_from(issued_at)
+        .ok()
+        .filter(|s| *s > 0)
+        .map_or(0, |issued| now.saturating_sub(issued));
     Some(Duration::from_secs(life.saturating_sub(age)))
 }
 
@@ -150,7 +171,8 @@ impl DirPeer for SessionDirs {
     }
 }
 
-/// A socket below the directory `below` that leads to the SSH agent `id` of the first of `sessions` that forwards it.
+/// A socket below the directory `below` that leads to the SSH agent `id` of the first of `sessions`
+/// that forwards it.
 pub async fn forwarded_agent(sessions: &SessionGroup, id: &str, below: &Path) -> Result<SshAgent> {
     let found = first(sessions, async |s: Session| Ok(s.ssh_check(id).await?.then_some(s))).await?;
     let session = found.ok_or_else(|| {
@@ -205,19 +227,28 @@ impl Peers for SessionGroup {
             peers.push(Arc::new(SessionDirs(found)));
         }
         for id in self.ids().iter().filter(|id| Some(*id) != wanted.as_ref()) {
-            // The first one may still be on its way: builds start before their sessions are attached.
-            let found = if peers.is_empty() { self.hub().get(id).await.ok() } else { self.hub().try_get(id) };
+            // The first one may still be on its way: builds start before their sessions are
+            // attached.
+            let found = if peers.is_empty() {
+                self.hub().get(id).await.ok()
+            } else {
+                self.hub().try_get(id)
+            };
             peers.extend(found.map(|s| Arc::new(SessionDirs(s)) as Arc<dyn DirPeer>));
         }
         if peers.is_empty() {
-            let fault = Fault::new(Code::FailedPrecondition, "could not access local files without session");
+            let fault = Fault::new(
+                Code::FailedPrecondition,
+                "could not access local files without session",
+            );
             return Err(fault.hint("the client that asked for this build has disconnected"));
         }
         Ok(peers)
     }
 
     async fn upload(&self, host: &str, path: &str) -> Result<Upload> {
-        // The first session may still be on its way: builds start before their sessions are attached.
+        // The first session may still be on its way: builds start before their sessions are
+        // attached.
         if let Some(id) = self.ids().first() {
             let _ = self.hub().get(id).await;
         }
@@ -226,11 +257,16 @@ impl Peers for SessionGroup {
             // Who does not have it says so instead of a first piece; a file without any is empty.
             Ok(Some(match upload.next().await {
                 None => upload,
-                Some(piece) => Box::pin(futures::stream::iter([Ok(piece?)]).chain(upload)) as Upload,
+                Some(piece) => {
+                    Box::pin(futures::stream::iter([Ok(piece?)]).chain(upload)) as Upload
+                }
             }))
         });
-        let missing = || Fault::not_found(format!("no attached client uploads http://{host}{path}"));
-        found.await?.ok_or_else(|| missing().hint("the client that asked for this build has disconnected"))
+        let missing =
+            || Fault::not_found(format!("no attached client uploads http://{host}{path}"));
+        found
+            .await?
+            .ok_or_else(|| missing().hint("the client that asked for this build has disconnected"))
     }
 
     async fn ssh_agent(&self, id: &str) -> Result<SshAgent> {

@@ -7,14 +7,25 @@ mod web;
 use bytes::Bytes;
 use shipway_attest::Stored;
 use shipway_fault::Code;
-use shipway_oci::{ChainId, Descriptor, DiffId, Digest, ImageConfig, Index, Manifest, Platform, RootFs, media};
+use shipway_oci::{
+    ChainId, Descriptor, DiffId, Digest, ImageConfig, Index, Manifest, Platform, RootFs, media,
+};
 use shipway_progress::{Journal, Reporter};
-use shipway_refs::{Compression, LocalMount, NamedRef, NamedRequest, RecordType, RefStore, Sharing};
+use shipway_refs::{
+    Compression, LocalMount, NamedRef, NamedRequest, RecordType, RefStore, Sharing,
+};
 use shipway_registry::{DeniedNetworks, Registry, RegistryConfig};
 use shipway_session::{SessionGroup, SessionHub};
-use shipway_sources::{LocalImages, ResolveWant, SourceContext, SourceMemo, SourceOptions, SourceSpec, Sources};
-use shipway_storage::{ContentStore, Images, Labels, LeaseId, Leases, built_labels, fake::FakeStorage};
-use std::{collections::HashMap, os::unix::fs::MetadataExt, path::Path, process::Command, sync::Arc, time::SystemTime};
+use shipway_sources::{
+    LocalImages, ResolveWant, SourceContext, SourceMemo, SourceOptions, SourceSpec, Sources,
+};
+use shipway_storage::{
+    ContentStore, Images, Labels, LeaseId, Leases, built_labels, fake::FakeStorage,
+};
+use std::{
+    collections::HashMap, os::unix::fs::MetadataExt, path::Path, process::Command, sync::Arc,
+    time::SystemTime,
+};
 use web::{Web, ok, status};
 
 struct Bench {
@@ -41,7 +52,11 @@ impl Bench {
 
 fn cx() -> SourceContext {
     let sessions = SessionGroup::new(SessionHub::new(), []);
-    SourceContext { sessions, reporter: Reporter::new(Digest::of("v"), "v".into(), vec![], None), memo: SourceMemo::default() }
+    SourceContext {
+        sessions,
+        reporter: Reporter::new(Digest::of("v"), "v".into(), vec![], None),
+        memo: SourceMemo::default(),
+    }
 }
 
 fn spec(identifier: impl Into<String>, attrs: &[(&str, &str)]) -> SourceSpec {
@@ -87,13 +102,23 @@ fn image() -> TwoPlatforms {
         entry.platform = Some(platform);
         manifests.push(entry);
     }
-    let index = Index { schema_version: 2, media_type: Some(media::OCI_INDEX.into()), manifests, annotations: Default::default() };
+    let index = Index {
+        schema_version: 2,
+        media_type: Some(media::OCI_INDEX.into()),
+        manifests,
+        annotations: Default::default(),
+    };
     let index = put(media::OCI_INDEX, serde_json::to_vec(&index).unwrap());
     TwoPlatforms { documents, referrers: HashMap::new(), index, layer, diff }
 }
 
 impl TwoPlatforms {
-    fn put(&mut self, media_type: &str, bytes: impl serde::Serialize, notes: &[(&str, &str)]) -> Descriptor {
+    fn put(
+        &mut self,
+        media_type: &str,
+        bytes: impl serde::Serialize,
+        notes: &[(&str, &str)],
+    ) -> Descriptor {
         let bytes = serde_json::to_vec(&bytes).unwrap();
         let mut d = Descriptor::of(media_type, &bytes);
         d.annotations = notes.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
@@ -107,13 +132,22 @@ impl TwoPlatforms {
         self.put(media::OCI_MANIFEST, manifest, notes)
     }
 
-    /// Says two things of the first platform's image, and signs that; gives the manifest, what was said and the signature's manifest.
+    /// Says two things of the first platform's image, and signs that; gives the manifest, what was
+    /// said and the signature's manifest.
     fn attest(&mut self) -> (Descriptor, Vec<Descriptor>, Descriptor) {
         let mut index: Index = serde_json::from_slice(&self.documents[&self.index.digest]).unwrap();
-        let said =
-            ["p", "q"].map(|t| self.put(media::IN_TOTO, serde_json::json!({ "predicateType": t }), &[("in-toto.io/predicate-type", t)]));
+        let said = ["p", "q"].map(|t| {
+            self.put(
+                media::IN_TOTO,
+                serde_json::json!({ "predicateType": t }),
+                &[("in-toto.io/predicate-type", t)],
+            )
+        });
         let about = index.manifests[0].digest.to_string();
-        let notes = [("vnd.docker.reference.type", "attestation-manifest"), ("vnd.docker.reference.digest", &*about)];
+        let notes = [
+            ("vnd.docker.reference.type", "attestation-manifest"),
+            ("vnd.docker.reference.digest", &*about),
+        ];
         let manifest = self.put_manifest(&said, &notes);
         index.manifests.push(manifest.clone());
         self.index = self.put(media::OCI_INDEX, index, &[]);
@@ -135,18 +169,25 @@ impl TwoPlatforms {
 
 /// A registry that has the image under the tag `1` of every repository.
 fn registry(image: &TwoPlatforms) -> Web {
-    let (documents, referrers, index) = (image.documents.clone(), image.referrers.clone(), image.index.digest);
+    let (documents, referrers, index) =
+        (image.documents.clone(), image.referrers.clone(), image.index.digest);
     Web::start(move |line, _| {
         let last = line.rsplit('/').next().unwrap();
         if line.contains("/referrers/") {
-            return last.parse().ok().and_then(|d| referrers.get(&d)).map_or(status(404), |list| ok(list.clone()));
+            return last
+                .parse()
+                .ok()
+                .and_then(|d| referrers.get(&d))
+                .map_or(status(404), |list| ok(list.clone()));
         }
         let digest = if last == "1" { Some(index) } else { last.parse().ok() };
         match digest.and_then(|d| documents.get(&d).map(|b| (d, b))) {
             None => status(404),
             Some((digest, bytes)) => {
                 let kind = if digest == index { media::OCI_INDEX } else { media::OCI_MANIFEST };
-                ok(bytes.clone()).with("Docker-Content-Digest", digest.to_string()).with("Content-Type", kind)
+                ok(bytes.clone())
+                    .with("Docker-Content-Digest", digest.to_string())
+                    .with("Content-Type", kind)
             }
         }
     })
@@ -160,7 +201,15 @@ async fn what_is_said_of_an_image_is_told_with_its_signature() {
     let web = registry(&image);
     let source = spec(format!("docker-image://{}/a/b:1", web.host), &[]);
     let want = ResolveWant { attestations: Some(vec!["q".into()]), ..Default::default() };
-    let found = bench.sources.resolve(&source, want.clone(), &cx()).await.unwrap().image.unwrap().attestations.unwrap();
+    let found = bench
+        .sources
+        .resolve(&source, want.clone(), &cx())
+        .await
+        .unwrap()
+        .image
+        .unwrap()
+        .attestations
+        .unwrap();
     assert_eq!(
         (found.root, found.attestation, &found.signatures[..]),
         (image.index.digest, Some(manifest.digest), &[signature.digest][..])
@@ -169,13 +218,27 @@ async fn what_is_said_of_an_image_is_told_with_its_signature() {
     let mut told = [image.index.digest, manifest.digest, said[1].digest, signature.digest, bundle];
     told.sort();
     assert_eq!(found.blobs.keys().copied().collect::<Vec<_>>(), told);
-    assert!(found.blobs.iter().all(|(digest, (d, bytes))| *digest == Digest::of(bytes) && d.digest == *digest));
+    assert!(
+        found
+            .blobs
+            .iter()
+            .all(|(digest, (d, bytes))| *digest == Digest::of(bytes) && d.digest == *digest)
+    );
     // Nothing is said of the other platform, and nothing is told that nobody asked for.
     let arm = SourceSpec { platform: "linux/arm64".parse().unwrap(), ..source.clone() };
-    let other = bench.sources.resolve(&arm, want, &cx()).await.unwrap().image.unwrap().attestations.unwrap();
+    let other = bench
+        .sources
+        .resolve(&arm, want, &cx())
+        .await
+        .unwrap()
+        .image
+        .unwrap()
+        .attestations
+        .unwrap();
     assert_eq!((other.attestation, other.blobs.len()), (None, 1));
     assert_ne!(other.image, found.image);
-    let plain = bench.sources.resolve(&source, ResolveWant::default(), &cx()).await.unwrap().image.unwrap();
+    let plain =
+        bench.sources.resolve(&source, ResolveWant::default(), &cx()).await.unwrap().image.unwrap();
     assert_eq!(plain.attestations, None);
 }
 
@@ -187,14 +250,25 @@ async fn an_image_is_pinned_and_made_a_state_without_fetching_a_layer() {
     let source = spec(format!("docker-image://{}/a/b:1", web.host), &[]);
     let pin = bench.sources.pin(&source, &cx()).await.unwrap();
     assert_eq!(pin.digest, Some(image.index.digest.to_string()));
-    assert_eq!((pin.keys.len(), pin.keys[1], pin.ephemeral), (2, ChainId::of([image.diff]).unwrap().0, false));
+    assert_eq!(
+        (pin.keys.len(), pin.keys[1], pin.ephemeral),
+        (2, ChainId::of([image.diff]).unwrap().0, false)
+    );
     let state = bench.sources.fetch(&source, &pin, &cx()).await.unwrap();
     let layers = state.layers().await.unwrap();
     assert_eq!((layers[0].diff_id, layers[0].lazy), (image.diff, true));
-    assert!(!web.log().iter().any(|l| l.contains("/blobs/") && l.contains(&image.layer.digest.hex())), "{:?}", web.log());
+    assert!(
+        !web.log().iter().any(|l| l.contains("/blobs/") && l.contains(&image.layer.digest.hex())),
+        "{:?}",
+        web.log()
+    );
     let blobs = state.blobs(Compression::default(), true, None).await.unwrap();
-    assert_eq!((blobs[0].descriptor.digest, bench.fake.has(&image.layer).await.unwrap()), (image.layer.digest, true));
-    let meta = bench.sources.resolve(&source, ResolveWant::default(), &cx()).await.unwrap().image.unwrap();
+    assert_eq!(
+        (blobs[0].descriptor.digest, bench.fake.has(&image.layer).await.unwrap()),
+        (image.layer.digest, true)
+    );
+    let meta =
+        bench.sources.resolve(&source, ResolveWant::default(), &cx()).await.unwrap().image.unwrap();
     assert_eq!(meta.digest, image.index.digest);
     assert!(String::from_utf8_lossy(&meta.config).contains("amd64"));
 
@@ -219,15 +293,22 @@ enum Registered {
     Down,
 }
 
-/// Which image a name of both containerd's store and a registry leads to: the store's (`true`) or the registry's, why it is the store's, and what the
-/// registry was asked.
-async fn which(prefer: LocalImages, built: bool, mode: &str, registered: Registered) -> (bool, Option<Stored>, Vec<String>) {
+/// Which image a name of both containerd's store and a registry leads to: the store's (`true`) or
+/// the registry's, why it is the store's, and what the registry was asked.
+async fn which(
+    prefer: LocalImages,
+    built: bool,
+    mode: &str,
+    registered: Registered,
+) -> (bool, Option<Stored>, Vec<String>) {
     let bench = Bench::preferring(prefer).await;
     let (ours, mut theirs) = (image(), image());
     theirs.put(media::OCI_MANIFEST, "makes another index", &[]);
     theirs.attest();
-    let documents: HashMap<Digest, Vec<u8>> = ours.documents.iter().chain(&theirs.documents).map(|(d, b)| (*d, b.clone())).collect();
-    let leads_to = if registered == Registered::Changed { theirs.index.digest } else { ours.index.digest };
+    let documents: HashMap<Digest, Vec<u8>> =
+        ours.documents.iter().chain(&theirs.documents).map(|(d, b)| (*d, b.clone())).collect();
+    let leads_to =
+        if registered == Registered::Changed { theirs.index.digest } else { ours.index.digest };
     let web = Web::start(move |line, _| {
         match registered {
             Registered::Gone => return status(404),
@@ -236,18 +317,25 @@ async fn which(prefer: LocalImages, built: bool, mode: &str, registered: Registe
         }
         let last = line.rsplit('/').next().unwrap();
         let digest = if last == "1" { leads_to } else { last.parse().unwrap() };
-        let kind = if last == "1" || digest == leads_to { media::OCI_INDEX } else { media::OCI_MANIFEST };
-        ok(documents[&digest].clone()).with("Docker-Content-Digest", digest.to_string()).with("Content-Type", kind)
+        let kind =
+            if last == "1" || digest == leads_to { media::OCI_INDEX } else { media::OCI_MANIFEST };
+        ok(documents[&digest].clone())
+            .with("Docker-Content-Digest", digest.to_string())
+            .with("Content-Type", kind)
     });
     let host = match registered {
-        Registered::Down => std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string(),
+        Registered::Down => {
+            std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+        }
         _ => web.host.clone(),
     };
     let name = format!("{host}/local/app:1");
     let lease = LeaseId("test".into());
     bench.fake.create(&lease, &Labels::new()).await.unwrap();
     for bytes in ours.documents.values() {
-        ContentStore::put(&bench.fake, &lease, Bytes::from(bytes.clone()), &Labels::new()).await.unwrap();
+        ContentStore::put(&bench.fake, &lease, Bytes::from(bytes.clone()), &Labels::new())
+            .await
+            .unwrap();
     }
     let labels = if built { built_labels(&ours.index, BUILT_AT) } else { Labels::new() };
     Images::put(&bench.fake, &name, &ours.index, &labels).await.unwrap();
@@ -257,7 +345,15 @@ async fn which(prefer: LocalImages, built: bool, mode: &str, registered: Registe
     let log = web.log();
     // Within a build, nothing is asked twice, and what was said of the tag is so of the digest.
     assert_eq!(
-        bench.sources.resolve(&source, ResolveWant::default(), &cx).await.unwrap().image.unwrap().digest.to_string(),
+        bench
+            .sources
+            .resolve(&source, ResolveWant::default(), &cx)
+            .await
+            .unwrap()
+            .image
+            .unwrap()
+            .digest
+            .to_string(),
         pin.digest.clone().unwrap()
     );
     let pinned = spec(format!("docker-image://{name}@{}", pin.digest.clone().unwrap()), &[]);
@@ -273,7 +369,8 @@ async fn an_image_that_was_built_here_is_taken_and_one_that_was_pulled_is_asked_
     use LocalImages::{Always, Built, Never};
     use Registered::{Changed, Down, Gone, Hangs, Same};
     const HEAD: &str = "HEAD /v2/local/app/manifests/1";
-    let (built, fallback, wanted) = (Some(Stored::Built(BUILT_AT)), Some(Stored::Fallback), Some(Stored::Wanted));
+    let (built, fallback, wanted) =
+        (Some(Stored::Built(BUILT_AT)), Some(Stored::Fallback), Some(Stored::Wanted));
     for (prefer, is_built, mode, registered, ours, stored, asked) in [
         (Built, true, "default", Changed, true, built, false),
         (Built, false, "default", Same, true, None, true),
@@ -292,7 +389,8 @@ async fn an_image_that_was_built_here_is_taken_and_one_that_was_pulled_is_asked_
         let (was_ours, why, log) = which(prefer, is_built, mode, registered).await;
         assert_eq!((was_ours, why), (ours, stored), "{case}");
         assert_eq!(log.first().map(String::as_str), asked.then_some(HEAD), "{case}");
-        // The manifests that are here are not fetched again, and what cannot be reached is not asked again and again.
+        // The manifests that are here are not fetched again, and what cannot be reached is not
+        // asked again and again.
         assert!(registered == Changed || log.len() <= 1, "{case}: {log:?}");
     }
 }
@@ -302,12 +400,18 @@ async fn what_an_image_cannot_be_is_said() {
     let bench = Bench::new().await;
     let image = image();
     let web = registry(&image);
-    let at = |reference: &str, attrs: &[(&str, &str)]| spec(format!("docker-image://{}/a/b{reference}", web.host), attrs);
+    let at = |reference: &str, attrs: &[(&str, &str)]| {
+        spec(format!("docker-image://{}/a/b{reference}", web.host), attrs)
+    };
     let wrong = Digest::of("wrong").to_string();
     let other = SourceSpec { platform: "linux/s390x".parse().unwrap(), ..at(":1", &[]) };
     for (source, code, words) in [
         (at(":none", &[]), Code::NotFound, "/a/b:none: not found"),
-        (at(":1", &[("image.checksum", &wrong)]), Code::FailedPrecondition, "does not match expected checksum"),
+        (
+            at(":1", &[("image.checksum", &wrong)]),
+            Code::FailedPrecondition,
+            "does not match expected checksum",
+        ),
         (at(":1", &[("image.layerlimit", "2")]), Code::InvalidArgument, "layer limit 2 is greater"),
         (other, Code::NotFound, "no match for platform linux/s390x"),
         (spec("docker-imge://x", &[]), Code::InvalidArgument, "unknown source scheme"),
@@ -328,7 +432,10 @@ async fn a_web_file_is_fetched_once_and_again_when_it_changed() {
         let (body, etag) = *served.lock().unwrap();
         ok(body).with("ETag", etag).with("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT")
     });
-    let source = spec(format!("http://{}/dir/file.txt", web.host), &[("http.perm", "0755"), ("http.uid", "7")]);
+    let source = spec(
+        format!("http://{}/dir/file.txt", web.host),
+        &[("http.perm", "0755"), ("http.uid", "7")],
+    );
     let pin = bench.sources.pin(&source, &cx()).await.unwrap();
     assert_eq!(pin.digest, Some(Digest::of("one").to_string()));
     let state = bench.sources.fetch(&source, &pin, &cx()).await.unwrap();
@@ -341,8 +448,10 @@ async fn a_web_file_is_fetched_once_and_again_when_it_changed() {
     assert_eq!(bench.sources.pin(&source, &cx()).await.unwrap().keys, pin.keys);
     assert_eq!(web.log(), ["GET /dir/file.txt", "HEAD /dir/file.txt"]);
     // Another life of the daemon knows it, too.
-    let options = SourceOptions { files: Some(bench.root.path().join("files.json")), ..Default::default() };
-    let restarted = Sources::new(bench.refs.clone(), Registry::new(RegistryConfig::default()), options);
+    let options =
+        SourceOptions { files: Some(bench.root.path().join("files.json")), ..Default::default() };
+    let restarted =
+        Sources::new(bench.refs.clone(), Registry::new(RegistryConfig::default()), options);
     assert_eq!(restarted.pin(&source, &cx()).await.unwrap().keys, pin.keys);
     assert_eq!(web.log().last().unwrap(), "HEAD /dir/file.txt");
     *content.lock().unwrap() = ("two", "\"2\"");
@@ -362,8 +471,15 @@ async fn a_web_file_with_a_checksum_needs_no_question_and_must_match() {
     let source = spec(format!("http://{}/f", web.host), &[("http.checksum", &bad)]);
     let pin = bench.sources.pin(&source, &cx()).await.unwrap();
     let fault = bench.sources.fetch(&source, &pin, &cx()).await.err().unwrap();
-    assert!(fault.to_string().contains("digest mismatch") && fault.to_string().contains(&good), "{fault}");
-    let gone = bench.sources.pin(&spec(format!("http://{}/gone?token=s3cret", web.host), &[]), &cx()).await.unwrap_err();
+    assert!(
+        fault.to_string().contains("digest mismatch") && fault.to_string().contains(&good),
+        "{fault}"
+    );
+    let gone = bench
+        .sources
+        .pin(&spec(format!("http://{}/gone?token=s3cret", web.host), &[]), &cx())
+        .await
+        .unwrap_err();
     assert_eq!(gone.code(), Code::NotFound);
     assert!(!format!("{gone:?}").contains("s3cret"), "{gone:?}");
     bench.refs.drained().await;
@@ -372,8 +488,15 @@ async fn a_web_file_with_a_checksum_needs_no_question_and_must_match() {
 #[track_caller]
 fn git(dir: &Path, arguments: &[&str]) -> String {
     let mut command = Command::new("git");
-    command.current_dir(dir).args(["-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main"]).args(arguments);
-    let out = command.env("GIT_CONFIG_GLOBAL", "/dev/null").env("GIT_COMMITTER_DATE", "1000000000 +0000").output().unwrap();
+    command
+        .current_dir(dir)
+        .args(["-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main"])
+        .args(arguments);
+    let out = command
+        .env("GIT_CONFIG_GLOBAL", "/dev/null")
+        .env("GIT_COMMITTER_DATE", "1000000000 +0000")
+        .output()
+        .unwrap();
     assert!(out.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&out.stderr));
     String::from_utf8_lossy(&out.stdout).trim().to_owned()
 }
@@ -439,7 +562,11 @@ async fn a_git_commit_becomes_its_files() {
         let state = bench.sources.fetch(source, &pin, &cx()).await.unwrap();
         let mount = state.mount().await.unwrap();
         let file = mount.path().join(path);
-        (std::fs::read_to_string(&file).ok(), std::fs::metadata(&file).map_or(0, |m| m.mtime()), mount.path().join(".git").exists())
+        (
+            std::fs::read_to_string(&file).ok(),
+            std::fs::metadata(&file).map_or(0, |m| m.mtime()),
+            mount.path().join(".git").exists(),
+        )
     };
     let text = |s: &str| Some(s.to_owned());
     assert_eq!(read(&at("", &[]), "top").await.0, text("2"));
@@ -456,10 +583,20 @@ async fn a_git_commit_becomes_its_files() {
     let tag = bench.sources.pin(&at("#v1", &[]), &cx()).await.unwrap();
     let commit = bench.sources.pin(&at(&format!("#{one}"), &[]), &cx()).await.unwrap();
     assert_eq!(tag.keys, commit.keys, "a tag and its commit are the same files");
-    let meta = bench.sources.resolve(&at("#v1", &[]), ResolveWant::default(), &cx()).await.unwrap().git.unwrap();
-    assert_eq!((meta.reference.as_str(), meta.commit_checksum.as_str()), ("refs/tags/v1", one.as_str()));
+    let meta = bench
+        .sources
+        .resolve(&at("#v1", &[]), ResolveWant::default(), &cx())
+        .await
+        .unwrap()
+        .git
+        .unwrap();
+    assert_eq!(
+        (meta.reference.as_str(), meta.commit_checksum.as_str()),
+        ("refs/tags/v1", one.as_str())
+    );
     bench.sources.pin(&at("#v1", &[("git.checksum", &one[..10])]), &cx()).await.unwrap();
-    let fault = bench.sources.pin(&at("#main", &[("git.checksum", &one)]), &cx()).await.unwrap_err();
+    let fault =
+        bench.sources.pin(&at("#main", &[("git.checksum", &one)]), &cx()).await.unwrap_err();
     assert!(fault.to_string().contains("expected checksum to match"), "{fault}");
 
     let build = cx();
@@ -467,16 +604,29 @@ async fn a_git_commit_becomes_its_files() {
     let meta = bench.sources.resolve(&at("#v1", &[]), want, &build).await.unwrap().git.unwrap();
     assert!(meta.commit_object.starts_with(b"tree ") && meta.tag_object.starts_with(b"object "));
     git(&repo, &["tag", "-f", "-a", "v1", "-m", "moved"]);
-    let again = bench.sources.resolve(&at("#v1", &[]), ResolveWant::default(), &build).await.unwrap().git.unwrap();
+    let again = bench
+        .sources
+        .resolve(&at("#v1", &[]), ResolveWant::default(), &build)
+        .await
+        .unwrap()
+        .git
+        .unwrap();
     assert_eq!(again.checksum, meta.checksum, "one build sees one tag");
-    let later = bench.sources.resolve(&at("#v1", &[]), ResolveWant::default(), &cx()).await.unwrap().git.unwrap();
+    let later = bench
+        .sources
+        .resolve(&at("#v1", &[]), ResolveWant::default(), &cx())
+        .await
+        .unwrap()
+        .git
+        .unwrap();
     assert_ne!(later.checksum, meta.checksum);
     let fault = bench.sources.pin(&at("#nope", &[]), &cx()).await.unwrap_err();
     assert!(fault.to_string().contains("repository does not contain ref nope"), "{fault}");
     bench.refs.drained().await;
 }
 
-/// Submodules come along, in depth, unless the source says that they are not wanted (row `src.git.sub`).
+/// Submodules come along, in depth, unless the source says that they are not wanted (row
+/// `src.git.sub`).
 #[tokio::test]
 async fn submodules_come_along_unless_they_are_skipped() {
     let bench = Bench::new().await;
@@ -501,7 +651,8 @@ async fn submodules_come_along_unless_they_are_skipped() {
         let pin = bench.sources.pin(&source, &cx()).await.unwrap();
         let state = bench.sources.fetch(&source, &pin, &cx()).await.unwrap();
         let mount = state.mount().await.unwrap();
-        let names = ["name", "sub/name", "sub/sub/name"].map(|n| std::fs::read_to_string(mount.path().join(n)).ok());
+        let names = ["name", "sub/name", "sub/sub/name"]
+            .map(|n| std::fs::read_to_string(mount.path().join(n)).ok());
         (names, pin.keys)
     };
     let (with, without) = (read(&[]).await, read(&[("git.skipsubmodules", "true")]).await);
@@ -526,7 +677,9 @@ async fn a_git_commit_goes_through_a_bundle() {
     git(&repo, &["tag", "-a", "v1", "-m", "v1", "HEAD~1"]);
     let (one, two) = (git(&repo, &["rev-parse", "HEAD~1"]), git(&repo, &["rev-parse", "HEAD"]));
     let server = GitServer::start(base.path());
-    let source = |at: &str, fragment: &str, attrs: &[(&str, &str)]| spec(format!("git://git://127.0.0.1:{at}/r.git{fragment}"), attrs);
+    let source = |at: &str, fragment: &str, attrs: &[(&str, &str)]| {
+        spec(format!("git://git://127.0.0.1:{at}/r.git{fragment}"), attrs)
+    };
     let state = async |bench: &Bench, source: &SourceSpec| {
         let pin = bench.sources.pin(source, &cx()).await?;
         bench.sources.fetch(source, &pin, &cx()).await
@@ -537,7 +690,9 @@ async fn a_git_commit_goes_through_a_bundle() {
     let plain = bench.sources.pin(&source(&port, "#main", &[]), &cx()).await.unwrap();
     state(&bench, &source(&port, "#main", &[])).await.unwrap();
     let mut bundles = Vec::new();
-    for (fragment, name, commits) in [("#main", "refs/heads/main", "2"), ("#refs/tags/v1", "refs/tags/v1", "1")] {
+    for (fragment, name, commits) in
+        [("#main", "refs/heads/main", "2"), ("#refs/tags/v1", "refs/tags/v1", "1")]
+    {
         let wanted = source(&port, fragment, &[("git.checkoutbundle", "true")]);
         assert_ne!(bench.sources.pin(&wanted, &cx()).await.unwrap().keys, plain.keys);
         let made = state(&bench, &wanted).await.unwrap();
@@ -545,7 +700,10 @@ async fn a_git_commit_goes_through_a_bundle() {
         assert_eq!(std::fs::read_dir(mount.path()).unwrap().count(), 1);
         let file = mount.path().join("bundle");
         let clone = base.path().join(name.replace('/', "-"));
-        git(base.path(), &["clone", "-q", "--bare", file.to_str().unwrap(), clone.to_str().unwrap()]);
+        git(
+            base.path(),
+            &["clone", "-q", "--bare", file.to_str().unwrap(), clone.to_str().unwrap()],
+        );
         assert_eq!(git(&clone, &["for-each-ref", "--format=%(refname)"]), name);
         assert_eq!(git(&clone, &["rev-list", "--count", name]), commits);
         bundles.push(std::fs::read(file).unwrap());
@@ -553,7 +711,8 @@ async fn a_git_commit_goes_through_a_bundle() {
     drop(server);
 
     // Nobody is asked but the registry.
-    let known: HashMap<Digest, Vec<u8>> = bundles.iter().map(|b| (Digest::of(b), b.clone())).collect();
+    let known: HashMap<Digest, Vec<u8>> =
+        bundles.iter().map(|b| (Digest::of(b), b.clone())).collect();
     let lie = Digest::of("other");
     let bytes = bundles[0].clone();
     let web = Web::start(move |line, _| match line.rsplit('/').next().unwrap().parse::<Digest>() {
@@ -563,13 +722,16 @@ async fn a_git_commit_goes_through_a_bundle() {
     });
     let at = |digest: Digest| format!("docker-image+blob://{}/foo/bundle@{digest}", web.host);
     let (of_main, of_tag) = (at(Digest::of(&bundles[0])), at(Digest::of(&bundles[1])));
-    let from = |fragment: &str, bundle: &str, commit: &str| source("1", fragment, &[("git.bundle", bundle), ("git.checksum", commit)]);
+    let from = |fragment: &str, bundle: &str, commit: &str| {
+        source("1", fragment, &[("git.bundle", bundle), ("git.checksum", commit)])
+    };
     let read = async |source: &SourceSpec| {
         // Each with a repository of its own.
         let bench = Bench::new().await;
         let made = state(&bench, source).await;
         let text = match &made {
-            Ok(made) => std::fs::read_to_string(made.mount().await.unwrap().path().join("top")).map_err(|e| e.to_string()),
+            Ok(made) => std::fs::read_to_string(made.mount().await.unwrap().path().join("top"))
+                .map_err(|e| e.to_string()),
             Err(fault) => Err(fault.to_string()),
         };
         drop(made);
@@ -596,10 +758,16 @@ async fn a_git_commit_goes_through_a_bundle() {
         assert!(fault.contains(why), "{fault} is not {why}");
     }
     let kept = from("#main", &of_main, &two);
-    let kept = SourceSpec { attrs: kept.attrs.into_iter().chain([("git.keepgitdir".into(), "true".into())]).collect(), ..kept };
+    let kept = SourceSpec {
+        attrs: kept.attrs.into_iter().chain([("git.keepgitdir".into(), "true".into())]).collect(),
+        ..kept
+    };
     let made = state(&bench, &kept).await.unwrap();
     let mount = made.mount().await.unwrap();
-    assert_eq!(git(mount.path(), &["-c", "safe.directory=*", "for-each-ref", "--format=%(refname)"]), "refs/heads/main");
+    assert_eq!(
+        git(mount.path(), &["-c", "safe.directory=*", "for-each-ref", "--format=%(refname)"]),
+        "refs/heads/main"
+    );
     assert_eq!(
         bench.sources.pin(&from("#main", &of_main, &two), &cx()).await.unwrap().keys,
         plain.keys,
@@ -616,7 +784,9 @@ async fn a_blob_becomes_one_file() {
         Ok(asked) if asked == digest || asked == lie => ok(bytes),
         _ => status(404),
     });
-    let at = |digest: &str, attrs: &[(&str, &str)]| spec(format!("docker-image+blob://{}/foo/x{digest}", web.host), attrs);
+    let at = |digest: &str, attrs: &[(&str, &str)]| {
+        spec(format!("docker-image+blob://{}/foo/x{digest}", web.host), attrs)
+    };
     let named = |digest: Digest| format!("@{digest}");
     for (attrs, name, mode) in [
         (&[][..], digest.hex().to_string(), 0o600),
@@ -629,9 +799,14 @@ async fn a_blob_becomes_one_file() {
         let mount = made.mount().await.unwrap();
         let file = mount.path().join(name);
         assert_eq!(std::fs::read_to_string(&file).unwrap(), bytes);
-        assert_eq!((file.metadata().unwrap().mode() & 0o7777, file.metadata().unwrap().mtime()), (mode, 0));
+        assert_eq!(
+            (file.metadata().unwrap().mode() & 0o7777, file.metadata().unwrap().mtime()),
+            (mode, 0)
+        );
     }
-    let keys = async |attrs: &[(&str, &str)]| bench.sources.pin(&at(&named(digest), attrs), &cx()).await.unwrap().keys;
+    let keys = async |attrs: &[(&str, &str)]| {
+        bench.sources.pin(&at(&named(digest), attrs), &cx()).await.unwrap().keys
+    };
     assert_ne!(keys(&[]).await, keys(&[("http.uid", "5")]).await);
     for (digest, attrs, why) in [
         (":tag".to_owned(), &[][..], "invalid digest"),
@@ -641,7 +816,9 @@ async fn a_blob_becomes_one_file() {
         let fault = bench.sources.pin(&at(&digest, attrs), &cx()).await.unwrap_err();
         assert!(fault.to_string().contains(why), "{fault} is not {why}");
     }
-    for (digest, why) in [(lie, "expected checksum to match"), (Digest::of("nothing"), "blob 127.0.0.1")] {
+    for (digest, why) in
+        [(lie, "expected checksum to match"), (Digest::of("nothing"), "blob 127.0.0.1")]
+    {
         let source = at(&named(digest), &[]);
         let pin = bench.sources.pin(&source, &cx()).await.unwrap();
         let fault = bench.sources.fetch(&source, &pin, &cx()).await.unwrap_err();
@@ -652,7 +829,8 @@ async fn a_blob_becomes_one_file() {
 
 /// Tells which point of a random series failed.
 fn random() -> impl FnMut(u64) -> u64 {
-    let seed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
+    let seed =
+        SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
     eprintln!("seed {seed}");
     let mut state = seed;
     move |below| {
@@ -703,7 +881,8 @@ async fn a_build_that_is_cancelled_at_any_point_leaves_a_usable_git_repository()
         let cut = std::time::Duration::from_micros(random(long));
         let cancelled = tokio::time::timeout(cut, whole()).await;
         drop(cancelled);
-        let state = whole().await.unwrap_or_else(|e| panic!("after a cancellation at {cut:?}: {e:?}"));
+        let state =
+            whole().await.unwrap_or_else(|e| panic!("after a cancellation at {cut:?}: {e:?}"));
         let mount = state.mount().await.unwrap();
         assert_eq!(std::fs::read_dir(mount.path()).unwrap().count(), 20);
     }
@@ -742,11 +921,19 @@ async fn what_a_killed_git_or_a_power_cut_leaves_is_mended() {
     type Damage = fn(&Path);
     let damages: [(&str, Damage); 6] = [
         ("locks", |r| {
-            for lock in ["shipway-index.lock", "config.lock", "shallow.lock", "packed-refs.lock", "HEAD.lock"] {
+            for lock in [
+                "shipway-index.lock",
+                "config.lock",
+                "shallow.lock",
+                "packed-refs.lock",
+                "HEAD.lock",
+            ] {
                 std::fs::write(r.join(lock), "").unwrap();
             }
             let tips = r.join("refs/shipway/tips");
-            for tip in std::fs::read_dir(&tips).unwrap().map(|e| e.unwrap().path()).collect::<Vec<_>>() {
+            for tip in
+                std::fs::read_dir(&tips).unwrap().map(|e| e.unwrap().path()).collect::<Vec<_>>()
+            {
                 std::fs::write(format!("{}.lock", tip.display()), "").unwrap();
             }
         }),
@@ -773,7 +960,11 @@ async fn what_a_killed_git_or_a_power_cut_leaves_is_mended() {
         drop((mount, named));
         let state = whole().await.unwrap_or_else(|e| panic!("{what}: {e:?}"));
         let mount = state.mount().await.unwrap();
-        assert_eq!(std::fs::read_to_string(mount.path().join("dir7/f7")).unwrap(), "7\n".repeat(500), "{what}");
+        assert_eq!(
+            std::fs::read_to_string(mount.path().join("dir7/f7")).unwrap(),
+            "7\n".repeat(500),
+            "{what}"
+        );
     }
 }
 
@@ -784,17 +975,31 @@ async fn a_token_in_an_address_is_sent_and_shown_nowhere() {
     let told = heads.clone();
     let web = Web::start(move |line, head| {
         // While git waits for the answer, its command line is there for everybody to read.
-        let commands = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|p| std::fs::read(p.path().join("cmdline")).ok());
-        let shown = commands.map(|c| String::from_utf8_lossy(&c).into_owned()).find(|c| c.contains(TOKEN));
+        let commands = std::fs::read_dir("/proc")
+            .unwrap()
+            .flatten()
+            .filter_map(|p| std::fs::read(p.path().join("cmdline")).ok());
+        let shown =
+            commands.map(|c| String::from_utf8_lossy(&c).into_owned()).find(|c| c.contains(TOKEN));
         told.lock().unwrap().extend([head.to_owned()].into_iter().chain(shown));
         if line.contains("/file") { ok("content") } else { status(403) }
     });
     let journal = Journal::new();
     let bench = Bench::new().await;
-    let basic =
-        |text: &str| format!("authorization: basic {}", base64::Engine::encode(&base64::prelude::BASE64_STANDARD, text).to_lowercase());
-    for (user, login) in [(TOKEN.to_owned(), format!("{TOKEN}:")), (format!("me:{TOKEN}"), format!("me:{TOKEN}"))] {
-        let cx = SourceContext { reporter: journal.reporter(Digest::of(&user), format!("load git source https://{user}@h/a")), ..cx() };
+    let basic = |text: &str| {
+        format!(
+            "authorization: basic {}",
+            base64::Engine::encode(&base64::prelude::BASE64_STANDARD, text).to_lowercase()
+        )
+    };
+    for (user, login) in
+        [(TOKEN.to_owned(), format!("{TOKEN}:")), (format!("me:{TOKEN}"), format!("me:{TOKEN}"))]
+    {
+        let cx = SourceContext {
+            reporter: journal
+                .reporter(Digest::of(&user), format!("load git source https://{user}@h/a")),
+            ..cx()
+        };
         let git = spec(format!("git://http://{user}@{}/r.git#main", web.host), &[]);
         let fault = bench.sources.pin(&git, &cx).await.unwrap_err();
         assert!(!format!("{fault:?} {fault}").contains(TOKEN), "{fault:?}");
@@ -813,10 +1018,14 @@ async fn a_token_in_an_address_is_sent_and_shown_nowhere() {
         bench.sources.capture(&git, &pin, &mut capture).unwrap();
         assert!(!format!("{capture:?}").contains(TOKEN), "{capture:?}");
         // There was a login, and a definition's address is told the same way.
-        assert_eq!(capture.sources.git[0].url, format!("{}#main", shipway_fault::redact(&format!("http://{user}@{}/r.git", web.host))));
+        assert_eq!(
+            capture.sources.git[0].url,
+            format!("{}#main", shipway_fault::redact(&format!("http://{user}@{}/r.git", web.host)))
+        );
         assert!(capture.sources.git[0].url.contains("xxxxx@"), "{capture:?}");
     }
-    let unknown = bench.sources.pin(&spec(format!("ftp://me:{TOKEN}@h/f"), &[]), &cx()).await.unwrap_err();
+    let unknown =
+        bench.sources.pin(&spec(format!("ftp://me:{TOKEN}@h/f"), &[]), &cx()).await.unwrap_err();
     assert!(!format!("{unknown:?}").contains(TOKEN), "{unknown:?}");
     let said = format!("{:?}", journal.events());
     assert!(said.contains("git source") && !said.contains(TOKEN), "{said}");
@@ -841,7 +1050,12 @@ async fn wrong_with(bench: &Bench, source: &SourceSpec) -> String {
         bench.sources.fetch(source, &pin, &cx).await
     };
     let made = made.await.map(drop).map_err(|fault| fault.to_string());
-    let resolved = bench.sources.resolve(source, ResolveWant::default(), &cx).await.map(drop).map_err(|fault| fault.to_string());
+    let resolved = bench
+        .sources
+        .resolve(source, ResolveWant::default(), &cx)
+        .await
+        .map(drop)
+        .map_err(|fault| fault.to_string());
     assert_eq!(made.is_ok(), resolved.is_ok(), "{made:?} {resolved:?}");
     made.err().unwrap_or_default()
 }
@@ -851,24 +1065,33 @@ async fn git_commits_and_tags_are_verified() {
     const PGP: &str = "user1.pub";
     const SSH: &str = "ssh-ed25519.pub";
     const OTHER: &str = "ssh-other.pub";
-    let (strict, tag, commit) = ("git.sig.rejectexpired", "git.sig.requiresignedtag", "git.sig.ignoresignedtag");
+    let (strict, tag, commit) =
+        ("git.sig.rejectexpired", "git.sig.requiresignedtag", "git.sig.ignoresignedtag");
     for format in ["sha1", "sha256"] {
         let bench = Bench::new().await;
         let base = tempfile::tempdir().unwrap();
         let repo = base.path().join("r.git");
         let bundle = signed_path(&format!("git-{format}.bundle"));
-        git(base.path(), &["clone", "-q", "--mirror", bundle.to_str().unwrap(), repo.to_str().unwrap()]);
+        git(
+            base.path(),
+            &["clone", "-q", "--mirror", bundle.to_str().unwrap(), repo.to_str().unwrap()],
+        );
         git(&repo, &["config", "uploadpack.allowAnySHA1InWant", "true"]);
         let sha = |reference: &str| git(&repo, &["rev-parse", reference]);
         // A commit that took another's signature.
-        let taken = git(&repo, &["cat-file", "commit", "b-pgp"]).replace("\n\npgp", "\n\nanother message\n");
+        let taken = git(&repo, &["cat-file", "commit", "b-pgp"])
+            .replace("\n\npgp", "\n\nanother message\n");
         std::fs::write(base.path().join("taken"), taken).unwrap();
-        let taken = git(&repo, &["hash-object", "-w", "-t", "commit", base.path().join("taken").to_str().unwrap()]);
+        let taken = git(
+            &repo,
+            &["hash-object", "-w", "-t", "commit", base.path().join("taken").to_str().unwrap()],
+        );
         git(&repo, &["update-ref", "refs/heads/tampered", &taken]);
         let server = GitServer::start(base.path());
         let source = |reference: &str, key: &str, attrs: &[&str]| {
             let keys = signed_fixture(key);
-            let attrs: Vec<_> = attrs.iter().map(|a| (*a, "true")).chain([("git.sig.pubkey", &*keys)]).collect();
+            let attrs: Vec<_> =
+                attrs.iter().map(|a| (*a, "true")).chain([("git.sig.pubkey", &*keys)]).collect();
             spec(format!("git://git://127.0.0.1:{}/r.git#{reference}", server.port), &attrs)
         };
         for (reference, key, attrs, why) in [
@@ -919,13 +1142,15 @@ async fn git_commits_and_tags_are_verified() {
         assert_eq!(bench.sources.pin(&plain, &cx()).await.unwrap().keys, pin.keys);
         // What moved since it was pinned is not what was verified.
         git(&repo, &["update-ref", "refs/heads/b-pgp", "b-unsigned"]);
-        let moved = bench.sources.fetch(&source("b-pgp", PGP, &[]), &pin, &cx()).await.err().unwrap();
+        let moved =
+            bench.sources.fetch(&source("b-pgp", PGP, &[]), &pin, &cx()).await.err().unwrap();
         assert!(moved.to_string().contains("git object is not signed"), "{moved}");
         // The tag is signed, but not what the server says about it.
         git(&repo, &["pack-refs", "--all"]);
         let packed = repo.join("packed-refs");
         let refs = std::fs::read_to_string(&packed).unwrap();
-        let lie = refs.replace(&format!("^{}", sha("tag-ssh^{}")), &format!("^{}", sha("b-unsigned")));
+        let lie =
+            refs.replace(&format!("^{}", sha("tag-ssh^{}")), &format!("^{}", sha("b-unsigned")));
         assert_ne!(lie, refs);
         std::fs::write(&packed, lie).unwrap();
         let wrong = wrong_with(&bench, &source("tag-ssh", OTHER, &[tag])).await;
@@ -937,7 +1162,10 @@ async fn git_commits_and_tags_are_verified() {
 async fn commits_in_bundles_are_verified() {
     let bytes = std::fs::read(signed_path("git-sha1.bundle")).unwrap();
     let base = tempfile::tempdir().unwrap();
-    git(base.path(), &["clone", "-q", "--mirror", signed_path("git-sha1.bundle").to_str().unwrap(), "r"]);
+    git(
+        base.path(),
+        &["clone", "-q", "--mirror", signed_path("git-sha1.bundle").to_str().unwrap(), "r"],
+    );
     let commit = git(&base.path().join("r"), &["rev-parse", "both^{}"]);
     let digest = Digest::of(&bytes);
     let web = Web::start(move |_, _| ok(bytes.clone()));
@@ -946,9 +1174,13 @@ async fn commits_in_bundles_are_verified() {
         let bench = Bench::new().await;
         let keys = signed_fixture(keys);
         let required = [("git.sig.pubkey", &*keys), ("git.sig.requiresignedtag", "true")];
-        let attrs = [&required[..], &[("git.bundle", &*bundle), ("git.checksum", &*commit)]].concat();
+        let attrs =
+            [&required[..], &[("git.bundle", &*bundle), ("git.checksum", &*commit)]].concat();
         let wrong = wrong_with(&bench, &spec("git://git://127.0.0.1:1/r.git#both", &attrs)).await;
-        assert!(wrong.contains(why) && wrong.is_empty() == why.is_empty(), "{wrong:?} is not {why:?}");
+        assert!(
+            wrong.contains(why) && wrong.is_empty() == why.is_empty(),
+            "{wrong:?} is not {why:?}"
+        );
     }
 }
 
@@ -958,11 +1190,14 @@ async fn downloaded_files_are_verified() {
     let good = Digest::of(&content).to_string();
     let served = content.clone();
     let web = Web::start(move |line, _| match line.ends_with("/f") {
-        true => ok(served.clone()).with("ETag", "\"1\"").with("Last-Modified", "Tue, 14 Nov 2023 22:13:20 GMT"),
+        true => ok(served.clone())
+            .with("ETag", "\"1\"")
+            .with("Last-Modified", "Tue, 14 Nov 2023 22:13:20 GMT"),
         false => ok("something else"),
     });
     let bench = Bench::new().await;
-    let [one, two, expired, signature, old] = ["user1.pub", "user2.pub", "expired.pub", "user1.sig", "expired.sig"].map(signed_fixture);
+    let [one, two, expired, signature, old] =
+        ["user1.pub", "user2.pub", "expired.pub", "user1.sig", "expired.sig"].map(signed_fixture);
     let merged = format!("{two}\n{one}");
     let (checksum, bad) = (("http.checksum", &*good), Digest::of("other").to_string());
     let needs_both = "http signature verification requires both pubkey and signature";
@@ -981,14 +1216,23 @@ async fn downloaded_files_are_verified() {
         ("f", "no key", &signature, &[], "failed to read armored public key"),
         ("f", &one, &signature, &[("http.sig.other", "x")], "http.sig.other"),
     ] {
-        let attrs = [&[("http.sig.pubkey", keys), ("http.sig.signature", signature)], more].concat();
+        let attrs =
+            [&[("http.sig.pubkey", keys), ("http.sig.signature", signature)], more].concat();
         let wrong = wrong_with(&bench, &spec(format!("http://{}/{path}", web.host), &attrs)).await;
-        assert!(wrong.contains(why) && wrong.is_empty() == why.is_empty(), "{path} {more:?}: {wrong:?} is not {why:?}");
+        assert!(
+            wrong.contains(why) && wrong.is_empty() == why.is_empty(),
+            "{path} {more:?}: {wrong:?} is not {why:?}"
+        );
     }
     let attrs = [("http.sig.pubkey", &*one), ("http.sig.signature", &*signature)];
-    let [signed, plain] = [&attrs[..], &[]].map(|attrs| spec(format!("http://{}/f", web.host), attrs));
+    let [signed, plain] =
+        [&attrs[..], &[]].map(|attrs| spec(format!("http://{}/f", web.host), attrs));
     let pin = bench.sources.pin(&signed, &cx()).await.unwrap();
-    assert_eq!(bench.sources.pin(&plain, &cx()).await.unwrap().keys, pin.keys, "signed or not, it is the same file");
+    assert_eq!(
+        bench.sources.pin(&plain, &cx()).await.unwrap().keys,
+        pin.keys,
+        "signed or not, it is the same file"
+    );
     let state = bench.sources.fetch(&signed, &pin, &cx()).await.unwrap();
     assert_eq!(std::fs::read(state.mount().await.unwrap().path().join("f")).unwrap(), content);
 }
@@ -1003,15 +1247,21 @@ async fn addresses_that_are_denied_are_not_connected_to() {
     let sources = Sources::new(bench.refs.clone(), Registry::new(config), SourceOptions::default());
     let port = web.host.rsplit(':').next().unwrap().to_owned();
     for host in [web.host.clone(), format!("localhost:{port}")] {
-        for identifier in [format!("docker-image://{host}/a:1"), format!("http://{host}/f"), format!("git://http://{host}/r.git#main")] {
+        for identifier in [
+            format!("docker-image://{host}/a:1"),
+            format!("http://{host}/f"),
+            format!("git://http://{host}/r.git#main"),
+        ] {
             let fault = sources.pin(&spec(identifier.clone(), &[]), &cx()).await.unwrap_err();
             assert!(fault.to_string().contains("deniedNetworks"), "{identifier}: {fault}");
         }
     }
     // The metadata service of a cloud is, unless it is said otherwise.
-    for identifier in
-        ["http://169.254.169.254/latest/meta-data", "git://http://169.254.169.254/r.git#main", "docker-image://169.254.169.254/a:1"]
-    {
+    for identifier in [
+        "http://169.254.169.254/latest/meta-data",
+        "git://http://169.254.169.254/r.git#main",
+        "docker-image://169.254.169.254/a:1",
+    ] {
         let fault = bench.sources.pin(&spec(identifier, &[]), &cx()).await.unwrap_err();
         assert!(fault.to_string().contains("deniedNetworks"), "{identifier}: {fault}");
     }

@@ -22,7 +22,8 @@ pub struct BlobInfo {
 pub struct Ingest {
     /// Name of the ingest.
     pub reference: String,
-    /// Digest the bytes will have, if it is known; a blob already there makes [`ContentStore::writer`] fail with `AlreadyExists`.
+    /// Digest the bytes will have, if it is known; a blob already there makes
+    /// [`ContentStore::writer`] fail with `AlreadyExists`.
     pub expected: Option<Digest>,
     /// Length the bytes will have, if it is known.
     pub size: Option<u64>,
@@ -43,7 +44,8 @@ pub trait ContentStore: Send + Sync {
     /// A reader of the blob.
     async fn reader(&self, digest: Digest) -> Result<Box<dyn BlobReader>>;
 
-    /// Opens an ingest under `lease`. `AlreadyExists` when the expected blob is there (it is then in the lease).
+    /// Opens an ingest under `lease`. `AlreadyExists` when the expected blob is there (it is then
+    /// in the lease).
     async fn writer(&self, lease: &LeaseId, ingest: Ingest) -> Result<Box<dyn BlobWriter>>;
 
     /// Reads a whole blob of at most `limit` bytes and verifies its digest.
@@ -60,12 +62,16 @@ pub trait ContentStore: Send + Sync {
             bytes.extend_from_slice(&chunk);
         }
         if Digest::of(&bytes) != digest {
-            return Err(shipway_fault::Fault::new(shipway_fault::Code::DataLoss, format!("blob {digest} is damaged in the content store")));
+            return Err(shipway_fault::Fault::new(
+                shipway_fault::Code::DataLoss,
+                format!("blob {digest} is damaged in the content store"),
+            ));
         }
         Ok(bytes.into())
     }
 
-    /// Stores `bytes` with labels under `lease`, whether or not they are there already, and returns the digest.
+    /// Stores `bytes` with labels under `lease`, whether or not they are there already, and returns
+    /// the digest.
     async fn put(&self, lease: &LeaseId, bytes: Bytes, labels: &Labels) -> Result<Digest> {
         let digest = Digest::of(&bytes);
         let reference = format!("shipway-put-{}", digest.hex());
@@ -111,6 +117,8 @@ pub trait BlobReader: Send {
 pub trait BlobWriter: Send {
     /// Appends bytes; implementations gather them into large messages.
     async fn write(&mut self, bytes: Bytes) -> Result<()>;
-    /// Ends the ingest as a blob; `expected` is verified by the store. Succeeds when the blob is there already.
-    async fn commit(self: Box<Self>, expected: Option<Digest>, labels: &Labels) -> Result<BlobInfo>;
+    /// Ends the ingest as a blob; `expected` is verified by the store. Succeeds when the blob is
+    /// there already.
+    async fn commit(self: Box<Self>, expected: Option<Digest>, labels: &Labels)
+    -> Result<BlobInfo>;
 }

@@ -1,12 +1,13 @@
-//! Ports for what containerd keeps: blobs ([`ContentStore`]), filesystems ([`Snapshotter`]), their protection ([`Leases`])
-//! and names ([`Images`]), in the words of containerd's own documentation.
+//! Ports for what containerd keeps: blobs ([`ContentStore`]), filesystems ([`Snapshotter`]), their
+//! protection ([`Leases`]) and names ([`Images`]), in the words of containerd's own documentation.
 //!
-//! *Active* snapshots are writable and have a *key*; *committed* ones are immutable and have a *name*; both live in one
-//! key space. Everything made under a lease is kept while the lease exists; nothing is ever deleted directly except
-//! active snapshots: releasing a lease is the only delete. One [`Storage`] is bound to one containerd namespace.
+//! *Active* snapshots are writable and have a *key*; *committed* ones are immutable and have a
+//! *name*; both live in one key space. Everything made under a lease is kept while the lease
+//! exists; nothing is ever deleted directly except active snapshots: releasing a lease is the only
+//! delete. One [`Storage`] is bound to one containerd namespace.
 //!
-//! Implementations: crate `containerd` over gRPC, and [`fake`] in memory, which is stricter than the real thing.
-//! [`suite`] holds the conformance checks that both pass.
+//! Implementations: crate `containerd` over gRPC, and [`fake`] in memory, which is stricter than
+//! the real thing. [`suite`] holds the conformance checks that both pass.
 
 mod content;
 mod images;
@@ -26,9 +27,11 @@ use std::{collections::BTreeMap, sync::Arc};
 /// Labels of an object. containerd bounds key + value to 4096 bytes.
 pub type Labels = BTreeMap<String, String>;
 
-/// Label on a manifest or index that keeps the blob with the digest in its value: append `.<anything>`.
+/// Label on a manifest or index that keeps the blob with the digest in its value: append
+/// `.<anything>`.
 pub const GC_REF_CONTENT: &str = "containerd.io/gc.ref.content";
-/// Label on a config that keeps the snapshot chain whose name is the value: append `.<snapshotter>`.
+/// Label on a config that keeps the snapshot chain whose name is the value: append
+/// `.<snapshotter>`.
 pub const GC_REF_SNAPSHOT: &str = "containerd.io/gc.ref.snapshot";
 /// Label on a lease: it keeps its resources and snapshots' parents, and follows no other label.
 pub const GC_FLAT: &str = "containerd.io/gc.flat";

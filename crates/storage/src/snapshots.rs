@@ -6,7 +6,8 @@ use shipway_fault::Result;
 use shipway_oci::{ChainId, Descriptor, DiffId};
 use std::fmt;
 
-/// Key of an active snapshot or name of a committed one. Committed snapshots of images are named by their [`ChainId`].
+/// Key of an active snapshot or name of a committed one. Committed snapshots of images are named by
+/// their [`ChainId`].
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SnapshotKey(pub String);
 
@@ -84,19 +85,38 @@ pub trait Snapshotter: Send + Sync {
     async fn stat(&self, key: &SnapshotKey) -> Result<SnapshotInfo>;
 
     /// Makes an active snapshot under `lease`.
-    async fn prepare(&self, lease: &LeaseId, key: &SnapshotKey, parent: Option<&SnapshotKey>, labels: &Labels) -> Result<Vec<Mount>>;
+    async fn prepare(
+        &self,
+        lease: &LeaseId,
+        key: &SnapshotKey,
+        parent: Option<&SnapshotKey>,
+        labels: &Labels,
+    ) -> Result<Vec<Mount>>;
 
     /// Makes a read-only view under `lease`.
-    async fn view(&self, lease: &LeaseId, key: &SnapshotKey, parent: Option<&SnapshotKey>, labels: &Labels) -> Result<Vec<Mount>>;
+    async fn view(
+        &self,
+        lease: &LeaseId,
+        key: &SnapshotKey,
+        parent: Option<&SnapshotKey>,
+        labels: &Labels,
+    ) -> Result<Vec<Mount>>;
 
     /// Mounts of an active snapshot or view.
     async fn mounts(&self, key: &SnapshotKey) -> Result<Vec<Mount>>;
 
-    /// Makes the active `key` the committed `name` under `lease`. `AlreadyExists` leaves the active one as it was
-    /// (and puts the existing `name` into the lease): remove it then.
-    async fn commit(&self, lease: &LeaseId, name: &SnapshotKey, key: &SnapshotKey, labels: &Labels) -> Result<()>;
+    /// Makes the active `key` the committed `name` under `lease`. `AlreadyExists` leaves the active
+    /// one as it was (and puts the existing `name` into the lease): remove it then.
+    async fn commit(
+        &self,
+        lease: &LeaseId,
+        name: &SnapshotKey,
+        key: &SnapshotKey,
+        labels: &Labels,
+    ) -> Result<()>;
 
-    /// Removes an active snapshot or view. Committed ones go with their leases, but for those that a power cut made short.
+    /// Removes an active snapshot or view. Committed ones go with their leases, but for those that
+    /// a power cut made short.
     async fn remove(&self, key: &SnapshotKey) -> Result<()>;
 
     /// Sets labels; an empty value removes one.
@@ -108,6 +128,7 @@ pub trait Snapshotter: Send + Sync {
     /// All snapshots, or those that match any of the containerd filters.
     async fn list(&self, filters: &[String]) -> Result<Vec<SnapshotInfo>>;
 
-    /// Unpacks the layer blob onto `mounts` and returns the digest of the uncompressed tar (containerd's Diff service).
+    /// Unpacks the layer blob onto `mounts` and returns the digest of the uncompressed tar
+    /// (containerd's Diff service).
     async fn apply(&self, layer: &Descriptor, mounts: &[Mount]) -> Result<DiffId>;
 }

@@ -26,7 +26,8 @@ pub enum RegistryFault {
     Corrupt,
     /// Refused without the `Authorization` that is right at the moment.
     Login(Arc<Mutex<String>>),
-    /// Refused without a bearer token. `/token` gives one for this `user:password` alone, and notes who asked for it.
+    /// Refused without a bearer token. `/token` gives one for this `user:password` alone, and notes
+    /// who asked for it.
     Tokens {
         /// Whom to give a token.
         login: &'static str,
@@ -42,7 +43,8 @@ pub struct FaultyRegistry {
 }
 
 impl FaultyRegistry {
-    /// Starts one in front of the registry at `upstream`; `fault` happens to requests whose path contains `path`.
+    /// Starts one in front of the registry at `upstream`; `fault` happens to requests whose path
+    /// contains `path`.
     pub fn start(upstream: &str, path: &str, fault: RegistryFault) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -53,7 +55,8 @@ impl FaultyRegistry {
                 if over.load(Ordering::Relaxed) {
                     break;
                 }
-                let (upstream, path, fault, over) = (upstream.clone(), path.clone(), fault.clone(), over.clone());
+                let (upstream, path, fault, over) =
+                    (upstream.clone(), path.clone(), fault.clone(), over.clone());
                 // Clients hang up when they like.
                 std::thread::spawn(move || drop(serve(stream, &upstream, &path, &fault, &over)));
             }
@@ -82,7 +85,13 @@ fn pause(ended: &AtomicBool) -> std::io::Result<()> {
     if ended.load(Ordering::Relaxed) { Err(std::io::ErrorKind::Interrupted.into()) } else { Ok(()) }
 }
 
-fn serve(mut stream: TcpStream, upstream: &str, path: &str, fault: &RegistryFault, ended: &AtomicBool) -> std::io::Result<()> {
+fn serve(
+    mut stream: TcpStream,
+    upstream: &str,
+    path: &str,
+    fault: &RegistryFault,
+    ended: &AtomicBool,
+) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut lines = reader.by_ref().lines().map_while(Result::ok);
     let first = lines.next().unwrap_or_default();
@@ -90,16 +99,27 @@ fn serve(mut stream: TcpStream, upstream: &str, path: &str, fault: &RegistryFaul
         .take_while(|l| !l.is_empty())
         .filter_map(|l| l.split_once(':').map(|(n, v)| (n.trim().to_owned(), v.trim().to_owned())))
         .collect();
-    let header = |name: &str| all.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map_or("", |(_, v)| v.as_str());
-    let passed = all.iter().filter(|(n, _)| ["accept", "range", "authorization"].contains(&n.to_lowercase().as_str()));
+    let header = |name: &str| {
+        all.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map_or("", |(_, v)| v.as_str())
+    };
+    let passed = all
+        .iter()
+        .filter(|(n, _)| ["accept", "range", "authorization"].contains(&n.to_lowercase().as_str()));
     let mut headers: Vec<(String, String)> = passed.cloned().collect();
     let mut words = first.split_whitespace();
     let (method, target) = (words.next().unwrap_or("GET"), words.next().unwrap_or("/"));
     let meant = target.contains(path);
-    let authorization = headers.iter().position(|(n, _)| n.eq_ignore_ascii_case("authorization")).map(|at| headers.remove(at).1);
+    let authorization = headers
+        .iter()
+        .position(|(n, _)| n.eq_ignore_ascii_case("authorization"))
+        .map(|at| headers.remove(at).1);
     match fault {
         RegistryFault::Status(status, text) if meant => {
-            return write!(stream, "HTTP/1.1 {status} Fault\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{text}", text.len());
+            return write!(
+                stream,
+                "HTTP/1.1 {status} Fault\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{text}",
+                text.len()
+            );
         }
         RegistryFault::Hang if meant => loop {
             pause(ended)?;
@@ -110,27 +130,52 @@ fn serve(mut stream: TcpStream, upstream: &str, path: &str, fault: &RegistryFaul
                 pause(ended)?;
             }
         }
-        RegistryFault::Login(right) if meant && authorization.as_ref() != Some(&right.lock().unwrap()) => {
+        RegistryFault::Login(right)
+            if meant && authorization.as_ref() != Some(&right.lock().unwrap()) =>
+        {
             let challenge = "WWW-Authenticate: Basic realm=\"lab\"";
-            return write!(stream, "HTTP/1.1 401 Fault\r\nConnection: close\r\n{challenge}\r\nContent-Length: 0\r\n\r\n");
+            return write!(
+                stream,
+                "HTTP/1.1 401 Fault\r\nConnection: close\r\n{challenge}\r\nContent-Length: 0\r\n\r\n"
+            );
         }
         RegistryFault::Tokens { login, asked } if target.starts_with("/token") => {
             let mut form = vec![0; header("content-length").parse().unwrap_or(0)];
             reader.read_exact(&mut form)?;
             let form = String::from_utf8_lossy(&form).into_owned();
-            let field = |name: &str| form.split('&').find_map(|f| f.strip_prefix(name)?.strip_prefix('=')).unwrap_or_default().to_owned();
+            let field = |name: &str| {
+                form.split('&')
+                    .find_map(|f| f.strip_prefix(name)?.strip_prefix('='))
+                    .unwrap_or_default()
+                    .to_owned()
+            };
             asked.lock().unwrap().push(field("client_id"));
             let good = format!("{}:{}", field("username"), field("password")) == *login;
-            let (status, text) = if good { (200, r#"{"access_token":"lab","expires_in":3000}"#) } else { (403, "no") };
-            return write!(stream, "HTTP/1.1 {status} Token\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{text}", text.len());
+            let (status, text) = if good {
+                (200, r#"{"access_token":"lab","expires_in":3000}"#)
+            } else {
+                (403, "no")
+            };
+            return write!(
+                stream,
+                "HTTP/1.1 {status} Token\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{text}",
+                text.len()
+            );
         }
         RegistryFault::Tokens { .. } if authorization.as_deref() != Some("Bearer lab") => {
-            let challenge = format!("WWW-Authenticate: Bearer realm=\"http://{}/token\",service=\"lab\"", header("host"));
-            return write!(stream, "HTTP/1.1 401 Fault\r\nConnection: close\r\n{challenge}\r\nContent-Length: 0\r\n\r\n");
+            let challenge = format!(
+                "WWW-Authenticate: Bearer realm=\"http://{}/token\",service=\"lab\"",
+                header("host")
+            );
+            return write!(
+                stream,
+                "HTTP/1.1 401 Fault\r\nConnection: close\r\n{challenge}\r\nContent-Length: 0\r\n\r\n"
+            );
         }
         _ => {}
     }
-    let headers: Vec<(&str, &str)> = headers.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+    let headers: Vec<(&str, &str)> =
+        headers.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
     let answer = http::request(method, upstream, target, &headers, &[])?;
     write!(stream, "HTTP/1.1 {} Passed\r\nConnection: close\r\n", answer.status)?;
     for name in ["Content-Type", "Docker-Content-Digest", "Content-Range"] {
@@ -138,7 +183,8 @@ fn serve(mut stream: TcpStream, upstream: &str, path: &str, fault: &RegistryFaul
             write!(stream, "{name}: {value}\r\n")?;
         }
     }
-    let length = answer.header("Content-Length").map_or(answer.body.len(), |l| l.parse().unwrap_or(0));
+    let length =
+        answer.header("Content-Length").map_or(answer.body.len(), |l| l.parse().unwrap_or(0));
     write!(stream, "Content-Length: {length}\r\n\r\n")?;
     match fault {
         RegistryFault::Trickle if meant => {

@@ -1,4 +1,5 @@
-//! Base images made on the spot: busybox, or any directory, pushed to a registry on loopback as OCI images.
+//! Base images made on the spot: busybox, or any directory, pushed to a registry on loopback as OCI
+//! images.
 
 use crate::{http, process::run};
 use serde_json::{Value, json};
@@ -40,20 +41,39 @@ impl Layer {
     /// The layer of everything below `dir`, the same bytes for the same files.
     pub fn of_dir(dir: &Path) -> Self {
         let tar = Command::new("tar")
-            .args(["--sort=name", "--mtime=@1700000000", "--owner=0", "--group=0", "--numeric-owner", "-cf", "-", "-C"])
+            .args([
+                "--sort=name",
+                "--mtime=@1700000000",
+                "--owner=0",
+                "--group=0",
+                "--numeric-owner",
+                "-cf",
+                "-",
+                "-C",
+            ])
             .arg(dir)
             .arg(".")
             .stdin(Stdio::null())
             .output()
             .unwrap();
-        assert!(tar.status.success(), "tar {}: {}", dir.display(), String::from_utf8_lossy(&tar.stderr));
+        assert!(
+            tar.status.success(),
+            "tar {}: {}",
+            dir.display(),
+            String::from_utf8_lossy(&tar.stderr)
+        );
         Self::of_tar(&tar.stdout)
     }
 
     /// The layer with this tar.
     pub fn of_tar(tar: &[u8]) -> Self {
         use std::io::Write as _;
-        let mut gzip = Command::new("gzip").args(["-n", "-1", "-c"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut gzip = Command::new("gzip")
+            .args(["-n", "-1", "-c"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
         let mut stdin = gzip.stdin.take().unwrap();
         let blob = std::thread::scope(|scope| {
             scope.spawn(move || stdin.write_all(tar).unwrap());
@@ -76,15 +96,26 @@ impl BaseImage {
     pub fn busybox() -> Self {
         let root = tempfile::tempdir().unwrap();
         let at = |path: &str| root.path().join(path);
-        for dir in ["bin", "etc", "root", "tmp", "usr/bin", "usr/sbin", "sbin", "var/run", "home", "proc", "sys", "dev"] {
+        for dir in [
+            "bin", "etc", "root", "tmp", "usr/bin", "usr/sbin", "sbin", "var/run", "home", "proc",
+            "sys", "dev",
+        ] {
             std::fs::create_dir_all(at(dir)).unwrap();
         }
-        let busybox = ["/bin/busybox", "/usr/bin/busybox"].iter().map(Path::new).find(|p| p.exists());
-        std::fs::copy(busybox.expect("busybox-static is not installed"), at("bin/busybox")).unwrap();
-        for applet in run(Command::new("/bin/busybox").arg("--list")).ok().lines().filter(|a| *a != "busybox") {
+        let busybox =
+            ["/bin/busybox", "/usr/bin/busybox"].iter().map(Path::new).find(|p| p.exists());
+        std::fs::copy(busybox.expect("busybox-static is not installed"), at("bin/busybox"))
+            .unwrap();
+        for applet in
+            run(Command::new("/bin/busybox").arg("--list")).ok().lines().filter(|a| *a != "busybox")
+        {
             symlink("/bin/busybox", at("bin").join(applet)).unwrap();
         }
-        std::fs::write(at("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/home:/bin/false\n").unwrap();
+        std::fs::write(
+            at("etc/passwd"),
+            "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/home:/bin/false\n",
+        )
+        .unwrap();
         std::fs::write(at("etc/group"), "root:x:0:\nnogroup:x:65534:\n").unwrap();
         use std::os::unix::fs::PermissionsExt as _;
         std::fs::set_permissions(at("tmp"), std::fs::Permissions::from_mode(0o1777)).unwrap();
@@ -100,7 +131,10 @@ impl BaseImage {
         for name in names {
             let program = crate::which(name).unwrap_or_else(|| panic!("{name} is not installed"));
             let needed = run(Command::new("ldd").arg(&program)).ok().stdout;
-            let libraries = needed.split_whitespace().filter(|w| w.starts_with('/')).map(std::path::PathBuf::from);
+            let libraries = needed
+                .split_whitespace()
+                .filter(|w| w.starts_with('/'))
+                .map(std::path::PathBuf::from);
             for file in libraries.chain([program]) {
                 let to = root.path().join(file.strip_prefix("/").unwrap());
                 std::fs::create_dir_all(to.parent().unwrap()).unwrap();
@@ -110,7 +144,8 @@ impl BaseImage {
         self.layers.push(Layer::of_dir(root.path()));
     }
 
-    /// Pushes it to `registry` as `name:tag`, behind an index of one platform, and returns the index's digest.
+    /// Pushes it to `registry` as `name:tag`, behind an index of one platform, and returns the
+    /// index's digest.
     pub fn push(&self, registry: &str, name: &str, tag: &str) -> String {
         let config = json!({
             "architecture": architecture(),
@@ -122,16 +157,20 @@ impl BaseImage {
         });
         let config = config.to_string().into_bytes();
         put_blob(registry, name, &config);
-        let layers: Vec<_> =
-            self.layers.iter().map(|layer| descriptor(LAYER, &put_blob(registry, name, &layer.blob), &layer.blob)).collect();
-        let manifest =
-            json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": descriptor(CONFIG, &digest(&config), &config), "layers": layers});
+        let layers: Vec<_> = self
+            .layers
+            .iter()
+            .map(|layer| descriptor(LAYER, &put_blob(registry, name, &layer.blob), &layer.blob))
+            .collect();
+        let manifest = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": descriptor(CONFIG, &digest(&config), &config), "layers": layers});
         let manifest = manifest.to_string().into_bytes();
         let manifest_digest = digest(&manifest);
         put_manifest(registry, name, &manifest_digest, MANIFEST, &manifest);
         let mut entry = descriptor(MANIFEST, &manifest_digest, &manifest);
         entry["platform"] = json!({"architecture": architecture(), "os": "linux"});
-        let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry]}).to_string().into_bytes();
+        let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry]})
+            .to_string()
+            .into_bytes();
         put_manifest(registry, name, tag, INDEX, &index);
         digest(&index)
     }
@@ -144,21 +183,35 @@ fn descriptor(media_type: &str, digest: &str, bytes: &[u8]) -> Value {
 /// Uploads a blob and returns its digest.
 fn put_blob(registry: &str, name: &str, bytes: &[u8]) -> String {
     let digest = digest(bytes);
-    let start = http::request("POST", registry, &format!("/v2/{name}/blobs/uploads/"), &[], &[]).unwrap();
+    let start =
+        http::request("POST", registry, &format!("/v2/{name}/blobs/uploads/"), &[], &[]).unwrap();
     assert_eq!(start.status, 202, "start an upload to {registry}/{name}");
     let location = start.header("location").expect("an upload has a location").to_owned();
     let path = location.strip_prefix(&format!("http://{registry}")).unwrap_or(&location);
     let joint = if path.contains('?') { '&' } else { '?' };
     let headers = [("Content-Type", "application/octet-stream")];
-    let done = http::request("PUT", registry, &format!("{path}{joint}digest={digest}"), &headers, bytes).unwrap();
-    assert_eq!(done.status, 201, "upload {digest} to {registry}/{name}: {}", String::from_utf8_lossy(&done.body));
+    let done =
+        http::request("PUT", registry, &format!("{path}{joint}digest={digest}"), &headers, bytes)
+            .unwrap();
+    assert_eq!(
+        done.status,
+        201,
+        "upload {digest} to {registry}/{name}: {}",
+        String::from_utf8_lossy(&done.body)
+    );
     digest
 }
 
 fn put_manifest(registry: &str, name: &str, reference: &str, media_type: &str, bytes: &[u8]) {
     let path = format!("/v2/{name}/manifests/{reference}");
-    let done = http::request("PUT", registry, &path, &[("Content-Type", media_type)], bytes).unwrap();
-    assert_eq!(done.status, 201, "push {registry}/{name}:{reference}: {}", String::from_utf8_lossy(&done.body));
+    let done =
+        http::request("PUT", registry, &path, &[("Content-Type", media_type)], bytes).unwrap();
+    assert_eq!(
+        done.status,
+        201,
+        "push {registry}/{name}:{reference}: {}",
+        String::from_utf8_lossy(&done.body)
+    );
 }
 
 /// A GET of the registry's API: status and body.

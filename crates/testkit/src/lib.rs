@@ -1,10 +1,13 @@
-//! Real parts for tests and developer commands: [`Lab`] is a private containerd, image registry and `shipwayd` in a
-//! directory of its own, gone with everything they started when it is dropped, even by a panic.
+//! Real parts for tests and developer commands: [`Lab`] is a private containerd, image registry and
+//! `shipwayd` in a directory of its own, gone with everything they started when it is dropped, even
+//! by a panic.
 //!
-//! Knows the daemon only as a program. Few dependencies, because `cargo xtask` builds it first: `rustix` for signals,
-//! mounts and processes, `sha2` and `serde_json` to make base images, `tempfile` for the directory.
+//! Knows the daemon only as a program. Few dependencies, because `cargo xtask` builds it first:
+//! `rustix` for signals, mounts and processes, `sha2` and `serde_json` to make base images,
+//! `tempfile` for the directory.
 //!
-//! Everything here may panic: it is called by tests, and by commands whose user wants to see what went wrong.
+//! Everything here may panic: it is called by tests, and by commands whose user wants to see what
+//! went wrong.
 
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
@@ -23,9 +26,11 @@ pub use wait::{free_port, wait_for};
 
 use std::path::PathBuf;
 
-/// The workspace's directory: as cargo says now, not when this was compiled, because copies of the workspace may share a target directory.
+/// The workspace's directory: as cargo says now, not when this was compiled, because copies of the
+/// workspace may share a target directory.
 pub fn workspace() -> PathBuf {
-    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let package =
+        std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
     let package = PathBuf::from(package).canonicalize().unwrap();
     package.ancestors().find(|dir| dir.join("Cargo.lock").exists()).unwrap().to_path_buf()
 }
@@ -46,13 +51,18 @@ pub fn lab_dir() -> PathBuf {
 /// A program of this workspace, built before.
 pub fn built(name: &str) -> PathBuf {
     let path = profile_dir().join(name);
-    assert!(path.exists(), "{} is not built; `cargo xtask test` builds it, or `cargo build -p {name}`", path.display());
+    assert!(
+        path.exists(),
+        "{} is not built; `cargo xtask test` builds it, or `cargo build -p {name}`",
+        path.display()
+    );
     path
 }
 
 /// The first program `name` on PATH or among the lab's own.
 pub fn which(name: &str) -> Option<PathBuf> {
-    let own = [lab_dir().join("root/usr/bin"), lab_dir().join("root/usr/libexec/docker/cli-plugins")];
+    let own =
+        [lab_dir().join("root/usr/bin"), lab_dir().join("root/usr/libexec/docker/cli-plugins")];
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).chain(own).map(|dir| dir.join(name)).find(|p| p.is_file())
 }

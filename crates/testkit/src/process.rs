@@ -27,14 +27,28 @@ impl Finished {
     /// Itself, if the program succeeded.
     #[track_caller]
     pub fn ok(self) -> Self {
-        assert_eq!(self.code, Some(0), "{}\n--- stdout\n{}\n--- stderr\n{}", self.command, self.stdout, self.stderr);
+        assert_eq!(
+            self.code,
+            Some(0),
+            "{}\n--- stdout\n{}\n--- stderr\n{}",
+            self.command,
+            self.stdout,
+            self.stderr
+        );
         self
     }
 
     /// Itself, if the program failed.
     #[track_caller]
     pub fn failed(self) -> Self {
-        assert_ne!(self.code, Some(0), "should have failed: {}\n--- stdout\n{}\n--- stderr\n{}", self.command, self.stdout, self.stderr);
+        assert_ne!(
+            self.code,
+            Some(0),
+            "should have failed: {}\n--- stdout\n{}\n--- stderr\n{}",
+            self.command,
+            self.stdout,
+            self.stderr
+        );
         self
     }
 
@@ -64,7 +78,8 @@ pub fn run(command: &mut Command) -> Finished {
     }
 }
 
-/// A running program whose output goes to a file. Dropping it ends it: SIGTERM, and SIGKILL ten seconds later.
+/// A running program whose output goes to a file. Dropping it ends it: SIGTERM, and SIGKILL ten
+/// seconds later.
 pub struct Process {
     name: String,
     child: Child,
@@ -128,7 +143,8 @@ impl Process {
 
     /// Resident memory in bytes.
     pub fn memory(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))
+            .unwrap_or_default();
         let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap_or("0");
         line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap_or(0) * 1024
     }

@@ -1,5 +1,5 @@
-//! The digest of one file: a header in the order that Docker's tar sums have it (version 1: without the time), the extended attributes that
-//! belong to an image, then the contents.
+//! The digest of one file: a header in the order that Docker's tar sums have it (version 1: without
+//! the time), the extended attributes that belong to an image, then the contents.
 
 use rustix::{
     fs::{FileType, Stat},
@@ -37,14 +37,24 @@ impl Stamp {
             uid: stat.st_uid,
             gid: stat.st_gid,
             rdev: stat.st_rdev,
-            mtime: stat.st_mtime.saturating_mul(1_000_000_000).saturating_add(stat.st_mtime_nsec as i64),
+            mtime: stat
+                .st_mtime
+                .saturating_mul(1_000_000_000)
+                .saturating_add(stat.st_mtime_nsec as i64),
         }
     }
 
     /// That of a regular file.
     pub fn of_file(file: &FileStat) -> Self {
         let FileStat { size, mode, uid, gid, mtime } = *file;
-        Self { size, mode: FileType::RegularFile.as_raw_mode() | (mode & 0o7777), uid, gid, rdev: 0, mtime }
+        Self {
+            size,
+            mode: FileType::RegularFile.as_raw_mode() | (mode & 0o7777),
+            uid,
+            gid,
+            rdev: 0,
+            mtime,
+        }
     }
 
     /// A number that tells stamps apart.
@@ -78,7 +88,11 @@ pub fn digest(full: &Path, stamp: &Stamp, buffer: &mut Vec<u8>) -> Result<Digest
     };
     let mode = if kind == FileType::Symlink { 0o777 } else { stamp.mode & 0o7777 };
     let size = if kind == FileType::RegularFile { stamp.size } else { 0 };
-    let (major, minor) = if device { (rustix::fs::major(stamp.rdev), rustix::fs::minor(stamp.rdev)) } else { (0, 0) };
+    let (major, minor) = if device {
+        (rustix::fs::major(stamp.rdev), rustix::fs::minor(stamp.rdev))
+    } else {
+        (0, 0)
+    };
     let mut hasher = Hasher::new();
     header(&mut hasher, (mode, stamp.uid, stamp.gid, size), flag, link.as_bytes(), (major, minor));
     for (name, value) in xattrs(full).map_err(failed)? {
@@ -121,7 +135,13 @@ fn xattrs(full: &Path) -> std::io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
     Ok(found)
 }
 
-fn header(hasher: &mut Hasher, (mode, uid, gid, size): (u32, u32, u32, i64), flag: char, link: &[u8], (major, minor): (u32, u32)) {
+fn header(
+    hasher: &mut Hasher,
+    (mode, uid, gid, size): (u32, u32, u32, i64),
+    flag: char,
+    link: &[u8],
+    (major, minor): (u32, u32),
+) {
     hasher.update(format!("namemode{mode}uid{uid}gid{gid}size{size}typeflag{flag}linkname"));
     hasher.update(link);
     hasher.update(format!("unamegnamedevmajor{major}devminor{minor}"));

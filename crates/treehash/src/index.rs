@@ -31,7 +31,8 @@ const MAX_REMEMBERED: usize = 500_000;
 #[derive(Clone, Default)]
 pub struct TreeIndex(Arc<Mutex<Memory>>);
 
-/// Digests of regular files, with the number of the stamp each had. Trees are large and many: paths are remembered by digest, too.
+/// Digests of regular files, with the number of the stamp each had. Trees are large and many: paths
+/// are remembered by digest, too.
 type Memory = HashMap<Place, (u64, Digest)>;
 
 /// A path.
@@ -56,7 +57,8 @@ struct Found {
 }
 
 impl TreeIndex {
-    /// The checksum of what `selector` means in the tree at `root`. Blocks: call it off the async threads.
+    /// The checksum of what `selector` means in the tree at `root`. Blocks: call it off the async
+    /// threads.
     pub fn checksum(&self, root: &Path, selector: &Selector) -> Result<Digest> {
         let asked = Path::new(&selector.path);
         let contents_only = selector.path.len() > 1 && selector.path.ends_with('/');
@@ -65,14 +67,28 @@ impl TreeIndex {
             for path in matches(root, &selector.path)? {
                 let name = path.as_os_str().as_bytes().to_vec();
                 let resolved = resolve(root, &path, selector.follow_links)?;
-                collect(root, &resolved.path, &name, selector.filter.as_deref(), false, &mut found)?;
+                collect(
+                    root,
+                    &resolved.path,
+                    &name,
+                    selector.filter.as_deref(),
+                    false,
+                    &mut found,
+                )?;
             }
         } else {
             let resolved = resolve(root, asked, selector.follow_links || contents_only)?;
             if contents_only && !resolved.metadata.is_dir() {
                 return Err(missing(asked));
             }
-            collect(root, &resolved.path, b"", selector.filter.as_deref(), contents_only, &mut found)?;
+            collect(
+                root,
+                &resolved.path,
+                b"",
+                selector.filter.as_deref(),
+                contents_only,
+                &mut found,
+            )?;
         }
         let digests = self.digests(root, &found)?;
         if let ([only], [digest]) = (&found[..], &digests[..])
@@ -89,7 +105,8 @@ impl TreeIndex {
         Ok(hasher.finish())
     }
 
-    /// Remembers the digest of a regular file that was just written at `path`, from the tree's root.
+    /// Remembers the digest of a regular file that was just written at `path`, from the tree's
+    /// root.
     pub fn learn(&self, path: &Path, file: &FileStat, digest: Digest) {
         let mut memory = self.memory();
         if memory.len() < MAX_REMEMBERED {
@@ -115,10 +132,13 @@ impl TreeIndex {
     fn digests(&self, root: &Path, found: &[Found]) -> Result<Vec<Digest>> {
         // Everything but a file's contents is told by what was looked at already.
         let is_file = |f: &Found| f.stamp.kind() == FileType::RegularFile;
-        let places: Vec<Option<Place>> = found.iter().map(|f| is_file(f).then(|| Place::of(&f.path))).collect();
+        let places: Vec<Option<Place>> =
+            found.iter().map(|f| is_file(f).then(|| Place::of(&f.path))).collect();
         let mut digests: Vec<Option<Digest>> = {
             let memory = self.memory();
-            let known = |(f, place): (&Found, &Option<Place>)| memory.get(place.as_ref()?).filter(|(n, _)| *n == f.stamp.number());
+            let known = |(f, place): (&Found, &Option<Place>)| {
+                memory.get(place.as_ref()?).filter(|(n, _)| *n == f.stamp.number())
+            };
             found.iter().zip(&places).map(|f| known(f).map(|(_, d)| *d)).collect()
         };
         let todo: Vec<usize> = (0..found.len()).filter(|i| digests[*i].is_none()).collect();
@@ -126,11 +146,18 @@ impl TreeIndex {
         let work = || {
             let (mut done, mut buffer) = (Vec::new(), Vec::new());
             while let Some(i) = todo.get(next.fetch_add(1, Ordering::Relaxed)) {
-                done.push((*i, digest(&root.join(&found[*i].path), &found[*i].stamp, &mut buffer)?));
+                done.push((
+                    *i,
+                    digest(&root.join(&found[*i].path), &found[*i].stamp, &mut buffer)?,
+                ));
             }
             Ok::<_, Fault>(done)
         };
-        let threads = if todo.len() < WORTH_THREADS { 1 } else { thread::available_parallelism().map_or(1, |n| n.get()).min(4) };
+        let threads = if todo.len() < WORTH_THREADS {
+            1
+        } else {
+            thread::available_parallelism().map_or(1, |n| n.get()).min(4)
+        };
         let parts: Vec<Result<Vec<(usize, Digest)>>> = thread::scope(|scope| {
             let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
             let mine = work();
@@ -162,21 +189,31 @@ fn collect(
     contents_only: bool,
     found: &mut Vec<Found>,
 ) -> Result<()> {
-    let base = rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|e| Fault::io(format!("open {}", root.display()), e.into()))?;
-    let failed = |path: &Path, e: rustix::io::Errno| Fault::io(format!("look at /{}", path.display()), e.into());
+    let base =
+        rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| Fault::io(format!("open {}", root.display()), e.into()))?;
+    let failed = |path: &Path, e: rustix::io::Errno| {
+        Fault::io(format!("look at /{}", path.display()), e.into())
+    };
     let at = if start.as_os_str().is_empty() { Path::new(".") } else { start };
-    let stat = rustix::fs::statat(&base, at, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| failed(start, e))?;
+    let stat =
+        rustix::fs::statat(&base, at, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| failed(start, e))?;
     let first = Found { path: start.to_owned(), name: name.to_vec(), stamp: Stamp::of(&stat) };
     if first.stamp.kind() != FileType::Directory {
         found.push(first);
         return Ok(());
     }
-    // Patterns choose what is in the directory; it belongs to the selection itself, because a copy of the selection is like it.
+    // Patterns choose what is in the directory; it belongs to the selection itself, because a copy
+    // of the selection is like it.
     if !contents_only {
         found.push(first);
     }
-    let mut stack = vec![Dir { path: start.to_owned(), relative: Vec::new(), children: list(&base, start)?, held: None }];
+    let mut stack = vec![Dir {
+        path: start.to_owned(),
+        relative: Vec::new(),
+        children: list(&base, start)?,
+        held: None,
+    }];
     while let Some(dir) = stack.last_mut() {
         let Some((child, stamp)) = dir.children.pop() else {
             stack.pop();
@@ -189,7 +226,8 @@ fn collect(
         }
         relative.extend_from_slice(child.as_bytes());
         let is_dir = stamp.kind() == FileType::Directory;
-        let verdict = filter.map_or(Verdict::Take, |f| f.decide(&String::from_utf8_lossy(&relative), is_dir));
+        let verdict =
+            filter.map_or(Verdict::Take, |f| f.decide(&String::from_utf8_lossy(&relative), is_dir));
         let full_name = [name, b"/", &relative].concat();
         let mut held = None;
         match verdict {

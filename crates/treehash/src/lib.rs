@@ -1,12 +1,16 @@
-//! Checksums of file trees (rows `so.hash*`): names, modes, owners, link targets, extended attributes and contents, never times,
-//! so that the same files have the same checksum wherever and whenever they were made.
+//! Checksums of file trees (rows `so.hash*`): names, modes, owners, link targets, extended
+//! attributes and contents, never times, so that the same files have the same checksum wherever and
+//! whenever they were made.
 //!
-//! A [`TreeIndex`] belongs to one tree and remembers what it hashed: a file whose size, time of modification, owner and mode are what they were
-//! is not read again. Who writes into the tree otherwise, or keeps a file's time while writing, tells the index. [`Selector`] says which part is meant; patterns are the caller's ([`PathFilter`]). Paths are resolved within the tree, whatever
-//! links say. Nothing here knows how a tree came to be.
+//! A [`TreeIndex`] belongs to one tree and remembers what it hashed: a file whose size, time of
+//! modification, owner and mode are what they were is not read again. Who writes into the tree
+//! otherwise, or keeps a file's time while writing, tells the index. [`Selector`] says which part
+//! is meant; patterns are the caller's ([`PathFilter`]). Paths are resolved within the tree,
+//! whatever links say. Nothing here knows how a tree came to be.
 //!
-//! What is remembered lasts as long as the process: hashing anew runs at more than a gigabyte a second, and what would be read from a disk could be
-//! wrong about files that others changed meanwhile.
+//! What is remembered lasts as long as the process: hashing anew runs at more than a gigabyte a
+//! second, and what would be read from a disk could be wrong about files that others changed
+//! meanwhile.
 
 mod hash;
 mod index;

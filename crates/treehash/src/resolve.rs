@@ -21,8 +21,8 @@ pub struct Resolved {
     pub metadata: Metadata,
 }
 
-/// Resolves `path` within `root`; a link at its end is followed if `follow` says so. What is missing is `NotFound`, in the
-/// words that clients know (`"/a/b": not found`).
+/// Resolves `path` within `root`; a link at its end is followed if `follow` says so. What is
+/// missing is `NotFound`, in the words that clients know (`"/a/b": not found`).
 pub fn resolve(root: &Path, path: &Path, follow: bool) -> Result<Resolved> {
     let mut left: VecDeque<OsString> = names(path);
     let mut at = PathBuf::new();
@@ -44,10 +44,14 @@ pub fn resolve(root: &Path, path: &Path, follow: bool) -> Result<Resolved> {
         }
         links += 1;
         if links > MAX_LINKS {
-            return Err(Fault::invalid(format!("{:?}: more than {MAX_LINKS} links on the way, which may be a loop", display(path))));
+            return Err(Fault::invalid(format!(
+                "{:?}: more than {MAX_LINKS} links on the way, which may be a loop",
+                display(path)
+            )));
         }
         let full = root.join(&at);
-        let target = fs::read_link(&full).map_err(|e| Fault::io(format!("read the link {}", display(&at)), e))?;
+        let target = fs::read_link(&full)
+            .map_err(|e| Fault::io(format!("read the link {}", display(&at)), e))?;
         at.pop();
         if target.is_absolute() {
             at.clear();
@@ -72,7 +76,9 @@ fn names(path: &Path) -> VecDeque<OsString> {
 fn stat(root: &Path, at: &Path, asked: &Path) -> Result<Metadata> {
     fs::symlink_metadata(root.join(at)).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => missing(asked),
-        io::ErrorKind::InvalidFilename => Fault::new(Code::InvalidArgument, format!("{:?}: the path is too long", display(asked))),
+        io::ErrorKind::InvalidFilename => {
+            Fault::new(Code::InvalidArgument, format!("{:?}: the path is too long", display(asked)))
+        }
         _ => Fault::io(format!("look at {:?}", display(asked)), e),
     })
 }

@@ -7,7 +7,8 @@ use std::{fmt, sync::Arc};
 pub enum Verdict {
     /// It belongs to the selection.
     Take,
-    /// It does not, but something below it may: its directory entry is not hashed unless a child is.
+    /// It does not, but something below it may: its directory entry is not hashed unless a child
+    /// is.
     Descend,
     /// Neither it nor anything below it does.
     Skip,
@@ -15,7 +16,8 @@ pub enum Verdict {
 
 /// Include and exclude patterns, decided by the caller.
 pub trait PathFilter: Send + Sync {
-    /// Decides about `path`, relative to the selected directory, without a leading slash. Called in walk order, parents first.
+    /// Decides about `path`, relative to the selected directory, without a leading slash. Called in
+    /// walk order, parents first.
     fn decide(&self, path: &str, is_dir: bool) -> Verdict;
 }
 

@@ -12,7 +12,9 @@ use std::{
 
 fn tree(root: &Path) {
     fs::create_dir_all(root.join("src/deep")).unwrap();
-    for (file, text) in [("src/a.go", "a"), ("src/b.go", "b"), ("src/deep/c.txt", "c"), ("readme", "r")] {
+    for (file, text) in
+        [("src/a.go", "a"), ("src/b.go", "b"), ("src/deep/c.txt", "c"), ("readme", "r")]
+    {
         fs::write(root.join(file), text).unwrap();
     }
     symlink("/src", root.join("link")).unwrap();
@@ -28,7 +30,11 @@ fn contents_and_modes_count_and_times_do_not() {
     tree(one.path());
     tree(two.path());
     for path in ["/", "src", "src/", "readme", "link"] {
-        assert_eq!(sum(one.path(), &Selector::path(path)), sum(two.path(), &Selector::path(path)), "{path}");
+        assert_eq!(
+            sum(one.path(), &Selector::path(path)),
+            sum(two.path(), &Selector::path(path)),
+            "{path}"
+        );
     }
     assert_eq!(sum(one.path(), &Selector::path("link")), sum(one.path(), &Selector::path("src")));
     let index = TreeIndex::default();
@@ -50,7 +56,8 @@ fn attributes_that_a_layer_has_count() {
     let dir = tempfile::tempdir().unwrap();
     tree(dir.path());
     let set = |path: &str, name: &str, value: &[u8]| {
-        rustix::fs::lsetxattr(dir.path().join(path), name, value, rustix::fs::XattrFlags::empty()).expect(name);
+        rustix::fs::lsetxattr(dir.path().join(path), name, value, rustix::fs::XattrFlags::empty())
+            .expect(name);
     };
     let now = || sum(dir.path(), &Selector::path("src"));
     let mut before = now();

@@ -10,7 +10,8 @@ use std::{
 };
 
 /// Names of files at the top and in directories. Few, so that changes meet.
-const PATHS: &[&str] = &["a.txt", "b.txt", "c.md", "d/a.txt", "d/b.txt", "d/e/deep", "x/one", "x/two", "run.sh"];
+const PATHS: &[&str] =
+    &["a.txt", "b.txt", "c.md", "d/a.txt", "d/b.txt", "d/e/deep", "x/one", "x/two", "run.sh"];
 /// Where links point: to a file, to a directory, nowhere.
 const TARGETS: &[&str] = &["a.txt", "d", "missing", "d/e/deep"];
 const MODES: &[u32] = &[0o644, 0o755, 0o600, 0o444];
@@ -44,7 +45,11 @@ impl Context {
         let there: Vec<String> = self.nodes.keys().cloned().collect();
         if there.is_empty() || random.chance(25) {
             let path = *random.pick(PATHS);
-            let node = if random.chance(15) { Node::Link((*random.pick(TARGETS)).to_owned()) } else { file(random) };
+            let node = if random.chance(15) {
+                Node::Link((*random.pick(TARGETS)).to_owned())
+            } else {
+                file(random)
+            };
             self.nodes.insert(path.to_owned(), node);
             return format!("write {path}");
         }
@@ -105,5 +110,9 @@ impl Context {
 /// A file whose size or time alone seldom tells it from another: few lengths, few times.
 fn file(random: &mut Random) -> Node {
     let word = *random.pick(&["one", "two", "six", "three", "a longer line of text"]);
-    Node::File { text: format!("{word}\n"), mode: *random.pick(MODES), mtime: 1_700_000_000 + random.below(2) as u64 }
+    Node::File {
+        text: format!("{word}\n"),
+        mode: *random.pick(MODES),
+        mtime: 1_700_000_000 + random.below(2) as u64,
+    }
 }

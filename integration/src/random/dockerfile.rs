@@ -4,7 +4,10 @@ use super::Random;
 use std::fmt::Write as _;
 
 /// Sources of the context that may match nothing, which is no error.
-const SOURCES: &[&str] = &["a.tx*", "b.*", "*.txt", "d*", "d*/", "x/one*", "d/*.txt", "?.md", "run*", ".", "*.tx[t]", "d/[e]"];
+const SOURCES: &[&str] = &[
+    "a.tx*", "b.*", "*.txt", "d*", "d*/", "x/one*", "d/*.txt", "?.md", "run*", ".", "*.tx[t]",
+    "d/[e]",
+];
 /// Those that fail the build while they are missing.
 const EXACT: &[&str] = &["a.txt", "b.txt", "d", "d/e/", "x/two", "run.sh"];
 /// Paths inside the image.
@@ -122,10 +125,18 @@ impl Recipe {
                 match step {
                     // A step may have come to a stage without a shell by a change of its base.
                     Step::Run(_) | Step::Bind(..) if !self.has_shell(at) => {}
-                    Step::Run(script) => writeln!(text, "RUN {{ {script}; }} 2>/dev/null || true").unwrap(),
-                    Step::Bind(from, script) => writeln!(text, "RUN --mount=type=bind,from=s{from},target=/m {script} || true").unwrap(),
+                    Step::Run(script) => {
+                        writeln!(text, "RUN {{ {script}; }} 2>/dev/null || true").unwrap()
+                    }
+                    Step::Bind(from, script) => writeln!(
+                        text,
+                        "RUN --mount=type=bind,from=s{from},target=/m {script} || true"
+                    )
+                    .unwrap(),
                     Step::Copy(words) => writeln!(text, "COPY {words}").unwrap(),
-                    Step::CopyFrom(flags, from, source, target) => writeln!(text, "COPY {flags}--from=s{from} {source} {target}").unwrap(),
+                    Step::CopyFrom(flags, from, source, target) => {
+                        writeln!(text, "COPY {flags}--from=s{from} {source} {target}").unwrap()
+                    }
                     Step::Meta(line) => writeln!(text, "{line}").unwrap(),
                 }
             }
@@ -159,7 +170,8 @@ impl Recipe {
             (2, Some(from)) if self.has_shell(at) => Step::Bind(from, format!("sh -c 'cp -a /m/w /bound; cat /m/w/a > {}'", random.pick(PATHS))),
             (0..=3, _) | (_, _) if !self.has_shell(at) || random.chance(30) => {
                 let flags = *random.pick(&["", "", "", "--link ", "--chmod=640 ", "--chown=1000:100 ", "--exclude=b.* ", "--parents "]);
-                // Where a build fails, it fails with every cache alike, but then no file is compared.
+                // Where a build fails, it fails with every cache alike, but then no file is
+                // compared.
                 let source = if random.chance(15) { *random.pick(EXACT) } else { *random.pick(SOURCES) };
                 Step::Copy(format!("{flags}{source} {}", random.pick(TARGETS)))
             }

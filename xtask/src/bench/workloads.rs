@@ -44,7 +44,9 @@ enum Output<'a> {
 /// A text that no run before had.
 fn unique() -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_nanos());
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |d| d.as_nanos());
     format!("{now:x}-{}", NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
@@ -62,7 +64,12 @@ impl Noise {
     }
 
     fn new() -> Self {
-        Self(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64) | 1)
+        Self(
+            std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .map_or(1, |d| d.as_nanos() as u64)
+                | 1,
+        )
     }
 }
 
@@ -86,23 +93,61 @@ impl Bench {
         Ok(dir)
     }
 
-    fn start(&self, address: &str, dir: &Path, output: &Output<'_>, more: &[&str]) -> Result<Child, String> {
+    fn start(
+        &self,
+        address: &str,
+        dir: &Path,
+        output: &Output<'_>,
+        more: &[&str],
+    ) -> Result<Child, String> {
         let mut command = Command::new(&self.client);
-        command.args(["--addr", address, "build", "--progress=plain", "--frontend", "dockerfile.v0"]);
-        command.args(["--local", &format!("context={}", dir.display()), "--local", &format!("dockerfile={}", dir.display())]);
+        command.args([
+            "--addr",
+            address,
+            "build",
+            "--progress=plain",
+            "--frontend",
+            "dockerfile.v0",
+        ]);
+        command.args([
+            "--local",
+            &format!("context={}", dir.display()),
+            "--local",
+            &format!("dockerfile={}", dir.display()),
+        ]);
         match output {
             Output::Nothing => {}
             Output::Image(name) => {
-                command.args(["--output", &format!("type=image,name=docker.io/library/{name}:latest,unpack=true")]);
+                command.args([
+                    "--output",
+                    &format!("type=image,name=docker.io/library/{name}:latest,unpack=true"),
+                ]);
             }
             Output::Push(name) => {
-                command.args(["--output", &format!("type=image,name={}/{name}:latest,push=true,registry.insecure=true", self.registry)]);
+                command.args([
+                    "--output",
+                    &format!(
+                        "type=image,name={}/{name}:latest,push=true,registry.insecure=true",
+                        self.registry
+                    ),
+                ]);
             }
         }
-        io(command.args(more).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn())
+        io(command
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn())
     }
 
-    fn solve(&self, address: &str, dir: &Path, output: Output<'_>, more: &[&str]) -> Result<f64, String> {
+    fn solve(
+        &self,
+        address: &str,
+        dir: &Path,
+        output: Output<'_>,
+        more: &[&str],
+    ) -> Result<f64, String> {
         let start = Instant::now();
         finish(self.start(address, dir, &output, more)?)?;
         Ok(start.elapsed().as_secs_f64())
@@ -115,7 +160,15 @@ fn finish(child: Child) -> Result<(), String> {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    Err(text.lines().rev().take(8).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n"))
+    Err(text
+        .lines()
+        .rev()
+        .take(8)
+        .collect::<Vec<_>>()
+        .into_iter()
+        .rev()
+        .collect::<Vec<_>>()
+        .join("\n"))
 }
 
 /// A fully cached build of 11 steps with its image exported again.
@@ -168,7 +221,8 @@ fn many_files_warm(bench: &Bench, daemon: &str, address: &str) -> Result<f64, St
 
 /// The same, never seen before.
 fn many_files_cold(bench: &Bench, _: &str, address: &str) -> Result<f64, String> {
-    let dir = bench.context(&format!("cold-{}", unique()), &format!("FROM {IMAGE}\nCOPY . /app\n"))?;
+    let dir =
+        bench.context(&format!("cold-{}", unique()), &format!("FROM {IMAGE}\nCOPY . /app\n"))?;
     small_files(&dir)?;
     let seconds = bench.solve(address, &dir, Output::Nothing, &[]);
     io(fs::remove_dir_all(dir))?;
@@ -177,7 +231,8 @@ fn many_files_cold(bench: &Bench, _: &str, address: &str) -> Result<f64, String>
 
 /// A file of 512 MB, half noise and half zeros like many programs, copied and exported.
 fn big_file(bench: &Bench, daemon: &str, address: &str) -> Result<f64, String> {
-    let dir = bench.context(&format!("big-{}", unique()), &format!("FROM {IMAGE}\nCOPY big.bin /big.bin\n"))?;
+    let dir = bench
+        .context(&format!("big-{}", unique()), &format!("FROM {IMAGE}\nCOPY big.bin /big.bin\n"))?;
     let mut file = io(fs::File::create(dir.join("big.bin")))?;
     let (mut noise, mut block) = (Noise::new(), vec![0u8; 1 << 20]);
     for _ in 0..512 {
@@ -229,12 +284,19 @@ fn parallel(bench: &Bench, _: &str, address: &str) -> Result<f64, String> {
 fn concurrent(bench: &Bench, daemon: &str, address: &str) -> Result<f64, String> {
     let mut dirs = Vec::new();
     for n in 0..16 {
-        let text = format!("FROM {IMAGE}\nENV I={n}-{}\nCOPY Dockerfile /x\nRUN echo {n} > /y\nRUN cat /y\n", unique());
+        let text = format!(
+            "FROM {IMAGE}\nENV I={n}-{}\nCOPY Dockerfile /x\nRUN echo {n} > /y\nRUN cat /y\n",
+            unique()
+        );
         dirs.push(bench.context(&format!("concurrent{n}"), &text)?);
     }
     let start = Instant::now();
     let names: Vec<String> = (0..16).map(|n| format!("concurrent{n}-{daemon}")).collect();
-    let builds: Vec<_> = dirs.iter().zip(&names).map(|(dir, name)| bench.start(address, dir, &Output::Image(name), &[])).collect();
+    let builds: Vec<_> = dirs
+        .iter()
+        .zip(&names)
+        .map(|(dir, name)| bench.start(address, dir, &Output::Image(name), &[]))
+        .collect();
     for build in builds {
         finish(build?)?;
     }

@@ -42,7 +42,8 @@ pub fn special(tar: &mut dyn Read, size: u64) -> io::Result<Vec<u8>> {
         return Err(broken("an extended header is too large"));
     }
     let mut content = vec![0; size as usize + padding(size)];
-    tar.read_exact(&mut content).map_err(|e| if e.kind() == ErrorKind::UnexpectedEof { cut() } else { e })?;
+    tar.read_exact(&mut content)
+        .map_err(|e| if e.kind() == ErrorKind::UnexpectedEof { cut() } else { e })?;
     content.truncate(size as usize);
     Ok(content)
 }
@@ -54,7 +55,9 @@ pub fn number(field: &[u8]) -> Option<i64> {
         let negative = first & 0x40 != 0;
         let start = if negative { i128::from(first as i8) } else { i128::from(first & 0x7f) };
         // What is beyond 64 bits cannot come back from there.
-        let all = field[1..].iter().try_fold(start, |n, b| n.checked_mul(256)?.checked_add(i128::from(*b)))?;
+        let all = field[1..]
+            .iter()
+            .try_fold(start, |n, b| n.checked_mul(256)?.checked_add(i128::from(*b)))?;
         return i64::try_from(all).ok();
     }
     let text = field.split(|b| *b == 0).find(|part| !part.is_empty()).unwrap_or_default();
@@ -78,7 +81,8 @@ impl Header {
         self.0[156]
     }
 
-    /// Whether the checksum is right, counted with bytes as they are or, as some old programs did, with signed ones.
+    /// Whether the checksum is right, counted with bytes as they are or, as some old programs did,
+    /// with signed ones.
     pub fn is_whole(&self) -> bool {
         let told = number(&self.0[148..156]);
         let byte = |(i, b): (usize, &u8)| if (148..156).contains(&i) { b' ' } else { *b };
@@ -90,7 +94,9 @@ impl Header {
 
     /// What the field says the entry's content takes.
     pub fn size(&self) -> io::Result<u64> {
-        number(&self.0[124..136]).and_then(|n| u64::try_from(n).ok()).ok_or_else(|| broken("a size is no number"))
+        number(&self.0[124..136])
+            .and_then(|n| u64::try_from(n).ok())
+            .ok_or_else(|| broken("a size is no number"))
     }
 
     /// The time, in seconds.
@@ -110,7 +116,8 @@ impl Header {
     pub fn name(&self) -> Vec<u8> {
         let name = text(&self.0[..100]);
         // Schily's tar has times after a shorter prefix.
-        let prefix = if &self.0[508..512] == b"tar\0" { &self.0[345..476] } else { &self.0[345..500] };
+        let prefix =
+            if &self.0[508..512] == b"tar\0" { &self.0[345..476] } else { &self.0[345..500] };
         match text(prefix) {
             prefix if self.is_ustar() && !prefix.is_empty() => [prefix, b"/", name].concat(),
             _ => name.to_vec(),
@@ -141,7 +148,8 @@ impl Header {
     }
 }
 
-/// Whether entries of a kind have no content, whatever their size says: links, devices, directories.
+/// Whether entries of a kind have no content, whatever their size says: links, devices,
+/// directories.
 pub fn is_bare(kind: u8) -> bool {
     matches!(kind, b'1'..=b'6')
 }
@@ -152,7 +160,8 @@ mod tests {
 
     #[test]
     fn numbers_are_octal_or_binary() {
-        let check = |field: &[u8], expected: Option<i64>| assert_eq!(number(field), expected, "{field:?}");
+        let check =
+            |field: &[u8], expected: Option<i64>| assert_eq!(number(field), expected, "{field:?}");
         check(b"0000644\0", Some(0o644));
         check(b"   644 \0", Some(0o644));
         check(b"\0\0\0\0\0\0\0\0", Some(0));

@@ -1,5 +1,6 @@
-//! Extended records (POSIX.1-2001 pax): a decimal length that counts itself, a space, a key, `=`, a value, a newline. Both the key and the value
-//! may have newlines; only the length says where a record ends.
+//! Extended records (POSIX.1-2001 pax): a decimal length that counts itself, a space, a key, `=`, a
+//! value, a newline. Both the key and the value may have newlines; only the length says where a
+//! record ends.
 
 /// One record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +43,11 @@ pub fn nanoseconds(text: &str) -> Option<i64> {
     }
     let fraction = format!("{fraction:0<9}").get(..9)?.parse::<i64>().ok()?;
     let seconds = whole.parse::<i64>().ok()?.checked_mul(1_000_000_000)?;
-    if whole.starts_with('-') { seconds.checked_sub(fraction) } else { seconds.checked_add(fraction) }
+    if whole.starts_with('-') {
+        seconds.checked_sub(fraction)
+    } else {
+        seconds.checked_add(fraction)
+    }
 }
 
 #[cfg(test)]
@@ -56,20 +61,36 @@ mod tests {
             let value = vec![b'\n'; n];
             let r = record(b"path", &value);
             let (read, rest) = take(&r).expect("a record");
-            assert_eq!((read.whole, read.key, read.value, rest), (&r[..], &b"path"[..], &value[..], &b""[..]));
+            assert_eq!(
+                (read.whole, read.key, read.value, rest),
+                (&r[..], &b"path"[..], &value[..], &b""[..])
+            );
         }
     }
 
     #[test]
     fn what_is_no_record_is_not_taken() {
-        for bad in
-            ["", "6 a=b", "6 a=b\n"[..4].as_ref(), "5 a=b\n", "x a=b\n", "99999999 a=b\n", "4 =\n", "5 ab\n", "0 a=b\n", "-6 a=b\n", "2 \n"]
-        {
+        for bad in [
+            "",
+            "6 a=b",
+            "6 a=b\n"[..4].as_ref(),
+            "5 a=b\n",
+            "x a=b\n",
+            "99999999 a=b\n",
+            "4 =\n",
+            "5 ab\n",
+            "0 a=b\n",
+            "-6 a=b\n",
+            "2 \n",
+        ] {
             assert_eq!(take(bad.as_bytes()), None, "{bad:?}");
         }
         let two = b"6 a=b\n8 k=1\n2\n";
         let (first, rest) = take(two).expect("a record");
-        assert_eq!((first.value, take(rest).map(|(r, _)| r.value)), (&b"b"[..], Some(&b"1\n2"[..])));
+        assert_eq!(
+            (first.value, take(rest).map(|(r, _)| r.value)),
+            (&b"b"[..], Some(&b"1\n2"[..]))
+        );
     }
 
     #[test]

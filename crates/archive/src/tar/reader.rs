@@ -56,7 +56,8 @@ pub struct Member {
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
-/// A piece of a file's contents, which is in the buffer that was given. What is in no piece is zeros.
+/// A piece of a file's contents, which is in the buffer that was given. What is in no piece is
+/// zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
     /// Where in the file it is.
@@ -93,7 +94,8 @@ impl Extended {
     fn records(&mut self, mut body: &[u8]) -> io::Result<()> {
         *self = Self::default();
         while !body.is_empty() {
-            let (record, rest) = pax::take(body).ok_or_else(|| broken("an extended header has something that is no record"))?;
+            let (record, rest) = pax::take(body)
+                .ok_or_else(|| broken("an extended header has something that is no record"))?;
             body = rest;
             let (key, value) = (record.key, record.value);
             let number = || {
@@ -103,10 +105,15 @@ impl Extended {
             match key {
                 // An empty value means that the header's own counts.
                 _ if value.is_empty() && !key.starts_with(XATTR) => {}
-                b"path" | b"linkpath" if value.contains(&0) => return Err(broken("a name has a zero byte")),
+                b"path" | b"linkpath" if value.contains(&0) => {
+                    return Err(broken("a name has a zero byte"));
+                }
                 b"path" => self.path = Some(value.to_vec()),
                 b"linkpath" => self.link = Some(value.to_vec()),
-                b"size" => self.size = Some(u64::try_from(number()?).map_err(|_| broken("a size is negative"))?),
+                b"size" => {
+                    self.size =
+                        Some(u64::try_from(number()?).map_err(|_| broken("a size is negative"))?)
+                }
                 b"uid" => self.uid = Some(number()? as u32),
                 b"gid" => self.gid = Some(number()? as u32),
                 b"mtime" => self.mtime = std::str::from_utf8(value).ok().and_then(pax::nanoseconds),
@@ -142,8 +149,14 @@ impl<R: Read> TarReader<R> {
                 }
                 // As in Go, what is said of all members counts for none.
                 b'g' => drop(block::special(&mut self.tar, header.size()?)?),
-                b'L' => long_name = Some(block::text(&block::special(&mut self.tar, header.size()?)?).to_vec()),
-                b'K' => long_link = Some(block::text(&block::special(&mut self.tar, header.size()?)?).to_vec()),
+                b'L' => {
+                    long_name =
+                        Some(block::text(&block::special(&mut self.tar, header.size()?)?).to_vec())
+                }
+                b'K' => {
+                    long_link =
+                        Some(block::text(&block::special(&mut self.tar, header.size()?)?).to_vec())
+                }
                 _ => {
                     extended.path = long_name.or(extended.path);
                     extended.link = long_link.or(extended.link);
@@ -167,9 +180,16 @@ impl<R: Read> TarReader<R> {
     }
 
     fn member(&mut self, header: &Header, extended: Extended) -> io::Result<Member> {
-        let field = |range: std::ops::Range<usize>| block::number(&header.0[range]).unwrap_or_default();
+        let field =
+            |range: std::ops::Range<usize>| block::number(&header.0[range]).unwrap_or_default();
         let is_sparse = extended.sparse.is_sparse();
-        let path = extended.sparse.name.clone().filter(|_| is_sparse).or(extended.path).unwrap_or_else(|| header.name());
+        let path = extended
+            .sparse
+            .name
+            .clone()
+            .filter(|_| is_sparse)
+            .or(extended.path)
+            .unwrap_or_else(|| header.name());
         let link = extended.link.unwrap_or_else(|| header.link_name().to_vec());
         let device = (field(329..337) as u32, field(337..345) as u32);
         let kind = match header.kind() {
@@ -184,7 +204,11 @@ impl<R: Read> TarReader<R> {
             b'6' => MemberKind::Fifo,
             other => MemberKind::Other(other),
         };
-        let mut stored = if block::is_bare(header.kind()) { 0 } else { extended.size.map_or_else(|| header.size(), Ok)? };
+        let mut stored = if block::is_bare(header.kind()) {
+            0
+        } else {
+            extended.size.map_or_else(|| header.size(), Ok)?
+        };
         let (mut extents, mut size) = (vec![Extent { offset: 0, len: stored }], stored);
         let mut padding = block::padding(stored) as u64;
         if header.kind() == b'S' && header.is_gnu() {
@@ -196,7 +220,9 @@ impl<R: Read> TarReader<R> {
                 let took;
                 (extents, took) = sparse::in_content(&mut self.tar, stored)?;
                 // The map is padded to whole blocks, too.
-                stored = stored.checked_sub(took).ok_or_else(|| broken("the map of a sparse file is larger than the file"))?;
+                stored = stored
+                    .checked_sub(took)
+                    .ok_or_else(|| broken("the map of a sparse file is larger than the file"))?;
                 padding = block::padding(stored) as u64;
             } else {
                 extents = extended.sparse.extents()?;
@@ -212,12 +238,15 @@ impl<R: Read> TarReader<R> {
             mode: field(100..108) as u32 & 0o7777,
             uid: extended.uid.unwrap_or(field(108..116) as u32),
             gid: extended.gid.unwrap_or(field(116..124) as u32),
-            mtime: extended.mtime.unwrap_or_else(|| header.mtime().unwrap_or_default().saturating_mul(1_000_000_000)),
+            mtime: extended.mtime.unwrap_or_else(|| {
+                header.mtime().unwrap_or_default().saturating_mul(1_000_000_000)
+            }),
             xattrs: extended.xattrs,
         })
     }
 
-    /// Reads a piece of the current member's contents into `buffer`, which must not be empty; none at their end.
+    /// Reads a piece of the current member's contents into `buffer`, which must not be empty; none
+    /// at their end.
     pub fn piece(&mut self, buffer: &mut [u8]) -> io::Result<Option<Piece>> {
         let extent = loop {
             match self.extents.front_mut() {

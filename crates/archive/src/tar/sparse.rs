@@ -1,5 +1,6 @@
-//! Maps of sparse files: which parts of a file an archive has. There are four forms: GNU's old one, in the header and blocks after it, and three
-//! in extended records (versions 0.0, 0.1 and 1.0 of GNU tar's "PAX sparse"), of which the last has the map in front of the content.
+//! Maps of sparse files: which parts of a file an archive has. There are four forms: GNU's old one,
+//! in the header and blocks after it, and three in extended records (versions 0.0, 0.1 and 1.0 of
+//! GNU tar's "PAX sparse"), of which the last has the map in front of the content.
 
 use super::{
     MAX_SPECIAL,
@@ -79,11 +80,14 @@ impl Records {
 }
 
 fn pairs(numbers: &[u64]) -> io::Result<Vec<Extent>> {
-    let (pairs, []) = numbers.as_chunks::<2>() else { return Err(broken("the map of a sparse file has half a part")) };
+    let (pairs, []) = numbers.as_chunks::<2>() else {
+        return Err(broken("the map of a sparse file has half a part"));
+    };
     Ok(pairs.iter().map(|[offset, len]| Extent { offset: *offset, len: *len }).collect())
 }
 
-/// Reads GNU's old map: four parts in the header, the others in blocks after it. Also says how large the file is.
+/// Reads GNU's old map: four parts in the header, the others in blocks after it. Also says how
+/// large the file is.
 pub fn old(header: &Header, tar: &mut dyn Read) -> io::Result<(Vec<Extent>, u64)> {
     let number = |field: &[u8]| {
         let number = block::number(field).and_then(|n| u64::try_from(n).ok());
@@ -99,7 +103,11 @@ pub fn old(header: &Header, tar: &mut dyn Read) -> io::Result<(Vec<Extent>, u64)
             }
             extents.push(Extent { offset: number(&field[..12])?, len: number(&field[12..])? });
         }
-        if extents.len() > MAX_EXTENTS { Err(broken("the map of a sparse file is too large")) } else { Ok(()) }
+        if extents.len() > MAX_EXTENTS {
+            Err(broken("the map of a sparse file is too large"))
+        } else {
+            Ok(())
+        }
     };
     more(&header.0[386..482])?;
     let mut extended = header.0[482];
@@ -116,7 +124,8 @@ pub fn old(header: &Header, tar: &mut dyn Read) -> io::Result<(Vec<Extent>, u64)
     Ok((extents, size))
 }
 
-/// Reads the map in front of the content: decimal numbers on lines of their own, first how many parts there are. Also says how many bytes it took.
+/// Reads the map in front of the content: decimal numbers on lines of their own, first how many
+/// parts there are. Also says how many bytes it took.
 pub fn in_content(tar: &mut dyn Read, stored: u64) -> io::Result<(Vec<Extent>, u64)> {
     let (mut text, mut at) = (Vec::new(), 0);
     let mut next = || loop {
@@ -132,7 +141,10 @@ pub fn in_content(tar: &mut dyn Read, stored: u64) -> io::Result<(Vec<Extent>, u
         text.extend(block::read(tar)?.ok_or_else(block::cut)?);
     };
     let (count, mut took) = next()?;
-    let count = usize::try_from(count).ok().filter(|n| *n <= MAX_EXTENTS).ok_or_else(|| broken("the map of a sparse file is too large"))?;
+    let count = usize::try_from(count)
+        .ok()
+        .filter(|n| *n <= MAX_EXTENTS)
+        .ok_or_else(|| broken("the map of a sparse file is too large"))?;
     let mut numbers = Vec::new();
     for _ in 0..count * 2 {
         let (number, all) = next()?;
@@ -146,9 +158,18 @@ pub fn in_content(tar: &mut dyn Read, stored: u64) -> io::Result<(Vec<Extent>, u
 pub fn check(extents: &[Extent], size: u64, stored: u64) -> io::Result<()> {
     let (mut end, mut sum) = (0_u64, 0_u64);
     for extent in extents {
-        let next = extent.offset.checked_add(extent.len).filter(|next| extent.offset >= end && *next <= size);
-        end = next.ok_or_else(|| broken("the parts of a sparse file are not in order, or beyond its end"))?;
+        let next = extent
+            .offset
+            .checked_add(extent.len)
+            .filter(|next| extent.offset >= end && *next <= size);
+        end = next.ok_or_else(|| {
+            broken("the parts of a sparse file are not in order, or beyond its end")
+        })?;
         sum += extent.len;
     }
-    if sum == stored { Ok(()) } else { Err(broken("the parts of a sparse file are not what is stored of it")) }
+    if sum == stored {
+        Ok(())
+    } else {
+        Err(broken("the parts of a sparse file are not what is stored of it"))
+    }
 }

@@ -1,4 +1,5 @@
-//! Credentials in Docker's configuration: plain, in a store, or with a helper per registry (row `cb.auth.cred`).
+//! Credentials in Docker's configuration: plain, in a store, or with a helper per registry (row
+//! `cb.auth.cred`).
 
 use std::{
     collections::BTreeMap,
@@ -23,8 +24,10 @@ const HUB_HOSTS: [&str; 3] = ["registry-1.docker.io", "docker.io", "index.docker
 const HELPER_LIMIT: Duration = Duration::from_secs(60);
 const MAX_CONFIG: u64 = 4 << 20;
 /// Old versions wrote passwords without padding.
-const BASE64: GeneralPurpose =
-    GeneralPurpose::new(&STANDARD, GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent));
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
 
 /// Docker's configuration, as far as it concerns registries and builds.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -95,12 +98,15 @@ impl DockerConfig {
         let what = || format!("read Docker's configuration {}", path.display());
         let dir = path.parent().map(Path::to_owned);
         let file = match std::fs::File::open(path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Self { dir, ..Self::default() }),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Self { dir, ..Self::default() });
+            }
             file => file.map_err(|e| Fault::io(what(), e))?,
         };
         let mut data = Vec::new();
         file.take(MAX_CONFIG).read_to_end(&mut data).map_err(|e| Fault::io(what(), e))?;
-        let config: Self = serde_json::from_slice(&data).map_err(|e| Fault::invalid(format!("{}: {e}", what())))?;
+        let config: Self = serde_json::from_slice(&data)
+            .map_err(|e| Fault::invalid(format!("{}: {e}", what())))?;
         Ok(Self { dir, ..config })
     }
 
@@ -122,7 +128,9 @@ impl DockerConfig {
     /// The login for `host`, if it is here and not with a helper.
     fn login(&self, host: &str) -> Option<&Login> {
         let key = if HUB_HOSTS.contains(&host) { HUB_KEY } else { host };
-        self.auths.get(key).or_else(|| self.auths.iter().find(|(k, _)| bare(k) == bare(key)).map(|(_, login)| login))
+        self.auths.get(key).or_else(|| {
+            self.auths.iter().find(|(k, _)| bare(k) == bare(key)).map(|(_, login)| login)
+        })
     }
 
     /// A bearer token for `host` that was configured as it is.
@@ -130,7 +138,8 @@ impl DockerConfig {
         self.login(host).map(|login| login.registrytoken.clone()).filter(|token| !token.is_empty())
     }
 
-    /// The proxies that builds get, as build arguments: the `default` ones, in upper and lower case.
+    /// The proxies that builds get, as build arguments: the `default` ones, in upper and lower
+    /// case.
     pub fn proxy_args(&self) -> Vec<(String, String)> {
         let known = [
             ("httpProxy", "HTTP_PROXY"),
@@ -140,14 +149,23 @@ impl DockerConfig {
             ("allProxy", "ALL_PROXY"),
         ];
         let proxies = self.proxies.get("default");
-        let set = known.iter().filter_map(|(key, name)| Some((*name, proxies?.get(*key).filter(|v| !v.is_empty())?)));
-        set.flat_map(|(name, value)| [(name.to_owned(), value.clone()), (name.to_lowercase(), value.clone())]).collect()
+        let set = known
+            .iter()
+            .filter_map(|(key, name)| Some((*name, proxies?.get(*key).filter(|v| !v.is_empty())?)));
+        set.flat_map(|(name, value)| {
+            [(name.to_owned(), value.clone()), (name.to_lowercase(), value.clone())]
+        })
+        .collect()
     }
 
     /// The credentials for `host`.
     pub(crate) async fn lookup(&self, host: &str) -> Result<Option<Found>> {
         let key = if HUB_HOSTS.contains(&host) { HUB_KEY } else { host };
-        let helper = self.cred_helpers.get(key).or_else(|| self.cred_helpers.get(host)).unwrap_or(&self.creds_store);
+        let helper = self
+            .cred_helpers
+            .get(key)
+            .or_else(|| self.cred_helpers.get(host))
+            .unwrap_or(&self.creds_store);
         if !helper.is_empty()
             && let Some(found) = ask(helper, key).await?
         {
@@ -168,10 +186,19 @@ fn plain(login: &Login) -> Result<Option<Found>> {
         return Ok(Some((String::new(), login.identitytoken.clone())));
     }
     if login.auth.is_empty() {
-        return Ok((!login.password.is_empty()).then(|| (login.username.clone(), login.password.clone())));
+        return Ok(
+            (!login.password.is_empty()).then(|| (login.username.clone(), login.password.clone()))
+        );
     }
-    let broken = || Fault::invalid("Docker's configuration has a login that cannot be read").hint("log in again");
-    let text = BASE64.decode(login.auth.trim()).ok().and_then(|data| String::from_utf8(data).ok()).ok_or_else(broken)?;
+    let broken = || {
+        Fault::invalid("Docker's configuration has a login that cannot be read")
+            .hint("log in again")
+    };
+    let text = BASE64
+        .decode(login.auth.trim())
+        .ok()
+        .and_then(|data| String::from_utf8(data).ok())
+        .ok_or_else(broken)?;
     let (name, password) = text.split_once(':').ok_or_else(broken)?;
     Ok(Some((name.to_owned(), password.trim_matches('\0').to_owned())))
 }
@@ -198,9 +225,9 @@ async fn ask(helper: &str, key: &str) -> Result<Option<Found>> {
         }
         child.wait_with_output().await.map_err(|e| Fault::io(what(), e))
     };
-    let output = tokio::time::timeout(HELPER_LIMIT, work)
-        .await
-        .map_err(|_| Fault::new(Code::DeadlineExceeded, format!("{}: no answer within a minute", what())))??;
+    let output = tokio::time::timeout(HELPER_LIMIT, work).await.map_err(|_| {
+        Fault::new(Code::DeadlineExceeded, format!("{}: no answer within a minute", what()))
+    })??;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
         if said.contains("credentials not found") || said.is_empty() {
@@ -208,7 +235,8 @@ async fn ask(helper: &str, key: &str) -> Result<Option<Found>> {
         }
         return Err(Fault::unknown(format!("{}: {said}", what())));
     }
-    let helped: Helped = serde_json::from_slice(&output.stdout).map_err(|e| Fault::invalid(format!("{}: {e}", what())))?;
+    let helped: Helped = serde_json::from_slice(&output.stdout)
+        .map_err(|e| Fault::invalid(format!("{}: {e}", what())))?;
     let name = if helped.username == "<token>" { String::new() } else { helped.username };
     Ok(Some((name, helped.secret)).filter(|(_, secret)| !secret.is_empty()))
 }
@@ -242,6 +270,9 @@ mod tests {
             assert_eq!(found.as_ref().map(|(n, s)| (n.as_str(), s.as_str())), expected, "{host}");
         }
         assert!(config.lookup("broken.example").await.is_err());
-        assert_eq!(config.proxy_args(), [("HTTP_PROXY".into(), "http://p".into()), ("http_proxy".into(), "http://p".into())]);
+        assert_eq!(
+            config.proxy_args(),
+            [("HTTP_PROXY".into(), "http://p".into()), ("http_proxy".into(), "http://p".into())]
+        );
     }
 }

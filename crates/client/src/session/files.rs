@@ -4,7 +4,9 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use shipway_fault::{Fault, Result};
-use shipway_filesync::{FileSyncRequest, Mapped, Packet, PacketStream, SendOptions, Sender, packets};
+use shipway_filesync::{
+    FileSyncRequest, Mapped, Packet, PacketStream, SendOptions, Sender, packets,
+};
 use shipway_grpc::{fault_of, status_of};
 use shipway_proto::{
     MAX_MESSAGE,
@@ -21,7 +23,8 @@ impl LocalDirs {
     /// Offers `dir` as `name`; fails if it is no directory.
     pub fn add(&mut self, name: impl Into<String>, dir: impl Into<PathBuf>) -> Result<()> {
         let dir = dir.into();
-        let found = std::fs::metadata(&dir).map_err(|e| Fault::io(format!("open the directory {}", dir.display()), e))?;
+        let found = std::fs::metadata(&dir)
+            .map_err(|e| Fault::io(format!("open the directory {}", dir.display()), e))?;
         if !found.is_dir() {
             return Err(Fault::invalid(format!("{} is not a directory", dir.display())));
         }
@@ -40,11 +43,14 @@ impl LocalDirs {
     }
 
     pub(crate) fn service(self) -> FileSyncServer<Self> {
-        FileSyncServer::new(self).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
+        FileSyncServer::new(self)
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE)
     }
 }
 
-/// Owners are the client's business: builds see every file as root's, so that results do not depend on who builds.
+/// Owners are the client's business: builds see every file as root's, so that results do not depend
+/// on who builds.
 fn options(asked: FileSyncRequest) -> SendOptions {
     SendOptions {
         include: asked.include,
@@ -64,19 +70,37 @@ impl FileSync for LocalDirs {
     type DiffCopyStream = BoxStream<'static, Result<Packet, Status>>;
     type TarStreamStream = BoxStream<'static, Result<Packet, Status>>;
 
-    async fn diff_copy(&self, request: Request<Streaming<Packet>>) -> Result<Response<Self::DiffCopyStream>, Status> {
+    async fn diff_copy(
+        &self,
+        request: Request<Streaming<Packet>>,
+    ) -> Result<Response<Self::DiffCopyStream>, Status> {
         let metadata = request.metadata();
-        let asked =
-            FileSyncRequest::from_pairs(|key| metadata.get_all(key).iter().filter_map(|v| v.to_str().ok()).map(str::to_owned).collect());
+        let asked = FileSyncRequest::from_pairs(|key| {
+            metadata
+                .get_all(key)
+                .iter()
+                .filter_map(|v| v.to_str().ok())
+                .map(str::to_owned)
+                .collect()
+        });
         let name = asked.dir_name.clone();
-        let dir = self.0.get(&name).ok_or_else(|| Status::not_found(format!("no access allowed to dir {name:?}")))?;
+        let dir = self
+            .0
+            .get(&name)
+            .ok_or_else(|| Status::not_found(format!("no access allowed to dir {name:?}")))?;
         let sender = Sender::new(dir, options(asked));
         let incoming = request.into_inner().map_err(|s| fault_of(&s));
         let (sink, stream) = packets();
         let stream_of_packets = PacketStream::new(incoming, sink);
         let sending = AbortOnDropHandle::new(tokio::spawn(async move {
             let sent = sender.run(stream_of_packets).await?;
-            tracing::debug!(dir = name, entries = sent.entries, files = sent.files, bytes = sent.bytes, "directory sent");
+            tracing::debug!(
+                dir = name,
+                entries = sent.entries,
+                files = sent.files,
+                bytes = sent.bytes,
+                "directory sent"
+            );
             Ok::<_, Fault>(())
         }));
         let end = futures::stream::once(async move {
@@ -89,7 +113,10 @@ impl FileSync for LocalDirs {
         Ok(Response::new(stream.map(Ok).chain(end.filter_map(std::future::ready)).boxed()))
     }
 
-    async fn tar_stream(&self, _: Request<Streaming<Packet>>) -> Result<Response<Self::TarStreamStream>, Status> {
+    async fn tar_stream(
+        &self,
+        _: Request<Streaming<Packet>>,
+    ) -> Result<Response<Self::TarStreamStream>, Status> {
         Err(Status::unimplemented("sending a directory as a tar; use DiffCopy"))
     }
 }

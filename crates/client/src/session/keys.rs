@@ -12,7 +12,10 @@ use std::{fmt, path::Path, sync::Arc};
 use tokio_rustls::rustls::{
     SignatureScheme,
     crypto::ring::sign::any_supported_type,
-    pki_types::{PrivateKeyDer, PrivatePkcs1KeyDer, PrivatePkcs8KeyDer, PrivateSec1KeyDer, pem::PemObject as _},
+    pki_types::{
+        PrivateKeyDer, PrivatePkcs1KeyDer, PrivatePkcs8KeyDer, PrivateSec1KeyDer,
+        pem::PemObject as _,
+    },
     sign::SigningKey,
 };
 
@@ -72,7 +75,8 @@ fn put(out: &mut Vec<u8>, bytes: &[u8]) {
 /// The next string of a message.
 fn take<'a>(from: &mut &'a [u8]) -> Option<&'a [u8]> {
     let (length, rest) = from.split_first_chunk::<4>()?;
-    let (string, rest) = rest.split_at_checked(usize::try_from(u32::from_be_bytes(*length)).ok()?)?;
+    let (string, rest) =
+        rest.split_at_checked(usize::try_from(u32::from_be_bytes(*length)).ok()?)?;
     *from = rest;
     Some(string)
 }
@@ -132,7 +136,8 @@ impl Key {
         };
         let has = |word: &[u8]| text.windows(word.len()).any(|w| w == word);
         let (key, comment) = if has(b"BEGIN OPENSSH PRIVATE KEY") {
-            let key = ssh_key::PrivateKey::from_openssh(text).map_err(|e| refused(&e.to_string()))?;
+            let key =
+                ssh_key::PrivateKey::from_openssh(text).map_err(|e| refused(&e.to_string()))?;
             if key.is_encrypted() {
                 return Err(passphrase(path));
             }
@@ -141,10 +146,15 @@ impl Key {
         } else if has(b"BEGIN ENCRYPTED PRIVATE KEY") || has(b"Proc-Type: 4,ENCRYPTED") {
             return Err(passphrase(path));
         } else {
-            (PrivateKeyDer::from_pem_slice(text).map_err(|_| refused("no private key is in it"))?, String::new())
+            (
+                PrivateKeyDer::from_pem_slice(text)
+                    .map_err(|_| refused("no private key is in it"))?,
+                String::new(),
+            )
         };
         let signer = any_supported_type(&key).map_err(|e| refused(&e.to_string()))?;
-        let (kind, public) = public(signer.as_ref()).ok_or_else(|| refused("a key of another kind"))?;
+        let (kind, public) =
+            public(signer.as_ref()).ok_or_else(|| refused("a key of another kind"))?;
         let comment = if comment.is_empty() { path.display().to_string() } else { comment };
         Ok(Self { public, comment, kind, signer })
     }
@@ -155,8 +165,12 @@ impl Key {
             Kind::Ed25519 => ("ssh-ed25519", SignatureScheme::ED25519),
             Kind::P256 => ("ecdsa-sha2-nistp256", SignatureScheme::ECDSA_NISTP256_SHA256),
             Kind::P384 => ("ecdsa-sha2-nistp384", SignatureScheme::ECDSA_NISTP384_SHA384),
-            Kind::Rsa if flags & WITH_SHA512 != 0 => ("rsa-sha2-512", SignatureScheme::RSA_PKCS1_SHA512),
-            Kind::Rsa if flags & WITH_SHA256 != 0 => ("rsa-sha2-256", SignatureScheme::RSA_PKCS1_SHA256),
+            Kind::Rsa if flags & WITH_SHA512 != 0 => {
+                ("rsa-sha2-512", SignatureScheme::RSA_PKCS1_SHA512)
+            }
+            Kind::Rsa if flags & WITH_SHA256 != 0 => {
+                ("rsa-sha2-256", SignatureScheme::RSA_PKCS1_SHA256)
+            }
             // With SHA-1, which servers of today refuse as well.
             Kind::Rsa => return None,
         };
@@ -181,17 +195,22 @@ impl Key {
 /// A key out of OpenSSH's own format, as `rustls` reads it. None for kinds that it does not know.
 fn of_openssh(data: &KeypairData) -> Option<PrivateKeyDer<'static>> {
     Some(match data {
-        KeypairData::Ed25519(pair) => PrivatePkcs8KeyDer::from(der::ed25519(&pair.private.to_bytes())).into(),
+        KeypairData::Ed25519(pair) => {
+            PrivatePkcs8KeyDer::from(der::ed25519(&pair.private.to_bytes())).into()
+        }
         KeypairData::Ecdsa(EcdsaKeypair::NistP256 { public, private }) => {
-            PrivateSec1KeyDer::from(der::ecdsa(der::P256, private.as_slice(), public.as_bytes())).into()
+            PrivateSec1KeyDer::from(der::ecdsa(der::P256, private.as_slice(), public.as_bytes()))
+                .into()
         }
         KeypairData::Ecdsa(EcdsaKeypair::NistP384 { public, private }) => {
-            PrivateSec1KeyDer::from(der::ecdsa(der::P384, private.as_slice(), public.as_bytes())).into()
+            PrivateSec1KeyDer::from(der::ecdsa(der::P384, private.as_slice(), public.as_bytes()))
+                .into()
         }
         KeypairData::Rsa(RsaKeypair { public, private }) => {
             let number = |m: &ssh_key::Mpint| m.as_positive_bytes().map(<[u8]>::to_vec);
             let (n, e, d) = (number(&public.n)?, number(&public.e)?, number(&private.d)?);
-            let (p, q, inverse) = (number(&private.p)?, number(&private.q)?, number(&private.iqmp)?);
+            let (p, q, inverse) =
+                (number(&private.p)?, number(&private.q)?, number(&private.iqmp)?);
             PrivatePkcs1KeyDer::from(der::rsa(&n, &e, &d, &p, &q, &inverse)?).into()
         }
         _ => return None,
@@ -213,7 +232,8 @@ fn public(signer: &dyn SigningKey) -> Option<(Kind, Vec<u8>)> {
         }
         der::RSA => {
             let mut numbers = der::read(&mut &bits[..], der::SEQUENCE)?;
-            let (n, e) = (der::read(&mut numbers, der::INTEGER)?, der::read(&mut numbers, der::INTEGER)?);
+            let (n, e) =
+                (der::read(&mut numbers, der::INTEGER)?, der::read(&mut numbers, der::INTEGER)?);
             put(&mut out, b"ssh-rsa");
             put(&mut out, e);
             put(&mut out, n);
@@ -249,7 +269,10 @@ mod tests {
     }
 
     fn keygen(path: &Path, arguments: &[&str]) {
-        run(Command::new("ssh-keygen").args(["-q", "-C", "me@here", "-f"]).arg(path).args(arguments));
+        run(Command::new("ssh-keygen")
+            .args(["-q", "-C", "me@here", "-f"])
+            .arg(path)
+            .args(arguments));
     }
 
     /// The key in `path` signs what `ssh-keygen` of its public half believes, in the names of
@@ -262,9 +285,12 @@ mod tests {
         let mut rest = &listed[5..];
         let public = take(&mut rest).expect("a public key").to_vec();
         // The same line that ssh-keygen makes of it.
-        let line = String::from_utf8(run(Command::new("ssh-keygen").args(["-y", "-f"]).arg(path))).expect("text");
+        let line = String::from_utf8(run(Command::new("ssh-keygen").args(["-y", "-f"]).arg(path)))
+            .expect("text");
         use base64::Engine as _;
-        let expected = base64::engine::general_purpose::STANDARD.decode(line.split_whitespace().nth(1).expect("a key")).expect("base64");
+        let expected = base64::engine::general_purpose::STANDARD
+            .decode(line.split_whitespace().nth(1).expect("a key"))
+            .expect("base64");
         assert_eq!(public, expected, "{line}");
         let parsed = ssh_key::PublicKey::from_openssh(&line).expect("a public key");
         for (algorithm, flags) in algorithms {
@@ -306,15 +332,24 @@ mod tests {
                 (k.as_sec1_bytes().to_vec(), &s::ECDSA_P384_SHA384_FIXED)
             }
             ssh_key::public::KeyData::Rsa(k) => {
-                let how = if algorithm.ends_with("512") { &s::RSA_PKCS1_2048_8192_SHA512 } else { &s::RSA_PKCS1_2048_8192_SHA256 };
-                let (n, e) = (k.n.as_positive_bytes().expect("a modulus"), k.e.as_positive_bytes().expect("an exponent"));
+                let how = if algorithm.ends_with("512") {
+                    &s::RSA_PKCS1_2048_8192_SHA512
+                } else {
+                    &s::RSA_PKCS1_2048_8192_SHA256
+                };
+                let (n, e) = (
+                    k.n.as_positive_bytes().expect("a modulus"),
+                    k.e.as_positive_bytes().expect("an exponent"),
+                );
                 let key = s::RsaPublicKeyComponents { n, e };
                 key.verify(how, b"what is to be signed", &bytes).expect("a good signature");
                 return;
             }
             other => panic!("{other:?}"),
         };
-        UnparsedPublicKey::new(how, key).verify(b"what is to be signed", &bytes).expect("a good signature");
+        UnparsedPublicKey::new(how, key)
+            .verify(b"what is to be signed", &bytes)
+            .expect("a good signature");
     }
 
     const RSA: [(&str, u32); 2] = [("rsa-sha2-256", WITH_SHA256), ("rsa-sha2-512", WITH_SHA512)];
@@ -330,9 +365,17 @@ mod tests {
             ("rsa", &["-N", "", "-t", "rsa", "-b", "2048"], &RSA),
             // PKCS#1, SEC1 and PKCS#8.
             ("rsa1", &["-N", "", "-t", "rsa", "-b", "2048", "-m", "PEM"], &RSA),
-            ("sec1", &["-N", "", "-t", "ecdsa", "-b", "256", "-m", "PEM"], &[("ecdsa-sha2-nistp256", 0)]),
+            (
+                "sec1",
+                &["-N", "", "-t", "ecdsa", "-b", "256", "-m", "PEM"],
+                &[("ecdsa-sha2-nistp256", 0)],
+            ),
             ("rsa8", &["-N", "", "-t", "rsa", "-b", "2048", "-m", "PKCS8"], &RSA),
-            ("p256-8", &["-N", "", "-t", "ecdsa", "-b", "256", "-m", "PKCS8"], &[("ecdsa-sha2-nistp256", 0)]),
+            (
+                "p256-8",
+                &["-N", "", "-t", "ecdsa", "-b", "256", "-m", "PKCS8"],
+                &[("ecdsa-sha2-nistp256", 0)],
+            ),
         ] {
             keygen(&at(name), arguments);
             check(&at(name), algorithms);
@@ -342,10 +385,19 @@ mod tests {
     #[test]
     fn a_key_that_cannot_be_used_is_refused_by_name() {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let refusal = |name: &str| KeyRing::default().add(&dir.path().join(name)).expect_err("refused").to_string();
+        let refusal = |name: &str| {
+            KeyRing::default().add(&dir.path().join(name)).expect_err("refused").to_string()
+        };
         for (name, form) in [("new", "RFC4716"), ("old", "PEM"), ("eight", "PKCS8")] {
-            keygen(&dir.path().join(name), &["-N", "secret", "-t", "rsa", "-b", "2048", "-m", form]);
-            assert!(refusal(name).contains(&format!("{name} is protected by a passphrase")), "{}", refusal(name));
+            keygen(
+                &dir.path().join(name),
+                &["-N", "secret", "-t", "rsa", "-b", "2048", "-m", form],
+            );
+            assert!(
+                refusal(name).contains(&format!("{name} is protected by a passphrase")),
+                "{}",
+                refusal(name)
+            );
         }
         keygen(&dir.path().join("p521"), &["-N", "", "-t", "ecdsa", "-b", "521"]);
         std::fs::write(dir.path().join("text"), "hello").expect("write");

@@ -27,8 +27,8 @@ pub enum SecretSource {
 pub struct Secrets(BTreeMap<String, SecretSource>);
 
 impl Secrets {
-    /// Offers `source` as `id`; fails if it is a file that cannot be used. Without a source, the variable called `id` is it, or else
-    /// the file.
+    /// Offers `source` as `id`; fails if it is a file that cannot be used. Without a source, the
+    /// variable called `id` is it, or else the file.
     pub fn add(&mut self, id: &str, source: Option<SecretSource>) -> Result<()> {
         if id.is_empty() {
             return Err(Fault::invalid("secret missing ID").hint("give it as id=<name>"));
@@ -38,7 +38,8 @@ impl Secrets {
             None => SecretSource::File(id.into()),
         });
         if let SecretSource::File(path) = &source {
-            let found = std::fs::metadata(path).map_err(|e| Fault::io(format!("failed to stat {}", path.display()), e))?;
+            let found = std::fs::metadata(path)
+                .map_err(|e| Fault::io(format!("failed to stat {}", path.display()), e))?;
             if found.len() > MAX_SECRET {
                 return Err(Fault::invalid(format!("secret {id} too big. max size 500KB")));
             }
@@ -64,7 +65,8 @@ impl Secrets {
             }
             SecretSource::File(path) => {
                 use tokio::io::AsyncReadExt;
-                let failed = |e| Fault::io(format!("read the secret {id} from {}", path.display()), e);
+                let failed =
+                    |e| Fault::io(format!("read the secret {id} from {}", path.display()), e);
                 let mut data = Vec::new();
                 let file = tokio::fs::File::open(path).await.map_err(failed)?;
                 file.take(MAX_SECRET + 1).read_to_end(&mut data).await.map_err(failed)?;
@@ -80,7 +82,10 @@ impl Secrets {
 
 #[tonic::async_trait]
 impl Service for Secrets {
-    async fn get_secret(&self, request: Request<GetSecretRequest>) -> Result<Response<GetSecretResponse>, Status> {
+    async fn get_secret(
+        &self,
+        request: Request<GetSecretRequest>,
+    ) -> Result<Response<GetSecretResponse>, Status> {
         let data = self.read(&request.into_inner().id).await.map_err(|fault| status_of(&fault))?;
         Ok(Response::new(GetSecretResponse { data }))
     }

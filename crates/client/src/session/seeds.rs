@@ -1,4 +1,5 @@
-//! What keys that stand for credentials are made of: random bytes per registry, kept beside Docker's configuration where other clients keep them, too.
+//! What keys that stand for credentials are made of: random bytes per registry, kept beside
+//! Docker's configuration where other clients keep them, too.
 
 use std::{
     collections::BTreeMap,
@@ -38,12 +39,19 @@ impl Seeds {
         Self { dir, known: Mutex::default() }
     }
 
-    /// The seed for `host`, made if there is none. A home that cannot be written to is no reason to have none.
+    /// The seed for `host`, made if there is none. A home that cannot be written to is no reason to
+    /// have none.
     pub(crate) fn of(&self, host: &str) -> Result<Vec<u8>> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         // Held until the file is written: others make seeds, too.
         let _lock = self.dir.as_ref().and_then(|dir| {
-            let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(dir.join(LOCK)).ok()?;
+            let file = OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .mode(0o600)
+                .open(dir.join(LOCK))
+                .ok()?;
             flock(&file, FlockOperation::LockExclusive).ok()?;
             Some(file)
         });
@@ -52,7 +60,9 @@ impl Seeds {
             return Ok(seed);
         }
         let mut seed = vec![0; 16];
-        SystemRandom::new().fill(&mut seed).map_err(|_| Fault::internal("the machine gives no random numbers"))?;
+        SystemRandom::new()
+            .fill(&mut seed)
+            .map_err(|_| Fault::internal("the machine gives no random numbers"))?;
         known.insert(host.to_owned(), Seed { seed: BASE64_STANDARD.encode(&seed) });
         if let Err(error) = self.write(&known) {
             tracing::debug!(%error, "the seeds of tokens are not kept");
@@ -64,7 +74,11 @@ impl Seeds {
     fn read(&self) -> BTreeMap<String, Seed> {
         let read = || {
             let mut text = Vec::new();
-            File::open(self.dir.as_ref()?.join(FILE)).ok()?.take(MAX_FILE).read_to_end(&mut text).ok()?;
+            File::open(self.dir.as_ref()?.join(FILE))
+                .ok()?
+                .take(MAX_FILE)
+                .read_to_end(&mut text)
+                .ok()?;
             serde_json::from_slice(&text).ok()
         };
         read().unwrap_or_default()
@@ -73,6 +87,12 @@ impl Seeds {
     fn write(&self, known: &BTreeMap<String, Seed>) -> std::io::Result<()> {
         let Some(dir) = &self.dir else { return Ok(()) };
         let text = serde_json::to_vec_pretty(known)?;
-        OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(dir.join(FILE))?.write_all(&text)
+        OpenOptions::new()
+            .create(true)
+            .truncate(true)
+            .write(true)
+            .mode(0o600)
+            .open(dir.join(FILE))?
+            .write_all(&text)
     }
 }

@@ -59,10 +59,21 @@ impl SshAgents {
         let id = if id.is_empty() { DEFAULT } else { id };
         let paths: Vec<&String> = paths.iter().filter(|p| !p.is_empty()).collect();
         let paths: Vec<PathBuf> = match paths[..] {
-            _ if raw && paths.len() != 1 => return Err(Fault::invalid(format!("raw mode must supply exactly one socket path for {id:?}"))),
-            [] => vec![std::env::var_os("SSH_AUTH_SOCK").filter(|v| !v.is_empty()).map(PathBuf::from).ok_or_else(|| {
-                Fault::invalid("invalid empty ssh agent socket").hint("start an agent, so that SSH_AUTH_SOCK is set, or name its socket")
-            })?],
+            _ if raw && paths.len() != 1 => {
+                return Err(Fault::invalid(format!(
+                    "raw mode must supply exactly one socket path for {id:?}"
+                )));
+            }
+            [] => vec![
+                std::env::var_os("SSH_AUTH_SOCK")
+                    .filter(|v| !v.is_empty())
+                    .map(PathBuf::from)
+                    .ok_or_else(|| {
+                        Fault::invalid("invalid empty ssh agent socket").hint(
+                            "start an agent, so that SSH_AUTH_SOCK is set, or name its socket",
+                        )
+                    })?,
+            ],
             _ => paths.into_iter().map(PathBuf::from).collect(),
         };
         let (mut socket, mut keys) = (None, KeyRing::default());
@@ -70,7 +81,8 @@ impl SshAgents {
             if socket.is_some() {
                 return Err(Fault::invalid(format!("only single socket allowed for {id:?}")));
             }
-            let found = std::fs::metadata(path).map_err(|e| Fault::io(format!("forward SSH from {}", path.display()), e))?;
+            let found = std::fs::metadata(path)
+                .map_err(|e| Fault::io(format!("forward SSH from {}", path.display()), e))?;
             if found.file_type().is_socket() {
                 socket = Some(path.clone());
             } else if raw {
@@ -80,7 +92,9 @@ impl SshAgents {
             }
         }
         let source = match socket {
-            Some(_) if keys != KeyRing::default() => return Err(Fault::invalid("invalid combination of keys and sockets")),
+            Some(_) if keys != KeyRing::default() => {
+                return Err(Fault::invalid("invalid combination of keys and sockets"));
+            }
             Some(path) => SshSource::Socket { path, raw },
             None => SshSource::Keys(Arc::new(keys)),
         };
@@ -109,13 +123,23 @@ impl SshAgents {
 impl Ssh for SshAgents {
     type ForwardAgentStream = Answers<BytesMessage>;
 
-    async fn check_agent(&self, request: Request<CheckAgentRequest>) -> Result<Response<CheckAgentResponse>, Status> {
+    async fn check_agent(
+        &self,
+        request: Request<CheckAgentRequest>,
+    ) -> Result<Response<CheckAgentResponse>, Status> {
         self.find(&request.into_inner().id)?;
         Ok(Response::new(CheckAgentResponse {}))
     }
 
-    async fn forward_agent(&self, request: Request<Streaming<BytesMessage>>) -> Result<Response<Self::ForwardAgentStream>, Status> {
-        let id = request.metadata().get(headers::SSH_ID).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    async fn forward_agent(
+        &self,
+        request: Request<Streaming<BytesMessage>>,
+    ) -> Result<Response<Self::ForwardAgentStream>, Status> {
+        let id = request
+            .metadata()
+            .get(headers::SSH_ID)
+            .and_then(|v| v.to_str().ok())
+            .unwrap_or_default();
         let source = self.find(id)?.clone();
         let agent = match &source {
             SshSource::Socket { path, .. } => Some(connect(path).await?),
@@ -138,7 +162,9 @@ impl Ssh for SshAgents {
 }
 
 async fn connect(socket: &Path) -> Result<UnixStream, Status> {
-    UnixStream::connect(socket).await.map_err(|e| Status::unavailable(format!("failed to connect to {}: {e}", socket.display())))
+    UnixStream::connect(socket)
+        .await
+        .map_err(|e| Status::unavailable(format!("failed to connect to {}: {e}", socket.display())))
 }
 
 async fn pass(mut peer: Duplex<BytesMessage>, mut agent: UnixStream) -> io::Result<()> {
@@ -146,7 +172,10 @@ async fn pass(mut peer: Duplex<BytesMessage>, mut agent: UnixStream) -> io::Resu
 }
 
 /// Lets through what [`ALLOWED`] has. The protocol is one answer per question, in order.
-async fn guard(mut peer: impl AsyncRead + AsyncWrite + Unpin, mut agent: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
+async fn guard(
+    mut peer: impl AsyncRead + AsyncWrite + Unpin,
+    mut agent: impl AsyncRead + AsyncWrite + Unpin,
+) -> io::Result<()> {
     while let Some(question) = message(&mut peer).await? {
         if ALLOWED.contains(&question[4]) {
             agent.write_all(&question).await?;
@@ -180,7 +209,10 @@ async fn message(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Vec<u
         Err(e) => return Err(e),
     };
     if length == 0 || length > MAX_AGENT_MESSAGE {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a message of {length} bytes is not an agent's")));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("a message of {length} bytes is not an agent's"),
+        ));
     }
     let mut whole = vec![0; 4 + length as usize];
     whole[..4].copy_from_slice(&length.to_be_bytes());

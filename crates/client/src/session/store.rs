@@ -1,5 +1,5 @@
-//! OCI layouts that the daemon reads (a named context, a cache to import) and writes (a cache or an image to export), through
-//! containerd's content service (rows `cb.content*`).
+//! OCI layouts that the daemon reads (a named context, a cache to import) and writes (a cache or an
+//! image to export), through containerd's content service (rows `cb.content*`).
 
 use std::{
     collections::BTreeMap,
@@ -41,11 +41,13 @@ pub(crate) struct Layout {
 
 impl Layout {
     fn blob(&self, digest: &str) -> Result<(PathBuf, Digest)> {
-        let digest: Digest = digest.parse().map_err(|e| Fault::invalid(format!("{digest:?} is no digest: {e}")))?;
+        let digest: Digest =
+            digest.parse().map_err(|e| Fault::invalid(format!("{digest:?} is no digest: {e}")))?;
         Ok((self.dir.join("blobs/sha256").join(digest.hex()), digest))
     }
 
-    /// Where a blob grows. Writers of the same reference have a file each: one that goes must not take another's.
+    /// Where a blob grows. Writers of the same reference have a file each: one that goes must not
+    /// take another's.
     fn ingest(&self) -> Result<PathBuf> {
         Ok(self.dir.join("ingest").join(super::new_id()?))
     }
@@ -75,7 +77,9 @@ impl Stores {
     }
 
     pub(crate) fn service(self) -> ContentServer<Self> {
-        ContentServer::new(self).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
+        ContentServer::new(self)
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE)
     }
 
     fn layout(&self, metadata: &MetadataMap) -> Result<Layout, Status> {
@@ -90,14 +94,24 @@ fn answer<T>(result: Result<T>) -> Result<Response<T>, Status> {
 
 fn stamp(time: SystemTime) -> Option<prost_types::Timestamp> {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
-    Some(prost_types::Timestamp { seconds: i64::try_from(since.as_secs()).ok()?, nanos: since.subsec_nanos().try_into().ok()? })
+    Some(prost_types::Timestamp {
+        seconds: i64::try_from(since.as_secs()).ok()?,
+        nanos: since.subsec_nanos().try_into().ok()?,
+    })
 }
 
 async fn info(path: &Path, digest: Digest) -> Result<wire::Info> {
-    let found = tokio::fs::metadata(path).await.map_err(|e| Fault::io(format!("content {digest}"), e))?;
+    let found =
+        tokio::fs::metadata(path).await.map_err(|e| Fault::io(format!("content {digest}"), e))?;
     let time = found.modified().ok().and_then(stamp);
     let size = i64::try_from(found.len()).unwrap_or(i64::MAX);
-    Ok(wire::Info { digest: digest.to_string(), size, created_at: time, updated_at: time, labels: BTreeMap::new() })
+    Ok(wire::Info {
+        digest: digest.to_string(),
+        size,
+        created_at: time,
+        updated_at: time,
+        labels: BTreeMap::new(),
+    })
 }
 
 async fn read(
@@ -108,12 +122,17 @@ async fn read(
     let failed = |e| Fault::io(format!("read content {}", request.digest), e);
     let mut file = File::open(&path).await.map_err(failed)?;
     let size = file.metadata().await.map_err(failed)?.len();
-    let start = u64::try_from(request.offset).map_err(|_| Fault::invalid("read content before its beginning"))?;
+    let start = u64::try_from(request.offset)
+        .map_err(|_| Fault::invalid("read content before its beginning"))?;
     if start > size {
-        return Err(Fault::new(Code::OutOfRange, format!("read content {} beyond its {size} bytes", request.digest)));
+        return Err(Fault::new(
+            Code::OutOfRange,
+            format!("read content {} beyond its {size} bytes", request.digest),
+        ));
     }
     file.seek(std::io::SeekFrom::Start(start)).await.map_err(failed)?;
-    let mut left = if request.size > 0 { (request.size as u64).min(size - start) } else { size - start };
+    let mut left =
+        if request.size > 0 { (request.size as u64).min(size - start) } else { size - start };
     let mut offset = request.offset;
     while left > 0 {
         let mut data = vec![0; (left as usize).min(CHUNK)];
@@ -141,7 +160,10 @@ struct Ingest {
 impl Ingest {
     async fn open(layout: Layout, first: &wire::WriteContentRequest) -> Result<Self> {
         if !layout.writable {
-            return Err(Fault::new(Code::PermissionDenied, format!("{} is for reading only", layout.dir.display())));
+            return Err(Fault::new(
+                Code::PermissionDenied,
+                format!("{} is for reading only", layout.dir.display()),
+            ));
         }
         if first.r#ref.is_empty() {
             return Err(Fault::invalid("write content without a reference"));
@@ -151,17 +173,30 @@ impl Ingest {
         for dir in ["ingest", "blobs/sha256"] {
             tokio::fs::create_dir_all(layout.dir.join(dir)).await.map_err(failed)?;
         }
-        let file = File::options().create_new(true).read(true).write(true).open(&path).await.map_err(failed)?;
+        let file = File::options()
+            .create_new(true)
+            .read(true)
+            .write(true)
+            .open(&path)
+            .await
+            .map_err(failed)?;
         Ok(Self { layout, path, file, offset: 0, total: 0, expected: String::new() })
     }
 
-    async fn apply(&mut self, request: wire::WriteContentRequest) -> Result<wire::WriteContentResponse> {
+    async fn apply(
+        &mut self,
+        request: wire::WriteContentRequest,
+    ) -> Result<wire::WriteContentResponse> {
         if request.total > 0 {
             self.total = request.total;
         }
         if !request.expected.is_empty() {
-            if tokio::fs::try_exists(self.layout.blob(&request.expected)?.0).await.unwrap_or(false) {
-                return Err(Fault::new(Code::AlreadyExists, format!("content {} already exists", request.expected)));
+            if tokio::fs::try_exists(self.layout.blob(&request.expected)?.0).await.unwrap_or(false)
+            {
+                return Err(Fault::new(
+                    Code::AlreadyExists,
+                    format!("content {} already exists", request.expected),
+                ));
             }
             self.expected = request.expected.clone();
         }
@@ -176,7 +211,10 @@ impl Ingest {
             if !request.data.is_empty() {
                 if request.offset != self.offset {
                     let (at, given) = (self.offset, request.offset);
-                    return Err(Fault::new(Code::OutOfRange, format!("write content at {given}, but {at} bytes are there")));
+                    return Err(Fault::new(
+                        Code::OutOfRange,
+                        format!("write content at {given}, but {at} bytes are there"),
+                    ));
                 }
                 self.file.write_all(&request.data).await.map_err(failed)?;
                 self.offset += request.data.len() as i64;
@@ -193,7 +231,10 @@ impl Ingest {
         let failed = |e| Fault::io("commit content", e);
         self.file.flush().await.map_err(failed)?;
         if self.total > 0 && self.total != self.offset {
-            return Err(Fault::new(Code::FailedPrecondition, format!("commit content of {} bytes, not {}", self.offset, self.total)));
+            return Err(Fault::new(
+                Code::FailedPrecondition,
+                format!("commit content of {} bytes, not {}", self.offset, self.total),
+            ));
         }
         self.file.rewind().await.map_err(failed)?;
         let mut hasher = Hasher::new();
@@ -207,7 +248,10 @@ impl Ingest {
         }
         let digest = hasher.finish();
         if !self.expected.is_empty() && self.expected != digest.to_string() {
-            return Err(Fault::new(Code::FailedPrecondition, format!("commit content {digest}, but {} was expected", self.expected)));
+            return Err(Fault::new(
+                Code::FailedPrecondition,
+                format!("commit content {digest}, but {} was expected", self.expected),
+            ));
         }
         let (blob, _) = self.layout.blob(&digest.to_string())?;
         tokio::fs::rename(&self.path, &blob).await.map_err(failed)?;
@@ -232,7 +276,10 @@ impl Content for Stores {
     type ReadStream = BoxStream<'static, Result<wire::ReadContentResponse, Status>>;
     type WriteStream = BoxStream<'static, Result<wire::WriteContentResponse, Status>>;
 
-    async fn info(&self, request: Request<wire::InfoRequest>) -> Result<Response<wire::InfoResponse>, Status> {
+    async fn info(
+        &self,
+        request: Request<wire::InfoRequest>,
+    ) -> Result<Response<wire::InfoResponse>, Status> {
         let layout = self.layout(request.metadata())?;
         let found = async {
             let (path, digest) = layout.blob(&request.get_ref().digest)?;
@@ -242,7 +289,10 @@ impl Content for Stores {
     }
 
     /// Layouts have no labels; writers set them for the garbage collection of stores that have.
-    async fn update(&self, request: Request<wire::UpdateRequest>) -> Result<Response<wire::UpdateResponse>, Status> {
+    async fn update(
+        &self,
+        request: Request<wire::UpdateRequest>,
+    ) -> Result<Response<wire::UpdateResponse>, Status> {
         let layout = self.layout(request.metadata())?;
         let asked = request.into_inner().info.unwrap_or_default();
         let found = async {
@@ -253,7 +303,10 @@ impl Content for Stores {
         answer(found.await)
     }
 
-    async fn list(&self, _: Request<wire::ListContentRequest>) -> Result<Response<Self::ListStream>, Status> {
+    async fn list(
+        &self,
+        _: Request<wire::ListContentRequest>,
+    ) -> Result<Response<Self::ListStream>, Status> {
         refused("listing")
     }
 
@@ -261,7 +314,10 @@ impl Content for Stores {
         refused("deletion")
     }
 
-    async fn read(&self, request: Request<wire::ReadContentRequest>) -> Result<Response<Self::ReadStream>, Status> {
+    async fn read(
+        &self,
+        request: Request<wire::ReadContentRequest>,
+    ) -> Result<Response<Self::ReadStream>, Status> {
         let layout = self.layout(request.metadata())?;
         let request = request.into_inner();
         let (path, _) = layout.blob(&request.digest).map_err(|f| status_of(&f))?;
@@ -274,15 +330,24 @@ impl Content for Stores {
         Ok(Response::new(ReceiverStream::new(stream).boxed()))
     }
 
-    async fn status(&self, request: Request<wire::StatusRequest>) -> Result<Response<wire::StatusResponse>, Status> {
+    async fn status(
+        &self,
+        request: Request<wire::StatusRequest>,
+    ) -> Result<Response<wire::StatusResponse>, Status> {
         Err(Status::not_found(format!("no write of {:?} is under way", request.get_ref().r#ref)))
     }
 
-    async fn list_statuses(&self, _: Request<wire::ListStatusesRequest>) -> Result<Response<wire::ListStatusesResponse>, Status> {
+    async fn list_statuses(
+        &self,
+        _: Request<wire::ListStatusesRequest>,
+    ) -> Result<Response<wire::ListStatusesResponse>, Status> {
         Ok(Response::new(wire::ListStatusesResponse::default()))
     }
 
-    async fn write(&self, request: Request<Streaming<wire::WriteContentRequest>>) -> Result<Response<Self::WriteStream>, Status> {
+    async fn write(
+        &self,
+        request: Request<Streaming<wire::WriteContentRequest>>,
+    ) -> Result<Response<Self::WriteStream>, Status> {
         let layout = self.layout(request.metadata())?;
         let mut incoming = request.into_inner();
         let (sink, stream) = mpsc::channel(4);

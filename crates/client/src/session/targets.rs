@@ -56,14 +56,23 @@ impl Targets {
 
 #[tonic::async_trait]
 impl FileSend for Targets {
-    async fn diff_copy(&self, request: Request<Streaming<Bytes>>) -> Result<Response<RawAnswers>, Status> {
+    async fn diff_copy(
+        &self,
+        request: Request<Streaming<Bytes>>,
+    ) -> Result<Response<RawAnswers>, Status> {
         let text = |key| request.metadata().get(key).and_then(|v| v.to_str().ok());
         let index = text(headers::EXPORTER_ID).and_then(|v| v.parse().ok()).unwrap_or(0);
         let whole = text(headers::EXPORTER_MULTI_PLATFORM) == Some("1");
-        let target = self.0.get(&index).cloned().ok_or_else(|| Status::not_found(format!("exporter {index} not found")))?;
+        let target = self
+            .0
+            .get(&index)
+            .cloned()
+            .ok_or_else(|| Status::not_found(format!("exporter {index} not found")))?;
         let incoming = request.into_inner().map_err(|s| fault_of(&s));
         let answers: RawAnswers = match target {
-            Receives::File(target) => Box::pin(ending(async move { receive_file(incoming, &target).await })),
+            Receives::File(target) => {
+                Box::pin(ending(async move { receive_file(incoming, &target).await }))
+            }
             Receives::Dir { delete: true, .. } if !whole => {
                 return Err(Status::failed_precondition(
                     "local exporter mode=delete requires a BuildKit daemon with multi-platform local export support",
@@ -76,13 +85,23 @@ impl FileSend for Targets {
 }
 
 /// A stream without items that ends as `work` does.
-fn ending(work: impl Future<Output = Result<()>> + Send) -> impl Stream<Item = Result<Bytes, Status>> + Send {
-    futures::stream::once(work).filter_map(|done| std::future::ready(done.err().map(|fault| Err(status_of(&fault)))))
+fn ending(
+    work: impl Future<Output = Result<()>> + Send,
+) -> impl Stream<Item = Result<Bytes, Status>> + Send {
+    futures::stream::once(work)
+        .filter_map(|done| std::future::ready(done.err().map(|fault| Err(status_of(&fault)))))
 }
 
-fn receive_dir(incoming: impl Stream<Item = Result<Bytes>> + Send + 'static, path: PathBuf, delete: bool) -> RawAnswers {
-    let incoming = incoming
-        .map(|message| Packet::decode(message?).map_err(|e| Fault::invalid(format!("the daemon sent a packet that cannot be read: {e}"))));
+fn receive_dir(
+    incoming: impl Stream<Item = Result<Bytes>> + Send + 'static,
+    path: PathBuf,
+    delete: bool,
+) -> RawAnswers {
+    let incoming = incoming.map(|message| {
+        Packet::decode(message?).map_err(|e| {
+            Fault::invalid(format!("the daemon sent a packet that cannot be read: {e}"))
+        })
+    });
     let (sink, stream) = packets();
     let receiving = AbortOnDropHandle::new(tokio::spawn(async move {
         let what = || format!("write the result to {}", path.display());
@@ -97,9 +116,15 @@ fn receive_dir(incoming: impl Stream<Item = Result<Bytes>> + Send + 'static, pat
             differ: if delete { Differ::None } else { Differ::Metadata },
             ..Default::default()
         };
-        Receiver::new(&path, options).run(PacketStream::new(incoming, sink)).await.context(what).map(drop)
+        Receiver::new(&path, options)
+            .run(PacketStream::new(incoming, sink))
+            .await
+            .context(what)
+            .map(drop)
     }));
-    let end = ending(async move { receiving.await.map_err(|e| Fault::internal(format!("receive a directory: {e}")))? });
+    let end = ending(async move {
+        receiving.await.map_err(|e| Fault::internal(format!("receive a directory: {e}")))?
+    });
     Box::pin(stream.map(|packet| Ok(packet.encode_to_vec().into())).chain(end))
 }
 
@@ -109,10 +134,15 @@ async fn owner() -> (u32, u32) {
     tokio::fs::metadata("/proc/self").await.map_or((0, 0), |m| (m.uid(), m.gid()))
 }
 
-async fn receive_file(incoming: impl Stream<Item = Result<Bytes>> + Send, target: &FileTarget) -> Result<()> {
+async fn receive_file(
+    incoming: impl Stream<Item = Result<Bytes>> + Send,
+    target: &FileTarget,
+) -> Result<()> {
     let incoming = std::pin::pin!(incoming.map(|message| {
         let message = BytesMessage::decode(message?);
-        message.map(|m| m.data).map_err(|e| Fault::invalid(format!("the daemon sent a message that cannot be read: {e}")))
+        message.map(|m| m.data).map_err(|e| {
+            Fault::invalid(format!("the daemon sent a message that cannot be read: {e}"))
+        })
     }));
     match target {
         FileTarget::Stdout => {
@@ -151,20 +181,29 @@ impl NewFile {
             Ok(found) => {
                 let kind = tokio::fs::metadata(&found).await?;
                 if kind.is_dir() {
-                    return Err(io::Error::new(io::ErrorKind::IsADirectory, "destination file is a directory"));
+                    return Err(io::Error::new(
+                        io::ErrorKind::IsADirectory,
+                        "destination file is a directory",
+                    ));
                 }
                 if !kind.is_file() {
-                    return Ok(Self { file: File::options().write(true).open(&found).await?, rename: None });
+                    return Ok(Self {
+                        file: File::options().write(true).open(&found).await?,
+                        rename: None,
+                    });
                 }
                 found
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => path.to_owned(),
             Err(e) => return Err(e),
         };
-        let name = dest.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
+        let name = dest
+            .file_name()
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
         let id = new_id().map_err(io::Error::other)?;
         let partial = dest.with_file_name(format!(".{}.{}", name.to_string_lossy(), &id[..8]));
-        // Not on another thread: a file that comes to be after whoever waits for it has gone would be nobody's to remove.
+        // Not on another thread: a file that comes to be after whoever waits for it has gone would
+        // be nobody's to remove.
         let file = std::fs::File::options().write(true).create_new(true).open(&partial)?;
         Ok(Self { file: File::from_std(file), rename: Some((partial, dest)) })
     }

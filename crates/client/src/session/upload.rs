@@ -1,4 +1,5 @@
-//! Streams that a build reads as if from the web, such as a context from standard input (rows `cb.upload*`).
+//! Streams that a build reads as if from the web, such as a context from standard input (rows
+//! `cb.upload*`).
 
 use std::{
     collections::HashMap,
@@ -61,10 +62,20 @@ impl Uploads {
 impl Upload for Uploads {
     type PullStream = BoxStream<'static, Result<BytesMessage, Status>>;
 
-    async fn pull(&self, request: Request<Streaming<BytesMessage>>) -> Result<Response<Self::PullStream>, Status> {
-        let path = request.metadata().get(headers::UPLOAD_PATH).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    async fn pull(
+        &self,
+        request: Request<Streaming<BytesMessage>>,
+    ) -> Result<Response<Self::PullStream>, Status> {
+        let path = request
+            .metadata()
+            .get(headers::UPLOAD_PATH)
+            .and_then(|v| v.to_str().ok())
+            .unwrap_or_default();
         let id = path.rsplit('/').next().unwrap_or_default();
-        let reader = self.lock().remove(id).ok_or_else(|| Status::not_found(format!("no http response from session for {id}")))?;
+        let reader = self
+            .lock()
+            .remove(id)
+            .ok_or_else(|| Status::not_found(format!("no http response from session for {id}")))?;
         let chunks = ReaderStream::with_capacity(reader, CHUNK).map(|chunk| match chunk {
             Ok(data) => Ok(BytesMessage { data: data.into() }),
             Err(error) => Err(Status::aborted(format!("read the upload: {error}"))),

@@ -30,10 +30,15 @@ impl Reader {
     async fn stream(&mut self) -> Result<&mut Streaming<ReadContentResponse>> {
         if self.stream.is_none() {
             let connection = &self.content.connection;
-            let message = ReadContentRequest { digest: self.digest.to_string(), offset: self.offset as i64, size: 0 };
+            let message = ReadContentRequest {
+                digest: self.digest.to_string(),
+                offset: self.offset as i64,
+                size: 0,
+            };
             let request = connection.request(message)?;
             let mut client = self.content.bulk();
-            self.stream = Some(connection.call(|| self.what(), deadline::STALL, client.read(request)).await?);
+            self.stream =
+                Some(connection.call(|| self.what(), deadline::STALL, client.read(request)).await?);
         }
         self.stream.as_mut().ok_or_else(|| Fault::internal("a read stream vanished"))
     }
@@ -53,12 +58,16 @@ impl BlobReader for Reader {
         let chunk = match answer {
             Ok(Ok(Some(chunk))) => chunk,
             Ok(Ok(None)) => {
-                return Err(Fault::new(Code::DataLoss, format!("{}: the blob ends before its {} bytes", self.what(), self.size)));
+                return Err(Fault::new(
+                    Code::DataLoss,
+                    format!("{}: the blob ends before its {} bytes", self.what(), self.size),
+                ));
             }
             Ok(Err(status)) => return Err(self.content.connection.fault(self.what(), status)),
             Err(_) => return Err(self.content.connection.stalled(self.what(), deadline::STALL)),
         };
-        // The answers' own offsets count from the start of the stream, not of the blob; they come in order anyway.
+        // The answers' own offsets count from the start of the stream, not of the blob; they come
+        // in order anyway.
         self.offset += chunk.data.len() as u64;
         Ok(Some(chunk.data.into()))
     }

@@ -1,14 +1,17 @@
-//! Owns writing a blob: messages of some hundred KiB, several in flight, the answers drained by a task of their own.
+//! Owns writing a blob: messages of some hundred KiB, several in flight, the answers drained by a
+//! task of their own.
 //!
-//! containerd answers every message in order and checks each offset against its own, so nothing is lost by not waiting.
-//! A blob that another namespace already has (policy `shared`) is announced in the first answer with its full length;
-//! then no byte is sent again.
+//! containerd answers every message in order and checks each offset against its own, so nothing is
+//! lost by not waiting. A blob that another namespace already has (policy `shared`) is announced in
+//! the first answer with its full length; then no byte is sent again.
 
 use super::Content;
 use crate::conn::deadline;
 use async_trait::async_trait;
 use bytes::Bytes;
-use containerd_client::services::v1::{AbortRequest, WriteAction, WriteContentRequest, WriteContentResponse};
+use containerd_client::services::v1::{
+    AbortRequest, WriteAction, WriteContentRequest, WriteContentResponse,
+};
 use shipway_fault::{Code, Fault, Result};
 use shipway_oci::Digest;
 use shipway_storage::{BlobInfo, BlobWriter, Ingest, Labels, LeaseId};
@@ -23,7 +26,8 @@ use tonic::Status;
 
 /// Bytes gathered before a message is sent; whoever brings more at once is not copied.
 const GATHER: usize = 256 << 10;
-/// Most bytes in one message. containerd's gRPC library reuses buffers of up to a MiB and allocates larger ones each time.
+/// Most bytes in one message. containerd's gRPC library reuses buffers of up to a MiB and allocates
+/// larger ones each time.
 const LARGEST: usize = (1 << 20) - 4096;
 /// Messages waiting for the connection.
 const IN_FLIGHT: usize = 4;
@@ -48,7 +52,8 @@ pub(super) struct Writer {
     open: bool,
 }
 
-/// Makes `reference` unique: two builds may write the same blob at once, and a killed one may have left its ingest.
+/// Makes `reference` unique: two builds may write the same blob at once, and a killed one may have
+/// left its ingest.
 fn unique(reference: &str) -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_nanos();
@@ -93,7 +98,9 @@ impl Writer {
         };
         let state = match tokio::time::timeout(deadline::SLOW, stream.message()).await {
             Ok(Ok(Some(state))) => state,
-            Ok(Ok(None)) => return Err(Fault::internal(format!("{}: containerd closed it at once", what()))),
+            Ok(Ok(None)) => {
+                return Err(Fault::internal(format!("{}: containerd closed it at once", what())));
+            }
             Ok(Err(status)) => {
                 let fault = content.connection.fault(what(), status);
                 writer.open = !fault.is_already_exists();
@@ -114,11 +121,16 @@ impl Writer {
     }
 
     fn what(&self) -> String {
-        format!("write blob {} ({} bytes so far)", self.expected.map_or_else(|| self.reference.clone(), |d| d.to_string()), self.sent)
+        format!(
+            "write blob {} ({} bytes so far)",
+            self.expected.map_or_else(|| self.reference.clone(), |d| d.to_string()),
+            self.sent
+        )
     }
 
     async fn send(&mut self, message: WriteContentRequest) -> Result<()> {
-        let sender = self.messages.as_ref().ok_or_else(|| Fault::internal("write after an error"))?;
+        let sender =
+            self.messages.as_ref().ok_or_else(|| Fault::internal("write after an error"))?;
         match tokio::time::timeout(deadline::STALL, sender.send(message)).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(self.broken().await),
@@ -130,14 +142,19 @@ impl Writer {
     async fn broken(&mut self) -> Fault {
         match self.last_answer().await {
             Err(e) => e,
-            Ok(_) => Fault::new(Code::Unavailable, format!("{}: containerd closed the ingest early", self.what())),
+            Ok(_) => Fault::new(
+                Code::Unavailable,
+                format!("{}: containerd closed the ingest early", self.what()),
+            ),
         }
     }
 
     async fn last_answer(&mut self) -> Result<WriteContentResponse> {
         self.messages = None;
         let what = self.what();
-        let Some(answers) = self.answers.take() else { return Err(Fault::internal(format!("{what}: it failed before"))) };
+        let Some(answers) = self.answers.take() else {
+            return Err(Fault::internal(format!("{what}: it failed before")));
+        };
         let stop = answers.abort_handle();
         match tokio::time::timeout(deadline::SLOW, answers).await {
             Ok(Ok(Ok(answer))) => Ok(answer),
@@ -153,7 +170,13 @@ impl Writer {
     fn data(&mut self, action: WriteAction, data: Vec<u8>) -> WriteContentRequest {
         let offset = self.sent;
         self.sent += data.len() as u64;
-        WriteContentRequest { action: action as i32, r#ref: self.reference.clone(), offset: offset as i64, data, ..Default::default() }
+        WriteContentRequest {
+            action: action as i32,
+            r#ref: self.reference.clone(),
+            offset: offset as i64,
+            data,
+            ..Default::default()
+        }
     }
 
     async fn flush(&mut self) -> Result<()> {
@@ -187,12 +210,19 @@ impl BlobWriter for Writer {
         Ok(())
     }
 
-    async fn commit(mut self: Box<Self>, expected: Option<Digest>, labels: &Labels) -> Result<BlobInfo> {
+    async fn commit(
+        mut self: Box<Self>,
+        expected: Option<Digest>,
+        labels: &Labels,
+    ) -> Result<BlobInfo> {
         self.expected = expected.or(self.expected);
         let tail = mem::take(&mut self.buffer);
         let mut message = self.data(WriteAction::Commit, tail);
         if let Some(declared) = self.declared.filter(|d| *d != self.sent) {
-            return Err(Fault::new(Code::DataLoss, format!("{}: {declared} bytes were announced", self.what())));
+            return Err(Fault::new(
+                Code::DataLoss,
+                format!("{}: {declared} bytes were announced", self.what()),
+            ));
         }
         if self.shared {
             message.offset = self.sent as i64;
@@ -207,10 +237,15 @@ impl BlobWriter for Writer {
         match (answer, self.expected) {
             (Ok(answer), _) => {
                 self.open = false;
-                Ok(BlobInfo { digest: crate::wire::digest_in(&answer.digest)?, size: self.sent, labels: labels.clone() })
+                Ok(BlobInfo {
+                    digest: crate::wire::digest_in(&answer.digest)?,
+                    size: self.sent,
+                    labels: labels.clone(),
+                })
             }
             (Err(e), Some(digest)) if e.is_already_exists() => {
-                // containerd neither sets our labels on the blob that is there nor always leases it.
+                // containerd neither sets our labels on the blob that is there nor always leases
+                // it.
                 let blob = self.content.adopt(&self.lease, digest, labels).await?;
                 Ok(blob)
             }
@@ -231,9 +266,19 @@ impl Drop for Writer {
         }
         let (content, reference) = (self.content.clone(), mem::take(&mut self.reference));
         runtime.spawn(async move {
-            let Ok(request) = content.connection.request(AbortRequest { r#ref: reference.clone() }) else { return };
+            let Ok(request) = content.connection.request(AbortRequest { r#ref: reference.clone() })
+            else {
+                return;
+            };
             let mut client = content.client();
-            let aborted = content.connection.call(|| format!("abort ingest {reference:?}"), deadline::QUICK, client.abort(request)).await;
+            let aborted = content
+                .connection
+                .call(
+                    || format!("abort ingest {reference:?}"),
+                    deadline::QUICK,
+                    client.abort(request),
+                )
+                .await;
             if let Err(e) = aborted.or_else(|e| if e.is_not_found() { Ok(()) } else { Err(e) }) {
                 // It goes with its lease at the latest.
                 tracing::debug!(error = %e, "an ingest was left behind");
@@ -243,12 +288,23 @@ impl Drop for Writer {
 }
 
 /// Stores `bytes`; `AlreadyExists` if somebody did before.
-pub(super) async fn put(content: &Content, lease: &LeaseId, digest: Digest, bytes: &Bytes, labels: &Labels) -> Result<()> {
+pub(super) async fn put(
+    content: &Content,
+    lease: &LeaseId,
+    digest: Digest,
+    bytes: &Bytes,
+    labels: &Labels,
+) -> Result<()> {
     if bytes.len() <= SMALL && !bytes.is_empty() {
         return put_small(content, lease, digest, bytes, labels).await;
     }
-    let ingest = Ingest { reference: reference_of(digest), expected: Some(digest), size: Some(bytes.len() as u64) };
-    let mut writer: Box<dyn BlobWriter> = Box::new(Writer::open(content.clone(), lease, ingest).await?);
+    let ingest = Ingest {
+        reference: reference_of(digest),
+        expected: Some(digest),
+        size: Some(bytes.len() as u64),
+    };
+    let mut writer: Box<dyn BlobWriter> =
+        Box::new(Writer::open(content.clone(), lease, ingest).await?);
     writer.write(bytes.clone()).await?;
     writer.commit(Some(digest), labels).await.map(drop)
 }
@@ -258,7 +314,13 @@ fn reference_of(digest: Digest) -> String {
 }
 
 /// Stores a small blob with one message and one answer.
-async fn put_small(content: &Content, lease: &LeaseId, digest: Digest, bytes: &Bytes, labels: &Labels) -> Result<()> {
+async fn put_small(
+    content: &Content,
+    lease: &LeaseId,
+    digest: Digest,
+    bytes: &Bytes,
+    labels: &Labels,
+) -> Result<()> {
     let message = WriteContentRequest {
         action: WriteAction::Commit as i32,
         r#ref: unique(&reference_of(digest)),

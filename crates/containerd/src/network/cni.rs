@@ -1,5 +1,5 @@
-//! Owns the running of CNI plug-ins (specification 0.3 to 1.0): a list of programs, each given its part of the configuration and the result of
-//! the one before.
+//! Owns the running of CNI plug-ins (specification 0.3 to 1.0): a list of programs, each given its
+//! part of the configuration and the result of the one before.
 
 use super::Bridge;
 use serde_json::{Value, json};
@@ -32,8 +32,11 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
 impl CniNetwork {
     /// Reads a configuration and looks for its plug-ins.
     pub(super) fn load(config: &Path, bin: &Path) -> Result<Self> {
-        let bytes = std::fs::read(config).map_err(|e| Fault::io(format!("read the CNI configuration {}", config.display()), e))?;
-        let network = Self::parse(&bytes, vec![bin.into()]).map_err(|e| e.context(format!("CNI configuration {}", config.display())))?;
+        let bytes = std::fs::read(config).map_err(|e| {
+            Fault::io(format!("read the CNI configuration {}", config.display()), e)
+        })?;
+        let network = Self::parse(&bytes, vec![bin.into()])
+            .map_err(|e| e.context(format!("CNI configuration {}", config.display())))?;
         network.with_programs()
     }
 
@@ -42,7 +45,8 @@ impl CniNetwork {
     pub(super) fn bridge(bridge: &Bridge, bin: &Path, path: &OsStr) -> Result<Self> {
         let shipped = |kind: &str| {
             let name = format!("buildkit-cni-{kind}");
-            let dir = std::env::split_paths(path).find(|dir| dir.is_absolute() && dir.join(&name).is_file())?;
+            let dir = std::env::split_paths(path)
+                .find(|dir| dir.is_absolute() && dir.join(&name).is_file())?;
             Some((name, dir))
         };
         let kinds = ["loopback", "bridge", "host-local", "firewall"];
@@ -72,7 +76,10 @@ impl CniNetwork {
     /// Itself, if all its programs are there.
     fn with_programs(self) -> Result<Self> {
         let all = self.plugins.iter().flat_map(|p| [text(p, "type"), text(&p["ipam"], "type")]);
-        let missing = all.filter(|kind| !kind.is_empty()).find(|kind| self.program(kind).is_none()).map(str::to_owned);
+        let missing = all
+            .filter(|kind| !kind.is_empty())
+            .find(|kind| self.program(kind).is_none())
+            .map(str::to_owned);
         match missing {
             None => Ok(self),
             Some(kind) => {
@@ -89,7 +96,8 @@ impl CniNetwork {
     }
 
     fn parse(bytes: &[u8], dirs: Vec<PathBuf>) -> Result<Self> {
-        let value: Value = serde_json::from_slice(bytes).map_err(|e| Fault::invalid(format!("not JSON: {e}")))?;
+        let value: Value =
+            serde_json::from_slice(bytes).map_err(|e| Fault::invalid(format!("not JSON: {e}")))?;
         let plugins = match value.get("plugins") {
             Some(Value::Array(list)) => list.clone(),
             Some(_) => return Err(Fault::invalid("\"plugins\" is no list")),
@@ -127,7 +135,14 @@ impl CniNetwork {
         result
     }
 
-    async fn call(&self, command: &str, plugin: &Value, previous: Option<&Value>, id: &str, netns: &Path) -> Result<Value> {
+    async fn call(
+        &self,
+        command: &str,
+        plugin: &Value,
+        previous: Option<&Value>,
+        id: &str,
+        netns: &Path,
+    ) -> Result<Value> {
         let kind = text(plugin, "type");
         let what = || format!("CNI plug-in {kind} {command}");
         let mut config = plugin.clone();
@@ -136,12 +151,19 @@ impl CniNetwork {
         if let Some(result) = previous {
             config["prevResult"] = result.clone();
         }
-        let program = self.program(kind).ok_or_else(|| Fault::not_found(format!("the CNI plug-in {kind} is gone")))?;
+        let program = self
+            .program(kind)
+            .ok_or_else(|| Fault::not_found(format!("the CNI plug-in {kind} is gone")))?;
         let path = std::env::join_paths(&self.dirs).unwrap_or_default();
         let mut child = Command::new(program)
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .envs([("CNI_COMMAND", command), ("CNI_CONTAINERID", id), ("CNI_IFNAME", INTERFACE), ("CNI_ARGS", "IgnoreUnknown=1")])
+            .envs([
+                ("CNI_COMMAND", command),
+                ("CNI_CONTAINERID", id),
+                ("CNI_IFNAME", INTERFACE),
+                ("CNI_ARGS", "IgnoreUnknown=1"),
+            ])
             .env("CNI_NETNS", netns)
             .env("CNI_PATH", path)
             .stdin(Stdio::piped())
@@ -158,15 +180,28 @@ impl CniNetwork {
         };
         let output = tokio::time::timeout(LIMIT, talk)
             .await
-            .map_err(|_| Fault::new(Code::DeadlineExceeded, format!("{}: no answer within {} s", what(), LIMIT.as_secs())))?
+            .map_err(|_| {
+                Fault::new(
+                    Code::DeadlineExceeded,
+                    format!("{}: no answer within {} s", what(), LIMIT.as_secs()),
+                )
+            })?
             .map_err(|e| Fault::io(what(), e))?;
         let reply: Value = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
         if output.status.success() {
             return Ok(reply);
         }
         let said = String::from_utf8_lossy(&output.stderr);
-        let reason = [text(&reply, "msg"), text(&reply, "details"), said.trim()].into_iter().filter(|s| !s.is_empty()).collect::<Vec<_>>();
-        Err(Fault::unavailable(format!("{} failed ({}): {}", what(), output.status, reason.join("; "))))
+        let reason = [text(&reply, "msg"), text(&reply, "details"), said.trim()]
+            .into_iter()
+            .filter(|s| !s.is_empty())
+            .collect::<Vec<_>>();
+        Err(Fault::unavailable(format!(
+            "{} failed ({}): {}",
+            what(),
+            output.status,
+            reason.join("; ")
+        )))
     }
 }
 
@@ -177,7 +212,11 @@ mod tests {
     #[track_caller]
     fn check(config: &str, expected: Option<(&str, usize)>) {
         let found = CniNetwork::parse(config.as_bytes(), vec!["/x".into()]).ok();
-        assert_eq!(found.as_ref().map(|n| (n.name.as_str(), n.plugins.len())), expected, "{config}");
+        assert_eq!(
+            found.as_ref().map(|n| (n.name.as_str(), n.plugins.len())),
+            expected,
+            "{config}"
+        );
     }
 
     #[test]
@@ -190,21 +229,34 @@ mod tests {
         };
         let bridge = Bridge { name: "b0".into(), subnet: "10.9.0.0/16".into() };
         let make = || CniNetwork::bridge(&bridge, &dir.path().join("bin"), dir.path().as_os_str());
-        assert!(make().expect_err("nothing is there").to_string().contains("the CNI plug-in loopback is not in"));
+        assert!(
+            make()
+                .expect_err("nothing is there")
+                .to_string()
+                .contains("the CNI plug-in loopback is not in")
+        );
         for kind in ["loopback", "bridge", "firewall"] {
             program(&format!("bin/{kind}"));
         }
         assert!(make().expect_err("no addresses").to_string().contains("host-local"));
         program("bin/host-local");
-        let kinds = |network: CniNetwork| network.plugins.iter().map(|p| text(p, "type").to_owned()).collect::<Vec<_>>();
+        let kinds = |network: CniNetwork| {
+            network.plugins.iter().map(|p| text(p, "type").to_owned()).collect::<Vec<_>>()
+        };
         assert_eq!(kinds(make().expect("a network")), ["loopback", "bridge", "firewall"]);
         for kind in ["loopback", "bridge", "host-local", "firewall"] {
             program(&format!("buildkit-cni-{kind}"));
         }
         let network = make().expect("a network");
-        assert_eq!((text(&network.plugins[1], "bridge"), text(&network.plugins[1]["ipam"], "type")), ("b0", "buildkit-cni-host-local"));
+        assert_eq!(
+            (text(&network.plugins[1], "bridge"), text(&network.plugins[1]["ipam"], "type")),
+            ("b0", "buildkit-cni-host-local")
+        );
         assert_eq!(network.plugins[1]["ipam"]["ranges"][0][0]["subnet"], "10.9.0.0/16");
-        assert_eq!(kinds(network), ["buildkit-cni-loopback", "buildkit-cni-bridge", "buildkit-cni-firewall"]);
+        assert_eq!(
+            kinds(network),
+            ["buildkit-cni-loopback", "buildkit-cni-bridge", "buildkit-cni-firewall"]
+        );
     }
 
     #[test]

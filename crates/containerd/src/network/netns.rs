@@ -8,13 +8,21 @@ use shipway_fault::{Fault, Result};
 use std::path::{Path, PathBuf};
 
 /// Runs `f` on a thread of its own in the network namespace of `path`. Blocks.
-pub(super) fn inside<T: Send + 'static>(path: &Path, f: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> std::io::Result<T> {
+pub(super) fn inside<T: Send + 'static>(
+    path: &Path,
+    f: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> std::io::Result<T> {
     let file = std::fs::File::open(path)?;
     let thread = std::thread::Builder::new().name("netns".into()).spawn(move || {
-        rustix::thread::move_into_link_name_space(file.as_fd(), Some(rustix::thread::LinkNameSpaceType::Network))?;
+        rustix::thread::move_into_link_name_space(
+            file.as_fd(),
+            Some(rustix::thread::LinkNameSpaceType::Network),
+        )?;
         f()
     })?;
-    thread.join().unwrap_or_else(|_| Err(std::io::Error::other("a thread in a network namespace panicked")))
+    thread
+        .join()
+        .unwrap_or_else(|_| Err(std::io::Error::other("a thread in a network namespace panicked")))
 }
 
 /// A namespace that a file of ours keeps alive.
@@ -29,7 +37,9 @@ impl NetNs {
     pub(super) async fn new(dir: &Path, name: &str) -> Result<Self> {
         let netns = Self { path: dir.join(name), id: format!("shipway-{name}") };
         let path = netns.path.clone();
-        tokio::task::spawn_blocking(move || make(&path)).await.map_err(|e| Fault::internal(format!("make a network namespace: {e}")))??;
+        tokio::task::spawn_blocking(move || make(&path))
+            .await
+            .map_err(|e| Fault::internal(format!("make a network namespace: {e}")))??;
         Ok(netns)
     }
 
@@ -49,9 +59,12 @@ impl NetNs {
 
     /// Those that lie in `dir`.
     pub(super) fn left_in(dir: &Path) -> Result<Vec<Self>> {
-        let entries = std::fs::read_dir(dir).map_err(|e| Fault::io(format!("list {}", dir.display()), e))?;
+        let entries =
+            std::fs::read_dir(dir).map_err(|e| Fault::io(format!("list {}", dir.display()), e))?;
         let names = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
-        Ok(names.map(|name| Self { path: dir.join(&name), id: format!("shipway-{name}") }).collect())
+        Ok(names
+            .map(|name| Self { path: dir.join(&name), id: format!("shipway-{name}") })
+            .collect())
     }
 
     /// Lets it go; it ends with the last process in it.
@@ -67,15 +80,19 @@ impl NetNs {
 
 #[allow(unsafe_code)]
 fn make(path: &Path) -> Result<()> {
-    let fail = |what: &str, e: std::io::Error| Fault::io(format!("make a network namespace: {what}"), e);
+    let fail =
+        |what: &str, e: std::io::Error| Fault::io(format!("make a network namespace: {what}"), e);
     std::fs::File::create_new(path).map_err(|e| fail("create its file", e))?;
     let (file, made) = (path.to_owned(), path.display().to_string());
-    let thread = std::thread::Builder::new().name("netns".into()).spawn(move || -> rustix::io::Result<()> {
-        // SAFETY: only this thread's network namespace changes, no file descriptor table is unshared, and the thread ends below.
-        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
-        loopback_up()?;
-        rustix::mount::mount_bind("/proc/thread-self/ns/net", &file)
-    });
+    let thread = std::thread::Builder::new().name("netns".into()).spawn(
+        move || -> rustix::io::Result<()> {
+            // SAFETY: only this thread's network namespace changes, no file descriptor table is
+            // unshared, and the thread ends below.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
+            loopback_up()?;
+            rustix::mount::mount_bind("/proc/thread-self/ns/net", &file)
+        },
+    );
     let done = thread.map_err(|e| fail("start a thread", e))?.join();
     match done {
         Ok(Ok(())) => Ok(()),
@@ -111,7 +128,12 @@ pub(super) fn delete_link(name: &str) -> std::io::Result<()> {
 }
 
 /// One route netlink message about a link, answered by an acknowledgement.
-fn link_request(kind: u16, link: i32, (flags, change): (u32, u32), attributes: &[u8]) -> rustix::io::Result<()> {
+fn link_request(
+    kind: u16,
+    link: i32,
+    (flags, change): (u32, u32),
+    attributes: &[u8],
+) -> rustix::io::Result<()> {
     const REQUEST_AND_ACK: u16 = 1 | 4;
     let socket: OwnedFd = rustix::net::socket(AddressFamily::NETLINK, SocketType::RAW, None)?;
     let length = u32::try_from(32 + attributes.len()).map_err(|_| rustix::io::Errno::INVAL)?;
@@ -127,7 +149,12 @@ fn link_request(kind: u16, link: i32, (flags, change): (u32, u32), attributes: &
     message.extend_from_slice(attributes);
     rustix::net::send(socket.as_fd(), &message, SendFlags::empty())?;
     let mut reply = [0_u8; 256];
-    let (n, _) = rustix::net::recv(socket.as_fd(), &mut reply[..], rustix::net::RecvFlags::empty())?;
-    let errno = reply.get(16..20).filter(|_| n >= 20).and_then(|b| b.try_into().ok()).map_or(0, i32::from_ne_bytes);
+    let (n, _) =
+        rustix::net::recv(socket.as_fd(), &mut reply[..], rustix::net::RecvFlags::empty())?;
+    let errno = reply
+        .get(16..20)
+        .filter(|_| n >= 20)
+        .and_then(|b| b.try_into().ok())
+        .map_or(0, i32::from_ne_bytes);
     if errno == 0 { Ok(()) } else { Err(rustix::io::Errno::from_raw_os_error(-errno)) }
 }

@@ -53,19 +53,27 @@ pub(super) async fn listen(netns: &NetNs) -> Result<std::net::TcpListener> {
             Ok(listener)
         })
     };
-    let listener = tokio::task::spawn_blocking(listen).await.map_err(|e| Fault::internal(format!("listen for a step: {e}")))?;
+    let listener = tokio::task::spawn_blocking(listen)
+        .await
+        .map_err(|e| Fault::internal(format!("listen for a step: {e}")))?;
     listener.map_err(|e| Fault::io("listen in a step's network namespace", e))
 }
 
 impl Serving {
-    pub(super) fn start(proxy: &Proxied, listener: std::net::TcpListener, egress: WayOut) -> Result<Self> {
+    pub(super) fn start(
+        proxy: &Proxied,
+        listener: std::net::TcpListener,
+        egress: WayOut,
+    ) -> Result<Self> {
         let failed = |e| Fault::io("listen in a step's network namespace", e);
         let address = listener.local_addr().map_err(failed)?;
         let listener = TcpListener::from_std(listener).map_err(failed)?;
         let (way, egress): (Arc<dyn Egress>, _) = match egress {
             WayOut::Host => (Arc::new(FromHost), None),
             WayOut::Nowhere => (Arc::new(Nowhere), None),
-            WayOut::Namespace(netns) => (Arc::new(FromNamespace(netns.path().to_owned())), Some(netns)),
+            WayOut::Namespace(netns) => {
+                (Arc::new(FromNamespace(netns.path().to_owned())), Some(netns))
+            }
         };
         let proxy = proxy.0.clone();
         let task = tokio::spawn(async move { proxy.serve(listener, way).await });
@@ -110,7 +118,9 @@ fn socket_in(netns: &Path, v4: bool) -> io::Result<TcpSocket> {
 impl Egress for FromNamespace {
     async fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
         let netns = self.0.clone();
-        let socket = tokio::task::spawn_blocking(move || socket_in(&netns, to.is_ipv4())).await.map_err(io::Error::other)??;
+        let socket = tokio::task::spawn_blocking(move || socket_in(&netns, to.is_ipv4()))
+            .await
+            .map_err(io::Error::other)??;
         socket.connect(to).await
     }
 }
@@ -120,6 +130,9 @@ struct Nowhere;
 #[async_trait]
 impl Egress for Nowhere {
     async fn connect(&self, _: SocketAddr) -> io::Result<TcpStream> {
-        Err(io::Error::new(io::ErrorKind::NetworkUnreachable, "steps have no network in this daemon's configuration"))
+        Err(io::Error::new(
+            io::ErrorKind::NetworkUnreachable,
+            "steps have no network in this daemon's configuration",
+        ))
     }
 }

@@ -1,11 +1,13 @@
-//! Owns the calls: container records and tasks of one namespace, labelled as ours.
+//! Owns the calls: container records and tasks of one namespace, labeled as ours.
 
 use crate::{
     conn::{Connection, deadline},
     tasks::{RuntimeOptions, TaskConfig, is_runc},
     wire,
 };
-use containerd_client::services::v1::{self as api, containers_client::ContainersClient, tasks_client::TasksClient};
+use containerd_client::services::v1::{
+    self as api, containers_client::ContainersClient, tasks_client::TasksClient,
+};
 use containerd_client::types::v1::Status;
 use prost_types::Any;
 use shipway_fault::{Code, Fault, Result};
@@ -14,7 +16,8 @@ use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 use tokio::sync::OnceCell;
 use tonic::transport::Channel;
 
-/// Label of our containers; its value is the executor's directory, so that several daemons leave each other's alone.
+/// Label of our containers; its value is the executor's directory, so that several daemons leave
+/// each other's alone.
 pub(super) const OWNER: &str = "dev.shipway.executor";
 const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
@@ -44,10 +47,25 @@ struct RuncOptions {
 
 impl RuncOptions {
     fn of(config: &TaskConfig) -> Self {
-        let RuntimeOptions { binary_name, systemd_cgroup, no_pivot_root, no_new_keyring, shim_cgroup, io_uid, io_gid } =
-            config.options.clone();
+        let RuntimeOptions {
+            binary_name,
+            systemd_cgroup,
+            no_pivot_root,
+            no_new_keyring,
+            shim_cgroup,
+            io_uid,
+            io_gid,
+        } = config.options.clone();
         let binary_name = config.binary.clone().unwrap_or(binary_name);
-        Self { no_pivot_root, no_new_keyring, shim_cgroup, io_uid, io_gid, binary_name, systemd_cgroup }
+        Self {
+            no_pivot_root,
+            no_new_keyring,
+            shim_cgroup,
+            io_uid,
+            io_gid,
+            binary_name,
+            systemd_cgroup,
+        }
     }
 }
 
@@ -102,8 +120,9 @@ impl TaskApi {
     pub(super) fn new(connection: Connection, config: &TaskConfig) -> Self {
         let options = RuncOptions::of(config);
         // Only the runc shim knows these options.
-        let options = (options != RuncOptions::default() && is_runc(&config.runtime))
-            .then(|| Any { type_url: RUNC_OPTIONS.into(), value: prost::Message::encode_to_vec(&options) });
+        let options = (options != RuncOptions::default() && is_runc(&config.runtime)).then(|| {
+            Any { type_url: RUNC_OPTIONS.into(), value: prost::Message::encode_to_vec(&options) }
+        });
         Self {
             connection,
             runtime: api::container::Runtime { name: config.runtime.clone(), options },
@@ -116,7 +135,11 @@ impl TaskApi {
 
     /// The cgroup of container `id`, unless its process names a parent.
     pub(super) fn cgroups_path(&self, id: &str) -> String {
-        if self.systemd_cgroup { format!("system.slice:shipway:{id}") } else { format!("/{}/{id}", self.connection.namespace()) }
+        if self.systemd_cgroup {
+            format!("system.slice:shipway:{id}")
+        } else {
+            format!("/{}/{id}", self.connection.namespace())
+        }
     }
 
     fn containers(&self) -> ContainersClient<Channel> {
@@ -127,8 +150,15 @@ impl TaskApi {
         TasksClient::new(self.connection.control())
     }
 
-    /// Creates the record of container `id` with runtime specification `spec`, in `sandbox` if one is given.
-    pub(super) async fn create_container(&self, id: &str, spec: Vec<u8>, snapshot: Option<&str>, sandbox: Option<&str>) -> Result<()> {
+    /// Creates the record of container `id` with runtime specification `spec`, in `sandbox` if one
+    /// is given.
+    pub(super) async fn create_container(
+        &self,
+        id: &str,
+        spec: Vec<u8>,
+        snapshot: Option<&str>,
+        sandbox: Option<&str>,
+    ) -> Result<()> {
         let container = api::Container {
             id: id.into(),
             labels: HashMap::from([(OWNER.to_owned(), self.owner.clone())]),
@@ -139,12 +169,26 @@ impl TaskApi {
             sandbox: sandbox.unwrap_or_default().into(),
             ..Default::default()
         };
-        let request = self.connection.request(api::CreateContainerRequest { container: Some(container) })?;
-        self.connection.call(|| format!("create container {id}"), deadline::QUICK, self.containers().create(request)).await.map(drop)
+        let request =
+            self.connection.request(api::CreateContainerRequest { container: Some(container) })?;
+        self.connection
+            .call(
+                || format!("create container {id}"),
+                deadline::QUICK,
+                self.containers().create(request),
+            )
+            .await
+            .map(drop)
     }
 
-    /// Creates the task of container `id`; returns the pid of its first process, which does not run yet.
-    pub(super) async fn create_task(&self, id: &str, rootfs: &[Mount], stdio: Stdio<'_>) -> Result<u32> {
+    /// Creates the task of container `id`; returns the pid of its first process, which does not run
+    /// yet.
+    pub(super) async fn create_task(
+        &self,
+        id: &str,
+        rootfs: &[Mount],
+        stdio: Stdio<'_>,
+    ) -> Result<u32> {
         let message = api::CreateTaskRequest {
             container_id: id.into(),
             rootfs: rootfs.iter().map(wire::mount_out).collect(),
@@ -156,7 +200,10 @@ impl TaskApi {
             ..Default::default()
         };
         let request = self.connection.request(message)?;
-        let answer = self.connection.call(|| format!("create task {id}"), deadline::SLOW, self.tasks().create(request)).await?;
+        let answer = self
+            .connection
+            .call(|| format!("create task {id}"), deadline::SLOW, self.tasks().create(request))
+            .await?;
         Ok(answer.pid)
     }
 
@@ -172,31 +219,65 @@ impl TaskApi {
             spec: Some(Any { type_url: PROCESS_TYPE.into(), value: spec }),
         };
         let request = self.connection.request(message)?;
-        self.connection.call(|| format!("create {place}"), deadline::SLOW, self.tasks().exec(request)).await.map(drop)
+        self.connection
+            .call(|| format!("create {place}"), deadline::SLOW, self.tasks().exec(request))
+            .await
+            .map(drop)
     }
 
     /// Deletes a process that joined and has ended. No such process is no error.
     pub(super) async fn delete_process(&self, place: &Place) -> Result<()> {
-        let message = api::DeleteProcessRequest { container_id: place.container.clone(), exec_id: place.exec.clone() };
+        let message = api::DeleteProcessRequest {
+            container_id: place.container.clone(),
+            exec_id: place.exec.clone(),
+        };
         let request = self.connection.request(message)?;
-        let done = self.connection.call(|| format!("delete {place}"), deadline::SLOW, self.tasks().delete_process(request)).await;
+        let done = self
+            .connection
+            .call(
+                || format!("delete {place}"),
+                deadline::SLOW,
+                self.tasks().delete_process(request),
+            )
+            .await;
         done.map(drop).or_else(gone)
     }
 
     /// Sends a signal to one process. No such process is no error.
     pub(super) async fn signal(&self, place: &Place, signal: u32) -> Result<()> {
-        let message = api::KillRequest { container_id: place.container.clone(), exec_id: place.exec.clone(), signal, all: false };
+        let message = api::KillRequest {
+            container_id: place.container.clone(),
+            exec_id: place.exec.clone(),
+            signal,
+            all: false,
+        };
         let request = self.connection.request(message)?;
-        let done = self.connection.call(|| format!("send signal {signal} to {place}"), deadline::QUICK, self.tasks().kill(request)).await;
+        let done = self
+            .connection
+            .call(
+                || format!("send signal {signal} to {place}"),
+                deadline::QUICK,
+                self.tasks().kill(request),
+            )
+            .await;
         done.map(drop).or_else(gone)
     }
 
     /// Gives a process's terminal another size.
     pub(super) async fn resize(&self, place: &Place, rows: u32, columns: u32) -> Result<()> {
         let (container_id, exec_id) = (place.container.clone(), place.exec.clone());
-        let request = self.connection.request(api::ResizePtyRequest { container_id, exec_id, width: columns, height: rows })?;
+        let request = self.connection.request(api::ResizePtyRequest {
+            container_id,
+            exec_id,
+            width: columns,
+            height: rows,
+        })?;
         self.connection
-            .call(|| format!("resize the terminal of {place}"), deadline::QUICK, self.tasks().resize_pty(request))
+            .call(
+                || format!("resize the terminal of {place}"),
+                deadline::QUICK,
+                self.tasks().resize_pty(request),
+            )
             .await
             .map(drop)
     }
@@ -204,21 +285,39 @@ impl TaskApi {
     /// Ends a process's input: the shim keeps its own end of it open until then.
     pub(super) async fn close_input(&self, place: &Place) -> Result<()> {
         let (container_id, exec_id) = (place.container.clone(), place.exec.clone());
-        let request = self.connection.request(api::CloseIoRequest { container_id, exec_id, stdin: true })?;
-        self.connection.call(|| format!("end the input of {place}"), deadline::QUICK, self.tasks().close_io(request)).await.map(drop)
+        let request =
+            self.connection.request(api::CloseIoRequest { container_id, exec_id, stdin: true })?;
+        self.connection
+            .call(
+                || format!("end the input of {place}"),
+                deadline::QUICK,
+                self.tasks().close_io(request),
+            )
+            .await
+            .map(drop)
     }
 
     pub(super) async fn start(&self, place: &Place) -> Result<()> {
-        let message = api::StartRequest { container_id: place.container.clone(), exec_id: place.exec.clone() };
+        let message = api::StartRequest {
+            container_id: place.container.clone(),
+            exec_id: place.exec.clone(),
+        };
         let request = self.connection.request(message)?;
-        self.connection.call(|| format!("start {place}"), deadline::SLOW, self.tasks().start(request)).await.map(drop)
+        self.connection
+            .call(|| format!("start {place}"), deadline::SLOW, self.tasks().start(request))
+            .await
+            .map(drop)
     }
 
-    /// Waits for a process's exit. Survives a restart of containerd, during which the shim and the process live on.
+    /// Waits for a process's exit. Survives a restart of containerd, during which the shim and the
+    /// process live on.
     pub(super) async fn wait(&self, place: &Place) -> Result<u32> {
         let mut away: Option<tokio::time::Instant> = None;
         loop {
-            let message = api::WaitRequest { container_id: place.container.clone(), exec_id: place.exec.clone() };
+            let message = api::WaitRequest {
+                container_id: place.container.clone(),
+                exec_id: place.exec.clone(),
+            };
             let request = self.connection.request(message)?;
             let status = match self.tasks().wait(request).await {
                 Ok(answer) => return Ok(answer.into_inner().exit_status),
@@ -241,46 +340,76 @@ impl TaskApi {
         }
     }
 
-    /// The exit code of a task that ended, `None` if it has not; `NotFound` if there is no such task.
+    /// The exit code of a task that ended, `None` if it has not; `NotFound` if there is no such
+    /// task.
     pub(super) async fn exit_status(&self, place: &Place) -> Result<Option<u32>> {
-        let message = api::GetRequest { container_id: place.container.clone(), exec_id: place.exec.clone() };
+        let message =
+            api::GetRequest { container_id: place.container.clone(), exec_id: place.exec.clone() };
         let request = self.connection.request(message)?;
-        let answer = self.connection.call(|| format!("look at {place}"), deadline::QUICK, self.tasks().get(request)).await?;
+        let answer = self
+            .connection
+            .call(|| format!("look at {place}"), deadline::QUICK, self.tasks().get(request))
+            .await?;
         let process = answer.process.unwrap_or_default();
         match Status::try_from(process.status) {
             Ok(Status::Stopped) => Ok(Some(process.exit_status)),
-            Ok(Status::Unknown) | Err(_) => Err(Fault::not_found(format!("{place} has lost its shim"))),
+            Ok(Status::Unknown) | Err(_) => {
+                Err(Fault::not_found(format!("{place} has lost its shim")))
+            }
             _ => Ok(None),
         }
     }
 
     /// Kills everything in the task. No such task is no error.
     pub(super) async fn kill(&self, id: &str) -> Result<()> {
-        let message = api::KillRequest { container_id: id.into(), exec_id: String::new(), signal: SIGKILL, all: true };
+        let message = api::KillRequest {
+            container_id: id.into(),
+            exec_id: String::new(),
+            signal: SIGKILL,
+            all: true,
+        };
         let request = self.connection.request(message)?;
-        let done = self.connection.call(|| format!("kill task {id}"), deadline::QUICK, self.tasks().kill(request)).await;
+        let done = self
+            .connection
+            .call(|| format!("kill task {id}"), deadline::QUICK, self.tasks().kill(request))
+            .await;
         done.map(drop).or_else(gone)
     }
 
     /// Deletes a task that has ended. No such task is no error.
     pub(super) async fn delete_task(&self, id: &str) -> Result<()> {
-        let request = self.connection.request(api::DeleteTaskRequest { container_id: id.into() })?;
-        let done = self.connection.call(|| format!("delete task {id}"), deadline::SLOW, self.tasks().delete(request)).await;
+        let request =
+            self.connection.request(api::DeleteTaskRequest { container_id: id.into() })?;
+        let done = self
+            .connection
+            .call(|| format!("delete task {id}"), deadline::SLOW, self.tasks().delete(request))
+            .await;
         done.map(drop).or_else(gone)
     }
 
     /// Deletes a container's record. No such container is no error.
     pub(super) async fn delete_container(&self, id: &str) -> Result<()> {
         let request = self.connection.request(api::DeleteContainerRequest { id: id.into() })?;
-        let done = self.connection.call(|| format!("delete container {id}"), deadline::QUICK, self.containers().delete(request)).await;
+        let done = self
+            .connection
+            .call(
+                || format!("delete container {id}"),
+                deadline::QUICK,
+                self.containers().delete(request),
+            )
+            .await;
         done.map(drop).or_else(gone)
     }
 
     /// Ids of the containers that carry our label.
     pub(super) async fn our_containers(&self) -> Result<Vec<String>> {
         let filter = format!("labels.{OWNER:?}=={:?}", self.owner);
-        let request = self.connection.request(api::ListContainersRequest { filters: vec![filter] })?;
-        let answer = self.connection.call(|| "list containers".into(), deadline::QUICK, self.containers().list(request)).await?;
+        let request =
+            self.connection.request(api::ListContainersRequest { filters: vec![filter] })?;
+        let answer = self
+            .connection
+            .call(|| "list containers".into(), deadline::QUICK, self.containers().list(request))
+            .await?;
         Ok(answer.containers.into_iter().map(|c| c.id).collect())
     }
 
@@ -295,7 +424,8 @@ impl TaskApi {
         self.delete_container(id).await
     }
 
-    /// Kills and deletes the task, if there is one. Tried several times, because a dying shim takes its time.
+    /// Kills and deletes the task, if there is one. Tried several times, because a dying shim takes
+    /// its time.
     pub(super) async fn end_task(&self, id: &str) -> Result<()> {
         let mut last = Ok(());
         for attempt in 0..20_u64 {
@@ -326,15 +456,30 @@ mod tests {
 
     #[test]
     fn options_of_the_runtime_reach_the_shim() {
-        let parse = |runtime: &str, options: serde_json::Value| RuntimeOptions::parse(runtime, options).map_err(|e| e.to_string());
-        let given = serde_json::json!({ "SystemdCgroup": true, "ShimCgroup": "/s", "BinaryName": "crun" });
-        let mut config = TaskConfig { options: parse("io.containerd.runc.v2", given.clone()).unwrap(), ..TaskConfig::new("/x") };
+        let parse = |runtime: &str, options: serde_json::Value| {
+            RuntimeOptions::parse(runtime, options).map_err(|e| e.to_string())
+        };
+        let given =
+            serde_json::json!({ "SystemdCgroup": true, "ShimCgroup": "/s", "BinaryName": "crun" });
+        let mut config = TaskConfig {
+            options: parse("io.containerd.runc.v2", given.clone()).unwrap(),
+            ..TaskConfig::new("/x")
+        };
         let sent = RuncOptions::of(&config);
-        assert_eq!((sent.systemd_cgroup, sent.shim_cgroup.as_str(), sent.binary_name.as_str()), (true, "/s", "crun"));
+        assert_eq!(
+            (sent.systemd_cgroup, sent.shim_cgroup.as_str(), sent.binary_name.as_str()),
+            (true, "/s", "crun")
+        );
         config.binary = Some("/bin/runc".into());
         assert_eq!(RuncOptions::of(&config).binary_name, "/bin/runc");
-        assert!(parse("io.containerd.runc.v2", serde_json::json!({ "Systemd": true })).unwrap_err().contains("unknown field `Systemd`"));
-        assert!(parse("io.containerd.kata.v2", given).unwrap_err().contains("io.containerd.kata.v2"));
+        assert!(
+            parse("io.containerd.runc.v2", serde_json::json!({ "Systemd": true }))
+                .unwrap_err()
+                .contains("unknown field `Systemd`")
+        );
+        assert!(
+            parse("io.containerd.kata.v2", given).unwrap_err().contains("io.containerd.kata.v2")
+        );
         assert!(parse("io.containerd.kata.v2", serde_json::json!({})).is_ok());
     }
 }

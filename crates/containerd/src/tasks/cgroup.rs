@@ -27,7 +27,11 @@ impl MemoryCgroup {
         let (mut v1, mut v2) = (None, None);
         for line in text.lines() {
             let mut fields = line.splitn(3, ':');
-            let (Some(id), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else { continue };
+            let (Some(id), Some(controllers), Some(path)) =
+                (fields.next(), fields.next(), fields.next())
+            else {
+                continue;
+            };
             let path = path.trim_start_matches('/');
             // The root cgroup counts the whole host; `..` means that it is outside of what we see.
             if path.is_empty() || path.split('/').any(|p| p == "..") {
@@ -45,9 +49,14 @@ impl MemoryCgroup {
     /// What was counted so far.
     pub(super) fn count(&self) -> MemoryCount {
         let read = |name: &str| std::fs::read_to_string(self.dir.join(name)).unwrap_or_default();
-        let (events, peak) =
-            if self.unified { ("memory.events", "memory.peak") } else { ("memory.oom_control", "memory.max_usage_in_bytes") };
-        let oom_killed = read(events).lines().any(|l| l.strip_prefix("oom_kill ").is_some_and(|n| n.trim() != "0"));
+        let (events, peak) = if self.unified {
+            ("memory.events", "memory.peak")
+        } else {
+            ("memory.oom_control", "memory.max_usage_in_bytes")
+        };
+        let oom_killed = read(events)
+            .lines()
+            .any(|l| l.strip_prefix("oom_kill ").is_some_and(|n| n.trim() != "0"));
         MemoryCount { oom_killed, peak: read(peak).trim().parse().ok() }
     }
 }
@@ -59,7 +68,11 @@ mod tests {
     #[track_caller]
     fn check(text: &str, expected: Option<(&str, bool)>) {
         let found = MemoryCgroup::parse(text, Path::new("/c"));
-        assert_eq!(found, expected.map(|(dir, unified)| MemoryCgroup { dir: dir.into(), unified }), "{text}");
+        assert_eq!(
+            found,
+            expected.map(|(dir, unified)| MemoryCgroup { dir: dir.into(), unified }),
+            "{text}"
+        );
     }
 
     #[test]

@@ -6,7 +6,9 @@ use super::{
     run::{self, Answer},
     stdio,
 };
-use shipway_executor::{Access, ExitStatus, ProcessSpec, RootFs, RootView, Wires, identity, set_variables, spec};
+use shipway_executor::{
+    Access, ExitStatus, ProcessSpec, RootFs, RootView, Wires, identity, set_variables, spec,
+};
 use shipway_fault::{Fault, Result};
 use std::{path::PathBuf, sync::Arc};
 
@@ -23,37 +25,63 @@ pub(super) struct Running {
 }
 
 /// Runs `process` in `container` and answers. Kills it when nobody waits for the answer any more.
-pub(super) async fn supervise(inner: Arc<Inner>, container: String, process: ProcessSpec, wires: Wires, mut answer: Answer) {
+pub(super) async fn supervise(
+    inner: Arc<Inner>,
+    container: String,
+    process: ProcessSpec,
+    wires: Wires,
+    mut answer: Answer,
+) {
     let result = join(&inner, container, process, wires, &mut answer).await;
     let _ = answer.send(result);
 }
 
-async fn join(inner: &Arc<Inner>, container: String, process: ProcessSpec, wires: Wires, answer: &mut Answer) -> Result<ExitStatus> {
+async fn join(
+    inner: &Arc<Inner>,
+    container: String,
+    process: ProcessSpec,
+    wires: Wires,
+    answer: &mut Answer,
+) -> Result<ExitStatus> {
     run::check_id(&process.id)?;
     let running = inner.running().get(&container).cloned();
-    let running = running.ok_or_else(|| Fault::not_found(format!("container {container} does not run")))?;
+    let running =
+        running.ok_or_else(|| Fault::not_found(format!("container {container} does not run")))?;
     let _joined = running.joined.enter();
     let prepare = {
-        let (inner, mut process, outlet, input) = (inner.clone(), process.clone(), wires.output.clone(), wires.input.is_some());
+        let (inner, mut process, outlet, input) =
+            (inner.clone(), process.clone(), wires.output.clone(), wires.input.is_some());
         move || {
             let view = RootView::open(&running.root.mounts, Access::Read)?;
             let who = identity::resolve(&view, &process.user)?;
             set_variables(&mut process.env, running.variables.clone());
             let spec = spec::process(&process, &who, inner.config.apparmor.as_deref(), &inner.host);
-            let bytes = serde_json::to_vec(&spec).map_err(|e| Fault::internal(format!("write a process specification: {e}")))?;
+            let bytes = serde_json::to_vec(&spec)
+                .map_err(|e| Fault::internal(format!("write a process specification: {e}")))?;
             let prefix = format!("{}-", process.id);
             let shape = stdio::Shape { prefix: &prefix, terminal: process.tty, input };
             Ok::<_, Fault>((bytes, stdio::Stdio::open(&running.dir, shape, &outlet)?))
         }
     };
-    let prepared = tokio::task::spawn_blocking(prepare).await.map_err(|e| Fault::internal(format!("prepare a process: {e}")))?;
+    let prepared = tokio::task::spawn_blocking(prepare)
+        .await
+        .map_err(|e| Fault::internal(format!("prepare a process: {e}")))?;
     let (spec, stdio) = prepared?;
     let place = Place { container, exec: process.id };
-    let fifos = Stdio { stdin: stdio.stdin(), stdout: Some(stdio.stdout()), stderr: stdio.stderr(), terminal: process.tty };
+    let fifos = Stdio {
+        stdin: stdio.stdin(),
+        stdout: Some(stdio.stdout()),
+        stderr: stdio.stderr(),
+        terminal: process.tty,
+    };
     inner.api.exec(&place, spec, fifos).await?;
     let result = run::start(inner, &place, stdio, wires, answer, || ()).await;
     if let Err(e) = inner.api.delete_process(&place).await {
-        tracing::debug!(container = place.container, process = place.exec, "a process is removed with its container: {e}");
+        tracing::debug!(
+            container = place.container,
+            process = place.exec,
+            "a process is removed with its container: {e}"
+        );
     }
     result.map(|code| ExitStatus { code, ..ExitStatus::default() })
 }

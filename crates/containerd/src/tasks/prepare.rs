@@ -1,10 +1,11 @@
-//! Owns everything a process needs on the host before its container exists: its directory with FIFOs, `hosts` and `resolv.conf`, its secrets,
-//! mounts of parts of snapshots, who its user is, and what must not be left behind. Blocks; dropping [`Prepared`] undoes it.
+//! Owns everything a process needs on the host before its container exists: its directory with
+//! FIFOs, `hosts` and `resolv.conf`, its secrets, mounts of parts of snapshots, who its user is,
+//! and what must not be left behind. Blocks; dropping [`Prepared`] undoes it.
 
 use super::{Inner, stdio};
 use shipway_executor::{
-    Access, Attached, ExecMount, Identity, MountSource, NetworkMode, Outlet, ProcessSpec, RootFs, RootView, Secret, Security, etc,
-    identity, spec::SpecMount, stubs::Stubs, trust::Trust,
+    Access, Attached, ExecMount, Identity, MountSource, NetworkMode, Outlet, ProcessSpec, RootFs,
+    RootView, Secret, Security, etc, identity, spec::SpecMount, stubs::Stubs, trust::Trust,
 };
 use shipway_fault::{Context, Fault, Result};
 use shipway_gocompat::path::rooted;
@@ -31,7 +32,8 @@ pub(super) struct Prepared {
     /// Certificates that the process is made to trust.
     pub(super) trust: Option<Trust>,
     pub(super) stdio: Option<stdio::Stdio>,
-    // In this order: mounts go before the directories they are in, and the secrets before the tmpfs they are on.
+    // In this order: mounts go before the directories they are in, and the secrets before the tmpfs
+    // they are on.
     _attached: Vec<Attached>,
     _dirs: Vec<OwnDir>,
     _secrets: Option<Arc<Attached>>,
@@ -42,7 +44,8 @@ struct OwnDir(PathBuf);
 
 impl OwnDir {
     fn new(path: PathBuf) -> Result<Self> {
-        std::fs::create_dir_all(&path).map_err(|e| Fault::io(format!("create {}", path.display()), e))?;
+        std::fs::create_dir_all(&path)
+            .map_err(|e| Fault::io(format!("create {}", path.display()), e))?;
         Ok(Self(path))
     }
 }
@@ -57,7 +60,11 @@ impl Drop for OwnDir {
 pub(super) fn remove_flat(dir: &Path) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
-        let _ = if entry.file_type().is_ok_and(|t| t.is_dir()) { std::fs::remove_dir(&path) } else { std::fs::remove_file(&path) };
+        let _ = if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            std::fs::remove_dir(&path)
+        } else {
+            std::fs::remove_file(&path)
+        };
     }
     let _ = std::fs::remove_dir(dir);
 }
@@ -66,20 +73,27 @@ fn bind(target: &str, source: &Path, options: &[&str]) -> SpecMount {
     let options = options.iter().map(|o| (*o).to_owned()).collect();
     SpecMount {
         target: target.into(),
-        mount: Mount { kind: "bind".into(), source: source.display().to_string(), target: String::new(), options },
+        mount: Mount {
+            kind: "bind".into(),
+            source: source.display().to_string(),
+            target: String::new(),
+            options,
+        },
     }
 }
 
 fn write_file(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     let write = || {
-        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        let mut file =
+            std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
         file.write_all(bytes)?;
         file.set_permissions(std::fs::Permissions::from_mode(mode))
     };
     write().map_err(|e| Fault::io(format!("write {}", path.display()), e))
 }
 
-/// `resolv.conf` for a container: from the host's, or from systemd-resolved's where that is a stub out of reach.
+/// `resolv.conf` for a container: from the host's, or from systemd-resolved's where that is a stub
+/// out of reach.
 fn resolv_conf(dns: &etc::Dns, host_network: bool) -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let mut text = read(etc::RESOLV);
@@ -89,13 +103,18 @@ fn resolv_conf(dns: &etc::Dns, host_network: bool) -> String {
     etc::resolv_conf(&text, dns, host_network)
 }
 
-/// Where secrets go: a tmpfs, so that they never reach a disk. It is mounted while a process has secrets, unless all of ours is on one anyway.
+/// Where secrets go: a tmpfs, so that they never reach a disk. It is mounted while a process has
+/// secrets, unless all of ours is on one anyway.
 fn secret_dir(inner: &Inner, id: &str) -> Result<(OwnDir, Option<Arc<Attached>>)> {
     let root = inner.config.root.join("secret");
     let mut shared = inner.secrets.lock().unwrap_or_else(PoisonError::into_inner);
     let mounted = match shared.upgrade() {
         Some(mounted) => Some(mounted),
-        None if rustix::fs::statfs(&inner.config.root).is_ok_and(|s| i128::from(s.f_type) == i128::from(TMPFS_MAGIC)) => None,
+        None if rustix::fs::statfs(&inner.config.root)
+            .is_ok_and(|s| i128::from(s.f_type) == i128::from(TMPFS_MAGIC)) =>
+        {
+            None
+        }
         // Each at a place of its own: an earlier one may be going at this moment.
         None => {
             static COUNT: AtomicU64 = AtomicU64::new(0);
@@ -118,9 +137,18 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn snapshot(&mut self, target: &str, mounts: &[Mount], path: Option<&str>, read_only: bool) -> Result<()> {
+    fn snapshot(
+        &mut self,
+        target: &str,
+        mounts: &[Mount],
+        path: Option<&str>,
+        read_only: bool,
+    ) -> Result<()> {
         let [mount] = mounts else {
-            return Err(Fault::unimplemented(format!("mounting a snapshot of {} mounts at {target}", mounts.len())));
+            return Err(Fault::unimplemented(format!(
+                "mounting a snapshot of {} mounts at {target}",
+                mounts.len()
+            )));
         };
         let access = if read_only { Access::Read } else { Access::Write };
         let mode = if read_only { "ro" } else { "rw" };
@@ -131,7 +159,8 @@ impl Builder<'_> {
             if mount.kind == "bind" && !mount.options.iter().any(|o| o == "rbind" || o == "bind") {
                 mount.options.push("rbind".into());
             }
-            // An active snapshot that is only read would be locked by mounting it as it is; and one without an upper directory is read-only anyway.
+            // An active snapshot that is only read would be locked by mounting it as it is; and one
+            // without an upper directory is read-only anyway.
             mount.options.push(mode.into());
             self.mounts.push(SpecMount { target: target.into(), mount });
             return Ok(());
@@ -143,11 +172,17 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn secret(&mut self, target: &str, bytes: &Secret, (uid, gid, mode): (u32, u32, u32)) -> Result<()> {
+    fn secret(
+        &mut self,
+        target: &str,
+        bytes: &Secret,
+        (uid, gid, mode): (u32, u32, u32),
+    ) -> Result<()> {
         let path = self.secrets.join(self.mounts.len().to_string());
         write_file(&path, &bytes.0, 0o600)?;
-        let own = chown(&path, Some(uid), Some(gid))
-            .and_then(|()| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode & 0o777)));
+        let own = chown(&path, Some(uid), Some(gid)).and_then(|()| {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode & 0o777))
+        });
         own.map_err(|e| Fault::io(format!("set the owner of the secret for {target}"), e))?;
         self.mounts.push(bind(target, &path, &["rbind", "ro", "nosuid", "nodev", "noexec"]));
         Ok(())
@@ -160,9 +195,17 @@ impl Builder<'_> {
             MountSource::Snapshot(mounts) => self.snapshot(target, mounts, None, read_only),
             MountSource::SnapshotPath { mounts, path } => {
                 let path = rooted(path);
-                self.snapshot(target, mounts, Some(&path).filter(|p| p.as_str() != "/").map(String::as_str), read_only).map_err(|e| {
+                self.snapshot(
+                    target,
+                    mounts,
+                    Some(&path).filter(|p| p.as_str() != "/").map(String::as_str),
+                    read_only,
+                )
+                .map_err(|e| {
                     if e.is_not_found() {
-                        Fault::not_found(format!("failed to mount {target}: lstat {path}: no such file or directory"))
+                        Fault::not_found(format!(
+                            "failed to mount {target}: lstat {path}: no such file or directory"
+                        ))
                     } else {
                         e
                     }
@@ -172,13 +215,20 @@ impl Builder<'_> {
                 self.mounts.push(bind(target, path, &["rbind", mode]));
                 Ok(())
             }
-            MountSource::Content { bytes, uid, gid, mode } => self.secret(target, bytes, (*uid, *gid, *mode)),
+            MountSource::Content { bytes, uid, gid, mode } => {
+                self.secret(target, bytes, (*uid, *gid, *mode))
+            }
             MountSource::Tmpfs { size } => {
                 let mut options = vec!["nosuid".to_owned(), mode.to_owned()];
                 if *size > 0 {
                     options.push(format!("size={size}"));
                 }
-                let mount = Mount { kind: "tmpfs".into(), source: "tmpfs".into(), target: String::new(), options };
+                let mount = Mount {
+                    kind: "tmpfs".into(),
+                    source: "tmpfs".into(),
+                    target: String::new(),
+                    options,
+                };
                 self.mounts.push(SpecMount { target: target.into(), mount });
                 Ok(())
             }
@@ -194,7 +244,11 @@ impl Builder<'_> {
         for (name, text) in files {
             let path = self.dir.join(name);
             write_file(&path, text.as_bytes(), 0o644)?;
-            self.mounts.push(bind(&format!("/etc/{name}"), &path, &["nosuid", "noexec", "nodev", "rbind", "ro"]));
+            self.mounts.push(bind(
+                &format!("/etc/{name}"),
+                &path,
+                &["nosuid", "noexec", "nodev", "rbind", "ro"],
+            ));
         }
         Ok(())
     }
@@ -204,12 +258,19 @@ impl Builder<'_> {
 fn is_covered(path: &str, mounts: &[ExecMount]) -> bool {
     mounts.iter().any(|m| {
         let target = rooted(&m.target);
-        path == target || path.strip_prefix(target.as_str()).is_some_and(|rest| rest.starts_with('/'))
+        path == target
+            || path.strip_prefix(target.as_str()).is_some_and(|rest| rest.starts_with('/'))
     })
 }
 
 /// Makes the working directory, owned by the user, unless it is there.
-fn working_directory(view: &RootView, root: &RootFs, cwd: &str, who: &Identity, mounts: &[ExecMount]) -> Result<()> {
+fn working_directory(
+    view: &RootView,
+    root: &RootFs,
+    cwd: &str,
+    who: &Identity,
+    mounts: &[ExecMount],
+) -> Result<()> {
     if cwd == "/" || root.read_only || is_covered(cwd, mounts) || view.stat(cwd).is_ok() {
         return Ok(());
     }
@@ -228,14 +289,30 @@ pub(super) fn prepare(
 ) -> Result<Prepared> {
     let dir = OwnDir::new(inner.config.root.join("run").join(&process.id))?;
     let has_secrets = mounts.iter().any(|m| matches!(m.source, MountSource::Content { .. }));
-    let (secrets, tmpfs) = if has_secrets { secret_dir(inner, &process.id).map(|(dir, tmpfs)| (Some(dir), tmpfs))? } else { (None, None) };
+    let (secrets, tmpfs) = if has_secrets {
+        secret_dir(inner, &process.id).map(|(dir, tmpfs)| (Some(dir), tmpfs))?
+    } else {
+        (None, None)
+    };
     let (outlet, input) = wires;
-    let stdio = stdio::Stdio::open(&dir.0, stdio::Shape { prefix: "", terminal: process.tty, input }, outlet)?;
+    let stdio = stdio::Stdio::open(
+        &dir.0,
+        stdio::Shape { prefix: "", terminal: process.tty, input },
+        outlet,
+    )?;
 
     let view = RootView::open(&root.mounts, Access::Read)?;
     let identity = identity::resolve(&view, &process.user)?;
-    let targets = mounts.iter().map(|m| &m.target).chain(process.edits.mounts.iter().map(|m| &m.target)).map(String::as_str);
-    let stubs = if root.read_only { None } else { Stubs::before(&view, &root.mounts, targets, process.remove_stubs_recursively) };
+    let targets = mounts
+        .iter()
+        .map(|m| &m.target)
+        .chain(process.edits.mounts.iter().map(|m| &m.target))
+        .map(String::as_str);
+    let stubs = if root.read_only {
+        None
+    } else {
+        Stubs::before(&view, &root.mounts, targets, process.remove_stubs_recursively)
+    };
     working_directory(&view, root, &rooted(&process.cwd), &identity, mounts)?;
 
     let host_network = inner.network.is_host(process);
@@ -283,10 +360,17 @@ mod tests {
 
     #[test]
     fn a_namespace_that_a_device_changed_serves_nobody_else() {
-        let clean = |edits: Edits| leaves_network_clean(&ProcessSpec { edits, ..ProcessSpec::default() });
+        let clean =
+            |edits: Edits| leaves_network_clean(&ProcessSpec { edits, ..ProcessSpec::default() });
         assert!(clean(Edits { env: vec!["A=1".into()], ..Edits::default() }));
-        assert!(!clean(Edits { interfaces: vec![("ib0".into(), "eth1".into())], ..Edits::default() }));
+        assert!(!clean(Edits {
+            interfaces: vec![("ib0".into(), "eth1".into())],
+            ..Edits::default()
+        }));
         assert!(!clean(Edits { hooks: vec![Hook::default()], ..Edits::default() }));
-        assert!(!leaves_network_clean(&ProcessSpec { security: Security::Insecure, ..ProcessSpec::default() }));
+        assert!(!leaves_network_clean(&ProcessSpec {
+            security: Security::Insecure,
+            ..ProcessSpec::default()
+        }));
     }
 }

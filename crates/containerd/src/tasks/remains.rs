@@ -1,8 +1,10 @@
-//! Owns what is left on the host where a call to containerd was cut off in the middle: a shim that containerd has forgotten, processes and cgroups
-//! of a container that never got its task, the runtime's own records of it. containerd removes none of these, because it knows of no task.
+//! Owns what is left on the host where a call to containerd was cut off in the middle: a shim that
+//! containerd has forgotten, processes and cgroups of a container that never got its task, the
+//! runtime's own records of it. containerd removes none of these, because it knows of no task.
 //!
-//! All of them are found by the *mark* that begins the names of an executor's containers. A command line proves nothing, since any process may
-//! have any, so a shim must also be root's, run a shim's program, sit in its bundle, and see the file systems that we see. Blocks.
+//! All of them are found by the *mark* that begins the names of an executor's containers. A command
+//! line proves nothing, since any process may have any, so a shim must also be root's, run a shim's
+//! program, sit in its bundle, and see the file systems that we see. Blocks.
 
 use super::sweep::unmount_below;
 use rustix::process::{Pid, Signal, kill_process};
@@ -17,7 +19,8 @@ use std::{
 const RUNTIME_RECORDS: &str = "/run/containerd/runc";
 /// What the names of shims' programs begin with.
 const SHIM: &str = "containerd-shim";
-/// What the name of a directory of bundles begins with, which is the name of a plug-in: the one for tasks, or the one for sandboxes.
+/// What the name of a directory of bundles begins with, which is the name of a plug-in: the one for
+/// tasks, or the one for sandboxes.
 const BUNDLES: &str = "io.containerd.";
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// How deep below a hierarchy's root a cgroup of ours may be.
@@ -36,7 +39,8 @@ pub(super) fn mark(root: &Path) -> String {
     format!("shipway-{}-", &digest[..8])
 }
 
-/// Removes what is left of containers of `mark` in `namespace`; none of them may have a task any more.
+/// Removes what is left of containers of `mark` in `namespace`; none of them may have a task any
+/// more.
 pub(super) fn remove(namespace: &str, mark: &str) {
     let began = Instant::now();
     let mut shims = shims(namespace, mark);
@@ -49,7 +53,9 @@ pub(super) fn remove(namespace: &str, mark: &str) {
         kill(shim.pid);
     }
     remove_cgroups(Path::new(CGROUPS), &|name| name.contains(mark));
-    for entry in entries(&Path::new(RUNTIME_RECORDS).join(namespace)).filter(|e| name(e).starts_with(mark)) {
+    for entry in
+        entries(&Path::new(RUNTIME_RECORDS).join(namespace)).filter(|e| name(e).starts_with(mark))
+    {
         let _ = fs::remove_dir_all(entry);
     }
     // Bundles are side by side, so one tells where the others are.
@@ -68,10 +74,15 @@ pub(super) fn remove_one(namespace: &str, id: &str) {
     let _ = fs::remove_dir_all(Path::new(RUNTIME_RECORDS).join(namespace).join(id));
 }
 
-/// Kills the shims of containers of `mark` in `namespace`; containerd then cleans up after those it knows.
+/// Kills the shims of containers of `mark` in `namespace`; containerd then cleans up after those it
+/// knows.
 pub(super) fn end_shims(namespace: &str, mark: &str) {
     for shim in shims(namespace, mark) {
-        tracing::warn!(pid = shim.pid, id = shim.id, "ending a shim that does not end what it runs");
+        tracing::warn!(
+            pid = shim.pid,
+            id = shim.id,
+            "ending a shim that does not end what it runs"
+        );
         kill(shim.pid);
     }
 }
@@ -87,11 +98,13 @@ impl Shim {
     fn of(pid: i32, namespace: &str, mark: &str) -> Option<Self> {
         let of = |what: &str| PathBuf::from(format!("/proc/{pid}/{what}"));
         let line = fs::read(of("cmdline")).ok()?;
-        let id = shim_id(&String::from_utf8_lossy(&line), namespace).filter(|id| id.starts_with(mark))?;
+        let id = shim_id(&String::from_utf8_lossy(&line), namespace)
+            .filter(|id| id.starts_with(mark))?;
         let program = fs::read_link(of("exe")).ok()?;
         let bundle = before_removal(fs::read_link(of("cwd")).ok()?);
-        let same_files =
-            ["/proc/self/ns/mnt", "/proc/1/ns/mnt"].map(|ns| fs::read_link(ns).ok()).contains(&fs::read_link(of("ns/mnt")).ok());
+        let same_files = ["/proc/self/ns/mnt", "/proc/1/ns/mnt"]
+            .map(|ns| fs::read_link(ns).ok())
+            .contains(&fs::read_link(of("ns/mnt")).ok());
         (is_roots(&fs::read_to_string(of("status")).ok()?)
             && name(&program).starts_with(SHIM)
             && is_bundle(&bundle, namespace, &id)
@@ -100,12 +113,13 @@ impl Shim {
     }
 
     fn lives(&self) -> bool {
-        fs::read(format!("/proc/{}/cmdline", self.pid)).is_ok_and(|l| String::from_utf8_lossy(&l).contains(&self.id))
+        fs::read(format!("/proc/{}/cmdline", self.pid))
+            .is_ok_and(|l| String::from_utf8_lossy(&l).contains(&self.id))
     }
 }
 
-/// The path that a directory has or had: the kernel marks links to those that are gone, as a bundle is
-/// once containerd has forgotten its shim.
+/// The path that a directory has or had: the kernel marks links to those that are gone, as a bundle
+/// is once containerd has forgotten its shim.
 fn before_removal(link: PathBuf) -> PathBuf {
     match link.as_os_str().as_encoded_bytes().strip_suffix(b" (deleted)") {
         Some(path) => PathBuf::from(std::ffi::OsStr::from_bytes(path)),
@@ -115,11 +129,15 @@ fn before_removal(link: PathBuf) -> PathBuf {
 
 /// Whether a process with this status is root's by all of its user ids.
 fn is_roots(status: &str) -> bool {
-    status.lines().find_map(|l| l.strip_prefix("Uid:")).is_some_and(|ids| ids.split_whitespace().all(|id| id == "0"))
+    status
+        .lines()
+        .find_map(|l| l.strip_prefix("Uid:"))
+        .is_some_and(|ids| ids.split_whitespace().all(|id| id == "0"))
 }
 
-/// Whether `path` is where containerd keeps the bundle of container `id`: below its state directory, by namespace and id. One that
-/// containerd removes is given a dot before its name first.
+/// Whether `path` is where containerd keeps the bundle of container `id`: below its state
+/// directory, by namespace and id. One that containerd removes is given a dot before its name
+/// first.
 fn is_bundle(path: &Path, namespace: &str, id: &str) -> bool {
     let mut parts = path.iter().rev();
     parts.next().is_some_and(|p| p.to_string_lossy().trim_start_matches('.') == id)
@@ -132,7 +150,8 @@ fn shim_id(line: &str, namespace: &str) -> Option<String> {
     let words: Vec<&str> = line.split('\0').collect();
     let after = |flag: &str| words.iter().position(|w| *w == flag).and_then(|at| words.get(at + 1));
     let program = words.first()?.rsplit('/').next()?;
-    (program.starts_with(SHIM) && after("-namespace") == Some(&namespace)).then(|| after("-id").map(|id| (*id).to_owned()))?
+    (program.starts_with(SHIM) && after("-namespace") == Some(&namespace))
+        .then(|| after("-id").map(|id| (*id).to_owned()))?
 }
 
 fn shims(namespace: &str, mark: &str) -> Vec<Shim> {
@@ -167,7 +186,11 @@ fn remove_cgroups(root: &Path, ours: &dyn Fn(&str) -> bool) {
 /// Directories below `dir` whose name is `ours`, and all below those, the innermost first.
 fn find(dir: &Path, ours: &dyn Fn(&str) -> bool, depth: usize, found: &mut Vec<PathBuf>) {
     // Hierarchies of version 1 have links to each other at the top.
-    let dirs = fs::read_dir(dir).into_iter().flatten().flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir()));
+    let dirs = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()));
     for path in dirs.map(|e| e.path()) {
         let is_ours = ours(&name(&path));
         if depth > 0 {
@@ -205,8 +228,13 @@ mod tests {
 
     #[test]
     fn shims_are_known_by_their_arguments() {
-        let line = |program: &str| format!("{program}\0-namespace\0ns\0-id\0shipway-1-x\0-address\0/run/c.sock\0");
-        assert_eq!(shim_id(&line("/usr/bin/containerd-shim-runc-v2"), "ns").as_deref(), Some("shipway-1-x"));
+        let line = |program: &str| {
+            format!("{program}\0-namespace\0ns\0-id\0shipway-1-x\0-address\0/run/c.sock\0")
+        };
+        assert_eq!(
+            shim_id(&line("/usr/bin/containerd-shim-runc-v2"), "ns").as_deref(),
+            Some("shipway-1-x")
+        );
         assert_eq!(shim_id(&line("/usr/bin/containerd-shim-runc-v2"), "other"), None);
         assert_eq!(shim_id(&line("/bin/grep"), "ns"), None);
         assert_eq!(shim_id("", "ns"), None);
@@ -219,8 +247,20 @@ mod tests {
         let bundle = state.path().join("io.containerd.runtime.v2.task/ns/shipway-1-x");
         fs::create_dir_all(&bundle).unwrap();
         let mut command = std::process::Command::new("sh");
-        command.arg0("containerd-shim-runc-v2").args(["-c", "echo up; read end", "-namespace", "ns", "-id", "shipway-1-x"]);
-        let mut fake = command.current_dir(&bundle).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        command.arg0("containerd-shim-runc-v2").args([
+            "-c",
+            "echo up; read end",
+            "-namespace",
+            "ns",
+            "-id",
+            "shipway-1-x",
+        ]);
+        let mut fake = command
+            .current_dir(&bundle)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
         fake.stdout.take().unwrap().read_exact(&mut [0; 3]).unwrap();
         let pid = i32::try_from(fake.id()).unwrap();
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap();
@@ -235,7 +275,11 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         let bundle = state.path().join("a");
         fs::create_dir(&bundle).unwrap();
-        let mut process = std::process::Command::new("cat").current_dir(&bundle).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let mut process = std::process::Command::new("cat")
+            .current_dir(&bundle)
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
         let link = || fs::read_link(format!("/proc/{}/cwd", process.id())).unwrap();
         assert_eq!(before_removal(link()), bundle);
         fs::remove_dir(&bundle).unwrap();
@@ -247,24 +291,47 @@ mod tests {
 
     #[test]
     fn a_shim_is_roots_and_sits_in_its_bundle() {
-        assert!(is_roots("Name:\tx\nUid:\t0\t0\t0\t0\n") && !is_roots("Uid:\t1000\t0\t0\t0\n") && !is_roots(""));
+        assert!(
+            is_roots("Name:\tx\nUid:\t0\t0\t0\t0\n")
+                && !is_roots("Uid:\t1000\t0\t0\t0\n")
+                && !is_roots("")
+        );
         let at = |path: &str| is_bundle(Path::new(path), "ns", "a");
-        assert!(at("/run/containerd/io.containerd.runtime.v2.task/ns/a") && at("/x/io.containerd.sandbox.controller.v1.shim/ns/a"));
+        assert!(
+            at("/run/containerd/io.containerd.runtime.v2.task/ns/a")
+                && at("/x/io.containerd.sandbox.controller.v1.shim/ns/a")
+        );
         assert!(at("/run/containerd/io.containerd.runtime.v2.task/ns/.a"));
-        assert!(!at("/tmp/ns/a") && !at("/run/containerd/io.containerd.runtime.v2.task/other/a") && !at("/"));
+        assert!(
+            !at("/tmp/ns/a")
+                && !at("/run/containerd/io.containerd.runtime.v2.task/other/a")
+                && !at("/")
+        );
     }
 
     #[test]
     fn directories_of_ours_are_found_innermost_first() {
         let root = tempfile::tempdir().unwrap();
-        for dir in ["cpu/ns/shipway-1-a/init", "cpu/ns/shipway-2-b", "memory/deep/er/shipway-1-c.scope"] {
+        for dir in
+            ["cpu/ns/shipway-1-a/init", "cpu/ns/shipway-2-b", "memory/deep/er/shipway-1-c.scope"]
+        {
             fs::create_dir_all(root.path().join(dir)).unwrap();
         }
         let mut found = Vec::new();
         find(root.path(), &|name| name.contains("shipway-1-"), CGROUP_DEPTH, &mut found);
-        let mut found: Vec<_> = found.iter().map(|p| p.strip_prefix(root.path()).unwrap().display().to_string()).collect();
-        assert!(found.iter().position(|p| p.ends_with("init")) < found.iter().position(|p| p.ends_with("-a")), "{found:?}");
+        let mut found: Vec<_> = found
+            .iter()
+            .map(|p| p.strip_prefix(root.path()).unwrap().display().to_string())
+            .collect();
+        assert!(
+            found.iter().position(|p| p.ends_with("init"))
+                < found.iter().position(|p| p.ends_with("-a")),
+            "{found:?}"
+        );
         found.sort();
-        assert_eq!(found, ["cpu/ns/shipway-1-a", "cpu/ns/shipway-1-a/init", "memory/deep/er/shipway-1-c.scope"]);
+        assert_eq!(
+            found,
+            ["cpu/ns/shipway-1-a", "cpu/ns/shipway-1-a/init", "memory/deep/er/shipway-1-c.scope"]
+        );
     }
 }

@@ -12,7 +12,9 @@ use super::{
 };
 use crate::network::Lease;
 use bytes::Bytes;
-use shipway_executor::{Control, ExecMount, ExitStatus, NetworkMode, ProcessSpec, RootFs, Wires, set_variables, spec};
+use shipway_executor::{
+    Control, ExecMount, ExitStatus, NetworkMode, ProcessSpec, RootFs, Wires, set_variables, spec,
+};
 use shipway_fault::{Class, Code, Context, Fault, Result};
 use shipway_gocompat::path::rooted;
 use std::{convert::Infallible, num::NonZero, sync::Arc, time::Duration};
@@ -30,7 +32,8 @@ const KILLS: usize = 10;
 
 pub(super) type Answer = oneshot::Sender<Result<ExitStatus>>;
 
-/// Runs `process` and answers; returns when nothing is left of it. Kills it when nobody waits for the answer any more.
+/// Runs `process` and answers; returns when nothing is left of it. Kills it when nobody waits for
+/// the answer any more.
 pub(super) async fn supervise(
     inner: Arc<Inner>,
     process: ProcessSpec,
@@ -47,7 +50,9 @@ pub(super) async fn supervise(
     let Some(starting) = inner.starts.one(&mut answer).await else { return };
     let mut slot = inner.shims.take();
     let mut parts = Parts { prepared: None, netns: None, created: false };
-    let mut result = run(&inner, &process, &root, mounts, wires, (&mut slot, starting), &mut parts, &mut answer).await;
+    let mut result =
+        run(&inner, &process, &root, mounts, wires, (&mut slot, starting), &mut parts, &mut answer)
+            .await;
     if let Err(e) = parts.restore().await {
         result = result.and(Err(e));
     }
@@ -64,12 +69,15 @@ pub(super) async fn supervise(
     drop(cleaning);
 }
 
-/// Processes that may be started at the same time: more than the machine has processors for would each want a shim of its own and take as long.
+/// Processes that may be started at the same time: more than the machine has processors for would
+/// each want a shim of its own and take as long.
 pub(super) struct Starts(Arc<Semaphore>);
 
 impl Default for Starts {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(2 * std::thread::available_parallelism().map_or(1, NonZero::get))))
+        Self(Arc::new(Semaphore::new(
+            2 * std::thread::available_parallelism().map_or(1, NonZero::get),
+        )))
     }
 }
 
@@ -95,14 +103,20 @@ impl Parts {
     /// What the process has to know of its network.
     fn variables(&self, process: &ProcessSpec) -> Vec<String> {
         let proxy = self.netns.iter().flat_map(Lease::variables);
-        let trust = self.prepared.iter().filter_map(|p| p.trust.as_ref()).flat_map(|t| t.environment(&process.env));
+        let trust = self
+            .prepared
+            .iter()
+            .filter_map(|p| p.trust.as_ref())
+            .flat_map(|t| t.environment(&process.env));
         proxy.chain(trust).collect()
     }
 
     /// Takes out of the root filesystem what was put there for the process, before anybody else
     /// sees it.
     async fn restore(&mut self) -> Result<()> {
-        let Some(trust) = self.prepared.as_mut().and_then(|p| p.trust.take()) else { return Ok(()) };
+        let Some(trust) = self.prepared.as_mut().and_then(|p| p.trust.take()) else {
+            return Ok(());
+        };
         tokio::task::spawn_blocking(move || trust.restore())
             .await
             .map_err(|e| Fault::internal(format!("restore a root filesystem: {e}")))?
@@ -127,7 +141,10 @@ async fn clean_up(inner: &Arc<Inner>, id: &str, parts: Parts, reusable: bool, sl
 }
 
 pub(super) fn check_id(id: &str) -> Result<()> {
-    let good = !id.is_empty() && id.len() <= 76 && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') && !id.starts_with('-');
+    let good = !id.is_empty()
+        && id.len() <= 76
+        && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+        && !id.starts_with('-');
     if good { Ok(()) } else { Err(Fault::internal(format!("{id:?} is no id for a container"))) }
 }
 
@@ -139,19 +156,30 @@ pub(super) fn cgroups_path(inner: &Inner, process: &ProcessSpec) -> String {
     }
 }
 
-/// The cgroup of container `id` below `parent`, as the runtime takes it: a path, or `slice:prefix:name` where systemd
-/// makes the cgroups or the parent is written so (row `exec.cgroupparent`).
+/// The cgroup of container `id` below `parent`, as the runtime takes it: a path, or
+/// `slice:prefix:name` where systemd makes the cgroups or the parent is written so (row
+/// `exec.cgroupparent`).
 fn cgroup_below(parent: &str, id: &str, systemd: bool) -> String {
     match parent {
         p if p.contains(".slice") && p.ends_with(':') => format!("{p}{id}"),
-        p if systemd => format!("{}:shipway:{id}", p.trim_matches('/').rsplit('/').next().unwrap_or("system.slice")),
+        p if systemd => format!(
+            "{}:shipway:{id}",
+            p.trim_matches('/').rsplit('/').next().unwrap_or("system.slice")
+        ),
         p => rooted(&format!("{p}/buildkit/{id}")),
     }
 }
 
 /// The runtime specification of a prepared process.
-fn specification(inner: &Inner, process: &ProcessSpec, root: &RootFs, slot: &Slot, parts: &Parts) -> Result<Vec<u8>> {
-    let prepared = parts.prepared.as_ref().ok_or_else(|| Fault::internal("a process was not prepared"))?;
+fn specification(
+    inner: &Inner,
+    process: &ProcessSpec,
+    root: &RootFs,
+    slot: &Slot,
+    parts: &Parts,
+) -> Result<Vec<u8>> {
+    let prepared =
+        parts.prepared.as_ref().ok_or_else(|| Fault::internal("a process was not prepared"))?;
     let around = spec::Surroundings {
         cgroups_path: cgroups_path(inner, process),
         netns: parts.netns.as_ref().map(|l| l.path().display().to_string()),
@@ -167,7 +195,13 @@ fn specification(inner: &Inner, process: &ProcessSpec, root: &RootFs, slot: &Slo
         .map_err(|e| Fault::internal(format!("write the runtime specification: {e}")))
 }
 
-async fn create_container(inner: &Inner, process: &ProcessSpec, root: &RootFs, slot: &Slot, parts: &Parts) -> Result<()> {
+async fn create_container(
+    inner: &Inner,
+    process: &ProcessSpec,
+    root: &RootFs,
+    slot: &Slot,
+    parts: &Parts,
+) -> Result<()> {
     let spec = specification(inner, process, root, slot, parts)?;
     let snapshot = root.snapshot.as_ref().map(|s| s.0.as_str());
     inner.api.create_container(&process.id, spec, snapshot, slot.sandbox().as_deref()).await
@@ -187,18 +221,32 @@ async fn run(
     let prepared = {
         let (inner, process, root) = (inner.clone(), process.clone(), root.clone());
         let (outlet, input) = (wires.output.clone(), wires.input.is_some());
-        tokio::task::spawn_blocking(move || prepare::prepare(&inner, &process, &root, &mounts, (&outlet, input)))
+        tokio::task::spawn_blocking(move || {
+            prepare::prepare(&inner, &process, &root, &mounts, (&outlet, input))
+        })
     };
-    let (prepared, netns) = tokio::join!(prepared, inner.network.lease(process.network, process.proxy.as_ref()));
+    let (prepared, netns) =
+        tokio::join!(prepared, inner.network.lease(process.network, process.proxy.as_ref()));
     // Both are kept before either's failure is told, so that both are cleaned up.
-    let prepared = prepared.map_err(|e| Fault::internal(format!("prepare a process: {e}")))?.map(|p| parts.prepared = Some(p));
+    let prepared = prepared
+        .map_err(|e| Fault::internal(format!("prepare a process: {e}")))?
+        .map(|p| parts.prepared = Some(p));
     parts.netns = netns.context(|| "set up the network of a step")?;
     prepared?;
 
     let id = process.id.as_str();
     create_container(inner, process, root, slot, parts).await?;
-    let mut stdio = parts.prepared.as_mut().and_then(|p| p.stdio.take()).ok_or_else(|| Fault::internal("a process has no output"))?;
-    let fifos = Stdio { stdin: stdio.stdin(), stdout: Some(stdio.stdout()), stderr: stdio.stderr(), terminal: process.tty };
+    let mut stdio = parts
+        .prepared
+        .as_mut()
+        .and_then(|p| p.stdio.take())
+        .ok_or_else(|| Fault::internal("a process has no output"))?;
+    let fifos = Stdio {
+        stdin: stdio.stdin(),
+        stdout: Some(stdio.stdout()),
+        stderr: stdio.stderr(),
+        terminal: process.tty,
+    };
     let mut created = inner.api.create_task(id, &root.mounts, fifos).await;
     if created.is_err() && slot.sandbox().is_some() && !inner.shims.lives(slot).await {
         // Somebody killed the warm shim: the process has not begun, and another shim will do.
@@ -264,7 +312,11 @@ pub(super) async fn start(
     if let Err(e) = inner.api.start(place).await {
         exit.abort();
         // The task was there a moment ago, and a program that is not there is told in other words.
-        return Err(if e.is_not_found() && !e.message().contains(EXEC) { lost(place, &e) } else { explain(e) });
+        return Err(if e.is_not_found() && !e.message().contains(EXEC) {
+            lost(place, &e)
+        } else {
+            explain(e)
+        });
     }
     stdio.opened();
     on_start();
@@ -342,7 +394,8 @@ fn explain(fault: Fault) -> Fault {
     let text = fault.message();
     let Some(at) = text.find(EXEC) else { return fault };
     let message = text[at..].trim_end_matches(": unknown").to_owned();
-    let missing = message.contains("executable file not found") || message.contains("no such file or directory");
+    let missing = message.contains("executable file not found")
+        || message.contains("no such file or directory");
     let code = if missing { Code::NotFound } else { Code::Unknown };
     Fault::new(code, message).with_class(Class::User).with_code(Code::Unknown)
 }

@@ -1,5 +1,6 @@
-//! Owns records of sandboxes. A container of a sandbox runs in the shim of the task that has the sandbox's name, and containerd (2.0 and newer)
-//! neither starts the shim's program for its beginning and its end nor runs the runtime once more to clean up: a third of a trivial step's
+//! Owns records of sandboxes. A container of a sandbox runs in the shim of the task that has the
+//! sandbox's name, and containerd (2.0 and newer) neither starts the shim's program for its
+//! beginning and its end nor runs the runtime once more to clean up: a third of a trivial step's
 //! processor time.
 
 use super::api::{OWNER, TaskApi};
@@ -12,7 +13,8 @@ use shipway_fault::{Code, Result};
 use std::collections::HashMap;
 use tonic::transport::Channel;
 
-/// Namespace of Kubernetes: in containerd 2.0 its CRI service does not start when it finds a sandbox that it did not make.
+/// Namespace of Kubernetes: in containerd 2.0 its CRI service does not start when it finds a
+/// sandbox that it did not make.
 const CRI_NAMESPACE: &str = "k8s.io";
 /// Runtimes whose shim serves several containers.
 const SHARED: &str = ".runc.";
@@ -30,7 +32,10 @@ impl TaskApi {
             }
             let mut client = api::version_client::VersionClient::new(self.connection.control());
             let Ok(request) = self.connection.request(()) else { return false };
-            let answer = self.connection.call(|| "ask for the version".into(), deadline::QUICK, client.version(request)).await;
+            let answer = self
+                .connection
+                .call(|| "ask for the version".into(), deadline::QUICK, client.version(request))
+                .await;
             answer.is_ok_and(|v| major(&v.version) >= 2)
         });
         *known.await
@@ -40,20 +45,32 @@ impl TaskApi {
     pub(super) async fn create_sandbox(&self, id: &str) -> Result<()> {
         let sandbox = types::Sandbox {
             sandbox_id: id.to_owned(),
-            runtime: Some(types::sandbox::Runtime { name: self.runtime.name.clone(), options: None }),
+            runtime: Some(types::sandbox::Runtime {
+                name: self.runtime.name.clone(),
+                options: None,
+            }),
             labels: HashMap::from([(OWNER.to_owned(), self.owner.clone())]),
             ..Default::default()
         };
-        let request = self.connection.request(api::sandbox::StoreCreateRequest { sandbox: Some(sandbox) })?;
+        let request =
+            self.connection.request(api::sandbox::StoreCreateRequest { sandbox: Some(sandbox) })?;
         let mut client = self.sandboxes();
-        self.connection.call(|| format!("create sandbox {id}"), deadline::QUICK, client.create(request)).await.map(drop)
+        self.connection
+            .call(|| format!("create sandbox {id}"), deadline::QUICK, client.create(request))
+            .await
+            .map(drop)
     }
 
     /// Deletes the record of a sandbox. No such sandbox is no error.
     pub(super) async fn delete_sandbox(&self, id: &str) -> Result<()> {
-        let request = self.connection.request(api::sandbox::StoreDeleteRequest { sandbox_id: id.to_owned() })?;
+        let request = self
+            .connection
+            .request(api::sandbox::StoreDeleteRequest { sandbox_id: id.to_owned() })?;
         let mut client = self.sandboxes();
-        let done = self.connection.call(|| format!("delete sandbox {id}"), deadline::QUICK, client.delete(request)).await;
+        let done = self
+            .connection
+            .call(|| format!("delete sandbox {id}"), deadline::QUICK, client.delete(request))
+            .await;
         done.map(drop).or_else(super::api::gone)
     }
 
@@ -62,9 +79,14 @@ impl TaskApi {
         if !self.has_sandboxes().await {
             return Ok(Vec::new());
         }
-        let request = self.connection.request(api::sandbox::StoreListRequest { filters: Vec::new() })?;
+        let request =
+            self.connection.request(api::sandbox::StoreListRequest { filters: Vec::new() })?;
         let mut client = self.sandboxes();
-        let answer = match self.connection.call(|| "list sandboxes".into(), deadline::QUICK, client.list(request)).await {
+        let answer = match self
+            .connection
+            .call(|| "list sandboxes".into(), deadline::QUICK, client.list(request))
+            .await
+        {
             // The service may be turned off, and then there was never one of ours.
             Err(e) if e.code() == Code::Unimplemented => return Ok(Vec::new()),
             answer => answer?,
@@ -86,7 +108,9 @@ mod tests {
 
     #[test]
     fn versions_begin_with_their_major_number() {
-        for (version, number) in [("v2.1.9", 2), ("1.6.20~ds1", 1), ("2.0.0-rc.1", 2), ("", 0), ("next", 0)] {
+        for (version, number) in
+            [("v2.1.9", 2), ("1.6.20~ds1", 1), ("2.0.0-rc.1", 2), ("", 0), ("next", 0)]
+        {
             assert_eq!(major(version), number, "{version}");
         }
     }

@@ -1,9 +1,11 @@
-//! Owns warm shims: starting a shim is about half of a trivial step's cost, so a shim serves one process after another.
+//! Owns warm shims: starting a shim is about half of a trivial step's cost, so a shim serves one
+//! process after another.
 //!
-//! The runc shim serves all containers of a group and lives while one of them exists. A slot is a group of ours with a *keeper* in it: a
-//! container whose process was killed before it began, which holds no memory. A process takes a free slot or makes one; it never shares one
-//! at a time, because a shim creates its containers one by one. Where containerd knows sandboxes, the keeper's is one, and processes are its
-//! containers (`sandboxes` tells why).
+//! The runc shim serves all containers of a group and lives while one of them exists. A slot is a
+//! group of ours with a *keeper* in it: a container whose process was killed before it began, which
+//! holds no memory. A process takes a free slot or makes one; it never shares one at a time,
+//! because a shim creates its containers one by one. Where containerd knows sandboxes, the keeper's
+//! is one, and processes are its containers (`sandboxes` tells why).
 
 use super::{
     Busy,
@@ -65,7 +67,10 @@ impl Slot {
 impl Shims {
     pub(super) fn new(api: TaskApi, busy: Busy, mark: &str) -> Self {
         // Two lives of a daemon must not meet in one group: the old one's shims are being swept.
-        let life = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let life = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_nanos();
         let prefix = format!("{mark}{:x}", life as u64 ^ (u64::from(std::process::id()) << 40));
         Self { api, busy, prefix, made: AtomicU64::new(0), idle: Mutex::default() }
     }
@@ -130,7 +135,8 @@ impl Shims {
 
     async fn make_keeper(&self, slot: &Slot) -> Result<()> {
         let id = slot.keeper_id();
-        // A runtime looks its program up before it waits for the start; its own binary is always there.
+        // A runtime looks its program up before it waits for the start; its own binary is always
+        // there.
         let spec = json!({
             "ociVersion": "1.0.2",
             "process": { "user": { "uid": 0, "gid": 0 }, "args": ["/proc/self/exe"], "cwd": "/" },
@@ -142,8 +148,14 @@ impl Shims {
             },
             "annotations": { GROUP_ANNOTATION: slot.group },
         });
-        // What a runtime makes in the root would stay in containerd's state for ever, which removes empty directories only: a mount goes with it all.
-        let root = Mount { kind: "tmpfs".into(), source: "tmpfs".into(), target: String::new(), options: vec!["size=64k".into()] };
+        // What a runtime makes in the root would stay in containerd's state for ever, which removes
+        // empty directories only: a mount goes with it all.
+        let root = Mount {
+            kind: "tmpfs".into(),
+            source: "tmpfs".into(),
+            target: String::new(),
+            options: vec!["size=64k".into()],
+        };
         self.api.create_container(&id, spec.to_string().into_bytes(), None, None).await?;
         self.api.create_task(&id, &[root], Stdio::default()).await?;
         self.api.kill(&id).await
@@ -172,7 +184,8 @@ impl Shims {
         let guard = self.busy.enter();
         let old: Vec<Arc<Slot>> = {
             let mut idle = self.idle();
-            let (old, young) = idle.drain(..).partition(|(since, _)| age.is_none_or(|a| since.elapsed() >= a));
+            let (old, young) =
+                idle.drain(..).partition(|(since, _)| age.is_none_or(|a| since.elapsed() >= a));
             *idle = young;
             let old: Vec<(Instant, Arc<Slot>)> = old;
             old.into_iter().map(|(_, slot)| slot).collect()

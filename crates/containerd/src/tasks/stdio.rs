@@ -17,7 +17,8 @@ use tokio::{
 
 const CHUNK: usize = 64 << 10;
 
-/// Names of one process's FIFOs and what it is given of them; a container's processes share a directory.
+/// Names of one process's FIFOs and what it is given of them; a container's processes share a
+/// directory.
 #[derive(Clone, Copy)]
 pub(super) struct Shape<'a> {
     pub(super) prefix: &'a str,
@@ -49,7 +50,8 @@ pub(super) struct Stdio {
 }
 
 fn make_fifo(path: &Path) -> Result<()> {
-    rustix::fs::mknodat(rustix::fs::CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).map_err(|e| broken(path)(e.into()))
+    rustix::fs::mknodat(rustix::fs::CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0)
+        .map_err(|e| broken(path)(e.into()))
 }
 
 fn broken(path: &Path) -> impl Fn(std::io::Error) -> Fault {
@@ -117,7 +119,8 @@ impl Stdio {
         self.input.as_mut()?.writer.take()
     }
 
-    /// Reads to the end, which a process that escaped its container could put off: not longer than `limit`.
+    /// Reads to the end, which a process that escaped its container could put off: not longer than
+    /// `limit`.
     pub(super) async fn drain(mut self, limit: Duration) {
         self.opened();
         self.input = None;
@@ -140,9 +143,11 @@ async fn copy(mut from: pipe::Receiver, stream: Stream, outlet: Outlet) {
     loop {
         match from.read(&mut buffer).await {
             Ok(0) | Err(_) => return,
-            // What nobody takes is read all the same: the process must not wait for us. The copy is of the size of what was read, so
-            // that whoever keeps it does not keep the buffer.
-            Ok(n) => drop(outlet.put(Output { stream, bytes: Bytes::copy_from_slice(&buffer[..n]) }).await),
+            // What nobody takes is read all the same: the process must not wait for us. The copy is
+            // of the size of what was read, so that whoever keeps it does not keep the buffer.
+            Ok(n) => drop(
+                outlet.put(Output { stream, bytes: Bytes::copy_from_slice(&buffer[..n]) }).await,
+            ),
         }
     }
 }
@@ -161,7 +166,8 @@ mod tests {
         let (sender, receiver) = mpsc::channel(1);
         let feeding = tokio::spawn(feed(receiver, writer));
         // The shim and the process: what is read is written.
-        let mut theirs = pipe::OpenOptions::new().open_receiver(stdio.stdin().expect("an input")).expect("open");
+        let mut theirs =
+            pipe::OpenOptions::new().open_receiver(stdio.stdin().expect("an input")).expect("open");
         let mut out = pipe::OpenOptions::new().open_sender(stdio.stdout()).expect("open");
         sender.send(Bytes::from_static(b"hello")).await.expect("send");
         let mut bytes = [0; 5];

@@ -1,5 +1,6 @@
-//! Owns the removal of what an earlier life left, or what a call that failed did: containers by label, network namespaces, directories and mounts by
-//! place, and by name what containerd itself lost.
+//! Owns the removal of what an earlier life left, or what a call that failed did: containers by
+//! label, network namespaces, directories and mounts by place, and by name what containerd itself
+//! lost.
 
 use super::{Inner, prepare::remove_flat, remains};
 use futures::StreamExt;
@@ -18,9 +19,11 @@ const AT_ONCE: usize = 8;
 /// How long shims are given to end what they run.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Removes it all; fails if a container resists, because its snapshot would too. No process of this life may run meanwhile.
+/// Removes it all; fails if a container resists, because its snapshot would too. No process of this
+/// life may run meanwhile.
 pub(super) async fn sweep(inner: &Inner) -> Result<()> {
-    // A shim that opens an output which nobody reads waits for a reader, and everything else waits for the shim.
+    // A shim that opens an output which nobody reads waits for a reader, and everything else waits
+    // for the shim.
     let runs = inner.config.root.join("run");
     let outputs = tokio::task::spawn_blocking(move || outputs(&runs)).await.unwrap_or_default();
     let destroyed = containers(inner).await;
@@ -51,20 +54,26 @@ pub(super) async fn containers(inner: &Inner) -> Result<()> {
                 if delete { inner.api.delete_container(&id).await } else { Ok(()) }
             }
         };
-        futures::stream::iter(ids.iter().map(one).collect::<Vec<_>>()).buffer_unordered(AT_ONCE).collect::<Vec<Result<()>>>()
+        futures::stream::iter(ids.iter().map(one).collect::<Vec<_>>())
+            .buffer_unordered(AT_ONCE)
+            .collect::<Vec<Result<()>>>()
     };
     let on_host = |work: fn(&str, &str)| {
         let (namespace, mark) = (inner.api.namespace().to_owned(), inner.mark.clone());
         tokio::task::spawn_blocking(move || work(&namespace, &mark))
     };
-    // Records go last: with them containerd would forget where the tasks are that it is still making.
+    // Records go last: with them containerd would forget where the tasks are that it is still
+    // making.
     let mut tasks = std::pin::pin!(each(false));
     if tokio::time::timeout(PATIENCE, &mut tasks).await.is_err() {
-        // A shim whose creation of a container was cut off may wait for ten seconds for output that cannot come.
+        // A shim whose creation of a container was cut off may wait for ten seconds for output that
+        // cannot come.
         let _ = on_host(remains::end_shims).await;
         let _ = tasks.await;
     }
-    on_host(remains::remove).await.map_err(|e| Fault::internal(format!("remove what is left of containers: {e}")))?;
+    on_host(remains::remove)
+        .await
+        .map_err(|e| Fault::internal(format!("remove what is left of containers: {e}")))?;
     each(true).await.into_iter().collect::<Result<()>>()?;
     for sandbox in inner.api.our_sandboxes().await? {
         inner.api.delete_sandbox(&sandbox).await?;
@@ -74,16 +83,25 @@ pub(super) async fn containers(inner: &Inner) -> Result<()> {
 
 /// The reading ends of all outputs in `dir`.
 fn outputs(dir: &Path) -> Vec<OwnedFd> {
-    let below = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path()).collect::<Vec<_>>();
+    let below = |dir: &Path| {
+        std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path()).collect::<Vec<_>>()
+    };
     let files = below(dir).into_iter().flat_map(|d| below(&d));
-    let fifos = files.filter(|f| std::fs::symlink_metadata(f).is_ok_and(|m| m.file_type().is_fifo()));
-    fifos.filter_map(|f| rustix::fs::open(&f, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()).ok()).collect()
+    let fifos =
+        files.filter(|f| std::fs::symlink_metadata(f).is_ok_and(|m| m.file_type().is_fifo()));
+    fifos
+        .filter_map(|f| {
+            rustix::fs::open(&f, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
+                .ok()
+        })
+        .collect()
 }
 
 /// Unmounts everything at and below `dir`, the innermost first.
 pub(crate) fn unmount_below(dir: &Path) {
     let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut places: Vec<PathBuf> = table.lines().filter_map(mount_point).filter(|p| p.starts_with(dir)).collect();
+    let mut places: Vec<PathBuf> =
+        table.lines().filter_map(mount_point).filter(|p| p.starts_with(dir)).collect();
     places.reverse();
     for place in places {
         let flags = rustix::mount::UnmountFlags::DETACH | rustix::mount::UnmountFlags::NOFOLLOW;
@@ -96,7 +114,11 @@ pub(crate) fn unmount_below(dir: &Path) {
 /// The mount point in a line of `mountinfo`, where blanks are written in octal.
 fn mount_point(line: &str) -> Option<PathBuf> {
     let field = line.split(' ').nth(4)?;
-    let plain = field.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\");
+    let plain = field
+        .replace("\\040", " ")
+        .replace("\\011", "\t")
+        .replace("\\012", "\n")
+        .replace("\\134", "\\");
     Some(plain.into())
 }
 

@@ -1,4 +1,5 @@
-//! What those are told who ask for columns: the place of every violation and mistake as `line:column text`, and what to do.
+//! What those are told who ask for columns: the place of every violation and mistake as
+//! `line:column text`, and what to do.
 
 use crate::support::Case;
 use serde_json::Value;
@@ -11,27 +12,41 @@ fn marked(text: &str, location: &Value) -> String {
     match ranges.iter().find(|r| number(&r["end"]["character"]) > 0) {
         None => ranges.iter().map(|r| r["start"]["line"].to_string()).collect::<Vec<_>>().join(","),
         Some(range) => {
-            let (from, to) = (number(&range["start"]["character"]), number(&range["end"]["character"]));
+            let (from, to) =
+                (number(&range["start"]["character"]), number(&range["end"]["character"]));
             let line = text.lines().nth(number(&range["start"]["line"]) - 1).unwrap();
-            format!("{}:{from} {}", range["start"]["line"], line.chars().skip(from).take(to - from).collect::<String>())
+            format!(
+                "{}:{from} {}",
+                range["start"]["line"],
+                line.chars().skip(from).take(to - from).collect::<String>()
+            )
         }
     }
 }
 
 /// The answer to a check of `text`: a line for every violation, then one for every mistake.
 async fn answer(text: &str, more: &str) -> Vec<String> {
-    let case = Case::parse(&format!("-- opts --\nrequestid=frontend.lint\nsource-columns=true\n-- Dockerfile --\n{text}{more}"));
+    let case = Case::parse(&format!(
+        "-- opts --\nrequestid=frontend.lint\nsource-columns=true\n-- Dockerfile --\n{text}{more}"
+    ));
     let images = r#"{"docker.io/library/busybox:latest": {"os": "linux", "architecture": "amd64"}, "docker.io/library/other:latest": {"os": "linux", "architecture": "s390x", "history": [{"created_by": "x"}]},
         "docker.io/library/triggers:latest": {"os": "linux", "architecture": "amd64", "config": {"OnBuild": ["CMD a", "COPY --from=9 a b"]}}}"#;
     let (_, result) = case.build(images).await;
     let answer: Value = serde_json::from_slice(&result.unwrap().metadata["result.json"]).unwrap();
     let list = |name: &str| answer[name].as_array().cloned().unwrap_or_default();
     let warning = |w: &Value| {
-        let replacement = w["fix"]["replacement"].as_str().map(|r| format!(" -> {r}")).unwrap_or_default();
+        let replacement =
+            w["fix"]["replacement"].as_str().map(|r| format!(" -> {r}")).unwrap_or_default();
         let rule = w["ruleName"].as_str().unwrap();
-        format!("{rule} {}{replacement} | {}", marked(text, &w["location"]), w["fix"]["advice"].as_str().unwrap())
+        format!(
+            "{rule} {}{replacement} | {}",
+            marked(text, &w["location"]),
+            w["fix"]["advice"].as_str().unwrap()
+        )
     };
-    let error = |e: &Value| format!("error {} | {}", marked(text, &e["location"]), e["message"].as_str().unwrap());
+    let error = |e: &Value| {
+        format!("error {} | {}", marked(text, &e["location"]), e["message"].as_str().unwrap())
+    };
     list("warnings").iter().map(warning).chain(list("errors").iter().map(error)).collect()
 }
 
@@ -41,7 +56,11 @@ async fn check(text: &str, want: &[&str]) {
 
 #[tokio::test]
 async fn violations_are_pointed_at() {
-    check("FROM busybox\nCMD one two", &["JSONArgsRecommended 2:4 one two -> [\"one\", \"two\"] | write [\"one\", \"two\"]"]).await;
+    check(
+        "FROM busybox\nCMD one two",
+        &["JSONArgsRecommended 2:4 one two -> [\"one\", \"two\"] | write [\"one\", \"two\"]"],
+    )
+    .await;
     check(
         "FROM busybox\nENTRYPOINT exec $HOME/x",
         &["JSONArgsRecommended 2:11 exec $HOME/x | write ENTRYPOINT [\"executable\", \"argument\"], or say which shell is meant with SHELL"],
@@ -61,20 +80,39 @@ async fn violations_are_pointed_at() {
         ],
     )
     .await;
-    check("FROM busybox\nRUN a\nWORKDIR rel", &["WorkdirRelativePath 3:8 rel | begin with an absolute path, such as WORKDIR /rel"]).await;
     check(
-        "FROM busybox\nENV FOO=1\nLABEL a=$OOPS \\\n  b=${FO}",
-        &["UndefinedVar 3:9 OOPS | declare it in this stage with ARG OOPS or ENV OOPS=…", "UndefinedVar 4:6 FO -> FOO | did you mean FOO?"],
+        "FROM busybox\nRUN a\nWORKDIR rel",
+        &["WorkdirRelativePath 3:8 rel | begin with an absolute path, such as WORKDIR /rel"],
     )
     .await;
-    check("FROM busybox\nENV a b c", &["LegacyKeyValueFormat 2:4 a b c -> a=\"b c\" | write a=\"b c\""]).await;
-    check("FROM busybox\nLABEL a $PATH", &["LegacyKeyValueFormat 2:6 a $PATH -> a=$PATH | write a=$PATH"]).await;
+    check(
+        "FROM busybox\nENV FOO=1\nLABEL a=$OOPS \\\n  b=${FO}",
+        &[
+            "UndefinedVar 3:9 OOPS | declare it in this stage with ARG OOPS or ENV OOPS=…",
+            "UndefinedVar 4:6 FO -> FOO | did you mean FOO?",
+        ],
+    )
+    .await;
+    check(
+        "FROM busybox\nENV a b c",
+        &["LegacyKeyValueFormat 2:4 a b c -> a=\"b c\" | write a=\"b c\""],
+    )
+    .await;
+    check(
+        "FROM busybox\nLABEL a $PATH",
+        &["LegacyKeyValueFormat 2:6 a $PATH -> a=$PATH | write a=$PATH"],
+    )
+    .await;
     check(
         "FROM other",
         &["InvalidBaseImagePlatform 1:5 other | take an image for linux/amd64, or write FROM --platform=linux/s390x if that one is meant"],
     )
     .await;
-    check("FROM --platform=$TARGETPLATFORM busybox", &["RedundantTargetPlatform 1:5 --platform=$TARGETPLATFORM ->  | remove it"]).await;
+    check(
+        "FROM --platform=$TARGETPLATFORM busybox",
+        &["RedundantTargetPlatform 1:5 --platform=$TARGETPLATFORM ->  | remove it"],
+    )
+    .await;
     check(
         "FROM --platform=linux/amd64 busybox",
         &["FromPlatformFlagConstDisallowed 1:5 --platform=linux/amd64 | remove it, or write --platform=$BUILDPLATFORM for a stage that runs where the build does"],
@@ -93,8 +131,14 @@ async fn violations_are_pointed_at() {
         ],
     )
     .await;
-    let hidden = answer("FROM busybox\nCOPY ok a/secret /\n", "-- .dockerignore --\n# x\n**/secret\n").await;
-    assert_eq!(hidden, ["CopyIgnoredFile 2:8 a/secret | do not copy it, or change line 2 of .dockerignore: **/secret"]);
+    let hidden =
+        answer("FROM busybox\nCOPY ok a/secret /\n", "-- .dockerignore --\n# x\n**/secret\n").await;
+    assert_eq!(
+        hidden,
+        [
+            "CopyIgnoredFile 2:8 a/secret | do not copy it, or change line 2 of .dockerignore: **/secret"
+        ]
+    );
     check(
         "ARG V\nFROM busybox:$V\nCMD [\"x\"]",
         &[
@@ -103,7 +147,11 @@ async fn violations_are_pointed_at() {
         ],
     )
     .await;
-    check("FROM busybox\nRUN a \\\n\n b", &["NoEmptyContinuation 4 | remove the empty line, or begin it with #"]).await;
+    check(
+        "FROM busybox\nRUN a \\\n\n b",
+        &["NoEmptyContinuation 4 | remove the empty line, or begin it with #"],
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -158,11 +206,14 @@ async fn mistakes_are_pointed_at_all_of_them() {
 
 #[tokio::test]
 async fn builds_are_told_columns_too() {
-    let case = Case::parse("-- opts --\nsource-columns=true\n-- Dockerfile --\nFROM scratch\nENV A=1 \\\n  oops\n");
+    let case = Case::parse(
+        "-- opts --\nsource-columns=true\n-- Dockerfile --\nFROM scratch\nENV A=1 \\\n  oops\n",
+    );
     let (_, result) = case.build("{}").await;
     let fault = result.err().unwrap();
     let [Detail::Source { spans, .. }] = fault.details() else { panic!("{fault:?}") };
-    let shown: Vec<_> = spans.iter().map(|s| (s.start.line, s.start.character, s.end.character)).collect();
+    let shown: Vec<_> =
+        spans.iter().map(|s| (s.start.line, s.start.character, s.end.character)).collect();
     assert_eq!(shown, [(2, 0, 0), (3, 2, 6)]);
     assert_eq!(fault.hints().collect::<Vec<_>>(), ["quote a value that contains blanks"]);
 }

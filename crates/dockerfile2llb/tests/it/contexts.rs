@@ -4,9 +4,14 @@ use crate::support::Case;
 
 /// The line of the vertex that loads the git context, with `option` set.
 async fn load(option: &str) -> String {
-    let case = Case::parse(&format!("-- opts --\ncontext=https://h.io/a.git#main\n{option}\n-- Dockerfile --\nFROM scratch\nCOPY a /\n"));
+    let case = Case::parse(&format!(
+        "-- opts --\ncontext=https://h.io/a.git#main\n{option}\n-- Dockerfile --\nFROM scratch\nCOPY a /\n"
+    ));
     let all = case.run("{}").await;
-    all.lines().find(|l| l.contains("load git source")).unwrap_or_else(|| panic!("{all}")).to_owned()
+    all.lines()
+        .find(|l| l.contains("load git source"))
+        .unwrap_or_else(|| panic!("{all}"))
+        .to_owned()
 }
 
 #[tokio::test]

@@ -38,7 +38,8 @@ async fn missing_sources_are_pointed_at() {
     let case = Case::parse(&format!("-- opts --\nsource-columns=true\n{CASE}"));
     let (fake, result) = case.build("{}").await;
     let explain = result.unwrap().explain.unwrap();
-    let file = Arc::new(SourceFile { data: case.section("Dockerfile").into(), ..SourceFile::default() });
+    let file =
+        Arc::new(SourceFile { data: case.section("Dockerfile").into(), ..SourceFile::default() });
     for (line, message, want) in [
         (3, "\"/secret/key\": not found", (5, 15)),
         (4, "\"/src/mian.c\": not found", (5, 15)),
@@ -46,7 +47,8 @@ async fn missing_sources_are_pointed_at() {
         (5, "exit code: 1", (0, 0)),
     ] {
         let at = Position { line, character: 0 };
-        let detail = Detail::Source { file: file.clone(), spans: vec![Span { start: at, end: at }] };
+        let detail =
+            Detail::Source { file: file.clone(), spans: vec![Span { start: at, end: at }] };
         let told = explain.explain(&*fake, Fault::not_found(message).detail(detail)).await;
         let [Detail::Source { spans, .. }] = told.details() else { panic!("{told:?}") };
         assert_eq!((spans[0].start.character, spans[0].end.character), want, "{message}");
@@ -55,7 +57,12 @@ async fn missing_sources_are_pointed_at() {
 
 #[tokio::test]
 async fn missing_sources_are_explained() {
-    check(3, "\"/secret/key\": not found", &["secret/key of the build context is excluded by line 3 of .dockerignore: secret"]).await;
+    check(
+        3,
+        "\"/secret/key\": not found",
+        &["secret/key of the build context is excluded by line 3 of .dockerignore: secret"],
+    )
+    .await;
     check(
         4,
         "\"/src/mian.c\": not found",

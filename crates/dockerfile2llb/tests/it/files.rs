@@ -8,7 +8,8 @@ use shipway_llb::{Caps, Definition, Graph, Op};
 use shipway_oci::Platform;
 use std::{any::Any, collections::BTreeMap, sync::Arc};
 
-/// What a definition leads to: the files below the name of the client's directory that it reads, or those of the context.
+/// What a definition leads to: the files below the name of the client's directory that it reads, or
+/// those of the context.
 pub struct Files {
     files: Arc<BTreeMap<String, String>>,
     prefix: String,
@@ -16,14 +17,21 @@ pub struct Files {
 
 impl Files {
     /// Fails if the definition is wrong.
-    pub fn of(definition: &Definition, files: &Arc<BTreeMap<String, String>>) -> Result<Arc<dyn BuildRef>> {
-        let caps: Caps = shipway_llb::caps::LLB.iter().chain(shipway_llb::caps::LLB_MISSING).copied().collect();
+    pub fn of(
+        definition: &Definition,
+        files: &Arc<BTreeMap<String, String>>,
+    ) -> Result<Arc<dyn BuildRef>> {
+        let caps: Caps =
+            shipway_llb::caps::LLB.iter().chain(shipway_llb::caps::LLB_MISSING).copied().collect();
         let graph = Graph::decode(definition, &caps, &Platform::host())?;
         let local = graph.vertices.iter().find_map(|v| match &v.op {
             Op::Source(s) => s.identifier.strip_prefix("local://"),
             _ => None,
         });
-        let prefix = local.filter(|l| *l != "context" && *l != "dockerfile").map(|l| format!("{l}/")).unwrap_or_default();
+        let prefix = local
+            .filter(|l| *l != "context" && *l != "dockerfile")
+            .map(|l| format!("{l}/"))
+            .unwrap_or_default();
         Ok(Arc::new(Self { files: files.clone(), prefix }))
     }
 }
@@ -46,7 +54,8 @@ impl BuildRef for Files {
         match self.files.get(&format!("{}{path}", self.prefix)) {
             Some(text) => {
                 let bytes = Bytes::from(text.clone());
-                let (from, length) = range.map_or((0, 0), |(from, length)| (from as usize, length as usize));
+                let (from, length) =
+                    range.map_or((0, 0), |(from, length)| (from as usize, length as usize));
                 let from = from.min(bytes.len());
                 let end = if length == 0 { bytes.len() } else { bytes.len().min(from + length) };
                 Ok(bytes.slice(from..end))

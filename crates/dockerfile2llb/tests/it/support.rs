@@ -4,7 +4,9 @@ use crate::files::Files;
 use async_trait::async_trait;
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_fault::{Detail, Fault, Result, Span};
-use shipway_frontend::{Bridge, Frontend, FrontendResult, Options, SolveRequest, SourceMeta, SourceRequest, Warning};
+use shipway_frontend::{
+    Bridge, Frontend, FrontendResult, Options, SolveRequest, SourceMeta, SourceRequest, Warning,
+};
 use shipway_gocompat::quote;
 use shipway_llb::{Definition, GitFacts, ImageFacts, SourceFacts};
 use shipway_oci::{Digest, Platform};
@@ -54,7 +56,11 @@ impl Case {
     /// Runs the frontend.
     pub async fn build(&self, images: &str) -> (Arc<Fake>, Result<FrontendResult>) {
         let options = self.0.get("opts").map(String::as_str).unwrap_or_default();
-        let options = options.lines().filter_map(|l| l.split_once('=')).map(|(k, v)| (k.into(), v.into())).collect();
+        let options = options
+            .lines()
+            .filter_map(|l| l.split_once('='))
+            .map(|(k, v)| (k.into(), v.into()))
+            .collect();
         let fake = Arc::new(Fake {
             options,
             files: Arc::new(self.0.clone()),
@@ -79,8 +85,9 @@ fn tail(result: Result<FrontendResult>) -> String {
         }
         Ok(result) => {
             for (key, value) in &result.metadata {
-                let text =
-                    serde_json::from_slice(value).map(|v| sorted(&v)).unwrap_or_else(|_| String::from_utf8_lossy(value).trim().into());
+                let text = serde_json::from_slice(value)
+                    .map(|v| sorted(&v))
+                    .unwrap_or_else(|_| String::from_utf8_lossy(value).trim().into());
                 out += &format!("meta {key} {text}\n");
             }
             let refs: Vec<&str> = result.map.keys().map(String::as_str).collect();
@@ -96,11 +103,15 @@ fn sorted(value: &serde_json::Value) -> String {
     match value {
         Value::Object(map) => {
             let sorted: BTreeMap<_, _> = map.iter().collect();
-            let members: Vec<String> =
-                sorted.iter().map(|(k, v)| format!("{}:{}", serde_json::to_string(k).unwrap(), self::sorted(v))).collect();
+            let members: Vec<String> = sorted
+                .iter()
+                .map(|(k, v)| format!("{}:{}", serde_json::to_string(k).unwrap(), self::sorted(v)))
+                .collect();
             format!("{{{}}}", members.join(","))
         }
-        Value::Array(items) => format!("[{}]", items.iter().map(sorted).collect::<Vec<_>>().join(",")),
+        Value::Array(items) => {
+            format!("[{}]", items.iter().map(sorted).collect::<Vec<_>>().join(","))
+        }
         other => other.to_string(),
     }
 }
@@ -166,7 +177,10 @@ impl Bridge for Fake {
 
     async fn solve(&self, request: SolveRequest) -> Result<FrontendResult> {
         if !request.frontend.is_empty() {
-            return Err(Fault::unknown(format!("frontend {} of {}", request.frontend, request.options["source"])));
+            return Err(Fault::unknown(format!(
+                "frontend {} of {}",
+                request.frontend, request.options["source"]
+            )));
         }
         let Some(definition) = request.definition else {
             self.add("solve\n".into());
@@ -180,16 +194,29 @@ impl Bridge for Fake {
         let name = request.identifier.split_once("://").unwrap().1.to_owned();
         if request.git_objects {
             self.add(format!("resolve {} {}\n", request.identifier, quote(&request.log_name)));
-            let commit_object = "commit 1\0tree 1\ncommitter a b <a@b> 1700000000 +0100\n\nwhy\n".into();
+            let commit_object =
+                "commit 1\0tree 1\ncommitter a b <a@b> 1700000000 +0100\n\nwhy\n".into();
             let git = Some(GitFacts { commit_object, ..Default::default() });
-            return Ok(SourceMeta { facts: SourceFacts { git, ..Default::default() }, ..Default::default() });
+            return Ok(SourceMeta {
+                facts: SourceFacts { git, ..Default::default() },
+                ..Default::default()
+            });
         }
         let platform = request.platform.map(|p| p.to_string()).unwrap_or_default();
         self.add(format!("resolve {name} {platform} {}\n", quote(&request.log_name)));
-        let config = self.images.get(&format!("{name} {platform}")).or_else(|| self.images.get(&name));
+        let config =
+            self.images.get(&format!("{name} {platform}")).or_else(|| self.images.get(&name));
         let config = config.ok_or_else(|| Fault::not_found(format!("{name}: not found")))?;
-        let image = ImageFacts { digest: Digest::of(&name), name, config: config.get().to_owned().into(), attestations: None };
-        Ok(SourceMeta { facts: SourceFacts { image: Some(image), ..Default::default() }, ..Default::default() })
+        let image = ImageFacts {
+            digest: Digest::of(&name),
+            name,
+            config: config.get().to_owned().into(),
+            attestations: None,
+        };
+        Ok(SourceMeta {
+            facts: SourceFacts { image: Some(image), ..Default::default() },
+            ..Default::default()
+        })
     }
 
     async fn inputs(&self) -> Result<BTreeMap<String, Definition>> {
@@ -198,7 +225,11 @@ impl Bridge for Fake {
 
     async fn local_names(&self, local: &str, session: &str, dir: &str) -> Result<Vec<String>> {
         assert_eq!((local, session), ("context", "sess"));
-        Ok(self.files.get(&format!("names {dir}")).map(|n| n.lines().map(str::to_owned).collect()).unwrap_or_default())
+        Ok(self
+            .files
+            .get(&format!("names {dir}"))
+            .map(|n| n.lines().map(str::to_owned).collect())
+            .unwrap_or_default())
     }
 
     async fn warn(&self, warning: Warning) -> Result<()> {

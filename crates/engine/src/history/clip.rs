@@ -1,4 +1,5 @@
-//! How much of what a client said is remembered: a request may be as large as a message, and hundreds of builds are.
+//! How much of what a client said is remembered: a request may be as large as a message, and
+//! hundreds of builds are.
 
 use std::collections::BTreeMap;
 
@@ -26,7 +27,8 @@ impl Budget {
         kept
     }
 
-    /// The entries that there is room for. Short ones come first: they tell more than a part of a long one.
+    /// The entries that there is room for. Short ones come first: they tell more than a part of a
+    /// long one.
     pub(super) fn map(&mut self, map: &BTreeMap<String, String>) -> BTreeMap<String, String> {
         let mut entries: Vec<_> = map.iter().filter(|(key, _)| key.len() <= MAX_VALUE).collect();
         entries.sort_by_key(|(key, value)| key.len() + value.len());
@@ -55,7 +57,8 @@ mod tests {
 
     #[test]
     fn long_values_are_cut_and_all_together_are_bounded() {
-        let mut map: BTreeMap<String, String> = (0..100).map(|i| (format!("long-{i}"), "ü".repeat(MAX_VALUE))).collect();
+        let mut map: BTreeMap<String, String> =
+            (0..100).map(|i| (format!("long-{i}"), "ü".repeat(MAX_VALUE))).collect();
         map.insert("short".into(), "x".into());
         map.insert("k".repeat(MAX_VALUE + 1), "y".into());
         let kept = Budget::default().map(&map);
@@ -63,7 +66,8 @@ mod tests {
         assert!(kept["long-0"].ends_with(&format!("… ({} bytes)", 2 * MAX_VALUE)));
         let size: usize = kept.iter().map(|(k, v)| k.len() + v.len()).sum();
         assert!(size > MAX_TEXT / 2 && size < MAX_TEXT + 64 * kept.len(), "{size}");
-        let many: BTreeMap<String, String> = (0..1_000_000).map(|i| (i.to_string(), String::new())).collect();
+        let many: BTreeMap<String, String> =
+            (0..1_000_000).map(|i| (i.to_string(), String::new())).collect();
         assert!(Budget::default().map(&many).len() < 2 * MAX_TEXT / ENTRY);
     }
 }

@@ -1,8 +1,10 @@
-//! The history on disk, so that it outlives the daemon: a JSON file for each build that ended, named by the digest of the build's id, which a
-//! client chose and which is no file name; and beside them logs and other files, named by their own digests.
+//! The history on disk, so that it outlives the daemon: a JSON file for each build that ended,
+//! named by the digest of the build's id, which a client chose and which is no file name; and
+//! beside them logs and other files, named by their own digests.
 //!
-//! A file is written under another name and renamed, so nobody sees half of one. It reaches the disk a moment later ([`Syncer`]), for a build does not wait for
-//! disks: what a power cut leaves short is known by its size or its digest, and is then gone.
+//! A file is written under another name and renamed, so nobody sees half of one. It reaches the
+//! disk a moment later ([`Syncer`]), for a build does not wait for disks: what a power cut leaves
+//! short is known by its size or its digest, and is then gone.
 
 use super::{HistoryRecord, HistorySummary, LogFile};
 use shipway_fault::{Fault, Result};
@@ -34,9 +36,13 @@ fn fresh_path(dir: &Path) -> PathBuf {
     dir.join(COUNT.fetch_add(1, Ordering::Relaxed).to_string()).with_extension(FRESH)
 }
 
-/// The bytes of a record. One that is too large for [`read`] loses what clients and frontends said, but never itself.
+/// The bytes of a record. One that is too large for [`read`] loses what clients and frontends said,
+/// but never itself.
 fn encode(record: &HistoryRecord) -> Result<Vec<u8>> {
-    let json = |record: &HistoryRecord| serde_json::to_vec(record).map_err(|e| Fault::internal(format!("encode a build's record: {e}")));
+    let json = |record: &HistoryRecord| {
+        serde_json::to_vec(record)
+            .map_err(|e| Fault::internal(format!("encode a build's record: {e}")))
+    };
     let fits = |bytes: &Vec<u8>| bytes.len() as u64 <= MAX_RECORD;
     let bytes = json(record)?;
     if fits(&bytes) {
@@ -49,7 +55,10 @@ fn encode(record: &HistoryRecord) -> Result<Vec<u8>> {
         return Ok(bytes);
     }
     (less.provenance, less.written) = Default::default();
-    json(&less).map(Some).map(|b| b.filter(fits))?.ok_or_else(|| Fault::internal("a build's record is too large to keep"))
+    json(&less)
+        .map(Some)
+        .map(|b| b.filter(fits))?
+        .ok_or_else(|| Fault::internal("a build's record is too large to keep"))
 }
 
 /// Writes the record of a build that ended, all or nothing, and gives its path.
@@ -135,7 +144,8 @@ fn read_record(path: &Path) -> Option<HistoryRecord> {
     serde_json::from_slice(&bytes).ok()
 }
 
-/// Reads what an earlier life kept, and removes what belongs to no record: logs of builds that the life's end cut off, and broken files.
+/// Reads what an earlier life kept, and removes what belongs to no record: logs of builds that the
+/// life's end cut off, and broken files.
 pub(super) fn read_all(dir: &Path) -> io::Result<Vec<HistorySummary>> {
     std::fs::create_dir_all(dir)?;
     let mut all = Vec::new();
@@ -148,18 +158,26 @@ pub(super) fn read_all(dir: &Path) -> io::Result<Vec<HistorySummary>> {
             None => others.push(path),
         }
     }
-    let wanted: HashSet<String> = all.iter().flat_map(|r| &r.files).map(|f| f.digest.hex()).collect();
+    let wanted: HashSet<String> =
+        all.iter().flat_map(|r| &r.files).map(|f| f.digest.hex()).collect();
     for path in others {
         if !path.file_name().is_some_and(|n| wanted.contains(&*n.to_string_lossy())) {
-            let _ = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+            let _ = if path.is_dir() {
+                std::fs::remove_dir_all(&path)
+            } else {
+                std::fs::remove_file(&path)
+            };
         }
     }
     Ok(all)
 }
 
-/// A record without those of its files that are not there or have another size: they did not reach the disk.
+/// A record without those of its files that are not there or have another size: they did not reach
+/// the disk.
 fn with_whole_files(dir: &Path, mut record: HistoryRecord) -> HistoryRecord {
-    let there = |f: &LogFile| std::fs::metadata(file_path(dir, f.digest)).is_ok_and(|m| m.is_file() && m.len() == f.size);
+    let there = |f: &LogFile| {
+        std::fs::metadata(file_path(dir, f.digest)).is_ok_and(|m| m.is_file() && m.len() == f.size)
+    };
     if record.files().all(|f| there(&f)) {
         return record;
     }
@@ -222,7 +240,10 @@ pub(super) mod fault {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use shipway_fault::{Code, Fault};
 
-    pub fn serialize<S: Serializer>(fault: &Option<Fault>, serializer: S) -> Result<S::Ok, S::Error> {
+    pub fn serialize<S: Serializer>(
+        fault: &Option<Fault>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         let kept = |f: &Fault| {
             let hints: Vec<String> = f.hints().map(|hint| clipped(hint, MAX_VALUE)).collect();
             (f.code() as i32, clipped(&f.to_string(), MAX_VALUE), hints)
@@ -238,7 +259,9 @@ pub(super) mod fault {
         Bare(i32, String),
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Fault>, D::Error> {
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Fault>, D::Error> {
         let (code, message, hints) = match Option::deserialize(deserializer)? {
             None => return Ok(None),
             Some(Kept::Whole(code, message, hints)) => (code, message, hints),
@@ -271,7 +294,10 @@ mod tests {
         let json = serde_json::to_string(&Record { error: Some(fault) }).expect("json");
         let hints = ["look elsewhere", "or here"].map(str::to_owned).to_vec();
         assert_eq!(read(&json), Some((Code::NotFound, "no such file".to_owned(), hints)));
-        assert_eq!(read(r#"{"error":[5,"old"]}"#), Some((Code::NotFound, "old".to_owned(), Vec::new())));
+        assert_eq!(
+            read(r#"{"error":[5,"old"]}"#),
+            Some((Code::NotFound, "old".to_owned(), Vec::new()))
+        );
         assert_eq!(read(r#"{"error":null}"#), None);
     }
 }

@@ -69,15 +69,20 @@ impl Op {
     }
 
     pub fn insert(&self, builder: &mut Builder) -> Result<Inserted, BuildError> {
-        let xattrs: Vec<Xattr<'_>> = self.attrs.xattrs.iter().map(|(name, value)| Xattr { name, value }).collect();
+        let xattrs: Vec<Xattr<'_>> =
+            self.attrs.xattrs.iter().map(|(name, value)| Xattr { name, value }).collect();
         let Attrs { mode, uid, gid, mtime, .. } = self.attrs;
         let node = match &self.thing {
             Thing::Directory => Node::Directory,
             Thing::File(contents) => Node::File { size: contents.len() as u64 },
             Thing::Symlink(target) => Node::Symlink { target },
             Thing::HardLink(target) => Node::HardLink { target },
-            Thing::Char(major, minor) => Node::CharDevice(DeviceNumber { major: *major, minor: *minor }),
-            Thing::Block(major, minor) => Node::BlockDevice(DeviceNumber { major: *major, minor: *minor }),
+            Thing::Char(major, minor) => {
+                Node::CharDevice(DeviceNumber { major: *major, minor: *minor })
+            }
+            Thing::Block(major, minor) => {
+                Node::BlockDevice(DeviceNumber { major: *major, minor: *minor })
+            }
             Thing::Fifo => Node::Fifo,
         };
         builder.insert(&self.path, &Attributes { mode, uid, gid, mtime, xattrs: &xattrs }, node)
@@ -172,7 +177,11 @@ impl Model {
                 self.children_mut(parent).insert(name, inode);
             }
             thing => {
-                let is = if *thing == Thing::Directory { Is::Directory(BTreeMap::new()) } else { Is::Other(thing.clone()) };
+                let is = if *thing == Thing::Directory {
+                    Is::Directory(BTreeMap::new())
+                } else {
+                    Is::Other(thing.clone())
+                };
                 let inode = self.put(parent, &name, Attrs::default(), is);
                 self.set(inode, &op.attrs);
             }
@@ -261,7 +270,12 @@ impl Model {
                 if name.len() > limits::NAME_BYTES {
                     return Err(());
                 }
-                self.put(parent, name, Attrs { mode: 0o755, ..Attrs::default() }, Is::Directory(BTreeMap::new()));
+                self.put(
+                    parent,
+                    name,
+                    Attrs { mode: 0o755, ..Attrs::default() },
+                    Is::Directory(BTreeMap::new()),
+                );
             }
             way.push(self.children(parent)[name]);
         }
@@ -292,10 +306,15 @@ impl Maker {
     pub fn new(seed: u64) -> Self {
         let mut dice = Dice(seed | 1);
         (0..10).for_each(|_| _ = dice.next());
-        let mut names: Vec<Vec<u8>> = ["a", "b", "c", "d", "!", "-x", "..."].iter().map(|n| n.as_bytes().to_vec()).collect();
+        let mut names: Vec<Vec<u8>> =
+            ["a", "b", "c", "d", "!", "-x", "..."].iter().map(|n| n.as_bytes().to_vec()).collect();
         for _ in 0..30 {
             let length = if dice.one_in(4) { 200 + dice.below(56) } else { 1 + dice.below(12) };
-            let name: Vec<u8> = dice.bytes(length).into_iter().map(|b| if matches!(b, 0 | b'/') { b'_' } else { b }).collect();
+            let name: Vec<u8> = dice
+                .bytes(length)
+                .into_iter()
+                .map(|b| if matches!(b, 0 | b'/') { b'_' } else { b })
+                .collect();
             names.push(if name.iter().all(|b| *b == b'.') { b"dots".to_vec() } else { name });
         }
         Self { dice, names }
@@ -327,7 +346,9 @@ impl Maker {
             1 => dice.below(1 << 40) as i64,
             _ => 1_700_000_000,
         };
-        let id = |dice: &mut Dice| if dice.one_in(3) { dice.next() as u32 >> 1 } else { dice.below(2000) as u32 };
+        let id = |dice: &mut Dice| {
+            if dice.one_in(3) { dice.next() as u32 >> 1 } else { dice.below(2000) as u32 }
+        };
         let (uid, gid) = (id(dice), id(dice));
         let mut xattrs = BTreeMap::new();
         if dice.one_in(3) {
@@ -336,7 +357,13 @@ impl Maker {
                 xattrs.insert(name, value);
             }
         }
-        Attrs { mode: dice.below(0o10000) as u16, uid, gid, mtime: Time { seconds, nanoseconds: dice.below(1_000_000_000) as u32 }, xattrs }
+        Attrs {
+            mode: dice.below(0o10000) as u16,
+            uid,
+            gid,
+            mtime: Time { seconds, nanoseconds: dice.below(1_000_000_000) as u32 },
+            xattrs,
+        }
     }
 
     fn xattr(dice: &mut Dice) -> (Vec<u8>, Vec<u8>) {
@@ -357,7 +384,11 @@ impl Maker {
         let (mut path, attrs) = (self.path(), self.attrs());
         let thing = match self.dice.below(20) {
             0..=6 => {
-                let size = if self.dice.one_in(10) { 4096 * self.dice.below(5) } else { self.dice.below(10_000) };
+                let size = if self.dice.one_in(10) {
+                    4096 * self.dice.below(5)
+                } else {
+                    self.dice.below(10_000)
+                };
                 Thing::File(self.dice.bytes(size).into())
             }
             7..=9 => Thing::Directory,
@@ -378,7 +409,11 @@ impl Maker {
                 let at = path.iter().rposition(|b| *b == b'/').map_or(0, |at| at + 1);
                 let base = path.split_off(at);
                 path.extend_from_slice(b".wh.");
-                path.extend_from_slice(if marked == 18 { b".wh..opq" } else { &base[..base.len().min(251)] });
+                path.extend_from_slice(if marked == 18 {
+                    b".wh..opq"
+                } else {
+                    &base[..base.len().min(251)]
+                });
                 Thing::File(Rc::default())
             }
         };
@@ -405,7 +440,8 @@ impl Maker {
 /// An access control list with one more user.
 pub fn acl(user: u32) -> Vec<u8> {
     const NOBODY: u32 = u32::MAX;
-    let entries = [(1u16, 6u16, NOBODY), (2, 4, user), (4, 4, NOBODY), (16, 6, NOBODY), (32, 0, NOBODY)];
+    let entries =
+        [(1u16, 6u16, NOBODY), (2, 4, user), (4, 4, NOBODY), (16, 6, NOBODY), (32, 0, NOBODY)];
     let mut list = 2u32.to_le_bytes().to_vec();
     for (tag, permissions, id) in entries {
         list.extend_from_slice(&tag.to_le_bytes());
@@ -425,8 +461,15 @@ pub struct Layer {
 
 impl Layer {
     pub fn new(options: Options, root: Attrs) -> Self {
-        let xattrs: Vec<Xattr<'_>> = root.xattrs.iter().map(|(name, value)| Xattr { name, value }).collect();
-        let attributes = Attributes { mode: root.mode, uid: root.uid, gid: root.gid, mtime: root.mtime, xattrs: &xattrs };
+        let xattrs: Vec<Xattr<'_>> =
+            root.xattrs.iter().map(|(name, value)| Xattr { name, value }).collect();
+        let attributes = Attributes {
+            mode: root.mode,
+            uid: root.uid,
+            gid: root.gid,
+            mtime: root.mtime,
+            xattrs: &xattrs,
+        };
         let builder = Builder::new(options, &attributes).unwrap();
         Self { builder, model: Model::new(root), data: Vec::new(), options }
     }
@@ -441,7 +484,10 @@ impl Layer {
         let inserted = op.insert(&mut self.builder).unwrap_or_else(|e| panic!("{e}: {op:?}"));
         if let (Inserted::File(extent), Thing::File(contents)) = (inserted, &op.thing) {
             let at = extent.block as usize * BLOCK as usize;
-            assert!(extent.blocks == 0 || at == self.data.len(), "contents are in the order of insertion");
+            assert!(
+                extent.blocks == 0 || at == self.data.len(),
+                "contents are in the order of insertion"
+            );
             self.data.extend_from_slice(contents);
             self.data.resize(self.data.len().next_multiple_of(BLOCK as usize), 0);
             assert!(extent.blocks as usize == contents.len().div_ceil(BLOCK as usize));

@@ -1,7 +1,8 @@
 //! Checks entries one by one, in the order of the table, and puts them together.
 
 use super::{
-    Chunk, Content, EntryId, Landmark, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, Payload, Record, Span, TOC_NAME, Tag, Time, Toc,
+    Chunk, Content, EntryId, Landmark, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, Payload, Record,
+    Span, TOC_NAME, Tag, Time, Toc,
     names::{self, MAX_PATH},
     text,
 };
@@ -66,8 +67,11 @@ pub struct Raw {
 
 impl Raw {
     pub fn clear(&mut self) {
-        let (mut name, mut link, mut xattrs) =
-            (std::mem::take(&mut self.name), std::mem::take(&mut self.link), std::mem::take(&mut self.xattrs));
+        let (mut name, mut link, mut xattrs) = (
+            std::mem::take(&mut self.name),
+            std::mem::take(&mut self.link),
+            std::mem::take(&mut self.xattrs),
+        );
         name.clear();
         link.clear();
         xattrs.clear();
@@ -118,7 +122,16 @@ impl Builder {
             tar_split: None,
         };
         let declared = declared.unwrap_or(MAX_DATA).min(MAX_DATA);
-        Self { codec, payload_end, declared, toc, index: 0, open: None, frame: 0, landmarks: [None; 2] }
+        Self {
+            codec,
+            payload_end,
+            declared,
+            toc,
+            index: 0,
+            open: None,
+            frame: 0,
+            landmarks: [None; 2],
+        }
     }
 
     pub fn tar_split(&mut self, digest: Digest) {
@@ -129,7 +142,11 @@ impl Builder {
     pub fn push(&mut self, raw: &Raw) -> Result<()> {
         let limit = MAX_ENTRIES as u64;
         if self.index >= MAX_ENTRIES {
-            return Err(Error::TooLarge { what: "a table of contents with entries", size: limit + 1, limit });
+            return Err(Error::TooLarge {
+                what: "a table of contents with entries",
+                size: limit + 1,
+                limit,
+            });
         }
         let done = match raw.kind {
             None => Err(Problem::NoType),
@@ -145,9 +162,11 @@ impl Builder {
     pub fn error(&self, raw: &Raw, problem: Problem) -> Error {
         // What is found missing is of the file before.
         match (&self.open, &problem) {
-            (Some(open), Problem::ChunkSum) => {
-                Error::entry(open.index, text(&self.toc.text, self.toc.entries[open.id.index()].path), problem)
-            }
+            (Some(open), Problem::ChunkSum) => Error::entry(
+                open.index,
+                text(&self.toc.text, self.toc.entries[open.id.index()].path),
+                problem,
+            ),
             _ => Error::entry(self.index, &raw.name, problem),
         }
     }
@@ -163,7 +182,9 @@ impl Builder {
         if self.codec == Codec::Gzip && name == TOC_NAME.as_bytes() {
             return Err(Problem::Reserved);
         }
-        for (slot, landmark) in self.landmarks.iter_mut().zip([PREFETCH_LANDMARK, NO_PREFETCH_LANDMARK]) {
+        for (slot, landmark) in
+            self.landmarks.iter_mut().zip([PREFETCH_LANDMARK, NO_PREFETCH_LANDMARK])
+        {
             if tag == Tag::File && name == landmark.as_bytes() {
                 *slot = Some(id);
             }
@@ -175,11 +196,29 @@ impl Builder {
         let mode = (raw.mode & 0o7777) as u16;
         let Time { seconds, nanoseconds } = raw.mtime;
         let chunks = (self.toc.chunks.len() as u32, 0);
-        self.toc.entries.push(Record { path, kind: tag, mode, uid, gid, seconds, nanoseconds, payload, chunks, xattrs });
+        self.toc.entries.push(Record {
+            path,
+            kind: tag,
+            mode,
+            uid,
+            gid,
+            seconds,
+            nanoseconds,
+            payload,
+            chunks,
+            xattrs,
+        });
         if let Payload::Size(size @ 1..) = payload {
             let total = self.toc.data_size.checked_add(size).filter(|t| *t <= self.declared);
             self.toc.data_size = total.ok_or(Problem::TooMuchData(self.declared))?;
-            self.open = Some(Open { id, index: self.index, size, have: 0, digest: raw.digest, end_offset: raw.end_offset });
+            self.open = Some(Open {
+                id,
+                index: self.index,
+                size,
+                have: 0,
+                digest: raw.digest,
+                end_offset: raw.end_offset,
+            });
             self.data(raw)?;
         }
         Ok(())
@@ -189,7 +228,9 @@ impl Builder {
         Ok(match tag {
             Tag::Directory | Tag::Fifo => Payload::None,
             Tag::File => Payload::Size(raw.size),
-            Tag::Symlink if raw.link.is_empty() || raw.link.contains(&0) => return Err(Problem::BadName),
+            Tag::Symlink if raw.link.is_empty() || raw.link.contains(&0) => {
+                return Err(Problem::BadName);
+            }
             Tag::Symlink if raw.link.len() > MAX_PATH => return Err(Problem::NameTooLong),
             Tag::Symlink => Payload::Target(self.put(|out| {
                 out.extend_from_slice(&raw.link);
@@ -198,7 +239,9 @@ impl Builder {
             // Found when all names are known.
             Tag::HardLink => Payload::Target(self.put(|out| names::clean(&raw.link, out))?),
             Tag::Char | Tag::Block => {
-                let number = |n: u64, max: u32| u32::try_from(n).ok().filter(|n| *n <= max).ok_or(Problem::Range("device"));
+                let number = |n: u64, max: u32| {
+                    u32::try_from(n).ok().filter(|n| *n <= max).ok_or(Problem::Range("device"))
+                };
                 Payload::Device(number(raw.major, MAX_MAJOR)?, number(raw.minor, MAX_MINOR)?)
             }
         })
@@ -207,7 +250,10 @@ impl Builder {
     fn xattrs(&mut self, raw: &Raw) -> std::result::Result<(u32, u16), Problem> {
         let at = self.toc.xattrs.len() as u32;
         let bad = |(name, value): &(Vec<u8>, Vec<u8>)| {
-            name.is_empty() || name.len() > names::MAX_NAME || name.contains(&0) || value.len() > MAX_XATTR
+            name.is_empty()
+                || name.len() > names::MAX_NAME
+                || name.contains(&0)
+                || value.len() > MAX_XATTR
         };
         if raw.xattrs.len() > MAX_XATTRS || raw.xattrs.iter().any(bad) {
             return Err(Problem::Xattrs);
@@ -226,14 +272,19 @@ impl Builder {
     }
 
     /// Puts something into the buffer of names, which cannot be longer than the JSON it comes from.
-    fn put(&mut self, write: impl FnOnce(&mut Vec<u8>) -> std::result::Result<(), Problem>) -> std::result::Result<Span, Problem> {
+    fn put(
+        &mut self,
+        write: impl FnOnce(&mut Vec<u8>) -> std::result::Result<(), Problem>,
+    ) -> std::result::Result<Span, Problem> {
         let at = self.toc.text.len();
         write(&mut self.toc.text)?;
         Ok(Span { at: at as u32, len: (self.toc.text.len() - at) as u32 })
     }
 
     fn chunk(&mut self, raw: &Raw) -> std::result::Result<(), Problem> {
-        let Some(open) = self.open.as_mut().filter(|open| open.have > 0) else { return Err(Problem::StrayChunk) };
+        let Some(open) = self.open.as_mut().filter(|open| open.have > 0) else {
+            return Err(Problem::StrayChunk);
+        };
         if open.have == open.size {
             return Err(Problem::StrayChunk);
         }
@@ -267,7 +318,9 @@ impl Builder {
         let is_only = size == open.size;
         let content = match (raw.zeros, raw.chunk_digest, open.digest) {
             (true, ..) => Content::Zeros,
-            (false, Some(chunk), Some(file)) if is_only && chunk != file => return Err(Problem::Digests),
+            (false, Some(chunk), Some(file)) if is_only && chunk != file => {
+                return Err(Problem::Digests);
+            }
             (false, Some(digest), _) => Content::Data(digest),
             // Older writers and containers/storage give a file in one piece a digest of its own
             // only.
@@ -288,7 +341,9 @@ impl Builder {
             return Err(Problem::Order);
         }
         if let Some(last) = self.toc.chunks.last() {
-            if raw.offset < last.offset || (raw.offset == last.offset && raw.inner < last.inner + last.size) {
+            if raw.offset < last.offset
+                || (raw.offset == last.offset && raw.inner < last.inner + last.size)
+            {
                 return Err(Problem::Order);
             }
             if raw.offset > last.offset {
@@ -299,7 +354,15 @@ impl Builder {
         let (file_offset, file) = (open.have, open.id);
         open.have += size;
         let end = if open.have == open.size { open.end_offset } else { 0 };
-        self.toc.chunks.push(Chunk { file, file_offset, size, offset: raw.offset, end, inner: raw.inner, content });
+        self.toc.chunks.push(Chunk {
+            file,
+            file_offset,
+            size,
+            offset: raw.offset,
+            end,
+            inner: raw.inner,
+            content,
+        });
         self.toc.entries[file.index()].chunks.1 += 1;
         Ok(())
     }
@@ -324,7 +387,9 @@ impl Builder {
         self.sort()?;
         self.link()?;
         self.parents()?;
-        let start = |id: EntryId| match &self.toc.chunks[super::range(self.toc.entries[id.index()].chunks)] {
+        let start = |id: EntryId| match &self.toc.chunks
+            [super::range(self.toc.entries[id.index()].chunks)]
+        {
             [first, ..] => first.offset,
             [] => 0,
         };
@@ -364,13 +429,20 @@ impl Builder {
     fn link(&mut self) -> Result<()> {
         for id in (0..self.toc.entries.len() as u32).map(EntryId) {
             let record = self.toc.entries[id.index()];
-            let (Tag::HardLink, Payload::Target(span)) = (record.kind, record.payload) else { continue };
+            let (Tag::HardLink, Payload::Target(span)) = (record.kind, record.payload) else {
+                continue;
+            };
             let found = self.toc.find(text(&self.toc.text, span)).map(|entry| entry.resolved().id);
-            let found = found.filter(|target| *target < id && self.toc.entries[target.index()].kind != Tag::Directory);
+            let found = found.filter(|target| {
+                *target < id && self.toc.entries[target.index()].kind != Tag::Directory
+            });
             // One that is not resolved yet comes later.
-            let found = found.filter(|target| self.toc.entries[target.index()].kind != Tag::HardLink);
+            let found =
+                found.filter(|target| self.toc.entries[target.index()].kind != Tag::HardLink);
             let Some(target) = found else {
-                return Err(self.about(id, Problem::LinkTarget(Shown::new(text(&self.toc.text, span)))));
+                return Err(
+                    self.about(id, Problem::LinkTarget(Shown::new(text(&self.toc.text, span))))
+                );
             };
             self.toc.entries[id.index()].payload = Payload::Entry(target);
         }
@@ -401,10 +473,11 @@ impl Builder {
                 }
             }
             let known = above.last().map_or(0, |dir| dir.len as usize);
-            let missing: Vec<Span> = iter::successors(names::parent(path), |dir| names::parent(dir))
-                .take_while(|dir| dir.len() > known)
-                .map(|dir| Span { at: record.path.at, len: dir.len() as u32 })
-                .collect();
+            let missing: Vec<Span> =
+                iter::successors(names::parent(path), |dir| names::parent(dir))
+                    .take_while(|dir| dir.len() > known)
+                    .map(|dir| Span { at: record.path.at, len: dir.len() as u32 })
+                    .collect();
             for dir in missing.into_iter().rev() {
                 self.toc.implicit.push(dir);
                 above.push(dir);
@@ -420,7 +493,10 @@ impl Builder {
 /// Sets where the chunks of a frame end, now that it is known where the next frame begins or the
 /// data ends.
 fn end_frame(frame: &mut [Chunk], next: u64) {
-    let Some((offset, bytes)) = frame.last().map(|last| (last.offset, last.inner + last.size)) else { return };
+    let Some((offset, bytes)) = frame.last().map(|last| (last.offset, last.inner + last.size))
+    else {
+        return;
+    };
     // No compressor makes data longer by more than an eighth (deflate with fixed codes). So an
     // index cannot make us fetch a gigabyte for a byte.
     let most = offset.saturating_add(bytes + bytes / 4 + 4096);

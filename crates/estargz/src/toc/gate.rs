@@ -57,7 +57,11 @@ impl<R: Read> Gate<R> {
             let end = rest.iter().position(|b| *b == b'"' || *b == b'\\').unwrap_or(rest.len());
             *length += end;
             if *length > MAX_STRING {
-                return Err(Error::TooLarge { what: "a text in the table of contents", size: *length as u64, limit: MAX_STRING as u64 });
+                return Err(Error::TooLarge {
+                    what: "a text in the table of contents",
+                    size: *length as u64,
+                    limit: MAX_STRING as u64,
+                });
             }
             match rest.get(end) {
                 None => return Ok(()),
@@ -99,7 +103,8 @@ mod tests {
 
     #[test]
     fn long_texts_are_refused_wherever_they_are_cut() {
-        let fits = format!(r#"{{"{}":"\"{}"}}"#, "k".repeat(MAX_STRING), "v".repeat(MAX_STRING - 2));
+        let fits =
+            format!(r#"{{"{}":"\"{}"}}"#, "k".repeat(MAX_STRING), "v".repeat(MAX_STRING - 2));
         let too_long = format!(r#"{{"a":"\"{}"}}"#, "v".repeat(MAX_STRING - 1));
         let escapes = format!(r#"{{"a":"{}"}}"#, r"\\".repeat(MAX_STRING / 2 + 1));
         for piece in [1, 7, 1000, 1 << 20] {
@@ -107,13 +112,19 @@ mod tests {
             let mut gate = Gate::new(Pieces(fits.as_bytes(), piece));
             gate.read_to_end(&mut out).unwrap();
             let finished = gate.finish().unwrap();
-            assert_eq!((out == fits.as_bytes(), finished), (true, (Digest::of(&fits), fits.len() as u64)));
+            assert_eq!(
+                (out == fits.as_bytes(), finished),
+                (true, (Digest::of(&fits), fits.len() as u64))
+            );
             for bad in [&too_long, &escapes] {
                 let mut gate = Gate::new(Pieces(bad.as_bytes(), piece));
                 let failed = gate.read_to_end(&mut Vec::new()).unwrap_err();
                 assert_eq!(gate.finish().unwrap().0, Digest::of(bad));
                 let error = failed.downcast::<Error>().unwrap();
-                assert!(matches!(error, Error::TooLarge { limit, .. } if limit == MAX_STRING as u64), "{error}");
+                assert!(
+                    matches!(error, Error::TooLarge { limit, .. } if limit == MAX_STRING as u64),
+                    "{error}"
+                );
             }
         }
     }

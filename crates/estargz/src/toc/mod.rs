@@ -14,7 +14,9 @@ mod parse;
 pub(crate) use names::clean;
 pub use names::{MAX_DEPTH, MAX_NAME, MAX_PATH};
 pub use {
-    builder::{MAX_CHUNK, MAX_DATA, MAX_ENTRIES, MAX_INNER, MAX_MAJOR, MAX_MINOR, MAX_XATTR, MAX_XATTRS},
+    builder::{
+        MAX_CHUNK, MAX_DATA, MAX_ENTRIES, MAX_INNER, MAX_MAJOR, MAX_MINOR, MAX_XATTR, MAX_XATTRS,
+    },
     gate::MAX_STRING,
     parse::Expected,
 };
@@ -234,8 +236,12 @@ impl Toc {
     /// All entries and the directories without entry, parents before what is in them. The root is
     /// there only if it has an entry.
     pub fn tree(&self) -> impl Iterator<Item = Node<'_>> {
-        let entries = self.by_path.iter().map(|id| Node { path: self.entry(*id).path(), entry: Some(self.entry(*id)) });
-        let implicit = self.implicit.iter().map(|span| Node { path: self.text(*span), entry: None });
+        let entries = self
+            .by_path
+            .iter()
+            .map(|id| Node { path: self.entry(*id).path(), entry: Some(self.entry(*id)) });
+        let implicit =
+            self.implicit.iter().map(|span| Node { path: self.text(*span), entry: None });
         let (mut entries, mut implicit) = (entries.peekable(), implicit.peekable());
         iter::from_fn(move || match (entries.peek(), implicit.peek()) {
             (Some(a), Some(b)) if names::compare(b.path, a.path).is_lt() => implicit.next(),
@@ -246,7 +252,8 @@ impl Toc {
 
     /// The entry at `path`, which is relative to the root and clean.
     pub fn find(&self, path: &[u8]) -> Option<Entry<'_>> {
-        let found = self.by_path.binary_search_by(|id| names::compare(self.entry(*id).path(), path));
+        let found =
+            self.by_path.binary_search_by(|id| names::compare(self.entry(*id).path(), path));
         found.ok().map(|at| self.entry(self.by_path[at]))
     }
 
@@ -309,8 +316,12 @@ impl<'a> Entry<'a> {
     pub fn kind(&self) -> Kind<'a> {
         let record = self.record();
         match (record.kind, record.payload) {
-            (Tag::File, Payload::Size(size)) => Kind::File { size, chunks: &self.toc.chunks[range(record.chunks)] },
-            (Tag::Symlink, Payload::Target(target)) => Kind::Symlink { target: self.toc.text(target) },
+            (Tag::File, Payload::Size(size)) => {
+                Kind::File { size, chunks: &self.toc.chunks[range(record.chunks)] }
+            }
+            (Tag::Symlink, Payload::Target(target)) => {
+                Kind::Symlink { target: self.toc.text(target) }
+            }
             (Tag::HardLink, Payload::Entry(target)) => Kind::HardLink { target },
             (Tag::Char, Payload::Device(major, minor)) => Kind::CharDevice { major, minor },
             (Tag::Block, Payload::Device(major, minor)) => Kind::BlockDevice { major, minor },
@@ -353,7 +364,9 @@ impl<'a> Entry<'a> {
     /// Extended attributes: names and values.
     pub fn xattrs(&self) -> impl ExactSizeIterator<Item = (&'a [u8], &'a [u8])> + use<'a> {
         let (toc, (at, n)) = (self.toc, self.record().xattrs);
-        toc.xattrs[range((at, n.into()))].iter().map(|(name, value)| (toc.text(*name), toc.text(*value)))
+        toc.xattrs[range((at, n.into()))]
+            .iter()
+            .map(|(name, value)| (toc.text(*name), toc.text(*value)))
     }
 
     /// The digest of a file's whole data, where the table has it; for an empty file that of
@@ -361,8 +374,15 @@ impl<'a> Entry<'a> {
     pub fn digest(&self) -> Option<Digest> {
         match self.kind() {
             Kind::File { size: 0, .. } => Some(Digest::of([])),
-            Kind::File { chunks: [Chunk { content: Content::Data(digest), .. }], .. } => Some(*digest),
-            Kind::File { .. } => self.toc.files.binary_search_by_key(&self.id, |f| f.0).ok().map(|at| self.toc.files[at].1),
+            Kind::File { chunks: [Chunk { content: Content::Data(digest), .. }], .. } => {
+                Some(*digest)
+            }
+            Kind::File { .. } => self
+                .toc
+                .files
+                .binary_search_by_key(&self.id, |f| f.0)
+                .ok()
+                .map(|at| self.toc.files[at].1),
             _ => None,
         }
     }

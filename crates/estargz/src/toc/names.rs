@@ -114,6 +114,9 @@ mod tests {
         sorted.reverse();
         sorted.sort_by(|a, b| compare(a.as_bytes(), b.as_bytes()));
         assert_eq!(sorted, want);
-        assert_eq!((parent(b"a/b"), parent(b"a"), parent(b"")), (Some(&b"a"[..]), Some(&b""[..]), None));
+        assert_eq!(
+            (parent(b"a/b"), parent(b"a"), parent(b"")),
+            (Some(&b"a"[..]), Some(&b""[..]), None)
+        );
     }
 }

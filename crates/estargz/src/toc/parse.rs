@@ -43,7 +43,11 @@ impl Toc {
     pub fn read(compressed: &[u8], layout: &Layout, expected: &Expected) -> Result<Self> {
         let size = compressed.len() as u64;
         if size > MAX_COMPRESSED_TOC {
-            return Err(Error::TooLarge { what: "a compressed table of contents", size, limit: MAX_COMPRESSED_TOC });
+            return Err(Error::TooLarge {
+                what: "a compressed table of contents",
+                size,
+                limit: MAX_COMPRESSED_TOC,
+            });
         }
         if let TocDigest::Compressed(digest) = expected.digest {
             check(digest, Digest::of(compressed))?;
@@ -60,13 +64,23 @@ impl Toc {
             Codec::Zstd => {
                 let size = layout.toc_size.unwrap_or(MAX_TOC);
                 // One more, so that a longer one is found.
-                Self::read_json(&mut Frames::new(Codec::Zstd, compressed)?.take(size + 1), size, layout, expected)
+                Self::read_json(
+                    &mut Frames::new(Codec::Zstd, compressed)?.take(size + 1),
+                    size,
+                    layout,
+                    expected,
+                )
             }
         }
     }
 
     /// Reads JSON that should have `size` bytes.
-    fn read_json(json: &mut dyn Read, size: u64, layout: &Layout, expected: &Expected) -> Result<Self> {
+    fn read_json(
+        json: &mut dyn Read,
+        size: u64,
+        layout: &Layout,
+        expected: &Expected,
+    ) -> Result<Self> {
         let mut gate = Gate::new(json);
         let parsed = parse(&mut gate, size, layout, expected.uncompressed_size);
         // What is wrong with a table that is not the expected one is of no interest.
@@ -100,19 +114,41 @@ fn toc_size(header: &[u8; HEADER]) -> Result<u64> {
     if name != super::TOC_NAME.as_bytes() {
         return Err(syntax(&"its archive has another name"));
     }
-    let digits = header[124..136].trim_ascii_end().split(|b| *b == 0).next().and_then(|d| std::str::from_utf8(d).ok());
-    let size = digits.and_then(|d| u64::from_str_radix(d.trim(), 8).ok()).ok_or_else(|| syntax(&"its archive has no size"))?;
-    if size > MAX_TOC { Err(Error::TooLarge { what: "a table of contents", size, limit: MAX_TOC }) } else { Ok(size) }
+    let digits = header[124..136]
+        .trim_ascii_end()
+        .split(|b| *b == 0)
+        .next()
+        .and_then(|d| std::str::from_utf8(d).ok());
+    let size = digits
+        .and_then(|d| u64::from_str_radix(d.trim(), 8).ok())
+        .ok_or_else(|| syntax(&"its archive has no size"))?;
+    if size > MAX_TOC {
+        Err(Error::TooLarge { what: "a table of contents", size, limit: MAX_TOC })
+    } else {
+        Ok(size)
+    }
 }
 
-fn parse(gate: &mut Gate<&mut dyn Read>, size: u64, layout: &Layout, declared: Option<u64>) -> Result<Toc> {
-    let mut state = State { builder: Builder::new(layout.codec, layout.payload_end, declared), raw: Raw::default(), error: None };
+fn parse(
+    gate: &mut Gate<&mut dyn Read>,
+    size: u64,
+    layout: &Layout,
+    declared: Option<u64>,
+) -> Result<Toc> {
+    let mut state = State {
+        builder: Builder::new(layout.codec, layout.payload_end, declared),
+        raw: Raw::default(),
+        error: None,
+    };
     let done = if size <= IN_MEMORY {
         let mut json = Vec::new();
         let read = gate.read_to_end(&mut json).map_err(serde_json::Error::io);
         read.and_then(|_| document(&mut state, serde_json::Deserializer::from_slice(&json)))
     } else {
-        document(&mut state, serde_json::Deserializer::from_reader(BufReader::with_capacity(64 << 10, gate)))
+        document(
+            &mut state,
+            serde_json::Deserializer::from_reader(BufReader::with_capacity(64 << 10, gate)),
+        )
     };
     match (done, state.error) {
         (_, Some(error)) => Err(error),
@@ -126,7 +162,10 @@ fn parse(gate: &mut Gate<&mut dyn Read>, size: u64, layout: &Layout, declared: O
     }
 }
 
-fn document<'de>(state: &mut State, mut json: serde_json::Deserializer<impl serde_json::de::Read<'de>>) -> serde_json::Result<()> {
+fn document<'de>(
+    state: &mut State,
+    mut json: serde_json::Deserializer<impl serde_json::de::Read<'de>>,
+) -> serde_json::Result<()> {
     Document(state).deserialize(&mut json).and_then(|()| json.end())
 }
 
@@ -161,7 +200,9 @@ impl Seen {
 /// take it.
 fn place<E: de::Error>(key: &str, known: &'static [&'static str]) -> Result<Option<usize>, E> {
     match known.iter().position(|k| *k == key) {
-        None if known.iter().any(|k| k.eq_ignore_ascii_case(key)) => Err(E::unknown_field(key, known)),
+        None if known.iter().any(|k| k.eq_ignore_ascii_case(key)) => {
+            Err(E::unknown_field(key, known))
+        }
         found => Ok(found),
     }
 }
@@ -223,7 +264,9 @@ impl<'de> Visitor<'de> for Document<'_> {
         }
         match version {
             Some(VERSION) => Ok(()),
-            Some(other) => Err(de::Error::custom(format_args!("it has version {other}, we know {VERSION}"))),
+            Some(other) => {
+                Err(de::Error::custom(format_args!("it has version {other}, we know {VERSION}")))
+            }
             None => Err(de::Error::missing_field(DOCUMENT[0])),
         }
     }

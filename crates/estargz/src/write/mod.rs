@@ -15,7 +15,8 @@ mod toc;
 pub use order::Order;
 
 use crate::{
-    Annotated, Codec, Error, Expected, Layout, MAX_CHUNK, Result, TarEntry, TarKind, Toc, TocDigest, annotations,
+    Annotated, Codec, Error, Expected, Layout, MAX_CHUNK, Result, TarEntry, TarKind, Toc,
+    TocDigest, annotations,
     error::{Problem, Shown},
     footer,
     tar::{BLOCK, own_header, padding},
@@ -80,7 +81,14 @@ impl WriterOptions {
     /// The usual ones for a format.
     pub fn new(output: Output) -> Self {
         let tar_split = output == Output::ZstdChunked;
-        Self { output, level: None, chunk_size: CHUNK, min_chunk_size: 0, tar_split, threads: NonZero::<usize>::MIN }
+        Self {
+            output,
+            level: None,
+            chunk_size: CHUNK,
+            min_chunk_size: 0,
+            tar_split,
+            threads: NonZero::<usize>::MIN,
+        }
     }
 }
 
@@ -131,14 +139,21 @@ impl Written {
         if dialect == Dialect::Containerd || self.zstd.is_none() {
             all.insert(annotations::TOC_DIGEST, self.toc_digest.to_string());
         }
-        if let Some(places) = self.zstd.as_ref().filter(|places| dialect == Dialect::Containerd || !places.packed) {
+        if let Some(places) =
+            self.zstd.as_ref().filter(|places| dialect == Dialect::Containerd || !places.packed)
+        {
             let (checksum, position) = match dialect {
                 Dialect::Containerd => (annotations::STARGZ_CHECKSUM, annotations::STARGZ_POSITION),
                 Dialect::Podman => (annotations::PODMAN_CHECKSUM, annotations::PODMAN_POSITION),
             };
-            let place = |range: &Range<u64>, whole: u64| format!("{}:{}:{whole}", range.start, range.end - range.start);
+            let place = |range: &Range<u64>, whole: u64| {
+                format!("{}:{}:{whole}", range.start, range.end - range.start)
+            };
             all.insert(checksum, places.compressed.to_string());
-            all.insert(position, format!("{}:{}", place(&places.toc, places.toc_size), footer::TYPE_CRFS));
+            all.insert(
+                position,
+                format!("{}:{}", place(&places.toc, places.toc_size), footer::TYPE_CRFS),
+            );
             if let (Dialect::Podman, Some((range, whole))) = (dialect, &places.tar_split) {
                 all.insert(annotations::PODMAN_TAR_SPLIT, place(range, *whole));
             }
@@ -204,16 +219,35 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
     /// A writer of a blob whose bytes go to `sink` in order.
     pub fn new(options: WriterOptions, sink: S) -> Result<Self> {
         if options.chunk_size == 0 || options.chunk_size > MAX_CHUNK {
-            return Err(Error::TooLarge { what: "a chunk", size: options.chunk_size, limit: MAX_CHUNK });
+            return Err(Error::TooLarge {
+                what: "a chunk",
+                size: options.chunk_size,
+                limit: MAX_CHUNK,
+            });
         }
         if options.min_chunk_size > MAX_CHUNK {
-            return Err(Error::TooLarge { what: "a packed chunk", size: options.min_chunk_size, limit: MAX_CHUNK });
+            return Err(Error::TooLarge {
+                what: "a packed chunk",
+                size: options.min_chunk_size,
+                limit: MAX_CHUNK,
+            });
         }
         let pool = Pool::new(options.output.codec(), options.level, options.threads)?;
-        let tar_split = (options.output == Output::ZstdChunked && options.tar_split).then(TarSplit::new);
+        let tar_split =
+            (options.output == Output::ZstdChunked && options.tar_split).then(TarSplit::new);
         let out = Out { sink, hasher: Hasher::new(), size: 0, units: Vec::new() };
         let rows = Vec::new();
-        Ok(Self { options, pool, out, rows, unit: Vec::new(), unit_chunks: Vec::new(), unit_number: 0, file: None, tar_split })
+        Ok(Self {
+            options,
+            pool,
+            out,
+            rows,
+            unit: Vec::new(),
+            unit_chunks: Vec::new(),
+            unit_number: 0,
+            file: None,
+            tar_split,
+        })
     }
 
     /// The next entry; `header` is all bytes of the tar from the end of the last one's data to the
@@ -253,7 +287,15 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
     pub fn landmark(&mut self, prefetch: bool) -> Result<()> {
         let path = if prefetch { PREFETCH_LANDMARK } else { NO_PREFETCH_LANDMARK };
         let kind = TarKind::File(LANDMARK.len() as u64);
-        let entry = TarEntry { path: path.into(), kind, mode: 0, uid: 0, gid: 0, mtime: Time::default(), xattrs: Vec::new() };
+        let entry = TarEntry {
+            path: path.into(),
+            kind,
+            mode: 0,
+            uid: 0,
+            gid: 0,
+            mtime: Time::default(),
+            xattrs: Vec::new(),
+        };
         self.entry(&entry, &own_header(path, LANDMARK.len() as u64))?;
         // Its place is what it is for.
         self.flush()?;
@@ -281,7 +323,9 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
 
     fn check_complete(&self) -> Result<()> {
         match &self.file {
-            Some(file) => Err(Error::entry(file.row, &self.rows[file.row].entry.path, Problem::ChunkSum)),
+            Some(file) => {
+                Err(Error::entry(file.row, &self.rows[file.row].entry.path, Problem::ChunkSum))
+            }
             None => Ok(()),
         }
     }
@@ -290,19 +334,30 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
     pub fn data(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
             let Some(file) = &mut self.file else {
-                return Err(Error::Io(io::Error::other("a layer's file has more data than its header says")));
+                return Err(Error::Io(io::Error::other(
+                    "a layer's file has more data than its header says",
+                )));
             };
             if file.chunk == 0 {
                 // The landmark has flushed already.
                 if self.unit.len() as u64 >= self.options.min_chunk_size && !self.unit.is_empty() {
-                    flush(&mut self.pool, &mut self.out, &mut self.rows, &mut self.unit, &mut self.unit_chunks, &mut self.unit_number)?;
+                    flush(
+                        &mut self.pool,
+                        &mut self.out,
+                        &mut self.rows,
+                        &mut self.unit,
+                        &mut self.unit_chunks,
+                        &mut self.unit_number,
+                    )?;
                 }
                 file.start = self.unit.len();
                 let size = self.options.chunk_size.min(file.size - file.have);
                 self.unit.reserve(size as usize);
             }
             let size = self.options.chunk_size.min(file.size - (file.have - file.chunk));
-            let (now, later) = bytes.split_at(bytes.len().min(usize::try_from(size - file.chunk).unwrap_or(usize::MAX)));
+            let (now, later) = bytes.split_at(
+                bytes.len().min(usize::try_from(size - file.chunk).unwrap_or(usize::MAX)),
+            );
             self.unit.extend_from_slice(now);
             if let Some(whole) = &mut file.whole {
                 whole.update(now);
@@ -332,7 +387,9 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
                         split.end();
                     }
                     // A frame holds the chunk and nothing else.
-                    if self.options.output == Output::ZstdChunked && self.options.min_chunk_size == 0 {
+                    if self.options.output == Output::ZstdChunked
+                        && self.options.min_chunk_size == 0
+                    {
                         self.flush()?;
                     }
                 }
@@ -343,7 +400,14 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
 
     /// Ends the current member or frame.
     fn flush(&mut self) -> Result<()> {
-        flush(&mut self.pool, &mut self.out, &mut self.rows, &mut self.unit, &mut self.unit_chunks, &mut self.unit_number)
+        flush(
+            &mut self.pool,
+            &mut self.out,
+            &mut self.rows,
+            &mut self.unit,
+            &mut self.unit_chunks,
+            &mut self.unit_number,
+        )
     }
 
     /// Writes what is left, the table of contents and the footer.
@@ -361,13 +425,19 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
         let codec = self.options.output.codec();
         let mut compressor = Compressor::new(codec, self.options.level)?;
         let split = self.tar_split.take().map(|split| split.finish(&mut compressor)).transpose()?;
-        let json = toc::json(&self.rows, &self.out.units, codec, split.as_ref().map(|split| split.digest))?;
+        let json = toc::json(
+            &self.rows,
+            &self.out.units,
+            codec,
+            split.as_ref().map(|split| split.digest),
+        )?;
         let toc_digest = Digest::of(&json);
         let (mut zstd, mut external_toc) = (None, None);
         let compressed = match self.options.output {
             Output::Estargz | Output::EstargzExternal => {
                 let header = own_header(TOC_NAME, json.len() as u64);
-                let member = [&header[..], &json, &vec![0; padding(json.len() as u64) + 2 * BLOCK]].concat();
+                let member =
+                    [&header[..], &json, &vec![0; padding(json.len() as u64) + 2 * BLOCK]].concat();
                 let compressed = compressor.compress(&member)?.to_vec();
                 if self.options.output == Output::Estargz {
                     tar.update(&member);
@@ -396,15 +466,33 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
                 let packed = self.options.min_chunk_size > 0;
                 // containers/storage goes by annotations alone, so the footer is
                 // stargz-snapshotter's.
-                let numbers = [toc.start, compressed.len() as u64, json.len() as u64, footer::TYPE_CRFS];
-                let content: Vec<u8> = numbers.iter().flat_map(|n| n.to_le_bytes()).chain(*footer::MAGIC_STARGZ).collect();
+                let numbers =
+                    [toc.start, compressed.len() as u64, json.len() as u64, footer::TYPE_CRFS];
+                let content: Vec<u8> = numbers
+                    .iter()
+                    .flat_map(|n| n.to_le_bytes())
+                    .chain(*footer::MAGIC_STARGZ)
+                    .collect();
                 self.out.put(&footer::skippable(&content))?;
-                zstd = Some(Places { toc, toc_size: json.len() as u64, compressed: Digest::of(&compressed), tar_split, packed });
+                zstd = Some(Places {
+                    toc,
+                    toc_size: json.len() as u64,
+                    compressed: Digest::of(&compressed),
+                    tar_split,
+                    packed,
+                });
                 compressed
             }
         };
-        let expected = Expected { digest: TocDigest::Json(toc_digest), uncompressed_size: Some(tar_size) };
-        let layout = Layout { codec, payload_end, toc: None, toc_size: zstd.as_ref().map(|places| places.toc_size), tar_split: None };
+        let expected =
+            Expected { digest: TocDigest::Json(toc_digest), uncompressed_size: Some(tar_size) };
+        let layout = Layout {
+            codec,
+            payload_end,
+            toc: None,
+            toc_size: zstd.as_ref().map(|places| places.toc_size),
+            tar_split: None,
+        };
         Toc::read(&compressed, &layout, &expected)?;
         let diff_id = DiffId(tar.finish());
         let (digest, size) = (self.out.hasher.finish(), self.out.size);
@@ -432,7 +520,11 @@ fn flush<S: FnMut(&[u8]) -> io::Result<()>>(
 }
 
 /// Takes one result, and writes those whose turn it is.
-fn receive<S: FnMut(&[u8]) -> io::Result<()>>(pool: &mut Pool, out: &mut Out<S>, rows: &mut [Row]) -> Result<()> {
+fn receive<S: FnMut(&[u8]) -> io::Result<()>>(
+    pool: &mut Pool,
+    out: &mut Out<S>,
+    rows: &mut [Row],
+) -> Result<()> {
     for done in pool.receive()? {
         out.units.push(out.size);
         out.put(&done.compressed)?;
@@ -446,6 +538,7 @@ fn receive<S: FnMut(&[u8]) -> io::Result<()>>(pool: &mut Pool, out: &mut Out<S>,
 impl Annotated {
     /// What the annotations of a layer that was just written say.
     pub fn of(written: &Written, dialect: Dialect) -> Result<Self> {
-        Self::read(&written.annotations(dialect))?.ok_or(Error::Annotation { key: annotations::TOC_DIGEST, value: Shown::new(b"") })
+        Self::read(&written.annotations(dialect))?
+            .ok_or(Error::Annotation { key: annotations::TOC_DIGEST, value: Shown::new(b"") })
     }
 }

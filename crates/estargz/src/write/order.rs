@@ -21,7 +21,10 @@ pub struct Order {
 
 impl Order {
     /// Plans the order of `entries`, a whole tar, with `prioritized` paths first.
-    pub fn new<'a>(entries: impl IntoIterator<Item = &'a TarEntry>, prioritized: &[impl AsRef<[u8]>]) -> Self {
+    pub fn new<'a>(
+        entries: impl IntoIterator<Item = &'a TarEntry>,
+        prioritized: &[impl AsRef<[u8]>],
+    ) -> Self {
         let (mut places, mut links, mut all) = (HashMap::new(), HashMap::new(), Vec::new());
         for (at, entry) in entries.into_iter().enumerate() {
             if entry.is_of_format() {
@@ -34,11 +37,17 @@ impl Order {
             }
             places.insert(path, at);
         }
-        let mut picker =
-            Picker { places: &places, links: &links, picked: vec![false; all.last().map_or(0, |at| at + 1)], first: Vec::new() };
+        let mut picker = Picker {
+            places: &places,
+            links: &links,
+            picked: vec![false; all.last().map_or(0, |at| at + 1)],
+            first: Vec::new(),
+        };
         let mut missing = Vec::new();
         for (number, path) in prioritized.iter().enumerate() {
-            match clean(path.as_ref()).and_then(|path| picker.places.get(&path).map(|at| (path, *at))) {
+            match clean(path.as_ref())
+                .and_then(|path| picker.places.get(&path).map(|at| (path, *at)))
+            {
                 Some((path, at)) => picker.pick(&path, at),
                 None => missing.push(number),
             }
@@ -102,7 +111,15 @@ mod tests {
     use crate::Time;
 
     fn entry(path: &str, kind: TarKind) -> TarEntry {
-        TarEntry { path: path.into(), kind, mode: 0, uid: 0, gid: 0, mtime: Time::default(), xattrs: Vec::new() }
+        TarEntry {
+            path: path.into(),
+            kind,
+            mode: 0,
+            uid: 0,
+            gid: 0,
+            mtime: Time::default(),
+            xattrs: Vec::new(),
+        }
     }
 
     #[test]

@@ -76,7 +76,17 @@ impl Pool {
         };
         let hashing = Some(thread::Builder::new().name("estargz-tar".into()).spawn(hash)?);
         let (jobs, tar) = (Some(jobs), Some(tar));
-        Ok(Self { jobs, tar, results, early: BTreeMap::new(), workers, hashing, given: 0, taken: 0, most })
+        Ok(Self {
+            jobs,
+            tar,
+            results,
+            early: BTreeMap::new(),
+            workers,
+            hashing,
+            given: 0,
+            taken: 0,
+            most,
+        })
     }
 
     /// Whether so much is on its way that a result must be taken first.
@@ -128,12 +138,22 @@ fn died() -> Error {
     Error::Io(io::Error::other("a thread that compresses a layer panicked"))
 }
 
-fn run(compressor: &mut Compressor, work: &Mutex<Receiver<(usize, Job)>>, done: &Sender<(usize, Result<Done>)>) {
+fn run(
+    compressor: &mut Compressor,
+    work: &Mutex<Receiver<(usize, Job)>>,
+    done: &Sender<(usize, Result<Done>)>,
+) {
     loop {
         let job = work.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok((number, job)) = job else { return };
-        let digests = job.chunks.iter().map(|(place, range)| (*place, Digest::of(&job.bytes[range.clone()]))).collect();
-        let compressed = compressor.compress(&job.bytes).map(|bytes| Done { compressed: bytes.to_vec(), digests });
+        let digests = job
+            .chunks
+            .iter()
+            .map(|(place, range)| (*place, Digest::of(&job.bytes[range.clone()])))
+            .collect();
+        let compressed = compressor
+            .compress(&job.bytes)
+            .map(|bytes| Done { compressed: bytes.to_vec(), digests });
         if done.send((number, compressed)).is_err() {
             return;
         }
@@ -158,11 +178,17 @@ impl Compressor {
         let level = level.filter(|level| *level >= 0);
         let codec = match codec {
             Codec::Gzip => {
-                let level = CompressionLvl::new(level.unwrap_or(GZIP_LEVEL).min(12)).unwrap_or_default();
+                let level =
+                    CompressionLvl::new(level.unwrap_or(GZIP_LEVEL).min(12)).unwrap_or_default();
                 let stored = CompressionLvl::new(0).unwrap_or_default();
-                Algorithm::Gzip { normal: libdeflater::Compressor::new(level), stored: libdeflater::Compressor::new(stored) }
+                Algorithm::Gzip {
+                    normal: libdeflater::Compressor::new(level),
+                    stored: libdeflater::Compressor::new(stored),
+                }
             }
-            Codec::Zstd => Algorithm::Zstd(zstd::bulk::Compressor::new(level.unwrap_or(ZSTD_LEVEL).min(22))?),
+            Codec::Zstd => {
+                Algorithm::Zstd(zstd::bulk::Compressor::new(level.unwrap_or(ZSTD_LEVEL).min(22))?)
+            }
         };
         Ok(Self { codec, scratch: Vec::new() })
     }
@@ -170,7 +196,9 @@ impl Compressor {
     /// One member or frame with `bytes`.
     pub fn compress(&mut self, bytes: &[u8]) -> Result<&[u8]> {
         let bound = match &mut self.codec {
-            Algorithm::Gzip { normal, stored } => normal.gzip_compress_bound(bytes.len()).max(stored.gzip_compress_bound(bytes.len())),
+            Algorithm::Gzip { normal, stored } => {
+                normal.gzip_compress_bound(bytes.len()).max(stored.gzip_compress_bound(bytes.len()))
+            }
             Algorithm::Zstd(_) => zstd::zstd_safe::compress_bound(bytes.len()),
         };
         if self.scratch.len() < bound {

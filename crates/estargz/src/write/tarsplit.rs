@@ -57,7 +57,10 @@ impl Crc64 {
         let (words, rest) = bytes.as_chunks::<8>();
         let crc = words.iter().fold(crc, |crc, word| {
             let mixed = (crc ^ u64::from_le_bytes(*word)).to_le_bytes();
-            mixed.iter().zip(self.0.iter().rev()).fold(0, |sum, (byte, table)| sum ^ table[usize::from(*byte)])
+            mixed
+                .iter()
+                .zip(self.0.iter().rev())
+                .fold(0, |sum, (byte, table)| sum ^ table[usize::from(*byte)])
         });
         rest.iter().fold(crc, |crc, byte| self.0[0][usize::from(crc as u8 ^ byte)] ^ crc >> 8)
     }
@@ -74,7 +77,13 @@ pub struct Split {
 
 impl TarSplit {
     pub fn new() -> Self {
-        Self { lines: Vec::new(), position: 0, segment: Vec::new(), file: None, crc: Box::new(Crc64::new()) }
+        Self {
+            lines: Vec::new(),
+            position: 0,
+            segment: Vec::new(),
+            file: None,
+            crc: Box::new(Crc64::new()),
+        }
     }
 
     /// Bytes of the tar that are no file's data.
@@ -118,7 +127,13 @@ impl TarSplit {
         self.line(SEGMENT, "", None, Some(payload))
     }
 
-    fn line(&mut self, r#type: u8, name: &str, size: Option<u64>, payload: Option<String>) -> Result<()> {
+    fn line(
+        &mut self,
+        r#type: u8,
+        name: &str,
+        size: Option<u64>,
+        payload: Option<String>,
+    ) -> Result<()> {
         let line = Line { r#type, name, size, payload, position: self.position };
         serde_json::to_writer(&mut self.lines, &line).map_err(io::Error::from)?;
         self.lines.push(b'\n');

@@ -84,7 +84,10 @@ fn is_zero(n: &u64) -> bool {
     *n == 0
 }
 
-fn xattrs<S: Serializer>(xattrs: &[(Vec<u8>, Vec<u8>)], to: S) -> std::result::Result<S::Ok, S::Error> {
+fn xattrs<S: Serializer>(
+    xattrs: &[(Vec<u8>, Vec<u8>)],
+    to: S,
+) -> std::result::Result<S::Ok, S::Error> {
     let mut map = to.serialize_map(Some(xattrs.len()))?;
     for (name, value) in xattrs {
         map.serialize_entry(&text(name), &BASE64_STANDARD.encode(value))?;
@@ -97,7 +100,10 @@ fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap_or_default()
 }
 
-fn rows<S: Serializer>(&(rows, units, codec): &(&[Row], &[u64], Codec), to: S) -> std::result::Result<S::Ok, S::Error> {
+fn rows<S: Serializer>(
+    &(rows, units, codec): &(&[Row], &[u64], Codec),
+    to: S,
+) -> std::result::Result<S::Ok, S::Error> {
     to.collect_seq(rows.iter().flat_map(|row| items(row, units, codec)))
 }
 
@@ -167,14 +173,30 @@ fn modtime(Time { seconds, nanoseconds }: Time) -> Option<String> {
 }
 
 /// The table of contents of `rows`, whose units begin at `units` (the last is where the data ends).
-pub fn json(rows: &[Row], units: &[u64], codec: Codec, tar_split_digest: Option<Digest>) -> Result<Vec<u8>> {
+pub fn json(
+    rows: &[Row],
+    units: &[u64],
+    codec: Codec,
+    tar_split_digest: Option<Digest>,
+) -> Result<Vec<u8>> {
     let entries: usize = rows.iter().map(|row| row.chunks.len().max(1)).sum();
     if entries > MAX_ENTRIES {
-        return Err(Error::TooLarge { what: "a table of contents with entries", size: entries as u64, limit: MAX_ENTRIES as u64 });
+        return Err(Error::TooLarge {
+            what: "a table of contents with entries",
+            size: entries as u64,
+            limit: MAX_ENTRIES as u64,
+        });
     }
-    let json = serde_json::to_vec(&Document { version: 1, entries: (rows, units, codec), tar_split_digest }).map_err(io::Error::from)?;
+    let json = serde_json::to_vec(&Document {
+        version: 1,
+        entries: (rows, units, codec),
+        tar_split_digest,
+    })
+    .map_err(io::Error::from)?;
     match json.len() as u64 {
-        size if size > MAX_TOC => Err(Error::TooLarge { what: "a table of contents", size, limit: MAX_TOC }),
+        size if size > MAX_TOC => {
+            Err(Error::TooLarge { what: "a table of contents", size, limit: MAX_TOC })
+        }
         _ => Ok(json),
     }
 }

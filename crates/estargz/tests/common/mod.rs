@@ -5,8 +5,8 @@
 
 use shipway_archive::{Member, MemberKind, TarReader};
 use shipway_estargz::{
-    Annotated, Codec, Comparison, Difference, Expected, Frames, Kind, Layout, Output, Result, Tail, TarEntry, TarKind, Time, Toc, Writer,
-    WriterOptions, Written,
+    Annotated, Codec, Comparison, Difference, Expected, Frames, Kind, Layout, Output, Result, Tail,
+    TarEntry, TarKind, Time, Toc, Writer, WriterOptions, Written,
 };
 use shipway_oci::Digest;
 use std::{
@@ -31,7 +31,11 @@ pub struct Opened {
 }
 
 /// Opens a blob by its annotations, as from a registry: first only its last bytes.
-pub fn open(blob: Vec<u8>, annotations: &BTreeMap<String, String>, external: Option<&[u8]>) -> Result<Opened> {
+pub fn open(
+    blob: Vec<u8>,
+    annotations: &BTreeMap<String, String>,
+    external: Option<&[u8]>,
+) -> Result<Opened> {
     let annotated = Annotated::read(annotations)?.expect("a digest of the table of contents");
     let size = blob.len() as u64;
     let end = |n: u64| &blob[(size - n) as usize..];
@@ -39,16 +43,23 @@ pub fn open(blob: Vec<u8>, annotations: &BTreeMap<String, String>, external: Opt
         Some(layout) => layout?,
         None => {
             let Tail::Need(n) = Tail::read(&[], size)? else { panic!("nothing is enough") };
-            let Tail::Layout(layout) = Tail::read(end(n), size)? else { panic!("{n} bytes are not enough") };
+            let Tail::Layout(layout) = Tail::read(end(n), size)? else {
+                panic!("{n} bytes are not enough")
+            };
             layout
         }
     };
-    let expected = Expected { digest: annotated.toc_digest, uncompressed_size: annotated.uncompressed_size };
+    let expected =
+        Expected { digest: annotated.toc_digest, uncompressed_size: annotated.uncompressed_size };
     let toc = match external {
         Some(toc) => Toc::read(toc, &layout, &expected)?,
         None => {
             let missing = layout.missing(size, 0).expect("a table inside");
-            Toc::read(layout.toc_in(&blob[missing.start as usize..], size).unwrap(), &layout, &expected)?
+            Toc::read(
+                layout.toc_in(&blob[missing.start as usize..], size).unwrap(),
+                &layout,
+                &expected,
+            )?
         }
     };
     Ok(Opened { layout, toc, blob })
@@ -62,7 +73,8 @@ impl Opened {
 
     /// The data of the file at `path`, chunk by chunk.
     pub fn read(&self, path: &str) -> Result<Vec<u8>> {
-        let entry = self.toc.find(path.as_bytes()).unwrap_or_else(|| panic!("no {path}")).resolved();
+        let entry =
+            self.toc.find(path.as_bytes()).unwrap_or_else(|| panic!("no {path}")).resolved();
         let Kind::File { size, chunks } = entry.kind() else { panic!("{path} is no file") };
         let mut data = Vec::new();
         for chunk in chunks {
@@ -76,12 +88,18 @@ impl Opened {
     pub fn read_all(&self) -> Result<BTreeMap<Vec<u8>, Vec<u8>>> {
         let mut all = BTreeMap::new();
         for chunks in self.toc.frames() {
-            self.toc.read_frame(self.layout.codec, chunks, self.frame(chunks.last().unwrap()), |chunk, bytes| {
-                let data: &mut Vec<u8> = all.entry(self.toc.entry(chunk.file).path().to_vec()).or_default();
-                data.extend_from_slice(bytes);
-                data.resize((chunk.file_offset + chunk.size) as usize, 0);
-                Ok(())
-            })?;
+            self.toc.read_frame(
+                self.layout.codec,
+                chunks,
+                self.frame(chunks.last().unwrap()),
+                |chunk, bytes| {
+                    let data: &mut Vec<u8> =
+                        all.entry(self.toc.entry(chunk.file).path().to_vec()).or_default();
+                    data.extend_from_slice(bytes);
+                    data.resize((chunk.file_offset + chunk.size) as usize, 0);
+                    Ok(())
+                },
+            )?;
         }
         Ok(all)
     }
@@ -96,7 +114,12 @@ impl Opened {
 pub fn compare(toc: &Toc, codec: Codec, blob: &[u8]) -> Option<Difference> {
     let comparison = RefCell::new(Comparison::new(toc, codec));
     let frames = BufReader::new(Frames::new(codec, blob).unwrap());
-    each(frames, |entry, _| comparison.borrow_mut().entry(entry), |bytes| comparison.borrow_mut().data(bytes)).unwrap();
+    each(
+        frames,
+        |entry, _| comparison.borrow_mut().entry(entry),
+        |bytes| comparison.borrow_mut().data(bytes),
+    )
+    .unwrap();
     comparison.into_inner().finish()
 }
 
@@ -113,7 +136,11 @@ impl<R: Read> Read for Recorder<R> {
 
 /// Reads a tar: each entry with all bytes since the last data, and the data. Gives the bytes at the
 /// end.
-pub fn each(tar: impl Read, mut entry: impl FnMut(&TarEntry, &[u8]), mut data: impl FnMut(&[u8])) -> std::io::Result<Vec<u8>> {
+pub fn each(
+    tar: impl Read,
+    mut entry: impl FnMut(&TarEntry, &[u8]),
+    mut data: impl FnMut(&[u8]),
+) -> std::io::Result<Vec<u8>> {
     let seen = Rc::new(RefCell::new(Vec::new()));
     let mut recorder = Recorder(tar, seen.clone());
     let mut reader = TarReader::new(&mut recorder);
@@ -140,7 +167,10 @@ fn convert(member: &Member) -> TarEntry {
         MemberKind::Fifo => TarKind::Fifo,
         MemberKind::Other(other) => TarKind::Other(*other),
     };
-    let mtime = Time { seconds: member.mtime.div_euclid(1_000_000_000), nanoseconds: member.mtime.rem_euclid(1_000_000_000) as u32 };
+    let mtime = Time {
+        seconds: member.mtime.div_euclid(1_000_000_000),
+        nanoseconds: member.mtime.rem_euclid(1_000_000_000) as u32,
+    };
     let Member { path, mode, uid, gid, xattrs, .. } = member.clone();
     TarEntry { path, kind, mode, uid, gid, mtime, xattrs }
 }
@@ -160,7 +190,11 @@ pub fn write(tar: &[u8], options: WriterOptions) -> Result<(Vec<u8>, Written)> {
                 *failed = result;
             }
         };
-        let end = each(tar, |entry, header| keep(writer.borrow_mut().entry(entry, header)), |bytes| keep(writer.borrow_mut().data(bytes)))?;
+        let end = each(
+            tar,
+            |entry, header| keep(writer.borrow_mut().entry(entry, header)),
+            |bytes| keep(writer.borrow_mut().data(bytes)),
+        )?;
         failed.into_inner()?;
         let mut writer = writer.into_inner();
         writer.raw(&end)?;
@@ -189,8 +223,11 @@ impl Dice {
     /// Another seed each time where there is time for random tests (`SHIPWAY_FUZZ_SECONDS`), and
     /// for how long.
     pub fn seeded(seed: u64) -> (Self, Option<std::time::Duration>) {
-        let time: Option<u64> = std::env::var("SHIPWAY_FUZZ_SECONDS").ok().and_then(|n| n.parse().ok());
-        let now = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_secs());
+        let time: Option<u64> =
+            std::env::var("SHIPWAY_FUZZ_SECONDS").ok().and_then(|n| n.parse().ok());
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::SystemTime::UNIX_EPOCH)
+            .map_or(1, |d| d.as_secs());
         let seed = if time.is_some() { now } else { seed };
         println!("seed {seed}");
         // A quarter each for the tests of this crate, as the Dockerfile's parser has the whole.

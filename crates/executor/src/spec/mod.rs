@@ -1,6 +1,7 @@
 //! The OCI runtime specification (v1.0.2) of a process (rows `exec.*`).
 //!
-//! [`build`] turns a [`ProcessSpec`] whose user is resolved into the JSON that a runtime reads. It looks at nothing but its arguments.
+//! [`build`] turns a [`ProcessSpec`] whose user is resolved into the JSON that a runtime reads. It
+//! looks at nothing but its arguments.
 
 mod seccomp;
 
@@ -92,7 +93,8 @@ const MASKED: &[&str] = &[
     "/sys/devices/virtual/powercap",
 ];
 
-const READ_ONLY: &[&str] = &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READ_ONLY: &[&str] =
+    &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// Devices of the insecure mode beside the runtime's own: path, kind, major, minor.
 const INSECURE_DEVICES: &[(&str, &str, i64, i64)] = &[
@@ -123,7 +125,8 @@ pub struct Host {
 pub struct Surroundings {
     /// Cgroup of the container: a path, or `slice:prefix:name`.
     pub cgroups_path: String,
-    /// A network namespace to join; `None` makes a new one, or stays in the host's in [`NetworkMode::Host`].
+    /// A network namespace to join; `None` makes a new one, or stays in the host's in
+    /// [`NetworkMode::Host`].
     pub netns: Option<String>,
     /// Mounts beside the standard ones, in order; the source of a bind is a host path.
     pub mounts: Vec<SpecMount>,
@@ -152,15 +155,26 @@ fn standard_mounts(insecure: bool) -> Vec<Value> {
     vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
         mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        mount("/dev/pts", "devpts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
-        mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
+        mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
+        mount(
+            "/dev/shm",
+            "tmpfs",
+            "shm",
+            &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"],
+        ),
         mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
         mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", sys]),
         mount("/sys/fs/cgroup", "cgroup", "cgroup", &[sys, "nosuid", "noexec", "nodev"]),
     ]
 }
 
-/// Later mounts of the same place replace earlier ones; parents come before children (row `exec.mnt.order`).
+/// Later mounts of the same place replace earlier ones; parents come before children (row
+/// `exec.mnt.order`).
 fn mounts(insecure: bool, extra: &[SpecMount]) -> Vec<Value> {
     let mut all = standard_mounts(insecure);
     for m in extra {
@@ -169,17 +183,27 @@ fn mounts(insecure: bool, extra: &[SpecMount]) -> Vec<Value> {
         let options: Vec<&str> = m.mount.options.iter().map(String::as_str).collect();
         all.push(mount(&place, &m.mount.kind, &m.mount.source, &options));
     }
-    let depth = |v: &Value| v["destination"].as_str().map_or(0, |d| d.split('/').filter(|c| !c.is_empty()).count());
-    // Stable: among mounts of one depth the given order stays, and a mount under /dev or /sys comes after it.
+    let depth = |v: &Value| {
+        v["destination"].as_str().map_or(0, |d| d.split('/').filter(|c| !c.is_empty()).count())
+    };
+    // Stable: among mounts of one depth the given order stays, and a mount under /dev or /sys comes
+    // after it.
     all.sort_by_key(depth);
     all
 }
 
 fn capabilities(security: Security, held: u64) -> Value {
     match security {
-        Security::Sandbox => json!({ "bounding": DEFAULT_CAPS, "permitted": DEFAULT_CAPS, "effective": DEFAULT_CAPS }),
+        Security::Sandbox => {
+            json!({ "bounding": DEFAULT_CAPS, "permitted": DEFAULT_CAPS, "effective": DEFAULT_CAPS })
+        }
         Security::Insecure => {
-            let all: Vec<&str> = ALL_CAPS.iter().enumerate().filter(|(n, _)| held >> n & 1 == 1).map(|(_, c)| *c).collect();
+            let all: Vec<&str> = ALL_CAPS
+                .iter()
+                .enumerate()
+                .filter(|(n, _)| held >> n & 1 == 1)
+                .map(|(_, c)| *c)
+                .collect();
             json!({ "bounding": all, "permitted": all, "effective": all, "inheritable": all, "ambient": all })
         }
     }
@@ -217,7 +241,8 @@ fn resources(limits: &ResourceLimits, insecure: bool) -> Value {
 }
 
 fn namespaces(network: NetworkMode, around: &Surroundings, host: &Host) -> Vec<Value> {
-    let mut all: Vec<Value> = ["pid", "ipc", "uts", "mount"].iter().map(|n| json!({ "type": n })).collect();
+    let mut all: Vec<Value> =
+        ["pid", "ipc", "uts", "mount"].iter().map(|n| json!({ "type": n })).collect();
     match (&around.netns, network) {
         (Some(path), _) => all.push(json!({ "type": "network", "path": path })),
         (None, NetworkMode::Host) => {}
@@ -275,7 +300,9 @@ pub fn build(spec: &ProcessSpec, who: &Identity, around: &Surroundings, host: &H
             .iter()
             .map(|(path, kind, major, minor)| json!({ "path": path, "type": kind, "major": major, "minor": minor }))
             .collect();
-        devices.extend((0..LOOP_DEVICES).map(|i| json!({ "path": format!("/dev/loop{i}"), "type": "b", "major": 7, "minor": i })));
+        devices.extend((0..LOOP_DEVICES).map(
+            |i| json!({ "path": format!("/dev/loop{i}"), "type": "b", "major": 7, "minor": i }),
+        ));
         linux["devices"] = json!(devices);
     } else if host.seccomp {
         linux["seccomp"] = seccomp::profile(&host.arch, DEFAULT_CAPS);
@@ -308,11 +335,23 @@ mod tests {
     }
 
     fn around() -> Surroundings {
-        Surroundings { cgroups_path: "/b/x".into(), netns: None, mounts: vec![], read_only_root: false, apparmor: None }
+        Surroundings {
+            cgroups_path: "/b/x".into(),
+            netns: None,
+            mounts: vec![],
+            read_only_root: false,
+            apparmor: None,
+        }
     }
 
     fn base() -> ProcessSpec {
-        ProcessSpec { id: "x".into(), group: "g".into(), args: vec!["/bin/true".into()], cwd: "/w/../v".into(), ..Default::default() }
+        ProcessSpec {
+            id: "x".into(),
+            group: "g".into(),
+            args: vec!["/bin/true".into()],
+            cwd: "/w/../v".into(),
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -324,7 +363,12 @@ mod tests {
         assert_eq!(v["annotations"][GROUP_ANNOTATION], "g");
         assert!(v["process"].get("rlimits").is_none());
         assert!(v["linux"]["seccomp"].is_object());
-        let kinds: Vec<&str> = v["linux"]["namespaces"].as_array().into_iter().flatten().filter_map(|n| n["type"].as_str()).collect();
+        let kinds: Vec<&str> = v["linux"]["namespaces"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|n| n["type"].as_str())
+            .collect();
         assert_eq!(kinds, ["pid", "ipc", "uts", "mount", "network", "cgroup"]);
     }
 
@@ -340,7 +384,10 @@ mod tests {
         assert!(v["linux"].get("seccomp").is_none());
         assert_eq!(v["linux"]["maskedPaths"], json!([]));
         assert_eq!(v["process"]["capabilities"]["ambient"].as_array().map(Vec::len), Some(41));
-        assert_eq!(v["process"]["rlimits"][0], json!({ "type": "RLIMIT_NOFILE", "soft": 10, "hard": u64::MAX }));
+        assert_eq!(
+            v["process"]["rlimits"][0],
+            json!({ "type": "RLIMIT_NOFILE", "soft": 10, "hard": u64::MAX })
+        );
         assert!(!v["linux"]["namespaces"].to_string().contains("network"));
     }
 
@@ -348,10 +395,20 @@ mod tests {
     fn the_last_mount_of_a_place_wins_and_parents_come_first() {
         let tmpfs = |target: &str, size: &str| SpecMount {
             target: target.into(),
-            mount: Mount { kind: "tmpfs".into(), source: "tmpfs".into(), target: String::new(), options: vec![size.into()] },
+            mount: Mount {
+                kind: "tmpfs".into(),
+                source: "tmpfs".into(),
+                target: String::new(),
+                options: vec![size.into()],
+            },
         };
         let a = Surroundings {
-            mounts: vec![tmpfs("/a/b", "size=1"), tmpfs("/a", "size=2"), tmpfs("/a/b/", "size=3"), tmpfs("/dev/shm", "size=9")],
+            mounts: vec![
+                tmpfs("/a/b", "size=1"),
+                tmpfs("/a", "size=2"),
+                tmpfs("/a/b/", "size=3"),
+                tmpfs("/dev/shm", "size=9"),
+            ],
             ..around()
         };
         let v = build(&base(), &Identity::default(), &a, &host());
@@ -359,12 +416,20 @@ mod tests {
             .as_array()
             .into_iter()
             .flatten()
-            .map(|m| (m["destination"].as_str().unwrap_or_default().into(), m["options"][0].as_str().unwrap_or_default().into()))
+            .map(|m| {
+                (
+                    m["destination"].as_str().unwrap_or_default().into(),
+                    m["options"][0].as_str().unwrap_or_default().into(),
+                )
+            })
             .collect();
         let place = |t: &str| list.iter().position(|(d, _)| d == t).unwrap_or(usize::MAX);
         assert!(place("/a") < place("/a/b"));
         assert_eq!(
-            list.iter().filter(|(d, _)| d == "/a/b" || d == "/dev/shm").map(|(_, o)| o.as_str()).collect::<Vec<_>>(),
+            list.iter()
+                .filter(|(d, _)| d == "/a/b" || d == "/dev/shm")
+                .map(|(_, o)| o.as_str())
+                .collect::<Vec<_>>(),
             ["size=3", "size=9"]
         );
     }

@@ -1,9 +1,11 @@
-//! The seccomp profile of a sandboxed step: data in `seccomp.txt`, and here the rules that look at arguments.
+//! The seccomp profile of a sandboxed step: data in `seccomp.txt`, and here the rules that look at
+//! arguments.
 
 use serde_json::{Value, json};
 
 const PROFILE: &str = include_str!("seccomp.txt");
-/// `CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP`.
+/// Flags of `clone` that make namespaces: `CLONE_NEWNS`, `_NEWUTS`, `_NEWIPC`, `_NEWUSER`,
+/// `_NEWPID`, `_NEWNET` and `_NEWCGROUP`.
 const NAMESPACE_FLAGS: u64 = 0x7E02_0000;
 const ENOSYS: u64 = 38;
 /// `AF_VSOCK` reaches the hypervisor; 39 sits between it and the families after.
@@ -35,7 +37,8 @@ fn applies(header: &str, arch: &str, caps: &[&str]) -> bool {
 
 fn architectures(arch: &str) -> &'static [&'static str] {
     match arch {
-        // Not x32, which kernels are built without: every architecture costs each step milliseconds of compiling the filter.
+        // Not x32, which kernels are built without: every architecture costs each step milliseconds
+        // of compiling the filter.
         "amd64" => &["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"],
         "arm64" => &["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"],
         "s390x" => &["SCMP_ARCH_S390X", "SCMP_ARCH_S390"],
@@ -45,7 +48,8 @@ fn architectures(arch: &str) -> &'static [&'static str] {
     }
 }
 
-/// The profile for machine `arch` (Go's name) and a process with capabilities `caps` (row `exec.sandbox`).
+/// The profile for machine `arch` (Go's name) and a process with capabilities `caps` (row
+/// `exec.sandbox`).
 pub fn profile(arch: &str, caps: &[&str]) -> Value {
     let mut rules = Vec::new();
     let (mut included, mut names) = (false, Vec::new());
@@ -71,7 +75,8 @@ pub fn profile(arch: &str, caps: &[&str]) -> Value {
     if !caps.contains(&"CAP_SYS_ADMIN") {
         let flags_argument = u32::from(arch == "s390x");
         rules.push(allow_if("clone", flags_argument, NAMESPACE_FLAGS, 0, "SCMP_CMP_MASKED_EQ"));
-        // C libraries fall back to clone, whose flags can be looked at, only if clone3 does not exist.
+        // C libraries fall back to clone, whose flags can be looked at, only if clone3 does not
+        // exist.
         rules.push(json!({ "names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS }));
     }
     json!({
@@ -89,9 +94,14 @@ mod tests {
     #[test]
     fn sections_follow_the_machine_and_the_capabilities() {
         let p = profile("amd64", &["CAP_SYS_CHROOT"]).to_string();
-        for (name, expected) in
-            [("chroot", true), ("openat2", true), ("arch_prctl", true), ("mount", false), ("bpf", false), ("set_tls", false)]
-        {
+        for (name, expected) in [
+            ("chroot", true),
+            ("openat2", true),
+            ("arch_prctl", true),
+            ("mount", false),
+            ("bpf", false),
+            ("set_tls", false),
+        ] {
             assert_eq!(p.contains(&format!("\"{name}\"")), expected, "{name}");
         }
         assert!(profile("amd64", &["CAP_SYS_ADMIN"]).to_string().contains("\"mount\""));

@@ -51,7 +51,8 @@ pub(super) struct Apply {
     next_id: u32,
     /// What the sender has, for [`LISTING`].
     listing: Vec<u8>,
-    /// The directories that the last entry was in and that nothing was received for yet, outermost first.
+    /// The directories that the last entry was in and that nothing was received for yet, outermost
+    /// first.
     above: Vec<(u32, Stat)>,
     requested: u64,
     requests: mpsc::UnboundedSender<u32>,
@@ -122,8 +123,12 @@ impl Apply {
 
     fn entry(&mut self, mut stat: Stat) -> Result<()> {
         self.order.check(&stat)?;
-        let refuse = |why: &str| Err(Fault::invalid(format!("refuse {:?} from the sender: {why}", stat.path)));
-        if FileMode(stat.mode).kind() == FileKind::CharDevice && (stat.devmajor, stat.devminor) == (0, 0) {
+        let refuse = |why: &str| {
+            Err(Fault::invalid(format!("refuse {:?} from the sender: {why}", stat.path)))
+        };
+        if FileMode(stat.mode).kind() == FileKind::CharDevice
+            && (stat.devmajor, stat.devminor) == (0, 0)
+        {
             return refuse("a character device 0:0 stands for a removed file");
         }
         stat.xattrs.retain(|name, _| name == IDENTITY || is_image_xattr(name));
@@ -148,7 +153,9 @@ impl Apply {
         self.listing.extend((stat.encoded_len() as u32).to_le_bytes());
         self.listing.extend(stat.encode_to_vec());
         stat.xattrs.extend(identity.map(|i| (IDENTITY.to_owned(), i)));
-        let is_in = |dir: &Stat| stat.path.strip_prefix(&dir.path).is_some_and(|rest| rest.starts_with('/'));
+        let is_in = |dir: &Stat| {
+            stat.path.strip_prefix(&dir.path).is_some_and(|rest| rest.starts_with('/'))
+        };
         while self.above.last().is_some_and(|(_, dir)| !is_in(dir)) {
             self.above.pop();
         }
@@ -172,17 +179,22 @@ impl Apply {
         stat.xattrs.remove(IDENTITY);
         let linked = entry.mode.kind() == FileKind::Regular && !entry.link.is_empty();
         if linked && !find(&self.new, &entry.link).is_some_and(KnownEntry::has_content) {
-            return Err(Fault::invalid(format!("invalid link {} to unknown path: {:?}", stat.path, stat.linkname)));
+            return Err(Fault::invalid(format!(
+                "invalid link {} to unknown path: {:?}",
+                stat.path, stat.linkname
+            )));
         }
         let old = self.pass(Some(&entry.path))?;
         let differs_always = self.options.differ == Differ::None && !entry.mode.is_dir();
-        let same =
-            !differs_always && old.as_ref().is_some_and(|old| old.same(&entry)) && !(linked && self.rewritten.contains(&*entry.link));
+        let same = !differs_always
+            && old.as_ref().is_some_and(|old| old.same(&entry))
+            && !(linked && self.rewritten.contains(&*entry.link));
         self.new.push(entry.clone());
         if !same {
             let kind = if old.is_some() { ChangeKind::Modified } else { ChangeKind::Added };
             self.changes.push(Change { path: entry.path.clone(), kind, digest: None });
-            self.change(id, stat, &entry, old).map_err(|e| e.context("write the received files"))?;
+            self.change(id, stat, &entry, old)
+                .map_err(|e| e.context("write the received files"))?;
         }
         Ok(())
     }
@@ -203,7 +215,11 @@ impl Apply {
                 continue;
             }
             self.remove(entry)?;
-            self.changes.push(Change { path: entry.path.clone(), kind: ChangeKind::Deleted, digest: None });
+            self.changes.push(Change {
+                path: entry.path.clone(),
+                kind: ChangeKind::Deleted,
+                digest: None,
+            });
         }
         Ok(None)
     }
@@ -227,7 +243,13 @@ impl Apply {
         }
     }
 
-    fn change(&mut self, id: u32, stat: Stat, entry: &KnownEntry, old: Option<KnownEntry>) -> Result<()> {
+    fn change(
+        &mut self,
+        id: u32,
+        stat: Stat,
+        entry: &KnownEntry,
+        old: Option<KnownEntry>,
+    ) -> Result<()> {
         let kind = entry.mode.kind();
         let was_dir = old.as_ref().is_some_and(|o| o.mode.is_dir());
         if let Some(old) = old.filter(|o| o.mode.is_dir() != entry.mode.is_dir()) {
@@ -247,7 +269,9 @@ impl Apply {
             FileKind::Symlink => {
                 let at = self.dirs.get(dir).map_err(|e| failed("open the directory of", e))?;
                 let make = || rustix::fs::symlinkat(&stat.linkname, at, name);
-                replace(at, name, make).and_then(|()| own(at, name, &stat)).map_err(|e| failed("create link", e))
+                replace(at, name, make)
+                    .and_then(|()| own(at, name, &stat))
+                    .map_err(|e| failed("create link", e))
             }
             FileKind::Regular if !entry.link.is_empty() => {
                 self.links.push(self.new.len() - 1);
@@ -266,10 +290,13 @@ impl Apply {
         if stat.size == 0 {
             // Nothing to ask for.
             let file = write::create(&mut self.dirs, &stat.path)?;
-            if let (Some(hash), Some(change)) = (hash_for(self.options.hash.as_ref(), &stat), self.changes.last_mut()) {
+            if let (Some(hash), Some(change)) =
+                (hash_for(self.options.hash.as_ref(), &stat), self.changes.last_mut())
+            {
                 change.digest = Some(hash.start(&stat).finish());
             }
-            return write::set_metadata(file, &stat).map_err(|e| Fault::io(format!("create {}", stat.path), e));
+            return write::set_metadata(file, &stat)
+                .map_err(|e| Fault::io(format!("create {}", stat.path), e));
         }
         let pending = Pending { entry: self.new.len() - 1, change: self.changes.len() - 1, stat };
         let share = &self.expected[(id / super::RUN) as usize % self.expected.len()];
@@ -287,7 +314,8 @@ impl Apply {
                 change.digest = file.digest;
             }
             if let Some(entry) = self.new.get_mut(file.entry).filter(|_| !file.whole) {
-                // It changed while it was sent; no time matches this one, so that it is asked for again.
+                // It changed while it was sent; no time matches this one, so that it is asked for
+                // again.
                 entry.mtime = i64::MIN;
             }
         }
@@ -309,18 +337,33 @@ impl Apply {
                 }
                 set_time(at, name, entry.mtime)
             };
-            self.dirs.get(dir).and_then(settle).map_err(|e| Fault::io(format!("finish directory {path}"), e))?;
+            self.dirs
+                .get(dir)
+                .and_then(settle)
+                .map_err(|e| Fault::io(format!("finish directory {path}"), e))?;
         }
-        Ok(Received { tree: KnownTree { entries: Arc::new(self.new) }, changes: self.changes, progress: Default::default() })
+        Ok(Received {
+            tree: KnownTree { entries: Arc::new(self.new) },
+            changes: self.changes,
+            progress: Default::default(),
+        })
     }
 
-    /// Always a new file, for the old one may be part of a layer. It is no entry of the tree: the sender does not have it.
+    /// Always a new file, for the old one may be part of a layer. It is no entry of the tree: the
+    /// sender does not have it.
     fn write_listing(&mut self) -> io::Result<()> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let at = self.dirs.get("")?;
-        let file = replace(at, LISTING, || rustix::fs::openat(at, LISTING, flags, Mode::from_raw_mode(0o644)))?;
+        let file = replace(at, LISTING, || {
+            rustix::fs::openat(at, LISTING, flags, Mode::from_raw_mode(0o644))
+        })?;
         std::fs::File::from(file).write_all(&self.listing)?;
-        self.changes.push(Change { path: LISTING.into(), kind: ChangeKind::Modified, digest: None });
+        self.changes.push(Change {
+            path: LISTING.into(),
+            kind: ChangeKind::Modified,
+            digest: None,
+        });
         Ok(())
     }
 
@@ -372,6 +415,12 @@ fn make_special(at: BorrowedFd<'_>, name: &str, stat: &Stat, kind: FileKind) -> 
 
 /// Owner and time of `name` itself.
 fn own(at: BorrowedFd<'_>, name: &str, stat: &Stat) -> io::Result<()> {
-    rustix::fs::chownat(at, name, Some(Uid::from_raw(stat.uid)), Some(Gid::from_raw(stat.gid)), AtFlags::SYMLINK_NOFOLLOW)?;
+    rustix::fs::chownat(
+        at,
+        name,
+        Some(Uid::from_raw(stat.uid)),
+        Some(Gid::from_raw(stat.gid)),
+        AtFlags::SYMLINK_NOFOLLOW,
+    )?;
     set_time(at, name, stat.mod_time)
 }

@@ -7,7 +7,8 @@ use shipway_llb::{ContentCache, ExecOp, Mount, MountKind, Vertex};
 use shipway_oci::Digest;
 use shipway_solver::{CacheMap, InputMap};
 
-/// A mount whose cache id is what a Dockerfile gives by default keeps its id in the key, for the sake of caches made before ids were left out.
+/// A mount whose cache id is what a Dockerfile gives by default keeps its id in the key, for the
+/// sake of caches made before ids were left out.
 fn is_default_cache_id(id: &str, mount: &Mount) -> bool {
     id == mount.dest || id.split_once('/').is_some_and(|(_, rest)| rest == mount.dest)
 }
@@ -21,9 +22,17 @@ fn write_mount(key: &mut KeyWriter, mount: &Mount) {
         .text("result", &mount.result_id);
     match &mount.kind {
         MountKind::Bind => key.flag("bind", true),
-        MountKind::Secret(s) => key.text("secret", &s.id).value("owner", (s.uid, s.gid, s.mode, s.optional)),
-        MountKind::Ssh(s) => key.text("ssh", &s.id).value("owner", (s.uid, s.gid, s.mode, s.optional)),
-        MountKind::Cache(c) if is_default_cache_id(&c.id, mount) && c.sharing == Default::default() => key.text("cache", &c.id),
+        MountKind::Secret(s) => {
+            key.text("secret", &s.id).value("owner", (s.uid, s.gid, s.mode, s.optional))
+        }
+        MountKind::Ssh(s) => {
+            key.text("ssh", &s.id).value("owner", (s.uid, s.gid, s.mode, s.optional))
+        }
+        MountKind::Cache(c)
+            if is_default_cache_id(&c.id, mount) && c.sharing == Default::default() =>
+        {
+            key.text("cache", &c.id)
+        }
         MountKind::Cache(_) => key.flag("cache", true),
         MountKind::Tmpfs { size } => key.value("tmpfs", size),
     };
@@ -33,7 +42,8 @@ fn is_plain_root(mounts: &[Mount]) -> bool {
     matches!(mounts, [m] if m.dest == "/" && !m.readonly && m.kind == MountKind::Bind && m.result_id.is_empty())
 }
 
-/// The operation's own key: everything but proxies, addresses of hosts, selectors, ids of caches, and values of secrets.
+/// The operation's own key: everything but proxies, addresses of hosts, selectors, ids of caches,
+/// and values of secrets.
 fn own_key(exec: &ExecOp, vertex: &Vertex) -> Digest {
     let meta = &exec.meta;
     let mut key = KeyWriter::new("shipway.exec.v1");
@@ -54,7 +64,9 @@ fn own_key(exec: &ExecOp, vertex: &Vertex) -> Digest {
         key.text("ulimit", &limit.name).value("limits", (limit.soft, limit.hard));
     }
     for secret in &exec.secret_env {
-        key.text("secret", &secret.id).text("variable", &secret.name).flag("optional", secret.optional);
+        key.text("secret", &secret.id)
+            .text("variable", &secret.name)
+            .flag("optional", secret.optional);
     }
     for device in &exec.devices {
         key.text("device", &device.name).flag("optional", device.optional);
@@ -65,7 +77,8 @@ fn own_key(exec: &ExecOp, vertex: &Vertex) -> Digest {
     if !is_plain_root(&exec.mounts) {
         exec.mounts.iter().for_each(|m| write_mount(&mut key, m));
     }
-    key.text("platform", &vertex.platform.to_string()).text("os.version", &vertex.platform.os_version);
+    key.text("platform", &vertex.platform.to_string())
+        .text("os.version", &vertex.platform.os_version);
     key.digest()
 }
 
@@ -78,10 +91,13 @@ struct Use {
 
 fn uses(exec: &ExecOp, inputs: usize) -> Result<Vec<Use>> {
     let mut all: Vec<Use> = std::iter::repeat_with(Use::default).take(inputs).collect();
-    for mount in exec.mounts.iter().filter(|m| matches!(m.kind, MountKind::Bind | MountKind::Cache(_))) {
+    for mount in
+        exec.mounts.iter().filter(|m| matches!(m.kind, MountKind::Bind | MountKind::Cache(_)))
+    {
         let Some(used) = mount.input.and_then(|i| all.get_mut(i)) else { continue };
         let path = rooted(&mount.selector);
-        // Otherwise a step could be served a result that lacks a file of this input which it never selected but passes on.
+        // Otherwise a step could be served a result that lacks a file of this input which it never
+        // selected but passes on.
         let safe = mount.output.is_none() || mount.readonly || path == "/";
         used.content = match mount.content_cache {
             ContentCache::Off => false,
@@ -104,7 +120,8 @@ pub(crate) fn cache_map(exec: &ExecOp, vertex: &Vertex) -> Result<CacheMap> {
     let inputs = uses(exec, vertex.inputs.len())?
         .into_iter()
         .map(|used| InputMap {
-            selector: (!used.paths.is_empty()).then(|| Digest::of(used.paths.join("\0").as_bytes())),
+            selector: (!used.paths.is_empty())
+                .then(|| Digest::of(used.paths.join("\0").as_bytes())),
             content: used.content,
         })
         .collect();
@@ -133,7 +150,8 @@ mod tests {
     use shipway_oci::Platform;
 
     fn base() -> ExecOp {
-        let root = Mount { input: Some(0), output: Some(0), dest: "/".into(), ..Default::default() };
+        let root =
+            Mount { input: Some(0), output: Some(0), dest: "/".into(), ..Default::default() };
         let mut exec = ExecOp { mounts: vec![root], ..Default::default() };
         exec.meta.args = vec!["true".into()];
         exec
@@ -156,7 +174,11 @@ mod tests {
     fn check(change: impl FnOnce(&mut ExecOp), same: bool) {
         let mut changed = base();
         change(&mut changed);
-        assert_eq!(own_key(&base(), &vertex(&base())) == own_key(&changed, &vertex(&changed)), same, "{changed:?}");
+        assert_eq!(
+            own_key(&base(), &vertex(&base())) == own_key(&changed, &vertex(&changed)),
+            same,
+            "{changed:?}"
+        );
     }
 
     #[test]
@@ -192,9 +214,19 @@ mod tests {
             ("/a", None, false, "/m", true),
         ] {
             let mut exec = base();
-            exec.mounts =
-                vec![Mount { input: Some(0), output, selector: selector.into(), dest: dest.into(), readonly, ..Default::default() }];
-            assert_eq!(selectors(&exec, 0).is_some(), expected, "{selector} {output:?} {readonly} {dest}");
+            exec.mounts = vec![Mount {
+                input: Some(0),
+                output,
+                selector: selector.into(),
+                dest: dest.into(),
+                readonly,
+                ..Default::default()
+            }];
+            assert_eq!(
+                selectors(&exec, 0).is_some(),
+                expected,
+                "{selector} {output:?} {readonly} {dest}"
+            );
         }
     }
 }

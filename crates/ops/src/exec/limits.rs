@@ -1,5 +1,5 @@
-//! Resource limits of a step (row `so.res`). Builds that share it may want different ones: the widest holds, so that nobody's step is held back
-//! by another build.
+//! Resource limits of a step (row `so.res`). Builds that share it may want different ones: the
+//! widest holds, so that nobody's step is held back by another build.
 
 use shipway_executor::ResourceLimits;
 use shipway_llb::LinuxResources;
@@ -22,7 +22,8 @@ pub(super) fn of(r: &LinuxResources) -> ResourceLimits {
 
 /// The wider of two, limit by limit.
 pub(super) fn wider(a: &LinuxResources, b: &LinuxResources) -> LinuxResources {
-    let (cpu_period, cpu_quota) = wider_share((a.cpu_period, a.cpu_quota), (b.cpu_period, b.cpu_quota));
+    let (cpu_period, cpu_quota) =
+        wider_share((a.cpu_period, a.cpu_quota), (b.cpu_period, b.cpu_quota));
     LinuxResources {
         memory: if a.memory == 0 || b.memory == 0 { 0 } else { a.memory.max(b.memory) },
         // Unset follows from the memory, and -1 is without limit.
@@ -39,7 +40,8 @@ pub(super) fn wider(a: &LinuxResources, b: &LinuxResources) -> LinuxResources {
     }
 }
 
-/// Periods with quotas are never mixed. Without a quota there is no limit; of equal ones that with the shorter period is wider.
+/// Periods with quotas are never mixed. Without a quota there is no limit; of equal ones that with
+/// the shorter period is wider.
 fn wider_share(a: (u64, i64), b: (u64, i64)) -> (u64, i64) {
     let rate = |(period, quota): (u64, i64), other: (u64, i64)| {
         // Where one says no period, the quotas alone tell.
@@ -58,7 +60,8 @@ fn wider_share(a: (u64, i64), b: (u64, i64)) -> (u64, i64) {
     }
 }
 
-/// All that one of two lists such as `0-3,5` has; an empty one means no limit. What cannot be read counts for nothing.
+/// All that one of two lists such as `0-3,5` has; an empty one means no limit. What cannot be read
+/// counts for nothing.
 fn union(a: &str, b: &str) -> String {
     if a.is_empty() || b.is_empty() {
         return String::new();
@@ -75,7 +78,9 @@ fn union(a: &str, b: &str) -> String {
             _ => all.push((first, last)),
         }
     }
-    let shown = |(first, last): &(u32, u32)| if first == last { first.to_string() } else { format!("{first}-{last}") };
+    let shown = |(first, last): &(u32, u32)| {
+        if first == last { first.to_string() } else { format!("{first}-{last}") }
+    };
     all.iter().map(shown).collect::<Vec<_>>().join(",")
 }
 
@@ -94,19 +99,29 @@ mod tests {
 
     #[test]
     fn the_widest_limit_holds() {
-        let of = |memory, memory_swap, cpu_shares| LinuxResources { memory, memory_swap, cpu_shares, ..Default::default() };
+        let of = |memory, memory_swap, cpu_shares| LinuxResources {
+            memory,
+            memory_swap,
+            cpu_shares,
+            ..Default::default()
+        };
         let check = |a: &LinuxResources, b: &LinuxResources, expected: &LinuxResources| {
             assert_eq!(&wider(a, b), expected);
             assert_eq!(&wider(b, a), expected);
         };
         check(&of(10, 20, 512), &of(30, -1, 0), &of(30, -1, 512));
         check(&of(10, 20, 512), &of(0, 0, 1024), &of(0, 20, 1024));
-        let share = |cpu_period, cpu_quota| LinuxResources { cpu_period, cpu_quota, ..Default::default() };
+        let share =
+            |cpu_period, cpu_quota| LinuxResources { cpu_period, cpu_quota, ..Default::default() };
         check(&share(100, 50), &share(1000, 600), &share(1000, 600));
         check(&share(100, 50), &share(1000, 500), &share(100, 50));
         check(&share(100, 50), &share(1000, 0), &share(1000, 0));
         check(&share(0, 50), &share(1000, 50), &share(1000, 50));
-        check(&share(u64::MAX, i64::MAX), &share(u64::MAX, i64::MAX - 1), &share(u64::MAX, i64::MAX));
+        check(
+            &share(u64::MAX, i64::MAX),
+            &share(u64::MAX, i64::MAX - 1),
+            &share(u64::MAX, i64::MAX),
+        );
         let cpus = |list: &str| LinuxResources { cpuset_cpus: list.into(), ..Default::default() };
         check(&cpus("0-2,7"), &cpus("3,9-10"), &cpus("0-3,7,9-10"));
         check(&cpus("0-2"), &cpus(""), &cpus(""));

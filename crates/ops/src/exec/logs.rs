@@ -1,5 +1,6 @@
-//! A step's output on its way to those who watch (row `exec.logclip`): bounded in size and speed, with the end kept for the case that the
-//! step fails, and in pieces that are not as small as the step wrote them.
+//! A step's output on its way to those who watch (row `exec.logclip`): bounded in size and speed,
+//! with the end kept for the case that the step fails, and in pieces that are not as small as the
+//! step wrote them.
 
 use bytes::Bytes;
 use shipway_executor::Stream;
@@ -21,10 +22,12 @@ const NO_SPACE: &[u8] = b"No space left on device";
 const WINDOW: Duration = Duration::from_millis(100);
 /// Gathered output of this size is passed on at once.
 const MAX_GATHERED: usize = 64 << 10;
-/// Pieces that are gathered at once. So many times the streams alternate in their order; then each of them is one piece.
+/// Pieces that are gathered at once. So many times the streams alternate in their order; then each
+/// of them is one piece.
 const MAX_PIECES: usize = 16;
 
-/// How much of each of a step's streams is passed on (row `env.logclip`). Beyond any limit here, a vertex's whole output is bounded by its reporter.
+/// How much of each of a step's streams is passed on (row `env.logclip`). Beyond any limit here, a
+/// vertex's whole output is bounded by its reporter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LogLimits {
     /// Bytes. As in BuildKit, without this limit there is none of the speed either.
@@ -40,7 +43,8 @@ impl Default for LogLimits {
 }
 
 impl LogLimits {
-    /// Reads a limit as BuildKit does: a number of bytes, or -1 for no limit; `None` if it is neither.
+    /// Reads a limit as BuildKit does: a number of bytes, or -1 for no limit; `None` if it is
+    /// neither.
     pub fn parse(text: &str) -> Option<Option<u64>> {
         match text.parse::<i32>().ok()? {
             -1 => Some(None),
@@ -61,7 +65,11 @@ impl LogLimits {
 
 /// A number of bytes in the largest unit that it has one of.
 fn shown(bytes: u64) -> String {
-    let unit = ["B", "KiB", "MiB", "GiB"].into_iter().enumerate().rev().find(|(n, _)| bytes >= 1 << (10 * n));
+    let unit = ["B", "KiB", "MiB", "GiB"]
+        .into_iter()
+        .enumerate()
+        .rev()
+        .find(|(n, _)| bytes >= 1 << (10 * n));
     let (n, unit) = unit.unwrap_or((0, "B"));
     format!("{}{unit}", bytes as f64 / f64::from(1 << (10 * n)))
 }
@@ -103,13 +111,21 @@ impl Gathered {
     fn put(&mut self, stream: LogStream, bytes: &[u8], now: Instant) -> Vec<Piece> {
         let full = self.pieces.len() >= MAX_PIECES;
         let last = self.pieces.len().saturating_sub(1);
-        let open = self.pieces.iter_mut().enumerate().rev().find(|(i, p)| p.stream == stream && (full || *i == last));
+        let open = self
+            .pieces
+            .iter_mut()
+            .enumerate()
+            .rev()
+            .find(|(i, p)| p.stream == stream && (full || *i == last));
         match open {
             Some((_, piece)) => piece.bytes.extend_from_slice(bytes),
-            None => self.pieces.push(Piece { stream, bytes: bytes.to_vec(), time: SystemTime::now() }),
+            None => {
+                self.pieces.push(Piece { stream, bytes: bytes.to_vec(), time: SystemTime::now() })
+            }
         }
         self.size += bytes.len();
-        let quiet = self.passed.is_none_or(|passed| now.saturating_duration_since(passed) >= WINDOW);
+        let quiet =
+            self.passed.is_none_or(|passed| now.saturating_duration_since(passed) >= WINDOW);
         if quiet || self.size >= MAX_GATHERED { self.take(now) } else { Vec::new() }
     }
 
@@ -131,7 +147,8 @@ struct Clip {
 }
 
 impl Clip {
-    /// What of `bytes` is passed on when the step is `age` seconds old, and the notice of a clipping that begins.
+    /// What of `bytes` is passed on when the step is `age` seconds old, and the notice of a
+    /// clipping that begins.
     fn admit(&mut self, bytes: &[u8], age: f64, limits: &LogLimits) -> (usize, Option<String>) {
         let before = self.size;
         self.size += bytes.len() as u64;
@@ -163,7 +180,13 @@ impl Clip {
 
 impl StepLog {
     pub(super) fn new(reporter: Reporter, limits: LogLimits) -> Self {
-        Self { reporter, limits, began: Instant::now(), state: Mutex::default(), gathering: Notify::new() }
+        Self {
+            reporter,
+            limits,
+            began: Instant::now(),
+            state: Mutex::default(),
+            gathering: Notify::new(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -176,12 +199,14 @@ impl StepLog {
 
     /// Takes output.
     pub(super) fn write(&self, stream: Stream, bytes: &Bytes) {
-        let (index, stream) = if stream == Stream::Stderr { (1, LogStream::Stderr) } else { (0, LogStream::Stdout) };
+        let (index, stream) =
+            if stream == Stream::Stderr { (1, LogStream::Stderr) } else { (0, LogStream::Stdout) };
         let mut state = self.lock();
         let state = &mut *state;
         let clip = &mut state.streams[index];
         clip.look(bytes);
-        let (admitted, notice) = clip.admit(bytes, self.began.elapsed().as_secs_f64(), &self.limits);
+        let (admitted, notice) =
+            clip.admit(bytes, self.began.elapsed().as_secs_f64(), &self.limits);
         for text in [&bytes[..admitted], notice.as_deref().unwrap_or_default().as_bytes()] {
             if !text.is_empty() {
                 self.pass_on(state.gathered.put(stream, text, Instant::now()));
@@ -212,7 +237,9 @@ impl StepLog {
     pub(super) fn flush(&self) {
         self.settle();
         let mut state = self.lock();
-        for (stream, clip) in [LogStream::Stdout, LogStream::Stderr].into_iter().zip(&mut state.streams) {
+        for (stream, clip) in
+            [LogStream::Stdout, LogStream::Stderr].into_iter().zip(&mut state.streams)
+        {
             if let Some(tail) = clip.tail.take().filter(|t| !t.is_empty()) {
                 self.reporter.log(stream, &Vec::from(tail));
             }
@@ -251,20 +278,32 @@ mod tests {
 
     #[test]
     fn limits_are_the_administrators() {
-        let read = |size: &str, speed: &str| LogLimits { size: LogLimits::parse(size).unwrap(), speed: LogLimits::parse(speed).unwrap() };
+        let read = |size: &str, speed: &str| LogLimits {
+            size: LogLimits::parse(size).unwrap(),
+            speed: LogLimits::parse(speed).unwrap(),
+        };
         let written = |limits: LogLimits| {
             let (mut clip, mut all) = (Clip::default(), (0, Vec::new()));
             for age in [0.5, 1.5, 100.0] {
                 let (admitted, notice) = clip.admit(&[0; 3000], age, &limits);
                 all.0 += admitted;
-                all.1.extend(notice.map(|n| n.trim_matches(&['\n', '[', ']'][..]).replace("output clipped, log limit ", "")));
+                all.1.extend(notice.map(|n| {
+                    n.trim_matches(&['\n', '[', ']'][..]).replace("output clipped, log limit ", "")
+                }));
             }
             all
         };
         let no = Vec::<String>::new();
-        assert_eq!(written(read("-1", "10")), (9000, no.clone()), "without a limit of the size there is none of the speed");
+        assert_eq!(
+            written(read("-1", "10")),
+            (9000, no.clone()),
+            "without a limit of the size there is none of the speed"
+        );
         assert_eq!(written(read("8500", "-1")), (8500, vec!["8.30078125KiB reached".to_owned()]));
-        assert_eq!(written(read("1000000", "1024")), (1024 + 3000, vec!["1KiB/s reached".to_owned()]));
+        assert_eq!(
+            written(read("1000000", "1024")),
+            (1024 + 3000, vec!["1KiB/s reached".to_owned()])
+        );
         assert_eq!(written(read("0", "-1")), (0, vec!["0B reached".to_owned()]));
         assert_eq!(written(read("-5", "1000")).0, 0);
         assert_eq!(written(LogLimits::default()), (9000, no));
@@ -313,14 +352,19 @@ mod tests {
         ] {
             assert_eq!(gathered.put(stream, text.as_bytes(), now), []);
         }
-        let texts: Vec<_> = gathered.take(now).into_iter().map(|p| String::from_utf8(p.bytes).expect("text")).collect();
+        let texts: Vec<_> = gathered
+            .take(now)
+            .into_iter()
+            .map(|p| String::from_utf8(p.bytes).expect("text"))
+            .collect();
         assert_eq!(texts, ["+ a\n", "a\n", "+ b\n", "b\n"]);
     }
 
     #[tokio::test]
     async fn what_is_gathered_is_passed_on_in_time_and_at_the_end() {
         let journal = shipway_progress::Journal::new();
-        let log = StepLog::new(journal.reporter(shipway_oci::Digest::of("v"), "v"), LogLimits::default());
+        let log =
+            StepLog::new(journal.reporter(shipway_oci::Digest::of("v"), "v"), LogLimits::default());
         let mut watcher = journal.watch();
         let mut said = String::new();
         let writes = async {

@@ -1,4 +1,5 @@
-//! From LLB mounts to mounts of a process, and to the states that come out of it (rows `exec.mnt.*`).
+//! From LLB mounts to mounts of a process, and to the states that come out of it (rows
+//! `exec.mnt.*`).
 
 use crate::{JobData, Services};
 use shipway_executor::{ExecMount, MountSource, RootFs, Secret};
@@ -6,7 +7,9 @@ use shipway_fault::{Fault, Result};
 use shipway_gocompat::path::rooted;
 use shipway_llb::{CacheMount, CacheSharing, ExecOp, Mount, MountKind, SshMount};
 use shipway_progress::Reporter;
-use shipway_refs::{ImmutableRef, LocalMount, MutableRef, NamedRef, NamedRequest, RecordType, Sharing, View};
+use shipway_refs::{
+    ImmutableRef, LocalMount, MutableRef, NamedRef, NamedRequest, RecordType, Sharing, View,
+};
 use shipway_session::SessionGroup;
 use shipway_sources::{SshAgent, forwarded_agent};
 use shipway_storage::Mount as SnapshotMount;
@@ -16,7 +19,8 @@ use std::{collections::BTreeMap, os::unix::fs::PermissionsExt as _};
 pub(crate) struct Plan {
     pub(crate) root: RootFs,
     pub(crate) mounts: Vec<ExecMount>,
-    /// The snapshots behind the mounts as they were asked for; none where nothing can be looked into.
+    /// The snapshots behind the mounts as they were asked for; none where nothing can be looked
+    /// into.
     pub(crate) snapshots: Vec<Option<Vec<SnapshotMount>>>,
     pub(crate) held: Held,
 }
@@ -76,19 +80,32 @@ struct Planner<'a> {
 }
 
 /// A secret of the clients; `None` if it is optional and nobody has it.
-pub(super) async fn secret(sessions: &SessionGroup, id: &str, optional: bool) -> Result<Option<Vec<u8>>> {
-    let found =
-        sessions.any(|session| async move { session.secret(id).await?.ok_or_else(|| Fault::not_found(format!("secret {id}: not found"))) });
+pub(super) async fn secret(
+    sessions: &SessionGroup,
+    id: &str,
+    optional: bool,
+) -> Result<Option<Vec<u8>>> {
+    let found = sessions.any(|session| async move {
+        session.secret(id).await?.ok_or_else(|| Fault::not_found(format!("secret {id}: not found")))
+    });
     match found.await {
         Ok(bytes) => Ok(Some(bytes)),
         Err(e) if optional && e.is_not_found() => Ok(None),
-        Err(e) => Err(e.hint(format!("give the build the secret with `--secret id={id},src=<file>`"))),
+        Err(e) => {
+            Err(e.hint(format!("give the build the secret with `--secret id={id},src=<file>`")))
+        }
     }
 }
 
 /// Plans all mounts of `exec`.
-pub(crate) async fn plan(services: &Services, exec: &ExecOp, inputs: &[ImmutableRef], behalf: Behalf<'_>) -> Result<Plan> {
-    let mut planner = Planner { services, exec, inputs, behalf, caches: BTreeMap::new(), held: Held::default() };
+pub(crate) async fn plan(
+    services: &Services,
+    exec: &ExecOp,
+    inputs: &[ImmutableRef],
+    behalf: Behalf<'_>,
+) -> Result<Plan> {
+    let mut planner =
+        Planner { services, exec, inputs, behalf, caches: BTreeMap::new(), held: Held::default() };
     planner.take_caches().await?;
     let (mut root, mut mounts, mut snapshots) = (None, Vec::new(), vec![None; exec.mounts.len()]);
     for (index, mount) in exec.mounts.iter().enumerate() {
@@ -98,7 +115,9 @@ pub(crate) async fn plan(services: &Services, exec: &ExecOp, inputs: &[Immutable
             snapshots[index] = Some(planned.mounts.clone());
             root = Some(planned);
         } else if let Some(source) = planner.source(index, mount).await? {
-            if let MountSource::Snapshot(mounts) | MountSource::SnapshotPath { mounts, .. } = &source {
+            if let MountSource::Snapshot(mounts) | MountSource::SnapshotPath { mounts, .. } =
+                &source
+            {
                 snapshots[index] = Some(mounts.clone());
             }
             mounts.push(ExecMount { target: dest, source, read_only: mount.readonly });
@@ -134,7 +153,9 @@ impl Planner<'_> {
     /// The input of a mount; a state without layers counts as none.
     fn input(&self, mount: &Mount) -> Result<Option<&ImmutableRef>> {
         let Some(index) = mount.input else { return Ok(None) };
-        let input = self.inputs.get(index).ok_or_else(|| Fault::invalid(format!("missing input {index} of mount {}", mount.dest)))?;
+        let input = self.inputs.get(index).ok_or_else(|| {
+            Fault::invalid(format!("missing input {index} of mount {}", mount.dest))
+        })?;
         Ok(Some(input).filter(|i| !i.is_scratch()))
     }
 
@@ -143,16 +164,32 @@ impl Planner<'_> {
     }
 
     async fn writable(&self, mount: &Mount) -> Result<MutableRef> {
-        let description = format!("mount {} from exec {}", mount.dest, self.exec.meta.args.join(" "));
-        self.services.refs.mutable(self.input(mount)?, description, RecordType::Regular, Some(self.behalf.reporter)).await
+        let description =
+            format!("mount {} from exec {}", mount.dest, self.exec.meta.args.join(" "));
+        self.services
+            .refs
+            .mutable(
+                self.input(mount)?,
+                description,
+                RecordType::Regular,
+                Some(self.behalf.reporter),
+            )
+            .await
     }
 
     async fn root(&mut self, index: usize, mount: &Mount) -> Result<RootFs> {
         if mount.kind != MountKind::Bind {
-            return Err(Fault::invalid(format!("invalid mount type {:?} for {}", mount.kind, mount.dest)));
+            return Err(Fault::invalid(format!(
+                "invalid mount type {:?} for {}",
+                mount.kind, mount.dest
+            )));
         }
         let state = self.writable(mount).await?;
-        let root = RootFs { snapshot: Some(state.snapshot_key().clone()), mounts: state.mounts().to_vec(), read_only: mount.readonly };
+        let root = RootFs {
+            snapshot: Some(state.snapshot_key().clone()),
+            mounts: state.mounts().to_vec(),
+            read_only: mount.readonly,
+        };
         self.hold(index, mount, OutputState::Written { state, dest: mount.dest.clone() });
         Ok(root)
     }
@@ -161,18 +198,31 @@ impl Planner<'_> {
         match &mount.kind {
             MountKind::Bind => self.bind(index, mount).await.map(Some),
             MountKind::Cache(_) => self.cache(index, mount).map(Some),
-            MountKind::Tmpfs { size } => Ok(Some(MountSource::Tmpfs { size: u64::try_from(*size).unwrap_or_default() })),
+            MountKind::Tmpfs { size } => {
+                Ok(Some(MountSource::Tmpfs { size: u64::try_from(*size).unwrap_or_default() }))
+            }
             MountKind::Secret(s) => {
                 let bytes = secret(self.behalf.sessions, &s.id, s.optional).await?;
-                Ok(bytes.map(|b| MountSource::Content { bytes: Secret(b.into()), uid: s.uid, gid: s.gid, mode: s.mode }))
+                Ok(bytes.map(|b| MountSource::Content {
+                    bytes: Secret(b.into()),
+                    uid: s.uid,
+                    gid: s.gid,
+                    mode: s.mode,
+                }))
             }
             MountKind::Ssh(s) => {
                 let id = &s.id;
-                let there = self.behalf.sessions.any(|session| async move { session.ssh_check(id).await }).await;
+                let there = self
+                    .behalf
+                    .sessions
+                    .any(|session| async move { session.ssh_check(id).await })
+                    .await;
                 match (there, s.optional) {
                     (Ok(false) | Err(_), true) => Ok(None),
-                    (Ok(false), false) => Err(Fault::not_found(format!("no SSH key {id:?} forwarded from the client"))
-                        .hint("forward an agent with `--ssh default`")),
+                    (Ok(false), false) => Err(Fault::not_found(format!(
+                        "no SSH key {id:?} forwarded from the client"
+                    ))
+                    .hint("forward an agent with `--ssh default`")),
                     (Err(e), false) => Err(e),
                     (Ok(true), _) => self.agent(s).await.map(Some),
                 }
@@ -185,7 +235,8 @@ impl Planner<'_> {
         let agent = forwarded_agent(self.behalf.sessions, &ssh.id, &self.services.sockets).await?;
         let failed = |e| Fault::io("give a step its SSH agent", e);
         std::os::unix::fs::chown(agent.socket(), Some(ssh.uid), Some(ssh.gid)).map_err(failed)?;
-        std::fs::set_permissions(agent.socket(), std::fs::Permissions::from_mode(ssh.mode & 0o777)).map_err(failed)?;
+        std::fs::set_permissions(agent.socket(), std::fs::Permissions::from_mode(ssh.mode & 0o777))
+            .map_err(failed)?;
         let source = MountSource::Host(agent.socket().to_owned());
         self.held.agents.push(agent);
         Ok(source)
@@ -195,8 +246,9 @@ impl Planner<'_> {
         let input = self.input(mount)?.cloned();
         match input.filter(|_| mount.readonly) {
             Some(state) => {
-                // Not whether its content is whole or lazy, but that it exists: `view` makes it exist.
-                state.realise(Some(self.behalf.reporter)).await?;
+                // Not whether its content is whole or lazy, but that it exists: `view` makes it
+                // exist.
+                state.materialize(Some(self.behalf.reporter)).await?;
                 let view = state.view().await?;
                 let source = part(view.mounts.clone(), &mount.selector);
                 self.held.views.push(view);
@@ -213,7 +265,10 @@ impl Planner<'_> {
     }
 
     fn cache(&mut self, index: usize, mount: &Mount) -> Result<MountSource> {
-        let mounts = self.caches.remove(&index).ok_or_else(|| Fault::internal(format!("cache mount {} was not taken", mount.dest)))?;
+        let mounts = self
+            .caches
+            .remove(&index)
+            .ok_or_else(|| Fault::internal(format!("cache mount {} was not taken", mount.dest)))?;
         let source = part(mounts, &mount.selector);
         if let Some(state) = self.input(mount)?.cloned() {
             self.hold(index, mount, OutputState::Same(state));
@@ -221,7 +276,8 @@ impl Planner<'_> {
         Ok(source)
     }
 
-    /// Takes all cache mounts in the order of their keys, so that two steps that lock several never wait for each other.
+    /// Takes all cache mounts in the order of their keys, so that two steps that lock several never
+    /// wait for each other.
     async fn take_caches(&mut self) -> Result<()> {
         let mut requests: Vec<(usize, NamedRequest)> = Vec::new();
         for (index, mount) in self.exec.mounts.iter().enumerate() {
@@ -242,8 +298,16 @@ impl Planner<'_> {
             previous = Some((request.key.clone(), index));
             let mount = &self.exec.mounts[index];
             if let MountKind::Cache(cache) = &mount.kind {
-                let empty = || self.services.refs.discard_named(RecordType::CacheMount, &request.key);
-                let each = |job: &JobData| job.wishes.empty_once(id_of(mount, cache), mount.input.is_some(), &request.key, empty);
+                let empty =
+                    || self.services.refs.discard_named(RecordType::CacheMount, &request.key);
+                let each = |job: &JobData| {
+                    job.wishes.empty_once(
+                        id_of(mount, cache),
+                        mount.input.is_some(),
+                        &request.key,
+                        empty,
+                    )
+                };
                 self.behalf.jobs.iter().for_each(each);
             }
             let named = self.services.refs.named(request).await?;
@@ -254,7 +318,8 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Mounts of a cache directory. An overlay must not be mounted twice for writing, so steps that share one share its mount.
+    /// Mounts of a cache directory. An overlay must not be mounted twice for writing, so steps that
+    /// share one share its mount.
     async fn cache_mounts(&mut self, named: &NamedRef) -> Result<Vec<SnapshotMount>> {
         if named.mounts().iter().all(|m| m.kind == "bind") {
             return Ok(named.mounts().to_vec());
@@ -262,7 +327,12 @@ impl Planner<'_> {
         let local = named.mount().await?;
         let source = local.path().display().to_string();
         self.held.shared.push(local);
-        Ok(vec![SnapshotMount { kind: "bind".into(), source, target: String::new(), options: vec!["rbind".into(), "rw".into()] }])
+        Ok(vec![SnapshotMount {
+            kind: "bind".into(),
+            source,
+            target: String::new(),
+            options: vec!["rbind".into(), "rw".into()],
+        }])
     }
 
     fn cache_request(&self, mount: &Mount, cache: &CacheMount) -> Result<NamedRequest> {
@@ -272,7 +342,11 @@ impl Planner<'_> {
         Ok(NamedRequest {
             record_type: RecordType::CacheMount,
             key: format!("cache-dir:{id}{base}"),
-            description: format!("cached mount {} from exec {}", mount.dest, self.exec.meta.args.join(" ")),
+            description: format!(
+                "cached mount {} from exec {}",
+                mount.dest,
+                self.exec.meta.args.join(" ")
+            ),
             sharing: match cache.sharing {
                 CacheSharing::Shared => Sharing::Shared,
                 CacheSharing::Private => Sharing::Private,

@@ -1,4 +1,5 @@
-//! What the end of a process means (rows `exec.err`, `exec.validexit`), with the reasons that an exit code does not tell.
+//! What the end of a process means (rows `exec.err`, `exec.validexit`), with the reasons that an
+//! exit code does not tell.
 
 use super::logs::StepLog;
 use shipway_executor::ExitStatus;
@@ -10,7 +11,13 @@ use shipway_storage::Mount;
 const NOTHING_LEFT: u64 = 1 << 20;
 
 /// `Ok` if the process ended as it may; otherwise the fault that says why not.
-pub(super) async fn judge(name: &str, valid: &[i32], status: Result<ExitStatus>, log: &StepLog, root: &[Mount]) -> Result<()> {
+pub(super) async fn judge(
+    name: &str,
+    valid: &[i32],
+    status: Result<ExitStatus>,
+    log: &StepLog,
+    root: &[Mount],
+) -> Result<()> {
     let prefix = format!("process {} did not complete successfully", quote(name));
     let status = match status {
         Ok(status) => status,
@@ -25,18 +32,26 @@ pub(super) async fn judge(name: &str, valid: &[i32], status: Result<ExitStatus>,
     let mut message = format!("{prefix}: exit code: {}", status.code);
     let full = log.no_space() || is_full(root).await;
     if status.oom_killed {
-        let peak = status.peak_memory.map(|p| format!("; its memory peaked at {} MiB", p >> 20)).unwrap_or_default();
-        message.push_str(&format!(" (out of memory: the kernel killed a process of this step{peak})"));
+        let peak = status
+            .peak_memory
+            .map(|p| format!("; its memory peaked at {} MiB", p >> 20))
+            .unwrap_or_default();
+        message
+            .push_str(&format!(" (out of memory: the kernel killed a process of this step{peak})"));
     }
     if full {
         message.push_str(" (the disk is full: no space left on device)");
     }
-    let mut fault = Fault::new(Code::Unknown, message).with_class(Class::User).detail(Detail::Exit(status.code));
+    let mut fault = Fault::new(Code::Unknown, message)
+        .with_class(Class::User)
+        .detail(Detail::Exit(status.code));
     if status.oom_killed {
         fault = fault.hint("give the build more memory, or let the step use less, for example with fewer parallel jobs");
     }
     if full {
-        fault = fault.with_class(Class::Environment).hint("free some space, for example with `shipway prune`, and build again");
+        fault = fault
+            .with_class(Class::Environment)
+            .hint("free some space, for example with `shipway prune`, and build again");
     }
     Err(fault)
 }
@@ -49,7 +64,10 @@ async fn is_full(root: &[Mount]) -> bool {
     });
     let Some(place) = place else { return false };
     let look = move || {
-        rustix::fs::statvfs(place).is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) < NOTHING_LEFT || (s.f_files > 0 && s.f_favail == 0))
+        rustix::fs::statvfs(place).is_ok_and(|s| {
+            s.f_bavail.saturating_mul(s.f_frsize) < NOTHING_LEFT
+                || (s.f_files > 0 && s.f_favail == 0)
+        })
     };
     tokio::task::spawn_blocking(look).await.unwrap_or(false)
 }
@@ -61,9 +79,14 @@ mod tests {
     use shipway_progress::Reporter;
 
     async fn check(status: ExitStatus, valid: &[i32], said: &str, expected: &str) {
-        let log = StepLog::new(Reporter::new(Digest::of("v"), "v".into(), vec![], None), Default::default());
+        let log = StepLog::new(
+            Reporter::new(Digest::of("v"), "v".into(), vec![], None),
+            Default::default(),
+        );
         log.write(shipway_executor::Stream::Stderr, &said.to_owned().into());
-        let text = judge("/bin/sh -c \"x\"", valid, Ok(status), &log, &[]).await.map_or_else(|e| e.to_string(), |()| "ok".into());
+        let text = judge("/bin/sh -c \"x\"", valid, Ok(status), &log, &[])
+            .await
+            .map_or_else(|e| e.to_string(), |()| "ok".into());
         assert_eq!(text, expected);
     }
 
@@ -78,6 +101,12 @@ mod tests {
         let full = " (the disk is full: no space left on device)";
         check(exit(1), &[], "cp: No space left on device", &format!("{failed}1{full}")).await;
         let oom = " (out of memory: the kernel killed a process of this step; its memory peaked at 20 MiB)";
-        check(ExitStatus { code: 137, oom_killed: true, peak_memory: Some(20 << 20) }, &[], "", &format!("{failed}137{oom}")).await;
+        check(
+            ExitStatus { code: 137, oom_killed: true, peak_memory: Some(20 << 20) },
+            &[],
+            "",
+            &format!("{failed}137{oom}"),
+        )
+        .await;
     }
 }

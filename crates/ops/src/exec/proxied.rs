@@ -34,10 +34,20 @@ impl Policy for AllJobs {
 
 impl Services {
     /// A proxy that asks the builds of `jobs` and notes in `capture`.
-    pub(crate) async fn proxy(&self, jobs: Arc<dyn Fn() -> Vec<JobData> + Send + Sync>, capture: Capture) -> Result<Proxied> {
+    pub(crate) async fn proxy(
+        &self,
+        jobs: Arc<dyn Fn() -> Vec<JobData> + Send + Sync>,
+        capture: Capture,
+    ) -> Result<Proxied> {
         let make = || async {
-            let made = tokio::task::spawn_blocking(|| Authority::new(shipway_registry::native_roots().clone())).await;
-            made.map_err(|e| Fault::internal(format!("make the certificate of the proxy network: {e}")))?.map(Arc::new)
+            let made = tokio::task::spawn_blocking(|| {
+                Authority::new(shipway_registry::native_roots().clone())
+            })
+            .await;
+            made.map_err(|e| {
+                Fault::internal(format!("make the certificate of the proxy network: {e}"))
+            })?
+            .map(Arc::new)
         };
         let authority = self.authority.get_or_try_init(make).await?.clone();
         Ok(Proxied(Arc::new(Proxy::new(authority, Some(Arc::new(AllJobs(jobs))), capture))))
@@ -59,12 +69,25 @@ pub(super) fn summary(capture: &Capture) -> Option<String> {
 
 /// Adds what a step fetched to what is known of its build; nothing is known of one that did not
 /// run.
-pub(crate) fn tell(fetched: Option<&Capture>, op: &str, name: &str, capture: &mut shipway_attest::Capture) {
+pub(crate) fn tell(
+    fetched: Option<&Capture>,
+    op: &str,
+    name: &str,
+    capture: &mut shipway_attest::Capture,
+) {
     capture.proxied = true;
     let mut missing = |method: String, url: String, reason: String| {
-        capture.add_missing(MissingFetch { op: op.to_owned(), name: name.to_owned(), method, url, reason });
+        capture.add_missing(MissingFetch {
+            op: op.to_owned(),
+            name: name.to_owned(),
+            method,
+            url,
+            reason,
+        });
     };
-    let Some(fetched) = fetched else { return missing(String::new(), String::new(), CACHED.into()) };
+    let Some(fetched) = fetched else {
+        return missing(String::new(), String::new(), CACHED.into());
+    };
     for request in fetched.incomplete_requests() {
         missing(request.method, request.url, request.reason);
     }

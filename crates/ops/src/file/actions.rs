@@ -14,7 +14,8 @@ use shipway_fault::{Fault, Result};
 use shipway_llb::{FileMkdir, FileMkfile, FileRm, FileSymlink};
 use std::{fs::File, io::Write};
 
-/// Makes a directory, and with `make_parents` those above it; one that is there stays as it is (row `file.mkdir`).
+/// Makes a directory, and with `make_parents` those above it; one that is there stays as it is (row
+/// `file.mkdir`).
 pub(super) fn mkdir(root: &Root, a: &FileMkdir, owner: Option<Ids>) -> Result<()> {
     let (path, mode) = (RootPath::from(&*a.path), a.mode & 0o777);
     if a.make_parents {
@@ -32,7 +33,8 @@ pub(super) fn mkdir(root: &Root, a: &FileMkdir, owner: Option<Ids>) -> Result<()
     make().map_err(|e| fault("mkdir", &real, e))
 }
 
-/// Writes a file. One that is there is overwritten, through a link if it is one, and keeps its permissions (row `file.mkfile`).
+/// Writes a file. One that is there is overwritten, through a link if it is one, and keeps its
+/// permissions (row `file.mkfile`).
 pub(super) fn mkfile(root: &Root, a: &FileMkfile, owner: Option<Ids>) -> Result<()> {
     let mode = a.mode & 0o777;
     let real = root.real(&a.path.as_str().into())?;
@@ -73,7 +75,8 @@ pub(super) fn symlink(root: &Root, a: &FileSymlink, owner: Option<Ids>) -> Resul
     make().map_err(|e| fault(&format!("symlink {}", a.oldpath), &real, e))
 }
 
-/// Removes files and directories. No link is followed, neither at the end of a path nor where wildcards begin (row `file.rm`).
+/// Removes files and directories. No link is followed, neither at the end of a path nor where
+/// wildcards begin (row `file.rm`).
 pub(super) fn rm(root: &Root, a: &FileRm) -> Result<()> {
     if !a.allow_wildcard {
         return rm_one(root, &a.path.as_str().into(), a.allow_not_found);
@@ -90,8 +93,12 @@ fn rm_one(root: &Root, path: &RootPath, allow_not_found: bool) -> Result<()> {
         return Err(Fault::invalid("rmPath: invalid empty path"));
     }
     let real = root.real_entry(path, false)?;
-    let remove = |dir: rustix::fd::OwnedFd| remove_all(dir.as_fd(), real.name(), 0).map_err(|e| fault("remove", &real, e));
-    let there = |dir: &rustix::fd::OwnedFd| rustix::fs::statat(dir, real.name(), AtFlags::SYMLINK_NOFOLLOW).map(drop);
+    let remove = |dir: rustix::fd::OwnedFd| {
+        remove_all(dir.as_fd(), real.name(), 0).map_err(|e| fault("remove", &real, e))
+    };
+    let there = |dir: &rustix::fd::OwnedFd| {
+        rustix::fs::statat(dir, real.name(), AtFlags::SYMLINK_NOFOLLOW).map(drop)
+    };
     match root.dir(&real.parent()).and_then(|dir| there(&dir).map(|()| dir)) {
         Ok(dir) => remove(dir),
         Err(Errno::NOENT) if allow_not_found => Ok(()),
@@ -121,12 +128,21 @@ mod tests {
     #[test]
     fn directories_are_made_with_owner_mode_and_time() {
         let (dir, root) = lab();
-        let a = FileMkdir { path: "/a/b".into(), mode: 0o710, make_parents: true, timestamp: Some(5_000_000_001), ..Default::default() };
+        let a = FileMkdir {
+            path: "/a/b".into(),
+            mode: 0o710,
+            make_parents: true,
+            timestamp: Some(5_000_000_001),
+            ..Default::default()
+        };
         mkdir(&root, &a, None).expect("mkdir");
         let made = fs::metadata(dir.path().join("a/b")).expect("stat");
         assert_eq!((made.mode() & 0o7777, made.mtime(), made.mtime_nsec()), (0o710, 5, 1));
         let missing = FileMkdir { path: "/x/y".into(), mode: 0o755, ..Default::default() };
-        assert_eq!(mkdir(&root, &missing, None).expect_err("no parent").to_string(), "mkdir /x/y: no such file or directory");
+        assert_eq!(
+            mkdir(&root, &missing, None).expect_err("no parent").to_string(),
+            "mkdir /x/y: no such file or directory"
+        );
     }
 
     #[test]
@@ -134,10 +150,30 @@ mod tests {
         let (dir, root) = lab();
         let outside = tempfile::tempdir().expect("a temporary directory");
         std::os::unix::fs::symlink(outside.path(), dir.path().join("out")).expect("symlink");
-        let a = FileMkfile { path: "/out/f".into(), mode: 0o644, data: "x".into(), ..Default::default() };
+        let a = FileMkfile {
+            path: "/out/f".into(),
+            mode: 0o644,
+            data: "x".into(),
+            ..Default::default()
+        };
         let absent = format!("open {}/f: no such file or directory", outside.path().display());
-        assert_eq!(mkfile(&root, &a, None).expect_err("the link's target does not exist inside").to_string(), absent);
-        mkdir(&root, &FileMkdir { path: "/out/d".into(), mode: 0o755, make_parents: true, ..Default::default() }, None).expect("mkdir");
+        assert_eq!(
+            mkfile(&root, &a, None)
+                .expect_err("the link's target does not exist inside")
+                .to_string(),
+            absent
+        );
+        mkdir(
+            &root,
+            &FileMkdir {
+                path: "/out/d".into(),
+                mode: 0o755,
+                make_parents: true,
+                ..Default::default()
+            },
+            None,
+        )
+        .expect("mkdir");
         assert!(Path::new(outside.path()).read_dir().expect("list").next().is_none());
         rm(&root, &FileRm { path: "/out".into(), ..Default::default() }).expect("rm");
         assert!(outside.path().exists() && !exists(&dir, "out"));
@@ -149,7 +185,8 @@ mod tests {
         for name in ["a1", "a2", "b"] {
             fs::create_dir_all(dir.path().join(name).join("sub")).expect("mkdir");
         }
-        rm(&root, &FileRm { path: "/a*".into(), allow_wildcard: true, ..Default::default() }).expect("rm");
+        rm(&root, &FileRm { path: "/a*".into(), allow_wildcard: true, ..Default::default() })
+            .expect("rm");
         assert!(!exists(&dir, "a1") && !exists(&dir, "a2") && exists(&dir, "b"));
         let error = |path: &str, wildcard: bool| {
             let a = FileRm { path: path.into(), allow_wildcard: wildcard, ..Default::default() };
@@ -160,7 +197,8 @@ mod tests {
         assert_eq!(error("/none/*", true), "lstat /none: no such file or directory");
         assert_eq!(error("/", false), "rmPath: invalid empty path");
         for (path, allow_wildcard) in [("/none/x", false), ("/none/*", true)] {
-            rm(&root, &FileRm { path: path.into(), allow_not_found: true, allow_wildcard }).expect("rm");
+            rm(&root, &FileRm { path: path.into(), allow_not_found: true, allow_wildcard })
+                .expect("rm");
         }
     }
 
@@ -170,7 +208,8 @@ mod tests {
         fs::create_dir_all(dir.path().join("d/sub")).expect("mkdir");
         std::os::unix::fs::symlink("/d", dir.path().join("link")).expect("symlink");
         std::os::unix::fs::symlink("/nowhere", dir.path().join("dangling")).expect("symlink");
-        rm(&root, &FileRm { path: "/link/*".into(), allow_wildcard: true, ..Default::default() }).expect("rm");
+        rm(&root, &FileRm { path: "/link/*".into(), allow_wildcard: true, ..Default::default() })
+            .expect("rm");
         assert!(exists(&dir, "d/sub"));
         rm(&root, &FileRm { path: "/link/sub".into(), ..Default::default() }).expect("rm");
         rm(&root, &FileRm { path: "/dangling".into(), ..Default::default() }).expect("rm");
@@ -191,11 +230,19 @@ mod tests {
         let (dir, root) = lab();
         let mode = || fs::metadata(dir.path().join("f")).expect("stat").mode() & 0o7777;
         let write = |mode: u32, data: &'static str| {
-            mkfile(&root, &FileMkfile { path: "/f".into(), mode, data: data.into(), ..Default::default() }, None).expect("mkfile");
+            mkfile(
+                &root,
+                &FileMkfile { path: "/f".into(), mode, data: data.into(), ..Default::default() },
+                None,
+            )
+            .expect("mkfile");
         };
         write(0o640, "long");
         assert_eq!(mode(), 0o640);
         write(0o755, "new");
-        assert_eq!((mode(), fs::read_to_string(dir.path().join("f")).expect("read").as_str()), (0o640, "new"));
+        assert_eq!(
+            (mode(), fs::read_to_string(dir.path().join("f")).expect("read").as_str()),
+            (0o640, "new")
+        );
     }
 }

@@ -3,7 +3,8 @@
 use rustix::fs::RawMode;
 use shipway_fault::{Fault, Result};
 
-/// Everything that `a` means, and no letter at all when something is taken away first: the sticky bit belongs to nobody.
+/// Everything that `a` means, and no letter at all when something is taken away first: the sticky
+/// bit belongs to nobody.
 const ALL: RawMode = 0o6777;
 const STICKY: RawMode = 0o1000;
 const EXECUTE: RawMode = 0o111;
@@ -96,7 +97,12 @@ impl Parser {
     }
 
     /// What follows an operator, up to the next operator or the end of the clause.
-    fn permissions(&mut self, op: Op, mut who: RawMode, letters: &mut std::iter::Peekable<std::str::Chars<'_>>) {
+    fn permissions(
+        &mut self,
+        op: Op,
+        mut who: RawMode,
+        letters: &mut std::iter::Peekable<std::str::Chars<'_>>,
+    ) {
         let (mut bits, mut conditional) = (0, 0);
         let others_only = who != 0 && who & !0o007 == 0;
         while let Some(c) = letters.next_if(|c| "rwxXstugo".contains(*c)) {
@@ -119,8 +125,16 @@ impl Parser {
                     self.assigned |= op == Op::Assign;
                     self.executable(who, std::mem::take(&mut conditional));
                     let classes = [(0o400, 0o700), (0o040, 0o070), (0o004, 0o007)];
-                    let to = classes.iter().filter(|(r, _)| who == 0 || who & r != 0).map(|(_, all)| all).sum();
-                    self.changes.push(Change::Copy { from: shift(c).unwrap_or_default(), to, how: op });
+                    let to = classes
+                        .iter()
+                        .filter(|(r, _)| who == 0 || who & r != 0)
+                        .map(|(_, all)| all)
+                        .sum();
+                    self.changes.push(Change::Copy {
+                        from: shift(c).unwrap_or_default(),
+                        to,
+                        how: op,
+                    });
                 }
             }
         }
@@ -134,9 +148,14 @@ impl Parser {
 impl Symbolic {
     /// Reads `text`; an octal number is accepted too.
     pub(super) fn parse(text: &str) -> Result<Self> {
-        let bad = || Fault::invalid(format!("{text:?} is no file mode: want octal digits or changes such as u+x,go-w"));
+        let bad = || {
+            Fault::invalid(format!(
+                "{text:?} is no file mode: want octal digits or changes such as u+x,go-w"
+            ))
+        };
         if text.starts_with(|c: char| c.is_ascii_digit()) {
-            let bits = RawMode::from_str_radix(text, 8).ok().filter(|m| *m <= 0o7777).ok_or_else(bad)?;
+            let bits =
+                RawMode::from_str_radix(text, 8).ok().filter(|m| *m <= 0o7777).ok_or_else(bad)?;
             return Ok(Self(vec![Change::Clear(0o7777), Change::Set(bits)]));
         }
         let mut parser = Parser::default();

@@ -1,7 +1,7 @@
 //! Copying between roots (rows `file.copy*`).
 //!
-//! One thread walks; files are copied by several. A directory gets its times when the last who works in it is done, so that a copy has the
-//! times of its source throughout.
+//! One thread walks; files are copied by several. A directory gets its times when the last who
+//! works in it is done, so that a copy has the times of its source throughout.
 
 mod beside;
 mod data;
@@ -87,16 +87,26 @@ impl Settings {
 /// A file or directory to copy.
 struct Source {
     path: RootPath,
-    /// Whether it was written with `/.` at its end, so that a directory is merged with the destination.
+    /// Whether it was written with `/.` at its end, so that a directory is merged with the
+    /// destination.
     merged: bool,
 }
 
 /// Does the action.
-pub(super) fn run(source: &Root, target: &Root, copy: &FileCopy, owner: Option<Ids>, beside: Option<&Beside>, stop: &Stop) -> Result<()> {
+pub(super) fn run(
+    source: &Root,
+    target: &Root,
+    copy: &FileCopy,
+    owner: Option<Ids>,
+    beside: Option<&Beside>,
+    stop: &Stop,
+) -> Result<()> {
     let settings = Settings::of(copy, owner, stop)?;
     if !copy.create_dest_path {
         let above = target.real(&copy.dest.as_str().into())?.parent();
-        target.lstat(&above).map_err(|e| fault("lstat", &above, e).context(format!("failed to stat {}", copy.dest)))?;
+        target.lstat(&above).map_err(|e| {
+            fault("lstat", &above, e).context(format!("failed to stat {}", copy.dest))
+        })?;
     }
     let sources = if copy.allow_wildcard {
         let found = wildcard::resolve(source, &copy.src, copy.follow_symlink)?;
@@ -107,7 +117,11 @@ pub(super) fn run(source: &Root, target: &Root, copy: &FileCopy, owner: Option<I
             return Err(Fault::not_found(format!("{} not found", RootPath::from(&*copy.src))));
         }
         let wanted = named_out(copy)?;
-        found.into_iter().filter(|path| wanted(path)).map(|path| Source { path, merged: false }).collect()
+        found
+            .into_iter()
+            .filter(|path| wanted(path))
+            .map(|path| Source { path, merged: false })
+            .collect()
     } else {
         vec![Source { path: copy.src.as_str().into(), merged: copy.src.ends_with("/.") }]
     };
@@ -115,7 +129,9 @@ pub(super) fn run(source: &Root, target: &Root, copy: &FileCopy, owner: Option<I
     let beside = beside.filter(|_| sources.len() == 1 && copy.timestamp.is_none());
     for src in &sources {
         stop.check()?;
-        if copy.attempt_unpack && unpack::run(source, &src.path, target, &copy.dest.as_str().into(), &settings)? {
+        if copy.attempt_unpack
+            && unpack::run(source, &src.path, target, &copy.dest.as_str().into(), &settings)?
+        {
             continue;
         }
         one(source, src, target, &copy.dest, &settings, beside)?;
@@ -123,13 +139,16 @@ pub(super) fn run(source: &Root, target: &Root, copy: &FileCopy, owner: Option<I
     Ok(())
 }
 
-/// Which of the files and directories that a wildcard found are not excluded by name. The patterns are relative to what is copied: within a
-/// directory that is its contents, but what the wildcard itself found has only its name, or its whole path.
+/// Which of the files and directories that a wildcard found are not excluded by name. The patterns
+/// are relative to what is copied: within a directory that is its contents, but what the wildcard
+/// itself found has only its name, or its whole path.
 fn named_out(copy: &FileCopy) -> Result<impl Fn(&RootPath) -> bool> {
     let filter = PathFilter::new(&[], &copy.exclude_patterns)?;
     Ok(move |path: &RootPath| {
         let whole = path.to_string();
-        filter.is_empty() || filter.keeps(&path.name().to_string_lossy()) && filter.keeps(whole.trim_start_matches('/'))
+        filter.is_empty()
+            || filter.keeps(&path.name().to_string_lossy())
+                && filter.keeps(whole.trim_start_matches('/'))
     })
 }
 
@@ -155,10 +174,22 @@ fn directory_part(dest: &str) -> RootPath {
 }
 
 /// Copies one source.
-fn one(source: &Root, src: &Source, target: &Root, dest: &str, settings: &Settings, beside: Option<&Beside>) -> Result<()> {
+fn one(
+    source: &Root,
+    src: &Source,
+    target: &Root,
+    dest: &str,
+    settings: &Settings,
+    beside: Option<&Beside>,
+) -> Result<()> {
     let mode = settings.mode.for_parents();
     let mut made = Made { root: target, time: settings.time, dirs: Vec::new() };
-    made.dirs.extend(target.make_dirs(&directory_part(dest), mode, settings.owner, settings.time)?);
+    made.dirs.extend(target.make_dirs(
+        &directory_part(dest),
+        mode,
+        settings.owner,
+        settings.time,
+    )?);
 
     let from = source.real_entry(&src.path, settings.follow)?;
     let stat = source.source(&from)?;
@@ -176,7 +207,11 @@ fn one(source: &Root, src: &Source, target: &Root, dest: &str, settings: &Settin
     if goes_into && !src.merged {
         to = to.join(src.path.name());
     }
-    let needed = if settings.contents && is_dir(&stat) && there.is_none() { to.clone() } else { to.parent() };
+    let needed = if settings.contents && is_dir(&stat) && there.is_none() {
+        to.clone()
+    } else {
+        to.parent()
+    };
     made.dirs.extend(target.make_dirs(&needed, mode, settings.owner, settings.time)?);
 
     let beside = beside.map(|b| b.of(&from, &to));

@@ -42,9 +42,16 @@ impl ContentSelector {
 
     fn selector(&self) -> Result<Selector> {
         let filter = (!self.include.is_empty() || !self.exclude.is_empty())
-            .then(|| Walk::new(&self.include, &self.exclude).map(|w| Arc::new(w) as Arc<dyn PathFilter>))
+            .then(|| {
+                Walk::new(&self.include, &self.exclude).map(|w| Arc::new(w) as Arc<dyn PathFilter>)
+            })
             .transpose()?;
-        Ok(Selector { path: rooted(&self.path), follow_links: self.follow_links, wildcard: self.wildcard, filter })
+        Ok(Selector {
+            path: rooted(&self.path),
+            follow_links: self.follow_links,
+            wildcard: self.wildcard,
+            filter,
+        })
     }
 }
 
@@ -68,11 +75,11 @@ impl PathFilter for Walk {
             way.pop();
         }
         let above = way.last().map(|(_, m)| m.clone()).unwrap_or_default();
-        let (judgement, state) = self.patterns.visit(path, is_dir, &above);
+        let (judgment, state) = self.patterns.visit(path, is_dir, &above);
         if is_dir {
             way.push((path.to_owned(), state));
         }
-        match judgement {
+        match judgment {
             Judgement::Keep => Verdict::Take,
             Judgement::Pass if is_dir => Verdict::Descend,
             Judgement::Pass | Judgement::Prune => Verdict::Skip,
@@ -120,13 +127,21 @@ fn write_action(key: &mut KeyWriter, action: &FileAction, inputs: usize) {
     match &action.kind {
         FileActionKind::Copy(a) => write_copy(key, a, action.secondary.is_some_and(|s| s < inputs)),
         FileActionKind::Mkfile(a) => {
-            key.text("mkfile", &a.path).value("mode", a.mode).value("data", Digest::of(&a.data)).value("time", a.timestamp);
+            key.text("mkfile", &a.path)
+                .value("mode", a.mode)
+                .value("data", Digest::of(&a.data))
+                .value("time", a.timestamp);
         }
         FileActionKind::Mkdir(a) => {
-            key.text("mkdir", &a.path).value("mode", a.mode).flag("parents", a.make_parents).value("time", a.timestamp);
+            key.text("mkdir", &a.path)
+                .value("mode", a.mode)
+                .flag("parents", a.make_parents)
+                .value("time", a.timestamp);
         }
         FileActionKind::Rm(a) => {
-            key.text("rm", &a.path).flag("maybe", a.allow_not_found).flag("wildcard", a.allow_wildcard);
+            key.text("rm", &a.path)
+                .flag("maybe", a.allow_not_found)
+                .flag("wildcard", a.allow_wildcard);
         }
         FileActionKind::Symlink(a) => {
             key.text("symlink", &a.newpath).text("to", &a.oldpath).value("time", a.timestamp);
@@ -152,7 +167,9 @@ fn reads(op: &FileOp, inputs: usize) -> BTreeMap<usize, Vec<ContentSelector>> {
                 required: copy.required_paths.clone(),
             });
         }
-        for (input, file) in super::lookups(&action.kind).into_iter().zip(["/etc/passwd", "/etc/group"]) {
+        for (input, file) in
+            super::lookups(&action.kind).into_iter().zip(["/etc/passwd", "/etc/group"])
+        {
             if let Some(input) = input.filter(|i| *i < inputs) {
                 all.entry(input).or_default().push(ContentSelector::path(file));
             }
@@ -175,7 +192,8 @@ pub(crate) fn cache_map(op: &FileOp, vertex: &Vertex) -> Result<CacheMap> {
     for (input, selectors) in reads(op, count) {
         let mut paths: Vec<&str> = selectors.iter().map(|s| s.path.as_str()).collect();
         paths.sort_unstable();
-        inputs[input] = InputMap { selector: Some(Digest::of(paths.join("\0").as_bytes())), content: true };
+        inputs[input] =
+            InputMap { selector: Some(Digest::of(paths.join("\0").as_bytes())), content: true };
     }
     Ok(CacheMap { keys: vec![key.digest()], inputs, ephemeral: false })
 }
@@ -185,24 +203,37 @@ pub(crate) fn selectors(op: &FileOp, input: usize) -> Result<Option<Vec<ContentS
     let Some(mut all) = reads(op, usize::MAX).remove(&input) else { return Ok(None) };
     all.sort();
     all.dedup();
-    let plain: Vec<(String, bool)> = all.iter().filter(|s| s.is_plain()).map(|s| (rooted(&s.path), s.follow_links)).collect();
-    let is_below =
-        |path: &str, above: &str| path != above && (above == "/" || path.strip_prefix(above).is_some_and(|r| r.starts_with('/')));
-    all.retain(|s| !s.is_plain() || !plain.iter().any(|(above, follow)| *follow == s.follow_links && is_below(&rooted(&s.path), above)));
+    let plain: Vec<(String, bool)> =
+        all.iter().filter(|s| s.is_plain()).map(|s| (rooted(&s.path), s.follow_links)).collect();
+    let is_below = |path: &str, above: &str| {
+        path != above
+            && (above == "/" || path.strip_prefix(above).is_some_and(|r| r.starts_with('/')))
+    };
+    all.retain(|s| {
+        !s.is_plain()
+            || !plain.iter().any(|(above, follow)| {
+                *follow == s.follow_links && is_below(&rooted(&s.path), above)
+            })
+    });
     Ok(Some(all))
 }
 
 /// The checksum of parts of a state; a missing part is an error in BuildKit's words.
-pub(crate) async fn checksum(state: &ImmutableRef, selectors: &[ContentSelector], reporter: &Reporter) -> Result<Digest> {
+pub(crate) async fn checksum(
+    state: &ImmutableRef,
+    selectors: &[ContentSelector],
+    reporter: &Reporter,
+) -> Result<Digest> {
     let fail = |e: Fault| {
-        // That the user's file is missing is a failure of the build; nothing that was asked for by the client is `NotFound`.
+        // That the user's file is missing is a failure of the build; nothing that was asked for by
+        // the client is `NotFound`.
         let e = if e.is_not_found() { e.with_code(Code::Unknown) } else { e };
         e.context(format!("failed to calculate checksum of ref {}", state.id()))
     };
     if state.is_scratch() {
         return nothing(selectors).map_err(fail);
     }
-    state.realise(Some(reporter)).await?;
+    state.materialize(Some(reporter)).await?;
     let mut digests = Vec::with_capacity(selectors.len());
     for selector in selectors {
         require(state, selector).await.map_err(fail)?;
@@ -210,7 +241,9 @@ pub(crate) async fn checksum(state: &ImmutableRef, selectors: &[ContentSelector]
     }
     match &digests[..] {
         [one] => Ok(*one),
-        all => Ok(Digest::of(all.iter().map(ToString::to_string).collect::<Vec<_>>().join("\0").as_bytes())),
+        all => Ok(Digest::of(
+            all.iter().map(ToString::to_string).collect::<Vec<_>>().join("\0").as_bytes(),
+        )),
     }
 }
 
@@ -222,15 +255,19 @@ fn nothing(selectors: &[ContentSelector]) -> Result<Digest> {
     }
 }
 
-/// Fails if a required path is not there or not selected (row `file.copy.patterns`). They are written from the root; links below the
-/// selected directory lead nowhere, because no walk enters them.
+/// Fails if a required path is not there or not selected (row `file.copy.patterns`). They are
+/// written from the root; links below the selected directory lead nowhere, because no walk enters
+/// them.
 async fn require(state: &ImmutableRef, selector: &ContentSelector) -> Result<()> {
     if selector.required.is_empty() {
         return Ok(());
     }
     let (mount, selector) = (state.mount().await?, selector.clone());
-    let looked = tokio::task::spawn_blocking(move || missing(&Root::open(mount.path())?, &selector)).await;
-    match looked.map_err(|e| Fault::internal(format!("a look for required paths failed: {e}")))?? {
+    let looked =
+        tokio::task::spawn_blocking(move || missing(&Root::open(mount.path())?, &selector)).await;
+    match looked
+        .map_err(|e| Fault::internal(format!("a look for required paths failed: {e}")))??
+    {
         Some(path) => Err(Fault::not_found(format!("{}: not found", quote(path.as_str())))),
         None => Ok(()),
     }
@@ -252,7 +289,9 @@ fn missing(root: &Root, selector: &ContentSelector) -> Result<Option<String>> {
                 stat.is_some()
             });
             let below = below.to_string_lossy();
-            let leads_on = || is_dir && patterns.visit(&below, true, &DirMatch::default()).0 != Judgement::Prune;
+            let leads_on = || {
+                is_dir && patterns.visit(&below, true, &DirMatch::default()).0 != Judgement::Prune
+            };
             is_there && (below.is_empty() || patterns.keeps(&below) || leads_on())
         });
         if !found {
@@ -267,14 +306,23 @@ mod tests {
     use super::*;
 
     fn copy(src: &str, secondary: usize) -> FileAction {
-        let kind = FileActionKind::Copy(FileCopy { src: src.into(), dest: "/".into(), ..Default::default() });
+        let kind = FileActionKind::Copy(FileCopy {
+            src: src.into(),
+            dest: "/".into(),
+            ..Default::default()
+        });
         FileAction { input: Some(0), secondary: Some(secondary), output: Some(0), kind }
     }
 
     #[test]
     fn what_is_part_of_something_read_is_not_read_again() {
-        let op = FileOp { actions: vec![copy("/a/b", 1), copy("/a", 1), copy("/ab", 1), copy("/c", 2)] };
-        let paths = |input| selectors(&op, input).expect("selectors").map(|s| s.into_iter().map(|s| s.path).collect::<Vec<_>>());
+        let op =
+            FileOp { actions: vec![copy("/a/b", 1), copy("/a", 1), copy("/ab", 1), copy("/c", 2)] };
+        let paths = |input| {
+            selectors(&op, input)
+                .expect("selectors")
+                .map(|s| s.into_iter().map(|s| s.path).collect::<Vec<_>>())
+        };
         assert_eq!(paths(1), Some(vec!["/a".into(), "/ab".into()]));
         assert_eq!(paths(2), Some(vec!["/c".into()]));
         assert_eq!(paths(0), None);

@@ -13,8 +13,8 @@ pub(super) struct OwnerRoots<'a> {
 }
 
 impl OwnerRoots<'_> {
-    /// The ids of `owner`. A user brings its group, and a number is both. A name that is not there is an error: files that silently belong to
-    /// root are worse than a build that fails.
+    /// The ids of `owner`. A user brings its group, and a number is both. A name that is not there
+    /// is an error: files that silently belong to root are worse than a build that fails.
     pub(super) fn resolve(&self, owner: Option<&Chown>) -> Result<Option<Ids>> {
         let Some(owner) = owner else { return Ok(None) };
         let (mut uid, mut gid) = (0, 0);
@@ -52,8 +52,12 @@ impl OwnerRoots<'_> {
 const ROOT: &str = "root";
 
 fn nowhere(what: &str, name: &str) -> Fault {
-    let fault = Fault::invalid(format!("unable to find {what} {name}: there is no root filesystem to look the name up in"));
-    fault.hint(format!("give the {what} as a number: a stage that is built from scratch has no names"))
+    let fault = Fault::invalid(format!(
+        "unable to find {what} {name}: there is no root filesystem to look the name up in"
+    ));
+    fault.hint(format!(
+        "give the {what} as a number: a stage that is built from scratch has no names"
+    ))
 }
 
 fn view(path: Option<&Path>) -> Result<Option<RootView>> {
@@ -72,10 +76,17 @@ mod tests {
     fn names_are_looked_up_and_numbers_are_taken() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         std::fs::create_dir(dir.path().join("etc")).expect("mkdir");
-        std::fs::write(dir.path().join("etc/passwd"), "root:x:0:0::/:/bin/sh\nweb:x:33:34::/:/bin/sh\n").expect("write");
+        std::fs::write(
+            dir.path().join("etc/passwd"),
+            "root:x:0:0::/:/bin/sh\nweb:x:33:34::/:/bin/sh\n",
+        )
+        .expect("write");
         std::fs::write(dir.path().join("etc/group"), "www:x:50:\n").expect("write");
         let empty = tempfile::tempdir().expect("a temporary directory");
-        let check = |at: Option<&Path>, user: Option<Owner>, group: Option<Owner>, expected: Ids| {
+        let check = |at: Option<&Path>,
+                     user: Option<Owner>,
+                     group: Option<Owner>,
+                     expected: Ids| {
             let owners = OwnerRoots { user: at, group: at };
             let chown = Chown { user, group };
             assert_eq!(owners.resolve(Some(&chown)).expect("resolve"), Some(expected), "{chown:?}");
@@ -89,17 +100,25 @@ mod tests {
         check(there, None, name("www"), (0, 50));
         check(None, name("root"), name("root"), (0, 0));
         check(None, Some(Owner::Id(7)), name("root"), (7, 0));
-        let fails = |at: Option<&Path>, user: Option<Owner>, group: Option<Owner>, expected: &str| {
-            let owners = OwnerRoots { user: at, group: at };
-            let failed = owners.resolve(Some(&Chown { user, group })).expect_err(expected);
-            assert!(failed.to_string().starts_with(expected), "{failed}");
+        let fails =
+            |at: Option<&Path>, user: Option<Owner>, group: Option<Owner>, expected: &str| {
+                let owners = OwnerRoots { user: at, group: at };
+                let failed = owners.resolve(Some(&Chown { user, group })).expect_err(expected);
+                assert!(failed.to_string().starts_with(expected), "{failed}");
+            };
+        let missing = |what: &str, name: &str, file: &str| {
+            format!("unable to find {what} {name}: no matching entries in /etc/{file}")
         };
-        let missing = |what: &str, name: &str, file: &str| format!("unable to find {what} {name}: no matching entries in /etc/{file}");
         fails(there, name("nobody"), None, &missing("user", "nobody", "passwd"));
         fails(there, Some(Owner::Id(33)), name("nobody"), &missing("group", "nobody", "group"));
         fails(Some(empty.path()), name("web"), None, &missing("user", "web", "passwd"));
         fails(None, name("web"), None, "unable to find user web: there is no root filesystem");
-        fails(None, Some(Owner::Id(33)), name("www"), "unable to find group www: there is no root filesystem");
+        fails(
+            None,
+            Some(Owner::Id(33)),
+            name("www"),
+            "unable to find group www: there is no root filesystem",
+        );
         assert_eq!(OwnerRoots { user: there, group: there }.resolve(None).expect("resolve"), None);
     }
 }

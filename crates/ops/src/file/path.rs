@@ -1,4 +1,5 @@
-//! Paths in a root. File systems take any bytes for names, and so do these: text is only what a graph says and what people are shown.
+//! Paths in a root. File systems take any bytes for names, and so do these: text is only what a
+//! graph says and what people are shown.
 
 use std::{
     ffi::OsStr,
@@ -57,7 +58,8 @@ impl RootPath {
         }
     }
 
-    /// The path less that of the directory `above`; empty for `above` itself. `None` if it is not below it.
+    /// The path less that of the directory `above`; empty for `above` itself. `None` if it is not
+    /// below it.
     pub(super) fn below<'a>(&'a self, above: &Self) -> Option<&'a OsStr> {
         let rest = self.0.strip_prefix(&above.0[..])?;
         match rest.split_first() {
@@ -108,7 +110,9 @@ mod tests {
 
     #[test]
     fn what_is_below_is_told_by_whole_names() {
-        let at = |above: &str, path: &str| RootPath::new(path).below(&above.into()).map(|p| p.to_string_lossy().into_owned());
+        let at = |above: &str, path: &str| {
+            RootPath::new(path).below(&above.into()).map(|p| p.to_string_lossy().into_owned())
+        };
         assert_eq!(at("/a", "/a/b/c").as_deref(), Some("b/c"));
         assert_eq!(at("/", "/a").as_deref(), Some("a"));
         assert_eq!(at("/a", "/a").as_deref(), Some(""));

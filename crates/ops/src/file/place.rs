@@ -38,8 +38,16 @@ pub(super) fn fault(what: &str, path: &impl Display, error: Errno) -> Fault {
         return Fault::cancelled();
     }
     let fault = Fault::io(what, error.into());
-    let user =
-        matches!(error, Errno::NOENT | Errno::NOTDIR | Errno::ISDIR | Errno::EXIST | Errno::NOTEMPTY | Errno::LOOP | Errno::NAMETOOLONG);
+    let user = matches!(
+        error,
+        Errno::NOENT
+            | Errno::NOTDIR
+            | Errno::ISDIR
+            | Errno::EXIST
+            | Errno::NOTEMPTY
+            | Errno::LOOP
+            | Errno::NAMETOOLONG
+    );
     let mut told = Fault::new(fault.code(), format!("{what} {path}: {plain}"));
     told = told.with_class(if user { Class::User } else { fault.class() });
     fault.hints().fold(told, |t, h| t.hint(h.to_owned()))
@@ -60,8 +68,14 @@ impl Root {
 
     /// The directory `path` of this root as a root of its own.
     pub(super) fn sub(&self, path: &RootPath) -> Result<Self> {
-        let dir = self.view.open_at(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).map_err(|e| fault("open", path, e))?;
-        let own = std::path::PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&dir)));
+        let dir = self
+            .view
+            .open_at(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())
+            .map_err(|e| fault("open", path, e))?;
+        let own = std::path::PathBuf::from(format!(
+            "/proc/self/fd/{}",
+            std::os::fd::AsRawFd::as_raw_fd(&dir)
+        ));
         Ok(Self { view: RootView::of_directory(&own.join("."))? })
     }
 
@@ -77,14 +91,19 @@ impl Root {
 
     /// The same without following a link at the end, unless `follow` says so.
     pub(super) fn real_entry(&self, path: &RootPath, follow: bool) -> Result<RootPath> {
-        if follow || path.is_root() { self.real(path) } else { Ok(self.real(&path.parent())?.join(path.name())) }
+        if follow || path.is_root() {
+            self.real(path)
+        } else {
+            Ok(self.real(&path.parent())?.join(path.name()))
+        }
     }
 
     pub(super) fn lstat(&self, path: &RootPath) -> rustix::io::Result<Stat> {
         self.view.lstat(path)
     }
 
-    /// What a source is; if it is not there, the fault says which name beside it was probably meant.
+    /// What a source is; if it is not there, the fault says which name beside it was probably
+    /// meant.
     pub(super) fn source(&self, path: &RootPath) -> Result<Stat> {
         self.lstat(path).map_err(|e| {
             let told = fault("lstat", path, e);
@@ -98,9 +117,14 @@ impl Root {
     /// The nearest name to that of `path`, beside it.
     fn near(&self, path: &RootPath) -> Option<RootPath> {
         let dir = self.dir(&path.parent()).ok()?;
-        let names = names(dir.as_fd()).ok()?.into_iter().take(MAX_NAMES).filter_map(|(n, _)| n.into_string().ok());
+        let names = names(dir.as_fd())
+            .ok()?
+            .into_iter()
+            .take(MAX_NAMES)
+            .filter_map(|(n, _)| n.into_string().ok());
         let names: Vec<String> = names.collect();
-        nearest(&path.name().to_string_lossy(), names.iter().map(String::as_str)).map(|near| path.parent().join(near))
+        nearest(&path.name().to_string_lossy(), names.iter().map(String::as_str))
+            .map(|near| path.parent().join(near))
     }
 
     pub(super) fn stat(&self, path: &RootPath) -> rustix::io::Result<Stat> {
@@ -112,7 +136,12 @@ impl Root {
         self.view.open_regular(path)
     }
 
-    pub(super) fn open_file(&self, path: &RootPath, flags: OFlags, mode: RawMode) -> rustix::io::Result<OwnedFd> {
+    pub(super) fn open_file(
+        &self,
+        path: &RootPath,
+        flags: OFlags,
+        mode: RawMode,
+    ) -> rustix::io::Result<OwnedFd> {
         self.view.open_at(path, flags, Mode::from_raw_mode(mode))
     }
 
@@ -124,12 +153,23 @@ impl Root {
     /// Sets both times of `path`, a link at its end not followed, as far as that can be done.
     pub(super) fn set_time(&self, path: &RootPath, nanos: i64) {
         if let Ok(dir) = self.dir(&path.parent()) {
-            let _ = rustix::fs::utimensat(&dir, path.name(), &at_time(nanos), AtFlags::SYMLINK_NOFOLLOW);
+            let _ = rustix::fs::utimensat(
+                &dir,
+                path.name(),
+                &at_time(nanos),
+                AtFlags::SYMLINK_NOFOLLOW,
+            );
         }
     }
 
     /// Makes the directory `path` and its missing parents; returns those it made, outermost first.
-    pub(super) fn make_dirs(&self, path: &RootPath, mode: RawMode, owner: Option<Ids>, time: Option<i64>) -> Result<Vec<RootPath>> {
+    pub(super) fn make_dirs(
+        &self,
+        path: &RootPath,
+        mode: RawMode,
+        owner: Option<Ids>,
+        time: Option<i64>,
+    ) -> Result<Vec<RootPath>> {
         let real = self.real(path)?;
         // Most often it is there.
         if self.stat(&real).is_ok_and(|s| is_dir(&s)) {
@@ -158,7 +198,8 @@ impl Root {
     }
 }
 
-/// Makes a directory. The umask takes its part of `mode`: whoever wants exactly that mode sets it afterwards, as [`finish`] does.
+/// Makes a directory. The umask takes its part of `mode`: whoever wants exactly that mode sets it
+/// afterwards, as [`finish`] does.
 pub(super) fn make_dir(dir: BorrowedFd<'_>, name: &OsStr, mode: RawMode) -> rustix::io::Result<()> {
     rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(mode & 0o7777))
 }
@@ -173,7 +214,10 @@ pub(super) fn is_regular(stat: &Stat) -> bool {
 
 /// Both times of a file at `nanos` since the epoch.
 pub(super) fn at_time(nanos: i64) -> Timestamps {
-    let time = Timespec { tv_sec: nanos.div_euclid(1_000_000_000), tv_nsec: nanos.rem_euclid(1_000_000_000) };
+    let time = Timespec {
+        tv_sec: nanos.div_euclid(1_000_000_000),
+        tv_nsec: nanos.rem_euclid(1_000_000_000),
+    };
     Timestamps { last_access: time, last_modification: time }
 }
 
@@ -186,7 +230,13 @@ pub(super) fn finish(
     time: Option<i64>,
 ) -> rustix::io::Result<()> {
     if let Some((uid, gid)) = owner {
-        rustix::fs::chownat(dir, name, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), AtFlags::SYMLINK_NOFOLLOW)?;
+        rustix::fs::chownat(
+            dir,
+            name,
+            Some(Uid::from_raw(uid)),
+            Some(Gid::from_raw(gid)),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )?;
     }
     if let Some(mode) = mode {
         chmod(dir, name, mode)?;
@@ -197,8 +247,8 @@ pub(super) fn finish(
     Ok(())
 }
 
-/// Sets the permissions of what is at `name`, but not of what a link there leads to: where others write in the tree at the same time, what was
-/// just made may be one by now.
+/// Sets the permissions of what is at `name`, but not of what a link there leads to: where others
+/// write in the tree at the same time, what was just made may be one by now.
 pub(super) fn chmod(dir: BorrowedFd<'_>, name: &OsStr, mode: RawMode) -> rustix::io::Result<()> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rustix::fs::openat(dir, name, flags, Mode::empty())?;
@@ -206,11 +256,18 @@ pub(super) fn chmod(dir: BorrowedFd<'_>, name: &OsStr, mode: RawMode) -> rustix:
         return Err(Errno::LOOP);
     }
     // The kernel's own link leads to exactly what was opened.
-    rustix::fs::chmod(format!("/proc/self/fd/{}", fd.as_raw_fd()), Mode::from_raw_mode(mode & 0o7777))
+    rustix::fs::chmod(
+        format!("/proc/self/fd/{}", fd.as_raw_fd()),
+        Mode::from_raw_mode(mode & 0o7777),
+    )
 }
 
 /// Removes `name` and everything below it, following no link.
-pub(super) fn remove_all(dir: BorrowedFd<'_>, name: &OsStr, depth: usize) -> rustix::io::Result<()> {
+pub(super) fn remove_all(
+    dir: BorrowedFd<'_>,
+    name: &OsStr,
+    depth: usize,
+) -> rustix::io::Result<()> {
     match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
         Err(Errno::ISDIR | Errno::PERM) => {}

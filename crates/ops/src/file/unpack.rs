@@ -1,5 +1,6 @@
-//! Unpacking of tar archives that `ADD` was given (row `file.copy.unpack`). The archive is foreign: every path is resolved by the kernel inside
-//! the directory it is unpacked in, sizes are bounded by what was read, and only the kinds of entries that a file system has are made.
+//! Unpacking of tar archives that `ADD` was given (row `file.copy.unpack`). The archive is foreign:
+//! every path is resolved by the kernel inside the directory it is unpacked in, sizes are bounded
+//! by what was read, and only the kinds of entries that a file system has are made.
 
 use super::{
     copy::Settings,
@@ -43,13 +44,24 @@ fn is_archive(file: File) -> bool {
 }
 
 /// Unpacks `src` into the directory `dest`, if it is an archive; says whether it was.
-pub(super) fn run(source: &Root, src: &RootPath, target: &Root, dest: &RootPath, settings: &Settings) -> Result<bool> {
+pub(super) fn run(
+    source: &Root,
+    src: &RootPath,
+    target: &Root,
+    dest: &RootPath,
+    settings: &Settings,
+) -> Result<bool> {
     let real = source.real(src)?;
     match source.lstat(&real) {
         Ok(stat) if is_regular(&stat) => {}
         _ => return Ok(false),
     }
-    let open = || source.open_regular(&real).and_then(|file| file.ok_or(Errno::INVAL)).map_err(|e| fault("open", src, e));
+    let open = || {
+        source
+            .open_regular(&real)
+            .and_then(|file| file.ok_or(Errno::INVAL))
+            .map_err(|e| fault("open", src, e))
+    };
     if !is_archive(open()?) {
         return Ok(false);
     }
@@ -67,7 +79,9 @@ pub(super) fn run(source: &Root, src: &RootPath, target: &Root, dest: &RootPath,
     };
     while let Some(member) = archive.next_member().map_err(fail)? {
         settings.stop.check()?;
-        unpacker.member(member, &mut archive).map_err(|e| if e.is_cancelled() { e } else { e.context(what()) })?;
+        unpacker
+            .member(member, &mut archive)
+            .map_err(|e| if e.is_cancelled() { e } else { e.context(what()) })?;
     }
     unpacker.finish();
     Ok(true)
@@ -78,7 +92,7 @@ type Archive = TarReader<Box<dyn Read>>;
 struct Unpacker<'a> {
     root: Root,
     settings: &'a Settings,
-    /// The directory of the last entry: neighbours in an archive are neighbours in the tree.
+    /// The directory of the last entry: neighbors in an archive are neighbors in the tree.
     place: Option<(RootPath, OwnedFd)>,
     buffer: Vec<u8>,
     /// Times of directories are set at the end, when nothing is made in them any more.
@@ -100,7 +114,11 @@ impl Directories {
         if self.times.insert(path, time).is_none() {
             self.memory += size;
         }
-        if self.memory > self.limit { Err(Fault::invalid("the archive has too many directories")) } else { Ok(()) }
+        if self.memory > self.limit {
+            Err(Fault::invalid("the archive has too many directories"))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -113,7 +131,10 @@ impl Unpacker<'_> {
             return Ok(place);
         }
         self.root.make_dirs(&path, IMPLIED_MODE, Some((0, 0)), None)?;
-        let fd = self.root.real(&path).and_then(|real| self.root.dir(&real).map_err(|e| fault("open", &path, e)))?;
+        let fd = self
+            .root
+            .real(&path)
+            .and_then(|real| self.root.dir(&real).map_err(|e| fault("open", &path, e)))?;
         Ok((path, fd))
     }
 
@@ -147,7 +168,13 @@ impl Unpacker<'_> {
                 if *kind == MemberKind::Directory {
                     self.directories.put(path, member.mtime)?;
                 } else {
-                    rustix::fs::utimensat(dir, name, &at_time(member.mtime), AtFlags::SYMLINK_NOFOLLOW).map_err(error)?;
+                    rustix::fs::utimensat(
+                        dir,
+                        name,
+                        &at_time(member.mtime),
+                        AtFlags::SYMLINK_NOFOLLOW,
+                    )
+                    .map_err(error)?;
                 }
             }
         }
@@ -161,13 +188,25 @@ impl Unpacker<'_> {
     }
 
     /// Makes a file; what the archive does not have of it stays a hole.
-    fn file(&mut self, member: &Member, archive: &mut Archive, dir: BorrowedFd<'_>, path: &RootPath) -> Result<()> {
+    fn file(
+        &mut self,
+        member: &Member,
+        archive: &mut Archive,
+        dir: BorrowedFd<'_>,
+        path: &RootPath,
+    ) -> Result<()> {
         let error = |e: Errno| fault("write", path, e);
         let io_error = |e: io::Error| error(Errno::from_io_error(&e).unwrap_or(Errno::IO));
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = File::from(rustix::fs::openat(dir, path.name(), flags, Mode::from_raw_mode(0o600)).map_err(error)?);
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = File::from(
+            rustix::fs::openat(dir, path.name(), flags, Mode::from_raw_mode(0o600))
+                .map_err(error)?,
+        );
         let mut end = 0;
-        while let Some(piece) = archive.piece(&mut self.buffer).map_err(|e| Fault::io(format!("read {path}"), e))? {
+        while let Some(piece) =
+            archive.piece(&mut self.buffer).map_err(|e| Fault::io(format!("read {path}"), e))?
+        {
             self.settings.stop.check()?;
             file.write_all_at(&self.buffer[..piece.len], piece.offset).map_err(io_error)?;
             end = piece.offset + piece.len as u64;
@@ -176,11 +215,13 @@ impl Unpacker<'_> {
             file.set_len(member.size).map_err(io_error)?;
         }
         let (uid, gid) = self.owner(member);
-        rustix::fs::fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).map_err(error)?;
+        rustix::fs::fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+            .map_err(error)?;
         rustix::fs::fchmod(&file, Mode::from_raw_mode(member.mode)).map_err(error)?;
         for (key, value) in &member.xattrs {
             // As far as the file system takes them.
-            let _ = rustix::fs::fsetxattr(&file, OsStr::from_bytes(key), value, XattrFlags::empty());
+            let _ =
+                rustix::fs::fsetxattr(&file, OsStr::from_bytes(key), value, XattrFlags::empty());
         }
         rustix::fs::futimens(&file, &at_time(member.mtime)).map_err(error)
     }
@@ -190,7 +231,8 @@ impl Unpacker<'_> {
         check_length(&first)?;
         let failed = |e| fault("link", &first, e);
         let first_dir = self.root.dir(&self.root.real(&first.parent())?).map_err(failed)?;
-        rustix::fs::linkat(&first_dir, first.name(), dir, path.name(), AtFlags::empty()).map_err(failed)
+        rustix::fs::linkat(&first_dir, first.name(), dir, path.name(), AtFlags::empty())
+            .map_err(failed)
     }
 
     fn finish(self) {
@@ -204,13 +246,18 @@ fn check_length(path: &RootPath) -> Result<()> {
         return Ok(());
     }
     let shown = String::from_utf8_lossy(&path[..100]).into_owned();
-    Err(Fault::invalid(format!("the archive has a path of {} bytes, {shown}…: file name too long", path.len())))
+    Err(Fault::invalid(format!(
+        "the archive has a path of {} bytes, {shown}…: file name too long",
+        path.len()
+    )))
 }
 
 /// Makes a directory, symbolic link, device or FIFO.
 fn make(kind: &MemberKind, dir: BorrowedFd<'_>, path: &RootPath) -> Result<()> {
     let name = path.name();
-    let node = |file_type, device| rustix::fs::mknodat(dir, name, file_type, Mode::from_raw_mode(0o600), device);
+    let node = |file_type, device| {
+        rustix::fs::mknodat(dir, name, file_type, Mode::from_raw_mode(0o600), device)
+    };
     let made = match kind {
         MemberKind::Directory => match rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(0o700)) {
             Err(Errno::EXIST) => Ok(()),
@@ -218,9 +265,17 @@ fn make(kind: &MemberKind, dir: BorrowedFd<'_>, path: &RootPath) -> Result<()> {
         },
         MemberKind::Symlink(target) => rustix::fs::symlinkat(OsStr::from_bytes(target), dir, name),
         MemberKind::Fifo => node(FileType::Fifo, 0),
-        MemberKind::CharDevice(major, minor) => node(FileType::CharacterDevice, rustix::fs::makedev(*major, *minor)),
-        MemberKind::BlockDevice(major, minor) => node(FileType::BlockDevice, rustix::fs::makedev(*major, *minor)),
-        other => return Err(Fault::invalid(format!("the archive has an entry of unknown kind {other:?}, {path}"))),
+        MemberKind::CharDevice(major, minor) => {
+            node(FileType::CharacterDevice, rustix::fs::makedev(*major, *minor))
+        }
+        MemberKind::BlockDevice(major, minor) => {
+            node(FileType::BlockDevice, rustix::fs::makedev(*major, *minor))
+        }
+        other => {
+            return Err(Fault::invalid(format!(
+                "the archive has an entry of unknown kind {other:?}, {path}"
+            )));
+        }
     };
     made.map_err(|e| fault("write", path, e))
 }
@@ -270,9 +325,14 @@ mod tests {
     #[test]
     fn archives_are_unpacked_and_other_files_are_not() {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let plain = archive(&[("d/", EntryType::Directory, ""), ("d/f", EntryType::Regular, "hello"), ("l", EntryType::Link, "d/f")]);
+        let plain = archive(&[
+            ("d/", EntryType::Directory, ""),
+            ("d/f", EntryType::Regular, "hello"),
+            ("l", EntryType::Link, "d/f"),
+        ]);
         let gzip = {
-            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            let mut encoder =
+                flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
             io::Write::write_all(&mut encoder, &plain).expect("write");
             encoder.finish().expect("finish")
         };
@@ -316,14 +376,20 @@ mod tests {
         assert!(unpack(&builder.into_inner().expect("finish"), dir.path()).expect("unpack"));
         let path = dir.path().join(OsStr::from_bytes(b"out/d/\xff/caf\xe9"));
         let stat = fs::metadata(&path).expect("stat");
-        assert_eq!((stat.mode() & 0o7777, stat.mtime(), stat.mtime_nsec()), (0o4711, 77, 250_000_000));
+        assert_eq!(
+            (stat.mode() & 0o7777, stat.mtime(), stat.mtime_nsec()),
+            (0o4711, 77, 250_000_000)
+        );
         let mut value = [0; 8];
         let there = rustix::fs::lgetxattr(&path, "user.a", &mut value[..]);
         assert!(there == Ok(1) || there == Err(Errno::NOTSUP), "{there:?}");
         let mark = rustix::fs::lgetxattr(&path, "user.overlay.opaque", &mut value[..]);
         assert!(mark == Err(Errno::NODATA) || mark == Err(Errno::NOTSUP), "{mark:?}");
         // Directories that the archive does not mention.
-        assert_eq!(fs::metadata(path.parent().expect("a parent")).expect("stat").mode() & 0o7777, 0o755);
+        assert_eq!(
+            fs::metadata(path.parent().expect("a parent")).expect("stat").mode() & 0o7777,
+            0o755
+        );
     }
 
     #[test]
@@ -343,7 +409,12 @@ mod tests {
             &["--format=posix", "--sparse-version=1.0"],
         ] {
             let to = tempfile::tempdir().expect("a temporary directory");
-            let out = Command::new("tar").args(kind).args(["-S", "--hole-detection=raw", "-c", "-C"]).arg(from.path()).arg(".").output();
+            let out = Command::new("tar")
+                .args(kind)
+                .args(["-S", "--hole-detection=raw", "-c", "-C"])
+                .arg(from.path())
+                .arg(".")
+                .output();
             let bytes = out.expect("tar").stdout;
             assert!(bytes.len() < 1 << 20, "{kind:?}");
             assert!(unpack(&bytes, to.path()).expect("unpack"));
@@ -365,7 +436,9 @@ mod tests {
             header.set_entry_type(kind);
             header.set_size(0);
             builder.append_data(&mut header, "short", io::empty()).expect("append");
-            unpack(&builder.into_inner().expect("finish"), dir.path()).expect_err("too long").to_string()
+            unpack(&builder.into_inner().expect("finish"), dir.path())
+                .expect_err("too long")
+                .to_string()
         };
         assert!(with("path", EntryType::Regular).ends_with("file name too long"));
         assert!(with("linkpath", EntryType::Link).ends_with("file name too long"));
@@ -386,10 +459,15 @@ mod tests {
         let tool = fs::metadata(out.join("tool")).expect("stat");
         assert_eq!((tool.uid(), tool.gid(), tool.mode() & 0o7777), (1234, 3_000_000, 0o755));
         let mut value = [0; 64];
-        let capability = rustix::fs::lgetxattr(out.join("tool"), "security.capability", &mut value[..]).expect("a capability");
+        let capability =
+            rustix::fs::lgetxattr(out.join("tool"), "security.capability", &mut value[..])
+                .expect("a capability");
         assert!(value[..capability].contains(&b'\n'), "{:?}", &value[..capability]);
         assert_eq!(fs::read(out.join("café\nbreak/fi\nle")).expect("read"), b"abc");
-        assert_eq!(fs::read_link(out.join("link\nname")).expect("read the link"), Path::new("tö\nthere"));
+        assert_eq!(
+            fs::read_link(out.join("link\nname")).expect("read the link"),
+            Path::new("tö\nthere")
+        );
     }
 
     #[test]
@@ -408,7 +486,13 @@ mod tests {
         let out = dir.path().join("out");
         assert!(out.join("d/keep").exists());
         assert_eq!(fs::metadata(out.join("d")).expect("stat").mtime(), 99);
-        assert_eq!((fs::read_to_string(out.join("d/f")).expect("read").as_str(), out.join("e").is_symlink()), ("second", true));
+        assert_eq!(
+            (
+                fs::read_to_string(out.join("d/f")).expect("read").as_str(),
+                out.join("e").is_symlink()
+            ),
+            ("second", true)
+        );
     }
 
     #[test]

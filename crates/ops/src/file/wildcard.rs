@@ -8,10 +8,11 @@ use rustix::{fd::AsFd, fs::FileType};
 use shipway_fault::Result;
 use shipway_gocompat::{Glob, has_wildcards};
 
-/// The paths of `root` that match `pattern`, sorted. Without wildcards that is the path itself, whether it exists or not.
+/// The paths of `root` that match `pattern`, sorted. Without wildcards that is the path itself,
+/// whether it exists or not.
 ///
-/// The directory that the wildcards begin in must exist. If it is a link, only `follow` enters it; links after the first wildcard
-/// are never entered.
+/// The directory that the wildcards begin in must exist. If it is a link, only `follow` enters it;
+/// links after the first wildcard are never entered.
 pub(super) fn resolve(root: &Root, pattern: &str, follow: bool) -> Result<Vec<RootPath>> {
     let whole = RootPath::from(pattern);
     let mut parts = whole.names().map(|n| n.to_string_lossy()).peekable();
@@ -72,7 +73,11 @@ mod tests {
     fn wildcards_match_within_a_directory() {
         let (_dir, root) = lab();
         let check = |pattern: &str, follow: bool, expected: &[&str]| {
-            let found: Vec<String> = resolve(&root, pattern, follow).expect(pattern).iter().map(ToString::to_string).collect();
+            let found: Vec<String> = resolve(&root, pattern, follow)
+                .expect(pattern)
+                .iter()
+                .map(ToString::to_string)
+                .collect();
             assert_eq!(found, expected, "{pattern}");
         };
         check("/a*/x.txt", false, &["/a/x.txt", "/ab/x.txt"]);
@@ -90,7 +95,10 @@ mod tests {
     #[test]
     fn the_directory_before_the_wildcards_must_exist() {
         let (_dir, root) = lab();
-        assert_eq!(resolve(&root, "/none/*", true).expect_err("absent").to_string(), "lstat /none: no such file or directory");
+        assert_eq!(
+            resolve(&root, "/none/*", true).expect_err("absent").to_string(),
+            "lstat /none: no such file or directory"
+        );
         let near = resolve(&root, "/lnk/*", true).expect_err("absent");
         assert_eq!(near.hints().collect::<Vec<_>>(), ["did you mean /link?"]);
     }
@@ -100,6 +108,9 @@ mod tests {
         let (dir, root) = lab();
         let name = OsStr::from_bytes(b"caf\xe9");
         fs::write(dir.path().join(name), "").expect("write");
-        assert_eq!(resolve(&root, "/caf*", true).expect("resolve"), [RootPath::default().join(name)]);
+        assert_eq!(
+            resolve(&root, "/caf*", true).expect("resolve"),
+            [RootPath::default().join(name)]
+        );
     }
 }

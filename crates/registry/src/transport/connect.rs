@@ -51,41 +51,72 @@ impl Connector {
         tcp.set_nodelay(true);
         tcp.set_connect_timeout(Some(patience));
         tcp.set_keepalive(Some(Duration::from_secs(60)));
-        Self { tcp, denied, tls: TlsConnector::from(Arc::new(tls)), proxy: Arc::new(Matcher::from_env()), patience }
+        Self {
+            tcp,
+            denied,
+            tls: TlsConnector::from(Arc::new(tls)),
+            proxy: Arc::new(Matcher::from_env()),
+            patience,
+        }
     }
 
     async fn dial(mut self, uri: Uri) -> Result<Stream, Failure> {
-        let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned();
-        let proxy = if crate::hosts::is_loopback(&host) { None } else { self.proxy.intercept(&uri) };
+        let host =
+            uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned();
+        let proxy =
+            if crate::hosts::is_loopback(&host) { None } else { self.proxy.intercept(&uri) };
         let target = match &proxy {
             None => uri.clone(),
             Some(p) if p.uri().scheme_str() == Some("http") => p.uri().clone(),
             Some(p) => {
-                return Err(Failure::Connect(format!("the proxy {} is of a kind we do not speak: want http://", super::host_of(p.uri()))));
+                return Err(Failure::Connect(format!(
+                    "the proxy {} is of a kind we do not speak: want http://",
+                    super::host_of(p.uri())
+                )));
             }
         };
         // Of names the resolver knows; an address is not looked up.
         if let Ok(address) = host.parse() {
             self.denied.check(&host, address).map_err(Failure::Connect)?;
         }
-        let mut tcp = self.tcp.call(target).await.map_err(|e| Failure::Connect(tcp_reason(&e, &uri, proxy.as_ref())))?.into_inner();
+        let mut tcp = self
+            .tcp
+            .call(target)
+            .await
+            .map_err(|e| Failure::Connect(tcp_reason(&e, &uri, proxy.as_ref())))?
+            .into_inner();
         if uri.scheme_str() != Some("https") {
             return Ok(Stream { kind: Kind::Plain(tcp), proxied: proxy.is_some() });
         }
         if let Some(proxy) = &proxy {
             tunnel(&mut tcp, &uri, proxy).await?;
         }
-        let name = ServerName::try_from(host.clone()).map_err(|_| Failure::Connect(format!("{host:?} is no host name")))?;
-        // A server that speaks plain HTTP may wait for ever for the end of what it takes for a request.
-        let wait = if crate::hosts::is_loopback(&host) { LOOPBACK_PATIENCE.min(self.patience / 2) } else { self.patience / 2 };
+        let name = ServerName::try_from(host.clone())
+            .map_err(|_| Failure::Connect(format!("{host:?} is no host name")))?;
+        // A server that speaks plain HTTP may wait for ever for the end of what it takes for a
+        // request.
+        let wait = if crate::hosts::is_loopback(&host) {
+            LOOPBACK_PATIENCE.min(self.patience / 2)
+        } else {
+            self.patience / 2
+        };
         let silent = |_| Failure::NotTls(format!("no answer to a TLS greeting within {wait:.0?}"));
-        let tls = timeout(wait, self.tls.connect(name, tcp)).await.map_err(silent)?.map_err(|e| tls_failure(&e))?;
+        let tls = timeout(wait, self.tls.connect(name, tcp))
+            .await
+            .map_err(silent)?
+            .map_err(|e| tls_failure(&e))?;
         Ok(Stream { kind: Kind::Tls(Box::new(tls)), proxied: false })
     }
 }
 
-fn tcp_reason(error: &(dyn std::error::Error + 'static), uri: &Uri, proxy: Option<&Intercept>) -> String {
-    let via = proxy.map(|p| format!(" through the proxy {}", super::host_of(p.uri()))).unwrap_or_default();
+fn tcp_reason(
+    error: &(dyn std::error::Error + 'static),
+    uri: &Uri,
+    proxy: Option<&Intercept>,
+) -> String {
+    let via = proxy
+        .map(|p| format!(" through the proxy {}", super::host_of(p.uri())))
+        .unwrap_or_default();
     // The outer text says the stage (dns error, tcp connect error), the innermost the reason.
     let (stage, reason) = (error.to_string(), super::innermost(error));
     if stage == "dns error" {
@@ -93,7 +124,11 @@ fn tcp_reason(error: &(dyn std::error::Error + 'static), uri: &Uri, proxy: Optio
         let said = if reason.contains("not known") { "no such host".to_owned() } else { reason };
         return format!("dial tcp: lookup {}{via}: {said}", uri.host().unwrap_or_default());
     }
-    let stage = if stage == reason || stage.ends_with(&reason) { stage } else { format!("{stage}: {reason}") };
+    let stage = if stage == reason || stage.ends_with(&reason) {
+        stage
+    } else {
+        format!("{stage}: {reason}")
+    };
     format!("dial {}{via}: {stage}", super::host_of(uri))
 }
 
@@ -107,7 +142,8 @@ fn tls_failure(error: &io::Error) -> Failure {
 
 /// Asks the proxy for a way through to `uri`'s host.
 async fn tunnel(tcp: &mut TcpStream, uri: &Uri, proxy: &Intercept) -> Result<(), Failure> {
-    let broken = |e: io::Error| Failure::Connect(format!("the proxy {}: {e}", super::host_of(proxy.uri())));
+    let broken =
+        |e: io::Error| Failure::Connect(format!("the proxy {}: {e}", super::host_of(proxy.uri())));
     let target = format!("{}:{}", uri.host().unwrap_or_default(), uri.port_u16().unwrap_or(443));
     let mut request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n").into_bytes();
     if let Some(auth) = proxy.basic_auth() {
@@ -117,7 +153,8 @@ async fn tunnel(tcp: &mut TcpStream, uri: &Uri, proxy: &Intercept) -> Result<(),
     }
     request.extend_from_slice(b"\r\n");
     tcp.write_all(&request).await.map_err(broken)?;
-    // Byte by byte, so that nothing of what follows the head is taken; it is short and comes once per connection.
+    // Byte by byte, so that nothing of what follows the head is taken; it is short and comes once
+    // per connection.
     let mut head = Vec::with_capacity(256);
     while !head.ends_with(b"\r\n\r\n") {
         if head.len() > MAX_PROXY_HEAD {
@@ -125,7 +162,8 @@ async fn tunnel(tcp: &mut TcpStream, uri: &Uri, proxy: &Intercept) -> Result<(),
         }
         head.push(tcp.read_u8().await.map_err(broken)?);
     }
-    let line = String::from_utf8_lossy(head.split(|b| *b == b'\r').next().unwrap_or_default()).into_owned();
+    let line = String::from_utf8_lossy(head.split(|b| *b == b'\r').next().unwrap_or_default())
+        .into_owned();
     match line.split(' ').nth(1) {
         Some("200") => Ok(()),
         _ => Err(broken(io::Error::other(format!("it refused the way to {target}: {line}")))),
@@ -146,8 +184,10 @@ impl Service<Uri> for Connector {
         let this = self.clone();
         let patience = self.patience;
         Box::pin(async move {
-            let dialled = timeout(patience, this.dial(uri)).await;
-            dialled.map_err(|_| Failure::TimedOut { waiting_for: "a connection", after: patience })?.map(TokioIo::new)
+            let dialed = timeout(patience, this.dial(uri)).await;
+            dialed
+                .map_err(|_| Failure::TimedOut { waiting_for: "a connection", after: patience })?
+                .map(TokioIo::new)
         })
     }
 }
@@ -171,7 +211,11 @@ impl Connection for Stream {
 }
 
 impl AsyncRead for Stream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         match &mut self.kind {
             Kind::Plain(s) => Pin::new(s).poll_read(cx, buf),
             Kind::Tls(s) => Pin::new(s).poll_read(cx, buf),
@@ -180,7 +224,11 @@ impl AsyncRead for Stream {
 }
 
 impl AsyncWrite for Stream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         match &mut self.kind {
             Kind::Plain(s) => Pin::new(s).poll_write(cx, buf),
             Kind::Tls(s) => Pin::new(s).poll_write(cx, buf),

@@ -71,11 +71,17 @@ impl Fake {
     }
 
     /// One that speaks TLS.
-    pub async fn start_tls(config: ServerConfig, handler: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
+    pub async fn start_tls(
+        config: ServerConfig,
+        handler: impl Fn(&Asked) -> Reply + Send + Sync + 'static,
+    ) -> Self {
         Self::serve(Some(TlsAcceptor::from(Arc::new(config))), handler).await
     }
 
-    async fn serve(tls: Option<TlsAcceptor>, handler: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
+    async fn serve(
+        tls: Option<TlsAcceptor>,
+        handler: impl Fn(&Asked) -> Reply + Send + Sync + 'static,
+    ) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let host = listener.local_addr().unwrap().to_string();
         let asked = Arc::new(Mutex::new(Vec::new()));
@@ -84,7 +90,9 @@ impl Fake {
             while let Ok((tcp, _)) = listener.accept().await {
                 let (log, handler, tls) = (log.clone(), handler.clone(), tls.clone());
                 tokio::spawn(async move {
-                    let service = hyper::service::service_fn(move |r| answer(r, log.clone(), handler.clone()));
+                    let service = hyper::service::service_fn(move |r| {
+                        answer(r, log.clone(), handler.clone())
+                    });
                     let http = hyper::server::conn::http1::Builder::new();
                     let Some(tls) = tls else {
                         let _ = http.serve_connection(TokioIo::new(tcp), service).await;
@@ -120,8 +128,12 @@ fn answer(
     async move {
         let (head, body) = request.into_parts();
         let body = body.collect().await.map_err(io::Error::other)?.to_bytes();
-        let asked =
-            Asked { method: head.method.clone(), path: head.uri.path_and_query().unwrap().to_string(), headers: head.headers, body };
+        let asked = Asked {
+            method: head.method.clone(),
+            path: head.uri.path_and_query().unwrap().to_string(),
+            headers: head.headers,
+            body,
+        };
         log.lock().unwrap().push(asked.clone());
         let (code, headers, bytes, tail) = match handler(&asked) {
             Reply::Full(code, headers, bytes) => (code, headers, bytes, stream::empty().boxed()),
@@ -157,7 +169,15 @@ fn answer(
 /// Timing that makes failures quick.
 pub fn quick() -> Timing {
     let ms = Duration::from_millis;
-    Timing { connect: ms(500), answer: ms(300), stall: ms(200), stall_bytes: 64, backoff: ms(5), max_backoff: ms(20), budget: ms(900) }
+    Timing {
+        connect: ms(500),
+        answer: ms(300),
+        stall: ms(200),
+        stall_bytes: 64,
+        backoff: ms(5),
+        max_backoff: ms(20),
+        budget: ms(900),
+    }
 }
 
 pub fn registry(config: RegistryConfig) -> Registry {

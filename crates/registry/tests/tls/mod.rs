@@ -1,4 +1,5 @@
-//! Registries with a certificate of a private authority that want a certificate of their clients, too.
+//! Registries with a certificate of a private authority that want a certificate of their clients,
+//! too.
 
 use crate::fake::{Fake, Reply, ok, registry};
 use shipway_registry::{Anonymous, HostConfig, KeyPair, Mode, RegistryConfig, Repository};
@@ -24,24 +25,45 @@ impl Certificates {
 
     #[track_caller]
     fn openssl(&self, arguments: &[&str]) {
-        let out = Command::new("openssl").current_dir(self.0.path()).args(arguments).output().expect("openssl is absent");
+        let out = Command::new("openssl")
+            .current_dir(self.0.path())
+            .args(arguments)
+            .output()
+            .expect("openssl is absent");
         assert!(out.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&out.stderr));
     }
 
     fn authority(&self, name: &str) {
-        let (key, cert, subject) = (format!("{name}.key"), format!("{name}.crt"), format!("/CN={name}"));
-        let new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"];
+        let (key, cert, subject) =
+            (format!("{name}.key"), format!("{name}.crt"), format!("/CN={name}"));
+        let new = [
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+        ];
         self.openssl(&[&new[..], &["-keyout", &key, "-out", &cert, "-subj", &subject]].concat());
     }
 
     fn issue(&self, authority: &str, name: &str) -> KeyPair {
-        let (key, request, cert) = (format!("{name}.key"), format!("{name}.csr"), format!("{name}.cert"));
+        let (key, request, cert) =
+            (format!("{name}.key"), format!("{name}.csr"), format!("{name}.cert"));
         let new = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
-        self.openssl(&[&new[..], &["-keyout", &key, "-out", &request, "-subj", &format!("/CN={name}")]].concat());
+        self.openssl(
+            &[&new[..], &["-keyout", &key, "-out", &request, "-subj", &format!("/CN={name}")]]
+                .concat(),
+        );
         std::fs::write(self.file("names"), "subjectAltName=IP:127.0.0.1\n").unwrap();
         let (ca, ca_key) = (format!("{authority}.crt"), format!("{authority}.key"));
         let sign = ["x509", "-req", "-days", "2", "-extfile", "names", "-CAcreateserial"];
-        self.openssl(&[&sign[..], &["-in", &request, "-CA", &ca, "-CAkey", &ca_key, "-out", &cert]].concat());
+        self.openssl(
+            &[&sign[..], &["-in", &request, "-CA", &ca, "-CAkey", &ca_key, "-out", &cert]].concat(),
+        );
         KeyPair { key: self.file(&key), cert: self.file(&cert) }
     }
 
@@ -54,10 +76,18 @@ impl Certificates {
         let mut roots = RootCertStore::empty();
         roots.add_parsable_certificates(self.read(&format!("{authority}.crt")));
         let provider = Arc::new(ring::default_provider());
-        let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build().unwrap();
-        let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let clients =
+            WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+                .build()
+                .unwrap();
+        let builder = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap();
         let key = PrivateKeyDer::from_pem_file(self.file(&format!("{name}.key"))).unwrap();
-        builder.with_client_cert_verifier(clients).with_single_cert(self.read(&format!("{name}.cert")), key).unwrap()
+        builder
+            .with_client_cert_verifier(clients)
+            .with_single_cert(self.read(&format!("{name}.cert")), key)
+            .unwrap()
     }
 }
 
@@ -84,19 +114,31 @@ async fn all_key_pairs_and_authorities_count_and_renewed_files_do_at_once() {
         keypair,
         ..HostConfig::default()
     };
-    let client = |config: HostConfig| registry(RegistryConfig { hosts: [(fake.host.clone(), config)].into(), ..Default::default() });
+    let client = |config: HostConfig| {
+        registry(RegistryConfig {
+            hosts: [(fake.host.clone(), config)].into(),
+            ..Default::default()
+        })
+    };
     let name: shipway_oci::ImageName = format!("{}/a/b:1", fake.host).parse().unwrap();
     let ask = async |r: &shipway_registry::Registry| {
         let repository: Repository = r.repository(&name, Arc::new(Anonymous), Mode::Pull);
         repository.resolve("1").await.map(drop).map_err(|e| e.to_string())
     };
-    ask(&client(host(&["others.crt", "servers.crt"], vec![foreign.clone(), right.clone()]))).await.unwrap();
-    for (ca, pairs) in [(&["others.crt"][..], vec![right.clone()]), (&["servers.crt"], vec![]), (&["servers.crt"], vec![foreign.clone()])] {
+    ask(&client(host(&["others.crt", "servers.crt"], vec![foreign.clone(), right.clone()])))
+        .await
+        .unwrap();
+    for (ca, pairs) in [
+        (&["others.crt"][..], vec![right.clone()]),
+        (&["servers.crt"], vec![]),
+        (&["servers.crt"], vec![foreign.clone()]),
+    ] {
         let error = ask(&client(host(ca, pairs.clone()))).await.unwrap_err();
         assert!(error.contains(&fake.host), "{ca:?} {pairs:?}: {error}");
     }
 
-    // The files of one client are renewed while it lives; a certificate that is there before its key changes nothing.
+    // The files of one client are renewed while it lives; a certificate that is there before its
+    // key changes nothing.
     let current = KeyPair { key: made.file("current.key"), cert: made.file("current.cert") };
     let take = |pair: &KeyPair| {
         copy(&pair.cert, &current.cert);

@@ -37,10 +37,17 @@ impl CacheBackend for ClientBackend {
     async fn source(&self, request: &CacheRequest, clients: &CacheClients) -> Result<CacheSource> {
         let name = request.needed("src")?.to_owned();
         let store = self.store(&name, clients).await?;
-        Ok(CacheSource { remote: Arc::new(ClientRemote { store, name }), reference: request.needed("digest")?.to_owned() })
+        Ok(CacheSource {
+            remote: Arc::new(ClientRemote { store, name }),
+            reference: request.needed("digest")?.to_owned(),
+        })
     }
 
-    async fn writer(&self, request: &CacheRequest, clients: &CacheClients) -> Result<Box<dyn CacheWriter>> {
+    async fn writer(
+        &self,
+        request: &CacheRequest,
+        clients: &CacheClients,
+    ) -> Result<Box<dyn CacheWriter>> {
         Ok(Box::new(ClientWriter(self.store(request.needed("dest")?, clients).await?)))
     }
 }
@@ -49,7 +56,12 @@ struct ClientWriter(ClientStore);
 
 #[async_trait]
 impl CacheWriter for ClientWriter {
-    async fn layer(&self, layer: &Descriptor, bytes: LayerBytes, _: Option<ImageName>) -> Result<()> {
+    async fn layer(
+        &self,
+        layer: &Descriptor,
+        bytes: LayerBytes,
+        _: Option<ImageName>,
+    ) -> Result<()> {
         let mut reader = bytes.open().await?;
         self.0.write(layer, reader.as_mut()).await
     }

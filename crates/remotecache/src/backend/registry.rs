@@ -14,12 +14,26 @@ use std::sync::Arc;
 pub(super) struct RegistryBackend(pub Registry);
 
 impl RegistryBackend {
-    fn repository(&self, request: &CacheRequest, clients: &CacheClients, mode: Mode) -> Result<(Repository, ImageName)> {
+    fn repository(
+        &self,
+        request: &CacheRequest,
+        clients: &CacheClients,
+        mode: Mode,
+    ) -> Result<(Repository, ImageName)> {
         let reference = request.needed("ref")?;
-        let name: ImageName = reference.parse().map_err(|e| Fault::invalid(format!("failed to parse {reference}: {e}")))?;
+        let name: ImageName = reference
+            .parse()
+            .map_err(|e| Fault::invalid(format!("failed to parse {reference}: {e}")))?;
         let credentials = Arc::new(SessionCredentials::new(clients.all.clone()));
         let repository = self.0.repository(&name, credentials, mode);
-        Ok((if request.flag("registry.insecure")?.unwrap_or(false) { repository.insecure() } else { repository }, name))
+        Ok((
+            if request.flag("registry.insecure")?.unwrap_or(false) {
+                repository.insecure()
+            } else {
+                repository
+            },
+            name,
+        ))
     }
 }
 
@@ -37,10 +51,17 @@ impl CacheBackend for RegistryBackend {
 
     async fn source(&self, request: &CacheRequest, clients: &CacheClients) -> Result<CacheSource> {
         let (repository, name) = self.repository(request, clients, Mode::Pull)?;
-        Ok(CacheSource { remote: Arc::new(RegistryRemote(repository)), reference: name.reference() })
+        Ok(CacheSource {
+            remote: Arc::new(RegistryRemote(repository)),
+            reference: name.reference(),
+        })
     }
 
-    async fn writer(&self, request: &CacheRequest, clients: &CacheClients) -> Result<Box<dyn CacheWriter>> {
+    async fn writer(
+        &self,
+        request: &CacheRequest,
+        clients: &CacheClients,
+    ) -> Result<Box<dyn CacheWriter>> {
         let (repository, name) = self.repository(request, clients, Mode::Push)?;
         Ok(Box::new(RegistryWriter { repository, tag: name.tag().unwrap_or("latest").to_owned() }))
     }
@@ -53,16 +74,26 @@ struct RegistryWriter {
 
 #[async_trait]
 impl CacheWriter for RegistryWriter {
-    /// A layer of the same registry is given to the repository without a copy where the registry can.
-    async fn layer(&self, layer: &Descriptor, bytes: LayerBytes, origin: Option<ImageName>) -> Result<()> {
+    /// A layer of the same registry is given to the repository without a copy where the registry
+    /// can.
+    async fn layer(
+        &self,
+        layer: &Descriptor,
+        bytes: LayerBytes,
+        origin: Option<ImageName>,
+    ) -> Result<()> {
         let target = self.repository.name();
-        let elsewhere = |o: &&ImageName| o.registry() == target.registry() && o.repository() != target.repository();
+        let elsewhere = |o: &&ImageName| {
+            o.registry() == target.registry() && o.repository() != target.repository()
+        };
         let from = origin.as_ref().filter(elsewhere).map(ImageName::repository);
         let open = || {
             let bytes = bytes.clone();
             let body = async move {
                 let reader = bytes.open().await?;
-                let pieces = stream::try_unfold(reader, |mut r| async move { Ok(r.next().await?.map(|bytes| (bytes, r))) });
+                let pieces = stream::try_unfold(reader, |mut r| async move {
+                    Ok(r.next().await?.map(|bytes| (bytes, r)))
+                });
                 Ok(pieces.boxed())
             };
             body.boxed()
@@ -79,6 +110,10 @@ impl CacheWriter for RegistryWriter {
     }
 
     async fn manifest(&self, manifest: &Descriptor, bytes: Bytes) -> Result<()> {
-        self.repository.push_manifest(bytes, &manifest.media_type, &self.tag).await.map(drop).map_err(Fault::from)
+        self.repository
+            .push_manifest(bytes, &manifest.media_type, &self.tag)
+            .await
+            .map(drop)
+            .map_err(Fault::from)
     }
 }

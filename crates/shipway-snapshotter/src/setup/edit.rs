@@ -44,7 +44,9 @@ fn bad(path: &[&str], why: &str) -> Fault {
 
 impl Edit {
     pub fn new(text: &str) -> Result<Self> {
-        text.parse().map(Self).map_err(|e: toml_edit::TomlError| Fault::invalid(e.to_string().trim_end().to_owned()))
+        text.parse()
+            .map(Self)
+            .map_err(|e: toml_edit::TomlError| Fault::invalid(e.to_string().trim_end().to_owned()))
     }
 
     pub fn into_text(self) -> String {
@@ -118,7 +120,9 @@ impl Edit {
         let mark = match table.get(key).and_then(Item::as_value) {
             // Our own line, of other settings, is replaced for good.
             Some(old) if suffix(old).starts_with(MARK) => suffix(old).to_owned(),
-            Some(old) if old.to_string().trim_end().contains('\n') => return Err(bad(&[path, &[key]].concat(), "has more than one line")),
+            Some(old) if old.to_string().trim_end().contains('\n') => {
+                return Err(bad(&[path, &[key]].concat(), "has more than one line"));
+            }
             Some(old) => format!("{MARK}{WAS}{}", old.to_string().trim()),
             None => MARK.to_owned(),
         };
@@ -132,7 +136,13 @@ impl Edit {
     }
 
     /// Adds an entry to a list of tables, unless one has the same text under `identity`.
-    pub fn add(&mut self, path: &[&str], key: &str, identity: &str, entry: &[(&str, &str)]) -> Result<()> {
+    pub fn add(
+        &mut self,
+        path: &[&str],
+        key: &str,
+        identity: &str,
+        entry: &[(&str, &str)],
+    ) -> Result<()> {
         let whole = [path, &[key]].concat();
         if self.table(path).is_none_or(|t| !t.contains_key(key)) {
             // Nothing that needs a line but the entries.
@@ -143,17 +153,26 @@ impl Edit {
                     new.set_implicit(true);
                     Item::Table(new)
                 });
-                table = item.as_table_mut().ok_or_else(|| bad(&path[..=depth], "is no table that can be added to"))?;
+                table = item
+                    .as_table_mut()
+                    .ok_or_else(|| bad(&path[..=depth], "is no table that can be added to"))?;
             }
             table.insert(key, Item::ArrayOfTables(ArrayOfTables::new()));
         }
         let mut table = self.0.as_table_mut();
         for (depth, key) in path.iter().enumerate() {
-            table =
-                table.get_mut(key).and_then(Item::as_table_mut).ok_or_else(|| bad(&path[..=depth], "is no table that can be added to"))?;
+            table = table
+                .get_mut(key)
+                .and_then(Item::as_table_mut)
+                .ok_or_else(|| bad(&path[..=depth], "is no table that can be added to"))?;
         }
-        let list = table.get_mut(key).and_then(Item::as_array_of_tables_mut).ok_or_else(|| bad(&whole, "is no list of tables"))?;
-        let same = |t: &Table| entry.iter().any(|(k, v)| *k == identity && t.get(k).and_then(Item::as_str) == Some(v));
+        let list = table
+            .get_mut(key)
+            .and_then(Item::as_array_of_tables_mut)
+            .ok_or_else(|| bad(&whole, "is no list of tables"))?;
+        let same = |t: &Table| {
+            entry.iter().any(|(k, v)| *k == identity && t.get(k).and_then(Item::as_str) == Some(v))
+        };
         if list.iter().any(same) {
             return Ok(());
         }
@@ -189,10 +208,12 @@ fn undo(table: &mut Table) -> Result<()> {
             Item::Value(value) => match suffix(value).strip_prefix(MARK) {
                 Some(rest) => match rest.strip_prefix(WAS) {
                     Some(was) => {
-                        let line: DocumentMut =
-                            format!("was = {was}").parse().map_err(|_| bad(&[&key], "does not say what it was before"))?;
+                        let line: DocumentMut = format!("was = {was}")
+                            .parse()
+                            .map_err(|_| bad(&[&key], "does not say what it was before"))?;
                         let old = line.get("was").and_then(Item::as_value).cloned();
-                        *value = old.ok_or_else(|| bad(&[&key], "does not say what it was before"))?;
+                        *value =
+                            old.ok_or_else(|| bad(&[&key], "does not say what it was before"))?;
                         false
                     }
                     None => true,

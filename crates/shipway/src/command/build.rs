@@ -20,13 +20,16 @@ use crate::{
     run::{self, Extras},
 };
 
-/// Build an image from a Dockerfile. Without --output, the image is in containerd's store when the build ends
+/// Build an image from a Dockerfile. Without --output, the image is in containerd's store when the
+/// build ends
 #[derive(clap::Args, Debug, Default)]
 pub(crate) struct Args {
-    /// Directory, URL of a Git repository or of a tar, or - for a Dockerfile or tar on standard input
+    /// Directory, URL of a Git repository or of a tar, or - for a Dockerfile or tar on standard
+    /// input
     #[arg(value_name = "PATH | URL | -")]
     context: String,
-    /// Dockerfile; `-` reads it from standard input, an HTTP URL is downloaded [default: Dockerfile in the context]
+    /// Dockerfile; `-` reads it from standard input, an HTTP URL is downloaded
+    /// [default: Dockerfile in the context]
     #[arg(short, long, value_name = "FILE")]
     file: Option<String>,
     /// Name of the image; may be repeated
@@ -41,13 +44,15 @@ pub(crate) struct Args {
     /// Label of the image; may be repeated
     #[arg(long = "label", value_name = "KEY=VALUE")]
     labels: Vec<String>,
-    /// Annotation of the image, as [manifest|index|manifest-descriptor|index-descriptor:]KEY=VALUE; may be repeated
+    /// Annotation of the image, as [manifest|index|manifest-descriptor|index-descriptor:]KEY=VALUE;
+    /// may be repeated
     #[arg(long = "annotation", value_name = "KEY=VALUE")]
     annotations: Vec<String>,
     /// Platform to build for; may be repeated or a list
     #[arg(long = "platform", value_delimiter = ',')]
     platforms: Vec<String>,
-    /// What becomes of the result: a directory, - for a tar on standard output, or type=TYPE,...; may be repeated
+    /// What becomes of the result: a directory, - for a tar on standard output, or type=TYPE,...;
+    /// may be repeated
     #[arg(short, long = "output", value_name = "OUTPUT")]
     outputs: Vec<String>,
     /// Push the image to its registry
@@ -91,7 +96,8 @@ pub(crate) struct Args {
     /// Parent of the cgroups of RUN steps
     #[arg(long, value_name = "CGROUP")]
     cgroup_parent: Option<String>,
-    /// Another context: a directory, docker-image://, oci-layout://, target:, or a URL; may be repeated
+    /// Another context: a directory, docker-image://, oci-layout://, target:, or a URL; may be
+    /// repeated
     #[arg(long = "build-context", value_name = "NAME=CONTEXT")]
     contexts: Vec<String>,
     /// Cache to read, such as an image's name or type=local,src=DIR; may be repeated
@@ -127,8 +133,15 @@ pub(crate) struct Args {
     /// Only look for mistakes in the Dockerfile
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     check: Option<bool>,
-    /// What to do: build, check, outline, targets, convertllb; METHOD,format=json prints data, METHOD,ignorestatus=true makes no failure of findings
-    #[arg(long, alias = "print", default_value = "build", hide_default_value = true, value_name = "METHOD")]
+    /// What to do: build, check, outline, targets, convertllb; METHOD,format=json prints data,
+    /// METHOD,ignorestatus=true makes no failure of findings
+    #[arg(
+        long,
+        alias = "print",
+        default_value = "build",
+        hide_default_value = true,
+        value_name = "METHOD"
+    )]
     call: String,
     /// How --check and --call print: text, json, sarif
     #[arg(long, value_name = "FORMAT")]
@@ -158,7 +171,8 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
     // Mistakes in the arguments are told before anything is connected to.
     let reading = (args.file.clone(), args.context.clone());
     let call = Call::of(&args)?;
-    let input = tokio::task::spawn_blocking(move || Input::read(reading.0.as_deref(), &reading.1)).await;
+    let input =
+        tokio::task::spawn_blocking(move || Input::read(reading.0.as_deref(), &reading.1)).await;
     let input = input.map_err(|e| Fault::internal(format!("read the context: {e}")))??;
     let options = options::of(&args, &input, &|name| std::env::var(name).ok())?;
     let client = connect.connect(Persona::Shipway).await?;
@@ -168,16 +182,25 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
         return call.print(&answer, &input).map_err(|fault| input.named(fault));
     }
     let extras = Extras { metadata_file: args.metadata_file.clone(), ..Extras::default() };
-    let (outcome, shown) = run::build(&client, options, mode, &extras).await.map_err(|fault| input.named(fault))?;
+    let (outcome, shown) =
+        run::build(&client, options, mode, &extras).await.map_err(|fault| input.named(fault))?;
 
-    let id = outcome.response.get("containerimage.digest").or_else(|| outcome.response.get("containerimage.config.digest"));
+    let id = outcome
+        .response
+        .get("containerimage.digest")
+        .or_else(|| outcome.response.get("containerimage.config.digest"));
     if let Some(path) = &args.iidfile {
-        let id = id.ok_or_else(|| Fault::invalid("--iidfile: the build made no image").hint("remove --iidfile, or export an image"))?;
+        let id = id.ok_or_else(|| {
+            Fault::invalid("--iidfile: the build made no image")
+                .hint("remove --iidfile, or export an image")
+        })?;
         output::write_file(path, id.as_bytes())?;
     }
     match (mode, id) {
         (Mode::Quiet, Some(id)) => output::print(&format!("{id}\n"))?,
-        (Mode::Auto | Mode::Tty | Mode::Plain, _) => eprint!("{}", run::warnings(&shown.warnings, debug)),
+        (Mode::Auto | Mode::Tty | Mode::Plain, _) => {
+            eprint!("{}", run::warnings(&shown.warnings, debug))
+        }
         _ => {}
     }
     drop(input);

@@ -1,4 +1,5 @@
-//! `dial-stdio`: standard input and output as a connection to the daemon, for those who reach us through a command.
+//! `dial-stdio`: standard input and output as a connection to the daemon, for those who reach us
+//! through a command.
 
 use shipway_client::Location;
 use shipway_fault::{Code, Fault, Result};
@@ -15,22 +16,31 @@ pub(crate) async fn run(connect: &ConnectArgs, persona: Persona) -> Result<()> {
     let dialing = async {
         match &location {
             Location::Socket(Address::Unix(path)) => {
-                let (read, write) =
-                    UnixStream::connect(path).await.map_err(|e| Fault::io(format!("connect to {location}"), e))?.into_split();
-                Ok((Box::new(read) as Box<dyn AsyncRead + Send + Unpin>, Box::new(write) as Box<dyn AsyncWrite + Send + Unpin>))
+                let (read, write) = UnixStream::connect(path)
+                    .await
+                    .map_err(|e| Fault::io(format!("connect to {location}"), e))?
+                    .into_split();
+                Ok((
+                    Box::new(read) as Box<dyn AsyncRead + Send + Unpin>,
+                    Box::new(write) as Box<dyn AsyncWrite + Send + Unpin>,
+                ))
             }
             Location::Socket(Address::Tcp(host)) => {
-                let (read, write) =
-                    TcpStream::connect(host).await.map_err(|e| Fault::io(format!("connect to {location}"), e))?.into_split();
+                let (read, write) = TcpStream::connect(host)
+                    .await
+                    .map_err(|e| Fault::io(format!("connect to {location}"), e))?
+                    .into_split();
                 Ok((Box::new(read) as _, Box::new(write) as _))
             }
-            other => Err(Fault::invalid(format!("invalid address {other} (expected unix:// or tcp://)"))),
+            other => {
+                Err(Fault::invalid(format!("invalid address {other} (expected unix:// or tcp://)")))
+            }
         }
     };
     let dialed = match connect.patience() {
-        Some(limit) => tokio::time::timeout(limit, dialing)
-            .await
-            .map_err(|_| Fault::new(Code::DeadlineExceeded, format!("connect to {location}: no answer in time")))?,
+        Some(limit) => tokio::time::timeout(limit, dialing).await.map_err(|_| {
+            Fault::new(Code::DeadlineExceeded, format!("connect to {location}: no answer in time"))
+        })?,
         None => dialing.await,
     };
     let (mut from, mut to) = dialed?;

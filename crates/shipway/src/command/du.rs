@@ -25,8 +25,11 @@ pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
     if let Some(format) = args.format {
         return output::print(&(template::render(&format, &list(&records)?)? + "\n"));
     }
-    let mut text =
-        if args.verbose { records.iter().map(verbose).collect() } else { HEADER.to_owned() + &records.iter().map(row).collect::<String>() };
+    let mut text = if args.verbose {
+        records.iter().map(verbose).collect()
+    } else {
+        HEADER.to_owned() + &records.iter().map(row).collect::<String>()
+    };
     if !filtered {
         text.push_str(&summary(&records));
     }
@@ -90,11 +93,17 @@ pub(crate) fn verbose(record: &UsageInfo) -> String {
 }
 
 fn summary(records: &[UsageInfo]) -> String {
-    let sum = |wanted: &dyn Fn(&UsageInfo) -> bool| records.iter().filter(|r| r.size > 0 && wanted(r)).map(|r| r.size).sum::<i64>();
+    let sum = |wanted: &dyn Fn(&UsageInfo) -> bool| {
+        records.iter().filter(|r| r.size > 0 && wanted(r)).map(|r| r.size).sum::<i64>()
+    };
     let (total, shared, free) = (sum(&|_| true), sum(&|r| r.shared), sum(&|r| !r.in_use));
     let mut out = String::new();
     if shared > 0 {
-        out.push_str(&format!("Shared:\t{}\nPrivate:\t{}\n", size::bytes(shared), size::bytes(total - shared)));
+        out.push_str(&format!(
+            "Shared:\t{}\nPrivate:\t{}\n",
+            size::bytes(shared),
+            size::bytes(total - shared)
+        ));
     }
     out + &format!("Reclaimable:\t{}\nTotal:\t{}\n", size::bytes(free), size::bytes(total))
 }

@@ -77,22 +77,33 @@ pub(crate) async fn histories(client: &Client, args: List) -> Result<()> {
             HistoryKind::Deleted => "DELETED",
         };
         let record = &event.record;
-        let time = |time: Option<shipway_client::Time>| time.map(|t| shipway_oci::timestamp::format(t.0)).unwrap_or_default();
+        let time = |time: Option<shipway_client::Time>| {
+            time.map(|t| shipway_oci::timestamp::format(t.0)).unwrap_or_default()
+        };
         let pinned = if record.pinned { "*" } else { "" };
         let (created, completed) = (time(record.created_at), time(record.completed_at));
-        format!("{kind}\t{}\t{created}\t{completed}\t{}\t{pinned}\n", record.reference, record.generation)
+        format!(
+            "{kind}\t{}\t{created}\t{completed}\t{}\t{pinned}\n",
+            record.reference, record.generation
+        )
     })
     .await
 }
 
-async fn table_of(client: &Client, args: List, header: &str, row: impl Fn(&HistoryEvent) -> String) -> Result<()> {
+async fn table_of(
+    client: &Client,
+    args: List,
+    header: &str,
+    row: impl Fn(&HistoryEvent) -> String,
+) -> Result<()> {
     let mut events = client.history(None, false).await?;
     let mut text = header.to_owned();
     while let Some(event) = events.next().await {
         let event = event?;
         match &args.format {
             Some(format) => {
-                let value = serde_json::to_value(&event).map_err(|e| Fault::internal(format!("format the output: {e}")))?;
+                let value = serde_json::to_value(&event)
+                    .map_err(|e| Fault::internal(format!("format the output: {e}")))?;
                 output::print(&(template::render(format, &value)? + "\n"))?;
             }
             None => text.push_str(&row(&event)),
@@ -108,9 +119,13 @@ fn row(event: &HistoryEvent) -> String {
         (None, Some(_)) => "completed",
         (None, None) => "running",
     };
-    let created = record.created_at.map(|t| shipway_oci::timestamp::format(t.0)).unwrap_or_default();
+    let created =
+        record.created_at.map(|t| shipway_oci::timestamp::format(t.0)).unwrap_or_default();
     let steps = format!("{}/{}", record.completed_steps, record.total_steps);
-    format!("{}\t{status}\t{steps}\t{}\t{created}\t{}\n", record.reference, record.cached_steps, record.frontend)
+    format!(
+        "{}\t{status}\t{steps}\t{}\t{created}\t{}\n",
+        record.reference, record.cached_steps, record.frontend
+    )
 }
 
 pub(crate) async fn logs(client: &Client, args: Logs) -> Result<()> {

@@ -16,13 +16,16 @@ pub(crate) struct Args {
 pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
     let info = client.info().await?;
     if let Some(format) = args.format {
-        let value = serde_json::to_value(&info).map_err(|e| Fault::internal(format!("format the output: {e}")))?;
+        let value = serde_json::to_value(&info)
+            .map_err(|e| Fault::internal(format!("format the output: {e}")))?;
         return output::print(&(template::render(&format, &value)? + "\n"));
     }
     let version = info.buildkit_version;
-    let mut text = format!("BuildKit: {} {} {}\n", version.package, version.version, version.revision);
+    let mut text =
+        format!("BuildKit: {} {} {}\n", version.package, version.version, version.revision);
     if !version.dockerfile_version.is_empty() {
-        text = text.replace("BuildKit: ", "BuildKit:   ") + &format!("Dockerfile: {}\n", version.dockerfile_version);
+        text = text.replace("BuildKit: ", "BuildKit:   ")
+            + &format!("Dockerfile: {}\n", version.dockerfile_version);
     }
     output::print(&text)
 }

@@ -56,7 +56,8 @@ pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
         total += record.size.max(0);
         let text = match &args.format {
             Some(format) => {
-                let value = serde_json::to_value(&record).map_err(|e| Fault::internal(format!("format the output: {e}")))?;
+                let value = serde_json::to_value(&record)
+                    .map_err(|e| Fault::internal(format!("format the output: {e}")))?;
                 template::render(format, &value)? + "\n"
             }
             None if args.verbose => table::align(&du::verbose(&record)),

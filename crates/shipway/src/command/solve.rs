@@ -6,7 +6,9 @@ use std::{
     path::PathBuf,
 };
 
-use shipway_client::{Answer, Client, Definition, DockerConfig, LocalDirs, Policy, SolveOptions, shared_key};
+use shipway_client::{
+    Answer, Client, Definition, DockerConfig, LocalDirs, Policy, SolveOptions, shared_key,
+};
 use shipway_fault::{Context, Fault, Result};
 
 use crate::{
@@ -22,7 +24,8 @@ const MAX_DEFINITION: u64 = 64 << 20;
 /// Build with a frontend, or the LLB definition on standard input
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
-    /// What becomes of the result, such as type=image,name=docker.io/username/image,push=true; may be repeated
+    /// What becomes of the result, such as type=image,name=docker.io/username/image,push=true; may
+    /// be repeated
     #[arg(short, long)]
     output: Vec<String>,
     /// How to show progress: auto, plain, tty, rawjson, quiet; for auto, BUILDKIT_PROGRESS counts
@@ -84,12 +87,18 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
-    let (mode, ref_file) = (mode(args.progress, std::env::var("BUILDKIT_PROGRESS").ok())?, args.ref_file.clone());
-    let extras =
-        Extras { metadata_file: args.metadata_file.clone(), trace: args.trace.clone(), metrics: args.debug_json_cache_metrics.clone() };
+    let (mode, ref_file) =
+        (mode(args.progress, std::env::var("BUILDKIT_PROGRESS").ok())?, args.ref_file.clone());
+    let extras = Extras {
+        metadata_file: args.metadata_file.clone(),
+        trace: args.trace.clone(),
+        metrics: args.debug_json_cache_metrics.clone(),
+    };
     let mut options = options(&args, &|name| std::env::var(name).ok())?;
     if options.frontend.is_empty() {
-        let mut definition = tokio::task::spawn_blocking(read_definition).await.map_err(|e| Fault::internal(e.to_string()))??;
+        let mut definition = tokio::task::spawn_blocking(read_definition)
+            .await
+            .map_err(|e| Fault::internal(e.to_string()))??;
         if args.no_cache {
             definition.ignore_cache();
         }
@@ -97,10 +106,13 @@ pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
     }
     let reference = shipway_client::new_reference()?;
     options.reference.clone_from(&reference);
-    let built = match options.frontend_attrs.contains_key("requestid") && !options.frontend.is_empty() {
-        true => run::ask(client, options, mode).await.and_then(|answer| output::print(&told(&answer))),
-        false => run::build(client, options, mode, &extras).await.map(drop),
-    };
+    let built =
+        match options.frontend_attrs.contains_key("requestid") && !options.frontend.is_empty() {
+            true => run::ask(client, options, mode)
+                .await
+                .and_then(|answer| output::print(&told(&answer))),
+            false => run::build(client, options, mode, &extras).await.map(drop),
+        };
     if let Some(path) = ref_file {
         output::write_file(&path, reference.as_bytes())?;
     }
@@ -130,7 +142,10 @@ fn read_definition() -> Result<Definition> {
         return Err(Fault::invalid("please specify --frontend or pipe LLB definition to stdin"));
     }
     let mut data = Vec::new();
-    stdin.take(MAX_DEFINITION).read_to_end(&mut data).map_err(|e| Fault::io("read the definition from standard input", e))?;
+    stdin
+        .take(MAX_DEFINITION)
+        .read_to_end(&mut data)
+        .map_err(|e| Fault::io("read the definition from standard input", e))?;
     Definition::read(&data)
 }
 
@@ -151,8 +166,16 @@ fn options(args: &Args, env: &dyn Fn(&str) -> Option<String>) -> Result<SolveOpt
         frontend: args.frontend.clone(),
         frontend_attrs: attrs,
         exports: args.output.iter().map(|text| spec::typed_output(text)).collect::<Result<_>>()?,
-        cache_exports: args.export_cache.iter().map(|text| spec::cache(text, "--export-cache", true)).collect::<Result<_>>()?,
-        cache_imports: args.import_cache.iter().map(|text| spec::cache(text, "--import-cache", false)).collect::<Result<_>>()?,
+        cache_exports: args
+            .export_cache
+            .iter()
+            .map(|text| spec::cache(text, "--export-cache", true))
+            .collect::<Result<_>>()?,
+        cache_imports: args
+            .import_cache
+            .iter()
+            .map(|text| spec::cache(text, "--import-cache", false))
+            .collect::<Result<_>>()?,
         entitlements: spec::entitlements(&args.allow)?,
         policy: args.source_policy_file.as_deref().map(Policy::load).transpose()?,
         proxy_network: args.proxy_network,
@@ -179,13 +202,17 @@ pub(crate) fn docker_config() -> DockerConfig {
 }
 
 /// `--opt` values; a build argument without a value takes the environment's.
-fn frontend_attrs(opts: &[String], env: &dyn Fn(&str) -> Option<String>) -> Result<BTreeMap<String, String>> {
+fn frontend_attrs(
+    opts: &[String],
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<BTreeMap<String, String>> {
     let mut attrs = BTreeMap::new();
     if let Some(epoch) = env("SOURCE_DATE_EPOCH") {
         attrs.insert("build-arg:SOURCE_DATE_EPOCH".to_owned(), epoch);
     }
     for opt in opts {
-        match (opt.split_once('='), opt.strip_prefix("build-arg:").filter(|name| !name.is_empty())) {
+        match (opt.split_once('='), opt.strip_prefix("build-arg:").filter(|name| !name.is_empty()))
+        {
             (Some((key, value)), _) => _ = attrs.insert(key.to_owned(), value.to_owned()),
             (None, Some(name)) => {
                 if let Some(value) = env(name) {
@@ -213,15 +240,22 @@ mod tests {
     #[track_caller]
     fn check_opts(opts: &[&str], env: &[(&str, &str)], expected: Result<&[(&str, &str)], &str>) {
         let opts: Vec<String> = opts.iter().map(|o| (*o).to_owned()).collect();
-        let lookup = |name: &str| env.iter().find(|(k, _)| *k == name).map(|(_, v)| (*v).to_owned());
+        let lookup =
+            |name: &str| env.iter().find(|(k, _)| *k == name).map(|(_, v)| (*v).to_owned());
         let found = frontend_attrs(&opts, &lookup).map_err(|f| f.to_string());
-        let expected = expected.map(|list| list.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()).map_err(str::to_owned);
+        let expected = expected
+            .map(|list| list.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
+            .map_err(str::to_owned);
         assert_eq!(found, expected);
     }
 
     #[test]
     fn build_arguments_take_the_environment() {
-        check_opts(&["target=a", "build-arg:X=1"], &[], Ok(&[("target", "a"), ("build-arg:X", "1")]));
+        check_opts(
+            &["target=a", "build-arg:X=1"],
+            &[],
+            Ok(&[("target", "a"), ("build-arg:X", "1")]),
+        );
         check_opts(&["build-arg:X"], &[("X", "e")], Ok(&[("build-arg:X", "e")]));
         check_opts(&["build-arg:X"], &[], Ok(&[]));
         check_opts(&["build-arg:X=1", "build-arg:X"], &[("X", "e")], Ok(&[("build-arg:X", "e")]));
@@ -232,11 +266,19 @@ mod tests {
 
     #[test]
     fn the_environment_says_how_progress_is_shown_where_nothing_was_asked_for() {
-        let of = |asked, env: Option<&str>| mode(asked, env.map(str::to_owned)).map_err(|f| f.to_string());
+        let of = |asked, env: Option<&str>| {
+            mode(asked, env.map(str::to_owned)).map_err(|f| f.to_string())
+        };
         assert_eq!(of(Mode::Auto, Some("plain")), Ok(Mode::Plain));
         assert_eq!(of(Mode::Tty, Some("plain")), Ok(Mode::Tty));
-        assert_eq!((of(Mode::Auto, Some("")), of(Mode::Auto, None)), (Ok(Mode::Auto), Ok(Mode::Auto)));
-        assert_eq!(of(Mode::Auto, Some("loud")), Err("BUILDKIT_PROGRESS: invalid progress mode loud".into()));
+        assert_eq!(
+            (of(Mode::Auto, Some("")), of(Mode::Auto, None)),
+            (Ok(Mode::Auto), Ok(Mode::Auto))
+        );
+        assert_eq!(
+            of(Mode::Auto, Some("loud")),
+            Err("BUILDKIT_PROGRESS: invalid progress mode loud".into())
+        );
     }
 
     /// The command line that `nerdctl build` makes.
@@ -249,15 +291,30 @@ mod tests {
              --allow=network.host --opt=force-network-mode=host --export-cache=type=inline --metadata-file=/tmp/x",
             d = dir.path().display()
         );
-        let args = Line::try_parse_from(line.split_whitespace()).unwrap_or_else(|e| panic!("{e}")).args;
+        let args =
+            Line::try_parse_from(line.split_whitespace()).unwrap_or_else(|e| panic!("{e}")).args;
         let options = options(&args, &|_| None).expect("options");
-        let attrs: Vec<String> = options.frontend_attrs.iter().map(|(k, v)| format!("{k}={v}")).collect();
+        let attrs: Vec<String> =
+            options.frontend_attrs.iter().map(|(k, v)| format!("{k}={v}")).collect();
         assert_eq!(
             attrs,
-            ["build-arg:A=b=c", "filename=Dockerfile", "force-network-mode=host", "image-resolve-mode=pull", "label:k=v", "no-cache="]
+            [
+                "build-arg:A=b=c",
+                "filename=Dockerfile",
+                "force-network-mode=host",
+                "image-resolve-mode=pull",
+                "label:k=v",
+                "no-cache="
+            ]
         );
         assert_eq!(options.exports[0].attrs["name"], "docker.io/library/x:latest");
-        assert_eq!(options.dirs.iter().map(|(name, _)| name).collect::<Vec<_>>(), ["context", "dockerfile"]);
-        assert_eq!((options.cache_exports[0].kind.as_str(), &*options.entitlements[0]), ("inline", "network.host"));
+        assert_eq!(
+            options.dirs.iter().map(|(name, _)| name).collect::<Vec<_>>(),
+            ["context", "dockerfile"]
+        );
+        assert_eq!(
+            (options.cache_exports[0].kind.as_str(), &*options.entitlements[0]),
+            ("inline", "network.host")
+        );
     }
 }

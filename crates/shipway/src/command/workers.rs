@@ -38,13 +38,19 @@ pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
 }
 
 fn platforms(worker: &WorkerInfo) -> String {
-    worker.platforms.iter().map(|p| p.clone().normalized().to_string()).collect::<Vec<_>>().join(",")
+    worker
+        .platforms
+        .iter()
+        .map(|p| p.clone().normalized().to_string())
+        .collect::<Vec<_>>()
+        .join(",")
 }
 
 fn verbose(worker: &WorkerInfo) -> String {
     let version = &worker.buildkit_version;
     let mut out = format!("ID:\t{}\nPlatforms:\t{}\n", worker.id, platforms(worker));
-    let _ = writeln!(out, "BuildKit:\t{} {} {}", version.package, version.version, version.revision);
+    let _ =
+        writeln!(out, "BuildKit:\t{} {} {}", version.package, version.version, version.revision);
     if !version.dockerfile_version.is_empty() {
         let _ = writeln!(out, "Dockerfile:\t{}", version.dockerfile_version);
     }
@@ -56,8 +62,11 @@ fn verbose(worker: &WorkerInfo) -> String {
         out.push_str("Devices:\n");
         for device in &worker.cdi_devices {
             let _ = writeln!(out, "\tName:\t{}", device.name);
-            let _ =
-                if device.on_demand { writeln!(out, "\tOnDemand:\ttrue") } else { writeln!(out, "\tAutoAllow:\t{}", device.auto_allow) };
+            let _ = if device.on_demand {
+                writeln!(out, "\tOnDemand:\ttrue")
+            } else {
+                writeln!(out, "\tAutoAllow:\t{}", device.auto_allow)
+            };
             for (key, value) in &device.annotations {
                 let _ = writeln!(out, "\tAnnotations:\t{key}:\t{value}");
             }
@@ -79,9 +88,11 @@ fn policy(rule: &PruneInfo) -> String {
     if rule.keep_duration > 0 {
         let _ = writeln!(out, "\tKeep duration:\t{}", GoDuration(rule.keep_duration));
     }
-    for (name, bytes) in
-        [("Reserved space", rule.reserved_space), ("Minimum free space", rule.min_free_space), ("Maximum used space", rule.max_used_space)]
-    {
+    for (name, bytes) in [
+        ("Reserved space", rule.reserved_space),
+        ("Minimum free space", rule.min_free_space),
+        ("Maximum used space", rule.max_used_space),
+    ] {
         if bytes > 0 {
             let _ = writeln!(out, "\t{name}:\t{}", size::exact_bytes(bytes));
         }

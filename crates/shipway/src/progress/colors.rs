@@ -1,10 +1,10 @@
-//! Colours of the live view, as `NO_COLOR` and `BUILDKIT_COLORS` have them.
+//! Colors of the live view, as `NO_COLOR` and `BUILDKIT_COLORS` have them.
 
 use crate::csv;
 
 const NAMES: [&str; 8] = ["black", "red", "green", "yellow", "blue", "magenta", "cyan", "white"];
 
-/// Escape sequences; empty where there is no colour.
+/// Escape sequences; empty where there is no color.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Palette {
     pub(super) run: String,
@@ -16,15 +16,22 @@ pub(super) struct Palette {
 impl Palette {
     /// The palette that the environment asks for.
     pub(super) fn from_env() -> Self {
-        Self::of(std::env::var("NO_COLOR").ok().as_deref(), std::env::var("BUILDKIT_COLORS").ok().as_deref())
+        Self::of(
+            std::env::var("NO_COLOR").ok().as_deref(),
+            std::env::var("BUILDKIT_COLORS").ok().as_deref(),
+        )
     }
 
     fn of(no_color: Option<&str>, colors: Option<&str>) -> Self {
         if no_color.is_some_and(|v| !v.is_empty()) {
             return Self::default();
         }
-        let mut palette =
-            Self { run: "\x1b[34m".to_owned(), cancel: "\x1b[33m".to_owned(), error: "\x1b[31m".to_owned(), faint: "\x1b[2m".to_owned() };
+        let mut palette = Self {
+            run: "\x1b[34m".to_owned(),
+            cancel: "\x1b[33m".to_owned(),
+            error: "\x1b[31m".to_owned(),
+            faint: "\x1b[2m".to_owned(),
+        };
         let fields = csv::separated(colors.unwrap_or_default(), ':').unwrap_or_default();
         for (key, value) in fields.iter().filter_map(|field| field.split_once('=')) {
             let slot = match &*key.to_lowercase() {
@@ -67,9 +74,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_environment_chooses_colours() {
+    fn the_environment_chooses_colors() {
         assert_eq!(Palette::of(Some("1"), Some("run=green")), Palette::default());
-        let palette = Palette::of(None, Some("run=light-green:error=255,0,0:cancel=nonsense:x=red"));
-        assert_eq!((palette.run.as_str(), palette.error.as_str(), palette.cancel.as_str()), ("\x1b[92m", "\x1b[38;5;196m", "\x1b[33m"));
+        let palette =
+            Palette::of(None, Some("run=light-green:error=255,0,0:cancel=nonsense:x=red"));
+        assert_eq!(
+            (palette.run.as_str(), palette.error.as_str(), palette.cancel.as_str()),
+            ("\x1b[92m", "\x1b[38;5;196m", "\x1b[33m")
+        );
     }
 }

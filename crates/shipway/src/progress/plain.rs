@@ -1,5 +1,6 @@
-//! Progress as lines: `#1 [internal] load build definition`, `#1 DONE 0.1s`. One step is in the foreground at a time, so that its
-//! output can be read; others get their turn when it ends, or when they have waited.
+//! Progress as lines: `#1 [internal] load build definition`, `#1 DONE 0.1s`. One step is in the
+//! foreground at a time, so that its output can be read; others get their turn when it ends, or
+//! when they have waited.
 
 use std::{collections::HashMap, fmt::Write};
 
@@ -42,10 +43,16 @@ impl Plain {
     /// What is new since the last call.
     pub(super) fn lines(&mut self, trace: &mut Trace, now: f64) -> String {
         let mut out = String::new();
-        let changed: Vec<usize> = (0..trace.steps.len()).filter(|at| trace.steps[*at].changed && !trace.steps[*at].hidden).collect();
-        let (mut ended, mut rest): (Vec<usize>, Vec<usize>) =
-            changed.into_iter().filter(|at| trace.steps[*at].is_started()).partition(|at| trace.steps[*at].is_completed());
-        let stop = |at: &usize| trace.steps[*at].intervals().last().and_then(|i| i.stop).unwrap_or(f64::MAX);
+        let changed: Vec<usize> = (0..trace.steps.len())
+            .filter(|at| trace.steps[*at].changed && !trace.steps[*at].hidden)
+            .collect();
+        let (mut ended, mut rest): (Vec<usize>, Vec<usize>) = changed
+            .into_iter()
+            .filter(|at| trace.steps[*at].is_started())
+            .partition(|at| trace.steps[*at].is_completed());
+        let stop = |at: &usize| {
+            trace.steps[*at].intervals().last().and_then(|i| i.stop).unwrap_or(f64::MAX)
+        };
         ended.sort_by(|a, b| stop(a).total_cmp(&stop(b)));
         // What is in the foreground is finished first.
         if let Some(at) = ended.iter().position(|at| Some(*at) == self.current) {
@@ -57,7 +64,11 @@ impl Plain {
         }
         if rest.is_empty() {
             if self.current.is_none() {
-                let open = trace.order.iter().copied().find(|at| !trace.steps[*at].is_completed() && !trace.steps[*at].hidden);
+                let open = trace
+                    .order
+                    .iter()
+                    .copied()
+                    .find(|at| !trace.steps[*at].is_completed() && !trace.steps[*at].hidden);
                 if let Some(at) = open {
                     self.print(trace, at, now, &mut out);
                 }
@@ -84,13 +95,15 @@ impl Plain {
         if self.current != Some(current) {
             return None;
         }
-        if let Some(late) = rest.iter().find(|at| now - trace.steps[**at].waiting_since > MAX_DELAY) {
+        if let Some(late) = rest.iter().find(|at| now - trace.steps[**at].waiting_since > MAX_DELAY)
+        {
             return Some(*late);
         }
         let others: f64 = rest.iter().map(|at| speed(&trace.steps[*at], now)).sum();
         let own = speed(&trace.steps[current], now);
         let shown = now - trace.steps[current].waiting_since;
-        (others > 0.0 && shown > ANTI_FLICKER * (own + others) / others).then(|| busiest(trace, rest, now))
+        (others > 0.0 && shown > ANTI_FLICKER * (own + others) / others)
+            .then(|| busiest(trace, rest, now))
     }
 
     fn print(&mut self, trace: &mut Trace, at: usize, now: f64, out: &mut String) {
@@ -101,7 +114,8 @@ impl Plain {
                 self.end_line(out);
                 let step = &mut trace.steps[old];
                 step.updates = 0;
-                let _ = writeln!(out, "#{} ...", self.numbers.get(&old).copied().unwrap_or_default());
+                let _ =
+                    writeln!(out, "#{} ...", self.numbers.get(&old).copied().unwrap_or_default());
             }
             if self.any {
                 out.push('\n');
@@ -149,7 +163,11 @@ impl Plain {
             let time = seconds(counter.timestamp);
             let key = (at, counter.id.clone());
             if let (Some((last, value)), None) = (self.printed.get(&key), counter.completed) {
-                let part = if counter.total > 0 { (counter.current - value) as f64 / counter.total as f64 } else { 0.0 };
+                let part = if counter.total > 0 {
+                    (counter.current - value) as f64 / counter.total as f64
+                } else {
+                    0.0
+                };
                 if part < MIN_PART && time - last < MIN_TIME {
                     continue;
                 }
@@ -158,7 +176,12 @@ impl Plain {
             self.end_line(out);
             let _ = write!(out, "#{number} {}", counter.id);
             if counter.total != 0 {
-                let _ = write!(out, " {} / {}", size::bytes(counter.current), size::bytes(counter.total));
+                let _ = write!(
+                    out,
+                    " {} / {}",
+                    size::bytes(counter.current),
+                    size::bytes(counter.total)
+                );
             } else if counter.current != 0 {
                 let _ = write!(out, " {}", size::bytes(counter.current));
             }
@@ -236,7 +259,8 @@ mod tests {
         }
         out.push_str(&trace.failures());
         let shown: Vec<&str> = out.lines().collect();
-        let wanted: Vec<&str> = expected.trim().lines().map(|l| l.strip_prefix("            ").unwrap_or(l)).collect();
+        let wanted: Vec<&str> =
+            expected.trim().lines().map(|l| l.strip_prefix("            ").unwrap_or(l)).collect();
         assert_eq!(shown, wanted, "\n{out}");
     }
 

@@ -1,4 +1,5 @@
-//! The last lines of a step's output as a terminal would show them: carriage returns overwrite, escape sequences draw nothing.
+//! The last lines of a step's output as a terminal would show them: carriage returns overwrite,
+//! escape sequences draw nothing.
 
 use std::collections::VecDeque;
 
@@ -99,7 +100,8 @@ impl Screen {
     /// The last `height` lines that are not blank, cut at `width`.
     pub(super) fn last(&self, height: usize, width: usize) -> Vec<String> {
         let filled = self.lines.iter().rev().filter(|line| line.iter().any(|c| *c != ' '));
-        let mut last: Vec<String> = filled.take(height).map(|line| line.iter().take(width).collect()).collect();
+        let mut last: Vec<String> =
+            filled.take(height).map(|line| line.iter().take(width).collect()).collect();
         last.reverse();
         last
     }

@@ -45,7 +45,8 @@ pub(super) struct Step {
     kept: VecDeque<String>,
     pub(super) warnings: Vec<Warning>,
     pub(super) screen: Screen,
-    /// Number of updates since the step was last in the foreground, and when the first of them came.
+    /// Number of updates since the step was last in the foreground, and when the first of them
+    /// came.
     pub(super) updates: u32,
     pub(super) waiting_since: f64,
     pub(super) changed: bool,
@@ -147,7 +148,14 @@ pub(crate) struct Trace {
 impl Trace {
     /// With `keep_all`, all output is kept for [`Trace::failures`].
     pub(crate) fn new(keep_all: bool) -> Self {
-        Self { steps: Vec::new(), by_digest: HashMap::new(), order: Vec::new(), started: None, offset: None, keep_all }
+        Self {
+            steps: Vec::new(),
+            by_digest: HashMap::new(),
+            order: Vec::new(),
+            started: None,
+            offset: None,
+            keep_all,
+        }
     }
 
     fn step(&mut self, digest: &str, name: &str) -> usize {
@@ -165,7 +173,10 @@ impl Trace {
             self.vertex(vertex, now);
         }
         for counter in status.statuses {
-            let Some(step) = self.by_digest.get(&counter.vertex).map(|at| &mut self.steps[*at]) else { continue };
+            let Some(step) = self.by_digest.get(&counter.vertex).map(|at| &mut self.steps[*at])
+            else {
+                continue;
+            };
             step.moved.retain(|id| *id != counter.id);
             step.moved.push(counter.id.clone());
             match step.counters.iter_mut().find(|c| c.id == counter.id) {
@@ -222,7 +233,8 @@ impl Trace {
         let first = !step.is_started();
         let changed = first
             || step.runs.get(&started) != Some(&vertex.completed)
-            || (step.cached, step.error.as_str(), step.name.as_str()) != (vertex.cached, vertex.error.as_str(), vertex.name.as_str());
+            || (step.cached, step.error.as_str(), step.name.as_str())
+                != (vertex.cached, vertex.error.as_str(), vertex.name.as_str());
         step.runs.insert(started, vertex.completed);
         (step.cached, step.error, step.name) = (vertex.cached, vertex.error, vertex.name);
         if changed {
@@ -237,7 +249,8 @@ impl Trace {
         let keep = if self.keep_all { MAX_LINES } else { LAST_LINES };
         let step = &mut self.steps[at];
         step.screen.write(&log.data);
-        let elapsed = step.intervals().last().map_or(0.0, |i| (seconds(log.timestamp) - i.start).max(0.0));
+        let elapsed =
+            step.intervals().last().map_or(0.0, |i| (seconds(log.timestamp) - i.start).max(0.0));
         let digits = if elapsed < 10.0 {
             3
         } else if elapsed < 100.0 {

@@ -1,4 +1,5 @@
-//! The live view: a headline, a line per step with its counters and clock, and a window onto the output of what runs.
+//! The live view: a headline, a line per step with its counters and clock, and a window onto the
+//! output of what runs.
 
 use std::{fmt::Write, os::fd::AsFd};
 
@@ -50,11 +51,24 @@ pub(super) fn size(terminal: impl AsFd) -> (usize, usize) {
 impl Tty {
     /// A view with the headline `phase`, and `window` lines of output per running step.
     pub(super) fn new(phase: &str, palette: Palette, window: Option<usize>) -> Self {
-        Self { phase: phase.to_owned(), palette, drawn: 0, window: window.unwrap_or(WINDOW).min(32), any: false }
+        Self {
+            phase: phase.to_owned(),
+            palette,
+            drawn: 0,
+            window: window.unwrap_or(WINDOW).min(32),
+            any: false,
+        }
     }
 
-    /// What to write so that the terminal shows `trace`. The last frame shows every step, however many.
-    pub(super) fn frame(&mut self, trace: &Trace, now: f64, (width, height): (usize, usize), last: bool) -> String {
+    /// What to write so that the terminal shows `trace`. The last frame shows every step, however
+    /// many.
+    pub(super) fn frame(
+        &mut self,
+        trace: &Trace,
+        now: f64,
+        (width, height): (usize, usize),
+        last: bool,
+    ) -> String {
         let mut lines = lines(trace, now);
         let windows = self.windows(&mut lines, trace, width, height);
         if !last {
@@ -104,17 +118,32 @@ impl Tty {
         let (total, ended) = trace.counts();
         let started = trace.started.map_or(now, |s| s + trace.offset.unwrap_or(0.0));
         let finished = if last && ended > 0 && ended == total { "FINISHED" } else { "" };
-        let text = format!("[+] {} {:.1}s ({ended}/{total}) {finished}", self.phase, (now - started).max(0.0));
+        let text = format!(
+            "[+] {} {:.1}s ({ended}/{total}) {finished}",
+            self.phase,
+            (now - started).max(0.0)
+        );
         pad(&text, width) + "\n"
     }
 
-    /// Which running steps get a window onto their output, and its lines: the busiest, as long as there is room.
-    fn windows(&self, lines: &mut [Line], trace: &Trace, width: usize, height: usize) -> Vec<(usize, Vec<String>)> {
+    /// Which running steps get a window onto their output, and its lines: the busiest, as long as
+    /// there is room.
+    fn windows(
+        &self,
+        lines: &mut [Line],
+        trace: &Trace,
+        width: usize,
+        height: usize,
+    ) -> Vec<(usize, Vec<String>)> {
         let running = lines.iter().filter(|l| !l.done).count();
         let mut free = height.saturating_sub(2 + running);
         let window = self.window.min(height.saturating_sub(WINDOW + 1).max(1));
-        let mut steps: Vec<usize> =
-            lines.iter().filter(|l| !l.done).filter_map(|l| l.output).filter(|at| trace.steps[*at].screen.written > 0).collect();
+        let mut steps: Vec<usize> = lines
+            .iter()
+            .filter(|l| !l.done)
+            .filter_map(|l| l.output)
+            .filter(|at| trace.steps[*at].screen.written > 0)
+            .collect();
         steps.sort_by_key(|at| std::cmp::Reverse(trace.steps[*at].screen.written));
         let mut out = Vec::new();
         for at in steps {
@@ -131,13 +160,18 @@ impl Tty {
 /// `text` with spaces, or cut, so that it covers whatever the line showed before.
 fn pad(text: &str, width: usize) -> String {
     let length = text.chars().count();
-    if length > width { text.chars().take(width).collect() } else { text.to_owned() + &" ".repeat(width - length) }
+    if length > width {
+        text.chars().take(width).collect()
+    } else {
+        text.to_owned() + &" ".repeat(width - length)
+    }
 }
 
 fn row(line: &Line, width: usize) -> Option<String> {
     let timer = format!(" {:3.1}s", if line.elapsed < 0.05 { 0.0 } else { line.elapsed });
     let mut left = width.checked_sub(4 + timer.len() + 1).filter(|left| *left >= 12)?;
-    let shown = !line.status.is_empty() && left + line.status.len() > 20 && left > line.status.len() + 1;
+    let shown =
+        !line.status.is_empty() && left + line.status.len() > 20 && left > line.status.len() + 1;
     if shown {
         left -= line.status.len() + 1;
     }
@@ -177,12 +211,26 @@ fn lines(trace: &Trace, now: f64) -> Vec<Line> {
             };
             let elapsed = (counter.completed.map_or(now, seconds) - seconds(started)).max(0.0);
             let name = format!("=> {}", clean(&counter.id));
-            out.push(Line { name, status, elapsed, done: counter.completed.is_some(), color: Color::Run, output: None });
+            out.push(Line {
+                name,
+                status,
+                elapsed,
+                done: counter.completed.is_some(),
+                color: Color::Run,
+                output: None,
+            });
         }
         for warning in &step.warnings {
             let name = format!("WARN: {}", clean(&String::from_utf8_lossy(&warning.short)));
             let elapsed = total(&intervals[intervals.len().saturating_sub(1)..], now);
-            out.push(Line { name, status: String::new(), elapsed, done: true, color: Color::Cancel, output: None });
+            out.push(Line {
+                name,
+                status: String::new(),
+                elapsed,
+                done: true,
+                color: Color::Cancel,
+                output: None,
+            });
         }
     }
     out
@@ -199,7 +247,14 @@ fn headline_of(step: &Step, at: usize, elapsed: f64) -> Line {
     if step.cached {
         name = format!("CACHED {name}");
     }
-    Line { name, status: String::new(), elapsed, done: step.is_completed(), color, output: Some(at) }
+    Line {
+        name,
+        status: String::new(),
+        elapsed,
+        done: step.is_completed(),
+        color,
+        output: Some(at),
+    }
 }
 
 /// The last `limit` lines; running ones that would be cut take the place of ended ones.
@@ -285,7 +340,8 @@ mod tests {
         let trace = recorded(&events.iter().map(String::as_str).collect::<Vec<_>>());
         let mut tty = Tty::new("Building", Palette::default(), None);
         let frame = draw(&mut tty, &trace, 5, false);
-        let names: Vec<&str> = frame[1..frame.len() - 1].iter().map(|l| l.get(4..12).unwrap_or_default()).collect();
+        let names: Vec<&str> =
+            frame[1..frame.len() - 1].iter().map(|l| l.get(4..12).unwrap_or_default()).collect();
         assert_eq!(names, ["[2/2] RU", "CACHED s", "CACHED s"]);
         assert_eq!(draw(&mut tty, &trace, 5, true).len(), 1 + 9 + 1);
     }

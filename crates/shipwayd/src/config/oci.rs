@@ -121,7 +121,10 @@ impl OciWorker {
         first(&mut w.default_cgroup_parent, default_cgroup_parent);
         first(&mut w.apparmor_profile, apparmor_profile);
         // Limits of garbage collection belong together.
-        if [w.gckeepstorage, w.reserved_space, w.max_used_space, w.min_free_space].iter().all(Option::is_none) {
+        if [w.gckeepstorage, w.reserved_space, w.max_used_space, w.min_free_space]
+            .iter()
+            .all(Option::is_none)
+        {
             (w.gckeepstorage, w.reserved_space) = (gckeepstorage, reserved_space);
             (w.max_used_space, w.min_free_space) = (max_used_space, min_free_space);
         }
@@ -140,11 +143,27 @@ impl OciWorker {
         w.rootless |= rootless;
         w.selinux |= selinux;
         let without = [
-            (no_process_sandbox, "noProcessSandbox", "steps have PID namespaces of their own all the same"),
+            (
+                no_process_sandbox,
+                "noProcessSandbox",
+                "steps have PID namespaces of their own all the same",
+            ),
             (user_remap.is_some(), "userRemapUnsupported", "users of steps are not mapped"),
-            (proxy_snapshotter_path.is_some(), "proxySnapshotterPath", "proxy snapshotters are containerd's to configure"),
-            (stargz_snapshotter.is_some(), "stargzSnapshotter", "snapshotters are containerd's to configure"),
+            (
+                proxy_snapshotter_path.is_some(),
+                "proxySnapshotterPath",
+                "proxy snapshotters are containerd's to configure",
+            ),
+            (
+                stargz_snapshotter.is_some(),
+                "stargzSnapshotter",
+                "snapshotters are containerd's to configure",
+            ),
         ];
-        without.iter().filter(|w| w.0).map(|(_, key, why)| format!("worker.oci.{key} has no effect: {why}")).collect()
+        without
+            .iter()
+            .filter(|w| w.0)
+            .map(|(_, key, why)| format!("worker.oci.{key} has no effect: {why}"))
+            .collect()
     }
 }

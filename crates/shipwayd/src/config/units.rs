@@ -21,7 +21,8 @@ pub enum DiskSpace {
 const SHARE_OF_UNKNOWN: u64 = 2_000_000_000;
 
 impl DiskSpace {
-    /// Bytes on a disk of `total` bytes, 0 if that is not known. A share is rounded up to whole gigabytes, as clients of BuildKit see it.
+    /// Bytes on a disk of `total` bytes, 0 if that is not known. A share is rounded up to whole
+    /// gigabytes, as clients of BuildKit see it.
     pub fn of(self, total: u64) -> u64 {
         match self {
             Self::Bytes(b) => b,
@@ -37,7 +38,8 @@ impl DiskSpace {
     }
 }
 
-/// The value of `--…-gc-keepstorage`: `Reserved[,Free[,Maximum]]`, each in megabytes or as a share of the disk (row `fl.oci.gc`).
+/// The value of `--…-gc-keepstorage`: `Reserved[,Free[,Maximum]]`, each in megabytes or as a share
+/// of the disk (row `fl.oci.gc`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KeepStorage {
     /// Never go below.
@@ -55,7 +57,10 @@ impl std::str::FromStr for KeepStorage {
         let size = |part: &str| match part.trim() {
             "" => Ok(None),
             part if part.ends_with('%') => disk_space(part).map(Some).ok_or(()),
-            part => part.parse::<u64>().map(|mb| Some(DiskSpace::Bytes(mb.saturating_mul(1_000_000)))).map_err(drop),
+            part => part
+                .parse::<u64>()
+                .map(|mb| Some(DiskSpace::Bytes(mb.saturating_mul(1_000_000))))
+                .map_err(drop),
         };
         let sizes = text.split(',').map(size).collect::<Result<Vec<_>, ()>>();
         match sizes.as_deref() {
@@ -63,7 +68,9 @@ impl std::str::FromStr for KeepStorage {
                 let more = |i: usize| more.get(i).copied().flatten();
                 Ok(Self { reserved: *reserved, min_free: more(0), max_used: more(1) })
             }
-            _ => Err(format!("{text:?}: want \"Reserved[,Free[,Maximum]]\", each in MB or as a percentage such as 10%")),
+            _ => Err(format!(
+                "{text:?}: want \"Reserved[,Free[,Maximum]]\", each in MB or as a percentage such as 10%"
+            )),
         }
     }
 }
@@ -73,7 +80,8 @@ pub fn duration(text: &str) -> Option<Duration> {
     text.parse().ok().and_then(GoDuration::to_std)
 }
 
-/// How long something is good: `None`, written as a negative duration, for as long as the daemon lives.
+/// How long something is good: `None`, written as a negative duration, for as long as the daemon
+/// lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MaxAge(pub Option<Duration>);
 
@@ -96,9 +104,13 @@ enum Raw {
 
 impl Raw {
     fn span(&self) -> Result<Span, String> {
-        let bad = |what: &str| format!("invalid duration {what:?}: want seconds, or a text like \"48h\" or \"1h30m\"");
+        let bad = |what: &str| {
+            format!("invalid duration {what:?}: want seconds, or a text like \"48h\" or \"1h30m\"")
+        };
         match self {
-            Self::Number(n) => u64::try_from(*n).map(|s| Span(Duration::from_secs(s))).map_err(|_| bad(&n.to_string())),
+            Self::Number(n) => u64::try_from(*n)
+                .map(|s| Span(Duration::from_secs(s)))
+                .map_err(|_| bad(&n.to_string())),
             Self::Text(t) => match t.parse::<u64>() {
                 Ok(s) => Ok(Span(Duration::from_secs(s))),
                 Err(_) => duration(t).map(Span).ok_or_else(|| bad(t)),
@@ -135,9 +147,15 @@ pub fn disk_space(text: &str) -> Option<DiskSpace> {
 
 impl<'de> Deserialize<'de> for DiskSpace {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let bad = |what: &str| D::Error::custom(format!("invalid size {what:?}: want bytes, or a text like \"10GB\" or \"20%\""));
+        let bad = |what: &str| {
+            D::Error::custom(format!(
+                "invalid size {what:?}: want bytes, or a text like \"10GB\" or \"20%\""
+            ))
+        };
         match Raw::deserialize(d)? {
-            Raw::Number(n) => u64::try_from(n).map(DiskSpace::Bytes).map_err(|_| bad(&n.to_string())),
+            Raw::Number(n) => {
+                u64::try_from(n).map(DiskSpace::Bytes).map_err(|_| bad(&n.to_string()))
+            }
             Raw::Text(t) => disk_space(&t).ok_or_else(|| bad(&t)),
         }
     }
@@ -161,16 +179,23 @@ mod tests {
     #[test]
     fn a_share_is_rounded_up_to_whole_gigabytes() {
         assert_eq!(DiskSpace::Percent(10).of(100 << 30), 11_000_000_000);
-        assert_eq!((DiskSpace::Percent(0).of(1 << 40), DiskSpace::Percent(5).of(0)), (0, SHARE_OF_UNKNOWN));
+        assert_eq!(
+            (DiskSpace::Percent(0).of(1 << 40), DiskSpace::Percent(5).of(0)),
+            (0, SHARE_OF_UNKNOWN)
+        );
         assert_eq!(DiskSpace::Bytes(5).of(0), 5);
     }
 
     #[test]
     fn what_to_keep_is_up_to_three_sizes() {
-        let keep = |text: &str| text.parse::<KeepStorage>().map(|k| (k.reserved, k.min_free, k.max_used));
+        let keep =
+            |text: &str| text.parse::<KeepStorage>().map(|k| (k.reserved, k.min_free, k.max_used));
         let mb = |n: u64| Some(DiskSpace::Bytes(n * 1_000_000));
         assert_eq!(keep("9000"), Ok((mb(9000), None, None)));
-        assert_eq!(keep("9000, 20%,30000"), Ok((mb(9000), Some(DiskSpace::Percent(20)), mb(30000))));
+        assert_eq!(
+            keep("9000, 20%,30000"),
+            Ok((mb(9000), Some(DiskSpace::Percent(20)), mb(30000)))
+        );
         assert_eq!(keep(",20%"), Ok((None, Some(DiskSpace::Percent(20)), None)));
         for bad in ["x", "1,2,3,4", "1GB", "101%"] {
             assert!(keep(bad).unwrap_err().contains("want"), "{bad}");

@@ -1,5 +1,5 @@
-//! buildkitd's flags for what is not here: harmless ones are accepted and the log says that they have no effect, so that its units go on working;
-//! asking for what would not be done is an error.
+//! buildkitd's flags for what is not here: harmless ones are accepted and the log says that they
+//! have no effect, so that its units go on working; asking for what would not be done is an error.
 
 use clap::Args;
 use shipway_fault::{Fault, Result};
@@ -23,14 +23,18 @@ pub struct AbsentFlags {
 }
 
 impl AbsentFlags {
-    /// Refuses what was asked for and would not be done; `rootless` and `selinux` are the configuration file's.
+    /// Refuses what was asked for and would not be done; `rootless` and `selinux` are the
+    /// configuration file's.
     pub fn check(&self, rootless: bool, selinux: bool) -> Result<()> {
         for (asked, what) in [
             (
                 rootless || self.rootless == Some(true) || self.worker_rootless == Some(true),
                 "rootless mode (rootless, --rootless, --containerd-worker-rootless, --oci-worker-rootless)",
             ),
-            (selinux || self.selinux == Some(true), "SELinux labels of steps (selinux, --containerd-worker-selinux, --oci-worker-selinux)"),
+            (
+                selinux || self.selinux == Some(true),
+                "SELinux labels of steps (selinux, --containerd-worker-selinux, --oci-worker-selinux)",
+            ),
         ] {
             if asked {
                 return Err(Fault::unimplemented(what));
@@ -42,8 +46,14 @@ impl AbsentFlags {
     /// What is set without effect.
     pub fn notes(&self) -> impl Iterator<Item = String> {
         let notes = [
-            (self.otel_socket_path.is_some(), "--otel-socket-path has no effect: there are no traces"),
-            (self.save_cache_debug == Some(true), "--save-cache-debug has no effect: cache keys have no preimages to save"),
+            (
+                self.otel_socket_path.is_some(),
+                "--otel-socket-path has no effect: there are no traces",
+            ),
+            (
+                self.save_cache_debug == Some(true),
+                "--save-cache-debug has no effect: cache keys have no preimages to save",
+            ),
         ];
         notes.into_iter().filter(|n| n.0).map(|n| n.1.to_owned())
     }

@@ -1,5 +1,6 @@
-//! The flags of BuildKit's OCI worker. There is no such worker here: a daemon told to run one builds on containerd all the same, under the settings
-//! that were meant for it, so that units and scripts written for `buildkitd --oci-worker=true` go on working.
+//! The flags of BuildKit's OCI worker. There is no such worker here: a daemon told to run one
+//! builds on containerd all the same, under the settings that were meant for it, so that units and
+//! scripts written for `buildkitd --oci-worker=true` go on working.
 
 use crate::config::KeepStorage;
 use clap::Args;
@@ -46,18 +47,35 @@ pub struct OciFlags {
     #[arg(id = "oci-worker-no-process-sandbox", long = "oci-worker-no-process-sandbox", hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub no_process_sandbox: Option<bool>,
     /// The log says that it has no effect
-    #[arg(id = "oci-worker-proxy-snapshotter-path", long = "oci-worker-proxy-snapshotter-path", hide = true)]
+    #[arg(
+        id = "oci-worker-proxy-snapshotter-path",
+        long = "oci-worker-proxy-snapshotter-path",
+        hide = true
+    )]
     pub proxy_snapshotter_path: Option<String>,
 }
 
 impl OciFlags {
-    /// The flags that are set and mean nothing to a containerd that stands in, each with why; or all of them where none stands in.
+    /// The flags that are set and mean nothing to a containerd that stands in, each with why; or
+    /// all of them where none stands in.
     pub fn without_effect(&self, stands_in: bool) -> Vec<String> {
-        let sandbox = (self.no_process_sandbox == Some(true), "no-process-sandbox", "steps have PID namespaces of their own all the same");
-        let proxy = (self.proxy_snapshotter_path.is_some(), "proxy-snapshotter-path", "proxy snapshotters are containerd's to configure");
+        let sandbox = (
+            self.no_process_sandbox == Some(true),
+            "no-process-sandbox",
+            "steps have PID namespaces of their own all the same",
+        );
+        let proxy = (
+            self.proxy_snapshotter_path.is_some(),
+            "proxy-snapshotter-path",
+            "proxy snapshotters are containerd's to configure",
+        );
         let say = |flag: &str, why: &str| format!("--oci-worker-{flag} has no effect: {why}");
         if stands_in {
-            return [sandbox, proxy].iter().filter(|f| f.0).map(|(_, flag, why)| say(flag, why)).collect();
+            return [sandbox, proxy]
+                .iter()
+                .filter(|f| f.0)
+                .map(|(_, flag, why)| say(flag, why))
+                .collect();
         }
         let Self {
             enabled: _,
@@ -94,7 +112,11 @@ impl OciFlags {
             ("oci-worker-no-process-sandbox", sandbox.0),
             ("oci-worker-proxy-snapshotter-path", proxy.0),
         ];
-        let of = |flag: &str| format!("--{flag} has no effect: it is for an OCI worker, and steps run on the containerd worker");
+        let of = |flag: &str| {
+            format!(
+                "--{flag} has no effect: it is for an OCI worker, and steps run on the containerd worker"
+            )
+        };
         set.iter().filter(|f| f.1).map(|f| of(f.0)).collect()
     }
 }
@@ -102,14 +124,21 @@ impl OciFlags {
 /// The settings of a containerd worker that stands in for an OCI worker.
 #[derive(Debug, PartialEq, Eq)]
 pub struct StandIn {
-    /// Its namespace unless one is named: an OCI worker has a store of its own below its root, and so do daemons with roots of their own.
+    /// Its namespace unless one is named: an OCI worker has a store of its own below its root, and
+    /// so do daemons with roots of their own.
     pub namespace: Option<String>,
     /// What the log should say.
     pub note: String,
 }
 
-/// Whether the flags ask for an OCI worker, or leave no worker at all. `containerd` is the value of `--containerd-worker`, or of the file.
-pub fn stand_in(oci: Option<&str>, containerd: Option<&str>, root: &Path, usual_root: &str) -> Result<Option<StandIn>> {
+/// Whether the flags ask for an OCI worker, or leave no worker at all. `containerd` is the value of
+/// `--containerd-worker`, or of the file.
+pub fn stand_in(
+    oci: Option<&str>,
+    containerd: Option<&str>,
+    root: &Path,
+    usual_root: &str,
+) -> Result<Option<StandIn>> {
     let wanted = matches!(oci, Some("true"));
     match (oci, containerd) {
         (Some("false"), Some("false")) => {
@@ -121,7 +150,9 @@ pub fn stand_in(oci: Option<&str>, containerd: Option<&str>, root: &Path, usual_
         _ => return Ok(None),
     }
     let own = wanted && root != Path::new(usual_root);
-    let namespace = own.then(|| format!("buildkit-{}", &Digest::of(root.as_os_str().as_encoded_bytes()).hex()[..12]));
+    let namespace = own.then(|| {
+        format!("buildkit-{}", &Digest::of(root.as_os_str().as_encoded_bytes()).hex()[..12])
+    });
     let note = "there is no OCI worker here (--oci-worker, worker.oci.enabled): steps run in containerd all the same, with --containerd-worker=false too".to_owned();
     Ok(Some(StandIn { namespace, note }))
 }
@@ -133,13 +164,19 @@ mod tests {
     #[test]
     fn an_oci_worker_is_stood_in_for() {
         let check = |oci: Option<&str>, containerd: Option<&str>, root: &str| {
-            stand_in(oci, containerd, Path::new(root), "/usual").map(|s| s.map(|s| s.namespace.is_some())).map_err(|e| e.to_string())
+            stand_in(oci, containerd, Path::new(root), "/usual")
+                .map(|s| s.map(|s| s.namespace.is_some()))
+                .map_err(|e| e.to_string())
         };
         assert_eq!(check(None, None, "/usual"), Ok(None));
         assert_eq!(check(Some("auto"), Some("true"), "/other"), Ok(None));
         assert_eq!(check(Some("true"), Some("false"), "/usual"), Ok(Some(false)));
         assert_eq!(check(Some("true"), Some("false"), "/other"), Ok(Some(true)));
         assert_eq!(check(None, Some("false"), "/other"), Ok(Some(false)));
-        assert!(check(Some("false"), Some("false"), "/usual").unwrap_err().starts_with("no worker found"));
+        assert!(
+            check(Some("false"), Some("false"), "/usual")
+                .unwrap_err()
+                .starts_with("no worker found")
+        );
     }
 }

@@ -1,7 +1,8 @@
 use super::*;
 use clap::{CommandFactory as _, Parser as _};
 
-/// A value for every key of the file that changes something, and what else has to be in the file for that. A key that is not listed fails the test.
+/// A value for every key of the file that changes something, and what else has to be in the file
+/// for that. A key that is not listed fails the test.
 const KEYS: &[(&str, &str, &str)] = &[
     ("debug", "true", ""),
     ("trace", "true", ""),
@@ -74,8 +75,16 @@ const KEYS: &[(&str, &str, &str)] = &[
     ("worker.oci.cniConfigPath", "'/x'", OCI),
     ("worker.oci.cniBinaryPath", "'/x'", OCI),
     ("worker.oci.cniPoolSize", "3", OCI),
-    ("worker.oci.bridgeName", "'x'", "worker.oci.enabled = true\nworker.oci.networkMode = 'bridge'"),
-    ("worker.oci.bridgeSubnet", "'10.1.0.0/16'", "worker.oci.enabled = true\nworker.oci.networkMode = 'bridge'"),
+    (
+        "worker.oci.bridgeName",
+        "'x'",
+        "worker.oci.enabled = true\nworker.oci.networkMode = 'bridge'",
+    ),
+    (
+        "worker.oci.bridgeSubnet",
+        "'10.1.0.0/16'",
+        "worker.oci.enabled = true\nworker.oci.networkMode = 'bridge'",
+    ),
     ("worker.oci.userRemapUnsupported", "'x'", OCI),
     ("worker.oci.binary", "'crun'", OCI),
     ("worker.oci.proxySnapshotterPath", "'/x'", OCI),
@@ -169,7 +178,8 @@ const STANDING_IN: &[&str] = &["--oci-worker=true"];
 const OTHERS: [&str; 2] = ["config", "version"];
 
 fn load(flags: &[&str], file: &str) -> Result<Settings> {
-    let flags = Flags::try_parse_from(["x"].iter().chain(flags)).map_err(|e| Fault::invalid(e.to_string()))?;
+    let flags = Flags::try_parse_from(["x"].iter().chain(flags))
+        .map_err(|e| Fault::invalid(e.to_string()))?;
     Settings::of(flags, Config::parse(file, "x.toml")?, Persona::Buildkitd)
 }
 
@@ -185,7 +195,10 @@ fn has_effect(name: &str, before: Result<Settings>, after: Result<Settings>) -> 
     let mut before = before.unwrap_or_else(|e| panic!("{name}: what it needs is refused: {e}"));
     match after {
         Err(fault) => fault.to_string().contains(name),
-        Ok(mut after) => after.notes.iter().any(|n| n.contains(name)) || essence(&mut before) != essence(&mut after),
+        Ok(mut after) => {
+            after.notes.iter().any(|n| n.contains(name))
+                || essence(&mut before) != essence(&mut after)
+        }
     }
 }
 
@@ -198,7 +211,9 @@ fn keys_of(path: &str) -> Vec<String> {
         path => format!("{path}.nothing = 1"),
     };
     let said = Config::parse(&text, "x.toml").unwrap_err().to_string();
-    let (_, list) = said.split_once("unknown field `nothing`, expected").unwrap_or_else(|| panic!("{path} is no table: {said}"));
+    let (_, list) = said
+        .split_once("unknown field `nothing`, expected")
+        .unwrap_or_else(|| panic!("{path} is no table: {said}"));
     list.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
 
@@ -223,19 +238,26 @@ fn every_key_of_the_file_works_or_is_refused_or_told_by_name() {
             }
             let Some((_, value, needs)) = KEYS.iter().find(|(known, ..)| *known == path) else {
                 let below = format!("{path}.");
-                assert!(KEYS.iter().any(|(known, ..)| known.starts_with(&below)), "what does {path} do? add it to the list");
+                assert!(
+                    KEYS.iter().any(|(known, ..)| known.starts_with(&below)),
+                    "what does {path} do? add it to the list"
+                );
                 tables.push(path);
                 continue;
             };
             // The last of two lines for one key is an error in TOML.
-            let kept: Vec<&str> = needs.lines().filter(|l| !l.starts_with(&format!("{path} "))).collect();
+            let kept: Vec<&str> =
+                needs.lines().filter(|l| !l.starts_with(&format!("{path} "))).collect();
             let after = format!("{}\n{}", kept.join("\n"), line(&path, value));
             let before = if path.contains("gcpolicy.") {
                 line(&path[..path.len() - key.len()].replace("gcpolicy.", "gcpolicy.filters"), "[]")
             } else {
                 (*needs).into()
             };
-            assert!(has_effect(&key, load(&[], &before), load(&[], &after)), "{path} = {value} is swallowed");
+            assert!(
+                has_effect(&key, load(&[], &before), load(&[], &after)),
+                "{path} = {value} is swallowed"
+            );
             seen += 1;
         }
     }
@@ -245,12 +267,18 @@ fn every_key_of_the_file_works_or_is_refused_or_told_by_name() {
 #[test]
 fn every_flag_works_or_is_refused_or_told_by_name() {
     let command = Flags::command();
-    let flags: Vec<&str> =
-        command.get_arguments().filter_map(clap::Arg::get_long).filter(|f| !OTHERS.contains(f) && *f != "help").collect();
+    let flags: Vec<&str> = command
+        .get_arguments()
+        .filter_map(clap::Arg::get_long)
+        .filter(|f| !OTHERS.contains(f) && *f != "help")
+        .collect();
     for flag in &flags {
-        let (_, value, needs) =
-            FLAGS.iter().find(|(known, ..)| known == flag).unwrap_or_else(|| panic!("what does --{flag} do? add it to the list"));
-        let given = if value.is_empty() { format!("--{flag}") } else { format!("--{flag}={value}") };
+        let (_, value, needs) = FLAGS
+            .iter()
+            .find(|(known, ..)| known == flag)
+            .unwrap_or_else(|| panic!("what does --{flag} do? add it to the list"));
+        let given =
+            if value.is_empty() { format!("--{flag}") } else { format!("--{flag}={value}") };
         let same = format!("--{flag}=");
         let kept = needs.iter().filter(|n| !n.starts_with(&same)).copied();
         let after: Vec<&str> = kept.chain([given.as_str()]).collect();
@@ -261,12 +289,18 @@ fn every_flag_works_or_is_refused_or_told_by_name() {
 
 #[test]
 fn settings_of_a_worker_that_is_not_run_are_told() {
-    for (path, value, _) in KEYS.iter().filter(|(path, ..)| path.starts_with("worker.oci.") && !path.ends_with("enabled")) {
+    for (path, value, _) in KEYS
+        .iter()
+        .filter(|(path, ..)| path.starts_with("worker.oci.") && !path.ends_with("enabled"))
+    {
         let notes = load(&[], &line(path, value)).unwrap().notes;
         assert!(notes.iter().any(|n| n.contains(path)), "{path}: {notes:?}");
     }
-    for (flag, value, _) in FLAGS.iter().filter(|(flag, ..)| flag.starts_with("oci-") && *flag != "oci-worker") {
-        let given = if value.is_empty() { format!("--{flag}") } else { format!("--{flag}={value}") };
+    for (flag, value, _) in
+        FLAGS.iter().filter(|(flag, ..)| flag.starts_with("oci-") && *flag != "oci-worker")
+    {
+        let given =
+            if value.is_empty() { format!("--{flag}") } else { format!("--{flag}={value}") };
         if ["oci-worker-selinux", "oci-worker-rootless"].contains(flag) {
             continue;
         }
@@ -277,7 +311,10 @@ fn settings_of_a_worker_that_is_not_run_are_told() {
 
 #[test]
 fn called_as_buildkitd_it_takes_that_programs_defaults() {
-    for (argv0, root, namespace) in [("/usr/bin/buildkitd", "/var/lib/buildkit", "buildkit"), ("shipwayd", "/var/lib/shipway", "default")] {
+    for (argv0, root, namespace) in [
+        ("/usr/bin/buildkitd", "/var/lib/buildkit", "buildkit"),
+        ("shipwayd", "/var/lib/shipway", "default"),
+    ] {
         let s = Settings::of(Flags::default(), Config::default(), Persona::of(argv0)).unwrap();
         assert_eq!((s.root.to_str().unwrap(), s.namespace.as_str()), (root, namespace));
     }
@@ -285,11 +322,19 @@ fn called_as_buildkitd_it_takes_that_programs_defaults() {
 
 #[test]
 fn flags_for_what_is_absent_are_accepted_or_refused_by_name() {
-    for fine in ["--rootless=false", "--otel-socket-path=/x", "--containerd-worker-selinux=false", "--oci-worker-no-process-sandbox=false"]
-    {
+    for fine in [
+        "--rootless=false",
+        "--otel-socket-path=/x",
+        "--containerd-worker-selinux=false",
+        "--oci-worker-no-process-sandbox=false",
+    ] {
         assert!(load(&[fine], "").is_ok(), "{fine}");
     }
-    for (flag, what) in [("--rootless", "rootless"), ("--containerd-worker-selinux", "SELinux"), ("--oci-worker=maybe", "--oci-worker")] {
+    for (flag, what) in [
+        ("--rootless", "rootless"),
+        ("--containerd-worker-selinux", "SELinux"),
+        ("--oci-worker=maybe", "--oci-worker"),
+    ] {
         assert!(load(&[flag], "").unwrap_err().to_string().contains(what), "{flag}");
     }
 }
@@ -303,7 +348,12 @@ fn the_flag_for_the_proxy_network_wins_over_the_file() {
 
 #[test]
 fn levels_of_buildkitd_are_understood() {
-    for (name, level) in [("warning", Level::Warn), ("fatal", Level::Error), ("panic", Level::Error), ("trace", Level::Trace)] {
+    for (name, level) in [
+        ("warning", Level::Warn),
+        ("fatal", Level::Error),
+        ("panic", Level::Error),
+        ("trace", Level::Trace),
+    ] {
         assert_eq!(load(&["--log-level", name], "").unwrap().logging.level, level);
     }
     assert!(load(&["--log-level=loud"], "").is_err());
@@ -314,8 +364,14 @@ fn limits_of_garbage_collection_go_together() {
     let mb = |n: u64| Some(DiskSpace::Bytes(n * 1_000_000));
     let gc = |flags: &[&str], file: &str| load(flags, file).unwrap().gc;
     let limits = |reserved, max_used, min_free| GcSettings::Limits { reserved, max_used, min_free };
-    assert_eq!(gc(&["--containerd-worker-gc-keepstorage=9"], "worker.containerd.minFreeSpace = 7"), limits(mb(9), None, None));
-    assert_eq!(gc(&["--containerd-worker-gc-keepstorage=9,20%,30"], ""), limits(mb(9), mb(30), Some(DiskSpace::Percent(20))));
+    assert_eq!(
+        gc(&["--containerd-worker-gc-keepstorage=9"], "worker.containerd.minFreeSpace = 7"),
+        limits(mb(9), None, None)
+    );
+    assert_eq!(
+        gc(&["--containerd-worker-gc-keepstorage=9,20%,30"], ""),
+        limits(mb(9), mb(30), Some(DiskSpace::Percent(20)))
+    );
     assert_eq!(
         gc(&[], "worker.containerd.gckeepstorage = 7\nworker.containerd.reservedSpace = 0"),
         limits(Some(DiskSpace::Bytes(7)), None, None)
@@ -328,7 +384,10 @@ fn limits_of_garbage_collection_go_together() {
 fn devices_are_for_steps_unless_they_are_disabled() {
     let check = |flags: &[&str], allowed: bool, dirs: &[&str]| {
         let s = load(flags, "").unwrap();
-        assert_eq!((s.entitlements.contains(&"device".to_owned()), s.cdi.spec_dirs), (allowed, dirs.iter().map(|d| (*d).into()).collect()));
+        assert_eq!(
+            (s.entitlements.contains(&"device".to_owned()), s.cdi.spec_dirs),
+            (allowed, dirs.iter().map(|d| (*d).into()).collect())
+        );
     };
     let usual = shipway_cdi::DEFAULT_DIRS;
     check(&[], true, &usual);
@@ -354,34 +413,57 @@ fn the_suite_of_buildkit_starts_us_with_these_flags() {
         "--debug",
     ]);
     let s = Settings::load(flags, Persona::Buildkitd).unwrap();
-    assert_eq!((s.containerd.as_str(), s.listening.addresses[0].as_str(), s.gc), ("/x.sock", "unix:///y.sock", GcSettings::Off));
+    assert_eq!(
+        (s.containerd.as_str(), s.listening.addresses[0].as_str(), s.gc),
+        ("/x.sock", "unix:///y.sock", GcSettings::Off)
+    );
     assert_eq!(s.logging.level, Level::Debug);
 }
 
 #[test]
 fn told_to_run_an_oci_worker_it_runs_on_containerd() {
-    let flags = ["--oci-worker=true", "--containerd-worker=false", "--oci-worker-gc=false", "--oci-worker-labels=a=b", "--root", "/r"];
+    let flags = [
+        "--oci-worker=true",
+        "--containerd-worker=false",
+        "--oci-worker-gc=false",
+        "--oci-worker-labels=a=b",
+        "--root",
+        "/r",
+    ];
     let s = load(&flags, "worker.oci.max-parallelism = 3").unwrap();
     assert!(s.namespace.starts_with("buildkit-"), "{}", s.namespace);
-    assert_eq!((s.gc, s.labels["a"].as_str(), s.max_parallelism, s.notes.len()), (GcSettings::Off, "b", Some(3), 1));
+    assert_eq!(
+        (s.gc, s.labels["a"].as_str(), s.max_parallelism, s.notes.len()),
+        (GcSettings::Off, "b", Some(3), 1)
+    );
 }
 
 #[test]
 fn platforms_are_looked_for_again_after_a_while_or_never() {
-    let age = |value: &str| load(&[], &format!("system.platformsCacheMaxAge = {value}")).unwrap().platforms_max_age;
-    assert_eq!((age("'1m'"), age("5"), age("-1"), age("'-1s'")), (Some(Duration::from_secs(60)), Some(Duration::from_secs(5)), None, None));
+    let age = |value: &str| {
+        load(&[], &format!("system.platformsCacheMaxAge = {value}")).unwrap().platforms_max_age
+    };
+    assert_eq!(
+        (age("'1m'"), age("5"), age("-1"), age("'-1s'")),
+        (Some(Duration::from_secs(60)), Some(Duration::from_secs(5)), None, None)
+    );
     assert!(Config::parse("system.platformsCacheMaxAge = 'x'", "x.toml").is_err());
 }
 
 #[test]
 fn limits_of_the_output_of_steps_come_from_the_environment() {
     let of = |size: &str, speed: &str| {
-        let variables = [("BUILDKIT_STEP_LOG_MAX_SIZE", size), ("BUILDKIT_STEP_LOG_MAX_SPEED", speed)];
+        let variables =
+            [("BUILDKIT_STEP_LOG_MAX_SIZE", size), ("BUILDKIT_STEP_LOG_MAX_SPEED", speed)];
         log_limits(|name| variables.iter().find(|(n, _)| *n == name).unwrap().1.to_owned())
     };
     assert_eq!(of("", ""), (LogLimits::default(), vec![]));
     assert_eq!(of("-1", "1000"), (LogLimits { size: None, speed: Some(1000) }, vec![]));
     let (limits, notes) = of("2MiB", "-1");
     assert_eq!(limits, LogLimits { speed: None, ..LogLimits::default() });
-    assert!(notes.len() == 1 && notes[0].starts_with("BUILDKIT_STEP_LOG_MAX_SIZE=\"2MiB\" has no effect"), "{notes:?}");
+    assert!(
+        notes.len() == 1
+            && notes[0].starts_with("BUILDKIT_STEP_LOG_MAX_SIZE=\"2MiB\" has no effect"),
+        "{notes:?}"
+    );
 }

@@ -1,4 +1,5 @@
-//! Which platforms steps can run for (row `so.platforms`): the machine's own, and those whose programs the kernel gives to an emulator.
+//! Which platforms steps can run for (row `so.platforms`): the machine's own, and those whose
+//! programs the kernel gives to an emulator.
 
 use shipway_oci::Platform;
 use std::{
@@ -40,7 +41,13 @@ impl Platforms {
         let good = |since: &Instant| self.0.max_age.is_none_or(|age| since.elapsed() < age);
         match found.as_ref().filter(|(since, _)| good(since)) {
             Some((_, list)) => list.clone(),
-            None => found.insert((Instant::now(), detect(&Platform::host(), amd64_level(), &emulated(Path::new(BINFMT))))).1.clone(),
+            None => found
+                .insert((
+                    Instant::now(),
+                    detect(&Platform::host(), amd64_level(), &emulated(Path::new(BINFMT))),
+                ))
+                .1
+                .clone(),
         }
     }
 }
@@ -53,7 +60,10 @@ fn detect(host: &Platform, level: u8, emulated: &[&'static str]) -> Vec<Platform
     if native == "amd64" {
         all.extend((2..=level).map(|level| linux("amd64", &format!("v{level}"))));
     }
-    for arch in ["amd64", "arm64", "riscv64", "ppc64", "ppc64le", "s390x", "386", "mips64le", "mips64", "loong64"] {
+    for arch in [
+        "amd64", "arm64", "riscv64", "ppc64", "ppc64le", "s390x", "386", "mips64le", "mips64",
+        "loong64",
+    ] {
         // A kernel for amd64 runs the programs of its predecessor.
         let runs = emulated.contains(&arch) || (arch == "386" && native == "amd64");
         if arch != native && runs {
@@ -72,7 +82,8 @@ fn detect(host: &Platform, level: u8, emulated: &[&'static str]) -> Vec<Platform
 /// Architectures that have an enabled handler, whatever its name.
 fn emulated(dir: &Path) -> Vec<&'static str> {
     let handlers = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let texts = handlers.filter(|h| !["register", "status"].contains(&&*h.file_name().to_string_lossy()));
+    let texts =
+        handlers.filter(|h| !["register", "status"].contains(&&*h.file_name().to_string_lossy()));
     texts
         .filter_map(|h| std::fs::read(h.path()).ok())
         .filter(|t| t.len() <= MAX_HANDLER)
@@ -87,7 +98,10 @@ fn handled(description: &str) -> Option<&'static str> {
         return None;
     }
     let bytes = |hex: &str| {
-        (0..hex.len() / 2).filter_map(|i| hex.get(2 * i..2 * i + 2)).map(|b| u8::from_str_radix(b, 16).ok()).collect::<Option<Vec<u8>>>()
+        (0..hex.len() / 2)
+            .filter_map(|i| hex.get(2 * i..2 * i + 2))
+            .map(|b| u8::from_str_radix(b, 16).ok())
+            .collect::<Option<Vec<u8>>>()
     };
     let magic = bytes(field("magic")?)?;
     architecture(magic.get(..HEAD)?)
@@ -99,7 +113,11 @@ fn architecture(head: &[u8]) -> Option<&'static str> {
         return None;
     }
     let (wide, little) = (head[4] == 2, head[5] == 1);
-    let machine = if little { u16::from_le_bytes([head[18], head[19]]) } else { u16::from_be_bytes([head[18], head[19]]) };
+    let machine = if little {
+        u16::from_le_bytes([head[18], head[19]])
+    } else {
+        u16::from_be_bytes([head[18], head[19]])
+    };
     Some(match (machine, wide, little) {
         (0x03, false, true) => "386",
         (0x3e, true, true) => "amd64",
@@ -147,21 +165,35 @@ mod tests {
         let amd64 = detect(&Platform::new("linux", "amd64", ""), 3, &["arm", "arm64"]);
         assert_eq!(
             names(&amd64),
-            ["linux/amd64", "linux/amd64/v2", "linux/amd64/v3", "linux/arm64", "linux/386", "linux/arm/v7", "linux/arm/v6"]
+            [
+                "linux/amd64",
+                "linux/amd64/v2",
+                "linux/amd64/v3",
+                "linux/arm64",
+                "linux/386",
+                "linux/arm/v7",
+                "linux/arm/v6"
+            ]
         );
-        assert_eq!(names(&detect(&Platform::new("linux", "arm64", ""), 1, &["loong64"])), ["linux/arm64", "linux/loong64"]);
+        assert_eq!(
+            names(&detect(&Platform::new("linux", "arm64", ""), 1, &["loong64"])),
+            ["linux/arm64", "linux/loong64"]
+        );
     }
 
     #[test]
     fn handlers_are_known_by_what_they_match_and_not_by_name() {
         let dir = tempfile::tempdir().unwrap();
         let elf = |class: u8, data: u8, machine: [u8; 2]| {
-            let mut head = vec![0x7f, b'E', b'L', b'F', class, data, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0];
+            let mut head =
+                vec![0x7f, b'E', b'L', b'F', class, data, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0];
             head.extend(machine);
             head.iter().map(|b| format!("{b:02x}")).collect::<String>()
         };
         let write = |name: &str, state: &str, magic: String| {
-            let text = format!("{state}\ninterpreter /x\nflags: POCF\noffset 0\nmagic {magic}\nmask ffffffff\n");
+            let text = format!(
+                "{state}\ninterpreter /x\nflags: POCF\noffset 0\nmagic {magic}\nmask ffffffff\n"
+            );
             std::fs::write(dir.path().join(name), text).unwrap();
         };
         write("rosetta", "enabled", elf(2, 1, [0x3e, 0]));

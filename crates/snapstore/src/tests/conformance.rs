@@ -15,7 +15,11 @@ fn code<T: std::fmt::Debug>(result: Result<T>) -> Code {
 }
 
 fn prepare(store: &Store, key: &str, parent: &str) -> Result<Vec<Mount>> {
-    store.prepare(&name(key), Some(parent).filter(|p| !p.is_empty()).map(name).as_ref(), Labels::new())
+    store.prepare(
+        &name(key),
+        Some(parent).filter(|p| !p.is_empty()).map(name).as_ref(),
+        Labels::new(),
+    )
 }
 
 fn view(store: &Store, key: &str, parent: &str) -> Result<Vec<Mount>> {
@@ -89,18 +93,29 @@ fn mounts_are_those_of_containerds_overlayfs() {
     let (dir, store) = store();
     let root = dir.path().join("root").canonicalize().unwrap();
     let path = |id: u64, what: &str| format!("{}/snapshots/{id}/{what}", root.display());
-    let bind = |source: String, access: &str| vec![Mount { kind: "bind", source, options: vec![access.into(), "rbind".into()] }];
+    let bind = |source: String, access: &str| {
+        vec![Mount { kind: "bind", source, options: vec![access.into(), "rbind".into()] }]
+    };
     assert_eq!(prepare(&store, "a", "").unwrap(), bind(path(1, "fs"), "rw"));
     assert_eq!(view(&store, "v", "").unwrap(), bind(path(2, "fs"), "ro"));
     commit(&store, "one", "a").unwrap();
     assert_eq!(view(&store, "v1", "one").unwrap(), bind(path(1, "fs"), "ro"));
-    let index: &[&str] = if Path::new("/sys/module/overlay/parameters/index").exists() { &["index=off"] } else { &[] };
+    let index: &[&str] = if Path::new("/sys/module/overlay/parameters/index").exists() {
+        &["index=off"]
+    } else {
+        &[]
+    };
     let overlay = |options: &[String]| {
-        let options = options.iter().cloned().chain(index.iter().map(|o| (*o).to_owned())).collect();
+        let options =
+            options.iter().cloned().chain(index.iter().map(|o| (*o).to_owned())).collect();
         vec![Mount { kind: "overlay", source: "overlay".into(), options }]
     };
     let writable = |id: u64, lower: &str| {
-        overlay(&[format!("workdir={}", path(id, "work")), format!("upperdir={}", path(id, "fs")), format!("lowerdir={lower}")])
+        overlay(&[
+            format!("workdir={}", path(id, "work")),
+            format!("upperdir={}", path(id, "fs")),
+            format!("lowerdir={lower}"),
+        ])
     };
     assert_eq!(prepare(&store, "b", "one").unwrap(), writable(4, &path(1, "fs")));
     commit(&store, "two", "b").unwrap();
@@ -118,7 +133,11 @@ fn mounts_are_those_of_containerds_overlayfs() {
 fn configured_mount_options_are_on_overlays_only_and_win() {
     let dir = tempfile::tempdir().unwrap();
     let mount_options = vec!["volatile".to_owned(), "index=on".to_owned()];
-    let store = open_with(dir.path(), Options { sharing: Sharing::Shared, mount_options }, Arc::new(NoLazyLayers));
+    let store = open_with(
+        dir.path(),
+        Options { sharing: Sharing::Shared, mount_options },
+        Arc::new(NoLazyLayers),
+    );
     assert_eq!(prepare(&store, "a", "").unwrap()[0].options, ["rw", "rbind"]);
     commit(&store, "one", "a").unwrap();
     let mounts = prepare(&store, "b", "one").unwrap();
@@ -135,12 +154,20 @@ fn labels_are_updated_by_path_and_nothing_else_is() {
         let key = name(key);
         let before = store.stat(&key).unwrap();
         let update = |values: &[(&str, &str)], paths: &[&str]| {
-            store.update(&key, labels(values), &paths.iter().map(|p| (*p).to_owned()).collect::<Vec<_>>())
+            store.update(
+                &key,
+                labels(values),
+                &paths.iter().map(|p| (*p).to_owned()).collect::<Vec<_>>(),
+            )
         };
-        let after = update(&[("l1", "v1"), ("l2", "v2"), ("l3", "v3"), ("empty", "")], &[]).unwrap();
+        let after =
+            update(&[("l1", "v1"), ("l2", "v2"), ("l3", "v3"), ("empty", "")], &[]).unwrap();
         assert_eq!(after.labels, labels(&[("l1", "v1"), ("l2", "v2"), ("l3", "v3")]));
         assert!(after.updated > before.updated);
-        assert_eq!((after.created, after.kind, &after.parent), (before.created, before.kind, &before.parent));
+        assert_eq!(
+            (after.created, after.kind, &after.parent),
+            (before.created, before.kind, &before.parent)
+        );
         // Of the named ones, one is set, and one is removed because the new labels do not have it.
         let after = update(&[("l1", "new"), ("l4", "v4")], &["labels.l1", "labels.l2"]).unwrap();
         assert_eq!(after.labels, labels(&[("l1", "new"), ("l3", "v3")]));
@@ -290,7 +317,8 @@ fn directories_without_a_database_are_not_thrown_away() {
     drop(store);
     std::fs::remove_file(root.join("db.redb")).unwrap();
     for _ in 0..2 {
-        let error = Store::open(&root, Options::default(), Arc::new(NoLazyLayers)).map(drop).unwrap_err();
+        let error =
+            Store::open(&root, Options::default(), Arc::new(NoLazyLayers)).map(drop).unwrap_err();
         assert_eq!(error.code(), Code::FailedPrecondition);
         assert!(root.join("snapshots/1/fs/one").exists());
     }
@@ -300,7 +328,8 @@ fn directories_without_a_database_are_not_thrown_away() {
 fn a_root_belongs_to_one_store_and_a_foreign_file_is_not_touched() {
     let (dir, store) = store();
     let root = dir.path().join("root");
-    let second = Store::open(&root, Options::default(), Arc::new(NoLazyLayers)).map(drop).unwrap_err();
+    let second =
+        Store::open(&root, Options::default(), Arc::new(NoLazyLayers)).map(drop).unwrap_err();
     assert_eq!(second.code(), Code::FailedPrecondition);
     drop(store);
     std::fs::write(root.join("db.redb"), b"not a database, but somebody's").unwrap();

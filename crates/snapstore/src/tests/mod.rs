@@ -1,4 +1,4 @@
-//! The store as a whole: containerd's behaviours, and random operations against a plain model.
+//! The store as a whole: containerd's behaviors, and random operations against a plain model.
 
 mod conformance;
 mod model;

@@ -74,12 +74,15 @@ fn operation(random: &mut Random, model: &Model) -> Operation {
         0..8 => Operation::Create {
             kind: if random.next(4) == 0 { Kind::View } else { Kind::Active },
             key: random.name(),
-            parent: (random.next(3) > 0).then(|| pick(random, model, |k| k.kind == Kind::Committed)),
+            parent: (random.next(3) > 0)
+                .then(|| pick(random, model, |k| k.kind == Kind::Committed)),
             reference: reference(random),
         },
-        8..14 => {
-            Operation::Commit { name: random.name(), key: pick(random, model, |k| k.kind == Kind::Active), reference: reference(random) }
-        }
+        8..14 => Operation::Commit {
+            name: random.name(),
+            key: pick(random, model, |k| k.kind == Kind::Active),
+            reference: reference(random),
+        },
         14..17 => Operation::Remove(pick(random, model, |_| true)),
         17 => Operation::Label(pick(random, model, |_| true), format!("{}", random.next(3))),
         18 => Operation::Work,
@@ -93,7 +96,10 @@ fn with_reference(reference: &Option<String>) -> Labels {
 
 /// The chain ID a snapshot is known by.
 fn chain_of(name: &str, known: &Known) -> Option<String> {
-    let named = name.splitn(3, '/').nth(2).filter(|n| known.kind == Kind::Committed && n.starts_with("sha256:"));
+    let named = name
+        .splitn(3, '/')
+        .nth(2)
+        .filter(|n| known.kind == Kind::Committed && n.starts_with("sha256:"));
     known.labels.get(SNAPSHOT_REF).cloned().or(named.map(str::to_owned))
 }
 
@@ -102,14 +108,16 @@ fn alike(model: &Model, one: Option<&String>, other: Option<&String>) -> bool {
         (None, None) => true,
         (Some(a), Some(b)) => {
             let (x, y) = (&model[a], &model[b]);
-            let same = x.files == y.files || (chain_of(a, x).is_some() && chain_of(a, x) == chain_of(b, y));
+            let same = x.files == y.files
+                || (chain_of(a, x).is_some() && chain_of(a, x) == chain_of(b, y));
             a == b || (same && alike(model, x.parent.as_ref(), y.parent.as_ref()))
         }
         _ => false,
     }
 }
 
-/// What the model answers and becomes. A fresh `files` is for what is made now; sharing may give any of several.
+/// What the model answers and becomes. A fresh `files` is for what is made now; sharing may give
+/// any of several.
 fn expect(model: &mut Model, operation: &Operation, files: u64) -> (Option<Code>, BTreeSet<u64>) {
     let mut choices = BTreeSet::new();
     let error = match operation {
@@ -119,14 +127,22 @@ fn expect(model: &mut Model, operation: &Operation, files: u64) -> (Option<Code>
                 Some(Kind::Committed) => None,
                 Some(_) => Some(Code::InvalidArgument),
             });
-            let row = |kind, files| Known { kind, parent: parent.clone(), labels: with_reference(reference), files };
+            let row = |kind, files| Known {
+                kind,
+                parent: parent.clone(),
+                labels: with_reference(reference),
+                files,
+            };
             let mut error = bad_parent.or(model.contains_key(key).then_some(Code::AlreadyExists));
             if let (None, Kind::Active, Some(chain)) = (error, kind, reference) {
                 let mut whole = false;
                 for (name, known) in model.iter().filter(|(_, k)| k.kind == Kind::Committed) {
-                    if chain_of(name, known).as_ref() == Some(chain) && alike(model, known.parent.as_ref(), parent.as_ref()) {
+                    if chain_of(name, known).as_ref() == Some(chain)
+                        && alike(model, known.parent.as_ref(), parent.as_ref())
+                    {
                         choices.insert(known.files);
-                        whole |= known.parent == *parent && known.labels.get(SNAPSHOT_REF) == Some(chain);
+                        whole |= known.parent == *parent
+                            && known.labels.get(SNAPSHOT_REF) == Some(chain);
                     }
                 }
                 if let Some(first) = choices.first().copied() {
@@ -147,13 +163,18 @@ fn expect(model: &mut Model, operation: &Operation, files: u64) -> (Option<Code>
             Some(k) if k.kind != Kind::Active => Some(Code::FailedPrecondition),
             Some(k) => {
                 model.remove(key);
-                model.insert(name.clone(), Known { kind: Kind::Committed, labels: with_reference(reference), ..k });
+                model.insert(
+                    name.clone(),
+                    Known { kind: Kind::Committed, labels: with_reference(reference), ..k },
+                );
                 None
             }
         },
         Operation::Remove(name) => match model.get(name) {
             None => Some(Code::NotFound),
-            Some(_) if model.values().any(|k| k.parent.as_ref() == Some(name)) => Some(Code::FailedPrecondition),
+            Some(_) if model.values().any(|k| k.parent.as_ref() == Some(name)) => {
+                Some(Code::FailedPrecondition)
+            }
             Some(_) => {
                 model.remove(name);
                 None
@@ -178,9 +199,13 @@ fn run(store: &Store, operation: &Operation) -> Result<()> {
             let make = if *kind == Kind::View { Store::view } else { Store::prepare };
             make(store, &name(key), parent.as_ref(), with_reference(reference)).map(drop)
         }
-        Operation::Commit { name: to, key, reference } => store.commit(&name(to), &name(key), with_reference(reference)),
+        Operation::Commit { name: to, key, reference } => {
+            store.commit(&name(to), &name(key), with_reference(reference))
+        }
         Operation::Remove(gone) => store.remove(&name(gone)),
-        Operation::Label(of, value) => store.update(&name(of), labels(&[("l", value)]), &["labels.l".into()]).map(drop),
+        Operation::Label(of, value) => {
+            store.update(&name(of), labels(&[("l", value)]), &["labels.l".into()]).map(drop)
+        }
         Operation::Work => {
             while store.work_once() {}
             Ok(())
@@ -215,11 +240,15 @@ impl Life {
     /// Names, kinds, parents and labels, as the store tells them.
     fn told(&self) -> BTreeMap<String, (Kind, Option<String>, Labels)> {
         let all = list(&self.store, &[]).into_iter();
-        all.map(|i| (i.name.as_str().to_owned(), (i.kind, i.parent.map(String::from), i.labels))).collect()
+        all.map(|i| (i.name.as_str().to_owned(), (i.kind, i.parent.map(String::from), i.labels)))
+            .collect()
     }
 
     fn written(&self, of: &str) -> u64 {
-        std::fs::read_to_string(self.store.place(&name(of)).join("files")).ok().and_then(|t| t.parse().ok()).unwrap_or(0)
+        std::fs::read_to_string(self.store.place(&name(of)).join("files"))
+            .ok()
+            .and_then(|t| t.parse().ok())
+            .unwrap_or(0)
     }
 
     fn restart(self) -> Self {
@@ -228,10 +257,16 @@ impl Life {
     }
 
     fn check(&self) {
-        let want: BTreeMap<_, _> = self.model.iter().map(|(n, k)| (n.clone(), (k.kind, k.parent.clone(), k.labels.clone()))).collect();
+        let want: BTreeMap<_, _> = self
+            .model
+            .iter()
+            .map(|(n, k)| (n.clone(), (k.kind, k.parent.clone(), k.labels.clone())))
+            .collect();
         assert_eq!(self.told(), want);
-        let directories: BTreeSet<_> =
-            std::fs::read_dir(self.root.join("snapshots")).unwrap().map(|e| e.unwrap().path().join("fs")).collect();
+        let directories: BTreeSet<_> = std::fs::read_dir(self.root.join("snapshots"))
+            .unwrap()
+            .map(|e| e.unwrap().path().join("fs"))
+            .collect();
         let places: BTreeSet<u64> = self.model.values().map(|k| k.files).collect();
         assert_eq!(directories.len(), places.len(), "a directory for each place and no other");
         for (name_, known) in &self.model {
@@ -250,19 +285,26 @@ impl Life {
                     below.push(self.model[parent].files);
                     next = self.model[parent].parent.as_ref();
                 }
-                let single = (known.kind == Kind::View && below.len() == 1).then(|| mounts[0].source.as_str());
+                let single = (known.kind == Kind::View && below.len() == 1)
+                    .then(|| mounts[0].source.as_str());
                 let lowers = option(&mounts, "lowerdir").or(single).unwrap_or("");
                 let seen: Vec<u64> = lowers
                     .split(':')
                     .filter(|l| !l.is_empty())
-                    .map(|l| std::fs::read_to_string(Path::new(l).join("files")).unwrap().parse().unwrap())
+                    .map(|l| {
+                        std::fs::read_to_string(Path::new(l).join("files"))
+                            .unwrap()
+                            .parse()
+                            .unwrap()
+                    })
                     .collect();
                 assert_eq!(seen, below, "{name_}");
             }
         }
     }
 
-    /// Takes over which of several equal files a new name got, and marks the files of what was made.
+    /// Takes over which of several equal files a new name got, and marks the files of what was
+    /// made.
     fn settle(&mut self, operation: &Operation, choices: &BTreeSet<u64>, fresh: u64) {
         let Operation::Create { key, .. } = operation else { return };
         let Some(known) = self.model.get(key).cloned() else { return };
@@ -294,8 +336,16 @@ impl Life {
                 match (operation, code) {
                     (Operation::Commit { .. }, None) => self.happened.committed += 1,
                     (Operation::Remove(_), None) => self.happened.removed += 1,
-                    (Operation::Create { .. }, Some(Code::AlreadyExists)) if after.len() > before.len() => self.happened.shared += 1,
-                    (Operation::Create { .. }, Some(Code::AlreadyExists)) if !choices.is_empty() => self.happened.answered += 1,
+                    (Operation::Create { .. }, Some(Code::AlreadyExists))
+                        if after.len() > before.len() =>
+                    {
+                        self.happened.shared += 1
+                    }
+                    (Operation::Create { .. }, Some(Code::AlreadyExists))
+                        if !choices.is_empty() =>
+                    {
+                        self.happened.answered += 1
+                    }
                     _ => {}
                 }
                 self.model = after;
@@ -310,7 +360,9 @@ impl Life {
                 let is = |model: &Model| {
                     told.len() == model.len()
                         && told.iter().all(|(n, (kind, parent, labels))| {
-                            model.get(n).is_some_and(|k| (&k.kind, &k.parent, &k.labels) == (kind, parent, labels))
+                            model.get(n).is_some_and(|k| {
+                                (&k.kind, &k.parent, &k.labels) == (kind, parent, labels)
+                            })
                         })
                 };
                 self.happened.killed += 1;
@@ -337,7 +389,8 @@ fn random_operations_restarts_and_kills_do_what_the_model_says() {
     for seed in 0..SEEDS {
         // In memory where there is such a directory: what is asked is order, and every flush costs.
         let memory = Path::new("/dev/shm");
-        let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
+        let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }
+            .unwrap();
         let root = dir.path().join("root");
         let mut life = Life { store: open(&root), root, model: Model::new(), next: 0, happened };
         let mut random = Random(seed);
@@ -362,5 +415,8 @@ fn random_operations_restarts_and_kills_do_what_the_model_says() {
     }
     let Happened { killed, done, undone, committed, shared, answered, removed } = happened;
     eprintln!("{happened:?}");
-    assert!([killed, done, undone, committed, shared, answered, removed].iter().all(|n| *n >= 5), "{happened:?}");
+    assert!(
+        [killed, done, undone, committed, shared, answered, removed].iter().all(|n| *n >= 5),
+        "{happened:?}"
+    );
 }

@@ -14,13 +14,14 @@ struct Unpacker<'a> {
     store: &'a Store,
     namespace: &'a str,
     number: u32,
-    /// Whether Commit repeats the label, as the unpackers of containerd 1.6's CRI and of later versions do.
-    labelled: bool,
+    /// Whether Commit repeats the label, as the unpackers of containerd 1.6's CRI and of later
+    /// versions do.
+    labeled: bool,
 }
 
 impl<'a> Unpacker<'a> {
     fn new(store: &'a Store, namespace: &'a str) -> Self {
-        Self { store, namespace, number: 0, labelled: true }
+        Self { store, namespace, number: 0, labeled: true }
     }
 
     fn key(&mut self, key: &str) -> Name {
@@ -34,21 +35,31 @@ impl<'a> Unpacker<'a> {
         (key, answer)
     }
 
-    /// What containerd does to have a layer: the name it enters for it, and whether anything was unpacked.
+    /// What containerd does to have a layer: the name it enters for it, and whether anything was
+    /// unpacked.
     fn layer(&mut self, chain: &str, parent: Option<&Name>) -> (Name, bool) {
         let (key, answer) = self.ask(chain, parent);
         match answer {
             Ok(mounts) => {
-                std::fs::write(Path::new(upper(&mounts)).join("by"), format!("{} {chain}", self.namespace)).unwrap();
+                std::fs::write(
+                    Path::new(upper(&mounts)).join("by"),
+                    format!("{} {chain}", self.namespace),
+                )
+                .unwrap();
                 let name = self.key(chain);
-                let own = if self.labelled { labels(&[(SNAPSHOT_REF, chain)]) } else { Labels::new() };
+                let own =
+                    if self.labeled { labels(&[(SNAPSHOT_REF, chain)]) } else { Labels::new() };
                 self.store.commit(&name, &key, own).unwrap();
                 (name, true)
             }
             Err(error) => {
                 assert_eq!(error.code(), Code::AlreadyExists, "{error}");
-                let filter = format!("labels.\"{SNAPSHOT_REF}\"=={chain},parent==\"{}\"", parent.map_or("", Name::as_str));
-                let found = list(self.store, &[&filter]).into_iter().find(|i| i.kind == Kind::Committed);
+                let filter = format!(
+                    "labels.\"{SNAPSHOT_REF}\"=={chain},parent==\"{}\"",
+                    parent.map_or("", Name::as_str)
+                );
+                let found =
+                    list(self.store, &[&filter]).into_iter().find(|i| i.kind == Kind::Committed);
                 (found.expect("a committed snapshot with that label and parent").name, false)
             }
         }
@@ -130,8 +141,14 @@ fn a_layer_on_an_equal_base_of_another_name_becomes_a_name_of_the_same_files() {
         store.remove(&name(gone)).unwrap();
     }
     store.cleanup().unwrap();
-    assert_eq!(store.mounts(&name("vb")).unwrap()[0].options[0], format!("lowerdir={}", seen_b.join(":")));
-    assert_eq!(std::fs::read_to_string(Path::new(&seen_b[1]).join("by")).unwrap(), format!("build {}", chain(2)));
+    assert_eq!(
+        store.mounts(&name("vb")).unwrap()[0].options[0],
+        format!("lowerdir={}", seen_b.join(":"))
+    );
+    assert_eq!(
+        std::fs::read_to_string(Path::new(&seen_b[1]).join("by")).unwrap(),
+        format!("build {}", chain(2))
+    );
     for gone in ["vb", above_b.as_str(), top_b.as_str(), base_b.as_str()] {
         store.remove(&name(gone)).unwrap();
     }
@@ -143,7 +160,7 @@ fn a_snapshot_that_has_its_chain_id_only_in_its_name_is_found_too() {
     let (dir, store) = store();
     let chains = [chain(1), chain(2)];
     let mut build = Unpacker::new(&store, "build");
-    build.labelled = false;
+    build.labeled = false;
     let first = build.image(&chains);
     let second = Unpacker::new(&store, "default").image(&chains);
     assert!(first.iter().zip(&second).all(|((a, _), (b, unpacked))| a != b && !unpacked));
@@ -170,7 +187,8 @@ fn other_chains_are_not_taken_for_the_same() {
     let (other_base, _) = one.layer(&chain(9), None);
     one.layer(&chain(2), Some(&base));
     let mut two = Unpacker::new(&store, "two");
-    // The same chain ID on another base is a lie of somebody's; who asks gets what it unpacks itself.
+    // The same chain ID on another base is a lie of somebody's; who asks gets what it unpacks
+    // itself.
     for parent in [Some(&other_base), None] {
         assert!(two.ask(&chain(2), parent).1.is_ok());
     }
@@ -242,20 +260,27 @@ fn a_layer_that_need_not_be_unpacked_is_a_committed_snapshot_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let served = dir.path().join("served");
     std::fs::create_dir(&served).unwrap();
-    let layers = Arc::new(Directories { layers: [("lazy".to_owned(), (LayerId(5), served.clone()))].into(), ..Directories::default() });
+    let layers = Arc::new(Directories {
+        layers: [("lazy".to_owned(), (LayerId(5), served.clone()))].into(),
+        ..Directories::default()
+    });
     let store = open_with(&dir.path().join("root"), Options::default(), layers.clone());
     let ask = |key: &str, parent: Option<&Name>, n: u8, layer: &str| {
         store.prepare(&name(key), parent, labels(&[(SNAPSHOT_REF, &chain(n)), ("layer", layer)]))
     };
     assert_eq!(ask("one/1/x", None, 1, "lazy").unwrap_err().code(), Code::AlreadyExists);
-    let base = list(&store, &[&format!("labels.\"{SNAPSHOT_REF}\"=={},parent==\"\"", chain(1))]).remove(0);
+    let base =
+        list(&store, &[&format!("labels.\"{SNAPSHOT_REF}\"=={},parent==\"\"", chain(1))]).remove(0);
     assert_eq!((base.kind, base.name.clone()), (Kind::Committed, name("one/1/x")));
     assert!(base.labels.contains_key("containerd.io/snapshot/remote"));
     assert_eq!(store.usage(&base.name).unwrap().bytes, 4096);
     // Ordinary ones stand on it as on any other.
     let mounts = ask("one/2/y", Some(&base.name), 2, "ordinary").unwrap();
     assert_eq!(option(&mounts, "lowerdir"), served.to_str());
-    assert_eq!(store.view(&name("v"), Some(&base.name), Labels::new()).unwrap()[0].source, served.to_str().unwrap());
+    assert_eq!(
+        store.view(&name("v"), Some(&base.name), Labels::new()).unwrap()[0].source,
+        served.to_str().unwrap()
+    );
     // Another namespace gets the same.
     assert_eq!(ask("two/1/x", None, 1, "ordinary").unwrap_err().code(), Code::AlreadyExists);
     assert_eq!(list(&store, &["kind==committed"]).len(), 1);

@@ -53,7 +53,8 @@ impl GitSpec {
     pub(crate) fn parse(spec: &SourceSpec, locator: &str) -> Result<Self> {
         let (address, fragment) = locator.split_once('#').unwrap_or((locator, ""));
         let (reference, subdir) = fragment.split_once(':').unwrap_or((fragment, ""));
-        let mut git = Self { reference: reference.into(), subdir: inside(subdir), ..Default::default() };
+        let mut git =
+            Self { reference: reference.into(), subdir: inside(subdir), ..Default::default() };
         git.set_remote(address)?;
         for (key, value) in &spec.attrs {
             let yes = value == "true";
@@ -70,7 +71,11 @@ impl GitSpec {
                     git.commit_time = match value.as_str() {
                         "" | "checkout" => false,
                         "commit" => true,
-                        _ => return Err(Fault::invalid(format!("{key}={value:?} is wrong: want checkout or commit"))),
+                        _ => {
+                            return Err(Fault::invalid(format!(
+                                "{key}={value:?} is wrong: want checkout or commit"
+                            )));
+                        }
                     }
                 }
                 "git.fetchbycommit" => git.by_commit = yes,
@@ -87,7 +92,10 @@ impl GitSpec {
             return Err(Fault::invalid(format!("invalid git ref {:?}", git.reference)));
         }
         if !git.checksum.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return Err(Fault::invalid(format!("invalid git checksum {:?}: want hex characters", git.checksum)));
+            return Err(Fault::invalid(format!(
+                "invalid git checksum {:?}: want hex characters",
+                git.checksum
+            )));
         }
         git.checksum.make_ascii_lowercase();
         if git.by_commit && !is_commit(&git.checksum) {
@@ -112,12 +120,18 @@ impl GitSpec {
                 return Err(Fault::invalid("git.bundle requires git.checksum to be set"));
             }
             if self.reference.is_empty() && !is_commit(&self.checksum) {
-                return Err(Fault::invalid("git.bundle without a reference needs a whole commit in git.checksum"));
+                return Err(Fault::invalid(
+                    "git.bundle without a reference needs a whole commit in git.checksum",
+                ));
             }
         }
-        for (bad, what) in [(self.keep_git_dir, "git.keepgitdir"), (!self.subdir.is_empty(), "git.subdir")] {
+        for (bad, what) in
+            [(self.keep_git_dir, "git.keepgitdir"), (!self.subdir.is_empty(), "git.subdir")]
+        {
             if self.as_bundle && bad {
-                return Err(Fault::invalid(format!("git.checkoutbundle is incompatible with {what}")));
+                return Err(Fault::invalid(format!(
+                    "git.checkoutbundle is incompatible with {what}"
+                )));
             }
         }
         Ok(())
@@ -160,10 +174,14 @@ impl GitSpec {
         authority.rsplit('@').next().unwrap_or_default()
     }
 
-    /// Identity of what the remote is asked: where its reference leads, whatever is then made of it.
+    /// Identity of what the remote is asked: where its reference leads, whatever is then made of
+    /// it.
     pub(crate) fn tip_key(&self) -> Digest {
         if let Some(bundle) = &self.bundle {
-            return keys::digest("git.bundle.tip", &(&self.remote, &self.reference, &self.checksum, &bundle.0.digest));
+            return keys::digest(
+                "git.bundle.tip",
+                &(&self.remote, &self.reference, &self.checksum, &bundle.0.digest),
+            );
         }
         let commit = if self.by_commit { self.checksum.as_str() } else { "" };
         keys::digest("git.tip", &(&self.remote, &self.reference, commit))
@@ -172,18 +190,27 @@ impl GitSpec {
 
 /// Whether `text` is a whole object name.
 pub(crate) fn is_commit(text: &str) -> bool {
-    matches!(text.len(), 40 | 64) && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    matches!(text.len(), 40 | 64)
+        && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
-/// The address for git: with a scheme that is fit for strangers' addresses, or in the form `user@host:path`.
+/// The address for git: with a scheme that is fit for strangers' addresses, or in the form
+/// `user@host:path`.
 fn remote(text: &str) -> Result<String> {
     let bad = |why: &str| Err(Fault::invalid(format!("invalid git remote: {why}")));
-    if text.is_empty() || text.starts_with('-') || text.chars().any(|c| c.is_control() || c == ' ') {
+    if text.is_empty() || text.starts_with('-') || text.chars().any(|c| c.is_control() || c == ' ')
+    {
         return bad("it is empty, or has characters that addresses cannot have");
     }
     match text.split_once("://") {
-        Some((scheme, _)) if matches!(scheme.to_lowercase().as_str(), "http" | "https" | "ssh" | "git") => Ok(text.to_owned()),
-        Some((scheme, _)) => bad(&format!("the scheme {scheme:?} is not one of http, https, ssh, git")),
+        Some((scheme, _))
+            if matches!(scheme.to_lowercase().as_str(), "http" | "https" | "ssh" | "git") =>
+        {
+            Ok(text.to_owned())
+        }
+        Some((scheme, _)) => {
+            bad(&format!("the scheme {scheme:?} is not one of http, https, ssh, git"))
+        }
         None if is_scp(text) => Ok(text.to_owned()),
         None => Ok(format!("https://{text}")),
     }
@@ -192,7 +219,11 @@ fn remote(text: &str) -> Result<String> {
 /// `user@host:path`.
 fn is_scp(text: &str) -> bool {
     let Some((user, rest)) = text.split_once('@') else { return false };
-    let name = |s: &str| !s.is_empty() && !s.starts_with('-') && s.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
+    let name = |s: &str| {
+        !s.is_empty()
+            && !s.starts_with('-')
+            && s.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+    };
     name(user) && rest.split_once(':').is_some_and(|(host, path)| name(host) && !path.is_empty())
 }
 
@@ -204,31 +235,58 @@ mod tests {
 
     fn parse(locator: &str, attrs: &[(&str, &str)]) -> Result<GitSpec> {
         let attrs = attrs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        GitSpec::parse(&SourceSpec { identifier: format!("git://{locator}"), attrs, platform: Platform::host() }, locator)
+        GitSpec::parse(
+            &SourceSpec {
+                identifier: format!("git://{locator}"),
+                attrs,
+                platform: Platform::host(),
+            },
+            locator,
+        )
     }
 
     #[test]
     fn locators_are_taken_apart() {
         for (locator, remote, reference, subdir, host) in [
-            ("github.com/a/b.git#main:/x/../y/", "https://github.com/a/b.git", "main", "y", "github.com"),
+            (
+                "github.com/a/b.git#main:/x/../y/",
+                "https://github.com/a/b.git",
+                "main",
+                "y",
+                "github.com",
+            ),
             ("https://u:p@h:8/a.git", "https://h:8/a.git", "", "", "h:8"),
             ("git@github.com:a/b.git#v1", "git@github.com:a/b.git", "v1", "", "github.com:a"),
             ("ssh://git@h/a#:sub", "ssh://git@h/a", "", "sub", "h"),
         ] {
             let git = parse(locator, &[]).unwrap();
-            assert_eq!((git.remote.as_str(), git.reference.as_str(), git.subdir.as_str()), (remote, reference, subdir), "{locator}");
+            assert_eq!(
+                (git.remote.as_str(), git.reference.as_str(), git.subdir.as_str()),
+                (remote, reference, subdir),
+                "{locator}"
+            );
             assert!(git.host().starts_with(host.split(':').next().unwrap()), "{locator}");
         }
         for (locator, remote, login, shown) in [
-            ("https://u:p%40@h/a.git", "https://h/a.git", Some("u:p@"), "https://xxxxx:xxxxx@h/a.git"),
+            (
+                "https://u:p%40@h/a.git",
+                "https://h/a.git",
+                Some("u:p@"),
+                "https://xxxxx:xxxxx@h/a.git",
+            ),
             ("https://t0k3n@h", "https://h", Some("t0k3n:"), "https://xxxxx@h"),
             ("u:p@h/a.git", "https://h/a.git", Some("u:p"), "https://xxxxx:xxxxx@h/a.git"),
             ("ssh://git:p@h/a", "ssh://git@h/a", None, "ssh://xxxxx:xxxxx@h/a"),
             ("https://h/a@b", "https://h/a@b", None, "https://h/a@b"),
         ] {
             let git = parse(locator, &[]).unwrap();
-            let login = login.map(|l| Login(base64::Engine::encode(&base64::prelude::BASE64_STANDARD, l)));
-            assert_eq!((git.remote.as_str(), &git.login, git.shown()), (remote, &login, shown), "{locator}");
+            let login =
+                login.map(|l| Login(base64::Engine::encode(&base64::prelude::BASE64_STANDARD, l)));
+            assert_eq!(
+                (git.remote.as_str(), &git.login, git.shown()),
+                (remote, &login, shown),
+                "{locator}"
+            );
             assert!(!format!("{git:?}").contains("t0k3n"), "{git:?}");
         }
         assert_eq!(parse("x", &[("git.fullurl", "http://h/a")]).unwrap().remote, "http://h/a");
@@ -257,12 +315,38 @@ mod tests {
     fn signatures_are_wanted_with_a_key() {
         let parsed = |attrs: &[(&str, &str)]| parse("h/a#v1", attrs).map(|git| git.signed);
         assert_eq!(parsed(&[]).unwrap(), None);
-        let want = parsed(&[("git.sig.pubkey", "k"), ("git.sig.rejectexpired", "true"), ("git.sig.requiresignedtag", "true")]).unwrap();
-        let expected = WantSigned { keys: "k".into(), validity: Validity::Now, require_tag: true, ignore_tag: false };
+        let want = parsed(&[
+            ("git.sig.pubkey", "k"),
+            ("git.sig.rejectexpired", "true"),
+            ("git.sig.requiresignedtag", "true"),
+        ])
+        .unwrap();
+        let expected = WantSigned {
+            keys: "k".into(),
+            validity: Validity::Now,
+            require_tag: true,
+            ignore_tag: false,
+        };
         assert_eq!(want, Some(expected.clone()));
-        let want = parsed(&[("git.sig.pubkey", "k"), ("git.sig.rejectexpired", "false"), ("git.sig.ignoresignedtag", "true")]).unwrap();
-        assert_eq!(want, Some(WantSigned { validity: Validity::AtSigning, require_tag: false, ignore_tag: true, ..expected }));
-        for (attr, why) in [("git.sig.requiresignedtag", "needs git.sig.pubkey"), ("git.sig.pubkeys", "git.sig.pubkeys")] {
+        let want = parsed(&[
+            ("git.sig.pubkey", "k"),
+            ("git.sig.rejectexpired", "false"),
+            ("git.sig.ignoresignedtag", "true"),
+        ])
+        .unwrap();
+        assert_eq!(
+            want,
+            Some(WantSigned {
+                validity: Validity::AtSigning,
+                require_tag: false,
+                ignore_tag: true,
+                ..expected
+            })
+        );
+        for (attr, why) in [
+            ("git.sig.requiresignedtag", "needs git.sig.pubkey"),
+            ("git.sig.pubkeys", "git.sig.pubkeys"),
+        ] {
             let fault = parsed(&[(attr, "true")]).unwrap_err();
             assert!(fault.to_string().contains(why), "{fault}");
         }
@@ -275,27 +359,74 @@ mod tests {
         let check = |locator: &str, attrs: &[(&str, &str)], expected: &str| {
             let found = parse(locator, attrs);
             match found {
-                Ok(git) => assert_eq!((git.bundle.map(|b| format!("{} {:?}", b.0.name, b.0.store))).unwrap_or_default(), expected),
-                Err(fault) => assert!(fault.to_string().contains(expected) && !expected.is_empty(), "{fault}"),
+                Ok(git) => assert_eq!(
+                    (git.bundle.map(|b| format!("{} {:?}", b.0.name, b.0.store)))
+                        .unwrap_or_default(),
+                    expected
+                ),
+                Err(fault) => {
+                    assert!(fault.to_string().contains(expected) && !expected.is_empty(), "{fault}")
+                }
             }
         };
-        let (image, layout) = (format!("docker-image+blob://{blob}"), format!("oci-layout+blob://not/real@{}", Digest::of("x")));
-        check("h/a#main", &[("git.bundle", &image), ("git.checksum", &sha)], &format!("{blob} None"));
+        let (image, layout) = (
+            format!("docker-image+blob://{blob}"),
+            format!("oci-layout+blob://not/real@{}", Digest::of("x")),
+        );
+        check(
+            "h/a#main",
+            &[("git.bundle", &image), ("git.checksum", &sha)],
+            &format!("{blob} None"),
+        );
         let named = format!("docker.io/not/real@{} ", Digest::of("x"));
-        check("h/a", &[("git.bundle", &layout), ("git.checksum", &sha)], &format!("{named}Some((\"not/real\", None))"));
-        let more = [("git.bundle", layout.as_str()), ("git.checksum", &sha), ("oci.store", "s"), ("oci.session", "i")];
+        check(
+            "h/a",
+            &[("git.bundle", &layout), ("git.checksum", &sha)],
+            &format!("{named}Some((\"not/real\", None))"),
+        );
+        let more = [
+            ("git.bundle", layout.as_str()),
+            ("git.checksum", &sha),
+            ("oci.store", "s"),
+            ("oci.session", "i"),
+        ];
         check("h/a", &more, &format!("{named}Some((\"s\", Some(\"i\")))"));
         check("h/a#main", &[("git.bundle", &image)], "git.bundle requires git.checksum to be set");
         check("h/a", &[("git.bundle", &image), ("git.checksum", "abc")], "needs a whole commit");
-        check("h/a#main", &[("git.bundle", "docker-image+blob://h/a:1"), ("git.checksum", &sha)], "invalid digest");
-        check("h/a#main", &[("git.bundle", &format!("http://{blob}")), ("git.checksum", &sha)], "scheme \"http\" is not supported");
+        check(
+            "h/a#main",
+            &[("git.bundle", "docker-image+blob://h/a:1"), ("git.checksum", &sha)],
+            "invalid digest",
+        );
+        check(
+            "h/a#main",
+            &[("git.bundle", &format!("http://{blob}")), ("git.checksum", &sha)],
+            "scheme \"http\" is not supported",
+        );
         check("h/a#main", &[("git.bundle", &blob), ("git.checksum", &sha)], "missing scheme");
-        check("h/a#main", &[("git.checkoutbundle", "true"), ("git.keepgitdir", "true")], "incompatible with git.keepgitdir");
+        check(
+            "h/a#main",
+            &[("git.checkoutbundle", "true"), ("git.keepgitdir", "true")],
+            "incompatible with git.keepgitdir",
+        );
         check("h/a#main:x", &[("git.checkoutbundle", "true")], "incompatible with git.subdir");
-        for (reference, name) in [("", "main"), (&*sha, "main"), ("v1", "v1"), ("refs/heads/x", "x"), ("heads/x/y", "x/y")] {
-            let git = parse(&format!("h/a#{reference}"), &[("git.checkoutbundle", "true")]).unwrap();
+        for (reference, name) in [
+            ("", "main"),
+            (&*sha, "main"),
+            ("v1", "v1"),
+            ("refs/heads/x", "x"),
+            ("heads/x/y", "x/y"),
+        ] {
+            let git =
+                parse(&format!("h/a#{reference}"), &[("git.checkoutbundle", "true")]).unwrap();
             assert_eq!(git.bundle_name(), Some(format!("refs/heads/{name}")));
         }
-        assert_eq!(parse("h/a#refs/tags/v1", &[("git.checkoutbundle", "true")]).unwrap().bundle_name().as_deref(), Some("refs/tags/v1"));
+        assert_eq!(
+            parse("h/a#refs/tags/v1", &[("git.checkoutbundle", "true")])
+                .unwrap()
+                .bundle_name()
+                .as_deref(),
+            Some("refs/tags/v1")
+        );
     }
 }

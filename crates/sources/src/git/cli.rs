@@ -1,4 +1,5 @@
-//! Runs the git binary: sealed off from the machine's settings, bounded, and ended with all its helpers when nobody waits.
+//! Runs the git binary: sealed off from the machine's settings, bounded, and ended with all its
+//! helpers when nobody waits.
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use shipway_fault::{Class, Code, Fault, Result, redact_text};
@@ -28,7 +29,8 @@ pub(crate) struct Git {
     reporter: Reporter,
 }
 
-/// A git that runs. Dropped before its end, it is asked to end, and killed with its helpers if it does not; whatever it writes to is held until then.
+/// A git that runs. Dropped before its end, it is asked to end, and killed with its helpers if it
+/// does not; whatever it writes to is held until then.
 struct Running {
     group: Group,
     child: Option<Child>,
@@ -59,15 +61,22 @@ impl Drop for Group {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let (Some(mut child), Ok(runtime)) = (self.child.take(), tokio::runtime::Handle::try_current()) else { return };
+        let (Some(mut child), Ok(runtime)) =
+            (self.child.take(), tokio::runtime::Handle::try_current())
+        else {
+            return;
+        };
         if self.group.0.is_none() {
             return;
         }
         let (group, held) = (std::mem::replace(&mut self.group, Group(None)), self.held.take());
         group.signal(Signal::TERM);
         runtime.spawn(async move {
-            // Helpers have the same standard error: once nobody can write there any more, all have ended.
-            let ended = async { tokio::join!(drain(child.stdout.as_mut(), 0), drain(child.stderr.as_mut(), 0)) };
+            // Helpers have the same standard error: once nobody can write there any more, all have
+            // ended.
+            let ended = async {
+                tokio::join!(drain(child.stdout.as_mut(), 0), drain(child.stderr.as_mut(), 0))
+            };
             let _ = tokio::time::timeout(GRACE, ended).await;
             group.signal(Signal::KILL);
             let _ = child.wait().await;
@@ -91,14 +100,32 @@ impl Git {
         ]
         .map(|(k, v)| (k.to_owned(), v.to_owned()))
         .into();
-        for name in ["PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy", "all_proxy"] {
+        for name in [
+            "PATH",
+            "HTTP_PROXY",
+            "HTTPS_PROXY",
+            "NO_PROXY",
+            "ALL_PROXY",
+            "http_proxy",
+            "https_proxy",
+            "no_proxy",
+            "all_proxy",
+        ] {
             environment.extend(std::env::var(name).ok().map(|v| (name.to_owned(), v)));
         }
         // Submodules must not reach into this machine's files.
         // Nothing goes on in the background when a command has ended.
-        let arguments = ["protocol.file.allow=user", "gc.autoDetach=false", "maintenance.autoDetach=false"];
-        let arguments = arguments.into_iter().flat_map(|s| ["-c".to_owned(), s.to_owned()]).collect();
-        Self { arguments, environment, settings: Vec::new(), held: None, reporter: reporter.clone() }
+        let arguments =
+            ["protocol.file.allow=user", "gc.autoDetach=false", "maintenance.autoDetach=false"];
+        let arguments =
+            arguments.into_iter().flat_map(|s| ["-c".to_owned(), s.to_owned()]).collect();
+        Self {
+            arguments,
+            environment,
+            settings: Vec::new(),
+            held: None,
+            reporter: reporter.clone(),
+        }
     }
 
     pub(crate) fn env(mut self, name: &str, value: impl Into<String>) -> Self {
@@ -127,12 +154,18 @@ impl Git {
         self
     }
 
-    /// Lets downloads connect to these addresses of a host and to no others; git before 2.37 looks the host up again.
+    /// Lets downloads connect to these addresses of a host and to no others; git before 2.37 looks
+    /// the host up again.
     pub(crate) fn connecting(mut self, host: &str, port: u16, addresses: &[IpAddr]) -> Self {
         if !addresses.is_empty() {
-            let shown = |address: &IpAddr| if address.is_ipv6() { format!("[{address}]") } else { address.to_string() };
+            let shown = |address: &IpAddr| {
+                if address.is_ipv6() { format!("[{address}]") } else { address.to_string() }
+            };
             let all: Vec<String> = addresses.iter().map(shown).collect();
-            self.arguments.extend(["-c".to_owned(), format!("http.curloptResolve={host}:{port}:{}", all.join(","))]);
+            self.arguments.extend([
+                "-c".to_owned(),
+                format!("http.curloptResolve={host}:{port}:{}", all.join(",")),
+            ]);
         }
         self
     }
@@ -143,7 +176,10 @@ impl Git {
             Some(file) => format!("-o UserKnownHostsFile={}", file.display()),
             None => "-o StrictHostKeyChecking=no".to_owned(),
         };
-        let git = self.env("GIT_SSH_COMMAND", format!("ssh -F /dev/null -o ConnectTimeout=20 -o ServerAliveInterval=15 {hosts}"));
+        let git = self.env(
+            "GIT_SSH_COMMAND",
+            format!("ssh -F /dev/null -o ConnectTimeout=20 -o ServerAliveInterval=15 {hosts}"),
+        );
         match agent {
             Some(socket) => git.env("SSH_AUTH_SOCK", socket.display().to_string()),
             None => git,
@@ -158,25 +194,41 @@ impl Git {
     /// The same for output that need not be text.
     pub(crate) async fn bytes(&self, dir: Option<&Path>, arguments: &[&str]) -> Result<Vec<u8>> {
         let mut command = Command::new("git");
-        command.args(&self.arguments).args(arguments).env_clear().envs(self.environment.iter().map(|(k, v)| (k, v)));
+        command
+            .args(&self.arguments)
+            .args(arguments)
+            .env_clear()
+            .envs(self.environment.iter().map(|(k, v)| (k, v)));
         command.env("GIT_CONFIG_COUNT", self.settings.len().to_string());
         for (i, (key, value)) in self.settings.iter().enumerate() {
-            command.env(format!("GIT_CONFIG_KEY_{i}"), key).env(format!("GIT_CONFIG_VALUE_{i}"), value);
+            command
+                .env(format!("GIT_CONFIG_KEY_{i}"), key)
+                .env(format!("GIT_CONFIG_VALUE_{i}"), value);
         }
-        command.current_dir(dir.unwrap_or(Path::new("/"))).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .current_dir(dir.unwrap_or(Path::new("/")))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         command.process_group(0).kill_on_drop(true);
         with_usual_umask(&mut command);
         let child = command.spawn().map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Fault::new(Code::FailedPrecondition, "git is not installed where the daemon runs")
-                .with_class(Class::Environment)
-                .hint("install the package git on the daemon's machine"),
+            std::io::ErrorKind::NotFound => {
+                Fault::new(Code::FailedPrecondition, "git is not installed where the daemon runs")
+                    .with_class(Class::Environment)
+                    .hint("install the package git on the daemon's machine")
+            }
             _ => Fault::io("start git", e),
         })?;
         let group = Group(child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw));
         let mut running = Running { group, child: None, held: self.held.clone() };
         let child = running.child.insert(child);
-        // The pipes stay with the child: when nobody waits any more, they tell when all helpers have ended.
-        let (output, complaint) = tokio::join!(drain(child.stdout.as_mut(), MAX_OUTPUT), drain(child.stderr.as_mut(), MAX_COMPLAINT));
+        // The pipes stay with the child: when nobody waits any more, they tell when all helpers
+        // have ended.
+        let (output, complaint) = tokio::join!(
+            drain(child.stdout.as_mut(), MAX_OUTPUT),
+            drain(child.stderr.as_mut(), MAX_COMPLAINT)
+        );
         let status = child.wait().await.map_err(|e| Fault::io("wait for git", e))?;
         std::mem::replace(&mut running.group, Group(None)).over();
         let complaint = self.shown(&complaint);
@@ -232,7 +284,8 @@ fn with_usual_umask(command: &mut Command) {
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         Ok(())
     };
-    // SAFETY: between fork and exec only async-signal-safe functions may be called; umask(2) is one, and nothing is allocated.
+    // SAFETY: between fork and exec only async-signal-safe functions may be called; umask(2) is
+    // one, and nothing is allocated.
     unsafe { command.pre_exec(set) };
 }
 
@@ -242,7 +295,10 @@ fn failure(arguments: &[&str], complaint: &str) -> Fault {
     let verb = arguments.iter().find(|a| !a.starts_with('-')).copied().unwrap_or("git");
     let has = |words: &[&str]| words.iter().any(|w| complaint.contains(w));
     let message = format!("git {verb} failed: git stderr:\n{complaint}");
-    if DAMAGE.iter().any(|words| complaint.lines().any(|l| !l.starts_with("remote:") && l.contains(words))) {
+    if DAMAGE
+        .iter()
+        .any(|words| complaint.lines().any(|l| !l.starts_with("remote:") && l.contains(words)))
+    {
         return Fault::new(Code::DataLoss, message).with_class(Class::Environment);
     }
     if has(&[
@@ -252,10 +308,18 @@ fn failure(arguments: &[&str], complaint: &str) -> Fault {
         "HTTP Basic: Access denied",
         "Permission denied (publickey",
     ]) {
-        return Fault::new(Code::Unauthenticated, message)
-            .hint("give a token as the secret GIT_AUTH_TOKEN, or for SSH an agent with --ssh default");
+        return Fault::new(Code::Unauthenticated, message).hint(
+            "give a token as the secret GIT_AUTH_TOKEN, or for SSH an agent with --ssh default",
+        );
     }
-    if has(&["Could not resolve host", "Connection refused", "Connection timed out", "timed out", "unable to access", "too slow"]) {
+    if has(&[
+        "Could not resolve host",
+        "Connection refused",
+        "Connection timed out",
+        "timed out",
+        "unable to access",
+        "too slow",
+    ]) {
         return Fault::unavailable(message);
     }
     if has(&["not found", "does not exist"]) {
@@ -286,14 +350,24 @@ mod tests {
     #[test]
     fn ssh_is_told_hosts_and_agent() {
         let git = || Git::new(&Reporter::new(Digest::of("v"), "v".into(), vec![], None));
-        let variable = |git: &Git, name: &str| git.environment.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.clone());
+        let variable = |git: &Git, name: &str| {
+            git.environment.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.clone())
+        };
         let both = git().ssh(Some(Path::new("/a.sock")), Some(Path::new("/hosts")));
         assert_eq!(variable(&both, "SSH_AUTH_SOCK").as_deref(), Some("/a.sock"));
-        assert!(variable(&both, "GIT_SSH_COMMAND").is_some_and(|c| c.ends_with("-o UserKnownHostsFile=/hosts")));
-        // Without hosts to compare with there is nothing to check; the machine's own settings never count.
+        assert!(
+            variable(&both, "GIT_SSH_COMMAND")
+                .is_some_and(|c| c.ends_with("-o UserKnownHostsFile=/hosts"))
+        );
+        // Without hosts to compare with there is nothing to check; the machine's own settings never
+        // count.
         let neither = git().ssh(None, None);
         assert_eq!(variable(&neither, "SSH_AUTH_SOCK"), None);
         let command = variable(&neither, "GIT_SSH_COMMAND").unwrap_or_default();
-        assert!(command.starts_with("ssh -F /dev/null ") && command.ends_with("-o StrictHostKeyChecking=no"), "{command}");
+        assert!(
+            command.starts_with("ssh -F /dev/null ")
+                && command.ends_with("-o StrictHostKeyChecking=no"),
+            "{command}"
+        );
     }
 }

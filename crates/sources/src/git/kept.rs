@@ -1,7 +1,8 @@
-//! The bare repository that is kept per remote: ours alone while we have it, and usable or not there at all.
+//! The bare repository that is kept per remote: ours alone while we have it, and usable or not
+//! there at all.
 //!
-//! It is made beside its place and put there when it is whole. What a killed process left in it is removed by whoever has it next, and one that turns out
-//! to be damaged is thrown away.
+//! It is made beside its place and put there when it is whole. What a killed process left in it is
+//! removed by whoever has it next, and one that turns out to be damaged is thrown away.
 
 use super::{Gits, attrs::GitSpec, repo::Repo};
 use crate::git::Access;
@@ -25,7 +26,8 @@ struct Kept {
 }
 
 impl Gits {
-    /// Does `work` in the repository that is kept for the remote. If that is damaged, once more in a new one.
+    /// Does `work` in the repository that is kept for the remote. If that is damaged, once more in
+    /// a new one.
     pub(super) async fn in_repository<'s, T, F>(
         &self,
         spec: &'s GitSpec,
@@ -46,7 +48,8 @@ impl Gits {
                 work(repo).await
             };
             let done = done.await;
-            // Nobody else has it but processes of git that were given up, and those keep it until they end.
+            // Nobody else has it but processes of git that were given up, and those keep it until
+            // they end.
             let kept = Arc::into_inner(kept);
             match done {
                 Err(error) if may_repeat && error.code() == Code::DataLoss => {
@@ -90,18 +93,37 @@ impl Repo<'_> {
         let Some(new) = blocking(move || prepare(&dir)).await? else { return Ok(()) };
         let git = self.git.clone().git_dir(&new);
         let format = if sha256 { "--object-format=sha256" } else { "--object-format=sha1" };
-        git.run(Some(&new), &["-c", "init.defaultBranch=master", "init", "--quiet", "--bare", "--template=", format]).await?;
+        git.run(
+            Some(&new),
+            &[
+                "-c",
+                "init.defaultBranch=master",
+                "init",
+                "--quiet",
+                "--bare",
+                "--template=",
+                format,
+            ],
+        )
+        .await?;
         git.run(None, &["remote", "add", "origin", &self.spec.remote]).await?;
-        tokio::fs::rename(&new, &self.dir).await.map_err(|e| Fault::io("put a new repository in its place", e))
+        tokio::fs::rename(&new, &self.dir)
+            .await
+            .map_err(|e| Fault::io("put a new repository in its place", e))
     }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Result<T> {
-    let done = tokio::task::spawn_blocking(work).await.map_err(|e| Fault::internal(format!("a file task ended early: {e}")))?;
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T> {
+    let done = tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| Fault::internal(format!("a file task ended early: {e}")))?;
     done.map_err(|e| Fault::io("prepare a kept repository", e))
 }
 
-/// Where to make the repository that belongs at `dir`; `None` if it is there, without anything that is only there while a process is at work.
+/// Where to make the repository that belongs at `dir`; `None` if it is there, without anything that
+/// is only there while a process is at work.
 fn prepare(dir: &Path) -> std::io::Result<Option<PathBuf>> {
     if dir.exists() {
         return remove_left(dir, 0).map(|()| None);
@@ -109,14 +131,19 @@ fn prepare(dir: &Path) -> std::io::Result<Option<PathBuf>> {
     let above = dir.parent().unwrap_or(dir);
     for entry in fs::read_dir(above)? {
         let entry = entry?;
-        if entry.file_type()?.is_dir() { fs::remove_dir_all(entry.path())? } else { fs::remove_file(entry.path())? }
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?
+        } else {
+            fs::remove_file(entry.path())?
+        }
     }
     let new = above.join("new");
     fs::create_dir(&new)?;
     Ok(Some(new))
 }
 
-/// Removes the locks and temporary files of processes that were killed. Nobody else is at work here.
+/// Removes the locks and temporary files of processes that were killed. Nobody else is at work
+/// here.
 fn remove_left(dir: &Path, depth: usize) -> std::io::Result<()> {
     if depth > MAX_DEPTH {
         return Ok(());
@@ -126,7 +153,9 @@ fn remove_left(dir: &Path, depth: usize) -> std::io::Result<()> {
         let entry = entry?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        let temporary = name.starts_with("tmp_") || name.starts_with("shipway-") || (objects && name.starts_with("incoming-"));
+        let temporary = name.starts_with("tmp_")
+            || name.starts_with("shipway-")
+            || (objects && name.starts_with("incoming-"));
         if entry.file_type()?.is_dir() {
             match () {
                 () if temporary => fs::remove_dir_all(entry.path())?,
@@ -156,10 +185,19 @@ mod tests {
             fs::write(left, "").unwrap();
         }
         let new = prepare(&dir).unwrap().unwrap();
-        assert_eq!((fs::read_dir(root.path()).unwrap().count(), fs::read_dir(&new).unwrap().count()), (1, 0));
+        assert_eq!(
+            (fs::read_dir(root.path()).unwrap().count(), fs::read_dir(&new).unwrap().count()),
+            (1, 0)
+        );
         fs::rename(&new, &dir).unwrap();
         let kept = ["HEAD", "refs/heads/tmp", "objects/ab/cdef", "objects/pack/pack-1.pack"];
-        let left = ["config.lock", "refs/heads/main.lock", "objects/pack/tmp_pack_x", "objects/incoming-1/p", "shipway-index"];
+        let left = [
+            "config.lock",
+            "refs/heads/main.lock",
+            "objects/pack/tmp_pack_x",
+            "objects/incoming-1/p",
+            "shipway-index",
+        ];
         for name in kept.iter().chain(&left) {
             fs::create_dir_all(dir.join(name).parent().unwrap()).unwrap();
             fs::write(dir.join(name), "").unwrap();

@@ -23,11 +23,17 @@ impl WantSigned {
         let yes = value == "true";
         match what {
             "pubkey" => value.clone_into(&mut self.keys),
-            "rejectexpired" => self.validity = if yes { Validity::Now } else { Validity::AtSigning },
+            "rejectexpired" => {
+                self.validity = if yes { Validity::Now } else { Validity::AtSigning }
+            }
             "requiresignedtag" => self.require_tag = yes,
             "ignoresignedtag" => self.ignore_tag = yes,
             // It may ask for more than what is known here, and must not be passed over.
-            _ => return Err(Fault::unimplemented(format!("the attribute git.sig.{what} of a git source"))),
+            _ => {
+                return Err(Fault::unimplemented(format!(
+                    "the attribute git.sig.{what} of a git source"
+                )));
+            }
         }
         Ok(())
     }
@@ -35,8 +41,12 @@ impl WantSigned {
     /// Whether the attributes are all there.
     pub(super) fn check(&self) -> Result<()> {
         if self.keys.is_empty() {
-            return Err(Fault::invalid("verifying the signature of a git source needs git.sig.pubkey")
-                .hint("give armored PGP keys (gpg --armor --export), or an SSH key as in the files *.pub"));
+            return Err(Fault::invalid(
+                "verifying the signature of a git source needs git.sig.pubkey",
+            )
+            .hint(
+                "give armored PGP keys (gpg --armor --export), or an SSH key as in the files *.pub",
+            ));
         }
         Ok(())
     }
@@ -44,13 +54,17 @@ impl WantSigned {
     /// Whether the tag, or else the commit, is signed as wanted.
     pub(super) async fn verify(&self, objects: &Objects) -> Result<()> {
         let copy = |o: &Object| Object { name: o.name.clone(), text: o.text.clone() };
-        let (want, commit, tag) = (self.clone(), copy(&objects.commit), objects.tag.as_ref().map(copy));
+        let (want, commit, tag) =
+            (self.clone(), copy(&objects.commit), objects.tag.as_ref().map(copy));
         let verified = tokio::task::spawn_blocking(move || want.verify_now(&commit, tag.as_ref()));
-        verified.await.map_err(|e| Fault::internal(format!("the verification of a signature ended early: {e}")))?
+        verified.await.map_err(|e| {
+            Fault::internal(format!("the verification of a signature ended early: {e}"))
+        })?
     }
 
     fn verify_now(&self, commit: &Object, tag: Option<&Object>) -> Result<()> {
-        let by_tag = tag.filter(|_| !self.ignore_tag).map(|tag| self.verify_object(ObjectKind::Tag, tag));
+        let by_tag =
+            tag.filter(|_| !self.ignore_tag).map(|tag| self.verify_object(ObjectKind::Tag, tag));
         match by_tag {
             Some(Ok(())) => return Ok(()),
             Some(Err(fault)) if self.require_tag => return Err(fault),
@@ -62,7 +76,9 @@ impl WantSigned {
         }
         let by_commit = self.verify_object(ObjectKind::Commit, commit);
         by_commit.map_err(|fault| match by_tag {
-            Some(Err(tag)) => fault.hint(format!("the signature of the tag does not count either: {tag}")),
+            Some(Err(tag)) => {
+                fault.hint(format!("the signature of the tag does not count either: {tag}"))
+            }
             _ => fault,
         })
     }

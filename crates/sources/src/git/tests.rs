@@ -31,16 +31,23 @@ impl Peers for Secrets {
 /// The header for `https://example.com/a.git`, if the client has `secrets`.
 async fn header(attrs: &[(&str, &str)], secrets: &[(&str, &str)]) -> Option<String> {
     let attrs = attrs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-    let source = SourceSpec { identifier: "git://https://example.com/a.git".into(), attrs, platform: Platform::host() };
+    let source = SourceSpec {
+        identifier: "git://https://example.com/a.git".into(),
+        attrs,
+        platform: Platform::host(),
+    };
     let spec = GitSpec::parse(&source, "https://example.com/a.git").unwrap();
-    let secrets = Secrets(secrets.iter().map(|(k, v)| ((*k).to_owned(), v.as_bytes().to_vec())).collect());
+    let secrets =
+        Secrets(secrets.iter().map(|(k, v)| ((*k).to_owned(), v.as_bytes().to_vec())).collect());
     auth_header(&spec, &secrets).await.unwrap()
 }
 
 #[tokio::test]
 async fn secrets_of_the_host_come_first_and_headers_before_tokens() {
     let names = [("git.authheadersecret", "HEADER"), ("git.authtokensecret", "TOKEN")];
-    let token = |text: &str| format!("Authorization: basic {}", BASE64_STANDARD.encode(format!("x-access-token:{text}")));
+    let token = |text: &str| {
+        format!("Authorization: basic {}", BASE64_STANDARD.encode(format!("x-access-token:{text}")))
+    };
     assert_eq!(header(&names, &[]).await, None);
     assert_eq!(header(&names, &[("TOKEN", "t\n")]).await, Some(token("t")));
     let plain = [("TOKEN", "t"), ("HEADER", "basic abc")];

@@ -15,7 +15,9 @@ pub(super) fn lift(from: &Path, subdir: &str, to: &Path) -> Result<()> {
         // A link would lead out of the repository.
         let real = fs::symlink_metadata(&dir).is_ok_and(|m| m.is_dir());
         if !real {
-            return Err(Fault::not_found(format!("invalid subdir {subdir}: {part} is not a directory of the repository")));
+            return Err(Fault::not_found(format!(
+                "invalid subdir {subdir}: {part} is not a directory of the repository"
+            )));
         }
     }
     let failed = |e| Fault::io(format!("move {subdir} of the repository"), e);

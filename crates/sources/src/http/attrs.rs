@@ -20,7 +20,10 @@ pub(crate) struct Shape {
 impl Shape {
     /// Takes the attribute if it is about the file.
     pub(crate) fn take(&mut self, key: &str, value: &str) -> Result<bool> {
-        let number = || number(value).ok_or_else(|| Fault::invalid(format!("{key}={value:?} is wrong: want a number")));
+        let number = || {
+            number(value)
+                .ok_or_else(|| Fault::invalid(format!("{key}={value:?} is wrong: want a number")))
+        };
         match key {
             "http.filename" => self.filename = value.to_owned(),
             "http.perm" => self.perm = number()?,
@@ -72,19 +75,35 @@ struct RequestKey<'a> {
 impl HttpSpec {
     pub(crate) fn parse(spec: &SourceSpec) -> Result<Self> {
         let (uri, login) = super::address(&spec.identifier)?;
-        let mut http =
-            Self { uri, login, checksum: None, shape: Shape::default(), auth_secret: String::new(), headers: Vec::new(), signed: None };
+        let mut http = Self {
+            uri,
+            login,
+            checksum: None,
+            shape: Shape::default(),
+            auth_secret: String::new(),
+            headers: Vec::new(),
+            signed: None,
+        };
         for (key, value) in &spec.attrs {
             if http.shape.take(key, value)? {
                 continue;
             }
             match key.as_str() {
-                "http.checksum" => http.checksum = Some(value.parse().map_err(|e| Fault::invalid(format!("{key}: {e}")))?),
+                "http.checksum" => {
+                    http.checksum =
+                        Some(value.parse().map_err(|e| Fault::invalid(format!("{key}: {e}")))?)
+                }
                 "http.authheadersecret" => http.auth_secret.clone_from(value),
                 "http.sig.pubkey" => http.signed.get_or_insert_default().keys.clone_from(value),
-                "http.sig.signature" => http.signed.get_or_insert_default().signature.clone_from(value),
+                "http.sig.signature" => {
+                    http.signed.get_or_insert_default().signature.clone_from(value)
+                }
                 // It may ask for more than what is known here, and must not be passed over.
-                k if k.starts_with("http.sig.") => return Err(Fault::unimplemented(format!("the attribute {k} of an http source"))),
+                k if k.starts_with("http.sig.") => {
+                    return Err(Fault::unimplemented(format!(
+                        "the attribute {k} of an http source"
+                    )));
+                }
                 k => {
                     if let Some(name) = k.strip_prefix("http.header.").map(str::to_lowercase)
                         && matches!(name.as_str(), "accept" | "user-agent")
@@ -116,7 +135,16 @@ impl HttpSpec {
         let login = self.login.as_ref().map(|l| l.0.as_str());
         keys::digest(
             "http.request",
-            &RequestKey { uri: self.uri.to_string(), login, filename, perm: *perm, uid: *uid, gid: *gid, secret: auth_secret, headers },
+            &RequestKey {
+                uri: self.uri.to_string(),
+                login,
+                filename,
+                perm: *perm,
+                uid: *uid,
+                gid: *gid,
+                secret: auth_secret,
+                headers,
+            },
         )
     }
 }

@@ -19,12 +19,14 @@ const DEFAULT: &str = "download";
 /// Longest name that filesystems take.
 const MAX_NAME: usize = 255;
 
-/// The name of the file: as asked for, or as the server says, or as the address ends (row `src.http`).
+/// The name of the file: as asked for, or as the server says, or as the address ends (row
+/// `src.http`).
 pub(super) fn name_of(spec: &HttpSpec, headers: Option<&HeaderMap>) -> String {
     if !spec.shape.filename.is_empty() {
         return safe(&spec.shape.filename);
     }
-    let said = headers.and_then(|h| disposition(h.get(header::CONTENT_DISPOSITION)?.to_str().ok()?));
+    let said =
+        headers.and_then(|h| disposition(h.get(header::CONTENT_DISPOSITION)?.to_str().ok()?));
     if let Some(name) = said {
         return safe(&name);
     }
@@ -36,7 +38,11 @@ pub(super) fn name_of(spec: &HttpSpec, headers: Option<&HeaderMap>) -> String {
 /// The last element of a path if it can name a file here, and a default otherwise.
 pub(crate) fn safe(text: &str) -> String {
     let name = text.trim().trim_end_matches('/').rsplit('/').next().unwrap_or_default();
-    let bad = name.is_empty() || name == "." || name == ".." || name.len() > MAX_NAME || name.chars().any(char::is_control);
+    let bad = name.is_empty()
+        || name == "."
+        || name == ".."
+        || name.len() > MAX_NAME
+        || name.chars().any(char::is_control);
     if bad { DEFAULT.to_owned() } else { name.to_owned() }
 }
 
@@ -45,7 +51,8 @@ fn disposition(value: &str) -> Option<String> {
     value.split(';').skip(1).find_map(|p| {
         let (key, v) = p.split_once('=')?;
         let v = v.trim().trim_matches('"');
-        (key.trim().eq_ignore_ascii_case("filename") && !v.is_empty() && !v.ends_with('/')).then(|| v.to_owned())
+        (key.trim().eq_ignore_ascii_case("filename") && !v.is_empty() && !v.ends_with('/'))
+            .then(|| v.to_owned())
     })
 }
 
@@ -53,7 +60,11 @@ fn disposition(value: &str) -> Option<String> {
 pub(super) fn open(root: &Path, name: &str) -> Result<File> {
     let path = root.join(safe(name));
     let no_follow = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
-    std::fs::OpenOptions::new().read(true).custom_flags(no_follow).open(path).map_err(|e| Fault::io(format!("open {name}"), e))
+    std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(no_follow)
+        .open(path)
+        .map_err(|e| Fault::io(format!("open {name}"), e))
 }
 
 /// A file being written. Its steps run where blocking is allowed.
@@ -87,14 +98,19 @@ impl Write for Hashed {
     }
 }
 
-/// Creates the file in a fresh state; `gzip` if what will be written is compressed and the file shall not be.
+/// Creates the file in a fresh state; `gzip` if what will be written is compressed and the file
+/// shall not be.
 pub(crate) async fn create(dir: &Path, name: &str, gzip: bool) -> Result<Target> {
     let path = dir.join(name);
     blocking(move || {
         let open = File::options().write(true).create_new(true).mode(0o600).open(&path);
         let file = open.map_err(|e| Fault::io(format!("create {}", path.display()), e))?;
         let plain = Hashed { file, hasher: Hasher::new() };
-        let sink = if gzip { Sink::Gzip(Box::new(MultiGzDecoder::new(plain))) } else { Sink::Plain(Box::new(plain)) };
+        let sink = if gzip {
+            Sink::Gzip(Box::new(MultiGzDecoder::new(plain)))
+        } else {
+            Sink::Plain(Box::new(plain))
+        };
         Ok(Target { path, sink: Some(sink) })
     })
     .await
@@ -102,7 +118,9 @@ pub(crate) async fn create(dir: &Path, name: &str, gzip: bool) -> Result<Target>
 
 impl Target {
     pub(crate) async fn write(&mut self, piece: Bytes) -> Result<()> {
-        let Some(mut sink) = self.sink.take() else { return Err(Fault::internal("write to a file that is closed")) };
+        let Some(mut sink) = self.sink.take() else {
+            return Err(Fault::internal("write to a file that is closed"));
+        };
         let path = self.path.clone();
         let write = move || {
             let written = match &mut sink {
@@ -116,30 +134,44 @@ impl Target {
         Ok(())
     }
 
-    /// Sets what the user asked for; the time is the server's, or the epoch, so that equal files make equal layers. Gives the digest.
-    pub(crate) async fn finish(self, shape: &Shape, modified: Option<SystemTime>) -> Result<Digest> {
-        let (perm, uid, gid) = (if shape.perm == 0 { 0o600 } else { shape.perm & 0o7777 }, shape.uid, shape.gid);
+    /// Sets what the user asked for; the time is the server's, or the epoch, so that equal files
+    /// make equal layers. Gives the digest.
+    pub(crate) async fn finish(
+        self,
+        shape: &Shape,
+        modified: Option<SystemTime>,
+    ) -> Result<Digest> {
+        let (perm, uid, gid) =
+            (if shape.perm == 0 { 0o600 } else { shape.perm & 0o7777 }, shape.uid, shape.gid);
         let Self { path, sink } = self;
         let Some(sink) = sink else { return Err(Fault::internal("finish a file that is closed")) };
         blocking(move || {
             let Hashed { file, hasher } = match sink {
                 Sink::Plain(plain) => *plain,
-                Sink::Gzip(decoder) => decoder.finish().map_err(|e| Fault::io(format!("decompress {}", path.display()), e))?,
+                Sink::Gzip(decoder) => decoder
+                    .finish()
+                    .map_err(|e| Fault::io(format!("decompress {}", path.display()), e))?,
             };
-            let failed = |e| Fault::io(format!("set the owner, mode and time of {}", path.display()), e);
+            let failed =
+                |e| Fault::io(format!("set the owner, mode and time of {}", path.display()), e);
             chown(&path, Some(uid), Some(gid)).map_err(failed)?;
             // After the owner, whose change clears the set-id bits.
             file.set_permissions(std::fs::Permissions::from_mode(perm)).map_err(failed)?;
             let time = modified.unwrap_or(UNIX_EPOCH);
-            file.set_times(std::fs::FileTimes::new().set_accessed(time).set_modified(time)).map_err(failed)?;
+            file.set_times(std::fs::FileTimes::new().set_accessed(time).set_modified(time))
+                .map_err(failed)?;
             Ok(hasher.finish())
         })
         .await
     }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| Fault::internal(format!("a file task ended early: {e}")))?
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| Fault::internal(format!("a file task ended early: {e}")))?
 }
 
 #[cfg(test)]
@@ -151,7 +183,12 @@ mod tests {
     #[track_caller]
     fn check(url: &str, filename: &str, disposition: &str, want: &str) {
         let attrs = [("http.filename".to_owned(), filename.to_owned())].into();
-        let spec = HttpSpec::parse(&SourceSpec { identifier: url.into(), attrs, platform: Platform::host() }).unwrap();
+        let spec = HttpSpec::parse(&SourceSpec {
+            identifier: url.into(),
+            attrs,
+            platform: Platform::host(),
+        })
+        .unwrap();
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_DISPOSITION, disposition.parse().unwrap());
         assert_eq!(name_of(&spec, Some(&headers)), want);

@@ -1,4 +1,5 @@
-//! What is known of files that were fetched: in memory, and in one file of ours that may be lost. The files themselves are states.
+//! What is known of files that were fetched: in memory, and in one file of ours that may be lost.
+//! The files themselves are states.
 
 use super::Known;
 use serde::{Deserialize, Serialize};
@@ -45,7 +46,11 @@ impl KnownFiles {
     }
 
     pub(super) fn get(&self, request: &Digest) -> Option<Known> {
-        self.all.lock().unwrap_or_else(PoisonError::into_inner).get(request).map(|(known, _)| known.clone())
+        self.all
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(request)
+            .map(|(known, _)| known.clone())
     }
 
     /// Remembers a file; after a restart, too, if `lasting`.
@@ -68,17 +73,18 @@ impl KnownFiles {
 
     fn text(&self) -> String {
         let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        let lines = all.iter().filter(|(_, (_, lasting))| *lasting).filter_map(|(request, (known, _))| {
-            serde_json::to_string(&Line {
-                request: *request,
-                digest: known.digest,
-                filename: known.filename.clone(),
-                etag: known.etag.clone(),
-                modified: known.modified.map(timestamp::format),
-                state: known.state.0.clone(),
-            })
-            .ok()
-        });
+        let lines =
+            all.iter().filter(|(_, (_, lasting))| *lasting).filter_map(|(request, (known, _))| {
+                serde_json::to_string(&Line {
+                    request: *request,
+                    digest: known.digest,
+                    filename: known.filename.clone(),
+                    etag: known.etag.clone(),
+                    modified: known.modified.map(timestamp::format),
+                    state: known.state.0.clone(),
+                })
+                .ok()
+            });
         lines.map(|line| line + "\n").collect()
     }
 }
@@ -92,7 +98,13 @@ fn read(path: &Path) -> HashMap<Digest, (Known, bool)> {
     let known = |line: &str| {
         let line: Line = serde_json::from_str(line).ok()?;
         let modified = line.modified.as_deref().and_then(timestamp::parse);
-        let known = Known { digest: line.digest, filename: line.filename, etag: line.etag, modified, state: RefId(line.state) };
+        let known = Known {
+            digest: line.digest,
+            filename: line.filename,
+            etag: line.etag,
+            modified,
+            state: RefId(line.state),
+        };
         Some((line.request, (known, true)))
     };
     text.lines().filter_map(known).take(MAX_KNOWN).collect()
@@ -123,7 +135,9 @@ mod tests {
         let first = KnownFiles::load(file.clone());
         first.insert(Digest::of("a"), known("a"), true).await;
         first.insert(Digest::of("b"), known("b"), false).await;
-        first.insert(Digest::of("c"), Known { etag: None, modified: None, ..known("c") }, true).await;
+        first
+            .insert(Digest::of("c"), Known { etag: None, modified: None, ..known("c") }, true)
+            .await;
         let second = KnownFiles::load(file.clone());
         assert_eq!(second.get(&Digest::of("a")), Some(known("a")));
         assert_eq!(second.get(&Digest::of("b")), None);

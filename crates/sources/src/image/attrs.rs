@@ -10,7 +10,8 @@ use std::str::FromStr;
 /// Where an image is looked for (row `src.image.mode`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) enum Mode {
-    /// At the registry, and in containerd's image store if the registry cannot be asked; but images that [`LocalImages`] prefers in the store first.
+    /// At the registry, and in containerd's image store if the registry cannot be asked; but images
+    /// that [`LocalImages`] prefers in the store first.
     #[default]
     Default,
     /// In containerd's image store, then at the registry.
@@ -19,11 +20,13 @@ pub(crate) enum Mode {
     Pull,
 }
 
-/// Which images of containerd's store are taken for a name in `FROM` without asking its registry. Whatever it says, the store is the fallback for a
-/// registry that cannot be asked, a digest is its content wherever that is, and clients may ask for one or the other (`image.resolvemode`).
+/// Which images of containerd's store are taken for a name in `FROM` without asking its registry.
+/// Whatever it says, the store is the fallback for a registry that cannot be asked, a digest is its
+/// content wherever that is, and clients may ask for one or the other (`image.resolvemode`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LocalImages {
-    /// Those that were built here: what was just built is what `FROM` means. Pulled ones may have changed since.
+    /// Those that were built here: what was just built is what `FROM` means. Pulled ones may have
+    /// changed since.
     #[default]
     Built,
     /// All.
@@ -50,7 +53,8 @@ impl FromStr for LocalImages {
             "built" => Ok(Self::Built),
             "always" => Ok(Self::Always),
             "never" => Ok(Self::Never),
-            _ => Err(Fault::invalid(format!("{text:?} does not say which local images to prefer")).hint("want built, always or never")),
+            _ => Err(Fault::invalid(format!("{text:?} does not say which local images to prefer"))
+                .hint("want built, always or never")),
         }
     }
 }
@@ -84,11 +88,22 @@ pub(crate) struct ImageSpec {
 
 impl ImageSpec {
     pub(crate) fn parse(spec: &SourceSpec, reference: &str) -> Result<Self> {
-        let name: ImageName = reference.parse().map_err(|e| Fault::invalid(format!("failed to parse image {reference:?}: {e}")))?;
+        let name: ImageName = reference
+            .parse()
+            .map_err(|e| Fault::invalid(format!("failed to parse image {reference:?}: {e}")))?;
         let place = Place::Registry;
-        let mut image = Self { name, place, mode: Mode::default(), record_type: RecordType::Regular, layer_limit: None, checksum: None };
+        let mut image = Self {
+            name,
+            place,
+            mode: Mode::default(),
+            record_type: RecordType::Regular,
+            layer_limit: None,
+            checksum: None,
+        };
         for (key, value) in &spec.attrs {
-            let bad = |want: &str| Fault::invalid(format!("image {reference}: {key}={value:?} is wrong: want {want}"));
+            let bad = |want: &str| {
+                Fault::invalid(format!("image {reference}: {key}={value:?} is wrong: want {want}"))
+            };
             match key.as_str() {
                 "image.resolvemode" => {
                     image.mode = match value.as_str() {
@@ -101,14 +116,23 @@ impl ImageSpec {
                 "image.recordtype" => {
                     image.record_type = match value.as_str() {
                         "" => RecordType::Regular,
-                        v => v.parse().ok().filter(|t| allowed(*t)).ok_or_else(|| bad("regular, internal or frontend"))?,
+                        v => v
+                            .parse()
+                            .ok()
+                            .filter(|t| allowed(*t))
+                            .ok_or_else(|| bad("regular, internal or frontend"))?,
                     }
                 }
                 "image.layerlimit" | "oci.layerlimit" => {
                     let limit = value.parse().ok().filter(|l| *l > 0);
-                    image.layer_limit = Some(limit.ok_or_else(|| bad("a number of layers above 0").context("invalid layer limit"))?);
+                    image.layer_limit = Some(limit.ok_or_else(|| {
+                        bad("a number of layers above 0").context("invalid layer limit")
+                    })?);
                 }
-                "image.checksum" | "oci.checksum" => image.checksum = Some(value.parse().map_err(|_| bad("sha256:<64 hex characters>"))?),
+                "image.checksum" | "oci.checksum" => {
+                    image.checksum =
+                        Some(value.parse().map_err(|_| bad("sha256:<64 hex characters>"))?)
+                }
                 // Others are not ours, or hints that change nothing.
                 _ => {}
             }
@@ -123,8 +147,9 @@ impl ImageSpec {
             return Err(Fault::invalid(format!("reference {reference:?} must have digest")));
         }
         let attr = |key: &str| spec.attrs.get(key).cloned().unwrap_or_default();
-        let store =
-            Some(attr("oci.store")).filter(|s| !s.is_empty()).unwrap_or_else(|| reference.split('@').next().unwrap_or_default().to_owned());
+        let store = Some(attr("oci.store"))
+            .filter(|s| !s.is_empty())
+            .unwrap_or_else(|| reference.split('@').next().unwrap_or_default().to_owned());
         image.place = Place::Layout { session: attr("oci.session"), store };
         Ok(image)
     }
@@ -141,18 +166,33 @@ mod tests {
 
     fn spec(attrs: &[(&str, &str)]) -> SourceSpec {
         let attrs = attrs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        SourceSpec { identifier: "docker-image://busybox".into(), attrs, platform: Platform::host() }
+        SourceSpec {
+            identifier: "docker-image://busybox".into(),
+            attrs,
+            platform: Platform::host(),
+        }
     }
 
     #[test]
     fn attributes_are_read_and_mistakes_named() {
         let parse = |attrs: &[(&str, &str)]| ImageSpec::parse(&spec(attrs), "busybox");
-        let image = parse(&[("image.resolvemode", "pull"), ("image.recordtype", "frontend"), ("image.layerlimit", "2")]).unwrap();
-        assert_eq!((image.mode, image.record_type, image.layer_limit), (Mode::Pull, RecordType::Frontend, Some(2)));
+        let image = parse(&[
+            ("image.resolvemode", "pull"),
+            ("image.recordtype", "frontend"),
+            ("image.layerlimit", "2"),
+        ])
+        .unwrap();
+        assert_eq!(
+            (image.mode, image.record_type, image.layer_limit),
+            (Mode::Pull, RecordType::Frontend, Some(2))
+        );
         assert_eq!(image.name.to_string(), "docker.io/library/busybox:latest");
-        for (key, bad) in
-            [("image.resolvemode", "x"), ("image.recordtype", "source.local"), ("image.layerlimit", "0"), ("image.checksum", "sha256:1")]
-        {
+        for (key, bad) in [
+            ("image.resolvemode", "x"),
+            ("image.recordtype", "source.local"),
+            ("image.layerlimit", "0"),
+            ("image.checksum", "sha256:1"),
+        ] {
             let fault = parse(&[(key, bad)]).unwrap_err();
             assert!(fault.to_string().contains(key), "{fault}");
         }

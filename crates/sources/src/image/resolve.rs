@@ -1,4 +1,5 @@
-//! From a name to a manifest and a config: asked of the registry, or taken from containerd's image store.
+//! From a name to a manifest and a config: asked of the registry, or taken from containerd's image
+//! store.
 
 use super::{
     attrs::{ImageSpec, LocalImages, Mode},
@@ -12,10 +13,14 @@ use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use shipway_attest::Stored;
 use shipway_fault::{Class, Code, Context, Fault, Result};
-use shipway_oci::{Descriptor, Digest, ImageConfig, ImageName, Index, Manifest, Platform, media, timestamp};
+use shipway_oci::{
+    Descriptor, Digest, ImageConfig, ImageName, Index, Manifest, Platform, media, timestamp,
+};
 use shipway_progress::LogStream;
 use shipway_refs::DOCUMENT_KIND;
-use shipway_storage::{DISTRIBUTION_SOURCE, GC_EXPIRE, GC_FLAT, ImageRecord, Labels, LeaseId, Storage};
+use shipway_storage::{
+    DISTRIBUTION_SOURCE, GC_EXPIRE, GC_FLAT, ImageRecord, Labels, LeaseId, Storage,
+};
 use std::time::{Duration, SystemTime};
 
 /// Indexes within indexes that are followed.
@@ -66,7 +71,8 @@ impl Asked<'_> {
         let key = (spec.name.to_string(), spec.mode);
         if let Some(told) = self.cx.memo.image(&key) {
             let local = Documents { storage: self.storage, remote: None };
-            let (documents, any) = if told.stored.is_some() { (&local, false) } else { (&documents, true) };
+            let (documents, any) =
+                if told.stored.is_some() { (&local, false) } else { (&documents, true) };
             match documents.image(told.main, platform, any).await {
                 // A local image need not be for all platforms.
                 Err(e) if told.stored.is_some() && e.is_not_found() => {}
@@ -84,7 +90,13 @@ impl Asked<'_> {
     }
 
     /// A digest is its content, wherever that is.
-    async fn pinned(&self, documents: &Documents<'_>, spec: &ImageSpec, digest: Digest, platform: &Platform) -> Result<Resolved> {
+    async fn pinned(
+        &self,
+        documents: &Documents<'_>,
+        spec: &ImageSpec,
+        digest: Digest,
+        platform: &Platform,
+    ) -> Result<Resolved> {
         let records = self.records(&spec.name).await?;
         let built = |record: &ImageRecord| record.built().map(Stored::Built);
         if let Some(found) = self.serving(&records, platform, built).await? {
@@ -97,10 +109,21 @@ impl Asked<'_> {
         documents.image(main, platform, true).await
     }
 
-    async fn named(&self, documents: &Documents<'_>, spec: &ImageSpec, platform: &Platform) -> Result<Resolved> {
-        let records = if spec.mode == Mode::Pull { Vec::new() } else { self.records(&spec.name).await? };
-        let preferred: Vec<ImageRecord> = records.iter().filter(|r| spec.mode == Mode::Local || self.prefer.prefers(r)).cloned().collect();
-        let wanted = |record: &ImageRecord| Some(record.built().map_or(Stored::Wanted, Stored::Built));
+    async fn named(
+        &self,
+        documents: &Documents<'_>,
+        spec: &ImageSpec,
+        platform: &Platform,
+    ) -> Result<Resolved> {
+        let records =
+            if spec.mode == Mode::Pull { Vec::new() } else { self.records(&spec.name).await? };
+        let preferred: Vec<ImageRecord> = records
+            .iter()
+            .filter(|r| spec.mode == Mode::Local || self.prefer.prefers(r))
+            .cloned()
+            .collect();
+        let wanted =
+            |record: &ImageRecord| Some(record.built().map_or(Stored::Wanted, Stored::Built));
         if let Some(found) = self.serving(&preferred, platform, wanted).await? {
             tracing::debug!(image = %spec.name, digest = %found.main.digest, "taken from containerd's image store");
             return Ok(found);
@@ -110,9 +133,14 @@ impl Asked<'_> {
             match self.remote.resolve_soon(&reference).await {
                 Ok(main) => return documents.image(main, platform, true).await,
                 Err(error) => {
-                    if let Some(found) = self.serving(&records, platform, |_| Some(Stored::Fallback)).await? {
+                    if let Some(found) =
+                        self.serving(&records, platform, |_| Some(Stored::Fallback)).await?
+                    {
                         tracing::warn!(image = %spec.name, digest = %found.main.digest, %error, "taken from containerd's image store");
-                        self.cx.reporter.log(LogStream::Stderr, format!("using the local image: {error}\n").as_bytes());
+                        self.cx.reporter.log(
+                            LogStream::Stderr,
+                            format!("using the local image: {error}\n").as_bytes(),
+                        );
                         return Ok(found);
                     }
                 }
@@ -127,16 +155,21 @@ impl Asked<'_> {
         let mut records = Vec::new();
         for candidate in names(name) {
             match self.storage.images.get(&candidate).await {
-                Ok(record) if name.digest().is_none_or(|d| d == record.target.digest) => records.push(record),
+                Ok(record) if name.digest().is_none_or(|d| d == record.target.digest) => {
+                    records.push(record)
+                }
                 Ok(_) => {}
                 Err(e) if e.is_not_found() => {}
-                Err(e) => return Err(e).context(|| format!("look for image {candidate} in containerd")),
+                Err(e) => {
+                    return Err(e).context(|| format!("look for image {candidate} in containerd"));
+                }
             }
         }
         Ok(records)
     }
 
-    /// The first of `records` of which containerd has all, but perhaps the layers, for this platform.
+    /// The first of `records` of which containerd has all, but perhaps the layers, for this
+    /// platform.
     async fn serving(
         &self,
         records: &[ImageRecord],
@@ -147,8 +180,11 @@ impl Asked<'_> {
         for record in records {
             match documents.image(record.target.clone(), platform, false).await {
                 Ok(found) => return Ok(Some(Resolved { stored: stored(record), ..found })),
-                // Another platform's, or a pull of it was cut short: the registry may have the right one.
-                Err(e) if e.is_not_found() => tracing::debug!(image = %record.name, reason = %e, "the local image does not serve"),
+                // Another platform's, or a pull of it was cut short: the registry may have the
+                // right one.
+                Err(e) if e.is_not_found() => {
+                    tracing::debug!(image = %record.name, reason = %e, "the local image does not serve")
+                }
                 Err(e) => return Err(e),
             }
         }
@@ -165,7 +201,9 @@ impl Told {
 /// What a person is told of an image of the store.
 pub(crate) fn told(stored: Stored, now: SystemTime) -> String {
     match stored {
-        Stored::Built(time) => format!("local image, built {}", ago(now.duration_since(time).unwrap_or_default())),
+        Stored::Built(time) => {
+            format!("local image, built {}", ago(now.duration_since(time).unwrap_or_default()))
+        }
         Stored::Wanted => "local image".to_owned(),
         Stored::Fallback => "local image: the registry could not be asked".to_owned(),
     }
@@ -192,15 +230,22 @@ fn names(name: &ImageName) -> Vec<String> {
     names
 }
 
-/// The manifest with this digest, if it is in the content store and came from the image's own repository.
-async fn stored_manifest(storage: &Storage, name: &ImageName, digest: Digest) -> Result<Option<Descriptor>> {
+/// The manifest with this digest, if it is in the content store and came from the image's own
+/// repository.
+async fn stored_manifest(
+    storage: &Storage,
+    name: &ImageName,
+    digest: Digest,
+) -> Result<Option<Descriptor>> {
     let info = match storage.content.info(digest).await {
         Ok(info) => info,
         Err(e) if e.is_not_found() => return Ok(None),
         Err(e) => return Err(e).context(|| format!("look for {digest} in containerd")),
     };
     let repositories = info.labels.get(&format!("{DISTRIBUTION_SOURCE}.{}", name.registry()));
-    if info.size > MAX_DOCUMENT || !repositories.is_some_and(|r| r.split(',').any(|r| r == name.repository())) {
+    if info.size > MAX_DOCUMENT
+        || !repositories.is_some_and(|r| r.split(',').any(|r| r == name.repository()))
+    {
         return Ok(None);
     }
     let bytes = match storage.content.read_all(digest, MAX_DOCUMENT).await {
@@ -212,8 +257,14 @@ async fn stored_manifest(storage: &Storage, name: &ImageName, digest: Digest) ->
 }
 
 impl Documents<'_> {
-    /// The image below `main`. `any` accepts a lone manifest whatever its platform, as clients expect of registries.
-    pub(crate) async fn image(&self, main: Descriptor, platform: &Platform, any: bool) -> Result<Resolved> {
+    /// The image below `main`. `any` accepts a lone manifest whatever its platform, as clients
+    /// expect of registries.
+    pub(crate) async fn image(
+        &self,
+        main: Descriptor,
+        platform: &Platform,
+        any: bool,
+    ) -> Result<Resolved> {
         let mut targets = vec![(main.clone(), 0)];
         let mut offered = String::new();
         while let Some((descriptor, depth)) = targets.pop() {
@@ -226,16 +277,25 @@ impl Documents<'_> {
             if media::is_index(&kind) {
                 let index: Index = parse(&bytes, &descriptor)?;
                 if depth >= MAX_DEPTH {
-                    return Err(Fault::invalid(format!("index {} is nested too deeply", main.digest)));
+                    return Err(Fault::invalid(format!(
+                        "index {} is nested too deeply",
+                        main.digest
+                    )));
                 }
                 offered = select::offered(&index);
-                targets.extend(select::candidates(&index, platform).into_iter().rev().map(|d| (d.clone(), depth + 1)));
+                targets.extend(
+                    select::candidates(&index, platform)
+                        .into_iter()
+                        .rev()
+                        .map(|d| (d.clone(), depth + 1)),
+                );
                 continue;
             }
             let manifest: Manifest = parse(&bytes, &descriptor)?;
             let config = self.read(&manifest.config, Kind::Config).await?;
             let parsed: ImageConfig = parse(&config, &manifest.config)?;
-            // An index has said already which platform this is, and of a registry's lone manifest none is demanded.
+            // An index has said already which platform this is, and of a registry's lone manifest
+            // none is demanded.
             let accepted = descriptor.platform.is_some() || (any && depth == 0);
             if !accepted && parsed.platform().rank_for(platform).is_none() {
                 offered = parsed.platform().to_string();
@@ -244,8 +304,14 @@ impl Documents<'_> {
             check(&manifest, &parsed, &descriptor)?;
             return Ok(Resolved { main, manifest, config, parsed, stored: None });
         }
-        Err(Fault::not_found(format!("no match for platform {platform} in manifest {}: not found", main.digest))
-            .hint(format!("the image offers {}", if offered.is_empty() { "no platform" } else { &offered })))
+        Err(Fault::not_found(format!(
+            "no match for platform {platform} in manifest {}: not found",
+            main.digest
+        ))
+        .hint(format!(
+            "the image offers {}",
+            if offered.is_empty() { "no platform" } else { &offered }
+        )))
     }
 
     /// A document from the content store, or from the registry and then kept.
@@ -254,10 +320,15 @@ impl Documents<'_> {
             Ok(bytes) => return Ok(bytes),
             Err(e) if e.is_not_found() => {}
             Err(e) if self.remote.is_none() => return Err(e),
-            Err(error) => tracing::warn!(%error, digest = %descriptor.digest, "fetching again what cannot be read"),
+            Err(error) => {
+                tracing::warn!(%error, digest = %descriptor.digest, "fetching again what cannot be read")
+            }
         }
         let Some(remote) = self.remote else {
-            return Err(Fault::not_found(format!("content {} is not in containerd", descriptor.digest)));
+            return Err(Fault::not_found(format!(
+                "content {} is not in containerd",
+                descriptor.digest
+            )));
         };
         let bytes = match kind {
             Kind::Manifest => remote.manifest(descriptor).await?,
@@ -269,8 +340,8 @@ impl Documents<'_> {
         Ok(bytes)
     }
 
-    /// Puts a document into the content store under a lease of its own that ends by itself, so that the next build does
-    /// not ask the registry (which counts manifests as pulls).
+    /// Puts a document into the content store under a lease of its own that ends by itself, so that
+    /// the next build does not ask the registry (which counts manifests as pulls).
     async fn keep(&self, remote: &dyn Remote, bytes: Bytes) -> Result<()> {
         let lease = document_lease(Digest::of(&bytes));
         let kind = (DOCUMENT_KIND.0.to_owned(), DOCUMENT_KIND.1.to_owned());
@@ -300,9 +371,15 @@ pub(crate) enum Kind {
 
 pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8], descriptor: &Descriptor) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|e| {
-        Fault::new(Code::Unknown, format!("{} {} is not what an image has: {e}", descriptor.media_type, descriptor.digest))
-            .with_class(Class::User)
-            .hint("the name may lead to an artifact (a chart, a signature) rather than to an image")
+        Fault::new(
+            Code::Unknown,
+            format!(
+                "{} {} is not what an image has: {e}",
+                descriptor.media_type, descriptor.digest
+            ),
+        )
+        .with_class(Class::User)
+        .hint("the name may lead to an artifact (a chart, a signature) rather than to an image")
     })
 }
 
@@ -315,7 +392,10 @@ fn check(manifest: &Manifest, config: &ImageConfig, descriptor: &Descriptor) -> 
         )));
     }
     if layers > MAX_LAYERS {
-        return Err(Fault::invalid(format!("manifest {} has {layers} layers, more than the {MAX_LAYERS} accepted", descriptor.digest)));
+        return Err(Fault::invalid(format!(
+            "manifest {} has {layers} layers, more than the {MAX_LAYERS} accepted",
+            descriptor.digest
+        )));
     }
     Ok(())
 }

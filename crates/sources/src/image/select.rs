@@ -5,8 +5,8 @@ use shipway_oci::{Descriptor, Index, Platform};
 /// Annotation on an index entry that is no image but says something about one.
 pub(crate) const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
 
-/// The entries of `index` that may be meant by `wanted`, best first. Entries without a platform come last: only their config
-/// tells.
+/// The entries of `index` that may be meant by `wanted`, best first. Entries without a platform
+/// come last: only their config tells.
 pub(crate) fn candidates<'a>(index: &'a Index, wanted: &Platform) -> Vec<&'a Descriptor> {
     let mut ranked: Vec<(u32, &Descriptor)> = index
         .manifests
@@ -22,9 +22,13 @@ pub(crate) fn candidates<'a>(index: &'a Index, wanted: &Platform) -> Vec<&'a Des
     ranked.into_iter().map(|(_, m)| m).collect()
 }
 
-/// How far an `os.version` is from the one wanted: the same build is best, another build of the same release may do.
+/// How far an `os.version` is from the one wanted: the same build is best, another build of the
+/// same release may do.
 fn windows_gap(have: &Platform, wanted: &Platform) -> Option<u32> {
-    if wanted.os_version.is_empty() || have.os_version.is_empty() || have.os_version == wanted.os_version {
+    if wanted.os_version.is_empty()
+        || have.os_version.is_empty()
+        || have.os_version == wanted.os_version
+    {
         return Some(0);
     }
     let build = |v: &str| v.split('.').take(3).map(str::to_owned).collect::<Vec<_>>();
@@ -65,23 +69,36 @@ mod tests {
             }
             d
         };
-        Index { schema_version: 2, media_type: None, manifests: platforms.iter().map(entry).collect(), annotations: Default::default() }
+        Index {
+            schema_version: 2,
+            media_type: None,
+            manifests: platforms.iter().map(entry).collect(),
+            annotations: Default::default(),
+        }
     }
 
     #[track_caller]
     fn check(platforms: &[&str], wanted: &str, want: &[&str]) {
         let index = index(platforms);
-        let got: Vec<Digest> = candidates(&index, &wanted.parse().unwrap()).iter().map(|d| d.digest).collect();
+        let got: Vec<Digest> =
+            candidates(&index, &wanted.parse().unwrap()).iter().map(|d| d.digest).collect();
         assert_eq!(got, want.iter().map(Digest::of).collect::<Vec<_>>());
     }
 
     #[test]
     fn the_best_match_comes_first() {
         check(&["linux/arm64", "linux/amd64", "attestation"], "linux/amd64", &["linux/amd64"]);
-        check(&["linux/arm/v6", "linux/arm/v7", "linux/arm/v5"], "linux/arm/v7", &["linux/arm/v7", "linux/arm/v6", "linux/arm/v5"]);
+        check(
+            &["linux/arm/v6", "linux/arm/v7", "linux/arm/v5"],
+            "linux/arm/v7",
+            &["linux/arm/v7", "linux/arm/v6", "linux/arm/v5"],
+        );
         check(&["none", "linux/amd64"], "linux/amd64", &["linux/amd64", "none"]);
         check(&["windows(10.0.17763.1)/amd64"], "windows(10.0.20348.1)/amd64", &[]);
         check(&["linux/s390x"], "linux/amd64", &[]);
-        assert_eq!(offered(&index(&["linux/arm64", "linux/amd64", "attestation"])), "linux/arm64, linux/amd64");
+        assert_eq!(
+            offered(&index(&["linux/arm64", "linux/amd64", "attestation"])),
+            "linux/arm64, linux/amd64"
+        );
     }
 }

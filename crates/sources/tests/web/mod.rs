@@ -1,4 +1,5 @@
-//! A web server on loopback for tests: whole answers, chosen per request, and a log of what was asked.
+//! A web server on loopback for tests: whole answers, chosen per request, and a log of what was
+//! asked.
 
 use std::{
     io::{Read, Write},
@@ -76,7 +77,11 @@ fn serve(mut stream: TcpStream, handler: &Handler, log: &Mutex<Vec<String>>) -> 
     let line = head.lines().next()?.rsplit_once(' ')?.0.to_owned();
     log.lock().unwrap().push(line.clone());
     let answer = handler(&line, &head);
-    let mut out = format!("HTTP/1.1 {} X\r\nConnection: close\r\nContent-Length: {}\r\n", answer.status, answer.body.len());
+    let mut out = format!(
+        "HTTP/1.1 {} X\r\nConnection: close\r\nContent-Length: {}\r\n",
+        answer.status,
+        answer.body.len()
+    );
     for (name, value) in &answer.headers {
         out += &format!("{name}: {value}\r\n");
     }

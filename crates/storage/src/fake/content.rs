@@ -1,7 +1,9 @@
 //! Blobs of the fake.
 
 use super::{Blob, FakeStorage, filter::Filters, relabel};
-use crate::{BlobInfo, BlobReader, BlobWriter, ContentStore, Ingest, Labels, LeaseId, LeaseResource};
+use crate::{
+    BlobInfo, BlobReader, BlobWriter, ContentStore, Ingest, Labels, LeaseId, LeaseResource,
+};
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use shipway_fault::{Code, Fault, Result};
@@ -27,7 +29,9 @@ impl ContentStore for FakeStorage {
     async fn list(&self, filters: &[String]) -> Result<Vec<BlobInfo>> {
         let filters = Filters::parse(filters)?;
         let state = self.state();
-        let blobs = state.blobs.iter().filter(|(d, b)| filters.matches(&|f| (f == "digest").then(|| d.to_string()), &b.labels));
+        let blobs = state.blobs.iter().filter(|(d, b)| {
+            filters.matches(&|f| (f == "digest").then(|| d.to_string()), &b.labels)
+        });
         Ok(blobs.map(|(d, b)| info(*d, b)).collect())
     }
 
@@ -58,7 +62,12 @@ impl ContentStore for FakeStorage {
         state.next += 1;
         let reference = format!("{}-{}", ingest.reference, state.next);
         state.ingests.insert(reference.clone());
-        Ok(Box::new(Writer { fake: self.clone(), lease: lease.clone(), ingest: Ingest { reference, ..ingest }, bytes: BytesMut::new() }))
+        Ok(Box::new(Writer {
+            fake: self.clone(),
+            lease: lease.clone(),
+            ingest: Ingest { reference, ..ingest },
+            bytes: BytesMut::new(),
+        }))
     }
 }
 
@@ -103,20 +112,31 @@ impl BlobWriter for Writer {
         Ok(())
     }
 
-    async fn commit(mut self: Box<Self>, expected: Option<Digest>, labels: &Labels) -> Result<BlobInfo> {
+    async fn commit(
+        mut self: Box<Self>,
+        expected: Option<Digest>,
+        labels: &Labels,
+    ) -> Result<BlobInfo> {
         let bytes = self.bytes.split().freeze();
         let digest = Digest::of(&bytes);
         for want in [expected, self.ingest.expected].into_iter().flatten() {
             if want != digest {
-                return Err(Fault::new(Code::FailedPrecondition, format!("unexpected commit digest {digest}, expected {want}")));
+                return Err(Fault::new(
+                    Code::FailedPrecondition,
+                    format!("unexpected commit digest {digest}, expected {want}"),
+                ));
             }
         }
         if let Some(size) = self.ingest.size.filter(|s| *s != bytes.len() as u64) {
-            return Err(Fault::new(Code::DataLoss, format!("write blob {digest}: {} bytes came of {size} announced", bytes.len())));
+            return Err(Fault::new(
+                Code::DataLoss,
+                format!("write blob {digest}: {} bytes came of {size} announced", bytes.len()),
+            ));
         }
         let mut state = self.fake.state();
         state.keep(&self.lease, LeaseResource::Content(digest))?;
-        let blob = state.blobs.entry(digest).or_insert_with(|| Blob { bytes, labels: Labels::new() });
+        let blob =
+            state.blobs.entry(digest).or_insert_with(|| Blob { bytes, labels: Labels::new() });
         relabel(&mut blob.labels, labels);
         Ok(info(digest, blob))
     }

@@ -1,5 +1,5 @@
-//! The part of containerd's filter language that our own queries use: fields and labels with `==`, `!=`, `~=` and
-//! presence, `,` for *and*, several filters for *or*.
+//! The part of containerd's filter language that our own queries use: fields and labels with `==`,
+//! `!=`, `~=` and presence, `,` for *and*, several filters for *or*.
 
 use crate::Labels;
 use shipway_fault::{Fault, Result};
@@ -98,7 +98,11 @@ fn taken(rest: &mut &str, stop: impl Fn(char) -> bool) -> Option<String> {
 }
 
 fn word(rest: &mut &str) -> Option<String> {
-    if rest.starts_with('"') { quoted(rest) } else { taken(rest, |c| !(c.is_alphanumeric() || c == '_')) }
+    if rest.starts_with('"') {
+        quoted(rest)
+    } else {
+        taken(rest, |c| !(c.is_alphanumeric() || c == '_'))
+    }
 }
 
 fn value(rest: &mut &str) -> Option<String> {
@@ -114,7 +118,11 @@ mod tests {
         let filters: Vec<_> = filters.iter().map(|f| f.to_string()).collect();
         let labels = Labels::from([("a.b/c".into(), "1".into()), ("plain".into(), "x".into())]);
         let field = |f: &str| (f == "name").then(|| "docker.io/library/app:1".to_owned());
-        assert_eq!(Filters::parse(&filters).unwrap().matches(&field, &labels), expected, "{filters:?}");
+        assert_eq!(
+            Filters::parse(&filters).unwrap().matches(&field, &labels),
+            expected,
+            "{filters:?}"
+        );
     }
 
     #[test]

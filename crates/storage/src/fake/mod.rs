@@ -1,8 +1,10 @@
-//! An in-memory storage for tests, stricter than containerd: *every* deletion of a lease or image collects garbage at
-//! once, so what nothing keeps is gone before the caller can forget to keep it; and a call under an unknown lease fails.
+//! An in-memory storage for tests, stricter than containerd: *every* deletion of a lease or image
+//! collects garbage at once, so what nothing keeps is gone before the caller can forget to keep it;
+//! and a call under an unknown lease fails.
 //!
-//! Snapshots are real directories below a temporary one (a child starts as a copy of its parent) and their mounts are
-//! binds of them, so file operations work without containerd, given root. Expiry of leases is not modelled.
+//! Snapshots are real directories below a temporary one (a child starts as a copy of its parent)
+//! and their mounts are binds of them, so file operations work without containerd, given root.
+//! Expiry of leases is not modeled.
 
 mod content;
 mod filter;
@@ -80,7 +82,10 @@ pub struct Count {
 impl FakeStorage {
     /// An empty storage; its directory goes with the last clone.
     pub fn new() -> Result<Self> {
-        let root = tempfile::Builder::new().prefix("shipway-fake-").tempdir().map_err(|e| Fault::io("make the fake's directory", e))?;
+        let root = tempfile::Builder::new()
+            .prefix("shipway-fake-")
+            .tempdir()
+            .map_err(|e| Fault::io("make the fake's directory", e))?;
         Ok(Self(Arc::new(Shared { state: Mutex::default(), root })))
     }
 
@@ -106,13 +111,15 @@ impl FakeStorage {
         }
     }
 
-    /// Removes everything that neither a lease nor an image keeps, as containerd's garbage collector does.
+    /// Removes everything that neither a lease nor an image keeps, as containerd's garbage
+    /// collector does.
     pub fn gc(&self) {
         let mut state = self.state();
         let mut kept = Kept::default();
         kept.mark(&state);
         state.blobs.retain(|digest, _| kept.blobs.contains(digest));
-        let gone: Vec<_> = state.snapshots.keys().filter(|key| !kept.snapshots.contains(*key)).cloned().collect();
+        let gone: Vec<_> =
+            state.snapshots.keys().filter(|key| !kept.snapshots.contains(*key)).cloned().collect();
         for key in gone {
             if let Some(snapshot) = state.snapshots.remove(&key) {
                 let _ = std::fs::remove_dir_all(snapshot.dir);
@@ -128,7 +135,10 @@ impl FakeStorage {
 impl State {
     /// Puts `resource` into `lease`.
     fn keep(&mut self, lease: &LeaseId, resource: LeaseResource) -> Result<()> {
-        let lease = self.leases.get_mut(lease).ok_or_else(|| Fault::not_found(format!("lease {:?} does not exist", lease.0)))?;
+        let lease = self
+            .leases
+            .get_mut(lease)
+            .ok_or_else(|| Fault::not_found(format!("lease {:?} does not exist", lease.0)))?;
         if !lease.resources.contains(&resource) {
             lease.resources.push(resource);
         }

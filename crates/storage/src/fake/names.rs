@@ -14,7 +14,11 @@ impl Leases for FakeStorage {
         if state.leases.contains_key(id) {
             return Err(Fault::new(Code::AlreadyExists, format!("lease {:?} exists", id.0)));
         }
-        let lease = LeaseState { labels: labels.clone(), created: SystemTime::now(), resources: Vec::new() };
+        let lease = LeaseState {
+            labels: labels.clone(),
+            created: SystemTime::now(),
+            resources: Vec::new(),
+        };
         state.leases.insert(id.clone(), lease);
         Ok(())
     }
@@ -28,8 +32,16 @@ impl Leases for FakeStorage {
     async fn list(&self, filters: &[String]) -> Result<Vec<Lease>> {
         let filters = Filters::parse(filters)?;
         let state = self.state();
-        let leases = state.leases.iter().filter(|(id, lease)| filters.matches(&|f| (f == "id").then(|| id.0.clone()), &lease.labels));
-        Ok(leases.map(|(id, l)| Lease { id: id.clone(), labels: l.labels.clone(), created: Some(l.created) }).collect())
+        let leases = state.leases.iter().filter(|(id, lease)| {
+            filters.matches(&|f| (f == "id").then(|| id.0.clone()), &lease.labels)
+        });
+        Ok(leases
+            .map(|(id, l)| Lease {
+                id: id.clone(),
+                labels: l.labels.clone(),
+                created: Some(l.created),
+            })
+            .collect())
     }
 
     async fn add(&self, id: &LeaseId, resource: LeaseResource) -> Result<()> {
@@ -53,14 +65,23 @@ impl Leases for FakeStorage {
 }
 
 fn record(name: &str, image: &ImageState) -> ImageRecord {
-    ImageRecord { name: name.into(), target: image.target.clone(), labels: image.labels.clone(), updated: Some(image.updated) }
+    ImageRecord {
+        name: name.into(),
+        target: image.target.clone(),
+        labels: image.labels.clone(),
+        updated: Some(image.updated),
+    }
 }
 
 #[async_trait]
 impl Images for FakeStorage {
     async fn get(&self, name: &str) -> Result<ImageRecord> {
         let state = self.state();
-        state.images.get(name).map(|i| record(name, i)).ok_or_else(|| Fault::not_found(format!("image {name:?} does not exist")))
+        state
+            .images
+            .get(name)
+            .map(|i| record(name, i))
+            .ok_or_else(|| Fault::not_found(format!("image {name:?} does not exist")))
     }
 
     async fn list(&self, filters: &[String]) -> Result<Vec<ImageRecord>> {
@@ -82,11 +103,17 @@ impl Images for FakeStorage {
         let mut state = self.state();
         if !state.blobs.contains_key(&target.digest) {
             // containerd takes such a record; here it shows a name that was published too early.
-            return Err(Fault::internal(format!("image {name:?} names {}, which is not stored", target.digest)));
+            return Err(Fault::internal(format!(
+                "image {name:?} names {}, which is not stored",
+                target.digest
+            )));
         }
         let updated = SystemTime::now();
-        let image =
-            state.images.entry(name.into()).or_insert_with(|| ImageState { target: target.clone(), labels: Labels::new(), updated });
+        let image = state.images.entry(name.into()).or_insert_with(|| ImageState {
+            target: target.clone(),
+            labels: Labels::new(),
+            updated,
+        });
         image.target = target.clone();
         image.updated = updated;
         relabel(&mut image.labels, labels);

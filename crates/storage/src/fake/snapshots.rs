@@ -1,7 +1,10 @@
 //! Snapshots of the fake: directories, copied from their parents.
 
 use super::{FakeStorage, SNAPSHOTTER, SnapshotState, State, filter::Filters, relabel};
-use crate::{ContentStore, Labels, LeaseId, LeaseResource, Mount, SnapshotInfo, SnapshotKey, SnapshotKind, Snapshotter, Usage};
+use crate::{
+    ContentStore, Labels, LeaseId, LeaseResource, Mount, SnapshotInfo, SnapshotKey, SnapshotKind,
+    Snapshotter, Usage,
+};
 use async_trait::async_trait;
 use shipway_fault::{Code, Fault, Result};
 use shipway_oci::{Descriptor, DiffId, Digest};
@@ -22,7 +25,12 @@ fn exists(key: &SnapshotKey) -> Fault {
 }
 
 fn info(key: &SnapshotKey, snapshot: &SnapshotState) -> SnapshotInfo {
-    SnapshotInfo { key: key.clone(), parent: snapshot.parent.clone(), kind: snapshot.kind, labels: snapshot.labels.clone() }
+    SnapshotInfo {
+        key: key.clone(),
+        parent: snapshot.parent.clone(),
+        kind: snapshot.kind,
+        labels: snapshot.labels.clone(),
+    }
 }
 
 fn mounts(snapshot: &SnapshotState) -> Vec<Mount> {
@@ -54,14 +62,18 @@ impl FakeStorage {
             Some(parent) => {
                 let snapshot = state.snapshots.get(parent).ok_or_else(|| missing(parent))?;
                 if snapshot.kind != SnapshotKind::Committed {
-                    return Err(Fault::new(Code::FailedPrecondition, format!("parent {:?} is not committed", parent.0)));
+                    return Err(Fault::new(
+                        Code::FailedPrecondition,
+                        format!("parent {:?} is not committed", parent.0),
+                    ));
                 }
                 Some(snapshot.dir.clone())
             }
         };
         state.next += 1;
         let dir = self.0.root.path().join(state.next.to_string());
-        let made = std::fs::create_dir(&dir).and_then(|()| std::fs::set_permissions(&dir, Permissions::from_mode(0o755)));
+        let made = std::fs::create_dir(&dir)
+            .and_then(|()| std::fs::set_permissions(&dir, Permissions::from_mode(0o755)));
         made.map_err(|e| Fault::io("make a snapshot's directory", e))?;
         if let Some(from) = from {
             run(Command::new("cp").arg("-a").arg(from.join(".")).arg(&dir), None)?;
@@ -84,11 +96,23 @@ impl Snapshotter for FakeStorage {
         self.state().snapshots.get(key).map(|s| info(key, s)).ok_or_else(|| missing(key))
     }
 
-    async fn prepare(&self, lease: &LeaseId, key: &SnapshotKey, parent: Option<&SnapshotKey>, labels: &Labels) -> Result<Vec<Mount>> {
+    async fn prepare(
+        &self,
+        lease: &LeaseId,
+        key: &SnapshotKey,
+        parent: Option<&SnapshotKey>,
+        labels: &Labels,
+    ) -> Result<Vec<Mount>> {
         self.start(lease, key, parent, labels, SnapshotKind::Active)
     }
 
-    async fn view(&self, lease: &LeaseId, key: &SnapshotKey, parent: Option<&SnapshotKey>, labels: &Labels) -> Result<Vec<Mount>> {
+    async fn view(
+        &self,
+        lease: &LeaseId,
+        key: &SnapshotKey,
+        parent: Option<&SnapshotKey>,
+        labels: &Labels,
+    ) -> Result<Vec<Mount>> {
         self.start(lease, key, parent, labels, SnapshotKind::View)
     }
 
@@ -100,7 +124,13 @@ impl Snapshotter for FakeStorage {
         }
     }
 
-    async fn commit(&self, lease: &LeaseId, name: &SnapshotKey, key: &SnapshotKey, labels: &Labels) -> Result<()> {
+    async fn commit(
+        &self,
+        lease: &LeaseId,
+        name: &SnapshotKey,
+        key: &SnapshotKey,
+        labels: &Labels,
+    ) -> Result<()> {
         let mut state = self.state();
         state.keep(lease, LeaseResource::Snapshot(SNAPSHOTTER.into(), name.clone()))?;
         if state.snapshots.contains_key(name) {
@@ -109,7 +139,12 @@ impl Snapshotter for FakeStorage {
         match state.snapshots.get(key).map(|s| s.kind) {
             None => return Err(missing(key)),
             Some(SnapshotKind::Active) => {}
-            Some(kind) => return Err(Fault::new(Code::FailedPrecondition, format!("snapshot {:?} is {kind:?}, not active", key.0))),
+            Some(kind) => {
+                return Err(Fault::new(
+                    Code::FailedPrecondition,
+                    format!("snapshot {:?} is {kind:?}, not active", key.0),
+                ));
+            }
         }
         if let Some(mut snapshot) = state.snapshots.remove(key) {
             // Labels given at Prepare are not inherited.
@@ -125,12 +160,16 @@ impl Snapshotter for FakeStorage {
         match state.snapshots.get(key).map(|s| s.kind) {
             None => return Err(missing(key)),
             Some(SnapshotKind::Committed) => {
-                return Err(Fault::internal(format!("committed snapshot {:?} goes with its leases, never directly", key.0)));
+                return Err(Fault::internal(format!(
+                    "committed snapshot {:?} goes with its leases, never directly",
+                    key.0
+                )));
             }
             Some(_) => {}
         }
         if let Some(snapshot) = state.snapshots.remove(key) {
-            std::fs::remove_dir_all(&snapshot.dir).map_err(|e| Fault::io(format!("remove {}", snapshot.dir.display()), e))?;
+            std::fs::remove_dir_all(&snapshot.dir)
+                .map_err(|e| Fault::io(format!("remove {}", snapshot.dir.display()), e))?;
         }
         Ok(())
     }
@@ -150,7 +189,10 @@ impl Snapshotter for FakeStorage {
         };
         let own = measure(&dir)?;
         let below = parent.map(|p| measure(&p)).transpose()?.unwrap_or_default();
-        Ok(Usage { bytes: own.bytes.saturating_sub(below.bytes), inodes: own.inodes.saturating_sub(below.inodes) })
+        Ok(Usage {
+            bytes: own.bytes.saturating_sub(below.bytes),
+            inodes: own.inodes.saturating_sub(below.inodes),
+        })
     }
 
     async fn list(&self, filters: &[String]) -> Result<Vec<SnapshotInfo>> {
@@ -172,7 +214,9 @@ impl Snapshotter for FakeStorage {
         let blob = self.read_all(layer.digest, layer.size).await?;
         let target = match mounts {
             [one] if one.kind == "bind" => PathBuf::from(&one.source),
-            _ => return Err(Fault::invalid(format!("these are no mounts of the fake: {mounts:?}"))),
+            _ => {
+                return Err(Fault::invalid(format!("these are no mounts of the fake: {mounts:?}")));
+            }
         };
         let tar = match blob.get(..4) {
             Some([0x1f, 0x8b, ..]) => run(Command::new("gzip").arg("-dc"), Some(&blob))?,
@@ -212,10 +256,16 @@ fn unpack(tar: &[u8], target: &Path) -> Result<()> {
     for name in String::from_utf8_lossy(&names).lines() {
         let path = Path::new(name.trim_end_matches('/'));
         let Some(base) = path.file_name().and_then(|f| f.to_str()) else { continue };
-        let dir = target.join(path.parent().unwrap_or(Path::new("")).strip_prefix("/").unwrap_or(path.parent().unwrap_or(Path::new(""))));
+        let dir = target.join(
+            path.parent()
+                .unwrap_or(Path::new(""))
+                .strip_prefix("/")
+                .unwrap_or(path.parent().unwrap_or(Path::new(""))),
+        );
         if base == ".wh..wh..opq" {
             let _ = std::fs::remove_dir_all(&dir);
-            std::fs::create_dir_all(&dir).map_err(|e| Fault::io(format!("make {}", dir.display()), e))?;
+            std::fs::create_dir_all(&dir)
+                .map_err(|e| Fault::io(format!("make {}", dir.display()), e))?;
         } else if let Some(gone) = base.strip_prefix(".wh.") {
             let gone = dir.join(gone);
             let _ = std::fs::remove_file(&gone).or_else(|_| std::fs::remove_dir_all(&gone));
@@ -224,7 +274,16 @@ fn unpack(tar: &[u8], target: &Path) -> Result<()> {
     let fault = |e| Fault::io(format!("keep {}", target.display()), e);
     let root = std::fs::metadata(target).map_err(fault)?;
     let mut extract = Command::new("tar");
-    extract.args(["-xf", "-", "--numeric-owner", "--same-permissions", "--xattrs", "--xattrs-include=*", "--exclude=.wh.*", "-C"]);
+    extract.args([
+        "-xf",
+        "-",
+        "--numeric-owner",
+        "--same-permissions",
+        "--xattrs",
+        "--xattrs-include=*",
+        "--exclude=.wh.*",
+        "-C",
+    ]);
     run(extract.arg(target), Some(tar))?;
     // containerd passes over entries of the root.
     std::fs::set_permissions(target, root.permissions()).map_err(fault)?;
@@ -235,7 +294,12 @@ fn unpack(tar: &[u8], target: &Path) -> Result<()> {
 fn run(command: &mut Command, input: Option<&[u8]>) -> Result<Vec<u8>> {
     let what = format!("run {:?}", command.get_program());
     let stdin = if input.is_some() { Stdio::piped() } else { Stdio::null() };
-    let mut child = command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().map_err(|e| Fault::io(what.clone(), e))?;
+    let mut child = command
+        .stdin(stdin)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|e| Fault::io(what.clone(), e))?;
     let output = std::thread::scope(|scope| {
         if let (Some(input), Some(mut pipe)) = (input, child.stdin.take()) {
             scope.spawn(move || pipe.write_all(input));
@@ -244,7 +308,10 @@ fn run(command: &mut Command, input: Option<&[u8]>) -> Result<Vec<u8>> {
     });
     let output = output.map_err(|e| Fault::io(what.clone(), e))?;
     if !output.status.success() {
-        return Err(Fault::unknown(format!("{what}: {}", String::from_utf8_lossy(&output.stderr).trim())));
+        return Err(Fault::unknown(format!(
+            "{what}: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        )));
     }
     Ok(output.stdout)
 }

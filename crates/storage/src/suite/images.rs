@@ -19,7 +19,10 @@ pub async fn images(storage: &Storage) {
     let second = Descriptor::of(media::OCI_MANIFEST, two.as_bytes());
 
     assert!(images.get(&name).await.unwrap_err().is_not_found());
-    images.put(&name, &first, &labels([("mine", "1"), ("io.cri-containerd.image", "managed")])).await.unwrap();
+    images
+        .put(&name, &first, &labels([("mine", "1"), ("io.cri-containerd.image", "managed")]))
+        .await
+        .unwrap();
     let record = images.get(&name).await.unwrap();
     assert_eq!((&record.name, &record.target), (&name, &first));
     assert!(record.updated.is_some());
@@ -32,11 +35,18 @@ pub async fn images(storage: &Storage) {
     let listed = images.list(&[format!("name==\"{name}\"")]).await.unwrap();
     assert_eq!(listed.len(), 1);
 
-    // The name keeps the manifest and, by its label, the config; the manifest it no longer names goes.
+    // The name keeps the manifest and, by its label, the config; the manifest it no longer names
+    // goes.
     storage.leases.delete(&kept, true).await.unwrap();
-    assert!(storage.content.info(second.digest).await.is_ok(), "the image does not keep its manifest");
+    assert!(
+        storage.content.info(second.digest).await.is_ok(),
+        "the image does not keep its manifest"
+    );
     assert!(storage.content.info(config).await.is_ok(), "the manifest does not keep its config");
-    assert!(storage.content.info(first.digest).await.unwrap_err().is_not_found(), "a manifest without a name stayed");
+    assert!(
+        storage.content.info(first.digest).await.unwrap_err().is_not_found(),
+        "a manifest without a name stayed"
+    );
     images.delete(&name, true).await.unwrap();
     assert!(images.delete(&name, true).await.unwrap_err().is_not_found());
     assert!(storage.content.info(config).await.unwrap_err().is_not_found());

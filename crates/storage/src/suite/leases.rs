@@ -20,7 +20,10 @@ pub async fn leases(storage: &Storage) {
     // Resources need not exist, come back as they went in, and adding twice is adding once.
     let resources = [
         LeaseResource::Content(Digest::of("nowhere")),
-        LeaseResource::Snapshot(storage.snapshots.name().into(), SnapshotKey("suite-nowhere".into())),
+        LeaseResource::Snapshot(
+            storage.snapshots.name().into(),
+            SnapshotKey("suite-nowhere".into()),
+        ),
     ];
     for resource in &resources {
         leases.add(&id, resource.clone()).await.unwrap();
@@ -36,7 +39,11 @@ pub async fn leases(storage: &Storage) {
     let made = lease(storage).await;
     let child = storage.content.put(&made, "child".into(), &Labels::new()).await.unwrap();
     let reference = format!("{GC_REF_CONTENT}.0");
-    let parent = storage.content.put(&made, "parent".into(), &labels([(&reference, &child.to_string())])).await.unwrap();
+    let parent = storage
+        .content
+        .put(&made, "parent".into(), &labels([(&reference, &child.to_string())]))
+        .await
+        .unwrap();
     let deep = lease(storage).await;
     leases.add(&deep, LeaseResource::Content(parent)).await.unwrap();
     leases.add(&id, LeaseResource::Content(parent)).await.unwrap();
@@ -44,12 +51,19 @@ pub async fn leases(storage: &Storage) {
     assert!(storage.content.info(child).await.is_ok(), "a label's reference is not followed");
     leases.delete(&deep, true).await.unwrap();
     assert!(storage.content.info(parent).await.is_ok(), "the flat lease does not keep its blob");
-    assert!(storage.content.info(child).await.unwrap_err().is_not_found(), "a flat lease follows labels");
+    assert!(
+        storage.content.info(child).await.unwrap_err().is_not_found(),
+        "a flat lease follows labels"
+    );
 
     leases.delete(&id, true).await.unwrap();
     leases.delete(&id, true).await.expect("a lease that is gone is no error");
     assert!(storage.content.info(parent).await.unwrap_err().is_not_found());
     assert!(leases.add(&id, LeaseResource::Content(parent)).await.unwrap_err().is_not_found());
-    let error = storage.content.put(&id, "late".into(), &Labels::new()).await.expect_err("work under a lease that is gone");
+    let error = storage
+        .content
+        .put(&id, "late".into(), &Labels::new())
+        .await
+        .expect_err("work under a lease that is gone");
     assert!(error.is_not_found(), "{error:?}");
 }

@@ -1,5 +1,6 @@
-//! Conformance checks that every storage passes: run over the fake in unit tests, and over real containerds live.
-//! Each function takes a storage, panics with what failed, and leaves nothing behind.
+//! Conformance checks that every storage passes: run over the fake in unit tests, and over real
+//! containerds live. Each function takes a storage, panics with what failed, and leaves nothing
+//! behind.
 
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
@@ -29,7 +30,8 @@ pub async fn all(storage: &Storage) {
 /// A new lease, unlike any other of this process.
 async fn lease(storage: &Storage) -> LeaseId {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let id = LeaseId(format!("suite-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
+    let id =
+        LeaseId(format!("suite-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
     storage.leases.create(&id, &Labels::new()).await.unwrap();
     id
 }

@@ -9,7 +9,8 @@ fn key(name: &str) -> SnapshotKey {
     SnapshotKey(format!("suite-{}-{name}", std::process::id()))
 }
 
-/// The life of a snapshot: active, committed as a name, parent of others; names taken; what leases keep.
+/// The life of a snapshot: active, committed as a name, parent of others; names taken; what leases
+/// keep.
 pub async fn snapshots(storage: &Storage) {
     let store = &storage.snapshots;
     let kept = lease(storage).await;
@@ -21,18 +22,33 @@ pub async fn snapshots(storage: &Storage) {
     let error = store.prepare(&kept, &active, None, &Labels::new()).await.unwrap_err();
     assert_eq!(error.code(), Code::AlreadyExists, "{error:?}");
     let found = store.stat(&active).await.unwrap();
-    assert_eq!((found.kind, found.parent, found.labels), (SnapshotKind::Active, None, labels([("suite", "active")])));
+    assert_eq!(
+        (found.kind, found.parent, found.labels),
+        (SnapshotKind::Active, None, labels([("suite", "active")]))
+    );
 
     // Labels are those of the commit, not those of the preparation.
-    store.commit(&kept, &base, &active, &labels([("suite", "base"), ("other.label/x", "1")])).await.unwrap();
-    assert!(store.stat(&active).await.unwrap_err().is_not_found(), "the active key survived the commit");
+    store
+        .commit(&kept, &base, &active, &labels([("suite", "base"), ("other.label/x", "1")]))
+        .await
+        .unwrap();
+    assert!(
+        store.stat(&active).await.unwrap_err().is_not_found(),
+        "the active key survived the commit"
+    );
     let found = store.stat(&base).await.unwrap();
     assert_eq!(found.kind, SnapshotKind::Committed);
     assert_eq!(found.labels, labels([("suite", "base"), ("other.label/x", "1")]));
-    store.update_labels(&base, &labels([("suite", "changed"), ("other.label/x", "")])).await.unwrap();
+    store
+        .update_labels(&base, &labels([("suite", "changed"), ("other.label/x", "")]))
+        .await
+        .unwrap();
     assert_eq!(store.stat(&base).await.unwrap().labels, labels([("suite", "changed")]));
     let listed = store.list(&["labels.suite==changed".into()]).await.unwrap();
-    assert_eq!(listed.iter().map(|s| s.key.clone()).collect::<Vec<_>>(), std::slice::from_ref(&base));
+    assert_eq!(
+        listed.iter().map(|s| s.key.clone()).collect::<Vec<_>>(),
+        std::slice::from_ref(&base)
+    );
 
     // A name that is taken: the active one stays, and can be removed.
     store.prepare(&kept, &active, None, &Labels::new()).await.unwrap();
@@ -40,12 +56,21 @@ pub async fn snapshots(storage: &Storage) {
     assert!(error.is_already_exists(), "{error:?}");
     store.remove(&active).await.unwrap();
     assert!(store.remove(&active).await.unwrap_err().is_not_found());
-    assert!(store.prepare(&kept, &active, Some(&key("absent")), &Labels::new()).await.unwrap_err().is_not_found());
+    assert!(
+        store
+            .prepare(&kept, &active, Some(&key("absent")), &Labels::new())
+            .await
+            .unwrap_err()
+            .is_not_found()
+    );
 
     // Views are read-only and cannot be committed.
     let view = key("view");
     let mounts = store.view(&kept, &view, Some(&base), &Labels::new()).await.unwrap();
-    assert!(mounts.iter().any(|m| m.options.iter().any(|o| o == "ro" || o.starts_with("lowerdir"))), "{mounts:?}");
+    assert!(
+        mounts.iter().any(|m| m.options.iter().any(|o| o == "ro" || o.starts_with("lowerdir"))),
+        "{mounts:?}"
+    );
     assert_eq!(store.stat(&view).await.unwrap().kind, SnapshotKind::View);
     assert!(store.commit(&kept, &key("of-view"), &view, &Labels::new()).await.is_err());
     store.remove(&view).await.unwrap();

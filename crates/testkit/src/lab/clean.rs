@@ -1,5 +1,5 @@
-//! Leaving nothing behind: tasks, shims, mounts, directories of this lab and of labs whose owner was killed; and counting
-//! what a daemon left.
+//! Leaving nothing behind: tasks, shims, mounts, directories of this lab and of labs whose owner
+//! was killed; and counting what a daemon left.
 
 use super::{Flavour, Lab};
 use rustix::process::{Pid, Signal, kill_process};
@@ -36,7 +36,10 @@ impl Leftovers {
 impl Lab {
     /// Names of the namespaces there are.
     pub fn namespaces(&self) -> Vec<String> {
-        self.ctr_in("default", ["namespaces", "list", "--quiet"]).lines().map(str::to_owned).collect()
+        self.ctr_in("default", ["namespaces", "list", "--quiet"])
+            .lines()
+            .map(str::to_owned)
+            .collect()
     }
 
     /// What there is now.
@@ -46,14 +49,16 @@ impl Lab {
             let list = |arguments: &[&str], quiet: bool| -> Vec<String> {
                 let answer = self.ctr_in(&namespace, arguments).ok();
                 let skip = if quiet { 0 } else { 1 };
-                let first = |l: &str| l.split_whitespace().next().map(|w| format!("{namespace}/{w}"));
+                let first =
+                    |l: &str| l.split_whitespace().next().map(|w| format!("{namespace}/{w}"));
                 answer.lines().skip(skip).filter_map(first).collect()
             };
             all.images.extend(list(&["images", "list", "--quiet"], true));
             all.leases.extend(list(&["leases", "list", "--quiet"], true));
             all.snapshots.extend(list(&["snapshots", "list"], false));
             if self.options.snapshotter {
-                all.snapshots.extend(list(&["snapshots", "--snapshotter", "shipway", "list"], false));
+                all.snapshots
+                    .extend(list(&["snapshots", "--snapshotter", "shipway", "list"], false));
             }
             all.blobs.extend(list(&["content", "list", "--quiet"], true));
             all.ingests.extend(list(&["content", "active"], false));
@@ -83,11 +88,17 @@ impl Lab {
             let text = String::from_utf8_lossy(&bytes);
             // What every start and every request says is of no use here.
             let dull = ["loading plugin", "\" 200 ", "\" 201 ", "\" 202 "];
-            let lines: Vec<_> = text.lines().filter(|l| !dull.iter().any(|d| l.contains(d))).collect();
-            eprintln!("--- the end of {log}\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
+            let lines: Vec<_> =
+                text.lines().filter(|l| !dull.iter().any(|d| l.contains(d))).collect();
+            eprintln!(
+                "--- the end of {log}\n{}",
+                lines[lines.len().saturating_sub(60)..].join("\n")
+            );
         }
         if self.containerd.is_some() {
-            for what in [["leases", "list"], ["snapshots", "list"], ["images", "list"], ["tasks", "list"]] {
+            for what in
+                [["leases", "list"], ["snapshots", "list"], ["images", "list"], ["tasks", "list"]]
+            {
                 eprintln!("--- ctr {}\n{}", what.join(" "), self.ctr(what).all());
             }
         }
@@ -126,7 +137,11 @@ pub(super) fn sweep() {
         if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
             continue;
         }
-        let Some(owner) = std::fs::read_to_string(entry.path().join("owner")).ok().filter(|o| !o.is_empty()) else { continue };
+        let Some(owner) =
+            std::fs::read_to_string(entry.path().join("owner")).ok().filter(|o| !o.is_empty())
+        else {
+            continue;
+        };
         if Path::new("/proc").join(owner.trim()).exists() {
             continue;
         }
@@ -157,7 +172,9 @@ fn kill(pid: i32) {
 /// Processes and their command lines.
 fn processes() -> Vec<(i32, String)> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok()).filter(|p| *p != std::process::id() as i32);
+    let pids = entries
+        .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|p| *p != std::process::id() as i32);
     pids.filter_map(|pid| {
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         Some((pid, String::from_utf8_lossy(&command).replace('\0', " ")))
@@ -167,11 +184,15 @@ fn processes() -> Vec<(i32, String)> {
 
 fn shims(dir: &Path) -> Vec<(i32, String)> {
     let socket = dir.join("containerd.sock").to_string_lossy().into_owned();
-    processes().into_iter().filter(|(_, c)| c.contains("containerd-shim") && c.contains(&socket)).collect()
+    processes()
+        .into_iter()
+        .filter(|(_, c)| c.contains("containerd-shim") && c.contains(&socket))
+        .collect()
 }
 
 fn children(pid: i32) -> Vec<i32> {
-    let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    let list =
+        std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     list.split_whitespace().filter_map(|p| p.parse().ok()).collect()
 }
 
@@ -179,5 +200,10 @@ fn children(pid: i32) -> Vec<i32> {
 fn mounts(dir: &Path) -> Vec<String> {
     let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let below = format!("{}/", dir.display());
-    table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|m| m.starts_with(&below)).map(str::to_owned).collect()
+    table
+        .lines()
+        .filter_map(|l| l.split(' ').nth(4))
+        .filter(|m| m.starts_with(&below))
+        .map(str::to_owned)
+        .collect()
 }

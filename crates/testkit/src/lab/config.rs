@@ -3,7 +3,8 @@
 use super::Flavour;
 use std::path::Path;
 
-/// containerd with everything below `dir` and nothing that two daemons of one machine would fight over; with CRI if there is an image for its sandboxes.
+/// containerd with everything below `dir` and nothing that two daemons of one machine would fight
+/// over; with CRI if there is an image for its sandboxes.
 pub(super) fn containerd(dir: &Path, flavour: Flavour, sandbox: Option<&str>) -> String {
     let cri = sandbox.map(|image| cri(dir, flavour, image)).unwrap_or_default();
     let dir = dir.display();
@@ -18,7 +19,8 @@ pub(super) fn containerd(dir: &Path, flavour: Flavour, sandbox: Option<&str>) ->
             disabled.extend(["cri.v1.images", "cri.v1.runtime"]);
         }
     }
-    let disabled: Vec<String> = disabled.iter().map(|name| format!("\"io.containerd.{name}\"")).collect();
+    let disabled: Vec<String> =
+        disabled.iter().map(|name| format!("\"io.containerd.{name}\"")).collect();
     let disabled = disabled.join(", ");
     format!(
         r#"version = {version}
@@ -38,8 +40,9 @@ disabled_plugins = [{disabled}]
     )
 }
 
-/// CRI for pods in the host's network: no CNI configuration is there, nor looked for outside the lab. A virtual machine may not let processes be made
-/// less likely to be killed for memory, so CRI is told not to try.
+/// CRI for pods in the host's network: no CNI configuration is there, nor looked for outside the
+/// lab. A virtual machine may not let processes be made less likely to be killed for memory, so CRI
+/// is told not to try.
 fn cri(dir: &Path, flavour: Flavour, sandbox: &str) -> String {
     let dir = dir.display();
     match flavour {
@@ -74,7 +77,13 @@ pub(super) fn registry(dir: &Path, port: u16) -> String {
 }
 
 /// The daemon on the lab's containerd, with the lab's registry as the mirror of `docker.io`.
-pub(super) fn shipwayd(dir: &Path, namespace: &str, registry: Option<&str>, worker: &str, more: &str) -> String {
+pub(super) fn shipwayd(
+    dir: &Path,
+    namespace: &str,
+    registry: Option<&str>,
+    worker: &str,
+    more: &str,
+) -> String {
     let dir = dir.display();
     let registries = registry.map_or(String::new(), |registry| {
         format!("[registry.\"docker.io\"]\n  mirrors = [\"{registry}\"]\n\n[registry.\"{registry}\"]\n  http = true\n\n")

@@ -36,7 +36,9 @@ impl Flavour {
     fn containerd(self) -> Option<PathBuf> {
         match self.bin() {
             Some(bin) => Some(bin.join("containerd")).filter(|p| p.exists()),
-            None => std::env::split_paths(&std::env::var_os("PATH")?).map(|d| d.join("containerd")).find(|p| p.exists()),
+            None => std::env::split_paths(&std::env::var_os("PATH")?)
+                .map(|d| d.join("containerd"))
+                .find(|p| p.exists()),
         }
     }
 
@@ -49,7 +51,12 @@ impl Flavour {
     /// Its version, as it prints it.
     pub fn version(self) -> String {
         let Some(program) = self.containerd() else { return "absent".into() };
-        run(Command::new(program).arg("--version")).stdout.split_whitespace().nth(2).unwrap_or("unknown").to_owned()
+        run(Command::new(program).arg("--version"))
+            .stdout
+            .split_whitespace()
+            .nth(2)
+            .unwrap_or("unknown")
+            .to_owned()
     }
 }
 
@@ -76,7 +83,8 @@ pub struct LabOptions {
     pub keep_in: Option<PathBuf>,
     /// Size in bytes of the disk that containerd has for itself; the machine's otherwise.
     pub disk: Option<u64>,
-    /// What the daemon takes for the name of the machine's present life; the machine's own otherwise.
+    /// What the daemon takes for the name of the machine's present life; the machine's own
+    /// otherwise.
     pub boot: Option<String>,
 }
 
@@ -116,7 +124,8 @@ impl Lab {
     pub fn start(options: LabOptions) -> Self {
         clean::sweep();
         let temporary = options.keep_in.is_none().then(|| {
-            // Not below target/: paths of unix sockets must stay short. Not in /tmp: that may be memory.
+            // Not below target/: paths of unix sockets must stay short. Not in /tmp: that may be
+            // memory.
             tempfile::Builder::new().prefix(clean::PREFIX).tempdir_in("/var/tmp").unwrap()
         });
         let dir = match (&temporary, &options.keep_in) {
@@ -126,7 +135,15 @@ impl Lab {
         };
         std::fs::create_dir_all(&dir).unwrap();
         std::fs::write(dir.join("owner"), std::process::id().to_string()).unwrap();
-        let mut lab = Self { options, daemon: None, containerd: None, snapshotter: None, registry: None, dir, _temporary: temporary };
+        let mut lab = Self {
+            options,
+            daemon: None,
+            containerd: None,
+            snapshotter: None,
+            registry: None,
+            dir,
+            _temporary: temporary,
+        };
         lab.mount_disk();
         if lab.options.snapshotter {
             lab.start_snapshotter();
@@ -140,7 +157,8 @@ impl Lab {
         let root = self.dir.join("containerd-root");
         std::fs::create_dir_all(&root).unwrap();
         let size = format!("size={size},mode=0711");
-        run(Command::new("mount").args(["-t", "tmpfs", "-o", &size, "shipway-lab"]).arg(&root)).ok();
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", &size, "shipway-lab"]).arg(&root))
+            .ok();
     }
 
     /// More lines for the daemon's TOML, for when it is started next.
@@ -168,7 +186,8 @@ impl Lab {
         Self::start(LabOptions::new(flavour))
     }
 
-    /// A temporary lab with containerd, a registry that has `library/busybox:latest`, and the daemon.
+    /// A temporary lab with containerd, a registry that has `library/busybox:latest`, and the
+    /// daemon.
     pub fn complete(flavour: Flavour) -> Self {
         let mut lab = Self::on(flavour);
         lab.start_registry();
@@ -209,28 +228,45 @@ impl Lab {
 
     /// `address:port` of the registry.
     pub fn registry(&self) -> String {
-        let (port, _) = self.registry.as_ref().expect("the lab has no registry: call start_registry");
+        let (port, _) =
+            self.registry.as_ref().expect("the lab has no registry: call start_registry");
         format!("127.0.0.1:{port}")
     }
 
     /// Starts containerd, or starts it again after [`Lab::kill_containerd`].
     pub fn start_containerd(&mut self) {
         let flavour = self.options.flavour;
-        let program = flavour.containerd().unwrap_or_else(|| panic!("{flavour:?} containerd is absent; `cargo xtask test` installs it"));
+        let program = flavour.containerd().unwrap_or_else(|| {
+            panic!("{flavour:?} containerd is absent; `cargo xtask test` installs it")
+        });
         let config = self.dir.join("containerd.toml");
-        std::fs::write(&config, config::containerd(&self.dir, flavour, self.options.sandbox.as_deref())).unwrap();
+        std::fs::write(
+            &config,
+            config::containerd(&self.dir, flavour, self.options.sandbox.as_deref()),
+        )
+        .unwrap();
         if self.options.snapshotter {
-            let arguments =
-                ["setup".as_ref(), "--containerd".as_ref(), program.as_os_str(), "--containerd-config".as_ref(), config.as_os_str()];
+            let arguments = [
+                "setup".as_ref(),
+                "--containerd".as_ref(),
+                program.as_os_str(),
+                "--containerd-config".as_ref(),
+                config.as_os_str(),
+            ];
             run(self.snapshotter_command().args(arguments)).ok();
         }
         let mut command = Command::new(program);
         command.arg("--config").arg(&config).env("PATH", flavour.path());
-        let mut process = Process::start("containerd", &mut command, &self.dir.join("containerd.log"));
+        let mut process =
+            Process::start("containerd", &mut command, &self.dir.join("containerd.log"));
         wait_for("containerd to answer", Duration::from_secs(60), || {
             process.alive().unwrap_or_else(|e| panic!("{e}"));
             let answer = self.ctr_command().arg("version").output().map_err(|e| e.to_string())?;
-            if answer.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&answer.stderr).into_owned()) }
+            if answer.status.success() {
+                Ok(())
+            } else {
+                Err(String::from_utf8_lossy(&answer.stderr).into_owned())
+            }
         });
         self.containerd = Some(process);
     }
@@ -251,9 +287,14 @@ impl Lab {
 
     /// Starts the snapshotter, or starts it again after [`Lab::kill_snapshotter`].
     pub fn start_snapshotter(&mut self) {
-        std::fs::write(self.dir.join("shipway-snapshotter.toml"), config::snapshotter(&self.dir)).unwrap();
+        std::fs::write(self.dir.join("shipway-snapshotter.toml"), config::snapshotter(&self.dir))
+            .unwrap();
         let mut command = self.snapshotter_command();
-        let mut process = Process::start("shipway-snapshotter", &mut command, &self.dir.join("shipway-snapshotter.log"));
+        let mut process = Process::start(
+            "shipway-snapshotter",
+            &mut command,
+            &self.dir.join("shipway-snapshotter.log"),
+        );
         wait_for("the snapshotter to answer", Duration::from_secs(30), || {
             process.alive().unwrap_or_else(|e| panic!("{e}"));
             let answer = run(self.snapshotter_command().arg("status"));
@@ -284,10 +325,12 @@ impl Lab {
         let port = free_port();
         let config = self.dir.join("registry.yml");
         std::fs::write(&config, config::registry(&self.dir, port)).unwrap();
-        let program = which("docker-registry").expect("docker-registry is absent; `cargo xtask test` fetches it");
+        let program = which("docker-registry")
+            .expect("docker-registry is absent; `cargo xtask test` fetches it");
         let mut command = Command::new(program);
         command.arg("serve").arg(&config);
-        let mut process = Process::start("docker-registry", &mut command, &self.dir.join("registry.log"));
+        let mut process =
+            Process::start("docker-registry", &mut command, &self.dir.join("registry.log"));
         wait_for("the registry to answer", Duration::from_secs(30), || {
             process.alive().unwrap_or_else(|e| panic!("{e}"));
             match image::get(&format!("127.0.0.1:{port}"), "/v2/") {
@@ -298,7 +341,8 @@ impl Lab {
         self.registry = Some((port, process));
     }
 
-    /// Ends the registry; what was pushed to it is there when one is started again, on another port.
+    /// Ends the registry; what was pushed to it is there when one is started again, on another
+    /// port.
     pub fn kill_registry(&mut self) {
         if let Some((_, mut process)) = self.registry.take() {
             process.kill();
@@ -329,11 +373,18 @@ impl Lab {
                 std::fs::write(&file, format!("{boot}\n")).unwrap();
                 let mut command = Command::new("unshare");
                 command.args(["--mount", "--propagation", "slave", "sh", "-c"]);
-                command.arg("mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"").arg(file).arg(built("shipwayd"));
+                command
+                    .arg("mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"")
+                    .arg(file)
+                    .arg(built("shipwayd"));
                 command
             }
         };
-        command.arg("--config").arg(&config).args(&self.options.daemon_flags).env("PATH", self.options.flavour.path());
+        command
+            .arg("--config")
+            .arg(&config)
+            .args(&self.options.daemon_flags)
+            .env("PATH", self.options.flavour.path());
         command.envs(self.options.daemon_environment.iter().map(|(name, value)| (name, value)));
         let mut process = Process::start("shipwayd", &mut command, &self.dir.join("shipwayd.log"));
         let address = self.daemon_address();
@@ -389,7 +440,10 @@ impl Lab {
 
     fn ctr_command(&self) -> Command {
         let mut command = Command::new(self.ctr_path());
-        command.env("PATH", self.options.flavour.path()).arg("--address").arg(self.containerd_socket());
+        command
+            .env("PATH", self.options.flavour.path())
+            .arg("--address")
+            .arg(self.containerd_socket());
         command
     }
 
@@ -401,7 +455,11 @@ impl Lab {
 
     /// Runs `ctr` in `namespace`.
     #[track_caller]
-    pub fn ctr_in<S: AsRef<OsStr>>(&self, namespace: &str, arguments: impl IntoIterator<Item = S>) -> Finished {
+    pub fn ctr_in<S: AsRef<OsStr>>(
+        &self,
+        namespace: &str,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Finished {
         run(self.ctr_command().args(["--namespace", namespace]).args(arguments))
     }
 
@@ -418,7 +476,8 @@ impl Lab {
         command
     }
 
-    /// `docker-buildx` with a configuration of its own that knows the daemon as builder `shipway`; `None` if it is absent.
+    /// `docker-buildx` with a configuration of its own that knows the daemon as builder `shipway`;
+    /// `None` if it is absent.
     pub fn buildx(&self) -> Option<Command> {
         let home = self.dir.join("buildx");
         let program = which("docker-buildx")?;
@@ -429,14 +488,23 @@ impl Lab {
         };
         if !home.exists() {
             std::fs::create_dir_all(&home).unwrap();
-            run(command().args(["create", "--name", "shipway", "--driver", "remote", &self.daemon_address()])).ok();
+            run(command().args([
+                "create",
+                "--name",
+                "shipway",
+                "--driver",
+                "remote",
+                &self.daemon_address(),
+            ]))
+            .ok();
         }
         let mut command = command();
         command.env("BUILDX_BUILDER", "shipway");
         Some(command)
     }
 
-    /// Writes files into a new directory `name` of the lab and returns it. Pairs of relative path and text.
+    /// Writes files into a new directory `name` of the lab and returns it. Pairs of relative path
+    /// and text.
     pub fn context(&self, name: &str, files: &[(&str, &str)]) -> PathBuf {
         let dir = self.dir.join("contexts").join(name);
         for (path, text) in files {

@@ -18,7 +18,9 @@ pub(super) fn read<'a>(from: &mut &'a [u8], tag: u8) -> Option<&'a [u8]> {
     let (&first, mut rest) = rest.split_first()?;
     let mut length = usize::from(first);
     if first & 0x80 != 0 {
-        let (bytes, after) = rest.split_at_checked(usize::from(first & 0x7f)).filter(|(b, _)| (1..=4).contains(&b.len()))?;
+        let (bytes, after) = rest
+            .split_at_checked(usize::from(first & 0x7f))
+            .filter(|(b, _)| (1..=4).contains(&b.len()))?;
         length = bytes.iter().fold(0, |sum, b| sum << 8 | usize::from(*b));
         rest = after;
     }
@@ -66,9 +68,19 @@ pub(super) fn ecdsa(curve: &[u8], secret: &[u8], point: &[u8]) -> Vec<u8> {
 }
 
 /// An RSA key as PKCS#1, whose exponents for the primes are computed. None if it cannot be one.
-pub(super) fn rsa(n: &[u8], e: &[u8], d: &[u8], p: &[u8], q: &[u8], inverse: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn rsa(
+    n: &[u8],
+    e: &[u8],
+    d: &[u8],
+    p: &[u8],
+    q: &[u8],
+    inverse: &[u8],
+) -> Option<Vec<u8>> {
     let (dp, dq) = (modulo(d, &less_one(p)?), modulo(d, &less_one(q)?));
-    let numbers: Vec<u8> = [&[0][..], n, e, d, p, q, &dp, &dq, inverse].iter().flat_map(|number| integer(number)).collect();
+    let numbers: Vec<u8> = [&[0][..], n, e, d, p, q, &dp, &dq, inverse]
+        .iter()
+        .flat_map(|number| integer(number))
+        .collect();
     Some(value(SEQUENCE, &[&numbers]))
 }
 
@@ -113,7 +125,11 @@ mod tests {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let (a, m) = (seed, (seed >> (seed % 60)).max(1) | 1);
             let left = modulo(&a.to_be_bytes(), trim(&m.to_be_bytes()));
-            assert_eq!(left.iter().fold(0_u64, |sum, b| sum << 8 | u64::from(*b)), a % m, "{a} % {m}");
+            assert_eq!(
+                left.iter().fold(0_u64, |sum, b| sum << 8 | u64::from(*b)),
+                a % m,
+                "{a} % {m}"
+            );
         }
         assert_eq!(less_one(&[0, 1, 1]), Some(vec![1, 0]));
         assert_eq!((less_one(&[2]), less_one(&[1]), less_one(&[])), (None, None, None));
@@ -123,7 +139,13 @@ mod tests {
     fn what_is_cut_or_of_another_kind_is_not_read() {
         let long = value(OCTETS, &[&[7; 300]]);
         assert_eq!(read(&mut &long[..], OCTETS), Some(&[7_u8; 300][..]));
-        for bad in [&long[..200], &[OCTETS], &[OCTETS, 0x85, 1, 1, 1, 1, 1], &[OCTETS, 0x80], &[SEQUENCE, 0]] {
+        for bad in [
+            &long[..200],
+            &[OCTETS],
+            &[OCTETS, 0x85, 1, 1, 1, 1, 1],
+            &[OCTETS, 0x80],
+            &[SEQUENCE, 0],
+        ] {
             assert_eq!(read(&mut &bad[..], OCTETS), None);
         }
     }

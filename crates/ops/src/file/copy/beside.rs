@@ -1,8 +1,9 @@
-//! Files that are copied beside the mount in which everything else is copied: straight into the directory that holds what is written, after
-//! it was unmounted.
+//! Files that are copied beside the mount in which everything else is copied: straight into the
+//! directory that holds what is written, after it was unmounted.
 //!
-//! Through an overlay every file costs twice the system calls, and the kernel shares the blocks of files (`FICLONE`) within one mount only. A
-//! hard link would cost less still, but whoever looked at the copy would see it: programs refuse files with a second name.
+//! Through an overlay every file costs twice the system calls, and the kernel shares the blocks of
+//! files (`FICLONE`) within one mount only. A hard link would cost less still, but whoever looked
+//! at the copy would see it: programs refuse files with a second name.
 
 use super::{
     super::{path::RootPath, place::fault},
@@ -73,7 +74,8 @@ impl Beside {
         self
     }
 
-    /// Notes the file at `path`, below what is copied and below the copy; empty for what is copied itself.
+    /// Notes the file at `path`, below what is copied and below the copy; empty for what is copied
+    /// itself.
     pub(super) fn add(&self, path: &Path) {
         let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
         match (path.parent(), path.file_name()) {
@@ -87,19 +89,26 @@ impl Beside {
 
     /// Copies what was noted, unless `go_on` says that nobody wants it any more.
     pub(in super::super) fn copy(self, go_on: &(dyn Fn() -> bool + Sync)) -> Result<()> {
-        let Noted { from, to, names, itself } = self.noted.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let open_both = |from: &RootPath, to: &RootPath| Ok::<_, Fault>((open(&self.source, from)?, open(&self.target, to)?));
+        let Noted { from, to, names, itself } =
+            self.noted.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let open_both = |from: &RootPath, to: &RootPath| {
+            Ok::<_, Fault>((open(&self.source, from)?, open(&self.target, to)?))
+        };
         if itself {
             let (source, target) = open_both(&from.parent(), &to.parent())?;
             let place = Place::of(&target);
-            let copied = place.and_then(|p| one(source.as_fd(), from.name(), target.as_fd(), to.name(), &p, go_on));
+            let copied = place.and_then(|p| {
+                one(source.as_fd(), from.name(), target.as_fd(), to.name(), &p, go_on)
+            });
             copied.map_err(|e| fault("copy", &to, e))?;
         }
-        // What its directories are like is asked before anything is made in them: several threads may be at work in one.
+        // What its directories are like is asked before anything is made in them: several threads
+        // may be at work in one.
         let mut runs = Vec::new();
         for (dir, names) in &names {
             let shown = to.join(dir);
-            let place = open(&self.target, &shown).and_then(|fd| Place::of(&fd).map_err(|e| fault("stat", &shown, e)))?;
+            let place = open(&self.target, &shown)
+                .and_then(|fd| Place::of(&fd).map_err(|e| fault("stat", &shown, e)))?;
             runs.extend(names.chunks(RUN).map(|names| (dir, place.clone(), names)));
         }
         let next = AtomicUsize::new(0);
@@ -109,18 +118,30 @@ impl Beside {
                 let (source, target) = open_both(&from.join(dir), &shown)?;
                 for name in *names {
                     let copied = one(source.as_fd(), name, target.as_fd(), name, place, go_on);
-                    copied.map_err(|e| if e == Errno::CANCELED { Fault::cancelled() } else { fault("copy", &shown.join(name), e) })?;
+                    copied.map_err(|e| {
+                        if e == Errno::CANCELED {
+                            Fault::cancelled()
+                        } else {
+                            fault("copy", &shown.join(name), e)
+                        }
+                    })?;
                 }
-                rustix::fs::futimens(&target, &place.times).map_err(|e| fault("copy", &shown, e))?;
+                rustix::fs::futimens(&target, &place.times)
+                    .map_err(|e| fault("copy", &shown, e))?;
             }
             Ok::<_, Fault>(())
         };
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).clamp(2, MAX_THREADS).min(runs.len());
+        let threads = std::thread::available_parallelism()
+            .map_or(1, |n| n.get())
+            .clamp(2, MAX_THREADS)
+            .min(runs.len());
         std::thread::scope(|scope| {
             let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
             let mut done = work();
             for other in others {
-                let theirs = other.join().map_err(|_| Fault::internal("a thread that copies files panicked"));
+                let theirs = other
+                    .join()
+                    .map_err(|_| Fault::internal("a thread that copies files panicked"));
                 done = done.and(theirs.flatten());
             }
             done
@@ -148,7 +169,8 @@ fn open(root: &OwnedFd, path: &RootPath) -> Result<OwnedFd> {
     let below = path.below(&RootPath::default()).filter(|p| !p.is_empty()).unwrap_or(".".as_ref());
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::openat2(root, below, flags, Mode::empty(), resolve).map_err(|e| fault("open", path, e))
+    rustix::fs::openat2(root, below, flags, Mode::empty(), resolve)
+        .map_err(|e| fault("open", path, e))
 }
 
 /// Copies one file with all that it has.

@@ -11,8 +11,14 @@ use std::{ffi::OsStr, os::fd::AsRawFd, path::Path};
 /// The longest value of an extended attribute, and the longest list of their names, that Linux has.
 const MAX_XATTR: usize = 64 << 10;
 
-/// Gives a new file its owner and permissions. Most have them already, and to look is cheaper than to write.
-pub(super) fn adopt(file: BorrowedFd<'_>, uid: u32, gid: u32, mode: Mode) -> rustix::io::Result<()> {
+/// Gives a new file its owner and permissions. Most have them already, and to look is cheaper than
+/// to write.
+pub(super) fn adopt(
+    file: BorrowedFd<'_>,
+    uid: u32,
+    gid: u32,
+    mode: Mode,
+) -> rustix::io::Result<()> {
     let made = rustix::fs::fstat(file)?;
     let owned = (made.st_uid, made.st_gid) == (uid, gid);
     if !owned {
@@ -35,7 +41,9 @@ pub(super) fn xattrs(from: BorrowedFd<'_>, to: BorrowedFd<'_>) {
 
 /// The same for what cannot be opened: a name in a directory, not followed if it is a link.
 pub(super) fn xattrs_at(from: (BorrowedFd<'_>, &OsStr), to: (BorrowedFd<'_>, &OsStr)) {
-    let path = |(dir, name): (BorrowedFd<'_>, &OsStr)| Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(name);
+    let path = |(dir, name): (BorrowedFd<'_>, &OsStr)| {
+        Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(name)
+    };
     let (from, to) = (path(from), path(to));
     each_xattr(
         |buffer| rustix::fs::llistxattr(&from, buffer),
@@ -63,7 +71,8 @@ fn each_xattr(
     };
     let mut value = Vec::new();
     for name in names.split(|b| *b == 0).filter(|n| !n.is_empty()) {
-        // Others make no sense in another layer: an overlay's own marks, the labels of a security module.
+        // Others make no sense in another layer: an overlay's own marks, the labels of a security
+        // module.
         if !is_image_xattr(name) {
             continue;
         }
@@ -75,7 +84,10 @@ fn each_xattr(
 }
 
 /// Opens a regular file for reading; `None` if it is something else by now.
-pub(super) fn open_regular(dir: BorrowedFd<'_>, name: &OsStr) -> rustix::io::Result<Option<(OwnedFd, Stat)>> {
+pub(super) fn open_regular(
+    dir: BorrowedFd<'_>,
+    name: &OsStr,
+) -> rustix::io::Result<Option<(OwnedFd, Stat)>> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = rustix::fs::openat(dir, name, flags, Mode::empty())?;
     let stat = rustix::fs::fstat(file.as_fd())?;

@@ -35,7 +35,8 @@ fn lab(source: &[&str], target: &[&str]) -> Lab {
 }
 
 fn list(dir: &Path, prefix: &str, out: &mut Vec<String>) {
-    let mut names: Vec<_> = fs::read_dir(dir).expect("list").flatten().map(|e| e.file_name()).collect();
+    let mut names: Vec<_> =
+        fs::read_dir(dir).expect("list").flatten().map(|e| e.file_name()).collect();
     names.sort();
     for name in names {
         let path = dir.join(&name);
@@ -110,15 +111,22 @@ fn modes_times_links_and_hard_links_are_kept() {
     fs::set_permissions(at("d/s/f"), fs::Permissions::from_mode(0o4711)).expect("chmod");
     fs::hard_link(at("d/s/f"), at("d/z/g")).expect("link");
     symlink("/etc/passwd", at("d/l")).expect("symlink");
-    let old = fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(77));
+    let old = fs::FileTimes::new()
+        .set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(77));
     for path in ["d/s/f", "d/s"] {
         fs::File::open(at(path)).expect("open").set_times(old).expect("touch");
     }
     lab.check(|c| paths(c, "/d", "/o"), &["o/", "o/l", "o/s/", "o/s/f", "o/z/", "o/z/g"]);
     let to = |p: &str| fs::symlink_metadata(lab.target.path().join(p)).expect("stat");
-    assert_eq!((to("o/s/f").mode() & 0o7777, to("o/s/f").mtime(), to("o/s").mtime()), (0o4711, 77, 77));
+    assert_eq!(
+        (to("o/s/f").mode() & 0o7777, to("o/s/f").mtime(), to("o/s").mtime()),
+        (0o4711, 77, 77)
+    );
     assert_eq!(to("o/s/f").ino(), to("o/z/g").ino());
-    assert_eq!(fs::read_link(lab.target.path().join("o/l")).expect("readlink"), Path::new("/etc/passwd"));
+    assert_eq!(
+        fs::read_link(lab.target.path().join("o/l")).expect("readlink"),
+        Path::new("/etc/passwd")
+    );
 }
 
 #[test]
@@ -142,7 +150,10 @@ fn what_is_in_the_way_is_replaced_only_when_asked() {
         c.dir_copy_contents = true;
     };
     let lab = lab(&["d/x"], &["x/y"]);
-    assert_eq!(lab.copy(dir).expect_err("a directory is in the way").to_string(), "cannot replace to directory /x with file");
+    assert_eq!(
+        lab.copy(dir).expect_err("a directory is in the way").to_string(),
+        "cannot replace to directory /x with file"
+    );
     let replace = |c: &mut FileCopy| {
         dir(c);
         c.always_replace_existing_dest_paths = true;
@@ -165,7 +176,10 @@ fn wildcards_and_modes() {
         c.allow_wildcard = true;
     };
     assert_eq!(lab.copy(none).expect_err("no match").to_string(), "/none* not found");
-    assert_eq!(lab.copy(|c| paths(c, "/none", "/o/")).expect_err("missing").to_string(), "lstat /none: no such file or directory");
+    assert_eq!(
+        lab.copy(|c| paths(c, "/none", "/o/")).expect_err("missing").to_string(),
+        "lstat /none: no such file or directory"
+    );
 }
 
 #[test]
@@ -191,7 +205,8 @@ fn many_files_in_many_directories() {
     }
 }
 
-/// Devices, attributes of the system and mounts are root's: the test fails for others rather than pass untried.
+/// Devices, attributes of the system and mounts are root's: the test fails for others rather than
+/// pass untried.
 #[track_caller]
 fn needs_root() {
     assert!(rustix::process::geteuid().is_root(), "run as root, as `cargo xtask test` does");
@@ -233,13 +248,18 @@ fn the_directory_above_must_exist_unless_it_is_made() {
 #[test]
 fn names_are_any_bytes() {
     let lab = lab(&["d/"], &[]);
-    let odd = |root: &Path, rest: &[u8]| root.join(OsStr::from_bytes(&[&b"d/caf\xe9"[..], rest].concat()));
+    let odd = |root: &Path, rest: &[u8]| {
+        root.join(OsStr::from_bytes(&[&b"d/caf\xe9"[..], rest].concat()))
+    };
     fs::create_dir(odd(lab.source.path(), b"")).expect("mkdir");
     fs::write(odd(lab.source.path(), b"/\xff"), "odd").expect("write");
     symlink(OsStr::from_bytes(b"\xfe"), odd(lab.source.path(), b"/link")).expect("symlink");
     lab.copy(|c| paths(c, "/d", "/d")).expect("copy");
     assert_eq!(fs::read(odd(lab.target.path(), b"/\xff")).expect("read"), b"odd");
-    assert_eq!(fs::read_link(odd(lab.target.path(), b"/link")).expect("readlink"), Path::new(OsStr::from_bytes(b"\xfe")));
+    assert_eq!(
+        fs::read_link(odd(lab.target.path(), b"/link")).expect("readlink"),
+        Path::new(OsStr::from_bytes(b"\xfe"))
+    );
     let chosen = |c: &mut FileCopy| {
         paths(c, "/d/c*", "/e/");
         c.allow_wildcard = true;
@@ -247,7 +267,9 @@ fn names_are_any_bytes() {
     };
     lab.copy(chosen).expect("copy");
     assert!(lab.target.path().join(OsStr::from_bytes(b"e/caf\xe9/\xff")).exists());
-    assert!(fs::symlink_metadata(lab.target.path().join(OsStr::from_bytes(b"e/caf\xe9/link"))).is_err());
+    assert!(
+        fs::symlink_metadata(lab.target.path().join(OsStr::from_bytes(b"e/caf\xe9/link"))).is_err()
+    );
 }
 
 #[test]
@@ -266,8 +288,12 @@ fn all_hard_links_are_kept() {
         fs::create_dir(&dir).expect("mkdir");
         fs::hard_link(&many, dir.join("f")).expect("link");
     }
-    let old = fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(77));
-    fs::File::open(at(lab.source.path(), "m9".into())).expect("open").set_times(old).expect("touch");
+    let old = fs::FileTimes::new()
+        .set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(77));
+    fs::File::open(at(lab.source.path(), "m9".into()))
+        .expect("open")
+        .set_times(old)
+        .expect("touch");
     let whole = |c: &mut FileCopy| {
         paths(c, "/d", "/d");
         c.dir_copy_contents = true;
@@ -275,7 +301,11 @@ fn all_hard_links_are_kept() {
     lab.copy(whole).expect("copy");
     let stat = |path: String| fs::metadata(at(lab.target.path(), path)).expect("stat");
     for i in 0..1500 {
-        assert_eq!((stat(format!("a/{i}")).ino(), stat(format!("a/{i}")).nlink()), (stat(format!("b/{i}")).ino(), 2), "{i}");
+        assert_eq!(
+            (stat(format!("a/{i}")).ino(), stat(format!("a/{i}")).nlink()),
+            (stat(format!("b/{i}")).ino(), 2),
+            "{i}"
+        );
     }
     assert_eq!((stat("many".into()).nlink(), stat("many".into()).len()), (201, 4 << 20));
     assert_eq!(stat("m9".into()).mtime(), 77);
@@ -286,13 +316,27 @@ fn one_owner_and_one_time_for_everything() {
     needs_root();
     let lab = lab(&["d/s/f"], &[]);
     symlink("f", lab.source.path().join("d/l")).expect("symlink");
-    let mut copy = FileCopy { create_dest_path: true, timestamp: Some(5_000_000_007), mode: Some(0o1750), ..Default::default() };
+    let mut copy = FileCopy {
+        create_dest_path: true,
+        timestamp: Some(5_000_000_007),
+        mode: Some(0o1750),
+        ..Default::default()
+    };
     paths(&mut copy, "/d", "/p/o");
-    let (source, target) = (Root::open(lab.source.path()).expect("open"), Root::open(lab.target.path()).expect("open"));
+    let (source, target) = (
+        Root::open(lab.source.path()).expect("open"),
+        Root::open(lab.target.path()).expect("open"),
+    );
     run(&source, &target, &copy, Some((12, 34)), None, &Stop::default()).expect("copy");
-    for (path, mode) in [("p", 0o750), ("p/o", 0o1750), ("p/o/s", 0o1750), ("p/o/s/f", 0o1750), ("p/o/l", 0o777)] {
+    for (path, mode) in
+        [("p", 0o750), ("p/o", 0o1750), ("p/o/s", 0o1750), ("p/o/s/f", 0o1750), ("p/o/l", 0o777)]
+    {
         let stat = fs::symlink_metadata(lab.target.path().join(path)).expect(path);
-        assert_eq!((stat.uid(), stat.gid(), stat.mtime(), stat.mtime_nsec(), stat.mode() & 0o7777), (12, 34, 5, 7, mode), "{path}");
+        assert_eq!(
+            (stat.uid(), stat.gid(), stat.mtime(), stat.mtime_nsec(), stat.mode() & 0o7777),
+            (12, 34, 5, 7, mode),
+            "{path}"
+        );
     }
 }
 
@@ -300,7 +344,8 @@ fn one_owner_and_one_time_for_everything() {
 fn extended_attributes_are_copied() {
     let lab = lab(&["d/s/f"], &[]);
     let set = |path: &str, name: &str, value: &[u8]| {
-        rustix::fs::lsetxattr(lab.source.path().join(path), name, value, XattrFlags::empty()).is_ok()
+        rustix::fs::lsetxattr(lab.source.path().join(path), name, value, XattrFlags::empty())
+            .is_ok()
     };
     if !set("d/s/f", "user.one", b"1") {
         return;
@@ -311,7 +356,8 @@ fn extended_attributes_are_copied() {
     lab.copy(|c| paths(c, "/d", "/o")).expect("copy");
     let get = |path: &str, name: &str| {
         let mut value = [0; 16];
-        let n = rustix::fs::lgetxattr(lab.target.path().join(path), name, &mut value[..]).expect(name);
+        let n =
+            rustix::fs::lgetxattr(lab.target.path().join(path), name, &mut value[..]).expect(name);
         value[..n].to_vec()
     };
     assert_eq!((get("o/s/f", "user.one"), get("o/s", "user.dir")), (b"1".to_vec(), b"d".to_vec()));
@@ -328,19 +374,32 @@ fn extended_attributes_are_copied() {
 fn fifos_devices_and_sockets() {
     let lab = lab(&["d/"], &[]);
     let make = |name: &str, kind: FileType, device| {
-        rustix::fs::mknodat(CWD, lab.source.path().join("d").join(name), kind, Mode::from_raw_mode(0o640), device)
+        rustix::fs::mknodat(
+            CWD,
+            lab.source.path().join("d").join(name),
+            kind,
+            Mode::from_raw_mode(0o640),
+            device,
+        )
     };
     make("fifo", FileType::Fifo, 0).expect("mkfifo");
-    let _socket = std::os::unix::net::UnixListener::bind(lab.source.path().join("d/socket")).expect("bind");
+    let _socket =
+        std::os::unix::net::UnixListener::bind(lab.source.path().join("d/socket")).expect("bind");
     let devices = make("null", FileType::CharacterDevice, rustix::fs::makedev(1, 3)).is_ok()
         && make("loop", FileType::BlockDevice, rustix::fs::makedev(7, 0)).is_ok();
     lab.copy(|c| paths(c, "/d", "/o")).expect("copy");
-    let kind = |name: &str| fs::symlink_metadata(lab.target.path().join("o").join(name)).expect(name);
+    let kind =
+        |name: &str| fs::symlink_metadata(lab.target.path().join("o").join(name)).expect(name);
     assert!(kind("fifo").file_type().is_fifo() && kind("socket").is_file());
     assert_eq!(kind("fifo").mode() & 0o7777, 0o640);
     if devices {
-        assert!(kind("null").file_type().is_char_device() && kind("loop").file_type().is_block_device());
-        assert_eq!((kind("null").rdev(), kind("loop").rdev()), (rustix::fs::makedev(1, 3), rustix::fs::makedev(7, 0)));
+        assert!(
+            kind("null").file_type().is_char_device() && kind("loop").file_type().is_block_device()
+        );
+        assert_eq!(
+            (kind("null").rdev(), kind("loop").rdev()),
+            (rustix::fs::makedev(1, 3), rustix::fs::makedev(7, 0))
+        );
     }
 }
 
@@ -348,11 +407,20 @@ fn fifos_devices_and_sockets() {
 fn a_full_disk_is_told() {
     let lab = lab(&["d/a", "d/b"], &[]);
     fs::write(lab.source.path().join("d/big"), vec![1; 2 << 20]).expect("write");
-    if rustix::mount::mount("tmpfs", lab.target.path(), "tmpfs", rustix::mount::MountFlags::empty(), c"size=1m").is_err() {
+    if rustix::mount::mount(
+        "tmpfs",
+        lab.target.path(),
+        "tmpfs",
+        rustix::mount::MountFlags::empty(),
+        c"size=1m",
+    )
+    .is_err()
+    {
         return;
     }
     let error = lab.copy(|c| paths(c, "/d", "/d"));
-    rustix::mount::unmount(lab.target.path(), rustix::mount::UnmountFlags::DETACH).expect("unmount");
+    rustix::mount::unmount(lab.target.path(), rustix::mount::UnmountFlags::DETACH)
+        .expect("unmount");
     let error = error.expect_err("the disk is full");
     assert_eq!(error.to_string(), "copy /d/big: no space left on device");
     assert!(error.hints().any(|h| h.contains("disk is full")));
@@ -361,22 +429,41 @@ fn a_full_disk_is_told() {
 #[test]
 fn a_copy_that_nobody_wants_ends() {
     let lab = lab(&["d/a", "d/b"], &[]);
-    let (source, target) = (Root::open(lab.source.path()).expect("open"), Root::open(lab.target.path()).expect("open"));
+    let (source, target) = (
+        Root::open(lab.source.path()).expect("open"),
+        Root::open(lab.target.path()).expect("open"),
+    );
     let stop = Stop::default();
     stop.0.store(true, std::sync::atomic::Ordering::Relaxed);
-    let copy = FileCopy { src: "/d".into(), dest: "/d".into(), create_dest_path: true, ..Default::default() };
+    let copy = FileCopy {
+        src: "/d".into(),
+        dest: "/d".into(),
+        create_dest_path: true,
+        ..Default::default()
+    };
     assert!(run(&source, &target, &copy, None, None, &stop).expect_err("stopped").is_cancelled());
 }
 
-/// Copies as where the mount can be done without; tells of each path of the target whether the mount was done without for it. Whatever the
-/// way, a copy is a file of its own.
+/// Copies as where the mount can be done without; tells of each path of the target whether the
+/// mount was done without for it. Whatever the way, a copy is a file of its own.
 #[track_caller]
-fn check_beside(lab: &Lab, change: impl Fn(&mut FileCopy), owner: Option<Ids>, expected: &[(&str, bool)]) {
+fn check_beside(
+    lab: &Lab,
+    change: impl Fn(&mut FileCopy),
+    owner: Option<Ids>,
+    expected: &[(&str, bool)],
+) {
     let mut copy = FileCopy { create_dest_path: true, ..Default::default() };
     change(&mut copy);
-    let beside = Beside::between(shipway_refs::LocalMount::of_directory(lab.source.path()), lab.target.path().to_owned());
+    let beside = Beside::between(
+        shipway_refs::LocalMount::of_directory(lab.source.path()),
+        lab.target.path().to_owned(),
+    );
     let beside = beside.expect("beside").expect("one file system");
-    let (source, target) = (Root::open(lab.source.path()).expect("open"), Root::open(lab.target.path()).expect("open"));
+    let (source, target) = (
+        Root::open(lab.source.path()).expect("open"),
+        Root::open(lab.target.path()).expect("open"),
+    );
     run(&source, &target, &copy, owner, Some(&beside), &Stop::default()).expect("copy");
     let there = |path: &str| fs::symlink_metadata(lab.target.path().join(path));
     for (path, later) in expected {
@@ -405,7 +492,10 @@ fn what_stays_the_same_is_copied_beside_the_mount() {
     assert_eq!(fs::metadata(l.target.path().join("t/e")).expect("stat").mtime(), old);
     let copied = l.target.path().join("t/a");
     let (meta, before) = (fs::metadata(&copied).expect("stat"), fs::metadata(&file).expect("stat"));
-    assert_eq!((meta.mode(), meta.mtime(), meta.nlink(), before.nlink()), (0o104_751, 1_000_000_007, 1, 1));
+    assert_eq!(
+        (meta.mode(), meta.mtime(), meta.nlink(), before.nlink()),
+        (0o104_751, 1_000_000_007, 1, 1)
+    );
     let mut value = [0; 8];
     let n = rustix::fs::getxattr(&copied, "user.note", &mut value).expect("getxattr");
     assert_eq!(&value[..n], b"kept");
@@ -413,7 +503,12 @@ fn what_stays_the_same_is_copied_beside_the_mount() {
     check_beside(&lab(&["f"], &[]), |c| paths(c, "/f", "/n/g"), None, &[("n/g", true)]);
     // What is in the way makes way.
     let l = lab(&["d/x"], &["t/x"]);
-    check_beside(&l, |c| (paths(c, "/d", "/t"), c.dir_copy_contents = true).1, None, &[("t/x", true)]);
+    check_beside(
+        &l,
+        |c| (paths(c, "/d", "/t"), c.dir_copy_contents = true).1,
+        None,
+        &[("t/x", true)],
+    );
     assert_eq!(fs::read(l.target.path().join("t/x")).expect("read"), b"d/x");
     // What changes goes through the mount.
     check_beside(&lab(&["d/a"], &[]), |c| paths(c, "/d", "/t"), Some((7, 7)), &[("t/a", false)]);
@@ -436,24 +531,58 @@ fn what_stays_the_same_is_copied_beside_the_mount() {
 fn names_of_one_file_stay_names_of_one_file() {
     let l = lab(&["d/a", "d/c"], &[]);
     fs::hard_link(l.source.path().join("d/a"), l.source.path().join("d/b")).expect("link");
-    check_beside(&l, |c| paths(c, "/d", "/t"), None, &[("t/a", false), ("t/b", false), ("t/c", true)]);
+    check_beside(
+        &l,
+        |c| paths(c, "/d", "/t"),
+        None,
+        &[("t/a", false), ("t/b", false), ("t/c", true)],
+    );
     let meta = |path: &str| fs::metadata(l.target.path().join(path)).expect(path);
-    assert_eq!((meta("t/a").nlink(), meta("t/a").ino(), meta("t/c").nlink()), (2, meta("t/b").ino(), 1));
+    assert_eq!(
+        (meta("t/a").nlink(), meta("t/a").ino(), meta("t/c").nlink()),
+        (2, meta("t/b").ino(), 1)
+    );
 }
 
 #[test]
 fn a_copy_beside_the_mount_inherits_no_access_control_list() {
     let l = lab(&["d/a"], &["t/"]);
     // user::rwx user:7:rwx group::r-x mask::rwx other::r-x
-    let entry = |tag: u16, bits: u16, id: u32| [&tag.to_le_bytes()[..], &bits.to_le_bytes(), &id.to_le_bytes()].concat();
+    let entry = |tag: u16, bits: u16, id: u32| {
+        [&tag.to_le_bytes()[..], &bits.to_le_bytes(), &id.to_le_bytes()].concat()
+    };
     let none = u32::MAX;
-    let entries = [entry(1, 7, none), entry(2, 7, 7), entry(4, 5, none), entry(16, 7, none), entry(32, 5, none)].concat();
+    let entries = [
+        entry(1, 7, none),
+        entry(2, 7, 7),
+        entry(4, 5, none),
+        entry(16, 7, none),
+        entry(32, 5, none),
+    ]
+    .concat();
     let list = [&2_u32.to_le_bytes()[..], &entries].concat();
-    rustix::fs::setxattr(l.target.path().join("t"), "system.posix_acl_default", &list, XattrFlags::empty()).expect("setxattr");
-    check_beside(&l, |c| (paths(c, "/d", "/t"), c.dir_copy_contents = true).1, None, &[("t/a", true)]);
+    rustix::fs::setxattr(
+        l.target.path().join("t"),
+        "system.posix_acl_default",
+        &list,
+        XattrFlags::empty(),
+    )
+    .expect("setxattr");
+    check_beside(
+        &l,
+        |c| (paths(c, "/d", "/t"), c.dir_copy_contents = true).1,
+        None,
+        &[("t/a", true)],
+    );
     let copied = l.target.path().join("t/a");
-    assert_eq!(rustix::fs::getxattr(&copied, "system.posix_acl_access", &mut [0_u8; 64]), Err(Errno::NODATA));
-    assert_eq!(fs::metadata(copied).expect("stat").mode(), fs::metadata(l.source.path().join("d/a")).expect("stat").mode());
+    assert_eq!(
+        rustix::fs::getxattr(&copied, "system.posix_acl_access", &mut [0_u8; 64]),
+        Err(Errno::NODATA)
+    );
+    assert_eq!(
+        fs::metadata(copied).expect("stat").mode(),
+        fs::metadata(l.source.path().join("d/a")).expect("stat").mode()
+    );
 }
 
 #[test]
@@ -463,14 +592,22 @@ fn a_large_file_is_copied_beside_the_mount_with_its_holes() {
     file.set_len(64 << 20).expect("truncate");
     std::os::unix::fs::FileExt::write_all_at(&file, b"end", (64 << 20) - 3).expect("write");
     check_beside(&l, |c| paths(c, "/f", "/g"), None, &[("g", true)]);
-    assert_eq!(fs::read(l.target.path().join("g")).expect("read"), fs::read(l.source.path().join("f")).expect("read"));
+    assert_eq!(
+        fs::read(l.target.path().join("g")).expect("read"),
+        fs::read(l.source.path().join("f")).expect("read")
+    );
     assert!(fs::metadata(l.target.path().join("g")).expect("stat").blocks() < 1024);
 }
 
 /// Sets the time of a directory.
 fn filetime(path: &Path, seconds: i64) -> i64 {
-    rustix::fs::utimensat(CWD, path, &super::super::place::at_time(seconds * 1_000_000_000), rustix::fs::AtFlags::empty())
-        .expect("utimensat");
+    rustix::fs::utimensat(
+        CWD,
+        path,
+        &super::super::place::at_time(seconds * 1_000_000_000),
+        rustix::fs::AtFlags::empty(),
+    )
+    .expect("utimensat");
     seconds
 }
 

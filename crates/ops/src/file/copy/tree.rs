@@ -26,11 +26,13 @@ use std::{
 
 /// Jobs that are handed on together: to wake a thread costs about as much as to copy a file.
 const BATCH: usize = 16;
-/// Batches that wait, for each thread. Every job keeps two directories open, most often those of its neighbours.
+/// Batches that wait, for each thread. Every job keeps two directories open, most often those of
+/// its neighbors.
 const QUEUE: usize = 2;
 const MAX_THREADS: usize = 4;
 
-/// A directory of the target. What would change, or would change what is made in it, is set when the last who works in it lets go.
+/// A directory of the target. What would change, or would change what is made in it, is set when
+/// the last who works in it lets go.
 pub(super) struct TargetDir {
     pub(super) fd: OwnedFd,
     times: Option<Timestamps>,
@@ -51,7 +53,8 @@ impl Drop for TargetDir {
     }
 }
 
-/// A directory on the way from the top to where the walk is. Its copy is made when something in it is.
+/// A directory on the way from the top to where the walk is. Its copy is made when something in it
+/// is.
 struct Level {
     source: Arc<OwnedFd>,
     stat: Stat,
@@ -83,15 +86,24 @@ pub(super) fn copy(
     let base = target.dir(&to.parent()).map_err(|e| fault("open", &to.parent(), e))?;
     let base = Arc::new(TargetDir { fd: base, times: None, model: None, made: false });
     let dir = Arc::new(source.dir(&from.parent()).map_err(|e| fault("open", &from.parent(), e))?);
-    let stat = rustix::fs::statat(&dir, from.name(), AtFlags::SYMLINK_NOFOLLOW).map_err(|e| fault("lstat", from, e))?;
+    let stat = rustix::fs::statat(&dir, from.name(), AtFlags::SYMLINK_NOFOLLOW)
+        .map_err(|e| fault("lstat", from, e))?;
     let work = Work::new(settings, base.clone(), to, beside);
     if !is_dir(&stat) {
         let kind = FileType::from_raw_mode(stat.st_mode);
         let (name, target_name) = (from.name().to_owned(), to.name().to_owned());
-        return work.run(&Job { source: dir, name, kind, target: base, target_name, path: Default::default() });
+        return work.run(&Job {
+            source: dir,
+            name,
+            kind,
+            target: base,
+            target_name,
+            path: Default::default(),
+        });
     }
     // This thread copies, too, when the others have enough to do.
-    let others = std::thread::available_parallelism().map_or(1, |n| n.get()).clamp(2, MAX_THREADS) - 1;
+    let others =
+        std::thread::available_parallelism().map_or(1, |n| n.get()).clamp(2, MAX_THREADS) - 1;
     let result = std::thread::scope(|scope| {
         let (sender, receiver) = mpsc::sync_channel(QUEUE * others);
         let receiver = Arc::new(Mutex::new(receiver));
@@ -99,8 +111,16 @@ pub(super) fn copy(
             let (receiver, work) = (receiver.clone(), &work);
             scope.spawn(move || work.run_all(&receiver));
         }
-        let mut copier = Copier { work: &work, settings, levels: Vec::new(), batch: Vec::new(), queue: sender };
-        copier.directory(&dir, from.name(), to.name(), Path::new(""), true, &DirMatch::default())?;
+        let mut copier =
+            Copier { work: &work, settings, levels: Vec::new(), batch: Vec::new(), queue: sender };
+        copier.directory(
+            &dir,
+            from.name(),
+            to.name(),
+            Path::new(""),
+            true,
+            &DirMatch::default(),
+        )?;
         work.run_batch(copier.batch)
     });
     match work.failure() {
@@ -110,10 +130,22 @@ pub(super) fn copy(
 }
 
 impl Copier<'_> {
-    /// Copies the directory `name` of `dir`. `path` is relative to the top; empty for the top itself.
-    fn directory(&mut self, dir: &OwnedFd, name: &OsStr, target_name: &OsStr, path: &Path, keep: bool, state: &DirMatch) -> Result<()> {
+    /// Copies the directory `name` of `dir`. `path` is relative to the top; empty for the top
+    /// itself.
+    fn directory(
+        &mut self,
+        dir: &OwnedFd,
+        name: &OsStr,
+        target_name: &OsStr,
+        path: &Path,
+        keep: bool,
+        state: &DirMatch,
+    ) -> Result<()> {
         if self.levels.len() >= MAX_DEPTH {
-            return Err(Fault::invalid(format!("{} is nested more than {MAX_DEPTH} directories deep", self.work.shown(path))));
+            return Err(Fault::invalid(format!(
+                "{} is nested more than {MAX_DEPTH} directories deep",
+                self.work.shown(path)
+            )));
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let open = || {
@@ -123,23 +155,40 @@ impl Copier<'_> {
         };
         let (source, stat) = open().map_err(|e| fault("open", &self.work.shown(path), e))?;
         let top = path.as_os_str().is_empty();
-        self.levels.push(Level { source: source.clone(), stat, name: target_name.to_owned(), top, keep, target: None });
+        self.levels.push(Level {
+            source: source.clone(),
+            stat,
+            name: target_name.to_owned(),
+            top,
+            keep,
+            target: None,
+        });
         let done = self.contents(&source, path, keep, state);
         self.levels.pop();
         done
     }
 
-    fn contents(&mut self, source: &Arc<OwnedFd>, path: &Path, keep: bool, state: &DirMatch) -> Result<()> {
+    fn contents(
+        &mut self,
+        source: &Arc<OwnedFd>,
+        path: &Path,
+        keep: bool,
+        state: &DirMatch,
+    ) -> Result<()> {
         if keep {
             self.ensure(path)?;
         }
-        for (name, kind) in names(source.as_fd()).map_err(|e| fault("read", &self.work.shown(path), e))? {
+        for (name, kind) in
+            names(source.as_fd()).map_err(|e| fault("read", &self.work.shown(path), e))?
+        {
             self.work.check()?;
             let below = path.join(&name);
             let kind = match kind {
                 FileType::Unknown => {
                     let stat = rustix::fs::statat(source, &name, AtFlags::SYMLINK_NOFOLLOW);
-                    FileType::from_raw_mode(stat.map_err(|e| fault("lstat", &self.work.shown(&below), e))?.st_mode)
+                    FileType::from_raw_mode(
+                        stat.map_err(|e| fault("lstat", &self.work.shown(&below), e))?.st_mode,
+                    )
                 }
                 kind => kind,
             };
@@ -156,7 +205,14 @@ impl Copier<'_> {
                 }
                 Verdict::Keep => {
                     let (target, target_name) = (self.ensure(path)?, name.clone());
-                    self.job(Job { source: source.clone(), name, kind, target, target_name, path: below })?;
+                    self.job(Job {
+                        source: source.clone(),
+                        name,
+                        kind,
+                        target,
+                        target_name,
+                        path: below,
+                    })?;
                 }
                 Verdict::Pass | Verdict::Prune => {}
             }
@@ -171,7 +227,9 @@ impl Copier<'_> {
         }
         match self.queue.try_send(std::mem::take(&mut self.batch)) {
             Ok(()) => Ok(()),
-            Err(TrySendError::Full(batch) | TrySendError::Disconnected(batch)) => self.work.run_batch(batch),
+            Err(TrySendError::Full(batch) | TrySendError::Disconnected(batch)) => {
+                self.work.run_batch(batch)
+            }
         }
     }
 
@@ -183,7 +241,10 @@ impl Copier<'_> {
                 Some(target) => target.clone(),
                 None => {
                     let made = make_level(&parent, level, self.settings).map_err(|e| match e {
-                        Errno::NOTDIR => Fault::invalid(format!("cannot copy to non-directory: {}", self.work.shown(path))),
+                        Errno::NOTDIR => Fault::invalid(format!(
+                            "cannot copy to non-directory: {}",
+                            self.work.shown(path)
+                        )),
                         e => fault("mkdir", &self.work.shown(path), e),
                     })?;
                     level.target.insert(Arc::new(made)).clone()
@@ -214,7 +275,11 @@ pub(super) fn mode(stat: &Stat, settings: &Settings) -> RawMode {
 }
 
 /// Makes the copy of a directory, or takes the one that is there.
-fn make_level(parent: &TargetDir, level: &Level, settings: &Settings) -> rustix::io::Result<TargetDir> {
+fn make_level(
+    parent: &TargetDir,
+    level: &Level,
+    settings: &Settings,
+) -> rustix::io::Result<TargetDir> {
     let name = level.name.as_os_str();
     let made = match make_dir(parent.fd.as_fd(), name, 0o700) {
         Ok(()) => true,
@@ -243,5 +308,10 @@ fn make_level(parent: &TargetDir, level: &Level, settings: &Settings) -> rustix:
         // As in BuildKit, a place that is there already takes the permissions, and no more.
         rustix::fs::fchmod(&fd, Mode::from_raw_mode(level.stat.st_mode & 0o7777))?;
     }
-    Ok(TargetDir { fd, times: Some(times(&level.stat, settings)), model: alike.then(|| level.source.clone()), made })
+    Ok(TargetDir {
+        fd,
+        times: Some(times(&level.stat, settings)),
+        model: alike.then(|| level.source.clone()),
+        made,
+    })
 }

@@ -1,4 +1,5 @@
-//! What the threads of a copy do: files, links, devices, FIFOs, and names for what was copied under another.
+//! What the threads of a copy do: files, links, devices, FIFOs, and names for what was copied under
+//! another.
 
 use super::{
     super::{
@@ -10,7 +11,10 @@ use super::{
 };
 use rustix::{
     fd::{AsFd, OwnedFd},
-    fs::{AtFlags, FileType, Mode, OFlags, RawMode, ResolveFlags, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT},
+    fs::{
+        AtFlags, FileType, Mode, OFlags, RawMode, ResolveFlags, Stat, Timespec, Timestamps,
+        UTIME_NOW, UTIME_OMIT,
+    },
     io::Errno,
 };
 use shipway_fault::{Fault, Result};
@@ -29,8 +33,10 @@ use std::{
 const MAX_WAITING: usize = 32;
 
 /// What happens to the times of a directory in which something is made.
-const NOW: Timestamps =
-    Timestamps { last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT }, last_modification: Timespec { tv_sec: 0, tv_nsec: UTIME_NOW } };
+const NOW: Timestamps = Timestamps {
+    last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+    last_modification: Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
+};
 
 /// Something to copy that is no directory.
 pub(super) struct Job {
@@ -88,7 +94,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<'a> Work<'a> {
-    pub(super) fn new(settings: &'a Settings, base: Arc<TargetDir>, to: &'a RootPath, beside: Option<&'a Beside>) -> Self {
+    pub(super) fn new(
+        settings: &'a Settings,
+        base: Arc<TargetDir>,
+        to: &'a RootPath,
+        beside: Option<&'a Beside>,
+    ) -> Self {
         Self {
             settings,
             base,
@@ -154,7 +165,9 @@ impl<'a> Work<'a> {
         {
             return Ok(());
         }
-        let (from, stat) = data::open_regular(job.source.as_fd(), &job.name).map_err(failed)?.ok_or_else(|| failed(Errno::INVAL))?;
+        let (from, stat) = data::open_regular(job.source.as_fd(), &job.name)
+            .map_err(failed)?
+            .ok_or_else(|| failed(Errno::INVAL))?;
         if stat.st_nlink < 2 || job.path.as_os_str().is_empty() {
             return self.file(job, &from, &stat);
         }
@@ -173,13 +186,19 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Notes a file that is the same in the copy as in the source, with one name in both; says whether it is.
+    /// Notes a file that is the same in the copy as in the source, with one name in both; says
+    /// whether it is.
     fn leave_for_later(&self, job: &Job, beside: &Beside) -> Result<bool> {
         let failed = |e| fault("copy", &self.shown(&job.path), e);
-        let stat = rustix::fs::statat(&job.source, &job.name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
+        let stat = rustix::fs::statat(&job.source, &job.name, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(failed)?;
         let (uid, gid) = owner(&stat, self.settings);
-        let same = (uid.as_raw(), gid.as_raw(), mode(&stat, self.settings)) == (stat.st_uid, stat.st_gid, stat.st_mode & 0o7777);
-        if !same || stat.st_nlink != 1 || FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        let same = (uid.as_raw(), gid.as_raw(), mode(&stat, self.settings))
+            == (stat.st_uid, stat.st_gid, stat.st_mode & 0o7777);
+        if !same
+            || stat.st_nlink != 1
+            || FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile
+        {
             return Ok(false);
         }
         if !job.target.made {
@@ -201,7 +220,11 @@ impl<'a> Work<'a> {
                 }
                 Some(First::Done(first)) => return Ok(Claim::Link(first.clone())),
                 Some(First::Copying(names)) if names.len() < MAX_WAITING => {
-                    names.push(Name { target: job.target.clone(), name: job.target_name.clone(), path: job.path.clone() });
+                    names.push(Name {
+                        target: job.target.clone(),
+                        name: job.target_name.clone(),
+                        path: job.path.clone(),
+                    });
                     return Ok(Claim::Left);
                 }
                 Some(First::Copying(_)) => {
@@ -212,22 +235,32 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Another name for the copy at `first`, below the top. Its directory is opened anew: to keep those of all files that have several
-    /// names open could be too many.
+    /// Another name for the copy at `first`, below the top. Its directory is opened anew: to keep
+    /// those of all files that have several names open could be too many.
     fn link(&self, first: &Path, target: &TargetDir, name: &OsString, path: &Path) -> Result<()> {
         let whole = Path::new(self.to.name()).join(first);
         let (Some(dir), Some(first_name)) = (whole.parent(), whole.file_name()) else {
             return Err(Fault::internal("a link to no file"));
         };
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let resolve =
+            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let failed = |e| fault("link", &self.shown(path), e);
-        let dir = rustix::fs::openat2(&self.base.fd, dir, flags, Mode::empty(), resolve).map_err(failed)?;
-        self.make(target, name, path, || rustix::fs::linkat(&dir, first_name, &target.fd, name, AtFlags::empty()))
+        let dir = rustix::fs::openat2(&self.base.fd, dir, flags, Mode::empty(), resolve)
+            .map_err(failed)?;
+        self.make(target, name, path, || {
+            rustix::fs::linkat(&dir, first_name, &target.fd, name, AtFlags::empty())
+        })
     }
 
     /// Makes `name`, with `make` that replaces nothing, in place of what is there.
-    fn make<T>(&self, target: &TargetDir, name: &OsString, path: &Path, make: impl Fn() -> rustix::io::Result<T>) -> Result<T> {
+    fn make<T>(
+        &self,
+        target: &TargetDir,
+        name: &OsString,
+        path: &Path,
+        make: impl Fn() -> rustix::io::Result<T>,
+    ) -> Result<T> {
         match make() {
             Err(Errno::EXIST) => {
                 self.clear(target, name, path)?;
@@ -243,16 +276,28 @@ impl<'a> Work<'a> {
         match rustix::fs::unlinkat(&target.fd, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(Errno::ISDIR | Errno::PERM) if self.settings.replace => {
-                remove_all(target.fd.as_fd(), name, 0).map_err(|e| fault("remove", &self.shown(path), e))
+                remove_all(target.fd.as_fd(), name, 0)
+                    .map_err(|e| fault("remove", &self.shown(path), e))
             }
-            Err(Errno::ISDIR) => Err(Fault::invalid(format!("cannot replace to directory {} with file", self.shown(path)))),
+            Err(Errno::ISDIR) => Err(Fault::invalid(format!(
+                "cannot replace to directory {} with file",
+                self.shown(path)
+            ))),
             Err(e) => Err(fault("remove", &self.shown(path), e)),
         }
     }
 
     fn create(&self, job: &Job, mode: RawMode) -> Result<OwnedFd> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let open = || rustix::fs::openat(&job.target.fd, &job.target_name, flags, Mode::from_raw_mode(mode & 0o777));
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let open = || {
+            rustix::fs::openat(
+                &job.target.fd,
+                &job.target_name,
+                flags,
+                Mode::from_raw_mode(mode & 0o777),
+            )
+        };
         self.make(&job.target, &job.target_name, &job.path, open)
     }
 
@@ -269,30 +314,45 @@ impl<'a> Work<'a> {
         copy().map_err(|e| fault("copy", &self.shown(&job.path), e))
     }
 
-    /// Links, devices, FIFOs and sockets. Of a socket an empty file is left, as in BuildKit: it is nothing without its process.
+    /// Links, devices, FIFOs and sockets. Of a socket an empty file is left, as in BuildKit: it is
+    /// nothing without its process.
     fn special(&self, job: &Job) -> Result<()> {
         let failed = |e| fault("copy", &self.shown(&job.path), e);
         let (source, target, name) = (&job.source, &job.target, &job.target_name);
-        let stat = rustix::fs::statat(source, &job.name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
+        let stat =
+            rustix::fs::statat(source, &job.name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Symlink => {
                 let link = rustix::fs::readlinkat(source, &job.name, Vec::new()).map_err(failed)?;
-                self.make(target, name, &job.path, || rustix::fs::symlinkat(link.as_c_str(), &target.fd, name))?;
+                self.make(target, name, &job.path, || {
+                    rustix::fs::symlinkat(link.as_c_str(), &target.fd, name)
+                })?;
             }
             FileType::Socket => drop(self.create(job, 0o600)?),
             kind => {
                 let mode = Mode::from_raw_mode(0o600);
-                self.make(target, name, &job.path, || rustix::fs::mknodat(&target.fd, name, kind, mode, stat.st_rdev))?;
+                self.make(target, name, &job.path, || {
+                    rustix::fs::mknodat(&target.fd, name, kind, mode, stat.st_rdev)
+                })?;
             }
         }
         let attributes = || {
             let (uid, gid) = owner(&stat, self.settings);
             rustix::fs::chownat(&target.fd, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
             if job.kind != FileType::Symlink {
-                shipway_filesync::chmod_nofollow(&target.fd, name, Mode::from_raw_mode(mode(&stat, self.settings)))?;
+                shipway_filesync::chmod_nofollow(
+                    &target.fd,
+                    name,
+                    Mode::from_raw_mode(mode(&stat, self.settings)),
+                )?;
             }
             data::xattrs_at((source.as_fd(), &job.name), (target.fd.as_fd(), name));
-            rustix::fs::utimensat(&target.fd, name, &times(&stat, self.settings), AtFlags::SYMLINK_NOFOLLOW)
+            rustix::fs::utimensat(
+                &target.fd,
+                name,
+                &times(&stat, self.settings),
+                AtFlags::SYMLINK_NOFOLLOW,
+            )
         };
         attributes().map_err(failed)
     }

@@ -1,4 +1,5 @@
-//! `--call`, `--check` and `--format`: what a Dockerfile's frontend can tell without building (rows `dfs.*`).
+//! `--call`, `--check` and `--format`: what a Dockerfile's frontend can tell without building (rows
+//! `dfs.*`).
 
 use std::{process::ExitCode, sync::Arc};
 
@@ -16,7 +17,8 @@ use crate::{
     output,
 };
 
-const METHODS: [&str; 7] = ["build", "check", "lint", "outline", "targets", "convertllb", "subrequests.describe"];
+const METHODS: [&str; 7] =
+    ["build", "check", "lint", "outline", "targets", "convertllb", "subrequests.describe"];
 const FORMATS: [&str; 3] = ["text", "json", "sarif"];
 
 /// A question and how its answer is printed.
@@ -40,10 +42,18 @@ impl Call {
                 None => call.method = known("--call", &field, &METHODS)?,
                 Some(("format", value)) => format = Some(value.to_owned()),
                 Some(("ignorestatus", value)) => {
-                    let wrong = || Fault::invalid(format!("--call: invalid value {value:?} of ignorestatus: want true or false"));
+                    let wrong = || {
+                        Fault::invalid(format!(
+                            "--call: invalid value {value:?} of ignorestatus: want true or false"
+                        ))
+                    };
                     call.ignore_status = parse_bool(value).ok_or_else(wrong)?;
                 }
-                Some((key, _)) => return Err(Fault::invalid(format!("--call: unknown key {key:?}: want format or ignorestatus"))),
+                Some((key, _)) => {
+                    return Err(Fault::invalid(format!(
+                        "--call: unknown key {key:?}: want format or ignorestatus"
+                    )));
+                }
             }
         }
         if let Some(format) = &format {
@@ -51,14 +61,16 @@ impl Call {
         }
         match call.method {
             "build" if format.is_some() => {
-                return Err(Fault::invalid("--format says how --check and --call print").hint("add --check"));
+                return Err(Fault::invalid("--format says how --check and --call print")
+                    .hint("add --check"));
             }
             "build" => return Ok(None),
             "check" => call.method = "lint",
             _ => {}
         }
         if call.format == "sarif" && call.method != "lint" {
-            return Err(Fault::invalid(format!("--call={} has no form sarif", call.method)).hint("use --format json"));
+            return Err(Fault::invalid(format!("--call={} has no form sarif", call.method))
+                .hint("use --format json"));
         }
         Ok(Some(call))
     }
@@ -70,12 +82,20 @@ impl Call {
 
     /// Prints `answer` to a question about `input`; findings make the exit code.
     pub(super) fn print(self, answer: &Answer, input: &Input) -> Result<ExitCode> {
-        let text = |key: &str| String::from_utf8_lossy(answer.get(key).map(Vec::as_slice).unwrap_or_default()).into_owned();
+        let text = |key: &str| {
+            String::from_utf8_lossy(answer.get(key).map(Vec::as_slice).unwrap_or_default())
+                .into_owned()
+        };
         let mut found: Option<Findings> = match self.method {
-            "lint" => Some(serde_json::from_str(&text("result.json")).map_err(|e| Fault::invalid(format!("read the findings: {e}")))?),
+            "lint" => Some(
+                serde_json::from_str(&text("result.json"))
+                    .map_err(|e| Fault::invalid(format!("read the findings: {e}")))?,
+            ),
             _ => None,
         };
-        for source in found.iter_mut().flat_map(|f| &mut f.sources).filter(|s| s.filename == input.filename) {
+        for source in
+            found.iter_mut().flat_map(|f| &mut f.sources).filter(|s| s.filename == input.filename)
+        {
             source.filename.clone_from(&input.shown);
         }
         // A graph has no other form.
@@ -101,7 +121,8 @@ fn known(what: &str, word: &str, words: &[&'static str]) -> Result<&'static str>
     if let Some(known) = words.iter().find(|w| **w == word) {
         return Ok(known);
     }
-    let fault = Fault::invalid(format!("{what}: unknown value {word:?}: want {}", words.join(", ")));
+    let fault =
+        Fault::invalid(format!("{what}: unknown value {word:?}: want {}", words.join(", ")));
     Err(match nearest(word, words.iter().copied()) {
         Some(near) => fault.hint(format!("did you mean {near}?")),
         None => fault,
@@ -200,7 +221,12 @@ impl Location {
     fn of(&self, sources: &[Source]) -> Option<(SourceFile, Vec<Span>)> {
         let source = sources.get(self.source_index).filter(|_| !self.ranges.is_empty())?;
         let data = STANDARD.decode(&source.data).unwrap_or_default();
-        let file = SourceFile { filename: source.filename.clone(), language: source.language.clone(), data, definition: None };
+        let file = SourceFile {
+            filename: source.filename.clone(),
+            language: source.language.clone(),
+            data,
+            definition: None,
+        };
         Some((file, self.ranges.iter().map(Range::span).collect()))
     }
 }
@@ -208,7 +234,10 @@ impl Location {
 impl BuildError {
     /// The error as a build would end with it.
     fn fault(&self, sources: &[Source]) -> Fault {
-        let fault = self.hints.iter().fold(Fault::unknown(self.message.clone()), |fault, hint| fault.hint(hint.clone()));
+        let fault = self
+            .hints
+            .iter()
+            .fold(Fault::unknown(self.message.clone()), |fault, hint| fault.hint(hint.clone()));
         match self.location.of(sources) {
             Some((file, spans)) => fault.detail(Detail::Source { file: Arc::new(file), spans }),
             None => fault,
@@ -230,13 +259,15 @@ impl Findings {
         }
     }
 
-    /// The findings for people, in the order of their lines; but for the last mistake, which is the failure.
+    /// The findings for people, in the order of their lines; but for the last mistake, which is the
+    /// failure.
     fn text(&self) -> String {
         let mut out = self.headline();
         let mut warnings: Vec<&Warning> = self.warnings().iter().collect();
         warnings.sort_by_key(|w| w.location.ranges.first().map_or(0, |r| r.start.line));
         for warning in warnings {
-            let url = if warning.url.is_empty() { String::new() } else { format!(" - {}", warning.url) };
+            let url =
+                if warning.url.is_empty() { String::new() } else { format!(" - {}", warning.url) };
             out += &format!("\nWARNING: {}{url}\n{}\n", warning.rule_name, warning.detail);
             if let Some((file, spans)) = warning.location.of(&self.sources) {
                 out += &excerpt(&file, &spans);
@@ -256,7 +287,8 @@ impl Findings {
         self.errors.last().or(self.error.as_ref()).map(|error| error.fault(&self.sources))
     }
 
-    /// The findings in the Static Analysis Results Interchange Format, version 2.1.0 (OASIS), as code hosts and editors read it.
+    /// The findings in the Static Analysis Results Interchange Format, version 2.1.0 (OASIS), as
+    /// code hosts and editors read it.
     fn sarif(&self) -> Value {
         let mut rules: Vec<Value> = Vec::new();
         for warning in self.warnings() {
@@ -271,8 +303,14 @@ impl Findings {
         let result = |rule: &str, level: &str, message: &str, location: &Location| json!({"ruleId": rule, "level": level, "message": {"text": message}, "locations": self.places(location)});
         let mut results = Vec::new();
         for warning in self.warnings() {
-            let advice = warning.fix.as_ref().map(|f| format!(" ({})", f.advice)).unwrap_or_default();
-            let mut found = result(&warning.rule_name, "warning", &(warning.detail.clone() + &advice), &warning.location);
+            let advice =
+                warning.fix.as_ref().map(|f| format!(" ({})", f.advice)).unwrap_or_default();
+            let mut found = result(
+                &warning.rule_name,
+                "warning",
+                &(warning.detail.clone() + &advice),
+                &warning.location,
+            );
             if let Some(fix) = self.replacement(warning) {
                 found["fixes"] = json!([fix]);
             }
@@ -280,7 +318,10 @@ impl Findings {
         }
         let errors = if self.errors.is_empty() { self.error.as_slice() } else { &self.errors };
         for error in errors {
-            let message = error.hints.iter().fold(error.message.clone(), |message, hint| message + "\n" + hint);
+            let message = error
+                .hints
+                .iter()
+                .fold(error.message.clone(), |message, hint| message + "\n" + hint);
             results.push(result("BuildError", "error", &message, &error.location));
         }
         json!({
@@ -298,11 +339,13 @@ impl Findings {
         self.sources.get(location.source_index).map_or("Dockerfile", |s| &s.filename)
     }
 
-    /// One place per warning or error, with the part of a line that is meant if that is known, and all its lines around.
+    /// One place per warning or error, with the part of a line that is meant if that is known, and
+    /// all its lines around.
     fn places(&self, location: &Location) -> Vec<Value> {
         let lines = || location.ranges.iter().filter(|r| r.start.line > 0);
         let place = |region: Value, context: Option<Value>| {
-            let mut physical = json!({"artifactLocation": {"uri": self.uri(location)}, "region": region});
+            let mut physical =
+                json!({"artifactLocation": {"uri": self.uri(location)}, "region": region});
             if let Some(context) = context {
                 physical["contextRegion"] = context;
             }
@@ -349,7 +392,12 @@ mod tests {
         let check = |args: Args, want: &str| {
             let shown = match Call::of(&args) {
                 Ok(None) => "build".to_owned(),
-                Ok(Some(c)) => format!("{} {}{}", c.method, c.format, if c.ignore_status { " ignoring" } else { "" }),
+                Ok(Some(c)) => format!(
+                    "{} {}{}",
+                    c.method,
+                    c.format,
+                    if c.ignore_status { " ignoring" } else { "" }
+                ),
                 Err(fault) => format!("error {fault}"),
             };
             assert_eq!(shown, want);
@@ -361,14 +409,26 @@ mod tests {
         check(call("outline"), "outline text");
         check(call("targets,format=json"), "targets json");
         check(Args { check: Some(false), ..call("build") }, "build");
-        check(Args { check: Some(true), format: Some("sarif".into()), ..call("build") }, "lint sarif");
-        check(Args { format: Some("sarif".into()), ..call("outline") }, "error --call=outline has no form sarif");
-        check(Args { format: Some("json".into()), ..call("build") }, "error --format says how --check and --call print");
+        check(
+            Args { check: Some(true), format: Some("sarif".into()), ..call("build") },
+            "lint sarif",
+        );
+        check(
+            Args { format: Some("sarif".into()), ..call("outline") },
+            "error --call=outline has no form sarif",
+        );
+        check(
+            Args { format: Some("json".into()), ..call("build") },
+            "error --format says how --check and --call print",
+        );
         check(
             call("outlin"),
             "error --call: unknown value \"outlin\": want build, check, lint, outline, targets, convertllb, subrequests.describe",
         );
-        check(call("lint,format=xml"), "error --format: unknown value \"xml\": want text, json, sarif");
+        check(
+            call("lint,format=xml"),
+            "error --format: unknown value \"xml\": want text, json, sarif",
+        );
     }
 
     fn findings(json: &str) -> Findings {
@@ -409,15 +469,27 @@ mod tests {
     #[test]
     fn findings_become_sarif() {
         let run = &some().sarif()["runs"][0];
-        assert_eq!(run["tool"]["driver"]["rules"][0], json!({"id": "B", "shortDescription": {"text": "d"}, "helpUri": "u"}));
+        assert_eq!(
+            run["tool"]["driver"]["rules"][0],
+            json!({"id": "B", "shortDescription": {"text": "d"}, "helpUri": "u"})
+        );
         let result = |i: usize| run["results"][i].clone();
         let region = |i: usize| result(i)["locations"][0]["physicalLocation"]["region"].clone();
         let exact = |line: i32, from: i32, to: i32| json!({"startLine": line, "startColumn": from, "endLine": line, "endColumn": to});
-        assert_eq!((region(0), region(1), region(2)), (exact(2, 5, 6), json!({"startLine": 1, "endLine": 2}), Value::Null));
+        assert_eq!(
+            (region(0), region(1), region(2)),
+            (exact(2, 5, 6), json!({"startLine": 1, "endLine": 2}), Value::Null)
+        );
         assert_eq!((region(3), region(4)), (exact(1, 6, 7), Value::Null));
-        assert_eq!((&result(3)["level"], &result(3)["message"]["text"]), (&json!("error"), &json!("m\nh")));
+        assert_eq!(
+            (&result(3)["level"], &result(3)["message"]["text"]),
+            (&json!("error"), &json!("m\nh"))
+        );
         let change = &result(0)["fixes"][0]["artifactChanges"][0];
-        assert_eq!(change["replacements"][0], json!({"deletedRegion": exact(2, 5, 6), "insertedContent": {"text": "c"}}));
+        assert_eq!(
+            change["replacements"][0],
+            json!({"deletedRegion": exact(2, 5, 6), "insertedContent": {"text": "c"}})
+        );
         assert_eq!(result(1)["fixes"], Value::Null);
     }
 
@@ -434,11 +506,16 @@ mod tests {
             json!({"startLine": 1, "endLine": 1})
         );
         let fault = found.fault().expect("error");
-        assert!(matches!(fault.details(), [Detail::Source { file, spans }] if file.data == b"FROM a\n" && spans.len() == 1));
+        assert!(
+            matches!(fault.details(), [Detail::Source { file, spans }] if file.data == b"FROM a\n" && spans.len() == 1)
+        );
     }
 
     #[test]
     fn nothing_found_is_said_too() {
-        assert_eq!(findings(r#"{"warnings": null, "sources": []}"#).headline(), "Check complete, no warnings found.\n");
+        assert_eq!(
+            findings(r#"{"warnings": null, "sources": []}"#).headline(),
+            "Check complete, no warnings found.\n"
+        );
     }
 }

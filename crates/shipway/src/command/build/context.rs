@@ -45,11 +45,14 @@ pub(super) struct Input {
 }
 
 impl Input {
-    /// Finds the context `context` and the Dockerfile `file`, reading standard input if one of them is `-`.
+    /// Finds the context `context` and the Dockerfile `file`, reading standard input if one of them
+    /// is `-`.
     pub(super) fn read(file: Option<&str>, context: &str) -> Result<Self> {
         if context == "-" {
             return match file {
-                Some("-") => Err(Fault::invalid("invalid argument: can't use stdin for both build context and dockerfile")),
+                Some("-") => Err(Fault::invalid(
+                    "invalid argument: can't use stdin for both build context and dockerfile",
+                )),
                 _ => Self::from_stdin(file),
             };
         }
@@ -60,9 +63,12 @@ impl Input {
         match std::fs::metadata(&dir) {
             Ok(found) if found.is_dir() => {}
             Ok(_) => {
-                return Err(Fault::invalid(format!("the context {context} is not a directory")).hint("name its Dockerfile with --file"));
+                return Err(Fault::invalid(format!("the context {context} is not a directory"))
+                    .hint("name its Dockerfile with --file"));
             }
-            Err(e) => return Err(Fault::io(format!("unable to prepare context: open {context}"), e)),
+            Err(e) => {
+                return Err(Fault::io(format!("unable to prepare context: open {context}"), e));
+            }
         }
         let context = Place::Directory(dir.clone());
         match file {
@@ -75,17 +81,24 @@ impl Input {
                     ..Self::of(context, NAMES[0])
                 })
             }
-            Some(url) if is_download(url) => {
-                Ok(Self { dockerfile_url: Some(url.to_owned()), shown: url.to_owned(), ..Self::of(context, NAMES[0]) })
-            }
+            Some(url) if is_download(url) => Ok(Self {
+                dockerfile_url: Some(url.to_owned()),
+                shown: url.to_owned(),
+                ..Self::of(context, NAMES[0])
+            }),
             Some(file) => {
                 let (dir, filename) = split(Path::new(file))?;
-                Ok(Self { dockerfile_dir: Some(dir), shown: file.to_owned(), ..Self::of(context, &filename) })
+                Ok(Self {
+                    dockerfile_dir: Some(dir),
+                    shown: file.to_owned(),
+                    ..Self::of(context, &filename)
+                })
             }
             None => {
                 let filename = default_name(&dir)?;
                 let shown = dir.components().collect::<PathBuf>().join(&filename);
-                let shown = shown.strip_prefix(".").unwrap_or(&shown).to_string_lossy().into_owned();
+                let shown =
+                    shown.strip_prefix(".").unwrap_or(&shown).to_string_lossy().into_owned();
                 Ok(Self { dockerfile_dir: Some(dir), shown, ..Self::of(context, &filename) })
             }
         }
@@ -94,7 +107,14 @@ impl Input {
     /// A context with a Dockerfile in it.
     fn of(context: Place, filename: &str) -> Self {
         let filename = filename.to_owned();
-        Self { context, dockerfile_dir: None, shown: filename.clone(), filename, dockerfile_url: None, _kept: Vec::new() }
+        Self {
+            context,
+            dockerfile_dir: None,
+            shown: filename.clone(),
+            filename,
+            dockerfile_url: None,
+            _kept: Vec::new(),
+        }
     }
 
     fn remote(file: Option<&str>, context: &str) -> Result<Self> {
@@ -110,8 +130,10 @@ impl Input {
                 })
             }
             Some(url) if is_download(url) => {
-                let fault =
-                    Fault::new(shipway_fault::Code::Unimplemented, "a Dockerfile from a URL for a context from another is not implemented");
+                let fault = Fault::new(
+                    shipway_fault::Code::Unimplemented,
+                    "a Dockerfile from a URL for a context from another is not implemented",
+                );
                 Err(fault.hint("fetch it first, and pass it with --file - on standard input"))
             }
             // Within the context, which only the daemon sees.
@@ -133,19 +155,27 @@ impl Input {
         }
         head.truncate(length);
         if head.is_empty() {
-            return Err(Fault::invalid("standard input is empty").hint("pipe a Dockerfile or a tar into it"));
+            return Err(Fault::invalid("standard input is empty")
+                .hint("pipe a Dockerfile or a tar into it"));
         }
         if is_tar(&head) {
             return Ok(Self::of(Place::Stdin(head), file.unwrap_or(NAMES[0])));
         }
         if file.is_some() {
-            return Err(Fault::invalid("--file needs a tar on standard input, and what is there is none"));
+            return Err(Fault::invalid(
+                "--file needs a tar on standard input, and what is there is none",
+            ));
         }
         let empty = temporary()?;
         let dockerfile = stdin_dockerfile(head.as_slice().chain(stdin))?;
         let context = Place::Directory(empty.path().to_owned());
         let (dockerfile_dir, shown) = (Some(dockerfile.path().to_owned()), STDIN.to_owned());
-        Ok(Self { dockerfile_dir, shown, _kept: vec![empty, dockerfile], ..Self::of(context, NAMES[0]) })
+        Ok(Self {
+            dockerfile_dir,
+            shown,
+            _kept: vec![empty, dockerfile],
+            ..Self::of(context, NAMES[0])
+        })
     }
 }
 
@@ -156,16 +186,22 @@ fn is_download(text: &str) -> bool {
 
 /// Whether the daemon, and not we, must fetch `text`.
 pub(super) fn is_remote(text: &str) -> bool {
-    ["http://", "https://", "git://", "ssh://", "git@", "github.com/"].iter().any(|prefix| text.starts_with(prefix))
+    ["http://", "https://", "git://", "ssh://", "git@", "github.com/"]
+        .iter()
+        .any(|prefix| text.starts_with(prefix))
 }
 
 fn split(file: &Path) -> Result<(PathBuf, String)> {
     let missing = |e| Fault::io(format!("failed to read dockerfile: open {}", file.display()), e);
     if std::fs::metadata(file).map_err(missing)?.is_dir() {
-        return Err(Fault::invalid(format!("failed to read dockerfile: {} is a directory", file.display())));
+        return Err(Fault::invalid(format!(
+            "failed to read dockerfile: {} is a directory",
+            file.display()
+        )));
     }
     let name = file.file_name().and_then(|name| name.to_str());
-    let name = name.ok_or_else(|| Fault::invalid(format!("{} cannot name a Dockerfile", file.display())))?;
+    let name =
+        name.ok_or_else(|| Fault::invalid(format!("{} cannot name a Dockerfile", file.display())))?;
     let dir = file.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     Ok((dir.to_owned(), name.to_owned()))
 }
@@ -173,13 +209,20 @@ fn split(file: &Path) -> Result<(PathBuf, String)> {
 fn default_name(dir: &Path) -> Result<String> {
     let found = NAMES.iter().find(|name| dir.join(name).is_file());
     found.map(|name| (*name).to_owned()).ok_or_else(|| {
-        Fault::not_found(format!("failed to read dockerfile: {} has none (looked for {})", dir.display(), NAMES.join(", ")))
-            .hint("name it with --file")
+        Fault::not_found(format!(
+            "failed to read dockerfile: {} has none (looked for {})",
+            dir.display(),
+            NAMES.join(", ")
+        ))
+        .hint("name it with --file")
     })
 }
 
 fn temporary() -> Result<TempDir> {
-    tempfile::Builder::new().prefix("shipway-").tempdir().map_err(|e| Fault::io("make a temporary directory", e))
+    tempfile::Builder::new()
+        .prefix("shipway-")
+        .tempdir()
+        .map_err(|e| Fault::io("make a temporary directory", e))
 }
 
 fn stdin_dockerfile(from: impl Read) -> Result<TempDir> {
@@ -220,13 +263,23 @@ mod tests {
         let dir = tempfile::tempdir().expect("temp dir");
         let context = dir.path().to_str().expect("utf-8");
         let failed = Input::read(None, context).expect_err("no Dockerfile");
-        assert!(failed.to_string().contains("looked for Dockerfile, dockerfile, Containerfile"), "{failed}");
+        assert!(
+            failed.to_string().contains("looked for Dockerfile, dockerfile, Containerfile"),
+            "{failed}"
+        );
         std::fs::write(dir.path().join("Containerfile"), "FROM scratch\n").expect("writes");
         assert_eq!(Input::read(None, context).expect("found").filename, "Containerfile");
         std::fs::create_dir(dir.path().join("sub")).expect("creates");
         std::fs::write(dir.path().join("sub/x.Dockerfile"), "FROM scratch\n").expect("writes");
-        let input = Input::read(Some(dir.path().join("sub/x.Dockerfile").to_str().expect("utf-8")), context).expect("found");
-        assert_eq!((input.dockerfile_dir, input.filename.as_str()), (Some(dir.path().join("sub")), "x.Dockerfile"));
+        let input = Input::read(
+            Some(dir.path().join("sub/x.Dockerfile").to_str().expect("utf-8")),
+            context,
+        )
+        .expect("found");
+        assert_eq!(
+            (input.dockerfile_dir, input.filename.as_str()),
+            (Some(dir.path().join("sub")), "x.Dockerfile")
+        );
         assert_eq!(input.shown, dir.path().join("sub/x.Dockerfile").to_string_lossy());
         let input = Input::read(Some("https://example.com/x?y"), context).expect("a URL");
         assert_eq!((input.dockerfile_dir, input.shown.as_str()), (None, "https://example.com/x?y"));
@@ -241,7 +294,13 @@ mod tests {
         let dir = tempfile::tempdir().expect("temp dir");
         std::fs::write(dir.path().join("Dockerfile"), "FROM scratch\n").expect("writes");
         for options in ["-c", "-cz"] {
-            let tar = Command::new("tar").args([options, "-C"]).arg(dir.path()).arg(".").output().expect("tar").stdout;
+            let tar = Command::new("tar")
+                .args([options, "-C"])
+                .arg(dir.path())
+                .arg(".")
+                .output()
+                .expect("tar")
+                .stdout;
             assert!(is_tar(&tar), "{options}");
         }
         assert!(!is_tar(b"FROM scratch\n") && !is_tar(b""));

@@ -24,11 +24,22 @@ pub(super) fn of(args: &Args, input: &Input, env: Env<'_>) -> Result<SolveOption
     let mut options = SolveOptions {
         frontend: "dockerfile.v0".to_owned(),
         entitlements: spec::entitlements(&args.allow)?,
-        cache_exports: args.cache_to.iter().map(|text| spec::cache(text, "--cache-to", true)).collect::<Result<_>>()?,
-        cache_imports: args.cache_from.iter().map(|text| spec::cache(text, "--cache-from", false)).collect::<Result<_>>()?,
+        cache_exports: args
+            .cache_to
+            .iter()
+            .map(|text| spec::cache(text, "--cache-to", true))
+            .collect::<Result<_>>()?,
+        cache_imports: args
+            .cache_from
+            .iter()
+            .map(|text| spec::cache(text, "--cache-from", false))
+            .collect::<Result<_>>()?,
         secrets: spec::secrets(&args.secrets)?,
         ssh: spec::ssh(&args.ssh)?,
-        policy: env("EXPERIMENTAL_BUILDKIT_SOURCE_POLICY").filter(|v| !v.is_empty()).map(|v| Policy::load(v.as_ref())).transpose()?,
+        policy: env("EXPERIMENTAL_BUILDKIT_SOURCE_POLICY")
+            .filter(|v| !v.is_empty())
+            .map(|v| Policy::load(v.as_ref()))
+            .transpose()?,
         exports: exports(args)?,
         ..SolveOptions::default()
     };
@@ -76,7 +87,9 @@ fn locals(input: &Input, options: &mut SolveOptions) -> Result<()> {
         }
     }
     if let Some(url) = &input.dockerfile_url {
-        options.frontend_inputs.insert("dockerfile".to_owned(), Definition::download(url, &input.filename));
+        options
+            .frontend_inputs
+            .insert("dockerfile".to_owned(), Definition::download(url, &input.filename));
     }
     match (&input.dockerfile_dir, input.directory()) {
         (Some(dir), Some(_)) => options.dirs.add("dockerfile", dir),
@@ -128,7 +141,11 @@ fn platforms(args: &Args, env: Env<'_>, attrs: &mut BTreeMap<String, String>) ->
 
 fn caching(args: &Args, attrs: &mut BTreeMap<String, String>) -> Result<()> {
     match (args.no_cache, args.no_cache_filter.is_empty()) {
-        (true, false) => return Err(Fault::invalid("cannot use --no-cache and --no-cache-filter at the same time")),
+        (true, false) => {
+            return Err(Fault::invalid(
+                "cannot use --no-cache and --no-cache-filter at the same time",
+            ));
+        }
         (true, true) => _ = attrs.insert("no-cache".to_owned(), String::new()),
         (false, false) => _ = attrs.insert("no-cache".to_owned(), args.no_cache_filter.join(",")),
         (false, true) => {}
@@ -140,7 +157,11 @@ fn caching(args: &Args, attrs: &mut BTreeMap<String, String>) -> Result<()> {
 }
 
 /// What RUN steps find around them.
-fn steps(args: &Args, attrs: &mut BTreeMap<String, String>, entitlements: &mut Vec<String>) -> Result<()> {
+fn steps(
+    args: &Args,
+    attrs: &mut BTreeMap<String, String>,
+    entitlements: &mut Vec<String>,
+) -> Result<()> {
     match args.network.as_deref() {
         None | Some("" | "default" | "sandbox") => {}
         Some("none") => _ = attrs.insert("force-network-mode".to_owned(), "none".to_owned()),
@@ -163,7 +184,10 @@ fn steps(args: &Args, attrs: &mut BTreeMap<String, String>, entitlements: &mut V
         attrs.insert("add-hosts".to_owned(), hosts.join(","));
     }
     if let Some(text) = &args.shm_size {
-        attrs.insert("shm-size".to_owned(), size::parse_bytes(text).context(|| "--shm-size")?.to_string());
+        attrs.insert(
+            "shm-size".to_owned(),
+            size::parse_bytes(text).context(|| "--shm-size")?.to_string(),
+        );
     }
     if !args.ulimits.is_empty() {
         let limits = args.ulimits.iter().map(|text| ulimit(text)).collect::<Result<Vec<_>>>()?;
@@ -205,7 +229,9 @@ fn resource(text: &str, attrs: &mut BTreeMap<String, String>) -> Result<()> {
                     });
                 };
                 let value = match name {
-                    "memory" | "memory-swap" if value != "-1" => size::parse_bytes(value)?.to_string(),
+                    "memory" | "memory-swap" if value != "-1" => {
+                        size::parse_bytes(value)?.to_string()
+                    }
                     _ => value.to_owned(),
                 };
                 attrs.insert((*attr).to_owned(), value);
@@ -214,7 +240,10 @@ fn resource(text: &str, attrs: &mut BTreeMap<String, String>) -> Result<()> {
             (None, Some(attr)) => {
                 attrs.entry(attr.to_owned()).or_default().push_str(&format!(",{part}"));
             }
-            (None, None) => return Err(Fault::invalid(format!("invalid value {part:?}")).hint("write it as name=value")),
+            (None, None) => {
+                return Err(Fault::invalid(format!("invalid value {part:?}"))
+                    .hint("write it as name=value"));
+            }
         }
     }
     Ok(())
@@ -226,7 +255,11 @@ fn host(text: &str) -> Result<String> {
     let (host, ip) = text.split_once('=').or_else(|| text.split_once(':')).ok_or_else(broken)?;
     let ip = ip.strip_prefix('[').and_then(|ip| ip.strip_suffix(']')).unwrap_or(ip);
     if ip == "host-gateway" {
-        return Err(Fault::new(Code::Unimplemented, format!("--add-host {text}: host-gateway is not implemented")).hint("name an address"));
+        return Err(Fault::new(
+            Code::Unimplemented,
+            format!("--add-host {text}: host-gateway is not implemented"),
+        )
+        .hint("name an address"));
     }
     let ip: std::net::IpAddr = ip.parse().map_err(|_| broken())?;
     if host.is_empty() { Err(broken()) } else { Ok(format!("{host}={ip}")) }
@@ -234,7 +267,10 @@ fn host(text: &str) -> Result<String> {
 
 /// `name=soft[:hard]` as `name=soft:hard`.
 fn ulimit(text: &str) -> Result<String> {
-    let broken = || Fault::invalid(format!("invalid ulimit {text:?}")).hint("write it as name=soft:hard, such as nofile=1024:2048");
+    let broken = || {
+        Fault::invalid(format!("invalid ulimit {text:?}"))
+            .hint("write it as name=soft:hard, such as nofile=1024:2048")
+    };
     let (name, limits) = text.split_once('=').ok_or_else(broken)?;
     let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
     let number = |text: &str| text.parse::<i64>().ok().filter(|n| *n >= -1).ok_or_else(broken);
@@ -249,10 +285,15 @@ fn attestations(args: &Args, attrs: &mut BTreeMap<String, String>) -> Result<()>
     for text in &args.attests {
         let (kind, rest) = csv::kind(text, "--attest")?;
         if !["sbom", "provenance"].contains(&kind.as_str()) {
-            return Err(Fault::invalid(format!("--attest {text}: unknown attestation {kind:?}")).hint("it is sbom or provenance"));
+            return Err(Fault::invalid(format!("--attest {text}: unknown attestation {kind:?}"))
+                .hint("it is sbom or provenance"));
         }
         if rest.get("disabled").and_then(|v| parse_bool(v)) != Some(true) {
-            let rest: Vec<String> = rest.iter().filter(|(k, _)| *k != "disabled").map(|(k, v)| format!("{k}={v}")).collect();
+            let rest: Vec<String> = rest
+                .iter()
+                .filter(|(k, _)| *k != "disabled")
+                .map(|(k, v)| format!("{k}={v}"))
+                .collect();
             attrs.insert(format!("attest:{kind}"), rest.join(","));
         }
     }
@@ -269,17 +310,29 @@ fn attestations(args: &Args, attrs: &mut BTreeMap<String, String>) -> Result<()>
 /// `name=value` contexts: local directories are offered under their name.
 fn named_contexts(args: &Args, options: &mut SolveOptions) -> Result<()> {
     for text in &args.contexts {
-        let (name, value) =
-            text.split_once('=').ok_or_else(|| Fault::invalid(format!("invalid context {text}")).hint("write it as name=context"))?;
+        let (name, value) = text.split_once('=').ok_or_else(|| {
+            Fault::invalid(format!("invalid context {text}")).hint("write it as name=context")
+        })?;
         // Stage and image names compare without case, and an image's has more than one form.
-        let parsed: ImageName = name.to_lowercase().parse().map_err(|e| Fault::invalid(format!("invalid context name {name}: {e}")))?;
+        let parsed: ImageName = name
+            .to_lowercase()
+            .parse()
+            .map_err(|e| Fault::invalid(format!("invalid context name {name}: {e}")))?;
         let name = parsed.familiar();
         let name = name.strip_suffix(":latest").unwrap_or(&name).to_owned();
         let attr = match value.split_once("://") {
             Some(("oci-layout", rest)) => layout(&name, rest, options)?,
-            _ if is_remote(value) || value.starts_with("docker-image://") || value.starts_with("target:") => value.to_owned(),
+            _ if is_remote(value)
+                || value.starts_with("docker-image://")
+                || value.starts_with("target:") =>
+            {
+                value.to_owned()
+            }
             _ => {
-                options.dirs.add(name.clone(), value).context(|| format!("--build-context {text}"))?;
+                options
+                    .dirs
+                    .add(name.clone(), value)
+                    .context(|| format!("--build-context {text}"))?;
                 format!("local:{name}")
             }
         };
@@ -289,7 +342,9 @@ fn named_contexts(args: &Args, options: &mut SolveOptions) -> Result<()> {
 }
 
 fn layout(name: &str, rest: &str, options: &mut SolveOptions) -> Result<String> {
-    let (path, digest) = rest.rsplit_once('@').map_or((rest, None), |(path, digest)| (path, Some(digest.to_owned())));
+    let (path, digest) = rest
+        .rsplit_once('@')
+        .map_or((rest, None), |(path, digest)| (path, Some(digest.to_owned())));
     let (path, tag) = match path.rsplit_once(':') {
         Some((path, tag)) if !tag.contains('/') => (path, Some(tag)),
         _ => (path, None),
@@ -297,9 +352,15 @@ fn layout(name: &str, rest: &str, options: &mut SolveOptions) -> Result<String> 
     let what = || format!("--build-context {name}=oci-layout://{rest}");
     let digest = match digest {
         Some(digest) => digest,
-        None => shipway_client::layout_digest(Path::new(path), tag)
-            .context(what)?
-            .ok_or_else(|| Fault::not_found(format!("{}: the layout has no {}", what(), tag.unwrap_or("latest image"))))?,
+        None => {
+            shipway_client::layout_digest(Path::new(path), tag).context(what)?.ok_or_else(|| {
+                Fault::not_found(format!(
+                    "{}: the layout has no {}",
+                    what(),
+                    tag.unwrap_or("latest image")
+                ))
+            })?
+        }
     };
     options.layouts.insert(name.to_owned(), path.into());
     Ok(format!("oci-layout://{name}@{digest}"))
@@ -310,7 +371,11 @@ fn exports(args: &Args) -> Result<Vec<Export>> {
     let names = args
         .tags
         .iter()
-        .map(|tag| tag.parse::<ImageName>().map(|name| name.to_string()).map_err(|e| Fault::invalid(format!("invalid tag {tag:?}: {e}"))))
+        .map(|tag| {
+            tag.parse::<ImageName>()
+                .map(|name| name.to_string())
+                .map_err(|e| Fault::invalid(format!("invalid tag {tag:?}: {e}")))
+        })
         .collect::<Result<Vec<_>>>()?;
     let mut exports = Vec::new();
     for text in &args.outputs {
@@ -323,14 +388,17 @@ fn exports(args: &Args) -> Result<Vec<Export>> {
     };
     if args.push {
         if names.is_empty() && !exports.iter().any(|e| e.attrs.contains_key("name")) {
-            return Err(Fault::invalid("tag is needed when pushing to registry").hint("name the image with --tag"));
+            return Err(Fault::invalid("tag is needed when pushing to registry")
+                .hint("name the image with --tag"));
         }
         match exports.iter_mut().find(|e| e.kind == "image") {
             Some(export) => _ = export.attrs.insert("push".to_owned(), "true".to_owned()),
             None => exports.push(image(&[("push", "true")])),
         }
     }
-    if (args.load || (exports.is_empty() && !cache_only)) && !exports.iter().any(|e| e.kind == "image") {
+    if (args.load || (exports.is_empty() && !cache_only))
+        && !exports.iter().any(|e| e.kind == "image")
+    {
         exports.push(image(&[]));
     }
     for export in &mut exports {
@@ -350,8 +418,12 @@ fn name(export: &mut Export, names: &[String]) {
     if export.kind == "image" {
         export.attrs.entry("unpack".to_owned()).or_insert_with(|| "true".to_owned());
         if !export.attrs.contains_key("name") {
-            // Without any name the image would be nobody's, and gone with the next garbage collection.
-            export.attrs.entry("dangling-name-prefix".to_owned()).or_insert_with(|| "<none>".to_owned());
+            // Without any name the image would be nobody's, and gone with the next garbage
+            // collection.
+            export
+                .attrs
+                .entry("dangling-name-prefix".to_owned())
+                .or_insert_with(|| "<none>".to_owned());
         }
     }
 }
@@ -385,7 +457,11 @@ fn output(text: &str) -> Result<Option<Export>> {
         && !single.starts_with("type=")
     {
         let kind = if single == "-" { "tar" } else { "local" };
-        return spec::export(kind.to_owned(), BTreeMap::from([("dest".to_owned(), single.clone())])).map(Some);
+        return spec::export(
+            kind.to_owned(),
+            BTreeMap::from([("dest".to_owned(), single.clone())]),
+        )
+        .map(Some);
     }
     let (kind, mut attrs) = csv::kind(text, "--output")?;
     match kind.as_str() {
@@ -395,7 +471,9 @@ fn output(text: &str) -> Result<Option<Export>> {
             return spec::export("image".to_owned(), attrs).map(Some);
         }
         // Docker's way to say: into the store. Ours is containerd's, and needs no copy.
-        "docker" if !attrs.contains_key("dest") => return spec::export("image".to_owned(), attrs).map(Some),
+        "docker" if !attrs.contains_key("dest") => {
+            return spec::export("image".to_owned(), attrs).map(Some);
+        }
         _ => {}
     }
     spec::export(kind, attrs).map(Some)
@@ -413,31 +491,44 @@ mod tests {
         args: Args,
     }
 
-    /// What a command line becomes: attributes, exports, directories, entitlements; `$D` is a directory with a Dockerfile.
+    /// What a command line becomes: attributes, exports, directories, entitlements; `$D` is a
+    /// directory with a Dockerfile.
     #[track_caller]
     fn check(line: &str, expected: &[&str]) {
         let dir = tempfile::tempdir().expect("temp dir");
         std::fs::write(dir.path().join("Dockerfile"), "FROM scratch\n").expect("writes");
         let path = dir.path().to_str().expect("utf-8");
         let words = format!("build {line} $D").replace("$D", path);
-        let args = Line::try_parse_from(words.split_whitespace()).unwrap_or_else(|e| panic!("{e}")).args;
+        let args =
+            Line::try_parse_from(words.split_whitespace()).unwrap_or_else(|e| panic!("{e}")).args;
         let env = |name: &str| (name == "FROM_ENV").then(|| "e".to_owned());
         let input = Input::read(args.file.as_deref(), &args.context).expect("input");
         let shown: Vec<String> = match of(&args, &input, &env) {
             Err(fault) => vec![format!("error {fault}")],
             Ok(options) => {
-                let attrs = options
-                    .frontend_attrs
-                    .iter()
-                    .filter(|(k, v)| !matches!((k.as_str(), v.as_str()), ("filename", "Dockerfile") | ("source-columns", "true")));
+                let attrs = options.frontend_attrs.iter().filter(|(k, v)| {
+                    !matches!(
+                        (k.as_str(), v.as_str()),
+                        ("filename", "Dockerfile") | ("source-columns", "true")
+                    )
+                });
                 let mut shown: Vec<String> = attrs.map(|(k, v)| format!("{k}={v}")).collect();
                 shown.extend(options.exports.iter().map(|e| {
-                    let attrs: Vec<String> = e.attrs.iter().map(|(k, v)| format!("{k}={v}")).collect();
+                    let attrs: Vec<String> =
+                        e.attrs.iter().map(|(k, v)| format!("{k}={v}")).collect();
                     format!("-> {} {} {:?}", e.kind, attrs.join(","), e.target)
                 }));
-                shown.extend(options.cache_exports.iter().map(|c| format!("cache-to {} {:?}", c.kind, c.attrs)));
+                shown.extend(
+                    options
+                        .cache_exports
+                        .iter()
+                        .map(|c| format!("cache-to {} {:?}", c.kind, c.attrs)),
+                );
                 shown.extend(options.entitlements.iter().map(|e| format!("allow {e}")));
-                let dirs = options.dirs.iter().filter(|(name, _)| !["context", "dockerfile"].contains(name));
+                let dirs = options
+                    .dirs
+                    .iter()
+                    .filter(|(name, _)| !["context", "dockerfile"].contains(name));
                 shown.extend(dirs.map(|(name, _)| format!("dir {name}")));
                 shown
             }
@@ -449,15 +540,35 @@ mod tests {
     #[test]
     fn results_go_where_they_are_sent() {
         check("", &["-> image dangling-name-prefix=<none>,unpack=true None"]);
-        check("-t a -t b:c", &["-> image name=docker.io/library/a:latest,docker.io/library/b:c,unpack=true None"]);
-        check("-t a --push", &["-> image name=docker.io/library/a:latest,push=true,unpack=true None"]);
+        check(
+            "-t a -t b:c",
+            &["-> image name=docker.io/library/a:latest,docker.io/library/b:c,unpack=true None"],
+        );
+        check(
+            "-t a --push",
+            &["-> image name=docker.io/library/a:latest,push=true,unpack=true None"],
+        );
         check("--push", &["error tag is needed when pushing to registry"]);
         check("-t a -o $D/out", &[r#"-> local  Dir { path: "$D/out", delete: false }"#]);
-        check("-o type=oci,dest=$D/x.tar -t a", &[r#"-> oci name=docker.io/library/a:latest File(Path("$D/x.tar"))"#]);
+        check(
+            "-o type=oci,dest=$D/x.tar -t a",
+            &[r#"-> oci name=docker.io/library/a:latest File(Path("$D/x.tar"))"#],
+        );
         check("-o type=cacheonly", &[]);
-        check("-t a -o type=docker", &["-> image name=docker.io/library/a:latest,unpack=true None"]);
-        check("-o type=registry,name=r.example/x", &["-> image name=r.example/x,push=true,unpack=true None"]);
-        check("-t UPPER", &["error invalid tag \"UPPER\": invalid reference format: repository name (library/UPPER) must be lowercase"]);
+        check(
+            "-t a -o type=docker",
+            &["-> image name=docker.io/library/a:latest,unpack=true None"],
+        );
+        check(
+            "-o type=registry,name=r.example/x",
+            &["-> image name=r.example/x,push=true,unpack=true None"],
+        );
+        check(
+            "-t UPPER",
+            &[
+                "error invalid tag \"UPPER\": invalid reference format: repository name (library/UPPER) must be lowercase",
+            ],
+        );
     }
 
     #[test]
@@ -467,30 +578,51 @@ mod tests {
             "--build-arg A=1 --build-arg FROM_ENV --build-arg MISSING --label k=v=w --target t",
             &["build-arg:A=1", "build-arg:FROM_ENV=e", "label:k=v=w", "target=t", none],
         );
-        check("--platform linux/amd64,linux/arm64/v8 --platform linux/arm64", &["platform=linux/amd64,linux/arm64", none]);
+        check(
+            "--platform linux/amd64,linux/arm64/v8 --platform linux/arm64",
+            &["platform=linux/amd64,linux/arm64", none],
+        );
         check("--no-cache --pull", &["image-resolve-mode=pull", "no-cache=", none]);
         check("--no-cache-filter a,b --pull=false", &["no-cache=a,b", none]);
         check("--network host", &["force-network-mode=host", none, "allow network.host"]);
         check("--network bridge", &["error network mode \"bridge\" not supported"]);
-        check("--add-host a:1.2.3.4 --add-host b=::1 --add-host c:[::2]", &["add-hosts=a=1.2.3.4,b=::1,c=::2", none]);
+        check(
+            "--add-host a:1.2.3.4 --add-host b=::1 --add-host c:[::2]",
+            &["add-hosts=a=1.2.3.4,b=::1,c=::2", none],
+        );
         check(
             "--shm-size 64m --ulimit nofile=10:20 --ulimit core=0 --cgroup-parent p",
             &["cgroup-parent=p", "shm-size=67108864", "ulimit=nofile=10:20,core=0:0", none],
         );
         check(
             "--resource memory=64m,memory-swap=-1,cpuset-cpus=0-1,3,cpu-quota=5 --resource cpuset-mems=0",
-            &["cpuquota=5", "cpusetcpus=0-1,3", "cpusetmems=0", "memory=67108864", "memswap=-1", none],
+            &[
+                "cpuquota=5",
+                "cpusetcpus=0-1,3",
+                "cpusetmems=0",
+                "memory=67108864",
+                "memswap=-1",
+                none,
+            ],
         );
         check("--resource memry=1", &["error --resource memry=1: unknown resource \"memry\""]);
         check("--resource memory=1,2", &["error --resource memory=1,2: invalid value \"2\""]);
         check("--ulimit nofile=20:10", &["error invalid ulimit \"nofile=20:10\""]);
-        check("--attest type=provenance,mode=max --sbom", &["attest:provenance=mode=max", "attest:sbom=", none]);
-        check("--build-arg BUILDKIT_INLINE_CACHE=1", &["build-arg:BUILDKIT_INLINE_CACHE=1", none, r#"cache-to inline {"mode": "min"}"#]);
+        check(
+            "--attest type=provenance,mode=max --sbom",
+            &["attest:provenance=mode=max", "attest:sbom=", none],
+        );
+        check(
+            "--build-arg BUILDKIT_INLINE_CACHE=1",
+            &["build-arg:BUILDKIT_INLINE_CACHE=1", none, r#"cache-to inline {"mode": "min"}"#],
+        );
         check("--call outline -t a", &["requestid=frontend.outline"]);
         check("--check", &["requestid=frontend.lint"]);
         check(
             "--annotation a=b --annotation index:c=d",
-            &["-> image annotation-index.c=d,annotation-manifest.a=b,dangling-name-prefix=<none>,unpack=true None"],
+            &[
+                "-> image annotation-index.c=d,annotation-manifest.a=b,dangling-name-prefix=<none>,unpack=true None",
+            ],
         );
     }
 
@@ -499,8 +631,19 @@ mod tests {
         let none = "-> image dangling-name-prefix=<none>,unpack=true None";
         check(
             "--build-context SRC=$D --build-context docker.io/library/base:latest=docker-image://alpine --build-context s=target:x",
-            &["context:base=docker-image://alpine", "context:s=target:x", "context:src=local:src", none, "dir src"],
+            &[
+                "context:base=docker-image://alpine",
+                "context:s=target:x",
+                "context:src=local:src",
+                none,
+                "dir src",
+            ],
         );
-        check("--build-context a=/no/such", &["error --build-context a=/no/such: open the directory /no/such: no such file or directory"]);
+        check(
+            "--build-context a=/no/such",
+            &[
+                "error --build-context a=/no/such: open the directory /no/such: no such file or directory",
+            ],
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Making snapshots of layers: fetch, unpack, verify, commit as the chain id; or copy from another stack.
+//! Making snapshots of layers: fetch, unpack, verify, commit as the chain id; or copy from another
+//! stack.
 
 use crate::{
     Compression, exact,
@@ -29,29 +30,45 @@ pub(crate) struct Active {
 }
 
 impl Active {
-    pub async fn prepare(store: &Arc<Inner>, what: &str, parent: Option<&SnapshotKey>) -> Result<Self> {
+    pub async fn prepare(
+        store: &Arc<Inner>,
+        what: &str,
+        parent: Option<&SnapshotKey>,
+    ) -> Result<Self> {
         let mut active = Self::named(store, what).await?;
-        active.mounts = store.storage.snapshots.prepare(&active.lease, &active.key, parent, &Labels::new()).await?;
+        active.mounts = store
+            .storage
+            .snapshots
+            .prepare(&active.lease, &active.key, parent, &Labels::new())
+            .await?;
         Ok(active)
     }
 
     /// A view of a committed snapshot, which need not belong to a record.
     pub async fn view(store: &Arc<Inner>, of: Option<&SnapshotKey>) -> Result<Self> {
         let mut view = Self::named(store, "view").await?;
-        view.mounts = store.storage.snapshots.view(&view.lease, &view.key, of, &Labels::new()).await?;
+        view.mounts =
+            store.storage.snapshots.view(&view.lease, &view.key, of, &Labels::new()).await?;
         Ok(view)
     }
 
-    /// The name of one that is made next. From here on a call that is cut off leaves nothing behind.
+    /// The name of one that is made next. From here on a call that is cut off leaves nothing
+    /// behind.
     async fn named(store: &Arc<Inner>, what: &str) -> Result<Self> {
         let (lease, key) = (store.epochs.lease(&store.storage).await?, store.fresh_key(what));
         Ok(Self { store: store.clone(), lease, key, mounts: Vec::new(), armed: true })
     }
 
-    /// What was unpacked into it becomes the snapshot `name` under `lease`. One that exists already is as good.
+    /// What was unpacked into it becomes the snapshot `name` under `lease`. One that exists already
+    /// is as good.
     pub async fn commit(self, lease: &LeaseId, name: &SnapshotKey) -> Result<()> {
         let store = &self.store;
-        match store.storage.snapshots.commit(lease, name, &self.key, &store.durable.labels(&self.mounts)).await {
+        match store
+            .storage
+            .snapshots
+            .commit(lease, name, &self.key, &store.durable.labels(&self.mounts))
+            .await
+        {
             Ok(()) => self.committed(),
             Err(e) if e.is_already_exists() => {
                 store.durable.check(name)?;
@@ -100,7 +117,8 @@ impl Drop for Fetch {
     }
 }
 
-/// A vertex at work again, until this is dropped. What goes wrong is an error of the vertex that needs the layers.
+/// A vertex at work again, until this is dropped. What goes wrong is an error of the vertex that
+/// needs the layers.
 struct Again<'a>(&'a Reporter);
 
 impl<'a> Again<'a> {
@@ -117,11 +135,16 @@ impl Drop for Again<'_> {
 }
 
 impl Inner {
-    /// Makes the snapshot of `record` exist under its lease.
-    /// `origin` is a vertex that ended already: it works again while there is something to do, and speaks instead of `progress`.
-    pub async fn realise(self: &Arc<Self>, record: &Arc<Record>, origin: Option<&Reporter>, progress: Option<&Reporter>) -> Result<()> {
-        let mut realised = record.realised.lock().await;
-        let Some(top) = record.layers.last().filter(|_| !*realised) else { return Ok(()) };
+    /// Makes the snapshot of `record` exist under its lease. `origin` is a vertex that ended
+    /// already: it works again while there is something to do, and speaks instead of `progress`.
+    pub async fn materialize(
+        self: &Arc<Self>,
+        record: &Arc<Record>,
+        origin: Option<&Reporter>,
+        progress: Option<&Reporter>,
+    ) -> Result<()> {
+        let mut materialized = record.materialized.lock().await;
+        let Some(top) = record.layers.last().filter(|_| !*materialized) else { return Ok(()) };
         self.ensure_lease(record).await?;
         let mut have = 0;
         for (i, cell) in record.layers.iter().enumerate().rev() {
@@ -136,18 +159,29 @@ impl Inner {
             self.make_all(missing, record, origin.or(progress)).await?;
         }
         if !missing.is_empty() && !self.keep_snapshot(&record.lease, &top.snapshot).await? {
-            return Err(Fault::new(Code::Aborted, format!("the snapshot {} vanished while it was made", top.snapshot))
-                .hint("something else deletes snapshots in this containerd namespace; build again"));
+            return Err(Fault::new(
+                Code::Aborted,
+                format!("the snapshot {} vanished while it was made", top.snapshot),
+            )
+            .hint("something else deletes snapshots in this containerd namespace; build again"));
         }
-        *realised = true;
+        *materialized = true;
         Ok(())
     }
 
-    async fn make_all(self: &Arc<Self>, missing: &[Arc<Cell>], record: &Arc<Record>, progress: Option<&Reporter>) -> Result<()> {
+    async fn make_all(
+        self: &Arc<Self>,
+        missing: &[Arc<Cell>],
+        record: &Arc<Record>,
+        progress: Option<&Reporter>,
+    ) -> Result<()> {
         let slots = Arc::new(Semaphore::new(PARALLEL_FETCHES));
-        let fetches: Vec<Option<Fetch>> = missing.iter().map(|c| self.start_fetch(c, record, &slots, progress)).collect();
+        let fetches: Vec<Option<Fetch>> =
+            missing.iter().map(|c| self.start_fetch(c, record, &slots, progress)).collect();
         for (cell, fetch) in missing.iter().zip(fetches) {
-            self.make(cell, record, fetch, progress).await.context(|| format!("make layer {} ({})", cell.diff_id, record.called()))?;
+            self.make(cell, record, fetch, progress)
+                .await
+                .context(|| format!("make layer {} ({})", cell.diff_id, record.called()))?;
         }
         Ok(())
     }
@@ -162,7 +196,8 @@ impl Inner {
         if cell.copy_of().is_some() {
             return None;
         }
-        let (store, cell, record, slots, progress) = (self.clone(), cell.clone(), record.clone(), slots.clone(), progress.cloned());
+        let (store, cell, record, slots, progress) =
+            (self.clone(), cell.clone(), record.clone(), slots.clone(), progress.cloned());
         Some(Fetch(tokio::spawn(async move {
             let _slot = slots.acquire().await;
             store.stored_blob(&cell, &record, progress.as_ref()).await.map(drop)
@@ -170,7 +205,13 @@ impl Inner {
     }
 
     /// Makes one layer's snapshot on top of its parent's.
-    async fn make(self: &Arc<Self>, cell: &Arc<Cell>, record: &Record, fetch: Option<Fetch>, progress: Option<&Reporter>) -> Result<()> {
+    async fn make(
+        self: &Arc<Self>,
+        cell: &Arc<Cell>,
+        record: &Record,
+        fetch: Option<Fetch>,
+        progress: Option<&Reporter>,
+    ) -> Result<()> {
         if let Some(mut fetch) = fetch {
             (&mut fetch.0).await.map_err(|e| Fault::internal(format!("a fetch failed: {e}")))??;
         }
@@ -192,7 +233,9 @@ impl Inner {
             }
         }
         let blob = match self.stored_blob(cell, record, progress).await {
-            Err(e) if e.is_not_found() && cell.copy_of().is_some() => self.pack(cell, record, Compression::default()).await?,
+            Err(e) if e.is_not_found() && cell.copy_of().is_some() => {
+                self.pack(cell, record, Compression::default()).await?
+            }
             blob => blob?,
         };
         let active = Active::prepare(self, "extract", cell.parent.as_ref()).await?;
@@ -200,7 +243,13 @@ impl Inner {
         active.commit(&record.lease, &cell.snapshot).await
     }
 
-    async fn apply(&self, cell: &Cell, blob: &Descriptor, active: &Active, progress: Option<&Reporter>) -> Result<()> {
+    async fn apply(
+        &self,
+        cell: &Cell,
+        blob: &Descriptor,
+        active: &Active,
+        progress: Option<&Reporter>,
+    ) -> Result<()> {
         let id = format!("extracting {}", blob.digest);
         if let Some(p) = progress {
             p.status(&id, 0, 0, false);
@@ -212,7 +261,10 @@ impl Inner {
         if found != cell.diff_id {
             return Err(Fault::new(
                 Code::DataLoss,
-                format!("the blob {} unpacks to {found}, but the image's config promises {}", blob.digest, cell.diff_id),
+                format!(
+                    "the blob {} unpacks to {found}, but the image's config promises {}",
+                    blob.digest, cell.diff_id
+                ),
             )
             .with_class(shipway_fault::Class::User)
             .hint("the image is inconsistent: build or push it again"));
@@ -221,8 +273,14 @@ impl Inner {
         self.storage.content.update_labels(blob.digest, &label).await.map(drop)
     }
 
-    /// A blob of the layer that is in the content store and in the lease of `record`; fetched if need be.
-    pub async fn stored_blob(&self, cell: &Cell, record: &Record, progress: Option<&Reporter>) -> Result<Descriptor> {
+    /// A blob of the layer that is in the content store and in the lease of `record`; fetched if
+    /// need be.
+    pub async fn stored_blob(
+        &self,
+        cell: &Cell,
+        record: &Record,
+        progress: Option<&Reporter>,
+    ) -> Result<Descriptor> {
         let _one = cell.fetching.lock().await;
         let mut blobs = cell.blobs();
         blobs.sort_by_key(|b| !b.stored);
@@ -241,8 +299,15 @@ impl Inner {
         }))
     }
 
-    /// Puts a blob into the lease of `record`, fetching it if it is not stored; false if it cannot be had.
-    pub async fn secure(&self, cell: &Cell, blob: &KnownBlob, record: &Record, progress: Option<&Reporter>) -> Result<bool> {
+    /// Puts a blob into the lease of `record`, fetching it if it is not stored; false if it cannot
+    /// be had.
+    pub async fn secure(
+        &self,
+        cell: &Cell,
+        blob: &KnownBlob,
+        record: &Record,
+        progress: Option<&Reporter>,
+    ) -> Result<bool> {
         let (digest, lease) = (blob.descriptor.digest, &record.lease);
         match self.storage.content.info(digest).await {
             // Nothing leaves a lease but with all of it, so once is enough.
@@ -278,7 +343,11 @@ impl Inner {
     }
 
     /// The tree of a committed layer, and what keeps it readable besides a lease of the caller's.
-    pub async fn layer_tree(self: &Arc<Self>, name: &SnapshotKey, parent: bool) -> Result<(LayerTree, Box<dyn Any + Send + Sync>)> {
+    pub async fn layer_tree(
+        self: &Arc<Self>,
+        name: &SnapshotKey,
+        parent: bool,
+    ) -> Result<(LayerTree, Box<dyn Any + Send + Sync>)> {
         if let Some(tree) = self.known_cell(name).and_then(|c| c.tree.get().cloned())
             && self.storage.snapshots.stat(name).await.is_ok()
         {
@@ -292,22 +361,32 @@ impl Inner {
                     return Ok((LayerTree::lowest(after), Box::new(view)));
                 };
                 let below = Active::view(self, Some(&before)).await?;
-                let before = LocalMount::new(&below.mounts, &self.mounts, &self.background, None).await?;
+                let before =
+                    LocalMount::new(&below.mounts, &self.mounts, &self.background, None).await?;
                 Ok((LayerTree::compared(before.path(), after), Box::new((before, below, view))))
             }
         }
     }
 
-    /// Gives `active` the files of the layer on top of `original`; false if that cannot be told from the snapshot, because it was unpacked from
-    /// another program's tar, or because files in it mean something else to those who unpack them.
-    async fn copy_layer(self: &Arc<Self>, original: &SnapshotKey, active: &Active, cell: &Cell) -> Result<bool> {
+    /// Gives `active` the files of the layer on top of `original`; false if that cannot be told
+    /// from the snapshot, because it was unpacked from another program's tar, or because files in
+    /// it mean something else to those who unpack them.
+    async fn copy_layer(
+        self: &Arc<Self>,
+        original: &SnapshotKey,
+        active: &Active,
+        cell: &Cell,
+    ) -> Result<bool> {
         let info = self.storage.snapshots.stat(original).await?;
         if !exact::is_ours(&info.labels) {
             return Ok(false);
         }
         let (tree, guard) = self.layer_tree(original, info.parent.is_some()).await?;
         let target = match own_layer(&active.mounts, cell.parent.is_some())? {
-            OwnLayer::Tree(target) => tree_copy::Target::Layer { dir: target.root().to_owned(), bottom: cell.parent.is_none() },
+            OwnLayer::Tree(target) => tree_copy::Target::Layer {
+                dir: target.root().to_owned(),
+                bottom: cell.parent.is_none(),
+            },
             OwnLayer::Whole(dir) => tree_copy::Target::Merged(dir),
         };
         let copied = tokio::task::spawn_blocking(move || {
