@@ -54,7 +54,7 @@ fn samples() -> Vec<Sample> {
         match layout.codec {
             Codec::Zstd => json = zstd::stream::decode_all(&compressed[..]).unwrap(),
             Codec::Gzip => {
-                drop(flate2::read::GzDecoder::new(&compressed[..]).read_to_end(&mut json).unwrap())
+                _ = flate2::read::GzDecoder::new(&compressed[..]).read_to_end(&mut json).unwrap()
             }
         }
         let json = String::from_utf8(json).unwrap();
