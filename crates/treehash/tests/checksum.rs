@@ -96,7 +96,10 @@ fn wildcards_see_only_what_they_match() {
 fn a_malformed_pattern_fails_where_there_is_a_name_to_match() {
     let dir = tempfile::tempdir().unwrap();
     tree(dir.path());
-    let checksum = |path: &str| TreeIndex::default().checksum(dir.path(), &Selector { wildcard: true, ..Selector::path(path) });
+    let checksum = |path: &str| {
+        TreeIndex::default()
+            .checksum(dir.path(), &Selector { wildcard: true, ..Selector::path(path) })
+    };
     assert_eq!(checksum("src/[a-").unwrap_err().to_string(), "syntax error in pattern \"src/[a-\"");
     assert_eq!(checksum("none*/[a-").unwrap(), checksum("none*").unwrap());
 }
