@@ -240,11 +240,13 @@ impl Xattrs {
 
     fn write(&self, item: u32, out: &mut Vec<u8>) {
         let Item { index, name, value, .. } = self.items[item as usize];
+        // It begins at a multiple of its alignment in the image, which `out` need not do.
+        let end = out.len() + self.bytes(item);
         out.extend_from_slice(&[name, index]);
         out.extend_from_slice(&value.to_le_bytes());
         out.extend_from_slice(self.key(item).1);
         out.extend_from_slice(self.value(item));
-        out.resize(out.len().next_multiple_of(XATTR_ENTRY), 0);
+        out.resize(end, 0);
     }
 }
 

@@ -112,3 +112,42 @@ fn the_two_forms_have_one_body_and_equal_layers_equal_bytes() {
     }
     assert_eq!(first_block(&with[..with.len() - 1], Form::Flat), Err(ReadError::Corrupt));
 }
+
+#[test]
+fn attributes_are_aligned_wherever_a_piece_of_the_image_ends() {
+    let plain = Attributes {
+        mode: 0o755,
+        uid: 0,
+        gid: 0,
+        mtime: Time { seconds: 0, nanoseconds: 0 },
+        xattrs: &[],
+    };
+    // Targets of odd lengths lie behind the inodes, so that pieces end anywhere.
+    for count in 900..910_usize {
+        let mut builder = Builder::new(Options::default(), &plain).unwrap();
+        let own = |n: usize| (format!("trusted.own{n}").into_bytes(), vec![b'v'; 3 + n % 5]);
+        for n in 0..count {
+            let (name, value) = own(n);
+            let shared = Xattr { name: b"trusted.shared", value: b"by all of them" };
+            let xattrs = [shared, Xattr { name: &name, value: &value }];
+            let target = &b"target!"[..1 + n % 7];
+            let attributes = Attributes { xattrs: &xattrs, ..plain };
+            builder
+                .insert(format!("{n}").as_bytes(), &attributes, Node::Symlink { target })
+                .unwrap();
+        }
+        let image = bytes(&builder.finish().unwrap(), Form::Flat);
+        let reader = Reader::open(&image).unwrap();
+        let root = reader.directory(&reader.metadata(reader.root()).unwrap()).unwrap();
+        for n in 0..count {
+            let entry = root.lookup(format!("{n}").as_bytes()).unwrap().unwrap();
+            let found = reader.xattrs(&reader.metadata(entry.nid).unwrap()).unwrap();
+            let found: BTreeMap<_, _> =
+                found.into_iter().map(|x| (x.name, x.value.to_vec())).collect();
+            let (name, value) = own(n);
+            let want =
+                [(b"trusted.shared".to_vec(), b"by all of them".to_vec()), (name, value)].into();
+            assert!(found == want, "{n} of {count}");
+        }
+    }
+}
