@@ -36,7 +36,13 @@ fn answer(mut stream: TcpStream, files: &BTreeMap<&'static str, Vec<u8>>) -> std
     let mut words = first.split(' ');
     let (method, name) = (
         words.next().unwrap_or_default(),
-        words.next().unwrap_or_default().trim_start_matches('/'),
+        words
+            .next()
+            .unwrap_or_default()
+            .split('?')
+            .next()
+            .unwrap_or_default()
+            .trim_start_matches('/'),
     );
     let (status, body) = match files.get(name) {
         Some(body) => ("200 OK", body.as_slice()),
