@@ -278,19 +278,23 @@ fn contexts_of_every_kind() {
     );
 }
 
-/// Paths of files below `dir` that contain `text`; what vanishes meanwhile is passed over.
-fn files_with(dir: &Path, text: &str) -> Vec<PathBuf> {
+/// Files below `dir` that contain `text`, with what is around it; what vanishes meanwhile is passed
+/// over.
+fn files_with(dir: &Path, text: &str) -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         let Ok(kind) = entry.file_type() else { continue };
         if kind.is_dir() {
             found.extend(files_with(&path, text));
-        } else if kind.is_file()
-            && std::fs::read(&path)
-                .is_ok_and(|bytes| bytes.windows(text.len()).any(|part| part == text.as_bytes()))
-        {
-            found.push(path);
+        } else if kind.is_file() {
+            let bytes = std::fs::read(&path).unwrap_or_default();
+            let Some(at) = bytes.windows(text.len()).position(|part| part == text.as_bytes())
+            else {
+                continue;
+            };
+            let around = &bytes[at.saturating_sub(80)..(at + text.len() + 40).min(bytes.len())];
+            found.push((path, String::from_utf8_lossy(around).into_owned()));
         }
     }
     found
@@ -342,5 +346,5 @@ fn a_login_in_the_address_of_a_context_is_in_no_file_and_no_answer() {
     }
     assert!(lab.stop_daemon());
     // All that the daemon and containerd keep, and what they say in their logs.
-    assert_eq!(files_with(lab.dir(), TOKEN), Vec::<PathBuf>::new());
+    assert_eq!(files_with(lab.dir(), TOKEN), []);
 }

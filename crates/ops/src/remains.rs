@@ -5,7 +5,7 @@
 //! is asked for, since nearly nobody asks.
 
 use crate::random_id;
-use shipway_fault::{Detail, Fault, Kept, Result, Subject};
+use shipway_fault::{Detail, Fault, Kept, Result, Subject, redact_text};
 use shipway_llb::Vertex;
 use shipway_refs::{ImmutableRef, MutableRef};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -49,7 +49,9 @@ impl Remains {
         let mut remains = Self(Vec::new());
         let input_ids = inputs.into_iter().map(|i| remains.add(i)).collect();
         let mount_ids = mounts.into_iter().map(|m| remains.add(m)).collect();
-        let description = op.metadata.description.clone();
+        // The name for progress may have an address with a login.
+        let description = op.metadata.description.iter();
+        let description = description.map(|(key, text)| (key.clone(), redact_text(text))).collect();
         let fault = fault.detail(Detail::Solve {
             input_ids,
             mount_ids,
