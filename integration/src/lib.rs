@@ -7,8 +7,8 @@ pub mod random;
 
 use serde_json::Value;
 use shipway_oci::{ChainId, DiffId, Digest};
-use shipway_testkit::{Finished, Flavour, Lab, Leftovers, wait_for};
-use std::{path::Path, time::Duration};
+use shipway_testkit::{Finished, Flavour, Lab, Leftovers, Process, free_port, wait_for};
+use std::{net::TcpStream, path::Path, process::Command, time::Duration};
 
 /// Runs `check` on every containerd that is here, and says which one when it fails.
 pub fn on_each(check: impl Fn(Flavour)) {
@@ -55,6 +55,23 @@ pub fn ctr_run(lab: &Lab, image: &str, command: &[&str]) -> Finished {
     let silent = |f: &Finished| f.code == Some(0) && f.stdout.is_empty();
     let first = run();
     if silent(&first) { run() } else { first }
+}
+
+/// Serves the repositories below `base` by git's own protocol until the process is dropped; gives
+/// its port, too.
+#[track_caller]
+pub fn git_daemon(base: &Path) -> (Process, u16) {
+    let port = free_port();
+    let mut daemon = Command::new("git");
+    daemon
+        .args(["daemon", "--reuseaddr", "--export-all", "--listen=127.0.0.1"])
+        .arg(format!("--port={port}"))
+        .arg(format!("--base-path={}", base.display()));
+    let process = Process::start("git", &mut daemon, &base.join("git.log"));
+    wait_for("git to listen", Duration::from_secs(20), || {
+        TcpStream::connect(("127.0.0.1", port)).map(drop).map_err(|e| e.to_string())
+    });
+    (process, port)
 }
 
 /// An image as containerd has it.

@@ -3,8 +3,8 @@
 
 #![allow(clippy::unwrap_used)]
 
-use shipway_integration::any;
-use shipway_testkit::{Lab, Process, free_port, wait_for};
+use shipway_integration::{any, git_daemon};
+use shipway_testkit::Lab;
 use std::{
     collections::BTreeMap,
     io::{BufRead, BufReader, Read, Write},
@@ -12,7 +12,6 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
-    time::Duration,
 };
 
 /// Serves `files` by name until the test ends; gives its address.
@@ -157,19 +156,7 @@ fn contexts_of_every_kind() {
     let other = lab.context("other", &[("o.txt", "o"), ("skip", "s"), (".dockerignore", "skip\n")]);
     let (own, other) = (own.to_str().unwrap().to_owned(), other.to_str().unwrap().to_owned());
 
-    let port = free_port();
-    let mut daemon = Command::new("git");
-    daemon
-        .args(["daemon", "--reuseaddr", "--export-all", "--listen=127.0.0.1"])
-        .arg(format!("--port={port}"));
-    let _daemon = Process::start(
-        "git",
-        daemon.arg(format!("--base-path={}", base.display())),
-        &base.join("git.log"),
-    );
-    wait_for("git to listen", Duration::from_secs(20), || {
-        TcpStream::connect(("127.0.0.1", port)).map(drop).map_err(|e| e.to_string())
-    });
+    let (_daemon, port) = git_daemon(&base);
     let read = |name: &str| std::fs::read(base.join(name)).unwrap();
     let named = b"FROM scratch\nCOPY o.txt /n\n".to_vec();
     let web = serve(

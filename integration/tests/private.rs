@@ -3,18 +3,16 @@
 
 #![allow(clippy::unwrap_used)]
 
-use shipway_integration::{any, build};
-use shipway_testkit::{Lab, Process, free_port, run, wait_for};
+use shipway_integration::{any, build, git_daemon};
+use shipway_testkit::{Lab, run};
 use std::{
     fs,
-    net::TcpStream,
     os::unix::{
         fs::{MetadataExt as _, PermissionsExt as _},
         process::CommandExt as _,
     },
     path::Path,
     process::{Command, Stdio},
-    time::Duration,
 };
 
 /// A user without rights.
@@ -99,19 +97,7 @@ fn what_is_in_an_image_has_the_usual_modes() {
     let commit = "umask 022; chmod +x sub/run; git init -q -b main . && git config user.email a@b && git config user.name n && git add -f . \
                   && git commit -qm 1";
     run(Command::new("sh").args(["-c", commit]).current_dir(&repo)).ok();
-    let port = free_port();
-    let mut daemon = Command::new("git");
-    daemon
-        .args(["daemon", "--reuseaddr", "--export-all", "--listen=127.0.0.1"])
-        .arg(format!("--port={port}"));
-    let _daemon = Process::start(
-        "git",
-        daemon.arg(format!("--base-path={}", base.display())),
-        &base.join("git.log"),
-    );
-    wait_for("git to listen", Duration::from_secs(20), || {
-        TcpStream::connect(("127.0.0.1", port)).map(drop).map_err(|e| e.to_string())
-    });
+    let (_daemon, port) = git_daemon(&base);
 
     let text = format!(
         "FROM busybox\n\
