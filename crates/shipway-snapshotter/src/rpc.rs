@@ -37,7 +37,26 @@ struct Rpc {
     store: Arc<Store>,
 }
 
+/// How the store makes a snapshot of a key on a parent, with labels.
+type Make = fn(&Store, &Name, Option<&Name>, Labels) -> Result<Vec<snapstore::Mount>>;
+
 impl Rpc {
+    /// Makes a snapshot that is not committed, as `make` does it.
+    async fn make(
+        &self,
+        what: &'static str,
+        key: String,
+        parent: String,
+        labels: HashMap<String, String>,
+        make: Make,
+    ) -> Answer<Vec<types::Mount>> {
+        let work = move |store: &Store| {
+            let (key, parent) = (Name::new(key)?, parent_of(parent)?);
+            make(store, &key, parent.as_ref(), labels_of(labels)).map(mounts_of)
+        };
+        self.blocking(what, String::new(), work).await
+    }
+
     /// Does what may wait for the disk where waiting holds up nobody. What has begun is finished,
     /// even if the caller goes.
     async fn blocking<T: Send + 'static>(
@@ -158,11 +177,7 @@ impl Snapshotter for Rpc {
         parent: String,
         labels: HashMap<String, String>,
     ) -> Answer<Vec<types::Mount>> {
-        let work = move |store: &Store| {
-            let (key, parent) = (Name::new(key)?, parent_of(parent)?);
-            store.prepare(&key, parent.as_ref(), labels_of(labels)).map(mounts_of)
-        };
-        self.blocking("prepare", String::new(), work).await
+        self.make("prepare", key, parent, labels, Store::prepare).await
     }
 
     async fn view(
@@ -171,11 +186,7 @@ impl Snapshotter for Rpc {
         parent: String,
         labels: HashMap<String, String>,
     ) -> Answer<Vec<types::Mount>> {
-        let work = move |store: &Store| {
-            let (key, parent) = (Name::new(key)?, parent_of(parent)?);
-            store.view(&key, parent.as_ref(), labels_of(labels)).map(mounts_of)
-        };
-        self.blocking("view", String::new(), work).await
+        self.make("view", key, parent, labels, Store::view).await
     }
 
     async fn commit(
