@@ -7,9 +7,10 @@ use crate::{
     leases::LeaseStore,
     snapshots::Snapshots,
 };
+use async_trait::async_trait;
 use containerd_client::services::v1 as api;
 use shipway_fault::{Context, Fault, Result};
-use shipway_storage::Storage;
+use shipway_storage::{Namespaces, Storage};
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -162,5 +163,62 @@ impl Containerd {
             leases: Arc::new(LeaseStore::new(connection.clone())),
             images: Arc::new(ImageStore::new(connection)),
         })
+    }
+}
+
+/// What a containerd namespace may be called: containerd's `pkg/identifiers`.
+fn check_namespace(name: &str) -> Result<()> {
+    const LONGEST: usize = 76;
+    let part = |p: &str| {
+        p.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && p.ends_with(|c: char| c.is_ascii_alphanumeric())
+            && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+    };
+    if name.len() <= LONGEST && name.split('.').all(part) {
+        return Ok(());
+    }
+    Err(Fault::invalid(format!("{name:?} is not a valid name of a containerd namespace")).hint(
+        format!("names have letters, digits and single - _ . between them, {LONGEST} at most"),
+    ))
+}
+
+/// The namespaces of a containerd, with one snapshotter.
+#[derive(Clone)]
+pub struct ContainerdNamespaces {
+    containerd: Containerd,
+    snapshotter: String,
+}
+
+impl ContainerdNamespaces {
+    /// Those of `containerd`, with filesystems in `snapshotter`.
+    pub fn new(containerd: &Containerd, snapshotter: &str) -> Self {
+        Self { containerd: containerd.clone(), snapshotter: snapshotter.to_owned() }
+    }
+}
+
+#[async_trait]
+impl Namespaces for ContainerdNamespaces {
+    fn storage(&self, name: &str) -> Result<Storage> {
+        check_namespace(name)?;
+        self.containerd.storage(name, &self.snapshotter)
+    }
+
+    async fn ensure(&self, name: &str) -> Result<()> {
+        self.containerd.ensure_namespace(name).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_namespaces_are_checked() {
+        for good in ["default", "k8s.io", "moby", "a", "a-b_c.d9", &"a".repeat(76)] {
+            assert!(check_namespace(good).is_ok(), "{good}");
+        }
+        for bad in ["", ".", "a..b", "-a", "a-", "a/b", "a b", "é", &"a".repeat(77), "a\n"] {
+            assert!(check_namespace(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -18,6 +18,6 @@ mod snapshots;
 mod tasks;
 mod wire;
 
-pub use daemon::{Containerd, Version};
+pub use daemon::{Containerd, ContainerdNamespaces, Version};
 pub use network::{Bridge, NetworkConfig, NetworkDefault};
 pub use tasks::{RuntimeOptions, TaskConfig, TaskExecutor};

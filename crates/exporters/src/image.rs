@@ -2,7 +2,8 @@
 
 use crate::{
     options::{Attrs, ImageOptions},
-    port::{ExportContext, ExportInput, Exporter, Inner, Response},
+    port::{ExportContext, ExportInput, ExportPlatform, Exporter, Inner, Response},
+    publish::{PINNED, Publication},
     push::{self, Blobs, PushOptions},
     writer::{Writer, Written},
 };
@@ -11,7 +12,7 @@ use base64::Engine as _;
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName, Platform, gojson, timestamp};
 use shipway_refs::{Compression, EPOCH_KIND};
-use shipway_storage::{GC_EXPIRE, ImageRecord, Labels, LeaseId, Leases, built_labels};
+use shipway_storage::{GC_EXPIRE, ImageRecord, Labels, LeaseId, Leases, Storage, built_labels};
 use std::{
     collections::BTreeMap,
     sync::{
@@ -35,6 +36,10 @@ pub(crate) struct ImageExporter {
     incomplete: bool,
     canonical: bool,
     dangling: Option<Dangling>,
+    /// Other namespaces that get the image.
+    publish: Vec<(String, Storage)>,
+    /// Whether kubelet is asked not to remove it.
+    pinned: bool,
     metadata: BTreeMap<String, Vec<u8>>,
 }
 
@@ -62,6 +67,13 @@ impl ImageExporter {
             .text("dangling-name-prefix")
             .filter(|p| !p.is_empty())
             .map(|prefix| Dangling { prefix, empty_only });
+        let namespaces = attrs.text("namespaces");
+        let pinned = attrs.flag("pinned")?.unwrap_or(false);
+        if let (false, Some(_)) = (store, &namespaces) {
+            return Err(Fault::invalid("namespaces are for images in the store, and store=false"));
+        }
+        let publish =
+            if store { inner.publishing.targets(namespaces.as_deref())? } else { Vec::new() };
         let push = push.then_some(PushOptions { by_digest, insecure });
         Ok(Self {
             inner,
@@ -71,6 +83,8 @@ impl ImageExporter {
             incomplete,
             canonical,
             dangling,
+            publish,
+            pinned,
             metadata: attrs.rest(),
         })
     }
@@ -109,7 +123,8 @@ impl ImageExporter {
                 if !same {
                     may_replace(&image, &self.inner.replaceable)?;
                 }
-                Ok(same && image.built().is_some())
+                let pinned = image.labels.get(PINNED.0).is_some_and(|v| v == PINNED.1);
+                Ok(same && image.built().is_some() && (pinned || !self.pinned))
             }
             Err(e) if e.is_not_found() => Ok(false),
             Err(e) => Err(e),
@@ -120,7 +135,10 @@ impl ImageExporter {
             written.protect(&storage.content, lease).await?;
         }
         let mut named = named.into_iter();
-        let labels = built_labels(&written.root, SystemTime::now());
+        let mut labels = built_labels(&written.root, SystemTime::now());
+        if self.pinned {
+            labels.insert(PINNED.0.to_owned(), PINNED.1.to_owned());
+        }
         for (name, group) in groups {
             let status = format!("naming to {name}");
             cx.reporter.status(status.clone(), 0, 0, false);
@@ -137,11 +155,36 @@ impl ImageExporter {
         }
         Ok(())
     }
+
+    /// Makes the image in the other namespaces, all at the same time.
+    async fn publish_all(
+        &self,
+        (names, canonical, time): (&[String], bool, Option<SystemTime>),
+        written: &Written,
+        unpacked: &[usize],
+        cx: &ExportContext,
+    ) -> Result<()> {
+        let groups = with_canonical(names, canonical, written.root.digest);
+        let names: Vec<String> = groups.into_iter().flat_map(|(_, all)| all).collect();
+        let publication = Publication {
+            publishing: &self.inner.publishing,
+            from: self.inner.refs.storage(),
+            written,
+            unpacked,
+            names: &names,
+            time,
+            pinned: self.pinned,
+            replaceable: &self.inner.replaceable,
+            cx,
+        };
+        let each = self.publish.iter().map(|(name, to)| publication.publish(name, to));
+        futures::future::try_join_all(each).await.map(drop)
+    }
 }
 
 /// Whether another image may take the name: what CRI manages is what pods are started from, and
 /// kubelet does not ask who put it there.
-fn may_replace(image: &ImageRecord, replaceable: &[String]) -> Result<()> {
+pub(crate) fn may_replace(image: &ImageRecord, replaceable: &[String]) -> Result<()> {
     let name = &image.name;
     if !image.is_cri_managed()
         || image.built().is_some()
@@ -320,17 +363,18 @@ impl Exporter for ImageExporter {
             // The snapshots must be there before the record is (third invariant); other platforms'
             // are of no use here.
             let host = Platform::host();
-            for p in input
-                .platforms
-                .iter()
-                .filter(|p| !self.incomplete && p.platform.rank_for(&host).is_some())
-            {
+            let mut unpacked = Vec::new();
+            let here =
+                |p: &ExportPlatform| !self.incomplete && p.platform.rank_for(&host).is_some();
+            for (n, p) in input.platforms.iter().enumerate().filter(|(_, p)| here(p)) {
+                unpacked.push(n);
                 p.state
                     .unpack(self.options.compression, Some(&cx.reporter))
                     .await
                     .context(|| "unpacking the image")?;
             }
             self.name_all((&names, canonical, epoch), &written, &lease, cx).await?;
+            self.publish_all((&names, canonical, epoch), &written, &unpacked, cx).await?;
         } else {
             written.protect(&storage.content, &lease).await?;
         }

@@ -9,6 +9,7 @@ mod config;
 mod image;
 mod options;
 mod port;
+mod publish;
 mod push;
 mod spdx;
 mod statements;
@@ -20,4 +21,5 @@ pub use port::{
     Content, ExportAttestation, ExportContext, ExportInput, ExportPlatform, Exporter, Exporters,
     Finally, Maker, Response,
 };
+pub use publish::Publishing;
 pub use writer::is_internal;

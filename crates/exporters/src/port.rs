@@ -3,6 +3,7 @@
 use crate::{
     archive::{ArchiveExporter, Variant},
     image::ImageExporter,
+    publish::Publishing,
     tree::{LocalExporter, TarExporter},
 };
 use async_trait::async_trait;
@@ -136,20 +137,23 @@ pub(crate) struct Inner {
     /// Names of images that may be replaced although CRI manages them and they are not ours; `*`
     /// stands for anything.
     pub replaceable: Vec<String>,
+    pub publishing: Publishing,
 }
 
 impl Exporters {
     /// Exporters over these.
     ///
     /// An image that CRI manages and that was not built here keeps its name unless it matches one
-    /// of `replaceable`, in which `*` stands for anything.
+    /// of `replaceable`, in which `*` stands for anything. Images in the store go to the namespaces
+    /// of `publishing`, too.
     pub fn new(
         refs: RefStore,
         registry: Registry,
         hub: SessionHub,
         replaceable: Vec<String>,
+        publishing: Publishing,
     ) -> Self {
-        Self { inner: Arc::new(Inner { refs, registry, hub, replaceable }) }
+        Self { inner: Arc::new(Inner { refs, registry, hub, replaceable, publishing }) }
     }
 
     /// The exporter of type `kind` (image, oci, docker, local, tar); wrong attributes and unknown

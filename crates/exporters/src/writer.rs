@@ -31,6 +31,8 @@ pub(crate) struct WrittenManifest {
     pub descriptor: Descriptor,
     pub config: Descriptor,
     pub layers: Vec<Descriptor>,
+    /// What each layer unpacks to; empty for what is no image.
+    pub diff_ids: Vec<DiffId>,
     /// Layers that are not in the content store, and where they would be fetched from.
     pub lazy: BTreeMap<Digest, String>,
 }
@@ -284,7 +286,8 @@ impl Writer<'_> {
         {
             mark_uncompressed(self.refs.storage().content.as_ref(), &blobs).await;
         }
-        Ok(WrittenManifest { descriptor, config, layers, lazy })
+        let diff_ids = blobs.iter().map(|b| b.diff_id).collect();
+        Ok(WrittenManifest { descriptor, config, layers, diff_ids, lazy })
     }
 
     /// Writes what is said of the manifest `subject`, with `image_layers`, that is written of a
@@ -361,7 +364,8 @@ impl Writer<'_> {
         ));
         documents.push((status, Document { bytes, labels }));
         self.put(documents, found).await?;
-        Ok(WrittenManifest { descriptor, config, layers, lazy: BTreeMap::new() })
+        let (diff_ids, lazy) = (Vec::new(), BTreeMap::new());
+        Ok(WrittenManifest { descriptor, config, layers, diff_ids, lazy })
     }
 
     /// Stores the documents, all at once; says whether there was one to store. Those that are there

@@ -167,6 +167,8 @@ pub struct Worker {
     pub prefer_local_images: Option<String>,
     #[serde(rename = "replaceManagedImages")]
     pub replace_managed_images: Vec<String>,
+    #[serde(rename = "publishNamespaces")]
+    pub publish_namespaces: Vec<String>,
     pub gc: Option<bool>,
     pub gckeepstorage: Option<DiskSpace>,
     #[serde(rename = "reservedSpace")]

@@ -11,11 +11,11 @@ use crate::{
 use shipway_attest::Builder;
 use shipway_cachedb::CacheDb;
 use shipway_cdi::Registry as DeviceRegistry;
-use shipway_containerd::{Containerd, TaskExecutor};
+use shipway_containerd::{Containerd, ContainerdNamespaces, TaskExecutor};
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_engine::{Engine, EngineParts, History, HistoryEncoders, ImageFrontends};
 use shipway_executor::Executor as _;
-use shipway_exporters::Exporters;
+use shipway_exporters::{Exporters, Publishing};
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
 use shipway_frontend::Worker;
 use shipway_ops::{Emulators, Services};
@@ -71,6 +71,7 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         import_deadline,
         prefer_local_images,
         replace_managed_images,
+        publish_namespaces,
         history,
         cdi,
         entitlements,
@@ -113,8 +114,19 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
     let options =
         SourceOptions { prefer: prefer_local_images, files: Some(root.join("files.json")) };
     let sources = Sources::new(refs.clone(), registry.clone(), options);
-    let exporters =
-        Exporters::new(refs.clone(), registry.clone(), sessions.clone(), replace_managed_images);
+    let publishing = Publishing {
+        namespaces: Arc::new(ContainerdNamespaces::new(&containerd, &snapshotter)),
+        own: namespace.clone(),
+        default: publish_namespaces,
+    };
+    publishing.check().context(|| "publishNamespaces")?;
+    let exporters = Exporters::new(
+        refs.clone(),
+        registry.clone(),
+        sessions.clone(),
+        replace_managed_images,
+        publishing,
+    );
     let cache = CacheDb::open(
         &root.join("cache.redb"),
         Arc::new(shipway_engine::RefResults(refs.clone())),

@@ -145,6 +145,8 @@ pub struct Settings {
     pub prefer_local_images: LocalImages,
     /// Names of images that Kubernetes manages and that builds may take.
     pub replace_managed_images: Vec<String>,
+    /// Further namespaces that images in the store are published to.
+    pub publish_namespaces: Vec<String>,
     /// How long finished builds are remembered.
     pub history: HistoryLimits,
     /// Devices of the host.
@@ -351,6 +353,7 @@ impl Settings {
             bridge_subnet,
             prefer_local_images,
             replace_managed_images,
+            publish_namespaces,
             gc,
             gckeepstorage,
             reserved_space,
@@ -514,6 +517,7 @@ impl Settings {
                 Some(text) => text.parse().context(|| "preferLocalImages")?,
             },
             replace_managed_images,
+            publish_namespaces,
             history,
             cdi,
             entitlements,

@@ -115,6 +115,11 @@ pub trait BlobReader: Send {
 /// Writes one ingest. Dropping it without commit aborts the ingest.
 #[async_trait]
 pub trait BlobWriter: Send {
+    /// Whether the store has all bytes already, from another namespace: [`BlobWriter::commit`] can
+    /// follow at once.
+    fn is_complete(&self) -> bool {
+        false
+    }
     /// Appends bytes; implementations gather them into large messages.
     async fn write(&mut self, bytes: Bytes) -> Result<()>;
     /// Ends the ingest as a blob; `expected` is verified by the store. Succeeds when the blob is

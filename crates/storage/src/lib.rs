@@ -22,6 +22,7 @@ pub use images::{ImageRecord, Images, built_labels};
 pub use leases::{Lease, LeaseId, LeaseResource, Leases};
 pub use snapshots::{Mount, SnapshotInfo, SnapshotKey, SnapshotKind, Snapshotter, Usage};
 
+use shipway_fault::Result;
 use std::{collections::BTreeMap, sync::Arc};
 
 /// Labels of an object. containerd bounds key + value to 4096 bytes.
@@ -41,6 +42,18 @@ pub const GC_EXPIRE: &str = "containerd.io/gc.expire";
 pub const UNCOMPRESSED: &str = "containerd.io/uncompressed";
 /// Label on a blob, with `.<registry>` appended: repositories it can be mounted from.
 pub const DISTRIBUTION_SOURCE: &str = "containerd.io/distribution.source";
+
+/// The namespaces of one containerd. Blobs and, with some snapshotters, snapshots are shared among
+/// them; names and leases are not.
+#[async_trait::async_trait]
+pub trait Namespaces: Send + Sync {
+    /// The stores of the namespace `name`, with the snapshotter of the builder's own. Asks nothing
+    /// of containerd; a name that cannot be one is an error.
+    fn storage(&self, name: &str) -> Result<Storage>;
+
+    /// Makes the namespace if there is none of that name.
+    async fn ensure(&self, name: &str) -> Result<()>;
+}
 
 /// One containerd namespace: the four stores together.
 #[derive(Clone)]

@@ -191,6 +191,10 @@ impl Writer {
 
 #[async_trait]
 impl BlobWriter for Writer {
+    fn is_complete(&self) -> bool {
+        self.shared
+    }
+
     async fn write(&mut self, bytes: Bytes) -> Result<()> {
         if self.shared {
             self.sent += bytes.len() as u64;
@@ -216,6 +220,9 @@ impl BlobWriter for Writer {
         labels: &Labels,
     ) -> Result<BlobInfo> {
         self.expected = expected.or(self.expected);
+        if self.shared && self.sent == 0 {
+            self.sent = self.declared.unwrap_or_default();
+        }
         let tail = mem::take(&mut self.buffer);
         let mut message = self.data(WriteAction::Commit, tail);
         if let Some(declared) = self.declared.filter(|d| *d != self.sent) {

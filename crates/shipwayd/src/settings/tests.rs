@@ -47,6 +47,7 @@ const KEYS: &[(&str, &str, &str)] = &[
     ("worker.containerd.bridgeSubnet", "'10.1.0.0/16'", "worker.containerd.networkMode = 'bridge'"),
     ("worker.containerd.preferLocalImages", "'always'", ""),
     ("worker.containerd.replaceManagedImages", "['x']", ""),
+    ("worker.containerd.publishNamespaces", "['k8s.io']", ""),
     ("worker.containerd.gc", "false", ""),
     ("worker.containerd.gckeepstorage", "7", ""),
     ("worker.containerd.reservedSpace", "'7GB'", ""),
