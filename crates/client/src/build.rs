@@ -13,6 +13,7 @@ use std::{
 
 use prost::Message;
 use serde::Serialize;
+use shipway_dockerconfig::DockerConfig;
 use shipway_fault::{Context, Fault, Result};
 use shipway_gocompat::parse_bool;
 use shipway_grpc::fault_of;
@@ -28,8 +29,8 @@ use crate::{
     question::{Answer, Question},
     session::store as session_store,
     session::{
-        DockerConfig, FileTarget, LocalDirs, Receives, Secrets, Services, SshAgents, Stores,
-        Targets, Uploads, new_id,
+        FileTarget, LocalDirs, Receives, Secrets, Services, SshAgents, Stores, Targets, Uploads,
+        new_id,
     },
 };
 

@@ -36,9 +36,10 @@ pub use model::{CdiDevice, DaemonInfo, DaemonVersion, PruneInfo, UsageInfo, Work
 pub use policy::Policy;
 pub use question::Answer;
 pub use session::{
-    AuthTls, DockerConfig, FileTarget, KeyRing, LocalDirs, MAX_SECRET, SecretSource, Secrets,
-    SshAgents, SshSource, Uploads, shared_key,
+    FileTarget, KeyRing, LocalDirs, MAX_SECRET, SecretSource, Secrets, SshAgents, SshSource,
+    Uploads, shared_key,
 };
+pub use shipway_dockerconfig::{AuthTls, DockerConfig};
 pub use shipway_grpc::ClientTls;
 pub use status::{
     Lines, Log, ProgressGroup, SourceText, Status, Time, Vertex, VertexStatus, Warning,

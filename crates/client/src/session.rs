@@ -5,7 +5,6 @@
 //! until the handle is dropped.
 
 mod auth;
-mod docker;
 mod files;
 mod health;
 mod keys;
@@ -18,6 +17,7 @@ mod upload;
 
 use std::{collections::BTreeMap, path::Path};
 
+use shipway_dockerconfig::DockerConfig;
 use shipway_fault::{Fault, Result};
 use shipway_grpc::{Duplex, TunnelPeer, fault_of, frames, headers, serve_tunnel};
 use shipway_oci::Hasher;
@@ -30,7 +30,6 @@ use tonic::{
 };
 
 pub use self::{
-    docker::{AuthTls, DockerConfig},
     files::LocalDirs,
     keys::KeyRing,
     secrets::{MAX_SECRET, SecretSource, Secrets},

@@ -19,7 +19,8 @@ use shipway_registry::{Credentials, HostConfig, KeyPair, Registry, RegistryConfi
 use std::path::PathBuf;
 use tonic::{Request, Response, Status};
 
-use super::{AuthTls, DockerConfig, seeds::Seeds};
+use super::seeds::Seeds;
+use shipway_dockerconfig::{AuthTls, DockerConfig};
 
 /// The methods that are announced.
 pub(crate) const METHODS: [&str; 4] = [

@@ -1,5 +1,10 @@
-//! Credentials in Docker's configuration: plain, in a store, or with a helper per registry (row
-//! `cb.auth.cred`).
+//! Docker's configuration file: credentials for registries (plain, in a store, or with a helper per
+//! registry, row `cb.auth.cred`) and the proxies of builds. Clients of the builder read it for
+//! their user, the snapshotter for the machine.
+//!
+//! Dependencies worth a word: `tokio` runs credential helpers with a time limit.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 use std::{
     collections::BTreeMap,
@@ -82,7 +87,7 @@ struct Helped {
 }
 
 /// Name and secret; without a name the secret is an identity token.
-type Found = (String, String);
+pub type Found = (String, String);
 
 impl DockerConfig {
     /// Where the configuration is: `$DOCKER_CONFIG`, or `.docker` in the home directory.
@@ -111,7 +116,7 @@ impl DockerConfig {
     }
 
     /// Where it is.
-    pub(crate) fn dir(&self) -> Option<PathBuf> {
+    pub fn dir(&self) -> Option<PathBuf> {
         self.dir.clone()
     }
 
@@ -121,7 +126,7 @@ impl DockerConfig {
     }
 
     /// What was set of it.
-    pub(crate) fn tls(&self) -> &BTreeMap<String, AuthTls> {
+    pub fn tls(&self) -> &BTreeMap<String, AuthTls> {
         &self.tls
     }
 
@@ -134,7 +139,7 @@ impl DockerConfig {
     }
 
     /// A bearer token for `host` that was configured as it is.
-    pub(crate) fn registry_token(&self, host: &str) -> Option<String> {
+    pub fn registry_token(&self, host: &str) -> Option<String> {
         self.login(host).map(|login| login.registrytoken.clone()).filter(|token| !token.is_empty())
     }
 
@@ -159,7 +164,7 @@ impl DockerConfig {
     }
 
     /// The credentials for `host`.
-    pub(crate) async fn lookup(&self, host: &str) -> Result<Option<Found>> {
+    pub async fn lookup(&self, host: &str) -> Result<Option<Found>> {
         let key = if HUB_HOSTS.contains(&host) { HUB_KEY } else { host };
         let helper = self
             .cred_helpers
