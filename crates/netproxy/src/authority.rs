@@ -48,8 +48,14 @@ fn failed(error: Error) -> Fault {
 }
 
 impl Authority {
-    /// A new authority. `roots` are who is believed in the outside.
-    pub fn new(roots: RootCertStore) -> Result<Self> {
+    /// A new authority that trusts what the system trusts. Reads the system's trust store: call it
+    /// where blocking is allowed.
+    pub fn new() -> Result<Self> {
+        Self::with_roots(shipway_http::native_roots().clone())
+    }
+
+    /// The same with `roots` as the certificates that servers are verified by.
+    pub(crate) fn with_roots(roots: RootCertStore) -> Result<Self> {
         let now = SystemTime::now();
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, "BuildKit exec proxy");
@@ -152,7 +158,7 @@ mod tests {
 
     #[test]
     fn only_so_many_certificates_are_kept() {
-        let authority = Authority::new(RootCertStore::empty()).unwrap();
+        let authority = Authority::with_roots(RootCertStore::empty()).unwrap();
         let first = authority.server("0.example").unwrap();
         assert!(Arc::ptr_eq(&first, &authority.server("0.example").unwrap()));
         for n in 1..=MAX_LEAVES {

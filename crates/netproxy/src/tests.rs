@@ -70,7 +70,7 @@ impl Lab {
     async fn with_roots(roots: RootCertStore) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let authority = Arc::new(Authority::new(roots).unwrap());
+        let authority = Arc::new(Authority::with_roots(roots).unwrap());
         let capture = Capture::default();
         let proxy = Proxy::new(authority.clone(), Some(Arc::new(Rules)), capture.clone());
         let task = tokio::spawn(async move { proxy.serve(listener, Arc::new(Direct)).await });

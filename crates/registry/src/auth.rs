@@ -8,14 +8,14 @@ use crate::{
     CredentialSource, Credentials, Given, Token,
     challenge::{self, Challenge},
     error::Kind,
-    hosts::{Endpoint, Scheme, is_loopback},
+    hosts::{Endpoint, Scheme},
     request::{retry_after, server_words},
-    transport::{Client, display_of, full_body, host_of, no_body},
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, header};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
+use shipway_http::{Body, Client, HttpError, display_of, full_body, host_of, is_loopback, no_body};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt::{self, Write},
@@ -454,17 +454,11 @@ impl Asker<'_> {
         self.ask(request, "failed to fetch oauth token").await
     }
 
-    async fn ask(
-        &self,
-        request: Request<crate::transport::Body>,
-        what: &str,
-    ) -> Result<Token, Kind> {
+    async fn ask(&self, request: Request<Body>, what: &str) -> Result<Token, Kind> {
         let line = format!("{} request to {}", request.method(), display_of(self.uri));
         let failed = |why: String, status| Kind::Auth { why: format!("{what}: {why}"), status };
         let answer = self.client.send(request).await.map_err(|f| match f {
-            f @ (crate::transport::Failure::Connect(_) | crate::transport::Failure::Tls(_)) => {
-                failed(f.to_string(), None)
-            }
+            f @ (HttpError::Connect(_) | HttpError::Tls(_)) => failed(f.to_string(), None),
             f => f.into(),
         })?;
         let status = answer.head.status;

@@ -5,11 +5,11 @@ use crate::{
     error::Kind,
     limit::{Load, Permit},
     request::{Ask, Need},
-    transport::{Failure, Reader},
 };
 use bytes::Bytes;
 use futures::{Stream, stream};
 use http::{Method, StatusCode, header};
+use shipway_http::{BodyReader, HttpError};
 use shipway_oci::{Descriptor, Digest, Hasher};
 use std::{fmt, ops::Range};
 
@@ -41,7 +41,7 @@ impl fmt::Debug for BlobReader {
 }
 
 struct Open {
-    reader: Reader,
+    reader: BodyReader,
     /// Bytes to drop first, because the server sends from its start.
     skip: u64,
     _permit: Permit,
@@ -155,7 +155,7 @@ impl BlobReader {
                     None => continue,
                 },
                 Ok(None) => {
-                    Failure::Broken(format!("it ended after {} of {} bytes", self.at, self.end))
+                    HttpError::Broken(format!("it ended after {} of {} bytes", self.at, self.end))
                 }
                 Err(failure) => failure,
             };
@@ -202,14 +202,14 @@ impl BlobReader {
     }
 
     /// Counts a failure and, while there is hope, pauses before the next try.
-    async fn strike(&mut self, failure: Failure) -> Result<(), Error> {
+    async fn strike(&mut self, failure: HttpError) -> Result<(), Error> {
         if self.at - self.struck_at >= GOOD_PROGRESS {
             self.strikes = 0;
         }
         self.struck_at = self.at;
         self.strikes += match failure {
-            Failure::TimedOut { .. } => 2,
-            Failure::Broken(_) => 1,
+            HttpError::TimedOut { .. } => 2,
+            HttpError::Broken(_) => 1,
             _ => STRIKES,
         };
         if self.strikes >= STRIKES {
@@ -251,9 +251,9 @@ impl BlobReader {
             Err(e) => {
                 let failure = match e.kind() {
                     Kind::TimedOut { waiting_for, after } => {
-                        Failure::TimedOut { waiting_for, after: *after }
+                        HttpError::TimedOut { waiting_for, after: *after }
                     }
-                    _ => Failure::Broken(e.to_string()),
+                    _ => HttpError::Broken(e.to_string()),
                 };
                 return self.strike(failure).await;
             }

@@ -1,7 +1,7 @@
 //! What an administrator says about registries: mirrors, plain HTTP, certificates, limits.
 
-use crate::DeniedNetworks;
 use serde::Deserialize;
+use shipway_http::{DeniedNetworks, KeyPair, Timeouts};
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 /// Settings of the distribution client. `Default` is right for a machine without special
@@ -58,27 +58,12 @@ pub struct HostConfig {
     pub tlsconfigdir: Vec<PathBuf>,
 }
 
-/// A client certificate and its key, both PEM.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
-pub struct KeyPair {
-    /// File of the key.
-    pub key: PathBuf,
-    /// File of the certificate chain.
-    pub cert: PathBuf,
-}
-
 /// How long to wait for what. Whatever a registry does, a request that makes no progress ends
 /// within about a minute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
-    /// For a connection, with its TLS handshake.
-    pub connect: Duration,
-    /// For the head of an answer, and for each piece of a small answer.
-    pub answer: Duration,
-    /// A transfer that moves fewer than [`Timing::stall_bytes`] in this time is stalled.
-    pub stall: Duration,
-    /// See [`Timing::stall`].
-    pub stall_bytes: u64,
+    /// For connections and for transfers.
+    pub http: Timeouts,
     /// First pause before trying again; doubles each time (row `so.retry`: 1 to 8 s).
     pub backoff: Duration,
     /// Longest pause, unless `Retry-After` asks for a longer one that the budget allows.
@@ -90,10 +75,7 @@ pub struct Timing {
 impl Default for Timing {
     fn default() -> Self {
         Self {
-            connect: Duration::from_secs(10),
-            answer: Duration::from_secs(15),
-            stall: Duration::from_secs(25),
-            stall_bytes: 4096,
+            http: Timeouts::default(),
             backoff: Duration::from_secs(1),
             max_backoff: Duration::from_secs(8),
             budget: Duration::from_secs(35),

@@ -1,6 +1,7 @@
 //! Why a registry did not do as asked.
 
 use shipway_fault::{Class, Code, Fault};
+use shipway_http::HttpError;
 use shipway_oci::Digest;
 use std::{fmt, time::Duration};
 
@@ -224,6 +225,20 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+impl From<HttpError> for Kind {
+    fn from(f: HttpError) -> Self {
+        match f {
+            HttpError::Connect(why) => Kind::Connect { why },
+            HttpError::NotTls(why) | HttpError::Tls(why) => Kind::Tls { why },
+            HttpError::TimedOut { waiting_for, after } => Kind::TimedOut { waiting_for, after },
+            HttpError::Broken(why) => Kind::Broken { why },
+            HttpError::TooLarge(limit) => Kind::TooLarge { what: "the answer", limit },
+            HttpError::Protocol(why) => Kind::Protocol(why),
+            HttpError::Local(fault) => Kind::Local(fault),
+        }
+    }
+}
 
 impl From<Error> for Fault {
     fn from(e: Error) -> Self {

@@ -1,8 +1,9 @@
 //! From a registry's name to the endpoints that may be asked: mirrors first, the origin last.
 
-use crate::{HostConfig, KeyPair, RegistryConfig, hosts_toml, tls::TlsSettings};
+use crate::{HostConfig, RegistryConfig, hosts_toml};
 use http::HeaderMap;
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use shipway_http::{KeyPair, TlsSettings, is_loopback};
+use std::{path::PathBuf, time::Duration};
 
 /// What an endpoint may be asked to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -207,11 +208,6 @@ pub(crate) fn host_of_authority(authority: &str) -> &str {
         }
         _ => authority,
     }
-}
-
-/// Whether `host` (without port) is this machine by name or number.
-pub(crate) fn is_loopback(host: &str) -> bool {
-    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 #[cfg(test)]

@@ -1,13 +1,11 @@
 //! containerd's `certs.d/<host>/hosts.toml` (containerd docs, `hosts.md`), and Docker's bare
 //! certificate directories.
 
-use crate::{
-    KeyPair,
-    hosts::{Capabilities, Endpoint, Scheme, certificate_files, host_of_authority, is_loopback},
-};
+use crate::hosts::{Capabilities, Endpoint, Scheme, certificate_files, host_of_authority};
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use serde::Deserialize;
 use shipway_gocompat::GoDuration;
+use shipway_http::{KeyPair, is_loopback};
 use std::{path::Path, time::Duration};
 
 /// Longest file that is read.

@@ -12,17 +12,12 @@
 //! credentials, images on disk. Nothing that a registry sends is trusted: every answer is bounded
 //! in size and in time, and every manifest and blob is checked against its digest before it is
 //! handed on as whole.
-//!
-//! The transport is hyper with rustls (ring, because its alternative needs a C build) and HTTP/1.1:
-//! a layer is one long stream, and HTTP/2's flow control makes those slower, not faster.
-//! `rustls-native-certs` reads the machine's trust store.
 
 mod auth;
 mod blob;
 mod challenge;
 mod config;
 mod credentials;
-mod denied;
 mod error;
 mod hosts;
 mod hosts_toml;
@@ -30,17 +25,13 @@ mod limit;
 mod push;
 mod repository;
 mod request;
-mod tls;
-pub mod transport;
 
 pub use blob::BlobReader;
-pub use config::{HostConfig, KeyPair, RegistryConfig, Timing};
+pub use config::{HostConfig, RegistryConfig, Timing};
 pub use credentials::{Anonymous, CredentialSource, Credentials, Given, Token};
-pub use denied::{DeniedNetworks, Network};
 pub use error::{Error, Kind};
 pub use push::{BodyStream, Pushed};
 pub use repository::{Mode, Registry, Repository};
-pub use tls::native_roots;
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -7,7 +7,6 @@ use crate::{
     hosts::Endpoint,
     limit::Load,
     request::{Ask, Need, denied, good},
-    transport::{Answer, Client, Failure, join},
 };
 use bytes::Bytes;
 use futures::{
@@ -19,6 +18,7 @@ use http::{Method, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use shipway_fault::Fault;
+use shipway_http::{Body, Client, HttpError, Response, join};
 use shipway_oci::{Descriptor, Digest};
 use std::{
     sync::{
@@ -179,7 +179,7 @@ impl Repository {
         upload: &Upload<'_>,
         uri: &Uri,
         endpoint: &Endpoint,
-    ) -> Result<Answer, Kind> {
+    ) -> Result<Response, Kind> {
         let _permit = self.registry().limits.enter(&endpoint.authority, Load::Heavy).await;
         let client: Client = self.registry().client(endpoint).await?;
         let scopes = self.scopes(endpoint, Need::Push, &[]);
@@ -207,7 +207,7 @@ impl Repository {
             );
             headers.insert(header::CONTENT_LENGTH, upload.descriptor.size.into());
             // The registry may have to hash or move the bytes before it answers.
-            let settle = self.registry().config.timing.stall
+            let settle = self.registry().config.timing.http.stall
                 + Duration::from_secs(upload.descriptor.size >> 23);
             let answer = client.send_long(request, count, upload.descriptor.size, settle).await?;
             if answer.head.status == StatusCode::UNAUTHORIZED && ours {
@@ -258,7 +258,7 @@ impl Repository {
 }
 
 /// A registry that says which digest it stored must name ours.
-fn confirm(answer: &Answer, expected: Digest) -> Result<(), Kind> {
+fn confirm(answer: &Response, expected: Digest) -> Result<(), Kind> {
     let said = answer
         .head
         .headers
@@ -272,13 +272,13 @@ fn confirm(answer: &Answer, expected: Digest) -> Result<(), Kind> {
 }
 
 /// The upload's address with the digest added.
-fn upload_uri(asked: &Uri, location: &str, digest: Digest) -> Result<Uri, Failure> {
+fn upload_uri(asked: &Uri, location: &str, digest: Digest) -> Result<Uri, HttpError> {
     let mut uri = join(asked, location)?;
     // Registries behind a proxy that ends TLS often call themselves http; what was asked over HTTPS
     // stays there.
     if asked.scheme_str() == Some("https") && uri.scheme_str() == Some("http") {
         if asked.host() != uri.host() {
-            return Err(Failure::Protocol(
+            return Err(HttpError::Protocol(
                 "refusing to upload over plain HTTP to another host".into(),
             ));
         }
@@ -293,7 +293,7 @@ fn upload_uri(asked: &Uri, location: &str, digest: Digest) -> Result<Uri, Failur
 impl Upload<'_> {
     /// A fresh body, and the count of what has left of it. Bytes that are not as many as promised
     /// fail the request here, with our own words, instead of at the registry.
-    async fn body(&self) -> Result<(crate::transport::Body, Arc<AtomicU64>), Kind> {
+    async fn body(&self) -> Result<(Body, Arc<AtomicU64>), Kind> {
         let stream = (self.open)().await.map_err(Kind::Local)?;
         let (total, digest) = (self.descriptor.size, self.descriptor.digest);
         let (sent, progress) = (Arc::new(AtomicU64::new(0)), self.progress.clone());

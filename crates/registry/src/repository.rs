@@ -1,18 +1,17 @@
 //! The client and its repositories: who is asked, names resolved, manifests fetched.
 
 use crate::{
-    CredentialSource, Credentials, DeniedNetworks, Error, RegistryConfig, Token,
+    CredentialSource, Credentials, Error, RegistryConfig, Token,
     auth::{Asker, AuthStores, Authorizer, token_server},
     error::Kind,
     hosts::{self, Endpoint, Scheme},
     limit::Limits,
     request::{Ask, Need},
-    tls::{Stamp, TlsSettings},
-    transport::{Answer, Client, join},
 };
 use bytes::Bytes;
 use http::{Method, header};
 use serde::Deserialize;
+use shipway_http::{Client, DeniedNetworks, FileStamp, Response, TlsSettings, join};
 use shipway_oci::{Descriptor, Digest, ImageName, Index, media};
 use std::{
     collections::{HashMap, HashSet},
@@ -56,7 +55,7 @@ pub(crate) struct Shared {
 /// A pool of connections, and the state of the files that it was made with.
 #[derive(Clone)]
 struct Pool {
-    stamps: Vec<Stamp>,
+    stamps: Vec<FileStamp>,
     client: Client,
 }
 
@@ -74,10 +73,10 @@ impl Shared {
         if let Some(pool) = before.as_ref().filter(|pool| pool.stamps == stamps) {
             return Ok(pool.client.clone());
         }
-        let mut timing = self.config.timing;
-        timing.connect = endpoint.dial_timeout.unwrap_or(timing.connect);
+        let mut timeouts = self.config.timing.http;
+        timeouts.connect = endpoint.dial_timeout.unwrap_or(timeouts.connect);
         let (tls, denied) = (endpoint.tls.clone(), self.config.denied.clone());
-        let client = tokio::task::spawn_blocking(move || Client::new(&tls, timing, denied)).await;
+        let client = tokio::task::spawn_blocking(move || Client::new(&tls, timeouts, denied)).await;
         let client = match (client.map_err(|e| Kind::Config(e.to_string()))?, before) {
             (Ok(client), _) => client,
             // A certificate may be there before its key is.
@@ -190,7 +189,7 @@ impl Registry {
         let server = uri.authority().map_or("", |a| a.as_str());
         if uri.scheme_str() == Some("http")
             && server != host
-            && !hosts::is_loopback(uri.host().unwrap_or_default())
+            && !shipway_http::is_loopback(uri.host().unwrap_or_default())
         {
             let why = format!("refusing to send credentials to {server} over plain HTTP");
             return Err(failed(Kind::Auth { why, status: None }).into());
@@ -410,7 +409,7 @@ impl Repository {
 
     async fn whole(
         &self,
-        answer: Answer,
+        answer: Response,
         endpoint: &Endpoint,
         descriptor: &Descriptor,
         action: &str,
@@ -498,7 +497,7 @@ impl Repository {
 }
 
 /// The query of the next page, from `Link: <…>; rel="next"`.
-fn next_page(answer: &Answer) -> Option<String> {
+fn next_page(answer: &Response) -> Option<String> {
     let link = answer.head.headers.get(header::LINK)?.to_str().ok()?;
     let target = link
         .split(',')
@@ -511,14 +510,14 @@ fn next_page(answer: &Answer) -> Option<String> {
 }
 
 /// What the headers of a manifest say of it, if they say everything.
-fn described(answer: &Answer, pinned: Option<Digest>) -> Option<Descriptor> {
+fn described(answer: &Response, pinned: Option<Digest>) -> Option<Descriptor> {
     let header = |name: &str| answer.head.headers.get(name)?.to_str().ok();
     let digest = header("docker-content-digest").and_then(|d| d.parse().ok()).or(pinned)?;
     let size = header("content-length")?.parse().ok()?;
     Some(Descriptor::new(media_type_of(answer)?, digest, size))
 }
 
-fn media_type_of(answer: &Answer) -> Option<String> {
+fn media_type_of(answer: &Response) -> Option<String> {
     let text = answer.head.headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
     let kind = text.split(';').next().unwrap_or_default().trim();
     // Some file servers say so of everything.

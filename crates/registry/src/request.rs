@@ -7,10 +7,10 @@ use crate::{
     hosts::{Endpoint, Scheme},
     limit::{Load, Permit},
     repository::Mode,
-    transport::{Answer, Client, Failure, display_of, full_body, no_body},
 };
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, header};
+use shipway_http::{Client, HttpError, Response, display_of, full_body, no_body};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -80,7 +80,7 @@ impl Ask {
 /// A good answer (2xx), who gave it, and its place at that host.
 #[derive(Debug)]
 pub(crate) struct Reply {
-    pub answer: Answer,
+    pub answer: Response,
     pub endpoint: Endpoint,
     pub permit: Permit,
 }
@@ -117,7 +117,7 @@ impl Repository {
     }
 
     /// Asks one endpoint, again if the failure may pass and there is time.
-    async fn ask_at(&self, endpoint: &Endpoint, ask: &Ask, retry: bool) -> Result<Answer, Kind> {
+    async fn ask_at(&self, endpoint: &Endpoint, ask: &Ask, retry: bool) -> Result<Response, Kind> {
         let client = self.registry().client(endpoint).await?;
         let timing = self.registry().config.timing;
         let (started, mut pause) = (Instant::now(), timing.backoff);
@@ -148,14 +148,19 @@ impl Repository {
     }
 
     /// Asks once, answering challenges.
-    async fn once(&self, client: &Client, endpoint: &Endpoint, ask: &Ask) -> Result<Answer, Kind> {
+    async fn once(
+        &self,
+        client: &Client,
+        endpoint: &Endpoint,
+        ask: &Ask,
+    ) -> Result<Response, Kind> {
         let scopes = self.scopes(endpoint, ask.need, &ask.scopes);
         let mut tries = 0;
         loop {
             let sent =
                 self.auth().header(client, endpoint, self.name().repository(), &scopes).await?;
             let answer = match self.send(client, endpoint, ask, sent.as_ref()).await {
-                Err(Failure::NotTls(why)) if self.registry().speak_plain(endpoint) => {
+                Err(HttpError::NotTls(why)) if self.registry().speak_plain(endpoint) => {
                     tracing::info!(host = %endpoint.authority, why, "falling back to plain HTTP");
                     continue;
                 }
@@ -188,7 +193,7 @@ impl Repository {
         endpoint: &Endpoint,
         ask: &Ask,
         sent: Option<&Sent>,
-    ) -> Result<Answer, Failure> {
+    ) -> Result<Response, HttpError> {
         let uri = self.uri(endpoint, ask)?;
         let headers = self.headers(endpoint, &ask.headers, sent);
         if ask.method == Method::GET || ask.method == Method::HEAD {
@@ -223,7 +228,7 @@ impl Repository {
         headers
     }
 
-    fn uri(&self, endpoint: &Endpoint, ask: &Ask) -> Result<Uri, Failure> {
+    fn uri(&self, endpoint: &Endpoint, ask: &Ask) -> Result<Uri, HttpError> {
         let scheme = self.registry().scheme(endpoint);
         let mut query = ask.query.clone();
         if let Some(registry) = &endpoint.stands_for {
@@ -237,7 +242,7 @@ impl Repository {
             self.name().repository(),
             ask.tail
         );
-        text.parse().map_err(|_| Failure::Protocol(format!("{text:?} is no address")))
+        text.parse().map_err(|_| HttpError::Protocol(format!("{text:?} is no address")))
     }
 
     pub(crate) fn scopes(&self, endpoint: &Endpoint, need: Need, more: &[String]) -> Scopes {
@@ -272,7 +277,7 @@ impl Endpoint {
 }
 
 /// Lets 2xx through and makes an error of everything else.
-pub(crate) async fn good(answer: Answer, method: &Method) -> Result<Answer, Kind> {
+pub(crate) async fn good(answer: Response, method: &Method) -> Result<Response, Kind> {
     let status = answer.head.status;
     if status.is_success() {
         return Ok(answer);
@@ -289,14 +294,14 @@ pub(crate) async fn good(answer: Answer, method: &Method) -> Result<Answer, Kind
     })
 }
 
-pub(crate) async fn denied(answer: Answer, reason: String, sent: Option<&Sent>) -> Kind {
+pub(crate) async fn denied(answer: Response, reason: String, sent: Option<&Sent>) -> Kind {
     let with_credentials = sent.is_some_and(|s| s.with_credentials);
     let words = words_of(answer).await;
     Kind::Unauthorized { server: if reason.is_empty() { words } else { reason }, with_credentials }
 }
 
 /// The server's words on an error; nothing when they cannot be had.
-async fn words_of(answer: Answer) -> String {
+async fn words_of(answer: Response) -> String {
     server_words(&answer.body.collect(MAX_ERROR_BODY).await.unwrap_or_default())
 }
 

@@ -45,7 +45,7 @@ pub struct Config {
     /// Networks that images, downloads and repositories are not fetched from: `10.0.0.0/8`, or one
     /// address.
     #[serde(rename = "deniedNetworks")]
-    pub denied_networks: Option<shipway_registry::DeniedNetworks>,
+    pub denied_networks: Option<shipway_http::DeniedNetworks>,
     /// Name resolution in steps.
     pub dns: Option<Dns>,
     /// How long finished builds are remembered.

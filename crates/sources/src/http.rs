@@ -19,11 +19,12 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use kept::KnownFiles;
 use serde::Serialize;
 use shipway_fault::{Class, Code, Context, Fault, Result, redact};
+use shipway_http::{BodyReader, Response};
 use shipway_llb::{HttpFacts, SourceFacts};
 use shipway_oci::{ChecksumAlgorithm, Digest};
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, RecordType, RefId, RefStore};
-use shipway_registry::{Registry, transport::Answer};
+use shipway_registry::Registry;
 use shipway_session::Upload;
 use shipway_signing::{Trusted, Validity, verify_detached};
 use std::{path::PathBuf, time::SystemTime};
@@ -351,7 +352,7 @@ async fn verify(state: &ImmutableRef, filename: &str, signed: Signed) -> Result<
 
 /// Where a file's bytes come from.
 enum Body {
-    Answer(shipway_registry::transport::Reader),
+    Answer(BodyReader),
     Upload(Upload),
 }
 
@@ -422,7 +423,7 @@ fn etag_of(headers: &HeaderMap) -> Option<String> {
     (!text.is_empty() && text.len() <= 1024).then(|| text.to_owned())
 }
 
-fn refused(file: &HttpSpec, answer: &Answer) -> Fault {
+fn refused(file: &HttpSpec, answer: &Response) -> Fault {
     let status = answer.head.status;
     let code = match status {
         StatusCode::NOT_FOUND | StatusCode::GONE => Code::NotFound,
@@ -457,7 +458,7 @@ fn mismatch(file: &HttpSpec, got: Digest, expected: Digest) -> Fault {
 impl HttpSpec {
     /// The address without what may be secret.
     fn shown(&self) -> String {
-        shipway_registry::transport::display_of(&self.uri)
+        shipway_http::display_of(&self.uri)
     }
 }
 

@@ -7,6 +7,7 @@ mod web;
 use bytes::Bytes;
 use shipway_attest::Stored;
 use shipway_fault::Code;
+use shipway_http::DeniedNetworks;
 use shipway_oci::{
     ChainId, Descriptor, DiffId, Digest, ImageConfig, Index, Manifest, Platform, RootFs, media,
 };
@@ -14,7 +15,7 @@ use shipway_progress::{Journal, Reporter};
 use shipway_refs::{
     Compression, LocalMount, NamedRef, NamedRequest, RecordType, RefStore, Sharing,
 };
-use shipway_registry::{DeniedNetworks, Registry, RegistryConfig};
+use shipway_registry::{Registry, RegistryConfig};
 use shipway_session::{SessionGroup, SessionHub};
 use shipway_sources::{
     LocalImages, ResolveWant, SourceContext, SourceMemo, SourceOptions, SourceSpec, Sources,

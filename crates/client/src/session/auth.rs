@@ -9,13 +9,14 @@ use ring::{
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::parse_bool;
 use shipway_grpc::status_of;
+use shipway_http::KeyPair;
 use shipway_proto::moby::filesync::v1::{
     CredentialsRequest, CredentialsResponse, FetchTokenRequest, FetchTokenResponse,
     GetTokenAuthorityRequest, GetTokenAuthorityResponse, VerifyTokenAuthorityRequest,
     VerifyTokenAuthorityResponse,
     auth_server::{Auth, AuthServer},
 };
-use shipway_registry::{Credentials, HostConfig, KeyPair, Registry, RegistryConfig};
+use shipway_registry::{Credentials, HostConfig, Registry, RegistryConfig};
 use std::path::PathBuf;
 use tonic::{Request, Response, Status};
 

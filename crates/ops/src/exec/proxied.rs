@@ -40,10 +40,7 @@ impl Services {
         capture: Capture,
     ) -> Result<Proxied> {
         let make = || async {
-            let made = tokio::task::spawn_blocking(|| {
-                Authority::new(shipway_registry::native_roots().clone())
-            })
-            .await;
+            let made = tokio::task::spawn_blocking(Authority::new).await;
             made.map_err(|e| {
                 Fault::internal(format!("make the certificate of the proxy network: {e}"))
             })?

@@ -6,6 +6,7 @@ use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::{Frame, Incoming};
 use hyper_util::rt::TokioIo;
+use shipway_http::Timeouts;
 use shipway_registry::{Registry, RegistryConfig, Timing};
 use std::{
     io,
@@ -170,10 +171,7 @@ fn answer(
 pub fn quick() -> Timing {
     let ms = Duration::from_millis;
     Timing {
-        connect: ms(500),
-        answer: ms(300),
-        stall: ms(200),
-        stall_bytes: 64,
+        http: Timeouts { connect: ms(500), response: ms(300), stall: ms(200), stall_bytes: 64 },
         backoff: ms(5),
         max_backoff: ms(20),
         budget: ms(900),

@@ -2,7 +2,8 @@
 //! too.
 
 use crate::fake::{Fake, Reply, ok, registry};
-use shipway_registry::{Anonymous, HostConfig, KeyPair, Mode, RegistryConfig, Repository};
+use shipway_http::KeyPair;
+use shipway_registry::{Anonymous, HostConfig, Mode, RegistryConfig, Repository};
 use std::{
     path::{Path, PathBuf},
     process::Command,

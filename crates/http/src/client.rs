@@ -1,14 +1,8 @@
-//! HTTP/1.1 over TCP or TLS with pooled connections: bounded in time, following redirects without
-//! leaking credentials.
-//!
-//! Also used by source `http`; it knows nothing of registries.
+//! The client, its responses and their bodies.
 
-mod connect;
-
-use crate::{DeniedNetworks, Timing, error::Kind};
+use crate::{DeniedNetworks, Timeouts, TlsSettings, connect::Connector, tls::client_config};
 use bytes::{Bytes, BytesMut};
-use connect::Connector;
-use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, header};
+use http::{HeaderMap, Method, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
 use hyper_util::{
@@ -24,8 +18,6 @@ use std::{
     time::Duration,
 };
 use tokio::time::{Instant, timeout};
-
-pub use crate::tls::TlsSettings;
 
 /// Most redirects that are followed.
 const MAX_REDIRECTS: usize = 10;
@@ -43,9 +35,9 @@ pub fn full_body(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|e| match e {}).boxed_unsync()
 }
 
-/// Why no answer came.
+/// Why there is no response, or no whole one.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum Failure {
+pub enum HttpError {
     /// No connection.
     #[error("failed to connect: {0}")]
     Connect(String),
@@ -77,26 +69,12 @@ pub enum Failure {
     Local(Fault),
 }
 
-impl From<Failure> for Kind {
-    fn from(f: Failure) -> Self {
-        match f {
-            Failure::Connect(why) => Kind::Connect { why },
-            Failure::NotTls(why) | Failure::Tls(why) => Kind::Tls { why },
-            Failure::TimedOut { waiting_for, after } => Kind::TimedOut { waiting_for, after },
-            Failure::Broken(why) => Kind::Broken { why },
-            Failure::TooLarge(limit) => Kind::TooLarge { what: "the answer", limit },
-            Failure::Protocol(why) => Kind::Protocol(why),
-            Failure::Local(fault) => Kind::Local(fault),
-        }
-    }
-}
-
-impl From<Failure> for Fault {
-    fn from(f: Failure) -> Self {
+impl From<HttpError> for Fault {
+    fn from(f: HttpError) -> Self {
         let code = match &f {
-            Failure::Local(fault) => return fault.clone(),
-            Failure::TimedOut { .. } => Code::DeadlineExceeded,
-            Failure::TooLarge(_) | Failure::Protocol(_) => Code::Unknown,
+            HttpError::Local(fault) => return fault.clone(),
+            HttpError::TimedOut { .. } => Code::DeadlineExceeded,
+            HttpError::TooLarge(_) | HttpError::Protocol(_) => Code::Unknown,
             _ => Code::Unavailable,
         };
         Fault::new(code, f.to_string()).with_class(Class::Environment)
@@ -107,57 +85,63 @@ impl From<Failure> for Fault {
 #[derive(Clone)]
 pub struct Client {
     inner: legacy::Client<Connector, Body>,
-    timing: Timing,
+    timeouts: Timeouts,
 }
 
-/// An answer, and where it finally came from.
+/// A response, and where it finally came from.
 #[derive(Debug)]
-pub struct Answer {
+pub struct Response {
     /// Status and headers.
     pub head: http::response::Parts,
     /// The body, to be read.
-    pub body: Reader,
+    pub body: BodyReader,
     /// Address after redirects.
     pub uri: Uri,
 }
 
 impl Client {
     /// A client; reads certificate files, so call it where blocking is allowed.
-    pub fn new(tls: &TlsSettings, timing: Timing, denied: DeniedNetworks) -> Result<Self, String> {
-        let connector = Connector::new(crate::tls::client_config(tls)?, timing.connect, denied);
+    pub fn new(
+        tls: &TlsSettings,
+        timeouts: Timeouts,
+        denied: DeniedNetworks,
+    ) -> Result<Self, String> {
+        let connector = Connector::new(client_config(tls)?, timeouts.connect, denied);
         let inner = legacy::Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(90))
             .pool_max_idle_per_host(8)
             .build(connector);
-        Ok(Self { inner, timing })
+        Ok(Self { inner, timeouts })
     }
 
-    /// Sends one request and waits for the head of its answer. Redirects are answers like others.
-    pub async fn send(&self, request: Request<Body>) -> Result<Answer, Failure> {
+    /// Sends one request and waits for the head of its response. Redirects are responses like
+    /// others.
+    pub async fn send(&self, request: Request<Body>) -> Result<Response, HttpError> {
         let uri = request.uri().clone();
-        let wait = self.timing.answer + self.timing.connect;
+        let wait = self.timeouts.response + self.timeouts.connect;
         let response = timeout(wait, self.inner.request(request))
             .await
-            .map_err(|_| Failure::TimedOut { waiting_for: "an answer", after: wait })?
-            .map_err(|e| failure_of(&e))?;
-        Ok(self.answer(response, uri))
+            .map_err(|_| HttpError::TimedOut { waiting_for: "an answer", after: wait })?
+            .map_err(|e| error_of(&e))?;
+        Ok(self.received(response, uri))
     }
 
-    /// Sends a request whose body is long. `sent` counts the body's bytes as they leave: as long as
-    /// it grows, there is patience; `settle` is granted for the answer after the last byte.
+    /// Sends a request whose body is long. `sent` counts the body's bytes as they leave: the upload
+    /// is stalled when it does not grow. `settle` is how long the response may take after the last
+    /// byte.
     pub async fn send_long(
         &self,
         request: Request<Body>,
         sent: Arc<AtomicU64>,
         total: u64,
         settle: Duration,
-    ) -> Result<Answer, Failure> {
+    ) -> Result<Response, HttpError> {
         let uri = request.uri().clone();
         let watch = async {
             let mut before = sent.load(Ordering::Relaxed);
             loop {
-                let wait = if before >= total { settle } else { self.timing.stall };
+                let wait = if before >= total { settle } else { self.timeouts.stall };
                 tokio::time::sleep(wait).await;
                 let now = sent.load(Ordering::Relaxed);
                 if now == before {
@@ -167,10 +151,10 @@ impl Client {
             }
         };
         let response = tokio::select! {
-            r = self.inner.request(request) => r.map_err(|e| failure_of(&e))?,
-            after = watch => return Err(Failure::TimedOut { waiting_for: "the upload to be taken", after }),
+            r = self.inner.request(request) => r.map_err(|e| error_of(&e))?,
+            after = watch => return Err(HttpError::TimedOut { waiting_for: "the upload to be taken", after }),
         };
-        Ok(self.answer(response, uri))
+        Ok(self.received(response, uri))
     }
 
     /// A GET or HEAD that follows redirects. `Authorization` and cookies stay with the host they
@@ -180,26 +164,26 @@ impl Client {
         method: Method,
         uri: Uri,
         headers: HeaderMap,
-    ) -> Result<Answer, Failure> {
+    ) -> Result<Response, HttpError> {
         let (mut method, mut uri, mut headers) = (method, uri, headers);
         for _ in 0..=MAX_REDIRECTS {
             let mut request = Request::new(no_body());
             *request.method_mut() = method.clone();
             *request.uri_mut() = uri.clone();
             *request.headers_mut() = headers.clone();
-            let answer = self.send(request).await?;
-            let Some(location) = redirect_of(&answer.head) else { return Ok(answer) };
+            let response = self.send(request).await?;
+            let Some(location) = redirect_of(&response.head) else { return Ok(response) };
             let next = join(&uri, &location)?;
             if uri.scheme_str() == Some("https") && next.scheme_str() == Some("http") {
-                return Err(Failure::Protocol(format!(
+                return Err(HttpError::Protocol(format!(
                     "refusing the redirect from {} to plain HTTP at {}",
                     host_of(&uri),
                     host_of(&next)
                 )));
             }
             if next.authority() != uri.authority() || next.scheme() != uri.scheme() {
-                // Whatever was said to one host in confidence is not for another: keep what only
-                // describes the request.
+                // Credentials for one host are not for another: keep what only describes the
+                // request.
                 let kept = [
                     header::ACCEPT,
                     header::RANGE,
@@ -214,17 +198,17 @@ impl Client {
                     .map(|(n, v)| (n.clone(), v.clone()))
                     .collect();
             }
-            if answer.head.status == StatusCode::SEE_OTHER && method != Method::HEAD {
+            if response.head.status == StatusCode::SEE_OTHER && method != Method::HEAD {
                 method = Method::GET;
             }
             uri = next;
         }
-        Err(Failure::Protocol(format!("stopped after {MAX_REDIRECTS} redirects")))
+        Err(HttpError::Protocol(format!("stopped after {MAX_REDIRECTS} redirects")))
     }
 
-    fn answer(&self, response: Response<Incoming>, uri: Uri) -> Answer {
+    fn received(&self, response: http::Response<Incoming>, uri: Uri) -> Response {
         let (head, body) = response.into_parts();
-        Answer { head, body: Reader::new(body, self.timing), uri }
+        Response { head, body: BodyReader::new(body, self.timeouts), uri }
     }
 }
 
@@ -255,10 +239,10 @@ pub fn display_of(uri: &Uri) -> String {
 
 /// What `reference` (a `Location`) means, seen from `base` (RFC 3986, section 5, as far as it
 /// occurs).
-pub fn join(base: &Uri, reference: &str) -> Result<Uri, Failure> {
+pub fn join(base: &Uri, reference: &str) -> Result<Uri, HttpError> {
     let reference = reference.split('#').next().unwrap_or_default().trim();
     let bad = || {
-        Failure::Protocol(format!(
+        HttpError::Protocol(format!(
             "the server pointed to a wrong address {:?}",
             reference.chars().take(200).collect::<String>()
         ))
@@ -282,29 +266,29 @@ pub fn join(base: &Uri, reference: &str) -> Result<Uri, Failure> {
     if known && uri.authority().is_some() { Ok(uri) } else { Err(bad()) }
 }
 
-/// The failure inside an error of the pool.
-fn failure_of(error: &legacy::Error) -> Failure {
-    failure_in(error).unwrap_or_else(|| {
+/// The error of ours inside an error of the pool.
+fn error_of(error: &legacy::Error) -> HttpError {
+    error_in(error).unwrap_or_else(|| {
         let why = innermost(error);
-        if error.is_connect() { Failure::Connect(why) } else { Failure::Broken(why) }
+        if error.is_connect() { HttpError::Connect(why) } else { HttpError::Broken(why) }
     })
 }
 
-fn failure_in(error: &(dyn std::error::Error + 'static)) -> Option<Failure> {
+fn error_in(error: &(dyn std::error::Error + 'static)) -> Option<HttpError> {
     let mut next = Some(error);
     while let Some(e) = next {
-        if let Some(f) = e.downcast_ref::<Failure>() {
+        if let Some(f) = e.downcast_ref::<HttpError>() {
             return Some(f.clone());
         }
         if let Some(f) = e.downcast_ref::<Fault>() {
-            return Some(Failure::Local(f.clone()));
+            return Some(HttpError::Local(f.clone()));
         }
         next = e.source();
     }
     None
 }
 
-fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+pub(crate) fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     let mut e = error;
     while let Some(s) = e.source() {
         e = s;
@@ -312,38 +296,38 @@ fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     e.to_string()
 }
 
-/// Reads an answer's body and notices when it stalls or trickles. Only time spent waiting for the
+/// Reads a response's body and notices when it stalls or trickles. Only time spent waiting for the
 /// network counts, not the time that the reader takes between pieces.
 #[derive(Debug)]
-pub struct Reader {
+pub struct BodyReader {
     body: Incoming,
-    timing: Timing,
+    timeouts: Timeouts,
     waited: Duration,
     moved: u64,
 }
 
-impl Reader {
-    fn new(body: Incoming, timing: Timing) -> Self {
-        Self { body, timing, waited: Duration::ZERO, moved: 0 }
+impl BodyReader {
+    fn new(body: Incoming, timeouts: Timeouts) -> Self {
+        Self { body, timeouts, waited: Duration::ZERO, moved: 0 }
     }
 
     /// The next piece; `None` at the end.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Failure> {
+    pub async fn next(&mut self) -> Result<Option<Bytes>, HttpError> {
         loop {
             let started = Instant::now();
-            let left = self.timing.stall.saturating_sub(self.waited);
-            let stalled = Failure::TimedOut { waiting_for: "data", after: self.timing.stall };
+            let left = self.timeouts.stall.saturating_sub(self.waited);
+            let stalled = HttpError::TimedOut { waiting_for: "data", after: self.timeouts.stall };
             let frame = match timeout(left, self.body.frame()).await {
                 Err(_) => return Err(stalled),
                 Ok(None) => return Ok(None),
                 Ok(Some(frame)) => frame.map_err(|e| {
-                    failure_in(&e).unwrap_or_else(|| Failure::Broken(innermost(&e)))
+                    error_in(&e).unwrap_or_else(|| HttpError::Broken(innermost(&e)))
                 })?,
             };
             self.waited += started.elapsed();
             let Ok(data) = frame.into_data() else { continue };
             self.moved += data.len() as u64;
-            if self.moved >= self.timing.stall_bytes {
+            if self.moved >= self.timeouts.stall_bytes {
                 (self.waited, self.moved) = (Duration::ZERO, 0);
             }
             if !data.is_empty() {
@@ -353,11 +337,11 @@ impl Reader {
     }
 
     /// The whole rest, at most `limit` bytes.
-    pub async fn collect(mut self, limit: u64) -> Result<Bytes, Failure> {
+    pub async fn collect(mut self, limit: u64) -> Result<Bytes, HttpError> {
         let mut all = BytesMut::new();
         while let Some(piece) = self.next().await? {
             if all.len() as u64 + piece.len() as u64 > limit {
-                return Err(Failure::TooLarge(limit));
+                return Err(HttpError::TooLarge(limit));
             }
             all.extend_from_slice(&piece);
         }

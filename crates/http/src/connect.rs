@@ -1,7 +1,11 @@
 //! TCP (all addresses of a name, raced), proxies from the environment, TLS.
 
-use super::Failure;
-use crate::denied::{DeniedNetworks, Resolver};
+use crate::{
+    HttpError,
+    client::innermost,
+    denied::{DeniedNetworks, Resolver},
+    host_of, is_loopback,
+};
 use http::Uri;
 use hyper_util::{
     client::{
@@ -60,30 +64,29 @@ impl Connector {
         }
     }
 
-    async fn dial(mut self, uri: Uri) -> Result<Stream, Failure> {
+    async fn dial(mut self, uri: Uri) -> Result<Stream, HttpError> {
         let host =
             uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned();
-        let proxy =
-            if crate::hosts::is_loopback(&host) { None } else { self.proxy.intercept(&uri) };
+        let proxy = if is_loopback(&host) { None } else { self.proxy.intercept(&uri) };
         let target = match &proxy {
             None => uri.clone(),
             Some(p) if p.uri().scheme_str() == Some("http") => p.uri().clone(),
             Some(p) => {
-                return Err(Failure::Connect(format!(
-                    "the proxy {} is of a kind we do not speak: want http://",
-                    super::host_of(p.uri())
+                return Err(HttpError::Connect(format!(
+                    "the proxy {} has an unsupported scheme: want http://",
+                    host_of(p.uri())
                 )));
             }
         };
         // Of names the resolver knows; an address is not looked up.
         if let Ok(address) = host.parse() {
-            self.denied.check(&host, address).map_err(Failure::Connect)?;
+            self.denied.check(&host, address).map_err(HttpError::Connect)?;
         }
         let mut tcp = self
             .tcp
             .call(target)
             .await
-            .map_err(|e| Failure::Connect(tcp_reason(&e, &uri, proxy.as_ref())))?
+            .map_err(|e| HttpError::Connect(tcp_reason(&e, &uri, proxy.as_ref())))?
             .into_inner();
         if uri.scheme_str() != Some("https") {
             return Ok(Stream { kind: Kind::Plain(tcp), proxied: proxy.is_some() });
@@ -92,15 +95,16 @@ impl Connector {
             tunnel(&mut tcp, &uri, proxy).await?;
         }
         let name = ServerName::try_from(host.clone())
-            .map_err(|_| Failure::Connect(format!("{host:?} is no host name")))?;
+            .map_err(|_| HttpError::Connect(format!("{host:?} is not a valid host name")))?;
         // A server that speaks plain HTTP may wait for ever for the end of what it takes for a
         // request.
-        let wait = if crate::hosts::is_loopback(&host) {
+        let wait = if is_loopback(&host) {
             LOOPBACK_PATIENCE.min(self.patience / 2)
         } else {
             self.patience / 2
         };
-        let silent = |_| Failure::NotTls(format!("no answer to a TLS greeting within {wait:.0?}"));
+        let silent =
+            |_| HttpError::NotTls(format!("no answer to a TLS greeting within {wait:.0?}"));
         let tls = timeout(wait, self.tls.connect(name, tcp))
             .await
             .map_err(silent)?
@@ -114,11 +118,9 @@ fn tcp_reason(
     uri: &Uri,
     proxy: Option<&Intercept>,
 ) -> String {
-    let via = proxy
-        .map(|p| format!(" through the proxy {}", super::host_of(p.uri())))
-        .unwrap_or_default();
+    let via = proxy.map(|p| format!(" through the proxy {}", host_of(p.uri()))).unwrap_or_default();
     // The outer text says the stage (dns error, tcp connect error), the innermost the reason.
-    let (stage, reason) = (error.to_string(), super::innermost(error));
+    let (stage, reason) = (error.to_string(), innermost(error));
     if stage == "dns error" {
         // In words that people know from elsewhere, and look for.
         let said = if reason.contains("not known") { "no such host".to_owned() } else { reason };
@@ -129,21 +131,21 @@ fn tcp_reason(
     } else {
         format!("{stage}: {reason}")
     };
-    format!("dial {}{via}: {stage}", super::host_of(uri))
+    format!("dial {}{via}: {stage}", host_of(uri))
 }
 
-fn tls_failure(error: &io::Error) -> Failure {
+fn tls_failure(error: &io::Error) -> HttpError {
     match error.get_ref().and_then(|e| e.downcast_ref::<TlsError>()) {
-        Some(TlsError::InvalidMessage(_)) => Failure::NotTls(error.to_string()),
-        Some(e) => Failure::Tls(e.to_string()),
-        None => Failure::NotTls(error.to_string()),
+        Some(TlsError::InvalidMessage(_)) => HttpError::NotTls(error.to_string()),
+        Some(e) => HttpError::Tls(e.to_string()),
+        None => HttpError::NotTls(error.to_string()),
     }
 }
 
 /// Asks the proxy for a way through to `uri`'s host.
-async fn tunnel(tcp: &mut TcpStream, uri: &Uri, proxy: &Intercept) -> Result<(), Failure> {
+async fn tunnel(tcp: &mut TcpStream, uri: &Uri, proxy: &Intercept) -> Result<(), HttpError> {
     let broken =
-        |e: io::Error| Failure::Connect(format!("the proxy {}: {e}", super::host_of(proxy.uri())));
+        |e: io::Error| HttpError::Connect(format!("the proxy {}: {e}", host_of(proxy.uri())));
     let target = format!("{}:{}", uri.host().unwrap_or_default(), uri.port_u16().unwrap_or(443));
     let mut request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n").into_bytes();
     if let Some(auth) = proxy.basic_auth() {
@@ -172,11 +174,11 @@ async fn tunnel(tcp: &mut TcpStream, uri: &Uri, proxy: &Intercept) -> Result<(),
 
 impl Service<Uri> for Connector {
     type Response = TokioIo<Stream>;
-    type Error = Failure;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Failure>> + Send>>;
+    type Error = HttpError;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, HttpError>> + Send>>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failure>> {
-        ready!(self.tcp.poll_ready(cx)).map_err(|e| Failure::Connect(e.to_string()))?;
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), HttpError>> {
+        ready!(self.tcp.poll_ready(cx)).map_err(|e| HttpError::Connect(e.to_string()))?;
         Poll::Ready(Ok(()))
     }
 
@@ -186,7 +188,7 @@ impl Service<Uri> for Connector {
         Box::pin(async move {
             let dialed = timeout(patience, this.dial(uri)).await;
             dialed
-                .map_err(|_| Failure::TimedOut { waiting_for: "a connection", after: patience })?
+                .map_err(|_| HttpError::TimedOut { waiting_for: "a connection", after: patience })?
                 .map(TokioIo::new)
         })
     }

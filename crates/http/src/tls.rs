@@ -1,6 +1,6 @@
 //! TLS settings of a host, and rustls configurations made of them.
 
-use crate::KeyPair;
+use serde::Deserialize;
 use std::{
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -17,7 +17,7 @@ use tokio_rustls::rustls::{
     sign::CertifiedKey,
 };
 
-/// Whom to trust and who we are. Equal settings share connections.
+/// Certificates to trust, and those to show. Equal settings share connections.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct TlsSettings {
     /// Files of root certificates besides the machine's.
@@ -29,18 +29,28 @@ pub struct TlsSettings {
 }
 
 impl TlsSettings {
-    /// What tells that a file was replaced, or written anew, since.
-    pub(crate) fn stamps(&self) -> Vec<Stamp> {
+    /// The state of every file named here: another one means that a file was replaced or
+    /// rewritten.
+    pub fn stamps(&self) -> Vec<FileStamp> {
         let pairs = self.keypair.iter().flat_map(|pair| [&pair.key, &pair.cert]);
-        self.ca.iter().chain(pairs).map(|file| Stamp::of(file)).collect()
+        self.ca.iter().chain(pairs).map(|file| FileStamp::of(file)).collect()
     }
+}
+
+/// A client certificate and its key, both PEM.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
+pub struct KeyPair {
+    /// File of the key.
+    pub key: PathBuf,
+    /// File of the certificate chain.
+    pub cert: PathBuf,
 }
 
 /// The state of a file: `None` while it is not there.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Stamp(Option<(u64, u64, u64, i64, i64)>);
+pub struct FileStamp(Option<(u64, u64, u64, i64, i64)>);
 
-impl Stamp {
+impl FileStamp {
     fn of(file: &Path) -> Self {
         let facts = std::fs::metadata(file).ok();
         Self(facts.map(|f| (f.dev(), f.ino(), f.size(), f.mtime(), f.mtime_nsec())))
@@ -55,7 +65,7 @@ pub fn native_roots() -> &'static RootCertStore {
         let mut store = RootCertStore::empty();
         let found = rustls_native_certs::load_native_certs();
         for error in &found.errors {
-            tracing::warn!(%error, "a part of the machine's trust store cannot be read");
+            tracing::warn!(%error, "cannot read part of the system trust store");
         }
         store.add_parsable_certificates(found.certs);
         store
