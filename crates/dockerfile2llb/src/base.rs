@@ -166,7 +166,7 @@ fn apply(plan: &mut Plan<'_>, i: usize, base: Base, linter: &mut Linter) {
                 lint_platform(linter, &written, &platform, &config, stage.lines);
                 State::image(
                     &pinned.to_string(),
-                    plan.ui.options.resolve_mode_attr(),
+                    plan.ui.options.resolve_mode.attr(),
                     BTreeMap::new(),
                     options,
                 )

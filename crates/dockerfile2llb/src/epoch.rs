@@ -17,7 +17,9 @@ use shipway_dockerfile::{self as df, Command, Dockerfile, Lex};
 use shipway_fault::Fault;
 use shipway_frontend::SourceRequest;
 use shipway_gocompat::quote;
-use shipway_llb::{Caps, EnvList, Graph, MarshalOptions, Op, SourceOp, State, VertexOptions, attr};
+use shipway_llb::{
+    Caps, EnvList, Graph, MarshalOptions, Op, ResolveOptions, SourceOp, State, VertexOptions, attr,
+};
 use std::{
     io::{self, BufRead, Read},
     time::SystemTime,
@@ -158,7 +160,7 @@ async fn time_of(ui: &Ui, state: &State, log_name: String) -> Result<Option<i64>
         identifier: source.identifier.clone(),
         attrs: source.attrs.clone(),
         log_name,
-        git_objects: is_git,
+        options: ResolveOptions { git_objects: is_git, ..ResolveOptions::default() },
         ..SourceRequest::default()
     };
     let meta = ui.bridge.resolve_source(request).await?;

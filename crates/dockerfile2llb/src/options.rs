@@ -4,9 +4,9 @@ use crate::failure::{Failure, Result};
 use shipway_attest::{AttestOptions, SbomOptions};
 use shipway_dockerfile::{LintConfig, csv};
 use shipway_fault::{Detail, Fault};
-use shipway_frontend::{CacheImport, Options, ResolveMode};
+use shipway_frontend::{CacheImport, Options};
 use shipway_gocompat::parse_bool;
-use shipway_llb::{HostIp, LinuxResources, NetMode, Ulimit};
+use shipway_llb::{HostIp, LinuxResources, NetMode, ResolveMode, Ulimit};
 use shipway_oci::Platform;
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -112,11 +112,12 @@ impl BuildOptions {
             labels: with_prefix(options, "label:"),
             platforms,
             multi_platform,
-            resolve_mode: match get("image-resolve-mode") {
-                "" | "default" => ResolveMode::Default,
-                "pull" => ResolveMode::ForcePull,
-                "local" => ResolveMode::PreferLocal,
-                other => return Err(Failure::new(format!("invalid image-resolve-mode: {other}"))),
+            resolve_mode: match ResolveMode::parse(get("image-resolve-mode")) {
+                Some(mode) => mode,
+                None => {
+                    let mode = get("image-resolve-mode");
+                    return Err(Failure::new(format!("invalid image-resolve-mode: {mode}")));
+                }
             },
             extra_hosts: parse_hosts(get("add-hosts"))
                 .map_err(|e| e.context("failed to parse additional hosts"))?,
@@ -151,15 +152,6 @@ impl BuildOptions {
         match &self.no_cache {
             None => false,
             Some(stages) => stages.is_empty() || stages.iter().any(|s| *s == name.to_lowercase()),
-        }
-    }
-
-    /// How `image.resolvemode` says the mode; empty for the default.
-    pub fn resolve_mode_attr(&self) -> &'static str {
-        match self.resolve_mode {
-            ResolveMode::Default => "",
-            ResolveMode::ForcePull => "pull",
-            ResolveMode::PreferLocal => "local",
         }
     }
 }

@@ -14,7 +14,8 @@ use shipway_filesync::{IgnoreFile, PatternMatcher};
 use shipway_frontend::{Bridge, BuildRef, Options, SolveRequest, SourceRequest};
 use shipway_gocompat::{parse_bool, path};
 use shipway_llb::{
-    Caps, FileCopy, FileDraft, ImageFacts, MarshalOptions, State, VertexOptions, attr,
+    Caps, FileCopy, FileDraft, ImageFacts, MarshalOptions, ResolveOptions, State, VertexOptions,
+    attr,
 };
 use shipway_oci::{Digest, Platform};
 use std::{
@@ -290,7 +291,7 @@ impl Ui {
                 attrs,
                 platform: Some(platform.clone()),
                 log_name,
-                mode,
+                options: ResolveOptions { mode, ..ResolveOptions::default() },
                 ..SourceRequest::default()
             };
             let meta = self.bridge.resolve_source(request).await?;

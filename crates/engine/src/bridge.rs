@@ -20,16 +20,18 @@ use shipway_dockerfile2llb::FrontendOverride;
 use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{
     Bridge, BuildRef, Container, ContainerRequest, Explain, Frontend as _, FrontendResult, Options,
-    ResolveMode, SolveRequest, SourceMeta, SourceRequest, Warning, Worker,
+    SolveRequest, SourceMeta, SourceRequest, Warning, Worker,
 };
-use shipway_llb::{Caps, Definition, Graph, NetMode, Op, SourceOp, SourcePolicy, Vertex};
+use shipway_llb::{
+    Caps, Definition, Graph, NetMode, Op, ResolveOptions, SourceOp, SourcePolicy, Vertex,
+};
 use shipway_oci::{Digest, Platform};
 use shipway_ops::{JobData, LlbOp, SolveNested};
 use shipway_progress::{Event, Journal, SourceSpan, WarningUpdate};
 use shipway_refs::ImmutableRef;
 use shipway_remotecache::{CacheRequest, Import};
 use shipway_solver::Job;
-use shipway_sources::{ResolveWant, SourceContext, SourceSpec};
+use shipway_sources::{SourceContext, SourceSpec};
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
@@ -68,8 +70,7 @@ pub(crate) struct BuildScope {
 pub(crate) struct SourceQuery {
     pub(crate) platform: Option<Platform>,
     pub(crate) log_name: String,
-    pub(crate) mode: ResolveMode,
-    pub(crate) want: ResolveWant,
+    pub(crate) options: ResolveOptions,
 }
 
 impl BuildScope {
@@ -232,15 +233,6 @@ impl BuildScope {
     /// Metadata of a source that may be used.
     pub(crate) async fn resolve(&self, source: SourceOp, query: SourceQuery) -> Result<SourceMeta> {
         let platform = query.platform.unwrap_or_else(|| self.engine.parts.platforms[0].clone());
-        let mut attrs = source.attrs.clone();
-        let mode = match query.mode {
-            ResolveMode::Default => None,
-            ResolveMode::ForcePull => Some("pull"),
-            ResolveMode::PreferLocal => Some("local"),
-        };
-        if let Some(mode) = mode {
-            attrs.entry("image.resolvemode".into()).or_insert_with(|| mode.into());
-        }
         let name = if query.log_name.is_empty() {
             format!("resolve {}", source.identifier)
         } else {
@@ -248,13 +240,14 @@ impl BuildScope {
         };
         let reporter = self.journal.reporter(Digest::of(format!("{}\n{name}", self.id)), name);
         reporter.started();
-        let cx = SourceContext {
-            sessions: self.data.sessions.clone(),
-            reporter: reporter.clone(),
-            memo: self.data.memo.clone(),
+        let (sessions, memo) = (self.data.sessions.clone(), self.data.memo.clone());
+        let cx = SourceContext::new(sessions, reporter.clone(), memo);
+        let spec = SourceSpec {
+            identifier: source.identifier.clone(),
+            attrs: source.attrs.clone(),
+            platform,
         };
-        let spec = SourceSpec { identifier: source.identifier.clone(), attrs, platform };
-        let resolved = self.engine.parts.services.sources.resolve(&spec, query.want, &cx).await;
+        let resolved = self.engine.parts.services.sources.resolve(&spec, &query.options, &cx).await;
         reporter.completed(resolved.as_ref().err().map(ToString::to_string));
         Ok(SourceMeta { source, facts: resolved? })
     }
@@ -430,12 +423,7 @@ impl Bridge for EngineBridge {
         let query = SourceQuery {
             platform: request.platform,
             log_name: request.log_name,
-            mode: request.mode,
-            want: ResolveWant {
-                git_objects: request.git_objects,
-                http_checksum: request.http_checksum,
-                attestations: request.attestations,
-            },
+            options: request.options,
         };
         let mut meta = self.scope.resolve(source, query).await?;
         if let Some(image) = meta.facts.image.as_mut().filter(|_| request.no_config) {

@@ -8,13 +8,11 @@ use crate::{
 use async_trait::async_trait;
 use futures::future::try_join_all;
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_frontend::ResolveMode;
 use shipway_gocompat::path::inside;
 use shipway_llb::{Definition, Graph, Op, SourceFacts, SourceOp, SourcePolicy, policy};
 use shipway_oci::{ImageName, Platform};
 use shipway_ops::Judge;
 use shipway_session::{PolicyAnswer, PolicyQuestion, PolicySubject, Session, SessionId, denied};
-use shipway_sources::ResolveWant;
 use std::{
     collections::HashMap,
     sync::{Arc, Weak},
@@ -174,11 +172,6 @@ impl BuildScope {
         if question.attrs != source.attrs {
             return Err(Fault::invalid("policy requested different source attrs"));
         }
-        let mode = match question.resolve_mode.as_str() {
-            "pull" => ResolveMode::ForcePull,
-            "local" => ResolveMode::PreferLocal,
-            _ => ResolveMode::Default,
-        };
         let query = SourceQuery {
             platform: question.platform.map(Platform::normalized),
             log_name: if question.log_name.is_empty() {
@@ -186,12 +179,7 @@ impl BuildScope {
             } else {
                 question.log_name
             },
-            mode,
-            want: ResolveWant {
-                git_objects: question.git_objects,
-                http_checksum: question.http_checksum,
-                attestations: question.attestations,
-            },
+            options: question.options,
         };
         let meta = self
             .resolve(source.clone(), query)

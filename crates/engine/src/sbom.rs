@@ -9,8 +9,8 @@ use crate::{
 use shipway_attest::SbomOptions;
 use shipway_exporters::{Content, ExportAttestation};
 use shipway_fault::{Context as _, Result};
-use shipway_frontend::{Options, ResolveMode, Scan, Scanner};
-use shipway_llb::State;
+use shipway_frontend::{Options, Scan, Scanner};
+use shipway_llb::{ResolveMode, State};
 use std::{collections::BTreeMap, sync::Arc};
 
 /// Runs the scanner over each result.
@@ -29,11 +29,8 @@ pub(crate) async fn scan(
         depth: 0,
         trail: trail.clone(),
     };
-    let mode = match options.get("image-resolve-mode").map(String::as_str) {
-        Some("pull") => ResolveMode::ForcePull,
-        Some("local") => ResolveMode::PreferLocal,
-        _ => ResolveMode::Default,
-    };
+    let mode = options.get("image-resolve-mode").and_then(|mode| ResolveMode::parse(mode));
+    let mode = mode.unwrap_or_default();
     let platform = scope.engine.parts.platforms[0].clone();
     let scanner = Scanner::find(&bridge, sbom, platform, mode)
         .await

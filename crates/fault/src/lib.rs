@@ -174,6 +174,14 @@ pub enum Detail {
     },
     /// Exit code of the process that failed.
     Exit(u32),
+    /// A layer that can no longer be had from anywhere.
+    LostLayer {
+        /// Digest of its tar.
+        diff_id: String,
+        /// The source that has nothing else either, such as a registry that does not answer: an id
+        /// that means something inside this process only.
+        source: Option<u64>,
+    },
     /// A thing that goes with the fault inside this process only; what it is, its maker knows.
     Kept(Kept),
     /// A detail that came from elsewhere and passes through untouched: type URL and value (row

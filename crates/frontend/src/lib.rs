@@ -14,8 +14,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use shipway_attest::Attestation;
 use shipway_fault::{Fault, Result, SourceFile, Span};
-use shipway_llb::{Definition, SourceFacts, SourceOp, SourcePolicy};
-use shipway_oci::{ChecksumAlgorithm, Digest, Platform};
+use shipway_llb::{Definition, ResolveOptions, SourceFacts, SourceOp, SourcePolicy};
+use shipway_oci::{Digest, Platform};
 use std::{any::Any, collections::BTreeMap, sync::Arc};
 
 pub use sbom::{Scan, Scanner};
@@ -136,18 +136,6 @@ pub struct CacheImport {
     pub attrs: BTreeMap<String, String>,
 }
 
-/// How an image reference is resolved (row `src.image.mode`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ResolveMode {
-    /// The local image store, then the registry.
-    #[default]
-    Default,
-    /// Always the registry.
-    ForcePull,
-    /// The local image store first.
-    PreferLocal,
-}
-
 /// Metadata of a source (row `gw.resolvesrc`).
 #[derive(Clone, Debug, Default)]
 pub struct SourceMeta {
@@ -168,17 +156,10 @@ pub struct SourceRequest {
     pub platform: Option<Platform>,
     /// Name for the progress vertex; empty for a generic one.
     pub log_name: String,
-    /// How to resolve an image.
-    pub mode: ResolveMode,
+    /// What is wanted, and how an image is resolved.
+    pub options: ResolveOptions,
     /// Whether the image's config is not wanted.
     pub no_config: bool,
-    /// Whether a git reference's objects are wanted.
-    pub git_objects: bool,
-    /// Whether another checksum of a file is wanted: of its bytes and these behind them (row
-    /// `gw.resolvesrc.http`).
-    pub http_checksum: Option<(ChecksumAlgorithm, Bytes)>,
-    /// Whether it is wanted what is said of an image, with the statements of these types.
-    pub attestations: Option<Vec<String>>,
     /// Rules for it, besides those of the build.
     pub policies: Vec<SourcePolicy>,
 }

@@ -1,9 +1,12 @@
 //! Scanners: images that look at a state and write down what is in it (rows `at.sbom.*`).
 
-use crate::{Bridge, BuildAttestation, ResolveMode, SolveRequest, SourceRequest};
+use crate::{Bridge, BuildAttestation, SolveRequest, SourceRequest};
 use shipway_attest::{Attestation, Kind, SPDX, SbomOptions, keys};
 use shipway_fault::{Fault, Result};
-use shipway_llb::{ExecDraft, MarshalOptions, MountDraft, MountSource, State, VertexOptions};
+use shipway_llb::{
+    ExecDraft, MarshalOptions, MountDraft, MountSource, ResolveMode, ResolveOptions, State,
+    VertexOptions,
+};
 use shipway_oci::{ImageConfig, Platform};
 use std::collections::BTreeMap;
 
@@ -46,7 +49,7 @@ impl Scanner {
         let request = SourceRequest {
             identifier,
             platform: Some(platform.clone()),
-            mode,
+            options: ResolveOptions { mode, ..ResolveOptions::default() },
             ..SourceRequest::default()
         };
         let image = bridge.resolve_source(request).await?.facts.image;

@@ -4,9 +4,9 @@ use crate::build::GatewayBuild;
 use bytes::Bytes;
 use shipway_attest::{Attestation, Kind, SubjectKind, SubjectSpec};
 use shipway_fault::{Fault, Position, Result, SourceFile, Span};
-use shipway_frontend::{BuildAttestation, BuildRef, FileStat, FrontendResult, ResolveMode};
+use shipway_frontend::{BuildAttestation, BuildRef, FileStat, FrontendResult};
 use shipway_grpc::platform_of;
-use shipway_llb::{Definition, SourcePolicy};
+use shipway_llb::{Definition, ResolveMode, SourcePolicy};
 use shipway_oci::{ChecksumAlgorithm, Platform};
 use shipway_proto::{
     fsutil::types::Stat,
@@ -20,11 +20,9 @@ pub(crate) fn platform(p: Option<pb::Platform>) -> Option<Platform> {
 }
 
 pub(crate) fn mode(text: &str) -> Result<ResolveMode> {
-    match text {
-        "" | "default" => Ok(ResolveMode::Default),
-        "pull" => Ok(ResolveMode::ForcePull),
-        "local" => Ok(ResolveMode::PreferLocal),
-        other => Err(Fault::invalid(format!("invalid resolvemode: {other}"))
+    match ResolveMode::parse(text) {
+        Some(mode) => Ok(mode),
+        None => Err(Fault::invalid(format!("invalid resolvemode: {text}"))
             .hint("want default, pull or local")),
     }
 }

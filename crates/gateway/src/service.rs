@@ -9,7 +9,7 @@ use bytes::Bytes;
 use shipway_fault::{Fault, Result};
 use shipway_frontend::{CacheImport, FrontendResult, SolveRequest, SourceRequest, Warning, Worker};
 use shipway_grpc::{fault_of, platform_to_wire, status_of};
-use shipway_llb::{Caps, Definition};
+use shipway_llb::{Caps, Definition, ResolveOptions};
 use shipway_proto::moby::buildkit::v1::{
     apicaps::ApiCap,
     frontend::{self as wire, llb_bridge_server::LlbBridge},
@@ -166,14 +166,16 @@ async fn resolve_source(
             attrs: source.attrs,
             platform: convert::platform(request.platform),
             log_name: request.log_name,
-            mode: convert::mode(&request.resolve_mode)?,
             no_config: request.image.as_ref().is_some_and(|i| i.no_config),
-            attestations: request
-                .image
-                .filter(|i| i.attestation_chain || !i.resolve_attestations.is_empty())
-                .map(|i| i.resolve_attestations),
-            git_objects: request.git.is_some_and(|g| g.return_object),
-            http_checksum,
+            options: ResolveOptions {
+                mode: convert::mode(&request.resolve_mode)?,
+                attestations: request
+                    .image
+                    .filter(|i| i.attestation_chain || !i.resolve_attestations.is_empty())
+                    .map(|i| i.resolve_attestations),
+                git_objects: request.git.is_some_and(|g| g.return_object),
+                http_checksum,
+            },
             policies: convert::policies(request.source_policies)?,
         })
         .await?;
@@ -198,7 +200,10 @@ async fn resolve_image(
             attrs,
             platform: convert::platform(request.platform),
             log_name: request.log_name,
-            mode: convert::mode(&request.resolve_mode)?,
+            options: ResolveOptions {
+                mode: convert::mode(&request.resolve_mode)?,
+                ..ResolveOptions::default()
+            },
             policies: convert::policies(request.source_policies)?,
             ..SourceRequest::default()
         })

@@ -3,9 +3,59 @@
 
 use crate::SourceOp;
 use bytes::Bytes;
-use shipway_oci::{Descriptor, Digest};
+use shipway_oci::{ChecksumAlgorithm, Descriptor, Digest};
 use shipway_proto::{moby::buildkit::v1::frontend as wire, pb};
 use std::{collections::BTreeMap, time::SystemTime};
+
+/// How the name of an image is resolved: `image.resolvemode` of a source, and
+/// `image-resolve-mode` of a build.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ResolveMode {
+    /// At the registry, and in the local image store if the registry does not answer; images that
+    /// the daemon is configured to prefer in the store first.
+    #[default]
+    Default,
+    /// At the registry only.
+    ForcePull,
+    /// In the local image store, then at the registry.
+    PreferLocal,
+}
+
+impl ResolveMode {
+    /// The mode called `text`: `default` or empty, `pull` or `local`.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text {
+            "" | "default" => Some(Self::Default),
+            "pull" => Some(Self::ForcePull),
+            "local" => Some(Self::PreferLocal),
+            _ => None,
+        }
+    }
+
+    /// The value of the attribute `image.resolvemode`; empty for the default.
+    pub fn attr(self) -> &'static str {
+        match self {
+            Self::Default => "",
+            Self::ForcePull => "pull",
+            Self::PreferLocal => "local",
+        }
+    }
+}
+
+/// What to resolve of a source, and how. Each kind of source goes by what it knows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ResolveOptions {
+    /// How the name of an image is resolved, unless the source itself says that
+    /// (`image.resolvemode`).
+    pub mode: ResolveMode,
+    /// Whether the objects of a git reference are wanted.
+    pub git_objects: bool,
+    /// Whether another checksum of a file is wanted: of its bytes and these behind them.
+    pub http_checksum: Option<(ChecksumAlgorithm, Bytes)>,
+    /// Whether the attestations of an image are wanted, with the statements of these predicate
+    /// types.
+    pub attestations: Option<Vec<String>>,
+}
 
 /// What is known of a source; at most one of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -38,7 +38,9 @@ pub use draft::{
     VertexOptions,
 };
 pub use env::EnvList;
-pub use facts::{AttestationChain, GitFacts, HttpFacts, ImageFacts, SourceFacts};
+pub use facts::{
+    AttestationChain, GitFacts, HttpFacts, ImageFacts, ResolveMode, ResolveOptions, SourceFacts,
+};
 pub use graph::{Edge, Graph, Vertex};
 pub use marshal::{DEFAULT_PATH, MarshalOptions};
 pub use ops::*;

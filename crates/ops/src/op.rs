@@ -13,7 +13,7 @@ use shipway_oci::Digest;
 use shipway_refs::ImmutableRef;
 use shipway_session::SessionGroup;
 use shipway_solver::{CacheMap, InputMap, OpContext, Operation};
-use shipway_sources::{Pin, SourceContext, SourceSpec};
+use shipway_sources::{PinnedSource, SourceContext, SourceSpec};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::OnceCell;
 
@@ -22,7 +22,7 @@ pub struct LlbOp {
     pub(crate) vertex: Arc<Vertex>,
     pub(crate) services: Arc<Services>,
     /// What a source was pinned to when its key was asked for.
-    pin: OnceCell<Pin>,
+    pin: OnceCell<PinnedSource>,
     /// What a process on the proxy network asked for when it ran.
     fetched: Mutex<Option<Fetched>>,
 }
@@ -105,13 +105,10 @@ impl LlbOp {
     fn source(&self, cx: &Context) -> Result<Option<(SourceSpec, SourceContext)>> {
         let Some(spec) = self.spec() else { return Ok(None) };
         let memo = (cx.jobs)().first().map(|j| j.memo.clone()).unwrap_or_default();
-        Ok(Some((
-            spec,
-            SourceContext { sessions: Self::sessions(cx)?, reporter: cx.reporter.clone(), memo },
-        )))
+        Ok(Some((spec, SourceContext::new(Self::sessions(cx)?, cx.reporter.clone(), memo))))
     }
 
-    async fn pin(&self, spec: &SourceSpec, source: &SourceContext) -> Result<&Pin> {
+    async fn pin(&self, spec: &SourceSpec, source: &SourceContext) -> Result<&PinnedSource> {
         self.pin.get_or_try_init(|| self.services.sources.pin(spec, source)).await
     }
 

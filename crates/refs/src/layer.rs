@@ -2,23 +2,37 @@
 
 use async_trait::async_trait;
 use shipway_archive::{LayerTree, Tar};
-use shipway_fault::{Code, Detail, Fault, Kept, Result};
+use shipway_fault::{Code, Detail, Fault, Result};
 use shipway_oci::{ChainId, Descriptor, DiffId};
 use shipway_progress::Reporter;
 use shipway_storage::{ContentStore, LeaseId, SnapshotKey};
 use std::{
-    any::Any,
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::SystemTime,
 };
 
+/// Tells the sources of layers of one process apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LayerSourceId(u64);
+
+impl LayerSourceId {
+    /// An id that no other source has.
+    pub fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 /// Fetches blobs of layers that are not on this machine yet.
 #[async_trait]
-pub trait LayerSource: Any + Send + Sync {
+pub trait LayerSource: Send + Sync {
+    /// Which source this is.
+    fn id(&self) -> LayerSourceId;
+
     /// Makes the blob of `layer` exist in `content` under `lease`, whole and verified. A blob that
     /// is there already is success. Counts bytes in `progress`.
     async fn fetch(
@@ -86,36 +100,30 @@ pub struct LayerBlob {
     pub lazy: Option<String>,
 }
 
-/// Goes with a fault (`Detail::Kept`): which layer can no longer be had from anywhere.
-struct Lost {
-    diff_id: DiffId,
-    /// Who gives nothing else either, such as a registry that does not answer.
-    source: Option<Arc<dyn LayerSource>>,
-}
-
 /// Says in `fault` that the layer of `cell` cannot be had, from `source` if that is where it was
 /// looked for, unless it is a fault of ours or of the disk's.
 pub(crate) fn lost(cell: &Cell, source: Option<&Arc<dyn LayerSource>>, fault: Fault) -> Fault {
     if fault.is_cancelled() || fault.code() == Code::ResourceExhausted {
         return fault;
     }
-    let source = source.filter(|_| !fault.is_not_found()).cloned();
-    fault.detail(Detail::Kept(Kept(Arc::new(Lost { diff_id: cell.diff_id, source }))))
+    // A source that failed otherwise, such as a registry that does not answer, gives nothing else
+    // either.
+    let source = source.filter(|_| !fault.is_not_found()).map(|s| s.id().0);
+    fault.detail(Detail::LostLayer { diff_id: cell.diff_id.to_string(), source })
 }
 
 /// Whether `fault` says that the layer can no longer be had. What is in a snapshot already needs no
 /// source.
 pub(crate) fn is_lost(cell: &Cell, in_snapshot: bool, fault: &Fault) -> bool {
-    let only = |source: &Arc<dyn LayerSource>| {
+    let only = |source: u64| {
         let blobs = cell.blobs();
         let its =
-            |b: &KnownBlob| !b.stored && b.source.as_ref().is_some_and(|s| Arc::ptr_eq(s, source));
+            |b: &KnownBlob| !b.stored && b.source.as_ref().is_some_and(|s| s.id().0 == source);
         !in_snapshot && cell.copy_of().is_none() && !blobs.is_empty() && blobs.iter().all(its)
     };
     fault.details().iter().any(|detail| {
-        let Detail::Kept(kept) = detail else { return false };
-        let Some(lost) = kept.0.downcast_ref::<Lost>() else { return false };
-        lost.diff_id == cell.diff_id || lost.source.as_ref().is_some_and(only)
+        let Detail::LostLayer { diff_id, source } = detail else { return false };
+        *diff_id == cell.diff_id.to_string() || source.is_some_and(only)
     })
 }
 

@@ -42,7 +42,7 @@ mod uses;
 
 pub use contents::copy_contents;
 pub use immutable::{ImmutableRef, View};
-pub use layer::{Layer, LayerBlob, LayerSource, LazyLayer};
+pub use layer::{Layer, LayerBlob, LayerSource, LayerSourceId, LazyLayer};
 pub use mount::LocalMount;
 pub use mutable::MutableRef;
 pub use named::{NamedRef, NamedRequest, Sharing};

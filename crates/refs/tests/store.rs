@@ -132,12 +132,17 @@ async fn what_is_dropped_leaves_nothing_behind() {
 }
 
 struct Registry {
+    id: LayerSourceId,
     blobs: Vec<bytes::Bytes>,
     fetched: AtomicUsize,
 }
 
 #[async_trait]
 impl LayerSource for Registry {
+    fn id(&self) -> LayerSourceId {
+        self.id
+    }
+
     async fn fetch(
         &self,
         layer: &shipway_oci::Descriptor,
@@ -168,7 +173,7 @@ async fn published(state: &ImmutableRef, store: &RefStore) -> (Vec<LayerBlob>, A
             store.storage().content.read_all(layer.descriptor.digest, 1 << 20).await.unwrap(),
         );
     }
-    (layers, Arc::new(Registry { blobs, fetched: AtomicUsize::new(0) }))
+    (layers, Arc::new(Registry { id: LayerSourceId::next(), blobs, fetched: AtomicUsize::new(0) }))
 }
 
 fn lazy(layers: &[LayerBlob], source: &Arc<Registry>) -> Vec<LazyLayer> {

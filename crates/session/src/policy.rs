@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, time::Duration};
 use bytes::Bytes;
 use shipway_fault::{Detail, Fault, Result};
 use shipway_grpc::{platform_of, platform_to_wire};
-use shipway_llb::{SourceFacts, SourceOp};
+use shipway_llb::{ResolveMode, ResolveOptions, SourceFacts, SourceOp};
 use shipway_oci::{ChecksumAlgorithm, Platform};
 use shipway_proto::moby::buildkit::v1::{
     frontend::{self as wire, checksum_request::ChecksumAlgo},
@@ -49,13 +49,9 @@ pub struct PolicyQuestion {
     pub attrs: BTreeMap<String, String>,
     pub platform: Option<Platform>,
     pub log_name: String,
-    pub resolve_mode: String,
+    pub options: ResolveOptions,
+    /// Whether an image's config is not wanted.
     pub no_config: bool,
-    /// Whether it is wanted what is said of an image, with the statements of these types.
-    pub attestations: Option<Vec<String>>,
-    pub git_objects: bool,
-    /// A checksum of the file with these bytes behind it.
-    pub http_checksum: Option<(ChecksumAlgorithm, Bytes)>,
 }
 
 /// What a client says to a source.
@@ -126,14 +122,16 @@ fn question(q: wire::ResolveSourceMetaRequest) -> Result<PolicyQuestion> {
         attrs: source.attrs,
         platform: q.platform.map(platform_of),
         log_name: q.log_name,
-        resolve_mode: q.resolve_mode,
         no_config: q.image.as_ref().is_some_and(|i| i.no_config),
-        attestations: q
-            .image
-            .filter(|i| i.attestation_chain || !i.resolve_attestations.is_empty())
-            .map(|i| i.resolve_attestations),
-        git_objects: q.git.is_some_and(|g| g.return_object),
-        http_checksum: q.http.and_then(|h| h.checksum_request).map(algorithm).transpose()?,
+        options: ResolveOptions {
+            mode: ResolveMode::parse(&q.resolve_mode).unwrap_or_default(),
+            attestations: q
+                .image
+                .filter(|i| i.attestation_chain || !i.resolve_attestations.is_empty())
+                .map(|i| i.resolve_attestations),
+            git_objects: q.git.is_some_and(|g| g.return_object),
+            http_checksum: q.http.and_then(|h| h.checksum_request).map(algorithm).transpose()?,
+        },
     })
 }
 

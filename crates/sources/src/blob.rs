@@ -2,13 +2,16 @@
 //! `src.blob`); and where such a blob is, for others who read one.
 
 use crate::{
-    Pin, SourceSpec,
+    PinnedSource, SourceContext, SourceSpec,
+    clients::ClientServices,
     http::{Shape, file},
     keys,
-    peers::Peers,
+    port::Source,
     remote::{BlobStream, ClientRemote, RegistryRemote, Remote},
 };
+use async_trait::async_trait;
 use serde::Serialize;
+use shipway_attest::{self as attest, Capture};
 use shipway_fault::{Context, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName};
 use shipway_refs::{ImmutableRef, RecordType, RefStore};
@@ -48,15 +51,20 @@ impl BlobAt {
         Ok(Self { name, digest, store })
     }
 
-    async fn open(&self, peers: &dyn Peers, registry: &Registry) -> Result<Box<dyn BlobStream>> {
+    async fn open(
+        &self,
+        clients: &dyn ClientServices,
+        registry: &Registry,
+    ) -> Result<Box<dyn BlobStream>> {
         let remote: Box<dyn Remote> = match &self.store {
             None => Box::new(RegistryRemote(registry.repository(
                 &self.name,
-                peers.credentials(),
+                clients.credentials(),
                 Mode::Pull,
             ))),
             Some((store, session)) => {
-                let store = peers.client_store(session.as_deref(), &format!("oci:{store}")).await?;
+                let store =
+                    clients.client_store(session.as_deref(), &format!("oci:{store}")).await?;
                 Box::new(ClientRemote { store, name: self.name.to_string() })
             }
         };
@@ -71,10 +79,10 @@ impl BlobAt {
         dir: &Path,
         name: &str,
         shape: &Shape,
-        peers: &dyn Peers,
+        clients: &dyn ClientServices,
         registry: &Registry,
     ) -> Result<()> {
-        let mut pieces = self.open(peers, registry).await?;
+        let mut pieces = self.open(clients, registry).await?;
         let mut target = file::create(dir, name, false).await?;
         while let Some(piece) = pieces.next().await? {
             target.write(piece).await?;
@@ -89,14 +97,14 @@ impl BlobAt {
 }
 
 /// Single blobs.
-pub(crate) struct Blobs {
+pub(crate) struct BlobSource {
     pub refs: RefStore,
     pub registry: Registry,
 }
 
 /// A parsed blob source.
-pub(crate) struct BlobSpec {
-    pub at: BlobAt,
+struct BlobSpec {
+    at: BlobAt,
     shape: Shape,
     record_type: RecordType,
 }
@@ -111,7 +119,7 @@ struct BlobKey<'a> {
 }
 
 impl BlobSpec {
-    pub(crate) fn parse(spec: &SourceSpec) -> Result<Self> {
+    fn parse(spec: &SourceSpec) -> Result<Self> {
         let wrong = |why: &str| {
             Fault::invalid(format!("failed to parse blob {:?}: {why}", spec.identifier))
         };
@@ -140,12 +148,13 @@ impl BlobSpec {
     }
 }
 
-impl Blobs {
-    pub(crate) fn pin(&self, spec: &SourceSpec) -> Result<Pin> {
+#[async_trait]
+impl Source for BlobSource {
+    async fn pin(&self, spec: &SourceSpec, _cx: &SourceContext) -> Result<PinnedSource> {
         let blob = BlobSpec::parse(spec)?;
         let Shape { perm, uid, gid, .. } = blob.shape;
         let key = BlobKey { digest: blob.at.digest, filename: &blob.filename(), perm, uid, gid };
-        Ok(Pin {
+        Ok(PinnedSource {
             keys: vec![keys::digest("blob", &key)],
             ephemeral: false,
             digest: Some(blob.at.digest.to_string()),
@@ -153,15 +162,27 @@ impl Blobs {
         })
     }
 
-    pub(crate) async fn fetch(&self, spec: &SourceSpec, peers: &dyn Peers) -> Result<ImmutableRef> {
+    async fn fetch(
+        &self,
+        spec: &SourceSpec,
+        _pin: &PinnedSource,
+        cx: &SourceContext,
+    ) -> Result<ImmutableRef> {
         let blob = BlobSpec::parse(spec)?;
         let description = format!("blob {}", blob.at.name);
         let state = self.refs.mutable(None, &description, blob.record_type, None).await?;
         let mount = state.mount().await?;
-        let saved =
-            blob.at.save(mount.path(), &blob.filename(), &blob.shape, peers, &self.registry).await;
-        saved.context(|| description.clone())?;
+        blob.at
+            .save(mount.path(), &blob.filename(), &blob.shape, &*cx.clients, &self.registry)
+            .await
+            .context(|| description.clone())?;
         mount.unmount().await?;
         state.commit(&description).await
+    }
+
+    fn capture(&self, spec: &SourceSpec, _pin: &PinnedSource, capture: &mut Capture) -> Result<()> {
+        let at = BlobSpec::parse(spec)?.at;
+        capture.add_blob(attest::BlobSource { local: at.store.is_some(), name: at.name });
+        Ok(())
     }
 }

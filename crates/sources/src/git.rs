@@ -12,9 +12,12 @@ mod tests;
 mod tree;
 
 use crate::{
-    Pin, SourceMemo, SourceSpec, keys,
-    peers::{Peers, SshAgent},
+    PinnedSource, SourceContext, SourceMemo, SourceSpec,
+    clients::{ClientServices, SshAgent},
+    keys,
+    port::Source,
 };
+use async_trait::async_trait;
 pub(crate) use attrs::GitSpec;
 use base64::{Engine, prelude::BASE64_STANDARD};
 pub(crate) use bundle::Bundle;
@@ -23,15 +26,15 @@ use repo::Objects;
 use repo::Repo;
 pub(crate) use repo::Tip;
 use serde::Serialize;
+use shipway_attest::{self as attest, Capture};
 use shipway_fault::{Code, Context as _, Fault, Result};
-use shipway_llb::{GitFacts, SourceFacts};
-use shipway_progress::Reporter;
+use shipway_llb::{GitFacts, ResolveOptions, SourceFacts};
 use shipway_refs::{ImmutableRef, RecordType, RefStore};
 use shipway_registry::Registry;
 use std::io::Write;
 
 /// Git repositories.
-pub(crate) struct Gits {
+pub(crate) struct GitSource {
     refs: RefStore,
     /// For bundles.
     registry: Registry,
@@ -57,81 +60,17 @@ struct GitKey<'a> {
     bundle: Option<String>,
 }
 
-impl Gits {
+impl GitSource {
     pub(crate) fn new(refs: RefStore, registry: Registry) -> Self {
         Self { refs, registry }
     }
 
-    pub(crate) async fn pin(
-        &self,
-        spec: &SourceSpec,
-        locator: &str,
-        peers: &dyn Peers,
-        memo: &SourceMemo,
-        reporter: &Reporter,
-    ) -> Result<Pin> {
-        let spec = GitSpec::parse(spec, locator)?;
-        let tip = self.tip(&spec, peers, memo, reporter).await?;
-        // Whoever made the files that are cached under the key, this build wants to know who signed
-        // them.
-        if spec.signed.is_some() {
-            self.objects(&spec, &tip, peers, reporter).await?;
-        }
-        // A tag and the branch it was made on share a key where the tag itself leaves no trace.
-        let sha = tip.commit.as_ref().filter(|_| !spec.keep_git_dir).unwrap_or(&tip.sha);
-        let key = GitKey {
-            sha,
-            kept: spec.keep_git_dir.then_some(&tip.reference),
-            subdir: &spec.subdir,
-            skip_submodules: spec.skip_submodules,
-            commit_time: spec.commit_time,
-            bundle: spec.bundle_name(),
-        };
-        Ok(Pin {
-            keys: vec![keys::digest("git", &key)],
-            ephemeral: false,
-            digest: Some(tip.sha),
-            stored: None,
-        })
-    }
-
-    pub(crate) async fn fetch(
-        &self,
-        spec: &SourceSpec,
-        locator: &str,
-        pin: &Pin,
-        peers: &dyn Peers,
-        memo: &SourceMemo,
-        reporter: &Reporter,
-    ) -> Result<ImmutableRef> {
-        let spec = GitSpec::parse(spec, locator)?;
-        // Another build's memory may know another tip; ours is the one that was pinned.
-        let tip = match memo.tip(&spec.tip_key()).filter(|t| Some(&t.sha) == pin.digest.as_ref()) {
-            Some(tip) => tip,
-            None => self.tip(&spec, peers, &SourceMemo::default(), reporter).await?,
-        };
-        let access = self.access(&spec, peers, reporter).await?;
-        let (tip, description) =
-            (&tip, &*format!("git snapshot for {}#{}", spec.shown(), spec.reference));
-        let sha256 = tip.sha.len() == 64;
-        let made = self.in_repository(&spec, &access, sha256, |repo| async move {
-            self.check_out(&repo, tip, peers, description).await
-        });
-        made.await
-    }
-
     /// The commit and the annotated tag, with the signature that is asked for.
-    async fn objects(
-        &self,
-        spec: &GitSpec,
-        tip: &Tip,
-        peers: &dyn Peers,
-        reporter: &Reporter,
-    ) -> Result<Objects> {
-        let access = self.access(spec, peers, reporter).await?;
+    async fn objects(&self, spec: &GitSpec, tip: &Tip, cx: &SourceContext) -> Result<Objects> {
+        let access = self.access(spec, cx).await?;
         let sha256 = tip.sha.len() == 64;
         let read = self.in_repository(spec, &access, sha256, |repo| async move {
-            self.bring_objects(&repo, tip, peers).await
+            self.bring_objects(&repo, tip, cx).await
         });
         read.await
     }
@@ -142,10 +81,10 @@ impl Gits {
         &self,
         repo: &Repo<'_>,
         tip: &Tip,
-        peers: &dyn Peers,
+        cx: &SourceContext,
     ) -> Result<Objects> {
         match &repo.spec.bundle {
-            Some(bundle) => repo.unbundle(&tip.sha, bundle, peers, &self.registry).await?,
+            Some(bundle) => repo.unbundle(&tip.sha, bundle, &*cx.clients, &self.registry).await?,
             None => repo.fetch_object(tip, &tip.sha).await?,
         }
         let objects = repo.objects(tip).await?;
@@ -161,13 +100,15 @@ impl Gits {
         &self,
         repo: &Repo<'_>,
         tip: &Tip,
-        peers: &dyn Peers,
+        cx: &SourceContext,
         description: &str,
     ) -> Result<ImmutableRef> {
         match &repo.spec.bundle {
             // Once more, for the tip may be another than the one that was pinned.
-            _ if repo.spec.signed.is_some() => drop(self.bring_objects(repo, tip, peers).await?),
-            Some(bundle) => repo.unbundle(repo.needed(tip), bundle, peers, &self.registry).await?,
+            _ if repo.spec.signed.is_some() => drop(self.bring_objects(repo, tip, cx).await?),
+            Some(bundle) => {
+                repo.unbundle(repo.needed(tip), bundle, &*cx.clients, &self.registry).await?
+            }
             None => repo.fetch(tip).await?,
         }
         let state = self.refs.mutable(None, description, RecordType::GitCheckout, None).await?;
@@ -181,54 +122,16 @@ impl Gits {
         state.commit(description).await
     }
 
-    /// Where the reference leads; with `objects`, also the commit and the tag as git has them (row
-    /// `gw.resolvesrc.git`).
-    pub(crate) async fn resolve(
-        &self,
-        spec: &SourceSpec,
-        locator: &str,
-        objects: bool,
-        peers: &dyn Peers,
-        memo: &SourceMemo,
-        reporter: &Reporter,
-    ) -> Result<SourceFacts> {
-        let spec = GitSpec::parse(spec, locator)?;
-        let tip = self.tip(&spec, peers, memo, reporter).await?;
-        let mut git = GitFacts {
-            checksum: tip.sha.clone(),
-            reference: tip.reference.clone(),
-            commit_checksum: tip.commit.clone().unwrap_or_default(),
-            ..GitFacts::default()
-        };
-        if objects || spec.signed.is_some() {
-            let found = self.objects(&spec, &tip, peers, reporter).await?;
-            if found.tag.is_some() {
-                git.commit_checksum = found.commit.name;
-            }
-            if objects {
-                git.commit_object = found.commit.text;
-                git.tag_object = found.tag.map(|tag| tag.text).unwrap_or_default();
-            }
-        }
-        Ok(SourceFacts { git: Some(git), ..Default::default() })
-    }
-
-    async fn tip(
-        &self,
-        spec: &GitSpec,
-        peers: &dyn Peers,
-        memo: &SourceMemo,
-        reporter: &Reporter,
-    ) -> Result<Tip> {
-        let tip = match memo.tip(&spec.tip_key()) {
+    async fn tip(&self, spec: &GitSpec, cx: &SourceContext) -> Result<Tip> {
+        let tip = match cx.memo.tip(&spec.tip_key()) {
             Some(tip) => tip,
             None => {
-                let access = self.access(spec, peers, reporter).await?;
+                let access = self.access(spec, cx).await?;
                 let tip = match &spec.bundle {
-                    Some(bundle) => self.tip_in(bundle, spec, &access, peers).await?,
+                    Some(bundle) => self.tip_in(bundle, spec, &access, cx).await?,
                     None => repo::find_tip(&access.git, spec).await?,
                 };
-                memo.keep_tip(spec.tip_key(), tip.clone());
+                cx.memo.keep_tip(spec.tip_key(), tip.clone());
                 tip
             }
         };
@@ -242,27 +145,22 @@ impl Gits {
         bundle: &Bundle,
         spec: &GitSpec,
         access: &Access,
-        peers: &dyn Peers,
+        cx: &SourceContext,
     ) -> Result<Tip> {
         if let Some(tip) = spec.bundled_tip() {
             return Ok(tip);
         }
         let sha256 = spec.checksum.len() == 64;
         let find = self.in_repository(spec, access, sha256, |repo| async move {
-            repo.tip_in(bundle, peers, &self.registry).await
+            repo.tip_in(bundle, &*cx.clients, &self.registry).await
         });
         find.await
     }
 
-    async fn access(
-        &self,
-        spec: &GitSpec,
-        peers: &dyn Peers,
-        reporter: &Reporter,
-    ) -> Result<Access> {
+    async fn access(&self, spec: &GitSpec, cx: &SourceContext) -> Result<Access> {
         let agent = match spec.ssh_agent.as_str() {
             "" => None,
-            id => Some(peers.ssh_agent(id).await?),
+            id => Some(cx.clients.ssh_agent(id).await?),
         };
         let known_hosts = match spec.known_hosts.as_str() {
             "" => None,
@@ -273,10 +171,10 @@ impl Gits {
         let addresses = addresses.map_err(|why| {
             Fault::new(Code::PermissionDenied, format!("{}: {why}", spec.shown()))
         })?;
-        let mut git = Git::new(reporter)
+        let mut git = Git::new(&cx.reporter)
             .connecting(host, port, &addresses)
             .ssh(agent.as_ref().map(SshAgent::socket), known_hosts.as_ref().map(|f| f.path()));
-        let settings = match auth_header(spec, peers).await? {
+        let settings = match auth_header(spec, &*cx.clients).await? {
             Some(header) => Some((token_scope(&spec.remote), header)),
             // What was in the address counts for the whole host, as it does for submodules that are
             // named relative to it.
@@ -291,6 +189,110 @@ impl Gits {
     }
 }
 
+#[async_trait]
+impl Source for GitSource {
+    async fn pin(&self, spec: &SourceSpec, cx: &SourceContext) -> Result<PinnedSource> {
+        let spec = GitSpec::parse(spec, spec.locator())?;
+        let tip = self.tip(&spec, cx).await?;
+        // Whoever made the files that are cached under the key, this build wants to know who signed
+        // them.
+        if spec.signed.is_some() {
+            self.objects(&spec, &tip, cx).await?;
+        }
+        // A tag and the branch it was made on share a key where the tag itself leaves no trace.
+        let sha = tip.commit.as_ref().filter(|_| !spec.keep_git_dir).unwrap_or(&tip.sha);
+        let key = GitKey {
+            sha,
+            kept: spec.keep_git_dir.then_some(&tip.reference),
+            subdir: &spec.subdir,
+            skip_submodules: spec.skip_submodules,
+            commit_time: spec.commit_time,
+            bundle: spec.bundle_name(),
+        };
+        Ok(PinnedSource {
+            keys: vec![keys::digest("git", &key)],
+            ephemeral: false,
+            digest: Some(tip.sha),
+            stored: None,
+        })
+    }
+
+    async fn fetch(
+        &self,
+        spec: &SourceSpec,
+        pin: &PinnedSource,
+        cx: &SourceContext,
+    ) -> Result<ImmutableRef> {
+        let spec = GitSpec::parse(spec, spec.locator())?;
+        // Another build's memory may know another tip; ours is the one that was pinned.
+        let tip = match cx.memo.tip(&spec.tip_key()).filter(|t| Some(&t.sha) == pin.digest.as_ref())
+        {
+            Some(tip) => tip,
+            None => {
+                let unremembered = SourceContext { memo: SourceMemo::default(), ..cx.clone() };
+                self.tip(&spec, &unremembered).await?
+            }
+        };
+        let access = self.access(&spec, cx).await?;
+        let (tip, description) =
+            (&tip, &*format!("git snapshot for {}#{}", spec.shown(), spec.reference));
+        let sha256 = tip.sha.len() == 64;
+        let made = self.in_repository(&spec, &access, sha256, |repo| async move {
+            self.check_out(&repo, tip, cx, description).await
+        });
+        made.await
+    }
+
+    async fn resolve(
+        &self,
+        spec: &SourceSpec,
+        options: &ResolveOptions,
+        cx: &SourceContext,
+    ) -> Result<SourceFacts> {
+        let spec = GitSpec::parse(spec, spec.locator())?;
+        let tip = self.tip(&spec, cx).await?;
+        let mut git = GitFacts {
+            checksum: tip.sha.clone(),
+            reference: tip.reference.clone(),
+            commit_checksum: tip.commit.clone().unwrap_or_default(),
+            ..GitFacts::default()
+        };
+        if options.git_objects || spec.signed.is_some() {
+            let found = self.objects(&spec, &tip, cx).await?;
+            if found.tag.is_some() {
+                git.commit_checksum = found.commit.name;
+            }
+            if options.git_objects {
+                git.commit_object = found.commit.text;
+                git.tag_object = found.tag.map(|tag| tag.text).unwrap_or_default();
+            }
+        }
+        Ok(SourceFacts { git: Some(git), ..Default::default() })
+    }
+
+    fn capture(&self, spec: &SourceSpec, pin: &PinnedSource, capture: &mut Capture) -> Result<()> {
+        let git = GitSpec::parse(spec, spec.locator())?;
+        for secret in [&git.token_secret, &git.header_secret].into_iter().filter(|s| !s.is_empty())
+        {
+            capture.add_secret(secret, true);
+        }
+        if !git.ssh_agent.is_empty() {
+            capture.add_ssh(&git.ssh_agent, false);
+        }
+        let reference = Some(&git.reference)
+            .filter(|r| !r.is_empty())
+            .map(|r| format!("#{r}"))
+            .unwrap_or_default();
+        let bundle = |b: Bundle| attest::BlobSource { local: b.0.store.is_some(), name: b.0.name };
+        capture.add_git(attest::GitSource {
+            url: format!("{}{reference}", git.shown()),
+            commit: pin.digest.clone().unwrap_or_default(),
+            bundle: git.bundle.map(bundle),
+        });
+        Ok(())
+    }
+}
+
 fn known_hosts_file(text: &str) -> Result<tempfile::NamedTempFile> {
     let failed = |e| Fault::io("write the known SSH hosts", e);
     let mut file = tempfile::NamedTempFile::new().map_err(failed)?;
@@ -299,7 +301,7 @@ fn known_hosts_file(text: &str) -> Result<tempfile::NamedTempFile> {
 }
 
 /// The header that authenticates us: the secret named for this host first (row `src.git.auth`).
-async fn auth_header(spec: &GitSpec, peers: &dyn Peers) -> Result<Option<String>> {
+async fn auth_header(spec: &GitSpec, clients: &dyn ClientServices) -> Result<Option<String>> {
     let host = spec.host();
     let names = [
         (format!("{}.{host}", spec.header_secret), false),
@@ -310,7 +312,7 @@ async fn auth_header(spec: &GitSpec, peers: &dyn Peers) -> Result<Option<String>
         if name.is_empty() || name.starts_with('.') {
             continue;
         }
-        let Some(secret) = peers.secret(&name).await? else { continue };
+        let Some(secret) = clients.secret(&name).await? else { continue };
         let secret = String::from_utf8_lossy(&secret).trim().to_owned();
         let value = if token {
             format!("basic {}", BASE64_STANDARD.encode(format!("x-access-token:{secret}")))

@@ -5,12 +5,14 @@ pub(crate) mod file;
 mod kept;
 
 use crate::{
-    Pin, SourceMemo, SourceSpec,
-    flight::Flights,
+    PinnedSource, SourceContext, SourceSpec,
+    clients::ClientServices,
+    keyed_locks::KeyedLocks,
     keys,
     login::{Login, split_login},
-    peers::Peers,
+    port::Source,
 };
+use async_trait::async_trait;
 pub(crate) use attrs::Shape;
 use attrs::{HttpSpec, Signed};
 use bytes::Bytes;
@@ -18,9 +20,10 @@ use futures::StreamExt as _;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use kept::KnownFiles;
 use serde::Serialize;
+use shipway_attest::{self as attest, Capture};
 use shipway_fault::{Class, Code, Context, Fault, Result, redact};
 use shipway_http::{BodyReader, Response};
-use shipway_llb::{HttpFacts, SourceFacts};
+use shipway_llb::{HttpFacts, ResolveOptions, SourceFacts};
 use shipway_oci::{ChecksumAlgorithm, Digest};
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, RecordType, RefId, RefStore};
@@ -32,11 +35,11 @@ use std::{path::PathBuf, time::SystemTime};
 /// Most bytes that a checksum may have behind the file's.
 const MAX_SUFFIX: usize = 4096;
 
-/// Files of web servers.
-pub(crate) struct Files {
+/// HttpSource of web servers.
+pub(crate) struct HttpSource {
     refs: RefStore,
     registry: Registry,
-    flights: Flights,
+    locks: KeyedLocks,
     /// What was fetched, by request.
     known: KnownFiles,
 }
@@ -63,119 +66,15 @@ struct HttpKey<'a> {
     headers: &'a [(String, String)],
 }
 
-impl Files {
+impl HttpSource {
     /// `kept` is a file for what is known, so that it is after a restart, too.
     pub(crate) fn new(refs: RefStore, registry: Registry, kept: Option<PathBuf>) -> Self {
-        Self { refs, registry, flights: Flights::default(), known: KnownFiles::load(kept) }
-    }
-
-    pub(crate) async fn pin(
-        &self,
-        spec: &SourceSpec,
-        peers: &dyn Peers,
-        memo: &SourceMemo,
-        reporter: &Reporter,
-    ) -> Result<Pin> {
-        let file = HttpSpec::parse(spec)?;
-        let (digest, filename, modified) = match file.checksum {
-            // What is known by its digest need not be asked for, unless it is to be read.
-            Some(digest) if file.signed.is_none() => (digest, file::name_of(&file, None), None),
-            _ => {
-                let known = self.verified(&file, peers, memo, reporter).await?.0;
-                (known.digest, known.filename, known.modified)
-            }
-        };
-        let key = HttpKey {
-            filename: &filename,
-            perm: file.shape.perm,
-            uid: file.shape.uid,
-            gid: file.shape.gid,
-            digest,
-            modified: modified.map(httpdate::fmt_http_date),
-            secret: &file.auth_secret,
-            headers: &file.headers,
-        };
-        Ok(Pin {
-            keys: vec![keys::digest("http", &key)],
-            ephemeral: false,
-            digest: Some(digest.to_string()),
-            stored: None,
-        })
-    }
-
-    pub(crate) async fn fetch(
-        &self,
-        spec: &SourceSpec,
-        pin: &Pin,
-        peers: &dyn Peers,
-        memo: &SourceMemo,
-        reporter: &Reporter,
-    ) -> Result<ImmutableRef> {
-        let file = HttpSpec::parse(spec)?;
-        let wanted: Option<Digest> =
-            file.checksum.or_else(|| pin.digest.as_ref().and_then(|d| d.parse().ok()));
-        if let Some(known) = self.recall(&file)
-            && Some(known.digest) == wanted
-            && let Some(state) = self.refs.get(&known.state).await
-        {
-            return Ok(state);
-        }
-        let (known, state) = self.told(&file, peers, memo, reporter).await?;
-        match wanted {
-            Some(wanted) if wanted != known.digest => Err(mismatch(&file, known.digest, wanted)),
-            _ => Ok(state),
-        }
-    }
-
-    pub(crate) async fn resolve(
-        &self,
-        spec: &SourceSpec,
-        checksum: Option<(ChecksumAlgorithm, Bytes)>,
-        peers: &dyn Peers,
-        memo: &SourceMemo,
-        reporter: &Reporter,
-    ) -> Result<SourceFacts> {
-        if checksum.as_ref().is_some_and(|(_, suffix)| suffix.len() > MAX_SUFFIX) {
-            return Err(Fault::invalid(format!(
-                "http checksum request suffix exceeds max size {MAX_SUFFIX}"
-            )));
-        }
-        let file = HttpSpec::parse(spec)?;
-        let http = match (file.checksum, checksum) {
-            (Some(digest), None) if file.signed.is_none() => HttpFacts {
-                digest: digest.to_string(),
-                filename: file::name_of(&file, None),
-                ..HttpFacts::default()
-            },
-            (_, checksum) => {
-                let (known, state) = self.verified(&file, peers, memo, reporter).await?;
-                let other = match checksum {
-                    Some((algorithm, suffix)) => Some((
-                        sum(&state, &known.filename, algorithm, suffix.clone()).await?,
-                        suffix,
-                    )),
-                    None => None,
-                };
-                HttpFacts {
-                    digest: known.digest.to_string(),
-                    filename: known.filename,
-                    last_modified: known.modified,
-                    other,
-                }
-            }
-        };
-        Ok(SourceFacts { http: Some(http), ..Default::default() })
+        Self { refs, registry, locks: KeyedLocks::default(), known: KnownFiles::load(kept) }
     }
 
     /// The file as this build knows it, with the checksum and the signature that are asked for.
-    async fn verified(
-        &self,
-        file: &HttpSpec,
-        peers: &dyn Peers,
-        memo: &SourceMemo,
-        reporter: &Reporter,
-    ) -> Result<(Known, ImmutableRef)> {
-        let (known, state) = self.told(file, peers, memo, reporter).await?;
+    async fn verified(&self, file: &HttpSpec, cx: &SourceContext) -> Result<(Known, ImmutableRef)> {
+        let (known, state) = self.told(file, cx).await?;
         if let Some(wanted) = file.checksum.filter(|w| *w != known.digest) {
             return Err(mismatch(file, known.digest, wanted));
         }
@@ -188,21 +87,17 @@ impl Files {
     }
 
     /// The file as this build knows it; asked for when it does not.
-    async fn told(
-        &self,
-        file: &HttpSpec,
-        peers: &dyn Peers,
-        memo: &SourceMemo,
-        reporter: &Reporter,
-    ) -> Result<(Known, ImmutableRef)> {
+    async fn told(&self, file: &HttpSpec, cx: &SourceContext) -> Result<(Known, ImmutableRef)> {
         let request = file.request_key();
-        if let Some(told) =
-            memo.file(&request).filter(|(known, _)| file.checksum.is_none_or(|c| c == known.digest))
+        if let Some(told) = cx
+            .memo
+            .file(&request)
+            .filter(|(known, _)| file.checksum.is_none_or(|c| c == known.digest))
         {
             return Ok(told);
         }
-        let (known, state) = self.known_or_fetched(file, peers, reporter).await?;
-        memo.keep_file(request, known.clone(), state.clone());
+        let (known, state) = self.known_or_fetched(file, cx).await?;
+        cx.memo.keep_file(request, known.clone(), state.clone());
         Ok((known, state))
     }
 
@@ -220,10 +115,9 @@ impl Files {
     async fn known_or_fetched(
         &self,
         file: &HttpSpec,
-        peers: &dyn Peers,
-        reporter: &Reporter,
+        cx: &SourceContext,
     ) -> Result<(Known, ImmutableRef)> {
-        let _turn = self.flights.turn(&file.request_key().to_string()).await;
+        let _turn = self.locks.lock(&file.request_key().to_string()).await;
         let mut have = None;
         if let Some(known) = self.recall(file)
             && let Some(state) = self.refs.get(&known.state).await
@@ -235,14 +129,15 @@ impl Files {
             if let Some(have) = have {
                 return Ok(have);
             }
-            let body = peers.upload(file.uri.host().unwrap_or_default(), file.uri.path()).await?;
+            let body =
+                cx.clients.upload(file.uri.host().unwrap_or_default(), file.uri.path()).await?;
             let (known, state) =
-                self.store(file, &HeaderMap::new(), Body::Upload(body), reporter).await?;
+                self.store(file, &HeaderMap::new(), Body::Upload(body), &cx.reporter).await?;
             self.remember(file, known.clone()).await;
             return Ok((known, state));
         }
         let client = self.registry.http_client().await?;
-        let headers = headers(file, peers).await?;
+        let headers = headers(file, &*cx.clients).await?;
         if let Some((known, state)) = &have
             && let Some(etag) = &known.etag
             && let Ok(value) = HeaderValue::from_str(etag)
@@ -264,7 +159,7 @@ impl Files {
             return Err(refused(file, &answer));
         }
         let (known, state) =
-            self.store(file, &answer.head.headers, Body::Answer(answer.body), reporter).await?;
+            self.store(file, &answer.head.headers, Body::Answer(answer.body), &cx.reporter).await?;
         self.remember(file, known.clone()).await;
         Ok((known, state))
     }
@@ -312,6 +207,105 @@ impl Files {
         }
         let state = state.commit(description).await?;
         Ok((Known { digest, filename, etag, modified, state: state.id().clone() }, state))
+    }
+}
+
+#[async_trait]
+impl Source for HttpSource {
+    async fn pin(&self, spec: &SourceSpec, cx: &SourceContext) -> Result<PinnedSource> {
+        let file = HttpSpec::parse(spec)?;
+        let (digest, filename, modified) = match file.checksum {
+            // What is known by its digest need not be asked for, unless it is to be read.
+            Some(digest) if file.signed.is_none() => (digest, file::name_of(&file, None), None),
+            _ => {
+                let known = self.verified(&file, cx).await?.0;
+                (known.digest, known.filename, known.modified)
+            }
+        };
+        let key = HttpKey {
+            filename: &filename,
+            perm: file.shape.perm,
+            uid: file.shape.uid,
+            gid: file.shape.gid,
+            digest,
+            modified: modified.map(httpdate::fmt_http_date),
+            secret: &file.auth_secret,
+            headers: &file.headers,
+        };
+        Ok(PinnedSource {
+            keys: vec![keys::digest("http", &key)],
+            ephemeral: false,
+            digest: Some(digest.to_string()),
+            stored: None,
+        })
+    }
+
+    async fn fetch(
+        &self,
+        spec: &SourceSpec,
+        pin: &PinnedSource,
+        cx: &SourceContext,
+    ) -> Result<ImmutableRef> {
+        let file = HttpSpec::parse(spec)?;
+        let wanted: Option<Digest> =
+            file.checksum.or_else(|| pin.digest.as_ref().and_then(|d| d.parse().ok()));
+        if let Some(known) = self.recall(&file)
+            && Some(known.digest) == wanted
+            && let Some(state) = self.refs.get(&known.state).await
+        {
+            return Ok(state);
+        }
+        let (known, state) = self.told(&file, cx).await?;
+        match wanted {
+            Some(wanted) if wanted != known.digest => Err(mismatch(&file, known.digest, wanted)),
+            _ => Ok(state),
+        }
+    }
+
+    async fn resolve(
+        &self,
+        spec: &SourceSpec,
+        options: &ResolveOptions,
+        cx: &SourceContext,
+    ) -> Result<SourceFacts> {
+        let checksum = options.http_checksum.clone();
+        if checksum.as_ref().is_some_and(|(_, suffix)| suffix.len() > MAX_SUFFIX) {
+            return Err(Fault::invalid(format!(
+                "http checksum request suffix exceeds max size {MAX_SUFFIX}"
+            )));
+        }
+        let file = HttpSpec::parse(spec)?;
+        let http = match (file.checksum, checksum) {
+            (Some(digest), None) if file.signed.is_none() => HttpFacts {
+                digest: digest.to_string(),
+                filename: file::name_of(&file, None),
+                ..HttpFacts::default()
+            },
+            (_, checksum) => {
+                let (known, state) = self.verified(&file, cx).await?;
+                let other = match checksum {
+                    Some((algorithm, suffix)) => Some((
+                        sum(&state, &known.filename, algorithm, suffix.clone()).await?,
+                        suffix,
+                    )),
+                    None => None,
+                };
+                HttpFacts {
+                    digest: known.digest.to_string(),
+                    filename: known.filename,
+                    last_modified: known.modified,
+                    other,
+                }
+            }
+        };
+        Ok(SourceFacts { http: Some(http), ..Default::default() })
+    }
+
+    fn capture(&self, spec: &SourceSpec, pin: &PinnedSource, capture: &mut Capture) -> Result<()> {
+        if let Some(digest) = pin.digest.as_ref().and_then(|d| d.parse().ok()) {
+            capture.add_http(attest::HttpSource { url: spec.identifier.clone(), digest });
+        }
+        Ok(())
     }
 }
 
@@ -369,7 +363,7 @@ impl Body {
 const USER_AGENT: &str = concat!("buildkit/v0.31 shipway/", env!("CARGO_PKG_VERSION"));
 
 /// The headers of a request, with what the user wants kept secret marked so (row `src.http.auth`).
-async fn headers(file: &HttpSpec, peers: &dyn Peers) -> Result<HeaderMap> {
+async fn headers(file: &HttpSpec, clients: &dyn ClientServices) -> Result<HeaderMap> {
     let mut headers = HeaderMap::new();
     headers.insert(header::USER_AGENT, HeaderValue::from_static(USER_AGENT));
     headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
@@ -392,7 +386,7 @@ async fn headers(file: &HttpSpec, peers: &dyn Peers) -> Result<HeaderMap> {
         named => vec![(named.to_owned(), "")],
     };
     for (name, prefix) in secrets {
-        let found = match peers.secret(&name).await {
+        let found = match clients.secret(&name).await {
             Ok(found) => found,
             Err(e) if !file.auth_secret.is_empty() => {
                 return Err(e.context(format!("failed to retrieve HTTP auth secret {name}")));
@@ -481,8 +475,10 @@ fn address(text: &str) -> Result<(Uri, Option<Login>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::peers::{DirPeer, SshAgent};
-    use async_trait::async_trait;
+    use crate::{
+        SourceMemo,
+        clients::{ClientDirectory, SshAgent},
+    };
     use shipway_oci::Platform;
     use shipway_storage::fake::FakeStorage;
     use std::sync::{
@@ -495,14 +491,14 @@ mod tests {
     struct Uploader(AtomicUsize);
 
     #[async_trait]
-    impl Peers for Uploader {
+    impl ClientServices for Uploader {
         fn credentials(&self) -> Arc<dyn shipway_registry::CredentialSource> {
             Arc::new(shipway_registry::Anonymous)
         }
         async fn secret(&self, _: &str) -> Result<Option<Vec<u8>>> {
             Ok(None)
         }
-        async fn dir_peers(&self, _: Option<&str>) -> Result<Vec<Arc<dyn DirPeer>>> {
+        async fn directories(&self, _: Option<&str>) -> Result<Vec<Arc<dyn ClientDirectory>>> {
             Ok(Vec::new())
         }
         async fn ssh_agent(&self, _: &str) -> Result<SshAgent> {
@@ -523,26 +519,24 @@ mod tests {
         let refs = RefStore::open(FakeStorage::new().unwrap().storage(), root.path().to_owned())
             .await
             .unwrap();
-        let files = Files::new(refs.clone(), Registry::new(Default::default()), None);
-        let (peers, memo) = (Uploader::default(), SourceMemo::default());
+        let files = HttpSource::new(refs.clone(), Registry::new(Default::default()), None);
         let reporter = Reporter::new(Digest::of(""), "v".into(), vec![], None);
+        let clients = Arc::new(Uploader::default());
+        let cx = SourceContext { clients, reporter, memo: SourceMemo::default() };
         let attrs = [("http.filename".to_owned(), "context".to_owned())].into();
         let spec = SourceSpec {
             identifier: "http://buildkit-session/id".into(),
             attrs,
             platform: Platform::host(),
         };
-        let (pin, other) = tokio::join!(
-            files.pin(&spec, &peers, &memo, &reporter),
-            files.pin(&spec, &peers, &memo, &reporter)
-        );
+        let (pin, other) = tokio::join!(files.pin(&spec, &cx), files.pin(&spec, &cx));
         let pin = pin.unwrap();
         assert_eq!(pin.digest, Some(Digest::of("one two").to_string()));
         assert_eq!(other.unwrap().digest, pin.digest);
-        let state = files.fetch(&spec, &pin, &peers, &memo, &reporter).await.unwrap();
+        let state = files.fetch(&spec, &pin, &cx).await.unwrap();
         let mount = state.mount().await.unwrap();
         assert_eq!(std::fs::read_to_string(mount.path().join("context")).unwrap(), "one two");
-        drop((mount, state, memo));
+        drop((mount, state, cx));
         refs.drained().await;
     }
 }

@@ -7,33 +7,37 @@ mod resolve;
 mod select;
 
 use crate::{
-    Pin, SourceContext, SourceSpec,
-    flight::Flights,
+    PinnedSource, SourceContext, SourceSpec,
+    clients::ClientServices,
+    keyed_locks::KeyedLocks,
     keys,
-    peers::Peers,
-    remote::{ClientRemote, RegistryRemote, Remote, RemoteLayers},
+    port::Source,
+    remote::{ClientRemote, LayerSources, RegistryRemote, Remote},
 };
-pub(crate) use attrs::ImageSpec;
+use async_trait::async_trait;
 pub use attrs::LocalImages;
-pub(crate) use attrs::Mode;
-use attrs::Place;
+use attrs::{ImageLocation, ImageSpec};
 pub(crate) use resolve::Told;
 pub use resolve::document_lease;
 use resolve::{Asked, Resolved};
 use serde::Serialize;
+use shipway_attest::{self as attest, Capture};
 use shipway_fault::{Code, Fault, Result};
-use shipway_llb::{ImageFacts, SourceFacts};
+use shipway_llb::{ImageFacts, ResolveMode, ResolveOptions, SourceFacts, attr};
 use shipway_oci::{ChainId, Descriptor, DiffId, Digest, Platform};
-use shipway_refs::{ImmutableRef, LayerSource, LazyLayer, RefStore};
+use shipway_refs::{ImmutableRef, LazyLayer, RefStore};
 use shipway_registry::{Mode as Access, Registry};
 use std::{sync::Arc, time::SystemTime};
 
-/// Images by name.
-pub(crate) struct Images {
+/// Images of registries, or of clients' layouts.
+pub(crate) struct ImageSource {
     pub refs: RefStore,
     pub registry: Registry,
-    pub flights: Flights,
+    /// One resolves a name, the others find its manifest stored.
+    pub locks: KeyedLocks,
+    pub layers: LayerSources,
     pub prefer: LocalImages,
+    pub kind: ImageKind,
 }
 
 /// What an image's first key is made of (row `src.image.keys`).
@@ -44,113 +48,21 @@ struct ManifestKey<'a> {
     limit: Option<usize>,
 }
 
-/// A reference with the kind of place it is for.
-#[derive(Clone, Copy)]
-pub(crate) enum At<'a> {
-    Registry(&'a str),
-    Layout(&'a str),
+/// Which scheme an image is named with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ImageKind {
+    /// `docker-image`: at the registry that its name names.
+    Registry,
+    /// `oci-layout`: in a layout in a client's directory.
+    Layout,
 }
 
-impl At<'_> {
-    pub(crate) fn parse(self, spec: &SourceSpec) -> Result<ImageSpec> {
-        match self {
-            Self::Registry(reference) => ImageSpec::parse(spec, reference),
-            Self::Layout(reference) => ImageSpec::layout(spec, reference),
+impl ImageSource {
+    fn parse(&self, spec: &SourceSpec) -> Result<ImageSpec> {
+        match self.kind {
+            ImageKind::Registry => ImageSpec::parse(spec, spec.locator()),
+            ImageKind::Layout => ImageSpec::layout(spec, spec.locator()),
         }
-    }
-}
-
-impl Images {
-    pub(crate) async fn pin(
-        &self,
-        spec: &SourceSpec,
-        at: At<'_>,
-        cx: &SourceContext,
-    ) -> Result<Pin> {
-        let image = at.parse(spec)?;
-        let found = self.find(&image, &spec.platform, cx).await?;
-        let (diffs, _) = limited(&image, &found)?;
-        let mut keys = vec![keys::digest(
-            "image",
-            &ManifestKey {
-                digest: found.main.digest,
-                platform: &spec.platform,
-                limit: image.layer_limit,
-            },
-        )];
-        // The second key is the content itself: the same layers under another name, or after a new
-        // push, are the same state.
-        keys.extend(ChainId::of(diffs.iter().copied()).map(|c| c.0));
-        Ok(Pin {
-            keys,
-            ephemeral: false,
-            digest: Some(found.main.digest.to_string()),
-            stored: found.stored,
-        })
-    }
-
-    pub(crate) async fn fetch(
-        &self,
-        spec: &SourceSpec,
-        at: At<'_>,
-        pin: &Pin,
-        cx: &SourceContext,
-    ) -> Result<ImmutableRef> {
-        let mut image = at.parse(spec)?;
-        // What was pinned is what is used, whatever the tag says by now.
-        if let Some(digest) = pin.digest.as_ref().and_then(|d| d.parse().ok()) {
-            image.name = image.name.with_digest(digest);
-            image.mode = attrs::Mode::Local;
-        }
-        let found = self.find(&image, &spec.platform, cx).await?;
-        let (diffs, blobs) = limited(&image, &found)?;
-        if diffs.is_empty() {
-            return self.refs.scratch();
-        }
-        let source = self.layers_of(self.remote(&image, &cx.sessions).await?);
-        let mut layers = Vec::with_capacity(diffs.len());
-        for (diff_id, descriptor) in diffs.iter().zip(blobs) {
-            let here = self.refs.storage().content.has(descriptor).await?;
-            let source = (!here).then(|| source.clone());
-            layers.push(LazyLayer {
-                diff_id: *diff_id,
-                descriptor: descriptor.clone(),
-                source,
-                created: None,
-            });
-        }
-        self.refs.image(layers, format!("pulled from {}", image.name), image.record_type).await
-    }
-
-    /// What the name leads to; with `attestations`, also what is said of it, with the statements of
-    /// these types.
-    pub(crate) async fn resolve(
-        &self,
-        spec: &SourceSpec,
-        at: At<'_>,
-        attestations: Option<&[String]>,
-        cx: &SourceContext,
-    ) -> Result<SourceFacts> {
-        let image = at.parse(spec)?;
-        let found = self.find(&image, &spec.platform, cx).await?;
-        let attestations = match attestations {
-            Some(predicates) => {
-                let remote = self.remote(&image, &cx.sessions).await?;
-                let documents =
-                    resolve::Documents { storage: self.refs.storage(), remote: Some(&*remote) };
-                attested::chain(&documents, &found.main, &spec.platform, predicates)
-                    .await?
-                    .map(Box::new)
-            }
-            None => None,
-        };
-        let resolved = ImageFacts {
-            name: image.name.to_string(),
-            digest: found.main.digest,
-            config: found.config,
-            attestations,
-        };
-        Ok(SourceFacts { image: Some(resolved), ..Default::default() })
     }
 
     async fn find(
@@ -163,8 +75,8 @@ impl Images {
         cx.reporter.status(status.clone(), 0, 0, false);
         // Several stages often start from one image: one asks the registry, the others find its
         // manifest stored.
-        let turn = self.flights.turn(&image.name.to_string()).await;
-        let remote = self.remote(image, &cx.sessions).await?;
+        let turn = self.locks.lock(&image.name.to_string()).await;
+        let remote = self.remote(image, &*cx.clients).await?;
         let asked =
             Asked { storage: self.refs.storage(), remote: &*remote, prefer: self.prefer, cx };
         let found = asked.resolve(image, platform).await;
@@ -190,24 +102,123 @@ impl Images {
         }
     }
 
-    async fn remote(&self, image: &ImageSpec, peers: &dyn Peers) -> Result<Arc<dyn Remote>> {
-        Ok(match &image.place {
-            Place::Registry => Arc::new(RegistryRemote(self.registry.repository(
+    async fn remote(
+        &self,
+        image: &ImageSpec,
+        clients: &dyn ClientServices,
+    ) -> Result<Arc<dyn Remote>> {
+        Ok(match &image.location {
+            ImageLocation::Registry => Arc::new(RegistryRemote(self.registry.repository(
                 &image.name,
-                peers.credentials(),
+                clients.credentials(),
                 Access::Pull,
             ))),
-            Place::Layout { session, store } => {
+            ImageLocation::Layout { session, store } => {
                 let session = Some(session.as_str()).filter(|s| !s.is_empty());
-                let store = peers.client_store(session, &format!("oci:{store}")).await?;
+                let store = clients.client_store(session, &format!("oci:{store}")).await?;
                 Arc::new(ClientRemote { store, name: image.name.to_string() })
             }
         })
     }
+}
 
-    /// The layers of `remote`, each fetched once however many want it.
-    pub(crate) fn layers_of(&self, remote: Arc<dyn Remote>) -> Arc<dyn LayerSource> {
-        Arc::new(RemoteLayers::new(remote, self.flights.clone()))
+#[async_trait]
+impl Source for ImageSource {
+    async fn pin(&self, spec: &SourceSpec, cx: &SourceContext) -> Result<PinnedSource> {
+        let image = self.parse(spec)?;
+        let found = self.find(&image, &spec.platform, cx).await?;
+        let (diffs, _) = limited(&image, &found)?;
+        let mut keys = vec![keys::digest(
+            "image",
+            &ManifestKey {
+                digest: found.main.digest,
+                platform: &spec.platform,
+                limit: image.layer_limit,
+            },
+        )];
+        // The second key is the content itself: the same layers under another name, or after a new
+        // push, are the same state.
+        keys.extend(ChainId::of(diffs.iter().copied()).map(|c| c.0));
+        Ok(PinnedSource {
+            keys,
+            ephemeral: false,
+            digest: Some(found.main.digest.to_string()),
+            stored: found.stored,
+        })
+    }
+
+    async fn fetch(
+        &self,
+        spec: &SourceSpec,
+        pin: &PinnedSource,
+        cx: &SourceContext,
+    ) -> Result<ImmutableRef> {
+        let mut image = self.parse(spec)?;
+        // What was pinned is what is used, whatever the tag says by now.
+        if let Some(digest) = pin.digest.as_ref().and_then(|d| d.parse().ok()) {
+            image.name = image.name.with_digest(digest);
+            image.mode = ResolveMode::PreferLocal;
+        }
+        let found = self.find(&image, &spec.platform, cx).await?;
+        let (diffs, blobs) = limited(&image, &found)?;
+        if diffs.is_empty() {
+            return self.refs.scratch();
+        }
+        let source = self.layers.of(self.remote(&image, &*cx.clients).await?);
+        let mut layers = Vec::with_capacity(diffs.len());
+        for (diff_id, descriptor) in diffs.iter().zip(blobs) {
+            let here = self.refs.storage().content.has(descriptor).await?;
+            let source = (!here).then(|| source.clone());
+            layers.push(LazyLayer {
+                diff_id: *diff_id,
+                descriptor: descriptor.clone(),
+                source,
+                created: None,
+            });
+        }
+        self.refs.image(layers, format!("pulled from {}", image.name), image.record_type).await
+    }
+
+    async fn resolve(
+        &self,
+        spec: &SourceSpec,
+        options: &ResolveOptions,
+        cx: &SourceContext,
+    ) -> Result<SourceFacts> {
+        let mut image = self.parse(spec)?;
+        if !spec.attrs.contains_key(attr::IMAGE_RESOLVE_MODE) {
+            image.mode = options.mode;
+        }
+        let found = self.find(&image, &spec.platform, cx).await?;
+        let attestations = match &options.attestations {
+            Some(predicates) => {
+                let remote = self.remote(&image, &*cx.clients).await?;
+                let documents =
+                    resolve::Documents { storage: self.refs.storage(), remote: Some(&*remote) };
+                attested::chain(&documents, &found.main, &spec.platform, predicates)
+                    .await?
+                    .map(Box::new)
+            }
+            None => None,
+        };
+        let resolved = ImageFacts {
+            name: image.name.to_string(),
+            digest: found.main.digest,
+            config: found.config,
+            attestations,
+        };
+        Ok(SourceFacts { image: Some(resolved), ..Default::default() })
+    }
+
+    fn capture(&self, spec: &SourceSpec, pin: &PinnedSource, capture: &mut Capture) -> Result<()> {
+        capture.add_image(attest::ImageSource {
+            name: self.parse(spec)?.name,
+            platform: Some(spec.platform.clone()),
+            digest: pin.digest.as_ref().and_then(|d| d.parse().ok()),
+            local: self.kind == ImageKind::Layout,
+            stored: pin.stored,
+        });
+        Ok(())
     }
 }
 

@@ -10,22 +10,24 @@
 //! [`SessionCredentials`] is also for those who push.
 
 mod blob;
-mod flight;
+mod clients;
 mod git;
 mod http;
 mod image;
+mod keyed_locks;
 mod keys;
 mod local;
 mod login;
 mod memo;
-mod peers;
 mod port;
 mod remote;
 mod session;
+mod sources;
 
+pub use clients::SshAgent;
 pub use image::{LocalImages, document_lease};
 pub use memo::SourceMemo;
-pub use peers::SshAgent;
-pub use port::{Pin, ResolveWant, SourceContext, SourceOptions, SourceSpec, Sources};
+pub use port::{PinnedSource, SourceContext, SourceSpec};
 pub use remote::{BlobStream, ClientRemote, RegistryRemote, Remote};
 pub use session::{SessionCredentials, forwarded_agent};
+pub use sources::{SourceOptions, Sources};

@@ -2,10 +2,14 @@
 //! (rows `src.local*`).
 
 use crate::{
-    Pin, SourceSpec, keys,
-    peers::{DirPeer, Peers},
+    PinnedSource, SourceContext, SourceSpec,
+    clients::{ClientDirectory, ClientServices},
+    keys,
+    port::Source,
 };
+use async_trait::async_trait;
 use serde::Serialize;
+use shipway_attest::Capture;
 use shipway_fault::{Context, Fault, Result};
 use shipway_filesync::{
     ContentHash, Differ, FileSyncRequest, HashSink, KnownTree, PatternMatcher, ReceiveOptions,
@@ -25,16 +29,17 @@ use std::{
 
 /// How often a transfer tells how far it is.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
-/// Most directories whose contents are remembered, so that the next transfer need not walk them,
-/// and most entries of them all.
-const MAX_KNOWN: (usize, usize) = (64, 100_000);
+/// Most directories whose contents are remembered, so that the next transfer need not walk them.
+const MAX_KNOWN: usize = 64;
+/// Most entries that are remembered of all directories.
+const MAX_ENTRIES: usize = 100_000;
 /// Most files whose identities are remembered of directories that are walked.
 const MAX_IDENTITIES: usize = 2_000_000;
 /// Most patterns of a kind that are taken from an attribute.
 const MAX_PATTERNS: usize = 100_000;
 
 /// Clients' directories.
-pub(crate) struct Locals {
+pub(crate) struct LocalSource {
     refs: RefStore,
     known: Mutex<HashMap<RefId, Known>>,
 }
@@ -148,48 +153,9 @@ struct LocalKey<'a> {
     listed: Option<&'a [String]>,
 }
 
-impl Locals {
+impl LocalSource {
     pub(crate) fn new(refs: RefStore) -> Self {
         Self { refs, known: Mutex::default() }
-    }
-
-    /// The key means nothing beyond the session (row `src.local.key`): steps depend on what they
-    /// read instead.
-    pub(crate) fn pin(&self, spec: &SourceSpec, name: &str, peers: &dyn Peers) -> Result<Pin> {
-        let local = LocalSpec::parse(spec, name)?;
-        let session = local.session.clone().or_else(|| peers.session_id());
-        let session = session
-            .ok_or_else(|| Fault::invalid("could not access local files without session"))?;
-        let FileSyncRequest { dir_name: name, include, exclude, follow, .. } = &local.request;
-        let listed = local.listed.as_deref();
-        let key = keys::digest(
-            "local",
-            &LocalKey { session: &session, name, include, exclude, follow, listed },
-        );
-        Ok(Pin { keys: vec![key], ephemeral: true, digest: Some(key.to_string()), stored: None })
-    }
-
-    pub(crate) async fn fetch(
-        &self,
-        spec: &SourceSpec,
-        name: &str,
-        peers: &dyn Peers,
-        reporter: &Reporter,
-    ) -> Result<ImmutableRef> {
-        let local = LocalSpec::parse(spec, name)?;
-        let mut last = Fault::invalid(format!(
-            "no attached client has the directory {:?}",
-            local.request.dir_name
-        ));
-        for peer in peers.dir_peers(local.session.as_deref()).await? {
-            match self.transfer(&local, &*peer, reporter).await {
-                Ok(state) => return Ok(state),
-                // This client has no such directory; another one of the build may.
-                Err(e) if e.is_not_found() => last = e,
-                Err(e) => return Err(e),
-            }
-        }
-        Err(last)
     }
 
     /// Names directly in `dir` of a client's directory; nothing is transferred.
@@ -198,7 +164,7 @@ impl Locals {
         name: &str,
         session: &str,
         dir: &str,
-        peers: &dyn Peers,
+        clients: &dyn ClientServices,
     ) -> Result<Vec<String>> {
         let below =
             |rest: &str| if dir.is_empty() { rest.to_owned() } else { format!("{dir}/{rest}") };
@@ -208,10 +174,10 @@ impl Locals {
             exclude: vec![below("*/*")],
             ..FileSyncRequest::default()
         };
-        let Some(peer) = peers.dir_peers(Some(session)).await?.into_iter().next() else {
+        let Some(directory) = clients.directories(Some(session)).await?.into_iter().next() else {
             return Ok(Vec::new());
         };
-        let paths = announced(peer.open(&request).await?, MAX_NAMES).await?;
+        let paths = announced(directory.open(&request).await?, MAX_NAMES).await?;
         let prefix = below("");
         Ok(paths
             .iter()
@@ -224,7 +190,7 @@ impl Locals {
     async fn transfer(
         &self,
         local: &LocalSpec,
-        peer: &dyn DirPeer,
+        directory: &dyn ClientDirectory,
         reporter: &Reporter,
     ) -> Result<ImmutableRef> {
         let name = &local.request.dir_name;
@@ -235,7 +201,7 @@ impl Locals {
             key: format!(
                 "local:{name}:{}:{}{}",
                 local.hint,
-                peer.shared_key(),
+                directory.shared_key(),
                 if local.listed.is_some() { ":metadata" } else { "" }
             ),
             description: description.clone(),
@@ -262,16 +228,16 @@ impl Locals {
             }
             None => None,
         };
-        let stream = peer.open(&local.request).await?;
+        let stream = directory.open(&local.request).await?;
         let options = ReceiveOptions {
             differ: local.differ,
             known,
             listed,
             progress: Some(progress_of(name, reporter)),
-            hash: Some(Arc::new(Digests)),
+            hash: Some(Arc::new(TransferHasher)),
             ..Default::default()
         };
-        let digests = Relearn::begin(state.index());
+        let digests = IndexGuard::begin(state.index());
         let received = Receiver::new(mount.path(), options)
             .run(stream)
             .await
@@ -287,7 +253,7 @@ impl Locals {
     }
 
     fn put_known(&self, id: RefId, tree: KnownTree) {
-        let new = if tree.len() > MAX_KNOWN.1 {
+        let new = if tree.len() > MAX_ENTRIES {
             Known::Identities(tree.identities())
         } else {
             Known::Tree(tree)
@@ -299,7 +265,7 @@ impl Locals {
                 .chain([&new])
                 .map(Known::len)
                 .fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
-            known.len() >= MAX_KNOWN.0 || entries > MAX_KNOWN.1 || identities > MAX_IDENTITIES
+            known.len() >= MAX_KNOWN || entries > MAX_ENTRIES || identities > MAX_IDENTITIES
         };
         while full(&known) {
             // Forgetting costs a walk, and of a client that tells its files apart a transfer: which
@@ -311,15 +277,66 @@ impl Locals {
     }
 }
 
+#[async_trait]
+impl Source for LocalSource {
+    /// The key means nothing beyond the session (row `src.local.key`): steps depend on what they
+    /// read instead.
+    async fn pin(&self, spec: &SourceSpec, cx: &SourceContext) -> Result<PinnedSource> {
+        let local = LocalSpec::parse(spec, spec.locator())?;
+        let session = local.session.clone().or_else(|| cx.clients.session_id());
+        let session = session
+            .ok_or_else(|| Fault::invalid("could not access local files without session"))?;
+        let FileSyncRequest { dir_name: name, include, exclude, follow, .. } = &local.request;
+        let listed = local.listed.as_deref();
+        let key = keys::digest(
+            "local",
+            &LocalKey { session: &session, name, include, exclude, follow, listed },
+        );
+        Ok(PinnedSource {
+            keys: vec![key],
+            ephemeral: true,
+            digest: Some(key.to_string()),
+            stored: None,
+        })
+    }
+
+    async fn fetch(
+        &self,
+        spec: &SourceSpec,
+        _pin: &PinnedSource,
+        cx: &SourceContext,
+    ) -> Result<ImmutableRef> {
+        let local = LocalSpec::parse(spec, spec.locator())?;
+        let mut last = Fault::invalid(format!(
+            "no attached client has the directory {:?}",
+            local.request.dir_name
+        ));
+        for directory in cx.clients.directories(local.session.as_deref()).await? {
+            match self.transfer(&local, &*directory, &cx.reporter).await {
+                Ok(state) => return Ok(state),
+                // This client has no such directory; another one of the build may.
+                Err(e) if e.is_not_found() => last = e,
+                Err(e) => return Err(e),
+            }
+        }
+        Err(last)
+    }
+
+    fn capture(&self, spec: &SourceSpec, _pin: &PinnedSource, capture: &mut Capture) -> Result<()> {
+        capture.add_local(spec.locator());
+        Ok(())
+    }
+}
+
 /// Hashes files as they come, in the way that checksums of trees are made of.
-struct Digests;
+struct TransferHasher;
 
 /// What the hash needs to know of a file.
 fn file_stat(mode: FileMode, uid: u32, gid: u32, size: i64, mtime: i64) -> FileStat {
     FileStat { size, mode: mode.permissions(), uid, gid, mtime }
 }
 
-impl ContentHash for Digests {
+impl ContentHash for TransferHasher {
     fn start(&self, stat: &Stat) -> Box<dyn HashSink> {
         Box::new(Sink(FileHasher::new(&file_stat(
             FileMode(stat.mode),
@@ -345,9 +362,9 @@ impl HashSink for Sink {
 
 /// Keeps the index of a directory true while it is written. A transfer that does not come to its
 /// end leaves nothing to trust.
-struct Relearn(Option<TreeIndex>);
+struct IndexGuard(Option<TreeIndex>);
 
-impl Relearn {
+impl IndexGuard {
     fn begin(index: &TreeIndex) -> Self {
         Self(Some(index.clone()))
     }
@@ -359,7 +376,7 @@ impl Relearn {
             match (change.digest, received.tree.get(&change.path)) {
                 // A file that changed while it was sent has a time that no file has.
                 (Some(digest), Some(e)) if e.has_content() && e.mtime != i64::MIN => {
-                    index.learn(
+                    index.record(
                         path,
                         &file_stat(e.mode, e.uid, e.gid, e.size, e.mtime),
                         Digest::from_bytes(digest),
@@ -371,7 +388,7 @@ impl Relearn {
     }
 }
 
-impl Drop for Relearn {
+impl Drop for IndexGuard {
     fn drop(&mut self) {
         if let Some(index) = &self.0 {
             index.clear();
@@ -397,8 +414,7 @@ fn progress_of(name: &str, reporter: &Reporter) -> ProgressFn {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::peers::SshAgent;
-    use async_trait::async_trait;
+    use crate::{SourceMemo, clients::SshAgent};
     use shipway_filesync::{PacketStream, SendOptions, Sender};
     use shipway_oci::Platform;
     use shipway_storage::fake::FakeStorage;
@@ -436,7 +452,7 @@ mod tests {
     }
 
     #[async_trait]
-    impl DirPeer for Client {
+    impl ClientDirectory for Client {
         fn shared_key(&self) -> &str {
             "client"
         }
@@ -459,14 +475,14 @@ mod tests {
     struct Clients(Arc<Client>);
 
     #[async_trait]
-    impl Peers for Clients {
+    impl ClientServices for Clients {
         fn credentials(&self) -> Arc<dyn shipway_registry::CredentialSource> {
             Arc::new(shipway_registry::Anonymous)
         }
         async fn secret(&self, _: &str) -> Result<Option<Vec<u8>>> {
             Ok(None)
         }
-        async fn dir_peers(&self, _: Option<&str>) -> Result<Vec<Arc<dyn DirPeer>>> {
+        async fn directories(&self, _: Option<&str>) -> Result<Vec<Arc<dyn ClientDirectory>>> {
             Ok(vec![self.0.clone()])
         }
         async fn ssh_agent(&self, _: &str) -> Result<SshAgent> {
@@ -483,10 +499,14 @@ mod tests {
         let refs = RefStore::open(FakeStorage::new().unwrap().storage(), root.path().to_owned())
             .await
             .unwrap();
-        let locals = Locals::new(refs.clone());
-        let peers =
+        let locals = LocalSource::new(refs.clone());
+        let clients =
             Clients(Arc::new(Client { dir: client.path().to_owned(), asked: Mutex::default() }));
-        let reporter = Reporter::new(shipway_oci::Digest::of(""), "v".into(), vec![], None);
+        let cx = SourceContext {
+            clients: Arc::new(clients),
+            reporter: Reporter::new(shipway_oci::Digest::of(""), "v".into(), vec![], None),
+            memo: SourceMemo::default(),
+        };
         let source = SourceSpec {
             identifier: "local://context".into(),
             attrs: Default::default(),
@@ -494,8 +514,9 @@ mod tests {
         };
         std::fs::write(client.path().join("a"), "1").unwrap();
 
-        assert!(locals.pin(&source, "context", &peers).unwrap().ephemeral);
-        let first = locals.fetch(&source, "context", &peers, &reporter).await.unwrap();
+        let pin = locals.pin(&source, &cx).await.unwrap();
+        assert!(pin.ephemeral);
+        let first = locals.fetch(&source, &pin, &cx).await.unwrap();
         let id = first.id().clone();
         let read = async |state: &ImmutableRef, name: &str| {
             let mount = state.mount().await.unwrap();
@@ -505,7 +526,7 @@ mod tests {
         drop(first);
         std::fs::remove_file(client.path().join("a")).unwrap();
         std::fs::write(client.path().join("b"), "2").unwrap();
-        let second = locals.fetch(&source, "context", &peers, &reporter).await.unwrap();
+        let second = locals.fetch(&source, &pin, &cx).await.unwrap();
         assert_eq!(
             (read(&second, "a").await, read(&second, "b").await.as_deref()),
             (None, Some("2"))
@@ -526,13 +547,14 @@ mod tests {
         };
         put("3");
         drop(second);
-        let third = locals.fetch(&source, "context", &peers, &reporter).await.unwrap();
+        let third = locals.fetch(&source, &pin, &cx).await.unwrap();
         put("4");
         drop(third);
-        let second = locals.fetch(&source, "context", &peers, &reporter).await.unwrap();
+        let second = locals.fetch(&source, &pin, &cx).await.unwrap();
         assert_eq!(read(&second, "b").await.as_deref(), Some("4"));
 
-        let fault = locals.fetch(&source, "other", &peers, &reporter).await.err().unwrap();
+        let other = SourceSpec { identifier: "local://other".into(), ..source };
+        let fault = locals.fetch(&other, &pin, &cx).await.err().unwrap();
         assert!(fault.to_string().contains("no access allowed"), "{fault}");
         drop(second);
         refs.drained().await;

@@ -1,12 +1,9 @@
 //! What sources told one build. A tag that moves and a page that changes are, for the rest of the
 //! build, what they were when it first asked (row `so.flight`).
 
-use crate::{
-    git::Tip,
-    http::Known,
-    image::{Mode, Told},
-};
+use crate::{git::Tip, http::Known, image::Told};
 use shipway_attest::Stored;
+use shipway_llb::ResolveMode;
 use shipway_oci::Digest;
 use shipway_refs::ImmutableRef;
 use std::{
@@ -23,7 +20,7 @@ pub struct SourceMemo(Arc<Inner>);
 struct Inner {
     files: Mutex<HashMap<Digest, (Known, ImmutableRef)>>,
     tips: Mutex<HashMap<Digest, Tip>>,
-    images: Mutex<HashMap<(String, Mode), Told>>,
+    images: Mutex<HashMap<(String, ResolveMode), Told>>,
 }
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -43,11 +40,11 @@ impl SourceMemo {
         lock(&self.0.tips).get(request).cloned()
     }
 
-    pub(crate) fn image(&self, key: &(String, Mode)) -> Option<Told> {
+    pub(crate) fn image(&self, key: &(String, ResolveMode)) -> Option<Told> {
         lock(&self.0.images).get(key).cloned()
     }
 
-    pub(crate) fn keep_image(&self, key: (String, Mode), told: Told) {
+    pub(crate) fn keep_image(&self, key: (String, ResolveMode), told: Told) {
         lock(&self.0.images).insert(key, told);
     }
 

@@ -1,18 +1,19 @@
 //! Where the documents and layers of an image, or of a cache, are fetched from: the port
 //! [`Remote`], a registry's repository, and a content store of a client.
 
-use crate::{SessionCredentials, flight::Flights};
+use crate::{SessionCredentials, keyed_locks::KeyedLocks};
 use async_trait::async_trait;
 use bytes::Bytes;
 use shipway_fault::{Context, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName, media};
 use shipway_progress::Reporter;
-use shipway_refs::LayerSource;
+use shipway_refs::{LayerSource, LayerSourceId};
 use shipway_registry::Repository;
 use shipway_session::{ClientBlob, ClientStore, SessionGroup, SessionId};
 use shipway_storage::{BlobReader, ContentStore, DISTRIBUTION_SOURCE, Ingest, Labels, LeaseId};
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
@@ -232,21 +233,49 @@ pub(crate) fn media_type_of(bytes: &[u8]) -> Option<String> {
 
 /// The layers of one place, fetched when somebody reads them: often a later build than the one that
 /// found the place, whose client may be gone.
-pub(crate) struct RemoteLayers {
+struct RemoteLayers {
+    id: LayerSourceId,
     remote: Arc<dyn Remote>,
-    flights: Flights,
+    locks: KeyedLocks,
     /// The clients of builds that want the layers, the latest first. Before anybody said so, who
     /// found the place answers.
     wanted_by: Mutex<Option<SessionGroup>>,
 }
 
-impl RemoteLayers {
-    pub(crate) fn new(remote: Arc<dyn Remote>, flights: Flights) -> Self {
-        Self { remote, flights, wanted_by: Mutex::default() }
+/// The layers of all places that states have yet to fetch some of. Clones share them.
+#[derive(Clone, Default)]
+pub(crate) struct LayerSources {
+    locks: KeyedLocks,
+    known: Arc<Mutex<HashMap<LayerSourceId, Weak<RemoteLayers>>>>,
+}
+
+impl LayerSources {
+    /// The layers of `remote`; each is fetched once however many want it.
+    pub(crate) fn of(&self, remote: Arc<dyn Remote>) -> Arc<dyn LayerSource> {
+        let layers = Arc::new(RemoteLayers {
+            id: LayerSourceId::next(),
+            remote,
+            locks: self.locks.clone(),
+            wanted_by: Mutex::default(),
+        });
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|_, layers| layers.strong_count() > 0);
+        known.insert(layers.id, Arc::downgrade(&layers));
+        layers
     }
 
+    /// Lets `sessions` answer for the layers of the source `id`.
+    pub(crate) fn wanted_by(&self, id: LayerSourceId, sessions: &SessionGroup) {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(layers) = known.get(&id).and_then(Weak::upgrade) {
+            layers.join(sessions);
+        }
+    }
+}
+
+impl RemoteLayers {
     /// Lets `sessions` answer for the layers, before those that did up to now and are still there.
-    pub(crate) fn join(&self, sessions: &SessionGroup) {
+    fn join(&self, sessions: &SessionGroup) {
         let mut all = self.wanted_by.lock().unwrap_or_else(PoisonError::into_inner);
         let before: &[SessionId] = all.as_ref().map_or(&[], |g| g.ids());
         if before.starts_with(sessions.ids()) {
@@ -270,6 +299,10 @@ impl RemoteLayers {
 
 #[async_trait]
 impl LayerSource for RemoteLayers {
+    fn id(&self) -> LayerSourceId {
+        self.id
+    }
+
     async fn fetch(
         &self,
         layer: &Descriptor,
@@ -278,7 +311,7 @@ impl LayerSource for RemoteLayers {
         progress: Option<&Reporter>,
     ) -> Result<()> {
         // Two builds that want the same layer: one fetches, the other finds it there.
-        let _turn = self.flights.turn(&layer.digest.to_string()).await;
+        let _one = self.locks.lock(&layer.digest.to_string()).await;
         let ingest = Ingest {
             reference: format!("shipway-layer-{}", layer.digest),
             expected: Some(layer.digest),

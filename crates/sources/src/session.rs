@@ -1,6 +1,6 @@
-//! [`Peers`] over attached sessions.
+//! [`ClientServices`] over attached sessions.
 
-use crate::peers::{DirPeer, Peers, SshAgent};
+use crate::clients::{ClientDirectory, ClientServices, SshAgent};
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use shipway_fault::{Code, Fault, Result};
@@ -161,7 +161,7 @@ fn remaining(expires_in: i64, issued_at: i64) -> Option<Duration> {
 struct SessionDirs(Session);
 
 #[async_trait]
-impl DirPeer for SessionDirs {
+impl ClientDirectory for SessionDirs {
     fn shared_key(&self) -> &str {
         self.0.shared_key()
     }
@@ -209,7 +209,7 @@ pub async fn forwarded_agent(sessions: &SessionGroup, id: &str, below: &Path) ->
 const AGENT: &str = "agent.sock";
 
 #[async_trait]
-impl Peers for SessionGroup {
+impl ClientServices for SessionGroup {
     fn credentials(&self) -> Arc<dyn CredentialSource> {
         Arc::new(SessionCredentials::new(self.clone()))
     }
@@ -218,32 +218,32 @@ impl Peers for SessionGroup {
         first(self, async |s: Session| s.secret(id).await).await
     }
 
-    async fn dir_peers(&self, session: Option<&str>) -> Result<Vec<Arc<dyn DirPeer>>> {
-        let mut peers: Vec<Arc<dyn DirPeer>> = Vec::new();
+    async fn directories(&self, session: Option<&str>) -> Result<Vec<Arc<dyn ClientDirectory>>> {
+        let mut clients: Vec<Arc<dyn ClientDirectory>> = Vec::new();
         let wanted = session.map(SessionId::new);
         if let Some(id) = &wanted
             && let Ok(found) = self.hub().get(id).await
         {
-            peers.push(Arc::new(SessionDirs(found)));
+            clients.push(Arc::new(SessionDirs(found)));
         }
         for id in self.ids().iter().filter(|id| Some(*id) != wanted.as_ref()) {
             // The first one may still be on its way: builds start before their sessions are
             // attached.
-            let found = if peers.is_empty() {
+            let found = if clients.is_empty() {
                 self.hub().get(id).await.ok()
             } else {
                 self.hub().try_get(id)
             };
-            peers.extend(found.map(|s| Arc::new(SessionDirs(s)) as Arc<dyn DirPeer>));
+            clients.extend(found.map(|s| Arc::new(SessionDirs(s)) as Arc<dyn ClientDirectory>));
         }
-        if peers.is_empty() {
+        if clients.is_empty() {
             let fault = Fault::new(
                 Code::FailedPrecondition,
                 "could not access local files without session",
             );
             return Err(fault.hint("the client that asked for this build has disconnected"));
         }
-        Ok(peers)
+        Ok(clients)
     }
 
     async fn upload(&self, host: &str, path: &str) -> Result<Upload> {

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use shipway_attest::Stored;
 use shipway_fault::Code;
 use shipway_http::DeniedNetworks;
+use shipway_llb::ResolveOptions;
 use shipway_oci::{
     ChainId, Descriptor, DiffId, Digest, ImageConfig, Index, Manifest, Platform, RootFs, media,
 };
@@ -17,9 +18,7 @@ use shipway_refs::{
 };
 use shipway_registry::{Registry, RegistryConfig};
 use shipway_session::{SessionGroup, SessionHub};
-use shipway_sources::{
-    LocalImages, ResolveWant, SourceContext, SourceMemo, SourceOptions, SourceSpec, Sources,
-};
+use shipway_sources::{LocalImages, SourceContext, SourceMemo, SourceOptions, SourceSpec, Sources};
 use shipway_storage::{
     ContentStore, Images, Labels, LeaseId, Leases, built_labels, fake::FakeStorage,
 };
@@ -53,11 +52,8 @@ impl Bench {
 
 fn cx() -> SourceContext {
     let sessions = SessionGroup::new(SessionHub::new(), []);
-    SourceContext {
-        sessions,
-        reporter: Reporter::new(Digest::of("v"), "v".into(), vec![], None),
-        memo: SourceMemo::default(),
-    }
+    let reporter = Reporter::new(Digest::of("v"), "v".into(), vec![], None);
+    SourceContext::new(sessions, reporter, SourceMemo::default())
 }
 
 fn spec(identifier: impl Into<String>, attrs: &[(&str, &str)]) -> SourceSpec {
@@ -201,10 +197,10 @@ async fn what_is_said_of_an_image_is_told_with_its_signature() {
     let (manifest, said, signature) = image.attest();
     let web = registry(&image);
     let source = spec(format!("docker-image://{}/a/b:1", web.host), &[]);
-    let want = ResolveWant { attestations: Some(vec!["q".into()]), ..Default::default() };
+    let want = ResolveOptions { attestations: Some(vec!["q".into()]), ..Default::default() };
     let found = bench
         .sources
-        .resolve(&source, want.clone(), &cx())
+        .resolve(&source, &want, &cx())
         .await
         .unwrap()
         .image
@@ -229,7 +225,7 @@ async fn what_is_said_of_an_image_is_told_with_its_signature() {
     let arm = SourceSpec { platform: "linux/arm64".parse().unwrap(), ..source.clone() };
     let other = bench
         .sources
-        .resolve(&arm, want, &cx())
+        .resolve(&arm, &want, &cx())
         .await
         .unwrap()
         .image
@@ -238,8 +234,13 @@ async fn what_is_said_of_an_image_is_told_with_its_signature() {
         .unwrap();
     assert_eq!((other.attestation, other.blobs.len()), (None, 1));
     assert_ne!(other.image, found.image);
-    let plain =
-        bench.sources.resolve(&source, ResolveWant::default(), &cx()).await.unwrap().image.unwrap();
+    let plain = bench
+        .sources
+        .resolve(&source, &ResolveOptions::default(), &cx())
+        .await
+        .unwrap()
+        .image
+        .unwrap();
     assert_eq!(plain.attestations, None);
 }
 
@@ -268,8 +269,13 @@ async fn an_image_is_pinned_and_made_a_state_without_fetching_a_layer() {
         (blobs[0].descriptor.digest, bench.fake.has(&image.layer).await.unwrap()),
         (image.layer.digest, true)
     );
-    let meta =
-        bench.sources.resolve(&source, ResolveWant::default(), &cx()).await.unwrap().image.unwrap();
+    let meta = bench
+        .sources
+        .resolve(&source, &ResolveOptions::default(), &cx())
+        .await
+        .unwrap()
+        .image
+        .unwrap();
     assert_eq!(meta.digest, image.index.digest);
     assert!(String::from_utf8_lossy(&meta.config).contains("amd64"));
 
@@ -348,7 +354,7 @@ async fn which(
     assert_eq!(
         bench
             .sources
-            .resolve(&source, ResolveWant::default(), &cx)
+            .resolve(&source, &ResolveOptions::default(), &cx)
             .await
             .unwrap()
             .image
@@ -586,7 +592,7 @@ async fn a_git_commit_becomes_its_files() {
     assert_eq!(tag.keys, commit.keys, "a tag and its commit are the same files");
     let meta = bench
         .sources
-        .resolve(&at("#v1", &[]), ResolveWant::default(), &cx())
+        .resolve(&at("#v1", &[]), &ResolveOptions::default(), &cx())
         .await
         .unwrap()
         .git
@@ -601,13 +607,13 @@ async fn a_git_commit_becomes_its_files() {
     assert!(fault.to_string().contains("expected checksum to match"), "{fault}");
 
     let build = cx();
-    let want = ResolveWant { git_objects: true, ..Default::default() };
-    let meta = bench.sources.resolve(&at("#v1", &[]), want, &build).await.unwrap().git.unwrap();
+    let want = ResolveOptions { git_objects: true, ..Default::default() };
+    let meta = bench.sources.resolve(&at("#v1", &[]), &want, &build).await.unwrap().git.unwrap();
     assert!(meta.commit_object.starts_with(b"tree ") && meta.tag_object.starts_with(b"object "));
     git(&repo, &["tag", "-f", "-a", "v1", "-m", "moved"]);
     let again = bench
         .sources
-        .resolve(&at("#v1", &[]), ResolveWant::default(), &build)
+        .resolve(&at("#v1", &[]), &ResolveOptions::default(), &build)
         .await
         .unwrap()
         .git
@@ -615,7 +621,7 @@ async fn a_git_commit_becomes_its_files() {
     assert_eq!(again.checksum, meta.checksum, "one build sees one tag");
     let later = bench
         .sources
-        .resolve(&at("#v1", &[]), ResolveWant::default(), &cx())
+        .resolve(&at("#v1", &[]), &ResolveOptions::default(), &cx())
         .await
         .unwrap()
         .git
@@ -996,11 +1002,10 @@ async fn a_token_in_an_address_is_sent_and_shown_nowhere() {
     for (user, login) in
         [(TOKEN.to_owned(), format!("{TOKEN}:")), (format!("me:{TOKEN}"), format!("me:{TOKEN}"))]
     {
-        let cx = SourceContext {
-            reporter: journal
-                .reporter(Digest::of(&user), format!("load git source https://{user}@h/a")),
-            ..cx()
-        };
+        let reporter =
+            journal.reporter(Digest::of(&user), format!("load git source https://{user}@h/a"));
+        let sessions = SessionGroup::new(SessionHub::new(), []);
+        let cx = SourceContext::new(sessions, reporter, SourceMemo::default());
         let git = spec(format!("git://http://{user}@{}/r.git#main", web.host), &[]);
         let fault = bench.sources.pin(&git, &cx).await.unwrap_err();
         assert!(!format!("{fault:?} {fault}").contains(TOKEN), "{fault:?}");
@@ -1053,7 +1058,7 @@ async fn wrong_with(bench: &Bench, source: &SourceSpec) -> String {
     let made = made.await.map(drop).map_err(|fault| fault.to_string());
     let resolved = bench
         .sources
-        .resolve(source, ResolveWant::default(), &cx)
+        .resolve(source, &ResolveOptions::default(), &cx)
         .await
         .map(drop)
         .map_err(|fault| fault.to_string());

@@ -107,7 +107,7 @@ impl TreeIndex {
 
     /// Remembers the digest of a regular file that was just written at `path`, from the tree's
     /// root.
-    pub fn learn(&self, path: &Path, file: &FileStat, digest: Digest) {
+    pub fn record(&self, path: &Path, file: &FileStat, digest: Digest) {
         let mut memory = self.memory();
         if memory.len() < MAX_REMEMBERED {
             memory.insert(Place::of(path), (Stamp::of_file(file).number(), digest));

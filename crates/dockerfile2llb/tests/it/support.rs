@@ -192,7 +192,7 @@ impl Bridge for Fake {
 
     async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta> {
         let name = request.identifier.split_once("://").unwrap().1.to_owned();
-        if request.git_objects {
+        if request.options.git_objects {
             self.add(format!("resolve {} {}\n", request.identifier, quote(&request.log_name)));
             let commit_object =
                 "commit 1\0tree 1\ncommitter a b <a@b> 1700000000 +0100\n\nwhy\n".into();

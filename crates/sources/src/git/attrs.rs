@@ -37,7 +37,7 @@ pub(crate) struct GitSpec {
     /// What the commit or tag must begin with.
     pub checksum: String,
     pub skip_submodules: bool,
-    /// Files get the commit's time.
+    /// HttpSource get the commit's time.
     pub commit_time: bool,
     /// Fetch the commit in `checksum` whatever the reference leads to.
     pub by_commit: bool,

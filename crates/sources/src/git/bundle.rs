@@ -2,7 +2,7 @@
 //! made into (rows `src.git.bundle`).
 
 use super::{GitSpec, Repo, Tip, attrs::is_commit, repo};
-use crate::{SourceSpec, blob::BlobAt, http::Shape, peers::Peers};
+use crate::{SourceSpec, blob::BlobAt, clients::ClientServices, http::Shape};
 use shipway_fault::{Context, Fault, Result};
 use shipway_registry::Registry;
 use std::{os::unix::fs::PermissionsExt as _, path::Path};
@@ -32,7 +32,7 @@ impl Repo<'_> {
     async fn listed(
         &self,
         bundle: &Bundle,
-        peers: &dyn Peers,
+        clients: &dyn ClientServices,
         registry: &Registry,
     ) -> Result<String> {
         let below = format!("refs/shipway/bundles/{}/", bundle.0.digest.hex());
@@ -52,7 +52,7 @@ impl Repo<'_> {
             let refs = format!("+refs/*:{below}*");
             let path = file.display().to_string();
             let brought = async {
-                bundle.0.save(&self.dir, INCOMING, &Shape::default(), peers, registry).await?;
+                bundle.0.save(&self.dir, INCOMING, &Shape::default(), clients, registry).await?;
                 git.run(
                     None,
                     &["fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--", &path, &refs],
@@ -86,10 +86,10 @@ impl Repo<'_> {
     pub(super) async fn tip_in(
         &self,
         bundle: &Bundle,
-        peers: &dyn Peers,
+        clients: &dyn ClientServices,
         registry: &Registry,
     ) -> Result<Tip> {
-        let answer = self.listed(bundle, peers, registry).await?;
+        let answer = self.listed(bundle, clients, registry).await?;
         let reference = &self.spec.reference;
         repo::pick(&answer, reference).ok_or_else(|| {
             Fault::not_found(format!(
@@ -104,11 +104,11 @@ impl Repo<'_> {
         &self,
         sha: &str,
         bundle: &Bundle,
-        peers: &dyn Peers,
+        clients: &dyn ClientServices,
         registry: &Registry,
     ) -> Result<()> {
         if !self.has(sha).await {
-            self.listed(bundle, peers, registry).await?;
+            self.listed(bundle, clients, registry).await?;
         }
         if self.has(sha).await {
             Ok(())

@@ -4,7 +4,7 @@
 //! It is made beside its place and put there when it is whole. What a killed process left in it is
 //! removed by whoever has it next, and one that turns out to be damaged is thrown away.
 
-use super::{Gits, attrs::GitSpec, repo::Repo};
+use super::{GitSource, attrs::GitSpec, repo::Repo};
 use crate::git::Access;
 use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_refs::{LocalMount, NamedRef, NamedRequest, RecordType, Sharing};
@@ -25,7 +25,7 @@ struct Kept {
     named: NamedRef,
 }
 
-impl Gits {
+impl GitSource {
     /// Does `work` in the repository that is kept for the remote. If that is damaged, once more in
     /// a new one.
     pub(super) async fn in_repository<'s, T, F>(

@@ -1,7 +1,7 @@
 //! Which secrets and settings git gets for a remote.
 
 use super::*;
-use crate::peers::DirPeer;
+use crate::clients::ClientDirectory;
 use async_trait::async_trait;
 use shipway_oci::Platform;
 use std::{collections::BTreeMap, sync::Arc};
@@ -10,14 +10,14 @@ use std::{collections::BTreeMap, sync::Arc};
 struct Secrets(BTreeMap<String, Vec<u8>>);
 
 #[async_trait]
-impl Peers for Secrets {
+impl ClientServices for Secrets {
     fn credentials(&self) -> Arc<dyn shipway_registry::CredentialSource> {
         Arc::new(shipway_registry::Anonymous)
     }
     async fn secret(&self, id: &str) -> Result<Option<Vec<u8>>> {
         Ok(self.0.get(id).cloned())
     }
-    async fn dir_peers(&self, _: Option<&str>) -> Result<Vec<Arc<dyn DirPeer>>> {
+    async fn directories(&self, _: Option<&str>) -> Result<Vec<Arc<dyn ClientDirectory>>> {
         Ok(Vec::new())
     }
     async fn ssh_agent(&self, _: &str) -> Result<SshAgent> {

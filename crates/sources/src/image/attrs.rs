@@ -2,23 +2,11 @@
 
 use crate::SourceSpec;
 use shipway_fault::{Fault, Result};
+use shipway_llb::{ResolveMode, attr};
 use shipway_oci::{Digest, ImageName};
 use shipway_refs::RecordType;
 use shipway_storage::ImageRecord;
 use std::str::FromStr;
-
-/// Where an image is looked for (row `src.image.mode`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) enum Mode {
-    /// At the registry, and in containerd's image store if the registry cannot be asked; but images
-    /// that [`LocalImages`] prefers in the store first.
-    #[default]
-    Default,
-    /// In containerd's image store, then at the registry.
-    Local,
-    /// At the registry only.
-    Pull,
-}
 
 /// Which images of containerd's store are taken for a name in `FROM` without asking its registry.
 /// Whatever it says, the store is the fallback for a registry that cannot be asked, a digest is its
@@ -61,7 +49,7 @@ impl FromStr for LocalImages {
 
 /// What an image is fetched from when it is not here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum ImageLocation {
     /// The registry that its name names.
     Registry,
     /// A layout in a client's directory (row `src.oci`).
@@ -77,8 +65,8 @@ pub(crate) enum Place {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ImageSpec {
     pub name: ImageName,
-    pub place: Place,
-    pub mode: Mode,
+    pub location: ImageLocation,
+    pub mode: ResolveMode,
     pub record_type: RecordType,
     /// Use the first so many layers only.
     pub layer_limit: Option<usize>,
@@ -91,11 +79,11 @@ impl ImageSpec {
         let name: ImageName = reference
             .parse()
             .map_err(|e| Fault::invalid(format!("failed to parse image {reference:?}: {e}")))?;
-        let place = Place::Registry;
+        let location = ImageLocation::Registry;
         let mut image = Self {
             name,
-            place,
-            mode: Mode::default(),
+            location,
+            mode: ResolveMode::default(),
             record_type: RecordType::Regular,
             layer_limit: None,
             checksum: None,
@@ -105,13 +93,9 @@ impl ImageSpec {
                 Fault::invalid(format!("image {reference}: {key}={value:?} is wrong: want {want}"))
             };
             match key.as_str() {
-                "image.resolvemode" => {
-                    image.mode = match value.as_str() {
-                        "" | "default" => Mode::Default,
-                        "local" => Mode::Local,
-                        "pull" => Mode::Pull,
-                        _ => return Err(bad("default, pull or local")),
-                    }
+                attr::IMAGE_RESOLVE_MODE => {
+                    image.mode =
+                        ResolveMode::parse(value).ok_or_else(|| bad("default, pull or local"))?;
                 }
                 "image.recordtype" => {
                     image.record_type = match value.as_str() {
@@ -150,7 +134,7 @@ impl ImageSpec {
         let store = Some(attr("oci.store"))
             .filter(|s| !s.is_empty())
             .unwrap_or_else(|| reference.split('@').next().unwrap_or_default().to_owned());
-        image.place = Place::Layout { session: attr("oci.session"), store };
+        image.location = ImageLocation::Layout { session: attr("oci.session"), store };
         Ok(image)
     }
 }
@@ -184,7 +168,7 @@ mod tests {
         .unwrap();
         assert_eq!(
             (image.mode, image.record_type, image.layer_limit),
-            (Mode::Pull, RecordType::Frontend, Some(2))
+            (ResolveMode::ForcePull, RecordType::Frontend, Some(2))
         );
         assert_eq!(image.name.to_string(), "docker.io/library/busybox:latest");
         for (key, bad) in [

@@ -2,7 +2,7 @@
 //! store.
 
 use super::{
-    attrs::{ImageSpec, LocalImages, Mode},
+    attrs::{ImageSpec, LocalImages},
     select,
 };
 use crate::{
@@ -13,6 +13,7 @@ use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use shipway_attest::Stored;
 use shipway_fault::{Class, Code, Context, Fault, Result};
+use shipway_llb::ResolveMode;
 use shipway_oci::{
     Descriptor, Digest, ImageConfig, ImageName, Index, Manifest, Platform, media, timestamp,
 };
@@ -79,7 +80,7 @@ impl Asked<'_> {
                 other => return Ok(Resolved { stored: told.stored, ..other? }),
             }
         }
-        let mut found = match spec.name.digest().filter(|_| spec.mode != Mode::Pull) {
+        let mut found = match spec.name.digest().filter(|_| spec.mode != ResolveMode::ForcePull) {
             Some(digest) => self.pinned(&documents, spec, digest, platform).await?,
             None => self.named(&documents, spec, platform).await?,
         };
@@ -115,11 +116,14 @@ impl Asked<'_> {
         spec: &ImageSpec,
         platform: &Platform,
     ) -> Result<Resolved> {
-        let records =
-            if spec.mode == Mode::Pull { Vec::new() } else { self.records(&spec.name).await? };
+        let records = if spec.mode == ResolveMode::ForcePull {
+            Vec::new()
+        } else {
+            self.records(&spec.name).await?
+        };
         let preferred: Vec<ImageRecord> = records
             .iter()
-            .filter(|r| spec.mode == Mode::Local || self.prefer.prefers(r))
+            .filter(|r| spec.mode == ResolveMode::PreferLocal || self.prefer.prefers(r))
             .cloned()
             .collect();
         let wanted =
@@ -129,7 +133,7 @@ impl Asked<'_> {
             return Ok(found);
         }
         let reference = spec.name.reference();
-        if spec.mode == Mode::Default && !records.is_empty() {
+        if spec.mode == ResolveMode::Default && !records.is_empty() {
             match self.remote.resolve_soon(&reference).await {
                 Ok(main) => return documents.image(main, platform, true).await,
                 Err(error) => {

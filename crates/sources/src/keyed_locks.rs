@@ -8,16 +8,16 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
 /// Turns by name. Clones share them.
 #[derive(Clone, Default)]
-pub(crate) struct Flights(Arc<Mutex<HashMap<String, Weak<AsyncMutex<()>>>>>);
+pub(crate) struct KeyedLocks(Arc<Mutex<HashMap<String, Weak<AsyncMutex<()>>>>>);
 
 /// A turn; ends when dropped.
-pub(crate) struct Turn {
+pub(crate) struct KeyGuard {
     _guard: OwnedMutexGuard<()>,
 }
 
-impl Flights {
+impl KeyedLocks {
     /// Waits for the turn of `name`.
-    pub(crate) async fn turn(&self, name: &str) -> Turn {
+    pub(crate) async fn lock(&self, name: &str) -> KeyGuard {
         let lock = {
             let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             match all.get(name).and_then(Weak::upgrade) {
@@ -30,7 +30,7 @@ impl Flights {
                 }
             }
         };
-        Turn { _guard: lock.lock_owned().await }
+        KeyGuard { _guard: lock.lock_owned().await }
     }
 }
 
@@ -41,11 +41,11 @@ mod tests {
 
     #[tokio::test]
     async fn the_second_waits_for_the_first_of_the_same_name() {
-        let flights = Flights::default();
-        let first = flights.turn("a").await;
-        assert!(flights.turn("a").now_or_never().is_none());
-        assert!(flights.turn("b").now_or_never().is_some());
+        let locks = KeyedLocks::default();
+        let first = locks.lock("a").await;
+        assert!(locks.lock("a").now_or_never().is_none());
+        assert!(locks.lock("b").now_or_never().is_some());
         drop(first);
-        assert!(flights.turn("a").now_or_never().is_some());
+        assert!(locks.lock("a").now_or_never().is_some());
     }
 }

@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 
 /// A client that has directories.
 #[async_trait]
-pub(crate) trait DirPeer: Send + Sync {
+pub(crate) trait ClientDirectory: Send + Sync {
     /// The client's own name for itself, stable over its builds; empty if it gives none.
     fn shared_key(&self) -> &str;
 
@@ -24,7 +24,7 @@ pub(crate) trait DirPeer: Send + Sync {
 
 /// The clients of a build.
 #[async_trait]
-pub(crate) trait Peers: Send + Sync + 'static {
+pub(crate) trait ClientServices: Send + Sync + 'static {
     /// Their credentials for registries.
     fn credentials(&self) -> Arc<dyn CredentialSource>;
 
@@ -32,7 +32,7 @@ pub(crate) trait Peers: Send + Sync + 'static {
     async fn secret(&self, id: &str) -> Result<Option<Vec<u8>>>;
 
     /// Who has directories: the session asked for, if it is attached, and then the others.
-    async fn dir_peers(&self, session: Option<&str>) -> Result<Vec<Arc<dyn DirPeer>>>;
+    async fn directories(&self, session: Option<&str>) -> Result<Vec<Arc<dyn ClientDirectory>>>;
 
     /// A socket that leads to a client's SSH agent.
     async fn ssh_agent(&self, id: &str) -> Result<SshAgent>;
