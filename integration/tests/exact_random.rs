@@ -15,7 +15,8 @@ use shipway_integration::{on_each, random::Random};
 use shipway_oci::{Descriptor, Digest};
 use shipway_progress::Reporter;
 use shipway_refs::{
-    Compression, CompressionKind, ImmutableRef, LayerSource, LazyLayer, RecordType, RefStore,
+    Compression, CompressionKind, ImmutableRef, LayerSource, LayerSourceId, LazyLayer, RecordType,
+    RefStore,
 };
 use shipway_storage::{ContentStore, Labels, LeaseId, Storage};
 use shipway_testkit::Lab;
@@ -274,10 +275,14 @@ fn differences(one: &BTreeMap<Vec<u8>, String>, other: &BTreeMap<Vec<u8>, String
 }
 
 /// Blobs of another namespace.
-struct From(Storage);
+struct From(LayerSourceId, Storage);
 
 #[async_trait::async_trait]
 impl LayerSource for From {
+    fn id(&self) -> LayerSourceId {
+        self.0
+    }
+
     async fn fetch(
         &self,
         layer: &Descriptor,
@@ -285,7 +290,7 @@ impl LayerSource for From {
         lease: &LeaseId,
         _: Option<&Reporter>,
     ) -> Result<()> {
-        let blob = self.0.content.read_all(layer.digest, layer.size).await?;
+        let blob = self.1.content.read_all(layer.digest, layer.size).await?;
         content.put(lease, blob, &Labels::new()).await.map(drop)
     }
 
@@ -304,7 +309,7 @@ async fn image(
     layers: &[shipway_refs::LayerBlob],
     from: &Storage,
 ) -> ImmutableRef {
-    let source: Arc<dyn LayerSource> = Arc::new(From(from.clone()));
+    let source: Arc<dyn LayerSource> = Arc::new(From(LayerSourceId::next(), from.clone()));
     let lazy = |b: &shipway_refs::LayerBlob| LazyLayer {
         diff_id: b.diff_id,
         descriptor: b.descriptor.clone(),
