@@ -20,6 +20,17 @@ pub fn on_each(check: impl Fn(Flavour)) {
     }
 }
 
+/// The same on every containerd that can be had, for what depends on how a version talks to its
+/// plug-ins.
+pub fn on_all(check: impl Fn(Flavour)) {
+    let all = Flavour::all();
+    assert!(!all.is_empty(), "no containerd is installed; `cargo xtask test` installs it");
+    for flavour in all {
+        eprintln!("on containerd {} ({flavour:?})", flavour.version());
+        check(flavour);
+    }
+}
+
 /// The containerd for tests whose behavior does not depend on its version: the newest here.
 pub fn any() -> Flavour {
     *Flavour::present().last().expect("no containerd is installed; `cargo xtask test` installs it")

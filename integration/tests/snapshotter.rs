@@ -6,7 +6,7 @@
 use serde_json::Value;
 use shipway_containerd::Containerd;
 use shipway_fault::Code;
-use shipway_integration::{build_text, collect_garbage, nothing_left, on_each, remove_everything};
+use shipway_integration::{build_text, collect_garbage, nothing_left, on_all, remove_everything};
 use shipway_storage::{Labels, LeaseId, SnapshotKey};
 use shipway_testkit::{BaseImage, Finished, Flavour, Lab, LabOptions, Layer, run, wait_for};
 use std::{
@@ -100,7 +100,7 @@ fn block_on<T>(work: impl Future<Output = T>) -> T {
 
 #[test]
 fn images_are_pulled_run_and_removed_without_a_trace() {
-    on_each(|flavour| {
+    on_all(|flavour| {
         let lab = lab(flavour);
         let (image, chain) = image(&lab);
         pull(&lab, "default", &image).ok();
@@ -127,7 +127,7 @@ fn images_are_pulled_run_and_removed_without_a_trace() {
 
 #[test]
 fn a_layer_is_had_once_by_all_namespaces_and_lost_by_none() {
-    on_each(|flavour| {
+    on_all(|flavour| {
         let lab = lab(flavour);
         let (image, chain) = image(&lab);
         pull(&lab, "default", &image).ok();
@@ -172,7 +172,7 @@ fn a_layer_is_had_once_by_all_namespaces_and_lost_by_none() {
 
 #[test]
 fn our_builds_work_on_it() {
-    on_each(|flavour| {
+    on_all(|flavour| {
         let mut lab = lab(flavour);
         BaseImage::busybox().push(&lab.registry(), "library/busybox", "latest");
         lab.start_daemon();
@@ -253,7 +253,7 @@ fn clear(lab: &Lab) {
 
 #[test]
 fn the_snapshotter_may_be_killed_between_and_within_operations() {
-    on_each(|flavour| {
+    on_all(|flavour| {
         let mut lab = lab(flavour);
         let (image, _) = image(&lab);
         for n in 1..=6 {
@@ -299,7 +299,7 @@ fn the_snapshotter_may_be_killed_between_and_within_operations() {
 
 #[test]
 fn both_may_be_killed_and_agree_afterwards() {
-    on_each(|flavour| {
+    on_all(|flavour| {
         let mut lab = lab(flavour);
         let (image, chain) = image(&lab);
         for n in 1..=4 {
@@ -337,7 +337,7 @@ fn both_may_be_killed_and_agree_afterwards() {
 
 #[test]
 fn setup_is_taken_back_and_doctor_says_what_is_missing() {
-    on_each(|flavour| {
+    on_all(|flavour| {
         let mut lab = lab(flavour);
         let doctor = |lab: &Lab| {
             let mut command = lab.snapshotter_command();
@@ -384,7 +384,7 @@ fn setup_is_taken_back_and_doctor_says_what_is_missing() {
 
 #[test]
 fn what_setup_writes_is_what_containerd_understands() {
-    on_each(|flavour| {
+    on_all(|flavour| {
         let lab = lab(flavour);
         let cri = "[plugins.\"io.containerd.grpc.v1.cri\".containerd";
         let plain = format!("version = 2\n{cri}]\n  snapshotter = \"overlayfs\"\n");
@@ -408,7 +408,9 @@ fn what_setup_writes_is_what_containerd_understands() {
             .stdout
             .replace('"', "'");
             let section = match flavour {
-                Flavour::System => "[plugins.'io.containerd.grpc.v1.cri'.containerd]",
+                Flavour::System | Flavour::Between => {
+                    "[plugins.'io.containerd.grpc.v1.cri'.containerd]"
+                }
                 Flavour::Newer => "[plugins.'io.containerd.cri.v1.images']",
             };
             let section =

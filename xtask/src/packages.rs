@@ -1,5 +1,5 @@
 //! Real parts: what the system lacks comes from its own package archive; a newer containerd, buildx
-//! and the registry are unpacked below `target/lab/root`, beside the system and not into it
+//! and the registry are unpacked below `target/lab`, beside the system and not into it
 //! (installing them would start or replace services).
 
 use crate::cargo::{root_command, succeed};
@@ -33,16 +33,27 @@ pub fn prepare() -> Result<Missing, String> {
     install()?;
     let mut missing = Missing::default();
     if which("docker-registry").is_none() {
-        unpack("stable", &own_suite()?, &["docker-registry"])?;
+        unpack("stable", &own_suite()?, "root", &["docker-registry"])?;
     }
     let newer =
         which("docker-buildx").is_some() && lab_dir().join("root/usr/bin/containerd").exists();
     let fetched =
-        if newer { Ok(()) } else { unpack("sid", "sid", &["docker-buildx", "containerd"]) };
-    if let Err(why) = fetched {
-        let note = "docker-buildx and containerd 2.1 (Debian sid could not be reached)";
-        eprintln!("{note}: {why}");
-        missing.0.push(note.into());
+        if newer { Ok(()) } else { unpack("sid", "sid", "root", &["docker-buildx", "containerd"]) };
+    let next = which("ctr-remote").is_some() && lab_dir().join("next/usr/bin/containerd").exists();
+    // The snapshotter of the other package is not used, but its writer of lazy images.
+    let beside = if next {
+        Ok(())
+    } else {
+        unpack("trixie", "trixie", "next", &["containerd", "stargz-snapshotter"])
+    };
+    for (fetched, note) in [
+        (fetched, "docker-buildx and containerd 2.1 (Debian sid could not be reached)"),
+        (beside, "containerd 1.7 and ctr-remote (Debian trixie could not be reached)"),
+    ] {
+        if let Err(why) = fetched {
+            eprintln!("{note}: {why}");
+            missing.0.push(note.into());
+        }
     }
     for optional in ["buildctl", "nerdctl", "crictl"] {
         if which(optional).is_none() {
@@ -89,9 +100,9 @@ fn own_suite() -> Result<String, String> {
     Ok(name.trim_matches('"').to_owned())
 }
 
-/// Unpacks `packages` of a Debian suite below `target/lab/root`, with apt but without touching the
+/// Unpacks `packages` of a Debian suite below `target/lab/<to>`, with apt but without touching the
 /// system's state.
-fn unpack(name: &str, suite: &str, packages: &[&str]) -> Result<(), String> {
+fn unpack(name: &str, suite: &str, to: &str, packages: &[&str]) -> Result<(), String> {
     println!("fetching {} of Debian {suite} …", packages.join(" "));
     let apt = lab_dir().join("apt").join(name);
     let io = |e: std::io::Error| format!("{}: {e}", apt.display());
@@ -122,7 +133,7 @@ fn unpack(name: &str, suite: &str, packages: &[&str]) -> Result<(), String> {
     let mut download = command();
     download.arg("download").args(packages);
     succeed(download)?;
-    let root = lab_dir().join("root");
+    let root = lab_dir().join(to);
     fs::create_dir_all(&root).map_err(io)?;
     let archives: Vec<PathBuf> =
         fs::read_dir(apt.join("dl")).map_err(io)?.flatten().map(|e| e.path()).collect();

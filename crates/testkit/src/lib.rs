@@ -61,8 +61,8 @@ pub fn built(name: &str) -> PathBuf {
 
 /// The first program `name` on PATH or among the lab's own.
 pub fn which(name: &str) -> Option<PathBuf> {
-    let own =
-        [lab_dir().join("root/usr/bin"), lab_dir().join("root/usr/libexec/docker/cli-plugins")];
+    let own = ["root/usr/bin", "root/usr/libexec/docker/cli-plugins", "next/usr/bin"]
+        .map(|dir| lab_dir().join(dir));
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).chain(own).map(|dir| dir.join(name)).find(|p| p.is_file())
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 pub(super) fn containerd(dir: &Path, flavour: Flavour, sandbox: Option<&str>) -> String {
     let cri = sandbox.map(|image| cri(dir, flavour, image)).unwrap_or_default();
     let dir = dir.display();
-    let version = if flavour == Flavour::System { 2 } else { 3 };
+    let version = if flavour == Flavour::Newer { 3 } else { 2 };
     let mut disabled = vec!["snapshotter.v1.devmapper", "snapshotter.v1.zfs"];
     if flavour == Flavour::Newer {
         disabled.extend(["nri.v1.nri", "snapshotter.v1.blockfile"]);
@@ -46,7 +46,7 @@ disabled_plugins = [{disabled}]
 fn cri(dir: &Path, flavour: Flavour, sandbox: &str) -> String {
     let dir = dir.display();
     match flavour {
-        Flavour::System => format!(
+        Flavour::System | Flavour::Between => format!(
             "\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = \"{sandbox}\"\n  restrict_oom_score_adj = true\n\
              [plugins.\"io.containerd.grpc.v1.cri\".cni]\n  conf_dir = \"{dir}/cni\"\n"
         ),

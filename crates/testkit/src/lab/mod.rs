@@ -18,6 +18,8 @@ use std::{
 pub enum Flavour {
     /// The distribution's, on PATH (1.6 on Debian 12).
     System,
+    /// The one of Debian's next suite, unpacked below `target/lab/next` (1.7).
+    Between,
     /// The newer one unpacked below `target/lab/root` (2.1).
     Newer,
 }
@@ -25,12 +27,22 @@ pub enum Flavour {
 impl Flavour {
     /// Those that are here. A test that finds fewer than two says so.
     pub fn present() -> Vec<Self> {
-        [Self::System, Self::Newer].into_iter().filter(|f| f.containerd().is_some()).collect()
+        Self::all().into_iter().filter(|f| *f != Self::Between).collect()
+    }
+
+    /// All that are here, for what depends on each version's way of talking to its plug-ins.
+    pub fn all() -> Vec<Self> {
+        let all = [Self::System, Self::Between, Self::Newer];
+        all.into_iter().filter(|f| f.containerd().is_some()).collect()
     }
 
     /// Its bin directory, if it is not on PATH anyway.
     fn bin(self) -> Option<PathBuf> {
-        (self == Self::Newer).then(|| lab_dir().join("root/usr/bin"))
+        match self {
+            Self::System => None,
+            Self::Between => Some(lab_dir().join("next/usr/bin")),
+            Self::Newer => Some(lab_dir().join("root/usr/bin")),
+        }
     }
 
     fn containerd(self) -> Option<PathBuf> {
