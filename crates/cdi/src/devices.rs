@@ -1,12 +1,11 @@
 //! The devices there are, and what a name means among them.
 
 use crate::spec::{self, Spec};
+use oci_spec::runtime::{LinuxDeviceType, LinuxIntelRdt};
 use rustix::fs::FileType;
-use serde_json::json;
-use shipway_executor::{DeviceNode, Edits, Hook, spec::SpecMount};
+use shipway_executor::{DeviceNode, Edits, Hook, HookPoint, spec::mount};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_gocompat::parse_bool;
-use shipway_storage::Mount;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
@@ -177,39 +176,32 @@ fn append(all: &mut Edits, more: &spec::Edits) -> Result<()> {
     all.interfaces.extend(
         more.net_devices.iter().map(|i| (i.host_interface_name.0.clone(), i.name.0.clone())),
     );
-    all.mounts.extend(more.mounts.iter().map(|m| SpecMount {
-        target: m.container_path.0.clone(),
-        mount: Mount {
-            kind: m.r#type.0.clone(),
-            source: m.host_path.0.clone(),
-            target: String::new(),
-            options: texts(&m.options),
-        },
-    }));
-    all.hooks.extend(more.hooks.iter().map(|h| Hook {
-        when: h.hook_name.0.clone(),
-        path: h.path.0.clone(),
-        args: texts(&h.args),
-        env: texts(&h.env),
-        timeout: h.timeout,
-    }));
+    all.mounts.extend(
+        more.mounts
+            .iter()
+            .map(|m| mount(&m.container_path.0, &m.r#type.0, &m.host_path.0, texts(&m.options))),
+    );
+    for hook in &more.hooks {
+        let name = &hook.hook_name.0;
+        let when = HookPoint::of(name)
+            .ok_or_else(|| Fault::invalid(format!("invalid hook name {name:?}")))?;
+        all.hooks.push(Hook {
+            when,
+            path: hook.path.0.clone(),
+            args: texts(&hook.args),
+            env: texts(&hook.env),
+            timeout: hook.timeout,
+        });
+    }
     if let Some(rdt) = &more.intel_rdt {
-        let mut value = json!({});
-        for (key, text) in [
-            ("closID", &rdt.clos_id),
-            ("l3CacheSchema", &rdt.l3_cache_schema),
-            ("memBwSchema", &rdt.mem_bw_schema),
-        ] {
-            if !text.0.is_empty() {
-                value[key] = json!(text.0);
-            }
-        }
-        if let Some(schemata) = &rdt.schemata {
-            value["schemata"] = json!(texts(schemata));
-        }
-        if rdt.enable_monitoring {
-            value["enableMonitoring"] = json!(true);
-        }
+        let text = |text: &spec::Text| Some(text.0.clone()).filter(|t| !t.is_empty());
+        let mut value = LinuxIntelRdt::default();
+        value
+            .set_clos_id(text(&rdt.clos_id))
+            .set_l3_cache_schema(text(&rdt.l3_cache_schema))
+            .set_mem_bw_schema(text(&rdt.mem_bw_schema))
+            .set_schemata(rdt.schemata.as_deref().map(texts))
+            .set_enable_monitoring(rdt.enable_monitoring.then_some(true));
         all.rdt = Some(value);
     }
     all.groups.extend(&more.additional_gids);
@@ -220,8 +212,14 @@ fn append(all: &mut Edits, more: &spec::Edits) -> Result<()> {
 fn node(wanted: &spec::Node) -> Result<DeviceNode> {
     let path = wanted.path.0.clone();
     let host = if wanted.host_path.0.is_empty() { &path } else { &wanted.host_path.0 };
+    let named = match wanted.r#type.0.as_str() {
+        "" => None,
+        kind => Some(kind.parse().map_err(|_| {
+            Fault::invalid(format!("CDI device {path:?}: {kind:?} is not a type of device"))
+        })?),
+    };
     let mut node = DeviceNode {
-        kind: wanted.r#type.0.clone(),
+        kind: named.unwrap_or_default(),
         major: wanted.major,
         minor: wanted.minor,
         mode: wanted.file_mode,
@@ -234,14 +232,14 @@ fn node(wanted: &spec::Node) -> Result<DeviceNode> {
         },
         path: path.clone(),
     };
-    let known = !node.kind.is_empty() && (node.major != 0 || node.kind == "p");
+    let known = named.is_some_and(|kind| node.major != 0 || kind == LinuxDeviceType::P);
     let found = rustix::fs::lstat(host)
         .map_err(|e| Fault::io(format!("failed to stat CDI host device {host:?}"), e.into()))
         .and_then(|stat| {
             let kind = match FileType::from_raw_mode(stat.st_mode) {
-                FileType::BlockDevice => "b",
-                FileType::CharacterDevice => "c",
-                FileType::Fifo => "p",
+                FileType::BlockDevice => LinuxDeviceType::B,
+                FileType::CharacterDevice => LinuxDeviceType::C,
+                FileType::Fifo => LinuxDeviceType::P,
                 _ => {
                     return Err(Fault::invalid(format!(
                         "failed to stat CDI host device {host:?}: not a device node"
@@ -260,14 +258,15 @@ fn node(wanted: &spec::Node) -> Result<DeviceNode> {
     if known {
         return Ok(node);
     }
-    if !node.kind.is_empty() && node.kind != kind {
+    if let Some(named) = named.filter(|named| *named != kind) {
         return Err(Fault::invalid(format!(
-            "CDI device ({path:?}, {host:?}), host type mismatch ({}, {kind})",
-            node.kind
+            "CDI device ({path:?}, {host:?}), host type mismatch ({}, {})",
+            named.as_str(),
+            kind.as_str()
         )));
     }
-    node.kind = kind.into();
-    if kind != "p" {
+    node.kind = kind;
+    if kind != LinuxDeviceType::P {
         (node.major, node.minor) =
             (rustix::fs::major(stat.st_rdev).into(), rustix::fs::minor(stat.st_rdev).into());
     }

@@ -1,8 +1,10 @@
 //! What a device of the host changes in a runtime specification (row `exec.cdi`): crate `cdi` reads
-//! it from files, [`Edits::apply`] does it.
+//! it from files, the specification's builder makes it.
 
-use crate::{Identity, spec::SpecMount};
-use serde_json::{Value, json};
+use oci_spec::runtime::{
+    self, Hooks, Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxIntelRdt,
+    LinuxNetDevice, Mount, Process, User,
+};
 
 /// Changes of one or several devices, in the order in which they are made. Those of mounts are made
 /// with the process's other mounts.
@@ -15,11 +17,11 @@ pub struct Edits {
     /// Network interfaces of the host that move into the container: name there, name inside.
     pub interfaces: Vec<(String, String)>,
     /// Mounts; the source is a path of the host.
-    pub mounts: Vec<SpecMount>,
+    pub mounts: Vec<Mount>,
     /// Programs of the host that the runtime runs.
     pub hooks: Vec<Hook>,
-    /// Intel's resource director, as the runtime specification has it (`linux.intelRdt`).
-    pub rdt: Option<Value>,
+    /// Intel's resource director.
+    pub rdt: Option<LinuxIntelRdt>,
     /// Additional groups of the process.
     pub groups: Vec<u32>,
 }
@@ -29,8 +31,8 @@ pub struct Edits {
 pub struct DeviceNode {
     /// Absolute path in the container.
     pub path: String,
-    /// `b`, `c`, `u` or `p`.
-    pub kind: String,
+    /// Block device, character device or FIFO.
+    pub kind: LinuxDeviceType,
     /// Major number.
     pub major: i64,
     /// Minor number.
@@ -48,8 +50,8 @@ pub struct DeviceNode {
 /// A program that the runtime runs at some point of the container's life.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hook {
-    /// When, in the words of the runtime specification, such as `createContainer`.
-    pub when: String,
+    /// When.
+    pub when: HookPoint,
     /// Absolute path on the host.
     pub path: String,
     /// Arguments, the name of the program first.
@@ -60,144 +62,129 @@ pub struct Hook {
     pub timeout: Option<i64>,
 }
 
-/// The value at `key` of an object, made by `new` if it is not there.
-fn entry<'a>(object: &'a mut Value, key: &str, new: fn() -> Value) -> &'a mut Value {
-    let slot = &mut object[key];
-    if slot.is_null() {
-        *slot = new();
-    }
-    slot
+/// A point of a container's life at which hooks run; what each means is in the runtime
+/// specification.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum HookPoint {
+    Prestart,
+    #[default]
+    CreateRuntime,
+    CreateContainer,
+    StartContainer,
+    Poststart,
+    Poststop,
 }
 
-fn push(object: &mut Value, key: &str, value: Value) {
-    if let Value::Array(list) = entry(object, key, || json!([])) {
-        list.push(value);
+impl HookPoint {
+    /// The point with the specification's name, such as `createContainer`.
+    pub fn of(name: &str) -> Option<Self> {
+        Some(match name {
+            "prestart" => Self::Prestart,
+            "createRuntime" => Self::CreateRuntime,
+            "createContainer" => Self::CreateContainer,
+            "startContainer" => Self::StartContainer,
+            "poststart" => Self::Poststart,
+            "poststop" => Self::Poststop,
+            _ => return None,
+        })
     }
 }
 
 impl Edits {
-    /// Makes all changes but those of mounts in `spec`, the specification of a process that runs as
-    /// `who`.
-    pub(crate) fn apply(&self, spec: &mut Value, who: &Identity) {
-        for variable in &self.env {
-            set_variable(&mut spec["process"], variable);
-        }
-        for node in &self.nodes {
-            node.apply(&mut spec["linux"], who);
-        }
-        for (outside, inside) in &self.interfaces {
-            entry(&mut spec["linux"], "netDevices", || json!({}))[outside] =
-                json!({ "name": inside });
-        }
-        for hook in &self.hooks {
-            let mut value = json!({ "path": hook.path, "args": hook.args, "env": hook.env });
-            if let Some(seconds) = hook.timeout {
-                value["timeout"] = json!(seconds);
-            }
-            push(entry(spec, "hooks", || json!({})), &hook.when, value);
-        }
-        if let Some(rdt) = &self.rdt {
-            spec["linux"]["intelRdt"] = rdt.clone();
-        }
+    /// Changes of the process itself.
+    pub(crate) fn apply_to_process(&self, process: &mut Process) {
+        let mut env = process.env().clone().unwrap_or_default();
+        self.env.iter().for_each(|variable| set_variable(&mut env, variable));
+        process.set_env(Some(env));
+        let groups = process.user_mut().additional_gids_mut();
         for group in &self.groups {
-            let user = &mut spec["process"]["user"];
-            let known =
-                user["additionalGids"].as_array().is_some_and(|all| all.contains(&json!(group)));
+            let known = groups.as_ref().is_some_and(|all| all.contains(group));
             if *group != 0 && !known {
-                push(user, "additionalGids", json!(group));
+                groups.get_or_insert_default().push(*group);
             }
         }
     }
+
+    /// Changes of what surrounds a process that runs as `user`, but for mounts.
+    pub(crate) fn apply_to_linux(&self, linux: &mut Linux, user: &User) {
+        for node in &self.nodes {
+            node.apply(linux, user);
+        }
+        for (outside, inside) in &self.interfaces {
+            let mut device = LinuxNetDevice::default();
+            device.set_name(Some(inside.clone()));
+            linux.net_devices_mut().get_or_insert_default().insert(outside.clone(), device);
+        }
+        if let Some(rdt) = &self.rdt {
+            linux.set_intel_rdt(Some(rdt.clone()));
+        }
+    }
+
+    /// All hooks, each list in the given order; `None` if there are none.
+    #[allow(deprecated, reason = "prestart hooks are still in files of devices")]
+    pub(crate) fn hooks(&self) -> Option<Hooks> {
+        let mut hooks = Hooks::default();
+        for hook in &self.hooks {
+            let list = match hook.when {
+                HookPoint::Prestart => hooks.prestart_mut(),
+                HookPoint::CreateRuntime => hooks.create_runtime_mut(),
+                HookPoint::CreateContainer => hooks.create_container_mut(),
+                HookPoint::StartContainer => hooks.start_container_mut(),
+                HookPoint::Poststart => hooks.poststart_mut(),
+                HookPoint::Poststop => hooks.poststop_mut(),
+            };
+            list.get_or_insert_default().push(hook.typed());
+        }
+        (!self.hooks.is_empty()).then_some(hooks)
+    }
 }
 
-/// Takes the place of a variable of the same name, or goes to the end.
-fn set_variable(process: &mut Value, variable: &str) {
+impl Hook {
+    fn typed(&self) -> runtime::Hook {
+        let mut hook = runtime::Hook::default();
+        hook.set_path(self.path.clone().into())
+            .set_args(Some(self.args.clone()))
+            .set_env(Some(self.env.clone()))
+            .set_timeout(self.timeout);
+        hook
+    }
+}
+
+/// Takes the place of the last variable of the same name, or goes to the end.
+fn set_variable(env: &mut Vec<String>, variable: &str) {
     let name = variable.split('=').next().unwrap_or_default();
-    let same = |v: &Value| {
-        v.as_str().and_then(|v| v.strip_prefix(name)).is_some_and(|rest| rest.starts_with('='))
-    };
-    let old = process["env"].as_array_mut().and_then(|all| all.iter_mut().rev().find(|v| same(v)));
-    match old {
-        Some(old) => *old = json!(variable),
-        None => push(process, "env", json!(variable)),
+    let same = |v: &String| v.strip_prefix(name).is_some_and(|rest| rest.starts_with('='));
+    match env.iter_mut().rev().find(|v| same(v)) {
+        Some(old) => *old = variable.to_owned(),
+        None => env.push(variable.to_owned()),
     }
 }
 
 impl DeviceNode {
-    fn apply(&self, linux: &mut Value, who: &Identity) {
-        let mut device = json!({ "path": self.path, "type": self.kind, "major": self.major, "minor": self.minor });
+    fn apply(&self, linux: &mut Linux, user: &User) {
         let own = |id: u32| (id != 0).then_some(id);
-        for (key, value) in [
-            ("fileMode", self.mode),
-            ("uid", self.uid.or(own(who.uid))),
-            ("gid", self.gid.or(own(who.gid))),
-        ] {
-            if let Some(value) = value {
-                device[key] = json!(value);
-            }
+        let mut device = LinuxDevice::default();
+        device
+            .set_path(self.path.clone().into())
+            .set_typ(self.kind)
+            .set_major(self.major)
+            .set_minor(self.minor)
+            .set_file_mode(self.mode)
+            .set_uid(self.uid.or(own(user.uid())))
+            .set_gid(self.gid.or(own(user.gid())));
+        let devices = linux.devices_mut().get_or_insert_default();
+        devices.retain(|d| d.path() != device.path());
+        devices.push(device);
+        if matches!(self.kind, LinuxDeviceType::B | LinuxDeviceType::C) {
+            let mut rule = LinuxDeviceCgroup::default();
+            rule.set_allow(true)
+                .set_typ(Some(self.kind))
+                .set_major(Some(self.major))
+                .set_minor(Some(self.minor))
+                .set_access(Some(self.access.clone()));
+            let resources = linux.resources_mut().get_or_insert_default();
+            resources.devices_mut().get_or_insert_default().push(rule);
         }
-        if let Some(all) = linux["devices"].as_array_mut() {
-            all.retain(|d| d["path"] != self.path.as_str());
-        }
-        push(linux, "devices", device);
-        if self.kind == "b" || self.kind == "c" {
-            let rule = json!({ "allow": true, "type": self.kind, "major": self.major, "minor": self.minor, "access": self.access });
-            push(entry(linux, "resources", || json!({})), "devices", rule);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_change_goes_where_the_runtime_looks_for_it() {
-        let null = DeviceNode {
-            path: "/dev/n".into(),
-            kind: "c".into(),
-            major: 1,
-            minor: 3,
-            access: "rw".into(),
-            ..Default::default()
-        };
-        let edits = Edits {
-            env: vec!["A=2".into(), "AB=3".into()],
-            nodes: vec![
-                DeviceNode { mode: Some(0o600), ..null.clone() },
-                DeviceNode { gid: Some(7), ..null.clone() },
-                DeviceNode { path: "/p".into(), kind: "p".into(), major: 0, minor: 0, ..null },
-            ],
-            interfaces: vec![("ib0".into(), "eth9".into())],
-            hooks: vec![Hook {
-                when: "createContainer".into(),
-                path: "/h".into(),
-                timeout: Some(5),
-                ..Default::default()
-            }],
-            rdt: Some(json!({ "closID": "x" })),
-            groups: vec![0, 44, 5, 44],
-            mounts: vec![],
-        };
-        let mut spec = json!({
-            "process": { "env": ["A=1", "B=1"], "user": { "uid": 9, "additionalGids": [5] } },
-            "linux": { "resources": { "devices": [{ "allow": false }] } },
-        });
-        edits.apply(&mut spec, &Identity { uid: 9, gid: 8, ..Default::default() });
-        let rule = json!({ "allow": true, "type": "c", "major": 1, "minor": 3, "access": "rw" });
-        let expected = json!({
-            "process": { "env": ["A=2", "B=1", "AB=3"], "user": { "uid": 9, "additionalGids": [5, 44] } },
-            "linux": {
-                "resources": { "devices": [{ "allow": false }, rule, rule] },
-                "devices": [
-                    { "path": "/dev/n", "type": "c", "major": 1, "minor": 3, "uid": 9, "gid": 7 },
-                    { "path": "/p", "type": "p", "major": 0, "minor": 0, "uid": 9, "gid": 8 },
-                ],
-                "netDevices": { "ib0": { "name": "eth9" } },
-                "intelRdt": { "closID": "x" },
-            },
-            "hooks": { "createContainer": [{ "path": "/h", "args": [], "env": [], "timeout": 5 }] },
-        });
-        assert_eq!(spec, expected);
     }
 }

@@ -22,7 +22,7 @@ pub mod stubs;
 pub mod trust;
 mod wires;
 
-pub use edits::{DeviceNode, Edits, Hook};
+pub use edits::{DeviceNode, Edits, Hook, HookPoint};
 pub use identity::Identity;
 pub use process::{
     CgroupParent, ExecMount, Executor, ExitStatus, HostEntry, Keep, MountSource, NetworkMode,

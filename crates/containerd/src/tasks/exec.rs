@@ -55,7 +55,9 @@ async fn join(
             let view = RootView::open(&running.root.mounts, Access::Read)?;
             let who = identity::resolve(&view, &process.user)?;
             set_variables(&mut process.env, running.variables.clone());
-            let spec = spec::process(&process, &who, inner.config.apparmor.as_deref(), &inner.host);
+            let user = spec::user(who.uid, who.gid, who.groups);
+            let apparmor = inner.config.apparmor.as_deref();
+            let spec = spec::process(&process, &user, apparmor, &inner.host)?;
             let bytes = serde_json::to_vec(&spec)
                 .map_err(|e| Fault::internal(format!("write a process specification: {e}")))?;
             let prefix = format!("{}-", process.id);

@@ -3,9 +3,10 @@
 //! and what must not be left behind. Blocks; dropping [`Prepared`] undoes it.
 
 use super::{Inner, stdio};
+use oci_spec::runtime::{self, User};
 use shipway_executor::{
     Access, Attached, ExecMount, Identity, MountSource, NetworkMode, Outlet, ProcessSpec, RootFs,
-    RootView, Secret, Security, etc, identity, spec::SpecMount, stubs::Stubs, trust::Trust,
+    RootView, Secret, Security, etc, identity, spec, stubs::Stubs, trust::Trust,
 };
 use shipway_fault::{Context, Fault, Result};
 use shipway_gocompat::path::rooted;
@@ -26,8 +27,9 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// What was prepared; dropping it removes it from the host.
 pub(super) struct Prepared {
-    pub(super) identity: Identity,
-    pub(super) mounts: Vec<SpecMount>,
+    /// Who the process runs as.
+    pub(super) user: User,
+    pub(super) mounts: Vec<runtime::Mount>,
     pub(super) stubs: Option<Stubs>,
     /// Certificates that the process is made to trust.
     pub(super) trust: Option<Trust>,
@@ -69,17 +71,8 @@ pub(super) fn remove_flat(dir: &Path) {
     let _ = std::fs::remove_dir(dir);
 }
 
-fn bind(target: &str, source: &Path, options: &[&str]) -> SpecMount {
-    let options = options.iter().map(|o| (*o).to_owned()).collect();
-    SpecMount {
-        target: target.into(),
-        mount: Mount {
-            kind: "bind".into(),
-            source: source.display().to_string(),
-            target: String::new(),
-            options,
-        },
-    }
+fn bind<const N: usize>(target: &str, source: &Path, options: [&str; N]) -> runtime::Mount {
+    spec::mount(target, "bind", source, options)
 }
 
 fn write_file(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
@@ -132,7 +125,7 @@ struct Builder<'a> {
     id: &'a str,
     dir: &'a Path,
     secrets: &'a Path,
-    mounts: Vec<SpecMount>,
+    mounts: Vec<runtime::Mount>,
     attached: Vec<Attached>,
 }
 
@@ -162,12 +155,12 @@ impl Builder<'_> {
             // An active snapshot that is only read would be locked by mounting it as it is; and one
             // without an upper directory is read-only anyway.
             mount.options.push(mode.into());
-            self.mounts.push(SpecMount { target: target.into(), mount });
+            self.mounts.push(spec::mount(target, &mount.kind, mount.source, mount.options));
             return Ok(());
         }
         let at = self.dir.join(format!("mount-{}", self.attached.len()));
         let attached = Attached::new(mounts, access, path.unwrap_or("/"), &at)?;
-        self.mounts.push(bind(target, attached.path(), &["rbind", mode]));
+        self.mounts.push(bind(target, attached.path(), ["rbind", mode]));
         self.attached.push(attached);
         Ok(())
     }
@@ -184,7 +177,7 @@ impl Builder<'_> {
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode & 0o777))
         });
         own.map_err(|e| Fault::io(format!("set the owner of the secret for {target}"), e))?;
-        self.mounts.push(bind(target, &path, &["rbind", "ro", "nosuid", "nodev", "noexec"]));
+        self.mounts.push(bind(target, &path, ["rbind", "ro", "nosuid", "nodev", "noexec"]));
         Ok(())
     }
 
@@ -212,7 +205,7 @@ impl Builder<'_> {
                 })
             }
             MountSource::Host(path) => {
-                self.mounts.push(bind(target, path, &["rbind", mode]));
+                self.mounts.push(bind(target, path, ["rbind", mode]));
                 Ok(())
             }
             MountSource::Content { bytes, uid, gid, mode } => {
@@ -223,13 +216,7 @@ impl Builder<'_> {
                 if *size > 0 {
                     options.push(format!("size={size}"));
                 }
-                let mount = Mount {
-                    kind: "tmpfs".into(),
-                    source: "tmpfs".into(),
-                    target: String::new(),
-                    options,
-                };
-                self.mounts.push(SpecMount { target: target.into(), mount });
+                self.mounts.push(spec::mount(target, "tmpfs", "tmpfs", options));
                 Ok(())
             }
         }
@@ -247,7 +234,7 @@ impl Builder<'_> {
             self.mounts.push(bind(
                 &format!("/etc/{name}"),
                 &path,
-                &["nosuid", "noexec", "nodev", "rbind", "ro"],
+                ["nosuid", "noexec", "nodev", "rbind", "ro"],
             ));
         }
         Ok(())
@@ -306,8 +293,8 @@ pub(super) fn prepare(
     let targets = mounts
         .iter()
         .map(|m| &m.target)
-        .chain(process.edits.mounts.iter().map(|m| &m.target))
-        .map(String::as_str);
+        .map(String::as_str)
+        .chain(process.edits.mounts.iter().filter_map(|m| m.destination().to_str()));
     let stubs = if root.read_only {
         None
     } else {
@@ -335,7 +322,7 @@ pub(super) fn prepare(
         None => None,
     };
     Ok(Prepared {
-        identity,
+        user: spec::user(identity.uid, identity.gid, identity.groups),
         mounts,
         stubs,
         trust,

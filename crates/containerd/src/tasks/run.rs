@@ -180,7 +180,7 @@ fn specification(
 ) -> Result<Vec<u8>> {
     let prepared =
         parts.prepared.as_ref().ok_or_else(|| Fault::internal("a process was not prepared"))?;
-    let around = spec::Surroundings {
+    let ctx = spec::SpecContext {
         cgroups_path: cgroups_path(inner, process),
         netns: parts.netns.as_ref().map(|l| l.path().display().to_string()),
         mounts: prepared.mounts.clone(),
@@ -191,7 +191,8 @@ fn specification(
     let mut process = ProcessSpec { group: slot.group.clone(), network, ..process.clone() };
     let variables = parts.variables(&process);
     set_variables(&mut process.env, variables);
-    serde_json::to_vec(&spec::build(&process, &prepared.identity, &around, &inner.host))
+    let spec = spec::build(&process, &prepared.user, &ctx, &inner.host)?;
+    serde_json::to_vec(&spec)
         .map_err(|e| Fault::internal(format!("write the runtime specification: {e}")))
 }
 

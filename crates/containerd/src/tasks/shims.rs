@@ -11,9 +11,8 @@ use super::{
     Busy,
     api::{Place, Stdio, TaskApi},
 };
-use serde_json::json;
-use shipway_executor::spec::GROUP_ANNOTATION;
-use shipway_fault::Result;
+use shipway_executor::spec;
+use shipway_fault::{Fault, Result};
 use shipway_storage::Mount;
 use std::{
     sync::{
@@ -135,19 +134,8 @@ impl Shims {
 
     async fn make_keeper(&self, slot: &Slot) -> Result<()> {
         let id = slot.keeper_id();
-        // A runtime looks its program up before it waits for the start; its own binary is always
-        // there.
-        let spec = json!({
-            "ociVersion": "1.0.2",
-            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["/proc/self/exe"], "cwd": "/" },
-            "root": { "path": "rootfs" },
-            "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
-            "linux": {
-                "cgroupsPath": self.api.cgroups_path(&id),
-                "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" }, { "type": "network" }],
-            },
-            "annotations": { GROUP_ANNOTATION: slot.group },
-        });
+        let spec = serde_json::to_vec(&spec::keeper(&slot.group, &self.api.cgroups_path(&id)))
+            .map_err(|e| Fault::internal(format!("write the specification of a keeper: {e}")))?;
         // What a runtime makes in the root would stay in containerd's state for ever, which removes
         // empty directories only: a mount goes with it all.
         let root = Mount {
@@ -156,7 +144,7 @@ impl Shims {
             target: String::new(),
             options: vec!["size=64k".into()],
         };
-        self.api.create_container(&id, spec.to_string().into_bytes(), None, None).await?;
+        self.api.create_container(&id, spec, None, None).await?;
         self.api.create_task(&id, &[root], Stdio::default()).await?;
         self.api.kill(&id).await
     }

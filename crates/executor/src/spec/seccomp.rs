@@ -1,56 +1,71 @@
 //! The seccomp profile of a sandboxed step: data in `seccomp.txt`, and here the rules that look at
 //! arguments.
 
-use serde_json::{Value, json};
+use oci_spec::runtime::{
+    Arch, Capability, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArgBuilder,
+    LinuxSeccompOperator, LinuxSyscall,
+};
 
 const PROFILE: &str = include_str!("seccomp.txt");
 /// Flags of `clone` that make namespaces: `CLONE_NEWNS`, `_NEWUTS`, `_NEWIPC`, `_NEWUSER`,
 /// `_NEWPID`, `_NEWNET` and `_NEWCGROUP`.
 const NAMESPACE_FLAGS: u64 = 0x7E02_0000;
-const ENOSYS: u64 = 38;
+const ENOSYS: u32 = 38;
+const EPERM: u32 = 1;
 /// `AF_VSOCK` reaches the hypervisor; 39 sits between it and the families after.
 const AF_ALG: u64 = 38;
 const AF_VSOCK: u64 = 40;
 
-fn allow(names: &[&str]) -> Value {
-    json!({ "names": names, "action": "SCMP_ACT_ALLOW" })
+fn rule(names: &[&str], action: LinuxSeccompAction) -> LinuxSyscall {
+    let mut rule = LinuxSyscall::default();
+    rule.set_names(names.iter().map(|n| (*n).to_owned()).collect()).set_action(action);
+    rule
 }
 
-fn allow_if(name: &str, index: u32, value: u64, value_two: u64, op: &str) -> Value {
-    let mut arg = json!({ "index": index, "value": value, "op": op });
-    if value_two != 0 || op == "SCMP_CMP_MASKED_EQ" {
-        arg["valueTwo"] = json!(value_two);
+fn allow(names: &[&str]) -> LinuxSyscall {
+    rule(names, LinuxSeccompAction::ScmpActAllow)
+}
+
+/// Allows call `name` if argument `index` compares to `value` as `op` says.
+fn allow_if(name: &str, index: usize, op: LinuxSeccompOperator, value: u64) -> LinuxSyscall {
+    let mut arg = LinuxSeccompArgBuilder::default().index(index).op(op).value(value);
+    if op == LinuxSeccompOperator::ScmpCmpMaskedEq {
+        // For this operator `value` is the mask, and the masked argument has to be zero.
+        arg = arg.value_two(0_u64);
     }
-    json!({ "names": [name], "action": "SCMP_ACT_ALLOW", "args": [arg] })
+    let mut rule = allow(&[name]);
+    rule.set_args(Some(vec![arg.build().expect("every field has a default")]));
+    rule
 }
 
 /// Whether a section's header applies to machine `arch` (Go's name) and a process with `caps`.
-fn applies(header: &str, arch: &str, caps: &[&str]) -> bool {
+fn applies(header: &str, arch: &str, caps: &[Capability]) -> bool {
     let mut words = header.split_whitespace();
     match words.next() {
         Some("always") => true,
         Some("arch") => words.any(|w| w == arch),
-        Some("cap") => words.any(|w| caps.contains(&w)),
+        Some("cap") => words.any(|w| caps.iter().any(|c| format!("CAP_{c}") == w)),
         _ => false,
     }
 }
 
-fn architectures(arch: &str) -> &'static [&'static str] {
+fn architectures(arch: &str) -> &'static [Arch] {
     match arch {
         // Not x32, which kernels are built without: every architecture costs each step milliseconds
         // of compiling the filter.
-        "amd64" => &["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"],
-        "arm64" => &["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"],
-        "s390x" => &["SCMP_ARCH_S390X", "SCMP_ARCH_S390"],
-        "riscv64" => &["SCMP_ARCH_RISCV64"],
-        "ppc64le" => &["SCMP_ARCH_PPC64LE"],
+        "amd64" => &[Arch::ScmpArchX86_64, Arch::ScmpArchX86],
+        "arm64" => &[Arch::ScmpArchAarch64, Arch::ScmpArchArm],
+        "s390x" => &[Arch::ScmpArchS390x, Arch::ScmpArchS390],
+        "riscv64" => &[Arch::ScmpArchRiscv64],
+        "ppc64le" => &[Arch::ScmpArchPpc64le],
         _ => &[],
     }
 }
 
 /// The profile for machine `arch` (Go's name) and a process with capabilities `caps` (row
 /// `exec.sandbox`).
-pub fn profile(arch: &str, caps: &[&str]) -> Value {
+pub(super) fn profile(arch: &str, caps: &[Capability]) -> LinuxSeccomp {
+    use LinuxSeccompOperator::{ScmpCmpEq, ScmpCmpGt, ScmpCmpLt, ScmpCmpMaskedEq};
     let mut rules = Vec::new();
     let (mut included, mut names) = (false, Vec::new());
     for line in PROFILE.lines().filter(|l| !l.starts_with('#')) {
@@ -66,25 +81,28 @@ pub fn profile(arch: &str, caps: &[&str]) -> Value {
     if !names.is_empty() {
         rules.push(allow(&names));
     }
-    rules.push(allow_if("socket", 0, AF_ALG, 0, "SCMP_CMP_LT"));
-    rules.push(allow_if("socket", 0, AF_ALG + 1, 0, "SCMP_CMP_EQ"));
-    rules.push(allow_if("socket", 0, AF_VSOCK, 0, "SCMP_CMP_GT"));
+    rules.push(allow_if("socket", 0, ScmpCmpLt, AF_ALG));
+    rules.push(allow_if("socket", 0, ScmpCmpEq, AF_ALG + 1));
+    rules.push(allow_if("socket", 0, ScmpCmpGt, AF_VSOCK));
     for persona in [0, 0x8, 0x2_0000, 0x2_0008, 0xFFFF_FFFF] {
-        rules.push(allow_if("personality", 0, persona, 0, "SCMP_CMP_EQ"));
+        rules.push(allow_if("personality", 0, ScmpCmpEq, persona));
     }
-    if !caps.contains(&"CAP_SYS_ADMIN") {
-        let flags_argument = u32::from(arch == "s390x");
-        rules.push(allow_if("clone", flags_argument, NAMESPACE_FLAGS, 0, "SCMP_CMP_MASKED_EQ"));
+    if !caps.contains(&Capability::SysAdmin) {
+        let flags_argument = usize::from(arch == "s390x");
+        rules.push(allow_if("clone", flags_argument, ScmpCmpMaskedEq, NAMESPACE_FLAGS));
         // C libraries fall back to clone, whose flags can be looked at, only if clone3 does not
         // exist.
-        rules.push(json!({ "names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS }));
+        let mut clone3 = rule(&["clone3"], LinuxSeccompAction::ScmpActErrno);
+        clone3.set_errno_ret(Some(ENOSYS));
+        rules.push(clone3);
     }
-    json!({
-        "defaultAction": "SCMP_ACT_ERRNO",
-        "defaultErrnoRet": 1,
-        "architectures": architectures(arch),
-        "syscalls": rules,
-    })
+    let mut profile = LinuxSeccomp::default();
+    profile
+        .set_default_action(LinuxSeccompAction::ScmpActErrno)
+        .set_default_errno_ret(Some(EPERM))
+        .set_architectures(Some(architectures(arch).to_vec()))
+        .set_syscalls(Some(rules));
+    profile
 }
 
 #[cfg(test)]
@@ -93,7 +111,11 @@ mod tests {
 
     #[test]
     fn sections_follow_the_machine_and_the_capabilities() {
-        let p = profile("amd64", &["CAP_SYS_CHROOT"]).to_string();
+        let names = |caps: &[Capability]| -> Vec<String> {
+            let rules = profile("amd64", caps).syscalls().clone().unwrap_or_default();
+            rules.iter().flat_map(|rule| rule.names().clone()).collect()
+        };
+        let without = names(&[Capability::SysChroot]);
         for (name, expected) in [
             ("chroot", true),
             ("openat2", true),
@@ -102,8 +124,8 @@ mod tests {
             ("bpf", false),
             ("set_tls", false),
         ] {
-            assert_eq!(p.contains(&format!("\"{name}\"")), expected, "{name}");
+            assert_eq!(without.iter().any(|n| n == name), expected, "{name}");
         }
-        assert!(profile("amd64", &["CAP_SYS_ADMIN"]).to_string().contains("\"mount\""));
+        assert!(names(&[Capability::SysAdmin]).iter().any(|n| n == "mount"));
     }
 }
