@@ -163,11 +163,17 @@ impl<'a> Comparison<'a> {
         Self { toc, codec, seen: vec![false; toc.len()], file: None, difference: None }
     }
 
-    /// The next entry of the tar.
-    pub fn entry(&mut self, entry: &TarEntry) {
+    /// The first difference so far: nothing that follows it is of interest.
+    pub fn difference(&self) -> Option<&Difference> {
+        self.difference.as_ref()
+    }
+
+    /// The next entry of the tar. Returns what the table has there, if that is the same but for the
+    /// data, which is told next.
+    pub fn entry(&mut self, entry: &TarEntry) -> Option<EntryId> {
         self.end_file();
         if self.difference.is_some() {
-            return;
+            return None;
         }
         let mut path = Vec::new();
         let known = match toc::clean(&entry.path, &mut path) {
@@ -177,16 +183,20 @@ impl<'a> Comparison<'a> {
                     && path == TOC_NAME.as_bytes()
                     && matches!(entry.kind, TarKind::File(_)) =>
             {
-                return;
+                return None;
             }
             Ok(()) => self.toc.find(&path),
             Err(_) => None,
         };
-        let Some(known) = known else { return self.differ(&entry.path, Mismatch::NotInToc) };
+        let Some(known) = known else {
+            self.differ(&entry.path, Mismatch::NotInToc);
+            return None;
+        };
         let is_new = !std::mem::replace(&mut self.seen[known.id().index()], true);
         let mismatch = if is_new { self.compare(known, entry) } else { Some(Mismatch::Twice) };
         if let Some(mismatch) = mismatch {
-            return self.differ(known.path(), mismatch);
+            self.differ(known.path(), mismatch);
+            return None;
         }
         if let Kind::File { chunks: chunks @ [first, ..], .. } = known.kind() {
             let has_whole = chunks.len() > 1 || first.content == Content::Zeros;
@@ -199,6 +209,7 @@ impl<'a> Comparison<'a> {
                 whole,
             });
         }
+        Some(known.id())
     }
 
     fn compare(&self, known: Entry<'_>, entry: &TarEntry) -> Option<Mismatch> {

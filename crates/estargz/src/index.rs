@@ -6,12 +6,17 @@
 //! goes there, where in the blob it comes from, and what digest it has. Chunks need not begin at
 //! block boundaries within a file (those of containers/storage do not), so places are in bytes, and
 //! a block is there only when all chunks are that touch it.
+//!
+//! What containers do not see has no place: landmarks, and files whose name makes them a whiteout.
 
-use crate::{Chunk, Content, EntryId, Kind, Toc};
+use crate::{Chunk, Content, Entry, EntryId, Kind, Toc};
 use shipway_oci::Digest;
 
 /// Files begin at multiples of so many bytes.
 pub const DATA_BLOCK: u64 = 4096;
+
+/// Prefix of names that stand for something missing below (OCI image specification, layer.md).
+const WHITEOUT: &[u8] = b".wh.";
 
 /// A chunk's place in the file of data and in the blob. In bytes, little endian: data, size, offset
 /// (64 bits each), compressed and inner (32 bits each), digest.
@@ -79,12 +84,19 @@ impl Record {
     }
 }
 
+/// Whether containers see no file where the tar has this one.
+fn is_hidden(file: Entry<'_>) -> bool {
+    let name = file.path().rsplit(|b| *b == b'/').next().unwrap_or_default();
+    file.is_landmark() || name.starts_with(WHITEOUT)
+}
+
 impl Toc {
-    /// Where the data of each file that has any begins in the file of data, in order.
+    /// Where the data of each file that has any begins in the file of data, in order. Landmarks and
+    /// whiteouts are left out.
     pub fn data_starts(&self) -> impl Iterator<Item = (EntryId, u64)> {
         // What is added up is bounded by `MAX_DATA`, and a block for each of `MAX_ENTRIES`.
         let files = self.entries().filter_map(|entry| match entry.kind() {
-            Kind::File { size: size @ 1.., .. } => Some((entry.id(), size)),
+            Kind::File { size: size @ 1.., .. } if !is_hidden(entry) => Some((entry.id(), size)),
             _ => None,
         });
         files.scan(0u64, |end, (id, size)| {

@@ -15,7 +15,7 @@ use shipway_oci::Digest;
 use std::io::Write as _;
 
 /// Where the data of the blobs that these tables are of ends.
-const END: u64 = 10_000;
+const END: u64 = 1_000_000;
 
 fn read_json(json: &str) -> Result<Toc, Error> {
     let layout = Layout {
@@ -106,7 +106,8 @@ fn what_is_right_is_read() {
     let ends: Vec<_> =
         toc.chunks().iter().map(|c| (c.offset, c.end, c.file_offset, c.size)).collect();
     // The last may be followed by anything; so many bytes are enough for any four.
-    assert_eq!(ends, [(100, 200, 0, 5), (200, 300, 0, 5), (300, 300 + 4 + 1 + 4096, 5, 4)]);
+    let end = 300 + 4 + 1 + 4096 + (128 << 10);
+    assert_eq!(ends, [(100, 200, 0, 5), (200, 300, 0, 5), (300, end, 5, 4)]);
     assert!(read_json(r#"{"entries":null,"version":1}"#).unwrap().is_empty());
     assert!(read_json("{\"version\":1}\n").unwrap().is_empty());
 }
@@ -361,8 +362,8 @@ fn chunks_that_cannot_be_are_refused() {
     let undigested = next(200, 5, 4).replace("chunkDigest", "other");
     assert_eq!(problem(&two(first("a", 9, 100, 5), undigested)).2, Problem::Undigested);
     // A short chunk does not make anybody fetch what follows it.
-    let far = read(&two(file("a", 1, 100), file("b", 1, 9_999))).unwrap();
-    assert_eq!(far.chunks()[0].end, 100 + 1 + 4096);
+    let far = read(&two(file("a", 1, 100), file("b", 1, 999_999))).unwrap();
+    assert_eq!(far.chunks()[0].end, 100 + 1 + 4096 + (128 << 10));
 }
 
 #[test]

@@ -237,6 +237,35 @@ fn small_files_are_packed() {
     }
 }
 
+/// A frame goes on after a chunk with headers, and compressors do not care where the chunk ends.
+#[test]
+fn long_headers_follow_a_packed_chunk() {
+    let mut dice = Dice(77);
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut file = |name: &str, data: &[u8], attribute: &[u8]| {
+        if !attribute.is_empty() {
+            tar.append_pax_extensions([("SCHILY.xattr.user.long", attribute)]).unwrap();
+        }
+        let mut header = tar::Header::new_gnu();
+        header.set_size(data.len() as u64);
+        header.set_mode(0o644);
+        tar.append_data(&mut header, name, data).unwrap();
+    };
+    let long: Vec<u8> = (0..60_000).map(|_| dice.below(256) as u8).collect();
+    file("short", b"short", &[]);
+    file("empty", b"", &long);
+    file("next", &[1; 5000], &[]);
+    let tar = tar.into_inner().unwrap();
+    for output in OUTPUTS {
+        let packed = WriterOptions { min_chunk_size: 1 << 20, ..WriterOptions::new(output) };
+        let (blob, written) = write(&tar, packed).unwrap();
+        let layer = open_written(blob, &written, Dialect::Containerd);
+        assert_eq!(layer.toc.frames().count(), 1, "{output:?}");
+        assert_eq!(layer.read("short").unwrap(), b"short", "{output:?}");
+        assert_eq!(layer.read("next").unwrap(), [1; 5000], "{output:?}");
+    }
+}
+
 /// In the order of what is read first, with a landmark.
 #[test]
 fn what_is_read_first_comes_first() {

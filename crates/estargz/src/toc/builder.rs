@@ -30,6 +30,9 @@ pub const MAX_MAJOR: u32 = (1 << 12) - 1;
 /// Largest minor number.
 pub const MAX_MINOR: u32 = (1 << 20) - 1;
 
+/// Most bytes of a block of zstd, compressed or not (RFC 8878 3.1.1.2.4).
+const ZSTD_BLOCK: u64 = 128 << 10;
+
 /// The types of the format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RawKind {
@@ -347,7 +350,7 @@ impl Builder {
                 return Err(Problem::Order);
             }
             if raw.offset > last.offset {
-                end_frame(&mut self.toc.chunks[self.frame..], raw.offset);
+                end_frame(self.codec, &mut self.toc.chunks[self.frame..], raw.offset);
                 self.frame = self.toc.chunks.len();
             }
         }
@@ -383,7 +386,7 @@ impl Builder {
     /// The table, when all entries are in.
     pub fn finish(mut self) -> Result<Toc> {
         self.close().map_err(|problem| self.error(&Raw::default(), problem))?;
-        end_frame(&mut self.toc.chunks[self.frame..], self.payload_end);
+        end_frame(self.codec, &mut self.toc.chunks[self.frame..], self.payload_end);
         self.sort()?;
         self.link()?;
         self.parents()?;
@@ -492,14 +495,16 @@ impl Builder {
 
 /// Sets where the chunks of a frame end, now that it is known where the next frame begins or the
 /// data ends.
-fn end_frame(frame: &mut [Chunk], next: u64) {
+fn end_frame(codec: Codec, frame: &mut [Chunk], next: u64) {
     let Some((offset, bytes)) = frame.last().map(|last| (last.offset, last.inner + last.size))
     else {
         return;
     };
     // No compressor makes data longer by more than an eighth (deflate with fixed codes). So an
-    // index cannot make us fetch a gigabyte for a byte.
-    let most = offset.saturating_add(bytes + bytes / 4 + 4096);
+    // index cannot make us fetch a gigabyte for a byte. A block of zstd is decompressed as a whole,
+    // with what follows the chunk in it, such as headers.
+    let block = if codec == Codec::Zstd { ZSTD_BLOCK } else { 0 };
+    let most = offset.saturating_add(bytes + bytes / 4 + 4096 + block);
     for chunk in frame {
         let told = Some(chunk.end).filter(|end| *end > offset).unwrap_or(next);
         chunk.end = told.min(next).min(most);

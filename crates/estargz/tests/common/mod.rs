@@ -116,7 +116,7 @@ pub fn compare(toc: &Toc, codec: Codec, blob: &[u8]) -> Option<Difference> {
     let frames = BufReader::new(Frames::new(codec, blob).unwrap());
     each(
         frames,
-        |entry, _| comparison.borrow_mut().entry(entry),
+        |entry, _| _ = comparison.borrow_mut().entry(entry),
         |bytes| comparison.borrow_mut().data(bytes),
     )
     .unwrap();
