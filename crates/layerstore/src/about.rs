@@ -1,0 +1,224 @@
+//! What a layer is: one small file of text that says so, with a checksum.
+
+use crate::{Error, Refused, Result, disk};
+use serde::{Deserialize, Serialize};
+use shipway_estargz::{Codec, Landmark};
+use shipway_oci::{Digest, Hasher};
+use std::{fmt, path::Path};
+
+/// Name of the file.
+pub(crate) const ABOUT: &str = "about";
+/// Most bytes of it.
+pub const MAX_ABOUT: u64 = 64 << 10;
+/// Most repositories that a layer remembers; later ones take the place of the oldest.
+pub const MAX_REPOSITORIES: usize = 32;
+/// Most bytes of a repository's name, host included.
+pub const MAX_REPOSITORY: usize = 512;
+/// Most bytes of the difference that a lying layer remembers.
+const MAX_DIFFERENCE: usize = 1024;
+
+/// What makes two layers the same: the same blob, read by the same table of contents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct LayerKey {
+    /// Digest of the blob, as the manifest has it.
+    pub blob: Digest,
+    /// Digest of the table of contents, as the manifest has it, or of another index.
+    pub toc: Digest,
+}
+
+impl LayerKey {
+    /// A hash of both.
+    pub(crate) fn digest(&self) -> Digest {
+        let mut hasher = Hasher::new();
+        hasher.update(self.blob.as_bytes());
+        hasher.update(self.toc.as_bytes());
+        hasher.finish()
+    }
+
+    /// The UUID of the layer's file system: layers that meet in one overlay should differ in it.
+    pub fn uuid(&self) -> [u8; 16] {
+        let mut uuid = [0; 16];
+        uuid.copy_from_slice(&self.digest().as_bytes()[..16]);
+        uuid
+    }
+}
+
+/// Number of a layer, and the name of its directory. None is used twice between two starts of the
+/// machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct LayerNumber(pub u32);
+
+impl fmt::Display for LayerNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What is told of a layer, beside its key, when it is made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Description {
+    /// Bytes of the blob.
+    pub blob_size: u64,
+    /// How it is compressed.
+    pub codec: Codec,
+    /// Where it was seen: `host/name`.
+    pub repository: String,
+}
+
+/// How much is known of a layer's data.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Parts may be there; all are checked before they are served.
+    #[default]
+    Lazy,
+    /// All of it is there and on the disk, and the tar says the same as the table of contents.
+    Whole,
+    /// The tar says something else than the table of contents: the first difference.
+    Lying(String),
+}
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum StoredCodec {
+    Gzip,
+    Zstd,
+}
+
+/// What never changes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Fixed {
+    pub key: LayerKey,
+    pub number: LayerNumber,
+    pub blob_size: u64,
+    codec: StoredCodec,
+    /// As in [`Landmark`]: none, or where to stop fetching at once; zero for nothing ahead.
+    landmark: Option<u64>,
+    pub frames: u32,
+    pub chunks: u32,
+    pub data_blocks: u64,
+    pub meta_bytes: u64,
+    pub meta_digest: Digest,
+}
+
+impl Fixed {
+    pub fn codec(&self) -> Codec {
+        match self.codec {
+            StoredCodec::Gzip => Codec::Gzip,
+            StoredCodec::Zstd => Codec::Zstd,
+        }
+    }
+
+    pub fn landmark(&self) -> Option<Landmark> {
+        self.landmark.map(|end| match end {
+            0 => Landmark::NoPrefetch,
+            end => Landmark::Prefetch { end },
+        })
+    }
+
+    pub fn set(&mut self, codec: Codec, landmark: Option<Landmark>) {
+        self.codec = match codec {
+            Codec::Gzip => StoredCodec::Gzip,
+            Codec::Zstd => StoredCodec::Zstd,
+        };
+        // No blob has data at its very beginning, where a header is.
+        self.landmark = landmark.map(|landmark| match landmark {
+            Landmark::NoPrefetch => 0,
+            Landmark::Prefetch { end } => end,
+        });
+    }
+
+    pub fn new(key: LayerKey, number: LayerNumber) -> Self {
+        Self {
+            key,
+            number,
+            blob_size: 0,
+            codec: StoredCodec::Gzip,
+            landmark: None,
+            frames: 0,
+            chunks: 0,
+            data_blocks: 0,
+            meta_bytes: 0,
+            meta_digest: Digest::from_bytes([0; 32]),
+        }
+    }
+}
+
+/// What changes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Changing {
+    /// Where the layer was seen, the latest last.
+    pub repositories: Vec<String>,
+    pub state: State,
+}
+
+impl Changing {
+    /// Adds a repository; says whether that changed anything.
+    pub fn add(&mut self, repository: &str) -> Result<bool> {
+        if repository.len() > MAX_REPOSITORY {
+            return Err(Refused::RepositoryName.into());
+        }
+        if repository.is_empty() || self.repositories.iter().any(|known| known == repository) {
+            return Ok(false);
+        }
+        if self.repositories.len() >= MAX_REPOSITORIES {
+            self.repositories.remove(0);
+        }
+        self.repositories.push(repository.to_owned());
+        Ok(true)
+    }
+
+    /// Makes it a lying one.
+    pub fn lies(&mut self, difference: &str) {
+        let cut = difference.floor_char_boundary(MAX_DIFFERENCE);
+        self.state = State::Lying(difference[..cut].to_owned());
+    }
+}
+
+/// Both, as they are in the file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct About {
+    #[serde(flatten)]
+    pub fixed: Fixed,
+    #[serde(flatten)]
+    pub changing: Changing,
+}
+
+impl About {
+    fn encode(&self) -> Result<Vec<u8>> {
+        let mut text =
+            serde_json::to_vec(self).map_err(|e| Error::io("write what a layer is", e))?;
+        let sum = Digest::of(&text).to_string();
+        text.push(b'\n');
+        text.extend_from_slice(sum.as_bytes());
+        text.push(b'\n');
+        Ok(text)
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, &'static str> {
+        let (text, sum) = bytes
+            .strip_suffix(b"\n")
+            .and_then(|b| b.iter().rposition(|c| *c == b'\n').map(|at| (&b[..at], &b[at + 1..])))
+            .ok_or("it has no checksum")?;
+        if Digest::of(text).to_string().as_bytes() != sum {
+            return Err("its checksum is wrong");
+        }
+        serde_json::from_slice(text).map_err(|_| "it is not of a version that is known")
+    }
+
+    /// Puts it in the directory of a layer, in the place of what was there.
+    pub fn save(&self, directory: &Path, durable: bool) -> Result<()> {
+        disk::replace(directory, ABOUT, &self.encode()?, durable)
+    }
+
+    pub fn load(directory: &Path, number: LayerNumber) -> Result<Self> {
+        let damaged = |why| Error::Damaged { layer: number, file: ABOUT, why };
+        let bytes = disk::read(&directory.join(ABOUT), MAX_ABOUT)?.ok_or(damaged("it is long"))?;
+        let about = Self::decode(&bytes).map_err(damaged)?;
+        if about.fixed.number != number {
+            return Err(damaged("it is of another layer"));
+        }
+        Ok(about)
+    }
+}

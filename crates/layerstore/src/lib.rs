@@ -1,0 +1,62 @@
+//! Lazy layers on the disk.
+//!
+//! ```text
+//! layers/boot                  the machine's life, and the next number
+//! layers/<number>/about        what layer it is, where it was seen, how much of it is known
+//!                /meta         EROFS image with all names and attributes
+//!                /data         contents of all files, with holes where they were not fetched
+//!                /index        which chunk of the blob goes where in the data
+//!                /claims       a bit for each chunk: it was written once
+//! layers/new.<number>/         a layer that is being made
+//! layers/trash/                what is to be removed
+//! ```
+//!
+//! The kernel reads the image; the data is served by whoever knows which of its blocks are *good*:
+//! everything that touches them was checked in this boot ([`Good`]). A hole is never served.
+//!
+//! - [`LayerStore`] makes, finds and removes layers, and makes room ([`LayerStore::make_room`]).
+//! - [`Layer::verify_blocks`], [`Layer::extents`], [`Layer::write_frame`]: what a miss needs.
+//! - [`Layer::finish`] reads a whole blob; only then a layer can be used without anybody who
+//!   fetches.
+//!
+//! # What is believed
+//!
+//! Data is believed if its digest was computed in this boot, by this process or by an earlier one
+//! that told the keeper of the data ([`Layer::restore`]), or if the layer is whole. Everything else
+//! that the files say of data is only a hint: claims lead to a check, never to a good block. So data
+//! is written without waiting for the disk, in any order, and a kill or a power cut at any point
+//! costs no more than fetching again. `about`, `meta` and `index` have checksums.
+//!
+//! # Dependencies
+//!
+//! `serde_json` is for `about`; `libc` for leases, which rustix has not. The only `unsafe` is there.
+
+mod about;
+mod bits;
+mod build;
+mod disk;
+mod error;
+mod fetch;
+mod finish;
+mod index;
+mod layer;
+mod lease;
+mod room;
+mod store;
+
+pub use about::{
+    Description, LayerKey, LayerNumber, MAX_ABOUT, MAX_REPOSITORIES, MAX_REPOSITORY, State,
+};
+pub use error::{Error, Refused, Result};
+pub use fetch::{Extent, Extents, Frame, JOIN_GAP, MAX_EXTENT};
+pub use index::{Chunk, ChunkId, Chunks};
+pub use layer::{Good, Layer, SEGMENT, Usage};
+pub use room::{Eviction, Evictions, Room, Use};
+pub use store::{Damage, LayerStore, Options};
+
+use std::sync::{Mutex, MutexGuard};
+
+/// What is under our locks stays right whoever panics with one.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
