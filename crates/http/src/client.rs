@@ -22,6 +22,10 @@ use tokio::time::{Instant, timeout};
 /// Most redirects that are followed.
 const MAX_REDIRECTS: usize = 10;
 
+/// Connections to a host that are kept for later: as many as small parts of blobs are fetched over
+/// at once.
+const MAX_IDLE: usize = 16;
+
 /// A request's body.
 pub type Body = UnsyncBoxBody<Bytes, Fault>;
 
@@ -110,7 +114,7 @@ impl Client {
         let inner = legacy::Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(90))
-            .pool_max_idle_per_host(8)
+            .pool_max_idle_per_host(MAX_IDLE)
             .build(connector);
         Ok(Self { inner, timeouts })
     }
@@ -187,6 +191,7 @@ impl Client {
                 let kept = [
                     header::ACCEPT,
                     header::RANGE,
+                    header::CACHE_CONTROL,
                     header::USER_AGENT,
                     header::IF_NONE_MATCH,
                     header::IF_MODIFIED_SINCE,

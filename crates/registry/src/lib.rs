@@ -22,6 +22,7 @@ mod error;
 mod hosts;
 mod hosts_toml;
 mod limit;
+mod piece;
 mod push;
 mod repository;
 mod request;
@@ -30,6 +31,7 @@ pub use blob::BlobReader;
 pub use config::{HostConfig, RegistryConfig, Timing};
 pub use credentials::{Anonymous, CredentialSource, Credentials, Given, Token};
 pub use error::{Error, Kind};
+pub use piece::{BlobHost, BlobPart, BlobRange};
 pub use push::{BodyStream, Pushed};
 pub use repository::{Mode, Registry, Repository};
 

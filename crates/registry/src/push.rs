@@ -19,7 +19,7 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use shipway_fault::Fault;
 use shipway_http::{Body, Client, HttpError, Response, join};
-use shipway_oci::{Descriptor, Digest};
+use shipway_oci::{Descriptor, Digest, Index, Manifest, media};
 use std::{
     sync::{
         Arc,
@@ -236,6 +236,52 @@ impl Repository {
         media_type: &str,
         reference: &str,
     ) -> Result<Descriptor, Error> {
+        self.put_manifest(bytes, media_type, reference).await.map(|(descriptor, _)| descriptor)
+    }
+
+    /// Puts a manifest that refers to another one ([`Manifest::subject`]) under its digest, where
+    /// [`Repository::referrers`] finds it. In a registry that keeps no lists of its own, that is an
+    /// index under a tag, which is written again with the manifest in it (OCI distribution-spec
+    /// 1.1, "Referrers Tag Schema"); who writes it at the same time may be lost.
+    pub async fn push_referrer(&self, manifest: &Manifest) -> Result<Descriptor, Error> {
+        let fail = |why: String| {
+            let host = self.name().registry();
+            Error::new(self.name(), host, "push referrer", Kind::Protocol(why))
+        };
+        let subject = manifest.subject.as_ref();
+        let subject = subject.ok_or_else(|| fail("the manifest has no subject".into()))?.digest;
+        let bytes = serde_json::to_vec(manifest).map_err(|e| fail(e.to_string()))?;
+        let digest = Digest::of(&bytes);
+        let (mut descriptor, listed) =
+            self.put_manifest(bytes.into(), media::OCI_MANIFEST, &digest.to_string()).await?;
+        descriptor.artifact_type.clone_from(&manifest.artifact_type);
+        descriptor.annotations.clone_from(&manifest.annotations);
+        if listed {
+            return Ok(descriptor);
+        }
+        let mut manifests = self.referrers(subject).await?;
+        if manifests.iter().all(|m| m.digest != digest) {
+            manifests.push(descriptor.clone());
+            let index = Index {
+                schema_version: 2,
+                media_type: Some(media::OCI_INDEX.to_owned()),
+                manifests,
+                annotations: Default::default(),
+            };
+            let index = serde_json::to_vec(&index).map_err(|e| fail(e.to_string()))?;
+            let tag = format!("sha256-{}", subject.hex());
+            self.put_manifest(index.into(), media::OCI_INDEX, &tag).await?;
+        }
+        Ok(descriptor)
+    }
+
+    /// Puts a manifest; also whether the registry says that it lists it by its subject.
+    async fn put_manifest(
+        &self,
+        bytes: Bytes,
+        media_type: &str,
+        reference: &str,
+    ) -> Result<(Descriptor, bool), Error> {
         let descriptor = Descriptor::of(media_type, &bytes);
         let mut ask = Ask::new(
             Method::PUT,
@@ -253,7 +299,8 @@ impl Repository {
         confirm(&reply.answer, descriptor.digest).map_err(|kind| {
             Error::new(self.name(), &reply.endpoint.authority, &ask.action, kind)
         })?;
-        Ok(descriptor)
+        let listed = reply.answer.head.headers.contains_key("oci-subject");
+        Ok((descriptor, listed))
     }
 }
 

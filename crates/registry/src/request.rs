@@ -148,7 +148,7 @@ impl Repository {
     }
 
     /// Asks once, answering challenges.
-    async fn once(
+    pub(crate) async fn once(
         &self,
         client: &Client,
         endpoint: &Endpoint,

@@ -10,10 +10,10 @@ use bytes::Bytes;
 use fake::{Fake, Reply, ok, registry, status};
 use futures::{FutureExt, StreamExt, stream};
 use shipway_fault::{Class, Code, Fault};
-use shipway_oci::{Descriptor, Digest, ImageName, media};
+use shipway_oci::{Descriptor, Digest, ImageName, Manifest, media};
 use shipway_registry::{
-    Anonymous, CredentialSource, Credentials, Given, HostConfig, Mode, Pushed, RegistryConfig,
-    Repository,
+    Anonymous, BlobHost, BlobRange, CredentialSource, Credentials, Given, HostConfig, Mode, Pushed,
+    RegistryConfig, Repository,
 };
 use std::{
     collections::HashMap,
@@ -610,5 +610,193 @@ async fn what_refers_to_a_manifest_is_in_a_list_or_below_a_tag() {
         let found = pull(&fake.host).referrers(subject).await.unwrap();
         assert_eq!(found.len(), count, "{:?}", fake.log());
         assert!(found.iter().all(|d| d.digest == Digest::of("sig") && d.artifact_type.as_deref() == Some("sig")));
+    }
+}
+
+/// A blob of which a server gives parts.
+fn part(blob: &[u8], asked: &fake::Asked) -> Reply {
+    let total = blob.len();
+    let Some(range) = asked.header("range").strip_prefix("bytes=") else {
+        return ok(blob.to_vec());
+    };
+    let (first, last) = range.split_once('-').unwrap();
+    let range = match first {
+        "" => total.saturating_sub(last.parse().unwrap())..total,
+        _ => first.parse().unwrap()..last.parse::<usize>().unwrap() + 1,
+    };
+    let said = format!("bytes {}-{}/{total}", range.start, range.end - 1);
+    Reply::Full(206, vec![("content-range", said)], blob[range].to_vec().into())
+}
+
+async fn get(
+    host: &BlobHost,
+    blob: &[u8],
+    range: BlobRange,
+    fresh: bool,
+) -> Result<(u64, Vec<u8>), Fault> {
+    let mut part = host.open(Digest::of(blob), Some(blob.len() as u64), &range, fresh).await?;
+    let mut all = Vec::new();
+    while let Some(piece) = part.next().await? {
+        all.extend_from_slice(&piece);
+    }
+    Ok((part.start(), all))
+}
+
+#[tokio::test]
+async fn parts_of_a_blob_come_in_one_request_from_one_host() {
+    let blob: Vec<u8> = (0..=255).collect();
+    let of_fake = blob.clone();
+    let fake = Fake::start(move |asked| part(&of_fake, asked)).await;
+    let hosts = pull(&fake.host).blob_hosts().await.unwrap();
+    assert_eq!((hosts.len(), hosts[0].authority()), (1, fake.host.as_str()));
+    let host = &hosts[0];
+    let read = get(host, &blob, BlobRange::Bytes(10..20), false).await.unwrap();
+    assert_eq!(read, (10, blob[10..20].to_vec()));
+    let read = get(host, &blob, BlobRange::Last(6), true).await.unwrap();
+    assert_eq!(read, (250, blob[250..].to_vec()));
+    let read = get(host, &blob, BlobRange::Last(1000), false).await.unwrap();
+    assert_eq!(read, (0, blob.clone()));
+    host.warm(Digest::of(&blob)).await;
+    let asked: Vec<(String, String)> = fake
+        .asked()
+        .iter()
+        .map(|a| (a.header("range").to_owned(), a.header("cache-control").to_owned()))
+        .collect();
+    let want = [("bytes=10-19", ""), ("bytes=-6", "no-cache"), ("bytes=-1000", ""), ("", "")];
+    assert_eq!(asked, want.map(|(range, cache)| (range.to_owned(), cache.to_owned())));
+    assert!(fake.log()[3].starts_with("HEAD "));
+}
+
+#[tokio::test]
+async fn what_is_not_the_asked_part_is_refused_or_said() {
+    let blob: Vec<u8> = (0..=255).collect();
+    let full = |said: &str| {
+        let headers = vec![("content-range", said.to_owned())];
+        Reply::Full(206, headers, Bytes::from_static(&[0; 10]))
+    };
+    for said in ["bytes 11-20/256", "bytes 10-20/256", "bytes 10-19/255", "bytes 10-19/5", "", "x"]
+    {
+        let said = said.to_owned();
+        let fake = Fake::start(move |_| full(&said)).await;
+        let host = pull(&fake.host).blob_hosts().await.unwrap().remove(0);
+        get(&host, &blob, BlobRange::Bytes(10..20), false).await.unwrap_err();
+        assert_eq!(fake.log().len(), 1);
+    }
+    // Too little is told apart by who reads.
+    let fake = Fake::start(move |_| full("bytes 10-14/256")).await;
+    let host = pull(&fake.host).blob_hosts().await.unwrap().remove(0);
+    assert!(get(&host, &blob, BlobRange::Bytes(10..20), false).await.is_ok());
+    // A server that does not know ranges.
+    let of_fake = blob.clone();
+    let fake = Fake::start(move |_| ok(of_fake.clone())).await;
+    let host = pull(&fake.host).blob_hosts().await.unwrap().remove(0);
+    let read = get(&host, &blob, BlobRange::Bytes(10..20), false).await.unwrap();
+    assert_eq!(read, (0, blob));
+    let error = get(&host, b"other", BlobRange::Bytes(1..2), false).await.unwrap_err();
+    assert!(error.to_string().contains("size mismatch"), "{error}");
+}
+
+/// Where a blob is redirected to is remembered, without what only the registry may know, until
+/// that address is good no more.
+#[tokio::test]
+async fn redirects_of_blobs_are_remembered_until_they_expire() {
+    let blob: Vec<u8> = (0..=255).collect();
+    let expired = Arc::new(AtomicU32::new(0));
+    let (of_fake, state) = (blob.clone(), expired.clone());
+    let store = Fake::start(move |asked| match state.load(SeqCst) {
+        1 if asked.path.ends_with("sig=0") => status(403),
+        2 => status(503),
+        _ => part(&of_fake, asked),
+    })
+    .await;
+    let (to, life) = (store.host.clone(), Arc::new(Mutex::new("X-Amz-Expires=600")));
+    let (signed, count) = (life.clone(), AtomicU32::new(0));
+    let fake = Fake::start(move |asked| {
+        assert!(!asked.header("authorization").is_empty() || asked.header("x").is_empty());
+        let n = count.fetch_add(1, SeqCst);
+        let location = format!("http://{to}/blob?{}&sig={n}", signed.lock().unwrap());
+        Reply::Full(307, vec![("location", location)], Bytes::new())
+    })
+    .await;
+    // The two fakes are one address with two ports, which are two hosts.
+    let host = pull(&fake.host).blob_hosts().await.unwrap().remove(0);
+    let range = || BlobRange::Bytes(10..20);
+    for _ in 0..3 {
+        assert_eq!(get(&host, &blob, range(), false).await.unwrap().1, blob[10..20]);
+    }
+    assert_eq!((fake.log().len(), store.log().len()), (1, 3));
+    // The address is refused: the registry is asked again.
+    expired.store(1, SeqCst);
+    get(&host.clone(), &blob, range(), false).await.unwrap();
+    assert_eq!((fake.log().len(), store.log().len()), (2, 5));
+    // The store is in trouble, which a new address would not help.
+    expired.store(2, SeqCst);
+    get(&host, &blob, range(), false).await.unwrap_err();
+    assert_eq!((fake.log().len(), store.log().len()), (2, 6));
+    // Asked to forget everything on the way.
+    expired.store(0, SeqCst);
+    get(&host, &blob, range(), true).await.unwrap();
+    assert_eq!(store.asked().last().unwrap().header("cache-control"), "no-cache");
+    assert_eq!(fake.log().len(), 3);
+    // One that expires at once is not used again.
+    *life.lock().unwrap() = "X-Amz-Expires=1";
+    get(&host, &blob, range(), true).await.unwrap();
+    get(&host, &blob, range(), false).await.unwrap();
+    assert_eq!(fake.log().len(), 5);
+}
+
+/// A registry that lists what refers to a manifest is believed; in another one the list is an index
+/// under a tag.
+#[tokio::test]
+async fn what_refers_to_a_manifest_is_found_again() {
+    for lists in [true, false] {
+        let kept: Arc<Mutex<HashMap<String, Bytes>>> = Arc::default();
+        let of_fake = kept.clone();
+        let fake = Fake::start(move |asked| {
+            let name = asked.path.rsplit('/').next().unwrap().to_owned();
+            let mut kept = of_fake.lock().unwrap();
+            if asked.method == "PUT" {
+                kept.insert(name, asked.body.clone());
+                kept.insert(Digest::of(&asked.body).to_string(), asked.body.clone());
+                let listed = ("oci-subject", Digest::of(MANIFEST).to_string());
+                return Reply::Full(
+                    201,
+                    lists.then_some(listed).into_iter().collect(),
+                    Bytes::new(),
+                );
+            }
+            match kept.get(&name) {
+                Some(bytes) if !asked.path.contains("/referrers/") => {
+                    let headers = vec![("content-type", media::OCI_INDEX.to_owned())];
+                    Reply::Full(200, headers, bytes.clone())
+                }
+                _ => status(404),
+            }
+        })
+        .await;
+        let repository = at(&fake.host, RegistryConfig::default(), Arc::new(Anonymous), Mode::Push);
+        let subject = Descriptor::of(media::OCI_MANIFEST, MANIFEST.as_bytes());
+        let manifest = |n: &str| Manifest {
+            schema_version: 2,
+            media_type: Some(media::OCI_MANIFEST.into()),
+            artifact_type: Some("application/x".into()),
+            config: Descriptor::of("application/vnd.oci.empty.v1+json", b"{}"),
+            layers: vec![],
+            subject: Some(subject.clone()),
+            annotations: [("n".to_owned(), n.to_owned())].into(),
+        };
+        let first = repository.push_referrer(&manifest("1")).await.unwrap();
+        repository.push_referrer(&manifest("2")).await.unwrap();
+        repository.push_referrer(&manifest("2")).await.unwrap();
+        let found = repository.referrers(subject.digest).await.unwrap();
+        if lists {
+            assert_eq!(kept.lock().unwrap().len(), 2);
+            continue;
+        }
+        assert_eq!((found.len(), &found[0]), (2, &first));
+        assert_eq!(found[1].artifact_type.as_deref(), Some("application/x"));
+        assert_eq!(found[1].annotations["n"], "2");
+        let none = Manifest { subject: None, ..manifest("3") };
+        assert!(repository.push_referrer(&none).await.is_err());
     }
 }
