@@ -9,7 +9,7 @@ use shipway_fault::{Fault, Result};
 use std::{
     fmt::{self, Write as _},
     fs::File,
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     path::Path,
 };
 
@@ -117,6 +117,12 @@ impl UserNamespace {
     }
 }
 
+impl AsFd for UserNamespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 /// Mounts at the directory `at` a clone of what is at `from`, a directory or a mount, in which
 /// files have the owners of `namespace`: an id of the file is taken as one inside.
 ///
@@ -128,7 +134,7 @@ pub fn clone_mapped(from: &Path, namespace: &UserNamespace, at: &Path) -> Result
     };
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = open_tree(CWD, from, flags).map_err(|e| failed("open_tree", e))?;
-    sys::map_ids(tree.as_fd(), namespace.0.as_fd()).map_err(|e| failed("mount_setattr", e))?;
+    sys::map_ids(tree.as_fd(), namespace.as_fd()).map_err(|e| failed("mount_setattr", e))?;
     move_mount(tree.as_fd(), "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .map_err(|e| failed(&format!("mount at {}", at.display()), e))
 }

@@ -3,7 +3,7 @@
 
 use serde::Deserialize;
 use shipway_fault::{Fault, Result, closest};
-use shipway_snapstore::Sharing;
+use shipway_snapstore::{Sharing, Xino};
 use std::path::{Path, PathBuf};
 
 /// The whole file.
@@ -21,6 +21,8 @@ pub struct Config {
     pub sharing: Sharing,
     /// Options of every overlay mount besides those that it needs.
     pub mount_options: Vec<String>,
+    /// Numbers of files in overlays of layers that were not unpacked.
+    pub xino: Xino,
     /// Logging.
     pub log: Log,
 }
@@ -33,6 +35,7 @@ impl Default for Config {
             status_address: "/run/shipway-snapshotter/status.sock".into(),
             sharing: Sharing::default(),
             mount_options: Vec::new(),
+            xino: Xino::default(),
             log: Log::default(),
         }
     }
@@ -166,7 +169,10 @@ mod tests {
         let shown: toml::Table = toml::from_str(&all).unwrap();
         let mut keys: Vec<&str> = shown.keys().map(String::as_str).collect();
         keys.sort_unstable();
-        assert_eq!(keys, ["address", "log", "mount_options", "root", "sharing", "status_address"]);
+        assert_eq!(
+            keys,
+            ["address", "log", "mount_options", "root", "sharing", "status_address", "xino"]
+        );
     }
 
     #[test]
@@ -175,6 +181,7 @@ mod tests {
             ("rot = '/x'", "unknown field `rot`", Some("did you mean `root`?")),
             ("[log]\nlevels = 'x'", "unknown field `levels`", Some("did you mean `level`?")),
             ("sharing = 'some'", "unknown variant `some`", None),
+            ("xino = 'yes'", "unknown variant `yes`", None),
             ("root = 'relative'", "`root` of x.toml is not an absolute path", None),
             ("mount_options = ['a,b']", "one option each", None),
         ] {

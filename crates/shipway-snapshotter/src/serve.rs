@@ -35,7 +35,12 @@ pub async fn run(config: &Config) -> Result<()> {
         None => bind(&config.address)?,
     };
     let told = bind(&config.status_address)?;
-    let options = Options { sharing: config.sharing, mount_options: config.mount_options.clone() };
+    let options = Options {
+        sharing: config.sharing,
+        mount_options: config.mount_options.clone(),
+        xino: config.xino,
+        ..Options::default()
+    };
     let store = Arc::new(Store::open(&config.root, options, Arc::new(NoLazyLayers))?);
     let worker = store.clone();
     std::thread::Builder::new()

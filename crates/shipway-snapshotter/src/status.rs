@@ -52,7 +52,7 @@ pub struct Disk {
 
 impl Status {
     fn of(store: &Store, config: &Config) -> Self {
-        let Totals { active, views, committed, places, usage, uncounted } = store.totals();
+        let Totals { active, views, committed, places, usage, uncounted, .. } = store.totals();
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
             root: config.root.clone(),

@@ -79,12 +79,17 @@ impl Disk {
         Ok(())
     }
 
-    fn snapshots(&self) -> PathBuf {
+    pub(crate) fn snapshots(&self) -> PathBuf {
         self.root.join("snapshots")
     }
 
     fn trash(&self) -> PathBuf {
         self.root.join("trash")
+    }
+
+    /// Where clones with mapped ids are mounted.
+    pub(crate) fn mapped(&self) -> PathBuf {
+        self.root.join("m")
     }
 
     pub(crate) fn database(&self) -> PathBuf {
@@ -116,9 +121,9 @@ impl Disk {
         }
     }
 
-    /// Makes the directory of a snapshot whose files, still none, belong to the owner of the
-    /// parent's. What an earlier life left there goes to the trash.
-    pub(crate) fn make(&self, id: DirectoryId, parent: Option<&Path>) -> Result<()> {
+    /// Makes the directory of a snapshot whose files, still none, belong to this user and group.
+    /// What an earlier life left there goes to the trash.
+    pub(crate) fn make(&self, id: DirectoryId, owner: Option<(u32, u32)>) -> Result<()> {
         let path = self.directory(id);
         let attempt = || -> io::Result<()> {
             std::fs::DirBuilder::new().mode(0o700).create(&path)?;
@@ -126,9 +131,8 @@ impl Disk {
             std::fs::create_dir(&files)?;
             // Whatever the umask.
             rustix::fs::chmod(&files, Mode::from_raw_mode(0o755))?;
-            if let Some(parent) = parent {
-                let owner = parent.symlink_metadata()?;
-                std::os::unix::fs::lchown(&files, Some(owner.uid()), Some(owner.gid()))?;
+            if let Some((user, group)) = owner {
+                std::os::unix::fs::lchown(&files, Some(user), Some(group))?;
             }
             let work = self.work(id);
             std::fs::create_dir(&work)?;
@@ -228,6 +232,12 @@ impl Disk {
         let path = self.present(id)?;
         usage(&path).context(|| format!("count {}", path.display()))
     }
+}
+
+/// Owner and group of a directory.
+pub(crate) fn owner_of(path: &Path) -> Result<(u32, u32)> {
+    let found = path.symlink_metadata();
+    found.map(|m| (m.uid(), m.gid())).map_err(|e| io_fault(format!("stat {}", path.display()), e))
 }
 
 fn lost(path: &Path) -> Fault {
@@ -500,20 +510,14 @@ mod tests {
     }
 
     #[test]
-    fn files_have_containerds_modes_and_the_owner_of_the_parent() {
+    fn files_have_containerds_modes_and_the_owner_that_was_told() {
         let (_dir, disk) = disk();
-        disk.make(DirectoryId(1), None).unwrap();
-        let parent = disk.files(DirectoryId(1));
-        if rustix::process::geteuid().is_root() {
-            std::os::unix::fs::lchown(&parent, Some(1234), Some(77)).unwrap();
-        }
-        disk.make(DirectoryId(2), Some(&parent)).unwrap();
-        let (above, below) =
-            (disk.files(DirectoryId(2)).metadata().unwrap(), parent.metadata().unwrap());
-        assert_eq!(
-            (above.uid(), above.gid(), above.mode() & 0o7777),
-            (below.uid(), below.gid(), 0o755)
-        );
+        let own = owner_of(&disk.snapshots()).unwrap();
+        let owner = if rustix::process::geteuid().is_root() { (1234, 77) } else { own };
+        disk.make(DirectoryId(2), Some(owner)).unwrap();
+        let files = disk.files(DirectoryId(2));
+        assert_eq!(owner_of(&files).unwrap(), owner);
+        assert_eq!(files.metadata().unwrap().mode() & 0o7777, 0o755);
         assert_eq!(disk.work(DirectoryId(2)).metadata().unwrap().mode() & 0o7777, 0o711);
     }
 }

@@ -1,9 +1,12 @@
 //! All rows in memory, found by name, parent and chain ID.
 
-use crate::model::{Backing, Kind, Name, Row};
+use crate::{
+    model::{Backing, Kind, Name, Row, mapped_ids},
+    mounts::Point,
+};
 use shipway_fault::{Code, Fault, Result};
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
     sync::Arc,
 };
 
@@ -14,6 +17,10 @@ pub(crate) struct Index {
     chains: HashMap<Box<str>, BTreeSet<Name>>,
     /// Names of each place.
     places: HashMap<Backing, Vec<Name>>,
+    /// Whether labels that map ids count.
+    remap_ids: bool,
+    /// How many snapshots that can be written or viewed need what to be mounted.
+    wanted: HashMap<Point, usize>,
 }
 
 impl Index {
@@ -21,8 +28,36 @@ impl Index {
         &self.rows
     }
 
-    /// Puts a row under a name that has none.
+    /// An index that counts what is wanted for user namespaces, or not.
+    pub(crate) fn new(remap_ids: bool) -> Self {
+        Self { remap_ids, ..Self::default() }
+    }
+
+    /// What has to be mounted for a snapshot; nothing for a committed one.
+    pub(crate) fn points(&self, row: &Row) -> Vec<Point> {
+        if row.kind == Kind::Committed {
+            return Vec::new();
+        }
+        // What is missing or wrong is an error on use.
+        let below: Vec<_> = self.below(row).map_while(Result::ok).map(|(_, r)| r.backing).collect();
+        let ids = if self.remap_ids { mapped_ids(&row.labels).unwrap_or_default() } else { None };
+        Point::under(ids.as_ref(), &below)
+    }
+
+    /// What has to be mounted.
+    pub(crate) fn wanted(&self) -> impl Iterator<Item = &Point> {
+        self.wanted.keys()
+    }
+
+    pub(crate) fn is_wanted(&self, point: &Point) -> bool {
+        self.wanted.contains_key(point)
+    }
+
+    /// Puts a row under a name that has none. What is below it has to be there already.
     pub(crate) fn insert(&mut self, name: Name, row: Row) {
+        for point in self.points(&row) {
+            *self.wanted.entry(point).or_default() += 1;
+        }
         if let Some(parent) = &row.parent {
             *self.children.entry(parent.clone()).or_default() += 1;
         }
@@ -35,6 +70,14 @@ impl Index {
 
     pub(crate) fn remove(&mut self, name: &Name) {
         let Some(row) = self.rows.remove(name) else { return };
+        for point in self.points(&row) {
+            if let Entry::Occupied(mut count) = self.wanted.entry(point) {
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
+        }
         if let Some(parent) = &row.parent {
             let left = self.children.get(parent).map_or(0, |n| n - 1);
             match left {

@@ -3,29 +3,56 @@
 use crate::{Labels, Usage};
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Fault, Result};
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 /// Number of a layer in the store of layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct LayerId(pub u64);
 
-/// Whoever serves layers out of a registry. All calls may block; none is made while a lock is held.
+/// Whoever serves layers out of a registry.
+///
+/// What of a layer nobody *holds* is a cache: it may go at any time, and come back by
+/// [`LazyLayers::find`]. Each `find` that finds something and [`LazyLayers::restore`] give holds,
+/// [`LazyLayers::release`] gives one back. There is one for all snapshots of a layer together, and
+/// one for a moment each time that it is found again.
+///
+/// All calls may block; none is made while a lock is held. [`LazyLayers::mount`] and
+/// [`LazyLayers::unmount`] of one layer are never made at the same time, and only for layers that
+/// are held.
 pub trait LazyLayers: Send + Sync + 'static {
-    /// The layer that the labels of a Prepare name, ready to be read; `None` if it has to be
-    /// unpacked the ordinary way, for whatever reason. Called again for a layer that is known
-    /// already when another chain ends in it.
+    /// Called once and before all others: `layers` are those that there are snapshots of. Each is
+    /// held once, and nothing else is; what else an earlier life left mounted is unmounted.
+    fn restore(&self, layers: &BTreeSet<LayerId>) -> Restored;
+
+    /// The layer that the labels of a Prepare name, ready to be mounted and held; `None` if it has
+    /// to be unpacked the ordinary way, for whatever reason. The caller waits, and containerd's
+    /// client with it, so this has to end within some seconds (10 by default).
     fn find(&self, labels: &Labels) -> Option<LayerId>;
 
-    /// The directory with the layer's files, mounted when this returns and for as long as a
-    /// snapshot that can be written or viewed stands on it.
-    fn directory(&self, layer: LayerId) -> Result<PathBuf>;
+    /// The directory with the layer's files: mounted when this returns, and until
+    /// [`LazyLayers::unmount`]. Called whenever somebody is about to use it, mounted or not. The
+    /// path is short: a hundred of them have to fit into the options of one mount.
+    fn mount(&self, layer: LayerId) -> Result<PathBuf>;
+
+    /// Nobody has used the directory for a while. Containers that run have references of their own.
+    fn unmount(&self, layer: LayerId) -> Result<()>;
 
     /// What of the layer is on the disk now.
     fn usage(&self, layer: LayerId) -> Result<Usage>;
 
-    /// No snapshot is made of this layer any more.
+    /// Gives back one hold. With the last one the layer is not mounted any more, unless `unmount`
+    /// has failed.
     fn release(&self, layer: LayerId);
+}
+
+/// What became of the layers of an earlier life.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// Those that are mounted still; they are unmounted later if no snapshot needs them.
+    pub mounted: BTreeSet<LayerId>,
+    /// Those whose description is gone. Their snapshots are offered to nobody, and an error on use.
+    pub lost: BTreeSet<LayerId>,
 }
 
 /// Every layer is unpacked.
@@ -33,12 +60,20 @@ pub trait LazyLayers: Send + Sync + 'static {
 pub struct NoLazyLayers;
 
 impl LazyLayers for NoLazyLayers {
+    fn restore(&self, layers: &BTreeSet<LayerId>) -> Restored {
+        Restored { mounted: BTreeSet::new(), lost: layers.clone() }
+    }
+
     fn find(&self, _: &Labels) -> Option<LayerId> {
         None
     }
 
-    fn directory(&self, layer: LayerId) -> Result<PathBuf> {
+    fn mount(&self, layer: LayerId) -> Result<PathBuf> {
         Err(unserved(layer))
+    }
+
+    fn unmount(&self, _: LayerId) -> Result<()> {
+        Ok(())
     }
 
     fn usage(&self, layer: LayerId) -> Result<Usage> {

@@ -38,11 +38,24 @@
 //! Reads (Stat, List, Mounts) come from an index in memory, which a writer locks only to apply what
 //! is on the disk already.
 //!
-//! # What is left to others
+//! # Layers that are not unpacked
 //!
-//! Layers that are not unpacked here come through a port, [`LazyLayers`]. Ids of user namespaces
-//! (`remap-ids`) are not mapped here: as long as the capability is not advertised, containerd does
-//! it itself.
+//! They come through a port, [`LazyLayers`], which is asked while no lock is held. A Prepare that
+//! names such a layer is answered AlreadyExists, with a committed snapshot that has the layer in
+//! the place of a directory; whoever asks for the same chain ID meanwhile waits for the answer.
+//! Overlays mix both kinds of lower directories. A layer is mounted before it is named to anybody,
+//! and until a while after the last active snapshot or view above it has gone ([`Store::work`]
+//! unmounts it); what is needed at a start is mounted before [`Store::open`] returns. Containers
+//! have references of their own. A layer that a stack has twice is in its overlay once, where it is
+//! uppermost: it has nothing to add below itself.
+//!
+//! # User namespaces
+//!
+//! With [`Options::remap_ids`], which containerd 2 has to be told by the capability `remap-ids`, a
+//! container's lower directories are clones of the mounts with mapped ids: one for each layer that
+//! is a mount, and one of the directories of all snapshots. containerd's own option for it
+//! (`uidmap=`) is of no use: versions of it clone the directory that all have in common without the
+//! mounts in it, which shows layers empty.
 //!
 //! Dependencies worth a word: `redb` is one file with transactions, and gives its cache a limit;
 //! `regex` is what `~=` of containerd's filters means; `rustix` for `openat2`, which keeps walks
@@ -55,13 +68,15 @@ mod disk;
 mod filter;
 mod index;
 mod lazy;
+mod mapped;
 mod model;
+mod mounts;
 mod store;
 
 #[cfg(test)]
 mod tests;
 
 pub use filter::Filters;
-pub use lazy::{LayerId, LazyLayers, NoLazyLayers};
+pub use lazy::{LayerId, LazyLayers, NoLazyLayers, Restored};
 pub use model::{Info, Kind, Labels, MAX_LABELS, MAX_NAME, Mount, Name, SNAPSHOT_REF, Time, Usage};
-pub use store::{Options, Sharing, Store, Totals};
+pub use store::{Options, Sharing, Store, Totals, Xino};

@@ -3,12 +3,13 @@
 use crate::LayerId;
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Fault, Result};
+use shipway_layermount::MappedIds;
 use shipway_oci::ChainId;
 use std::{
     borrow::Borrow,
     collections::BTreeMap,
     fmt,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -19,9 +20,28 @@ pub const MAX_NAME: usize = 4096;
 pub const MAX_LABELS: usize = 1 << 20;
 /// The label that names the chain ID that a snapshot is, or that an active one is about to become.
 pub const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
+/// The labels that say which ids of a container's user namespace are which of ours.
+const UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
+const GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
 
 /// Labels of a snapshot. None is empty: an empty value removes a label.
 pub type Labels = BTreeMap<String, String>;
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What a panicking thread left is as consistent as what a kill leaves.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The ids that labels map, if they map any.
+pub(crate) fn mapped_ids(labels: &Labels) -> Result<Option<Arc<MappedIds>>> {
+    match (labels.get(UID_MAPPING), labels.get(GID_MAPPING)) {
+        (None, None) => Ok(None),
+        (uids, gids) => {
+            let text = |ids: Option<&String>| ids.map_or("", String::as_str).to_owned();
+            MappedIds::parse(&text(uids), &text(gids)).map(|ids| Some(Arc::new(ids)))
+        }
+    }
+}
 
 /// Checks labels from outside and drops those with an empty value, as containerd's store does.
 pub(crate) fn checked(mut labels: Labels) -> Result<Labels> {

@@ -1,21 +1,25 @@
 //! The operations.
 
 use crate::{
-    Filters, LayerId, LazyLayers,
+    Filters, LayerId, LazyLayers, Restored,
     db::{Change, Db},
-    disk::Disk,
+    disk::{Disk, owner_of},
     index::Index,
+    mapped::Clones,
     model::{
         Backing, DirectoryId, Info, Kind, Labels, Mount, Name, Row, SNAPSHOT_REF, Time, Usage,
-        checked,
+        checked, lock, mapped_ids,
     },
+    mounts::{Held, Mounts, Point, Tree},
 };
 use serde::Deserialize;
 use shipway_fault::{Code, Context as _, Fault, Result};
+use shipway_layermount::MappedIds;
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{Arc, Condvar, Mutex, PoisonError, RwLock},
+    time::{Duration, Instant},
 };
 
 /// The label that says of a committed snapshot that its layer is not unpacked.
@@ -32,13 +36,57 @@ pub enum Sharing {
     Isolated,
 }
 
+/// Whether files of an overlay have the numbers and the device that they have on one file system
+/// (the overlay's option `xino`). Matters where a layer is a file system of its own: without it,
+/// files of different layers are on different devices, and change theirs when they are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Xino {
+    /// Yes. Numbers of inodes are beyond 2³², which 32-bit programs without large files refuse.
+    #[default]
+    On,
+    /// No.
+    Off,
+    /// If no number becomes larger by it.
+    Auto,
+}
+
+impl Xino {
+    fn option(self) -> &'static str {
+        match self {
+            Self::On => "xino=on",
+            Self::Off => "xino=off",
+            Self::Auto => "xino=auto",
+        }
+    }
+}
+
 /// How a store behaves.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Whose snapshots a namespace may get.
     pub sharing: Sharing,
     /// Options of every overlay mount besides those that it needs, for example `volatile`.
     pub mount_options: Vec<String>,
+    /// Numbers of files in overlays of layers that were not unpacked.
+    pub xino: Xino,
+    /// Whether ids of user namespaces are mapped here, which containerd has to be told by the
+    /// capability `remap-ids`. Otherwise it does it itself, by copying.
+    pub remap_ids: bool,
+    /// How long something stays mounted that no snapshot needs any more.
+    pub keep_mounted: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            sharing: Sharing::default(),
+            mount_options: Vec::new(),
+            xino: Xino::default(),
+            remap_ids: false,
+            keep_mounted: Duration::from_secs(60),
+        }
+    }
 }
 
 /// How much there is.
@@ -52,6 +100,10 @@ pub struct Totals {
     pub committed: u64,
     /// Directories and layers that committed snapshots have their files in.
     pub places: u64,
+    /// How many of those are layers that were not unpacked.
+    pub layers: u64,
+    /// Layers and clones that are mounted.
+    pub mounted: u64,
     /// What these take, as far as it was counted.
     pub usage: Usage,
     /// How many of them were not counted yet.
@@ -73,6 +125,12 @@ pub struct Store {
     next: Mutex<DirectoryId>,
     jobs: Mutex<Jobs>,
     wake: Condvar,
+    mounts: Mounts,
+    clones: Clones,
+    /// Layers of snapshots of which nothing is known any more.
+    lost: BTreeSet<LayerId>,
+    /// Chain IDs for which somebody asks the store of layers just now.
+    asking: Mutex<HashMap<String, Arc<Asking>>>,
     #[cfg(test)]
     pub(crate) kill: crate::tests::Kill,
 }
@@ -82,12 +140,25 @@ pub struct Store {
 struct Jobs {
     count: VecDeque<DirectoryId>,
     trash: bool,
+    /// When something may be unmounted.
+    unmount: Option<Instant>,
     closed: bool,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What a panicking thread left is as consistent as what a kill leaves.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// Somebody asks the store of layers for a chain ID.
+struct Asking {
+    labels: Labels,
+    /// What came of it, when it has ended.
+    ended: Mutex<Option<Answer>>,
+    wake: Condvar,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Answer {
+    /// It has to be unpacked.
+    Unpack,
+    /// There may be a snapshot of it now, or it was not found out.
+    LookAgain,
 }
 
 impl Store {
@@ -101,9 +172,12 @@ impl Store {
             return Err(Fault::new(Code::FailedPrecondition, format!("{root} has directories of snapshots and no database"))
                 .hint("put the file db.redb back, or remove the directory `snapshots`: without it nobody knows what they are"));
         }
-        let mut index = Index::default();
-        let mut jobs = Jobs { trash: true, ..Jobs::default() };
-        for (name, row) in content.rows {
+        let mut index = Index::new(options.remap_ids);
+        let mut jobs = Jobs { trash: true, unmount: Some(Instant::now()), ..Jobs::default() };
+        // What others stand on comes first.
+        let (committed, others): (Vec<_>, Vec<_>) =
+            content.rows.into_iter().partition(|(_, row)| row.kind == Kind::Committed);
+        for (name, row) in committed.into_iter().chain(others) {
             if let (Kind::Committed, Backing::Directory(id), None) =
                 (row.kind, row.backing, row.usage)
             {
@@ -125,8 +199,14 @@ impl Store {
             Backing::Layer(_) => None,
         });
         let next = DirectoryId(taken.max().unwrap_or(1).max(content.next.0));
-        Ok(Self {
+        let of_snapshots = index.places().filter_map(|place| match place {
+            Backing::Directory(_) => None,
+            Backing::Layer(layer) => Some(layer),
+        });
+        let Restored { mounted, lost } = layers.restore(&of_snapshots.collect());
+        let store = Self {
             overlay_options: overlay_options(&options.mount_options),
+            clones: Clones::open(disk.mapped())?,
             disk,
             options,
             layers,
@@ -135,9 +215,28 @@ impl Store {
             next: Mutex::new(next),
             jobs: Mutex::new(jobs),
             wake: Condvar::new(),
+            mounts: Mounts::default(),
+            lost,
+            asking: Mutex::default(),
             #[cfg(test)]
             kill: crate::tests::Kill::default(),
-        })
+        };
+        mounted.into_iter().for_each(|layer| store.mounts.found(&Point::Layer(layer)));
+        store.mount_wanted();
+        Ok(store)
+    }
+
+    /// Mounts what snapshots need. What cannot be mounted is an error on use.
+    fn mount_wanted(&self) {
+        for point in self.read(|index| index.wanted().cloned().collect::<Vec<_>>()) {
+            let points = match &point {
+                Point::Mapped(_, Tree::Layer(layer)) => vec![Point::Layer(*layer), point],
+                _ => vec![point],
+            };
+            if let Err(error) = self.hold(points) {
+                tracing::error!(%error, "the files of a snapshot are not there");
+            }
+        }
     }
 
     fn read<T>(&self, look: impl FnOnce(&Index) -> T) -> T {
@@ -210,7 +309,10 @@ impl Store {
         self.db.write(&Change { put: Some((name, &row)), ..Change::default() })?;
         self.step();
         let info = row.info(name);
+        let points = self.read(|index| index.get(name).map(|before| index.points(before)))?;
         self.apply(|index| index.replace(name, row));
+        // Of ids that were mapped and are not any more.
+        self.unneeded(&points);
         Ok(info)
     }
 
@@ -227,9 +329,9 @@ impl Store {
         .context(|| format!("usage of snapshot {name}"))
     }
 
-    /// The mounts of an active snapshot or a view.
+    /// The mounts of an active snapshot or a view. What they need is mounted.
     pub fn mounts(&self, key: &Name) -> Result<Vec<Mount>> {
-        let (row, below) = self.read(|index| -> Result<_> {
+        let (row, below, points) = self.read(|index| -> Result<_> {
             let row = index.get(key)?.clone();
             if row.kind == Kind::Committed {
                 return Err(Fault::new(
@@ -241,26 +343,109 @@ impl Store {
                 .below(&row)
                 .map(|r| r.map(|(_, row)| row.backing))
                 .collect::<Result<Vec<_>>>()?;
-            Ok((row, below))
+            let points = index.points(&row);
+            Ok((row, below, points))
         })?;
-        self.mounts_of(&row, &below).context(|| format!("mounts of snapshot {key}"))
+        self.hold(points)
+            .and_then(|held| self.mounts_of(&row, &below, &held))
+            .context(|| format!("mounts of snapshot {key}"))
     }
 
+    /// The directory of a snapshot's own files, or the layer that they are.
     #[cfg(test)]
-    pub(crate) fn place(&self, name: &Name) -> PathBuf {
-        self.files(self.read(|index| index.get(name).unwrap().backing)).unwrap()
-    }
-
-    fn files(&self, place: Backing) -> Result<PathBuf> {
-        match place {
-            Backing::Directory(id) => self.disk.present(id),
-            Backing::Layer(layer) => self.layers.directory(layer),
+    pub(crate) fn place(&self, name: &Name) -> std::result::Result<PathBuf, LayerId> {
+        match self.read(|index| index.get(name).unwrap().backing) {
+            Backing::Directory(id) => Ok(self.disk.files(id)),
+            Backing::Layer(layer) => Err(layer),
         }
     }
 
-    fn mounts_of(&self, row: &Row, below: &[Backing]) -> Result<Vec<Mount>> {
-        let own = self.files(row.backing)?;
-        let lowers = below.iter().map(|place| self.files(*place)).collect::<Result<Vec<_>>>()?;
+    /// Mounts what is not mounted of these, and keeps them mounted.
+    fn hold(&self, points: Vec<Point>) -> Result<Vec<Held<'_>>> {
+        let mut held: Vec<Held<'_>> = Vec::with_capacity(points.len());
+        for point in points {
+            let made = match point.clone() {
+                Point::Layer(layer) => self.mounts.hold(point, || {
+                    self.step();
+                    self.layers.mount(layer)
+                }),
+                Point::Mapped(ids, tree) => {
+                    let from = match tree {
+                        Tree::Snapshots => self.disk.snapshots(),
+                        Tree::Layer(layer) => path_of(&held, &Point::Layer(layer))?.to_owned(),
+                    };
+                    self.mounts.hold(point, || self.clones.mount(&ids, tree, &from))
+                }
+            };
+            held.push(made?);
+        }
+        if !held.is_empty() {
+            let due = Instant::now() + self.options.keep_mounted;
+            let mut jobs = lock(&self.jobs);
+            if jobs.unmount.is_none() {
+                jobs.unmount = Some(due);
+                self.wake.notify_all();
+            }
+        }
+        Ok(held)
+    }
+
+    fn unmount(&self, point: &Point) -> Result<()> {
+        self.step();
+        match point {
+            Point::Layer(layer) => self.layers.unmount(*layer),
+            Point::Mapped(ids, tree) => self.clones.unmount(ids, *tree),
+        }
+    }
+
+    /// The ids that are mapped for a snapshot with these labels.
+    fn mapped_ids(&self, labels: &Labels) -> Result<Option<Arc<MappedIds>>> {
+        if self.options.remap_ids { mapped_ids(labels) } else { Ok(None) }
+    }
+
+    /// The files of a place as a snapshot sees them that it is below.
+    fn lower(
+        &self,
+        place: Backing,
+        ids: Option<&Arc<MappedIds>>,
+        held: &[Held<'_>],
+    ) -> Result<PathBuf> {
+        let mapped = |tree| ids.map(|ids| path_of(held, &Point::Mapped(ids.clone(), tree)));
+        match place {
+            Backing::Directory(id) => {
+                let files = self.disk.present(id)?;
+                match (mapped(Tree::Snapshots), files.strip_prefix(self.disk.snapshots())) {
+                    (Some(clone), Ok(inside)) => Ok(clone?.join(inside)),
+                    _ => Ok(files),
+                }
+            }
+            Backing::Layer(layer) => {
+                let path = match mapped(Tree::Layer(layer)) {
+                    Some(clone) => clone,
+                    None => path_of(held, &Point::Layer(layer)),
+                };
+                path.map(Path::to_owned)
+            }
+        }
+    }
+
+    /// The mounts of a snapshot, with what is mounted for it.
+    fn mounts_of(&self, row: &Row, below: &[Backing], held: &[Held<'_>]) -> Result<Vec<Mount>> {
+        let Backing::Directory(id) = row.backing else {
+            return Err(Fault::internal("a layer is a committed snapshot"));
+        };
+        let own = self.disk.present(id)?;
+        let ids = self.mapped_ids(&row.labels)?;
+        // A layer that is there twice, as that of an empty tar often is, has nothing to add below
+        // itself, and overlays refuse a directory that they have already.
+        let mut places: Vec<Backing> = Vec::with_capacity(below.len());
+        for place in below {
+            if !matches!(place, Backing::Layer(_)) || !places.contains(place) {
+                places.push(*place);
+            }
+        }
+        let lowers = places.iter().map(|place| self.lower(*place, ids.as_ref(), held));
+        let lowers = lowers.collect::<Result<Vec<_>>>()?;
         let bind = |source: &Path, access: &str| {
             let options = vec![access.to_owned(), "rbind".to_owned()];
             Ok(vec![Mount { kind: "bind", source: source.display().to_string(), options }])
@@ -272,13 +457,18 @@ impl Store {
             _ => {}
         }
         let mut options = Vec::new();
-        if let (Kind::Active, Backing::Directory(id)) = (row.kind, row.backing) {
+        if row.kind == Kind::Active {
             options.push(format!("workdir={}", self.disk.work(id).display()));
             options.push(format!("upperdir={}", own.display()));
         }
         let lowers: Vec<String> = lowers.iter().map(|p| p.display().to_string()).collect();
         options.push(format!("lowerdir={}", lowers.join(":")));
         options.extend(self.overlay_options.iter().cloned());
+        if places.iter().any(|place| matches!(place, Backing::Layer(_)))
+            && !is_set(&self.overlay_options, "xino")
+        {
+            options.push(self.options.xino.option().to_owned());
+        }
         Ok(vec![Mount { kind: "overlay", source: "overlay".into(), options }])
     }
 
@@ -312,24 +502,42 @@ impl Store {
         parent: Option<&Name>,
         labels: Labels,
     ) -> Result<Vec<Mount>> {
-        let mut next = lock(&self.next);
-        let below = self.read(|index| -> Result<Vec<Backing>> {
-            let Some(parent) = parent else {
+        let ids = self.mapped_ids(&labels)?;
+        let below = || {
+            self.read(|index| -> Result<Vec<Backing>> {
+                let Some(parent) = parent else {
+                    index.vacant(key)?;
+                    return Ok(Vec::new());
+                };
+                let row = index.parent(parent)?;
                 index.vacant(key)?;
-                return Ok(Vec::new());
-            };
-            let row = index.parent(parent)?;
-            index.vacant(key)?;
-            let further = index.below(row).map(|r| r.map(|(_, row)| row.backing));
-            std::iter::once(Ok(row.backing)).chain(further).collect()
-        })?;
-        let parent_files = below
-            .first()
-            .map(|place| self.files(*place))
-            .transpose()
-            .context(|| format!("snapshot {key}"))?;
+                let further = index.below(row).map(|r| r.map(|(_, row)| row.backing));
+                std::iter::once(Ok(row.backing)).chain(further).collect()
+            })
+        };
+        // What is below is mounted while no lock is held, and looked at again under the lock: the
+        // parent's name may be another's by then.
+        let mut seen = below()?;
+        let (mut next, held) = loop {
+            let points = Point::under(ids.as_ref(), &seen);
+            let held = self.hold(points).context(|| format!("snapshot {key}"))?;
+            let next = lock(&self.next);
+            match below()? {
+                now if now == seen => break (next, held),
+                now => seen = now,
+            }
+        };
+        let below = seen;
+        let owner = match (&ids, below.first()) {
+            (Some(ids), _) => Some(ids.root()),
+            (None, Some(place)) => {
+                let files = self.lower(*place, None, &held);
+                Some(files.and_then(|f| owner_of(&f)).context(|| format!("snapshot {key}"))?)
+            }
+            (None, None) => None,
+        };
         let id = *next;
-        self.disk.make(id, parent_files.as_deref())?;
+        self.disk.make(id, owner)?;
         self.step();
         let now = Time::now();
         let backing = Backing::Directory(id);
@@ -342,7 +550,7 @@ impl Store {
             updated: now,
             usage: None,
         };
-        let mounts = self.mounts_of(&row, &below).context(|| format!("snapshot {key}"));
+        let mounts = self.mounts_of(&row, &below, &held).context(|| format!("snapshot {key}"));
         let following = DirectoryId(id.0 + 1);
         let stored = mounts.and_then(|mounts| {
             self.db.write(&Change {
@@ -372,24 +580,86 @@ impl Store {
         chain: &str,
         labels: &Labels,
     ) -> Result<bool> {
-        let known = || self.read(|index| self.known(index, key, parent, chain));
-        let layer = match known()? {
-            Some(Known::Whole) => return Ok(true),
-            Some(Known::Files(..)) => None,
-            None => match self.layers.find(labels) {
-                Some(layer) => Some(layer),
-                None => return Ok(false),
-            },
+        loop {
+            match self.read(|index| self.known(index, key, parent, chain))? {
+                Some(Known::Whole) => return Ok(true),
+                Some(Known::Files(..)) => {
+                    if let Some(done) = self.name(key, parent, chain, labels, None)? {
+                        return Ok(done);
+                    }
+                }
+                None => match self.ask(key, parent, chain, labels)? {
+                    Some(done) => return Ok(done),
+                    None => continue,
+                },
+            }
+        }
+    }
+
+    /// Asks the store of layers for a chain ID, or waits for somebody who does so already; `None`
+    /// if one has to look again for what there is.
+    fn ask(
+        &self,
+        key: &Name,
+        parent: Option<&Name>,
+        chain: &str,
+        labels: &Labels,
+    ) -> Result<Option<bool>> {
+        let asking = {
+            let mut all = lock(&self.asking);
+            if let Some(other) = all.get(chain).cloned() {
+                drop(all);
+                // Other labels may be those of another image, or of who may see it.
+                return Ok(match other.wait() {
+                    Answer::Unpack if other.labels == *labels => Some(false),
+                    _ => None,
+                });
+            }
+            let asking = Arc::new(Asking {
+                labels: labels.clone(),
+                ended: Mutex::default(),
+                wake: Condvar::new(),
+            });
+            all.insert(chain.to_owned(), asking.clone());
+            asking
         };
-        let adopted = {
+        let mut ending = Ending { store: self, chain, asking, answer: Answer::LookAgain };
+        let Some(layer) = self.layers.find(labels) else {
+            ending.answer = Answer::Unpack;
+            return Ok(Some(false));
+        };
+        self.step();
+        self.name(key, parent, chain, labels, Some(layer))
+    }
+
+    /// How many wait for what another one asks the store of layers.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self, chain: &str) -> usize {
+        // The table and who asks have it besides.
+        lock(&self.asking).get(chain).map_or(0, |asking| Arc::strong_count(asking) - 2)
+    }
+
+    /// Makes `key` a name of the files that there are of a chain ID, or of a `layer` that was found
+    /// for it; `None` if there is nothing any more.
+    fn name(
+        &self,
+        key: &Name,
+        parent: Option<&Name>,
+        chain: &str,
+        labels: &Labels,
+        layer: Option<LayerId>,
+    ) -> Result<Option<bool>> {
+        // The hold on a layer that was found is its first snapshot's.
+        let mut extra = layer;
+        let named = {
             let _writer = lock(&self.next);
             // It may have come or gone meanwhile.
-            known().and_then(|known| {
+            self.read(|index| self.known(index, key, parent, chain)).and_then(|known| {
                 let (backing, usage) = match (known, layer) {
-                    (Some(Known::Whole), _) => return Ok(true),
+                    (Some(Known::Whole), _) => return Ok(Some(true)),
                     (Some(Known::Files(backing, usage)), _) => (backing, usage),
                     (None, Some(layer)) => (Backing::Layer(layer), None),
-                    (None, None) => return Ok(false),
+                    (None, None) => return Ok(None),
                 };
                 let mut labels = labels.clone();
                 if let Backing::Layer(_) = backing {
@@ -407,14 +677,18 @@ impl Store {
                 };
                 self.db.write(&Change { put: Some((key, &row)), ..Change::default() })?;
                 self.step();
+                let first = self.read(|index| index.names_of(backing).is_empty());
+                if first && Some(backing) == layer.map(Backing::Layer) {
+                    extra = None;
+                }
                 self.apply(|index| index.insert(key.clone(), row));
-                Ok(true)
+                Ok(Some(true))
             })
         };
-        if let Some(layer) = layer {
-            self.release(layer);
+        if let Some(layer) = extra {
+            self.give_back(layer);
         }
-        adopted
+        named
     }
 
     /// What there is of a chain ID for who asks for it under `key`.
@@ -435,7 +709,7 @@ impl Store {
                 self.options.sharing == Sharing::Shared || name.namespace() == key.namespace();
             let whole = || match row.backing {
                 Backing::Directory(id) => self.disk.present(id).is_ok(),
-                Backing::Layer(_) => true,
+                Backing::Layer(layer) => !self.lost.contains(&layer),
             };
             if row.kind != Kind::Committed
                 || !allowed
@@ -480,6 +754,7 @@ impl Store {
         })?;
         self.step();
         let place = row.backing;
+        let points = self.read(|index| index.get(key).map(|row| index.points(row)))?;
         self.apply(|index| {
             index.remove(key);
             index.insert(name.clone(), row);
@@ -487,22 +762,32 @@ impl Store {
         if let Backing::Directory(id) = place {
             self.later(|jobs| jobs.count.push_back(id));
         }
+        self.unneeded(&points);
         Ok(())
+    }
+
+    /// Something does not need these any more.
+    fn unneeded(&self, points: &[Point]) {
+        if !points.is_empty() {
+            self.mounts.used(points);
+            let due = Instant::now() + self.options.keep_mounted;
+            self.later(|jobs| jobs.unmount = Some(jobs.unmount.map_or(due, |at| at.min(due))));
+        }
     }
 
     /// Removes a name, and with its last name the files; those of others stay. Space is free after
     /// the next [`Store::cleanup`], or some time later.
     pub fn remove(&self, name: &Name) -> Result<()> {
-        let (place, last) = {
+        let (place, last, points) = {
             let _writer = lock(&self.next);
-            let place = self.read(|index| {
+            let (place, points) = self.read(|index| {
                 let row = index.get(name)?;
                 match index.has_children(name) {
                     true => Err(Fault::new(
                         Code::FailedPrecondition,
                         format!("cannot remove snapshot {name}: it has children"),
                     )),
-                    false => Ok(row.backing),
+                    false => Ok((row.backing, index.points(row))),
                 }
             })?;
             self.db.write(&Change { remove: Some(name), ..Change::default() })?;
@@ -513,10 +798,11 @@ impl Store {
                 // Still the only writer: a number that is thrown away is nobody's.
                 self.throw_away(id);
             }
-            (place, last)
+            (place, last, points)
         };
+        self.unneeded(&points);
         if let (Backing::Layer(layer), true) = (place, last) {
-            self.release(layer);
+            self.give_back(layer);
         }
         Ok(())
     }
@@ -527,10 +813,15 @@ impl Store {
         self.later(|jobs| jobs.trash = true);
     }
 
-    fn release(&self, layer: LayerId) {
-        if self.read(|index| index.names_of(Backing::Layer(layer)).is_empty()) {
-            self.layers.release(layer);
+    /// Gives back one hold on a layer. If it was the last one, no snapshot is made of the layer, so
+    /// nothing of it is mounted any more but what a Prepare is about to find out.
+    fn give_back(&self, layer: LayerId) {
+        let gone = || self.read(|index| index.names_of(Backing::Layer(layer)).is_empty());
+        if gone() {
+            self.mounts.retire(layer, |_| !gone(), |point| self.unmount(point));
         }
+        self.step();
+        self.layers.release(layer);
     }
 
     /// Frees the space of everything that was removed before this call.
@@ -538,11 +829,12 @@ impl Store {
         self.disk.empty_trash()
     }
 
-    /// How much there is.
+    /// How much there is. Asks the store of layers what it has on the disk.
     pub fn totals(&self) -> Totals {
-        self.read(|index| {
-            let mut totals = Totals::default();
-            let mut seen = HashSet::new();
+        let mut totals = Totals { mounted: self.mounts.count() as u64, ..Totals::default() };
+        let mut usages = Vec::new();
+        let layers = self.read(|index| {
+            let (mut seen, mut layers) = (HashSet::new(), Vec::new());
             for row in index.rows().values() {
                 match row.kind {
                     Kind::Active => totals.active += 1,
@@ -553,16 +845,25 @@ impl Store {
                     continue;
                 }
                 totals.places += 1;
-                match row.usage {
-                    Some(usage) => {
-                        totals.usage.bytes += usage.bytes;
-                        totals.usage.inodes += usage.inodes;
-                    }
-                    None => totals.uncounted += 1,
+                match row.backing {
+                    Backing::Directory(_) => usages.push(row.usage),
+                    Backing::Layer(layer) => layers.push(layer),
                 }
             }
-            totals
-        })
+            layers
+        });
+        totals.layers = layers.len() as u64;
+        usages.extend(layers.into_iter().map(|layer| self.layers.usage(layer).ok()));
+        for usage in usages {
+            match usage {
+                Some(usage) => {
+                    totals.usage.bytes += usage.bytes;
+                    totals.usage.inodes += usage.inodes;
+                }
+                None => totals.uncounted += 1,
+            }
+        }
+        totals
     }
 
     fn later(&self, add: impl FnOnce(&mut Jobs)) {
@@ -570,13 +871,21 @@ impl Store {
         self.wake.notify_all();
     }
 
-    /// Counts what was committed and empties the trash, until [`Store::close`]. For a thread of its
-    /// own.
+    /// Counts what was committed, empties the trash and unmounts what nobody uses, until
+    /// [`Store::close`]. For a thread of its own.
     pub fn work(&self) {
         loop {
             let mut jobs = lock(&self.jobs);
             while !jobs.closed && !jobs.trash && jobs.count.is_empty() {
-                jobs = self.wake.wait(jobs).unwrap_or_else(PoisonError::into_inner);
+                let left = jobs.unmount.map(|at| at.saturating_duration_since(Instant::now()));
+                jobs = match left {
+                    Some(Duration::ZERO) => break,
+                    Some(left) => match self.wake.wait_timeout(jobs, left) {
+                        Ok((jobs, _)) => jobs,
+                        Err(poisoned) => poisoned.into_inner().0,
+                    },
+                    None => self.wake.wait(jobs).unwrap_or_else(PoisonError::into_inner),
+                };
             }
             if jobs.closed {
                 return;
@@ -595,6 +904,15 @@ impl Store {
             if let Err(error) = self.count(id) {
                 tracing::warn!(%error, "the size of a snapshot is not known");
             }
+            return true;
+        }
+        if jobs.unmount.take_if(|at| *at <= Instant::now()).is_some() {
+            drop(jobs);
+            let wanted = |point: &Point| self.read(|index| index.is_wanted(point));
+            let unmount = |point: &Point| self.unmount(point);
+            let next = self.mounts.unmount_idle(self.options.keep_mounted, wanted, unmount);
+            let mut jobs = lock(&self.jobs);
+            jobs.unmount = [jobs.unmount, next].into_iter().flatten().min();
             return true;
         }
         if std::mem::take(&mut jobs.trash) {
@@ -632,6 +950,34 @@ impl Store {
     }
 }
 
+impl Asking {
+    fn wait(&self) -> Answer {
+        let mut ended = lock(&self.ended);
+        loop {
+            match *ended {
+                Some(answer) => return answer,
+                None => ended = self.wake.wait(ended).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+}
+
+/// Tells those who wait what came of asking for a chain ID, however that ends.
+struct Ending<'a> {
+    store: &'a Store,
+    chain: &'a str,
+    asking: Arc<Asking>,
+    answer: Answer,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        lock(&self.store.asking).remove(self.chain);
+        *lock(&self.asking.ended) = Some(self.answer);
+        self.asking.wake.notify_all();
+    }
+}
+
 /// What there is of a chain ID.
 enum Known {
     /// A snapshot with the label and the parent.
@@ -643,21 +989,28 @@ enum Known {
 /// What every overlay mount needs here, unless the configuration says something else of the same
 /// option.
 fn overlay_options(configured: &[String]) -> Vec<String> {
-    let has = |key: &str| {
-        configured
-            .iter()
-            .any(|o| o == key || o.strip_prefix(key).is_some_and(|rest| rest.starts_with('=')))
-    };
     let mut options = configured.to_vec();
     // In a user namespace the kernel lets nobody write attributes of `trusted.`.
-    if !has("userxattr") && in_user_namespace() {
+    if !is_set(configured, "userxattr") && in_user_namespace() {
         options.push("userxattr".into());
     }
     // Lower directories are shared by many overlays and may be moved, which an index does not bear.
-    if !has("index") && Path::new("/sys/module/overlay/parameters/index").exists() {
+    if !is_set(configured, "index") && Path::new("/sys/module/overlay/parameters/index").exists() {
         options.push("index=off".into());
     }
     options
+}
+
+/// Whether an option is among `options`, with or without a value.
+fn is_set(options: &[String], key: &str) -> bool {
+    let is = |o: &String| o.strip_prefix(key).is_some_and(|r| r.is_empty() || r.starts_with('='));
+    options.iter().any(is)
+}
+
+/// Where something is that was mounted before.
+fn path_of<'a>(held: &'a [Held<'_>], point: &Point) -> Result<&'a Path> {
+    let found = held.iter().find(|h| h.point == *point);
+    found.map(|h| h.path.as_path()).ok_or_else(|| Fault::internal(format!("{point:?} is not held")))
 }
 
 fn in_user_namespace() -> bool {

@@ -1,8 +1,7 @@
 //! What containerd's suite expects of every snapshotter, in our words.
 
 use super::*;
-use crate::{Kind, Labels, MAX_LABELS, MAX_NAME, Sharing};
-use shipway_fault::{Code, Result};
+use crate::{Kind, MAX_LABELS, MAX_NAME};
 
 fn store() -> (tempfile::TempDir, Store) {
     let dir = tempfile::tempdir().unwrap();
@@ -135,7 +134,7 @@ fn configured_mount_options_are_on_overlays_only_and_win() {
     let mount_options = vec!["volatile".to_owned(), "index=on".to_owned()];
     let store = open_with(
         dir.path(),
-        Options { sharing: Sharing::Shared, mount_options },
+        Options { mount_options, ..Options::default() },
         Arc::new(NoLazyLayers),
     );
     assert_eq!(prepare(&store, "a", "").unwrap()[0].options, ["rw", "rbind"]);

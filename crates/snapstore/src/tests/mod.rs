@@ -1,14 +1,21 @@
 //! The store as a whole: containerd's behaviors, and random operations against a plain model.
 
 mod conformance;
+mod kernel;
+mod lazy;
 mod model;
 mod sharing;
 
-use crate::{Filters, Info, LazyLayers, Mount, Name, NoLazyLayers, Options, Store};
+use crate::{
+    Filters, Info, Labels, LayerId, LazyLayers, Mount, Name, NoLazyLayers, Options, Restored,
+    Store, Usage,
+};
+use shipway_fault::{Code, Fault, Result};
 use std::{
-    path::Path,
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicU32, Ordering},
     },
 };
@@ -40,8 +47,13 @@ pub(crate) fn name(text: &str) -> Name {
     Name::new(text).unwrap()
 }
 
-pub(crate) fn labels(pairs: &[(&str, &str)]) -> crate::Labels {
+pub(crate) fn labels(pairs: &[(&str, &str)]) -> Labels {
     pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+}
+
+/// A chain ID; not a true one, but it looks like one.
+pub(crate) fn chain(n: u8) -> String {
+    format!("sha256:{}", format!("{n:02x}").repeat(32))
 }
 
 pub(crate) fn open(root: &Path) -> Store {
@@ -70,4 +82,147 @@ pub(crate) fn option<'a>(mounts: &'a [Mount], key: &str) -> Option<&'a str> {
 /// Where what is written into an active snapshot goes.
 pub(crate) fn upper(mounts: &[Mount]) -> &str {
     option(mounts, "upperdir").unwrap_or(&mounts[0].source)
+}
+
+/// A store of layers that keeps its promises and watches that its user does. It outlives stores,
+/// as what is mounted does.
+///
+/// The label `layer` names a layer by its number. What is mounted is a directory `l/<n>`, which is
+/// elsewhere while it is not, with the number in a file `files`.
+pub(crate) struct Layers {
+    root: PathBuf,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    holds: BTreeMap<LayerId, u32>,
+    mounted: BTreeSet<LayerId>,
+    lost: BTreeSet<LayerId>,
+    /// Whether finds wait.
+    held_up: bool,
+    finds: u32,
+    releases: u32,
+    mounts: u32,
+    unmounts: u32,
+}
+
+/// What is in the file of a layer.
+pub(crate) const LAYER_FILES: u64 = 1_000_000;
+
+impl Layers {
+    pub(crate) fn new(root: &Path) -> Arc<Self> {
+        for what in ["l", "kept"] {
+            std::fs::create_dir_all(root.join(what)).unwrap();
+        }
+        Arc::new(Self { root: root.canonicalize().unwrap(), state: Mutex::default() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    pub(crate) fn at(&self, layer: u64) -> PathBuf {
+        self.root.join("l").join(layer.to_string())
+    }
+
+    fn kept(&self, layer: LayerId) -> PathBuf {
+        self.root.join("kept").join(layer.0.to_string())
+    }
+
+    pub(crate) fn holds(&self) -> BTreeMap<LayerId, u32> {
+        self.state().holds.clone()
+    }
+
+    pub(crate) fn mounted(&self) -> BTreeSet<LayerId> {
+        self.state().mounted.clone()
+    }
+
+    /// Calls so far: find, release, mount, unmount.
+    pub(crate) fn calls(&self) -> [u32; 4] {
+        let state = self.state();
+        [state.finds, state.releases, state.mounts, state.unmounts]
+    }
+
+    /// From now on nothing is known of a layer.
+    pub(crate) fn lose(&self, layer: u64) {
+        self.state().lost.insert(LayerId(layer));
+    }
+
+    /// Makes every find wait, or lets those go on that do.
+    pub(crate) fn hold_up(&self, held_up: bool) {
+        self.state().held_up = held_up;
+    }
+}
+
+impl LazyLayers for Layers {
+    fn restore(&self, layers: &BTreeSet<LayerId>) -> Restored {
+        let mut state = self.state();
+        state.holds = layers.iter().map(|layer| (*layer, 1)).collect();
+        for other in state.mounted.difference(layers).copied().collect::<Vec<_>>() {
+            std::fs::rename(self.at(other.0), self.kept(other)).unwrap();
+            state.mounted.remove(&other);
+        }
+        let lost = state.lost.intersection(layers).copied().collect();
+        Restored { mounted: state.mounted.clone(), lost }
+    }
+
+    fn find(&self, labels: &Labels) -> Option<LayerId> {
+        let layer = LayerId(labels.get("layer")?.parse().ok()?);
+        let mut state = self.state();
+        state.finds += 1;
+        while state.held_up {
+            drop(state);
+            std::thread::yield_now();
+            state = self.state();
+        }
+        if labels.contains_key("refused") {
+            return None;
+        }
+        *state.holds.entry(layer).or_default() += 1;
+        if !state.mounted.contains(&layer) {
+            std::fs::create_dir_all(self.kept(layer)).unwrap();
+            let number = (LAYER_FILES + layer.0).to_string();
+            std::fs::write(self.kept(layer).join("files"), number).unwrap();
+        }
+        Some(layer)
+    }
+
+    fn mount(&self, layer: LayerId) -> Result<PathBuf> {
+        let mut state = self.state();
+        if state.lost.contains(&layer) {
+            return Err(Fault::new(Code::DataLoss, "a layer is lost"));
+        }
+        assert!(state.holds.contains_key(&layer), "{layer:?} is mounted, and nobody holds it");
+        state.mounts += 1;
+        if state.mounted.insert(layer) {
+            std::fs::rename(self.kept(layer), self.at(layer.0)).unwrap();
+        }
+        Ok(self.at(layer.0))
+    }
+
+    fn unmount(&self, layer: LayerId) -> Result<()> {
+        let mut state = self.state();
+        assert!(state.holds.contains_key(&layer), "{layer:?} is unmounted, and nobody holds it");
+        assert!(state.mounted.remove(&layer), "{layer:?} is unmounted twice");
+        state.unmounts += 1;
+        std::fs::rename(self.at(layer.0), self.kept(layer)).unwrap();
+        Ok(())
+    }
+
+    fn usage(&self, layer: LayerId) -> Result<Usage> {
+        assert!(self.state().holds.contains_key(&layer));
+        Ok(Usage { bytes: 4096, inodes: 1 + layer.0 })
+    }
+
+    fn release(&self, layer: LayerId) {
+        let mut state = self.state();
+        let holds = state.holds.get_mut(&layer).expect("released, and nobody holds it");
+        *holds -= 1;
+        state.releases += 1;
+        if state.holds[&layer] == 0 {
+            state.holds.remove(&layer);
+            assert!(!state.mounted.contains(&layer), "{layer:?} is released and mounted");
+        }
+    }
 }

@@ -1,12 +1,10 @@
 //! Random operations against a plain model, with restarts between them and kills within them.
 
 use super::*;
-use crate::{Kind, Labels, SNAPSHOT_REF, Usage};
-use shipway_fault::{Code, Result};
+use crate::{Kind, SNAPSHOT_REF};
 use std::{
-    collections::{BTreeMap, BTreeSet},
     panic::{AssertUnwindSafe, catch_unwind},
-    path::PathBuf,
+    time::Duration,
 };
 
 /// Operations of one life of a model.
@@ -29,14 +27,10 @@ impl Random {
     fn name(&mut self) -> String {
         let namespace = ["one", "two"][self.next(2) as usize];
         match self.next(3) {
-            0 => format!("{namespace}/{}/{}", self.next(4), chain(self.next(3))),
+            0 => format!("{namespace}/{}/{}", self.next(4), chain(self.next(3) as u8)),
             _ => format!("{namespace}/{}/key", self.next(12)),
         }
     }
-}
-
-fn chain(n: u64) -> String {
-    format!("sha256:{}", format!("{n:02x}").repeat(32))
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -52,7 +46,7 @@ type Model = BTreeMap<String, Known>;
 
 #[derive(Clone, Debug)]
 enum Operation {
-    Create { kind: Kind, key: String, parent: Option<String>, reference: Option<String> },
+    Create { kind: Kind, key: String, parent: Option<String>, labels: Labels },
     Commit { name: String, key: String, reference: Option<String> },
     Remove(String),
     Label(String, String),
@@ -69,14 +63,22 @@ fn operation(random: &mut Random, model: &Model) -> Operation {
             _ => random.name(),
         }
     }
-    let reference = |random: &mut Random| (random.next(3) > 0).then(|| chain(random.next(3)));
+    let reference = |random: &mut Random| (random.next(3) > 0).then(|| chain(random.next(3) as u8));
+    // Of each chain ID the store of layers has the layer, which is the same for some of them.
+    let labels = |random: &mut Random| {
+        let mut labels = with_reference(&reference(random));
+        if random.next(2) == 0 {
+            labels.insert("layer".into(), random.next(3).to_string());
+        }
+        labels
+    };
     match random.next(20) {
         0..8 => Operation::Create {
             kind: if random.next(4) == 0 { Kind::View } else { Kind::Active },
             key: random.name(),
             parent: (random.next(3) > 0)
                 .then(|| pick(random, model, |k| k.kind == Kind::Committed)),
-            reference: reference(random),
+            labels: labels(random),
         },
         8..14 => Operation::Commit {
             name: random.name(),
@@ -121,20 +123,16 @@ fn alike(model: &Model, one: Option<&String>, other: Option<&String>) -> bool {
 fn expect(model: &mut Model, operation: &Operation, files: u64) -> (Option<Code>, BTreeSet<u64>) {
     let mut choices = BTreeSet::new();
     let error = match operation {
-        Operation::Create { kind, key, parent, reference } => {
+        Operation::Create { kind, key, parent, labels } => {
             let bad_parent = parent.as_ref().and_then(|p| match model.get(p).map(|k| k.kind) {
                 None => Some(Code::NotFound),
                 Some(Kind::Committed) => None,
                 Some(_) => Some(Code::InvalidArgument),
             });
-            let row = |kind, files| Known {
-                kind,
-                parent: parent.clone(),
-                labels: with_reference(reference),
-                files,
-            };
+            let row =
+                |kind, files| Known { kind, parent: parent.clone(), labels: labels.clone(), files };
             let mut error = bad_parent.or(model.contains_key(key).then_some(Code::AlreadyExists));
-            if let (None, Kind::Active, Some(chain)) = (error, kind, reference) {
+            if let (None, Kind::Active, Some(chain)) = (error, kind, labels.get(SNAPSHOT_REF)) {
                 let mut whole = false;
                 for (name, known) in model.iter().filter(|(_, k)| k.kind == Kind::Committed) {
                     if chain_of(name, known).as_ref() == Some(chain)
@@ -144,6 +142,11 @@ fn expect(model: &mut Model, operation: &Operation, files: u64) -> (Option<Code>
                         whole |= known.parent == *parent
                             && known.labels.get(SNAPSHOT_REF) == Some(chain);
                     }
+                }
+                if choices.is_empty()
+                    && let Some(layer) = labels.get("layer")
+                {
+                    choices.insert(LAYER_FILES + layer.parse::<u64>().unwrap());
                 }
                 if let Some(first) = choices.first().copied() {
                     error = Some(Code::AlreadyExists);
@@ -194,10 +197,10 @@ fn expect(model: &mut Model, operation: &Operation, files: u64) -> (Option<Code>
 
 fn run(store: &Store, operation: &Operation) -> Result<()> {
     match operation {
-        Operation::Create { kind, key, parent, reference } => {
+        Operation::Create { kind, key, parent, labels } => {
             let parent = parent.as_deref().map(name);
             let make = if *kind == Kind::View { Store::view } else { Store::prepare };
-            make(store, &name(key), parent.as_ref(), with_reference(reference)).map(drop)
+            make(store, &name(key), parent.as_ref(), labels.clone()).map(drop)
         }
         Operation::Commit { name: to, key, reference } => {
             store.commit(&name(to), &name(key), with_reference(reference))
@@ -216,6 +219,7 @@ fn run(store: &Store, operation: &Operation) -> Result<()> {
 
 struct Life {
     store: Store,
+    layers: Arc<Layers>,
     root: PathBuf,
     model: Model,
     next: u64,
@@ -234,26 +238,71 @@ struct Happened {
     shared: u32,
     answered: u32,
     removed: u32,
+    /// Calls of [`Layers`].
+    layers: [u32; 4],
 }
 
 impl Life {
-    /// Names, kinds, parents and labels, as the store tells them.
+    /// Names, kinds, parents and labels, as the store tells them. That a layer is not unpacked is
+    /// told by a label, which is looked at here.
     fn told(&self) -> BTreeMap<String, (Kind, Option<String>, Labels)> {
-        let all = list(&self.store, &[]).into_iter();
-        all.map(|i| (i.name.as_str().to_owned(), (i.kind, i.parent.map(String::from), i.labels)))
-            .collect()
+        let mut all = BTreeMap::new();
+        for mut info in list(&self.store, &[]) {
+            let lazy = info.labels.remove("containerd.io/snapshot/remote").is_some();
+            assert_eq!(lazy, self.store.place(&info.name).is_err(), "{info:?}");
+            let parent = info.parent.map(String::from);
+            all.insert(info.name.as_str().to_owned(), (info.kind, parent, info.labels));
+        }
+        all
     }
 
     fn written(&self, of: &str) -> u64 {
-        std::fs::read_to_string(self.store.place(&name(of)).join("files"))
-            .ok()
-            .and_then(|t| t.parse().ok())
-            .unwrap_or(0)
+        match self.store.place(&name(of)) {
+            Ok(directory) => std::fs::read_to_string(directory.join("files"))
+                .ok()
+                .and_then(|t| t.parse().ok())
+                .unwrap_or(0),
+            Err(layer) => LAYER_FILES + layer.0,
+        }
+    }
+
+    fn open(root: &Path, layers: &Arc<Layers>) -> Store {
+        let options = Options { keep_mounted: Duration::ZERO, ..Options::default() };
+        open_with(root, options, layers.clone())
     }
 
     fn restart(self) -> Self {
         drop(self.store);
-        Self { store: open(&self.root), ..self }
+        Self { store: Self::open(&self.root, &self.layers), ..self }
+    }
+
+    /// Files that the snapshots below have, the parent's first. A layer counts where it is first.
+    fn below(&self, known: &Known) -> Vec<u64> {
+        let mut below = Vec::new();
+        let mut next = known.parent.as_ref();
+        while let Some(parent) = next {
+            let files = self.model[parent].files;
+            if files < LAYER_FILES || !below.contains(&files) {
+                below.push(files);
+            }
+            next = self.model[parent].parent.as_ref();
+        }
+        below
+    }
+
+    /// Layers are held once if there are snapshots of them, and mounted if they are needed.
+    fn check_layers(&self, exactly: bool) {
+        let layer = |files: u64| files.checked_sub(LAYER_FILES).map(LayerId);
+        let held = self.model.values().filter_map(|k| layer(k.files)).map(|l| (l, 1)).collect();
+        assert_eq!(self.layers.holds(), held);
+        let needed: BTreeSet<LayerId> = (self.model.values())
+            .filter(|k| k.kind != Kind::Committed)
+            .flat_map(|k| self.below(k))
+            .filter_map(layer)
+            .collect();
+        let mounted = self.layers.mounted();
+        assert!(mounted.is_superset(&needed), "{mounted:?} of {needed:?}");
+        assert!(!exactly || mounted == needed, "{mounted:?} and not {needed:?}");
     }
 
     fn check(&self) {
@@ -267,8 +316,10 @@ impl Life {
             .unwrap()
             .map(|e| e.unwrap().path().join("fs"))
             .collect();
-        let places: BTreeSet<u64> = self.model.values().map(|k| k.files).collect();
+        let places: BTreeSet<u64> =
+            self.model.values().map(|k| k.files).filter(|f| *f < LAYER_FILES).collect();
         assert_eq!(directories.len(), places.len(), "a directory for each place and no other");
+        self.check_layers(false);
         for (name_, known) in &self.model {
             if known.kind != Kind::View {
                 assert_eq!(self.written(name_), known.files, "{name_}");
@@ -279,12 +330,7 @@ impl Life {
             } else {
                 // Each mounts what the model says is below it, in order.
                 let mounts = self.store.mounts(&name(name_)).unwrap();
-                let mut below = Vec::new();
-                let mut next = known.parent.as_ref();
-                while let Some(parent) = next {
-                    below.push(self.model[parent].files);
-                    next = self.model[parent].parent.as_ref();
-                }
+                let below = self.below(known);
                 let single = (known.kind == Kind::View && below.len() == 1)
                     .then(|| mounts[0].source.as_str());
                 let lowers = option(&mounts, "lowerdir").or(single).unwrap_or("");
@@ -315,7 +361,8 @@ impl Life {
                 known.files = got;
             }
         } else if known.files == fresh && known.kind == Kind::Active {
-            std::fs::write(self.store.place(&name(key)).join("files"), fresh.to_string()).unwrap();
+            let own = self.store.place(&name(key)).unwrap();
+            std::fs::write(own.join("files"), fresh.to_string()).unwrap();
         }
     }
 
@@ -392,13 +439,16 @@ fn random_operations_restarts_and_kills_do_what_the_model_says() {
         let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }
             .unwrap();
         let root = dir.path().join("root");
-        let mut life = Life { store: open(&root), root, model: Model::new(), next: 0, happened };
+        let layers = Layers::new(&dir.path().join("layers"));
+        let store = Life::open(&root, &layers);
+        let mut life = Life { store, layers, root, model: Model::new(), next: 0, happened };
         let mut random = Random(seed);
         for turn in 0..OPERATIONS {
             let operation = operation(&mut random, &life.model);
             let kill = (random.next(4) == 0).then(|| random.next(3) as u32 + 1);
             eprintln!("seed {seed} turn {turn}: {operation:?} kill {kill:?}");
             life = life.turn(&operation, kill);
+            life.check_layers(matches!(operation, Operation::Work) && kill.is_none());
             life.check();
         }
         // Nothing is left when everything was removed.
@@ -408,15 +458,17 @@ fn random_operations_restarts_and_kills_do_what_the_model_says() {
             }
         }
         life.store.cleanup().unwrap();
+        assert_eq!((life.layers.holds().len(), life.layers.mounted().len()), (0, 0));
+        for (sum, more) in happened.layers.iter_mut().zip(life.layers.calls()) {
+            *sum += more;
+        }
         for what in ["snapshots", "trash"] {
             assert_eq!(std::fs::read_dir(life.root.join(what)).unwrap().count(), 0, "{what}");
         }
-        happened = life.happened;
+        happened = Happened { layers: happened.layers, ..life.happened };
     }
-    let Happened { killed, done, undone, committed, shared, answered, removed } = happened;
+    let Happened { killed, done, undone, committed, shared, answered, removed, layers } = happened;
     eprintln!("{happened:?}");
-    assert!(
-        [killed, done, undone, committed, shared, answered, removed].iter().all(|n| *n >= 5),
-        "{happened:?}"
-    );
+    let counts = [killed, done, undone, committed, shared, answered, removed];
+    assert!(counts.iter().chain(&layers).all(|n| *n >= 5), "{happened:?}");
 }

@@ -1,14 +1,7 @@
 //! One chain ID under several names.
 
 use super::*;
-use crate::{Kind, Labels, LayerId, SNAPSHOT_REF, Sharing, Usage};
-use shipway_fault::{Code, Fault, Result};
-use std::{collections::BTreeMap, path::PathBuf, sync::Mutex};
-
-/// A chain ID; not a true one, but it looks like one.
-fn chain(n: u8) -> String {
-    format!("sha256:{}", format!("{n:02x}").repeat(32))
-}
+use crate::{Kind, SNAPSHOT_REF, Sharing};
 
 struct Unpacker<'a> {
     store: &'a Store,
@@ -230,63 +223,4 @@ fn a_snapshot_whose_files_are_lost_is_offered_to_nobody() {
     Unpacker::new(&store, "one").layer(&chain(1), None);
     std::fs::remove_dir_all(dir.path().join("root/snapshots/1")).unwrap();
     assert!(Unpacker::new(&store, "two").ask(&chain(1), None).1.is_ok());
-}
-
-/// Layers that are directories already, by the label `layer`.
-#[derive(Default)]
-struct Directories {
-    layers: BTreeMap<String, (LayerId, PathBuf)>,
-    released: Mutex<Vec<LayerId>>,
-}
-
-impl LazyLayers for Directories {
-    fn find(&self, labels: &Labels) -> Option<LayerId> {
-        self.layers.get(labels.get("layer")?).map(|l| l.0)
-    }
-    fn directory(&self, layer: LayerId) -> Result<PathBuf> {
-        let found = self.layers.values().find(|l| l.0 == layer).map(|l| l.1.clone());
-        found.ok_or_else(|| Fault::not_found("no such layer"))
-    }
-    fn usage(&self, _: LayerId) -> Result<Usage> {
-        Ok(Usage { bytes: 4096, inodes: 1 })
-    }
-    fn release(&self, layer: LayerId) {
-        self.released.lock().unwrap().push(layer);
-    }
-}
-
-#[test]
-fn a_layer_that_need_not_be_unpacked_is_a_committed_snapshot_at_once() {
-    let dir = tempfile::tempdir().unwrap();
-    let served = dir.path().join("served");
-    std::fs::create_dir(&served).unwrap();
-    let layers = Arc::new(Directories {
-        layers: [("lazy".to_owned(), (LayerId(5), served.clone()))].into(),
-        ..Directories::default()
-    });
-    let store = open_with(&dir.path().join("root"), Options::default(), layers.clone());
-    let ask = |key: &str, parent: Option<&Name>, n: u8, layer: &str| {
-        store.prepare(&name(key), parent, labels(&[(SNAPSHOT_REF, &chain(n)), ("layer", layer)]))
-    };
-    assert_eq!(ask("one/1/x", None, 1, "lazy").unwrap_err().code(), Code::AlreadyExists);
-    let base =
-        list(&store, &[&format!("labels.\"{SNAPSHOT_REF}\"=={},parent==\"\"", chain(1))]).remove(0);
-    assert_eq!((base.kind, base.name.clone()), (Kind::Committed, name("one/1/x")));
-    assert!(base.labels.contains_key("containerd.io/snapshot/remote"));
-    assert_eq!(store.usage(&base.name).unwrap().bytes, 4096);
-    // Ordinary ones stand on it as on any other.
-    let mounts = ask("one/2/y", Some(&base.name), 2, "ordinary").unwrap();
-    assert_eq!(option(&mounts, "lowerdir"), served.to_str());
-    assert_eq!(
-        store.view(&name("v"), Some(&base.name), Labels::new()).unwrap()[0].source,
-        served.to_str().unwrap()
-    );
-    // Another namespace gets the same.
-    assert_eq!(ask("two/1/x", None, 1, "ordinary").unwrap_err().code(), Code::AlreadyExists);
-    assert_eq!(list(&store, &["kind==committed"]).len(), 1);
-    assert!(layers.released.lock().unwrap().is_empty());
-    for gone in ["v", "one/2/y", "one/1/x"] {
-        store.remove(&name(gone)).unwrap();
-    }
-    assert_eq!(*layers.released.lock().unwrap(), [LayerId(5)]);
 }
