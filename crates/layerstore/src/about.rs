@@ -67,8 +67,7 @@ pub struct Description {
 }
 
 /// How much is known of a layer's data.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum State {
     /// Parts may be there; all are checked before they are served.
     #[default]
@@ -150,7 +149,9 @@ impl Fixed {
 pub(crate) struct Changing {
     /// Where the layer was seen, the latest last.
     pub repositories: Vec<String>,
-    pub state: State,
+    /// The first difference between tar and table of contents, if one was found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lie: Option<String>,
 }
 
 impl Changing {
@@ -172,7 +173,7 @@ impl Changing {
     /// Makes it a lying one.
     pub fn lies(&mut self, difference: &str) {
         let cut = difference.floor_char_boundary(MAX_DIFFERENCE);
-        self.state = State::Lying(difference[..cut].to_owned());
+        self.lie = Some(difference[..cut].to_owned());
     }
 }
 

@@ -123,6 +123,9 @@ pub enum Error {
         /// The first difference.
         difference: String,
     },
+    /// Data that was to be there as a whole was given up for other layers meanwhile.
+    #[error("data of layer {0} was given up meanwhile")]
+    Evicted(LayerNumber),
     /// A chunk or table of contents of another layer was passed.
     #[error("not a {0} of this layer")]
     Foreign(&'static str),
@@ -179,6 +182,7 @@ impl From<Error> for Fault {
             | Error::Lying { .. } => fault(Code::DataLoss),
             Error::Foreign(_) => Fault::internal(error.to_string()),
             Error::NoLayer(_) => fault(Code::NotFound),
+            Error::Evicted(_) => fault(Code::Aborted),
             Error::Mounted(_) | Error::Locked(_) | Error::NoHoles(_) => {
                 fault(Code::FailedPrecondition)
             }

@@ -3,7 +3,8 @@
 use crate::{Error, Good, Layer, Result, index::Chunk, layer::Open};
 use shipway_estargz::Frames;
 use std::{
-    io::{self, BufRead, Read as _},
+    cell::Cell,
+    io::{self, BufRead, Read},
     iter::Peekable,
     ops::Range,
 };
@@ -178,7 +179,12 @@ impl Layer {
         mut good: impl FnMut(Good),
     ) -> Result<()> {
         let wrong = |why: String| Error::Frame { layer: self.number(), why };
-        let failed = |error: io::Error| wrong(error.to_string().chars().take(200).collect());
+        let input_failed = Cell::new(false);
+        let compressed = Input { input: compressed, failed: &input_failed };
+        let failed = |error: io::Error| match input_failed.get() {
+            true => Error::io(format_args!("read a frame of layer {}", self.number()), error),
+            false => wrong(error.to_string().chars().take(200).collect()),
+        };
         let mut frames = Frames::new(self.codec(), compressed).map_err(|e| wrong(e.to_string()))?;
         let (mut at, mut data) = (0, Vec::new());
         for chunk in &frame.chunks {
@@ -196,5 +202,35 @@ impl Layer {
             good(self.write(chunk, &data)?);
         }
         Ok(())
+    }
+}
+
+/// Compressed bytes, and whether reading them failed: an error of the reader is none of the bytes.
+struct Input<'a, R> {
+    input: R,
+    failed: &'a Cell<bool>,
+}
+
+impl<R> Input<'_, R> {
+    fn note<T>(failed: &Cell<bool>, read: io::Result<T>) -> io::Result<T> {
+        let is_over = read.as_ref().is_err_and(|e| e.kind() != io::ErrorKind::Interrupted);
+        failed.set(failed.get() || is_over);
+        read
+    }
+}
+
+impl<R: Read> Read for Input<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        Self::note(self.failed, self.input.read(buffer))
+    }
+}
+
+impl<R: BufRead> BufRead for Input<'_, R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        Self::note(self.failed, self.input.fill_buf())
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.input.consume(n);
     }
 }

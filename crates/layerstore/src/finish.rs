@@ -1,9 +1,9 @@
 //! Reads a whole blob: stores what is missing, and finds out whether the layer's tar is what its
 //! table of contents says.
 
-use crate::{Chunk, ChunkId, Error, Good, Layer, Result, State, about::Changing, layer::Open};
+use crate::{Chunk, ChunkId, Error, Good, Layer, Result, State, layer::Open};
 use shipway_archive::{Member, MemberKind, TarReader};
-use shipway_estargz::{Comparison, Frames, Kind, TarEntry, TarKind, Time, Toc};
+use shipway_estargz::{Comparison, Frames, Kind, MAX_TOC, TarEntry, TarKind, Time, Toc};
 use shipway_oci::Hasher;
 use std::{
     io::{self, BufReader, Read},
@@ -27,7 +27,7 @@ impl Layer {
         if let State::Lying(difference) = self.state() {
             return Err(Error::Lying { layer, difference });
         }
-        let mut blob = BufReader::with_capacity(BUFFER, Blob::new(blob));
+        let mut blob = BufReader::with_capacity(BUFFER, Blob::new(blob.take(self.blob_size() + 1)));
         let compared = self.compare(toc, &mut blob, good);
         let failed = |error| Error::io(format_args!("read the blob of layer {layer}"), error);
         let compared = match compared {
@@ -39,19 +39,14 @@ impl Layer {
             Ok(()) => None,
         };
         // Whatever it says of the tar, it counts only if these are the right bytes.
-        let most = self.blob_size() + 1;
-        let rest = most.saturating_sub(blob.get_ref().size);
-        io::copy(&mut (&mut blob).take(rest + BUFFER as u64), &mut io::sink()).map_err(failed)?;
+        io::copy(&mut blob, &mut io::sink()).map_err(failed)?;
         let Blob { hasher, size, .. } = blob.into_inner();
         let (actual, expected) = (hasher.finish(), self.key().blob);
         if actual != expected || size != self.blob_size() {
             return Err(Error::Blob { layer, expected, actual });
         }
         if let Some(difference) = compared {
-            self.change(true, |changing: &mut Changing| {
-                changing.lies(&difference);
-                Ok(true)
-            })?;
+            self.mark_lying(&difference)?;
             return Err(Error::Lying { layer, difference });
         }
         // Nothing in the blob is about chunks of zeros.
@@ -92,6 +87,11 @@ impl Layer {
         let mut buffer = vec![0; BUFFER];
         while let Some(member) = tar.next_member()? {
             let known = comparison.entry(&entry(&member));
+            // The table of contents itself; everything else that is not known is a difference.
+            if known.is_none() && comparison.difference().is_none() && member.size > MAX_TOC {
+                let difference = "its table of contents is too long".to_owned();
+                return Err(Failure::Difference(difference));
+            }
             let mut writer = None;
             if let Some(id) = known
                 && let Kind::File { chunks: chunks @ [_, ..], .. } = toc.entry(id).kind()

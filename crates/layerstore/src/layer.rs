@@ -32,6 +32,8 @@ pub(crate) const META: &str = "meta";
 pub(crate) const DATA: &str = "data";
 pub(crate) const INDEX: &str = "index";
 pub(crate) const CLAIMS: &str = "claims";
+/// An empty file that is there if the layer is whole: to take it away needs no space.
+pub(crate) const WHOLE: &str = "whole";
 
 /// Bytes of data that are given up together; each piece has a time of use.
 pub const SEGMENT: u64 = 4 << 20;
@@ -58,7 +60,7 @@ impl Common {
 pub struct Layer {
     directory: PathBuf,
     fixed: Fixed,
-    changing: Mutex<Changing>,
+    known: Mutex<Known>,
     common: Arc<Common>,
     /// Whether what an earlier process of this boot said of the data can be believed.
     restorable: bool,
@@ -67,6 +69,12 @@ pub struct Layer {
     used_on_disk: AtomicU64,
     open: OnceLock<Arc<Open>>,
     is_meta_right: OnceLock<()>,
+}
+
+/// What changes of a layer, as it is on the disk.
+struct Known {
+    changing: Changing,
+    is_whole: bool,
 }
 
 /// The files of a layer.
@@ -334,10 +342,11 @@ impl Layer {
         restorable: bool,
         used: u64,
     ) -> Self {
+        let is_whole = directory.join(WHOLE).exists();
         Self {
             directory,
             fixed: about.fixed,
-            changing: Mutex::new(about.changing),
+            known: Mutex::new(Known { changing: about.changing, is_whole }),
             common,
             restorable,
             used: AtomicU64::new(used),
@@ -394,12 +403,17 @@ impl Layer {
 
     /// Where it was seen, as `host/name`, the latest last. It may be fetched from any of them.
     pub fn repositories(&self) -> Vec<String> {
-        lock(&self.changing).repositories.clone()
+        lock(&self.known).changing.repositories.clone()
     }
 
     /// How much is known of its data.
     pub fn state(&self) -> State {
-        lock(&self.changing).state.clone()
+        let known = lock(&self.known);
+        match &known.changing.lie {
+            Some(difference) => State::Lying(difference.clone()),
+            None if known.is_whole => State::Whole,
+            None => State::Lazy,
+        }
     }
 
     /// When it was used last, in seconds since 1970.
@@ -505,7 +519,11 @@ impl Layer {
             Some(open) => open.data.metadata(),
             None => path.symlink_metadata(),
         };
-        let data = data.map_err(Error::at("stat", &path))?.blocks() * 512;
+        let data = match data {
+            // It was removed meanwhile.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Usage::default()),
+            data => data.map_err(Error::at("stat", &path))?.blocks() * 512,
+        };
         let chunks = self.fixed.chunks;
         let about = DATA_BLOCK;
         let other = [self.fixed.meta_bytes, index::bytes(chunks), Bits::bytes(chunks), about];
@@ -517,6 +535,16 @@ impl Layer {
     pub fn chunks_touching(&self, blocks: Range<u64>) -> Result<Chunks<'_>> {
         let index = &self.open()?.index;
         Ok(index.chunks(index.touching(&blocks)?))
+    }
+
+    /// The blocks whose data lies before a place in the blob, such as that of a landmark.
+    pub fn blocks_before(&self, offset: u64) -> Result<Range<u64>> {
+        let index = &self.open()?.index;
+        let end = index.partition_point(|record| record.offset < offset)?;
+        Ok(0..match end.checked_sub(1) {
+            Some(last) => blocks_of(&index.get(last)?).end,
+            None => 0,
+        })
     }
 
     /// The chunks that touch some of `blocks` and have to be fetched: they have data, and it was
@@ -699,22 +727,26 @@ impl Layer {
 
     /// Remembers another repository that the layer was seen in, `host/name`.
     pub fn add_repository(&self, repository: &str) -> Result<()> {
-        self.change(false, |changing| changing.add(repository))
+        let mut known = lock(&self.known);
+        let mut new = known.changing.clone();
+        if new.add(repository)? {
+            self.save(&mut known, new, false)?;
+        }
+        Ok(())
     }
 
-    /// Changes what changes, on the disk as well, if `edit` says that it did.
-    pub(crate) fn change(
-        &self,
-        durable: bool,
-        edit: impl FnOnce(&mut Changing) -> Result<bool>,
-    ) -> Result<()> {
-        let mut changing = lock(&self.changing);
-        let mut new = changing.clone();
-        if edit(&mut new)? {
-            let about = About { fixed: self.fixed.clone(), changing: new.clone() };
-            about.save(&self.directory, durable)?;
-            *changing = new;
-        }
+    /// Remembers that the layer is another than its table of contents says.
+    pub(crate) fn mark_lying(&self, difference: &str) -> Result<()> {
+        let mut known = lock(&self.known);
+        let mut new = known.changing.clone();
+        new.lies(difference);
+        self.save(&mut known, new, true)
+    }
+
+    fn save(&self, known: &mut Known, changing: Changing, durable: bool) -> Result<()> {
+        let about = About { fixed: self.fixed.clone(), changing };
+        about.save(&self.directory, durable)?;
+        known.changing = about.changing;
         Ok(())
     }
 
@@ -723,14 +755,29 @@ impl Layer {
         let open = self.open()?;
         let _hold = open.hold(0..self.data_blocks());
         if !lock(&open.marks).verified.has_all(0..open.index.count) {
-            return Err(Error::Foreign("whole set of chunks"));
+            return Err(Error::Evicted(self.number()));
         }
         // Whatever the options say: it will be believed after the next boot.
         disk::sync(&self.data_path(), &open.data)?;
-        self.change(true, |changing| {
-            changing.state = State::Whole;
-            Ok(true)
-        })
+        let mut known = lock(&self.known);
+        let path = self.directory.join(WHOLE);
+        disk::sync(&path, &disk::create(&path)?)?;
+        disk::sync_directory(&self.directory)?;
+        known.is_whole = true;
+        Ok(())
+    }
+
+    /// Notes that not all data is there, before it is so, also on the disk.
+    pub(crate) fn mark_lazy(&self) -> Result<()> {
+        let mut known = lock(&self.known);
+        let path = self.directory.join(WHOLE);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            removed => removed.map_err(Error::at("remove", &path))?,
+        }
+        disk::sync_directory(&self.directory)?;
+        known.is_whole = false;
+        Ok(())
     }
 }
 

@@ -7,6 +7,7 @@
 //!                /data         contents of all files, with holes where they were not fetched
 //!                /index        which chunk of the blob goes where in the data
 //!                /claims       a bit for each chunk: it was written once
+//!                /whole        is there if all data is, and on the disk
 //! layers/new.<number>/         a layer that is being made
 //! layers/trash/                what is to be removed
 //! ```

@@ -183,10 +183,7 @@ impl Layer {
         if self.state() == State::Whole {
             _lease = Some(Lease::take(&open.data)?.ok_or(Error::Mounted(self.number()))?);
             // On the disk before the first hole is.
-            self.change(true, |changing| {
-                changing.state = State::Lazy;
-                Ok(true)
-            })?;
+            self.mark_lazy()?;
         }
         let mut pieces = Vec::new();
         for chunk in open.index.chunks(chunks) {

@@ -19,7 +19,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs::{self, File},
     io::{self, Write as _},
-    os::unix::fs::FileExt as _,
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex},
     time::{Instant, SystemTime},
@@ -32,6 +32,8 @@ const BOOT: &str = "boot";
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Most bytes of the file [`BOOT`].
 const MAX_BOOT: u64 = 256;
+/// Digits of the next number in it.
+const NEXT_DIGITS: usize = 10;
 /// Prefix of directories that are being made.
 const NEW: &str = "new.";
 
@@ -209,9 +211,17 @@ impl LayerStore {
     }
 
     fn save_next(&self, next: u32) -> Result<()> {
-        // A power cut may take it: numbers begin anew with the boot, after those that are there.
-        let text = format!("{}\n{next}\n", self.boot);
-        disk::replace(&self.directory, BOOT, text.as_bytes(), false)
+        // In its place, for a full disk must not keep anybody from starting. A power cut may take
+        // it: numbers begin anew with the boot, after those that are there.
+        let text = format!("{}\n{next:0NEXT_DIGITS$}\n", self.boot);
+        let path = self.directory.join(BOOT);
+        let mut options = File::options();
+        let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let written = file.and_then(|file| {
+            file.write_all_at(text.as_bytes(), 0)?;
+            file.set_len(text.len() as u64)
+        });
+        written.map_err(Error::at("write", &path))
     }
 
     /// The layer with that number.
@@ -332,7 +342,7 @@ impl LayerStore {
         let claims = Bits::bytes(fixed.chunks) as usize;
         file(CLAIMS, &mut |file| file.write_all_at(&vec![0; claims], 0))?;
         file(DATA, &mut |file| file.set_len(fixed.data_blocks * BLOCK))?;
-        let about = About { fixed: fixed.clone(), changing: changing.clone() };
+        let about = About { fixed, changing };
         about.save(directory, self.options.fsync)?;
         Ok(about)
     }
@@ -376,6 +386,10 @@ impl LayerStore {
             match renameat_with(CWD, path, CWD, &target, RenameFlags::NOREPLACE) {
                 Ok(()) | Err(Errno::NOENT) => break,
                 Err(Errno::EXIST) => {}
+                // Not even a name fits. What a kill leaves of it has files too few.
+                Err(Errno::NOSPC | Errno::DQUOT) => {
+                    return fs::remove_dir_all(path).map_err(Error::at("remove", path));
+                }
                 Err(error) => return Err(Error::at("rename", path)(error)),
             }
         }
@@ -426,13 +440,18 @@ fn last_next(directory: &Path, boot: &str) -> Result<Option<u32>> {
     let text = std::str::from_utf8(&text).unwrap_or_default();
     let mut lines = text.lines();
     let is_same = lines.next() == Some(boot);
-    Ok(lines.next().filter(|_| is_same && text.ends_with('\n')).and_then(|n| n.parse().ok()))
+    let next = lines.next().filter(|next| is_same && next.len() == NEXT_DIGITS);
+    Ok(next.and_then(|next| next.parse().ok()))
 }
 
 /// Whether holes can be made: without them nothing can be given up in pieces.
 fn check_holes(directory: &Path) -> Result<()> {
     let path = directory.join(format!("{NEW}hole"));
-    let file = disk::create(&path)?;
+    let file = match disk::create(&path) {
+        // Holes are what is needed now, whether they can be made or not.
+        Err(Error::NoSpace { .. }) => return Ok(()),
+        file => file?,
+    };
     file.set_len(BLOCK).map_err(Error::at("write", &path))?;
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     let made = fallocate(&file, flags, 0, BLOCK);

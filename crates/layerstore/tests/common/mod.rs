@@ -10,19 +10,26 @@ pub mod model;
 pub mod blobs;
 
 use model::{Attrs, Dice, Maker, Model, Op, Thing};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen,
+};
 use shipway_estargz::{Dialect, Output, Record, Toc, Writer, WriterOptions};
 use shipway_layerstore::{
-    Chunk, Description, Extent, Layer, LayerKey, LayerStore, Options, Result,
+    Chunk, ChunkId, Description, Extent, Layer, LayerKey, LayerStore, Options, Result,
 };
 use shipway_oci::Digest;
 use std::{
     cell::RefCell,
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::OsStr,
     io,
     ops::Range,
-    os::unix::{ffi::OsStrExt as _, fs::FileExt as _},
-    path::Path,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        unix::{ffi::OsStrExt as _, fs::FileExt as _},
+    },
+    path::{Path, PathBuf},
     rc::Rc,
     sync::Arc,
 };
@@ -45,9 +52,10 @@ pub fn random_ops(seed: u64, count: usize) -> Vec<Op> {
     let (mut ops, mut directories, mut others) = (Vec::new(), vec![String::new()], Vec::new());
     let attrs = |maker: &mut Maker| {
         let mut attrs = maker.attrs();
-        // The table of contents of an eStargz has whole seconds, of years with four digits.
+        // The table of contents of an eStargz has whole seconds, and the reader of tars nanoseconds
+        // since 1970 in 64 bits.
         attrs.mtime.nanoseconds = 0;
-        attrs.mtime.seconds %= 1 << 35;
+        attrs.mtime.seconds %= 1 << 33;
         attrs
     };
     let root = attrs(&mut maker);
@@ -162,7 +170,6 @@ pub struct Blob {
     pub toc: Toc,
     pub key: LayerKey,
     pub about: Description,
-    pub model: Model,
     /// The data file as it is when all of it is there.
     pub data: Vec<u8>,
     pub records: Vec<Record>,
@@ -230,11 +237,6 @@ pub fn blob_of(ops: &[Op], shape: Shape) -> Blob {
     let external = written.external_toc.as_deref();
     let opened =
         blobs::open(bytes.clone(), &written.annotations(Dialect::Containerd), external).unwrap();
-    let root = Attrs { mode: 0o755, ..Attrs::default() };
-    let mut model = Model::new(root);
-    for op in ops {
-        model.apply(op, "trusted.overlay.opaque").unwrap();
-    }
     let contents: BTreeMap<&[u8], &Rc<[u8]>> = ops
         .iter()
         .filter_map(|op| match &op.thing {
@@ -259,9 +261,17 @@ pub fn blob_of(ops: &[Op], shape: Shape) -> Blob {
         records: opened.toc.records().collect(),
         toc: opened.toc,
         bytes,
-        model,
         data,
     }
+}
+
+/// What unpacking the entries gives.
+pub fn model_of(ops: &[Op]) -> Model {
+    let mut model = Model::new(Attrs { mode: 0o755, ..Attrs::default() });
+    for op in ops {
+        model.apply(op, "trusted.overlay.opaque").unwrap();
+    }
+    model
 }
 
 pub fn random_blob(seed: u64, count: usize) -> Blob {
@@ -313,9 +323,33 @@ impl Blob {
         good.ranges().to_vec()
     }
 
+    /// Blocks of which every chunk that touches them is among `there`, found the slow way.
+    pub fn good_of(&self, there: &BTreeSet<ChunkId>) -> Vec<Range<u64>> {
+        let mut bad = vec![false; self.all().end as usize];
+        for (n, record) in self.records.iter().enumerate() {
+            if !there.contains(&ChunkId(n as u32)) {
+                blocks_of(record).for_each(|block| bad[block as usize] = true);
+            }
+        }
+        sorted(self.all().filter(|block| !bad[*block as usize]).map(|b| b..b + 1).collect())
+    }
+
+    /// What can be known to be good if these blocks were: a chunk that reaches into others was not
+    /// told as a whole.
+    pub fn known_by(&self, told: &[Range<u64>]) -> Vec<Range<u64>> {
+        let told: BTreeSet<u64> = told.iter().cloned().flatten().collect();
+        let chunks = self.records.iter().enumerate();
+        let chunks = chunks.filter(|(_, r)| blocks_of(r).all(|block| told.contains(&block)));
+        self.good_of(&chunks.map(|(n, _)| ChunkId(n as u32)).collect())
+    }
+
     pub fn all(&self) -> Range<u64> {
         0..self.data.len() as u64 / 4096
     }
+}
+
+fn blocks_of(record: &Record) -> Range<u64> {
+    record.data / 4096..(record.data + record.size).div_ceil(4096)
 }
 
 /// A bit for each block, as the keeper has them.
@@ -349,4 +383,40 @@ impl io::Read for Cut<'_> {
         }
         io::Read::read(&mut self.0, buffer)
     }
+}
+
+/// A small file system in memory, mounted nowhere: it goes with this.
+pub struct Tmpfs(OwnedFd);
+
+impl Tmpfs {
+    pub fn new(options: &str) -> Self {
+        let (key, value) = options.split_once('=').unwrap();
+        Self(mounted("tmpfs", &[(key, Some(Path::new(value)))]))
+    }
+
+    pub fn root(&self) -> PathBuf {
+        root_of(&self.0)
+    }
+}
+
+/// Mounts a file system nowhere.
+pub fn mounted(kind: &str, options: &[(&str, Option<&Path>)]) -> OwnedFd {
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "mounts need root: run as root, as `cargo xtask test` does"
+    );
+    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
+    for (key, value) in options {
+        match value {
+            Some(value) => fsconfig_set_string(context.as_fd(), *key, *value),
+            None => fsconfig_set_flag(context.as_fd(), *key),
+        }
+        .unwrap_or_else(|e| panic!("{kind} {key}: {e}"));
+    }
+    fsconfig_create(context.as_fd()).unwrap_or_else(|e| panic!("{kind}: {e}"));
+    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap()
+}
+
+pub fn root_of(mount: &OwnedFd) -> PathBuf {
+    format!("/proc/self/fd/{}/.", mount.as_raw_fd()).into()
 }
