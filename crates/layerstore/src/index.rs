@@ -234,3 +234,50 @@ impl Iterator for Chunks<'_> {
         Some(record.map(|record| Chunk { id: ChunkId(id), record }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// More pages than are kept, found by place, forwards and at random.
+    #[test]
+    fn records_are_found_by_place() {
+        const COUNT: u64 = 3 * CACHED as u64 * PER_PAGE as u64 + 7;
+        let key = LayerKey { blob: Digest::of("blob"), toc: Digest::of("toc") };
+        // Files of three chunks, of 3000 bytes each and a tail of one.
+        let record = |n: u64| Record {
+            data: n / 3 * 2 * DATA_BLOCK + n % 3 * 3000,
+            size: if n % 3 == 2 { 1 } else { 3000 },
+            offset: 100 * n,
+            compressed: 99,
+            inner: 0,
+            digest: Some(Digest::of(n.to_le_bytes())),
+        };
+        let mut file = tempfile::tempfile().expect("a file");
+        let count = write(&key, (0..COUNT).map(record), &mut file).expect("an index");
+        assert_eq!(u64::from(count), COUNT);
+        assert_eq!(file.metadata().expect("a length").len(), bytes(count));
+        let cache = Arc::new(PageCache::default());
+        let index = Index { file, layer: LayerNumber(1), key, count, cache };
+        for (n, chunk) in index.chunks(0..count).enumerate() {
+            let chunk = chunk.expect("a chunk");
+            assert_eq!((chunk.id, chunk.record), (ChunkId(n as u32), record(n as u64)));
+        }
+        for n in (0..count).step_by(1009) {
+            let file = n / 3;
+            let block = u64::from(file) * 2;
+            let of = |blocks| index.touching(&blocks).expect("chunks");
+            let ids = 3 * file..(3 * file + 3).min(count);
+            assert_eq!(of(block..block + 2), ids);
+            // The second chunk is in both blocks, the others in one.
+            assert_eq!(of(block..block + 1), ids.start..(ids.start + 2).min(count));
+            assert_eq!(of(block + 1..block + 2), (ids.start + 1).min(count)..ids.end);
+            assert_eq!(of(block..block), 0..0);
+            let within = |blocks| index.within(&blocks).expect("chunks");
+            assert_eq!(within(block..block + 2), ids);
+            assert_eq!(within(block..block + 1), ids.start..ids.start + 1);
+        }
+        let cache = crate::lock(&index.cache.0);
+        assert_eq!((cache.pages.len(), cache.order.len()), (CACHED, CACHED));
+    }
+}

@@ -47,3 +47,29 @@ impl Drop for Lease {
         _ = control(self.0.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::OpenOptionsExt as _;
+
+    /// Also after somebody wanted to open the file, for which the kernel sends us a signal.
+    #[test]
+    fn nobody_opens_the_file_while_it_is_leased() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("file");
+        let open = || File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
+        let file = File::options().read(true).write(true).create_new(true).open(&path);
+        let file = file.expect("a file");
+        let other = open().expect("the file");
+        assert!(Lease::take(&file).expect("an answer").is_none());
+        drop(other);
+        let copy = file.try_clone().expect("a copy");
+        let lease = Lease::take(&file).expect("an answer").expect("a lease");
+        let refused = open().expect_err("the lease");
+        assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
+        drop(lease);
+        assert!(open().is_ok());
+        assert!(Lease::take(&copy).expect("an answer").is_some());
+    }
+}

@@ -20,6 +20,16 @@
 //! - [`Layer::finish`] reads a whole blob; only then a layer can be used without anybody who
 //!   fetches.
 //!
+//! # A miss
+//!
+//! 1. [`Layer::verify_blocks`] of what was missed; whoever serves it is told what is good.
+//! 2. [`Layer::extents`] of the same, each is fetched.
+//! 3. [`Layer::write_frame`] for each frame; whoever serves is told what is good by each chunk.
+//!
+//! All of it may be done at the same time by several threads, also for the same blocks. Who is told
+//! of good blocks that were told before has no harm from it; [`Good`] says why it matters when one
+//! is told.
+//!
 //! # What is believed
 //!
 //! Data is believed if its digest was computed in this boot, by this process or by an earlier one

@@ -242,7 +242,7 @@ impl LayerStore {
 
     /// Makes the layer `key` out of its table of contents, which the caller has checked to be the
     /// one that the key names. If it is there, or another thread is just making it, this is that
-    /// layer, which remembers the repository as well.
+    /// layer, which remembers the repository as well, in whatever [`State`](crate::State) it is.
     ///
     /// [`Error::Refused`] if the layer has to be unpacked.
     pub fn create(&self, key: LayerKey, about: &Description, toc: &Toc) -> Result<Arc<Layer>> {
