@@ -5,6 +5,7 @@ use crate::tree::broken;
 use rustix::{fd::BorrowedFd, io::Errno};
 use shipway_fault::{Code, Fault, Result};
 use shipway_oci::is_image_xattr;
+use shipway_storage::overlay::Marks;
 use std::path::Path;
 
 /// Most bytes of names and values of one file. Go's tar reader, which containerd unpacks with,
@@ -32,33 +33,6 @@ const HOST: [&[u8]; 7] = [
 
 /// With these an overlay keeps a part of what it shows elsewhere.
 const ELSEWHERE: [&[u8]; 3] = [b"redirect", b"metacopy", b"whiteout"];
-
-/// The namespace in which an overlay leaves its marks (mount option `userxattr`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Marks {
-    /// `trusted.overlay.`
-    #[default]
-    Trusted,
-    /// `user.overlay.`
-    User,
-}
-
-impl Marks {
-    fn prefix(self) -> &'static [u8] {
-        match self {
-            Self::Trusted => b"trusted.overlay.",
-            Self::User => b"user.overlay.",
-        }
-    }
-
-    /// The mark of a directory that hides what lies below it.
-    pub(crate) fn opaque(self) -> &'static str {
-        match self {
-            Self::Trusted => "trusted.overlay.opaque",
-            Self::User => "user.overlay.opaque",
-        }
-    }
-}
 
 /// Whether layers carry the attribute.
 fn is_carried(name: &[u8]) -> bool {

@@ -2,20 +2,18 @@
 //! before the changes.
 
 use crate::{
-    attributes::{self, Marks, Of, Pairs},
+    attributes::{self, Of, Pairs},
     loss::Losses,
     tree::{broken, time_of, unpacked},
 };
 use rustix::fs::{AtFlags, CWD, FileType, Stat, StatxFlags};
 use shipway_fault::Result;
+use shipway_storage::overlay::{Marks, is_whiteout};
 use std::{
     collections::BTreeSet,
     ffi::{OsStr, OsString},
     fs::{self, File},
-    os::unix::{
-        ffi::OsStrExt,
-        fs::{FileExt, FileTypeExt, MetadataExt},
-    },
+    os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -59,7 +57,7 @@ impl Below {
                 break;
             }
             let directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-            let ends = !directory || self.marks.is_some_and(|marks| is_opaque(&path, marks));
+            let ends = !directory || self.marks.is_some_and(|marks| marks.is_opaque(&path));
             if directory {
                 seen.below.dirs.push(path.clone());
             }
@@ -187,15 +185,4 @@ fn same_contents(one: &File, other: &File) -> std::io::Result<bool> {
             Err(e) => return Err(e),
         }
     }
-}
-
-/// The overlay's mark of a name that is gone.
-pub(crate) fn is_whiteout(stat: &Stat) -> bool {
-    FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
-}
-
-/// Whether the overlay hides what lies below the directory.
-pub(crate) fn is_opaque(dir: &Path, marks: Marks) -> bool {
-    let mut value = [0u8; 8];
-    matches!(rustix::fs::lgetxattr(dir.as_os_str().as_bytes(), marks.opaque(), &mut value), Ok(1) if value[0] == b'y')
 }

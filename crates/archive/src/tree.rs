@@ -1,8 +1,8 @@
 //! What a layer holds: the walk over an overlay upper directory, or over a whole tree.
 
 use crate::{
-    attributes::{self, ACCESS_ACL, Attributes, CAPABILITY, DEFAULT_ACL, Marks, Of, Pairs},
-    below::{self, Below},
+    attributes::{self, ACCESS_ACL, Attributes, CAPABILITY, DEFAULT_ACL, Of, Pairs},
+    below::Below,
     loss::{Loss, LossKind, Losses, WHITEOUT},
 };
 use rustix::{
@@ -10,6 +10,7 @@ use rustix::{
     io::Errno,
 };
 use shipway_fault::{Fault, Result};
+use shipway_storage::overlay::{Marks, is_whiteout};
 use std::{
     collections::BTreeSet,
     ffi::{OsStr, OsString},
@@ -292,7 +293,7 @@ impl LayerTree {
             }
             match place.file {
                 Some(dir) if directory => {
-                    let opaque = |marks| below::is_opaque(&full, marks);
+                    let opaque = |marks: Marks| marks.is_opaque(&full);
                     let bare = bare || matches!(self.base, Base::Lowers(_, marks) if opaque(marks));
                     let frame = self.frame(dir.into(), &path, seen.below, bare)?;
                     stack.push(Frame {
@@ -474,7 +475,7 @@ impl LayerTree {
                 losses.note(bytes(place.path), kind);
             }
         };
-        if below::is_whiteout(stat) {
+        if is_whiteout(stat) {
             if !matches!(self.base, Base::Lowers(..)) {
                 unless_old(LossKind::WhiteoutDevice, losses);
                 return Ok(None);

@@ -26,9 +26,10 @@ use api::TaskApi;
 use async_trait::async_trait;
 use shims::Shims;
 use shipway_executor::{
-    Attached, ExecMount, Executor, ExitStatus, ProcessSpec, RootFs, Wires, etc::Dns, spec::Host,
+    ExecMount, Executor, ExitStatus, ProcessSpec, RootFs, Wires, etc::Dns, spec::Host,
 };
 use shipway_fault::{Fault, Result};
+use shipway_rootfs::Attached;
 use std::{
     collections::HashMap,
     path::PathBuf,

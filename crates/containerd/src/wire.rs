@@ -3,7 +3,7 @@
 use containerd_client::types;
 use shipway_fault::{Fault, Result};
 use shipway_oci::{Descriptor, Digest};
-use shipway_storage::{Labels, Mount};
+use shipway_storage::{Labels, Mount, RawMount};
 use std::{
     collections::HashMap,
     time::{Duration, SystemTime},
@@ -60,14 +60,15 @@ pub(crate) fn descriptor_in(descriptor: types::Descriptor) -> Result<Descriptor>
 }
 
 pub(crate) fn mount_in(mount: types::Mount) -> Mount {
-    Mount { kind: mount.r#type, source: mount.source, target: mount.target, options: mount.options }
+    Mount::from(RawMount {
+        kind: mount.r#type,
+        source: mount.source,
+        target: mount.target,
+        options: mount.options,
+    })
 }
 
 pub(crate) fn mount_out(mount: &Mount) -> types::Mount {
-    types::Mount {
-        r#type: mount.kind.clone(),
-        source: mount.source.clone(),
-        target: mount.target.clone(),
-        options: mount.options.clone(),
-    }
+    let RawMount { kind, source, target, options } = mount.raw();
+    types::Mount { r#type: kind, source, target, options }
 }

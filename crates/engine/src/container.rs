@@ -4,7 +4,7 @@ use crate::{bridge::BuildScope, reads, state};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use shipway_executor::{Access, ExitStatus, RootView, Wires};
+use shipway_executor::{ExitStatus, Wires};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_frontend::{Container, ContainerProcess, ContainerRequest, FileStat};
 use shipway_llb::{ExecMeta, ExecOp};
@@ -12,6 +12,7 @@ use shipway_oci::Digest;
 use shipway_ops::ContainerSpec;
 use shipway_progress::Reporter;
 use shipway_refs::ImmutableRef;
+use shipway_rootfs::{Access, RootView};
 use std::{
     os::fd::{AsFd as _, AsRawFd as _},
     path::{Path, PathBuf},

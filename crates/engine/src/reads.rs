@@ -2,11 +2,12 @@
 //! Paths never leave the root.
 
 use bytes::Bytes;
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 use shipway_fault::{Fault, Result};
 use shipway_filesync::{DirMatch, PathFilter, Verdict};
 use shipway_frontend::FileStat;
 use shipway_gocompat::FileMode;
+use shipway_rootfs::{open_beneath, open_directory, open_in_root, reopen_regular};
 use std::{
     collections::{BTreeMap, HashMap},
     ffi::{OsStr, OsString},
@@ -35,26 +36,15 @@ fn open(root: &Path, path: &str, flags: OFlags) -> Result<OwnedFd> {
     let what = |e: rustix::io::Errno| {
         Fault::io(format!("open {path}"), e.into()).with_class(shipway_fault::Class::User)
     };
-    let dir =
-        rustix::fs::open(root, OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-            .map_err(what)?;
-    let relative = path.trim_start_matches('/');
-    let relative = if relative.is_empty() { "." } else { relative };
-    rustix::fs::openat2(
-        &dir,
-        relative,
-        flags | OFlags::CLOEXEC,
-        Mode::empty(),
-        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
-    )
-    .map_err(what)
+    let dir = open_directory(root).map_err(what)?;
+    open_in_root(dir.as_fd(), path, flags, Mode::empty()).map_err(what)
 }
 
 /// A file, or a range of it.
 pub(crate) fn read_file(root: &Path, path: &str, range: Option<(u64, u64)>) -> Result<Bytes> {
     let found = open(root, path, OFlags::PATH)?;
-    let opened = shipway_executor::reopen_regular(found.as_fd())
-        .map_err(|e| Fault::io(format!("open {path}"), e.into()))?;
+    let opened =
+        reopen_regular(found.as_fd()).map_err(|e| Fault::io(format!("open {path}"), e.into()))?;
     let Some(mut file) = opened else {
         let is_dir = rustix::fs::fstat(&found)
             .is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Directory);
@@ -234,9 +224,8 @@ impl Filter<'_> {
             };
             self.left = left;
             // Only directories can be opened so; links are not followed, at any depth.
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-            let below = rustix::fs::openat2(dir, &*path, flags, Mode::empty(), resolve).ok();
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
+            let below = open_beneath(dir, &*path, flags).ok();
             let (verdict, matched) = self.filter.visit(&path, below.is_some(), &parent);
             match (verdict, below) {
                 (Verdict::Keep, _) => return Ok(true),

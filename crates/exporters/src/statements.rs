@@ -1,15 +1,19 @@
 //! Attestations become statements: contents read, bundles opened (rows `at.make`, `at.bundle`).
 
 use crate::port::{Content, ExportAttestation};
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{Mode, OFlags};
 use serde_json::Value;
 use shipway_attest::{
     Attestation, DigestSet, Kind, Statement, Subject, SubjectKind, SubjectSpec, core_first, slsa,
 };
 use shipway_fault::{Context as _, Fault, Result};
+use shipway_rootfs::{open_directory, open_in_root, reopen_regular};
 use std::{
     io::Read as _,
-    os::fd::{AsFd as _, OwnedFd},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
     path::{Path, PathBuf},
 };
 
@@ -77,22 +81,14 @@ fn open(root: &Path, path: &Path, flags: OFlags) -> Result<OwnedFd> {
     let failed = |e: rustix::io::Errno| {
         Fault::io(format!("open {} of an attestation", path.display()), e.into())
     };
-    let dir =
-        rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(failed)?;
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let inside = path.strip_prefix("/").unwrap_or(path);
-    let inside = if inside.as_os_str().is_empty() { Path::new(".") } else { inside };
-    rustix::fs::openat2(dir, inside, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
-        .map_err(failed)
+    let dir = open_directory(root).map_err(failed)?;
+    open_in_root(dir.as_fd(), path.as_os_str().as_bytes(), flags, Mode::empty()).map_err(failed)
 }
 
 fn file(root: &Path, path: &str) -> Result<Value> {
     let failed = |e| Fault::io(format!("read the attestation {path}"), e);
     let found = open(root, Path::new(path), OFlags::PATH)?;
-    let Some(file) =
-        shipway_executor::reopen_regular(found.as_fd()).map_err(|e| failed(e.into()))?
-    else {
+    let Some(file) = reopen_regular(found.as_fd()).map_err(|e| failed(e.into()))? else {
         return Err(Fault::invalid(format!(
             "cannot read in-toto attestation: {path} is not a regular file"
         )));

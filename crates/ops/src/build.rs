@@ -104,9 +104,9 @@ fn read(root: &Path, name: &str) -> Result<Vec<u8>> {
     };
     let flags = OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC;
     let dir = rustix::fs::open(root, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
-    let found = shipway_executor::open_in_root(dir.as_fd(), name, OFlags::PATH, Mode::empty());
+    let found = shipway_rootfs::open_in_root(dir.as_fd(), name, OFlags::PATH, Mode::empty());
     let found = found.map_err(|e| failed(e.into()))?;
-    let file = shipway_executor::reopen_regular(found.as_fd()).map_err(|e| failed(e.into()))?;
+    let file = shipway_rootfs::reopen_regular(found.as_fd()).map_err(|e| failed(e.into()))?;
     let file = file.ok_or_else(|| Fault::invalid(format!("{name} is not a regular file")))?;
     let mut bytes = Vec::new();
     file.take(MAX_DEFINITION + 1).read_to_end(&mut bytes).map_err(failed)?;

@@ -8,7 +8,7 @@
 //! before anybody sees it. A start after the same boot finds the kernel's caches whole, however the
 //! daemon ended.
 
-use crate::{layer::lock, mount::written_in};
+use crate::layer::lock;
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Code, Fault, Result};
@@ -160,9 +160,9 @@ impl Durable {
     /// The labels of a snapshot that is committed next, whose files were written through `mounts`.
     pub fn labels(&self, mounts: &[Mount]) -> Labels {
         let mut now = lock(&self.now);
-        for place in mounts.iter().filter_map(written_in) {
-            if let Ok(meta) = fs::metadata(&place) {
-                now.places.insert(meta.dev(), place);
+        for dir in mounts.iter().filter_map(Mount::writable_dir) {
+            if let Ok(meta) = fs::metadata(dir) {
+                now.places.insert(meta.dev(), dir.to_owned());
             }
         }
         self.wake.notify_one();

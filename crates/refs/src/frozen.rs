@@ -84,8 +84,9 @@ impl Frozen {
         &self.description
     }
 
-    pub fn mounts(&self) -> &[Mount] {
-        &self.mounts
+    /// Its mounts, for readers.
+    pub fn read_only_mounts(&self) -> Vec<Mount> {
+        self.mounts.iter().map(Mount::read_only).collect()
     }
 
     pub fn index(&self) -> &TreeIndex {

@@ -5,7 +5,7 @@ use crate::{
     frozen::Frozen,
     layer,
     materialize::Active,
-    mount::{WeakMount, read_only},
+    mount::WeakMount,
     store::{Inner, Record},
 };
 use shipway_fault::{Context as _, Fault, Result, nearest};
@@ -257,7 +257,7 @@ impl ImmutableRef {
             }
             HeldBody::Frozen(frozen) => {
                 LocalMount::new(
-                    &read_only(frozen.mounts()),
+                    &frozen.read_only_mounts(),
                     &store.mounts,
                     &store.background,
                     Some(guard),
@@ -276,7 +276,7 @@ impl ImmutableRef {
             HeldBody::Frozen(frozen) => {
                 return Ok(View {
                     key: None,
-                    mounts: read_only(frozen.mounts()),
+                    mounts: frozen.read_only_mounts(),
                     guard: self.0.clone(),
                 });
             }
@@ -290,9 +290,7 @@ impl ImmutableRef {
             Some(view) => view,
             None => {
                 let view = Arc::new(Active::view(store, record.snapshot()).await?);
-                if let [only] = &view.mounts[..]
-                    && only.kind == "overlay"
-                {
+                if let [Mount::Overlay(_)] = &view.mounts[..] {
                     // Such mounts name committed layers only, so the next view need not ask.
                     let _ = record.shown.set(view.mounts.clone());
                 }

@@ -5,11 +5,11 @@ use crate::{
     Compression, exact,
     layer::{Cell, KnownBlob, lock, lost},
     life::{EpochLease, forget, remove},
-    mount::{LocalMount, OwnLayer, own_layer},
+    mount::LocalMount,
     store::{Inner, Record},
     tree_copy,
 };
-use shipway_archive::LayerTree;
+use shipway_archive::{LayerTree, OwnLayer};
 use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_oci::Descriptor;
 use shipway_progress::Reporter;
@@ -354,7 +354,7 @@ impl Inner {
             return Ok((tree, Box::new(())));
         }
         let view = Active::view(self, Some(name)).await?;
-        match own_layer(&view.mounts, parent)? {
+        match OwnLayer::of(&view.mounts, parent)? {
             OwnLayer::Tree(tree) => Ok((tree, Box::new(view))),
             OwnLayer::Whole(after) => {
                 let Some(before) = self.storage.snapshots.stat(name).await?.parent else {
@@ -382,7 +382,7 @@ impl Inner {
             return Ok(false);
         }
         let (tree, guard) = self.layer_tree(original, info.parent.is_some()).await?;
-        let target = match own_layer(&active.mounts, cell.parent.is_some())? {
+        let target = match OwnLayer::of(&active.mounts, cell.parent.is_some())? {
             OwnLayer::Tree(target) => tree_copy::Target::Layer {
                 dir: target.root().to_owned(),
                 bottom: cell.parent.is_none(),

@@ -1,11 +1,10 @@
-//! Mounts on the host for the daemon's own reading and writing, and what a snapshot's mounts tell
-//! about its layers.
+//! Mounts on the host for the daemon's own reading and writing.
 
 use crate::life::Background;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use shipway_archive::{LayerTree, Marks};
 use shipway_fault::{Code, Fault, Result};
-use shipway_storage::Mount;
+use shipway_rootfs::mounts_below;
+use shipway_storage::{Mount, Overlay, VOLATILE};
 use std::{
     any::Any,
     ffi::CString,
@@ -64,14 +63,8 @@ impl LocalMount {
         background: &Background,
         guard: Option<Arc<dyn Any + Send + Sync>>,
     ) -> Result<Self> {
-        if let [only] = mounts
-            && is_bind(only)
-        {
-            return Ok(Self {
-                path: Path::new(&only.source).join(&only.target),
-                guard,
-                point: None,
-            });
+        if let [Mount::Bind(only)] = mounts {
+            return Ok(Self { path: only.source.clone(), guard, point: None });
         }
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let path = root.join(COUNT.fetch_add(1, Ordering::Relaxed).to_string());
@@ -167,7 +160,7 @@ fn mount_all(mounts: &[Mount], at: &Path) -> Result<()> {
                 let _ = unmount(at, UnmountFlags::DETACH);
             }
             let _ = fs::remove_dir(at);
-            let what = format!("mount {} {} on {}", m.kind, m.source, at.display());
+            let what = format!("mount {} {} on {}", m.kind(), m.raw().source, at.display());
             let fault = Fault::io(what, e);
             return Err(match fault.code() {
                 Code::PermissionDenied => {
@@ -181,12 +174,12 @@ fn mount_all(mounts: &[Mount], at: &Path) -> Result<()> {
 }
 
 fn mount_one(m: &Mount, at: &Path) -> io::Result<()> {
-    if !m.target.is_empty() {
-        return Err(io::Error::other("mounts of a part of a file system are not understood"));
+    let raw = m.raw();
+    if !raw.target.is_empty() {
+        return Err(io::Error::other("mounting at a subdirectory is not supported"));
     }
-    let bind = is_bind(m);
     let (mut flags, mut options) = (INERT, Vec::new());
-    for option in &m.options {
+    for option in &raw.options {
         match option.as_str() {
             "ro" => flags |= MountFlags::RDONLY,
             "rw" | "bind" | "rbind" => {}
@@ -196,98 +189,49 @@ fn mount_one(m: &Mount, at: &Path) -> io::Result<()> {
             _ => options.push(option.clone()),
         }
     }
-    if bind {
-        rustix::mount::mount_bind_recursive(m.source.as_str(), at)?;
-        return Ok(rustix::mount::mount_remount(at, flags | MountFlags::BIND, "")?);
-    }
-    let (text, _open) = shortened(&options)?;
-    let text = CString::new(text)?;
-    match mount(m.source.as_str(), at, m.kind.as_str(), flags, text.as_c_str()) {
-        Err(rustix::io::Errno::INVAL) if options.iter().any(|o| o == VOLATILE) => {
-            // Linux before 5.10.
-            let mut without = m.clone();
-            without.options.retain(|o| o != VOLATILE);
-            mount_one(&without, at)
+    let mount = |options: &str| {
+        let text = CString::new(options)?;
+        Ok(mount(raw.source.as_str(), at, raw.kind.as_str(), flags, text.as_c_str())?)
+    };
+    let overlay = match m {
+        Mount::Bind(bind) => {
+            rustix::mount::mount_bind_recursive(&bind.source, at)?;
+            return Ok(rustix::mount::mount_remount(at, flags | MountFlags::BIND, "")?);
         }
-        Ok(()) if options.iter().any(|o| o == VOLATILE) => {
-            options
-                .iter()
-                .filter_map(|o| o.strip_prefix("workdir="))
-                .for_each(|dir| unmark(Path::new(dir)));
+        Mount::Other(_) => return mount(&options.join(",")),
+        Mount::Overlay(overlay) => overlay,
+    };
+    let (text, _open) = shortened(overlay, &options)?;
+    let done: io::Result<()> = mount(&text);
+    match done {
+        Err(e) if e.kind() == io::ErrorKind::InvalidInput && overlay.is_volatile() => {
+            // Linux before 5.10.
+            let mut without = overlay.clone();
+            without.options.retain(|o| o != VOLATILE);
+            mount_one(&Mount::Overlay(without), at)
+        }
+        Ok(()) if overlay.is_volatile() => {
+            overlay.upper.iter().for_each(|upper| unmark(&upper.work));
             Ok(())
         }
-        other => Ok(other?),
+        other => other,
     }
 }
 
 /// The options as one text. Lower directories are named by descriptors when their paths are too
 /// long together.
-fn shortened(options: &[String]) -> io::Result<(String, Vec<OwnedFd>)> {
+fn shortened(overlay: &Overlay, options: &[String]) -> io::Result<(String, Vec<OwnedFd>)> {
+    use rustix::fs::{Mode, OFlags};
     let text = options.join(",");
     if text.len() <= OPTIONS_MAX {
         return Ok((text, Vec::new()));
     }
-    let mut open = Vec::new();
-    let mut short = Vec::new();
-    for option in options {
-        let Some(lowers) = option.strip_prefix("lowerdir=") else {
-            short.push(option.clone());
-            continue;
-        };
-        let mut names = Vec::new();
-        for lower in lowers.split(':') {
-            use rustix::fs::{Mode, OFlags};
-            let fd = rustix::fs::open(
-                lower,
-                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                Mode::empty(),
-            )?;
-            names.push(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-            open.push(fd);
-        }
-        short.push(format!("lowerdir={}", names.join(":")));
-    }
-    Ok((short.join(","), open))
-}
-
-pub(crate) fn is_bind(m: &Mount) -> bool {
-    m.kind == "bind" || m.options.iter().any(|o| o == "bind" || o == "rbind")
-}
-
-/// The same file system for those who only read.
-pub(crate) fn read_only(mounts: &[Mount]) -> Vec<Mount> {
-    let mut mounts = mounts.to_vec();
-    for m in &mut mounts {
-        if let Some((upper, lowers)) = overlay_dirs(m) {
-            m.options.retain(|o| {
-                !["upperdir=", "workdir=", "lowerdir=", VOLATILE, "rw"]
-                    .iter()
-                    .any(|p| o.starts_with(p))
-            });
-            let all: Vec<String> =
-                upper.into_iter().chain(lowers).map(|p| p.to_string_lossy().into_owned()).collect();
-            m.options.push(format!("lowerdir={}", all.join(":")));
-        } else {
-            m.options.retain(|o| o != "rw" && o != "ro");
-            m.options.push("ro".into());
-        }
-    }
-    mounts
-}
-
-/// The option that keeps an overlay from writing everything to the disk when it is unmounted.
-const VOLATILE: &str = "volatile";
-
-/// The same file system, without waiting for the disk when it is unmounted: `durable.rs` sees to
-/// that.
-pub(crate) fn unsynced(mounts: &[Mount]) -> Vec<Mount> {
-    let mut mounts = mounts.to_vec();
-    for m in &mut mounts {
-        if m.kind == "overlay" && m.options.iter().any(|o| o.starts_with("upperdir=")) {
-            m.options.push(VOLATILE.into());
-        }
-    }
-    mounts
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let open = overlay.lower.iter().map(|dir| rustix::fs::open(dir, flags, Mode::empty()));
+    let open: Vec<OwnedFd> = open.collect::<Result<_, _>>()?;
+    let names = open.iter().map(|fd| PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd())));
+    let short = Overlay { lower: names.collect(), ..overlay.clone() };
+    Ok((Mount::Overlay(short).raw().options.join(","), open))
 }
 
 /// Removes the mark that forbids mounting an overlay again after it was mounted without sync. Only
@@ -302,81 +246,11 @@ fn unmark(workdir: &Path) {
     }
 }
 
-/// The directory that whoever writes through `m` writes into.
-pub(crate) fn written_in(m: &Mount) -> Option<PathBuf> {
-    match overlay_dirs(m) {
-        Some((upper, _)) => upper,
-        None => is_bind(m).then(|| Path::new(&m.source).join(&m.target)),
-    }
-}
-
-/// Upper directory and lower directories, topmost first, of an overlay.
-fn overlay_dirs(m: &Mount) -> Option<(Option<PathBuf>, Vec<PathBuf>)> {
-    if m.kind != "overlay" {
-        return None;
-    }
-    let option = |name: &str| m.options.iter().find_map(|o| o.strip_prefix(name));
-    let lowers =
-        option("lowerdir=").map(|l| l.split(':').map(PathBuf::from).collect()).unwrap_or_default();
-    Some((option("upperdir=").map(PathBuf::from), lowers))
-}
-
-/// The tree of an active snapshot's own layer, or of a committed one's as its view shows it.
-/// `parent` is a mount of the parent, asked for only when the snapshotter has no layers of its own
-/// to look at.
-pub(crate) enum OwnLayer {
-    /// It is all there.
-    Tree(LayerTree),
-    /// It has to be compared with its parent; this is the whole.
-    Whole(PathBuf),
-}
-
-pub(crate) fn own_layer(mounts: &[Mount], has_parent: bool) -> Result<OwnLayer> {
-    let unknown = || {
-        let kinds: Vec<&str> = mounts.iter().map(|m| m.kind.as_str()).collect();
-        Fault::unimplemented(format!(
-            "finding the layer in a snapshot with mounts of kind {kinds:?}"
-        ))
-        .hint("use a snapshotter whose mounts are overlays or binds: overlayfs, native")
-    };
-    let [only] = mounts else { return Err(unknown()) };
-    if let Some((upper, mut lowers)) = overlay_dirs(only) {
-        let top = match upper {
-            Some(upper) => upper,
-            None if lowers.is_empty() => return Err(unknown()),
-            None => lowers.remove(0),
-        };
-        let marks = if only.options.iter().any(|o| o == "userxattr") {
-            Marks::User
-        } else {
-            Marks::Trusted
-        };
-        let lowest = lowers.is_empty() && !has_parent;
-        return Ok(OwnLayer::Tree(if lowest {
-            LayerTree::lowest(top)
-        } else {
-            LayerTree::overlay(top, lowers, marks)
-        }));
-    }
-    if !is_bind(only) {
-        return Err(unknown());
-    }
-    let source = PathBuf::from(&only.source).join(&only.target);
-    Ok(if has_parent { OwnLayer::Whole(source) } else { OwnLayer::Tree(LayerTree::lowest(source)) })
-}
-
 /// Unmounts what an earlier life left mounted below `root` and removes the mount points.
 pub(crate) fn sweep(root: &Path) -> Result<()> {
-    let table = fs::read_to_string("/proc/self/mountinfo")
-        .map_err(|e| Fault::io("read the mount table", e))?;
-    let points: Vec<PathBuf> = table
-        .lines()
-        .filter_map(|l| l.split(' ').nth(4))
-        .map(|p| PathBuf::from(unescaped(p)))
-        .collect();
-    for point in points.iter().rev().filter(|p| p.starts_with(root) && *p != root) {
-        unmount(point, UnmountFlags::DETACH).map_err(|e| {
-            Fault::io(format!("unmount {}, left by an earlier life", point.display()), e.into())
+    for point in mounts_below(root)?.into_iter().filter(|p| p != root) {
+        unmount(&point, UnmountFlags::DETACH).map_err(|e| {
+            Fault::io(format!("unmount {}, left by an earlier run", point.display()), e.into())
         })?;
     }
     if let Ok(entries) = fs::read_dir(root) {
@@ -387,32 +261,10 @@ pub(crate) fn sweep(root: &Path) -> Result<()> {
     fs::create_dir_all(root).map_err(|e| Fault::io(format!("make {}", root.display()), e))
 }
 
-/// A path of the mount table: blanks and the like are written in octal.
-fn unescaped(text: &str) -> String {
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .iter()
-        .fold(text.to_owned(), |t, (from, to)| t.replace(from, to))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn overlay(options: &[&str]) -> Mount {
-        Mount {
-            kind: "overlay".into(),
-            source: "overlay".into(),
-            target: String::new(),
-            options: options.iter().map(|o| o.to_string()).collect(),
-        }
-    }
-
-    #[test]
-    fn an_overlay_for_readers_has_its_upper_directory_on_top() {
-        let m =
-            read_only(&[overlay(&["index=off", "workdir=/w", "upperdir=/u", "lowerdir=/a:/b"])]);
-        assert_eq!(m[0].options, ["index=off", "lowerdir=/u:/a:/b"]);
-    }
+    use shipway_storage::{Bind, Upper};
 
     #[test]
     fn nothing_in_a_mount_of_ours_is_of_use_to_those_who_reach_it() {
@@ -427,17 +279,17 @@ mod tests {
         };
         device(path("l/null")).unwrap();
         device(path("source/null")).unwrap();
-        let [l, u, w] = ["l", "u", "w"].map(|n| path(n).display().to_string());
-        let writable =
-            overlay(&[&format!("lowerdir={l}"), &format!("upperdir={u}"), &format!("workdir={w}")]);
-        let bind = |options: &[&str]| Mount {
-            kind: "bind".into(),
-            source: path("source").display().to_string(),
-            ..overlay(options)
+        let writable = Mount::Overlay(Overlay {
+            upper: Some(Upper { dir: path("u"), work: path("w") }),
+            lower: vec![path("l")],
+            ..Overlay::default()
+        });
+        let bind = |read_only, options: &[&str]| {
+            let options = options.iter().map(|o| (*o).to_owned()).collect();
+            Mount::Bind(Bind { source: path("source"), read_only, options })
         };
-        for m in unsynced(&[writable])
-            .into_iter()
-            .chain([bind(&["rbind", "rw"]), bind(&["rbind", "ro", "exec", "suid"])])
+        for m in
+            [writable.unsynced(), bind(false, &["rbind"]), bind(true, &["rbind", "exec", "suid"])]
         {
             let at = path("at");
             mount_all(std::slice::from_ref(&m), &at).unwrap();
@@ -452,24 +304,6 @@ mod tests {
             assert!(flags.contains(inert), "{m:?}");
             assert_eq!(opened.unwrap_err().kind(), io::ErrorKind::PermissionDenied, "{m:?}");
             assert!(seen.is_ok() && (made.is_ok() || read_only), "{m:?}");
-        }
-    }
-
-    #[test]
-    fn the_own_layer_is_the_upper_or_the_topmost_directory() {
-        for (options, want) in [
-            (
-                &["upperdir=/u", "workdir=/w", "lowerdir=/a:/b"][..],
-                LayerTree::overlay("/u", vec!["/a".into(), "/b".into()], Marks::Trusted),
-            ),
-            (
-                &["lowerdir=/a:/b", "userxattr"][..],
-                LayerTree::overlay("/a", vec!["/b".into()], Marks::User),
-            ),
-        ] {
-            assert!(
-                matches!(own_layer(&[overlay(options)], true), Ok(OwnLayer::Tree(t)) if t == want)
-            );
         }
     }
 }

@@ -6,11 +6,11 @@ use crate::{
     exact,
     layer::lock,
     materialize::Active,
-    mount::{OwnLayer, WeakMount, is_bind, own_layer, read_only, unsynced},
+    mount::WeakMount,
     record::{Body, Note, fresh_id},
     store::{Inner, Record},
 };
-use shipway_archive::{Hashed, LayerTree};
+use shipway_archive::{Hashed, LayerTree, OwnLayer};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_progress::Reporter;
 use shipway_storage::{Mount, SnapshotKey};
@@ -101,7 +101,7 @@ impl MutableRef {
             return Ok(mount);
         }
         let mount = LocalMount::new(
-            &unsynced(&self.active.mounts),
+            &self.active.mounts.iter().map(Mount::unsynced).collect::<Vec<_>>(),
             &self.store.mounts,
             &self.store.background,
             None,
@@ -116,7 +116,7 @@ impl MutableRef {
     pub fn layer_dir(&self) -> Result<Option<PathBuf>> {
         let has_parent =
             self.parent.as_ref().map(ImmutableRef::layered_record).transpose()?.is_some();
-        Ok(match own_layer(&self.active.mounts, has_parent) {
+        Ok(match OwnLayer::of(&self.active.mounts, has_parent) {
             Ok(OwnLayer::Tree(own)) => Some(own.root().to_owned()),
             _ => None,
         })
@@ -257,12 +257,10 @@ pub(crate) async fn name(
 
 /// Remembers where a committed state's files are: in the place where they were written.
 pub(crate) fn remember(record: &Record, mounts: &[Mount], has_parent: bool) {
-    if let [only] = mounts
-        && (only.kind == "overlay" || is_bind(only))
-    {
-        let _ = record.shown.set(read_only(mounts));
+    if let [only @ (Mount::Overlay(_) | Mount::Bind(_))] = mounts {
+        let _ = record.shown.set(vec![only.read_only()]);
         if let (Some(cell), Ok(OwnLayer::Tree(tree))) =
-            (record.layers.last(), own_layer(mounts, has_parent))
+            (record.layers.last(), OwnLayer::of(mounts, has_parent))
         {
             let _ = cell.tree.set(tree);
         }
@@ -275,7 +273,7 @@ async fn written(
     mounts: &[Mount],
     below: Option<&SnapshotKey>,
 ) -> Result<(LayerTree, impl Send + 'static)> {
-    let (tree, guard) = match own_layer(mounts, below.is_some())? {
+    let (tree, guard) = match OwnLayer::of(mounts, below.is_some())? {
         OwnLayer::Tree(tree) => (tree, None),
         OwnLayer::Whole(after) => {
             let view = Active::view(store, below).await?;

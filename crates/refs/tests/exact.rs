@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use shipway_refs::*;
-use shipway_storage::{GC_FLAT, Labels, LeaseId, SnapshotKey, fake::FakeStorage};
+use shipway_storage::{GC_FLAT, Labels, LeaseId, Mount, SnapshotKey, fake::FakeStorage};
 use std::{
     fs,
     os::unix::{
@@ -27,6 +27,13 @@ impl Lab {
     async fn open(&self) -> RefStore {
         RefStore::open(self.fake.storage(), self.dir.path().to_owned()).await.unwrap()
     }
+}
+
+/// The directory that a mount of the fake shows.
+#[track_caller]
+fn dir_of(mounts: &[Mount]) -> &Path {
+    let [Mount::Bind(bind)] = mounts else { panic!("not mounts of the fake: {mounts:?}") };
+    &bind.source
 }
 
 async fn step(
@@ -60,7 +67,7 @@ async fn look<T>(store: &RefStore, name: &SnapshotKey, look: impl FnOnce(&Path) 
     storage.leases.create(&lease, &Labels::from([(GC_FLAT.into(), "true".into())])).await.unwrap();
     let view = SnapshotKey("look".into());
     let mounts = storage.snapshots.view(&lease, &view, Some(name), &Labels::new()).await.unwrap();
-    let seen = look(Path::new(&mounts[0].source));
+    let seen = look(dir_of(&mounts));
     storage.snapshots.remove(&view).await.unwrap();
     storage.leases.delete(&lease, true).await.unwrap();
     seen
@@ -213,8 +220,8 @@ async fn what_another_version_committed_is_not_taken_for_a_step() {
             storage.leases.create(&lease, &Labels::new()).await.unwrap();
             let mounts =
                 storage.snapshots.prepare(&lease, &key, None, &Labels::new()).await.unwrap();
-            write_x(Path::new(&mounts[0].source));
-            chown(&mounts[0].source, Some(1000), None).unwrap();
+            write_x(dir_of(&mounts));
+            chown(dir_of(&mounts), Some(1000), None).unwrap();
             storage.snapshots.commit(&lease, &name, &key, &labels).await.unwrap();
         };
         let old = Labels::from([("shipway/exact".to_owned(), "0".to_owned())]);
@@ -264,7 +271,7 @@ async fn what_was_unpacked_by_others_is_as_good() {
     let (lease, key) = (LeaseId("theirs".into()), SnapshotKey("theirs".into()));
     storage.leases.create(&lease, &Labels::new()).await.unwrap();
     let mounts = storage.snapshots.prepare(&lease, &key, None, &Labels::new()).await.unwrap();
-    write(&Path::new(&mounts[0].source).join("x"), "x");
+    write(&dir_of(&mounts).join("x"), "x");
     storage
         .snapshots
         .commit(

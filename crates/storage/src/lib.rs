@@ -6,21 +6,27 @@
 //! exists; nothing is ever deleted directly except active snapshots: releasing a lease is the only
 //! delete. One [`Storage`] is bound to one containerd namespace.
 //!
+//! A snapshot is seen through [`Mount`]s. What their strings mean is known here and nowhere else;
+//! what an overlay leaves in its directories is in [`overlay`].
+//!
 //! Implementations: crate `containerd` over gRPC, and [`fake`] in memory, which is stricter than
 //! the real thing. [`suite`] holds the conformance checks that both pass.
 
 mod content;
 mod images;
 mod leases;
+mod mount;
 mod snapshots;
 
 pub mod fake;
+pub mod overlay;
 pub mod suite;
 
 pub use content::{BlobInfo, BlobReader, BlobWriter, ContentStore, Ingest};
 pub use images::{ImageRecord, Images, built_labels};
 pub use leases::{Lease, LeaseId, LeaseResource, Leases};
-pub use snapshots::{Mount, SnapshotInfo, SnapshotKey, SnapshotKind, Snapshotter, Usage};
+pub use mount::{Bind, Mount, Overlay, RawMount, Upper, VOLATILE};
+pub use snapshots::{SnapshotInfo, SnapshotKey, SnapshotKind, Snapshotter, Usage};
 
 use shipway_fault::Result;
 use std::{collections::BTreeMap, sync::Arc};

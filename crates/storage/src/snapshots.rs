@@ -1,6 +1,6 @@
 //! The snapshot port: filesystems as layers.
 
-use crate::{Labels, LeaseId};
+use crate::{Labels, LeaseId, Mount};
 use async_trait::async_trait;
 use shipway_fault::Result;
 use shipway_oci::{ChainId, Descriptor, DiffId};
@@ -27,19 +27,6 @@ impl fmt::Debug for SnapshotKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
-}
-
-/// A mount as the snapshotter hands it out: for the shim, or for `mount(2)`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mount {
-    /// `overlay`, `bind`, …
-    pub kind: String,
-    /// Source path or device.
-    pub source: String,
-    /// Subdirectory of the mounted filesystem that is meant, usually empty.
-    pub target: String,
-    /// Options.
-    pub options: Vec<String>,
 }
 
 /// Kind of a snapshot.

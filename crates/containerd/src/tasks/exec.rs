@@ -6,10 +6,9 @@ use super::{
     run::{self, Answer},
     stdio,
 };
-use shipway_executor::{
-    Access, ExitStatus, ProcessSpec, RootFs, RootView, Wires, identity, set_variables, spec,
-};
+use shipway_executor::{ExitStatus, ProcessSpec, RootFs, Wires, set_variables, spec};
 use shipway_fault::{Fault, Result};
+use shipway_rootfs::{Access, RootView, identity};
 use std::{path::PathBuf, sync::Arc};
 
 /// A container whose first process runs.

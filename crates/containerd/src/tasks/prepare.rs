@@ -5,11 +5,11 @@
 use super::{Inner, stdio};
 use oci_spec::runtime::{self, User};
 use shipway_executor::{
-    Access, Attached, ExecMount, Identity, MountSource, NetworkMode, Outlet, ProcessSpec, RootFs,
-    RootView, Secret, Security, etc, identity, spec, stubs::Stubs, trust::Trust,
+    ExecMount, MountSource, NetworkMode, Outlet, ProcessSpec, RootFs, Secret, Security, etc, spec,
 };
 use shipway_fault::{Context, Fault, Result};
 use shipway_gocompat::path::rooted;
+use shipway_rootfs::{Access, Attached, Identity, RootView, Stubs, Trust, identity};
 use shipway_storage::Mount;
 use std::{
     io::Write,
@@ -145,17 +145,14 @@ impl Builder<'_> {
         };
         let access = if read_only { Access::Read } else { Access::Write };
         let mode = if read_only { "ro" } else { "rw" };
-        let long = mount.options.iter().map(|o| o.len() + 1).sum::<usize>() > MAX_OPTIONS;
+        let mut raw = mount.raw();
+        let long = raw.options.iter().map(|o| o.len() + 1).sum::<usize>() > MAX_OPTIONS;
         if path.is_none() && !long {
-            let mut mount = mount.clone();
-            mount.options.retain(|o| o != "ro" && o != "rw");
-            if mount.kind == "bind" && !mount.options.iter().any(|o| o == "rbind" || o == "bind") {
-                mount.options.push("rbind".into());
-            }
             // An active snapshot that is only read would be locked by mounting it as it is; and one
             // without an upper directory is read-only anyway.
-            mount.options.push(mode.into());
-            self.mounts.push(spec::mount(target, &mount.kind, mount.source, mount.options));
+            raw.options.retain(|o| o != "ro" && o != "rw");
+            raw.options.push(mode.into());
+            self.mounts.push(spec::mount(target, &raw.kind, raw.source, raw.options));
             return Ok(());
         }
         let at = self.dir.join(format!("mount-{}", self.attached.len()));

@@ -13,7 +13,7 @@ use super::{
 };
 use shipway_executor::spec;
 use shipway_fault::{Fault, Result};
-use shipway_storage::Mount;
+use shipway_storage::{Mount, RawMount};
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -138,12 +138,12 @@ impl Shims {
             .map_err(|e| Fault::internal(format!("write the specification of a keeper: {e}")))?;
         // What a runtime makes in the root would stay in containerd's state for ever, which removes
         // empty directories only: a mount goes with it all.
-        let root = Mount {
+        let root = Mount::Other(RawMount {
             kind: "tmpfs".into(),
             source: "tmpfs".into(),
             target: String::new(),
             options: vec!["size=64k".into()],
-        };
+        });
         self.api.create_container(&id, spec, None, None).await?;
         self.api.create_task(&id, &[root], Stdio::default()).await?;
         self.api.kill(&id).await

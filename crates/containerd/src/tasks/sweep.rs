@@ -9,11 +9,8 @@ use rustix::{
     fs::{Mode, OFlags},
 };
 use shipway_fault::{Fault, Result};
-use std::{
-    os::unix::fs::FileTypeExt,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use shipway_rootfs::mounts_below;
+use std::{os::unix::fs::FileTypeExt, path::Path, time::Duration};
 
 const AT_ONCE: usize = 8;
 /// How long shims are given to end what they run.
@@ -99,36 +96,14 @@ fn outputs(dir: &Path) -> Vec<OwnedFd> {
 
 /// Unmounts everything at and below `dir`, the innermost first.
 pub(crate) fn unmount_below(dir: &Path) {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut places: Vec<PathBuf> =
-        table.lines().filter_map(mount_point).filter(|p| p.starts_with(dir)).collect();
-    places.reverse();
-    for place in places {
+    let points = mounts_below(dir).unwrap_or_else(|e| {
+        tracing::warn!(dir = %dir.display(), "failed to find mounts that were left: {e}");
+        Vec::new()
+    });
+    for point in points {
         let flags = rustix::mount::UnmountFlags::DETACH | rustix::mount::UnmountFlags::NOFOLLOW;
-        if let Err(e) = rustix::mount::unmount(&place, flags) {
-            tracing::warn!("could not unmount {}: {e}", place.display());
+        if let Err(e) = rustix::mount::unmount(&point, flags) {
+            tracing::warn!("failed to unmount {}: {e}", point.display());
         }
-    }
-}
-
-/// The mount point in a line of `mountinfo`, where blanks are written in octal.
-fn mount_point(line: &str) -> Option<PathBuf> {
-    let field = line.split(' ').nth(4)?;
-    let plain = field
-        .replace("\\040", " ")
-        .replace("\\011", "\t")
-        .replace("\\012", "\n")
-        .replace("\\134", "\\");
-    Some(plain.into())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mount_points_are_unescaped() {
-        let line = "36 35 98:0 /mnt1 /mnt\\040two rw,noatime master:1 - ext3 /dev/root rw";
-        assert_eq!(mount_point(line), Some("/mnt two".into()));
     }
 }

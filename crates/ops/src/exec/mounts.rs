@@ -321,18 +321,13 @@ impl Planner<'_> {
     /// Mounts of a cache directory. An overlay must not be mounted twice for writing, so steps that
     /// share one share its mount.
     async fn cache_mounts(&mut self, named: &NamedRef) -> Result<Vec<SnapshotMount>> {
-        if named.mounts().iter().all(|m| m.kind == "bind") {
+        if named.mounts().iter().all(|m| matches!(m, SnapshotMount::Bind(_))) {
             return Ok(named.mounts().to_vec());
         }
         let local = named.mount().await?;
-        let source = local.path().display().to_string();
+        let bind = SnapshotMount::bind(local.path(), false);
         self.held.shared.push(local);
-        Ok(vec![SnapshotMount {
-            kind: "bind".into(),
-            source,
-            target: String::new(),
-            options: vec!["rbind".into(), "rw".into()],
-        }])
+        Ok(vec![bind])
     }
 
     fn cache_request(&self, mount: &Mount, cache: &CacheMount) -> Result<NamedRequest> {

@@ -6,6 +6,7 @@ use shipway_executor::ExitStatus;
 use shipway_fault::{Class, Code, Detail, Fault, Result};
 use shipway_gocompat::quote;
 use shipway_storage::Mount;
+use std::path::Path;
 
 /// A file system with less than this is full for a step's purposes.
 const NOTHING_LEFT: u64 = 1 << 20;
@@ -58,13 +59,11 @@ pub(super) async fn judge(
 
 /// Whether nothing more can be written where the root filesystem keeps its changes.
 async fn is_full(root: &[Mount]) -> bool {
-    let place = root.iter().find_map(|m| match m.kind.as_str() {
-        "overlay" => m.options.iter().find_map(|o| o.strip_prefix("upperdir=")).map(str::to_owned),
-        _ => Some(m.source.clone()),
-    });
-    let Some(place) = place else { return false };
+    let Some(dir) = root.iter().find_map(Mount::writable_dir).map(Path::to_owned) else {
+        return false;
+    };
     let look = move || {
-        rustix::fs::statvfs(place).is_ok_and(|s| {
+        rustix::fs::statvfs(dir).is_ok_and(|s| {
             s.f_bavail.saturating_mul(s.f_frsize) < NOTHING_LEFT
                 || (s.f_files > 0 && s.f_favail == 0)
         })

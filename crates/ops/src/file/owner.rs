@@ -1,9 +1,9 @@
 //! Owners by number or by name (row `file.owner`).
 
 use super::place::Ids;
-use shipway_executor::{RootView, identity};
 use shipway_fault::{Fault, Result};
 use shipway_llb::{Chown, Owner};
+use shipway_rootfs::{RootView, identity};
 use std::path::Path;
 
 /// Where names are looked up.

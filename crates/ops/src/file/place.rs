@@ -6,8 +6,8 @@ use rustix::{
     fs::{AtFlags, FileType, Gid, Mode, OFlags, RawMode, Stat, Timespec, Timestamps, Uid},
     io::Errno,
 };
-use shipway_executor::RootView;
 use shipway_fault::{Class, Fault, Result, nearest};
+use shipway_rootfs::RootView;
 use std::{
     ffi::{OsStr, OsString},
     fmt::Display,

@@ -34,13 +34,7 @@ fn info(key: &SnapshotKey, snapshot: &SnapshotState) -> SnapshotInfo {
 }
 
 fn mounts(snapshot: &SnapshotState) -> Vec<Mount> {
-    let mode = if snapshot.kind == SnapshotKind::Active { "rw" } else { "ro" };
-    vec![Mount {
-        kind: "bind".into(),
-        source: snapshot.dir.to_string_lossy().into_owned(),
-        target: String::new(),
-        options: vec![mode.into(), "rbind".into()],
-    }]
+    vec![Mount::bind(&snapshot.dir, snapshot.kind != SnapshotKind::Active)]
 }
 
 impl FakeStorage {
@@ -213,9 +207,9 @@ impl Snapshotter for FakeStorage {
     async fn apply(&self, layer: &Descriptor, mounts: &[Mount]) -> Result<DiffId> {
         let blob = self.read_all(layer.digest, layer.size).await?;
         let target = match mounts {
-            [one] if one.kind == "bind" => PathBuf::from(&one.source),
+            [Mount::Bind(bind)] => bind.source.clone(),
             _ => {
-                return Err(Fault::invalid(format!("these are no mounts of the fake: {mounts:?}")));
+                return Err(Fault::invalid(format!("not mounts of the fake: {mounts:?}")));
             }
         };
         let tar = match blob.get(..4) {

@@ -11,14 +11,16 @@ use super::{
 };
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
-    fs::{AtFlags, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps},
+    fs::{AtFlags, Mode, OFlags, Stat, Timespec, Timestamps},
     io::Errno,
 };
 use shipway_fault::{Fault, Result};
 use shipway_refs::{LocalMount, copy_contents};
+use shipway_rootfs::open_beneath;
 use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     sync::{
         Mutex, PoisonError,
@@ -167,9 +169,7 @@ impl Place {
 /// The directory `path` below `root`, reached through directories only.
 fn open(root: &OwnedFd, path: &RootPath) -> Result<OwnedFd> {
     let below = path.below(&RootPath::default()).filter(|p| !p.is_empty()).unwrap_or(".".as_ref());
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::openat2(root, below, flags, Mode::empty(), resolve)
+    open_beneath(root, below.as_bytes(), OFlags::RDONLY | OFlags::DIRECTORY)
         .map_err(|e| fault("open", path, e))
 }
 

@@ -12,15 +12,16 @@ use super::{
 use rustix::{
     fd::{AsFd, OwnedFd},
     fs::{
-        AtFlags, FileType, Mode, OFlags, RawMode, ResolveFlags, Stat, Timespec, Timestamps,
-        UTIME_NOW, UTIME_OMIT,
+        AtFlags, FileType, Mode, OFlags, RawMode, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT,
     },
     io::Errno,
 };
 use shipway_fault::{Fault, Result};
+use shipway_rootfs::open_beneath;
 use std::{
     collections::HashMap,
     ffi::OsString,
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -242,12 +243,10 @@ impl<'a> Work<'a> {
         let (Some(dir), Some(first_name)) = (whole.parent(), whole.file_name()) else {
             return Err(Fault::internal("a link to no file"));
         };
-        let resolve =
-            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
         let failed = |e| fault("link", &self.shown(path), e);
-        let dir = rustix::fs::openat2(&self.base.fd, dir, flags, Mode::empty(), resolve)
-            .map_err(failed)?;
+        let below = dir.as_os_str().as_bytes();
+        let dir = open_beneath(&self.base.fd, below, flags).map_err(failed)?;
         self.make(target, name, path, || {
             rustix::fs::linkat(&dir, first_name, &target.fd, name, AtFlags::empty())
         })

@@ -15,11 +15,10 @@ use rustix::{
     io::Errno,
 };
 use shipway_fault::{Fault, Result};
-use shipway_storage::Mount;
+use shipway_storage::{Mount, overlay::Marks};
 use std::{
     fs::File,
     io::{Read as _, Seek as _, Write as _},
-    os::fd::AsFd as _,
     path::PathBuf,
 };
 
@@ -44,6 +43,8 @@ const END: &[u8] = b"# buildkit proxy CA end\n";
 #[derive(Debug)]
 pub struct Trust {
     upper: PathBuf,
+    /// The marks of the overlay whose upper directory that is, if it is.
+    marks: Option<Marks>,
     /// Where it was added, without links.
     path: String,
     block: Vec<u8>,
@@ -61,7 +62,7 @@ impl Trust {
         let fail = |e: std::io::Error| {
             Fault::io("add the proxy's certificate to those of the root filesystem", e)
         };
-        let Some((upper, overlay)) = writable(mounts) else { return Ok(None) };
+        let Some((upper, marks)) = writable(mounts) else { return Ok(None) };
         let looked = RootView::open(mounts, Access::Read)?;
         let is_file = |path: &str| {
             looked
@@ -75,11 +76,11 @@ impl Trust {
         let upper_view = RootView::of_directory(&upper)?;
         let mut copied = Vec::new();
         let mut above = parent_of(&path);
-        while overlay && above != "/" && upper_view.lstat(above).is_err() {
+        while marks.is_some() && above != "/" && upper_view.lstat(above).is_err() {
             copied.push((above.to_owned(), looked.lstat(above).map_err(|e| fail(e.into()))?));
             above = parent_of(above);
         }
-        let in_upper = !overlay || upper_view.lstat(&path).is_ok();
+        let in_upper = marks.is_none() || upper_view.lstat(&path).is_ok();
         drop(looked);
         let root = RootView::open(mounts, Access::Write)?;
         let fd = root
@@ -109,7 +110,7 @@ impl Trust {
             return Err(fail(e));
         }
         rustix::fs::futimens(&file, &timestamps(&before)).map_err(|e| fail(e.into()))?;
-        Ok(Some(Self { upper, path, block, before, in_upper, copied }))
+        Ok(Some(Self { upper, marks, path, block, before, in_upper, copied }))
     }
 
     /// Variables that name the file, for a process with `env` that does not set them itself.
@@ -178,10 +179,7 @@ impl Trust {
             let Ok(dir) = open_plain(upper, path, OFlags::RDONLY | OFlags::DIRECTORY) else {
                 break;
             };
-            let opaque =
-                rustix::fs::fgetxattr(dir.as_fd(), crate::stubs::OPAQUE, &mut [0_u8; 8][..])
-                    .is_ok();
-            if opaque
+            if self.marks.is_some_and(|marks| marks.has_opaque(&dir))
                 || !rustix::fs::fstat(&dir).is_ok_and(|now| same(&now, before))
                 || remove(path, AtFlags::REMOVEDIR).is_err()
             {
@@ -201,6 +199,7 @@ fn same(now: &Stat, before: &Stat) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use shipway_storage::{Overlay, Upper};
     use std::{
         fs,
         path::Path,
@@ -229,18 +228,11 @@ mod tests {
         {
             fs::File::open(path(name)).expect("open").set_times(old).expect("set times");
         }
-        let show = |n: &str| path(n).display().to_string();
-        let options = vec![
-            format!("workdir={}", show("work")),
-            format!("upperdir={}", show("up")),
-            format!("lowerdir={}", show("low")),
-        ];
-        let mounts = vec![Mount {
-            kind: "overlay".into(),
-            source: "overlay".into(),
-            target: String::new(),
-            options,
-        }];
+        let mounts = vec![Mount::Overlay(Overlay {
+            upper: Some(Upper { dir: path("up"), work: path("work") }),
+            lower: vec![path("low")],
+            ..Overlay::default()
+        })];
         (dir, mounts, "usr/share/certs/ca.crt".into())
     }
 

@@ -1,18 +1,19 @@
-//! Looks into a root filesystem without anybody else seeing a mount.
+//! A root filesystem that only the daemon sees.
 //!
 //! A [`RootView`] is a descriptor of a detached mount (or of a plain directory where the snapshot
 //! is one): it belongs to no mount namespace, and it is gone with the descriptor, also after
 //! `kill -9`. Every path is resolved by the kernel inside the root (`openat2` with
 //! `RESOLVE_IN_ROOT`), so no link leads out of it.
 
+use crate::open::{open_directory, open_in_root, reopen_regular};
 use rustix::{
-    fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Stat},
+    fd::{AsFd, BorrowedFd, OwnedFd},
+    fs::{FileType, Mode, OFlags, Stat},
     io::Errno,
-    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags},
+    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags},
 };
 use shipway_fault::{Fault, Result};
-use shipway_storage::Mount;
+use shipway_storage::{Mount, Overlay};
 use std::{
     fs::File,
     io::Read,
@@ -23,24 +24,21 @@ use std::{
 const MAX_LINKS: usize = 40;
 /// Longest path whose links are followed; the kernel takes none that is longer than a part of it.
 const MAX_PATH: usize = 16 << 10;
-/// How often a path is resolved that others change meanwhile. A step that renames directories all
-/// the time must not hold a thread.
-const MAX_TRIES: usize = 128;
 
-/// What one wants to do in a root.
+/// What a root is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Look only. An active snapshot's upper directory is shown as one more read-only layer, so
+    /// To read. An active snapshot's upper directory is shown as one more read-only layer, so
     /// that nothing is locked.
     Read,
-    /// Change things; nobody else may have the snapshot mounted.
+    /// To change it; nobody else may have the snapshot mounted.
     Write,
 }
 
-/// Whom a mount is for.
+/// Who uses a mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Viewer {
-    /// Us, to look or to make files.
+pub(crate) enum Viewer {
+    /// The daemon, to read and to make files.
     Daemon,
     /// A container, which runs what is in it.
     Container,
@@ -60,31 +58,37 @@ impl RootView {
         Self::open_for(mounts, access, Viewer::Daemon)
     }
 
-    fn open_for(mounts: &[Mount], access: Access, viewer: Viewer) -> Result<Self> {
+    pub(crate) fn open_for(mounts: &[Mount], access: Access, viewer: Viewer) -> Result<Self> {
         let [mount] = mounts else {
             return Err(Fault::unimplemented(format!(
                 "a root filesystem of {} mounts",
                 mounts.len()
             )));
         };
-        let what = || format!("look into a root filesystem ({} {})", mount.kind, mount.source);
-        let (fd, detached) = match mount.kind.as_str() {
-            "bind" | "rbind" => (
-                open_directory(Path::new(&mount.source))
-                    .map_err(|e| Fault::io(what(), e.into()))?,
-                false,
-            ),
-            "overlay" => overlay(mount, access, viewer).map_err(|e| Fault::io(what(), e.into()))?,
-            kind => {
+        let what = |source: &Path| {
+            let kind = mount.kind();
+            format!("open a root filesystem ({kind} {})", source.display())
+        };
+        let (fd, detached) = match mount {
+            Mount::Bind(bind) => {
+                let opened = open_directory(&bind.source);
+                (opened.map_err(|e| Fault::io(what(&bind.source), e.into()))?, false)
+            }
+            Mount::Overlay(layers) => overlay(layers, access, viewer)
+                .map_err(|e| Fault::io(what(Path::new("overlay")), e.into()))?,
+            Mount::Other(other) => {
                 return Err(Fault::unimplemented(format!(
-                    "reading a root filesystem of kind {kind:?}"
-                )));
+                    "reading a root filesystem of kind {:?}",
+                    other.kind
+                ))
+                .hint("use a snapshotter whose mounts are overlays or binds: overlayfs, native"));
             }
         };
         Ok(Self { fd, detached })
     }
 
-    fn is_detached(&self) -> bool {
+    /// Whether it is a mount of its own, and not just a directory of the host.
+    pub(crate) fn is_detached(&self) -> bool {
         self.detached
     }
 
@@ -227,208 +231,46 @@ impl RootView {
     }
 }
 
-/// A mount at a directory or file of ours in the host, for containers, which need a path. Dropping
-/// it unmounts.
-#[derive(Debug)]
-pub struct Attached {
-    path: PathBuf,
-}
-
-impl Attached {
-    /// Makes `path` within the filesystem of `mounts` appear at `at`, which is created as a
-    /// directory or a file accordingly.
-    ///
-    /// What appears is exactly the file that the path named now: whoever writes in the filesystem
-    /// cannot exchange it for a link.
-    pub fn new(mounts: &[Mount], access: Access, path: &str, at: &Path) -> Result<Self> {
-        let fail = |e: Errno| {
-            Fault::io(format!("mount {path:?} of a snapshot at {}", at.display()), e.into())
-        };
-        let make = |dir: &Path| {
-            std::fs::create_dir_all(dir)
-                .map_err(|e| Fault::io(format!("create {}", dir.display()), e))
-        };
-        let view = RootView::open_for(mounts, access, Viewer::Container)?;
-        // A detached mount cannot be cloned by older kernels: attach it first.
-        let whole = match mounts {
-            [m] if m.kind == "overlay" && view.is_detached() => {
-                let dir = at.with_extension("whole");
-                make(&dir)?;
-                rustix::mount::move_mount(
-                    view.as_fd(),
-                    "",
-                    CWD,
-                    &dir,
-                    MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-                )
-                .map_err(fail)?;
-                Some(Self { path: dir })
-            }
-            _ => None,
-        };
-        let part = match &whole {
-            Some(w) => RootView::of_directory(&w.path)?
-                .open_at(path, OFlags::PATH, Mode::empty())
-                .map_err(fail)?,
-            None => view.open_at(path, OFlags::PATH, Mode::empty()).map_err(fail)?,
-        };
-        let is_dir = FileType::from_raw_mode(rustix::fs::fstat(&part).map_err(fail)?.st_mode)
-            == FileType::Directory;
-        if is_dir {
-            make(at)?;
-        } else {
-            std::fs::File::create(at)
-                .map_err(|e| Fault::io(format!("create {}", at.display()), e))?;
-        }
-        let flags = OpenTreeFlags::OPEN_TREE_CLONE
-            | OpenTreeFlags::OPEN_TREE_CLOEXEC
-            | OpenTreeFlags::AT_EMPTY_PATH;
-        let tree = rustix::mount::open_tree(&part, "", flags).map_err(fail)?;
-        rustix::mount::move_mount(&tree, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-            .map_err(fail)?;
-        drop(whole);
-        Ok(Self { path: at.to_owned() })
-    }
-
-    /// A new tmpfs at directory `at` that only root may enter.
-    pub fn tmpfs(at: &Path) -> Result<Self> {
-        let fail = |e: std::io::Error| Fault::io(format!("mount a tmpfs at {}", at.display()), e);
-        std::fs::create_dir_all(at).map_err(fail)?;
-        let flags = rustix::mount::MountFlags::NOSUID
-            | rustix::mount::MountFlags::NODEV
-            | rustix::mount::MountFlags::NOEXEC;
-        rustix::mount::mount("tmpfs", at, "tmpfs", flags, c"mode=0700")
-            .map_err(|e| fail(e.into()))?;
-        Ok(Self { path: at.to_owned() })
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-impl Drop for Attached {
-    fn drop(&mut self) {
-        let flags = rustix::mount::UnmountFlags::DETACH | rustix::mount::UnmountFlags::NOFOLLOW;
-        let _ = rustix::mount::unmount(&self.path, flags);
-        // Never recursive: what is below would be somebody's files if unmounting failed.
-        let _ = std::fs::remove_dir(&self.path).or_else(|_| match std::fs::metadata(&self.path) {
-            Ok(m) if m.is_file() && m.len() == 0 => std::fs::remove_file(&self.path),
-            _ => Ok(()),
-        });
-    }
-}
-
 impl AsFd for RootView {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 }
 
-/// Opens for reading what `fd` was opened to look at (`O_PATH`), if it is a regular file. Between
-/// the look and the opening nobody can exchange it.
-pub fn reopen_regular(fd: BorrowedFd<'_>) -> rustix::io::Result<Option<File>> {
-    if FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) != FileType::RegularFile {
-        return Ok(None);
-    }
-    let own = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    rustix::fs::open(own, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map(|fd| Some(fd.into()))
-}
-
-/// Opens `path` inside the directory `root`, which no link and no `..` leaves.
-pub fn open_in_root(
-    root: BorrowedFd<'_>,
-    path: impl AsRef<[u8]>,
-    flags: OFlags,
-    mode: Mode,
-) -> rustix::io::Result<OwnedFd> {
-    let path = path.as_ref();
-    let path = &path[path.iter().take_while(|b| **b == b'/').count()..];
-    let path: &[u8] = if path.is_empty() { b"." } else { path };
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    again(|| rustix::fs::openat2(root, path, flags | OFlags::CLOEXEC, mode, resolve))
-}
-
-/// Does `open` until a rename elsewhere does not race with it: the kernel asks to try again then.
-fn again<T>(mut open: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
-    for _ in 1..MAX_TRIES {
-        match open() {
-            Err(Errno::AGAIN | Errno::INTR) => {}
-            other => return other,
-        }
-    }
-    open()
-}
-
-fn open_directory(path: &Path) -> rustix::io::Result<OwnedFd> {
-    rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-}
-
-/// The directories of an overlay mount.
-#[derive(Debug, Default)]
-struct Layers<'a> {
-    lower: Vec<&'a str>,
-    upper: Option<&'a str>,
-    work: Option<&'a str>,
-    other: Vec<&'a str>,
-}
-
-impl<'a> Layers<'a> {
-    fn of(mount: &'a Mount) -> Self {
-        let mut layers = Self::default();
-        for option in &mount.options {
-            match option.split_once('=') {
-                Some(("lowerdir", dirs)) => layers.lower = dirs.split(':').collect(),
-                Some(("upperdir", dir)) => layers.upper = Some(dir),
-                Some(("workdir", dir)) => layers.work = Some(dir),
-                _ if matches!(option.as_str(), "rw" | "ro") => {}
-                _ => layers.other.push(option),
-            }
-        }
-        layers
-    }
-
-    /// The same without a writable layer.
-    fn frozen(mut self) -> Self {
-        if let Some(upper) = self.upper.take() {
-            self.lower.insert(0, upper);
-        }
-        self.work = None;
-        self
-    }
-}
-
 /// The mount, and whether it is one (a single layer is just its directory).
-fn overlay(mount: &Mount, access: Access, viewer: Viewer) -> rustix::io::Result<(OwnedFd, bool)> {
-    let layers = Layers::of(mount);
-    let layers = if access == Access::Read { layers.frozen() } else { layers };
-    if let ([only], None) = (&layers.lower[..], layers.upper) {
-        return Ok((open_directory(Path::new(only))?, false));
+fn overlay(
+    layers: &Overlay,
+    access: Access,
+    viewer: Viewer,
+) -> rustix::io::Result<(OwnedFd, bool)> {
+    let frozen = (access == Access::Read).then(|| layers.frozen());
+    let layers = frozen.as_ref().unwrap_or(layers);
+    if let ([only], None) = (&layers.lower[..], &layers.upper) {
+        return Ok((open_directory(only)?, false));
     }
-    let fd = match overlay_by_fsconfig(&layers, viewer) {
+    let fd = match overlay_by_fsconfig(layers, viewer) {
         // Linux before 6.5 takes no lower directories one by one, before 5.2 knows no fsopen, and
         // paths may be too long for it.
-        Err(Errno::INVAL | Errno::NOSYS | Errno::TOOBIG) => overlay_by_mount(&layers, viewer),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::TOOBIG) => overlay_by_mount(layers, viewer),
         other => other,
     };
     Ok((fd?, true))
 }
 
-fn overlay_by_fsconfig(layers: &Layers<'_>, viewer: Viewer) -> rustix::io::Result<OwnedFd> {
+fn overlay_by_fsconfig(layers: &Overlay, viewer: Viewer) -> rustix::io::Result<OwnedFd> {
     use rustix::mount::{fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen};
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     for dir in &layers.lower {
-        fsconfig_set_string(context.as_fd(), "lowerdir+", *dir)?;
+        fsconfig_set_string(context.as_fd(), "lowerdir+", dir)?;
     }
-    if let (Some(upper), Some(work)) = (layers.upper, layers.work) {
-        fsconfig_set_string(context.as_fd(), "upperdir", upper)?;
-        fsconfig_set_string(context.as_fd(), "workdir", work)?;
+    if let Some(upper) = &layers.upper {
+        fsconfig_set_string(context.as_fd(), "upperdir", &upper.dir)?;
+        fsconfig_set_string(context.as_fd(), "workdir", &upper.work)?;
     }
-    for option in &layers.other {
+    for option in &layers.options {
         match option.split_once('=') {
             Some((key, value)) => fsconfig_set_string(context.as_fd(), key, value)?,
-            None => fsconfig_set_flag(context.as_fd(), *option)?,
+            None => fsconfig_set_flag(context.as_fd(), option)?,
         }
     }
     fsconfig_create(context.as_fd())?;
@@ -444,7 +286,7 @@ fn overlay_by_fsconfig(layers: &Layers<'_>, viewer: Viewer) -> rustix::io::Resul
 /// The same with `mount(2)`, on a thread with a mount namespace of its own that ends with it: the
 /// descriptor keeps the mount alive.
 #[allow(unsafe_code)]
-fn overlay_by_mount(layers: &Layers<'_>, viewer: Viewer) -> rustix::io::Result<OwnedFd> {
+fn overlay_by_mount(layers: &Overlay, viewer: Viewer) -> rustix::io::Result<OwnedFd> {
     use rustix::{
         mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
         thread::{UnshareFlags, unshare_unsafe},
@@ -452,20 +294,13 @@ fn overlay_by_mount(layers: &Layers<'_>, viewer: Viewer) -> rustix::io::Result<O
     // The options have to fit one page, so lower directories are named relative to their common
     // parent.
     let base = common_parent(&layers.lower);
-    let relative = |dir: &&str| {
-        dir.get(base.len()..).map_or((*dir).to_owned(), |d| d.trim_start_matches('/').to_owned())
-    };
-    let mut options = vec![format!(
-        "lowerdir={}",
-        layers.lower.iter().map(relative).collect::<Vec<_>>().join(":")
-    )];
-    if let (Some(upper), Some(work)) = (layers.upper, layers.work) {
-        options.push(format!("upperdir={upper},workdir={work}"));
-    }
-    options.extend(layers.other.iter().map(|o| (*o).to_owned()));
-    let options = std::ffi::CString::new(options.join(",")).map_err(|_| Errno::INVAL)?;
+    let relative = |dir: &PathBuf| dir.strip_prefix(&base).unwrap_or(dir).to_owned();
+    let layers = Overlay { lower: layers.lower.iter().map(relative).collect(), ..layers.clone() };
+    let read_only = layers.upper.is_none();
+    let options = Mount::Overlay(Overlay { read_only: false, ..layers }).raw().options.join(",");
+    let options = std::ffi::CString::new(options).map_err(|_| Errno::INVAL)?;
     let mut flags = MountFlags::empty();
-    flags.set(MountFlags::RDONLY, layers.upper.is_none());
+    flags.set(MountFlags::RDONLY, read_only);
     flags
         .set(MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, viewer == Viewer::Daemon);
     let work = move || -> rustix::io::Result<OwnedFd> {
@@ -474,7 +309,7 @@ fn overlay_by_mount(layers: &Layers<'_>, viewer: Viewer) -> rustix::io::Result<O
         // ends below.
         unsafe { unshare_unsafe(UnshareFlags::FS | UnshareFlags::NEWNS) }?;
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
-        rustix::process::chdir(if base.is_empty() { "/" } else { base.as_str() })?;
+        rustix::process::chdir(&base)?;
         // Any directory serves: nobody but this thread sees what is mounted on it.
         mount("overlay", "/proc", "overlay", flags, options.as_c_str())?;
         let fd = open_directory(Path::new("/proc"));
@@ -487,21 +322,19 @@ fn overlay_by_mount(layers: &Layers<'_>, viewer: Viewer) -> rustix::io::Result<O
     }
 }
 
-/// The longest directory all of `dirs` are below; empty if none.
-fn common_parent(dirs: &[&str]) -> String {
-    let Some(first) = dirs.first() else { return String::new() };
-    let mut parts: Vec<&str> = first.split('/').collect();
-    parts.pop();
-    for dir in dirs {
-        let same = dir.split('/').zip(&parts).take_while(|(a, b)| a == *b).count();
-        parts.truncate(same.min(parts.len()));
-    }
-    parts.join("/")
+/// The longest directory that all of `dirs` are below.
+fn common_parent(dirs: &[PathBuf]) -> PathBuf {
+    let mut above = dirs.first().into_iter().flat_map(|first| first.ancestors().skip(1));
+    let common = above.find(|a| dirs.iter().all(|dir| dir != a && dir.starts_with(a)));
+    common.unwrap_or(Path::new("/")).to_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Attached;
+    use rustix::fs::CWD;
+    use shipway_storage::{RawMount, Upper};
     use std::{fs, os::unix::fs::symlink};
 
     #[test]
@@ -515,6 +348,17 @@ mod tests {
         assert_eq!(view.read_file("/../../etc/group", 100).expect("read"), None);
         view.make_dirs("/a/b", 0o755, 0, 0).expect("make directories");
         assert!(root.path().join("a/b").is_dir());
+    }
+
+    #[test]
+    fn a_root_that_is_not_understood_is_refused_by_kind() {
+        let other = Mount::Other(RawMount { kind: "erofs".into(), ..RawMount::default() });
+        let refused = |mounts: &[Mount], want: &str| {
+            let fault = RootView::open(mounts, Access::Read).expect_err("refused");
+            assert!(fault.is_unimplemented() && fault.to_string().contains(want), "{fault}");
+        };
+        refused(std::slice::from_ref(&other), "of kind \"erofs\"");
+        refused(&[other, Mount::bind("/", true)], "of 2 mounts");
     }
 
     #[test]
@@ -580,20 +424,15 @@ mod tests {
     }
 
     #[test]
-    fn trying_again_has_an_end() {
-        let mut tries = 0;
-        let result: rustix::io::Result<()> = again(|| {
-            tries += 1;
-            Err(Errno::AGAIN)
-        });
-        assert_eq!((result, tries), (Err(Errno::AGAIN), MAX_TRIES));
-    }
-
-    #[test]
     fn a_common_parent_is_a_directory_above_all() {
-        assert_eq!(common_parent(&["/s/1/fs", "/s/12/fs"]), "/s");
-        assert_eq!(common_parent(&["/s/1/fs"]), "/s/1");
-        assert_eq!(common_parent(&["/a/fs", "/b/fs"]), "");
+        let check = |dirs: &[&str], want: &str| {
+            let dirs: Vec<PathBuf> = dirs.iter().map(PathBuf::from).collect();
+            assert_eq!(common_parent(&dirs), Path::new(want));
+        };
+        check(&["/s/1/fs", "/s/12/fs"], "/s");
+        check(&["/s/1/fs"], "/s/1");
+        check(&["/a/fs", "/b/fs"], "/");
+        check(&["/a/b", "/a"], "/");
     }
 
     #[test]
@@ -606,19 +445,13 @@ mod tests {
             fs::write(format!("{}/{name}", path(name)), name).expect("write");
         }
         fs::remove_file(path("work/work")).expect("the work directory must be empty");
-        let mount = Mount {
-            kind: "overlay".into(),
-            source: "overlay".into(),
-            target: String::new(),
-            options: vec![
-                "index=off".into(),
-                format!("workdir={}", path("work")),
-                format!("upperdir={}", path("up")),
-                format!("lowerdir={}:{}", path("l1"), path("l2")),
-            ],
+        let layers = Overlay {
+            upper: Some(Upper { dir: path("up").into(), work: path("work").into() }),
+            lower: vec![path("l1").into(), path("l2").into()],
+            options: vec!["index=off".into()],
+            ..Overlay::default()
         };
-        let layers = Layers::of(&mount);
-        let frozen = Layers::of(&mount).frozen();
+        let (frozen, mount) = (layers.frozen(), Mount::Overlay(layers.clone()));
         let ways = [Viewer::Daemon, Viewer::Container].map(|v| {
             let all = [
                 overlay_by_mount(&layers, v),

@@ -6,13 +6,16 @@
 //! times they had, and undoes parents that were copied up for nothing. A step that changes nothing
 //! then leaves an empty layer.
 
-use crate::RootView;
+use crate::{RootView, open_beneath};
 use rustix::{
-    fd::{AsFd, OwnedFd},
-    fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps},
+    fd::OwnedFd,
+    fs::{AtFlags, FileType, Mode, OFlags, Stat, Timespec, Timestamps},
     io::Errno,
 };
-use shipway_storage::Mount;
+use shipway_storage::{
+    Mount,
+    overlay::{Marks, is_whiteout},
+};
 use std::{
     collections::HashMap,
     path::PathBuf,
@@ -23,13 +26,13 @@ use std::{
 const ALWAYS: [&str; 5] = ["/etc/resolv.conf", "/etc/hosts", "/proc", "/sys", "/dev"];
 /// A directory whose time is this close to a stub's was last changed by making the stub.
 const TICK_NANOS: i128 = 4_000_000;
-pub(crate) const OPAQUE: &str = "trusted.overlay.opaque";
 
 /// The mount points of one process that did not exist before it.
 #[derive(Debug)]
 pub struct Stubs {
     upper: PathBuf,
-    overlay: bool,
+    /// The marks of the overlay, if it is one.
+    marks: Option<Marks>,
     /// Missing paths, deepest first; and whether the upper directory hides something there.
     missing: Vec<(String, bool)>,
     /// The existing parents of missing paths.
@@ -44,21 +47,15 @@ struct Parent {
     in_upper: bool,
 }
 
-/// The directory that takes what a process writes through `mounts`, and whether it is an overlay's
-/// upper one.
-pub(crate) fn writable(mounts: &[Mount]) -> Option<(PathBuf, bool)> {
+/// The directory that takes what a process writes through `mounts`, and the marks of the overlay
+/// whose upper one it is, if it is.
+pub(crate) fn writable(mounts: &[Mount]) -> Option<(PathBuf, Option<Marks>)> {
     let [mount] = mounts else { return None };
-    match mount.kind.as_str() {
-        "overlay" => mount
-            .options
-            .iter()
-            .find_map(|o| o.strip_prefix("upperdir="))
-            .map(|dir| (dir.into(), true)),
-        "bind" | "rbind" if !mount.options.iter().any(|o| o == "ro") => {
-            Some((mount.source.clone().into(), false))
-        }
+    let marks = match mount {
+        Mount::Overlay(overlay) => Some(overlay.marks()),
         _ => None,
-    }
+    };
+    Some((mount.writable_dir()?.to_owned(), marks))
 }
 
 pub(crate) fn parent_of(path: &str) -> &str {
@@ -78,15 +75,16 @@ impl Stubs {
         targets: impl IntoIterator<Item = &'a str>,
         recursive: bool,
     ) -> Option<Self> {
-        let (upper, overlay) = writable(mounts)?;
+        let (upper, marks) = writable(mounts)?;
         let upper_view = RootView::of_directory(&upper).ok()?;
         let mut stubs =
-            Self { upper, overlay, missing: Vec::new(), parents: HashMap::new(), noted: now() };
+            Self { upper, marks, missing: Vec::new(), parents: HashMap::new(), noted: now() };
         for target in ALWAYS.into_iter().chain(targets) {
             let Some(mut path) = root.real_path(target) else { continue };
             while path != "/" && root.lstat(&path).is_err() {
                 if !stubs.missing.iter().any(|(p, _)| *p == path) {
-                    let hides = overlay && upper_view.lstat(&path).is_ok_and(|s| is_whiteout(&s));
+                    let hides =
+                        marks.is_some() && upper_view.lstat(&path).is_ok_and(|s| is_whiteout(&s));
                     stubs.missing.push((path.clone(), hides));
                 }
                 path = parent_of(&path).to_owned();
@@ -112,10 +110,9 @@ impl Stubs {
         }
         let mut parents: Vec<(&String, &Parent)> = self.parents.iter().collect();
         parents.sort_by_key(|(p, _)| std::cmp::Reverse(p.matches('/').count()));
-        for (path, parent) in parents {
-            if self.overlay && !parent.in_upper {
-                undo_copy_up(&upper, path, parent);
-            }
+        let Some(marks) = self.marks else { return };
+        for (path, parent) in parents.into_iter().filter(|(_, parent)| !parent.in_upper) {
+            undo_copy_up(&upper, path, parent, marks);
         }
     }
 
@@ -149,7 +146,7 @@ impl Stubs {
 
 /// Removes the copies of unchanged directories that only exist because something was made and
 /// removed in them.
-fn undo_copy_up(upper: &RootView, path: &str, before: &Parent) {
+fn undo_copy_up(upper: &RootView, path: &str, before: &Parent, marks: Marks) {
     let (mut path, mut first) = (path.to_owned(), true);
     while path != "/" {
         let Ok(dir) = open_plain(upper, &path, OFlags::RDONLY | OFlags::DIRECTORY) else { return };
@@ -160,7 +157,7 @@ fn undo_copy_up(upper: &RootView, path: &str, before: &Parent) {
             && nanos(&now) == nanos(&before.stat);
         // Further up nothing is known of the state before, but nothing was made there either: an
         // overlay copies directories up as they are.
-        if (first && !same) || rustix::fs::fgetxattr(&dir, OPAQUE, &mut [0_u8; 8][..]).is_ok() {
+        if (first && !same) || marks.has_opaque(&dir) {
             return;
         }
         let above = parent_of(&path).to_owned();
@@ -185,13 +182,7 @@ fn undo_copy_up(upper: &RootView, path: &str, before: &Parent) {
 /// Opens `path` without following any link.
 pub(crate) fn open_plain(root: &RootView, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
     let path = path.trim_start_matches('/');
-    let path = if path.is_empty() { "." } else { path };
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    rustix::fs::openat2(root.as_fd(), path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
-}
-
-fn is_whiteout(stat: &Stat) -> bool {
-    FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
+    open_beneath(root, if path.is_empty() { "." } else { path }, flags)
 }
 
 fn now() -> i128 {
@@ -216,6 +207,7 @@ pub(crate) fn timestamps(stat: &Stat) -> Timestamps {
 mod tests {
     use super::*;
     use crate::Access;
+    use shipway_storage::{Overlay, Upper};
     use std::{fs, path::Path, time::Duration};
 
     fn names(dir: &Path) -> Vec<String> {
@@ -239,17 +231,11 @@ mod tests {
         let old =
             fs::FileTimes::new().set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1000));
         fs::File::open(path("low/etc")).expect("open").set_times(old).expect("set times");
-        let options = vec![
-            format!("workdir={}", path("work")),
-            format!("upperdir={}", path("up")),
-            format!("lowerdir={}", path("low")),
-        ];
-        let mounts = vec![Mount {
-            kind: "overlay".into(),
-            source: "overlay".into(),
-            target: String::new(),
-            options,
-        }];
+        let mounts = vec![Mount::Overlay(Overlay {
+            upper: Some(Upper { dir: path("up").into(), work: path("work").into() }),
+            lower: vec![path("low").into()],
+            ..Overlay::default()
+        })];
         (dir, mounts)
     }
 
