@@ -276,14 +276,15 @@ fn node(wanted: &spec::Node) -> Result<DeviceNode> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Registry;
+    use crate::CdiCatalog;
 
     fn devices(files: &[&str], auto_allowed: &[&str]) -> Devices {
         let dir = tempfile::tempdir().unwrap();
         for (i, text) in files.iter().enumerate() {
             std::fs::write(dir.path().join(format!("{i}.yaml")), text).unwrap();
         }
-        Registry::new([dir.path().to_owned()], auto_allowed.iter().map(|s| (*s).to_owned())).read()
+        CdiCatalog::new([dir.path().to_owned()], auto_allowed.iter().map(|s| (*s).to_owned()))
+            .read()
     }
 
     const TWO: &str = r#"

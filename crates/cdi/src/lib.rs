@@ -1,7 +1,7 @@
 //! Devices of the host: what vendors describe in files of the Container Device Interface (CDI,
 //! versions 0.3.0 to 1.1.0), and which of them a step means by a name (rows `exec.cdi`, `so.cdi`).
 //!
-//! A [`Registry`] knows the directories and keeps nothing: [`Registry::read`] reads the files
+//! A [`CdiCatalog`] knows the directories and keeps nothing: [`CdiCatalog::read`] reads the files
 //! whenever somebody asks, so that a file takes effect the moment it is there, and nothing watches
 //! a directory that most machines do not have. What it finds is [`Devices`], which answer names
 //! with devices and devices with the [`Edits`](shipway_executor::Edits) of a runtime specification.
@@ -21,10 +21,10 @@
 //! and takes scalars as those programs do for which the files are written. JSON is YAML, so one
 //! reader does for both; only a character written as two `\u` escapes is refused.
 
+mod catalog;
 mod devices;
-mod registry;
 mod spec;
 mod yaml;
 
+pub use catalog::{CdiCatalog, DEFAULT_DIRS};
 pub use devices::{Device, Devices};
-pub use registry::{DEFAULT_DIRS, Registry};

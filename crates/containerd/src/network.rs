@@ -138,13 +138,13 @@ pub(crate) struct Network {
 }
 
 /// A namespace in use by one process.
-pub(crate) struct Lease {
+pub(crate) struct NetnsGuard {
     netns: NetNs,
     /// The proxy that is all there is in it.
     proxy: Option<Serving>,
 }
 
-impl Lease {
+impl NetnsGuard {
     pub(crate) fn path(&self) -> &Path {
         self.netns.path()
     }
@@ -213,17 +213,17 @@ impl Network {
         &self,
         mode: NetworkMode,
         proxy: Option<&Proxied>,
-    ) -> Result<Option<Lease>> {
+    ) -> Result<Option<NetnsGuard>> {
         if let Some(proxy) = proxy {
             return self.proxied(mode, proxy).await.map(Some);
         }
         let (NetworkMode::Default, Some(cni)) = (mode, &self.cni) else { return Ok(None) };
         if let Some(netns) = self.ready().pop() {
-            return Ok(Some(Lease { netns, proxy: None }));
+            return Ok(Some(NetnsGuard { netns, proxy: None }));
         }
         let netns = NetNs::new(&self.dir, &self.name("")).await?;
         match self.connect(cni, &netns).await {
-            Ok(()) => Ok(Some(Lease { netns, proxy: None })),
+            Ok(()) => Ok(Some(NetnsGuard { netns, proxy: None })),
             Err(e) => {
                 let _ = cni.del(netns.id(), netns.path()).await;
                 netns.remove().await;
@@ -250,11 +250,11 @@ impl Network {
 
     /// A namespace with nothing but a loopback, on which `proxy` listens; the proxy goes out as a
     /// process in `mode` would.
-    async fn proxied(&self, mode: NetworkMode, proxy: &Proxied) -> Result<Lease> {
+    async fn proxied(&self, mode: NetworkMode, proxy: &Proxied) -> Result<NetnsGuard> {
         let egress = match Box::pin(self.lease(mode, None)).await? {
-            Some(lease) => proxied::WayOut::Namespace(lease.netns),
-            None if self.goes_out_as_host(mode) => proxied::WayOut::Host,
-            None => proxied::WayOut::Nowhere,
+            Some(lease) => proxied::Upstream::Namespace(lease.netns),
+            None if self.goes_out_as_host(mode) => proxied::Upstream::Host,
+            None => proxied::Upstream::Nowhere,
         };
         let (netns, result) = match NetNs::new(&self.dir, &self.name(PROXIED)).await {
             Ok(netns) => {
@@ -265,13 +265,13 @@ impl Network {
         };
         match (netns, result) {
             (Some(netns), Ok(listener)) => {
-                Ok(Lease { netns, proxy: Some(Serving::start(proxy, listener, egress)?) })
+                Ok(NetnsGuard { netns, proxy: Some(Serving::start(proxy, listener, egress)?) })
             }
             (netns, result) => {
                 if let Some(netns) = netns {
                     netns.remove().await;
                 }
-                if let proxied::WayOut::Namespace(netns) = egress {
+                if let proxied::Upstream::Namespace(netns) = egress {
                     self.reuse(netns).await;
                 }
                 Err(result
@@ -282,7 +282,7 @@ impl Network {
     }
 
     /// Takes a namespace back, for another process if it is `reusable`.
-    pub(crate) async fn give_back(&self, lease: Lease, reusable: bool) {
+    pub(crate) async fn give_back(&self, lease: NetnsGuard, reusable: bool) {
         if let Some(serving) = lease.proxy {
             lease.netns.remove().await;
             // Nobody but the proxy was in it.

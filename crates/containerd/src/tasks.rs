@@ -10,8 +10,8 @@
 mod api;
 mod cgroup;
 mod exec;
+mod orphans;
 mod prepare;
-mod remains;
 mod run;
 mod sandboxes;
 mod shims;
@@ -26,7 +26,7 @@ use api::TaskApi;
 use async_trait::async_trait;
 use shims::Shims;
 use shipway_executor::{
-    ExecMount, Executor, ExitStatus, ProcessSpec, RootFs, Wires, etc::Dns, spec::Host,
+    ExecMount, Executor, ExitStatus, ProcessIo, ProcessSpec, RootFs, etc::Dns, spec::Host,
 };
 use shipway_fault::{Fault, Result};
 use shipway_rootfs::Attached;
@@ -123,7 +123,7 @@ pub(crate) struct Inner {
     config: TaskConfig,
     api: TaskApi,
     /// What begins the ids of our containers.
-    mark: String,
+    id_prefix: String,
     /// Read by every process until its cleaning is done, written by those who must not meet one.
     gate: Arc<RwLock<()>>,
     host: Host,
@@ -142,8 +142,8 @@ pub(crate) struct Inner {
 
 impl Inner {
     /// The name of a container as containerd knows it.
-    fn marked(&self, id: &str) -> String {
-        format!("{}{}", self.mark, id.trim_start_matches("shipway-"))
+    fn prefixed(&self, id: &str) -> String {
+        format!("{}{}", self.id_prefix, id.trim_start_matches("shipway-"))
     }
 
     fn running(&self) -> MutexGuard<'_, HashMap<String, Arc<exec::Running>>> {
@@ -173,12 +173,12 @@ impl TaskExecutor {
         }
         let api = TaskApi::new(containerd.connection.in_namespace(namespace)?, &config);
         let busy = Busy::default();
-        let mark = remains::mark(&config.root);
-        let shims = Arc::new(Shims::new(api.clone(), busy.clone(), &mark));
+        let id_prefix = orphans::id_prefix(&config.root);
+        let shims = Arc::new(Shims::new(api.clone(), busy.clone(), &id_prefix));
         let network = Network::new(config.network.clone(), config.root.join("netns"))?;
         Ok(Self(Arc::new(Inner {
             api,
-            mark,
+            id_prefix,
             gate: Arc::default(),
             host: host(),
             shims,
@@ -205,16 +205,16 @@ impl Executor for TaskExecutor {
         mut process: ProcessSpec,
         root: RootFs,
         mounts: Vec<ExecMount>,
-        wires: Wires,
+        io: ProcessIo,
     ) -> Result<ExitStatus> {
         let (answer, result) = oneshot::channel();
         let guard = self.0.busy.enter();
         let inner = self.0.clone();
-        process.id = inner.marked(&process.id);
+        process.id = inner.prefixed(&process.id);
         // The supervisor notices that `result` was dropped by `answer` being closed.
         tokio::spawn(async move {
             let _open = inner.gate.clone().read_owned().await;
-            run::supervise(inner, process, root, mounts, wires, answer).await;
+            run::supervise(inner, process, root, mounts, io, answer).await;
             drop(guard);
         });
         result.await.unwrap_or_else(|_| {
@@ -226,13 +226,13 @@ impl Executor for TaskExecutor {
         &self,
         container: &str,
         process: ProcessSpec,
-        wires: Wires,
+        io: ProcessIo,
     ) -> Result<ExitStatus> {
         let (answer, result) = oneshot::channel();
         let guard = self.0.busy.enter();
-        let (inner, container) = (self.0.clone(), self.0.marked(container));
+        let (inner, container) = (self.0.clone(), self.0.prefixed(container));
         tokio::spawn(async move {
-            exec::supervise(inner, container, process, wires, answer).await;
+            exec::supervise(inner, container, process, io, answer).await;
             drop(guard);
         });
         result.await.unwrap_or_else(|_| {
@@ -240,7 +240,7 @@ impl Executor for TaskExecutor {
         })
     }
 
-    async fn rest(&self) {
+    async fn retire_idle(&self) {
         // Other builds may go on meanwhile: what ends after this is theirs.
         let _ = tokio::time::timeout(CLEANING, self.0.cleaning.idle()).await;
         self.0.shims.retire_idle(None).await;
@@ -256,7 +256,7 @@ impl Executor for TaskExecutor {
 
     async fn drained(&self) {
         self.0.busy.idle().await;
-        self.rest().await;
+        self.retire_idle().await;
         self.0.network.close().await;
     }
 

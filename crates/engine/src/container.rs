@@ -4,7 +4,7 @@ use crate::{bridge::BuildScope, reads, state};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use shipway_executor::{ExitStatus, Wires};
+use shipway_executor::{ExitStatus, ProcessIo};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_frontend::{Container, ContainerProcess, ContainerRequest, FileStat};
 use shipway_llb::{ExecMeta, ExecOp};
@@ -80,7 +80,7 @@ impl Container for EngineContainer {
     fn start(
         &self,
         process: ContainerProcess,
-        wires: Wires,
+        io: ProcessIo,
     ) -> BoxFuture<'static, Result<ExitStatus>> {
         let meta = ExecMeta {
             args: process.args,
@@ -96,7 +96,7 @@ impl Container for EngineContainer {
             secret_env: process.secret_env,
             ..ExecOp::default()
         };
-        Box::pin(self.0.start(exec, process.tty, wires))
+        Box::pin(self.0.start(exec, process.tty, io))
     }
 
     async fn read_file(

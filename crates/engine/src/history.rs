@@ -379,7 +379,7 @@ impl History {
                 (record.response, record.written) =
                     (Budget::default().map(&response.metadata), response.written)
             }
-            Err(fault) => record.error = Some(fault.without_kept()),
+            Err(fault) => record.error = Some(fault.without_attachments()),
         }
         let kept = self.keep(&record);
         let summary = self.insert(record, kept);

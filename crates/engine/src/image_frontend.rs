@@ -7,7 +7,7 @@ use crate::{
     trail::{Asked, Trail},
 };
 use shipway_dockerfile2llb::FrontendOverride;
-use shipway_executor::{ExitStatus, Outlet, Output, Stream, Wires};
+use shipway_executor::{ExitStatus, Output, OutputTarget, ProcessIo, Stream};
 use shipway_fault::{Code, Context as _, Detail, Fault, Result};
 use shipway_frontend::{
     Bridge as _, BuildRef, Container as _, ContainerMount, ContainerProcess, ContainerRequest,
@@ -333,9 +333,13 @@ pub(crate) async fn run(
     let ((theirs, ours), words) = (tokio::io::duplex(PIPE), LastWords::default());
     let (to, input) = mpsc::channel(QUEUE);
     let (output, from) = mpsc::channel(QUEUE);
-    let wires =
-        Wires { input: Some(input), output: Outlet::Queue(output), control: None, started: None };
-    let end = container.start(process, wires);
+    let io = ProcessIo {
+        input: Some(input),
+        output: OutputTarget::Queue(output),
+        control: None,
+        started: None,
+    };
+    let end = container.start(process, io);
     let serve = shipway_gateway::serve(build.clone(), theirs);
     let work = async {
         let (ended, (), _) = tokio::join!(end, carry(ours, to, from, &words), serve);

@@ -1,6 +1,8 @@
 //! An executor for tests, which runs closures.
 
-use crate::{ExecMount, Executor, ExitStatus, Outlet, OutputSink, ProcessSpec, RootFs, Wires};
+use crate::{
+    ExecMount, Executor, ExitStatus, OutputSink, OutputTarget, ProcessIo, ProcessSpec, RootFs,
+};
 use async_trait::async_trait;
 use shipway_fault::{Fault, Result};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -39,21 +41,21 @@ impl Executor for FakeExecutor {
         process: ProcessSpec,
         root: RootFs,
         mounts: Vec<ExecMount>,
-        wires: Wires,
+        io: ProcessIo,
     ) -> Result<ExitStatus> {
-        let output: OutputSink = match wires.output {
-            Outlet::Sink(sink) => sink,
-            Outlet::Queue(queue) => Arc::new(move |output| drop(queue.try_send(output))),
+        let output: OutputSink = match io.output {
+            OutputTarget::Sink(sink) => sink,
+            OutputTarget::Queue(queue) => Arc::new(move |output| drop(queue.try_send(output))),
         };
         self.ran.lock().unwrap_or_else(PoisonError::into_inner).push(process.clone());
         (self.script)(&process, &root, &mounts, &output)
     }
 
-    async fn exec(&self, container: &str, _: ProcessSpec, _: Wires) -> Result<ExitStatus> {
+    async fn exec(&self, container: &str, _: ProcessSpec, _: ProcessIo) -> Result<ExitStatus> {
         Err(Fault::not_found(format!("container {container} does not run")))
     }
 
-    async fn rest(&self) {}
+    async fn retire_idle(&self) {}
 
     async fn drained(&self) {}
 

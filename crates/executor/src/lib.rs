@@ -13,14 +13,14 @@ mod proxy;
 
 pub mod etc;
 pub mod fake;
+mod io;
 pub mod spec;
-mod wires;
 
 pub use edits::{DeviceNode, Edits, Hook, HookPoint};
+pub use io::{Control, OutputTarget, ProcessIo};
 pub use process::{
-    CgroupParent, ExecMount, Executor, ExitStatus, HostEntry, Keep, MountSource, NetworkMode,
+    CgroupParent, ExecMount, Executor, ExitStatus, HostEntry, KeepAlive, MountSource, NetworkMode,
     Output, OutputSink, ProcessSpec, ResourceLimits, Rlimit, RootFs, Secret, Security, Stream,
     User,
 };
 pub use proxy::{Egress, Proxied, StepProxy, environment as proxy_environment, set_variables};
-pub use wires::{Control, Outlet, Wires};

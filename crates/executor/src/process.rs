@@ -1,6 +1,6 @@
 //! What a process is and how one runs it.
 
-use crate::{Edits, Proxied, Wires};
+use crate::{Edits, ProcessIo, Proxied};
 use async_trait::async_trait;
 use bytes::Bytes;
 use shipway_fault::Result;
@@ -176,14 +176,14 @@ pub struct ProcessSpec {
     pub remove_stubs_recursively: bool,
     /// What must live until nothing is left of the process, also when its future is dropped before
     /// that: its snapshots.
-    pub keep: Keep,
+    pub keep_alive: KeepAlive,
 }
 
 /// Something that is only held.
 #[derive(Clone, Default)]
-pub struct Keep(pub Option<Arc<dyn Any + Send + Sync>>);
+pub struct KeepAlive(pub Option<Arc<dyn Any + Send + Sync>>);
 
-impl std::fmt::Debug for Keep {
+impl std::fmt::Debug for KeepAlive {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(if self.0.is_some() { "held" } else { "nothing" })
     }
@@ -232,17 +232,21 @@ pub trait Executor: Send + Sync {
         process: ProcessSpec,
         root: RootFs,
         mounts: Vec<ExecMount>,
-        wires: Wires,
+        io: ProcessIo,
     ) -> Result<ExitStatus>;
 
     /// Runs another process in the container whose first process `run` was given as `container`,
     /// which must have started; of `process` only what is the process's own counts. It ends with
     /// the first one at the latest, and with the future.
-    async fn exec(&self, container: &str, process: ProcessSpec, wires: Wires)
-    -> Result<ExitStatus>;
+    async fn exec(
+        &self,
+        container: &str,
+        process: ProcessSpec,
+        io: ProcessIo,
+    ) -> Result<ExitStatus>;
 
     /// Ends what is only kept ready for processes to come.
-    async fn rest(&self);
+    async fn retire_idle(&self);
 
     /// Waits until nothing is left of processes whose futures were dropped, nor anything kept ready
     /// for others.

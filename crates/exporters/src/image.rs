@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use base64::Engine as _;
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName, Platform, gojson, timestamp};
-use shipway_refs::{Compression, EPOCH_KIND};
+use shipway_refs::{Compression, RUN_KIND};
 use shipway_storage::{GC_EXPIRE, ImageRecord, Labels, LeaseId, Leases, Storage, built_labels};
 use std::{
     collections::BTreeMap,
@@ -240,7 +240,7 @@ impl ExportLease {
             let expire = timestamp::format(SystemTime::now() + LEASE_TIME);
             let labels = Labels::from([
                 (GC_EXPIRE.to_owned(), expire),
-                (EPOCH_KIND.0.to_owned(), EPOCH_KIND.1.to_owned()),
+                (RUN_KIND.0.to_owned(), RUN_KIND.1.to_owned()),
             ]);
             match self.leases.create(&self.id, &labels).await {
                 Err(e) if !e.is_already_exists() => {

@@ -182,8 +182,8 @@ pub enum Detail {
         /// that means something inside this process only.
         source: Option<u64>,
     },
-    /// A thing that goes with the fault inside this process only; what it is, its maker knows.
-    Kept(Kept),
+    /// A value that goes with the fault inside this process only and never over the wire.
+    Attachment(Attachment),
     /// A detail that came from elsewhere and passes through untouched: type URL and value (row
     /// `net.errunknown`).
     Opaque {
@@ -207,17 +207,17 @@ pub struct IncompleteMaterial {
     pub reason: String,
 }
 
-/// See [`Detail::Kept`].
+/// A value attached to a fault, for the code that knows its type ([`Detail::Attachment`]).
 #[derive(Clone)]
-pub struct Kept(pub Arc<dyn Any + Send + Sync>);
+pub struct Attachment(pub Arc<dyn Any + Send + Sync>);
 
-impl fmt::Debug for Kept {
+impl fmt::Debug for Attachment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Kept")
+        f.write_str("Attachment")
     }
 }
 
-impl PartialEq for Kept {
+impl PartialEq for Attachment {
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
@@ -372,8 +372,8 @@ impl Fault {
     /// Without the things that are kept with it: for those who remember it longer than anybody
     /// needs them.
     #[must_use]
-    pub fn without_kept(self) -> Self {
-        self.edit(|d| d.details.retain(|d| !matches!(d, Detail::Kept(_))))
+    pub fn without_attachments(self) -> Self {
+        self.edit(|d| d.details.retain(|d| !matches!(d, Detail::Attachment(_))))
     }
 
     /// Replaces the class that the code implied.

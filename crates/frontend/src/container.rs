@@ -4,7 +4,7 @@ use crate::{BuildRef, FileStat};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use shipway_executor::{ExitStatus, Wires};
+use shipway_executor::{ExitStatus, ProcessIo};
 use shipway_fault::Result;
 use shipway_llb::{HostIp, Mount, NetMode, SecretEnv, SecurityMode};
 use std::sync::Arc;
@@ -56,7 +56,7 @@ pub trait Container: Send + Sync {
     fn start(
         &self,
         process: ContainerProcess,
-        wires: Wires,
+        io: ProcessIo,
     ) -> BoxFuture<'static, Result<ExitStatus>>;
 
     /// Reads a file of mount number `mount`, or a range of it: offset and length.

@@ -3,7 +3,7 @@
 
 use crate::build::GatewayBuild;
 use bytes::Bytes;
-use shipway_executor::{Control, ExitStatus, Outlet, Output, Stream, Wires};
+use shipway_executor::{Control, ExitStatus, Output, OutputTarget, ProcessIo, Stream};
 use shipway_fault::{Code, Detail, Fault, Result};
 use shipway_frontend::ContainerProcess;
 use shipway_grpc::status_of;
@@ -128,14 +128,14 @@ fn start(
     // another's start while they read output.
     let started = first.then_some(started);
     let (input, read) = if fds.contains(&0) { mpsc::channel(QUEUE) } else { mpsc::channel(1) };
-    let wires = Wires {
+    let io = ProcessIo {
         input: fds.contains(&0).then_some(read),
-        output: Outlet::Queue(output),
+        output: OutputTarget::Queue(output),
         control: Some(told),
         started,
     };
     let end = match process(init, path) {
-        Ok(process) => container.start(process, wires),
+        Ok(process) => container.start(process, io),
         Err(fault) => Box::pin(std::future::ready(Err(fault))),
     };
     let input = fds.contains(&0).then_some(input);

@@ -8,7 +8,7 @@ use crate::{
         mounts::{Behalf, Held, Plan},
     },
 };
-use shipway_executor::{ExecMount, ExitStatus, RootFs, Wires};
+use shipway_executor::{ExecMount, ExitStatus, ProcessIo, RootFs};
 use shipway_fault::{Fault, Result};
 use shipway_llb::{ExecMeta, ExecOp, HostIp, Mount, NetMode, Op};
 use shipway_netproxy::Capture;
@@ -103,7 +103,7 @@ impl Container {
         &self,
         mut process: ExecOp,
         tty: bool,
-        mut wires: Wires,
+        mut io: ProcessIo,
     ) -> impl Future<Output = Result<ExitStatus>> + Send + 'static {
         process.network = self.spec.network;
         process.meta.hostname.clone_from(&self.spec.hostname);
@@ -136,17 +136,17 @@ impl Container {
                     }
                     spec.id = id;
                     let (started, runs) = oneshot::channel();
-                    let told = wires.started.replace(started);
+                    let told = io.started.replace(started);
                     let note = async {
                         let runs = runs.await.is_ok();
                         drop(begin);
                         told.filter(|_| runs).map(|t| t.send(()))
                     };
-                    tokio::join!(services.executor.run(spec, root, mounts, wires), note).0
+                    tokio::join!(services.executor.run(spec, root, mounts, io), note).0
                 }
                 None => {
                     let _ = begun.subscribe().wait_for(|begun| *begun).await;
-                    services.executor.exec(&id, spec, wires).await
+                    services.executor.exec(&id, spec, io).await
                 }
             }
         };

@@ -125,7 +125,7 @@ impl Services {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shipway_cdi::Registry;
+    use shipway_cdi::CdiCatalog;
 
     const FILE: &str = "
 cdiVersion: 0.6.0
@@ -139,7 +139,7 @@ devices:
     fn there() -> Devices {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("x.yaml"), FILE).unwrap();
-        Registry::new([dir.path().to_owned()], []).read()
+        CdiCatalog::new([dir.path().to_owned()], []).read()
     }
 
     /// What a step that asks for `asked` (optional with a `?`) gets where a build was granted

@@ -18,8 +18,8 @@ pub use logs::LogLimits;
 use logs::StepLog;
 use mounts::{Behalf, Held, OutputState, Plan};
 use shipway_executor::{
-    Edits, HostEntry, Keep, NetworkMode, OutputSink, ProcessSpec, ResourceLimits, Rlimit, Security,
-    Stream, Wires,
+    Edits, HostEntry, KeepAlive, NetworkMode, OutputSink, ProcessIo, ProcessSpec, ResourceLimits,
+    Rlimit, Security, Stream,
 };
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::quote;
@@ -82,7 +82,7 @@ pub(crate) async fn run(
         Arc::new(move |output| log.write(output.stream, &output.bytes))
     };
     let name = exec.meta.args.join(" ");
-    let running = op.services.executor.run(process, root, mounts, Wires::output(sink));
+    let running = op.services.executor.run(process, root, mounts, ProcessIo::output(sink));
     let status = tokio::select! {
         status = running => status,
         never = log.pump() => match never {},
@@ -189,7 +189,7 @@ pub(crate) fn process(
         proxy: None,
         tty: false,
         remove_stubs_recursively: meta.remove_mount_stubs_recursive,
-        keep: Keep(Some(held)),
+        keep_alive: KeepAlive(Some(held)),
     }
 }
 

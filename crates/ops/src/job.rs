@@ -2,7 +2,7 @@
 
 use crate::{Ahead, DeviceGrants, Emulators, LogLimits, Nested, Wishes};
 use async_trait::async_trait;
-use shipway_cdi::Registry;
+use shipway_cdi::CdiCatalog;
 use shipway_executor::Executor;
 use shipway_fault::{Code, Fault, Result};
 use shipway_llb::{NetMode, Op, SecurityMode, SourceOp};
@@ -110,7 +110,7 @@ pub struct Services {
     /// Parent cgroup for steps that name none.
     pub cgroup_parent: Option<String>,
     /// Where devices of the host are described, unless steps get none.
-    pub devices: Option<Arc<Registry>>,
+    pub devices: Option<Arc<CdiCatalog>>,
     /// What runs programs for other processors.
     pub emulators: Emulators,
     /// How much of a step's output is passed on.

@@ -250,7 +250,7 @@ impl Operation for LlbOp {
         value.is_lost(fault)
     }
 
-    fn counts(&self) -> bool {
+    fn takes_slot(&self) -> bool {
         matches!(self.vertex.op, Op::Exec(_) | Op::File(_) | Op::Source(_))
     }
 }

@@ -5,7 +5,7 @@
 //! is asked for, since nearly nobody asks.
 
 use crate::random_id;
-use shipway_fault::{Detail, Fault, Kept, Result, Subject, redact_text};
+use shipway_fault::{Attachment, Detail, Fault, Result, Subject, redact_text};
 use shipway_llb::Vertex;
 use shipway_refs::{ImmutableRef, MutableRef};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -59,7 +59,7 @@ impl Remains {
             subject,
             description,
         });
-        fault.detail(Detail::Kept(Kept(Arc::new(remains))))
+        fault.detail(Detail::Attachment(Attachment(Arc::new(remains))))
     }
 
     /// An id for the state, the same one each time.
@@ -88,7 +88,7 @@ impl Remains {
     /// Those that go with `fault`.
     pub fn of(fault: &Fault) -> impl Iterator<Item = Arc<Self>> {
         fault.details().iter().filter_map(|d| match d {
-            Detail::Kept(Kept(kept)) => kept.clone().downcast().ok(),
+            Detail::Attachment(Attachment(kept)) => kept.clone().downcast().ok(),
             _ => None,
         })
     }

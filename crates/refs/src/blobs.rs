@@ -2,7 +2,7 @@
 
 use crate::{
     Compression, CompressionKind, ImmutableRef, LayerBlob,
-    layer::{Cell, KnownBlob, lock, lost},
+    layer::{KnownBlob, StackedLayer, lock, lost},
     store::{Inner, Record},
 };
 use bytes::Bytes;
@@ -39,15 +39,16 @@ impl ImmutableRef {
         let store = &self.0.store;
         // Boxed, for the compiler cannot yet tell that such a stream may move between threads.
         let mut work = Vec::with_capacity(record.layers.len());
-        for cell in &record.layers {
-            let owner = layered.owner(cell)?;
+        for stacked in &record.layers {
+            let owner = layered.owner(stacked)?;
             let one = async move {
                 store.ensure_lease(&owner).await?;
-                let descriptor = store.blob(cell, &owner, compression, fetch, progress).await;
-                let descriptor = descriptor
-                    .context(|| format!("compress layer {} ({})", cell.diff_id, record.called()))?;
-                let lazy = cell.origin_of(&descriptor);
-                Ok::<_, Fault>(LayerBlob { descriptor, diff_id: cell.diff_id, lazy })
+                let descriptor = store.blob(stacked, &owner, compression, fetch, progress).await;
+                let descriptor = descriptor.context(|| {
+                    format!("compress layer {} ({})", stacked.diff_id, record.latest_description())
+                })?;
+                let lazy = stacked.origin_of(&descriptor);
+                Ok::<_, Fault>(LayerBlob { descriptor, diff_id: stacked.diff_id, lazy })
             };
             work.push(one.boxed());
         }
@@ -57,12 +58,12 @@ impl ImmutableRef {
     /// The lowest state below this one that has the layer, or this one: states stay as long as
     /// something is made of them, so the blob is kept with the layer's own state, and another state
     /// on top of that need not keep it again.
-    fn owner(&self, cell: &Arc<Cell>) -> Result<Arc<Record>> {
+    fn owner(&self, stacked: &Arc<StackedLayer>) -> Result<Arc<Record>> {
         let mut owner = self.layered_record()?.clone();
         let mut below = self.parent();
         while let Some(state) = below {
             match state.record() {
-                Some(record) if record.layers.iter().any(|c| Arc::ptr_eq(c, cell)) => {
+                Some(record) if record.layers.iter().any(|c| Arc::ptr_eq(c, stacked)) => {
                     owner = record.clone()
                 }
                 _ => break,
@@ -89,17 +90,17 @@ impl ImmutableRef {
         }
         layered.blobs(compression, true, progress).await?;
         let store = &layered.0.store;
-        let mut cells: Vec<Arc<Cell>> = Vec::with_capacity(record.layers.len());
+        let mut stack: Vec<Arc<StackedLayer>> = Vec::with_capacity(record.layers.len());
         for layer in &record.layers {
-            let cell = store.cell(layer.diff_id, cells.last());
-            layer.blobs().into_iter().for_each(|b| cell.know(b));
+            let stacked = store.stacked_layer(layer.diff_id, stack.last());
+            layer.blobs().into_iter().for_each(|b| stacked.know(b));
             if let Some(created) = layer.created() {
-                cell.set_created(created);
+                stacked.set_created(created);
             }
-            cells.push(cell);
+            stack.push(stacked);
         }
         store
-            .assembled("unpacked", cells, Vec::new(), record.description.clone())
+            .assembled("unpacked", stack, Vec::new(), record.description.clone())
             .materialize(progress)
             .await
     }
@@ -108,41 +109,41 @@ impl ImmutableRef {
 impl Inner {
     async fn blob(
         self: &Arc<Self>,
-        cell: &Arc<Cell>,
+        stacked: &Arc<StackedLayer>,
         record: &Arc<Record>,
         compression: Compression,
         fetch: bool,
         progress: Option<&Reporter>,
     ) -> Result<Descriptor> {
-        let _one = cell.packing.lock().await;
-        if let Some(found) = self.known(cell, record, compression, fetch, progress).await? {
+        let _one = stacked.packing.lock().await;
+        if let Some(found) = self.known(stacked, record, compression, fetch, progress).await? {
             return Ok(found);
         }
-        if !cell.is_new() {
-            self.look_up(cell).await?;
-            if let Some(found) = self.known(cell, record, compression, fetch, progress).await? {
+        if !stacked.is_new() {
+            self.look_up(stacked).await?;
+            if let Some(found) = self.known(stacked, record, compression, fetch, progress).await? {
                 return Ok(found);
             }
         }
-        if compression.force && !cell.blobs().is_empty() {
-            return self.convert(cell, record, compression, progress).await;
+        if compression.force && !stacked.blobs().is_empty() {
+            return self.convert(stacked, record, compression, progress).await;
         }
         // The files of a layer that was moved are where they were: what lies below it here need not
         // be.
-        let elsewhere = match cell.copy_of() {
+        let elsewhere = match stacked.copy_of() {
             Some(original) => self.keep_snapshot(&record.lease, &original).await?,
             None => false,
         };
         if !elsewhere {
             self.materialize(record, None, progress).await?;
         }
-        self.pack(cell, record, compression).await
+        self.pack(stacked, record, compression).await
     }
 
     /// The best blob among those known.
     async fn known(
         &self,
-        cell: &Cell,
+        stacked: &StackedLayer,
         record: &Record,
         compression: Compression,
         fetch: bool,
@@ -151,7 +152,7 @@ impl Inner {
         let fits = |b: &KnownBlob| {
             CompressionKind::of_media_type(&b.descriptor.media_type) == Some(compression.kind)
         };
-        let mut blobs = cell.blobs();
+        let mut blobs = stacked.blobs();
         blobs.retain(|b| !compression.force || fits(b));
         blobs.sort_by_key(|b| (!fits(b), !b.stored));
         for blob in blobs {
@@ -159,8 +160,8 @@ impl Inner {
             if lazy && !fetch {
                 return Ok(Some(blob.descriptor));
             }
-            let _one = cell.fetching.lock().await;
-            if self.secure(cell, &blob, record, progress).await? {
+            let _one = stacked.fetching.lock().await;
+            if self.secure(stacked, &blob, record, progress).await? {
                 return Ok(Some(blob.descriptor));
             }
         }
@@ -168,15 +169,15 @@ impl Inner {
     }
 
     /// Finds blobs that an earlier life, or another program, stored for the layer.
-    async fn look_up(&self, cell: &Cell) -> Result<()> {
-        let filter = format!("labels.\"{UNCOMPRESSED}\"==\"{}\"", cell.diff_id);
+    async fn look_up(&self, stacked: &StackedLayer) -> Result<()> {
+        let filter = format!("labels.\"{UNCOMPRESSED}\"==\"{}\"", stacked.diff_id);
         for info in self.storage.content.list(&[filter]).await? {
             let media_type = match info.labels.get(MEDIA_TYPE) {
                 Some(t) => t.clone(),
                 None => self.sniff(info.digest).await?.media_type().to_owned(),
             };
             let descriptor = Descriptor::new(media_type, info.digest, info.size);
-            cell.know(KnownBlob { descriptor, source: None, stored: true });
+            stacked.know(KnownBlob { descriptor, source: None, stored: true });
         }
         Ok(())
     }
@@ -195,12 +196,12 @@ impl Inner {
     /// Makes a blob from the layer's files. It must be the very tar that the diffID was taken of.
     pub async fn pack(
         self: &Arc<Self>,
-        cell: &Cell,
+        stacked: &StackedLayer,
         record: &Record,
         compression: Compression,
     ) -> Result<Descriptor> {
-        let own = || (cell.snapshot.clone(), cell.parent.is_some());
-        let (name, parent) = match cell.copy_of() {
+        let own = || (stacked.snapshot.clone(), stacked.parent.is_some());
+        let (name, parent) = match stacked.copy_of() {
             Some(original) => match self.storage.snapshots.stat(&original).await {
                 Ok(info) => (original, info.parent.is_some()),
                 Err(_) => own(),
@@ -208,24 +209,24 @@ impl Inner {
             None => own(),
         };
         let (tree, guard) = self.layer_tree(&name, parent).await?;
-        let known = cell.tar.get().copied();
+        let known = stacked.tar.get().copied();
         let work = move |sink: Sink<'_>| {
             let packed = shipway_archive::pack(&tree, compression, known, None, sink);
             drop(guard);
             packed
         };
-        self.store_packed(cell, record, compression, work).await
+        self.store_packed(stacked, record, compression, work).await
     }
 
     /// Makes a blob of another compression from the bytes of an existing one.
     async fn convert(
         self: &Arc<Self>,
-        cell: &Cell,
+        stacked: &StackedLayer,
         record: &Record,
         compression: Compression,
         progress: Option<&Reporter>,
     ) -> Result<Descriptor> {
-        let from = self.stored_blob(cell, record, progress).await?;
+        let from = self.stored_blob(stacked, record, progress).await?;
         let kind = CompressionKind::of_media_type(&from.media_type).ok_or_else(|| {
             Fault::unimplemented(format!(
                 "changing the compression of layers of type {}",
@@ -236,29 +237,29 @@ impl Inner {
         let work = move |sink: Sink<'_>| {
             shipway_archive::recompress(&mut || input.next(), kind, compression, None, sink)
         };
-        self.store_packed(cell, record, compression, work).await
+        self.store_packed(stacked, record, compression, work).await
     }
 
     /// Stores what `work` makes under the lease of `record` and checks that it is the layer.
     async fn store_packed(
         self: &Arc<Self>,
-        cell: &Cell,
+        stacked: &StackedLayer,
         record: &Record,
         compression: Compression,
         work: impl FnOnce(Sink<'_>) -> Result<Packed> + Send + 'static,
     ) -> Result<Descriptor> {
-        let reference = format!("shipway-layer-{}-{:?}", cell.diff_id.0.hex(), compression.kind);
+        let reference = format!("shipway-layer-{}-{:?}", stacked.diff_id.0.hex(), compression.kind);
         let (packed, writer) = self.stream(&record.lease, reference, work).await?;
         let made = packed.tar.diff_id;
-        if made != cell.diff_id {
+        if made != stacked.diff_id {
             let fault =
-                Fault::new(Code::FailedPrecondition, format!("the files of the layer make the tar {made}, which is not {}", cell.diff_id))
+                Fault::new(Code::FailedPrecondition, format!("the files of the layer make the tar {made}, which is not {}", stacked.diff_id))
                     .hint("the layer came from a registry and its blob was removed from containerd: pull the image again, with `--pull`");
-            return Err(lost(cell, None, fault));
+            return Err(lost(stacked, None, fault));
         }
         let descriptor = seal(writer, &packed, compression).await?;
         lock(&record.secured).insert(packed.digest);
-        cell.know(KnownBlob { descriptor: descriptor.clone(), source: None, stored: true });
+        stacked.know(KnownBlob { descriptor: descriptor.clone(), source: None, stored: true });
         Ok(descriptor)
     }
 

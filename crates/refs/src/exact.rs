@@ -11,7 +11,7 @@
 //! labels of the record's lease, which alone keeps the snapshot.
 
 use crate::{
-    layer::{Cell, lock},
+    layer::{StackedLayer, lock},
     record::{fresh_id, id_of},
     store::Inner,
 };
@@ -94,9 +94,10 @@ pub(crate) fn taken(name: &SnapshotKey) -> Fault {
 
 impl Inner {
     /// The name of what unpacking the layer `diff_id` over `below` gives.
-    pub fn name_over(&self, below: Option<&Cell>, diff_id: DiffId) -> SnapshotKey {
+    pub fn name_over(&self, below: Option<&StackedLayer>, diff_id: DiffId) -> SnapshotKey {
         let chain: SnapshotKey = ChainId::extend(below.map(|c| c.chain_id), diff_id).into();
-        let exact = below.is_none_or(Cell::is_exact) && !lock(&self.distrusted.0).contains(&chain);
+        let exact =
+            below.is_none_or(StackedLayer::is_exact) && !lock(&self.distrusted.0).contains(&chain);
         if exact {
             return chain;
         }

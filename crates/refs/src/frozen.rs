@@ -2,11 +2,11 @@
 
 use crate::{
     ImmutableRef, RecordType, RefId,
-    immutable::{Held, HeldBody},
+    immutable::{RefInner, RefKind},
     layer::lock,
     mutable::{hash, name, remember},
-    named::Slot,
-    record::{Body, Note},
+    named::NamedEntry,
+    record::{Body, RecordMeta},
     store::Inner,
 };
 use shipway_fault::{Context as _, Fault, Result};
@@ -21,29 +21,29 @@ use tokio::sync::OnceCell;
 impl Inner {
     /// The frozen state with this id, if nobody wrote since.
     pub fn frozen(self: &Arc<Self>, id: &RefId) -> Option<ImmutableRef> {
-        let (slot, generation) = id.0.split_once('-')?;
-        let slot = self.slots.list().into_iter().find(|s| s.id.0 == slot)?;
-        let mounts = slot.mounts.get()?.clone();
-        let mut u = lock(&slot.use_);
-        if u.dead || u.writers > 0 || u.generation.to_string() != generation {
+        let (entry, generation) = id.0.split_once('-')?;
+        let entry = self.named.list().into_iter().find(|s| s.id.0 == entry)?;
+        let mounts = entry.mounts.get()?.clone();
+        let mut u = lock(&entry.use_);
+        if u.evicted || u.writers > 0 || u.generation.to_string() != generation {
             return None;
         }
         u.readers += 1;
         drop(u);
-        let description = slot.note.description.clone();
-        Some(Frozen::held(Reader { store: self.clone(), slot }, id.clone(), description, mounts))
+        let description = entry.meta.description.clone();
+        Some(Frozen::held(Reader { store: self.clone(), entry }, id.clone(), description, mounts))
     }
 }
 
-/// Has a slot for reading.
+/// Holds an entry for reading.
 pub(crate) struct Reader {
     pub store: Arc<Inner>,
-    pub slot: Arc<Slot>,
+    pub entry: Arc<NamedEntry>,
 }
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        self.slot.leave(&self.store, false);
+        self.entry.leave(&self.store, false);
     }
 }
 
@@ -65,9 +65,9 @@ impl Frozen {
     ) -> ImmutableRef {
         let store = reader.store.clone();
         let frozen = Self { reader, id, description, mounts, layered: OnceCell::new() };
-        ImmutableRef(Arc::new(Held {
+        ImmutableRef(Arc::new(RefInner {
             store,
-            body: HeldBody::Frozen(frozen),
+            kind: RefKind::Frozen(frozen),
             origin: OnceLock::new(),
         }))
     }
@@ -77,7 +77,7 @@ impl Frozen {
     }
 
     pub fn record_type(&self) -> RecordType {
-        self.reader.slot.note.record_type
+        self.reader.entry.meta.record_type
     }
 
     pub fn description(&self) -> &str {
@@ -90,33 +90,33 @@ impl Frozen {
     }
 
     pub fn index(&self) -> &TreeIndex {
-        &self.reader.slot.index
+        &self.reader.entry.index
     }
 
     /// The snapshot, for its size.
     pub fn snapshot(&self) -> SnapshotKey {
         match self.layered.get().and_then(ImmutableRef::record).and_then(|r| r.snapshot()) {
             Some(name) => name.clone(),
-            None => self.reader.slot.snapshot.clone(),
+            None => self.reader.entry.snapshot.clone(),
         }
     }
 
-    /// Makes a layer of it: the slot ends, and its snapshot becomes a committed one in the same
+    /// Makes a layer of it: the entry ends, and its snapshot becomes a committed one in the same
     /// place on the disk, so whoever reads its files goes on undisturbed.
     pub async fn layered(&self) -> Result<ImmutableRef> {
         let make = || async {
-            let (store, slot) = (&self.reader.store, &self.reader.slot);
-            let generation = lock(&slot.use_).generation;
-            let mut layered = slot.layered.lock().await;
+            let (store, entry) = (&self.reader.store, &self.reader.entry);
+            let generation = lock(&entry.use_).generation;
+            let mut layered = entry.layered.lock().await;
             if let Some((of, id)) = &*layered
                 && *of == generation
-                && let Some(made) = store.held(id)
+                && let Some(made) = store.handle(id)
             {
                 return Ok(made);
             }
-            let parent = slot.note.parents.first().and_then(|p| store.held(p));
+            let parent = entry.meta.parents.first().and_then(|p| store.handle(p));
             let below = parent.as_ref().map(ImmutableRef::layered_record).transpose()?;
-            let info = store.storage.snapshots.stat(&slot.snapshot).await?;
+            let info = store.storage.snapshots.stat(&entry.snapshot).await?;
             let over = below.and_then(|r| r.snapshot());
             if info.parent.as_ref() != over {
                 return Err(Fault::internal(format!(
@@ -125,26 +125,26 @@ impl Frozen {
                 )));
             }
             let layer = hash(store, &self.mounts, over).await?;
-            let note = Note {
-                record_type: slot.note.record_type,
+            let meta = RecordMeta {
+                record_type: entry.meta.record_type,
                 description: self.description.clone(),
                 created: SystemTime::now(),
-                parents: slot.note.parents.clone(),
+                parents: entry.meta.parents.clone(),
                 body: Body::Layers(Vec::new()),
             };
-            let (store, slot, mounts, below) =
-                (store.clone(), slot.clone(), self.mounts.clone(), below.cloned());
+            let (store, entry, mounts, below) =
+                (store.clone(), entry.clone(), self.mounts.clone(), below.cloned());
             let background = store.background.clone();
-            // Cut off in the middle, it would leave a slot without a snapshot, or a snapshot that
+            // Cut off in the middle, it would leave an entry without a snapshot, or a snapshot that
             // nobody knows.
             let work = async move {
                 let (record, made) =
-                    name(&store, (&slot.snapshot, &mounts), below.as_deref(), &layer, &note, None)
+                    name(&store, (&entry.snapshot, &mounts), below.as_deref(), &layer, &meta, None)
                         .await?;
-                // Otherwise the same files were committed before, and the slot stays what it is.
+                // Otherwise the same files were committed before, and the entry stays what it is.
                 if made {
                     remember(&record, &mounts, below.is_some());
-                    store.bury_slot(&slot).await;
+                    store.evict_entry(&entry).await;
                 }
                 *record.materialized.lock().await = true;
                 Ok(store.insert(record))

@@ -37,17 +37,17 @@ pub struct View {
 /// A state that does not change: a stack of layers. Clones share it; while one lives, it is in use
 /// and not pruned.
 #[derive(Clone)]
-pub struct ImmutableRef(pub(crate) Arc<Held>);
+pub struct ImmutableRef(pub(crate) Arc<RefInner>);
 
 /// Keeps a state in use.
-pub(crate) struct Held {
+pub(crate) struct RefInner {
     pub store: Arc<Inner>,
-    pub body: HeldBody,
+    pub kind: RefKind,
     /// Speaks of fetches, once set.
     pub origin: OnceLock<Reporter>,
 }
 
-pub(crate) enum HeldBody {
+pub(crate) enum RefKind {
     Layers {
         record: Arc<Record>,
         /// Kept so that the blobs of their layers stay.
@@ -56,28 +56,30 @@ pub(crate) enum HeldBody {
     Frozen(Frozen),
 }
 
-impl Held {
+impl RefInner {
     pub fn layers(store: Arc<Inner>, record: Arc<Record>) -> ImmutableRef {
         record.users.fetch_add(1, Ordering::AcqRel);
-        let parents = record.parents.iter().filter_map(|p| store.held(p)).collect();
+        let parents = record.parents.iter().filter_map(|p| store.handle(p)).collect();
         ImmutableRef(Arc::new(Self {
             store,
-            body: HeldBody::Layers { record, parents },
+            kind: RefKind::Layers { record, parents },
             origin: OnceLock::new(),
         }))
     }
 }
 
-impl Drop for Held {
+impl Drop for RefInner {
     fn drop(&mut self) {
-        if let HeldBody::Layers { record, .. } = &self.body {
+        if let RefKind::Layers { record, .. } = &self.kind {
             self.store.uses.used(&record.id);
             let last = record.users.fetch_sub(1, Ordering::AcqRel) == 1;
             // Buried, and nothing in the table has its id, and so its lease, by now.
-            if last && record.dead.load(Ordering::Acquire) && self.store.peek(&record.id).is_none()
+            if last
+                && record.evicted.load(Ordering::Acquire)
+                && self.store.peek(&record.id).is_none()
             {
                 let (store, lease) = (self.store.clone(), record.lease.clone());
-                self.store.background.spawn(async move { store.end_lease(&lease).await });
+                self.store.background.spawn(async move { store.delete_lease(&lease).await });
             }
         }
     }
@@ -91,17 +93,17 @@ impl fmt::Debug for ImmutableRef {
 
 impl ImmutableRef {
     pub(crate) fn record(&self) -> Option<&Arc<Record>> {
-        match &self.0.body {
-            HeldBody::Layers { record, .. } => Some(record),
-            HeldBody::Frozen(_) => None,
+        match &self.0.kind {
+            RefKind::Layers { record, .. } => Some(record),
+            RefKind::Frozen(_) => None,
         }
     }
 
     /// The state as layers: itself, or what a client's directory becomes.
     pub(crate) async fn layered(&self) -> Result<ImmutableRef> {
-        match &self.0.body {
-            HeldBody::Layers { .. } => Ok(self.clone()),
-            HeldBody::Frozen(frozen) => frozen.layered().await,
+        match &self.0.kind {
+            RefKind::Layers { .. } => Ok(self.clone()),
+            RefKind::Frozen(frozen) => frozen.layered().await,
         }
     }
 
@@ -112,33 +114,33 @@ impl ImmutableRef {
 
     /// Its identity, for [`crate::RefStore::get`].
     pub fn id(&self) -> &RefId {
-        match &self.0.body {
-            HeldBody::Layers { record, .. } => &record.id,
-            HeldBody::Frozen(frozen) => frozen.id(),
+        match &self.0.kind {
+            RefKind::Layers { record, .. } => &record.id,
+            RefKind::Frozen(frozen) => frozen.id(),
         }
     }
 
     /// What it is for.
     pub fn record_type(&self) -> RecordType {
-        match &self.0.body {
-            HeldBody::Layers { record, .. } => record.record_type,
-            HeldBody::Frozen(frozen) => frozen.record_type(),
+        match &self.0.kind {
+            RefKind::Layers { record, .. } => record.record_type,
+            RefKind::Frozen(frozen) => frozen.record_type(),
         }
     }
 
     /// What it is, for people.
     pub fn description(&self) -> &str {
-        match &self.0.body {
-            HeldBody::Layers { record, .. } => &record.description,
-            HeldBody::Frozen(frozen) => frozen.description(),
+        match &self.0.kind {
+            RefKind::Layers { record, .. } => &record.description,
+            RefKind::Frozen(frozen) => frozen.description(),
         }
     }
 
     /// The state it was made from, if that is known still.
     pub fn parent(&self) -> Option<ImmutableRef> {
-        match &self.0.body {
-            HeldBody::Layers { parents, .. } => parents.first().cloned(),
-            HeldBody::Frozen(_) => None,
+        match &self.0.kind {
+            RefKind::Layers { parents, .. } => parents.first().cloned(),
+            RefKind::Frozen(_) => None,
         }
     }
 
@@ -212,12 +214,12 @@ impl ImmutableRef {
     /// Makes the snapshot exist: lazy layers are fetched in parallel, unpacked and verified against
     /// their diffIDs. `progress` speaks of it where the state's origin cannot.
     pub async fn materialize(&self, progress: Option<&Reporter>) -> Result<()> {
-        match &self.0.body {
-            HeldBody::Layers { record, .. } => {
+        match &self.0.kind {
+            RefKind::Layers { record, .. } => {
                 let origin = self.0.origin.get().filter(|o| o.is_heard() && o.is_completed());
                 self.0.store.materialize(record, origin, progress).await
             }
-            HeldBody::Frozen(_) => Ok(()),
+            RefKind::Frozen(_) => Ok(()),
         }
     }
 
@@ -241,8 +243,8 @@ impl ImmutableRef {
     /// The state as a read-only directory of the host. Several callers share one mount.
     pub async fn mount(&self) -> Result<LocalMount> {
         let (store, guard) = (&self.0.store, self.0.clone());
-        match &self.0.body {
-            HeldBody::Layers { record, .. } => {
+        match &self.0.kind {
+            RefKind::Layers { record, .. } => {
                 let mut mounted = record.mounted.lock().await;
                 if let Some(mount) = mounted.as_ref().and_then(WeakMount::upgrade) {
                     return Ok(mount);
@@ -255,7 +257,7 @@ impl ImmutableRef {
                 *mounted = mount.downgrade();
                 Ok(mount)
             }
-            HeldBody::Frozen(frozen) => {
+            RefKind::Frozen(frozen) => {
                 LocalMount::new(
                     &frozen.read_only_mounts(),
                     &store.mounts,
@@ -271,9 +273,9 @@ impl ImmutableRef {
     /// The state for a process that only reads.
     pub async fn view(&self) -> Result<View> {
         let store = &self.0.store;
-        let record = match &self.0.body {
-            HeldBody::Layers { record, .. } => record,
-            HeldBody::Frozen(frozen) => {
+        let record = match &self.0.kind {
+            RefKind::Layers { record, .. } => record,
+            RefKind::Frozen(frozen) => {
                 return Ok(View {
                     key: None,
                     mounts: frozen.read_only_mounts(),
@@ -308,9 +310,9 @@ impl ImmutableRef {
     /// Checksum of a part of the state, independent of times (row `so.hash`). `NotFound` names the
     /// missing path.
     pub async fn checksum(&self, selector: &Selector) -> Result<Digest> {
-        let index = match &self.0.body {
-            HeldBody::Layers { record, .. } => record.index.clone(),
-            HeldBody::Frozen(frozen) => frozen.index().clone(),
+        let index = match &self.0.kind {
+            RefKind::Layers { record, .. } => record.index.clone(),
+            RefKind::Frozen(frozen) => frozen.index().clone(),
         };
         let (mount, selector) = (self.mount().await?, selector.clone());
         // What a client's directory should have, its frontend explains: it knows the ignore file.
@@ -331,9 +333,9 @@ impl ImmutableRef {
 
     /// Bytes on disk, parents not counted.
     pub async fn size(&self) -> Result<u64> {
-        match &self.0.body {
-            HeldBody::Layers { record, .. } => self.0.store.size_of(record).await,
-            HeldBody::Frozen(frozen) => {
+        match &self.0.kind {
+            RefKind::Layers { record, .. } => self.0.store.size_of(record).await,
+            RefKind::Frozen(frozen) => {
                 Ok(self.0.store.storage.snapshots.usage(&frozen.snapshot()).await?.bytes)
             }
         }

@@ -100,30 +100,34 @@ pub struct LayerBlob {
     pub lazy: Option<String>,
 }
 
-/// Says in `fault` that the layer of `cell` cannot be had, from `source` if that is where it was
+/// Says in `fault` that layer `stacked` cannot be had, from `source` if that is where it was
 /// looked for, unless it is a fault of ours or of the disk's.
-pub(crate) fn lost(cell: &Cell, source: Option<&Arc<dyn LayerSource>>, fault: Fault) -> Fault {
+pub(crate) fn lost(
+    stacked: &StackedLayer,
+    source: Option<&Arc<dyn LayerSource>>,
+    fault: Fault,
+) -> Fault {
     if fault.is_cancelled() || fault.code() == Code::ResourceExhausted {
         return fault;
     }
     // A source that failed otherwise, such as a registry that does not answer, gives nothing else
     // either.
     let source = source.filter(|_| !fault.is_not_found()).map(|s| s.id().0);
-    fault.detail(Detail::LostLayer { diff_id: cell.diff_id.to_string(), source })
+    fault.detail(Detail::LostLayer { diff_id: stacked.diff_id.to_string(), source })
 }
 
 /// Whether `fault` says that the layer can no longer be had. What is in a snapshot already needs no
 /// source.
-pub(crate) fn is_lost(cell: &Cell, in_snapshot: bool, fault: &Fault) -> bool {
+pub(crate) fn is_lost(stacked: &StackedLayer, in_snapshot: bool, fault: &Fault) -> bool {
     let only = |source: u64| {
-        let blobs = cell.blobs();
+        let blobs = stacked.blobs();
         let its =
             |b: &KnownBlob| !b.stored && b.source.as_ref().is_some_and(|s| s.id().0 == source);
-        !in_snapshot && cell.copy_of().is_none() && !blobs.is_empty() && blobs.iter().all(its)
+        !in_snapshot && stacked.copy_of().is_none() && !blobs.is_empty() && blobs.iter().all(its)
     };
     fault.details().iter().any(|detail| {
         let Detail::LostLayer { diff_id, source } = detail else { return false };
-        *diff_id == cell.diff_id.to_string() || source.is_some_and(only)
+        *diff_id == stacked.diff_id.to_string() || source.is_some_and(only)
     })
 }
 
@@ -134,7 +138,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// One layer at its place in a stack; all states with that place share it, so that nothing is
 /// fetched, unpacked or compressed twice.
-pub(crate) struct Cell {
+pub(crate) struct StackedLayer {
     pub diff_id: DiffId,
     pub chain_id: ChainId,
     /// Name of the snapshot that has this layer on top.
@@ -185,7 +189,7 @@ impl KnownBlob {
     }
 }
 
-impl Cell {
+impl StackedLayer {
     pub fn new(diff_id: DiffId, below: Option<&Self>, snapshot: SnapshotKey, own: bool) -> Self {
         Self {
             diff_id,

@@ -18,27 +18,27 @@
 //! Nothing here knows LLB, sessions or registries: a lazy layer is fetched through its
 //! [`LayerSource`].
 
-mod ahead;
 mod blobs;
 mod contents;
 mod durable;
+mod early_blob;
 mod exact;
 mod frozen;
 mod immutable;
+mod last_used;
 mod layer;
-mod life;
+mod layer_lookup;
 mod materialize;
 mod merge;
 mod mount;
 mod mutable;
 mod named;
-mod places;
 mod record;
 mod retime;
+mod run_lease;
 mod store;
 mod tree_copy;
 mod usage;
-mod uses;
 
 pub use contents::copy_contents;
 pub use immutable::{ImmutableRef, View};
@@ -46,7 +46,7 @@ pub use layer::{Layer, LayerBlob, LayerSource, LayerSourceId, LazyLayer};
 pub use mount::LocalMount;
 pub use mutable::MutableRef;
 pub use named::{NamedRef, NamedRequest, Sharing};
-pub use record::{DOCUMENT_KIND, EPOCH_KIND, RecordType, RefId};
+pub use record::{DOCUMENT_KIND, RUN_KIND, RecordType, RefId};
 pub use retime::REWRITTEN;
 pub use shipway_archive::{Compression, CompressionKind};
 pub use shipway_treehash::{PathFilter, Selector, Verdict};

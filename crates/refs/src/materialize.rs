@@ -3,9 +3,9 @@
 
 use crate::{
     Compression, exact,
-    layer::{Cell, KnownBlob, lock, lost},
-    life::{EpochLease, forget, remove},
+    layer::{KnownBlob, StackedLayer, lock, lost},
     mount::LocalMount,
+    run_lease::{RunLease, forget, remove},
     store::{Inner, Record},
     tree_copy,
 };
@@ -23,7 +23,7 @@ const PARALLEL_FETCHES: usize = 4;
 /// An active snapshot that vanishes unless it is committed, or a view that vanishes.
 pub(crate) struct Active {
     store: Arc<Inner>,
-    pub lease: EpochLease,
+    pub lease: RunLease,
     pub key: SnapshotKey,
     pub mounts: Vec<Mount>,
     armed: bool,
@@ -55,7 +55,7 @@ impl Active {
     /// The name of one that is made next. From here on a call that is cut off leaves nothing
     /// behind.
     async fn named(store: &Arc<Inner>, what: &str) -> Result<Self> {
-        let (lease, key) = (store.epochs.lease(&store.storage).await?, store.fresh_key(what));
+        let (lease, key) = (store.run_leases.lease(&store.storage).await?, store.fresh_key(what));
         Ok(Self { store: store.clone(), lease, key, mounts: Vec::new(), armed: true })
     }
 
@@ -119,16 +119,16 @@ impl Drop for Fetch {
 
 /// A vertex at work again, until this is dropped. What goes wrong is an error of the vertex that
 /// needs the layers.
-struct Again<'a>(&'a Reporter);
+struct WorkingAgain<'a>(&'a Reporter);
 
-impl<'a> Again<'a> {
+impl<'a> WorkingAgain<'a> {
     fn begin(vertex: &'a Reporter) -> Self {
         vertex.started();
         Self(vertex)
     }
 }
 
-impl Drop for Again<'_> {
+impl Drop for WorkingAgain<'_> {
     fn drop(&mut self) {
         self.0.completed(None);
     }
@@ -147,15 +147,15 @@ impl Inner {
         let Some(top) = record.layers.last().filter(|_| !*materialized) else { return Ok(()) };
         self.ensure_lease(record).await?;
         let mut have = 0;
-        for (i, cell) in record.layers.iter().enumerate().rev() {
-            if self.keep_snapshot(&record.lease, &cell.snapshot).await? {
+        for (i, stacked) in record.layers.iter().enumerate().rev() {
+            if self.keep_snapshot(&record.lease, &stacked.snapshot).await? {
                 have = i + 1;
                 break;
             }
         }
         let missing = &record.layers[have..];
         if !missing.is_empty() {
-            let _again = origin.map(Again::begin);
+            let _again = origin.map(WorkingAgain::begin);
             self.make_all(missing, record, origin.or(progress)).await?;
         }
         if !missing.is_empty() && !self.keep_snapshot(&record.lease, &top.snapshot).await? {
@@ -171,43 +171,43 @@ impl Inner {
 
     async fn make_all(
         self: &Arc<Self>,
-        missing: &[Arc<Cell>],
+        missing: &[Arc<StackedLayer>],
         record: &Arc<Record>,
         progress: Option<&Reporter>,
     ) -> Result<()> {
-        let slots = Arc::new(Semaphore::new(PARALLEL_FETCHES));
+        let named = Arc::new(Semaphore::new(PARALLEL_FETCHES));
         let fetches: Vec<Option<Fetch>> =
-            missing.iter().map(|c| self.start_fetch(c, record, &slots, progress)).collect();
-        for (cell, fetch) in missing.iter().zip(fetches) {
-            self.make(cell, record, fetch, progress)
-                .await
-                .context(|| format!("make layer {} ({})", cell.diff_id, record.called()))?;
+            missing.iter().map(|c| self.start_fetch(c, record, &named, progress)).collect();
+        for (stacked, fetch) in missing.iter().zip(fetches) {
+            self.make(stacked, record, fetch, progress).await.context(|| {
+                format!("make layer {} ({})", stacked.diff_id, record.latest_description())
+            })?;
         }
         Ok(())
     }
 
     fn start_fetch(
         self: &Arc<Self>,
-        cell: &Arc<Cell>,
+        stacked: &Arc<StackedLayer>,
         record: &Arc<Record>,
-        slots: &Arc<Semaphore>,
+        named: &Arc<Semaphore>,
         progress: Option<&Reporter>,
     ) -> Option<Fetch> {
-        if cell.copy_of().is_some() {
+        if stacked.copy_of().is_some() {
             return None;
         }
-        let (store, cell, record, slots, progress) =
-            (self.clone(), cell.clone(), record.clone(), slots.clone(), progress.cloned());
+        let (store, stacked, record, named, progress) =
+            (self.clone(), stacked.clone(), record.clone(), named.clone(), progress.cloned());
         Some(Fetch(tokio::spawn(async move {
-            let _slot = slots.acquire().await;
-            store.stored_blob(&cell, &record, progress.as_ref()).await.map(drop)
+            let _slot = named.acquire().await;
+            store.stored_blob(&stacked, &record, progress.as_ref()).await.map(drop)
         })))
     }
 
     /// Makes one layer's snapshot on top of its parent's.
     async fn make(
         self: &Arc<Self>,
-        cell: &Arc<Cell>,
+        stacked: &Arc<StackedLayer>,
         record: &Record,
         fetch: Option<Fetch>,
         progress: Option<&Reporter>,
@@ -215,37 +215,37 @@ impl Inner {
         if let Some(mut fetch) = fetch {
             (&mut fetch.0).await.map_err(|e| Fault::internal(format!("a fetch failed: {e}")))??;
         }
-        let _one = cell.applying.lock().await;
-        if self.keep_snapshot(&record.lease, &cell.snapshot).await? {
+        let _one = stacked.applying.lock().await;
+        if self.keep_snapshot(&record.lease, &stacked.snapshot).await? {
             return Ok(());
         }
-        if cell.own {
-            let gone = Fault::not_found(format!("the file system {} is gone, and its layer does not tell all of it", cell.snapshot))
+        if stacked.own {
+            let gone = Fault::not_found(format!("the file system {} is gone, and its layer does not tell all of it", stacked.snapshot))
                 .hint("somebody removed it: build again without this cache record, for example after `shipway prune`");
-            return Err(lost(cell, None, gone));
+            return Err(lost(stacked, None, gone));
         }
-        if let Some(original) = cell.copy_of()
+        if let Some(original) = stacked.copy_of()
             && self.keep_snapshot(&record.lease, &original).await?
         {
-            let active = Active::prepare(self, "extract", cell.parent.as_ref()).await?;
-            if self.copy_layer(&original, &active, cell).await? {
-                return active.commit(&record.lease, &cell.snapshot).await;
+            let active = Active::prepare(self, "extract", stacked.parent.as_ref()).await?;
+            if self.copy_layer(&original, &active, stacked).await? {
+                return active.commit(&record.lease, &stacked.snapshot).await;
             }
         }
-        let blob = match self.stored_blob(cell, record, progress).await {
-            Err(e) if e.is_not_found() && cell.copy_of().is_some() => {
-                self.pack(cell, record, Compression::default()).await?
+        let blob = match self.stored_blob(stacked, record, progress).await {
+            Err(e) if e.is_not_found() && stacked.copy_of().is_some() => {
+                self.pack(stacked, record, Compression::default()).await?
             }
             blob => blob?,
         };
-        let active = Active::prepare(self, "extract", cell.parent.as_ref()).await?;
-        self.apply(cell, &blob, &active, progress).await?;
-        active.commit(&record.lease, &cell.snapshot).await
+        let active = Active::prepare(self, "extract", stacked.parent.as_ref()).await?;
+        self.apply(stacked, &blob, &active, progress).await?;
+        active.commit(&record.lease, &stacked.snapshot).await
     }
 
     async fn apply(
         &self,
-        cell: &Cell,
+        stacked: &StackedLayer,
         blob: &Descriptor,
         active: &Active,
         progress: Option<&Reporter>,
@@ -258,12 +258,12 @@ impl Inner {
         if let Some(p) = progress {
             p.status(&id, 0, 0, true);
         }
-        if found != cell.diff_id {
+        if found != stacked.diff_id {
             return Err(Fault::new(
                 Code::DataLoss,
                 format!(
                     "the blob {} unpacks to {found}, but the image's config promises {}",
-                    blob.digest, cell.diff_id
+                    blob.digest, stacked.diff_id
                 ),
             )
             .with_class(shipway_fault::Class::User)
@@ -277,25 +277,25 @@ impl Inner {
     /// need be.
     pub async fn stored_blob(
         &self,
-        cell: &Cell,
+        stacked: &StackedLayer,
         record: &Record,
         progress: Option<&Reporter>,
     ) -> Result<Descriptor> {
-        let _one = cell.fetching.lock().await;
-        let mut blobs = cell.blobs();
+        let _one = stacked.fetching.lock().await;
+        let mut blobs = stacked.blobs();
         blobs.sort_by_key(|b| !b.stored);
         let mut failed = None;
         for blob in blobs {
-            match self.secure(cell, &blob, record, progress).await {
+            match self.secure(stacked, &blob, record, progress).await {
                 Ok(true) => return Ok(blob.descriptor),
                 Ok(false) => {}
                 Err(e) => failed = Some(e),
             }
         }
         Err(failed.unwrap_or_else(|| {
-            let gone = Fault::not_found(format!("no blob of layer {} is in containerd, and nothing says where to fetch it", cell.diff_id))
+            let gone = Fault::not_found(format!("no blob of layer {} is in containerd, and nothing says where to fetch it", stacked.diff_id))
                 .hint("somebody removed it: build again without this cache record, for example after `shipway prune`");
-            lost(cell, None, gone)
+            lost(stacked, None, gone)
         }))
     }
 
@@ -303,7 +303,7 @@ impl Inner {
     /// be had.
     pub async fn secure(
         &self,
-        cell: &Cell,
+        stacked: &StackedLayer,
         blob: &KnownBlob,
         record: &Record,
         progress: Option<&Reporter>,
@@ -319,7 +319,7 @@ impl Inner {
                     other => {
                         drop(other?);
                         lock(&record.secured).insert(digest);
-                        cell.know(KnownBlob { stored: true, ..blob.clone() });
+                        stacked.know(KnownBlob { stored: true, ..blob.clone() });
                         return Ok(true);
                     }
                 }
@@ -328,7 +328,7 @@ impl Inner {
             Err(e) => return Err(e),
         }
         let Some(source) = &blob.source else {
-            cell.lost(blob);
+            stacked.lost(blob);
             return Ok(false);
         };
         let what = || format!("fetch layer {digest} of {}", source.describe());
@@ -336,9 +336,9 @@ impl Inner {
             .fetch(&blob.descriptor, &*self.storage.content, lease, progress)
             .await
             .context(what)
-            .map_err(|e| lost(cell, Some(source), e))?;
+            .map_err(|e| lost(stacked, Some(source), e))?;
         lock(&record.secured).insert(digest);
-        cell.know(KnownBlob { stored: true, ..blob.clone() });
+        stacked.know(KnownBlob { stored: true, ..blob.clone() });
         Ok(true)
     }
 
@@ -348,7 +348,7 @@ impl Inner {
         name: &SnapshotKey,
         parent: bool,
     ) -> Result<(LayerTree, Box<dyn Any + Send + Sync>)> {
-        if let Some(tree) = self.known_cell(name).and_then(|c| c.tree.get().cloned())
+        if let Some(tree) = self.known_layer(name).and_then(|c| c.tree.get().cloned())
             && self.storage.snapshots.stat(name).await.is_ok()
         {
             return Ok((tree, Box::new(())));
@@ -375,17 +375,17 @@ impl Inner {
         self: &Arc<Self>,
         original: &SnapshotKey,
         active: &Active,
-        cell: &Cell,
+        stacked: &StackedLayer,
     ) -> Result<bool> {
         let info = self.storage.snapshots.stat(original).await?;
         if !exact::is_ours(&info.labels) {
             return Ok(false);
         }
         let (tree, guard) = self.layer_tree(original, info.parent.is_some()).await?;
-        let target = match OwnLayer::of(&active.mounts, cell.parent.is_some())? {
+        let target = match OwnLayer::of(&active.mounts, stacked.parent.is_some())? {
             OwnLayer::Tree(target) => tree_copy::Target::Layer {
                 dir: target.root().to_owned(),
-                bottom: cell.parent.is_none(),
+                bottom: stacked.parent.is_none(),
             },
             OwnLayer::Whole(dir) => tree_copy::Target::Merged(dir),
         };

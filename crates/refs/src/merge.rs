@@ -4,9 +4,9 @@
 
 use crate::{
     ImmutableRef, RecordType, RefId, RefStore,
-    ahead::Loose,
-    layer::Cell,
-    record::{Body, Note, id_of},
+    early_blob::UnownedBlob,
+    layer::StackedLayer,
+    record::{Body, RecordMeta, id_of},
     store::{Inner, Record},
 };
 use shipway_archive::{Compression, LayerTree};
@@ -36,7 +36,7 @@ impl RefStore {
             [only] => return Ok(only.clone()),
             _ => {}
         }
-        let mut layers: Vec<Arc<Cell>> = Vec::new();
+        let mut layers: Vec<Arc<StackedLayer>> = Vec::new();
         for part in &whole {
             for original in &part.layered_record()?.layers {
                 layers.push(self.0.moved(original, layers.last()));
@@ -93,46 +93,50 @@ impl RefStore {
 
 impl Inner {
     /// The layer of `original` at another place.
-    fn moved(&self, original: &Arc<Cell>, below: Option<&Arc<Cell>>) -> Arc<Cell> {
+    fn moved(
+        &self,
+        original: &Arc<StackedLayer>,
+        below: Option<&Arc<StackedLayer>>,
+    ) -> Arc<StackedLayer> {
         if original.parent.as_ref() == below.map(|c| &c.snapshot) {
             return original.clone();
         }
-        let cell = self.cell(original.diff_id, below);
-        if !Arc::ptr_eq(&cell, original) {
+        let stacked = self.stacked_layer(original.diff_id, below);
+        if !Arc::ptr_eq(&stacked, original) {
             if let Some(tar) = original.tar.get() {
-                let _ = cell.tar.set(*tar);
+                let _ = stacked.tar.set(*tar);
             }
             for blob in original.blobs() {
-                cell.know(blob);
+                stacked.know(blob);
             }
             if let Some(created) = original.created() {
-                cell.set_created(created);
+                stacked.set_created(created);
             }
             match original.is_blob_only() {
-                true => cell.blob_only.store(true, Relaxed),
-                false => cell
+                true => stacked.blob_only.store(true, Relaxed),
+                false => stacked
                     .set_copy_of(original.copy_of().unwrap_or_else(|| original.snapshot.clone())),
             }
         }
-        cell
+        stacked
     }
 
     pub fn assembled(
         self: &Arc<Self>,
         how: &str,
-        layers: Vec<Arc<Cell>>,
+        layers: Vec<Arc<StackedLayer>>,
         parents: Vec<RefId>,
         description: String,
     ) -> ImmutableRef {
         let seed = layers.iter().fold(how.to_owned(), |s, c| s + " " + &c.snapshot.0);
-        let note = Note {
+        let meta = RecordMeta {
             record_type: RecordType::Regular,
             description,
             created: SystemTime::now(),
             parents,
             body: Body::Layers(Vec::new()),
         };
-        self.insert(Record::new(id_of(seed), note, layers, false))
+        self.insert(Record::new(id_of(seed), meta, layers, false))
     }
 
     /// The layer that turns `lower` into `upper`, packed from both trees, for states that are not
@@ -145,14 +149,14 @@ impl Inner {
         description: String,
     ) -> Result<ImmutableRef> {
         let (before, after) = tokio::try_join!(lower.mount(), upper.mount())?;
-        let lease = self.epochs.lease(&self.storage).await?;
+        let lease = self.run_leases.lease(&self.storage).await?;
         let tree = LayerTree::compared(before.path(), after.path());
-        let blob =
-            Loose::pack(self, &lease, (tree, (before, after)), Compression::default()).await?;
-        let cell = self.cell(blob.tar.diff_id, None);
-        cell.blob_only.store(true, Relaxed);
-        cell.know(blob.known());
-        let state = self.assembled("diff", vec![cell], parents, description);
+        let blob = UnownedBlob::pack(self, &lease, (tree, (before, after)), Compression::default())
+            .await?;
+        let stacked = self.stacked_layer(blob.tar.diff_id, None);
+        stacked.blob_only.store(true, Relaxed);
+        stacked.know(blob.known());
+        let state = self.assembled("diff", vec![stacked], parents, description);
         let record = state.layered_record()?;
         self.ensure_lease(record).await?;
         if !blob.give(record).await? {

@@ -1,6 +1,6 @@
 //! Mounts on the host for the daemon's own reading and writing.
 
-use crate::life::Background;
+use crate::run_lease::Background;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use shipway_fault::{Code, Fault, Result};
 use shipway_rootfs::mounts_below;

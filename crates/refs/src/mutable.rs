@@ -2,12 +2,12 @@
 
 use crate::{
     Compression, ImmutableRef, LocalMount, RecordType,
-    ahead::Loose,
+    early_blob::UnownedBlob,
     exact,
     layer::lock,
     materialize::Active,
     mount::WeakMount,
-    record::{Body, Note, fresh_id},
+    record::{Body, RecordMeta, fresh_id},
     store::{Inner, Record},
 };
 use shipway_archive::{Hashed, LayerTree, OwnLayer};
@@ -148,15 +148,15 @@ impl MutableRef {
             )));
         }
         let Self { store, active, parent, record_type, .. } = self;
-        let note = Note {
+        let meta = RecordMeta {
             record_type,
             description,
             created: SystemTime::now(),
             parents: parent.iter().map(|p| p.id().clone()).collect(),
             body: Body::Layers(Vec::new()),
         };
-        let what = note.description.clone();
-        commit(&store, active, parent.as_ref(), note, pack)
+        let what = meta.description.clone();
+        commit(&store, active, parent.as_ref(), meta, pack)
             .await
             .context(|| format!("commit {what:?}"))
     }
@@ -173,7 +173,7 @@ async fn commit(
     store: &Arc<Inner>,
     active: Active,
     parent: Option<&ImmutableRef>,
-    note: Note,
+    meta: RecordMeta,
     pack: Option<Compression>,
 ) -> Result<ImmutableRef> {
     let below = parent.map(|p| p.layered_record()).transpose()?.cloned();
@@ -181,8 +181,13 @@ async fn commit(
     let over = below.as_ref().and_then(|r| r.snapshot());
     let blob = match pack {
         Some(compression) => Some(
-            Loose::pack(store, &active.lease, written(store, &mounts, over).await?, compression)
-                .await?,
+            UnownedBlob::pack(
+                store,
+                &active.lease,
+                written(store, &mounts, over).await?,
+                compression,
+            )
+            .await?,
         ),
         None => None,
     };
@@ -194,7 +199,7 @@ async fn commit(
     // Cut off in the middle, it would leave a lease and a snapshot that nobody knows.
     let work = async move {
         let (record, made) =
-            name(&store, (&active.key, &mounts), below.as_deref(), &layer, &note, blob.as_ref())
+            name(&store, (&active.key, &mounts), below.as_deref(), &layer, &meta, blob.as_ref())
                 .await?;
         if made {
             active.committed();
@@ -215,16 +220,16 @@ pub(crate) async fn name(
     (key, mounts): (&SnapshotKey, &[Mount]),
     below: Option<&Record>,
     layer: &Hashed,
-    note: &Note,
-    blob: Option<&Loose>,
+    meta: &RecordMeta,
+    blob: Option<&UnownedBlob>,
 ) -> Result<(Record, bool)> {
     loop {
-        let record = stacked(store, below, layer, note.clone());
-        let Some(cell) = record.layers.last() else {
+        let record = stacked(store, below, layer, meta.clone());
+        let Some(stacked) = record.layers.last() else {
             return Err(Fault::internal("a commit without a layer"));
         };
         if let Some(blob) = blob {
-            cell.know(blob.known());
+            stacked.know(blob.known());
         }
         let done = async {
             store.ensure_lease(&record).await?;
@@ -232,12 +237,16 @@ pub(crate) async fn name(
                 blob.give(&record).await?;
             }
             let labels = exact::labels().into_iter().chain(store.durable.labels(mounts)).collect();
-            match store.storage.snapshots.commit(&record.lease, &cell.snapshot, key, &labels).await
+            match store
+                .storage
+                .snapshots
+                .commit(&record.lease, &stacked.snapshot, key, &labels)
+                .await
             {
                 Ok(()) => Ok(Some(true)),
                 Err(e) if e.is_already_exists() => {
-                    store.durable.check(&cell.snapshot)?;
-                    let there = store.storage.snapshots.stat(&cell.snapshot).await?;
+                    store.durable.check(&stacked.snapshot)?;
+                    let there = store.storage.snapshots.stat(&stacked.snapshot).await?;
                     Ok(store.distrusted.accepts(&there).then_some(false))
                 }
                 Err(e) => Err(e),
@@ -246,9 +255,9 @@ pub(crate) async fn name(
         match done.await {
             Ok(Some(made)) => return Ok((record, made)),
             // The name is avoided from now on.
-            Ok(None) => store.end_lease(&record.lease).await,
+            Ok(None) => store.delete_lease(&record.lease).await,
             Err(e) => {
-                store.end_lease(&record.lease).await;
+                store.delete_lease(&record.lease).await;
                 return Err(e);
             }
         }
@@ -259,10 +268,10 @@ pub(crate) async fn name(
 pub(crate) fn remember(record: &Record, mounts: &[Mount], has_parent: bool) {
     if let [only @ (Mount::Overlay(_) | Mount::Bind(_))] = mounts {
         let _ = record.shown.set(vec![only.read_only()]);
-        if let (Some(cell), Ok(OwnLayer::Tree(tree))) =
+        if let (Some(stacked), Ok(OwnLayer::Tree(tree))) =
             (record.layers.last(), OwnLayer::of(mounts, has_parent))
         {
-            let _ = cell.tree.set(tree);
+            let _ = stacked.tree.set(tree);
         }
     }
 }
@@ -298,18 +307,18 @@ pub(crate) async fn hash(
 }
 
 /// A record of `layer` on top of `below`, which is being committed.
-fn stacked(store: &Inner, below: Option<&Record>, layer: &Hashed, note: Note) -> Record {
+fn stacked(store: &Inner, below: Option<&Record>, layer: &Hashed, meta: RecordMeta) -> Record {
     let under = below.and_then(|r| r.layers.last());
-    let cell = match &layer.loss {
-        None => store.cell(layer.tar.diff_id, under),
+    let stacked = match &layer.loss {
+        None => store.stacked_layer(layer.tar.diff_id, under),
         Some(loss) => {
-            tracing::debug!(%loss, description = %note.description, "a state that its layer does not tell");
-            store.own_cell(layer.tar.diff_id, under, exact::own_name())
+            tracing::debug!(%loss, description = %meta.description, "a state that its layer does not tell");
+            store.own_layer(layer.tar.diff_id, under, exact::own_name())
         }
     };
-    let _ = cell.tar.set(layer.tar);
-    cell.new.store(true, Ordering::Relaxed);
+    let _ = stacked.tar.set(layer.tar);
+    stacked.new.store(true, Ordering::Relaxed);
     let layers =
-        below.map(|r| r.layers.clone()).unwrap_or_default().into_iter().chain([cell]).collect();
-    Record::new(fresh_id(), note, layers, false)
+        below.map(|r| r.layers.clone()).unwrap_or_default().into_iter().chain([stacked]).collect();
+    Record::new(fresh_id(), meta, layers, false)
 }

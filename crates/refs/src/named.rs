@@ -6,7 +6,7 @@ use crate::{
     frozen::{Frozen, Reader},
     layer::lock,
     mount::WeakMount,
-    record::{Body, Note, fresh_id, labels_of, lease_of, name_of},
+    record::{Body, RecordMeta, fresh_id, labels_of, lease_of, name_of},
     store::Inner,
 };
 use shipway_fault::{Context as _, Fault, Result};
@@ -50,54 +50,54 @@ pub struct NamedRequest {
 
 /// All named states.
 #[derive(Default)]
-pub(crate) struct Slots {
-    all: Mutex<Vec<Arc<Slot>>>,
+pub(crate) struct NamedTable {
+    all: Mutex<Vec<Arc<NamedEntry>>>,
     /// Held while one is made, so that two requests do not make the same.
     making: tokio::sync::Mutex<()>,
     freed: Notify,
 }
 
 /// One named state.
-pub(crate) struct Slot {
+pub(crate) struct NamedEntry {
     pub id: RefId,
-    pub note: Note,
+    pub meta: RecordMeta,
     pub lease: LeaseId,
     name: String,
     pub snapshot: SnapshotKey,
     pub mounts: OnceCell<Vec<Mount>>,
-    pub use_: Mutex<SlotUse>,
+    pub use_: Mutex<EntryUse>,
     mounted: tokio::sync::Mutex<Option<WeakMount>>,
     pub index: TreeIndex,
     /// The layer that was made of it, with the generation it was made of.
     pub layered: tokio::sync::Mutex<Option<(u64, RefId)>>,
 }
 
-/// Who has a slot.
+/// Who holds an entry.
 #[derive(Default)]
-pub(crate) struct SlotUse {
+pub(crate) struct EntryUse {
     pub writers: usize,
     exclusive: bool,
     pub readers: usize,
     /// Changes whenever somebody may have written.
     pub generation: u64,
     /// Gone from the table; nobody new gets it.
-    pub dead: bool,
+    pub evicted: bool,
     /// Its lease goes with the last who has it.
-    doomed: bool,
+    lease_ends: bool,
 }
 
-impl Slot {
-    fn new(id: RefId, note: Note, name: String, snapshot: SnapshotKey) -> Self {
+impl NamedEntry {
+    fn new(id: RefId, meta: RecordMeta, name: String, snapshot: SnapshotKey) -> Self {
         // Generations of different lives must not be equal: ids of frozen states contain them.
         let generation = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default()
             .as_micros() as u64;
-        let use_ = Mutex::new(SlotUse { generation, ..SlotUse::default() });
+        let use_ = Mutex::new(EntryUse { generation, ..EntryUse::default() });
         let lease = lease_of(&id);
         Self {
             id,
-            note,
+            meta,
             lease,
             name,
             snapshot,
@@ -116,7 +116,7 @@ impl Slot {
             Sharing::Shared => !u.exclusive && u.readers == 0,
             Sharing::Private | Sharing::Locked => u.writers == 0 && u.readers == 0,
         };
-        if u.dead || !free {
+        if u.evicted || !free {
             return false;
         }
         u.writers += 1;
@@ -133,15 +133,15 @@ impl Slot {
         } else {
             u.readers -= 1;
         }
-        let last = u.doomed && u.writers + u.readers == 0;
+        let last = u.lease_ends && u.writers + u.readers == 0;
         drop(u);
         store.uses.used(&self.id);
         if last {
             store.uses.forget(&self.id);
-            let (store, slot) = (store.clone(), self.clone());
-            store.background.clone().spawn(async move { store.end_lease(&slot.lease).await });
+            let (store, entry) = (store.clone(), self.clone());
+            store.background.clone().spawn(async move { store.delete_lease(&entry.lease).await });
         }
-        store.slots.freed.notify_waiters();
+        store.named.freed.notify_waiters();
     }
 
     /// Whether somebody has it.
@@ -151,12 +151,12 @@ impl Slot {
     }
 
     /// Marks it as gone if nobody has it.
-    pub fn kill_unused(&self) -> bool {
+    pub fn evict_unused(&self) -> bool {
         let mut u = lock(&self.use_);
-        if u.dead || u.writers + u.readers > 0 {
+        if u.evicted || u.writers + u.readers > 0 {
             return false;
         }
-        u.dead = true;
+        u.evicted = true;
         true
     }
 
@@ -166,33 +166,33 @@ impl Slot {
     }
 }
 
-impl Slots {
-    /// Takes over a slot of an earlier life.
-    pub fn load(&self, id: RefId, note: Note) {
-        if let Body::Named { name, snapshot } = &note.body {
-            let slot = Slot::new(id, note.clone(), name.clone(), snapshot.clone());
-            lock(&self.all).push(Arc::new(slot));
+impl NamedTable {
+    /// Takes over an entry of an earlier run.
+    pub fn load(&self, id: RefId, meta: RecordMeta) {
+        if let Body::Named { name, snapshot } = &meta.body {
+            let entry = NamedEntry::new(id, meta.clone(), name.clone(), snapshot.clone());
+            lock(&self.all).push(Arc::new(entry));
         }
     }
 
-    pub fn list(&self) -> Vec<Arc<Slot>> {
+    pub fn list(&self) -> Vec<Arc<NamedEntry>> {
         lock(&self.all).clone()
     }
 
-    pub fn by_id(&self, id: &RefId) -> Option<Arc<Slot>> {
+    pub fn by_id(&self, id: &RefId) -> Option<Arc<NamedEntry>> {
         lock(&self.all).iter().find(|s| s.id == *id).cloned()
     }
 
-    fn named(&self, name: &str, record_type: RecordType) -> Vec<Arc<Slot>> {
+    fn named(&self, name: &str, record_type: RecordType) -> Vec<Arc<NamedEntry>> {
         lock(&self.all)
             .iter()
-            .filter(|s| s.name == name && s.note.record_type == record_type)
+            .filter(|s| s.name == name && s.meta.record_type == record_type)
             .cloned()
             .collect()
     }
 
-    pub fn drop_slot(&self, slot: &Slot) {
-        lock(&self.all).retain(|s| s.id != slot.id);
+    pub fn drop_entry(&self, entry: &NamedEntry) {
+        lock(&self.all).retain(|s| s.id != entry.id);
     }
 }
 
@@ -202,23 +202,23 @@ impl RefStore {
         let store = &self.0;
         let name = name_of(&request.key);
         loop {
-            let freed = store.slots.freed.notified();
+            let freed = store.named.freed.notified();
             tokio::pin!(freed);
             freed.as_mut().enable();
-            let making = store.slots.making.lock().await;
-            let mut slots = store.slots.named(&name, request.record_type);
-            slots.sort_by_key(|s| std::cmp::Reverse(s.note.created));
-            for slot in &slots {
-                if slot.enter(request.sharing) {
-                    let writer = Writer { store: store.clone(), slot: slot.clone() };
-                    match slot.mounts(store).await {
+            let making = store.named.making.lock().await;
+            let mut named = store.named.named(&name, request.record_type);
+            named.sort_by_key(|s| std::cmp::Reverse(s.meta.created));
+            for entry in &named {
+                if entry.enter(request.sharing) {
+                    let writer = Writer { store: store.clone(), entry: entry.clone() };
+                    match entry.mounts(store).await {
                         Ok(mounts) => {
                             return Ok(NamedRef { mounts: mounts.to_vec(), writer, fresh: false });
                         }
                         // Somebody pruned it; it will not come back.
                         Err(e) if e.is_not_found() => {
                             drop(writer);
-                            store.bury_slot(slot).await;
+                            store.evict_entry(entry).await;
                         }
                         Err(e) => {
                             return Err(e).context(|| format!("take {}", request.description));
@@ -226,10 +226,10 @@ impl RefStore {
                     }
                 }
             }
-            let taken = slots.iter().any(|s| s.in_use());
+            let taken = named.iter().any(|s| s.in_use());
             if !taken || request.sharing == Sharing::Private {
                 return store
-                    .make_slot(&request, name)
+                    .make_entry(&request, name)
                     .await
                     .context(|| format!("make {}", request.description));
             }
@@ -244,28 +244,36 @@ impl RefStore {
     /// last who has it.
     pub fn discard_named(&self, record_type: RecordType, key: &str) {
         let store = &self.0;
-        store.slots.named(&name_of(key), record_type).iter().for_each(|slot| store.doom(slot));
+        store
+            .named
+            .named(&name_of(key), record_type)
+            .iter()
+            .for_each(|entry| store.evict_named(entry));
         // Who waits for one gets a new one.
-        store.slots.freed.notify_waiters();
+        store.named.freed.notify_waiters();
     }
 }
 
 impl Inner {
-    fn doom(self: &Arc<Self>, slot: &Arc<Slot>) {
+    fn evict_named(self: &Arc<Self>, entry: &Arc<NamedEntry>) {
         let unused = {
-            let mut u = lock(&slot.use_);
-            (u.dead, u.doomed) = (true, true);
+            let mut u = lock(&entry.use_);
+            (u.evicted, u.lease_ends) = (true, true);
             u.writers + u.readers == 0
         };
-        self.slots.drop_slot(slot);
+        self.named.drop_entry(entry);
         if unused {
-            self.uses.forget(&slot.id);
-            let (store, slot) = (self.clone(), slot.clone());
-            self.background.clone().spawn(async move { store.end_lease(&slot.lease).await });
+            self.uses.forget(&entry.id);
+            let (store, entry) = (self.clone(), entry.clone());
+            self.background.clone().spawn(async move { store.delete_lease(&entry.lease).await });
         }
     }
 
-    async fn make_slot(self: &Arc<Self>, request: &NamedRequest, name: String) -> Result<NamedRef> {
+    async fn make_entry(
+        self: &Arc<Self>,
+        request: &NamedRequest,
+        name: String,
+    ) -> Result<NamedRef> {
         let mut below = None;
         let mut parents = Vec::new();
         if let Some(parent) = &request.parent {
@@ -275,59 +283,59 @@ impl Inner {
             parents = vec![parent.id().clone()];
         }
         let (id, snapshot) = (fresh_id(), self.fresh_key("named"));
-        let note = Note {
+        let meta = RecordMeta {
             record_type: request.record_type,
             description: request.description.clone(),
             created: SystemTime::now(),
             parents,
             body: Body::Named { name: name.clone(), snapshot: snapshot.clone() },
         };
-        let slot = Arc::new(Slot::new(id, note, name, snapshot));
+        let entry = Arc::new(NamedEntry::new(id, meta, name, snapshot));
         let (store, exclusive) = (self.clone(), request.sharing != Sharing::Shared);
         // Cut off in the middle, it would leave a lease and a snapshot that nobody knows.
         let work = async move {
             let made = async {
-                store.storage.leases.create(&slot.lease, &labels_of(&slot.note)).await?;
+                store.storage.leases.create(&entry.lease, &labels_of(&entry.meta)).await?;
                 store
                     .storage
                     .snapshots
-                    .prepare(&slot.lease, &slot.snapshot, below.as_ref(), &Labels::new())
+                    .prepare(&entry.lease, &entry.snapshot, below.as_ref(), &Labels::new())
                     .await
             };
             let mounts = match made.await {
                 Ok(mounts) => mounts,
                 Err(e) => {
-                    store.end_lease(&slot.lease).await;
+                    store.delete_lease(&entry.lease).await;
                     return Err(e);
                 }
             };
-            let _ = slot.mounts.set(mounts.clone());
-            slot.enter(Sharing::Private);
+            let _ = entry.mounts.set(mounts.clone());
+            entry.enter(Sharing::Private);
             // Nobody else knows it yet, so the wider sharing can be set afterwards.
-            lock(&slot.use_).exclusive = exclusive;
-            lock(&store.slots.all).push(slot.clone());
-            Ok(NamedRef { writer: Writer { store, slot }, mounts, fresh: true })
+            lock(&entry.use_).exclusive = exclusive;
+            lock(&store.named.all).push(entry.clone());
+            Ok(NamedRef { writer: Writer { store, entry }, mounts, fresh: true })
         };
         self.background.finish(work).await
     }
 
-    /// Ends a slot: its lease goes, and the snapshot with it.
-    pub async fn bury_slot(&self, slot: &Slot) {
-        lock(&slot.use_).dead = true;
-        self.slots.drop_slot(slot);
-        self.end_lease(&slot.lease).await;
+    /// Ends an entry: its lease goes, and the snapshot with it.
+    pub async fn evict_entry(&self, entry: &NamedEntry) {
+        lock(&entry.use_).evicted = true;
+        self.named.drop_entry(entry);
+        self.delete_lease(&entry.lease).await;
     }
 }
 
-/// Has a slot for writing.
+/// Holds an entry for writing.
 struct Writer {
     store: Arc<Inner>,
-    slot: Arc<Slot>,
+    entry: Arc<NamedEntry>,
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        self.slot.leave(&self.store, true);
+        self.entry.leave(&self.store, true);
     }
 }
 
@@ -340,14 +348,14 @@ pub struct NamedRef {
 
 impl fmt::Debug for NamedRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "NamedRef({}, {:?})", self.id(), self.writer.slot.note.description)
+        write!(f, "NamedRef({}, {:?})", self.id(), self.writer.entry.meta.description)
     }
 }
 
 impl NamedRef {
     /// Its identity.
     pub fn id(&self) -> &RefId {
-        &self.writer.slot.id
+        &self.writer.entry.id
     }
 
     /// Whether it was made by this request and is empty, or equal to its parent.
@@ -357,12 +365,12 @@ impl NamedRef {
 
     /// What is remembered of its files' digests. Tell it of what is written.
     pub fn index(&self) -> &TreeIndex {
-        &self.writer.slot.index
+        &self.writer.entry.index
     }
 
     /// Key of the active snapshot.
     pub fn snapshot_key(&self) -> &SnapshotKey {
-        &self.writer.slot.snapshot
+        &self.writer.entry.snapshot
     }
 
     /// Mounts for a process that writes.
@@ -372,12 +380,12 @@ impl NamedRef {
 
     /// The state as a writable directory of the host. All who have the state share one mount.
     pub async fn mount(&self) -> Result<LocalMount> {
-        let (store, slot) = (&self.writer.store, &self.writer.slot);
-        let mut mounted = slot.mounted.lock().await;
+        let (store, entry) = (&self.writer.store, &self.writer.entry);
+        let mut mounted = entry.mounted.lock().await;
         if let Some(mount) = mounted.as_ref().and_then(WeakMount::upgrade) {
             return Ok(mount);
         }
-        let guard: Arc<dyn Any + Send + Sync> = slot.clone();
+        let guard: Arc<dyn Any + Send + Sync> = entry.clone();
         let mount =
             LocalMount::new(&self.mounts, &store.mounts, &store.background, Some(guard)).await?;
         *mounted = mount.downgrade();
@@ -390,19 +398,19 @@ impl NamedRef {
     /// for its layers, or writes on top of it.
     pub async fn freeze(self, description: impl Into<String>) -> Result<ImmutableRef> {
         let Self { writer, mounts, .. } = self;
-        let slot = writer.slot.clone();
+        let entry = writer.entry.clone();
         let id = {
-            let mut u = lock(&slot.use_);
+            let mut u = lock(&entry.use_);
             if u.writers > 1 {
                 return Err(Fault::internal(format!(
                     "{:?} is frozen while others write",
-                    slot.note.description
+                    entry.meta.description
                 )));
             }
             u.readers += 1;
-            RefId(format!("{}-{}", slot.id, u.generation))
+            RefId(format!("{}-{}", entry.id, u.generation))
         };
-        let reader = Reader { store: writer.store.clone(), slot };
+        let reader = Reader { store: writer.store.clone(), entry };
         drop(writer);
         Ok(Frozen::held(reader, id, description.into(), mounts))
     }
@@ -410,7 +418,7 @@ impl NamedRef {
     /// Throws the state away, as when its contents turned out to be damaged: nobody gets it any
     /// more, and it vanishes with the last who has it.
     pub async fn discard(self) -> Result<()> {
-        self.writer.store.doom(&self.writer.slot);
+        self.writer.store.evict_named(&self.writer.entry);
         Ok(())
     }
 }

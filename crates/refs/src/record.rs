@@ -89,7 +89,7 @@ impl FromStr for RecordType {
 
 /// One layer as a record remembers it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct LayerNote {
+pub(crate) struct LayerMeta {
     pub diff_id: DiffId,
     /// Its blob, where one was known when the record was made.
     pub blob: Option<Descriptor>,
@@ -105,7 +105,7 @@ pub(crate) struct LayerNote {
 
 /// Everything a lease's labels say of a state.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Note {
+pub(crate) struct RecordMeta {
     pub record_type: RecordType,
     pub description: String,
     pub created: SystemTime,
@@ -117,7 +117,7 @@ pub(crate) struct Note {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Body {
     /// Committed layers, lowest first.
-    Layers(Vec<LayerNote>),
+    Layers(Vec<LayerMeta>),
     /// An active snapshot with this key, found by name.
     Named { name: String, snapshot: SnapshotKey },
 }
@@ -125,9 +125,9 @@ pub(crate) enum Body {
 /// Label that marks our leases and says which kind they are.
 pub(crate) const KIND: &str = "shipway/kind";
 /// Its value on leases that the next life deletes.
-pub(crate) const KIND_EPOCH: &str = "epoch";
+pub(crate) const KIND_RUN: &str = "epoch";
 /// A label and its value for leases that the next life of the daemon deletes.
-pub const EPOCH_KIND: (&str, &str) = (KIND, KIND_EPOCH);
+pub const RUN_KIND: (&str, &str) = (KIND, KIND_RUN);
 /// A label and its value for leases of manifests and configs that sources keep for the next build;
 /// a prune of everything ends them.
 pub const DOCUMENT_KIND: (&str, &str) = (KIND, "document");
@@ -142,20 +142,20 @@ pub(crate) fn lease_of(id: &RefId) -> LeaseId {
 }
 
 /// The labels of a state's lease.
-pub(crate) fn labels_of(note: &Note) -> Labels {
-    let created = note.created.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+pub(crate) fn labels_of(meta: &RecordMeta) -> Labels {
+    let created = meta.created.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
     let mut labels = exact::labels();
     labels.extend([
         (GC_FLAT.to_owned(), "true".to_owned()),
-        ("shipway/type".into(), note.record_type.to_string()),
-        ("shipway/description".into(), cut(&note.description, VALUE_MAX).into()),
+        ("shipway/type".into(), meta.record_type.to_string()),
+        ("shipway/description".into(), cut(&meta.description, VALUE_MAX).into()),
         ("shipway/created".into(), created.to_string()),
     ]);
-    if !note.parents.is_empty() {
-        let parents: Vec<&str> = note.parents.iter().map(|p| p.0.as_str()).collect();
+    if !meta.parents.is_empty() {
+        let parents: Vec<&str> = meta.parents.iter().map(|p| p.0.as_str()).collect();
         labels.insert("shipway/parents".into(), cut(&parents.join(","), VALUE_MAX).into());
     }
-    match &note.body {
+    match &meta.body {
         Body::Layers(layers) => {
             labels.insert(KIND.into(), KIND_LAYERS.into());
             for (i, layer) in layers.iter().enumerate() {
@@ -192,7 +192,7 @@ pub(crate) fn labels_of(note: &Note) -> Labels {
 
 /// Reads a lease back; `None` for leases that are not ours, or that another version wrote in a way
 /// we do not know.
-pub(crate) fn read(lease: &Lease) -> Option<(RefId, Note)> {
+pub(crate) fn read(lease: &Lease) -> Option<(RefId, RecordMeta)> {
     let id = RefId(lease.id.0.strip_prefix(PREFIX)?.to_owned());
     let label = |name: &str| lease.labels.get(name);
     let body = match label(KIND)?.as_str() {
@@ -210,7 +210,7 @@ pub(crate) fn read(lease: &Lease) -> Option<(RefId, Note)> {
         },
         _ => return None,
     };
-    let note = Note {
+    let meta = RecordMeta {
         record_type: label("shipway/type")?.parse().ok()?,
         description: label("shipway/description").cloned().unwrap_or_default(),
         created: UNIX_EPOCH + Duration::from_millis(label("shipway/created")?.parse().ok()?),
@@ -219,12 +219,12 @@ pub(crate) fn read(lease: &Lease) -> Option<(RefId, Note)> {
             .unwrap_or_default(),
         body,
     };
-    Some((id, note))
+    Some((id, meta))
 }
 
-fn layer(text: &str) -> Option<LayerNote> {
+fn layer(text: &str) -> Option<LayerMeta> {
     let mut words = text.split(' ');
-    let mut note = LayerNote {
+    let mut meta = LayerMeta {
         diff_id: words.next()?.parse().ok()?,
         blob: None,
         copy_of: None,
@@ -236,18 +236,18 @@ fn layer(text: &str) -> Option<LayerNote> {
         if let Some(blob) = word.strip_prefix("blob=") {
             let mut parts = blob.splitn(3, ',');
             let (digest, size, media_type) = (parts.next()?, parts.next()?, parts.next()?);
-            note.blob = Some(Descriptor::new(media_type, digest.parse().ok()?, size.parse().ok()?));
+            meta.blob = Some(Descriptor::new(media_type, digest.parse().ok()?, size.parse().ok()?));
         } else if let Some(chain) = word.strip_prefix("copy=") {
-            note.copy_of = Some(SnapshotKey(chain.into()));
+            meta.copy_of = Some(SnapshotKey(chain.into()));
         } else if let Some(own) = word.strip_prefix("own=") {
-            note.own = Some(SnapshotKey(own.into()));
+            meta.own = Some(SnapshotKey(own.into()));
         } else if let Some(created) = word.strip_prefix("created=") {
-            note.created = UNIX_EPOCH.checked_add(Duration::from_millis(created.parse().ok()?));
+            meta.created = UNIX_EPOCH.checked_add(Duration::from_millis(created.parse().ok()?));
         } else if word == "blob-only" {
-            note.blob_only = true;
+            meta.blob_only = true;
         }
     }
-    Some(note)
+    Some(meta)
 }
 
 /// The name of a named state as a label can hold it: long ones by digest.
@@ -288,10 +288,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn notes_survive_their_labels() {
+    fn records_survive_their_labels() {
         let d = DiffId(Digest::of("x"));
         let layers = vec![
-            LayerNote {
+            LayerMeta {
                 diff_id: d,
                 blob: Some(Descriptor::new("a/b+gzip", Digest::of("blob"), 7)),
                 copy_of: Some(SnapshotKey(d.to_string())),
@@ -299,7 +299,7 @@ mod tests {
                 blob_only: true,
                 created: Some(UNIX_EPOCH + Duration::from_millis(1_600_000_000_007)),
             },
-            LayerNote {
+            LayerMeta {
                 diff_id: d,
                 blob: None,
                 copy_of: None,
@@ -312,7 +312,7 @@ mod tests {
             Body::Layers(layers),
             Body::Named { name: "k".into(), snapshot: SnapshotKey("s".into()) },
         ] {
-            let note = Note {
+            let meta = RecordMeta {
                 record_type: RecordType::CacheMount,
                 description: "mount / from exec".into(),
                 created: UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
@@ -320,8 +320,8 @@ mod tests {
                 body,
             };
             let id = fresh_id();
-            let lease = Lease { id: lease_of(&id), labels: labels_of(&note), created: None };
-            assert_eq!(read(&lease), Some((id, note)));
+            let lease = Lease { id: lease_of(&id), labels: labels_of(&meta), created: None };
+            assert_eq!(read(&lease), Some((id, meta)));
         }
     }
 }

@@ -4,14 +4,14 @@ use crate::{
     ImmutableRef, LazyLayer, MutableRef, RecordType, RefId,
     durable::{self, Durable},
     exact::{self, Distrusted},
-    immutable::Held,
-    layer::{Cell, KnownBlob, lock},
-    life::{Background, Epochs},
+    immutable::RefInner,
+    last_used::LastUsed,
+    layer::{KnownBlob, StackedLayer, lock},
     materialize::Active,
     mount::{self, WeakMount},
-    named::Slots,
-    record::{self, Body, KIND, KIND_EPOCH, LayerNote, Note, fresh_id, lease_of},
-    uses::Uses,
+    named::NamedTable,
+    record::{self, Body, KIND, KIND_RUN, LayerMeta, RecordMeta, fresh_id, lease_of},
+    run_lease::{Background, RunLeases},
 };
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{ChainId, DiffId, Digest};
@@ -36,16 +36,16 @@ pub(crate) struct Inner {
     pub storage: Storage,
     pub mounts: PathBuf,
     pub durable: Arc<Durable>,
-    pub epochs: Epochs,
+    pub run_leases: RunLeases,
     pub background: Background,
-    pub uses: Uses,
-    pub slots: Slots,
+    pub uses: LastUsed,
+    pub named: NamedTable,
     pub distrusted: Distrusted,
     pub pruning: tokio::sync::Mutex<()>,
     /// Leases that should have ended.
-    doomed: Mutex<Vec<LeaseId>>,
+    leases_to_retry: Mutex<Vec<LeaseId>>,
     records: Mutex<HashMap<RefId, Arc<Record>>>,
-    cells: Mutex<HashMap<SnapshotKey, Weak<Cell>>>,
+    stack: Mutex<HashMap<SnapshotKey, Weak<StackedLayer>>>,
 }
 
 /// A state made of layers.
@@ -58,7 +58,7 @@ pub(crate) struct Record {
     asked: Mutex<Option<String>>,
     pub created: SystemTime,
     pub parents: Vec<RefId>,
-    pub layers: Vec<Arc<Cell>>,
+    pub layers: Vec<Arc<StackedLayer>>,
     pub lease: LeaseId,
     /// Whether the lease was made.
     pub leased: tokio::sync::Mutex<bool>,
@@ -66,7 +66,7 @@ pub(crate) struct Record {
     pub materialized: tokio::sync::Mutex<bool>,
     /// Handles that live.
     pub users: AtomicUsize,
-    pub dead: AtomicBool,
+    pub evicted: AtomicBool,
     pub view: tokio::sync::Mutex<Weak<Active>>,
     /// Mounts that show the state without a view, where they are known.
     pub shown: OnceLock<Vec<Mount>>,
@@ -78,20 +78,20 @@ pub(crate) struct Record {
 }
 
 impl Record {
-    pub fn new(id: RefId, note: Note, layers: Vec<Arc<Cell>>, exists: bool) -> Self {
+    pub fn new(id: RefId, meta: RecordMeta, layers: Vec<Arc<StackedLayer>>, exists: bool) -> Self {
         Self {
             lease: lease_of(&id),
             id,
-            record_type: note.record_type,
-            description: note.description,
+            record_type: meta.record_type,
+            description: meta.description,
             asked: Mutex::default(),
-            created: note.created,
-            parents: note.parents,
+            created: meta.created,
+            parents: meta.parents,
             layers,
             leased: tokio::sync::Mutex::new(exists),
             materialized: tokio::sync::Mutex::new(exists),
             users: AtomicUsize::new(0),
-            dead: AtomicBool::new(false),
+            evicted: AtomicBool::new(false),
             view: Default::default(),
             shown: OnceLock::new(),
             mounted: Default::default(),
@@ -101,11 +101,11 @@ impl Record {
         }
     }
 
-    pub fn note(&self) -> Note {
+    pub fn meta(&self) -> RecordMeta {
         let layers = self.layers.iter().map(|c| {
             let blob = c.describe().blob;
             let own = c.own.then(|| c.snapshot.clone());
-            LayerNote {
+            LayerMeta {
                 diff_id: c.diff_id,
                 blob,
                 copy_of: c.copy_of(),
@@ -114,7 +114,7 @@ impl Record {
                 created: c.created(),
             }
         });
-        Note {
+        RecordMeta {
             record_type: self.record_type,
             description: self.description.clone(),
             created: self.created,
@@ -124,7 +124,7 @@ impl Record {
     }
 
     /// What it is to whoever asked for it last.
-    pub fn called(&self) -> String {
+    pub fn latest_description(&self) -> String {
         lock(&self.asked).clone().unwrap_or_else(|| self.description.clone())
     }
 
@@ -157,15 +157,15 @@ impl RefStore {
             storage,
             mounts,
             durable: Durable::open(root.join("durable.json"), boot)?,
-            epochs: Epochs::new(),
+            run_leases: RunLeases::new(),
             background: Background::new(),
-            uses: Uses::load(root.join("uses.json")),
-            slots: Slots::default(),
+            uses: LastUsed::load(root.join("uses.json")),
+            named: NamedTable::default(),
             distrusted: Distrusted::default(),
             pruning: Default::default(),
-            doomed: Mutex::default(),
+            leases_to_retry: Mutex::default(),
             records: Mutex::default(),
-            cells: Mutex::default(),
+            stack: Mutex::default(),
         };
         inner.load().await.context(|| "read the build cache's leases in containerd")?;
         Ok(Self(Arc::new(inner)))
@@ -193,28 +193,28 @@ impl RefStore {
             return self.scratch();
         }
         let mut seed = String::from("image");
-        let mut cells: Vec<Arc<Cell>> = Vec::with_capacity(layers.len());
+        let mut stack: Vec<Arc<StackedLayer>> = Vec::with_capacity(layers.len());
         for layer in layers {
             seed += &format!(" {} {}", layer.diff_id, layer.descriptor.digest);
-            let cell = self.0.cell(layer.diff_id, cells.last());
-            cell.know(KnownBlob {
+            let stacked = self.0.stacked_layer(layer.diff_id, stack.last());
+            stacked.know(KnownBlob {
                 stored: layer.source.is_none(),
                 descriptor: layer.descriptor,
                 source: layer.source,
             });
             if let Some(created) = layer.created {
-                cell.set_created(created);
+                stacked.set_created(created);
             }
-            cells.push(cell);
+            stack.push(stacked);
         }
-        let note = Note {
+        let meta = RecordMeta {
             record_type,
             description: description.into(),
             created: SystemTime::now(),
             parents: Vec::new(),
             body: Body::Layers(Vec::new()),
         };
-        Ok(self.0.insert(Record::new(record::id_of(seed), note, cells, false)))
+        Ok(self.0.insert(Record::new(record::id_of(seed), meta, stack, false)))
     }
 
     /// A new writable state on top of `parent` (which is made to exist), or empty.
@@ -236,13 +236,13 @@ impl RefStore {
         if let Some(frozen) = self.0.frozen(id) {
             return Some(frozen);
         }
-        let found = self.0.held(id)?;
+        let found = self.0.handle(id)?;
         let record = found.record()?;
         if self.0.is_whole(record).await {
             return Some(found);
         }
         tracing::info!(%id, "a cached state is gone from containerd");
-        self.0.bury(record);
+        self.0.evict(record);
         None
     }
 
@@ -261,7 +261,7 @@ impl RefStore {
     /// Waits until everything dropped so far is cleaned up.
     pub async fn drained(&self) {
         self.0.background.drained().await;
-        if let Err(e) = self.0.epochs.end_unused(&self.0.storage, false).await {
+        if let Err(e) = self.0.run_leases.delete_unused(&self.0.storage, false).await {
             tracing::debug!(error = %e, "an unused lease stays until the next start");
         }
         self.0.uses.save().await;
@@ -285,39 +285,39 @@ impl Inner {
         // What is in the way of a removal has to be gone first.
         let at_once = !lost.is_empty();
         for lease in leases {
-            let stale = lease.labels.get(KIND).is_some_and(|k| k == KIND_EPOCH);
-            let Some((id, note)) = record::read(&lease) else {
+            let stale = lease.labels.get(KIND).is_some_and(|k| k == KIND_RUN);
+            let Some((id, meta)) = record::read(&lease) else {
                 if stale {
                     self.storage.leases.delete(&lease.id, at_once).await?;
                 }
                 continue;
             };
-            match &note.body {
+            match &meta.body {
                 Body::Layers(layers) => {
-                    let mut cells: Vec<Arc<Cell>> = Vec::new();
+                    let mut stack: Vec<Arc<StackedLayer>> = Vec::new();
                     for layer in layers {
-                        let below = cells.last();
-                        let cell = match &layer.own {
-                            Some(own) => self.own_cell(layer.diff_id, below, own.clone()),
-                            None => self.cell(layer.diff_id, below),
+                        let below = stack.last();
+                        let stacked = match &layer.own {
+                            Some(own) => self.own_layer(layer.diff_id, below, own.clone()),
+                            None => self.stacked_layer(layer.diff_id, below),
                         };
                         if let Some(descriptor) = layer.blob.clone() {
-                            cell.know(KnownBlob { descriptor, source: None, stored: true });
+                            stacked.know(KnownBlob { descriptor, source: None, stored: true });
                         }
                         if let Some(original) = &layer.copy_of {
-                            cell.set_copy_of(original.clone());
+                            stacked.set_copy_of(original.clone());
                         }
-                        cell.blob_only.store(layer.blob_only, Ordering::Relaxed);
+                        stacked.blob_only.store(layer.blob_only, Ordering::Relaxed);
                         if let Some(created) = layer.created {
-                            cell.set_created(created);
+                            stacked.set_created(created);
                         }
-                        cells.push(cell);
+                        stack.push(stacked);
                     }
                     // What another version recorded may not be what its layers say.
                     let whole = exact::is_ours(&lease.labels)
-                        && cells.last().is_some_and(|c| snapshots.contains(&c.snapshot));
+                        && stack.last().is_some_and(|c| snapshots.contains(&c.snapshot));
                     if whole {
-                        let record = Arc::new(Record::new(id.clone(), note, cells, true));
+                        let record = Arc::new(Record::new(id.clone(), meta, stack, true));
                         lock(&self.records).insert(id, record);
                     } else {
                         self.storage.leases.delete(&lease.id, at_once).await?;
@@ -326,9 +326,9 @@ impl Inner {
                 // What can be fetched anew is: nobody can tell which of its files are short.
                 Body::Named { snapshot, .. }
                     if snapshots.contains(snapshot)
-                        && !(self.durable.was_cut() && note.record_type.is_source()) =>
+                        && !(self.durable.was_cut() && meta.record_type.is_source()) =>
                 {
-                    self.slots.load(id, note);
+                    self.named.load(id, meta);
                 }
                 Body::Named { .. } => self.storage.leases.delete(&lease.id, at_once).await?,
             }
@@ -369,55 +369,59 @@ impl Inner {
         Ok(left)
     }
 
-    /// The cell of the layer `diff_id` on top of `below`, as unpacking makes it.
-    pub fn cell(&self, diff_id: DiffId, below: Option<&Arc<Cell>>) -> Arc<Cell> {
+    /// The layer `diff_id` on top of `below`, as unpacking makes it.
+    pub fn stacked_layer(
+        &self,
+        diff_id: DiffId,
+        below: Option<&Arc<StackedLayer>>,
+    ) -> Arc<StackedLayer> {
         let below = below.map(|c| &**c);
-        self.named_cell(diff_id, below, self.name_over(below, diff_id), false)
+        self.named_layer(diff_id, below, self.name_over(below, diff_id), false)
     }
 
-    /// The cell of a layer whose snapshot has more than the layer tells, and so a name of its own.
-    pub fn own_cell(
+    /// The layer whose snapshot has more than the layer tells, and so a name of its own.
+    pub fn own_layer(
         &self,
         diff_id: DiffId,
-        below: Option<&Arc<Cell>>,
+        below: Option<&Arc<StackedLayer>>,
         snapshot: SnapshotKey,
-    ) -> Arc<Cell> {
-        self.named_cell(diff_id, below.map(|c| &**c), snapshot, true)
+    ) -> Arc<StackedLayer> {
+        self.named_layer(diff_id, below.map(|c| &**c), snapshot, true)
     }
 
-    fn named_cell(
+    fn named_layer(
         &self,
         diff_id: DiffId,
-        below: Option<&Cell>,
+        below: Option<&StackedLayer>,
         snapshot: SnapshotKey,
         own: bool,
-    ) -> Arc<Cell> {
-        let mut cells = lock(&self.cells);
-        if let Some(cell) = cells.get(&snapshot).and_then(Weak::upgrade) {
-            return cell;
+    ) -> Arc<StackedLayer> {
+        let mut stack = lock(&self.stack);
+        if let Some(stacked) = stack.get(&snapshot).and_then(Weak::upgrade) {
+            return stacked;
         }
-        if cells.len() > 256 && cells.len() == cells.capacity() {
-            cells.retain(|_, c| c.strong_count() > 0);
+        if stack.len() > 256 && stack.len() == stack.capacity() {
+            stack.retain(|_, c| c.strong_count() > 0);
         }
-        let cell = Arc::new(Cell::new(diff_id, below, snapshot.clone(), own));
-        cells.insert(snapshot, Arc::downgrade(&cell));
-        cell
+        let stacked = Arc::new(StackedLayer::new(diff_id, below, snapshot.clone(), own));
+        stack.insert(snapshot, Arc::downgrade(&stacked));
+        stacked
     }
 
-    /// The cell of the layer on top of a snapshot, if somebody has it.
-    pub fn known_cell(&self, snapshot: &SnapshotKey) -> Option<Arc<Cell>> {
-        lock(&self.cells).get(snapshot).and_then(Weak::upgrade)
+    /// The layer on top of a snapshot, if a handle holds it.
+    pub fn known_layer(&self, snapshot: &SnapshotKey) -> Option<Arc<StackedLayer>> {
+        lock(&self.stack).get(snapshot).and_then(Weak::upgrade)
     }
 
     pub fn scratch(self: Arc<Self>) -> ImmutableRef {
-        let note = Note {
+        let meta = RecordMeta {
             record_type: RecordType::Internal,
             description: SCRATCH.into(),
             created: SystemTime::UNIX_EPOCH,
             parents: Vec::new(),
             body: Body::Layers(Vec::new()),
         };
-        Held::layers(self, Arc::new(Record::new(RefId(SCRATCH.into()), note, Vec::new(), true)))
+        RefInner::layers(self, Arc::new(Record::new(RefId(SCRATCH.into()), meta, Vec::new(), true)))
     }
 
     /// A handle on `record`, or on the one that has its id already.
@@ -432,13 +436,13 @@ impl Inner {
         };
         record.users.fetch_add(1, Ordering::AcqRel);
         drop(records);
-        let handle = Held::layers(self.clone(), record.clone());
+        let handle = RefInner::layers(self.clone(), record.clone());
         record.users.fetch_sub(1, Ordering::AcqRel);
         handle
     }
 
     /// A handle on the record with this id.
-    pub fn held(self: &Arc<Self>, id: &RefId) -> Option<ImmutableRef> {
+    pub fn handle(self: &Arc<Self>, id: &RefId) -> Option<ImmutableRef> {
         let record = {
             let records = lock(&self.records);
             let record = records.get(id)?;
@@ -446,7 +450,7 @@ impl Inner {
             record.users.fetch_add(1, Ordering::AcqRel);
             record.clone()
         };
-        let handle = Held::layers(self.clone(), record.clone());
+        let handle = RefInner::layers(self.clone(), record.clone());
         record.users.fetch_sub(1, Ordering::AcqRel);
         Some(handle)
     }
@@ -467,34 +471,34 @@ impl Inner {
         if record.users.load(Ordering::Acquire) > 0 {
             return None;
         }
-        record.dead.store(true, Ordering::Release);
+        record.evicted.store(true, Ordering::Release);
         records.remove(id)
     }
 
     /// Takes a record that is broken out of the table; those who have it see errors, and the last
     /// of them ends its lease.
-    fn bury(&self, record: &Record) {
-        if !record.dead.swap(true, Ordering::AcqRel) {
+    fn evict(&self, record: &Record) {
+        if !record.evicted.swap(true, Ordering::AcqRel) {
             lock(&self.records).remove(&record.id);
         }
     }
 
     /// Ends a lease that nobody knows any more, now or later: while containerd is away, at the next
     /// occasion.
-    pub async fn end_lease(&self, lease: &LeaseId) {
+    pub async fn delete_lease(&self, lease: &LeaseId) {
         if let Err(e) = self.storage.leases.delete(lease, false).await {
             tracing::warn!(%lease, error = %e, "a lease that is of no use stays for now");
-            lock(&self.doomed).push(lease.clone());
+            lock(&self.leases_to_retry).push(lease.clone());
         }
     }
 
     /// Tries again to end the leases that should have ended; says whether there were any.
-    pub async fn end_doomed(&self) -> bool {
-        let doomed = std::mem::take(&mut *lock(&self.doomed));
-        for lease in &doomed {
-            self.end_lease(lease).await;
+    pub async fn retry_lease_deletes(&self) -> bool {
+        let leases_to_retry = std::mem::take(&mut *lock(&self.leases_to_retry));
+        for lease in &leases_to_retry {
+            self.delete_lease(lease).await;
         }
-        !doomed.is_empty()
+        !leases_to_retry.is_empty()
     }
 
     /// Makes the lease of a record; its labels are final from then on.
@@ -503,7 +507,7 @@ impl Inner {
         if *leased {
             return Ok(());
         }
-        match self.storage.leases.create(&record.lease, &record::labels_of(&record.note())).await {
+        match self.storage.leases.create(&record.lease, &record::labels_of(&record.meta())).await {
             Err(e) if !e.is_already_exists() => {
                 Err(e).context(|| format!("record {:?}", record.description))
             }
@@ -535,8 +539,9 @@ impl Inner {
             .layers
             .iter()
             .filter(|c| c.copy_of().is_none() && !c.blobs().iter().any(KnownBlob::may_be_had));
-        for cell in here {
-            if self.storage.snapshots.stat(&cell.snapshot).await.is_err_and(|e| e.is_not_found()) {
+        for stacked in here {
+            if self.storage.snapshots.stat(&stacked.snapshot).await.is_err_and(|e| e.is_not_found())
+            {
                 return false;
             }
         }

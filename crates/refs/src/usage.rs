@@ -3,7 +3,7 @@
 use crate::{
     RecordType, RefId, RefStore,
     layer::lock,
-    record::{DOCUMENT_KIND, KIND, KIND_EPOCH, fresh_id},
+    record::{DOCUMENT_KIND, KIND, KIND_RUN, fresh_id},
     store::{Inner, Record},
 };
 use shipway_fault::Result;
@@ -111,8 +111,8 @@ impl Inner {
             .collect();
         let mut size = 0;
         let mut whole = true;
-        for cell in record.layers.iter().filter(|c| !parents.contains(&c.snapshot)) {
-            match self.storage.snapshots.usage(&cell.snapshot).await {
+        for stacked in record.layers.iter().filter(|c| !parents.contains(&c.snapshot)) {
+            match self.storage.snapshots.usage(&stacked.snapshot).await {
                 Ok(usage) => size += usage.bytes,
                 Err(e) if e.is_not_found() => whole = false,
                 Err(e) => return Err(e),
@@ -147,24 +147,24 @@ impl Inner {
                     .is_some_and(|c| c.is_exact() && shared.contains(&c.chain_id)),
             });
         }
-        for slot in self.slots.list() {
-            let uses = self.uses.get(&slot.id);
-            let size = match self.storage.snapshots.usage(&slot.snapshot).await {
+        for entry in self.named.list() {
+            let uses = self.uses.get(&entry.id);
+            let size = match self.storage.snapshots.usage(&entry.snapshot).await {
                 Ok(usage) => usage.bytes,
                 Err(e) if e.is_not_found() => 0,
                 Err(e) => return Err(e),
             };
             all.push(UsageRecord {
-                id: slot.id.clone(),
-                record_type: slot.note.record_type,
-                description: slot.note.description.clone(),
+                id: entry.id.clone(),
+                record_type: entry.meta.record_type,
+                description: entry.meta.description.clone(),
                 size,
-                in_use: slot.in_use(),
+                in_use: entry.in_use(),
                 mutable: true,
-                created: slot.note.created,
+                created: entry.meta.created,
                 last_used: uses.map(|u| u.last()),
                 usage_count: uses.map_or(0, |u| u.count),
-                parents: slot.note.parents.clone(),
+                parents: entry.meta.parents.clone(),
                 shared: false,
             });
         }
@@ -220,14 +220,14 @@ impl Inner {
         let all = self.usage(&shared).await?;
         let mut total: u64 = all.iter().filter(|u| !u.shared).map(|u| u.size).sum();
         let keep = options.keep(total, self.free_bytes(options));
-        let mut removed = self.end_doomed().await;
+        let mut removed = self.retry_lease_deletes().await;
         let mut left = all.len();
         let mut order = Order::new(all, options);
         while keep.is_none_or(|keep| total >= keep) {
             let Some(usage) = order.next() else { break };
             // If somebody took it just now, what it was made from stays, too.
             let Some(lease) = self.take(&usage.id) else { continue };
-            self.end_lease(&lease).await;
+            self.delete_lease(&lease).await;
             self.uses.forget(&usage.id);
             order.gone(&usage);
             left -= 1;
@@ -239,14 +239,14 @@ impl Inner {
             removed |= self.forget_documents(options.keep_duration).await?;
         }
         if left == 0 {
-            removed |= self.epochs.end_unused(&self.storage, true).await?;
+            removed |= self.run_leases.delete_unused(&self.storage, true).await?;
         }
         if removed {
             // A lease of nothing: its synchronous end waits for one collection of everything above.
             let last = LeaseId(format!("shipway-gc-{}", fresh_id()));
             self.storage
                 .leases
-                .create(&last, &Labels::from([(KIND.into(), KIND_EPOCH.into())]))
+                .create(&last, &Labels::from([(KIND.into(), KIND_RUN.into())]))
                 .await?;
             self.storage.leases.delete(&last, true).await?;
         }
@@ -274,10 +274,10 @@ impl Inner {
         if let Some(record) = self.take_unused(id) {
             return Some(record.lease.clone());
         }
-        let slot = self.slots.by_id(id)?;
-        slot.kill_unused().then(|| {
-            self.slots.drop_slot(&slot);
-            slot.lease.clone()
+        let entry = self.named.by_id(id)?;
+        entry.evict_unused().then(|| {
+            self.named.drop_entry(&entry);
+            entry.lease.clone()
         })
     }
 

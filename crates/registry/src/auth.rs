@@ -9,7 +9,7 @@ use crate::{
     challenge::{self, Challenge},
     error::Kind,
     hosts::{Endpoint, Scheme},
-    request::{retry_after, server_words},
+    request::{message_in, retry_after},
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, header};
@@ -25,7 +25,7 @@ use std::{
 use tokio::time::Instant;
 
 /// Longest answer of a token server.
-const MAX_TOKEN_ANSWER: u64 = 1 << 20;
+const MAX_TOKEN_RESPONSE: u64 = 1 << 20;
 /// Life of a token whose issuer does not say (distribution's token specification).
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// Most identities whose tokens are kept.
@@ -102,7 +102,7 @@ impl AuthStores {
 
 impl AuthStore {
     /// The token under `key`, if it is still good.
-    fn token(&self, key: &str) -> Option<Sent> {
+    fn token(&self, key: &str) -> Option<AuthHeader> {
         locked(&self.tokens)
             .get(key)
             .filter(|cached| cached.renew_at > Instant::now())
@@ -122,28 +122,28 @@ impl AuthStore {
 
 #[derive(Clone)]
 struct Cached {
-    sent: Sent,
+    sent: AuthHeader,
     renew_at: Instant,
 }
 
 /// An `Authorization` header and where it came from.
 #[derive(Clone)]
-pub(crate) struct Sent {
+pub(crate) struct AuthHeader {
     pub header: HeaderValue,
     pub with_credentials: bool,
     /// Where the token is kept, and under which key.
     kept: Option<(Weak<AuthStore>, String)>,
 }
 
-impl fmt::Debug for Sent {
+impl fmt::Debug for AuthHeader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Sent(…)")
+        f.write_str("AuthHeader(…)")
     }
 }
 
 /// What to do after a 401.
 pub(crate) enum Verdict {
-    /// Ask again: a better answer is known now.
+    /// Send again: a better credential is known now.
     Retry,
     /// There is nothing more to say; the server's reason.
     Denied(String),
@@ -174,7 +174,7 @@ impl Authorizer {
         endpoint: &Endpoint,
         repository: &str,
         scopes: &Scopes,
-    ) -> Result<Option<Sent>, Kind> {
+    ) -> Result<Option<AuthHeader>, Kind> {
         let known = locked(&self.store.challenges)
             .get(&format!("{}/{repository}", endpoint.authority))
             .cloned();
@@ -195,7 +195,7 @@ impl Authorizer {
         endpoint: &Endpoint,
         repository: &str,
         headers: &HeaderMap,
-        sent: Option<&Sent>,
+        sent: Option<&AuthHeader>,
         tries: u32,
     ) -> Verdict {
         let texts =
@@ -243,14 +243,14 @@ impl Authorizer {
         Verdict::Retry
     }
 
-    async fn basic(&self, endpoint: &Endpoint) -> Result<Option<Sent>, Kind> {
+    async fn basic(&self, endpoint: &Endpoint) -> Result<Option<AuthHeader>, Kind> {
         let found = self.credentials.credentials(&endpoint.authority).await.map_err(Kind::Local)?;
         Ok(found
             .map(|given| given.what)
             .filter(|c| !c.username.is_empty() && !c.secret.is_empty())
             .and_then(|c| {
                 let header = basic_header(&c)?;
-                Some(Sent { header, with_credentials: true, kept: None })
+                Some(AuthHeader { header, with_credentials: true, kept: None })
             }))
     }
 
@@ -261,7 +261,7 @@ impl Authorizer {
         realm: &str,
         service: &str,
         scopes: &Scopes,
-    ) -> Result<Sent, Kind> {
+    ) -> Result<AuthHeader, Kind> {
         let key = format!("{realm} {service} {} {}", endpoint.authority, scopes.list().join(" "));
         let owners = self.credentials.owners(&endpoint.authority).await.map_err(Kind::Local)?;
         let mut stores: Vec<Arc<AuthStore>> =
@@ -282,8 +282,11 @@ impl Authorizer {
                 status: None,
             })?;
         header.set_sensitive(true);
-        let sent =
-            Sent { header, with_credentials, kept: Some((Arc::downgrade(&store), key.clone())) };
+        let sent = AuthHeader {
+            header,
+            with_credentials,
+            kept: Some((Arc::downgrade(&store), key.clone())),
+        };
         // Renewed a little early, so that a request that starts now does not arrive with a dead
         // token.
         let renew_at =
@@ -313,10 +316,10 @@ impl Authorizer {
             .await
             .map_err(Kind::Local)?
             .filter(|c| !c.what.secret.is_empty());
-        let asker = Asker { client, uri: &uri, client_id: "shipway", service, scopes };
+        let tokens = TokenClient { client, uri: &uri, client_id: "shipway", service, scopes };
         let Some(Given { what: credentials, owner }) = credentials else {
             return Ok((
-                Given::alone(asker.get(None, "failed to fetch anonymous token").await?),
+                Given::alone(tokens.get(None, "failed to fetch anonymous token").await?),
                 false,
             ));
         };
@@ -328,7 +331,7 @@ impl Authorizer {
                 status: None,
             });
         }
-        Ok((Given { what: asker.with(&credentials).await?, owner }, true))
+        Ok((Given { what: tokens.with(&credentials).await?, owner }, true))
     }
 }
 
@@ -337,8 +340,9 @@ pub(crate) fn token_server(realm: &str) -> Result<Uri, Kind> {
     let wrong =
         || Kind::Protocol(format!("the registry names a wrong token server {:?}", cut(realm)));
     let uri: Uri = realm.parse().map_err(|_| wrong())?;
-    let good = matches!(uri.scheme_str(), Some("http" | "https")) && uri.authority().is_some();
-    if good { Ok(uri) } else { Err(wrong()) }
+    let check_status =
+        matches!(uri.scheme_str(), Some("http" | "https")) && uri.authority().is_some();
+    if check_status { Ok(uri) } else { Err(wrong()) }
 }
 
 fn basic_header(c: &Credentials) -> Option<HeaderValue> {
@@ -356,7 +360,7 @@ fn cut(text: &str) -> String {
 }
 
 /// One question to a token server.
-pub(crate) struct Asker<'a> {
+pub(crate) struct TokenClient<'a> {
     pub client: &'a Client,
     pub uri: &'a Uri,
     /// How we call ourselves.
@@ -366,7 +370,7 @@ pub(crate) struct Asker<'a> {
 }
 
 #[derive(Deserialize)]
-struct TokenAnswer {
+struct TokenResponse {
     #[serde(default)]
     token: Option<String>,
     #[serde(default)]
@@ -379,7 +383,7 @@ fn encode(text: &str) -> impl fmt::Display + '_ {
     utf8_percent_encode(text, NON_ALPHANUMERIC)
 }
 
-impl Asker<'_> {
+impl TokenClient<'_> {
     /// Trades credentials for a token.
     pub(crate) async fn with(&self, credentials: &Credentials) -> Result<Token, Kind> {
         match self.post(credentials).await {
@@ -418,7 +422,7 @@ impl Asker<'_> {
         if let Some(header) = credentials.and_then(basic_header) {
             request.headers_mut().insert(header::AUTHORIZATION, header);
         }
-        self.ask(request, what).await
+        self.fetch(request, what).await
     }
 
     /// OAuth2's way: POST with a form.
@@ -451,31 +455,31 @@ impl Asker<'_> {
             header::CONTENT_TYPE,
             HeaderValue::from_static("application/x-www-form-urlencoded"),
         );
-        self.ask(request, "failed to fetch oauth token").await
+        self.fetch(request, "failed to fetch oauth token").await
     }
 
-    async fn ask(&self, request: Request<Body>, what: &str) -> Result<Token, Kind> {
+    async fn fetch(&self, request: Request<Body>, what: &str) -> Result<Token, Kind> {
         let line = format!("{} request to {}", request.method(), display_of(self.uri));
         let failed = |why: String, status| Kind::Auth { why: format!("{what}: {why}"), status };
-        let answer = self.client.send(request).await.map_err(|f| match f {
+        let response = self.client.send(request).await.map_err(|f| match f {
             f @ (HttpError::Connect(_) | HttpError::Tls(_)) => failed(f.to_string(), None),
             f => f.into(),
         })?;
-        let status = answer.head.status;
-        let wait = retry_after(&answer.head.headers);
-        let body = answer.body.collect(MAX_TOKEN_ANSWER).await?;
+        let status = response.head.status;
+        let wait = retry_after(&response.head.headers);
+        let body = response.body.collect(MAX_TOKEN_RESPONSE).await?;
         if status.as_u16() == 429 {
-            return Err(Kind::TooManyRequests { server: server_words(&body), retry_after: wait });
+            return Err(Kind::TooManyRequests { server: message_in(&body), retry_after: wait });
         }
         if !status.is_success() {
-            let words = server_words(&body);
+            let words = message_in(&body);
             let words = if words.is_empty() { words } else { format!(": {words}") };
             return Err(failed(
                 format!("unexpected status from {line}: {status}{words}"),
                 Some(status.as_u16()),
             ));
         }
-        let parsed: TokenAnswer = serde_json::from_slice(&body).map_err(|_| {
+        let parsed: TokenResponse = serde_json::from_slice(&body).map_err(|_| {
             failed(format!("{line} was answered with something that is no token"), None)
         })?;
         let token = parsed

@@ -3,8 +3,8 @@
 use crate::{
     Error, Repository,
     error::Kind,
-    limit::{Load, Permit},
-    request::{Ask, Need},
+    limit::{Permit, Priority},
+    request::{ApiRequest, Capability},
 };
 use bytes::Bytes;
 use futures::{Stream, stream};
@@ -88,9 +88,14 @@ impl Repository {
     pub async fn blob_size(&self, digest: Digest) -> Result<u64, Error> {
         let action = format!("look for blob {digest}");
         let reply = self
-            .ask(&Ask::new(Method::HEAD, format!("blobs/{digest}"), Need::Pull, &action))
+            .request(&ApiRequest::new(
+                Method::HEAD,
+                format!("blobs/{digest}"),
+                Capability::Pull,
+                &action,
+            ))
             .await?;
-        let said = reply.answer.head.headers.get(header::CONTENT_LENGTH);
+        let said = reply.response.head.headers.get(header::CONTENT_LENGTH);
         let size = said.and_then(|v| v.to_str().ok()?.parse().ok());
         size.ok_or_else(|| {
             Error::new(
@@ -106,10 +111,10 @@ impl Repository {
     pub async fn blob_exists(&self, descriptor: &Descriptor) -> Result<bool, Error> {
         let action = format!("look for blob {}", descriptor.digest);
         match self
-            .ask(&Ask::new(
+            .request(&ApiRequest::new(
                 Method::HEAD,
                 format!("blobs/{}", descriptor.digest),
-                Need::Pull,
+                Capability::Pull,
                 action,
             ))
             .await
@@ -228,14 +233,14 @@ impl BlobReader {
     /// Opens a connection at the current position. A resumption does not try long: the strikes
     /// count.
     async fn reopen(&mut self, first: bool) -> Result<(), Error> {
-        let mut ask = Ask::new(
+        let mut request = ApiRequest::new(
             Method::GET,
             format!("blobs/{}", self.descriptor.digest),
-            Need::Pull,
+            Capability::Pull,
             &self.action,
         );
-        ask.load = Load::Heavy;
-        ask.retry = first;
+        request.load = Priority::Heavy;
+        request.retry = first;
         let partial = self.at > 0 || self.end < self.descriptor.size;
         if partial {
             let last = if self.end == self.descriptor.size {
@@ -243,9 +248,9 @@ impl BlobReader {
             } else {
                 (self.end - 1).to_string()
             };
-            ask = ask.header(header::RANGE, &format!("bytes={}-{last}", self.at));
+            request = request.header(header::RANGE, &format!("bytes={}-{last}", self.at));
         }
-        let reply = match self.repository.ask(&ask).await {
+        let reply = match self.repository.request(&request).await {
             Ok(reply) => reply,
             Err(e) if first || !e.kind().is_transient() => return Err(e),
             Err(e) => {
@@ -260,12 +265,12 @@ impl BlobReader {
         };
         self.host.clone_from(&reply.endpoint.authority);
         let number = |name: header::HeaderName| {
-            reply.answer.head.headers.get(name)?.to_str().ok()?.parse::<u64>().ok()
+            reply.response.head.headers.get(name)?.to_str().ok()?.parse::<u64>().ok()
         };
-        let skip = match reply.answer.head.status {
+        let skip = match reply.response.head.status {
             StatusCode::PARTIAL_CONTENT => {
                 let range = reply
-                    .answer
+                    .response
                     .head
                     .headers
                     .get(header::CONTENT_RANGE)
@@ -288,7 +293,7 @@ impl BlobReader {
                 self.at
             }
         };
-        self.open = Some(Open { reader: reply.answer.body, skip, _permit: reply.permit });
+        self.open = Some(Open { reader: reply.response.body, skip, _permit: reply.permit });
         Ok(())
     }
 

@@ -233,7 +233,7 @@ impl From<HttpError> for Kind {
             HttpError::NotTls(why) | HttpError::Tls(why) => Kind::Tls { why },
             HttpError::TimedOut { waiting_for, after } => Kind::TimedOut { waiting_for, after },
             HttpError::Broken(why) => Kind::Broken { why },
-            HttpError::TooLarge(limit) => Kind::TooLarge { what: "the answer", limit },
+            HttpError::TooLarge(limit) => Kind::TooLarge { what: "the response", limit },
             HttpError::Protocol(why) => Kind::Protocol(why),
             HttpError::Local(fault) => Kind::Local(fault),
         }
@@ -251,9 +251,9 @@ impl From<Error> for Fault {
             Kind::Unauthorized { with_credentials: false, .. } => Fault::new(Code::Unauthenticated, message.clone())
                 .hint(format!("no credentials for {host} were sent; if the image is private, log in with `docker login {host}`")),
             Kind::Unauthorized { .. } => Fault::new(Code::PermissionDenied, message.clone())
-                .hint(format!("the credentials for {host} were sent and do not allow this; log in again or ask for access")),
+                .hint(format!("the credentials for {host} were sent and do not allow this; log in again or request for access")),
             Kind::Forbidden { .. } => Fault::new(Code::PermissionDenied, message.clone())
-                .hint(format!("{host} knows who asks and refuses; ask its administrator for access")),
+                .hint(format!("{host} knows who asks and refuses; request its administrator for access")),
             Kind::TooManyRequests { retry_after, .. } => env(Code::ResourceExhausted).hint(match retry_after {
                 Some(t) => format!("{host} limits its clients and wants to be left alone for {} s; log in or use a mirror", t.as_secs()),
                 None => format!("{host} limits its clients; log in, use a mirror, or try again later"),
@@ -270,7 +270,7 @@ impl From<Error> for Fault {
             }
             Kind::Tls { .. } => env(Code::Unavailable)
                 .hint(format!("add the authority under [registry.\"{host}\"] ca = […], or set insecure = true or http = true there")),
-            Kind::TimedOut { .. } => env(Code::DeadlineExceeded).hint(format!("{host} does not answer; try again later or use a mirror")),
+            Kind::TimedOut { .. } => env(Code::DeadlineExceeded).hint(format!("{host} does not response; try again later or use a mirror")),
             Kind::Broken { .. } => env(Code::Unavailable),
             Kind::Digest { .. } | Kind::Size { .. } => Fault::new(Code::DataLoss, message.clone())
                 .with_class(Class::Environment)

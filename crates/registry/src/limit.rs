@@ -8,7 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// What kind of request asks for a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Load {
+pub(crate) enum Priority {
     /// A manifest, or another short question: has one place that blobs cannot take.
     Light,
     /// A blob.
@@ -40,7 +40,7 @@ impl Limits {
         Self { blobs: blobs.max(1), hosts: Mutex::default() }
     }
 
-    pub(crate) async fn enter(&self, host: &str, load: Load) -> Permit {
+    pub(crate) async fn enter(&self, host: &str, load: Priority) -> Permit {
         let places = {
             let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
             let new = || {
@@ -53,8 +53,8 @@ impl Limits {
         };
         // The semaphores are never closed, so that a missing permit cannot occur.
         let blob = match load {
-            Load::Heavy => places.blobs.clone().acquire_owned().await.ok(),
-            Load::Light => None,
+            Priority::Heavy => places.blobs.clone().acquire_owned().await.ok(),
+            Priority::Light => None,
         };
         Permit { _blob: blob, _any: places.all.clone().acquire_owned().await.ok() }
     }
@@ -68,12 +68,12 @@ mod tests {
     #[tokio::test]
     async fn blobs_leave_a_place_for_manifests() {
         let limits = Limits::new(2);
-        let _a = limits.enter("h", Load::Heavy).await;
-        let b = limits.enter("h", Load::Heavy).await;
-        assert!(limits.enter("h", Load::Heavy).now_or_never().is_none());
-        assert!(limits.enter("h", Load::Light).now_or_never().is_some());
-        assert!(limits.enter("other", Load::Heavy).now_or_never().is_some());
+        let _a = limits.enter("h", Priority::Heavy).await;
+        let b = limits.enter("h", Priority::Heavy).await;
+        assert!(limits.enter("h", Priority::Heavy).now_or_never().is_none());
+        assert!(limits.enter("h", Priority::Light).now_or_never().is_some());
+        assert!(limits.enter("other", Priority::Heavy).now_or_never().is_some());
         drop(b);
-        assert!(limits.enter("h", Load::Heavy).now_or_never().is_some());
+        assert!(limits.enter("h", Priority::Heavy).now_or_never().is_some());
     }
 }

@@ -5,7 +5,7 @@ use crate::{
     Error, Repository,
     error::Kind,
     hosts::Endpoint,
-    request::{Ask, Need, good},
+    request::{ApiRequest, Capability, check_status},
 };
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
@@ -75,7 +75,7 @@ pub struct BlobPart {
 impl Repository {
     /// The hosts that may have the repository's blobs, in the order to ask.
     pub async fn blob_hosts(&self) -> Result<Vec<BlobHost>, Error> {
-        let endpoints = self.endpoints(Need::Pull).await?;
+        let endpoints = self.endpoints(Capability::Pull).await?;
         let host = |endpoint| BlobHost {
             repository: self.clone(),
             endpoint: Arc::new(endpoint),
@@ -120,12 +120,21 @@ impl BlobHost {
         if let Some(answer) = self.follow(&client, digest, &bytes).await.map_err(fail)? {
             return self.part(answer, size, range, action);
         }
-        let mut ask = Ask::new(Method::GET, format!("blobs/{digest}"), Need::Pull, action.as_str())
-            .header(header::RANGE, &bytes);
+        let mut ask = ApiRequest::new(
+            Method::GET,
+            format!("blobs/{digest}"),
+            Capability::Pull,
+            action.as_str(),
+        )
+        .header(header::RANGE, &bytes);
         if fresh {
             ask = ask.header(header::CACHE_CONTROL, "no-cache");
         }
-        let answer = self.repository.once(&client, &self.endpoint, &ask).await.map_err(fail)?;
+        let answer = self
+            .repository
+            .send_authenticated(&client, &self.endpoint, &ask)
+            .await
+            .map_err(fail)?;
         self.remember(digest, &answer.uri);
         self.part(answer, size, range, action)
     }
@@ -135,13 +144,14 @@ impl BlobHost {
     pub async fn warm(&self, digest: Digest) {
         let action = format!("look for blob {digest}");
         let Ok(client) = self.repository.registry().client(&self.endpoint).await else { return };
-        let ask = Ask::new(Method::HEAD, format!("blobs/{digest}"), Need::Pull, &action);
-        if let Err(kind) = self.repository.once(&client, &self.endpoint, &ask).await {
+        let ask =
+            ApiRequest::new(Method::HEAD, format!("blobs/{digest}"), Capability::Pull, &action);
+        if let Err(kind) = self.repository.send_authenticated(&client, &self.endpoint, &ask).await {
             tracing::debug!(host = %self.endpoint.authority, ?kind, "cannot connect ahead");
         }
     }
 
-    /// Asks where the blob was redirected to; `None` if it was not, or if that address is good no
+    /// Asks where the blob was redirected to; `None` if it was not, or if that address is check_status no
     /// more.
     async fn follow(
         &self,
@@ -163,7 +173,7 @@ impl BlobHost {
             let status = answer.head.status;
             // The address may have expired, or the blob may have moved.
             if !status.is_client_error() || status == StatusCode::TOO_MANY_REQUESTS {
-                return good(answer, &Method::GET).await.map(Some);
+                return check_status(answer, &Method::GET).await.map(Some);
             }
         }
         self.redirects().remove(&digest);
@@ -258,7 +268,7 @@ fn content_range(text: &str) -> Option<(Range<u64>, Option<u64>)> {
     (first < end && total.is_none_or(|t| end <= t)).then_some((first..end, total))
 }
 
-/// How long an address with this query is good: signed ones of the usual stores say so.
+/// How long an address with this query is check_status: signed ones of the usual stores say so.
 fn lifetime(query: &str, now: Duration) -> Duration {
     let said = query.split('&').find_map(|pair| {
         let (key, value) = pair.split_once('=')?;

@@ -5,8 +5,8 @@ use crate::{
     auth::Verdict,
     error::Kind,
     hosts::Endpoint,
-    limit::Load,
-    request::{Ask, Need, denied, good},
+    limit::Priority,
+    request::{ApiRequest, Capability, check_status, denied},
 };
 use bytes::Bytes;
 use futures::{
@@ -102,8 +102,8 @@ impl Repository {
             let started = Instant::now();
             let fail = |kind| Error::new(self.name(), &endpoint.authority, &upload.action, kind);
             let kind = match self.put_stream(&upload, &uri, &endpoint).await {
-                Ok(answer) => {
-                    confirm(&answer, descriptor.digest).map_err(fail)?;
+                Ok(response) => {
+                    confirm(&response, descriptor.digest).map_err(fail)?;
                     return Ok(Pushed::Uploaded);
                 }
                 Err(kind) => kind,
@@ -143,31 +143,32 @@ impl Repository {
         upload: &Upload<'_>,
         mount: Option<&str>,
     ) -> Result<Session, Error> {
-        let ask = Ask::new(Method::POST, "blobs/uploads/", Need::Push, &upload.action);
+        let request =
+            ApiRequest::new(Method::POST, "blobs/uploads/", Capability::Push, &upload.action);
         let mut reply = None;
         if let Some(from) = mount {
-            let mut ask = ask.clone();
-            ask.query = format!("mount={}&from={from}", upload.descriptor.digest);
-            ask.scopes = vec![format!("repository:{from}:pull")];
-            match self.ask(&ask).await {
+            let mut request = request.clone();
+            request.query = format!("mount={}&from={from}", upload.descriptor.digest);
+            request.scopes = vec![format!("repository:{from}:pull")];
+            match self.request(&request).await {
                 Ok(r) => reply = Some(r),
                 Err(error) => tracing::debug!(%error, from, "cannot mount, uploading instead"),
             }
         }
         let reply = match reply {
             Some(reply) => reply,
-            None => self.ask(&ask).await?,
+            None => self.request(&request).await?,
         };
-        if reply.answer.head.status == StatusCode::CREATED {
+        if reply.response.head.status == StatusCode::CREATED {
             return Ok(Session::Done);
         }
         let fail = |kind| Error::new(self.name(), &reply.endpoint.authority, &upload.action, kind);
         let location =
-            reply.answer.head.headers.get(header::LOCATION).and_then(|l| l.to_str().ok());
+            reply.response.head.headers.get(header::LOCATION).and_then(|l| l.to_str().ok());
         let location = location.ok_or_else(|| {
             fail(Kind::Protocol("the registry did not say where to upload to (no Location)".into()))
         })?;
-        let uri = upload_uri(&reply.answer.uri, location, upload.descriptor.digest)
+        let uri = upload_uri(&reply.response.uri, location, upload.descriptor.digest)
             .map_err(|f| fail(f.into()))?;
         Ok(Session::At { uri, endpoint: Box::new(reply.endpoint) })
     }
@@ -180,9 +181,9 @@ impl Repository {
         uri: &Uri,
         endpoint: &Endpoint,
     ) -> Result<Response, Kind> {
-        let _permit = self.registry().limits.enter(&endpoint.authority, Load::Heavy).await;
+        let _permit = self.registry().limits.enter(&endpoint.authority, Priority::Heavy).await;
         let client: Client = self.registry().client(endpoint).await?;
-        let scopes = self.scopes(endpoint, Need::Push, &[]);
+        let scopes = self.scopes(endpoint, Capability::Push, &[]);
         let ours = uri.authority().is_some_and(|a| a.as_str() == endpoint.authority);
         let mut tries = 0;
         loop {
@@ -209,23 +210,23 @@ impl Repository {
             // The registry may have to hash or move the bytes before it answers.
             let settle = self.registry().config.timing.http.stall
                 + Duration::from_secs(upload.descriptor.size >> 23);
-            let answer = client.send_long(request, count, upload.descriptor.size, settle).await?;
-            if answer.head.status == StatusCode::UNAUTHORIZED && ours {
+            let response = client.send_long(request, count, upload.descriptor.size, settle).await?;
+            if response.head.status == StatusCode::UNAUTHORIZED && ours {
                 match self.auth().challenged(
                     endpoint,
                     self.name().repository(),
-                    &answer.head.headers,
+                    &response.head.headers,
                     sent.as_ref(),
                     tries,
                 ) {
                     Verdict::Retry => tries += 1,
                     Verdict::Denied(reason) => {
-                        return Err(denied(answer, reason, sent.as_ref()).await);
+                        return Err(denied(response, reason, sent.as_ref()).await);
                     }
                 }
                 continue;
             }
-            return good(answer, &Method::PUT).await;
+            return check_status(response, &Method::PUT).await;
         }
     }
 
@@ -283,30 +284,30 @@ impl Repository {
         reference: &str,
     ) -> Result<(Descriptor, bool), Error> {
         let descriptor = Descriptor::of(media_type, &bytes);
-        let mut ask = Ask::new(
+        let mut request = ApiRequest::new(
             Method::PUT,
             format!("manifests/{reference}"),
-            Need::Push,
+            Capability::Push,
             format!("push manifest {}", descriptor.digest),
         )
         .header(header::CONTENT_TYPE, media_type);
         if descriptor.size > MAX_MANIFEST {
             let kind = Kind::TooLarge { what: "the manifest", limit: MAX_MANIFEST };
-            return Err(Error::new(self.name(), self.name().registry(), &ask.action, kind));
+            return Err(Error::new(self.name(), self.name().registry(), &request.action, kind));
         }
-        ask.body = bytes;
-        let reply = self.ask(&ask).await?;
-        confirm(&reply.answer, descriptor.digest).map_err(|kind| {
-            Error::new(self.name(), &reply.endpoint.authority, &ask.action, kind)
+        request.body = bytes;
+        let reply = self.request(&request).await?;
+        confirm(&reply.response, descriptor.digest).map_err(|kind| {
+            Error::new(self.name(), &reply.endpoint.authority, &request.action, kind)
         })?;
-        let listed = reply.answer.head.headers.contains_key("oci-subject");
+        let listed = reply.response.head.headers.contains_key("oci-subject");
         Ok((descriptor, listed))
     }
 }
 
 /// A registry that says which digest it stored must name ours.
-fn confirm(answer: &Response, expected: Digest) -> Result<(), Kind> {
-    let said = answer
+fn confirm(response: &Response, expected: Digest) -> Result<(), Kind> {
+    let said = response
         .head
         .headers
         .get("docker-content-digest")

@@ -2,11 +2,11 @@
 
 use crate::{
     CredentialSource, Credentials, Error, RegistryConfig, Token,
-    auth::{Asker, AuthStores, Authorizer, token_server},
+    auth::{AuthStores, Authorizer, TokenClient, token_server},
     error::Kind,
     hosts::{self, Endpoint, Scheme},
     limit::Limits,
-    request::{Ask, Need},
+    request::{ApiRequest, Capability},
 };
 use bytes::Bytes;
 use http::{Method, header};
@@ -143,7 +143,7 @@ impl Registry {
         mode: Mode,
     ) -> Repository {
         let auth = self.0.authorizer(credentials);
-        let view = View {
+        let view = RepositoryInner {
             shared: self.0.clone(),
             name: name.clone(),
             mode,
@@ -179,9 +179,9 @@ impl Registry {
             };
         }
         let client = self.0.client(&endpoint).await.map_err(failed)?;
-        let asker = Asker { client: &client, uri: &uri, client_id, service, scopes };
+        let tokens = TokenClient { client: &client, uri: &uri, client_id, service, scopes };
         let Some(credentials) = credentials else {
-            return asker
+            return tokens
                 .get(None, "failed to fetch anonymous token")
                 .await
                 .map_err(|kind| failed(kind).into());
@@ -194,7 +194,7 @@ impl Registry {
             let why = format!("refusing to send credentials to {server} over plain HTTP");
             return Err(failed(Kind::Auth { why, status: None }).into());
         }
-        asker.with(credentials).await.map_err(|kind| failed(kind).into())
+        tokens.with(credentials).await.map_err(|kind| failed(kind).into())
     }
 
     /// A client for other HTTP than registries', sharing this one's pool and timing.
@@ -215,9 +215,9 @@ impl fmt::Debug for Registry {
 
 /// One image's repository, for one request. Cheap to clone.
 #[derive(Clone)]
-pub struct Repository(Arc<View>);
+pub struct Repository(Arc<RepositoryInner>);
 
-struct View {
+struct RepositoryInner {
     shared: Arc<Shared>,
     name: ImageName,
     mode: Mode,
@@ -255,7 +255,7 @@ impl Repository {
 
     fn view(&self, insecure: bool, auth: Authorizer, endpoints: OnceCell<Vec<Endpoint>>) -> Self {
         let v = &self.0;
-        Self(Arc::new(View {
+        Self(Arc::new(RepositoryInner {
             shared: v.shared.clone(),
             name: v.name.clone(),
             mode: v.mode,
@@ -283,7 +283,7 @@ impl Repository {
     }
 
     /// The endpoints that can do `need`, in order.
-    pub(crate) async fn endpoints(&self, need: Need) -> Result<Vec<Endpoint>, Error> {
+    pub(crate) async fn endpoints(&self, need: Capability) -> Result<Vec<Endpoint>, Error> {
         let view = self.0.clone();
         let load = move || {
             let (config, registry) = (view.shared.config.clone(), view.name.registry().to_owned());
@@ -300,10 +300,10 @@ impl Repository {
             Error::new(self.name(), self.name().registry(), "find the hosts", Kind::Config(why))
         })?;
         // What is to be pushed must be looked for where it will be pushed, not at a mirror.
-        let need_push = need == Need::Push || self.mode() == Mode::Push;
+        let need_push = need == Capability::Push || self.mode() == Mode::Push;
         Ok(all
             .iter()
-            .filter(|e| e.can(if need_push { Need::Push } else { need }))
+            .filter(|e| e.can(if need_push { Capability::Push } else { need }))
             .cloned()
             .collect())
     }
@@ -321,16 +321,17 @@ impl Repository {
 
     async fn resolve_with(&self, reference: &str, retry: bool) -> Result<Descriptor, Error> {
         let pinned = reference.parse::<Digest>().ok();
-        let need = if pinned.is_some() { Need::Pull } else { Need::Resolve };
-        let ask = |method| {
-            let ask = Ask::new(method, format!("manifests/{reference}"), need, "resolve")
-                .header(header::ACCEPT, ACCEPT);
-            Ask { retry, ..ask }
+        let need = if pinned.is_some() { Capability::Pull } else { Capability::Resolve };
+        let request = |method| {
+            let request =
+                ApiRequest::new(method, format!("manifests/{reference}"), need, "resolve")
+                    .header(header::ACCEPT, ACCEPT);
+            ApiRequest { retry, ..request }
         };
-        match self.ask(&ask(Method::HEAD)).await {
+        match self.request(&request(Method::HEAD)).await {
             Ok(reply) => {
-                if let Some(found) = described(&reply.answer, pinned) {
-                    return self.fits(found, pinned, &reply.endpoint);
+                if let Some(found) = described(&reply.response, pinned) {
+                    return self.validate(found, pinned, &reply.endpoint);
                 }
             }
             // These answers to HEAD may hide what GET would say: words on why not, or a registry
@@ -342,15 +343,15 @@ impl Repository {
                 ) => {}
             Err(e) => return Err(e),
         }
-        let reply = self.ask(&ask(Method::GET)).await?;
-        let media_type = media_type_of(&reply.answer);
+        let reply = self.request(&request(Method::GET)).await?;
+        let media_type = media_type_of(&reply.response);
         let fail = |kind| Error::new(self.name(), &reply.endpoint.authority, "resolve", kind);
-        let bytes = reply.answer.body.collect(MAX_MANIFEST).await.map_err(|f| fail(f.into()))?;
+        let bytes = reply.response.body.collect(MAX_MANIFEST).await.map_err(|f| fail(f.into()))?;
         let media_type = media_type.or_else(|| declared(&bytes)).unwrap_or_default();
-        self.fits(Descriptor::of(media_type, &bytes), pinned, &reply.endpoint)
+        self.validate(Descriptor::of(media_type, &bytes), pinned, &reply.endpoint)
     }
 
-    fn fits(
+    fn validate(
         &self,
         found: Descriptor,
         pinned: Option<Digest>,
@@ -386,30 +387,34 @@ impl Repository {
         } else {
             format!("{}, */*", descriptor.media_type)
         };
-        let ask =
-            Ask::new(Method::GET, format!("manifests/{}", descriptor.digest), Need::Pull, &action)
-                .header(header::ACCEPT, &accept);
-        let reply = self.ask(&ask).await?;
-        self.whole(reply.answer, &reply.endpoint, descriptor, &action).await
+        let request = ApiRequest::new(
+            Method::GET,
+            format!("manifests/{}", descriptor.digest),
+            Capability::Pull,
+            &action,
+        )
+        .header(header::ACCEPT, &accept);
+        let reply = self.request(&request).await?;
+        self.read_verified(reply.response, &reply.endpoint, descriptor, &action).await
     }
 
     /// The bytes of a small blob such as an image's config; checked.
     pub async fn fetch_small_blob(&self, descriptor: &Descriptor) -> Result<Bytes, Error> {
         let action = format!("fetch blob {}", descriptor.digest);
         let reply = self
-            .ask(&Ask::new(
+            .request(&ApiRequest::new(
                 Method::GET,
                 format!("blobs/{}", descriptor.digest),
-                Need::Pull,
+                Capability::Pull,
                 &action,
             ))
             .await?;
-        self.whole(reply.answer, &reply.endpoint, descriptor, &action).await
+        self.read_verified(reply.response, &reply.endpoint, descriptor, &action).await
     }
 
-    async fn whole(
+    async fn read_verified(
         &self,
-        answer: Response,
+        response: Response,
         endpoint: &Endpoint,
         descriptor: &Descriptor,
         action: &str,
@@ -418,7 +423,7 @@ impl Repository {
         if descriptor.size > MAX_MANIFEST {
             return Err(fail(Kind::TooLarge { what: "the document", limit: MAX_MANIFEST }));
         }
-        let bytes = answer.body.collect(MAX_MANIFEST).await.map_err(|f| fail(f.into()))?;
+        let bytes = response.body.collect(MAX_MANIFEST).await.map_err(|f| fail(f.into()))?;
         let got = Digest::of(&bytes);
         if got != descriptor.digest {
             return Err(fail(Kind::Digest { expected: descriptor.digest, got }));
@@ -436,13 +441,14 @@ impl Repository {
     /// 1.1, "Listing Referrers").
     pub async fn referrers(&self, subject: Digest) -> Result<Vec<Descriptor>, Error> {
         let action = format!("list what refers to {subject}");
-        let ask = Ask::new(Method::GET, format!("referrers/{subject}"), Need::Pull, &action)
-            .header(header::ACCEPT, media::OCI_INDEX);
-        let (bytes, authority) = match self.ask(&ask).await {
+        let request =
+            ApiRequest::new(Method::GET, format!("referrers/{subject}"), Capability::Pull, &action)
+                .header(header::ACCEPT, media::OCI_INDEX);
+        let (bytes, authority) = match self.request(&request).await {
             Ok(reply) => {
                 let fail = |kind| Error::new(self.name(), &reply.endpoint.authority, &action, kind);
                 (
-                    reply.answer.body.collect(MAX_MANIFEST).await.map_err(|f| fail(f.into()))?,
+                    reply.response.body.collect(MAX_MANIFEST).await.map_err(|f| fail(f.into()))?,
                     reply.endpoint.authority.clone(),
                 )
             }
@@ -476,19 +482,20 @@ impl Repository {
             tags: Option<Vec<String>>,
         }
         let mut all = Vec::new();
-        let mut ask = Ask::new(Method::GET, "tags/list", Need::Resolve, "list the tags");
+        let mut request =
+            ApiRequest::new(Method::GET, "tags/list", Capability::Resolve, "list the tags");
         for _ in 0..MAX_TAG_PAGES {
-            let reply = self.ask(&ask).await?;
-            let next = next_page(&reply.answer);
+            let reply = self.request(&request).await?;
+            let next = next_page(&reply.response);
             let fail =
                 |kind| Error::new(self.name(), &reply.endpoint.authority, "list the tags", kind);
             let bytes =
-                reply.answer.body.collect(MAX_TAG_PAGE).await.map_err(|f| fail(f.into()))?;
+                reply.response.body.collect(MAX_TAG_PAGE).await.map_err(|f| fail(f.into()))?;
             let page: Page = serde_json::from_slice(&bytes)
                 .map_err(|e| fail(Kind::Protocol(format!("the list of tags is no JSON: {e}"))))?;
             all.extend(page.tags.unwrap_or_default());
             match next {
-                Some(query) if query != ask.query => ask.query = query,
+                Some(query) if query != request.query => request.query = query,
                 _ => break,
             }
         }
@@ -497,8 +504,8 @@ impl Repository {
 }
 
 /// The query of the next page, from `Link: <…>; rel="next"`.
-fn next_page(answer: &Response) -> Option<String> {
-    let link = answer.head.headers.get(header::LINK)?.to_str().ok()?;
+fn next_page(response: &Response) -> Option<String> {
+    let link = response.head.headers.get(header::LINK)?.to_str().ok()?;
     let target = link
         .split(',')
         .find(|l| l.contains("next"))?
@@ -506,19 +513,19 @@ fn next_page(answer: &Response) -> Option<String> {
         .strip_prefix('<')?
         .split('>')
         .next()?;
-    join(&answer.uri, target).ok()?.query().map(str::to_owned)
+    join(&response.uri, target).ok()?.query().map(str::to_owned)
 }
 
 /// What the headers of a manifest say of it, if they say everything.
-fn described(answer: &Response, pinned: Option<Digest>) -> Option<Descriptor> {
-    let header = |name: &str| answer.head.headers.get(name)?.to_str().ok();
+fn described(response: &Response, pinned: Option<Digest>) -> Option<Descriptor> {
+    let header = |name: &str| response.head.headers.get(name)?.to_str().ok();
     let digest = header("docker-content-digest").and_then(|d| d.parse().ok()).or(pinned)?;
     let size = header("content-length")?.parse().ok()?;
-    Some(Descriptor::new(media_type_of(answer)?, digest, size))
+    Some(Descriptor::new(media_type_of(response)?, digest, size))
 }
 
-fn media_type_of(answer: &Response) -> Option<String> {
-    let text = answer.head.headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
+fn media_type_of(response: &Response) -> Option<String> {
+    let text = response.head.headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
     let kind = text.split(';').next().unwrap_or_default().trim();
     // Some file servers say so of everything.
     (!kind.is_empty() && kind != "application/octet-stream" && kind != "application/json")

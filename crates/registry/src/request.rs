@@ -2,10 +2,10 @@
 
 use crate::{
     Error, Repository,
-    auth::{Scopes, Sent, Verdict},
+    auth::{AuthHeader, Scopes, Verdict},
     error::Kind,
     hosts::{Endpoint, Scheme},
-    limit::{Load, Permit},
+    limit::{Permit, Priority},
     repository::Mode,
 };
 use bytes::Bytes;
@@ -23,7 +23,7 @@ const MAX_TRIES: u32 = 5;
 
 /// What an endpoint must be able to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Need {
+pub(crate) enum Capability {
     Pull,
     Resolve,
     Push,
@@ -31,15 +31,15 @@ pub(crate) enum Need {
 
 /// A question.
 #[derive(Clone, Debug)]
-pub(crate) struct Ask {
+pub(crate) struct ApiRequest {
     pub method: Method,
     /// What follows the repository's name, such as `manifests/latest`.
     pub tail: String,
     pub query: String,
     pub headers: HeaderMap,
     pub body: Bytes,
-    pub need: Need,
-    pub load: Load,
+    pub need: Capability,
+    pub load: Priority,
     /// Scopes besides the repository's own.
     pub scopes: Vec<String>,
     /// For errors: `resolve`, `fetch sha256:…`.
@@ -48,11 +48,11 @@ pub(crate) struct Ask {
     pub retry: bool,
 }
 
-impl Ask {
+impl ApiRequest {
     pub(crate) fn new(
         method: Method,
         tail: impl Into<String>,
-        need: Need,
+        need: Capability,
         action: impl Into<String>,
     ) -> Self {
         Self {
@@ -62,7 +62,7 @@ impl Ask {
             headers: HeaderMap::new(),
             body: Bytes::new(),
             need,
-            load: Load::Light,
+            load: Priority::Light,
             scopes: Vec::new(),
             action: action.into(),
             retry: true,
@@ -80,7 +80,7 @@ impl Ask {
 /// A good answer (2xx), who gave it, and its place at that host.
 #[derive(Debug)]
 pub(crate) struct Reply {
-    pub answer: Response,
+    pub response: Response,
     pub endpoint: Endpoint,
     pub permit: Permit,
 }
@@ -88,16 +88,16 @@ pub(crate) struct Reply {
 impl Repository {
     /// Asks mirrors and then the origin; the first good answer wins. The origin's failure is the
     /// one that is told.
-    pub(crate) async fn ask(&self, ask: &Ask) -> Result<Reply, Error> {
-        let endpoints = self.endpoints(ask.need).await?;
+    pub(crate) async fn request(&self, request: &ApiRequest) -> Result<Reply, Error> {
+        let endpoints = self.endpoints(request.need).await?;
         let mut earlier = Vec::new();
         for (i, endpoint) in endpoints.iter().enumerate() {
             let last = i + 1 == endpoints.len();
-            let permit = self.registry().limits.enter(&endpoint.authority, ask.load).await;
-            match self.ask_at(endpoint, ask, last && ask.retry).await {
-                Ok(answer) => return Ok(Reply { answer, endpoint: endpoint.clone(), permit }),
+            let permit = self.registry().limits.enter(&endpoint.authority, request.load).await;
+            match self.request_at(endpoint, request, last && request.retry).await {
+                Ok(response) => return Ok(Reply { response, endpoint: endpoint.clone(), permit }),
                 Err(kind) => {
-                    let error = Error::new(self.name(), &endpoint.authority, &ask.action, kind);
+                    let error = Error::new(self.name(), &endpoint.authority, &request.action, kind);
                     if last || matches!(error.kind(), Kind::Local(_)) {
                         return Err(error.after(earlier));
                     }
@@ -109,22 +109,27 @@ impl Repository {
         Err(Error::new(
             self.name(),
             self.name().registry(),
-            &ask.action,
+            &request.action,
             Kind::Config(
-                format!("no configured host may be asked to {:?}", ask.need).to_lowercase(),
+                format!("no configured host may be asked to {:?}", request.need).to_lowercase(),
             ),
         ))
     }
 
     /// Asks one endpoint, again if the failure may pass and there is time.
-    async fn ask_at(&self, endpoint: &Endpoint, ask: &Ask, retry: bool) -> Result<Response, Kind> {
+    async fn request_at(
+        &self,
+        endpoint: &Endpoint,
+        request: &ApiRequest,
+        retry: bool,
+    ) -> Result<Response, Kind> {
         let client = self.registry().client(endpoint).await?;
         let timing = self.registry().config.timing;
         let (started, mut pause) = (Instant::now(), timing.backoff);
         let mut tries = 1;
         loop {
-            let kind = match self.once(&client, endpoint, ask).await {
-                Ok(answer) => return Ok(answer),
+            let kind = match self.send_authenticated(&client, endpoint, request).await {
+                Ok(response) => return Ok(response),
                 Err(kind) => kind,
             };
             let wait = match &kind {
@@ -140,7 +145,7 @@ impl Repository {
             {
                 return Err(kind);
             }
-            tracing::debug!(host = %endpoint.authority, action = %ask.action, ?kind, "trying again in {wait:?}");
+            tracing::debug!(host = %endpoint.authority, action = %request.action, ?kind, "trying again in {wait:?}");
             tokio::time::sleep(wait).await;
             pause = (pause * 2).min(timing.max_backoff);
             tries += 1;
@@ -148,18 +153,18 @@ impl Repository {
     }
 
     /// Asks once, answering challenges.
-    pub(crate) async fn once(
+    pub(crate) async fn send_authenticated(
         &self,
         client: &Client,
         endpoint: &Endpoint,
-        ask: &Ask,
+        request: &ApiRequest,
     ) -> Result<Response, Kind> {
-        let scopes = self.scopes(endpoint, ask.need, &ask.scopes);
+        let scopes = self.scopes(endpoint, request.need, &request.scopes);
         let mut tries = 0;
         loop {
             let sent =
                 self.auth().header(client, endpoint, self.name().repository(), &scopes).await?;
-            let answer = match self.send(client, endpoint, ask, sent.as_ref()).await {
+            let response = match self.send(client, endpoint, request, sent.as_ref()).await {
                 Err(HttpError::NotTls(why)) if self.registry().speak_plain(endpoint) => {
                     tracing::info!(host = %endpoint.authority, why, "falling back to plain HTTP");
                     continue;
@@ -167,23 +172,23 @@ impl Repository {
                 other => other?,
             };
             // Another host's challenge (after a redirect) is not for the registry's credentials.
-            let ours = answer.uri.authority().is_some_and(|a| a.as_str() == endpoint.authority);
-            if answer.head.status == StatusCode::UNAUTHORIZED && ours {
+            let ours = response.uri.authority().is_some_and(|a| a.as_str() == endpoint.authority);
+            if response.head.status == StatusCode::UNAUTHORIZED && ours {
                 match self.auth().challenged(
                     endpoint,
                     self.name().repository(),
-                    &answer.head.headers,
+                    &response.head.headers,
                     sent.as_ref(),
                     tries,
                 ) {
                     Verdict::Retry => tries += 1,
                     Verdict::Denied(reason) => {
-                        return Err(denied(answer, reason, sent.as_ref()).await);
+                        return Err(denied(response, reason, sent.as_ref()).await);
                     }
                 }
                 continue;
             }
-            return good(answer, &ask.method).await;
+            return check_status(response, &request.method).await;
         }
     }
 
@@ -191,29 +196,30 @@ impl Repository {
         &self,
         client: &Client,
         endpoint: &Endpoint,
-        ask: &Ask,
-        sent: Option<&Sent>,
+        request: &ApiRequest,
+        sent: Option<&AuthHeader>,
     ) -> Result<Response, HttpError> {
-        let uri = self.uri(endpoint, ask)?;
-        let headers = self.headers(endpoint, &ask.headers, sent);
-        if ask.method == Method::GET || ask.method == Method::HEAD {
-            return client.fetch(ask.method.clone(), uri, headers).await;
+        let uri = self.uri(endpoint, request)?;
+        let headers = self.headers(endpoint, &request.headers, sent);
+        if request.method == Method::GET || request.method == Method::HEAD {
+            return client.fetch(request.method.clone(), uri, headers).await;
         }
-        let body = if ask.body.is_empty() { no_body() } else { full_body(ask.body.clone()) };
-        let mut request = Request::new(body);
-        (*request.method_mut(), *request.uri_mut(), *request.headers_mut()) =
-            (ask.method.clone(), uri, headers);
-        if ask.body.is_empty() {
-            request.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+        let body =
+            if request.body.is_empty() { no_body() } else { full_body(request.body.clone()) };
+        let mut http = Request::new(body);
+        (*http.method_mut(), *http.uri_mut(), *http.headers_mut()) =
+            (request.method.clone(), uri, headers);
+        if request.body.is_empty() {
+            http.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
         }
-        client.send(request).await
+        client.send(http).await
     }
 
     pub(crate) fn headers(
         &self,
         endpoint: &Endpoint,
         own: &HeaderMap,
-        sent: Option<&Sent>,
+        sent: Option<&AuthHeader>,
     ) -> HeaderMap {
         let mut headers = endpoint.headers.clone();
         if let Ok(agent) = HeaderValue::from_str(&self.registry().config.user_agent) {
@@ -228,9 +234,9 @@ impl Repository {
         headers
     }
 
-    fn uri(&self, endpoint: &Endpoint, ask: &Ask) -> Result<Uri, HttpError> {
+    fn uri(&self, endpoint: &Endpoint, request: &ApiRequest) -> Result<Uri, HttpError> {
         let scheme = self.registry().scheme(endpoint);
-        let mut query = ask.query.clone();
+        let mut query = request.query.clone();
         if let Some(registry) = &endpoint.stands_for {
             query = format!("ns={registry}{}{query}", if query.is_empty() { "" } else { "&" });
         }
@@ -240,19 +246,19 @@ impl Repository {
             endpoint.authority,
             endpoint.path,
             self.name().repository(),
-            ask.tail
+            request.tail
         );
         text.parse().map_err(|_| HttpError::Protocol(format!("{text:?} is no address")))
     }
 
-    pub(crate) fn scopes(&self, endpoint: &Endpoint, need: Need, more: &[String]) -> Scopes {
+    pub(crate) fn scopes(&self, endpoint: &Endpoint, need: Capability, more: &[String]) -> Scopes {
         let repository = match endpoint.prefix() {
             "" => self.name().repository().to_owned(),
             prefix => format!("{prefix}/{}", self.name().repository()),
         };
         // A pusher asks for both from the start: a token for reading would have to be replaced at
         // once.
-        let push = need == Need::Push || self.mode() == Mode::Push;
+        let push = need == Capability::Push || self.mode() == Mode::Push;
         let own = format!(
             "repository:{repository}:pull{}",
             if push && endpoint.capabilities.push { ",push" } else { "" }
@@ -262,12 +268,12 @@ impl Repository {
 }
 
 impl Endpoint {
-    pub(crate) fn can(&self, need: Need) -> bool {
+    pub(crate) fn can(&self, need: Capability) -> bool {
         let c = self.capabilities;
         match need {
-            Need::Pull => c.pull,
-            Need::Resolve => c.pull && c.resolve,
-            Need::Push => c.push,
+            Capability::Pull => c.pull,
+            Capability::Resolve => c.pull && c.resolve,
+            Capability::Push => c.push,
         }
     }
 
@@ -277,14 +283,14 @@ impl Endpoint {
 }
 
 /// Lets 2xx through and makes an error of everything else.
-pub(crate) async fn good(answer: Response, method: &Method) -> Result<Response, Kind> {
-    let status = answer.head.status;
+pub(crate) async fn check_status(response: Response, method: &Method) -> Result<Response, Kind> {
+    let status = response.head.status;
     if status.is_success() {
-        return Ok(answer);
+        return Ok(response);
     }
-    let request = format!("{method} request to {}", display_of(&answer.uri));
-    let wait = retry_after(&answer.head.headers);
-    let server = words_of(answer).await;
+    let request = format!("{method} request to {}", display_of(&response.uri));
+    let wait = retry_after(&response.head.headers);
+    let server = server_message(response).await;
     Err(match status.as_u16() {
         404 => Kind::NotFound,
         401 => Kind::Unauthorized { server, with_credentials: false },
@@ -294,15 +300,15 @@ pub(crate) async fn good(answer: Response, method: &Method) -> Result<Response, 
     })
 }
 
-pub(crate) async fn denied(answer: Response, reason: String, sent: Option<&Sent>) -> Kind {
+pub(crate) async fn denied(response: Response, reason: String, sent: Option<&AuthHeader>) -> Kind {
     let with_credentials = sent.is_some_and(|s| s.with_credentials);
-    let words = words_of(answer).await;
+    let words = server_message(response).await;
     Kind::Unauthorized { server: if reason.is_empty() { words } else { reason }, with_credentials }
 }
 
 /// The server's words on an error; nothing when they cannot be had.
-async fn words_of(answer: Response) -> String {
-    server_words(&answer.body.collect(MAX_ERROR_BODY).await.unwrap_or_default())
+async fn server_message(response: Response) -> String {
+    message_in(&response.body.collect(MAX_ERROR_BODY).await.unwrap_or_default())
 }
 
 /// When a server wants to be asked again, if it says so in seconds.
@@ -313,9 +319,9 @@ pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 
 /// A short, printable form of an error document: the specification's `errors` list, a token
 /// server's `details`, or plain text.
-pub(crate) fn server_words(body: &[u8]) -> String {
+pub(crate) fn message_in(body: &[u8]) -> String {
     let text = match serde_json::from_slice::<serde_json::Value>(body) {
-        Ok(json) => json_words(&json),
+        Ok(json) => message_in_json(&json),
         Err(_) => {
             let text = String::from_utf8_lossy(body);
             let text = text.trim();
@@ -330,7 +336,7 @@ pub(crate) fn server_words(body: &[u8]) -> String {
     }
 }
 
-fn json_words(json: &serde_json::Value) -> String {
+fn message_in_json(json: &serde_json::Value) -> String {
     let word = |v: &serde_json::Value, key: &str| {
         v.get(key).and_then(|w| w.as_str()).unwrap_or_default().trim().to_owned()
     };
@@ -371,8 +377,8 @@ mod tests {
             ("", ""),
             ("[1,2]", ""),
         ] {
-            assert_eq!(server_words(body.as_bytes()), want, "{body}");
+            assert_eq!(message_in(body.as_bytes()), want, "{body}");
         }
-        assert_eq!(server_words("x".repeat(10_000).as_bytes()).chars().count(), MAX_WORDS + 1);
+        assert_eq!(message_in("x".repeat(10_000).as_bytes()).chars().count(), MAX_WORDS + 1);
     }
 }

@@ -199,7 +199,7 @@ impl Control for ControlService {
         let prune = async move {
             let refs = &services.refs;
             // Whoever asks for space asks for what waits for the next build, too.
-            services.executor.rest().await;
+            services.executor.retire_idle().await;
             refs.drained().await;
             let (removed, mut queue) = mpsc::unbounded_channel();
             // Bounded by the number of records; the receiver drains as fast as the client reads.

@@ -10,7 +10,7 @@ use crate::{
 };
 use shipway_attest::Builder;
 use shipway_cachedb::CacheDb;
-use shipway_cdi::Registry as DeviceRegistry;
+use shipway_cdi::CdiCatalog;
 use shipway_containerd::{Containerd, ContainerdNamespaces, TaskExecutor};
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_engine::{Engine, EngineParts, History, HistoryEncoders, ImageFrontends};
@@ -219,8 +219,8 @@ fn apparmor(profile: &str) -> Result<()> {
 }
 
 /// Where devices are described; the log says what of it cannot be used.
-fn devices(config: &Cdi) -> DeviceRegistry {
-    let registry = DeviceRegistry::new(
+fn devices(config: &Cdi) -> CdiCatalog {
+    let registry = CdiCatalog::new(
         config.spec_dirs.iter().map(Into::into),
         config.auto_allowed.iter().cloned(),
     );

@@ -14,7 +14,7 @@
 
 use crate::{
     CacheKey, CacheMap, Operation,
-    graph::{Edge, EdgeId, Graph, Level, NodeNo, Open, Phase, Probe, Seen, Wanter, Work},
+    graph::{Edge, EdgeId, Graph, InputState, Level, NodeNo, Open, Phase, Probe, Waiter, Work},
     keys::{Candidates, InputKeys, Key},
     step::Effect,
 };
@@ -77,7 +77,7 @@ impl<Op: Operation> Graph<Op> {
         let phase = std::mem::replace(&mut edge.phase, Phase::Open(Open::default()));
         let before = progress(&phase);
         let phase = match phase {
-            Phase::Open(open) => self.look(id, open, desired),
+            Phase::Open(open) => self.probe_open(id, open, desired),
             Phase::Following(open, target) => self.follow(id, open, target, desired),
             Phase::Claimed(open) => self.claimed(id, open, desired),
             ended => ended,
@@ -88,7 +88,7 @@ impl<Op: Operation> Graph<Op> {
             edge.phase = phase;
         }
         if ended {
-            self.rest(id);
+            self.release_inputs(id);
             self.answer(id);
         }
         if after != before {
@@ -107,23 +107,23 @@ impl<Op: Operation> Graph<Op> {
         let requests: Vec<_> = edge
             .wants
             .keys()
-            .filter_map(|w| if let Wanter::Request(r) = w { Some(*r) } else { None })
+            .filter_map(|w| if let Waiter::Request(r) = w { Some(*r) } else { None })
             .collect();
         for request in requests {
             self.requests.remove(&request);
-            self.want(id, Wanter::Request(request), None);
+            self.want(id, Waiter::Request(request), None);
             self.effects.push(Effect::Reply { request, result: result.clone() });
         }
     }
 
-    pub(crate) fn look(
+    pub(crate) fn probe_open(
         &mut self,
         id: EdgeId,
         mut open: Open,
         desired: Option<Level>,
     ) -> Phase<Op::Output> {
         let Some(desired) = desired else {
-            self.rest(id);
+            self.release_inputs(id);
             return Phase::Open(open);
         };
         loop {
@@ -131,7 +131,7 @@ impl<Op: Operation> Graph<Op> {
                 return Phase::Open(open);
             }
             if open.settled >= Some(desired) {
-                self.rest(id);
+                self.release_inputs(id);
                 return Phase::Open(open);
             }
             let stage = match open.settled {
@@ -190,7 +190,7 @@ impl<Op: Operation> Graph<Op> {
         self.raise(id, |i| {
             if content(i) && unknown.get(i) == Some(&true) { Level::Result } else { Level::Slow }
         });
-        if self.hopeless(id, &map) {
+        if self.cannot_hit(id, &map) {
             open.candidates = self.candidates(id, &map, false);
             return Ok(Stage::Settled(Level::Slow));
         }
@@ -298,9 +298,9 @@ impl<Op: Operation> Graph<Op> {
         let mut wait = false;
         for input in &node.identity.inputs {
             match self.edge(*input).map(|e| e.phase.seen(level)) {
-                Some(Seen::Ready) => {}
-                Some(Seen::Pending) => wait = true,
-                Some(Seen::Failed(fault)) => return Err(fault.into()),
+                Some(InputState::Ready) => {}
+                Some(InputState::Pending) => wait = true,
+                Some(InputState::Failed(fault)) => return Err(fault.into()),
                 None => return Err(Fault::cancelled().into()),
             }
         }
@@ -311,13 +311,13 @@ impl<Op: Operation> Graph<Op> {
     fn unknown_inputs(&self, id: EdgeId) -> Vec<bool> {
         let Some(node) = self.nodes.get(&id.node) else { return Vec::new() };
         let unknown = |e: &Edge<Op::Output>| {
-            matches!(e.phase.seen(Level::Slow), Seen::Ready) && !e.may_have_consumers()
+            matches!(e.phase.seen(Level::Slow), InputState::Ready) && !e.may_have_consumers()
         };
         node.identity.inputs.iter().map(|i| self.edge(*i).is_some_and(unknown)).collect()
     }
 
     /// Whether no key of the edge can lead to a stored result, whatever its inputs' contents are.
-    fn hopeless(&self, id: EdgeId, map: &CacheMap) -> bool {
+    fn cannot_hit(&self, id: EdgeId, map: &CacheMap) -> bool {
         let Some(node) = self.nodes.get(&id.node) else { return false };
         if map.ephemeral || node.vertex.id.ignore_cache {
             return true;
@@ -327,7 +327,7 @@ impl<Op: Operation> Graph<Op> {
             self.edge(*input).is_some_and(|e| {
                 let askable =
                     || e.phase.keys().iter().chain(e.foreign.iter().flatten()).any(Key::askable);
-                matches!(e.phase.seen(Level::Slow), Seen::Ready)
+                matches!(e.phase.seen(Level::Slow), InputState::Ready)
                     && (!e.may_have_consumers() || !askable())
             })
         })
@@ -369,21 +369,21 @@ impl<Op: Operation> Graph<Op> {
         let Some(node) = self.nodes.get(&id.node) else { return };
         let mut wanted: BTreeMap<EdgeId, Option<Level>> = BTreeMap::new();
         for (i, input) in node.identity.inputs.iter().enumerate() {
-            let before = self.edge(*input).and_then(|e| e.wants.get(&Wanter::Edge(id)).copied());
+            let before = self.edge(*input).and_then(|e| e.wants.get(&Waiter::Edge(id)).copied());
             let entry = wanted.entry(*input).or_insert(before);
             *entry = (*entry).max(Some(level(i)));
         }
         for (input, level) in wanted {
-            self.want(input, Wanter::Edge(id), level);
+            self.want(input, Waiter::Edge(id), level);
         }
     }
 
     /// Wants nothing of its inputs any more.
-    pub(crate) fn rest(&mut self, id: EdgeId) {
+    pub(crate) fn release_inputs(&mut self, id: EdgeId) {
         let inputs =
             self.nodes.get(&id.node).map(|n| n.identity.inputs.clone()).unwrap_or_default();
         for input in inputs {
-            self.want(input, Wanter::Edge(id), None);
+            self.want(input, Waiter::Edge(id), None);
         }
     }
 }

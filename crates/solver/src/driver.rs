@@ -4,7 +4,7 @@ use crate::{
     CacheKey, CacheStore, Completion, Operation, RecordMeta,
     graph::{Graph, JobNo, Promise, RequestNo, TaskNo},
     handle::{Known, Limits},
-    step::{Answer, Effect, Event, Say},
+    step::{Answer, Effect, Event, Progress},
 };
 use futures::{
     FutureExt,
@@ -204,9 +204,9 @@ impl<Op: Operation> Driver<Op> {
                 }
             }
             Effect::Report { reporter, what } => match what {
-                Say::Started => reporter.started(),
-                Say::Cached => reporter.cached(),
-                Say::Completed(error) => reporter.completed(error),
+                Progress::Started => reporter.started(),
+                Progress::Cached => reporter.cached(),
+                Progress::Completed(error) => reporter.completed(error),
             },
             Effect::Reply { request, result } => {
                 if let Some(reply) = self.replies.remove(&request) {

@@ -65,7 +65,7 @@ pub(crate) enum Level {
 
 /// Who wants an edge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Wanter {
+pub(crate) enum Waiter {
     /// A request.
     Request(RequestNo),
     /// An edge that has it as input, or waits for it because it does the same work.
@@ -141,8 +141,8 @@ pub(crate) struct Node<Op: Operation> {
     /// How often its inputs had been taken back when it last ran.
     pub(crate) ran_over: u64,
     /// How many jobs have left; work cancelled after one left is tried again for the others.
-    pub(crate) departures: u64,
-    pub(crate) told: Told,
+    pub(crate) jobs_left: u64,
+    pub(crate) reported: Reported,
     pub(crate) map: Work<Arc<CacheMap>>,
     /// One per input: checksum of what is read of it; `None` within if there is none.
     pub(crate) contents: Vec<Work<Option<Digest>>>,
@@ -163,7 +163,7 @@ impl<J: Clone> Holders<J> {
 
 /// What was reported of a vertex.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Told {
+pub(crate) enum Reported {
     Nothing,
     Started,
     Ended,
@@ -171,10 +171,10 @@ pub(crate) enum Told {
 
 /// A task in flight.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Flight {
+pub(crate) struct InFlight {
     pub(crate) task: TaskNo,
-    /// [`Node::departures`] when it began.
-    pub(crate) departures: u64,
+    /// [`Node::jobs_left`] when it began.
+    pub(crate) jobs_left: u64,
     /// How often inputs had been taken back when it began.
     pub(crate) redone: u64,
 }
@@ -183,7 +183,7 @@ pub(crate) struct Flight {
 #[derive(Clone, Debug)]
 pub(crate) enum Work<T> {
     Unasked,
-    Asked(Flight),
+    Asked(InFlight),
     Known(T),
     Failed(Fault),
 }
@@ -200,13 +200,13 @@ pub(crate) enum Run<O> {
     Idle,
     /// Waits for its turn.
     Queued,
-    Running(Flight),
+    Running(InFlight),
     Done(Vec<O>),
     Failed(Fault),
 }
 
 pub(crate) struct Edge<O> {
-    pub(crate) wants: BTreeMap<Wanter, Level>,
+    pub(crate) wants: BTreeMap<Waiter, Level>,
     pub(crate) phase: Phase<O>,
     /// What imported caches call it, once that was looked up.
     pub(crate) foreign: Option<Vec<Key>>,
@@ -292,13 +292,13 @@ pub(crate) struct Saving<O> {
 
 pub(crate) struct Done<O> {
     pub(crate) value: O,
-    pub(crate) from: From,
+    pub(crate) from: ResultOrigin,
     pub(crate) keys: Vec<Key>,
 }
 
 /// Where an edge has its result from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum From {
+pub(crate) enum ResultOrigin {
     /// Its vertex ran.
     Run,
     /// Another edge, which did the same work.
@@ -307,7 +307,7 @@ pub(crate) enum From {
     Cache,
 }
 
-impl From {
+impl ResultOrigin {
     pub(crate) fn completion(self) -> Completion {
         match self {
             Self::Run => Completion::Ran,
@@ -323,7 +323,7 @@ impl Open {
 }
 
 /// What a consumer sees of an input.
-pub(crate) enum Seen {
+pub(crate) enum InputState {
     Pending,
     Ready,
     Failed(Fault),
@@ -331,18 +331,19 @@ pub(crate) enum Seen {
 
 impl<O> Phase<O> {
     /// Whether the edge is known up to `level`.
-    pub(crate) fn seen(&self, level: Level) -> Seen {
-        let settled =
-            |open: &Open| if open.settled >= Some(level) { Seen::Ready } else { Seen::Pending };
+    pub(crate) fn seen(&self, level: Level) -> InputState {
+        let settled = |open: &Open| {
+            if open.settled >= Some(level) { InputState::Ready } else { InputState::Pending }
+        };
         match self {
             Self::Open(open) => settled(open),
             Self::Following(open, _) | Self::Claimed(open) => settled(open),
-            Self::Saving(_) if level < Level::Result => Seen::Ready,
-            Self::Saving(_) => Seen::Pending,
-            Self::Done(_) => Seen::Ready,
+            Self::Saving(_) if level < Level::Result => InputState::Ready,
+            Self::Saving(_) => InputState::Pending,
+            Self::Done(_) => InputState::Ready,
             Self::Failed(fault, open) => match open {
-                Some(open) if open.settled >= Some(level) => Seen::Ready,
-                _ => Seen::Failed(fault.clone()),
+                Some(open) if open.settled >= Some(level) => InputState::Ready,
+                _ => InputState::Failed(fault.clone()),
             },
         }
     }
@@ -428,13 +429,13 @@ impl<Op: Operation> Graph<Op> {
         self.nodes.get_mut(&id.node)?.edges.get_mut(&id.output)
     }
 
-    /// Sets what `wanter` wants of `target`; `None` withdraws it.
-    pub(crate) fn want(&mut self, target: EdgeId, wanter: Wanter, level: Option<Level>) {
+    /// Sets what `waiter` wants of `target`; `None` withdraws it.
+    pub(crate) fn want(&mut self, target: EdgeId, waiter: Waiter, level: Option<Level>) {
         let Some(edge) = self.edge_mut(target) else { return };
         let before = edge.desired();
         match level {
-            Some(level) => edge.wants.insert(wanter, level),
-            None => edge.wants.remove(&wanter),
+            Some(level) => edge.wants.insert(waiter, level),
+            None => edge.wants.remove(&waiter),
         };
         if edge.desired() != before {
             self.dirty.push(target);
@@ -443,10 +444,10 @@ impl<Op: Operation> Graph<Op> {
 
     /// Looks again at everyone who wants `edge`.
     pub(crate) fn notify(&mut self, edge: EdgeId) {
-        let wanters: Vec<Wanter> =
+        let waiters: Vec<Waiter> =
             self.edge(edge).map(|e| e.wants.keys().copied().collect()).unwrap_or_default();
-        for wanter in wanters {
-            if let Wanter::Edge(consumer) = wanter {
+        for waiter in waiters {
+            if let Waiter::Edge(consumer) = waiter {
                 self.dirty.push(consumer);
             }
         }
@@ -517,8 +518,8 @@ impl<Op: Operation> Graph<Op> {
             holders: Holders(shared),
             recoveries: 0,
             ran_over: 0,
-            departures: 0,
-            told: Told::Nothing,
+            jobs_left: 0,
+            reported: Reported::Nothing,
             map: Work::Unasked,
             contents: vertex.inputs.iter().map(|_| Work::Unasked).collect(),
             run: Run::Idle,

@@ -20,8 +20,8 @@ use tokio::sync::{mpsc, oneshot};
 /// Bounds on the solver's work.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Limits {
-    /// How many operations that [count](Operation::counts) run at once (row `so.par`); `None` for
-    /// no limit.
+    /// How many operations that [count](Operation::takes_slot) run at once (row `so.par`); `None`
+    /// for no limit.
     pub max_parallel: Option<usize>,
 }
 

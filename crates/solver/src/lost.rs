@@ -8,7 +8,7 @@
 
 use crate::{
     CacheKey, Operation, Vertex,
-    graph::{EdgeId, From, Graph, JobNo, NodeNo, Open, Phase, Run, Work},
+    graph::{EdgeId, Graph, JobNo, NodeNo, Open, Phase, ResultOrigin, Run, Work},
     step::Effect,
 };
 use shipway_fault::Fault;
@@ -92,19 +92,19 @@ impl<Op: Operation> Graph<Op> {
             // Twins that share a key with one of these can have nothing else from it.
             let made: BTreeSet<CacheKey> = left
                 .iter()
-                .filter(|(.., done)| done.from == From::Run)
+                .filter(|(.., done)| done.from == ResultOrigin::Run)
                 .flat_map(|(.., done)| &done.keys)
                 .map(|k| k.key)
                 .collect();
             let before = left.len();
             left.retain(|(id, node, done)| {
                 let goes = match done.from {
-                    From::Cache => true,
-                    From::Run => {
+                    ResultOrigin::Cache => true,
+                    ResultOrigin::Run => {
                         node.ran_over != self.redone(id.node)
                             || node.identity.inputs.iter().any(|i| doomed.contains(i))
                     }
-                    From::Twin => !done.keys.iter().any(|k| made.contains(&k.key)),
+                    ResultOrigin::Twin => !done.keys.iter().any(|k| made.contains(&k.key)),
                 };
                 if goes {
                     doomed.insert(*id);
@@ -129,7 +129,7 @@ impl<Op: Operation> Graph<Op> {
             };
             edge.redone += 1;
             edge.foreign = None;
-            if done.from == From::Run {
+            if done.from == ResultOrigin::Run {
                 node.run = Run::Idle;
             }
             self.effects.push(Effect::Forget { value: done.value });

@@ -98,7 +98,7 @@ pub trait Operation: Send + Sync + 'static {
     ) -> Result<Vec<Self::Output>>;
 
     /// Whether running it counts against the parallelism limit (row `so.par`).
-    fn counts(&self) -> bool {
+    fn takes_slot(&self) -> bool {
         true
     }
 

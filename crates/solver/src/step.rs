@@ -8,8 +8,8 @@ use crate::handle::Known;
 use crate::{
     CacheKey, CacheMap, Completion, ImportedCache, OpContext, Operation, RecordMeta, Vertex,
     graph::{
-        Edge, EdgeId, Flight, Graph, JobNo, JobState, Level, Node, NodeNo, Open, Phase, Promise,
-        Request, RequestNo, Run, TaskNo, Told, Wanter, Work,
+        Edge, EdgeId, Graph, InFlight, JobNo, JobState, Level, Node, NodeNo, Open, Phase, Promise,
+        Reported, Request, RequestNo, Run, TaskNo, Waiter, Work,
     },
 };
 use shipway_fault::{Detail, Fault, Result};
@@ -114,14 +114,14 @@ pub(crate) enum Effect<Op: Operation> {
     /// Drop a task.
     Cancel { task: TaskNo },
     /// Tell those who watch.
-    Report { reporter: Reporter, what: Say },
+    Report { reporter: Reporter, what: Progress },
     /// Answer a request.
     Reply { request: RequestNo, result: Result<(Op::Output, Completion)> },
 }
 
-/// What is told of a vertex.
+/// What is reported of a vertex.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Say {
+pub(crate) enum Progress {
     Started,
     Cached,
     Completed(Option<String>),
@@ -195,7 +195,7 @@ impl<Op: Operation> Graph<Op> {
                 self.advance(edge);
             }
             for node in std::mem::take(&mut self.dirty.nodes) {
-                self.tend(node);
+                self.cancel_unwanted(node);
             }
             for edge in std::mem::take(&mut self.forgotten) {
                 let Some(e) = self.edge_mut(edge).filter(|e| matches!(e.phase, Phase::Failed(..)))
@@ -226,14 +226,14 @@ impl<Op: Operation> Graph<Op> {
         }
         let edge = self.load(vertex, output, job);
         self.requests.insert(request, Request { job, edge });
-        self.want(edge, Wanter::Request(request), Some(Level::Result));
+        self.want(edge, Waiter::Request(request), Some(Level::Result));
         // The edge may have its result already.
         self.dirty.push(edge);
     }
 
     fn withdraw(&mut self, request: RequestNo) {
         if let Some(r) = self.requests.remove(&request) {
-            self.want(r.edge, Wanter::Request(request), None);
+            self.want(r.edge, Waiter::Request(request), None);
         }
     }
 
@@ -252,7 +252,7 @@ impl<Op: Operation> Graph<Op> {
         let mut unheld = Vec::new();
         for no in state.nodes {
             let Some(node) = self.nodes.get_mut(&no) else { continue };
-            node.departures += 1;
+            node.jobs_left += 1;
             let alone = node.holders.edit(|h| {
                 h.retain(|(j, _)| *j != job);
                 h.is_empty()
@@ -282,7 +282,7 @@ impl<Op: Operation> Graph<Op> {
         let edges: Vec<EdgeId> =
             node.edges.keys().map(|output| EdgeId { node: no, output: *output }).collect();
         for edge in &edges {
-            self.rest(*edge);
+            self.release_inputs(*edge);
             self.notify(*edge);
             self.abandon(*edge);
         }
@@ -292,7 +292,7 @@ impl<Op: Operation> Graph<Op> {
         let flights = [&node.map]
             .into_iter()
             .filter_map(|w| if let Work::Asked(f) = w { Some(*f) } else { None });
-        let flights: Vec<Flight> = flights
+        let flights: Vec<InFlight> = flights
             .chain(
                 node.contents
                     .iter()
@@ -304,21 +304,21 @@ impl<Op: Operation> Graph<Op> {
         }
         if let Run::Running(flight) = node.run {
             self.effects.push(Effect::Cancel { task: flight.task });
-            self.running -= usize::from(node.vertex.op.counts());
+            self.running -= usize::from(node.vertex.op.takes_slot());
         }
-        if node.told == Told::Started {
+        if node.reported == Reported::Started {
             self.effects.push(Effect::Report {
                 reporter: node.cx.reporter,
-                what: Say::Completed(Some(Fault::cancelled().to_string())),
+                what: Progress::Completed(Some(Fault::cancelled().to_string())),
             });
         }
     }
 
     /// Whether a failed task is to be tried again: it was cancelled after one of its jobs left, and
     /// others still want it.
-    fn try_again(&self, node: NodeNo, flight: Flight, fault: &Fault) -> bool {
+    fn try_again(&self, node: NodeNo, flight: InFlight, fault: &Fault) -> bool {
         fault.is_cancelled()
-            && self.nodes.get(&node).is_some_and(|n| n.departures != flight.departures)
+            && self.nodes.get(&node).is_some_and(|n| n.jobs_left != flight.jobs_left)
     }
 
     fn mapped(&mut self, task: TaskNo, no: NodeNo, result: Result<CacheMap>) {
@@ -339,8 +339,8 @@ impl<Op: Operation> Graph<Op> {
             Ok(map) => node.map = Work::Known(Arc::new(map)),
             Err(fault) if self.try_again(no, flight, &fault) => {}
             Err(fault) => {
-                self.tell(no, Say::Completed(Some(fault.to_string())));
-                let fault = self.blame(no, fault);
+                self.report(no, Progress::Completed(Some(fault.to_string())));
+                let fault = self.attach_vertex(no, fault);
                 self.fail_node(no, &fault, |_| true);
                 if let Some(node) = self.nodes.get_mut(&no)
                     && !fault.is_cancelled()
@@ -365,8 +365,8 @@ impl<Op: Operation> Graph<Op> {
                 if self.try_again(no, flight, &fault)
                     || self.recover(no, flight.redone, &fault) => {}
             Err(fault) => {
-                self.tell(no, Say::Completed(Some(fault.to_string())));
-                let fault = self.blame(no, fault);
+                self.report(no, Progress::Completed(Some(fault.to_string())));
+                let fault = self.attach_vertex(no, fault);
                 self.fail_node(
                     no,
                     &fault,
@@ -388,21 +388,21 @@ impl<Op: Operation> Graph<Op> {
         if flight.task != task {
             return;
         }
-        self.running -= usize::from(node.vertex.op.counts());
+        self.running -= usize::from(node.vertex.op.takes_slot());
         node.run = Run::Idle;
         match result {
             Ok(outputs) => {
                 node.run = Run::Done(outputs);
                 node.ran_over = flight.redone;
-                self.tell(no, Say::Completed(None));
+                self.report(no, Progress::Completed(None));
             }
             Err(fault) if self.try_again(no, flight, &fault) => {}
             Err(fault) if self.recover(no, flight.redone, &fault) => {
-                self.tell(no, Say::Completed(None))
+                self.report(no, Progress::Completed(None))
             }
             Err(fault) => {
-                self.tell(no, Say::Completed(Some(fault.to_string())));
-                let fault = self.blame(no, fault);
+                self.report(no, Progress::Completed(Some(fault.to_string())));
+                let fault = self.attach_vertex(no, fault);
                 self.fail_node(no, &fault, |phase| matches!(phase, Phase::Claimed(_)));
                 if let Some(node) = self.nodes.get_mut(&no)
                     && !fault.is_cancelled()
@@ -437,7 +437,7 @@ impl<Op: Operation> Graph<Op> {
     }
 
     /// Names the vertex in its fault, once.
-    pub(crate) fn blame(&self, no: NodeNo, fault: Fault) -> Fault {
+    pub(crate) fn attach_vertex(&self, no: NodeNo, fault: Fault) -> Fault {
         match self.nodes.get(&no) {
             Some(node) if !fault.details().iter().any(|d| matches!(d, Detail::Vertex(_))) => {
                 fault.detail(Detail::Vertex(node.vertex.id.digest.to_string()))
@@ -447,14 +447,14 @@ impl<Op: Operation> Graph<Op> {
     }
 
     /// Reports progress of a vertex.
-    pub(crate) fn tell(&mut self, no: NodeNo, what: Say) {
+    pub(crate) fn report(&mut self, no: NodeNo, what: Progress) {
         let Some(node) = self.nodes.get_mut(&no) else { return };
-        node.told = if what == Say::Started { Told::Started } else { Told::Ended };
+        node.reported = if what == Progress::Started { Reported::Started } else { Reported::Ended };
         self.effects.push(Effect::Report { reporter: node.cx.reporter.clone(), what });
     }
 
     /// Reports inputs that never ran and are not wanted as cached, and theirs (row `so.st.cached`).
-    pub(crate) fn tell_inputs_cached(&mut self, no: NodeNo) {
+    pub(crate) fn report_inputs_cached(&mut self, no: NodeNo) {
         let mut stack = vec![no];
         while let Some(no) = stack.pop() {
             let inputs: Vec<EdgeId> =
@@ -464,8 +464,8 @@ impl<Op: Operation> Graph<Op> {
                 let busy = node.edges.values().any(|e| {
                     e.desired() == Some(Level::Result) && !matches!(e.phase, Phase::Done(_))
                 });
-                if node.told == Told::Nothing && !busy {
-                    self.tell(input.node, Say::Cached);
+                if node.reported == Reported::Nothing && !busy {
+                    self.report(input.node, Progress::Cached);
                     stack.push(input.node);
                 }
             }
@@ -476,8 +476,8 @@ impl<Op: Operation> Graph<Op> {
         TaskNo(self.number())
     }
 
-    pub(crate) fn flight(&mut self, no: NodeNo) -> Flight {
-        let departures = self.nodes.get(&no).map(|n| n.departures).unwrap_or_default();
-        Flight { task: self.task(), departures, redone: self.redone(no) }
+    pub(crate) fn flight(&mut self, no: NodeNo) -> InFlight {
+        let jobs_left = self.nodes.get(&no).map(|n| n.jobs_left).unwrap_or_default();
+        InFlight { task: self.task(), jobs_left, redone: self.redone(no) }
     }
 }

@@ -5,7 +5,7 @@ use crate::{
     VertexId,
     graph::{EdgeId, Graph, JobNo, NodeNo, RequestNo, TaskNo},
     keys::{Candidates, InputKeys, Key},
-    step::{Answer, Effect, Event, Say},
+    step::{Answer, Effect, Event, Progress},
 };
 use async_trait::async_trait;
 use shipway_fault::{Fault, Result};
@@ -37,7 +37,7 @@ impl Operation for Named {
     async fn run(&self, _: Vec<String>, _: &OpContext<()>) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
-    fn counts(&self) -> bool {
+    fn takes_slot(&self) -> bool {
         self.counts
     }
     /// What carries on a value has its name in its own.
@@ -224,10 +224,12 @@ impl Lab {
             }
             Effect::Report { reporter, what } => {
                 return match what {
-                    Say::Started => format!("{} started", reporter.name()),
-                    Say::Cached => format!("{} cached", reporter.name()),
-                    Say::Completed(None) => format!("{} completed", reporter.name()),
-                    Say::Completed(Some(error)) => format!("{} failed: {error}", reporter.name()),
+                    Progress::Started => format!("{} started", reporter.name()),
+                    Progress::Cached => format!("{} cached", reporter.name()),
+                    Progress::Completed(None) => format!("{} completed", reporter.name()),
+                    Progress::Completed(Some(error)) => {
+                        format!("{} failed: {error}", reporter.name())
+                    }
                 };
             }
             Effect::Reply { request, result } => {

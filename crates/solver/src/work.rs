@@ -4,11 +4,11 @@
 use crate::{
     CacheKey, Operation, RecordMeta,
     graph::{
-        Done, EdgeId, From, Graph, JobNo, Level, NodeNo, Open, Phase, Probe, Run, Saving, TaskNo,
-        Told, Wanter, Work,
+        Done, EdgeId, Graph, JobNo, Level, NodeNo, Open, Phase, Probe, Reported, ResultOrigin, Run,
+        Saving, TaskNo, Waiter, Work,
     },
     keys::{Candidates, Key},
-    step::{Effect, Say},
+    step::{Effect, Progress},
 };
 use shipway_fault::Fault;
 
@@ -27,8 +27,8 @@ impl<Op: Operation> Graph<Op> {
                     return self.adopt(id, open, value, keys);
                 }
                 Some(Phase::Claimed(_) | Phase::Saving(_)) => {
-                    self.lend(id, owner);
-                    self.want(owner, Wanter::Edge(id), Some(Level::Result));
+                    self.share_jobs(id, owner);
+                    self.want(owner, Waiter::Edge(id), Some(Level::Result));
                     return Phase::Following(open, owner);
                 }
                 _ => {}
@@ -41,7 +41,7 @@ impl<Op: Operation> Graph<Op> {
     }
 
     /// Lets the jobs of `id` hold the vertex whose result it will take, and hear of it.
-    fn lend(&mut self, id: EdgeId, owner: EdgeId) {
+    fn share_jobs(&mut self, id: EdgeId, owner: EdgeId) {
         let jobs: Vec<JobNo> = self
             .nodes
             .get(&id.node)
@@ -63,14 +63,14 @@ impl<Op: Operation> Graph<Op> {
             _ if desired != Some(Level::Result) => {}
             Some(Phase::Done(done)) => {
                 let (value, keys) = (done.value.clone(), done.keys.clone());
-                self.want(target, Wanter::Edge(id), None);
+                self.want(target, Waiter::Edge(id), None);
                 return self.adopt(id, open, value, keys);
             }
             Some(Phase::Claimed(_) | Phase::Saving(_)) => return Phase::Following(open, target),
             _ => {}
         }
-        self.want(target, Wanter::Edge(id), None);
-        self.look(id, open, desired)
+        self.want(target, Waiter::Edge(id), None);
+        self.probe_open(id, open, desired)
     }
 
     /// Takes the result of another edge that did the same work.
@@ -84,10 +84,10 @@ impl<Op: Operation> Graph<Op> {
         if let Some(primary) = keys.first().filter(|k| k.durable) {
             self.alias(primary.key, &open.candidates);
         }
-        if self.nodes.get(&id.node).is_some_and(|n| n.told == Told::Nothing) {
-            self.tell(id.node, Say::Cached);
+        if self.nodes.get(&id.node).is_some_and(|n| n.reported == Reported::Nothing) {
+            self.report(id.node, Progress::Cached);
         }
-        Phase::Done(Done { value, from: From::Twin, keys })
+        Phase::Done(Done { value, from: ResultOrigin::Twin, keys })
     }
 
     /// Lets the other durable keys lead to `primary`, too.
@@ -107,7 +107,7 @@ impl<Op: Operation> Graph<Op> {
     ) -> Phase<Op::Output> {
         if desired != Some(Level::Result) {
             self.release(id);
-            return self.look(id, open, desired);
+            return self.probe_open(id, open, desired);
         }
         let Some(node) = self.nodes.get_mut(&id.node) else { return Phase::Claimed(open) };
         match &node.run {
@@ -120,7 +120,7 @@ impl<Op: Operation> Graph<Op> {
                         outputs.len(),
                         id.output
                     ));
-                    let fault = self.blame(id.node, fault);
+                    let fault = self.attach_vertex(id.node, fault);
                     self.release(id);
                     self.failed(id, fault, Some(open))
                 }
@@ -153,7 +153,7 @@ impl<Op: Operation> Graph<Op> {
         let (strong, weak) = (durable(&open.candidates.strong), durable(&open.candidates.weak));
         if strong.is_empty() {
             let keys = open.candidates.published();
-            return Phase::Done(Done { value, from: From::Run, keys });
+            return Phase::Done(Done { value, from: ResultOrigin::Run, keys });
         }
         let meta = self.meta(id);
         let task = self.task();
@@ -207,7 +207,7 @@ impl<Op: Operation> Graph<Op> {
         };
         let value = saving.value.clone();
         edge.foreign = None;
-        edge.phase = Phase::Done(Done { value, from: From::Run, keys });
+        edge.phase = Phase::Done(Done { value, from: ResultOrigin::Run, keys });
         self.dirty.push(id);
         self.notify(id);
     }
@@ -227,18 +227,18 @@ impl<Op: Operation> Graph<Op> {
         edge.foreign = None;
         let keys = primary
             .map_or_else(|| open.candidates.published(), |primary| vec![Key::stored(primary)]);
-        edge.phase = Phase::Done(Done { value, from: From::Cache, keys });
+        edge.phase = Phase::Done(Done { value, from: ResultOrigin::Cache, keys });
         // Weak keys lead to the latest result; they prove nothing of the strong ones.
         if let Some(primary) =
             primary.filter(|_| link && probe.strong && open.candidates.all().count() > 1)
         {
             self.alias(primary, &open.candidates);
         }
-        if self.nodes.get(&id.node).is_some_and(|n| n.told == Told::Nothing) {
-            self.tell(id.node, Say::Cached);
+        if self.nodes.get(&id.node).is_some_and(|n| n.reported == Reported::Nothing) {
+            self.report(id.node, Progress::Cached);
         }
-        self.rest(id);
-        self.tell_inputs_cached(id.node);
+        self.release_inputs(id);
+        self.report_inputs_cached(id.node);
         self.notify(id);
     }
 
@@ -282,7 +282,7 @@ impl<Op: Operation> Graph<Op> {
             }
             Phase::Following(_, target) => {
                 let target = *target;
-                self.want(target, Wanter::Edge(id), None);
+                self.want(target, Waiter::Edge(id), None);
             }
             _ => {}
         }
@@ -290,7 +290,7 @@ impl<Op: Operation> Graph<Op> {
 
     /// Cancels what nobody wants any more of a node's work. Only at the end of a step: interest may
     /// come back within it.
-    pub(crate) fn tend(&mut self, no: NodeNo) {
+    pub(crate) fn cancel_unwanted(&mut self, no: NodeNo) {
         let Some(node) = self.nodes.get_mut(&no) else { return };
         let open = |level: Level| {
             node.edges
@@ -321,9 +321,9 @@ impl<Op: Operation> Graph<Op> {
             match node.run {
                 Run::Running(flight) => {
                     cancelled.push(flight.task);
-                    self.running -= usize::from(node.vertex.op.counts());
+                    self.running -= usize::from(node.vertex.op.takes_slot());
                     node.run = Run::Idle;
-                    self.tell(no, Say::Completed(Some(Fault::cancelled().to_string())));
+                    self.report(no, Progress::Completed(Some(Fault::cancelled().to_string())));
                 }
                 Run::Queued => {
                     node.run = Run::Idle;
@@ -340,7 +340,7 @@ impl<Op: Operation> Graph<Op> {
         let mut waiting = std::mem::take(&mut self.queue);
         while let Some(no) = waiting.pop_front() {
             let Some(node) = self.nodes.get(&no) else { continue };
-            let counts = node.vertex.op.counts();
+            let counts = node.vertex.op.takes_slot();
             if counts && self.max_parallel.is_some_and(|max| self.running >= max.max(1)) {
                 self.queue.push_back(no);
             } else {
@@ -367,8 +367,8 @@ impl<Op: Operation> Graph<Op> {
         };
         let flight = self.flight(no);
         self.running += usize::from(counts);
-        self.tell(no, Say::Started);
-        self.tell_inputs_cached(no);
+        self.report(no, Progress::Started);
+        self.report_inputs_cached(no);
         let Some(node) = self.nodes.get_mut(&no) else { return };
         node.run = Run::Running(flight);
         let (vertex, cx) = (node.vertex.clone(), node.cx.clone());

@@ -20,7 +20,7 @@ use tokio::{
 
 /// Where a proxy's connections go out.
 #[derive(Debug)]
-pub(super) enum WayOut {
+pub(super) enum Upstream {
     /// As the host's own.
     Host,
     /// From a namespace.
@@ -63,15 +63,15 @@ impl Serving {
     pub(super) fn start(
         proxy: &Proxied,
         listener: std::net::TcpListener,
-        egress: WayOut,
+        egress: Upstream,
     ) -> Result<Self> {
         let failed = |e| Fault::io("listen in a step's network namespace", e);
         let address = listener.local_addr().map_err(failed)?;
         let listener = TcpListener::from_std(listener).map_err(failed)?;
         let (way, egress): (Arc<dyn Egress>, _) = match egress {
-            WayOut::Host => (Arc::new(FromHost), None),
-            WayOut::Nowhere => (Arc::new(Nowhere), None),
-            WayOut::Namespace(netns) => {
+            Upstream::Host => (Arc::new(FromHost), None),
+            Upstream::Nowhere => (Arc::new(Nowhere), None),
+            Upstream::Namespace(netns) => {
                 (Arc::new(FromNamespace(netns.path().to_owned())), Some(netns))
             }
         };

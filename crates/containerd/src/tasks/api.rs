@@ -71,19 +71,19 @@ impl RuncOptions {
 
 /// A process: the first of its container, or one that joined it.
 #[derive(Clone, Debug)]
-pub(super) struct Place {
+pub(super) struct ProcessRef {
     pub(super) container: String,
     /// Empty for the first.
     pub(super) exec: String,
 }
 
-impl Place {
+impl ProcessRef {
     pub(super) fn first(container: &str) -> Self {
         Self { container: container.to_owned(), exec: String::new() }
     }
 }
 
-impl std::fmt::Display for Place {
+impl std::fmt::Display for ProcessRef {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.exec.as_str() {
             "" => write!(f, "task {}", self.container),
@@ -208,7 +208,12 @@ impl TaskApi {
     }
 
     /// Adds a process to a running task; it does not run yet.
-    pub(super) async fn exec(&self, place: &Place, spec: Vec<u8>, stdio: Stdio<'_>) -> Result<()> {
+    pub(super) async fn exec(
+        &self,
+        place: &ProcessRef,
+        spec: Vec<u8>,
+        stdio: Stdio<'_>,
+    ) -> Result<()> {
         let message = api::ExecProcessRequest {
             container_id: place.container.clone(),
             exec_id: place.exec.clone(),
@@ -226,7 +231,7 @@ impl TaskApi {
     }
 
     /// Deletes a process that joined and has ended. No such process is no error.
-    pub(super) async fn delete_process(&self, place: &Place) -> Result<()> {
+    pub(super) async fn delete_process(&self, place: &ProcessRef) -> Result<()> {
         let message = api::DeleteProcessRequest {
             container_id: place.container.clone(),
             exec_id: place.exec.clone(),
@@ -244,7 +249,7 @@ impl TaskApi {
     }
 
     /// Sends a signal to one process. No such process is no error.
-    pub(super) async fn signal(&self, place: &Place, signal: u32) -> Result<()> {
+    pub(super) async fn signal(&self, place: &ProcessRef, signal: u32) -> Result<()> {
         let message = api::KillRequest {
             container_id: place.container.clone(),
             exec_id: place.exec.clone(),
@@ -264,7 +269,7 @@ impl TaskApi {
     }
 
     /// Gives a process's terminal another size.
-    pub(super) async fn resize(&self, place: &Place, rows: u32, columns: u32) -> Result<()> {
+    pub(super) async fn resize(&self, place: &ProcessRef, rows: u32, columns: u32) -> Result<()> {
         let (container_id, exec_id) = (place.container.clone(), place.exec.clone());
         let request = self.connection.request(api::ResizePtyRequest {
             container_id,
@@ -283,7 +288,7 @@ impl TaskApi {
     }
 
     /// Ends a process's input: the shim keeps its own end of it open until then.
-    pub(super) async fn close_input(&self, place: &Place) -> Result<()> {
+    pub(super) async fn close_input(&self, place: &ProcessRef) -> Result<()> {
         let (container_id, exec_id) = (place.container.clone(), place.exec.clone());
         let request =
             self.connection.request(api::CloseIoRequest { container_id, exec_id, stdin: true })?;
@@ -297,7 +302,7 @@ impl TaskApi {
             .map(drop)
     }
 
-    pub(super) async fn start(&self, place: &Place) -> Result<()> {
+    pub(super) async fn start(&self, place: &ProcessRef) -> Result<()> {
         let message = api::StartRequest {
             container_id: place.container.clone(),
             exec_id: place.exec.clone(),
@@ -311,7 +316,7 @@ impl TaskApi {
 
     /// Waits for a process's exit. Survives a restart of containerd, during which the shim and the
     /// process live on.
-    pub(super) async fn wait(&self, place: &Place) -> Result<u32> {
+    pub(super) async fn wait(&self, place: &ProcessRef) -> Result<u32> {
         let mut away: Option<tokio::time::Instant> = None;
         loop {
             let message = api::WaitRequest {
@@ -342,7 +347,7 @@ impl TaskApi {
 
     /// The exit code of a task that ended, `None` if it has not; `NotFound` if there is no such
     /// task.
-    pub(super) async fn exit_status(&self, place: &Place) -> Result<Option<u32>> {
+    pub(super) async fn exit_status(&self, place: &ProcessRef) -> Result<Option<u32>> {
         let message =
             api::GetRequest { container_id: place.container.clone(), exec_id: place.exec.clone() };
         let request = self.connection.request(message)?;
@@ -445,7 +450,7 @@ pub(super) fn gone(fault: Fault) -> Result<()> {
     if fault.is_not_found() { Ok(()) } else { Err(fault) }
 }
 
-pub(super) fn lost(place: &Place, cause: &Fault) -> Fault {
+pub(super) fn lost(place: &ProcessRef, cause: &Fault) -> Fault {
     Fault::new(Code::Unavailable, format!("containerd lost {place} while it was running ({cause})"))
         .hint("containerd or its shim was killed or restarted during the step: build again")
 }

@@ -2,11 +2,11 @@
 
 use super::{
     Busy, Inner,
-    api::{Place, Stdio},
+    api::{ProcessRef, Stdio},
     run::{self, Answer},
     stdio,
 };
-use shipway_executor::{ExitStatus, ProcessSpec, RootFs, Wires, set_variables, spec};
+use shipway_executor::{ExitStatus, ProcessIo, ProcessSpec, RootFs, set_variables, spec};
 use shipway_fault::{Fault, Result};
 use shipway_rootfs::{Access, RootView, identity};
 use std::{path::PathBuf, sync::Arc};
@@ -28,10 +28,10 @@ pub(super) async fn supervise(
     inner: Arc<Inner>,
     container: String,
     process: ProcessSpec,
-    wires: Wires,
+    io: ProcessIo,
     mut answer: Answer,
 ) {
-    let result = join(&inner, container, process, wires, &mut answer).await;
+    let result = join(&inner, container, process, io, &mut answer).await;
     let _ = answer.send(result);
 }
 
@@ -39,7 +39,7 @@ async fn join(
     inner: &Arc<Inner>,
     container: String,
     process: ProcessSpec,
-    wires: Wires,
+    io: ProcessIo,
     answer: &mut Answer,
 ) -> Result<ExitStatus> {
     run::check_id(&process.id)?;
@@ -48,8 +48,8 @@ async fn join(
         running.ok_or_else(|| Fault::not_found(format!("container {container} does not run")))?;
     let _joined = running.joined.enter();
     let prepare = {
-        let (inner, mut process, outlet, input) =
-            (inner.clone(), process.clone(), wires.output.clone(), wires.input.is_some());
+        let (inner, mut process, output, input) =
+            (inner.clone(), process.clone(), io.output.clone(), io.input.is_some());
         move || {
             let view = RootView::open(&running.root.mounts, Access::Read)?;
             let who = identity::resolve(&view, &process.user)?;
@@ -61,14 +61,14 @@ async fn join(
                 .map_err(|e| Fault::internal(format!("write a process specification: {e}")))?;
             let prefix = format!("{}-", process.id);
             let shape = stdio::Shape { prefix: &prefix, terminal: process.tty, input };
-            Ok::<_, Fault>((bytes, stdio::Stdio::open(&running.dir, shape, &outlet)?))
+            Ok::<_, Fault>((bytes, stdio::Stdio::open(&running.dir, shape, &output)?))
         }
     };
     let prepared = tokio::task::spawn_blocking(prepare)
         .await
         .map_err(|e| Fault::internal(format!("prepare a process: {e}")))?;
     let (spec, stdio) = prepared?;
-    let place = Place { container, exec: process.id };
+    let place = ProcessRef { container, exec: process.id };
     let fifos = Stdio {
         stdin: stdio.stdin(),
         stdout: Some(stdio.stdout()),
@@ -76,7 +76,7 @@ async fn join(
         terminal: process.tty,
     };
     inner.api.exec(&place, spec, fifos).await?;
-    let result = run::start(inner, &place, stdio, wires, answer, || ()).await;
+    let result = run::start(inner, &place, stdio, io, answer, || ()).await;
     if let Err(e) = inner.api.delete_process(&place).await {
         tracing::debug!(
             container = place.container,

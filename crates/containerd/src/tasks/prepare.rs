@@ -5,7 +5,8 @@
 use super::{Inner, stdio};
 use oci_spec::runtime::{self, User};
 use shipway_executor::{
-    ExecMount, MountSource, NetworkMode, Outlet, ProcessSpec, RootFs, Secret, Security, etc, spec,
+    ExecMount, MountSource, NetworkMode, OutputTarget, ProcessSpec, RootFs, Secret, Security, etc,
+    spec,
 };
 use shipway_fault::{Context, Fault, Result};
 use shipway_gocompat::path::rooted;
@@ -269,7 +270,7 @@ pub(super) fn prepare(
     process: &ProcessSpec,
     root: &RootFs,
     mounts: &[ExecMount],
-    wires: (&Outlet, bool),
+    io: (&OutputTarget, bool),
 ) -> Result<Prepared> {
     let dir = OwnDir::new(inner.config.root.join("run").join(&process.id))?;
     let has_secrets = mounts.iter().any(|m| matches!(m.source, MountSource::Content { .. }));
@@ -278,11 +279,11 @@ pub(super) fn prepare(
     } else {
         (None, None)
     };
-    let (outlet, input) = wires;
+    let (output, input) = io;
     let stdio = stdio::Stdio::open(
         &dir.0,
         stdio::Shape { prefix: "", terminal: process.tty, input },
-        outlet,
+        output,
     )?;
 
     let view = RootView::open(&root.mounts, Access::Read)?;

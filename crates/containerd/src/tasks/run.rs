@@ -2,18 +2,19 @@
 
 use super::{
     Busy, Inner,
-    api::{Place, SIGKILL, Stdio, lost},
+    api::{ProcessRef, SIGKILL, Stdio, lost},
     cgroup::{MemoryCgroup, MemoryCount},
     exec::Running,
+    orphans,
     prepare::{self, Prepared},
-    remains,
     shims::Slot,
     stdio,
 };
-use crate::network::Lease;
+use crate::network::NetnsGuard;
 use bytes::Bytes;
 use shipway_executor::{
-    Control, ExecMount, ExitStatus, NetworkMode, ProcessSpec, RootFs, Wires, set_variables, spec,
+    Control, ExecMount, ExitStatus, NetworkMode, ProcessIo, ProcessSpec, RootFs, set_variables,
+    spec,
 };
 use shipway_fault::{Class, Code, Context, Fault, Result};
 use shipway_gocompat::path::rooted;
@@ -39,7 +40,7 @@ pub(super) async fn supervise(
     process: ProcessSpec,
     root: RootFs,
     mounts: Vec<ExecMount>,
-    wires: Wires,
+    io: ProcessIo,
     mut answer: Answer,
 ) {
     if let Err(e) = check_id(&process.id) {
@@ -51,7 +52,7 @@ pub(super) async fn supervise(
     let mut slot = inner.shims.take();
     let mut parts = Parts { prepared: None, netns: None, created: false };
     let mut result =
-        run(&inner, &process, &root, mounts, wires, (&mut slot, starting), &mut parts, &mut answer)
+        run(&inner, &process, &root, mounts, io, (&mut slot, starting), &mut parts, &mut answer)
             .await;
     if let Err(e) = parts.restore().await {
         result = result.and(Err(e));
@@ -64,7 +65,7 @@ pub(super) async fn supervise(
     clean_up(&inner, &process.id, parts, reusable, slot).await;
     if cut_off {
         let (namespace, id) = (inner.api.namespace().to_owned(), process.id);
-        let _ = tokio::task::spawn_blocking(move || remains::remove_one(&namespace, &id)).await;
+        let _ = tokio::task::spawn_blocking(move || orphans::remove_one(&namespace, &id)).await;
     }
     drop(cleaning);
 }
@@ -94,7 +95,7 @@ impl Starts {
 /// What the process holds besides its container.
 struct Parts {
     prepared: Option<Prepared>,
-    netns: Option<Lease>,
+    netns: Option<NetnsGuard>,
     /// Whether the slot's shim ran.
     created: bool,
 }
@@ -102,7 +103,7 @@ struct Parts {
 impl Parts {
     /// What the process has to know of its network.
     fn variables(&self, process: &ProcessSpec) -> Vec<String> {
-        let proxy = self.netns.iter().flat_map(Lease::variables);
+        let proxy = self.netns.iter().flat_map(NetnsGuard::variables);
         let trust = self
             .prepared
             .iter()
@@ -214,16 +215,16 @@ async fn run(
     process: &ProcessSpec,
     root: &RootFs,
     mounts: Vec<ExecMount>,
-    wires: Wires,
+    io: ProcessIo,
     (slot, starting): (&mut Arc<Slot>, OwnedSemaphorePermit),
     parts: &mut Parts,
     answer: &mut Answer,
 ) -> Result<ExitStatus> {
     let prepared = {
         let (inner, process, root) = (inner.clone(), process.clone(), root.clone());
-        let (outlet, input) = (wires.output.clone(), wires.input.is_some());
+        let (output, input) = (io.output.clone(), io.input.is_some());
         tokio::task::spawn_blocking(move || {
-            prepare::prepare(&inner, &process, &root, &mounts, (&outlet, input))
+            prepare::prepare(&inner, &process, &root, &mounts, (&output, input))
         })
     };
     let (prepared, netns) =
@@ -276,7 +277,7 @@ async fn run(
         let (inner, slot) = (inner.clone(), slot.clone());
         tokio::spawn(async move { inner.shims.keep(&slot).await });
     };
-    let code = start(inner, &Place::first(id), stdio, wires, answer, on_start).await;
+    let code = start(inner, &ProcessRef::first(id), stdio, io, answer, on_start).await;
     inner.running().remove(id);
     // The kernel has killed those who joined; their ends are told before the container goes.
     let _ = tokio::time::timeout(DRAIN, running.joined.idle()).await;
@@ -299,9 +300,9 @@ async fn run(
 /// Starts a process that was created, and serves it to its end.
 pub(super) async fn start(
     inner: &Inner,
-    place: &Place,
+    place: &ProcessRef,
     mut stdio: stdio::Stdio,
-    wires: Wires,
+    io: ProcessIo,
     answer: &mut Answer,
     on_start: impl FnOnce() + Send,
 ) -> Result<u32> {
@@ -321,17 +322,17 @@ pub(super) async fn start(
     }
     stdio.opened();
     on_start();
-    if let Some(started) = wires.started {
+    if let Some(started) = io.started {
         let _ = started.send(());
     }
-    let input = wires.input.zip(stdio.take_writer());
+    let input = io.input.zip(stdio.take_writer());
     let code = tokio::select! {
         code = &mut exit => flatten(code),
         () = answer.closed() => {
             kill(inner, place, &mut exit).await;
             Err(Fault::cancelled())
         }
-        never = attend(inner, place, input, wires.control) => match never {},
+        never = attend(inner, place, input, io.control) => match never {},
     };
     stdio.drain(if code.is_ok() { DRAIN } else { Duration::from_millis(100) }).await;
     code
@@ -340,7 +341,7 @@ pub(super) async fn start(
 /// Brings a process what it reads and what it is told, for as long as it runs.
 async fn attend(
     inner: &Inner,
-    place: &Place,
+    place: &ProcessRef,
     input: Option<(mpsc::Receiver<Bytes>, pipe::Sender)>,
     control: Option<mpsc::Receiver<Control>>,
 ) -> Infallible {
@@ -373,7 +374,7 @@ fn flatten(code: Result<Result<u32>, tokio::task::JoinError>) -> Result<u32> {
 }
 
 /// Kills until the process is dead, within reason.
-async fn kill(inner: &Inner, place: &Place, exit: &mut tokio::task::JoinHandle<Result<u32>>) {
+async fn kill(inner: &Inner, place: &ProcessRef, exit: &mut tokio::task::JoinHandle<Result<u32>>) {
     for _ in 0..KILLS {
         let _ = match place.exec.as_str() {
             "" => inner.api.kill(&place.container).await,

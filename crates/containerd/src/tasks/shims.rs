@@ -9,7 +9,7 @@
 
 use super::{
     Busy,
-    api::{Place, Stdio, TaskApi},
+    api::{ProcessRef, Stdio, TaskApi},
 };
 use shipway_executor::spec;
 use shipway_fault::{Fault, Result};
@@ -39,13 +39,13 @@ pub(super) struct Slot {
     /// Value of the group annotation.
     pub(super) group: String,
     /// What holds the shim; set when it was tried.
-    kept: OnceCell<Kept>,
+    kept: OnceCell<KeptBy>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kept {
+enum KeptBy {
     /// Nothing: it ends with its process.
-    No,
+    Nothing,
     /// A keeper.
     Keeper,
     /// A keeper that is a sandbox.
@@ -59,18 +59,19 @@ impl Slot {
 
     /// The sandbox in which its containers are, if they are in one.
     pub(super) fn sandbox(&self) -> Option<String> {
-        (self.kept.get() == Some(&Kept::Sandbox)).then(|| self.keeper_id())
+        (self.kept.get() == Some(&KeptBy::Sandbox)).then(|| self.keeper_id())
     }
 }
 
 impl Shims {
-    pub(super) fn new(api: TaskApi, busy: Busy, mark: &str) -> Self {
+    pub(super) fn new(api: TaskApi, busy: Busy, id_prefix: &str) -> Self {
         // Two lives of a daemon must not meet in one group: the old one's shims are being swept.
         let life = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .unwrap_or_default()
             .as_nanos();
-        let prefix = format!("{mark}{:x}", life as u64 ^ (u64::from(std::process::id()) << 40));
+        let prefix =
+            format!("{id_prefix}{:x}", life as u64 ^ (u64::from(std::process::id()) << 40));
         Self { api, busy, prefix, made: AtomicU64::new(0), idle: Mutex::default() }
     }
 
@@ -99,16 +100,16 @@ impl Shims {
                 if let Err(e) = self.make_keeper(slot).await {
                     tracing::debug!(group = slot.group, "the shim will not stay warm: {e}");
                     let _ = self.api.destroy(&slot.keeper_id()).await;
-                    return Kept::No;
+                    return KeptBy::Nothing;
                 }
                 if !self.api.has_sandboxes().await {
-                    return Kept::Keeper;
+                    return KeptBy::Keeper;
                 }
                 match self.api.create_sandbox(&slot.keeper_id()).await {
-                    Ok(()) => Kept::Sandbox,
+                    Ok(()) => KeptBy::Sandbox,
                     Err(e) => {
                         tracing::debug!(group = slot.group, "the shim will be no sandbox: {e}");
-                        Kept::Keeper
+                        KeptBy::Keeper
                     }
                 }
             })
@@ -117,7 +118,7 @@ impl Shims {
 
     /// Whether the slot's shim still runs.
     pub(super) async fn lives(&self, slot: &Slot) -> bool {
-        self.api.exit_status(&Place::first(&slot.keeper_id())).await.is_ok()
+        self.api.exit_status(&ProcessRef::first(&slot.keeper_id())).await.is_ok()
     }
 
     /// Removes what there is of a slot's keeper.
@@ -152,9 +153,9 @@ impl Shims {
     /// Gives a slot back, for the next process or to be closed after a while.
     pub(super) async fn put(self: &Arc<Self>, slot: Arc<Slot>) {
         match slot.kept.get() {
-            None | Some(Kept::No) => return,
+            None | Some(KeptBy::Nothing) => return,
             // A group whose shim was killed gets another one, which its dead keeper does not hold.
-            Some(Kept::Keeper) if !self.lives(&slot).await => return self.close(&slot).await,
+            Some(KeptBy::Keeper) if !self.lives(&slot).await => return self.close(&slot).await,
             Some(_) => {}
         }
         self.idle().push((Instant::now(), slot));

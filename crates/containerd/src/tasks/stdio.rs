@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use rustix::fs::{FileType, Mode};
-use shipway_executor::{Outlet, Output, Stream};
+use shipway_executor::{Output, OutputTarget, Stream};
 use shipway_fault::{Fault, Result};
 use std::{
     path::{Path, PathBuf},
@@ -78,17 +78,17 @@ impl Input {
 
 impl Stdio {
     /// Makes the FIFOs in `dir` and begins to read; a terminal has one output.
-    pub(super) fn open(dir: &Path, shape: Shape<'_>, outlet: &Outlet) -> Result<Self> {
+    pub(super) fn open(dir: &Path, shape: Shape<'_>, output: &OutputTarget) -> Result<Self> {
         let path = |name: &str| dir.join(format!("{}{name}", shape.prefix));
         let mut readers = JoinSet::new();
         let input = if shape.input { Some(Input::open(path("stdin"))?) } else { None };
         let (stdout, reader) = Pipe::open(path("stdout"))?;
-        readers.spawn(copy(reader, Stream::Stdout, outlet.clone()));
+        readers.spawn(copy(reader, Stream::Stdout, output.clone()));
         let stderr = if shape.terminal {
             None
         } else {
             let (stderr, reader) = Pipe::open(path("stderr"))?;
-            readers.spawn(copy(reader, Stream::Stderr, outlet.clone()));
+            readers.spawn(copy(reader, Stream::Stderr, output.clone()));
             Some(stderr)
         };
         Ok(Self { input, stdout, stderr, readers })
@@ -138,7 +138,7 @@ pub(super) async fn feed(mut from: mpsc::Receiver<Bytes>, mut to: pipe::Sender) 
     }
 }
 
-async fn copy(mut from: pipe::Receiver, stream: Stream, outlet: Outlet) {
+async fn copy(mut from: pipe::Receiver, stream: Stream, output: OutputTarget) {
     let mut buffer = vec![0; CHUNK];
     loop {
         match from.read(&mut buffer).await {
@@ -146,7 +146,7 @@ async fn copy(mut from: pipe::Receiver, stream: Stream, outlet: Outlet) {
             // What nobody takes is read all the same: the process must not wait for us. The copy is
             // of the size of what was read, so that whoever keeps it does not keep the buffer.
             Ok(n) => drop(
-                outlet.put(Output { stream, bytes: Bytes::copy_from_slice(&buffer[..n]) }).await,
+                output.put(Output { stream, bytes: Bytes::copy_from_slice(&buffer[..n]) }).await,
             ),
         }
     }
@@ -161,7 +161,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let (queue, mut said) = mpsc::channel(4);
         let shape = Shape { prefix: "x-", terminal: true, input: true };
-        let mut stdio = Stdio::open(dir.path(), shape, &Outlet::Queue(queue)).expect("FIFOs");
+        let mut stdio = Stdio::open(dir.path(), shape, &OutputTarget::Queue(queue)).expect("FIFOs");
         let writer = stdio.take_writer().expect("an input");
         let (sender, receiver) = mpsc::channel(1);
         let feeding = tokio::spawn(feed(receiver, writer));

@@ -2,7 +2,7 @@
 //! label, network namespaces, directories and mounts by place, and by name what containerd itself
 //! lost.
 
-use super::{Inner, prepare::remove_flat, remains};
+use super::{Inner, orphans, prepare::remove_flat};
 use futures::StreamExt;
 use rustix::{
     fd::OwnedFd,
@@ -56,8 +56,8 @@ pub(super) async fn containers(inner: &Inner) -> Result<()> {
             .collect::<Vec<Result<()>>>()
     };
     let on_host = |work: fn(&str, &str)| {
-        let (namespace, mark) = (inner.api.namespace().to_owned(), inner.mark.clone());
-        tokio::task::spawn_blocking(move || work(&namespace, &mark))
+        let (namespace, id_prefix) = (inner.api.namespace().to_owned(), inner.id_prefix.clone());
+        tokio::task::spawn_blocking(move || work(&namespace, &id_prefix))
     };
     // Records go last: with them containerd would forget where the tasks are that it is still
     // making.
@@ -65,10 +65,10 @@ pub(super) async fn containers(inner: &Inner) -> Result<()> {
     if tokio::time::timeout(PATIENCE, &mut tasks).await.is_err() {
         // A shim whose creation of a container was cut off may wait for ten seconds for output that
         // cannot come.
-        let _ = on_host(remains::end_shims).await;
+        let _ = on_host(orphans::end_shims).await;
         let _ = tasks.await;
     }
-    on_host(remains::remove)
+    on_host(orphans::remove)
         .await
         .map_err(|e| Fault::internal(format!("remove what is left of containers: {e}")))?;
     each(true).await.into_iter().collect::<Result<()>>()?;

@@ -14,11 +14,12 @@ impl ImmutableRef {
         layered.materialize(None).await?;
         let (store, record) = (&layered.0.store, layered.layered_record()?);
         let (mut wanted, mut found) = (paths, HashMap::new());
-        for (number, cell) in record.layers.iter().enumerate().rev() {
+        for (number, stacked) in record.layers.iter().enumerate().rev() {
             if wanted.is_empty() {
                 break;
             }
-            let (tree, guard) = store.layer_tree(&cell.snapshot, cell.parent.is_some()).await?;
+            let (tree, guard) =
+                store.layer_tree(&stacked.snapshot, stacked.parent.is_some()).await?;
             let walk = move || {
                 let mut here = Vec::new();
                 let walked = tree.walk(|entry| {

@@ -1,7 +1,7 @@
 //! One life of the daemon: the epoch lease that active snapshots and views hang on, background
 //! work, and what earlier lives left.
 
-use crate::record::{KIND, KIND_EPOCH, fresh_id};
+use crate::record::{KIND, KIND_RUN, fresh_id};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{Digest, timestamp};
 use shipway_storage::{GC_EXPIRE, Labels, LeaseId, LeaseResource, SnapshotKey, Storage};
@@ -17,7 +17,7 @@ use std::{
 use tokio::{runtime::Handle, sync::Notify};
 
 /// An epoch lease takes new snapshots for this long.
-const EPOCH: Duration = Duration::from_secs(12 * 3600);
+const LEASE_AGE: Duration = Duration::from_secs(12 * 3600);
 /// And ends this long after it began, should nobody end it: no build lasts longer than the
 /// difference.
 const EXPIRY: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -100,15 +100,15 @@ impl Background {
 
 /// A hold on the lease of an epoch: while one lives, the lease does.
 #[derive(Clone)]
-pub(crate) struct EpochLease(Arc<Epoch>);
+pub(crate) struct RunLease(Arc<RunLeaseInner>);
 
-struct Epoch {
+struct RunLeaseInner {
     lease: LeaseId,
     /// How many want each blob in the lease: equal blobs are one entry.
     blobs: tokio::sync::Mutex<HashMap<Digest, usize>>,
 }
 
-impl std::ops::Deref for EpochLease {
+impl std::ops::Deref for RunLease {
     type Target = LeaseId;
 
     fn deref(&self) -> &LeaseId {
@@ -116,18 +116,18 @@ impl std::ops::Deref for EpochLease {
     }
 }
 
-impl EpochLease {
+impl RunLease {
     fn new(lease: LeaseId) -> Self {
-        Self(Arc::new(Epoch { lease, blobs: Default::default() }))
+        Self(Arc::new(RunLeaseInner { lease, blobs: Default::default() }))
     }
 
     /// Counts somebody who is about to store a blob under the lease.
-    pub async fn want(&self, blob: Digest) {
+    pub async fn retain_blob(&self, blob: Digest) {
         *self.0.blobs.lock().await.entry(blob).or_default() += 1;
     }
 
     /// Takes a blob out of the lease, unless others want it there.
-    pub async fn let_go(&self, storage: &Storage, blob: Digest) {
+    pub async fn release_blob(&self, storage: &Storage, blob: Digest) {
         // Locked to the end: whoever stores the blob anew comes after that.
         let mut blobs = self.0.blobs.lock().await;
         let others = blobs.get(&blob).map_or(0, |n| n.saturating_sub(1));
@@ -145,27 +145,27 @@ impl EpochLease {
 }
 
 /// Makes and ends what lives no longer than the daemon.
-pub(crate) struct Epochs {
-    current: tokio::sync::Mutex<Option<(EpochLease, SystemTime)>>,
+pub(crate) struct RunLeases {
+    current: tokio::sync::Mutex<Option<(RunLease, SystemTime)>>,
 }
 
-impl Epochs {
+impl RunLeases {
     pub fn new() -> Self {
         Self { current: tokio::sync::Mutex::new(None) }
     }
 
     /// The lease for new active snapshots and views.
-    pub async fn lease(&self, storage: &Storage) -> Result<EpochLease> {
+    pub async fn lease(&self, storage: &Storage) -> Result<RunLease> {
         let mut current = self.current.lock().await;
         let now = SystemTime::now();
         if let Some((lease, began)) = &*current
-            && now.duration_since(*began).is_ok_and(|age| age < EPOCH)
+            && now.duration_since(*began).is_ok_and(|age| age < LEASE_AGE)
         {
             return Ok(lease.clone());
         }
-        let lease = EpochLease::new(LeaseId(format!("shipway-epoch-{}", fresh_id())));
+        let lease = RunLease::new(LeaseId(format!("shipway-epoch-{}", fresh_id())));
         let labels = Labels::from([
-            (KIND.into(), KIND_EPOCH.into()),
+            (KIND.into(), KIND_RUN.into()),
             (GC_EXPIRE.into(), timestamp::format_whole(now + EXPIRY)),
         ]);
         storage
@@ -179,7 +179,7 @@ impl Epochs {
 
     /// Ends the lease if nobody holds it and it keeps nothing; `anyway` if what it keeps belongs to
     /// nobody. Says whether it did.
-    pub async fn end_unused(&self, storage: &Storage, anyway: bool) -> Result<bool> {
+    pub async fn delete_unused(&self, storage: &Storage, anyway: bool) -> Result<bool> {
         let mut current = self.current.lock().await;
         let Some((lease, _)) = &*current else { return Ok(false) };
         // Nobody can take another hold while the table is locked.
@@ -225,14 +225,14 @@ mod tests {
     async fn a_blob_leaves_the_lease_with_the_last_who_wants_it() {
         let fake = FakeStorage::new().unwrap();
         let storage = fake.storage();
-        let lease = Epochs::new().lease(&storage).await.unwrap();
-        lease.want(Digest::of("it")).await;
-        lease.want(Digest::of("it")).await;
+        let lease = RunLeases::new().lease(&storage).await.unwrap();
+        lease.retain_blob(Digest::of("it")).await;
+        lease.retain_blob(Digest::of("it")).await;
         let blob = storage.content.put(&lease, "it".into(), &Labels::new()).await.unwrap();
-        lease.let_go(&storage, blob).await;
+        lease.release_blob(&storage, blob).await;
         fake.gc();
         assert!(storage.content.info(blob).await.is_ok());
-        lease.let_go(&storage, blob).await;
+        lease.release_blob(&storage, blob).await;
         fake.gc();
         assert!(storage.content.info(blob).await.unwrap_err().is_not_found());
     }

@@ -2,9 +2,9 @@
 //! containerd has forgotten, processes and cgroups of a container that never got its task, the
 //! runtime's own records of it. containerd removes none of these, because it knows of no task.
 //!
-//! All of them are found by the *mark* that begins the names of an executor's containers. A command
-//! line proves nothing, since any process may have any, so a shim must also be root's, run a shim's
-//! program, sit in its bundle, and see the file systems that we see. Blocks.
+//! All of them are found by the prefix with which the names of an executor's containers begin. A
+//! command line proves nothing, since any process may have any, so a shim must also be root's, run
+//! a shim's program, sit in its bundle, and see the file systems that we see. Blocks.
 
 use super::sweep::unmount_below;
 use rustix::process::{Pid, Signal, kill_process};
@@ -31,7 +31,7 @@ const GRACE: Duration = Duration::from_secs(1);
 const DEATH: Duration = Duration::from_secs(2);
 
 /// What begins the ids of an executor's containers: no other executor of this machine has it.
-pub(super) fn mark(root: &Path) -> String {
+pub(super) fn id_prefix(root: &Path) -> String {
     use std::os::unix::fs::MetadataExt as _;
     // The same path may mean different directories in different mount namespaces.
     let place = fs::metadata(root).map_or(0, |m| m.dev().rotate_left(32) ^ m.ino());
@@ -39,11 +39,11 @@ pub(super) fn mark(root: &Path) -> String {
     format!("shipway-{}-", &digest[..8])
 }
 
-/// Removes what is left of containers of `mark` in `namespace`; none of them may have a task any
-/// more.
-pub(super) fn remove(namespace: &str, mark: &str) {
+/// Removes what is left of containers whose ids begin with `id_prefix` in `namespace`; none of them
+/// may have a task any more.
+pub(super) fn remove(namespace: &str, id_prefix: &str) {
     let began = Instant::now();
-    let mut shims = shims(namespace, mark);
+    let mut shims = shims(namespace, id_prefix);
     while !shims.is_empty() && began.elapsed() < GRACE {
         pause();
         shims.retain(Shim::lives);
@@ -52,15 +52,15 @@ pub(super) fn remove(namespace: &str, mark: &str) {
         tracing::warn!(pid = shim.pid, id = shim.id, "ending a shim that containerd has forgotten");
         kill(shim.pid);
     }
-    remove_cgroups(Path::new(CGROUPS), &|name| name.contains(mark));
-    for entry in
-        entries(&Path::new(RUNTIME_RECORDS).join(namespace)).filter(|e| name(e).starts_with(mark))
+    remove_cgroups(Path::new(CGROUPS), &|name| name.contains(id_prefix));
+    for entry in entries(&Path::new(RUNTIME_RECORDS).join(namespace))
+        .filter(|e| name(e).starts_with(id_prefix))
     {
         let _ = fs::remove_dir_all(entry);
     }
     // Bundles are side by side, so one tells where the others are.
     for dir in shims.iter().filter_map(|s| s.bundle.parent()) {
-        for bundle in entries(dir).filter(|b| name(b).starts_with(mark)) {
+        for bundle in entries(dir).filter(|b| name(b).starts_with(id_prefix)) {
             unmount_below(&bundle);
             let _ = fs::remove_dir_all(bundle);
         }
@@ -74,10 +74,10 @@ pub(super) fn remove_one(namespace: &str, id: &str) {
     let _ = fs::remove_dir_all(Path::new(RUNTIME_RECORDS).join(namespace).join(id));
 }
 
-/// Kills the shims of containers of `mark` in `namespace`; containerd then cleans up after those it
-/// knows.
-pub(super) fn end_shims(namespace: &str, mark: &str) {
-    for shim in shims(namespace, mark) {
+/// Kills the shims of containers whose ids begin with `id_prefix` in `namespace`; containerd then
+/// cleans up after those it knows.
+pub(super) fn end_shims(namespace: &str, id_prefix: &str) {
+    for shim in shims(namespace, id_prefix) {
         tracing::warn!(
             pid = shim.pid,
             id = shim.id,
@@ -94,12 +94,13 @@ struct Shim {
 }
 
 impl Shim {
-    /// The shim that process `pid` is, if it is one in `namespace` for a container of `mark`.
-    fn of(pid: i32, namespace: &str, mark: &str) -> Option<Self> {
+    /// The shim that process `pid` is, if it is one in `namespace` for a container whose id begins
+    /// with `id_prefix`.
+    fn of(pid: i32, namespace: &str, id_prefix: &str) -> Option<Self> {
         let of = |what: &str| PathBuf::from(format!("/proc/{pid}/{what}"));
         let line = fs::read(of("cmdline")).ok()?;
         let id = shim_id(&String::from_utf8_lossy(&line), namespace)
-            .filter(|id| id.starts_with(mark))?;
+            .filter(|id| id.starts_with(id_prefix))?;
         let program = fs::read_link(of("exe")).ok()?;
         let bundle = before_removal(fs::read_link(of("cwd")).ok()?);
         let same_files = ["/proc/self/ns/mnt", "/proc/1/ns/mnt"]
@@ -154,9 +155,9 @@ fn shim_id(line: &str, namespace: &str) -> Option<String> {
         .then(|| after("-id").map(|id| (*id).to_owned()))?
 }
 
-fn shims(namespace: &str, mark: &str) -> Vec<Shim> {
+fn shims(namespace: &str, id_prefix: &str) -> Vec<Shim> {
     let pids = entries(Path::new("/proc")).filter_map(|p| name(&p).parse().ok());
-    pids.filter_map(|pid| Shim::of(pid, namespace, mark)).collect()
+    pids.filter_map(|pid| Shim::of(pid, namespace, id_prefix)).collect()
 }
 
 /// Removes all cgroups below `root` whose name is `ours`, and kills what is in them.

@@ -4,8 +4,8 @@ use crate::{
     Compression, ImmutableRef,
     blobs::{Sink, seal},
     layer::KnownBlob,
-    life::EpochLease,
     record::fresh_id,
+    run_lease::RunLease,
     store::{Inner, Record},
 };
 use shipway_archive::{LayerTree, Loss, Tar};
@@ -15,20 +15,20 @@ use std::sync::Arc;
 
 /// The blob of a layer that belongs to no state yet: the lease of the epoch keeps it until a state
 /// does.
-pub(crate) struct Loose {
+pub(crate) struct UnownedBlob {
     store: Arc<Inner>,
-    lease: EpochLease,
+    lease: RunLease,
     pub tar: Tar,
     /// What unpacking it does not give back.
     pub loss: Option<Loss>,
     descriptor: Descriptor,
 }
 
-impl Loose {
+impl UnownedBlob {
     /// Packs `tree`; `guard` is what keeps it readable.
     pub async fn pack<G: Send + 'static>(
         store: &Arc<Inner>,
-        lease: &EpochLease,
+        lease: &RunLease,
         (tree, guard): (LayerTree, G),
         compression: Compression,
     ) -> Result<Self> {
@@ -42,13 +42,13 @@ impl Loose {
         let (owner, lease) = (store.clone(), lease.clone());
         // Cut off in the middle, it would leave a blob in a lease that lives long.
         let sealed = async move {
-            lease.want(packed.digest).await;
+            lease.retain_blob(packed.digest).await;
             match seal(writer, &packed, compression).await {
                 Ok(descriptor) => {
                     Ok(Self { store: owner, lease, tar: packed.tar, loss: packed.loss, descriptor })
                 }
                 Err(e) => {
-                    lease.let_go(&owner.storage, packed.digest).await;
+                    lease.release_blob(&owner.storage, packed.digest).await;
                     Err(e)
                 }
             }
@@ -65,17 +65,19 @@ impl Loose {
     /// somebody deleted it.
     pub async fn give(&self, record: &Record) -> Result<bool> {
         match record.layers.last() {
-            Some(cell) => self.store.secure(cell, &self.known(), record, None).await,
+            Some(stacked) => self.store.secure(stacked, &self.known(), record, None).await,
             None => Ok(false),
         }
     }
 }
 
-impl Drop for Loose {
+impl Drop for UnownedBlob {
     fn drop(&mut self) {
         let (store, lease, digest) =
             (self.store.clone(), self.lease.clone(), self.descriptor.digest);
-        self.store.background.spawn(async move { lease.let_go(&store.storage, digest).await });
+        self.store
+            .background
+            .spawn(async move { lease.release_blob(&store.storage, digest).await });
     }
 }
 

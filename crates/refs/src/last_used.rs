@@ -14,26 +14,26 @@ use std::{
 
 /// How often a state was used, and when last.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Use {
+pub(crate) struct UseCount {
     /// Milliseconds since 1970.
     last: u64,
     pub count: u64,
 }
 
-impl Use {
+impl UseCount {
     pub fn last(self) -> SystemTime {
         UNIX_EPOCH + Duration::from_millis(self.last)
     }
 }
 
-pub(crate) struct Uses {
+pub(crate) struct LastUsed {
     file: PathBuf,
-    table: Mutex<HashMap<String, Use>>,
+    table: Mutex<HashMap<String, UseCount>>,
     dirty: AtomicBool,
     saving: tokio::sync::Mutex<()>,
 }
 
-impl Uses {
+impl LastUsed {
     pub fn load(file: PathBuf) -> Self {
         let table = std::fs::read(&file)
             .ok()
@@ -47,7 +47,7 @@ impl Uses {
         }
     }
 
-    pub fn get(&self, id: &RefId) -> Option<Use> {
+    pub fn get(&self, id: &RefId) -> Option<UseCount> {
         lock(&self.table).get(&id.0).copied()
     }
 
@@ -57,7 +57,7 @@ impl Uses {
             SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
         let mut table = lock(&self.table);
         let entry = table.entry(id.0.clone()).or_default();
-        *entry = Use { last: now, count: entry.count + 1 };
+        *entry = UseCount { last: now, count: entry.count + 1 };
         self.dirty.store(true, Ordering::Release);
     }
 

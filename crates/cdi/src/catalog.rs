@@ -21,7 +21,7 @@ const MAX_FILES: usize = 1000;
 
 /// The directories with device files, and which devices every build may use.
 #[derive(Clone, Debug, Default)]
-pub struct Registry {
+pub struct CdiCatalog {
     dirs: Vec<PathBuf>,
     auto_allowed: BTreeSet<String>,
 }
@@ -32,7 +32,7 @@ enum Claim {
     Several(PathBuf),
 }
 
-impl Registry {
+impl CdiCatalog {
     /// Devices out of `dirs`, of which a later one wins; every build may use those whose name or
     /// kind is in `auto_allowed`.
     pub fn new(
@@ -184,7 +184,7 @@ mod tests {
         )
         .unwrap();
         let found =
-            Registry::new([dir.path().to_owned(), at("absent"), at("half.yaml")], []).read();
+            CdiCatalog::new([dir.path().to_owned(), at("absent"), at("half.yaml")], []).read();
         assert_eq!(found.iter().map(|d| d.name.as_str()).collect::<Vec<_>>(), ["v/c=a", "v/j=a"]);
         let mut problems =
             found.problems().iter().map(|p| p.trim_start_matches(dir.path().to_str().unwrap()));
@@ -221,7 +221,7 @@ mod tests {
             std::fs::write(dir.path().join(format!("{file}.yaml")), spec("v/c", name, value))
                 .unwrap();
         }
-        let registry = Registry::new([low.path().to_owned(), high.path().to_owned()], []);
+        let registry = CdiCatalog::new([low.path().to_owned(), high.path().to_owned()], []);
         let found = registry.read();
         assert_eq!(found.iter().map(|d| d.name.as_str()).collect::<Vec<_>>(), ["v/c=a", "v/c=c"]);
         assert_eq!(found.edits(["v/c=a"]).unwrap().env, ["V=high"]);
@@ -240,7 +240,7 @@ mod tests {
         for i in 0..1001 {
             std::fs::write(dir.path().join(format!("{i}.txt")), "").unwrap();
         }
-        let found = Registry::new([dir.path().to_owned()], []).read();
+        let found = CdiCatalog::new([dir.path().to_owned()], []).read();
         assert!(found.problems()[0].contains("more than 1000 entries"), "{:?}", found.problems());
     }
 }

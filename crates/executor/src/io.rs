@@ -21,16 +21,16 @@ pub enum Control {
 
 /// Where a process writes to.
 #[derive(Clone)]
-pub enum Outlet {
+pub enum OutputTarget {
     /// A function that takes everything as it comes.
     Sink(OutputSink),
     /// A queue: when it is full, the process waits.
     Queue(mpsc::Sender<Output>),
 }
 
-impl Outlet {
+impl OutputTarget {
     /// Takes what nobody wants.
-    pub fn nowhere() -> Self {
+    pub fn discard() -> Self {
         Self::Sink(Arc::new(drop))
     }
 
@@ -47,20 +47,20 @@ impl Outlet {
 }
 
 /// The ends of everything that leads to a process.
-pub struct Wires {
+pub struct ProcessIo {
     /// What it reads; the channel's end is the end of its input. Without one its input is empty.
     pub input: Option<mpsc::Receiver<Bytes>>,
     /// What it writes.
-    pub output: Outlet,
+    pub output: OutputTarget,
     /// What it is told.
     pub control: Option<mpsc::Receiver<Control>>,
     /// Is told when it runs.
     pub started: Option<oneshot::Sender<()>>,
 }
 
-impl Wires {
+impl ProcessIo {
     /// A process that only writes.
     pub fn output(sink: OutputSink) -> Self {
-        Self { input: None, output: Outlet::Sink(sink), control: None, started: None }
+        Self { input: None, output: OutputTarget::Sink(sink), control: None, started: None }
     }
 }
