@@ -73,7 +73,7 @@ fn ask(port: u16, flags: &[String], command: &[&str]) -> Finished {
 fn risks(path: &Path) -> bool {
     std::fs::read_to_string(path)
         .unwrap()
-        .contains("whoever reaches this address controls the daemon")
+        .contains("anyone who can reach this address controls the daemon")
 }
 
 #[test]

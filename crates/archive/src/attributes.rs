@@ -40,7 +40,7 @@ fn is_carried(name: &[u8]) -> bool {
     is_image_xattr(name) && !name.contains(&b'=')
 }
 
-/// Whether the attribute is not of the image: it is not told, and nobody misses it.
+/// Whether the attribute is not of the image: it is not in the layer, and is not missed.
 fn is_hosts(name: &[u8], marks: Option<Marks>) -> bool {
     let images =
         [&b"user."[..], b"trusted.", b"security."].iter().any(|space| name.starts_with(space));

@@ -95,8 +95,8 @@ impl Below {
     /// Whether the thing at a path, open as a file if it is a file or directory and with the
     /// `found` attributes (those that a layer carries, and others), is the `old` one: but for
     /// access times, and for times that a directory got because names in it changed. Contents are
-    /// read where nothing else differs. Of what is not told then, `losses` hears what unpacking
-    /// would not give back.
+    /// read where nothing else differs. Of what is not in the layer then, `losses` notes what
+    /// unpacking would not give back.
     pub fn is_same(
         &self,
         (old_path, old): &(PathBuf, Stat),
@@ -152,7 +152,7 @@ impl Below {
     }
 }
 
-/// Whether somebody has set the time of a directory: one that it got because names in it changed is
+/// Whether the time of a directory was set: one that it got because names in it changed is
 /// between its birth in the upper directory and the last change of its status. Where the file
 /// system does not know the birth, it is the latter.
 fn was_set(dir: &File, stat: &Stat) -> bool {

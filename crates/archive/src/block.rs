@@ -27,7 +27,7 @@ pub struct BlockCompressor {
     codec: Codec,
     /// Compressed forms of runs of zeros, by length, which holes and padding produce in numbers.
     zeros: Vec<(usize, Vec<u8>)>,
-    /// Where a codec writes what nobody knows the length of yet.
+    /// Output of a codec, of unknown length.
     scratch: Vec<u8>,
 }
 

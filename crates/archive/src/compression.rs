@@ -17,7 +17,7 @@ pub enum CompressionKind {
 }
 
 impl CompressionKind {
-    /// The kind a layer's media type names, or `None` for types that are no layer we know.
+    /// The kind a layer's media type names, or `None` for types that are not known layers.
     pub fn of_media_type(media_type: &str) -> Option<Self> {
         let base = media_type.strip_prefix("application/vnd.")?;
         match base {

@@ -1,7 +1,7 @@
 //! What unpacking the tar of a tree does not give back.
 //!
 //! A snapshot may be named by its layer's chain ID only if it is what unpacking gives, since
-//! whoever asks for the name gets it. So the walk that makes the tar also looks for what the tar
+//! every request for the name gets it. So the walk that makes the tar also looks for what the tar
 //! cannot say. The measure is what containerd does (1.6 and 2.1 do the same): entries that mean the
 //! root are passed over; `trusted.` attributes are not set; a name with the prefix `.wh.` is a
 //! whiteout; a directory gives its default access control list to what is made in it; a directory
@@ -38,7 +38,7 @@ pub enum LossKind {
     Inherited,
     /// Owner, permissions or attributes of the root.
     Root,
-    /// A file with more names, or fewer, than the tar tells of.
+    /// A file with more names, or fewer, than the tar has.
     Links,
     /// A time that could not be set to that of the tar.
     Time,
@@ -56,7 +56,7 @@ impl fmt::Display for Loss {
                 f.write_str("no access control list in a directory that hands one down")
             }
             LossKind::Root => f.write_str("owner, permissions or attributes of the root"),
-            LossKind::Links => f.write_str("linked in a way that layers cannot tell"),
+            LossKind::Links => f.write_str("linked in a way that layers cannot express"),
             LossKind::Time => f.write_str("its time cannot be set"),
         }
     }
@@ -83,7 +83,7 @@ impl Losses {
         }
     }
 
-    /// Notes a file that is told; the path at which it was told first if this is another name of
+    /// Notes a file of the layer; the path at which it occurred first if this is another name of
     /// it.
     pub fn told(&mut self, path: &[u8], stat: &Stat) -> Option<&[u8]> {
         if stat.st_nlink < 2 || FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
@@ -94,7 +94,7 @@ impl Losses {
         (names.count > 1).then_some(&names.path)
     }
 
-    /// Notes a file that is not told, for it is the `old` one.
+    /// Notes a file that the layer leaves out, for it is the `old` one.
     pub fn same(&mut self, path: &[u8], new: &Stat, old: &Stat) {
         if inode(new) == inode(old) || FileType::from_raw_mode(new.st_mode) == FileType::Directory {
             return;

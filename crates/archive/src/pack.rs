@@ -28,7 +28,7 @@ use std::{
     thread,
 };
 
-/// What tells the tar of a layer from others.
+/// Identity of a layer's tar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tar {
     /// Its digest.
@@ -36,7 +36,7 @@ pub struct Tar {
     /// Its length.
     pub size: u64,
     /// Its CRC-32, the one of gzip. Taking it costs next to nothing, and it notices what happens to
-    /// files that nobody should touch.
+    /// files that must not change.
     pub crc: u32,
 }
 
@@ -136,7 +136,7 @@ pub fn recompress(
     flow(compression, None, threads, produce, sink)
 }
 
-/// Runs the threads: `produce` gives the tar in blocks and stops when it is told that nobody wants
+/// Runs the threads: `produce` gives the tar in blocks and stops when it returns that no one wants
 /// them.
 pub(crate) fn flow(
     compression: Compression,
@@ -173,7 +173,8 @@ pub(crate) fn flow(
         drop(done);
         let gathered = gather(results, sink);
         if gathered.is_err() {
-            // Nobody takes results any more, so the workers end; the reader must not wait for them.
+            // The receiver of results is gone, so the workers end; the reader must not wait for
+            // them.
             stop.store(true, Relaxed);
             while jobs.lock().unwrap_or_else(PoisonError::into_inner).recv().is_ok() {}
         }

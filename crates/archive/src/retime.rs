@@ -135,8 +135,8 @@ fn copy(tar: &mut dyn Read, size: u64, buffer: &mut [u8], out: &mut Out<'_>) -> 
     Ok(())
 }
 
-/// Extended records with their times clamped, and the size that they tell. What is no record stays
-/// as it is.
+/// Extended records with their times clamped, and the size that they give. What is not a record
+/// stays as it is.
 fn times(records: &[u8], latest: i64) -> (Vec<u8>, Option<u64>) {
     let mut out = Vec::with_capacity(records.len());
     let (mut rest, mut size) = (records, None);

@@ -30,7 +30,7 @@ pub struct LayerTree {
     base: Base,
     /// The time of all entries, in seconds, instead of their own.
     time: Option<i64>,
-    /// Whether changes of the root itself are told.
+    /// Whether the layer has changes of the root itself.
     rooted: bool,
     /// Whether everything gets the time that unpacking gives it.
     settled: bool,
@@ -53,8 +53,8 @@ struct Frame {
     dir: Option<OwnedFd>,
     /// Names still to visit, last one first.
     names: Vec<OsString>,
-    /// The directory's own entry, if it is unchanged and thus told only when something in it is
-    /// told.
+    /// The directory's own entry, if it is unchanged and thus in the layer only when something in
+    /// it is.
     held: Option<Entry>,
     /// What lies below it.
     below: Below,
@@ -371,7 +371,7 @@ impl LayerTree {
         }
     }
 
-    /// Completes an entry that is told, and notes what is lost of it. `over` is the directory that
+    /// Completes an entry of the layer, and notes what is lost of it. `over` is the directory that
     /// it is unpacked into, if that is not made anew.
     fn told(
         &self,
@@ -400,7 +400,7 @@ impl LayerTree {
         if let Some(first) = losses.told(&entry.path, stat) {
             entry.kind = EntryKind::HardLink(first.to_vec());
             entry.size = 0;
-            // Whoever unpacks a link gives its file the owner again, and with that the kernel takes
+            // Unpacking a link gives its file the owner again, and with that the kernel takes
             // capabilities away.
             entry.xattrs.retain(|(name, _)| name == CAPABILITY);
             return Ok(());
@@ -456,7 +456,8 @@ impl LayerTree {
         })
     }
 
-    /// What is told of a place, and which attributes of it are lost; `old` is what lies below.
+    /// What the layer has of a place, and which attributes of it are lost; `old` is what lies
+    /// below.
     fn entry(
         &self,
         place: &Place<'_>,
@@ -466,7 +467,7 @@ impl LayerTree {
         let name = bytes(place.path).to_vec();
         let whiteout = |name| Some((Entry::bare(name, EntryKind::Whiteout), Vec::new()));
         let Some(stat) = &place.stat else { return Ok(whiteout(name)) };
-        // What nobody tells of stays where the whole tree was copied.
+        // What no layer has stays where the whole tree was copied.
         let looks = |s: &Stat| (s.st_mode, s.st_uid, s.st_gid, s.st_rdev, time_of(s));
         let unless_old = |kind, losses: &mut Losses| {
             if old.is_none_or(|old| {

@@ -32,7 +32,7 @@ const RESULTS: MultimapTableDefinition<&str, Key> = MultimapTableDefinition::new
 const ABOUT: TableDefinition<&str, u64> = TableDefinition::new("about");
 
 const FORMAT: u64 = 1;
-/// Up to so many keys nobody looks for those that are of no use any more.
+/// Up to so many keys, unused ones are not looked for.
 const FEW_KEYS: u64 = 1024;
 /// How long a write may stay in memory only.
 const FLUSH_AFTER: Duration = Duration::from_millis(500);
@@ -41,7 +41,7 @@ const CACHE_BYTES: usize = 32 << 20;
 pub(crate) struct Inner {
     db: Database,
     dirty: AtomicBool,
-    /// At so many keys those of no use are looked for when a record goes: twice what was left the
+    /// At so many keys, unused ones are looked for when a record goes: twice what was left the
     /// last time.
     sweep_at: AtomicU64,
     pub(crate) wake: Arc<Notify>,
@@ -144,7 +144,7 @@ pub(crate) async fn keep_flushing(inner: Weak<Inner>, wake: Arc<Notify>) {
         tokio::time::sleep(FLUSH_AFTER).await;
         let Some(inner) = inner.upgrade() else { return };
         if let Err(error) = blocking(move || inner.flush()).await {
-            tracing::warn!(%error, "the build cache index was not made durable");
+            tracing::warn!(%error, "failed to sync the build cache index to disk");
         }
     }
 }
@@ -161,7 +161,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         self.wake.notify_one();
         if let Err(error) = self.flush() {
-            tracing::warn!(%error, "the build cache index was not made durable");
+            tracing::warn!(%error, "failed to sync the build cache index to disk");
         }
     }
 }
@@ -186,7 +186,7 @@ impl Inner {
             Err(OpenError::Damaged(problem)) => problem,
         };
         let aside = path.with_extension(format!("damaged-{}", std::process::id()));
-        tracing::warn!(path = %path.display(), aside = %aside.display(), problem, "the build cache index is moved aside and begun anew");
+        tracing::warn!(path = %path.display(), aside = %aside.display(), problem, "failed to open the build cache index, starting with an empty one");
         std::fs::rename(path, &aside)
             .map_err(|e| Fault::io(format!("move {} aside", path.display()), e))?;
         match attempt() {
@@ -231,7 +231,7 @@ impl Inner {
         }
     }
 
-    /// Makes the tables, and drops keys that are of no use.
+    /// Makes the tables, and drops unused keys.
     fn begin(&self) -> Result<()> {
         self.write(|tx| {
             let about = tx.open_table(ABOUT).map_err(fault)?;

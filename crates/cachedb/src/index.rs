@@ -56,7 +56,7 @@ impl<O> CacheDb<O> {
     }
 
     /// Every key that leads to one of `primaries`, by primary. Reads the whole index, so it is for
-    /// exports and people.
+    /// exports and `du`.
     pub async fn aliases_of(
         &self,
         primaries: HashSet<CacheKey>,
@@ -65,7 +65,7 @@ impl<O> CacheDb<O> {
         blocking(move || inner.aliases_of(&primaries)).await
     }
 
-    /// Drops all records of results that are no more, and says how many; without it they go when
+    /// Drops all records of results that are no more, and returns how many; without it they go when
     /// they are next looked for. Keys stay known while they may lead to something.
     pub async fn forget_results(&self, results: Vec<String>) -> Result<usize> {
         let inner = self.inner.clone();
@@ -103,7 +103,7 @@ impl<O: Send + Sync> CacheStore<O> for CacheDb<O> {
                 Ok(None) => {}
                 Err(error) => {
                     // It may be there again when what failed works again.
-                    tracing::warn!(%error, result = id, "a cached result cannot be loaded");
+                    tracing::warn!(%error, result = id, "failed to load cached result");
                     continue;
                 }
             }
@@ -129,7 +129,7 @@ impl<O: Send + Sync> CacheStore<O> for CacheDb<O> {
                 Ok(None) => gone = Some(id),
                 Ok(Some(_)) => {}
                 Err(error) => {
-                    tracing::warn!(%error, result = id, "a cached result cannot be loaded")
+                    tracing::warn!(%error, result = id, "failed to load cached result")
                 }
             }
         }

@@ -12,7 +12,7 @@ use std::{
     sync::Arc,
 };
 
-/// Directories for device files unless told otherwise; a later one wins.
+/// Directories for device files unless configured; a later one wins.
 pub const DEFAULT_DIRS: [&str; 3] = ["/etc/cdi", "/var/run/cdi", "/etc/buildkit/cdi"];
 /// Bytes of a file.
 const MAX_FILE: u64 = 1024 * 1024;

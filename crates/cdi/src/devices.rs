@@ -17,7 +17,7 @@ const CLASS: &str = "org.mobyproject.buildkit.device.class";
 /// Annotation by which every build may use a device.
 const AUTO_ALLOW: &str = "org.mobyproject.buildkit.device.autoallow";
 
-/// The devices that were there when somebody looked.
+/// The devices that were there when the files were read.
 #[derive(Debug, Default)]
 pub struct Devices {
     pub(crate) by_name: BTreeMap<String, Device>,

@@ -2,10 +2,10 @@
 //! versions 0.3.0 to 1.1.0), and which of them a step means by a name (rows `exec.cdi`, `so.cdi`).
 //!
 //! A [`CdiCatalog`] knows the directories and keeps nothing: [`CdiCatalog::read`] reads the files
-//! whenever somebody asks, so that a file takes effect the moment it is there, and nothing watches
+//! for every request, so that a file takes effect the moment it is there, and nothing watches
 //! a directory that most machines do not have. What it finds is [`Devices`], which answer names
 //! with devices and devices with the [`Edits`](shipway_executor::Edits) of a runtime specification.
-//! A file that cannot be used is left out, and said to be.
+//! A file that cannot be used is left out and reported.
 //!
 //! Files are foreign bytes: bounded in size, number, depth and what aliases expand to, and opened
 //! so that a pipe cannot hold us.

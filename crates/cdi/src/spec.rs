@@ -11,7 +11,7 @@ use std::{
 /// The versions there are; features ask for one of them or a later one.
 const VERSIONS: [&str; 10] =
     ["0.1.0", "0.2.0", "0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0", "0.8.0", "1.0.0", "1.1.0"];
-/// Below this no file is written any more.
+/// Oldest version still in use.
 const EARLIEST: usize = 2;
 const HOOKS: [&str; 6] =
     ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"];
@@ -205,7 +205,7 @@ fn check_name(
     let good = name.starts_with(begin)
         && name.ends_with(|c: char| c.is_ascii_alphanumeric())
         && name.chars().all(|c| c.is_ascii_alphanumeric() || between.contains(&c));
-    ensure(good, || format!("{name:?} is no name of a {what}"))
+    ensure(good, || format!("{name:?} is not a valid name of a {what}"))
 }
 
 fn check_annotations(all: &Annotations) -> Result<(), String> {
@@ -324,7 +324,7 @@ mod tests {
             "0.6.0",
             "v/c",
             &ONE.replace("name: a", "name: a b"),
-            Some("\"a b\" is no name of a device"),
+            Some("\"a b\" is not a valid name of a device"),
         );
         check("0.6.0", "v/c", &ONE.replace("name: a", "name: é"), Some("no name of a device"));
         check("0.4.0", "v/c", &ONE.replace("name: a", "name: '0'"), Some("at least v0.5.0"));

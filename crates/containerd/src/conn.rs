@@ -181,7 +181,7 @@ fn dial(address: &Path) -> Result<Channel> {
 fn header(value: &str, what: &str) -> Result<MetadataValue<tonic::metadata::Ascii>> {
     value.parse().ok().filter(|_| !value.is_empty()).ok_or_else(|| {
         Fault::invalid(format!(
-            "{value:?} is no valid containerd {what} name: only printable ASCII is allowed"
+            "{value:?} is not a valid containerd {what} name: only printable ASCII is allowed"
         ))
     })
 }

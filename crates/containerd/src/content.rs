@@ -57,7 +57,7 @@ impl Content {
             .await
     }
 
-    /// The information of a blob that somebody else stored first, with `labels` added and kept by
+    /// The information of a blob that another client stored first, with `labels` added and kept by
     /// `lease`.
     async fn adopt(&self, lease: &LeaseId, digest: Digest, labels: &Labels) -> Result<BlobInfo> {
         self.keep(lease, digest).await?;

@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-/// What a containerd says of itself.
+/// Version and id that containerd reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {
     /// As in `1.6.20~ds1` or `v2.1.9`.

@@ -69,7 +69,7 @@ impl Bridge {
             Some(bits <= if address.is_ipv4() { 30 } else { 126 })
         };
         if self.subnet.split_once('/').and_then(whole) != Some(true) {
-            return Err(Fault::invalid(format!("{:?} is no subnet", self.subnet))
+            return Err(Fault::invalid(format!("{:?} is not a valid subnet", self.subnet))
                 .hint("write it as 10.10.0.0/16"));
         }
         Ok(())
@@ -285,7 +285,7 @@ impl Network {
     pub(crate) async fn give_back(&self, lease: NetnsGuard, reusable: bool) {
         if let Some(serving) = lease.proxy {
             lease.netns.remove().await;
-            // Nobody but the proxy was in it.
+            // Only the proxy used it.
             if let Some(egress) = serving.stop().await {
                 self.reuse(egress).await;
             }
@@ -310,7 +310,7 @@ impl Network {
             && !netns.is_named(PROXIED)
             && let Err(e) = cni.del(netns.id(), netns.path()).await
         {
-            tracing::warn!(netns = netns.id(), "could not release a network namespace: {e}");
+            tracing::warn!(netns = netns.id(), "failed to release network namespace: {e}");
         }
         netns.remove().await;
     }
@@ -324,11 +324,11 @@ impl Network {
         let name = self.config.bridge.name.clone();
         let removed = tokio::task::spawn_blocking(move || netns::delete_link(&name)).await;
         if let Ok(Err(e)) = removed {
-            tracing::warn!(bridge = self.config.bridge.name, "could not remove the bridge: {e}");
+            tracing::warn!(bridge = self.config.bridge.name, "failed to remove bridge: {e}");
         }
     }
 
-    /// Removes the namespaces that nobody uses.
+    /// Removes the unused namespaces.
     pub(crate) async fn retire_idle(&self) {
         let idle: Vec<NetNs> = self.ready().drain(..).collect();
         for netns in idle {
@@ -336,7 +336,7 @@ impl Network {
         }
     }
 
-    /// Removes what an earlier life left.
+    /// Removes what an earlier run left.
     pub(crate) async fn sweep(&self) -> Result<()> {
         for netns in NetNs::left_in(&self.dir)? {
             self.discard(netns).await;

@@ -124,7 +124,7 @@ pub(crate) struct Inner {
     api: TaskApi,
     /// What begins the ids of our containers.
     id_prefix: String,
-    /// Read by every process until its cleaning is done, written by those who must not meet one.
+    /// Read by every process until its cleaning is done, written by what must not run beside one.
     gate: Arc<RwLock<()>>,
     host: Host,
     shims: Arc<Shims>,
@@ -250,7 +250,7 @@ impl Executor for TaskExecutor {
         if let Ok(_closed) = self.0.gate.clone().try_write_owned()
             && let Err(e) = sweep::containers(&self.0).await
         {
-            tracing::warn!("could not remove what failed processes left; the next start will: {e}");
+            tracing::warn!("failed to clean up after processes, will retry at the next start: {e}");
         }
     }
 

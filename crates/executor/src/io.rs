@@ -1,11 +1,11 @@
-//! What goes between a process and whoever started it (rows `gw.exec.*`).
+//! What goes between a process and its caller (rows `gw.exec.*`).
 
 use crate::{Output, OutputSink};
 use bytes::Bytes;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
-/// What a process is told while it runs.
+/// A control message for a running process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Control {
     /// A signal by its number.
@@ -29,12 +29,12 @@ pub enum OutputTarget {
 }
 
 impl OutputTarget {
-    /// Takes what nobody wants.
+    /// Discards everything.
     pub fn discard() -> Self {
         Self::Sink(Arc::new(drop))
     }
 
-    /// Hands a piece on; false when nobody takes it any more.
+    /// Hands a piece on; false when the receiver is gone.
     pub async fn put(&self, output: Output) -> bool {
         match self {
             Self::Sink(sink) => {
@@ -52,9 +52,9 @@ pub struct ProcessIo {
     pub input: Option<mpsc::Receiver<Bytes>>,
     /// What it writes.
     pub output: OutputTarget,
-    /// What it is told.
+    /// Control messages.
     pub control: Option<mpsc::Receiver<Control>>,
-    /// Is told when it runs.
+    /// Signaled when the process runs.
     pub started: Option<oneshot::Sender<()>>,
 }
 

@@ -217,7 +217,7 @@ pub struct ExitStatus {
     pub code: u32,
     /// Whether the kernel killed something in the container for want of memory.
     pub oom_killed: bool,
-    /// Peak memory in bytes, where the kernel tells.
+    /// Peak memory in bytes, where the kernel reports it.
     pub peak_memory: Option<u64>,
 }
 
@@ -252,6 +252,6 @@ pub trait Executor: Send + Sync {
     /// for others.
     async fn drained(&self);
 
-    /// Removes containers, tasks and mounts that an earlier life of this daemon left behind.
+    /// Removes containers, tasks and mounts that an earlier run of this daemon left behind.
     async fn sweep(&self) -> Result<()>;
 }

@@ -1,9 +1,9 @@
 //! Errors as data: a class, a code, a message, its causes, hints, and typed details.
 //!
-//! Leaf crates have precise `thiserror` enums and convert them to [`Fault`] with `From`; from
-//! `refs` upward [`Fault`] is the common currency, because results and their errors are shared
-//! between builds and must be `Clone`. Nothing here knows gRPC; crate `grpc` turns a fault into a
-//! status and back (rows `net.err*`, `err.*`).
+//! Crates whose callers act on the kind of an error (`dockerfile`, `http`, `registry`, …) have
+//! enums of their own and convert them to [`Fault`] with `From`; everything else returns [`Fault`],
+//! because results and their errors are shared between builds and must be `Clone`. Nothing here
+//! knows gRPC; crate `grpc` turns a fault into a status and back (rows `net.err*`, `err.*`).
 
 mod redact;
 
@@ -20,7 +20,7 @@ pub enum Class {
     Environment,
     /// We are wrong.
     Internal,
-    /// Nobody wants the answer any more.
+    /// The caller is gone.
     Cancelled,
 }
 
@@ -303,7 +303,7 @@ impl Fault {
         Self::new(Code::Unavailable, message)
     }
 
-    /// Nobody is interested any more.
+    /// The caller is gone.
     #[track_caller]
     pub fn cancelled() -> Self {
         Self::new(Code::Cancelled, "context canceled")
@@ -369,8 +369,7 @@ impl Fault {
         self.edit(|d| d.details.iter_mut().for_each(|detail| *detail = with(detail)))
     }
 
-    /// Without the things that are kept with it: for those who remember it longer than anybody
-    /// needs them.
+    /// Without its attachments, for callers that keep it longer than those are needed.
     #[must_use]
     pub fn without_attachments(self) -> Self {
         self.edit(|d| d.details.retain(|d| !matches!(d, Detail::Attachment(_))))
@@ -425,7 +424,7 @@ impl Fault {
         std::iter::once(self.0.origin).chain(self.0.context.iter().map(|(_, place)| *place))
     }
 
-    /// Whether somebody lost interest, rather than something failing.
+    /// Whether it was cancelled, rather than failed.
     pub fn is_cancelled(&self) -> bool {
         self.0.class == Class::Cancelled
     }
@@ -500,7 +499,7 @@ pub fn closest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     by_distance(word, candidates).map(|(_, c)| c)
 }
 
-/// Longest word, in bytes, that is compared with others: what is longer is no typing error, and
+/// Longest word, in bytes, that is compared with others: what is longer is not a typing error, and
 /// comparing takes the product of the lengths.
 const MAX_WORD: usize = 128;
 /// Most candidates that one word is compared with.

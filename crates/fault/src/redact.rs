@@ -1,4 +1,4 @@
-//! Addresses without the names and passwords in them: what is shown to people, logged or kept goes
+//! Addresses without the names and passwords in them: what is shown, logged or kept goes
 //! through here.
 
 const MASK: &str = "xxxxx";

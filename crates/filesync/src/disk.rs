@@ -53,8 +53,8 @@ pub(crate) fn open_file(root: impl AsFd, path: &str) -> io::Result<File> {
     open_below(root, path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY).map(File::from)
 }
 
-/// Sets the permissions of `name` in `dir`, never of what a link leads to: whoever works in the
-/// directory at the same time may have put one there.
+/// Sets the permissions of `name` in `dir`, never of what a link leads to: another process may have
+/// put one there.
 pub fn chmod_nofollow(
     dir: impl AsFd,
     name: impl rustix::path::Arg,

@@ -30,7 +30,7 @@ pub struct KnownEntry {
     pub link: Box<str>,
     /// Major and minor number of a device.
     pub device: (i64, i64),
-    /// What its sender tells it apart by besides (see [`crate::FileSyncRequest::identify`]); 0 if
+    /// What its sender identifies it by besides (see [`crate::FileSyncRequest::identify`]); 0 if
     /// that is not known.
     pub identity: u64,
 }
@@ -70,7 +70,7 @@ impl KnownEntry {
 
 /// The entries of a directory, in the protocol's order. Cheap to clone.
 ///
-/// Whoever keeps one between transfers vouches that nobody else changes the directory meanwhile.
+/// Keeping one between transfers requires that nothing else changes the directory meanwhile.
 #[derive(Clone, Debug, Default)]
 pub struct KnownTree {
     pub(crate) entries: Arc<Vec<KnownEntry>>,

@@ -54,7 +54,7 @@ pub enum Differ {
     None,
 }
 
-/// Hashes files as they are written, so that nobody needs to read them again.
+/// Hashes files as they are written, so that they need not be read again.
 pub trait ContentHash: Send + Sync {
     /// Starts the digest of the file described by `stat`, as it will be on disk.
     fn start(&self, stat: &Stat) -> Box<dyn HashSink>;
@@ -156,7 +156,7 @@ impl Receiver {
     }
 
     /// Runs the transfer to its end. If it fails or is dropped, the destination is somewhere
-    /// between its old and its new state, and only a walk tells where: a [`KnownTree`] of it must
+    /// between its old and its new state, and only a walk shows where: a [`KnownTree`] of it must
     /// be forgotten.
     pub async fn run(self, stream: PacketStream) -> Result<Received> {
         let PacketStream { mut incoming, outgoing } = stream;

@@ -182,7 +182,8 @@ impl Sender {
                 },
                 Some(done) = tasks.join_next() => match done {
                     Ok(Ok(())) => {}
-                    // A receiver that fails says why before it goes, and that is the error to tell.
+                    // A receiver that fails says why before it goes, and that is the error to
+                    // return.
                     Ok(Err(fault)) if fault.code() == Code::Unavailable => break Err(last_words(&mut incoming).await.unwrap_or(fault)),
                     Ok(Err(fault)) => break Err(fault),
                     Err(error) => break Err(Fault::internal(format!("send files: {error}"))),

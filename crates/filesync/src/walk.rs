@@ -42,7 +42,7 @@ struct Walk<'a, V> {
     details: Details,
 }
 
-/// What is told of an entry besides the ordinary.
+/// What a listing has of an entry besides the ordinary.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Details {
     /// Extended attributes.

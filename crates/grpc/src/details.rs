@@ -19,7 +19,7 @@ use shipway_proto::{errdefs, pb};
 const PREFIX: &str = "github.com/moby/buildkit/";
 const SUFFIX: &str = "+json";
 const EXIT: &str = "gatewayapi.ExitMessage";
-/// Frames of a stack that are told.
+/// Most frames of a stack that are reported.
 const MAX_FRAMES: usize = 64;
 
 static POOL: LazyLock<Option<DescriptorPool>> = LazyLock::new(|| {

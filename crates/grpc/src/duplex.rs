@@ -181,7 +181,7 @@ impl<M: Frame> AsyncWrite for Duplex<M> {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if !this.outgoing.is_closed() {
-            // A peer that is gone has nothing left to be told.
+            // A peer that is gone needs no more messages.
             let _ = ready!(this.poll_send(cx));
             this.outgoing.close();
         }

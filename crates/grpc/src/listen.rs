@@ -224,9 +224,9 @@ fn make_public(path: &Path) -> io::Result<()> {
 /// out.
 fn risk(tls: Option<&ServerTls>) -> Option<&'static str> {
     match tls {
-        None => Some("TLS is not enabled: whoever reaches this address controls the daemon"),
+        None => Some("TLS is not enabled: anyone who can reach this address controls the daemon"),
         Some(ServerTls { client_ca: None, .. }) => Some(
-            "clients need no certificate (no CA is given): whoever reaches this address controls the daemon",
+            "clients need no certificate (no CA is given): anyone who can reach this address controls the daemon",
         ),
         Some(_) => None,
     }
@@ -315,7 +315,7 @@ async fn accept_some(
                 }
             }
             (Err(error), _) => {
-                tracing::warn!(%error, "accept failed");
+                tracing::warn!(%error, "failed to accept a connection");
                 tokio::time::sleep(PAUSE).await;
             }
         }

@@ -32,7 +32,7 @@ const MAX_REQUEST_HEADERS: u32 = 256 << 10;
 /// Calls of one connection at the same time. A client that wants more waits; a bake of many targets
 /// takes some calls for each.
 const MAX_STREAMS: u32 = 1000;
-/// A connection is asked for a sign of life when it was quiet for so long, and closed when none
+/// A connection is pinged when it was quiet for so long, and closed when none
 /// comes: clients vanish behind routers without a word. A client that was stopped for a moment
 /// stays.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(60));
@@ -101,7 +101,7 @@ impl TunnelChannel {
         self.channel.clone()
     }
 
-    /// Resolves when the byte stream has ended, whoever ended it.
+    /// Resolves when the byte stream has ended, on whichever side.
     pub fn closed(&self) -> impl Future<Output = ()> + Send + 'static {
         self.closed.clone().cancelled_owned()
     }
@@ -123,7 +123,7 @@ impl TunnelChannel {
 pub enum TunnelPeer {
     /// The daemon, whom a client's session believes.
     Daemon,
-    /// A program that nobody knows, such as a frontend.
+    /// An unknown program, such as a frontend.
     Stranger,
 }
 
@@ -149,7 +149,7 @@ pub async fn serve_tunnel(
         .map_err(|e| Fault::new(Code::Unavailable, format!("serve the tunnel: {e}")).with_source(e))
 }
 
-/// A byte stream that tells when it ends and can be told to end.
+/// A byte stream that reports its end and can be closed.
 struct Watched<T> {
     io: T,
     stopped: Pin<Box<WaitForCancellationFutureOwned>>,

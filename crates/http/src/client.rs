@@ -39,7 +39,7 @@ pub fn full_body(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|e| match e {}).boxed_unsync()
 }
 
-/// Why there is no response, or no whole one.
+/// Why there is no complete response.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum HttpError {
     /// No connection.

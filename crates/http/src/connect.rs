@@ -122,7 +122,7 @@ fn tcp_reason(
     // The outer text says the stage (dns error, tcp connect error), the innermost the reason.
     let (stage, reason) = (error.to_string(), innermost(error));
     if stage == "dns error" {
-        // In words that people know from elsewhere, and look for.
+        // In words that users know from Go programs.
         let said = if reason.contains("not known") { "no such host".to_owned() } else { reason };
         return format!("dial tcp: lookup {}{via}: {said}", uri.host().unwrap_or_default());
     }

@@ -1,4 +1,4 @@
-//! Operations to be, as those who make a graph describe them: what every vertex says of itself,
+//! Operations to be, as builders of graphs describe them: what every vertex has,
 //! processes and their mounts, chains of file actions. [`crate::State`] turns them into vertices.
 
 use crate::{

@@ -1,4 +1,4 @@
-//! What resolving a source tells of it without fetching it (row `gw.resolvesrc`): for frontends,
+//! What resolving a source finds out without fetching it (row `gw.resolvesrc`): for frontends,
 //! and for clients that decide on sources.
 
 use crate::SourceOp;
@@ -75,7 +75,7 @@ pub struct ImageFacts {
     pub name: String,
     /// Digest of the manifest or index that the name led to.
     pub digest: Digest,
-    /// The image config of the platform asked for; empty if nobody wants it.
+    /// The image config of the platform asked for; empty if it is not wanted.
     pub config: Bytes,
     /// What is said of it, if that was asked for and there is something.
     pub attestations: Option<Box<AttestationChain>>,

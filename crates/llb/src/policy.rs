@@ -429,7 +429,7 @@ mod tests {
         };
         assert!(
             policy(many("docker-image://a", wire::MatchType::Wildcard)).is_ok(),
-            "names are no patterns"
+            "names are not patterns"
         );
         assert!(policy(many("*", wire::MatchType::Wildcard)).is_err());
         assert!(policy(many("a", wire::MatchType::Regex)).is_err());

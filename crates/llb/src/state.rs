@@ -309,7 +309,7 @@ impl State {
         self.with_output(Some(Output::of(DraftKind::File(steps), inputs, options, 0)), None)
     }
 
-    /// Makes an action's paths absolute and tells its owner where to look names up.
+    /// Makes an action's paths absolute and sets where its owner's names are looked up.
     fn place(&self, kind: &mut FileActionKind, source: Option<&State>, base: Option<usize>) {
         let dir = &self.defaults.dir;
         let owner = match kind {

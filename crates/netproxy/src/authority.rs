@@ -30,7 +30,7 @@ pub(crate) const MAX_LEAVES: usize = 1024;
 pub struct Authority {
     pem: Bytes,
     issuer: Issuer<'static, KeyPair>,
-    /// One key for all hosts: whoever has it has the authority's too.
+    /// One key for all hosts: a holder of it has the authority's too.
     key: KeyPair,
     provider: Arc<CryptoProvider>,
     leaves: Mutex<HashMap<String, Leaf>>,

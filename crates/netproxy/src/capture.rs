@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// Most requests of one step that are noted; a step that makes more is told as incomplete.
+/// Most requests of one step that are noted; a step that makes more is reported as incomplete.
 pub const MAX_RECORDS: usize = 10_000;
 /// Most bytes of their addresses together.
 const MAX_BYTES: usize = 4 << 20;
@@ -32,7 +32,7 @@ pub struct Material {
     pub digest: Digest,
 }
 
-/// A request whose answer is not told by a digest.
+/// A request whose response has no digest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct Incomplete {

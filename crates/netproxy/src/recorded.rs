@@ -77,7 +77,7 @@ impl Body for Recorded {
                 if let Some(data) = frame.data_ref() {
                     self.hash.update(data);
                 }
-                // Whoever sends it on need not ask again.
+                // A sender need not ask again.
                 if self.body.is_end_stream() {
                     self.whole();
                 }

@@ -163,7 +163,7 @@ impl Serving {
         let asked = tunnel.into_inner().unwrap_or_else(PoisonError::into_inner);
         let Some((upgrade, target)) = asked else { return };
         if let Err(e) = self.tunnel(upgrade, target).await {
-            tracing::debug!("a tunnel of a step broke: {e}");
+            tracing::debug!("tunnel of a step failed: {e}");
         }
     }
 
@@ -201,7 +201,7 @@ impl Serving {
             Some(_) => served.await,
         };
         if let Err(e) = outcome {
-            tracing::debug!("a connection of a step broke: {e}");
+            tracing::debug!("connection of a step failed: {e}");
         }
     }
 
@@ -232,7 +232,7 @@ impl Serving {
         let target = match self.proxy.checked(request.method(), asked.clone()).await {
             Ok(target) => target,
             Err(e) => {
-                tracing::debug!("a step may not fetch {asked}: {e}");
+                tracing::debug!("denied a step's request for {asked}: {e}");
                 self.note(request.method(), &asked, None, StatusCode::FORBIDDEN);
                 return plain(StatusCode::FORBIDDEN, "Forbidden");
             }

@@ -48,7 +48,7 @@ impl Connector {
 
     async fn dial(self, uri: Uri) -> io::Result<Stream> {
         let target = Target::parse(&uri.to_string())
-            .ok_or_else(|| io::Error::other(format!("{uri} is no address of a server")))?;
+            .ok_or_else(|| io::Error::other(format!("{uri} is not the address of a server")))?;
         let looked_up = tokio::net::lookup_host((target.host.as_str(), target.port)).await;
         let addresses = looked_up
             .map_err(|e| io::Error::other(format!("dial tcp: lookup {}: {e}", target.host)))?;
@@ -69,7 +69,7 @@ impl Connector {
             return Ok(Stream::Plain(tcp));
         }
         let name = ServerName::try_from(target.host.clone())
-            .map_err(|_| io::Error::other(format!("{:?} is no host name", target.host)))?;
+            .map_err(|_| io::Error::other(format!("{:?} is not a valid host name", target.host)))?;
         let tls = self
             .tls
             .connect(name, tcp)

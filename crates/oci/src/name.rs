@@ -13,8 +13,8 @@ pub struct ImageName {
     digest: Option<Digest>,
 }
 
-/// Why a text is no image name, in the distribution library's words, because clients show them;
-/// `why` says what it is about.
+/// Why a text is not a valid image name, in the distribution library's words, because clients show
+/// them; `why` says what it is about.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{words}")]
 pub struct NameError {

@@ -24,7 +24,7 @@ pub struct Platform {
     pub variant: String,
 }
 
-/// Why a text is no platform, in the words of containerd's package.
+/// Why a text is not a valid platform, in the words of containerd's package.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum PlatformError {

@@ -168,7 +168,7 @@ impl Inner {
         Ok(None)
     }
 
-    /// Finds blobs that an earlier life, or another program, stored for the layer.
+    /// Finds blobs that an earlier run, or another program, stored for the layer.
     async fn look_up(&self, stacked: &StackedLayer) -> Result<()> {
         let filter = format!("labels.\"{UNCOMPRESSED}\"==\"{}\"", stacked.diff_id);
         for info in self.storage.content.list(&[filter]).await? {
@@ -264,7 +264,7 @@ impl Inner {
     }
 
     /// Writes what `work` makes, on a thread of its own, into the content store under `lease`;
-    /// whoever has the writer says what it is called.
+    /// the holder of the writer gives it its name.
     pub(crate) async fn stream(
         &self,
         lease: &LeaseId,
@@ -278,7 +278,7 @@ impl Inner {
             .await?;
         let (send, mut blocks) = mpsc::channel::<Bytes>(IN_FLIGHT);
         let packing = tokio::task::spawn_blocking(move || {
-            // A failing send means that nobody wants the blob any more.
+            // A failing send means that the caller is gone.
             work(&mut |block| send.blocking_send(block).map_err(|_| Fault::cancelled()))
         });
         while let Some(block) = blocks.recv().await {

@@ -29,11 +29,11 @@ const WRITTEN: &str = "shipway/written";
 /// How long what was committed waits for its sync; a cut loses no more builds than were done in
 /// this time.
 const PERIOD: Duration = Duration::from_secs(10);
-/// Between the periods of two lives of one boot, so that none is used twice.
+/// Between the periods of two runs in one boot, so that none is used twice.
 const LIFE: u64 = 1 << 32;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// The name of the machine's present life.
+/// The name of the machine's present boot.
 pub(crate) fn boot_id() -> Result<String> {
     let id = fs::read_to_string(BOOT_ID).map_err(|e| Fault::io(format!("read {BOOT_ID}"), e))?;
     Ok(id.trim().to_owned())
@@ -71,7 +71,7 @@ struct Now {
 }
 
 impl Durable {
-    /// Reads what the last life left in `file`.
+    /// Reads what the last run left in `file`.
     pub fn open(file: PathBuf, boot: &str) -> Result<Arc<Self>> {
         let before: Option<Mark> = match fs::read(&file) {
             // One that cannot be understood promises nothing.
@@ -133,7 +133,7 @@ impl Durable {
             .hint("remove the containers that were made of it, and start the daemon again"))
     }
 
-    /// Begins this life: `lost` is what could not be removed.
+    /// Begins this run: `lost` is what could not be removed.
     pub async fn begin(self: &Arc<Self>, lost: HashSet<SnapshotKey>) -> Result<()> {
         let mut mark = self.mark.lock().await;
         mark.lost = lost.iter().map(|k| k.0.clone()).collect();
@@ -149,7 +149,7 @@ impl Durable {
                 tokio::time::sleep(PERIOD).await;
                 let Some(durable) = durable.upgrade() else { return };
                 if let Err(e) = durable.sync(false).await {
-                    tracing::warn!(error = %e, "what was built is not on the disk yet");
+                    tracing::warn!(error = %e, "failed to sync snapshots to disk, will retry");
                     durable.wake.notify_one();
                 }
             }

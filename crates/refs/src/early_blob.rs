@@ -62,7 +62,7 @@ impl UnownedBlob {
     }
 
     /// Lets `record`, whose topmost layer it is and whose lease exists, keep the blob; false if
-    /// somebody deleted it.
+    /// it was deleted.
     pub async fn give(&self, record: &Record) -> Result<bool> {
         match record.layers.last() {
             Some(stacked) => self.store.secure(stacked, &self.known(), record, None).await,
@@ -92,7 +92,7 @@ impl ImmutableRef {
         let this = self.clone();
         self.0.store.background.spawn(async move {
             if this.record().is_none() {
-                // A client's directory is not made a layer before somebody insists.
+                // A client's directory is not made a layer before it is exported.
                 return;
             }
             let done = tokio::select! {
@@ -101,7 +101,7 @@ impl ImmutableRef {
                 done = this.blobs(compression, false, None) => done.map(drop),
             };
             if let Err(e) = done {
-                tracing::debug!(error = %e, "compressing ahead failed; whoever needs it will see");
+                tracing::debug!(error = %e, "failed to compress ahead, will retry when the layer is exported");
             }
         });
     }

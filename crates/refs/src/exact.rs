@@ -4,10 +4,10 @@
 //! containerd and all its clients take it for that. A step that left something that its layer
 //! cannot tell ([`shipway_archive::Loss`]: the root's owner, a socket, …) is a state like any other
 //! for the steps that follow, but its snapshot has a name of its own, and so has everything on top
-//! of it. Whoever needs the chain ID, as an image does, unpacks the layer's blob
+//! of it. What needs the chain ID, as an image does, unpacks the layer's blob
 //! ([`crate::ImmutableRef::unpack`]).
 //!
-//! Names of our own are no promise to anybody and mean nothing to other programs; they are in the
+//! Names of our own promise nothing and mean nothing to other programs; they are in the
 //! labels of the record's lease, which alone keeps the snapshot.
 
 use crate::{
@@ -44,7 +44,7 @@ fn is_trusted(info: &SnapshotInfo) -> bool {
     is_ours(&info.labels) || !info.labels.contains_key(RULE) && !info.labels.contains_key(LINKED)
 }
 
-/// A name for a state that no layer tells.
+/// A name for a state that has more than its layers.
 pub(crate) fn own_name() -> SnapshotKey {
     SnapshotKey(format!("shipway-state-{}", fresh_id()))
 }
@@ -80,7 +80,7 @@ impl Distrusted {
         if is_trusted(info) && !lock(&self.0).contains(&info.key) {
             return true;
         }
-        tracing::warn!(snapshot = %info.key, "made by another version of shipway: it may not be what its name says, and is not used");
+        tracing::warn!(snapshot = %info.key, "snapshot was made by an incompatible version of shipway, not using it");
         lock(&self.0).insert(info.key.clone());
         false
     }

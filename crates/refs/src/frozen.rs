@@ -19,7 +19,7 @@ use std::{
 use tokio::sync::OnceCell;
 
 impl Inner {
-    /// The frozen state with this id, if nobody wrote since.
+    /// The frozen state with this id, if there was no writer since.
     pub fn frozen(self: &Arc<Self>, id: &RefId) -> Option<ImmutableRef> {
         let (entry, generation) = id.0.split_once('-')?;
         let entry = self.named.list().into_iter().find(|s| s.id.0 == entry)?;
@@ -102,7 +102,7 @@ impl Frozen {
     }
 
     /// Makes a layer of it: the entry ends, and its snapshot becomes a committed one in the same
-    /// place on the disk, so whoever reads its files goes on undisturbed.
+    /// place on the disk, so readers of its files go on undisturbed.
     pub async fn layered(&self) -> Result<ImmutableRef> {
         let make = || async {
             let (store, entry) = (&self.reader.store, &self.reader.entry);
@@ -136,7 +136,7 @@ impl Frozen {
                 (store.clone(), entry.clone(), self.mounts.clone(), below.cloned());
             let background = store.background.clone();
             // Cut off in the middle, it would leave an entry without a snapshot, or a snapshot that
-            // nobody knows.
+            // has no record.
             let work = async move {
                 let (record, made) =
                     name(&store, (&entry.snapshot, &mounts), below.as_deref(), &layer, &meta, None)

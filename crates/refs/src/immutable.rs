@@ -128,7 +128,7 @@ impl ImmutableRef {
         }
     }
 
-    /// What it is, for people.
+    /// Description shown to users.
     pub fn description(&self) -> &str {
         match &self.0.kind {
             RefKind::Layers { record, .. } => &record.description,
@@ -205,14 +205,14 @@ impl ImmutableRef {
         Ok(self.layered().await?.layered_record()?.chain())
     }
 
-    /// Lets `origin`, the vertex that the state comes from, speak of the fetches that others cause
-    /// later: that is where people look for them. The first one stays.
+    /// Lets `origin`, the vertex that the state comes from, report fetches that other steps cause
+    /// later: that is where users look for them. The first one stays.
     pub fn reported_by(&self, origin: &Reporter) {
         let _ = self.0.origin.set(origin.clone());
     }
 
     /// Makes the snapshot exist: lazy layers are fetched in parallel, unpacked and verified against
-    /// their diffIDs. `progress` speaks of it where the state's origin cannot.
+    /// their diffIDs. `progress` reports it where the state has no origin.
     pub async fn materialize(&self, progress: Option<&Reporter>) -> Result<()> {
         match &self.0.kind {
             RefKind::Layers { record, .. } => {
@@ -231,8 +231,8 @@ impl ImmutableRef {
         }
     }
 
-    /// Whether `fault` says that the state can no longer be had: nobody has the bytes of one of its
-    /// layers.
+    /// Whether `fault` says that the state can no longer be had: no source has the bytes of one of
+    /// its layers.
     pub fn is_lost(&self, fault: &Fault) -> bool {
         self.record().is_some_and(|r| {
             let materialized = r.materialized.try_lock().is_ok_and(|r| *r);

@@ -80,7 +80,7 @@ impl LastUsed {
             tokio::fs::rename(&half, &file).await
         };
         if let Err(e) = written.await {
-            tracing::warn!(file = %file.display(), error = %e, "times of last use are not saved");
+            tracing::warn!(file = %file.display(), error = %e, "failed to save times of last use");
         }
     }
 }

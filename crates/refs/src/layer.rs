@@ -145,16 +145,16 @@ pub(crate) struct StackedLayer {
     pub snapshot: SnapshotKey,
     /// Name of the snapshot below.
     pub parent: Option<SnapshotKey>,
-    /// Whether the snapshot has what the layer does not tell, and so cannot be made again.
+    /// Whether the snapshot has more than the layer, and so cannot be made again.
     pub own: bool,
     origin: Mutex<Origin>,
-    /// Its files, where they were committed in this life: a commit leaves them in their place.
+    /// Its files, where they were committed in this run: a commit leaves them in their place.
     pub tree: OnceLock<LayerTree>,
-    /// Its tar, where that was made in this life: what is packed again need not be hashed again.
+    /// Its tar, where that was made in this run: what is packed again need not be hashed again.
     pub tar: OnceLock<Tar>,
-    /// Committed in this life: no blob of it can exist that we do not know.
+    /// Committed in this run: no blob of it can exist that we do not know.
     pub new: AtomicBool,
-    /// The snapshot does not tell the whole layer, because whiteouts at the bottom of a stack
+    /// The snapshot does not have the whole layer, because whiteouts at the bottom of a stack
     /// vanish: only a blob does.
     pub blob_only: AtomicBool,
     /// Held while the snapshot is made.
@@ -183,7 +183,7 @@ pub(crate) struct KnownBlob {
 }
 
 impl KnownBlob {
-    /// Whether it is here, or somebody may have it.
+    /// Whether it is stored, or has a source.
     pub fn may_be_had(&self) -> bool {
         self.stored || self.source.as_ref().is_some_and(|s| !s.is_gone())
     }
@@ -265,7 +265,7 @@ impl StackedLayer {
         }
     }
 
-    /// When the layer came to be, where somebody said so.
+    /// When the layer came to be, where that is known.
     pub fn created(&self) -> Option<SystemTime> {
         lock(&self.origin).created
     }

@@ -10,7 +10,7 @@
 //!   stored for it, unless an export comes next: then the same stream becomes its blob.
 //! - One record = one flat lease without expiry, whose labels hold all there is to know. Pruning
 //!   deletes leases and nothing else.
-//! - Active snapshots and views of one life of the daemon hang on *epoch* leases, which the next
+//! - Active snapshots and views of one run of the daemon hang on *epoch* leases, which the next
 //!   life deletes.
 //! - What may be lost lives in a small file: last use and use count.
 //! - After a power cut, what was not on the disk is removed before anybody sees it (`durable.rs`).

@@ -102,7 +102,7 @@ impl Drop for Active {
         let (store, lease, key) = (self.store.clone(), self.lease.clone(), self.key.clone());
         self.store.background.spawn(async move {
             if let Err(e) = remove(&store.storage, &lease, &key).await {
-                tracing::warn!(%key, error = %e, "a snapshot stays until the next start");
+                tracing::warn!(%key, error = %e, "failed to remove snapshot, will retry at the next start");
             }
         });
     }
@@ -220,8 +220,8 @@ impl Inner {
             return Ok(());
         }
         if stacked.own {
-            let gone = Fault::not_found(format!("the file system {} is gone, and its layer does not tell all of it", stacked.snapshot))
-                .hint("somebody removed it: build again without this cache record, for example after `shipway prune`");
+            let gone = Fault::not_found(format!("the file system {} is gone, and its layer does not have all of it", stacked.snapshot))
+                .hint("it was removed by another program: build again without this cache record, for example after `shipway prune`");
             return Err(lost(stacked, None, gone));
         }
         if let Some(original) = stacked.copy_of()
@@ -293,8 +293,8 @@ impl Inner {
             }
         }
         Err(failed.unwrap_or_else(|| {
-            let gone = Fault::not_found(format!("no blob of layer {} is in containerd, and nothing says where to fetch it", stacked.diff_id))
-                .hint("somebody removed it: build again without this cache record, for example after `shipway prune`");
+            let gone = Fault::not_found(format!("no blob of layer {} is in containerd, and it has no source to fetch it from", stacked.diff_id))
+                .hint("it was removed by another program: build again without this cache record, for example after `shipway prune`");
             lost(stacked, None, gone)
         }))
     }
@@ -370,7 +370,7 @@ impl Inner {
 
     /// Gives `active` the files of the layer on top of `original`; false if that cannot be told
     /// from the snapshot, because it was unpacked from another program's tar, or because files in
-    /// it mean something else to those who unpack them.
+    /// it mean something else when they are unpacked.
     async fn copy_layer(
         self: &Arc<Self>,
         original: &SnapshotKey,

@@ -1,5 +1,5 @@
 //! States made of other states' layers (rows `op.merge`, `op.diff`). Only the list of layers is
-//! made here; files are copied when somebody needs the snapshot, and blobs are those of the
+//! made here; files are copied when the snapshot is needed, and blobs are those of the
 //! original layers.
 
 use crate::{
@@ -18,7 +18,7 @@ use std::{
 
 impl RefStore {
     /// The layers of all `parts`, one on another (row `op.merge`); no file is copied before
-    /// somebody needs the snapshot.
+    /// the snapshot is needed.
     pub async fn merge(
         &self,
         parts: &[ImmutableRef],

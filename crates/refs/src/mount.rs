@@ -19,7 +19,7 @@ use std::{
 use tokio::sync::oneshot;
 
 /// What is in a snapshot is there to be read and written by us, never to be run: a program with a
-/// set-id bit or a device in an image must be of no use to whoever reaches the mount. Processes of
+/// set-id bit or a device in an image must be useless to anyone who reaches the mount. Processes of
 /// builds get mounts of their own.
 const INERT: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 
@@ -29,7 +29,7 @@ const OPTIONS_MAX: usize = 4000;
 /// A state as a directory of the host, while this lives.
 pub struct LocalMount {
     path: PathBuf,
-    /// Kept for as long as somebody reads: the mount point, the snapshot's view.
+    /// Held while the mount is used: the mount point, the snapshot's view.
     guard: Option<Arc<dyn Any + Send + Sync>>,
     point: Option<Arc<Point>>,
 }
@@ -40,7 +40,7 @@ impl LocalMount {
         &self.path
     }
 
-    /// Unmounts now, if nobody else has the same mount, and waits for it.
+    /// Unmounts now, if no other handle has the same mount, and waits for it.
     pub async fn unmount(self) -> Result<()> {
         let Some(point) = self.point else { return Ok(()) };
         drop(self.guard);
@@ -87,7 +87,7 @@ impl LocalMount {
     }
 }
 
-/// Finds a mount again while somebody has it.
+/// Finds a mount again while a handle has it.
 pub(crate) struct WeakMount {
     path: PathBuf,
     point: Weak<Point>,
@@ -132,7 +132,7 @@ impl Drop for Point {
         self.background.spawn_blocking(move || {
             let result = detach(&path);
             if let Err(e) = &result {
-                tracing::warn!(path = %path.display(), error = %e, "a mount stays");
+                tracing::warn!(path = %path.display(), error = %e, "failed to unmount");
             }
             drop(guard);
             if let Some(ended) = ended {
@@ -242,11 +242,11 @@ fn unmark(workdir: &Path) {
     if let Err(e) = fs::remove_dir_all(&mark)
         && e.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(mark = %mark.display(), error = %e, "an overlay cannot be mounted again");
+        tracing::warn!(mark = %mark.display(), error = %e, "failed to remove the mark of a volatile overlay, it cannot be mounted again");
     }
 }
 
-/// Unmounts what an earlier life left mounted below `root` and removes the mount points.
+/// Unmounts what an earlier run left mounted below `root` and removes the mount points.
 pub(crate) fn sweep(root: &Path) -> Result<()> {
     for point in mounts_below(root)?.into_iter().filter(|p| p != root) {
         unmount(&point, UnmountFlags::DETACH).map_err(|e| {

@@ -82,7 +82,7 @@ impl MutableRef {
         &self.active.mounts
     }
 
-    /// What it is, for people.
+    /// Description shown to users.
     pub fn description(&self) -> &str {
         &self.description
     }
@@ -196,7 +196,7 @@ async fn commit(
         None => hash(store, &mounts, over).await?,
     };
     let (store, background, parent) = (store.clone(), store.background.clone(), parent.cloned());
-    // Cut off in the middle, it would leave a lease and a snapshot that nobody knows.
+    // Cut off in the middle, it would leave an orphaned lease and snapshot.
     let work = async move {
         let (record, made) =
             name(&store, (&active.key, &mounts), below.as_deref(), &layer, &meta, blob.as_ref())
@@ -312,7 +312,7 @@ fn stacked(store: &Inner, below: Option<&Record>, layer: &Hashed, meta: RecordMe
     let stacked = match &layer.loss {
         None => store.stacked_layer(layer.tar.diff_id, under),
         Some(loss) => {
-            tracing::debug!(%loss, description = %meta.description, "a state that its layer does not tell");
+            tracing::debug!(%loss, description = %meta.description, "state has more than its layer, keeping it under a name of its own");
             store.own_layer(layer.tar.diff_id, under, exact::own_name())
         }
     };

@@ -20,7 +20,7 @@ use std::{
 };
 use tokio::sync::{Notify, OnceCell};
 
-/// What happens when a named state is wanted while somebody has it (row `exec.mnt.cache.share`).
+/// What happens when a named state is wanted while it is in use (row `exec.mnt.cache.share`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Sharing {
     /// Everybody uses the same one at once.
@@ -37,10 +37,10 @@ pub enum Sharing {
 pub struct NamedRequest {
     /// What it is for.
     pub record_type: RecordType,
-    /// Its key, of any length. Put into it whatever must tell two of them apart (such as the id of
-    /// `parent`).
+    /// Its key, of any length. It must contain whatever distinguishes two of them (such as the id
+    /// of `parent`).
     pub key: String,
-    /// What it is, for people.
+    /// Description shown to users.
     pub description: String,
     /// Sharing.
     pub sharing: Sharing,
@@ -78,9 +78,9 @@ pub(crate) struct EntryUse {
     pub writers: usize,
     exclusive: bool,
     pub readers: usize,
-    /// Changes whenever somebody may have written.
+    /// Changes with every writer.
     pub generation: u64,
-    /// Gone from the table; nobody new gets it.
+    /// Gone from the table: existing handles only.
     pub evicted: bool,
     /// Its lease goes with the last who has it.
     lease_ends: bool,
@@ -88,7 +88,7 @@ pub(crate) struct EntryUse {
 
 impl NamedEntry {
     fn new(id: RefId, meta: RecordMeta, name: String, snapshot: SnapshotKey) -> Self {
-        // Generations of different lives must not be equal: ids of frozen states contain them.
+        // Generations of different runs must not be equal: ids of frozen states contain them.
         let generation = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default()
@@ -144,13 +144,13 @@ impl NamedEntry {
         store.named.freed.notify_waiters();
     }
 
-    /// Whether somebody has it.
+    /// Whether a handle has it.
     pub fn in_use(&self) -> bool {
         let u = lock(&self.use_);
         u.writers + u.readers > 0
     }
 
-    /// Marks it as gone if nobody has it.
+    /// Marks it as gone if no handle has it.
     pub fn evict_unused(&self) -> bool {
         let mut u = lock(&self.use_);
         if u.evicted || u.writers + u.readers > 0 {
@@ -240,7 +240,7 @@ impl RefStore {
 }
 
 impl RefStore {
-    /// Throws away the named states of a key: nobody gets them any more, and each vanishes with the
+    /// Throws away the named states of a key: no new handle finds them, and each vanishes with the
     /// last who has it.
     pub fn discard_named(&self, record_type: RecordType, key: &str) {
         let store = &self.0;
@@ -292,7 +292,7 @@ impl Inner {
         };
         let entry = Arc::new(NamedEntry::new(id, meta, name, snapshot));
         let (store, exclusive) = (self.clone(), request.sharing != Sharing::Shared);
-        // Cut off in the middle, it would leave a lease and a snapshot that nobody knows.
+        // Cut off in the middle, it would leave an orphaned lease and snapshot.
         let work = async move {
             let made = async {
                 store.storage.leases.create(&entry.lease, &labels_of(&entry.meta)).await?;
@@ -311,7 +311,7 @@ impl Inner {
             };
             let _ = entry.mounts.set(mounts.clone());
             entry.enter(Sharing::Private);
-            // Nobody else knows it yet, so the wider sharing can be set afterwards.
+            // No other handle exists yet, so the wider sharing can be set afterwards.
             lock(&entry.use_).exclusive = exclusive;
             lock(&store.named.all).push(entry.clone());
             Ok(NamedRef { writer: Writer { store, entry }, mounts, fresh: true })
@@ -415,8 +415,8 @@ impl NamedRef {
         Ok(Frozen::held(reader, id, description.into(), mounts))
     }
 
-    /// Throws the state away, as when its contents turned out to be damaged: nobody gets it any
-    /// more, and it vanishes with the last who has it.
+    /// Throws the state away, as when its contents turned out to be damaged: no new handle finds it
+    /// any more, and it vanishes with the last who has it.
     pub async fn discard(self) -> Result<()> {
         self.writer.store.evict_named(&self.writer.entry);
         Ok(())

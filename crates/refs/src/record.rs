@@ -95,15 +95,15 @@ pub(crate) struct LayerMeta {
     pub blob: Option<Descriptor>,
     /// Name of the snapshot whose top layer it is a copy of.
     pub copy_of: Option<SnapshotKey>,
-    /// Name of the snapshot, where that has what the layer does not tell.
+    /// Name of the snapshot, where that has more than the layer.
     pub own: Option<SnapshotKey>,
-    /// Whether the blob alone tells the whole layer.
+    /// Whether the blob alone has the whole layer.
     pub blob_only: bool,
     /// When it came to be, where that is not when the record was made.
     pub created: Option<SystemTime>,
 }
 
-/// Everything a lease's labels say of a state.
+/// A state as its lease's labels record it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RecordMeta {
     pub record_type: RecordType,
@@ -124,9 +124,9 @@ pub(crate) enum Body {
 
 /// Label that marks our leases and says which kind they are.
 pub(crate) const KIND: &str = "shipway/kind";
-/// Its value on leases that the next life deletes.
+/// Its value on leases that the next run deletes.
 pub(crate) const KIND_RUN: &str = "epoch";
-/// A label and its value for leases that the next life of the daemon deletes.
+/// A label and its value for leases that the next run of the daemon deletes.
 pub const RUN_KIND: (&str, &str) = (KIND, KIND_RUN);
 /// A label and its value for leases of manifests and configs that sources keep for the next build;
 /// a prune of everything ends them.

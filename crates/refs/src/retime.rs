@@ -10,7 +10,7 @@ use shipway_oci::{Descriptor, DiffId};
 use shipway_progress::Reporter;
 use shipway_storage::{Labels, UNCOMPRESSED};
 
-/// Annotation that tells which time a layer was rewritten with, whether that changed it or not.
+/// Annotation with the time that a layer was rewritten with, whether that changed it or not.
 pub const REWRITTEN: &str = "buildkit/rewritten-timestamp";
 
 impl ImmutableRef {
@@ -42,7 +42,7 @@ impl ImmutableRef {
                     let rewritten = layered.rewrite(record, &blob, latest, how).await;
                     rewritten.context(|| format!("rewrite the times in layer {}", blob.diff_id))?
                 }
-                // A layer of a kind that nobody knows stays as it is.
+                // A layer of an unknown kind stays as it is.
                 None => (blob.diff_id, blob.descriptor),
             };
             layers.push(LazyLayer {

@@ -1,5 +1,5 @@
-//! One life of the daemon: the epoch lease that active snapshots and views hang on, background
-//! work, and what earlier lives left.
+//! One run of the daemon: the epoch lease that active snapshots and views hang on, background
+//! work, and what earlier runs left.
 
 use crate::record::{KIND, KIND_RUN, fresh_id};
 use shipway_fault::{Context as _, Fault, Result};
@@ -18,7 +18,7 @@ use tokio::{runtime::Handle, sync::Notify};
 
 /// An epoch lease takes new snapshots for this long.
 const LEASE_AGE: Duration = Duration::from_secs(12 * 3600);
-/// And ends this long after it began, should nobody end it: no build lasts longer than the
+/// And ends this long after it began, should it not be deleted: no build lasts longer than the
 /// difference.
 const EXPIRY: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -55,7 +55,7 @@ impl Background {
         Running(self.tally.clone())
     }
 
-    /// Runs `work` to its end, whoever waits or not.
+    /// Runs `work` to its end, whether or not the caller waits.
     pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         let running = self.count();
         self.runtime.spawn(async move {
@@ -121,14 +121,14 @@ impl RunLease {
         Self(Arc::new(RunLeaseInner { lease, blobs: Default::default() }))
     }
 
-    /// Counts somebody who is about to store a blob under the lease.
+    /// Counts one more user of a blob that is about to be stored under the lease.
     pub async fn retain_blob(&self, blob: Digest) {
         *self.0.blobs.lock().await.entry(blob).or_default() += 1;
     }
 
     /// Takes a blob out of the lease, unless others want it there.
     pub async fn release_blob(&self, storage: &Storage, blob: Digest) {
-        // Locked to the end: whoever stores the blob anew comes after that.
+        // Locked to the end: storing the blob anew waits for that.
         let mut blobs = self.0.blobs.lock().await;
         let others = blobs.get(&blob).map_or(0, |n| n.saturating_sub(1));
         if others > 0 {
@@ -139,7 +139,7 @@ impl RunLease {
         if let Err(e) = storage.leases.remove(self, LeaseResource::Content(blob)).await
             && !e.is_not_found()
         {
-            tracing::debug!(digest = %blob, error = %e, "a blob stays in a lease until the next start");
+            tracing::debug!(digest = %blob, error = %e, "failed to remove blob from lease, it stays until the next start");
         }
     }
 }
@@ -177,12 +177,12 @@ impl RunLeases {
         Ok(lease)
     }
 
-    /// Ends the lease if nobody holds it and it keeps nothing; `anyway` if what it keeps belongs to
-    /// nobody. Says whether it did.
+    /// Deletes the lease if no handle holds it and it keeps nothing; with `anyway` also if it keeps
+    /// something. Returns whether it did.
     pub async fn delete_unused(&self, storage: &Storage, anyway: bool) -> Result<bool> {
         let mut current = self.current.lock().await;
         let Some((lease, _)) = &*current else { return Ok(false) };
-        // Nobody can take another hold while the table is locked.
+        // No other hold can be taken while the table is locked.
         if Arc::strong_count(&lease.0) > 1
             || !(anyway || storage.leases.resources(lease).await?.is_empty())
         {
@@ -195,7 +195,7 @@ impl RunLeases {
 }
 
 /// Removes an active snapshot or view and its entry in the lease it was made under. One that is
-/// gone is no error.
+/// gone is not an error.
 pub(crate) async fn remove(storage: &Storage, lease: &LeaseId, key: &SnapshotKey) -> Result<()> {
     let removed = match storage.snapshots.remove(key).await {
         Err(e) if e.is_not_found() => Ok(()),
@@ -205,14 +205,14 @@ pub(crate) async fn remove(storage: &Storage, lease: &LeaseId, key: &SnapshotKey
     removed
 }
 
-/// Takes a name that no longer exists out of its lease, so that the lease of a long life does not
+/// Takes a name that no longer exists out of its lease, so that the lease of a long run does not
 /// grow.
 pub(crate) async fn forget(storage: &Storage, lease: &LeaseId, key: &SnapshotKey) {
     let resource = LeaseResource::Snapshot(storage.snapshots.name().to_owned(), key.clone());
     if let Err(e) = storage.leases.remove(lease, resource).await
         && !e.is_not_found()
     {
-        tracing::debug!(%key, error = %e, "a lease keeps a name that is gone");
+        tracing::debug!(%key, error = %e, "failed to remove name from lease");
     }
 }
 

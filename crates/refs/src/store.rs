@@ -73,7 +73,7 @@ pub(crate) struct Record {
     pub mounted: tokio::sync::Mutex<Option<WeakMount>>,
     pub size: Mutex<Option<u64>>,
     pub index: TreeIndex,
-    /// Blobs that were put into the lease in this life.
+    /// Blobs that were put into the lease in this run.
     pub secured: Mutex<HashSet<Digest>>,
 }
 
@@ -123,7 +123,7 @@ impl Record {
         }
     }
 
-    /// What it is to whoever asked for it last.
+    /// The description given with the latest request for it.
     pub fn latest_description(&self) -> String {
         lock(&self.asked).clone().unwrap_or_else(|| self.description.clone())
     }
@@ -140,7 +140,7 @@ impl Record {
 }
 
 impl RefStore {
-    /// Opens the states that leases record, after throwing away what an earlier life left half
+    /// Opens the states that leases record, after throwing away what an earlier run left half
     /// done. `root` is a directory of ours for mount points and what may be lost.
     pub async fn open(storage: Storage, root: PathBuf) -> Result<Self> {
         Self::open_in_boot(storage, root, &durable::boot_id()?).await
@@ -241,7 +241,7 @@ impl RefStore {
         if self.0.is_whole(record).await {
             return Some(found);
         }
-        tracing::info!(%id, "a cached state is gone from containerd");
+        tracing::info!(%id, "cached state is gone from containerd, dropping its record");
         self.0.evict(record);
         None
     }
@@ -262,7 +262,7 @@ impl RefStore {
     pub async fn drained(&self) {
         self.0.background.drained().await;
         if let Err(e) = self.0.run_leases.delete_unused(&self.0.storage, false).await {
-            tracing::debug!(error = %e, "an unused lease stays until the next start");
+            tracing::debug!(error = %e, "failed to delete unused lease, will retry at the next start");
         }
         self.0.uses.save().await;
     }
@@ -323,7 +323,7 @@ impl Inner {
                         self.storage.leases.delete(&lease.id, at_once).await?;
                     }
                 }
-                // What can be fetched anew is: nobody can tell which of its files are short.
+                // What can be fetched anew is: which of its files are truncated is unknown.
                 Body::Named { snapshot, .. }
                     if snapshots.contains(snapshot)
                         && !(self.durable.was_cut() && meta.record_type.is_source()) =>
@@ -358,7 +358,7 @@ impl Inner {
             for key in above.into_keys() {
                 match self.storage.snapshots.remove(&key).await {
                     Err(e) if !e.is_not_found() => {
-                        tracing::warn!(%key, error = %e, "a snapshot that may be short is still in use");
+                        tracing::warn!(%key, error = %e, "snapshot may be truncated after a power loss and is still in use");
                         left.insert(key);
                     }
                     _ => {}
@@ -464,7 +464,7 @@ impl Inner {
         lock(&self.records).values().cloned().collect()
     }
 
-    /// Takes a record out of the table if nobody uses it.
+    /// Takes a record out of the table if it is not in use.
     pub fn take_unused(&self, id: &RefId) -> Option<Arc<Record>> {
         let mut records = lock(&self.records);
         let record = records.get(id)?;
@@ -475,24 +475,23 @@ impl Inner {
         records.remove(id)
     }
 
-    /// Takes a record that is broken out of the table; those who have it see errors, and the last
-    /// of them ends its lease.
+    /// Takes a record that is broken out of the table; existing handles see errors, and the last of
+    /// them deletes its lease.
     fn evict(&self, record: &Record) {
         if !record.evicted.swap(true, Ordering::AcqRel) {
             lock(&self.records).remove(&record.id);
         }
     }
 
-    /// Ends a lease that nobody knows any more, now or later: while containerd is away, at the next
-    /// occasion.
+    /// Deletes a lease that no record has any more; while containerd is away, with the next retry.
     pub async fn delete_lease(&self, lease: &LeaseId) {
         if let Err(e) = self.storage.leases.delete(lease, false).await {
-            tracing::warn!(%lease, error = %e, "a lease that is of no use stays for now");
+            tracing::warn!(%lease, error = %e, "failed to delete lease, will retry");
             lock(&self.leases_to_retry).push(lease.clone());
         }
     }
 
-    /// Tries again to end the leases that should have ended; says whether there were any.
+    /// Tries again to delete leases after failures; returns whether there were any.
     pub async fn retry_lease_deletes(&self) -> bool {
         let leases_to_retry = std::mem::take(&mut *lock(&self.leases_to_retry));
         for lease in &leases_to_retry {
@@ -521,7 +520,7 @@ impl Inner {
     /// Whether a record can still give what it promises: its snapshot exists and its lease keeps
     /// it, or every layer can be had.
     async fn is_whole(&self, record: &Record) -> bool {
-        // A record that somebody materializes right now can be materialized.
+        // A record that is being materialized right now can be materialized.
         let Ok(materialized) = record.materialized.try_lock().map(|r| *r) else { return true };
         if materialized {
             let Some(name) = record.snapshot() else { return true };

@@ -26,7 +26,7 @@ pub struct UsageRecord {
     pub id: RefId,
     /// What it is for.
     pub record_type: RecordType,
-    /// What it is, for people.
+    /// Description shown to users.
     pub description: String,
     /// Bytes on disk, parents not counted.
     pub size: u64,
@@ -210,7 +210,7 @@ impl Inner {
         options: &PruneOptions,
         on_removed: &(dyn Fn(UsageRecord) + Send + Sync),
     ) -> Result<()> {
-        // Whether images share a layer matters for what may go and for the sum, which nobody asks
+        // Whether images share a layer matters for what may go and for the sum, which is not asked
         // for when all goes.
         let shared = if options.all && options.filter.is_none() {
             HashSet::new()
@@ -225,7 +225,7 @@ impl Inner {
         let mut order = Order::new(all, options);
         while keep.is_none_or(|keep| total >= keep) {
             let Some(usage) = order.next() else { break };
-            // If somebody took it just now, what it was made from stays, too.
+            // If a handle was taken just now, what it was made from stays, too.
             let Some(lease) = self.take(&usage.id) else { continue };
             self.delete_lease(&lease).await;
             self.uses.forget(&usage.id);
@@ -304,8 +304,8 @@ impl PruneOptions {
     }
 }
 
-/// Records in the order in which they go: nobody has them, nothing is made of them, and the options
-/// say so. Each is looked at once, however many go.
+/// Records in the order in which they go: no handle has them, nothing is made of them, and the
+/// options say so. Each is looked at once, however many go.
 struct Order {
     /// Records that may go once nothing is made of them any more, with their rank.
     rest: HashMap<RefId, (u64, UsageRecord)>,

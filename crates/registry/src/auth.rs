@@ -1,4 +1,4 @@
-//! Who we say we are: challenges remembered, tokens fetched once and renewed before they expire
+//! Authentication: challenges remembered, tokens fetched once and renewed before they expire
 //! (rows `cb.auth.*`).
 //!
 //! Secrets and tokens live in header values marked sensitive and in types whose `Debug` hides them;
@@ -26,7 +26,7 @@ use tokio::time::Instant;
 
 /// Longest answer of a token server.
 const MAX_TOKEN_RESPONSE: u64 = 1 << 20;
-/// Life of a token whose issuer does not say (distribution's token specification).
+/// Lifetime of a token whose issuer does not give one (distribution's token specification).
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// Most identities whose tokens are kept.
 const MAX_IDENTITIES: usize = 128;
@@ -44,7 +44,7 @@ impl Scopes {
         scopes
     }
 
-    /// Adds blank-separated scopes; what is no scope is passed over.
+    /// Adds blank-separated scopes; invalid scopes are skipped.
     pub(crate) fn add(&mut self, text: &str) {
         for scope in text.split_whitespace().take(64) {
             if let Some((kind, rest)) = scope.split_once(':')
@@ -145,7 +145,7 @@ impl fmt::Debug for AuthHeader {
 pub(crate) enum Verdict {
     /// Send again: a better credential is known now.
     Retry,
-    /// There is nothing more to say; the server's reason.
+    /// No other credentials to try; the server's reason.
     Denied(String),
 }
 
@@ -479,9 +479,8 @@ impl TokenClient<'_> {
                 Some(status.as_u16()),
             ));
         }
-        let parsed: TokenResponse = serde_json::from_slice(&body).map_err(|_| {
-            failed(format!("{line} was answered with something that is no token"), None)
-        })?;
+        let parsed: TokenResponse = serde_json::from_slice(&body)
+            .map_err(|_| failed(format!("{line} did not return a valid token"), None))?;
         let token = parsed
             .access_token
             .filter(|t| !t.is_empty())

@@ -102,7 +102,7 @@ impl Repository {
                 self.name(),
                 self.name().registry(),
                 &action,
-                Kind::Protocol("the blob's length is not told".into()),
+                Kind::Protocol("the response has no Content-Length".into()),
             )
         })
     }

@@ -1,4 +1,4 @@
-//! What an administrator says about registries: mirrors, plain HTTP, certificates, limits.
+//! Configuration of registries: mirrors, plain HTTP, certificates, limits.
 
 use serde::Deserialize;
 use shipway_http::{DeniedNetworks, KeyPair, Timeouts};
@@ -19,7 +19,7 @@ pub struct RegistryConfig {
     pub max_concurrency: usize,
     /// How long to wait for what.
     pub timing: Timing,
-    /// Networks that are not connected to, whoever names an address in them: images, downloads,
+    /// Networks that are not connected to, whatever names an address in them: images, downloads,
     /// token servers.
     pub denied: DeniedNetworks,
     /// Product name in `User-Agent`.

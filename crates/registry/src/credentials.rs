@@ -48,7 +48,7 @@ impl fmt::Debug for Token {
 pub struct Given<T> {
     /// What it gave.
     pub what: T,
-    /// Whose it is, as in [`CredentialSource::owners`]; nobody's in particular if the source has
+    /// Whose it is, as in [`CredentialSource::owners`]; anonymous if the source has
     /// one owner alone.
     pub owner: Option<String>,
 }
@@ -69,7 +69,7 @@ pub trait CredentialSource: Send + Sync + 'static {
     /// User name and secret for `host`.
     async fn credentials(&self, host: &str) -> Result<Option<Given<Credentials>>, Fault>;
 
-    /// A token that somebody else (the client's machine) fetches from `realm`, so that the secret
+    /// A token that the client's machine fetches from `realm`, so that the secret
     /// need not come here.
     async fn fetch_token(
         &self,
@@ -84,21 +84,21 @@ pub trait CredentialSource: Send + Sync + 'static {
 
     /// Whose tokens for `host` the source may use, besides those of its own identity: several
     /// people may stand behind one source, and a token is for who brought it. Names are shared
-    /// among sources; whoever gives one must be sure of it.
+    /// among sources; a source must be sure of the names it gives.
     async fn owners(&self, host: &str) -> Result<Vec<String>, Fault> {
         let _ = host;
         Ok(Vec::new())
     }
 
-    /// Names whose credentials these are: challenges, and tokens of nobody in particular, are
-    /// shared among sources that give the same name (for example a session's id), and with nobody
+    /// Names whose credentials these are: challenges, and tokens of anonymous requests, are
+    /// shared among sources that give the same name (for example a session's id), and with no other
     /// when there is none.
     fn identity(&self) -> Option<String> {
         None
     }
 }
 
-/// Nobody's credentials.
+/// No credentials.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Anonymous;
 

@@ -5,7 +5,7 @@ use shipway_http::HttpError;
 use shipway_oci::Digest;
 use std::{fmt, time::Duration};
 
-/// A failed request to a registry. `Display` keeps the words that people know from containerd.
+/// A failed request to a registry. `Display` keeps the words that users know from containerd.
 #[derive(Clone, Debug)]
 pub struct Error(Box<Data>);
 
@@ -28,7 +28,7 @@ struct Data {
 pub enum Kind {
     /// 404.
     NotFound,
-    /// 401 in spite of everything we know to say.
+    /// 401 with every credential we have.
     Unauthorized {
         /// The server's reason, such as `insufficient_scope`.
         server: String,

@@ -69,7 +69,7 @@ impl Endpoint {
         self.path.strip_prefix("/v2/").unwrap_or_default().trim_matches('/')
     }
 
-    /// Applies `[registry."host"]`. Loopback hosts that nothing is said about may speak either way,
+    /// Applies `[registry."host"]`. Loopback hosts without settings may speak either way,
     /// unverified, as with containerd.
     fn with(mut self, config: &HostConfig) -> Result<Self, String> {
         let insecure = config.insecure.unwrap_or(false);
@@ -170,7 +170,7 @@ fn from_table(
 ) -> Result<Vec<Endpoint>, String> {
     let mut endpoints = Vec::with_capacity(host.mirrors.len() + 1);
     for mirror in &host.mirrors {
-        // A mirror is `host` or `host/path`; people also write the scheme.
+        // A mirror is `host` or `host/path`; some write the scheme, too.
         let (scheme, rest) = match mirror.split_once("://") {
             Some((s, rest)) => (Some(s), rest),
             None => (None, mirror.as_str()),

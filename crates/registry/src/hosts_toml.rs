@@ -146,7 +146,7 @@ fn named(url: &str, host: &Host) -> Result<Endpoint, String> {
     } else {
         format!("https://{url}")
     };
-    let uri: Uri = url.parse().map_err(|e| format!("{url:?} is no address: {e}"))?;
+    let uri: Uri = url.parse().map_err(|e| format!("{url:?} is not a valid address: {e}"))?;
     let authority = uri.authority().ok_or_else(|| format!("{url:?} names no host"))?.as_str();
     let path = uri.path().trim_end_matches('/');
     let path = if host.override_path || path.ends_with("/v2") {

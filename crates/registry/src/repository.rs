@@ -81,7 +81,7 @@ impl Shared {
             (Ok(client), _) => client,
             // A certificate may be there before its key is.
             (Err(why), Some(Pool { client, .. })) => {
-                tracing::warn!(host = %endpoint.authority, why, "new certificates cannot be used: the old ones stay");
+                tracing::warn!(host = %endpoint.authority, why, "failed to load new certificates, keeping the old ones");
                 return Ok(client);
             }
             (Err(why), None) => return Err(Kind::Config(why)),
@@ -155,7 +155,7 @@ impl Registry {
     }
 
     /// Asks the token server `realm` for a token for the registry `host`, anonymously without
-    /// credentials. This is for those who fetch tokens for others; requests to repositories fetch
+    /// credentials. For callers that fetch tokens for others: requests to repositories fetch
     /// their own.
     ///
     /// Who is asked for a token does not know the registry: credentials go to a server without TLS
@@ -314,7 +314,7 @@ impl Repository {
         self.resolve_with(reference, true).await
     }
 
-    /// The same without trying again what may pass, for those who have something else to go by.
+    /// The same without trying again what may pass, for callers with a fallback.
     pub async fn resolve_once(&self, reference: &str) -> Result<Descriptor, Error> {
         self.resolve_with(reference, false).await
     }
@@ -468,7 +468,7 @@ impl Repository {
                 self.name(),
                 &authority,
                 &action,
-                Kind::Protocol(format!("the list is no index: {e}")),
+                Kind::Protocol(format!("the list of referrers is not a valid index: {e}")),
             )
         };
         serde_json::from_slice::<Index>(&bytes).map(|i| i.manifests).map_err(bad)
@@ -491,8 +491,9 @@ impl Repository {
                 |kind| Error::new(self.name(), &reply.endpoint.authority, "list the tags", kind);
             let bytes =
                 reply.response.body.collect(MAX_TAG_PAGE).await.map_err(|f| fail(f.into()))?;
-            let page: Page = serde_json::from_slice(&bytes)
-                .map_err(|e| fail(Kind::Protocol(format!("the list of tags is no JSON: {e}"))))?;
+            let page: Page = serde_json::from_slice(&bytes).map_err(|e| {
+                fail(Kind::Protocol(format!("the list of tags is not valid JSON: {e}")))
+            })?;
             all.extend(page.tags.unwrap_or_default());
             match next {
                 Some(query) if query != request.query => request.query = query,

@@ -87,7 +87,7 @@ pub(crate) struct Reply {
 
 impl Repository {
     /// Asks mirrors and then the origin; the first good answer wins. The origin's failure is the
-    /// one that is told.
+    /// one that is returned.
     pub(crate) async fn request(&self, request: &ApiRequest) -> Result<Reply, Error> {
         let endpoints = self.endpoints(request.need).await?;
         let mut earlier = Vec::new();
@@ -248,7 +248,7 @@ impl Repository {
             self.name().repository(),
             request.tail
         );
-        text.parse().map_err(|_| HttpError::Protocol(format!("{text:?} is no address")))
+        text.parse().map_err(|_| HttpError::Protocol(format!("{text:?} is not a valid address")))
     }
 
     pub(crate) fn scopes(&self, endpoint: &Endpoint, need: Capability, more: &[String]) -> Scopes {

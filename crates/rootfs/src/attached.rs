@@ -22,8 +22,8 @@ impl Attached {
     /// Makes `path` within the filesystem of `mounts` appear at `at`, which is created as a
     /// directory or a file accordingly.
     ///
-    /// What appears is exactly the file that the path named now: whoever writes in the filesystem
-    /// cannot exchange it for a link.
+    /// What appears is exactly the file that the path named now: writers in the filesystem cannot
+    /// exchange it for a link.
     pub fn new(mounts: &[Mount], access: Access, path: &str, at: &Path) -> Result<Self> {
         let fail = |e: Errno| {
             Fault::io(format!("mount {path:?} of a snapshot at {}", at.display()), e.into())
@@ -96,7 +96,7 @@ impl Drop for Attached {
     fn drop(&mut self) {
         let flags = rustix::mount::UnmountFlags::DETACH | rustix::mount::UnmountFlags::NOFOLLOW;
         let _ = rustix::mount::unmount(&self.path, flags);
-        // Never recursive: what is below would be somebody's files if unmounting failed.
+        // Never recursive: what is below would be files of others if unmounting failed.
         let _ = std::fs::remove_dir(&self.path).or_else(|_| match std::fs::metadata(&self.path) {
             Ok(m) if m.is_file() && m.len() == 0 => std::fs::remove_file(&self.path),
             _ => Ok(()),

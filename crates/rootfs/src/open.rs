@@ -12,7 +12,7 @@ use std::{fs::File, path::Path};
 const MAX_TRIES: usize = 128;
 
 /// Opens for reading what `fd` was opened to look at (`O_PATH`), if it is a regular file. Between
-/// the look and the opening nobody can exchange it.
+/// the two openings it cannot be exchanged.
 pub fn reopen_regular(fd: BorrowedFd<'_>) -> rustix::io::Result<Option<File>> {
     if FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) != FileType::RegularFile {
         return Ok(None);

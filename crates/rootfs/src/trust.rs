@@ -31,11 +31,11 @@ const BUNDLES: [&str; 6] = [
     "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
     "/etc/ssl/cert.pem",
 ];
-/// Variables by which programs that do not read the system's certificates are told of a file.
+/// Variables by which programs that do not read the system's certificates find a file of them.
 const VARIABLES: [&str; 3] = ["SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS", "REQUESTS_CA_BUNDLE"];
 /// Largest file of certificates that is added to.
 pub const MAX_BUNDLE: u64 = 10 << 20;
-/// The marks are the reference's, which people look for.
+/// The marks are BuildKit's, which users look for.
 const BEGIN: &[u8] = b"\n# buildkit proxy CA begin\n";
 const END: &[u8] = b"# buildkit proxy CA end\n";
 
@@ -190,7 +190,7 @@ impl Trust {
     }
 }
 
-/// Whether nobody changed it since, as far as its times, owner and permissions tell.
+/// Whether it is unchanged since, by its times, owner and permissions.
 fn same(now: &Stat, before: &Stat) -> bool {
     (now.st_mode, now.st_uid, now.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
         && nanos(now) == nanos(before)

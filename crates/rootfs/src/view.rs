@@ -31,7 +31,7 @@ pub enum Access {
     /// To read. An active snapshot's upper directory is shown as one more read-only layer, so
     /// that nothing is locked.
     Read,
-    /// To change it; nobody else may have the snapshot mounted.
+    /// To change it; no other mount of the snapshot may exist.
     Write,
 }
 
@@ -310,7 +310,7 @@ fn overlay_by_mount(layers: &Overlay, viewer: Viewer) -> rustix::io::Result<Owne
         unsafe { unshare_unsafe(UnshareFlags::FS | UnshareFlags::NEWNS) }?;
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
         rustix::process::chdir(&base)?;
-        // Any directory serves: nobody but this thread sees what is mounted on it.
+        // Any directory serves: only this thread sees what is mounted on it.
         mount("overlay", "/proc", "overlay", flags, options.as_c_str())?;
         let fd = open_directory(Path::new("/proc"));
         unmount("/proc", UnmountFlags::DETACH)?;

@@ -79,7 +79,7 @@ fn random() -> Result<[u8; 32]> {
     Ok(bytes)
 }
 
-/// Goes into the keys that clients make for us, so that they are of no use to another daemon or
+/// Goes into the keys that clients make for us, so that they are useless to another daemon or
 /// after a restart.
 fn salt() -> Result<[u8; 32]> {
     static SALT: OnceLock<[u8; 32]> = OnceLock::new();

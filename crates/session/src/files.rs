@@ -28,7 +28,7 @@ const CHUNK: usize = 3 << 20;
 pub enum Delivered {
     /// The client has it.
     Taken,
-    /// The client did not want it, which is no error (row `cb.filesend.skip`).
+    /// The client did not want it, which is not an error (row `cb.filesend.skip`).
     NotNeeded,
 }
 
@@ -40,7 +40,7 @@ pub struct FileSink {
 
 impl FileSink {
     /// Sends `data`. An error of kind `BrokenPipe` means that the client takes no more;
-    /// [`FileSink::finish`] tells why.
+    /// [`FileSink::finish`] returns why.
     pub async fn write(&mut self, mut data: Bytes) -> std::io::Result<()> {
         while !data.is_empty() {
             let chunk = data.split_to(data.len().min(CHUNK));

@@ -188,7 +188,7 @@ impl SessionHub {
         self.lock().len()
     }
 
-    /// Whether nobody is attached.
+    /// Whether no client is attached.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

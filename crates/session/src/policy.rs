@@ -1,7 +1,7 @@
 //! Clients that decide on sources themselves (row `cb.policy`).
 //!
 //! The client is asked about a source as the build names it. It answers with a decision, or with a
-//! question of its own: then it is asked again with what resolving the source has told. How often
+//! question of its own: then it is asked again with what resolving the source has found. How often
 //! is the caller's business.
 
 use std::{collections::BTreeMap, time::Duration};
@@ -54,7 +54,7 @@ pub struct PolicyQuestion {
     pub no_config: bool,
 }
 
-/// What a client says to a source.
+/// A client's decision on a source.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
 pub enum PolicyAnswer {

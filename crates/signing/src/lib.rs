@@ -46,7 +46,7 @@ use std::time::SystemTime;
 pub const MAX_OBJECT: usize = 1 << 20;
 /// Longest armored signature, in bytes.
 pub const MAX_SIGNATURE: usize = 64 << 10;
-/// Longest text of public keys, in bytes. A key that many people certified takes some 100 KiB.
+/// Longest text of public keys, in bytes. A key with many certifications takes some 100 KiB.
 pub const MAX_KEYS: usize = 1 << 20;
 /// Most signatures by a PGP key over its own parts that are verified in order to judge one
 /// signature.

@@ -21,7 +21,7 @@ use std::{
 /// How far ahead of ours the clock of who signed may be, in seconds.
 const MAX_AHEAD: u64 = 5 * 60;
 
-/// Reasons, and keys, that an error tells at most.
+/// Most reasons, and keys, in one error.
 const MAX_TOLD: usize = 8;
 
 /// Why something does not count.
@@ -138,7 +138,7 @@ fn keys(text: &str) -> Result<Vec<SignedPublicKey>> {
             match key {
                 Ok(PublicOrSecret::Public(key)) => add(&mut all, key),
                 Ok(PublicOrSecret::Secret(key)) => add(&mut all, key.to_public_key()),
-                // One among many that is of no use is no reason to refuse the others.
+                // One unusable key among many is no reason to refuse the others.
                 Err(e) => unreadable = Some(e.to_string()),
             }
         }
@@ -169,7 +169,7 @@ fn issuer(signature: &Signature) -> String {
     id.or_else(fingerprint).unwrap_or_else(|| "an unnamed key".into()).to_uppercase()
 }
 
-/// Whether a signature of data is one that can count, whoever made it; gives when that was.
+/// Whether a signature of data is one that can count, by any key; gives when that was.
 fn acceptable(signature: &Signature) -> Result<Timestamp, Why> {
     let Some(config) = signature
         .config()
@@ -177,7 +177,7 @@ fn acceptable(signature: &Signature) -> Result<Timestamp, Why> {
     else {
         return Err(format!("unsupported signature version {:?}", signature.version()));
     };
-    // Other types are no statement about data, though the same bytes may be below them.
+    // Other types are not statements about data, though the same bytes may be below them.
     if !matches!(config.typ, SignatureType::Binary | SignatureType::Text) {
         return Err(format!("a signature of type {:?} says nothing about data", config.typ));
     }
@@ -349,7 +349,7 @@ impl Signer<'_> {
             return Ok(());
         };
         budget.spend()?;
-        // It may be by somebody whom the key made its revoker, whose key is not here.
+        // It may be by a key that was made a revoker, whose key is not here.
         if sound(revocation).is_err() || revocation.verify_key(&self.key.primary_key).is_err() {
             return Err("the key has a revocation that cannot be verified".into());
         }
@@ -456,7 +456,7 @@ impl Signer<'_> {
         }
         let binding: &Signature = best.ok_or("the subkey does not belong to the key")?;
         budget.spend()?;
-        // Without it, somebody could claim another's subkey, and with it what that signed.
+        // Without it, anyone could claim another's subkey, and with it what that signed.
         let back =
             binding.embedded_signature().ok_or("signing subkey is missing cross-signature")?;
         if sound(back).is_err() || back.verify_primary_key_binding(&subkey.key, primary).is_err() {
@@ -516,7 +516,7 @@ fn bits(rsa: &pgp::types::RsaPublicParams) -> usize {
     }
 }
 
-/// A notation that must not be ignored, and that nobody here knows.
+/// A notation that must not be ignored, and that is unknown here.
 fn critical_notation(signature: &Signature) -> Option<String> {
     signature.config()?.hashed_subpackets().find_map(|p| match &p.data {
         SubpacketData::Notation(n) if p.is_critical => {

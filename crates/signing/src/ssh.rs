@@ -12,7 +12,7 @@ const VERSION: u32 = 1;
 const MAX_RSA_BITS: usize = 4096;
 /// Bytes behind a signature by a security key: flags and a counter of four bytes.
 const TRAILER: usize = 5;
-/// Flag of a security key: somebody touched it.
+/// Flag of a security key: it was touched.
 const PRESENT: u8 = 1;
 
 /// Whether `armored` is a signature of `signed` by the key in `keys`.

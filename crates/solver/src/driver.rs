@@ -60,7 +60,7 @@ struct Driver<Op: Operation> {
     graph: Graph<Op>,
     tasks: HashMap<TaskNo, AbortHandle>,
     replies: HashMap<RequestNo, Reply<Op::Output>>,
-    /// Drops records of lost results; nobody is to find them again.
+    /// Drops records of lost results; they must not be found again.
     forgetting: Option<Shared<BoxFuture<'static, ()>>>,
 }
 
@@ -87,7 +87,7 @@ impl<Op: Operation> Driver<Op> {
                     event
                 }
                 Message::Known { job, reply } => {
-                    // The receiver may be gone: then nobody wants to know.
+                    // The receiver may be gone: then the result is not needed.
                     let _ = reply.send(self.graph.known_to(job));
                     continue;
                 }
@@ -210,7 +210,7 @@ impl<Op: Operation> Driver<Op> {
             },
             Effect::Reply { request, result } => {
                 if let Some(reply) = self.replies.remove(&request) {
-                    // The receiver may be gone: then nobody wants to know.
+                    // The receiver may be gone: then the result is not needed.
                     let _ = reply.send(result);
                 }
             }
@@ -239,7 +239,7 @@ impl<Op: Operation> Driver<Op> {
 }
 
 fn send<Op: Operation>(inbox: &UnboundedSender<Message<Op>>, message: Message<Op>) {
-    // The owner task ends only with the last handle; then nobody listens.
+    // The owner task ends only with the last handle; then nothing listens.
     let _ = inbox.send(message);
 }
 
@@ -259,7 +259,7 @@ async fn caught<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
 
 /// The cache failing must not fail a build.
 fn warned<T>(what: &str, result: Result<T>) -> Option<T> {
-    result.inspect_err(|fault| tracing::warn!(%fault, "cannot {what}")).ok()
+    result.inspect_err(|fault| tracing::warn!(%fault, "failed to {what}")).ok()
 }
 
 async fn probe<O: Send + 'static>(

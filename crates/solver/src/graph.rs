@@ -51,10 +51,10 @@ pub(crate) struct EdgeId {
     pub(crate) output: usize,
 }
 
-/// How much somebody wants to know of an edge; each level includes those before it.
+/// How much is wanted of an edge; each level includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Level {
-    /// Its keys, as far as definitions and the store's aliases tell; nothing is loaded or run.
+    /// Its keys, as far as definitions and the store's aliases go; nothing is loaded or run.
     Fast,
     /// Its best keys: the store is asked for a result, and contents are computed, for which inputs
     /// may run.
@@ -530,7 +530,7 @@ impl<Op: Operation> Graph<Op> {
         no
     }
 
-    /// Lets `job` hold `node`, hear of it and lend its data to it.
+    /// Lets `job` hold `node`, report it and share its data with it.
     pub(crate) fn hold(&mut self, node: NodeNo, job: JobNo) {
         let (Some(state), Some(n)) = (self.jobs.get_mut(&job), self.nodes.get(&node)) else {
             return;

@@ -61,7 +61,7 @@ impl<Op: Operation> Solver<Op> {
         Self(Arc::new(Shared { inbox, names: Mutex::default(), next: AtomicU64::new(1) }))
     }
 
-    /// Opens a job: `data` is what its operations may use, `journal` hears of every vertex it asks
+    /// Opens a job: `data` is what its operations may use, `journal` records every vertex it asks
     /// for. `AlreadyExists` while another job has the name (row `so.dupref`).
     pub fn job(&self, id: JobId, data: Op::Job, journal: Journal) -> Result<Job<Op>> {
         if !self.0.names().insert(id.clone()) {
@@ -99,7 +99,7 @@ impl<Op: Operation> Job<Op> {
     }
 
     /// The result of one output of `vertex`. May be called many times and concurrently; the future
-    /// does not borrow the job. Dropping it withdraws the request, and work that nobody else wants
+    /// does not borrow the job. Dropping it withdraws the request, and work that no other job wants
     /// is cancelled.
     pub fn build(
         &self,
@@ -156,7 +156,7 @@ impl<Op: Operation> Job<Op> {
 
 impl<Op: Operation> Drop for Job<Op> {
     fn drop(&mut self) {
-        // The graph hears of the end before the name is free, so that a successor never meets its
+        // The graph learns of the end before the name is free, so that a successor never meets its
         // predecessor's interest.
         let _ = self.shared.inbox.send(Message::Event(Event::Close { job: self.no }));
         self.shared.names().remove(&self.id);

@@ -7,7 +7,7 @@
 //! synchronous, total state machine (`step.rs`; the decisions are in `advance.rs` and `work.rs`,
 //! the data in `graph.rs`, the keys in `keys.rs`) and does what that asks for (`driver.rs`).
 //! Interest is counted from requests down: dropping a [`Job::build`] future or a [`Job`] cancels
-//! what nobody else wants.
+//! what no other job wants.
 
 pub mod memory;
 pub mod port;

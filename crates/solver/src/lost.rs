@@ -1,7 +1,7 @@
-//! Results that can no longer be had (row `so.loaderr`): a cache promised them, and whoever had
+//! Results that can no longer be had (row `so.loaderr`): a cache promised them, and what had
 //! their bytes is gone.
 //!
-//! That often shows only when somebody reads them: a checksum, a step, an export. The edges that
+//! That often shows only when they are read: a checksum, a step, an export. The edges that
 //! have such a result from the cache are taken back, with those that ran on top of it and merely
 //! carry it on (a merge); the records are dropped; and what needs them waits until they were made
 //! again.

@@ -69,7 +69,7 @@ pub struct OpContext<J> {
     pub jobs: Arc<dyn Fn() -> Vec<J> + Send + Sync>,
 }
 
-/// The work of one vertex. Futures are dropped when nobody is interested any more; that must leave
+/// The work of one vertex. Futures are dropped when no job is interested any more; that must leave
 /// nothing behind.
 #[async_trait]
 pub trait Operation: Send + Sync + 'static {
@@ -114,7 +114,7 @@ pub trait Operation: Send + Sync + 'static {
 pub struct Vertex<Op: ?Sized> {
     /// Identity.
     pub id: VertexId,
-    /// Name for people.
+    /// Name shown to users.
     pub name: String,
     /// Progress group, if any.
     pub group: Option<shipway_progress::Group>,
@@ -137,7 +137,7 @@ impl<Op: ?Sized> Drop for Vertex<Op> {
     }
 }
 
-/// What is stored beside a result, so that cache exports and people can follow it later.
+/// What is stored beside a result, for cache exports and `du`.
 #[derive(Clone, Debug, Default)]
 pub struct RecordMeta {
     /// The operation's keys (from [`CacheMap::keys`]).

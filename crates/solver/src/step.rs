@@ -113,7 +113,7 @@ pub(crate) enum Effect<Op: Operation> {
     Alias { primary: CacheKey, keys: Vec<CacheKey> },
     /// Drop a task.
     Cancel { task: TaskNo },
-    /// Tell those who watch.
+    /// Report progress of a vertex.
     Report { reporter: Reporter, what: Progress },
     /// Answer a request.
     Reply { request: RequestNo, result: Result<(Op::Output, Completion)> },
@@ -142,7 +142,7 @@ impl<Op: Operation> Graph<Op> {
             Event::Imported { task, job } => self.imported(task, job),
             Event::Lost { job, vertex, output, fault, answer } => {
                 let redone = self.lost(job, &vertex, output, &fault);
-                // The receiver may be gone: then nobody wants to know.
+                // The receiver may be gone: then the result is not needed.
                 let _ = answer.send(redone);
             }
             Event::Request { request, job, vertex, output } => {
@@ -258,7 +258,7 @@ impl<Op: Operation> Graph<Op> {
                 h.is_empty()
             });
             if alone {
-                // Open work is ended while its journal still hears of it.
+                // Open work is ended while its journal still records it.
                 unheld.push((no, node.cx.reporter.clone()));
             } else {
                 node.cx.reporter.detach(&state.journal);

@@ -1,5 +1,5 @@
 //! How a vertex's work is done: claimed by one edge, run in its turn, stored, and given up when
-//! nobody wants it.
+//! it is not wanted.
 
 use crate::{
     CacheKey, Operation, RecordMeta,
@@ -40,7 +40,7 @@ impl<Op: Operation> Graph<Op> {
         self.claimed(id, open, Some(Level::Result))
     }
 
-    /// Lets the jobs of `id` hold the vertex whose result it will take, and hear of it.
+    /// Lets the jobs of `id` hold the vertex whose result it will take, and report it.
     fn share_jobs(&mut self, id: EdgeId, owner: EdgeId) {
         let jobs: Vec<JobNo> = self
             .nodes
@@ -288,7 +288,7 @@ impl<Op: Operation> Graph<Op> {
         }
     }
 
-    /// Cancels what nobody wants any more of a node's work. Only at the end of a step: interest may
+    /// Cancels a node's work that is no longer wanted. Only at the end of a step: interest may
     /// come back within it.
     pub(crate) fn cancel_unwanted(&mut self, no: NodeNo) {
         let Some(node) = self.nodes.get_mut(&no) else { return };

@@ -35,7 +35,7 @@ pub struct ImageRecord {
 
 impl ImageRecord {
     /// When a build here gave the name to what it leads to. `None` for images from elsewhere:
-    /// labels survive an update by field path, so one whose target somebody else has changed since
+    /// labels survive an update by field path, so one whose target another client has changed since
     /// carries the digest of another image.
     pub fn built(&self) -> Option<SystemTime> {
         let (digest, time) = self.labels.get(BUILT)?.split_once(' ')?;

@@ -52,7 +52,7 @@ pub trait Leases: Send + Sync {
     /// Makes a lease; `AlreadyExists` if the name is taken.
     async fn create(&self, id: &LeaseId, labels: &Labels) -> Result<()>;
 
-    /// Ends a lease; `sync` waits for a garbage collection. A lease that is gone is no error.
+    /// Ends a lease; `sync` waits for a garbage collection. A lease that is gone is not an error.
     async fn delete(&self, id: &LeaseId, sync: bool) -> Result<()>;
 
     /// All leases, or those that match any of the containerd filters.

@@ -48,7 +48,8 @@ impl Marks {
     }
 }
 
-/// Whether a thing in a layer says that its name is gone: a character device 0:0.
+/// Whether `stat` is of a whiteout, which removes a name from the layers below: a character device
+/// 0:0.
 pub fn is_whiteout(stat: &Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
 }

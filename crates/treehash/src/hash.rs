@@ -18,7 +18,7 @@ use std::{
 /// Bytes read at a time.
 const CHUNK: usize = 256 * 1024;
 
-/// What a file's digest depends on besides its contents, and what tells that these have changed.
+/// What a file's digest depends on besides its contents, and what changes with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Stamp {
     size: i64,
@@ -57,7 +57,7 @@ impl Stamp {
         }
     }
 
-    /// A number that tells stamps apart.
+    /// A number that differs between stamps.
     pub fn number(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         self.hash(&mut hasher);

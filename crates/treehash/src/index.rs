@@ -130,7 +130,7 @@ impl TreeIndex {
 
     /// The digests of files, from memory or by reading, several at a time.
     fn digests(&self, root: &Path, found: &[Found]) -> Result<Vec<Digest>> {
-        // Everything but a file's contents is told by what was looked at already.
+        // Everything but a file's contents follows from what was read already.
         let is_file = |f: &Found| f.stamp.kind() == FileType::RegularFile;
         let places: Vec<Option<Place>> =
             found.iter().map(|f| is_file(f).then(|| Place::of(&f.path))).collect();

@@ -96,7 +96,7 @@ impl Header {
     pub fn size(&self) -> io::Result<u64> {
         number(&self.0[124..136])
             .and_then(|n| u64::try_from(n).ok())
-            .ok_or_else(|| broken("a size is no number"))
+            .ok_or_else(|| broken("a size is not a number"))
     }
 
     /// The time, in seconds.

@@ -95,12 +95,12 @@ impl Extended {
         *self = Self::default();
         while !body.is_empty() {
             let (record, rest) = pax::take(body)
-                .ok_or_else(|| broken("an extended header has something that is no record"))?;
+                .ok_or_else(|| broken("an extended header has something that is not a record"))?;
             body = rest;
             let (key, value) = (record.key, record.value);
             let number = || {
                 let number = std::str::from_utf8(value).ok().and_then(|v| v.parse::<i64>().ok());
-                number.ok_or_else(|| broken("an extended record is no number"))
+                number.ok_or_else(|| broken("an extended record is not a number"))
             };
             match key {
                 // An empty value means that the header's own counts.

@@ -39,7 +39,7 @@ pub struct Records {
 fn decimal(text: &[u8]) -> io::Result<u64> {
     let digits = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
     let number = std::str::from_utf8(text).ok().filter(|_| digits).and_then(|t| t.parse().ok());
-    number.ok_or_else(|| broken("the map of a sparse file has something that is no number"))
+    number.ok_or_else(|| broken("the map of a sparse file has something that is not a number"))
 }
 
 impl Records {
@@ -91,7 +91,7 @@ fn pairs(numbers: &[u64]) -> io::Result<Vec<Extent>> {
 pub fn old(header: &Header, tar: &mut dyn Read) -> io::Result<(Vec<Extent>, u64)> {
     let number = |field: &[u8]| {
         let number = block::number(field).and_then(|n| u64::try_from(n).ok());
-        number.ok_or_else(|| broken("the map of a sparse file has something that is no number"))
+        number.ok_or_else(|| broken("the map of a sparse file has something that is not a number"))
     };
     let size = number(&header.0[483..495])?;
     let mut extents = Vec::new();

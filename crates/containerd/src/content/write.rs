@@ -24,7 +24,7 @@ use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-/// Bytes gathered before a message is sent; whoever brings more at once is not copied.
+/// Bytes gathered before a message is sent; larger pieces are sent without a copy.
 const GATHER: usize = 256 << 10;
 /// Most bytes in one message. containerd's gRPC library reuses buffers of up to a MiB and allocates
 /// larger ones each time.
@@ -138,7 +138,7 @@ impl Writer {
         }
     }
 
-    /// Why the stream ended although we had more to say.
+    /// Why the stream ended early.
     async fn broken(&mut self) -> Fault {
         match self.last_answer().await {
             Err(e) => e,
@@ -288,13 +288,13 @@ impl Drop for Writer {
                 .await;
             if let Err(e) = aborted.or_else(|e| if e.is_not_found() { Ok(()) } else { Err(e) }) {
                 // It goes with its lease at the latest.
-                tracing::debug!(error = %e, "an ingest was left behind");
+                tracing::debug!(error = %e, "failed to abort ingest");
             }
         });
     }
 }
 
-/// Stores `bytes`; `AlreadyExists` if somebody did before.
+/// Stores `bytes`; `AlreadyExists` if it is there.
 pub(super) async fn put(
     content: &Content,
     lease: &LeaseId,

@@ -100,7 +100,7 @@ impl CniNetwork {
             serde_json::from_slice(bytes).map_err(|e| Fault::invalid(format!("not JSON: {e}")))?;
         let plugins = match value.get("plugins") {
             Some(Value::Array(list)) => list.clone(),
-            Some(_) => return Err(Fault::invalid("\"plugins\" is no list")),
+            Some(_) => return Err(Fault::invalid("\"plugins\" is not a list")),
             None => vec![value.clone()],
         };
         let plain = |kind: &str| !kind.is_empty() && !kind.contains('/');

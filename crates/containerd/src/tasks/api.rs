@@ -108,7 +108,7 @@ pub(super) struct TaskApi {
     snapshotter: String,
     pub(super) owner: String,
     systemd_cgroup: bool,
-    /// Whether sandboxes are of use here, once somebody asked.
+    /// Whether containerd has sandboxes; set by the first call that asks.
     pub(super) sandboxes: Arc<OnceCell<bool>>,
 }
 
@@ -230,7 +230,7 @@ impl TaskApi {
             .map(drop)
     }
 
-    /// Deletes a process that joined and has ended. No such process is no error.
+    /// Deletes a process that joined and has ended. A missing process is not an error.
     pub(super) async fn delete_process(&self, place: &ProcessRef) -> Result<()> {
         let message = api::DeleteProcessRequest {
             container_id: place.container.clone(),
@@ -248,7 +248,7 @@ impl TaskApi {
         done.map(drop).or_else(gone)
     }
 
-    /// Sends a signal to one process. No such process is no error.
+    /// Sends a signal to one process. A missing process is not an error.
     pub(super) async fn signal(&self, place: &ProcessRef, signal: u32) -> Result<()> {
         let message = api::KillRequest {
             container_id: place.container.clone(),
@@ -365,7 +365,7 @@ impl TaskApi {
         }
     }
 
-    /// Kills everything in the task. No such task is no error.
+    /// Kills everything in the task. A missing task is not an error.
     pub(super) async fn kill(&self, id: &str) -> Result<()> {
         let message = api::KillRequest {
             container_id: id.into(),
@@ -381,7 +381,7 @@ impl TaskApi {
         done.map(drop).or_else(gone)
     }
 
-    /// Deletes a task that has ended. No such task is no error.
+    /// Deletes a task that has ended. A missing task is not an error.
     pub(super) async fn delete_task(&self, id: &str) -> Result<()> {
         let request =
             self.connection.request(api::DeleteTaskRequest { container_id: id.into() })?;
@@ -392,7 +392,7 @@ impl TaskApi {
         done.map(drop).or_else(gone)
     }
 
-    /// Deletes a container's record. No such container is no error.
+    /// Deletes a container's record. A missing container is not an error.
     pub(super) async fn delete_container(&self, id: &str) -> Result<()> {
         let request = self.connection.request(api::DeleteContainerRequest { id: id.into() })?;
         let done = self
@@ -436,9 +436,9 @@ impl TaskApi {
         for attempt in 0..20_u64 {
             last = self.delete_task(id).await;
             let Err(e) = &last else { break };
-            tracing::debug!(container = id, attempt, error = %e, "a task is not deleted yet");
+            tracing::debug!(container = id, attempt, error = %e, "task not deleted yet, will retry");
             if let Err(e) = self.kill(id).await {
-                tracing::debug!(container = id, attempt, error = %e, "a task is not killed yet");
+                tracing::debug!(container = id, attempt, error = %e, "task not killed yet, will retry");
             }
             tokio::time::sleep(Duration::from_millis(10 << attempt.min(6))).await;
         }

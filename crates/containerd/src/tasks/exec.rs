@@ -23,7 +23,7 @@ pub(super) struct Running {
     pub(super) joined: Busy,
 }
 
-/// Runs `process` in `container` and answers. Kills it when nobody waits for the answer any more.
+/// Runs `process` in `container` and answers. Kills it when its caller is gone.
 pub(super) async fn supervise(
     inner: Arc<Inner>,
     container: String,
@@ -81,7 +81,7 @@ async fn join(
         tracing::debug!(
             container = place.container,
             process = place.exec,
-            "a process is removed with its container: {e}"
+            "failed to delete process, its container will remove it: {e}"
         );
     }
     result.map(|code| ExitStatus { code, ..ExitStatus::default() })

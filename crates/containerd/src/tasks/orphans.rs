@@ -49,7 +49,11 @@ pub(super) fn remove(namespace: &str, id_prefix: &str) {
         shims.retain(Shim::lives);
     }
     for shim in &shims {
-        tracing::warn!(pid = shim.pid, id = shim.id, "ending a shim that containerd has forgotten");
+        tracing::warn!(
+            pid = shim.pid,
+            id = shim.id,
+            "killing orphaned shim: containerd has no record of it"
+        );
         kill(shim.pid);
     }
     remove_cgroups(Path::new(CGROUPS), &|name| name.contains(id_prefix));
@@ -58,7 +62,7 @@ pub(super) fn remove(namespace: &str, id_prefix: &str) {
     {
         let _ = fs::remove_dir_all(entry);
     }
-    // Bundles are side by side, so one tells where the others are.
+    // Bundles are side by side, so one leads to the others.
     for dir in shims.iter().filter_map(|s| s.bundle.parent()) {
         for bundle in entries(dir).filter(|b| name(b).starts_with(id_prefix)) {
             unmount_below(&bundle);
@@ -179,7 +183,7 @@ fn remove_cgroups(root: &Path, ours: &dyn Fn(&str) -> bool) {
             pause();
         }
         if dir.exists() {
-            tracing::warn!(cgroup = %dir.display(), "could not remove a cgroup");
+            tracing::warn!(cgroup = %dir.display(), "failed to remove cgroup");
         }
     }
 }
@@ -217,7 +221,7 @@ fn kill(pid: i32) {
     }
 }
 
-/// Between two looks at what nobody tells us about; on a thread for blocking work.
+/// Pause between two looks at what sends no events; on a thread for blocking work.
 #[allow(clippy::disallowed_methods)]
 fn pause() {
     std::thread::sleep(Duration::from_millis(20));

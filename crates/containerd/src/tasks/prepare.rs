@@ -314,7 +314,7 @@ pub(super) fn prepare(
         builder.add(mount)?;
     }
     let Builder { mounts, attached, .. } = builder;
-    // Last, as nobody would take it out after a failure.
+    // Last, as nothing would take it out after a failure.
     let trust = match &process.proxy {
         Some(proxy) => Trust::add(&root.mounts, &proxy.0.trusted())?,
         None => None,

@@ -33,8 +33,8 @@ const KILLS: usize = 10;
 
 pub(super) type Answer = oneshot::Sender<Result<ExitStatus>>;
 
-/// Runs `process` and answers; returns when nothing is left of it. Kills it when nobody waits for
-/// the answer any more.
+/// Runs `process` and answers; returns when nothing is left of it. Kills it when its caller no
+/// longer waits for the answer any more.
 pub(super) async fn supervise(
     inner: Arc<Inner>,
     process: ProcessSpec,
@@ -47,7 +47,7 @@ pub(super) async fn supervise(
         let _ = answer.send(Err(e));
         return;
     }
-    // Whoever waits here may find a warm shim afterwards.
+    // A warm shim may be free after the wait.
     let Some(starting) = inner.starts.one(&mut answer).await else { return };
     let mut slot = inner.shims.take();
     let mut parts = Parts { prepared: None, netns: None, created: false };
@@ -59,7 +59,7 @@ pub(super) async fn supervise(
     }
     let reusable = result.is_ok() && prepare::leaves_network_clean(&process);
     let cut_off = result.as_ref().is_err_and(|e| e.code() != Code::Cancelled);
-    // From here on whoever called goes on, and may want to wait for the rest.
+    // From here on the caller goes on, and may want to wait for the rest.
     let cleaning = inner.cleaning.enter();
     let _ = answer.send(result);
     clean_up(&inner, &process.id, parts, reusable, slot).await;
@@ -83,7 +83,8 @@ impl Default for Starts {
 }
 
 impl Starts {
-    /// One start, to be dropped when it is over; `None` if nobody waits for the process any more.
+    /// One start, to be dropped when it is over; `None` if the caller no longer waits for the
+    /// process.
     async fn one(&self, answer: &mut Answer) -> Option<OwnedSemaphorePermit> {
         tokio::select! {
             permit = self.0.clone().acquire_owned() => permit.ok(),
@@ -130,7 +131,10 @@ async fn clean_up(inner: &Arc<Inner>, id: &str, parts: Parts, reusable: bool, sl
         inner.shims.keep(&slot).await;
     }
     if let Err(e) = inner.api.destroy(id).await {
-        tracing::warn!(container = id, "could not remove a container; the next start will: {e}");
+        tracing::warn!(
+            container = id,
+            "failed to remove container, will retry at the next start: {e}"
+        );
     }
     if let Some(lease) = parts.netns {
         inner.network.give_back(lease, reusable).await;
@@ -146,7 +150,7 @@ pub(super) fn check_id(id: &str) -> Result<()> {
         && id.len() <= 76
         && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
         && !id.starts_with('-');
-    if good { Ok(()) } else { Err(Fault::internal(format!("{id:?} is no id for a container"))) }
+    if good { Ok(()) } else { Err(Fault::internal(format!("{id:?} is not a valid container id"))) }
 }
 
 /// The cgroup of a container.
@@ -229,7 +233,7 @@ async fn run(
     };
     let (prepared, netns) =
         tokio::join!(prepared, inner.network.lease(process.network, process.proxy.as_ref()));
-    // Both are kept before either's failure is told, so that both are cleaned up.
+    // Both are kept before either's failure is returned, so that both are cleaned up.
     let prepared = prepared
         .map_err(|e| Fault::internal(format!("prepare a process: {e}")))?
         .map(|p| parts.prepared = Some(p));
@@ -279,7 +283,7 @@ async fn run(
     };
     let code = start(inner, &ProcessRef::first(id), stdio, io, answer, on_start).await;
     inner.running().remove(id);
-    // The kernel has killed those who joined; their ends are told before the container goes.
+    // The kernel has killed those who joined; their ends are reported before the container goes.
     let _ = tokio::time::timeout(DRAIN, running.joined.idle()).await;
     let code = code?;
     // Before the stubs: it leaves directories that they take away.
@@ -313,7 +317,7 @@ pub(super) async fn start(
     };
     if let Err(e) = inner.api.start(place).await {
         exit.abort();
-        // The task was there a moment ago, and a program that is not there is told in other words.
+        // The task was there a moment ago, and a missing program has another error.
         return Err(if e.is_not_found() && !e.message().contains(EXEC) {
             lost(place, &e)
         } else {
@@ -338,7 +342,7 @@ pub(super) async fn start(
     code
 }
 
-/// Brings a process what it reads and what it is told, for as long as it runs.
+/// Carries a process's input and control messages to it while it runs.
 async fn attend(
     inner: &Inner,
     place: &ProcessRef,
@@ -349,23 +353,23 @@ async fn attend(
         if let Some((from, to)) = input {
             stdio::feed(from, to).await;
             if let Err(e) = inner.api.close_input(place).await {
-                tracing::debug!("the end of its input did not reach {place}: {e}");
+                tracing::debug!("failed to close stdin of {place}: {e}");
             }
         }
     };
-    let tell = async {
+    let controlling = async {
         let Some(mut control) = control else { return };
-        while let Some(told) = control.recv().await {
-            let done = match told {
+        while let Some(message) = control.recv().await {
+            let done = match message {
                 Control::Signal(signal) => inner.api.signal(place, signal).await,
                 Control::Resize { rows, columns } => inner.api.resize(place, rows, columns).await,
             };
             if let Err(e) = done {
-                tracing::debug!("{told:?} did not reach {place}: {e}");
+                tracing::debug!("failed to deliver {message:?} to {place}: {e}");
             }
         }
     };
-    tokio::join!(feed, tell);
+    tokio::join!(feed, controlling);
     std::future::pending().await
 }
 
@@ -385,7 +389,7 @@ async fn kill(inner: &Inner, place: &ProcessRef, exit: &mut tokio::task::JoinHan
         }
     }
     exit.abort();
-    tracing::warn!("{place} was killed and does not die");
+    tracing::warn!("{place} is still running after SIGKILL");
 }
 
 /// Where the runtime's own words begin.

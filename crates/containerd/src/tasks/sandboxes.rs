@@ -61,7 +61,7 @@ impl TaskApi {
             .map(drop)
     }
 
-    /// Deletes the record of a sandbox. No such sandbox is no error.
+    /// Deletes the record of a sandbox. A missing sandbox is not an error.
     pub(super) async fn delete_sandbox(&self, id: &str) -> Result<()> {
         let request = self
             .connection

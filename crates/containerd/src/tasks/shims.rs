@@ -5,7 +5,7 @@
 //! group of ours with a *keeper* in it: a container whose process was killed before it began, which
 //! holds no memory. A process takes a free slot or makes one; it never shares one at a time,
 //! because a shim creates its containers one by one. Where containerd knows sandboxes, the keeper's
-//! is one, and processes are its containers (`sandboxes` tells why).
+//! is one, and processes are its containers (why is in `sandboxes`).
 
 use super::{
     Busy,
@@ -65,7 +65,7 @@ impl Slot {
 
 impl Shims {
     pub(super) fn new(api: TaskApi, busy: Busy, id_prefix: &str) -> Self {
-        // Two lives of a daemon must not meet in one group: the old one's shims are being swept.
+        // Two runs of a daemon must not meet in one group: the old one's shims are being swept.
         let life = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .unwrap_or_default()
@@ -79,7 +79,7 @@ impl Shims {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A slot that nobody else uses.
+    /// A free slot, or a new one.
     pub(super) fn take(&self) -> Arc<Slot> {
         match self.idle().pop() {
             Some((_, slot)) => slot,
@@ -98,7 +98,7 @@ impl Shims {
         slot.kept
             .get_or_init(|| async {
                 if let Err(e) = self.make_keeper(slot).await {
-                    tracing::debug!(group = slot.group, "the shim will not stay warm: {e}");
+                    tracing::debug!(group = slot.group, "cannot keep shim warm: {e}");
                     let _ = self.api.destroy(&slot.keeper_id()).await;
                     return KeptBy::Nothing;
                 }
@@ -108,7 +108,7 @@ impl Shims {
                 match self.api.create_sandbox(&slot.keeper_id()).await {
                     Ok(()) => KeptBy::Sandbox,
                     Err(e) => {
-                        tracing::debug!(group = slot.group, "the shim will be no sandbox: {e}");
+                        tracing::debug!(group = slot.group, "cannot record shim as sandbox: {e}");
                         KeptBy::Keeper
                     }
                 }
@@ -129,7 +129,7 @@ impl Shims {
             closed = closed.and(self.api.delete_sandbox(&keeper).await);
         }
         if let Err(e) = closed {
-            tracing::warn!(group = slot.group, "could not end a warm shim: {e}");
+            tracing::warn!(group = slot.group, "failed to stop warm shim: {e}");
         }
     }
 

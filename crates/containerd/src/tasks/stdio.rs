@@ -129,7 +129,7 @@ impl Stdio {
     }
 }
 
-/// Carries input until there is no more, or nobody who reads it.
+/// Carries input until there is no more, or no reader.
 pub(super) async fn feed(mut from: mpsc::Receiver<Bytes>, mut to: pipe::Sender) {
     while let Some(bytes) = from.recv().await {
         if to.write_all(&bytes).await.is_err() {
@@ -143,8 +143,9 @@ async fn copy(mut from: pipe::Receiver, stream: Stream, output: OutputTarget) {
     loop {
         match from.read(&mut buffer).await {
             Ok(0) | Err(_) => return,
-            // What nobody takes is read all the same: the process must not wait for us. The copy is
-            // of the size of what was read, so that whoever keeps it does not keep the buffer.
+            // Output without a receiver is read all the same: the process must not wait for us. The
+            // copy is of the size of what was read, so that its receiver does not keep the whole
+            // buffer alive.
             Ok(n) => drop(
                 output.put(Output { stream, bytes: Bytes::copy_from_slice(&buffer[..n]) }).await,
             ),

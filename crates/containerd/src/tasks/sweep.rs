@@ -1,4 +1,4 @@
-//! Owns the removal of what an earlier life left, or what a call that failed did: containers by
+//! Owns the removal of what an earlier run left, or what a call that failed did: containers by
 //! label, network namespaces, directories and mounts by place, and by name what containerd itself
 //! lost.
 
@@ -17,9 +17,9 @@ const AT_ONCE: usize = 8;
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Removes it all; fails if a container resists, because its snapshot would too. No process of this
-/// life may run meanwhile.
+/// run may run meanwhile.
 pub(super) async fn sweep(inner: &Inner) -> Result<()> {
-    // A shim that opens an output which nobody reads waits for a reader, and everything else waits
+    // A shim that opens an output without a reader waits for one, and everything else waits
     // for the shim.
     let runs = inner.config.root.join("run");
     let outputs = tokio::task::spawn_blocking(move || outputs(&runs)).await.unwrap_or_default();

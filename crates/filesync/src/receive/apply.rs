@@ -302,7 +302,7 @@ impl Apply {
         let share = &self.expected[(id / super::RUN) as usize % self.expected.len()];
         share.lock().unwrap_or_else(|e| e.into_inner()).insert(id, pending);
         self.requested += 1;
-        // If nobody sends requests any more, the transfer has failed elsewhere.
+        // If the sender of requests is gone, the transfer has failed elsewhere.
         let _ = self.requests.send(id);
         Ok(())
     }
@@ -349,8 +349,8 @@ impl Apply {
         })
     }
 
-    /// Always a new file, for the old one may be part of a layer. It is no entry of the tree: the
-    /// sender does not have it.
+    /// Always a new file, for the old one may be part of a layer. It is not an entry of the tree:
+    /// the sender does not have it.
     fn write_listing(&mut self) -> io::Result<()> {
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;

@@ -244,7 +244,7 @@ fn measure(dir: &Path) -> Result<Usage> {
     Ok(usage)
 }
 
-/// Whiteouts first (they speak of the layers below), then the files.
+/// Whiteouts first (they are about the layers below), then the files.
 fn unpack(tar: &[u8], target: &Path) -> Result<()> {
     let names = run(Command::new("tar").args(["-tf", "-"]), Some(tar))?;
     for name in String::from_utf8_lossy(&names).lines() {
