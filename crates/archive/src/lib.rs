@@ -12,7 +12,7 @@
 //! Nothing here knows containerd or mounts anything. Dependencies that need a word: `libdeflater`
 //! is a deflate several times faster than zlib's for whole blocks, `zstd` the reference
 //! implementation; `flate2` (over zlib-rs) inflates streams, which `libdeflater` cannot; `bzip2`
-//! and `liblzma` are for archives that builds are given ([`mod@inflate`]). Those and layers are
+//! and `liblzma` are for archives that builds are given ([`inflate()`]). Those and layers are
 //! read by one [`TarReader`]: the crate `tar` has no limit for extended headers, takes their
 //! records line by line, and knows only one of the four kinds of sparse files.
 

@@ -315,8 +315,8 @@ mod tests {
         check("0.9.0", "v.com/c", ONE, Some("invalid version \"0.9.0\""));
         check("0.6.0", "v.com", ONE, Some("not of the form vendor/class"));
         check("0.6.0", "/c", ONE, Some("not of the form vendor/class"));
-        check("0.6.0", "1v/c", ONE, Some("no name of a vendor"));
-        check("0.6.0", "v/c-", ONE, Some("no name of a class"));
+        check("0.6.0", "1v/c", ONE, Some("not a valid name of a vendor"));
+        check("0.6.0", "v/c-", ONE, Some("not a valid name of a class"));
         check("0.5.0", "v/c.d", ONE, Some("at least v0.6.0"));
         check("0.6.0", "v/c", "devices: []", Some("no devices"));
         check("0.6.0", "v/c", "", Some("no devices"));
@@ -326,7 +326,7 @@ mod tests {
             &ONE.replace("name: a", "name: a b"),
             Some("\"a b\" is not a valid name of a device"),
         );
-        check("0.6.0", "v/c", &ONE.replace("name: a", "name: é"), Some("no name of a device"));
+        check("0.6.0", "v/c", &ONE.replace("name: a", "name: é"), Some("not a valid name of a device"));
         check("0.4.0", "v/c", &ONE.replace("name: a", "name: '0'"), Some("at least v0.5.0"));
         check("0.6.0", "v/c", &ONE.replace("name: a", "name: 'a:0'"), None);
         check(
