@@ -326,7 +326,12 @@ mod tests {
             &ONE.replace("name: a", "name: a b"),
             Some("\"a b\" is not a valid name of a device"),
         );
-        check("0.6.0", "v/c", &ONE.replace("name: a", "name: é"), Some("not a valid name of a device"));
+        check(
+            "0.6.0",
+            "v/c",
+            &ONE.replace("name: a", "name: é"),
+            Some("not a valid name of a device"),
+        );
         check("0.4.0", "v/c", &ONE.replace("name: a", "name: '0'"), Some("at least v0.5.0"));
         check("0.6.0", "v/c", &ONE.replace("name: a", "name: 'a:0'"), None);
         check(

@@ -4,7 +4,7 @@ use crate::{
     convert::{Converted, Reach, convert},
     explain::Explainer,
     failure::{Failure, Result as Conversion},
-    named::FrontendOverride,
+    named::NamedContext,
     options::check_caps,
     platform, subrequest,
     ui::{CONTEXT, Ui},
@@ -60,12 +60,9 @@ fn other_frontend(ui: &Ui) -> Option<(String, String, Option<Lines>)> {
             (found.first_word, found.value, Some(found.lines))
         }
     };
-    let ours = image.parse::<ImageName>().is_ok_and(|name| {
-        name.registry() == "docker.io"
-            && matches!(name.repository(), "docker/dockerfile" | "docker/dockerfile-upstream")
-    });
+    let ours = image.parse::<ImageName>().is_ok_and(|name| crate::is_official(&name));
     // An image that the build puts in its place speaks a language of its own.
-    let ours = ours && !matches!(FrontendOverride::find(&ui.raw, &image), Ok(Some(_)));
+    let ours = ours && !matches!(NamedContext::among(&ui.raw, &image, None), Ok(Some(_)));
     (!ours).then_some((image, cmdline, lines))
 }
 

@@ -4,18 +4,18 @@
 use crate::{
     explain::ContextUse,
     failure::{Failure, Result},
-    gitref::GitRef,
     instruct::Scene,
     run::with_platform,
     stage::{Stage, Step, Vars, shown_text},
     ui::internal,
-    url::Url,
 };
 use shipway_dockerfile::{self as df, Files, Finding, Token};
 use shipway_fault::Fault;
 use shipway_filesync::PatternMatcher;
-use shipway_gocompat::{path, quote};
-use shipway_llb::{Chown, FileCopy, FileDraft, FileMkfile, State, VertexOptions, attr, paths};
+use shipway_gocompat::{Url, path, quote};
+use shipway_llb::{
+    Chown, FileCopy, FileDraft, FileMkfile, GitRef, State, VertexOptions, attr, paths,
+};
 use shipway_oci::{Digest, DigestError};
 use std::collections::BTreeMap;
 
@@ -160,7 +160,7 @@ impl Scene<'_> {
 
     fn one_source(&mut self, job: &Job<'_>, draft: FileDraft, path: &str) -> Result<FileDraft> {
         match GitRef::parse(path) {
-            Err(e) => return Err(e),
+            Err(e) => return Err(e.into()),
             Ok(Some(git)) if !git.looks_local => return from_git(job, draft, git),
             Ok(_) => {}
         }

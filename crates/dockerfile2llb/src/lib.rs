@@ -25,7 +25,6 @@ mod epoch;
 mod explain;
 mod expose;
 mod failure;
-mod gitref;
 mod instruct;
 mod named;
 mod options;
@@ -36,20 +35,20 @@ mod stage;
 mod subrequest;
 mod text;
 mod ui;
-mod url;
 
-pub use named::FrontendOverride;
+pub use named::DockerfileContexts;
 
 use async_trait::async_trait;
 use shipway_dockerfile::Work;
 use shipway_fault::Result;
 use shipway_frontend::{Bridge, Frontend, FrontendResult};
+use shipway_oci::ImageName;
 use std::sync::Arc;
 
-/// `remote#reference[:subdirectory]` of the address of a git repository, the latter if `subdir`
-/// says so; `None` for other texts.
-pub fn git_address(text: &str, subdir: bool) -> Option<String> {
-    gitref::GitRef::formatted(text, subdir)
+/// Whether `image` is one of the official Dockerfile frontend.
+fn is_official(image: &ImageName) -> bool {
+    image.registry() == "docker.io"
+        && ["docker/dockerfile", "docker/dockerfile-upstream"].contains(&image.repository())
 }
 
 /// Builds from Dockerfiles (`dockerfile.v0`).
@@ -58,6 +57,10 @@ pub struct DockerfileFrontend;
 
 #[async_trait]
 impl Frontend for DockerfileFrontend {
+    fn serves(&self, image: &ImageName) -> bool {
+        is_official(image)
+    }
+
     async fn run(&self, bridge: Arc<dyn Bridge>) -> Result<FrontendResult> {
         let work = Work::default();
         apart::run(work.clone(), build::run(bridge, work)).await

@@ -2,19 +2,19 @@
 
 use crate::{
     failure::{Failure, Result},
-    gitref::GitRef,
     text,
     ui::{DOCKERIGNORE, Found, Ui, parse_ignore},
 };
+use async_trait::async_trait;
 use base64::Engine as _;
 use shipway_fault::Fault;
-use shipway_frontend::{Bridge, Options};
+use shipway_frontend::{Bridge, ContextFiles, NamedContexts, Options};
 use shipway_gocompat::quote;
-use shipway_llb::{Deferred, ImageFacts, State, VertexOptions, attr};
+use shipway_llb::{Deferred, GitRef, ImageFacts, State, VertexOptions, attr};
 use shipway_oci::{ImageConfig, ImageName, Platform};
 use std::{collections::BTreeMap, sync::Arc};
 
-/// What a build was told to use under a name.
+/// What a build uses under a name.
 #[derive(Clone, Debug)]
 pub struct NamedContext {
     input: String,
@@ -274,32 +274,27 @@ impl NamedContext {
     }
 }
 
-/// What a build was told to use in the place of a frontend's image.
-#[derive(Debug)]
-pub struct FrontendOverride {
-    /// The context as it was given, such as `docker-image://example.com/frontend`.
-    pub input: String,
-    context: NamedContext,
-}
+/// Named contexts of a build as the Dockerfile frontend reads them, for other frontends.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DockerfileContexts;
 
-impl FrontendOverride {
-    /// What `options` say of the frontend `source` (rows `gwctr.opts`, `gwctr.builtin`).
-    pub fn find(options: &Options, source: &str) -> Result<Option<Self>, Fault> {
-        let found = NamedContext::among(options, source, None).map_err(|f| f.fault)?;
-        Ok(found.map(|context| Self { input: context.input.clone(), context }))
+#[async_trait]
+impl NamedContexts for DockerfileContexts {
+    fn find(&self, options: &Options, name: &str) -> Result<Option<String>, Fault> {
+        let found = NamedContext::among(options, name, None).map_err(|f| f.fault)?;
+        Ok(found.map(|context| context.input))
     }
 
-    /// The frontend's files, and the config of the image that they are, if they are one.
-    pub async fn load(
-        &self,
-        bridge: Arc<dyn Bridge>,
-    ) -> Result<(State, Option<ImageConfig>), Fault> {
+    async fn load(&self, bridge: Arc<dyn Bridge>, name: &str) -> Result<ContextFiles, Fault> {
         let ui = Ui::without_file(bridge).map_err(|f| f.fault)?;
-        let loaded = self.context.load(&ui).await.map_err(|f| f.fault)?;
+        let context = NamedContext::among(&ui.raw, name, None).map_err(|f| f.fault)?;
+        let context =
+            context.ok_or_else(|| Fault::not_found(format!("no named context {name}")))?;
+        let loaded = context.load(&ui).await.map_err(|f| f.fault)?;
         if let Some(pending) = loaded.pending {
             pending.decide(&[]);
         }
-        Ok((loaded.state, loaded.image))
+        Ok(ContextFiles { state: loaded.state, config: loaded.image })
     }
 }
 

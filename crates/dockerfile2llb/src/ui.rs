@@ -4,7 +4,6 @@
 
 use crate::{
     failure::{Failure, Result},
-    gitref::GitRef,
     options::BuildOptions,
     text,
 };
@@ -14,8 +13,8 @@ use shipway_filesync::{IgnoreFile, PatternMatcher};
 use shipway_frontend::{Bridge, BuildRef, Options, SolveRequest, SourceRequest};
 use shipway_gocompat::{parse_bool, path};
 use shipway_llb::{
-    Caps, FileCopy, FileDraft, ImageFacts, MarshalOptions, ResolveOptions, State, VertexOptions,
-    attr,
+    Caps, FileCopy, FileDraft, GitRef, ImageFacts, MarshalOptions, ResolveOptions, State,
+    VertexOptions, attr,
 };
 use shipway_oci::{Digest, Platform};
 use std::{

@@ -1,13 +1,16 @@
 //! From a frontend's result to exporters.
 
-use crate::{bridge::BuildScope, caches, state};
-use base64::Engine as _;
-use shipway_exporters::{ExportContext, ExportInput, ExportPlatform, Exporter, Finally, Response};
+pub(crate) mod caches;
+pub(crate) mod verify;
+
+use crate::build::{BuildScope, state};
+use shipway_exporters::{
+    ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Finally, Response,
+};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_frontend::{BuildRef, FrontendResult};
 use shipway_oci::{Descriptor, Digest, Platform};
 use shipway_remotecache::CacheRequest;
-use shipway_session::SessionId;
 use std::{collections::BTreeMap, sync::Arc};
 
 /// `refs.platforms` of a frontend's metadata.
@@ -33,8 +36,8 @@ pub(crate) async fn state_of(
     state: &Option<Arc<dyn BuildRef>>,
 ) -> Result<shipway_refs::ImmutableRef> {
     match state {
-        None => scope.engine.parts.services.refs.scratch(),
-        Some(r) => state::state_of(r.as_ref()).await,
+        None => scope.parts.services.refs.scratch(),
+        Some(r) => state::state_of(scope, r.as_ref()).await,
     }
 }
 
@@ -52,9 +55,8 @@ pub(crate) async fn solve_all(
             let platform = match entry {
                 Some(e) => (e.id, e.platform),
                 None => (
-                    scope.engine.parts.platforms[0].to_string(),
-                    config_platform(result)?
-                        .unwrap_or_else(|| scope.engine.parts.platforms[0].clone()),
+                    scope.parts.native().to_string(),
+                    config_platform(result)?.unwrap_or_else(|| scope.parts.native().clone()),
                 ),
             };
             wanted.push((platform.0, platform.1, state));
@@ -79,7 +81,7 @@ pub(crate) async fn solve_all(
         wanted
             .iter()
             .filter_map(|(_, _, state)| state.as_ref())
-            .for_each(|state| state::announce(state.as_ref(), compression));
+            .for_each(|state| state::plan_export(scope, state.as_ref(), compression));
     }
     let solved =
         futures::future::try_join_all(wanted.iter().map(|(_, _, state)| state_of(scope, state)))
@@ -142,11 +144,11 @@ pub(crate) async fn chosen_by_client(
     scope: &BuildScope,
     result: &FrontendResult,
 ) -> Result<Vec<Arc<dyn Exporter>>> {
-    let session = scope.engine.parts.sessions.get(&SessionId::new(&scope.session)).await?;
+    let session = scope.parts.sessions.get(&scope.session).await?;
     let states = result.single.iter().flatten().chain(result.map.values().flatten());
     let refs = states.map(|s| s.id().to_owned()).collect();
     let chosen = session.find_exporters(result.metadata.clone(), refs).await?;
-    chosen.iter().map(|(kind, attrs)| scope.engine.parts.exporters.resolve(kind, attrs)).collect()
+    chosen.iter().map(|(kind, attrs)| scope.parts.exporters.resolve(kind, attrs)).collect()
 }
 
 /// The digest of the vertex that stands for exporter or cache export `index` of a session (`kind`
@@ -164,7 +166,7 @@ struct ExportVertex<'a> {
 
 impl<'a> ExportVertex<'a> {
     fn new(scope: &BuildScope, index: usize, exporter: &'a Arc<dyn Exporter>) -> Self {
-        let digest = vertex_digest(&scope.session, "export", index);
+        let digest = vertex_digest(scope.session.as_str(), "export", index);
         let cx = ExportContext {
             build: scope.id.clone(),
             compatibility: scope.compatibility,
@@ -190,7 +192,7 @@ impl<'a> ExportVertex<'a> {
         scope: &BuildScope,
         caches: &[CacheRequest],
         input: ExportInput,
-    ) -> Result<Response> {
+    ) -> Result<Exported> {
         let export = async {
             let input =
                 caches::inline(scope, caches, self.exporter.as_ref(), input, &self.cx.reporter)
@@ -229,23 +231,15 @@ pub(crate) async fn run_all(
         exporters.iter().enumerate().map(|(i, e)| ExportVertex::new(scope, i, e)).collect();
     let each = vertices.iter().map(|v| v.export(scope, caches, input.clone()));
     let (mut all, mut written) = (Response::new(), BTreeMap::new());
-    for (index, response) in futures::future::try_join_all(each).await?.into_iter().enumerate() {
-        written.extend(descriptor(&response).map(|d| (index, d)));
-        all.extend(response);
+    for (index, exported) in futures::future::try_join_all(each).await?.into_iter().enumerate() {
+        written.extend(exported.written.map(|d| (index, d)));
+        all.extend(exported.response);
     }
     let pushes = futures::future::join_all(vertices.iter().map(ExportVertex::finalize));
     let (pushes, caches) = futures::join!(pushes, caches::export_all(scope, caches, input));
     pushes.into_iter().collect::<Result<()>>()?;
     all.extend(caches?);
     Ok((all, written))
-}
-
-/// What an exporter says it wrote (row `ex.resp.desc`).
-fn descriptor(response: &Response) -> Option<Descriptor> {
-    let json = base64::engine::general_purpose::STANDARD
-        .decode(response.get("containerimage.descriptor")?)
-        .ok()?;
-    serde_json::from_slice(&json).ok()
 }
 
 #[cfg(test)]

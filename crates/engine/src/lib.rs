@@ -4,39 +4,26 @@
 //! frontend runs by itself; one with neither waits for its client to drive it through the
 //! [`Bridge`](shipway_frontend::Bridge) that crate `gateway` carries. Results stay lazy
 //! ([`EngineRef`]) until something reads, evaluates or exports them. What happened is kept in
-//! [`History`].
+//! crate `history`.
+//!
+//! At the bottom is `build`: the scope of one build, and what makes states of definitions for it.
+//! `frontends`, `export` and `provenance` are above it, and `pipeline` calls them one after the
+//! other. Which frontends there are, `shipwayd` decides.
 //!
 //! Nothing here speaks a wire: requests come as plain types from `shipwayd`.
 
-mod attestations;
-mod bridge;
-mod caches;
-mod container;
+mod build;
 mod engine;
 mod export;
-mod heavy;
-mod history;
-mod image_frontend;
-mod policy;
+mod frontends;
+mod parts;
+mod pipeline;
 mod provenance;
-mod reads;
 mod request;
-mod results;
-mod sbom;
-mod state;
-mod trail;
-mod usage;
-mod verify;
-mod vertices;
 
-pub use caches::IMPORT_DEADLINE;
-pub use engine::{Engine, EngineParts, Progress};
-pub use history::{
-    FaultEncoder, History, HistoryEncoders, HistoryEvent, HistoryEventKind, HistoryLimits,
-    HistoryRecord, HistoryStatus, HistorySummary, LogEncoder, LogFile, Steps,
-};
-pub use image_frontend::ImageFrontends;
-pub use policy::BuildPolicy;
+pub use build::{BuildPolicy, EngineRef};
+pub use engine::{Engine, Progress};
+pub use export::caches::IMPORT_DEADLINE;
+pub use frontends::ImageFrontends;
+pub use parts::EngineParts;
 pub use request::{BuildRequest, BuildResponse, ExporterRequest};
-pub use results::RefResults;
-pub use state::EngineRef;

@@ -1,16 +1,21 @@
 //! What a build's results are made of (rows `at.prov.*`): from the states, the requests that led to
 //! them, and what the solver knows.
 
-use crate::{bridge::BuildScope, state::EngineRef, trail::Trail};
+pub(crate) mod attestations;
+pub(crate) mod call_log;
+mod sbom;
+pub(crate) mod usage;
+
+use crate::build::{BuildScope, EngineRef};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
+use call_log::CallLog;
 use serde_json::Value;
 use shipway_attest::{
     BuildConfig, BuildStep, Capture, ImageSource, LayerMap, Mode, Parameters, Predicate,
     ProvenanceOptions, Source, SourceInfo,
 };
-use shipway_dockerfile2llb::git_address;
 use shipway_fault::{Result, redact_text};
-use shipway_llb::{Definition, json};
+use shipway_llb::{Definition, GitRef, json};
 use shipway_oci::{Digest, Platform};
 use shipway_ops::LlbOp;
 use shipway_refs::ImmutableRef;
@@ -20,18 +25,18 @@ use std::{
     sync::Arc,
 };
 
-/// The build's vertices as they were worked on.
-pub(crate) struct Worked(HashMap<VertexId, Known<LlbOp>>);
+/// The build's vertices as they were solved on.
+pub(crate) struct SolvedVertices(HashMap<VertexId, Known<LlbOp>>);
 
 /// What is known of one result.
-pub(crate) struct Told {
+pub(crate) struct ResultProvenance {
     pub state: Arc<EngineRef>,
     pub capture: Capture,
     pub request: Parameters,
-    worked: Arc<Worked>,
+    solved: Arc<SolvedVertices>,
 }
 
-impl Worked {
+impl SolvedVertices {
     pub async fn of(scope: &BuildScope) -> Self {
         Self(scope.job.known().await.into_iter().map(|k| (k.vertex.id, k)).collect())
     }
@@ -111,50 +116,59 @@ fn for_platform(
 
 /// What is known of `state`, a part of a result for `platforms` of which it is `current`; the other
 /// states of the result are `others`.
-pub(crate) async fn tell(
+pub(crate) async fn of_state(
     scope: &BuildScope,
-    worked: &Arc<Worked>,
+    solved: &Arc<SolvedVertices>,
     state: &Arc<EngineRef>,
     others: &HashSet<String>,
     (current, platforms): (&Platform, &[Platform]),
-) -> Result<Told> {
-    let producers = &scope.engine.producers;
-    let mut capture = worked.capture(&state.vertex)?;
-    let Some(trail) = state.trail.upgrade() else {
-        return Ok(Told {
+) -> Result<ResultProvenance> {
+    let producers = &scope.shared.producers;
+    let mut capture = solved.capture(&state.vertex)?;
+    let Some(log) = state.log.upgrade() else {
+        return Ok(ResultProvenance {
             state: state.clone(),
             capture: capture.tidied(),
             request: Parameters::default(),
-            worked: worked.clone(),
+            solved: solved.clone(),
         });
     };
-    // The request is told with the sources of the result alone, as what else it used has other
+    // The request has the sources of the result alone, as what else it used has other
     // addresses.
-    let request = trail.parameters(&capture.sources, producers);
+    let request = log.parameters(&capture.sources, producers);
     let mut seen = others.clone();
     seen.insert(state.id.clone());
-    for other in trail.states() {
+    for other in log.states() {
         if other.is_solved() && seen.insert(other.id.clone()) {
-            capture.merge(worked.capture(&other.vertex)?);
+            capture.merge(solved.capture(&other.vertex)?);
         }
     }
-    for image in for_platform(trail.images(), current, platforms) {
+    for image in for_platform(log.images(), current, platforms) {
         capture.add_image(image);
     }
-    Ok(Told { state: state.clone(), capture: capture.tidied(), request, worked: worked.clone() })
+    Ok(ResultProvenance {
+        state: state.clone(),
+        capture: capture.tidied(),
+        request,
+        solved: solved.clone(),
+    })
 }
 
 /// Makes the requests behind `state` known to those who take it as an input.
-pub(crate) async fn announce(scope: &BuildScope, trail: &Trail, state: &EngineRef) -> Result<()> {
+pub(crate) async fn add_producer(
+    scope: &BuildScope,
+    log: &CallLog,
+    state: &EngineRef,
+) -> Result<()> {
     let sources = match state.is_solved() {
-        true => Worked::of(scope).await.capture(&state.vertex)?.sources,
+        true => SolvedVertices::of(scope).await.capture(&state.vertex)?.sources,
         false => Default::default(),
     };
-    let producers = &scope.engine.producers;
-    if let Some(request) = trail.request(&sources, producers)
-        && let Some(produced) = producers.add(&state.definition, request)
+    let producers = &scope.shared.producers;
+    if let Some(request) = log.request(&sources, producers)
+        && let Some(producer) = producers.add(&state.definition, request)
     {
-        scope.hold_producer(produced);
+        scope.hold_producer(producer);
     }
     Ok(())
 }
@@ -184,7 +198,7 @@ fn steps_of(definition: &Definition) -> Result<(BuildConfig, BTreeMap<String, us
     Ok((config, positions))
 }
 
-impl Told {
+impl ResultProvenance {
     /// The predicate, without what exporting adds to it.
     pub fn predicate(&self, scope: &BuildScope, options: &ProvenanceOptions) -> Result<Predicate> {
         let mut request = self.request.clone();
@@ -193,8 +207,8 @@ impl Told {
             &self.capture,
             &request,
             options,
-            scope.engine.parts.builder.clone(),
-            git_address,
+            scope.parts.builder.clone(),
+            GitRef::formatted,
         )?;
         predicate.metadata.invocation = scope.invocation.clone();
         predicate.metadata.started = Some(scope.started);
@@ -234,7 +248,7 @@ impl Told {
         let (_, positions) = steps_of(&self.state.definition)?;
         let mut layers = LayerMap::new();
         for ((digest, output), state) in
-            self.worked.states(&self.state.vertex, self.state.output, &result)
+            self.solved.states(&self.state.vertex, self.state.output, &result)
         {
             let (Some(position), Some(known)) =
                 (positions.get(&digest.to_string()), state.known_layers())

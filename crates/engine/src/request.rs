@@ -1,16 +1,17 @@
 //! What is asked of the engine, and what it answers.
 
-use crate::BuildPolicy;
+use crate::build::BuildPolicy;
 use shipway_fault::{Fault, Result};
 use shipway_frontend::Options;
+use shipway_history::FinishedBuild;
 use shipway_llb::Definition;
-use shipway_oci::Descriptor;
 use shipway_ops::Entitlements;
 use shipway_remotecache::CacheRequest;
+use shipway_session::SessionId;
 use std::collections::BTreeMap;
 
 /// An exporter by type and attributes.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExporterRequest {
     /// Type, such as `image`.
     pub kind: String,
@@ -32,7 +33,7 @@ pub struct BuildRequest {
     /// Its inputs.
     pub inputs: BTreeMap<String, Definition>,
     /// Session of the client.
-    pub session: String,
+    pub session: SessionId,
     /// What becomes of the result.
     pub exporters: Vec<ExporterRequest>,
     /// Whether the client is asked for more exporters once the result is there (row `cb.exporter`).
@@ -59,12 +60,8 @@ pub struct BuildRequest {
 pub struct BuildResponse {
     /// Keys and values of all exporters and of the frontend (rows `ex.resp.*`).
     pub exporter_response: BTreeMap<String, String>,
-    /// What exporters wrote into the content store, by their index.
-    pub written: BTreeMap<usize, Descriptor>,
-    /// Metadata of the result, for the history.
-    pub metadata: BTreeMap<String, String>,
-    /// Provenance for the history: by platform, or of the one result there is.
-    pub provenance: Vec<(Option<String>, Vec<u8>)>,
+    /// What the history keeps.
+    pub finished: FinishedBuild,
 }
 
 impl BuildRequest {

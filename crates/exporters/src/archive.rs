@@ -2,9 +2,10 @@
 //! `ex.docker`).
 
 use crate::{
+    exporters::Inner,
     image::{self, ExportLease},
     options::{Attrs, ImageOptions},
-    port::{ExportContext, ExportInput, Exporter, Inner, Response},
+    port::{ExportContext, ExportInput, Exported, Exporter, Response},
     tarball::Tarball,
     writer::{Writer, Written},
 };
@@ -13,7 +14,7 @@ use bytes::Bytes;
 use shipway_fault::{Fault, Result};
 use shipway_oci::{Descriptor, ImageName, Index, gojson, media};
 use shipway_refs::Compression;
-use shipway_session::{ClientStore, Delivered, Session, SessionId};
+use shipway_session::{ClientStore, Delivered, Session};
 use std::{collections::BTreeMap, sync::Arc};
 
 /// Which programs read the archive.
@@ -179,7 +180,7 @@ impl Exporter for ArchiveExporter {
         Some(self.options.compression)
     }
 
-    async fn export(&self, mut input: ExportInput, cx: &ExportContext) -> Result<Response> {
+    async fn export(&self, mut input: ExportInput, cx: &ExportContext) -> Result<Exported> {
         if self.variant == Variant::Docker && input.is_map {
             return Err(Fault::invalid(
                 "docker exporter does not currently support exporting manifest lists",
@@ -195,7 +196,7 @@ impl Exporter for ArchiveExporter {
         let input = self.options.rewritten(input, &cx.reporter).await?;
         let epoch = self.options.epoch.whole(&input)?;
         let names = self.names(&input.metadata)?;
-        let session = self.inner.hub.get(&SessionId::new(&cx.session)).await?;
+        let session = self.inner.hub.get(&cx.session).await?;
         let lease = ExportLease::new(&self.inner.refs.storage().leases, cx);
         let writer = Writer {
             refs: &self.inner.refs,
@@ -215,7 +216,7 @@ impl Exporter for ArchiveExporter {
             true => self.fill(&session.store("export")?, &written).await?,
             false => self.send_tar(&session, &written, &root, &names, &response, cx).await?,
         }
-        Ok(response)
+        Ok(Exported { response, written: Some(root) })
     }
 }
 

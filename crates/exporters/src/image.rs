@@ -1,8 +1,9 @@
 //! The `image` exporter: into containerd's image store and to registries (rows `ex.img.*`).
 
 use crate::{
+    exporters::Inner,
     options::{Attrs, ImageOptions},
-    port::{ExportContext, ExportInput, ExportPlatform, Exporter, Inner, Response},
+    port::{ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Response},
     publish::{PINNED, Publication},
     push::{self, Blobs, PushOptions},
     writer::{Writer, Written},
@@ -341,7 +342,7 @@ impl Exporter for ImageExporter {
         Some(self.options.compression)
     }
 
-    async fn export(&self, mut input: ExportInput, cx: &ExportContext) -> Result<Response> {
+    async fn export(&self, mut input: ExportInput, cx: &ExportContext) -> Result<Exported> {
         input.metadata.extend(self.metadata.clone());
         let options = self.options.settled(&input, cx.compatibility, "image")?;
         let input = self.options.rewritten(input, &cx.reporter).await?;
@@ -382,7 +383,8 @@ impl Exporter for ImageExporter {
             return Err(Fault::invalid("name is required for push")
                 .hint("add name=<registry>/<repository>:<tag> to the output"));
         }
-        let mut response = response(&written, &written.root)?;
+        let root = written.root.clone();
+        let mut response = response(&written, &root)?;
         if !names.is_empty() {
             response.insert("image.name".into(), names.join(","));
         }
@@ -417,7 +419,7 @@ impl Exporter for ImageExporter {
                 Ok(())
             });
         }
-        Ok(response)
+        Ok(Exported { response, written: Some(root) })
     }
 }
 

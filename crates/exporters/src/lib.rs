@@ -6,6 +6,7 @@
 
 mod archive;
 mod config;
+mod exporters;
 mod image;
 mod options;
 mod port;
@@ -17,8 +18,9 @@ mod tarball;
 mod tree;
 mod writer;
 
+pub use exporters::Exporters;
 pub use port::{
-    Content, ExportAttestation, ExportContext, ExportInput, ExportPlatform, Exporter, Exporters,
+    Content, ExportAttestation, ExportContext, ExportInput, ExportPlatform, Exported, Exporter,
     Finally, Maker, Response,
 };
 pub use publish::Publishing;

@@ -1,20 +1,13 @@
-//! What the engine asks of exporters.
+//! The port that exporters implement, and what they are given.
 
-use crate::{
-    archive::{ArchiveExporter, Variant},
-    image::ImageExporter,
-    publish::Publishing,
-    tree::{LocalExporter, TarExporter},
-};
 use async_trait::async_trait;
 use futures::future::BoxFuture;
 use shipway_attest::Attestation;
-use shipway_fault::{Fault, Result, nearest};
-use shipway_oci::Platform;
+use shipway_fault::Result;
+use shipway_oci::{Descriptor, Platform};
 use shipway_progress::Reporter;
-use shipway_refs::{ImmutableRef, RefStore};
-use shipway_registry::Registry;
-use shipway_session::{SessionGroup, SessionHub};
+use shipway_refs::ImmutableRef;
+use shipway_session::{SessionGroup, SessionId};
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
@@ -22,6 +15,15 @@ use std::{
 
 /// Keys and values for the client (rows `ex.resp.*`).
 pub type Response = BTreeMap<String, String>;
+
+/// What an exporter did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Exported {
+    /// What the client is answered.
+    pub response: Response,
+    /// The image that was written into the content store, for the history.
+    pub written: Option<Descriptor>,
+}
 
 /// One platform's part of a result.
 #[derive(Clone)]
@@ -44,7 +46,7 @@ pub struct ExportInput {
     pub is_map: bool,
     /// Metadata of the frontend: `containerimage.config[/<platform>]` and others.
     pub metadata: BTreeMap<String, Vec<u8>>,
-    /// What is said of the platforms, by their ids.
+    /// Attestations of the platforms, by their ids.
     pub attestations: BTreeMap<String, Vec<ExportAttestation>>,
 }
 
@@ -72,7 +74,7 @@ pub enum Content {
     Made(Maker),
 }
 
-/// On whose behalf an export runs.
+/// The build that an export is for.
 #[derive(Clone)]
 pub struct ExportContext {
     /// The build's id.
@@ -82,7 +84,7 @@ pub struct ExportContext {
     /// Index of the exporter in the request: the id of its target in the client's session.
     pub index: usize,
     /// The session of the client that asked.
-    pub session: String,
+    pub session: SessionId,
     /// Clients that may give credentials.
     pub sessions: SessionGroup,
     /// Progress of the export's vertex.
@@ -121,62 +123,5 @@ pub trait Exporter: Send + Sync {
     }
 
     /// Exports.
-    async fn export(&self, input: ExportInput, cx: &ExportContext) -> Result<Response>;
-}
-
-/// All exporters.
-#[derive(Clone)]
-pub struct Exporters {
-    inner: Arc<Inner>,
-}
-
-pub(crate) struct Inner {
-    pub refs: RefStore,
-    pub registry: Registry,
-    pub hub: SessionHub,
-    /// Names of images that may be replaced although CRI manages them and they are not ours; `*`
-    /// stands for anything.
-    pub replaceable: Vec<String>,
-    pub publishing: Publishing,
-}
-
-impl Exporters {
-    /// Exporters over these.
-    ///
-    /// An image that CRI manages and that was not built here keeps its name unless it matches one
-    /// of `replaceable`, in which `*` stands for anything. Images in the store go to the namespaces
-    /// of `publishing`, too.
-    pub fn new(
-        refs: RefStore,
-        registry: Registry,
-        hub: SessionHub,
-        replaceable: Vec<String>,
-        publishing: Publishing,
-    ) -> Self {
-        Self { inner: Arc::new(Inner { refs, registry, hub, replaceable, publishing }) }
-    }
-
-    /// The exporter of type `kind` (image, oci, docker, local, tar); wrong attributes and unknown
-    /// types are errors here, before anything is built.
-    pub fn resolve(
-        &self,
-        kind: &str,
-        attrs: &BTreeMap<String, String>,
-    ) -> Result<Arc<dyn Exporter>> {
-        let inner = self.inner.clone();
-        Ok(match kind {
-            "image" => Arc::new(ImageExporter::new(inner, attrs)?),
-            "oci" => Arc::new(ArchiveExporter::new(inner, Variant::Oci, attrs)?),
-            "docker" => Arc::new(ArchiveExporter::new(inner, Variant::Docker, attrs)?),
-            "local" => Arc::new(LocalExporter::new(inner, attrs)?),
-            "tar" => Arc::new(TarExporter::new(inner, attrs)?),
-            other => {
-                let fault = Fault::invalid(format!("exporter \"{other}\" could not be found"));
-                return Err(match nearest(other, ["image", "oci", "docker", "local", "tar"]) {
-                    Some(near) => fault.hint(format!("did you mean type={near}?")),
-                    None => fault.hint("use type=image, oci, docker, local or tar"),
-                });
-            }
-        })
-    }
+    async fn export(&self, input: ExportInput, cx: &ExportContext) -> Result<Exported>;
 }

@@ -2,8 +2,9 @@
 //! `ex.fs.*`).
 
 use crate::{
+    exporters::Inner,
     options::{Attrs, Epoch},
-    port::{ExportAttestation, ExportContext, ExportInput, Exporter, Inner, Response},
+    port::{ExportAttestation, ExportContext, ExportInput, Exported, Exporter},
     statements,
 };
 use async_trait::async_trait;
@@ -15,7 +16,7 @@ use shipway_gocompat::FileMode;
 use shipway_oci::{ChecksumAlgorithm, Digest};
 use shipway_proto::fsutil::types::Stat;
 use shipway_refs::LocalMount;
-use shipway_session::{Delivered, SessionId};
+use shipway_session::Delivered;
 use std::{
     collections::{BTreeMap, HashMap},
     fs::File,
@@ -247,8 +248,8 @@ impl Exporter for LocalExporter {
         "exporting to client directory"
     }
 
-    async fn export(&self, input: ExportInput, cx: &ExportContext) -> Result<Response> {
-        let session = self.inner.hub.get(&SessionId::new(&cx.session)).await?;
+    async fn export(&self, input: ExportInput, cx: &ExportContext) -> Result<Exported> {
+        let session = self.inner.hub.get(&cx.session).await?;
         let parts = self.options.parts(&input).await?;
         let split = self.options.split(&input);
         let epoch = self.options.epoch.whole(&input)?;
@@ -275,7 +276,7 @@ impl Exporter for LocalExporter {
         }
         let merged = parts.iter().any(|p| p.statements.is_some()) || !split && parts.len() > 1;
         let sender = match (split, parts.as_slice()) {
-            (false, []) => return Ok(Response::new()),
+            (false, []) => return Ok(Exported::default()),
             _ if merged => Sender::merged(roots),
             (false, _) => Sender::new(parts[0].mount.path(), options),
             (true, _) => Sender::many(roots)?,
@@ -288,7 +289,7 @@ impl Exporter for LocalExporter {
             sender.on_progress(Arc::new(progress)).run(session.file_send_dir(cx.index)?).await?;
         cx.reporter.status("copying files", sent.bytes as i64, 0, true);
         drop(parts);
-        Ok(Response::new())
+        Ok(Exported::default())
     }
 }
 
@@ -298,9 +299,9 @@ impl Exporter for TarExporter {
         "exporting to client tarball"
     }
 
-    async fn export(&self, input: ExportInput, cx: &ExportContext) -> Result<Response> {
+    async fn export(&self, input: ExportInput, cx: &ExportContext) -> Result<Exported> {
         let split = self.options.split(&input);
-        let session = self.inner.hub.get(&SessionId::new(&cx.session)).await?;
+        let session = self.inner.hub.get(&cx.session).await?;
         let parts = self.options.parts(&input).await?;
         if !split && parts.len() > 1 {
             check_parts_apart(&input, &parts).await?;
@@ -338,7 +339,7 @@ impl Exporter for TarExporter {
             Delivered::Taken => sent?,
         }
         cx.reporter.status("sending tarball", 0, 0, true);
-        Ok(Response::new())
+        Ok(Exported::default())
     }
 }
 

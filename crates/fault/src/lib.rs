@@ -9,7 +9,7 @@ mod redact;
 
 pub use redact::{redact, redact_text};
 
-use std::{any::Any, borrow::Cow, collections::BTreeMap, fmt, panic::Location, sync::Arc};
+use std::{borrow::Cow, collections::BTreeMap, fmt, panic::Location, sync::Arc};
 
 /// Who has to act on an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -182,8 +182,6 @@ pub enum Detail {
         /// that means something inside this process only.
         source: Option<u64>,
     },
-    /// A value that goes with the fault inside this process only and never over the wire.
-    Attachment(Attachment),
     /// A detail that came from elsewhere and passes through untouched: type URL and value (row
     /// `net.errunknown`).
     Opaque {
@@ -205,22 +203,6 @@ pub struct IncompleteMaterial {
     /// Where redirections led.
     pub final_uri: String,
     pub reason: String,
-}
-
-/// A value attached to a fault, for the code that knows its type ([`Detail::Attachment`]).
-#[derive(Clone)]
-pub struct Attachment(pub Arc<dyn Any + Send + Sync>);
-
-impl fmt::Debug for Attachment {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Attachment")
-    }
-}
-
-impl PartialEq for Attachment {
-    fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
-    }
 }
 
 #[derive(Clone)]
@@ -367,12 +349,6 @@ impl Fault {
     #[must_use]
     pub fn map_details(self, with: impl Fn(&Detail) -> Detail) -> Self {
         self.edit(|d| d.details.iter_mut().for_each(|detail| *detail = with(detail)))
-    }
-
-    /// Without its attachments, for callers that keep it longer than those are needed.
-    #[must_use]
-    pub fn without_attachments(self) -> Self {
-        self.edit(|d| d.details.retain(|d| !matches!(d, Detail::Attachment(_))))
     }
 
     /// Replaces the class that the code implied.

@@ -7,6 +7,7 @@
 
 mod container;
 mod sbom;
+mod table;
 
 pub use container::{Container, ContainerMount, ContainerProcess, ContainerRequest};
 
@@ -16,9 +17,10 @@ use shipway_attest::Attestation;
 use shipway_fault::{Fault, Result, SourceFile, Span};
 use shipway_llb::{Definition, ResolveOptions, SourceFacts, SourceOp, SourcePolicy};
 use shipway_oci::{Digest, Platform};
-use std::{any::Any, collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 pub use sbom::{Scan, Scanner};
+pub use table::{ContextFiles, Frontend, Frontends, NamedContexts};
 
 /// Options of a frontend (`FrontendAttrs`; rows `dfo.*`).
 pub type Options = BTreeMap<String, String>;
@@ -45,9 +47,6 @@ pub trait BuildRef: Send + Sync {
 
     /// One entry (row `gw.statfile`).
     async fn stat_file(&self, path: &str) -> Result<FileStat>;
-
-    /// The engine's own type behind the port.
-    fn as_any(&self) -> &(dyn Any + Send + Sync);
 }
 
 /// A file's metadata as fsutil has it (row `cb.fsutil.stat`): the mode is Go's `FileMode`.
@@ -227,8 +226,9 @@ pub trait Bridge: Send + Sync {
         Ok(Vec::new())
     }
 
-    /// The states that go with a failure, for looking into: their ids are among its details.
-    fn left_by(&self, fault: &Fault) -> Vec<Arc<dyn BuildRef>> {
+    /// The states that failed operations left, for looking into: their ids are among the details
+    /// of `fault`.
+    fn failed_states(&self, fault: &Fault) -> Vec<Arc<dyn BuildRef>> {
         let _ = fault;
         Vec::new()
     }
@@ -240,11 +240,4 @@ pub trait Bridge: Send + Sync {
 
     /// Shows a warning on the build's status.
     async fn warn(&self, warning: Warning) -> Result<()>;
-}
-
-/// Turns options into a result.
-#[async_trait]
-pub trait Frontend: Send + Sync {
-    /// Runs for one build. `bridge.options()` holds the options.
-    async fn run(&self, bridge: Arc<dyn Bridge>) -> Result<FrontendResult>;
 }

@@ -71,12 +71,12 @@ impl GatewayBuild {
         Ok(id)
     }
 
-    /// Remembers the states that go with a failure that the client is told of.
-    pub(crate) fn keep_left<T>(&self, result: Result<T>) -> Result<T> {
+    /// Remembers the states that failed operations left, where a failure is reported to the client.
+    pub(crate) fn keep_failed<T>(&self, result: Result<T>) -> Result<T> {
         if let Err(fault) = &result {
-            for left in self.bridge.left_by(fault) {
-                // Where there is no room the failure is told all the same.
-                let _ = self.keep(&left);
+            for state in self.bridge.failed_states(fault) {
+                // Without room the failure is reported all the same.
+                let _ = self.keep(&state);
             }
         }
         result
@@ -302,10 +302,6 @@ mod tests {
 
         async fn stat_file(&self, path: &str) -> Result<shipway_frontend::FileStat> {
             Err(Fault::not_found(path.to_owned()))
-        }
-
-        fn as_any(&self) -> &(dyn std::any::Any + Send + Sync) {
-            self
         }
     }
 

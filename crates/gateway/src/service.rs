@@ -296,7 +296,7 @@ impl LlbBridge for BridgeService {
 
     async fn solve(&self, request: Request<wire::SolveRequest>) -> Answer<wire::SolveResponse> {
         let (build, r) = self.build(request).await?;
-        answer(build.keep_left(solve(&build, r).await))
+        answer(build.keep_failed(solve(&build, r).await))
     }
 
     async fn read_file(
@@ -304,7 +304,7 @@ impl LlbBridge for BridgeService {
         request: Request<wire::ReadFileRequest>,
     ) -> Answer<wire::ReadFileResponse> {
         let (build, r) = self.build(request).await?;
-        answer(build.keep_left(read_file(&build, r).await))
+        answer(build.keep_failed(read_file(&build, r).await))
     }
 
     async fn read_dir(
@@ -312,7 +312,7 @@ impl LlbBridge for BridgeService {
         request: Request<wire::ReadDirRequest>,
     ) -> Answer<wire::ReadDirResponse> {
         let (build, r) = self.build(request).await?;
-        answer(build.keep_left(read_dir(&build, r).await))
+        answer(build.keep_failed(read_dir(&build, r).await))
     }
 
     async fn stat_file(
@@ -320,7 +320,7 @@ impl LlbBridge for BridgeService {
         request: Request<wire::StatFileRequest>,
     ) -> Answer<wire::StatFileResponse> {
         let (build, r) = self.build(request).await?;
-        answer(build.keep_left(stat_file(&build, r).await))
+        answer(build.keep_failed(stat_file(&build, r).await))
     }
 
     async fn evaluate(
@@ -330,7 +330,7 @@ impl LlbBridge for BridgeService {
         let (build, r) = self.build(request).await?;
         let result =
             async { build.find(&r.r#ref)?.evaluate().await.map(|()| wire::EvaluateResponse {}) };
-        answer(build.keep_left(result.await))
+        answer(build.keep_failed(result.await))
     }
 
     async fn ping(&self, request: Request<wire::PingRequest>) -> Answer<wire::PongResponse> {

@@ -10,9 +10,11 @@ mod glob;
 mod mode;
 pub mod path;
 mod quote;
+mod url;
 
 pub use boolean::parse_bool;
 pub use duration::{GoDuration, InvalidDuration};
 pub use glob::{BadPattern, Glob, has_wildcards};
 pub use mode::{FileKind, FileMode};
 pub use quote::quote;
+pub use url::Url;

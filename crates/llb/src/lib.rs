@@ -20,6 +20,7 @@ mod encode;
 mod env;
 mod facts;
 mod foreign;
+mod gitref;
 mod graph;
 pub mod json;
 mod marshal;
@@ -41,6 +42,7 @@ pub use env::EnvList;
 pub use facts::{
     AttestationChain, GitFacts, HttpFacts, ImageFacts, ResolveMode, ResolveOptions, SourceFacts,
 };
+pub use gitref::GitRef;
 pub use graph::{Edge, Graph, Vertex};
 pub use marshal::{DEFAULT_PATH, MarshalOptions};
 pub use ops::*;

@@ -1,13 +1,15 @@
 //! Graphs inside graphs: the build operation reads a definition out of a file of its input and
 //! solves it (row `op.build`).
 
-use crate::op::Context;
+use crate::op::{Context, LlbOp, VertexOp, keyed};
 use async_trait::async_trait;
 use rustix::fs::{Mode, OFlags};
+use shipway_attest::Capture;
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_llb::{BuildOp, Definition, Vertex};
+use shipway_llb::{BuildOp, Definition};
 use shipway_oci::Digest;
 use shipway_refs::ImmutableRef;
+use shipway_solver::CacheMap;
 use std::{
     collections::{HashMap, HashSet},
     io::Read as _,
@@ -47,28 +49,51 @@ impl Nested {
     }
 }
 
-/// Runs the operation of `vertex`.
-pub(crate) async fn run(
-    op: &BuildOp,
-    vertex: &Vertex,
-    inputs: &[ImmutableRef],
-    cx: &Context,
-) -> Result<ImmutableRef> {
-    let definition = definition(op, inputs).await?;
-    let mut tried = None;
-    loop {
-        let Some(job) = (cx.jobs)().first().cloned() else { return Err(Fault::cancelled()) };
-        if tried.as_ref() == Some(&job.id) {
-            return Err(Fault::cancelled());
+pub(crate) struct BuildVertex(pub(crate) BuildOp);
+
+#[async_trait]
+impl VertexOp for BuildVertex {
+    async fn cache_map(&self, of: &LlbOp, _cx: &Context) -> Result<CacheMap> {
+        let BuildOp { builder, inputs, definition, attrs } = &self.0;
+        let parts = (builder, inputs, definition, attrs);
+        Ok(keyed("shipway.build.v1", "", &parts, of.vertex.inputs.len()))
+    }
+
+    async fn run(
+        &self,
+        of: &LlbOp,
+        inputs: Vec<ImmutableRef>,
+        cx: &Context,
+    ) -> Result<Vec<ImmutableRef>> {
+        let definition = definition(&self.0, &inputs).await?;
+        let mut tried = None;
+        loop {
+            let Some(job) = (cx.jobs)().first().cloned() else { return Err(Fault::cancelled()) };
+            if tried.as_ref() == Some(&job.id) {
+                return Err(Fault::cancelled());
+            }
+            let solve = async {
+                job.nested.get()?.solve_nested(of.vertex.digest, definition.clone()).await
+            };
+            match solve.await {
+                // The build that was asked ended meanwhile; another one that wants the same may go
+                // on with it.
+                Err(fault) if fault.is_cancelled() => tried = Some(job.id),
+                solved => {
+                    let state = solved.context(|| "solve the graph that was built")?;
+                    return Ok(vec![state]);
+                }
+            }
         }
-        let solved =
-            async { job.nested.get()?.solve_nested(vertex.digest, definition.clone()).await };
-        match solved.await {
-            // The build that was asked ended meanwhile; another one that wants the same may go on
-            // with it.
-            Err(fault) if fault.is_cancelled() => tried = Some(job.id),
-            solved => return solved.context(|| "solve the graph that was built"),
-        }
+    }
+
+    fn capture(&self, _of: &LlbOp, capture: &mut Capture) -> Result<()> {
+        capture.incomplete = true;
+        Ok(())
+    }
+
+    fn takes_slot(&self) -> bool {
+        false
     }
 }
 

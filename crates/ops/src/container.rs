@@ -5,12 +5,12 @@ use crate::{
     JobData, Services,
     exec::{
         self,
-        mounts::{Behalf, Held, Plan},
+        mounts::{MountContext, MountGuards, MountPlan},
     },
 };
 use shipway_executor::{ExecMount, ExitStatus, ProcessIo, RootFs};
 use shipway_fault::{Fault, Result};
-use shipway_llb::{ExecMeta, ExecOp, HostIp, Mount, NetMode, Op};
+use shipway_llb::{ExecMeta, ExecOp, HostIp, Mount, NetMode};
 use shipway_netproxy::Capture;
 use shipway_progress::Reporter;
 use shipway_refs::ImmutableRef;
@@ -55,7 +55,7 @@ pub struct Container {
     unused: Mutex<Option<(RootFs, Vec<ExecMount>)>>,
     snapshots: Vec<Option<Vec<SnapshotMount>>>,
     /// Held by the processes too, until nothing is left of them.
-    held: Mutex<Option<Arc<Mutex<Option<Held>>>>>,
+    guards: Mutex<Option<Arc<Mutex<Option<MountGuards>>>>>,
     /// Whether the first process has come as far as it will: it runs, or it never did.
     begun: Arc<watch::Sender<bool>>,
     processes: TaskTracker,
@@ -77,9 +77,9 @@ impl Container {
             ..ExecMeta::default()
         };
         let exec = ExecOp { meta, mounts: spec.mounts.clone(), ..ExecOp::default() };
-        let behalf = Behalf { sessions: &job.sessions, reporter, jobs: &[] };
-        let Plan { root, mounts, snapshots, held } =
-            exec::mounts::plan(&services, &exec, &spec.inputs, behalf).await?;
+        let mounting = MountContext { sessions: &job.sessions, reporter, jobs: &[] };
+        let MountPlan { root, mounts, snapshots, guards } =
+            exec::mounts::plan(&services, &exec, &spec.inputs, mounting).await?;
         let end = CancellationToken::new();
         Ok(Self {
             services,
@@ -88,7 +88,7 @@ impl Container {
             id: exec::container_id(),
             unused: Mutex::new(Some((root, mounts))),
             snapshots,
-            held: Mutex::new(Some(Arc::new(Mutex::new(Some(held))))),
+            guards: Mutex::new(Some(Arc::new(Mutex::new(Some(guards))))),
             begun: Arc::new(watch::Sender::new(false)),
             processes: TaskTracker::new(),
             _end: end.clone().drop_guard(),
@@ -96,9 +96,9 @@ impl Container {
         })
     }
 
-    /// Starts a process: of `process`, what is the container's own is not used. The first one is
-    /// the container's init, and its end is the others'. What comes back resolves when the process
-    /// has ended, which may also be because it could not start.
+    /// Starts a process; settings of `process` that belong to the container are ignored. The first
+    /// process is the container's init: the others end with it. The returned future resolves when
+    /// the process has ended, which may also be because it could not start.
     pub fn start(
         &self,
         mut process: ExecOp,
@@ -109,20 +109,16 @@ impl Container {
         process.meta.hostname.clone_from(&self.spec.hostname);
         process.meta.extra_hosts.clone_from(&self.spec.extra_hosts);
         let first = lock(&self.unused).take();
-        let held = lock(&self.held).clone();
+        let guards = lock(&self.guards).clone();
         let (services, job, id) = (self.services.clone(), self.job.clone(), self.id.clone());
         let proxied = self.spec.proxied && self.spec.network != NetMode::None;
         let begun = self.begun.clone();
         let first = first.map(|parts| (parts, Begin(begun.clone())));
         let run = async move {
-            let held = held.ok_or_else(|| Fault::not_found("the container was released"))?;
-            let op = Op::Exec(process);
-            job.entitlements.check(&op)?;
-            let Op::Exec(process) = op else {
-                return Err(Fault::internal("a process is no process"));
-            };
+            let guards = guards.ok_or_else(|| Fault::not_found("the container was released"))?;
+            job.entitlements.check(&process)?;
             let env = exec::environment(&process, &job.sessions).await?;
-            let mut spec = exec::process(&services, &process, env, &job.id, held);
+            let mut spec = exec::process(&services, &process, env, &job.id, guards);
             spec.tty = tty;
             match first {
                 Some(((root, mounts), begin)) => {
@@ -136,11 +132,11 @@ impl Container {
                     }
                     spec.id = id;
                     let (started, runs) = oneshot::channel();
-                    let told = io.started.replace(started);
+                    let report = io.started.replace(started);
                     let note = async {
                         let runs = runs.await.is_ok();
                         drop(begin);
-                        told.filter(|_| runs).map(|t| t.send(()))
+                        report.filter(|_| runs).map(|r| r.send(()))
                     };
                     tokio::join!(services.executor.run(spec, root, mounts, io), note).0
                 }
@@ -183,7 +179,7 @@ impl Container {
         self.processes.close();
         self.processes.wait().await;
         lock(&self.unused).take();
-        lock(&self.held).take();
+        lock(&self.guards).take();
         if ended { Err(Fault::cancelled()) } else { Ok(()) }
     }
 }

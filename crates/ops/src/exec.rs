@@ -7,26 +7,28 @@ pub(crate) mod mounts;
 mod outcome;
 pub(crate) mod proxied;
 
-pub(crate) use key::{cache_map, selectors};
-
 use crate::{
-    Services,
-    op::{Context, LlbOp},
-    remains::{Places, Remain, Remains},
+    JobData, Services,
+    content::ContentSelector,
+    export_plan::BaseLayers,
+    failed_state::{BySlot, FailedState, FailedStates},
+    op::{Context, LlbOp, VertexOp},
 };
+use async_trait::async_trait;
 pub use logs::LogLimits;
 use logs::StepLog;
-use mounts::{Behalf, Held, OutputState, Plan};
+use mounts::{MountContext, MountGuards, MountPlan, OutputState};
 use shipway_executor::{
     Edits, HostEntry, KeepAlive, NetworkMode, OutputSink, ProcessIo, ProcessSpec, ResourceLimits,
     Rlimit, Security, Stream,
 };
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::quote;
-use shipway_llb::{ExecOp, Mount, NetMode, ProxyEnv, SecurityMode};
+use shipway_llb::{ExecOp, Mount, MountKind, NetMode, ProxyEnv, SecurityMode};
 use shipway_netproxy::Capture;
 use shipway_refs::ImmutableRef;
 use shipway_session::SessionGroup;
+use shipway_solver::CacheMap;
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
@@ -35,104 +37,167 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-/// Runs the process and commits what it wrote.
-pub(crate) async fn run(
-    op: &LlbOp,
-    exec: &ExecOp,
-    inputs: Vec<ImmutableRef>,
-    cx: &Context,
-) -> Result<Vec<ImmutableRef>> {
-    let jobs = (cx.jobs)();
-    if !jobs.iter().any(|j| j.entitlements.check(&op.vertex.op).is_ok())
-        && let Some(job) = jobs.first()
-    {
-        job.entitlements.check(&op.vertex.op)?;
+pub(crate) struct ExecVertex {
+    exec: ExecOp,
+    /// What the process on the proxy network asked for when it ran.
+    fetched: Mutex<Option<Capture>>,
+}
+
+impl ExecVertex {
+    pub(crate) fn new(exec: ExecOp) -> Self {
+        Self { exec, fetched: Mutex::default() }
     }
-    let sessions = LlbOp::sessions(cx)?;
-    let behalf = Behalf { sessions: &sessions, reporter: &cx.reporter, jobs: &jobs };
-    let Plan { root, mut mounts, held, .. } =
-        mounts::plan(&op.services, exec, &inputs, behalf).await?;
-    let writable = root.mounts.clone();
-    let env = environment(exec, &sessions).await?;
-    let edits = op.services.edits(exec).await?;
-    // Held by the process too: were this future dropped, the snapshots would go before the process
-    // is dead.
-    let held = Arc::new(Mutex::new(Some(held)));
-    let resources = jobs
-        .iter()
-        .filter_map(|j| j.wishes.limits(op.vertex.digest))
-        .reduce(|a, b| limits::wider(&a, &b));
-    let resources = resources
-        .or_else(|| op.vertex.metadata.resources.clone())
-        .as_ref()
-        .map(limits::of)
-        .unwrap_or_default();
-    let fetched = exec.proxied.then(Capture::default);
-    let proxy = match &fetched {
-        Some(fetched) => Some(op.services.proxy(cx.jobs.clone(), fetched.clone()).await?),
-        None => None,
-    };
-    let process =
-        process(&op.services, exec, env, jobs.first().map_or("", |j| &j.id), held.clone());
-    let mut process = ProcessSpec { resources, edits, proxy, ..process };
-    op.services.emulators.apply(&op.vertex.platform, &mut process.args, &mut mounts);
-    let log = Arc::new(StepLog::new(cx.reporter.clone(), op.services.log_limits));
-    let sink: OutputSink = {
-        let log = log.clone();
-        Arc::new(move |output| log.write(output.stream, &output.bytes))
-    };
-    let name = exec.meta.args.join(" ");
-    let running = op.services.executor.run(process, root, mounts, ProcessIo::output(sink));
-    let status = tokio::select! {
-        status = running => status,
-        never = log.pump() => match never {},
-    };
-    if let Some(summary) = fetched.as_ref().and_then(proxied::summary) {
-        log.write(Stream::Stderr, &summary.into());
+}
+
+#[async_trait]
+impl VertexOp for ExecVertex {
+    async fn cache_map(&self, of: &LlbOp, _cx: &Context) -> Result<CacheMap> {
+        key::cache_map(&self.exec, &of.vertex)
     }
-    log.settle();
-    op.fetched(fetched);
-    let held = held.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let held = held.ok_or_else(|| Fault::internal("the snapshots of a step are gone"))?;
-    if let Err(fault) =
-        outcome::judge(&name, &exec.meta.valid_exit_codes, status, &log, &writable).await
-    {
-        log.flush();
-        return Err(failed(op, exec, &inputs, held, fault));
+
+    fn selectors(&self, input: usize) -> Option<Vec<ContentSelector>> {
+        key::selectors(&self.exec, input)
     }
-    commit(op, held, &name, cx).await
+
+    /// Runs the process and commits what it wrote.
+    async fn run(
+        &self,
+        of: &LlbOp,
+        inputs: Vec<ImmutableRef>,
+        cx: &Context,
+    ) -> Result<Vec<ImmutableRef>> {
+        let (exec, jobs) = (&self.exec, (cx.jobs)());
+        let sessions = LlbOp::sessions(cx)?;
+        let mounting = MountContext { sessions: &sessions, reporter: &cx.reporter, jobs: &jobs };
+        let MountPlan { root, mut mounts, guards, .. } =
+            mounts::plan(&of.services, exec, &inputs, mounting).await?;
+        let writable = root.mounts.clone();
+        let env = environment(exec, &sessions).await?;
+        let edits = of.services.edits(exec).await?;
+        // Held by the process too: were this future dropped, the snapshots would go before the process
+        // is dead.
+        let guards = Arc::new(Mutex::new(Some(guards)));
+        let resources = jobs
+            .iter()
+            .filter_map(|j| j.step_options.limits(of.vertex.digest))
+            .reduce(|a, b| limits::wider(&a, &b));
+        let resources = resources
+            .or_else(|| of.vertex.metadata.resources.clone())
+            .as_ref()
+            .map(limits::of)
+            .unwrap_or_default();
+        let fetched = exec.proxied.then(Capture::default);
+        let proxy = match &fetched {
+            Some(fetched) => Some(of.services.proxy(cx.jobs.clone(), fetched.clone()).await?),
+            None => None,
+        };
+        let process =
+            process(&of.services, exec, env, jobs.first().map_or("", |j| &j.id), guards.clone());
+        let mut process = ProcessSpec { resources, edits, proxy, ..process };
+        of.services.emulators.apply(&of.vertex.platform, &mut process.args, &mut mounts);
+        let log = Arc::new(StepLog::new(cx.reporter.clone(), of.services.log_limits));
+        let sink: OutputSink = {
+            let log = log.clone();
+            Arc::new(move |output| log.write(output.stream, &output.bytes))
+        };
+        let name = exec.meta.args.join(" ");
+        let running = of.services.executor.run(process, root, mounts, ProcessIo::output(sink));
+        let status = tokio::select! {
+            status = running => status,
+            never = log.pump() => match never {},
+        };
+        if let Some(summary) = fetched.as_ref().and_then(proxied::summary) {
+            log.write(Stream::Stderr, &summary.into());
+        }
+        log.settle();
+        *self.fetched.lock().unwrap_or_else(PoisonError::into_inner) = fetched;
+        let guards = guards.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let guards = guards.ok_or_else(|| Fault::internal("the snapshots of a step are gone"))?;
+        if let Err(fault) =
+            outcome::judge(&name, &exec.meta.valid_exit_codes, status, &log, &writable).await
+        {
+            log.flush();
+            return Err(failed(of, exec, &jobs, &inputs, guards, fault));
+        }
+        commit(of, guards, &name, cx).await
+    }
+
+    fn capture(&self, of: &LlbOp, capture: &mut shipway_attest::Capture) -> Result<()> {
+        let exec = &self.exec;
+        for mount in &exec.mounts {
+            match &mount.kind {
+                MountKind::Secret(s) => capture.add_secret(&s.id, s.optional),
+                MountKind::Ssh(s) => capture.add_ssh(&s.id, s.optional),
+                _ => {}
+            }
+        }
+        exec.secret_env.iter().for_each(|s| capture.add_secret(&s.id, s.optional));
+        capture.network |= exec.network != NetMode::None;
+        if exec.proxied {
+            let fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let (op, name) = (of.vertex.digest.to_string(), exec.meta.args.join(" "));
+            proxied::record(fetched.as_ref(), &op, &name, capture);
+        }
+        Ok(())
+    }
+
+    fn base_layers(&self, output: usize, _inputs: usize) -> BaseLayers {
+        let is_output = |m: &&Mount| m.output == Some(output) && matches!(m.kind, MountKind::Bind);
+        let mount = self.exec.mounts.iter().find(is_output);
+        let inputs = mount.and_then(|m| m.input).into_iter().collect();
+        BaseLayers { inputs, adds_layer: true }
+    }
 }
 
 /// The failure of a process, with what it got and what it made of that, mount by mount.
-fn failed(op: &LlbOp, exec: &ExecOp, inputs: &[ImmutableRef], held: Held, fault: Fault) -> Fault {
+fn failed(
+    of: &LlbOp,
+    exec: &ExecOp,
+    jobs: &[JobData],
+    inputs: &[ImmutableRef],
+    guards: MountGuards,
+    fault: Fault,
+) -> Fault {
     if fault.is_cancelled() {
         return fault;
     }
-    let input = |m: &Mount| m.input.and_then(|i| inputs.get(i)).cloned().map(Remain::Done);
-    let mut mounts: Places = exec.mounts.iter().map(input).collect();
-    for held in held.states {
-        if let OutputState::Written { state, .. } = held.state {
-            mounts[held.mount] = Some(Remain::Written(state));
+    let input = |m: &Mount| m.input.and_then(|i| inputs.get(i)).cloned().map(FailedState::Done);
+    let mut mounts: BySlot = exec.mounts.iter().map(input).collect();
+    for mounted in guards.states {
+        if let OutputState::Written { state, .. } = mounted.state {
+            mounts[mounted.mount] = Some(FailedState::Written(state));
         }
     }
-    Remains::attach(fault, &op.vertex, exec.mounts.iter().map(input).collect(), mounts, None)
+    FailedStates::attach(
+        fault,
+        &of.vertex,
+        jobs,
+        exec.mounts.iter().map(input).collect(),
+        mounts,
+        None,
+    )
 }
 
 /// The outputs in order; those that the operation does not mention are empty states.
-async fn commit(op: &LlbOp, held: Held, name: &str, cx: &Context) -> Result<Vec<ImmutableRef>> {
-    let count = held.states.iter().filter_map(|s| Some(s.output? + 1)).max().unwrap_or(0);
+async fn commit(
+    of: &LlbOp,
+    guards: MountGuards,
+    name: &str,
+    cx: &Context,
+) -> Result<Vec<ImmutableRef>> {
+    let count = guards.states.iter().filter_map(|s| Some(s.output? + 1)).max().unwrap_or(0);
     let mut results: Vec<Option<ImmutableRef>> = vec![None; count];
-    for held in held.states {
-        let Some(index) = held.output else { continue };
-        let result = match held.state {
+    for mounted in guards.states {
+        let Some(index) = mounted.output else { continue };
+        let result = match mounted.state {
             OutputState::Same(same) => same,
             OutputState::Written { state, dest } => {
-                op.commit(state, format!("mount {dest} from exec {name}"), Some(index), cx).await?
+                of.commit(state, format!("mount {dest} from exec {name}"), Some(index), cx).await?
             }
         };
         results[index] = Some(result);
     }
-    results.into_iter().map(|r| r.map_or_else(|| op.services.refs.scratch(), Ok)).collect()
+    results.into_iter().map(|r| r.map_or_else(|| of.services.refs.scratch(), Ok)).collect()
 }
 
 /// An id that no other container has had.
@@ -148,7 +213,7 @@ pub(crate) fn process(
     exec: &ExecOp,
     env: Vec<String>,
     job: &str,
-    held: Arc<Mutex<Option<Held>>>,
+    guards: Arc<Mutex<Option<MountGuards>>>,
 ) -> ProcessSpec {
     let meta = &exec.meta;
     let parent = if meta.cgroup_parent.is_empty() {
@@ -189,7 +254,7 @@ pub(crate) fn process(
         proxy: None,
         tty: false,
         remove_stubs_recursively: meta.remove_mount_stubs_recursive,
-        keep_alive: KeepAlive(Some(held)),
+        keep_alive: KeepAlive(Some(guards)),
     }
 }
 
@@ -231,4 +296,23 @@ pub(crate) async fn environment(exec: &ExecOp, sessions: &SessionGroup) -> Resul
         env.push(format!("{}={value}", wanted.name));
     }
     Ok(env)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_has_the_layers_of_what_was_mounted_there() {
+        let mount = |input, output| Mount { input, output, ..Mount::default() };
+        let exec = ExecVertex::new(ExecOp {
+            mounts: vec![mount(Some(2), Some(0)), mount(Some(1), None), mount(None, Some(1))],
+            ..ExecOp::default()
+        });
+        let check = |output, inputs| {
+            assert_eq!(exec.base_layers(output, 3), BaseLayers { inputs, adds_layer: true });
+        };
+        check(0, vec![2]);
+        check(1, vec![]);
+    }
 }

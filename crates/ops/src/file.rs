@@ -1,54 +1,22 @@
 //! File actions (rows `file.*`): the key, what is read of the inputs, and the order in which
 //! actions are done on states.
 
-mod actions;
-mod chmod;
-mod copy;
 mod key;
-mod owner;
-mod path;
-mod place;
-mod unpack;
-mod wildcard;
-
-pub(crate) use key::{ContentSelector, cache_map, checksum, selectors};
 
 use crate::{
-    op::{Context, LlbOp},
-    remains::{Places, Remain, Remains},
+    content::ContentSelector,
+    export_plan::BaseLayers,
+    failed_state::{BySlot, FailedState, FailedStates},
+    op::{Context, LlbOp, VertexOp},
 };
-use copy::Beside;
-use owner::OwnerRoots;
-use place::Root;
+use async_trait::async_trait;
 use shipway_fault::{Class, Code, Fault, Result, Subject};
-use shipway_llb::{Chown, FileAction, FileActionKind, FileOp, Owner};
+use shipway_fileops::{Beside, OwnerRoots, owner_of};
+use shipway_llb::{FileAction, FileActionKind, FileOp, Owner};
 use shipway_refs::{ImmutableRef, LocalMount, MutableRef, RecordType};
-use std::{
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
-
-/// Told to stop when the work is not wanted any more; looked at between files.
-#[derive(Clone, Default)]
-pub(crate) struct Stop(Arc<AtomicBool>);
-
-impl Stop {
-    fn check(&self) -> Result<()> {
-        if self.0.load(Ordering::Relaxed) { Err(Fault::cancelled()) } else { Ok(()) }
-    }
-}
-
-/// Stops the blocking work when the future that waits for it is dropped.
-struct StopOnDrop(Stop);
-
-impl Drop for StopOnDrop {
-    fn drop(&mut self) {
-        self.0.0.store(true, Ordering::Relaxed);
-    }
-}
+use shipway_solver::CacheMap;
+use std::path::Path;
+use tokio_util::sync::CancellationToken;
 
 /// The result of an action, as long as somebody may need it.
 enum State {
@@ -80,7 +48,7 @@ impl Readable {
 }
 
 struct Runner<'a> {
-    op: &'a LlbOp,
+    of: &'a LlbOp,
     cx: &'a Context,
     file: &'a FileOp,
     inputs: Vec<ImmutableRef>,
@@ -89,30 +57,62 @@ struct Runner<'a> {
     results: Vec<Option<State>>,
 }
 
-/// Does the actions that the outputs need and commits the outputs.
-pub(crate) async fn run(
-    op: &LlbOp,
-    file: &FileOp,
-    inputs: Vec<ImmutableRef>,
-    cx: &Context,
-) -> Result<Vec<ImmutableRef>> {
-    let count = output_count(file)?;
-    let order = order(file, inputs.len())?;
-    let mut results = Vec::new();
-    results.resize_with(file.actions.len(), || None);
-    let mut runner = Runner { op, cx, file, inputs, order: order.clone(), results };
-    for index in order {
-        if let Err(e) = runner.action(index, &file.actions[index]).await {
-            return Err(runner.failed(index, e).await);
+pub(crate) struct FileVertex(pub(crate) FileOp);
+
+#[async_trait]
+impl VertexOp for FileVertex {
+    async fn cache_map(&self, of: &LlbOp, _cx: &Context) -> Result<CacheMap> {
+        Ok(key::cache_map(&self.0, &of.vertex))
+    }
+
+    fn selectors(&self, input: usize) -> Option<Vec<ContentSelector>> {
+        key::selectors(&self.0, input)
+    }
+
+    /// Does the actions that the outputs need and commits the outputs.
+    async fn run(
+        &self,
+        of: &LlbOp,
+        inputs: Vec<ImmutableRef>,
+        cx: &Context,
+    ) -> Result<Vec<ImmutableRef>> {
+        let file = &self.0;
+        let count = output_count(file)?;
+        let order = order(file, inputs.len())?;
+        let mut results = Vec::new();
+        results.resize_with(file.actions.len(), || None);
+        let mut runner = Runner { of, cx, file, inputs, order: order.clone(), results };
+        for index in order {
+            if let Err(e) = runner.action(index, &file.actions[index]).await {
+                return Err(runner.failed(index, e).await);
+            }
+        }
+        let mut outputs = vec![None; count];
+        for (index, action) in file.actions.iter().enumerate() {
+            if let Some(output) = action.output {
+                outputs[output] = Some(runner.done(index).await?);
+            }
+        }
+        outputs.into_iter().map(|o| o.map_or_else(|| of.services.refs.scratch(), Ok)).collect()
+    }
+
+    fn base_layers(&self, output: usize, inputs: usize) -> BaseLayers {
+        let base = base(&self.0, output, inputs);
+        BaseLayers { inputs: base.into_iter().collect(), adds_layer: true }
+    }
+}
+
+/// The input that the actions behind an output change.
+fn base(file: &FileOp, output: usize, inputs: usize) -> Option<usize> {
+    let mut action = file.actions.iter().find(|a| a.output == Some(output))?;
+    // Each action goes on with an earlier one; a graph that says otherwise is refused elsewhere.
+    for _ in &file.actions {
+        match action.input?.checked_sub(inputs) {
+            None => return action.input,
+            Some(earlier) => action = file.actions.get(earlier)?,
         }
     }
-    let mut outputs = vec![None; count];
-    for (index, action) in file.actions.iter().enumerate() {
-        if let Some(output) = action.output {
-            outputs[output] = Some(runner.done(index).await?);
-        }
-    }
-    outputs.into_iter().map(|o| o.map_or_else(|| op.services.refs.scratch(), Ok)).collect()
+    None
 }
 
 /// Outputs are numbered from 0 without gaps.
@@ -185,16 +185,6 @@ fn order(file: &FileOp, inputs: usize) -> Result<Vec<usize>> {
     Ok(order)
 }
 
-fn owner_of(kind: &FileActionKind) -> Option<&Chown> {
-    match kind {
-        FileActionKind::Copy(a) => a.owner.as_ref(),
-        FileActionKind::Mkfile(a) => a.owner.as_ref(),
-        FileActionKind::Mkdir(a) => a.owner.as_ref(),
-        FileActionKind::Symlink(a) => a.owner.as_ref(),
-        FileActionKind::Rm(_) => None,
-    }
-}
-
 /// The inputs in which an action looks names up.
 fn lookups(kind: &FileActionKind) -> [Option<usize>; 2] {
     let place = |owner: Option<&Owner>| match owner {
@@ -229,19 +219,20 @@ impl Runner<'_> {
                 let Open { state, mount, beside } = *open;
                 mount.unmount().await?;
                 if let Some(beside) = beside {
-                    let stop = Stop::default();
-                    let _guard = StopOnDrop(stop.clone());
-                    let copied =
-                        tokio::task::spawn_blocking(move || beside.copy(&|| stop.check().is_ok()))
-                            .await;
+                    let cancel = CancellationToken::new();
+                    let _guard = cancel.clone().drop_guard();
+                    let copied = tokio::task::spawn_blocking(move || {
+                        beside.copy(&|| !cancel.is_cancelled())
+                    })
+                    .await;
                     copied.map_err(|e| {
                         Fault::internal(format!("copying files did not end well: {e}"))
                     })??;
                 }
-                self.op
+                self.of
                     .commit(
                         state,
-                        self.op.vertex.name.clone(),
+                        self.of.vertex.name.clone(),
                         self.file.actions[index].output,
                         self.cx,
                     )
@@ -294,9 +285,9 @@ impl Runner<'_> {
 
     /// A new state on `parent`.
     async fn writable(&self, parent: Option<&ImmutableRef>) -> Result<(MutableRef, LocalMount)> {
-        let name = self.op.vertex.name.clone();
+        let name = self.of.vertex.name.clone();
         let state = self
-            .op
+            .of
             .services
             .refs
             .mutable(parent, name, RecordType::Regular, Some(&self.cx.reporter))
@@ -335,8 +326,9 @@ impl Runner<'_> {
         let (user, group) = (self.readable(user).await?, self.readable(group).await?);
         let (state, mount) = self.target(action).await?;
         let beside = self.beside(action, &state).await?;
-        let stop = Stop::default();
-        let guard = StopOnDrop(stop.clone());
+        // Cancelled when nobody waits any more.
+        let cancel = CancellationToken::new();
+        let guard = cancel.clone().drop_guard();
         let kind = action.kind.clone();
         // The closure owns what it works on, so that it is not unmounted under it when nobody waits
         // any more.
@@ -345,13 +337,13 @@ impl Runner<'_> {
                 user: user.as_ref().map(Readable::path),
                 group: group.as_ref().map(Readable::path),
             };
-            let done = act(
+            let done = shipway_fileops::apply(
                 &kind,
                 mount.path(),
                 source.as_ref().map(Readable::path),
                 &owners,
                 beside.as_ref(),
-                &stop,
+                &cancel,
             );
             (done, Open { state, mount, beside })
         });
@@ -370,45 +362,29 @@ impl Runner<'_> {
         if fault.is_cancelled() {
             return fault;
         }
-        let mut shown_states: Places =
+        let mut shown_states: BySlot =
             std::iter::repeat_with(|| None).take(self.file.actions.len()).collect();
         let source =
             self.file.actions[index].secondary.and_then(|n| n.checked_sub(self.inputs.len()));
         for shown in source.into_iter().chain([index]) {
             if let Ok(state) = self.done(shown).await {
-                shown_states[shown] = Some(Remain::Done(state));
+                shown_states[shown] = Some(FailedState::Done(state));
             }
         }
         // What is wrong with the user's files is a failure of the build: nothing that the client
         // asked for by name is `NotFound`.
         let fault =
             if fault.class() == Class::User { fault.with_code(Code::Unknown) } else { fault };
-        let inputs = self.inputs.iter().map(|i| Some(Remain::Done(i.clone()))).collect();
+        let inputs = self.inputs.iter().map(|i| Some(FailedState::Done(i.clone()))).collect();
         let subject = Subject::FileAction(i64::try_from(index).unwrap_or(-1));
-        Remains::attach(fault, &self.op.vertex, inputs, shown_states, Some(subject))
-    }
-}
-
-/// Does one action. Blocks.
-fn act(
-    kind: &FileActionKind,
-    target: &Path,
-    source: Option<&Path>,
-    owners: &OwnerRoots<'_>,
-    beside: Option<&Beside>,
-    stop: &Stop,
-) -> Result<()> {
-    let target = Root::open(target)?;
-    let owner = owners.resolve(owner_of(kind))?;
-    match kind {
-        FileActionKind::Mkdir(a) => actions::mkdir(&target, a, owner),
-        FileActionKind::Mkfile(a) => actions::mkfile(&target, a, owner),
-        FileActionKind::Symlink(a) => actions::symlink(&target, a, owner),
-        FileActionKind::Rm(a) => actions::rm(&target, a),
-        FileActionKind::Copy(a) => {
-            let source = source.ok_or_else(|| Fault::internal("a copy without a source"))?;
-            copy::run(&Root::open(source)?, &target, a, owner, beside, stop)
-        }
+        FailedStates::attach(
+            fault,
+            &self.of.vertex,
+            &(self.cx.jobs)(),
+            inputs,
+            shown_states,
+            Some(subject),
+        )
     }
 }
 
@@ -472,5 +448,31 @@ mod tests {
         check(&[None], Err("no outputs specified"));
         check(&[Some(1)], Err("missing output index 0"));
         check(&[Some(0), Some(0)], Err("duplicate output 0"));
+    }
+
+    #[test]
+    fn layers_are_followed_down_to_the_inputs_they_come_from() {
+        let action = |input, output| FileAction {
+            input,
+            secondary: Some(1),
+            output,
+            kind: FileActionKind::Mkdir(FileMkdir::default()),
+        };
+        #[track_caller]
+        fn check(actions: &[FileAction], output: usize, inputs: usize, expected: &[usize]) {
+            let file = FileVertex(FileOp { actions: actions.to_vec() });
+            let expected = BaseLayers { inputs: expected.to_vec(), adds_layer: true };
+            assert_eq!(file.base_layers(output, inputs), expected);
+        }
+        let chain = [
+            action(Some(0), None),
+            action(Some(2), None),
+            action(Some(3), Some(0)),
+            action(None, Some(1)),
+        ];
+        check(&chain, 0, 2, &[0]);
+        check(&chain, 1, 2, &[]);
+        // An action that goes on with itself.
+        check(&[action(Some(1), Some(0))], 0, 1, &[]);
     }
 }

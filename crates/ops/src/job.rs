@@ -1,11 +1,11 @@
 //! What a build brings to its vertices, and what the daemon brings.
 
-use crate::{Ahead, DeviceGrants, Emulators, LogLimits, Nested, Wishes};
+use crate::{DeviceGrants, Emulators, ExportPlan, FailedStates, LogLimits, Nested, StepOptions};
 use async_trait::async_trait;
 use shipway_cdi::CdiCatalog;
 use shipway_executor::Executor;
 use shipway_fault::{Code, Fault, Result};
-use shipway_llb::{NetMode, Op, SecurityMode, SourceOp};
+use shipway_llb::{ExecOp, NetMode, SecurityMode, SourceOp};
 use shipway_netproxy::Authority;
 use shipway_refs::RefStore;
 use shipway_session::SessionGroup;
@@ -29,10 +29,11 @@ pub struct Entitlements {
 }
 
 impl Entitlements {
-    /// Refuses an operation that asks for more, in BuildKit's words; what is said of devices,
-    /// [`Entitlements::grant_devices`] does.
-    pub fn check(&self, op: &Op) -> Result<()> {
-        let Op::Exec(exec) = op else { return Ok(()) };
+    /// Refuses a process that asks for more, in BuildKit's words. Every build is asked about each of
+    /// its own processes, before it has a vertex or a container for them: a result that is shared
+    /// or cached needs the permission too. Devices are chosen by
+    /// [`grant_devices`](Self::grant_devices).
+    pub fn check(&self, exec: &ExecOp) -> Result<()> {
         let refuse = |name: &str| {
             Err(Fault::new(Code::PermissionDenied, format!("{name} is not allowed")).hint(format!(
                 "ask for it with `--allow {name}`; the daemon's configuration must allow it too"
@@ -57,12 +58,14 @@ pub struct JobData {
     pub sessions: SessionGroup,
     /// What it may do.
     pub entitlements: Entitlements,
-    /// What sources told it.
+    /// What sources reported to it.
     pub memo: SourceMemo,
     /// What it will export.
-    pub ahead: Ahead,
-    /// What it wants of vertices besides their results.
-    pub wishes: Wishes,
+    pub export_plan: ExportPlan,
+    /// What it wants of its steps besides their results.
+    pub step_options: StepOptions,
+    /// What its failed operations left.
+    pub failed: FailedStates,
     /// Who decides what its steps may fetch.
     pub judge: BuildJudge,
     /// How its operations have graphs solved.

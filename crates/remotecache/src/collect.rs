@@ -1,6 +1,7 @@
 //! From results back through the index: everything that an import needs to find them again.
 
-use crate::{CacheIndex, Import, Mode, import::RecordNo};
+use crate::{Import, Mode, import::RecordNo};
+use shipway_buildcache::CacheIndex;
 use shipway_fault::Result;
 use shipway_oci::{DiffId, Digest};
 use shipway_refs::ImmutableRef;
@@ -50,7 +51,7 @@ impl Walk<'_> {
 
     fn find(&self, key: &CacheKey) -> Result<Option<Found>> {
         let imported = self.imports.iter().find_map(|i| Some((i.clone(), i.find(key)?)));
-        if let Some(record) = self.index.local.record(key)? {
+        if let Some(record) = self.index.record(key)? {
             let mut meta = record.meta;
             // What was imported keeps its name, so that a cache made of itself is the same cache.
             let named = imported
@@ -126,7 +127,7 @@ pub(crate) async fn collect(
     let mut walk = Walk { index, imports, entered: HashSet::new(), order: Vec::new() };
     let mut wanted: Vec<Vec<DiffId>> = Vec::new();
     for root in roots.iter().filter(|r| !r.is_scratch()) {
-        let mut keys = made_by(index, index.local.keys_of(&root.id().to_string())?)?;
+        let mut keys = made_by(index, index.keys_of(&root.id().to_string())?)?;
         if keys.is_empty() {
             continue;
         }
@@ -136,7 +137,7 @@ pub(crate) async fn collect(
             walk.from(key).await?;
         }
     }
-    let mut aliases = index.local.aliases_of(walk.entered.clone()).await?;
+    let mut aliases = index.aliases_of(walk.entered.clone()).await?;
     for (key, primary) in
         imports.iter().flat_map(|i| i.keys()).filter(|(_, primary)| walk.entered.contains(primary))
     {
@@ -177,7 +178,7 @@ pub(crate) async fn collect(
 fn made_by(index: &CacheIndex, keys: Vec<CacheKey>) -> Result<Vec<CacheKey>> {
     let mut made = Vec::new();
     for key in &keys {
-        if index.local.record(key)?.is_some_and(|r| !r.meta.inputs.is_empty()) {
+        if index.record(key)?.is_some_and(|r| !r.meta.inputs.is_empty()) {
             made.push(*key);
         }
     }

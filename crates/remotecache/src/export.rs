@@ -1,7 +1,7 @@
 //! Writing a cache: the config, the layers, and the manifest that names them.
 
 use crate::{
-    CacheIndex, CacheWriter, ExportOptions, Import,
+    CacheWriter, ExportOptions, Import,
     collect::{Entry, collect},
     format::{
         CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, CacheResult, ChainedResult,
@@ -10,6 +10,7 @@ use crate::{
 };
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
+use shipway_buildcache::CacheIndex;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{Descriptor, DiffId, Digest, ImageName, Index, Manifest, media};
 use shipway_progress::Reporter;
@@ -330,4 +331,64 @@ fn manifest(
         annotations: Default::default(),
     };
     Ok((kind, serde_json::to_vec(&index).map_err(encode)?.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Mode;
+    use shipway_oci::Digest;
+    use shipway_refs::{RecordType, RefStore};
+    use shipway_solver::{CacheStore as _, RecordMeta};
+    use shipway_storage::fake::FakeStorage;
+
+    async fn lab() -> (tempfile::TempDir, RefStore, CacheIndex) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let storage = FakeStorage::new().expect("a store").storage();
+        let refs = RefStore::open(storage, dir.path().join("refs")).await.expect("states");
+        let index = CacheIndex::open(&dir.path().join("cache.db"), refs.clone()).expect("an index");
+        (dir, refs, index)
+    }
+
+    #[tokio::test]
+    async fn what_is_not_to_be_exported_is_a_record_without_a_result() {
+        let (_dir, refs, index) = lab().await;
+        let make = async |parent: Option<&ImmutableRef>,
+                          name: &str,
+                          inputs: Vec<(Vec<CacheKey>, Option<Digest>)>| {
+            let state =
+                refs.mutable(parent, name, RecordType::Regular, None).await.expect("a state");
+            let state = state.commit(name).await.expect("committed");
+            let key = CacheKey(Digest::of(name));
+            index
+                .save(&[key], &state, &RecordMeta { inputs, ..RecordMeta::default() })
+                .await
+                .expect("saved");
+            (key, state)
+        };
+        let (below, first) = make(None, "first", Vec::new()).await;
+        let (above, second) = make(Some(&first), "second", vec![(vec![below], None)]).await;
+        let options = ExportOptions { mode: Mode::Max, ..ExportOptions::default() };
+        let reporter = Reporter::new(Digest::of("export"), "export".into(), Vec::new(), None);
+        for (withheld, want) in
+            [(vec![], [true, true]), (vec![below], [false, true]), (vec![above], [true, false])]
+        {
+            let withheld = withheld.into_iter().collect();
+            let export = Export::prepare(
+                &index,
+                &[],
+                std::slice::from_ref(&second),
+                &withheld,
+                &options,
+                &reporter,
+            )
+            .await
+            .expect("prepared");
+            let has = |key: &CacheKey| {
+                let records = &export.as_ref().expect("layers").config.records;
+                !records.iter().find(|r| r.digest == key.0).expect("a record").results.is_empty()
+            };
+            assert_eq!([has(&below), has(&above)], want);
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Reading a cache: its manifest, or the manifests of an image whose configs hold caches.
 
 use crate::{
-    CacheIndex, CacheSource,
+    CacheSource,
     format::{CONFIG, CacheConfig, CacheInput, CacheRecord, INLINE_FIELD, MAX_DEPTH, MAX_ENTRIES},
 };
 use async_trait::async_trait;
@@ -10,6 +10,7 @@ use futures::{
     FutureExt as _,
     future::{BoxFuture, Shared},
 };
+use shipway_buildcache::CacheIndex;
 use shipway_fault::{Fault, Result};
 use shipway_oci::{Descriptor, DiffId, Digest, ImageConfig, Index, Manifest, media, timestamp};
 use shipway_refs::{ImmutableRef, LayerSource, LazyLayer, RecordType, RefStore};
@@ -80,7 +81,7 @@ impl Import {
                 let _ = read.set(contents);
             }
         };
-        Arc::new(Self { refs: index.refs.clone(), contents, reading: reading.boxed().shared() })
+        Arc::new(Self { refs: index.refs().clone(), contents, reading: reading.boxed().shared() })
     }
 
     fn contents(&self) -> &Contents {

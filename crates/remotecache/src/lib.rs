@@ -3,9 +3,9 @@
 //!
 //! A cache is a manifest whose layers are those of the results and whose config is a
 //! `format::CacheConfig`: which result has which layers, and which results it was made from.
-//! [`CacheIndex`] is the solver's store, the local index. An [`Import`] is a cache that one build
-//! looks into besides: its results become lazy states, and nothing is fetched before somebody reads
-//! it. [`Export`] walks from a build's results back through the index and what the build imported,
+//! The index of this machine is crate `buildcache`. An [`Import`] is a cache that one build looks
+//! into besides: its results become lazy states, and nothing is fetched before somebody reads it.
+//! [`Export`] walks from a build's results back through the index and what the build imported,
 //! and writes what it meets.
 //!
 //! Where a cache is kept is a [`CacheBackend`]'s business: `backend/` has one for registries and
@@ -19,11 +19,9 @@ mod collect;
 mod export;
 mod format;
 mod import;
-mod index;
 mod options;
 
 pub use backend::{Backends, CacheBackend, CacheClients, CacheSource, CacheWriter, INLINE};
 pub use export::{Export, LayerBytes};
 pub use import::{Import, ReadCache, read};
-pub use index::CacheIndex;
 pub use options::{CacheRequest, ExportOptions, Mode};

@@ -28,7 +28,7 @@ const MAX_VALUE: usize = 4096;
 const MAX_METHODS: usize = 4096;
 
 /// Names one attached client.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionId(Arc<str>);
 
 impl SessionId {

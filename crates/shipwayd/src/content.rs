@@ -2,9 +2,9 @@
 //! builds wrote, and the logs of finished builds. The namespace may be somebody else's, too, such
 //! as Kubernetes': its other images are nobody's business here.
 
-use shipway_engine::History;
 use shipway_fault::{Fault, Result};
 use shipway_grpc::status_of;
+use shipway_history::History;
 use shipway_oci::{Descriptor, Digest};
 use shipway_proto::containerd::services::content::v1 as wire;
 use shipway_refs::{DOCUMENT_KIND, RefStore};
@@ -306,7 +306,7 @@ impl wire::content_server::Content for ContentService {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shipway_engine::{HistoryEncoders, HistoryLimits};
+    use shipway_history::{HistoryEncoders, HistoryLimits};
     use shipway_storage::{Labels, fake::FakeStorage};
     use tokio_stream::StreamExt as _;
     use wire::content_server::Content as _;

@@ -11,6 +11,7 @@ use shipway_proto::{
 };
 use shipway_refs::UsageRecord;
 use shipway_remotecache::CacheRequest;
+use shipway_session::SessionId;
 use std::{collections::BTreeMap, path::PathBuf, time::SystemTime};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -95,7 +96,9 @@ fn build_request(mut request: wire::SolveRequest) -> Result<BuildRequest> {
             .map(SourcePolicy::from_pb)
             .transpose()?
             .unwrap_or_default(),
-        session: Some(std::mem::take(&mut request.source_policy_session)).filter(|s| !s.is_empty()),
+        session: Some(std::mem::take(&mut request.source_policy_session))
+            .filter(|s| !s.is_empty())
+            .map(|s| SessionId::new(&s)),
     };
     let exporters = exporters(&request);
     let cache = request.cache.unwrap_or_default();
@@ -126,7 +129,7 @@ fn build_request(mut request: wire::SolveRequest) -> Result<BuildRequest> {
         frontend: request.frontend,
         options: request.frontend_attrs,
         inputs: definitions(request.frontend_inputs),
-        session: request.session,
+        session: SessionId::new(&request.session),
         exporters,
         session_exporters: request.enable_session_exporter,
         entitlements: request.entitlements,
@@ -438,7 +441,7 @@ mod tests {
                 && build.session_exporters
         );
         assert_eq!(
-            (build.policy.session.as_deref(), build.compatibility),
+            (build.policy.session.as_ref().map(SessionId::as_str), build.compatibility),
             (Some("policies"), COMPATIBILITY)
         );
         // Without a frontend, the same graph is the empty image.

@@ -1,10 +1,10 @@
 //! When and by which rules the daemon prunes by itself (rows `so.gc.*`, `toml.w.gc*`).
 
 use crate::{config::DiskSpace, filter, prune, settings::GcSettings};
+use shipway_buildcache::CacheIndex;
 use shipway_fault::Result;
 use shipway_proto::moby::buildkit::v1::types::GcPolicy;
 use shipway_refs::{PruneOptions, UsageRecord};
-use shipway_remotecache::CacheIndex;
 use std::{
     path::{Path, PathBuf},
     sync::Arc,

@@ -3,11 +3,11 @@
 use crate::{config::duration, filter};
 use prost::Message as _;
 use shipway_attest::slsa;
-use shipway_engine::{
-    History, HistoryEventKind, HistoryRecord, HistoryStatus, HistorySummary, LogFile,
-};
 use shipway_fault::{Fault, Result};
 use shipway_grpc::status_of;
+use shipway_history::{
+    History, HistoryEventKind, HistoryRecord, HistoryStatus, HistorySummary, LogFile,
+};
 use shipway_oci::{Descriptor, media, timestamp};
 use shipway_proto::{google::rpc, moby::buildkit::v1 as wire};
 use std::{

@@ -9,19 +9,20 @@ use crate::{
     worker::{self, Platforms},
 };
 use shipway_attest::Builder;
-use shipway_cachedb::CacheDb;
+use shipway_buildcache::CacheIndex;
 use shipway_cdi::CdiCatalog;
 use shipway_containerd::{Containerd, ContainerdNamespaces, TaskExecutor};
-use shipway_dockerfile2llb::DockerfileFrontend;
-use shipway_engine::{Engine, EngineParts, History, HistoryEncoders, ImageFrontends};
+use shipway_dockerfile2llb::{DockerfileContexts, DockerfileFrontend};
+use shipway_engine::{Engine, EngineParts, ImageFrontends};
 use shipway_executor::Executor as _;
 use shipway_exporters::{Exporters, Publishing};
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
-use shipway_frontend::Worker;
+use shipway_frontend::{Frontends, Worker};
+use shipway_history::{History, HistoryEncoders};
 use shipway_ops::{Emulators, Services};
 use shipway_refs::RefStore;
 use shipway_registry::Registry;
-use shipway_remotecache::{Backends, CacheIndex};
+use shipway_remotecache::Backends;
 use shipway_session::SessionHub;
 use shipway_solver::{Limits, Solver};
 use shipway_sources::{SourceOptions, Sources};
@@ -127,11 +128,7 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         replace_managed_images,
         publishing,
     );
-    let cache = CacheDb::open(
-        &root.join("cache.redb"),
-        Arc::new(shipway_engine::RefResults(refs.clone())),
-    )?;
-    let caches = CacheIndex::new(cache, refs.clone());
+    let caches = CacheIndex::open(&root.join("cache.redb"), refs.clone())?;
     let solver = Solver::new(Arc::new(caches.clone()), Limits { max_parallel: max_parallelism });
     let encode =
         HistoryEncoders { log: Arc::new(status::log_blob), fault: Arc::new(history::fault_blob) };
@@ -153,7 +150,7 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         worker::labels(&uuid, &namespace, &snapshotter, network, profile.as_deref(), &labels),
     );
     let version = worker::version();
-    let told = Worker {
+    let described = Worker {
         id: id.clone(),
         labels: labels.clone(),
         package: version.package,
@@ -178,13 +175,14 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
             dockerfile: worker::version().dockerfile_version,
             environment: provenance_environment(&provenance)?,
         },
-        dockerfile: dockerfile.then_some(DockerfileFrontend),
+        frontends: Frontends::default().with("dockerfile.v0", DockerfileFrontend, dockerfile),
+        contexts: Arc::new(DockerfileContexts),
         proxied,
         image_frontends: ImageFrontends::new(
             gateway.enabled != Some(false),
             &gateway.allowed_repositories,
         )?,
-        worker: told,
+        worker: described,
     });
     let worker = WorkerInfo {
         id,

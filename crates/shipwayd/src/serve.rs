@@ -3,10 +3,10 @@
 use crate::{
     content::ContentService, control::ControlService, gc, parts::Parts, settings::Listening,
 };
-use shipway_engine::History;
 use shipway_fault::{Fault, Result};
 use shipway_gateway::BridgeService;
 use shipway_grpc::{Address, HealthService, ListenOptions, Listener};
+use shipway_history::History;
 use shipway_proto::{
     MAX_MESSAGE,
     containerd::services::content::v1::content_server::ContentServer,

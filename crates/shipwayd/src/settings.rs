@@ -9,11 +9,11 @@ use crate::{
     prune,
 };
 use shipway_containerd::{NetworkConfig, NetworkDefault, RuntimeOptions, TaskConfig};
-use shipway_engine::HistoryLimits;
 use shipway_executor::etc::Dns;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_gocompat::parse_bool;
 use shipway_grpc::ServerTls;
+use shipway_history::HistoryLimits;
 use shipway_oci::Platform;
 use shipway_ops::LogLimits;
 use shipway_registry::RegistryConfig;

@@ -6,7 +6,7 @@ use shipway_fault::{Fault, Result};
 use shipway_frontend::{BuildRef, FileStat};
 use shipway_llb::{Caps, Definition, Graph, Op};
 use shipway_oci::Platform;
-use std::{any::Any, collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 /// What a definition leads to: the files below the name of the client's directory that it reads, or
 /// those of the context.
@@ -70,9 +70,5 @@ impl BuildRef for Files {
 
     async fn stat_file(&self, _path: &str) -> Result<FileStat> {
         Err(Fault::unimplemented("stat_file"))
-    }
-
-    fn as_any(&self) -> &(dyn Any + Send + Sync) {
-        self
     }
 }

@@ -1,6 +1,6 @@
 //! The key of a process and what it reads of its inputs (rows `exec.key`, `exec.mnt.contentcache`).
 
-use crate::{file::ContentSelector, key::KeyWriter};
+use crate::{content::ContentSelector, key::KeyWriter};
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::path::rooted;
 use shipway_llb::{ContentCache, ExecOp, Mount, MountKind, Vertex};

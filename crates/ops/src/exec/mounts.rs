@@ -15,21 +15,21 @@ use shipway_sources::{SshAgent, forwarded_agent};
 use shipway_storage::Mount as SnapshotMount;
 use std::{collections::BTreeMap, os::unix::fs::PermissionsExt as _};
 
-/// What a process is given.
-pub(crate) struct Plan {
+/// The mounts of a process.
+pub(crate) struct MountPlan {
     pub(crate) root: RootFs,
     pub(crate) mounts: Vec<ExecMount>,
     /// The snapshots behind the mounts as they were asked for; none where nothing can be looked
     /// into.
     pub(crate) snapshots: Vec<Option<Vec<SnapshotMount>>>,
-    pub(crate) held: Held,
+    pub(crate) guards: MountGuards,
 }
 
 /// What has to live as long as the process; dropping it throws away what was not taken out.
 #[derive(Default)]
-pub(crate) struct Held {
+pub(crate) struct MountGuards {
     /// States of mounts, in their order.
-    pub(super) states: Vec<HeldState>,
+    pub(super) states: Vec<MountedState>,
     views: Vec<View>,
     /// Unmounted before the states below them are given back.
     shared: Vec<LocalMount>,
@@ -38,7 +38,7 @@ pub(crate) struct Held {
 }
 
 /// The state of one mount.
-pub(super) struct HeldState {
+pub(super) struct MountedState {
     /// Which mount.
     pub(super) mount: usize,
     /// Which output it becomes; none is thrown away.
@@ -58,12 +58,12 @@ pub(super) enum OutputState {
     },
 }
 
-/// On whose behalf mounts are planned.
+/// Which builds mounts are planned for.
 #[derive(Clone, Copy)]
-pub(crate) struct Behalf<'a> {
+pub(crate) struct MountContext<'a> {
     /// The clients that may be asked for secrets.
     pub(crate) sessions: &'a SessionGroup,
-    /// Who is told what is fetched.
+    /// The reporter that receives fetch progress.
     pub(crate) reporter: &'a Reporter,
     /// The builds that want the process; some want cache directories to begin empty.
     pub(crate) jobs: &'a [JobData],
@@ -73,10 +73,10 @@ struct Planner<'a> {
     services: &'a Services,
     exec: &'a ExecOp,
     inputs: &'a [ImmutableRef],
-    behalf: Behalf<'a>,
+    cx: MountContext<'a>,
     /// Mounts of cache directories, by index of the mount.
     caches: BTreeMap<usize, Vec<SnapshotMount>>,
-    held: Held,
+    guards: MountGuards,
 }
 
 /// A secret of the clients; `None` if it is optional and nobody has it.
@@ -102,10 +102,16 @@ pub(crate) async fn plan(
     services: &Services,
     exec: &ExecOp,
     inputs: &[ImmutableRef],
-    behalf: Behalf<'_>,
-) -> Result<Plan> {
-    let mut planner =
-        Planner { services, exec, inputs, behalf, caches: BTreeMap::new(), held: Held::default() };
+    cx: MountContext<'_>,
+) -> Result<MountPlan> {
+    let mut planner = Planner {
+        services,
+        exec,
+        inputs,
+        cx,
+        caches: BTreeMap::new(),
+        guards: MountGuards::default(),
+    };
     planner.take_caches().await?;
     let (mut root, mut mounts, mut snapshots) = (None, Vec::new(), vec![None; exec.mounts.len()]);
     for (index, mount) in exec.mounts.iter().enumerate() {
@@ -124,7 +130,7 @@ pub(crate) async fn plan(
         }
     }
     let root = root.ok_or_else(|| Fault::invalid("exec op with no rootfs"))?;
-    Ok(Plan { root, mounts, snapshots, held: planner.held })
+    Ok(MountPlan { root, mounts, snapshots, guards: planner.guards })
 }
 
 /// Where a mount goes. Only the first one is the root filesystem; another one there would hide it.
@@ -137,7 +143,7 @@ fn destination(cwd: &str, dest: &str, has_root: bool) -> Result<String> {
 }
 
 /// What a cache directory is known by.
-pub(crate) fn id_of<'a>(mount: &'a Mount, cache: &'a CacheMount) -> &'a str {
+pub(crate) fn cache_id<'a>(mount: &'a Mount, cache: &'a CacheMount) -> &'a str {
     if cache.id.is_empty() { &mount.dest } else { &cache.id }
 }
 
@@ -160,7 +166,7 @@ impl Planner<'_> {
     }
 
     fn hold(&mut self, index: usize, mount: &Mount, state: OutputState) {
-        self.held.states.push(HeldState { mount: index, output: mount.output, state });
+        self.guards.states.push(MountedState { mount: index, output: mount.output, state });
     }
 
     async fn writable(&self, mount: &Mount) -> Result<MutableRef> {
@@ -168,12 +174,7 @@ impl Planner<'_> {
             format!("mount {} from exec {}", mount.dest, self.exec.meta.args.join(" "));
         self.services
             .refs
-            .mutable(
-                self.input(mount)?,
-                description,
-                RecordType::Regular,
-                Some(self.behalf.reporter),
-            )
+            .mutable(self.input(mount)?, description, RecordType::Regular, Some(self.cx.reporter))
             .await
     }
 
@@ -202,7 +203,7 @@ impl Planner<'_> {
                 Ok(Some(MountSource::Tmpfs { size: u64::try_from(*size).unwrap_or_default() }))
             }
             MountKind::Secret(s) => {
-                let bytes = secret(self.behalf.sessions, &s.id, s.optional).await?;
+                let bytes = secret(self.cx.sessions, &s.id, s.optional).await?;
                 Ok(bytes.map(|b| MountSource::Content {
                     bytes: Secret(b.into()),
                     uid: s.uid,
@@ -213,7 +214,7 @@ impl Planner<'_> {
             MountKind::Ssh(s) => {
                 let id = &s.id;
                 let there = self
-                    .behalf
+                    .cx
                     .sessions
                     .any(|session| async move { session.ssh_check(id).await })
                     .await;
@@ -232,13 +233,13 @@ impl Planner<'_> {
 
     /// The socket of a client's SSH agent, for as long as the process lives.
     async fn agent(&mut self, ssh: &SshMount) -> Result<MountSource> {
-        let agent = forwarded_agent(self.behalf.sessions, &ssh.id, &self.services.sockets).await?;
+        let agent = forwarded_agent(self.cx.sessions, &ssh.id, &self.services.sockets).await?;
         let failed = |e| Fault::io("give a step its SSH agent", e);
         std::os::unix::fs::chown(agent.socket(), Some(ssh.uid), Some(ssh.gid)).map_err(failed)?;
         std::fs::set_permissions(agent.socket(), std::fs::Permissions::from_mode(ssh.mode & 0o777))
             .map_err(failed)?;
         let source = MountSource::Host(agent.socket().to_owned());
-        self.held.agents.push(agent);
+        self.guards.agents.push(agent);
         Ok(source)
     }
 
@@ -248,10 +249,10 @@ impl Planner<'_> {
             Some(state) => {
                 // Not whether its content is whole or lazy, but that it exists: `view` makes it
                 // exist.
-                state.materialize(Some(self.behalf.reporter)).await?;
+                state.materialize(Some(self.cx.reporter)).await?;
                 let view = state.view().await?;
                 let source = part(view.mounts.clone(), &mount.selector);
-                self.held.views.push(view);
+                self.guards.views.push(view);
                 self.hold(index, mount, OutputState::Same(state));
                 Ok(source)
             }
@@ -301,19 +302,19 @@ impl Planner<'_> {
                 let empty =
                     || self.services.refs.discard_named(RecordType::CacheMount, &request.key);
                 let each = |job: &JobData| {
-                    job.wishes.empty_once(
-                        id_of(mount, cache),
+                    job.step_options.empty_once(
+                        cache_id(mount, cache),
                         mount.input.is_some(),
                         &request.key,
                         empty,
                     )
                 };
-                self.behalf.jobs.iter().for_each(each);
+                self.cx.jobs.iter().for_each(each);
             }
             let named = self.services.refs.named(request).await?;
             let mounts = self.cache_mounts(&named).await?;
             self.caches.insert(index, mounts);
-            self.held.named.push(named);
+            self.guards.named.push(named);
         }
         Ok(())
     }
@@ -326,13 +327,13 @@ impl Planner<'_> {
         }
         let local = named.mount().await?;
         let bind = SnapshotMount::bind(local.path(), false);
-        self.held.shared.push(local);
+        self.guards.shared.push(local);
         Ok(vec![bind])
     }
 
     fn cache_request(&self, mount: &Mount, cache: &CacheMount) -> Result<NamedRequest> {
         let parent = self.input(mount)?.cloned();
-        let id = id_of(mount, cache);
+        let id = cache_id(mount, cache);
         let base = parent.as_ref().map(|p| format!(":{}", p.id())).unwrap_or_default();
         Ok(NamedRequest {
             record_type: RecordType::CacheMount,

@@ -66,7 +66,7 @@ pub(super) fn summary(capture: &Capture) -> Option<String> {
 
 /// Adds what a step fetched to what is known of its build; nothing is known of one that did not
 /// run.
-pub(crate) fn tell(
+pub(crate) fn record(
     fetched: Option<&Capture>,
     op: &str,
     name: &str,

@@ -1,0 +1,38 @@
+//! Scans of results that no frontend scanned (row `at.sbom.proc`).
+
+use super::ResultProvenance;
+use crate::{build::BuildScope, export, frontends::EngineBridge};
+use shipway_attest::SbomOptions;
+use shipway_exporters::{Content, ExportAttestation};
+use shipway_fault::{Context as _, Result};
+use shipway_frontend::{Options, Scan, Scanner};
+use shipway_llb::{ResolveMode, State};
+use std::{collections::BTreeMap, sync::Arc};
+
+/// Runs the scanner over each result.
+pub(crate) async fn scan(
+    scope: &Arc<BuildScope>,
+    sbom: &SbomOptions,
+    options: &Options,
+    known: &BTreeMap<String, Arc<ResultProvenance>>,
+) -> Result<Vec<(String, ExportAttestation)>> {
+    // What the scanner uses is not what the result is made of.
+    let bridge = EngineBridge::unlogged(scope.clone());
+    let mode = options.get("image-resolve-mode").and_then(|mode| ResolveMode::parse(mode));
+    let mode = mode.unwrap_or_default();
+    let platform = scope.parts.native().clone();
+    let scanner = Scanner::find(&bridge, sbom, platform, mode)
+        .await
+        .context(|| "find the scanner for an SBOM")?;
+    // `no-cache` without stages is for all of them.
+    let ignore_cache = options.get("no-cache").is_some_and(String::is_empty);
+    let mut found = Vec::new();
+    for (id, known) in known {
+        let core = State::from_definition(&known.state.definition)?;
+        let scan = Scan { platform: id, core: &core, extras: &BTreeMap::new(), ignore_cache };
+        let attestation = scanner.scan(&bridge, &scan, scope.session.as_str()).await?;
+        let state = export::state_of(scope, &attestation.content).await?;
+        found.push((id.clone(), attestation.with(Content::State(state))));
+    }
+    Ok(found)
+}

@@ -1,0 +1,91 @@
+//! Which states of a build will be exported as layers of an image, known before its vertices run,
+//! so that layers are compressed while later ones do.
+
+use crate::op::LlbOp;
+use shipway_oci::Digest;
+use shipway_refs::Compression;
+use shipway_solver::Vertex;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+use tokio::sync::watch;
+
+/// What is to become of a state's topmost layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PlannedLayer {
+    pub(crate) compression: Compression,
+    /// Whether nothing but the export comes after it: then the layer is packed as it is committed.
+    /// Others are packed in the background, because the next step waits for the commit.
+    pub(crate) last: bool,
+}
+
+/// Where the layers below an operation's own come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct BaseLayers {
+    /// The inputs whose layers are layers of the output as well.
+    pub(crate) inputs: Vec<usize>,
+    /// Whether the operation puts a layer of its own on top.
+    pub(crate) adds_layer: bool,
+}
+
+/// The layers that a build's exporters will want compressed. Clones share it; with the last of
+/// them, at the end of the build, what is still being compressed for it stops.
+#[derive(Clone, Debug, Default)]
+pub struct ExportPlan(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    layers: Mutex<HashMap<(Digest, usize), PlannedLayer>>,
+    /// Closed at the end.
+    end: watch::Sender<()>,
+}
+
+impl ExportPlan {
+    /// Plans the export of output `output` of `vertex` with `compression`. The first plan for a
+    /// state holds.
+    pub fn add(&self, vertex: &Arc<Vertex<LlbOp>>, output: usize, compression: Compression) {
+        let mut layers = self.0.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queue = vec![(vertex, output, true)];
+        while let Some((vertex, output, last)) = queue.pop() {
+            // A state that others are made of as well is seen once.
+            let std::collections::hash_map::Entry::Vacant(entry) =
+                layers.entry((vertex.id.digest, output))
+            else {
+                continue;
+            };
+            entry.insert(PlannedLayer { compression, last });
+            let BaseLayers { inputs, adds_layer } =
+                vertex.op.base_layers(output, vertex.inputs.len());
+            let below = inputs.into_iter().filter_map(|i| vertex.inputs.get(i));
+            queue.extend(below.map(|(vertex, output)| (vertex, *output, last && !adds_layer)));
+        }
+    }
+
+    /// What is planned for the layer of output `output` of `vertex`.
+    pub(crate) fn layer(&self, vertex: Digest, output: usize) -> Option<PlannedLayer> {
+        self.0.layers.lock().unwrap_or_else(PoisonError::into_inner).get(&(vertex, output)).copied()
+    }
+
+    /// Waits for the end of the build.
+    pub(crate) fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut end = self.0.end.subscribe();
+        async move { while end.changed().await.is_ok() {} }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_end_of_a_build_is_known() {
+        let plan = ExportPlan::default();
+        let (ended, other) = (plan.ended(), plan.clone());
+        drop(plan);
+        tokio::pin!(ended);
+        assert!(futures::poll!(&mut ended).is_pending());
+        drop(other);
+        ended.await;
+    }
+}
