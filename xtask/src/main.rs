@@ -6,6 +6,7 @@
 
 mod bench;
 mod cargo;
+mod check;
 mod demo;
 mod llb;
 mod packages;
@@ -17,6 +18,7 @@ use std::process::ExitCode;
 const HELP: &str = "\
 cargo xtask demo [--keep]   build a small image on a private containerd and run it; --keep leaves all of it running
 cargo xtask test            everything there is: format, lints, docs, unit tests, live tests on containerd 1.6 and 2.1
+cargo xtask check [CRATE]   format, lints and unit tests of a crate and of what depends on it
 cargo xtask lab             a shell with a private containerd, registry and shipwayd
 cargo xtask bench [-n RUNS] [-w WORKLOAD,…] [NAME=ADDRESS …]
                             the benchmarks, on our daemon and on any other BuildKit-API address
@@ -33,6 +35,8 @@ fn main() -> ExitCode {
         ["demo"] => demo::run(false),
         ["demo", "--keep"] => demo::run(true),
         ["test"] => test::run(),
+        ["check"] => check::run(None),
+        ["check", name] => check::run(Some(name)),
         ["lab"] => shell::run(),
         ["bench", rest @ ..] => bench::run(rest),
         ["llb", rest @ ..] => llb::run(rest),
