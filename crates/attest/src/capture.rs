@@ -99,7 +99,7 @@ pub struct Capture {
     pub missing: Vec<MissingFetch>,
 }
 
-/// Something that a step on the proxy network asked for and that is not told by a digest (row
+/// Something that a step on the proxy network asked for and that is not named by a digest (row
 /// `at.prov.capture`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[allow(missing_docs)]
@@ -220,7 +220,7 @@ impl Capture {
     #[must_use]
     pub fn tidied(mut self) -> Self {
         let label = |n: &ImageName| format!("{}:{}", n.locator(), n.tag().unwrap_or("latest"));
-        // What is told of an image by digest is told of its tag, too.
+        // What is known of an image by digest is known of its tag, too.
         let by_digest: Vec<ImageSource> =
             self.sources.images.iter().filter(|i| i.name.digest().is_some()).cloned().collect();
         for image in self.sources.images.iter_mut().filter(|i| i.name.digest().is_none()) {

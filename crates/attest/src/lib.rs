@@ -1,9 +1,9 @@
 //! Attestations as data: what is said about a result, never how it is found out.
 //!
-//! [`Attestation`] is one statement on its way from whoever makes it to the exporter that writes
+//! [`Attestation`] is one statement on its way from its maker to the exporter that writes
 //! it, generic over what holds its content. [`Capture`] is what a build was seen to use;
 //! [`Predicate`] is SLSA provenance made of it, in both versions (rows `at.*`). [`AttestOptions`]
-//! is what a client asks for. Nothing here reads a file, knows a graph or talks to anybody.
+//! is what a client asks for. Nothing here reads a file, knows a graph or talks to others.
 
 mod attestation;
 mod capture;

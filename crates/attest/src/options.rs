@@ -2,14 +2,14 @@
 //! `at.sbom.gen`, `at.prov.mode`, `at.prov.ver`, `at.prov.params`).
 
 use shipway_fault::{Fault, Result, nearest};
-use shipway_gocompat::parse_bool;
+use shipway_gocompat::{csv_fields, parse_bool};
 use shipway_oci::ImageName;
 use std::collections::BTreeMap;
 
 /// Scanner unless another is asked for.
 const SCANNER: &str = "docker/buildkit-syft-scanner:stable-1";
 
-/// How much provenance tells.
+/// How much provenance says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
     /// What went in, without arguments, secrets and steps.
@@ -31,7 +31,7 @@ pub enum Version {
 /// Provenance as asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProvenanceOptions {
-    /// How much it tells.
+    /// How much it says.
     pub mode: Mode,
     /// In which form.
     pub version: Version,
@@ -43,7 +43,7 @@ pub struct ProvenanceOptions {
     pub inline_only: bool,
     /// Whether everything that goes in must be known.
     pub complete_materials: bool,
-    /// Whether it tells what the machine did meanwhile.
+    /// Whether it says what the machine did meanwhile.
     pub capture_usage: bool,
     /// Name of its file; `provenance.json` unless given.
     pub filename: Option<String>,
@@ -54,7 +54,7 @@ pub struct ProvenanceOptions {
 pub struct SbomOptions {
     /// Image of the scanner.
     pub generator: ImageName,
-    /// What the scanner is told besides.
+    /// Further options of the scanner.
     pub params: BTreeMap<String, String>,
 }
 
@@ -66,50 +66,13 @@ pub struct AttestOptions {
     pub sbom: Option<SbomOptions>,
 }
 
-/// The fields of a line of CSV.
-fn fields(line: &str) -> Result<Vec<String>, &'static str> {
-    let mut out = Vec::new();
-    let mut rest = line;
-    loop {
-        let quoted = rest.strip_prefix('"');
-        let Some(mut body) = quoted else {
-            let (field, more) = rest.split_once(',').map_or((rest, None), |(f, m)| (f, Some(m)));
-            out.push(field.to_owned());
-            match more {
-                Some(more) => rest = more,
-                None => return Ok(out),
-            }
-            continue;
-        };
-        let mut field = String::new();
-        loop {
-            let at = body.find('"').ok_or("a quote is not closed")?;
-            field.push_str(&body[..at]);
-            body = &body[at + 1..];
-            match body.strip_prefix('"') {
-                Some(more) => {
-                    field.push('"');
-                    body = more;
-                }
-                None => break,
-            }
-        }
-        out.push(field);
-        match body.strip_prefix(',') {
-            Some(more) => rest = more,
-            None if body.is_empty() => return Ok(out),
-            None => return Err("text follows a closing quote"),
-        }
-    }
-}
-
 /// `key=value` pairs; a word alone has an empty value.
 fn attrs(kind: &str, text: &str) -> Result<BTreeMap<String, String>> {
     if text.is_empty() {
         return Ok(BTreeMap::new());
     }
-    let fields =
-        fields(text).map_err(|why| Fault::invalid(format!("failed to parse {kind}: {why}")))?;
+    let fields = csv_fields(text, ',')
+        .map_err(|why| Fault::invalid(format!("failed to parse {kind}: {why}")))?;
     Ok(fields
         .into_iter()
         .map(|f| {

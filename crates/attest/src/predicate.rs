@@ -95,7 +95,7 @@ pub struct Metadata {
 pub struct Builder {
     /// Version of the Dockerfile frontend.
     pub dockerfile: String,
-    /// What the operator wants told (row `at.prov.env`).
+    /// What the operator adds (row `at.prov.env`).
     pub environment: Map<String, Value>,
 }
 
@@ -107,7 +107,7 @@ pub struct Predicate {
     config_source: ConfigSource,
     request: Parameters,
     materials: Vec<(String, DigestSet)>,
-    /// Steps, unless little is told.
+    /// Steps, unless little is asked for.
     pub steps: Option<BuildConfig>,
     /// What is known of the build besides.
     pub metadata: Metadata,
@@ -188,10 +188,10 @@ impl Predicate {
         builder: Builder,
         git: GitAddress,
     ) -> Result<Self> {
-        let told =
+        let known =
             RequestProvenance::new(&request.frontend, request.args.clone(), &capture.sources, git);
         let mut asked = request.clone();
-        asked.args = told.request.map(|r| r.args).unwrap_or_default();
+        asked.args = known.request.map(|r| r.args).unwrap_or_default();
         asked.secrets.clone_from(&capture.secrets);
         asked.ssh.clone_from(&capture.ssh);
         asked.locals.extend(capture.sources.local.iter().cloned());
@@ -231,7 +231,7 @@ impl Predicate {
         Ok(Self {
             version: options.version,
             builder_id: options.builder_id.clone(),
-            config_source: told.config_source,
+            config_source: known.config_source,
             request: asked,
             materials: materials(capture),
             steps: None,
@@ -451,7 +451,7 @@ mod tests {
         );
         assert_eq!(v1["runDetails"]["metadata"]["buildkit_hermetic"], Value::Null);
         assert_eq!(v1["runDetails"]["metadata"]["buildkit_metadata"]["localImages"], Value::Null);
-        // A tag is told what is known of its digest.
+        // A tag has what is known of its digest.
         let pinned = format!("busybox:latest@{}", Digest::of("x"));
         let built = Some(Stored::Built(SystemTime::UNIX_EPOCH));
         let image = ImageSource {
@@ -514,9 +514,9 @@ mod tests {
         };
         let v1 = predicate(&ProvenanceOptions::default(), missing).unwrap().json();
         let metadata = &v1["runDetails"]["metadata"];
-        let told = &metadata["buildkit_metadata"]["network"]["proxy"]["incomplete"][0];
+        let incomplete = &metadata["buildkit_metadata"]["network"]["proxy"]["incomplete"][0];
         assert_eq!(
-            *told,
+            *incomplete,
             json!({ "op": "sha256:x", "name": "wget", "method": "GET", "uri": "http://h/m", "reason": "unsuccessful_response" })
         );
         assert_eq!(metadata["buildkit_completeness"]["resolvedDependencies"], false);

@@ -1,4 +1,4 @@
-//! What was asked of a frontend, as provenance tells it: without what concerns this host alone, and
+//! What was asked of a frontend, as provenance has it: without what concerns this host alone, and
 //! without passwords (row `at.prov.params`).
 
 use crate::{Sources, intoto::DigestSet};
@@ -53,7 +53,7 @@ fn is_zero(n: &i64) -> bool {
 }
 
 impl Parameters {
-    /// Leaves out what `mode=min` does not tell; says whether something was.
+    /// Leaves out what `mode=min` does not have; says whether something was.
     pub(crate) fn scrub(&mut self) -> bool {
         let before = self.args.len();
         self.args.retain(|k, _| !k.starts_with("build-arg:") && !k.starts_with("label:"));
@@ -133,7 +133,7 @@ impl RequestProvenance {
         self
     }
 
-    /// Whether it tells nothing.
+    /// Whether it says nothing.
     pub fn is_empty(&self) -> bool {
         self.request
             .as_ref()
@@ -163,7 +163,7 @@ fn material(uri: &str, sources: &Sources, git: GitAddress) -> Option<(String, Di
 pub fn filter_args(options: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let context =
         options.get("contextkey").filter(|k| !k.is_empty()).map_or("context", String::as_str);
-    // How errors are told says nothing of the result either.
+    // How errors are reported says nothing of the result either.
     let host =
         ["cgroup-parent", "image-resolve-mode", "platform", "cache-imports", "source-columns"];
     let kept =

@@ -1,4 +1,4 @@
-//! What the machine did while a build ran, as provenance tells it (row `at.prov.params`).
+//! What the machine did while a build ran, as provenance has it (row `at.prov.params`).
 
 use serde_json::{Map, Value, json};
 use shipway_oci::timestamp;
@@ -31,7 +31,7 @@ const MEMORY: [(&str, &str); 11] = [
 ];
 
 /// One look at the machine: `/proc/stat`, `/proc/meminfo`, and the pressure on processors, memory
-/// and devices where the kernel tells it.
+/// and devices where the kernel reports it.
 pub fn system_sample(
     at: SystemTime,
     stat: &str,

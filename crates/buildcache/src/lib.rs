@@ -4,6 +4,7 @@
 //! `remotecache`).
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use shipway_cachedb::{CacheDb, Record, ResultStore};
 use shipway_fault::Result;
 use shipway_refs::{ImmutableRef, PruneOptions, RefId, RefStore, UsageRecord};
@@ -11,7 +12,7 @@ use shipway_solver::{CacheKey, CacheStore, RecordMeta};
 use std::{
     collections::{HashMap, HashSet},
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 /// All that is known of results. Clones share it.
@@ -74,11 +75,11 @@ impl CacheIndex {
     ) -> Result<()> {
         let gone = Mutex::new(Vec::new());
         let removed = |record: UsageRecord| {
-            gone.lock().unwrap_or_else(PoisonError::into_inner).push(record.id.to_string());
+            gone.lock().push(record.id.to_string());
             on_removed(record);
         };
         let pruned = self.refs.prune(options, &removed).await;
-        let gone = gone.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let gone = gone.into_inner();
         if let Err(e) = self.local.forget_results(gone).await {
             tracing::warn!(error = %e, "results that were pruned are still in the index; they go when they are looked for");
         }

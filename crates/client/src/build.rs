@@ -30,7 +30,6 @@ use crate::{
     session::store as session_store,
     session::{
         FileTarget, LocalDirs, Receives, Secrets, Services, SshAgents, Stores, Targets, Uploads,
-        new_id,
     },
 };
 
@@ -133,7 +132,7 @@ pub struct SolveOptions {
     pub definition: Option<Definition>,
     /// The frontend, such as `dockerfile.v0`.
     pub frontend: String,
-    /// What it is told.
+    /// Its options.
     pub frontend_attrs: BTreeMap<String, String>,
     /// States that it is given, by name.
     pub frontend_inputs: BTreeMap<String, Definition>,
@@ -259,7 +258,7 @@ impl Plan {
                     let tag = entry.attrs.get("tag").map_or("latest", String::as_str);
                     match layout::find(dir.as_ref(), tag) {
                         Ok(Some(digest)) => _ = entry.attrs.insert("digest".to_owned(), digest),
-                        // A cache that is not there yet is no reason not to build.
+                        // A cache that is not there yet does not keep from building.
                         Ok(None) => {
                             tracing::warn!(
                                 "local cache import at {dir} skipped: no digest found for tag {tag}"
@@ -360,7 +359,11 @@ impl Followed {
                 }
             }
         };
-        Self { done, any, task: AbortOnDropHandle::new(tokio::spawn(task)) }
+        Self {
+            done,
+            any,
+            task: AbortOnDropHandle::new(shipway_task::spawn("serve questions", task)),
+        }
     }
 
     /// Waits for the last events.
@@ -420,7 +423,7 @@ impl Client {
         stop: CancellationToken,
     ) -> Result<(Outcome, Answer)> {
         if options.reference.is_empty() {
-            options.reference = new_id()?;
+            options.reference = shipway_host::random_id()?;
         }
         let plan = Plan::of(&mut options)?;
         let services = Services {
@@ -446,7 +449,7 @@ impl Client {
                 None => Ok(Answer::new()),
             }
         };
-        // A failed question ends the build with its failure, which therefore is the one to tell.
+        // A failed question ends the build with its failure, which therefore is the one to report.
         let mut solve = Box::pin(async {
             let (solved, asked) = tokio::join!(control.solve(request), asked);
             solved.map(|solved| (solved, asked))
@@ -487,7 +490,7 @@ fn solve_fault(status: &tonic::Status) -> Fault {
         cause = deeper;
     }
     Fault::unavailable(format!("the connection to the daemon broke during the build: {cause}"))
-        .hint("the daemon's log tells whether it stopped and why, for example `journalctl -u shipwayd`")
+        .hint("the daemon's log says whether it stopped and why, for example `journalctl -u shipwayd`")
         .hint("steps that had ended are in the cache: build again to go on from there")
 }
 

@@ -29,7 +29,7 @@ pub struct HistoryRecord {
     pub reference: String,
     /// Its frontend.
     pub frontend: String,
-    /// What the frontend was told.
+    /// Options of the frontend.
     pub frontend_attrs: BTreeMap<String, String>,
     /// Why it failed.
     pub error: Option<String>,

@@ -5,8 +5,6 @@ use std::{collections::HashSet, io::Write, path::Path};
 use serde_json::{Map, Value, json};
 use shipway_fault::{Fault, Result};
 
-use crate::session::new_id;
-
 const INDEX: &str = "index.json";
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 const IMAGE_NAME: &str = "io.containerd.image.name";
@@ -104,7 +102,7 @@ pub(crate) fn put(dir: &Path, descriptor: &[u8], names: &[LayoutName<'_>]) -> Re
 const MAX_MANIFEST: u64 = 16 << 20;
 
 /// Deletes the blobs in `dir` that nothing in its index leads to (`reset=true` of a local cache).
-/// Nothing is deleted where that cannot be told.
+/// Nothing is deleted where that is not known.
 pub(crate) fn reset(dir: &Path) -> Result<()> {
     let blobs = dir.join("blobs/sha256");
     let index = read(dir)?.unwrap_or_default();
@@ -158,14 +156,9 @@ fn manifest(path: &Path) -> Result<Option<Value>> {
 
 fn write(dir: &Path, name: &str, value: &Value) -> Result<()> {
     let path = dir.join(name);
-    let partial = dir.join(format!(".{name}.{}", new_id()?));
-    let written = std::fs::File::create(&partial)
-        .and_then(|mut file| file.write_all(value.to_string().as_bytes()))
-        .and_then(|()| std::fs::rename(&partial, &path));
-    written.map_err(|e| {
-        let _ = std::fs::remove_file(&partial);
-        Fault::io(format!("write {}", path.display()), e)
-    })
+    let fill = |file: &mut std::fs::File| file.write_all(value.to_string().as_bytes());
+    shipway_host::replace_file(&path, 0o666, fill)
+        .map_err(|e| Fault::io(format!("write {}", path.display()), e))
 }
 
 #[cfg(test)]

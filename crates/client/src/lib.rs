@@ -47,7 +47,7 @@ pub use status::{
 
 /// An id for a build that no other has; for callers that need it before the build begins.
 pub fn new_reference() -> shipway_fault::Result<String> {
-    session::new_id()
+    shipway_host::random_id()
 }
 
 /// The digest that the OCI layout in `dir` has under `tag`; without one the latest, or the only one

@@ -163,7 +163,7 @@ pub struct UsageInfo {
     pub description: String,
     /// What it is, such as `regular` or `source.local`.
     pub record_type: String,
-    /// Whether its bytes are also somebody else's.
+    /// Whether its bytes are shared with other records.
     pub shared: bool,
 }
 

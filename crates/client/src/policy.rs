@@ -1,7 +1,7 @@
 //! Source policies as files: what a build may use, in the JSON that Go writes of its rules (rows
 //! `so.pol*`, `ct.b.policy`).
 //!
-//! Stricter than Go: a key that nobody reads is an error, as a rule with a mistyped condition would
+//! Stricter than Go: an unknown key is an error, as a rule with a mistyped condition would
 //! allow what it was to deny.
 
 use serde::Deserialize;
@@ -162,7 +162,7 @@ mod tests {
             {"selector": {"identifier": "h*", "match_type": 2, "constraints": [{"key": "x", "value": "y", "condition": "NOTEQUAL"}]}, "action": "DENY"},
             {"action": "ALLOW", "selector": {"identifier": "c", "matchType": "REGEX"}}]}"#;
         let policy = Policy::parse(text).expect("a policy").0;
-        let told: Vec<_> = policy
+        let actions: Vec<_> = policy
             .rules
             .iter()
             .map(|r| (r.action, r.selector.as_ref().map(|s| s.match_type)))
@@ -172,7 +172,7 @@ mod tests {
             (wire::PolicyAction::Deny as i32, Some(2)),
             (wire::PolicyAction::Allow as i32, Some(wire::MatchType::Regex as i32)),
         ];
-        assert_eq!((policy.version, told), (1, wanted.to_vec()));
+        assert_eq!((policy.version, actions), (1, wanted.to_vec()));
         assert_eq!(
             policy.rules[1].selector.as_ref().expect("a selector").constraints[0].condition,
             wire::AttrMatch::Notequal as i32

@@ -44,7 +44,7 @@ impl Question {
     pub(crate) async fn ask(self, channel: Channel, reference: &str) -> Result<Answer> {
         let id: AsciiMetadataValue = reference
             .parse()
-            .map_err(|_| Fault::invalid(format!("{reference:?} is no id of a build")))?;
+            .map_err(|_| Fault::invalid(format!("{reference:?} is not the id of a build")))?;
         let mut gateway = LlbBridgeClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE);

@@ -113,7 +113,7 @@ impl Services {
 
     /// Opens a session with `client` and serves it.
     pub(crate) async fn attach(self, client: &Client, shared_key: &str) -> Result<Attached> {
-        let id = new_id()?;
+        let id = shipway_host::random_id()?;
         let (routes, methods) = self.routes();
         let (sink, stream) = frames::<BytesMessage>();
         let mut call = Request::new(stream);
@@ -125,11 +125,10 @@ impl Services {
             .map_err(|s| fault_of(&s).context("open a session"))?
             .into_inner();
         let duplex = Duplex::new(answers, sink);
-        let server = AbortOnDropHandle::new(tokio::spawn(serve_tunnel(
-            duplex,
-            routes.routes(),
-            TunnelPeer::Daemon,
-        )));
+        let server = AbortOnDropHandle::new(shipway_task::spawn(
+            "serve the session",
+            serve_tunnel(duplex, routes.routes(), TunnelPeer::Daemon),
+        ));
         Ok(Attached { id, server })
     }
 }
@@ -152,22 +151,6 @@ fn announce(
         metadata.append(headers::SESSION_METHOD, MetadataValue::from_static(method));
     }
     Ok(())
-}
-
-/// A name that nothing else has: 25 letters and digits, as in BuildKit.
-pub(crate) fn new_id() -> Result<String> {
-    use std::io::Read;
-    let mut bytes = [0u8; 16];
-    let mut source =
-        std::fs::File::open("/dev/urandom").map_err(|e| Fault::io("open /dev/urandom", e))?;
-    source.read_exact(&mut bytes).map_err(|e| Fault::io("read /dev/urandom", e))?;
-    let mut number = u128::from_be_bytes(bytes);
-    let mut id = Vec::with_capacity(25);
-    for _ in 0..25 {
-        id.push(b"0123456789abcdefghijklmnopqrstuvwxyz"[(number % 36) as usize]);
-        number /= 36;
-    }
-    String::from_utf8(id).map_err(|e| Fault::internal(e.to_string()))
 }
 
 /// The key under which a daemon may keep what it received of these directories: stable for the same

@@ -1,5 +1,5 @@
-//! What happens in a build, as the daemon tells it (rows `ctl.status.*`). Serialises as Go's client
-//! prints it, one event per line.
+//! What happens in a build, as the daemon reports it (rows `ctl.status.*`). Serializes as Go's
+//! client prints it, one event per line.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -14,7 +14,7 @@ use shipway_proto::{moby::buildkit::v1 as wire, pb};
 pub struct Time(pub SystemTime);
 
 impl Time {
-    /// 1970, which stands for times that nobody gave.
+    /// 1970, which stands for times that are not set.
     pub fn epoch() -> Self {
         Self(UNIX_EPOCH)
     }

@@ -16,7 +16,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub struct Error {
     /// What is wrong, in the words of the reference.
     pub message: String,
-    /// The lines to show; `None` while nobody has said where.
+    /// The lines to show; `None` while that is not known.
     pub lines: Option<Lines>,
     /// What in them; `None` leaves it to what the message quotes.
     pub token: Option<Token>,
@@ -30,7 +30,7 @@ impl Error {
         Self { message: message.into(), lines: None, token: None, hint: None }
     }
 
-    /// Says where, unless somebody nearer already did.
+    /// Says where, unless a nearer caller already did.
     #[must_use]
     pub fn on(mut self, lines: Lines) -> Self {
         self.lines.get_or_insert(lines);
@@ -44,7 +44,7 @@ impl Error {
         self
     }
 
-    /// Says what it is about, unless somebody nearer already did.
+    /// Says what it is about, unless a nearer caller already did.
     #[must_use]
     pub fn at(mut self, token: Token) -> Self {
         self.token.get_or_insert(token);
@@ -62,7 +62,7 @@ impl Error {
 }
 
 impl From<Error> for Fault {
-    /// Loses the place: whoever has the file adds it as [`shipway_fault::Detail::Source`] from
+    /// Loses the place: callers that have the file add it as [`shipway_fault::Detail::Source`] from
     /// [`Error::spans`].
     fn from(error: Error) -> Self {
         // The reference answers with gRPC's `Unknown` here, and clients print the words only.

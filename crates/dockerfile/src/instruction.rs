@@ -291,7 +291,7 @@ fn files(node: &mut Node, keyword: &str, known: &[(&'static str, Kind)]) -> Resu
             .hint(example(keyword)));
     }
     let flags = Flags::parse(&node.flags, known)?;
-    // A word that is no proper heredoc is a path.
+    // A word that is not a heredoc is a path.
     let heredoc = |word: &str| heredoc::parse(word).ok().flatten();
     let mut words = std::mem::take(&mut node.args);
     let dest = words.pop().unwrap_or_default();

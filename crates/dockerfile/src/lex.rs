@@ -128,7 +128,7 @@ impl Lex {
         self.word_noting(text, env, &mut BTreeSet::new())
     }
 
-    /// The same; `unmatched` gets the names that nobody set also where the expansion fails.
+    /// The same; `unmatched` gets the names that are not set also where the expansion fails.
     pub fn word_noting<E: Env + ?Sized>(
         &self,
         text: &str,

@@ -2,41 +2,11 @@
 //! meant by a misspelled word. What Go itself reads is in crate `gocompat`.
 
 use crate::error::{Error, Result};
+use shipway_gocompat::csv_fields;
 
 /// A number of at most 32 bits without sign.
 pub fn number(text: &str, radix: u32) -> Option<u32> {
     if text.starts_with('+') { None } else { u32::from_str_radix(text, radix).ok() }
-}
-
-/// An amount of memory such as `64m`, `1.5 GiB` or `100`.
-pub fn bytes(text: &str) -> Option<i64> {
-    let sep = text.rfind(|c: char| c.is_ascii_digit() || c == '.' || c == ' ')?;
-    let (number, suffix) = if text[sep..].starts_with(' ') {
-        (&text[..sep], &text[sep + 1..])
-    } else {
-        text.split_at(sep + 1)
-    };
-    // Rust would read words such as `inf`, Go would too; neither is an amount.
-    if number.is_empty()
-        || !number.chars().all(|c| c.is_ascii_digit() || matches!(c, '.' | '+' | 'e' | 'E' | '-'))
-    {
-        return None;
-    }
-    let size: f64 = number.parse().ok()?;
-    if size < 0.0 {
-        return None;
-    }
-    let suffix = suffix.to_ascii_lowercase();
-    let factor = match suffix.as_str() {
-        "" | "b" => 0,
-        "k" | "kb" | "kib" => 1,
-        "m" | "mb" | "mib" => 2,
-        "g" | "gb" | "gib" => 3,
-        "t" | "tb" | "tib" => 4,
-        "p" | "pb" | "pib" => 5,
-        _ => return None,
-    };
-    Some((size * 1024f64.powi(factor)) as i64)
 }
 
 /// The fields of one CSV line.
@@ -45,51 +15,7 @@ pub fn csv(line: &str) -> Result<Vec<String>> {
     if line.is_empty() {
         return Err(Error::new("EOF"));
     }
-    let wrong = |at: usize, what: &str| {
-        Error::new(format!("parse error on line 1, column {}: {what}", at + 1))
-    };
-    let bare = |at| wrong(at, "bare \" in non-quoted-field");
-    let stray = |at| wrong(at, "extraneous or missing \" in quoted-field");
-    let mut fields = Vec::new();
-    let mut at = 0;
-    loop {
-        if !line[at..].starts_with('"') {
-            let field = line[at..].split(',').next().unwrap_or_default();
-            if let Some(quote) = field.find('"') {
-                return Err(bare(at + quote));
-            }
-            fields.push(field.to_owned());
-            at += field.len();
-            if at == line.len() {
-                return Ok(fields);
-            }
-            at += 1;
-            continue;
-        }
-        at += 1;
-        let mut field = String::new();
-        loop {
-            let Some(end) = line[at..].find('"') else { return Err(stray(at)) };
-            field.push_str(&line[at..at + end]);
-            at += end + 1;
-            match line[at..].bytes().next() {
-                Some(b'"') => {
-                    field.push('"');
-                    at += 1;
-                }
-                Some(b',') => {
-                    at += 1;
-                    fields.push(field);
-                    break;
-                }
-                None => {
-                    fields.push(field);
-                    return Ok(fields);
-                }
-                Some(_) => return Err(stray(at - 1)),
-            }
-        }
-    }
+    csv_fields(line, ',').map_err(|e| Error::new(e.to_string()))
 }
 
 /// `message` with the nearest of `options` proposed, when `word` is near enough to one to be a
@@ -106,7 +32,7 @@ pub fn with_suggestion(
     }
 }
 
-/// Longest word, in bytes, that is compared with others: what is longer is no typing error, and
+/// Longest word, in bytes, that is compared with others: what is longer is not a typing error, and
 /// comparing takes the product of the lengths.
 const MAX_WORD: usize = 128;
 /// Most names that one word is compared with.

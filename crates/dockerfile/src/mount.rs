@@ -149,7 +149,7 @@ impl Mount {
             "readwrite" | "rw" => *readonly = Some(!truth(&value)?),
             "required" if waits => self.required = truth(&value)?,
             "size" if kind == MountKind::Tmpfs => {
-                self.size = literals::bytes(&value)
+                self.size = shipway_gocompat::parse_size(&value)
                     .ok_or_else(|| Error::new(format!("invalid value for {key}: {value}")))?;
             }
             "required" | "size" => return Err(misplaced()),

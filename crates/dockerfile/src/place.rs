@@ -1,8 +1,8 @@
 //! Where in a file the thing stands that a finding or a mistake is about.
 //!
-//! Parsing notes lines only. Whoever has something to say names a [`Token`], and [`Source`] looks
-//! for it in the text when somebody wants to see it: the instruction's lines are joined once more,
-//! now with a note of where each piece came from.
+//! Parsing notes lines only. Callers with something to report name a [`Token`], and [`Source`]
+//! looks for it in the text when it is shown: the instruction's lines are joined once more, now
+//! with a note of where each piece came from.
 
 use shipway_fault::{Position, Span};
 
@@ -21,8 +21,8 @@ pub enum Token {
     Word(usize),
     /// A stretch of the text; the arguments if it stands nowhere, as when it came out of variables.
     Text(String),
-    /// A parser directive. Mistakes in it are told one line above, as by the reference; this is the
-    /// line itself.
+    /// A parser directive. Mistakes in it are reported one line above, as by the reference; this is
+    /// the line itself.
     Directive,
     /// The name of a variable where it is used, `$NAME` or `${NAME…}`.
     Variable(String),

@@ -27,7 +27,7 @@ impl Work {
         Self(Arc::new(AtomicU64::new(steps)))
     }
 
-    /// Ends all work: nobody wants its result any more.
+    /// Ends all work: its result is not wanted any more.
     pub fn stop(&self) {
         self.0.store(0, Relaxed);
     }

@@ -5,7 +5,7 @@ use shipway_dockerfile::Work;
 use shipway_fault::{Fault, Result};
 use tokio::{runtime::Handle, sync::oneshot};
 
-/// Stops what the thread does when nobody waits for it any more.
+/// Stops what the thread does when no caller waits for it any more.
 struct Guard {
     work: Work,
     _gone: oneshot::Sender<()>,
@@ -49,7 +49,7 @@ mod tests {
     use shipway_dockerfile::Lex;
     use std::collections::HashMap;
 
-    /// Expansions that take a year, if nobody ends them.
+    /// Expansions that take a year, unless they are ended.
     fn endless(work: &Work) -> Result<()> {
         let lex = Lex::new('\\').part_of(work);
         let env = HashMap::from([("a".to_owned(), "a".repeat(300))]);

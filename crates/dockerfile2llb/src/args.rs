@@ -2,12 +2,12 @@
 //! `df.arg.sde`).
 
 use crate::{
+    build_context::BuildContext,
     epoch,
     failure::{Failure, Result},
     outline::ArgInfo,
     platform::Platforms,
     stage::Vars,
-    ui::Ui,
 };
 use shipway_dockerfile::{
     self as df, Command, Dockerfile, Expanded, Finding, Instruction, Lex, Linter, Token, suggest,
@@ -31,13 +31,13 @@ pub struct Globals {
 
 impl Globals {
     pub async fn read(
-        ui: &Ui,
+        cx: &BuildContext,
         file: &Dockerfile,
         platforms: &Platforms,
         linter: &mut Linter,
     ) -> Result<Self> {
-        let options = &ui.options;
-        let lex = Lex::new(file.escape).part_of(&ui.work);
+        let options = &cx.options;
+        let lex = Lex::new(file.escape).part_of(&cx.work);
         let last = file.stages.last().map(|s| s.name.as_str()).unwrap_or_default();
         let stage = if options.target.is_empty() { last } else { &options.target };
         let defaults = platforms.default_args(&options.build_args, stage);
@@ -54,7 +54,7 @@ impl Globals {
         if let Some(value) = given.or_else(|| {
             globals.env.get("SOURCE_DATE_EPOCH").filter(|v| !v.is_empty()).map(str::to_owned)
         }) {
-            globals.epoch = epoch::resolve(ui, file, &globals, &value).await?;
+            globals.epoch = epoch::resolve(cx, file, &globals, &value).await?;
             globals.set_epoch();
         }
         Ok(globals)
@@ -194,7 +194,7 @@ pub fn expand_platform(
     }
 }
 
-/// Expands a word of `FROM` and reports the variables in it that nobody declared, also where the
+/// Expands a word of `FROM` and reports the variables in it that are not declared, also where the
 /// expansion fails.
 fn expand(
     lex: &Lex,

@@ -25,7 +25,7 @@ enum Base {
     Image(Loaded, Platform),
     /// An image of a registry or store.
     Resolved { pinned: ImageName, config: Box<ImageConfig>, platform: Platform },
-    /// A stage that nobody needs.
+    /// A stage that is not needed.
     Unneeded,
 }
 
@@ -47,8 +47,7 @@ pub async fn resolve(plan: &mut Plan<'_>, reachable: &[bool], linter: &mut Linte
     let plan_ref = &*plan;
     let found = futures::future::join_all(waiting.iter().map(|&i| async move {
         let stage = &plan_ref.stages[i];
-        let written =
-            if stage.unregistered { Token::Text(stage.base.clone()) } else { Token::Word(0) };
+        let written = if stage.implicit { Token::Text(stage.base.clone()) } else { Token::Word(0) };
         find(plan_ref, stage, reachable[i]).await.map_err(|e| e.at(stage.lines).about(written))
     }));
     // What is wrong with one base does not hide what is to be said of the others.
@@ -63,7 +62,7 @@ pub async fn resolve(plan: &mut Plan<'_>, reachable: &[bool], linter: &mut Linte
 }
 
 async fn find(plan: &Plan<'_>, stage: &Stage, needed: bool) -> Result<Base> {
-    let ui = plan.ui;
+    let cx = plan.cx;
     let written = &stage.base;
     let name: ImageName = written.parse().map_err(|e: NameError| {
         let fault = Fault::unknown(format!("failed to parse stage name {}: {e}", quote(written)));
@@ -77,19 +76,19 @@ async fn find(plan: &Plan<'_>, stage: &Stage, needed: bool) -> Result<Base> {
         return Ok(Base::Unneeded);
     }
     if let Some(named) = &stage.named {
-        return Ok(Base::Stage(named.load(ui).await?));
+        return Ok(Base::Stage(named.load(cx).await?));
     }
     let wanted = stage.platform.clone().unwrap_or_else(|| plan.platforms.target.clone());
-    if let Some(named) = NamedContext::find(ui, &name.to_string(), Some(&wanted))? {
-        return Ok(Base::Image(named.load(ui).await?, wanted));
+    if let Some(named) = NamedContext::find(cx, &name.to_string(), Some(&wanted))? {
+        return Ok(Base::Image(named.load(cx).await?, wanted));
     }
-    let shown = if ui.options.multi_platform {
+    let shown = if cx.options.multi_platform {
         format!("{} ", platform::full(&wanted))
     } else {
         String::new()
     };
     let log = format!("[{shown}internal] load metadata for {name}");
-    let resolved = ui
+    let resolved = cx
         .image(format!("docker-image://{name}"), BTreeMap::new(), &wanted, log)
         .await
         .map_err(|e| {
@@ -122,7 +121,7 @@ async fn find(plan: &Plan<'_>, stage: &Stage, needed: bool) -> Result<Base> {
 }
 
 fn apply(plan: &mut Plan<'_>, i: usize, base: Base, linter: &mut Linter) {
-    let multi = plan.ui.options.multi_platform;
+    let multi = plan.cx.options.multi_platform;
     let stage = &mut plan.stages[i];
     match base {
         Base::Unneeded => {}
@@ -145,7 +144,7 @@ fn apply(plan: &mut Plan<'_>, i: usize, base: Base, linter: &mut Linter) {
             stage.image = image;
             stage.state = loaded.state.with_platform(platform.clone());
             stage.platform = Some(platform);
-            stage.dispatched |= stage.unregistered;
+            stage.dispatched |= stage.implicit;
             plan.pending.extend(loaded.pending.map(|p| (i, p)));
         }
         Base::Resolved { pinned, config, platform } => {
@@ -162,11 +161,11 @@ fn apply(plan: &mut Plan<'_>, i: usize, base: Base, linter: &mut Linter) {
                 let options = VertexOptions::named(title)
                     .describe("com.docker.dockerfile.v1.command", stage.source.clone())
                     .platform(platform.clone())
-                    .at(&plan.ui.file, stage.lines.spans());
+                    .at(&plan.cx.file, stage.lines.spans());
                 lint_platform(linter, &written, &platform, &config, stage.lines);
                 State::image(
                     &pinned.to_string(),
-                    plan.ui.options.resolve_mode.attr(),
+                    plan.cx.options.resolve_mode.attr(),
                     BTreeMap::new(),
                     options,
                 )
@@ -174,7 +173,7 @@ fn apply(plan: &mut Plan<'_>, i: usize, base: Base, linter: &mut Linter) {
             stage.image = *config;
             stage.image.created = None;
             stage.platform = Some(platform);
-            stage.dispatched |= stage.unregistered;
+            stage.dispatched |= stage.implicit;
         }
     }
 }

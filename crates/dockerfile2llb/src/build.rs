@@ -1,13 +1,13 @@
 //! One run of the frontend: from options to result (rows `dfr.*`, `df.dir.syntax`, `dfo.request`).
 
 use crate::{
-    convert::{Converted, Reach, convert},
+    build_context::{BuildContext, CONTEXT},
+    convert::{Converted, Scope, convert},
     explain::Explainer,
     failure::{Failure, Result as Conversion},
     named::NamedContext,
     options::check_caps,
     platform, subrequest,
-    ui::{CONTEXT, Ui},
 };
 use serde::Serialize;
 use shipway_dockerfile::{Dockerfile, Lines, Lint, LintConfig, Linter, Source, Work, directive};
@@ -24,91 +24,91 @@ const REQUEST: &str = "requestid";
 pub async fn run(bridge: Arc<dyn Bridge>, work: Work) -> Result<FrontendResult> {
     let (caps, deferred) = check_caps(bridge.options());
     caps?;
-    let ui = Ui::open(bridge, work).await.map_err(|f| f.fault)?;
-    if let Some((image, cmdline, lines)) = other_frontend(&ui) {
-        return forward(&ui, image, cmdline, lines).await;
+    let cx = BuildContext::open(bridge, work).await.map_err(|f| f.fault)?;
+    if let Some((image, cmdline, lines)) = other_frontend(&cx) {
+        return forward(&cx, image, cmdline, lines).await;
     }
     if let Some(fault) = deferred {
         return Err(fault);
     }
-    if let Some(request) = ui.raw.get(REQUEST) {
-        return subrequest::answer(&ui, request).await;
+    if let Some(request) = cx.raw.get(REQUEST) {
+        return subrequest::answer(&cx, request).await;
     }
-    let mut linter = Linter::new(lint_config(&ui).map_err(|f| ui.fault(f))?);
-    match parse(&ui, &mut linter) {
-        Ok(file) => build(&ui, &file, linter).await,
+    let mut linter = Linter::new(lint_config(&cx).map_err(|f| cx.fault(f))?);
+    match parse(&cx, &mut linter) {
+        Ok(file) => build(&cx, &file, linter).await,
         Err(failure) => {
             // What was found before the mistake may be its reason.
-            warn_all(&ui, &mut linter).await?;
-            Err(ui.fault(failure))
+            warn_all(&cx, &mut linter).await?;
+            Err(cx.fault(failure))
         }
     }
 }
 
 /// The frontend image that the build or its Dockerfile asks for instead of this one. Images of
 /// docker/dockerfile speak the language that this frontend speaks; they are not needed.
-fn other_frontend(ui: &Ui) -> Option<(String, String, Option<Lines>)> {
-    if ui.raw.contains_key("cmdline") {
+fn other_frontend(cx: &BuildContext) -> Option<(String, String, Option<Lines>)> {
+    if cx.raw.contains_key("cmdline") {
         return None;
     }
-    let (image, cmdline, lines) = match ui.raw.get("build-arg:BUILDKIT_SYNTAX") {
+    let (image, cmdline, lines) = match cx.raw.get("build-arg:BUILDKIT_SYNTAX") {
         Some(cmdline) => {
             (cmdline.trim().split(' ').next().unwrap_or_default().to_owned(), cmdline.clone(), None)
         }
         None => {
-            let found = directive::syntax(&ui.file.data)?;
+            let found = directive::syntax(&cx.file.data)?;
             (found.first_word, found.value, Some(found.lines))
         }
     };
     let ours = image.parse::<ImageName>().is_ok_and(|name| crate::is_official(&name));
     // An image that the build puts in its place speaks a language of its own.
-    let ours = ours && !matches!(NamedContext::among(&ui.raw, &image, None), Ok(Some(_)));
+    let ours = ours && !matches!(NamedContext::among(&cx.raw, &image, None), Ok(Some(_)));
     (!ours).then_some((image, cmdline, lines))
 }
 
 async fn forward(
-    ui: &Ui,
+    cx: &BuildContext,
     image: String,
     cmdline: String,
     lines: Option<Lines>,
 ) -> Result<FrontendResult> {
-    let mut options = ui.raw.clone();
+    let mut options = cx.raw.clone();
     options.insert("cmdline".into(), cmdline.clone());
     options.insert("source".into(), image);
-    let inputs = ui.bridge.inputs().await.context(|| "failed to get frontend inputs")?;
+    let inputs = cx.bridge.inputs().await.context(|| "failed to get frontend inputs")?;
     let request =
         SolveRequest { frontend: "gateway.v0".into(), options, inputs, ..SolveRequest::default() };
-    ui.bridge.solve(request).await.map_err(|fault| {
+    cx.bridge.solve(request).await.map_err(|fault| {
         if fault.details().iter().any(|d| matches!(d, Detail::Source { .. })) {
             return fault;
         }
         match lines {
-            Some(lines) => ui.fault(Failure::from(fault).at(lines)),
+            Some(lines) => cx.fault(Failure::from(fault).at(lines)),
             None => fault.context(format!("failed with build-arg:BUILDKIT_SYNTAX = {cmdline}")),
         }
     })
 }
 
 /// Parses the Dockerfile; what `linter` heard stays with it also if that fails.
-pub fn parse(ui: &Ui, linter: &mut Linter) -> Conversion<Dockerfile> {
-    if ui.file.data.is_empty() {
+pub fn parse(cx: &BuildContext, linter: &mut Linter) -> Conversion<Dockerfile> {
+    if cx.file.data.is_empty() {
         return Err(Failure::new("the Dockerfile cannot be empty"));
     }
-    parse_any(ui, linter)
+    parse_any(cx, linter)
 }
 
 /// The same, in the parser's words if there is nothing to parse.
-pub fn parse_any(ui: &Ui, linter: &mut Linter) -> Conversion<Dockerfile> {
-    Ok(Dockerfile::parse_with(&ui.file.data, linter)?)
+pub fn parse_any(cx: &BuildContext, linter: &mut Linter) -> Conversion<Dockerfile> {
+    Ok(Dockerfile::parse_with(&cx.file.data, linter)?)
 }
 
 /// The build's settings, or the file's own.
-pub fn lint_config(ui: &Ui) -> Conversion<LintConfig> {
-    Ok(match &ui.options.lint {
+pub fn lint_config(cx: &BuildContext) -> Conversion<LintConfig> {
+    Ok(match &cx.options.lint {
         Some(config) => config.clone(),
-        None => LintConfig::of_file(&ui.file.data).map_err(|error| {
+        None => LintConfig::of_file(&cx.file.data).map_err(|error| {
             let failure = Failure::from(error).hint("write # check=skip=<rule>,<rule>;error=true");
-            match directive::find("check", &ui.file.data) {
+            match directive::find("check", &cx.file.data) {
                 Some(directive) => failure.near(directive.lines),
                 None => failure,
             }
@@ -116,45 +116,45 @@ pub fn lint_config(ui: &Ui) -> Conversion<LintConfig> {
     })
 }
 
-async fn build(ui: &Ui, file: &Dockerfile, mut linter: Linter) -> Result<FrontendResult> {
-    let platforms: Vec<Option<&Platform>> = match ui.options.platforms.as_slice() {
+async fn build(cx: &BuildContext, file: &Dockerfile, mut linter: Linter) -> Result<FrontendResult> {
+    let platforms: Vec<Option<&Platform>> = match cx.options.platforms.as_slice() {
         [] => vec![None],
         asked => asked.iter().map(Some).collect(),
     };
     // Warnings are about the file, so those of the first platform are enough.
     let first = async {
-        let built = one(ui, file, platforms[0], &mut linter).await;
-        warn_all(ui, &mut linter).await?;
+        let built = one(cx, file, platforms[0], &mut linter).await;
+        warn_all(cx, &mut linter).await?;
         built
     };
     let others = platforms[1..]
         .iter()
-        .map(|platform| async move { one(ui, file, *platform, &mut Linter::default()).await });
+        .map(|platform| async move { one(cx, file, *platform, &mut Linter::default()).await });
     let (first, others) =
         futures::future::try_join(first, futures::future::try_join_all(others)).await?;
-    result(ui, std::iter::once(first).chain(others).collect()).await
+    result(cx, std::iter::once(first).chain(others).collect()).await
 }
 
 /// Shows what was found.
-pub async fn warn_all(ui: &Ui, linter: &mut Linter) -> Result<()> {
-    let source = ui.source();
+pub async fn warn_all(cx: &BuildContext, linter: &mut Linter) -> Result<()> {
+    let source = cx.source();
     for lint in linter.take() {
-        warn(ui, lint, source.as_ref()).await?;
+        warn(cx, lint, source.as_ref()).await?;
     }
     Ok(())
 }
 
-async fn warn(ui: &Ui, lint: Lint, source: Option<&Source<'_>>) -> Result<()> {
+async fn warn(cx: &BuildContext, lint: Lint, source: Option<&Source<'_>>) -> Result<()> {
     let warning = Warning {
-        vertex: ui.file_vertex,
+        vertex: cx.file_vertex,
         level: 1,
         short: lint.short(),
         detail: vec![lint.rule.description().to_owned()],
         url: lint.rule.url().to_owned(),
-        file: Some(ui.file.clone()),
+        file: Some(cx.file.clone()),
         spans: source.map_or_else(|| lint.lines.spans(), |source| lint.spans(source)),
     };
-    ui.bridge.warn(warning).await
+    cx.bridge.warn(warning).await
 }
 
 /// One platform's part of the result.
@@ -165,33 +165,33 @@ struct Part {
 }
 
 async fn one(
-    ui: &Ui,
+    cx: &BuildContext,
     file: &Dockerfile,
     platform: Option<&Platform>,
     linter: &mut Linter,
 ) -> Result<Part> {
     let converted =
-        convert(ui, file, platform, Reach::Target, linter).await.map_err(|f| ui.fault(f))?;
-    let definition = marshal(ui, &converted)?;
+        convert(cx, file, platform, Scope::Target, linter).await.map_err(|f| cx.fault(f))?;
+    let definition = marshal(cx, &converted)?;
     let definition = (!definition.is_empty()).then_some(definition);
-    let cache_imports = ui.options.cache_imports.clone();
-    let solved = ui
+    let cache_imports = cx.options.cache_imports.clone();
+    let solved = cx
         .bridge
         .solve(SolveRequest { definition, cache_imports, ..SolveRequest::default() })
         .await?;
     Ok(Part {
-        platform: platform.cloned().unwrap_or_else(|| ui.build_platform()).normalized(),
+        platform: platform.cloned().unwrap_or_else(|| cx.build_platform()).normalized(),
         solved,
         converted,
     })
 }
 
 /// The graph of a converted target.
-pub fn marshal(ui: &Ui, converted: &Converted) -> Result<Definition> {
+pub fn marshal(cx: &BuildContext, converted: &Converted) -> Result<Definition> {
     let options = MarshalOptions {
         platform: converted.platform.clone(),
-        caps: Some(ui.caps.clone()),
-        local_unique_id: ui.bridge.session().to_owned(),
+        caps: Some(cx.caps.clone()),
+        local_unique_id: cx.bridge.session().to_owned(),
     };
     converted.state.marshal(&options).context(|| "failed to marshal LLB definition")
 }
@@ -211,15 +211,15 @@ struct ExportedPlatform {
 }
 
 /// States and metadata as exporters expect them (row `dfr.meta`).
-async fn result(ui: &Ui, parts: Vec<Part>) -> Result<FrontendResult> {
+async fn result(cx: &BuildContext, parts: Vec<Part>) -> Result<FrontendResult> {
     let json = |what: &str, value: Result<Vec<u8>, serde_json::Error>| {
         value.map_err(|e| Fault::internal(format!("failed to marshal {what}: {e}")))
     };
     let mut result = FrontendResult::default();
     let mut uses = Vec::new();
-    let scanner = match &ui.options.sbom {
+    let scanner = match &cx.options.sbom {
         Some(sbom) => Some(
-            Scanner::find(&*ui.bridge, sbom, ui.build_platform(), ui.options.resolve_mode).await?,
+            Scanner::find(&*cx.bridge, sbom, cx.build_platform(), cx.options.resolve_mode).await?,
         ),
         None => None,
     };
@@ -227,7 +227,7 @@ async fn result(ui: &Ui, parts: Vec<Part>) -> Result<FrontendResult> {
     for Part { platform, solved, converted } in parts {
         let id = platform::full(&platform);
         let key = |name: &str| {
-            if ui.options.multi_platform { format!("{name}/{id}") } else { name.to_owned() }
+            if cx.options.multi_platform { format!("{name}/{id}") } else { name.to_owned() }
         };
         let mut put = |name: &str, value: Vec<u8>| result.metadata.insert(key(name), value);
         put("containerimage.config", json("image config", serde_json::to_vec(&converted.image))?);
@@ -245,11 +245,11 @@ async fn result(ui: &Ui, parts: Vec<Part>) -> Result<FrontendResult> {
             let (core, extras, ignore_cache) =
                 (&converted.state, &converted.extras, converted.ignore_cache);
             let scan = Scan { platform: &id, core, extras, ignore_cache };
-            let found = scanner.scan(&*ui.bridge, &scan, ui.bridge.session()).await?;
+            let found = scanner.scan(&*cx.bridge, &scan, cx.bridge.session()).await?;
             result.attestations.entry(id.clone()).or_default().push(found);
         }
         let state = solved.single.flatten();
-        if ui.options.multi_platform {
+        if cx.options.multi_platform {
             result.map.insert(id.clone(), state);
         } else {
             result.single = Some(state);
@@ -258,18 +258,18 @@ async fn result(ui: &Ui, parts: Vec<Part>) -> Result<FrontendResult> {
     }
     uses.sort_by_key(|u| u.lines);
     uses.dedup();
-    let ignore = ui.ignore().await.ok().flatten().cloned();
+    let ignore = cx.ignore().await.ok().flatten().cloned();
     if ignore.is_none() {
         uses.clear();
     }
-    let columns = ui.options.columns;
+    let columns = cx.options.columns;
     if columns || !uses.is_empty() {
         result.explain = Some(Arc::new(Explainer {
             columns,
-            file: ui.file.clone(),
+            file: cx.file.clone(),
             ignore,
-            ignore_name: ui.ignore_name(),
-            session: ui.session(CONTEXT).to_owned(),
+            ignore_name: cx.ignore_name(),
+            session: cx.session(CONTEXT).to_owned(),
             uses,
         }));
     }

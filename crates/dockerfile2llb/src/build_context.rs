@@ -7,6 +7,7 @@ use crate::{
     options::BuildOptions,
     text,
 };
+use parking_lot::Mutex;
 use shipway_dockerfile::{Source, Work};
 use shipway_fault::{Context as _, Fault, SourceFile};
 use shipway_filesync::{IgnoreFile, PatternMatcher};
@@ -19,7 +20,7 @@ use shipway_llb::{
 use shipway_oci::{Digest, Platform};
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 use tokio::sync::OnceCell;
 
@@ -30,8 +31,8 @@ pub const CONTEXT: &str = "context";
 /// Larger Dockerfiles and ignore files are refused.
 const MAX_FILE: u64 = 8 << 20;
 
-/// The build's surroundings.
-pub struct Ui {
+/// The build: its options, its files, and the bridge to ask for more.
+pub struct BuildContext {
     /// What its expansions may do.
     pub work: Work,
     pub bridge: Arc<dyn Bridge>,
@@ -48,7 +49,7 @@ pub struct Ui {
     ignore_of_file: Option<Vec<u8>>,
     ignore: OnceCell<IgnoreFile>,
     images: Mutex<HashMap<String, Arc<Answer>>>,
-    /// The Dockerfile as text, if places are to be told with columns.
+    /// The Dockerfile as text, if places are reported with columns.
     text: Option<String>,
 }
 
@@ -103,7 +104,7 @@ pub enum Found {
     Other(String),
 }
 
-impl Ui {
+impl BuildContext {
     /// Reads the options and the Dockerfile.
     pub async fn open(bridge: Arc<dyn Bridge>, work: Work) -> Result<Self> {
         let raw = bridge.options().clone();
@@ -147,7 +148,7 @@ impl Ui {
         })
     }
 
-    /// Where columns are looked for; `None` if only lines are told, as clients of the reference
+    /// Where columns are looked for; `None` if only lines are reported, as clients of the reference
     /// know them.
     pub fn source(&self) -> Option<Source<'_>> {
         self.text.as_deref().map(Source::new)
@@ -276,13 +277,7 @@ impl Ui {
         log_name: String,
     ) -> Result<Found, Fault> {
         let key = format!("{identifier}\n{platform}\n{}\n{log_name}", platform.os_version);
-        let cell = self
-            .images
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .entry(key)
-            .or_default()
-            .clone();
+        let cell = self.images.lock().entry(key).or_default().clone();
         let ask = || async {
             let mode = self.options.resolve_mode;
             let request = SourceRequest {
@@ -462,7 +457,7 @@ fn missing(error: Fault, name: &str) -> Failure {
     let fault = error.context("failed to read dockerfile");
     match found {
         true => {
-            fault.hint(format!("there is no file {name} where Dockerfiles are looked for; name another one with -f (option `filename`)"))
+            fault.hint(format!("no file {name} in the directory of Dockerfiles; name another one with -f (option `filename`)"))
         }
         false => fault,
     }

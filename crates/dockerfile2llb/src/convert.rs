@@ -3,14 +3,14 @@
 use crate::{
     args::{self, Globals},
     base,
+    build_context::BuildContext,
     explain::ContextUse,
     failure::{Failure, Result},
-    instruct::Scene,
+    instruct::StageContext,
     named::{NamedContext, PendingLocal},
     outline::{self, Outline},
     platform::Platforms,
     stage::{SCRATCH, Scanned, Stage, Step, empty_image},
-    ui::Ui,
 };
 use shipway_dockerfile::{self as df, Command, Dockerfile, Finding, Lex, Lines, Linter, Token};
 use shipway_fault::Fault;
@@ -41,7 +41,7 @@ pub struct Converted {
     pub outline: TargetOutline,
 }
 
-/// What the target can be told.
+/// What the target can be given.
 #[derive(Clone, Debug, Default)]
 pub struct TargetOutline {
     pub name: String,
@@ -53,7 +53,7 @@ pub struct TargetOutline {
 
 /// How much is converted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reach {
+pub enum Scope {
     /// The target and what it needs.
     Target,
     /// Everything, for lints.
@@ -62,33 +62,33 @@ pub enum Reach {
 
 /// Converts `file` for `platform`; without one the worker's platform or the base image decides.
 pub async fn convert(
-    ui: &Ui,
+    cx: &BuildContext,
     file: &Dockerfile,
     platform: Option<&Platform>,
-    reach: Reach,
+    scope: Scope,
     linter: &mut Linter,
 ) -> Result<Converted> {
     if file.stages.is_empty() {
         return Err(Failure::new("dockerfile contains no stages to build"));
     }
-    let platforms = Platforms::new(platform, ui.build_platform());
-    let globals = Globals::read(ui, file, &platforms, linter).await?;
+    let platforms = Platforms::new(platform, cx.build_platform());
+    let globals = Globals::read(cx, file, &platforms, linter).await?;
     let mut plan = Plan {
-        ui,
+        cx,
         platforms,
         globals,
-        lex: Lex::new(file.escape).part_of(&ui.work),
+        lex: Lex::new(file.escape).part_of(&cx.work),
         stages: Vec::new(),
         names: HashMap::new(),
         pending: Vec::new(),
-        reach,
+        scope,
     };
     plan.add_stages(file, linter)?;
     let target = plan.target()?;
     plan.add_steps(file)?;
     plan.refuse_cycles()?;
     if plan.stages.len() == 1 {
-        plan.stages[0].shown.clear();
+        plan.stages[0].display_name.clear();
     }
     let needed = plan.resolve(target, linter).await?;
     plan.dispatch(target, &needed, linter).await
@@ -96,13 +96,13 @@ pub async fn convert(
 
 /// Stages on their way.
 pub struct Plan<'a> {
-    pub ui: &'a Ui,
+    pub cx: &'a BuildContext,
     pub platforms: Platforms,
     pub globals: Globals,
     pub lex: Lex,
     pub stages: Vec<Stage>,
     names: HashMap<String, usize>,
-    pub reach: Reach,
+    pub scope: Scope,
     /// Local named contexts with the stage that uses them.
     pub pending: Vec<(usize, PendingLocal)>,
 }
@@ -123,13 +123,17 @@ impl Plan<'_> {
                 base: base.text,
                 source: from.source.clone(),
                 lines: from.lines,
-                shown: if from.name.is_empty() { format!("stage-{i}") } else { from.name.clone() },
+                display_name: if from.name.is_empty() {
+                    format!("stage-{i}")
+                } else {
+                    from.name.clone()
+                },
                 platform,
                 ..Stage::default()
             };
             if !from.name.is_empty() {
                 stage.named = NamedContext::find(
-                    self.ui,
+                    self.cx,
                     &from.name,
                     Some(stage.platform.as_ref().unwrap_or(&self.platforms.target)),
                 )?;
@@ -150,7 +154,7 @@ impl Plan<'_> {
             });
             stage.total =
                 steps.count() + usize::from(stage.base != SCRATCH && stage.parent.is_none());
-            stage.ignore_cache = self.ui.options.is_no_cache(&from.name);
+            stage.ignore_cache = self.cx.options.is_no_cache(&from.name);
             stage.outline.used.extend(used);
         }
         Ok(())
@@ -160,7 +164,7 @@ impl Plan<'_> {
     fn add(&mut self, mut stage: Stage) -> usize {
         let index = self.stages.len();
         stage.parent = self.names.get(&stage.base).copied();
-        stage.paths_of = index;
+        stage.path_owner = index;
         stage.outline = match stage.parent {
             Some(parent) => self.stages[parent].outline.clone(),
             None => Outline { known: self.globals.declared.clone(), ..Outline::default() },
@@ -178,13 +182,13 @@ impl Plan<'_> {
 
     /// Names of stages, for suggestions.
     pub fn shown_names(&self) -> Vec<&str> {
-        self.stages.iter().map(|s| s.shown.as_str()).filter(|s| !s.is_empty()).collect()
+        self.stages.iter().map(|s| s.display_name.as_str()).filter(|s| !s.is_empty()).collect()
     }
 
     /// The stage asked for, or the last (row `dfo.target`). Stages without a name cannot be asked
     /// for.
     fn target(&self) -> Result<usize> {
-        let wanted = &self.ui.options.target;
+        let wanted = &self.cx.options.target;
         if wanted.is_empty() {
             return Ok(self.stages.len() - 1);
         }
@@ -271,7 +275,7 @@ impl Plan<'_> {
             ))
             .at(lines));
         }
-        Ok(self.add(Stage { base: name.to_owned(), lines, unregistered: true, ..Stage::default() }))
+        Ok(self.add(Stage { base: name.to_owned(), lines, implicit: true, ..Stage::default() }))
     }
 
     fn refuse_cycles(&self) -> Result<()> {
@@ -294,7 +298,7 @@ impl Plan<'_> {
                 if open[dep] {
                     let failure = Failure::new(format!(
                         "circular dependency detected on stage: {}",
-                        self.stages[first].shown
+                        self.stages[first].display_name
                     ));
                     let lines =
                         path.iter().map(|(stage, next)| self.stages[*stage].deps[next - 1].1);
@@ -328,7 +332,7 @@ impl Plan<'_> {
         loop {
             let reachable = self.reachable(target);
             // Triggers are those of what the target needs, also where everything is looked at.
-            let wanted = if self.reach == Reach::All {
+            let wanted = if self.scope == Scope::All {
                 vec![true; self.stages.len()]
             } else {
                 reachable.clone()
@@ -336,7 +340,7 @@ impl Plan<'_> {
             base::resolve(self, &wanted, linter).await?;
             let mut more = false;
             for (i, needed) in reachable.into_iter().enumerate() {
-                if needed && !self.stages[i].unregistered {
+                if needed && !self.stages[i].implicit {
                     more |= self.read_triggers(i)?;
                 }
             }
@@ -383,14 +387,14 @@ impl Plan<'_> {
         let parent = &self.stages[parent];
         let (state, platform, base_image) =
             (parent.state.clone(), parent.platform.clone(), parent.base_image.clone());
-        let (paths_of, workdir_set, inherited) =
-            (parent.paths_of, parent.workdir_set, parent.args.clone());
+        let (path_owner, workdir_set, inherited) =
+            (parent.path_owner, parent.workdir_set, parent.args.clone());
         let mut image = parent.image.clone();
         image.config.on_build.clear();
         let stage = &mut self.stages[i];
         (stage.state, stage.platform, stage.image, stage.base_image) =
             (state, platform, image, base_image);
-        (stage.paths_of, stage.workdir_set) = (paths_of, workdir_set);
+        (stage.path_owner, stage.workdir_set) = (path_owner, workdir_set);
         stage.args.extend(inherited);
     }
 
@@ -401,7 +405,7 @@ impl Plan<'_> {
         linter: &mut Linter,
     ) -> Result<Converted> {
         let context = Deferred::default();
-        let ignore = self.ui.ignore().await?;
+        let ignore = self.cx.ignore().await?;
         let mut paths: Vec<BTreeSet<String>> = vec![BTreeSet::new(); self.stages.len()];
         let mut context_paths = BTreeSet::new();
         let mut uses = Vec::new();
@@ -413,7 +417,7 @@ impl Plan<'_> {
             self.inherit(i);
             // The stage is taken out while its instructions look at the others.
             let mut stage = std::mem::take(&mut self.stages[i]);
-            let mut scene = Scene {
+            let mut stage_cx = StageContext {
                 plan: &self,
                 context: context.state(),
                 ignore,
@@ -423,8 +427,8 @@ impl Plan<'_> {
                 in_trigger: false,
                 failures: Vec::new(),
             };
-            scene.run_stage(&mut stage)?;
-            failures.append(&mut scene.failures);
+            stage_cx.run_stage(&mut stage)?;
+            failures.append(&mut stage_cx.failures);
             stage.dispatched = true;
             stage.scanned = Scanned::of(&stage, &self.globals.env);
             context_paths.append(&mut stage.context_paths);
@@ -434,11 +438,11 @@ impl Plan<'_> {
         Failure::all(failures)?;
         linter.error()?;
         // The target is read whole.
-        paths[self.stages[target].paths_of].insert("/".into());
+        paths[self.stages[target].path_owner].insert("/".into());
         for (stage, pending) in self.pending.drain(..) {
-            pending.decide(&follow(&paths[self.stages[stage].paths_of]));
+            pending.decide(&follow(&paths[self.stages[stage].path_owner]));
         }
-        context.decide(self.ui.main_context(&follow(&context_paths)).await?);
+        context.decide(self.cx.main_context(&follow(&context_paths)).await?);
         let extras = self.extras(target, &context);
         Ok(Converted { extras, ..self.finish(target, uses) })
     }
@@ -466,7 +470,7 @@ impl Plan<'_> {
 
     fn outline(&self, target: usize) -> TargetOutline {
         // The target first, then what it is built on, then what it takes from: the first to know an
-        // argument tells of it.
+        // argument describes it.
         let mut order = Vec::new();
         let mut seen = vec![false; self.stages.len()];
         let mut todo = vec![target];
@@ -492,7 +496,7 @@ impl Plan<'_> {
         let outline = self.outline(target);
         let stage = std::mem::take(&mut self.stages[target]);
         let mut image = stage.image;
-        image.config.labels.extend(self.ui.options.labels.clone());
+        image.config.labels.extend(self.cx.options.labels.clone());
         let wanted = &self.platforms.target;
         if !self.platforms.implicit {
             let same = wanted.os == image.os && wanted.architecture == image.architecture;
@@ -563,5 +567,5 @@ pub fn make_scratch(stage: &mut Stage, platform: &Platform) {
     stage.state = State::scratch();
     stage.image = empty_image(platform);
     stage.platform = Some(platform.clone());
-    stage.dispatched |= stage.unregistered;
+    stage.dispatched |= stage.implicit;
 }

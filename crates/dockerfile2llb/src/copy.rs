@@ -2,12 +2,12 @@
 //! `df.copy*`, `df.add*`).
 
 use crate::{
+    build_context::internal,
     explain::ContextUse,
     failure::{Failure, Result},
-    instruct::Scene,
+    instruct::StageContext,
     run::with_platform,
     stage::{Stage, Step, Vars, shown_text},
-    ui::internal,
 };
 use shipway_dockerfile::{self as df, Files, Finding, Token};
 use shipway_fault::Fault;
@@ -33,7 +33,7 @@ struct Job<'a> {
     title: String,
 }
 
-impl Scene<'_> {
+impl StageContext<'_> {
     pub fn add(&mut self, stage: &mut Stage, step: &Step, add: df::Add) -> Result<()> {
         let source = self.context.clone();
         self.transfer(stage, step, &add.files, source, Some(&add), false)?;
@@ -55,7 +55,7 @@ impl Scene<'_> {
                     return Err(Failure::new(format!(
                         "cannot copy from stage {}, it needs to be defined before current stage {}",
                         quote(&copy.from),
-                        quote(&stage.shown)
+                        quote(&stage.display_name)
                     )));
                 }
                 from.state.clone()
@@ -66,7 +66,7 @@ impl Scene<'_> {
         match step.sources.first() {
             None => stage.context_paths.extend(used),
             Some(&source) => {
-                let slot = self.plan.stages[source].paths_of;
+                let slot = self.plan.stages[source].path_owner;
                 self.paths[slot].extend(used);
             }
         }
@@ -126,11 +126,11 @@ impl Scene<'_> {
         }
         let created_by = history_text(&job);
         let mut options =
-            VertexOptions::named(title).at(&self.plan.ui.file, instruction.lines.spans());
+            VertexOptions::named(title).at(&self.plan.cx.file, instruction.lines.spans());
         if stage.ignore_cache {
             options = options.ignore_cache();
         }
-        stage.state = if files.link && files.chmod.is_empty() && self.plan.ui.caps.has("mergeop") {
+        stage.state = if files.link && files.chmod.is_empty() && self.plan.cx.caps.has("mergeop") {
             self.link(stage, &name, draft, options)
         } else {
             stage.state.file(draft, options)
@@ -142,11 +142,11 @@ impl Scene<'_> {
     /// `--link`: a layer that does not depend on those below (row `df.copy.link`).
     fn link(&self, stage: &Stage, name: &str, draft: FileDraft, options: VertexOptions) -> State {
         let platform =
-            self.plan.ui.options.multi_platform.then(|| stage.platform.clone()).flatten();
+            self.plan.cx.options.multi_platform.then(|| stage.platform.clone()).flatten();
         let title = stage.title_again(name, platform.as_ref(), Some(stage.state.env()));
         // A group is known by its id within one build.
-        let id =
-            Digest::of(format!("{title}\n{}\n{}", stage.shown, stage.done)).hex()[..25].to_owned();
+        let id = Digest::of(format!("{title}\n{}\n{}", stage.display_name, stage.done)).hex()[..25]
+            .to_owned();
         let copy = with_platform(options.clone(), stage).group(id.clone(), title.clone(), true);
         let copied = State::scratch().file(draft, copy);
         let linked =
@@ -206,7 +206,7 @@ impl Scene<'_> {
     }
 
     /// Reports sources that the ignore file hides (rule `CopyIgnoredFile`). With exceptions in it
-    /// that cannot be told from here.
+    /// that is not known here.
     fn lint_ignored(&mut self, job: &Job<'_>, path: &str) {
         let Some(ignore) = self.ignore.filter(|_| job.from_context) else { return };
         let patterns = ignore.patterns();
@@ -221,7 +221,7 @@ impl Scene<'_> {
         }
         if PatternMatcher::new(&patterns).is_ok_and(|m| m.matches(&path)) {
             let verb = if job.add.is_some() { "Add" } else { "Copy" };
-            let name = self.plan.ui.ignore_name();
+            let name = self.plan.cx.ignore_name();
             let rule = ignore.excluder(path.trim_start_matches('/')).ok().flatten();
             let rule = rule
                 .map(|rule| format!("line {} of {name}: {}", rule.line, rule.text))

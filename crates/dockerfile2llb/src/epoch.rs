@@ -6,11 +6,11 @@
 
 use crate::{
     args::Globals,
+    build_context::{BuildContext, solve},
     copy::{from_http, git_of_add},
     failure::{Failure, Result},
     named::NamedContext,
     stage::{SCRATCH, Vars},
-    ui::{Ui, solve},
 };
 use bytes::{Buf as _, Bytes};
 use shipway_dockerfile::{self as df, Command, Dockerfile, Lex};
@@ -34,7 +34,7 @@ const PIECE: u64 = 1 << 20;
 
 /// The time that `value` means, in seconds. What has no time, such as a local context, means none.
 pub async fn resolve(
-    ui: &Ui,
+    cx: &BuildContext,
     file: &Dockerfile,
     globals: &Globals,
     value: &str,
@@ -46,20 +46,20 @@ pub async fn resolve(
         return Ok(Some(seconds));
     }
     if value == "context" {
-        return match ui.remote_context() {
+        return match cx.remote_context() {
             None => Ok(None),
             Some(state) => {
-                time_of(ui, state, "[internal] resolve main build context metadata".into()).await
+                time_of(cx, state, "[internal] resolve main build context metadata".into()).await
             }
         };
     }
-    if let Some(named) = NamedContext::find(ui, value, None)? {
-        let loaded = named.load(ui).await?;
+    if let Some(named) = NamedContext::find(cx, value, None)? {
+        let loaded = named.load(cx).await?;
         if loaded.pending.is_some() {
             return Ok(None);
         }
         return time_of(
-            ui,
+            cx,
             &loaded.state,
             format!("[internal] resolve {NAME} named context {value}"),
         )
@@ -68,9 +68,9 @@ pub async fn resolve(
     let Some(stage) = file.stages.iter().find(|s| s.name.eq_ignore_ascii_case(value)) else {
         return Err(Failure::new(format!("invalid {NAME}: {value}")));
     };
-    let state = stage_source(stage, globals, &Lex::new(file.escape).part_of(&ui.work))
+    let state = stage_source(stage, globals, &Lex::new(file.escape).part_of(&cx.work))
         .map_err(|e| e.at(stage.lines))?;
-    time_of(ui, &state, format!("[internal] resolve {NAME} source stage {}", stage.name)).await
+    time_of(cx, &state, format!("[internal] resolve {NAME} source stage {}", stage.name)).await
 }
 
 /// The one source that a stage adds to scratch.
@@ -137,8 +137,8 @@ fn add_source(add: &df::Add, lex: &Lex, env: &EnvList) -> Result<State> {
 }
 
 /// The time of the source that `state` is made of; none if there are several.
-async fn time_of(ui: &Ui, state: &State, log_name: String) -> Result<Option<i64>> {
-    let platform = ui.build_platform();
+async fn time_of(cx: &BuildContext, state: &State, log_name: String) -> Result<Option<i64>> {
+    let platform = cx.build_platform();
     let options = MarshalOptions {
         platform: platform.clone(),
         caps: Some(Caps::llb()),
@@ -163,14 +163,14 @@ async fn time_of(ui: &Ui, state: &State, log_name: String) -> Result<Option<i64>
         options: ResolveOptions { git_objects: is_git, ..ResolveOptions::default() },
         ..SourceRequest::default()
     };
-    let meta = ui.bridge.resolve_source(request).await?;
+    let meta = cx.bridge.resolve_source(request).await?;
     if let Some(git) = meta.facts.git.filter(|g| !g.commit_object.is_empty()) {
         return commit_time(&git.commit_object).map(Some);
     }
     if let Some(time) = meta.facts.http.and_then(|h| h.last_modified) {
         return Ok(Some(seconds(time)));
     }
-    if is_http { newest_file(ui, source).await } else { Ok(None) }
+    if is_http { newest_file(cx, source).await } else { Ok(None) }
 }
 
 fn seconds(time: SystemTime) -> i64 {
@@ -189,17 +189,17 @@ fn commit_time(object: &[u8]) -> Result<i64> {
     time.ok_or_else(|| Failure::new("the commit object names no committer with a time"))
 }
 
-/// The time of the newest file in the archive at an address; none if it is no archive.
-async fn newest_file(ui: &Ui, source: &SourceOp) -> Result<Option<i64>> {
+/// The time of the newest file in the archive at an address; none if it is not an archive.
+async fn newest_file(cx: &BuildContext, source: &SourceOp) -> Result<Option<i64>> {
     let Some(name) = source.attrs.get(attr::HTTP_FILENAME).filter(|n| !n.is_empty()) else {
         return Ok(None);
     };
     let state =
         State::source(source.identifier.clone(), source.attrs.clone(), VertexOptions::default());
-    let (state, ..) = solve(&*ui.bridge, &state, false).await?;
+    let (state, ..) = solve(&*cx.bridge, &state, false).await?;
     let (pieces, from) = mpsc::channel(1);
-    let look = tokio::task::spawn_blocking(move || {
-        shipway_archive::newest_file(Pieces { from, piece: Bytes::new() })
+    let look = shipway_task::blocking("read an archive", move || {
+        Ok(shipway_archive::newest_file(Pieces { from, piece: Bytes::new() }))
     });
     let mut offset = 0;
     loop {
@@ -264,8 +264,8 @@ mod tests {
     #[tokio::test]
     async fn an_archive_is_read_as_it_comes() {
         let (pieces, from) = mpsc::channel(1);
-        let look = tokio::task::spawn_blocking(move || {
-            shipway_archive::newest_file(Pieces { from, piece: Bytes::new() })
+        let look = shipway_task::blocking("read an archive", move || {
+            Ok(shipway_archive::newest_file(Pieces { from, piece: Bytes::new() }))
         });
         let archive: &[u8] = include_bytes!("../../archive/tests/corpus/python-pax.tar");
         for piece in archive.chunks(700) {
@@ -274,10 +274,10 @@ mod tests {
         }
         drop(pieces);
         assert_eq!(look.await.expect("no panic").expect("an archive"), Some(1_700_000_000));
-        // What is no archive is not read to its end.
+        // What is not an archive is not read to its end.
         let (pieces, from) = mpsc::channel(1);
-        let look = tokio::task::spawn_blocking(move || {
-            shipway_archive::newest_file(Pieces { from, piece: Bytes::new() })
+        let look = shipway_task::blocking("read an archive", move || {
+            Ok(shipway_archive::newest_file(Pieces { from, piece: Bytes::new() }))
         });
         while pieces.send(Bytes::from_static(&[b'x'; 4096])).await.is_ok() {}
         assert!(look.await.expect("no panic").is_err());

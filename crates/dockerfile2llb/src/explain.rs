@@ -4,7 +4,7 @@
 //! States are solved after the frontend has returned, so this is kept with the result
 //! ([`Explain`]).
 
-use crate::ui::CONTEXT;
+use crate::build_context::CONTEXT;
 use async_trait::async_trait;
 use shipway_dockerfile::{Lines, Source, pin};
 use shipway_fault::{Detail, Fault, SourceFile, nearest};
@@ -29,14 +29,14 @@ pub struct ContextUse {
 pub struct Explainer {
     /// The Dockerfile.
     pub file: Arc<SourceFile>,
-    /// The main context's; none if that is no directory of the client's.
+    /// The main context's; none if that is not a directory of the client's.
     pub ignore: Option<IgnoreFile>,
     /// Name of the ignore file.
     pub ignore_name: String,
     /// Session that has the directory.
     pub session: String,
     pub uses: Vec<ContextUse>,
-    /// Whether places are told with columns.
+    /// Whether places are reported with columns.
     pub columns: bool,
 }
 
@@ -136,13 +136,13 @@ impl Explain for Explainer {
         if !text.contains("not found") && !text.contains("no such file") {
             return fault;
         }
-        let mut told = if self.columns { self.pinned(fault.clone()) } else { fault.clone() };
+        let mut explained = if self.columns { self.pinned(fault.clone()) } else { fault.clone() };
         for path in self.missing(&fault) {
             let hint = self.hint(bridge, path).await;
-            if !told.hints().any(|h| h == hint) {
-                told = told.hint(hint);
+            if !explained.hints().any(|h| h == hint) {
+                explained = explained.hint(hint);
             }
         }
-        told
+        explained
     }
 }

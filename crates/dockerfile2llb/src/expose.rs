@@ -2,7 +2,7 @@
 
 use crate::{
     failure::{Failure, Result},
-    instruct::Scene,
+    instruct::StageContext,
     stage::{Stage, Vars},
     text,
 };
@@ -10,7 +10,7 @@ use shipway_dockerfile::{Finding, Lines};
 use shipway_gocompat::quote;
 use std::net::IpAddr;
 
-impl Scene<'_> {
+impl StageContext<'_> {
     pub fn expose(&mut self, stage: &mut Stage, lines: Lines, words: &[String]) -> Result<()> {
         let mut ports = Vec::new();
         for word in words {

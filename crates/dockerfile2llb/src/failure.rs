@@ -10,7 +10,7 @@ use std::{borrow::Cow, sync::Arc};
 pub struct Failure {
     pub fault: Fault,
     pub places: Vec<df::Lines>,
-    /// A place that the reference does not tell. Those who ask for columns are told it where there
+    /// A place that the reference does not report. Clients that ask for columns get it where there
     /// is no other.
     near: Option<df::Lines>,
     /// What on the lines is meant; without it what the message quotes.
@@ -56,7 +56,7 @@ impl Failure {
         self
     }
 
-    /// Says what it is about, unless somebody nearer already did.
+    /// Says what it is about, unless a nearer caller already did.
     #[must_use]
     pub fn about(mut self, token: Token) -> Self {
         self.token.get_or_insert(token);

@@ -2,7 +2,7 @@
 //! modules of their own.
 
 use crate::{
-    convert::{Plan, Reach},
+    convert::{Plan, Scope},
     failure::{Failure, Result},
     outline::ArgInfo,
     stage::{Stage, Step, Vars, set_env, shown_text},
@@ -21,7 +21,7 @@ use std::collections::BTreeSet;
 const NOT_VARIABLES: [&str; 2] = ["BUILDKIT_SBOM_SCAN_CONTEXT", "BUILDKIT_SBOM_SCAN_STAGE"];
 
 /// What the instructions of a stage see around them.
-pub struct Scene<'a> {
+pub struct StageContext<'a> {
     pub plan: &'a Plan<'a>,
     /// The main context, decided later.
     pub context: State,
@@ -37,10 +37,10 @@ pub struct Scene<'a> {
     pub failures: Vec<Failure>,
 }
 
-impl Scene<'_> {
+impl StageContext<'_> {
     /// Puts the base image's config on the state and runs the instructions.
     pub fn run_stage(&mut self, stage: &mut Stage) -> Result<()> {
-        let options = &self.plan.ui.options;
+        let options = &self.plan.cx.options;
         let platform = stage.platform.get_or_insert_with(|| self.plan.platforms.target.clone());
         let needs_path = platform.os != "windows";
         let env = &mut stage.image.config.env;
@@ -74,7 +74,7 @@ impl Scene<'_> {
                 Ok(()) => {}
                 // Nothing comes of this conversion but what is said of it. The reference says the
                 // first mistake only.
-                Err(failure) if self.plan.ui.options.columns && self.plan.reach == Reach::All => {
+                Err(failure) if self.plan.cx.options.columns && self.plan.scope == Scope::All => {
                     self.failures.push(failure)
                 }
                 Err(failure) => return Err(failure),
@@ -195,7 +195,7 @@ impl Scene<'_> {
         }
     }
 
-    /// Expands a word with the stage's variables and reports those that nobody set.
+    /// Expands a word with the stage's variables and reports those that are not set.
     pub fn word(
         &mut self,
         lex: &Lex,
@@ -239,7 +239,7 @@ impl Scene<'_> {
             };
             let name = shown_text(&self.plan.lex, &instruction.source, &Vars(stage.state.env()));
             let options = VertexOptions::named(self.title(stage, &name))
-                .at(&self.plan.ui.file, instruction.lines.spans());
+                .at(&self.plan.cx.file, instruction.lines.spans());
             let options = match &stage.platform {
                 Some(platform) => options.platform(platform.clone()),
                 None => options,
@@ -252,7 +252,7 @@ impl Scene<'_> {
 
     /// The name of the next vertex of a stage.
     pub fn title(&self, stage: &mut Stage, name: &str) -> String {
-        let multi = self.plan.ui.options.multi_platform;
+        let multi = self.plan.cx.options.multi_platform;
         let platform = multi
             .then(|| stage.platform.clone().unwrap_or_else(|| self.plan.platforms.target.clone()));
         let env = stage.state.env().clone();

@@ -1,12 +1,12 @@
 //! The Dockerfile frontend: `dockerfile.v0`, in-house.
 //!
 //! [`DockerfileFrontend::run`] reads options, Dockerfile and ignore file through the [`Bridge`]
-//! (`ui`), converts the Dockerfile once per platform (`convert`) and answers with states and image
-//! configs. A conversion is a plan of stages (`stage`): their bases are resolved together (`base`),
-//! then the instructions of those that the target needs are turned into vertices (`instruct`,
-//! `run`, `copy`, `expose`). Names, metadata, history and digests are those of BuildKit's frontend,
-//! because clients and caches compare them. Nothing here touches files, processes or the network:
-//! whatever is needed from outside is a question to the bridge.
+//! (`build_context`), converts the Dockerfile once per platform (`convert`) and answers with states
+//! and image configs. A conversion is a plan of stages (`stage`): their bases are resolved together
+//! (`base`), then the instructions of those that the target needs are turned into vertices
+//! (`instruct`, `run`, `copy`, `expose`). Names, metadata, history and digests are those of
+//! BuildKit's frontend, because clients and caches compare them. Nothing here touches files,
+//! processes or the network: whatever is needed from outside is a question to the bridge.
 //!
 //! Places are lines, as the reference's are. With the option `source-columns`, which `shipway`
 //! gives, warnings and errors also say the columns and the advice, and a check says all mistakes;
@@ -19,6 +19,7 @@ mod apart;
 mod args;
 mod base;
 mod build;
+mod build_context;
 mod convert;
 mod copy;
 mod epoch;
@@ -34,7 +35,6 @@ mod run;
 mod stage;
 mod subrequest;
 mod text;
-mod ui;
 
 pub use named::DockerfileContexts;
 

@@ -1,9 +1,9 @@
 //! Named contexts: `context:<name>` options that replace stages, images and sources (rows `dfc.*`).
 
 use crate::{
+    build_context::{BuildContext, DOCKERIGNORE, Found, parse_ignore},
     failure::{Failure, Result},
     text,
-    ui::{DOCKERIGNORE, Found, Ui, parse_ignore},
 };
 use async_trait::async_trait;
 use base64::Engine as _;
@@ -92,8 +92,12 @@ pub fn parse_config(image: &ImageFacts) -> Result<ImageConfig> {
 impl NamedContext {
     /// The context for `name`, if the build has one; with a platform's own option first (rows
     /// `dfc.override`, `dfc.platform`).
-    pub fn find(ui: &Ui, name: &str, platform: Option<&Platform>) -> Result<Option<Self>> {
-        Self::among(&ui.raw, name, platform)
+    pub fn find(
+        cx: &BuildContext,
+        name: &str,
+        platform: Option<&Platform>,
+    ) -> Result<Option<Self>> {
+        Self::among(&cx.raw, name, platform)
     }
 
     /// The same among `options`.
@@ -129,7 +133,7 @@ impl NamedContext {
     }
 
     /// Loads it (row `dfc.types`).
-    pub async fn load(&self, ui: &Ui) -> Result<Loaded> {
+    pub async fn load(&self, cx: &BuildContext) -> Result<Loaded> {
         let Some((kind, rest)) = self.input.split_once(':') else {
             return Err(Failure::new(format!(
                 "invalid context specifier {} for {}",
@@ -138,12 +142,13 @@ impl NamedContext {
         };
         let rest = rest.strip_prefix("//").unwrap_or(rest);
         match kind {
-            "docker-image" => self.image(ui, rest).await,
-            "oci-layout" => self.oci_layout(ui, rest).await,
+            "docker-image" => self.image(cx, rest).await,
+            "oci-layout" => self.oci_layout(cx, rest).await,
             "http" | "https" => match GitRef::parse(&self.input)? {
-                Some(git) => Ok(Loaded::of(
-                    git.state(crate::ui::internal(&format!("load git source {}", self.input))),
-                )),
+                Some(git) => Ok(Loaded::of(git.state(crate::build_context::internal(&format!(
+                    "load git source {}",
+                    self.input
+                ))))),
                 None => {
                     let attrs =
                         BTreeMap::from([(attr::HTTP_FILENAME.to_owned(), "context".to_owned())]);
@@ -154,14 +159,14 @@ impl NamedContext {
             },
             kind if kind == "git" || kind.starts_with("git@") => {
                 match GitRef::parse(&self.input)? {
-                    Some(git) => Ok(Loaded::of(
-                        git.state(crate::ui::internal(&format!("load git source {}", self.input))),
-                    )),
+                    Some(git) => Ok(Loaded::of(git.state(crate::build_context::internal(
+                        &format!("load git source {}", self.input),
+                    )))),
                     None => Err(Failure::new(format!("invalid git context {}", self.input))),
                 }
             }
-            "local" => self.local(ui, rest).await,
-            "input" => self.frontend_input(ui, rest).await,
+            "local" => self.local(cx, rest).await,
+            "input" => self.frontend_input(cx, rest).await,
             kind => {
                 Err(Failure::new(format!("unsupported context source {kind} for {}", self.key)))
             }
@@ -176,21 +181,21 @@ impl NamedContext {
         }
     }
 
-    fn asked_platform(&self, ui: &Ui) -> Platform {
-        self.platform.clone().unwrap_or_else(|| ui.build_platform())
+    fn asked_platform(&self, cx: &BuildContext) -> Platform {
+        self.platform.clone().unwrap_or_else(|| cx.build_platform())
     }
 
-    async fn image(&self, ui: &Ui, reference: &str) -> Result<Loaded> {
+    async fn image(&self, cx: &BuildContext, reference: &str) -> Result<Loaded> {
         if reference == "scratch" {
             return Ok(Loaded::of(State::scratch()));
         }
         let name: ImageName = reference.parse().map_err(|e| Failure::new(format!("{e}")))?;
         let log = format!("[context {}] load metadata for {reference}", self.key);
-        let found = ui
+        let found = cx
             .image_or_other(
                 format!("docker-image://{name}"),
                 BTreeMap::new(),
-                &self.asked_platform(ui),
+                &self.asked_platform(cx),
                 log,
             )
             .await?;
@@ -198,7 +203,7 @@ impl NamedContext {
             Found::Image(image) => image,
             Found::Other(identifier) => {
                 let input = identifier.replacen("://", ":", 1);
-                return Box::pin(Self { input, ..self.clone() }.load(ui)).await;
+                return Box::pin(Self { input, ..self.clone() }.load(cx)).await;
             }
         };
         let mut image = parse_config(&resolved)?;
@@ -210,7 +215,7 @@ impl NamedContext {
         Ok(Loaded { state: with_config(state, &image), image: Some(image), pending: None })
     }
 
-    async fn oci_layout(&self, ui: &Ui, reference: &str) -> Result<Loaded> {
+    async fn oci_layout(&self, cx: &BuildContext, reference: &str) -> Result<Loaded> {
         let Some((name, digest)) = reference.split_once('@') else {
             return Err(Failure::new(format!(
                 "oci-layout reference {} has no digest",
@@ -225,12 +230,12 @@ impl NamedContext {
             Failure::new(format!("could not parse oci-layout reference {}: {e}", quote(reference)))
         })?;
         let attrs = BTreeMap::from([
-            (attr::OCI_SESSION.to_owned(), ui.bridge.session().to_owned()),
+            (attr::OCI_SESSION.to_owned(), cx.bridge.session().to_owned()),
             (attr::OCI_STORE.to_owned(), store.to_owned()),
         ]);
         let log = format!("[context {}] load metadata for {dummy}", self.key);
-        let resolved = ui
-            .image(format!("oci-layout://{dummy}"), attrs.clone(), &self.asked_platform(ui), log)
+        let resolved = cx
+            .image(format!("oci-layout://{dummy}"), attrs.clone(), &self.asked_platform(cx), log)
             .await?;
         let image = parse_config(&resolved)?;
         let state =
@@ -238,29 +243,29 @@ impl NamedContext {
         Ok(Loaded { state: with_config(state, &image), image: Some(image), pending: None })
     }
 
-    async fn local(&self, ui: &Ui, local: &str) -> Result<Loaded> {
+    async fn local(&self, cx: &BuildContext, local: &str) -> Result<Loaded> {
         let options = VertexOptions::named(format!("[context {}] load {DOCKERIGNORE}", self.key));
         let data =
-            ui.load_ignore(local, &format!("context:{}-{DOCKERIGNORE}", self.key), options).await?;
+            cx.load_ignore(local, &format!("context:{}-{DOCKERIGNORE}", self.key), options).await?;
         let deferred = Deferred::default();
         let pending = PendingLocal {
             deferred: deferred.clone(),
             local: local.to_owned(),
             key: self.key.clone(),
-            session: ui.session(local).to_owned(),
+            session: cx.session(local).to_owned(),
             shared_key: self.shared_key.clone(),
             excludes: parse_ignore(&data, DOCKERIGNORE)?.patterns(),
         };
         Ok(Loaded { state: deferred.state(), image: None, pending: Some(pending) })
     }
 
-    async fn frontend_input(&self, ui: &Ui, name: &str) -> Result<Loaded> {
-        let inputs = ui.bridge.inputs().await?;
+    async fn frontend_input(&self, cx: &BuildContext, name: &str) -> Result<Loaded> {
+        let inputs = cx.bridge.inputs().await?;
         let Some(definition) = inputs.get(name) else {
             return Err(Failure::new(format!("invalid input {name} for {}", self.key)));
         };
         let state = State::from_definition(definition)?;
-        let Some(metadata) = ui.raw.get(&format!("input-metadata:{name}")) else {
+        let Some(metadata) = cx.raw.get(&format!("input-metadata:{name}")) else {
             return Ok(Loaded::of(state));
         };
         let config = input_config(metadata)
@@ -286,11 +291,11 @@ impl NamedContexts for DockerfileContexts {
     }
 
     async fn load(&self, bridge: Arc<dyn Bridge>, name: &str) -> Result<ContextFiles, Fault> {
-        let ui = Ui::without_file(bridge).map_err(|f| f.fault)?;
-        let context = NamedContext::among(&ui.raw, name, None).map_err(|f| f.fault)?;
+        let cx = BuildContext::without_file(bridge).map_err(|f| f.fault)?;
+        let context = NamedContext::among(&cx.raw, name, None).map_err(|f| f.fault)?;
         let context =
             context.ok_or_else(|| Fault::not_found(format!("no named context {name}")))?;
-        let loaded = context.load(&ui).await.map_err(|f| f.fault)?;
+        let loaded = context.load(&cx).await.map_err(|f| f.fault)?;
         if let Some(pending) = loaded.pending {
             pending.decide(&[]);
         }

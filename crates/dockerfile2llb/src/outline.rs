@@ -1,4 +1,4 @@
-//! What a build can be told: arguments, secrets, SSH agents of the target and what it needs (row
+//! What a build can be given: arguments, secrets, SSH agents of the target and what it needs (row
 //! `dfs.outline`).
 
 use crate::stage::Stage;

@@ -1,4 +1,4 @@
-//! Platforms of a build and the arguments that tell of them (rows `df.arg.plat`, `df.arg.tplat`).
+//! Platforms of a build and the arguments that describe them (rows `df.arg.plat`, `df.arg.tplat`).
 
 use shipway_llb::EnvList;
 use shipway_oci::{ImageConfig, Platform};

@@ -1,10 +1,10 @@
 //! RUN: the process and its mounts (rows `df.run*`, `df.heredoc*`).
 
 use crate::{
+    build_context::internal,
     failure::{Failure, Result},
-    instruct::Scene,
+    instruct::StageContext,
     stage::{Stage, Step, Vars, shown_text},
-    ui::internal,
 };
 use shipway_dockerfile::{
     self as df, CommandLine, Mount, MountKind, Sharing, is_heredoc, strip_tabs,
@@ -20,12 +20,12 @@ use std::borrow::Cow;
 /// Where a heredoc with an interpreter of its own appears.
 const PIPES: &str = "/dev/pipes/";
 
-impl Scene<'_> {
+impl StageContext<'_> {
     pub fn run(&mut self, stage: &mut Stage, step: &Step, run: &df::Run) -> Result<()> {
         let instruction = &step.instruction;
-        let (options, caps) = (&self.plan.ui.options, &self.plan.ui.caps);
+        let (options, caps) = (&self.plan.cx.options, &self.plan.cx.caps);
         // A process can read anything.
-        self.paths[stage.paths_of].insert("/".into());
+        self.paths[stage.path_owner].insert("/".into());
         let mounts = {
             let stage = &*stage;
             let lex = self.plan.lex.clone();
@@ -78,7 +78,7 @@ impl Scene<'_> {
         );
         let mut vertex = VertexOptions::named(self.run_title(stage, &name))
             .describe("com.docker.dockerfile.v1.command", instruction.source.clone())
-            .at(&self.plan.ui.file, instruction.lines.spans());
+            .at(&self.plan.cx.file, instruction.lines.spans());
         if stage.ignore_cache {
             vertex = vertex.ignore_cache();
         }
@@ -93,10 +93,11 @@ impl Scene<'_> {
         Ok(())
     }
 
-    /// Like [`Scene::title`], with the platform of the state, which a base image may have decided.
+    /// Like [`StageContext::title`], with the platform of the state, which a base image may have
+    /// decided.
     fn run_title(&self, stage: &mut Stage, name: &str) -> String {
         let platform =
-            self.plan.ui.options.multi_platform.then(|| stage.state.platform().cloned()).flatten();
+            self.plan.cx.options.multi_platform.then(|| stage.state.platform().cloned()).flatten();
         let env = stage.state.env().clone();
         stage.title(name, platform.as_ref(), Some(&env))
     }
@@ -204,7 +205,7 @@ impl Scene<'_> {
             selector = "/cache".into();
         }
         if from_stage || mount.kind == MountKind::Cache {
-            let used = self.plan.stages[source].paths_of;
+            let used = self.plan.stages[source].path_owner;
             self.paths[used].insert(path);
         } else {
             stage.context_paths.insert(path);
@@ -223,7 +224,7 @@ impl Scene<'_> {
             _ => MountSource::State(state),
         };
         let discards = mount.kind == MountKind::Bind
-            && self.plan.ui.caps.has("exec.mount.bind.readwrite-nooutput");
+            && self.plan.cx.caps.has("exec.mount.bind.readwrite-nooutput");
         Ok(MountDraft {
             target,
             source,
@@ -236,11 +237,11 @@ impl Scene<'_> {
 
     fn cache_id(&self, mount: &Mount) -> String {
         let id = if mount.id.is_empty() { path::clean(&mount.target) } else { mount.id.clone() };
-        format!("{}/{id}", self.plan.ui.options.cache_namespace)
+        format!("{}/{id}", self.plan.cx.options.cache_namespace)
     }
 }
 
-/// A directory for a cache mount that belongs to somebody.
+/// A directory for a cache mount with an owner.
 fn owned_directory(mount: &Mount, base: &State) -> State {
     let owner = Chown {
         user: Some(Owner::Id(mount.uid.unwrap_or(0))),

@@ -13,7 +13,7 @@ const COMMENT: &str = "buildkit.dockerfile.v0";
 /// The image that is none.
 pub const SCRATCH: &str = "scratch";
 
-/// A stage, or an image that an instruction copies or mounts from (`unregistered`).
+/// A stage, or an image that an instruction copies or mounts from (`implicit`).
 #[derive(Debug, Default)]
 pub struct Stage {
     /// Name after `AS`.
@@ -49,13 +49,13 @@ pub struct Stage {
     pub uses: Vec<ContextUse>,
     /// The stage that records which paths of this one are used: it shares them with what it is
     /// built on.
-    pub paths_of: usize,
+    pub path_owner: usize,
     pub ignore_cache: bool,
     /// What of it a scanner sees besides the result.
     pub scanned: Scanned,
-    pub unregistered: bool,
-    /// How vertex names call it.
-    pub shown: String,
+    pub implicit: bool,
+    /// Its name in the names of vertices.
+    pub display_name: String,
     pub done: usize,
     pub total: usize,
     /// Whether the current instruction is a trigger.
@@ -144,7 +144,11 @@ impl Stage {
         let platform = platform
             .map(|p| format!("{}{} ", crate::platform::full(p), cross(p, env)))
             .unwrap_or_default();
-        let stage = if self.shown.is_empty() { String::new() } else { format!("{} ", self.shown) };
+        let stage = if self.display_name.is_empty() {
+            String::new()
+        } else {
+            format!("{} ", self.display_name)
+        };
         let trigger = if self.in_trigger { "ONBUILD " } else { "" };
         let width = self.total.ilog10() as usize + 1;
         format!("[{platform}{stage}{:>width$}/{}] {trigger}{text}", self.done, self.total)

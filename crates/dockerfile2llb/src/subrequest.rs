@@ -3,9 +3,9 @@
 
 use crate::{
     build::{lint_config, marshal, parse, parse_any, warn_all},
-    convert::{Converted, Reach, TargetOutline, convert},
+    build_context::BuildContext,
+    convert::{Converted, Scope, TargetOutline, convert},
     failure::Failure,
-    ui::Ui,
 };
 use base64::Engine as _;
 use serde_json::{Value, json};
@@ -19,16 +19,16 @@ use shipway_oci::gojson;
 const VERSION: &str = "1.0.0";
 
 /// Answers `request`.
-pub async fn answer(ui: &Ui, request: &str) -> Result<FrontendResult> {
+pub async fn answer(cx: &BuildContext, request: &str) -> Result<FrontendResult> {
     match request {
         "frontend.subrequests.describe" => describe(),
         "frontend.targets" => {
-            let file = parse_any(ui, &mut Linter::default()).map_err(|f| ui.fault(f))?;
-            targets(ui, &file)
+            let file = parse_any(cx, &mut Linter::default()).map_err(|f| cx.fault(f))?;
+            targets(cx, &file)
         }
-        "frontend.outline" => outline(ui).await,
-        "frontend.lint" => lint(ui).await,
-        "frontend.convertllb" => convert_llb(ui).await,
+        "frontend.outline" => outline(cx).await,
+        "frontend.lint" => lint(cx).await,
+        "frontend.convertllb" => convert_llb(cx).await,
         _ => {
             // Clients know it by its detail; another code than this they would print.
             let fault = Fault::unknown(format!("unsupported request {request}"));
@@ -54,24 +54,24 @@ fn go_json(value: &Value) -> Result<String> {
 
 /// Converts the target as a build would: its rules are heard on the status, and are errors if the
 /// file says so.
-async fn converted(ui: &Ui) -> Result<Converted> {
-    let mut linter = Linter::new(lint_config(ui).map_err(|f| ui.fault(f))?);
+async fn converted(cx: &BuildContext) -> Result<Converted> {
+    let mut linter = Linter::new(lint_config(cx).map_err(|f| cx.fault(f))?);
     let asked = async {
-        let file = parse(ui, &mut linter)?;
-        convert(ui, &file, None, Reach::Target, &mut linter).await
+        let file = parse(cx, &mut linter)?;
+        convert(cx, &file, None, Scope::Target, &mut linter).await
     };
     let asked = asked.await;
-    warn_all(ui, &mut linter).await?;
-    asked.map_err(|f| ui.fault(f))
+    warn_all(cx, &mut linter).await?;
+    asked.map_err(|f| cx.fault(f))
 }
 
 /// The target's graph as JSON (row `dfs.convert`).
-async fn convert_llb(ui: &Ui) -> Result<FrontendResult> {
-    let converted = converted(ui).await?;
+async fn convert_llb(cx: &BuildContext) -> Result<FrontendResult> {
+    let converted = converted(cx).await?;
     let mut result = FrontendResult::default();
     result
         .metadata
-        .insert("result.json".into(), go_json(&marshal(ui, &converted)?.to_json()?)?.into_bytes());
+        .insert("result.json".into(), go_json(&marshal(cx, &converted)?.to_json()?)?.into_bytes());
     result.metadata.insert("version".into(), "0.1.0".into());
     Ok(result)
 }
@@ -166,7 +166,7 @@ fn base64(data: &[u8]) -> String {
     base64::engine::general_purpose::STANDARD.encode(data)
 }
 
-fn targets(ui: &Ui, file: &Dockerfile) -> Result<FrontendResult> {
+fn targets(cx: &BuildContext, file: &Dockerfile) -> Result<FrontendResult> {
     let last = file.stages.len().saturating_sub(1);
     let mut rows = vec![["TARGET", "DESCRIPTION"].map(String::from).to_vec()];
     let mut all = Vec::new();
@@ -187,11 +187,11 @@ fn targets(ui: &Ui, file: &Dockerfile) -> Result<FrontendResult> {
         rows.push(vec![name, stage.description.clone()]);
     }
     let all = if all.is_empty() { Value::Null } else { Value::Array(all) };
-    result(&json!({"targets": all, "sources": [base64(&ui.file.data)]}), table(&rows, 1), &[])
+    result(&json!({"targets": all, "sources": [base64(&cx.file.data)]}), table(&rows, 1), &[])
 }
 
-async fn outline(ui: &Ui) -> Result<FrontendResult> {
-    let TargetOutline { name, description, args, secrets, ssh } = converted(ui).await?.outline;
+async fn outline(cx: &BuildContext) -> Result<FrontendResult> {
+    let TargetOutline { name, description, args, secrets, ssh } = converted(cx).await?.outline;
     let at = |lines: Lines| location(&lines.spans());
     let arg = |a: &crate::outline::ArgInfo| {
         let rest = [
@@ -210,7 +210,7 @@ async fn outline(ui: &Ui) -> Result<FrontendResult> {
         ("args", args.iter().map(arg).collect()),
         ("secrets", secrets.iter().map(asked).collect()),
         ("ssh", ssh.iter().map(asked).collect()),
-        ("sources", json!([base64(&ui.file.data)])),
+        ("sources", json!([base64(&cx.file.data)])),
     ]);
     let mut text = String::new();
     if !name.is_empty() || !description.is_empty() {
@@ -242,21 +242,21 @@ async fn outline(ui: &Ui) -> Result<FrontendResult> {
 
 /// Converts everything and answers with what the rules found; a failing conversion is part of the
 /// answer (row `dfs.lint`). Who asks for columns gets all mistakes and the advice too.
-async fn lint(ui: &Ui) -> Result<FrontendResult> {
-    let config = lint_config(ui);
+async fn lint(cx: &BuildContext) -> Result<FrontendResult> {
+    let config = lint_config(cx);
     let mut linter = Linter::new(config.as_ref().ok().cloned().unwrap_or_default());
-    let reach = if ui.options.target.is_empty() { Reach::All } else { Reach::Target };
+    let scope = if cx.options.target.is_empty() { Scope::All } else { Scope::Target };
     let checked = async {
         let config = config?;
-        let file = parse(ui, &mut linter).map_err(|first| match ui.options.columns {
-            true => all_mistakes(ui, first, config, &mut linter),
+        let file = parse(cx, &mut linter).map_err(|first| match cx.options.columns {
+            true => all_mistakes(cx, first, config, &mut linter),
             false => first,
         })?;
-        convert(ui, &file, None, reach, &mut linter).await.map(drop)
+        convert(cx, &file, None, scope, &mut linter).await.map(drop)
     };
     let failed = checked.await.err();
     let mut found = linter.take();
-    let columns = ui.source();
+    let columns = cx.source();
     let source = columns.as_ref();
     let warning = |l: &Lint| {
         let mut warning = object([
@@ -276,7 +276,7 @@ async fn lint(ui: &Ui) -> Result<FrontendResult> {
     };
     let warnings: Value =
         if found.is_empty() { Value::Null } else { found.iter().map(warning).collect() };
-    let mut answer = json!({"warnings": warnings, "sources": [self::source(&ui.file)]});
+    let mut answer = json!({"warnings": warnings, "sources": [self::source(&cx.file)]});
     let bad = failed.is_some() || !found.is_empty();
     if let Some(failure) = failed {
         answer["buildError"] = error(&failure, source);
@@ -288,15 +288,20 @@ async fn lint(ui: &Ui) -> Result<FrontendResult> {
         }
     }
     found.sort_by_key(|l| l.lines.start);
-    let text: String = found.iter().map(|l| print(l, &ui.file)).collect();
+    let text: String = found.iter().map(|l| print(l, &cx.file)).collect();
     result(&answer, text, &[("result.statuscode", if bad { "1" } else { "0" })])
 }
 
 /// A file that does not parse once more, now with all that is wrong with it. `first` is what the
 /// strict reading said.
-fn all_mistakes(ui: &Ui, first: Failure, config: LintConfig, linter: &mut Linter) -> Failure {
+fn all_mistakes(
+    cx: &BuildContext,
+    first: Failure,
+    config: LintConfig,
+    linter: &mut Linter,
+) -> Failure {
     *linter = Linter::new(config);
-    let (_, mistakes) = Dockerfile::diagnose(&ui.file.data, linter);
+    let (_, mistakes) = Dockerfile::diagnose(&cx.file.data, linter);
     Failure::all(mistakes.into_iter().map(Failure::from)).err().unwrap_or(first)
 }
 

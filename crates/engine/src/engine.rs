@@ -6,6 +6,7 @@ use crate::{
     pipeline,
     request::{BuildRequest, BuildResponse, ExporterRequest},
 };
+use parking_lot::Mutex;
 use shipway_attest::AttestOptions;
 use shipway_fault::{Code, Fault, Result};
 use shipway_history::{ExporterRecord, StartedBuild};
@@ -16,7 +17,7 @@ use shipway_session::SessionGroup;
 use shipway_solver::JobId;
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 use tokio::sync::watch;
@@ -55,10 +56,6 @@ pub enum Progress {
     Past(Digest),
 }
 
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Ends a build's journal and takes it off the list of running ones, however the build ends.
 struct Running {
     engine: Arc<EngineInner>,
@@ -71,11 +68,11 @@ struct Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.journal.close();
-        lock(&self.engine.running).remove(&self.id);
+        self.engine.running.lock().remove(&self.id);
         self.engine.remember(self.id.clone(), self.journal.clone());
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             let engine = Arc::downgrade(&self.engine);
-            runtime.spawn(async move {
+            shipway_task::spawn_on(&runtime, "forget a build's progress", async move {
                 tokio::time::sleep(RECENT).await;
                 if let Some(engine) = engine.upgrade() {
                     engine.forget();
@@ -87,7 +84,7 @@ impl Drop for Running {
             let (engine, id, journal) =
                 (self.engine.clone(), self.id.clone(), self.journal.clone());
             if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-                runtime.spawn(async move {
+                shipway_task::spawn_on(&runtime, "record a cancelled build", async move {
                     engine.parts.history.completed(&id, &journal, Err(Fault::cancelled())).await
                 });
             }
@@ -98,7 +95,7 @@ impl Drop for Running {
 impl EngineInner {
     /// Keeps a closed journal for a moment.
     fn remember(&self, id: String, journal: Journal) {
-        let mut recent = lock(&self.recent);
+        let mut recent = self.recent.lock();
         recent.push_back((Instant::now(), id, journal));
         if recent.len() > MAX_RECENT {
             recent.pop_front();
@@ -107,7 +104,7 @@ impl EngineInner {
 
     /// Lets go of the journals whose moment is over.
     fn forget(&self) {
-        let mut recent = lock(&self.recent);
+        let mut recent = self.recent.lock();
         while recent.front().is_some_and(|(ended, ..)| ended.elapsed() >= RECENT) {
             recent.pop_front();
         }
@@ -115,10 +112,11 @@ impl EngineInner {
 
     /// The journal of a build that runs or ended a moment ago.
     fn live(&self, id: &str) -> Option<Journal> {
-        if let Some(journal) = lock(&self.running).get(id) {
+        if let Some(journal) = self.running.lock().get(id) {
             return Some(journal.clone());
         }
-        lock(&self.recent)
+        self.recent
+            .lock()
             .iter()
             .rev()
             .find(|(_, known, _)| known == id)
@@ -143,7 +141,7 @@ impl Engine {
         &self.0.parts
     }
 
-    /// Builds. Dropping the future cancels the build: what nobody else needs is stopped and
+    /// Builds. Dropping the future cancels the build: what no other build needs is stopped and
     /// removed.
     pub async fn build(&self, mut request: BuildRequest) -> Result<BuildResponse> {
         request.simplify();
@@ -204,7 +202,7 @@ impl Engine {
     }
 
     fn begin(&self, request: &BuildRequest, journal: Journal) -> Result<Running> {
-        let mut all = lock(&self.0.running);
+        let mut all = self.0.running.lock();
         if all.contains_key(&request.id) {
             return Err(Fault::new(Code::AlreadyExists, format!("job ID {} exists", request.id)));
         }

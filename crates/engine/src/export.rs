@@ -126,7 +126,7 @@ fn listed(result: &FrontendResult) -> Result<Option<Vec<PlatformEntry>>> {
 
 fn config_platform(result: &FrontendResult) -> Result<Option<Platform>> {
     let Some(json) = result.metadata.get("containerimage.config") else { return Ok(None) };
-    // What is no config at all is for the exporter to refuse.
+    // The exporter refuses what is not a config at all.
     let Ok(Some(config)) = serde_json::from_slice::<Option<shipway_oci::ImageConfig>>(json) else {
         return Ok(None);
     };

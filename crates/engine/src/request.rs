@@ -100,7 +100,7 @@ impl BuildRequest {
                 );
                 let advice = match name {
                     "device" => {
-                        "the daemon was told not to give devices to steps: `disabled` of [cdi] in its configuration, or --cdi-disabled"
+                        "the daemon is configured not to give devices to steps: `disabled` of [cdi] in its configuration, or --cdi-disabled"
                             .into()
                     }
                     _ => format!(

@@ -126,7 +126,7 @@ impl ArchiveExporter {
         cx.reporter.status("sending tarball", 0, 0, false);
         let mut tar = Tarball::new(session.file_send(cx.index, response)?);
         let sent = self.send(&mut tar, written, root, names).await;
-        // A client that has the image already stops reading; only its answer tells (row
+        // A client that has the image already stops reading; only its answer shows that (row
         // `ex.oci.skip`).
         match tar.finish().await {
             Ok(Delivered::NotNeeded) => {}

@@ -16,7 +16,7 @@ const INLINE_CACHE: &str = "moby.buildkit.cache.v0";
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What is known of a layer besides its digest.
-pub(crate) struct LayerNote {
+pub(crate) struct LayerHistory {
     pub diff_id: DiffId,
     pub created_by: String,
     pub created: SystemTime,
@@ -50,7 +50,7 @@ pub(crate) fn complete(
     given: Option<&[u8]>,
     base: Option<&[u8]>,
     platform: &Platform,
-    layers: &[LayerNote],
+    layers: &[LayerHistory],
     epoch: Option<SystemTime>,
     cache: Option<&[u8]>,
 ) -> Result<Vec<u8>> {
@@ -119,7 +119,7 @@ pub(crate) fn complete(
 /// The history with exactly one non-empty entry per layer. Entries without a time get their
 /// layer's, and where they have no layer that of the entry before, or at first that of the first
 /// new layer. `None` is what Go calls a nil list.
-fn padded(history: Option<Vec<History>>, layers: &[LayerNote]) -> Option<Vec<History>> {
+fn padded(history: Option<Vec<History>>, layers: &[LayerHistory]) -> Option<Vec<History>> {
     let mut unnamed = layers.iter();
     let mut history = history;
     for entry in history.iter_mut().flatten().filter(|e| !e.empty_layer) {
@@ -172,8 +172,8 @@ mod tests {
     use serde_json::Value;
     use shipway_oci::Digest;
 
-    fn note(name: &str) -> LayerNote {
-        LayerNote {
+    fn note(name: &str) -> LayerHistory {
+        LayerHistory {
             diff_id: DiffId(Digest::of(name)),
             created_by: name.into(),
             created: timestamp::parse("2020-01-01T00:00:00Z").unwrap(),
@@ -279,7 +279,7 @@ mod tests {
                 ),
             ),
             (
-                "null is no time",
+                "null is not a time",
                 r#"{"os":"linux","architecture":"amd64","created":null}"#,
                 &[],
                 Some("2001-01-01T00:00:00Z"),

@@ -219,7 +219,8 @@ fn matches(pattern: &str, name: &str) -> bool {
 }
 
 /// A temporary lease that is made when something is first written, and ends with the export,
-/// however that ends. Nobody waits for its end: what was exported is held by its name, or was sent.
+/// however that ends. Its end is not waited for: what was exported is held by its name, or was
+/// sent.
 pub(crate) struct ExportLease {
     id: LeaseId,
     leases: Arc<dyn Leases>,
@@ -263,7 +264,7 @@ impl Drop for ExportLease {
         if self.asked.load(Ordering::Relaxed)
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
-            runtime.spawn(end(leases, id));
+            shipway_task::spawn_on(&runtime, "delete the lease of an export", end(leases, id));
         }
     }
 }
@@ -488,7 +489,7 @@ mod tests {
         assert!(check(&[], &[]).is_ok());
         assert!(check(&[&managed, &ours], &[]).is_ok());
         assert!(check(&[&managed], &["registry.k8s.io/*"]).is_ok());
-        // The label of a build whose name somebody else has pointed elsewhere since.
+        // The label of a build whose name another program has pointed elsewhere since.
         let stale = built_labels(&Descriptor::of("m", b"y"), SystemTime::now());
         for labels in [&[&managed][..], &[&managed, &stale]] {
             let fault = check(labels, &["other/*"]).unwrap_err();

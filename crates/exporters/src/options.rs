@@ -58,9 +58,9 @@ fn seconds(text: &str, what: &str) -> Result<Option<SystemTime>> {
     if text.is_empty() {
         return Ok(None);
     }
-    let seconds: i64 = text
-        .parse()
-        .map_err(|_| Fault::invalid(format!("invalid {what}: {text:?} is no number of seconds")))?;
+    let seconds: i64 = text.parse().map_err(|_| {
+        Fault::invalid(format!("invalid {what}: {text:?} is not a number of seconds"))
+    })?;
     Ok(Some(UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))))
 }
 

@@ -2,16 +2,14 @@
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
+use parking_lot::Mutex;
 use shipway_attest::Attestation;
 use shipway_fault::Result;
 use shipway_oci::{Descriptor, Platform};
 use shipway_progress::Reporter;
 use shipway_refs::ImmutableRef;
 use shipway_session::{SessionGroup, SessionId};
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 /// Keys and values for the client (rows `ex.resp.*`).
 pub type Response = BTreeMap<String, String>;
@@ -62,7 +60,7 @@ pub(crate) fn metadata_of<'a>(
 /// An attestation to export.
 pub type ExportAttestation = Attestation<Content>;
 
-/// Makes a predicate when it is asked for: provenance tells when everything was done.
+/// Makes a predicate when it is asked for: provenance says when everything was done.
 pub type Maker = Arc<dyn Fn() -> BoxFuture<'static, Result<Vec<u8>>> + Send + Sync>;
 
 /// Where an attestation's content is.
@@ -101,12 +99,12 @@ pub struct Finally(Arc<Mutex<Vec<BoxFuture<'static, Result<()>>>>>);
 impl Finally {
     /// Leaves `work` for later.
     pub fn then(&self, work: impl Future<Output = Result<()>> + Send + 'static) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(Box::pin(work));
+        self.0.lock().push(Box::pin(work));
     }
 
     /// What was left, in order.
     pub fn take(&self) -> Vec<BoxFuture<'static, Result<()>>> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.0.lock())
     }
 }
 

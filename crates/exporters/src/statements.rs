@@ -45,10 +45,7 @@ pub(crate) async fn read(attestations: Vec<ExportAttestation>) -> Result<Vec<Att
                     drop(mount);
                     read
                 };
-                let read = tokio::task::spawn_blocking(work).await;
-                let read =
-                    read.map_err(|e| Fault::internal(format!("reading attestations failed: {e}")))?;
-                for (bare, predicate) in read? {
+                for (bare, predicate) in shipway_task::blocking("read attestations", work).await? {
                     out.push(bare.with(predicate));
                 }
             }
@@ -76,7 +73,7 @@ fn json(bytes: &[u8]) -> Result<Value> {
         .map_err(|e| Fault::invalid(format!("cannot decode in-toto statement: {e}")))
 }
 
-/// Opens what lies at `path` for somebody whose root is `root`.
+/// Opens what lies at `path` as seen from the root `root`.
 fn open(root: &Path, path: &Path, flags: OFlags) -> Result<OwnedFd> {
     let failed = |e: rustix::io::Errno| {
         Fault::io(format!("open {} of an attestation", path.display()), e.into())

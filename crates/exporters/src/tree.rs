@@ -150,9 +150,7 @@ impl TreeOptions {
             }
             Ok(dir)
         };
-        tokio::task::spawn_blocking(work)
-            .await
-            .map_err(|e| Fault::internal(format!("writing attestations failed: {e}")))?
+        shipway_task::blocking("write attestations", work).await
     }
 }
 
@@ -188,9 +186,7 @@ async fn check_parts_apart(input: &ExportInput, parts: &[Part]) -> Result<()> {
         .zip(parts)
         .map(|(p, part)| (p.id.clone(), part.mount.path().to_owned()))
         .collect();
-    tokio::task::spawn_blocking(move || check_apart(&trees))
-        .await
-        .map_err(|e| Fault::internal(format!("compare platforms: {e}")))?
+    shipway_task::blocking("compare platforms", move || check_apart(&trees)).await
 }
 
 /// What an attestation's file is called; with a platform where files of several platforms lie
@@ -214,8 +210,9 @@ fn subjects(root: &Path) -> Result<Vec<Subject>> {
             let failed = |e| Fault::io(format!("read {}", path.display()), e);
             let checksum =
                 ChecksumAlgorithm::Sha256.of(File::open(&path).map_err(failed)?).map_err(failed)?;
-            let digest: Digest =
-                checksum.parse().map_err(|_| Fault::internal("a checksum is no digest"))?;
+            let digest: Digest = checksum
+                .parse()
+                .map_err(|_| Fault::internal("a checksum is not a valid digest"))?;
             all.push(Subject {
                 name: String::from_utf8_lossy(&entry.path).into_owned(),
                 digest: digest_set(digest),
@@ -331,9 +328,7 @@ impl Exporter for TarExporter {
             let sent = shipway_archive::pack_below(&trees, now, &mut send).map(drop);
             (sink, sent)
         };
-        let (sink, sent) = tokio::task::spawn_blocking(pack)
-            .await
-            .map_err(|e| Fault::internal(format!("pack a tarball: {e}")))?;
+        let (sink, sent) = shipway_task::blocking("pack a tarball", move || Ok(pack())).await?;
         match sink.finish().await? {
             Delivered::NotNeeded => {}
             Delivered::Taken => sent?,

@@ -1,7 +1,7 @@
 //! Writes an image's manifests, configs and index into the content store, under a lease.
 
 use crate::{
-    config::{self, LayerNote},
+    config::{self, LayerHistory},
     image::ExportLease,
     options::{ImageOptions, Level},
     port::{ExportAttestation, ExportInput, ExportPlatform, metadata_of},
@@ -203,13 +203,13 @@ impl Writer<'_> {
         // The layers' blobs are kept by the states that `input` holds.
         let metadata = |key: &str| metadata_of(&input.metadata, key, &p.id);
         let times = p.state.layer_times().await?;
-        let note = |(b, created): (&LayerBlob, SystemTime)| LayerNote {
+        let note = |(b, created): (&LayerBlob, SystemTime)| LayerHistory {
             diff_id: b.diff_id,
             created_by: p.state.description().to_owned(),
             created,
         };
         let known = times.into_iter().chain(std::iter::repeat_with(SystemTime::now));
-        let notes: Vec<LayerNote> = blobs.iter().zip(known).map(note).collect();
+        let notes: Vec<LayerHistory> = blobs.iter().zip(known).map(note).collect();
         let (given, base) =
             (metadata("containerimage.config"), metadata("containerimage.base.config"));
         let epoch = self.options.epoch.of(&input.metadata, &p.id)?;
@@ -222,7 +222,7 @@ impl Writer<'_> {
             metadata("containerimage.inlinecache"),
         )?;
         let mut config_labels = Labels::new();
-        if let Some(chain) = ChainId::of(notes.iter().map(|n: &LayerNote| n.diff_id)) {
+        if let Some(chain) = ChainId::of(notes.iter().map(|n: &LayerHistory| n.diff_id)) {
             let snapshots = &self.refs.storage().snapshots;
             // The label keeps the snapshot chain alive with the image; where there is no such
             // snapshot it does nothing.
@@ -433,8 +433,8 @@ fn layer(descriptor: &Descriptor, oci: bool, prefer_foreign: bool) -> Descriptor
         out.urls.clone_from(&descriptor.urls);
     }
     if oci {
-        let told = descriptor.annotations.iter().filter(|(k, _)| !is_internal(k));
-        out.annotations = told.map(|(k, v)| (k.clone(), v.clone())).collect();
+        let public = descriptor.annotations.iter().filter(|(k, _)| !is_internal(k));
+        out.annotations = public.map(|(k, v)| (k.clone(), v.clone())).collect();
     }
     out
 }

@@ -4,7 +4,7 @@ use rustix::fs::RawMode;
 use shipway_fault::{Fault, Result};
 
 /// Everything that `a` means, and no letter at all when something is taken away first: the sticky
-/// bit belongs to nobody.
+/// bit belongs to none of them.
 const ALL: RawMode = 0o6777;
 const STICKY: RawMode = 0o1000;
 const EXECUTE: RawMode = 0o111;
@@ -17,7 +17,7 @@ pub(crate) struct Symbolic(Vec<Change>);
 enum Change {
     Set(RawMode),
     Clear(RawMode),
-    /// Set if it is a directory, or if somebody may execute it before all changes.
+    /// Set if it is a directory, or if anyone may execute it before all changes.
     SetIfExecutable(RawMode),
     /// Permissions of one class for others.
     Copy {
@@ -150,7 +150,7 @@ impl Symbolic {
     pub(crate) fn parse(text: &str) -> Result<Self> {
         let bad = || {
             Fault::invalid(format!(
-                "{text:?} is no file mode: want octal digits or changes such as u+x,go-w"
+                "{text:?} is not a file mode: want octal digits or changes such as u+x,go-w"
             ))
         };
         if text.starts_with(|c: char| c.is_ascii_digit()) {

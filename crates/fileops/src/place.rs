@@ -48,9 +48,9 @@ pub(crate) fn fault(what: &str, path: &impl Display, error: Errno) -> Fault {
             | Errno::LOOP
             | Errno::NAMETOOLONG
     );
-    let mut told = Fault::new(fault.code(), format!("{what} {path}: {plain}"));
-    told = told.with_class(if user { Class::User } else { fault.class() });
-    fault.hints().fold(told, |t, h| t.hint(h.to_owned()))
+    let mut plainer = Fault::new(fault.code(), format!("{what} {path}: {plain}"));
+    plainer = plainer.with_class(if user { Class::User } else { fault.class() });
+    fault.hints().fold(plainer, |t, h| t.hint(h.to_owned()))
 }
 
 /// Owner of made files.
@@ -106,10 +106,10 @@ impl Root {
     /// meant.
     pub(crate) fn source(&self, path: &RootPath) -> Result<Stat> {
         self.lstat(path).map_err(|e| {
-            let told = fault("lstat", path, e);
+            let missing = fault("lstat", path, e);
             match (e == Errno::NOENT).then(|| self.near(path)).flatten() {
-                Some(near) => told.hint(format!("did you mean {near}?")),
-                None => told,
+                Some(near) => missing.hint(format!("did you mean {near}?")),
+                None => missing,
             }
         })
     }
@@ -198,8 +198,8 @@ impl Root {
     }
 }
 
-/// Makes a directory. The umask takes its part of `mode`: whoever wants exactly that mode sets it
-/// afterwards, as [`finish`] does.
+/// Makes a directory. The umask takes its part of `mode`: callers that want exactly that mode set
+/// it afterwards, as [`finish`] does.
 pub(crate) fn make_dir(dir: BorrowedFd<'_>, name: &OsStr, mode: RawMode) -> rustix::io::Result<()> {
     rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(mode & 0o7777))
 }

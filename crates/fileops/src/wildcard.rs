@@ -27,7 +27,7 @@ pub(crate) fn resolve(root: &Root, pattern: &str, follow: bool) -> Result<Vec<Ro
     let stat = root.source(&start)?;
     let mut found = if is_dir(&stat) { vec![start] } else { Vec::new() };
     while let Some(part) = parts.next() {
-        // As in Go, what is no pattern matches nothing.
+        // As in Go, what is not a pattern matches nothing.
         let Ok(glob) = Glob::new(&part) else { return Ok(Vec::new()) };
         let is_last = parts.peek().is_none();
         let mut next = Vec::new();

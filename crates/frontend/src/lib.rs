@@ -220,7 +220,7 @@ pub trait Bridge: Send + Sync {
     async fn inputs(&self) -> Result<BTreeMap<String, Definition>>;
 
     /// Names in the directory `dir` (empty for the top) of a client's directory, without
-    /// transferring anything; for suggestions only, so nobody need answer.
+    /// transferring anything; for suggestions only, so an empty answer is fine.
     async fn local_names(&self, local: &str, session: &str, dir: &str) -> Result<Vec<String>> {
         let _ = (local, session, dir);
         Ok(Vec::new())

@@ -1,6 +1,7 @@
 //! Builds driven from outside: registration by id, references by id, and the returned result.
 
-use crate::{BridgeService, containers::Kept};
+use crate::{BridgeService, containers::HeldContainer};
+use parking_lot::Mutex;
 use shipway_fault::{Fault, Result};
 use shipway_frontend::{Bridge, BuildRef, Container, FrontendResult};
 use shipway_grpc::HealthService;
@@ -9,11 +10,7 @@ use shipway_proto::{
     grpc::health::v1::health_server::HealthServer,
     moby::buildkit::v1::{frontend::llb_bridge_server::LlbBridgeServer, types::WorkerRecord},
 };
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::{oneshot, watch},
@@ -31,16 +28,12 @@ const GRACE: Duration = Duration::from_secs(3);
 /// Says what workers there are, for Ping.
 pub type WorkerSource = Arc<dyn Fn() -> Vec<WorkerRecord> + Send + Sync>;
 
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// One build driven through the gateway.
 pub struct GatewayBuild {
     /// The engine's side.
     pub(crate) bridge: Arc<dyn Bridge>,
     refs: Mutex<HashMap<String, Arc<dyn BuildRef>>>,
-    containers: Mutex<HashMap<String, Kept>>,
+    containers: Mutex<HashMap<String, HeldContainer>>,
     returned: Mutex<Option<oneshot::Sender<Result<FrontendResult>>>>,
 }
 
@@ -62,7 +55,7 @@ impl GatewayBuild {
     /// Remembers a reference under its id.
     pub(crate) fn keep(&self, build_ref: &Arc<dyn BuildRef>) -> Result<String> {
         let id = build_ref.id().to_owned();
-        let mut refs = lock(&self.refs);
+        let mut refs = self.refs.lock();
         if refs.len() >= MAX_REFS && !refs.contains_key(&id) {
             let message = format!("the build asked for more than {MAX_REFS} states");
             return Err(Fault::new(shipway_fault::Code::ResourceExhausted, message));
@@ -84,15 +77,16 @@ impl GatewayBuild {
 
     /// The reference that was handed out as `id`.
     pub(crate) fn find(&self, id: &str) -> Result<Arc<dyn BuildRef>> {
-        lock(&self.refs)
+        self.refs
+            .lock()
             .get(id)
             .cloned()
             .ok_or_else(|| Fault::not_found(format!("no such ref: {id}")))
     }
 
     /// Remembers a container; a name is used once at a time.
-    pub(crate) fn add_container(&self, name: String, kept: Kept) -> Result<()> {
-        let mut containers = lock(&self.containers);
+    pub(crate) fn add_container(&self, name: String, held: HeldContainer) -> Result<()> {
+        let mut containers = self.containers.lock();
         if containers.contains_key(&name) {
             return Err(Fault::new(
                 shipway_fault::Code::AlreadyExists,
@@ -105,13 +99,13 @@ impl GatewayBuild {
             return Err(Fault::new(shipway_fault::Code::ResourceExhausted, message)
                 .hint("release those that are not needed any more"));
         }
-        containers.insert(name, kept);
+        containers.insert(name, held);
         Ok(())
     }
 
     /// The container `name`.
     pub(crate) fn container(&self, name: &str) -> Option<Arc<dyn Container>> {
-        lock(&self.containers).get(name).map(|k| k.container.clone())
+        self.containers.lock().get(name).map(|k| k.container.clone())
     }
 
     /// The container `name` for one more process, the PATH of processes that name none, and whether
@@ -120,29 +114,30 @@ impl GatewayBuild {
         &self,
         name: &str,
     ) -> Option<(Arc<dyn Container>, &'static str, bool)> {
-        let mut containers = lock(&self.containers);
+        let mut containers = self.containers.lock();
         let kept = containers.get_mut(name)?;
         let first = !std::mem::replace(&mut kept.started, true);
         Some((kept.container.clone(), kept.path, first))
     }
 
     /// Forgets the container `name`.
-    pub(crate) fn remove_container(&self, name: &str) -> Option<Kept> {
-        lock(&self.containers).remove(name)
+    pub(crate) fn remove_container(&self, name: &str) -> Option<HeldContainer> {
+        self.containers.lock().remove(name)
     }
 
     /// Ends what the build's containers still run.
     pub async fn release_containers(&self) {
-        let left: Vec<Kept> = lock(&self.containers).drain().map(|(_, kept)| kept).collect();
+        let left: Vec<HeldContainer> =
+            self.containers.lock().drain().map(|(_, kept)| kept).collect();
         for kept in left {
-            // What still runs now was left behind, and its end is no news to anybody.
+            // What still runs now was left behind, and how it ends does not matter.
             let _ = kept.container.release().await;
         }
     }
 
     /// Delivers the result; the second time is an error (row `gw.return`).
     pub(crate) fn deliver(&self, result: Result<FrontendResult>) -> Result<()> {
-        let sender = lock(&self.returned).take().ok_or_else(|| {
+        let sender = self.returned.lock().take().ok_or_else(|| {
             Fault::new(shipway_fault::Code::FailedPrecondition, "gateway result is already set")
         })?;
         // A build whose waiter is gone was cancelled; its client learns that from Solve.
@@ -328,7 +323,7 @@ mod tests {
     async fn metadata_of_old_clients_is_in_base64_and_comes_second() {
         let (build, returned) = GatewayBuild::new(Arc::new(Nothing));
         let (ours, theirs) = tokio::io::duplex(1 << 16);
-        let serving = tokio::spawn(serve(build, ours));
+        let serving = shipway_task::spawn("serve a frontend", serve(build, ours));
         let tunnel = shipway_grpc::TunnelChannel::connect(theirs).await.unwrap();
         let mut client = LlbBridgeClient::new(tunnel.channel());
         let exporter_attr = br#"{"k":"YXNrZWQ=","l":"YXNrZWQ=","n":null}"#.to_vec();
@@ -349,7 +344,7 @@ mod tests {
     async fn a_frontend_that_is_served_alone_names_no_build() {
         let (build, returned) = GatewayBuild::new(Arc::new(Nothing));
         let (ours, theirs) = tokio::io::duplex(1 << 16);
-        let serving = tokio::spawn(serve(build, ours));
+        let serving = shipway_task::spawn("serve a frontend", serve(build, ours));
         let tunnel = shipway_grpc::TunnelChannel::connect(theirs).await.unwrap();
         let mut client = LlbBridgeClient::new(tunnel.channel());
         let pong = client.ping(wire::PingRequest {}).await.unwrap().into_inner();

@@ -14,7 +14,7 @@ pub(crate) const DEFAULT_PATHS: [&str; 2] = [
 ];
 
 /// A container and what is known of its processes.
-pub(crate) struct Kept {
+pub(crate) struct HeldContainer {
     pub(crate) container: Arc<dyn Container>,
     pub(crate) path: &'static str,
     /// Whether its first process was asked for.
@@ -53,7 +53,7 @@ pub(crate) async fn new(build: &GatewayBuild, request: wire::NewContainerRequest
     let container = build.bridge.new_container(asked).await?;
     build.add_container(
         name,
-        Kept { container, path: DEFAULT_PATHS[usize::from(windows)], started: false },
+        HeldContainer { container, path: DEFAULT_PATHS[usize::from(windows)], started: false },
     )
 }
 

@@ -1,4 +1,4 @@
-//! Processes in containers over one stream (rows `gw.exec.*`): messages are told apart by the id
+//! Processes in containers over one stream (rows `gw.exec.*`): messages are distinguished by the id
 //! that the client gives each process.
 
 use crate::build::GatewayBuild;
@@ -80,7 +80,7 @@ async fn handle(
             }
             let (process, theirs) = start(build, id.clone(), init, answers.clone())?;
             ends.insert(id, theirs);
-            running.spawn(process);
+            running.spawn(shipway_task::named("run a process", process));
         }
         Some(Input::File(file)) => {
             let process = ends.get_mut(&id).ok_or_else(unknown)?;
@@ -121,7 +121,7 @@ fn start(
         Fault::not_found(format!("container {name:?} previously released or not created"))
     })?;
     let fds = init.fds.clone();
-    let (control, told) = mpsc::channel(QUEUE);
+    let (control, changes) = mpsc::channel(QUEUE);
     let (output, said) = mpsc::channel(QUEUE);
     let (started, runs) = oneshot::channel();
     // Only of the first one, which the others need, is the start awaited: clients do not read
@@ -131,7 +131,7 @@ fn start(
     let io = ProcessIo {
         input: fds.contains(&0).then_some(read),
         output: OutputTarget::Queue(output),
-        control: Some(told),
+        control: Some(changes),
         started,
     };
     let end = match process(init, path) {
@@ -145,7 +145,7 @@ fn start(
     Ok((life, Ends { input, control }))
 }
 
-/// What is told of one process.
+/// Messages about one process.
 struct Said {
     id: String,
     answers: Answers,
@@ -153,7 +153,7 @@ struct Said {
 }
 
 impl Said {
-    async fn tell(
+    async fn send(
         &self,
         input: Input,
     ) -> Result<(), mpsc::error::SendError<Result<wire::ExecMessage, Status>>> {
@@ -174,7 +174,7 @@ impl Said {
         if !self.fds.contains(&fd) {
             return Ok(());
         }
-        self.tell(Input::File(wire::FdMessage { fd, eof: false, data: output.bytes.to_vec() }))
+        self.send(Input::File(wire::FdMessage { fd, eof: false, data: output.bytes.to_vec() }))
             .await
     }
 }
@@ -194,7 +194,7 @@ async fn follow(
         // One that could not start is said to have started, and to have ended.
         result = &mut end => ended = Some(result),
     }
-    said.tell(Input::Started(wire::StartedMessage {})).await?;
+    said.send(Input::Started(wire::StartedMessage {})).await?;
     let result = loop {
         if let Some(result) = ended.take() {
             break result;
@@ -208,10 +208,10 @@ async fn follow(
         said.output(piece).await?;
     }
     for fd in said.fds.iter().copied().filter(|fd| *fd != 0) {
-        said.tell(Input::File(wire::FdMessage { fd, eof: true, data: Vec::new() })).await?;
+        said.send(Input::File(wire::FdMessage { fd, eof: true, data: Vec::new() })).await?;
     }
-    said.tell(Input::Exit(exit(result))).await?;
-    said.tell(Input::Done(wire::DoneMessage {})).await
+    said.send(Input::Exit(exit(result))).await?;
+    said.send(Input::Done(wire::DoneMessage {})).await
 }
 
 fn exit(result: Result<ExitStatus>) -> wire::ExitMessage {
@@ -314,7 +314,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_process_is_told_of_in_order() {
-        let (answers, mut told) = mpsc::channel(16);
+        let (answers, mut received) = mpsc::channel(16);
         let (started, runs) = oneshot::channel();
         let (out, output) = mpsc::channel(16);
         let said = Said { id: "p".into(), answers, fds: vec![0, 1] };
@@ -327,7 +327,7 @@ mod tests {
             .await
             .expect("somebody listens");
         let mut kinds = Vec::new();
-        while let Some(Ok(message)) = told.recv().await {
+        while let Some(Ok(message)) = received.recv().await {
             kinds.push(match message.input {
                 Some(Input::Started(_)) => "started",
                 Some(Input::File(f)) if f.eof => "eof",

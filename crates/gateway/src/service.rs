@@ -399,7 +399,7 @@ impl LlbBridge for BridgeService {
     ) -> Answer<Self::ExecProcessStream> {
         let (build, incoming) = self.build(request).await?;
         let (answers, queue) = mpsc::channel(ANSWERS);
-        tokio::spawn(processes::serve(build, incoming, answers));
+        shipway_task::spawn("serve processes", processes::serve(build, incoming, answers));
         Ok(Response::new(ReceiverStream::new(queue)))
     }
 

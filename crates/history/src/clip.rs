@@ -27,7 +27,7 @@ impl Budget {
         kept
     }
 
-    /// The entries that there is room for. Short ones come first: they tell more than a part of a
+    /// The entries that there is room for. Short ones come first: they say more than a part of a
     /// long one.
     pub(super) fn map(&mut self, map: &BTreeMap<String, String>) -> BTreeMap<String, String> {
         let mut entries: Vec<_> = map.iter().filter(|(key, _)| key.len() <= MAX_VALUE).collect();

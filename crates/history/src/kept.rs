@@ -1,13 +1,15 @@
 //! The history on disk, so that it outlives the daemon: a JSON file for each build that ended,
-//! named by the digest of the build's id, which a client chose and which is no file name; and
+//! named by the digest of the build's id, which a client chose and which is not a file name; and
 //! beside them logs and other files, named by their own digests.
 //!
-//! A file is written under another name and renamed, so nobody sees half of one. It reaches the
-//! disk a moment later ([`Syncer`]), for a build does not wait for disks: what a power cut leaves
-//! short is known by its size or its digest, and is then gone.
+//! A file is written under another name and renamed, so that readers never see half of one. It
+//! reaches the disk a moment later ([`Syncer`]), for a build does not wait for disks: what a power
+//! cut leaves short is known by its size or its digest, and is then gone.
 
 use super::{HistoryRecord, HistorySummary, LogFile};
+use parking_lot::Mutex;
 use shipway_fault::{Fault, Result};
+use shipway_host::replace_file;
 use shipway_oci::{Digest, Hasher};
 use std::{
     collections::HashSet,
@@ -15,7 +17,7 @@ use std::{
     io::{self, BufWriter, Read, Write},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -63,13 +65,10 @@ fn encode(record: &HistoryRecord) -> Result<Vec<u8>> {
 
 /// Writes the record of a build that ended, all or nothing, and gives its path.
 pub(super) fn write(dir: &Path, record: &HistoryRecord) -> Result<PathBuf> {
-    let (path, fresh) = (record_path(dir, &record.id), fresh_path(dir));
+    let path = record_path(dir, &record.id);
     let bytes = encode(record)?;
-    let written = std::fs::write(&fresh, bytes).and_then(|()| std::fs::rename(&fresh, &path));
-    written.map_err(|e| {
-        let _ = std::fs::remove_file(&fresh);
-        Fault::io(format!("write the build's record {}", path.display()), e)
-    })?;
+    replace_file(&path, 0o666, |file| file.write_all(&bytes))
+        .map_err(|e| Fault::io(format!("write the build's record {}", path.display()), e))?;
     Ok(path)
 }
 
@@ -191,7 +190,7 @@ fn with_whole_files(dir: &Path, mut record: HistoryRecord) -> HistoryRecord {
     record
 }
 
-/// Brings files to the disk, one after another, while nobody waits.
+/// Brings files to the disk, one after another, in the background.
 #[derive(Clone, Default)]
 pub(super) struct Syncer(Arc<Mutex<Pending>>);
 
@@ -204,7 +203,7 @@ struct Pending {
 impl Syncer {
     /// These files, and their names in `dir`.
     pub(super) fn add(&self, dir: &Path, paths: Vec<PathBuf>) {
-        let mut pending = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pending = self.0.lock();
         pending.paths.extend(paths);
         if std::mem::replace(&mut pending.running, true) {
             return;
@@ -214,7 +213,7 @@ impl Syncer {
         let work = move || {
             loop {
                 let batch = {
-                    let mut pending = all.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut pending = all.lock();
                     if pending.paths.is_empty() {
                         pending.running = false;
                         return;
@@ -228,7 +227,13 @@ impl Syncer {
             }
         };
         match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(work)),
+            Ok(_) => {
+                let work = move || {
+                    work();
+                    Ok(())
+                };
+                drop(shipway_task::blocking("sync files of the history", work));
+            }
             Err(_) => work(),
         }
     }

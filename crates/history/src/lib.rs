@@ -9,6 +9,7 @@ mod kept;
 
 use clip::Budget;
 use kept::Syncer;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Fault, Result};
 use shipway_llb::GitRef;
@@ -19,7 +20,7 @@ use std::{
     fs::File,
     io::{self, Write},
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 use tokio::sync::broadcast;
@@ -178,7 +179,7 @@ pub struct HistorySummary {
     pub completed: Option<SystemTime>,
     /// How it stands.
     pub status: HistoryStatus,
-    /// The repository it was built from, as far as its options tell.
+    /// The repository it was built from, as far as its options show.
     pub repository: Option<String>,
     /// Whether it is kept whatever the limits.
     pub pinned: bool,
@@ -277,10 +278,6 @@ pub struct History {
     syncer: Syncer,
 }
 
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 fn unknown(id: &str) -> Fault {
     Fault::not_found(format!("no build {id} in the history"))
 }
@@ -300,8 +297,8 @@ impl History {
         Ok(history)
     }
 
-    /// Keeps a record over the daemon's end, and says whether that worked; if not it is no failure
-    /// of a build.
+    /// Keeps a record over the daemon's end, and says whether that worked; if not, the build does
+    /// not fail.
     fn keep(&self, record: &HistoryRecord) -> bool {
         match kept::write(&self.dir, record) {
             Ok(path) => {
@@ -310,14 +307,14 @@ impl History {
                 true
             }
             Err(fault) => {
-                tracing::warn!(build = record.id, error = %fault, "the build's record will not outlive the daemon");
+                tracing::warn!(build = record.id, error = %fault, "failed to write the record of the build; it is lost when the daemon stops");
                 false
             }
         }
     }
 
-    fn tell(&self, kind: HistoryEventKind, summary: Arc<HistorySummary>) {
-        // Nobody listening is no failure.
+    fn publish(&self, kind: HistoryEventKind, summary: Arc<HistorySummary>) {
+        // Having no listener is not an error.
         let _ = self.changes.send(HistoryEvent { kind, summary });
     }
 
@@ -325,7 +322,7 @@ impl History {
     fn insert(&self, record: HistoryRecord, on_disk: bool) -> Arc<HistorySummary> {
         let summary = Arc::new(HistorySummary::of(&record));
         let record = (!on_disk).then(|| Arc::new(record));
-        lock(&self.entries).insert(summary.id.clone(), Entry { summary: summary.clone(), record });
+        self.entries.lock().insert(summary.id.clone(), Entry { summary: summary.clone(), record });
         summary
     }
 
@@ -361,7 +358,7 @@ impl History {
             let _ = self.delete(&record.id);
         }
         let summary = self.insert(record, false);
-        self.tell(HistoryEventKind::Started, summary);
+        self.publish(HistoryEventKind::Started, summary);
     }
 
     /// Records how a build ended; `journal` has what happened meanwhile.
@@ -372,9 +369,12 @@ impl History {
         outcome: Result<FinishedBuild>,
     ) {
         let (history, id, journal) = (self.clone(), id.to_owned(), journal.clone());
-        let work = tokio::task::spawn_blocking(move || history.complete(&id, &journal, outcome));
-        if let Err(e) = work.await {
-            tracing::warn!(error = %e, "a build was not recorded");
+        let work = move || {
+            history.complete(&id, &journal, outcome);
+            Ok(())
+        };
+        if let Err(error) = shipway_task::blocking("record a build", work).await {
+            tracing::warn!(%error, "failed to record a build");
         }
     }
 
@@ -384,23 +384,23 @@ impl History {
             let written = kept::write_file(&self.dir, fill);
             let written = written
                 .inspect_err(
-                    |f| tracing::warn!(build = id, error = %f, "the build's {what} was not kept"),
+                    |f| tracing::warn!(build = id, error = %f, "failed to write the {what} of the build"),
                 )
                 .ok()?;
-            lock(&self.verified).insert(written.digest);
+            self.verified.lock().insert(written.digest);
             Some(written)
         };
-        let one = lock(&self.disk);
+        let one = self.disk.lock();
         let log = file("log", &|out| (self.encode.log)(&events, out));
         let failure = outcome
             .as_ref()
             .err()
             .and_then(|fault| file("error", &|out| out.write_all(&(self.encode.fault)(fault))));
-        let told = outcome.iter().flat_map(|r| &r.provenance);
-        let told = told.filter_map(|(platform, bytes)| {
+        let statements = outcome.iter().flat_map(|r| &r.provenance);
+        let statements = statements.filter_map(|(platform, bytes)| {
             Some((platform.clone(), file("provenance", &|out| out.write_all(bytes))?))
         });
-        let provenance = told.collect();
+        let provenance = statements.collect();
         let Some(mut record) = self.get(id).map(|r| HistoryRecord::clone(&r)) else { return };
         record.completed = Some(SystemTime::now());
         (record.log, record.failure, record.provenance, record.steps) =
@@ -416,14 +416,14 @@ impl History {
         let kept = self.keep(&record);
         let summary = self.insert(record, kept);
         drop(one);
-        self.tell(HistoryEventKind::Completed, summary);
+        self.publish(HistoryEventKind::Completed, summary);
         self.trim();
     }
 
     /// Forgets what exceeds both limits (row `so.h.gc`). Blocks.
     pub fn trim(&self) {
         let gone: Vec<String> = {
-            let entries = lock(&self.entries);
+            let entries = self.entries.lock();
             let mut finished: Vec<_> = entries
                 .values()
                 .filter_map(|e| Some((e.summary.completed?, &e.summary)))
@@ -449,8 +449,8 @@ impl History {
 
     /// Forgets a finished build. Blocks.
     pub fn delete(&self, id: &str) -> Result<()> {
-        let _one = lock(&self.disk);
-        let mut entries = lock(&self.entries);
+        let _one = self.disk.lock();
+        let mut entries = self.entries.lock();
         let summary = entries.get(id).map(|e| e.summary.clone()).ok_or_else(|| unknown(id))?;
         if summary.completed.is_none() {
             return Err(Fault::new(
@@ -464,16 +464,16 @@ impl History {
         drop(entries);
         kept::remove(&self.dir, id);
         for file in summary.files.iter().filter(|f| !kept.contains(&f.digest)) {
-            lock(&self.verified).remove(&file.digest);
+            self.verified.lock().remove(&file.digest);
             let _ = std::fs::remove_file(kept::file_path(&self.dir, file.digest));
         }
-        self.tell(HistoryEventKind::Deleted, summary);
+        self.publish(HistoryEventKind::Deleted, summary);
         Ok(())
     }
 
     /// Keeps a build whatever the limits, or not. Blocks.
     pub fn pin(&self, id: &str, pinned: bool) -> Result<()> {
-        let one = lock(&self.disk);
+        let one = self.disk.lock();
         let mut record =
             self.get(id).map(|r| HistoryRecord::clone(&r)).ok_or_else(|| unknown(id))?;
         record.pinned = pinned;
@@ -484,24 +484,24 @@ impl History {
         };
         let summary = self.insert(record, kept);
         drop(one);
-        self.tell(kind, summary);
+        self.publish(kind, summary);
         Ok(())
     }
 
     /// A build as it stands, in short.
     pub fn summary(&self, id: &str) -> Option<Arc<HistorySummary>> {
-        lock(&self.entries).get(id).map(|e| e.summary.clone())
+        self.entries.lock().get(id).map(|e| e.summary.clone())
     }
 
     /// One record. Blocks: those of builds that ended are on disk.
     pub fn get(&self, id: &str) -> Option<Arc<HistoryRecord>> {
-        let in_memory = lock(&self.entries).get(id)?.record.clone();
+        let in_memory = self.entries.lock().get(id)?.record.clone();
         in_memory.or_else(|| kept::read(&self.dir, id).map(Arc::new))
     }
 
     /// All builds in short, oldest first, and what happens from now on.
     pub fn listen(&self) -> (Vec<Arc<HistorySummary>>, broadcast::Receiver<HistoryEvent>) {
-        let entries = lock(&self.entries);
+        let entries = self.entries.lock();
         let receiver = self.changes.subscribe();
         let mut all: Vec<_> = entries.values().map(|e| e.summary.clone()).collect();
         all.sort_by_key(|s| s.created);
@@ -510,7 +510,8 @@ impl History {
 
     /// Whether `digest` is a log, an error or a predicate of a build, and its size.
     pub fn knows(&self, digest: Digest) -> Option<u64> {
-        lock(&self.entries)
+        self.entries
+            .lock()
             .values()
             .flat_map(|e| &e.summary.files)
             .find(|f| f.digest == digest)
@@ -519,7 +520,7 @@ impl History {
 
     /// What builds wrote into the content store: manifests and indexes.
     pub fn written(&self) -> HashSet<Digest> {
-        lock(&self.entries).values().flat_map(|e| e.summary.written.iter().copied()).collect()
+        self.entries.lock().values().flat_map(|e| e.summary.written.iter().copied()).collect()
     }
 
     /// A log, an error or a predicate, if `digest` is one and its bytes are what its name says.
@@ -530,14 +531,14 @@ impl History {
         }
         let path = kept::file_path(&self.dir, digest);
         let failed = |e| Fault::io(format!("read the file {digest} of a build"), e);
-        if !lock(&self.verified).contains(&digest) {
+        if !self.verified.lock().contains(&digest) {
             if !kept::is_whole(&path, digest).map_err(failed)? {
                 return Err(Fault::new(
                     shipway_fault::Code::DataLoss,
                     format!("the file {digest} of a build is not what it was: it is damaged"),
                 ));
             }
-            lock(&self.verified).insert(digest);
+            self.verified.lock().insert(digest);
         }
         File::open(&path).map(Some).map_err(failed)
     }
@@ -656,7 +657,7 @@ mod tests {
         for i in 0..8 {
             build_with(&first, &format!("build-{i}"), huge(), Ok(FinishedBuild::default())).await;
         }
-        let in_memory = lock(&first.entries).values().filter(|e| e.record.is_some()).count();
+        let in_memory = first.entries.lock().values().filter(|e| e.record.is_some()).count();
         assert_eq!(in_memory, 0, "records of builds that ended are kept in memory");
         drop(first);
         let next = open(dir.path());

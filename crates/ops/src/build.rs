@@ -3,6 +3,7 @@
 
 use crate::op::{Context, LlbOp, VertexOp, keyed};
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use rustix::fs::{Mode, OFlags};
 use shipway_attest::Capture;
 use shipway_fault::{Context as _, Fault, Result};
@@ -15,7 +16,7 @@ use std::{
     io::Read as _,
     os::fd::AsFd as _,
     path::Path,
-    sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
+    sync::{Arc, OnceLock, Weak},
 };
 
 /// Input that holds the definition, and the file that it is in if the operation does not say.
@@ -116,9 +117,7 @@ async fn definition(op: &BuildOp, inputs: &[ImmutableRef]) -> Result<Definition>
         .map_or(DEFINITION, String::as_str)
         .to_owned();
     let read = move || Definition::decode(&read(mount.path(), &name)?);
-    let definition = tokio::task::spawn_blocking(read)
-        .await
-        .map_err(|e| Fault::internal(format!("a read failed: {e}")))?;
+    let definition = shipway_task::blocking("read a file", read).await;
     definition.context(|| "read the definition of a build operation")
 }
 
@@ -175,7 +174,7 @@ impl NestedGraphs {
         of: Digest,
         vertices: impl IntoIterator<Item = Digest>,
     ) -> Result<NestedGraph> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.0.lock();
         let vertices: HashSet<Digest> = vertices.into_iter().collect();
         let (mut seen, mut waiting) = (HashSet::new(), vec![&vertices]);
         while let Some(set) = waiting.pop() {
@@ -212,7 +211,7 @@ impl NestedGraphs {
 
 impl Drop for NestedGraph {
     fn drop(&mut self) {
-        self.all.0.lock().unwrap_or_else(PoisonError::into_inner).running.remove(&self.number);
+        self.all.0.lock().running.remove(&self.number);
     }
 }
 
@@ -238,7 +237,7 @@ mod tests {
         // What has ended is waited for by nobody.
         assert!(graphs.enter(c, [a]).is_ok());
         drop(first);
-        assert!(graphs.0.lock().unwrap().running.is_empty());
+        assert!(graphs.0.lock().running.is_empty());
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! Containers that a frontend asks for (rows `gw.ctr.*`, `gw.exec`): mounts as an operation has
-//! them, and processes as somebody starts them.
+//! them, and processes as callers start them.
 
 use crate::{
     JobData, Services,
@@ -8,6 +8,7 @@ use crate::{
         mounts::{MountContext, MountGuards, MountPlan},
     },
 };
+use parking_lot::Mutex;
 use shipway_executor::{ExecMount, ExitStatus, ProcessIo, RootFs};
 use shipway_fault::{Fault, Result};
 use shipway_llb::{ExecMeta, ExecOp, HostIp, Mount, NetMode};
@@ -15,10 +16,7 @@ use shipway_netproxy::Capture;
 use shipway_progress::Reporter;
 use shipway_refs::ImmutableRef;
 use shipway_storage::Mount as SnapshotMount;
-use std::{
-    future::Future,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{future::Future, sync::Arc};
 use tokio::sync::{oneshot, watch};
 use tokio_util::{
     sync::{CancellationToken, DropGuard},
@@ -108,8 +106,8 @@ impl Container {
         process.network = self.spec.network;
         process.meta.hostname.clone_from(&self.spec.hostname);
         process.meta.extra_hosts.clone_from(&self.spec.extra_hosts);
-        let first = lock(&self.unused).take();
-        let guards = lock(&self.guards).clone();
+        let first = self.unused.lock().take();
+        let guards = self.guards.lock().clone();
         let (services, job, id) = (self.services.clone(), self.job.clone(), self.id.clone());
         let proxied = self.spec.proxied && self.spec.network != NetMode::None;
         let begun = self.begun.clone();
@@ -147,13 +145,14 @@ impl Container {
             }
         };
         let end = self.end.clone();
-        let task = self.processes.spawn(async move {
+        let process = self.processes.track_future(async move {
             tokio::select! {
                 biased;
                 ended = run => ended,
                 () = end.cancelled() => Err(Fault::cancelled()),
             }
         });
+        let task = shipway_task::spawn("run a process in a container", process);
         async move {
             task.await.unwrap_or_else(|e| {
                 Err(Fault::internal(format!("run a process in a container: {e}")))
@@ -178,8 +177,8 @@ impl Container {
         self.end.cancel();
         self.processes.close();
         self.processes.wait().await;
-        lock(&self.unused).take();
-        lock(&self.guards).take();
+        self.unused.lock().take();
+        self.guards.lock().take();
         if ended { Err(Fault::cancelled()) } else { Ok(()) }
     }
 }
@@ -191,8 +190,4 @@ impl Drop for Begin {
     fn drop(&mut self) {
         self.0.send_replace(true);
     }
-}
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
 }

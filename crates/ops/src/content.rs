@@ -1,5 +1,6 @@
 //! What an operation reads of its inputs, and the checksum of that.
 
+use parking_lot::Mutex;
 use shipway_fault::{Code, Fault, Result};
 use shipway_fileops::first_missing;
 use shipway_filesync::{DirMatch, PathFilter as Patterns, Verdict as Judgment};
@@ -7,7 +8,7 @@ use shipway_gocompat::{path::rooted, quote};
 use shipway_oci::Digest;
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, PathFilter, Selector, Verdict};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// What is read of an input.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,7 +67,7 @@ impl Walk {
 
 impl PathFilter for Walk {
     fn decide(&self, path: &str, is_dir: bool) -> Verdict {
-        let mut way = self.way.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut way = self.way.lock();
         let parent = path.rsplit_once('/').map_or("", |(dir, _)| dir);
         while way.last().is_some_and(|(dir, _)| dir != parent) {
             way.pop();
@@ -132,10 +133,7 @@ async fn require(state: &ImmutableRef, selector: &ContentSelector) -> Result<()>
         let patterns = Patterns::new(include, exclude)?;
         first_missing(mount.path(), path, *follow_links, &patterns, required)
     };
-    let looked = tokio::task::spawn_blocking(look).await;
-    match looked
-        .map_err(|e| Fault::internal(format!("a look for required paths failed: {e}")))??
-    {
+    match shipway_task::blocking("look for required paths", look).await? {
         Some(path) => Err(Fault::not_found(format!("{}: not found", quote(path.as_str())))),
         None => Ok(()),
     }

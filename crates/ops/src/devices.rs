@@ -100,9 +100,7 @@ impl Services {
         let Some(registry) = self.devices.clone() else {
             return Ok(Devices::none("they are disabled in the daemon's configuration"));
         };
-        tokio::task::spawn_blocking(move || registry.read())
-            .await
-            .map_err(|e| Fault::internal(format!("read device files: {e}")))
+        shipway_task::blocking("read device files", move || Ok(registry.read())).await
     }
 
     /// What the devices of `exec` change.
@@ -115,9 +113,7 @@ impl Services {
             let names = there.resolve(asked.iter().map(|d| (d.name.as_str(), d.optional)))?;
             there.edits(names.iter().map(String::as_str))
         };
-        let edits = tokio::task::spawn_blocking(edits)
-            .await
-            .map_err(|e| Fault::internal(format!("look at devices: {e}")))?;
+        let edits = shipway_task::blocking("look at devices", edits).await;
         edits.context(|| "CDI device injection failed")
     }
 }

@@ -1,6 +1,6 @@
 //! Programs for processors that neither this machine nor its kernel's binfmt_misc runs (row
 //! `exec.emulator`): `buildkit-qemu-<architecture>` on PATH is put before a step's own program. It
-//! is mounted into the step's `/dev`, which is no part of what the step leaves.
+//! is mounted into the step's `/dev`, which is not part of what the step leaves.
 
 use shipway_executor::{ExecMount, MountSource};
 use shipway_oci::Platform;

@@ -18,6 +18,7 @@ use async_trait::async_trait;
 pub use logs::LogLimits;
 use logs::StepLog;
 use mounts::{MountContext, MountGuards, MountPlan, OutputState};
+use parking_lot::Mutex;
 use shipway_executor::{
     Edits, HostEntry, KeepAlive, NetworkMode, OutputSink, ProcessIo, ProcessSpec, ResourceLimits,
     Rlimit, Security, Stream,
@@ -31,7 +32,7 @@ use shipway_session::SessionGroup;
 use shipway_solver::CacheMap;
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::{SystemTime, UNIX_EPOCH},
@@ -74,8 +75,8 @@ impl VertexOp for ExecVertex {
         let writable = root.mounts.clone();
         let env = environment(exec, &sessions).await?;
         let edits = of.services.edits(exec).await?;
-        // Held by the process too: were this future dropped, the snapshots would go before the process
-        // is dead.
+        // Held by the process too: were this future dropped, the snapshots would go before the
+        // process is dead.
         let guards = Arc::new(Mutex::new(Some(guards)));
         let resources = jobs
             .iter()
@@ -110,8 +111,8 @@ impl VertexOp for ExecVertex {
             log.write(Stream::Stderr, &summary.into());
         }
         log.settle();
-        *self.fetched.lock().unwrap_or_else(PoisonError::into_inner) = fetched;
-        let guards = guards.lock().unwrap_or_else(PoisonError::into_inner).take();
+        *self.fetched.lock() = fetched;
+        let guards = guards.lock().take();
         let guards = guards.ok_or_else(|| Fault::internal("the snapshots of a step are gone"))?;
         if let Err(fault) =
             outcome::judge(&name, &exec.meta.valid_exit_codes, status, &log, &writable).await
@@ -134,7 +135,7 @@ impl VertexOp for ExecVertex {
         exec.secret_env.iter().for_each(|s| capture.add_secret(&s.id, s.optional));
         capture.network |= exec.network != NetMode::None;
         if exec.proxied {
-            let fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let fetched = self.fetched.lock().clone();
             let (op, name) = (of.vertex.digest.to_string(), exec.meta.args.join(" "));
             proxied::record(fetched.as_ref(), &op, &name, capture);
         }

@@ -2,13 +2,11 @@
 //! so that layers are compressed while later ones do.
 
 use crate::op::LlbOp;
+use parking_lot::Mutex;
 use shipway_oci::Digest;
 use shipway_refs::Compression;
 use shipway_solver::Vertex;
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::HashMap, sync::Arc};
 use tokio::sync::watch;
 
 /// What is to become of a state's topmost layer.
@@ -45,7 +43,7 @@ impl ExportPlan {
     /// Plans the export of output `output` of `vertex` with `compression`. The first plan for a
     /// state holds.
     pub fn add(&self, vertex: &Arc<Vertex<LlbOp>>, output: usize, compression: Compression) {
-        let mut layers = self.0.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut layers = self.0.layers.lock();
         let mut queue = vec![(vertex, output, true)];
         while let Some((vertex, output, last)) = queue.pop() {
             // A state that others are made of as well is seen once.
@@ -64,7 +62,7 @@ impl ExportPlan {
 
     /// What is planned for the layer of output `output` of `vertex`.
     pub(crate) fn layer(&self, vertex: Digest, output: usize) -> Option<PlannedLayer> {
-        self.0.layers.lock().unwrap_or_else(PoisonError::into_inner).get(&(vertex, output)).copied()
+        self.0.layers.lock().get(&(vertex, output)).copied()
     }
 
     /// Waits for the end of the build.

@@ -1,17 +1,16 @@
-//! The states that an operation leaves when it fails, which somebody may want to look into (row
+//! The states that an operation leaves when it fails, for looking into (row
 //! `err.solve`).
 //!
 //! They belong to the builds that wanted the operation and live until those end; the fault has only
-//! their ids. What a process wrote is committed only when it is asked for, since nearly nobody asks.
+//! their ids. What a process wrote is committed only when it is asked for, which is rare.
 
-use crate::{JobData, random_id};
+use crate::JobData;
+use parking_lot::{Mutex, MutexGuard};
 use shipway_fault::{Detail, Fault, Result, Subject, redact_text};
+use shipway_host::random_id;
 use shipway_llb::Vertex;
 use shipway_refs::{ImmutableRef, MutableRef};
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::HashMap, sync::Arc};
 use tokio::sync::OnceCell;
 
 /// Most states that are kept for one build.
@@ -65,7 +64,7 @@ impl Collected {
                 committed: OnceCell::new(),
             })),
         };
-        // Without an id nobody can ask for the state; the failure itself is reported all the same.
+        // Without an id the state cannot be asked for; the failure itself is reported all the same.
         let Ok(id) = random_id() else { return String::new() };
         self.0.push((id.clone(), Arc::new(entry)));
         id
@@ -74,7 +73,7 @@ impl Collected {
 
 impl FailedStates {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Entry>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// Keeps states as long as there is room. A failure is reported without the others.
@@ -134,7 +133,7 @@ impl FailedStates {
             Entry::Done(state) => Ok(state.clone()),
             Entry::Written(written) => {
                 let commit = || async {
-                    let state = written.open.lock().unwrap_or_else(PoisonError::into_inner).take();
+                    let state = written.open.lock().take();
                     let state = state.ok_or_else(|| {
                         Fault::not_found(format!("the state {id} of a failed operation was lost"))
                     })?;

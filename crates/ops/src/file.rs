@@ -18,7 +18,7 @@ use shipway_solver::CacheMap;
 use std::path::Path;
 use tokio_util::sync::CancellationToken;
 
-/// The result of an action, as long as somebody may need it.
+/// The result of an action, as long as it may be needed.
 enum State {
     /// Being written; only the next action sees it.
     Open(Box<Open>),
@@ -37,7 +37,7 @@ struct Open {
 /// A state to read from.
 struct Readable {
     mount: LocalMount,
-    /// What is thrown away afterwards: an empty state that nobody else knows.
+    /// What is thrown away afterwards: an empty state of its own.
     _empty: Option<MutableRef>,
 }
 
@@ -196,7 +196,7 @@ fn lookups(kind: &FileActionKind) -> [Option<usize>; 2] {
 }
 
 impl Runner<'_> {
-    /// Whether the result of action `index` is read by nobody but the one action that goes on
+    /// Whether the result of action `index` is read only by the one action that goes on
     /// writing it.
     fn is_passed_on(&self, index: usize) -> bool {
         let number = self.inputs.len() + index;
@@ -221,13 +221,8 @@ impl Runner<'_> {
                 if let Some(beside) = beside {
                     let cancel = CancellationToken::new();
                     let _guard = cancel.clone().drop_guard();
-                    let copied = tokio::task::spawn_blocking(move || {
-                        beside.copy(&|| !cancel.is_cancelled())
-                    })
-                    .await;
-                    copied.map_err(|e| {
-                        Fault::internal(format!("copying files did not end well: {e}"))
-                    })??;
+                    let copy = move || beside.copy(&|| !cancel.is_cancelled());
+                    shipway_task::blocking("copy files", copy).await?;
                 }
                 self.of
                     .commit(
@@ -326,13 +321,13 @@ impl Runner<'_> {
         let (user, group) = (self.readable(user).await?, self.readable(group).await?);
         let (state, mount) = self.target(action).await?;
         let beside = self.beside(action, &state).await?;
-        // Cancelled when nobody waits any more.
+        // Cancelled when the caller stops waiting.
         let cancel = CancellationToken::new();
         let guard = cancel.clone().drop_guard();
         let kind = action.kind.clone();
-        // The closure owns what it works on, so that it is not unmounted under it when nobody waits
-        // any more.
-        let work = tokio::task::spawn_blocking(move || {
+        // The closure owns what it works on, so that it is not unmounted under it when the
+        // caller stops waiting.
+        let work = move || {
             let owners = OwnerRoots {
                 user: user.as_ref().map(Readable::path),
                 group: group.as_ref().map(Readable::path),
@@ -345,11 +340,9 @@ impl Runner<'_> {
                 beside.as_ref(),
                 &cancel,
             );
-            (done, Open { state, mount, beside })
-        });
-        let (done, open) = work
-            .await
-            .map_err(|e| Fault::internal(format!("a file action did not end well: {e}")))?;
+            Ok((done, Open { state, mount, beside }))
+        };
+        let (done, open) = shipway_task::blocking("do a file action", work).await?;
         drop(guard);
         // Kept after a failure, too: it shows how far things came.
         self.results[index] = Some(State::Open(Box::new(open)));

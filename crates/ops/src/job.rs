@@ -29,9 +29,9 @@ pub struct Entitlements {
 }
 
 impl Entitlements {
-    /// Refuses a process that asks for more, in BuildKit's words. Every build is asked about each of
-    /// its own processes, before it has a vertex or a container for them: a result that is shared
-    /// or cached needs the permission too. Devices are chosen by
+    /// Refuses a process that asks for more, in BuildKit's words. Every build is asked about each
+    /// of its own processes, before it has a vertex or a container for them: a result that is
+    /// shared or cached needs the permission too. Devices are chosen by
     /// [`grant_devices`](Self::grant_devices).
     pub fn check(&self, exec: &ExecOp) -> Result<()> {
         let refuse = |name: &str| {
@@ -94,7 +94,7 @@ impl BuildJudge {
     pub(crate) async fn judge(&self, source: SourceOp) -> Result<SourceOp> {
         match self.0.get() {
             None => Ok(source),
-            // The build is gone, and nobody is there to decide.
+            // The build has ended, and cannot decide.
             Some(judge) => judge.upgrade().ok_or_else(Fault::cancelled)?.judge(source).await,
         }
     }

@@ -2,12 +2,10 @@
 //!
 //! [`LlbOp`] is one vertex's work: made by the engine from a checked [`shipway_llb::Vertex`], run
 //! by the solver. Each LLB operation is one module that implements `VertexOp`: a source is pinned
-//! for its key and fetched when needed; a process (`exec`) gets snapshots as mounts and its writable
-//! ones committed; file actions (`file`) run in the daemon, by crate `fileops`. Which devices of the
-//! host a process gets is decided before it has a key (`devices`); programs of other processors get
-//! an emulator where the kernel has none (`emulator`).
-//!
-//! `ring` gives the ids of states that failed operations left.
+//! for its key and fetched when needed; a process (`exec`) gets snapshots as mounts and its
+//! writable ones committed; file actions (`file`) run in the daemon, by crate `fileops`. Which
+//! devices of the host a process gets is decided before it has a key (`devices`); programs of other
+//! processors get an emulator where the kernel has none (`emulator`).
 
 mod build;
 mod container;
@@ -19,7 +17,6 @@ mod exec;
 mod export_plan;
 mod failed_state;
 mod file;
-mod ids;
 mod job;
 mod key;
 mod merge;
@@ -35,7 +32,6 @@ pub use emulator::Emulators;
 pub use exec::LogLimits;
 pub use export_plan::ExportPlan;
 pub use failed_state::FailedStates;
-pub use ids::random_id;
 pub use job::{BuildJudge, Entitlements, JobData, Judge, Services};
 pub use op::LlbOp;
 pub use step_options::StepOptions;

@@ -1,12 +1,13 @@
-//! What a build wants of vertices that is no part of what they are: another build that shares them
+//! What a build wants of vertices that is not part of what they are: another build that shares them
 //! may want something else.
 
 use crate::exec::mounts::cache_id;
+use parking_lot::{Mutex, MutexGuard};
 use shipway_llb::{Graph, LinuxResources, MountKind, Op};
 use shipway_oci::Digest;
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
 };
 
 /// What one build wants of its steps, gathered from all its definitions. Clones share them.
@@ -26,7 +27,7 @@ struct State {
 
 impl StepOptions {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// Notes what the build wants with one of its definitions.

@@ -1,11 +1,12 @@
 //! Journals and watchers.
 
 use crate::{Event, LogUpdate, Reporter, VertexUpdate, WarningUpdate};
+use parking_lot::Mutex;
 use shipway_fault::SourceFile;
 use shipway_oci::Digest;
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::SystemTime,
 };
 use tokio::sync::Notify;
@@ -22,10 +23,6 @@ const MAX_SOURCES: usize = 16 << 20;
 const MAX_BATCH: usize = 1 << 20;
 /// What an event takes besides its texts: its allocations and its place in the list.
 const OVERHEAD: usize = 192;
-
-pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// About how much memory an event takes, without the text of a source.
 pub(crate) fn weight(event: &Event) -> usize {
@@ -244,7 +241,7 @@ impl Journal {
 
     /// Adds an event; dropped silently once the journal is closed.
     pub fn push(&self, event: Event) {
-        let mut state = lock(&self.0.state);
+        let mut state = self.0.state.lock();
         if !state.closed && state.add(event) {
             drop(state);
             self.0.changed.notify_waiters();
@@ -254,7 +251,7 @@ impl Journal {
     /// Ends the journal: vertices that started and did not end are closed as cancelled (row
     /// `so.st.encore`), and watchers come to their end.
     pub fn close(&self) {
-        let mut state = lock(&self.0.state);
+        let mut state = self.0.state.lock();
         if state.closed {
             return;
         }
@@ -276,7 +273,7 @@ impl Journal {
 
     /// Everything that was said and is kept.
     pub fn events(&self) -> Vec<Event> {
-        lock(&self.0.state).events.iter().filter_map(|(_, event)| event.clone()).collect()
+        self.0.state.lock().events.iter().filter_map(|(_, event)| event.clone()).collect()
     }
 
     /// A reporter for a vertex of this build alone, such as an export.
@@ -303,7 +300,7 @@ impl Watcher {
             tokio::pin!(changed);
             changed.as_mut().enable();
             {
-                let state = lock(&inner.state);
+                let state = inner.state.lock();
                 let batch = self.take(&state);
                 if !batch.is_empty() {
                     return Some(batch);
@@ -412,7 +409,7 @@ mod tests {
         let kept = j.events();
         assert_eq!(kept.len(), 101);
         assert!(matches!(kept.last(), Some(Event::Status(s)) if s.current == 9999));
-        assert!(lock(&j.0.state).events.len() < 250);
+        assert!(j.0.state.lock().events.len() < 250);
     }
 
     #[test]
@@ -448,7 +445,7 @@ mod tests {
         for _ in 0..5 {
             all.iter().for_each(|r| r.log(LogStream::Stdout, &piece));
         }
-        assert!(lock(&j.0.state).memory <= MAX_MEMORY + (1 << 10));
+        assert!(j.0.state.lock().memory <= MAX_MEMORY + (1 << 10));
         all.iter().for_each(|r| r.completed(None));
         let events = j.events();
         let ended = events

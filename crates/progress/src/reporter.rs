@@ -2,17 +2,18 @@
 
 use crate::{
     Event, Group, Journal, LogStream, LogUpdate, StatusUpdate, VertexUpdate, WarningUpdate,
-    journal::{JournalInner, lock, weight},
+    journal::{JournalInner, weight},
 };
+use parking_lot::Mutex;
 use shipway_fault::redact_text;
 use shipway_oci::Digest;
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, Weak},
+    sync::{Arc, Weak},
     time::{Duration, Instant, SystemTime},
 };
 
-/// A counter's states are told at most this often; its first and its last one always.
+/// A counter's states are reported at most this often; its first and its last one always.
 const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 /// Counters of one vertex.
 const MAX_COUNTERS: usize = 4096;
@@ -45,12 +46,12 @@ struct ReporterState {
 /// A counter's last state.
 struct Counter {
     update: Arc<StatusUpdate>,
-    /// When a state of it was last told.
-    told: Instant,
+    /// When a state of it was last reported.
+    reported: Instant,
 }
 
 impl Reporter {
-    /// A voice that nobody hears yet.
+    /// A reporter without a journal.
     pub fn new(digest: Digest, name: String, inputs: Vec<Digest>, group: Option<Group>) -> Self {
         let name = redact_text(&name);
         let vertex = VertexUpdate {
@@ -77,7 +78,7 @@ impl Reporter {
 
     /// Lets `journal` hear this vertex: its state, what it said so far, and what it will say.
     pub fn attach(&self, journal: &Journal) {
-        let mut state = lock(&self.0.state);
+        let mut state = self.0.state.lock();
         let weak = Arc::downgrade(&journal.0);
         if state.journals.iter().any(|j| j.ptr_eq(&weak)) {
             return;
@@ -94,17 +95,17 @@ impl Reporter {
     /// Stops `journal` from hearing more.
     pub fn detach(&self, journal: &Journal) {
         let weak = Arc::downgrade(&journal.0);
-        lock(&self.0.state).journals.retain(|j| !j.ptr_eq(&weak));
+        self.0.state.lock().journals.retain(|j| !j.ptr_eq(&weak));
     }
 
     /// The vertex's digest.
     pub fn digest(&self) -> Digest {
-        lock(&self.0.state).vertex.digest
+        self.0.state.lock().vertex.digest
     }
 
     /// The vertex's name.
     pub fn name(&self) -> String {
-        lock(&self.0.state).vertex.name.clone()
+        self.0.state.lock().vertex.name.clone()
     }
 
     fn say(state: &mut ReporterState, event: Event) {
@@ -118,7 +119,7 @@ impl Reporter {
     }
 
     fn vertex(&self, change: impl FnOnce(&mut VertexUpdate)) {
-        let mut state = lock(&self.0.state);
+        let mut state = self.0.state.lock();
         change(Arc::make_mut(&mut state.vertex));
         let event = Event::Vertex(state.vertex.clone());
         Self::say(&mut state, event);
@@ -149,7 +150,7 @@ impl Reporter {
     /// The result came from the cache, or was never needed (row `so.st.cached`). Says nothing if
     /// work was done already.
     pub fn cached(&self) {
-        if lock(&self.0.state).vertex.completed.is_some() {
+        if self.0.state.lock().vertex.completed.is_some() {
             return;
         }
         self.vertex(|v| {
@@ -160,17 +161,17 @@ impl Reporter {
         });
     }
 
-    /// Whether a journal that somebody still has hears it.
+    /// Whether it reports to a journal that still exists.
     pub fn is_heard(&self) -> bool {
-        lock(&self.0.state).journals.iter().any(|j| j.strong_count() > 0)
+        self.0.state.lock().journals.iter().any(|j| j.strong_count() > 0)
     }
 
     /// Whether the vertex was reported as ended.
     pub fn is_completed(&self) -> bool {
-        lock(&self.0.state).vertex.completed.is_some()
+        self.0.state.lock().vertex.completed.is_some()
     }
 
-    /// Sets a counter; `done` ends it. States that follow each other closely are not all told.
+    /// Sets a counter; `done` ends it. States that follow each other closely are not all reported.
     pub fn status(&self, id: impl Into<String>, current: i64, total: i64, done: bool) {
         self.named_status(id, "", current, total, done);
     }
@@ -186,7 +187,7 @@ impl Reporter {
         done: bool,
     ) {
         let (id, time, now) = (id.into(), SystemTime::now(), Instant::now());
-        let mut state = lock(&self.0.state);
+        let mut state = self.0.state.lock();
         let vertex = state.vertex.digest;
         let place = state.places.get(&id).copied();
         let started = place.map_or(Some(time), |at| state.counters[at].update.started);
@@ -205,16 +206,16 @@ impl Reporter {
             Some(at) => {
                 let counter = &mut state.counters[at];
                 counter.update = update.clone();
-                if !done && now.duration_since(counter.told) < STATUS_INTERVAL {
+                if !done && now.duration_since(counter.reported) < STATUS_INTERVAL {
                     return;
                 }
-                counter.told = now;
+                counter.reported = now;
             }
             None if state.counters.len() == MAX_COUNTERS => return,
             None => {
                 let at = state.counters.len();
                 state.places.insert(id, at);
-                state.counters.push(Counter { update: update.clone(), told: now });
+                state.counters.push(Counter { update: update.clone(), reported: now });
             }
         }
         Self::say(&mut state, Event::Status(update));
@@ -227,7 +228,7 @@ impl Reporter {
 
     /// Output that the vertex made at `time`.
     pub fn log_at(&self, stream: LogStream, bytes: &[u8], time: SystemTime) {
-        let mut state = lock(&self.0.state);
+        let mut state = self.0.state.lock();
         if state.log >= MAX_LOG {
             return;
         }
@@ -248,7 +249,7 @@ impl Reporter {
 
     /// A warning about the vertex.
     pub fn warn(&self, warning: WarningUpdate) {
-        let mut state = lock(&self.0.state);
+        let mut state = self.0.state.lock();
         if state.warnings == MAX_WARNINGS {
             return;
         }
@@ -308,22 +309,22 @@ mod tests {
         let (r, j) = (reporter(), Journal::new());
         r.attach(&j);
         let began = Instant::now();
-        let (mut w, mut told) = (j.watch(), Vec::new());
+        let (mut w, mut events) = (j.watch(), Vec::new());
         for i in 0..100_000 {
             r.status("x", i, 0, i == 99_999);
-            // All that is told at once is there at once: one state at most is new.
+            // All that is reported at once is there at once: one state at most is new.
             if i == 0 || i == 99_999 {
-                told.extend(w.next().await.expect("the journal is open"));
+                events.extend(w.next().await.expect("the journal is open"));
             }
         }
-        let statuses: Vec<_> = told
+        let statuses: Vec<_> = events
             .iter()
             .filter_map(|e| if let Event::Status(s) = e { Some(s.current) } else { None })
             .collect();
         assert_eq!(statuses, [0, 99_999]);
         let said = j.events().len();
         assert!(said == 2, "{said} events after {:?}", began.elapsed());
-        let s = lock(&r.0.state);
+        let s = r.0.state.lock();
         assert!(s.counters.len() == 1 && s.past.is_empty());
     }
 

@@ -4,8 +4,8 @@ use crate::{
     CacheWriter, ExportOptions, Import,
     collect::{Entry, collect},
     format::{
-        CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, CacheResult, ChainedResult,
-        LayerNote, MAX_ENTRIES, time,
+        CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, CacheResult, CachedLayerMeta,
+        ChainedResult, MAX_ENTRIES, time,
     },
 };
 use bytes::Bytes;
@@ -62,7 +62,7 @@ impl Table {
             let next = self.config.layers.len();
             let number = *self.known.entry((descriptor.digest, parent)).or_insert(next);
             if number == next {
-                let note = LayerNote {
+                let note = CachedLayerMeta {
                     media_type: descriptor.media_type.clone(),
                     diff_id: Some(blob.diff_id),
                     size: descriptor.size as i64,
@@ -112,7 +112,7 @@ impl Table {
     }
 
     /// Adds a record for each further key, after those with inputs: each key is a record in this
-    /// format. Those that are too many for whoever reads it are left out.
+    /// format. Those beyond the limit of readers are left out.
     fn aliases(&mut self, entries: &[Entry]) {
         for (number, entry) in entries.iter().enumerate() {
             for key in
@@ -197,7 +197,7 @@ impl Export {
             let written = writer.layer(&blob, self.source(&blob, content, options, reporter), self.origin(&blob)).await;
             reporter.status(status, 0, 0, true);
             match written {
-                // Whoever had it has it no longer; the rest is still worth having.
+                // Its source has it no longer; the rest is still useful.
                 Err(fault) if self.lazy.get(&blob.digest).is_some_and(|l| fault.is_not_found() || l.state.is_lost(&fault)) => {
                     tracing::info!(error = %fault, digest = %blob.digest, "a cache is exported without a layer");
                     Ok(Some(blob.digest))

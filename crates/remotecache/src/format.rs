@@ -30,7 +30,7 @@ fn lists<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
     Ok(lists.into_iter().map(Option::unwrap_or_default).collect())
 }
 
-/// A selector that is no digest of ours selects nothing that we know.
+/// A selector that is not a valid digest selects nothing.
 fn selector<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<Digest>, D::Error> {
     Ok(Option::<String>::deserialize(from)?.and_then(|s| s.parse().ok()))
 }
@@ -61,17 +61,17 @@ pub(crate) struct CacheLayer {
     #[serde(default, skip_serializing_if = "is_zero")]
     pub parent: i64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub annotations: Option<LayerNote>,
+    pub annotations: Option<CachedLayerMeta>,
 }
 
 fn is_zero(n: &i64) -> bool {
     *n == 0
 }
 
-/// What a manifest does not tell of a layer.
+/// What a manifest does not have of a layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct LayerNote {
+pub(crate) struct CachedLayerMeta {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub media_type: String,
     #[serde(rename = "diffID", default, skip_serializing_if = "Option::is_none")]
@@ -155,7 +155,7 @@ impl CacheConfig {
     }
 
     /// The records alone, as they are in the config of an image with these layers (row
-    /// `rc.inline`): a layer is told by its place in the image, so that it does not matter how the
+    /// `rc.inline`): a layer is named by its place in the image, so that it does not matter how the
     /// image's layers are compressed or dated. Results that are not part of the image are left out.
     pub fn inline(&self, image: &[DiffId]) -> Result<Vec<u8>> {
         let diff_id = |layer: usize| self.layers.get(layer)?.annotations.as_ref()?.diff_id;

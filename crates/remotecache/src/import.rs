@@ -22,7 +22,7 @@ use std::{
     time::SystemTime,
 };
 
-/// Annotation on an index entry that is no image but says something about one.
+/// Annotation on an index entry that is not an image but describes one.
 const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
 /// Images of an index that are looked into.
 const MAX_IMAGES: usize = 64;
@@ -60,7 +60,7 @@ pub(crate) struct Contents {
     source: Option<Arc<dyn LayerSource>>,
 }
 
-/// A cache that one build imports. It is read beside the build, and nobody else looks into it.
+/// A cache that one build imports. It is read beside the build, and only that build looks into it.
 pub struct Import {
     refs: RefStore,
     contents: Arc<OnceLock<Contents>>,
@@ -69,7 +69,7 @@ pub struct Import {
 
 impl Import {
     /// The cache that `reading` gives; `None` stands for one that cannot be read. Nothing happens
-    /// before somebody waits for it.
+    /// before it is waited for.
     pub fn new(
         index: &CacheIndex,
         reading: impl Future<Output = Option<ReadCache>> + Send + 'static,
@@ -370,7 +370,7 @@ impl Contents {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::{CacheLayer, CacheResult, ChainedResult, LayerNote};
+    use crate::format::{CacheLayer, CacheResult, CachedLayerMeta, ChainedResult};
 
     const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
@@ -442,7 +442,7 @@ mod tests {
     fn what_we_write_into_an_image_is_read_by_place() {
         let layer = |name: &str, parent| {
             let diff_id = Some(DiffId(Digest::of(name)));
-            let note = LayerNote {
+            let note = CachedLayerMeta {
                 media_type: GZIP.into(),
                 diff_id,
                 size: 1,
@@ -550,7 +550,7 @@ mod tests {
                 .is_ok_and(|c| c.places == 200_000 && c.keys.values().all(|(_, result)| *result))
         );
         assert!(of(MAX_DEPTH, MAX_PLACES / MAX_DEPTH + 1).is_err());
-        // A stack that is too high, or lies on itself, is no result, and no harm.
+        // A stack that is too high, or lies on itself, is not a result, and harmless.
         assert!(
             of(MAX_DEPTH + 1, 10)
                 .is_ok_and(|c| c.places == 0 && c.keys.values().all(|(_, result)| !result))

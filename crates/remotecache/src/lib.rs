@@ -4,7 +4,7 @@
 //! A cache is a manifest whose layers are those of the results and whose config is a
 //! `format::CacheConfig`: which result has which layers, and which results it was made from.
 //! The index of this machine is crate `buildcache`. An [`Import`] is a cache that one build looks
-//! into besides: its results become lazy states, and nothing is fetched before somebody reads it.
+//! into besides: its results become lazy states, and nothing is fetched before it is read.
 //! [`Export`] walks from a build's results back through the index and what the build imported,
 //! and writes what it meets.
 //!

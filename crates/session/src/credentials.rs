@@ -2,11 +2,9 @@
 
 use std::{fmt, sync::OnceLock, time::Duration};
 
-use ring::{
-    rand::{SecureRandom, SystemRandom},
-    signature::{ED25519, UnparsedPublicKey},
-};
+use ring::signature::{ED25519, UnparsedPublicKey};
 use shipway_fault::{Code, Fault, Result};
+use shipway_host::random_bytes;
 use shipway_proto::moby::filesync::v1::{
     CredentialsRequest, FetchTokenRequest, GetTokenAuthorityRequest, VerifyTokenAuthorityRequest,
     auth_client::AuthClient,
@@ -71,22 +69,14 @@ impl fmt::Debug for Token {
 /// Length of the signature before what is signed, as NaCl has it.
 const SIGNATURE: usize = 64;
 
-fn random() -> Result<[u8; 32]> {
-    let mut bytes = [0; 32];
-    SystemRandom::new()
-        .fill(&mut bytes)
-        .map_err(|_| Fault::internal("the machine gives no random numbers"))?;
-    Ok(bytes)
-}
-
-/// Goes into the keys that clients make for us, so that they are useless to another daemon or
+/// Goes into the keys that clients make for us, so that they are of no use to another daemon or
 /// after a restart.
 fn salt() -> Result<[u8; 32]> {
     static SALT: OnceLock<[u8; 32]> = OnceLock::new();
     match SALT.get() {
         Some(salt) => Ok(*salt),
         None => Ok(*SALT.get_or_init({
-            let made = random()?;
+            let made = random_bytes()?;
             move || made
         })),
     }
@@ -126,7 +116,7 @@ impl Session {
     pub async fn proven_authority(&self, host: &str) -> Result<Option<[u8; 32]>> {
         let salt = salt()?;
         let Some(key) = self.token_authority(host, &salt).await? else { return Ok(None) };
-        let payload = random()?;
+        let payload = random_bytes::<32>()?;
         let signed = self.verify_token_authority(host, &salt, &payload).await?.unwrap_or_default();
         let proven = signed.split_at_checked(SIGNATURE).is_some_and(|(signature, said)| {
             said == payload

@@ -2,6 +2,7 @@
 //! `config/shipway-snapshotter.toml` shows them all.
 
 use serde::Deserialize;
+use shipway_daemon::{LogFormat, LogLevel};
 use shipway_fault::{Fault, Result, closest};
 use shipway_snapstore::{Sharing, Xino};
 use std::path::{Path, PathBuf};
@@ -46,32 +47,9 @@ impl Default for Config {
 #[serde(deny_unknown_fields, default)]
 pub struct Log {
     /// The least important that is logged.
-    pub level: Level,
+    pub level: LogLevel,
     /// How.
-    pub format: Format,
-}
-
-/// Importance of a message.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
-pub enum Level {
-    Error,
-    Warn,
-    #[default]
-    Info,
-    Debug,
-    Trace,
-}
-
-/// Form of a message.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
-pub enum Format {
-    #[default]
-    Text,
-    Json,
+    pub format: LogFormat,
 }
 
 impl Config {
@@ -112,21 +90,6 @@ impl Config {
             Ok(text) => Self::parse(&text, &path.display().to_string()),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && !required => Ok(Self::default()),
             Err(e) => Err(Fault::io(format!("read the configuration file {}", path.display()), e)),
-        }
-    }
-}
-
-impl Log {
-    /// Starts logging.
-    pub fn start(self) {
-        use tracing_subscriber::{EnvFilter, fmt};
-        let level = format!("{:?}", self.level).to_lowercase();
-        // The wire's own chatter drowns everything else.
-        let filter = format!("{level},h2=info,hyper=info,tower=info,tonic=info");
-        let builder = fmt().with_env_filter(EnvFilter::new(filter)).with_writer(std::io::stderr);
-        match self.format {
-            Format::Text => builder.with_ansi(rustix::termios::isatty(std::io::stderr())).init(),
-            Format::Json => builder.json().init(),
         }
     }
 }

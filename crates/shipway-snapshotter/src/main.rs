@@ -89,7 +89,7 @@ fn run(flags: Flags) -> Result<ExitCode> {
 
 fn start(config: &Config) -> Result<()> {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-    config.log.start();
+    shipway_daemon::start_log(config.log.level, config.log.format);
     // One thread for the sockets; what waits for the disk does so on others.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

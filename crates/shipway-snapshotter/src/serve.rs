@@ -2,6 +2,7 @@
 
 use crate::{config::Config, rpc, status};
 use rustix::fs::Mode;
+use shipway_daemon::NotifyState;
 use shipway_fault::{Fault, Result};
 use shipway_snapstore::{NoLazyLayers, Options, Store};
 use std::{
@@ -13,7 +14,6 @@ use std::{
 };
 use tokio::{
     net::{UnixListener, UnixStream},
-    signal::unix::{SignalKind, signal},
     sync::mpsc,
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -54,13 +54,13 @@ pub async fn run(config: &Config) -> Result<()> {
         let _ = stopped.await;
     };
     let mut server = tokio::spawn(rpc::serve(store.clone(), accept(listener), stopped));
-    notify(sd_notify::NotifyState::Ready);
+    shipway_daemon::notify(NotifyState::Ready);
     let ended = tokio::select! {
-        () = asked_to_stop() => None,
+        () = shipway_daemon::stop_requested() => None,
         ended = &mut server => Some(ended),
     };
     tracing::info!("stopping");
-    notify(sd_notify::NotifyState::Stopping);
+    shipway_daemon::notify(NotifyState::Stopping);
     let result = match ended {
         Some(ended) => Err(Fault::internal(format!("the server ended by itself: {ended:?}"))),
         None => {
@@ -135,22 +135,4 @@ fn accept(listener: UnixListener) -> ReceiverStream<UnixStream> {
         }
     });
     ReceiverStream::new(connections)
-}
-
-fn notify(state: sd_notify::NotifyState<'_>) {
-    if let Err(error) = sd_notify::notify(&[state]) {
-        tracing::debug!(%error, "the service manager was not told");
-    }
-}
-
-async fn asked_to_stop() {
-    let (Ok(mut term), Ok(mut int)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
-    }
 }

@@ -235,30 +235,22 @@ fn read(path: &Path) -> Result<Option<String>> {
 fn write(path: &Path, text: &str) -> Result<()> {
     let path = &path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let failed = |e: std::io::Error| Fault::io(format!("write {}", path.display()), e);
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".shipway-new");
-    let new = path.with_file_name(name);
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory).map_err(failed)?;
     }
-    let attempt = || -> std::io::Result<()> {
-        let mut file = std::fs::File::create(&new)?;
+    let fill = |file: &mut std::fs::File| {
         file.write_all(text.as_bytes())?;
         let mode = match path.metadata() {
             Ok(old) => {
-                std::os::unix::fs::fchown(&file, Some(old.uid()), Some(old.gid()))?;
+                std::os::unix::fs::fchown(&*file, Some(old.uid()), Some(old.gid()))?;
                 old.mode() & 0o7777
             }
             Err(_) => 0o644,
         };
-        rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?;
-        file.sync_all()?;
-        std::fs::rename(&new, path)
+        rustix::fs::fchmod(&*file, Mode::from_raw_mode(mode))?;
+        file.sync_all()
     };
-    attempt().map_err(|e| {
-        let _ = std::fs::remove_file(&new);
-        failed(e)
-    })
+    shipway_host::replace_file(path, 0o600, fill).map_err(failed)
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ pub(crate) struct ConnectArgs {
 }
 
 impl ConnectArgs {
-    /// Where the daemon is: as told, else as the environment says, else where daemons usually
+    /// Where the daemon is: as given, else as the environment says, else where daemons usually
     /// listen.
     pub(crate) fn location(&self, persona: Persona) -> Result<Location> {
         if let Some(addr) = self.addr.as_deref().filter(|a| !a.is_empty()) {

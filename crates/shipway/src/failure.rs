@@ -1,4 +1,5 @@
-//! How a failure is told: the lines of the source it is about, what went wrong, and what to try.
+//! How a failure is reported: the lines of the source it is about, what went wrong, and what to
+//! try.
 
 use std::fmt::Write;
 

@@ -9,7 +9,7 @@ use shipway_fault::{Fault, Result};
 /// Steps that are not the user's begin with one of these.
 const OURS: [&str; 4] = ["[internal]", "[auth]", "importing cache", "exporting "];
 
-/// The steps of a build, as its events tell of them.
+/// The steps of a build, as its events report them.
 pub(crate) struct Metrics {
     started: Instant,
     steps: BTreeMap<String, Step>,
@@ -38,7 +38,7 @@ struct Numbers {
 }
 
 impl Metrics {
-    /// For a build that begins now; told at `out`: `stdout`, `stderr`, or a file.
+    /// For a build that begins now; written to `out`: `stdout`, `stderr`, or a file.
     pub(crate) fn start(out: &str) -> Result<Self> {
         use std::os::unix::fs::OpenOptionsExt as _;
         let out: Box<dyn Write + Send> =
@@ -60,7 +60,7 @@ impl Metrics {
         Ok(Self { started: Instant::now(), steps: BTreeMap::new(), out })
     }
 
-    /// Takes note of what is told.
+    /// Counts what is reported.
     pub(crate) fn note(&mut self, status: &Status) {
         for vertex in &status.vertexes {
             let step = self.steps.entry(vertex.digest.clone()).or_default();

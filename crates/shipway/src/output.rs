@@ -6,7 +6,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Map, Value};
 use shipway_fault::{Fault, Result};
 
-/// Prints `text`. A reader that wants no more, such as `head`, is no failure.
+/// Prints `text`. A reader that wants no more, such as `head`, is not an error.
 pub(crate) fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {

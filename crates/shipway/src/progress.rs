@@ -96,11 +96,9 @@ pub(crate) struct View {
 impl View {
     /// Waits until everything is drawn; the senders must be gone.
     pub(crate) async fn finish(self) -> Result<Shown> {
-        let joined = tokio::task::spawn_blocking(move || self.thread.join()).await;
-        joined
-            .ok()
-            .and_then(|shown| shown.ok())
-            .ok_or_else(|| Fault::internal("the progress view broke"))
+        let broken = |_| Fault::internal("the progress view panicked");
+        let join = move || self.thread.join().map_err(broken);
+        shipway_task::blocking("wait for the progress view", join).await
     }
 }
 

@@ -23,7 +23,7 @@ pub(crate) struct Extras {
     pub(crate) metadata_file: Option<PathBuf>,
     /// File to which every event is added as JSON.
     pub(crate) trace: Option<PathBuf>,
-    /// Where it is told what came from the cache.
+    /// Where it is written what came from the cache.
     pub(crate) metrics: Option<String>,
 }
 
@@ -35,7 +35,8 @@ pub(crate) async fn build(
     extras: &Extras,
 ) -> Result<(Outcome, Shown)> {
     let stop = CancellationToken::new();
-    let _signals = AbortOnDropHandle::new(tokio::spawn(signals(stop.clone())));
+    let _signals =
+        AbortOnDropHandle::new(shipway_task::spawn("watch signals", signals(stop.clone())));
     let (events, view) = progress::start(mode, "Building")?;
     let open = |path: &PathBuf| {
         let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
@@ -46,7 +47,10 @@ pub(crate) async fn build(
     let (events, following) = match file.is_some() || metrics.is_some() {
         true => {
             let (tee, queue) = mpsc::channel(64);
-            (tee, Some(tokio::spawn(follow(queue, events, file, metrics))))
+            (
+                tee,
+                Some(shipway_task::spawn("follow progress", follow(queue, events, file, metrics))),
+            )
         }
         false => (events, None),
     };
@@ -68,14 +72,15 @@ pub(crate) async fn build(
 /// Asks a frontend; gives its answer.
 pub(crate) async fn ask(client: &Client, options: SolveOptions, mode: Mode) -> Result<Answer> {
     let stop = CancellationToken::new();
-    let _signals = AbortOnDropHandle::new(tokio::spawn(signals(stop.clone())));
+    let _signals =
+        AbortOnDropHandle::new(shipway_task::spawn("watch signals", signals(stop.clone())));
     let (events, view) = progress::start(mode, "Checking")?;
     let answer = client.ask(options, events, stop).await;
     view.finish().await?;
     answer
 }
 
-/// Looks at events on their way: copies them to a file, counts what they tell.
+/// Looks at events on their way: copies them to a file, counts what they report.
 async fn follow(
     mut queue: mpsc::Receiver<Status>,
     events: mpsc::Sender<Status>,

@@ -1,7 +1,7 @@
 //! Sizes and durations as people write and read them.
 
 use shipway_fault::{Fault, Result};
-use shipway_gocompat::GoDuration;
+use shipway_gocompat::{GoDuration, parse_size};
 
 fn scaled(bytes: i64) -> Option<(f64, &'static str)> {
     let units = ["kB", "MB", "GB", "TB", "PB", "EB"];
@@ -35,18 +35,10 @@ pub(crate) fn exact_bytes(bytes: i64) -> String {
 
 /// Bytes as Docker's flags have them: `64m`, `1.5gb`, `1GiB`, in powers of 1024.
 pub(crate) fn parse_bytes(text: &str) -> Result<i64> {
-    let broken = || {
+    parse_size(text).ok_or_else(|| {
         Fault::invalid(format!("invalid size: '{text}'"))
             .hint("write it as a number with a unit, such as 512m or 2g")
-    };
-    let at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(at);
-    let number: f64 = number.parse().map_err(|_| broken())?;
-    let unit = unit.trim().to_lowercase();
-    let unit = unit.strip_suffix("ib").or_else(|| unit.strip_suffix('b')).unwrap_or(&unit);
-    let factor =
-        ["", "k", "m", "g", "t", "p"].iter().position(|u| *u == unit).ok_or_else(broken)?;
-    Ok((number * 1024f64.powi(factor as i32)) as i64)
+    })
 }
 
 /// Nanoseconds of a duration that is not negative, as Go writes it: `1h30m`, `1.5s`, `300ms`.

@@ -5,7 +5,7 @@
 const TAB: usize = 8;
 
 /// Aligns lines of cells: each run of lines that have a column in common gets one width for it. The
-/// last cell of a line is no column.
+/// last cell of a line is not a column.
 pub(crate) fn align(text: &str) -> String {
     let lines: Vec<Vec<&str>> = text.split('\n').map(|line| line.split('\t').collect()).collect();
     let mut out = String::new();

@@ -27,7 +27,7 @@ pub struct Config {
     /// Whether steps of all builds reach the network through a recording proxy only.
     #[serde(rename = "proxyNetwork")]
     pub proxy_network: bool,
-    /// Where the JSON files are that provenance tells of this daemon.
+    /// Directory of the JSON files that provenance has about this daemon.
     #[serde(rename = "provenanceEnvDir")]
     pub provenance_env_dir: Option<String>,
     /// Logging.

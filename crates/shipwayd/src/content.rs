@@ -1,7 +1,8 @@
 //! containerd's Content service, read-only (row `content.ro`): blobs of the build cache, what
-//! builds wrote, and the logs of finished builds. The namespace may be somebody else's, too, such
-//! as Kubernetes': its other images are nobody's business here.
+//! builds wrote, and the logs of finished builds. The namespace may be shared, for
+//! example with Kubernetes: its other images are not served.
 
+use parking_lot::Mutex;
 use shipway_fault::{Fault, Result};
 use shipway_grpc::status_of;
 use shipway_history::History;
@@ -11,7 +12,7 @@ use shipway_refs::{DOCUMENT_KIND, RefStore};
 use shipway_storage::{LeaseId, Storage};
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 use tokio_stream::wrappers::ReceiverStream;
@@ -75,7 +76,7 @@ fn read_only<T>(what: &str) -> Answer<T> {
 }
 
 impl ContentService {
-    /// The blobs of `storage` that `refs` keeps or that `history` tells of, and the files of
+    /// The blobs of `storage` that `refs` keeps or that `history` has written, and the files of
     /// `history`.
     pub fn new(storage: Storage, refs: RefStore, history: Arc<History>) -> Self {
         Self { storage, refs, history, parts: Mutex::default() }
@@ -99,10 +100,7 @@ impl ContentService {
         for root in &roots {
             written.push(self.parts_of(*root).await?);
         }
-        self.parts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .retain(|root, _| roots.contains(root));
+        self.parts.lock().retain(|root, _| roots.contains(root));
         Ok(Ours {
             cached: self.refs.blobs_kept(),
             documents: documents.into_iter().map(|l| l.id).collect(),
@@ -112,7 +110,7 @@ impl ContentService {
 
     /// Everything that `root`, which a build wrote, leads to.
     async fn parts_of(&self, root: Digest) -> Result<Arc<HashSet<Digest>>> {
-        if let Some(known) = self.parts.lock().unwrap_or_else(PoisonError::into_inner).get(&root) {
+        if let Some(known) = self.parts.lock().get(&root) {
             return Ok(known.clone());
         }
         let (mut parts, mut queue, mut whole) = (HashSet::from([root]), vec![root], true);
@@ -132,7 +130,7 @@ impl ContentService {
         let parts = Arc::new(parts);
         // What is not all there now may be later.
         if whole {
-            self.parts.lock().unwrap_or_else(PoisonError::into_inner).insert(root, parts.clone());
+            self.parts.lock().insert(root, parts.clone());
         }
         Ok(parts)
     }
@@ -149,9 +147,8 @@ impl ContentService {
     /// The file of the history with this digest, if there is one.
     async fn file(&self, digest: Digest) -> Result<Option<tokio::fs::File>, Status> {
         let history = self.history.clone();
-        let opened = tokio::task::spawn_blocking(move || history.open_file(digest)).await;
-        let opened = opened
-            .unwrap_or_else(|e| Err(Fault::internal(format!("read a file of the history: {e}"))));
+        let open = move || history.open_file(digest);
+        let opened = shipway_task::blocking("open a file of the history", open).await;
         opened.map(|file| file.map(tokio::fs::File::from_std)).map_err(|f| status_of(&f))
     }
 }
@@ -197,7 +194,7 @@ impl wire::content_server::Content for ContentService {
         if let Some(mut file) = self.file(digest).await? {
             let fail = |e| status_of(&Fault::io(format!("read the log {digest}"), e));
             file.seek(std::io::SeekFrom::Start(offset)).await.map_err(fail)?;
-            tokio::spawn(async move {
+            shipway_task::spawn("send a file", async move {
                 let (mut at, mut left) = (offset, limit);
                 let mut buffer = vec![0; CHUNK];
                 while let Ok(n) = file.read(&mut buffer).await {
@@ -219,7 +216,7 @@ impl wire::content_server::Content for ContentService {
             )));
         }
         reader.seek(offset).await.map_err(|f| status_of(&f))?;
-        tokio::spawn(async move {
+        shipway_task::spawn("send a blob", async move {
             let (mut at, mut left) = (offset, limit);
             loop {
                 match reader.next().await {
@@ -254,7 +251,7 @@ impl wire::content_server::Content for ContentService {
         let ours = self.ours().await.map_err(|f| status_of(&f))?;
         blobs.retain(|b| ours.contains(b.digest));
         let (tx, rx) = tokio::sync::mpsc::channel(4);
-        tokio::spawn(async move {
+        shipway_task::spawn("list blobs", async move {
             for part in blobs.chunks(100) {
                 let info = part.iter().map(|b| wire::Info {
                     digest: b.digest.to_string(),

@@ -201,7 +201,7 @@ impl Control for ControlService {
         let (tx, rx) = mpsc::channel(64);
         let prune = async move {
             let refs = &services.refs;
-            // Whoever asks for space asks for what waits for the next build, too.
+            // A client that asks for space wants that, too, which waits for the next build.
             services.executor.retire_idle().await;
             refs.drained().await;
             let (removed, mut queue) = mpsc::unbounded_channel();
@@ -230,7 +230,7 @@ impl Control for ControlService {
                 let _ = tx.send(Err(status_of(&fault))).await;
             }
         };
-        tokio::spawn(prune.instrument(tracing::info_span!("prune")));
+        shipway_task::spawn("prune", prune);
         Ok(Response::new(ReceiverStream::new(rx)))
     }
 
@@ -263,7 +263,7 @@ impl Control for ControlService {
         match progress {
             Progress::Live(journal) => {
                 let mut watcher = journal.watch();
-                tokio::spawn(async move {
+                shipway_task::spawn("send progress", async move {
                     while let Some(events) = watcher.next().await {
                         for message in status::messages(&events) {
                             if tx.send(Ok(message)).await.is_err() {
@@ -275,16 +275,18 @@ impl Control for ControlService {
             }
             Progress::Past(digest) => {
                 let history = self.engine.parts().history.clone();
-                tokio::task::spawn_blocking(move || match history.open_file(digest) {
-                    Ok(Some(file)) => {
-                        let mut messages = status::read_blob(std::io::BufReader::new(file));
-                        let _ = messages.try_for_each(|message| tx.blocking_send(Ok(message)));
+                let send = move || {
+                    let missing = || Fault::not_found("the build was deleted from the history");
+                    match history.open_file(digest).and_then(|file| file.ok_or_else(missing)) {
+                        Ok(file) => {
+                            let mut messages = status::read_blob(std::io::BufReader::new(file));
+                            let _ = messages.try_for_each(|message| tx.blocking_send(Ok(message)));
+                        }
+                        Err(fault) => drop(tx.blocking_send(Err(status_of(&fault)))),
                     }
-                    Ok(None) => drop(tx.blocking_send(Err(status_of(&Fault::not_found(
-                        "the build was forgotten just now",
-                    ))))),
-                    Err(fault) => drop(tx.blocking_send(Err(status_of(&fault)))),
-                });
+                    Ok(())
+                };
+                drop(shipway_task::blocking("send a log", send));
             }
         }
         Ok(with_time(Response::new(ReceiverStream::new(rx))))
@@ -355,9 +357,7 @@ impl Control for ControlService {
                 history.pin(&request.r#ref, request.pinned)
             }
         };
-        let done = tokio::task::spawn_blocking(update)
-            .await
-            .unwrap_or_else(|e| Err(Fault::internal(format!("update the history: {e}"))));
+        let done = shipway_task::blocking("update the history", update).await;
         done.map(|()| Response::new(wire::UpdateBuildHistoryResponse {})).map_err(|f| status_of(&f))
     }
 }

@@ -85,8 +85,7 @@ impl Condition {
         let known =
             |f: &&&str| if f.ends_with('.') { field.starts_with(**f) } else { field == **f };
         if !fields.iter().any(|f| known(&f)) {
-            let fault =
-                Fault::invalid(format!("invalid filter {part:?}: there is no field {field:?}"));
+            let fault = Fault::invalid(format!("invalid filter {part:?}: no field {field:?}"));
             return Err(match nearest(&field, fields.iter().copied()) {
                 Some(near) => fault.hint(format!("did you mean `{near}`?")),
                 None => fault.hint(format!("there are {}", fields.join(", "))),
@@ -165,7 +164,7 @@ pub fn parse_all(texts: &[String], fields: &[&str]) -> Result<Vec<Filter>> {
     texts.iter().map(|t| Filter::parse(t, fields)).collect()
 }
 
-/// Refuses more filters than anybody needs.
+/// Refuses too many filters.
 pub fn check_count(texts: &[String]) -> Result<()> {
     if texts.len() > MAX_FILTERS {
         return Err(Fault::invalid(format!(

@@ -293,7 +293,8 @@ fn existing(
 /// A record, read without holding up others.
 async fn load(history: &Arc<History>, id: &str) -> Option<Arc<HistoryRecord>> {
     let (history, id) = (history.clone(), id.to_owned());
-    tokio::task::spawn_blocking(move || history.get(&id)).await.ok().flatten()
+    let get = move || Ok(history.get(&id));
+    shipway_task::blocking("read a record of the history", get).await.ok().flatten()
 }
 
 /// What a listener is sent of a change; `None` where there is nothing to say any more.
@@ -310,7 +311,7 @@ async fn event(
         HistoryEventKind::Completed => {
             (wire::BuildHistoryEventType::Complete, record(&*load(history, id).await?))
         }
-        // One that ended meanwhile is told of next.
+        // One that ended meanwhile is reported next.
         HistoryEventKind::Started => (
             wire::BuildHistoryEventType::Started,
             record(&*load(history, id).await.filter(|r| r.completed.is_none())?),
@@ -331,7 +332,7 @@ pub fn listen(
     let (all, mut changes) = history.listen();
     let first = existing(all, &request, &wanted);
     let (tx, rx) = mpsc::channel(8);
-    tokio::spawn(async move {
+    shipway_task::spawn("send the history", async move {
         for summary in first {
             // As it stands now; one that was forgotten since then is none.
             let Some(there) = load(&history, &summary.id).await else { continue };

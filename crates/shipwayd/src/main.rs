@@ -19,7 +19,7 @@ mod worker;
 
 use clap::Parser as _;
 use flags::{Flags, Persona};
-use settings::{Logging, Settings};
+use settings::Settings;
 use shipway_fault::{Class, Fault, Result};
 use std::process::ExitCode;
 
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
 fn run(settings: Settings) -> Result<()> {
     private::umask();
     memory::tune();
-    start_log(settings.logging);
+    shipway_daemon::start_log(settings.logging.level, settings.logging.format);
     for note in &settings.notes {
         tracing::warn!("{note}");
     }
@@ -69,18 +69,4 @@ fn run(settings: Settings) -> Result<()> {
         let listeners = serve::bind(&listening).await?;
         serve::run(parts, listeners).await
     })
-}
-
-fn start_log(logging: Logging) {
-    use tracing_subscriber::{EnvFilter, fmt};
-    let level = logging.level.as_str();
-    // The wire's own chatter drowns everything else; what is asked of containerd is traced by
-    // ourselves.
-    let filter =
-        format!("{level},h2=info,hyper=info,hyper_util=info,tower=info,tonic=info,rustls=info");
-    let builder = fmt().with_env_filter(EnvFilter::new(filter)).with_writer(std::io::stderr);
-    match logging.json {
-        false => builder.with_ansi(rustix::termios::isatty(std::io::stderr())).init(),
-        true => builder.json().init(),
-    }
 }

@@ -42,10 +42,14 @@ pub fn tune() {
 /// A build has ended: what it leaves free goes back to the system, unless another one comes first.
 pub fn give_back() {
     let mine = ENDED.fetch_add(1, Ordering::Relaxed) + 1;
-    tokio::spawn(async move {
+    shipway_task::spawn("give memory back", async move {
         tokio::time::sleep(QUIET).await;
         if ENDED.load(Ordering::Relaxed) == mine {
-            let _ = tokio::task::spawn_blocking(trim).await;
+            let give_back = || {
+                trim();
+                Ok(())
+            };
+            let _ = shipway_task::blocking("give memory back", give_back).await;
         }
     });
 }

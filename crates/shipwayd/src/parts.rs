@@ -19,6 +19,7 @@ use shipway_exporters::{Exporters, Publishing};
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
 use shipway_frontend::{Frontends, Worker};
 use shipway_history::{History, HistoryEncoders};
+use shipway_host::random_id;
 use shipway_ops::{Emulators, Services};
 use shipway_refs::RefStore;
 use shipway_registry::Registry;
@@ -37,7 +38,7 @@ pub struct Parts {
     pub storage: Storage,
     /// What ListWorkers says.
     pub worker: Arc<WorkerInfo>,
-    /// Held while we live, so that no second daemon uses the same root.
+    /// Held as long as the process runs, so that no second daemon uses the same root.
     _locks: Vec<File>,
 }
 
@@ -228,7 +229,7 @@ fn devices(config: &Cdi) -> CdiCatalog {
     registry
 }
 
-/// An empty directory for sockets that steps get: those of an earlier life lead nowhere.
+/// An empty directory for sockets that steps get: those of a previous run lead nowhere.
 fn sockets(root: &Path) -> Result<std::path::PathBuf> {
     let dir = root.join("sockets");
     let failed = |e| Fault::io(format!("make {}", dir.display()), e);
@@ -239,10 +240,10 @@ fn sockets(root: &Path) -> Result<std::path::PathBuf> {
     Ok(dir)
 }
 
-/// What the operator wants told in provenance (row `at.prov.env`): the JSON objects of a directory,
+/// What the operator adds to provenance (row `at.prov.env`): the JSON objects of a directory,
 /// merged.
 fn provenance_environment(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>> {
-    /// Told by the daemon itself.
+    /// Set by the daemon itself.
     const RESERVED: [&str; 4] = ["buildConfig", "builderPlatform", "dockerfileVersion", "platform"];
     let failed = |path: &Path, e| Fault::io(format!("read {}", path.display()), e);
     let mut files = match std::fs::read_dir(path) {
@@ -262,7 +263,7 @@ fn provenance_environment(path: &Path) -> Result<serde_json::Map<String, serde_j
             .map_err(|e| Fault::invalid(format!("failed to parse {}: {e}", file.display())))?;
         if let Some(key) = object.keys().find(|k| RESERVED.contains(&k.as_str())) {
             return Err(Fault::invalid(format!(
-                "{}: {key} is told by the daemon itself",
+                "{}: {key} is set by the daemon itself",
                 file.display()
             ))
             .hint("use another key"));
@@ -293,11 +294,7 @@ fn worker_id(root: &Path) -> Result<String> {
     match std::fs::read_to_string(&path) {
         Ok(id) if !id.trim().is_empty() => Ok(id.trim().to_owned()),
         _ => {
-            let mut bytes = [0u8; 16];
-            let random = File::open("/dev/urandom")
-                .and_then(|mut f| std::io::Read::read_exact(&mut f, &mut bytes));
-            random.map_err(|e| Fault::io("make a worker id", e))?;
-            let id = shipway_oci::Digest::of(bytes).hex()[..25].to_owned();
+            let id = random_id()?;
             std::fs::write(&path, &id)
                 .map_err(|e| Fault::io(format!("write {}", path.display()), e))?;
             Ok(id)
@@ -322,7 +319,7 @@ mod tests {
         std::fs::write(dir.path().join("other"), "no JSON").unwrap();
         assert_eq!(read().unwrap(), r#"{"a":1,"b":2}"#);
         std::fs::write(dir.path().join("3.json"), r#"{"platform":"x"}"#).unwrap();
-        assert!(read().unwrap_err().contains("platform is told by the daemon itself"));
+        assert!(read().unwrap_err().contains("platform is set by the daemon itself"));
         std::fs::write(dir.path().join("3.json"), "[]").unwrap();
         assert!(read().unwrap_err().contains("3.json"));
         assert!(provenance_environment(&dir.path().join("none")).unwrap().is_empty());

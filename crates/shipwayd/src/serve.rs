@@ -3,6 +3,7 @@
 use crate::{
     content::ContentService, control::ControlService, gc, parts::Parts, settings::Listening,
 };
+use shipway_daemon::NotifyState;
 use shipway_fault::{Fault, Result};
 use shipway_gateway::BridgeService;
 use shipway_grpc::{Address, HealthService, ListenOptions, Listener};
@@ -16,7 +17,6 @@ use shipway_proto::{
     },
 };
 use std::{sync::Arc, time::Duration};
-use tokio::signal::unix::{SignalKind, signal};
 use tracing::Instrument as _;
 
 /// Between two looks at which builds to forget.
@@ -57,18 +57,16 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     let trigger = gc::Trigger::default();
     let engine = parts.engine.clone();
     let worker = parts.worker.clone();
-    let collector = tokio::spawn(
+    let collector = shipway_task::spawn(
+        "gc",
         gc::run(
             engine.parts().caches.clone(),
             parts.worker.gc.clone(),
             parts.worker.disk.clone(),
             trigger.clone(),
-        )
-        .instrument(tracing::info_span!("gc")),
+        ),
     );
-    let remembered = tokio::spawn(
-        forget(engine.parts().history.clone()).instrument(tracing::info_span!("history")),
-    );
+    let remembered = shipway_task::spawn("history", forget(engine.parts().history.clone()));
     let control = ControlService { engine: engine.clone(), worker: worker.clone(), gc: trigger };
     let bridge =
         BridgeService::new(engine.parts().builds.clone(), Arc::new(move || vec![worker.record()]));
@@ -105,20 +103,21 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
         let server = shipway_grpc::server()
             .add_routes(routes.clone())
             .serve_with_incoming_shutdown(listener.incoming(), ended);
-        servers.spawn(server.instrument(tracing::info_span!("serve", %address)));
+        let server = server.instrument(tracing::info_span!("serve", %address));
+        servers.spawn(shipway_task::named("serve", server));
     }
-    notify(sd_notify::NotifyState::Ready);
+    shipway_daemon::notify(NotifyState::Ready);
     let mut failed = None;
     tokio::select! {
-        () = asked_to_stop() => tracing::info!("stopping"),
+        () = shipway_daemon::stop_requested() => tracing::info!("stopping"),
         ended = servers.join_next() => failed = ended.map(|e| format!("{e:?}")),
     }
-    notify(sd_notify::NotifyState::Stopping);
+    shipway_daemon::notify(NotifyState::Stopping);
     let _ = stop.send(true);
     let all = async { while servers.join_next().await.is_some() {} };
     tokio::select! {
         _ = tokio::time::timeout(DRAIN, all) => {}
-        () = asked_to_stop() => tracing::warn!("stopping at once"),
+        () = shipway_daemon::stop_requested() => tracing::warn!("stopping at once"),
     }
     servers.shutdown().await;
     collector.abort();
@@ -144,25 +143,11 @@ async fn forget(history: Arc<History>) {
     loop {
         timer.tick().await;
         let history = history.clone();
-        let _ = tokio::task::spawn_blocking(move || history.trim()).await;
-    }
-}
-
-fn notify(state: sd_notify::NotifyState<'_>) {
-    if let Err(error) = sd_notify::notify(&[state]) {
-        tracing::debug!(%error, "the service manager was not told");
-    }
-}
-
-async fn asked_to_stop() {
-    let (Ok(mut term), Ok(mut int)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
+        let trim = move || {
+            history.trim();
+            Ok(())
+        };
+        let _ = shipway_task::blocking("trim the history", trim).await;
     }
 }
 

@@ -9,6 +9,7 @@ use crate::{
     prune,
 };
 use shipway_containerd::{NetworkConfig, NetworkDefault, RuntimeOptions, TaskConfig};
+use shipway_daemon::{LogFormat, LogLevel};
 use shipway_executor::etc::Dns;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_gocompat::parse_bool;
@@ -20,9 +21,9 @@ use shipway_registry::RegistryConfig;
 use shipway_sources::LocalImages;
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
-/// Where containerd listens unless told otherwise.
+/// Default address of containerd.
 const CONTAINERD: &str = "/run/containerd/containerd.sock";
-/// Where the JSON files are that provenance tells of this daemon, unless told otherwise.
+/// Default directory of the JSON files that provenance has about this daemon.
 const PROVENANCE: &str = "/etc/buildkit/provenance.d";
 /// How long a list of platforms is good (row `toml.sys`).
 const PLATFORMS_MAX_AGE: Duration = Duration::from_secs(20);
@@ -33,49 +34,9 @@ const REGISTRY_CONCURRENCY: usize = 4;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Logging {
     /// Least severe level that is logged.
-    pub level: Level,
-    /// One JSON object per line.
-    pub json: bool,
-}
-
-/// A log level.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum Level {
-    Error,
-    Warn,
-    #[default]
-    Info,
-    Debug,
-    Trace,
-}
-
-impl Level {
-    fn parse(text: &str) -> Result<Self> {
-        Ok(match text {
-            // Nothing here is worse than an error.
-            "panic" | "fatal" | "error" => Self::Error,
-            "warn" | "warning" => Self::Warn,
-            "info" => Self::Info,
-            "debug" => Self::Debug,
-            "trace" => Self::Trace,
-            _ => {
-                return Err(Fault::invalid(format!("unknown log level {text:?}"))
-                    .hint("want error, warn, info, debug or trace"));
-            }
-        })
-    }
-
-    /// As filters of the log have it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Error => "error",
-            Self::Warn => "warn",
-            Self::Info => "info",
-            Self::Debug => "debug",
-            Self::Trace => "trace",
-        }
-    }
+    pub level: LogLevel,
+    /// How.
+    pub format: LogFormat,
 }
 
 /// Where to listen, and for whom.
@@ -153,7 +114,7 @@ pub struct Settings {
     pub cdi: Cdi,
     /// Entitlements that may be granted.
     pub entitlements: Vec<String>,
-    /// Where the JSON files are that provenance tells of this daemon.
+    /// Directory of the JSON files that provenance has about this daemon.
     pub provenance: PathBuf,
     /// Whether there is the in-house Dockerfile frontend.
     pub dockerfile: bool,
@@ -251,25 +212,20 @@ impl Settings {
 
         let mut logging = Logging::default();
         if flags.debug || debug {
-            logging.level = Level::Debug;
+            logging.level = LogLevel::Debug;
         }
         if let Some(level) = &log.level {
-            logging.level = Level::parse(level)?;
+            logging.level = level.parse()?;
         }
         if flags.trace || trace {
-            logging.level = Level::Trace;
+            logging.level = LogLevel::Trace;
         }
         if let Some(level) = &flags.log_level {
-            logging.level = Level::parse(level)?;
+            logging.level = level.parse()?;
         }
-        logging.json = match flags.log_format.as_deref().or(log.format.as_deref()) {
-            None | Some("text") => false,
-            Some("json") => true,
-            Some(other) => {
-                return Err(Fault::invalid(format!("unknown log format {other:?}"))
-                    .hint("want text or json"));
-            }
-        };
+        if let Some(format) = flags.log_format.as_deref().or(log.format.as_deref()) {
+            logging.format = format.parse()?;
+        }
 
         let Grpc { address, debug_address, uid, gid, security_descriptor, tls } = grpc;
         let mut note = |set: bool, text: &str| notes.extend(set.then(|| text.to_owned()));

@@ -73,7 +73,7 @@ impl BlobAt {
     }
 
     /// Writes it to the new file `name` in `dir`. The place is not trusted: it gives no more bytes
-    /// than it told, and they have to be those of the digest.
+    /// than it announced, and they have to be those of the digest.
     pub(crate) async fn save(
         &self,
         dir: &Path,

@@ -28,7 +28,7 @@ pub(crate) trait ClientServices: Send + Sync + 'static {
     /// Their credentials for registries.
     fn credentials(&self) -> Arc<dyn CredentialSource>;
 
-    /// The first secret of this name; `None` when nobody has it.
+    /// The first secret of this name; `None` if no client has it.
     async fn secret(&self, id: &str) -> Result<Option<Vec<u8>>>;
 
     /// Who has directories: the session asked for, if it is attached, and then the others.

@@ -194,8 +194,7 @@ impl Source for GitSource {
     async fn pin(&self, spec: &SourceSpec, cx: &SourceContext) -> Result<PinnedSource> {
         let spec = GitSpec::parse(spec, spec.locator())?;
         let tip = self.tip(&spec, cx).await?;
-        // Whoever made the files that are cached under the key, this build wants to know who signed
-        // them.
+        // Files may be cached under the key that no signature was verified for.
         if spec.signed.is_some() {
             self.objects(&spec, &tip, cx).await?;
         }

@@ -74,7 +74,7 @@ impl HttpSource {
 
     /// The file as this build knows it, with the checksum and the signature that are asked for.
     async fn verified(&self, file: &HttpSpec, cx: &SourceContext) -> Result<(Known, ImmutableRef)> {
-        let (known, state) = self.told(file, cx).await?;
+        let (known, state) = self.known_to_build(file, cx).await?;
         if let Some(wanted) = file.checksum.filter(|w| *w != known.digest) {
             return Err(mismatch(file, known.digest, wanted));
         }
@@ -87,14 +87,18 @@ impl HttpSource {
     }
 
     /// The file as this build knows it; asked for when it does not.
-    async fn told(&self, file: &HttpSpec, cx: &SourceContext) -> Result<(Known, ImmutableRef)> {
+    async fn known_to_build(
+        &self,
+        file: &HttpSpec,
+        cx: &SourceContext,
+    ) -> Result<(Known, ImmutableRef)> {
         let request = file.request_key();
-        if let Some(told) = cx
+        if let Some(known) = cx
             .memo
             .file(&request)
             .filter(|(known, _)| file.checksum.is_none_or(|c| c == known.digest))
         {
-            return Ok(told);
+            return Ok(known);
         }
         let (known, state) = self.known_or_fetched(file, cx).await?;
         cx.memo.keep_file(request, known.clone(), state.clone());
@@ -255,7 +259,7 @@ impl Source for HttpSource {
         {
             return Ok(state);
         }
-        let (known, state) = self.told(&file, cx).await?;
+        let (known, state) = self.known_to_build(&file, cx).await?;
         match wanted {
             Some(wanted) if wanted != known.digest => Err(mismatch(&file, known.digest, wanted)),
             _ => Ok(state),
@@ -323,9 +327,7 @@ async fn sum(
         let file = file::open(mount.path(), &filename)?;
         algorithm.of(std::io::Read::chain(file, &suffix[..])).map_err(failed)
     };
-    tokio::task::spawn_blocking(hash)
-        .await
-        .map_err(|e| Fault::internal(format!("hashing failed: {e}")))?
+    shipway_task::blocking("hash a file", hash).await
 }
 
 /// Whether the file in `state` is signed.
@@ -339,9 +341,7 @@ async fn verify(state: &ImmutableRef, filename: &str, signed: Signed) -> Result<
             Trusted { keys: &signed.keys, validity: Validity::AtSigning, now: SystemTime::now() };
         verify_detached(file, &signed.signature, &trusted)
     };
-    tokio::task::spawn_blocking(verify)
-        .await
-        .map_err(|e| Fault::internal(format!("the verification of a signature ended early: {e}")))?
+    shipway_task::blocking("verify a signature", verify).await
 }
 
 /// Where a file's bytes come from.

@@ -17,9 +17,9 @@ use crate::{
 use async_trait::async_trait;
 pub use attrs::LocalImages;
 use attrs::{ImageLocation, ImageSpec};
-pub(crate) use resolve::Told;
+pub(crate) use resolve::ResolvedName;
 pub use resolve::document_lease;
-use resolve::{Asked, Resolved};
+use resolve::{NameResolver, Resolved};
 use serde::Serialize;
 use shipway_attest::{self as attest, Capture};
 use shipway_fault::{Code, Fault, Result};
@@ -75,20 +75,24 @@ impl ImageSource {
         cx.reporter.status(status.clone(), 0, 0, false);
         // Several stages often start from one image: one asks the registry, the others find its
         // manifest stored.
-        let turn = self.locks.lock(&image.name.to_string()).await;
+        let guard = self.locks.lock(&image.name.to_string()).await;
         let remote = self.remote(image, &*cx.clients).await?;
-        let asked =
-            Asked { storage: self.refs.storage(), remote: &*remote, prefer: self.prefer, cx };
-        let found = asked.resolve(image, platform).await;
+        let resolver = NameResolver {
+            storage: self.refs.storage(),
+            remote: &*remote,
+            prefer: self.prefer,
+            cx,
+        };
+        let found = resolver.resolve(image, platform).await;
         // The registry's errors name the image themselves.
         let name = image.name.to_string();
         let found =
             found.map_err(|e| if e.to_string().contains(&name) { e } else { e.context(name) });
-        drop(turn);
+        drop(guard);
         cx.reporter.status(status, 0, 0, true);
         let found = found?;
         if let Some(stored) = found.stored {
-            cx.reporter.status(resolve::told(stored, SystemTime::now()), 0, 0, true);
+            cx.reporter.status(resolve::explain_stored(stored, SystemTime::now()), 0, 0, true);
         }
         match image.checksum {
             Some(wanted) if wanted != found.main.digest => Err(Fault::new(

@@ -1,8 +1,9 @@
-//! One at a time per name: whoever comes second waits and finds the work done (row `so.flight`).
+//! One at a time per name: the second caller waits and finds the work done (row `so.flight`).
 
+use parking_lot::Mutex;
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Weak},
 };
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
@@ -19,7 +20,7 @@ impl KeyedLocks {
     /// Waits for the turn of `name`.
     pub(crate) async fn lock(&self, name: &str) -> KeyGuard {
         let lock = {
-            let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut all = self.0.lock();
             match all.get(name).and_then(Weak::upgrade) {
                 Some(lock) => lock,
                 None => {

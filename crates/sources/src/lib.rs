@@ -3,7 +3,7 @@
 //!
 //! A source is *pinned* first, which costs as little as possible and gives the cache keys; only if
 //! no result is cached under them is it *fetched*, and an image even then only by name: its layers
-//! come when somebody reads them.
+//! are fetched when they are read.
 //!
 //! Sources know registries, web servers and sessions, but no graph and no operation: [`Sources`] is
 //! the whole of what those above see, and a state ([`shipway_refs::ImmutableRef`]) all they get.

@@ -8,6 +8,7 @@ use crate::{
     port::Source,
 };
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use serde::Serialize;
 use shipway_attest::Capture;
 use shipway_fault::{Context, Fault, Result};
@@ -23,11 +24,11 @@ use shipway_treehash::{FileHasher, FileStat, TreeIndex};
 use std::{
     collections::HashMap,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-/// How often a transfer tells how far it is.
+/// How often a transfer reports its progress.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
 /// Most directories whose contents are remembered, so that the next transfer need not walk them.
 const MAX_KNOWN: usize = 64;
@@ -48,7 +49,7 @@ pub(crate) struct LocalSource {
 enum Known {
     /// All that it holds.
     Tree(KnownTree),
-    /// What a walk does not tell of it.
+    /// What a walk does not show of it.
     Identities(Vec<u64>),
 }
 
@@ -132,7 +133,7 @@ impl LocalSpec {
 fn patterns(key: &str, value: &str) -> Result<Vec<String>> {
     // Go writes an absent list as `null`.
     let list: Option<Vec<String>> = serde_json::from_str(value)
-        .map_err(|e| Fault::invalid(format!("{key} is no JSON list of patterns: {e}")))?;
+        .map_err(|e| Fault::invalid(format!("{key} is not a JSON list of patterns: {e}")))?;
     let list = list.unwrap_or_default();
     if list.len() > MAX_PATTERNS {
         return Err(Fault::invalid(format!(
@@ -217,14 +218,9 @@ impl LocalSource {
             Some(Known::Tree(tree)) => Some(tree),
             Some(Known::Identities(identities)) => {
                 let dir = mount.path().to_owned();
-                let walk = tokio::task::spawn_blocking(move || {
-                    KnownTree::scan_identified(&dir, &identities)
-                })
-                .await;
-                Some(
-                    walk.map_err(|e| Fault::internal(format!("a walk failed: {e}")))?
-                        .context(|| format!("look at the {description}"))?,
-                )
+                let walk = move || KnownTree::scan_identified(&dir, &identities);
+                let tree = shipway_task::blocking("walk a directory", walk).await;
+                Some(tree.context(|| format!("look at the {description}"))?)
             }
             None => None,
         };
@@ -249,7 +245,7 @@ impl LocalSource {
     }
 
     fn take_known(&self, id: &RefId) -> Option<Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(id)
+        self.known.lock().remove(id)
     }
 
     fn put_known(&self, id: RefId, tree: KnownTree) {
@@ -258,7 +254,7 @@ impl LocalSource {
         } else {
             Known::Tree(tree)
         };
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known.lock();
         let full = |known: &HashMap<RefId, Known>| {
             let (entries, identities) = known
                 .values()
@@ -403,7 +399,7 @@ fn progress_of(name: &str, reporter: &Reporter) -> ProgressFn {
     let (id, reporter) = (format!("transferring {name}:"), reporter.clone());
     let last = Mutex::new(None::<Instant>);
     Arc::new(move |p| {
-        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = last.lock();
         if p.done || last.is_none_or(|t| t.elapsed() >= REPORT_EVERY) {
             *last = Some(Instant::now());
             reporter.named_status(id.clone(), "transferring", p.bytes as i64, 0, p.done);
@@ -458,7 +454,7 @@ mod tests {
         }
 
         async fn open(&self, request: &FileSyncRequest) -> Result<PacketStream> {
-            self.asked.lock().unwrap().push(request.clone());
+            self.asked.lock().push(request.clone());
             if request.dir_name != "context" {
                 return Err(Fault::not_found(format!(
                     "no access allowed to dir {:?}",
@@ -467,7 +463,7 @@ mod tests {
             }
             let (near, far) = PacketStream::pair();
             let options = SendOptions { identify: request.identify, ..SendOptions::default() };
-            tokio::spawn(Sender::new(&self.dir, options).run(far));
+            shipway_task::spawn("send a directory", Sender::new(&self.dir, options).run(far));
             Ok(near)
         }
     }
@@ -531,7 +527,7 @@ mod tests {
             (read(&second, "a").await, read(&second, "b").await.as_deref()),
             (None, Some("2"))
         );
-        assert_eq!(locals.known.lock().unwrap().len(), 1, "{id} was used again");
+        assert_eq!(locals.known.lock().len(), 1, "{id} was used again");
 
         // Another checkout in the same place: equal names, sizes and times.
         let time = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);

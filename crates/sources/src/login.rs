@@ -28,8 +28,8 @@ impl Login {
 }
 
 /// The address without what is secret, and what that was: git's command line can be read by
-/// everybody on this machine, and its configuration stays. A user of SSH is no secret; a password
-/// is of no use there.
+/// every process on this machine, and its configuration stays. A user of SSH is not secret, and a
+/// password has no use there.
 pub(crate) fn split_login(address: &str) -> (String, Option<Login>) {
     let Some((scheme, rest)) = address.split_once("://") else { return (address.to_owned(), None) };
     let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());

@@ -1,16 +1,13 @@
-//! What sources told one build. A tag that moves and a page that changes are, for the rest of the
-//! build, what they were when it first asked (row `so.flight`).
+//! What sources reported to one build. A tag that moves and a page that changes are, for the rest
+//! of the build, what they were when it first asked (row `so.flight`).
 
-use crate::{git::Tip, http::Known, image::Told};
+use crate::{git::Tip, http::Known, image::ResolvedName};
+use parking_lot::Mutex;
 use shipway_attest::Stored;
 use shipway_llb::ResolveMode;
 use shipway_oci::Digest;
 use shipway_refs::ImmutableRef;
-use std::{
-    collections::HashMap,
-    fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::HashMap, fmt, sync::Arc};
 
 /// One build's memory. Clones share it; states in it are held until the last clone goes.
 #[derive(Clone, Default)]
@@ -20,41 +17,37 @@ pub struct SourceMemo(Arc<Inner>);
 struct Inner {
     files: Mutex<HashMap<Digest, (Known, ImmutableRef)>>,
     tips: Mutex<HashMap<Digest, Tip>>,
-    images: Mutex<HashMap<(String, ResolveMode), Told>>,
-}
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
+    images: Mutex<HashMap<(String, ResolveMode), ResolvedName>>,
 }
 
 impl SourceMemo {
     pub(crate) fn file(&self, request: &Digest) -> Option<(Known, ImmutableRef)> {
-        lock(&self.0.files).get(request).cloned()
+        self.0.files.lock().get(request).cloned()
     }
 
     pub(crate) fn keep_file(&self, request: Digest, known: Known, state: ImmutableRef) {
-        lock(&self.0.files).insert(request, (known, state));
+        self.0.files.lock().insert(request, (known, state));
     }
 
     pub(crate) fn tip(&self, request: &Digest) -> Option<Tip> {
-        lock(&self.0.tips).get(request).cloned()
+        self.0.tips.lock().get(request).cloned()
     }
 
-    pub(crate) fn image(&self, key: &(String, ResolveMode)) -> Option<Told> {
-        lock(&self.0.images).get(key).cloned()
+    pub(crate) fn image(&self, key: &(String, ResolveMode)) -> Option<ResolvedName> {
+        self.0.images.lock().get(key).cloned()
     }
 
-    pub(crate) fn keep_image(&self, key: (String, ResolveMode), told: Told) {
-        lock(&self.0.images).insert(key, told);
+    pub(crate) fn keep_image(&self, key: (String, ResolveMode), resolved: ResolvedName) {
+        self.0.images.lock().insert(key, resolved);
     }
 
     /// Why an image of the node's store was taken that had this digest.
     pub(crate) fn stored(&self, digest: Digest) -> Option<Stored> {
-        lock(&self.0.images).values().find_map(|told| told.stored(digest))
+        self.0.images.lock().values().find_map(|name| name.stored(digest))
     }
 
     pub(crate) fn keep_tip(&self, request: Digest, tip: Tip) {
-        lock(&self.0.tips).insert(request, tip);
+        self.0.tips.lock().insert(request, tip);
     }
 }
 
@@ -63,8 +56,8 @@ impl fmt::Debug for SourceMemo {
         write!(
             f,
             "SourceMemo({} files, {} tips)",
-            lock(&self.0.files).len(),
-            lock(&self.0.tips).len()
+            self.0.files.lock().len(),
+            self.0.tips.lock().len()
         )
     }
 }

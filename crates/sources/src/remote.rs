@@ -4,6 +4,7 @@
 use crate::{SessionCredentials, keyed_locks::KeyedLocks};
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use shipway_fault::{Context, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName, media};
 use shipway_progress::Reporter;
@@ -13,11 +14,11 @@ use shipway_session::{ClientBlob, ClientStore, SessionGroup, SessionId};
 use shipway_storage::{BlobReader, ContentStore, DISTRIBUTION_SOURCE, Ingest, Labels, LeaseId};
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
-/// How often a transfer tells how far it is.
+/// How often a transfer reports its progress.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
 /// How long a registry is waited for where there is something else to go by.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -44,7 +45,7 @@ pub trait Remote: Send + Sync {
     /// A manifest or index, verified.
     async fn manifest(&self, descriptor: &Descriptor) -> Result<Bytes>;
 
-    /// A small blob that is no manifest, verified.
+    /// A small blob that is not a manifest, verified.
     async fn small_blob(&self, descriptor: &Descriptor) -> Result<Bytes>;
 
     /// Length of a blob in bytes; `NotFound` if it is not there.
@@ -68,7 +69,7 @@ pub trait Remote: Send + Sync {
         None
     }
 
-    /// Whether it belongs to a client and is nobody else's.
+    /// Whether it belongs to one client alone.
     fn is_clients(&self) -> bool {
         false
     }
@@ -231,14 +232,14 @@ pub(crate) fn media_type_of(bytes: &[u8]) -> Option<String> {
     }
 }
 
-/// The layers of one place, fetched when somebody reads them: often a later build than the one that
+/// The layers of one place, fetched when they are read: often a later build than the one that
 /// found the place, whose client may be gone.
 struct RemoteLayers {
     id: LayerSourceId,
     remote: Arc<dyn Remote>,
     locks: KeyedLocks,
-    /// The clients of builds that want the layers, the latest first. Before anybody said so, who
-    /// found the place answers.
+    /// The clients of builds that want the layers, the latest first. None yet: the client
+    /// that found the place answers.
     wanted_by: Mutex<Option<SessionGroup>>,
 }
 
@@ -258,7 +259,7 @@ impl LayerSources {
             locks: self.locks.clone(),
             wanted_by: Mutex::default(),
         });
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known.lock();
         known.retain(|_, layers| layers.strong_count() > 0);
         known.insert(layers.id, Arc::downgrade(&layers));
         layers
@@ -266,7 +267,7 @@ impl LayerSources {
 
     /// Lets `sessions` answer for the layers of the source `id`.
     pub(crate) fn wanted_by(&self, id: LayerSourceId, sessions: &SessionGroup) {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.known.lock();
         if let Some(layers) = known.get(&id).and_then(Weak::upgrade) {
             layers.join(sessions);
         }
@@ -276,7 +277,7 @@ impl LayerSources {
 impl RemoteLayers {
     /// Lets `sessions` answer for the layers, before those that did up to now and are still there.
     fn join(&self, sessions: &SessionGroup) {
-        let mut all = self.wanted_by.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.wanted_by.lock();
         let before: &[SessionId] = all.as_ref().map_or(&[], |g| g.ids());
         if before.starts_with(sessions.ids()) {
             return;
@@ -288,9 +289,9 @@ impl RemoteLayers {
         ));
     }
 
-    /// The place as its clients of now see it. A client's own store is nobody else's.
+    /// The place as its clients of now see it. A client's own store stays its own.
     fn remote(&self) -> Arc<dyn Remote> {
-        let sessions = self.wanted_by.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let sessions = self.wanted_by.lock().clone();
         sessions
             .and_then(|sessions| self.remote.for_sessions(&sessions))
             .unwrap_or_else(|| self.remote.clone())

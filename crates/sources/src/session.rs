@@ -21,7 +21,7 @@ use std::{
 ///
 /// A token belongs to the session that brought it, and to others that prove to hold the same key
 /// for the registry: those of one client, whose builds need no token each. A session that proves
-/// nothing shares with nobody.
+/// nothing shares with none.
 pub struct SessionCredentials {
     sessions: SessionGroup,
     /// Who fetches tokens for a host, and under which name they are kept.
@@ -59,13 +59,13 @@ impl SessionCredentials {
     }
 }
 
-/// The name for what a session shares with nobody.
+/// The name for what a session does not share.
 fn own_name(session: &Session) -> String {
     format!("session {}", session.id().as_str())
 }
 
 /// The first answer that any attached session of the group has. A session that has gone has no
-/// answer; one that fails is passed over, and its error told if nobody else answers.
+/// answer; one that fails is passed over, and its error is reported if no other answers.
 async fn first<T, R>(group: &SessionGroup, ask: impl Fn(Session) -> R) -> Result<Option<T>>
 where
     R: Future<Output = Result<Option<T>>>,
@@ -187,7 +187,7 @@ pub async fn forwarded_agent(sessions: &SessionGroup, id: &str, below: &Path) ->
     let near = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&opened)));
     let listener = tokio::net::UnixListener::bind(near.join(AGENT)).map_err(failed)?;
     let id = id.to_owned();
-    let serving = tokio::spawn(async move {
+    let serving = shipway_task::spawn("serve an SSH agent", async move {
         // Connections end with the one who serves them.
         let mut open = tokio::task::JoinSet::new();
         loop {
@@ -195,7 +195,9 @@ pub async fn forwarded_agent(sessions: &SessionGroup, id: &str, below: &Path) ->
                 accepted = listener.accept() => {
                     let Ok((mut near, _)) = accepted else { return };
                     let Ok(mut far) = session.ssh_forward(&id) else { return };
-                    open.spawn(async move { tokio::io::copy_bidirectional(&mut near, &mut far).await.map(drop) });
+                    open.spawn(shipway_task::named("forward to an SSH agent", async move {
+                        tokio::io::copy_bidirectional(&mut near, &mut far).await.map(drop)
+                    }));
                 }
                 Some(_) = open.join_next() => {}
             }

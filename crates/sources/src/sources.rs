@@ -133,7 +133,7 @@ impl Sources {
     }
 
     /// Lets the clients of `sessions` answer for what has yet to be fetched of `state` (row
-    /// `so.unlazy`): the one whose build began it may have gone, or be somebody else.
+    /// `so.unlazy`): the client whose build began it may have gone, or be another.
     pub fn wanted_by(&self, state: &ImmutableRef, sessions: &SessionGroup) {
         for source in state.sources() {
             self.layers.wanted_by(source.id(), sessions);

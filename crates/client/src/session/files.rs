@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status, Streaming};
 pub struct LocalDirs(BTreeMap<String, PathBuf>);
 
 impl LocalDirs {
-    /// Offers `dir` as `name`; fails if it is no directory.
+    /// Offers `dir` as `name`; fails if it is not a directory.
     pub fn add(&mut self, name: impl Into<String>, dir: impl Into<PathBuf>) -> Result<()> {
         let dir = dir.into();
         let found = std::fs::metadata(&dir)
@@ -92,7 +92,7 @@ impl FileSync for LocalDirs {
         let incoming = request.into_inner().map_err(|s| fault_of(&s));
         let (sink, stream) = packets();
         let stream_of_packets = PacketStream::new(incoming, sink);
-        let sending = AbortOnDropHandle::new(tokio::spawn(async move {
+        let sending = AbortOnDropHandle::new(shipway_task::spawn("send a directory", async move {
             let sent = sender.run(stream_of_packets).await?;
             tracing::debug!(
                 dir = name,

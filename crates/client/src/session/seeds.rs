@@ -1,20 +1,20 @@
 //! What keys that stand for credentials are made of: random bytes per registry, kept beside
 //! Docker's configuration where other clients keep them, too.
 
+use parking_lot::Mutex;
 use std::{
     collections::BTreeMap,
     fs::{File, OpenOptions},
     io::{Read, Write},
     os::unix::fs::OpenOptionsExt,
     path::PathBuf,
-    sync::{Mutex, PoisonError},
 };
 
 use base64::{Engine, prelude::BASE64_STANDARD};
-use ring::rand::{SecureRandom, SystemRandom};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
-use shipway_fault::{Fault, Result};
+use shipway_fault::Result;
+use shipway_host::random_bytes;
 
 const FILE: &str = ".token_seed";
 const LOCK: &str = ".token_seed.lock";
@@ -39,10 +39,10 @@ impl Seeds {
         Self { dir, known: Mutex::default() }
     }
 
-    /// The seed for `host`, made if there is none. A home that cannot be written to is no reason to
-    /// have none.
+    /// The seed for `host`, made if there is none. A home that cannot be written to is not a reason
+    /// to have none.
     pub(crate) fn of(&self, host: &str) -> Result<Vec<u8>> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known.lock();
         // Held until the file is written: others make seeds, too.
         let _lock = self.dir.as_ref().and_then(|dir| {
             let file = OpenOptions::new()
@@ -59,10 +59,7 @@ impl Seeds {
         if let Some(seed) = known.get(host).and_then(|s| BASE64_STANDARD.decode(&s.seed).ok()) {
             return Ok(seed);
         }
-        let mut seed = vec![0; 16];
-        SystemRandom::new()
-            .fill(&mut seed)
-            .map_err(|_| Fault::internal("the machine gives no random numbers"))?;
+        let seed = random_bytes::<16>()?.to_vec();
         known.insert(host.to_owned(), Seed { seed: BASE64_STANDARD.encode(&seed) });
         if let Err(error) = self.write(&known) {
             tracing::debug!(%error, "the seeds of tokens are not kept");

@@ -146,7 +146,7 @@ impl Ssh for SshAgents {
             SshSource::Keys(_) => None,
         };
         let (peer, answers) = Duplex::answering(request.into_inner().into_stream());
-        tokio::spawn(async move {
+        shipway_task::spawn("forward an SSH agent", async move {
             let done = match (source, agent) {
                 (SshSource::Socket { raw: true, .. }, Some(agent)) => pass(peer, agent).await,
                 (SshSource::Socket { .. }, Some(agent)) => guard(peer, agent).await,

@@ -41,15 +41,16 @@ pub(crate) struct Layout {
 
 impl Layout {
     fn blob(&self, digest: &str) -> Result<(PathBuf, Digest)> {
-        let digest: Digest =
-            digest.parse().map_err(|e| Fault::invalid(format!("{digest:?} is no digest: {e}")))?;
+        let digest: Digest = digest
+            .parse()
+            .map_err(|e| Fault::invalid(format!("{digest:?} is not a valid digest: {e}")))?;
         Ok((self.dir.join("blobs/sha256").join(digest.hex()), digest))
     }
 
     /// Where a blob grows. Writers of the same reference have a file each: one that goes must not
     /// take another's.
     fn ingest(&self) -> Result<PathBuf> {
-        Ok(self.dir.join("ingest").join(super::new_id()?))
+        Ok(self.dir.join("ingest").join(shipway_host::random_id()?))
     }
 }
 
@@ -322,7 +323,7 @@ impl Content for Stores {
         let request = request.into_inner();
         let (path, _) = layout.blob(&request.digest).map_err(|f| status_of(&f))?;
         let (sink, stream) = mpsc::channel(4);
-        tokio::spawn(async move {
+        shipway_task::spawn("send a blob", async move {
             if let Err(fault) = read(path, request, &sink).await {
                 let _ = sink.send(Err(status_of(&fault))).await;
             }
@@ -351,7 +352,7 @@ impl Content for Stores {
         let layout = self.layout(request.metadata())?;
         let mut incoming = request.into_inner();
         let (sink, stream) = mpsc::channel(4);
-        tokio::spawn(async move {
+        shipway_task::spawn("receive a blob", async move {
             let mut ingest: Option<Ingest> = None;
             while let Ok(Some(request)) = incoming.message().await {
                 let step = async {

@@ -18,8 +18,6 @@ use tokio::{fs::File, io::AsyncWriteExt};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::new_id;
-
 /// Where a file from the daemon goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FileTarget {
@@ -103,7 +101,7 @@ fn receive_dir(
         })
     });
     let (sink, stream) = packets();
-    let receiving = AbortOnDropHandle::new(tokio::spawn(async move {
+    let receiving = AbortOnDropHandle::new(shipway_task::spawn("receive a result", async move {
         let what = || format!("write the result to {}", path.display());
         tokio::fs::create_dir_all(&path).await.map_err(|e| Fault::io(what(), e))?;
         let (uid, gid) = owner().await;
@@ -128,7 +126,7 @@ fn receive_dir(
     Box::pin(stream.map(|packet| Ok(packet.encode_to_vec().into())).chain(end))
 }
 
-/// Results belong to whoever builds.
+/// Results belong to the user who builds.
 async fn owner() -> (u32, u32) {
     use std::os::unix::fs::MetadataExt;
     tokio::fs::metadata("/proc/self").await.map_or((0, 0), |m| (m.uid(), m.gid()))
@@ -200,10 +198,10 @@ impl NewFile {
         let name = dest
             .file_name()
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
-        let id = new_id().map_err(io::Error::other)?;
+        let id = shipway_host::random_id().map_err(io::Error::other)?;
         let partial = dest.with_file_name(format!(".{}.{}", name.to_string_lossy(), &id[..8]));
-        // Not on another thread: a file that comes to be after whoever waits for it has gone would
-        // be nobody's to remove.
+        // Not on another thread: a file that is made after its caller has gone would never
+        // be removed.
         let file = std::fs::File::options().write(true).create_new(true).open(&partial)?;
         Ok(Self { file: File::from_std(file), rename: Some((partial, dest)) })
     }

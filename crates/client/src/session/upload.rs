@@ -1,12 +1,8 @@
 //! Streams that a build reads as if from the web, such as a context from standard input (rows
 //! `cb.upload*`).
 
-use std::{
-    collections::HashMap,
-    fmt,
-    pin::Pin,
-    sync::{Arc, Mutex},
-};
+use parking_lot::Mutex;
+use std::{collections::HashMap, fmt, pin::Pin, sync::Arc};
 
 use futures::{StreamExt, stream::BoxStream};
 use shipway_fault::Result;
@@ -18,8 +14,6 @@ use shipway_proto::moby::upload::v1::{
 use tokio::io::AsyncRead;
 use tokio_util::io::ReaderStream;
 use tonic::{Request, Response, Status, Streaming};
-
-use super::new_id;
 
 const CHUNK: usize = 1 << 20;
 
@@ -38,14 +32,14 @@ impl fmt::Debug for Uploads {
 impl Uploads {
     /// Offers `reader`; gives the URL by which a build reads it.
     pub fn add(&self, reader: impl AsyncRead + Send + 'static) -> Result<String> {
-        let id = new_id()?;
+        let id = shipway_host::random_id()?;
         let url = format!("http://buildkit-session/{id}");
         self.lock().insert(id, Box::pin(reader));
         Ok(url)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Reader>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    fn lock(&self) -> parking_lot::MutexGuard<'_, HashMap<String, Reader>> {
+        self.0.lock()
     }
 
     /// Whether there is none.

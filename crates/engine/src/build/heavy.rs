@@ -20,11 +20,11 @@ pub(crate) async fn heavy<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let place = PLACES.clone().acquire_owned().await.map_err(|e| Fault::internal(e.to_string()))?;
-    let done = tokio::task::spawn_blocking(move || {
+    let work = move || {
         let _place = place;
         work()
-    });
-    done.await.map_err(|e| Fault::internal(format!("work on a request ended: {e}")))?
+    };
+    shipway_task::blocking("compute on a request", work).await
 }
 
 #[cfg(test)]
@@ -35,8 +35,10 @@ mod tests {
     #[tokio::test]
     async fn others_are_served_while_it_computes() {
         let (go, wait) = mpsc::channel();
-        let work =
-            tokio::spawn(heavy(move || wait.recv().map_err(|e| Fault::internal(e.to_string()))));
+        let work = shipway_task::spawn(
+            "compute",
+            heavy(move || wait.recv().map_err(|e| Fault::internal(e.to_string()))),
+        );
         // The only thread for everything else is this one, and it is not kept.
         tokio::task::yield_now().await;
         go.send(7).expect("it is awaited");

@@ -30,8 +30,8 @@ impl BuildScope {
             Some(changed) => decode(changed).await?,
             None => (definition, graph),
         };
-        // Each build is asked, whoever runs the vertex in the end: a shared or cached result needs
-        // the permission too.
+        // Every build is checked, whichever runs the vertex in the end: a shared or cached result
+        // needs the permission too.
         for vertex in &graph.vertices {
             if let Op::Exec(exec) = &vertex.op {
                 self.data.entitlements.check(exec)?;
@@ -83,7 +83,7 @@ impl SolveNested for BuildScope {
             return parts.services.refs.scratch();
         }
         let scope = self.this().ok_or_else(Fault::cancelled)?;
-        // What it takes counts as incomplete in provenance, so nobody reads this log.
+        // What it takes counts as incomplete in provenance, so this log is not read.
         let state = scope.state(definition, &[], &CallLog::root(FrontendCall::default())).await?;
         let _known = self.shared.nested.enter(of, state.vertices())?;
         state.state().await

@@ -70,7 +70,7 @@ pub(crate) fn read_file(root: &Path, path: &str, range: Option<(u64, u64)>) -> R
     Ok(bytes.into())
 }
 
-/// What is told of the file behind `fd`, which was opened as a path only.
+/// The description of the file behind `fd`, which was opened as a path only.
 fn stat_of(fd: OwnedFd, path: String) -> Result<(FileStat, std::fs::Metadata)> {
     let linkname = rustix::fs::readlinkat(&fd, "", Vec::new())
         .map(|l| l.to_string_lossy().into_owned())
@@ -119,7 +119,7 @@ fn xattrs_of(fd: &OwnedFd) -> BTreeMap<String, Vec<u8>> {
     found
 }
 
-/// One entry. A final symbolic link is followed, inside the root; what is told is called by the
+/// One entry. A final symbolic link is followed, inside the root; the description is called by the
 /// name of what it leads to.
 pub(crate) fn stat_file(root: &Path, path: &str) -> Result<FileStat> {
     let fd = open(root, path, OFlags::PATH)?;
@@ -281,15 +281,15 @@ mod tests {
         .unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("socket")).unwrap();
         let all = read_dir(dir.path(), "", None).unwrap();
-        let told: Vec<_> =
+        let listed: Vec<_> =
             all.iter().map(|s| (&*s.path, s.size, &*s.linkname, s.xattrs.len())).collect();
         assert_eq!(
-            told,
+            listed,
             [("one", 1, "", 0), ("socket", 0, "", 0), ("three", 3, "", 1), ("two", 0, "one", 0)]
         );
         assert_eq!(all[1].mode & !0o777, 0, "a socket has no type");
         assert_eq!(stat_file(dir.path(), "three").unwrap().xattrs["user.a"], b"b");
-        // One alone is no link.
+        // A single name is not a link.
         assert_eq!(stat_file(dir.path(), "two").unwrap().size, 1);
         let null = stat_file(Path::new("/dev"), "null").unwrap();
         assert_eq!((null.dev_major, null.dev_minor), (1, 3));

@@ -9,6 +9,7 @@ use crate::{
         usage::Sampler,
     },
 };
+use parking_lot::Mutex;
 use shipway_frontend::{BuildRef, Explain, FrontendResult};
 use shipway_oci::Digest;
 use shipway_ops::{JobData, LlbOp, NestedGraphs};
@@ -18,7 +19,7 @@ use shipway_session::SessionId;
 use shipway_solver::Job;
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
+    sync::{Arc, OnceLock, Weak},
     time::SystemTime,
 };
 
@@ -66,7 +67,7 @@ impl BuildScope {
     /// Lets the build look into the cache of `request` until it ends, which `import` begins to read
     /// unless this build has asked for it (row `rc.dedupe`).
     pub(crate) fn import(&self, request: &CacheRequest, import: impl FnOnce() -> Arc<Import>) {
-        let mut imports = self.imports.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut imports = self.imports.lock();
         if imports.iter().all(|(asked, _)| asked != request) {
             let import = import();
             self.job.import(import.clone());
@@ -76,12 +77,7 @@ impl BuildScope {
 
     /// What the build imports.
     pub(crate) fn imports(&self) -> Vec<Arc<Import>> {
-        self.imports
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-            .map(|(_, import)| import.clone())
-            .collect()
+        self.imports.lock().iter().map(|(_, import)| import.clone()).collect()
     }
 
     pub(crate) fn new(
@@ -136,36 +132,36 @@ impl BuildScope {
 
     /// Keeps a producer known until the build ends.
     pub(crate) fn hold_producer(&self, producer: ProducerGuard) {
-        self.producers.lock().unwrap_or_else(PoisonError::into_inner).push(producer);
+        self.producers.lock().push(producer);
     }
 
     /// Remembers what can explain failures of this build's states.
     pub(crate) fn add_explainer(&self, result: &mut FrontendResult) {
         if let Some(explain) = result.explain.take() {
-            self.explainers.lock().unwrap_or_else(PoisonError::into_inner).push(explain);
+            self.explainers.lock().push(explain);
         }
     }
 
     /// What can explain failures of this build's states.
     pub(crate) fn explainers(&self) -> Vec<Arc<dyn Explain>> {
-        self.explainers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.explainers.lock().clone()
     }
 
     /// Makes a state of the build known by its id.
     pub(crate) fn add_state(&self, state: &Arc<EngineRef>) {
-        let mut states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut states = self.states.lock();
         states.insert(state.id.clone(), Arc::downgrade(state));
     }
 
     /// Forgets the state `id`.
     pub(crate) fn remove_state(&self, id: &str) {
-        self.states.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        self.states.lock().remove(id);
     }
 
     /// The state of this build that `state` is a reference to; none for what a failed operation
     /// left.
     pub(crate) fn state_of(&self, state: &dyn BuildRef) -> Option<Arc<EngineRef>> {
-        let states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
+        let states = self.states.lock();
         states.get(state.id()).and_then(Weak::upgrade)
     }
 

@@ -4,6 +4,7 @@ use super::{reads, scope::BuildScope};
 use crate::{frontends, provenance::call_log::CallLog};
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{BuildRef, FileStat};
 use shipway_llb::Definition;
@@ -14,10 +15,10 @@ use shipway_solver::Vertex;
 use std::{
     collections::HashSet,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Weak},
 };
 
-/// A state that is solved when somebody first needs it.
+/// A state that is solved when it is first needed.
 pub struct EngineRef {
     pub(crate) id: String,
     pub(crate) definition: Definition,
@@ -97,9 +98,7 @@ async fn read<T: Send + 'static>(
     let mount = with(scope, state, async |state| state.mount().await)
         .await
         .context(|| "read from a build's result")?;
-    tokio::task::spawn_blocking(move || f(mount.path()))
-        .await
-        .map_err(|e| Fault::internal(format!("a read failed: {e}")))?
+    shipway_task::blocking("read from a build's result", move || f(mount.path())).await
 }
 
 impl EngineRef {
@@ -110,7 +109,7 @@ impl EngineRef {
         scope: Arc<BuildScope>,
     ) -> Result<Self> {
         let (vertex, output) = made;
-        let (id, log) = (shipway_ops::random_id()?, Arc::downgrade(log));
+        let (id, log) = (shipway_host::random_id()?, Arc::downgrade(log));
         let (solved, solving) = (Mutex::default(), Default::default());
         Ok(Self { id, definition, vertex, output, log, scope, solved, solving })
     }
@@ -132,7 +131,7 @@ impl EngineRef {
     }
 
     fn solved(&self) -> MutexGuard<'_, Option<ImmutableRef>> {
-        self.solved.lock().unwrap_or_else(PoisonError::into_inner)
+        self.solved.lock()
     }
 
     async fn made_again(&self, fault: &Fault) -> bool {
@@ -140,7 +139,7 @@ impl EngineRef {
         if !self.scope.job.lost(self.vertex.clone(), self.output, fault.clone()).await {
             return false;
         }
-        // Somebody else may have been here meanwhile.
+        // Another caller may have been here meanwhile.
         self.solved().take_if(|now| now.is_same(&lost));
         true
     }

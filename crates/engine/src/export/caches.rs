@@ -19,7 +19,7 @@ pub const IMPORT_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Imports caches, each beside the build (row `rc.lazyimp`): it is waited for where the index has
 /// nothing, by everything that the build asks for, and by what is asked again for the same cache. A
-/// failure is told and fails nothing.
+/// failure is reported and fails nothing.
 pub(crate) fn import_all(scope: &BuildScope, requests: &[CacheRequest]) {
     for request in requests {
         scope.import(request, || {
@@ -154,8 +154,8 @@ async fn prepare_inline(
     Ok(())
 }
 
-/// Exports caches, each under its own vertex; gives what the client is told (row `ex.resp.cache`).
-/// All are brought to their end before one fails the build.
+/// Exports caches, each under its own vertex; gives what the client is answered (row
+/// `ex.resp.cache`). All are brought to their end before one fails the build.
 pub(crate) async fn export_all(
     scope: &BuildScope,
     requests: &[CacheRequest],

@@ -5,7 +5,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use shipway_executor::{ExitStatus, ProcessIo};
-use shipway_fault::{Context as _, Fault, Result};
+use shipway_fault::{Context as _, Result};
 use shipway_frontend::{Container, ContainerProcess, ContainerRequest, FileStat};
 use shipway_llb::{ExecMeta, ExecOp};
 use shipway_oci::Digest;
@@ -42,7 +42,7 @@ impl EngineContainer {
             }
             spec.mounts.push(mount);
         }
-        // Nobody watches what a container fetches: it is what was asked for before.
+        // No vertex reports what a container fetches: it is what was asked for before.
         let reporter = Reporter::new(
             Digest::of(&spec.name),
             format!("container {}", spec.name),
@@ -68,9 +68,7 @@ impl EngineContainer {
             let view = RootView::open(&mounts, Access::Read)?;
             f(&PathBuf::from(format!("/proc/self/fd/{}", view.as_fd().as_raw_fd())))
         };
-        let done = tokio::task::spawn_blocking(read)
-            .await
-            .map_err(|e| Fault::internal(format!("a read failed: {e}")))?;
+        let done = shipway_task::blocking("read from a container", read).await;
         done.context(|| format!("read from mount {mount} of a container"))
     }
 }

@@ -6,6 +6,7 @@ use crate::{
     build::SourceQuery,
     provenance::call_log::{CallLog, FrontendCall},
 };
+use parking_lot::Mutex;
 use shipway_executor::{ExitStatus, Output, OutputTarget, ProcessIo, Stream};
 use shipway_fault::{Code, Context as _, Detail, Fault, Result};
 use shipway_frontend::{
@@ -21,7 +22,7 @@ use shipway_llb::{
 use shipway_oci::{ImageConfig, ImageName, Platform};
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 use tokio::{
@@ -244,13 +245,13 @@ impl FrontendImage {
     }
 }
 
-/// The last lines of what a frontend said that nobody was meant to read.
+/// The last lines of a frontend's standard error.
 #[derive(Default)]
 struct LastWords(Mutex<VecDeque<String>>);
 
 impl LastWords {
     fn add(&self, bytes: &[u8]) {
-        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = self.0.lock();
         for line in String::from_utf8_lossy(bytes).lines().filter(|l| !l.trim().is_empty()) {
             tracing::debug!("frontend: {line}");
             lines.push_back(line.chars().take(500).collect());
@@ -261,8 +262,8 @@ impl LastWords {
     }
 
     fn hint(&self, fault: Fault) -> Fault {
-        let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        lines.iter().fold(fault, |f, line| f.hint(format!("the frontend said: {line}")))
+        let lines = self.0.lock();
+        lines.iter().fold(fault, |f, line| f.hint(format!("the frontend logged: {line}")))
     }
 }
 

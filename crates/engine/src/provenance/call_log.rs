@@ -2,18 +2,15 @@
 //! to it and what else that call used.
 
 use crate::build::EngineRef;
+use parking_lot::Mutex;
 use shipway_attest::{ImageSource, Parameters, RequestProvenance, Sources, filter_args};
 use shipway_frontend::Options;
 use shipway_llb::{Definition, GitRef};
 use shipway_oci::Digest;
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
 };
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A call of a frontend.
 #[derive(Debug, Default)]
@@ -75,26 +72,26 @@ impl CallLog {
 
     /// Counts a frontend that succeeded.
     pub fn adopt(&self, below: Arc<CallLog>) {
-        lock(&self.log).below.push(below);
+        self.log.lock().below.push(below);
     }
 
     pub fn note_state(&self, state: Arc<EngineRef>) {
-        lock(&self.log).states.push(state);
+        self.log.lock().states.push(state);
     }
 
     pub fn note_image(&self, image: ImageSource) {
-        lock(&self.log).images.push(image);
+        self.log.lock().images.push(image);
     }
 
     /// All states asked for here and below.
     pub fn states(&self) -> Vec<Arc<EngineRef>> {
-        let log = lock(&self.log);
+        let log = self.log.lock();
         log.states.iter().cloned().chain(log.below.iter().flat_map(|t| t.states())).collect()
     }
 
     /// All images resolved here and below.
     pub fn images(&self) -> Vec<ImageSource> {
-        let log = lock(&self.log);
+        let log = self.log.lock();
         log.images.iter().cloned().chain(log.below.iter().flat_map(|t| t.images())).collect()
     }
 
@@ -135,7 +132,7 @@ pub(crate) struct ProducerGuard {
 
 impl Drop for ProducerGuard {
     fn drop(&mut self) {
-        let mut all = lock(&self.producers.0);
+        let mut all = self.producers.0.lock();
         if let Some(requests) = all.get_mut(&self.head) {
             requests.retain(|r| !Arc::ptr_eq(r, &self.request));
             if requests.is_empty() {
@@ -154,13 +151,13 @@ impl Producers {
     ) -> Option<ProducerGuard> {
         let head = definition.head()?;
         let request = Arc::new(request);
-        lock(&self.0).entry(head).or_default().push(request.clone());
+        self.0.lock().entry(head).or_default().push(request.clone());
         Some(ProducerGuard { producers: self.clone(), head, request })
     }
 
     /// The producers of `inputs`, as far as there is one and only one.
     fn of(&self, inputs: &BTreeMap<String, Definition>) -> BTreeMap<String, RequestProvenance> {
-        let all = lock(&self.0);
+        let all = self.0.lock();
         let one = |definition: &Definition| {
             let mut requests = all
                 .get(&definition.head()?)?
@@ -192,9 +189,12 @@ mod tests {
         let same = root.nested(call("a"));
         assert_eq!(same.request(&none, &producers).unwrap().request.unwrap().root, None);
         let below = same.nested(call("b"));
-        let told = below.parameters(&none, &producers);
+        let parameters = below.parameters(&none, &producers);
         assert_eq!(
-            (told.frontend.as_str(), told.root.unwrap().request.unwrap().frontend.as_str()),
+            (
+                parameters.frontend.as_str(),
+                parameters.root.unwrap().request.unwrap().frontend.as_str()
+            ),
             ("b", "a")
         );
         // A build that the client drives has no request of its own.

@@ -1,10 +1,11 @@
-//! Looks at the machine from time to time, for provenance that wants to tell what a build took (row
+//! Samples the machine's state from time to time, for provenance that has what a build took (row
 //! `at.prov.params`).
 
+use parking_lot::Mutex;
 use serde_json::Value;
 use shipway_attest::system_sample;
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 use tokio::task::AbortHandle;
@@ -25,12 +26,12 @@ impl Sampler {
     pub(crate) fn start() -> Self {
         let samples = Arc::<Mutex<Vec<Value>>>::default();
         let kept = samples.clone();
-        let task = tokio::spawn(async move {
+        let task = shipway_task::spawn("sample the machine", async move {
             let mut interval = INTERVAL;
             loop {
                 tokio::time::sleep(interval).await;
                 let Some(now) = sample() else { return };
-                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut kept = kept.lock();
                 kept.push(now);
                 if thin(&mut kept) {
                     interval *= 2;
@@ -42,7 +43,7 @@ impl Sampler {
 
     /// All looks, and one more now.
     pub(crate) fn samples(&self) -> Vec<Value> {
-        let mut all = self.samples.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut all = self.samples.lock().clone();
         all.extend(sample());
         all
     }

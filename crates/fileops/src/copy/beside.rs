@@ -2,13 +2,14 @@
 //! directory that holds what is written, after it was unmounted.
 //!
 //! Through an overlay every file costs twice the system calls, and the kernel shares the blocks of
-//! files (`FICLONE`) within one mount only. A hard link would cost less still, but whoever looked
-//! at the copy would see it: programs refuse files with a second name.
+//! files (`FICLONE`) within one mount only. A hard link would cost less still, but it shows in
+//! the copy: programs refuse files with a second name.
 
 use super::{
     super::{path::RootPath, place::fault},
     data,
 };
+use parking_lot::Mutex;
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
     fs::{AtFlags, Mode, OFlags, Stat, Timespec, Timestamps},
@@ -22,10 +23,7 @@ use std::{
     ffi::{OsStr, OsString},
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::atomic::{AtomicUsize, Ordering},
 };
 
 /// Files that one thread takes at a time.
@@ -71,7 +69,7 @@ impl Beside {
 
     /// The same for a copy of `from` to `to`.
     pub(super) fn of(&self, from: &RootPath, to: &RootPath) -> &Self {
-        let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut noted = self.noted.lock();
         (noted.from, noted.to) = (from.clone(), to.clone());
         self
     }
@@ -79,7 +77,7 @@ impl Beside {
     /// Notes the file at `path`, below what is copied and below the copy; empty for what is copied
     /// itself.
     pub(super) fn add(&self, path: &Path) {
-        let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut noted = self.noted.lock();
         match (path.parent(), path.file_name()) {
             (Some(dir), Some(name)) => match noted.names.get_mut(dir) {
                 Some(names) => names.push(name.to_owned()),
@@ -89,10 +87,9 @@ impl Beside {
         }
     }
 
-    /// Copies what was noted, unless `go_on` says that nobody wants it any more.
+    /// Copies what was noted, as long as `go_on` says that it is wanted.
     pub fn copy(self, go_on: &(dyn Fn() -> bool + Sync)) -> Result<()> {
-        let Noted { from, to, names, itself } =
-            self.noted.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let Noted { from, to, names, itself } = self.noted.into_inner();
         let open_both = |from: &RootPath, to: &RootPath| {
             Ok::<_, Fault>((open(&self.source, from)?, open(&self.target, to)?))
         };

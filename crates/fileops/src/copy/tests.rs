@@ -444,7 +444,7 @@ fn a_copy_that_nobody_wants_ends() {
     assert!(run(&source, &target, &copy, None, None, &cancel).expect_err("stopped").is_cancelled());
 }
 
-/// Copies as where the mount can be done without; tells of each path of the target whether the
+/// Copies as where the mount can be done without; says of each path of the target whether the
 /// mount was done without for it. Whatever the way, a copy is a file of its own.
 #[track_caller]
 fn check_beside(

@@ -8,6 +8,7 @@ use super::{
     Beside, MAX_DEPTH, Settings, data,
     work::{Job, Work},
 };
+use parking_lot::Mutex;
 use rustix::{
     fd::{AsFd, OwnedFd},
     fs::{AtFlags, FileType, Gid, Mode, OFlags, RawMode, Stat, Timespec, Timestamps, Uid},
@@ -19,7 +20,7 @@ use std::{
     ffi::{OsStr, OsString},
     path::Path,
     sync::{
-        Arc, Mutex,
+        Arc,
         mpsc::{self, TrySendError},
     },
 };

@@ -9,6 +9,7 @@ use super::{
     Beside, Settings, data,
     tree::{TargetDir, mode, owner, times},
 };
+use parking_lot::{Condvar, Mutex};
 use rustix::{
     fd::{AsFd, OwnedFd},
     fs::{
@@ -24,7 +25,7 @@ use std::{
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
         mpsc::Receiver,
     },
@@ -39,7 +40,7 @@ const NOW: Timestamps = Timestamps {
     last_modification: Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
 };
 
-/// Something to copy that is no directory.
+/// Something to copy that is not a directory.
 pub(super) struct Job {
     pub(super) source: Arc<OwnedFd>,
     pub(super) name: OsString,
@@ -71,7 +72,7 @@ struct Name {
 enum Claim {
     Copy,
     Link(PathBuf),
-    /// Somebody copies the file now, and will see to this name.
+    /// Another thread copies the file now, and will make this name.
     Left,
 }
 
@@ -88,10 +89,6 @@ pub(super) struct Work<'a> {
     failed: Mutex<Option<Fault>>,
     links: Mutex<HashMap<Inode, First>>,
     links_changed: Condvar,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<'a> Work<'a> {
@@ -115,7 +112,7 @@ impl<'a> Work<'a> {
 
     /// The first failure of a thread.
     pub(super) fn failure(&self) -> Option<Fault> {
-        lock(&self.failed).take()
+        self.failed.lock().take()
     }
 
     /// A path as people are shown it.
@@ -135,7 +132,7 @@ impl<'a> Work<'a> {
     /// Does jobs until there are no more, or none that make sense.
     pub(super) fn run_all(&self, queue: &Mutex<Receiver<Vec<Job>>>) {
         loop {
-            let batch = lock(queue).recv();
+            let batch = queue.lock().recv();
             let Ok(batch) = batch else { return };
             // What failed is kept; the others see it.
             let _ = self.run_batch(batch);
@@ -146,10 +143,10 @@ impl<'a> Work<'a> {
     pub(super) fn run_batch(&self, batch: Vec<Job>) -> Result<()> {
         batch.iter().try_for_each(|job| self.run(job)).inspect_err(|e| {
             if !self.lost.load(Ordering::Relaxed) {
-                lock(&self.failed).get_or_insert(e.clone());
+                self.failed.lock().get_or_insert(e.clone());
             }
             self.lost.store(true, Ordering::Relaxed);
-            let _links = lock(&self.links);
+            let _links = self.links.lock();
             self.links_changed.notify_all();
         })
     }
@@ -179,7 +176,7 @@ impl<'a> Work<'a> {
             Claim::Link(first) => self.link(&first, &job.target, &job.target_name, &job.path),
             Claim::Copy => {
                 self.file(job, &from, &stat)?;
-                let before = lock(&self.links).insert(inode, First::Done(job.path.clone()));
+                let before = self.links.lock().insert(inode, First::Done(job.path.clone()));
                 self.links_changed.notify_all();
                 let Some(First::Copying(names)) = before else { return Ok(()) };
                 names.iter().try_for_each(|n| self.link(&job.path, &n.target, &n.name, &n.path))
@@ -212,7 +209,7 @@ impl<'a> Work<'a> {
     }
 
     fn claim(&self, inode: Inode, job: &Job) -> Result<Claim> {
-        let mut links = lock(&self.links);
+        let mut links = self.links.lock();
         loop {
             match links.get_mut(&inode) {
                 None => {
@@ -230,7 +227,7 @@ impl<'a> Work<'a> {
                 }
                 Some(First::Copying(_)) => {
                     self.check()?;
-                    links = self.links_changed.wait(links).unwrap_or_else(PoisonError::into_inner);
+                    self.links_changed.wait(&mut links);
                 }
             }
         }

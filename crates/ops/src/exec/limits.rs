@@ -1,5 +1,5 @@
 //! Resource limits of a step (row `so.res`). Builds that share it may want different ones: the
-//! widest holds, so that nobody's step is held back by another build.
+//! widest holds, so that no step is held back by another build.
 
 use shipway_executor::ResourceLimits;
 use shipway_llb::LinuxResources;
@@ -44,7 +44,7 @@ pub(super) fn wider(a: &LinuxResources, b: &LinuxResources) -> LinuxResources {
 /// the shorter period is wider.
 fn wider_share(a: (u64, i64), b: (u64, i64)) -> (u64, i64) {
     let rate = |(period, quota): (u64, i64), other: (u64, i64)| {
-        // Where one says no period, the quotas alone tell.
+        // Where one says no period, the quotas alone decide.
         i128::from(quota) * if period == 0 || other.0 == 0 { 1 } else { i128::from(other.0) }
     };
     match (a.1, b.1) {

@@ -3,13 +3,13 @@
 //! step wrote them.
 
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use shipway_executor::Stream;
 use shipway_progress::{LogStream, Reporter};
 use std::{
     collections::VecDeque,
     convert::Infallible,
     mem,
-    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 use tokio::sync::Notify;
@@ -190,7 +190,7 @@ impl StepLog {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     fn pass_on(&self, pieces: Vec<Piece>) {

@@ -79,7 +79,7 @@ struct Planner<'a> {
     guards: MountGuards,
 }
 
-/// A secret of the clients; `None` if it is optional and nobody has it.
+/// A secret of the clients; `None` if it is optional and no client has it.
 pub(super) async fn secret(
     sessions: &SessionGroup,
     id: &str,

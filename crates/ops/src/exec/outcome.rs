@@ -1,5 +1,5 @@
 //! What the end of a process means (rows `exec.err`, `exec.validexit`), with the reasons that an
-//! exit code does not tell.
+//! exit code does not give.
 
 use super::logs::StepLog;
 use shipway_executor::ExitStatus;
@@ -63,12 +63,12 @@ async fn is_full(root: &[Mount]) -> bool {
         return false;
     };
     let look = move || {
-        rustix::fs::statvfs(dir).is_ok_and(|s| {
+        Ok(rustix::fs::statvfs(dir).is_ok_and(|s| {
             s.f_bavail.saturating_mul(s.f_frsize) < NOTHING_LEFT
                 || (s.f_files > 0 && s.f_favail == 0)
-        })
+        }))
     };
-    tokio::task::spawn_blocking(look).await.unwrap_or(false)
+    shipway_task::blocking("look for space", look).await.unwrap_or(false)
 }
 
 #[cfg(test)]

@@ -40,11 +40,8 @@ impl Services {
         capture: Capture,
     ) -> Result<Proxied> {
         let make = || async {
-            let made = tokio::task::spawn_blocking(Authority::new).await;
-            made.map_err(|e| {
-                Fault::internal(format!("make the certificate of the proxy network: {e}"))
-            })?
-            .map(Arc::new)
+            let make = || Authority::new().map(Arc::new);
+            shipway_task::blocking("make the certificate of the proxy network", make).await
         };
         let authority = self.authority.get_or_try_init(make).await?.clone();
         Ok(Proxied(Arc::new(Proxy::new(authority, Some(Arc::new(AllJobs(jobs))), capture))))

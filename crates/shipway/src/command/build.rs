@@ -168,12 +168,11 @@ pub(crate) async fn run(connect: &ConnectArgs, args: Args, debug: bool) -> Resul
 }
 
 async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitCode> {
-    // Mistakes in the arguments are told before anything is connected to.
+    // Mistakes in the arguments are reported before anything is connected to.
     let reading = (args.file.clone(), args.context.clone());
     let call = Call::of(&args)?;
-    let input =
-        tokio::task::spawn_blocking(move || Input::read(reading.0.as_deref(), &reading.1)).await;
-    let input = input.map_err(|e| Fault::internal(format!("read the context: {e}")))??;
+    let input = move || Input::read(reading.0.as_deref(), &reading.1);
+    let input = shipway_task::blocking("read the context", input).await?;
     let options = options::of(&args, &input, &|name| std::env::var(name).ok())?;
     let client = connect.connect(Persona::Shipway).await?;
     let mode = args.mode();

@@ -81,7 +81,7 @@ pub(crate) struct Args {
     /// may be repeated
     #[arg(long, value_name = "CONTEXT")]
     registry_auth_tlscontext: Vec<String>,
-    /// Where to tell what came from the cache, as JSON: a file, stdout or stderr
+    /// Where to write what came from the cache, as JSON: a file, stdout or stderr
     #[arg(long, value_name = "FILE")]
     debug_json_cache_metrics: Option<String>,
 }
@@ -96,9 +96,7 @@ pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
     };
     let mut options = options(&args, &|name| std::env::var(name).ok())?;
     if options.frontend.is_empty() {
-        let mut definition = tokio::task::spawn_blocking(read_definition)
-            .await
-            .map_err(|e| Fault::internal(e.to_string()))??;
+        let mut definition = shipway_task::blocking("read the definition", read_definition).await?;
         if args.no_cache {
             definition.ignore_cache();
         }
@@ -110,7 +108,7 @@ pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
         match options.frontend_attrs.contains_key("requestid") && !options.frontend.is_empty() {
             true => run::ask(client, options, mode)
                 .await
-                .and_then(|answer| output::print(&told(&answer))),
+                .and_then(|answer| output::print(&summary(&answer))),
             false => run::build(client, options, mode, &extras).await.map(drop),
         };
     if let Some(path) = ref_file {
@@ -128,7 +126,7 @@ fn mode(asked: Mode, env: Option<String>) -> Result<Mode> {
 }
 
 /// A frontend's answer: the text for people, or else every part of it.
-fn told(answer: &Answer) -> String {
+fn summary(answer: &Answer) -> String {
     if let Some(text) = answer.get("result.txt") {
         return String::from_utf8_lossy(text).into_owned();
     }
@@ -189,7 +187,7 @@ fn options(args: &Args, env: &dyn Fn(&str) -> Option<String>) -> Result<SolveOpt
     })
 }
 
-/// Docker's configuration; one that cannot be read is no reason not to build.
+/// Docker's configuration; one that cannot be read does not keep from building.
 pub(crate) fn docker_config() -> DockerConfig {
     let config = DockerConfig::default_path().map(|path| DockerConfig::load(&path));
     config

@@ -1,6 +1,6 @@
 //! Colors of the live view, as `NO_COLOR` and `BUILDKIT_COLORS` have them.
 
-use crate::csv;
+use shipway_gocompat::csv_fields;
 
 const NAMES: [&str; 8] = ["black", "red", "green", "yellow", "blue", "magenta", "cyan", "white"];
 
@@ -32,7 +32,7 @@ impl Palette {
             error: "\x1b[31m".to_owned(),
             faint: "\x1b[2m".to_owned(),
         };
-        let fields = csv::separated(colors.unwrap_or_default(), ':').unwrap_or_default();
+        let fields = csv_fields(colors.unwrap_or_default(), ':').unwrap_or_default();
         for (key, value) in fields.iter().filter_map(|field| field.split_once('=')) {
             let slot = match &*key.to_lowercase() {
                 "run" => &mut palette.run,

@@ -1,7 +1,7 @@
 //! Durations and sizes as Go programs write them (rows `toml.t.*`).
 
 use serde::{Deserialize, Deserializer, de::Error};
-use shipway_gocompat::GoDuration;
+use shipway_gocompat::{GoDuration, parse_size};
 use std::time::Duration;
 
 /// A duration: whole seconds, or Go's `1h30m`.
@@ -130,19 +130,8 @@ pub fn disk_space(text: &str) -> Option<DiskSpace> {
     if let Some(percent) = text.strip_suffix('%') {
         return percent.trim().parse().ok().filter(|p| *p <= 100).map(DiskSpace::Percent);
     }
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let number: f64 = text[..digits].parse().ok()?;
-    let unit = text[digits..].trim().to_lowercase();
-    let shift = match unit.trim_end_matches('b').trim_end_matches('i') {
-        "" => 0,
-        "k" => 10,
-        "m" => 20,
-        "g" => 30,
-        "t" => 40,
-        "p" => 50,
-        _ => return None,
-    };
-    Some(DiskSpace::Bytes((number * (1u64 << shift) as f64) as u64))
+    let bytes = parse_size(text)?;
+    u64::try_from(bytes).ok().map(DiskSpace::Bytes)
 }
 
 impl<'de> Deserialize<'de> for DiskSpace {

@@ -1,4 +1,4 @@
-//! The flags of BuildKit's OCI worker. There is no such worker here: a daemon told to run one
+//! The flags of BuildKit's OCI worker. There is no such worker here: a daemon configured to run one
 //! builds on containerd all the same, under the settings that were meant for it, so that units and
 //! scripts written for `buildkitd --oci-worker=true` go on working.
 

@@ -190,7 +190,7 @@ fn essence(settings: &mut Settings) -> String {
     format!("{settings:?}")
 }
 
-/// Whether what is called `name` works, is refused by name, or is told in the log by name.
+/// Whether what is called `name` works, is refused by name, or is logged by name.
 #[track_caller]
 fn has_effect(name: &str, before: Result<Settings>, after: Result<Settings>) -> bool {
     let mut before = before.unwrap_or_else(|e| panic!("{name}: what it needs is refused: {e}"));
@@ -350,10 +350,10 @@ fn the_flag_for_the_proxy_network_wins_over_the_file() {
 #[test]
 fn levels_of_buildkitd_are_understood() {
     for (name, level) in [
-        ("warning", Level::Warn),
-        ("fatal", Level::Error),
-        ("panic", Level::Error),
-        ("trace", Level::Trace),
+        ("warning", LogLevel::Warn),
+        ("fatal", LogLevel::Error),
+        ("panic", LogLevel::Error),
+        ("trace", LogLevel::Trace),
     ] {
         assert_eq!(load(&["--log-level", name], "").unwrap().logging.level, level);
     }
@@ -418,7 +418,7 @@ fn the_suite_of_buildkit_starts_us_with_these_flags() {
         (s.containerd.as_str(), s.listening.addresses[0].as_str(), s.gc),
         ("/x.sock", "unix:///y.sock", GcSettings::Off)
     );
-    assert_eq!(s.logging.level, Level::Debug);
+    assert_eq!(s.logging.level, LogLevel::Debug);
 }
 
 #[test]

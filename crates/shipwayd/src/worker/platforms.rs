@@ -1,10 +1,11 @@
 //! Which platforms steps can run for (row `so.platforms`): the machine's own, and those whose
 //! programs the kernel gives to an emulator.
 
+use parking_lot::Mutex;
 use shipway_oci::Platform;
 use std::{
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -37,7 +38,7 @@ impl Platforms {
         if !self.0.fixed.is_empty() {
             return self.0.fixed.clone();
         }
-        let mut found = self.0.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut found = self.0.found.lock();
         let good = |since: &Instant| self.0.max_age.is_none_or(|age| since.elapsed() < age);
         match found.as_ref().filter(|(since, _)| good(since)) {
             Some((_, list)) => list.clone(),
@@ -211,7 +212,7 @@ mod tests {
     #[test]
     fn a_list_that_is_too_old_is_looked_for_again() {
         let fresh = Platforms::new(Vec::new(), None);
-        let since = |p: &Platforms| p.0.found.lock().unwrap().as_ref().map(|(since, _)| *since);
+        let since = |p: &Platforms| p.0.found.lock().as_ref().map(|(since, _)| *since);
         assert!(since(&fresh).is_none());
         assert_eq!(fresh.now()[0], Platform::host());
         let first = since(&fresh);

@@ -1,5 +1,5 @@
 //! Runs the git binary: sealed off from the machine's settings, bounded, and ended with all its
-//! helpers when nobody waits.
+//! helpers when no caller waits.
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use shipway_fault::{Class, Code, Fault, Result, redact_text};
@@ -14,7 +14,7 @@ use tokio::{
 const MAX_OUTPUT: usize = 16 << 20;
 /// Most bytes of complaints that are kept.
 const MAX_COMPLAINT: usize = 16 << 10;
-/// How long a git that nobody waits for may take to remove its locks and temporary files.
+/// How long a git that no caller waits for may take to remove its locks and temporary files.
 const GRACE: Duration = Duration::from_secs(10);
 
 /// A git command line in the making. Cheap enough to clone per command.
@@ -71,8 +71,8 @@ impl Drop for Running {
         }
         let (group, held) = (std::mem::replace(&mut self.group, Group(None)), self.held.take());
         group.signal(Signal::TERM);
-        runtime.spawn(async move {
-            // Helpers have the same standard error: once nobody can write there any more, all have
+        shipway_task::spawn_on(&runtime, "wait for git", async move {
+            // Helpers have the same standard error: once it is closed, all have
             // ended.
             let ended = async {
                 tokio::join!(drain(child.stdout.as_mut(), 0), drain(child.stderr.as_mut(), 0))
@@ -138,7 +138,7 @@ impl Git {
         self
     }
 
-    /// Keeps `held` until the last process has ended, though nobody waits for it any more.
+    /// Keeps `held` until the last process has ended, though no caller waits for it any more.
     pub(crate) fn holding(mut self, held: Arc<dyn Any + Send + Sync>) -> Self {
         self.held = Some(held);
         self
@@ -223,7 +223,7 @@ impl Git {
         let group = Group(child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw));
         let mut running = Running { group, child: None, held: self.held.clone() };
         let child = running.child.insert(child);
-        // The pipes stay with the child: when nobody waits any more, they tell when all helpers
+        // The pipes stay with the child: when the caller stops waiting, they show when all helpers
         // have ended.
         let (output, complaint) = tokio::join!(
             drain(child.stdout.as_mut(), MAX_OUTPUT),
@@ -256,7 +256,7 @@ impl Git {
     }
 }
 
-/// What git says of a repository that is damaged, or locked by a process that is no more.
+/// What git says of a repository that is damaged, or locked by a process that has ended.
 const DAMAGE: [&str; 17] = [
     "not a git repository",
     "File exists",
@@ -289,7 +289,7 @@ fn with_usual_umask(command: &mut Command) {
     unsafe { command.pre_exec(set) };
 }
 
-/// What git complained about, with the kind of failure as far as its words tell.
+/// What git complained about, with the kind of failure as far as its words show.
 fn failure(arguments: &[&str], complaint: &str) -> Fault {
     let complaint = complaint.trim();
     let verb = arguments.iter().find(|a| !a.starts_with('-')).copied().unwrap_or("git");

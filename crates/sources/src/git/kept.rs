@@ -2,7 +2,7 @@
 //! there at all.
 //!
 //! It is made beside its place and put there when it is whole. What a killed process left in it is
-//! removed by whoever has it next, and one that turns out to be damaged is thrown away.
+//! removed by its next user, and one that turns out to be damaged is thrown away.
 
 use super::{GitSource, attrs::GitSpec, repo::Repo};
 use crate::git::Access;
@@ -48,7 +48,7 @@ impl GitSource {
                 work(repo).await
             };
             let done = done.await;
-            // Nobody else has it but processes of git that were given up, and those keep it until
+            // Only processes of git that were given up have it besides, and those keep it until
             // they end.
             let kept = Arc::into_inner(kept);
             match done {
@@ -116,10 +116,8 @@ impl Repo<'_> {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
 ) -> Result<T> {
-    let done = tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|e| Fault::internal(format!("a file task ended early: {e}")))?;
-    done.map_err(|e| Fault::io("prepare a kept repository", e))
+    let work = move || work().map_err(|e| Fault::io("prepare a kept repository", e));
+    shipway_task::blocking("prepare a kept repository", work).await
 }
 
 /// Where to make the repository that belongs at `dir`; `None` if it is there, without anything that
@@ -142,7 +140,7 @@ fn prepare(dir: &Path) -> std::io::Result<Option<PathBuf>> {
     Ok(Some(new))
 }
 
-/// Removes the locks and temporary files of processes that were killed. Nobody else is at work
+/// Removes the locks and temporary files of processes that were killed. No other process is at work
 /// here.
 fn remove_left(dir: &Path, depth: usize) -> std::io::Result<()> {
     if depth > MAX_DEPTH {

@@ -226,12 +226,10 @@ impl Repo<'_> {
             }
             time.map_or(Ok(()), |t| tree::set_times(&to, t))
         };
-        tokio::task::spawn_blocking(arrange)
-            .await
-            .map_err(|e| Fault::internal(format!("a file task ended early: {e}")))?
+        shipway_task::blocking("arrange files", arrange).await
     }
 
-    /// Writes the files alone; the index goes where nobody sees it.
+    /// Writes the files alone; the index goes elsewhere.
     async fn read_into(&self, tip: &Tip, work: &Path) -> Result<Git> {
         let index = self.dir.join("shipway-index");
         let _ = tokio::fs::remove_file(&index).await;

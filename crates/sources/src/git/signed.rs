@@ -56,10 +56,8 @@ impl WantSigned {
         let copy = |o: &Object| Object { name: o.name.clone(), text: o.text.clone() };
         let (want, commit, tag) =
             (self.clone(), copy(&objects.commit), objects.tag.as_ref().map(copy));
-        let verified = tokio::task::spawn_blocking(move || want.verify_now(&commit, tag.as_ref()));
-        verified.await.map_err(|e| {
-            Fault::internal(format!("the verification of a signature ended early: {e}"))
-        })?
+        let verify = move || want.verify_now(&commit, tag.as_ref());
+        shipway_task::blocking("verify a signature", verify).await
     }
 
     fn verify_now(&self, commit: &Object, tag: Option<&Object>) -> Result<()> {

@@ -114,7 +114,8 @@ impl HttpSpec {
             }
         }
         http.headers.sort();
-        // Empty ones are as good as none, but only together: somebody meant to verify something.
+        // Empty ones are as good as none, but only together: a single one was meant to verify
+        // something.
         http.signed = http.signed.filter(|s| !s.keys.is_empty() || !s.signature.is_empty());
         if http.signed.as_ref().is_some_and(|s| s.keys.is_empty() || s.signature.is_empty()) {
             return Err(Fault::invalid("http signature verification requires both pubkey and signature").hint(

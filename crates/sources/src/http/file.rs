@@ -169,9 +169,7 @@ impl Target {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|e| Fault::internal(format!("a file task ended early: {e}")))?
+    shipway_task::blocking("write a file", work).await
 }
 
 #[cfg(test)]

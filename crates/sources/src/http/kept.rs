@@ -2,14 +2,18 @@
 //! The files themselves are states.
 
 use super::Known;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use shipway_fault::Fault;
+use shipway_host::replace_file;
 use shipway_oci::{Digest, timestamp};
 use shipway_refs::RefId;
 use std::{
     collections::HashMap,
     io::Read,
+    io::Write as _,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 /// Most answers that are remembered.
@@ -46,17 +50,13 @@ impl KnownFiles {
     }
 
     pub(super) fn get(&self, request: &Digest) -> Option<Known> {
-        self.all
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(request)
-            .map(|(known, _)| known.clone())
+        self.all.lock().get(request).map(|(known, _)| known.clone())
     }
 
     /// Remembers a file; after a restart, too, if `lasting`.
     pub(super) async fn insert(&self, request: Digest, known: Known, lasting: bool) {
         {
-            let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut all = self.all.lock();
             if all.len() >= MAX_KNOWN {
                 all.clear();
             }
@@ -65,14 +65,16 @@ impl KnownFiles {
         let Some(file) = self.file.clone().filter(|_| lasting) else { return };
         let file = file.lock_owned().await;
         let text = self.text();
-        let written = tokio::task::spawn_blocking(move || write(&file, &text)).await;
-        if let Ok(Err(error)) = written {
-            tracing::warn!(%error, "what is known of downloaded files is not kept");
+        let write = move || {
+            write(&file, &text).map_err(|e| Fault::io(format!("write {}", file.display()), e))
+        };
+        if let Err(error) = shipway_task::blocking("remember downloaded files", write).await {
+            tracing::warn!(%error, "failed to write the list of downloaded files");
         }
     }
 
     fn text(&self) -> String {
-        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.all.lock();
         let lines =
             all.iter().filter(|(_, (_, lasting))| *lasting).filter_map(|(request, (known, _))| {
                 serde_json::to_string(&Line {
@@ -111,9 +113,7 @@ fn read(path: &Path) -> HashMap<Digest, (Known, bool)> {
 }
 
 fn write(path: &Path, text: &str) -> std::io::Result<()> {
-    let new = path.with_extension("new");
-    std::fs::write(&new, text)?;
-    std::fs::rename(new, path)
+    replace_file(path, 0o600, |file| file.write_all(text.as_bytes()))
 }
 
 #[cfg(test)]
@@ -142,7 +142,7 @@ mod tests {
         assert_eq!(second.get(&Digest::of("a")), Some(known("a")));
         assert_eq!(second.get(&Digest::of("b")), None);
         assert_eq!(second.get(&Digest::of("c")), first.get(&Digest::of("c")));
-        // A file that was cut short tells what it still has.
+        // A file that was cut short has its first entries still.
         let text = std::fs::read(file.as_ref().unwrap()).unwrap();
         std::fs::write(file.as_ref().unwrap(), &text[..text.len() - 5]).unwrap();
         let third = KnownFiles::load(file);

@@ -43,8 +43,8 @@ pub(crate) struct Resolved {
     pub stored: Option<Stored>,
 }
 
-/// Who is asked for an image, and on whose behalf.
-pub(crate) struct Asked<'a> {
+/// Where an image is looked for, and for which build.
+pub(crate) struct NameResolver<'a> {
     pub storage: &'a Storage,
     pub remote: &'a dyn Remote,
     pub prefer: LocalImages,
@@ -53,7 +53,7 @@ pub(crate) struct Asked<'a> {
 
 /// What a name without a digest led to when a build first asked (row `so.flight`).
 #[derive(Clone)]
-pub(crate) struct Told {
+pub(crate) struct ResolvedName {
     main: Descriptor,
     stored: Option<Stored>,
 }
@@ -65,19 +65,19 @@ pub(crate) struct Documents<'a> {
     pub remote: Option<&'a dyn Remote>,
 }
 
-impl Asked<'_> {
+impl NameResolver<'_> {
     /// Finds the image that `spec` names for `platform`.
     pub(crate) async fn resolve(&self, spec: &ImageSpec, platform: &Platform) -> Result<Resolved> {
         let documents = Documents { storage: self.storage, remote: Some(self.remote) };
         let key = (spec.name.to_string(), spec.mode);
-        if let Some(told) = self.cx.memo.image(&key) {
+        if let Some(known) = self.cx.memo.image(&key) {
             let local = Documents { storage: self.storage, remote: None };
             let (documents, any) =
-                if told.stored.is_some() { (&local, false) } else { (&documents, true) };
-            match documents.image(told.main, platform, any).await {
+                if known.stored.is_some() { (&local, false) } else { (&documents, true) };
+            match documents.image(known.main, platform, any).await {
                 // A local image need not be for all platforms.
-                Err(e) if told.stored.is_some() && e.is_not_found() => {}
-                other => return Ok(Resolved { stored: told.stored, ..other? }),
+                Err(e) if known.stored.is_some() && e.is_not_found() => {}
+                other => return Ok(Resolved { stored: known.stored, ..other? }),
             }
         }
         let mut found = match spec.name.digest().filter(|_| spec.mode != ResolveMode::ForcePull) {
@@ -86,7 +86,9 @@ impl Asked<'_> {
         };
         // What was said of the tag is so of the digest that the frontend made of it.
         found.stored = self.cx.memo.stored(found.main.digest).or(found.stored);
-        self.cx.memo.keep_image(key, Told { main: found.main.clone(), stored: found.stored });
+        self.cx
+            .memo
+            .keep_image(key, ResolvedName { main: found.main.clone(), stored: found.stored });
         Ok(found)
     }
 
@@ -196,14 +198,14 @@ impl Asked<'_> {
     }
 }
 
-impl Told {
+impl ResolvedName {
     pub(crate) fn stored(&self, digest: Digest) -> Option<Stored> {
         self.stored.filter(|_| self.main.digest == digest)
     }
 }
 
-/// What a person is told of an image of the store.
-pub(crate) fn told(stored: Stored, now: SystemTime) -> String {
+/// Why an image of the store is used, for the progress.
+pub(crate) fn explain_stored(stored: Stored, now: SystemTime) -> String {
     match stored {
         Stored::Built(time) => {
             format!("local image, built {}", ago(now.duration_since(time).unwrap_or_default()))

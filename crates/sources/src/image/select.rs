@@ -2,11 +2,11 @@
 
 use shipway_oci::{Descriptor, Index, Platform};
 
-/// Annotation on an index entry that is no image but says something about one.
+/// Annotation on an index entry that is not an image but describes one.
 pub(crate) const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
 
 /// The entries of `index` that may be meant by `wanted`, best first. Entries without a platform
-/// come last: only their config tells.
+/// come last: only their config has it.
 pub(crate) fn candidates<'a>(index: &'a Index, wanted: &Platform) -> Vec<&'a Descriptor> {
     let mut ranked: Vec<(u32, &Descriptor)> = index
         .manifests

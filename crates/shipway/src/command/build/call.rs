@@ -1,5 +1,5 @@
-//! `--call`, `--check` and `--format`: what a Dockerfile's frontend can tell without building (rows
-//! `dfs.*`).
+//! `--call`, `--check` and `--format`: what a Dockerfile's frontend can answer without building
+//! (rows `dfs.*`).
 
 use std::{process::ExitCode, sync::Arc};
 
@@ -138,7 +138,7 @@ struct Findings {
     /// The first mistake.
     #[serde(rename = "buildError")]
     error: Option<BuildError>,
-    /// All of them, from a daemon that tells columns.
+    /// All of them, from a daemon that reports columns.
     #[serde(default)]
     errors: Vec<BuildError>,
 }

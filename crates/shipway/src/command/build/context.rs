@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 /// Largest Dockerfile on standard input.
 const MAX_DOCKERFILE: u64 = 16 << 20;
-/// Names of a Dockerfile that nobody named, in order.
+/// Default names of a Dockerfile, in order.
 const NAMES: [&str; 3] = ["Dockerfile", "dockerfile", "Containerfile"];
 
 /// What a Dockerfile on standard input is called.

@@ -46,7 +46,7 @@ pub(super) fn of(args: &Args, input: &Input, env: Env<'_>) -> Result<SolveOption
     locals(input, &mut options).context(|| "offer the context")?;
     named_contexts(args, &mut options)?;
     let attrs = &mut options.frontend_attrs;
-    // We draw the columns of what is wrong; other clients are told lines only.
+    // We draw the columns of what is wrong; other clients get lines only.
     attrs.insert("source-columns".to_owned(), "true".to_owned());
     for (name, value) in docker.proxy_args() {
         attrs.insert(format!("build-arg:{name}"), value);
@@ -418,7 +418,7 @@ fn name(export: &mut Export, names: &[String]) {
     if export.kind == "image" {
         export.attrs.entry("unpack".to_owned()).or_insert_with(|| "true".to_owned());
         if !export.attrs.contains_key("name") {
-            // Without any name the image would be nobody's, and gone with the next garbage
+            // Without any name the image would have no owner, and be gone with the next garbage
             // collection.
             export
                 .attrs
