@@ -32,6 +32,10 @@ pub struct Opened {
     pub keep_cache: bool,
     /// The kernel keeps the directory's entries.
     pub cache_directory: bool,
+    /// Closing the file asks nothing of the server (Linux 5.16 and newer). Otherwise whoever closes
+    /// it waits for one that answers, and a process that is about to run another program holds
+    /// locks meanwhile that `ps` wants.
+    pub no_flush: bool,
 }
 
 /// The state of the file system.
@@ -96,7 +100,8 @@ impl Reply {
     pub fn opened(&mut self, unique: Unique, opened: Opened) -> &[u8] {
         let flags = u32::from(opened.direct)
             | u32::from(opened.keep_cache) << 1
-            | u32::from(opened.cache_directory) << 3;
+            | u32::from(opened.cache_directory) << 3
+            | u32::from(opened.no_flush) << 5;
         self.finish(unique, 0, |out| {
             // The handle (two words), flags, and what is not used.
             for word in [0, 0, flags, 0] {
@@ -226,8 +231,9 @@ mod tests {
         assert_eq!(reply.opened(unique, Opened::default()).len(), 16 + 16);
         assert_eq!(reply.statfs(unique, StatFs::default()).len(), 16 + 80);
         assert_eq!(reply.resend()[4..8], 7i32.to_ne_bytes());
-        let direct = Opened { direct: true, keep_cache: false, cache_directory: true };
-        assert_eq!(reply.opened(unique, direct)[24..28], 9u32.to_ne_bytes());
+        let direct =
+            Opened { direct: true, keep_cache: false, cache_directory: true, no_flush: true };
+        assert_eq!(reply.opened(unique, direct)[24..28], 41u32.to_ne_bytes());
     }
 
     #[test]
