@@ -1,0 +1,469 @@
+//! What is done with requests and commands, with the kernel and the daemon behind a port.
+//!
+//! Threads that read requests call [`Engine::handle`]; one other thread does what the daemon says
+//! and looks after deadlines. They meet in three places:
+//!
+//! - Bits of good blocks are atomic. A read whose bits are all set is answered at once.
+//! - Any other is parked under the lock of [`Waiting`], after a second look at the bits. Whoever
+//!   sets bits looks at what waits afterwards, under the same lock. So one of them sees the other.
+//! - A thread says that it handles a request ([`Engine::reader`]) before it looks at bits. Whoever
+//!   clears bits waits until each thread has come to the end of the request that it then had.
+
+use crate::{
+    layer::{File, Layer, file_of, named, node_of},
+    message::{self, Event},
+    parking::{Entry, Waiting},
+};
+use rustix::io::Errno;
+use shipway_fusewire::{
+    Attributes, DirBuffer, InitRequest, NodeId, Opened, Operation, Parked, Reply, Request, Slots,
+    StatFs, Unique, Wanted,
+};
+use std::{
+    collections::{BTreeMap, btree_map},
+    ops::Range,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+/// Threads that read requests.
+pub(crate) const READERS: usize = 2;
+/// Pages of a read at most. EROFS asks for 16 of them; more would only cost memory, which each
+/// thread has as much of as the largest answer.
+const MAX_PAGES: u16 = 64;
+/// Bytes of an answer at most, on a connection that began here.
+pub(crate) const MAX_READ: usize = MAX_PAGES as usize * 4096;
+/// Bytes of a read that is answered at all, which a predecessor may have negotiated.
+const LARGEST_READ: usize = 16 << 20;
+/// Reads in flight that nobody waits for. The kernel holds back what is beyond it, reads of what is
+/// local included, so it is far above what misses can be.
+const MAX_BACKGROUND: u16 = 8192;
+
+/// The kernel and the daemon, as the engine sees them.
+pub(crate) trait Outside {
+    /// Gives the kernel an answer. That it does not want it any more is no error.
+    fn answer(&self, answer: &[u8]);
+    /// Tells the daemon, without waiting; false if that cannot be done now.
+    fn tell(&self, event: &Event) -> bool;
+    /// Wakes the thread that looks after deadlines.
+    fn wake(&self);
+}
+
+/// Blocks that are good no more, and the requests that may still be reading them.
+#[derive(Debug)]
+pub(crate) struct Dropping {
+    pub(crate) n: u32,
+    pub(crate) blocks: Range<u64>,
+    readers: [u64; READERS],
+}
+
+/// Serves one connection.
+pub(crate) struct Engine<O> {
+    pub(crate) outside: O,
+    slots: Slots,
+    layers: RwLock<BTreeMap<u32, Arc<Layer>>>,
+    waiting: Mutex<Waiting>,
+    /// Odd while the thread of this number handles a request; never the same again.
+    readers: [AtomicU64; READERS],
+    /// Whether somebody waits for requests that are handled.
+    dropping: AtomicBool,
+    /// How long a read waits at most.
+    deadline: Duration,
+}
+
+/// A thread that handles a request, as long as it does.
+pub(crate) struct Reading<'a, O: Outside> {
+    engine: &'a Engine<O>,
+    number: usize,
+}
+
+impl<O: Outside> Drop for Reading<'_, O> {
+    fn drop(&mut self) {
+        self.engine.readers[self.number].fetch_add(1, Ordering::SeqCst);
+        if self.engine.dropping.load(Ordering::SeqCst) {
+            self.engine.outside.wake();
+        }
+    }
+}
+
+const ROOT: Attributes = Attributes { node: NodeId::ROOT, mode: 0o40_500, size: 0, nlink: 2 };
+
+impl<O: Outside> Engine<O> {
+    pub(crate) fn new(outside: O, slots: Slots, layers: Vec<Layer>, deadline: Duration) -> Self {
+        let layers = layers.into_iter().map(|layer| (layer.number(), Arc::new(layer))).collect();
+        Self {
+            outside,
+            slots,
+            layers: RwLock::new(layers),
+            waiting: Mutex::default(),
+            readers: [const { AtomicU64::new(0) }; READERS],
+            dropping: AtomicBool::new(false),
+            deadline,
+        }
+    }
+
+    pub(crate) fn slots(&self) -> &Slots {
+        &self.slots
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn layer(&self, n: u32) -> Option<Arc<Layer>> {
+        self.layers.read().unwrap_or_else(PoisonError::into_inner).get(&n).cloned()
+    }
+
+    /// All layers, by number.
+    pub(crate) fn layers(&self) -> Vec<Arc<Layer>> {
+        self.layers.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// The thread `number` handles a request from now on.
+    pub(crate) fn reader(&self, number: usize) -> Reading<'_, O> {
+        self.readers[number].fetch_add(1, Ordering::SeqCst);
+        Reading { engine: self, number }
+    }
+
+    /// Whether no thread handles a request.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.readers.iter().all(|r| r.load(Ordering::SeqCst).is_multiple_of(2))
+    }
+
+    /// Answers a request, or parks it. Allocates nothing for a read of what is there, if `reply`
+    /// has room for [`MAX_READ`].
+    pub(crate) fn handle(&self, request: &Request<'_>, reply: &mut Reply, now: Instant) {
+        let (unique, node) = (request.header.unique, request.header.node);
+        let attributes = || match (node, file_of(node)) {
+            (NodeId::ROOT, _) => Some(ROOT),
+            (_, Some((n, file))) => {
+                self.layer(n).filter(|l| l.has(file)).map(|l| l.attributes(file))
+            }
+            _ => None,
+        };
+        let answer = match request.operation {
+            Operation::Read { offset, size, .. } => {
+                return self.read(Parked { unique, node, offset, size }, reply, now);
+            }
+            Operation::Interrupt { unique: of } => return self.interrupt(unique, of, reply),
+            Operation::Init(offer) => init(unique, &offer, reply),
+            Operation::Lookup { name } if node == NodeId::ROOT => {
+                let found = named(name).and_then(|(n, file)| {
+                    let layer = self.layer(n).filter(|l| l.has(file))?;
+                    Some(layer.attributes(file))
+                });
+                match found {
+                    Some(attributes) => reply.entry(unique, &attributes),
+                    None => reply.error(unique, Errno::NOENT),
+                }
+            }
+            Operation::Lookup { .. } => reply.error(unique, Errno::NOTDIR),
+            Operation::GetAttr => match attributes() {
+                Some(attributes) => reply.attributes(unique, &attributes),
+                None => reply.error(unique, Errno::NOENT),
+            },
+            Operation::Open { .. } => match attributes() {
+                Some(_) => reply
+                    .opened(unique, Opened { direct: true, no_flush: true, ..Opened::default() }),
+                None => reply.error(unique, Errno::NOENT),
+            },
+            // Layers come and go, so the kernel keeps no listing.
+            Operation::OpenDir => reply.opened(unique, Opened::default()),
+            Operation::ReadDir { offset, size, .. } => {
+                let layers = self.layers.read().unwrap_or_else(PoisonError::into_inner);
+                let size = (size as usize).min(MAX_READ);
+                reply.data(unique, size, |bytes| Ok(list(&layers, offset, bytes)))
+            }
+            Operation::StatFs => {
+                let layers = self.layers();
+                let blocks = layers.iter().map(|l| l.data_blocks()).sum();
+                reply.statfs(unique, StatFs { blocks, files: layers.len() as u64 })
+            }
+            Operation::Release { .. } | Operation::ReleaseDir { .. } => reply.done(unique),
+            Operation::Forget { .. } | Operation::BatchForget(_) | Operation::Destroy => return,
+            Operation::Other(_) => reply.error(unique, Errno::NOSYS),
+        };
+        self.outside.answer(answer);
+    }
+
+    /// Answers a read if everything that it reads is there.
+    fn answer_if_there(&self, read: &Parked, reply: &mut Reply) -> bool {
+        let Some((n, file)) = file_of(read.node) else {
+            self.outside.answer(reply.error(read.unique, Errno::NOENT));
+            return true;
+        };
+        let Some(layer) = self.layer(n) else { return false };
+        if layer.missing(file, read.offset, read.size).is_some() {
+            return false;
+        }
+        self.answer_from(&layer, file, read, reply);
+        true
+    }
+
+    fn answer_from(&self, layer: &Layer, file: File, read: &Parked, reply: &mut Reply) {
+        let size = read.size as usize;
+        if size > LARGEST_READ {
+            // A short answer would be the end of the file.
+            return self.outside.answer(reply.error(read.unique, Errno::INVAL));
+        }
+        let answer = reply.data(read.unique, size, |out| layer.read(file, read.offset, out));
+        self.outside.answer(answer);
+        let blocks = layer.blocks(file, read.offset, read.size);
+        if let Some(block) = layer.touch(&blocks) {
+            self.outside.tell(&Event::Touched { n: layer.number(), block });
+        }
+    }
+
+    fn read(&self, read: Parked, reply: &mut Reply, now: Instant) {
+        if self.answer_if_there(&read, reply) {
+            return;
+        }
+        let mut waiting = self.waiting();
+        if self.is_there(&read) {
+            drop(waiting);
+            // It may be gone again, and then this read waits like any other.
+            return self.read(read, reply, now);
+        }
+        let Some(id) = self.slots.park(read) else {
+            drop(waiting);
+            tracing::warn!("too many reads wait: one more fails");
+            return self.outside.answer(reply.error(read.unique, Errno::IO));
+        };
+        // What the kernel sends a second time replaces what a predecessor had parked: only the new
+        // number has a reader.
+        match waiting.find(read.unique) {
+            Some(entry) => {
+                self.slots.unpark(entry.id);
+                (entry.id, entry.read) = (id, read);
+            }
+            None => waiting.push(Entry { id, read, since: now, told: false }),
+        }
+        let alone = waiting.len() == 1;
+        let told = match waiting.find(read.unique) {
+            Some(entry) if !entry.told => self.tell_of(entry),
+            _ => true,
+        };
+        drop(waiting);
+        if alone || !told {
+            self.outside.wake();
+        }
+    }
+
+    fn is_there(&self, read: &Parked) -> bool {
+        self.missing(read) == Some(None)
+    }
+
+    /// What a read has to wait for: `Some(None)` for nothing, `None` if its layer is not known.
+    #[allow(clippy::option_option)]
+    fn missing(&self, read: &Parked) -> Option<Option<Range<u64>>> {
+        let (n, file) = file_of(read.node)?;
+        Some(self.layer(n)?.missing(file, read.offset, read.size))
+    }
+
+    /// Tells the daemon of a read that waits; false if that cannot be done now. What waits for a
+    /// layer that nobody knows yet is told when the layer comes.
+    fn tell_of(&self, entry: &mut Entry) -> bool {
+        let (Some((n, _)), Some(Some(blocks))) =
+            (file_of(entry.read.node), self.missing(&entry.read))
+        else {
+            return true;
+        };
+        entry.told = self.outside.tell(&Event::Miss { n, blocks });
+        entry.told
+    }
+
+    /// Tells the daemon of everything that waits and that it was not told of; false if it takes no
+    /// more now.
+    pub(crate) fn tell_all(&self) -> bool {
+        self.waiting().iter_mut().filter(|e| !e.told).all(|entry| self.tell_of(entry))
+    }
+
+    /// There is another daemon, or none: it was told of nothing.
+    pub(crate) fn forget_told(&self) {
+        self.waiting().iter_mut().for_each(|e| e.told = false);
+    }
+
+    fn interrupt(&self, request: Unique, of: Unique, reply: &mut Reply) {
+        let gone = self.waiting().take(|e| e.read.unique.first() == of.first());
+        if gone.is_empty() {
+            // It was answered, is just being answered, or was not read yet. The kernel forgets the
+            // interrupt in the first case and sends it again in the others.
+            self.outside.answer(reply.error(request, Errno::AGAIN));
+        }
+        self.fail_all(gone, Errno::INTR, reply);
+    }
+
+    fn fail_all(&self, entries: Vec<Entry>, error: Errno, reply: &mut Reply) {
+        for entry in entries {
+            self.outside.answer(reply.error(entry.read.unique, error));
+            self.slots.unpark(entry.id);
+        }
+    }
+
+    /// Answers everything that waits and need not.
+    fn settle(&self, n: u32, reply: &mut Reply) {
+        let of_layer = |e: &Entry| file_of(e.read.node).is_some_and(|(of, _)| of == n);
+        let ready = self.waiting().take(|e| of_layer(e) && self.is_there(&e.read));
+        for entry in ready {
+            if !self.answer_if_there(&entry.read, reply) {
+                // Only this thread clears bits, so they are still set.
+                self.outside.answer(reply.error(entry.read.unique, Errno::IO));
+            }
+            self.slots.unpark(entry.id);
+        }
+    }
+
+    /// A layer comes, or comes again: the same files are the same layer. False if there is another
+    /// of its number.
+    pub(crate) fn add(&self, layer: Layer, reply: &mut Reply) -> Result<bool, Errno> {
+        let n = layer.number();
+        let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
+        let new = match layers.entry(n) {
+            btree_map::Entry::Vacant(place) => {
+                place.insert(Arc::new(layer));
+                true
+            }
+            btree_map::Entry::Occupied(there) if there.get().is_same(&layer)? => false,
+            btree_map::Entry::Occupied(_) => return Err(Errno::EXIST),
+        };
+        drop(layers);
+        self.settle(n, reply);
+        Ok(new)
+    }
+
+    /// Blocks are good.
+    pub(crate) fn have(&self, n: u32, blocks: &Range<u64>, reply: &mut Reply) {
+        if let Some(layer) = self.layer(n) {
+            layer.good().set(blocks);
+            self.settle(n, reply);
+        }
+    }
+
+    /// Blocks cannot be had: what waits for one of them fails.
+    pub(crate) fn fail(&self, n: u32, blocks: &Range<u64>, errno: i32, reply: &mut Reply) {
+        let Some(layer) = self.layer(n) else { return };
+        let hit = |e: &Entry| {
+            let Some((of, file)) = file_of(e.read.node) else { return false };
+            let read = layer.blocks(file, e.read.offset, e.read.size);
+            let common = read.start.max(blocks.start)..read.end.min(blocks.end);
+            of == n && !common.is_empty() && layer.good().missing(&common).is_some()
+        };
+        let failed = self.waiting().take(hit);
+        self.fail_all(failed, message::errno(errno), reply);
+    }
+
+    /// Blocks are good no more: no read that begins later gets them. [`Engine::is_dropped`] says
+    /// whether those are over that had begun.
+    pub(crate) fn drop_blocks(&self, n: u32, blocks: Range<u64>) -> Dropping {
+        if let Some(layer) = self.layer(n) {
+            layer.good().clear(&blocks);
+            // What waits for others of its blocks now waits for these as well.
+            let mut waiting = self.waiting();
+            let hit = |e: &&mut Entry| {
+                file_of(e.read.node).is_some_and(|(of, file)| {
+                    let read = layer.blocks(file, e.read.offset, e.read.size);
+                    of == n && read.start < blocks.end && blocks.start < read.end
+                })
+            };
+            waiting.iter_mut().filter(hit).for_each(|e| e.told = false);
+        }
+        Dropping { n, blocks, readers: self.watch_readers() }
+    }
+
+    /// Which requests are handled. Whoever ends one wakes the other thread from now on, until
+    /// [`Engine::all_dropped`].
+    pub(crate) fn watch_readers(&self) -> [u64; READERS] {
+        self.dropping.store(true, Ordering::SeqCst);
+        self.readers.each_ref().map(|r| r.load(Ordering::SeqCst))
+    }
+
+    /// Whether nobody reads dropped blocks any more.
+    pub(crate) fn is_dropped(&self, dropping: &Dropping) -> bool {
+        let now = self.readers.each_ref().map(|r| r.load(Ordering::SeqCst));
+        now.iter().zip(&dropping.readers).all(|(now, then)| then.is_multiple_of(2) || now != then)
+    }
+
+    /// Nobody waits for the readers any more.
+    pub(crate) fn all_dropped(&self) {
+        self.dropping.store(false, Ordering::SeqCst);
+    }
+
+    /// A layer goes; what waits for it fails.
+    pub(crate) fn remove(&self, n: u32, reply: &mut Reply) -> Option<Arc<Layer>> {
+        let gone = self.layers.write().unwrap_or_else(PoisonError::into_inner).remove(&n);
+        let of_layer = |e: &Entry| file_of(e.read.node).is_some_and(|(of, _)| of == n);
+        let failed = self.waiting().take(of_layer);
+        self.fail_all(failed, Errno::IO, reply);
+        gone
+    }
+
+    /// When the next read has waited for too long.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.waiting().next_deadline(self.deadline)
+    }
+
+    /// Fails what has waited for too long.
+    pub(crate) fn expire(&self, now: Instant, reply: &mut Reply) {
+        let late = self.waiting().take(|e| now.saturating_duration_since(e.since) >= self.deadline);
+        for entry in &late {
+            let Parked { node, offset, .. } = entry.read;
+            tracing::warn!(node = node.0, offset, "a read waited for too long and fails");
+        }
+        self.fail_all(late, Errno::IO, reply);
+    }
+
+    /// Goes on with what a predecessor had read and not answered. Before any thread reads.
+    pub(crate) fn take_over(&self, reply: &mut Reply, now: Instant) {
+        self.slots.clear_unfinished();
+        let left = self.slots.left_in_slots();
+        for (id, read) in self.slots.parked() {
+            self.waiting().push(Entry { id, read, since: now, told: false });
+        }
+        for layer in self.layers() {
+            self.settle(layer.number(), reply);
+        }
+        // Interrupts last: they may be of reads that are left.
+        let (interrupts, others): (Vec<_>, Vec<_>) = left
+            .iter()
+            .filter_map(|bytes| Request::parse(bytes).ok())
+            .partition(|request| matches!(request.operation, Operation::Interrupt { .. }));
+        for request in others.iter().chain(&interrupts) {
+            self.handle(request, reply, now);
+        }
+    }
+}
+
+fn init<'a>(unique: Unique, offer: &InitRequest, reply: &'a mut Reply) -> &'a [u8] {
+    let wanted = Wanted {
+        max_pages: MAX_PAGES,
+        max_background: MAX_BACKGROUND,
+        idmap: true,
+        ..Wanted::default()
+    };
+    match offer.answer(wanted) {
+        Some(answer) => reply.init(unique, &answer),
+        None => reply.error(unique, Errno::PROTO),
+    }
+}
+
+/// Fills `bytes` with entries whose nodes are above `offset`: so a listing goes on at the right
+/// place whatever has come or gone.
+fn list(layers: &BTreeMap<u32, Arc<Layer>>, offset: u64, bytes: &mut [u8]) -> usize {
+    let mut buffer = DirBuffer::new(bytes);
+    let first = file_of(NodeId(offset.max(2))).map_or(u32::MAX, |(n, _)| n);
+    for (n, layer) in layers.range(first..) {
+        for (file, kind) in [(File::Data, "data"), (File::Image, "img")] {
+            let node = node_of(*n, file);
+            if node.0 > offset
+                && layer.has(file)
+                && !buffer.add(node, false, format!("{n}.{kind}").as_bytes(), node.0)
+            {
+                return buffer.filled();
+            }
+        }
+    }
+    buffer.filled()
+}
