@@ -1,0 +1,204 @@
+//! Each way in which a registry can fail, and what becomes of a read then.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{Asked, Lab, Layer, Link, MS, Plan, Reply, Server, Way, plain};
+use shipway_fault::Code;
+use shipway_lazyfetch::Hope;
+use std::{sync::Arc, time::Duration};
+
+const S: Duration = Duration::from_secs(1);
+const WAY: Way = Way { rtt: Duration::from_millis(20), rate: 30e6, fair: true };
+
+fn layer() -> Arc<Layer> {
+    Plan::files(1, [100_000; 10]).build()
+}
+
+/// One read with one server: how long it took, and the requests.
+async fn one(
+    script: impl Fn(usize, &Asked) -> Reply + Send + Sync + 'static,
+) -> (Duration, Result<(), Code>, Vec<Asked>) {
+    let layer = layer();
+    let server = Server::new("r.io", &layer.blob, &Link::new(WAY), script);
+    let mut lab = Lab::new(&layer, &[&server], plain());
+    // In the middle, so that there is something before it.
+    let (took, result) = lab.read(layer.blocks_of_frame(5)).await;
+    assert_eq!(layer.is_good(layer.blocks_of_frame(5)), result.is_ok());
+    // What was on its way at the deadline ends as well.
+    tokio::time::sleep(20 * S).await;
+    assert_eq!(lab.fetcher.in_flight(), 0);
+    (took, result.map_err(|f| f.code()), server.asked())
+}
+
+/// What is wrong once is asked for again, and how soon.
+#[tokio::test(start_paused = true)]
+async fn what_fails_once_is_asked_for_again() {
+    let ms = |n: u32| n * MS;
+    for (what, reply, fresh, least, most) in [
+        ("nothing", Reply::Right, false, ms(20), ms(40)),
+        ("flipped", Reply::Flipped, true, ms(60), ms(150)),
+        ("short", Reply::Short(50_000), false, ms(60), ms(150)),
+        ("empty", Reply::Short(0), false, ms(50), ms(150)),
+        ("stall", Reply::Stall(20_000), false, 10 * S, 10 * S + ms(200)),
+        ("stall at once", Reply::Stall(0), false, 10 * S, 10 * S + ms(200)),
+        ("drip", Reply::Drip, false, 10 * S, 12 * S),
+        ("hang", Reply::Hang, false, 5 * S, 5 * S + ms(200)),
+        ("all", Reply::All, false, ms(20), ms(80)),
+        ("other range", Reply::Elsewhere, false, ms(60), ms(150)),
+        ("refusal", Reply::Refuse(Hope::Elsewhere), false, ms(60), ms(150)),
+        ("500", Reply::Refuse(Hope::Soon), false, ms(60), ms(150)),
+        ("429", Reply::Refuse(Hope::After(7 * S)), false, 7 * S, 7 * S + ms(100)),
+        ("no connection", Reply::Down, false, ms(40), ms(150)),
+    ] {
+        let script = move |n: usize, _: &Asked| if n == 0 { reply.clone() } else { Reply::Right };
+        let (took, result, asked) = one(script).await;
+        assert_eq!(result, Ok(()), "{what}");
+        assert!(took >= least && took <= most, "{what}: {took:?}");
+        let again = asked.get(1).map(|a| a.fresh);
+        let served = matches!(what, "nothing" | "all");
+        assert_eq!(
+            (asked.len(), again),
+            if served { (1, None) } else { (2, Some(fresh)) },
+            "{what}"
+        );
+        assert!(asked.iter().all(|a| a.range == asked[0].range), "{what}: {asked:?}");
+    }
+}
+
+/// What is wrong for ever fails at the deadline, or at once where time does not help.
+#[tokio::test(start_paused = true)]
+async fn what_fails_for_ever_fails_at_the_deadline() {
+    for (what, reply, code, least, most, tries) in [
+        ("flipped", Reply::Flipped, Code::DataLoss, 60 * S, 61 * S, 10..30),
+        ("hang", Reply::Hang, Code::DeadlineExceeded, 60 * S, 61 * S, 5..13),
+        ("stall", Reply::Stall(5000), Code::DeadlineExceeded, 60 * S, 61 * S, 4..8),
+        ("500", Reply::Refuse(Hope::Soon), Code::Unavailable, 60 * S, 61 * S, 10..30),
+        ("down", Reply::Down, Code::Unavailable, 60 * S, 61 * S, 10..30),
+        ("429", Reply::Refuse(Hope::After(3600 * S)), Code::Unavailable, 60 * S, 61 * S, 1..2),
+        ("404", Reply::Refuse(Hope::Elsewhere), Code::Unavailable, MS, S, 2..3),
+    ] {
+        let script = move |_: usize, _: &Asked| reply.clone();
+        let (took, result, asked) = one(script).await;
+        assert_eq!(result, Err(code), "{what}");
+        assert!(took >= least && took <= most, "{what}: {took:?}");
+        assert!(tries.contains(&asked.len()), "{what}: {}", asked.len());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_of_thirty_seconds_is_waited_out_and_what_is_local_does_not_notice() {
+    let layer = layer();
+    let down = |_: usize, asked: &Asked| {
+        if (S..31 * S).contains(&asked.at) { Reply::Down } else { Reply::Right }
+    };
+    let server = Server::new("r.io", &layer.blob, &Link::new(WAY), down);
+    let mut lab = Lab::new(&layer, &[&server], plain());
+    lab.read(layer.blocks_of_frame(0)).await.1.unwrap();
+    tokio::time::sleep(S).await;
+    for frame in 1..9 {
+        lab.fetcher.miss(1, layer.blocks_of_frame(frame));
+    }
+    let (took, result) = lab.read(layer.blocks_of_frame(0)).await;
+    assert!(result.is_ok() && took < MS, "{took:?}");
+    let (took, result) = lab.read(layer.blocks_of_frame(9)).await;
+    assert!(result.is_ok() && took > 25 * S && took < 40 * S, "{took:?}");
+    tokio::time::sleep(10 * S).await;
+    assert!(layer.is_good(0..layer.blocks()));
+    // Each missed frame was tried a few times, not without pause.
+    assert!(server.asked().len() < 150, "{}", server.asked().len());
+}
+
+/// A read that failed leaves nothing behind: the next one begins anew.
+#[tokio::test(start_paused = true)]
+async fn the_next_read_heals() {
+    let layer = layer();
+    let wrong =
+        |_: usize, asked: &Asked| if asked.at < 60 * S { Reply::Flipped } else { Reply::Right };
+    let server = Server::new("r.io", &layer.blob, &Link::new(WAY), wrong);
+    let mut lab = Lab::new(&layer, &[&server], plain());
+    let blocks = layer.blocks_of_frame(3);
+    let (_, failed) = lab.read(blocks.clone()).await;
+    assert!(failed.unwrap_err().to_string().contains("expected sha256:"));
+    assert_eq!(layer.written(blocks.start), 0);
+    let (took, result) = lab.read(blocks.clone()).await;
+    assert!(result.is_ok() && took < S, "{took:?}");
+    assert_eq!(layer.written(blocks.start), 1);
+    // It is counted after it was told.
+    tokio::time::sleep(MS).await;
+    let counters = lab.counters();
+    assert_eq!((counters.misses, counters.failed), (1, 1));
+    assert!(counters.wrong >= 5 && counters.last_error.is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_disk_fails_at_once() {
+    let layer = layer();
+    let server = Server::good(&layer.blob, WAY);
+    let mut lab = Lab::new(&layer, &[&server], plain());
+    layer.disk_full.store(true, std::sync::atomic::Ordering::SeqCst);
+    let (took, result) = lab.read(layer.blocks_of_frame(0)).await;
+    assert_eq!(result.unwrap_err().code(), Code::ResourceExhausted);
+    assert!(took < S);
+    layer.disk_full.store(false, std::sync::atomic::Ordering::SeqCst);
+    lab.read(layer.blocks_of_frame(0)).await.1.unwrap();
+}
+
+/// Another source is asked without delay, and the one that fails is left alone.
+#[tokio::test(start_paused = true)]
+async fn another_source_takes_over() {
+    for (what, reply, most) in [
+        ("flipped", Reply::Flipped, 100 * MS),
+        ("404", Reply::Refuse(Hope::Elsewhere), 100 * MS),
+        ("429", Reply::Refuse(Hope::After(3600 * S)), 100 * MS),
+        ("500", Reply::Refuse(Hope::Soon), 100 * MS),
+        ("down", Reply::Down, 100 * MS),
+        ("hang", Reply::Hang, 6 * S),
+        ("short", Reply::Short(3), 100 * MS),
+    ] {
+        let layer = layer();
+        let script = move |_: usize, _: &Asked| reply.clone();
+        let bad = Server::new("mirror", &layer.blob, &Link::new(WAY), script);
+        let good = Server::new("origin", &layer.blob, &Link::new(WAY), |_, _| Reply::Right);
+        let mut lab = Lab::new(&layer, &[&bad, &good], plain());
+        let (took, result) = lab.read(layer.blocks_of_frame(0)).await;
+        assert!(result.is_ok() && took < most, "{what}: {took:?}");
+        if what == "429" {
+            for frame in 1..9 {
+                lab.read(layer.blocks_of_frame(frame)).await.1.unwrap();
+            }
+            assert_eq!((bad.asked().len(), good.asked().len()), (1, 9));
+        }
+    }
+}
+
+/// A second request is sent when the first is silent for much longer than usual.
+#[tokio::test(start_paused = true)]
+async fn silence_is_hedged() {
+    let layer = layer();
+    let slow = |n: usize, _: &Asked| if n == 4 { Reply::Late(4 * S) } else { Reply::Right };
+    let server = Server::new("r.io", &layer.blob, &Link::new(WAY), slow);
+    let mut lab = Lab::new(&layer, &[&server], plain());
+    for frame in 0..4 {
+        lab.read(layer.blocks_of_frame(frame)).await.1.unwrap();
+    }
+    let (took, result) = lab.read(layer.blocks_of_frame(4)).await;
+    assert!(result.is_ok() && took < 200 * MS, "{took:?}");
+    assert_eq!(server.asked().len(), 6);
+    assert_eq!(lab.counters().retries, 1);
+}
+
+/// A server that does not know ranges is only usable near the start of a blob.
+#[tokio::test(start_paused = true)]
+async fn a_server_without_ranges_is_not_read_for_ever() {
+    let layer = Plan::files(1, [1 << 20; 8]).build();
+    let server = Server::new("r.io", &layer.blob, &Link::new(WAY), |_, _| Reply::All);
+    let mut lab = Lab::new(&layer, &[&server], plain());
+    lab.read(layer.blocks_of_frame(2)).await.1.unwrap();
+    let (_, result) = lab.read(layer.blocks_of_frame(7)).await;
+    assert!(result.unwrap_err().to_string().contains("does not know ranges"));
+    // What came before the wanted bytes, and no more than was on its way after them.
+    let received = lab.counters().network;
+    assert!(received < 2 << 20, "{received}");
+}
