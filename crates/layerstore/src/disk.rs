@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io::{self, Read as _, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 /// Makes a directory that only root enters, unless it is there.
@@ -26,6 +26,20 @@ pub(crate) fn create(path: &Path) -> Result<File> {
 /// Waits until a file, or a directory's names, are on the disk.
 pub(crate) fn sync(path: &Path, file: &File) -> Result<()> {
     file.sync_all().map_err(Error::at("sync", path))
+}
+
+/// Waits for several at once: file systems write down together what is asked for together.
+pub(crate) fn sync_all(files: &[(PathBuf, File)]) -> Result<()> {
+    let sync = |(path, file): &(PathBuf, File)| sync(path, file);
+    std::thread::scope(|scope| {
+        let start = |one| std::thread::Builder::new().spawn_scoped(scope, move || sync(one));
+        let threads: Vec<_> = files.iter().map(start).collect();
+        threads.into_iter().zip(files).try_for_each(|(thread, one)| match thread {
+            Ok(thread) => thread.join().unwrap_or_else(|_| sync(one)),
+            // There is no thread to be had.
+            Err(_) => sync(one),
+        })
+    })
 }
 
 pub(crate) fn sync_directory(path: &Path) -> Result<()> {

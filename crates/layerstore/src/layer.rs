@@ -645,6 +645,9 @@ impl Layer {
 
     /// Makes of `blocks` good what can be made so without fetching, and returns all parts of them
     /// that are good now, whoever made them so.
+    ///
+    /// What was claimed before the last boot is read and hashed, and held meanwhile: who goes
+    /// through a whole layer does it piece by piece.
     pub fn verify_blocks(&self, blocks: Range<u64>) -> Result<Good> {
         let open = self.open()?;
         let hold = open.hold(blocks.clone());

@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Result,
-    about::{About, Changing, Description, Fixed, LayerKey, LayerNumber},
+    about::{ABOUT, About, Changing, Description, Fixed, LayerKey, LayerNumber},
     bits::Bits,
     build, disk, index,
     layer::{CLAIMS, Common, DATA, DigestOf, INDEX, Layer, META},
@@ -186,7 +186,7 @@ impl LayerStore {
             }
             about => about?,
         };
-        let path = directory.join(crate::about::ABOUT);
+        let path = directory.join(ABOUT);
         let used = path.metadata().and_then(|m| m.modified()).map_err(Error::at("stat", &path))?;
         let used = used.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         let restorable = !self.is_first_of_boot;
@@ -323,11 +323,13 @@ impl LayerStore {
         let mut changing = Changing::default();
         changing.add(&about.repository)?;
         disk::make_directory(directory)?;
-        let file = |name: &str, write: &mut dyn FnMut(&File) -> io::Result<()>| {
+        let mut files = Vec::new();
+        let mut file = |name: &str, write: &mut dyn FnMut(&File) -> io::Result<()>| -> Result<()> {
             let path = directory.join(name);
             let file = disk::create(&path)?;
             write(&file).map_err(Error::at("write", &path))?;
-            if self.options.fsync { disk::sync(&path, &file) } else { Ok(()) }
+            files.push((path, file));
+            Ok(())
         };
         let mut digest = DigestOf(Hasher::new(), 0);
         file(META, &mut |file| image.write(Form::WithDevice, &mut Both(&mut digest, file)))?;
@@ -343,7 +345,14 @@ impl LayerStore {
         file(CLAIMS, &mut |file| file.write_all_at(&vec![0; claims], 0))?;
         file(DATA, &mut |file| file.set_len(fixed.data_blocks * BLOCK))?;
         let about = About { fixed, changing };
-        about.save(directory, self.options.fsync)?;
+        about.save(directory, false)?;
+        if self.options.fsync {
+            for name in [ABOUT, ""] {
+                let path = directory.join(name);
+                files.push((path.clone(), File::open(&path).map_err(Error::at("open", &path))?));
+            }
+            disk::sync_all(&files)?;
+        }
         Ok(about)
     }
 

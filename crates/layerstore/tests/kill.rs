@@ -1,7 +1,7 @@
 //! A process that makes, fetches, gives up and removes layers is killed at any moment, again and
 //! again. What it told to be good is right in the next one's eyes, and everything opens.
 //!
-//! This program is both: started with an argument it is the one that is killed.
+//! This program is both.
 
 #![allow(clippy::unwrap_used)]
 
@@ -17,6 +17,8 @@ use std::{
 };
 
 const ROUNDS: u64 = 40;
+/// What the first argument of the one that is killed is.
+const CHILD: &str = "to-be-killed";
 
 fn open(directory: &Path) -> LayerStore {
     let options = Options { max_bytes: Some(400 << 10), ..options("boot") };
@@ -78,6 +80,7 @@ fn parent() {
     let (mut lines, mut good) = (0, 0);
     for round in 1..=ROUNDS {
         let mut child = Command::new(std::env::current_exe().unwrap())
+            .arg(CHILD)
             .arg(directory.path())
             .arg(round.to_string())
             .stdout(Stdio::piped())
@@ -144,9 +147,11 @@ fn take(maps: &mut BTreeMap<u32, BTreeSet<u64>>, line: &str) -> usize {
 }
 
 fn main() {
-    let mut words = std::env::args().skip(1).filter(|word| !word.starts_with('-'));
-    match (words.next(), words.next()) {
-        (Some(directory), Some(seed)) => child(Path::new(&directory), seed.parse().unwrap()),
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    match &words[..] {
+        [child_word, directory, seed] if child_word == CHILD => {
+            child(Path::new(directory), seed.parse().unwrap())
+        }
         _ => parent(),
     }
 }
