@@ -8,6 +8,8 @@ use std::{fmt, path::Path};
 
 /// Name of the file.
 pub(crate) const ABOUT: &str = "about";
+/// Version of all that is in the directory of a layer; layers of another are made again.
+const VERSION: u32 = 1;
 /// Most bytes of it.
 pub const MAX_ABOUT: u64 = 64 << 10;
 /// Most repositories that a layer remembers; later ones take the place of the oldest.
@@ -88,6 +90,7 @@ enum StoredCodec {
 /// What never changes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Fixed {
+    version: u32,
     pub key: LayerKey,
     pub number: LayerNumber,
     pub blob_size: u64,
@@ -130,6 +133,7 @@ impl Fixed {
 
     pub fn new(key: LayerKey, number: LayerNumber) -> Self {
         Self {
+            version: VERSION,
             key,
             number,
             blob_size: 0,
@@ -205,7 +209,10 @@ impl About {
         if Digest::of(text).to_string().as_bytes() != sum {
             return Err("its checksum is wrong");
         }
-        serde_json::from_slice(text).map_err(|_| "it is not of a version that is known")
+        let about: Option<Self> = serde_json::from_slice(text).ok();
+        about
+            .filter(|about| about.fixed.version == VERSION)
+            .ok_or("it is not of a version that is known")
     }
 
     /// Puts it in the directory of a layer, in the place of what was there.

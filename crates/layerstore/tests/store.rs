@@ -298,6 +298,24 @@ fn half_made_layers_are_thrown_away() {
     assert!(store.damaged().is_empty());
 }
 
+/// What another version wrote is made again.
+#[test]
+fn layers_of_another_version_are_made_again() {
+    let directory = directory();
+    let blob = random_blob(7, 10);
+    drop(blob.create(&LayerStore::open(directory.path(), options("boot")).unwrap()));
+    let path = directory.path().join("layers/1/about");
+    let about = fs::read_to_string(&path).unwrap();
+    let text = about.lines().next().unwrap();
+    let newer = text.replace("\"version\":1", "\"version\":2");
+    assert_ne!(newer, text);
+    fs::write(&path, format!("{newer}\n{}\n", Digest::of(&newer))).unwrap();
+    let store = LayerStore::open(directory.path(), options("boot")).unwrap();
+    let [damage] = store.damaged() else { panic!("{:?}", store.damaged()) };
+    assert!(damage.error.to_string().contains("version"), "{}", damage.error);
+    assert_eq!(blob.create(&store).number(), LayerNumber(2));
+}
+
 /// Whatever byte of whatever file is another: it is found, or it makes no difference to what is
 /// served.
 #[test]
