@@ -37,7 +37,7 @@ mod sys;
 mod tier;
 
 pub use idmap::{IdRange, MAX_RANGES, MappedIds, UserNamespace, clone_mapped};
-pub use mount::{Unmounted, is_mount_point, is_used, mount, swap, unmount};
+pub use mount::{MAX_PATH, Unmounted, is_mount_point, is_used, mount, swap, unmount};
 pub use probe::{Probe, ProbeLayer, probe};
 pub use scan::{Mounted, adopt, mount_table, scan};
 pub use tier::{FuseFiles, Source, Tier};

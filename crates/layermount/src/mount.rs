@@ -15,6 +15,8 @@ use std::{
     path::Path,
 };
 
+/// Longest path of an image or a device: the kernel takes parameters of 256 bytes, zero included.
+pub const MAX_PATH: usize = 255;
 /// Most mounts that are taken away from one path.
 const MOST_STACKED: usize = 16;
 
@@ -74,6 +76,11 @@ fn erofs(source: &Path, device: Option<&Path>, noatime: bool) -> Result<OwnedFd>
         fault
     };
     let set = |key: &str, path: &Path| {
+        if path.as_os_str().len() > MAX_PATH {
+            let path = path.display();
+            return Err(Fault::invalid(format!("mount {path}: longer than {MAX_PATH} bytes"))
+                .hint("choose a root directory with a shorter path"));
+        }
         fsconfig_set_string(context.as_fd(), key, path).map_err(|e| failed(key, e))
     };
     set("source", source)?;

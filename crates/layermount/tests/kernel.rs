@@ -8,7 +8,10 @@ mod common;
 use common::*;
 use rustix::{
     fs::CWD,
-    mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree},
+    mount::{
+        MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+        mount_change, move_mount, open_tree,
+    },
 };
 use shipway_layermount::*;
 use std::{
@@ -418,6 +421,81 @@ fn clones_for_user_namespaces_have_their_owners() {
         Ok(children) => assert_eq!(children, ""),
         Err(error) => eprintln!("NOT TESTED: whether a process is left: {error}"),
     }
+}
+
+#[test]
+fn paths_are_as_long_as_the_kernel_takes_them() {
+    let lab = Lab::new();
+    let (layer, _) = lab.layer(2);
+    let at = lab.at("2");
+    let parent = lab.dir.path().join("x".repeat(100));
+    fs::create_dir(&parent).unwrap();
+    for (length, fits) in [(MAX_PATH, true), (MAX_PATH + 1, false)] {
+        let meta = parent.join("m".repeat(length - parent.as_os_str().len() - 1));
+        fs::copy(&layer.meta, &meta).unwrap();
+        let mounted = mount(&Source::Files { meta, data: layer.data.clone() }, &at);
+        match (mounted, fits) {
+            (Ok(()), true) => check(&at, 2),
+            (Err(error), false) => assert!(error.to_string().contains("255"), "{error}"),
+            (Err(error), true) if !lab.tiers().contains(&Tier::File) => {
+                eprintln!("NOT TESTED: long paths: {error}");
+            }
+            (mounted, _) => panic!("{length}: {mounted:?}"),
+        }
+        unmount(&at).unwrap();
+    }
+}
+
+/// Hosts have shared mounts, and other namespaces that follow them.
+#[test]
+fn a_swap_where_mounts_are_shared_reaches_all_that_share_them() {
+    let lab = Lab::new();
+    let (layer, files) = lab.layer(5);
+    let l = lab.dir.path().join("l");
+    rustix::mount::mount_bind(&l, &l).unwrap();
+    mount_change(&l, MountPropagationFlags::SHARED).unwrap();
+    for tier in lab.tiers() {
+        if !matches!(tier, Tier::File | Tier::FlatFile) {
+            continue;
+        }
+        let served = tier.served(&layer.meta, &files).unwrap();
+        let local = tier.local(&layer.meta, &layer.data).unwrap();
+        let at = lab.at("5");
+        let peer = |step: &dyn Fn()| {
+            // A namespace that follows ours, from before on.
+            std::thread::scope(|scope| {
+                let (started, start) = std::sync::mpsc::channel();
+                let (done, end) = std::sync::mpsc::channel::<()>();
+                let (l, at, served, local) = (&l, &at, &served, &local);
+                let follower = scope.spawn(move || {
+                    following_mounts();
+                    started.send(()).unwrap();
+                    end.recv().unwrap();
+                    let found = scan(l).unwrap();
+                    let [mounted] = &found[..] else { panic!("{found:?}") };
+                    assert!(mounted.at == *at && mounted.reads(local) && !mounted.reads(served));
+                    check(at, 5);
+                });
+                start.recv().unwrap();
+                step();
+                done.send(()).unwrap();
+                follower.join().unwrap();
+            });
+        };
+        peer(&|| {
+            mount(&served, &at).unwrap();
+            check(&at, 5);
+            swap(&at, &served, &local).unwrap();
+        });
+        let found = lab.mounted();
+        let [mounted] = &found[..] else { panic!("{found:?}") };
+        assert!(mounted.reads(&local), "{tier:?} {mounted:?}");
+        check(&at, 5);
+        unmount(&at).unwrap();
+        assert_eq!(lab.mounted(), []);
+    }
+    rustix::mount::unmount(&l, UnmountFlags::DETACH).unwrap();
+    lab.assert_nothing_left();
 }
 
 #[test]

@@ -41,6 +41,13 @@ pub fn own_mounts() {
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
 }
 
+/// The same mounts as those of the thread that started this one, from now on as well.
+#[allow(unsafe_code)]
+pub fn following_mounts() {
+    // SAFETY: descriptors stay shared.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
+}
+
 /// A directory on the disk: the kernel does not read images from tmpfs, which /tmp may be.
 pub fn directory() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
