@@ -128,7 +128,7 @@ pub struct Store {
     mounts: Mounts,
     clones: Clones,
     /// Layers of snapshots of which nothing is known any more.
-    lost: BTreeSet<LayerId>,
+    lost: Mutex<BTreeSet<LayerId>>,
     /// Chain IDs for which somebody asks the store of layers just now.
     asking: Mutex<HashMap<String, Arc<Asking>>>,
     #[cfg(test)]
@@ -216,7 +216,7 @@ impl Store {
             jobs: Mutex::new(jobs),
             wake: Condvar::new(),
             mounts: Mounts::default(),
-            lost,
+            lost: Mutex::new(lost),
             asking: Mutex::default(),
             #[cfg(test)]
             kill: crate::tests::Kill::default(),
@@ -267,6 +267,8 @@ impl Store {
                     .iter()
                     .flat_map(|c| index.with_chain(c))
                     .filter(|(name, row)| filters.matches(name, row))
+                    // Who asks for a chain ID wants to stand on it, and takes the first.
+                    .filter(|(_, row)| self.is_whole(row.backing))
                     .collect();
                 found.sort_by_key(|(name, _)| *name);
                 found.dedup_by_key(|(name, _)| *name);
@@ -628,6 +630,7 @@ impl Store {
             ending.answer = Answer::Unpack;
             return Ok(Some(false));
         };
+        lock(&self.lost).remove(&layer);
         self.step();
         self.name(key, parent, chain, labels, Some(layer))
     }
@@ -691,6 +694,14 @@ impl Store {
         named
     }
 
+    /// Whether files are where they should be.
+    fn is_whole(&self, place: Backing) -> bool {
+        match place {
+            Backing::Directory(id) => self.disk.present(id).is_ok(),
+            Backing::Layer(layer) => !lock(&self.lost).contains(&layer),
+        }
+    }
+
     /// What there is of a chain ID for who asks for it under `key`.
     fn known(
         &self,
@@ -707,14 +718,10 @@ impl Store {
         for (name, row) in index.with_chain(chain) {
             let allowed =
                 self.options.sharing == Sharing::Shared || name.namespace() == key.namespace();
-            let whole = || match row.backing {
-                Backing::Directory(id) => self.disk.present(id).is_ok(),
-                Backing::Layer(layer) => !self.lost.contains(&layer),
-            };
             if row.kind != Kind::Committed
                 || !allowed
                 || !index.same_chain(row.parent.as_ref(), parent)
-                || !whole()
+                || !self.is_whole(row.backing)
             {
                 continue;
             }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{Kind, SNAPSHOT_REF, Xino};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const REMOTE: &str = "containerd.io/snapshot/remote";
 
@@ -36,7 +36,8 @@ impl Lab {
         assert_eq!(error.code(), Code::AlreadyExists, "{error}");
         let parent = parent.map_or("", Name::as_str);
         let filter = format!("labels.\"{SNAPSHOT_REF}\"=={},parent==\"{parent}\"", chain(chain_));
-        list(&self.store, &[&filter]).remove(0).name
+        let committed = |info: &Info| info.kind == Kind::Committed;
+        list(&self.store, &[&filter]).into_iter().find(committed).unwrap().name
     }
 
     fn work(&self) {
@@ -182,6 +183,27 @@ fn what_is_not_needed_is_unmounted_after_a_while_and_mounted_again_on_demand() {
 }
 
 #[test]
+fn the_worker_unmounts_when_the_time_has_come() {
+    let keep_mounted = Duration::from_millis(1);
+    let lab = lab(Options { keep_mounted, ..Options::default() });
+    let base = lab.ask("n/1/x", None, 1, 1);
+    std::thread::scope(|scope| {
+        scope.spawn(|| lab.store.work());
+        for _ in 0..3 {
+            lab.store.prepare(&name("n/2/a"), Some(&base), Labels::new()).unwrap();
+            assert_eq!(lab.layers.mounted(), ids(&[1]));
+            lab.store.remove(&name("n/2/a")).unwrap();
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while lab.layers.mounted() != ids(&[]) {
+                assert!(Instant::now() < deadline, "it stays mounted");
+                std::thread::yield_now();
+            }
+        }
+        lab.store.close();
+    });
+}
+
+#[test]
 fn a_commit_needs_what_is_below_no_longer() {
     let lab = lab(at_once());
     let base = lab.ask("n/1/x", None, 1, 1);
@@ -218,8 +240,12 @@ fn a_restart_mounts_what_is_needed_before_anybody_asks() {
     assert_eq!(lab.store.mounts(&name("a/active")).unwrap_err().code(), Code::DataLoss);
     lab.store.prepare(&name("b/active"), Some(&three), Labels::new()).unwrap();
     // And nobody gets it who asks for its chain.
-    let again = lab.store.prepare(&name("m/1/a"), None, labels(&[(SNAPSHOT_REF, &chain(1))]));
-    assert!(again.is_ok());
+    lab.store.prepare(&name("m/1/a"), None, labels(&[(SNAPSHOT_REF, &chain(1))])).unwrap();
+    // Until it is found anew.
+    lab.layers.lose_nothing();
+    assert_eq!(lab.ask("m/2/a", None, 1, 1), one);
+    lab.store.mounts(&name("a/active")).unwrap();
+    assert_eq!(lab.layers.holds(), [1, 2, 3].map(|layer| (LayerId(layer), 1)).into());
 }
 
 #[test]

@@ -149,6 +149,10 @@ impl Layers {
         self.state().lost.insert(LayerId(layer));
     }
 
+    pub(crate) fn lose_nothing(&self) {
+        self.state().lost.clear();
+    }
+
     /// Makes every find wait, or lets those go on that do.
     pub(crate) fn hold_up(&self, held_up: bool) {
         self.state().held_up = held_up;

@@ -222,5 +222,9 @@ fn a_snapshot_whose_files_are_lost_is_offered_to_nobody() {
     let (dir, store) = store();
     Unpacker::new(&store, "one").layer(&chain(1), None);
     std::fs::remove_dir_all(dir.path().join("root/snapshots/1")).unwrap();
-    assert!(Unpacker::new(&store, "two").ask(&chain(1), None).1.is_ok());
+    let (again, unpacked) = Unpacker::new(&store, "two").layer(&chain(1), None);
+    assert!(unpacked);
+    // Nor is it among those that whoever asks next has to choose from.
+    assert_eq!(Unpacker::new(&store, "three").layer(&chain(1), None), (again, false));
+    assert_eq!(names(&store, &[]).len(), 2);
 }
