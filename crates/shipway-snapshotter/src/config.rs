@@ -24,6 +24,8 @@ pub struct Config {
     pub mount_options: Vec<String>,
     /// Numbers of files in overlays of layers that were not unpacked.
     pub xino: Xino,
+    /// Whether ids of user namespaces are mapped here.
+    pub remap_ids: bool,
     /// Logging.
     pub log: Log,
 }
@@ -37,6 +39,7 @@ impl Default for Config {
             sharing: Sharing::default(),
             mount_options: Vec::new(),
             xino: Xino::default(),
+            remap_ids: false,
             log: Log::default(),
         }
     }
@@ -134,7 +137,16 @@ mod tests {
         keys.sort_unstable();
         assert_eq!(
             keys,
-            ["address", "log", "mount_options", "root", "sharing", "status_address", "xino"]
+            [
+                "address",
+                "log",
+                "mount_options",
+                "remap_ids",
+                "root",
+                "sharing",
+                "status_address",
+                "xino"
+            ]
         );
     }
 

@@ -39,6 +39,7 @@ pub async fn run(config: &Config) -> Result<()> {
         sharing: config.sharing,
         mount_options: config.mount_options.clone(),
         xino: config.xino,
+        remap_ids: config.remap_ids,
         ..Options::default()
     };
     let store = Arc::new(Store::open(&config.root, options, Arc::new(NoLazyLayers))?);

@@ -155,6 +155,17 @@ fn set_up(
     let own = ["proxy_plugins", name];
     edit.set(&own, "type", Want::Text("snapshot"))?;
     edit.set(&own, "address", Want::Text(&config.address.to_string_lossy()))?;
+    if config.remap_ids && version < Version(2, 0) {
+        return Err(Fault::new(
+            Code::FailedPrecondition,
+            "`remap_ids` needs containerd 2.0: older ones copy layers for user namespaces",
+        ));
+    }
+    // What is told and what is done have to agree: ids would be mapped twice, or not at all.
+    if config.remap_ids || edit.has_list(&own, "capabilities") {
+        let capabilities: &[&str] = if config.remap_ids { &["remap-ids"] } else { &[] };
+        edit.set(&own, "capabilities", Want::Texts(capabilities))?;
+    }
     if version >= Version(1, 7) {
         let exports = ["proxy_plugins", name, "exports"];
         edit.set(&exports, "root", Want::Text(&config.root.to_string_lossy()))?;
@@ -497,6 +508,25 @@ differ = "erofs"
         ] {
             assert_eq!(line.split_whitespace().find_map(parse_version), want);
         }
+    }
+
+    #[test]
+    fn ids_are_mapped_by_us_if_containerd_is_told_so() {
+        let mapping = Config { remap_ids: true, ..Config::default() };
+        let with = |text: Option<&str>, config: &Config| {
+            set_up(config, "shipway", text, Version(2, 1), true).unwrap()
+        };
+        let capabilities = |file: &str| text(file, "proxy_plugins/shipway/capabilities");
+        let plain = with(None, &Config::default());
+        assert_eq!(capabilities(&plain), None);
+        let mapped = with(Some(&plain), &mapping);
+        assert_eq!(capabilities(&mapped).as_deref(), Some("[\"remap-ids\"]"));
+        assert_eq!(with(Some(&mapped), &mapping), mapped);
+        let plain = with(Some(&mapped), &Config::default());
+        assert_eq!(capabilities(&plain).as_deref(), Some("[]"));
+        assert_eq!(with(Some(&plain), &Config::default()), plain);
+        assert_eq!(undone(&mapped).unwrap(), None);
+        assert!(set_up(&mapping, "shipway", None, Version(1, 7), true).is_err());
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub enum Want<'a> {
     Text(&'a str),
     Bool(bool),
     Integer(i64),
+    Texts(&'a [&'a str]),
 }
 
 impl Want<'_> {
@@ -22,6 +23,7 @@ impl Want<'_> {
             Self::Text(text) => text.into(),
             Self::Bool(value) => value.into(),
             Self::Integer(value) => value.into(),
+            Self::Texts(texts) => Value::from_iter(texts.iter().copied()),
         }
     }
 
@@ -30,6 +32,9 @@ impl Want<'_> {
             Self::Text(text) => value.as_str() == Some(text),
             Self::Bool(wanted) => value.as_bool() == Some(wanted),
             Self::Integer(wanted) => value.as_integer() == Some(wanted),
+            Self::Texts(wanted) => value.as_array().is_some_and(|list| {
+                list.iter().map(Value::as_str).eq(wanted.iter().copied().map(Some))
+            }),
         }
     }
 }
