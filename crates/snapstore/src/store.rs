@@ -364,6 +364,10 @@ impl Store {
 
     /// Mounts what is not mounted of these, and keeps them mounted.
     fn hold(&self, points: Vec<Point>) -> Result<Vec<Held<'_>>> {
+        if !points.is_empty() {
+            // Whatever comes of it.
+            self.look_later();
+        }
         let mut held: Vec<Held<'_>> = Vec::with_capacity(points.len());
         for point in points {
             let made = match point.clone() {
@@ -380,14 +384,6 @@ impl Store {
                 }
             };
             held.push(made?);
-        }
-        if !held.is_empty() {
-            let due = Instant::now() + self.options.keep_mounted;
-            let mut jobs = lock(&self.jobs);
-            if jobs.unmount.is_none() {
-                jobs.unmount = Some(due);
-                self.wake.notify_all();
-            }
         }
         Ok(held)
     }
@@ -777,9 +773,14 @@ impl Store {
     fn unneeded(&self, points: &[Point]) {
         if !points.is_empty() {
             self.mounts.used(points);
-            let due = Instant::now() + self.options.keep_mounted;
-            self.later(|jobs| jobs.unmount = Some(jobs.unmount.map_or(due, |at| at.min(due))));
+            self.look_later();
         }
+    }
+
+    /// Has it looked at in a while whether everything that is mounted is needed.
+    fn look_later(&self) {
+        let due = Instant::now() + self.options.keep_mounted;
+        self.later(|jobs| jobs.unmount = Some(jobs.unmount.map_or(due, |at| at.min(due))));
     }
 
     /// Removes a name, and with its last name the files; those of others stay. Space is free after
