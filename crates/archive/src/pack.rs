@@ -9,6 +9,7 @@ use crate::{
 };
 use bytes::Bytes;
 use libdeflater::Crc;
+use parking_lot::Mutex;
 use shipway_fault::{Code, Fault, Result};
 use shipway_oci::{DiffId, Digest, Hasher};
 use std::{
@@ -21,7 +22,6 @@ use std::{
     os::unix::ffi::OsStrExt,
     path::Path,
     sync::{
-        Mutex, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
         mpsc::{Receiver, SyncSender, sync_channel},
     },
@@ -176,7 +176,7 @@ pub(crate) fn flow(
             // The receiver of results is gone, so the workers end; the reader must not wait for
             // them.
             stop.store(true, Relaxed);
-            while jobs.lock().unwrap_or_else(PoisonError::into_inner).recv().is_ok() {}
+            while jobs.lock().recv().is_ok() {}
         }
         let written = joined(reading.join())?;
         let tar = joined(hashing.join())?;
@@ -227,7 +227,7 @@ fn work(
         }
     };
     loop {
-        let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let job = jobs.lock().recv();
         let Ok((index, block)) = job else { return };
         let result = if compression.kind == CompressionKind::Uncompressed {
             Ok((index, block))

@@ -1,22 +1,20 @@
 //! The index over files.
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use shipway_cachedb::{CacheDb, ResultStore};
 use shipway_fault::Result;
 use shipway_oci::Digest;
 use shipway_solver::{CacheKey, CacheStore, RecordMeta};
-use std::{
-    collections::BTreeSet,
-    sync::{Arc, Mutex},
-};
+use std::{collections::BTreeSet, sync::Arc};
 
 /// Results are their names, while they exist.
 #[derive(Default)]
 struct Names(Mutex<BTreeSet<String>>);
 
 impl Names {
-    fn set(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
-        self.0.lock().expect("unpoisoned")
+    fn set(&self) -> parking_lot::MutexGuard<'_, BTreeSet<String>> {
+        self.0.lock()
     }
 }
 

@@ -10,16 +10,14 @@ mod proxied;
 
 use cni::CniNetwork;
 use netns::NetNs;
+use parking_lot::{Mutex, MutexGuard};
 use proxied::Serving;
 use shipway_executor::{NetworkMode, ProcessSpec, Proxied};
 use shipway_fault::{Fault, Result};
 use std::{
     net::IpAddr,
     path::{Path, PathBuf},
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 /// What processes get that ask for the default.
@@ -201,7 +199,7 @@ impl Network {
     }
 
     fn ready(&self) -> MutexGuard<'_, Vec<NetNs>> {
-        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+        self.ready.lock()
     }
 
     fn name(&self, prefix: &str) -> String {

@@ -24,6 +24,7 @@ use crate::{
 };
 use api::TaskApi;
 use async_trait::async_trait;
+use parking_lot::{Mutex, MutexGuard};
 use shims::Shims;
 use shipway_executor::{
     ExecMount, Executor, ExitStatus, ProcessIo, ProcessSpec, RootFs, etc::Dns, spec::Host,
@@ -33,7 +34,7 @@ use shipway_rootfs::Attached;
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Weak},
     time::Duration,
 };
 use tokio::sync::{RwLock, oneshot, watch};
@@ -147,7 +148,7 @@ impl Inner {
     }
 
     fn running(&self) -> MutexGuard<'_, HashMap<String, Arc<exec::Running>>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+        self.running.lock()
     }
 }
 

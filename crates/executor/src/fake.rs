@@ -4,8 +4,9 @@ use crate::{
     ExecMount, Executor, ExitStatus, OutputSink, OutputTarget, ProcessIo, ProcessSpec, RootFs,
 };
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use shipway_fault::{Fault, Result};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 type Script =
     dyn Fn(&ProcessSpec, &RootFs, &[ExecMount], &OutputSink) -> Result<ExitStatus> + Send + Sync;
@@ -30,7 +31,7 @@ impl FakeExecutor {
 
     /// The processes run so far.
     pub fn ran(&self) -> Vec<ProcessSpec> {
-        self.ran.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.ran.lock().clone()
     }
 }
 
@@ -47,7 +48,7 @@ impl Executor for FakeExecutor {
             OutputTarget::Sink(sink) => sink,
             OutputTarget::Queue(queue) => Arc::new(move |output| drop(queue.try_send(output))),
         };
-        self.ran.lock().unwrap_or_else(PoisonError::into_inner).push(process.clone());
+        self.ran.lock().push(process.clone());
         (self.script)(&process, &root, &mounts, &output)
     }
 

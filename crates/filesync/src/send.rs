@@ -1,12 +1,13 @@
 //! The sending side: walks a tree, then answers requests for files (rows `cb.filesync`,
 //! `cb.fsutil.flow`).
 
+use parking_lot::Mutex;
 use std::{
     io::{self, Read},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -265,17 +266,13 @@ type Give<'a> = dyn FnMut(Stat, Option<Source>) -> Result<()> + 'a;
 /// A file and the id it was asked for by.
 type Request = (u32, Source);
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
-}
-
 impl Shared {
     /// Takes a packet from the receiver; true if it was the last.
     fn handle(&self, packet: Packet, requests: &UnboundedSender<Request>) -> Result<bool> {
         match packet.r#type() {
             PacketType::PacketErr => Err(told(&packet)),
             PacketType::PacketReq => {
-                let source = lock(&self.files).get_mut(packet.id as usize).and_then(Option::take);
+                let source = self.files.lock().get_mut(packet.id as usize).and_then(Option::take);
                 let source = source
                     .ok_or_else(|| Fault::invalid(format!("invalid file id {}", packet.id)))?;
                 let _ = requests.send((packet.id, source));
@@ -354,7 +351,7 @@ impl Shared {
     }
 
     fn describe(&self, stat: Stat, source: Option<Source>) -> Result<()> {
-        lock(&self.files).push(source);
+        self.files.lock().push(source);
         self.counts.entries.fetch_add(1, Ordering::Relaxed);
         self.send(Packet {
             r#type: PacketType::PacketStat.into(),
@@ -368,7 +365,7 @@ impl Shared {
         let roots =
             self.roots.iter().map(|(dir, _)| disk::open_root(dir)).collect::<Result<Vec<_>>>()?;
         loop {
-            let next = lock(&self.queue).blocking_recv();
+            let next = self.queue.lock().blocking_recv();
             let Some((id, source)) = next else { return Ok(()) };
             self.read_file(id, &source, &roots)?;
         }

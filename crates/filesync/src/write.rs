@@ -1,11 +1,12 @@
 //! Writing received files: a few threads, each with its share of the files and its own directory
 //! handles.
 
+use parking_lot::Mutex;
 use std::{
     collections::HashMap,
     io,
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 use bytes::Bytes;
@@ -120,7 +121,7 @@ impl FileWriter {
     }
 
     fn start(&mut self, id: u32) -> Result<Open> {
-        let pending = self.expected.lock().unwrap_or_else(|e| e.into_inner()).remove(&id);
+        let pending = self.expected.lock().remove(&id);
         let pending =
             pending.ok_or_else(|| Fault::invalid(format!("invalid file request {id}")))?;
         if self.open.len() >= MAX_OPEN {

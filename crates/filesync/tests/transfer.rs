@@ -1,10 +1,11 @@
 //! Whole transfers over in-memory streams between directories.
 
+use parking_lot::Mutex;
 use std::{
     fs,
     os::unix::fs::{MetadataExt, PermissionsExt, symlink},
     path::Path,
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 use futures::StreamExt;
@@ -407,7 +408,7 @@ async fn many_files_arrive_and_one_changed_file_moves_alone() {
     let reports = Arc::new(Mutex::new(Vec::new()));
     let progress: Arc<dyn Fn(Progress) + Send + Sync> = {
         let reports = reports.clone();
-        Arc::new(move |p| reports.lock().expect("lock").push(p))
+        Arc::new(move |p| reports.lock().push(p))
     };
     let started = std::time::Instant::now();
     let (sent, cold) = sync(
@@ -419,7 +420,7 @@ async fn many_files_arrive_and_one_changed_file_moves_alone() {
     eprintln!("cold: {:?}", started.elapsed());
     assert_eq!(sent.files, 2000);
     assert_eq!(listing(to.path()), listing(from.path()));
-    assert!(reports.lock().expect("lock").last().is_some_and(|p| p.done && p.files == 2000));
+    assert!(reports.lock().last().is_some_and(|p| p.done && p.files == 2000));
 
     fs::write(from.path().join("d7/f42"), "changed").expect("write");
     let started = std::time::Instant::now();

@@ -1,9 +1,10 @@
 //! gRPC over a byte stream that exists already, with either end as the client (row `ctl.session`).
 
+use parking_lot::Mutex;
 use std::{
     io,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -80,7 +81,7 @@ impl TunnelChannel {
         };
         let once = Arc::new(Mutex::new(Some(TokioIo::new(io))));
         let connector = tower::service_fn(move |_: http::Uri| {
-            let io = once.lock().unwrap_or_else(|e| e.into_inner()).take();
+            let io = once.lock().take();
             async move {
                 io.ok_or_else(|| {
                     io::Error::new(io::ErrorKind::NotConnected, "the client has gone away")

@@ -2,6 +2,7 @@
 //! only.
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, Error, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, SerialNumber,
@@ -10,7 +11,7 @@ use shipway_fault::{Fault, Result};
 use shipway_oci::Digest;
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 use tokio_rustls::rustls::{
@@ -98,7 +99,7 @@ impl Authority {
     /// How to speak TLS in the place of `host`, a name or an address.
     pub(crate) fn server(&self, host: &str) -> Result<Arc<ServerConfig>> {
         let now = SystemTime::now();
-        let mut leaves = self.leaves.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut leaves = self.leaves.lock();
         if let Some(leaf) = leaves.get(host).filter(|l| now < l.until) {
             return Ok(leaf.config.clone());
         }
@@ -140,7 +141,7 @@ impl Authority {
 
     #[cfg(test)]
     fn kept(&self) -> usize {
-        self.leaves.lock().unwrap_or_else(PoisonError::into_inner).len()
+        self.leaves.lock().len()
     }
 }
 

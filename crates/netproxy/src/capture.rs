@@ -1,9 +1,10 @@
 //! What a step was seen to ask for (row `at.prov.capture`).
 
+use parking_lot::{Mutex, MutexGuard};
 use shipway_oci::Digest;
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
 };
 
 /// Most requests of one step that are noted; a step that makes more is reported as incomplete.
@@ -75,7 +76,7 @@ impl Log {
 
 impl Capture {
     fn lock(&self) -> MutexGuard<'_, Log> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     pub(crate) fn request(&self, request: Request) {

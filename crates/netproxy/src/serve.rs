@@ -16,14 +16,10 @@ use hyper_util::{
     client::legacy::Client,
     rt::{TokioExecutor, TokioIo, TokioTimer},
 };
+use parking_lot::Mutex;
 use shipway_executor::{Egress, StepProxy};
 use shipway_fault::{Fault, Result};
-use std::{
-    convert::Infallible,
-    fmt,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{convert::Infallible, fmt, sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
@@ -160,7 +156,7 @@ impl Serving {
         let _ = stream.set_nodelay(true);
         let tunnel = Tunnel::default();
         self.requests(stream, None, &tunnel).await;
-        let asked = tunnel.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let asked = tunnel.into_inner();
         let Some((upgrade, target)) = asked else { return };
         if let Err(e) = self.tunnel(upgrade, target).await {
             tracing::debug!("tunnel of a step failed: {e}");
@@ -219,8 +215,7 @@ impl Serving {
             return match target.filter(|_| within.is_none()) {
                 Some(target) => {
                     let upgrade = hyper::upgrade::on(&mut request);
-                    *tunnel.lock().unwrap_or_else(PoisonError::into_inner) =
-                        Some((upgrade, target));
+                    *tunnel.lock() = Some((upgrade, target));
                     Response::new(no_body())
                 }
                 None => plain(StatusCode::BAD_REQUEST, "no address to connect to"),

@@ -2,7 +2,7 @@
 
 use crate::{
     Compression, CompressionKind, ImmutableRef, LayerBlob,
-    layer::{KnownBlob, StackedLayer, lock, lost},
+    layer::{KnownBlob, StackedLayer, lost},
     store::{Inner, Record},
 };
 use bytes::Bytes;
@@ -258,7 +258,7 @@ impl Inner {
             return Err(lost(stacked, None, fault));
         }
         let descriptor = seal(writer, &packed, compression).await?;
-        lock(&record.secured).insert(packed.digest);
+        record.secured.lock().insert(packed.digest);
         stacked.know(KnownBlob { descriptor: descriptor.clone(), source: None, stored: true });
         Ok(descriptor)
     }

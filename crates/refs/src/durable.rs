@@ -8,7 +8,7 @@
 //! before anybody sees it. A start after the same boot finds the kernel's caches whole, however the
 //! daemon ended.
 
-use crate::layer::lock;
+use parking_lot::Mutex;
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Code, Fault, Result};
@@ -19,7 +19,7 @@ use std::{
     io::{self, Write as _},
     os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 use tokio::sync::Notify;
@@ -100,7 +100,7 @@ impl Durable {
     /// Whether a committed snapshot with these labels may be short since the last start of the
     /// machine.
     pub fn is_lost(&self, key: &SnapshotKey, labels: &Labels) -> bool {
-        if lock(&self.lost).contains(key) {
+        if self.lost.lock().contains(key) {
             return true;
         }
         let Some((boot, period)) = labels.get(WRITTEN).and_then(|w| w.rsplit_once('.')) else {
@@ -123,7 +123,7 @@ impl Durable {
 
     /// An error for a snapshot that may be short and could not be removed.
     pub fn check(&self, key: &SnapshotKey) -> Result<()> {
-        if !lock(&self.lost).contains(key) {
+        if !self.lost.lock().contains(key) {
             return Ok(());
         }
         let what = format!(
@@ -137,7 +137,7 @@ impl Durable {
     pub async fn begin(self: &Arc<Self>, lost: HashSet<SnapshotKey>) -> Result<()> {
         let mut mark = self.mark.lock().await;
         mark.lost = lost.iter().map(|k| k.0.clone()).collect();
-        *lock(&self.lost) = lost;
+        *self.lost.lock() = lost;
         self.write(&mark).await?;
         let (durable, wake) = (Arc::downgrade(self), self.wake.clone());
         tokio::spawn(async move {
@@ -159,7 +159,7 @@ impl Durable {
 
     /// The labels of a snapshot that is committed next, whose files were written through `mounts`.
     pub fn labels(&self, mounts: &[Mount]) -> Labels {
-        let mut now = lock(&self.now);
+        let mut now = self.now.lock();
         for dir in mounts.iter().filter_map(Mount::writable_dir) {
             if let Ok(meta) = fs::metadata(dir) {
                 now.places.insert(meta.dev(), dir.to_owned());
@@ -173,7 +173,7 @@ impl Durable {
     pub async fn sync(&self, clean: bool) -> Result<()> {
         let mut mark = self.mark.lock().await;
         let (period, places) = {
-            let mut now = lock(&self.now);
+            let mut now = self.now.lock();
             now.period += 1;
             (now.period - 1, std::mem::take(&mut now.places))
         };
@@ -188,7 +188,7 @@ impl Durable {
         let synced =
             synced.map_err(|e| Fault::internal(format!("writing to the disk failed: {e}")))?;
         if let Err(e) = synced {
-            lock(&self.now).places.extend(places);
+            self.now.lock().places.extend(places);
             return Err(Fault::io("sync the snapshots", e));
         }
         (mark.synced, mark.clean) = (period, clean);

@@ -11,7 +11,7 @@
 //! labels of the record's lease, which alone keeps the snapshot.
 
 use crate::{
-    layer::{StackedLayer, lock},
+    layer::StackedLayer,
     record::{fresh_id, id_of},
     store::Inner,
 };
@@ -51,7 +51,7 @@ pub(crate) fn own_name() -> SnapshotKey {
 
 /// Names that are taken by snapshots which are not what they promise.
 #[derive(Default)]
-pub(crate) struct Distrusted(std::sync::Mutex<HashSet<SnapshotKey>>);
+pub(crate) struct Distrusted(parking_lot::Mutex<HashSet<SnapshotKey>>);
 
 impl Distrusted {
     /// Learns of all snapshots there are. What lies on a snapshot that is not what it promises is
@@ -71,17 +71,17 @@ impl Distrusted {
             }
             bad.extend(more);
         }
-        *lock(&self.0) = bad;
+        *self.0.lock() = bad;
     }
 
     /// Whether a snapshot that exists is what its name promises; if it is not, its name is avoided
     /// from now on.
     pub fn accepts(&self, info: &SnapshotInfo) -> bool {
-        if is_trusted(info) && !lock(&self.0).contains(&info.key) {
+        if is_trusted(info) && !self.0.lock().contains(&info.key) {
             return true;
         }
         tracing::warn!(snapshot = %info.key, "snapshot was made by an incompatible version of shipway, not using it");
-        lock(&self.0).insert(info.key.clone());
+        self.0.lock().insert(info.key.clone());
         false
     }
 }
@@ -97,7 +97,7 @@ impl Inner {
     pub fn name_over(&self, below: Option<&StackedLayer>, diff_id: DiffId) -> SnapshotKey {
         let chain: SnapshotKey = ChainId::extend(below.map(|c| c.chain_id), diff_id).into();
         let exact =
-            below.is_none_or(StackedLayer::is_exact) && !lock(&self.distrusted.0).contains(&chain);
+            below.is_none_or(StackedLayer::is_exact) && !self.distrusted.0.lock().contains(&chain);
         if exact {
             return chain;
         }

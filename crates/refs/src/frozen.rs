@@ -3,7 +3,6 @@
 use crate::{
     ImmutableRef, RecordType, RefId,
     immutable::{RefInner, RefKind},
-    layer::lock,
     mutable::{hash, name, remember},
     named::NamedEntry,
     record::{Body, RecordMeta},
@@ -24,7 +23,7 @@ impl Inner {
         let (entry, generation) = id.0.split_once('-')?;
         let entry = self.named.list().into_iter().find(|s| s.id.0 == entry)?;
         let mounts = entry.mounts.get()?.clone();
-        let mut u = lock(&entry.use_);
+        let mut u = entry.use_.lock();
         if u.evicted || u.writers > 0 || u.generation.to_string() != generation {
             return None;
         }
@@ -106,7 +105,7 @@ impl Frozen {
     pub async fn layered(&self) -> Result<ImmutableRef> {
         let make = || async {
             let (store, entry) = (&self.reader.store, &self.reader.entry);
-            let generation = lock(&entry.use_).generation;
+            let generation = entry.use_.lock().generation;
             let mut layered = entry.layered.lock().await;
             if let Some((of, id)) = &*layered
                 && *of == generation

@@ -1,14 +1,12 @@
 //! Last use and number of uses, in a file that may be lost.
 
-use crate::{RefId, layer::lock};
+use crate::RefId;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{
-        Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -48,21 +46,21 @@ impl LastUsed {
     }
 
     pub fn get(&self, id: &RefId) -> Option<UseCount> {
-        lock(&self.table).get(&id.0).copied()
+        self.table.lock().get(&id.0).copied()
     }
 
     /// Counts a use that ends now.
     pub fn used(&self, id: &RefId) {
         let now =
             SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
-        let mut table = lock(&self.table);
+        let mut table = self.table.lock();
         let entry = table.entry(id.0.clone()).or_default();
         *entry = UseCount { last: now, count: entry.count + 1 };
         self.dirty.store(true, Ordering::Release);
     }
 
     pub fn forget(&self, id: &RefId) {
-        if lock(&self.table).remove(&id.0).is_some() {
+        if self.table.lock().remove(&id.0).is_some() {
             self.dirty.store(true, Ordering::Release);
         }
     }
@@ -73,7 +71,7 @@ impl LastUsed {
         if !self.dirty.swap(false, Ordering::AcqRel) {
             return;
         }
-        let Ok(bytes) = serde_json::to_vec(&*lock(&self.table)) else { return };
+        let Ok(bytes) = serde_json::to_vec(&*self.table.lock()) else { return };
         let (file, half) = (self.file.clone(), self.file.with_extension("new"));
         let written = async {
             tokio::fs::write(&half, bytes).await?;

@@ -1,6 +1,7 @@
 //! Layers of a state: what they are, where their bytes come from.
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use shipway_archive::{LayerTree, Tar};
 use shipway_fault::{Code, Detail, Fault, Result};
 use shipway_oci::{ChainId, Descriptor, DiffId};
@@ -9,7 +10,7 @@ use shipway_storage::{ContentStore, LeaseId, SnapshotKey};
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::SystemTime,
@@ -131,11 +132,6 @@ pub(crate) fn is_lost(stacked: &StackedLayer, in_snapshot: bool, fault: &Fault) 
     })
 }
 
-/// Locks a mutex whose data stay whole even if a holder panicked.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// One layer at its place in a stack; all states with that place share it, so that nothing is
 /// fetched, unpacked or compressed twice.
 pub(crate) struct StackedLayer {
@@ -214,13 +210,13 @@ impl StackedLayer {
     }
 
     pub fn blobs(&self) -> Vec<KnownBlob> {
-        lock(&self.origin).blobs.clone()
+        self.origin.lock().blobs.clone()
     }
 
     /// Remembers a blob. The newest source of one is kept: it has the freshest credentials. But a
     /// registry has it longer than a client.
     pub fn know(&self, blob: KnownBlob) {
-        let mut origin = lock(&self.origin);
+        let mut origin = self.origin.lock();
         match origin.blobs.iter_mut().find(|b| b.descriptor.digest == blob.descriptor.digest) {
             Some(known) => {
                 known.stored |= blob.stored;
@@ -238,7 +234,7 @@ impl StackedLayer {
 
     /// Forgets that a blob is stored, and the blob when there is nowhere to fetch it from.
     pub fn lost(&self, blob: &KnownBlob) {
-        let mut origin = lock(&self.origin);
+        let mut origin = self.origin.lock();
         origin
             .blobs
             .retain(|b| b.descriptor.digest != blob.descriptor.digest || b.source.is_some());
@@ -249,29 +245,29 @@ impl StackedLayer {
 
     /// Where a blob would be fetched from, if it is known by descriptor only.
     pub fn origin_of(&self, descriptor: &Descriptor) -> Option<String> {
-        let origin = lock(&self.origin);
+        let origin = self.origin.lock();
         let blob =
             origin.blobs.iter().find(|b| b.descriptor.digest == descriptor.digest && !b.stored)?;
         blob.source.as_ref().map(|s| s.describe())
     }
 
     pub fn copy_of(&self) -> Option<SnapshotKey> {
-        lock(&self.origin).copy_of.clone()
+        self.origin.lock().copy_of.clone()
     }
 
     pub fn set_copy_of(&self, snapshot: SnapshotKey) {
         if snapshot != self.snapshot {
-            lock(&self.origin).copy_of.get_or_insert(snapshot);
+            self.origin.lock().copy_of.get_or_insert(snapshot);
         }
     }
 
     /// When the layer came to be, where that is known.
     pub fn created(&self) -> Option<SystemTime> {
-        lock(&self.origin).created
+        self.origin.lock().created
     }
 
     pub fn set_created(&self, created: SystemTime) {
-        lock(&self.origin).created.get_or_insert(created);
+        self.origin.lock().created.get_or_insert(created);
     }
 
     pub fn is_blob_only(&self) -> bool {

@@ -3,7 +3,7 @@
 
 use crate::{
     Compression, exact,
-    layer::{KnownBlob, StackedLayer, lock, lost},
+    layer::{KnownBlob, StackedLayer, lost},
     mount::LocalMount,
     run_lease::{RunLease, forget, remove},
     store::{Inner, Record},
@@ -311,14 +311,14 @@ impl Inner {
         let (digest, lease) = (blob.descriptor.digest, &record.lease);
         match self.storage.content.info(digest).await {
             // Nothing leaves a lease but with all of it, so once is enough.
-            Ok(_) if lock(&record.secured).contains(&digest) => return Ok(true),
+            Ok(_) if record.secured.lock().contains(&digest) => return Ok(true),
             Ok(_) => {
                 self.storage.leases.add(lease, LeaseResource::Content(digest)).await?;
                 match self.storage.content.info(digest).await {
                     Err(e) if e.is_not_found() => {}
                     other => {
                         drop(other?);
-                        lock(&record.secured).insert(digest);
+                        record.secured.lock().insert(digest);
                         stacked.know(KnownBlob { stored: true, ..blob.clone() });
                         return Ok(true);
                     }
@@ -337,7 +337,7 @@ impl Inner {
             .await
             .context(what)
             .map_err(|e| lost(stacked, Some(source), e))?;
-        lock(&record.secured).insert(digest);
+        record.secured.lock().insert(digest);
         stacked.know(KnownBlob { stored: true, ..blob.clone() });
         Ok(true)
     }

@@ -4,12 +4,12 @@ use crate::{
     Compression, ImmutableRef, LocalMount, RecordType,
     early_blob::UnownedBlob,
     exact,
-    layer::lock,
     materialize::Active,
     mount::WeakMount,
     record::{Body, RecordMeta, fresh_id},
     store::{Inner, Record},
 };
+use parking_lot::Mutex;
 use shipway_archive::{Hashed, LayerTree, OwnLayer};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_progress::Reporter;
@@ -17,7 +17,7 @@ use shipway_storage::{Mount, SnapshotKey};
 use std::{
     fmt,
     path::PathBuf,
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
     time::SystemTime,
 };
 
@@ -96,7 +96,7 @@ impl MutableRef {
     pub async fn mount(&self) -> Result<LocalMount> {
         // The newest is the only one that can live: a second mount of the same upper directory is
         // never made.
-        let live = lock(&self.mounted).last().and_then(WeakMount::upgrade);
+        let live = self.mounted.lock().last().and_then(WeakMount::upgrade);
         if let Some(mount) = live {
             return Ok(mount);
         }
@@ -107,7 +107,7 @@ impl MutableRef {
             None,
         )
         .await?;
-        lock(&self.mounted).extend(mount.downgrade());
+        self.mounted.lock().extend(mount.downgrade());
         Ok(mount)
     }
 
@@ -142,7 +142,7 @@ impl MutableRef {
         description: String,
         pack: Option<Compression>,
     ) -> Result<ImmutableRef> {
-        if lock(&self.mounted).iter().any(|m| m.upgrade().is_some()) {
+        if self.mounted.lock().iter().any(|m| m.upgrade().is_some()) {
             return Err(Fault::internal(format!(
                 "{description:?} is committed while it is still mounted"
             )));

@@ -4,20 +4,15 @@
 use crate::{
     ImmutableRef, LocalMount, RecordType, RefId, RefStore,
     frozen::{Frozen, Reader},
-    layer::lock,
     mount::WeakMount,
     record::{Body, RecordMeta, fresh_id, labels_of, lease_of, name_of},
     store::Inner,
 };
+use parking_lot::Mutex;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_storage::{Labels, LeaseId, Mount, SnapshotKey};
 use shipway_treehash::TreeIndex;
-use std::{
-    any::Any,
-    fmt,
-    sync::{Arc, Mutex},
-    time::SystemTime,
-};
+use std::{any::Any, fmt, sync::Arc, time::SystemTime};
 use tokio::sync::{Notify, OnceCell};
 
 /// What happens when a named state is wanted while it is in use (row `exec.mnt.cache.share`).
@@ -111,7 +106,7 @@ impl NamedEntry {
 
     /// Takes it for writing if `sharing` allows that now.
     fn enter(&self, sharing: Sharing) -> bool {
-        let mut u = lock(&self.use_);
+        let mut u = self.use_.lock();
         let free = match sharing {
             Sharing::Shared => !u.exclusive && u.readers == 0,
             Sharing::Private | Sharing::Locked => u.writers == 0 && u.readers == 0,
@@ -126,7 +121,7 @@ impl NamedEntry {
     }
 
     pub fn leave(self: &Arc<Self>, store: &Arc<Inner>, writer: bool) {
-        let mut u = lock(&self.use_);
+        let mut u = self.use_.lock();
         if writer {
             u.writers -= 1;
             u.exclusive &= u.writers > 0;
@@ -146,13 +141,13 @@ impl NamedEntry {
 
     /// Whether a handle has it.
     pub fn in_use(&self) -> bool {
-        let u = lock(&self.use_);
+        let u = self.use_.lock();
         u.writers + u.readers > 0
     }
 
     /// Marks it as gone if no handle has it.
     pub fn evict_unused(&self) -> bool {
-        let mut u = lock(&self.use_);
+        let mut u = self.use_.lock();
         if u.evicted || u.writers + u.readers > 0 {
             return false;
         }
@@ -171,20 +166,21 @@ impl NamedTable {
     pub fn load(&self, id: RefId, meta: RecordMeta) {
         if let Body::Named { name, snapshot } = &meta.body {
             let entry = NamedEntry::new(id, meta.clone(), name.clone(), snapshot.clone());
-            lock(&self.all).push(Arc::new(entry));
+            self.all.lock().push(Arc::new(entry));
         }
     }
 
     pub fn list(&self) -> Vec<Arc<NamedEntry>> {
-        lock(&self.all).clone()
+        self.all.lock().clone()
     }
 
     pub fn by_id(&self, id: &RefId) -> Option<Arc<NamedEntry>> {
-        lock(&self.all).iter().find(|s| s.id == *id).cloned()
+        self.all.lock().iter().find(|s| s.id == *id).cloned()
     }
 
     fn named(&self, name: &str, record_type: RecordType) -> Vec<Arc<NamedEntry>> {
-        lock(&self.all)
+        self.all
+            .lock()
             .iter()
             .filter(|s| s.name == name && s.meta.record_type == record_type)
             .cloned()
@@ -192,7 +188,7 @@ impl NamedTable {
     }
 
     pub fn drop_entry(&self, entry: &NamedEntry) {
-        lock(&self.all).retain(|s| s.id != entry.id);
+        self.all.lock().retain(|s| s.id != entry.id);
     }
 }
 
@@ -257,7 +253,7 @@ impl RefStore {
 impl Inner {
     fn evict_named(self: &Arc<Self>, entry: &Arc<NamedEntry>) {
         let unused = {
-            let mut u = lock(&entry.use_);
+            let mut u = entry.use_.lock();
             (u.evicted, u.lease_ends) = (true, true);
             u.writers + u.readers == 0
         };
@@ -312,8 +308,8 @@ impl Inner {
             let _ = entry.mounts.set(mounts.clone());
             entry.enter(Sharing::Private);
             // No other handle exists yet, so the wider sharing can be set afterwards.
-            lock(&entry.use_).exclusive = exclusive;
-            lock(&store.named.all).push(entry.clone());
+            entry.use_.lock().exclusive = exclusive;
+            store.named.all.lock().push(entry.clone());
             Ok(NamedRef { writer: Writer { store, entry }, mounts, fresh: true })
         };
         self.background.finish(work).await
@@ -321,7 +317,7 @@ impl Inner {
 
     /// Ends an entry: its lease goes, and the snapshot with it.
     pub async fn evict_entry(&self, entry: &NamedEntry) {
-        lock(&entry.use_).evicted = true;
+        entry.use_.lock().evicted = true;
         self.named.drop_entry(entry);
         self.delete_lease(&entry.lease).await;
     }
@@ -400,7 +396,7 @@ impl NamedRef {
         let Self { writer, mounts, .. } = self;
         let entry = writer.entry.clone();
         let id = {
-            let mut u = lock(&entry.use_);
+            let mut u = entry.use_.lock();
             if u.writers > 1 {
                 return Err(Fault::internal(format!(
                     "{:?} is frozen while others write",

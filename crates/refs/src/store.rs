@@ -6,13 +6,14 @@ use crate::{
     exact::{self, Distrusted},
     immutable::RefInner,
     last_used::LastUsed,
-    layer::{KnownBlob, StackedLayer, lock},
+    layer::{KnownBlob, StackedLayer},
     materialize::Active,
     mount::{self, WeakMount},
     named::NamedTable,
     record::{self, Body, KIND, KIND_RUN, LayerMeta, RecordMeta, fresh_id, lease_of},
     run_lease::{Background, RunLeases},
 };
+use parking_lot::Mutex;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{ChainId, DiffId, Digest};
 use shipway_progress::Reporter;
@@ -22,7 +23,7 @@ use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
     path::PathBuf,
     sync::{
-        Arc, Mutex, OnceLock, Weak,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::SystemTime,
@@ -125,7 +126,7 @@ impl Record {
 
     /// The description given with the latest request for it.
     pub fn latest_description(&self) -> String {
-        lock(&self.asked).clone().unwrap_or_else(|| self.description.clone())
+        self.asked.lock().clone().unwrap_or_else(|| self.description.clone())
     }
 
     /// What unpacking its layers gives.
@@ -318,7 +319,7 @@ impl Inner {
                         && stack.last().is_some_and(|c| snapshots.contains(&c.snapshot));
                     if whole {
                         let record = Arc::new(Record::new(id.clone(), meta, stack, true));
-                        lock(&self.records).insert(id, record);
+                        self.records.lock().insert(id, record);
                     } else {
                         self.storage.leases.delete(&lease.id, at_once).await?;
                     }
@@ -396,7 +397,7 @@ impl Inner {
         snapshot: SnapshotKey,
         own: bool,
     ) -> Arc<StackedLayer> {
-        let mut stack = lock(&self.stack);
+        let mut stack = self.stack.lock();
         if let Some(stacked) = stack.get(&snapshot).and_then(Weak::upgrade) {
             return stacked;
         }
@@ -410,7 +411,7 @@ impl Inner {
 
     /// The layer on top of a snapshot, if a handle holds it.
     pub fn known_layer(&self, snapshot: &SnapshotKey) -> Option<Arc<StackedLayer>> {
-        lock(&self.stack).get(snapshot).and_then(Weak::upgrade)
+        self.stack.lock().get(snapshot).and_then(Weak::upgrade)
     }
 
     pub fn scratch(self: Arc<Self>) -> ImmutableRef {
@@ -426,10 +427,10 @@ impl Inner {
 
     /// A handle on `record`, or on the one that has its id already.
     pub fn insert(self: &Arc<Self>, record: Record) -> ImmutableRef {
-        let mut records = lock(&self.records);
+        let mut records = self.records.lock();
         let record = match records.entry(record.id.clone()) {
             Entry::Occupied(known) => {
-                *lock(&known.get().asked) = Some(record.description);
+                *known.get().asked.lock() = Some(record.description);
                 known.get().clone()
             }
             Entry::Vacant(place) => place.insert(Arc::new(record)).clone(),
@@ -444,7 +445,7 @@ impl Inner {
     /// A handle on the record with this id.
     pub fn handle(self: &Arc<Self>, id: &RefId) -> Option<ImmutableRef> {
         let record = {
-            let records = lock(&self.records);
+            let records = self.records.lock();
             let record = records.get(id)?;
             // Counted before the table is free, so that no prune comes between.
             record.users.fetch_add(1, Ordering::AcqRel);
@@ -457,16 +458,16 @@ impl Inner {
 
     /// The record with this id, not counted as a use.
     pub fn peek(&self, id: &RefId) -> Option<Arc<Record>> {
-        lock(&self.records).get(id).cloned()
+        self.records.lock().get(id).cloned()
     }
 
     pub fn records(&self) -> Vec<Arc<Record>> {
-        lock(&self.records).values().cloned().collect()
+        self.records.lock().values().cloned().collect()
     }
 
     /// Takes a record out of the table if it is not in use.
     pub fn take_unused(&self, id: &RefId) -> Option<Arc<Record>> {
-        let mut records = lock(&self.records);
+        let mut records = self.records.lock();
         let record = records.get(id)?;
         if record.users.load(Ordering::Acquire) > 0 {
             return None;
@@ -479,7 +480,7 @@ impl Inner {
     /// them deletes its lease.
     fn evict(&self, record: &Record) {
         if !record.evicted.swap(true, Ordering::AcqRel) {
-            lock(&self.records).remove(&record.id);
+            self.records.lock().remove(&record.id);
         }
     }
 
@@ -487,13 +488,13 @@ impl Inner {
     pub async fn delete_lease(&self, lease: &LeaseId) {
         if let Err(e) = self.storage.leases.delete(lease, false).await {
             tracing::warn!(%lease, error = %e, "failed to delete lease, will retry");
-            lock(&self.leases_to_retry).push(lease.clone());
+            self.leases_to_retry.lock().push(lease.clone());
         }
     }
 
     /// Tries again to delete leases after failures; returns whether there were any.
     pub async fn retry_lease_deletes(&self) -> bool {
-        let leases_to_retry = std::mem::take(&mut *lock(&self.leases_to_retry));
+        let leases_to_retry = std::mem::take(&mut *self.leases_to_retry.lock());
         for lease in &leases_to_retry {
             self.delete_lease(lease).await;
         }

@@ -2,7 +2,6 @@
 
 use crate::{
     RecordType, RefId, RefStore,
-    layer::lock,
     record::{DOCUMENT_KIND, KIND, KIND_RUN, fresh_id},
     store::{Inner, Record},
 };
@@ -100,7 +99,7 @@ impl RefStore {
 impl Inner {
     /// Bytes of a record's own layers, parents not counted, and of the blobs known for them.
     pub async fn size_of(&self, record: &Record) -> Result<u64> {
-        if let Some(size) = *lock(&record.size) {
+        if let Some(size) = *record.size.lock() {
             return Ok(size);
         }
         let parents: HashSet<SnapshotKey> = record
@@ -119,7 +118,7 @@ impl Inner {
             }
         }
         if whole {
-            *lock(&record.size) = Some(size);
+            *record.size.lock() = Some(size);
         }
         let blobs =
             record.layers.iter().filter(|c| !parents.contains(&c.snapshot)).flat_map(|c| c.blobs());

@@ -559,10 +559,10 @@ async fn pruning_goes_from_the_leaves_and_keeps_what_is_used() {
     let (used, gone) = (two.id().clone(), three.id().clone());
     drop((one, three));
     store.drained().await;
-    let removed = std::sync::Mutex::new(Vec::new());
-    let note = |u: UsageRecord| removed.lock().unwrap().push(u);
+    let removed = parking_lot::Mutex::new(Vec::new());
+    let note = |u: UsageRecord| removed.lock().push(u);
     store.prune(PruneOptions { all: true, ..Default::default() }, &note).await.unwrap();
-    let removed: Vec<_> = removed.into_inner().unwrap().into_iter().map(|u| u.id).collect();
+    let removed: Vec<_> = removed.into_inner().into_iter().map(|u| u.id).collect();
     assert!(removed.len() == 2 && removed.contains(&gone), "{removed:?}");
     assert!(store.get(&gone).await.is_none());
     let left = store.usage().await.unwrap();

@@ -13,13 +13,14 @@ use crate::{
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, header};
+use parking_lot::Mutex;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
 use shipway_http::{Body, Client, HttpError, display_of, full_body, host_of, is_loopback, no_body};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt::{self, Write},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Weak},
     time::Duration,
 };
 use tokio::time::Instant;
@@ -85,7 +86,7 @@ pub(crate) struct AuthStores(Mutex<Vec<(String, Arc<AuthStore>)>>);
 impl AuthStores {
     pub(crate) fn of(&self, identity: Option<String>) -> Arc<AuthStore> {
         let Some(identity) = identity else { return Arc::default() };
-        let mut stores = locked(&self.0);
+        let mut stores = self.0.lock();
         let at = stores.iter().position(|(name, _)| *name == identity);
         let entry = match at {
             Some(at) => stores.remove(at),
@@ -103,14 +104,15 @@ impl AuthStores {
 impl AuthStore {
     /// The token under `key`, if it is still good.
     fn token(&self, key: &str) -> Option<AuthHeader> {
-        locked(&self.tokens)
+        self.tokens
+            .lock()
             .get(key)
             .filter(|cached| cached.renew_at > Instant::now())
             .map(|cached| cached.sent.clone())
     }
 
     fn turn(&self, key: &str) -> Arc<tokio::sync::Mutex<()>> {
-        let mut turns = locked(&self.turns);
+        let mut turns = self.turns.lock();
         if let Some(turn) = turns.get(key) {
             return turn.clone();
         }
@@ -155,10 +157,6 @@ pub(crate) struct Authorizer {
     pub credentials: Arc<dyn CredentialSource>,
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 fn remember<V>(map: &mut HashMap<String, V>, key: String, value: V) {
     if map.len() >= MAX_REMEMBERED {
         map.clear();
@@ -175,7 +173,10 @@ impl Authorizer {
         repository: &str,
         scopes: &Scopes,
     ) -> Result<Option<AuthHeader>, Kind> {
-        let known = locked(&self.store.challenges)
+        let known = self
+            .store
+            .challenges
+            .lock()
             .get(&format!("{}/{repository}", endpoint.authority))
             .cloned();
         match known {
@@ -208,11 +209,11 @@ impl Authorizer {
             Challenge::Bearer { error, .. } => error.chars().take(64).collect(),
             Challenge::Basic => String::new(),
         };
-        let previous = locked(&self.store.challenges).get(&key).cloned();
+        let previous = self.store.challenges.lock().get(&key).cloned();
         if let Some((store, token_key)) = sent.and_then(|s| s.kept.as_ref())
             && let Some(store) = store.upgrade()
         {
-            locked(&store.tokens).remove(token_key);
+            store.tokens.lock().remove(token_key);
         }
         // A fresh token or password that is refused, with nothing new in the challenge, will be
         // refused again.
@@ -229,7 +230,7 @@ impl Authorizer {
             _ => false,
         };
         let is_basic = challenge == Challenge::Basic;
-        remember(&mut locked(&self.store.challenges), key, challenge);
+        remember(&mut self.store.challenges.lock(), key, challenge);
         if tries >= 2
             || (sent.is_some() && tries >= 1 && !wider)
             || (sent.is_some() && same && is_basic)
@@ -291,7 +292,7 @@ impl Authorizer {
         // token.
         let renew_at =
             Instant::now() + life.saturating_sub((life / 4).min(Duration::from_secs(30)));
-        remember(&mut locked(&store.tokens), key, Cached { sent: sent.clone(), renew_at });
+        remember(&mut store.tokens.lock(), key, Cached { sent: sent.clone(), renew_at });
         Ok(sent)
     }
 

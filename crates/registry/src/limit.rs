@@ -1,9 +1,7 @@
 //! How many transfers one host sees at once (row `so.regconc`).
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use parking_lot::Mutex;
+use std::{collections::HashMap, sync::Arc};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// What kind of request asks for a place.
@@ -42,7 +40,7 @@ impl Limits {
 
     pub(crate) async fn enter(&self, host: &str, load: Priority) -> Permit {
         let places = {
-            let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut hosts = self.hosts.lock();
             let new = || {
                 Arc::new(Host {
                     blobs: Arc::new(Semaphore::new(self.blobs)),

@@ -10,13 +10,14 @@ use crate::{
 };
 use bytes::Bytes;
 use http::{Method, header};
+use parking_lot::Mutex;
 use serde::Deserialize;
 use shipway_http::{Client, DeniedNetworks, FileStamp, Response, TlsSettings, join};
 use shipway_oci::{Descriptor, Digest, ImageName, Index, media};
 use std::{
     collections::{HashMap, HashSet},
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
 };
 use tokio::sync::OnceCell;
 
@@ -59,17 +60,13 @@ struct Pool {
     client: Client,
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Shared {
     /// The pool of connections for an endpoint.
     pub(crate) async fn client(&self, endpoint: &Endpoint) -> Result<Client, Kind> {
         let key = (endpoint.tls.clone(), endpoint.dial_timeout);
         // Certificates are renewed while we run.
         let stamps = key.0.stamps();
-        let before = locked(&self.clients).get(&key).cloned();
+        let before = self.clients.lock().get(&key).cloned();
         if let Some(pool) = before.as_ref().filter(|pool| pool.stamps == stamps) {
             return Ok(pool.client.clone());
         }
@@ -86,7 +83,7 @@ impl Shared {
             }
             (Err(why), None) => return Err(Kind::Config(why)),
         };
-        locked(&self.clients).insert(key, Pool { stamps, client: client.clone() });
+        self.clients.lock().insert(key, Pool { stamps, client: client.clone() });
         Ok(client)
     }
 
@@ -94,7 +91,7 @@ impl Shared {
         match endpoint.scheme {
             Scheme::Https => "https",
             Scheme::Http => "http",
-            Scheme::Either if locked(&self.plain).contains(&endpoint.authority) => "http",
+            Scheme::Either if self.plain.lock().contains(&endpoint.authority) => "http",
             Scheme::Either => "https",
         }
     }
@@ -103,7 +100,7 @@ impl Shared {
     pub(crate) fn speak_plain(&self, endpoint: &Endpoint) -> bool {
         let allowed = endpoint.may_be_plain();
         if allowed {
-            locked(&self.plain).insert(endpoint.authority.clone());
+            self.plain.lock().insert(endpoint.authority.clone());
         }
         allowed
     }

@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use fake::{Fake, Reply, ok, registry, status};
 use futures::{FutureExt, StreamExt, stream};
+use parking_lot::Mutex;
 use shipway_fault::{Class, Code, Fault};
 use shipway_oci::{Descriptor, Digest, ImageName, Manifest, media};
 use shipway_registry::{
@@ -18,7 +19,7 @@ use shipway_registry::{
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicU32, AtomicU64, Ordering::SeqCst},
     },
     time::{Duration, Instant},
@@ -548,7 +549,7 @@ async fn our_own_failures_are_not_blamed_on_the_registry() {
     let calls = Arc::new(Mutex::new(0));
     let counted = calls.clone();
     let open = move || {
-        *counted.lock().unwrap() += 1;
+        *counted.lock() += 1;
         async {
             Ok(stream::iter([
                 Ok(Bytes::from_static(b"12")),
@@ -560,7 +561,7 @@ async fn our_own_failures_are_not_blamed_on_the_registry() {
     };
     let fault = error(repository.push_blob(&layer(b"1234"), None, open, |_| {}).await.unwrap_err());
     assert!(fault.to_string().contains("blob vanished"), "{fault}");
-    assert_eq!((fault.code(), *calls.lock().unwrap()), (Code::NotFound, 1));
+    assert_eq!((fault.code(), *calls.lock()), (Code::NotFound, 1));
     let short = || async { Ok(pieces(vec![1])) }.boxed();
     let fault =
         error(repository.push_blob(&layer(b"1234"), None, short, |_| {}).await.unwrap_err());

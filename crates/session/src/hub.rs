@@ -1,9 +1,10 @@
 //! Who is attached (rows `ses.hdr.*`, `ses.lookup`).
 
+use parking_lot::{Mutex, MutexGuard};
 use std::{
     collections::{HashMap, HashSet},
     fmt,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::Arc,
     time::Duration,
 };
 
@@ -201,7 +202,7 @@ impl SessionHub {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Session>> {
-        self.0.sessions.lock().unwrap_or_else(|e| e.into_inner())
+        self.0.sessions.lock()
     }
 }
 

@@ -1,11 +1,7 @@
 //! A hub with clients that are served in-process over real tunnels.
 
-use std::{
-    collections::BTreeMap,
-    pin::Pin,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use parking_lot::Mutex;
+use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
@@ -202,7 +198,7 @@ impl FileSend for Client {
                 while let Some(message) = incoming.message().await? {
                     out.extend(decode::<BytesMessage>(message)?.data);
                 }
-                *self.out.lock().expect("lock") = out;
+                *self.out.lock() = out;
                 Ok(Response::new(Box::pin(futures::stream::empty())))
             }
             "1" => Err(Status::already_exists("target already exists")),
@@ -516,7 +512,7 @@ async fn files_and_directories_are_exported() {
     let mut sink = session.file_send(0, &metadata).expect("starts");
     sink.write(Bytes::from(vec![b'x'; 7 << 20])).await.expect("write");
     assert_eq!(sink.finish().await.expect("delivers"), Delivered::Taken);
-    assert_eq!(client.out.lock().expect("lock").len(), (7 << 20) + 1);
+    assert_eq!(client.out.lock().len(), (7 << 20) + 1);
 
     let sink = session.file_send(1, &BTreeMap::new()).expect("starts");
     assert_eq!(sink.finish().await.expect("no error"), Delivered::NotNeeded);

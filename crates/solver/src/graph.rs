@@ -6,12 +6,13 @@ use crate::{
     keys::{Candidates, Key},
     step::Effect,
 };
+use parking_lot::Mutex;
 use shipway_fault::Fault;
 use shipway_oci::Digest;
 use shipway_progress::{Journal, Reporter};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 macro_rules! number {
@@ -157,7 +158,7 @@ type SharedJobs<J> = Arc<Mutex<Vec<(JobNo, J)>>>;
 
 impl<J: Clone> Holders<J> {
     pub(crate) fn edit<R>(&self, f: impl FnOnce(&mut Vec<(JobNo, J)>) -> R) -> R {
-        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        f(&mut self.0.lock())
     }
 }
 
@@ -504,13 +505,7 @@ impl<Op: Operation> Graph<Op> {
             Reporter::new(vertex.id.digest, vertex.name.clone(), inputs, vertex.group.clone());
         let shared: SharedJobs<Op::Job> = Arc::default();
         let jobs = shared.clone();
-        let jobs = Arc::new(move || {
-            jobs.lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .iter()
-                .map(|(_, data)| data.clone())
-                .collect()
-        });
+        let jobs = Arc::new(move || jobs.lock().iter().map(|(_, data)| data.clone()).collect());
         let node = Node {
             identity: identity.clone(),
             vertex: vertex.clone(),

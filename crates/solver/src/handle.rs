@@ -6,12 +6,13 @@ use crate::{
     graph::{JobNo, RequestNo},
     step::Event,
 };
+use parking_lot::Mutex;
 use shipway_fault::{Code, Fault, Result};
 use shipway_progress::Journal;
 use std::{
     collections::{BTreeMap, HashSet},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -48,8 +49,8 @@ impl<Op: Operation> Shared<Op> {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn names(&self) -> std::sync::MutexGuard<'_, HashSet<JobId>> {
-        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    fn names(&self) -> parking_lot::MutexGuard<'_, HashSet<JobId>> {
+        self.names.lock()
     }
 }
 

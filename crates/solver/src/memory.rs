@@ -2,11 +2,9 @@
 
 use crate::{CacheKey, CacheStore, RecordMeta};
 use async_trait::async_trait;
+use parking_lot::{Mutex, MutexGuard};
 use shipway_fault::Result;
-use std::{
-    collections::{BTreeMap, HashSet},
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+use std::collections::{BTreeMap, HashSet};
 
 /// Keeps results as they are.
 pub struct MemoryStore<O>(Mutex<State<O>>);
@@ -24,7 +22,7 @@ impl<O> Default for MemoryStore<O> {
 
 impl<O> MemoryStore<O> {
     fn state(&self) -> MutexGuard<'_, State<O>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// Drops the records that `drop` names, as pruning does; aliases stay.

@@ -8,13 +8,11 @@ use crate::{
     step::{Answer, Effect, Event, Progress},
 };
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use shipway_fault::{Fault, Result};
 use shipway_oci::Digest;
 use shipway_progress::Journal;
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 /// A vertex of a trace: `name: input* [flags]`, an input is `name` or `~name` (content matters) or
 /// `name.1` (its second output).
@@ -57,10 +55,10 @@ struct Elsewhere {
 impl ImportedCache<String> for Elsewhere {
     async fn ready(&self) {}
     fn primary(&self, key: &CacheKey) -> Option<CacheKey> {
-        self.known.lock().expect("unpoisoned").get(key).map(|(primary, _)| *primary)
+        self.known.lock().get(key).map(|(primary, _)| *primary)
     }
     fn has_result(&self, key: &CacheKey) -> bool {
-        self.known.lock().expect("unpoisoned").get(key).is_some_and(|(_, result)| *result)
+        self.known.lock().get(key).is_some_and(|(_, result)| *result)
     }
     async fn load(&self, _: &CacheKey) -> Result<Option<String>> {
         Ok(None)
@@ -333,7 +331,7 @@ impl Lab {
                                 }
                                 None => (self.key(word), (self.key(word), true)),
                             };
-                            cache.known.lock().expect("unpoisoned").insert(known.0, known.1);
+                            cache.known.lock().insert(known.0, known.1);
                         }
                         Event::Imported { task, job }
                     }

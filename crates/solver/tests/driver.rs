@@ -1,6 +1,7 @@
 //! The solver with its driver: real tasks, real cancellation, progress.
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use shipway_fault::{Code, Detail, Fault, Result};
 use shipway_oci::Digest;
 use shipway_progress::{Event, Journal};
@@ -10,7 +11,7 @@ use shipway_solver::{
 };
 use std::{
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -248,11 +249,11 @@ struct Hostile {
 impl ImportedCache<String> for Hostile {
     async fn ready(&self) {}
     fn primary(&self, key: &CacheKey) -> Option<CacheKey> {
-        self.heard.lock().expect("unpoisoned").push(*key);
+        self.heard.lock().push(*key);
         self.name
     }
     fn has_result(&self, key: &CacheKey) -> bool {
-        self.heard.lock().expect("unpoisoned").push(*key);
+        self.heard.lock().push(*key);
         self.name.is_some()
     }
     async fn load(&self, _: &CacheKey) -> Result<Option<String>> {
@@ -269,7 +270,7 @@ async fn an_import_reaches_no_key_that_was_not_asked_for() {
     let (one, heard) = (job(&solver, "one"), Arc::new(Hostile::default()));
     one.import(heard.clone());
     let honest = one.build(step.clone(), 0).await.expect("a result").0;
-    let keys = heard.heard.lock().expect("unpoisoned").clone();
+    let keys = heard.heard.lock().clone();
     drop(one);
     // The same step over another base, by somebody whose cache says that this base is the first
     // one.

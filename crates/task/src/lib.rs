@@ -106,10 +106,11 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use parking_lot::Mutex;
     use shipway_fault::Code;
     use std::{
         io::{self, Write},
-        sync::{Arc, Mutex},
+        sync::Arc,
     };
     use tokio_util::{sync::CancellationToken, task::TaskTracker};
     use tracing::{info, subscriber::DefaultGuard};
@@ -129,14 +130,14 @@ mod tests {
 
         #[track_caller]
         fn has(&self, words: &str) {
-            let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+            let text = String::from_utf8(self.0.lock().clone()).unwrap();
             assert!(text.contains(words), "no {words:?} in {text}");
         }
     }
 
     impl Write for Log {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().write(bytes)
+            self.0.lock().write(bytes)
         }
 
         fn flush(&mut self) -> io::Result<()> {

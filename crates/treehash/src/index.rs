@@ -5,6 +5,7 @@ use crate::{
     hash::{FileStat, Stamp, digest},
     resolve::{missing, resolve},
 };
+use parking_lot::{Mutex, MutexGuard};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::Glob;
@@ -15,7 +16,7 @@ use std::{
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     thread,
@@ -125,7 +126,7 @@ impl TreeIndex {
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// The digests of files, from memory or by reading, several at a time.

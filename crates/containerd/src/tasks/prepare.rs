@@ -17,7 +17,7 @@ use std::{
     os::unix::fs::{OpenOptionsExt, PermissionsExt, chown},
     path::{Path, PathBuf},
     sync::{
-        Arc, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -101,7 +101,7 @@ fn resolv_conf(dns: &etc::Dns, host_network: bool) -> String {
 /// secrets, unless all of ours is on one anyway.
 fn secret_dir(inner: &Inner, id: &str) -> Result<(OwnDir, Option<Arc<Attached>>)> {
     let root = inner.config.root.join("secret");
-    let mut shared = inner.secrets.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut shared = inner.secrets.lock();
     let mounted = match shared.upgrade() {
         Some(mounted) => Some(mounted),
         None if rustix::fs::statfs(&inner.config.root)

@@ -11,12 +11,13 @@ use super::{
     Busy,
     api::{ProcessRef, Stdio, TaskApi},
 };
+use parking_lot::{Mutex, MutexGuard};
 use shipway_executor::spec;
 use shipway_fault::{Fault, Result};
 use shipway_storage::{Mount, RawMount};
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -76,7 +77,7 @@ impl Shims {
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<(Instant, Arc<Slot>)>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+        self.idle.lock()
     }
 
     /// A free slot, or a new one.

@@ -300,7 +300,7 @@ impl Apply {
         }
         let pending = Pending { entry: self.new.len() - 1, change: self.changes.len() - 1, stat };
         let share = &self.expected[(id / super::RUN) as usize % self.expected.len()];
-        share.lock().unwrap_or_else(|e| e.into_inner()).insert(id, pending);
+        share.lock().insert(id, pending);
         self.requested += 1;
         // If the sender of requests is gone, the transfer has failed elsewhere.
         let _ = self.requests.send(id);

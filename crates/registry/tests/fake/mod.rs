@@ -6,13 +6,10 @@ use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::{Frame, Incoming};
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use shipway_http::Timeouts;
 use shipway_registry::{Registry, RegistryConfig, Timing};
-use std::{
-    io,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{io, sync::Arc, time::Duration};
 use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
 
 /// A request as it arrived.
@@ -111,11 +108,11 @@ impl Fake {
 
     /// What was asked, as `METHOD path`.
     pub fn log(&self) -> Vec<String> {
-        self.asked.lock().unwrap().iter().map(|a| format!("{} {}", a.method, a.path)).collect()
+        self.asked.lock().iter().map(|a| format!("{} {}", a.method, a.path)).collect()
     }
 
     pub fn asked(&self) -> Vec<Asked> {
-        self.asked.lock().unwrap().clone()
+        self.asked.lock().clone()
     }
 }
 
@@ -135,7 +132,7 @@ fn answer(
             headers: head.headers,
             body,
         };
-        log.lock().unwrap().push(asked.clone());
+        log.lock().push(asked.clone());
         let (code, headers, bytes, tail) = match handler(&asked) {
             Reply::Full(code, headers, bytes) => (code, headers, bytes, stream::empty().boxed()),
             Reply::Stall(headers, bytes) => (200, headers, bytes, stream::pending().boxed()),

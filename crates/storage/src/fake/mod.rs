@@ -12,12 +12,13 @@ mod names;
 mod snapshots;
 
 use crate::{LeaseId, LeaseResource, SnapshotKey, SnapshotKind, Storage};
+use parking_lot::{Mutex, MutexGuard};
 use shipway_fault::{Fault, Result};
 use shipway_oci::{Descriptor, Digest};
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::SystemTime,
 };
 
@@ -128,7 +129,7 @@ impl FakeStorage {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock()
     }
 }
 
