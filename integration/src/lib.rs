@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
+pub mod cri;
+pub mod lazy;
 pub mod random;
 
 use serde_json::Value;

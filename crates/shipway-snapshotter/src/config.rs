@@ -4,6 +4,7 @@
 use serde::Deserialize;
 use shipway_daemon::{LogFormat, LogLevel};
 use shipway_fault::{Fault, Result, closest};
+use shipway_layermount::Tier;
 use shipway_snapstore::{Sharing, Xino};
 use std::path::{Path, PathBuf};
 
@@ -26,8 +27,87 @@ pub struct Config {
     pub xino: Xino,
     /// Whether ids of user namespaces are mapped here.
     pub remap_ids: bool,
+    /// Layers that are read while they are fetched.
+    pub lazy: Lazy,
+    /// Registries.
+    pub registry: Registries,
     /// Logging.
     pub log: Log,
+}
+
+/// Layers that are read while they are fetched. Times are in seconds.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Lazy {
+    /// Whether there are any.
+    pub enabled: bool,
+    /// Directory for what lives until the machine restarts.
+    pub run: PathBuf,
+    /// Socket of the keeper.
+    pub keeper_address: PathBuf,
+    /// Whether a keeper is started where none answers.
+    pub start_keeper: bool,
+    /// How the kernel reads layers: a name of [`Tier`]; the best that works if it is `auto`.
+    pub tier: String,
+    /// How long a read waits for contents before it fails.
+    pub deadline: u64,
+    /// How long a pull waits for a table of contents before the layer is unpacked the ordinary way.
+    pub resolve_timeout: u64,
+    /// Whether layers are fetched whole when nothing else is to do.
+    pub background: bool,
+    /// Bytes of answers in memory at once.
+    pub memory: u64,
+    /// Connections to each host.
+    pub connections: usize,
+    /// Percent of the file system that layers may take.
+    pub max_percent: u8,
+    /// Percent of the file system that stays free.
+    pub min_free_percent: u8,
+}
+
+impl Default for Lazy {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            run: "/run/shipway-snapshotter".into(),
+            keeper_address: "/run/shipway-snapshotter/keeper.sock".into(),
+            start_keeper: true,
+            tier: "auto".into(),
+            deadline: 60,
+            resolve_timeout: 10,
+            background: true,
+            memory: 16 << 20,
+            connections: 16,
+            max_percent: 20,
+            min_free_percent: 5,
+        }
+    }
+}
+
+impl Lazy {
+    /// The way to read layers that is asked for, if it is.
+    pub fn tier(&self) -> Result<Option<Tier>> {
+        if self.tier == "auto" { Ok(None) } else { self.tier.parse().map(Some) }
+    }
+}
+
+/// Registries.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Registries {
+    /// Directory with containerd's `hosts.toml` files.
+    pub config_path: PathBuf,
+    /// Docker's configuration file, for credentials.
+    pub docker_config: PathBuf,
+}
+
+impl Default for Registries {
+    fn default() -> Self {
+        Self {
+            config_path: "/etc/containerd/certs.d".into(),
+            docker_config: "/root/.docker/config.json".into(),
+        }
+    }
 }
 
 impl Default for Config {
@@ -40,6 +120,8 @@ impl Default for Config {
             mount_options: Vec::new(),
             xino: Xino::default(),
             remap_ids: false,
+            lazy: Lazy::default(),
+            registry: Registries::default(),
             log: Log::default(),
         }
     }
@@ -70,12 +152,35 @@ impl Config {
             ("root", &config.root),
             ("address", &config.address),
             ("status_address", &config.status_address),
+            ("lazy.run", &config.lazy.run),
+            ("lazy.keeper_address", &config.lazy.keeper_address),
+            ("registry.config_path", &config.registry.config_path),
+            ("registry.docker_config", &config.registry.docker_config),
         ] {
             if !path.is_absolute() {
                 return Err(Fault::invalid(format!(
                     "`{key}` of {name} is not an absolute path: {:?}",
                     path.display()
                 )));
+            }
+        }
+        config.lazy.tier().map_err(|fault| fault.context(format!("`lazy.tier` of {name}")))?;
+        for (key, percent) in [
+            ("lazy.max_percent", config.lazy.max_percent),
+            ("lazy.min_free_percent", config.lazy.min_free_percent),
+        ] {
+            if percent > 100 {
+                return Err(Fault::invalid(format!("`{key}` of {name} is more than 100")));
+            }
+        }
+        for (key, number) in [
+            ("lazy.deadline", config.lazy.deadline),
+            ("lazy.resolve_timeout", config.lazy.resolve_timeout),
+            ("lazy.memory", config.lazy.memory),
+            ("lazy.connections", config.lazy.connections as u64),
+        ] {
+            if number == 0 {
+                return Err(Fault::invalid(format!("`{key}` of {name} is zero")));
             }
         }
         if let Some(option) = config.mount_options.iter().find(|o| o.is_empty() || o.contains(','))
@@ -139,8 +244,10 @@ mod tests {
             keys,
             [
                 "address",
+                "lazy",
                 "log",
                 "mount_options",
+                "registry",
                 "remap_ids",
                 "root",
                 "sharing",
@@ -148,6 +255,8 @@ mod tests {
                 "xino"
             ]
         );
+        let keys = |table: &str| shown[table].as_table().unwrap().len();
+        assert_eq!((keys("lazy"), keys("registry"), keys("log")), (12, 2, 2));
     }
 
     #[test]
@@ -159,6 +268,10 @@ mod tests {
             ("xino = 'yes'", "unknown variant `yes`", None),
             ("root = 'relative'", "`root` of x.toml is not an absolute path", None),
             ("mount_options = ['a,b']", "one option each", None),
+            ("[lazy]\ntier = 'fast'", "there are file, flat-file", None),
+            ("[lazy]\nmax_percent = 101", "more than 100", None),
+            ("[lazy]\nconnections = 0", "`lazy.connections` of x.toml is zero", None),
+            ("[registry]\nconfig_path = 'x'", "not an absolute path", None),
         ] {
             let error = Config::parse(text, "x.toml").unwrap_err();
             assert!(error.to_string().contains(says), "{error}");

@@ -4,6 +4,7 @@
 //! - [`rpc`]: containerd's snapshots service on [`shipway_snapstore::Store`], by the crate
 //!   `containerd-snapshots`.
 //! - [`serve`]: sockets, ready and stop.
+//! - [`lazy`]: layers that are not unpacked, and the keeper that serves them.
 //! - [`status`]: what it tells about itself.
 //! - [`setup`]: what containerd's configuration needs to find it; [`doctor`]: what is missing.
 //! - [`config`]: its own file.
@@ -16,6 +17,7 @@
 
 mod config;
 mod doctor;
+mod lazy;
 mod rpc;
 mod serve;
 mod setup;
@@ -24,7 +26,7 @@ mod status;
 use clap::{Parser, Subcommand};
 use config::Config;
 use shipway_fault::{Class, Fault, Result};
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 /// Where the configuration is, unless `--config` says it.
 const CONFIG: &str = "/etc/shipway/shipway-snapshotter.toml";
@@ -59,6 +61,19 @@ enum Command {
     Setup(setup::Flags),
     /// Tells what is missing on this host.
     Doctor(setup::Target),
+    /// Answers reads of lazy layers. A process of its own, so that they go on when the snapshotter
+    /// does not.
+    Keeper {
+        /// Directory for what lives until the machine restarts.
+        #[arg(long, value_name = "DIR")]
+        run: Option<PathBuf>,
+        /// Socket that the snapshotter connects to.
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
+        /// Seconds that a read waits before it fails.
+        #[arg(long, value_name = "SECONDS")]
+        deadline: Option<u64>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -83,6 +98,16 @@ fn run(flags: Flags) -> Result<ExitCode> {
         None => start(&config).map(|()| ExitCode::SUCCESS),
         Some(Command::Status { json }) => status::show(&config, json).map(|()| ExitCode::SUCCESS),
         Some(Command::Setup(flags)) => setup::run(&config, &flags).map(|()| ExitCode::SUCCESS),
+        Some(Command::Keeper { run, socket, deadline }) => {
+            rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+            shipway_daemon::start_log(config.log.level, config.log.format);
+            let options = shipway_keeper::Options {
+                directory: run.unwrap_or(config.lazy.run),
+                socket: socket.unwrap_or(config.lazy.keeper_address),
+                deadline: Duration::from_secs(deadline.unwrap_or(config.lazy.deadline)),
+            };
+            shipway_keeper::run(&options).map(|()| ExitCode::SUCCESS)
+        }
         Some(Command::Doctor(target)) => Ok(doctor::run(&config, &target)),
     }
 }

@@ -1,10 +1,14 @@
 //! Sockets, ready and stop.
 
-use crate::{config::Config, rpc, status};
+use crate::{
+    config::Config,
+    lazy::{Lazy, LazyPort},
+    rpc, status,
+};
 use rustix::fs::Mode;
 use shipway_daemon::NotifyState;
 use shipway_fault::{Fault, Result};
-use shipway_snapstore::{NoLazyLayers, Options, Store};
+use shipway_snapstore::{LazyLayers, NoLazyLayers, Options, Store};
 use std::{
     io::{self, ErrorKind},
     os::unix::fs::{DirBuilderExt as _, FileTypeExt as _},
@@ -18,8 +22,8 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 
-/// Threads that wait for the disk.
-pub const MAX_THREADS: usize = 16;
+/// Threads that wait for the disk, or for a registry on behalf of a pull: those need others to finish.
+pub const MAX_THREADS: usize = 256;
 /// Connections accepted but not yet taken by the server.
 const BACKLOG: usize = 16;
 /// Pause after an accept error such as "too many open files", so that the loop does not spin.
@@ -42,13 +46,14 @@ pub async fn run(config: &Config) -> Result<()> {
         remap_ids: config.remap_ids,
         ..Options::default()
     };
-    let store = Arc::new(Store::open(&config.root, options, Arc::new(NoLazyLayers))?);
+    let (lazy, store) = open(config, options).await?;
     let worker = store.clone();
     std::thread::Builder::new()
         .name("later".into())
         .spawn(move || worker.work())
         .map_err(|e| Fault::io("start a thread", e))?;
-    let telling = tokio::spawn(status::serve(accept(told), store.clone(), config.clone()));
+    let telling =
+        tokio::spawn(status::serve(accept(told), store.clone(), lazy.clone(), config.clone()));
     tracing::info!(root = %config.root.display(), address = %config.address.display(), "serving snapshots");
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let stopped = async {
@@ -73,7 +78,28 @@ pub async fn run(config: &Config) -> Result<()> {
     };
     telling.abort();
     store.close();
+    if let Some(lazy) = lazy {
+        lazy.close();
+    }
     result
+}
+
+/// Opens the store, with lazy layers if they are wanted.
+async fn open(config: &Config, options: Options) -> Result<(Option<Arc<Lazy>>, Arc<Store>)> {
+    let (config, runtime) = (config.clone(), tokio::runtime::Handle::current());
+    let work = move || {
+        let lazy = config.lazy.enabled.then(|| Lazy::start(&config, runtime)).transpose()?;
+        let layers: Arc<dyn LazyLayers> = match &lazy {
+            Some(lazy) => Arc::new(LazyPort(lazy.clone())),
+            None => Arc::new(NoLazyLayers),
+        };
+        let store = Arc::new(Store::open(&config.root, options, layers)?);
+        Ok((lazy, store))
+    };
+    // The runtime's only thread goes on meanwhile.
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|e| Err(Fault::internal(format!("open the store: {e}"))))
 }
 
 /// The socket that systemd passed, if it passed one.

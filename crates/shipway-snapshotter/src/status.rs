@@ -1,6 +1,9 @@
 //! What the snapshotter tells about itself: one JSON object for who connects to its second socket.
 
-use crate::config::Config;
+use crate::{
+    config::Config,
+    lazy::{Lazy, Report},
+};
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Fault, Result};
 use shipway_snapstore::{Sharing, Store, Totals};
@@ -9,7 +12,7 @@ use tokio::{io::AsyncWriteExt as _, net::UnixStream};
 use tokio_stream::{Stream, StreamExt as _};
 
 /// Most bytes that are read of an answer.
-const MAX_ANSWER: u64 = 1 << 20;
+const MAX_ANSWER: u64 = 16 << 20;
 /// How long one side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -26,6 +29,9 @@ pub struct Status {
     pub snapshots: Snapshots,
     /// What committed snapshots take, each directory counted once whatever the number of its names.
     pub disk: Disk,
+    /// Lazy layers, if there may be any.
+    #[serde(default)]
+    pub lazy: Option<Report>,
 }
 
 /// Numbers of names.
@@ -51,7 +57,7 @@ pub struct Disk {
 }
 
 impl Status {
-    fn of(store: &Store, config: &Config) -> Self {
+    fn of(store: &Store, lazy: Option<&Lazy>, config: &Config) -> Self {
         let Totals { active, views, committed, places, usage, uncounted, .. } = store.totals();
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -62,15 +68,23 @@ impl Status {
             },
             snapshots: Snapshots { active, views, committed },
             disk: Disk { directories: places, bytes: usage.bytes, inodes: usage.inodes, uncounted },
+            lazy: lazy.map(Lazy::report),
         }
     }
 }
 
 /// Answers everybody who connects.
-pub async fn serve(connections: impl Stream<Item = UnixStream>, store: Arc<Store>, config: Config) {
+pub async fn serve(
+    connections: impl Stream<Item = UnixStream>,
+    store: Arc<Store>,
+    lazy: Option<Arc<Lazy>>,
+    config: Config,
+) {
     let mut connections = std::pin::pin!(connections);
     while let Some(mut connection) = connections.next().await {
-        let Ok(mut text) = serde_json::to_vec(&Status::of(&store, &config)) else { continue };
+        let Ok(mut text) = serde_json::to_vec(&Status::of(&store, lazy.as_deref(), &config)) else {
+            continue;
+        };
         text.push(b'\n');
         // Small enough for the kernel to take at once; who does not read holds up nobody for long.
         let told = tokio::time::timeout(PATIENCE, connection.write_all(&text)).await;
@@ -100,7 +114,7 @@ pub fn show(config: &Config, json: bool) -> Result<()> {
         println!("{text}");
         return Ok(());
     }
-    let Status { version, root, sharing, snapshots, disk } = status;
+    let Status { version, root, sharing, snapshots, disk, lazy } = status;
     println!("version    {version}");
     println!("root       {}", root.display());
     println!("sharing    {sharing}");
@@ -117,5 +131,38 @@ pub fn show(config: &Config, json: bool) -> Result<()> {
         "disk       {} bytes in {} inodes of {} directories{more}",
         disk.bytes, disk.inodes, disk.directories
     );
+    if let Some(lazy) = lazy {
+        show_lazy(&lazy);
+    }
     Ok(())
+}
+
+fn show_lazy(report: &Report) {
+    let keeper = if report.keeper { "" } else { ", the keeper does not answer" };
+    println!("lazy       by way of {}{keeper}", report.tier);
+    for (tier, why) in &report.passed_over {
+        println!("           not {tier}: {why}");
+    }
+    println!("layers     {}, {} bytes", report.layers.len(), report.bytes);
+    for layer in &report.layers {
+        let short = layer.digest.get(..19).unwrap_or(&layer.digest);
+        let percent = (layer.verified * 100).checked_div(layer.data).unwrap_or(100);
+        let mounted = layer.mounted.as_deref().unwrap_or("not mounted");
+        println!(
+            "  {:>4} {short} {} {percent:>3}% of {} bytes, {mounted}, {} misses{}",
+            layer.layer,
+            layer.state,
+            layer.data,
+            layer.misses,
+            layer.median.map_or(String::new(), |m| {
+                format!(" ({:.0} ms, worst {:.0} ms)", m * 1e3, layer.worst * 1e3)
+            }),
+        );
+        for repository in &layer.repositories {
+            println!("       of {repository}");
+        }
+        if let Some(error) = &layer.error {
+            println!("       last error: {error}");
+        }
+    }
 }

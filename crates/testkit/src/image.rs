@@ -5,6 +5,7 @@ use crate::{http, process::run};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::{
+    collections::BTreeMap,
     os::unix::fs::symlink,
     path::Path,
     process::{Command, Stdio},
@@ -35,6 +36,8 @@ pub struct Layer {
     pub blob: Vec<u8>,
     /// Digest of the tar.
     pub diff_id: String,
+    /// Annotations of its descriptor.
+    pub annotations: BTreeMap<String, String>,
 }
 
 impl Layer {
@@ -79,7 +82,7 @@ impl Layer {
             scope.spawn(move || stdin.write_all(tar).unwrap());
             gzip.wait_with_output().unwrap().stdout
         });
-        Self { blob, diff_id: digest(tar) }
+        Self { blob, diff_id: digest(tar), annotations: BTreeMap::new() }
     }
 }
 
@@ -160,7 +163,14 @@ impl BaseImage {
         let layers: Vec<_> = self
             .layers
             .iter()
-            .map(|layer| descriptor(LAYER, &put_blob(registry, name, &layer.blob), &layer.blob))
+            .map(|layer| {
+                let digest = put_blob(registry, name, &layer.blob);
+                let mut descriptor = descriptor(LAYER, &digest, &layer.blob);
+                if !layer.annotations.is_empty() {
+                    descriptor["annotations"] = json!(layer.annotations);
+                }
+                descriptor
+            })
             .collect();
         let manifest = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": descriptor(CONFIG, &digest(&config), &config), "layers": layers});
         let manifest = manifest.to_string().into_bytes();

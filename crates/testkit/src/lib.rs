@@ -16,12 +16,14 @@ mod http;
 mod image;
 mod lab;
 mod process;
+mod slow;
 mod wait;
 
 pub use faulty::{FaultyRegistry, RegistryFault};
 pub use image::{BaseImage, Layer};
 pub use lab::{Flavour, Lab, LabOptions, Leftovers};
 pub use process::{Finished, Process, run};
+pub use slow::{Network, SlowNetwork};
 pub use wait::{free_port, wait_for};
 
 use std::path::PathBuf;

@@ -89,6 +89,8 @@ pub struct LabOptions {
     pub daemon_environment: Vec<(String, String)>,
     /// Whether containerd has `shipway-snapshotter` as its plug-in `shipway`.
     pub snapshotter: bool,
+    /// Lines for the table `lazy` of the snapshotter's TOML.
+    pub lazy_config: String,
     /// Image of CRI's sandboxes; containerd has no CRI without.
     pub sandbox: Option<String>,
     /// Directory to work in and to keep; a temporary one otherwise.
@@ -111,6 +113,7 @@ impl LabOptions {
             daemon_flags: Vec::new(),
             daemon_environment: Vec::new(),
             snapshotter: false,
+            lazy_config: String::new(),
             sandbox: None,
             keep_in: None,
             disk: None,
@@ -299,8 +302,11 @@ impl Lab {
 
     /// Starts the snapshotter, or starts it again after [`Lab::kill_snapshotter`].
     pub fn start_snapshotter(&mut self) {
-        std::fs::write(self.dir.join("shipway-snapshotter.toml"), config::snapshotter(&self.dir))
-            .unwrap();
+        std::fs::write(
+            self.dir.join("shipway-snapshotter.toml"),
+            config::snapshotter(&self.dir, &self.options.lazy_config),
+        )
+        .unwrap();
         let mut command = self.snapshotter_command();
         let mut process = Process::start(
             "shipway-snapshotter",

@@ -1,0 +1,270 @@
+//! The connection to the keeper: made when it is lost, with the layers told again, and the keeper
+//! itself started where no service manager does.
+
+use rustix::{
+    fd::AsFd as _,
+    fs::{MemfdFlags, memfd_create},
+    io::Errno,
+};
+use shipway_fault::{Fault, Result};
+use shipway_keeper::client::{ClientError, Files, Holder, Keeper, News};
+use shipway_layermount::{FuseFiles, ProbeLayer};
+use shipway_layerstore::Layer;
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    ops::Range,
+    os::unix::{fs::FileExt as _, process::CommandExt as _},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// Pause between attempts to reach the keeper, and after how many of them one is started.
+const PAUSE: Duration = Duration::from_millis(50);
+const ATTEMPTS: u32 = 4;
+/// How long somebody waits for the keeper who cannot do without.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Number of the layer that kernels are tried with.
+const PROBE: u32 = u32::MAX >> 1;
+
+/// What the keeper is told of a layer.
+pub struct Registered {
+    pub layer: Arc<Layer>,
+    /// The map of good blocks.
+    pub map: File,
+}
+
+/// How a keeper is started.
+pub type Starter = Box<dyn Fn() -> Command + Send + Sync>;
+
+/// The connection.
+pub struct Link {
+    socket: PathBuf,
+    held: Holder,
+    starter: Option<Starter>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    keeper: Option<Arc<Keeper>>,
+    layers: BTreeMap<u32, Arc<Registered>>,
+    closed: bool,
+}
+
+impl Link {
+    /// A connection to the keeper at `socket`, to be made by [`Link::run`]. `starter` makes the
+    /// command that starts one where there is none.
+    pub fn new(socket: PathBuf, starter: Option<Starter>) -> Self {
+        Self {
+            socket,
+            held: Holder::default(),
+            starter,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps the connection until [`Link::close`]; `news` gets what the keeper says. Blocks.
+    pub fn run(&self, news: impl Fn(News) + Send + Sync + 'static) {
+        let news = Arc::new(news);
+        let mut attempts = 0;
+        while !self.lock().closed {
+            let (sender, gone) = std::sync::mpsc::channel();
+            let hear = {
+                let news = news.clone();
+                move |said: News| {
+                    if said == News::Gone {
+                        let _ = sender.send(());
+                    }
+                    news(said);
+                }
+            };
+            match Keeper::connect(&self.socket, &self.held, hear) {
+                Ok(keeper) => {
+                    attempts = 0;
+                    if self.begin(Arc::new(keeper)) {
+                        // Whoever drops the sender has ended, too.
+                        let _ = gone.recv();
+                        self.lock().keeper = None;
+                        if !self.lock().closed {
+                            tracing::warn!("the connection to the keeper has ended");
+                        }
+                    }
+                }
+                Err(error) => {
+                    attempts += 1;
+                    if attempts % ATTEMPTS == 1 {
+                        self.start(error);
+                    }
+                    std::thread::sleep(PAUSE * attempts.min(20));
+                }
+            }
+        }
+    }
+
+    /// Tells a new keeper of all layers; whether that went well.
+    fn begin(&self, keeper: Arc<Keeper>) -> bool {
+        let mut state = self.lock();
+        for (number, registered) in &state.layers {
+            if let Err(error) = add(&keeper, *number, registered) {
+                tracing::error!(layer = number, %error, "failed to add a layer to the keeper");
+                if error == ClientError::Gone {
+                    return false;
+                }
+            }
+        }
+        state.keeper = Some(keeper);
+        drop(state);
+        self.changed.notify_all();
+        true
+    }
+
+    fn start(&self, error: ClientError) {
+        let Some(starter) = &self.starter else {
+            return tracing::warn!(socket = %self.socket.display(), %error, "no keeper");
+        };
+        // It goes on when this process is killed, and gets no signal from its terminal.
+        let mut command = starter();
+        command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+        match command.spawn() {
+            Ok(mut child) => {
+                tracing::info!(pid = child.id(), "started a keeper");
+                let reaper = std::thread::Builder::new().name("reap".into());
+                let _ = reaper.spawn(move || child.wait());
+            }
+            Err(error) => tracing::error!(%error, "failed to start a keeper"),
+        }
+    }
+
+    /// The keeper, waited for if it is away.
+    fn keeper(&self) -> Result<Arc<Keeper>> {
+        let until = Instant::now() + PATIENCE;
+        let mut state = self.lock();
+        loop {
+            if let Some(keeper) = &state.keeper {
+                return Ok(keeper.clone());
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if state.closed || left.is_zero() {
+                return Err(Fault::from(ClientError::Gone)
+                    .hint("is shipway-snapshotter-keeper.service running?"));
+            }
+            state =
+                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Has the keeper serve a layer. Its files can be opened when this returns.
+    pub fn add(&self, registered: Arc<Registered>) -> Result<()> {
+        let number = registered.layer.number().0;
+        self.lock().layers.insert(number, registered.clone());
+        let added = self.keeper().and_then(|keeper| Ok(add(&keeper, number, &registered)?));
+        if added.is_err() {
+            self.lock().layers.remove(&number);
+        }
+        added
+    }
+
+    /// Waits until the keeper is there.
+    pub fn wait(&self) -> Result<()> {
+        self.keeper().map(drop)
+    }
+
+    /// The keeper serves a layer no more.
+    pub fn remove(&self, number: u32) {
+        let keeper = {
+            let mut state = self.lock();
+            state.layers.remove(&number);
+            state.keeper.clone()
+        };
+        if let Some(keeper) = keeper
+            && let Err(error) = keeper.remove(number)
+        {
+            tracing::debug!(layer = number, %error, "the keeper was not told");
+        }
+    }
+
+    /// Blocks are good. A keeper that is away asks again for what somebody waits for.
+    pub fn have(&self, number: u32, good: &[Range<u64>]) {
+        let keeper = self.lock().keeper.clone();
+        if let Some(keeper) = keeper {
+            for blocks in good {
+                if keeper.have(number, blocks.clone()).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Blocks cannot be had now.
+    pub fn fail(&self, number: u32, blocks: Range<u64>) {
+        let keeper = self.lock().keeper.clone();
+        if let Some(keeper) = keeper {
+            let _ = keeper.fail(number, blocks, Errno::IO);
+        }
+    }
+
+    /// Blocks are good no more, and nobody reads them when this returns.
+    pub fn drop_blocks(&self, number: u32, blocks: Range<u64>) -> Result<()> {
+        Ok(self.keeper()?.drop_blocks(number, blocks)?)
+    }
+
+    /// Has the keeper serve the layer that kernels are tried with, until [`Link::end_probe`].
+    pub fn probe(&self, layer: &ProbeLayer, run: &Path) -> Result<FuseFiles> {
+        let keeper = self.keeper()?;
+        let open = |path: &Path| {
+            File::open(path).map_err(|e| Fault::io(format!("open {}", path.display()), e))
+        };
+        let (data, meta) = (open(&layer.data)?, open(&layer.meta)?);
+        let map = memfd_create("probe", MemfdFlags::CLOEXEC)
+            .map(File::from)
+            .map_err(|e| Fault::io("make a map of blocks", e.into()))?;
+        let all = vec![u8::MAX; layer.data_blocks.div_ceil(8) as usize];
+        map.write_all_at(&all, 0).map_err(|e| Fault::io("write a map of blocks", e))?;
+        let files = Files { data: data.as_fd(), map: map.as_fd(), meta: meta.as_fd() };
+        keeper.add(PROBE, files)?;
+        let k = run.join("k");
+        Ok(FuseFiles { data: k.join(format!("{PROBE}.data")), img: k.join(format!("{PROBE}.img")) })
+    }
+
+    /// The kernel was tried.
+    pub fn end_probe(&self) {
+        self.remove(PROBE);
+    }
+
+    /// A layer that the keeper was told of.
+    pub fn layer(&self, number: u32) -> Option<Arc<Registered>> {
+        self.lock().layers.get(&number).cloned()
+    }
+
+    /// Whether there is a connection.
+    pub fn is_up(&self) -> bool {
+        self.lock().keeper.is_some()
+    }
+
+    /// Ends the connection; the keeper goes on.
+    pub fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        state.keeper = None;
+        drop(state);
+        self.changed.notify_all();
+    }
+}
+
+fn add(keeper: &Keeper, number: u32, registered: &Registered) -> Result<(), ClientError> {
+    let failed = |_| ClientError::Io(Errno::IO);
+    let data = registered.layer.data().map_err(failed)?;
+    let meta = registered.layer.meta().map_err(failed)?;
+    let files = Files { data: data.as_fd(), map: registered.map.as_fd(), meta: meta.as_fd() };
+    keeper.add(number, files)
+}

@@ -1,0 +1,136 @@
+//! What is told of layers.
+
+use super::{Held, Lazy};
+use serde::{Deserialize, Serialize};
+use shipway_layermount::Source;
+use shipway_layerstore::{Layer, State};
+use std::sync::Arc;
+
+/// How layers are read here, and what is known of each. Fields are added, never changed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Report {
+    /// The way in which the kernel reads layers that are not complete.
+    pub tier: String,
+    /// Better ways, and why they are not taken.
+    pub passed_over: Vec<(String, String)>,
+    /// Whether the keeper is there.
+    pub keeper: bool,
+    /// Bytes that all layers take on the disk.
+    pub bytes: u64,
+    /// All layers.
+    pub layers: Vec<LayerReport>,
+}
+
+/// What is known of a layer. Sizes are in bytes, times in seconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LayerReport {
+    /// Its number.
+    pub layer: u32,
+    /// Digest of its blob.
+    pub digest: String,
+    /// Where it was seen.
+    pub repositories: Vec<String>,
+    /// Of its blob.
+    pub size: u64,
+    /// Of its data.
+    pub data: u64,
+    /// Of its data that is on the disk.
+    pub local: u64,
+    /// Of its data that was checked in this boot.
+    pub verified: u64,
+    /// `lazy`, `whole` or `lying`.
+    pub state: String,
+    /// How it is mounted: `served` by the keeper, `local`, or not at all.
+    pub mounted: Option<String>,
+    /// Whether snapshots stand on it.
+    pub used: bool,
+    /// Compressed bytes that were fetched.
+    pub network: u64,
+    /// Bytes that were found on the disk and right.
+    pub cache: u64,
+    /// Requests to registries.
+    pub requests: u64,
+    /// Answers whose bytes were wrong.
+    pub wrong: u64,
+    /// Reads that had to wait, and those of them that failed.
+    pub misses: u64,
+    /// See `misses`.
+    pub failed: u64,
+    /// How long half of them waited at most.
+    pub median: Option<f64>,
+    /// How long the worst of them waited.
+    pub worst: f64,
+    /// The last thing that went wrong.
+    pub error: Option<String>,
+}
+
+impl Lazy {
+    /// What is known now.
+    pub fn report(&self) -> Report {
+        let layers = self.store.layers();
+        Report {
+            tier: self.tier.to_string(),
+            passed_over: self
+                .passed_over
+                .iter()
+                .map(|(t, why)| (t.to_string(), why.clone()))
+                .collect(),
+            keeper: self.link.is_up(),
+            bytes: self.store.total().unwrap_or_default(),
+            layers: layers.iter().map(|layer| self.of_layer(layer)).collect(),
+        }
+    }
+
+    fn of_layer(&self, layer: &Arc<Layer>) -> LayerReport {
+        let number = layer.number().0;
+        let held = self.held();
+        let held = held.get(&number);
+        let (state, lie) = match layer.state() {
+            State::Lazy => ("lazy", None),
+            State::Whole => ("whole", None),
+            State::Lying(difference) => ("lying", Some(difference)),
+        };
+        let is_local = |source: &Source| {
+            held.is_some_and(|h| h.whole.is_some()) || {
+                matches!(source, Source::Files { data, .. } if *data == layer.data_path())
+            }
+        };
+        let mounted = held.and_then(|held: &Held| held.mounted.as_ref());
+        let usage = layer.usage().unwrap_or_default();
+        // Files are opened only for layers that are served.
+        let verified = self.link.layer(number).and_then(|_| layer.good().ok());
+        let verified =
+            verified.map_or(0, |good| good.ranges().iter().map(|r| r.end - r.start).sum());
+        let mut report = LayerReport {
+            layer: number,
+            digest: layer.key().blob.to_string(),
+            repositories: layer.repositories(),
+            size: layer.blob_size(),
+            data: layer.data_blocks() * BLOCK,
+            local: usage.data,
+            verified: verified * BLOCK,
+            state: state.to_owned(),
+            mounted: mounted.map(|s| if is_local(s) { "local" } else { "served" }.to_owned()),
+            used: held.is_some(),
+            error: lie.or_else(|| held.and_then(|h| h.failed.as_ref()).map(ToString::to_string)),
+            ..LayerReport::default()
+        };
+        if let Some(stats) = self.fetcher.stats(number) {
+            let counters = stats.read();
+            report.network = counters.network;
+            report.cache = counters.local;
+            report.requests = counters.requests;
+            report.wrong = counters.wrong;
+            report.misses = counters.misses;
+            report.failed = counters.failed;
+            report.median = counters.median.map(|time| time.as_secs_f64());
+            report.worst = counters.worst.as_secs_f64();
+            report.error = report.error.or(counters.last_error.map(|fault| fault.to_string()));
+        }
+        report
+    }
+}
+
+const BLOCK: u64 = shipway_estargz::DATA_BLOCK;

@@ -1,0 +1,251 @@
+//! From the labels of a Prepare to a layer that is served. All layers of an image are looked for as
+//! soon as its first one is asked for, and each once however many ask.
+
+use super::{Lazy, credentials::MachineCredentials, labels::Wanted};
+use crate::config::Config;
+use shipway_estargz::{Annotated, PODMAN_CHECKSUM, TOC_DIGEST, Toc, TocDigest};
+use shipway_fault::{Class, Code, Fault, Result};
+use shipway_layerstore::{Description, Layer, LayerKey};
+use shipway_lazyfetch::{IndexRequest, Indexed, Settings, Source, index, sources};
+use shipway_oci::{Descriptor, Digest, ImageName, Manifest};
+use shipway_registry::{Mode, Registry, RegistryConfig};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tokio::{runtime::Handle, sync::OnceCell};
+
+/// Manifests that are remembered.
+const MANIFESTS: usize = 64;
+/// Entries of all tables of contents that are kept until their blobs are read.
+const MAX_ENTRIES_KEPT: usize = 100_000;
+
+type Shared<T> = Arc<OnceCell<T>>;
+
+/// Finds layers.
+pub struct Resolver {
+    registry: Registry,
+    credentials: MachineCredentials,
+    settings: Settings,
+    manifests: Mutex<Vec<(Digest, Shared<Vec<Descriptor>>)>>,
+    making: Mutex<HashMap<LayerKey, Shared<Arc<Layer>>>>,
+    tocs: Tocs,
+}
+
+/// Tables of contents of layers that were just made, for those who read their blobs whole.
+#[derive(Default)]
+struct Tocs(Mutex<Vec<(u32, Arc<Toc>)>>);
+
+impl Tocs {
+    /// Keeps one, if they are not too many: it can be fetched again.
+    fn keep(&self, layer: u32, toc: Toc) {
+        let mut all = lock(&self.0);
+        let entries: usize = all.iter().map(|(_, toc)| toc.len()).sum();
+        if entries + toc.len() <= MAX_ENTRIES_KEPT {
+            all.push((layer, Arc::new(toc)));
+        }
+    }
+
+    fn take(&self, layer: u32) -> Option<Arc<Toc>> {
+        let mut all = lock(&self.0);
+        let at = all.iter().position(|(n, _)| *n == layer)?;
+        Some(all.swap_remove(at).1)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn not_lazy() -> Fault {
+    Fault::new(Code::FailedPrecondition, "its manifest names no table of contents")
+        .with_class(Class::Environment)
+}
+
+fn key_of(layer: Digest, annotated: &Annotated) -> LayerKey {
+    let (TocDigest::Json(toc) | TocDigest::Compressed(toc)) = annotated.toc_digest;
+    LayerKey { blob: layer, toc }
+}
+
+impl Resolver {
+    pub fn new(config: &Config, settings: Settings) -> Self {
+        let registry = Registry::new(RegistryConfig {
+            config_path: Some(config.registry.config_path.clone()),
+            user_agent: concat!("shipway-snapshotter/", env!("CARGO_PKG_VERSION")).into(),
+            ..RegistryConfig::default()
+        });
+        Self {
+            registry,
+            credentials: MachineCredentials::new(config.registry.docker_config.clone()),
+            settings,
+            manifests: Mutex::default(),
+            making: Mutex::default(),
+            tocs: Tocs::default(),
+        }
+    }
+
+    /// The layers of an image.
+    async fn layers(&self, image: &ImageName, manifest: Digest) -> Result<Vec<Descriptor>> {
+        let cell = {
+            let mut known = lock(&self.manifests);
+            match known.iter().find(|(digest, _)| *digest == manifest) {
+                Some((_, cell)) => cell.clone(),
+                None => {
+                    let cell = Shared::default();
+                    known.insert(0, (manifest, cell.clone()));
+                    known.truncate(MANIFESTS);
+                    cell
+                }
+            }
+        };
+        let fetch = async || {
+            let source = shipway_lazyfetch::Credentials::of(&self.credentials, image);
+            let repository = self.registry.repository(image, source, Mode::Pull);
+            // Its length is not known, its digest is.
+            let bytes = repository.fetch_manifest(&Descriptor::new("", manifest, 0)).await?;
+            let manifest: Manifest = serde_json::from_slice(&bytes)
+                .map_err(|e| Fault::invalid(format!("the manifest of {image}: {e}")))?;
+            Ok::<_, Fault>(manifest.layers)
+        };
+        cell.get_or_try_init(fetch).await.cloned()
+    }
+
+    /// The layer that is wanted, served.
+    pub async fn resolve(&self, lazy: &Arc<Lazy>, wanted: &Wanted) -> Result<Arc<Layer>> {
+        if let Some(manifest) = wanted.manifest {
+            if wanted.has_toc() {
+                // The others meanwhile.
+                let (lazy, wanted) = (lazy.clone(), wanted.clone());
+                lazy.clone().runtime.spawn(async move {
+                    let layers = lazy.resolver.layers(&wanted.image, manifest).await;
+                    lazy.resolver.others(&lazy, &wanted, layers.unwrap_or_default());
+                });
+            } else {
+                let layers = self.layers(&wanted.image, manifest).await?;
+                let own = layers.iter().find(|l| l.digest == wanted.layer).cloned();
+                self.others(lazy, wanted, layers);
+                let own = own.ok_or_else(not_lazy)?;
+                return self
+                    .make(lazy, &wanted.image, wanted.layer, Some(own.size), &own.annotations)
+                    .await;
+            }
+        }
+        self.make(lazy, &wanted.image, wanted.layer, None, &wanted.annotations).await
+    }
+
+    /// Begins to make the other layers of an image.
+    fn others(&self, lazy: &Arc<Lazy>, wanted: &Wanted, layers: Vec<Descriptor>) {
+        for layer in layers.into_iter().filter(|l| l.digest != wanted.layer) {
+            let (lazy, image) = (lazy.clone(), wanted.image.clone());
+            lazy.clone().runtime.spawn(async move {
+                let size = Some(layer.size);
+                let made =
+                    lazy.resolver.make(&lazy, &image, layer.digest, size, &layer.annotations);
+                if let Err(fault) = made.await {
+                    tracing::debug!(%image, layer = %layer.digest, %fault, "a layer is not lazy");
+                }
+            });
+        }
+    }
+
+    async fn make(
+        &self,
+        lazy: &Arc<Lazy>,
+        image: &ImageName,
+        digest: Digest,
+        size: Option<u64>,
+        annotations: &BTreeMap<String, String>,
+    ) -> Result<Arc<Layer>> {
+        let annotated = Annotated::read(annotations)?.ok_or_else(not_lazy)?;
+        let key = key_of(digest, &annotated);
+        let cell = lock(&self.making).entry(key).or_default().clone();
+        let work = async || {
+            let repository = image.locator();
+            let sources = sources(&self.registry, &[image.clone()], &self.credentials).await?;
+            if let Some(layer) = lazy.store.find(&key) {
+                let (lazy, known) = (lazy.clone(), layer.clone());
+                blocking(move || {
+                    known.add_repository(&repository)?;
+                    lazy.serve(&known, sources)
+                })
+                .await?;
+                return Ok(layer);
+            }
+            let request = IndexRequest {
+                digest,
+                size,
+                annotations: annotations.clone(),
+                sources: sources.clone(),
+                external: None,
+            };
+            let Indexed { toc, layout, size, rtt } = index(&request, &self.settings).await?;
+            if let Some(first) = sources.first() {
+                lazy.fetcher.round_trip(first.host(), rtt);
+            }
+            let about = Description { blob_size: size, codec: layout.codec, repository };
+            let lazy = lazy.clone();
+            blocking(move || {
+                let layer = lazy.store.create(key, &about, &toc)?;
+                lazy.serve(&layer, sources)?;
+                lazy.resolver.tocs.keep(layer.number().0, toc);
+                Ok(layer)
+            })
+            .await
+        };
+        let made = cell.get_or_try_init(work).await.cloned();
+        // Whoever asks later finds it in the store, or tries again.
+        lock(&self.making).remove(&key);
+        made
+    }
+
+    /// The table of contents of a layer: from when the layer was made, or fetched once more.
+    pub async fn toc(&self, layer: &Layer) -> Result<Arc<Toc>> {
+        if let Some(toc) = self.tocs.take(layer.number().0) {
+            return Ok(toc);
+        }
+        let sources = self.sources(layer).await?;
+        let key = layer.key();
+        // Which of the two the manifest named is not remembered.
+        let mut failed = None;
+        for name in [TOC_DIGEST, PODMAN_CHECKSUM] {
+            let request = IndexRequest {
+                digest: key.blob,
+                size: Some(layer.blob_size()),
+                annotations: BTreeMap::from([(name.to_owned(), key.toc.to_string())]),
+                sources: sources.clone(),
+                external: None,
+            };
+            match index(&request, &self.settings).await {
+                Ok(indexed) => return Ok(Arc::new(indexed.toc)),
+                Err(fault) => failed = failed.or(Some(fault)),
+            }
+        }
+        Err(failed.unwrap_or_else(not_lazy))
+    }
+
+    async fn sources(&self, layer: &Layer) -> Result<Vec<Arc<dyn Source>>> {
+        let names = layer.repositories();
+        let names: Vec<ImageName> = names.iter().rev().filter_map(|n| n.parse().ok()).collect();
+        sources(&self.registry, &names, &self.credentials).await
+    }
+
+    /// Where a layer may be fetched from, as far as it is remembered.
+    pub fn sources_of(&self, runtime: &Handle, layer: &Layer) -> Vec<Arc<dyn Source>> {
+        match runtime.block_on(self.sources(layer)) {
+            Ok(sources) => sources,
+            Err(fault) => {
+                tracing::warn!(layer = %layer.number(), %fault, "a layer has no source");
+                Vec::new()
+            }
+        }
+    }
+}
+
+/// Does what waits for the disk where that holds up nobody.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|e| Err(Fault::internal(format!("make a layer: {e}"))))
+}

@@ -1,0 +1,86 @@
+//! Layers with a table of contents, made of ordinary ones.
+
+use shipway_archive::{Member, MemberKind, TarReader};
+use shipway_estargz::{Dialect, Output, TarEntry, TarKind, Time, Writer, WriterOptions};
+use shipway_testkit::Layer;
+use std::{
+    cell::RefCell,
+    io::{Read, Write as _},
+    process::{Command, Stdio},
+    rc::Rc,
+};
+
+/// Keeps what is read through it.
+struct Recorder<R>(R, Rc<RefCell<Vec<u8>>>);
+
+impl<R: Read> Read for Recorder<R> {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.0.read(buf)?;
+        self.1.borrow_mut().extend_from_slice(&buf[..n]);
+        Ok(n)
+    }
+}
+
+fn entry(member: &Member) -> TarEntry {
+    let kind = match &member.kind {
+        MemberKind::File => TarKind::File(member.size),
+        MemberKind::HardLink(target) => TarKind::HardLink(target.clone()),
+        MemberKind::Symlink(target) => TarKind::Symlink(target.clone()),
+        MemberKind::CharDevice(major, minor) => TarKind::CharDevice(*major, *minor),
+        MemberKind::BlockDevice(major, minor) => TarKind::BlockDevice(*major, *minor),
+        MemberKind::Directory => TarKind::Directory,
+        MemberKind::Fifo => TarKind::Fifo,
+        MemberKind::Other(other) => TarKind::Other(*other),
+    };
+    let mtime = Time {
+        seconds: member.mtime.div_euclid(1_000_000_000),
+        nanoseconds: member.mtime.rem_euclid(1_000_000_000) as u32,
+    };
+    let Member { path, mode, uid, gid, xattrs, .. } = member.clone();
+    TarEntry { path, kind, mode, uid, gid, mtime, xattrs }
+}
+
+/// The tar of a layer.
+pub fn tar_of(layer: &Layer) -> Vec<u8> {
+    let mut gunzip = Command::new("gzip")
+        .arg("-dc")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = gunzip.stdin.take().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || stdin.write_all(&layer.blob).unwrap());
+        gunzip.wait_with_output().unwrap().stdout
+    })
+}
+
+/// The layer with a table of contents, as our writer makes it.
+pub fn lazy_layer(layer: &Layer, output: Output) -> Layer {
+    let tar = tar_of(layer);
+    let mut blob = Vec::new();
+    let mut writer = Writer::new(WriterOptions::new(output), |bytes: &[u8]| {
+        blob.extend_from_slice(bytes);
+        Ok(())
+    })
+    .unwrap();
+    let seen = Rc::new(RefCell::new(Vec::new()));
+    let mut recorder = Recorder(&*tar, seen.clone());
+    let mut reader = TarReader::new(&mut recorder);
+    let mut buffer = vec![0; 64 << 10];
+    while let Some(member) = reader.next_member().unwrap() {
+        writer.entry(&entry(&member), &seen.take()).unwrap();
+        while let Some(piece) = reader.piece(&mut buffer).unwrap() {
+            writer.data(&buffer[..piece.len]).unwrap();
+            seen.take();
+        }
+    }
+    recorder.read_to_end(&mut Vec::new()).unwrap();
+    writer.raw(&seen.take()).unwrap();
+    let written = writer.finish().unwrap();
+    Layer {
+        blob,
+        diff_id: written.diff_id.to_string(),
+        annotations: written.annotations(Dialect::Containerd),
+    }
+}
