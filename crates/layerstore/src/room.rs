@@ -182,18 +182,22 @@ impl Layer {
 
     fn punch(&self, chunks: Range<u32>) -> Result<()> {
         let open = self.open()?;
-        let mut _lease = None;
-        if self.state() == State::Whole {
-            _lease = Some(Lease::take(&open.data)?.ok_or(Error::Mounted(self.number()))?);
-            // On the disk before the first hole is.
-            self.mark_lazy()?;
-        }
         let mut pieces = Vec::new();
         for chunk in open.index.chunks(chunks) {
             let chunk = chunk?;
             let end = open.padded_end(chunk.id.0, &chunk.record)?;
             pieces.push((chunk.id.0, chunk.record.data..end));
         }
+        // Until the holes are made.
+        let _lease = match self.state() {
+            State::Whole => {
+                let lease = Lease::take(&open.data)?.ok_or(Error::Mounted(self.number()))?;
+                // On the disk before the first hole is.
+                self.mark_lazy()?;
+                Some(lease)
+            }
+            State::Lazy | State::Lying(_) => None,
+        };
         open.punch_unverified(&pieces)
     }
 }

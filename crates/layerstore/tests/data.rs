@@ -120,9 +120,11 @@ fn extents_are_what_is_missing_joined() {
         let store = LayerStore::open(directory.path(), options("boot")).unwrap();
         let layer = blob.create(&store);
         let all = chunks(&layer);
+        // Some here and there, and sometimes all of the middle.
         let (keep, from) = (1 + dice.below(5), dice.below(all.len()));
-        for chunk in &all[from..] {
-            if !dice.one_in(keep) {
+        let middle = if dice.one_in(2) { all.len() / 4..all.len() * 3 / 4 } else { 0..0 };
+        for (n, chunk) in all.iter().enumerate() {
+            if middle.contains(&n) || (n >= from && !dice.one_in(keep)) {
                 drop(layer.write(chunk, blob.bytes_of(chunk)).unwrap());
             }
         }
