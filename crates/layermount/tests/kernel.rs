@@ -81,14 +81,19 @@ impl Lab {
         scan(&self.dir.path().join("l")).unwrap()
     }
 
-    /// Loop devices over files of this lab.
+    /// What is below loop devices over files of this lab.
     fn loops(&self) -> Vec<String> {
+        self.devices().into_iter().map(|(_, backing)| backing).collect()
+    }
+
+    /// Those devices, as directories of sysfs, and their files.
+    fn devices(&self) -> Vec<(PathBuf, String)> {
         let mut found = Vec::new();
         for entry in fs::read_dir("/sys/block").unwrap() {
             let file = entry.unwrap().path().join("loop/backing_file");
             let Ok(backing) = fs::read_to_string(&file) else { continue };
             if backing.starts_with(self.dir.path().to_str().unwrap()) {
-                found.push(backing.trim_end().to_owned());
+                found.push((file.with_file_name(""), backing.trim_end().to_owned()));
             }
         }
         found
@@ -281,6 +286,10 @@ fn a_layer_that_became_whole_is_read_from_the_disk_with_no_wrong_byte_meanwhile(
         unmount(&cold).unwrap();
         check(&at, 3);
         assert_eq!(lab.server.reads(), before, "{tier:?}");
+        // However often its file was changed, a device passes the page cache over.
+        for (device, file) in lab.devices() {
+            assert_eq!(fs::read_to_string(device.join("dio")).unwrap(), "1\n", "{file}");
+        }
         let on_server = lab.loops().iter().any(|file| file.contains("/k/"));
         assert!(!on_server, "{tier:?}: {:?}", lab.loops());
         rustix::mount::unmount(&inner, UnmountFlags::empty()).unwrap();
