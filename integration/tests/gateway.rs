@@ -40,9 +40,9 @@ fn definition(state: &State) -> pb::Definition {
     Definition::to_pb(&state.marshal(&options).unwrap())
 }
 
-/// 128 random bits, which name no build.
+/// 128 random bits as 25 digits of base 36, which name no build.
 fn is_unguessable(id: &str) -> bool {
-    id.len() == 32 && id.chars().all(|c| c.is_ascii_hexdigit())
+    id.len() == 25 && id.chars().all(|c| c.is_ascii_digit() || c.is_ascii_lowercase())
 }
 
 /// A build that a client drives, until `drive` is done with it.

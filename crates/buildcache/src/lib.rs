@@ -81,7 +81,7 @@ impl CacheIndex {
         let pruned = self.refs.prune(options, &removed).await;
         let gone = gone.into_inner();
         if let Err(e) = self.local.forget_results(gone).await {
-            tracing::warn!(error = %e, "results that were pruned are still in the index; they go when they are looked for");
+            tracing::warn!(error = %e, "failed to remove pruned results from the index, will retry when they are next looked up");
         }
         pruned
     }

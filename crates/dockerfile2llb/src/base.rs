@@ -5,7 +5,7 @@ use crate::{
     failure::{Failure, Result},
     named::{Loaded, NamedContext, parse_config},
     platform,
-    stage::{SCRATCH, Stage, empty_image},
+    stage::{Progress, SCRATCH, Stage, empty_image},
 };
 use shipway_dockerfile::{Linter, Token};
 use shipway_fault::Fault;
@@ -34,10 +34,12 @@ pub async fn resolve(plan: &mut Plan<'_>, reachable: &[bool], linter: &mut Linte
     let mut waiting = Vec::new();
     for (i, &needed) in reachable.iter().enumerate() {
         let stage = &mut plan.stages[i];
-        if stage.parent.is_some() || stage.dispatched || stage.resolved {
+        if stage.parent.is_some() || stage.progress > Progress::Declared {
             continue;
         }
-        stage.resolved = needed;
+        if needed {
+            stage.progress = Progress::Resolved;
+        }
         if stage.base == SCRATCH && stage.named.is_none() {
             make_scratch(stage, &plan.platforms.target);
         } else {
@@ -126,7 +128,7 @@ fn apply(plan: &mut Plan<'_>, i: usize, base: Base, linter: &mut Linter) {
     match base {
         Base::Unneeded => {}
         Base::Stage(loaded) => {
-            stage.dispatched = true;
+            stage.progress = Progress::Converted;
             stage.state = loaded.state;
             if let Some(mut image) = loaded.image {
                 image.created = None;
@@ -144,7 +146,7 @@ fn apply(plan: &mut Plan<'_>, i: usize, base: Base, linter: &mut Linter) {
             stage.image = image;
             stage.state = loaded.state.with_platform(platform.clone());
             stage.platform = Some(platform);
-            stage.dispatched |= stage.implicit;
+            stage.convert_if_implicit();
             plan.pending.extend(loaded.pending.map(|p| (i, p)));
         }
         Base::Resolved { pinned, config, platform } => {
@@ -173,7 +175,7 @@ fn apply(plan: &mut Plan<'_>, i: usize, base: Base, linter: &mut Linter) {
             stage.image = *config;
             stage.image.created = None;
             stage.platform = Some(platform);
-            stage.dispatched |= stage.implicit;
+            stage.convert_if_implicit();
         }
     }
 }

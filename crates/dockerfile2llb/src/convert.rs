@@ -10,7 +10,7 @@ use crate::{
     named::{NamedContext, PendingLocal},
     outline::{self, Outline},
     platform::Platforms,
-    stage::{SCRATCH, Scanned, Stage, Step, empty_image},
+    stage::{Progress, SCRATCH, Scanned, Stage, Step, empty_image},
 };
 use shipway_dockerfile::{self as df, Command, Dockerfile, Finding, Lex, Lines, Linter, Token};
 use shipway_fault::Fault;
@@ -411,7 +411,7 @@ impl Plan<'_> {
         let mut uses = Vec::new();
         let mut failures = Vec::new();
         for (i, needed) in needed.iter().enumerate() {
-            if !needed || self.stages[i].dispatched {
+            if !needed || self.stages[i].is_converted() {
                 continue;
             }
             self.inherit(i);
@@ -429,7 +429,7 @@ impl Plan<'_> {
             };
             stage_cx.run_stage(&mut stage)?;
             failures.append(&mut stage_cx.failures);
-            stage.dispatched = true;
+            stage.progress = Progress::Converted;
             stage.scanned = Scanned::of(&stage, &self.globals.env);
             context_paths.append(&mut stage.context_paths);
             uses.append(&mut stage.uses);
@@ -567,5 +567,5 @@ pub fn make_scratch(stage: &mut Stage, platform: &Platform) {
     stage.state = State::scratch();
     stage.image = empty_image(platform);
     stage.platform = Some(platform.clone());
-    stage.dispatched |= stage.implicit;
+    stage.convert_if_implicit();
 }

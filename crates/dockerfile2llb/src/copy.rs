@@ -51,7 +51,7 @@ impl StageContext<'_> {
             None => self.context.clone(),
             Some(&source) => {
                 let from = &self.plan.stages[source];
-                if !from.dispatched {
+                if !from.is_converted() {
                     return Err(Failure::new(format!(
                         "cannot copy from stage {}, it needs to be defined before current stage {}",
                         quote(&copy.from),

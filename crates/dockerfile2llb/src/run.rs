@@ -179,7 +179,7 @@ impl StageContext<'_> {
         let mut state = self.context.clone();
         if from_stage || mount.kind == MountKind::Cache {
             let from = &self.plan.stages[source];
-            if !from.dispatched {
+            if !from.is_converted() {
                 let name = if from_stage { &mount.from } else { crate::stage::SCRATCH };
                 return Err(Failure::new(format!(
                     "cannot mount from stage {} to {}, stage needs to be defined before current command",

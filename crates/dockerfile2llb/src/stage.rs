@@ -13,6 +13,18 @@ const COMMENT: &str = "buildkit.dockerfile.v0";
 /// The image that is none.
 pub const SCRATCH: &str = "scratch";
 
+/// How far a stage is on its way from the Dockerfile to a state. It never goes back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Progress {
+    /// Known by its `FROM`.
+    #[default]
+    Declared,
+    /// Its base has been looked up; a stage on another stage does without.
+    Resolved,
+    /// Its state is final.
+    Converted,
+}
+
 /// A stage, or an image that an instruction copies or mounts from (`implicit`).
 #[derive(Debug, Default)]
 pub struct Stage {
@@ -33,9 +45,9 @@ pub struct Stage {
     pub platform: Option<Platform>,
     /// The stage that this one is built on.
     pub parent: Option<usize>,
-    /// Whether its state is final.
-    pub dispatched: bool,
-    pub resolved: bool,
+    /// How far it is.
+    pub progress: Progress,
+    /// Whether the triggers of the stage that it is built on are among its steps.
     pub triggers_read: bool,
     /// Stages whose files it takes, and the instructions that do.
     pub deps: Vec<(usize, Lines)>,
@@ -106,6 +118,18 @@ pub struct Step {
 }
 
 impl Stage {
+    /// Whether its state is final.
+    pub fn is_converted(&self) -> bool {
+        self.progress == Progress::Converted
+    }
+
+    /// Makes the state final of what has no instructions: an image that is only copied from.
+    pub fn convert_if_implicit(&mut self) {
+        if self.implicit {
+            self.progress = Progress::Converted;
+        }
+    }
+
     /// Adds an entry to the image's history.
     pub fn commit(&mut self, created_by: String, with_layer: bool, epoch: Option<i64>) {
         self.image.history.push(History {

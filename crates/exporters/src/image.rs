@@ -277,12 +277,12 @@ async fn end(leases: Arc<dyn Leases>, id: LeaseId) {
             Ok(()) => return,
             Err(fault) if fault.class() == Class::Environment => tokio::time::sleep(pause).await,
             Err(fault) => {
-                return tracing::debug!(lease = %id, error = %fault, "the lease of an export stays until it expires");
+                return tracing::debug!(lease = %id, error = %fault, "failed to delete the lease of an export, it will expire");
             }
         }
         pause = (pause * 2).min(Duration::from_secs(10));
     }
-    tracing::warn!(lease = %id, "the lease of an export stays until it expires: containerd did not answer");
+    tracing::warn!(lease = %id, "failed to delete the lease of an export, it will expire: containerd is unavailable");
 }
 
 /// Keys that all image-like exporters answer (rows `ex.resp.*`).

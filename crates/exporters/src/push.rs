@@ -114,7 +114,7 @@ impl Blobs {
         if let Err(fault) =
             self.content.update_labels(layer.digest, &Labels::from([(key, value)])).await
         {
-            tracing::debug!(error = %fault, digest = %layer.digest, "where a layer was pushed to was not noted");
+            tracing::debug!(error = %fault, digest = %layer.digest, "failed to label a layer with its repository");
         }
     }
 }

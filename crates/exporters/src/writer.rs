@@ -416,7 +416,7 @@ async fn mark_uncompressed(content: &dyn shipway_storage::ContentStore, blobs: &
         {
             let label = Labels::from([(UNCOMPRESSED.to_owned(), blob.diff_id.to_string())]);
             if let Err(fault) = content.update_labels(blob.descriptor.digest, &label).await {
-                tracing::debug!(error = %fault, digest = %blob.descriptor.digest, "a layer's diffID was not noted");
+                tracing::debug!(error = %fault, digest = %blob.descriptor.digest, "failed to label a layer with its diff ID");
             }
         }
     };

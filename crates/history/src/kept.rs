@@ -180,12 +180,12 @@ fn with_whole_files(dir: &Path, mut record: HistoryRecord) -> HistoryRecord {
     if record.files().all(|f| there(&f)) {
         return record;
     }
-    tracing::warn!(build = record.id, "files of the build's record were lost");
+    tracing::warn!(build = record.id, "files of a build record are missing");
     record.log = record.log.filter(there);
     record.failure = record.failure.filter(there);
     record.provenance.retain(|(_, f)| there(f));
     if let Err(fault) = write(dir, &record) {
-        tracing::warn!(build = record.id, error = %fault, "the build's record names files that were lost");
+        tracing::warn!(build = record.id, error = %fault, "failed to write a build record without its missing files");
     }
     record
 }

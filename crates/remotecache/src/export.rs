@@ -199,7 +199,7 @@ impl Export {
             match written {
                 // Its source has it no longer; the rest is still useful.
                 Err(fault) if self.lazy.get(&blob.digest).is_some_and(|l| fault.is_not_found() || l.state.is_lost(&fault)) => {
-                    tracing::info!(error = %fault, digest = %blob.digest, "a cache is exported without a layer");
+                    tracing::info!(error = %fault, digest = %blob.digest, "failed to read a layer, exporting the cache without it");
                     Ok(Some(blob.digest))
                 }
                 other => other.context(|| "error writing layer blob").map(|()| None),

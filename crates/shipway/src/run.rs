@@ -92,7 +92,7 @@ async fn follow(
             && let Ok(line) = serde_json::to_string(&status)
             && let Err(error) = writeln!(file, "{line}")
         {
-            tracing::warn!(%error, "cannot write to the trace file");
+            tracing::warn!(%error, "failed to write the trace file");
         }
         if let Some(metrics) = &mut metrics {
             metrics.note(&status);

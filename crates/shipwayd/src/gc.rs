@@ -145,7 +145,7 @@ pub async fn run(caches: CacheIndex, rules: Vec<Rule>, disk: PathBuf, trigger: T
                 Err(fault) => Err(fault),
             };
             if let Err(fault) = pruned {
-                tracing::warn!(error = %fault, "garbage collection failed; it will be tried again after the next build");
+                tracing::warn!(error = %fault, "garbage collection failed, will retry after the next build");
             }
         }
         tokio::time::sleep(INTERVAL).await;

@@ -34,7 +34,7 @@ pub fn tune() {
     ] {
         // SAFETY: it only sets a number, under the allocator's own lock.
         if unsafe { libc::mallopt(what, value) } == 0 {
-            tracing::debug!(what, value, "the allocator does not take a setting");
+            tracing::debug!(what, value, "failed to tune the allocator");
         }
     }
 }

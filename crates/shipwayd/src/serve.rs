@@ -126,7 +126,7 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     let clean = async {
         services.executor.drained().await;
         if let Err(error) = services.refs.close().await {
-            tracing::warn!(%error, "what was built last is not known to be on the disk");
+            tracing::warn!(%error, "failed to sync the last snapshots to disk");
         }
     };
     let _ = tokio::time::timeout(DRAIN, clean).await;

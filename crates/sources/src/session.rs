@@ -134,7 +134,7 @@ impl CredentialSource for SessionCredentials {
                 Ok(owner) => names.push(owner.name),
                 Err(_) if session.is_closed() => {}
                 Err(error) => {
-                    tracing::debug!(host, %error, "a session does not say whose tokens it may use")
+                    tracing::debug!(host, %error, "failed to verify the token authority of a session")
                 }
             }
         }

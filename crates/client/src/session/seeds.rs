@@ -62,7 +62,7 @@ impl Seeds {
         let seed = random_bytes::<16>()?.to_vec();
         known.insert(host.to_owned(), Seed { seed: BASE64_STANDARD.encode(&seed) });
         if let Err(error) = self.write(&known) {
-            tracing::debug!(%error, "the seeds of tokens are not kept");
+            tracing::debug!(%error, "failed to write the seeds of tokens");
         }
         Ok(seed)
     }

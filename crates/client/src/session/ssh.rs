@@ -154,7 +154,7 @@ impl Ssh for SshAgents {
                 (SshSource::Socket { .. }, None) => Ok(()),
             };
             if let Err(error) = done {
-                tracing::debug!(%error, "forwarding SSH ended");
+                tracing::debug!(%error, "SSH forwarding failed");
             }
         });
         Ok(Response::new(answers))

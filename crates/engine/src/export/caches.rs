@@ -62,7 +62,7 @@ impl Importing {
             }
             Err(fault) => {
                 let cache = self.request.shown();
-                tracing::info!(error = %fault, cache, "a cache was not imported");
+                tracing::info!(error = %fault, cache, "failed to import cache");
                 self.reporter.warn(WarningUpdate {
                     vertex: self.reporter.digest(),
                     level: 1,
@@ -164,7 +164,7 @@ pub(crate) async fn export_all(
     let each = requests.iter().filter(|r| r.kind != INLINE).enumerate().map(|(index, request)| async move {
         match export_one(scope, index, request, input).await {
             Err(fault) if request.ignores_errors() => {
-                tracing::info!(error = %fault, cache = request.shown(), "a cache was not exported");
+                tracing::info!(error = %fault, cache = request.shown(), "failed to export cache, ignored");
                 Ok(Response::new())
             }
             other => other,

@@ -189,7 +189,7 @@ impl NameResolver<'_> {
                 // Another platform's, or a pull of it was cut short: the registry may have the
                 // right one.
                 Err(e) if e.is_not_found() => {
-                    tracing::debug!(image = %record.name, reason = %e, "the local image does not serve")
+                    tracing::debug!(image = %record.name, reason = %e, "the local image is not complete for the platform")
                 }
                 Err(e) => return Err(e),
             }
@@ -327,7 +327,7 @@ impl Documents<'_> {
             Err(e) if e.is_not_found() => {}
             Err(e) if self.remote.is_none() => return Err(e),
             Err(error) => {
-                tracing::warn!(%error, digest = %descriptor.digest, "fetching again what cannot be read")
+                tracing::warn!(%error, digest = %descriptor.digest, "failed to read a stored document, fetching it again")
             }
         }
         let Some(remote) = self.remote else {
@@ -341,7 +341,7 @@ impl Documents<'_> {
             Kind::Config => remote.small_blob(descriptor).await?,
         };
         if let Err(error) = self.keep(remote, bytes.clone()).await {
-            tracing::warn!(%error, digest = %descriptor.digest, "cannot keep a manifest for the next build");
+            tracing::warn!(%error, digest = %descriptor.digest, "failed to store a document for later builds");
         }
         Ok(bytes)
     }
