@@ -131,10 +131,7 @@ fn cache_key(key: Key) -> CacheKey {
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(e) => Err(Fault::internal(format!("the build cache index failed: {e}"))),
-    }
+    shipway_task::blocking("use the build cache index", work).await
 }
 
 /// Flushes a while after each first write, until the database is gone.

@@ -40,7 +40,10 @@ impl<O> CacheDb<O> {
     /// aside. Reads files, so call it at the start; must be called within a tokio runtime.
     pub fn open(path: &Path, results: Arc<dyn ResultStore<O>>) -> Result<Self> {
         let inner = Inner::open(path)?;
-        tokio::spawn(keep_flushing(Arc::downgrade(&inner), inner.wake.clone()));
+        shipway_task::spawn(
+            "flush the cache index",
+            keep_flushing(Arc::downgrade(&inner), inner.wake.clone()),
+        );
         Ok(Self { inner, results })
     }
 

@@ -14,6 +14,7 @@ use parking_lot::{Mutex, MutexGuard};
 use proxied::Serving;
 use shipway_executor::{NetworkMode, ProcessSpec, Proxied};
 use shipway_fault::{Fault, Result};
+use shipway_task::blocking;
 use std::{
     net::IpAddr,
     path::{Path, PathBuf},
@@ -236,9 +237,9 @@ impl Network {
         let first = async {
             let lock = self.config.init_lock.clone();
             let locked =
-                tokio::task::spawn_blocking(move || lock.map(|path| lock_file(&path)).transpose())
+                blocking("lock the network", move || lock.map(|path| lock_file(&path)).transpose())
                     .await;
-            let _lock = locked.map_err(|e| Fault::internal(format!("lock the network: {e}")))??;
+            let _lock = locked?;
             done = true;
             cni.add(netns.id(), netns.path()).await
         };
@@ -320,8 +321,8 @@ impl Network {
             return;
         }
         let name = self.config.bridge.name.clone();
-        let removed = tokio::task::spawn_blocking(move || netns::delete_link(&name)).await;
-        if let Ok(Err(e)) = removed {
+        let remove = move || netns::delete_link(&name).map_err(|e| Fault::io("delete the link", e));
+        if let Err(e) = blocking("remove the bridge", remove).await {
             tracing::warn!(bridge = self.config.bridge.name, "failed to remove bridge: {e}");
         }
     }

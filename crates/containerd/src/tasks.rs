@@ -31,13 +31,15 @@ use shipway_executor::{
 };
 use shipway_fault::{Fault, Result};
 use shipway_rootfs::Attached;
+use shipway_task::spawn;
 use std::{
     collections::HashMap,
     path::PathBuf,
     sync::{Arc, Weak},
     time::Duration,
 };
-use tokio::sync::{RwLock, oneshot, watch};
+use tokio::sync::{RwLock, oneshot};
+use tokio_util::task::TaskTracker;
 
 /// How long the cleaning after a process may take.
 const CLEANING: Duration = Duration::from_secs(5);
@@ -132,9 +134,9 @@ pub(crate) struct Inner {
     starts: run::Starts,
     network: Network,
     /// Processes, from the call to the end of the cleaning.
-    busy: Busy,
+    busy: TaskTracker,
     /// Processes that have answered and are being cleaned up.
-    cleaning: Busy,
+    cleaning: TaskTracker,
     /// The tmpfs that secrets are on, while there are any.
     secrets: Mutex<Weak<Attached>>,
     /// Containers that others may join, by id.
@@ -173,7 +175,7 @@ impl TaskExecutor {
                 .map_err(|e| Fault::io(format!("create {}", dir.display()), e))?;
         }
         let api = TaskApi::new(containerd.connection.in_namespace(namespace)?, &config);
-        let busy = Busy::default();
+        let busy = tracker();
         let id_prefix = orphans::id_prefix(&config.root);
         let shims = Arc::new(Shims::new(api.clone(), busy.clone(), &id_prefix));
         let network = Network::new(config.network.clone(), config.root.join("netns"))?;
@@ -186,7 +188,7 @@ impl TaskExecutor {
             starts: run::Starts::default(),
             network,
             busy,
-            cleaning: Busy::default(),
+            cleaning: tracker(),
             secrets: Mutex::default(),
             running: Mutex::default(),
             config,
@@ -209,11 +211,11 @@ impl Executor for TaskExecutor {
         io: ProcessIo,
     ) -> Result<ExitStatus> {
         let (answer, result) = oneshot::channel();
-        let guard = self.0.busy.enter();
+        let guard = self.0.busy.token();
         let inner = self.0.clone();
         process.id = inner.prefixed(&process.id);
         // The supervisor notices that `result` was dropped by `answer` being closed.
-        tokio::spawn(async move {
+        spawn("run a process", async move {
             let _open = inner.gate.clone().read_owned().await;
             run::supervise(inner, process, root, mounts, io, answer).await;
             drop(guard);
@@ -230,9 +232,9 @@ impl Executor for TaskExecutor {
         io: ProcessIo,
     ) -> Result<ExitStatus> {
         let (answer, result) = oneshot::channel();
-        let guard = self.0.busy.enter();
+        let guard = self.0.busy.token();
         let (inner, container) = (self.0.clone(), self.0.prefixed(container));
-        tokio::spawn(async move {
+        spawn("join a container", async move {
             exec::supervise(inner, container, process, io, answer).await;
             drop(guard);
         });
@@ -243,7 +245,7 @@ impl Executor for TaskExecutor {
 
     async fn retire_idle(&self) {
         // Other builds may go on meanwhile: what ends after this is theirs.
-        let _ = tokio::time::timeout(CLEANING, self.0.cleaning.idle()).await;
+        let _ = tokio::time::timeout(CLEANING, self.0.cleaning.wait()).await;
         self.0.shims.retire_idle(None).await;
         self.0.network.retire_idle().await;
         // With nothing running, what there is was left by a call that failed, as when containerd
@@ -256,7 +258,7 @@ impl Executor for TaskExecutor {
     }
 
     async fn drained(&self) {
-        self.0.busy.idle().await;
+        self.0.busy.wait().await;
         self.retire_idle().await;
         self.0.network.close().await;
     }
@@ -266,35 +268,11 @@ impl Executor for TaskExecutor {
     }
 }
 
-/// Counts background work, so that one can wait for its end.
-#[derive(Clone)]
-pub(crate) struct Busy(Arc<watch::Sender<usize>>);
-
-impl Default for Busy {
-    fn default() -> Self {
-        Self(Arc::new(watch::Sender::new(0)))
-    }
-}
-
-impl Busy {
-    /// One more piece of work, until the guard is dropped.
-    pub(crate) fn enter(&self) -> BusyGuard {
-        self.0.send_modify(|n| *n += 1);
-        BusyGuard(self.clone())
-    }
-
-    /// Waits until there is none.
-    async fn idle(&self) {
-        let _ = self.0.subscribe().wait_for(|n| *n == 0).await;
-    }
-}
-
-pub(crate) struct BusyGuard(Busy);
-
-impl Drop for BusyGuard {
-    fn drop(&mut self) {
-        self.0.0.send_modify(|n| *n -= 1);
-    }
+/// A tracker whose `wait` returns whenever it tracks nothing: closed trackers take new work, too.
+fn tracker() -> TaskTracker {
+    let tracker = TaskTracker::new();
+    tracker.close();
+    tracker
 }
 
 /// What this host offers.

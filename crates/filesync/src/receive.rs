@@ -7,20 +7,18 @@
 
 mod apply;
 
+use shipway_task::{blocking, named};
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use futures::StreamExt;
+use futures::{StreamExt, future::BoxFuture};
 use prost::Message;
 use shipway_fault::{Fault, Result};
 use shipway_proto::fsutil::types::packet::PacketType;
-use tokio::{
-    sync::mpsc,
-    task::{JoinHandle, JoinSet},
-};
+use tokio::{sync::mpsc, task::JoinSet};
 
 use self::apply::Apply;
 use crate::{
@@ -185,7 +183,7 @@ impl Receiver {
     ) -> Result<Received> {
         let (requests, queue) = mpsc::unbounded_channel();
         let mut helpers = JoinSet::new();
-        helpers.spawn(ask(queue, outgoing.clone()));
+        helpers.spawn(named("request files", ask(queue, outgoing.clone())));
         let mut pool = Pool::start(&self.dest, &self.options, requests);
         let mut progress = Progress::default();
         if let Err(fault) = self.feed(&mut pool, incoming, &mut progress).await {
@@ -241,7 +239,7 @@ struct Pool {
     /// way that is merely closed means failure, and must not look like a tree that ends here, for
     /// whose absent rest everything would be deleted.
     stats: Option<mpsc::Sender<Vec<Stat>>>,
-    applying: Option<JoinHandle<Result<Apply>>>,
+    applying: Option<BoxFuture<'static, Result<Apply>>>,
     /// The applied entries, once all are.
     applied: Option<Apply>,
     writers: Vec<mpsc::Sender<Batch>>,
@@ -253,7 +251,7 @@ impl Pool {
     fn start(dest: &Path, options: &ReceiveOptions, requests: mpsc::UnboundedSender<u32>) -> Self {
         let expected: Vec<Expected> = (0..WRITERS).map(|_| Expected::default()).collect();
         let (stats, entries) = mpsc::channel(QUEUE);
-        let applying = tokio::task::spawn_blocking({
+        let applying = blocking("apply a transfer", {
             let (dest, options, expected) = (dest.to_owned(), options.clone(), expected.clone());
             move || Apply::new(&dest, options, expected, requests)?.run(entries)
         });
@@ -262,14 +260,14 @@ impl Pool {
         for expected in expected {
             let (sink, batches) = mpsc::channel(QUEUE);
             let (dest, hash) = (dest.to_owned(), options.hash.clone());
-            writing.spawn_blocking(move || {
+            writing.spawn(blocking("write files", move || {
                 FileWriter::new(disk::open_root(&dest)?, expected, hash).run(batches)
-            });
+            }));
             writers.push(sink);
         }
         Self {
             stats: Some(stats),
-            applying: Some(applying),
+            applying: Some(Box::pin(applying)),
             applied: None,
             writers,
             writing,
@@ -294,7 +292,7 @@ impl Pool {
                 }
             } => {
                 self.applying = None;
-                self.applied = Some(applied.map_err(crashed)??);
+                self.applied = Some(applied?);
             }
             Some(written) = self.writing.join_next() => {
                 written.map_err(crashed)??;
@@ -407,6 +405,6 @@ impl Pool {
         if finished.len() as u64 != applied.requested() {
             return Err(Fault::invalid("the sender ended some files twice and others never"));
         }
-        tokio::task::spawn_blocking(move || applied.finish(finished)).await.map_err(crashed)?
+        blocking("finish a transfer", move || applied.finish(finished)).await
     }
 }

@@ -2,6 +2,7 @@
 //! `cb.fsutil.flow`).
 
 use parking_lot::Mutex;
+use shipway_task::blocking;
 use std::{
     io::{self, Read},
     os::fd::OwnedFd,
@@ -144,9 +145,7 @@ impl Sender {
                 .map(|r| Ok((walk::resolve_root(&r.dir)?, r)))
                 .collect::<Result<Vec<_>>>()
         };
-        let roots = tokio::task::spawn_blocking(resolve)
-            .await
-            .map_err(|e| Fault::internal(format!("send files: {e}")))??;
+        let roots = blocking("send files", resolve).await?;
         let shared = Arc::new(Shared {
             files: Mutex::new(Vec::new()),
             roots,
@@ -156,7 +155,7 @@ impl Sender {
             progress: self.progress,
         });
         let mut tasks: JoinSet<Result<()>> = JoinSet::new();
-        tasks.spawn_blocking({
+        tasks.spawn(blocking("list files", {
             let shared = shared.clone();
             move || {
                 if merge {
@@ -165,10 +164,10 @@ impl Sender {
                     shared.walk(&mut |stat, source| shared.describe(stat, source))
                 }
             }
-        });
+        }));
         for _ in 0..READERS {
             let shared = shared.clone();
-            tasks.spawn_blocking(move || shared.read_files());
+            tasks.spawn(blocking("read files", move || shared.read_files()));
         }
         let result = loop {
             tokio::select! {

@@ -21,7 +21,7 @@ async fn transfer(
     receive: ReceiveOptions,
 ) -> (Result<Sent>, Result<Received>) {
     let (a, b) = PacketStream::pair();
-    let sender = tokio::spawn(Sender::new(from, send).run(a));
+    let sender = shipway_task::spawn("test", Sender::new(from, send).run(a));
     let received = Receiver::new(to, receive).run(b).await;
     (sender.await.expect("no panic"), received)
 }
@@ -193,7 +193,7 @@ async fn several_directories_go_below_their_names() {
     let roots = ["linux_amd64", "linux_arm64"]
         .map(|n| SendRoot::under(from.path(), n, SendOptions::default()).expect("root"));
     let (a, b) = PacketStream::pair();
-    let sender = tokio::spawn(Sender::many(roots.to_vec()).expect("names").run(a));
+    let sender = shipway_task::spawn("test", Sender::many(roots.to_vec()).expect("names").run(a));
     Receiver::new(to.path(), ReceiveOptions::default()).run(b).await.expect("receives");
     sender.await.expect("no panic").expect("sends");
     assert_eq!(
@@ -245,7 +245,7 @@ async fn hostile(packets: Vec<Packet>) -> (Result<Received>, String) {
     fs::write(outer.path().join("secret"), "secret").expect("file");
     let (sink, stream) = packets_in();
     let (out, mut answers) = shipway_filesync::packets();
-    let receiver = tokio::spawn(async move {
+    let receiver = shipway_task::spawn("test", async move {
         let options = ReceiveOptions::default();
         Receiver::new(&to, options).run(PacketStream::new(stream.map(Ok::<_, Fault>), out)).await
     });
@@ -560,7 +560,7 @@ async fn all_transfers_together_have_a_bound() {
         .chain(futures::stream::pending());
     let (out, mut answers) = packets_in();
     let options = ReceiveOptions { budget: Some(budget.clone()), ..Default::default() };
-    let first = tokio::spawn({
+    let first = shipway_task::spawn("test", {
         let receiver = Receiver::new(to.path(), options);
         async move { receiver.run(PacketStream::new(stalled, out)).await }
     });

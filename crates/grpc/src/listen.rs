@@ -24,7 +24,6 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint, server::Connected};
-use tracing::Instrument;
 
 use crate::{ClientTls, ServerTls, tuned};
 
@@ -166,7 +165,7 @@ impl Listener {
     pub fn incoming(self) -> impl futures::Stream<Item = io::Result<Connection>> + Send + 'static {
         let (sink, stream) = mpsc::channel(BACKLOG);
         let span = tracing::info_span!("accept", address = %self.address);
-        tokio::spawn(accept(self.socket, sink).instrument(span));
+        shipway_task::spawn_in(span, accept(self.socket, sink));
         ReceiverStream::new(stream)
     }
 }
@@ -293,21 +292,18 @@ async fn accept_some(
         match (accepted, &socket) {
             (Ok(Stream::Tcp(tcp)), Socket::Tcp(_, Some(acceptor))) => {
                 let (acceptor, sink) = (acceptor.clone(), sink.clone());
-                tokio::spawn(
-                    async move {
-                        match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
-                            Ok(Ok(tls)) => {
-                                drop(handshake);
-                                _ = sink
-                                    .send(Ok(Connection::new(Stream::Tls(Box::new(tls)), place)))
-                                    .await;
-                            }
-                            Ok(Err(error)) => tracing::warn!(%error, "TLS handshake failed"),
-                            Err(_) => tracing::warn!("TLS handshake timed out"),
+                shipway_task::spawn("TLS handshake", async move {
+                    match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
+                        Ok(Ok(tls)) => {
+                            drop(handshake);
+                            _ = sink
+                                .send(Ok(Connection::new(Stream::Tls(Box::new(tls)), place)))
+                                .await;
                         }
+                        Ok(Err(error)) => tracing::warn!(%error, "TLS handshake failed"),
+                        Err(_) => tracing::warn!("TLS handshake timed out"),
                     }
-                    .in_current_span(),
-                );
+                });
             }
             (Ok(stream), _) => {
                 if sink.send(Ok(Connection::new(stream, place))).await.is_err() {
@@ -558,7 +554,7 @@ mod tests {
             .expect("bind")
             .remove(0);
         let (sink, mut incoming) = mpsc::channel(BACKLOG);
-        tokio::spawn(accept_some(listener.socket, sink, 2, 1));
+        shipway_task::spawn("test", accept_some(listener.socket, sink, 2, 1));
         let mut clients = Vec::new();
         for _ in 0..3 {
             clients.push(UnixStream::connect(&path).await.expect("connect"));
@@ -587,7 +583,7 @@ mod tests {
         ));
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let (sink, _incoming) = mpsc::channel(BACKLOG);
-        tokio::spawn(accept_some(Socket::Tcp(tcp, Some(acceptor)), sink, 9, 1));
+        shipway_task::spawn("test", accept_some(Socket::Tcp(tcp, Some(acceptor)), sink, 9, 1));
         let silent = TcpStream::connect(address).await.expect("connect");
         let mut garbage = TcpStream::connect(address).await.expect("connect");
         garbage.write_all(&[b'x'; 64]).await.expect("write");

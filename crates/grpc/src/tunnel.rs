@@ -275,7 +275,10 @@ mod tests {
 
     async fn pair_with(peer: TunnelPeer) -> (TunnelChannel, tokio::task::JoinHandle<Result<()>>) {
         let (a, b) = tokio::io::duplex(64 << 10);
-        let server = tokio::spawn(serve_tunnel(b, Routes::new(HealthServer::new(Fine)), peer));
+        let server = shipway_task::spawn(
+            "test",
+            serve_tunnel(b, Routes::new(HealthServer::new(Fine)), peer),
+        );
         (TunnelChannel::connect(a).await.expect("connect"), server)
     }
 
@@ -313,7 +316,7 @@ mod tests {
             .remove(0);
         let serving =
             server().add_service(HealthServer::new(Fine)).serve_with_incoming(listener.incoming());
-        let serving = tokio::spawn(serving);
+        let serving = shipway_task::spawn("test", serving);
         let channel = crate::dial(&address, None).await.expect("dial");
         assert!(ask(channel.clone(), 64 << 10).await.is_ok());
         assert!(ask(channel.clone(), 1 << 20).await.is_err());
@@ -326,7 +329,7 @@ mod tests {
         let calls: Vec<_> = (0..MAX_STREAMS)
             .map(|_| {
                 let mut client = HealthClient::new(channel.clone());
-                tokio::spawn(async move {
+                shipway_task::spawn("test", async move {
                     client.check(HealthCheckRequest { service: "hang".into() }).await
                 })
             })
@@ -363,7 +366,7 @@ mod tests {
     async fn either_end_can_close_and_the_other_notices() {
         let (tunnel, server) = pair().await;
         let mut client = HealthClient::new(tunnel.channel());
-        let hanging = tokio::spawn(async move {
+        let hanging = shipway_task::spawn("test", async move {
             client.check(HealthCheckRequest { service: "hang".into() }).await
         });
         HealthClient::new(tunnel.channel()).check(HealthCheckRequest::default()).await.expect("ok");

@@ -131,10 +131,10 @@ impl StepProxy for Proxy {
             match listener.accept().await {
                 Ok((stream, _)) => {
                     let serving = serving.clone();
-                    connections.spawn(async move {
+                    connections.spawn(shipway_task::named("serve a connection", async move {
                         serving.connection(stream).await;
                         drop(permit);
-                    });
+                    }));
                 }
                 // No descriptors are left, or the client went away in between.
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,

@@ -73,7 +73,11 @@ impl Lab {
         let authority = Arc::new(Authority::with_roots(roots).unwrap());
         let capture = Capture::default();
         let proxy = Proxy::new(authority.clone(), Some(Arc::new(Rules)), capture.clone());
-        let task = tokio::spawn(async move { proxy.serve(listener, Arc::new(Direct)).await });
+        let task =
+            shipway_task::spawn(
+                "test",
+                async move { proxy.serve(listener, Arc::new(Direct)).await },
+            );
         Self { address, capture, authority, task }
     }
 
@@ -138,10 +142,10 @@ async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
 async fn server(tls: Option<TlsAcceptor>) -> SocketAddr {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
+    shipway_task::spawn("test", async move {
         while let Ok((stream, _)) = listener.accept().await {
             let tls = tls.clone();
-            tokio::spawn(async move {
+            shipway_task::spawn("test", async move {
                 match tls {
                     None => answer(stream).await,
                     Some(tls) => {

@@ -12,6 +12,7 @@ use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_oci::Descriptor;
 use shipway_progress::Reporter;
 use shipway_storage::{BlobReader, BlobWriter, Ingest, Labels, LeaseId, UNCOMPRESSED};
+use shipway_task::{blocking, spawn};
 use std::sync::Arc;
 use tokio::{sync::mpsc, task::AbortHandle};
 
@@ -277,16 +278,14 @@ impl Inner {
             .writer(lease, Ingest { reference, expected: None, size: None })
             .await?;
         let (send, mut blocks) = mpsc::channel::<Bytes>(IN_FLIGHT);
-        let packing = tokio::task::spawn_blocking(move || {
+        let packing = blocking("pack a layer", move || {
             // A failing send means that the caller is gone.
             work(&mut |block| send.blocking_send(block).map_err(|_| Fault::cancelled()))
         });
         while let Some(block) = blocks.recv().await {
             writer.write(block).await?;
         }
-        let packed = packing
-            .await
-            .map_err(|e| Fault::internal(format!("packing a layer failed: {e}")))??;
+        let packed = packing.await?;
         Ok((packed, writer))
     }
 }
@@ -301,7 +300,7 @@ pub(crate) struct Feed {
 impl Feed {
     pub fn new(mut blob: Box<dyn BlobReader>) -> Self {
         let (send, chunks) = mpsc::channel(IN_FLIGHT);
-        let reading = tokio::spawn(async move {
+        let reading = spawn("read a blob", async move {
             while let Some(chunk) = blob.next().await.transpose() {
                 let failed = chunk.is_err();
                 if send.send(chunk).await.is_err() || failed {

@@ -13,6 +13,7 @@ use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Code, Fault, Result};
 use shipway_storage::{Labels, Mount, SnapshotKey};
+use shipway_task::{blocking, spawn};
 use std::{
     collections::{HashMap, HashSet},
     fs,
@@ -140,7 +141,7 @@ impl Durable {
         *self.lost.lock() = lost;
         self.write(&mark).await?;
         let (durable, wake) = (Arc::downgrade(self), self.wake.clone());
-        tokio::spawn(async move {
+        spawn("sync snapshots", async move {
             loop {
                 wake.notified().await;
                 if durable.strong_count() == 0 {
@@ -181,15 +182,13 @@ impl Durable {
             return Ok(());
         }
         let paths = places.clone();
-        let synced = tokio::task::spawn_blocking(move || {
-            paths.iter().try_for_each(|(device, path)| sync_device(*device, path))
-        })
-        .await;
-        let synced =
-            synced.map_err(|e| Fault::internal(format!("writing to the disk failed: {e}")))?;
-        if let Err(e) = synced {
+        let sync = move || {
+            let synced = paths.iter().try_for_each(|(device, path)| sync_device(*device, path));
+            synced.map_err(|e| Fault::io("sync the snapshots", e))
+        };
+        if let Err(e) = blocking("sync snapshots", sync).await {
             self.now.lock().places.extend(places);
-            return Err(Fault::io("sync the snapshots", e));
+            return Err(e);
         }
         (mark.synced, mark.clean) = (period, clean);
         self.write(&mark).await
@@ -200,10 +199,11 @@ impl Durable {
             serde_json::to_vec(mark).map_err(|e| Fault::internal(e.to_string()))?,
             self.file.clone(),
         );
-        let written = tokio::task::spawn_blocking(move || write_synced(&file, &text)).await;
-        let written =
-            written.map_err(|e| Fault::internal(format!("writing to the disk failed: {e}")))?;
-        written.map_err(|e| Fault::io(format!("write {}", self.file.display()), e))
+        let write = move || {
+            write_synced(&file, &text)
+                .map_err(|e| Fault::io(format!("write {}", file.display()), e))
+        };
+        blocking("write to the disk", write).await
     }
 }
 

@@ -53,7 +53,7 @@ impl UnownedBlob {
                 }
             }
         };
-        store.background.finish(sealed).await
+        store.background.finish("seal a blob", sealed).await
     }
 
     /// The blob as its layer knows it.
@@ -75,9 +75,9 @@ impl Drop for UnownedBlob {
     fn drop(&mut self) {
         let (store, lease, digest) =
             (self.store.clone(), self.lease.clone(), self.descriptor.digest);
-        self.store
-            .background
-            .spawn(async move { lease.release_blob(&store.storage, digest).await });
+        self.store.background.spawn("release a blob", async move {
+            lease.release_blob(&store.storage, digest).await
+        });
     }
 }
 
@@ -90,7 +90,7 @@ impl ImmutableRef {
         unwanted: impl Future<Output = ()> + Send + 'static,
     ) {
         let this = self.clone();
-        self.0.store.background.spawn(async move {
+        self.0.store.background.spawn("compress layers ahead", async move {
             if this.record().is_none() {
                 // A client's directory is not made a layer before it is exported.
                 return;

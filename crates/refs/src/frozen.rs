@@ -148,7 +148,7 @@ impl Frozen {
                 *record.materialized.lock().await = true;
                 Ok(store.insert(record))
             };
-            let made = background.finish(work).await?;
+            let made = background.finish("commit a frozen state", work).await?;
             *layered = Some((generation, made.id().clone()));
             Ok(made)
         };

@@ -12,6 +12,7 @@ use shipway_fault::{Context as _, Fault, Result, nearest};
 use shipway_oci::{ChainId, Digest};
 use shipway_progress::Reporter;
 use shipway_storage::{Mount, SnapshotKey};
+use shipway_task::blocking;
 use std::{
     any::Any,
     fmt,
@@ -79,7 +80,9 @@ impl Drop for RefInner {
                 && self.store.peek(&record.id).is_none()
             {
                 let (store, lease) = (self.store.clone(), record.lease.clone());
-                self.store.background.spawn(async move { store.delete_lease(&lease).await });
+                self.store
+                    .background
+                    .spawn("delete a lease", async move { store.delete_lease(&lease).await });
             }
         }
     }
@@ -327,8 +330,7 @@ impl ImmutableRef {
                 }
             })
         };
-        let hashed = tokio::task::spawn_blocking(work).await;
-        hashed.map_err(|e| Fault::internal(format!("a checksum failed: {e}")))?
+        blocking("make a checksum", work).await
     }
 
     /// Bytes on disk, parents not counted.

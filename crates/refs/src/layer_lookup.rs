@@ -2,7 +2,8 @@
 
 use crate::ImmutableRef;
 use shipway_archive::EntryKind;
-use shipway_fault::{Fault, Result};
+use shipway_fault::Result;
+use shipway_task::blocking;
 use std::collections::{HashMap, HashSet};
 
 impl ImmutableRef {
@@ -31,9 +32,7 @@ impl ImmutableRef {
                 drop(guard);
                 walked.map(|()| (wanted, here))
             };
-            let walked = tokio::task::spawn_blocking(walk).await;
-            let (left, here) =
-                walked.map_err(|e| Fault::internal(format!("reading a layer failed: {e}")))??;
+            let (left, here) = blocking("read a layer", walk).await?;
             wanted = left;
             found.extend(here.into_iter().map(|path| (path, number)));
         }

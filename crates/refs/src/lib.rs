@@ -18,6 +18,7 @@
 //! Nothing here knows LLB, sessions or registries: a lazy layer is fetched through its
 //! [`LayerSource`].
 
+mod background;
 mod blobs;
 mod contents;
 mod durable;

@@ -14,6 +14,7 @@ use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_oci::Descriptor;
 use shipway_progress::Reporter;
 use shipway_storage::{Labels, LeaseId, LeaseResource, Mount, SnapshotKey};
+use shipway_task::{blocking, spawn};
 use std::{any::Any, sync::Arc};
 use tokio::{sync::Semaphore, task::JoinHandle};
 
@@ -85,7 +86,9 @@ impl Active {
     pub fn committed(mut self) {
         self.armed = false;
         let (store, lease, key) = (self.store.clone(), self.lease.clone(), self.key.clone());
-        self.store.background.spawn(async move { forget(&store.storage, &lease, &key).await });
+        self.store
+            .background
+            .spawn("forget a snapshot", async move { forget(&store.storage, &lease, &key).await });
     }
 
     pub async fn release(mut self) -> Result<()> {
@@ -100,7 +103,7 @@ impl Drop for Active {
             return;
         }
         let (store, lease, key) = (self.store.clone(), self.lease.clone(), self.key.clone());
-        self.store.background.spawn(async move {
+        self.store.background.spawn("remove a snapshot", async move {
             if let Err(e) = remove(&store.storage, &lease, &key).await {
                 tracing::warn!(%key, error = %e, "failed to remove snapshot, will retry at the next start");
             }
@@ -198,7 +201,7 @@ impl Inner {
         }
         let (store, stacked, record, named, progress) =
             (self.clone(), stacked.clone(), record.clone(), named.clone(), progress.cloned());
-        Some(Fetch(tokio::spawn(async move {
+        Some(Fetch(spawn("fetch a blob", async move {
             let _slot = named.acquire().await;
             store.stored_blob(&stacked, &record, progress.as_ref()).await.map(drop)
         })))
@@ -389,11 +392,11 @@ impl Inner {
             },
             OwnLayer::Whole(dir) => tree_copy::Target::Merged(dir),
         };
-        let copied = tokio::task::spawn_blocking(move || {
+        let copy = move || {
             let copied = tree_copy::copy(&tree, &target);
             drop(guard);
             copied
-        });
-        copied.await.map_err(|e| Fault::internal(format!("copying a layer failed: {e}")))?
+        };
+        blocking("copy a layer", copy).await
     }
 }

@@ -1,10 +1,11 @@
 //! Mounts on the host for the daemon's own reading and writing.
 
-use crate::run_lease::Background;
+use crate::background::Background;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use shipway_fault::{Code, Fault, Result};
 use shipway_rootfs::mounts_below;
 use shipway_storage::{Mount, Overlay, VOLATILE};
+use shipway_task::blocking;
 use std::{
     any::Any,
     ffi::CString,
@@ -69,8 +70,7 @@ impl LocalMount {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let path = root.join(COUNT.fetch_add(1, Ordering::Relaxed).to_string());
         let (mounts, at) = (mounts.to_vec(), path.clone());
-        let done = tokio::task::spawn_blocking(move || mount_all(&mounts, &at)).await;
-        done.map_err(|e| Fault::internal(format!("a mount failed: {e}")))??;
+        blocking("mount a snapshot", move || mount_all(&mounts, &at)).await?;
         let point = Point {
             path: path.clone(),
             background: background.clone(),
@@ -129,7 +129,7 @@ impl Drop for Point {
         let (path, guard, ended) =
             (std::mem::take(&mut self.path), self.guard.take(), self.ended.take());
         // Unmounting waits for the kernel to forget, which takes milliseconds.
-        self.background.spawn_blocking(move || {
+        self.background.blocking("unmount", move || {
             let result = detach(&path);
             if let Err(e) = &result {
                 tracing::warn!(path = %path.display(), error = %e, "failed to unmount");

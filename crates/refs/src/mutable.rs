@@ -14,6 +14,7 @@ use shipway_archive::{Hashed, LayerTree, OwnLayer};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_progress::Reporter;
 use shipway_storage::{Mount, SnapshotKey};
+use shipway_task::blocking;
 use std::{
     fmt,
     path::PathBuf,
@@ -209,7 +210,7 @@ async fn commit(
         drop(parent);
         Ok(store.insert(record))
     };
-    background.finish(work).await
+    background.finish("commit a state", work).await
 }
 
 /// Commits the active snapshot `key`, which holds `layer` on top of `below`, under the name that it
@@ -301,9 +302,9 @@ pub(crate) async fn hash(
     below: Option<&SnapshotKey>,
 ) -> Result<Hashed> {
     let (tree, guard) = written(store, mounts, below).await?;
-    let hashed = tokio::task::spawn_blocking(move || shipway_archive::tar_of(&tree)).await;
+    let hashed = blocking("hash a layer", move || shipway_archive::tar_of(&tree)).await;
     drop(guard);
-    hashed.map_err(|e| Fault::internal(format!("hashing a layer failed: {e}")))?
+    hashed
 }
 
 /// A record of `layer` on top of `below`, which is being committed.

@@ -134,7 +134,10 @@ impl NamedEntry {
         if last {
             store.uses.forget(&self.id);
             let (store, entry) = (store.clone(), self.clone());
-            store.background.clone().spawn(async move { store.delete_lease(&entry.lease).await });
+            store
+                .background
+                .clone()
+                .spawn("delete a lease", async move { store.delete_lease(&entry.lease).await });
         }
         store.named.freed.notify_waiters();
     }
@@ -261,7 +264,9 @@ impl Inner {
         if unused {
             self.uses.forget(&entry.id);
             let (store, entry) = (self.clone(), entry.clone());
-            self.background.clone().spawn(async move { store.delete_lease(&entry.lease).await });
+            self.background
+                .clone()
+                .spawn("delete a lease", async move { store.delete_lease(&entry.lease).await });
         }
     }
 
@@ -312,7 +317,7 @@ impl Inner {
             store.named.all.lock().push(entry.clone());
             Ok(NamedRef { writer: Writer { store, entry }, mounts, fresh: true })
         };
-        self.background.finish(work).await
+        self.background.finish("make a named state", work).await
     }
 
     /// Ends an entry: its lease goes, and the snapshot with it.

@@ -1,104 +1,23 @@
-//! One run of the daemon: the epoch lease that active snapshots and views hang on, background
-//! work, and what earlier runs left.
+//! Run leases: what keeps active snapshots and views of one run of the daemon, and is deleted by
+//! the next.
 
 use crate::record::{KIND, KIND_RUN, fresh_id};
-use shipway_fault::{Context as _, Fault, Result};
+use shipway_fault::{Context as _, Result};
 use shipway_oci::{Digest, timestamp};
 use shipway_storage::{GC_EXPIRE, Labels, LeaseId, LeaseResource, SnapshotKey, Storage};
 use std::{
     collections::HashMap,
-    future::Future,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::{Duration, SystemTime},
 };
-use tokio::{runtime::Handle, sync::Notify};
 
-/// An epoch lease takes new snapshots for this long.
+/// A run lease takes new snapshots for this long.
 const LEASE_AGE: Duration = Duration::from_secs(12 * 3600);
 /// And ends this long after it began, should it not be deleted: no build lasts longer than the
 /// difference.
 const EXPIRY: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// Background work that [`crate::RefStore::drained`] waits for.
-#[derive(Clone)]
-pub(crate) struct Background {
-    runtime: Handle,
-    tally: Arc<Tally>,
-}
-
-#[derive(Default)]
-struct Tally {
-    running: AtomicUsize,
-    idle: Notify,
-}
-
-struct Running(Arc<Tally>);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if self.0.running.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.idle.notify_waiters();
-        }
-    }
-}
-
-impl Background {
-    pub fn new() -> Self {
-        Self { runtime: Handle::current(), tally: Arc::default() }
-    }
-
-    fn count(&self) -> Running {
-        self.tally.running.fetch_add(1, Ordering::AcqRel);
-        Running(self.tally.clone())
-    }
-
-    /// Runs `work` to its end, whether or not the caller waits.
-    pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
-        let running = self.count();
-        self.runtime.spawn(async move {
-            work.await;
-            drop(running);
-        });
-    }
-
-    /// Runs `work` to its end even if the caller goes away in the middle, because half of it would
-    /// be worse than all.
-    pub async fn finish<T: Send + 'static>(
-        &self,
-        work: impl Future<Output = Result<T>> + Send + 'static,
-    ) -> Result<T> {
-        let (tell, told) = tokio::sync::oneshot::channel();
-        self.spawn(async move { drop(tell.send(work.await)) });
-        told.await
-            .unwrap_or_else(|_| Err(Fault::internal("a piece of work ended without an answer")))
-    }
-
-    /// The same for work that blocks.
-    pub fn spawn_blocking(&self, work: impl FnOnce() + Send + 'static) {
-        let running = self.count();
-        self.runtime.spawn_blocking(move || {
-            work();
-            drop(running);
-        });
-    }
-
-    pub async fn drained(&self) {
-        loop {
-            let idle = self.tally.idle.notified();
-            tokio::pin!(idle);
-            idle.as_mut().enable();
-            if self.tally.running.load(Ordering::Acquire) == 0 {
-                return;
-            }
-            idle.await;
-        }
-    }
-}
-
-/// A hold on the lease of an epoch: while one lives, the lease does.
+/// A hold on a run lease: the lease is kept while there is one.
 #[derive(Clone)]
 pub(crate) struct RunLease(Arc<RunLeaseInner>);
 

@@ -2,6 +2,7 @@
 
 use crate::{
     ImmutableRef, LazyLayer, MutableRef, RecordType, RefId,
+    background::Background,
     durable::{self, Durable},
     exact::{self, Distrusted},
     immutable::RefInner,
@@ -11,13 +12,14 @@ use crate::{
     mount::{self, WeakMount},
     named::NamedTable,
     record::{self, Body, KIND, KIND_RUN, LayerMeta, RecordMeta, fresh_id, lease_of},
-    run_lease::{Background, RunLeases},
+    run_lease::RunLeases,
 };
 use parking_lot::Mutex;
-use shipway_fault::{Context as _, Fault, Result};
+use shipway_fault::{Context as _, Result};
 use shipway_oci::{ChainId, DiffId, Digest};
 use shipway_progress::Reporter;
 use shipway_storage::{LeaseId, LeaseResource, Mount, SnapshotInfo, SnapshotKey, Storage};
+use shipway_task::blocking;
 use shipway_treehash::TreeIndex;
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
@@ -152,8 +154,7 @@ impl RefStore {
     pub async fn open_in_boot(storage: Storage, root: PathBuf, boot: &str) -> Result<Self> {
         let mounts = root.join("mnt");
         let points = mounts.clone();
-        let swept = tokio::task::spawn_blocking(move || mount::sweep(&points)).await;
-        swept.map_err(|e| Fault::internal(format!("sweeping mounts failed: {e}")))??;
+        blocking("sweep mounts", move || mount::sweep(&points)).await?;
         let inner = Inner {
             storage,
             mounts,

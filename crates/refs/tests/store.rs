@@ -526,7 +526,7 @@ async fn cache_mounts_are_shared_private_or_locked() {
     assert_eq!(a.id(), b.id());
     let p = store.named(named("c", Sharing::Private)).await.unwrap();
     assert_ne!(p.id(), a.id());
-    let waiting = tokio::spawn({
+    let waiting = shipway_task::spawn("test", {
         let store = store.clone();
         async move { store.named(named("c", Sharing::Locked)).await.unwrap().id().clone() }
     });

@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use serde::Deserialize;
 use shipway_http::{Client, DeniedNetworks, FileStamp, Response, TlsSettings, join};
 use shipway_oci::{Descriptor, Digest, ImageName, Index, media};
+use shipway_task::blocking;
 use std::{
     collections::{HashMap, HashSet},
     fmt,
@@ -73,7 +74,8 @@ impl Shared {
         let mut timeouts = self.config.timing.http;
         timeouts.connect = endpoint.dial_timeout.unwrap_or(timeouts.connect);
         let (tls, denied) = (endpoint.tls.clone(), self.config.denied.clone());
-        let client = tokio::task::spawn_blocking(move || Client::new(&tls, timeouts, denied)).await;
+        let make = move || Ok(Client::new(&tls, timeouts, denied));
+        let client = blocking("read certificates", make).await;
         let client = match (client.map_err(|e| Kind::Config(e.to_string()))?, before) {
             (Ok(client), _) => client,
             // A certificate may be there before its key is.
@@ -290,7 +292,7 @@ impl Repository {
             .0
             .endpoints
             .get_or_try_init(|| async {
-                tokio::task::spawn_blocking(load).await.map_err(|e| e.to_string())?
+                blocking("find the hosts", move || Ok(load())).await.map_err(|e| e.to_string())?
             })
             .await;
         let all = all.map_err(|why| {

@@ -31,7 +31,7 @@ pub(crate) use client;
 pub(crate) fn eager<T: Send + 'static>(
     call: impl Future<Output = Result<Response<Streaming<T>>, Status>> + Send + 'static,
 ) -> impl Stream<Item = Result<T, Status>> + Send + 'static {
-    let task = AbortOnDropHandle::new(tokio::spawn(call));
+    let task = AbortOnDropHandle::new(shipway_task::spawn("call a client", call));
     stream::once(async move {
         match task.await {
             Ok(answered) => answered.map(Response::into_inner),

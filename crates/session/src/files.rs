@@ -135,7 +135,10 @@ impl Session {
                 Err(status) => Err(fault_of(&status).context("send a file to the client")),
             }
         };
-        Ok(FileSink { sink, call: AbortOnDropHandle::new(tokio::spawn(call)) })
+        Ok(FileSink {
+            sink,
+            call: AbortOnDropHandle::new(shipway_task::spawn("send a file to a client", call)),
+        })
     }
 
     /// Starts sending a directory to the client's exporter `index`; the stream is for a

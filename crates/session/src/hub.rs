@@ -17,7 +17,6 @@ use tokio::{
     sync::Notify,
 };
 use tonic::{Status, metadata::MetadataMap, transport::Channel};
-use tracing::Instrument;
 
 use crate::health::HealthPolicy;
 
@@ -137,7 +136,7 @@ impl SessionHub {
         self.0.changed.notify_waiters();
 
         let span = tracing::info_span!("session", id = %session.id());
-        tokio::spawn(self.clone().watch(session.clone(), policy).instrument(span));
+        shipway_task::spawn_in(span, self.clone().watch(session.clone(), policy));
         Ok(session)
     }
 

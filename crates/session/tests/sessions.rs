@@ -120,7 +120,7 @@ impl FileSync for Client {
             ..SendOptions::default()
         };
         let (stream, answers) = packet_stream(request.into_inner());
-        tokio::spawn(Sender::new(self.dir.path(), options).run(stream));
+        shipway_task::spawn("test", Sender::new(self.dir.path(), options).run(stream));
         Ok(Response::new(answers))
     }
     async fn tar_stream(
@@ -162,7 +162,7 @@ impl Ssh for Client {
         request: Request<Streaming<SshBytes>>,
     ) -> Result<Response<Self::ForwardAgentStream>, Status> {
         let (mut duplex, answers) = Duplex::answering(request.into_inner());
-        tokio::spawn(async move {
+        shipway_task::spawn("test", async move {
             let mut text = Vec::new();
             duplex.read_to_end(&mut text).await.expect("read");
             text.reverse();
@@ -207,7 +207,8 @@ impl FileSend for Client {
                     packet_stream(incoming.map(|m| m.and_then(decode::<Packet>)));
                 let dest = self.dir.path().join("exported");
                 std::fs::create_dir(&dest).expect("dir");
-                tokio::spawn(
+                shipway_task::spawn(
+                    "test",
                     Receiver::new(&dest, ReceiveOptions { merge: true, ..Default::default() })
                         .run(stream),
                 );
@@ -329,8 +330,9 @@ impl Client {
             .add_service(SshServer::new(self.clone()))
             .add_service(ContentServer::new(self.clone()))
             .add_service(FileSendServer::new(self.clone()));
-        let task =
-            tokio::spawn(async move { _ = serve_tunnel(theirs, routes, TunnelPeer::Daemon).await });
+        let task = shipway_task::spawn("test", async move {
+            _ = serve_tunnel(theirs, routes, TunnelPeer::Daemon).await
+        });
         (hub.register(metadata, ours).await.expect("registers"), task)
     }
 }
@@ -344,7 +346,7 @@ async fn attached() -> (Client, Session, tokio::task::JoinHandle<()>) {
 #[tokio::test]
 async fn a_session_is_found_by_id_and_by_prefixed_id_until_it_ends() {
     let hub = SessionHub::new();
-    let waiting = tokio::spawn({
+    let waiting = shipway_task::spawn("test", {
         let hub = hub.clone();
         async move { hub.get(&"local:s1".into()).await }
     });
@@ -564,7 +566,7 @@ impl Exporter for Chooser {
 #[tokio::test]
 async fn a_client_chooses_exporters_when_the_result_is_there() {
     let (ours, theirs) = tokio::io::duplex(256 << 10);
-    tokio::spawn(async move {
+    shipway_task::spawn("test", async move {
         _ = serve_tunnel(theirs, Routes::new(ExporterServer::new(Chooser)), TunnelPeer::Daemon)
             .await
     });

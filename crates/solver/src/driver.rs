@@ -11,6 +11,7 @@ use futures::{
     future::{BoxFuture, Shared},
 };
 use shipway_fault::{Fault, Result};
+use shipway_task::spawn_in;
 use std::{collections::HashMap, future::Future, panic::AssertUnwindSafe, sync::Arc};
 use tokio::{
     sync::{
@@ -19,7 +20,7 @@ use tokio::{
     },
     task::AbortHandle,
 };
-use tracing::{Instrument, info_span};
+use tracing::info_span;
 
 /// Where a request's answer goes.
 pub(crate) type Reply<O> = oneshot::Sender<Result<(O, Completion)>>;
@@ -51,7 +52,7 @@ pub(crate) fn spawn<Op: Operation>(
         replies: HashMap::new(),
         forgetting: None,
     };
-    tokio::spawn(driver.run(messages).instrument(info_span!("solver")));
+    spawn_in(info_span!("solver"), driver.run(messages));
 }
 
 struct Driver<Op: Operation> {
@@ -169,7 +170,7 @@ impl<Op: Operation> Driver<Op> {
                     );
                 };
                 let work = work.boxed().shared();
-                tokio::spawn(work.clone().instrument(info_span!("forget")));
+                spawn_in(info_span!("forget"), work.clone());
                 self.forgetting = Some(work);
             }
             Effect::Save { task, edge, strong, weak, value, meta } => {
@@ -196,7 +197,7 @@ impl<Op: Operation> Driver<Op> {
                 let work = async move {
                     warned("link keys in the build cache", store.alias(primary, &keys).await);
                 };
-                tokio::spawn(work.instrument(info_span!("alias")));
+                spawn_in(info_span!("alias"), work);
             }
             Effect::Cancel { task } => {
                 if let Some(task) = self.tasks.remove(&task) {
@@ -225,15 +226,12 @@ impl<Op: Operation> Driver<Op> {
         event: impl FnOnce(T) -> Event<Op> + Send + 'static,
     ) {
         let inbox = self.inbox.clone();
-        let handle = tokio::spawn(
-            async move {
-                let event = event(work.await);
-                if let Some(inbox) = inbox.upgrade() {
-                    send(&inbox, Message::Ended { task, event });
-                }
+        let handle = spawn_in(span, async move {
+            let event = event(work.await);
+            if let Some(inbox) = inbox.upgrade() {
+                send(&inbox, Message::Ended { task, event });
             }
-            .instrument(span),
-        );
+        });
         self.tasks.insert(task, handle.abort_handle());
     }
 }

@@ -44,8 +44,8 @@ pub struct CacheMap {
     pub keys: Vec<Digest>,
     /// One entry per input of the vertex.
     pub inputs: Vec<InputMap>,
-    /// Whether the keys mean nothing beyond this build's session, so that results under them are not
-    /// stored durably (row `so.key.random`).
+    /// Whether the keys mean nothing beyond this build's session, so that results under them are
+    /// not stored durably (row `so.key.random`).
     pub ephemeral: bool,
 }
 

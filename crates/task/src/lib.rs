@@ -1,6 +1,7 @@
 //! The only ways to start a task, so that each has a name, a span, and a log line when it panics.
 //!
-//! - [`spawn`] starts a future on the runtime, [`spawn_on`] on a given one (for `Drop`);
+//! - [`spawn`] starts a future on the runtime, [`spawn_in`] in a span of the caller's, [`spawn_on`]
+//!   on a given runtime (for `Drop`);
 //! - [`named`] makes the same of a future that something else starts, such as a `JoinSet`;
 //! - [`blocking`] runs what blocks (files, hashes, compression) on a thread where that is allowed.
 //!
@@ -51,16 +52,27 @@ where
     runtime.spawn(named(name, future))
 }
 
+/// [`spawn`] in `span`, for tasks whose span has more to say than a name.
+#[track_caller]
+#[allow(clippy::disallowed_methods, reason = "this is the function to use instead")]
+pub fn spawn_in<F>(span: Span, future: F) -> JoinHandle<F::Output>
+where
+    F: Future<Output: Send + 'static> + Send + 'static,
+{
+    tokio::spawn(logged(future).instrument(span))
+}
+
 /// `future` as [`spawn`] starts it: in its span, panics logged before they go on.
 pub fn named<F: Future>(name: &'static str, future: F) -> impl Future<Output = F::Output> {
-    let logged = async move {
-        // Nothing is looked at after a panic: it goes on at once.
-        AssertUnwindSafe(future).catch_unwind().await.unwrap_or_else(|panic| {
-            error!(panic = message(&*panic), "task panicked");
-            resume_unwind(panic)
-        })
-    };
-    logged.instrument(info_span!("task", name))
+    logged(future).instrument(info_span!("task", name))
+}
+
+async fn logged<F: Future>(future: F) -> F::Output {
+    // Nothing is looked at after a panic: it goes on at once.
+    AssertUnwindSafe(future).catch_unwind().await.unwrap_or_else(|panic| {
+        error!(panic = message(&*panic), "task panicked");
+        resume_unwind(panic)
+    })
 }
 
 /// Starts `work` on a thread where blocking is allowed, in the current span, and gives what it
@@ -77,14 +89,27 @@ pub fn named<F: Future>(name: &'static str, future: F) -> impl Future<Output = F
 ///
 /// Outside a runtime.
 #[track_caller]
+pub fn blocking<T, F>(what: &'static str, work: F) -> impl Future<Output = Result<T>> + use<T, F>
+where
+    T: Send + 'static,
+    F: FnOnce() -> Result<T> + Send + 'static,
+{
+    blocking_on(&Handle::current(), what, work)
+}
+
+/// [`blocking`] on `runtime`, for `Drop` outside of one.
 #[allow(clippy::disallowed_methods, reason = "this is the function to use instead")]
-pub fn blocking<T, F>(what: &'static str, work: F) -> impl Future<Output = Result<T>>
+pub fn blocking_on<T, F>(
+    runtime: &Handle,
+    what: &'static str,
+    work: F,
+) -> impl Future<Output = Result<T>> + use<T, F>
 where
     T: Send + 'static,
     F: FnOnce() -> Result<T> + Send + 'static,
 {
     let span = Span::current();
-    let running = tokio::task::spawn_blocking(move || span.in_scope(work));
+    let running = runtime.spawn_blocking(move || span.in_scope(work));
     async move { running.await.unwrap_or_else(|e| Err(fault_of(what, e))) }
 }
 

@@ -15,6 +15,7 @@ use containerd_client::services::v1::{
 use shipway_fault::{Code, Fault, Result};
 use shipway_oci::Digest;
 use shipway_storage::{BlobInfo, BlobWriter, Ingest, Labels, LeaseId};
+use shipway_task::{spawn, spawn_on};
 use std::{
     mem,
     sync::atomic::{AtomicU64, Ordering},
@@ -110,7 +111,7 @@ impl Writer {
         };
         // An ingest of a new reference has bytes only if it stands for a blob of another namespace.
         writer.shared = state.offset > 0 && ingest.expected.is_some();
-        writer.answers = Some(tokio::spawn(async move {
+        writer.answers = Some(spawn("receive answers to a write", async move {
             let mut last = WriteContentResponse::default();
             while let Some(answer) = stream.message().await? {
                 last = answer;
@@ -272,7 +273,7 @@ impl Drop for Writer {
             return;
         }
         let (content, reference) = (self.content.clone(), mem::take(&mut self.reference));
-        runtime.spawn(async move {
+        spawn_on(&runtime, "abort an ingest", async move {
             let Ok(request) = content.connection.request(AbortRequest { r#ref: reference.clone() })
             else {
                 return;

@@ -5,6 +5,7 @@ use rustix::{
     net::{AddressFamily, SendFlags, SocketType},
 };
 use shipway_fault::{Fault, Result};
+use shipway_task::blocking;
 use std::path::{Path, PathBuf};
 
 /// Runs `f` on a thread of its own in the network namespace of `path`. Blocks.
@@ -37,9 +38,7 @@ impl NetNs {
     pub(super) async fn new(dir: &Path, name: &str) -> Result<Self> {
         let netns = Self { path: dir.join(name), id: format!("shipway-{name}") };
         let path = netns.path.clone();
-        tokio::task::spawn_blocking(move || make(&path))
-            .await
-            .map_err(|e| Fault::internal(format!("make a network namespace: {e}")))??;
+        blocking("make a network namespace", move || make(&path)).await?;
         Ok(netns)
     }
 
@@ -69,10 +68,11 @@ impl NetNs {
 
     /// Lets it go; it ends with the last process in it.
     pub(super) async fn remove(self) {
-        let _ = tokio::task::spawn_blocking(move || {
+        let _ = blocking("remove a network namespace", move || {
             let flags = rustix::mount::UnmountFlags::DETACH | rustix::mount::UnmountFlags::NOFOLLOW;
             let _ = rustix::mount::unmount(&self.path, flags);
             let _ = std::fs::remove_file(&self.path);
+            Ok(())
         })
         .await;
     }

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use shipway_executor::{Egress, Proxied, proxy_environment};
 use shipway_fault::{Fault, Result};
+use shipway_task::{blocking, spawn};
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
@@ -53,10 +54,8 @@ pub(super) async fn listen(netns: &NetNs) -> Result<std::net::TcpListener> {
             Ok(listener)
         })
     };
-    let listener = tokio::task::spawn_blocking(listen)
-        .await
-        .map_err(|e| Fault::internal(format!("listen for a step: {e}")))?;
-    listener.map_err(|e| Fault::io("listen in a step's network namespace", e))
+    let listen = move || listen().map_err(|e| Fault::io("listen in a step's network namespace", e));
+    blocking("listen for a step", listen).await
 }
 
 impl Serving {
@@ -76,7 +75,7 @@ impl Serving {
             }
         };
         let proxy = proxy.0.clone();
-        let task = tokio::spawn(async move { proxy.serve(listener, way).await });
+        let task = spawn("serve a step's proxy", async move { proxy.serve(listener, way).await });
         Ok(Self { address, task, egress })
     }
 
@@ -118,9 +117,8 @@ fn socket_in(netns: &Path, v4: bool) -> io::Result<TcpSocket> {
 impl Egress for FromNamespace {
     async fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
         let netns = self.0.clone();
-        let socket = tokio::task::spawn_blocking(move || socket_in(&netns, to.is_ipv4()))
-            .await
-            .map_err(io::Error::other)??;
+        let open = move || Ok(socket_in(&netns, to.is_ipv4()));
+        let socket = blocking("open a socket", open).await.map_err(io::Error::other)??;
         socket.connect(to).await
     }
 }

@@ -1,7 +1,7 @@
 //! Owns the life of a process that joins a running container.
 
 use super::{
-    Busy, Inner,
+    Inner,
     api::{ProcessRef, Stdio},
     run::{self, Answer},
     stdio,
@@ -9,7 +9,9 @@ use super::{
 use shipway_executor::{ExitStatus, ProcessIo, ProcessSpec, RootFs, set_variables, spec};
 use shipway_fault::{Fault, Result};
 use shipway_rootfs::{Access, RootView, identity};
+use shipway_task::blocking;
 use std::{path::PathBuf, sync::Arc};
+use tokio_util::task::TaskTracker;
 
 /// A container whose first process runs.
 pub(super) struct Running {
@@ -20,7 +22,7 @@ pub(super) struct Running {
     /// What its processes have to know of its network.
     pub(super) variables: Vec<String>,
     /// Those who joined.
-    pub(super) joined: Busy,
+    pub(super) joined: TaskTracker,
 }
 
 /// Runs `process` in `container` and answers. Kills it when its caller is gone.
@@ -46,7 +48,7 @@ async fn join(
     let running = inner.running().get(&container).cloned();
     let running =
         running.ok_or_else(|| Fault::not_found(format!("container {container} does not run")))?;
-    let _joined = running.joined.enter();
+    let _joined = running.joined.token();
     let prepare = {
         let (inner, mut process, output, input) =
             (inner.clone(), process.clone(), io.output.clone(), io.input.is_some());
@@ -64,10 +66,7 @@ async fn join(
             Ok::<_, Fault>((bytes, stdio::Stdio::open(&running.dir, shape, &output)?))
         }
     };
-    let prepared = tokio::task::spawn_blocking(prepare)
-        .await
-        .map_err(|e| Fault::internal(format!("prepare a process: {e}")))?;
-    let (spec, stdio) = prepared?;
+    let (spec, stdio) = blocking("prepare a process", prepare).await?;
     let place = ProcessRef { container, exec: process.id };
     let fifos = Stdio {
         stdin: stdio.stdin(),

@@ -1,14 +1,14 @@
 //! Owns the life of one process: prepare, create, start, wait or kill, answer, clean up.
 
 use super::{
-    Busy, Inner,
+    Inner,
     api::{ProcessRef, SIGKILL, Stdio, lost},
-    cgroup::{MemoryCgroup, MemoryCount},
+    cgroup::MemoryCgroup,
     exec::Running,
     orphans,
     prepare::{self, Prepared},
     shims::Slot,
-    stdio,
+    stdio, tracker,
 };
 use crate::network::NetnsGuard;
 use bytes::Bytes;
@@ -18,6 +18,7 @@ use shipway_executor::{
 };
 use shipway_fault::{Class, Code, Context, Fault, Result};
 use shipway_gocompat::path::rooted;
+use shipway_task::{blocking, spawn};
 use std::{convert::Infallible, num::NonZero, sync::Arc, time::Duration};
 use tokio::{
     net::unix::pipe,
@@ -60,12 +61,16 @@ pub(super) async fn supervise(
     let reusable = result.is_ok() && prepare::leaves_network_clean(&process);
     let cut_off = result.as_ref().is_err_and(|e| e.code() != Code::Cancelled);
     // From here on the caller goes on, and may want to wait for the rest.
-    let cleaning = inner.cleaning.enter();
+    let cleaning = inner.cleaning.token();
     let _ = answer.send(result);
     clean_up(&inner, &process.id, parts, reusable, slot).await;
     if cut_off {
         let (namespace, id) = (inner.api.namespace().to_owned(), process.id);
-        let _ = tokio::task::spawn_blocking(move || orphans::remove_one(&namespace, &id)).await;
+        let remove = move || {
+            orphans::remove_one(&namespace, &id);
+            Ok(())
+        };
+        let _ = blocking("remove orphans of a container", remove).await;
     }
     drop(cleaning);
 }
@@ -119,9 +124,7 @@ impl Parts {
         let Some(trust) = self.prepared.as_mut().and_then(|p| p.trust.take()) else {
             return Ok(());
         };
-        tokio::task::spawn_blocking(move || trust.restore())
-            .await
-            .map_err(|e| Fault::internal(format!("restore a root filesystem: {e}")))?
+        blocking("restore a root filesystem", move || trust.restore()).await
     }
 }
 
@@ -140,7 +143,11 @@ async fn clean_up(inner: &Arc<Inner>, id: &str, parts: Parts, reusable: bool, sl
         inner.network.give_back(lease, reusable).await;
     }
     if let Some(prepared) = parts.prepared {
-        let _ = tokio::task::spawn_blocking(move || drop(prepared)).await;
+        let _ = blocking("clean up after a process", move || {
+            drop(prepared);
+            Ok(())
+        })
+        .await;
     }
     inner.shims.put(slot).await;
 }
@@ -227,16 +234,14 @@ async fn run(
     let prepared = {
         let (inner, process, root) = (inner.clone(), process.clone(), root.clone());
         let (output, input) = (io.output.clone(), io.input.is_some());
-        tokio::task::spawn_blocking(move || {
+        blocking("prepare a process", move || {
             prepare::prepare(&inner, &process, &root, &mounts, (&output, input))
         })
     };
     let (prepared, netns) =
         tokio::join!(prepared, inner.network.lease(process.network, process.proxy.as_ref()));
     // Both are kept before either's failure is returned, so that both are cleaned up.
-    let prepared = prepared
-        .map_err(|e| Fault::internal(format!("prepare a process: {e}")))?
-        .map(|p| parts.prepared = Some(p));
+    let prepared = prepared.map(|p| parts.prepared = Some(p));
     parts.netns = netns.context(|| "set up the network of a step")?;
     prepared?;
 
@@ -273,31 +278,31 @@ async fn run(
         root: root.clone(),
         dir: inner.config.root.join("run").join(id),
         variables: parts.variables(process),
-        joined: Busy::default(),
+        joined: tracker(),
     });
     let on_start = || {
         drop(starting);
         inner.running().insert(id.to_owned(), running.clone());
         let (inner, slot) = (inner.clone(), slot.clone());
-        tokio::spawn(async move { inner.shims.keep(&slot).await });
+        spawn("keep a shim warm", async move { inner.shims.keep(&slot).await });
     };
     let code = start(inner, &ProcessRef::first(id), stdio, io, answer, on_start).await;
     inner.running().remove(id);
     // The kernel has killed those who joined; their ends are reported before the container goes.
-    let _ = tokio::time::timeout(DRAIN, running.joined.idle()).await;
+    let _ = tokio::time::timeout(DRAIN, running.joined.wait()).await;
     let code = code?;
     // Before the stubs: it leaves directories that they take away.
     parts.restore().await?;
     let stubs = parts.prepared.as_mut().and_then(|p| p.stubs.take());
-    let memory = tokio::task::spawn_blocking(move || {
+    let memory = blocking("count memory", move || {
         let memory = cgroup.map(|c| c.count()).unwrap_or_default();
         if let Some(stubs) = stubs {
             stubs.remove();
         }
-        memory
+        Ok(memory)
     })
     .await
-    .unwrap_or(MemoryCount::default());
+    .unwrap_or_default();
     Ok(ExitStatus { code, oom_killed: memory.oom_killed, peak_memory: memory.peak })
 }
 
@@ -313,7 +318,7 @@ pub(super) async fn start(
     // Waiting begins before the start, so that no exit is missed.
     let mut exit = {
         let (api, place) = (inner.api.clone(), place.clone());
-        tokio::spawn(async move { api.wait(&place).await })
+        spawn("wait for a process", async move { api.wait(&place).await })
     };
     if let Err(e) = inner.api.start(place).await {
         exit.abort();

@@ -7,14 +7,12 @@
 //! because a shim creates its containers one by one. Where containerd knows sandboxes, the keeper's
 //! is one, and processes are its containers (why is in `sandboxes`).
 
-use super::{
-    Busy,
-    api::{ProcessRef, Stdio, TaskApi},
-};
+use super::api::{ProcessRef, Stdio, TaskApi};
 use parking_lot::{Mutex, MutexGuard};
 use shipway_executor::spec;
 use shipway_fault::{Fault, Result};
 use shipway_storage::{Mount, RawMount};
+use shipway_task::spawn;
 use std::{
     sync::{
         Arc,
@@ -23,13 +21,14 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::sync::OnceCell;
+use tokio_util::task::TaskTracker;
 
 /// How long a shim without work stays.
 const WARM: Duration = Duration::from_secs(20);
 
 pub(super) struct Shims {
     api: TaskApi,
-    busy: Busy,
+    busy: TaskTracker,
     prefix: String,
     made: AtomicU64,
     idle: Mutex<Vec<(Instant, Arc<Slot>)>>,
@@ -65,7 +64,7 @@ impl Slot {
 }
 
 impl Shims {
-    pub(super) fn new(api: TaskApi, busy: Busy, id_prefix: &str) -> Self {
+    pub(super) fn new(api: TaskApi, busy: TaskTracker, id_prefix: &str) -> Self {
         // Two runs of a daemon must not meet in one group: the old one's shims are being swept.
         let life = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
@@ -161,7 +160,7 @@ impl Shims {
         }
         self.idle().push((Instant::now(), slot));
         let shims = Arc::downgrade(self);
-        tokio::spawn(async move {
+        spawn("retire idle shims", async move {
             tokio::time::sleep(WARM + Duration::from_millis(100)).await;
             if let Some(shims) = shims.upgrade() {
                 shims.retire_idle(Some(WARM)).await;
@@ -171,7 +170,7 @@ impl Shims {
 
     /// Closes the slots without work, or those that had none for `age`.
     pub(super) async fn retire_idle(&self, age: Option<Duration>) {
-        let guard = self.busy.enter();
+        let guard = self.busy.token();
         let old: Vec<Arc<Slot>> = {
             let mut idle = self.idle();
             let (old, young) =

@@ -4,6 +4,7 @@ use bytes::Bytes;
 use rustix::fs::{FileType, Mode};
 use shipway_executor::{Output, OutputTarget, Stream};
 use shipway_fault::{Fault, Result};
+use shipway_task::named;
 use std::{
     path::{Path, PathBuf},
     time::Duration,
@@ -83,12 +84,12 @@ impl Stdio {
         let mut readers = JoinSet::new();
         let input = if shape.input { Some(Input::open(path("stdin"))?) } else { None };
         let (stdout, reader) = Pipe::open(path("stdout"))?;
-        readers.spawn(copy(reader, Stream::Stdout, output.clone()));
+        readers.spawn(named("read stdout", copy(reader, Stream::Stdout, output.clone())));
         let stderr = if shape.terminal {
             None
         } else {
             let (stderr, reader) = Pipe::open(path("stderr"))?;
-            readers.spawn(copy(reader, Stream::Stderr, output.clone()));
+            readers.spawn(named("read stderr", copy(reader, Stream::Stderr, output.clone())));
             Some(stderr)
         };
         Ok(Self { input, stdout, stderr, readers })
@@ -165,7 +166,7 @@ mod tests {
         let mut stdio = Stdio::open(dir.path(), shape, &OutputTarget::Queue(queue)).expect("FIFOs");
         let writer = stdio.take_writer().expect("an input");
         let (sender, receiver) = mpsc::channel(1);
-        let feeding = tokio::spawn(feed(receiver, writer));
+        let feeding = shipway_task::spawn("feed", feed(receiver, writer));
         // The shim and the process: what is read is written.
         let mut theirs =
             pipe::OpenOptions::new().open_receiver(stdio.stdin().expect("an input")).expect("open");

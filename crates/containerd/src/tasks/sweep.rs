@@ -8,8 +8,9 @@ use rustix::{
     fd::OwnedFd,
     fs::{Mode, OFlags},
 };
-use shipway_fault::{Fault, Result};
+use shipway_fault::Result;
 use shipway_rootfs::mounts_below;
+use shipway_task::blocking;
 use std::{os::unix::fs::FileTypeExt, path::Path, time::Duration};
 
 const AT_ONCE: usize = 8;
@@ -22,21 +23,21 @@ pub(super) async fn sweep(inner: &Inner) -> Result<()> {
     // A shim that opens an output without a reader waits for one, and everything else waits
     // for the shim.
     let runs = inner.config.root.join("run");
-    let outputs = tokio::task::spawn_blocking(move || outputs(&runs)).await.unwrap_or_default();
+    let outputs = blocking("open outputs", move || Ok(outputs(&runs))).await.unwrap_or_default();
     let destroyed = containers(inner).await;
     drop(outputs);
     inner.network.sweep().await?;
     let root = inner.config.root.clone();
-    tokio::task::spawn_blocking(move || {
+    let clean = move || {
         for place in ["run", "secret"] {
             unmount_below(&root.join(place));
             for entry in std::fs::read_dir(root.join(place)).into_iter().flatten().flatten() {
                 remove_flat(&entry.path());
             }
         }
-    })
-    .await
-    .map_err(|e| Fault::internal(format!("clean {}: {e}", inner.config.root.display())))?;
+        Ok(())
+    };
+    blocking("clean the executor's directory", clean).await?;
     destroyed
 }
 
@@ -57,7 +58,10 @@ pub(super) async fn containers(inner: &Inner) -> Result<()> {
     };
     let on_host = |work: fn(&str, &str)| {
         let (namespace, id_prefix) = (inner.api.namespace().to_owned(), inner.id_prefix.clone());
-        tokio::task::spawn_blocking(move || work(&namespace, &id_prefix))
+        blocking("remove orphans of containers", move || {
+            work(&namespace, &id_prefix);
+            Ok(())
+        })
     };
     // Records go last: with them containerd would forget where the tasks are that it is still
     // making.
@@ -68,9 +72,7 @@ pub(super) async fn containers(inner: &Inner) -> Result<()> {
         let _ = on_host(orphans::end_shims).await;
         let _ = tasks.await;
     }
-    on_host(orphans::remove)
-        .await
-        .map_err(|e| Fault::internal(format!("remove what is left of containers: {e}")))?;
+    on_host(orphans::remove).await?;
     each(true).await.into_iter().collect::<Result<()>>()?;
     for sandbox in inner.api.our_sandboxes().await? {
         inner.api.delete_sandbox(&sandbox).await?;

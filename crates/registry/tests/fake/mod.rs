@@ -84,10 +84,10 @@ impl Fake {
         let host = listener.local_addr().unwrap().to_string();
         let asked = Arc::new(Mutex::new(Vec::new()));
         let (log, handler): (_, Arc<Handler>) = (asked.clone(), Arc::new(handler));
-        let task = tokio::spawn(async move {
+        let task = shipway_task::spawn("test", async move {
             while let Ok((tcp, _)) = listener.accept().await {
                 let (log, handler, tls) = (log.clone(), handler.clone(), tls.clone());
-                tokio::spawn(async move {
+                shipway_task::spawn("test", async move {
                     let service = hyper::service::service_fn(move |r| {
                         answer(r, log.clone(), handler.clone())
                     });
