@@ -363,7 +363,7 @@ impl Store {
     }
 
     /// Mounts what is not mounted of these, and keeps them mounted.
-    fn hold(&self, points: Vec<Point>) -> Result<Vec<Held<'_>>> {
+    pub(crate) fn hold(&self, points: Vec<Point>) -> Result<Vec<Held<'_>>> {
         if !points.is_empty() {
             // Whatever comes of it.
             self.look_later();
@@ -372,6 +372,10 @@ impl Store {
         for point in points {
             let made = match point.clone() {
                 Point::Layer(layer) => self.mounts.hold(point, || {
+                    // Whoever removes its last name from here on waits before it is given back.
+                    if self.read(|index| index.names_of(Backing::Layer(layer)).is_empty()) {
+                        return Err(Fault::not_found("its parent was removed just now"));
+                    }
                     self.step();
                     self.layers.mount(layer)
                 }),
@@ -517,11 +521,10 @@ impl Store {
         // parent's name may be another's by then.
         let mut seen = below()?;
         let (mut next, held) = loop {
-            let points = Point::under(ids.as_ref(), &seen);
-            let held = self.hold(points).context(|| format!("snapshot {key}"))?;
+            let held = self.hold(Point::under(ids.as_ref(), &seen));
             let next = lock(&self.next);
             match below()? {
-                now if now == seen => break (next, held),
+                now if now == seen => break (next, held.context(|| format!("snapshot {key}"))?),
                 now => seen = now,
             }
         };

@@ -1,7 +1,7 @@
 //! Layers that need not be unpacked.
 
 use super::*;
-use crate::{Kind, SNAPSHOT_REF, Xino};
+use crate::{Kind, SNAPSHOT_REF, Xino, mounts::Point};
 use std::time::{Duration, Instant};
 
 const REMOTE: &str = "containerd.io/snapshot/remote";
@@ -293,6 +293,20 @@ fn who_asks_for_one_chain_at_the_same_time_gets_one_snapshot() {
         assert_eq!(other.join().unwrap(), Code::AlreadyExists);
     });
     assert_eq!((lab.layers.calls()[0], lab.layers.holds()), (3, [(LayerId(4), 1)].into()));
+}
+
+/// Between the moment when a Prepare sees what is below and the mount, the last snapshot of the
+/// layer may go.
+#[test]
+fn a_layer_that_was_given_back_is_not_mounted() {
+    let lab = lab(at_once());
+    let base = lab.ask("n/1/x", None, 1, 1);
+    let points = || vec![Point::Layer(LayerId(1))];
+    drop(lab.store.hold(points()).unwrap());
+    lab.store.remove(&base).unwrap();
+    let error = lab.store.hold(points()).map(drop).unwrap_err();
+    assert_eq!((error.code(), lab.layers.calls()[2]), (Code::NotFound, 1));
+    assert_eq!((lab.layers.holds().len(), lab.layers.mounted()), (0, ids(&[])));
 }
 
 /// Finding and removing one layer at the same time, again and again: whoever has a snapshot of it
