@@ -73,12 +73,12 @@ impl Attributes {
 
 /// Where attributes are read.
 #[derive(Clone, Copy)]
-pub(crate) enum Of<'a> {
+pub(crate) enum XattrSource<'a> {
     At(&'a Path),
     Open(BorrowedFd<'a>),
 }
 
-impl Of<'_> {
+impl XattrSource<'_> {
     fn list(self, names: &mut [u8]) -> rustix::io::Result<usize> {
         match self {
             Self::At(path) => rustix::fs::llistxattr(path, names),
@@ -96,7 +96,7 @@ impl Of<'_> {
 
 /// Reads the attributes of what is in a directory with an overlay's `marks`, or in none; `full` is
 /// for people.
-pub(crate) fn read(of: Of<'_>, marks: Option<Marks>, full: &Path) -> Result<Attributes> {
+pub(crate) fn read(of: XattrSource<'_>, marks: Option<Marks>, full: &Path) -> Result<Attributes> {
     let (mut short, mut long) = ([0u8; 512], Vec::new());
     let names: &[u8] = loop {
         let buffer = if long.is_empty() { &mut short[..] } else { &mut long[..] };

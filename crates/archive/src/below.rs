@@ -2,7 +2,7 @@
 //! before the changes.
 
 use crate::{
-    attributes::{self, Of, Pairs},
+    attributes::{self, Pairs, XattrSource},
     loss::Losses,
     tree::{broken, time_of, unpacked},
 };
@@ -27,7 +27,7 @@ pub(crate) struct Below {
 
 /// What is seen below under one name.
 #[derive(Default)]
-pub(crate) struct Seen {
+pub(crate) struct LowerEntry {
     /// The topmost thing of that name, unless it is hidden.
     pub thing: Option<(PathBuf, Stat)>,
     /// What lies in it, if it is a directory.
@@ -44,8 +44,9 @@ impl Below {
     }
 
     /// What is seen of `name`.
-    pub fn look(&self, name: &OsStr) -> Result<Seen> {
-        let mut seen = Seen { thing: None, below: Self { dirs: Vec::new(), marks: self.marks } };
+    pub fn look(&self, name: &OsStr) -> Result<LowerEntry> {
+        let mut seen =
+            LowerEntry { thing: None, below: Self { dirs: Vec::new(), marks: self.marks } };
         for dir in &self.dirs {
             let path = dir.join(name);
             let stat = match rustix::fs::statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW) {
@@ -129,7 +130,7 @@ impl Below {
         if differs {
             return Ok(false);
         }
-        let before = attributes::read(Of::At(old_path), self.marks, old_path)?;
+        let before = attributes::read(XattrSource::At(old_path), self.marks, old_path)?;
         if before.carried != *carried {
             return Ok(false);
         }

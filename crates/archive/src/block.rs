@@ -33,7 +33,7 @@ pub struct BlockCompressor {
 
 /// What is to be done with a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Nature {
+enum PieceKind {
     Zero,
     Normal,
     /// It hardly shrinks, so that trying is a waste.
@@ -88,8 +88,8 @@ impl BlockCompressor {
         self.run(&block[run], nature, out)
     }
 
-    fn run(&mut self, run: &[u8], nature: Nature, out: &mut Vec<u8>) -> Result<()> {
-        if nature == Nature::Zero {
+    fn run(&mut self, run: &[u8], nature: PieceKind, out: &mut Vec<u8>) -> Result<()> {
+        if nature == PieceKind::Zero {
             if let Some((_, done)) = self.zeros.iter().find(|(len, _)| *len == run.len()) {
                 out.extend_from_slice(done);
                 return Ok(());
@@ -100,7 +100,7 @@ impl BlockCompressor {
             self.zeros.push((run.len(), out[start..].to_vec()));
             return Ok(());
         }
-        self.encode(run, nature == Nature::Hard, out)
+        self.encode(run, nature == PieceKind::Hard, out)
     }
 
     fn encode(&mut self, block: &[u8], hard: bool, out: &mut Vec<u8>) -> Result<()> {
@@ -136,16 +136,20 @@ fn room(scratch: &mut Vec<u8>, len: usize) -> &mut [u8] {
     scratch
 }
 
-fn judge(piece: &[u8]) -> Nature {
+fn judge(piece: &[u8]) -> PieceKind {
     if is_zero(piece) {
-        return Nature::Zero;
+        return PieceKind::Zero;
     }
     if piece.len() < 2 * SAMPLE {
-        return Nature::Normal;
+        return PieceKind::Normal;
     }
     let at = (piece.len() - SAMPLE) / 2;
     let sample = &piece[at..at + SAMPLE];
-    if looks_random(sample) && repeats(sample) <= REPEATS { Nature::Hard } else { Nature::Normal }
+    if looks_random(sample) && repeats(sample) <= REPEATS {
+        PieceKind::Hard
+    } else {
+        PieceKind::Normal
+    }
 }
 
 fn gzip_level(level: i32) -> Result<CompressionLvl> {
@@ -213,10 +217,10 @@ mod tests {
             b"fn main() { println!(\"hello\"); }\n".iter().copied().cycle().take(PIECE).collect();
         let mut compressor = BlockCompressor::new(Compression::default()).expect("a compressor");
         for (piece, nature) in [
-            (vec![0; PIECE], Nature::Zero),
-            (random.clone(), Nature::Hard),
-            (repeated, Nature::Normal),
-            (text, Nature::Normal),
+            (vec![0; PIECE], PieceKind::Zero),
+            (random.clone(), PieceKind::Hard),
+            (repeated, PieceKind::Normal),
+            (text, PieceKind::Normal),
         ] {
             assert_eq!(judge(&piece), nature);
         }

@@ -1,7 +1,7 @@
 //! What a layer holds: the walk over an overlay upper directory, or over a whole tree.
 
 use crate::{
-    attributes::{self, ACCESS_ACL, Attributes, CAPABILITY, DEFAULT_ACL, Of, Pairs},
+    attributes::{self, ACCESS_ACL, Attributes, CAPABILITY, DEFAULT_ACL, Pairs, XattrSource},
     below::Below,
     loss::{Loss, LossKind, Losses, WHITEOUT},
 };
@@ -68,7 +68,7 @@ struct Frame {
 }
 
 /// Something that the walk has come to.
-struct Place<'a> {
+struct Visited<'a> {
     /// Path in the tree.
     path: &'a Path,
     /// Path on the host.
@@ -230,7 +230,7 @@ impl LayerTree {
             };
             path.push(&name);
             let full = self.root.join(&path);
-            let place = Place::look(dir, &name, &path, &full, frame.bare)?;
+            let place = Visited::look(dir, &name, &path, &full, frame.bare)?;
             let seen = frame.below.look(&name)?;
             let Some((mut entry, lost)) =
                 self.entry(&place, seen.thing.as_ref().map(|(_, old)| old), &mut losses)?
@@ -313,7 +313,7 @@ impl LayerTree {
     /// inherits an access control list.
     fn root_entry(&self, dir: &OwnedFd, losses: &mut Losses) -> Result<(Option<Entry>, bool)> {
         let stat = rustix::fs::fstat(dir).map_err(|e| broken(&self.root, e.into()))?;
-        let own = attributes::read(Of::Open(dir.as_fd()), self.marks(), &self.root)?;
+        let own = attributes::read(XattrSource::Open(dir.as_fd()), self.marks(), &self.root)?;
         let inherits = own.has(DEFAULT_ACL);
         if !self.rooted {
             return Ok((None, inherits));
@@ -354,7 +354,7 @@ impl LayerTree {
         let Some(top) = top else { return Ok((Root::default(), Root::default())) };
         let below = || -> Result<Root> {
             let stat = rustix::fs::stat(top).map_err(|e| broken(top, e.into()))?;
-            let attributes = attributes::read(Of::At(top), self.marks(), top)?;
+            let attributes = attributes::read(XattrSource::At(top), self.marks(), top)?;
             Ok(Root { mode: stat.st_mode & 0o7777, owner: (stat.st_uid, stat.st_gid), attributes })
         };
         let unpacked = match &self.base {
@@ -391,7 +391,7 @@ impl LayerTree {
         if let Some((path, old)) = over
             && FileType::from_raw_mode(old.st_mode) == FileType::Directory
         {
-            let old = attributes::read(Of::At(path), None, path)?;
+            let old = attributes::read(XattrSource::At(path), None, path)?;
             let kept = |(name, _): &&(Vec<u8>, Vec<u8>)| !entry.has(name);
             if let Some((name, _)) = old.carried.iter().find(kept).or(old.lost.first()) {
                 losses.note(&entry.path, LossKind::Attribute(name.clone()));
@@ -460,7 +460,7 @@ impl LayerTree {
     /// below.
     fn entry(
         &self,
-        place: &Place<'_>,
+        place: &Visited<'_>,
         old: Option<&Stat>,
         losses: &mut Losses,
     ) -> Result<Option<(Entry, Pairs)>> {
@@ -517,14 +517,17 @@ impl LayerTree {
         if entry.kind == EntryKind::File {
             entry.size = stat.st_size.cast_unsigned();
         }
-        let of = place.file.as_ref().map_or(Of::At(place.full), |file| Of::Open(file.as_fd()));
+        let of = place
+            .file
+            .as_ref()
+            .map_or(XattrSource::At(place.full), |file| XattrSource::Open(file.as_fd()));
         let Attributes { carried, lost } = attributes::read(of, self.marks(), place.full)?;
         entry.xattrs = carried;
         Ok(Some((entry, lost)))
     }
 }
 
-impl<'a> Place<'a> {
+impl<'a> Visited<'a> {
     /// Looks at `name` in `dir`. What was there `before` may be gone.
     fn look(
         dir: &OwnedFd,

@@ -253,7 +253,7 @@ impl Network {
         let egress = match Box::pin(self.lease(mode, None)).await? {
             Some(lease) => proxied::Upstream::Namespace(lease.netns),
             None if self.goes_out_as_host(mode) => proxied::Upstream::Host,
-            None => proxied::Upstream::Nowhere,
+            None => proxied::Upstream::NoEgress,
         };
         let (netns, result) = match NetNs::new(&self.dir, &self.name(PROXIED)).await {
             Ok(netns) => {

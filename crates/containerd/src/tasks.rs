@@ -131,7 +131,7 @@ pub(crate) struct Inner {
     gate: Arc<RwLock<()>>,
     host: Host,
     shims: Arc<Shims>,
-    starts: run::Starts,
+    starts: run::StartLimit,
     network: Network,
     /// Processes, from the call to the end of the cleaning.
     busy: TaskTracker,
@@ -185,7 +185,7 @@ impl TaskExecutor {
             gate: Arc::default(),
             host: host(),
             shims,
-            starts: run::Starts::default(),
+            starts: run::StartLimit::default(),
             network,
             busy,
             cleaning: tracker(),

@@ -39,12 +39,12 @@ impl Budget {
 
 /// What one transfer took; given back when it ends.
 #[derive(Debug)]
-pub(crate) struct Taken {
+pub(crate) struct BudgetShare {
     budget: Arc<Budget>,
     bytes: usize,
 }
 
-impl Taken {
+impl BudgetShare {
     pub(crate) fn of(budget: Arc<Budget>) -> Self {
         Self { budget, bytes: 0 }
     }
@@ -67,7 +67,7 @@ impl Taken {
     }
 }
 
-impl Drop for Taken {
+impl Drop for BudgetShare {
     fn drop(&mut self) {
         self.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
     }

@@ -260,7 +260,7 @@ struct Shared {
 }
 
 /// Takes an entry, and where its content is.
-type Give<'a> = dyn FnMut(Stat, Option<Source>) -> Result<()> + 'a;
+type EntrySink<'a> = dyn FnMut(Stat, Option<Source>) -> Result<()> + 'a;
 
 /// A file and the id it was asked for by.
 type Request = (u32, Source);
@@ -316,12 +316,12 @@ impl Shared {
         self.send(Packet { r#type: PacketType::PacketStat.into(), ..Default::default() })
     }
 
-    fn walk(&self, give: &mut Give<'_>) -> Result<()> {
+    fn walk(&self, give: &mut EntrySink<'_>) -> Result<()> {
         self.visit(give)?;
         self.send(Packet { r#type: PacketType::PacketStat.into(), ..Default::default() })
     }
 
-    fn visit(&self, give: &mut Give<'_>) -> Result<()> {
+    fn visit(&self, give: &mut EntrySink<'_>) -> Result<()> {
         for (index, (dir, root)) in self.roots.iter().enumerate() {
             let options = &root.options;
             let mut include = options.include.clone();
@@ -419,7 +419,7 @@ fn gone(error: &io::Error) -> bool {
 
 /// Turns a walk's entries into packets.
 struct Describe<'a, 'b> {
-    give: &'a mut Give<'b>,
+    give: &'a mut EntrySink<'b>,
     index: usize,
     prefix: &'a str,
     map: Option<&'a MapFn>,

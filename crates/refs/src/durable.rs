@@ -31,7 +31,7 @@ const WRITTEN: &str = "shipway/written";
 /// this time.
 const PERIOD: Duration = Duration::from_secs(10);
 /// Between the periods of two runs in one boot, so that none is used twice.
-const LIFE: u64 = 1 << 32;
+const PERIODS_PER_RUN: u64 = 1 << 32;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// The name of the machine's present boot.
@@ -42,7 +42,7 @@ pub(crate) fn boot_id() -> Result<String> {
 
 /// What the file says.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-struct Mark {
+struct SyncState {
     boot: String,
     /// Last period that is on the disk.
     synced: u64,
@@ -56,16 +56,16 @@ struct Mark {
 pub(crate) struct Durable {
     file: PathBuf,
     boot: String,
-    before: Option<Mark>,
-    now: Mutex<Now>,
+    before: Option<SyncState>,
+    now: Mutex<Unsynced>,
     /// Held while the file is written.
-    mark: tokio::sync::Mutex<Mark>,
+    mark: tokio::sync::Mutex<SyncState>,
     /// Snapshots that must not be used.
     lost: Mutex<HashSet<SnapshotKey>>,
     wake: Arc<Notify>,
 }
 
-struct Now {
+struct Unsynced {
     period: u64,
     /// Where something was written in it: a path for each device.
     places: HashMap<u64, PathBuf>,
@@ -74,18 +74,21 @@ struct Now {
 impl Durable {
     /// Reads what the last run left in `file`.
     pub fn open(file: PathBuf, boot: &str) -> Result<Arc<Self>> {
-        let before: Option<Mark> = match fs::read(&file) {
+        let before: Option<SyncState> = match fs::read(&file) {
             // One that cannot be understood promises nothing.
             Ok(text) => serde_json::from_slice(&text).ok(),
             Err(e) if e.kind() == io::ErrorKind::NotFound => None,
             Err(e) => return Err(Fault::io(format!("read {}", file.display()), e)),
         };
         let mark = match &before {
-            Some(mark) if mark.boot == boot => Mark { clean: false, ..mark.clone() },
-            _ => Mark { boot: boot.to_owned(), ..Mark::default() },
+            Some(mark) if mark.boot == boot => SyncState { clean: false, ..mark.clone() },
+            _ => SyncState { boot: boot.to_owned(), ..SyncState::default() },
         };
         let lost = before.iter().flat_map(|m| &m.lost).map(|k| SnapshotKey(k.clone())).collect();
-        let now = Now { period: (mark.synced / LIFE + 1) * LIFE, places: HashMap::new() };
+        let now = Unsynced {
+            period: (mark.synced / PERIODS_PER_RUN + 1) * PERIODS_PER_RUN,
+            places: HashMap::new(),
+        };
         let durable = Arc::new(Self {
             file,
             boot: boot.to_owned(),
@@ -194,7 +197,7 @@ impl Durable {
         self.write(&mark).await
     }
 
-    async fn write(&self, mark: &Mark) -> Result<()> {
+    async fn write(&self, mark: &SyncState) -> Result<()> {
         let (text, file) = (
             serde_json::to_vec(mark).map_err(|e| Fault::internal(e.to_string()))?,
             self.file.clone(),

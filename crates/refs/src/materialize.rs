@@ -112,9 +112,9 @@ impl Drop for Active {
 }
 
 /// Ends a task with its last interest.
-struct Fetch(JoinHandle<Result<()>>);
+struct FetchTask(JoinHandle<Result<()>>);
 
-impl Drop for Fetch {
+impl Drop for FetchTask {
     fn drop(&mut self) {
         self.0.abort();
     }
@@ -179,7 +179,7 @@ impl Inner {
         progress: Option<&Reporter>,
     ) -> Result<()> {
         let named = Arc::new(Semaphore::new(PARALLEL_FETCHES));
-        let fetches: Vec<Option<Fetch>> =
+        let fetches: Vec<Option<FetchTask>> =
             missing.iter().map(|c| self.start_fetch(c, record, &named, progress)).collect();
         for (stacked, fetch) in missing.iter().zip(fetches) {
             self.make(stacked, record, fetch, progress).await.context(|| {
@@ -195,13 +195,13 @@ impl Inner {
         record: &Arc<Record>,
         named: &Arc<Semaphore>,
         progress: Option<&Reporter>,
-    ) -> Option<Fetch> {
+    ) -> Option<FetchTask> {
         if stacked.copy_of().is_some() {
             return None;
         }
         let (store, stacked, record, named, progress) =
             (self.clone(), stacked.clone(), record.clone(), named.clone(), progress.cloned());
-        Some(Fetch(spawn("fetch a blob", async move {
+        Some(FetchTask(spawn("fetch a blob", async move {
             let _slot = named.acquire().await;
             store.stored_blob(&stacked, &record, progress.as_ref()).await.map(drop)
         })))
@@ -212,7 +212,7 @@ impl Inner {
         self: &Arc<Self>,
         stacked: &Arc<StackedLayer>,
         record: &Record,
-        fetch: Option<Fetch>,
+        fetch: Option<FetchTask>,
         progress: Option<&Reporter>,
     ) -> Result<()> {
         if let Some(mut fetch) = fetch {

@@ -32,7 +32,7 @@ pub struct LocalMount {
     path: PathBuf,
     /// Held while the mount is used: the mount point, the snapshot's view.
     guard: Option<Arc<dyn Any + Send + Sync>>,
-    point: Option<Arc<Point>>,
+    point: Option<Arc<MountPoint>>,
 }
 
 impl LocalMount {
@@ -71,7 +71,7 @@ impl LocalMount {
         let path = root.join(COUNT.fetch_add(1, Ordering::Relaxed).to_string());
         let (mounts, at) = (mounts.to_vec(), path.clone());
         blocking("mount a snapshot", move || mount_all(&mounts, &at)).await?;
-        let point = Point {
+        let point = MountPoint {
             path: path.clone(),
             background: background.clone(),
             guard,
@@ -90,7 +90,7 @@ impl LocalMount {
 /// Finds a mount again while a handle has it.
 pub(crate) struct WeakMount {
     path: PathBuf,
-    point: Weak<Point>,
+    point: Weak<MountPoint>,
 }
 
 impl WeakMount {
@@ -104,7 +104,7 @@ impl WeakMount {
 }
 
 /// A directory that something is mounted on.
-struct Point {
+struct MountPoint {
     path: PathBuf,
     background: Background,
     guard: Option<Arc<dyn Any + Send + Sync>>,
@@ -112,7 +112,7 @@ struct Point {
     live: bool,
 }
 
-impl Point {
+impl MountPoint {
     async fn ended(mut self) -> Result<()> {
         let (tell, told) = oneshot::channel();
         self.ended = Some(tell);
@@ -121,7 +121,7 @@ impl Point {
     }
 }
 
-impl Drop for Point {
+impl Drop for MountPoint {
     fn drop(&mut self) {
         if !std::mem::take(&mut self.live) {
             return;

@@ -221,7 +221,7 @@ impl Inner {
         let keep = options.keep(total, self.free_bytes(options));
         let mut removed = self.retry_lease_deletes().await;
         let mut left = all.len();
-        let mut order = Order::new(all, options);
+        let mut order = PruneOrder::new(all, options);
         while keep.is_none_or(|keep| total >= keep) {
             let Some(usage) = order.next() else { break };
             // If a handle was taken just now, what it was made from stays, too.
@@ -305,7 +305,7 @@ impl PruneOptions {
 
 /// Records in the order in which they go: no handle has them, nothing is made of them, and the
 /// options say so. Each is looked at once, however many go.
-struct Order {
+struct PruneOrder {
     /// Records that may go once nothing is made of them any more, with their rank.
     rest: HashMap<RefId, (u64, UsageRecord)>,
     /// How many of all records are made of one.
@@ -314,7 +314,7 @@ struct Order {
     ready: BTreeSet<(u64, RefId)>,
 }
 
-impl Order {
+impl PruneOrder {
     fn new(all: Vec<UsageRecord>, options: &PruneOptions) -> Self {
         let mut children: HashMap<RefId, usize> = HashMap::new();
         for parent in all.iter().flat_map(|u| &u.parents) {
@@ -422,7 +422,7 @@ mod tests {
     }
 
     fn order(all: Vec<UsageRecord>, options: &PruneOptions) -> Vec<String> {
-        let mut order = Order::new(all, options);
+        let mut order = PruneOrder::new(all, options);
         let mut gone = Vec::new();
         while let Some(usage) = order.next() {
             order.gone(&usage);

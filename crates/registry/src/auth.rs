@@ -144,7 +144,7 @@ impl fmt::Debug for AuthHeader {
 }
 
 /// What to do after a 401.
-pub(crate) enum Verdict {
+pub(crate) enum ChallengeOutcome {
     /// Send again: a better credential is known now.
     Retry,
     /// No other credentials to try; the server's reason.
@@ -198,12 +198,12 @@ impl Authorizer {
         headers: &HeaderMap,
         sent: Option<&AuthHeader>,
         tries: u32,
-    ) -> Verdict {
+    ) -> ChallengeOutcome {
         let texts =
             headers.get_all(header::WWW_AUTHENTICATE).iter().filter_map(|v| v.to_str().ok());
         let key = format!("{}/{repository}", endpoint.authority);
         let Some(challenge) = challenge::parse(texts).into_iter().next() else {
-            return Verdict::Denied(String::new());
+            return ChallengeOutcome::Denied(String::new());
         };
         let reason = match &challenge {
             Challenge::Bearer { error, .. } => error.chars().take(64).collect(),
@@ -235,13 +235,13 @@ impl Authorizer {
             || (sent.is_some() && tries >= 1 && !wider)
             || (sent.is_some() && same && is_basic)
         {
-            return Verdict::Denied(if reason.is_empty() {
+            return ChallengeOutcome::Denied(if reason.is_empty() {
                 reason
             } else {
                 format!("{reason}: authorization failed")
             });
         }
-        Verdict::Retry
+        ChallengeOutcome::Retry
     }
 
     async fn basic(&self, endpoint: &Endpoint) -> Result<Option<AuthHeader>, Kind> {

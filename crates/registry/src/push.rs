@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Repository,
-    auth::Verdict,
+    auth::ChallengeOutcome,
     error::Kind,
     hosts::Endpoint,
     limit::Priority,
@@ -219,8 +219,8 @@ impl Repository {
                     sent.as_ref(),
                     tries,
                 ) {
-                    Verdict::Retry => tries += 1,
-                    Verdict::Denied(reason) => {
+                    ChallengeOutcome::Retry => tries += 1,
+                    ChallengeOutcome::Denied(reason) => {
                         return Err(denied(response, reason, sent.as_ref()).await);
                     }
                 }

@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Repository,
-    auth::{AuthHeader, Scopes, Verdict},
+    auth::{AuthHeader, ChallengeOutcome, Scopes},
     error::Kind,
     hosts::{Endpoint, Scheme},
     limit::{Permit, Priority},
@@ -181,8 +181,8 @@ impl Repository {
                     sent.as_ref(),
                     tries,
                 ) {
-                    Verdict::Retry => tries += 1,
-                    Verdict::Denied(reason) => {
+                    ChallengeOutcome::Retry => tries += 1,
+                    ChallengeOutcome::Denied(reason) => {
                         return Err(denied(response, reason, sent.as_ref()).await);
                     }
                 }

@@ -136,15 +136,15 @@ impl ClientStore {
 
     /// Writes a small blob.
     pub async fn put(&self, blob: &Descriptor, bytes: Bytes) -> Result<()> {
-        self.write(blob, &mut Whole(Some(bytes))).await
+        self.write(blob, &mut BytesReader(Some(bytes))).await
     }
 }
 
 /// Bytes as a reader.
-struct Whole(Option<Bytes>);
+struct BytesReader(Option<Bytes>);
 
 #[async_trait]
-impl BlobReader for Whole {
+impl BlobReader for BytesReader {
     fn size(&self) -> u64 {
         self.0.as_ref().map_or(0, |b| b.len() as u64)
     }

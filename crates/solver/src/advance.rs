@@ -32,12 +32,12 @@ enum Stage<O> {
 }
 
 /// A stage that cannot go on: it waits, or the edge fails.
-pub(crate) enum Stop {
+pub(crate) enum Blocked {
     Wait,
     Fail(Fault),
 }
 
-impl From<Fault> for Stop {
+impl From<Fault> for Blocked {
     fn from(fault: Fault) -> Self {
         Self::Fail(fault)
     }
@@ -141,9 +141,9 @@ impl<Op: Operation> Graph<Op> {
             };
             match stage {
                 Ok(Stage::Settled(level)) => open.settled = Some(level),
-                Ok(Stage::Wait) | Err(Stop::Wait) => return Phase::Open(open),
+                Ok(Stage::Wait) | Err(Blocked::Wait) => return Phase::Open(open),
                 Ok(Stage::Leave(phase)) => return *phase,
-                Err(Stop::Fail(fault)) => return self.failed(id, fault, Some(open)),
+                Err(Blocked::Fail(fault)) => return self.failed(id, fault, Some(open)),
             }
         }
     }
@@ -165,7 +165,7 @@ impl<Op: Operation> Graph<Op> {
         id: EdgeId,
         open: &mut Open,
         desired: Level,
-    ) -> Result<Stage<Op::Output>, Stop> {
+    ) -> Result<Stage<Op::Output>, Blocked> {
         self.raise(id, |_| Level::Fast);
         let map = self.map(id.node)?;
         self.await_inputs(id, Level::Fast)?;
@@ -176,7 +176,7 @@ impl<Op: Operation> Graph<Op> {
         Ok(Stage::Settled(Level::Fast))
     }
 
-    fn slow(&mut self, id: EdgeId, open: &mut Open) -> Result<Stage<Op::Output>, Stop> {
+    fn slow(&mut self, id: EdgeId, open: &mut Open) -> Result<Stage<Op::Output>, Blocked> {
         if self.ask(id, open, true) {
             return Ok(Stage::Wait);
         }
@@ -208,7 +208,7 @@ impl<Op: Operation> Graph<Op> {
         Ok(Stage::Settled(Level::Slow))
     }
 
-    fn result(&mut self, id: EdgeId, open: &mut Open) -> Result<Stage<Op::Output>, Stop> {
+    fn result(&mut self, id: EdgeId, open: &mut Open) -> Result<Stage<Op::Output>, Blocked> {
         self.raise(id, |_| Level::Result);
         let map = self.map(id.node)?;
         self.await_inputs(id, Level::Result)?;
@@ -234,25 +234,25 @@ impl<Op: Operation> Graph<Op> {
     }
 
     /// The cache map, asked for if need be.
-    fn map(&mut self, no: NodeNo) -> Result<Arc<CacheMap>, Stop> {
-        let node = self.nodes.get(&no).ok_or(Stop::Wait)?;
+    fn map(&mut self, no: NodeNo) -> Result<Arc<CacheMap>, Blocked> {
+        let node = self.nodes.get(&no).ok_or(Blocked::Wait)?;
         match &node.map {
             Work::Known(map) => Ok(map.clone()),
             Work::Failed(fault) => Err(fault.clone().into()),
-            Work::Asked(_) => Err(Stop::Wait),
+            Work::Asked(_) => Err(Blocked::Wait),
             Work::Unasked => {
                 let flight = self.flight(no);
-                let node = self.nodes.get_mut(&no).ok_or(Stop::Wait)?;
+                let node = self.nodes.get_mut(&no).ok_or(Blocked::Wait)?;
                 node.map = Work::Asked(flight);
                 let (vertex, cx) = (node.vertex.clone(), node.cx.clone());
                 self.effects.push(Effect::Map { task: flight.task, node: no, vertex, cx });
-                Err(Stop::Wait)
+                Err(Blocked::Wait)
             }
         }
     }
 
     /// Checksums of all inputs whose content matters, asked for as their results come.
-    fn contents(&mut self, id: EdgeId, map: &CacheMap) -> Result<(), Stop> {
+    fn contents(&mut self, id: EdgeId, map: &CacheMap) -> Result<(), Blocked> {
         let inputs =
             self.nodes.get(&id.node).map(|n| n.identity.inputs.clone()).unwrap_or_default();
         let mut wait = false;
@@ -268,7 +268,7 @@ impl<Op: Operation> Graph<Op> {
                 }
                 None => return Err(Fault::cancelled().into()),
             };
-            let node = self.nodes.get(&id.node).ok_or(Stop::Wait)?;
+            let node = self.nodes.get(&id.node).ok_or(Blocked::Wait)?;
             match node.contents.get(i) {
                 Some(Work::Known(_)) | None => {}
                 Some(Work::Failed(fault)) => return Err(fault.clone().into()),
@@ -276,7 +276,7 @@ impl<Op: Operation> Graph<Op> {
                 Some(Work::Unasked) => {
                     wait = true;
                     let flight = self.flight(id.node);
-                    let node = self.nodes.get_mut(&id.node).ok_or(Stop::Wait)?;
+                    let node = self.nodes.get_mut(&id.node).ok_or(Blocked::Wait)?;
                     node.contents[i] = Work::Asked(flight);
                     let (vertex, cx) = (node.vertex.clone(), node.cx.clone());
                     self.effects.push(Effect::Content {
@@ -290,11 +290,11 @@ impl<Op: Operation> Graph<Op> {
                 }
             }
         }
-        if wait { Err(Stop::Wait) } else { Ok(()) }
+        if wait { Err(Blocked::Wait) } else { Ok(()) }
     }
 
-    fn await_inputs(&self, id: EdgeId, level: Level) -> Result<(), Stop> {
-        let node = self.nodes.get(&id.node).ok_or(Stop::Wait)?;
+    fn await_inputs(&self, id: EdgeId, level: Level) -> Result<(), Blocked> {
+        let node = self.nodes.get(&id.node).ok_or(Blocked::Wait)?;
         let mut wait = false;
         for input in &node.identity.inputs {
             match self.edge(*input).map(|e| e.phase.seen(level)) {
@@ -304,7 +304,7 @@ impl<Op: Operation> Graph<Op> {
                 None => return Err(Fault::cancelled().into()),
             }
         }
-        if wait { Err(Stop::Wait) } else { Ok(()) }
+        if wait { Err(Blocked::Wait) } else { Ok(()) }
     }
 
     /// For each input, whether its slow keys are final and the store knows none of them.

@@ -4,7 +4,7 @@ use crate::{
     CacheKey, CacheStore, Completion, Operation, RecordMeta,
     graph::{Graph, JobNo, Promise, RequestNo, TaskNo},
     handle::{Known, Limits},
-    step::{Answer, Effect, Event, Progress},
+    step::{Effect, Event, ProbeResult, Progress},
 };
 use futures::{
     FutureExt,
@@ -264,14 +264,14 @@ async fn probe<O: Send + 'static>(
     store: Arc<dyn CacheStore<O>>,
     keys: Vec<CacheKey>,
     load: bool,
-) -> Answer<O> {
+) -> ProbeResult<O> {
     if load
         && let Some(Some((primary, value))) =
             warned("load a result from the build cache", caught(store.load(&keys)).await)
     {
-        return Answer::Hit(primary, value);
+        return ProbeResult::Hit(primary, value);
     }
-    Answer::Miss(
+    ProbeResult::Miss(
         warned("look up keys in the build cache", caught(store.primaries(&keys)).await)
             .unwrap_or_default(),
     )
@@ -282,7 +282,7 @@ async fn fetch<O: Send + Sync + 'static>(
     from: Vec<Promise<O>>,
     keys: Vec<CacheKey>,
     meta: RecordMeta,
-) -> Answer<O> {
+) -> ProbeResult<O> {
     for Promise { cache, key, .. } in from {
         let Some(Some(value)) =
             warned("load a result of an imported cache", caught(cache.load(&key)).await)
@@ -293,7 +293,7 @@ async fn fetch<O: Send + Sync + 'static>(
             "store a result of an imported cache",
             caught(store.adopt(&keys, &value, &meta)).await,
         );
-        return Answer::Imported(adopted, value);
+        return ProbeResult::Imported(adopted, value);
     }
-    Answer::Miss(Vec::new())
+    ProbeResult::Miss(Vec::new())
 }

@@ -8,7 +8,7 @@
 
 use crate::{
     CacheMap, ImportedCache, Operation, RecordMeta,
-    advance::Stop,
+    advance::Blocked,
     graph::{
         EdgeId, Graph, Import, ImportNo, JobNo, Level, NodeNo, Open, Phase, Probe, Promise, TaskNo,
         Work,
@@ -60,7 +60,7 @@ impl<Op: Operation> Graph<Op> {
 
     /// The caches that the jobs of a node imported; those that are not read yet stop the one who
     /// asks.
-    fn imports_of(&self, no: NodeNo) -> Result<Vec<Read<Op::Output>>, Stop> {
+    fn imports_of(&self, no: NodeNo) -> Result<Vec<Read<Op::Output>>, Blocked> {
         let Some(node) = self.nodes.get(&no).filter(|_| self.imports > 0) else {
             return Ok(Vec::new());
         };
@@ -68,7 +68,7 @@ impl<Op: Operation> Graph<Op> {
         let imports =
             || jobs.iter().filter_map(|job| self.jobs.get(job)).flat_map(|job| &job.imports);
         if imports().any(|i| i.reading.is_some()) {
-            return Err(Stop::Wait);
+            return Err(Blocked::Wait);
         }
         Ok(imports().map(|i| (i.no, i.cache.clone())).collect())
     }
@@ -81,7 +81,7 @@ impl<Op: Operation> Graph<Op> {
         open: &mut Open,
         map: &CacheMap,
         contents: bool,
-    ) -> Result<bool, Stop> {
+    ) -> Result<bool, Blocked> {
         if !open.candidates.all().any(Key::askable) {
             return Ok(false);
         }

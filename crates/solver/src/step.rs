@@ -45,7 +45,7 @@ pub(crate) enum Event<Op: Operation> {
     /// A task ended.
     Content { task: TaskNo, node: NodeNo, input: usize, result: Result<Option<Digest>> },
     /// A task ended.
-    Probed { task: TaskNo, edge: EdgeId, answer: Answer<Op::Output> },
+    Probed { task: TaskNo, edge: EdgeId, answer: ProbeResult<Op::Output> },
     /// A task ended.
     Ran { task: TaskNo, node: NodeNo, result: Result<Vec<Op::Output>> },
     /// A task ended; `None` when the store failed.
@@ -53,7 +53,7 @@ pub(crate) enum Event<Op: Operation> {
 }
 
 /// What the store knows.
-pub(crate) enum Answer<O> {
+pub(crate) enum ProbeResult<O> {
     /// A result and its primary key.
     Hit(CacheKey, O),
     /// A result of an imported cache, with its primary key in the store, if it could be stored.
@@ -414,14 +414,14 @@ impl<Op: Operation> Graph<Op> {
         self.dirty_node(no);
     }
 
-    fn probed(&mut self, task: TaskNo, edge: EdgeId, answer: Answer<Op::Output>) {
+    fn probed(&mut self, task: TaskNo, edge: EdgeId, answer: ProbeResult<Op::Output>) {
         let Some(e) = self.edge_mut(edge) else { return };
         let Phase::Open(open) = &mut e.phase else { return };
         let Some(probe) = open.probe.take_if(|p| p.task == task) else { return };
         match answer {
-            Answer::Hit(primary, value) => self.hit(edge, &probe, Some(primary), value, true),
-            Answer::Imported(primary, value) => self.hit(edge, &probe, primary, value, false),
-            Answer::Miss(primaries) => open.missed(probe, primaries),
+            ProbeResult::Hit(primary, value) => self.hit(edge, &probe, Some(primary), value, true),
+            ProbeResult::Imported(primary, value) => self.hit(edge, &probe, primary, value, false),
+            ProbeResult::Miss(primaries) => open.missed(probe, primaries),
         }
         self.dirty.push(edge);
     }

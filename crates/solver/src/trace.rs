@@ -5,7 +5,7 @@ use crate::{
     VertexId,
     graph::{EdgeId, Graph, JobNo, NodeNo, RequestNo, TaskNo},
     keys::{Candidates, InputKeys, Key},
-    step::{Answer, Effect, Event, Progress},
+    step::{Effect, Event, ProbeResult, Progress},
 };
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -307,10 +307,12 @@ impl Lab {
                     Pending::Probe(task, edge) => {
                         let answer = match result.split_once(' ') {
                             Some(("hit", value)) => {
-                                Answer::Hit(CacheKey(Digest::of(value)), value.into())
+                                ProbeResult::Hit(CacheKey(Digest::of(value)), value.into())
                             }
-                            Some(("known", key)) => Answer::Miss(vec![CacheKey(Digest::of(key))]),
-                            _ => Answer::Miss(Vec::new()),
+                            Some(("known", key)) => {
+                                ProbeResult::Miss(vec![CacheKey(Digest::of(key))])
+                            }
+                            _ => ProbeResult::Miss(Vec::new()),
                         };
                         Event::Probed { task, edge, answer }
                     }
@@ -338,9 +340,9 @@ impl Lab {
                     Pending::Fetch(task, edge, keys) => {
                         let answer = match result.strip_prefix("hit ") {
                             Some(value) => {
-                                Answer::Imported(keys.first().copied(), value.to_owned())
+                                ProbeResult::Imported(keys.first().copied(), value.to_owned())
                             }
-                            None => Answer::Miss(Vec::new()),
+                            None => ProbeResult::Miss(Vec::new()),
                         };
                         Event::Probed { task, edge, answer }
                     }

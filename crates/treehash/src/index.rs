@@ -34,13 +34,13 @@ pub struct TreeIndex(Arc<Mutex<Memory>>);
 
 /// Digests of regular files, with the number of the stamp each had. Trees are large and many: paths
 /// are remembered by digest, too.
-type Memory = HashMap<Place, (u64, Digest)>;
+type Memory = HashMap<PathHash, (u64, Digest)>;
 
 /// A path.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Place([u8; 16]);
+struct PathHash([u8; 16]);
 
-impl Place {
+impl PathHash {
     fn of(path: &Path) -> Self {
         let mut place = [0; 16];
         place.copy_from_slice(&Digest::of(path.as_os_str().as_bytes()).as_bytes()[..16]);
@@ -49,7 +49,7 @@ impl Place {
 }
 
 /// A file that belongs to the selection.
-struct Found {
+struct SelectedFile {
     /// Path from the tree's root.
     path: PathBuf,
     /// Name that goes into the checksum.
@@ -111,13 +111,13 @@ impl TreeIndex {
     pub fn record(&self, path: &Path, file: &FileStat, digest: Digest) {
         let mut memory = self.memory();
         if memory.len() < MAX_REMEMBERED {
-            memory.insert(Place::of(path), (Stamp::of_file(file).number(), digest));
+            memory.insert(PathHash::of(path), (Stamp::of_file(file).number(), digest));
         }
     }
 
     /// Forgets the file at `path`.
     pub fn forget(&self, path: &Path) {
-        self.memory().remove(&Place::of(path));
+        self.memory().remove(&PathHash::of(path));
     }
 
     /// Forgets all files.
@@ -130,14 +130,14 @@ impl TreeIndex {
     }
 
     /// The digests of files, from memory or by reading, several at a time.
-    fn digests(&self, root: &Path, found: &[Found]) -> Result<Vec<Digest>> {
+    fn digests(&self, root: &Path, found: &[SelectedFile]) -> Result<Vec<Digest>> {
         // Everything but a file's contents follows from what was read already.
-        let is_file = |f: &Found| f.stamp.kind() == FileType::RegularFile;
-        let places: Vec<Option<Place>> =
-            found.iter().map(|f| is_file(f).then(|| Place::of(&f.path))).collect();
+        let is_file = |f: &SelectedFile| f.stamp.kind() == FileType::RegularFile;
+        let places: Vec<Option<PathHash>> =
+            found.iter().map(|f| is_file(f).then(|| PathHash::of(&f.path))).collect();
         let mut digests: Vec<Option<Digest>> = {
             let memory = self.memory();
-            let known = |(f, place): (&Found, &Option<Place>)| {
+            let known = |(f, place): (&SelectedFile, &Option<PathHash>)| {
                 memory.get(place.as_ref()?).filter(|(n, _)| *n == f.stamp.number())
             };
             found.iter().zip(&places).map(|f| known(f).map(|(_, d)| *d)).collect()
@@ -188,7 +188,7 @@ fn collect(
     name: &[u8],
     filter: Option<&dyn PathFilter>,
     contents_only: bool,
-    found: &mut Vec<Found>,
+    found: &mut Vec<SelectedFile>,
 ) -> Result<()> {
     let base =
         rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
@@ -199,7 +199,8 @@ fn collect(
     let at = if start.as_os_str().is_empty() { Path::new(".") } else { start };
     let stat =
         rustix::fs::statat(&base, at, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| failed(start, e))?;
-    let first = Found { path: start.to_owned(), name: name.to_vec(), stamp: Stamp::of(&stat) };
+    let first =
+        SelectedFile { path: start.to_owned(), name: name.to_vec(), stamp: Stamp::of(&stat) };
     if first.stamp.kind() != FileType::Directory {
         found.push(first);
         return Ok(());
@@ -233,10 +234,12 @@ fn collect(
         let mut held = None;
         match verdict {
             Verdict::Skip => continue,
-            Verdict::Descend => held = Some(Found { path: path.clone(), name: full_name, stamp }),
+            Verdict::Descend => {
+                held = Some(SelectedFile { path: path.clone(), name: full_name, stamp })
+            }
             Verdict::Take => {
                 found.extend(stack.iter_mut().filter_map(|d| d.held.take()));
-                found.push(Found { path: path.clone(), name: full_name, stamp });
+                found.push(SelectedFile { path: path.clone(), name: full_name, stamp });
             }
         }
         if is_dir {
@@ -254,7 +257,7 @@ struct Dir {
     /// Children still to visit, last one first.
     children: Vec<(CString, Stamp)>,
     /// Its own entry, if it counts only with a child.
-    held: Option<Found>,
+    held: Option<SelectedFile>,
 }
 
 /// The children of a directory, in reverse byte order.

@@ -27,7 +27,7 @@ pub(super) enum Upstream {
     /// From a namespace.
     Namespace(NetNs),
     /// The configuration gives steps no network.
-    Nowhere,
+    NoEgress,
 }
 
 /// A proxy at work.
@@ -69,7 +69,7 @@ impl Serving {
         let listener = TcpListener::from_std(listener).map_err(failed)?;
         let (way, egress): (Arc<dyn Egress>, _) = match egress {
             Upstream::Host => (Arc::new(FromHost), None),
-            Upstream::Nowhere => (Arc::new(Nowhere), None),
+            Upstream::NoEgress => (Arc::new(NoEgress), None),
             Upstream::Namespace(netns) => {
                 (Arc::new(FromNamespace(netns.path().to_owned())), Some(netns))
             }
@@ -123,10 +123,10 @@ impl Egress for FromNamespace {
     }
 }
 
-struct Nowhere;
+struct NoEgress;
 
 #[async_trait]
-impl Egress for Nowhere {
+impl Egress for NoEgress {
     async fn connect(&self, _: SocketAddr) -> io::Result<TcpStream> {
         Err(io::Error::new(
             io::ErrorKind::NetworkUnreachable,

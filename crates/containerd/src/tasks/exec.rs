@@ -3,7 +3,7 @@
 use super::{
     Inner,
     api::{ProcessRef, Stdio},
-    run::{self, Answer},
+    run::{self, ExitSender},
     stdio,
 };
 use shipway_executor::{ExitStatus, ProcessIo, ProcessSpec, RootFs, set_variables, spec};
@@ -31,7 +31,7 @@ pub(super) async fn supervise(
     container: String,
     process: ProcessSpec,
     io: ProcessIo,
-    mut answer: Answer,
+    mut answer: ExitSender,
 ) {
     let result = join(&inner, container, process, io, &mut answer).await;
     let _ = answer.send(result);
@@ -42,7 +42,7 @@ async fn join(
     container: String,
     process: ProcessSpec,
     io: ProcessIo,
-    answer: &mut Answer,
+    answer: &mut ExitSender,
 ) -> Result<ExitStatus> {
     run::check_id(&process.id)?;
     let running = inner.running().get(&container).cloned();
@@ -62,7 +62,7 @@ async fn join(
             let bytes = serde_json::to_vec(&spec)
                 .map_err(|e| Fault::internal(format!("write a process specification: {e}")))?;
             let prefix = format!("{}-", process.id);
-            let shape = stdio::Shape { prefix: &prefix, terminal: process.tty, input };
+            let shape = stdio::StdioShape { prefix: &prefix, terminal: process.tty, input };
             Ok::<_, Fault>((bytes, stdio::Stdio::open(&running.dir, shape, &output)?))
         }
     };

@@ -282,7 +282,7 @@ pub(super) fn prepare(
     let (output, input) = io;
     let stdio = stdio::Stdio::open(
         &dir.0,
-        stdio::Shape { prefix: "", terminal: process.tty, input },
+        stdio::StdioShape { prefix: "", terminal: process.tty, input },
         output,
     )?;
 

@@ -32,7 +32,7 @@ const DEATH: Duration = Duration::from_secs(1);
 /// How often it is repeated.
 const KILLS: usize = 10;
 
-pub(super) type Answer = oneshot::Sender<Result<ExitStatus>>;
+pub(super) type ExitSender = oneshot::Sender<Result<ExitStatus>>;
 
 /// Runs `process` and answers; returns when nothing is left of it. Kills it when its caller no
 /// longer waits for the answer any more.
@@ -42,7 +42,7 @@ pub(super) async fn supervise(
     root: RootFs,
     mounts: Vec<ExecMount>,
     io: ProcessIo,
-    mut answer: Answer,
+    mut answer: ExitSender,
 ) {
     if let Err(e) = check_id(&process.id) {
         let _ = answer.send(Err(e));
@@ -77,9 +77,9 @@ pub(super) async fn supervise(
 
 /// Processes that may be started at the same time: more than the machine has processors for would
 /// each want a shim of its own and take as long.
-pub(super) struct Starts(Arc<Semaphore>);
+pub(super) struct StartLimit(Arc<Semaphore>);
 
-impl Default for Starts {
+impl Default for StartLimit {
     fn default() -> Self {
         Self(Arc::new(Semaphore::new(
             2 * std::thread::available_parallelism().map_or(1, NonZero::get),
@@ -87,10 +87,10 @@ impl Default for Starts {
     }
 }
 
-impl Starts {
+impl StartLimit {
     /// One start, to be dropped when it is over; `None` if the caller no longer waits for the
     /// process.
-    async fn one(&self, answer: &mut Answer) -> Option<OwnedSemaphorePermit> {
+    async fn one(&self, answer: &mut ExitSender) -> Option<OwnedSemaphorePermit> {
         tokio::select! {
             permit = self.0.clone().acquire_owned() => permit.ok(),
             () = answer.closed() => None,
@@ -229,7 +229,7 @@ async fn run(
     io: ProcessIo,
     (slot, starting): (&mut Arc<Slot>, OwnedSemaphorePermit),
     parts: &mut Parts,
-    answer: &mut Answer,
+    answer: &mut ExitSender,
 ) -> Result<ExitStatus> {
     let prepared = {
         let (inner, process, root) = (inner.clone(), process.clone(), root.clone());
@@ -312,7 +312,7 @@ pub(super) async fn start(
     place: &ProcessRef,
     mut stdio: stdio::Stdio,
     io: ProcessIo,
-    answer: &mut Answer,
+    answer: &mut ExitSender,
     on_start: impl FnOnce() + Send,
 ) -> Result<u32> {
     // Waiting begins before the start, so that no exit is missed.

@@ -21,7 +21,7 @@ const CHUNK: usize = 64 << 10;
 /// Names of one process's FIFOs and what it is given of them; a container's processes share a
 /// directory.
 #[derive(Clone, Copy)]
-pub(super) struct Shape<'a> {
+pub(super) struct StdioShape<'a> {
     pub(super) prefix: &'a str,
     pub(super) terminal: bool,
     pub(super) input: bool,
@@ -79,7 +79,7 @@ impl Input {
 
 impl Stdio {
     /// Makes the FIFOs in `dir` and begins to read; a terminal has one output.
-    pub(super) fn open(dir: &Path, shape: Shape<'_>, output: &OutputTarget) -> Result<Self> {
+    pub(super) fn open(dir: &Path, shape: StdioShape<'_>, output: &OutputTarget) -> Result<Self> {
         let path = |name: &str| dir.join(format!("{}{name}", shape.prefix));
         let mut readers = JoinSet::new();
         let input = if shape.input { Some(Input::open(path("stdin"))?) } else { None };
@@ -162,7 +162,7 @@ mod tests {
     async fn input_and_output_go_through() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let (queue, mut said) = mpsc::channel(4);
-        let shape = Shape { prefix: "x-", terminal: true, input: true };
+        let shape = StdioShape { prefix: "x-", terminal: true, input: true };
         let mut stdio = Stdio::open(dir.path(), shape, &OutputTarget::Queue(queue)).expect("FIFOs");
         let writer = stdio.take_writer().expect("an input");
         let (sender, receiver) = mpsc::channel(1);

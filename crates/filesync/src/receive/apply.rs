@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use super::{Change, ChangeKind, Differ, LISTING, ReceiveOptions, Received};
 use crate::{
     Budget, KnownEntry, KnownTree, Stat,
-    budget::{ENTRY, Taken},
+    budget::{BudgetShare, ENTRY},
     compare,
     disk::{self, Dirs, chmod_nofollow},
     known::{IDENTITY, find},
@@ -47,7 +47,7 @@ pub(super) struct Apply {
     /// Entries below this directory are gone with it; it ends in a slash.
     removed: Option<String>,
     new: Vec<KnownEntry>,
-    taken: Taken,
+    taken: BudgetShare,
     next_id: u32,
     /// What the sender has, for [`LISTING`].
     listing: Vec<u8>,
@@ -74,7 +74,7 @@ impl Apply {
         requests: mpsc::UnboundedSender<u32>,
     ) -> Result<Self> {
         let dirs = Dirs::new(disk::open_root(dest)?);
-        let taken = Taken::of(options.budget.clone().unwrap_or_else(Budget::shared));
+        let taken = BudgetShare::of(options.budget.clone().unwrap_or_else(Budget::shared));
         let old = match options.known.take() {
             _ if options.merge => KnownTree::default(),
             Some(known) => known,

@@ -116,7 +116,7 @@ impl FakeStorage {
     /// collector does.
     pub fn gc(&self) {
         let mut state = self.state();
-        let mut kept = Kept::default();
+        let mut kept = Reached::default();
         kept.mark(&state);
         state.blobs.retain(|digest, _| kept.blobs.contains(digest));
         let gone: Vec<_> =
@@ -156,14 +156,14 @@ impl State {
 
 /// What a collection reached.
 #[derive(Default)]
-struct Kept {
+struct Reached {
     blobs: HashSet<Digest>,
     snapshots: HashSet<SnapshotKey>,
     /// Reached with their labels' references; the others only for themselves.
     followed: HashSet<Digest>,
 }
 
-impl Kept {
+impl Reached {
     fn mark(&mut self, state: &State) {
         for lease in state.leases.values() {
             let flat = lease.labels.contains_key(crate::GC_FLAT);
