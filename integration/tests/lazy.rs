@@ -6,14 +6,19 @@
 use serde_json::Value;
 use shipway_estargz::Output;
 use shipway_integration::{
+    any, collect_garbage,
     cri::{Cri, wire},
     lazy::lazy_layer,
-    on_all,
+    on_all, on_each,
 };
 use shipway_testkit::{
-    BaseImage, Flavour, Lab, LabOptions, Layer, Network, SlowNetwork, run,
+    BaseImage, Flavour, Lab, LabOptions, Layer, Network, SlowNetwork, run, wait_for,
 };
-use std::{fmt::Write as _, time::Duration};
+use std::{
+    fmt::Write as _,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
 
 /// Files of the large layer, and bytes of each.
 const FILES: usize = 64;
@@ -71,38 +76,165 @@ fn status(lab: &Lab) -> Value {
     serde_json::from_str(&done.stdout).unwrap()
 }
 
-/// A command in a container of the image.
-fn words<'a>(image: &'a str, id: &'a str, script: &'a str) -> [&'a str; 9] {
-    ["run", "--rm", "--snapshotter", "shipway", image, id, "sh", "-c", script]
+/// A command in a container of the image. The runtime's names are those of all labs.
+fn words(image: &str, script: &str) -> Vec<String> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let id = format!("lazy-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    ["run", "--rm", "--snapshotter", "shipway", image, &id, "sh", "-c", script]
+        .map(str::to_owned)
+        .to_vec()
 }
 
 fn blobs(lab: &Lab) -> usize {
     lab.ctr(["content", "list", "--quiet"]).ok().lines().count()
 }
 
+/// Waits until all layers are whole and mounted without the keeper.
+fn until_local(lab: &Lab) {
+    wait_for("all layers to be local", Duration::from_secs(60), || {
+        let status = status(lab);
+        let layers = status["lazy"]["layers"].as_array().unwrap().clone();
+        let local = |l: &Value| l["state"] == "whole" && l["mounted"] == "local";
+        if layers.len() == 2 && layers.iter().all(local) { Ok(()) } else { Err(status.to_string()) }
+    });
+}
+
+/// A script that reads all files, and what it says.
+fn all() -> (String, String) {
+    let mut want = String::new();
+    for n in 0..FILES {
+        writeln!(want, "{}  /data/{n}", sum(n)).unwrap();
+    }
+    (format!("for n in $(seq 0 {}); do sha256sum /data/$n; done", FILES - 1), want)
+}
+
+const FAST: Network = Network { latency: Duration::from_millis(2), bandwidth: 60 << 20 };
+
+fn runs_before_it_is_there(flavour: Flavour, output: Output) {
+    let lab = lab(flavour, "background = false\n");
+    push(&lab.registry(), output);
+    let slow = SlowNetwork::start(&lab.registry(), FAST);
+    let image = format!("{}/lazy:1", slow.address());
+    pull(&lab, &image);
+    let pulled = slow.bytes();
+    assert!(pulled < 2 << 20, "{pulled} bytes were fetched by the pull: {}", status(&lab));
+    assert_eq!(blobs(&lab), 3, "index, manifest and config, but no layer");
+    let said = lab.ctr(words(&image, "sha256sum /data/7 /data/33")).ok().stdout;
+    let mut want = String::new();
+    for n in [7, 33] {
+        writeln!(want, "{}  /data/{n}", sum(n)).unwrap();
+    }
+    assert_eq!(said, want);
+    let fetched = slow.bytes() - pulled;
+    assert!(fetched < 20 << 20, "{fetched} bytes were fetched for two files");
+    // Another namespace has the same layers by another name.
+    lab.ctr_in("other", ["images", "pull", "--plain-http", "--snapshotter", "shipway", &image])
+        .ok();
+    assert_eq!(lab.ctr_in("other", words(&image, "sha256sum /data/7 /data/33")).ok().stdout, want);
+    assert_eq!(status(&lab)["lazy"]["layers"].as_array().unwrap().len(), 2);
+    // Those of the containers go with a collection. Only the transfer service of containerd 2 says
+    // in a plain pull which chain it unpacks.
+    let unpacked = if flavour == Flavour::Newer { 0 } else { 2 };
+    let directories = lab.dir().join("snapshotter/snapshots");
+    wait_for("nothing but containers to have directories", Duration::from_secs(20), || {
+        collect_garbage(&lab);
+        match std::fs::read_dir(&directories).unwrap().count() {
+            n if n == unpacked => Ok(()),
+            n => Err(format!("{n} directories")),
+        }
+    });
+    // The image goes; the layers stay as a cache, and coming back costs nothing.
+    for namespace in ["other", "k8s.io"] {
+        for name in lab.ctr_in(namespace, ["images", "list", "--quiet"]).ok().lines() {
+            lab.ctr_in(namespace, ["images", "delete", "--sync", name]).ok();
+        }
+    }
+    wait_for("the layers to be unmounted", Duration::from_secs(10), || {
+        match lab.leftovers().mounts {
+            left if left.is_empty() => Ok(()),
+            left => Err(format!("{left:?}")),
+        }
+    });
+    let before = slow.bytes();
+    pull(&lab, &image);
+    assert_eq!(lab.ctr(words(&image, "sha256sum /data/7 /data/33")).ok().stdout, want);
+    let again = slow.bytes() - before;
+    // What is read ahead may come once more.
+    assert!(again < 3 << 19, "{again} bytes were fetched for what was there");
+}
+
 #[test]
 fn an_image_runs_before_it_is_there() {
-    on_all(|flavour| {
-        let lab = lab(flavour, "background = false\n");
+    on_all(|flavour| runs_before_it_is_there(flavour, Output::Estargz));
+}
+
+#[test]
+fn zstd_chunked_images_do_too() {
+    runs_before_it_is_there(any(), Output::ZstdChunked);
+}
+
+#[test]
+fn the_rest_comes_by_itself_and_needs_nobody_then() {
+    on_each(|flavour| {
+        let mut lab = lab(flavour, "");
         push(&lab.registry(), Output::Estargz);
-        let network = Network { latency: Duration::from_millis(5), bandwidth: 30 << 20 };
+        let slow = SlowNetwork::start(&lab.registry(), FAST);
+        let image = format!("{}/lazy:1", slow.address());
+        pull(&lab, &image);
+        lab.ctr(words(&image, "true")).ok();
+        until_local(&lab);
+        slow.set_down(true);
+        assert!(lab.kill_keeper());
+        let (script, want) = all();
+        assert_eq!(lab.ctr(words(&image, &script)).ok().stdout, want);
+        // What is whole is believed after a restart, and mounted as it was.
+        lab.kill_snapshotter();
+        lab.start_snapshotter();
+        wait_for("containerd to reach the snapshotter", Duration::from_secs(30), || {
+            let said = lab.ctr(words(&image, &script));
+            if said.stdout == want { Ok(()) } else { Err(said.all()) }
+        });
+    });
+}
+
+#[test]
+fn reads_go_on_through_kills_and_outages() {
+    on_each(|flavour| {
+        let mut lab = lab(flavour, "background = false\n");
+        push(&lab.registry(), Output::Estargz);
+        let network = Network { latency: Duration::from_millis(5), bandwidth: 8 << 20 };
         let slow = SlowNetwork::start(&lab.registry(), network);
         let image = format!("{}/lazy:1", slow.address());
         pull(&lab, &image);
-        let pulled = slow.bytes();
-        assert!(pulled < 2 << 20, "{pulled} bytes were fetched by the pull: {}", status(&lab));
-        assert_eq!(blobs(&lab), 3, "index, manifest and config, but no layer");
-        let said = lab.ctr(words(&image, "first", "sha256sum /data/7 /data/33")).ok().stdout;
-        let mut want = String::new();
-        for n in [7, 33] {
-            writeln!(want, "{}  /data/{n}", sum(n)).unwrap();
+        let (script, want) = all();
+        let out = lab.dir().join("read");
+        let mut command = lab.ctr_command_in("k8s.io");
+        command.args(words(&image, &script));
+        command.stdout(std::fs::File::create(&out).unwrap());
+        let mut reader = command.spawn().unwrap();
+        let lines = || std::fs::read_to_string(&out).unwrap_or_default().lines().count();
+        for round in 0..12 {
+            let begun = lines();
+            wait_for("the next file to be read", Duration::from_secs(40), || {
+                if lines() > begun || lines() == FILES || reader.try_wait().unwrap().is_some() {
+                    return Ok(());
+                }
+                Err(format!("{begun} files, round {round}: {}", status(&lab)))
+            });
+            match round % 3 {
+                0 => {
+                    lab.kill_snapshotter();
+                    lab.start_snapshotter();
+                }
+                1 => assert!(lab.kill_keeper()),
+                _ => {
+                    slow.set_down(true);
+                    lab.kill_keeper();
+                    slow.set_down(false);
+                }
+            }
         }
-        assert_eq!(said, want);
-        let fetched = slow.bytes() - pulled;
-        assert!(fetched < 20 << 20, "{fetched} bytes were fetched for two files");
-        let layers = status(&lab)["lazy"]["layers"].clone();
-        assert_eq!(layers.as_array().unwrap().len(), 2, "{layers}");
-        lab.ctr(["images", "delete", "--sync", &image]).ok();
-        drop(lab);
+        assert!(reader.wait().unwrap().success(), "{}", status(&lab));
+        assert_eq!(std::fs::read_to_string(&out).unwrap(), want);
     });
 }

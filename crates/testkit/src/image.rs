@@ -15,6 +15,7 @@ const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+const ZSTD_LAYER: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 
 fn digest(bytes: &[u8]) -> String {
     format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
@@ -165,7 +166,9 @@ impl BaseImage {
             .iter()
             .map(|layer| {
                 let digest = put_blob(registry, name, &layer.blob);
-                let mut descriptor = descriptor(LAYER, &digest, &layer.blob);
+                let zstd = layer.blob.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]);
+                let kind = if zstd { ZSTD_LAYER } else { LAYER };
+                let mut descriptor = descriptor(kind, &digest, &layer.blob);
                 if !layer.annotations.is_empty() {
                     descriptor["annotations"] = json!(layer.annotations);
                 }

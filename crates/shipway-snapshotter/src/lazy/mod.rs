@@ -86,6 +86,8 @@ pub struct Lazy {
     /// Those whose blobs are being read, and who waits for their ends.
     reading: Mutex<BTreeMap<u32, oneshot::Sender<()>>>,
     held: Mutex<BTreeMap<u32, Held>>,
+    /// What the keeper said before the layers of an earlier life were back; `None` since.
+    early: Mutex<Option<Vec<News>>>,
 }
 
 /// What the store of layers is told.
@@ -155,6 +157,7 @@ impl Lazy {
             wanted_whole,
             reading: Mutex::default(),
             held: Mutex::default(),
+            early: Mutex::new(Some(Vec::new())),
         });
         lazy.runtime.spawn(bring_all(Arc::downgrade(&lazy), wholes));
         let weak = Arc::downgrade(&lazy);
@@ -194,6 +197,10 @@ impl Lazy {
 
     /// What the keeper says.
     fn hear(&self, said: News) {
+        if let Some(early) = &mut *self.early.lock().unwrap_or_else(PoisonError::into_inner) {
+            // A read that waits since before this process is of a layer that comes back.
+            return early.push(said);
+        }
         match said {
             News::Miss { n, blocks } => {
                 let Some(registered) = self.link.layer(n) else {
@@ -483,6 +490,9 @@ impl LazyLayers for LazyPort {
                 Err(fault) => tracing::error!(layer = number, %fault, "failed to adopt a mount"),
             }
         }
+        let early = lazy.early.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let _runtime = lazy.runtime.enter();
+        early.into_iter().flatten().for_each(|said| lazy.hear(said));
         for mount in &mounted {
             let name = mount.at.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse().ok());
             if name.is_none_or(|n| !layers.contains(&LayerId(n)))

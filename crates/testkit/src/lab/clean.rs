@@ -70,7 +70,10 @@ impl Lab {
         }
         all.shims = shims(&self.dir).into_iter().map(|(_, command)| command).collect();
         let disk = self.dir.join("containerd-root");
-        all.mounts = mounts(&self.dir).into_iter().filter(|m| Path::new(m) != disk).collect();
+        // The snapshotter's keeper serves as long as the lab lives.
+        let keeper = self.dir.join("run/k");
+        let ours = |m: &String| Path::new(m) == disk || Path::new(m) == keeper;
+        all.mounts = mounts(&self.dir).into_iter().filter(|m| !ours(m)).collect();
         all
     }
 
@@ -79,6 +82,13 @@ impl Lab {
         let shims = shims(&self.dir);
         shims.iter().for_each(|(pid, _)| kill(*pid));
         shims.len()
+    }
+
+    /// `kill -9` of the process that serves lazy layers; whether there was one.
+    pub fn kill_keeper(&self) -> bool {
+        let run = format!("keeper --run {}", self.dir.join("run").display());
+        let keepers = processes().into_iter().filter(|(_, command)| command.contains(&run));
+        keepers.map(|(pid, _)| kill(pid)).count() > 0
     }
 
     /// Prints the ends of all logs and what is in containerd.

@@ -465,6 +465,13 @@ impl Lab {
         command
     }
 
+    /// `ctr` in `namespace`, to be started by the caller.
+    pub fn ctr_command_in(&self, namespace: &str) -> Command {
+        let mut command = self.ctr_command();
+        command.args(["--namespace", namespace]);
+        command
+    }
+
     /// Runs `ctr` in the daemon's namespace.
     #[track_caller]
     pub fn ctr<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Finished {
