@@ -221,12 +221,17 @@ fn reads_go_on_through_kills_and_outages() {
                 }
                 Err(format!("{begun} files, round {round}: {}", status(&lab)))
             });
-            match round % 3 {
+            match round % 4 {
                 0 => {
                     lab.kill_snapshotter();
                     lab.start_snapshotter();
                 }
                 1 => assert!(lab.kill_keeper()),
+                2 => {
+                    lab.kill_snapshotter();
+                    lab.kill_keeper();
+                    lab.start_snapshotter();
+                }
                 _ => {
                     slow.set_down(true);
                     lab.kill_keeper();

@@ -25,7 +25,8 @@
 //!
 //! - [`mod@message`]: what daemon and keeper say.
 //! - [`mod@client`]: the daemon's side.
-//! - [`run`]: the process.
+//! - [`run`]: the process; [`supervise`]: another one that holds its state where no service manager
+//!   does.
 //!
 //! Dependencies: `sd-notify` knows which file descriptors the service manager passed. It does not
 //! send any, so that is done here. `libc` has what rustix lacks: numbers of system calls, `seccomp`
@@ -43,7 +44,9 @@ mod run;
 mod serve;
 mod socket;
 mod store;
+mod supervise;
 mod sys;
 
 pub use confine::confine;
 pub use run::{DEADLINE, Options, run};
+pub use supervise::supervise;

@@ -9,6 +9,7 @@ use crate::{
     serve::{self, Kernel},
     socket,
     store::Systemd,
+    supervise::{self, HANDED},
     sys,
 };
 use rustix::{
@@ -126,6 +127,10 @@ fn inherited() -> Result<(Option<OwnedFd>, Held)> {
             Err(_) if name == SOCKET_NAME => listener = Some(fd),
             Err(_) => tracing::warn!(name, "an inherited file descriptor is not known"),
         }
+    }
+    if std::env::var_os(HANDED).is_some() {
+        let handed = supervise::handed();
+        held.extend(handed.map_err(|e| Fault::io("take what was handed over", e.into()))?);
     }
     Ok((listener, held))
 }

@@ -73,6 +73,9 @@ enum Command {
         /// Seconds that a read waits before it fails.
         #[arg(long, value_name = "SECONDS")]
         deadline: Option<u64>,
+        /// Starts the keeper and holds its state, as a service manager does.
+        #[arg(long)]
+        supervise: bool,
     },
 }
 
@@ -98,7 +101,7 @@ fn run(flags: Flags) -> Result<ExitCode> {
         None => start(&config).map(|()| ExitCode::SUCCESS),
         Some(Command::Status { json }) => status::show(&config, json).map(|()| ExitCode::SUCCESS),
         Some(Command::Setup(flags)) => setup::run(&config, &flags).map(|()| ExitCode::SUCCESS),
-        Some(Command::Keeper { run, socket, deadline }) => {
+        Some(Command::Keeper { run, socket, deadline, supervise }) => {
             rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
             shipway_daemon::start_log(config.log.level, config.log.format);
             let options = shipway_keeper::Options {
@@ -106,6 +109,11 @@ fn run(flags: Flags) -> Result<ExitCode> {
                 socket: socket.unwrap_or(config.lazy.keeper_address),
                 deadline: Duration::from_secs(deadline.unwrap_or(config.lazy.deadline)),
             };
+            if supervise {
+                let keeper = || lazy::keeper_command(&options);
+                return shipway_keeper::supervise(keeper, &options.directory)
+                    .map(|()| ExitCode::SUCCESS);
+            }
             shipway_keeper::run(&options).map(|()| ExitCode::SUCCESS)
         }
         Some(Command::Doctor(target)) => Ok(doctor::run(&config, &target)),

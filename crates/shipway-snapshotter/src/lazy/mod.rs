@@ -653,13 +653,23 @@ fn clear(directory: &Path) -> Result<()> {
 }
 
 /// This program as a keeper.
+pub fn keeper_command(options: &shipway_keeper::Options) -> std::process::Command {
+    let mut command = std::process::Command::new("/proc/self/exe");
+    command.arg("keeper").arg("--run").arg(&options.directory).arg("--socket").arg(&options.socket);
+    command.arg("--deadline").arg(options.deadline.as_secs().to_string());
+    command
+}
+
+/// This program as a keeper, and one that starts it again.
 fn starter(config: &Config) -> Starter {
-    let (run, socket) = (config.lazy.run.clone(), config.lazy.keeper_address.clone());
-    let deadline = config.lazy.deadline;
+    let options = shipway_keeper::Options {
+        directory: config.lazy.run.clone(),
+        socket: config.lazy.keeper_address.clone(),
+        deadline: Duration::from_secs(config.lazy.deadline),
+    };
     Box::new(move || {
-        let mut command = std::process::Command::new("/proc/self/exe");
-        command.arg("keeper").arg("--run").arg(&run).arg("--socket").arg(&socket);
-        command.arg("--deadline").arg(deadline.to_string());
+        let mut command = keeper_command(&options);
+        command.arg("--supervise");
         command
     })
 }

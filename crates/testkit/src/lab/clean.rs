@@ -87,7 +87,9 @@ impl Lab {
     /// `kill -9` of the process that serves lazy layers; whether there was one.
     pub fn kill_keeper(&self) -> bool {
         let run = format!("keeper --run {}", self.dir.join("run").display());
-        let keepers = processes().into_iter().filter(|(_, command)| command.contains(&run));
+        let keepers = processes()
+            .into_iter()
+            .filter(|(_, command)| command.contains(&run) && !command.contains("--supervise"));
         keepers.map(|(pid, _)| kill(pid)).count() > 0
     }
 
