@@ -34,7 +34,7 @@ pub enum ClientError {
     /// There is no keeper, or this connection to it has ended.
     #[error("the keeper is gone")]
     Gone,
-    /// The keeper does not want the layer.
+    /// The keeper does not want the layer, or does not know it (`ENOENT`).
     #[error("the keeper refuses the layer: {0}")]
     Refused(Errno),
     /// A system call failed.
@@ -233,7 +233,8 @@ impl Keeper {
         }
     }
 
-    /// Blocks were written and are right.
+    /// Blocks were written and are right. Not answered: what the keeper had not heard of when the
+    /// connection ended is not in the map, and is to be said again to the next.
     pub fn have(&self, n: u32, blocks: Range<u64>) -> Result<(), ClientError> {
         self.shared.send(&Command::Have { n, blocks }, &[])
     }
@@ -244,15 +245,20 @@ impl Keeper {
     }
 
     /// Blocks are good no more. When it returns nobody reads them, so they can be taken out of the
-    /// data file.
+    /// data file. Refused for a layer that the keeper does not know.
     pub fn drop_blocks(&self, n: u32, blocks: Range<u64>) -> Result<(), ClientError> {
         let awaited = Awaited::Dropped(n, blocks.clone());
-        self.answered(self.call(awaited, &Command::Drop { n, blocks }, &[])?)
+        match self.call(awaited, &Command::Drop { n, blocks }, &[])?.recv() {
+            Ok(Event::Dropped { .. }) => Ok(()),
+            Ok(_) => Err(ClientError::Refused(Errno::NOENT)),
+            Err(_) => Err(ClientError::Gone),
+        }
     }
 
     /// Removes a layer, which nothing uses any more.
     pub fn remove(&self, n: u32) -> Result<(), ClientError> {
-        self.answered(self.call(Awaited::Removed(n), &Command::Remove { n }, &[])?)
+        let answer = self.call(Awaited::Removed(n), &Command::Remove { n }, &[])?.recv();
+        answer.map(|_| ()).map_err(|_| ClientError::Gone)
     }
 
     /// The layers that it serves, by number.
@@ -273,10 +279,6 @@ impl Keeper {
     /// Has it unmount and end for good. The connection ends as well.
     pub fn shut_down(&self) -> Result<(), ClientError> {
         self.shared.send(&Command::Shutdown, &[])
-    }
-
-    fn answered(&self, answers: Receiver<Event>) -> Result<(), ClientError> {
-        answers.recv().map(|_| ()).map_err(|_| ClientError::Gone)
     }
 
     fn call(
@@ -336,7 +338,9 @@ impl Shared {
             Event::Miss { n, blocks } => return news(News::Miss { n: *n, blocks: blocks.clone() }),
             Event::Touched { n, block } => return news(News::Touched { n: *n, block: *block }),
             Event::Added { n } | Event::Refused { n, .. } => Awaited::Added(*n),
-            Event::Dropped { n, blocks } => Awaited::Dropped(*n, blocks.clone()),
+            Event::Dropped { n, blocks } | Event::NotDropped { n, blocks } => {
+                Awaited::Dropped(*n, blocks.clone())
+            }
             Event::Removed { n } => Awaited::Removed(*n),
             Event::Layer { .. } | Event::ListEnd => Awaited::List,
             Event::Hello { .. } | Event::Started | Event::Keep { .. } | Event::Forget { .. } => {

@@ -180,7 +180,7 @@ impl Control {
             self.connected(connection);
         }
         loop {
-            self.wait()?;
+            let new = self.wait()?;
             if self.engine.outside.has_ended() {
                 tracing::info!("the file system is gone");
                 return Ok(());
@@ -195,13 +195,17 @@ impl Control {
                 self.leave();
                 return Ok(());
             }
+            // The last words of one daemon are heard before the next is.
+            if new && let Some(connection) = Connection::accept(&self.listener) {
+                self.connected(connection);
+            }
             self.finish_drops();
             self.talk();
         }
     }
 
-    /// Waits for anything to happen.
-    fn wait(&mut self) -> Result<()> {
+    /// Waits for anything to happen; whether a daemon wants to connect.
+    fn wait(&mut self) -> Result<bool> {
         let socket = self.connection.as_ref().map(|c| c.socket.clone());
         let mut fds = vec![
             PollFd::new(&self.listener, PollFlags::IN),
@@ -233,10 +237,7 @@ impl Control {
         if woken {
             let _ = read(self.engine.outside.waker(), &mut [0; 8]);
         }
-        if new && let Some(connection) = Connection::accept(&self.listener) {
-            self.connected(connection);
-        }
-        Ok(())
+        Ok(new)
     }
 
     fn signaled(&self) -> bool {
@@ -317,7 +318,10 @@ impl Control {
             Command::Have { n, blocks } => engine.have(n, &blocks, reply),
             Command::Fail { n, blocks, errno } => engine.fail(n, &blocks, errno, reply),
             Command::Drop { n, blocks } => {
-                self.drops.push(engine.drop_blocks(n, blocks));
+                match engine.drop_blocks(n, blocks.clone()) {
+                    Some(dropping) => self.drops.push(dropping),
+                    None => self.say(Event::NotDropped { n, blocks }),
+                }
                 self.untold = true;
             }
             Command::Remove { n } => {

@@ -227,13 +227,17 @@ impl<O: Outside> Engine<O> {
             // It may be gone again, and then this read waits like any other.
             return self.read(read, reply, now);
         }
+        // The kernel may have sent it before. Then the number of the second time counts, and the
+        // first has no reader any more; it may still be in a slot.
+        let resent = read.unique.is_resent();
+        if waiting.find(read.unique).is_some_and(|e| !resent || e.read.unique.is_resent()) {
+            return;
+        }
         let Some(id) = self.slots.park(read) else {
             drop(waiting);
             tracing::warn!("too many reads wait: one more fails");
             return self.outside.answer(reply.error(read.unique, Errno::IO));
         };
-        // What the kernel sends a second time replaces what a predecessor had parked: only the new
-        // number has a reader.
         match waiting.find(read.unique) {
             Some(entry) => {
                 self.slots.unpark(entry.id);
@@ -356,21 +360,20 @@ impl<O: Outside> Engine<O> {
     }
 
     /// Blocks are good no more: no read that begins later gets them. [`Engine::is_dropped`] says
-    /// whether those are over that had begun.
-    pub(crate) fn drop_blocks(&self, n: u32, blocks: Range<u64>) -> Dropping {
-        if let Some(layer) = self.layer(n) {
-            layer.good().clear(&blocks);
-            // What waits for others of its blocks now waits for these as well.
-            let mut waiting = self.waiting();
-            let hit = |e: &&mut Entry| {
-                file_of(e.read.node).is_some_and(|(of, file)| {
-                    let read = layer.blocks(file, e.read.offset, e.read.size);
-                    of == n && read.start < blocks.end && blocks.start < read.end
-                })
-            };
-            waiting.iter_mut().filter(hit).for_each(|e| e.told = false);
-        }
-        Dropping { n, blocks, readers: self.watch_readers() }
+    /// whether those are over that had begun. `None` if the layer is not known: its map stays as it
+    /// is, so nobody may take these blocks away.
+    pub(crate) fn drop_blocks(&self, n: u32, blocks: Range<u64>) -> Option<Dropping> {
+        let layer = self.layer(n)?;
+        layer.good().clear(&blocks);
+        // What waits for others of its blocks now waits for these as well.
+        let hit = |e: &&mut Entry| {
+            file_of(e.read.node).is_some_and(|(of, file)| {
+                let read = layer.blocks(file, e.read.offset, e.read.size);
+                of == n && read.start < blocks.end && blocks.start < read.end
+            })
+        };
+        self.waiting().iter_mut().filter(hit).for_each(|e| e.told = false);
+        Some(Dropping { n, blocks, readers: self.watch_readers() })
     }
 
     /// Which requests are handled. Whoever ends one wakes the other thread from now on, until
@@ -467,3 +470,6 @@ fn list(layers: &BTreeMap<u32, Arc<Layer>>, offset: u64, bytes: &mut [u8]) -> us
     }
     buffer.filled()
 }
+
+#[cfg(test)]
+mod tests;

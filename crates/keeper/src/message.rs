@@ -144,7 +144,8 @@ pub enum Command {
         /// What readers get; `EIO` if it is no error that FUSE passes on.
         errno: i32,
     },
-    /// These blocks are good no more. Answered by [`Event::Dropped`] when nobody reads them.
+    /// These blocks are good no more. Answered by [`Event::Dropped`] when nobody reads them, or by
+    /// [`Event::NotDropped`].
     Drop {
         /// The layer.
         n: u32,
@@ -193,6 +194,13 @@ pub enum Event {
     },
     /// Nobody reads these blocks any more.
     Dropped {
+        /// The layer.
+        n: u32,
+        /// As in the command.
+        blocks: Range<u64>,
+    },
+    /// The layer is not known, so what its map says is as it was.
+    NotDropped {
         /// The layer.
         n: u32,
         /// As in the command.
@@ -344,6 +352,7 @@ impl Event {
             Event::Added { n } => parts(66, *n, 0, 0, 0),
             Event::Refused { n, errno } => parts(67, *n, 0, 0, *errno as u32),
             Event::Dropped { n, blocks } => parts(68, *n, blocks.start, blocks.end, 0),
+            Event::NotDropped { n, blocks } => parts(76, *n, blocks.start, blocks.end, 0),
             Event::Removed { n } => parts(69, *n, 0, 0, 0),
             Event::Layer { n, data_blocks, meta_bytes } => {
                 parts(70, *n, *data_blocks, *meta_bytes, 0)
@@ -374,6 +383,7 @@ impl Event {
             71 => Event::ListEnd,
             72 => Event::Miss { n, blocks: parts.blocks()? },
             73 => Event::Touched { n, block: parts.a },
+            76 => Event::NotDropped { n, blocks: parts.blocks()? },
             74 | 75 => match FdName::decode(n, parts.c) {
                 Some(name) if parts.kind == 74 => Event::Keep { name },
                 Some(name) => Event::Forget { name },

@@ -71,8 +71,12 @@ fn a_layer_is_listed_and_read_up_to_its_end() {
     assert_eq!(files(&two)(&daemon.keeper, 1), Err(ClientError::Refused(Errno::EXIST)));
     two.data.set_len(5).unwrap();
     assert_eq!(files(&two)(&daemon.keeper, 3), Err(ClientError::Refused(Errno::INVAL)));
+    daemon.keeper.drop_blocks(1, 0..10).unwrap();
     daemon.keeper.remove(1).unwrap();
     assert_eq!(lab.names(), ["27.data", "27.img"]);
+    // Its map may say that they are good, so they are not to be taken away.
+    let unknown = daemon.keeper.drop_blocks(1, 0..10);
+    assert_eq!(unknown, Err(ClientError::Refused(Errno::NOENT)));
 }
 
 #[test]
@@ -384,6 +388,7 @@ fn the_service_manager_holds_what_a_keeper_had() {
     assert_eq!(manager.names(), names);
     one.fill(0..5);
     daemon.keeper.have(1, 0..5).unwrap();
+    daemon.keeper.list().expect("it has heard of these");
     let reader = lab.read_in_thread("1.data", 0, 6 * BLOCK as usize);
     while !matches!(daemon.news(), News::Miss { n: 1, .. }) {}
     let file = lab.open("1.data");
