@@ -329,6 +329,7 @@ impl Control {
                     for (name, _) in layer.files() {
                         self.in_stores(|store| store.forget(name));
                     }
+                    self.in_stores(|store| store.settle());
                 }
                 self.say(Event::Removed { n });
             }

@@ -45,7 +45,7 @@ fn a_layer_is_listed_and_read_up_to_its_end() {
     daemon.add(&two);
     assert_eq!(lab.names(), ["1.data", "27.data", "27.img"]);
     one.fill(0..10);
-    daemon.keeper.have(1, 0..10).unwrap();
+    daemon.have(1, 0..10);
     let file = lab.open("1.data");
     let mut whole = Vec::new();
     (&file).read_to_end(&mut whole).unwrap();
@@ -119,15 +119,15 @@ fn a_read_of_what_is_missing_waits_until_it_is_there() {
     let layer = lab.layer(5, 100, &[]);
     daemon.add(&layer);
     layer.fill(0..11);
-    daemon.keeper.have(5, 0..11).unwrap();
+    daemon.have(5, 0..11);
     let reader = lab.read_in_thread("5.data", 10 * BLOCK + 5, 3 * BLOCK as usize);
     assert_eq!(daemon.news(), News::Miss { n: 5, blocks: 11..14 });
     layer.fill(11..13);
-    daemon.keeper.have(5, 11..13).unwrap();
+    daemon.have(5, 11..13);
     daemon.keeper.list().unwrap();
     assert!(!reader.is_finished(), "a block is missing");
     layer.fill(13..14);
-    daemon.keeper.have(5, 13..14).unwrap();
+    daemon.have(5, 13..14);
     assert_eq!(wrong(5, 10 * BLOCK + 5, &reader.join().unwrap().unwrap()), None);
     assert_eq!(daemon.news(), News::Touched { n: 5, block: 10 });
 }
@@ -188,7 +188,7 @@ fn reads_wait_for_a_daemon_and_each_daemon_hears_of_them() {
     let layer = lab.layer(5, 100, &[]);
     daemon.add(&layer);
     layer.fill(0..1);
-    daemon.keeper.have(5, 0..1).unwrap();
+    daemon.have(5, 0..1);
     let first = lab.read_in_thread("5.data", 20 * BLOCK, 100);
     assert_eq!(daemon.news(), News::Miss { n: 5, blocks: 20..21 });
     drop(daemon);
@@ -209,7 +209,7 @@ fn reads_wait_for_a_daemon_and_each_daemon_hears_of_them() {
     blocks.sort_unstable();
     assert_eq!(blocks, [20, 30]);
     layer.fill(20..31);
-    daemon.keeper.have(5, 20..31).unwrap();
+    daemon.have(5, 20..31);
     for (reader, block) in [(first, 20), (second, 30)] {
         assert_eq!(wrong(5, block * BLOCK, &reader.join().unwrap().unwrap()), None);
     }
@@ -227,7 +227,7 @@ fn a_read_that_waits_too_long_fails_and_the_next_does_not() {
         assert_eq!(file.read_at(&mut [0; 10], 0).unwrap_err().raw_os_error(), Some(libc::EIO));
     }
     layer.fill(0..1);
-    daemon.keeper.have(5, 0..1).unwrap();
+    daemon.have(5, 0..1);
     let mut bytes = [0; 10];
     file.read_exact_at(&mut bytes, 0).unwrap();
     assert_eq!(wrong(5, 0, &bytes), None);
@@ -387,8 +387,7 @@ fn the_service_manager_holds_what_a_keeper_had() {
     let names = ["fuse", "l1.data", "l1.map", "l1.meta", "l2.data", "l2.map", "l2.meta", "slots"];
     assert_eq!(manager.names(), names);
     one.fill(0..5);
-    daemon.keeper.have(1, 0..5).unwrap();
-    daemon.keeper.list().expect("it has heard of these");
+    daemon.have(1, 0..5);
     let reader = lab.read_in_thread("1.data", 0, 6 * BLOCK as usize);
     while !matches!(daemon.news(), News::Miss { n: 1, .. }) {}
     let file = lab.open("1.data");
@@ -404,7 +403,7 @@ fn the_service_manager_holds_what_a_keeper_had() {
     assert_eq!(daemon.keeper.list().unwrap().len(), 2);
     while !matches!(daemon.news(), News::Miss { n: 1, .. }) {}
     one.fill(5..6);
-    daemon.keeper.have(1, 5..6).unwrap();
+    daemon.have(1, 5..6);
     assert_eq!(wrong(1, 0, &reader.join().unwrap().unwrap()), None);
     // What was not kept is waited for.
     keeper.kill();
@@ -445,7 +444,7 @@ fn a_daemon_holds_what_a_keeper_had() {
     let _keeper = lab.start();
     let daemon = lab.connect();
     layer.fill(0..10);
-    daemon.keeper.have(8, 0..10).unwrap();
+    daemon.have(8, 0..10);
     let mut bytes = [0; 100];
     file.read_exact_at(&mut bytes, 7777).unwrap();
     assert_eq!(wrong(8, 7777, &bytes), None);
@@ -518,7 +517,7 @@ fn messages_that_are_none_are_passed_over() {
     let daemon = lab.connect();
     daemon.add(&layer);
     layer.fill(0..10);
-    daemon.keeper.have(1, 0..10).unwrap();
+    daemon.have(1, 0..10);
     let mut bytes = [0; 100];
     lab.open("1.data").read_exact_at(&mut bytes, 0).unwrap();
     assert_eq!(wrong(1, 0, &bytes), None);
@@ -534,7 +533,7 @@ fn a_hundred_layers_fit_into_three_megabytes() {
     layers.iter().for_each(|layer| daemon.add(layer));
     for layer in &layers {
         layer.fill(0..100);
-        daemon.keeper.have(layer.n, 0..100).unwrap();
+        daemon.have(layer.n, 0..100);
         let mut bytes = vec![0; 100 * BLOCK as usize];
         lab.open(&format!("{}.data", layer.n)).read_exact_at(&mut bytes, 0).unwrap();
         assert_eq!(wrong(layer.n, 0, &bytes), None);
@@ -568,7 +567,7 @@ fn many_reads_that_wait_hold_nobody_up() {
     let layer = lab.layer(5, 1000, &[]);
     daemon.add(&layer);
     layer.fill(0..1);
-    daemon.keeper.have(5, 0..1).unwrap();
+    daemon.have(5, 0..1);
     let readers: Vec<_> = (1..=300).map(|b| lab.read_in_thread("5.data", b * BLOCK, 10)).collect();
     let mut missed = 0;
     while missed < 300 {
@@ -577,7 +576,7 @@ fn many_reads_that_wait_hold_nobody_up() {
     let mut bytes = [0; 10];
     lab.open("5.data").read_exact_at(&mut bytes, 0).unwrap();
     layer.fill(0..1000);
-    daemon.keeper.have(5, 0..1000).unwrap();
+    daemon.have(5, 0..1000);
     for (reader, block) in readers.into_iter().zip(1..) {
         assert_eq!(wrong(5, block * BLOCK, &reader.join().unwrap().unwrap()), None);
     }

@@ -124,6 +124,12 @@ impl Daemon {
         self.keeper.add(layer.n, files).unwrap();
     }
 
+    /// Says it, and returns when that was heard.
+    pub fn have(&self, n: u32, blocks: Range<u64>) {
+        self.keeper.have(n, blocks).unwrap();
+        self.keeper.list().unwrap();
+    }
+
     pub fn news(&self) -> News {
         self.news.recv_timeout(PATIENCE).expect("nothing is said")
     }
