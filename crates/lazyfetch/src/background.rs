@@ -4,14 +4,14 @@
 
 use crate::{
     Event, Hope, Whole,
-    fetcher::{Shared, blocking},
+    fetcher::{MIN_PAUSE, Shared, blocking},
     layer::Layer,
     queue::{Order, Queue},
     read::environment,
 };
 use bytes::Bytes;
 use shipway_fault::Fault;
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc};
 use tokio::sync::mpsc;
 
 /// Tries for a part before the background gives up: some minutes of an outage.
@@ -74,23 +74,23 @@ pub(crate) async fn fetch(shared: Arc<Shared>, layer: Arc<Layer>, order: Order) 
         }
         let Err((source, error)) = outcome else { return };
         layer.stats.error(&error.fault);
+        let sources = layer.sources() as u32;
         let mut tried = order.tried;
         if some {
-            tried.tries = 1;
+            (tried.tries, tried.refused) = (1, 0);
         }
-        let sources = layer.sources() as u32;
-        let limit = if error.hope == Hope::Elsewhere { REFUSALS.max(2 * sources) } else { TRIES };
-        if tried.tries >= limit {
+        tried.avoid = Some(source);
+        tried.refused = if error.hope == Hope::Elsewhere { tried.refused + 1 } else { 0 };
+        if tried.tries >= TRIES || tried.refused >= REFUSALS.max(2 * sources) {
             send(parts, Part::Failed(error.fault), &mut s.queue);
             return s.queue.consumed(rest.end - rest.start);
         }
-        tried.avoid = Some(source);
         let pause = match error.hope {
-            Hope::After(pause) => pause.max(Duration::from_millis(100)),
+            Hope::After(pause) => pause.max(MIN_PAUSE),
             _ => s.backoff.pause(tried.tries),
         };
-        layer.failed(source, now + pause);
-        let until = if sources > 1 && tried.tries < sources { now } else { now + pause };
+        layer.failed(source, now, error.hope, pause);
+        let until = if tried.tries < sources { now } else { now + pause };
         s.queue.stream_again(layer.number, rest, until, tried);
     });
     shared.pump();

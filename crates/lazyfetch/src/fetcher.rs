@@ -36,6 +36,8 @@ const FED: usize = 64;
 const LOOKS: u32 = 4;
 /// Pieces of a profile that are looked at together.
 const FEED: usize = 32;
+/// Shortest pause before a source is asked again that wants to be left alone.
+pub(crate) const MIN_PAUSE: Duration = Duration::from_millis(100);
 /// Tries for what nobody waits for.
 const QUIET_TRIES: u32 = 3;
 /// A second request is sent when the first has been silent for so many times the usual.
@@ -47,6 +49,8 @@ const MAX_HEDGES: usize = 2;
 const PIECE: u64 = (4 << 20) / DATA_BLOCK;
 /// The window around a missed file.
 const WINDOW: Range<u64> = 128 << 10..1 << 20;
+/// Frames of a layer that wait to be read ahead; those that are older than so many are stale.
+const MAX_AHEAD: usize = 256;
 /// What strides may fetch ahead at a time.
 const MAX_STRIDES: u64 = 4 << 20;
 
@@ -192,7 +196,7 @@ impl Fetcher {
     /// Opens `connections` to the first source of a layer ahead.
     pub fn warm(&self, layer: u32, connections: usize) {
         let Some(layer) = self.0.layer(layer) else { return };
-        let Some((_, source)) = layer.pick(None, self.0.now()) else { return };
+        let Ok((_, source)) = layer.pick(None, self.0.now()) else { return };
         for _ in 0..connections.min(self.0.settings.connections) {
             let (source, digest) = (source.clone(), layer.blob.digest);
             tokio::spawn(async move { source.warm(digest).await });
@@ -227,11 +231,7 @@ impl Fetcher {
     /// Blocks that will be read, in this order.
     pub fn learned(&self, layer: u32, blocks: impl IntoIterator<Item = Range<u64>>) {
         let Some(found) = self.0.layer(layer) else { return };
-        {
-            let mut ahead = locked(&found.ahead);
-            ahead.known = true;
-            ahead.learned.extend(blocks);
-        }
+        locked(&found.ahead).learned.extend(blocks);
         self.0.with(|s| s.feeding.insert(layer));
         self.0.pump();
     }
@@ -484,6 +484,11 @@ impl Shared {
                     s.frames.entry(key).or_insert(frame);
                 }
             }
+            if class == Class::Ahead {
+                for key in s.queue.trim(layer.number, class, MAX_AHEAD) {
+                    s.frames.remove(&key);
+                }
+            }
         });
     }
 
@@ -540,9 +545,16 @@ impl Shared {
         self.report(Event::Failed { layer: layer.number, blocks, fault });
     }
 
+    /// Whether it is known what will be read, so that nothing is guessed: as long as it comes.
+    fn is_learned(&self, layer: &Layer) -> bool {
+        self.with(|s| {
+            s.feeding.contains(&layer.number) || s.queue.waiting(layer.number, Class::Learned) > 0
+        })
+    }
+
     /// Reads ahead around what was missed.
     async fn window(&self, layer: &Arc<Layer>, missed: &Range<u64>) {
-        if !self.settings.window || locked(&layer.ahead).known {
+        if !self.settings.window || self.is_learned(layer) {
             return;
         }
         let Some(spans) = layer.spans.clone() else { return };
@@ -556,13 +568,10 @@ impl Shared {
 
     /// Follows strides.
     async fn strides(&self, layer: &Arc<Layer>, block: u64) {
-        let expected = {
-            let mut ahead = locked(&layer.ahead);
-            if !self.settings.strides || ahead.known {
-                return;
-            }
-            ahead.deltas.access(block)
-        };
+        if !self.settings.strides || self.is_learned(layer) {
+            return;
+        }
+        let expected = locked(&layer.ahead).deltas.access(block);
         if !expected.is_empty() {
             let pieces = expected.into_iter().map(|at| at..at.saturating_add(1)).collect();
             self.prefetch(layer, pieces, Class::Ahead, MAX_STRIDES).await;
@@ -600,7 +609,7 @@ impl Shared {
         };
         self.with(|s| s.queue.end(order.no));
         for (offset, trouble) in failed {
-            self.settle(&layer, &order, offset, trouble);
+            self.settle(&layer, offset, trouble);
         }
         self.pump();
     }
@@ -682,9 +691,17 @@ impl Shared {
         order: &Order,
         wanted: Range<u64>,
     ) -> Result<(usize, Reading), (usize, SourceError)> {
-        let none =
-            || SourceError::new(Hope::Elsewhere, environment("the layer has no source".into()));
-        let (no, source) = layer.pick(order.tried.avoid, self.now()).ok_or_else(|| (0, none()))?;
+        let picked = layer.pick(order.tried.avoid, self.now());
+        let (no, source) = picked.map_err(|opens| match opens {
+            Some(pause) => {
+                let fault = environment("the registry wants to be left alone".to_owned());
+                (0, SourceError::new(Hope::After(pause), layer.stats.last_error().unwrap_or(fault)))
+            }
+            None => {
+                let fault = environment("the layer has no source".to_owned());
+                (0, SourceError::new(Hope::Elsewhere, fault))
+            }
+        })?;
         layer.stats.request(order.tried.tries > 1);
         let ask = |no: usize, source: Arc<dyn Source>| {
             let (wanted, fresh) = (Wanted::Range(wanted.clone()), order.tried.fresh);
@@ -729,7 +746,7 @@ impl Shared {
             return None;
         }
         let usual = self.with(|s| s.queue.usual(order.no))?;
-        let (other, source) = layer.pick(Some(first), self.now())?;
+        let (other, source) = layer.pick(Some(first), self.now()).ok()?;
         Some(((usual * HEDGE).max(MIN_HEDGE), other, source))
     }
 
@@ -752,31 +769,25 @@ impl Shared {
     }
 
     /// Decides what becomes of a frame that did not come.
-    fn settle(&self, layer: &Layer, order: &Order, offset: u64, trouble: Trouble) {
+    fn settle(&self, layer: &Layer, offset: u64, trouble: Trouble) {
         let key = (layer.number, offset);
         let now = self.now();
         let sources = layer.sources() as u32;
-        let mut tried = order.tried;
-        tried.tries = self.with(|s| s.queue.tries(key)).max(1);
-        let (fault, hopeless, pause) = match trouble {
-            Trouble::Disk(fault) => (fault, true, None),
+        let mut tried = self.with(|s| s.queue.tried(key));
+        tried.tries = tried.tries.max(1);
+        let (source, hope, fault) = match trouble {
+            Trouble::Disk(fault) => (None, Hope::Elsewhere, fault),
             Trouble::Wrong(source, fault) => {
                 layer.stats.wrong_bytes();
-                (tried.fresh, tried.avoid) = (true, Some(source));
-                (fault, false, None)
+                tried.fresh = true;
+                (Some(source), Hope::Soon, fault)
             }
-            Trouble::Source(source, SourceError { hope, fault }) => {
-                tried.avoid = Some(source);
-                let (hopeless, pause) = match hope {
-                    Hope::Soon => (false, None),
-                    Hope::After(pause) => (false, Some(pause.max(Duration::from_millis(100)))),
-                    // All sources get a second chance.
-                    Hope::Elsewhere if tried.tries < sources => (false, Some(Duration::ZERO)),
-                    Hope::Elsewhere => (tried.tries >= 2 * sources, None),
-                };
-                (fault, hopeless, pause)
-            }
+            Trouble::Source(source, SourceError { hope, fault }) => (Some(source), hope, fault),
         };
+        tried.avoid = source;
+        tried.refused = if hope == Hope::Elsewhere { tried.refused + 1 } else { 0 };
+        // All sources get a second chance.
+        let hopeless = source.is_none() || tried.refused >= 2 * sources;
         tracing::debug!(layer = layer.number, offset, %fault, tries = tried.tries, "not fetched");
         layer.stats.error(&fault);
         let given_up = self.with(|s| {
@@ -789,12 +800,15 @@ impl Shared {
                 s.forget(key);
                 return None;
             }
-            let pause = pause.unwrap_or_else(|| s.backoff.pause(tried.tries));
-            if let Some(source) = tried.avoid {
-                layer.failed(source, now + pause);
+            let pause = match hope {
+                Hope::After(pause) => pause.max(MIN_PAUSE),
+                _ => s.backoff.pause(tried.tries),
+            };
+            if let Some(source) = source {
+                layer.failed(source, now, hope, pause);
             }
             // With another source there is no reason to wait.
-            let soon = sources > 1 && tried.tries < sources;
+            let soon = tried.tries < sources;
             s.queue.again(key, if soon { now } else { now + pause }, tried);
             None
         });

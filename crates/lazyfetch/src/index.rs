@@ -78,7 +78,7 @@ pub async fn index(request: &IndexRequest, settings: &Settings) -> Result<Indexe
     })?;
     let deadline = Instant::now() + settings.index;
     let (mut backoff, mut last) = (Backoff::new(), None);
-    let (mut fresh, mut doubtful) = (false, false);
+    let (mut fresh, mut doubtful, mut refused) = (false, false, 0);
     let work = async {
         if request.sources.is_empty() {
             return Err(environment("the layer has no source".to_owned()));
@@ -89,7 +89,6 @@ pub async fn index(request: &IndexRequest, settings: &Settings) -> Result<Indexe
                 Ok(indexed) => return Ok(indexed),
                 Err(failed) => failed,
             };
-            let all = tries as usize >= 2 * request.sources.len();
             let round = (tries as usize).is_multiple_of(request.sources.len());
             let mut pause = if round { backoff.pause(tries) } else { Duration::ZERO };
             let fault = match failed {
@@ -103,10 +102,12 @@ pub async fn index(request: &IndexRequest, settings: &Settings) -> Result<Indexe
                     fresh = true;
                     fault
                 }
-                Failed::Source(SourceError { hope: Hope::Elsewhere, fault }) if all => {
-                    return Err(fault);
-                }
                 Failed::Source(SourceError { hope, fault }) => {
+                    refused = if hope == Hope::Elsewhere { refused + 1 } else { 0 };
+                    // All sources get a second chance.
+                    if refused >= 2 * request.sources.len() {
+                        return Err(fault);
+                    }
                     if let (Hope::After(after), true) = (hope, round) {
                         pause = after;
                     }

@@ -1,7 +1,7 @@
 //! A layer as the engine sees it: where it is written to, where it comes from and how that went.
 
 use crate::{
-    Blob, LayerStats, Source, Target,
+    Blob, Hope, LayerStats, Source, Target,
     readahead::{Deltas, Spans},
 };
 use std::{
@@ -14,6 +14,10 @@ use std::{
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// How long other sources are asked first after one failed; twice as long each time.
+const FIRST_PENALTY: Duration = Duration::from_secs(1);
+const LONGEST_PENALTY: Duration = Duration::from_secs(300);
 
 /// A layer to fetch.
 pub struct LayerSpec {
@@ -42,8 +46,6 @@ pub(crate) struct Ahead {
     pub learned: VecDeque<Range<u64>>,
     /// Whether some of them are on their way into the queue.
     pub feeding: bool,
-    /// Whether there is, or was, a profile: then nothing is guessed.
-    pub known: bool,
     pub deltas: Deltas,
 }
 
@@ -51,14 +53,21 @@ pub(crate) struct Ahead {
 struct Known {
     source: Arc<dyn Source>,
     failures: u32,
-    /// Better not asked before.
+    /// Others are asked first before.
     until: Duration,
+    /// Not asked before, as it wishes.
+    closed: Duration,
+}
+
+impl Known {
+    fn new(source: Arc<dyn Source>) -> Self {
+        Self { source, failures: 0, until: Duration::ZERO, closed: Duration::ZERO }
+    }
 }
 
 impl Layer {
     pub(crate) fn new(spec: LayerSpec) -> Self {
         let LayerSpec { target, sources, spans } = spec;
-        let known = |source| Known { source, failures: 0, until: Duration::ZERO };
         Self {
             number: target.number(),
             blob: target.blob(),
@@ -66,13 +75,13 @@ impl Layer {
             spans,
             stats: Arc::default(),
             ahead: Mutex::default(),
-            sources: Mutex::new(sources.into_iter().map(known).collect()),
+            sources: Mutex::new(sources.into_iter().map(Known::new).collect()),
         }
     }
 
     /// Another place to fetch from.
     pub(crate) fn add_source(&self, source: Arc<dyn Source>) {
-        locked(&self.sources).push(Known { source, failures: 0, until: Duration::ZERO });
+        locked(&self.sources).push(Known::new(source));
     }
 
     pub(crate) fn sources(&self) -> usize {
@@ -80,18 +89,22 @@ impl Layer {
     }
 
     /// The source to ask: the first that did not fail lately, and if there is a choice another one
-    /// than `avoid`.
+    /// than `avoid`. If all want to be left alone, for how long; `None` if there is none at all.
     pub(crate) fn pick(
         &self,
         avoid: Option<usize>,
         now: Duration,
-    ) -> Option<(usize, Arc<dyn Source>)> {
+    ) -> Result<(usize, Arc<dyn Source>), Option<Duration>> {
         let sources = locked(&self.sources);
-        let best = sources.iter().enumerate().min_by_key(|(at, known)| {
+        let open = sources.iter().enumerate().filter(|(_, known)| known.closed <= now);
+        let best = open.min_by_key(|(at, known)| {
             let failing = known.until > now;
             (failing, avoid == Some(*at), if failing { known.until } else { Duration::ZERO })
         });
-        best.map(|(at, known)| (at, known.source.clone()))
+        best.map(|(at, known)| (at, known.source.clone())).ok_or_else(|| {
+            let opens = sources.iter().map(|known| known.closed).min();
+            opens.map(|time| time.saturating_sub(now))
+        })
     }
 
     /// A source gave what was asked for.
@@ -101,11 +114,16 @@ impl Layer {
         }
     }
 
-    /// A source failed, and is better not asked before `until`.
-    pub(crate) fn failed(&self, source: usize, until: Duration) {
+    /// A source failed: others are asked first for at least `pause`, and the longer the more often
+    /// it failed in a row. If it wants to be left alone, it is.
+    pub(crate) fn failed(&self, source: usize, now: Duration, hope: Hope, pause: Duration) {
         if let Some(known) = locked(&self.sources).get_mut(source) {
+            let penalty = FIRST_PENALTY * 2u32.pow(known.failures.min(10));
             known.failures += 1;
-            known.until = known.until.max(until);
+            known.until = known.until.max(now + penalty.min(LONGEST_PENALTY).max(pause));
+            if let Hope::After(pause) = hope {
+                known.closed = known.closed.max(now + pause);
+            }
         }
     }
 }

@@ -35,7 +35,8 @@ const MIN_PIECE: u64 = 16 << 10;
 const FIRST_BACKGROUND: u64 = 256 << 10;
 /// Least that may be on its way, however short the way.
 const MIN_WINDOW: u64 = 256 << 10;
-/// Connections that only what somebody waits for may use, besides the others.
+/// Connections that only what somebody waits for may use, besides the others: at least so many, or
+/// a quarter.
 const RESERVED: usize = 2;
 /// Length of background requests in time on the line. Some are on their way at once, so that each
 /// is shorter than what all may delay another.
@@ -74,6 +75,8 @@ pub(crate) struct OrderNo(pub u64);
 pub(crate) struct Tried {
     /// Times that it was asked for.
     pub tries: u32,
+    /// Times in a row that only another source could have helped.
+    pub refused: u32,
     /// The source that failed last.
     pub avoid: Option<usize>,
     /// Whether wrong bytes came, so that caches on the way are not to be believed.
@@ -152,7 +155,7 @@ struct Line {
     delayed: BTreeSet<(Duration, FrameKey)>,
     streams: Vec<Stream>,
     in_flight: [u64; 4],
-    requests: [usize; 4],
+    requests: usize,
 }
 
 /// See the module.
@@ -175,7 +178,7 @@ impl Line {
             delayed: BTreeSet::new(),
             streams: Vec::new(),
             in_flight: [0; 4],
-            requests: [0; 4],
+            requests: 0,
         }
     }
 
@@ -252,6 +255,12 @@ impl Queue {
         self.lines[line.0].measured = Measured::known(rtt, rate);
     }
 
+    /// Whether a frame waits for its turn and may have it.
+    #[cfg(test)]
+    pub(crate) fn is_waiting(&self, key: FrameKey) -> bool {
+        self.frames.get(&key).is_some_and(|f| matches!(f.state, State::Queued(_)))
+    }
+
     /// The bandwidth × delay product of the way that a layer comes.
     pub(crate) fn bdp(&self, layer: u32) -> u64 {
         self.layers.get(&layer).map_or(0, |line| self.measured(*line).bdp())
@@ -318,13 +327,26 @@ impl Queue {
     /// begin anew.
     pub(crate) fn restart(&mut self, key: FrameKey) {
         if let Some(frame) = self.frames.get_mut(&key) {
-            frame.tried.tries = 0;
+            (frame.tried.tries, frame.tried.refused) = (0, 0);
         }
     }
 
-    /// How often a frame was asked for.
-    pub(crate) fn tries(&self, key: FrameKey) -> u32 {
-        self.frames.get(&key).map_or(0, |frame| frame.tried.tries)
+    /// What is known of earlier tries for a frame.
+    pub(crate) fn tried(&self, key: FrameKey) -> Tried {
+        self.frames.get(&key).map(|frame| frame.tried).unwrap_or_default()
+    }
+
+    /// Keeps no more than the newest `most` frames of a layer that wait in `class`; gives those
+    /// that are wanted no more.
+    pub(crate) fn trim(&mut self, layer: u32, class: Class, most: usize) -> Vec<FrameKey> {
+        let Some(line) = self.layers.get(&layer) else { return Vec::new() };
+        let queued = &self.lines[line.0].queued[class as usize];
+        let waiting: Vec<FrameKey> = queued.values().filter(|k| k.0 == layer).copied().collect();
+        let surplus = waiting.len().saturating_sub(most);
+        for key in &waiting[..surplus] {
+            self.forget(*key);
+        }
+        waiting[..surplus].to_vec()
     }
 
     /// A frame that is there, or is given up.
@@ -419,7 +441,7 @@ impl Queue {
         let Some(sent) = self.sent.remove(&order) else { return };
         let line = &mut self.lines[sent.line.0];
         line.in_flight[sent.class as usize] -= sent.left;
-        line.requests[sent.class as usize] -= 1;
+        line.requests -= 1;
         if sent.class != Class::Background {
             self.reserved -= sent.reserved;
         }
@@ -481,11 +503,14 @@ impl Queue {
 
     fn next_order(&mut self, line_no: LineNo, now: Duration) -> Option<Order> {
         let line = &self.lines[line_no.0];
-        let (mut above, mut requests) = (0, 0);
+        let mut above = 0;
         for class in Class::ALL {
             let at = class as usize;
-            (above, requests) = (above + line.in_flight[at], requests + line.requests[at]);
-            let places = self.limits.connections + RESERVED * usize::from(class == Class::Demand);
+            above += line.in_flight[at];
+            let mut places = self.limits.connections;
+            if class == Class::Demand {
+                places += RESERVED.max(places / 4);
+            }
             if class != Class::Background {
                 if line.queued[at].is_empty() {
                     // Those below may go on with what is left of the line.
@@ -496,7 +521,7 @@ impl Queue {
                 }
                 let order = self.cut(line_no, class)?;
                 let free = self.fits(order.range.end - order.range.start, class);
-                if above >= line.window(class) || requests >= places || !free {
+                if above >= line.window(class) || line.requests >= places || !free {
                     return None;
                 }
                 return Some(self.send(order, now));
@@ -507,7 +532,7 @@ impl Queue {
             let free = repeated || self.fits(length, class);
             // A line that is idle takes at least one.
             let room = all + length <= line.window(class) || all == 0;
-            if requests >= places || !free || !room {
+            if line.requests >= places || !free || !room {
                 return None;
             }
             return Some(self.send_part(part, repeated, now));
@@ -618,7 +643,7 @@ impl Queue {
         let line = &mut self.lines[order.line.0];
         let (length, before) = (order.range.end - order.range.start, line.in_flight());
         line.in_flight[order.class as usize] += length;
-        line.requests[order.class as usize] += 1;
+        line.requests += 1;
         let (line, class) = (order.line, order.class);
         let sent = Sent { line, class, left: length, reserved: length, at: now, before };
         self.sent.insert(order.no, sent);

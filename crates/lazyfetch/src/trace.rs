@@ -400,3 +400,90 @@ fn nothing_is_left_when_all_is_done() {
     assert_eq!(lab.queue.next_time(lab.now), None);
     lab.queue.end(OrderNo(12345));
 }
+
+/// Whatever is wanted and whatever happens: no more memory than is allowed, no frame in two
+/// requests, nothing urgent behind what is not, and all comes in the end.
+#[test]
+fn random_runs_keep_the_rules() {
+    for seed in 1..200u64 {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut dice = |n: u64| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state % n
+        };
+        let memory = 2048 * KIB;
+        let connections = 1 + dice(8) as usize;
+        let mut queue = Queue::new(Limits { memory, connections });
+        let line = queue.line();
+        (1..=3).for_each(|layer| queue.add(layer, line));
+        let mut wanted: BTreeMap<(u32, u64), Class> = BTreeMap::new();
+        let mut sent: Vec<Order> = Vec::new();
+        let (mut streamed, mut now) = (0, Duration::ZERO);
+        for step in 0..2000 {
+            let growing = step < 600;
+            now += Duration::from_millis(dice(20));
+            if growing && dice(3) == 0 {
+                let (layer, n) = (1 + dice(3) as u32, dice(60));
+                let class = [Class::Demand, Class::Learned, Class::Ahead][dice(3) as usize];
+                let start = n * 100 * KIB;
+                queue.want(layer, start..start + (1 + n % 90) * KIB, class);
+                let known = wanted.entry((layer, start)).or_insert(class);
+                *known = (*known).min(class);
+            }
+            if step == 100 {
+                queue.stream(1, 0..5000 * KIB, now);
+            }
+            for order in queue.poll(now) {
+                for start in &order.frames {
+                    let twice = |o: &Order| o.layer == order.layer && o.frames.contains(start);
+                    assert!(!sent.iter().any(twice), "seed {seed}: {order:?}");
+                    assert!(order.range.contains(start));
+                }
+                let waits = |class: Class| {
+                    let of_class = wanted.iter().filter(|(_, c)| **c == class);
+                    of_class.filter(|(key, _)| queue.is_waiting(**key)).count()
+                };
+                if order.class == Class::Background {
+                    assert_eq!(waits(Class::Demand), 0, "seed {seed}");
+                }
+                sent.push(order);
+            }
+            let all: u64 = sent.iter().map(|o| o.range.end - o.range.start).sum();
+            assert!(queue.reserved() <= memory, "seed {seed}: {}", queue.reserved());
+            assert!(queue.reserved() >= all, "seed {seed}");
+            assert!(sent.len() <= connections + 2, "seed {seed}");
+            // One of them ends, well or not.
+            if sent.is_empty() || growing && dice(2) == 0 {
+                continue;
+            }
+            let order = sent.swap_remove(dice(sent.len() as u64) as usize);
+            let length = order.range.end - order.range.start;
+            queue.first_byte(order.no, now);
+            queue.arrived(order.no, dice(length + 1), now + Duration::from_millis(1));
+            queue.end(order.no);
+            let fails = growing && dice(3) == 0;
+            let until = now + Duration::from_millis(dice(300));
+            let tried = Tried { tries: 1, fresh: true, ..Tried::default() };
+            match (order.class, fails) {
+                (Class::Background, true) => {
+                    queue.stream_again(order.layer, order.range, until, tried);
+                }
+                (Class::Background, false) => {
+                    streamed += length;
+                    queue.consumed(length);
+                }
+                (_, true) => order.frames.iter().for_each(|f| {
+                    queue.again((order.layer, *f), until, tried);
+                }),
+                (_, false) => order.frames.iter().for_each(|f| {
+                    queue.forget((order.layer, *f));
+                    wanted.remove(&(order.layer, *f));
+                }),
+            }
+        }
+        assert!(wanted.is_empty() && sent.is_empty(), "seed {seed}: {wanted:?} {sent:?}");
+        assert_eq!((streamed, queue.reserved()), (5000 * KIB, 0), "seed {seed}");
+    }
+}

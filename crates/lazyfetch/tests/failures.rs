@@ -164,12 +164,10 @@ async fn another_source_takes_over() {
         let mut lab = Lab::new(&layer, &[&bad, &good], plain());
         let (took, result) = lab.read(layer.blocks_of_frame(0)).await;
         assert!(result.is_ok() && took < most, "{what}: {took:?}");
-        if what == "429" {
-            for frame in 1..9 {
-                lab.read(layer.blocks_of_frame(frame)).await.1.unwrap();
-            }
-            assert_eq!((bad.asked().len(), good.asked().len()), (1, 9));
+        for frame in 1..9 {
+            lab.read(layer.blocks_of_frame(frame)).await.1.unwrap();
         }
+        assert_eq!((bad.asked().len(), good.asked().len()), (1, 9), "{what}");
     }
 }
 
@@ -201,4 +199,130 @@ async fn a_server_without_ranges_is_not_read_for_ever() {
     // What came before the wanted bytes, and no more than was on its way after them.
     let received = lab.counters().network;
     assert!(received < 2 << 20, "{received}");
+}
+
+/// A mirror that does not have the blob does not make an outage of the registry final.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_of_one_source_does_not_end_the_hope_for_another() {
+    let layer = layer();
+    let mirror =
+        Server::new("mirror", &layer.blob, &Link::new(WAY), |_, _| Reply::Refuse(Hope::Elsewhere));
+    let down = |_: usize, asked: &Asked| if asked.at < 30 * S { Reply::Down } else { Reply::Right };
+    let origin = Server::new("origin", &layer.blob, &Link::new(WAY), down);
+    let mut lab = Lab::new(&layer, &[&mirror, &origin], plain());
+    let (took, result) = lab.read(layer.blocks_of_frame(0)).await;
+    assert!(result.is_ok() && took > 30 * S && took < 45 * S, "{took:?}: {result:?}");
+}
+
+/// A registry that wants to be left alone is not asked by other reads either.
+#[tokio::test(start_paused = true)]
+async fn a_registry_that_limits_its_clients_is_left_alone() {
+    let layer = layer();
+    let busy = |_: usize, asked: &Asked| {
+        if asked.at < 20 * S { Reply::Refuse(Hope::After(20 * S)) } else { Reply::Right }
+    };
+    let server = Server::new("r.io", &layer.blob, &Link::new(WAY), busy);
+    let mut lab = Lab::new(&layer, &[&server], plain());
+    lab.fetcher.miss(1, layer.blocks_of_frame(0));
+    tokio::time::sleep(S).await;
+    for frame in 1..9 {
+        lab.fetcher.miss(1, layer.blocks_of_frame(frame));
+        tokio::time::sleep(S).await;
+    }
+    let (took, result) = lab.read(layer.blocks_of_frame(9)).await;
+    assert!(result.is_ok() && took > 10 * S && took < 13 * S, "{took:?}");
+    assert!(server.asked().iter().filter(|a| a.at < 20 * S).count() == 1);
+}
+
+/// What was on the disk before the boot is checked and not fetched, whatever the registry does;
+/// what is wrong there is fetched.
+#[tokio::test(start_paused = true)]
+async fn what_is_on_the_disk_is_not_fetched() {
+    let layer = layer();
+    let mut claimed = layer.data.clone();
+    claimed[(layer.blocks_of_frame(3).start * common::BLOCK) as usize] ^= 1;
+    *layer.claimed.lock().unwrap() = Some(claimed);
+    let script = |n: usize, _: &Asked| if n == 0 { Reply::Right } else { Reply::Down };
+    let server = Server::new("r.io", &layer.blob, &Link::new(WAY), script);
+    let mut lab = Lab::new(&layer, &[&server], plain());
+    lab.fetcher.learned(1, [layer.blocks_of_frame(7)]);
+    for frame in 0..10 {
+        let (took, result) = lab.read(layer.blocks_of_frame(frame)).await;
+        assert!(result.is_ok() && (took < MS) == (frame != 3), "{frame}: {took:?}");
+    }
+    tokio::time::sleep(MS).await;
+    let counters = lab.counters();
+    assert_eq!((server.asked().len(), counters.misses, counters.requests), (1, 10, 1));
+    assert!(counters.local >= 900_000 && counters.network < 101_000, "{counters:?}");
+}
+
+/// The background goes on after what breaks it, gives up when there is no hope, and begins anew.
+#[tokio::test(start_paused = true)]
+async fn the_background_survives_what_passes() {
+    for (what, reply, ok) in [
+        ("short", Reply::Short(5000), true),
+        ("stall", Reply::Stall(5000), true),
+        ("down", Reply::Down, true),
+        ("refused", Reply::Refuse(Hope::Elsewhere), true),
+        ("429", Reply::Refuse(Hope::After(30 * S)), true),
+        ("flipped", Reply::Flipped, false),
+    ] {
+        let layer = layer();
+        let script =
+            move |n: usize, _: &Asked| if n % 3 == 1 { reply.clone() } else { Reply::Right };
+        let server = Server::new("r.io", &layer.blob, &Link::new(WAY), script);
+        let mut lab = Lab::new(&layer, &[&server], plain());
+        let (keep, kept) = common::Keep::made(&layer);
+        lab.fetcher.background(1, keep);
+        let result = lab.whole().await;
+        assert_eq!(result.is_ok(), ok, "{what}: {result:?}");
+        assert!(kept.lock().unwrap().len() == layer.blob.len(), "{what}");
+        assert_eq!(lab.fetcher.in_flight(), 0, "{what}");
+        assert!(layer.is_good(0..layer.blocks()) == ok, "{what}");
+    }
+    for (reply, code) in
+        [(Reply::Refuse(Hope::Elsewhere), Code::Unavailable), (Reply::All, Code::Unavailable)]
+    {
+        let layer = Plan::files(1, [1 << 20; 10]).build();
+        let script = move |_: usize, asked: &Asked| {
+            if asked.range.start < 5 << 20 { Reply::Right } else { reply.clone() }
+        };
+        let server = Server::new("r.io", &layer.blob, &Link::new(WAY), script);
+        let mut lab = Lab::new(&layer, &[&server], plain());
+        lab.fetcher.background(1, common::Keep::made(&layer).0);
+        assert_eq!(lab.whole().await.unwrap_err().code(), code);
+        tokio::time::sleep(20 * S).await;
+        assert_eq!(lab.fetcher.in_flight(), 0);
+    }
+}
+
+/// A layer that is removed in the middle of everything leaves nothing behind.
+#[tokio::test(start_paused = true)]
+async fn a_removed_layer_leaves_nothing() {
+    let layer = Plan::files(1, [200_000; 40]).build();
+    let server = Server::good(&layer.blob, WAY);
+    let mut lab = Lab::new(&layer, &[&server], plain());
+    lab.fetcher.background(1, common::Keep::made(&layer).0);
+    lab.fetcher.learned(1, (0..30).map(|f| layer.blocks_of_frame(f)));
+    lab.fetcher.miss(1, layer.blocks_of_frame(35));
+    lab.fetcher.miss(1, layer.blocks_of_frame(3));
+    tokio::time::sleep(30 * MS).await;
+    assert!(lab.fetcher.in_flight() > 0);
+    lab.fetcher.remove(1);
+    tokio::time::sleep(S).await;
+    assert_eq!(lab.fetcher.in_flight(), 0);
+    let asked = server.asked().len();
+    tokio::time::sleep(60 * S).await;
+    assert_eq!(server.asked().len(), asked);
+    while let Ok(event) = lab.events.try_recv() {
+        assert!(matches!(event, shipway_lazyfetch::Event::Progress { .. }), "{event:?}");
+    }
+    // Its number is free for another one.
+    lab.fetcher.add(layer.spec(common::sources(&[&server])));
+    lab.read(layer.blocks_of_frame(39)).await.1.unwrap();
+    let (_, unknown) = {
+        lab.fetcher.remove(1);
+        lab.read(0..1).await
+    };
+    assert!(unknown.unwrap_err().is_not_found());
 }

@@ -218,7 +218,8 @@ async fn a_layer_comes_from_a_registry_onto_the_disk() {
         let directory = directory();
         let layers = store(&directory);
         let layer = blob.create(&layers, output, &indexed.toc);
-        let (fetcher, mut events) = Fetcher::new(Settings::default());
+        let quiet = std::time::Duration::ZERO;
+        let (fetcher, mut events) = Fetcher::new(Settings { quiet, ..Settings::default() });
         let number = layer.number().0;
         fetcher.add(LayerSpec { target: layer.clone(), sources: found, spans: None });
         fetcher.warm(number, 2);

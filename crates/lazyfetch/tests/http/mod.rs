@@ -70,10 +70,11 @@ async fn serve(tcp: TcpStream, handler: Arc<Handler>) -> Option<()> {
         for (name, value) in headers {
             head += &format!("{name}: {value}\r\n");
         }
-        tcp.write_all(format!("{head}\r\n").as_bytes()).await.ok()?;
+        let mut answer = format!("{head}\r\n").into_bytes();
         if asked.method != "HEAD" {
-            tcp.write_all(&body).await.ok()?;
+            answer.extend_from_slice(&body);
         }
+        tcp.write_all(&answer).await.ok()?;
         tcp.flush().await.ok()?;
     }
 }
