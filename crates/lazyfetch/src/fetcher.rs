@@ -121,7 +121,8 @@ enum Trouble {
 }
 
 impl Fetcher {
-    /// An engine, and what it reports. Must be called within a runtime.
+    /// An engine, and what it reports. Events wait without limit, but there are no more of them
+    /// than misses and chunks that came. Must be called within a runtime.
     pub fn new(settings: Settings) -> (Self, mpsc::UnboundedReceiver<Event>) {
         let (events, receiver) = mpsc::unbounded_channel();
         let limits = Limits { memory: settings.memory, connections: settings.connections };

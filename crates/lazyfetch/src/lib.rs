@@ -16,6 +16,10 @@
 //! written before. Nothing is asked for without limit: memory, connections, time and tries are
 //! bounded, and a read that cannot be served fails at its deadline and begins anew with the next
 //! one.
+//!
+//! Dependencies: `tokio` for tasks and time, `bytes` for pieces of answers, `async-trait` for ports
+//! that are chosen at run time, `futures` to look at all layers at once; `serde_json` reads the
+//! manifests of artifacts.
 
 mod assemble;
 mod background;
@@ -48,7 +52,7 @@ pub use profile::{ARTIFACT, Profile, Profiles};
 pub use queue::Class;
 pub use read::MAX_SKIP;
 pub use readahead::Spans;
-pub use remote::{external_toc, sources};
+pub use remote::{MAX_SOURCES, external_toc, sources};
 pub use settings::Settings;
 pub use stats::{Counters, LayerStats};
 

@@ -9,7 +9,7 @@ use shipway_registry::{BlobHost, BlobPart, BlobRange, Error, Kind, Mode, Registr
 use std::sync::Arc;
 
 /// Most sources of a layer.
-const MAX_SOURCES: usize = 16;
+pub const MAX_SOURCES: usize = 16;
 /// What is added to an image's tag for the image with its tables of contents (stargz-snapshotter).
 const EXTERNAL_SUFFIX: &str = "-esgztoc";
 /// Annotation of a table of contents in such an image: digest of the layer that it is of.

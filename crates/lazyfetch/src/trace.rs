@@ -374,6 +374,20 @@ fn gaps_have_a_limit() {
 }
 
 #[test]
+fn the_newest_that_wait_are_kept() {
+    let mut lab = Lab::new(16384, 1);
+    let mut out = String::new();
+    for line in [&LINE[2..], "want 1 ahead 0+100 1000+100 2000+100 3000+100; want 2 ahead 0+1"] {
+        line.split(';').for_each(|part| lab.act(part));
+        lab.sent(&mut out);
+    }
+    // The first is on its way.
+    assert_eq!(lab.queue.trim(1, Class::Ahead, 2), [(1, 1000 * KIB)]);
+    assert_eq!(lab.queue.trim(1, Class::Ahead, 2), []);
+    assert_eq!((lab.queue.waiting(1, Class::Ahead), lab.queue.waiting(2, Class::Ahead)), (2, 1));
+}
+
+#[test]
 fn nothing_is_left_when_all_is_done() {
     let mut lab = Lab::new(16384, 16);
     let mut out = String::new();

@@ -13,8 +13,8 @@ use shipway_estargz::{Output, Toc, WriterOptions};
 use shipway_fault::Fault;
 use shipway_layerstore::{Description, Layer, LayerKey, LayerStore, Options, State};
 use shipway_lazyfetch::{
-    Credentials, Event, Fetcher, Finish, IndexRequest, LayerSpec, Profile, Settings, external_toc,
-    index, sources,
+    Credentials, Event, Fetcher, Finish, IndexRequest, LayerSpec, MAX_SOURCES, Profile, Settings,
+    external_toc, index, sources,
 };
 use shipway_oci::{Descriptor, Digest, ImageName, Manifest, media};
 use shipway_registry::{CredentialSource, Credentials as Secret, Given, Registry, RegistryConfig};
@@ -354,4 +354,16 @@ async fn a_table_of_contents_is_found_in_the_image_beside() {
     assert!(other.unwrap_err().is_not_found());
     kept.lock().unwrap().insert(described.digest.to_string(), "another table"[..9].into());
     external_toc(&registry, &name, layer, &For("c")).await.unwrap_err();
+}
+
+#[tokio::test]
+async fn a_layer_has_no_more_than_some_sources_and_each_once() {
+    let names = |count: usize| -> Vec<ImageName> {
+        (0..count).map(|n| format!("r.io/{n}:1").parse().unwrap()).collect()
+    };
+    let found = |names: Vec<ImageName>| async move {
+        sources(&registry(), &names, &For("c")).await.unwrap().len()
+    };
+    assert_eq!(found([names(3), names(3)].concat()).await, 3);
+    assert_eq!(found(names(MAX_SOURCES + 5)).await, MAX_SOURCES);
 }

@@ -287,6 +287,22 @@ fn lifetime(query: &str, now: Duration) -> Duration {
 mod tests {
     use super::*;
 
+    #[tokio::test]
+    async fn redirects_are_remembered_up_to_a_number() {
+        let registry = crate::Registry::new(crate::RegistryConfig::default());
+        let name = "r.io/a:1".parse().unwrap();
+        let repository = registry.repository(&name, Arc::new(crate::Anonymous), crate::Mode::Pull);
+        let host = repository.blob_hosts().await.unwrap().remove(0);
+        let uri: Uri = "https://cdn.test/blob".parse().unwrap();
+        for n in 0..MAX_REDIRECTS + 3 {
+            host.remember(Digest::of(n.to_string()), &uri);
+        }
+        assert_eq!(host.redirects().len(), 3);
+        // The registry itself is no redirect.
+        host.remember(Digest::of("x"), &"https://r.io/v2/a/blobs/x".parse().unwrap());
+        assert_eq!(host.redirects().len(), 3);
+    }
+
     #[test]
     fn content_ranges_are_read() {
         for (text, want) in [
