@@ -11,10 +11,9 @@ use async_trait::async_trait;
 use shipway_archive::{EntryKind, LayerTree};
 use shipway_attest::{Subject, digest_set, filter_inline};
 use shipway_fault::{Fault, Result};
-use shipway_filesync::{Mapped, SendOptions, SendRoot, Sender, Sent};
+use shipway_filesync::{Mapped, SendOptions, SendRoot, Sender, Sent, Stat};
 use shipway_gocompat::FileMode;
 use shipway_oci::{ChecksumAlgorithm, Digest};
-use shipway_proto::fsutil::types::Stat;
 use shipway_refs::LocalMount;
 use shipway_session::Delivered;
 use std::{

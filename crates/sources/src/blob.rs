@@ -16,6 +16,7 @@ use shipway_fault::{Context, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName};
 use shipway_refs::{ImmutableRef, RecordType, RefStore};
 use shipway_registry::{Mode, Registry};
+use shipway_session::SessionId;
 use std::path::Path;
 
 /// Where a blob is.
@@ -25,7 +26,7 @@ pub(crate) struct BlobAt {
     pub name: ImageName,
     pub digest: Digest,
     /// The client's store that has it and perhaps which client; `None` for a registry.
-    pub store: Option<(String, Option<String>)>,
+    pub store: Option<(String, Option<SessionId>)>,
 }
 
 impl BlobAt {
@@ -40,7 +41,10 @@ impl BlobAt {
             "docker-image+blob" => None,
             "oci-layout+blob" => {
                 let named = || body.split('@').next().unwrap_or_default().to_owned();
-                Some((attr("oci.store").unwrap_or_else(named), attr("oci.session")))
+                Some((
+                    attr("oci.store").unwrap_or_else(named),
+                    attr("oci.session").map(|id| SessionId::new(&id)),
+                ))
             }
             _ => {
                 return Err(format!(
@@ -63,8 +67,7 @@ impl BlobAt {
                 Mode::Pull,
             ))),
             Some((store, session)) => {
-                let store =
-                    clients.client_store(session.as_deref(), &format!("oci:{store}")).await?;
+                let store = clients.client_store(session.as_ref(), &format!("oci:{store}")).await?;
                 Box::new(ClientRemote { store, name: self.name.to_string() })
             }
         };

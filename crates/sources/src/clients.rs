@@ -5,7 +5,7 @@ use async_trait::async_trait;
 use shipway_fault::{Fault, Result};
 use shipway_filesync::{FileSyncRequest, PacketStream};
 use shipway_registry::CredentialSource;
-use shipway_session::{ClientStore, Upload};
+use shipway_session::{ClientStore, SessionId, Upload};
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -32,13 +32,16 @@ pub(crate) trait ClientServices: Send + Sync + 'static {
     async fn secret(&self, id: &str) -> Result<Option<Vec<u8>>>;
 
     /// Who has directories: the session asked for, if it is attached, and then the others.
-    async fn directories(&self, session: Option<&str>) -> Result<Vec<Arc<dyn ClientDirectory>>>;
+    async fn directories(
+        &self,
+        session: Option<&SessionId>,
+    ) -> Result<Vec<Arc<dyn ClientDirectory>>>;
 
     /// A socket that leads to a client's SSH agent.
     async fn ssh_agent(&self, id: &str) -> Result<SshAgent>;
 
     /// A content store of a client: of the session asked for, or of the first that has one.
-    async fn client_store(&self, session: Option<&str>, id: &str) -> Result<ClientStore> {
+    async fn client_store(&self, session: Option<&SessionId>, id: &str) -> Result<ClientStore> {
         let _ = session;
         Err(Fault::not_found(format!("no attached client has the content store {id:?}")))
     }
@@ -49,7 +52,7 @@ pub(crate) trait ClientServices: Send + Sync + 'static {
     }
 
     /// Identity of the build's first session, part of keys that must not outlive it.
-    fn session_id(&self) -> Option<String>;
+    fn session_id(&self) -> Option<SessionId>;
 }
 
 /// A socket on this machine that leads to a client's SSH agent, until dropped.

@@ -498,7 +498,10 @@ mod tests {
         async fn secret(&self, _: &str) -> Result<Option<Vec<u8>>> {
             Ok(None)
         }
-        async fn directories(&self, _: Option<&str>) -> Result<Vec<Arc<dyn ClientDirectory>>> {
+        async fn directories(
+            &self,
+            _: Option<&shipway_session::SessionId>,
+        ) -> Result<Vec<Arc<dyn ClientDirectory>>> {
             Ok(Vec::new())
         }
         async fn ssh_agent(&self, _: &str) -> Result<SshAgent> {
@@ -508,7 +511,7 @@ mod tests {
             assert_eq!((host, path, self.0.fetch_add(1, Relaxed)), ("buildkit-session", "/id", 0));
             Ok(Box::pin(futures::stream::iter(["one ", "two"].map(|piece| Ok(piece.into())))))
         }
-        fn session_id(&self) -> Option<String> {
+        fn session_id(&self) -> Option<shipway_session::SessionId> {
             None
         }
     }

@@ -118,8 +118,7 @@ impl ImageSource {
                 Access::Pull,
             ))),
             ImageLocation::Layout { session, store } => {
-                let session = Some(session.as_str()).filter(|s| !s.is_empty());
-                let store = clients.client_store(session, &format!("oci:{store}")).await?;
+                let store = clients.client_store(session.as_ref(), &format!("oci:{store}")).await?;
                 Arc::new(ClientRemote { store, name: image.name.to_string() })
             }
         })

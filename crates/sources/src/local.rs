@@ -20,6 +20,7 @@ use shipway_gocompat::{FileMode, parse_bool};
 use shipway_oci::Digest;
 use shipway_progress::Reporter;
 use shipway_refs::{ImmutableRef, NamedRequest, RecordType, RefId, RefStore, Sharing};
+use shipway_session::SessionId;
 use shipway_treehash::{FileHasher, FileStat, TreeIndex};
 use std::{
     collections::HashMap,
@@ -70,7 +71,7 @@ const MAX_NAMES: usize = 10_000;
 #[derive(Debug, Default, PartialEq, Eq)]
 struct LocalSpec {
     request: FileSyncRequest,
-    session: Option<String>,
+    session: Option<SessionId>,
     hint: String,
     differ: Differ,
     /// The only files whose content is wanted.
@@ -93,7 +94,7 @@ impl LocalSpec {
                     if let Some(prefix) = prefix {
                         local.request.dir_name = format!("{prefix}-{name}");
                     }
-                    local.session = Some(id.to_owned()).filter(|id| !id.is_empty());
+                    local.session = Some(id).filter(|id| !id.is_empty()).map(SessionId::new);
                 }
                 "local.includepattern" => local.request.include = patterns(key, value)?,
                 "local.excludepatterns" => local.request.exclude = patterns(key, value)?,
@@ -163,7 +164,7 @@ impl LocalSource {
     pub(crate) async fn names(
         &self,
         name: &str,
-        session: &str,
+        session: &SessionId,
         dir: &str,
         clients: &dyn ClientServices,
     ) -> Result<Vec<String>> {
@@ -286,7 +287,7 @@ impl Source for LocalSource {
         let listed = local.listed.as_deref();
         let key = keys::digest(
             "local",
-            &LocalKey { session: &session, name, include, exclude, follow, listed },
+            &LocalKey { session: session.as_str(), name, include, exclude, follow, listed },
         );
         Ok(PinnedSource {
             keys: vec![key],
@@ -307,7 +308,7 @@ impl Source for LocalSource {
             "no attached client has the directory {:?}",
             local.request.dir_name
         ));
-        for directory in cx.clients.directories(local.session.as_deref()).await? {
+        for directory in cx.clients.directories(local.session.as_ref()).await? {
             match self.transfer(&local, &*directory, &cx.reporter).await {
                 Ok(state) => return Ok(state),
                 // This client has no such directory; another one of the build may.
@@ -433,7 +434,7 @@ mod tests {
         ])
         .unwrap();
         assert_eq!(
-            (local.request.dir_name.as_str(), local.session.as_deref()),
+            (local.request.dir_name.as_str(), local.session.as_ref().map(SessionId::as_str)),
             ("pre-context", Some("s1"))
         );
         assert_eq!((local.request.exclude.len(), local.request.follow.len()), (2, 0));
@@ -478,13 +479,16 @@ mod tests {
         async fn secret(&self, _: &str) -> Result<Option<Vec<u8>>> {
             Ok(None)
         }
-        async fn directories(&self, _: Option<&str>) -> Result<Vec<Arc<dyn ClientDirectory>>> {
+        async fn directories(
+            &self,
+            _: Option<&SessionId>,
+        ) -> Result<Vec<Arc<dyn ClientDirectory>>> {
             Ok(vec![self.0.clone()])
         }
         async fn ssh_agent(&self, _: &str) -> Result<SshAgent> {
             Err(Fault::unimplemented("agents"))
         }
-        fn session_id(&self) -> Option<String> {
+        fn session_id(&self) -> Option<SessionId> {
             Some("s1".into())
         }
     }

@@ -220,15 +220,17 @@ impl ClientServices for SessionGroup {
         first(self, async |s: Session| s.secret(id).await).await
     }
 
-    async fn directories(&self, session: Option<&str>) -> Result<Vec<Arc<dyn ClientDirectory>>> {
+    async fn directories(
+        &self,
+        session: Option<&SessionId>,
+    ) -> Result<Vec<Arc<dyn ClientDirectory>>> {
         let mut clients: Vec<Arc<dyn ClientDirectory>> = Vec::new();
-        let wanted = session.map(SessionId::new);
-        if let Some(id) = &wanted
+        if let Some(id) = session
             && let Ok(found) = self.hub().get(id).await
         {
             clients.push(Arc::new(SessionDirs(found)));
         }
-        for id in self.ids().iter().filter(|id| Some(*id) != wanted.as_ref()) {
+        for id in self.ids().iter().filter(|id| Some(*id) != session) {
             // The first one may still be on its way: builds start before their sessions are
             // attached.
             let found = if clients.is_empty() {
@@ -275,9 +277,9 @@ impl ClientServices for SessionGroup {
         forwarded_agent(self, id, &std::env::temp_dir()).await
     }
 
-    async fn client_store(&self, session: Option<&str>, id: &str) -> Result<ClientStore> {
+    async fn client_store(&self, session: Option<&SessionId>, id: &str) -> Result<ClientStore> {
         if let Some(session) = session {
-            return self.hub().get(&SessionId::new(session)).await?.store(id);
+            return self.hub().get(session).await?.store(id);
         }
         self.any(|s: Session| async move {
             if !s.supports("/containerd.services.content.v1.Content/Info") {
@@ -288,7 +290,7 @@ impl ClientServices for SessionGroup {
         .await
     }
 
-    fn session_id(&self) -> Option<String> {
-        self.ids().first().map(|id| id.as_str().to_owned())
+    fn session_id(&self) -> Option<SessionId> {
+        self.ids().first().cloned()
     }
 }

@@ -16,7 +16,7 @@ use shipway_fault::{Fault, Result, redact};
 use shipway_llb::{ResolveOptions, SourceFacts};
 use shipway_refs::{ImmutableRef, LayerSource, RefStore};
 use shipway_registry::Registry;
-use shipway_session::SessionGroup;
+use shipway_session::{SessionGroup, SessionId};
 use std::{path::PathBuf, sync::Arc};
 
 /// What an administrator says about sources.
@@ -145,7 +145,7 @@ impl Sources {
     pub async fn local_names(
         &self,
         local: &str,
-        session: &str,
+        session: &SessionId,
         dir: &str,
         sessions: &SessionGroup,
     ) -> Result<Vec<String>> {

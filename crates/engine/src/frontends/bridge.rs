@@ -236,7 +236,7 @@ impl Bridge for EngineBridge {
             .parts
             .services
             .sources
-            .local_names(local, session, dir, &self.scope.data.sessions)
+            .local_names(local, &session.into(), dir, &self.scope.data.sessions)
             .await
     }
 

@@ -390,7 +390,7 @@ mod tests {
             ("oci.store", "s"),
             ("oci.session", "i"),
         ];
-        check("h/a", &more, &format!("{named}Some((\"s\", Some(\"i\")))"));
+        check("h/a", &more, &format!("{named}Some((\"s\", Some(SessionId(\"i\"))))"));
         check("h/a#main", &[("git.bundle", &image)], "git.bundle requires git.checksum to be set");
         check("h/a", &[("git.bundle", &image), ("git.checksum", "abc")], "needs a whole commit");
         check(

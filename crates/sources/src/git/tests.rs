@@ -17,13 +17,16 @@ impl ClientServices for Secrets {
     async fn secret(&self, id: &str) -> Result<Option<Vec<u8>>> {
         Ok(self.0.get(id).cloned())
     }
-    async fn directories(&self, _: Option<&str>) -> Result<Vec<Arc<dyn ClientDirectory>>> {
+    async fn directories(
+        &self,
+        _: Option<&shipway_session::SessionId>,
+    ) -> Result<Vec<Arc<dyn ClientDirectory>>> {
         Ok(Vec::new())
     }
     async fn ssh_agent(&self, _: &str) -> Result<SshAgent> {
         Err(Fault::unimplemented("agents"))
     }
-    fn session_id(&self) -> Option<String> {
+    fn session_id(&self) -> Option<shipway_session::SessionId> {
         None
     }
 }

@@ -5,6 +5,7 @@ use shipway_fault::{Fault, Result};
 use shipway_llb::{ResolveMode, attr};
 use shipway_oci::{Digest, ImageName};
 use shipway_refs::RecordType;
+use shipway_session::SessionId;
 use shipway_storage::ImageRecord;
 use std::str::FromStr;
 
@@ -54,8 +55,8 @@ pub(crate) enum ImageLocation {
     Registry,
     /// A layout in a client's directory (row `src.oci`).
     Layout {
-        /// The client; empty for any of the build.
-        session: String,
+        /// The client; none for any of the build.
+        session: Option<SessionId>,
         /// The client's name for the directory.
         store: String,
     },
@@ -130,11 +131,13 @@ impl ImageSpec {
         if image.name.digest().is_none() {
             return Err(Fault::invalid(format!("reference {reference:?} must have digest")));
         }
-        let attr = |key: &str| spec.attrs.get(key).cloned().unwrap_or_default();
-        let store = Some(attr("oci.store"))
+        let value = |key: &str| spec.attrs.get(key).cloned().unwrap_or_default();
+        let store = Some(value(attr::OCI_STORE))
             .filter(|s| !s.is_empty())
             .unwrap_or_else(|| reference.split('@').next().unwrap_or_default().to_owned());
-        image.location = ImageLocation::Layout { session: attr("oci.session"), store };
+        let session = Some(value(attr::OCI_SESSION)).filter(|s| !s.is_empty());
+        let session = session.map(|id| SessionId::new(&id));
+        image.location = ImageLocation::Layout { session, store };
         Ok(image)
     }
 }
