@@ -3,9 +3,9 @@
 //! Blobs are shared among namespaces by containerd itself, snapshots by snapshotters that answer a
 //! Prepare with the label `containerd.io/snapshot.ref` by AlreadyExists (`shipway-snapshotter`
 //! does): a namespace then gets names, and no byte is written twice. Other snapshotters unpack the
-//! layers once for each namespace. A namespace's record comes last, when everything that it needs is
-//! there, and keeps it by labels of its own, so removing the image in one namespace does nothing to
-//! the others.
+//! layers once for each namespace. A namespace's record comes last, when everything that it needs
+//! is there, and keeps it by labels of its own, so removing the image in one namespace does nothing
+//! to the others.
 
 use crate::{
     image::{ExportLease, may_replace},

@@ -4,9 +4,9 @@
 //! [`News`] on to a function of the caller's. So it serves a daemon with an async runtime and one
 //! without: the former calls from threads that may block, and has the function send into a channel.
 //!
-//! A connection that has ended stays so, and everything says [`ClientError::Gone`]. To connect again
-//! is the caller's business, with the same [`Holder`]: then a keeper that has lost everything gets
-//! back what its predecessor had given into it.
+//! A connection that has ended stays so, and everything says [`ClientError::Gone`]. To connect
+//! again is the caller's business, with the same [`Holder`]: then a keeper that has lost everything
+//! gets back what its predecessor had given into it.
 
 use crate::{
     message::{Command, Event, FdName},

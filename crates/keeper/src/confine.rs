@@ -1,10 +1,10 @@
 //! What the process does without, once it serves. Each of it is left out, and said, where it is not
 //! permitted or not known.
 //!
-//! Its pages stay in memory as they are touched (`mlockall`), and its own allocations never wait for
-//! file systems to write (`PR_SET_IO_FLUSHER`): a program that waits for a page of a lazy layer may
-//! be the one whose memory would have to be written out. System calls are those of [`CALLS`], and
-//! any other kills it (seccomp). The program is the table and nothing else.
+//! Its pages stay in memory as they are touched (`mlockall`), and its own allocations never wait
+//! for file systems to write (`PR_SET_IO_FLUSHER`): a program that waits for a page of a lazy layer
+//! may be the one whose memory would have to be written out. System calls are those of [`CALLS`],
+//! and any other kills it (seccomp). The program is the table and nothing else.
 
 use crate::sys;
 use rustix::{

@@ -6,17 +6,17 @@
 //! daemon is told, which fetches it, verifies it, writes it, and says so.
 //!
 //! ```text
-//! kernel ──▶ serve ──▶ engine ──▶ layer (pread)          present: answered by the thread that read it
+//! kernel ──▶ serve ──▶ engine ──▶ layer (pread)         present: answered by who read it
 //!              ▲         │
 //!              │         ▼ parked, Miss
-//!            slots     control ◀── message ──▶ client     the daemon's process
+//!            slots     control ◀── message ──▶ client    the daemon's process
 //! ```
 //!
 //! The daemon may end at any moment, and so may the keeper. What has to outlive the keeper is in
 //! file descriptors: the connection to the kernel, requests in flight
 //! ([`Slots`](shipway_fusewire::Slots)), and for each layer its data, its metadata and its map of
-//! good blocks, a file of one bit each that the keeper alone changes. Their names say what they
-//! are and their sizes the rest, so they are the whole state. The service manager holds them and the
+//! good blocks, a file of one bit each that the keeper alone changes. Their names say what they are
+//! and their sizes the rest, so they are the whole state. The service manager holds them and the
 //! daemon does ([`client::Holder`]); a new keeper gets them from either and goes on.
 //!
 //! Nothing that comes from outside the host is looked at here: FUSE's fixed headers, messages of

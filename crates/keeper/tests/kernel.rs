@@ -233,8 +233,8 @@ fn a_read_that_waits_too_long_fails_and_the_next_does_not() {
     assert_eq!(wrong(5, 0, &bytes), None);
 }
 
-/// Readers at random places of two layers, and a daemon that gives what is missing, takes away again
-/// what is there, and connects again when the keeper is gone.
+/// Readers at random places of two layers, and a daemon that gives what is missing, takes away
+/// again what is there, and connects again when the keeper is gone.
 struct Load {
     stop: Arc<AtomicBool>,
     reads: Arc<AtomicU64>,

@@ -1,8 +1,8 @@
 //! The index: which chunk goes where, on the disk, read page by page.
 //!
-//! A page has [`PER_PAGE`] records of [`Record::BYTES`] and, in the place of one more, a checksum of
-//! them, the layer's key and the page's number. So what is damaged, or in a wrong place, is found
-//! when it is read, and nothing has to be read ahead.
+//! A page has [`PER_PAGE`] records of [`Record::BYTES`] and, in the place of one more, a checksum
+//! of them, the layer's key and the page's number. So what is damaged, or in a wrong place, is
+//! found when it is read, and nothing has to be read ahead.
 
 use crate::{Error, LayerKey, LayerNumber, Result};
 use shipway_estargz::{DATA_BLOCK, Record};

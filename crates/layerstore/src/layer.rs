@@ -454,8 +454,8 @@ impl Layer {
     }
 
     /// The data file, for whoever serves it. It is the same open file for all, so that those do not
-    /// count as users of a mount when data is taken away ([`crate::LayerStore::punch`]). One that an
-    /// earlier process opened does.
+    /// count as users of a mount when data is taken away ([`crate::LayerStore::punch`]). One that
+    /// an earlier process opened does.
     pub fn data(&self) -> Result<File> {
         let path = self.data_path();
         self.open()?.data.try_clone().map_err(Error::at("open", &path))
@@ -680,11 +680,11 @@ impl Layer {
     /// Takes over what an earlier process knew to be good: `map` has a bit for each block, the
     /// first in the lowest bit of the first byte.
     ///
-    /// The map must have been made in this boot, by who was told of good blocks and of their end, and
-    /// be taken over before anything of the layer is given up. In the first life of a boot there can
-    /// be no such map ([`crate::LayerStore::is_first_of_boot`]), so it is passed over; returns
-    /// whether it was not. Chunks that reach into blocks that are not in the map are checked again
-    /// when they are needed.
+    /// The map must have been made in this boot, by who was told of good blocks and of their end,
+    /// and be taken over before anything of the layer is given up. In the first life of a boot
+    /// there can be no such map ([`crate::LayerStore::is_first_of_boot`]), so it is passed over;
+    /// returns whether it was not. Chunks that reach into blocks that are not in the map are
+    /// checked again when they are needed.
     pub fn restore(&self, map: &[u8]) -> Result<bool> {
         if !self.restorable {
             return Ok(false);

@@ -34,13 +34,14 @@
 //!
 //! Data is believed if its digest was computed in this boot, by this process or by an earlier one
 //! that told the keeper of the data ([`Layer::restore`]), or if the layer is whole. Everything else
-//! that the files say of data is only a hint: claims lead to a check, never to a good block. So data
-//! is written without waiting for the disk, in any order, and a kill or a power cut at any point
-//! costs no more than fetching again. `about`, `meta` and `index` have checksums.
+//! that the files say of data is only a hint: claims lead to a check, never to a good block. So
+//! data is written without waiting for the disk, in any order, and a kill or a power cut at any
+//! point costs no more than fetching again. `about`, `meta` and `index` have checksums.
 //!
 //! # Dependencies
 //!
-//! `serde_json` is for `about`; `libc` for leases, which rustix has not. The only `unsafe` is there.
+//! `serde_json` is for `about`; `libc` for leases, which rustix has not. The only `unsafe` is
+//! there.
 
 mod about;
 mod bits;

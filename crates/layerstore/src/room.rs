@@ -83,8 +83,8 @@ impl LayerStore {
     }
 
     /// Makes room for `bytes`: removes layers that nobody uses, the one that was used longest ago
-    /// first, and says which pieces of those that are served come next. Whether there is enough room
-    /// then, [`LayerStore::short_of`] says.
+    /// first, and says which pieces of those that are served come next. Whether there is enough
+    /// room then, [`LayerStore::short_of`] says.
     ///
     /// Layers that somebody has (an [`Arc`] of) are not removed. `in_use` is asked while nobody can
     /// find the layer, so it must not call the store.

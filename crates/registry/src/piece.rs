@@ -151,8 +151,8 @@ impl BlobHost {
         }
     }
 
-    /// Asks where the blob was redirected to; `None` if it was not, or if that address is check_status no
-    /// more.
+    /// Asks where the blob was redirected to; `None` if it was not, or if that address is
+    /// check_status no more.
     async fn follow(
         &self,
         client: &Client,

@@ -715,7 +715,7 @@ async fn redirects_of_blobs_are_remembered_until_they_expire() {
     let fake = Fake::start(move |asked| {
         assert!(!asked.header("authorization").is_empty() || asked.header("x").is_empty());
         let n = count.fetch_add(1, SeqCst);
-        let location = format!("http://{to}/blob?{}&sig={n}", signed.lock().unwrap());
+        let location = format!("http://{to}/blob?{}&sig={n}", signed.lock());
         Reply::Full(307, vec![("location", location)], Bytes::new())
     })
     .await;
@@ -740,7 +740,7 @@ async fn redirects_of_blobs_are_remembered_until_they_expire() {
     assert_eq!(store.asked().last().unwrap().header("cache-control"), "no-cache");
     assert_eq!(fake.log().len(), 3);
     // One that expires at once is not used again.
-    *life.lock().unwrap() = "X-Amz-Expires=1";
+    *life.lock() = "X-Amz-Expires=1";
     get(&host, &blob, range(), true).await.unwrap();
     get(&host, &blob, range(), false).await.unwrap();
     assert_eq!(fake.log().len(), 5);
@@ -755,7 +755,7 @@ async fn what_refers_to_a_manifest_is_found_again() {
         let of_fake = kept.clone();
         let fake = Fake::start(move |asked| {
             let name = asked.path.rsplit('/').next().unwrap().to_owned();
-            let mut kept = of_fake.lock().unwrap();
+            let mut kept = of_fake.lock();
             if asked.method == "PUT" {
                 kept.insert(name, asked.body.clone());
                 kept.insert(Digest::of(&asked.body).to_string(), asked.body.clone());
@@ -791,7 +791,7 @@ async fn what_refers_to_a_manifest_is_found_again() {
         repository.push_referrer(&manifest("2")).await.unwrap();
         let found = repository.referrers(subject.digest).await.unwrap();
         if lists {
-            assert_eq!(kept.lock().unwrap().len(), 2);
+            assert_eq!(kept.lock().len(), 2);
             continue;
         }
         assert_eq!((found.len(), &found[0]), (2, &first));

@@ -22,7 +22,8 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 
-/// Threads that wait for the disk, or for a registry on behalf of a pull: those need others to finish.
+/// Threads that wait for the disk, or for a registry on behalf of a pull: those need others to
+/// finish.
 pub const MAX_THREADS: usize = 256;
 /// Connections accepted but not yet taken by the server.
 const BACKLOG: usize = 16;

@@ -124,6 +124,18 @@ impl Shared {
     }
 }
 
+/// What a network does with bytes.
+fn delay(time: Duration) {
+    let until = Instant::now() + time;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        std::thread::park_timeout(left);
+    }
+}
+
 fn connect(shared: &Arc<Shared>, client: TcpStream) -> std::io::Result<()> {
     let server = TcpStream::connect(&shared.upstream)?;
     shared.connections.fetch_add(1, Ordering::Relaxed);
@@ -157,13 +169,13 @@ fn pump(
             }
             extra = Duration::ZERO;
             let ahead = free.saturating_duration_since(Instant::now());
-            std::thread::sleep(ahead.saturating_sub(ON_THEIR_WAY));
+            delay(ahead.saturating_sub(ON_THEIR_WAY));
         }
     });
     let counting = shared.clone();
     std::thread::spawn(move || {
         for (out, piece) in receiver {
-            std::thread::sleep(out.saturating_duration_since(Instant::now()));
+            delay(out.saturating_duration_since(Instant::now()));
             if to.write_all(&piece).is_err() {
                 break;
             }

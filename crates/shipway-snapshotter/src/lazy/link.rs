@@ -105,7 +105,8 @@ impl Link {
                     if attempts % ATTEMPTS == 1 {
                         self.start(error);
                     }
-                    std::thread::sleep(PAUSE * attempts.min(20));
+                    let state = self.lock();
+                    drop(self.changed.wait_timeout(state, PAUSE * attempts.min(20)));
                 }
             }
         }

@@ -180,7 +180,8 @@ impl Lazy {
             while let Some(lazy) = weak.upgrade() {
                 lazy.make_room();
                 drop(lazy);
-                std::thread::sleep(ROOM);
+                // Nobody wakes it; to look more often would do no harm.
+                std::thread::park_timeout(ROOM);
             }
         })?;
         Ok(lazy)

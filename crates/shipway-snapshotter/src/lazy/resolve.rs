@@ -161,7 +161,8 @@ impl Resolver {
         let cell = lock(&self.making).entry(key).or_default().clone();
         let work = async || {
             let repository = image.locator();
-            let sources = sources(&self.registry, &[image.clone()], &self.credentials).await?;
+            let sources =
+                sources(&self.registry, std::slice::from_ref(image), &self.credentials).await?;
             if let Some(layer) = lazy.store.find(&key) {
                 let (lazy, known) = (lazy.clone(), layer.clone());
                 blocking(move || {
