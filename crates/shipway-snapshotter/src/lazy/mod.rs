@@ -11,11 +11,12 @@
 //! - [`labels`]: what containerd says of a layer; [`credentials`]: whom registries see.
 //! - [`resolve`]: from labels to a layer that is served.
 //! - [`link`]: the connection to the keeper.
-//! - [`spans`]: which files are neighbors.
+//! - [`spans`]: which files are neighbors; [`learning`]: what was read first, and in which order.
 //! - [`report`]: what is told of layers.
 
 mod credentials;
 mod labels;
+mod learning;
 mod link;
 mod report;
 mod resolve;
@@ -25,8 +26,10 @@ pub use report::Report;
 
 use crate::config::Config;
 use labels::Wanted;
+use learning::Learning;
 use link::{Link, Registered, Starter};
 use resolve::Resolver;
+use shipway_estargz::Landmark;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_keeper::client::News;
 use shipway_layermount::{FuseFiles, Source, Tier};
@@ -80,6 +83,7 @@ pub struct Lazy {
     fetcher: Fetcher,
     resolver: Resolver,
     neighbors: Arc<Neighbors>,
+    learning: Learning,
     runtime: Handle,
     /// Layers to be brought whole, in order.
     wanted_whole: UnboundedSender<u32>,
@@ -153,6 +157,7 @@ impl Lazy {
             fetcher,
             resolver: Resolver::new(config, settings),
             neighbors: Arc::default(),
+            learning: Learning::open(&config.root.join("profiles"))?,
             runtime,
             wanted_whole,
             reading: Mutex::default(),
@@ -179,6 +184,7 @@ impl Lazy {
         spawn("room", move || {
             while let Some(lazy) = weak.upgrade() {
                 lazy.make_room();
+                lazy.learning.keep();
                 drop(lazy);
                 // Nobody wakes it; to look more often would do no harm.
                 std::thread::park_timeout(ROOM);
@@ -222,7 +228,12 @@ impl Lazy {
                 }
                 self.fetcher.miss(n, blocks);
             }
-            News::Touched { n, block } => self.fetcher.touched(n, block),
+            News::Touched { n, block } => {
+                if let Some(registered) = self.link.layer(n) {
+                    self.learning.touched(n, block, registered.layer.data_blocks());
+                }
+                self.fetcher.touched(n, block);
+            }
             News::Gone => {}
         }
     }
@@ -337,6 +348,22 @@ impl Lazy {
         let spans = Some(self.neighbors.spans(layer));
         self.fetcher.add(shipway_lazyfetch::LayerSpec { target, sources, spans });
         Ok(())
+    }
+
+    /// Begins to fetch what will be read first: as it was the last time, or as whoever made the
+    /// layer says.
+    fn ahead(&self, wanted: &Wanted, layer: &Layer) {
+        if layer.state() != State::Lazy {
+            return;
+        }
+        let _runtime = self.runtime.enter();
+        let (number, digest) = (layer.number().0, layer.key().blob);
+        let learned = wanted.manifest.map(|manifest| self.learning.begin(manifest, number, digest));
+        match (learned.filter(|blocks| !blocks.is_empty()), layer.landmark()) {
+            (Some(learned), _) => self.fetcher.learned(number, learned),
+            (None, Some(Landmark::Prefetch { end })) => self.fetcher.landmark(number, end),
+            (None, Some(Landmark::NoPrefetch) | None) => {}
+        }
     }
 
     /// Has a layer brought whole, when its turn comes.
@@ -514,6 +541,7 @@ impl LazyLayers for LazyPort {
         match lazy.find_layer(&wanted) {
             Ok(layer) => {
                 lazy.hold(&layer);
+                lazy.ahead(&wanted, &layer);
                 lazy.bring(&layer);
                 Some(LayerId(layer.number().0.into()))
             }
