@@ -25,8 +25,8 @@
 //!
 //! - [`mod@message`]: what daemon and keeper say.
 //! - [`mod@client`]: the daemon's side.
-//! - [`run`]: the process; [`supervise`]: another one that holds its state where no service manager
-//!   does.
+//! - [`run()`]: the process; [`supervise()`]: another one that holds its state where no service
+//!   manager does.
 //!
 //! Dependencies: `sd-notify` knows which file descriptors the service manager passed. It does not
 //! send any, so that is done here. `libc` has what rustix lacks: numbers of system calls, `seccomp`

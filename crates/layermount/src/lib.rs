@@ -8,11 +8,11 @@
 //!                                    scan, adopt ─────┘  after a restart
 //! ```
 //!
-//! - [`Tier`] is a way in which this kernel can read layers that are not complete. [`probe`] finds
-//!   the best one by doing it once, with a small layer, never by the kernel's version.
-//! - [`Source`] is what a mount reads. [`mount`] mounts it, [`swap`] puts another one with the same
-//!   contents in its place without the path ever being empty, [`unmount`] takes it away.
-//! - [`scan`] finds what an earlier life mounted, and [`adopt`] goes on with it or takes it away.
+//! - [`Tier`] is a way in which this kernel can read layers that are not complete. [`probe()`]
+//!   finds the best one by doing it once, with a small layer, never by the kernel's version.
+//! - [`Source`] is what a mount reads. [`mount()`] mounts it, [`swap`] puts another one with the
+//!   same contents in its place without the path ever being empty, [`unmount`] takes it away.
+//! - [`scan()`] finds what an earlier life mounted, and [`adopt`] goes on with it or takes it away.
 //! - [`is_used`] tells whether a file can be changed under nobody's feet.
 //! - [`MappedIds`] and [`clone_mapped`] make clones of mounts for user namespaces.
 //!

@@ -38,7 +38,7 @@ pub struct Mounted {
 }
 
 impl Mounted {
-    /// Whether this is what [`mount`](crate::mount) makes of `source`.
+    /// Whether this is what [`mount`](crate::mount()) makes of `source`.
     ///
     /// The kernel tells only what the metadata is read from. So mounts of [`Source::Files`] are
     /// `noatime` if no server has the contents, which means nothing else on such a file system;

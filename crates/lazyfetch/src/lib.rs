@@ -1,6 +1,6 @@
 //! Fetches what lazy layers miss, from registries into layers on the disk.
 //!
-//! - [`index`] finds and checks a layer's table of contents with one request.
+//! - [`index()`] finds and checks a layer's table of contents with one request.
 //! - [`Fetcher`] is the engine, one for a daemon: it is told what was missed ([`Fetcher::miss`]),
 //!   what will be read ([`Fetcher::learned`], [`Fetcher::landmark`]) and what to bring whole
 //!   ([`Fetcher::background`]), and reports what became good, or why not ([`Event`]). What it asks
