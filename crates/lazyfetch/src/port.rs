@@ -141,15 +141,7 @@ impl Target for Layer {
     }
 
     fn before(&self, end: u64) -> Result<Range<u64>, Fault> {
-        let mut blocks = 0..0;
-        for chunk in self.chunks_touching(0..self.data_blocks())? {
-            let chunk = chunk?;
-            if chunk.record.digest.is_some() && chunk.record.offset >= end {
-                break;
-            }
-            blocks.end = chunk.blocks().end;
-        }
-        Ok(blocks)
+        Ok(self.blocks_before(end)?)
     }
 }
 
