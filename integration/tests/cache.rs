@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use parking_lot::Mutex;
 use prost::Message as _;
 use serde_json::Value;
 use shipway_integration::{Image, any, build, build_text, ctr_run, remove_everything};
@@ -14,7 +15,7 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 
@@ -192,7 +193,7 @@ fn what_one_client_left_lazy_is_fetched_with_the_next_ones_login() {
         let login =
             serde_json::json!({ "auths": { private.address(): { "auth": password } } }).to_string();
         let home = lab.context(&format!("login-{password}"), &[("config.json", &login)]);
-        *right.lock().unwrap() = format!("Basic {password}");
+        *right.lock() = format!("Basic {password}");
         let mut command = lab.shipway_command();
         command
             .args(["build", "--progress", "plain"])

@@ -1,7 +1,7 @@
 //! The table of features (`integration/features.md`) is true as far as a test can see: ids that
 //! comments cite are its rows, tests that it names are there, and capabilities that the daemon
-//! announces are done. `cargo test -p shipway-integration --test features -- --nocapture` prints
-//! the counts.
+//! announces are done. `cargo test -p shipway-integration features:: -- --nocapture` prints the
+//! counts.
 
 #![allow(clippy::unwrap_used)]
 

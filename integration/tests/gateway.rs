@@ -53,7 +53,7 @@ fn driven<F: Future<Output = ()>>(lab: &Lab, drive: impl FnOnce(LlbBridgeClient<
         let channel =
             shipway_grpc::dial(&lab.daemon_address().parse().unwrap(), None).await.unwrap();
         let mut control = ControlClient::new(channel.clone());
-        let building = tokio::spawn(async move {
+        let building = shipway_task::spawn("test", async move {
             control.solve(api::SolveRequest { r#ref: BUILD.into(), ..Default::default() }).await
         });
         let mut bridge = LlbBridgeClient::new(channel);
@@ -171,7 +171,7 @@ impl Processes {
 async fn enter_a_failed_step(lab: &Lab) {
     let channel = shipway_grpc::dial(&lab.daemon_address().parse().unwrap(), None).await.unwrap();
     let mut control = ControlClient::new(channel.clone());
-    let building = tokio::spawn(async move {
+    let building = shipway_task::spawn("test", async move {
         control.solve(api::SolveRequest { r#ref: BUILD.into(), ..Default::default() }).await
     });
     let mut bridge = LlbBridgeClient::new(channel);

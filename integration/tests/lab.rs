@@ -62,3 +62,15 @@ fn a_dropped_lab_leaves_no_process_and_no_directory() {
         .collect();
     assert!(ours.is_empty(), "{ours:#?}");
 }
+
+#[test]
+fn every_file_of_tests_is_part_of_the_program() {
+    let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let program = std::fs::read_to_string(here.join("live.rs")).unwrap();
+    let named = |stem: &str| program.lines().any(|line| line == format!("mod {stem};"));
+    for entry in here.read_dir().unwrap().map(Result::unwrap) {
+        let name = entry.file_name().into_string().unwrap();
+        let stem = name.strip_suffix(".rs").expect("a file of tests");
+        assert!(stem == "live" || named(stem), "live.rs does not name {stem}");
+    }
+}

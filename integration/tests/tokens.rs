@@ -2,12 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+use parking_lot::Mutex;
 use shipway_integration::any;
 use shipway_testkit::{FaultyRegistry, Lab, RegistryFault, run};
-use std::{
-    process::Command,
-    sync::{Arc, Mutex},
-};
+use std::{process::Command, sync::Arc};
 
 #[test]
 fn a_client_fetches_its_tokens_itself_and_shares_them_with_nobody_else() {
@@ -39,7 +37,7 @@ fn a_client_fetches_its_tokens_itself_and_shares_them_with_nobody_else() {
         command.args(["build", "--output", "type=cacheonly"]);
         command
     };
-    let news = || std::mem::take(&mut *asked.lock().unwrap());
+    let news = || std::mem::take(&mut *asked.lock());
 
     let (mine, yours, nobodys) = (
         home("mine", "bWU6czNjcmV0"),

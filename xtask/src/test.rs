@@ -4,11 +4,12 @@ use crate::{
     cargo::{cargo, is_root},
     packages,
 };
+use parking_lot::Mutex;
 use shipway_testkit::Flavour;
 use std::{
     io::{BufRead as _, BufReader},
     process::{Command, Stdio},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 #[derive(Default)]
@@ -128,7 +129,7 @@ fn tests(tally: &mut Tally, name: &str, arguments: &[&str]) {
             let (out, err) = (child.stdout.take(), child.stderr.take());
             std::thread::scope(|scope| {
                 let watch = |line: &str| {
-                    let mut guard = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut guard = shared.lock();
                     let summary = guard.0.line(line);
                     guard.1 |= summary;
                 };
@@ -142,8 +143,7 @@ fn tests(tally: &mut Tally, name: &str, arguments: &[&str]) {
             child.wait().is_ok_and(|s| s.success())
         }
     };
-    let (counted, any) =
-        std::mem::take(&mut *shared.lock().unwrap_or_else(PoisonError::into_inner));
+    let (counted, any) = std::mem::take(&mut *shared.lock());
     *tally = counted;
     // Something failed that no test program counted: it did not compile, or died.
     if !any || (!success && tally.failed == before) {

@@ -1,12 +1,8 @@
 //! A build with everything a session offers, against a daemon that is only a Control service which
 //! asks for it.
 
-use std::{
-    collections::BTreeMap,
-    os::unix::fs::MetadataExt,
-    path::Path,
-    sync::{Arc, Mutex},
-};
+use parking_lot::Mutex;
+use std::{collections::BTreeMap, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
 use futures::TryStreamExt;
 use shipway_client::{
@@ -90,7 +86,7 @@ impl Fake {
                     .detail(shipway_fault::Detail::Vertex("sha256:v".into())))
             }
             "hang" => {
-                let _guard = OnDrop(self.cancelled.lock().expect("lock").take());
+                let _guard = OnDrop(self.cancelled.lock().take());
                 std::future::pending().await
             }
             other => Err(Fault::invalid(format!("no frontend {other}"))),
@@ -217,7 +213,7 @@ impl Control for Service {
         let (metadata, _, incoming) = request.into_parts();
         let (duplex, answers) = Duplex::answering(incoming.into_stream());
         let fake = self.0.clone();
-        tokio::spawn(async move {
+        shipway_task::spawn("test", async move {
             let tunnel = TunnelChannel::connect(duplex).await.expect("tunnel");
             fake.sessions.send_replace(Some(Attached { metadata, tunnel }));
         });
@@ -290,7 +286,7 @@ impl Scene {
         for listener in listeners {
             let server =
                 shipway_grpc::server().add_service(ControlServer::new(Service(fake.clone())));
-            tokio::spawn(server.serve_with_incoming(listener.incoming()));
+            shipway_task::spawn("test", server.serve_with_incoming(listener.incoming()));
         }
         let location = address.to_string().parse().expect("an address");
         let options = ConnectOptions { wait: true, ..Default::default() };
@@ -421,10 +417,9 @@ async fn dropping_a_build_cancels_it() {
     let mut scene = Scene::new().await;
     let client = scene.client.clone();
     let (sink, _events) = mpsc::channel(16);
-    let building =
-        tokio::spawn(
-            async move { client.build(options("hang"), sink, CancellationToken::new()).await },
-        );
+    let building = shipway_task::spawn("test", async move {
+        client.build(options("hang"), sink, CancellationToken::new()).await
+    });
     scene.requests.recv().await.expect("a request");
     building.abort();
     scene.cancelled.await.expect("the daemon noticed");

@@ -14,6 +14,7 @@ mod files;
 use async_trait::async_trait;
 use base64::Engine as _;
 use files::Files;
+use parking_lot::Mutex;
 use serde_json::{Map, Value, json, value::RawValue};
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_fault::{Detail, Fault, Result, Span};
@@ -22,11 +23,7 @@ use shipway_frontend::{
 };
 use shipway_llb::{Definition, ImageFacts, SourceFacts};
 use shipway_oci::{Digest, Platform};
-use std::{
-    collections::BTreeMap,
-    io::Write as _,
-    sync::{Arc, Mutex},
-};
+use std::{collections::BTreeMap, io::Write as _, sync::Arc};
 
 const REQUESTS: [&str; 5] = ["build", "outline", "targets", "lint", "convertllb"];
 
@@ -68,7 +65,7 @@ async fn main() {
             });
             let result = DockerfileFrontend.run(scene.clone()).await;
             let mut answer = answer(result);
-            let heard = std::mem::take(&mut *scene.heard.lock().unwrap());
+            let heard = std::mem::take(&mut *scene.heard.lock());
             for (name, list) in
                 [("solves", heard.solves), ("warns", heard.warnings), ("asked", heard.asked)]
             {
@@ -164,7 +161,6 @@ impl Bridge for Scene {
         let definition = request.definition.unwrap_or_default();
         self.heard
             .lock()
-            .unwrap()
             .solves
             .push(base64::engine::general_purpose::STANDARD.encode(definition.encode()).into());
         if definition.is_empty() {
@@ -185,11 +181,7 @@ impl Bridge for Scene {
             .platform
             .map(|p| Platform { os_version: String::new(), ..p }.to_string())
             .unwrap_or_default();
-        self.heard
-            .lock()
-            .unwrap()
-            .asked
-            .push(json!(format!("{name} {platform} {}", request.log_name)));
+        self.heard.lock().asked.push(json!(format!("{name} {platform} {}", request.log_name)));
         let key = format!("{name} {platform}");
         let config = match self.images.names.get(name) {
             Some(Some(config)) => config.get(),
@@ -217,7 +209,7 @@ impl Bridge for Scene {
     async fn warn(&self, warning: Warning) -> Result<()> {
         let detail = warning.detail.join("\n");
         let warning = json!({"short": warning.short, "detail": detail, "url": warning.url, "ranges": ranges(&warning.spans)});
-        self.heard.lock().unwrap().warnings.push(warning);
+        self.heard.lock().warnings.push(warning);
         Ok(())
     }
 }

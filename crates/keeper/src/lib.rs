@@ -32,6 +32,11 @@
 //! send any, so that is done here. `libc` has what rustix lacks: numbers of system calls, `seccomp`
 //! and `signalfd`. `unsafe` is in the module `sys` alone.
 
+#![allow(
+    clippy::disallowed_types,
+    reason = "parking_lot allocates when a thread first waits, and nothing may while serving"
+)]
+
 pub mod client;
 mod confine;
 mod control;

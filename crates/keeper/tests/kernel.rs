@@ -2,7 +2,7 @@
 //!
 //! Each test has mounts of its own, which end with it; its keepers are killed with it.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::disallowed_types)]
 
 mod lab;
 

@@ -5,6 +5,7 @@
 //! found when it is read, and nothing has to be read ahead.
 
 use crate::{Error, LayerKey, LayerNumber, Result};
+use parking_lot::Mutex;
 use shipway_estargz::{DATA_BLOCK, Record};
 use shipway_oci::{Digest, Hasher};
 use std::{
@@ -14,7 +15,7 @@ use std::{
     io::{self, Write},
     ops::Range,
     os::unix::fs::FileExt as _,
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 /// Bytes of a page.

@@ -9,6 +9,7 @@ use crate::{
     index::{self, Chunk, ChunkId, Chunks, Index, PageCache, blocks_of},
     lock,
 };
+use parking_lot::Mutex;
 use rustix::{
     fs::{FallocateFlags, SeekFrom, fallocate, seek},
     io::Errno,
@@ -22,7 +23,7 @@ use std::{
     os::unix::fs::{FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, OnceLock,
+        Arc, OnceLock,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},

@@ -66,9 +66,9 @@ pub use layer::{Good, Layer, SEGMENT, Usage};
 pub use room::{Eviction, Evictions, Room, Use};
 pub use store::{Damage, LayerStore, Options};
 
-use std::sync::{Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard};
 
 /// What is under our locks stays right whoever panics with one.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
+    mutex.lock()
 }

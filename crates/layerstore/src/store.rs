@@ -8,6 +8,7 @@ use crate::{
     layer::{CLAIMS, Common, DATA, DigestOf, INDEX, Layer, META},
     lock,
 };
+use parking_lot::{Condvar, Mutex};
 use rustix::{
     fs::{CWD, FallocateFlags, FlockOperation, RenameFlags, fallocate, flock, renameat_with},
     io::Errno,
@@ -21,7 +22,7 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex},
+    sync::Arc,
     time::{Instant, SystemTime},
 };
 
@@ -260,7 +261,7 @@ impl LayerStore {
                 if !tables.making.contains(&key) {
                     break;
                 }
-                tables = self.made.wait(tables).unwrap_or_else(|e| e.into_inner());
+                self.made.wait(&mut tables);
             }
             let number = tables.next;
             // Before the number is used, so that it never is again.

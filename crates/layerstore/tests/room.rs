@@ -244,7 +244,7 @@ fn nothing_wrong_is_served_while_pieces_come_and_go() {
     let blob = blob(3, 9);
     let store = store(directory.path(), 5 * MIB);
     let layer = blob.create(&store);
-    let keeper = std::sync::Mutex::new(Keeper::default());
+    let keeper = parking_lot::Mutex::new(Keeper::default());
     std::thread::scope(|scope| {
         for thread in 1..=4u64 {
             let (blob, layer, keeper) = (&blob, &layer, &keeper);
@@ -255,7 +255,7 @@ fn nothing_wrong_is_served_while_pieces_come_and_go() {
                     let blocks = from..from + dice.next() % 300;
                     layer.touch_blocks(&blocks);
                     let local = layer.verify_blocks(blocks.clone()).unwrap();
-                    keeper.lock().unwrap().have(layer, local.ranges());
+                    keeper.lock().have(layer, local.ranges());
                     drop(local);
                     let extents: Vec<_> =
                         layer.extents(blocks).unwrap().collect::<Result<_>>().unwrap();
@@ -266,7 +266,7 @@ fn nothing_wrong_is_served_while_pieces_come_and_go() {
                             let have = |good: shipway_layerstore::Good| {
                                 // As late as can be.
                                 std::thread::yield_now();
-                                keeper.lock().unwrap().have(layer, good.ranges());
+                                keeper.lock().have(layer, good.ranges());
                             };
                             layer.write_frame(frame, bytes, have).unwrap();
                         }
@@ -282,10 +282,10 @@ fn nothing_wrong_is_served_while_pieces_come_and_go() {
                 for eviction in room.evictions {
                     let eviction = eviction.unwrap();
                     // Served until it was dropped.
-                    keeper.lock().unwrap().check(layer, blob);
-                    keeper.lock().unwrap().drop_blocks(layer, &eviction.blocks());
+                    keeper.lock().check(layer, blob);
+                    keeper.lock().drop_blocks(layer, &eviction.blocks());
                     store.punch(eviction).unwrap();
-                    keeper.lock().unwrap().check(layer, blob);
+                    keeper.lock().check(layer, blob);
                     evictions += 1;
                 }
                 std::thread::yield_now();
@@ -293,7 +293,7 @@ fn nothing_wrong_is_served_while_pieces_come_and_go() {
             println!("{evictions} evictions");
         });
     });
-    keeper.lock().unwrap().check(&layer, &blob);
+    keeper.lock().check(&layer, &blob);
     blob.check_good(&layer);
     blob.fetch(&layer, blob.all()).unwrap();
     assert_eq!(blob.check_good(&layer), [blob.all()]);

@@ -4,7 +4,7 @@
 
 use crate::{
     Event, Hope, Whole,
-    fetcher::{MIN_PAUSE, Shared, blocking},
+    fetcher::{MIN_PAUSE, Shared},
     layer::Layer,
     queue::{Order, Queue},
     read::environment,
@@ -116,7 +116,7 @@ pub(crate) async fn consume(
             while let Some(pieces) = early.remove(&at) {
                 let taken = length(&pieces);
                 at += taken;
-                let work = blocking(move || {
+                let work = shipway_task::blocking("write a layer's data", move || {
                     let result = pieces.iter().try_for_each(|piece| whole.bytes(piece));
                     Ok((whole, result))
                 });
@@ -135,7 +135,7 @@ pub(crate) async fn consume(
         }
         match at < end {
             true => Err(environment("the layer is gone".to_owned())),
-            false => blocking(move || whole.finish()).await,
+            false => shipway_task::blocking("write a layer's data", move || whole.finish()).await,
         }
     };
     let is_known = shared.with(|s| {

@@ -13,13 +13,14 @@ use crate::{
     readahead,
     settings::Backoff,
 };
+use parking_lot::Mutex;
 use shipway_estargz::DATA_BLOCK;
 use shipway_fault::{Code, Fault};
 use shipway_layerstore::Frame;
 use std::{
     collections::{BTreeSet, HashMap},
     ops::Range,
-    sync::{Arc, Mutex, Weak},
+    sync::{Arc, Weak},
     time::Duration,
 };
 use tokio::{
@@ -147,7 +148,7 @@ impl Fetcher {
             checks: Semaphore::new(CHECKS),
             hedges: Semaphore::new(MAX_HEDGES),
         });
-        tokio::spawn(timer(Arc::downgrade(&shared), shared.wake.clone()));
+        shipway_task::spawn("time fetches", timer(Arc::downgrade(&shared), shared.wake.clone()));
         (Self(shared), receiver)
     }
 
@@ -200,7 +201,7 @@ impl Fetcher {
         let Ok((_, source)) = layer.pick(None, self.0.now()) else { return };
         for _ in 0..connections.min(self.0.settings.connections) {
             let (source, digest) = (source.clone(), layer.blob.digest);
-            tokio::spawn(async move { source.warm(digest).await });
+            shipway_task::spawn("connect ahead", async move { source.warm(digest).await });
         }
     }
 
@@ -210,7 +211,7 @@ impl Fetcher {
         match self.0.layer(layer) {
             Some(found) => {
                 let since = self.0.now();
-                tokio::spawn(self.0.clone().demand(found, blocks, since));
+                shipway_task::spawn("queue a miss", self.0.clone().demand(found, blocks, since));
             }
             None => {
                 let fault = Fault::not_found(format!("there is no layer {layer}"));
@@ -223,7 +224,7 @@ impl Fetcher {
     pub fn touched(&self, layer: u32, block: u64) {
         let Some(layer) = self.0.layer(layer) else { return };
         let this = self.0.clone();
-        tokio::spawn(async move {
+        shipway_task::spawn("look for strides", async move {
             this.strides(&layer, block).await;
             this.pump();
         });
@@ -241,9 +242,9 @@ impl Fetcher {
     pub fn landmark(&self, layer: u32, end: u64) {
         let Some(found) = self.0.layer(layer) else { return };
         let this = self.clone();
-        tokio::spawn(async move {
+        shipway_task::spawn("queue what comes before a landmark", async move {
             let target = found.target.clone();
-            match blocking(move || target.before(end)).await {
+            match shipway_task::blocking("read a layer's data", move || target.before(end)).await {
                 Ok(blocks) => {
                     // In pieces, so that the first are on their way before all are looked at.
                     let starts = (blocks.start..blocks.end).step_by(PIECE as usize);
@@ -279,7 +280,10 @@ impl Fetcher {
                 }
             });
             let whole = whole(report);
-            tokio::spawn(background::consume(self.0.clone(), found, receiver, whole));
+            shipway_task::spawn(
+                "bring a layer whole",
+                background::consume(self.0.clone(), found, receiver, whole),
+            );
             self.0.pump();
         }
     }
@@ -410,9 +414,12 @@ impl Shared {
         for (layer, order) in orders {
             match layer {
                 Some(layer) if order.class == Class::Background => {
-                    tokio::spawn(background::fetch(self.clone(), layer, order));
+                    shipway_task::spawn(
+                        "fetch ahead",
+                        background::fetch(self.clone(), layer, order),
+                    );
                 }
-                Some(layer) => drop(tokio::spawn(self.clone().run(layer, order))),
+                Some(layer) => drop(shipway_task::spawn("fetch", self.clone().run(layer, order))),
                 None => self.with(|s| s.queue.end(order.no)),
             }
         }
@@ -440,7 +447,7 @@ impl Shared {
                 continue;
             }
             let this = self.clone();
-            tokio::spawn(async move {
+            shipway_task::spawn("queue what was learned", async move {
                 this.prefetch(&layer, pieces, Class::Learned, u64::MAX).await;
                 locked(&layer.ahead).feeding = false;
                 this.pump();
@@ -459,7 +466,7 @@ impl Shared {
             }
             Ok((good, frames))
         };
-        match blocking(look).await {
+        match shipway_task::blocking("read a layer's data", look).await {
             Ok((good, frames)) => {
                 good.into_iter().for_each(|good| self.good(layer.number, good));
                 let mut left = most;
@@ -511,7 +518,7 @@ impl Shared {
                 }
             }
         };
-        let (good, frames) = match blocking(look).await {
+        let (good, frames) = match shipway_task::blocking("read a layer's data", look).await {
             Ok(found) => found,
             Err(fault) => return self.refuse(&layer, blocks, fault),
         };
@@ -562,7 +569,7 @@ impl Shared {
         let bytes = self.with(|s| s.queue.bdp(layer.number)).clamp(WINDOW.start, WINDOW.end);
         let missed = missed.clone();
         let look = move || Ok(readahead::window(&missed, &spans(missed.start), bytes / DATA_BLOCK));
-        if let Ok(pieces) = blocking(look).await {
+        if let Ok(pieces) = shipway_task::blocking("read a layer's data", look).await {
             self.prefetch(layer, pieces, Class::Ahead, 2 * WINDOW.end).await;
         }
     }
@@ -761,12 +768,11 @@ impl Shared {
         let offset = frame.offset;
         let _permit = self.checks.acquire().await;
         let this = self.clone();
-        let work = tokio::task::spawn_blocking(move || {
+        let work = shipway_task::blocking("write a layer's data", move || {
             let number = layer.number;
-            layer.target.write(&frame, &bytes, &mut |good| this.good(number, good))
+            Ok(layer.target.write(&frame, &bytes, &mut |good| this.good(number, good)))
         });
-        let ended = |e| WriteError::Failed(Fault::internal(format!("write a layer's data: {e}")));
-        (offset, work.await.unwrap_or_else(|e| Err(ended(e))))
+        (offset, work.await.unwrap_or_else(|fault| Err(WriteError::Failed(fault))))
     }
 
     /// Decides what becomes of a frame that did not come.
@@ -834,12 +840,4 @@ async fn race(
             Err(_) => first.await,
         },
     }
-}
-
-/// Does what may wait for the disk, where that is allowed.
-pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
-) -> Result<T, Fault> {
-    let ended = |e| Err(Fault::internal(format!("read a layer's data: {e}")));
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(ended)
 }

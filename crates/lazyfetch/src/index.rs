@@ -235,13 +235,10 @@ async fn parse(
     let expected =
         Expected { digest: annotated.toc_digest, uncompressed_size: annotated.uncompressed_size };
     let _permit = PARSERS.acquire().await;
-    let work = tokio::task::spawn_blocking(move || {
-        Toc::read(&bytes, &layout, &expected).map(|toc| Indexed { toc, layout, size, rtt })
+    let work = shipway_task::blocking("read a table of contents", move || {
+        Ok(Toc::read(&bytes, &layout, &expected).map(|toc| Indexed { toc, layout, size, rtt }))
     });
-    let read = work
-        .await
-        .map_err(|e| Failed::Final(Fault::internal(format!("read a table of contents: {e}"))))?;
-    read.map_err(|error: Error| match error.is_wrong_bytes() {
+    work.await.map_err(Failed::Final)?.map_err(|error: Error| match error.is_wrong_bytes() {
         true => Failed::Wrong(error.into()),
         false => Failed::Final(error.into()),
     })

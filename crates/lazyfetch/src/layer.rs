@@ -4,15 +4,11 @@ use crate::{
     Blob, Hope, LayerStats, Source, Target,
     readahead::{Deltas, Spans},
 };
-use std::{
-    collections::VecDeque,
-    ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use parking_lot::{Mutex, MutexGuard};
+use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
 
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock()
 }
 
 /// How long other sources are asked first after one failed; twice as long each time.

@@ -1,11 +1,9 @@
 //! Counters of a layer, written without locks that last.
 
+use parking_lot::Mutex;
 use shipway_fault::Fault;
 use std::{
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::Duration,
 };
 
@@ -100,7 +98,7 @@ impl LayerStats {
             failed: get(&self.failed),
             median: self.times.median(),
             worst: Duration::from_micros(get(&self.worst)),
-            last_error: self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            last_error: self.last_error.lock().clone(),
         }
     }
 
@@ -133,11 +131,11 @@ impl LayerStats {
     }
 
     pub(crate) fn error(&self, fault: &Fault) {
-        *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(fault.clone());
+        *self.last_error.lock() = Some(fault.clone());
     }
 
     pub(crate) fn last_error(&self) -> Option<Fault> {
-        self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.last_error.lock().clone()
     }
 }
 

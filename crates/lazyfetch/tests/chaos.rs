@@ -6,8 +6,9 @@
 mod common;
 
 use common::{Asked, Dice, Keep, Lab, Link, MS, Plan, Reply, Server, Way, plain};
+use parking_lot::Mutex;
 use shipway_lazyfetch::{Event, Hope, Settings};
-use std::{sync::Mutex, time::Duration};
+use std::time::Duration;
 
 const S: Duration = Duration::from_secs(1);
 
@@ -15,7 +16,7 @@ const S: Duration = Duration::from_secs(1);
 fn bad(seed: u64, percent: u64, until: Duration) -> impl Fn(usize, &Asked) -> Reply + Send + Sync {
     let dice = Mutex::new(Dice(seed));
     move |_: usize, asked: &Asked| {
-        let mut dice = dice.lock().unwrap();
+        let mut dice = dice.lock();
         if asked.at >= until || dice.next() % 100 >= percent {
             return Reply::Right;
         }

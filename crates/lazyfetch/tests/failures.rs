@@ -241,7 +241,7 @@ async fn what_is_on_the_disk_is_not_fetched() {
     let layer = layer();
     let mut claimed = layer.data.clone();
     claimed[(layer.blocks_of_frame(3).start * common::BLOCK) as usize] ^= 1;
-    *layer.claimed.lock().unwrap() = Some(claimed);
+    *layer.claimed.lock() = Some(claimed);
     let script = |n: usize, _: &Asked| if n == 0 { Reply::Right } else { Reply::Down };
     let server = Server::new("r.io", &layer.blob, &Link::new(WAY), script);
     let mut lab = Lab::new(&layer, &[&server], plain());
@@ -276,7 +276,7 @@ async fn the_background_survives_what_passes() {
         lab.fetcher.background(1, keep);
         let result = lab.whole().await;
         assert_eq!(result.is_ok(), ok, "{what}: {result:?}");
-        assert!(kept.lock().unwrap().len() == layer.blob.len(), "{what}");
+        assert!(kept.lock().len() == layer.blob.len(), "{what}");
         assert_eq!(lab.fetcher.in_flight(), 0, "{what}");
         assert!(layer.is_good(0..layer.blocks()) == ok, "{what}");
     }

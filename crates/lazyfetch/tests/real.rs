@@ -9,6 +9,7 @@ mod http;
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::{Asked, Fake, Reply};
+use parking_lot::Mutex;
 use shipway_estargz::{Output, Toc, WriterOptions};
 use shipway_fault::Fault;
 use shipway_layerstore::{Description, Layer, LayerKey, LayerStore, Options, State};
@@ -21,7 +22,7 @@ use shipway_registry::{CredentialSource, Credentials as Secret, Given, Registry,
 use std::{
     collections::{BTreeMap, HashMap},
     os::unix::fs::FileExt,
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 /// A layer of a registry, and what is in it.
@@ -153,7 +154,7 @@ async fn serve(blobs: HashMap<String, Bytes>) -> (Fake, Arc<Mutex<HashMap<String
         }
         let (path, query) = asked.path.split_once('?').unwrap_or((&asked.path, ""));
         let name = path.rsplit('/').next().unwrap();
-        let mut kept = of_fake.lock().unwrap();
+        let mut kept = of_fake.lock();
         match asked.method.as_str() {
             "POST" => Reply { headers: vec![("location", format!("{path}1"))], ..status(202) },
             "PUT" => {
@@ -311,7 +312,7 @@ async fn profiles_are_shared_as_artifacts() {
         subject: Some(subject.clone()),
         annotations: BTreeMap::from([("org.opencontainers.image.created".into(), "2027".into())]),
     };
-    kept.lock().unwrap().insert(Digest::of("nonsense").to_string(), "nonsense".into());
+    kept.lock().insert(Digest::of("nonsense").to_string(), "nonsense".into());
     let pushing = registry.repository(&name, For("c").of(&name), shipway_registry::Mode::Push);
     pushing.push_referrer(&nonsense).await.unwrap();
     assert_eq!(find().await.unwrap(), Some(profile(3)));
@@ -352,7 +353,7 @@ async fn a_table_of_contents_is_found_in_the_image_beside() {
     let image: ImageName = format!("{}/c:2", fake.host).parse().unwrap();
     let other = external_toc(&registry, &image, layer, &For("c")).await;
     assert!(other.unwrap_err().is_not_found());
-    kept.lock().unwrap().insert(described.digest.to_string(), "another table"[..9].into());
+    kept.lock().insert(described.digest.to_string(), "another table"[..9].into());
     external_toc(&registry, &name, layer, &For("c")).await.unwrap_err();
 }
 

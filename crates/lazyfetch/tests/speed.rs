@@ -136,7 +136,7 @@ async fn the_background_uses_nine_tenths_of_the_line_and_bounded_memory() {
         // Each byte once, all written, all shown.
         assert_eq!(server.sent.load(SeqCst), layer.blob.len() as u64);
         assert!(layer.is_good(0..layer.blocks()));
-        assert!(*kept.lock().unwrap() == layer.blob);
+        assert!(*kept.lock() == layer.blob);
         assert_eq!(lab.fetcher.in_flight(), 0);
         let longest = server.ranges().iter().map(|r| r.end - r.start).max().unwrap();
         assert!(longest <= 4 << 20);

@@ -9,13 +9,14 @@ use crate::{
 };
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
+use parking_lot::{Mutex, MutexGuard};
 use shipway_http::{BodyReader, Client};
 use shipway_oci::Digest;
 use std::{
     collections::HashMap,
     fmt,
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use tokio::time::Instant;
@@ -194,7 +195,7 @@ impl BlobHost {
     }
 
     fn redirects(&self) -> MutexGuard<'_, HashMap<Digest, Redirect>> {
-        self.redirects.lock().unwrap_or_else(PoisonError::into_inner)
+        self.redirects.lock()
     }
 
     fn error(&self, action: &str, kind: Kind) -> Error {

@@ -66,12 +66,7 @@ impl Rpc {
         work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
     ) -> Answer<T> {
         let store = self.store.clone();
-        let result = tokio::task::spawn_blocking(move || work(&store)).await;
-        answer(
-            what,
-            &key,
-            result.unwrap_or_else(|e| Err(Fault::internal(format!("{what} failed: {e}")))),
-        )
+        answer(what, &key, shipway_task::blocking(what, move || work(&store)).await)
     }
 }
 
@@ -237,7 +232,7 @@ mod tests {
         let store = Store::open(root, Options::default(), Arc::new(NoLazyLayers)).unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
         let connections = tokio_stream::iter([theirs]).chain(tokio_stream::pending());
-        tokio::spawn(serve(Arc::new(store), connections, std::future::pending()));
+        shipway_task::spawn("test", serve(Arc::new(store), connections, std::future::pending()));
         let mut ours = Some(ours);
         let connect = tower::service_fn(move |_: Uri| {
             std::future::ready(

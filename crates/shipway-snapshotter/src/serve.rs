@@ -53,14 +53,19 @@ pub async fn run(config: &Config) -> Result<()> {
         .name("later".into())
         .spawn(move || worker.work())
         .map_err(|e| Fault::io("start a thread", e))?;
-    let telling =
-        tokio::spawn(status::serve(accept(told), store.clone(), lazy.clone(), config.clone()));
+    let telling = shipway_task::spawn(
+        "answer for status",
+        status::serve(accept(told), store.clone(), lazy.clone(), config.clone()),
+    );
     tracing::info!(root = %config.root.display(), address = %config.address.display(), "serving snapshots");
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let stopped = async {
         let _ = stopped.await;
     };
-    let mut server = tokio::spawn(rpc::serve(store.clone(), accept(listener), stopped));
+    let mut server = shipway_task::spawn(
+        "serve containerd",
+        rpc::serve(store.clone(), accept(listener), stopped),
+    );
     shipway_daemon::notify(NotifyState::Ready);
     let ended = tokio::select! {
         () = shipway_daemon::stop_requested() => None,
@@ -98,9 +103,7 @@ async fn open(config: &Config, options: Options) -> Result<(Option<Arc<Lazy>>, A
         Ok((lazy, store))
     };
     // The runtime's only thread goes on meanwhile.
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|e| Err(Fault::internal(format!("open the store: {e}"))))
+    shipway_task::blocking("open the store", work).await
 }
 
 /// The socket that systemd passed, if it passed one.
@@ -143,7 +146,7 @@ fn bind(path: &Path) -> Result<UnixListener> {
 /// The connections of a listener, errors passed over.
 fn accept(listener: UnixListener) -> ReceiverStream<UnixStream> {
     let (sink, connections) = mpsc::channel(BACKLOG);
-    tokio::spawn(async move {
+    shipway_task::spawn("accept connections", async move {
         loop {
             let connection = tokio::select! {
                 connection = listener.accept() => connection,

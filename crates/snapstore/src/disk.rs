@@ -4,6 +4,7 @@
 //! only: no symlink is followed, no mount is crossed, and depth is bounded.
 
 use crate::model::{DirectoryId, Usage};
+use parking_lot::Mutex;
 use rustix::{
     fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RawDir, ResolveFlags},
     io::Errno,
@@ -19,7 +20,6 @@ use std::{
         unix::fs::{DirBuilderExt as _, MetadataExt as _},
     },
     path::{Path, PathBuf},
-    sync::Mutex,
 };
 
 /// Directories within directories that are open at once while counting.
@@ -198,7 +198,7 @@ impl Disk {
 
     /// Removes what is in the trash. What cannot be removed stays, and is the error.
     pub(crate) fn empty_trash(&self) -> Result<()> {
-        let _one = self.emptying.lock().unwrap_or_else(|e| e.into_inner());
+        let _one = self.emptying.lock();
         let trash = open(CWD, self.trash())?;
         let mut failed = HashSet::new();
         let mut last = None;

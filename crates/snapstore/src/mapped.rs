@@ -2,6 +2,7 @@
 //! of all snapshots, `m/<mapping>/<n>` of layer n.
 
 use crate::{model::lock, mounts::Tree};
+use parking_lot::Mutex;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_layermount::{MappedIds, UserNamespace, clone_mapped, is_mount_point, scan, unmount};
 use shipway_oci::Digest;
@@ -9,7 +10,7 @@ use std::{
     collections::HashMap,
     io::ErrorKind,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 pub(crate) struct Clones {

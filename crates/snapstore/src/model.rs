@@ -1,6 +1,7 @@
 //! The words: names, kinds, times, labels, usage, mounts.
 
 use crate::LayerId;
+use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Fault, Result};
 use shipway_layermount::MappedIds;
@@ -9,7 +10,7 @@ use std::{
     borrow::Borrow,
     collections::BTreeMap,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -29,7 +30,7 @@ pub type Labels = BTreeMap<String, String>;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What a panicking thread left is as consistent as what a kill leaves.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock()
 }
 
 /// The ids that labels map, if they map any.

@@ -8,12 +8,13 @@ use crate::{
     LayerId,
     model::{Backing, lock},
 };
+use parking_lot::{Condvar, Mutex};
 use shipway_fault::Result;
 use shipway_layermount::MappedIds;
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -125,13 +126,6 @@ impl Drop for Changing<'_> {
 }
 
 impl Mounts {
-    fn wait<'a>(
-        &self,
-        entries: MutexGuard<'a, HashMap<Point, Entry>>,
-    ) -> MutexGuard<'a, HashMap<Point, Entry>> {
-        self.changed.wait(entries).unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn entry<'a>(entries: &'a mut HashMap<Point, Entry>, point: &Point) -> &'a mut Entry {
         entries.entry(point.clone()).or_insert_with(|| Entry {
             changing: false,
@@ -155,7 +149,7 @@ impl Mounts {
         let mut entries = lock(&self.entries);
         Self::entry(&mut entries, &point).holders += 1;
         while Self::entry(&mut entries, &point).changing {
-            entries = self.wait(entries);
+            self.changed.wait(&mut entries);
         }
         Self::entry(&mut entries, &point).changing = true;
         drop(entries);
@@ -241,7 +235,7 @@ impl Mounts {
     ) {
         let mut entries = lock(&self.entries);
         while entries.iter().any(|(p, e)| p.is_of(layer) && (e.holders > 0 || e.changing)) {
-            entries = self.wait(entries);
+            self.changed.wait(&mut entries);
         }
         let points: Vec<Point> = entries.keys().filter(|p| p.is_of(layer)).cloned().collect();
         drop(entries);

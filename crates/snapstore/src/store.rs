@@ -12,13 +12,14 @@ use crate::{
     },
     mounts::{Held, Mounts, Point, Tree},
 };
+use parking_lot::{Condvar, Mutex, RwLock};
 use serde::Deserialize;
 use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_layermount::MappedIds;
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, PoisonError, RwLock},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -240,12 +241,12 @@ impl Store {
     }
 
     fn read<T>(&self, look: impl FnOnce(&Index) -> T) -> T {
-        look(&self.index.read().unwrap_or_else(PoisonError::into_inner))
+        look(&self.index.read())
     }
 
     /// Applies to the index what is on the disk.
     fn apply(&self, change: impl FnOnce(&mut Index)) {
-        change(&mut self.index.write().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.index.write());
     }
 
     /// A point at which tests end the world.
@@ -889,14 +890,11 @@ impl Store {
             let mut jobs = lock(&self.jobs);
             while !jobs.closed && !jobs.trash && jobs.count.is_empty() {
                 let left = jobs.unmount.map(|at| at.saturating_duration_since(Instant::now()));
-                jobs = match left {
+                match left {
                     Some(Duration::ZERO) => break,
-                    Some(left) => match self.wake.wait_timeout(jobs, left) {
-                        Ok((jobs, _)) => jobs,
-                        Err(poisoned) => poisoned.into_inner().0,
-                    },
-                    None => self.wake.wait(jobs).unwrap_or_else(PoisonError::into_inner),
-                };
+                    Some(left) => drop(self.wake.wait_for(&mut jobs, left)),
+                    None => self.wake.wait(&mut jobs),
+                }
             }
             if jobs.closed {
                 return;
@@ -967,7 +965,7 @@ impl Asking {
         loop {
             match *ended {
                 Some(answer) => return answer,
-                None => ended = self.wake.wait(ended).unwrap_or_else(PoisonError::into_inner),
+                None => self.wake.wait(&mut ended),
             }
         }
     }

@@ -433,10 +433,10 @@ async fn what_an_image_cannot_be_is_said() {
 #[tokio::test]
 async fn a_web_file_is_fetched_once_and_again_when_it_changed() {
     let bench = Bench::new().await;
-    let content = Arc::new(std::sync::Mutex::new(("one", "\"1\"")));
+    let content = Arc::new(parking_lot::Mutex::new(("one", "\"1\"")));
     let served = content.clone();
     let web = Web::start(move |_, _| {
-        let (body, etag) = *served.lock().unwrap();
+        let (body, etag) = *served.lock();
         ok(body).with("ETag", etag).with("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT")
     });
     let source = spec(
@@ -461,7 +461,7 @@ async fn a_web_file_is_fetched_once_and_again_when_it_changed() {
         Sources::new(bench.refs.clone(), Registry::new(RegistryConfig::default()), options);
     assert_eq!(restarted.pin(&source, &cx()).await.unwrap().keys, pin.keys);
     assert_eq!(web.log().last().unwrap(), "HEAD /dir/file.txt");
-    *content.lock().unwrap() = ("two", "\"2\"");
+    *content.lock() = ("two", "\"2\"");
     assert_ne!(bench.sources.pin(&source, &cx()).await.unwrap().keys, pin.keys);
 }
 
@@ -978,7 +978,7 @@ async fn what_a_killed_git_or_a_power_cut_leaves_is_mended() {
 #[tokio::test]
 async fn a_token_in_an_address_is_sent_and_shown_nowhere() {
     const TOKEN: &str = "s3cr3tt0k3n";
-    let heads: Arc<std::sync::Mutex<Vec<String>>> = Arc::default();
+    let heads: Arc<parking_lot::Mutex<Vec<String>>> = Arc::default();
     let told = heads.clone();
     let web = Web::start(move |line, head| {
         // While git waits for the answer, its command line is there for everybody to read.
@@ -988,7 +988,7 @@ async fn a_token_in_an_address_is_sent_and_shown_nowhere() {
             .filter_map(|p| std::fs::read(p.path().join("cmdline")).ok());
         let shown =
             commands.map(|c| String::from_utf8_lossy(&c).into_owned()).find(|c| c.contains(TOKEN));
-        told.lock().unwrap().extend([head.to_owned()].into_iter().chain(shown));
+        told.lock().extend([head.to_owned()].into_iter().chain(shown));
         if line.contains("/file") { ok("content") } else { status(403) }
     });
     let journal = Journal::new();
@@ -1010,13 +1010,13 @@ async fn a_token_in_an_address_is_sent_and_shown_nowhere() {
         let fault = bench.sources.pin(&git, &cx).await.unwrap_err();
         assert!(!format!("{fault:?} {fault}").contains(TOKEN), "{fault:?}");
         cx.reporter.completed(Some(fault.to_string()));
-        let asked = heads.lock().unwrap().split_off(0).join("\n").to_lowercase();
+        let asked = heads.lock().split_off(0).join("\n").to_lowercase();
         assert!(asked.contains(&basic(&login)) && !asked.contains(TOKEN), "{asked}");
 
         let file = spec(format!("http://{user}@{}/file", web.host), &[]);
         let pin = bench.sources.pin(&file, &cx).await.unwrap();
         let state = bench.sources.fetch(&file, &pin, &cx).await.unwrap();
-        let asked = heads.lock().unwrap().split_off(0).join("\n").to_lowercase();
+        let asked = heads.lock().split_off(0).join("\n").to_lowercase();
         assert!(asked.contains(&basic(&login)) && !asked.contains(TOKEN), "{asked}");
         drop(state);
         let mut capture = shipway_attest::Capture::default();

@@ -1,11 +1,12 @@
 //! A registry that misbehaves: passes requests on to a good one, except those a fault is meant for.
 
 use crate::http;
+use parking_lot::Mutex;
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{TcpListener, TcpStream},
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -130,9 +131,7 @@ fn serve(
                 pause(ended)?;
             }
         }
-        RegistryFault::Login(right)
-            if meant && authorization.as_ref() != Some(&right.lock().unwrap()) =>
-        {
+        RegistryFault::Login(right) if meant && authorization.as_ref() != Some(&right.lock()) => {
             let challenge = "WWW-Authenticate: Basic realm=\"lab\"";
             return write!(
                 stream,
@@ -149,7 +148,7 @@ fn serve(
                     .unwrap_or_default()
                     .to_owned()
             };
-            asked.lock().unwrap().push(field("client_id"));
+            asked.lock().push(field("client_id"));
             let good = format!("{}:{}", field("username"), field("password")) == *login;
             let (status, text) = if good {
                 (200, r#"{"access_token":"lab","expires_in":3000}"#)

@@ -1,10 +1,11 @@
 //! A slow network in front of a server on loopback: latency, bandwidth, and outages.
 
+use parking_lot::Mutex;
 use std::{
     io::{Read as _, Write as _},
     net::{Shutdown, TcpListener, TcpStream},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::{Receiver, Sender, channel},
     },
@@ -110,14 +111,14 @@ impl Drop for SlowNetwork {
 
 impl Shared {
     fn cut(&self) {
-        for stream in self.open.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for stream in self.open.lock().drain(..) {
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
 
     /// When `bytes` that come now are out at the other end, and when the cable is free again.
     fn when(&self, direction: usize, bytes: usize) -> (Instant, Instant) {
-        let mut free = self.free[direction].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = self.free[direction].lock();
         let time = Duration::from_secs_f64(bytes as f64 / self.network.bandwidth as f64);
         *free = (*free).max(Instant::now()) + time;
         (*free + self.network.latency, *free)
@@ -142,7 +143,7 @@ fn connect(shared: &Arc<Shared>, client: TcpStream) -> std::io::Result<()> {
     client.set_nodelay(true)?;
     server.set_nodelay(true)?;
     {
-        let mut open = shared.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = shared.open.lock();
         open.extend([client.try_clone()?, server.try_clone()?]);
     }
     // A new connection costs one round trip more.

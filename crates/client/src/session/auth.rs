@@ -169,7 +169,7 @@ mod tests {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("listens");
         let host = listener.local_addr().expect("has one").to_string();
-        let server = tokio::spawn(async move {
+        let server = shipway_task::spawn("test", async move {
             let (mut stream, _) = listener.accept().await.expect("accepts");
             let mut asked = vec![0; 4096];
             let n = stream.read(&mut asked).await.expect("reads");
@@ -230,19 +230,20 @@ mod tests {
         let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(config));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("listens");
         let host = format!("localhost:{}", listener.local_addr().expect("has one").port());
-        let _server = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let Ok(mut stream) = acceptor.accept(stream).await else { continue };
-                let _ = stream.read(&mut [0; 4096]).await;
-                let body = r#"{"token":"tok"}"#;
-                let answer = format!(
-                    "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
-                    body.len()
-                );
-                let _ = stream.write_all(answer.as_bytes()).await;
-                let _ = stream.shutdown().await;
-            }
-        }));
+        let _server =
+            tokio_util::task::AbortOnDropHandle::new(shipway_task::spawn("test", async move {
+                while let Ok((stream, _)) = listener.accept().await {
+                    let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+                    let _ = stream.read(&mut [0; 4096]).await;
+                    let body = r#"{"token":"tok"}"#;
+                    let answer = format!(
+                        "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+                        body.len()
+                    );
+                    let _ = stream.write_all(answer.as_bytes()).await;
+                    let _ = stream.shutdown().await;
+                }
+            }));
         let dir = tempfile::tempdir().expect("a directory");
         let ca = dir.path().join("ca.pem");
         std::fs::write(&ca, certificate.pem()).expect("writes");

@@ -228,8 +228,8 @@ mod tests {
     async fn a_guarded_agent_signs_and_keeps_its_keys() {
         let (mut client, peer) = tokio::io::duplex(1024);
         let (agent, mut server) = tokio::io::duplex(1024);
-        let guarding = tokio::spawn(guard(peer, agent));
-        let answering = tokio::spawn(async move {
+        let guarding = shipway_task::spawn("test", guard(peer, agent));
+        let answering = shipway_task::spawn("test", async move {
             let mut asked = Vec::new();
             while let Some(question) = message(&mut server).await.expect("reads") {
                 asked.push(question[4]);

@@ -2,6 +2,7 @@
 
 use crate::files::Files;
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_fault::{Detail, Fault, Result, Span};
 use shipway_frontend::{
@@ -10,10 +11,7 @@ use shipway_frontend::{
 use shipway_gocompat::quote;
 use shipway_llb::{Definition, GitFacts, ImageFacts, SourceFacts};
 use shipway_oci::{Digest, Platform};
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 /// Sections of a text by name.
 pub struct Case(BTreeMap<String, String>);
@@ -43,7 +41,7 @@ impl Case {
     /// What the frontend does with it.
     pub async fn run(&self, images: &str) -> String {
         let (fake, result) = self.build(images).await;
-        let mut blocks = fake.blocks.lock().unwrap().clone();
+        let mut blocks = fake.blocks.lock().clone();
         blocks.sort();
         blocks.concat() + &tail(result)
     }
@@ -130,7 +128,7 @@ pub struct Fake {
 
 impl Fake {
     fn add(&self, block: String) {
-        self.blocks.lock().unwrap().push(block);
+        self.blocks.lock().push(block);
     }
 }
 

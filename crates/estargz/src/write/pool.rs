@@ -3,6 +3,7 @@
 use super::ChunkPlace;
 use crate::{Codec, Error, Result};
 use libdeflater::CompressionLvl;
+use parking_lot::Mutex;
 use shipway_oci::{Digest, Hasher};
 use std::{
     collections::BTreeMap,
@@ -10,7 +11,7 @@ use std::{
     num::NonZero,
     ops::Range,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
     },
     thread::{self, JoinHandle},
@@ -144,7 +145,7 @@ fn run(
     done: &Sender<(usize, Result<Done>)>,
 ) {
     loop {
-        let job = work.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let job = work.lock().recv();
         let Ok((number, job)) = job else { return };
         let digests = job
             .chunks

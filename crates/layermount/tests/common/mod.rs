@@ -2,6 +2,7 @@
 
 #![allow(dead_code, clippy::unwrap_used)]
 
+use parking_lot::Mutex;
 use rustix::{
     fd::{AsFd, AsRawFd, OwnedFd},
     fs::{CWD, Mode, OFlags, open},
@@ -23,7 +24,7 @@ use std::{
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     thread::JoinHandle,
@@ -70,7 +71,7 @@ pub fn contents(layer: u32, file: u32) -> Arc<Vec<u8>> {
     type Made = BTreeMap<(u32, u32), Arc<Vec<u8>>>;
     static MADE: Mutex<Made> = Mutex::new(Made::new());
     let make = || (0..SIZES[file as usize]).map(|at| byte(layer, file, at)).collect();
-    let mut made = MADE.lock().unwrap();
+    let mut made = MADE.lock();
     made.entry((layer, file)).or_insert_with(|| Arc::new(make())).clone()
 }
 
@@ -187,7 +188,7 @@ impl Server {
     }
 
     pub fn add(&self, number: u32, meta: &Path, data: &Path) -> FuseFiles {
-        let mut files = self.files.lock().unwrap();
+        let mut files = self.files.lock();
         let flat = flat_of(meta, data);
         let data = File::open(data).unwrap();
         let (size, node) = (data.metadata().unwrap().len(), u64::from(number) * 2 + 2);
@@ -235,7 +236,7 @@ fn serve(device: &OwnedFd, files: &Mutex<Files>, reads: &AtomicU64) {
         };
         let request = Request::parse(&buffer[..length]).unwrap();
         let (unique, node) = (request.header.unique, request.header.node.0);
-        let files = files.lock().unwrap();
+        let files = files.lock();
         let attributes = |node: u64| match files.0.get(&node) {
             Some((_, size, _)) => {
                 Attributes { node: NodeId(node), mode: 0o100_444, size: *size, nlink: 1 }

@@ -4,6 +4,7 @@
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use shipway_estargz::Record;
 use shipway_fault::{Code, Fault};
 use shipway_layerstore::{Chunk, ChunkId, Frame};
@@ -16,7 +17,7 @@ use std::{
     collections::VecDeque,
     ops::Range,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
@@ -162,13 +163,13 @@ impl Layer {
 
     /// Whether blocks are good.
     pub fn is_good(&self, mut blocks: Range<u64>) -> bool {
-        let state = self.state.lock().unwrap();
+        let state = self.state.lock();
         blocks.all(|b| state.left[b as usize] == 0)
     }
 
     /// Times that the block was written.
     pub fn written(&self, block: u64) -> u32 {
-        self.state.lock().unwrap().times[block as usize]
+        self.state.lock().times[block as usize]
     }
 
     pub fn spec(self: &Arc<Self>, sources: Vec<Arc<dyn Source>>) -> LayerSpec {
@@ -176,7 +177,7 @@ impl Layer {
     }
 
     fn put(&self, chunk: &Chunk, data: &[u8]) -> Good {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state.lock();
         let record = &chunk.record;
         let right = &self.data[record.data as usize..][..record.size as usize];
         assert!(data == right, "wrong bytes are written");
@@ -194,7 +195,7 @@ impl Layer {
     }
 
     fn runs(&self, blocks: Range<u64>, good: bool) -> Vec<Range<u64>> {
-        let state = self.state.lock().unwrap();
+        let state = self.state.lock();
         let end = blocks.end.min(state.left.len() as u64);
         let mut ranges: Vec<Range<u64>> = Vec::new();
         for block in (blocks.start..end).filter(|b| (state.left[*b as usize] == 0) == good) {
@@ -226,7 +227,7 @@ impl Target for Layer {
     }
 
     fn verify(&self, blocks: Range<u64>) -> Result<Good, Fault> {
-        if let Some(claimed) = &*self.claimed.lock().unwrap() {
+        if let Some(claimed) = &*self.claimed.lock() {
             for chunk in self.touching(blocks.clone()).flat_map(|f| &f.chunks) {
                 let data = &claimed[chunk.record.data as usize..][..chunk.record.size as usize];
                 if chunk.record.digest == Some(Digest::of(data)) {
@@ -242,7 +243,7 @@ impl Target for Layer {
     }
 
     fn is_missing(&self, frame: &Frame) -> bool {
-        let state = self.state.lock().unwrap();
+        let state = self.state.lock();
         frame.chunks.iter().any(|chunk| !state.chunks[chunk.id.0 as usize])
     }
 
@@ -306,7 +307,7 @@ pub struct Link {
 impl Link {
     pub fn new(way: Way) -> Arc<Self> {
         let (answers, mut receiver) = mpsc::unbounded_channel::<Answer>();
-        tokio::spawn(async move {
+        shipway_task::spawn("test", async move {
             let mut active: VecDeque<Answer> = VecDeque::new();
             let mut at = Instant::now();
             loop {
@@ -422,7 +423,7 @@ impl Server {
     }
 
     pub fn asked(&self) -> Vec<Asked> {
-        self.asked.lock().unwrap().clone()
+        self.asked.lock().clone()
     }
 
     pub fn ranges(&self) -> Vec<Range<u64>> {
@@ -436,7 +437,7 @@ impl Server {
     ) -> Result<Opened, SourceError> {
         let fault = |what: &'static str| Fault::new(Code::Unavailable, what);
         let (number, asked) = {
-            let mut all = self.asked.lock().unwrap();
+            let mut all = self.asked.lock();
             let asked = Asked { range: range.clone(), fresh, at: self.start.elapsed() };
             all.push(asked.clone());
             (all.len() - 1, asked)
@@ -476,7 +477,7 @@ impl Server {
         self.sent.fetch_add(body.len() as u64, SeqCst);
         let mut pieces = if let Then::Drip = then {
             let (sender, receiver) = mpsc::unbounded_channel();
-            tokio::spawn(async move {
+            shipway_task::spawn("test", async move {
                 for byte in body {
                     sleep(Duration::from_secs(1)).await;
                     if sender.send((Instant::now(), Bytes::from(vec![byte]))).is_err() {
@@ -642,7 +643,7 @@ impl Keep {
 
 impl Whole for Keep {
     fn bytes(&mut self, bytes: &Bytes) -> Result<(), Fault> {
-        let mut kept = self.kept.lock().unwrap();
+        let mut kept = self.kept.lock();
         kept.extend_from_slice(bytes);
         self.hasher.update(bytes);
         while let Some(frame) = self.layer.frames.get(self.next) {

@@ -51,9 +51,9 @@ impl Fake {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let host = listener.local_addr().unwrap().to_string();
         let handler: Arc<Handler> = Arc::new(handler);
-        let task = tokio::spawn(async move {
+        let task = shipway_task::spawn("test", async move {
             while let Ok((tcp, _)) = listener.accept().await {
-                tokio::spawn(serve(tcp, handler.clone()));
+                shipway_task::spawn("test", serve(tcp, handler.clone()));
             }
         });
         Self { host, task }

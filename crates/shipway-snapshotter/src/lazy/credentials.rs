@@ -32,8 +32,8 @@ impl CredentialsOf for MachineCredentials {
 impl CredentialSource for MachineCredentials {
     async fn credentials(&self, host: &str) -> Result<Option<Given<Credentials>>, Fault> {
         let path = self.config.clone();
-        let config = tokio::task::spawn_blocking(move || DockerConfig::load(&path)).await;
-        let config = config.map_err(|e| Fault::internal(format!("read credentials: {e}")))??;
+        let read = move || DockerConfig::load(&path);
+        let config = shipway_task::blocking("read credentials", read).await?;
         let found = config.lookup(host).await?;
         Ok(found.map(|(username, secret)| Given::alone(Credentials { username, secret })))
     }

@@ -1,6 +1,7 @@
 //! Learns in which order the files of an image are first read, from the first minute in which they
 //! are, and says so when the image comes again.
 
+use parking_lot::{Mutex, MutexGuard};
 use shipway_fault::{Fault, Result};
 use shipway_lazyfetch::{Profile, Profiles};
 use shipway_oci::Digest;
@@ -8,7 +9,6 @@ use std::{
     collections::{BTreeMap, HashMap},
     ops::Range,
     path::Path,
-    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -44,7 +44,7 @@ impl Learning {
     }
 
     fn runs(&self) -> MutexGuard<'_, BTreeMap<Digest, Run>> {
-        self.runs.lock().unwrap_or_else(PoisonError::into_inner)
+        self.runs.lock()
     }
 
     /// A layer of the image `manifest` is about to be used; which blocks of it were read before, in

@@ -1,6 +1,7 @@
 //! The connection to the keeper: made when it is lost, with the layers told again, and the keeper
 //! itself started where no service manager does.
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustix::{
     fd::AsFd as _,
     fs::{MemfdFlags, memfd_create},
@@ -17,7 +18,7 @@ use std::{
     os::unix::{fs::FileExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -70,7 +71,7 @@ impl Link {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Keeps the connection until [`Link::close`]; `news` gets what the keeper says. Blocks.
@@ -105,8 +106,7 @@ impl Link {
                     if attempts % ATTEMPTS == 1 {
                         self.start(error);
                     }
-                    let state = self.lock();
-                    drop(self.changed.wait_timeout(state, PAUSE * attempts.min(20)));
+                    self.changed.wait_for(&mut self.lock(), PAUSE * attempts.min(20));
                 }
             }
         }
@@ -159,8 +159,7 @@ impl Link {
                 return Err(Fault::from(ClientError::Gone)
                     .hint("is shipway-snapshotter-keeper.service running?"));
             }
-            state =
-                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            self.changed.wait_for(&mut state, left);
         }
     }
 

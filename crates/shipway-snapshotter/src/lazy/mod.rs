@@ -28,6 +28,7 @@ use crate::config::Config;
 use labels::Wanted;
 use learning::Learning;
 use link::{Link, Registered, Starter};
+use parking_lot::{Mutex, MutexGuard};
 use resolve::Resolver;
 use shipway_estargz::Landmark;
 use shipway_fault::{Context as _, Fault, Result};
@@ -42,7 +43,7 @@ use std::{
     fs::File,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc},
+    sync::{Arc, Weak, mpsc},
     time::Duration,
 };
 use tokio::{
@@ -164,7 +165,8 @@ impl Lazy {
             held: Mutex::default(),
             early: Mutex::new(Some(Vec::new())),
         });
-        lazy.runtime.spawn(bring_all(Arc::downgrade(&lazy), wholes));
+        let wholes = bring_all(Arc::downgrade(&lazy), wholes);
+        shipway_task::spawn_on(&lazy.runtime, "bring layers whole", wholes);
         let weak = Arc::downgrade(&lazy);
         let within = lazy.runtime.clone();
         spawn("misses", move || {
@@ -174,7 +176,7 @@ impl Lazy {
             }
         })?;
         let weak = Arc::downgrade(&lazy);
-        lazy.runtime.spawn(async move {
+        shipway_task::spawn_on(&lazy.runtime, "hear of fetches", async move {
             while let Some(event) = events.recv().await {
                 let Some(lazy) = weak.upgrade() else { return };
                 lazy.fetched(event);
@@ -199,12 +201,12 @@ impl Lazy {
     }
 
     fn held(&self) -> MutexGuard<'_, BTreeMap<u32, Held>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+        self.held.lock()
     }
 
     /// What the keeper says.
     fn hear(&self, said: News) {
-        if let Some(early) = &mut *self.early.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(early) = &mut *self.early.lock() {
             // A read that waits since before this process is of a layer that comes back.
             return early.push(said);
         }
@@ -257,7 +259,14 @@ impl Lazy {
                 if result.is_ok() {
                     tracing::info!(layer, "a layer is whole");
                     let lazy = self.clone();
-                    self.runtime.spawn_blocking(move || lazy.graduate(layer));
+                    drop(shipway_task::blocking_on(
+                        &self.runtime,
+                        "swap a layer's mount",
+                        move || {
+                            lazy.graduate(layer);
+                            Ok(())
+                        },
+                    ));
                 }
             }
         }
@@ -266,7 +275,7 @@ impl Lazy {
     /// The blob of a layer is not read any more.
     fn end_whole(&self, layer: u32) {
         // Whoever waits goes on when the sender is gone.
-        drop(self.reading.lock().unwrap_or_else(PoisonError::into_inner).remove(&layer));
+        drop(self.reading.lock().remove(&layer));
     }
 
     /// A whole layer does without those who fetch and serve: new mounts read its own files.
@@ -518,7 +527,7 @@ impl LazyLayers for LazyPort {
                 Err(fault) => tracing::error!(layer = number, %fault, "failed to adopt a mount"),
             }
         }
-        let early = lazy.early.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let early = lazy.early.lock().take();
         let _runtime = lazy.runtime.enter();
         early.into_iter().flatten().for_each(|said| lazy.hear(said));
         for mount in &mounted {
@@ -636,8 +645,8 @@ async fn bring_all(lazy: Weak<Lazy>, mut wanted: UnboundedReceiver<u32>) {
         let Ok(slot) = slots.clone().acquire_owned().await else { return };
         let Some(lazy) = lazy.upgrade() else { return };
         let (sender, ended) = oneshot::channel();
-        lazy.reading.lock().unwrap_or_else(PoisonError::into_inner).insert(number, sender);
-        tokio::spawn(async move {
+        lazy.reading.lock().insert(number, sender);
+        shipway_task::spawn("begin to bring a layer whole", async move {
             let _slot = slot;
             match lazy.begin_whole(number).await {
                 Ok(true) => {}

@@ -3,6 +3,7 @@
 
 use super::{Lazy, credentials::MachineCredentials, labels::Wanted};
 use crate::config::Config;
+use parking_lot::{Mutex, MutexGuard};
 use shipway_estargz::{Annotated, PODMAN_CHECKSUM, TOC_DIGEST, Toc, TocDigest};
 use shipway_fault::{Class, Code, Fault, Result};
 use shipway_layerstore::{Description, Layer, LayerKey};
@@ -11,7 +12,7 @@ use shipway_oci::{Descriptor, Digest, ImageName, Manifest};
 use shipway_registry::{Mode, Registry, RegistryConfig};
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
 };
 use tokio::{runtime::Handle, sync::OnceCell};
 
@@ -54,7 +55,7 @@ impl Tocs {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock()
 }
 
 fn not_lazy() -> Fault {
@@ -116,7 +117,7 @@ impl Resolver {
             if wanted.has_toc() {
                 // The others meanwhile.
                 let (lazy, wanted) = (lazy.clone(), wanted.clone());
-                lazy.clone().runtime.spawn(async move {
+                shipway_task::spawn_on(&lazy.clone().runtime, "make other layers", async move {
                     let layers = lazy.resolver.layers(&wanted.image, manifest).await;
                     lazy.resolver.others(&lazy, &wanted, layers.unwrap_or_default());
                 });
@@ -137,7 +138,7 @@ impl Resolver {
     fn others(&self, lazy: &Arc<Lazy>, wanted: &Wanted, layers: Vec<Descriptor>) {
         for layer in layers.into_iter().filter(|l| l.digest != wanted.layer) {
             let (lazy, image) = (lazy.clone(), wanted.image.clone());
-            lazy.clone().runtime.spawn(async move {
+            shipway_task::spawn_on(&lazy.clone().runtime, "make a layer", async move {
                 let size = Some(layer.size);
                 let made =
                     lazy.resolver.make(&lazy, &image, layer.digest, size, &layer.annotations);
@@ -165,7 +166,7 @@ impl Resolver {
                 sources(&self.registry, std::slice::from_ref(image), &self.credentials).await?;
             if let Some(layer) = lazy.store.find(&key) {
                 let (lazy, known) = (lazy.clone(), layer.clone());
-                blocking(move || {
+                shipway_task::blocking("make a layer", move || {
                     known.add_repository(&repository)?;
                     lazy.serve(&known, sources)
                 })
@@ -185,7 +186,7 @@ impl Resolver {
             }
             let about = Description { blob_size: size, codec: layout.codec, repository };
             let lazy = lazy.clone();
-            blocking(move || {
+            shipway_task::blocking("make a layer", move || {
                 let layer = lazy.store.create(key, &about, &toc)?;
                 lazy.serve(&layer, sources)?;
                 lazy.resolver.tocs.keep(layer.number().0, toc);
@@ -240,13 +241,4 @@ impl Resolver {
             }
         }
     }
-}
-
-/// Does what waits for the disk where that holds up nobody.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|e| Err(Fault::internal(format!("make a layer: {e}"))))
 }

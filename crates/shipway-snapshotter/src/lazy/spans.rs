@@ -1,5 +1,6 @@
 //! Which files are beside a file: read from a layer's image when something of it is missed first.
 
+use parking_lot::Mutex;
 use shipway_erofs::{BLOCK, Content, Nid, Reader};
 use shipway_fault::{Fault, Result};
 use shipway_layerstore::Layer;
@@ -7,7 +8,7 @@ use std::{
     collections::VecDeque,
     io::Read as _,
     ops::Range,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Weak},
 };
 
 /// Layers whose files are remembered: those that are read at the moment.
@@ -48,7 +49,7 @@ impl Neighbors {
 
     fn files(&self, layer: &Layer) -> Result<Arc<Files>> {
         let number = layer.number().0;
-        let lock = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = || self.known.lock();
         if let Some((_, files)) = lock().iter().find(|(n, _)| *n == number) {
             return Ok(files.clone());
         }
@@ -61,7 +62,7 @@ impl Neighbors {
 
     /// The layer is gone.
     pub fn forget(&self, number: u32) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known.lock();
         known.retain(|(n, _)| *n != number);
     }
 }

@@ -10,12 +10,13 @@ use crate::{
     Filters, Info, Labels, LayerId, LazyLayers, Mount, Name, NoLazyLayers, Options, Restored,
     Store, Usage,
 };
+use parking_lot::{Mutex, MutexGuard};
 use shipway_fault::{Code, Fault, Result};
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc,
         atomic::{AtomicU32, Ordering},
     },
 };
@@ -119,7 +120,7 @@ impl Layers {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap()
+        self.state.lock()
     }
 
     pub(crate) fn at(&self, layer: u64) -> PathBuf {

@@ -1,10 +1,11 @@
 //! A web server on loopback for tests: whole answers, chosen per request, and a log of what was
 //! asked.
 
+use parking_lot::Mutex;
 use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 pub struct Answer {
@@ -54,11 +55,11 @@ impl Web {
     }
 
     pub fn log(&self) -> Vec<String> {
-        self.log.lock().unwrap().clone()
+        self.log.lock().clone()
     }
 
     pub fn forget(&self) {
-        self.log.lock().unwrap().clear();
+        self.log.lock().clear();
     }
 }
 
@@ -75,7 +76,7 @@ fn serve(mut stream: TcpStream, handler: &Handler, log: &Mutex<Vec<String>>) -> 
     }
     let head = String::from_utf8(head).ok()?;
     let line = head.lines().next()?.rsplit_once(' ')?.0.to_owned();
-    log.lock().unwrap().push(line.clone());
+    log.lock().push(line.clone());
     let answer = handler(&line, &head);
     let mut out = format!(
         "HTTP/1.1 {} X\r\nConnection: close\r\nContent-Length: {}\r\n",
