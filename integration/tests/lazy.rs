@@ -20,11 +20,12 @@ use std::{
     time::Duration,
 };
 
-/// Files of the large layer, and bytes of each.
-const FILES: usize = 64;
+/// Files of the large layer.
+pub const FILES: usize = 64;
+/// Bytes of each.
 const SIZE: usize = 1 << 20;
 
-fn lab(flavour: Flavour, lazy: &str) -> Lab {
+pub fn lab(flavour: Flavour, lazy: &str) -> Lab {
     let mut options = LabOptions::new(flavour);
     options.snapshotter = true;
     options.namespace = "k8s.io".into();
@@ -48,12 +49,12 @@ fn contents(n: usize) -> Vec<u8> {
     .collect()
 }
 
-fn sum(n: usize) -> String {
+pub fn sum(n: usize) -> String {
     shipway_oci::Digest::of(contents(n)).hex()
 }
 
 /// busybox, and a layer of [`FILES`] files, both with tables of contents.
-fn push(registry: &str, output: Output) {
+pub fn push(registry: &str, output: Output) {
     let mut image = BaseImage::busybox();
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(dir.path().join("data")).unwrap();
@@ -65,13 +66,13 @@ fn push(registry: &str, output: Output) {
     image.push(registry, "lazy", "1");
 }
 
-fn pull(lab: &Lab, image: &str) {
+pub fn pull(lab: &Lab, image: &str) {
     let cri = Cri::of(lab);
     let image = Some(wire::Id { id: image.into() });
     let _: wire::Id = cri.call("PullImage", wire::PullImage { image });
 }
 
-fn status(lab: &Lab) -> Value {
+pub fn status(lab: &Lab) -> Value {
     let done = run(lab.snapshotter_command().args(["status", "--json"])).ok();
     serde_json::from_str(&done.stdout).unwrap()
 }

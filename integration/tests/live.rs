@@ -27,6 +27,7 @@ mod invariants;
 mod lab;
 mod layout;
 mod lazy;
+mod lazy_kills;
 mod local_images;
 mod mounts;
 mod nerdctl;
