@@ -1,7 +1,8 @@
 //! Containers read an image that is still being fetched while everything beneath them is killed, in
 //! any order: the snapshotter, the keeper, both, containerd, and all of them.
 //!
-//! `SHIPWAY_KILLS` is how often each is killed, `SHIPWAY_KILLS_SEED` makes the order the same again.
+//! `SHIPWAY_KILLS` is how often each is killed, a few times for each image, and
+//! `SHIPWAY_KILLS_SEED` makes the order the same again.
 
 #![allow(clippy::unwrap_used)]
 
@@ -11,7 +12,7 @@ use shipway_integration::{on_each, random::Random};
 use shipway_testkit::{Flavour, Lab, Network, SlowNetwork, wait_for};
 use std::{path::PathBuf, time::Duration};
 
-/// How often each is killed unless the environment says otherwise.
+/// How often each is killed under one image, and in all unless the environment says otherwise.
 const KILLS: u64 = 3;
 /// About how long a kill and what follows it take.
 const KILL_TAKES: f64 = 1.5;
@@ -66,8 +67,9 @@ struct Reader {
 
 impl Reader {
     fn start(lab: &Lab, image: &str, n: usize) -> Self {
-        let id = format!("reader-{}-{n}", std::process::id());
-        let id = format!("{id}-{:?}", lab.flavour()).to_lowercase();
+        // The runtime's names are those of all labs.
+        let dir = lab.dir().file_name().unwrap().to_string_lossy().to_lowercase();
+        let id = format!("reader-{dir}-{n}");
         let dir = lab.dir().join("readers");
         std::fs::create_dir_all(&dir).unwrap();
         let first = n * FILES / READERS;
@@ -89,16 +91,15 @@ impl Reader {
     }
 }
 
-fn readers_outlive(flavour: Flavour) {
-    let times = number("SHIPWAY_KILLS").unwrap_or(KILLS);
-    let seed = number("SHIPWAY_KILLS_SEED").unwrap_or(u64::from(std::process::id()));
+/// Kills each of [`VICTIMS`] so many times.
+fn readers_outlive(flavour: Flavour, times: u64, seed: u64) {
     println!("SHIPWAY_KILLS={times} SHIPWAY_KILLS_SEED={seed}");
     let mut random = Random::new(seed);
     let mut lab = lab(flavour, "background = false\n");
     push(&lab.registry(), Output::Estargz);
     // So slow that reads go on for as long as there are kills.
     let time = KILL_TAKES * (times * VICTIMS.len() as u64) as f64;
-    let bandwidth = (((FILES << 20) as f64 / time) as u64).clamp(100 << 10, 8 << 20);
+    let bandwidth = (((FILES << 20) as f64 / time) as u64).clamp(1 << 20, 8 << 20);
     let slow = SlowNetwork::start(
         &lab.registry(),
         Network { latency: Duration::from_millis(5), bandwidth },
@@ -148,5 +149,14 @@ fn readers_outlive(flavour: Flavour) {
 
 #[test]
 fn readers_outlive_kills_of_everything_beneath_them() {
-    on_each(readers_outlive);
+    let all = number("SHIPWAY_KILLS").unwrap_or(KILLS);
+    let seed = number("SHIPWAY_KILLS_SEED").unwrap_or(u64::from(std::process::id()));
+    on_each(|flavour| {
+        let mut left = all;
+        while left > 0 {
+            let times = left.min(KILLS);
+            readers_outlive(flavour, times, seed + all - left);
+            left -= times;
+        }
+    });
 }
