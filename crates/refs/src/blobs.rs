@@ -155,10 +155,9 @@ impl Inner {
         };
         let mut blobs = stacked.blobs();
         blobs.retain(|b| !compression.force || fits(b));
-        blobs.sort_by_key(|b| (!fits(b), !b.stored));
+        blobs.sort_by_key(|b| (!fits(b), !b.is_stored()));
         for blob in blobs {
-            let lazy = !blob.stored && blob.source.is_some();
-            if lazy && !fetch {
+            if !blob.is_stored() && !fetch {
                 return Ok(Some(blob.descriptor));
             }
             let _one = stacked.fetching.lock().await;
@@ -178,7 +177,7 @@ impl Inner {
                 None => self.sniff(info.digest).await?.media_type().to_owned(),
             };
             let descriptor = Descriptor::new(media_type, info.digest, info.size);
-            stacked.know(KnownBlob { descriptor, source: None, stored: true });
+            stacked.know(KnownBlob::stored(descriptor));
         }
         Ok(())
     }
@@ -260,7 +259,7 @@ impl Inner {
         }
         let descriptor = seal(writer, &packed, compression).await?;
         record.secured.lock().insert(packed.digest);
-        stacked.know(KnownBlob { descriptor: descriptor.clone(), source: None, stored: true });
+        stacked.know(KnownBlob::stored(descriptor.clone()));
         Ok(descriptor)
     }
 

@@ -58,7 +58,7 @@ impl UnownedBlob {
 
     /// The blob as its layer knows it.
     pub fn known(&self) -> KnownBlob {
-        KnownBlob { descriptor: self.descriptor.clone(), source: None, stored: true }
+        KnownBlob::stored(self.descriptor.clone())
     }
 
     /// Lets `record`, whose topmost layer it is and whose lease exists, keep the blob; false if

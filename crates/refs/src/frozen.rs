@@ -3,6 +3,7 @@
 use crate::{
     ImmutableRef, RecordType, RefId,
     immutable::{RefInner, RefKind},
+    life::Stage,
     mutable::{hash, name, remember},
     named::NamedEntry,
     record::{Body, RecordMeta},
@@ -145,7 +146,7 @@ impl Frozen {
                     remember(&record, &mounts, below.is_some());
                     store.evict_entry(&entry).await;
                 }
-                *record.materialized.lock().await = true;
+                record.life.reached(Stage::Committed);
                 Ok(store.insert(record))
             };
             let made = background.finish("commit a frozen state", work).await?;

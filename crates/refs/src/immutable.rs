@@ -4,6 +4,7 @@ use crate::{
     Layer, LayerSource, LocalMount, RecordType, RefId, Selector,
     frozen::Frozen,
     layer,
+    life::Stage,
     materialize::Active,
     mount::WeakMount,
     store::{Inner, Record},
@@ -17,7 +18,7 @@ use std::{
     any::Any,
     fmt,
     path::Path,
-    sync::{Arc, OnceLock, atomic::Ordering},
+    sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
 };
 
@@ -59,7 +60,7 @@ pub(crate) enum RefKind {
 
 impl RefInner {
     pub fn layers(store: Arc<Inner>, record: Arc<Record>) -> ImmutableRef {
-        record.users.fetch_add(1, Ordering::AcqRel);
+        record.life.retain();
         let parents = record.parents.iter().filter_map(|p| store.handle(p)).collect();
         ImmutableRef(Arc::new(Self {
             store,
@@ -73,12 +74,8 @@ impl Drop for RefInner {
     fn drop(&mut self) {
         if let RefKind::Layers { record, .. } = &self.kind {
             self.store.uses.used(&record.id);
-            let last = record.users.fetch_sub(1, Ordering::AcqRel) == 1;
-            // Buried, and nothing in the table has its id, and so its lease, by now.
-            if last
-                && record.evicted.load(Ordering::Acquire)
-                && self.store.peek(&record.id).is_none()
-            {
+            // Evicted, and nothing in the table has its id, and so its lease, by now.
+            if record.life.release() && self.store.peek(&record.id).is_none() {
                 let (store, lease) = (self.store.clone(), record.lease.clone());
                 self.store
                     .background
@@ -168,7 +165,9 @@ impl ImmutableRef {
     pub fn sources(&self) -> Vec<Arc<dyn LayerSource>> {
         let layers = self.record().map_or(&[][..], |r| &r.layers);
         let mut found: Vec<Arc<dyn LayerSource>> = Vec::new();
-        for source in layers.iter().flat_map(|c| c.blobs()).filter_map(|b| b.source) {
+        for source in
+            layers.iter().flat_map(|c| c.blobs()).filter_map(|b| b.place.source().cloned())
+        {
             if !found.iter().any(|f| Arc::ptr_eq(f, &source)) {
                 found.push(source);
             }
@@ -238,8 +237,8 @@ impl ImmutableRef {
     /// its layers.
     pub fn is_lost(&self, fault: &Fault) -> bool {
         self.record().is_some_and(|r| {
-            let materialized = r.materialized.try_lock().is_ok_and(|r| *r);
-            r.layers.iter().any(|c| layer::is_lost(c, materialized, fault))
+            let committed = r.life.stage() == Stage::Committed;
+            r.layers.iter().any(|c| layer::is_lost(c, committed, fault))
         })
     }
 

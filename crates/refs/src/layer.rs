@@ -122,8 +122,7 @@ pub(crate) fn lost(
 pub(crate) fn is_lost(stacked: &StackedLayer, in_snapshot: bool, fault: &Fault) -> bool {
     let only = |source: u64| {
         let blobs = stacked.blobs();
-        let its =
-            |b: &KnownBlob| !b.stored && b.source.as_ref().is_some_and(|s| s.id().0 == source);
+        let its = |b: &KnownBlob| matches!(&b.place, Place::Remote(s) if s.id().0 == source);
         !in_snapshot && stacked.copy_of().is_none() && !blobs.is_empty() && blobs.iter().all(its)
     };
     fault.details().iter().any(|detail| {
@@ -173,15 +172,44 @@ struct Origin {
 #[derive(Clone)]
 pub(crate) struct KnownBlob {
     pub descriptor: Descriptor,
-    pub source: Option<Arc<dyn LayerSource>>,
-    /// Whether it was seen in the content store.
-    pub stored: bool,
+    pub place: Place,
+}
+
+/// Where a blob is.
+#[derive(Clone)]
+pub(crate) enum Place {
+    /// It was seen in the content store; should it go from there, this source may have it.
+    Stored(Option<Arc<dyn LayerSource>>),
+    /// This source has it.
+    Remote(Arc<dyn LayerSource>),
+}
+
+impl Place {
+    /// Who else has it, or who has it.
+    pub fn source(&self) -> Option<&Arc<dyn LayerSource>> {
+        match self {
+            Self::Stored(source) => source.as_ref(),
+            Self::Remote(source) => Some(source),
+        }
+    }
 }
 
 impl KnownBlob {
-    /// Whether it is stored, or has a source.
+    /// A blob in the content store.
+    pub fn stored(descriptor: Descriptor) -> Self {
+        Self { descriptor, place: Place::Stored(None) }
+    }
+
+    pub fn is_stored(&self) -> bool {
+        matches!(self.place, Place::Stored(_))
+    }
+
+    /// Whether it is stored, or its source is there.
     pub fn may_be_had(&self) -> bool {
-        self.stored || self.source.as_ref().is_some_and(|s| !s.is_gone())
+        match &self.place {
+            Place::Stored(_) => true,
+            Place::Remote(source) => !source.is_gone(),
+        }
     }
 }
 
@@ -219,14 +247,15 @@ impl StackedLayer {
         let mut origin = self.origin.lock();
         match origin.blobs.iter_mut().find(|b| b.descriptor.digest == blob.descriptor.digest) {
             Some(known) => {
-                known.stored |= blob.stored;
+                let stored = known.is_stored() || blob.is_stored();
                 let lasts = |source: &Arc<dyn LayerSource>| !source.is_clients();
-                let better = |new: &Arc<dyn LayerSource>| {
-                    lasts(new) || !known.source.as_ref().is_some_and(lasts)
+                let (old, new) = (known.place.source(), blob.place.source());
+                let better = new.is_some_and(|new| lasts(new) || !old.is_some_and(lasts));
+                let source = if better { new } else { old }.cloned();
+                known.place = match source {
+                    Some(source) if !stored => Place::Remote(source),
+                    source => Place::Stored(source),
                 };
-                if blob.source.as_ref().is_some_and(better) {
-                    known.source = blob.source;
-                }
             }
             None => origin.blobs.push(blob),
         }
@@ -234,21 +263,26 @@ impl StackedLayer {
 
     /// Forgets that a blob is stored, and the blob when there is nowhere to fetch it from.
     pub fn lost(&self, blob: &KnownBlob) {
-        let mut origin = self.origin.lock();
-        origin
-            .blobs
-            .retain(|b| b.descriptor.digest != blob.descriptor.digest || b.source.is_some());
-        for known in &mut origin.blobs {
-            known.stored &= known.descriptor.digest != blob.descriptor.digest;
-        }
+        self.origin.lock().blobs.retain_mut(|known| {
+            if known.descriptor.digest != blob.descriptor.digest {
+                return true;
+            }
+            let source = known.place.source().cloned();
+            source.is_some_and(|source| {
+                known.place = Place::Remote(source);
+                true
+            })
+        });
     }
 
     /// Where a blob would be fetched from, if it is known by descriptor only.
     pub fn origin_of(&self, descriptor: &Descriptor) -> Option<String> {
         let origin = self.origin.lock();
-        let blob =
-            origin.blobs.iter().find(|b| b.descriptor.digest == descriptor.digest && !b.stored)?;
-        blob.source.as_ref().map(|s| s.describe())
+        let blob = origin.blobs.iter().find(|b| b.descriptor.digest == descriptor.digest)?;
+        match &blob.place {
+            Place::Stored(_) => None,
+            Place::Remote(source) => Some(source.describe()),
+        }
     }
 
     pub fn copy_of(&self) -> Option<SnapshotKey> {
@@ -280,12 +314,12 @@ impl StackedLayer {
 
     pub fn describe(&self) -> Layer {
         let blobs = self.blobs();
-        let best = blobs.iter().find(|b| b.stored).or(blobs.first());
+        let best = blobs.iter().find(|b| b.is_stored()).or(blobs.first());
         Layer {
             diff_id: self.diff_id,
             chain_id: self.chain_id,
             blob: best.map(|b| b.descriptor.clone()),
-            lazy: best.is_some_and(|b| !b.stored && b.source.is_some()),
+            lazy: best.is_some_and(|b| !b.is_stored()),
         }
     }
 }

@@ -29,6 +29,7 @@ mod immutable;
 mod last_used;
 mod layer;
 mod layer_lookup;
+mod life;
 mod materialize;
 mod merge;
 mod mount;

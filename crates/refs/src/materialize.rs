@@ -4,6 +4,7 @@
 use crate::{
     Compression, exact,
     layer::{KnownBlob, StackedLayer, lost},
+    life::Stage,
     mount::LocalMount,
     run_lease::{RunLease, forget, remove},
     store::{Inner, Record},
@@ -146,8 +147,8 @@ impl Inner {
         origin: Option<&Reporter>,
         progress: Option<&Reporter>,
     ) -> Result<()> {
-        let mut materialized = record.materialized.lock().await;
-        let Some(top) = record.layers.last().filter(|_| !*materialized) else { return Ok(()) };
+        let Some(step) = record.life.step(Stage::Committed).await else { return Ok(()) };
+        let Some(top) = record.layers.last() else { return Ok(()) };
         self.ensure_lease(record).await?;
         let mut have = 0;
         for (i, stacked) in record.layers.iter().enumerate().rev() {
@@ -168,7 +169,7 @@ impl Inner {
             )
             .hint("something else deletes snapshots in this containerd namespace; build again"));
         }
-        *materialized = true;
+        step.done();
         Ok(())
     }
 
@@ -286,7 +287,7 @@ impl Inner {
     ) -> Result<Descriptor> {
         let _one = stacked.fetching.lock().await;
         let mut blobs = stacked.blobs();
-        blobs.sort_by_key(|b| !b.stored);
+        blobs.sort_by_key(|b| !b.is_stored());
         let mut failed = None;
         for blob in blobs {
             match self.secure(stacked, &blob, record, progress).await {
@@ -322,7 +323,7 @@ impl Inner {
                     other => {
                         drop(other?);
                         record.secured.lock().insert(digest);
-                        stacked.know(KnownBlob { stored: true, ..blob.clone() });
+                        stacked.know(KnownBlob::stored(blob.descriptor.clone()));
                         return Ok(true);
                     }
                 }
@@ -330,7 +331,7 @@ impl Inner {
             Err(e) if e.is_not_found() => {}
             Err(e) => return Err(e),
         }
-        let Some(source) = &blob.source else {
+        let Some(source) = blob.place.source() else {
             stacked.lost(blob);
             return Ok(false);
         };
@@ -341,7 +342,7 @@ impl Inner {
             .context(what)
             .map_err(|e| lost(stacked, Some(source), e))?;
         record.secured.lock().insert(digest);
-        stacked.know(KnownBlob { stored: true, ..blob.clone() });
+        stacked.know(KnownBlob::stored(blob.descriptor.clone()));
         Ok(true)
     }
 

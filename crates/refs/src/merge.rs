@@ -6,6 +6,7 @@ use crate::{
     ImmutableRef, RecordType, RefId, RefStore,
     early_blob::UnownedBlob,
     layer::StackedLayer,
+    life::Stage,
     record::{Body, RecordMeta, id_of},
     store::{Inner, Record},
 };
@@ -136,7 +137,7 @@ impl Inner {
             parents,
             body: Body::Layers(Vec::new()),
         };
-        self.insert(Record::new(id_of(seed), meta, layers, false))
+        self.insert(Record::new(id_of(seed), meta, layers, Stage::Lazy))
     }
 
     /// The layer that turns `lower` into `upper`, packed from both trees, for states that are not

@@ -4,6 +4,7 @@ use crate::{
     Compression, ImmutableRef, LocalMount, RecordType,
     early_blob::UnownedBlob,
     exact,
+    life::Stage,
     materialize::Active,
     mount::WeakMount,
     record::{Body, RecordMeta, fresh_id},
@@ -206,7 +207,7 @@ async fn commit(
             active.committed();
             remember(&record, &mounts, below.is_some());
         }
-        *record.materialized.lock().await = true;
+        record.life.reached(Stage::Committed);
         drop(parent);
         Ok(store.insert(record))
     };
@@ -321,5 +322,5 @@ fn stacked(store: &Inner, below: Option<&Record>, layer: &Hashed, meta: RecordMe
     stacked.new.store(true, Ordering::Relaxed);
     let layers =
         below.map(|r| r.layers.clone()).unwrap_or_default().into_iter().chain([stacked]).collect();
-    Record::new(fresh_id(), meta, layers, false)
+    Record::new(fresh_id(), meta, layers, Stage::Lazy)
 }

@@ -7,7 +7,8 @@ use crate::{
     exact::{self, Distrusted},
     immutable::RefInner,
     last_used::LastUsed,
-    layer::{KnownBlob, StackedLayer},
+    layer::{KnownBlob, Place, StackedLayer},
+    life::{Life, Stage},
     materialize::Active,
     mount::{self, WeakMount},
     named::NamedTable,
@@ -24,10 +25,7 @@ use shipway_treehash::TreeIndex;
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
     path::PathBuf,
-    sync::{
-        Arc, OnceLock, Weak,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+    sync::{Arc, OnceLock, Weak, atomic::Ordering},
     time::SystemTime,
 };
 
@@ -63,13 +61,7 @@ pub(crate) struct Record {
     pub parents: Vec<RefId>,
     pub layers: Vec<Arc<StackedLayer>>,
     pub lease: LeaseId,
-    /// Whether the lease was made.
-    pub leased: tokio::sync::Mutex<bool>,
-    /// Whether the snapshot exists and the lease keeps it.
-    pub materialized: tokio::sync::Mutex<bool>,
-    /// Handles that live.
-    pub users: AtomicUsize,
-    pub evicted: AtomicBool,
+    pub life: Life,
     pub view: tokio::sync::Mutex<Weak<Active>>,
     /// Mounts that show the state without a view, where they are known.
     pub shown: OnceLock<Vec<Mount>>,
@@ -81,7 +73,7 @@ pub(crate) struct Record {
 }
 
 impl Record {
-    pub fn new(id: RefId, meta: RecordMeta, layers: Vec<Arc<StackedLayer>>, exists: bool) -> Self {
+    pub fn new(id: RefId, meta: RecordMeta, layers: Vec<Arc<StackedLayer>>, stage: Stage) -> Self {
         Self {
             lease: lease_of(&id),
             id,
@@ -91,10 +83,7 @@ impl Record {
             created: meta.created,
             parents: meta.parents,
             layers,
-            leased: tokio::sync::Mutex::new(exists),
-            materialized: tokio::sync::Mutex::new(exists),
-            users: AtomicUsize::new(0),
-            evicted: AtomicBool::new(false),
+            life: Life::at(stage),
             view: Default::default(),
             shown: OnceLock::new(),
             mounted: Default::default(),
@@ -199,11 +188,8 @@ impl RefStore {
         for layer in layers {
             seed += &format!(" {} {}", layer.diff_id, layer.descriptor.digest);
             let stacked = self.0.stacked_layer(layer.diff_id, stack.last());
-            stacked.know(KnownBlob {
-                stored: layer.source.is_none(),
-                descriptor: layer.descriptor,
-                source: layer.source,
-            });
+            let place = layer.source.map_or(Place::Stored(None), Place::Remote);
+            stacked.know(KnownBlob { descriptor: layer.descriptor, place });
             if let Some(created) = layer.created {
                 stacked.set_created(created);
             }
@@ -216,7 +202,7 @@ impl RefStore {
             parents: Vec::new(),
             body: Body::Layers(Vec::new()),
         };
-        Ok(self.0.insert(Record::new(record::id_of(seed), meta, stack, false)))
+        Ok(self.0.insert(Record::new(record::id_of(seed), meta, stack, Stage::Lazy)))
     }
 
     /// A new writable state on top of `parent` (which is made to exist), or empty.
@@ -304,7 +290,7 @@ impl Inner {
                             None => self.stacked_layer(layer.diff_id, below),
                         };
                         if let Some(descriptor) = layer.blob.clone() {
-                            stacked.know(KnownBlob { descriptor, source: None, stored: true });
+                            stacked.know(KnownBlob::stored(descriptor));
                         }
                         if let Some(original) = &layer.copy_of {
                             stacked.set_copy_of(original.clone());
@@ -319,7 +305,8 @@ impl Inner {
                     let whole = exact::is_ours(&lease.labels)
                         && stack.last().is_some_and(|c| snapshots.contains(&c.snapshot));
                     if whole {
-                        let record = Arc::new(Record::new(id.clone(), meta, stack, true));
+                        let record =
+                            Arc::new(Record::new(id.clone(), meta, stack, Stage::Committed));
                         self.records.lock().insert(id, record);
                     } else {
                         self.storage.leases.delete(&lease.id, at_once).await?;
@@ -423,7 +410,8 @@ impl Inner {
             parents: Vec::new(),
             body: Body::Layers(Vec::new()),
         };
-        RefInner::layers(self, Arc::new(Record::new(RefId(SCRATCH.into()), meta, Vec::new(), true)))
+        let record = Record::new(RefId(SCRATCH.into()), meta, Vec::new(), Stage::Committed);
+        RefInner::layers(self, Arc::new(record))
     }
 
     /// A handle on `record`, or on the one that has its id already.
@@ -436,10 +424,10 @@ impl Inner {
             }
             Entry::Vacant(place) => place.insert(Arc::new(record)).clone(),
         };
-        record.users.fetch_add(1, Ordering::AcqRel);
+        record.life.retain();
         drop(records);
         let handle = RefInner::layers(self.clone(), record.clone());
-        record.users.fetch_sub(1, Ordering::AcqRel);
+        record.life.release();
         handle
     }
 
@@ -449,11 +437,11 @@ impl Inner {
             let records = self.records.lock();
             let record = records.get(id)?;
             // Counted before the table is free, so that no prune comes between.
-            record.users.fetch_add(1, Ordering::AcqRel);
+            record.life.retain();
             record.clone()
         };
         let handle = RefInner::layers(self.clone(), record.clone());
-        record.users.fetch_sub(1, Ordering::AcqRel);
+        record.life.release();
         Some(handle)
     }
 
@@ -470,17 +458,16 @@ impl Inner {
     pub fn take_unused(&self, id: &RefId) -> Option<Arc<Record>> {
         let mut records = self.records.lock();
         let record = records.get(id)?;
-        if record.users.load(Ordering::Acquire) > 0 {
+        if !record.life.evict_unused() {
             return None;
         }
-        record.evicted.store(true, Ordering::Release);
         records.remove(id)
     }
 
     /// Takes a record that is broken out of the table; existing handles see errors, and the last of
     /// them deletes its lease.
     fn evict(&self, record: &Record) {
-        if !record.evicted.swap(true, Ordering::AcqRel) {
+        if record.life.evict() {
             self.records.lock().remove(&record.id);
         }
     }
@@ -504,16 +491,13 @@ impl Inner {
 
     /// Makes the lease of a record; its labels are final from then on.
     pub async fn ensure_lease(&self, record: &Record) -> Result<()> {
-        let mut leased = record.leased.lock().await;
-        if *leased {
-            return Ok(());
-        }
+        let Some(step) = record.life.step(Stage::Leased).await else { return Ok(()) };
         match self.storage.leases.create(&record.lease, &record::labels_of(&record.meta())).await {
             Err(e) if !e.is_already_exists() => {
                 Err(e).context(|| format!("record {:?}", record.description))
             }
             _ => {
-                *leased = true;
+                step.done();
                 Ok(())
             }
         }
@@ -523,8 +507,10 @@ impl Inner {
     /// it, or every layer can be had.
     async fn is_whole(&self, record: &Record) -> bool {
         // A record that is being materialized right now can be materialized.
-        let Ok(materialized) = record.materialized.try_lock().map(|r| *r) else { return true };
-        if materialized {
+        if record.life.is_committing() {
+            return true;
+        }
+        if record.life.stage() == Stage::Committed {
             let Some(name) = record.snapshot() else { return true };
             let (stat, lease) = tokio::join!(
                 self.storage.snapshots.stat(name),

@@ -11,7 +11,7 @@ use shipway_storage::{Labels, LeaseId, SnapshotKey};
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     path::PathBuf,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -79,7 +79,7 @@ impl RefStore {
     pub fn blobs_kept(&self) -> HashSet<Digest> {
         let records = self.0.records();
         let blobs = records.iter().flat_map(|r| &r.layers).flat_map(|c| c.blobs());
-        blobs.filter(|b| b.stored).map(|b| b.descriptor.digest).collect()
+        blobs.filter(|b| b.is_stored()).map(|b| b.descriptor.digest).collect()
     }
 
     /// Removes what may go, telling `on_removed` of each, and returns once containerd has freed the
@@ -122,7 +122,7 @@ impl Inner {
         }
         let blobs =
             record.layers.iter().filter(|c| !parents.contains(&c.snapshot)).flat_map(|c| c.blobs());
-        Ok(size + blobs.filter(|b| b.stored).map(|b| b.descriptor.size).sum::<u64>())
+        Ok(size + blobs.filter(|b| b.is_stored()).map(|b| b.descriptor.size).sum::<u64>())
     }
 
     async fn usage(&self, shared: &HashSet<ChainId>) -> Result<Vec<UsageRecord>> {
@@ -134,7 +134,7 @@ impl Inner {
                 record_type: record.record_type,
                 description: record.description.clone(),
                 size: self.size_of(&record).await?,
-                in_use: record.users.load(Ordering::Acquire) > 0,
+                in_use: record.life.in_use(),
                 mutable: false,
                 created: record.created,
                 last_used: uses.map(|u| u.last()),
@@ -448,7 +448,7 @@ mod tests {
 
     #[test]
     fn every_record_is_looked_at_once_however_many_go() {
-        use std::sync::atomic::AtomicUsize;
+        use std::sync::atomic::{AtomicUsize, Ordering};
         const RECORDS: usize = 20_000;
         let looks = Arc::new(AtomicUsize::new(0));
         let counted = looks.clone();
