@@ -1,7 +1,7 @@
 //! The engine: builds by id, from request to response.
 
 use crate::{
-    build::{BuildScope, Shared},
+    build::{Build, BuildScope, Shared},
     parts::EngineParts,
     pipeline,
     request::{BuildRequest, BuildResponse, ExporterRequest},
@@ -191,7 +191,7 @@ impl Engine {
             scope.watch_usage();
         }
         let (id, internal) = (request.id.clone(), request.internal);
-        let outcome = pipeline::run(scope, request, wanted, exporters).await;
+        let outcome = pipeline::run(Build::new(scope), request, wanted, exporters).await;
         journal.close();
         if !internal {
             let finished = outcome.as_ref().map(|response| response.finished.clone());

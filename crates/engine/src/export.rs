@@ -3,13 +3,14 @@
 pub(crate) mod caches;
 pub(crate) mod verify;
 
-use crate::build::{BuildScope, state};
+use crate::build::{Build, BuildScope};
 use shipway_exporters::{
     ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Finally, Response,
 };
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_frontend::{BuildRef, FrontendResult};
 use shipway_oci::{Descriptor, Digest, Platform};
+use shipway_refs::{Compression, ImmutableRef};
 use shipway_remotecache::CacheRequest;
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -31,23 +32,31 @@ struct PlatformEntry {
 /// One platform's id, platform and unsolved state.
 type Wanted<'a> = (String, Platform, &'a Option<Arc<dyn BuildRef>>);
 
+/// The state behind a reference, solved; nothing at all is an empty one.
 pub(crate) async fn state_of(
-    scope: &BuildScope,
+    build: &Build,
     state: &Option<Arc<dyn BuildRef>>,
-) -> Result<shipway_refs::ImmutableRef> {
+) -> Result<ImmutableRef> {
     match state {
-        None => scope.parts.services.refs.scratch(),
-        Some(r) => state::state_of(scope, r.as_ref()).await,
+        None => build.scope.parts.services.refs.scratch(),
+        Some(r) => build.states.state_of(r.as_ref()).await,
+    }
+}
+
+/// Lets the build's vertices know that the state will be exported with `compression`.
+fn plan_export(build: &Build, state: &dyn BuildRef, compression: Compression) {
+    if let Some(state) = build.states.find(state).filter(|s| !s.lazy.is_solved()) {
+        build.scope.data.export_plan.add(&state.lazy.vertex, state.lazy.output, compression);
     }
 }
 
 /// Solves everything in `result`, all platforms at once, for `exporters`.
 pub(crate) async fn solve_all(
-    scope: &BuildScope,
+    build: &Build,
     result: &FrontendResult,
     exporters: &[Arc<dyn Exporter>],
 ) -> Result<ExportInput> {
-    let listed = listed(result)?;
+    let (scope, listed) = (&build.scope, listed(result)?);
     let mut wanted: Vec<Wanted<'_>> = Vec::new();
     match (&result.single, listed) {
         (Some(state), listed) => {
@@ -81,10 +90,10 @@ pub(crate) async fn solve_all(
         wanted
             .iter()
             .filter_map(|(_, _, state)| state.as_ref())
-            .for_each(|state| state::plan_export(scope, state.as_ref(), compression));
+            .for_each(|state| plan_export(build, state.as_ref(), compression));
     }
     let solved =
-        futures::future::try_join_all(wanted.iter().map(|(_, _, state)| state_of(scope, state)))
+        futures::future::try_join_all(wanted.iter().map(|(_, _, state)| state_of(build, state)))
             .await?;
     let platforms = wanted
         .into_iter()

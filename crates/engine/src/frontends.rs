@@ -4,5 +4,4 @@ mod bridge;
 mod container;
 mod image;
 
-pub(crate) use bridge::{EngineBridge, explain};
-pub use image::ImageFrontends;
+pub(crate) use bridge::EngineBridge;

@@ -7,23 +7,25 @@
 //! crate `history`.
 //!
 //! At the bottom is `build`: the scope of one build, and what makes states of definitions for it.
-//! `frontends`, `export` and `provenance` are above it, and `pipeline` calls them one after the
-//! other. Which frontends there are, `shipwayd` decides.
+//! `export` and `provenance` are above it, `frontends` and `attestations` above these, and
+//! `pipeline` calls them one after the other. Which frontends there are, `shipwayd` decides.
 //!
 //! Nothing here speaks a wire: requests come as plain types from `shipwayd`.
 
+mod attestations;
 mod build;
 mod engine;
 mod export;
 mod frontends;
+mod image_frontends;
 mod parts;
 mod pipeline;
 mod provenance;
 mod request;
 
-pub use build::{BuildPolicy, EngineRef};
+pub use build::EngineRef;
 pub use engine::{Engine, Progress};
 pub use export::caches::IMPORT_DEADLINE;
-pub use frontends::ImageFrontends;
+pub use image_frontends::ImageFrontends;
 pub use parts::EngineParts;
-pub use request::{BuildRequest, BuildResponse, ExporterRequest};
+pub use request::{BuildPolicy, BuildRequest, BuildResponse, ExporterRequest};

@@ -1,6 +1,6 @@
 //! What an engine is made of.
 
-use crate::ImageFrontends;
+use crate::image_frontends::ImageFrontends;
 use shipway_attest::Builder;
 use shipway_buildcache::CacheIndex;
 use shipway_exporters::Exporters;

@@ -1,13 +1,10 @@
 //! A build from beginning to end: solve, verify, attest, export.
 
 use crate::{
-    build::{BuildScope, state},
+    attestations,
+    build::{Build, BuildScope, CallLog, FrontendCall, MAX_TRIES},
     export::{self, caches, verify},
     frontends::EngineBridge,
-    provenance::{
-        attestations,
-        call_log::{CallLog, FrontendCall},
-    },
     request::{BuildRequest, BuildResponse},
 };
 use shipway_attest::AttestOptions;
@@ -22,12 +19,13 @@ use tokio::sync::oneshot;
 
 /// Runs a build from its request to its response.
 pub(crate) async fn run(
-    scope: Arc<BuildScope>,
+    build: Arc<Build>,
     request: BuildRequest,
     wanted: AttestOptions,
     exporters: Vec<Arc<dyn Exporter>>,
 ) -> Result<BuildResponse> {
-    caches::import_all(&scope, &request.cache_imports);
+    let scope = &build.scope;
+    caches::import_all(scope, &request.cache_imports);
     let call = FrontendCall {
         frontend: request.frontend.clone(),
         options: request.options.clone(),
@@ -36,7 +34,7 @@ pub(crate) async fn run(
     let (internal, options, inputs) =
         (request.internal, request.options.clone(), request.inputs.clone());
     let bridge = EngineBridge {
-        scope: scope.clone(),
+        build: build.clone(),
         options: options.clone(),
         inputs,
         depth: 0,
@@ -46,10 +44,10 @@ pub(crate) async fn run(
     // A client that drives the build may look at its states until the build has ended.
     let mut _registration = None;
     let result: FrontendResult = if request.definition.is_none() && request.frontend.is_empty() {
-        let (build, returned) = GatewayBuild::new(Arc::new(bridge));
-        _registration = Some(scope.parts.builds.register(&scope.id, build.clone()));
-        let returned = returned_by_client(&scope, returned).await;
-        build.release_containers().await;
+        let (driven, returned) = GatewayBuild::new(Arc::new(bridge));
+        _registration = Some(scope.parts.builds.register(&scope.id, driven.clone()));
+        let returned = returned_by_client(scope, returned).await;
+        driven.release_containers().await;
         returned?
     } else {
         let solve = SolveRequest {
@@ -73,11 +71,10 @@ pub(crate) async fn run(
     let mut tries = 0;
     loop {
         tries += 1;
-        match finish(&scope, &finishing, &result).await {
+        match finish(&build, &finishing, &result).await {
             // What the cache had promised, and an exporter was the first to read, is gone: it is
             // made again.
-            Err(fault) if tries < state::MAX_TRIES && made_again(&scope, &result, &fault).await => {
-            }
+            Err(fault) if tries < MAX_TRIES && made_again(&build, &result, &fault).await => {}
             done => return done,
         }
     }
@@ -95,27 +92,27 @@ struct Finishing {
     platforms: Option<String>,
 }
 
-async fn made_again(scope: &BuildScope, result: &FrontendResult, fault: &Fault) -> bool {
+async fn made_again(build: &Build, result: &FrontendResult, fault: &Fault) -> bool {
     let mut again = false;
     for state in result.states() {
-        again |= state::made_again(scope, state.as_ref(), fault).await;
+        again |= build.states.made_again(state.as_ref(), fault).await;
     }
     again
 }
 
 /// Solves and exports the result.
 async fn finish(
-    scope: &Arc<BuildScope>,
+    build: &Arc<Build>,
     how: &Finishing,
     result: &FrontendResult,
 ) -> Result<BuildResponse> {
-    let mut exporters = how.exporters.clone();
-    let mut input = export::solve_all(scope, result, &exporters).await?;
+    let (scope, mut exporters) = (&build.scope, how.exporters.clone());
+    let mut input = export::solve_all(build, result, &exporters).await?;
     if how.by_session {
         exporters.extend(export::chosen_by_client(scope, result).await?);
     }
     verify::warn(scope, how.platforms.as_deref(), &input, exporters.len());
-    let attested = attestations::add(scope, &how.wanted, &how.options, result, &mut input).await?;
+    let attested = attestations::add(build, &how.wanted, &how.options, result, &mut input).await?;
     let (mut response, written) =
         export::run_all(scope, &exporters, &how.cache_exports, &input).await?;
     for (key, value) in &result.metadata {

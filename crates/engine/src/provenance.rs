@@ -1,14 +1,8 @@
 //! What a build's results are made of (rows `at.prov.*`): from the states, the requests that led to
 //! them, and what the solver knows.
 
-pub(crate) mod attestations;
-pub(crate) mod call_log;
-mod sbom;
-pub(crate) mod usage;
-
-use crate::build::{BuildScope, EngineRef};
+use crate::build::{BuildScope, CallLog, EngineRef, LazyState};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use call_log::CallLog;
 use serde_json::Value;
 use shipway_attest::{
     BuildConfig, BuildStep, Capture, ImageSource, LayerMap, Mode, Parameters, Predicate,
@@ -124,7 +118,7 @@ pub(crate) async fn of_state(
     (current, platforms): (&Platform, &[Platform]),
 ) -> Result<ResultProvenance> {
     let producers = &scope.shared.producers;
-    let mut capture = solved.capture(&state.vertex)?;
+    let mut capture = solved.capture(&state.lazy.vertex)?;
     let Some(log) = state.log.upgrade() else {
         return Ok(ResultProvenance {
             state: state.clone(),
@@ -137,7 +131,7 @@ pub(crate) async fn of_state(
     // addresses.
     let request = log.parameters(&capture.sources, producers);
     let mut seen = others.clone();
-    seen.insert(state.id.clone());
+    seen.insert(state.lazy.id.clone());
     for other in log.states() {
         if other.is_solved() && seen.insert(other.id.clone()) {
             capture.merge(solved.capture(&other.vertex)?);
@@ -158,7 +152,7 @@ pub(crate) async fn of_state(
 pub(crate) async fn add_producer(
     scope: &BuildScope,
     log: &CallLog,
-    state: &EngineRef,
+    state: &LazyState,
 ) -> Result<()> {
     let sources = match state.is_solved() {
         true => SolvedVertices::of(scope).await.capture(&state.vertex)?.sources,
@@ -215,7 +209,7 @@ impl ResultProvenance {
         if options.mode == Mode::Min {
             return Ok(predicate);
         }
-        let definition = &self.state.definition;
+        let definition = &self.state.lazy.definition;
         let (config, positions) = steps_of(definition)?;
         predicate.steps = Some(config);
         if let Some(map) = definition.source.as_ref().filter(|m| !m.files.is_empty()) {
@@ -245,11 +239,10 @@ impl ResultProvenance {
     /// The blobs that there are of the results of steps.
     async fn layers(&self) -> Result<LayerMap> {
         let result = self.state.state().await?;
-        let (_, positions) = steps_of(&self.state.definition)?;
+        let (_, positions) = steps_of(&self.state.lazy.definition)?;
         let mut layers = LayerMap::new();
-        for ((digest, output), state) in
-            self.solved.states(&self.state.vertex, self.state.output, &result)
-        {
+        let LazyState { vertex, output, .. } = &*self.state.lazy;
+        for ((digest, output), state) in self.solved.states(vertex, *output, &result) {
             let (Some(position), Some(known)) =
                 (positions.get(&digest.to_string()), state.known_layers())
             else {

@@ -1,10 +1,9 @@
 //! What is asked of the engine, and what it answers.
 
-use crate::build::BuildPolicy;
 use shipway_fault::{Fault, Result};
 use shipway_frontend::Options;
 use shipway_history::FinishedBuild;
-use shipway_llb::Definition;
+use shipway_llb::{Definition, SourcePolicy};
 use shipway_ops::Entitlements;
 use shipway_remotecache::CacheRequest;
 use shipway_session::SessionId;
@@ -17,6 +16,22 @@ pub struct ExporterRequest {
     pub kind: String,
     /// Attributes.
     pub attrs: BTreeMap<String, String>,
+}
+
+/// The policy of one build.
+#[derive(Clone, Debug, Default)]
+pub struct BuildPolicy {
+    /// Rules of the request.
+    pub rules: SourcePolicy,
+    /// Session of the client that decides.
+    pub session: Option<SessionId>,
+}
+
+impl BuildPolicy {
+    /// Whether everything is allowed as it is.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rules.is_empty() && self.session.is_none()
+    }
 }
 
 /// A build (row `ctl.solve.req`).

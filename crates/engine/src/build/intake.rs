@@ -1,32 +1,54 @@
 //! From definitions to lazy states: decoded, checked against policies and entitlements, and made
 //! into vertices.
 
-use super::{heavy::heavy, scope::BuildScope, state::EngineRef, vertices};
-use crate::provenance::call_log::{CallLog, FrontendCall};
+use super::{
+    call_log::{CallLog, FrontendCall},
+    heavy::heavy,
+    lazy::LazyState,
+    scope::BuildScope,
+    state::{EngineRef, States},
+    vertices,
+};
 use async_trait::async_trait;
-use shipway_fault::{Fault, Result};
+use shipway_fault::Result;
 use shipway_llb::{Caps, Definition, Graph, NetMode, Op, SourcePolicy, Vertex};
 use shipway_oci::Digest;
 use shipway_ops::SolveNested;
 use shipway_refs::ImmutableRef;
 use std::sync::Arc;
 
-impl BuildScope {
+/// One build: what is shared by all that is done for it, and its states.
+pub(crate) struct Build {
+    pub(crate) scope: Arc<BuildScope>,
+    pub(crate) states: Arc<States>,
+}
+
+impl Build {
+    /// A build without states, which its own operations may ask to solve graphs.
+    pub(crate) fn new(scope: Arc<BuildScope>) -> Arc<Self> {
+        let states = States::new(scope.data.failed.clone());
+        let build = Arc::new(Self { scope, states });
+        let nested: Arc<dyn SolveNested> = build.clone();
+        build.scope.data.nested.set(Arc::downgrade(&nested));
+        build
+    }
+
     /// The lazy state of a definition, which `log` asks for.
     pub(crate) async fn state(
-        self: &Arc<Self>,
+        &self,
         definition: Definition,
         policies: &[SourcePolicy],
         log: &Arc<CallLog>,
     ) -> Result<Arc<EngineRef>> {
+        let scope = &self.scope;
         let decode = |definition: Definition| {
-            let platform = self.parts.native().clone();
+            let platform = scope.parts.native().clone();
             heavy(move || {
                 Graph::decode(&definition, &Caps::llb(), &platform).map(|graph| (definition, graph))
             })
         };
         let (definition, graph) = decode(definition).await?;
-        let (definition, graph) = match self.checked(definition.clone(), &graph, policies).await? {
+        let (definition, graph) = match scope.checked(definition.clone(), &graph, policies).await? {
             Some(changed) => decode(changed).await?,
             None => (definition, graph),
         };
@@ -34,16 +56,15 @@ impl BuildScope {
         // needs the permission too.
         for vertex in &graph.vertices {
             if let Op::Exec(exec) = &vertex.op {
-                self.data.entitlements.check(exec)?;
+                scope.data.entitlements.check(exec)?;
             }
         }
-        self.data.step_options.note(&graph);
-        let graph = self.with_proxy(self.with_devices(graph).await?);
-        let made = vertices::of_graph(&graph, &self.parts.services, false);
-        let state = Arc::new(EngineRef::new(definition, made, log, self.clone())?);
-        self.add_state(&state);
-        log.note_state(state.clone());
-        Ok(state)
+        scope.data.step_options.note(&graph);
+        let graph = scope.with_proxy(scope.with_devices(graph).await?);
+        let made = vertices::of_graph(&graph, &scope.parts.services, false);
+        let lazy = Arc::new(LazyState::new(definition, made)?);
+        log.note_state(lazy.clone());
+        Ok(EngineRef::new(lazy, log, scope.clone(), self.states.clone()))
     }
 }
 
@@ -76,16 +97,14 @@ impl BuildScope {
 }
 
 #[async_trait]
-impl SolveNested for BuildScope {
+impl SolveNested for Build {
     async fn solve_nested(&self, of: Digest, definition: Definition) -> Result<ImmutableRef> {
-        let parts = &self.parts;
         if definition.ops.is_empty() {
-            return parts.services.refs.scratch();
+            return self.scope.parts.services.refs.scratch();
         }
-        let scope = self.this().ok_or_else(Fault::cancelled)?;
         // What it takes counts as incomplete in provenance, so this log is not read.
-        let state = scope.state(definition, &[], &CallLog::root(FrontendCall::default())).await?;
-        let _known = self.shared.nested.enter(of, state.vertices())?;
+        let state = self.state(definition, &[], &CallLog::root(FrontendCall::default())).await?;
+        let _known = self.scope.shared.nested.enter(of, state.lazy.vertices())?;
         state.state().await
     }
 }

@@ -9,7 +9,7 @@ use shipway_gocompat::path::inside;
 use shipway_llb::{Definition, Graph, Op, SourceFacts, SourceOp, SourcePolicy, policy};
 use shipway_oci::{ImageName, Platform};
 use shipway_ops::Judge;
-use shipway_session::{PolicyAnswer, PolicyQuestion, PolicySubject, Session, SessionId, denied};
+use shipway_session::{PolicyAnswer, PolicyQuestion, PolicySubject, Session, denied};
 use std::{
     collections::HashMap,
     sync::{Arc, Weak},
@@ -17,22 +17,6 @@ use std::{
 
 /// A client that asks more often than this about one source goes in a circle.
 const MAX_ROUNDS: usize = 10;
-
-/// The policy of one build.
-#[derive(Clone, Debug, Default)]
-pub struct BuildPolicy {
-    /// Rules of the request.
-    pub rules: SourcePolicy,
-    /// Session of the client that decides.
-    pub session: Option<SessionId>,
-}
-
-impl BuildPolicy {
-    /// Whether everything is allowed as it is.
-    fn is_empty(&self) -> bool {
-        self.rules.is_empty() && self.session.is_none()
-    }
-}
 
 /// The identifier in the form that policies see.
 fn normalize(source: &mut SourceOp) {

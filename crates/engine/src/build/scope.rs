@@ -1,16 +1,16 @@
 //! What one build is: data that everything done for the build shares.
 
-use crate::{
-    BuildPolicy, BuildRequest,
-    build::state::EngineRef,
-    parts::EngineParts,
-    provenance::{
-        call_log::{ProducerGuard, Producers},
-        usage::Sampler,
-    },
+use super::{
+    call_log::{ProducerGuard, Producers},
+    usage::Sampler,
 };
+use crate::{
+    parts::EngineParts,
+    request::{BuildPolicy, BuildRequest},
+};
+use async_trait::async_trait;
 use parking_lot::Mutex;
-use shipway_frontend::{BuildRef, Explain, FrontendResult};
+use shipway_fault::Fault;
 use shipway_oci::Digest;
 use shipway_ops::{JobData, LlbOp, NestedGraphs};
 use shipway_progress::Journal;
@@ -18,8 +18,7 @@ use shipway_remotecache::{CacheRequest, Import};
 use shipway_session::SessionId;
 use shipway_solver::Job;
 use std::{
-    collections::HashMap,
-    sync::{Arc, OnceLock, Weak},
+    sync::{Arc, OnceLock},
     time::SystemTime,
 };
 
@@ -32,9 +31,15 @@ pub(crate) struct Shared {
     pub(crate) nested: NestedGraphs,
 }
 
+/// What a frontend knows of the failures of what it asked for.
+#[async_trait]
+pub(crate) trait Explainer: Send + Sync {
+    /// The fault, with hints if there are any.
+    async fn explain(&self, fault: Fault) -> Fault;
+}
+
 /// What all bridges and states of one build share. The job ends with it.
 pub(crate) struct BuildScope {
-    itself: Weak<Self>,
     pub(crate) parts: Arc<EngineParts>,
     /// What it shares with other builds.
     pub(crate) shared: Shared,
@@ -57,9 +62,8 @@ pub(crate) struct BuildScope {
     pub(crate) compatibility: i64,
     finished: OnceLock<SystemTime>,
     imports: Mutex<Vec<(CacheRequest, Arc<Import>)>>,
-    explainers: Mutex<Vec<Arc<dyn Explain>>>,
+    explainers: Mutex<Vec<Arc<dyn Explainer>>>,
     producers: Mutex<Vec<ProducerGuard>>,
-    states: Mutex<HashMap<String, Weak<EngineRef>>>,
     usage: OnceLock<Sampler>,
 }
 
@@ -89,9 +93,7 @@ impl BuildScope {
         journal: Journal,
     ) -> Arc<Self> {
         let started = SystemTime::now();
-        let nested = data.nested.clone();
-        let scope = Arc::new_cyclic(|itself| Self {
-            itself: itself.clone(),
+        Arc::new(Self {
             proxied: request.proxied || parts.proxied,
             parts,
             shared,
@@ -108,11 +110,8 @@ impl BuildScope {
             imports: Mutex::default(),
             explainers: Mutex::default(),
             producers: Mutex::default(),
-            states: Mutex::default(),
             usage: OnceLock::new(),
-        });
-        nested.set(scope.itself.clone());
-        scope
+        })
     }
 
     /// When it was done with everything but writing.
@@ -135,38 +134,17 @@ impl BuildScope {
         self.producers.lock().push(producer);
     }
 
-    /// Remembers what can explain failures of this build's states.
-    pub(crate) fn add_explainer(&self, result: &mut FrontendResult) {
-        if let Some(explain) = result.explain.take() {
-            self.explainers.lock().push(explain);
+    /// Lets a frontend explain failures of this build's states from now on.
+    pub(crate) fn add_explainer(&self, explainer: Arc<dyn Explainer>) {
+        self.explainers.lock().push(explainer);
+    }
+
+    /// The fault with the hints that the build's frontends have for it.
+    pub(crate) async fn explained(&self, mut fault: Fault) -> Fault {
+        let explainers = self.explainers.lock().clone();
+        for explainer in explainers {
+            fault = explainer.explain(fault).await;
         }
-    }
-
-    /// What can explain failures of this build's states.
-    pub(crate) fn explainers(&self) -> Vec<Arc<dyn Explain>> {
-        self.explainers.lock().clone()
-    }
-
-    /// Makes a state of the build known by its id.
-    pub(crate) fn add_state(&self, state: &Arc<EngineRef>) {
-        let mut states = self.states.lock();
-        states.insert(state.id.clone(), Arc::downgrade(state));
-    }
-
-    /// Forgets the state `id`.
-    pub(crate) fn remove_state(&self, id: &str) {
-        self.states.lock().remove(id);
-    }
-
-    /// The state of this build that `state` is a reference to; none for what a failed operation
-    /// left.
-    pub(crate) fn state_of(&self, state: &dyn BuildRef) -> Option<Arc<EngineRef>> {
-        let states = self.states.lock();
-        states.get(state.id()).and_then(Weak::upgrade)
-    }
-
-    /// The scope itself, unless the build has ended.
-    pub(crate) fn this(&self) -> Option<Arc<Self>> {
-        self.itself.upgrade()
+        fault
     }
 }

@@ -1,33 +1,27 @@
 //! A lazy state of a build, as frontends and exporters hold it.
 
-use super::{reads, scope::BuildScope};
-use crate::{frontends, provenance::call_log::CallLog};
+use super::{call_log::CallLog, lazy::LazyState, reads, scope::BuildScope};
 use async_trait::async_trait;
 use bytes::Bytes;
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{BuildRef, FileStat};
 use shipway_llb::Definition;
-use shipway_oci::Digest;
-use shipway_ops::LlbOp;
-use shipway_refs::{Compression, ImmutableRef};
-use shipway_solver::Vertex;
+use shipway_ops::FailedStates;
+use shipway_refs::ImmutableRef;
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     path::Path,
     sync::{Arc, Weak},
 };
 
 /// A state that is solved when it is first needed.
 pub struct EngineRef {
-    pub(crate) id: String,
-    pub(crate) definition: Definition,
-    pub(crate) vertex: Arc<Vertex<LlbOp>>,
-    pub(crate) output: usize,
+    pub(crate) lazy: Arc<LazyState>,
     /// The log of the frontend that asked for it.
     pub(crate) log: Weak<CallLog>,
     scope: Arc<BuildScope>,
-    solved: Mutex<Option<ImmutableRef>>,
+    states: Arc<States>,
     /// Held while it is solved.
     solving: tokio::sync::Mutex<()>,
 }
@@ -37,110 +31,104 @@ pub struct EngineRef {
 pub(crate) const MAX_TRIES: usize = 128;
 
 /// A state that an operation left when it failed (row `err.solve`).
-pub(crate) struct FailedRef {
+struct FailedRef {
     id: String,
-    scope: Arc<BuildScope>,
+    states: Arc<States>,
 }
 
-impl FailedRef {
-    /// All that `fault` names.
-    pub(crate) fn of(scope: &Arc<BuildScope>, fault: &Fault) -> Vec<Arc<dyn BuildRef>> {
-        let ids = scope.data.failed.named_by(fault).into_iter();
-        ids.map(|id| Arc::new(Self { id, scope: scope.clone() }) as Arc<dyn BuildRef>).collect()
+/// The states of one build by their ids: lazy ones while somebody holds them, and what failed
+/// operations left.
+pub(crate) struct States {
+    lazy: Mutex<HashMap<String, Weak<EngineRef>>>,
+    failed: FailedStates,
+}
+
+impl States {
+    /// None but those that operations leave in `failed`.
+    pub(crate) fn new(failed: FailedStates) -> Arc<Self> {
+        Arc::new(Self { lazy: Mutex::default(), failed })
     }
-}
 
-/// The state behind a reference of the build, solved.
-pub(crate) async fn state_of(scope: &BuildScope, state: &dyn BuildRef) -> Result<ImmutableRef> {
-    match scope.state_of(state) {
-        Some(state) => state.state().await,
-        None => scope.data.failed.state(state.id()).await,
+    /// The lazy state that `state` is a reference to; none for what a failed operation left.
+    pub(crate) fn find(&self, state: &dyn BuildRef) -> Option<Arc<EngineRef>> {
+        self.lazy.lock().get(state.id()).and_then(Weak::upgrade)
     }
-}
 
-/// Does `work` with the state, and again with another one if the first turns out to be lost: the
-/// cache had promised it, and its bytes are gone.
-pub(crate) async fn with<T>(
-    scope: &BuildScope,
-    state: &dyn BuildRef,
-    work: impl AsyncFn(ImmutableRef) -> Result<T>,
-) -> Result<T> {
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        match work(state_of(scope, state).await?).await {
-            Err(fault) if tries < MAX_TRIES && made_again(scope, state, &fault).await => {}
-            done => return done,
+    /// The state behind a reference, solved.
+    pub(crate) async fn state_of(&self, state: &dyn BuildRef) -> Result<ImmutableRef> {
+        match self.find(state) {
+            Some(state) => state.state().await,
+            None => self.failed.state(state.id()).await,
         }
     }
-}
 
-/// Whether `fault` says that the state is lost, and it is made again when it is next asked for.
-pub(crate) async fn made_again(scope: &BuildScope, state: &dyn BuildRef, fault: &Fault) -> bool {
-    match scope.state_of(state) {
-        Some(state) => state.made_again(fault).await,
-        None => false,
+    /// Does `work` with the state, and again with another one if the first turns out to be lost:
+    /// the cache had promised it, and its bytes are gone.
+    pub(crate) async fn with<T>(
+        &self,
+        state: &dyn BuildRef,
+        work: impl AsyncFn(ImmutableRef) -> Result<T>,
+    ) -> Result<T> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match work(self.state_of(state).await?).await {
+                Err(fault) if tries < MAX_TRIES && self.made_again(state, &fault).await => {}
+                done => return done,
+            }
+        }
     }
-}
 
-/// Lets the build's vertices know that the state will be exported with `compression`.
-pub(crate) fn plan_export(scope: &BuildScope, state: &dyn BuildRef, compression: Compression) {
-    if let Some(state) = scope.state_of(state).filter(|s| !s.is_solved()) {
-        scope.data.export_plan.add(&state.vertex, state.output, compression);
+    /// Whether `fault` says that the state is lost, and it is made again when it is next asked for.
+    pub(crate) async fn made_again(&self, state: &dyn BuildRef, fault: &Fault) -> bool {
+        match self.find(state) {
+            Some(state) => state.made_again(fault).await,
+            None => false,
+        }
     }
-}
 
-async fn read<T: Send + 'static>(
-    scope: &BuildScope,
-    state: &dyn BuildRef,
-    f: impl FnOnce(&Path) -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let mount = with(scope, state, async |state| state.mount().await)
-        .await
-        .context(|| "read from a build's result")?;
-    shipway_task::blocking("read from a build's result", move || f(mount.path())).await
+    /// The states that failed operations left, as far as `fault` names them.
+    pub(crate) fn failed(self: &Arc<Self>, fault: &Fault) -> Vec<Arc<dyn BuildRef>> {
+        let ids = self.failed.named_by(fault).into_iter();
+        ids.map(|id| Arc::new(FailedRef { id, states: self.clone() }) as Arc<dyn BuildRef>)
+            .collect()
+    }
+
+    async fn read<T: Send + 'static>(
+        &self,
+        state: &dyn BuildRef,
+        f: impl FnOnce(&Path) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let mount = self
+            .with(state, async |state| state.mount().await)
+            .await
+            .context(|| "read from a build's result")?;
+        shipway_task::blocking("read from a build's result", move || f(mount.path())).await
+    }
 }
 
 impl EngineRef {
+    /// A handle on `lazy`, which is found among `states` as long as it is held.
     pub(crate) fn new(
-        definition: Definition,
-        made: (Arc<Vertex<LlbOp>>, usize),
+        lazy: Arc<LazyState>,
         log: &Arc<CallLog>,
         scope: Arc<BuildScope>,
-    ) -> Result<Self> {
-        let (vertex, output) = made;
-        let (id, log) = (shipway_host::random_id()?, Arc::downgrade(log));
-        let (solved, solving) = (Mutex::default(), Default::default());
-        Ok(Self { id, definition, vertex, output, log, scope, solved, solving })
-    }
-
-    /// The vertices that it needs.
-    pub(crate) fn vertices(&self) -> HashSet<Digest> {
-        let (mut seen, mut queue) = (HashSet::from([self.vertex.id.digest]), vec![&self.vertex]);
-        while let Some(next) = queue.pop() {
-            queue.extend(
-                next.inputs.iter().map(|(input, _)| input).filter(|i| seen.insert(i.id.digest)),
-            );
-        }
-        seen
-    }
-
-    /// Whether it was needed yet.
-    pub(crate) fn is_solved(&self) -> bool {
-        self.solved().is_some()
-    }
-
-    fn solved(&self) -> MutexGuard<'_, Option<ImmutableRef>> {
-        self.solved.lock()
+        states: Arc<States>,
+    ) -> Arc<Self> {
+        let (log, solving) = (Arc::downgrade(log), Default::default());
+        let state = Arc::new(Self { lazy, log, scope, states, solving });
+        state.states.lazy.lock().insert(state.lazy.id.clone(), Arc::downgrade(&state));
+        state
     }
 
     async fn made_again(&self, fault: &Fault) -> bool {
-        let Some(lost) = self.solved().clone().filter(|s| s.is_lost(fault)) else { return false };
-        if !self.scope.job.lost(self.vertex.clone(), self.output, fault.clone()).await {
+        let LazyState { vertex, output, .. } = &*self.lazy;
+        let Some(lost) = self.lazy.lost(fault) else { return false };
+        if !self.scope.job.lost(vertex.clone(), *output, fault.clone()).await {
             return false;
         }
         // Another caller may have been here meanwhile.
-        self.solved().take_if(|now| now.is_same(&lost));
+        self.lazy.forget(&lost);
         true
     }
 
@@ -148,21 +136,15 @@ impl EngineRef {
     /// failing vertex came from (row `err.source`).
     pub async fn state(&self) -> Result<ImmutableRef> {
         let _one = self.solving.lock().await;
-        if let Some(solved) = self.solved().clone() {
+        if let Some(solved) = self.lazy.solved() {
             return Ok(solved);
         }
-        let solve = async {
-            match self.scope.job.build(self.vertex.clone(), self.output).await {
-                Ok((state, _)) => {
-                    let sources = &self.scope.parts.services.sources;
-                    sources.wanted_by(&state, &self.scope.data.sessions);
-                    Ok(state)
-                }
-                Err(fault) => Err(frontends::explain(&self.scope, self.place(fault)).await),
-            }
+        let state = match self.scope.job.build(self.lazy.vertex.clone(), self.lazy.output).await {
+            Ok((state, _)) => state,
+            Err(fault) => return Err(self.scope.explained(self.place(fault)).await),
         };
-        let state = solve.await?;
-        *self.solved() = Some(state.clone());
+        self.scope.parts.services.sources.wanted_by(&state, &self.scope.data.sessions);
+        self.lazy.solve(state.clone());
         Ok(state)
     }
 
@@ -171,12 +153,13 @@ impl EngineRef {
             Detail::Vertex(digest) => Some(digest.clone()),
             _ => None,
         });
-        let (Some(vertex), Some(source)) = (vertex, &self.definition.source) else { return fault };
+        let LazyState { definition, .. } = &*self.lazy;
+        let (Some(vertex), Some(source)) = (vertex, &definition.source) else { return fault };
         let placed = |digest: &str| source.find(digest).next().is_some();
         // What has no lines of its own, such as the file that an instruction adds, is shown by the
         // lines of what wants it.
-        let of =
-            if placed(&vertex) { vertex } else { self.wanting(&vertex, placed).unwrap_or(vertex) };
+        let wanting = || self.lazy.wanting(&vertex, placed);
+        let of = if placed(&vertex) { None } else { wanting() }.unwrap_or(vertex);
         let places: Vec<_> = source
             .find(&of)
             .map(|(file, spans)| Detail::Source { file: file.clone(), spans: spans.to_vec() })
@@ -185,39 +168,22 @@ impl EngineRef {
         // `err.source`).
         places.into_iter().rev().fold(fault, Fault::detail)
     }
-
-    /// A vertex that has `vertex` as an input and is `placed`.
-    fn wanting(&self, vertex: &str, placed: impl Fn(&str) -> bool) -> Option<String> {
-        let mut seen = HashSet::new();
-        let mut queue = vec![&self.vertex];
-        while let Some(next) = queue.pop() {
-            let digest = next.id.digest.to_string();
-            if next.inputs.iter().any(|(input, _)| input.id.digest.to_string() == vertex)
-                && placed(&digest)
-            {
-                return Some(digest);
-            }
-            queue.extend(
-                next.inputs.iter().map(|(input, _)| input).filter(|i| seen.insert(i.id.digest)),
-            );
-        }
-        None
-    }
 }
 
 impl Drop for EngineRef {
     fn drop(&mut self) {
-        self.scope.remove_state(&self.id);
+        self.states.lazy.lock().remove(&self.lazy.id);
     }
 }
 
-/// A reference of ours: `$definition` says what it came from.
+/// A reference of ours: `$id` is its name, and `$definition` says what it came from.
 macro_rules! build_ref {
-    ($kind:ty, $definition:expr) => {
+    ($kind:ty, $id:expr, $definition:expr) => {
         #[async_trait]
         impl BuildRef for $kind {
             fn id(&self) -> &str {
-                &self.id
+                let id: fn(&$kind) -> &str = $id;
+                id(self)
             }
 
             fn definition(&self) -> Option<&Definition> {
@@ -226,29 +192,27 @@ macro_rules! build_ref {
             }
 
             async fn evaluate(&self) -> Result<()> {
-                state_of(&self.scope, self).await.map(drop)
+                self.states.state_of(self).await.map(drop)
             }
 
             async fn read_file(&self, path: &str, range: Option<(u64, u64)>) -> Result<Bytes> {
                 let path = path.to_owned();
-                read(&self.scope, self, move |root| reads::read_file(root, &path, range)).await
+                self.states.read(self, move |root| reads::read_file(root, &path, range)).await
             }
 
             async fn read_dir(&self, path: &str, include: Option<&str>) -> Result<Vec<FileStat>> {
                 let (path, include) = (path.to_owned(), include.map(str::to_owned));
-                read(&self.scope, self, move |root| {
-                    reads::read_dir(root, &path, include.as_deref())
-                })
-                .await
+                let read = move |root: &Path| reads::read_dir(root, &path, include.as_deref());
+                self.states.read(self, read).await
             }
 
             async fn stat_file(&self, path: &str) -> Result<FileStat> {
                 let path = path.to_owned();
-                read(&self.scope, self, move |root| reads::stat_file(root, &path)).await
+                self.states.read(self, move |root| reads::stat_file(root, &path)).await
             }
         }
     };
 }
 
-build_ref!(EngineRef, |state| Some(&state.definition));
-build_ref!(FailedRef, |_| None);
+build_ref!(EngineRef, |state| &state.lazy.id, |state| Some(&state.lazy.definition));
+build_ref!(FailedRef, |state| &state.id, |_| None);

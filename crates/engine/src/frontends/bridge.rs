@@ -1,31 +1,32 @@
 //! The bridge of a build's frontends: what they may ask of the engine.
 
-use super::{ImageFrontends, container::EngineContainer, image};
+use super::{container::EngineContainer, image};
 use crate::{
-    build::{BuildScope, SourceQuery, state::FailedRef},
+    build::{Build, CallLog, Explainer, FrontendCall, SourceQuery},
     export::caches,
+    image_frontends::ImageFrontends,
     parts::EngineParts,
-    provenance::{
-        self,
-        call_log::{CallLog, FrontendCall},
-    },
+    provenance,
 };
 use async_trait::async_trait;
 use shipway_attest::ImageSource;
 use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{
-    Bridge, BuildRef, Container, ContainerRequest, FrontendResult, Frontends, NamedContexts,
-    Options, SolveRequest, SourceMeta, SourceRequest, Warning, Worker,
+    Bridge, BuildRef, Container, ContainerRequest, Explain, FrontendResult, Frontends,
+    NamedContexts, Options, SolveRequest, SourceMeta, SourceRequest, Warning, Worker,
 };
 use shipway_llb::{Definition, SourceOp};
 use shipway_oci::{Digest, Platform};
 use shipway_progress::{Event, SourceSpan, WarningUpdate};
 use shipway_remotecache::CacheRequest;
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Weak},
+};
 
 /// The bridge of one frontend of a build: a nested frontend has options and inputs of its own.
 pub(crate) struct EngineBridge {
-    pub(crate) scope: Arc<BuildScope>,
+    pub(crate) build: Arc<Build>,
     pub(crate) options: Options,
     pub(crate) inputs: BTreeMap<String, Definition>,
     /// How many frontends called each other up to here.
@@ -42,9 +43,9 @@ const GATEWAY: &str = "gateway.v0";
 
 impl EngineBridge {
     /// A bridge for the engine's own use, whose calls no provenance has.
-    pub(crate) fn unlogged(scope: Arc<BuildScope>) -> Self {
+    pub(crate) fn unlogged(build: Arc<Build>) -> Self {
         Self {
-            scope,
+            build,
             options: Options::default(),
             inputs: BTreeMap::new(),
             depth: 0,
@@ -58,7 +59,7 @@ impl EngineBridge {
                 "frontends called each other more than {MAX_DEPTH} deep"
             )));
         }
-        let parts = &self.scope.parts;
+        let parts = &self.build.scope.parts;
         let wanted = Wanted::of(&request, parts)?;
         let in_house = match &wanted {
             Wanted::InHouse(name) => Some(parts.frontends.find(name, &request.frontend)?),
@@ -74,22 +75,25 @@ impl EngineBridge {
             inputs: request.inputs.clone(),
         };
         let log = self.log.nested(call);
-        let bridge = EngineBridge {
-            scope: self.scope.clone(),
+        let bridge = Arc::new(EngineBridge {
+            build: self.build.clone(),
             options: request.options,
             inputs: request.inputs,
             depth: self.depth + 1,
             log: log.clone(),
-        };
+        });
         let result = match (in_house, wanted) {
-            (Some(frontend), _) => frontend.run(Arc::new(bridge)).await,
+            (Some(frontend), _) => frontend.run(bridge).await,
             (None, Wanted::Image(source) | Wanted::InHouse(source)) => {
-                Box::pin(image::run(self, &source, bridge)).await
+                Box::pin(image::run(&self.build, &self.log, &source, bridge)).await
             }
         };
         let mut result = result.map_err(|fault| fault.detail(detail))?;
         self.log.adopt(log);
-        self.scope.add_explainer(&mut result);
+        if let Some(explain) = result.explain.take() {
+            let build = Arc::downgrade(&self.build);
+            self.build.scope.add_explainer(Arc::new(FrontendExplainer { build, explain }));
+        }
         Ok(result)
     }
 }
@@ -136,13 +140,20 @@ impl Wanted {
     }
 }
 
-/// The fault with the hints that the build's frontends have for it.
-pub(crate) async fn explain(scope: &Arc<BuildScope>, mut fault: Fault) -> Fault {
-    let bridge = EngineBridge::unlogged(scope.clone());
-    for explain in scope.explainers() {
-        fault = explain.explain(&bridge, fault).await;
+/// Lets a frontend that has returned explain failures, by a bridge for that.
+struct FrontendExplainer {
+    build: Weak<Build>,
+    explain: Arc<dyn Explain>,
+}
+
+#[async_trait]
+impl Explainer for FrontendExplainer {
+    async fn explain(&self, fault: Fault) -> Fault {
+        match self.build.upgrade() {
+            Some(build) => self.explain.explain(&EngineBridge::unlogged(build), fault).await,
+            None => fault,
+        }
     }
-    fault
 }
 
 #[async_trait]
@@ -152,15 +163,15 @@ impl Bridge for EngineBridge {
     }
 
     fn session(&self) -> &str {
-        self.scope.session.as_str()
+        self.build.scope.session.as_str()
     }
 
     fn platforms(&self) -> Vec<Platform> {
-        self.scope.parts.platforms.clone()
+        self.build.scope.parts.platforms.clone()
     }
 
     fn worker(&self) -> Worker {
-        Worker { platforms: self.platforms(), ..self.scope.parts.worker.clone() }
+        Worker { platforms: self.platforms(), ..self.build.scope.parts.worker.clone() }
     }
 
     async fn solve(&self, request: SolveRequest) -> Result<FrontendResult> {
@@ -172,12 +183,12 @@ impl Bridge for EngineBridge {
             .iter()
             .map(|c| CacheRequest { kind: c.kind.clone(), attrs: c.attrs.clone() })
             .collect();
-        caches::import_all(&self.scope, &imports);
+        caches::import_all(&self.build.scope, &imports);
         let evaluate = request.evaluate;
         let result = match request.definition.clone() {
             Some(definition) if definition.ops.is_empty() => FrontendResult::of(None),
             Some(definition) => FrontendResult::of(Some(
-                self.scope.state(definition, &request.policies, &self.log).await?
+                self.build.state(definition, &request.policies, &self.log).await?
                     as Arc<dyn BuildRef>,
             )),
             None if request.frontend.is_empty() => FrontendResult::of(None),
@@ -186,9 +197,9 @@ impl Bridge for EngineBridge {
         if evaluate {
             futures::future::try_join_all(result.states().map(|s| s.evaluate())).await?;
         }
-        for state in result.states().filter_map(|s| self.scope.state_of(s.as_ref())) {
+        for state in result.states().filter_map(|s| self.build.states.find(s.as_ref())) {
             if let Some(log) = state.log.upgrade() {
-                provenance::add_producer(&self.scope, &log, &state).await?;
+                provenance::add_producer(&self.build.scope, &log, &state.lazy).await?;
             }
         }
         Ok(result)
@@ -196,7 +207,8 @@ impl Bridge for EngineBridge {
 
     async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta> {
         let source = SourceOp { identifier: request.identifier, attrs: request.attrs };
-        let source = self.scope.check(source, request.platform.as_ref(), &request.policies).await;
+        let scope = &self.build.scope;
+        let source = scope.check(source, request.platform.as_ref(), &request.policies).await;
         let source = source.context(|| "could not resolve image due to policy")?;
         let platform = request.platform.clone();
         let query = SourceQuery {
@@ -204,7 +216,7 @@ impl Bridge for EngineBridge {
             log_name: request.log_name,
             options: request.options,
         };
-        let mut meta = self.scope.resolve(source, query).await?;
+        let mut meta = scope.resolve(source, query).await?;
         if let Some(image) = meta.facts.image.as_mut().filter(|_| request.no_config) {
             image.config.clear();
         }
@@ -232,25 +244,23 @@ impl Bridge for EngineBridge {
     }
 
     async fn local_names(&self, local: &str, session: &str, dir: &str) -> Result<Vec<String>> {
-        self.scope
-            .parts
-            .services
-            .sources
-            .local_names(local, &session.into(), dir, &self.scope.data.sessions)
-            .await
+        let scope = &self.build.scope;
+        let sources = &scope.parts.services.sources;
+        sources.local_names(local, &session.into(), dir, &scope.data.sessions).await
     }
 
     fn failed_states(&self, fault: &Fault) -> Vec<Arc<dyn BuildRef>> {
-        FailedRef::of(&self.scope, fault)
+        self.build.states.failed(fault)
     }
 
     async fn new_container(&self, request: ContainerRequest) -> Result<Arc<dyn Container>> {
-        Ok(Arc::new(EngineContainer::new(&self.scope, request).await?))
+        Ok(Arc::new(EngineContainer::new(&self.build, request).await?))
     }
 
     async fn warn(&self, warning: Warning) -> Result<()> {
-        self.scope.journal.push(Event::Warning(Arc::new(WarningUpdate {
-            vertex: warning.vertex.unwrap_or_else(|| Digest::of(&self.scope.id)),
+        let scope = &self.build.scope;
+        scope.journal.push(Event::Warning(Arc::new(WarningUpdate {
+            vertex: warning.vertex.unwrap_or_else(|| Digest::of(&scope.id)),
             level: if warning.level == 0 { 1 } else { warning.level },
             short: warning.short,
             detail: warning.detail,

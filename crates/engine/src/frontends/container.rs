@@ -1,6 +1,6 @@
 //! The engine's containers: what a frontend asks for, over an operation's mounts and processes.
 
-use crate::build::{BuildScope, reads, state};
+use crate::build::{Build, reads};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -22,7 +22,8 @@ pub(crate) struct EngineContainer(shipway_ops::Container);
 
 impl EngineContainer {
     /// Solves what the container shows, and takes its mounts.
-    pub(crate) async fn new(scope: &BuildScope, request: ContainerRequest) -> Result<Self> {
+    pub(crate) async fn new(build: &Build, request: ContainerRequest) -> Result<Self> {
+        let scope = &build.scope;
         let mut spec = ContainerSpec {
             name: request.name,
             network: request.network,
@@ -38,7 +39,7 @@ impl EngineContainer {
                 mount.input = Some(spec.inputs.len());
                 let here =
                     async |state: ImmutableRef| state.materialize(None).await.map(|()| state);
-                spec.inputs.push(state::with(scope, state.as_ref(), here).await?);
+                spec.inputs.push(build.states.with(state.as_ref(), here).await?);
             }
             spec.mounts.push(mount);
         }

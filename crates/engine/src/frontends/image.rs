@@ -1,16 +1,13 @@
 //! Frontends out of images (rows `gwctr.*`): the image's process speaks LLBBridge over its standard
 //! input and output.
 
-use super::{EngineBridge, container::EngineContainer};
-use crate::{
-    build::SourceQuery,
-    provenance::call_log::{CallLog, FrontendCall},
-};
+use super::container::EngineContainer;
+use crate::build::{Build, BuildScope, CallLog, FrontendCall, SourceQuery};
 use parking_lot::Mutex;
 use shipway_executor::{ExitStatus, Output, OutputTarget, ProcessIo, Stream};
-use shipway_fault::{Code, Context as _, Detail, Fault, Result};
+use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{
-    Bridge as _, BuildRef, Container as _, ContainerMount, ContainerProcess, ContainerRequest,
+    Bridge, BuildRef, Container as _, ContainerMount, ContainerProcess, ContainerRequest,
     FrontendResult, Options, Worker,
 };
 use shipway_gateway::GatewayBuild;
@@ -43,56 +40,6 @@ const LAST_WORDS: usize = 10;
 /// Where frontends find what is known of themselves.
 const METADATA: &str = "/run/config/buildkit/metadata";
 
-/// Which frontends out of images may run (`frontend."gateway.v0"` of the configuration).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ImageFrontends {
-    enabled: bool,
-    /// Repositories; all where there are none.
-    allowed: BTreeSet<String>,
-}
-
-impl ImageFrontends {
-    /// Those of the repositories `allowed`, whose tags do not matter, or of all if it names none.
-    pub fn new(enabled: bool, allowed: &[String]) -> Result<Self> {
-        let repository = |name: &String| {
-            let parsed = name.parse::<ImageName>();
-            parsed.map(|n| n.locator()).map_err(|e| {
-                Fault::invalid(format!("allowedRepositories: {name:?} names no repository: {e}"))
-            })
-        };
-        Ok(Self { enabled, allowed: allowed.iter().map(repository).collect::<Result<_>>()? })
-    }
-
-    pub(crate) fn enabled(&self) -> bool {
-        self.enabled
-    }
-
-    /// Whether the image `source` may be one.
-    pub(crate) fn check(&self, source: &str) -> Result<()> {
-        if self.allowed.is_empty() {
-            return Ok(());
-        }
-        let name: ImageName = source.parse().map_err(|e| {
-            Fault::invalid(format!("{source:?} cannot name a frontend's image: {e}"))
-        })?;
-        if self.allowed.contains(&name.locator()) {
-            return Ok(());
-        }
-        Err(Fault::new(Code::PermissionDenied, format!("'{source}' is not an allowed gateway source"))
-            .hint("the daemon's configuration says which are: `allowedRepositories` of [frontend.\"gateway.v0\"]"))
-    }
-
-    /// Whether what a build puts in the place of a frontend may be one.
-    fn check_override(&self, input: &str) -> Result<()> {
-        match input.strip_prefix("docker-image://") {
-            _ if self.allowed.is_empty() => Ok(()),
-            Some(source) => self.check(source),
-            None => Err(Fault::new(Code::PermissionDenied, format!("'{input}' is not an allowed gateway source"))
-                .hint("the daemon allows frontends of some repositories only: `allowedRepositories` of [frontend.\"gateway.v0\"]")),
-        }
-    }
-}
-
 /// An image that is a frontend.
 struct FrontendImage {
     name: String,
@@ -112,10 +59,10 @@ fn caps(list: Option<&String>) -> BTreeSet<&str> {
 impl FrontendImage {
     /// What the build puts in the place of the image `source`, if it does that, or the image
     /// itself.
-    async fn find(bridge: &EngineBridge, source: &str, inner: &Arc<EngineBridge>) -> Result<Self> {
-        let parts = &bridge.scope.parts;
-        let Some(other) = parts.contexts.find(&inner.options, source)? else {
-            return Self::resolve(bridge, source).await;
+    async fn find(scope: &BuildScope, source: &str, inner: &Arc<dyn Bridge>) -> Result<Self> {
+        let parts = &scope.parts;
+        let Some(other) = parts.contexts.find(inner.options(), source)? else {
+            return Self::resolve(scope, source).await;
         };
         parts.image_frontends.check_override(&other)?;
         let files = parts.contexts.load(inner.clone(), source).await?;
@@ -123,8 +70,7 @@ impl FrontendImage {
         Ok(Self { name: other, config, state: files.state, platform })
     }
 
-    async fn resolve(bridge: &EngineBridge, source: &str) -> Result<Self> {
-        let scope = &bridge.scope;
+    async fn resolve(scope: &BuildScope, source: &str) -> Result<Self> {
         let name: ImageName = source.parse().map_err(|e| {
             Fault::invalid(format!("{source:?} cannot name a frontend's image: {e}"))
         })?;
@@ -300,23 +246,23 @@ async fn carry(
     tokio::join!(there, back);
 }
 
-/// Runs the frontend in the image `source`, which gets `inner` as its bridge.
+/// Runs the frontend in the image `source`, which `log` asks for and which gets `inner` as its
+/// bridge.
 pub(crate) async fn run(
-    bridge: &EngineBridge,
+    build: &Build,
+    log: &Arc<CallLog>,
     source: &str,
-    inner: EngineBridge,
+    inner: Arc<dyn Bridge>,
 ) -> Result<FrontendResult> {
     let doing = || format!("run the frontend {source}");
-    let inner = Arc::new(inner);
-    let image = FrontendImage::find(bridge, source, &inner).await.context(doing)?;
-    image.check_caps(&inner.options, !inner.inputs.is_empty())?;
-    let scope = bridge.scope.clone();
+    let image = FrontendImage::find(&build.scope, source, &inner).await.context(doing)?;
+    image.check_caps(inner.options(), !inner.inputs().await?.is_empty())?;
     let definition = image.marshal(&image.state)?;
-    let metadata = scope
+    let metadata = build
         .state(image.metadata(&definition)?, &[], &CallLog::root(FrontendCall::default()))
         .await
         .context(doing)?;
-    let state = scope.state(definition, &[], &bridge.log).await.context(doing)?;
+    let state = build.state(definition, &[], log).await.context(doing)?;
     let mount = |dest: &str, readonly: bool, state: Arc<dyn BuildRef>| ContainerMount {
         mount: Mount { dest: dest.into(), readonly, ..Mount::default() },
         state: Some(state),
@@ -327,9 +273,9 @@ pub(crate) async fn run(
         network: image.network(),
         ..ContainerRequest::default()
     };
-    let container = EngineContainer::new(&scope, asked).await.context(doing)?;
-    let process = image.process(&inner.options, scope.session.as_str(), &inner.worker())?;
-    let (build, returned) = GatewayBuild::new(inner);
+    let container = EngineContainer::new(build, asked).await.context(doing)?;
+    let process = image.process(inner.options(), build.scope.session.as_str(), &inner.worker())?;
+    let (driven, returned) = GatewayBuild::new(inner);
     let ((theirs, ours), words) = (tokio::io::duplex(PIPE), LastWords::default());
     let (to, input) = mpsc::channel(QUEUE);
     let (output, from) = mpsc::channel(QUEUE);
@@ -340,13 +286,13 @@ pub(crate) async fn run(
         started: None,
     };
     let end = container.start(process, io);
-    let serve = shipway_gateway::serve(build.clone(), theirs);
+    let serve = shipway_gateway::serve(driven.clone(), theirs);
     let work = async {
         let (ended, (), _) = tokio::join!(end, carry(ours, to, from, &words), serve);
         ended
     };
     let result = outcome(work, returned).await;
-    build.release_containers().await;
+    driven.release_containers().await;
     // One that has returned may still run.
     let _ = container.release().await;
     // What it returned is its own business; that it returned nothing is ours to explain.

@@ -1,7 +1,7 @@
 //! What each frontend of a build asked for, so that provenance has for each state the call that led
 //! to it and what else that call used.
 
-use crate::build::EngineRef;
+use super::lazy::LazyState;
 use parking_lot::Mutex;
 use shipway_attest::{ImageSource, Parameters, RequestProvenance, Sources, filter_args};
 use shipway_frontend::Options;
@@ -51,7 +51,7 @@ pub(crate) struct CallLog {
 
 #[derive(Default)]
 struct Log {
-    states: Vec<Arc<EngineRef>>,
+    states: Vec<Arc<LazyState>>,
     images: Vec<ImageSource>,
     below: Vec<Arc<CallLog>>,
 }
@@ -75,7 +75,7 @@ impl CallLog {
         self.log.lock().below.push(below);
     }
 
-    pub fn note_state(&self, state: Arc<EngineRef>) {
+    pub fn note_state(&self, state: Arc<LazyState>) {
         self.log.lock().states.push(state);
     }
 
@@ -84,7 +84,7 @@ impl CallLog {
     }
 
     /// All states asked for here and below.
-    pub fn states(&self) -> Vec<Arc<EngineRef>> {
+    pub fn states(&self) -> Vec<Arc<LazyState>> {
         let log = self.log.lock();
         log.states.iter().cloned().chain(log.below.iter().flat_map(|t| t.states())).collect()
     }

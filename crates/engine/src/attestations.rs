@@ -1,8 +1,13 @@
 //! What is said about a build's results: by its frontends, by a scanner, and by the daemon (rows
 //! `at.*`).
 
-use super::{ResultProvenance, SolvedVertices, of_state, sbom};
-use crate::{build::BuildScope, export};
+mod sbom;
+
+use crate::{
+    build::{Build, BuildScope},
+    export,
+    provenance::{ResultProvenance, SolvedVertices, of_state},
+};
 use shipway_attest::{
     AttestOptions, Attestation, Kind, Mode, ProvenanceOptions, SPDX, Version, keys, slsa,
 };
@@ -21,27 +26,24 @@ pub(crate) type Attested = Vec<(Option<String>, Arc<ResultProvenance>)>;
 /// Adds what was asked for to `input`, the solved `result`; gives what is known of the result, for
 /// the history.
 pub(crate) async fn add(
-    scope: &Arc<BuildScope>,
+    build: &Arc<Build>,
     wanted: &AttestOptions,
     options: &Options,
     result: &FrontendResult,
     input: &mut ExportInput,
 ) -> Result<Attested> {
-    let known = collect(scope, result, input).await?;
-    input.attestations = given(scope, result).await?;
+    let known = collect(build, result, input).await?;
+    input.attestations = given(build, result).await?;
     let scanned = input.attestations.values().flatten().any(|a| a.predicate_type == SPDX);
     if let Some(sbom) = wanted.sbom.as_ref().filter(|_| !scanned) {
-        for (platform, found) in sbom::scan(scope, sbom, options, &known).await? {
+        for (platform, found) in sbom::scan(build, sbom, options, &known).await? {
             input.attestations.entry(platform).or_default().push(found);
         }
     }
     if let Some(options) = &wanted.provenance {
         for (platform, known) in &known {
-            input
-                .attestations
-                .entry(platform.clone())
-                .or_default()
-                .push(provenance_of(scope, known, options)?);
+            let made = provenance_of(&build.scope, known, options)?;
+            input.attestations.entry(platform.clone()).or_default().push(made);
         }
     }
     let single = result.single.is_some();
@@ -49,10 +51,11 @@ pub(crate) async fn add(
 }
 
 async fn collect(
-    scope: &BuildScope,
+    build: &Build,
     result: &FrontendResult,
     input: &ExportInput,
 ) -> Result<BTreeMap<String, Arc<ResultProvenance>>> {
+    let (scope, states) = (&build.scope, &build.states);
     let solved = Arc::new(SolvedVertices::of(scope).await);
     let ids: HashSet<String> = result.states().map(|s| s.id().to_owned()).collect();
     let platforms: Vec<Platform> = input.platforms.iter().map(|p| p.platform.clone()).collect();
@@ -63,7 +66,7 @@ async fn collect(
     for p in &input.platforms {
         let state = result.map.get(&p.id).or(result.single.as_ref()).and_then(Option::as_ref);
         // Scratch is made of nothing.
-        if let Some(state) = state.and_then(|state| scope.state_of(state.as_ref())) {
+        if let Some(state) = state.and_then(|state| states.find(state.as_ref())) {
             known.insert(
                 p.id.clone(),
                 Arc::new(of_state(scope, &solved, &state, &ids, (&p.platform, &platforms)).await?),
@@ -75,7 +78,7 @@ async fn collect(
 
 /// What frontends say.
 async fn given(
-    scope: &BuildScope,
+    build: &Build,
     result: &FrontendResult,
 ) -> Result<BTreeMap<String, Vec<ExportAttestation>>> {
     let mut out: BTreeMap<String, Vec<ExportAttestation>> = BTreeMap::new();
@@ -90,7 +93,7 @@ async fn given(
             if attestation.content.is_none() {
                 return Err(Fault::invalid("attestation does not have available content"));
             }
-            let state = export::state_of(scope, &attestation.content).await?;
+            let state = export::state_of(build, &attestation.content).await?;
             out.entry(platform.clone())
                 .or_default()
                 .push(attestation.clone().with(Content::State(state)));
