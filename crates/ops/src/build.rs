@@ -50,7 +50,12 @@ impl Nested {
     }
 }
 
-pub(crate) struct BuildVertex(pub(crate) BuildOp);
+struct BuildVertex(BuildOp);
+
+/// The work of `op`.
+pub(crate) fn work(op: &BuildOp) -> Box<dyn VertexOp> {
+    Box::new(BuildVertex(op.clone()))
+}
 
 #[async_trait]
 impl VertexOp for BuildVertex {

@@ -7,7 +7,12 @@ use shipway_llb::DiffOp;
 use shipway_refs::ImmutableRef;
 use shipway_solver::CacheMap;
 
-pub(crate) struct DiffVertex(pub(crate) DiffOp);
+struct DiffVertex(DiffOp);
+
+/// The work of `op`.
+pub(crate) fn work(op: &DiffOp) -> Box<dyn VertexOp> {
+    Box::new(DiffVertex(op.clone()))
+}
 
 #[async_trait]
 impl VertexOp for DiffVertex {

@@ -38,16 +38,15 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-pub(crate) struct ExecVertex {
+struct ExecVertex {
     exec: ExecOp,
     /// What the process on the proxy network asked for when it ran.
     fetched: Mutex<Option<Capture>>,
 }
 
-impl ExecVertex {
-    pub(crate) fn new(exec: ExecOp) -> Self {
-        Self { exec, fetched: Mutex::default() }
-    }
+/// The work of `op`.
+pub(crate) fn work(op: &ExecOp) -> Box<dyn VertexOp> {
+    Box::new(ExecVertex { exec: op.clone(), fetched: Mutex::default() })
 }
 
 #[async_trait]
@@ -306,7 +305,7 @@ mod tests {
     #[test]
     fn an_output_has_the_layers_of_what_was_mounted_there() {
         let mount = |input, output| Mount { input, output, ..Mount::default() };
-        let exec = ExecVertex::new(ExecOp {
+        let exec = work(&ExecOp {
             mounts: vec![mount(Some(2), Some(0)), mount(Some(1), None), mount(None, Some(1))],
             ..ExecOp::default()
         });

@@ -57,7 +57,12 @@ struct Runner<'a> {
     results: Vec<Option<State>>,
 }
 
-pub(crate) struct FileVertex(pub(crate) FileOp);
+struct FileVertex(FileOp);
+
+/// The work of `op`.
+pub(crate) fn work(op: &FileOp) -> Box<dyn VertexOp> {
+    Box::new(FileVertex(op.clone()))
+}
 
 #[async_trait]
 impl VertexOp for FileVertex {

@@ -1,11 +1,12 @@
 //! The LLB operations as solver operations, over refs, sources and the executor.
 //!
 //! [`LlbOp`] is one vertex's work: made by the engine from a checked [`shipway_llb::Vertex`], run
-//! by the solver. Each LLB operation is one module that implements `VertexOp`: a source is pinned
-//! for its key and fetched when needed; a process (`exec`) gets snapshots as mounts and its
-//! writable ones committed; file actions (`file`) run in the daemon, by crate `fileops`. Which
-//! devices of the host a process gets is decided before it has a key (`devices`); programs of other
-//! processors get an emulator where the kernel has none (`emulator`).
+//! by the solver. Each LLB operation is one module that implements `VertexOp`, and one line in
+//! `operations`: a source is pinned for its key and fetched when needed; a process (`exec`) gets
+//! snapshots as mounts and its writable ones committed; file actions (`file`) run in the daemon, by
+//! crate `fileops`. Which devices of the host a process gets is decided before it has a key
+//! (`devices`); programs of other processors get an emulator where the kernel has none
+//! (`emulator`).
 
 mod build;
 mod container;
@@ -21,6 +22,7 @@ mod job;
 mod key;
 mod merge;
 mod op;
+mod operations;
 mod passthrough;
 mod source;
 mod step_options;

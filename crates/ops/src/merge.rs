@@ -10,7 +10,12 @@ use shipway_llb::MergeOp;
 use shipway_refs::ImmutableRef;
 use shipway_solver::CacheMap;
 
-pub(crate) struct MergeVertex(pub(crate) MergeOp);
+struct MergeVertex(MergeOp);
+
+/// The work of `op`.
+pub(crate) fn work(op: &MergeOp) -> Box<dyn VertexOp> {
+    Box::new(MergeVertex(op.clone()))
+}
 
 #[async_trait]
 impl VertexOp for MergeVertex {

@@ -2,21 +2,14 @@
 
 use crate::{
     JobData, Services,
-    build::BuildVertex,
     content::{self, ContentSelector},
-    diff::DiffVertex,
-    exec::ExecVertex,
     export_plan::{BaseLayers, PlannedLayer},
     failed_state::{FailedState, FailedStates},
-    file::FileVertex,
-    merge::MergeVertex,
-    passthrough::PassthroughVertex,
-    source::SourceVertex,
 };
 use async_trait::async_trait;
 use shipway_attest::Capture;
 use shipway_fault::{Detail, Fault, Result, Subject};
-use shipway_llb::{ExportCache, Op, Vertex};
+use shipway_llb::{ExportCache, Vertex};
 use shipway_oci::Digest;
 use shipway_refs::{ImmutableRef, MutableRef};
 use shipway_session::SessionGroup;
@@ -27,7 +20,7 @@ use std::sync::Arc;
 pub struct LlbOp {
     pub(crate) vertex: Arc<Vertex>,
     pub(crate) services: Arc<Services>,
-    work: Box<dyn VertexOp>,
+    pub(crate) work: Box<dyn VertexOp>,
 }
 
 pub(crate) type Context = OpContext<JobData>;
@@ -69,20 +62,6 @@ pub(crate) trait VertexOp: Send + Sync {
 }
 
 impl LlbOp {
-    /// The work of `vertex`.
-    pub fn new(vertex: Arc<Vertex>, services: Arc<Services>) -> Self {
-        let work: Box<dyn VertexOp> = match &vertex.op {
-            Op::Source(op) => Box::new(SourceVertex::new(op, &vertex.platform)),
-            Op::Exec(op) => Box::new(ExecVertex::new(op.clone())),
-            Op::File(op) => Box::new(FileVertex(op.clone())),
-            Op::Merge(op) => Box::new(MergeVertex(op.clone())),
-            Op::Diff(op) => Box::new(DiffVertex(op.clone())),
-            Op::Passthrough(op) => Box::new(PassthroughVertex(op.clone())),
-            Op::Build(op) => Box::new(BuildVertex(op.clone())),
-        };
-        Self { vertex, services, work }
-    }
-
     /// The clients of all builds that want this vertex.
     pub(crate) fn sessions(cx: &Context) -> Result<SessionGroup> {
         let jobs = (cx.jobs)();

@@ -10,7 +10,12 @@ use shipway_llb::PassthroughOp;
 use shipway_refs::ImmutableRef;
 use shipway_solver::CacheMap;
 
-pub(crate) struct PassthroughVertex(pub(crate) PassthroughOp);
+struct PassthroughVertex(PassthroughOp);
+
+/// The work of `op`.
+pub(crate) fn work(op: &PassthroughOp) -> Box<dyn VertexOp> {
+    Box::new(PassthroughVertex(op.clone()))
+}
 
 #[async_trait]
 impl VertexOp for PassthroughVertex {

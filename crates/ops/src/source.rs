@@ -4,29 +4,29 @@ use crate::op::{Context, LlbOp, VertexOp};
 use async_trait::async_trait;
 use shipway_attest::Capture;
 use shipway_fault::Result;
-use shipway_llb::SourceOp;
-use shipway_oci::Platform;
+use shipway_llb::{SourceOp, Vertex};
 use shipway_refs::ImmutableRef;
 use shipway_solver::CacheMap;
 use shipway_sources::{PinnedSource, SourceContext, SourceSpec};
 use tokio::sync::OnceCell;
 
-pub(crate) struct SourceVertex {
+struct SourceVertex {
     spec: SourceSpec,
     /// What it was pinned to when its key was asked for.
     pin: OnceCell<PinnedSource>,
 }
 
-impl SourceVertex {
-    pub(crate) fn new(source: &SourceOp, platform: &Platform) -> Self {
-        let spec = SourceSpec {
-            identifier: source.identifier.clone(),
-            attrs: source.attrs.clone(),
-            platform: platform.clone(),
-        };
-        Self { spec, pin: OnceCell::new() }
-    }
+/// The work of `op`, the operation of `vertex`.
+pub(crate) fn work(op: &SourceOp, vertex: &Vertex) -> Box<dyn VertexOp> {
+    let spec = SourceSpec {
+        identifier: op.identifier.clone(),
+        attrs: op.attrs.clone(),
+        platform: vertex.platform.clone(),
+    };
+    Box::new(SourceVertex { spec, pin: OnceCell::new() })
+}
 
+impl SourceVertex {
     async fn pin(&self, of: &LlbOp, cx: &SourceContext) -> Result<&PinnedSource> {
         self.pin.get_or_try_init(|| of.services.sources.pin(&self.spec, cx)).await
     }
