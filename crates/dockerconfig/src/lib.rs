@@ -134,7 +134,10 @@ impl DockerConfig {
     fn login(&self, host: &str) -> Option<&Login> {
         let key = if HUB_HOSTS.contains(&host) { HUB_KEY } else { host };
         self.auths.get(key).or_else(|| {
-            self.auths.iter().find(|(k, _)| bare(k) == bare(key)).map(|(_, login)| login)
+            self.auths
+                .iter()
+                .find(|(k, _)| host_of_key(k) == host_of_key(key))
+                .map(|(_, login)| login)
         })
     }
 
@@ -180,8 +183,8 @@ impl DockerConfig {
     }
 }
 
-/// The host in a key, which may be a URL.
-fn bare(key: &str) -> &str {
+/// The host in a key of the configuration, which may be a URL; with its port if it has one.
+pub fn host_of_key(key: &str) -> &str {
     let key = key.trim_start_matches("https://").trim_start_matches("http://");
     key.split('/').next().unwrap_or_default()
 }
@@ -195,17 +198,23 @@ fn plain(login: &Login) -> Result<Option<Found>> {
             (!login.password.is_empty()).then(|| (login.username.clone(), login.password.clone()))
         );
     }
+    decode_auth(&login.auth).map(Some)
+}
+
+/// Reads the field `auth` of a login: name and password, as in HTTP's basic authentication. What
+/// Kubernetes passes on with a pull has it, too.
+pub fn decode_auth(auth: &str) -> Result<Found> {
     let broken = || {
         Fault::invalid("Docker's configuration has a login that cannot be read")
             .hint("log in again")
     };
     let text = BASE64
-        .decode(login.auth.trim())
+        .decode(auth.trim())
         .ok()
         .and_then(|data| String::from_utf8(data).ok())
         .ok_or_else(broken)?;
     let (name, password) = text.split_once(':').ok_or_else(broken)?;
-    Ok(Some((name.to_owned(), password.trim_matches('\0').to_owned())))
+    Ok((name.to_owned(), password.trim_matches('\0').to_owned()))
 }
 
 /// Asks the program `docker-credential-<helper>`.

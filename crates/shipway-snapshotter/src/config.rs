@@ -19,6 +19,8 @@ pub struct Config {
     pub address: PathBuf,
     /// Socket of `status`.
     pub status_address: PathBuf,
+    /// Socket by which root's programs give credentials.
+    pub control_address: PathBuf,
     /// Whose snapshots a namespace may get when it asks for a chain ID.
     pub sharing: Sharing,
     /// Options of every overlay mount besides those that it needs.
@@ -31,6 +33,8 @@ pub struct Config {
     pub lazy: Lazy,
     /// Registries.
     pub registry: Registries,
+    /// Pulls of Kubernetes.
+    pub cri: Cri,
     /// Logging.
     pub log: Log,
 }
@@ -110,18 +114,39 @@ impl Default for Registries {
     }
 }
 
+/// Pulls of Kubernetes.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cri {
+    /// Socket that kubelet may have as the endpoint of its image service.
+    pub address: PathBuf,
+    /// containerd's socket, to which everything is passed on.
+    pub containerd: PathBuf,
+}
+
+impl Default for Cri {
+    fn default() -> Self {
+        Self {
+            address: "/run/shipway-snapshotter/cri.sock".into(),
+            containerd: "/run/containerd/containerd.sock".into(),
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
             root: "/var/lib/containerd/io.containerd.snapshotter.v1.shipway".into(),
             address: "/run/shipway-snapshotter/snapshotter.sock".into(),
             status_address: "/run/shipway-snapshotter/status.sock".into(),
+            control_address: "/run/shipway-snapshotter/control.sock".into(),
             sharing: Sharing::default(),
             mount_options: Vec::new(),
             xino: Xino::default(),
             remap_ids: false,
             lazy: Lazy::default(),
             registry: Registries::default(),
+            cri: Cri::default(),
             log: Log::default(),
         }
     }
@@ -152,10 +177,13 @@ impl Config {
             ("root", &config.root),
             ("address", &config.address),
             ("status_address", &config.status_address),
+            ("control_address", &config.control_address),
             ("lazy.run", &config.lazy.run),
             ("lazy.keeper_address", &config.lazy.keeper_address),
             ("registry.config_path", &config.registry.config_path),
             ("registry.docker_config", &config.registry.docker_config),
+            ("cri.address", &config.cri.address),
+            ("cri.containerd", &config.cri.containerd),
         ] {
             if !path.is_absolute() {
                 return Err(Fault::invalid(format!(
@@ -244,6 +272,8 @@ mod tests {
             keys,
             [
                 "address",
+                "control_address",
+                "cri",
                 "lazy",
                 "log",
                 "mount_options",
@@ -256,7 +286,8 @@ mod tests {
             ]
         );
         let keys = |table: &str| shown[table].as_table().unwrap().len();
-        assert_eq!((keys("lazy"), keys("registry"), keys("log")), (12, 2, 2));
+        assert_eq!((keys("lazy"), keys("registry")), (12, 2));
+        assert_eq!((keys("cri"), keys("log")), (2, 2));
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //!   `containerd-snapshots`.
 //! - [`serve`]: sockets, ready and stop.
 //! - [`lazy`]: layers that are not unpacked, and the keeper that serves them.
+//! - [`keyring`]: credentials that were given for repositories: by builders ([`control`]), and by
+//!   kubelet with its pulls, which [`cri`] passes on to containerd.
 //! - [`status`]: what it tells about itself.
 //! - [`setup`]: what containerd's configuration needs to find it; [`doctor`]: what is missing.
 //! - [`config`]: its own file.
@@ -13,10 +15,14 @@
 //! for. Its release 0.3 brings tonic 0.9 and what that stands on beside the tonic of the rest; none
 //! of it is seen outside of [`rpc`]. It does not pass on the parent of Commit, which only unpackers
 //! need that put layers together in any order (`rebase`, which is not advertised). `toml_edit`
-//! changes containerd's configuration without touching other people's lines.
+//! changes containerd's configuration without touching other people's lines. `zeroize` wipes
+//! credentials, as it does for rustls.
 
 mod config;
+mod control;
+mod cri;
 mod doctor;
+mod keyring;
 mod lazy;
 mod rpc;
 mod serve;

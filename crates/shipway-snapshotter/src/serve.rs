@@ -2,6 +2,8 @@
 
 use crate::{
     config::Config,
+    control, cri,
+    keyring::Keyring,
     lazy::{Lazy, LazyPort},
     rpc, status,
 };
@@ -40,6 +42,14 @@ pub async fn run(config: &Config) -> Result<()> {
         None => bind(&config.address)?,
     };
     let told = bind(&config.status_address)?;
+    let given = bind(&config.control_address)?;
+    // Reads that wait since before this process began may need credentials.
+    let keyring = Arc::<Keyring>::default();
+    let giving =
+        shipway_task::spawn("take credentials", control::serve(accept(given), keyring.clone()));
+    let pulls = bind(&config.cri.address)?;
+    let proxy = cri::Proxy::new(config.cri.containerd.clone(), keyring.clone());
+    let passing = shipway_task::spawn("pass CRI on", proxy.serve(accept(pulls)));
     let options = Options {
         sharing: config.sharing,
         mount_options: config.mount_options.clone(),
@@ -47,7 +57,7 @@ pub async fn run(config: &Config) -> Result<()> {
         remap_ids: config.remap_ids,
         ..Options::default()
     };
-    let (lazy, store) = open(config, options).await?;
+    let (lazy, store) = open(config, options, keyring.clone()).await?;
     let worker = store.clone();
     std::thread::Builder::new()
         .name("later".into())
@@ -55,7 +65,7 @@ pub async fn run(config: &Config) -> Result<()> {
         .map_err(|e| Fault::io("start a thread", e))?;
     let telling = shipway_task::spawn(
         "answer for status",
-        status::serve(accept(told), store.clone(), lazy.clone(), config.clone()),
+        status::serve(accept(told), store.clone(), lazy.clone(), keyring, config.clone()),
     );
     tracing::info!(root = %config.root.display(), address = %config.address.display(), "serving snapshots");
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -83,6 +93,8 @@ pub async fn run(config: &Config) -> Result<()> {
         }
     };
     telling.abort();
+    giving.abort();
+    passing.abort();
     store.close();
     if let Some(lazy) = lazy {
         lazy.close();
@@ -91,10 +103,15 @@ pub async fn run(config: &Config) -> Result<()> {
 }
 
 /// Opens the store, with lazy layers if they are wanted.
-async fn open(config: &Config, options: Options) -> Result<(Option<Arc<Lazy>>, Arc<Store>)> {
+async fn open(
+    config: &Config,
+    options: Options,
+    keyring: Arc<Keyring>,
+) -> Result<(Option<Arc<Lazy>>, Arc<Store>)> {
     let (config, runtime) = (config.clone(), tokio::runtime::Handle::current());
     let work = move || {
-        let lazy = config.lazy.enabled.then(|| Lazy::start(&config, runtime)).transpose()?;
+        let lazy =
+            config.lazy.enabled.then(|| Lazy::start(&config, keyring, runtime)).transpose()?;
         let layers: Arc<dyn LazyLayers> = match &lazy {
             Some(lazy) => Arc::new(LazyPort(lazy.clone())),
             None => Arc::new(NoLazyLayers),

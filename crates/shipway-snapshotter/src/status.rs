@@ -2,6 +2,7 @@
 
 use crate::{
     config::Config,
+    keyring::{Keyring, Known},
     lazy::{Lazy, Report},
 };
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,9 @@ pub struct Status {
     /// Lazy layers, if there may be any.
     #[serde(default)]
     pub lazy: Option<Report>,
+    /// Repositories that credentials were given for.
+    #[serde(default)]
+    pub credentials: Vec<Known>,
 }
 
 /// Numbers of names.
@@ -57,7 +61,7 @@ pub struct Disk {
 }
 
 impl Status {
-    fn of(store: &Store, lazy: Option<&Lazy>, config: &Config) -> Self {
+    fn of(store: &Store, lazy: Option<&Lazy>, keyring: &Keyring, config: &Config) -> Self {
         let Totals { active, views, committed, places, usage, uncounted, .. } = store.totals();
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -69,6 +73,7 @@ impl Status {
             snapshots: Snapshots { active, views, committed },
             disk: Disk { directories: places, bytes: usage.bytes, inodes: usage.inodes, uncounted },
             lazy: lazy.map(Lazy::report),
+            credentials: keyring.known(),
         }
     }
 }
@@ -78,11 +83,14 @@ pub async fn serve(
     connections: impl Stream<Item = UnixStream>,
     store: Arc<Store>,
     lazy: Option<Arc<Lazy>>,
+    keyring: Arc<Keyring>,
     config: Config,
 ) {
     let mut connections = std::pin::pin!(connections);
     while let Some(mut connection) = connections.next().await {
-        let Ok(mut text) = serde_json::to_vec(&Status::of(&store, lazy.as_deref(), &config)) else {
+        let Ok(mut text) =
+            serde_json::to_vec(&Status::of(&store, lazy.as_deref(), &keyring, &config))
+        else {
             continue;
         };
         text.push(b'\n');
@@ -114,7 +122,7 @@ pub fn show(config: &Config, json: bool) -> Result<()> {
         println!("{text}");
         return Ok(());
     }
-    let Status { version, root, sharing, snapshots, disk, lazy } = status;
+    let Status { version, root, sharing, snapshots, disk, lazy, credentials } = status;
     println!("version    {version}");
     println!("root       {}", root.display());
     println!("sharing    {sharing}");
@@ -133,6 +141,9 @@ pub fn show(config: &Config, json: bool) -> Result<()> {
     );
     if let Some(lazy) = lazy {
         show_lazy(&lazy);
+    }
+    for Known { repository, giver } in &credentials {
+        println!("credentials for {repository}, given by {giver}");
     }
     Ok(())
 }

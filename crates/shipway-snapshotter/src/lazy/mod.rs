@@ -24,7 +24,8 @@ mod spans;
 
 pub use report::Report;
 
-use crate::config::Config;
+use crate::{config::Config, keyring::Keyring};
+use credentials::AllCredentials;
 use labels::Wanted;
 use learning::Learning;
 use link::{Link, Registered, Starter};
@@ -118,7 +119,7 @@ fn private_directory(path: &Path) -> Result<()> {
 impl Lazy {
     /// Puts everything together and finds out how the kernel reads layers. Blocks; must be called
     /// within `runtime`.
-    pub fn start(config: &Config, runtime: Handle) -> Result<Arc<Self>> {
+    pub fn start(config: &Config, keyring: Arc<Keyring>, runtime: Handle) -> Result<Arc<Self>> {
         let run = &config.lazy.run;
         private_directory(&run.join("maps"))?;
         private_directory(&config.root.join("l"))?;
@@ -147,6 +148,7 @@ impl Lazy {
             index: Duration::from_secs(config.lazy.resolve_timeout),
             ..Settings::default()
         };
+        let credentials = AllCredentials::new(keyring, config.registry.docker_config.clone());
         let (fetcher, mut events) = Fetcher::new(settings.clone());
         let (wanted_whole, wholes) = unbounded_channel();
         let lazy = Arc::new(Self {
@@ -156,7 +158,7 @@ impl Lazy {
             store: Arc::new(store),
             link,
             fetcher,
-            resolver: Resolver::new(config, settings),
+            resolver: Resolver::new(config, settings, credentials),
             neighbors: Arc::default(),
             learning: Learning::open(&config.root.join("profiles"))?,
             runtime,

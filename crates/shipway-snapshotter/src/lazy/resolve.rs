@@ -1,7 +1,7 @@
 //! From the labels of a Prepare to a layer that is served. All layers of an image are looked for as
 //! soon as its first one is asked for, and each once however many ask.
 
-use super::{Lazy, credentials::MachineCredentials, labels::Wanted};
+use super::{Lazy, credentials::AllCredentials, labels::Wanted};
 use crate::config::Config;
 use parking_lot::{Mutex, MutexGuard};
 use shipway_estargz::{Annotated, PODMAN_CHECKSUM, TOC_DIGEST, Toc, TocDigest};
@@ -26,7 +26,7 @@ type Shared<T> = Arc<OnceCell<T>>;
 /// Finds layers.
 pub struct Resolver {
     registry: Registry,
-    credentials: MachineCredentials,
+    credentials: AllCredentials,
     settings: Settings,
     manifests: Mutex<Vec<(Digest, Shared<Vec<Descriptor>>)>>,
     making: Mutex<HashMap<LayerKey, Shared<Arc<Layer>>>>,
@@ -69,7 +69,7 @@ fn key_of(layer: Digest, annotated: &Annotated) -> LayerKey {
 }
 
 impl Resolver {
-    pub fn new(config: &Config, settings: Settings) -> Self {
+    pub fn new(config: &Config, settings: Settings, credentials: AllCredentials) -> Self {
         let registry = Registry::new(RegistryConfig {
             config_path: Some(config.registry.config_path.clone()),
             user_agent: concat!("shipway-snapshotter/", env!("CARGO_PKG_VERSION")).into(),
@@ -77,7 +77,7 @@ impl Resolver {
         });
         Self {
             registry,
-            credentials: MachineCredentials::new(config.registry.docker_config.clone()),
+            credentials,
             settings,
             manifests: Mutex::default(),
             making: Mutex::default(),
