@@ -118,6 +118,11 @@ pub struct Good {
 }
 
 impl Good {
+    /// Blocks, in order, of a layer that takes none away: one in memory, as tests have.
+    pub fn unheld(ranges: Vec<Range<u64>>) -> Self {
+        Self { ranges, _hold: None }
+    }
+
     /// The blocks, in order.
     pub fn ranges(&self) -> &[Range<u64>] {
         &self.ranges

@@ -60,9 +60,31 @@ struct Candidate {
 
 /// Pieces of layers to give up, the one that was used longest ago first. See [`Room`].
 pub struct Evictions<'a> {
-    store: &'a LayerStore,
-    bytes: u64,
+    sum: Sum<'a>,
+    /// The layer that the last one was of, and what it took before.
+    given: Option<(Arc<Layer>, u64)>,
     candidates: std::vec::IntoIter<Candidate>,
+}
+
+/// What all layers take, counted once and kept up with what is given up of them: there can be many
+/// layers, and many pieces. What comes meanwhile is seen by the next pass.
+struct Sum<'a> {
+    store: &'a LayerStore,
+    /// Bytes that are to be stored.
+    bytes: u64,
+    total: u64,
+}
+
+impl Sum<'_> {
+    /// What is to be given up still.
+    fn short(&self) -> Result<u64> {
+        self.store.short_with(self.total, self.bytes)
+    }
+
+    /// A layer took `before` bytes, and takes `now`.
+    fn change(&mut self, before: u64, now: u64) {
+        self.total = self.total.saturating_sub(before).saturating_add(now);
+    }
 }
 
 impl LayerStore {
@@ -73,10 +95,14 @@ impl LayerStore {
 
     /// Bytes that have to be given up before `bytes` more can be stored.
     pub fn short_of(&self, bytes: u64) -> Result<u64> {
-        let over = match self.options.max_bytes {
-            Some(most) => self.total()?.saturating_add(bytes).saturating_sub(most),
-            None => 0,
-        };
+        let total = if self.options.max_bytes.is_some() { self.total()? } else { 0 };
+        self.short_with(total, bytes)
+    }
+
+    /// The same if all layers take `total`.
+    fn short_with(&self, total: u64, bytes: u64) -> Result<u64> {
+        let most = self.options.max_bytes.unwrap_or(u64::MAX);
+        let over = total.saturating_add(bytes).saturating_sub(most);
         let found = statvfs(self.directory()).map_err(Error::at("stat", self.directory()))?;
         let free = found.f_bavail.saturating_mul(found.f_frsize);
         Ok(over.max(self.options.min_free.saturating_add(bytes).saturating_sub(free)))
@@ -90,9 +116,9 @@ impl LayerStore {
     /// find the layer, so it must not call the store.
     pub fn make_room(&self, bytes: u64, in_use: &dyn Fn(LayerNumber) -> Use) -> Result<Room<'_>> {
         let mut removed = Vec::new();
-        let mut evictions = Evictions { store: self, bytes, candidates: Vec::new().into_iter() };
-        if self.short_of(bytes)? == 0 {
-            return Ok(Room { removed, evictions });
+        let mut sum = Sum { store: self, bytes, total: self.total()? };
+        if sum.short()? == 0 {
+            return Ok(Room { removed, evictions: Evictions::of(sum, Vec::new()) });
         }
         // Those that wait there may be enough.
         self.empty_trash()?;
@@ -100,29 +126,29 @@ impl LayerStore {
             .layers()
             .iter()
             .filter(|layer| in_use(layer.number()) == Use::Nothing)
-            .map(|layer| (layer.last_used(), layer.number()))
-            .collect();
+            .map(|layer| Ok((layer.last_used(), layer.number(), layer.usage()?.total())))
+            .collect::<Result<_>>()?;
         unused.sort_unstable();
-        for (_, number) in unused {
-            if self.short_of(bytes)? == 0 {
+        for (_, number, took) in unused {
+            if sum.short()? == 0 {
                 break;
             }
             if self.remove_unused(number, || in_use(number) == Use::Nothing)? {
                 removed.push(number);
                 self.empty_trash()?;
+                sum.change(took, 0);
             }
         }
-        if self.short_of(bytes)? > 0 {
-            let mut candidates = Vec::new();
+        let mut candidates = Vec::new();
+        if sum.short()? > 0 {
             for layer in self.layers() {
                 if in_use(layer.number()) == Use::Served {
                     layer.candidates(&mut candidates)?;
                 }
             }
             candidates.sort_by_key(|candidate| candidate.used);
-            evictions.candidates = candidates.into_iter();
         }
-        Ok(Room { removed, evictions })
+        Ok(Room { removed, evictions: Evictions::of(sum, candidates) })
     }
 
     /// Takes the data of an eviction off the disk, except what was fetched again. Whoever serves
@@ -135,23 +161,33 @@ impl LayerStore {
     }
 }
 
+impl<'a> Evictions<'a> {
+    fn of(sum: Sum<'a>, candidates: Vec<Candidate>) -> Self {
+        Self { sum, given: None, candidates: candidates.into_iter() }
+    }
+
+    fn find(&mut self) -> Result<Option<Eviction>> {
+        // Its hole was made meanwhile, or was not.
+        if let Some((layer, before)) = self.given.take() {
+            self.sum.change(before, layer.usage()?.total());
+        }
+        while self.sum.short()? > 0 {
+            let Some(Candidate { layer, segment, .. }) = self.candidates.next() else { break };
+            let before = layer.usage()?.total();
+            if let Some((chunks, blocks)) = layer.evict(segment)? {
+                self.given = Some((layer.clone(), before));
+                return Ok(Some(Eviction { layer, blocks, chunks }));
+            }
+        }
+        Ok(None)
+    }
+}
+
 impl Iterator for Evictions<'_> {
     type Item = Result<Eviction>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            match self.store.short_of(self.bytes) {
-                Ok(0) => return None,
-                Ok(_) => {}
-                Err(error) => return Some(Err(error)),
-            }
-            let Candidate { layer, segment, .. } = self.candidates.next()?;
-            match layer.evict(segment) {
-                Ok(None) => {}
-                Ok(Some((chunks, blocks))) => return Some(Ok(Eviction { layer, blocks, chunks })),
-                Err(error) => return Some(Err(error)),
-            }
-        }
+        self.find().transpose()
     }
 }
 

@@ -4,7 +4,7 @@
 
 use crate::{
     Event, Hope, Whole,
-    fetcher::{MIN_PAUSE, Shared},
+    fetcher::Shared,
     layer::Layer,
     queue::{Order, Queue},
     read::environment,
@@ -85,10 +85,7 @@ pub(crate) async fn fetch(shared: Arc<Shared>, layer: Arc<Layer>, order: Order) 
             send(parts, Part::Failed(error.fault), &mut s.queue);
             return s.queue.consumed(rest.end - rest.start);
         }
-        let pause = match error.hope {
-            Hope::After(pause) => pause.max(MIN_PAUSE),
-            _ => s.backoff.pause(tried.tries),
-        };
+        let pause = error.hope.pause(s.backoff.pause(tried.tries));
         layer.failed(source, now, error.hope, pause);
         let until = if tried.tries < sources { now } else { now + pause };
         s.queue.stream_again(layer.number, rest, until, tried);

@@ -2,11 +2,11 @@
 //! is the queue's business; this is the I/O around it.
 
 use crate::{
-    Good, Hope, LayerSpec, LayerStats, Opened, Report, Settings, Source, SourceError, Wanted,
-    Whole, WriteError,
+    Hope, LayerSpec, LayerStats, Opened, Report, Settings, Source, SourceError, Wanted, Whole,
+    WriteError,
     assemble::Assembler,
     background::{self, Parts},
-    layer::{Layer, locked},
+    layer::{Layer, Pauses, locked},
     misses::{Miss, Misses},
     queue::{Class, FrameKey, Limits, LineNo, Order, Queue},
     read::{self, Reading, environment},
@@ -16,7 +16,7 @@ use crate::{
 use parking_lot::Mutex;
 use shipway_estargz::DATA_BLOCK;
 use shipway_fault::{Code, Fault};
-use shipway_layerstore::Frame;
+use shipway_layerstore::{Frame, Good};
 use std::{
     collections::{BTreeSet, HashMap},
     ops::Range,
@@ -37,8 +37,6 @@ const FED: usize = 64;
 const LOOKS: u32 = 4;
 /// Pieces of a profile that are looked at together.
 const FEED: usize = 32;
-/// Shortest pause before a source is asked again that wants to be left alone.
-pub(crate) const MIN_PAUSE: Duration = Duration::from_millis(100);
 /// Tries for what nobody waits for.
 const QUIET_TRIES: u32 = 3;
 /// A second request is sent when the first has been silent for so many times the usual.
@@ -96,6 +94,7 @@ pub(crate) struct Shared {
     wake: Arc<Notify>,
     checks: Semaphore,
     hedges: Semaphore,
+    pauses: Arc<Pauses>,
 }
 
 pub(crate) struct State {
@@ -147,6 +146,7 @@ impl Fetcher {
             wake: Arc::default(),
             checks: Semaphore::new(CHECKS),
             hedges: Semaphore::new(MAX_HEDGES),
+            pauses: Arc::default(),
         });
         shipway_task::spawn("time fetches", timer(Arc::downgrade(&shared), shared.wake.clone()));
         (Self(shared), receiver)
@@ -155,7 +155,7 @@ impl Fetcher {
     /// Takes a layer in.
     pub fn add(&self, spec: LayerSpec) {
         let host = spec.sources.first().map(|s| s.host().to_owned()).unwrap_or_default();
-        let layer = Arc::new(Layer::new(spec));
+        let layer = Arc::new(Layer::new(spec, self.0.pauses.clone()));
         let mut state = locked(&self.0.state);
         let State { queue, lines, .. } = &mut *state;
         let line = *lines.entry(host).or_insert_with(|| queue.line());
@@ -807,10 +807,7 @@ impl Shared {
                 s.forget(key);
                 return None;
             }
-            let pause = match hope {
-                Hope::After(pause) => pause.max(MIN_PAUSE),
-                _ => s.backoff.pause(tried.tries),
-            };
+            let pause = hope.pause(s.backoff.pause(tried.tries));
             if let Some(source) = source {
                 layer.failed(source, now, hope, pause);
             }

@@ -30,8 +30,7 @@ impl Finish {
         let (pieces, receiver) = sync_channel(PIECES);
         let blob = Blob { pieces: receiver, piece: Bytes::new(), is_over: false };
         let thread = std::thread::Builder::new().name("whole layer".to_owned());
-        let read =
-            move || layer.finish(&toc, blob, &mut |good| report(good.into())).map_err(Fault::from);
+        let read = move || layer.finish(&toc, blob, &mut |good| report(good)).map_err(Fault::from);
         Ok(Self { pieces, thread: Some(thread.spawn(read)?) })
     }
 

@@ -18,8 +18,8 @@ use tokio::{
 /// Bytes of the end of a blob that are asked for first: these, or a hundredth of the blob.
 const LEAST_END: u64 = 256 << 10;
 const MOST_END: u64 = 4 << 20;
-/// Layers of an image that are looked at at once.
-const AT_ONCE: usize = 16;
+/// Layers that are looked at at once.
+pub(crate) const AT_ONCE: usize = 16;
 /// Tables of contents that are parsed at once.
 static PARSERS: Semaphore = Semaphore::const_new(2);
 
@@ -108,8 +108,8 @@ pub async fn index(request: &IndexRequest, settings: &Settings) -> Result<Indexe
                     if refused >= 2 * request.sources.len() {
                         return Err(fault);
                     }
-                    if let (Hope::After(after), true) = (hope, round) {
-                        pause = after;
+                    if round {
+                        pause = hope.pause(pause);
                     }
                     fault
                 }

@@ -5,7 +5,12 @@ use crate::{
     readahead::{Deltas, Spans},
 };
 use parking_lot::{Mutex, MutexGuard};
-use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    ops::{Range, RangeInclusive},
+    sync::Arc,
+    time::Duration,
+};
 
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock()
@@ -14,6 +19,8 @@ pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// How long other sources are asked first after one failed; twice as long each time.
 const FIRST_PENALTY: Duration = Duration::from_secs(1);
 const LONGEST_PENALTY: Duration = Duration::from_secs(300);
+/// How long a host is left alone that wants to be: no shorter, and no longer, whatever it says.
+const PAUSE: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(600);
 
 /// A layer to fetch.
 pub struct LayerSpec {
@@ -33,6 +40,36 @@ pub(crate) struct Layer {
     pub stats: Arc<LayerStats>,
     pub ahead: Mutex<Ahead>,
     sources: Mutex<Vec<Known>>,
+    pauses: Arc<Pauses>,
+}
+
+/// Hosts that want to be left alone, and until when. One for all layers, for hosts count their
+/// clients' requests and not those for a layer.
+#[derive(Default)]
+pub(crate) struct Pauses(Mutex<HashMap<String, Duration>>);
+
+impl Hope {
+    /// How long to wait before what failed is asked for again, `otherwise` if nobody said.
+    pub(crate) fn pause(self, otherwise: Duration) -> Duration {
+        match self {
+            Self::After(pause) => pause.clamp(*PAUSE.start(), *PAUSE.end()),
+            Self::Soon | Self::Elsewhere => otherwise,
+        }
+    }
+}
+
+impl Pauses {
+    /// When a host may be asked again.
+    fn end(&self, host: &str) -> Duration {
+        self.0.lock().get(host).copied().unwrap_or_default()
+    }
+
+    fn pause(&self, host: &str, now: Duration, pause: Duration) {
+        let mut all = self.0.lock();
+        all.retain(|_, end| *end > now);
+        let end = all.entry(host.to_owned()).or_default();
+        *end = (*end).max(now + pause);
+    }
 }
 
 /// What is to be read ahead.
@@ -51,18 +88,16 @@ struct Known {
     failures: u32,
     /// Others are asked first before.
     until: Duration,
-    /// Not asked before, as it wishes.
-    closed: Duration,
 }
 
 impl Known {
     fn new(source: Arc<dyn Source>) -> Self {
-        Self { source, failures: 0, until: Duration::ZERO, closed: Duration::ZERO }
+        Self { source, failures: 0, until: Duration::ZERO }
     }
 }
 
 impl Layer {
-    pub(crate) fn new(spec: LayerSpec) -> Self {
+    pub(crate) fn new(spec: LayerSpec, pauses: Arc<Pauses>) -> Self {
         let LayerSpec { target, sources, spans } = spec;
         Self {
             number: target.number(),
@@ -72,6 +107,7 @@ impl Layer {
             stats: Arc::default(),
             ahead: Mutex::default(),
             sources: Mutex::new(sources.into_iter().map(Known::new).collect()),
+            pauses,
         }
     }
 
@@ -92,13 +128,14 @@ impl Layer {
         now: Duration,
     ) -> Result<(usize, Arc<dyn Source>), Option<Duration>> {
         let sources = locked(&self.sources);
-        let open = sources.iter().enumerate().filter(|(_, known)| known.closed <= now);
+        let end = |known: &Known| self.pauses.end(known.source.host());
+        let open = sources.iter().enumerate().filter(|(_, known)| end(known) <= now);
         let best = open.min_by_key(|(at, known)| {
             let failing = known.until > now;
             (failing, avoid == Some(*at), if failing { known.until } else { Duration::ZERO })
         });
         best.map(|(at, known)| (at, known.source.clone())).ok_or_else(|| {
-            let opens = sources.iter().map(|known| known.closed).min();
+            let opens = sources.iter().map(end).min();
             opens.map(|time| time.saturating_sub(now))
         })
     }
@@ -111,14 +148,14 @@ impl Layer {
     }
 
     /// A source failed: others are asked first for at least `pause`, and the longer the more often
-    /// it failed in a row. If it wants to be left alone, it is.
+    /// it failed in a row. If its host wants to be left alone, it is, for all layers.
     pub(crate) fn failed(&self, source: usize, now: Duration, hope: Hope, pause: Duration) {
         if let Some(known) = locked(&self.sources).get_mut(source) {
             let penalty = FIRST_PENALTY * 2u32.pow(known.failures.min(10));
             known.failures += 1;
             known.until = known.until.max(now + penalty.min(LONGEST_PENALTY).max(pause));
-            if let Hope::After(pause) = hope {
-                known.closed = known.closed.max(now + pause);
+            if matches!(hope, Hope::After(_)) {
+                self.pauses.pause(known.source.host(), now, pause);
             }
         }
     }

@@ -45,14 +45,14 @@ pub use finish::Finish;
 pub use index::{ExternalToc, IndexRequest, Indexed, index, index_all};
 pub use layer::LayerSpec;
 pub use port::{
-    Blob, Body, Credentials, Good, Hope, Opened, Report, Source, SourceError, Target, Wanted,
-    Whole, WriteError,
+    Blob, Body, Credentials, Hope, Opened, Report, Source, SourceError, Target, Wanted, Whole,
+    WriteError,
 };
 pub use profile::{ARTIFACT, Profile, Profiles};
 pub use queue::Class;
 pub use read::MAX_SKIP;
 pub use readahead::Spans;
-pub use remote::{MAX_SOURCES, external_toc, sources};
+pub use remote::{MAX_SOURCES, external_toc, sources, sources_of_all};
 pub use settings::Settings;
 pub use stats::{Counters, LayerStats};
 

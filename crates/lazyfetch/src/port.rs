@@ -3,10 +3,10 @@
 use async_trait::async_trait;
 use bytes::Bytes;
 use shipway_fault::Fault;
-use shipway_layerstore::{Frame, Layer};
+use shipway_layerstore::{Frame, Good, Layer};
 use shipway_oci::{Digest, ImageName};
 use shipway_registry::CredentialSource;
-use std::{any::Any, fmt, ops::Range, sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 /// A blob of a registry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -15,47 +15,6 @@ pub struct Blob {
     pub digest: Digest,
     /// Its length in bytes.
     pub size: u64,
-}
-
-/// Blocks of a layer's data that are good, in order.
-#[must_use = "whoever serves the blocks has to be told before this is dropped"]
-pub struct Good {
-    ranges: Vec<Range<u64>>,
-    _hold: Option<Box<dyn Any + Send>>,
-}
-
-impl Good {
-    /// Good blocks, which stay so as long as `hold` lives.
-    pub fn new(ranges: Vec<Range<u64>>, hold: Option<Box<dyn Any + Send>>) -> Self {
-        Self { ranges, _hold: hold }
-    }
-
-    /// The blocks.
-    pub fn ranges(&self) -> &[Range<u64>] {
-        &self.ranges
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.ranges.is_empty()
-    }
-
-    /// Whether all of `blocks` are among them.
-    pub fn has(&self, blocks: &Range<u64>) -> bool {
-        self.ranges.iter().any(|r| r.start <= blocks.start && blocks.end <= r.end)
-    }
-}
-
-impl From<shipway_layerstore::Good> for Good {
-    fn from(good: shipway_layerstore::Good) -> Self {
-        Self::new(good.ranges().to_vec(), Some(Box::new(good)))
-    }
-}
-
-impl fmt::Debug for Good {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.ranges.fmt(f)
-    }
 }
 
 /// Why a frame was not written.
@@ -110,7 +69,7 @@ impl Target for Layer {
     }
 
     fn verify(&self, blocks: Range<u64>) -> Result<Good, Fault> {
-        Ok(self.verify_blocks(blocks)?.into())
+        Ok(self.verify_blocks(blocks)?)
     }
 
     fn frames(&self, blocks: Range<u64>) -> Result<Vec<Frame>, Fault> {
@@ -132,11 +91,9 @@ impl Target for Layer {
         compressed: &[u8],
         good: &mut dyn FnMut(Good),
     ) -> Result<(), WriteError> {
-        self.write_frame(frame, compressed, |blocks| good(blocks.into())).map_err(|error| {
-            match error.is_wrong_bytes() {
-                true => WriteError::Wrong(error.into()),
-                false => WriteError::Failed(error.into()),
-            }
+        self.write_frame(frame, compressed, good).map_err(|error| match error.is_wrong_bytes() {
+            true => WriteError::Wrong(error.into()),
+            false => WriteError::Failed(error.into()),
         })
     }
 

@@ -1,8 +1,9 @@
 //! Repositories as sources.
 
-use crate::{Body, Credentials, Hope, Opened, Source, SourceError, Wanted};
+use crate::{Body, Credentials, Hope, Opened, Source, SourceError, Wanted, index::AT_ONCE};
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::{StreamExt, stream};
 use shipway_fault::Fault;
 use shipway_oci::{Digest, ImageName, Manifest};
 use shipway_registry::{BlobHost, BlobPart, BlobRange, Error, Kind, Mode, Registry};
@@ -48,6 +49,16 @@ pub async fn sources(
         Some(error) if sources.is_empty() => Err(error.into()),
         _ => Ok(sources),
     }
+}
+
+/// [`sources`] for the repositories of several layers, some at a time; in the same order.
+pub async fn sources_of_all(
+    registry: &Registry,
+    repositories: &[Vec<ImageName>],
+    credentials: &dyn Credentials,
+) -> Vec<Result<Vec<Arc<dyn Source>>, Fault>> {
+    let each = repositories.iter().map(|names| sources(registry, names, credentials));
+    stream::iter(each).buffered(AT_ONCE).collect().await
 }
 
 /// The table of contents of the layer `layer` from the image that stargz-snapshotter's converter

@@ -234,6 +234,47 @@ async fn a_registry_that_limits_its_clients_is_left_alone() {
     assert!(server.asked().iter().filter(|a| a.at < 20 * S).count() == 1);
 }
 
+/// It counts its clients' requests, whatever layer they are for; another registry is not it.
+#[tokio::test(start_paused = true)]
+async fn a_registry_that_limits_its_clients_is_left_alone_by_all_layers() {
+    let layers = [1, 2, 3].map(|number| Plan::files(number, [50_000; 4]).build());
+    let busy = |_: usize, asked: &Asked| {
+        if asked.at < 20 * S { Reply::Refuse(Hope::After(20 * S)) } else { Reply::Right }
+    };
+    let link = Link::new(WAY);
+    let first = Server::new("r.io", &layers[0].blob, &link, busy);
+    let second = Server::new("r.io", &layers[1].blob, &link, busy);
+    let other = Server::new("other.io", &layers[2].blob, &link, |_, _| Reply::Right);
+    let mut lab = Lab::new(&layers[0], &[&first], plain());
+    lab.fetcher.add(layers[1].spec(common::sources(&[&second])));
+    lab.fetcher.add(layers[2].spec(common::sources(&[&other])));
+    lab.fetcher.miss(1, layers[0].blocks_of_frame(0));
+    tokio::time::sleep(S).await;
+    lab.fetcher.miss(2, layers[1].blocks_of_frame(0));
+    lab.fetcher.background(2, common::Keep::made(&layers[1]).0);
+    lab.fetcher.miss(3, layers[2].blocks_of_frame(0));
+    tokio::time::sleep(S).await;
+    assert!(layers[2].is_good(layers[2].blocks_of_frame(0)));
+    assert_eq!((first.asked().len(), second.asked().len()), (1, 0));
+    lab.whole().await.unwrap();
+    assert!(second.asked().iter().all(|asked| asked.at >= 20 * S), "{:?}", second.asked());
+}
+
+/// Nobody is left alone for years because it said so once.
+#[tokio::test(start_paused = true)]
+async fn a_registry_is_asked_again_after_ten_minutes() {
+    let layer = layer();
+    let busy = |n: usize, _: &Asked| match n {
+        0 => Reply::Refuse(Hope::After(S * u32::MAX)),
+        _ => Reply::Right,
+    };
+    let server = Server::new("r.io", &layer.blob, &Link::new(WAY), busy);
+    let mut lab = Lab::new(&layer, &[&server], plain());
+    lab.read(layer.blocks_of_frame(0)).await.1.unwrap_err();
+    tokio::time::sleep(601 * S).await;
+    lab.read(layer.blocks_of_frame(1)).await.1.unwrap();
+}
+
 /// What was on the disk before the boot is checked and not fetched, whatever the registry does;
 /// what is wrong there is fetched.
 #[tokio::test(start_paused = true)]

@@ -12,6 +12,8 @@
 //! credentials, images on disk. Nothing that a registry sends is trusted: every answer is bounded
 //! in size and in time, and every manifest and blob is checked against its digest before it is
 //! handed on as whole.
+//!
+//! `httpdate` reads the dates of `Retry-After`.
 
 mod auth;
 mod blob;

@@ -11,7 +11,7 @@ use crate::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, header};
 use shipway_http::{Client, HttpError, Response, display_of, full_body, no_body};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 /// Longest error document that is read.
@@ -311,10 +311,15 @@ async fn server_message(response: Response) -> String {
     message_in(&response.body.collect(MAX_ERROR_BODY).await.unwrap_or_default())
 }
 
-/// When a server wants to be asked again, if it says so in seconds.
+/// When a server wants to be asked again, if it says so: in how many seconds, or at what date (RFC
+/// 9110 10.2.3). A date that has passed is now.
 pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
-    text.parse::<u32>().ok().map(|s| Duration::from_secs(s.into()))
+    if let Ok(seconds) = text.parse::<u32>() {
+        return Some(Duration::from_secs(seconds.into()));
+    }
+    let at = httpdate::parse_http_date(text).ok()?;
+    Some(at.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
 /// A short, printable form of an error document: the specification's `errors` list, a token
@@ -363,6 +368,31 @@ fn message_in_json(json: &serde_json::Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_server_says_in_seconds_or_by_date_when_to_come_back() {
+        let after = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_str(text).unwrap());
+            retry_after(&headers)
+        };
+        assert_eq!(after(" 120 "), Some(Duration::from_secs(120)));
+        let soon = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(600));
+        let soon = after(&soon).unwrap().as_secs();
+        assert!((590..=600).contains(&soon), "{soon}");
+        // All three forms that a date may have.
+        for past in [
+            "Sun, 06 Nov 1994 08:49:37 GMT",
+            "Sunday, 06-Nov-94 08:49:37 GMT",
+            "Sun Nov  6 08:49:37 1994",
+        ] {
+            assert_eq!(after(past), Some(Duration::ZERO), "{past}");
+        }
+        for nonsense in ["", "soon", "-1", "1.5", "99999999999", "Sun, 06 Nov 1994"] {
+            assert_eq!(after(nonsense), None, "{nonsense}");
+        }
+        assert_eq!(retry_after(&HeaderMap::new()), None);
+    }
 
     #[test]
     fn server_words_are_short_and_printable() {

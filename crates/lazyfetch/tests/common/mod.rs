@@ -7,10 +7,10 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use shipway_estargz::Record;
 use shipway_fault::{Code, Fault};
-use shipway_layerstore::{Chunk, ChunkId, Frame};
+use shipway_layerstore::{Chunk, ChunkId, Frame, Good};
 use shipway_lazyfetch::{
-    Blob, Body, Event, Fetcher, Good, Hope, LayerSpec, Opened, Report, Settings, Source,
-    SourceError, Target, Wanted, Whole, WriteError,
+    Blob, Body, Event, Fetcher, Hope, LayerSpec, Opened, Report, Settings, Source, SourceError,
+    Target, Wanted, Whole, WriteError,
 };
 use shipway_oci::{Digest, Hasher};
 use std::{
@@ -191,7 +191,7 @@ impl Layer {
                 }
             }
         }
-        Good::new(good, None)
+        Good::unheld(good)
     }
 
     fn runs(&self, blocks: Range<u64>, good: bool) -> Vec<Range<u64>> {
@@ -235,7 +235,7 @@ impl Target for Layer {
                 }
             }
         }
-        Ok(Good::new(self.runs(blocks, true), None))
+        Ok(Good::unheld(self.runs(blocks, true)))
     }
 
     fn frames(&self, blocks: Range<u64>) -> Result<Vec<Frame>, Fault> {

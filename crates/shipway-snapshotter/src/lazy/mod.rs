@@ -502,13 +502,17 @@ impl LazyLayers for LazyPort {
                 tracing::error!(%fault, "failed to see what is mounted");
                 Vec::new()
             });
+        let mut known = Vec::new();
         for id in layers {
-            let Ok(layer) = lazy.known(*id) else {
-                restored.lost.insert(*id);
-                continue;
-            };
+            match lazy.known(*id) {
+                Ok(layer) => known.push(layer),
+                Err(_) => drop(restored.lost.insert(*id)),
+            }
+        }
+        let sources = lazy.resolver.sources_of(&lazy.runtime, &known);
+        for (layer, sources) in known.into_iter().zip(sources) {
+            let id = LayerId(layer.number().0.into());
             lazy.hold(&layer);
-            let sources = lazy.resolver.sources_of(&lazy.runtime, &layer);
             if let Err(fault) = lazy.serve(&layer, sources) {
                 tracing::error!(layer = id.0, %fault, "failed to serve a layer");
             }
@@ -523,7 +527,7 @@ impl LazyLayers for LazyPort {
                         entry.mounted = Some(sources[n].clone());
                         entry.whole = good.filter(|_| n == 1);
                     }
-                    restored.mounted.insert(*id);
+                    restored.mounted.insert(id);
                 }
                 Ok(None) => {}
                 Err(fault) => tracing::error!(layer = number, %fault, "failed to adopt a mount"),
@@ -576,8 +580,9 @@ impl LazyLayers for LazyPort {
             Some((source, good)) => (source, Some(good)),
             None => {
                 if lazy.link.layer(number).is_none() {
-                    let sources = lazy.resolver.sources_of(&lazy.runtime, &layer);
-                    lazy.serve(&layer, sources)?;
+                    let layers = std::slice::from_ref(&layer);
+                    let sources = lazy.resolver.sources_of(&lazy.runtime, layers).pop();
+                    lazy.serve(&layer, sources.unwrap_or_default())?;
                 }
                 lazy.link.wait()?;
                 (lazy.served(&layer)?, None)

@@ -7,7 +7,7 @@ use parking_lot::{Mutex, MutexGuard};
 use shipway_estargz::{Annotated, PODMAN_CHECKSUM, TOC_DIGEST, Toc, TocDigest};
 use shipway_fault::{Class, Code, Fault, Result};
 use shipway_layerstore::{Description, Layer, LayerKey};
-use shipway_lazyfetch::{IndexRequest, Indexed, Settings, Source, index, sources};
+use shipway_lazyfetch::{IndexRequest, Indexed, Settings, Source, index, sources, sources_of_all};
 use shipway_oci::{Descriptor, Digest, ImageName, Manifest};
 use shipway_registry::{Mode, Registry, RegistryConfig};
 use std::{
@@ -226,19 +226,24 @@ impl Resolver {
     }
 
     async fn sources(&self, layer: &Layer) -> Result<Vec<Arc<dyn Source>>> {
-        let names = layer.repositories();
-        let names: Vec<ImageName> = names.iter().rev().filter_map(|n| n.parse().ok()).collect();
-        sources(&self.registry, &names, &self.credentials).await
+        sources(&self.registry, &repositories(layer), &self.credentials).await
     }
 
-    /// Where a layer may be fetched from, as far as it is remembered.
-    pub fn sources_of(&self, runtime: &Handle, layer: &Layer) -> Vec<Arc<dyn Source>> {
-        match runtime.block_on(self.sources(layer)) {
-            Ok(sources) => sources,
-            Err(fault) => {
+    /// Where layers may be fetched from, as far as it is remembered; in the same order.
+    pub fn sources_of(&self, runtime: &Handle, layers: &[Arc<Layer>]) -> Vec<Vec<Arc<dyn Source>>> {
+        let names: Vec<_> = layers.iter().map(|layer| repositories(layer)).collect();
+        let found = runtime.block_on(sources_of_all(&self.registry, &names, &self.credentials));
+        let of_layer = |(layer, found): (&Arc<Layer>, Result<_>)| {
+            found.unwrap_or_else(|fault| {
                 tracing::warn!(layer = %layer.number(), %fault, "a layer has no source");
                 Vec::new()
-            }
-        }
+            })
+        };
+        layers.iter().zip(found).map(of_layer).collect()
     }
+}
+
+/// Where a layer was seen, the latest first.
+fn repositories(layer: &Layer) -> Vec<ImageName> {
+    layer.repositories().iter().rev().filter_map(|name| name.parse().ok()).collect()
 }
