@@ -1,13 +1,19 @@
 //! What is known of the way to a host: its round trip, its throughput, and how much to have asked
 //! for at a time.
 
-use std::time::Duration;
+use std::{collections::VecDeque, time::Duration};
 
 /// Believed until something was measured: a megabyte on its way fills a usual line.
 const FIRST_RTT: Duration = Duration::from_millis(40);
 const FIRST_RATE: f64 = 24e6;
 /// Throughput is measured over at least this long.
 const PERIOD: Duration = Duration::from_millis(50);
+/// The same once it has settled.
+const SETTLED_PERIOD: Duration = Duration::from_millis(400);
+/// It has settled after so many periods in a row in which it did not rise by as much as this: what
+/// is asked for more because of a rise comes two round trips later.
+const SETTLED: u32 = 3;
+const RISE: f64 = 1.1;
 /// Bounds of what is believed, so that no clock and no burst leads astray.
 const MIN_RTT: Duration = Duration::from_micros(200);
 const MAX_RTT: Duration = Duration::from_secs(2);
@@ -21,13 +27,20 @@ pub(crate) const BACKGROUND_DELAY: Duration = Duration::from_millis(50);
 /// The round trip is the time to the first byte of an answer; answers that queue behind others tell
 /// of the queue instead, so only what was asked on a quiet line makes the figure grow. Throughput
 /// is measured from the first byte after a pause on; it rises with every faster period, and falls
-/// only with those in which enough was asked for to fill the line.
+/// only with those in which enough was asked for to fill the line. When it does not rise any
+/// more, no period is believed alone: whoever reads late on a busy machine finds much at once, as if
+/// the line were faster.
 #[derive(Clone, Debug)]
 pub(crate) struct Measured {
     rtt: Option<Duration>,
     /// Usual time to the first byte, queueing included.
     usual: Option<Duration>,
     rate: Option<f64>,
+    /// Bytes and lengths of the last periods.
+    periods: VecDeque<(u64, Duration)>,
+    /// The fastest period, and how many have not been faster since.
+    best: f64,
+    flat: u32,
     /// When the first byte of the period came.
     since: Option<Duration>,
     bytes: u64,
@@ -36,7 +49,17 @@ pub(crate) struct Measured {
 
 impl Measured {
     pub(crate) fn new() -> Self {
-        Self { rtt: None, usual: None, rate: None, since: None, bytes: 0, least_in_flight: 0 }
+        Self {
+            rtt: None,
+            usual: None,
+            rate: None,
+            periods: VecDeque::new(),
+            best: 0.0,
+            flat: 0,
+            since: None,
+            bytes: 0,
+            least_in_flight: 0,
+        }
     }
 
     /// As if measured.
@@ -93,7 +116,12 @@ impl Measured {
         if period < PERIOD.max(self.rtt()) {
             return;
         }
-        let sample = self.bytes as f64 / period.as_secs_f64();
+        let sample = self.sample(period);
+        if sample < self.best * RISE {
+            self.flat += 1;
+        } else if !self.is_settled() {
+            (self.best, self.flat) = (sample, 0);
+        }
         self.rate = match self.rate {
             Some(rate) if sample > rate => Some(sample),
             Some(rate) if self.least_in_flight >= self.bdp() => Some(rate + (sample - rate) / 4.0),
@@ -103,6 +131,27 @@ impl Measured {
         };
         self.rate = self.rate.map(|rate| rate.clamp(MIN_RATE, MAX_RATE));
         self.begin(now, in_flight);
+    }
+
+    fn is_settled(&self) -> bool {
+        self.flat >= SETTLED
+    }
+
+    /// Throughput by the period that ends, and those before it.
+    fn sample(&mut self, period: Duration) -> f64 {
+        self.periods.push_front((self.bytes, period));
+        let (mut bytes, mut time, mut count) = (0, Duration::ZERO, 0);
+        let enough = if self.is_settled() { SETTLED_PERIOD } else { period };
+        for (some, long) in &self.periods {
+            if time >= enough {
+                break;
+            }
+            (bytes, time, count) = (bytes + some, time + *long, count + 1);
+        }
+        if time >= SETTLED_PERIOD {
+            self.periods.truncate(count);
+        }
+        bytes as f64 / time.as_secs_f64()
     }
 
     fn begin(&mut self, now: Duration, in_flight: u64) {
@@ -143,6 +192,18 @@ mod tests {
         line.first_byte(Duration::from_secs(90), 0);
         line.first_byte(Duration::ZERO, 0);
         assert_eq!(line.rtt(), MIN_RTT);
+    }
+
+    #[test]
+    fn what_was_read_late_does_not_look_like_a_fast_line() {
+        let mut line = Measured::new();
+        line.first_byte(20 * MS, 0);
+        // 200 kB each 10 ms, of which nothing is seen for 60 of each 150 ms, and then all at once.
+        for ms in (0..30_000u32).step_by(10) {
+            let seen = ms.max(ms / 150 * 150 + 60);
+            line.arrived(seen * MS, 200_000, 8 << 20);
+            assert!(ms < 2000 || (14e6..24e6).contains(&line.rate()), "{ms}: {}", line.rate());
+        }
     }
 
     #[test]

@@ -12,7 +12,8 @@
 //!   delay product on its way.
 //! - What is on its way of a class and those above it stays within some two bandwidth × delay
 //!   products; together with the background no more than keeps a new request from waiting longer
-//!   than [`BACKGROUND_DELAY`].
+//!   than [`BACKGROUND_DELAY`], and as long as somebody waited lately ([`RECENT`]) no more than the
+//!   product, so that nothing queues.
 //! - Neighbors of the same layer are asked for together if no more than [`MAX_GAP`] lies between.
 //!
 //! And for all: requests reserve memory before they are sent.
@@ -41,6 +42,10 @@ const RESERVED: usize = 2;
 /// Length of background requests in time on the line. Some are on their way at once, so that each
 /// is shorter than what all may delay another.
 const BACKGROUND_PIECE: Duration = Duration::from_millis(25);
+/// The same while somebody waited lately.
+const POLITE_PIECE: Duration = Duration::from_millis(8);
+/// Who has waited for something soon waits again, for so long.
+const RECENT: Duration = Duration::from_secs(1);
 
 /// How urgent something is, most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -156,6 +161,8 @@ struct Line {
     streams: Vec<Stream>,
     in_flight: [u64; 4],
     requests: usize,
+    /// Until when the background is polite, for somebody waited lately.
+    polite_until: Duration,
 }
 
 /// See the module.
@@ -179,6 +186,7 @@ impl Line {
             streams: Vec::new(),
             in_flight: [0; 4],
             requests: 0,
+            polite_until: Duration::ZERO,
         }
     }
 
@@ -187,24 +195,27 @@ impl Line {
     }
 
     /// What may be on its way of `class` and those above it.
-    fn window(&self, class: Class) -> u64 {
+    fn window(&self, class: Class, now: Duration) -> u64 {
         let bdp = self.measured.bdp();
         let delay = self.measured.bytes_in(BACKGROUND_DELAY);
         match class {
             Class::Background if !self.measured.is_known() => FIRST_BACKGROUND,
+            Class::Background if now < self.polite_until => bdp.max(2 * MIN_PIECE),
             Class::Background => (bdp + delay).max(2 * MIN_PIECE),
             _ => (bdp * 7 / 4).max(MIN_WINDOW),
         }
     }
 
     /// Longest request of `class`.
-    fn request(&self, class: Class) -> u64 {
+    fn request(&self, class: Class, now: Duration) -> u64 {
         match class {
             Class::Background if !self.measured.is_known() => MIN_REQUEST,
             Class::Background => {
-                self.measured.bytes_in(BACKGROUND_PIECE).clamp(MIN_PIECE, MAX_REQUEST)
+                let polite = now < self.polite_until;
+                let time = if polite { POLITE_PIECE } else { BACKGROUND_PIECE };
+                self.measured.bytes_in(time).clamp(MIN_PIECE, MAX_REQUEST)
             }
-            _ => (self.window(class) / 4).clamp(MIN_REQUEST, MAX_REQUEST),
+            _ => (self.window(class, now) / 4).clamp(MIN_REQUEST, MAX_REQUEST),
         }
     }
 }
@@ -519,9 +530,9 @@ impl Queue {
                     }
                     continue;
                 }
-                let order = self.cut(line_no, class)?;
+                let order = self.cut(line_no, class, now)?;
                 let free = self.fits(order.range.end - order.range.start, class);
-                if above >= line.window(class) || line.requests >= places || !free {
+                if above >= line.window(class, now) || line.requests >= places || !free {
                     return None;
                 }
                 return Some(self.send(order, now));
@@ -531,7 +542,7 @@ impl Queue {
             let length = part.range.end - part.range.start;
             let free = repeated || self.fits(length, class);
             // A line that is idle takes at least one.
-            let room = all + length <= line.window(class) || all == 0;
+            let room = all + length <= line.window(class, now) || all == 0;
             if line.requests >= places || !free || !room {
                 return None;
             }
@@ -546,7 +557,7 @@ impl Queue {
     }
 
     /// The request for the first frame of `class`, and what is asked for with it.
-    fn cut(&self, line_no: LineNo, class: Class) -> Option<Order> {
+    fn cut(&self, line_no: LineNo, class: Class, now: Duration) -> Option<Order> {
         let line = &self.lines[line_no.0];
         let (_, key) = line.queued[class as usize].first_key_value()?;
         let frame = self.frames.get(key)?;
@@ -559,7 +570,7 @@ impl Queue {
             frames: vec![key.1],
             tried: frame.tried,
         };
-        let limit = line.request(class).min(self.memory(class) / 4);
+        let limit = line.request(class, now).min(self.memory(class) / 4);
         // What failed goes alone, for it may fail again.
         if frame.tried == Tried::default() {
             for ((_, start), next) in self.frames.range((key.0, key.1 + 1)..=(key.0, u64::MAX)) {
@@ -616,7 +627,7 @@ impl Queue {
             if let Some((start, (end, _, tried))) = due {
                 return Some((order(s.layer, *start..*end, *tried), true));
             }
-            let end = s.end.min(s.next + line.request(Class::Background));
+            let end = s.end.min(s.next + line.request(Class::Background, now));
             (s.next < s.end && s.start_at <= now)
                 .then(|| (order(s.layer, s.next..end, Tried::default()), false))
         })
@@ -644,6 +655,9 @@ impl Queue {
         let (length, before) = (order.range.end - order.range.start, line.in_flight());
         line.in_flight[order.class as usize] += length;
         line.requests += 1;
+        if order.class == Class::Demand {
+            line.polite_until = now + RECENT;
+        }
         let (line, class) = (order.line, order.class);
         let sent = Sent { line, class, left: length, reserved: length, at: now, before };
         self.sent.insert(order.no, sent);

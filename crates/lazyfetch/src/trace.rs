@@ -258,6 +258,8 @@ fn the_background_fills_the_line_by_parts_and_delays_nobody_for_long() {
             > done #2
             > done #4; done #5
             > done #6
+            > at 999
+            > at 1000
             #8 background 1 2250+750"
         ),
     );

@@ -10,7 +10,8 @@ use shipway_lazyfetch::Hope;
 use std::{sync::Arc, time::Duration};
 
 const S: Duration = Duration::from_secs(1);
-const WAY: Way = Way { rtt: Duration::from_millis(20), rate: 30e6, fair: true };
+const WAY: Way =
+    Way { rtt: Duration::from_millis(20), rate: 30e6, fair: true, busy: Duration::ZERO };
 
 fn layer() -> Arc<Layer> {
     Plan::files(1, [100_000; 10]).build()

@@ -13,7 +13,8 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 const S: Duration = Duration::from_secs(1);
-const WAY: Way = Way { rtt: Duration::from_millis(20), rate: 30e6, fair: true };
+const WAY: Way =
+    Way { rtt: Duration::from_millis(20), rate: 30e6, fair: true, busy: Duration::ZERO };
 
 fn corpus(name: &str) -> Vec<u8> {
     let corpus = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../estargz/tests/corpus");

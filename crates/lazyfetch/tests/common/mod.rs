@@ -286,11 +286,14 @@ pub struct Way {
     pub rate: f64,
     /// Whether answers share the line piece by piece, as connections do, or follow each other.
     pub fair: bool,
+    /// For so long of each 150 ms nothing is read of what has come, as on a busy machine.
+    pub busy: Duration,
 }
 
 impl Way {
     pub fn new(rtt_ms: u32, mb_per_s: u32) -> Self {
-        Self { rtt: rtt_ms * MS, rate: f64::from(mb_per_s) * 1e6, fair: true }
+        let rate = f64::from(mb_per_s) * 1e6;
+        Self { rtt: rtt_ms * MS, rate, fair: true, busy: Duration::ZERO }
     }
 }
 
@@ -309,7 +312,8 @@ impl Link {
         let (answers, mut receiver) = mpsc::unbounded_channel::<Answer>();
         shipway_task::spawn("test", async move {
             let mut active: VecDeque<Answer> = VecDeque::new();
-            let mut at = Instant::now();
+            let start = Instant::now();
+            let mut at = start;
             loop {
                 if active.is_empty() {
                     let Some(answer) = receiver.recv().await else { return };
@@ -324,7 +328,10 @@ impl Link {
                 let Some(piece) = pieces.pop_front().filter(|_| !to.is_closed()) else { continue };
                 at += Duration::from_secs_f64(piece.len() as f64 / way.rate);
                 sleep_until(at).await;
-                let _ = to.send((at + way.rtt / 2, piece));
+                let mut seen = at + way.rtt / 2;
+                let round = (seen - start).as_micros() as u64 % 150_000;
+                seen += way.busy.saturating_sub(Duration::from_micros(round));
+                let _ = to.send((seen, piece));
                 match way.fair {
                     true => active.push_back((pieces, to)),
                     false => active.push_front((pieces, to)),
