@@ -54,7 +54,8 @@ impl Globals {
         if let Some(value) = given.or_else(|| {
             globals.env.get("SOURCE_DATE_EPOCH").filter(|v| !v.is_empty()).map(str::to_owned)
         }) {
-            globals.epoch = epoch::resolve(cx, file, &globals, &value).await?;
+            let args = epoch::Arguments { globals: &globals.env, given: &globals.build_args };
+            globals.epoch = epoch::resolve(cx, file, &args, &value).await?;
             globals.set_epoch();
         }
         Ok(globals)

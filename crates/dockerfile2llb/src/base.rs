@@ -1,13 +1,13 @@
 //! Bases of stages: named contexts, images with their configs, nothing at all (row `dfr.basemeta`).
 
 use crate::{
-    convert::{Plan, lint_platform, make_scratch},
     failure::{Failure, Result},
     named::{Loaded, NamedContext, parse_config},
+    plan::Plan,
     platform,
-    stage::{Progress, SCRATCH, Stage, empty_image},
+    stage::{Base, ConvertedStage, Phase, Rootfs, Stage, empty_image},
 };
-use shipway_dockerfile::{Linter, Token};
+use shipway_dockerfile::{Finding, Lines, Linter, Token};
 use shipway_fault::Fault;
 use shipway_gocompat::quote;
 use shipway_llb::{State, VertexOptions};
@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 const COMMON: [&str; 7] = ["alpine", "busybox", "centos", "debian", "golang", "ubuntu", "fedora"];
 
 /// What a stage's base turned out to be.
-enum Base {
+enum Found {
     /// The stage itself is replaced.
     Stage(Loaded),
     /// Its base image is.
@@ -34,38 +34,40 @@ pub async fn resolve(plan: &mut Plan<'_>, reachable: &[bool], linter: &mut Linte
     let mut waiting = Vec::new();
     for (i, &needed) in reachable.iter().enumerate() {
         let stage = &mut plan.stages[i];
-        if stage.parent.is_some() || stage.progress > Progress::Declared {
-            continue;
-        }
-        if needed {
-            stage.progress = Progress::Resolved;
-        }
-        if stage.base == SCRATCH && stage.named.is_none() {
-            make_scratch(stage, &plan.platforms.target);
-        } else {
-            waiting.push(i);
+        match (&stage.base, &stage.phase) {
+            (Base::Stage { .. }, _)
+            | (_, Phase::Resolved(_) | Phase::Open | Phase::Converted(_)) => {}
+            (Base::Scratch, Phase::Waiting) => {
+                stage.resolved(i, Rootfs::scratch(&plan.platforms.target));
+            }
+            (Base::Context { written, .. } | Base::Image(written), Phase::Waiting) => {
+                waiting.push((i, written.clone(), needed));
+            }
         }
     }
     let plan_ref = &*plan;
-    let found = futures::future::join_all(waiting.iter().map(|&i| async move {
-        let stage = &plan_ref.stages[i];
-        let written = if stage.implicit { Token::Text(stage.base.clone()) } else { Token::Word(0) };
-        find(plan_ref, stage, reachable[i]).await.map_err(|e| e.at(stage.lines).about(written))
+    let found = futures::future::join_all(waiting.iter().map(|(i, written, needed)| async move {
+        let stage = &plan_ref.stages[*i];
+        let token = match &stage.declared {
+            Some(_) => Token::Word(0),
+            None => Token::Text(written.clone()),
+        };
+        let found = find(plan_ref, stage, written, *needed).await;
+        found.map_err(|e| e.at(stage.lines).about(token))
     }));
     // What is wrong with one base does not hide what is to be said of the others.
     let mut failures = Vec::new();
-    for (i, base) in waiting.iter().copied().zip(found.await) {
+    for ((i, written, _), base) in waiting.iter().zip(found.await) {
         match base {
-            Ok(base) => apply(plan, i, base, linter),
+            Ok(base) => apply(plan, *i, written, base, linter),
             Err(failure) => failures.push(failure),
         }
     }
     Failure::all(failures)
 }
 
-async fn find(plan: &Plan<'_>, stage: &Stage, needed: bool) -> Result<Base> {
+async fn find(plan: &Plan<'_>, stage: &Stage, written: &str, needed: bool) -> Result<Found> {
     let cx = plan.cx;
-    let written = &stage.base;
     let name: ImageName = written.parse().map_err(|e: NameError| {
         let fault = Fault::unknown(format!("failed to parse stage name {}: {e}", quote(written)));
         Failure::from(fault.hint(format!(
@@ -75,14 +77,14 @@ async fn find(plan: &Plan<'_>, stage: &Stage, needed: bool) -> Result<Base> {
         )))
     })?;
     if !needed {
-        return Ok(Base::Unneeded);
+        return Ok(Found::Unneeded);
     }
-    if let Some(named) = &stage.named {
-        return Ok(Base::Stage(named.load(cx).await?));
+    if let Base::Context { named, .. } = &stage.base {
+        return Ok(Found::Stage(named.load(cx).await?));
     }
     let wanted = stage.platform.clone().unwrap_or_else(|| plan.platforms.target.clone());
     if let Some(named) = NamedContext::find(cx, &name.to_string(), Some(&wanted))? {
-        return Ok(Base::Image(named.load(cx).await?, wanted));
+        return Ok(Found::Image(named.load(cx).await?, wanted));
     }
     let shown = if cx.options.multi_platform {
         format!("{} ", platform::full(&wanted))
@@ -101,7 +103,7 @@ async fn find(plan: &Plan<'_>, stage: &Stage, needed: bool) -> Result<Base> {
             let options: Vec<String> =
                 plan.shown_names().into_iter().map(String::from).chain(common).collect();
             Failure::from(e)
-                .context(written.clone())
+                .context(written.to_owned())
                 .suggest(written, options.iter().map(String::as_str))
         })?;
     let config = parse_config(&resolved)?;
@@ -115,56 +117,54 @@ async fn find(plan: &Plan<'_>, stage: &Stage, needed: bool) -> Result<Base> {
         }
         _ => wanted,
     };
-    Ok(Base::Resolved {
+    Ok(Found::Resolved {
         pinned: pinned.with_digest(resolved.digest),
         config: Box::new(config),
         platform,
     })
 }
 
-fn apply(plan: &mut Plan<'_>, i: usize, base: Base, linter: &mut Linter) {
+fn apply(plan: &mut Plan<'_>, i: usize, written: &str, found: Found, linter: &mut Linter) {
     let multi = plan.cx.options.multi_platform;
     let stage = &mut plan.stages[i];
-    match base {
-        Base::Unneeded => {}
-        Base::Stage(loaded) => {
-            stage.progress = Progress::Converted;
-            stage.state = loaded.state;
-            if let Some(mut image) = loaded.image {
-                image.created = None;
-                if !image.architecture.is_empty() && !image.os.is_empty() {
-                    stage.platform = Some(image.platform());
-                }
-                stage.image = image;
-            }
-            plan.pending.extend(loaded.pending.map(|p| (i, p)));
-        }
-        Base::Image(loaded, platform) => {
-            let mut image = loaded.image.unwrap_or_else(|| empty_image(&platform));
-            stage.base_image = Some(image.clone());
+    match found {
+        Found::Unneeded => {}
+        Found::Stage(Loaded { state, image, pending }) => {
+            let mut platform = stage.platform.clone();
+            let mut image = image.unwrap_or_default();
             image.created = None;
-            stage.image = image;
-            stage.state = loaded.state.with_platform(platform.clone());
-            stage.platform = Some(platform);
-            stage.convert_if_implicit();
-            plan.pending.extend(loaded.pending.map(|p| (i, p)));
+            if !image.architecture.is_empty() && !image.os.is_empty() {
+                platform = Some(image.platform());
+            }
+            let rootfs = Rootfs { state, image, base_image: None, platform };
+            stage.phase = Phase::Converted(ConvertedStage::without_steps(i, rootfs));
+            plan.pending.extend(pending.map(|p| (i, p)));
         }
-        Base::Resolved { pinned, config, platform } => {
-            let written = std::mem::replace(&mut stage.base, pinned.to_string());
-            stage.base_image = Some((*config).clone());
+        Found::Image(Loaded { state, image, pending }, platform) => {
+            let base_image = image.unwrap_or_else(|| empty_image(&platform));
+            let image = ImageConfig { created: None, ..base_image.clone() };
+            let state = state.with_platform(platform.clone());
+            let base_image = Some(base_image);
+            stage.resolved(i, Rootfs { state, image, base_image, platform: Some(platform) });
+            plan.pending.extend(pending.map(|p| (i, p)));
+        }
+        Found::Resolved { pinned, config, platform } => {
             // Old manifests name no layers; their history still does.
             let empty =
                 config.rootfs.diff_ids.is_empty() && config.history.iter().all(|h| h.empty_layer);
-            stage.state = if empty {
+            let state = if empty {
                 State::scratch()
             } else {
-                let title =
-                    stage.title(&format!("FROM {pinned}"), multi.then_some(&platform), None);
+                let (mut title, mut source) = (format!("FROM {pinned}"), String::new());
+                if let Some(declared) = &mut stage.declared {
+                    title = declared.titles.next(false, &title, multi.then_some(&platform), None);
+                    source.clone_from(&declared.source);
+                }
                 let options = VertexOptions::named(title)
-                    .describe("com.docker.dockerfile.v1.command", stage.source.clone())
+                    .describe("com.docker.dockerfile.v1.command", source)
                     .platform(platform.clone())
                     .at(&plan.cx.file, stage.lines.spans());
-                lint_platform(linter, &written, &platform, &config, stage.lines);
+                lint_platform(linter, written, &platform, &config, stage.lines);
                 State::image(
                     &pinned.to_string(),
                     plan.cx.options.resolve_mode.attr(),
@@ -172,10 +172,29 @@ fn apply(plan: &mut Plan<'_>, i: usize, base: Base, linter: &mut Linter) {
                     options,
                 )
             };
-            stage.image = *config;
-            stage.image.created = None;
-            stage.platform = Some(platform);
-            stage.convert_if_implicit();
+            let image = ImageConfig { created: None, ..(*config).clone() };
+            let (base_image, platform) = (Some(*config), Some(platform));
+            stage.resolved(i, Rootfs { state, image, base_image, platform });
         }
     }
+}
+
+/// Lints what a base image says of its platform.
+fn lint_platform(
+    linter: &mut Linter,
+    name: &str,
+    expected: &Platform,
+    image: &ImageConfig,
+    lines: Lines,
+) {
+    if expected.os == image.os && expected.architecture == image.architecture {
+        return;
+    }
+    let (expected, actual) =
+        (platform::full(&expected.clone().normalized()), platform::full(&image.platform()));
+    linter.report(
+        Finding::InvalidBaseImagePlatform { image: name, expected: &expected, actual: &actual },
+        lines,
+        &[],
+    );
 }

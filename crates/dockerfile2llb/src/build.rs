@@ -2,18 +2,20 @@
 
 use crate::{
     build_context::{BuildContext, CONTEXT},
-    convert::{Converted, Scope, convert},
+    convert::{Converted, convert},
     explain::Explainer,
-    failure::{Failure, Result as Conversion},
+    failure::Failure,
     named::NamedContext,
     options::check_caps,
-    platform, subrequest,
+    plan::Scope,
+    platform,
+    reading::{lint_config, marshal, parse, warn_all},
+    subrequest,
 };
 use serde::Serialize;
-use shipway_dockerfile::{Dockerfile, Lines, Lint, LintConfig, Linter, Source, Work, directive};
+use shipway_dockerfile::{Dockerfile, Lines, Linter, Work, directive};
 use shipway_fault::{Context as _, Detail, Fault, Result};
-use shipway_frontend::{Bridge, FrontendResult, Scan, Scanner, SolveRequest, Warning};
-use shipway_llb::{Definition, MarshalOptions};
+use shipway_frontend::{Bridge, FrontendResult, Scan, Scanner, SolveRequest};
 use shipway_oci::{ImageName, Platform};
 use std::sync::Arc;
 
@@ -89,33 +91,6 @@ async fn forward(
     })
 }
 
-/// Parses the Dockerfile; what `linter` heard stays with it also if that fails.
-pub fn parse(cx: &BuildContext, linter: &mut Linter) -> Conversion<Dockerfile> {
-    if cx.file.data.is_empty() {
-        return Err(Failure::new("the Dockerfile cannot be empty"));
-    }
-    parse_any(cx, linter)
-}
-
-/// The same, in the parser's words if there is nothing to parse.
-pub fn parse_any(cx: &BuildContext, linter: &mut Linter) -> Conversion<Dockerfile> {
-    Ok(Dockerfile::parse_with(&cx.file.data, linter)?)
-}
-
-/// The build's settings, or the file's own.
-pub fn lint_config(cx: &BuildContext) -> Conversion<LintConfig> {
-    Ok(match &cx.options.lint {
-        Some(config) => config.clone(),
-        None => LintConfig::of_file(&cx.file.data).map_err(|error| {
-            let failure = Failure::from(error).hint("write # check=skip=<rule>,<rule>;error=true");
-            match directive::find("check", &cx.file.data) {
-                Some(directive) => failure.near(directive.lines),
-                None => failure,
-            }
-        })?,
-    })
-}
-
 async fn build(cx: &BuildContext, file: &Dockerfile, mut linter: Linter) -> Result<FrontendResult> {
     let platforms: Vec<Option<&Platform>> = match cx.options.platforms.as_slice() {
         [] => vec![None],
@@ -133,28 +108,6 @@ async fn build(cx: &BuildContext, file: &Dockerfile, mut linter: Linter) -> Resu
     let (first, others) =
         futures::future::try_join(first, futures::future::try_join_all(others)).await?;
     result(cx, std::iter::once(first).chain(others).collect()).await
-}
-
-/// Shows what was found.
-pub async fn warn_all(cx: &BuildContext, linter: &mut Linter) -> Result<()> {
-    let source = cx.source();
-    for lint in linter.take() {
-        warn(cx, lint, source.as_ref()).await?;
-    }
-    Ok(())
-}
-
-async fn warn(cx: &BuildContext, lint: Lint, source: Option<&Source<'_>>) -> Result<()> {
-    let warning = Warning {
-        vertex: cx.file_vertex,
-        level: 1,
-        short: lint.short(),
-        detail: vec![lint.rule.description().to_owned()],
-        url: lint.rule.url().to_owned(),
-        file: Some(cx.file.clone()),
-        spans: source.map_or_else(|| lint.lines.spans(), |source| lint.spans(source)),
-    };
-    cx.bridge.warn(warning).await
 }
 
 /// One platform's part of the result.
@@ -184,16 +137,6 @@ async fn one(
         solved,
         converted,
     })
-}
-
-/// The graph of a converted target.
-pub fn marshal(cx: &BuildContext, converted: &Converted) -> Result<Definition> {
-    let options = MarshalOptions {
-        platform: converted.platform.clone(),
-        caps: Some(cx.caps.clone()),
-        local_unique_id: cx.bridge.session().to_owned(),
-    };
-    converted.state.marshal(&options).context(|| "failed to marshal LLB definition")
 }
 
 #[derive(Serialize)]

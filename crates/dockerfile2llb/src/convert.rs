@@ -1,26 +1,26 @@
 //! One Dockerfile for one platform: stages, what they need, their bases, and the order of it all.
 
 use crate::{
-    args::{self, Globals},
+    args::Globals,
     base,
     build_context::BuildContext,
     explain::ContextUse,
     failure::{Failure, Result},
     instruct::StageContext,
-    named::{NamedContext, PendingLocal},
-    outline::{self, Outline},
+    outline,
+    plan::{Plan, Scope},
     platform::Platforms,
-    stage::{Progress, SCRATCH, Scanned, Stage, Step, empty_image},
+    stage::{Base, ConvertedStage, OpenStage, Phase, Step},
 };
-use shipway_dockerfile::{self as df, Command, Dockerfile, Finding, Lex, Lines, Linter, Token};
+use shipway_dockerfile::{self as df, Command, Dockerfile, Linter};
 use shipway_fault::Fault;
-use shipway_gocompat::{path, quote};
+use shipway_gocompat::path;
 use shipway_llb::{Deferred, State};
 use shipway_oci::{ImageConfig, Platform};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-
-/// More stages, images copied from and instructions than this are refused.
-const MAX_STAGES: usize = 10_000;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+};
 
 /// A converted target.
 #[derive(Debug)]
@@ -51,15 +51,6 @@ pub struct TargetOutline {
     pub ssh: Vec<outline::Asked>,
 }
 
-/// How much is converted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scope {
-    /// The target and what it needs.
-    Target,
-    /// Everything, for lints.
-    All,
-}
-
 /// Converts `file` for `platform`; without one the worker's platform or the base image decides.
 pub async fn convert(
     cx: &BuildContext,
@@ -73,259 +64,12 @@ pub async fn convert(
     }
     let platforms = Platforms::new(platform, cx.build_platform());
     let globals = Globals::read(cx, file, &platforms, linter).await?;
-    let mut plan = Plan {
-        cx,
-        platforms,
-        globals,
-        lex: Lex::new(file.escape).part_of(&cx.work),
-        stages: Vec::new(),
-        names: HashMap::new(),
-        pending: Vec::new(),
-        scope,
-    };
-    plan.add_stages(file, linter)?;
-    let target = plan.target()?;
-    plan.add_steps(file)?;
-    plan.refuse_cycles()?;
-    if plan.stages.len() == 1 {
-        plan.stages[0].display_name.clear();
-    }
+    let (mut plan, target) = Plan::of(cx, file, platforms, globals, scope, linter)?;
     let needed = plan.resolve(target, linter).await?;
     plan.dispatch(target, &needed, linter).await
 }
 
-/// Stages on their way.
-pub struct Plan<'a> {
-    pub cx: &'a BuildContext,
-    pub platforms: Platforms,
-    pub globals: Globals,
-    pub lex: Lex,
-    pub stages: Vec<Stage>,
-    names: HashMap<String, usize>,
-    pub scope: Scope,
-    /// Local named contexts with the stage that uses them.
-    pub pending: Vec<(usize, PendingLocal)>,
-}
-
 impl Plan<'_> {
-    fn add_stages(&mut self, file: &Dockerfile, linter: &mut Linter) -> Result<()> {
-        if file.stages.len() > MAX_STAGES {
-            return Err(Failure::new(format!("the Dockerfile has more than {MAX_STAGES} stages")));
-        }
-        for (i, from) in file.stages.iter().enumerate() {
-            let base = args::expand_from(&self.lex, from, &self.globals, linter)?;
-            let (platform, mut used) =
-                args::expand_platform(&self.lex, from, &self.globals, linter)?;
-            used.extend(base.matched);
-            let mut stage = Stage {
-                name: from.name.clone(),
-                description: from.description.clone(),
-                base: base.text,
-                source: from.source.clone(),
-                lines: from.lines,
-                display_name: if from.name.is_empty() {
-                    format!("stage-{i}")
-                } else {
-                    from.name.clone()
-                },
-                platform,
-                ..Stage::default()
-            };
-            if !from.name.is_empty() {
-                stage.named = NamedContext::find(
-                    self.cx,
-                    &from.name,
-                    Some(stage.platform.as_ref().unwrap_or(&self.platforms.target)),
-                )?;
-            }
-            let replaced = stage.named.is_some();
-            let index = self.add(stage);
-            let stage = &mut self.stages[index];
-            if replaced {
-                stage.parent = None;
-                continue;
-            }
-            let steps = from.instructions.iter();
-            let steps = steps.filter(|i| {
-                matches!(
-                    i.command,
-                    Command::Add(_) | Command::Copy(_) | Command::Run(_) | Command::Workdir(_)
-                )
-            });
-            stage.total =
-                steps.count() + usize::from(stage.base != SCRATCH && stage.parent.is_none());
-            stage.ignore_cache = self.cx.options.is_no_cache(&from.name);
-            stage.outline.used.extend(used);
-        }
-        Ok(())
-    }
-
-    /// Adds a stage; a later one of the same name takes the name over.
-    fn add(&mut self, mut stage: Stage) -> usize {
-        let index = self.stages.len();
-        stage.parent = self.names.get(&stage.base).copied();
-        stage.path_owner = index;
-        stage.outline = match stage.parent {
-            Some(parent) => self.stages[parent].outline.clone(),
-            None => Outline { known: self.globals.declared.clone(), ..Outline::default() },
-        };
-        if !stage.name.is_empty() {
-            self.names.insert(stage.name.to_lowercase(), index);
-        }
-        self.stages.push(stage);
-        index
-    }
-
-    fn find(&self, name: &str) -> Option<usize> {
-        self.names.get(&name.to_lowercase()).copied()
-    }
-
-    /// Names of stages, for suggestions.
-    pub fn shown_names(&self) -> Vec<&str> {
-        self.stages.iter().map(|s| s.display_name.as_str()).filter(|s| !s.is_empty()).collect()
-    }
-
-    /// The stage asked for, or the last (row `dfo.target`). Stages without a name cannot be asked
-    /// for.
-    fn target(&self) -> Result<usize> {
-        let wanted = &self.cx.options.target;
-        if wanted.is_empty() {
-            return Ok(self.stages.len() - 1);
-        }
-        self.find(wanted).ok_or_else(|| {
-            let mut fault =
-                Fault::unknown(format!("target stage {} could not be found", quote(wanted)));
-            if wanted.parse::<usize>().is_ok() {
-                fault = fault.hint("stages are asked for by name: FROM … AS name");
-            }
-            Failure::from(fault).suggest(wanted, self.shown_names())
-        })
-    }
-
-    fn add_steps(&mut self, file: &Dockerfile) -> Result<()> {
-        let mut failures = Vec::new();
-        for (i, from) in file.stages.iter().enumerate() {
-            for instruction in &from.instructions {
-                match self.step(instruction.clone(), false) {
-                    Ok(step) => {
-                        self.depend(i, &step);
-                        self.stages[i].steps.push(step);
-                    }
-                    Err(failure) => failures
-                        .push(failure.near(instruction.lines).about(Token::Flag("--from".into()))),
-                }
-            }
-        }
-        Failure::all(failures)
-    }
-
-    fn depend(&mut self, stage: usize, step: &Step) {
-        let deps = &mut self.stages[stage].deps;
-        for &source in &step.sources {
-            // The last instruction that needs a stage is the one that a circle is explained with.
-            match deps.iter_mut().find(|(dep, _)| *dep == source) {
-                Some((_, lines)) => *lines = step.instruction.lines,
-                None => deps.push((source, step.instruction.lines)),
-            }
-        }
-    }
-
-    /// Finds the stages that an instruction takes files from; images that are no stage become one
-    /// of their own.
-    fn step(&mut self, instruction: df::Instruction, trigger: bool) -> Result<Step> {
-        let mut sources = Vec::new();
-        match &instruction.command {
-            Command::Copy(copy) if !copy.from.is_empty() => {
-                let from = &copy.from;
-                if self.lex.word(from, &())?.text != *from {
-                    let message = "variable expansion is not supported for --from, define a new stage with FROM using ARG from global scope as a workaround";
-                    return Err(Failure::new(message));
-                }
-                sources.push(match from.parse::<i64>() {
-                    Err(_) => self
-                        .find(from)
-                        .map_or_else(|| self.add_image(from, instruction.lines), Ok)?,
-                    Ok(n) => match usize::try_from(n) {
-                        Ok(n) if n < self.stages.len() => n,
-                        _ => {
-                            return Err(Failure::new(format!("invalid stage index {n}"))
-                                .hint("stages are counted from 0; their names are clearer"));
-                        }
-                    },
-                });
-            }
-            Command::Run(run) => {
-                for mount in &run.mounts {
-                    let from = if mount.from.is_empty() { SCRATCH } else { &mount.from };
-                    sources.push(
-                        self.find(from)
-                            .map_or_else(|| self.add_image(from, instruction.lines), Ok)?,
-                    );
-                }
-            }
-            _ => {}
-        }
-        Ok(Step { instruction, sources, trigger })
-    }
-
-    fn add_image(&mut self, name: &str, lines: Lines) -> Result<usize> {
-        if self.stages.len() >= MAX_STAGES {
-            return Err(Failure::new(format!(
-                "the Dockerfile has more than {MAX_STAGES} stages and images"
-            ))
-            .at(lines));
-        }
-        Ok(self.add(Stage { base: name.to_owned(), lines, implicit: true, ..Stage::default() }))
-    }
-
-    fn refuse_cycles(&self) -> Result<()> {
-        // Depth first; `path` holds each open stage with the next of its dependencies to look at.
-        let mut seen = vec![false; self.stages.len()];
-        let mut open = vec![false; self.stages.len()];
-        for first in 0..self.stages.len() {
-            if std::mem::replace(&mut seen[first], true) {
-                continue;
-            }
-            let mut path = vec![(first, 0)];
-            open[first] = true;
-            while let Some((stage, next)) = path.last_mut() {
-                let Some(&(dep, _)) = self.stages[*stage].deps.get(*next) else {
-                    open[*stage] = false;
-                    path.pop();
-                    continue;
-                };
-                *next += 1;
-                if open[dep] {
-                    let failure = Failure::new(format!(
-                        "circular dependency detected on stage: {}",
-                        self.stages[first].display_name
-                    ));
-                    let lines =
-                        path.iter().map(|(stage, next)| self.stages[*stage].deps[next - 1].1);
-                    return Err(lines.fold(failure, Failure::at));
-                }
-                if !std::mem::replace(&mut seen[dep], true) {
-                    open[dep] = true;
-                    path.push((dep, 0));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The target and everything it needs.
-    fn reachable(&self, target: usize) -> Vec<bool> {
-        let mut reachable = vec![false; self.stages.len()];
-        let mut todo = vec![target];
-        while let Some(i) = todo.pop() {
-            if !std::mem::replace(&mut reachable[i], true) {
-                todo.extend(self.stages[i].parent);
-                todo.extend(self.stages[i].deps.iter().map(|(dep, _)| *dep));
-            }
-        }
-        reachable
-    }
-
     /// Resolves the bases of all stages that the target needs; triggers of base images may add to
     /// what it needs.
     async fn resolve(&mut self, target: usize, linter: &mut Linter) -> Result<Vec<bool>> {
@@ -340,7 +84,7 @@ impl Plan<'_> {
             base::resolve(self, &wanted, linter).await?;
             let mut more = false;
             for (i, needed) in reachable.into_iter().enumerate() {
-                if needed && !self.stages[i].implicit {
+                if needed && self.stages[i].declared.is_some() {
                     more |= self.read_triggers(i)?;
                 }
             }
@@ -352,18 +96,7 @@ impl Plan<'_> {
 
     /// Puts the triggers of a stage's base in front of its own instructions (row `df.onbuild`).
     fn read_triggers(&mut self, i: usize) -> Result<bool> {
-        self.inherit(i);
-        let mut triggers = std::mem::take(&mut self.stages[i].image.config.on_build);
-        if let Some(parent) = self.stages[i].parent
-            && !std::mem::replace(&mut self.stages[i].triggers_read, true)
-        {
-            triggers.extend(self.stages[parent].steps.iter().filter_map(|step| {
-                match &step.instruction.command {
-                    Command::Onbuild(onbuild) => Some(onbuild.trigger.clone()),
-                    _ => None,
-                }
-            }));
-        }
+        let triggers = self.new_triggers(i);
         let lines = self.stages[i].lines;
         let mut steps = Vec::with_capacity(triggers.len());
         let mut more = false;
@@ -375,27 +108,56 @@ impl Plan<'_> {
             self.depend(i, &step);
             steps.push(step);
         }
-        let stage = &mut self.stages[i];
-        stage.total += steps.len();
-        stage.steps.splice(0..0, steps);
+        if let Some(declared) = &mut self.stages[i].declared {
+            declared.titles.total += steps.len();
+            declared.steps.splice(0..0, steps);
+        }
         Ok(more)
     }
 
-    /// Takes over what the stage it is built on has become.
-    fn inherit(&mut self, i: usize) {
-        let Some(parent) = self.stages[i].parent else { return };
-        let parent = &self.stages[parent];
-        let (state, platform, base_image) =
-            (parent.state.clone(), parent.platform.clone(), parent.base_image.clone());
-        let (path_owner, workdir_set, inherited) =
-            (parent.path_owner, parent.workdir_set, parent.args.clone());
-        let mut image = parent.image.clone();
-        image.config.on_build.clear();
+    /// The triggers of a stage's base, the first time.
+    fn new_triggers(&mut self, i: usize) -> Vec<String> {
         let stage = &mut self.stages[i];
-        (stage.state, stage.platform, stage.image, stage.base_image) =
-            (state, platform, image, base_image);
-        (stage.path_owner, stage.workdir_set) = (path_owner, workdir_set);
-        stage.args.extend(inherited);
+        match (&mut stage.base, &mut stage.phase) {
+            (Base::Stage { index, triggers_read }, _) => {
+                let (index, read) = (*index, mem::replace(triggers_read, true));
+                let steps = if read { &[] } else { self.stages[index].steps() };
+                let trigger = |step: &Step| match &step.instruction.command {
+                    Command::Onbuild(onbuild) => Some(onbuild.trigger.clone()),
+                    _ => None,
+                };
+                steps.iter().filter_map(trigger).collect()
+            }
+            (_, Phase::Resolved(rootfs) | Phase::Converted(ConvertedStage { rootfs, .. })) => {
+                mem::take(&mut rootfs.image.config.on_build)
+            }
+            (_, Phase::Waiting | Phase::Open) => Vec::new(),
+        }
+    }
+
+    /// Begins to convert the instructions of a stage whose base is known.
+    fn open(&mut self, i: usize) -> Result<OpenStage> {
+        let phase = mem::replace(&mut self.stages[i].phase, Phase::Open);
+        let (stage, target) = (&self.stages[i], &self.platforms.target);
+        let outline = stage.outline.clone();
+        let opened = match (&stage.declared, &stage.base, phase) {
+            (Some(declared), Base::Stage { index, .. }, _) => {
+                let base = self.stages[*index].converted();
+                base.map(|base| OpenStage::on_stage(declared, outline, base, target))
+            }
+            (Some(declared), _, Phase::Resolved(rootfs)) => {
+                Some(OpenStage::on_rootfs(i, declared, outline, rootfs, target))
+            }
+            _ => None,
+        };
+        opened.ok_or_else(|| {
+            Failure::from(Fault::internal("a stage is converted before its base")).at(stage.lines)
+        })
+    }
+
+    /// The stage that records which paths of stage `i` are used.
+    fn path_owner(&self, i: usize) -> usize {
+        self.stages[i].converted().map_or(i, |stage| stage.path_owner)
     }
 
     async fn dispatch(
@@ -411,12 +173,10 @@ impl Plan<'_> {
         let mut uses = Vec::new();
         let mut failures = Vec::new();
         for (i, needed) in needed.iter().enumerate() {
-            if !needed || self.stages[i].is_converted() {
+            if !needed || self.stages[i].converted().is_some() {
                 continue;
             }
-            self.inherit(i);
-            // The stage is taken out while its instructions look at the others.
-            let mut stage = std::mem::take(&mut self.stages[i]);
+            let mut open = self.open(i)?;
             let mut stage_cx = StageContext {
                 plan: &self,
                 context: context.state(),
@@ -427,30 +187,30 @@ impl Plan<'_> {
                 in_trigger: false,
                 failures: Vec::new(),
             };
-            stage_cx.run_stage(&mut stage)?;
+            stage_cx.run_stage(&mut open, self.stages[i].steps())?;
             failures.append(&mut stage_cx.failures);
-            stage.progress = Progress::Converted;
-            stage.scanned = Scanned::of(&stage, &self.globals.env);
-            context_paths.append(&mut stage.context_paths);
-            uses.append(&mut stage.uses);
-            self.stages[i] = stage;
+            context_paths.append(&mut open.context_paths);
+            uses.append(&mut open.uses);
+            let stage = &mut self.stages[i];
+            stage.outline = mem::take(&mut open.outline);
+            stage.phase = Phase::Converted(open.converted(stage.name(), &self.globals.env));
         }
         Failure::all(failures)?;
         linter.error()?;
         // The target is read whole.
-        paths[self.stages[target].path_owner].insert("/".into());
-        for (stage, pending) in self.pending.drain(..) {
-            pending.decide(&follow(&paths[self.stages[stage].path_owner]));
+        paths[self.path_owner(target)].insert("/".into());
+        for (stage, pending) in mem::take(&mut self.pending) {
+            pending.decide(&follow(&paths[self.path_owner(stage)]));
         }
         context.decide(self.cx.main_context(&follow(&context_paths)).await?);
         let extras = self.extras(target, &context);
-        Ok(Converted { extras, ..self.finish(target, uses) })
+        Ok(Converted { extras, ..self.finish(target, uses)? })
     }
 
     /// What a scanner sees besides the result.
     fn extras(&self, target: usize, context: &Deferred) -> BTreeMap<String, State> {
         let mut extras = BTreeMap::new();
-        if self.stages[target].scanned.context {
+        if self.stages[target].converted().is_some_and(|stage| stage.scanned.context) {
             extras.insert("context".to_owned(), context.state());
         }
         let mut seen = vec![false; self.stages.len()];
@@ -460,10 +220,10 @@ impl Plan<'_> {
                 continue;
             }
             let stage = &self.stages[i];
-            if i != target && stage.scanned.stage {
-                extras.insert(stage.name.clone(), stage.state.clone());
+            if let Some(converted) = stage.converted().filter(|c| i != target && c.scanned.stage) {
+                extras.insert(stage.name().to_owned(), converted.rootfs.state.clone());
             }
-            todo.extend(stage.deps.iter().map(|(dep, _)| *dep).chain(stage.parent));
+            todo.extend(stage.deps.iter().map(|(dep, _)| *dep).chain(stage.parent()));
         }
         extras
     }
@@ -476,26 +236,32 @@ impl Plan<'_> {
         let mut todo = vec![target];
         while let Some(i) = todo.pop() {
             if !std::mem::replace(&mut seen[i], true) {
-                order.push(&self.stages[i]);
+                order.push(&self.stages[i].outline);
                 todo.extend(self.stages[i].deps.iter().rev().map(|(dep, _)| *dep));
-                todo.extend(self.stages[i].parent);
+                todo.extend(self.stages[i].parent());
             }
         }
         let (args, secrets, ssh) = outline::collect(order.into_iter());
         let stage = &self.stages[target];
         TargetOutline {
-            name: stage.name.clone(),
-            description: stage.description.clone(),
+            name: stage.name().to_owned(),
+            description: stage
+                .declared
+                .as_ref()
+                .map_or_else(String::new, |d| d.description.clone()),
             args,
             secrets,
             ssh,
         }
     }
 
-    fn finish(mut self, target: usize, uses: Vec<ContextUse>) -> Converted {
+    fn finish(self, target: usize, uses: Vec<ContextUse>) -> Result<Converted> {
         let outline = self.outline(target);
-        let stage = std::mem::take(&mut self.stages[target]);
-        let mut image = stage.image;
+        let stage = &self.stages[target];
+        let Some(ConvertedStage { rootfs, .. }) = stage.converted().cloned() else {
+            return Err(Failure::from(Fault::internal("the target was not converted")));
+        };
+        let mut image = rootfs.image;
         image.config.labels.extend(self.cx.options.labels.clone());
         let wanted = &self.platforms.target;
         if !self.platforms.implicit {
@@ -515,17 +281,17 @@ impl Plan<'_> {
         let normal = image.platform();
         (image.os, image.architecture, image.variant) =
             (normal.os, normal.architecture, normal.variant);
-        Converted {
-            state: stage.state,
+        Ok(Converted {
+            state: rootfs.state,
             image,
-            base_image: stage.base_image,
+            base_image: rootfs.base_image,
             extras: BTreeMap::new(),
-            ignore_cache: stage.ignore_cache,
+            ignore_cache: stage.declared.as_ref().is_some_and(|d| d.ignore_cache),
             epoch: self.globals.epoch,
             platform: self.platforms.target,
             uses,
             outline,
-        }
+        })
     }
 }
 
@@ -538,34 +304,4 @@ fn follow(used: &BTreeSet<String>) -> Vec<String> {
         used.iter().map(|p| path::clean(p.trim_start_matches('/'))).collect();
     follow.sort();
     follow
-}
-
-/// Lints what a base image says of its platform.
-pub fn lint_platform(
-    linter: &mut Linter,
-    name: &str,
-    expected: &Platform,
-    image: &ImageConfig,
-    lines: Lines,
-) {
-    if expected.os == image.os && expected.architecture == image.architecture {
-        return;
-    }
-    let (expected, actual) = (
-        crate::platform::full(&expected.clone().normalized()),
-        crate::platform::full(&image.platform()),
-    );
-    linter.report(
-        Finding::InvalidBaseImagePlatform { image: name, expected: &expected, actual: &actual },
-        lines,
-        &[],
-    );
-}
-
-/// A stage that is nothing but an empty filesystem.
-pub fn make_scratch(stage: &mut Stage, platform: &Platform) {
-    stage.state = State::scratch();
-    stage.image = empty_image(platform);
-    stage.platform = Some(platform.clone());
-    stage.convert_if_implicit();
 }

@@ -6,18 +6,14 @@ use crate::{
     explain::ContextUse,
     failure::{Failure, Result},
     instruct::StageContext,
-    run::with_platform,
-    stage::{Stage, Step, Vars, shown_text},
+    remote::{from_http, with_flags},
+    stage::{OpenStage, Step, Vars, shown_text},
 };
 use shipway_dockerfile::{self as df, Files, Finding, Token};
-use shipway_fault::Fault;
 use shipway_filesync::PatternMatcher;
-use shipway_gocompat::{Url, path, quote};
-use shipway_llb::{
-    Chown, FileCopy, FileDraft, FileMkfile, GitRef, State, VertexOptions, attr, paths,
-};
-use shipway_oci::{Digest, DigestError};
-use std::collections::BTreeMap;
+use shipway_gocompat::{path, quote};
+use shipway_llb::{Chown, FileCopy, FileDraft, FileMkfile, GitRef, State, VertexOptions, paths};
+use shipway_oci::Digest;
 
 /// What the two instructions have in common, settled.
 struct Job<'a> {
@@ -34,7 +30,7 @@ struct Job<'a> {
 }
 
 impl StageContext<'_> {
-    pub fn add(&mut self, stage: &mut Stage, step: &Step, add: df::Add) -> Result<()> {
+    pub fn add(&mut self, stage: &mut OpenStage, step: &Step, add: df::Add) -> Result<()> {
         let source = self.context.clone();
         self.transfer(stage, step, &add.files, source, Some(&add), false)?;
         let local = add
@@ -46,36 +42,29 @@ impl StageContext<'_> {
         Ok(())
     }
 
-    pub fn copy(&mut self, stage: &mut Stage, step: &Step, copy: df::Copy) -> Result<()> {
-        let source = match step.sources.first() {
-            None => self.context.clone(),
+    pub fn copy(&mut self, stage: &mut OpenStage, step: &Step, copy: df::Copy) -> Result<()> {
+        let (source, path_owner) = match step.sources.first() {
+            None => (self.context.clone(), None),
             Some(&source) => {
-                let from = &self.plan.stages[source];
-                if !from.is_converted() {
+                let Some(from) = self.plan.stages[source].converted() else {
                     return Err(Failure::new(format!(
                         "cannot copy from stage {}, it needs to be defined before current stage {}",
                         quote(&copy.from),
-                        quote(&stage.display_name)
+                        quote(&stage.titles.stage)
                     )));
-                }
-                from.state.clone()
+                };
+                (from.rootfs.state.clone(), Some(from.path_owner))
             }
         };
         self.transfer(stage, step, &copy.files, source, None, copy.parents)?;
         let used = copy.files.sources.iter().map(|s| path::join("/", s));
-        match step.sources.first() {
-            None => stage.context_paths.extend(used),
-            Some(&source) => {
-                let slot = self.plan.stages[source].path_owner;
-                self.paths[slot].extend(used);
-            }
-        }
+        path_owner.map_or(&mut stage.context_paths, |owner| &mut self.paths[owner]).extend(used);
         Ok(())
     }
 
     fn transfer(
         &mut self,
-        stage: &mut Stage,
+        stage: &mut OpenStage,
         step: &Step,
         files: &Files,
         source: State,
@@ -120,7 +109,7 @@ impl StageContext<'_> {
                 data: content.data.clone().into(),
                 ..FileMkfile::default()
             };
-            let options = with_platform(internal("preparing inline document"), stage);
+            let options = stage.on_platform(internal("preparing inline document"));
             let state = State::scratch().file(FileDraft::new().mkfile(file), options);
             draft = draft.copy(&state, FileCopy { src: content.name.clone(), ..job.base.clone() });
         }
@@ -140,14 +129,20 @@ impl StageContext<'_> {
     }
 
     /// `--link`: a layer that does not depend on those below (row `df.copy.link`).
-    fn link(&self, stage: &Stage, name: &str, draft: FileDraft, options: VertexOptions) -> State {
-        let platform =
-            self.plan.cx.options.multi_platform.then(|| stage.platform.clone()).flatten();
+    fn link(
+        &self,
+        stage: &OpenStage,
+        name: &str,
+        draft: FileDraft,
+        options: VertexOptions,
+    ) -> State {
+        let platform = self.plan.cx.options.multi_platform.then(|| stage.platform.clone());
         let title = stage.title_again(name, platform.as_ref(), Some(stage.state.env()));
         // A group is known by its id within one build.
-        let id = Digest::of(format!("{title}\n{}\n{}", stage.display_name, stage.done)).hex()[..25]
+        let id = Digest::of(format!("{title}\n{}\n{}", stage.titles.stage, stage.titles.done))
+            .hex()[..25]
             .to_owned();
-        let copy = with_platform(options.clone(), stage).group(id.clone(), title.clone(), true);
+        let copy = stage.on_platform(options.clone()).group(id.clone(), title.clone(), true);
         let copied = State::scratch().file(draft, copy);
         let linked =
             stage.title_again(&format!("LINK {name}"), platform.as_ref(), Some(stage.state.env()));
@@ -240,52 +235,6 @@ fn from_git(job: &Job<'_>, draft: FileDraft, git: GitRef) -> Result<FileDraft> {
     };
     let state = with_flags(git, add)?.state(VertexOptions::named(job.title.clone()));
     Ok(draft.copy(&state, FileCopy { src: "/".into(), ..job.base.clone() }))
-}
-
-/// The repository that `ADD` of `source` takes, if it is one.
-pub fn git_of_add(add: &df::Add, source: &str) -> Result<Option<GitRef>> {
-    GitRef::parse(source)?
-        .filter(|git| !git.looks_local)
-        .map(|git| with_flags(git, add))
-        .transpose()
-}
-
-/// A repository as the flags of `ADD` want it.
-fn with_flags(mut git: GitRef, add: &df::Add) -> Result<GitRef> {
-    if let (Some(flag), Some(query)) = (add.keep_git_dir, git.keep_git_dir)
-        && flag != query
-    {
-        return Err(Failure::new("inconsistent keep-git-dir configuration"));
-    }
-    git.keep_git_dir = git.keep_git_dir.or(add.keep_git_dir);
-    // As with the reference, times are a matter of contexts.
-    git.mtime.clear();
-    if !add.checksum.is_empty() {
-        if !git.checksum.is_empty() && git.checksum != add.checksum {
-            return Err(Failure::new(format!(
-                "checksum mismatch {} != {}",
-                quote(&add.checksum),
-                quote(&git.checksum)
-            )));
-        }
-        git.checksum.clone_from(&add.checksum);
-    }
-    Ok(git)
-}
-
-/// The download that `ADD` of `url` takes, and the name of the file in it.
-pub fn from_http(add: &df::Add, url: &str, options: VertexOptions) -> Result<(State, String)> {
-    let parsed = Url::parse(url);
-    let file = parsed.as_ref().and_then(Url::file_name).unwrap_or("__unnamed__").to_owned();
-    let mut attrs = BTreeMap::from([(attr::HTTP_FILENAME.to_owned(), file.clone())]);
-    if !add.checksum.is_empty() {
-        let digest: Digest = add
-            .checksum
-            .parse()
-            .map_err(|e: DigestError| Fault::unknown(e.words()).hint(e.to_string()))?;
-        attrs.insert(attr::HTTP_CHECKSUM.into(), digest.to_string());
-    }
-    Ok((State::http(url, attrs, options), file))
 }
 
 fn check_checksum(checksum: &str, files: &Files) -> Result<()> {

@@ -5,11 +5,10 @@
 //! one `ADD` of it to scratch.
 
 use crate::{
-    args::Globals,
     build_context::{BuildContext, solve},
-    copy::{from_http, git_of_add},
     failure::{Failure, Result},
     named::NamedContext,
+    remote::{from_http, git_of_add},
     stage::{SCRATCH, Vars},
 };
 use bytes::{Buf as _, Bytes};
@@ -21,6 +20,7 @@ use shipway_llb::{
     Caps, EnvList, Graph, MarshalOptions, Op, ResolveOptions, SourceOp, State, VertexOptions, attr,
 };
 use std::{
+    collections::BTreeMap,
     io::{self, BufRead, Read},
     time::SystemTime,
 };
@@ -32,11 +32,19 @@ const MAX_ARCHIVE: u64 = 1 << 30;
 /// Bytes of it that are in memory at once, and as many on their way.
 const PIECE: u64 = 1 << 20;
 
+/// Arguments that the source's address may use.
+pub struct Arguments<'a> {
+    /// Of the global scope.
+    pub globals: &'a EnvList,
+    /// As the build gives them.
+    pub given: &'a BTreeMap<String, String>,
+}
+
 /// The time that `value` means, in seconds. What has no time, such as a local context, means none.
 pub async fn resolve(
     cx: &BuildContext,
     file: &Dockerfile,
-    globals: &Globals,
+    args: &Arguments<'_>,
     value: &str,
 ) -> Result<Option<i64>> {
     if value.is_empty() {
@@ -68,14 +76,14 @@ pub async fn resolve(
     let Some(stage) = file.stages.iter().find(|s| s.name.eq_ignore_ascii_case(value)) else {
         return Err(Failure::new(format!("invalid {NAME}: {value}")));
     };
-    let state = stage_source(stage, globals, &Lex::new(file.escape).part_of(&cx.work))
+    let state = stage_source(stage, args, &Lex::new(file.escape).part_of(&cx.work))
         .map_err(|e| e.at(stage.lines))?;
     time_of(cx, &state, format!("[internal] resolve {NAME} source stage {}", stage.name)).await
 }
 
 /// The one source that a stage adds to scratch.
-fn stage_source(stage: &df::Stage, globals: &Globals, lex: &Lex) -> Result<State> {
-    let mut env = globals.env.clone();
+fn stage_source(stage: &df::Stage, args: &Arguments<'_>, lex: &Lex) -> Result<State> {
+    let mut env = args.globals.clone();
     env.remove(NAME);
     let base = lex.word(&stage.base, &Vars(&env)).map_err(|e| {
         Failure::from(e)
@@ -87,7 +95,7 @@ fn stage_source(stage: &df::Stage, globals: &Globals, lex: &Lex) -> Result<State
     let mut found = None;
     for instruction in &stage.instructions {
         match &instruction.command {
-            Command::Arg(arg) => declare(arg, globals, lex, &mut env)?,
+            Command::Arg(arg) => declare(arg, args.given, lex, &mut env)?,
             Command::Add(_) if found.is_some() => {
                 return Err(Failure::new(format!(
                     "{NAME} stage must contain exactly one remote ADD"
@@ -106,9 +114,14 @@ fn stage_source(stage: &df::Stage, globals: &Globals, lex: &Lex) -> Result<State
     found.ok_or_else(|| Failure::new(format!("{NAME} stage must contain exactly one remote ADD")))
 }
 
-fn declare(arg: &df::Arg, globals: &Globals, lex: &Lex, env: &mut EnvList) -> Result<()> {
+fn declare(
+    arg: &df::Arg,
+    given: &BTreeMap<String, String>,
+    lex: &Lex,
+    env: &mut EnvList,
+) -> Result<()> {
     for pair in &arg.args {
-        let value = match (globals.build_args.get(&pair.name), &pair.default) {
+        let value = match (given.get(&pair.name), &pair.default) {
             (Some(given), _) => given.clone(),
             (None, Some(default)) => lex.word(default, &Vars(env))?.text,
             (None, None) => continue,

@@ -3,7 +3,7 @@
 use crate::{
     failure::{Failure, Result},
     instruct::StageContext,
-    stage::{Stage, Vars},
+    stage::{OpenStage, Vars},
     text,
 };
 use shipway_dockerfile::{Finding, Lines};
@@ -11,7 +11,7 @@ use shipway_gocompat::quote;
 use std::net::IpAddr;
 
 impl StageContext<'_> {
-    pub fn expose(&mut self, stage: &mut Stage, lines: Lines, words: &[String]) -> Result<()> {
+    pub fn expose(&mut self, stage: &mut OpenStage, lines: Lines, words: &[String]) -> Result<()> {
         let mut ports = Vec::new();
         for word in words {
             for written in self.plan.lex.words(word, &Vars(stage.state.env()))? {

@@ -2,10 +2,10 @@
 //! modules of their own.
 
 use crate::{
-    convert::{Plan, Scope},
     failure::{Failure, Result},
     outline::ArgInfo,
-    stage::{Stage, Step, Vars, set_env, shown_text},
+    plan::{Plan, Scope},
+    stage::{OpenStage, Step, Vars, set_env, shown_text},
     text,
 };
 use shipway_dockerfile::{
@@ -39,10 +39,9 @@ pub struct StageContext<'a> {
 
 impl StageContext<'_> {
     /// Puts the base image's config on the state and runs the instructions.
-    pub fn run_stage(&mut self, stage: &mut Stage) -> Result<()> {
+    pub fn run_stage(&mut self, stage: &mut OpenStage, steps: &[Step]) -> Result<()> {
         let options = &self.plan.cx.options;
-        let platform = stage.platform.get_or_insert_with(|| self.plan.platforms.target.clone());
-        let needs_path = platform.os != "windows";
+        let needs_path = stage.platform.os != "windows";
         let env = &mut stage.image.config.env;
         if needs_path
             && !env.iter().any(|e| e.split_once('=').map_or(e.as_str(), |(n, _)| n) == "PATH")
@@ -66,11 +65,11 @@ impl StageContext<'_> {
             stage.state = std::mem::take(&mut stage.state).with_user(&stage.image.config.user);
         }
         stage.state = std::mem::take(&mut stage.state).with_network(options.network);
-        for step in std::mem::take(&mut stage.steps) {
+        for step in steps {
             self.comments.clone_from(&step.instruction.comments);
             (stage.in_trigger, self.in_trigger) = (step.trigger, step.trigger);
             let lines = step.instruction.lines;
-            match self.step(stage, &step).map_err(|e| e.at(lines)) {
+            match self.step(stage, step).map_err(|e| e.at(lines)) {
                 Ok(()) => {}
                 // Nothing comes of this conversion but what is said of it. The reference says the
                 // first mistake only.
@@ -83,7 +82,7 @@ impl StageContext<'_> {
         Ok(())
     }
 
-    fn step(&mut self, stage: &mut Stage, step: &Step) -> Result<()> {
+    fn step(&mut self, stage: &mut OpenStage, step: &Step) -> Result<()> {
         let instruction = &step.instruction;
         let (lines, lex) = (instruction.lines, self.plan.lex.clone());
         let command = {
@@ -199,7 +198,7 @@ impl StageContext<'_> {
     pub fn word(
         &mut self,
         lex: &Lex,
-        stage: &Stage,
+        stage: &OpenStage,
         word: &str,
         lines: Lines,
     ) -> df::Result<String> {
@@ -218,7 +217,7 @@ impl StageContext<'_> {
 
     fn workdir(
         &mut self,
-        stage: &mut Stage,
+        stage: &mut OpenStage,
         instruction: &df::Instruction,
         dir: &str,
     ) -> Result<()> {
@@ -240,10 +239,7 @@ impl StageContext<'_> {
             let name = shown_text(&self.plan.lex, &instruction.source, &Vars(stage.state.env()));
             let options = VertexOptions::named(self.title(stage, &name))
                 .at(&self.plan.cx.file, instruction.lines.spans());
-            let options = match &stage.platform {
-                Some(platform) => options.platform(platform.clone()),
-                None => options,
-            };
+            let options = stage.on_platform(options);
             stage.state = stage.state.file(FileDraft::new().mkdir(mkdir), options);
         }
         stage.commit(format!("WORKDIR {dir}"), dir != "/", epoch);
@@ -251,17 +247,16 @@ impl StageContext<'_> {
     }
 
     /// The name of the next vertex of a stage.
-    pub fn title(&self, stage: &mut Stage, name: &str) -> String {
+    pub fn title(&self, stage: &mut OpenStage, name: &str) -> String {
         let multi = self.plan.cx.options.multi_platform;
-        let platform = multi
-            .then(|| stage.platform.clone().unwrap_or_else(|| self.plan.platforms.target.clone()));
+        let platform = multi.then(|| stage.platform.clone());
         let env = stage.state.env().clone();
         stage.title(name, platform.as_ref(), Some(&env))
     }
 
     fn arg(
         &mut self,
-        stage: &mut Stage,
+        stage: &mut OpenStage,
         instruction: &df::Instruction,
         arg: &df::Arg,
     ) -> Result<()> {
@@ -307,7 +302,7 @@ impl StageContext<'_> {
 
     fn with_shell(
         &mut self,
-        stage: &Stage,
+        stage: &OpenStage,
         instruction: &df::Instruction,
         line: &CommandLine,
     ) -> Vec<String> {
@@ -359,7 +354,7 @@ impl StageContext<'_> {
 
 /// Sets the directory of the image and the state. An absolute one is kept as it is written; an
 /// empty one changes nothing.
-fn set_workdir(stage: &mut Stage, dir: &str) {
+fn set_workdir(stage: &mut OpenStage, dir: &str) {
     let absolute = |base: &str, dir: &str| {
         if dir.starts_with('/') { dir.to_owned() } else { path::join(base, dir) }
     };

@@ -2,9 +2,9 @@
 //!
 //! [`DockerfileFrontend::run`] reads options, Dockerfile and ignore file through the [`Bridge`]
 //! (`build_context`), converts the Dockerfile once per platform (`convert`) and answers with states
-//! and image configs. A conversion is a plan of stages (`stage`): their bases are resolved together
-//! (`base`), then the instructions of those that the target needs are turned into vertices
-//! (`instruct`, `run`, `copy`, `expose`). Names, metadata, history and digests are those of
+//! and image configs. A conversion is a `plan` of stages, each of which goes through the types of
+//! `stage`: their bases are resolved together (`base`), then the instructions of those that the
+//! target needs are turned into vertices (`instruct`, `run`, `copy`, `expose`). Names, metadata, history and digests are those of
 //! BuildKit's frontend, because clients and caches compare them. Nothing here touches files,
 //! processes or the network: whatever is needed from outside is a question to the bridge.
 //!
@@ -30,7 +30,10 @@ mod instruct;
 mod named;
 mod options;
 mod outline;
+mod plan;
 mod platform;
+mod reading;
+mod remote;
 mod run;
 mod stage;
 mod subrequest;

@@ -1,7 +1,6 @@
 //! What a build can be given: arguments, secrets, SSH agents of the target and what it needs (row
 //! `dfs.outline`).
 
-use crate::stage::Stage;
 use shipway_dockerfile::{Lines, Mount, MountKind};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -56,17 +55,17 @@ impl Outline {
 
 /// Everything that the target and the stages it needs ask for, in the order of the file.
 pub fn collect<'a>(
-    stages: impl Iterator<Item = &'a Stage>,
+    stages: impl Iterator<Item = &'a Outline>,
 ) -> (Vec<ArgInfo>, Vec<Asked>, Vec<Asked>) {
     let (mut args, mut secrets, mut ssh) =
         (Vec::<ArgInfo>::new(), Vec::<Asked>::new(), Vec::<Asked>::new());
     for stage in stages {
-        for info in stage.outline.args() {
+        for info in stage.args() {
             if !args.iter().any(|a| a.name == info.name) {
                 args.push(info.clone());
             }
         }
-        for (from, to) in [(&stage.outline.secrets, &mut secrets), (&stage.outline.ssh, &mut ssh)] {
+        for (from, to) in [(&stage.secrets, &mut secrets), (&stage.ssh, &mut ssh)] {
             let new: Vec<Asked> =
                 from.iter().filter(|a| !to.iter().any(|t| t.name == a.name)).cloned().collect();
             to.extend(new);

@@ -4,7 +4,7 @@ use crate::{
     build_context::internal,
     failure::{Failure, Result},
     instruct::StageContext,
-    stage::{Stage, Step, Vars, shown_text},
+    stage::{OpenStage, Step, Vars, shown_text},
 };
 use shipway_dockerfile::{
     self as df, CommandLine, Mount, MountKind, Sharing, is_heredoc, strip_tabs,
@@ -21,7 +21,7 @@ use std::borrow::Cow;
 const PIPES: &str = "/dev/pipes/";
 
 impl StageContext<'_> {
-    pub fn run(&mut self, stage: &mut Stage, step: &Step, run: &df::Run) -> Result<()> {
+    pub fn run(&mut self, stage: &mut OpenStage, step: &Step, run: &df::Run) -> Result<()> {
         let instruction = &step.instruction;
         let (options, caps) = (&self.plan.cx.options, &self.plan.cx.caps);
         // A process can read anything.
@@ -95,7 +95,7 @@ impl StageContext<'_> {
 
     /// Like [`StageContext::title`], with the platform of the state, which a base image may have
     /// decided.
-    fn run_title(&self, stage: &mut Stage, name: &str) -> String {
+    fn run_title(&self, stage: &mut OpenStage, name: &str) -> String {
         let platform =
             self.plan.cx.options.multi_platform.then(|| stage.state.platform().cloned()).flatten();
         let env = stage.state.env().clone();
@@ -105,7 +105,7 @@ impl StageContext<'_> {
     /// The words of the command, heredocs worked in, and what the vertex name says of them.
     fn arguments(
         &self,
-        stage: &Stage,
+        stage: &OpenStage,
         run: &df::Run,
         draft: &mut ExecDraft,
     ) -> Result<(Vec<String>, String)> {
@@ -135,7 +135,7 @@ impl StageContext<'_> {
             data: data.into(),
             ..FileMkfile::default()
         };
-        let options = with_platform(internal("preparing inline document"), stage);
+        let options = stage.on_platform(internal("preparing inline document"));
         let state = State::scratch().file(FileDraft::new().mkfile(file), options);
         draft.mounts.push(MountDraft {
             target: PIPES.into(),
@@ -149,7 +149,7 @@ impl StageContext<'_> {
 
     fn mounts(
         &mut self,
-        stage: &mut Stage,
+        stage: &mut OpenStage,
         step: &Step,
         mounts: &[Mount],
         draft: &mut ExecDraft,
@@ -174,20 +174,20 @@ impl StageContext<'_> {
         Ok(())
     }
 
-    fn mount(&mut self, stage: &mut Stage, mount: &Mount, source: usize) -> Result<MountDraft> {
+    fn mount(&mut self, stage: &mut OpenStage, mount: &Mount, source: usize) -> Result<MountDraft> {
         let from_stage = !mount.from.is_empty();
-        let mut state = self.context.clone();
+        let (mut state, mut path_owner) = (self.context.clone(), None);
         if from_stage || mount.kind == MountKind::Cache {
-            let from = &self.plan.stages[source];
-            if !from.is_converted() {
+            let Some(from) = self.plan.stages[source].converted() else {
                 let name = if from_stage { &mount.from } else { crate::stage::SCRATCH };
                 return Err(Failure::new(format!(
                     "cannot mount from stage {} to {}, stage needs to be defined before current command",
                     quote(name),
                     quote(&mount.target)
                 )));
-            }
-            state = from.state.clone();
+            };
+            state = from.rootfs.state.clone();
+            path_owner = Some(from.path_owner);
         }
         let target = match mount.target.starts_with('/') {
             true => mount.target.clone(),
@@ -204,12 +204,8 @@ impl StageContext<'_> {
             state = owned_directory(mount, &state);
             selector = "/cache".into();
         }
-        if from_stage || mount.kind == MountKind::Cache {
-            let used = self.plan.stages[source].path_owner;
-            self.paths[used].insert(path);
-        } else {
-            stage.context_paths.insert(path);
-        }
+        let used = path_owner.map_or(&mut stage.context_paths, |owner| &mut self.paths[owner]);
+        used.insert(path);
         let source = match mount.kind {
             MountKind::Tmpfs => MountSource::Tmpfs(mount.size),
             MountKind::Cache => MountSource::Cache {
@@ -256,14 +252,6 @@ fn owned_directory(mount: &Mount, base: &State) -> State {
     base.file(FileDraft::new().mkdir(mkdir), internal("setting cache mount permissions"))
 }
 
-/// Platform of a stage on a vertex.
-pub fn with_platform(options: VertexOptions, stage: &Stage) -> VertexOptions {
-    match &stage.platform {
-        Some(platform) => options.platform(platform.clone()),
-        None => options,
-    }
-}
-
 /// A `--mount=type=secret` as a file, a variable or both (rows `df.run.mount.secret`,
 /// `df.run.mount.secretenv`).
 fn secret(mount: &Mount) -> Result<SecretDraft> {
@@ -305,7 +293,7 @@ fn ssh(mount: &Mount) -> Result<SshDraft> {
 }
 
 /// The command as the image's history shows it, with the arguments that were in force.
-fn history_text(stage: &Stage, args: &[String]) -> String {
+fn history_text(stage: &OpenStage, args: &[String]) -> String {
     let mut given: Vec<(String, String)> = Vec::new();
     for (name, value) in &stage.args {
         let value = stage

@@ -1,10 +1,10 @@
-//! A stage while it is converted, and the texts its vertices are named by (rows `dfr.names`,
-//! `dfr.history`).
+//! A stage on its way from the Dockerfile to a state, a type for each part of the way, and the
+//! texts its vertices are named by (rows `dfr.names`, `dfr.history`).
 
 use crate::{explain::ContextUse, named::NamedContext, outline::Outline};
 use shipway_dockerfile::{self as df, Lex, Lines};
 use shipway_gocompat::parse_bool;
-use shipway_llb::{EnvList, State};
+use shipway_llb::{EnvList, State, VertexOptions};
 use shipway_oci::{History, ImageConfig, Platform, timestamp};
 use std::{borrow::Cow, collections::BTreeSet};
 
@@ -13,69 +13,115 @@ const COMMENT: &str = "buildkit.dockerfile.v0";
 /// The image that is none.
 pub const SCRATCH: &str = "scratch";
 
-/// How far a stage is on its way from the Dockerfile to a state. It never goes back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Progress {
-    /// Known by its `FROM`.
-    #[default]
-    Declared,
-    /// Its base has been looked up; a stage on another stage does without.
-    Resolved,
-    /// Its state is final.
-    Converted,
+/// A stage, or an image that instructions copy or mount from.
+#[derive(Debug)]
+pub struct Stage {
+    /// What the Dockerfile says of it; `None` for an image.
+    pub declared: Option<Declared>,
+    pub base: Base,
+    /// Lines of the `FROM`, or of the instruction that names the image.
+    pub lines: Lines,
+    /// What the `FROM` says, `--platform`.
+    pub platform: Option<Platform>,
+    /// Stages whose files it takes, and the instructions that do.
+    pub deps: Vec<(usize, Lines)>,
+    /// What it asks for: what is declared, and once it is converted, all.
+    pub outline: Outline,
+    pub phase: Phase,
 }
 
-/// A stage, or an image that an instruction copies or mounts from (`implicit`).
-#[derive(Debug, Default)]
-pub struct Stage {
-    /// Name after `AS`.
+/// A stage as it is written.
+#[derive(Debug)]
+pub struct Declared {
+    /// Name after `AS`; may be empty.
     pub name: String,
     /// What the comment above the `FROM` says.
     pub description: String,
-    /// Base with variables expanded; the full image name once it is resolved.
-    pub base: String,
     /// Text of the `FROM`.
     pub source: String,
-    pub lines: Lines,
+    pub steps: Vec<Step>,
+    pub ignore_cache: bool,
+    pub titles: Titles,
+}
+
+/// What a stage begins as.
+#[derive(Debug)]
+pub enum Base {
+    /// Another stage, by its index.
+    Stage {
+        index: usize,
+        /// Whether the triggers of that stage are among the steps of this one.
+        triggers_read: bool,
+    },
+    /// The whole stage is replaced by a named context; `written` is what its `FROM` names.
+    Context { named: Box<NamedContext>, written: String },
+    /// An empty filesystem.
+    Scratch,
+    /// An image, as its name is written with variables expanded.
+    Image(String),
+}
+
+/// How far a stage is on its way; it never goes back.
+#[derive(Debug)]
+pub enum Phase {
+    /// Known by its `FROM`. Stages on other stages go on from here to being open.
+    Waiting,
+    /// Its base has been looked up.
+    Resolved(Rootfs),
+    /// Its instructions are being converted ([`OpenStage`]).
+    Open,
+    /// Its state is final.
+    Converted(ConvertedStage),
+}
+
+/// Files, and the config that goes with them.
+#[derive(Clone, Debug)]
+pub struct Rootfs {
     pub state: State,
     pub image: ImageConfig,
     /// Config of the base image, untouched.
     pub base_image: Option<ImageConfig>,
-    pub named: Option<NamedContext>,
+    /// `None` where a named context does not say.
     pub platform: Option<Platform>,
-    /// The stage that this one is built on.
-    pub parent: Option<usize>,
-    /// How far it is.
-    pub progress: Progress,
-    /// Whether the triggers of the stage that it is built on are among its steps.
-    pub triggers_read: bool,
-    /// Stages whose files it takes, and the instructions that do.
-    pub deps: Vec<(usize, Lines)>,
+}
+
+/// A stage while its instructions are converted.
+#[derive(Debug)]
+pub struct OpenStage {
+    pub state: State,
+    pub image: ImageConfig,
+    base_image: Option<ImageConfig>,
+    pub platform: Platform,
+    pub ignore_cache: bool,
+    pub titles: Titles,
+    pub outline: Outline,
+    /// The stage that records which paths of this one are used: it shares them with what it is
+    /// built on.
+    pub path_owner: usize,
     /// `ARG`s so far.
     pub args: Vec<(String, Option<String>)>,
-    pub outline: Outline,
-    pub steps: Vec<Step>,
     /// Paths of the main context that it uses.
     pub context_paths: BTreeSet<String>,
     /// Which instructions copy what from the main context.
     pub uses: Vec<ContextUse>,
-    /// The stage that records which paths of this one are used: it shares them with what it is
-    /// built on.
-    pub path_owner: usize,
-    pub ignore_cache: bool,
-    /// What of it a scanner sees besides the result.
-    pub scanned: Scanned,
-    pub implicit: bool,
-    /// Its name in the names of vertices.
-    pub display_name: String,
-    pub done: usize,
-    pub total: usize,
     /// Whether the current instruction is a trigger.
     pub in_trigger: bool,
     pub workdir_set: bool,
     pub last_cmd: Option<Lines>,
     pub last_entrypoint: Option<Lines>,
     pub last_healthcheck: Option<Lines>,
+}
+
+/// A stage whose state is final.
+#[derive(Clone, Debug)]
+pub struct ConvertedStage {
+    pub rootfs: Rootfs,
+    /// As of [`OpenStage::path_owner`].
+    pub path_owner: usize,
+    args: Vec<(String, Option<String>)>,
+    workdir_set: bool,
+    /// What of it a scanner sees besides the result.
+    pub scanned: Scanned,
 }
 
 /// What a scanner sees besides the result (`BUILDKIT_SBOM_SCAN_*`, row `df.arg.scan`).
@@ -88,18 +134,17 @@ pub struct Scanned {
 }
 
 impl Scanned {
-    /// Reads what a stage's arguments say; those of the file count for all stages.
-    pub fn of(stage: &Stage, globals: &EnvList) -> Self {
-        let asked = |name: &str| {
-            let own = stage
-                .args
+    /// Reads what the arguments of the stage `name` say; those of the file count for all stages.
+    fn of(name: &str, args: &[(String, Option<String>)], globals: &EnvList) -> Self {
+        let asked = |argument: &str| {
+            let own = args
                 .iter()
                 .rev()
-                .find(|(n, value)| n == name && value.is_some())
+                .find(|(n, value)| n == argument && value.is_some())
                 .and_then(|(_, value)| value.as_deref());
-            own.or_else(|| globals.get(name)).is_some_and(|value| match parse_bool(value) {
+            own.or_else(|| globals.get(argument)).is_some_and(|value| match parse_bool(value) {
                 Some(yes) => yes,
-                None => value.split(',').any(|name| name == stage.name),
+                None => value.split(',').any(|stage| stage == name),
             })
         };
         Self {
@@ -118,16 +163,132 @@ pub struct Step {
 }
 
 impl Stage {
-    /// Whether its state is final.
-    pub fn is_converted(&self) -> bool {
-        self.progress == Progress::Converted
+    /// Its name after `AS`, if it has one.
+    pub fn name(&self) -> &str {
+        self.declared.as_ref().map_or("", |d| &d.name)
     }
 
-    /// Makes the state final of what has no instructions: an image that is only copied from.
-    pub fn convert_if_implicit(&mut self) {
-        if self.implicit {
-            self.progress = Progress::Converted;
+    /// Its name in messages and in the names of vertices; empty for an image, and for the only
+    /// stage.
+    pub fn display_name(&self) -> &str {
+        self.declared.as_ref().map_or("", |d| &d.titles.stage)
+    }
+
+    /// Its instructions.
+    pub fn steps(&self) -> &[Step] {
+        self.declared.as_ref().map_or(&[], |d| &d.steps)
+    }
+
+    /// The stage that it is built on.
+    pub fn parent(&self) -> Option<usize> {
+        match self.base {
+            Base::Stage { index, .. } => Some(index),
+            _ => None,
         }
+    }
+
+    /// What it is, if its state is final.
+    pub fn converted(&self) -> Option<&ConvertedStage> {
+        match &self.phase {
+            Phase::Converted(converted) => Some(converted),
+            _ => None,
+        }
+    }
+
+    /// Goes on with what its base is. An image is done with that: it has no instructions.
+    pub fn resolved(&mut self, index: usize, rootfs: Rootfs) {
+        self.phase = match &self.declared {
+            Some(_) => Phase::Resolved(rootfs),
+            None => Phase::Converted(ConvertedStage::without_steps(index, rootfs)),
+        };
+    }
+}
+
+impl Rootfs {
+    /// Nothing.
+    pub fn scratch(platform: &Platform) -> Self {
+        let (state, image) = (State::scratch(), empty_image(platform));
+        Self { state, image, base_image: None, platform: Some(platform.clone()) }
+    }
+}
+
+impl ConvertedStage {
+    /// The stage `index`, which has no instructions.
+    pub fn without_steps(index: usize, rootfs: Rootfs) -> Self {
+        let (args, scanned) = (Vec::new(), Scanned::default());
+        Self { rootfs, path_owner: index, args, workdir_set: false, scanned }
+    }
+
+    /// What a stage on this one begins as. Triggers are not passed on.
+    fn inherited(&self) -> Self {
+        let mut inherited = self.clone();
+        inherited.rootfs.image.config.on_build.clear();
+        inherited
+    }
+}
+
+impl OpenStage {
+    /// The stage `index`, `declared` like this, on `rootfs`.
+    pub fn on_rootfs(
+        index: usize,
+        declared: &Declared,
+        outline: Outline,
+        rootfs: Rootfs,
+        platform: &Platform,
+    ) -> Self {
+        let base = ConvertedStage::without_steps(index, rootfs);
+        Self::on(declared, outline, base, platform)
+    }
+
+    /// A stage, `declared` like this, on the stage `base`; without a platform it is for `platform`.
+    pub fn on_stage(
+        declared: &Declared,
+        outline: Outline,
+        base: &ConvertedStage,
+        platform: &Platform,
+    ) -> Self {
+        Self::on(declared, outline, base.inherited(), platform)
+    }
+
+    fn on(
+        declared: &Declared,
+        outline: Outline,
+        base: ConvertedStage,
+        platform: &Platform,
+    ) -> Self {
+        let ConvertedStage { rootfs, path_owner, args, workdir_set, .. } = base;
+        let Rootfs { state, image, base_image, platform: own } = rootfs;
+        Self {
+            state,
+            image,
+            base_image,
+            platform: own.unwrap_or_else(|| platform.clone()),
+            ignore_cache: declared.ignore_cache,
+            titles: declared.titles.clone(),
+            outline,
+            path_owner,
+            args,
+            context_paths: BTreeSet::new(),
+            uses: Vec::new(),
+            in_trigger: false,
+            workdir_set,
+            last_cmd: None,
+            last_entrypoint: None,
+            last_healthcheck: None,
+        }
+    }
+
+    /// The stage `name`, as its instructions have left it.
+    pub fn converted(self, name: &str, globals: &EnvList) -> ConvertedStage {
+        let Self { state, image, base_image, platform, path_owner, args, workdir_set, .. } = self;
+        let rootfs = Rootfs { state, image, base_image, platform: Some(platform) };
+        let scanned = Scanned::of(name, &args, globals);
+        ConvertedStage { rootfs, path_owner, args, workdir_set, scanned }
+    }
+
+    /// Puts the stage's platform on a vertex.
+    pub fn on_platform(&self, options: VertexOptions) -> VertexOptions {
+        options.platform(self.platform.clone())
     }
 
     /// Adds an entry to the image's history.
@@ -141,18 +302,14 @@ impl Stage {
         });
     }
 
-    /// `[platform stage n/m] text`: the name of the stage's next vertex.
+    /// The name of the stage's next vertex.
     pub fn title(
         &mut self,
         text: &str,
         platform: Option<&Platform>,
         env: Option<&EnvList>,
     ) -> String {
-        if self.total == 0 {
-            return text.to_owned();
-        }
-        self.done += 1;
-        self.title_again(text, platform, env)
+        self.titles.next(self.in_trigger, text, platform, env)
     }
 
     /// The name of a further vertex of the same instruction.
@@ -162,20 +319,7 @@ impl Stage {
         platform: Option<&Platform>,
         env: Option<&EnvList>,
     ) -> String {
-        if self.total == 0 {
-            return text.to_owned();
-        }
-        let platform = platform
-            .map(|p| format!("{}{} ", crate::platform::full(p), cross(p, env)))
-            .unwrap_or_default();
-        let stage = if self.display_name.is_empty() {
-            String::new()
-        } else {
-            format!("{} ", self.display_name)
-        };
-        let trigger = if self.in_trigger { "ONBUILD " } else { "" };
-        let width = self.total.ilog10() as usize + 1;
-        format!("[{platform}{stage}{:>width$}/{}] {trigger}{text}", self.done, self.total)
+        self.titles.current(self.in_trigger, text, platform, env)
     }
 
     /// Words with the shell in front, for shell forms.
@@ -187,6 +331,53 @@ impl Stage {
         };
         out.push(words.join(" "));
         out
+    }
+}
+
+/// Names of a stage's vertices: `[platform stage n/m] text`.
+#[derive(Clone, Debug, Default)]
+pub struct Titles {
+    /// The stage's name; may be empty.
+    pub stage: String,
+    /// How many vertices have a name.
+    pub done: usize,
+    /// How many there will be; none is numbered where there are none.
+    pub total: usize,
+}
+
+impl Titles {
+    /// The name of the next vertex.
+    pub fn next(
+        &mut self,
+        trigger: bool,
+        text: &str,
+        platform: Option<&Platform>,
+        env: Option<&EnvList>,
+    ) -> String {
+        if self.total != 0 {
+            self.done += 1;
+        }
+        self.current(trigger, text, platform, env)
+    }
+
+    /// The name of a further vertex of the same instruction.
+    fn current(
+        &self,
+        trigger: bool,
+        text: &str,
+        platform: Option<&Platform>,
+        env: Option<&EnvList>,
+    ) -> String {
+        if self.total == 0 {
+            return text.to_owned();
+        }
+        let platform = platform
+            .map(|p| format!("{}{} ", crate::platform::full(p), cross(p, env)))
+            .unwrap_or_default();
+        let stage = if self.stage.is_empty() { String::new() } else { format!("{} ", self.stage) };
+        let trigger = if trigger { "ONBUILD " } else { "" };
+        let width = self.total.ilog10() as usize + 1;
+        format!("[{platform}{stage}{:>width$}/{}] {trigger}{text}", self.done, self.total)
     }
 }
 

@@ -2,10 +2,11 @@
 //! `dfs.*`). Answers are metadata only.
 
 use crate::{
-    build::{lint_config, marshal, parse, parse_any, warn_all},
     build_context::BuildContext,
-    convert::{Converted, Scope, TargetOutline, convert},
+    convert::{Converted, TargetOutline, convert},
     failure::Failure,
+    plan::Scope,
+    reading::{lint_config, marshal, parse, parse_any, warn_all},
 };
 use base64::Engine as _;
 use serde_json::{Value, json};
