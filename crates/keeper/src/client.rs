@@ -20,6 +20,7 @@ use rustix::{
 use shipway_fault::Fault;
 use std::{
     collections::BTreeMap,
+    fs::File,
     ops::Range,
     path::Path,
     sync::{
@@ -109,6 +110,12 @@ impl Holder {
     /// Holds nothing any more.
     pub fn clear(&self) {
         self.lock().clear();
+    }
+
+    /// What an earlier daemon had the keeper remember ([`Keeper::remember`]). Complete when
+    /// [`Keeper::connect`] has returned or a moment later.
+    pub fn memory(&self) -> Option<File> {
+        self.lock().get(&FdName::Memory).and_then(|fd| fd.try_clone().ok()).map(File::from)
     }
 
     /// Names of what is held.
@@ -274,6 +281,12 @@ impl Keeper {
                 Err(_) => return Err(ClientError::Gone),
             }
         }
+    }
+
+    /// Has it hold a file, such as one in memory, for who connects next with a new [`Holder`]. It
+    /// takes the place of what was remembered before.
+    pub fn remember(&self, memory: BorrowedFd<'_>) -> Result<(), ClientError> {
+        self.shared.send(&Command::Give { name: FdName::Memory }, &[memory])
     }
 
     /// Has it unmount and end for good. The connection ends as well.

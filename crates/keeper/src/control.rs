@@ -130,6 +130,8 @@ pub(crate) struct Control {
     pub(crate) systemd: Option<Systemd>,
     /// Where it is mounted.
     pub(crate) at: PathBuf,
+    /// What the daemon wants to have back; nobody looks into it here.
+    pub(crate) memory: Option<OwnedFd>,
     connection: Option<Connection>,
     drops: Vec<Dropping>,
     reply: Reply,
@@ -160,6 +162,7 @@ impl Control {
             signals,
             systemd,
             at,
+            memory: None,
             connection: None,
             drops: Vec::new(),
             reply: Reply::with_room_for(MAX_READ),
@@ -170,7 +173,7 @@ impl Control {
     /// Has the service manager hold the connection and everything that belongs to it.
     pub(crate) fn keep_all(&mut self) {
         let Some(systemd) = &mut self.systemd else { return };
-        keep_everything(systemd, &self.engine, &self.slots);
+        keep_everything(systemd, &self.engine, &self.slots, self.memory.as_ref());
     }
 
     /// Until the end: the file system is gone, or somebody said so.
@@ -250,7 +253,7 @@ impl Control {
         if connection.queue.is_empty() {
             connection.say(Event::Hello { serving: true });
         }
-        keep_everything(&mut connection, &self.engine, &self.slots);
+        keep_everything(&mut connection, &self.engine, &self.slots, self.memory.as_ref());
         // The first word has to be the first.
         if connection.flush().is_err() {
             return;
@@ -342,6 +345,13 @@ impl Control {
                     });
                 }
                 self.say(Event::ListEnd);
+            }
+            Command::Give { name: FdName::Memory } => {
+                if let Some(memory) = fds.into_iter().next() {
+                    self.in_stores(|store| store.keep(FdName::Memory, memory.as_fd()));
+                    self.in_stores(|store| store.settle());
+                    self.memory = Some(memory);
+                }
             }
             // It serves what it has.
             Command::Give { .. } => {}
@@ -442,7 +452,7 @@ impl Control {
         serve::unmount_at(&self.at);
         let layers = self.engine.layers();
         let files = layers.iter().flat_map(|layer| layer.files().map(|(name, _)| name));
-        for name in [FdName::Fuse, FdName::Slots].into_iter().chain(files) {
+        for name in [FdName::Fuse, FdName::Slots, FdName::Memory].into_iter().chain(files) {
             self.in_stores(|store| store.forget(name));
         }
         self.in_stores(|store| store.settle());
@@ -457,11 +467,17 @@ fn normal(time: Timespec) -> Timespec {
     }
 }
 
-fn keep_everything(store: &mut dyn FdStore, engine: &Engine<Kernel>, slots: &OwnedFd) {
+fn keep_everything(
+    store: &mut dyn FdStore,
+    engine: &Engine<Kernel>,
+    slots: &OwnedFd,
+    memory: Option<&OwnedFd>,
+) {
     let layers = engine.layers();
     let files = layers.iter().flat_map(|layer| layer.files());
     let session = [(FdName::Fuse, engine.outside.fuse()), (FdName::Slots, slots.as_fd())];
-    for (name, fd) in session.into_iter().chain(files) {
+    let memory = memory.map(|memory| (FdName::Memory, memory.as_fd()));
+    for (name, fd) in session.into_iter().chain(memory).chain(files) {
         if let Err(error) = store.keep(name, fd) {
             tracing::warn!(%name, %error, "a file descriptor may not outlive this process");
         }

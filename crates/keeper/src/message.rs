@@ -40,6 +40,8 @@ pub enum FdName {
     Fuse,
     /// Requests in flight (`slots`).
     Slots,
+    /// What the daemon wants to have back after a restart (`memory`).
+    Memory,
     /// A layer's contents (`l<n>.data`).
     Data(u32),
     /// A layer's map of good blocks (`l<n>.map`).
@@ -52,7 +54,7 @@ impl FdName {
     /// The layer that it belongs to.
     pub fn layer(self) -> Option<u32> {
         match self {
-            FdName::Fuse | FdName::Slots => None,
+            FdName::Fuse | FdName::Slots | FdName::Memory => None,
             FdName::Data(n) | FdName::Map(n) | FdName::Meta(n) => Some(n),
         }
     }
@@ -61,6 +63,7 @@ impl FdName {
         match self {
             FdName::Fuse => (0, 0),
             FdName::Slots => (0, 1),
+            FdName::Memory => (0, 5),
             FdName::Data(n) => (n, 2),
             FdName::Map(n) => (n, 3),
             FdName::Meta(n) => (n, 4),
@@ -74,6 +77,7 @@ impl FdName {
             2 => FdName::Data(n),
             3 => FdName::Map(n),
             4 => FdName::Meta(n),
+            5 => FdName::Memory,
             _ => return None,
         })
     }
@@ -84,6 +88,7 @@ impl fmt::Display for FdName {
         match self {
             FdName::Fuse => f.write_str("fuse"),
             FdName::Slots => f.write_str("slots"),
+            FdName::Memory => f.write_str("memory"),
             FdName::Data(n) => write!(f, "l{n}.data"),
             FdName::Map(n) => write!(f, "l{n}.map"),
             FdName::Meta(n) => write!(f, "l{n}.meta"),
@@ -99,6 +104,7 @@ impl FromStr for FdName {
         let known = match (name, layer()) {
             ("fuse", _) => FdName::Fuse,
             ("slots", _) => FdName::Slots,
+            ("memory", _) => FdName::Memory,
             (_, Some((n, part))) => {
                 let n = n.parse().map_err(|_| Malformed)?;
                 match part {
@@ -159,7 +165,8 @@ pub enum Command {
     },
     /// Which layers there are: answered by [`Event::Layer`]s and [`Event::ListEnd`].
     List,
-    /// To a keeper that does not serve yet: a file descriptor that a predecessor had, beside.
+    /// To a keeper that does not serve yet: a file descriptor that a predecessor had, beside. To one
+    /// that serves: the daemon's memory, in place of what it was.
     Give {
         /// What it is.
         name: FdName,
@@ -424,9 +431,14 @@ mod tests {
 
     #[test]
     fn names_of_file_descriptors_are_read_as_they_are_written() {
-        for name in
-            [FdName::Fuse, FdName::Slots, FdName::Data(0), FdName::Map(7), FdName::Meta(u32::MAX)]
-        {
+        for name in [
+            FdName::Fuse,
+            FdName::Slots,
+            FdName::Memory,
+            FdName::Data(0),
+            FdName::Map(7),
+            FdName::Meta(u32::MAX),
+        ] {
             assert_eq!(name.to_string().parse(), Ok(name));
         }
         assert_eq!(FdName::Map(7).to_string(), "l7.map");

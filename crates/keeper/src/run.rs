@@ -99,6 +99,7 @@ pub fn run(options: &Options) -> Result<()> {
         None => serve::mount(&at)?,
     };
     let (slots_file, slots) = slots(held.remove(&FdName::Slots).filter(|_| old))?;
+    let memory = held.remove(&FdName::Memory);
     let layers = layers(held);
     tracing::info!(at = %at.display(), layers = layers.len(), taken_over = old, "serving");
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
@@ -106,6 +107,7 @@ pub fn run(options: &Options) -> Result<()> {
     let deadline = clamp(options.deadline, kernel_limit());
     let engine = Arc::new(Engine::new(Kernel::new(fuse, wake), slots, layers, deadline));
     let mut control = Control::new(engine.clone(), slots_file, listener, signals, systemd, at);
+    control.memory = memory;
     control.keep_all();
     if old {
         engine.take_over(&mut Reply::with_room_for(MAX_READ), Instant::now());

@@ -436,6 +436,22 @@ fn a_daemon_holds_what_a_keeper_had() {
     let daemon = lab.connect();
     daemon.keeper.list().unwrap();
     assert_eq!(lab.held.names(), all);
+    // What a daemon has it remember comes back, to the next daemon and the next keeper.
+    for word in ["one", "two"] {
+        let memory = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::io::write(&memory, word.as_bytes()).unwrap();
+        daemon.keeper.remember(memory.as_fd()).unwrap();
+    }
+    drop(daemon);
+    lab.forget_held();
+    let daemon = lab.connect();
+    let remembered = || {
+        let mut bytes = [0; 3];
+        lab.held.memory().unwrap().read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    daemon.keeper.list().unwrap();
+    assert_eq!(&remembered(), b"two");
     let file = lab.open("8.data");
     keeper.kill();
     while daemon.news() != News::Gone {}
@@ -450,7 +466,8 @@ fn a_daemon_holds_what_a_keeper_had() {
     assert_eq!(wrong(8, 7777, &bytes), None);
     daemon.keeper.remove(8).unwrap();
     daemon.keeper.list().unwrap();
-    assert_eq!(lab.held.names(), [FdName::Fuse, FdName::Slots]);
+    assert_eq!(lab.held.names(), [FdName::Fuse, FdName::Slots, FdName::Memory]);
+    assert_eq!(&remembered(), b"two");
 }
 
 #[test]
