@@ -211,7 +211,16 @@ impl Fetcher {
         match self.0.layer(layer) {
             Some(found) => {
                 let since = self.0.now();
-                shipway_task::spawn("queue a miss", self.0.clone().demand(found, blocks, since));
+                // It lasts until the miss is served or has failed.
+                let span = tracing::info_span!(
+                    "miss",
+                    layer,
+                    block = blocks.start,
+                    blocks = blocks.end - blocks.start,
+                    otel.status_code = tracing::field::Empty,
+                    otel.status_description = tracing::field::Empty,
+                );
+                shipway_task::spawn_in(span, self.0.clone().demand(found, blocks, since));
             }
             None => {
                 let fault = Fault::not_found(format!("there is no layer {layer}"));
@@ -388,6 +397,8 @@ impl Shared {
                 }
             });
             layer.stats.miss_failed();
+            miss.span.record("otel.status_code", "ERROR");
+            miss.span.record("otel.status_description", tracing::field::display(&fault));
             self.report(Event::Failed { layer: miss.layer, blocks: miss.blocks, fault });
         }
     }

@@ -54,7 +54,7 @@ pub use read::MAX_SKIP;
 pub use readahead::Spans;
 pub use remote::{MAX_SOURCES, external_toc, sources, sources_of_all};
 pub use settings::Settings;
-pub use stats::{Counters, LayerStats};
+pub use stats::{Counters, LayerStats, SHORTEST};
 
 /// Results of this crate.
 pub type Result<T, E = shipway_fault::Fault> = std::result::Result<T, E>;

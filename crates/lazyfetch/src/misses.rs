@@ -6,13 +6,16 @@ use std::{
     ops::Range,
     time::Duration,
 };
+use tracing::Span;
 
 /// A read that waits for blocks.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Miss {
     pub layer: u32,
     pub blocks: Range<u64>,
     pub since: Duration,
+    /// That in which it was added; it ends with the miss.
+    pub span: Span,
     deadline: Duration,
     frames: HashSet<u64>,
 }
@@ -48,7 +51,10 @@ impl Misses {
         }
         self.by_blocks.insert(name, self.next);
         self.deadlines.insert((deadline, self.next));
-        self.all.insert(self.next, Miss { layer, blocks, since, deadline, frames });
+        self.all.insert(
+            self.next,
+            Miss { layer, blocks, since, span: Span::current(), deadline, frames },
+        );
     }
 
     /// A frame is there; gives those that wait for nothing more.

@@ -9,6 +9,10 @@ use std::{
 
 /// Two buckets for each doubling, from a microsecond up to some hours.
 const BUCKETS: usize = 70;
+/// The bucket of the shortest time that counts are told for, and the one after the longest.
+const TOLD: std::ops::Range<usize> = 20..56;
+/// The shortest time that counts are told for; the longest is a little more than two minutes.
+pub const SHORTEST: Duration = Duration::from_micros(1 << (TOLD.start / 2));
 
 /// How long things took, in buckets that are half of a doubling wide.
 #[derive(Debug)]
@@ -25,6 +29,18 @@ impl Histogram {
         let micros = (time.as_micros() as f64).max(1.0);
         let bucket = (micros.log2() * 2.0) as usize;
         self.0[bucket.min(BUCKETS - 1)].fetch_add(1, Relaxed);
+    }
+
+    /// How many took less than each time of [`TOLD`].
+    fn below(&self) -> Vec<(Duration, u64)> {
+        let (mut below, mut told) = (0, Vec::new());
+        for (bucket, count) in self.0.iter().enumerate() {
+            if TOLD.contains(&bucket) && bucket % 2 == 0 {
+                told.push((Duration::from_micros(1 << (bucket / 2)), below));
+            }
+            below += count.load(Relaxed);
+        }
+        told
     }
 
     /// The middle of the bucket that the median is in.
@@ -52,6 +68,8 @@ pub struct LayerStats {
     misses: AtomicU64,
     failed: AtomicU64,
     worst: AtomicU64,
+    /// In microseconds.
+    waited: AtomicU64,
     times: Histogram,
     last_error: Mutex<Option<Fault>>,
 }
@@ -79,6 +97,10 @@ pub struct Counters {
     pub median: Option<Duration>,
     /// How long the slowest miss took.
     pub worst: Duration,
+    /// How long all misses that were served took together.
+    pub waited: Duration,
+    /// How many of them took less than so long, from [`SHORTEST`] on by doublings.
+    pub times: Vec<(Duration, u64)>,
     /// The last thing that went wrong.
     pub last_error: Option<Fault>,
 }
@@ -98,6 +120,8 @@ impl LayerStats {
             failed: get(&self.failed),
             median: self.times.median(),
             worst: Duration::from_micros(get(&self.worst)),
+            waited: Duration::from_micros(get(&self.waited)),
+            times: self.times.below(),
             last_error: self.last_error.lock().clone(),
         }
     }
@@ -112,13 +136,15 @@ impl LayerStats {
         self.background.fetch_add(if background { bytes } else { 0 }, Relaxed);
     }
 
-    pub(crate) fn found(&self, bytes: u64) {
+    /// Bytes that somebody waited for were on the disk already and right.
+    pub fn found(&self, bytes: u64) {
         self.local.fetch_add(bytes, Relaxed);
     }
 
     pub(crate) fn served(&self, took: Duration) {
         self.misses.fetch_add(1, Relaxed);
         self.worst.fetch_max(took.as_micros() as u64, Relaxed);
+        self.waited.fetch_add(took.as_micros() as u64, Relaxed);
         self.times.add(took);
     }
 
@@ -155,5 +181,10 @@ mod tests {
         let median = read.median.unwrap().as_secs_f64() * 1000.0;
         assert!((20.0 / 1.2..20.0 * 1.2).contains(&median), "{median}");
         assert_eq!((read.misses, read.worst), (8, Duration::from_secs(100)));
+        assert_eq!(read.waited, Duration::from_millis(105_101));
+        let below: Vec<u64> = read.times.iter().map(|(_, n)| *n).collect();
+        assert_eq!(read.times[0].0, SHORTEST);
+        // 1 ms and none below 1.024 ms, 10 ms below 16.4 ms, and so on.
+        assert_eq!(below, [2, 2, 2, 2, 3, 5, 6, 6, 6, 6, 6, 6, 6, 7, 7, 7, 7, 8]);
     }
 }

@@ -1,6 +1,7 @@
 //! The configuration: one TOML file, strict, every key of which has a default.
 //! `config/shipway-snapshotter.toml` shows them all.
 
+use crate::metrics::Address;
 use serde::Deserialize;
 use shipway_daemon::{LogFormat, LogLevel};
 use shipway_fault::{Fault, Result, closest};
@@ -35,6 +36,8 @@ pub struct Config {
     pub registry: Registries,
     /// Pulls of Kubernetes.
     pub cri: Cri,
+    /// What Prometheus is told.
+    pub metrics: Metrics,
     /// Logging.
     pub log: Log,
 }
@@ -133,6 +136,22 @@ impl Default for Cri {
     }
 }
 
+/// What Prometheus is told.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Metrics {
+    /// Where it may ask; nowhere if it is empty.
+    address: String,
+}
+
+impl Metrics {
+    /// Where Prometheus may ask, if it may.
+    pub fn address(&self) -> Result<Option<Address>> {
+        let text = &self.address;
+        if text.is_empty() { Ok(None) } else { text.parse().map(Some) }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -147,6 +166,7 @@ impl Default for Config {
             lazy: Lazy::default(),
             registry: Registries::default(),
             cri: Cri::default(),
+            metrics: Metrics::default(),
             log: Log::default(),
         }
     }
@@ -192,6 +212,10 @@ impl Config {
                 )));
             }
         }
+        config
+            .metrics
+            .address()
+            .map_err(|fault| fault.context(format!("`metrics.address` of {name}")))?;
         config.lazy.tier().map_err(|fault| fault.context(format!("`lazy.tier` of {name}")))?;
         for (key, percent) in [
             ("lazy.max_percent", config.lazy.max_percent),
@@ -262,7 +286,14 @@ mod tests {
         assert_eq!(format!("{plain:?}"), format!("{:?}", Config::default()));
         assert_eq!(
             format!("{uncommented:?}"),
-            format!("{:?}", Config { mount_options: vec!["volatile".into()], ..Config::default() })
+            format!(
+                "{:?}",
+                Config {
+                    mount_options: vec!["volatile".into()],
+                    metrics: Metrics { address: "127.0.0.1:9464".into() },
+                    ..Config::default()
+                }
+            )
         );
         // No key is missing in it.
         let shown: toml::Table = toml::from_str(&all).unwrap();
@@ -276,6 +307,7 @@ mod tests {
                 "cri",
                 "lazy",
                 "log",
+                "metrics",
                 "mount_options",
                 "registry",
                 "remap_ids",
@@ -287,11 +319,12 @@ mod tests {
         );
         let keys = |table: &str| shown[table].as_table().unwrap().len();
         assert_eq!((keys("lazy"), keys("registry")), (12, 2));
-        assert_eq!((keys("cri"), keys("log")), (2, 2));
+        assert_eq!((keys("cri"), keys("metrics"), keys("log")), (2, 1, 2));
     }
 
     #[test]
     fn what_is_wrong_is_named() {
+        const METRICS: Option<&str> = Some("want unix:///path or 127.0.0.1:9464");
         for (text, says, hint) in [
             ("rot = '/x'", "unknown field `rot`", Some("did you mean `root`?")),
             ("[log]\nlevels = 'x'", "unknown field `levels`", Some("did you mean `level`?")),
@@ -299,6 +332,7 @@ mod tests {
             ("xino = 'yes'", "unknown variant `yes`", None),
             ("root = 'relative'", "`root` of x.toml is not an absolute path", None),
             ("mount_options = ['a,b']", "one option each", None),
+            ("[metrics]\naddress = 'x'", "`metrics.address` of x.toml: \"x\" is not", METRICS),
             ("[lazy]\ntier = 'fast'", "there are file, flat-file", None),
             ("[lazy]\nmax_percent = 101", "more than 100", None),
             ("[lazy]\nconnections = 0", "`lazy.connections` of x.toml is zero", None),

@@ -26,8 +26,8 @@
 //! `host` replaces them; give a token again before it expires.
 //!
 //! What cannot be done is answered by `{"error":"…","code":"InvalidArgument"}`, and the connection
-//! goes on; `code` is gRPC's name of it. Nobody remembers credentials over a restart of the
-//! snapshotter: whoever keeps a connection notices, and gives them again.
+//! goes on; `code` is gRPC's name of it. They outlive a restart of the snapshotter, not one of the
+//! machine.
 
 use crate::keyring::{Giver, Grant, Hosts, Keyring, Login, Secret};
 use serde::{Deserialize, Serialize};

@@ -7,7 +7,7 @@
 //! - [`lazy`]: layers that are not unpacked, and the keeper that serves them.
 //! - [`keyring`]: credentials that were given for repositories: by builders ([`control`]), and by
 //!   kubelet with its pulls, which [`cri`] passes on to containerd.
-//! - [`status`]: what it tells about itself.
+//! - [`status`]: what it tells about itself; [`metrics`]: the same for Prometheus.
 //! - [`setup`]: what containerd's configuration needs to find it; [`doctor`]: what is missing.
 //! - [`config`]: its own file.
 //!
@@ -24,6 +24,7 @@ mod cri;
 mod doctor;
 mod keyring;
 mod lazy;
+mod metrics;
 mod rpc;
 mod serve;
 mod setup;
@@ -57,11 +58,7 @@ struct Flags {
 #[derive(Subcommand)]
 enum Command {
     /// Tells what a running snapshotter has.
-    Status {
-        /// As one JSON object.
-        #[arg(long)]
-        json: bool,
-    },
+    Status(status::show::Flags),
     /// Makes containerd use this snapshotter: writes what its configuration lacks, and leaves
     /// everything else as it is.
     Setup(setup::Flags),
@@ -105,7 +102,9 @@ fn run(flags: Flags) -> Result<ExitCode> {
     config.address = flags.address.unwrap_or(config.address);
     match flags.command {
         None => start(&config).map(|()| ExitCode::SUCCESS),
-        Some(Command::Status { json }) => status::show(&config, json).map(|()| ExitCode::SUCCESS),
+        Some(Command::Status(flags)) => {
+            status::show::run(&config, &flags).map(|()| ExitCode::SUCCESS)
+        }
         Some(Command::Setup(flags)) => setup::run(&config, &flags).map(|()| ExitCode::SUCCESS),
         Some(Command::Keeper { run, socket, deadline, supervise }) => {
             rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));

@@ -8,9 +8,12 @@ use std::{collections::HashMap, convert::Infallible, future::Future, sync::Arc};
 use tokio::net::UnixStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::Status;
+use tracing::{Instrument as _, Span, field::Empty};
 
 /// Largest message, in bytes: what containerd's own client and server allow.
 const MAX_MESSAGE: usize = 16 << 20;
+/// The service, as traces name it.
+const SERVICE: &str = "containerd.services.snapshots.v1.Snapshots";
 /// Calls of one connection at the same time; containerd has one connection for all.
 const MAX_CALLS: u32 = 1024;
 
@@ -50,11 +53,12 @@ impl Rpc {
         labels: HashMap<String, String>,
         make: Make,
     ) -> Answer<Vec<types::Mount>> {
+        let shown = key.clone();
         let work = move |store: &Store| {
             let (key, parent) = (Name::new(key)?, parent_of(parent)?);
             make(store, &key, parent.as_ref(), labels_of(labels)).map(mounts_of)
         };
-        self.blocking(what, String::new(), work).await
+        self.blocking(what, shown, work).await
     }
 
     /// Does what may wait for the disk where waiting holds up nobody. What has begun is finished,
@@ -66,8 +70,28 @@ impl Rpc {
         work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
     ) -> Answer<T> {
         let store = self.store.clone();
-        answer(what, &key, shipway_task::blocking(what, move || work(&store)).await)
+        let span = span(what, &key);
+        let work = async move {
+            let result = shipway_task::blocking(what, move || work(&store)).await;
+            answer(what, result)
+        };
+        work.instrument(span).await
     }
+}
+
+/// The span of a call, its fields as OpenTelemetry names them.
+fn span(method: &'static str, key: &str) -> Span {
+    tracing::info_span!(
+        "rpc",
+        otel.name = format_args!("{SERVICE}/{method}"),
+        otel.kind = "server",
+        otel.status_code = Empty,
+        rpc.system = "grpc",
+        rpc.service = SERVICE,
+        rpc.method = method,
+        rpc.grpc.status_code = Empty,
+        snapshot.key = key,
+    )
 }
 
 /// A fault on its way to a caller.
@@ -87,12 +111,18 @@ impl From<Failure> for Status {
     }
 }
 
-/// Logs a call: what the caller has to mend is of interest only to who looks for it.
-fn answer<T>(what: &'static str, key: &str, result: Result<T>) -> Answer<T> {
+/// Logs a call within its span: what the caller has to mend is of interest only to who looks for
+/// it.
+fn answer<T>(what: &'static str, result: Result<T>) -> Answer<T> {
+    let code = result.as_ref().map_or_else(|fault| fault.code() as i32, |_| 0);
+    Span::current().record("rpc.grpc.status_code", code);
     match &result {
-        Ok(_) => tracing::debug!(key, "{what}"),
-        Err(fault) if fault.class() == Class::User => tracing::debug!(key, %fault, "{what}"),
-        Err(fault) => tracing::error!(key, %fault, "{what}"),
+        Ok(_) => tracing::debug!("{what}"),
+        Err(fault) if fault.class() == Class::User => tracing::debug!(%fault, "{what}"),
+        Err(fault) => {
+            Span::current().record("otel.status_code", "ERROR");
+            tracing::error!(%fault, "{what}");
+        }
     }
     result.map_err(Failure)
 }
@@ -135,19 +165,18 @@ impl Snapshotter for Rpc {
     type Error = Failure;
 
     async fn stat(&self, key: String) -> Answer<Info> {
-        answer(
-            "stat",
-            &key,
-            Name::new(key.clone()).and_then(|name| self.store.stat(&name)).map(info_of),
-        )
+        span("Stat", &key).in_scope(|| {
+            let found = Name::new(key.clone()).and_then(|name| self.store.stat(&name));
+            answer("Stat", found.map(info_of))
+        })
     }
 
     async fn update(&self, info: Info, fieldpaths: Option<Vec<String>>) -> Answer<Info> {
-        let paths = fieldpaths.unwrap_or_default();
+        let (paths, name) = (fieldpaths.unwrap_or_default(), info.name.clone());
         let update = move |store: &Store| {
             store.update(&Name::new(info.name)?, labels_of(info.labels), &paths).map(info_of)
         };
-        self.blocking("update", String::new(), update).await
+        self.blocking("Update", name, update).await
     }
 
     async fn usage(&self, key: String) -> Answer<Usage> {
@@ -155,12 +184,12 @@ impl Snapshotter for Rpc {
             inodes: i64::try_from(usage.inodes).unwrap_or(i64::MAX),
             size: i64::try_from(usage.bytes).unwrap_or(i64::MAX),
         };
-        self.blocking("usage", key.clone(), move |store| store.usage(&Name::new(key)?).map(counted))
+        self.blocking("Usage", key.clone(), move |store| store.usage(&Name::new(key)?).map(counted))
             .await
     }
 
     async fn mounts(&self, key: String) -> Answer<Vec<types::Mount>> {
-        self.blocking("mounts", key.clone(), move |store| {
+        self.blocking("Mounts", key.clone(), move |store| {
             store.mounts(&Name::new(key)?).map(mounts_of)
         })
         .await
@@ -172,7 +201,7 @@ impl Snapshotter for Rpc {
         parent: String,
         labels: HashMap<String, String>,
     ) -> Answer<Vec<types::Mount>> {
-        self.make("prepare", key, parent, labels, Store::prepare).await
+        self.make("Prepare", key, parent, labels, Store::prepare).await
     }
 
     async fn view(
@@ -181,7 +210,7 @@ impl Snapshotter for Rpc {
         parent: String,
         labels: HashMap<String, String>,
     ) -> Answer<Vec<types::Mount>> {
-        self.make("view", key, parent, labels, Store::view).await
+        self.make("View", key, parent, labels, Store::view).await
     }
 
     async fn commit(
@@ -190,18 +219,19 @@ impl Snapshotter for Rpc {
         key: String,
         labels: HashMap<String, String>,
     ) -> Answer<()> {
+        let shown = key.clone();
         let work = move |store: &Store| {
             store.commit(&Name::new(name)?, &Name::new(key)?, labels_of(labels))
         };
-        self.blocking("commit", String::new(), work).await
+        self.blocking("Commit", shown, work).await
     }
 
     async fn remove(&self, key: String) -> Answer<()> {
-        self.blocking("remove", key.clone(), move |store| store.remove(&Name::new(key)?)).await
+        self.blocking("Remove", key.clone(), move |store| store.remove(&Name::new(key)?)).await
     }
 
     async fn clear(&self) -> Answer<()> {
-        self.blocking("cleanup", String::new(), Store::cleanup).await
+        self.blocking("Cleanup", String::new(), Store::cleanup).await
     }
 
     type InfoStream = tokio_stream::Iter<
@@ -209,7 +239,8 @@ impl Snapshotter for Rpc {
     >;
 
     async fn list(&self, _: String, filters: Vec<String>) -> Answer<Self::InfoStream> {
-        let filters = answer("list", "", Filters::parse(&filters))?;
+        let span = span("List", "");
+        let filters = span.in_scope(|| answer("List", Filters::parse(&filters)))?;
         let send: fn(snapstore::Info) -> Answer<Info> = |info| Ok(info_of(info));
         Ok(tokio_stream::iter(self.store.list(&filters).into_iter().map(send)))
     }
@@ -345,6 +376,52 @@ mod tests {
             "{}",
             error.message()
         );
+    }
+
+    /// What is written of spans as they end.
+    #[derive(Clone, Default)]
+    struct Trace(Arc<parking_lot::Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Trace {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn each_call_has_a_span_with_the_fields_of_opentelemetry() {
+        let (trace, dir) = (Trace::default(), tempfile::tempdir().unwrap());
+        let sink = trace.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .json()
+            .with_span_events(tracing_subscriber::fmt::format::FmtSpan::CLOSE)
+            .with_writer(move || sink.clone());
+        let guard = tracing::subscriber::set_default(subscriber.finish());
+        let mut client = client(dir.path()).await;
+        client.prepare(prepare("a", "")).await.unwrap();
+        client.prepare(prepare("a", "")).await.unwrap_err();
+        let request = wire::StatSnapshotRequest { key: "a".into(), ..Default::default() };
+        client.stat(request).await.unwrap();
+        drop(guard);
+        let text = String::from_utf8(trace.0.lock().clone()).unwrap();
+        let spans: Vec<serde_json::Value> = text
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+            .filter(|line| line["fields"]["message"] == "close" && line["span"]["name"] == "rpc")
+            .map(|mut line| line["span"].take())
+            .collect();
+        let of = |field: &str| spans.iter().map(|span| &span[field]).collect::<Vec<_>>();
+        assert_eq!(of("rpc.method"), ["Prepare", "Prepare", "Stat"]);
+        assert_eq!(of("rpc.grpc.status_code"), [0, 6, 0]);
+        for span in &spans {
+            let name = format!("{SERVICE}/{}", span["rpc.method"].as_str().unwrap());
+            assert_eq!((&span["otel.name"], &span["otel.kind"]), (&name.into(), &"server".into()));
+            assert_eq!((&span["rpc.system"], &span["snapshot.key"]), (&"grpc".into(), &"a".into()));
+        }
     }
 
     #[tokio::test]

@@ -5,7 +5,9 @@ use crate::{
     control, cri,
     keyring::Keyring,
     lazy::{Lazy, LazyPort},
-    rpc, status,
+    metrics::{self, Address},
+    rpc,
+    status::{self, Observed},
 };
 use rustix::fs::Mode;
 use shipway_daemon::NotifyState;
@@ -21,6 +23,7 @@ use std::{
 use tokio::{
     net::{UnixListener, UnixStream},
     sync::mpsc,
+    task::JoinHandle,
 };
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -63,10 +66,15 @@ pub async fn run(config: &Config) -> Result<()> {
         .name("later".into())
         .spawn(move || worker.work())
         .map_err(|e| Fault::io("start a thread", e))?;
-    let telling = shipway_task::spawn(
-        "answer for status",
-        status::serve(accept(told), store.clone(), lazy.clone(), keyring, config.clone()),
-    );
+    let observed = Arc::new(Observed {
+        store: store.clone(),
+        lazy: lazy.clone(),
+        keyring,
+        config: config.clone(),
+    });
+    let telling =
+        shipway_task::spawn("answer for status", status::serve(accept(told), observed.clone()));
+    let measured = measure(config, observed).await?;
     tracing::info!(root = %config.root.display(), address = %config.address.display(), "serving snapshots");
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let stopped = async {
@@ -95,11 +103,28 @@ pub async fn run(config: &Config) -> Result<()> {
     telling.abort();
     giving.abort();
     passing.abort();
+    measured.into_iter().for_each(|task| task.abort());
     store.close();
     if let Some(lazy) = lazy {
         lazy.close();
     }
     result
+}
+
+/// Answers for metrics, if that is wanted.
+async fn measure(config: &Config, observed: Arc<Observed>) -> Result<Option<JoinHandle<()>>> {
+    const NAME: &str = "answer for metrics";
+    Ok(match config.metrics.address()? {
+        None => None,
+        Some(Address::Unix(path)) => {
+            let connections = accept(bind(&path)?);
+            Some(shipway_task::spawn(NAME, metrics::serve(connections, observed)))
+        }
+        Some(Address::Loopback(address)) => {
+            let connections = metrics::listen(address).await?;
+            Some(shipway_task::spawn(NAME, metrics::serve(connections, observed)))
+        }
+    })
 }
 
 /// Opens the store, with lazy layers if they are wanted.

@@ -57,6 +57,12 @@ pub struct Flags {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(u32, u32);
 
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.0, self.1)
+    }
+}
+
 /// Runs the command.
 pub fn run(config: &Config, flags: &Flags) -> Result<()> {
     let path = &flags.target.containerd_config;
@@ -84,9 +90,7 @@ pub fn run(config: &Config, flags: &Flags) -> Result<()> {
             .map_err(|e| Fault::io(format!("remove {}", path.display()), e))?,
     }
     match version {
-        Some(Version(major, minor)) => {
-            println!("{} is set up for containerd {major}.{minor}", path.display())
-        }
+        Some(version) => println!("{} is set up for containerd {version}", path.display()),
         None => println!("{} is as it was", path.display()),
     }
     println!("restart containerd to use it: systemctl restart containerd");
@@ -142,6 +146,13 @@ fn set_up(
 ) -> Result<String> {
     if version < Version(1, 6) {
         return Err(Fault::new(Code::FailedPrecondition, "containerd before 1.6 is not supported"));
+    }
+    if let Some(other) = other_name(config, name, text.unwrap_or_default()) {
+        return Err(Fault::new(
+            Code::FailedPrecondition,
+            format!("the snapshotter is there already, as {other:?}"),
+        )
+        .hint("containerd removes what it does not know under a name, so it may have one name only: take the other back with --undo"));
     }
     let mut edit = Edit::new(text.unwrap_or_default())?;
     if edit.is_empty() {
@@ -216,6 +227,18 @@ fn set_up(
         }
     }
     Ok(edit.into_text())
+}
+
+/// Another name that containerd knows the same snapshotter by.
+fn other_name(config: &Config, name: &str, text: &str) -> Option<String> {
+    // What cannot be read is told by who edits it.
+    let file: toml::Table = toml::from_str(text).ok()?;
+    let address = config.address.to_string_lossy();
+    let plugins = file.get("proxy_plugins")?.as_table()?;
+    let same = |plugin: &toml::Value| {
+        plugin.get("address").and_then(toml::Value::as_str) == Some(&*address)
+    };
+    plugins.iter().find(|(other, plugin)| *other != name && same(plugin)).map(|(n, _)| n.clone())
 }
 
 /// The file without what is ours; nothing if there is nothing else.
@@ -357,6 +380,21 @@ differ = "erofs"
             );
             assert_eq!(undone(&file).unwrap(), None, "a file that was not there goes:\n{file}");
         }
+    }
+
+    #[test]
+    fn a_second_name_is_refused() {
+        let file = done(None, Version(1, 7));
+        let again = |name: &str, text: &str| {
+            set_up(&Config::default(), name, Some(text), Version(1, 7), true)
+        };
+        assert_eq!(again("shipway", &file).unwrap(), file);
+        let refused = again("stargz", &file).unwrap_err();
+        assert!(refused.to_string().contains("as \"shipway\""), "{refused}");
+        assert!(refused.hints().any(|hint| hint.contains("--undo")));
+        let back = undone(&file).unwrap().unwrap_or_default();
+        assert!(again("stargz", &back).unwrap().contains("[proxy_plugins.stargz]"));
+        again("shipway", KUBERNETES).unwrap();
     }
 
     #[test]

@@ -1,15 +1,27 @@
-//! What the snapshotter tells about itself: one JSON object for who connects to its second socket.
+//! What the snapshotter tells about itself: one JSON object for who connects to its status socket.
+//!
+//! - [`show`]: the command, for people.
+
+pub mod show;
 
 use crate::{
     config::Config,
     keyring::{Keyring, Known},
-    lazy::{Lazy, Report},
+    lazy::{Lazy, Report, Wanted},
 };
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Fault, Result};
-use shipway_snapstore::{Sharing, Store, Totals};
-use std::{io::Read as _, os::unix::net, path::PathBuf, sync::Arc, time::Duration};
-use tokio::{io::AsyncWriteExt as _, net::UnixStream};
+use shipway_snapstore::{Filters, Sharing, Store, Totals};
+use std::{
+    collections::{BTreeSet, HashMap},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
+};
 use tokio_stream::{Stream, StreamExt as _};
 
 /// Most bytes that are read of an answer.
@@ -18,7 +30,7 @@ const MAX_ANSWER: u64 = 16 << 20;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The answer. Fields are added, never changed.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// Version of the program that runs.
     pub version: String,
@@ -39,7 +51,7 @@ pub struct Status {
 }
 
 /// Numbers of names.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct Snapshots {
     pub active: u64,
@@ -48,7 +60,7 @@ pub struct Snapshots {
 }
 
 /// Directories of committed snapshots.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Disk {
     /// How many there are.
     pub directories: u64,
@@ -60,38 +72,73 @@ pub struct Disk {
     pub uncounted: u64,
 }
 
-impl Status {
-    fn of(store: &Store, lazy: Option<&Lazy>, keyring: &Keyring, config: &Config) -> Self {
-        let Totals { active, views, committed, places, usage, uncounted, .. } = store.totals();
-        Self {
+/// Everything that is told of.
+pub struct Observed {
+    /// Snapshots.
+    pub store: Arc<Store>,
+    /// Layers, if there may be lazy ones.
+    pub lazy: Option<Arc<Lazy>>,
+    /// Credentials.
+    pub keyring: Arc<Keyring>,
+    /// The configuration.
+    pub config: Config,
+}
+
+impl Observed {
+    /// How it is now.
+    pub async fn status(self: &Arc<Self>) -> Result<Status> {
+        let this = self.clone();
+        // It looks at files.
+        shipway_task::blocking("collect the status", move || Ok(this.collect())).await
+    }
+
+    fn collect(&self) -> Status {
+        let Totals { active, views, committed, places, usage, uncounted, .. } = self.store.totals();
+        let mut lazy = self.lazy.as_deref().map(Lazy::report);
+        if let Some(report) = &mut lazy {
+            self.name_images(report);
+        }
+        Status {
             version: env!("CARGO_PKG_VERSION").into(),
-            root: config.root.clone(),
-            sharing: match config.sharing {
+            root: self.config.root.clone(),
+            sharing: match self.config.sharing {
                 Sharing::Shared => "shared".into(),
                 Sharing::Isolated => "isolated".into(),
             },
             snapshots: Snapshots { active, views, committed },
             disk: Disk { directories: places, bytes: usage.bytes, inodes: usage.inodes, uncounted },
-            lazy: lazy.map(Lazy::report),
-            credentials: keyring.known(),
+            lazy,
+            credentials: self.keyring.known(),
+        }
+    }
+
+    /// Layers are known by their blobs; which images they are of is what snapshots are labeled
+    /// with.
+    fn name_images(&self, report: &mut Report) {
+        let mut images: HashMap<String, BTreeSet<String>> = HashMap::new();
+        for info in self.store.list(&Filters::default()) {
+            if let Some((digest, image)) = Wanted::pulled_for(&info.labels) {
+                images.entry(digest.to_owned()).or_default().insert(image.to_owned());
+            }
+        }
+        for layer in &mut report.layers {
+            layer.images = images.get(&layer.digest).into_iter().flatten().cloned().collect();
         }
     }
 }
 
 /// Answers everybody who connects.
-pub async fn serve(
-    connections: impl Stream<Item = UnixStream>,
-    store: Arc<Store>,
-    lazy: Option<Arc<Lazy>>,
-    keyring: Arc<Keyring>,
-    config: Config,
-) {
+pub async fn serve(connections: impl Stream<Item = UnixStream>, observed: Arc<Observed>) {
     let mut connections = std::pin::pin!(connections);
     while let Some(mut connection) = connections.next().await {
-        let Ok(mut text) =
-            serde_json::to_vec(&Status::of(&store, lazy.as_deref(), &keyring, &config))
-        else {
-            continue;
+        let status = observed.status().await;
+        let encoded = status.map(|status| serde_json::to_vec(&status));
+        let mut text = match encoded {
+            Ok(Ok(text)) => text,
+            failed => {
+                tracing::error!(?failed, "failed to tell the status");
+                continue;
+            }
         };
         text.push(b'\n');
         // Small enough for the kernel to take at once; who does not read holds up nobody for long.
@@ -101,79 +148,31 @@ pub async fn serve(
 }
 
 /// Asks the snapshotter that runs.
-pub fn ask(config: &Config) -> Result<Status> {
+pub async fn ask(config: &Config) -> Result<Status> {
     let path = &config.status_address;
     let failed = |e| Fault::io(format!("ask the snapshotter at {}", path.display()), e);
-    let connection = net::UnixStream::connect(path)
-        .map_err(|e| failed(e).hint("is shipway-snapshotter running?"))?;
-    connection.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
-    let mut text = Vec::new();
-    connection.take(MAX_ANSWER).read_to_end(&mut text).map_err(failed)?;
-    serde_json::from_slice(&text)
-        .map_err(|e| Fault::unavailable(format!("{} answers something else: {e}", path.display())))
-}
-
-/// The command `status`.
-pub fn show(config: &Config, json: bool) -> Result<()> {
-    let status = ask(config)?;
-    if json {
-        let text = serde_json::to_string_pretty(&status)
-            .map_err(|e| Fault::internal(format!("encode the status: {e}")))?;
-        println!("{text}");
-        return Ok(());
-    }
-    let Status { version, root, sharing, snapshots, disk, lazy, credentials } = status;
-    println!("version    {version}");
-    println!("root       {}", root.display());
-    println!("sharing    {sharing}");
-    println!(
-        "snapshots  {} active, {} views, {} committed",
-        snapshots.active, snapshots.views, snapshots.committed
-    );
-    let more = if disk.uncounted > 0 {
-        format!(", and {} not counted yet", disk.uncounted)
-    } else {
-        String::new()
+    let work = async {
+        let connection = UnixStream::connect(path)
+            .await
+            .map_err(|e| failed(e).hint("is shipway-snapshotter running?"))?;
+        let mut text = Vec::new();
+        connection.take(MAX_ANSWER).read_to_end(&mut text).await.map_err(failed)?;
+        serde_json::from_slice(&text).map_err(|e| {
+            Fault::unavailable(format!("{} answers something else: {e}", path.display()))
+        })
     };
-    println!(
-        "disk       {} bytes in {} inodes of {} directories{more}",
-        disk.bytes, disk.inodes, disk.directories
-    );
-    if let Some(lazy) = lazy {
-        show_lazy(&lazy);
-    }
-    for Known { repository, giver } in &credentials {
-        println!("credentials for {repository}, given by {giver}");
-    }
-    Ok(())
+    let late = |_| failed(std::io::ErrorKind::TimedOut.into());
+    tokio::time::timeout(PATIENCE, work).await.map_err(late)?
 }
 
-fn show_lazy(report: &Report) {
-    let keeper = if report.keeper { "" } else { ", the keeper does not answer" };
-    println!("lazy       by way of {}{keeper}", report.tier);
-    for (tier, why) in &report.passed_over {
-        println!("           not {tier}: {why}");
-    }
-    println!("layers     {}, {} bytes", report.layers.len(), report.bytes);
-    for layer in &report.layers {
-        let short = layer.digest.get(..19).unwrap_or(&layer.digest);
-        let percent = (layer.verified * 100).checked_div(layer.data).unwrap_or(100);
-        let mounted = layer.mounted.as_deref().unwrap_or("not mounted");
-        println!(
-            "  {:>4} {short} {} {percent:>3}% of {} bytes, {mounted}, {} misses{}",
-            layer.layer,
-            layer.state,
-            layer.data,
-            layer.misses,
-            layer.median.map_or(String::new(), |m| {
-                format!(" ({:.0} ms, worst {:.0} ms)", m * 1e3, layer.worst * 1e3)
-            }),
-        );
-        for repository in &layer.repositories {
-            println!("       of {repository}");
-        }
-        if let Some(error) = &layer.error {
-            println!("       last error: {error}");
-        }
-    }
+/// [`ask`] for who has no runtime.
+pub fn ask_now(config: &Config) -> Result<Status> {
+    runtime()?.block_on(ask(config))
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Fault::io("start the runtime", e))
 }

@@ -46,6 +46,13 @@ impl Wanted {
         Some(Self { layer, image, manifest, annotations })
     }
 
+    /// Digest of the blob and name of the image that a snapshot with these labels was made for, as
+    /// they were told.
+    pub fn pulled_for(labels: &Labels) -> Option<(&str, &str)> {
+        let get = |keys: [&str; 2]| keys.iter().find_map(|key| labels.get(*key));
+        Some((get([LAYER, STARGZ_LAYER])?, get([IMAGE, STARGZ_IMAGE])?))
+    }
+
     /// Whether the annotations that were passed on name the digest of a table of contents. Those of
     /// zstd:chunked are not passed on.
     pub fn has_toc(&self) -> bool {
@@ -77,6 +84,8 @@ mod tests {
         assert!(wanted.has_toc() && !wanted.annotations.contains_key("other"));
         let stargz = labels(&[(STARGZ_IMAGE, "r.example/a:1"), (STARGZ_LAYER, &digest)]);
         assert!(!Wanted::of(&stargz).unwrap().has_toc());
+        assert_eq!(Wanted::pulled_for(&stargz), Some((&*digest, "r.example/a:1")));
+        assert_eq!(Wanted::pulled_for(&labels(&[(LAYER, &digest)])), None);
         for wrong in [
             labels(&[(LAYER, &digest)]),
             labels(&[(IMAGE, "r.example/a:1")]),

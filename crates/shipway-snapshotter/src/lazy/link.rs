@@ -54,6 +54,8 @@ pub struct Link {
 struct State {
     keeper: Option<Arc<Keeper>>,
     layers: BTreeMap<u32, Arc<Registered>>,
+    /// What the keeper is to remember.
+    memory: Option<File>,
     closed: bool,
 }
 
@@ -123,10 +125,33 @@ impl Link {
                 }
             }
         }
+        if let Some(memory) = &state.memory
+            && let Err(error) = keeper.remember(memory.as_fd())
+        {
+            tracing::warn!(%error, "the keeper does not remember credentials");
+        }
         state.keeper = Some(keeper);
         drop(state);
         self.changed.notify_all();
         true
+    }
+
+    /// What an earlier process of ours had the keeper remember.
+    pub fn recall(&self) -> Option<File> {
+        // What it remembers comes before the answer.
+        self.keeper().ok()?.list().ok()?;
+        self.held.memory()
+    }
+
+    /// Has the keeper remember a file, over restarts of either process.
+    pub fn remember(&self, memory: File) {
+        let mut state = self.lock();
+        if let Some(keeper) = &state.keeper
+            && let Err(error) = keeper.remember(memory.as_fd())
+        {
+            tracing::debug!(%error, "the next keeper is told what to remember");
+        }
+        state.memory = Some(memory);
     }
 
     fn start(&self, error: ClientError) {

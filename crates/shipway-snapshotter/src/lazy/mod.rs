@@ -22,16 +22,16 @@ mod report;
 mod resolve;
 mod spans;
 
-pub use report::Report;
+pub use labels::Wanted;
+pub use report::{LayerReport, Report, Totals};
 
 use crate::{config::Config, keyring::Keyring};
 use credentials::AllCredentials;
-use labels::Wanted;
 use learning::Learning;
 use link::{Link, Registered, Starter};
 use parking_lot::{Mutex, MutexGuard};
 use resolve::Resolver;
-use shipway_estargz::Landmark;
+use shipway_estargz::{DATA_BLOCK, Landmark};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_keeper::client::News;
 use shipway_layermount::{FuseFiles, Source, Tier};
@@ -92,6 +92,8 @@ pub struct Lazy {
     /// Those whose blobs are being read, and who waits for their ends.
     reading: Mutex<BTreeMap<u32, oneshot::Sender<()>>>,
     held: Mutex<BTreeMap<u32, Held>>,
+    /// What happened to layers that are not served any more.
+    retired: Mutex<Totals>,
     /// What the keeper said before the layers of an earlier life were back; `None` since.
     early: Mutex<Option<Vec<News>>>,
 }
@@ -141,6 +143,13 @@ impl Lazy {
         })?;
         let (tier, passed_over) = probe(config, &link);
         tracing::info!(tier = %tier, "lazy layers");
+        if let Some(memory) = link.recall()
+            && let Err(fault) = keyring.restore(&memory)
+        {
+            tracing::warn!(%fault, "credentials of the last process are lost");
+        }
+        let remembering = link.clone();
+        keyring.keep_with(move |memory| remembering.remember(memory));
         let settings = Settings {
             memory: config.lazy.memory,
             connections: config.lazy.connections,
@@ -165,6 +174,7 @@ impl Lazy {
             wanted_whole,
             reading: Mutex::default(),
             held: Mutex::default(),
+            retired: Mutex::default(),
             early: Mutex::new(Some(Vec::new())),
         });
         let wholes = bring_all(Arc::downgrade(&lazy), wholes);
@@ -225,6 +235,9 @@ impl Lazy {
                     Ok(good) => {
                         self.link.have(n, good.ranges());
                         if good.has(&blocks) {
+                            if let Some(stats) = self.fetcher.stats(n) {
+                                stats.found((blocks.end - blocks.start) * DATA_BLOCK);
+                            }
                             return;
                         }
                     }
@@ -444,7 +457,14 @@ impl Lazy {
 
     /// Nobody serves or fetches a layer any more; it stays as a cache.
     fn forget(&self, number: u32) {
-        self.fetcher.remove(number);
+        {
+            // Who sums up sees what happened once.
+            let mut retired = self.retired.lock();
+            if let Some(stats) = self.fetcher.stats(number) {
+                retired.add(&stats.read());
+            }
+            self.fetcher.remove(number);
+        }
         self.end_whole(number);
         self.link.remove(number);
         self.neighbors.forget(number);

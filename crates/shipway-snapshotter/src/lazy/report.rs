@@ -2,8 +2,9 @@
 
 use super::{Held, Lazy};
 use serde::{Deserialize, Serialize};
-use shipway_layermount::Source;
+use shipway_layermount::{Source, Tier};
 use shipway_layerstore::{Layer, State};
+use shipway_lazyfetch::Counters;
 use std::sync::Arc;
 
 /// How layers are read here, and what is known of each. Fields are added, never changed.
@@ -18,8 +19,52 @@ pub struct Report {
     pub keeper: bool,
     /// Bytes that all layers take on the disk.
     pub bytes: u64,
+    /// What happened since the snapshotter was started, also to layers that are not served now.
+    pub totals: Totals,
     /// All layers.
     pub layers: Vec<LayerReport>,
+}
+
+/// Sums over all layers. Sizes are in bytes, times in seconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Totals {
+    /// Compressed bytes that were fetched.
+    pub network: u64,
+    /// Bytes that were waited for and found on the disk.
+    pub cache: u64,
+    /// Requests to registries.
+    pub requests: u64,
+    /// Those that repeated earlier ones.
+    pub retries: u64,
+    /// Answers whose bytes were wrong.
+    pub wrong: u64,
+    /// Reads that had to wait, and were served.
+    pub misses: u64,
+    /// Reads that had to wait, and failed.
+    pub failed: u64,
+    /// How long those that were served waited together.
+    pub waited: f64,
+    /// How many of them waited less than so long.
+    pub times: Vec<(f64, u64)>,
+}
+
+impl Totals {
+    pub(super) fn add(&mut self, counters: &Counters) {
+        self.network += counters.network;
+        self.cache += counters.local;
+        self.requests += counters.requests;
+        self.retries += counters.retries;
+        self.wrong += counters.wrong;
+        self.misses += counters.misses;
+        self.failed += counters.failed;
+        self.waited += counters.waited.as_secs_f64();
+        // The times are the same for all.
+        self.times.resize(counters.times.len(), (0.0, 0));
+        for (sum, (time, count)) in self.times.iter_mut().zip(&counters.times) {
+            *sum = (time.as_secs_f64(), sum.1 + count);
+        }
+    }
 }
 
 /// What is known of a layer. Sizes are in bytes, times in seconds.
@@ -32,6 +77,8 @@ pub struct LayerReport {
     pub digest: String,
     /// Where it was seen.
     pub repositories: Vec<String>,
+    /// Images that there are snapshots of it for, as their pulls named them.
+    pub images: Vec<String>,
     /// Of its blob.
     pub size: u64,
     /// Of its data.
@@ -44,11 +91,14 @@ pub struct LayerReport {
     pub state: String,
     /// How it is mounted: `served` by the keeper, `local`, or not at all.
     pub mounted: Option<String>,
+    /// The way in which the kernel reads that mount, by the name that it has in the configuration.
+    pub tier: Option<String>,
     /// Whether snapshots stand on it.
     pub used: bool,
     /// Compressed bytes that were fetched.
     pub network: u64,
-    /// Bytes that were found on the disk and right.
+    /// Bytes that were waited for and found on the disk, after a restart of the machine for example.
+    /// What the kernel or the keeper answers by itself is not seen here.
     pub cache: u64,
     /// Requests to registries.
     pub requests: u64,
@@ -70,6 +120,14 @@ impl Lazy {
     /// What is known now.
     pub fn report(&self) -> Report {
         let layers = self.store.layers();
+        let totals = {
+            let retired = self.retired.lock();
+            let mut totals = retired.clone();
+            for stats in layers.iter().filter_map(|layer| self.fetcher.stats(layer.number().0)) {
+                totals.add(&stats.read());
+            }
+            totals
+        };
         Report {
             tier: self.tier.to_string(),
             passed_over: self
@@ -79,6 +137,7 @@ impl Lazy {
                 .collect(),
             keeper: self.link.is_up(),
             bytes: self.store.total().unwrap_or_default(),
+            totals,
             layers: layers.iter().map(|layer| self.of_layer(layer)).collect(),
         }
     }
@@ -113,6 +172,7 @@ impl Lazy {
             verified: verified * BLOCK,
             state: state.to_owned(),
             mounted: mounted.map(|s| if is_local(s) { "local" } else { "served" }.to_owned()),
+            tier: mounted.map(|source| tier_of(source).to_string()),
             used: held.is_some(),
             error: lie.or_else(|| held.and_then(|h| h.failed.as_ref()).map(ToString::to_string)),
             ..LayerReport::default()
@@ -130,6 +190,16 @@ impl Lazy {
             report.error = report.error.or(counters.last_error.map(|fault| fault.to_string()));
         }
         report
+    }
+}
+
+/// The way of reading that a mount is an instance of.
+fn tier_of(source: &Source) -> Tier {
+    match source {
+        Source::Files { .. } => Tier::File,
+        Source::File(_) => Tier::FlatFile,
+        Source::Loops { .. } => Tier::Loop,
+        Source::Loop(_) => Tier::FlatLoop,
     }
 }
 
