@@ -1,10 +1,25 @@
 //! What a build was seen to use (row `at.prov.capture`).
 
-use crate::request::{Local, Named};
 use serde::Serialize;
 use shipway_fault::redact;
 use shipway_oci::{Digest, ImageName, Platform, timestamp};
 use std::{collections::HashSet, fmt, time::SystemTime};
+
+/// A secret or an SSH agent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[allow(missing_docs)]
+pub struct Named {
+    pub id: String,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub optional: bool,
+}
+
+/// A client's directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[allow(missing_docs)]
+pub struct Local {
+    pub name: String,
+}
 
 /// An image.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -18,7 +18,8 @@ pub use attestation::{
     Attestation, Kind, SubjectKind, SubjectSpec, core_first, filter_inline, keys,
 };
 pub use capture::{
-    BlobSource, Capture, GitSource, HttpSource, ImageSource, MissingFetch, Sources, Stored,
+    BlobSource, Capture, GitSource, HttpSource, ImageSource, Local, MissingFetch, Named, Sources,
+    Stored,
 };
 pub use intoto::{DigestSet, SPDX, STATEMENT, Statement, Subject, digest_set, slsa};
 pub use options::{AttestOptions, Mode, ProvenanceOptions, SbomOptions, Version};
@@ -26,7 +27,5 @@ pub use predicate::{
     BuildConfig, BuildStep, Builder, LayerMap, Metadata, Predicate, Source, SourceInfo,
 };
 pub use purl::{PurlKind, image_purl};
-pub use request::{
-    ConfigSource, GitAddress, Local, Named, Parameters, RequestProvenance, filter_args,
-};
+pub use request::{ConfigSource, GitAddress, Parameters, RequestProvenance, filter_args};
 pub use usage::system_sample;

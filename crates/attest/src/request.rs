@@ -1,26 +1,14 @@
 //! What was asked of a frontend, as provenance has it: without what concerns this host alone, and
 //! without passwords (row `at.prov.params`).
 
-use crate::{Sources, intoto::DigestSet};
+use crate::{
+    Sources,
+    capture::{Local, Named},
+    intoto::DigestSet,
+};
 use serde::Serialize;
 use shipway_fault::redact;
 use std::collections::BTreeMap;
-
-/// A secret or an SSH agent.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[allow(missing_docs)]
-pub struct Named {
-    pub id: String,
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub optional: bool,
-}
-
-/// A client's directory.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[allow(missing_docs)]
-pub struct Local {
-    pub name: String,
-}
 
 /// A request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]

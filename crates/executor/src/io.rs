@@ -1,9 +1,29 @@
 //! What goes between a process and its caller (rows `gw.exec.*`).
 
-use crate::{Output, OutputSink};
 use bytes::Bytes;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
+
+/// Which stream output came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// A piece of output.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// Where it came from.
+    pub stream: Stream,
+    /// The bytes, as they came.
+    pub bytes: Bytes,
+}
+
+/// Takes output as it comes; must not block.
+pub type OutputSink = Arc<dyn Fn(Output) + Send + Sync>;
 
 /// A control message for a running process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -17,10 +17,9 @@ mod io;
 pub mod spec;
 
 pub use edits::{DeviceNode, Edits, Hook, HookPoint};
-pub use io::{Control, OutputTarget, ProcessIo};
+pub use io::{Control, Output, OutputSink, OutputTarget, ProcessIo, Stream};
 pub use process::{
     CgroupParent, ExecMount, Executor, ExitStatus, HostEntry, KeepAlive, MountSource, NetworkMode,
-    Output, OutputSink, ProcessSpec, ResourceLimits, Rlimit, RootFs, Secret, Security, Stream,
-    User,
+    ProcessSpec, ResourceLimits, Rlimit, RootFs, Secret, Security, User,
 };
 pub use proxy::{Egress, Proxied, StepProxy, environment as proxy_environment, set_variables};

@@ -189,27 +189,6 @@ impl std::fmt::Debug for KeepAlive {
     }
 }
 
-/// Which stream output came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stream {
-    /// Standard output.
-    Stdout,
-    /// Standard error.
-    Stderr,
-}
-
-/// A piece of output.
-#[derive(Clone, Debug)]
-pub struct Output {
-    /// Where it came from.
-    pub stream: Stream,
-    /// The bytes, as they came.
-    pub bytes: Bytes,
-}
-
-/// Takes output as it comes; must not block.
-pub type OutputSink = Arc<dyn Fn(Output) + Send + Sync>;
-
 /// How a process ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExitStatus {

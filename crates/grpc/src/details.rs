@@ -9,7 +9,6 @@ use std::{
     sync::{Arc, LazyLock},
 };
 
-use crate::status::Program;
 use prost::Message;
 use prost_reflect::{DescriptorPool, DeserializeOptions, DynamicMessage, SerializeOptions};
 use prost_types::Any;
@@ -154,6 +153,17 @@ pub(crate) fn decode(any: &Any) -> Option<Detail> {
         }
         _ => return None,
     })
+}
+
+/// The program that stacks in errors name.
+#[derive(Clone, Debug, Default)]
+pub struct Program {
+    /// Its command line.
+    pub command: Vec<String>,
+    /// Its version.
+    pub version: String,
+    /// What it was made of.
+    pub revision: String,
 }
 
 /// Where in this program a fault came from, with the program itself (row `err.stack`): what clients

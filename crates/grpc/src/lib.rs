@@ -33,11 +33,12 @@ mod status;
 mod tls;
 mod tunnel;
 
+pub use details::Program;
 pub use duplex::{Answers, Duplex, Frame, FrameSink, frames};
 pub use health::HealthService;
 pub use listen::{Address, Connection, ListenOptions, Listener, Peer, dial};
 pub use platform::{platform_of, platform_to_wire};
 pub use raw::{FileSend, FileSendServer, RawAnswers, RawCodec};
-pub use status::{Program, fault_of, fault_of_io, status_of, tell_stacks};
+pub use status::{fault_of, fault_of_io, status_of, tell_stacks};
 pub use tls::{ClientTls, ServerTls};
 pub use tunnel::{TunnelChannel, TunnelPeer, serve_tunnel, server, tuned};

@@ -12,24 +12,13 @@ use shipway_fault::{Code, Detail, Fault};
 use shipway_proto::google::rpc;
 use tonic::Status;
 
-use crate::details;
+use crate::details::{self, Program};
 
 const HINT: &str = "\nhint: ";
 /// A status travels in headers; beyond this, details are left out rather than failing the answer.
 const MAX_DETAILS: usize = 2 << 20;
 /// A peer's details beyond this many are dropped.
 const MAX_DETAIL_COUNT: usize = 256;
-
-/// The program that stacks in errors name.
-#[derive(Clone, Debug, Default)]
-pub struct Program {
-    /// Its command line.
-    pub command: Vec<String>,
-    /// Its version.
-    pub version: String,
-    /// What it was made of.
-    pub revision: String,
-}
 
 static PROGRAM: OnceLock<Program> = OnceLock::new();
 

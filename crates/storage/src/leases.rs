@@ -1,26 +1,13 @@
 //! The lease port: what protects objects from garbage collection.
 
-use crate::{Labels, SnapshotKey};
+use crate::{
+    Labels,
+    names::{LeaseId, SnapshotKey},
+};
 use async_trait::async_trait;
 use shipway_fault::Result;
 use shipway_oci::Digest;
-use std::{fmt, time::SystemTime};
-
-/// Name of a lease.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct LeaseId(pub String);
-
-impl fmt::Display for LeaseId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl fmt::Debug for LeaseId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
+use std::time::SystemTime;
 
 /// A lease as stored. Labels cannot change after creation.
 #[derive(Clone, Debug, PartialEq, Eq)]

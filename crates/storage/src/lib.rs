@@ -16,6 +16,7 @@ mod content;
 mod images;
 mod leases;
 mod mount;
+mod names;
 mod snapshots;
 
 pub mod fake;
@@ -24,9 +25,10 @@ pub mod suite;
 
 pub use content::{BlobInfo, BlobReader, BlobWriter, ContentStore, Ingest};
 pub use images::{ImageRecord, Images, built_labels};
-pub use leases::{Lease, LeaseId, LeaseResource, Leases};
+pub use leases::{Lease, LeaseResource, Leases};
 pub use mount::{Bind, Mount, Overlay, RawMount, Upper, VOLATILE};
-pub use snapshots::{SnapshotInfo, SnapshotKey, SnapshotKind, Snapshotter, Usage};
+pub use names::{LeaseId, SnapshotKey};
+pub use snapshots::{SnapshotInfo, SnapshotKind, Snapshotter, Usage};
 
 use shipway_fault::Result;
 use std::{collections::BTreeMap, sync::Arc};

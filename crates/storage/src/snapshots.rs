@@ -1,33 +1,12 @@
 //! The snapshot port: filesystems as layers.
 
-use crate::{Labels, LeaseId, Mount};
+use crate::{
+    Labels, Mount,
+    names::{LeaseId, SnapshotKey},
+};
 use async_trait::async_trait;
 use shipway_fault::Result;
-use shipway_oci::{ChainId, Descriptor, DiffId};
-use std::fmt;
-
-/// Key of an active snapshot or name of a committed one. Committed snapshots of images are named by
-/// their [`ChainId`].
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SnapshotKey(pub String);
-
-impl From<ChainId> for SnapshotKey {
-    fn from(id: ChainId) -> Self {
-        Self(id.to_string())
-    }
-}
-
-impl fmt::Display for SnapshotKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl fmt::Debug for SnapshotKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
+use shipway_oci::{Descriptor, DiffId};
 
 /// Kind of a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
