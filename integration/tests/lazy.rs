@@ -111,6 +111,7 @@ fn all() -> (String, String) {
 
 const FAST: Network = Network { latency: Duration::from_millis(2), bandwidth: 60 << 20 };
 
+#[track_caller]
 fn runs_before_it_is_there(flavour: Flavour, output: Output) {
     let lab = lab(flavour, "background = false\n");
     push(&lab.registry(), output);

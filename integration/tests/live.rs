@@ -22,6 +22,7 @@ mod full_disk;
 mod gateway;
 mod histories;
 mod history;
+mod house;
 mod installed_files;
 mod invariants;
 mod lab;

@@ -19,6 +19,7 @@ const HANG: Duration = Duration::from_secs(10);
 
 /// Calls `each` in rounds: some always, and for a share of `SHIPWAY_FUZZ_SECONDS` where that is
 /// set, then with another seed each time.
+#[track_caller]
 fn rounds(mut each: impl FnMut(&mut Dice, usize)) {
     let time = std::env::var("SHIPWAY_FUZZ_SECONDS")
         .ok()

@@ -33,6 +33,7 @@ use std::{
 struct Mounted(OwnedFd);
 
 impl Mounted {
+    #[track_caller]
     fn new(kind: &str, options: &[(&str, Option<&Path>)]) -> Result<Self, String> {
         assert!(
             rustix::process::geteuid().is_root(),
@@ -158,6 +159,7 @@ fn names_in(path: &Path) -> Vec<Vec<u8>> {
 }
 
 /// Compares everything below `root` with the model.
+#[track_caller]
 fn compare(root: &Path, model: &Model) {
     let links = model.links();
     let mut numbers: HashMap<usize, u64> = HashMap::new();

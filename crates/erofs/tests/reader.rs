@@ -9,6 +9,7 @@ use shipway_erofs::*;
 use std::collections::{BTreeMap, HashMap};
 
 /// Compares the whole image with the model.
+#[track_caller]
 fn compare(reader: &Reader<'_>, layer: &Layer) {
     let model = &layer.model;
     let links = model.links();

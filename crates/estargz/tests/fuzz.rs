@@ -65,6 +65,7 @@ fn samples() -> Vec<Sample> {
 }
 
 /// What everybody may rely on who has a table.
+#[track_caller]
 fn promises(toc: &Toc, layout: &Layout) {
     let mut sum = 0u64;
     let mut paths = BTreeSet::new();
@@ -226,6 +227,7 @@ fn read_json(json: &str, payload_end: u64) -> Result<Toc, Error> {
     Toc::read(&zstd::bulk::compress(json.as_bytes(), 1).unwrap(), &layout, &expected)
 }
 
+#[track_caller]
 fn round(sample: &Sample, dice: &mut Dice) -> bool {
     match dice.below(8) {
         0 => {

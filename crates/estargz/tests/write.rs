@@ -103,6 +103,7 @@ fn random_tar(dice: &mut Dice, entries: usize, largest: usize) -> Vec<u8> {
     tar.into_inner().unwrap()
 }
 
+#[track_caller]
 fn decompressed(codec: Codec, blob: &[u8]) -> Vec<u8> {
     match codec {
         Codec::Zstd => zstd::stream::decode_all(blob).unwrap(),
@@ -125,6 +126,7 @@ fn decompressed(codec: Codec, blob: &[u8]) -> Vec<u8> {
 }
 
 /// Everything that can be said of a blob made from `tar`.
+#[track_caller]
 fn check(tar: &[u8], options: &WriterOptions) {
     let threads = |n| WriterOptions { threads: NonZero::new(n).unwrap(), ..options.clone() };
     let (blob, written) = write(tar, threads(1)).unwrap();

@@ -296,6 +296,7 @@ mod tests {
         words.iter().flat_map(|w| w.to_ne_bytes()).collect()
     }
 
+    #[track_caller]
     fn parsed(opcode: u32, body: &[u8]) -> Result<String, WireError> {
         let bytes = request(opcode, body);
         let request = Request::parse(&bytes)?;

@@ -178,6 +178,7 @@ fn serve(device: OwnedFd, slots: &Slots, reads: Reads, direct: bool, events: &Se
 }
 
 /// Answers what a predecessor left.
+#[track_caller]
 fn replay(device: &OwnedFd, slots: &Slots) -> usize {
     slots.clear_unfinished();
     let mut reply = Reply::default();
@@ -204,6 +205,7 @@ fn replay(device: &OwnedFd, slots: &Slots) -> usize {
     reads.len()
 }
 
+#[track_caller]
 fn started(events: &Receiver<Event>) {
     assert!(matches!(events.recv().unwrap(), Event::Began { .. }));
 }

@@ -245,6 +245,7 @@ const LAYERS: [u32; 2] = [3, 4];
 const LOAD_BLOCKS: u64 = 256;
 
 impl Load {
+    #[track_caller]
     fn start(lab: &Arc<Lab>, drops: bool) -> Self {
         let (stop, reads) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let daemon = lab.connect();

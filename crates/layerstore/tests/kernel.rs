@@ -54,6 +54,7 @@ fn names_in(path: &Path) -> Vec<Vec<u8>> {
 }
 
 /// Compares everything below `root` with the model; returns how many inodes that were.
+#[track_caller]
 fn compare(root: &Path, model: &Model) -> usize {
     let links = model.links();
     let mut numbers: HashMap<usize, u64> = HashMap::new();

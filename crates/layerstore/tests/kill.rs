@@ -130,6 +130,7 @@ fn parent() {
 }
 
 /// Notes what the child said; a line that was cut by its death says nothing.
+#[track_caller]
 fn take(maps: &mut BTreeMap<u32, BTreeSet<u64>>, line: &str) -> usize {
     let Some(line) = line.strip_suffix('\n') else { return 0 };
     let words: Vec<&str> = line.split(' ').collect();

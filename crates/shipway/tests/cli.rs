@@ -112,6 +112,7 @@ fn without_a_daemon_the_places_are_named_where_it_was_looked_for() {
     if std::path::Path::new("/run/shipway/shipwayd.sock").exists()
         || std::path::Path::new("/run/buildkit/buildkitd.sock").exists()
     {
+        eprintln!("NOT TESTED: a daemon runs on this machine");
         return;
     }
     check(

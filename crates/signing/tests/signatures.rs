@@ -501,6 +501,7 @@ fn ssh_signatures_of_every_algorithm_are_verified() {
     );
 }
 
+#[track_caller]
 fn git(dir: &Path, arguments: &[&str]) -> Vec<u8> {
     let output = Command::new("git").current_dir(dir).args(arguments).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

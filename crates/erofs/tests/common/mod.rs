@@ -514,6 +514,7 @@ impl Layer {
 }
 
 /// The image's bytes.
+#[track_caller]
 pub fn bytes(image: &Image, form: Form) -> Vec<u8> {
     let mut bytes = Vec::new();
     image.write(form, &mut bytes).unwrap();

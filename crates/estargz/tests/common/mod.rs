@@ -176,6 +176,7 @@ fn convert(member: &Member) -> TarEntry {
 }
 
 /// Writes `tar` as a layer, without change to its bytes.
+#[track_caller]
 pub fn write(tar: &[u8], options: WriterOptions) -> Result<(Vec<u8>, Written)> {
     let mut blob = Vec::new();
     let written = {

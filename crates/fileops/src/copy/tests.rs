@@ -348,6 +348,7 @@ fn extended_attributes_are_copied() {
             .is_ok()
     };
     if !set("d/s/f", "user.one", b"1") {
+        eprintln!("NOT TESTED: the file system of temporary files has no attributes of users");
         return;
     }
     let names: Vec<String> = (0..30).map(|i| format!("user.{i:0>60}")).collect();
@@ -405,19 +406,17 @@ fn fifos_devices_and_sockets() {
 
 #[test]
 fn a_full_disk_is_told() {
+    needs_root();
     let lab = lab(&["d/a", "d/b"], &[]);
     fs::write(lab.source.path().join("d/big"), vec![1; 2 << 20]).expect("write");
-    if rustix::mount::mount(
+    rustix::mount::mount(
         "tmpfs",
         lab.target.path(),
         "tmpfs",
         rustix::mount::MountFlags::empty(),
         c"size=1m",
     )
-    .is_err()
-    {
-        return;
-    }
+    .expect("mount");
     let error = lab.copy(|c| paths(c, "/d", "/d"));
     rustix::mount::unmount(lab.target.path(), rustix::mount::UnmountFlags::DETACH)
         .expect("unmount");

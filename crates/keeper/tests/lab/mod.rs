@@ -421,6 +421,7 @@ pub struct Manager {
 }
 
 impl Manager {
+    #[track_caller]
     pub fn new(lab: &Lab) -> Self {
         let path = lab.dir.path().join("notify");
         let socket =

@@ -139,6 +139,7 @@ pub fn check(root: &Path, layer: u32) {
     }
 }
 
+#[track_caller]
 pub fn check_file(path: &Path, layer: u32, file: u32) {
     assert!(fs::read(path).unwrap() == contents(layer, file)[..], "{} is wrong", path.display());
 }

@@ -196,6 +196,7 @@ impl Shape {
     }
 }
 
+#[track_caller]
 pub fn blob_of(ops: &[Op], shape: Shape) -> Blob {
     let mut bytes = Vec::new();
     let options = WriterOptions {
@@ -401,6 +402,7 @@ impl Tmpfs {
 }
 
 /// Mounts a file system nowhere.
+#[track_caller]
 pub fn mounted(kind: &str, options: &[(&str, Option<&Path>)]) -> OwnedFd {
     assert!(
         rustix::process::geteuid().is_root(),

@@ -227,6 +227,7 @@ fn a_container_of_both_kinds_of_layers_sees_one_file_system() {
 }
 
 /// Runs a command as root of a user namespace.
+#[track_caller]
 fn within(namespace: &UserNamespace, command: &str) -> String {
     let file = format!("/proc/{}/fd/{}", std::process::id(), namespace.as_fd().as_raw_fd());
     let output = Command::new("nsenter")

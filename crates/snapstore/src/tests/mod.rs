@@ -75,6 +75,7 @@ pub(crate) fn names(store: &Store, filters: &[&str]) -> Vec<String> {
 }
 
 /// The value of an option of the only mount.
+#[track_caller]
 pub(crate) fn option<'a>(mounts: &'a [Mount], key: &str) -> Option<&'a str> {
     assert_eq!(mounts.len(), 1);
     mounts[0].options.iter().find_map(|o| o.strip_prefix(key)?.strip_prefix('='))
