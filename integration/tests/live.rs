@@ -44,3 +44,4 @@ mod storage;
 mod tls;
 mod together;
 mod tokens;
+mod written_lazy;

@@ -49,9 +49,9 @@ enum Codec {
 impl BlockCompressor {
     /// A compressor of the kind and level that `compression` names.
     pub fn new(compression: Compression) -> Result<Self> {
-        let codec = match compression.kind {
+        let codec = match compression.kind.algorithm() {
             CompressionKind::Uncompressed => Codec::None,
-            CompressionKind::Gzip => {
+            CompressionKind::Gzip | CompressionKind::Estargz => {
                 // BuildKit counts 0 to 9 and -1 for the default.
                 let level = compression.level.filter(|l| *l >= 0).unwrap_or(GZIP_LEVEL).min(12);
                 Codec::Gzip {
@@ -59,7 +59,7 @@ impl BlockCompressor {
                     stored: Compressor::new(gzip_level(0)?),
                 }
             }
-            CompressionKind::Zstd => {
+            CompressionKind::Zstd | CompressionKind::ZstdChunked(_) => {
                 let level = compression.level.filter(|l| *l >= 0).unwrap_or(ZSTD_LEVEL).min(22);
                 Codec::Zstd { normal: zstd_of(level)?, fast: zstd_of(-7)? }
             }

@@ -31,10 +31,14 @@ pub fn reader<'a>(
     input: &'a mut (dyn FnMut() -> Result<Option<Bytes>> + Send),
 ) -> Result<Box<dyn Read + 'a>> {
     let pieces = Pieces { next: input, piece: Bytes::new() };
-    Ok(match kind {
+    Ok(match kind.algorithm() {
         CompressionKind::Uncompressed => Box::new(pieces),
-        CompressionKind::Gzip => Box::new(flate2::read::MultiGzDecoder::new(pieces)),
-        CompressionKind::Zstd => Box::new(zstd::stream::read::Decoder::new(pieces).map_err(fault)?),
+        CompressionKind::Gzip | CompressionKind::Estargz => {
+            Box::new(flate2::read::MultiGzDecoder::new(pieces))
+        }
+        CompressionKind::Zstd | CompressionKind::ZstdChunked(_) => {
+            Box::new(zstd::stream::read::Decoder::new(pieces).map_err(fault)?)
+        }
     })
 }
 

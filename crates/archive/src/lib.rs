@@ -7,7 +7,8 @@
 //! - [`tar_of`] hashes the stream and keeps nothing; [`pack()`] compresses it too. The bytes depend
 //!   on the tree and the [`Compression`] alone, never on the number of threads: the stream is cut
 //!   into blocks of fixed size, and every block becomes a gzip member or zstd frame of its own (RFC
-//!   1952 2.2, RFC 8878 3; every reader of layers takes several in a row).
+//!   1952 2.2, RFC 8878 3; every reader of layers takes several in a row). Kinds with a table of
+//!   contents have members and frames for files instead ([`Indexed`], crate `estargz`).
 //!
 //! Nothing here knows containerd or mounts anything. Dependencies that need a word: `libdeflater`
 //! is a deflate several times faster than zlib's for whole blocks, `zstd` the reference
@@ -22,6 +23,7 @@ mod block;
 mod compression;
 mod decompress;
 mod header;
+mod indexed;
 mod inflate;
 mod loss;
 mod newest;
@@ -33,11 +35,13 @@ mod tree;
 
 pub use self::tar::{Member, MemberKind, Piece, TarReader};
 pub use compression::{Compression, CompressionKind};
+pub use indexed::{Indexed, ReadFirst};
 pub use inflate::inflate;
 pub use loss::{Loss, LossKind};
 pub use newest::newest_file;
 pub use own::OwnLayer;
-pub use pack::{Hashed, Packed, Tar, pack, pack_below, recompress, tar_of};
+pub use pack::{Hashed, Packed, Tar, pack, pack_below, recompress, recompress_in_order, tar_of};
 pub use retime::retime;
+pub use shipway_estargz::Dialect;
 pub use shipway_storage::overlay::Marks;
 pub use tree::{Entry, EntryKind, LayerTree};

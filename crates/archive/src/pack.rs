@@ -4,7 +4,8 @@
 use crate::{
     Compression, CompressionKind, Entry, EntryKind, LayerTree, Loss,
     block::{BLOCK, BlockCompressor},
-    decompress, header,
+    decompress, header, indexed,
+    indexed::{FormatFiles, Indexed, ReadFirst},
     tar::block::padding,
 };
 use bytes::Bytes;
@@ -60,6 +61,16 @@ pub struct Packed {
     pub size: u64,
     /// What unpacking it does not give back, where it was made of a tree.
     pub loss: Option<Loss>,
+    /// Its table of contents, where it was to have one.
+    pub indexed: Option<Indexed>,
+}
+
+impl Packed {
+    /// Digest of the tar that the blob holds: the one it was made of, unless a table of contents is
+    /// a part of it.
+    pub fn diff_id(&self) -> DiffId {
+        self.indexed.as_ref().map_or(self.tar.diff_id, |indexed| indexed.diff_id)
+    }
 }
 
 /// Hashes the tar of `tree`. Blocks: call it off the async threads.
@@ -85,7 +96,8 @@ pub fn pack(
     threads: Option<NonZero<usize>>,
     sink: &mut dyn FnMut(Bytes) -> Result<()>,
 ) -> Result<Packed> {
-    flow(compression, known, threads, |emit| Writer::new(emit).write(tree), sink)
+    let produce = |emit: &mut dyn FnMut(Bytes) -> bool| Writer::new(emit).write(tree);
+    flow(compression, (known, FormatFiles::Refused), threads, produce, sink)
 }
 
 /// One tar of several trees, each below a directory of its own (`""`: none) that is made with the
@@ -107,11 +119,12 @@ pub fn pack_below(
         }
         writer.finish().map(|()| None)
     };
-    flow(plain, None, None, produce, sink)
+    flow(plain, (None, FormatFiles::Refused), None, produce, sink)
 }
 
 /// Compresses anew the layer that `input` gives piece by piece and that is compressed as `from`
-/// says; its tar stays the same to the byte. Otherwise as [`pack`].
+/// says; its tar stays the same to the byte, but for a table of contents and landmarks that it has
+/// already where it gets others. Otherwise as [`pack`].
 pub fn recompress(
     input: &mut (dyn FnMut() -> Result<Option<Bytes>> + Send),
     from: CompressionKind,
@@ -119,37 +132,68 @@ pub fn recompress(
     threads: Option<NonZero<usize>>,
     sink: &mut dyn FnMut(Bytes) -> Result<()>,
 ) -> Result<Packed> {
-    let produce = |emit: &mut dyn FnMut(Bytes) -> bool| {
-        let mut tar = decompress::reader(from, input)?;
-        loop {
-            let mut block = Vec::with_capacity(BLOCK);
-            let n =
-                (&mut tar).take(BLOCK as u64).read_to_end(&mut block).map_err(decompress::fault)?;
-            if n == 0 {
-                return Ok(None);
-            }
-            if !emit(block.into()) {
-                return Err(Fault::cancelled());
-            }
+    let produce = |emit: &mut dyn FnMut(Bytes) -> bool| decompressed(input, from, emit);
+    flow(compression, (None, FormatFiles::LeftOut), threads, produce, sink)
+}
+
+/// The same for an indexed kind, with what is read `first` at the beginning and a landmark behind
+/// it, so that it is fetched at once: another tar, which unpacks to the same files.
+pub fn recompress_in_order(
+    input: &mut (dyn FnMut() -> Result<Option<Bytes>> + Send),
+    from: CompressionKind,
+    compression: Compression,
+    first: ReadFirst<'_>,
+    threads: Option<NonZero<usize>>,
+    sink: &mut dyn FnMut(Bytes) -> Result<()>,
+) -> Result<Packed> {
+    let produce = |emit: &mut dyn FnMut(Bytes) -> bool| decompressed(input, from, emit);
+    let (how, threads) = ((None, FormatFiles::LeftOut), workers(threads));
+    indexed::flow(compression, how, Some(first), threads, produce, sink)
+}
+
+/// Emits the tar of a layer in blocks.
+fn decompressed(
+    input: &mut (dyn FnMut() -> Result<Option<Bytes>> + Send),
+    from: CompressionKind,
+    emit: &mut dyn FnMut(Bytes) -> bool,
+) -> Result<Option<Loss>> {
+    let mut tar = decompress::reader(from, input)?;
+    loop {
+        let mut block = Vec::with_capacity(BLOCK);
+        let n = (&mut tar).take(BLOCK as u64).read_to_end(&mut block).map_err(decompress::fault)?;
+        if n == 0 {
+            return Ok(None);
         }
-    };
-    flow(compression, None, threads, produce, sink)
+        if !emit(block.into()) {
+            return Err(Fault::cancelled());
+        }
+    }
+}
+
+/// The number of threads that compress.
+fn workers(threads: Option<NonZero<usize>>) -> usize {
+    match threads {
+        Some(n) => n.get(),
+        None => thread::available_parallelism().map_or(1, NonZero::get),
+    }
 }
 
 /// Runs the threads: `produce` gives the tar in blocks and stops when it returns that no one wants
 /// them.
 pub(crate) fn flow(
     compression: Compression,
-    known: Option<Tar>,
+    (known, format_files): (Option<Tar>, FormatFiles),
     threads: Option<NonZero<usize>>,
     produce: impl FnOnce(&mut dyn FnMut(Bytes) -> bool) -> Result<Option<Loss>> + Send,
     sink: &mut dyn FnMut(Bytes) -> Result<()>,
 ) -> Result<Packed> {
-    let threads = match (compression.kind, threads) {
-        (CompressionKind::Uncompressed, _) => 1,
-        (_, Some(n)) => n.get(),
-        (_, None) => thread::available_parallelism().map_or(1, NonZero::get),
+    let threads = match compression.kind {
+        CompressionKind::Uncompressed => 1,
+        _ => workers(threads),
     };
+    if compression.kind.is_indexed() {
+        return indexed::flow(compression, (known, format_files), None, threads, produce, sink);
+    }
     let (to_compress, jobs) = sync_channel::<(u64, Bytes)>(threads * 2);
     let (jobs, stop) = (&Mutex::new(jobs), &AtomicBool::new(false));
     thread::scope(|scope| {
@@ -181,37 +225,41 @@ pub(crate) fn flow(
         let written = joined(reading.join())?;
         let tar = joined(hashing.join())?;
         let (digest, size) = gathered?;
-        Ok(Packed { loss: written?, tar: tar?, digest, size })
+        Ok(Packed { loss: written?, tar: tar?, digest, size, indexed: None })
     })
 }
 
-fn joined<T>(result: thread::Result<T>) -> Result<T> {
+pub(crate) fn joined<T>(result: thread::Result<T>) -> Result<T> {
     result.map_err(|_| Fault::internal("a thread that packs a layer panicked"))
 }
 
 /// What the tar of these blocks is; an error if it is not the one that was `known`.
 fn hash(blocks: Receiver<Bytes>, known: Option<Tar>) -> Result<Tar> {
-    let mut hasher = known.is_none().then(Hasher::new);
+    let mut hasher = known.map_or_else(|| Ok(Hasher::new()), |tar| Err(tar.diff_id));
     let (mut crc, mut size) = (Crc::new(), 0);
     for block in blocks {
         size += block.len() as u64;
         crc.update(&block);
-        if let Some(hasher) = &mut hasher {
+        if let Ok(hasher) = &mut hasher {
             hasher.update(&block);
         }
     }
-    let crc = crc.sum();
-    match (hasher, known) {
-        (Some(hasher), _) => Ok(Tar { diff_id: DiffId(hasher.finish()), size, crc }),
-        (None, Some(tar)) if (tar.size, tar.crc) == (size, crc) => Ok(tar),
-        (None, _) => Err(Fault::new(
-            Code::FailedPrecondition,
-            "the files of the layer are not what they were when it was committed",
-        )
-        .hint(
-            "something wrote to the snapshot behind containerd's back: prune it and build again",
-        )),
+    let diff_id = hasher.map_or_else(|known| known, |hasher| DiffId(hasher.finish()));
+    let tar = Tar { diff_id, size, crc: crc.sum() };
+    check_known(known, &tar)?;
+    Ok(tar)
+}
+
+/// An error if `tar` is not the one that was `known`.
+pub(crate) fn check_known(known: Option<Tar>, tar: &Tar) -> Result<()> {
+    if known.is_none_or(|known| known == *tar) {
+        return Ok(());
     }
+    Err(Fault::new(
+        Code::FailedPrecondition,
+        "the files of the layer are not what they were when it was committed",
+    )
+    .hint("something wrote to the snapshot behind containerd's back: prune it and build again"))
 }
 
 fn work(

@@ -5,6 +5,7 @@ use crate::{
     Compression, CompressionKind, Packed,
     block::BLOCK,
     decompress,
+    indexed::FormatFiles,
     pack::flow,
     tar::{
         block::{self, Header, padding},
@@ -34,7 +35,7 @@ pub fn retime(
         rewrite(&mut *decompress::reader(from, input)?, latest, &mut out)?;
         out.flush().map(|()| None)
     };
-    flow(compression, None, threads, produce, sink)
+    flow(compression, (None, FormatFiles::LeftOut), threads, produce, sink)
 }
 
 struct Out<'a> {

@@ -142,6 +142,7 @@ fn check(tar: &[u8], options: &WriterOptions) {
         "{options:?}"
     );
     assert_eq!(unpacked.len() > tar.len(), options.output == Output::Estargz);
+    assert_eq!(written.payload_diff_id.0, Digest::of(tar), "{options:?}");
     for dialect in [Dialect::Containerd, Dialect::Podman] {
         if dialect == Dialect::Podman
             && options.output == Output::ZstdChunked

@@ -193,12 +193,7 @@ pub(crate) struct ImageOptions {
 
 impl ImageOptions {
     pub fn take(attrs: &mut Attrs) -> Result<Self> {
-        let (kind, level, force) = (
-            attrs.text("compression"),
-            attrs.text("compression-level"),
-            attrs.text("force-compression"),
-        );
-        let compression = Compression::parse(kind.as_deref(), level.as_deref(), force.as_deref())?;
+        let compression = Compression::take(|key| attrs.text(key))?;
         let asked_types = attrs.flag("oci-mediatypes")?;
         let oci_types = asked_types.unwrap_or(true);
         let rewrite = attrs.flag("rewrite-timestamp")?.unwrap_or(false);
@@ -245,8 +240,9 @@ impl ImageOptions {
     /// those of the request, and the defaults of the version that the client wants (rows
     /// `ex.c.oci`, `ex.c.artifact`, `cmp.compat`). `kind` is the exporter's type.
     pub fn settled(&self, input: &ExportInput, compatibility: i64, kind: &str) -> Result<Self> {
-        if compatibility <= NO_ZSTD && self.compression.kind == CompressionKind::Zstd {
-            let feature = format!("{kind} exporter compression=zstd");
+        let compression = self.compression.kind;
+        if compatibility <= NO_ZSTD && compression.algorithm() == CompressionKind::Zstd {
+            let feature = format!("{kind} exporter compression={compression}");
             let fault = Fault::invalid(format!(
                 "unsupported compatibility-version {compatibility} feature {feature}"
             ));
@@ -254,7 +250,8 @@ impl ImageOptions {
         }
         let mut all = self.clone();
         let current = compatibility >= OCI_TYPES;
-        all.oci_types = self.asked_types.unwrap_or(current || !input.attestations.is_empty());
+        let needs_oci = compression.is_indexed() || !input.attestations.is_empty();
+        all.oci_types = self.asked_types.unwrap_or(current || needs_oci);
         all.artifact = self.asked_artifact.unwrap_or(current && all.oci_types);
         for (key, value) in input.metadata.iter().filter(|(k, _)| k.starts_with("annotation")) {
             all.annotations.extend(Annotation::parse(key, &String::from_utf8_lossy(value))?);
@@ -264,6 +261,14 @@ impl ImageOptions {
     }
 
     fn check(&self) -> Result<()> {
+        let compression = self.compression.kind;
+        // Docker's manifests have no place for the annotations.
+        if compression.is_indexed() && self.asked_types == Some(false) {
+            return Err(Fault::invalid(format!(
+                "exporter option \"compression={compression}\" conflicts with \"oci-mediatypes=false\""
+            ))
+            .hint("leave oci-mediatypes=false out"));
+        }
         if self.oci_types || self.asked_artifact != Some(true) {
             return Ok(());
         }

@@ -2,18 +2,18 @@
 
 use crate::{
     Compression, CompressionKind, ImmutableRef, LayerBlob,
-    layer::{KnownBlob, StackedLayer, lost},
+    layer::{IndexedBlob, KnownBlob, StackedLayer, lost},
     store::{Inner, Record},
 };
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use shipway_archive::Packed;
 use shipway_fault::{Code, Context as _, Fault, Result};
-use shipway_oci::Descriptor;
+use shipway_oci::{Descriptor, DiffId};
 use shipway_progress::Reporter;
-use shipway_storage::{BlobReader, BlobWriter, Ingest, Labels, LeaseId, UNCOMPRESSED};
+use shipway_storage::{BlobInfo, BlobReader, BlobWriter, Ingest, Labels, LeaseId, UNCOMPRESSED};
 use shipway_task::{blocking, spawn};
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 use tokio::{sync::mpsc, task::AbortHandle};
 
 /// Layers of one state that are worked on at the same time; each is compressed by all processors.
@@ -22,6 +22,12 @@ const PARALLEL: usize = 3;
 const IN_FLIGHT: usize = 8;
 /// Label on a blob that we made: its media type, which the content store does not know otherwise.
 const MEDIA_TYPE: &str = "shipway/media-type";
+/// Labels on a blob with a table of contents that we made: digest of the layer's tar that it was
+/// made of, and how.
+const MADE_OF: &str = "shipway/made-of";
+const MADE_AS: &str = "shipway/made-as";
+/// Prefix of labels that keep the annotations which its descriptor needs.
+const ANNOTATION: &str = "shipway/annotation/";
 
 impl ImmutableRef {
     /// A blob for each layer, in the content store (under the lease of the state that brought the
@@ -44,12 +50,12 @@ impl ImmutableRef {
             let owner = layered.owner(stacked)?;
             let one = async move {
                 store.ensure_lease(&owner).await?;
-                let descriptor = store.blob(stacked, &owner, compression, fetch, progress).await;
-                let descriptor = descriptor.context(|| {
+                let blob = store.blob(stacked, &owner, compression, fetch, progress).await;
+                let (descriptor, diff_id) = blob.context(|| {
                     format!("compress layer {} ({})", stacked.diff_id, record.latest_description())
                 })?;
                 let lazy = stacked.origin_of(&descriptor);
-                Ok::<_, Fault>(LayerBlob { descriptor, diff_id: stacked.diff_id, lazy })
+                Ok::<_, Fault>(LayerBlob { descriptor, diff_id, lazy })
             };
             work.push(one.boxed());
         }
@@ -76,9 +82,9 @@ impl ImmutableRef {
 }
 
 impl ImmutableRef {
-    /// Makes the snapshot exist that the chain ID of its layers names: its own where that is what
-    /// unpacking them gives, and otherwise one that is unpacked from their blobs, which are
-    /// compressed as `compression` says where there are none yet.
+    /// Makes the snapshot exist that an image of the blobs that `compression` gives unpacks to: its
+    /// own where that is what unpacking them gives, and otherwise one that is unpacked from them.
+    /// Layers with a table of contents behind their tar have other digests, and so another name.
     pub async fn unpack(
         &self,
         compression: Compression,
@@ -86,15 +92,24 @@ impl ImmutableRef {
     ) -> Result<()> {
         let layered = self.layered().await?;
         let record = layered.layered_record()?;
-        if layered.is_exact() {
+        let same = layered.is_exact();
+        if same && !compression.kind.is_indexed() {
             return layered.materialize(progress).await;
         }
-        layered.blobs(compression, true, progress).await?;
+        let blobs = layered.blobs(compression, !same, progress).await?;
+        if same && blobs.iter().zip(&record.layers).all(|(b, layer)| b.diff_id == layer.diff_id) {
+            return layered.materialize(progress).await;
+        }
         let store = &layered.0.store;
         let mut stack: Vec<Arc<StackedLayer>> = Vec::with_capacity(record.layers.len());
-        for layer in &record.layers {
-            let stacked = store.stacked_layer(layer.diff_id, stack.last());
-            layer.blobs().into_iter().for_each(|b| stacked.know(b));
+        for (layer, blob) in record.layers.iter().zip(blobs) {
+            let stacked = store.stacked_layer(blob.diff_id, stack.last());
+            if blob.diff_id == layer.diff_id {
+                layer.blobs().into_iter().for_each(|b| stacked.know(b));
+            } else {
+                let descriptor = blob.descriptor;
+                stacked.know(KnownBlob::stored(descriptor));
+            }
             if let Some(created) = layer.created() {
                 stacked.set_created(created);
             }
@@ -115,15 +130,21 @@ impl Inner {
         compression: Compression,
         fetch: bool,
         progress: Option<&Reporter>,
-    ) -> Result<Descriptor> {
+    ) -> Result<(Descriptor, DiffId)> {
         let _one = stacked.packing.lock().await;
+        let own = |descriptor| (descriptor, stacked.diff_id);
+        if compression.kind.is_indexed()
+            && let Some(found) = self.indexed(stacked, record, compression).await?
+        {
+            return Ok((found.descriptor, found.diff_id));
+        }
         if let Some(found) = self.known(stacked, record, compression, fetch, progress).await? {
-            return Ok(found);
+            return Ok(own(found));
         }
         if !stacked.is_new() {
             self.look_up(stacked).await?;
             if let Some(found) = self.known(stacked, record, compression, fetch, progress).await? {
-                return Ok(found);
+                return Ok(own(found));
             }
         }
         if compression.force && !stacked.blobs().is_empty() {
@@ -150,12 +171,11 @@ impl Inner {
         fetch: bool,
         progress: Option<&Reporter>,
     ) -> Result<Option<Descriptor>> {
-        let fits = |b: &KnownBlob| {
-            CompressionKind::of_media_type(&b.descriptor.media_type) == Some(compression.kind)
-        };
+        let kind = |b: &KnownBlob| CompressionKind::of(&b.descriptor);
+        let fits = |b: &KnownBlob| kind(b).is_some_and(|k| k.is_as_good_as(compression.kind));
         let mut blobs = stacked.blobs();
         blobs.retain(|b| !compression.force || fits(b));
-        blobs.sort_by_key(|b| (!fits(b), !b.is_stored()));
+        blobs.sort_by_key(|b| (!fits(b), kind(b) != Some(compression.kind), !b.is_stored()));
         for blob in blobs {
             if !blob.is_stored() && !fetch {
                 return Ok(Some(blob.descriptor));
@@ -168,6 +188,33 @@ impl Inner {
         Ok(None)
     }
 
+    /// The blob of a layer that has the table of contents that `compression` asks for, if one was
+    /// made; an earlier run's is found by its labels.
+    async fn indexed(
+        &self,
+        stacked: &StackedLayer,
+        record: &Record,
+        compression: Compression,
+    ) -> Result<Option<IndexedBlob>> {
+        let made_as = compression.to_string();
+        let known = stacked.indexed(&made_as);
+        let looks = known.is_none() && !stacked.is_new();
+        let mut found: Vec<IndexedBlob> = known.into_iter().collect();
+        if looks {
+            let filter = format!("labels.\"{MADE_OF}\"==\"{}\"", stacked.diff_id);
+            let stored = self.storage.content.list(&[filter]).await?;
+            found.extend(stored.iter().filter_map(indexed_blob).filter(|b| b.made_as == made_as));
+        }
+        for blob in found {
+            if self.hold(blob.descriptor.digest, record).await? {
+                stacked.know_indexed(blob.clone());
+                return Ok(Some(blob));
+            }
+            stacked.lost_indexed(&made_as);
+        }
+        Ok(None)
+    }
+
     /// Finds blobs that an earlier run, or another program, stored for the layer.
     async fn look_up(&self, stacked: &StackedLayer) -> Result<()> {
         let filter = format!("labels.\"{UNCOMPRESSED}\"==\"{}\"", stacked.diff_id);
@@ -176,7 +223,8 @@ impl Inner {
                 Some(t) => t.clone(),
                 None => self.sniff(info.digest).await?.media_type().to_owned(),
             };
-            let descriptor = Descriptor::new(media_type, info.digest, info.size);
+            let mut descriptor = Descriptor::new(media_type, info.digest, info.size);
+            descriptor.annotations = annotations(&info.labels);
             stacked.know(KnownBlob::stored(descriptor));
         }
         Ok(())
@@ -199,7 +247,7 @@ impl Inner {
         stacked: &StackedLayer,
         record: &Record,
         compression: Compression,
-    ) -> Result<Descriptor> {
+    ) -> Result<(Descriptor, DiffId)> {
         let own = || (stacked.snapshot.clone(), stacked.parent.is_some());
         let (name, parent) = match stacked.copy_of() {
             Some(original) => match self.storage.snapshots.stat(&original).await {
@@ -225,7 +273,7 @@ impl Inner {
         record: &Record,
         compression: Compression,
         progress: Option<&Reporter>,
-    ) -> Result<Descriptor> {
+    ) -> Result<(Descriptor, DiffId)> {
         let from = self.stored_blob(stacked, record, progress).await?;
         let kind = CompressionKind::of_media_type(&from.media_type).ok_or_else(|| {
             Fault::unimplemented(format!(
@@ -247,8 +295,9 @@ impl Inner {
         record: &Record,
         compression: Compression,
         work: impl FnOnce(Sink<'_>) -> Result<Packed> + Send + 'static,
-    ) -> Result<Descriptor> {
-        let reference = format!("shipway-layer-{}-{:?}", stacked.diff_id.0.hex(), compression.kind);
+    ) -> Result<(Descriptor, DiffId)> {
+        let how = compression.to_string().replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+        let reference = format!("shipway-layer-{}-{how}", stacked.diff_id.0.hex());
         let (packed, writer) = self.stream(&record.lease, reference, work).await?;
         let made = packed.tar.diff_id;
         if made != stacked.diff_id {
@@ -257,10 +306,10 @@ impl Inner {
                     .hint("the layer came from a registry and its blob was removed from containerd: pull the image again, with `--pull`");
             return Err(lost(stacked, None, fault));
         }
-        let descriptor = seal(writer, &packed, compression).await?;
+        let sealed = seal(writer, &packed, compression).await?;
         record.secured.lock().insert(packed.digest);
-        stacked.know(KnownBlob::stored(descriptor.clone()));
-        Ok(descriptor)
+        sealed.tell(stacked);
+        Ok((sealed.descriptor, packed.diff_id()))
     }
 
     /// Writes what `work` makes, on a thread of its own, into the content store under `lease`;
@@ -325,17 +374,69 @@ impl Drop for Feed {
 /// Takes the blocks of a blob in their order.
 pub(crate) type Sink<'a> = &'a mut dyn FnMut(Bytes) -> Result<()>;
 
+/// A blob that we made and stored.
+pub(crate) struct Sealed {
+    pub descriptor: Descriptor,
+    indexed: Option<IndexedBlob>,
+    /// Whether the tar in it is the layer's, so that unpacking it gives the layer.
+    is_plain: bool,
+}
+
+impl Sealed {
+    /// Lets the layer that it was made of know it.
+    pub fn tell(&self, stacked: &StackedLayer) {
+        if let Some(indexed) = &self.indexed {
+            stacked.know_indexed(indexed.clone());
+        }
+        if self.is_plain {
+            let descriptor = self.descriptor.clone();
+            stacked.know(KnownBlob::stored(descriptor));
+        }
+    }
+}
+
 /// Ends the writing of a layer's blob, labeled so that it is found again.
 pub(crate) async fn seal(
     writer: Box<dyn BlobWriter>,
     packed: &Packed,
     compression: Compression,
-) -> Result<Descriptor> {
+) -> Result<Sealed> {
     let media_type = compression.kind.media_type();
-    let labels = Labels::from([
-        (UNCOMPRESSED.into(), packed.tar.diff_id.to_string()),
+    let mut labels = Labels::from([
+        (UNCOMPRESSED.into(), packed.diff_id().to_string()),
         (MEDIA_TYPE.into(), media_type.into()),
     ]);
+    let mut descriptor = Descriptor::new(media_type, packed.digest, packed.size);
+    let indexed = packed.indexed.as_ref().map(|indexed| {
+        labels.extend([
+            (MADE_OF.into(), packed.tar.diff_id.to_string()),
+            (MADE_AS.into(), compression.to_string()),
+        ]);
+        let annotations = indexed.annotations.iter();
+        labels.extend(annotations.map(|(k, v)| (format!("{ANNOTATION}{k}"), v.clone())));
+        descriptor.annotations.clone_from(&indexed.annotations);
+        IndexedBlob {
+            descriptor: descriptor.clone(),
+            diff_id: indexed.diff_id,
+            made_as: compression.to_string(),
+        }
+    });
     writer.commit(Some(packed.digest), &labels).await?;
-    Ok(Descriptor::new(media_type, packed.digest, packed.size))
+    Ok(Sealed { descriptor, indexed, is_plain: packed.diff_id() == packed.tar.diff_id })
+}
+
+/// What labels of a blob that we made say that its descriptor must.
+fn annotations(labels: &Labels) -> BTreeMap<String, String> {
+    let annotation =
+        |(k, v): (&String, &String)| Some((k.strip_prefix(ANNOTATION)?.into(), v.clone()));
+    labels.iter().filter_map(annotation).collect()
+}
+
+/// A stored blob with a table of contents that we made; `None` if its labels are not all there.
+fn indexed_blob(info: &BlobInfo) -> Option<IndexedBlob> {
+    let label = |name: &str| info.labels.get(name);
+    let mut descriptor = Descriptor::new(label(MEDIA_TYPE)?, info.digest, info.size);
+    descriptor.annotations = annotations(&info.labels);
+    let diff_id = label(UNCOMPRESSED)?.parse().ok()?;
+    Some(IndexedBlob { descriptor, diff_id, made_as: label(MADE_AS)?.clone() })
 }

@@ -2,15 +2,14 @@
 
 use crate::{
     Compression, ImmutableRef,
-    blobs::{Sink, seal},
-    layer::KnownBlob,
+    blobs::{Sealed, Sink, seal},
+    layer::StackedLayer,
     record::fresh_id,
     run_lease::RunLease,
     store::{Inner, Record},
 };
 use shipway_archive::{LayerTree, Loss, Tar};
 use shipway_fault::Result;
-use shipway_oci::Descriptor;
 use std::sync::Arc;
 
 /// The blob of a layer that belongs to no state yet: the lease of the epoch keeps it until a state
@@ -21,7 +20,7 @@ pub(crate) struct UnownedBlob {
     pub tar: Tar,
     /// What unpacking it does not give back.
     pub loss: Option<Loss>,
-    descriptor: Descriptor,
+    sealed: Sealed,
 }
 
 impl UnownedBlob {
@@ -44,8 +43,8 @@ impl UnownedBlob {
         let sealed = async move {
             lease.retain_blob(packed.digest).await;
             match seal(writer, &packed, compression).await {
-                Ok(descriptor) => {
-                    Ok(Self { store: owner, lease, tar: packed.tar, loss: packed.loss, descriptor })
+                Ok(sealed) => {
+                    Ok(Self { store: owner, lease, tar: packed.tar, loss: packed.loss, sealed })
                 }
                 Err(e) => {
                     lease.release_blob(&owner.storage, packed.digest).await;
@@ -56,25 +55,22 @@ impl UnownedBlob {
         store.background.finish("seal a blob", sealed).await
     }
 
-    /// The blob as its layer knows it.
-    pub fn known(&self) -> KnownBlob {
-        KnownBlob::stored(self.descriptor.clone())
+    /// Lets its layer know the blob.
+    pub fn tell(&self, stacked: &StackedLayer) {
+        self.sealed.tell(stacked);
     }
 
     /// Lets `record`, whose topmost layer it is and whose lease exists, keep the blob; false if
     /// it was deleted.
     pub async fn give(&self, record: &Record) -> Result<bool> {
-        match record.layers.last() {
-            Some(stacked) => self.store.secure(stacked, &self.known(), record, None).await,
-            None => Ok(false),
-        }
+        self.store.hold(self.sealed.descriptor.digest, record).await
     }
 }
 
 impl Drop for UnownedBlob {
     fn drop(&mut self) {
         let (store, lease, digest) =
-            (self.store.clone(), self.lease.clone(), self.descriptor.digest);
+            (self.store.clone(), self.lease.clone(), self.sealed.descriptor.digest);
         self.store.background.spawn("release a blob", async move {
             lease.release_blob(&store.storage, digest).await
         });

@@ -93,9 +93,10 @@ pub struct Layer {
 /// A compressed layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LayerBlob {
-    /// The blob, with an OCI media type when we made it and the image's own when it was pulled.
+    /// The blob, with an OCI media type when we made it and the image's own when it was pulled, and
+    /// with the annotations by which a table of contents in it is found.
     pub descriptor: Descriptor,
-    /// Digest of its tar.
+    /// Digest of the tar that it holds: the layer's, unless a table of contents is a part of it.
     pub diff_id: DiffId,
     /// Where the blob would be fetched from, if it is not in the content store.
     pub lazy: Option<String>,
@@ -164,6 +165,7 @@ pub(crate) struct StackedLayer {
 #[derive(Default)]
 struct Origin {
     blobs: Vec<KnownBlob>,
+    indexed: Vec<IndexedBlob>,
     copy_of: Option<SnapshotKey>,
     created: Option<SystemTime>,
 }
@@ -192,6 +194,18 @@ impl Place {
             Self::Remote(source) => Some(source),
         }
     }
+}
+
+/// A stored blob that was made of a layer, with a table of contents. The tar in it may be another
+/// one than the layer's, so it is for export only.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct IndexedBlob {
+    /// With the annotations that it needs.
+    pub descriptor: Descriptor,
+    /// Digest of the tar in it.
+    pub diff_id: DiffId,
+    /// How it was made ([`shipway_archive::Compression`] as a text).
+    pub made_as: String,
 }
 
 impl KnownBlob {
@@ -259,6 +273,23 @@ impl StackedLayer {
             }
             None => origin.blobs.push(blob),
         }
+    }
+
+    /// The blob with a table of contents that was made so.
+    pub fn indexed(&self, made_as: &str) -> Option<IndexedBlob> {
+        self.origin.lock().indexed.iter().find(|b| b.made_as == made_as).cloned()
+    }
+
+    /// Remembers one, instead of another that was made alike.
+    pub fn know_indexed(&self, blob: IndexedBlob) {
+        let mut origin = self.origin.lock();
+        origin.indexed.retain(|b| b.made_as != blob.made_as);
+        origin.indexed.push(blob);
+    }
+
+    /// Forgets the one that was made so.
+    pub fn lost_indexed(&self, made_as: &str) {
+        self.origin.lock().indexed.retain(|b| b.made_as != made_as);
     }
 
     /// Forgets that a blob is stored, and the blob when there is nowhere to fetch it from.

@@ -50,7 +50,7 @@ pub use mutable::MutableRef;
 pub use named::{NamedRef, NamedRequest, Sharing};
 pub use record::{DOCUMENT_KIND, RUN_KIND, RecordType, RefId};
 pub use retime::REWRITTEN;
-pub use shipway_archive::{Compression, CompressionKind};
+pub use shipway_archive::{Compression, CompressionKind, Dialect};
 pub use shipway_treehash::{PathFilter, Selector, Verdict};
 pub use store::RefStore;
 pub use usage::{PruneOptions, UsageFilter, UsageRecord};

@@ -12,7 +12,7 @@ use crate::{
 };
 use shipway_archive::{LayerTree, OwnLayer};
 use shipway_fault::{Code, Context as _, Fault, Result};
-use shipway_oci::Descriptor;
+use shipway_oci::{Descriptor, Digest};
 use shipway_progress::Reporter;
 use shipway_storage::{Labels, LeaseId, LeaseResource, Mount, SnapshotKey};
 use shipway_task::{blocking, spawn};
@@ -238,7 +238,7 @@ impl Inner {
         }
         let blob = match self.stored_blob(stacked, record, progress).await {
             Err(e) if e.is_not_found() && stacked.copy_of().is_some() => {
-                self.pack(stacked, record, Compression::default()).await?
+                self.pack(stacked, record, Compression::default()).await?.0
             }
             blob => blob?,
         };
@@ -303,6 +303,28 @@ impl Inner {
         }))
     }
 
+    /// Puts a stored blob into the lease of `record`; false if it is not stored.
+    pub async fn hold(&self, digest: Digest, record: &Record) -> Result<bool> {
+        match self.storage.content.info(digest).await {
+            // Nothing leaves a lease but with all of it, so once is enough.
+            Ok(_) if record.secured.lock().contains(&digest) => return Ok(true),
+            Ok(_) => {
+                self.storage.leases.add(&record.lease, LeaseResource::Content(digest)).await?;
+                match self.storage.content.info(digest).await {
+                    Err(e) if e.is_not_found() => {}
+                    other => {
+                        drop(other?);
+                        record.secured.lock().insert(digest);
+                        return Ok(true);
+                    }
+                }
+            }
+            Err(e) if e.is_not_found() => {}
+            Err(e) => return Err(e),
+        }
+        Ok(false)
+    }
+
     /// Puts a blob into the lease of `record`, fetching it if it is not stored; false if it cannot
     /// be had.
     pub async fn secure(
@@ -313,23 +335,9 @@ impl Inner {
         progress: Option<&Reporter>,
     ) -> Result<bool> {
         let (digest, lease) = (blob.descriptor.digest, &record.lease);
-        match self.storage.content.info(digest).await {
-            // Nothing leaves a lease but with all of it, so once is enough.
-            Ok(_) if record.secured.lock().contains(&digest) => return Ok(true),
-            Ok(_) => {
-                self.storage.leases.add(lease, LeaseResource::Content(digest)).await?;
-                match self.storage.content.info(digest).await {
-                    Err(e) if e.is_not_found() => {}
-                    other => {
-                        drop(other?);
-                        record.secured.lock().insert(digest);
-                        stacked.know(KnownBlob::stored(blob.descriptor.clone()));
-                        return Ok(true);
-                    }
-                }
-            }
-            Err(e) if e.is_not_found() => {}
-            Err(e) => return Err(e),
+        if self.hold(digest, record).await? {
+            stacked.know(KnownBlob::stored(blob.descriptor.clone()));
+            return Ok(true);
         }
         let Some(source) = blob.place.source() else {
             stacked.lost(blob);

@@ -156,7 +156,7 @@ impl Inner {
             .await?;
         let stacked = self.stacked_layer(blob.tar.diff_id, None);
         stacked.blob_only.store(true, Relaxed);
-        stacked.know(blob.known());
+        blob.tell(&stacked);
         let state = self.assembled("diff", vec![stacked], parents, description);
         let record = state.layered_record()?;
         self.ensure_lease(record).await?;

@@ -231,7 +231,7 @@ pub(crate) async fn name(
             return Err(Fault::internal("a commit without a layer"));
         };
         if let Some(blob) = blob {
-            stacked.know(blob.known());
+            blob.tell(stacked);
         }
         let done = async {
             store.ensure_lease(&record).await?;

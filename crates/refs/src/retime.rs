@@ -23,7 +23,8 @@ impl ImmutableRef {
         compression: Compression,
         progress: Option<&Reporter>,
     ) -> Result<ImmutableRef> {
-        let blobs = self.blobs(compression, true, progress).await?;
+        // A table of contents is made of what comes out.
+        let blobs = self.blobs(compression.plain(), true, progress).await?;
         let common =
             blobs.iter().zip(base).take_while(|(blob, base)| blob.diff_id == **base).count();
         if common == blobs.len() {
@@ -38,8 +39,11 @@ impl ImmutableRef {
             let kind = CompressionKind::of_media_type(&blob.descriptor.media_type);
             let (diff_id, descriptor) = match kind.filter(|_| i >= common) {
                 Some(kind) => {
-                    let how = Compression { kind, ..compression };
-                    let rewritten = layered.rewrite(record, &blob, latest, how).await;
+                    let how = match compression.kind.is_indexed() {
+                        true => compression,
+                        false => Compression { kind, ..compression },
+                    };
+                    let rewritten = layered.rewrite(record, &blob, (kind, latest), how).await;
                     rewritten.context(|| format!("rewrite the times in layer {}", blob.diff_id))?
                 }
                 // A layer of an unknown kind stays as it is.
@@ -60,21 +64,25 @@ impl ImmutableRef {
         &self,
         record: &Record,
         blob: &LayerBlob,
-        latest: i64,
+        (kind, latest): (CompressionKind, i64),
         how: Compression,
     ) -> Result<(DiffId, Descriptor)> {
         let content = &self.0.store.storage.content;
         let mut input = Feed::new(content.reader(blob.descriptor.digest).await?);
         let reference = format!("shipway-retime-{}-{latest}-{:?}", blob.diff_id.0.hex(), how.kind);
         let work = move |sink: Sink<'_>| {
-            shipway_archive::retime(&mut || input.next(), how.kind, latest, how, None, sink)
+            shipway_archive::retime(&mut || input.next(), kind, latest, how, None, sink)
         };
         let (packed, writer) = self.0.store.stream(&record.lease, reference, work).await?;
-        let labels = Labels::from([(UNCOMPRESSED.to_owned(), packed.tar.diff_id.to_string())]);
+        let labels = Labels::from([(UNCOMPRESSED.to_owned(), packed.diff_id().to_string())]);
         writer.commit(Some(packed.digest), &labels).await?;
         let mut descriptor = blob.descriptor.clone();
         (descriptor.digest, descriptor.size) = (packed.digest, packed.size);
+        if let Some(indexed) = &packed.indexed {
+            how.kind.media_type().clone_into(&mut descriptor.media_type);
+            descriptor.annotations.extend(indexed.annotations.clone());
+        }
         descriptor.annotations.insert(REWRITTEN.into(), latest.to_string());
-        Ok((packed.tar.diff_id, descriptor))
+        Ok((packed.diff_id(), descriptor))
     }
 }

@@ -16,7 +16,7 @@ use shipway_oci::{Descriptor, DiffId, Digest, ImageName, Index, Manifest, media}
 use shipway_progress::Reporter;
 use shipway_refs::{Compression, ImmutableRef, LayerBlob};
 use shipway_solver::CacheKey;
-use shipway_storage::{BlobReader, ContentStore, UNCOMPRESSED};
+use shipway_storage::{BlobReader, ContentStore, DISTRIBUTION_SOURCE, UNCOMPRESSED};
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
@@ -30,6 +30,7 @@ const PARALLEL: usize = 4;
 /// those that are known by descriptor only.
 pub struct Export {
     pub(crate) config: CacheConfig,
+    compression: Compression,
     /// Blobs of the config's layers, in their order.
     blobs: Vec<Descriptor>,
     /// Those that are not here.
@@ -171,12 +172,20 @@ impl Export {
         }
         table.aliases(&entries);
         let Table { config, blobs, .. } = table;
-        Ok((!config.layers.is_empty()).then_some(Self { config, blobs, lazy, _states: states }))
+        let compression = options.compression;
+        Ok((!config.layers.is_empty()).then_some(Self {
+            config,
+            compression,
+            blobs,
+            lazy,
+            _states: states,
+        }))
     }
 
     /// The records alone, for the config of the image of `root` (row `rc.inline`).
     pub async fn inline(&self, root: &ImmutableRef) -> Result<Vec<u8>> {
-        let image: Vec<DiffId> = root.layers().await?.iter().map(|l| l.diff_id).collect();
+        let blobs = root.blobs(self.compression, false, None).await?;
+        let image: Vec<DiffId> = blobs.iter().map(|blob| blob.diff_id).collect();
         self.config.inline(&image)
     }
 
@@ -244,6 +253,9 @@ impl Export {
             .iter()
             .find(|l| l.blob == blob.digest)
             .and_then(|l| l.annotations.as_ref()?.diff_id);
+        // How a table of contents is found in it, for one.
+        let public = blob.annotations.iter().filter(|(key, _)| !is_private(key));
+        layer.annotations.extend(public.map(|(k, v)| (k.clone(), v.clone())));
         layer
             .annotations
             .extend(noted.map(|diff_id| (UNCOMPRESSED.to_owned(), diff_id.to_string())));
@@ -272,6 +284,11 @@ impl Export {
             reporter: reporter.clone(),
         }
     }
+}
+
+/// Whether an annotation says something of this builder, or of where the layer came from.
+fn is_private(annotation: &str) -> bool {
+    annotation.starts_with(DISTRIBUTION_SOURCE) || annotation == "buildkit/createdat"
 }
 
 /// The bytes of a layer that is exported, wherever they are.

@@ -271,7 +271,8 @@ impl Found {
             let media_type = Some(blob.media_type.as_str())
                 .filter(|t| !t.is_empty())
                 .or(note.map(|n| n.media_type.as_str()))?;
-            let descriptor = Descriptor::new(media_type, layer.blob, blob.size);
+            let mut descriptor = Descriptor::new(media_type, layer.blob, blob.size);
+            descriptor.annotations.clone_from(&blob.annotations);
             let created =
                 note.map(|n| n.created_at.as_str()).or_else(|| said.and_then(|(_, time)| *time));
             // Go writes a time that it does not know as the year one.

@@ -77,11 +77,7 @@ impl ExportOptions {
     /// The options of `request`. A mode that is not known is `min`.
     pub fn of(request: &CacheRequest) -> Result<Self> {
         let text = |key: &str| request.attrs.get(key).map(String::as_str);
-        let compression = Compression::parse(
-            text("compression"),
-            text("compression-level"),
-            text("force-compression"),
-        )?;
+        let compression = Compression::take(|key| request.attrs.get(key).cloned())?;
         let oci_types = request.flag("oci-mediatypes")?.unwrap_or(true);
         let image_manifest = request.flag("image-manifest")?.unwrap_or(oci_types);
         if image_manifest && !oci_types {

@@ -136,6 +136,16 @@ impl<R: Read> TarReader<R> {
         Self { tar, extents: VecDeque::new(), left: 0, ended: false }
     }
 
+    /// Where it reads from.
+    pub(crate) fn input(&mut self) -> &mut R {
+        &mut self.tar
+    }
+
+    /// The same, when the archive has ended.
+    pub(crate) fn into_input(self) -> R {
+        self.tar
+    }
+
     /// The next member; what was not read of the one before is passed over.
     pub fn next_member(&mut self) -> io::Result<Option<Member>> {
         self.skip()?;
@@ -270,7 +280,8 @@ impl<R: Read> TarReader<R> {
         Ok(Some(piece))
     }
 
-    fn skip(&mut self) -> io::Result<()> {
+    /// Passes over what is left of the current member, and its padding.
+    pub(crate) fn skip(&mut self) -> io::Result<()> {
         self.extents.clear();
         let skipped = io::copy(&mut (&mut self.tar).take(self.left), &mut io::sink())?;
         self.left -= skipped;

@@ -100,6 +100,8 @@ pub struct Written {
     pub diff_id: DiffId,
     /// Length of that tar.
     pub tar_size: u64,
+    /// Digest of the tar without the table of contents: the one that was given, and landmarks.
+    pub payload_diff_id: DiffId,
     /// Digest of the blob.
     pub digest: Digest,
     /// Length of the blob.
@@ -123,7 +125,7 @@ struct Places {
 }
 
 /// Which reader's annotations a layer gets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dialect {
     /// stargz-snapshotter's, and ours: containerd hands them to snapshotters.
     Containerd,
@@ -422,6 +424,7 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
         let payload_end = self.out.size;
         self.out.units.push(payload_end);
         let (mut tar, mut tar_size) = self.pool.finish()?;
+        let payload_diff_id = DiffId(tar.clone().finish());
         let codec = self.options.output.codec();
         let mut compressor = Compressor::new(codec, self.options.level)?;
         let split = self.tar_split.take().map(|split| split.finish(&mut compressor)).transpose()?;
@@ -496,7 +499,16 @@ impl<S: FnMut(&[u8]) -> io::Result<()>> Writer<S> {
         Toc::read(&compressed, &layout, &expected)?;
         let diff_id = DiffId(tar.finish());
         let (digest, size) = (self.out.hasher.finish(), self.out.size);
-        Ok(Written { diff_id, tar_size, digest, size, toc_digest, external_toc, zstd })
+        Ok(Written {
+            diff_id,
+            tar_size,
+            payload_diff_id,
+            digest,
+            size,
+            toc_digest,
+            external_toc,
+            zstd,
+        })
     }
 }
 

@@ -1,0 +1,220 @@
+//! Images written with tables of contents: there and runnable at once, whole for whoever pulls them
+//! as a whole, and lazy for our snapshotter and for other programs.
+
+#![allow(clippy::unwrap_used)]
+
+use serde_json::Value;
+use shipway_estargz::{PODMAN_POSITION, STARGZ_POSITION, TOC_DIGEST, UNCOMPRESSED_SIZE};
+use shipway_integration::{
+    Image, any,
+    cri::{Cri, wire},
+    ctr_run, on_each, remove_everything,
+};
+use shipway_oci::Digest;
+use shipway_testkit::{
+    BaseImage, Finished, Flavour, Lab, LabOptions, Network, SlowNetwork, run, which,
+};
+use std::{
+    path::PathBuf,
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+/// Files of the large layer, and bytes of each.
+const FILES: usize = 32;
+const SIZE: usize = 1 << 20;
+const NETWORK: Network = Network { latency: Duration::from_millis(2), bandwidth: 60 << 20 };
+
+/// A context with [`FILES`] files that do not shrink, and a Dockerfile that puts them on busybox.
+fn context(lab: &Lab) -> PathBuf {
+    let dir = lab.context(
+        "lazy",
+        &[(
+            "Dockerfile",
+            "FROM busybox\nCOPY data /data\nRUN echo built > /p\nCMD [\"cat\", \"/p\"]\n",
+        )],
+    );
+    std::fs::create_dir_all(dir.join("data")).unwrap();
+    for n in 0..FILES {
+        let mut state = n as u64 + 0x9E37_79B9_7F4A_7C15;
+        let bytes: Vec<u8> = std::iter::repeat_with(|| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u8
+        })
+        .take(SIZE)
+        .collect();
+        std::fs::write(dir.join(format!("data/{n}")), bytes).unwrap();
+    }
+    dir
+}
+
+/// Builds with an image exporter that has more attributes.
+#[track_caller]
+fn build(lab: &Lab, name: &str, attributes: &str, more: &[&str]) -> Finished {
+    let output = format!("type=image,name={name},{attributes}");
+    let context = context(lab).to_string_lossy().into_owned();
+    let fixed = ["build", "--progress", "plain", "--output", &output];
+    lab.shipway(fixed.into_iter().chain(more.iter().copied()).chain([&*context]))
+}
+
+fn layers(manifest: &Value) -> &Vec<Value> {
+    manifest["layers"].as_array().unwrap()
+}
+
+/// Whether each layer has this annotation.
+fn have(manifest: &Value, annotation: &str) -> Vec<bool> {
+    layers(manifest).iter().map(|l| l["annotations"][annotation].is_string()).collect()
+}
+
+/// A script that says what all files of a container are.
+const ALL: &str = "find / -xdev -type f | grep -v -e ^/etc -e ^/dev | sort | xargs sha256sum";
+
+#[test]
+fn an_image_with_tables_is_there_at_once_and_whole_for_everybody() {
+    on_each(|flavour| {
+        let lab = Lab::complete(flavour);
+        let name = format!("{}/lazy:1", lab.registry());
+        let attributes = "push=true,compression=estargz,force-compression=true";
+        build(&lab, &name, attributes, &[]).ok();
+        let image = Image::of(&lab, &name);
+        assert_eq!(have(&image.manifest, TOC_DIGEST), [true; 3]);
+        assert_eq!(have(&image.manifest, UNCOMPRESSED_SIZE), [true; 3]);
+        // What the config says of the layers is what they unpack to, under the names for that.
+        for (layer, diff_id) in layers(&image.manifest)
+            .iter()
+            .zip(image.config["rootfs"]["diff_ids"].as_array().unwrap())
+        {
+            let (_, blob) =
+                lab.registry_get(&format!("/v2/lazy/blobs/{}", layer["digest"].as_str().unwrap()));
+            let path = lab.dir().join("layer.gz");
+            std::fs::write(&path, blob).unwrap();
+            let tar = Command::new("gzip").arg("-dc").arg(&path).output().unwrap().stdout;
+            assert_eq!(Digest::of(&tar).to_string(), diff_id.as_str().unwrap());
+            let size = layer["annotations"][UNCOMPRESSED_SIZE].as_str().unwrap();
+            assert_eq!(tar.len().to_string(), size);
+        }
+        let snapshots = lab.ctr(["snapshots", "list"]).ok().stdout;
+        for name in image.chain() {
+            assert!(snapshots.contains(&name), "{name} is missing:\n{snapshots}");
+        }
+        assert_eq!(ctr_run(&lab, &name, &[]).ok().stdout, "built\n");
+        let all = ctr_run(&lab, &name, &["sh", "-c", ALL]).ok().stdout;
+        assert!(all.contains("/data/31") && !all.contains("stargz"), "{all}");
+        // The same build with ordinary layers gives the same files, and the states are the same.
+        let plain = format!("{}/plain:1", lab.registry());
+        let log = build(&lab, &plain, "compression=gzip,force-compression=true", &[]).ok().all();
+        assert!(log.contains("CACHED"), "{log}");
+        assert_ne!(Image::of(&lab, &plain).chain(), image.chain());
+        assert_eq!(ctr_run(&lab, &plain, &["sh", "-c", ALL]).ok().stdout, all);
+        // A plain containerd takes the pushed layers for ordinary ones.
+        remove_everything(&lab);
+        lab.ctr(["images", "pull", "--plain-http", &name]).ok();
+        assert_eq!(ctr_run(&lab, &name, &["sh", "-c", ALL]).ok().stdout, all);
+    });
+}
+
+#[test]
+fn what_is_there_stays_unless_it_is_forced() {
+    let lab = Lab::complete(any());
+    let name = format!("{}/lazy:1", lab.registry());
+    build(&lab, &name, "compression=zstdchunked,compression-chunk-size=65536", &[]).ok();
+    let image = Image::of(&lab, &name);
+    assert_eq!(have(&image.manifest, TOC_DIGEST), [false, true, true], "the base is as it was");
+    assert_eq!(have(&image.manifest, STARGZ_POSITION), [false, true, true]);
+    let podman = format!("{}/podman:1", lab.registry());
+    build(&lab, &podman, "compression=zstd:chunked,force-compression=true", &[]).ok();
+    let other = Image::of(&lab, &podman);
+    assert_eq!(have(&other.manifest, PODMAN_POSITION), [true; 3]);
+    assert_eq!(have(&other.manifest, TOC_DIGEST), [false; 3]);
+    assert_eq!(other.chain(), image.chain(), "zstd:chunked keeps the tar");
+    assert_eq!(ctr_run(&lab, &podman, &[]).ok().stdout, "built\n");
+    let refused =
+        build(&lab, &name, "compression=estargz,oci-mediatypes=false", &[]).failed().all();
+    assert!(refused.contains("conflicts with \"oci-mediatypes=false\""), "{refused}");
+}
+
+#[test]
+fn caches_have_tables_and_are_used() {
+    let lab = Lab::complete(any());
+    let name = format!("{}/lazy:1", lab.registry());
+    let cache = format!("type=registry,ref={}/lazy/cache:1", lab.registry());
+    let to = format!("{cache},mode=max,compression=estargz,force-compression=true");
+    let inline = "push=true,compression=estargz";
+    build(&lab, &name, inline, &["--cache-to", &to, "--cache-to", "type=inline"]).ok();
+    let (_, manifest) = lab.registry_get("/v2/lazy/cache/manifests/1");
+    let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+    assert_eq!(have(&manifest, TOC_DIGEST), [true; 3]);
+    for from in [cache, format!("type=registry,ref={name}")] {
+        remove_everything(&lab);
+        let again = format!("{}/again:1", lab.registry());
+        let log = build(&lab, &again, "compression=gzip", &["--cache-from", &from]).ok().all();
+        assert_eq!(log.matches("CACHED").count(), 3, "base, COPY and RUN of {from}\n{log}");
+        assert_eq!(have(&Image::of(&lab, &again).manifest, TOC_DIGEST).last(), Some(&true));
+        assert_eq!(ctr_run(&lab, &again, &[]).ok().stdout, "built\n");
+    }
+}
+
+/// A command in a container of the image. The runtime's names are those of all labs.
+fn words(image: &str, script: &str) -> Vec<String> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let id = format!("written-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    ["run", "--rm", "--snapshotter", "shipway", image, &id, "sh", "-c", script]
+        .map(str::to_owned)
+        .to_vec()
+}
+
+fn is_lazy(flavour: Flavour, compression: &str) {
+    let mut options = LabOptions::new(flavour);
+    options.snapshotter = true;
+    options.namespace = "k8s.io".into();
+    options.sandbox = Some("docker.io/library/sandbox:1".into());
+    options.lazy_config = "background = false\n".into();
+    let mut lab = Lab::start(options);
+    lab.start_registry();
+    BaseImage::busybox().push(&lab.registry(), "library/busybox", "latest");
+    lab.start_daemon();
+    let name = format!("{}/lazy:1", lab.registry());
+    build(&lab, &name, &format!("push=true,compression={compression},force-compression=true"), &[])
+        .ok();
+    let all = ctr_run(&lab, &name, &["sh", "-c", ALL]).ok().stdout;
+    remove_everything(&lab);
+    assert_eq!(lab.ctr(["content", "list", "--quiet"]).ok().lines().count(), 0);
+
+    let slow = SlowNetwork::start(&lab.registry(), NETWORK);
+    let image = format!("{}/lazy:1", slow.address());
+    let id = Some(wire::Id { id: image.clone() });
+    let _: wire::Id = Cri::of(&lab).call("PullImage", wire::PullImage { image: id });
+    let pulled = slow.bytes();
+    assert!(pulled < 2 << 20, "{pulled} bytes were fetched by the pull");
+    let one = lab.ctr(words(&image, "sha256sum /data/7")).ok().stdout;
+    assert!(all.contains(&one), "{one}");
+    let fetched = slow.bytes() - pulled;
+    assert!(fetched < (FILES / 2 * SIZE) as u64, "{fetched} bytes were fetched for one file");
+    assert_eq!(lab.ctr(words(&image, ALL)).ok().stdout, all, "file by file the same");
+    let status = run(lab.snapshotter_command().args(["status", "--json"])).ok();
+    let status: Value = serde_json::from_str(&status.stdout).unwrap();
+    assert_eq!(status["lazy"]["layers"].as_array().unwrap().len(), 3, "{status}");
+
+    let Some(remote) = which("ctr-remote") else {
+        eprintln!("ctr-remote is absent: only CRI pulled the image");
+        return;
+    };
+    let mut command = Command::new(remote);
+    command.env("PATH", lab.path()).arg("--address").arg(lab.containerd_socket());
+    let pull = ["images", "rpull", "--plain-http", "--snapshotter", "shipway", &image];
+    run(command.args(["--namespace", "other"]).args(pull)).ok();
+    assert_eq!(lab.ctr_in("other", words(&image, ALL)).ok().stdout, all);
+}
+
+#[test]
+fn an_image_written_lazy_is_pulled_lazily() {
+    on_each(|flavour| is_lazy(flavour, "estargz"));
+}
+
+#[test]
+fn zstd_chunked_written_lazy_is_pulled_lazily() {
+    is_lazy(any(), "zstdchunked");
+}
