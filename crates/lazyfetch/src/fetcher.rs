@@ -232,9 +232,12 @@ impl Fetcher {
     /// A block was read for the first time, local or not.
     pub fn touched(&self, layer: u32, block: u64) {
         let Some(layer) = self.0.layer(layer) else { return };
+        if self.0.is_learned(&layer) {
+            return;
+        }
         let this = self.0.clone();
         shipway_task::spawn("look for strides", async move {
-            this.strides(&layer, block).await;
+            this.read(&layer, block).await;
             this.pump();
         });
     }
@@ -281,11 +284,10 @@ impl Fetcher {
             true
         });
         if begun {
-            let events = self.0.events.clone();
+            let shared = Arc::downgrade(&self.0);
             let report: Report = Arc::new(move |good| {
-                if !good.is_empty() {
-                    // Nobody may listen any more.
-                    let _ = events.send(Event::Progress { layer, good });
+                if let Some(shared) = shared.upgrade() {
+                    shared.brought(layer, good);
                 }
             });
             let whole = whole(report);
@@ -365,6 +367,19 @@ impl Shared {
     pub(crate) fn good(&self, layer: u32, good: Good) {
         if !good.is_empty() {
             self.report(Event::Progress { layer, good });
+        }
+    }
+
+    /// The background made blocks good, which somebody may wait for.
+    fn brought(&self, layer: u32, good: Good) {
+        self.good(layer, good);
+        let Some(layer) = self.layer(layer) else { return };
+        let waited: Vec<Frame> = self.with(|s| {
+            let frames = s.misses.frames(layer.number);
+            frames.filter_map(|at| s.frames.get(&(layer.number, at)).cloned()).collect()
+        });
+        for frame in waited.iter().filter(|frame| !layer.target.is_missing(frame)) {
+            self.frame_done(&layer, frame.offset);
         }
     }
 
@@ -466,8 +481,15 @@ impl Shared {
         }
     }
 
-    /// Wants what is missing of some blocks, in order, up to so many bytes.
-    async fn prefetch(&self, layer: &Arc<Layer>, pieces: Vec<Range<u64>>, class: Class, most: u64) {
+    /// Wants what is missing of some blocks, in order, up to so many bytes; gives where the frames
+    /// begin.
+    async fn prefetch(
+        &self,
+        layer: &Arc<Layer>,
+        pieces: Vec<Range<u64>>,
+        class: Class,
+        most: u64,
+    ) -> Vec<u64> {
         let target = layer.target.clone();
         let look = move || {
             let (mut good, mut frames) = (Vec::new(), Vec::new());
@@ -486,9 +508,15 @@ impl Shared {
                     left = left.saturating_sub(f.len);
                     fits
                 });
+                let frames: Vec<Frame> = frames.collect();
+                let starts = frames.iter().map(|f| f.offset).collect();
                 self.want(layer, frames, class);
+                starts
             }
-            Err(fault) => layer.stats.error(&fault),
+            Err(fault) => {
+                layer.stats.error(&fault);
+                Vec::new()
+            }
         }
     }
 
@@ -553,8 +581,9 @@ impl Shared {
         });
         self.want(&layer, frames, Class::Demand);
         self.pump();
-        self.window(&layer, &blocks).await;
-        self.strides(&layer, blocks.start).await;
+        if !self.is_learned(&layer) && !self.read(&layer, blocks.start).await {
+            self.window(&layer, &blocks).await;
+        }
         self.pump();
     }
 
@@ -573,28 +602,41 @@ impl Shared {
 
     /// Reads ahead around what was missed.
     async fn window(&self, layer: &Arc<Layer>, missed: &Range<u64>) {
-        if !self.settings.window || self.is_learned(layer) {
+        let Some(spans) = layer.spans.clone().filter(|_| self.settings.window) else { return };
+        let usual = self.with(|s| s.queue.bdp(layer.number)).clamp(WINDOW.start, WINDOW.end);
+        let bytes = locked(&layer.ahead).windows.length(usual);
+        if bytes == 0 {
             return;
         }
-        let Some(spans) = layer.spans.clone() else { return };
-        let bytes = self.with(|s| s.queue.bdp(layer.number)).clamp(WINDOW.start, WINDOW.end);
         let missed = missed.clone();
         let look = move || Ok(readahead::window(&missed, &spans(missed.start), bytes / DATA_BLOCK));
         if let Ok(pieces) = shipway_task::blocking("read a layer's data", look).await {
-            self.prefetch(layer, pieces, Class::Ahead, 2 * WINDOW.end).await;
+            let frames =
+                self.prefetch(layer, pieces, Class::Ahead, 2 * bytes.max(WINDOW.end)).await;
+            locked(&layer.ahead).windows.fetched(frames);
         }
     }
 
-    /// Follows strides.
-    async fn strides(&self, layer: &Arc<Layer>, block: u64) {
-        if !self.settings.strides || self.is_learned(layer) {
-            return;
-        }
-        let expected = locked(&layer.ahead).deltas.access(block);
+    /// A block was read, whether it was missed or not: follows strides. Whether they are so regular
+    /// that nothing else need be guessed.
+    async fn read(&self, layer: &Arc<Layer>, block: u64) -> bool {
+        let target = layer.target.clone();
+        let look = move || target.chunk_at(block);
+        let chunk = shipway_task::blocking("read a layer's data", look).await;
+        let Ok(Some(chunk)) = chunk else { return false };
+        let (expected, sure) = {
+            let mut ahead = locked(&layer.ahead);
+            ahead.windows.read(chunk.frame);
+            match self.settings.strides {
+                true => (ahead.deltas.access(chunk.block), ahead.deltas.is_sure()),
+                false => (Vec::new(), false),
+            }
+        };
         if !expected.is_empty() {
             let pieces = expected.into_iter().map(|at| at..at.saturating_add(1)).collect();
             self.prefetch(layer, pieces, Class::Ahead, MAX_STRIDES).await;
         }
+        sure
     }
 
     /// A frame is good.

@@ -2,7 +2,7 @@
 
 use crate::{
     Blob, Hope, LayerStats, Source, Target,
-    readahead::{Deltas, Spans},
+    readahead::{Deltas, Spans, Windows},
 };
 use parking_lot::{Mutex, MutexGuard};
 use std::{
@@ -80,6 +80,7 @@ pub(crate) struct Ahead {
     /// Whether some of them are on their way into the queue.
     pub feeding: bool,
     pub deltas: Deltas,
+    pub windows: Windows,
 }
 
 /// A source, and how it went.

@@ -45,8 +45,8 @@ pub use finish::Finish;
 pub use index::{ExternalToc, IndexRequest, Indexed, index, index_all};
 pub use layer::LayerSpec;
 pub use port::{
-    Blob, Body, Credentials, Hope, Opened, Report, Source, SourceError, Target, Wanted, Whole,
-    WriteError,
+    Blob, Body, ChunkStart, Credentials, Hope, Opened, Report, Source, SourceError, Target, Wanted,
+    Whole, WriteError,
 };
 pub use profile::{ARTIFACT, Profile, Profiles};
 pub use queue::Class;

@@ -92,6 +92,11 @@ impl Misses {
         self.take_all(numbers)
     }
 
+    /// Where the frames of a layer begin that somebody waits for.
+    pub(crate) fn frames(&self, layer: u32) -> impl Iterator<Item = u64> {
+        self.by_frame.keys().filter(move |key| key.0 == layer).map(|key| key.1)
+    }
+
     /// Whether somebody waits for a frame.
     pub(crate) fn wait_for(&self, key: FrameKey) -> bool {
         self.by_frame.contains_key(&key)

@@ -17,6 +17,15 @@ pub struct Blob {
     pub size: u64,
 }
 
+/// Where a chunk begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkStart {
+    /// Its first block.
+    pub block: u64,
+    /// Where its frame begins in the blob.
+    pub frame: u64,
+}
+
 /// Why a frame was not written.
 #[derive(Clone, Debug)]
 pub enum WriteError {
@@ -54,6 +63,10 @@ pub trait Target: Send + Sync + 'static {
         compressed: &[u8],
         good: &mut dyn FnMut(Good),
     ) -> Result<(), WriteError>;
+
+    /// Where the chunk begins that a block is of, the first one if there are several; `None` if it
+    /// is of none.
+    fn chunk_at(&self, block: u64) -> Result<Option<ChunkStart>, Fault>;
 
     /// Blocks whose data is in the blob before the place `end`.
     fn before(&self, end: u64) -> Result<Range<u64>, Fault>;
@@ -95,6 +108,12 @@ impl Target for Layer {
             true => WriteError::Wrong(error.into()),
             false => WriteError::Failed(error.into()),
         })
+    }
+
+    fn chunk_at(&self, block: u64) -> Result<Option<ChunkStart>, Fault> {
+        let chunk = self.chunks_touching(block..block.saturating_add(1))?.next().transpose()?;
+        Ok(chunk
+            .map(|chunk| ChunkStart { block: chunk.blocks().start, frame: chunk.record.offset }))
     }
 
     fn before(&self, end: u64) -> Result<Range<u64>, Fault> {

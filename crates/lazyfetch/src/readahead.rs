@@ -2,8 +2,9 @@
 //!
 //! Measured on real start-ups, a window in the order of the archive that stays in the directory
 //! does best at about one bandwidth × delay product; a learned order is far better, so that this is
-//! only for layers without one. Strides win where programs read every tenth file and nowhere else,
-//! so the predictor turns itself off where it does not hit.
+//! only for layers without one. Where next to nothing of the windows is read they end, and where
+//! most is they grow. Strides win where programs read every tenth file and nowhere else, so the
+//! predictor turns itself off where it does not hit; where it does there are no windows.
 
 use std::{
     collections::{HashSet, VecDeque},
@@ -52,10 +53,72 @@ pub(crate) fn window(missed: &Range<u64>, spans: &[Range<u64>], length: u64) -> 
     ranges
 }
 
+/// Frames that were fetched for windows and are remembered until they are read.
+const FETCHED: usize = 1024;
+/// After so many of them their use counts.
+const USE_TRIAL: f32 = 24.0;
+/// Less of them than this part is read: not worth it.
+const USELESS: f32 = 0.1;
+/// More: worth a larger window.
+const USEFUL: f32 = 0.5;
+/// Without windows one is tried now and then.
+const USE_REST: u32 = 32;
+
+/// What becomes of what windows bring.
+#[derive(Debug, Default)]
+pub(crate) struct Windows {
+    /// Where frames begin in the blob that nobody has read yet, the oldest first.
+    fetched: VecDeque<u64>,
+    /// Frames, and those that were read, older ones weighing less.
+    made: f32,
+    used: f32,
+    resting: u32,
+}
+
+impl Windows {
+    /// How long the next window is, in bytes, if it is `usual` without experience.
+    pub(crate) fn length(&mut self, usual: u64) -> u64 {
+        let used = if self.made < USE_TRIAL { USELESS } else { self.used / self.made };
+        if used > USEFUL {
+            return usual.saturating_mul(4);
+        }
+        if used >= USELESS {
+            return usual;
+        }
+        self.resting += 1;
+        if self.resting.is_multiple_of(USE_REST) { usual } else { 0 }
+    }
+
+    /// Frames were asked for.
+    pub(crate) fn fetched(&mut self, frames: impl IntoIterator<Item = u64>) {
+        for frame in frames {
+            self.fetched.push_back(frame);
+            if self.fetched.len() > FETCHED {
+                self.fetched.pop_front();
+            }
+            self.made += 1.0;
+            if self.made > 512.0 {
+                (self.made, self.used) = (self.made / 2.0, self.used / 2.0);
+            }
+        }
+    }
+
+    /// Something of a frame was read.
+    pub(crate) fn read(&mut self, frame: u64) {
+        if let Some(at) = self.fetched.iter().position(|fetched| *fetched == frame) {
+            self.fetched.remove(at);
+            self.used += 1.0;
+        }
+    }
+}
+
 /// Accesses that are remembered.
 const HISTORY: usize = 32;
-/// Places that are predicted at a time.
+/// Places that are predicted at a time, and how many when it has hit for long.
 const DEGREE: usize = 8;
+const MAX_DEGREE: usize = 64;
+/// After so many hits in a row nothing else is guessed.
+const SURE: usize = 4;
 /// Predictions after which the hit rate counts.
 const TRIAL: f32 = 8.0;
 /// After so many accesses without prediction it is tried again.
@@ -71,6 +134,8 @@ pub(crate) struct Deltas {
     /// Predictions and hits, older ones weighing less.
     made: f32,
     hit: f32,
+    /// Hits since the last access that was not expected.
+    row: usize,
     resting: u32,
 }
 
@@ -78,14 +143,18 @@ impl Deltas {
     /// The block `at` was read; gives the blocks that are expected next and were not expected
     /// before.
     pub(crate) fn access(&mut self, at: u64) -> Vec<u64> {
-        if let Some(found) = self.expected.iter().position(|e| *e == at) {
-            self.expected.remove(found);
-            self.hit += 1.0;
-        }
-        let at = at as i64;
-        if self.history.back() == Some(&at) {
+        if self.history.back() == Some(&(at as i64)) {
             return Vec::new();
         }
+        match self.expected.iter().position(|e| *e == at) {
+            Some(found) => {
+                self.expected.remove(found);
+                self.hit += 1.0;
+                self.row += 1;
+            }
+            None => self.row = 0,
+        }
+        let at = at as i64;
         self.history.push_back(at);
         if self.history.len() > HISTORY {
             self.history.pop_front();
@@ -101,13 +170,22 @@ impl Deltas {
         let new: Vec<u64> = predicted.into_iter().filter(|p| !self.expected.contains(p)).collect();
         self.made += new.len() as f32;
         self.expected.extend(&new);
-        while self.expected.len() > 2 * DEGREE {
+        while self.expected.len() > 2 * self.degree() {
             self.expected.pop_front();
         }
         if self.made > 64.0 {
             (self.made, self.hit) = (self.made / 2.0, self.hit / 2.0);
         }
         new
+    }
+
+    /// Whether it hits again and again, so that nothing else need be guessed.
+    pub(crate) fn is_sure(&self) -> bool {
+        self.row >= SURE
+    }
+
+    fn degree(&self) -> usize {
+        (DEGREE + self.row / 2).min(MAX_DEGREE)
     }
 
     /// Whether it hits too seldom.
@@ -128,7 +206,7 @@ impl Deltas {
         followed
             .iter()
             .cycle()
-            .take(DEGREE)
+            .take(self.degree())
             .map_while(|delta| {
                 next = next.checked_add(*delta)?;
                 u64::try_from(next).ok()
@@ -164,6 +242,28 @@ mod tests {
             assert!(sum <= length);
         }
         assert_eq!(window(&(5..6), &[], 100), Vec::<Range<u64>>::new());
+    }
+
+    #[test]
+    fn windows_end_where_nothing_of_them_is_read_and_grow_where_most_is() {
+        let mut windows = Windows::default();
+        assert_eq!(windows.length(100), 100);
+        windows.fetched(0..20);
+        assert_eq!(windows.length(100), 100);
+        windows.fetched(20..40);
+        let lengths: u64 = (0..64).map(|_| windows.length(100)).sum();
+        assert_eq!(lengths, 200, "now and then one is tried");
+        for frame in 0..6 {
+            windows.read(frame);
+            windows.read(frame);
+        }
+        assert_eq!(windows.length(100), 100);
+        (6..30).for_each(|frame| windows.read(frame));
+        assert_eq!(windows.length(100), 400);
+        // Old experience weighs less, and not all is remembered.
+        windows.fetched(1000..100_000);
+        assert!(windows.fetched.len() <= FETCHED && windows.made < 600.0);
+        assert_eq!(windows.length(100), 0);
     }
 
     /// Hits and predictions of a sequence.

@@ -338,6 +338,30 @@ async fn the_background_survives_what_passes() {
     }
 }
 
+/// What somebody waits for may come by the background first: then it was served, and the request
+/// for it is not repeated.
+#[tokio::test(start_paused = true)]
+async fn a_read_is_served_by_the_background_as_well() {
+    let layer = layer();
+    let frame = &layer.frames[7];
+    let wanted = frame.offset..frame.offset + frame.len;
+    let hangs = move |_: usize, asked: &Asked| {
+        if asked.range == wanted { Reply::Hang } else { Reply::Right }
+    };
+    let server = Server::new("r.io", &layer.blob, &Link::new(WAY), hangs);
+    let mut lab = Lab::new(&layer, &[&server], plain());
+    lab.fetcher.background(1, common::Keep::made(&layer).0);
+    tokio::time::sleep(MS).await;
+    let (took, result) = lab.read(layer.blocks_of_frame(7)).await;
+    assert!(result.is_ok() && took < 200 * MS, "{took:?}");
+    tokio::time::sleep(MS).await;
+    assert_eq!(lab.counters().misses, 1);
+    let asked = server.asked().len();
+    tokio::time::sleep(20 * S).await;
+    assert_eq!((lab.counters().retries, lab.fetcher.in_flight()), (0, 0));
+    assert!(server.asked().len() < asked + 10);
+}
+
 /// A layer that is removed in the middle of everything leaves nothing behind.
 #[tokio::test(start_paused = true)]
 async fn a_removed_layer_leaves_nothing() {

@@ -9,8 +9,8 @@ use shipway_estargz::Record;
 use shipway_fault::{Code, Fault};
 use shipway_layerstore::{Chunk, ChunkId, Frame, Good};
 use shipway_lazyfetch::{
-    Blob, Body, Event, Fetcher, Hope, LayerSpec, Opened, Report, Settings, Source, SourceError,
-    Target, Wanted, Whole, WriteError,
+    Blob, Body, ChunkStart, Event, Fetcher, Hope, LayerSpec, Opened, Report, Settings, Source,
+    SourceError, Target, Wanted, Whole, WriteError,
 };
 use shipway_oci::{Digest, Hasher};
 use std::{
@@ -270,6 +270,15 @@ impl Target for Layer {
             good(self.put(chunk, bytes));
         }
         Ok(())
+    }
+
+    fn chunk_at(&self, block: u64) -> Result<Option<ChunkStart>, Fault> {
+        let frame = self.touching(block..block + 1).next();
+        let starts = frame.map(|f| (f.offset, f.chunks.iter().map(Chunk::blocks)));
+        Ok(starts.and_then(|(frame, mut chunks)| {
+            let start = chunks.find(|blocks| blocks.contains(&block))?.start;
+            Some(ChunkStart { block: start, frame })
+        }))
     }
 
     fn before(&self, end: u64) -> Result<Range<u64>, Fault> {
