@@ -32,6 +32,7 @@ mod status;
 
 use clap::{Parser, Subcommand};
 use config::Config;
+use shipway_daemon::memory::Kept;
 use shipway_fault::{Class, Fault, Result};
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -125,8 +126,12 @@ fn run(flags: Flags) -> Result<ExitCode> {
     }
 }
 
+/// Little is kept of what layers take while they are fetched: hours without any follow.
+const KEPT: Kept = Kept { largest: 256 << 10, all: 1 << 20 };
+
 fn start(config: &Config) -> Result<()> {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    shipway_daemon::memory::tune(KEPT);
     shipway_daemon::start_log(config.log.level, config.log.format);
     // One thread for the sockets; what waits for the disk does so on others.
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -199,6 +199,8 @@ impl Lazy {
             while let Some(lazy) = weak.upgrade() {
                 lazy.make_room();
                 lazy.learning.keep();
+                // Tables of contents leave much behind.
+                shipway_daemon::memory::trim();
                 drop(lazy);
                 // Nobody wakes it; to look more often would do no harm.
                 std::thread::park_timeout(ROOM);
