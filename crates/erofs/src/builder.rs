@@ -77,7 +77,7 @@ pub struct DeviceNumber {
 
 impl DeviceNumber {
     /// As the format has it (the kernel's `new_encode_dev`).
-    fn encoded(self) -> Result<u32, BuildError> {
+    pub fn encoded(self) -> Result<u32, BuildError> {
         if self.major > limits::DEVICE_MAJOR || self.minor > limits::DEVICE_MINOR {
             return Err(BuildError::Device);
         }

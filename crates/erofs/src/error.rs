@@ -83,6 +83,9 @@ pub enum ReadError {
     /// Something points outside of the image or contradicts itself.
     #[error("the image is corrupt")]
     Corrupt,
+    /// The bytes of the image cannot be read.
+    #[error("the image cannot be read")]
+    Io,
     /// The inode is of another kind than the question.
     #[error("an inode of another kind")]
     Kind,

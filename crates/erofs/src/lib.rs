@@ -3,7 +3,7 @@
 //! ```text
 //! Builder::insert per entry ──▶ Builder::finish ──▶ Image ──▶ Image::write ──▶ metadata file
 //!                                                                                  │
-//!                                            the kernel, Reader (tests, FUSE tree) ◀──┘
+//!                                       the kernel, Reader, Stored (FUSE tree) ◀──────┘
 //! ```
 //!
 //! - A [`Builder`] takes entries in the order of the layer's tar and gives them the meaning that
@@ -16,7 +16,8 @@
 //!   flat image of metadata and data one after the other. Only the superblock differs, and
 //!   [`first_block`] makes one of the other.
 //! - The bytes depend on the inserted entries and the [`Options`] alone.
-//! - A [`Reader`] reads such images; it takes any bytes and never panics.
+//! - A [`Reader`] reads such images from memory, and [`Stored`] from files without a copy of them;
+//!   both take any bytes and never panic.
 //!
 //! The format is that of the kernel's `fs/erofs/erofs_fs.h` as Linux 5.4 and newer read it (5.16
 //! with a second device): no compression, 4 KiB blocks, extended inodes (64 bytes: nanoseconds,
@@ -36,6 +37,7 @@ mod image;
 pub mod limits;
 mod path;
 mod read;
+mod stored;
 mod xattr;
 
 pub use builder::{
@@ -43,7 +45,8 @@ pub use builder::{
 };
 pub use error::{BuildError, ReadError};
 pub use image::{Form, Image, first_block};
-pub use read::{Content, DirEntry, Directory, FoundXattr, Kind, Metadata, Nid, Reader};
+pub use read::{Content, DirEntry, Directory, FoundXattr, Kind, Layout, Metadata, Nid, Reader};
+pub use stored::{Bytes, Stored};
 pub use xattr::Xattr;
 
 /// Bytes of a block, in metadata and data alike.

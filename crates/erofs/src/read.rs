@@ -1,9 +1,11 @@
-//! Reads images that a [`Builder`](crate::Builder) made, from any bytes. Nothing is allocated that
-//! the bytes do not have, nothing recurses, and every step is bounded by the size of what it reads.
+//! Reads images that a [`Builder`](crate::Builder) made, from any bytes in memory. Nothing is
+//! allocated that the bytes do not have, nothing recurses, and every step is bounded by the size of
+//! what it reads. [`Stored`](crate::Stored) reads them from elsewhere.
 
 use crate::{
     BLOCK as BLOCK_BYTES, DeviceNumber, Extent, ReadError, Time, format::*, limits, xattr::prefix,
 };
+use std::ops::Range;
 
 /// Number of an inode, which is also what `stat` shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -64,7 +66,7 @@ pub struct Metadata {
     block: u32,
     inline: bool,
     /// Bytes of the attributes behind the inode.
-    xattrs: usize,
+    pub(crate) xattrs: usize,
 }
 
 /// An entry of a directory.
@@ -89,10 +91,11 @@ pub struct FoundXattr<'a> {
     pub value: &'a [u8],
 }
 
-/// An image in memory, with or without data behind it.
+/// Where everything is in an image, as its first block tells.
 #[derive(Clone, Copy, Debug)]
-pub struct Reader<'a> {
-    bytes: &'a [u8],
+pub struct Layout {
+    /// Bytes of the metadata.
+    pub(crate) length: u64,
     root: Nid,
     inodes: u64,
     /// Position of the block from which shared attributes are counted.
@@ -103,12 +106,19 @@ pub struct Reader<'a> {
     uuid: [u8; 16],
 }
 
+/// An image in memory, with or without data behind it.
+#[derive(Clone, Copy, Debug)]
+pub struct Reader<'a> {
+    bytes: &'a [u8],
+    layout: Layout,
+}
+
 fn array<const N: usize>(bytes: &[u8], at: usize) -> Result<[u8; N], ReadError> {
     let part = at.checked_add(N).and_then(|end| bytes.get(at..end)).ok_or(ReadError::Corrupt)?;
     part.try_into().map_err(|_| ReadError::Corrupt)
 }
 
-fn le16(bytes: &[u8], at: usize) -> Result<u16, ReadError> {
+pub(crate) fn le16(bytes: &[u8], at: usize) -> Result<u16, ReadError> {
     array(bytes, at).map(u16::from_le_bytes)
 }
 
@@ -120,10 +130,11 @@ fn le64(bytes: &[u8], at: usize) -> Result<u64, ReadError> {
     array(bytes, at).map(u64::from_le_bytes)
 }
 
-impl<'a> Reader<'a> {
-    /// Checks the superblock; everything else is checked when it is read.
-    pub fn open(bytes: &'a [u8]) -> Result<Self, ReadError> {
-        let head = bytes.get(SUPER_AT..BLOCK).ok_or(ReadError::NotErofs)?;
+impl Layout {
+    /// Of an image of `length` bytes, with or without data behind it, whose first block is the
+    /// start of `first`. Checks the superblock; everything else is checked when it is read.
+    pub fn of(first: &[u8], length: u64) -> Result<Self, ReadError> {
+        let head = first.get(SUPER_AT..BLOCK).ok_or(ReadError::NotErofs)?;
         if le32(head, 0)? != MAGIC {
             return Err(ReadError::NotErofs);
         }
@@ -146,15 +157,14 @@ impl<'a> Reader<'a> {
         }
         // The slot of the device is there in both forms.
         let slot = SUPER_AT + SUPER_BYTES;
-        let (data_blocks, blocks) = (le32(bytes, slot + 64)?, le32(bytes, slot + 68)?);
+        let (data_blocks, blocks) = (le32(first, slot + 64)?, le32(first, slot + 68)?);
         let whole = u64::from(blocks) + if devices.0 == 0 { u64::from(data_blocks) } else { 0 };
-        let metadata =
-            usize::try_from(u64::from(blocks) * BLOCK_BYTES).ok().and_then(|len| bytes.get(..len));
-        if whole != u64::from(le32(head, 36)?) {
+        let metadata = u64::from(blocks) * BLOCK_BYTES;
+        if whole != u64::from(le32(head, 36)?) || metadata > length {
             return Err(ReadError::Corrupt);
         }
         Ok(Self {
-            bytes: metadata.ok_or(ReadError::Corrupt)?,
+            length: metadata,
             root: Nid(le16(head, 14)?.into()),
             inodes: le64(head, 16)?,
             shared_at: u64::from(le32(head, 44)?) * BLOCK_BYTES,
@@ -169,37 +179,25 @@ impl<'a> Reader<'a> {
         self.root
     }
 
-    /// Number of inodes.
-    pub fn inodes(&self) -> u64 {
-        self.inodes
+    /// Position of an inode.
+    pub(crate) fn inode_at(&self, nid: Nid) -> Result<u64, ReadError> {
+        let at = nid.0.checked_mul(NID_BYTES as u64).filter(|at| *at < self.length);
+        at.ok_or(ReadError::Corrupt)
     }
 
-    /// Blocks of the image without data.
-    pub fn blocks(&self) -> u32 {
-        self.blocks
-    }
-
-    /// Blocks of the data file.
-    pub fn data_blocks(&self) -> u32 {
-        self.data_blocks
-    }
-
-    /// See [`Options::uuid`](crate::Options::uuid).
-    pub fn uuid(&self) -> [u8; 16] {
-        self.uuid
-    }
-
-    /// Reads an inode.
-    pub fn metadata(&self, nid: Nid) -> Result<Metadata, ReadError> {
-        let at = self.inode_at(nid)?;
-        let inode: [u8; INODE_BYTES] = array(self.bytes, at)?;
-        let (format, mode) = (le16(&inode, 0)?, le16(&inode, 4)?);
+    /// What the bytes of an inode say.
+    pub(crate) fn metadata(
+        &self,
+        nid: Nid,
+        inode: &[u8; INODE_BYTES],
+    ) -> Result<Metadata, ReadError> {
+        let (format, mode) = (le16(inode, 0)?, le16(inode, 4)?);
         let inline = match format {
             f if f == EXTENDED | FLAT_PLAIN << 1 => false,
             f if f == EXTENDED | FLAT_INLINE << 1 => true,
             _ => return Err(ReadError::Unsupported),
         };
-        let (size, word) = (le64(&inode, 8)?, le32(&inode, 16)?);
+        let (size, word) = (le64(inode, 8)?, le32(inode, 16)?);
         let content = match mode & S_IFMT {
             S_IFDIR => Content::Directory,
             S_IFREG => Content::File(self.extent(size, word)?),
@@ -213,14 +211,14 @@ impl<'a> Reader<'a> {
         if inline && !matches!(content, Content::Directory | Content::Symlink) {
             return Err(ReadError::Unsupported);
         }
-        let words = usize::from(le16(&inode, 2)?);
-        let mtime = Time { seconds: le64(&inode, 32)? as i64, nanoseconds: le32(&inode, 40)? };
+        let words = usize::from(le16(inode, 2)?);
+        let mtime = Time { seconds: le64(inode, 32)? as i64, nanoseconds: le32(inode, 40)? };
         Ok(Metadata {
             nid,
             mode: mode & !S_IFMT,
-            uid: le32(&inode, 24)?,
-            gid: le32(&inode, 28)?,
-            nlink: le32(&inode, 44)?,
+            uid: le32(inode, 24)?,
+            gid: le32(inode, 28)?,
+            nlink: le32(inode, 44)?,
             size,
             mtime,
             content,
@@ -228,64 +226,6 @@ impl<'a> Reader<'a> {
             inline,
             xattrs: if words == 0 { 0 } else { XATTR_HEADER + (words - 1) * 4 },
         })
-    }
-
-    /// Where a symbolic link points to.
-    pub fn target(&self, inode: &Metadata) -> Result<&'a [u8], ReadError> {
-        if inode.content != Content::Symlink {
-            return Err(ReadError::Kind);
-        }
-        if inode.size == 0 || inode.size > limits::PATH_BYTES as u64 {
-            return Err(ReadError::Corrupt);
-        }
-        self.part(inode, 0)
-    }
-
-    /// The entries of a directory.
-    pub fn directory(&self, inode: &Metadata) -> Result<Directory<'a>, ReadError> {
-        if inode.content != Content::Directory {
-            return Err(ReadError::Kind);
-        }
-        // More blocks than the image has are not worth a search.
-        if inode.size > self.bytes.len() as u64 {
-            Err(ReadError::Corrupt)
-        } else {
-            Ok(Directory { reader: *self, inode: *inode })
-        }
-    }
-
-    /// Extended attributes, in no particular order.
-    pub fn xattrs(&self, inode: &Metadata) -> Result<Vec<FoundXattr<'a>>, ReadError> {
-        if inode.xattrs == 0 {
-            return Ok(Vec::new());
-        }
-        let body = self.slice(self.inode_at(inode.nid)? + INODE_BYTES, inode.xattrs)?;
-        let shared = usize::from(*body.get(4).ok_or(ReadError::Corrupt)?);
-        let ids = body.get(XATTR_HEADER..XATTR_HEADER + 4 * shared).ok_or(ReadError::Corrupt)?;
-        let mut found = Vec::new();
-        for n in 0..shared {
-            let at = self.shared_at + u64::from(le32(ids, 4 * n)?) * XATTR_ENTRY as u64;
-            let rest = usize::try_from(at)
-                .ok()
-                .and_then(|at| self.bytes.get(at..))
-                .ok_or(ReadError::Corrupt)?;
-            found.push(attribute(rest)?.0);
-        }
-        let mut rest = &body[XATTR_HEADER + 4 * shared..];
-        while !rest.is_empty() {
-            let (xattr, bytes) = attribute(rest)?;
-            found.push(xattr);
-            rest = rest.get(bytes..).ok_or(ReadError::Corrupt)?;
-        }
-        Ok(found)
-    }
-
-    fn inode_at(&self, nid: Nid) -> Result<usize, ReadError> {
-        nid.0
-            .checked_mul(NID_BYTES as u64)
-            .and_then(|at| usize::try_from(at).ok())
-            .filter(|at| *at < self.bytes.len())
-            .ok_or(ReadError::Corrupt)
     }
 
     fn extent(&self, size: u64, word: u32) -> Result<Extent, ReadError> {
@@ -298,28 +238,143 @@ impl<'a> Reader<'a> {
         if end > self.data_blocks { Err(ReadError::Corrupt) } else { Ok(Extent { block, blocks }) }
     }
 
-    fn slice(&self, at: usize, bytes: usize) -> Result<&'a [u8], ReadError> {
-        at.checked_add(bytes).and_then(|end| self.bytes.get(at..end)).ok_or(ReadError::Corrupt)
+    /// `bytes` bytes from `at` on.
+    pub(crate) fn range(&self, at: u64, bytes: usize) -> Result<Range<u64>, ReadError> {
+        let end = at.checked_add(bytes as u64).filter(|end| *end <= self.length);
+        Ok(at..end.ok_or(ReadError::Corrupt)?)
     }
 
-    /// Block `number` of a directory or symbolic link; the last may be shorter.
-    fn part(&self, inode: &Metadata, number: u64) -> Result<&'a [u8], ReadError> {
+    /// Block `number` of a directory or symbolic link: at most [`BLOCK`] bytes, for the last may be
+    /// shorter.
+    pub(crate) fn part(&self, inode: &Metadata, number: u64) -> Result<Range<u64>, ReadError> {
         let start = number
             .checked_mul(BLOCK_BYTES)
             .filter(|s| *s < inode.size)
             .ok_or(ReadError::Corrupt)?;
         let bytes = (inode.size - start).min(BLOCK_BYTES);
         let at = if inode.inline && start + bytes == inode.size {
-            self.inode_at(inode.nid)? + INODE_BYTES + inode.xattrs
+            self.inode_at(inode.nid)? + (INODE_BYTES + inode.xattrs) as u64
         } else {
-            usize::try_from((u64::from(inode.block) + number) * BLOCK_BYTES)
-                .map_err(|_| ReadError::Corrupt)?
+            (u64::from(inode.block) + number) * BLOCK_BYTES
         };
-        if at % BLOCK + bytes as usize > BLOCK {
+        if at % BLOCK_BYTES + bytes > BLOCK_BYTES {
             Err(ReadError::Corrupt)
         } else {
-            self.slice(at, bytes as usize)
+            self.range(at, bytes as usize)
         }
+    }
+
+    /// Where the target of a symbolic link is.
+    pub(crate) fn target(&self, inode: &Metadata) -> Result<Range<u64>, ReadError> {
+        if inode.content != Content::Symlink {
+            return Err(ReadError::Kind);
+        }
+        if inode.size == 0 || inode.size > limits::PATH_BYTES as u64 {
+            return Err(ReadError::Corrupt);
+        }
+        self.part(inode, 0)
+    }
+
+    /// Blocks of a directory.
+    pub(crate) fn directory(&self, inode: &Metadata) -> Result<u64, ReadError> {
+        if inode.content != Content::Directory {
+            return Err(ReadError::Kind);
+        }
+        // More blocks than the image has are not worth a search.
+        if inode.size > self.length {
+            Err(ReadError::Corrupt)
+        } else {
+            Ok(inode.size.div_ceil(BLOCK_BYTES))
+        }
+    }
+
+    /// Position of the shared attribute of this number.
+    pub(crate) fn shared(&self, id: u32) -> u64 {
+        self.shared_at + u64::from(id) * XATTR_ENTRY as u64
+    }
+}
+
+impl<'a> Reader<'a> {
+    /// Checks the superblock; everything else is checked when it is read.
+    pub fn open(bytes: &'a [u8]) -> Result<Self, ReadError> {
+        let layout = Layout::of(bytes, bytes.len() as u64)?;
+        let length = usize::try_from(layout.length).ok();
+        let bytes = length.and_then(|length| bytes.get(..length)).ok_or(ReadError::Corrupt)?;
+        Ok(Self { bytes, layout })
+    }
+
+    /// The root directory.
+    pub fn root(&self) -> Nid {
+        self.layout.root
+    }
+
+    /// Number of inodes.
+    pub fn inodes(&self) -> u64 {
+        self.layout.inodes
+    }
+
+    /// Blocks of the image without data.
+    pub fn blocks(&self) -> u32 {
+        self.layout.blocks
+    }
+
+    /// Blocks of the data file.
+    pub fn data_blocks(&self) -> u32 {
+        self.layout.data_blocks
+    }
+
+    /// See [`Options::uuid`](crate::Options::uuid).
+    pub fn uuid(&self) -> [u8; 16] {
+        self.layout.uuid
+    }
+
+    /// Reads an inode.
+    pub fn metadata(&self, nid: Nid) -> Result<Metadata, ReadError> {
+        let inode = self.slice(self.layout.range(self.layout.inode_at(nid)?, INODE_BYTES)?)?;
+        self.layout.metadata(nid, inode.first_chunk().ok_or(ReadError::Corrupt)?)
+    }
+
+    /// Where a symbolic link points to.
+    pub fn target(&self, inode: &Metadata) -> Result<&'a [u8], ReadError> {
+        self.slice(self.layout.target(inode)?)
+    }
+
+    /// The entries of a directory.
+    pub fn directory(&self, inode: &Metadata) -> Result<Directory<'a>, ReadError> {
+        let blocks = self.layout.directory(inode)?;
+        Ok(Directory { reader: *self, inode: *inode, blocks })
+    }
+
+    /// Extended attributes, in no particular order.
+    pub fn xattrs(&self, inode: &Metadata) -> Result<Vec<FoundXattr<'a>>, ReadError> {
+        if inode.xattrs == 0 {
+            return Ok(Vec::new());
+        }
+        let at = self.layout.inode_at(inode.nid)? + INODE_BYTES as u64;
+        let body = self.slice(self.layout.range(at, inode.xattrs)?)?;
+        let shared = usize::from(*body.get(4).ok_or(ReadError::Corrupt)?);
+        let ids = body.get(XATTR_HEADER..XATTR_HEADER + 4 * shared).ok_or(ReadError::Corrupt)?;
+        let mut found = Vec::new();
+        for n in 0..shared {
+            let at = usize::try_from(self.layout.shared(le32(ids, 4 * n)?)).ok();
+            let rest = at.and_then(|at| self.bytes.get(at..)).ok_or(ReadError::Corrupt)?;
+            found.push(attribute(rest)?.0);
+        }
+        let mut rest = &body[XATTR_HEADER + 4 * shared..];
+        while !rest.is_empty() {
+            if found.len() == limits::XATTRS {
+                return Err(ReadError::Corrupt);
+            }
+            let (xattr, bytes) = attribute(rest)?;
+            found.push(xattr);
+            rest = rest.get(bytes..).ok_or(ReadError::Corrupt)?;
+        }
+        Ok(found)
+    }
+
+    fn slice(&self, range: Range<u64>) -> Result<&'a [u8], ReadError> {
+        let index = |at| usize::try_from(at).map_err(|_| ReadError::Corrupt);
+        self.bytes.get(index(range.start)?..index(range.end)?).ok_or(ReadError::Corrupt)
     }
 }
 
@@ -339,12 +394,13 @@ fn attribute(bytes: &[u8]) -> Result<(FoundXattr<'_>, usize), ReadError> {
 pub struct Directory<'a> {
     reader: Reader<'a>,
     inode: Metadata,
+    blocks: u64,
 }
 
 impl<'a> Directory<'a> {
     /// The entry called `name`, found as the kernel finds it: by halving.
     pub fn lookup(&self, name: &[u8]) -> Result<Option<DirEntry<'a>>, ReadError> {
-        let (mut low, mut high) = (0, self.blocks());
+        let (mut low, mut high) = (0, self.blocks);
         // The first block that begins beyond the name.
         while low < high {
             let middle = low + (high - low) / 2;
@@ -355,18 +411,7 @@ impl<'a> Directory<'a> {
             }
         }
         let Some(number) = low.checked_sub(1) else { return Ok(None) };
-        let block = self.block(number)?;
-        let (mut low, mut high) = (0, block.count);
-        while low < high {
-            let middle = low + (high - low) / 2;
-            let entry = block.entry(middle)?;
-            match entry.name.cmp(name) {
-                std::cmp::Ordering::Equal => return Ok(Some(entry)),
-                std::cmp::Ordering::Less => low = middle + 1,
-                std::cmp::Ordering::Greater => high = middle,
-            }
-        }
-        Ok(None)
+        self.block(number)?.lookup(name)
     }
 
     /// The entries from a position on, in the order of their names: zero, or [`DirEntry::next`].
@@ -376,10 +421,9 @@ impl<'a> Directory<'a> {
         from: u64,
     ) -> impl Iterator<Item = Result<DirEntry<'a>, ReadError>> + use<'a> {
         let directory = *self;
-        let (mut number, mut index) =
-            (from / BLOCK_BYTES, (from % BLOCK_BYTES) as usize / DIRENT_BYTES);
+        let (mut number, mut index) = Block::position(from);
         std::iter::from_fn(move || {
-            while number < directory.blocks() {
+            while number < directory.blocks {
                 let entry = directory.block(number).and_then(|block| {
                     if index < block.count { block.entry(index).map(Some) } else { Ok(None) }
                 });
@@ -399,30 +443,51 @@ impl<'a> Directory<'a> {
         })
     }
 
-    fn blocks(&self) -> u64 {
-        self.inode.size.div_ceil(BLOCK_BYTES)
-    }
-
     fn block(&self, number: u64) -> Result<Block<'a>, ReadError> {
-        let bytes = self.reader.part(&self.inode, number)?;
-        let names_at = usize::from(le16(bytes, 8)?);
-        if names_at == 0 || names_at % DIRENT_BYTES != 0 || names_at >= bytes.len() {
-            return Err(ReadError::Corrupt);
-        }
-        Ok(Block { bytes, count: names_at / DIRENT_BYTES, at: number * BLOCK_BYTES })
+        let bytes = self.reader.slice(self.reader.layout.part(&self.inode, number)?)?;
+        Block::new(bytes, number)
     }
 }
 
 /// A block of a directory: its entries, then their names.
-struct Block<'a> {
+pub(crate) struct Block<'a> {
     bytes: &'a [u8],
-    count: usize,
+    pub(crate) count: usize,
     /// Its position in the directory.
     at: u64,
 }
 
 impl<'a> Block<'a> {
-    fn entry(&self, index: usize) -> Result<DirEntry<'a>, ReadError> {
+    /// The block `number` of a directory, as it is in the image.
+    pub(crate) fn new(bytes: &'a [u8], number: u64) -> Result<Self, ReadError> {
+        let names_at = usize::from(le16(bytes, 8)?);
+        if names_at == 0 || names_at % DIRENT_BYTES != 0 || names_at >= bytes.len() {
+            return Err(ReadError::Corrupt);
+        }
+        Ok(Self { bytes, count: names_at / DIRENT_BYTES, at: number * BLOCK_BYTES })
+    }
+
+    /// In which block, and at which place in it, a listing goes on from [`DirEntry::next`].
+    pub(crate) fn position(from: u64) -> (u64, usize) {
+        (from / BLOCK_BYTES, (from % BLOCK_BYTES) as usize / DIRENT_BYTES)
+    }
+
+    /// The entry called `name`.
+    pub(crate) fn lookup(&self, name: &[u8]) -> Result<Option<DirEntry<'a>>, ReadError> {
+        let (mut low, mut high) = (0, self.count);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let entry = self.entry(middle)?;
+            match entry.name.cmp(name) {
+                std::cmp::Ordering::Equal => return Ok(Some(entry)),
+                std::cmp::Ordering::Less => low = middle + 1,
+                std::cmp::Ordering::Greater => high = middle,
+            }
+        }
+        Ok(None)
+    }
+
+    pub(crate) fn entry(&self, index: usize) -> Result<DirEntry<'a>, ReadError> {
         let at = index * DIRENT_BYTES;
         let start = usize::from(le16(self.bytes, at + 8)?);
         let name = if index + 1 < self.count {

@@ -7,8 +7,11 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "common/mounted.rs"]
+mod mounted;
 
 use common::*;
+use mounted::{compare, names_in};
 use rustix::{
     fd::{AsFd, AsRawFd, OwnedFd},
     mount::{
@@ -18,13 +21,8 @@ use rustix::{
 };
 use shipway_erofs::*;
 use std::{
-    collections::{BTreeMap, HashMap},
-    ffi::CString,
     fs::{self, File},
-    os::unix::{
-        ffi::{OsStrExt, OsStringExt},
-        fs::{FileExt, FileTypeExt, MetadataExt},
-    },
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -33,7 +31,6 @@ use std::{
 struct Mounted(OwnedFd);
 
 impl Mounted {
-    #[track_caller]
     fn new(kind: &str, options: &[(&str, Option<&Path>)]) -> Result<Self, String> {
         assert!(
             rustix::process::geteuid().is_root(),
@@ -135,105 +132,6 @@ impl Lab {
             );
         }
     }
-}
-
-fn xattrs_of(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
-    let mut list = vec![0; 65_536];
-    let length = rustix::fs::llistxattr(path, &mut list[..]).unwrap();
-    let names = list[..length].split(|b| *b == 0).filter(|n| !n.is_empty());
-    let value = |name: &[u8]| {
-        let mut value = vec![0; limits::XATTR_VALUE_BYTES + 1];
-        let length =
-            rustix::fs::lgetxattr(path, CString::new(name).unwrap(), &mut value[..]).unwrap();
-        value.truncate(length);
-        value
-    };
-    names.map(|name| (name.to_vec(), value(name))).collect()
-}
-
-fn names_in(path: &Path) -> Vec<Vec<u8>> {
-    let mut names: Vec<Vec<u8>> =
-        fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name().into_vec()).collect();
-    names.sort();
-    names
-}
-
-/// Compares everything below `root` with the model.
-#[track_caller]
-fn compare(root: &Path, model: &Model) {
-    let links = model.links();
-    let mut numbers: HashMap<usize, u64> = HashMap::new();
-    let mut stack = vec![(0, root.to_owned())];
-    while let Some((inode, path)) = stack.pop() {
-        let (attrs, is) = &model.inodes[inode];
-        let found = fs::symlink_metadata(&path).unwrap();
-        let shown = path.display();
-        assert_eq!(
-            *numbers.entry(inode).or_insert(found.ino()),
-            found.ino(),
-            "links share their inode: {shown}"
-        );
-        let of = |a: &Attrs| {
-            (u32::from(a.mode), a.uid, a.gid, a.mtime.seconds, i64::from(a.mtime.nanoseconds))
-        };
-        assert_eq!(
-            (found.mode() & 0o7777, found.uid(), found.gid(), found.mtime(), found.mtime_nsec()),
-            of(attrs),
-            "{shown}"
-        );
-        assert_eq!(found.nlink(), u64::from(links[&inode]), "{shown}");
-        assert_eq!(xattrs_of(&path), attrs.xattrs, "{shown}");
-        let device = |major: &u32, minor: &u32| rustix::fs::makedev(*major, *minor);
-        match is {
-            Is::Directory(children) => {
-                assert!(found.is_dir(), "{shown}");
-                assert_eq!(
-                    names_in(&path),
-                    children.keys().cloned().collect::<Vec<_>>(),
-                    "{shown}"
-                );
-                for name in children.keys() {
-                    let missing = [name, &b"\x01"[..]].concat();
-                    let there =
-                        fs::symlink_metadata(path.join(std::ffi::OsStr::from_bytes(&missing)))
-                            .is_ok();
-                    assert_eq!(there, children.contains_key(&missing), "{shown}");
-                }
-                stack.extend(
-                    children.iter().map(|(name, child)| {
-                        (*child, path.join(std::ffi::OsStr::from_bytes(name)))
-                    }),
-                );
-            }
-            Is::Other(Thing::File(contents)) => {
-                assert!(found.is_file() && found.size() == contents.len() as u64, "{shown}");
-                assert!(fs::read(&path).unwrap() == contents[..], "contents of {shown}");
-            }
-            Is::Other(Thing::Symlink(target)) => {
-                assert_eq!(fs::read_link(&path).unwrap().as_os_str().as_bytes(), target, "{shown}")
-            }
-            Is::Other(Thing::Char(major, minor)) => {
-                assert!(
-                    found.file_type().is_char_device() && found.rdev() == device(major, minor),
-                    "{shown}"
-                );
-            }
-            Is::Other(Thing::Block(major, minor)) => {
-                assert!(
-                    found.file_type().is_block_device() && found.rdev() == device(major, minor),
-                    "{shown}"
-                );
-            }
-            Is::Other(Thing::Fifo) => assert!(found.file_type().is_fifo(), "{shown}"),
-            Is::Other(Thing::HardLink(_) | Thing::Directory) => {
-                unreachable!("not an inode of the model")
-            }
-        }
-    }
-    let mut distinct: Vec<u64> = numbers.values().copied().collect();
-    distinct.sort_unstable();
-    distinct.dedup();
-    assert_eq!(distinct.len(), links.len(), "an inode each");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use shipway_erofs::*;
-use std::{collections::BTreeMap, rc::Rc};
+use std::{collections::BTreeMap, ops::ControlFlow, rc::Rc};
 
 /// A small generator of pseudo-random numbers (xorshift).
 pub struct Dice(pub u64);
@@ -510,6 +510,72 @@ impl Layer {
     pub fn image(&mut self) -> Image {
         let empty = Builder::new(Options::default(), &Attributes::default()).unwrap();
         std::mem::replace(&mut self.builder, empty).finish().unwrap()
+    }
+}
+
+/// What [`Stored`] says of an inode has to be what [`Reader`] does, errors included. `bytes` are the
+/// whole image.
+pub fn assert_stored_agrees(bytes: &[u8], reader: &Reader<'_>, nid: Nid) {
+    let layout = Layout::of(&bytes[..bytes.len().min(4096)], bytes.len() as u64).unwrap();
+    let stored = Stored::new(&layout, bytes);
+    assert_eq!(layout.root(), reader.root());
+    let found = stored.metadata(nid);
+    assert_eq!(found, reader.metadata(nid));
+    let Ok(found) = found else { return };
+    let mut target = vec![0; limits::PATH_BYTES];
+    let length = stored.target(&found, &mut target);
+    assert_eq!(length.map(|length| &target[..length]), reader.target(&found));
+
+    let names = |listed: &mut Vec<(Vec<u8>, Nid, Kind, u64)>, entry: &DirEntry<'_>| {
+        listed.push((entry.name.to_vec(), entry.nid, entry.kind, entry.next));
+    };
+    let (mut want, mut error) = (Vec::new(), None);
+    match reader.directory(&found) {
+        Ok(directory) => directory.entries(0).for_each(|entry| match entry {
+            Ok(entry) => names(&mut want, &entry),
+            Err(e) => error = Some(e),
+        }),
+        Err(e) => error = Some(e),
+    }
+    let mut listed = Vec::new();
+    let done = stored.list(&found, 0, |entry| {
+        names(&mut listed, entry);
+        Ok(ControlFlow::Continue(()))
+    });
+    assert_eq!((listed, done.err()), (want.clone(), error));
+    if let Ok(directory) = reader.directory(&found) {
+        for (n, (name, _, _, next)) in want.iter().enumerate() {
+            let looked_up = stored.lookup(&found, name);
+            assert_eq!(looked_up, directory.lookup(name).map(|e| e.map(|e| e.nid)));
+            let mut first = None;
+            let _ = stored.list(&found, *next, |entry| {
+                first = Some(entry.name.to_vec());
+                Ok(ControlFlow::Break(()))
+            });
+            assert_eq!(first.as_ref(), want.get(n + 1).map(|(name, ..)| name));
+        }
+        let missing = stored.lookup(&found, b"no such name");
+        assert_eq!(missing, directory.lookup(b"no such name").map(|e| e.map(|e| e.nid)));
+    }
+
+    let (want, mut names) = (reader.xattrs(&found), Vec::new());
+    let done = stored.xattr_names(&found, |prefix, rest| {
+        names.push([prefix, rest].concat());
+        ControlFlow::Continue(())
+    });
+    assert_eq!(done.err(), want.as_ref().err().copied());
+    for xattr in want.iter().flatten() {
+        assert!(names.contains(&xattr.name));
+        // The first of that name, should there be two in a broken image.
+        let first = want.iter().flatten().find(|other| other.name == xattr.name).unwrap();
+        let range = stored.xattr(&found, &xattr.name).unwrap().unwrap();
+        let mut value = vec![0; (range.end - range.start) as usize];
+        stored.value(&range, &mut value).unwrap();
+        assert_eq!(value, first.value);
+    }
+    if want.is_ok() {
+        assert_eq!(names.len(), want.iter().flatten().count());
+        assert_eq!(stored.xattr(&found, b"user.no such name"), Ok(None));
     }
 }
 
