@@ -3,11 +3,19 @@
 /// There is a second word of flags.
 pub(crate) const INIT_EXT: u64 = 1 << 30;
 const ASYNC_READ: u64 = 1;
+const EXPORT_SUPPORT: u64 = 1 << 4;
+const DO_READDIRPLUS: u64 = 1 << 13;
+const READDIRPLUS_AUTO: u64 = 1 << 14;
 const ASYNC_DIO: u64 = 1 << 15;
 const PARALLEL_DIROPS: u64 = 1 << 18;
+const POSIX_ACL: u64 = 1 << 20;
 const MAX_PAGES: u64 = 1 << 22;
+const CACHE_SYMLINKS: u64 = 1 << 23;
 const HAS_RESEND: u64 = 1 << 39;
 const ALLOW_IDMAP: u64 = 1 << 40;
+
+/// See [`Wanted::trees`].
+const TREES: u64 = EXPORT_SUPPORT | DO_READDIRPLUS | READDIRPLUS_AUTO | POSIX_ACL | CACHE_SYMLINKS;
 
 /// The protocol's version that is spoken here; the kernel adapts to a lower minor number than its
 /// own.
@@ -42,11 +50,15 @@ pub struct Wanted {
     /// Whether clones of the mount with mapped ids are allowed. The kernel breaks the connection
     /// off if it is not mounted with `default_permissions`.
     pub idmap: bool,
+    /// Whether there are trees of files that never change: they are listed with attributes, links
+    /// are kept, access control lists count, and `.` and `..` are looked up when a file is found
+    /// again by its number, as overlayfs finds what it has copied.
+    pub trees: bool,
 }
 
 impl Default for Wanted {
     fn default() -> Self {
-        Self { max_pages: 256, max_write: 4096, max_background: 64, idmap: false }
+        Self { max_pages: 256, max_write: 4096, max_background: 64, idmap: false, trees: false }
     }
 }
 
@@ -68,6 +80,9 @@ impl InitRequest {
             ASYNC_READ | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES | INIT_EXT | HAS_RESEND;
         if wanted.idmap {
             flags |= ALLOW_IDMAP;
+        }
+        if wanted.trees {
+            flags |= TREES;
         }
         Some(InitAnswer { max_readahead: self.max_readahead, flags: flags & self.flags, wanted })
     }
@@ -122,6 +137,8 @@ mod tests {
         let idmap = Wanted { idmap: true, ..Wanted::default() };
         assert!(offer(45, u64::MAX).answer(idmap).expect("an answer").has_idmap());
         assert!(!offer(31, u64::from(u32::MAX)).answer(idmap).expect("an answer").has_idmap());
+        let trees = Wanted { trees: true, ..Wanted::default() };
+        assert_eq!(offer(45, u64::MAX).answer(trees).expect("an answer").flags, all.flags | TREES);
         assert_eq!(offer(30, u64::MAX).answer(idmap), None);
         assert_eq!(InitRequest { major: 8, ..offer(31, 0) }.answer(idmap), None);
         let mut bytes = Vec::new();

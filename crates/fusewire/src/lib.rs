@@ -1,4 +1,4 @@
-//! FUSE as a server of one flat, read-only directory speaks it.
+//! FUSE as a server of files that never change speaks it: of one flat directory, and of trees.
 //!
 //! - [`Request`] is what a `read(/dev/fuse)` returned: a header and an [`Operation`], borrowed from
 //!   the buffer, nothing allocated.

@@ -10,18 +10,51 @@ const HEADER: usize = 16;
 /// used again.
 const FOREVER: Duration = Duration::from_secs(1 << 40);
 
-/// Attributes of a file of the directory, or of the directory itself.
+/// Attributes of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attributes {
-    /// Its number, which is also its inode number.
+    /// The number by which it is asked for.
     pub node: NodeId,
+    /// The number of the inode, as `stat` shows it.
+    pub inode: u64,
     /// Kind and permissions, as in `st_mode`.
     pub mode: u32,
     /// Bytes.
     pub size: u64,
     /// Links.
     pub nlink: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Seconds of all times since 1970, or before it.
+    pub seconds: i64,
+    /// Nanoseconds of all times.
+    pub nanoseconds: u32,
+    /// Number of a device, as in `new_encode_dev` of the kernel's `include/linux/kdev_t.h`.
+    pub device: u32,
 }
+
+impl Attributes {
+    /// Of a file of root's, with the number of the node as the number of the inode.
+    pub fn new(node: NodeId, mode: u32, size: u64, nlink: u32) -> Self {
+        Self {
+            node,
+            inode: node.0,
+            mode,
+            size,
+            nlink,
+            uid: 0,
+            gid: 0,
+            seconds: 0,
+            nanoseconds: 0,
+            device: 0,
+        }
+    }
+}
+
+/// Bytes of the answer to a lookup.
+const ENTRY_ANSWER: usize = 128;
 
 /// How a file is read once it is open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,12 +110,25 @@ impl Reply {
 
     /// An entry that was looked up.
     pub fn entry(&mut self, unique: Unique, attributes: &Attributes) -> &[u8] {
+        self.finish(unique, 0, |out| attributes.write_entry(out))
+    }
+
+    /// There is no such entry and never will be.
+    pub fn no_entry(&mut self, unique: Unique) -> &[u8] {
         self.finish(unique, 0, |out| {
-            // Node, generation, how long the entry holds, how long the attributes do.
-            for word in [attributes.node.0, 0, FOREVER.as_secs(), FOREVER.as_secs(), 0] {
+            for word in [0, 0, FOREVER.as_secs()] {
+                out.extend_from_slice(&u64::to_ne_bytes(word));
+            }
+            out.resize(HEADER + ENTRY_ANSWER, 0);
+        })
+    }
+
+    /// How many bytes the value or the names of extended attributes have, for who asks for none.
+    pub fn size(&mut self, unique: Unique, size: u32) -> &[u8] {
+        self.finish(unique, 0, |out| {
+            for word in [size, 0] {
                 out.extend_from_slice(&word.to_ne_bytes());
             }
-            attributes.write(out);
         })
     }
 
@@ -90,7 +136,7 @@ impl Reply {
     pub fn attributes(&mut self, unique: Unique, attributes: &Attributes) -> &[u8] {
         self.finish(unique, 0, |out| {
             for word in [FOREVER.as_secs(), 0] {
-                out.extend_from_slice(&word.to_ne_bytes());
+                out.put(&word.to_ne_bytes());
             }
             attributes.write(out);
         })
@@ -165,15 +211,54 @@ impl Reply {
     }
 }
 
+/// Where answers are put together.
+trait Out {
+    fn put(&mut self, bytes: &[u8]);
+}
+
+impl Out for Vec<u8> {
+    fn put(&mut self, bytes: &[u8]) {
+        self.extend_from_slice(bytes);
+    }
+}
+
+/// Room that is there already; what it has no room for is left out.
+struct Room<'a>(&'a mut [u8]);
+
+impl Out for Room<'_> {
+    fn put(&mut self, bytes: &[u8]) {
+        if let Some((start, rest)) = std::mem::take(&mut self.0).split_at_mut_checked(bytes.len()) {
+            start.copy_from_slice(bytes);
+            self.0 = rest;
+        }
+    }
+}
+
 impl Attributes {
-    fn write(&self, out: &mut Vec<u8>) {
-        // Inode number, size, blocks of 512 bytes, and the seconds of three times.
-        for word in [self.node.0, self.size, self.size.div_ceil(512), 0, 0, 0] {
-            out.extend_from_slice(&word.to_ne_bytes());
+    /// As the answer to a lookup.
+    fn write_entry(&self, out: &mut impl Out) {
+        // Node, generation, how long the entry holds, how long the attributes do.
+        for word in [self.node.0, 0, FOREVER.as_secs(), FOREVER.as_secs(), 0] {
+            out.put(&word.to_ne_bytes());
+        }
+        self.write(out);
+    }
+
+    fn write(&self, out: &mut impl Out) {
+        // Inode number, size, blocks of 512 bytes (as of whole ones of 4 KiB), and the seconds of
+        // three times.
+        let time = self.seconds as u64;
+        let blocks = self.size.div_ceil(4096).saturating_mul(8);
+        for word in [self.inode, self.size, blocks, time, time, time] {
+            out.put(&word.to_ne_bytes());
         }
         // Nanoseconds of three times, mode, links, owner, group, device, size of a block, flags.
-        for word in [0, 0, 0, self.mode, self.nlink, 0, 0, 0, 4096, 0] {
-            out.extend_from_slice(&u32::to_ne_bytes(word));
+        let nanoseconds = self.nanoseconds;
+        for word in [nanoseconds, nanoseconds, nanoseconds, self.mode, self.nlink] {
+            out.put(&word.to_ne_bytes());
+        }
+        for word in [self.uid, self.gid, self.device, 4096, 0] {
+            out.put(&u32::to_ne_bytes(word));
         }
     }
 }
@@ -186,27 +271,48 @@ pub struct DirBuffer<'a> {
 }
 
 impl<'a> DirBuffer<'a> {
+    /// Bytes of an entry without its name.
+    const ENTRY: usize = 24;
+
     /// In `bytes`, which [`Reply::data`] gives.
     pub fn new(bytes: &'a mut [u8]) -> Self {
         Self { bytes, filled: 0 }
     }
 
-    /// Adds an entry, after which the listing goes on at `next`; false if there is no room.
-    pub fn add(&mut self, node: NodeId, directory: bool, name: &[u8], next: u64) -> bool {
-        const ENTRY: usize = 24;
-        let bytes = (ENTRY + name.len()).next_multiple_of(8);
+    /// Adds an entry of the kind that `mode` says, after which the listing goes on at `next`; false
+    /// if there is no room.
+    pub fn add(&mut self, inode: u64, mode: u32, name: &[u8], next: u64) -> bool {
+        let bytes = (Self::ENTRY + name.len()).next_multiple_of(8);
         let Some(entry) = self.bytes.get_mut(self.filled..self.filled + bytes) else {
             return false;
         };
-        // The kinds of `d_type`: 4 and 8.
-        let kind: u32 = if directory { 4 } else { 8 };
+        // The kinds of `d_type` are those of modes.
+        let kind = (mode >> 12) & 15;
         entry.fill(0);
-        entry[..8].copy_from_slice(&node.0.to_ne_bytes());
+        entry[..8].copy_from_slice(&inode.to_ne_bytes());
         entry[8..16].copy_from_slice(&next.to_ne_bytes());
         entry[16..20].copy_from_slice(&(name.len() as u32).to_ne_bytes());
         entry[20..24].copy_from_slice(&kind.to_ne_bytes());
-        entry[ENTRY..ENTRY + name.len()].copy_from_slice(name);
+        entry[Self::ENTRY..Self::ENTRY + name.len()].copy_from_slice(name);
         self.filled += bytes;
+        true
+    }
+
+    /// Adds an entry to an answer to [`Operation::ReadDirPlus`](crate::Operation::ReadDirPlus), as
+    /// if it had been looked up, or, if its node is zero, without that; false if there is no room.
+    pub fn add_with(&mut self, attributes: &Attributes, name: &[u8], next: u64) -> bool {
+        let start = self.filled;
+        self.filled += ENTRY_ANSWER;
+        if !self.add(attributes.inode, attributes.mode, name, next) {
+            self.filled = start;
+            return false;
+        }
+        let answer = &mut self.bytes[start..start + ENTRY_ANSWER];
+        if attributes.node.0 == 0 {
+            answer.fill(0);
+        } else {
+            attributes.write_entry(&mut Room(answer));
+        }
         true
     }
 
@@ -223,10 +329,13 @@ mod tests {
     #[test]
     fn answers_have_the_lengths_of_the_protocol() {
         let (mut reply, unique) = (Reply::default(), Unique(5));
-        let attributes = Attributes { node: NodeId(2), mode: 0o100_444, size: 10, nlink: 1 };
+        let attributes = Attributes::new(NodeId(2), 0o100_444, 10, 1);
         assert_eq!(reply.done(unique), [16, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(reply.error(unique, Errno::IO)[4..8], (-5i32).to_ne_bytes());
         assert_eq!(reply.entry(unique, &attributes).len(), 16 + 128);
+        assert_eq!(reply.no_entry(unique).len(), 16 + 128);
+        assert_eq!(reply.no_entry(unique)[16..24], [0; 8]);
+        assert_eq!(reply.size(unique, 300)[16..], [44, 1, 0, 0, 0, 0, 0, 0]);
         assert_eq!(reply.attributes(unique, &attributes).len(), 16 + 104);
         assert_eq!(reply.opened(unique, Opened::default()).len(), 16 + 16);
         assert_eq!(reply.statfs(unique, StatFs::default()).len(), 16 + 80);
@@ -256,10 +365,32 @@ mod tests {
     fn a_directory_buffer_takes_whole_entries() {
         let mut bytes = [1; 70];
         let mut buffer = DirBuffer::new(&mut bytes);
-        assert!(buffer.add(NodeId(2), false, b"12345678", 1));
-        assert!(buffer.add(NodeId(3), true, b"123", 2));
-        assert!(!buffer.add(NodeId(4), true, b"", 3));
+        assert!(buffer.add(2, 0o100_444, b"12345678", 1));
+        assert!(buffer.add(3, 0o40_555, b"123", 2));
+        assert!(!buffer.add(4, 0o40_555, b"", 3));
         assert_eq!(buffer.filled(), 32 + 32);
         assert_eq!(bytes[32..64][20..], [4, 0, 0, 0, b'1', b'2', b'3', 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn entries_with_attributes_are_lookups_and_entries() {
+        let attributes = Attributes {
+            inode: 77,
+            uid: 5,
+            seconds: -2,
+            nanoseconds: 3,
+            ..Attributes::new(NodeId(9), 0o20_666, 10, 1)
+        };
+        let mut bytes = [1; 400];
+        let mut buffer = DirBuffer::new(&mut bytes);
+        assert!(buffer.add_with(&attributes, b"name", 1));
+        assert!(buffer.add_with(&Attributes { node: NodeId(0), ..attributes }, b"..", 2));
+        assert!(!buffer.add_with(&attributes, b"n", 3), "no room");
+        assert_eq!(buffer.filled(), 2 * (128 + 32));
+        let mut reply = Reply::default();
+        assert_eq!(bytes[..128], reply.entry(Unique(1), &attributes)[16..]);
+        assert_eq!(bytes[128..136], 77u64.to_ne_bytes());
+        assert_eq!(bytes[148..152], [2, 0, 0, 0], "a character device");
+        assert_eq!(bytes[160..288], [0; 128], "not looked up");
     }
 }

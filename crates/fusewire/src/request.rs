@@ -41,7 +41,7 @@ pub enum WireError {
     /// Fewer bytes than the request says or its operation has.
     #[error("a FUSE request is too short")]
     Short,
-    /// A name without its end, with a slash or empty.
+    /// A name without its end, empty, or of an entry and with a slash.
     #[error("a FUSE request has no valid name")]
     Name,
 }
@@ -82,6 +82,8 @@ pub enum Operation<'a> {
     },
     /// Attributes.
     GetAttr,
+    /// Where a symbolic link points to.
+    ReadLink,
     /// Opens a file.
     Open {
         /// As for `open(2)`.
@@ -124,6 +126,15 @@ pub enum Operation<'a> {
         /// Bytes at most.
         size: u32,
     },
+    /// Lists a directory, with the attributes of what is in it.
+    ReadDirPlus {
+        /// What it was opened as.
+        handle: Handle,
+        /// Where to go on: zero, or what an entry said.
+        offset: u64,
+        /// Bytes at most.
+        size: u32,
+    },
     /// Closes a directory.
     ReleaseDir {
         /// What it was opened as.
@@ -131,6 +142,18 @@ pub enum Operation<'a> {
     },
     /// The state of the file system.
     StatFs,
+    /// The value of an extended attribute.
+    GetXattr {
+        /// With its namespace, without NUL.
+        name: &'a [u8],
+        /// Bytes at most; if zero, only how many there are is asked.
+        size: u32,
+    },
+    /// The names of extended attributes, each with a NUL behind it.
+    ListXattr {
+        /// As for [`Operation::GetXattr`].
+        size: u32,
+    },
     /// Anything else, by its number. The answer is `ENOSYS`.
     Other(u32),
 }
@@ -197,6 +220,7 @@ impl<'a> Operation<'a> {
                 Operation::Forget { lookups: u64_at(body, 0) }
             }
             3 => Operation::GetAttr,
+            5 => Operation::ReadLink,
             14 => {
                 at_least(8)?;
                 Operation::Open { flags: u32_at(body, 0) }
@@ -213,6 +237,14 @@ impl<'a> Operation<'a> {
             18 => {
                 at_least(24)?;
                 Operation::Release { handle: Handle(u64_at(body, 0)) }
+            }
+            22 => {
+                at_least(8)?;
+                Operation::GetXattr { name: text(&body[8..])?, size: u32_at(body, 0) }
+            }
+            23 => {
+                at_least(8)?;
+                Operation::ListXattr { size: u32_at(body, 0) }
             }
             26 => {
                 at_least(16)?;
@@ -255,6 +287,14 @@ impl<'a> Operation<'a> {
                     count.checked_mul(16).and_then(|n| n.checked_add(8)).ok_or(WireError::Short)?;
                 Operation::BatchForget(Forget(body.get(8..end).ok_or(WireError::Short)?))
             }
+            44 => {
+                at_least(40)?;
+                Operation::ReadDirPlus {
+                    handle: Handle(u64_at(body, 0)),
+                    offset: u64_at(body, 8),
+                    size: u32_at(body, 16),
+                }
+            }
             other => Operation::Other(other),
         })
     }
@@ -271,11 +311,16 @@ impl<'a> Operation<'a> {
     }
 }
 
-/// The name that `body` begins with, up to its NUL.
-fn name(body: &[u8]) -> Result<&[u8], WireError> {
+/// The text that `body` begins with, up to its NUL.
+fn text(body: &[u8]) -> Result<&[u8], WireError> {
     let end = body.iter().position(|b| *b == 0).ok_or(WireError::Name)?;
-    let name = &body[..end];
-    if name.is_empty() || name.contains(&b'/') { Err(WireError::Name) } else { Ok(name) }
+    if end == 0 { Err(WireError::Name) } else { Ok(&body[..end]) }
+}
+
+/// The name of an entry that `body` begins with.
+fn name(body: &[u8]) -> Result<&[u8], WireError> {
+    let name = text(body)?;
+    if name.contains(&b'/') { Err(WireError::Name) } else { Ok(name) }
 }
 
 #[cfg(test)]
@@ -321,6 +366,16 @@ mod tests {
             parsed(28, &words(&[9, 2, 4096, 0, 0])).as_deref(),
             Ok("ReadDir { handle: Handle(9), offset: 2, size: 4096 }")
         );
+        assert_eq!(
+            parsed(44, &words(&[9, 2, 4096, 0, 0])).as_deref(),
+            Ok("ReadDirPlus { handle: Handle(9), offset: 2, size: 4096 }")
+        );
+        assert_eq!(parsed(5, &[]).as_deref(), Ok("ReadLink"));
+        assert_eq!(
+            parsed(22, &[&words(&[300])[..], b"a/b\0"].concat()).as_deref(),
+            Ok("GetXattr { name: [97, 47, 98], size: 300 }")
+        );
+        assert_eq!(parsed(23, &words(&[7])).as_deref(), Ok("ListXattr { size: 7 }"));
         assert_eq!(parsed(36, &words(&[6])).as_deref(), Ok("Interrupt { unique: Unique(6) }"));
         assert_eq!(parsed(38, &[]).as_deref(), Ok("Destroy"));
         assert_eq!(parsed(16, &[]).as_deref(), Ok("Other(16)"));
@@ -336,9 +391,19 @@ mod tests {
 
     #[test]
     fn what_is_short_is_an_error() {
-        for (opcode, bytes) in
-            [(2, 8), (14, 8), (15, 40), (18, 24), (26, 16), (28, 40), (29, 24), (36, 8), (42, 8)]
-        {
+        for (opcode, bytes) in [
+            (2, 8),
+            (14, 8),
+            (15, 40),
+            (18, 24),
+            (23, 8),
+            (26, 16),
+            (28, 40),
+            (29, 24),
+            (36, 8),
+            (42, 8),
+            (44, 40),
+        ] {
             assert!(parsed(opcode, &vec![0; bytes]).is_ok(), "{opcode}");
             assert_eq!(parsed(opcode, &vec![0; bytes - 1]), Err(WireError::Short), "{opcode}");
         }
@@ -346,6 +411,13 @@ mod tests {
         assert_eq!(parsed(42, &words(&[u64::MAX, 3])), Err(WireError::Short));
         for name in [&b""[..], b"\0", b"a/b\0", b"a"] {
             assert_eq!(parsed(1, name), Err(WireError::Name));
+        }
+        for (xattr, error) in [
+            (&[0; 7][..], WireError::Short),
+            (&[0; 9], WireError::Name),
+            (&[1; 9], WireError::Name),
+        ] {
+            assert_eq!(parsed(22, xattr), Err(error));
         }
         let whole = request(3, &[]);
         assert!(

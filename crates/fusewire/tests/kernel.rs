@@ -103,8 +103,8 @@ fn serve(device: OwnedFd, slots: &Slots, reads: Reads, direct: bool, events: &Se
     let device = &device;
     let mut slot = slots.reader(0).unwrap();
     let mut reply = Reply::with_room_for(1 << 20);
-    let file = Attributes { node: FILE, mode: 0o100_444, size: SIZE, nlink: 1 };
-    let root = Attributes { node: NodeId::ROOT, mode: 0o40_555, size: 0, nlink: 2 };
+    let file = Attributes::new(FILE, 0o100_444, SIZE, 1);
+    let root = Attributes::new(NodeId::ROOT, 0o40_555, 0, 2);
     let of = |node| if node == NodeId::ROOT { root } else { file };
     loop {
         slot.clear();
@@ -136,7 +136,7 @@ fn serve(device: OwnedFd, slots: &Slots, reads: Reads, direct: bool, events: &Se
             Operation::ReadDir { offset, size, .. } => reply.data(unique, size as usize, |bytes| {
                 let mut buffer = DirBuffer::new(bytes);
                 if offset == 0 {
-                    buffer.add(FILE, false, b"file", 1);
+                    buffer.add(FILE.0, file.mode, b"file", 1);
                 }
                 Ok(buffer.filled())
             }),
@@ -167,7 +167,7 @@ fn serve(device: OwnedFd, slots: &Slots, reads: Reads, direct: bool, events: &Se
             Operation::StatFs => reply.statfs(unique, StatFs { blocks: 1, files: 1 }),
             Operation::Release { .. } | Operation::ReleaseDir { .. } => reply.done(unique),
             Operation::Forget { .. } | Operation::BatchForget(_) | Operation::Destroy => continue,
-            Operation::Other(_) => reply.error(unique, Errno::NOSYS),
+            _ => reply.error(unique, Errno::NOSYS),
         };
         match write(device, answer) {
             // Whoever asked may be gone.

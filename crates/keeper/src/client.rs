@@ -87,7 +87,7 @@ pub struct Served {
 
 /// The files of a layer. Their sizes say how large it is: a data file of whole blocks of 4 KiB, a
 /// map with a bit for each (open for writing), and metadata as the `erofs` crate writes them, or an
-/// empty file if the layer has no flat image.
+/// empty file if the layer has no flat image and no tree.
 #[derive(Clone, Copy, Debug)]
 pub struct Files<'a> {
     /// Contents.

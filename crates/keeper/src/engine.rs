@@ -13,6 +13,7 @@ use crate::{
     layer::{File, Layer, file_of, named, node_of},
     message::{self, Event},
     parking::{Entry, Waiting},
+    tree,
 };
 use rustix::io::Errno;
 use shipway_fusewire::{
@@ -89,8 +90,6 @@ impl<O: Outside> Drop for Reading<'_, O> {
     }
 }
 
-const ROOT: Attributes = Attributes { node: NodeId::ROOT, mode: 0o40_500, size: 0, nlink: 2 };
-
 impl<O: Outside> Engine<O> {
     pub(crate) fn new(outside: O, slots: Slots, layers: Vec<Layer>, deadline: Duration) -> Self {
         let layers = layers.into_iter().map(|layer| (layer.number(), Arc::new(layer))).collect();
@@ -137,46 +136,12 @@ impl<O: Outside> Engine<O> {
     /// has room for [`MAX_READ`].
     pub(crate) fn handle(&self, request: &Request<'_>, reply: &mut Reply, now: Instant) {
         let (unique, node) = (request.header.unique, request.header.node);
-        let attributes = || match (node, file_of(node)) {
-            (NodeId::ROOT, _) => Some(ROOT),
-            (_, Some((n, file))) => {
-                self.layer(n).filter(|l| l.has(file)).map(|l| l.attributes(file))
-            }
-            _ => None,
-        };
         let answer = match request.operation {
             Operation::Read { offset, size, .. } => {
                 return self.read(Parked { unique, node, offset, size }, reply, now);
             }
             Operation::Interrupt { unique: of } => return self.interrupt(unique, of, reply),
             Operation::Init(offer) => init(unique, &offer, reply),
-            Operation::Lookup { name } if node == NodeId::ROOT => {
-                let found = named(name).and_then(|(n, file)| {
-                    let layer = self.layer(n).filter(|l| l.has(file))?;
-                    Some(layer.attributes(file))
-                });
-                match found {
-                    Some(attributes) => reply.entry(unique, &attributes),
-                    None => reply.error(unique, Errno::NOENT),
-                }
-            }
-            Operation::Lookup { .. } => reply.error(unique, Errno::NOTDIR),
-            Operation::GetAttr => match attributes() {
-                Some(attributes) => reply.attributes(unique, &attributes),
-                None => reply.error(unique, Errno::NOENT),
-            },
-            Operation::Open { .. } => match attributes() {
-                Some(_) => reply
-                    .opened(unique, Opened { direct: true, no_flush: true, ..Opened::default() }),
-                None => reply.error(unique, Errno::NOENT),
-            },
-            // Layers come and go, so the kernel keeps no listing.
-            Operation::OpenDir => reply.opened(unique, Opened::default()),
-            Operation::ReadDir { offset, size, .. } => {
-                let layers = self.layers.read().unwrap_or_else(PoisonError::into_inner);
-                let size = (size as usize).min(MAX_READ);
-                reply.data(unique, size, |bytes| Ok(list(&layers, offset, bytes)))
-            }
             Operation::StatFs => {
                 let layers = self.layers();
                 let blocks = layers.iter().map(|l| l.data_blocks()).sum();
@@ -185,8 +150,80 @@ impl<O: Outside> Engine<O> {
             Operation::Release { .. } | Operation::ReleaseDir { .. } => reply.done(unique),
             Operation::Forget { .. } | Operation::BatchForget(_) | Operation::Destroy => return,
             Operation::Other(_) => reply.error(unique, Errno::NOSYS),
+            about => match file_of(node) {
+                Some((n, File::Tree(nid))) => match self.layer(n) {
+                    Some(layer) => tree::answer(&layer, nid, &about, unique, reply),
+                    None => reply.error(unique, Errno::IO),
+                },
+                _ => self.of_directory(node, &about, unique, reply),
+            },
         };
         self.outside.answer(answer);
+    }
+
+    /// Attributes of the directory or a file in it.
+    fn attributes(&self, node: NodeId) -> Result<Attributes, Errno> {
+        if node == NodeId::ROOT {
+            return Ok(Attributes::new(node, 0o40_500, 0, 2));
+        }
+        let (n, file) = file_of(node).ok_or(Errno::NOENT)?;
+        self.layer(n).ok_or(Errno::NOENT)?.attributes(file)
+    }
+
+    fn lookup(&self, node: NodeId, name: &[u8]) -> Result<Attributes, Errno> {
+        // The kernel finds a file by its number as the entry `.` of it.
+        match name {
+            b"." => return self.attributes(node),
+            b".." => return self.attributes(NodeId::ROOT),
+            _ if node != NodeId::ROOT => return Err(Errno::NOTDIR),
+            _ => {}
+        }
+        let (n, entry) = named(name).ok_or(Errno::NOENT)?;
+        let layer = self.layer(n).ok_or(Errno::NOENT)?;
+        layer.attributes(layer.file(entry)?)
+    }
+
+    /// Answers what is asked of the directory or a file in it, except to read it.
+    fn of_directory<'r>(
+        &self,
+        node: NodeId,
+        operation: &Operation<'_>,
+        unique: Unique,
+        reply: &'r mut Reply,
+    ) -> &'r [u8] {
+        match *operation {
+            Operation::Lookup { name } => match self.lookup(node, name) {
+                Ok(found) => reply.entry(unique, &found),
+                Err(error) => reply.error(unique, error),
+            },
+            Operation::GetAttr => match self.attributes(node) {
+                Ok(found) => reply.attributes(unique, &found),
+                Err(error) => reply.error(unique, error),
+            },
+            Operation::Open { .. } => match self.attributes(node) {
+                Ok(_) => reply
+                    .opened(unique, Opened { direct: true, no_flush: true, ..Opened::default() }),
+                Err(error) => reply.error(unique, error),
+            },
+            // Layers come and go, so the kernel keeps no listing.
+            Operation::OpenDir => reply.opened(unique, Opened::default()),
+            Operation::ReadDir { offset, size, .. } => {
+                let layers = self.layers.read().unwrap_or_else(PoisonError::into_inner);
+                let size = (size as usize).min(MAX_READ);
+                reply.data(unique, size, |bytes| Ok(list(&layers, offset, bytes, false)))
+            }
+            Operation::ReadDirPlus { offset, size, .. } => {
+                let layers = self.layers.read().unwrap_or_else(PoisonError::into_inner);
+                let size = (size as usize).min(MAX_READ);
+                reply.data(unique, size, |bytes| Ok(list(&layers, offset, bytes, true)))
+            }
+            // `ENOSYS` would be the answer for trees as well: the kernel would not ask again.
+            Operation::GetXattr { .. } => reply.error(unique, Errno::NODATA),
+            Operation::ListXattr { size: 0 } => reply.size(unique, 0),
+            Operation::ListXattr { .. } => reply.data(unique, 0, |_| Ok(0)),
+            Operation::ReadLink => reply.error(unique, Errno::INVAL),
+            _ => reply.error(unique, Errno::NOSYS),
+        }
     }
 
     /// Answers a read if everything that it reads is there.
@@ -196,10 +233,11 @@ impl<O: Outside> Engine<O> {
             return true;
         };
         let Some(layer) = self.layer(n) else { return false };
-        if layer.missing(file, read.offset, read.size).is_some() {
-            return false;
+        match layer.missing(file, read.offset, read.size) {
+            Ok(None) => self.answer_from(&layer, file, read, reply),
+            Ok(Some(_)) => return false,
+            Err(error) => self.outside.answer(reply.error(read.unique, error)),
         }
-        self.answer_from(&layer, file, read, reply);
         true
     }
 
@@ -211,8 +249,9 @@ impl<O: Outside> Engine<O> {
         }
         let answer = reply.data(read.unique, size, |out| layer.read(file, read.offset, out));
         self.outside.answer(answer);
-        let blocks = layer.blocks(file, read.offset, read.size);
-        if let Some(block) = layer.touch(&blocks) {
+        if let Ok(blocks) = layer.blocks(file, read.offset, read.size)
+            && let Some(block) = layer.touch(&blocks)
+        {
             self.outside.tell(&Event::Touched { n: layer.number(), block });
         }
     }
@@ -260,11 +299,12 @@ impl<O: Outside> Engine<O> {
         self.missing(read) == Some(None)
     }
 
-    /// What a read has to wait for: `Some(None)` for nothing, `None` if its layer is not known.
+    /// What a read has to wait for: `Some(None)` for nothing, or for an error; `None` if its layer
+    /// is not known.
     #[allow(clippy::option_option)]
     fn missing(&self, read: &Parked) -> Option<Option<Range<u64>>> {
         let (n, file) = file_of(read.node)?;
-        Some(self.layer(n)?.missing(file, read.offset, read.size))
+        Some(self.layer(n)?.missing(file, read.offset, read.size).unwrap_or(None))
     }
 
     /// Tells the daemon of a read that waits; false if that cannot be done now. What waits for a
@@ -350,10 +390,12 @@ impl<O: Outside> Engine<O> {
     pub(crate) fn fail(&self, n: u32, blocks: &Range<u64>, errno: i32, reply: &mut Reply) {
         let Some(layer) = self.layer(n) else { return };
         let hit = |e: &Entry| {
-            let Some((of, file)) = file_of(e.read.node) else { return false };
-            let read = layer.blocks(file, e.read.offset, e.read.size);
+            let Some((_, file)) = file_of(e.read.node).filter(|(of, _)| *of == n) else {
+                return false;
+            };
+            let Ok(read) = layer.blocks(file, e.read.offset, e.read.size) else { return false };
             let common = read.start.max(blocks.start)..read.end.min(blocks.end);
-            of == n && !common.is_empty() && layer.good().missing(&common).is_some()
+            !common.is_empty() && layer.good().missing(&common).is_some()
         };
         let failed = self.waiting().take(hit);
         self.fail_all(failed, message::errno(errno), reply);
@@ -367,9 +409,10 @@ impl<O: Outside> Engine<O> {
         layer.good().clear(&blocks);
         // What waits for others of its blocks now waits for these as well.
         let hit = |e: &&mut Entry| {
-            file_of(e.read.node).is_some_and(|(of, file)| {
-                let read = layer.blocks(file, e.read.offset, e.read.size);
-                of == n && read.start < blocks.end && blocks.start < read.end
+            file_of(e.read.node).filter(|(of, _)| *of == n).is_some_and(|(_, file)| {
+                layer
+                    .blocks(file, e.read.offset, e.read.size)
+                    .is_ok_and(|read| read.start < blocks.end && blocks.start < read.end)
             })
         };
         self.waiting().iter_mut().filter(hit).for_each(|e| e.told = false);
@@ -444,6 +487,7 @@ fn init<'a>(unique: Unique, offer: &InitRequest, reply: &'a mut Reply) -> &'a [u
         max_pages: MAX_PAGES,
         max_background: MAX_BACKGROUND,
         idmap: true,
+        trees: true,
         ..Wanted::default()
     };
     match offer.answer(wanted) {
@@ -452,18 +496,27 @@ fn init<'a>(unique: Unique, offer: &InitRequest, reply: &'a mut Reply) -> &'a [u
     }
 }
 
-/// Fills `bytes` with entries whose nodes are above `offset`: so a listing goes on at the right
-/// place whatever has come or gone.
-fn list(layers: &BTreeMap<u32, Arc<Layer>>, offset: u64, bytes: &mut [u8]) -> usize {
+/// Fills `bytes` with the files whose nodes are above `offset`, so a listing goes on at the right
+/// place whatever has come or gone; with room for attributes if `plus`, but without any. Trees are
+/// there for who knows their names.
+fn list(layers: &BTreeMap<u32, Arc<Layer>>, offset: u64, bytes: &mut [u8], plus: bool) -> usize {
     let mut buffer = DirBuffer::new(bytes);
     let first = file_of(NodeId(offset.max(2))).map_or(u32::MAX, |(n, _)| n);
     for (n, layer) in layers.range(first..) {
         for (file, kind) in [(File::Data, "data"), (File::Image, "img")] {
-            let node = node_of(*n, file);
-            if node.0 > offset
-                && layer.has(file)
-                && !buffer.add(node, false, format!("{n}.{kind}").as_bytes(), node.0)
-            {
+            let node = node_of(*n, file).0;
+            let Ok(found) = layer.attributes(file) else { continue };
+            if node <= offset {
+                continue;
+            }
+            let name = format!("{n}.{kind}");
+            let added = if plus {
+                let found = Attributes { node: NodeId(0), ..found };
+                buffer.add_with(&found, name.as_bytes(), node)
+            } else {
+                buffer.add(node, found.mode, name.as_bytes(), node)
+            };
+            if !added {
                 return buffer.filled();
             }
         }

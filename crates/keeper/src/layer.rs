@@ -1,12 +1,12 @@
-//! A layer, as far as reads of it go: two files of the directory.
+//! A layer, as far as reads of it go: two files of the directory, and a tree.
 
-use crate::{map::BlockMap, message::FdName};
+use crate::{map::BlockMap, message::FdName, tree};
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
     fs::fstat,
     io::{Errno, pread},
 };
-use shipway_erofs::{Form, first_block};
+use shipway_erofs::{Bytes, Content, Form, Layout, Nid, ReadError, Stored, first_block};
 use shipway_fusewire::{Attributes, NodeId};
 use std::{
     ops::Range,
@@ -24,36 +24,95 @@ const PIECES: u64 = 4096;
 /// Blocks of the smallest piece (64 KiB), and of the largest whose touch is worth telling (4 MiB).
 const PIECE_BLOCKS: Range<u32> = 4..10;
 
-/// A file of the directory.
+/// A file of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum File {
     /// `<n>.data`: the contents.
     Data,
     /// `<n>.img`: metadata and contents as one flat image.
     Image,
+    /// In the tree below `<n>`: an inode of the image.
+    Tree(Nid),
+}
+
+/// Set in nodes of trees, whose other bits are those of [`inode_of`].
+const TREE: u64 = 1 << 62;
+/// Bits of an inode's number, whose unit is 32 bytes of the metadata.
+const NID_BITS: u32 = 27;
+const _: () = assert!(MAX_META_BYTES / 32 <= 1 << NID_BITS);
+
+/// Number of an inode of a tree, as `stat` shows it: no other of any layer has it.
+pub(crate) fn inode_of(n: u32, nid: Nid) -> u64 {
+    u64::from(n) << NID_BITS | nid.0 & ((1 << NID_BITS) - 1)
 }
 
 /// Which file of which layer a node is.
 pub(crate) fn file_of(node: NodeId) -> Option<(u32, File)> {
+    if node.0 & TREE != 0 {
+        let n = u32::try_from((node.0 ^ TREE) >> NID_BITS).ok()?;
+        return Some((n, File::Tree(Nid(node.0 & ((1 << NID_BITS) - 1)))));
+    }
     let n = u32::try_from(node.0.checked_sub(2)? / 2).ok()?;
     Some((n, if node.0.is_multiple_of(2) { File::Data } else { File::Image }))
 }
 
 /// The node of a file.
 pub(crate) fn node_of(n: u32, file: File) -> NodeId {
-    NodeId(2 * u64::from(n) + if file == File::Data { 2 } else { 3 })
+    match file {
+        File::Data => NodeId(2 * u64::from(n) + 2),
+        File::Image => NodeId(2 * u64::from(n) + 3),
+        File::Tree(nid) => NodeId(TREE | inode_of(n, nid)),
+    }
 }
 
-/// The file of this name.
-pub(crate) fn named(name: &[u8]) -> Option<(u32, File)> {
-    let (n, kind) = std::str::from_utf8(name).ok()?.split_once('.')?;
-    let file = match kind {
-        "data" => File::Data,
-        "img" => File::Image,
-        _ => return None,
+/// An entry of the directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Entry {
+    Data,
+    Image,
+    /// `<n>`: the root of the tree.
+    Tree,
+}
+
+/// The entry of this name.
+pub(crate) fn named(name: &[u8]) -> Option<(u32, Entry)> {
+    let name = std::str::from_utf8(name).ok()?;
+    let (n, entry) = match name.split_once('.') {
+        None => (name, Entry::Tree),
+        Some((n, "data")) => (n, Entry::Data),
+        Some((n, "img")) => (n, Entry::Image),
+        Some(_) => return None,
     };
     let plain = n == "0" || n.starts_with(|c: char| matches!(c, '1'..='9'));
-    Some((n.parse().ok().filter(|_| plain)?, file))
+    Some((n.parse().ok().filter(|_| plain)?, entry))
+}
+
+/// What the kernel gets where an image cannot be read.
+pub(crate) fn errno(error: ReadError) -> Errno {
+    match error {
+        ReadError::Kind => Errno::NOTDIR,
+        _ => Errno::IO,
+    }
+}
+
+/// The metadata's file.
+struct Meta(OwnedFd);
+
+impl Bytes for Meta {
+    fn read(&self, at: u64, out: &mut [u8]) -> std::result::Result<(), ReadError> {
+        exact(&self.0, out, at).map_err(|_| ReadError::Io)
+    }
+}
+
+/// Where the bytes of a file are.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// Bytes of metadata that it begins with.
+    head: u64,
+    /// Where in the data file the rest is.
+    start: u64,
+    /// Bytes of it in all.
+    size: u64,
 }
 
 /// Contents of the flat image's first block where they differ from those of the metadata.
@@ -97,7 +156,8 @@ pub(crate) struct Layer {
     n: u32,
     data: OwnedFd,
     map_file: OwnedFd,
-    meta: OwnedFd,
+    meta: Meta,
+    layout: Option<Layout>,
     data_blocks: u64,
     meta_bytes: u64,
     good: BlockMap,
@@ -121,7 +181,13 @@ impl Layer {
             return Err(Errno::INVAL);
         }
         let good = BlockMap::open(&map, data_blocks)?;
-        let head = if meta_bytes > 0 { Some(Head::of(&meta, meta_bytes)?) } else { None };
+        let (mut head, mut layout) = (None, None);
+        if meta_bytes > 0 {
+            head = Some(Head::of(&meta, meta_bytes)?);
+            let mut first = [0; BLOCK as usize];
+            exact(&meta, &mut first, 0)?;
+            layout = Some(Layout::of(&first, meta_bytes).map_err(|_| Errno::INVAL)?);
+        }
         let piece = PIECE_BLOCKS
             .clone()
             .find(|piece| data_blocks >> piece < PIECES)
@@ -132,7 +198,8 @@ impl Layer {
             n,
             data,
             map_file: map,
-            meta,
+            meta: Meta(meta),
+            layout,
             data_blocks,
             meta_bytes,
             good,
@@ -163,7 +230,7 @@ impl Layer {
         [
             (FdName::Data(self.n), self.data.as_fd()),
             (FdName::Map(self.n), self.map_file.as_fd()),
-            (FdName::Meta(self.n), self.meta.as_fd()),
+            (FdName::Meta(self.n), self.meta.0.as_fd()),
         ]
     }
 
@@ -178,46 +245,77 @@ impl Layer {
         Ok(true)
     }
 
-    /// The files of the directory that it has.
-    pub(crate) fn has(&self, file: File) -> bool {
-        file == File::Data || self.meta_bytes > 0
+    /// Its image, if it has one.
+    pub(crate) fn image(&self) -> Result<Stored<'_, impl Bytes>, Errno> {
+        Ok(Stored::new(self.layout.as_ref().ok_or(Errno::NOENT)?, &self.meta))
     }
 
-    /// Bytes where the data begin.
-    fn head_bytes(&self, file: File) -> u64 {
-        if file == File::Data { 0 } else { self.meta_bytes }
+    /// What an entry of the directory is.
+    pub(crate) fn file(&self, entry: Entry) -> Result<File, Errno> {
+        Ok(match entry {
+            Entry::Data => File::Data,
+            Entry::Image => File::Image,
+            Entry::Tree => File::Tree(self.layout.as_ref().ok_or(Errno::NOENT)?.root()),
+        })
     }
 
-    pub(crate) fn attributes(&self, file: File) -> Attributes {
-        let size = self.head_bytes(file) + self.data_blocks * BLOCK;
-        Attributes { node: node_of(self.n, file), mode: 0o100_400, size, nlink: 1 }
+    fn place(&self, file: File) -> Result<Place, Errno> {
+        let data = self.data_blocks * BLOCK;
+        match file {
+            File::Data => Ok(Place { head: 0, start: 0, size: data }),
+            File::Image if self.meta_bytes == 0 => Err(Errno::NOENT),
+            File::Image => {
+                Ok(Place { head: self.meta_bytes, start: 0, size: self.meta_bytes + data })
+            }
+            File::Tree(nid) => {
+                let inode = self.image()?.metadata(nid).map_err(errno)?;
+                let Content::File(extent) = inode.content else { return Err(Errno::INVAL) };
+                Ok(Place { head: 0, start: u64::from(extent.block) * BLOCK, size: inode.size })
+            }
+        }
+    }
+
+    pub(crate) fn attributes(&self, file: File) -> Result<Attributes, Errno> {
+        let node = node_of(self.n, file);
+        match file {
+            File::Data | File::Image => {
+                Ok(Attributes::new(node, 0o100_400, self.place(file)?.size, 1))
+            }
+            File::Tree(nid) => tree::attributes(self, nid),
+        }
     }
 
     /// Blocks of the data file that a read touches.
-    pub(crate) fn blocks(&self, file: File, offset: u64, size: u32) -> Range<u64> {
-        let head = self.head_bytes(file);
-        let from = offset.saturating_sub(head) / BLOCK;
-        let to = offset.saturating_add(size.into()).saturating_sub(head).div_ceil(BLOCK);
-        from.min(self.data_blocks)..to.min(self.data_blocks)
+    pub(crate) fn blocks(&self, file: File, offset: u64, size: u32) -> Result<Range<u64>, Errno> {
+        let place = self.place(file)?;
+        let within = |at: u64| at.clamp(place.head, place.size) - place.head + place.start;
+        let (from, to) = (within(offset), within(offset.saturating_add(size.into())));
+        let last = if from < to { to.div_ceil(BLOCK) } else { from / BLOCK };
+        Ok((from / BLOCK).min(self.data_blocks)..last.min(self.data_blocks))
     }
 
     /// What a read has to wait for; `None` if it can be answered.
-    pub(crate) fn missing(&self, file: File, offset: u64, size: u32) -> Option<Range<u64>> {
-        self.good.missing(&self.blocks(file, offset, size))
+    pub(crate) fn missing(
+        &self,
+        file: File,
+        offset: u64,
+        size: u32,
+    ) -> Result<Option<Range<u64>>, Errno> {
+        Ok(self.good.missing(&self.blocks(file, offset, size)?))
     }
 
     /// Fills `out` from `offset`, up to the end of the file. Only for what [`Layer::missing`] has
     /// nothing of.
     pub(crate) fn read(&self, file: File, offset: u64, out: &mut [u8]) -> Result<usize, Errno> {
-        let (head, end) = (self.head_bytes(file), self.attributes(file).size);
-        let count = end.saturating_sub(offset).min(out.len() as u64) as usize;
+        let Place { head, start, size } = self.place(file)?;
+        let count = size.saturating_sub(offset).min(out.len() as u64) as usize;
         let of_head = head.saturating_sub(offset).min(count as u64) as usize;
         let (meta, data) = out[..count].split_at_mut(of_head);
-        exact(&self.meta, meta, offset)?;
+        exact(&self.meta.0, meta, offset)?;
         if let Some(patch) = &self.head {
             patch.patch(offset, meta);
         }
-        exact(&self.data, data, offset.saturating_sub(head))?;
+        exact(&self.data, data, start + offset.saturating_sub(head))?;
         Ok(count)
     }
 
@@ -256,7 +354,7 @@ pub(crate) mod tests {
         fs::{MemfdFlags, ftruncate, memfd_create},
         io::pwrite,
     };
-    use shipway_erofs::{Attributes as Attrs, Builder, Node, Options};
+    use shipway_erofs::{Attributes as Attrs, Builder, Node, Options, Xattr};
 
     pub(crate) fn memory(bytes: &[u8], length: u64) -> OwnedFd {
         let file = memfd_create("file", MemfdFlags::CLOEXEC).expect("memfd");
@@ -277,6 +375,35 @@ pub(crate) mod tests {
         (meta, flat)
     }
 
+    /// An image of a directory, in which there are files of these sizes and a link; metadata, flat
+    /// image, and the inodes of the files.
+    pub(crate) fn tree_image(sizes: &[u64]) -> (Vec<u8>, Vec<u8>, Vec<Nid>) {
+        let attributes = Attrs { mode: 0o755, ..Attrs::default() };
+        let mut builder = Builder::new(Options::default(), &attributes).expect("builder");
+        let name = |n: usize| format!("directory/{n}").into_bytes();
+        for (n, size) in sizes.iter().enumerate() {
+            let xattrs = [Xattr { name: b"user.number", value: &name(n) }];
+            let attributes = Attrs { xattrs: &xattrs, ..attributes };
+            builder.insert(&name(n), &attributes, Node::File { size: *size }).expect("insert");
+        }
+        builder
+            .insert(b"link", &attributes, Node::Symlink { target: b"directory" })
+            .expect("insert");
+        let image = builder.finish().expect("image");
+        let (mut meta, mut flat) = (Vec::new(), Vec::new());
+        image.write(Form::WithDevice, &mut meta).expect("write");
+        image.write(Form::Flat, &mut flat).expect("write");
+        let layout = Layout::of(&meta, meta.len() as u64).expect("layout");
+        let stored = Stored::new(&layout, &meta[..]);
+        let find = |directory, name: &[u8]| {
+            let directory = stored.metadata(directory).expect("metadata");
+            stored.lookup(&directory, name).expect("lookup").expect("an entry")
+        };
+        let directory = find(layout.root(), b"directory");
+        let nids = (0..sizes.len()).map(|n| find(directory, n.to_string().as_bytes())).collect();
+        (meta, flat, nids)
+    }
+
     /// A layer whose data file has `data`.
     pub(crate) fn layer(n: u32, data: &[u8], meta: &[u8]) -> Layer {
         let length = (data.len() as u64).next_multiple_of(BLOCK);
@@ -292,7 +419,7 @@ pub(crate) mod tests {
         let whole = [&flat[..], &data].concat();
         assert_ne!(flat, meta);
         for (file, want) in [(File::Data, &data), (File::Image, &whole)] {
-            assert_eq!(layer.attributes(file).size, want.len() as u64);
+            assert_eq!(layer.attributes(file).expect("attributes").size, want.len() as u64);
             for offset in (0..want.len() + 5000).step_by(511) {
                 for size in [0, 1, 100, 4096, 9000] {
                     let mut out = vec![7; size];
@@ -309,31 +436,79 @@ pub(crate) mod tests {
         let (meta, _) = image(3);
         let layer = layer(7, &[1; 3 * BLOCK as usize], &meta);
         let head = meta.len() as u64;
-        assert_eq!(layer.blocks(File::Data, 0, 1), 0..1);
-        assert_eq!(layer.blocks(File::Data, 4095, 2), 0..2);
-        assert_eq!(layer.blocks(File::Data, 8192, u32::MAX), 2..3);
-        assert!(layer.blocks(File::Data, 3 * BLOCK, 4096).is_empty());
-        assert!(layer.blocks(File::Data, u64::MAX, u32::MAX).is_empty());
-        assert!(layer.blocks(File::Image, 0, head as u32).is_empty());
-        assert_eq!(layer.blocks(File::Image, head - 1, 2), 0..1);
+        let blocks = |file, offset, size| layer.blocks(file, offset, size).expect("blocks");
+        assert_eq!(blocks(File::Data, 0, 1), 0..1);
+        assert_eq!(blocks(File::Data, 4095, 2), 0..2);
+        assert_eq!(blocks(File::Data, 8192, u32::MAX), 2..3);
+        assert!(blocks(File::Data, 3 * BLOCK, 4096).is_empty());
+        assert!(blocks(File::Data, u64::MAX, u32::MAX).is_empty());
+        assert!(blocks(File::Image, 0, head as u32).is_empty());
+        assert_eq!(blocks(File::Image, head - 1, 2), 0..1);
         layer.good().set(&(0..1));
-        assert_eq!(layer.missing(File::Image, 0, u32::MAX), Some(1..3));
-        assert_eq!(layer.missing(File::Data, 0, 4096), None);
+        assert_eq!(layer.missing(File::Image, 0, u32::MAX), Ok(Some(1..3)));
+        assert_eq!(layer.missing(File::Data, 0, 4096), Ok(None));
+    }
+
+    /// Two files of which neither ends with a block.
+    #[test]
+    fn files_of_the_tree_are_parts_of_the_data_file() {
+        let (meta, _, nids) = tree_image(&[BLOCK + 10, 2 * BLOCK - 1, 0]);
+        let data: Vec<u8> = (0..4 * BLOCK).map(|n| (n ^ n >> 8) as u8).collect();
+        let layer = layer(7, &data, &meta);
+        for (nid, start, size) in [(nids[0], 0, BLOCK + 10), (nids[1], 2 * BLOCK, 2 * BLOCK - 1)] {
+            let file = File::Tree(nid);
+            assert_eq!(layer.attributes(file).expect("attributes").size, size);
+            let last = (start + size - 1) / BLOCK;
+            assert_eq!(layer.blocks(file, 0, u32::MAX), Ok(start / BLOCK..last + 1));
+            assert_eq!(layer.blocks(file, size - 1, 9), Ok(last..last + 1));
+            assert!(layer.blocks(file, size, 9).expect("blocks").is_empty());
+            let mut out = vec![0; 3 * BLOCK as usize];
+            let count = layer.read(file, 7, &mut out).expect("read");
+            assert_eq!(out[..count], data[start as usize + 7..(start + size) as usize]);
+            assert_eq!(layer.read(file, size, &mut out), Ok(0));
+        }
+        let empty = File::Tree(nids[2]);
+        assert!(layer.blocks(empty, 0, 4096).expect("blocks").is_empty());
+        assert_eq!(layer.read(empty, 0, &mut [0; 9]), Ok(0));
+        // What is no file, and what is no inode.
+        let root = layer.file(Entry::Tree).expect("a tree");
+        assert_eq!(layer.blocks(root, 0, 9), Err(Errno::INVAL));
+        assert_eq!(layer.blocks(File::Tree(Nid(1 << 26)), 0, 9), Err(Errno::IO));
     }
 
     #[test]
     fn names_and_nodes_belong_together() {
-        for (name, n, file) in [
-            (&b"0.data"[..], 0, File::Data),
-            (b"17.img", 17, File::Image),
-            (b"4294967295.img", u32::MAX, File::Image),
+        for (name, n, entry) in [
+            (&b"0.data"[..], 0, Entry::Data),
+            (b"17.img", 17, Entry::Image),
+            (b"4294967295.img", u32::MAX, Entry::Image),
+            (b"17", 17, Entry::Tree),
         ] {
-            assert_eq!(named(name), Some((n, file)));
-            assert_eq!(file_of(node_of(n, file)), Some((n, file)));
+            assert_eq!(named(name), Some((n, entry)));
         }
-        for name in
-            [&b"1"[..], b"01.data", b"+1.data", b".data", b"1.dat", b"4294967296.img", b"\xff.img"]
-        {
+        for n in [0, 17, u32::MAX] {
+            for file in [
+                File::Data,
+                File::Image,
+                File::Tree(Nid(0)),
+                File::Tree(Nid(40)),
+                File::Tree(Nid((1 << NID_BITS) - 1)),
+            ] {
+                assert_eq!(file_of(node_of(n, file)), Some((n, file)));
+            }
+        }
+        for name in [
+            &b""[..],
+            b"01",
+            b"-1",
+            b"01.data",
+            b"+1.data",
+            b".data",
+            b"1.dat",
+            b"4294967296.img",
+            b"4294967296",
+            b"\xff.img",
+        ] {
             assert_eq!(named(name), None);
         }
         assert_eq!(file_of(NodeId::ROOT), None);

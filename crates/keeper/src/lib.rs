@@ -1,8 +1,8 @@
 //! The keeper: the process that answers reads of lazy layers.
 //!
-//! A lazy layer is an EROFS mount whose contents are in `<n>.data` of a flat directory, or which is
-//! `<n>.img` there as a whole. The keeper serves that directory to the kernel. What a read wants is
-//! in the layer's data file already, and then it is answered from there; or it is parked, and the
+//! A lazy layer is an EROFS mount whose contents are in `<n>.data` of a directory, or which is
+//! `<n>.img` there as a whole; or, where the kernel cannot mount it, it is the tree `<n>` itself.
+//! The keeper serves that directory to the kernel. What a read wants is in the layer's data file already, and then it is answered from there; or it is parked, and the
 //! daemon is told, which fetches it, verifies it, writes it, and says so.
 //!
 //! ```text
@@ -20,8 +20,9 @@
 //! daemon does ([`client::Holder`]); a new keeper gets them from either and goes on.
 //!
 //! Nothing that comes from outside the host is looked at here: FUSE's fixed headers, messages of
-//! fixed size, and the first block of metadata that we have written ourselves
-//! ([`shipway_erofs::first_block`], which the flat image begins with).
+//! fixed size, and metadata that we have written ourselves: their first block
+//! ([`shipway_erofs::first_block`], which the flat image begins with), and for trees, piece by piece
+//! and with bounds all the same, the rest ([`shipway_erofs::Stored`]).
 //!
 //! - [`mod@message`]: what daemon and keeper say.
 //! - [`mod@client`]: the daemon's side.
@@ -51,6 +52,7 @@ mod socket;
 mod store;
 mod supervise;
 mod sys;
+mod tree;
 
 pub use confine::confine;
 pub use run::{DEADLINE, Options, run};

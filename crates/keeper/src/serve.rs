@@ -56,6 +56,8 @@ pub(crate) fn mount(at: &Path) -> Result<OwnedFd> {
         }
         // Clones of the mount with mapped ids want it.
         fsconfig_set_flag(context.as_fd(), "default_permissions")?;
+        // Trees are for everybody as their attributes say; their root is where only we get.
+        fsconfig_set_flag(context.as_fd(), "allow_other")?;
         fsconfig_create(context.as_fd())?;
         let flags = MountAttrFlags::MOUNT_ATTR_RDONLY
             | MountAttrFlags::MOUNT_ATTR_NOSUID

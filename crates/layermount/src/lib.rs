@@ -1,6 +1,7 @@
 //! Layers as directories. A layer is an EROFS image: metadata in a small local file, contents in a
 //! data file that is local, or that a FUSE server has (the *keeper*), which answers for what is
-//! there and waits for what is not. This crate knows files and mount points only.
+//! there and waits for what is not; where the kernel reads no such images, the server has the layer
+//! as a directory. This crate knows files and mount points only.
 //!
 //! ```text
 //! probe ──▶ Tier ──▶ Tier::served / Tier::local ──▶ Source ──▶ mount, swap, unmount

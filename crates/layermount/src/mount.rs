@@ -5,8 +5,9 @@ use rustix::{
     fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx},
     io::Errno,
     mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
-        fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+        fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
+        open_tree,
     },
 };
 use shipway_fault::{Code, Fault, Result};
@@ -41,6 +42,7 @@ impl Detached {
                 let image = Loop::over(image)?;
                 (erofs(&image.path, None, false)?, vec![image])
             }
+            Source::Tree(directory) => (tree(directory)?, Vec::new()),
         };
         Ok(Self { mount, loops })
     }
@@ -93,6 +95,26 @@ fn erofs(source: &Path, device: Option<&Path>, noatime: bool) -> Result<OwnedFd>
     attributes.set(MountAttrFlags::MOUNT_ATTR_NOATIME, noatime);
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
         .map_err(|e| failed("fsmount", e))
+}
+
+/// A clone of the server's mount with `directory` as its root, in which programs and devices are
+/// what they are in images.
+fn tree(directory: &Path) -> Result<OwnedFd> {
+    let failed = |what: &str, error: Errno| {
+        io_fault(format!("clone the mount at {}: {what}", directory.display()), error)
+    };
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = open_tree(CWD, directory, flags).map_err(|e| failed("open_tree", e))?;
+    sys::set_image_attributes(tree.as_fd()).map_err(|e| failed("mount_setattr", e))?;
+    Ok(tree)
+}
+
+/// Number of the device of the file system at `path`, as mountinfo tells it. Its server is not
+/// asked.
+pub(crate) fn device_of(path: &Path) -> Result<String, Errno> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+    let found = statx(CWD, path, flags, StatxFlags::empty())?;
+    Ok(format!("{}:{}", found.stx_dev_major, found.stx_dev_minor))
 }
 
 /// What the kernel has to say about a mount that failed: messages like `e erofs: …`.

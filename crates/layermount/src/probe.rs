@@ -5,7 +5,7 @@ use rustix::{
     fs::CWD,
     mount::{MountFlags, MountPropagationFlags, mount, mount_change},
 };
-use shipway_erofs::{Attributes, BLOCK, Builder, Form, Inserted, Node, Options};
+use shipway_erofs::{Attributes, BLOCK, Builder, Form, Inserted, Node, Options, Xattr};
 use shipway_fault::{Code, Context as _, Fault, Result};
 use std::{
     ffi::CString,
@@ -19,6 +19,8 @@ use std::{
 const CONTENTS: u64 = 1 << 20;
 /// Name of that file, in a directory.
 const FILE: &str = "directory/file";
+/// Its extended attribute, and the value of that. Overlays rely on those of layers.
+const XATTR: (&str, &[u8]) = ("user.shipway", b"probe");
 
 /// The layer that kernels are tried with: one file of a mebibyte.
 #[derive(Clone, Debug)]
@@ -45,8 +47,10 @@ impl ProbeLayer {
         let attributes = Attributes { mode: 0o755, ..Attributes::default() };
         let options = Options { uuid: *b"shipway's probe.", ..Options::default() };
         let mut builder = Builder::new(options, &attributes).map_err(invalid)?;
+        let xattrs = [Xattr { name: XATTR.0.as_bytes(), value: XATTR.1 }];
+        let with_xattr = Attributes { xattrs: &xattrs, ..attributes };
         let inserted = builder
-            .insert(FILE.as_bytes(), &attributes, Node::File { size: CONTENTS })
+            .insert(FILE.as_bytes(), &with_xattr, Node::File { size: CONTENTS })
             .map_err(invalid)?;
         let Inserted::File(extent) = inserted else {
             return Err(Fault::internal("a file that is inserted is a file"));
@@ -118,7 +122,7 @@ fn attempt(tier: Tier, layer: &ProbeLayer, served: Option<&FuseFiles>) -> Result
     let served = served.ok_or_else(|| Fault::unimplemented("reading layers without FUSE"))?;
     let source = tier
         .served(&layer.meta, served)
-        .ok_or_else(|| Fault::unimplemented("a tree of a layer in FUSE"))?;
+        .ok_or_else(|| Fault::internal("a way to read layers reads nothing"))?;
     let work = || {
         own_namespace()?;
         let mounted = Detached::new(&source)?;
@@ -172,6 +176,12 @@ fn nested(mounted: &Detached) -> Result<()> {
     let read = std::fs::read(outer.join(FILE)).map_err(|e| io_fault("read a file", e))?;
     if read != contents() {
         return Err(Fault::new(Code::DataLoss, "a file has wrong contents"));
+    }
+    let mut value = [0; 16];
+    let length = rustix::fs::getxattr(outer.join(FILE), XATTR.0, &mut value[..])
+        .map_err(failed("read an extended attribute"))?;
+    if value[..length] != *XATTR.1 {
+        return Err(Fault::new(Code::DataLoss, "an extended attribute has a wrong value"));
     }
     // What is left goes with the namespace; this only makes it go now.
     for path in [&outer, &inner, &layer] {

@@ -3,7 +3,7 @@
 use crate::{
     Source, io_fault,
     loops::Loop,
-    mount::{detach, is_served, unmount},
+    mount::{detach, device_of, is_served, unmount},
     sys,
 };
 use shipway_fault::Result;
@@ -29,6 +29,8 @@ pub struct Mounted {
     pub kind: String,
     /// What the file system was made of, in its maker's words.
     pub source: PathBuf,
+    /// Which directory of the file system it shows.
+    pub root: PathBuf,
     /// Number of the file system's device (`major:minor`), which clones share.
     pub device: String,
     /// Whether it is a clone with mapped ids.
@@ -46,7 +48,7 @@ impl Mounted {
     /// of today's server is for the caller to know: after a new FUSE mount, nothing that was
     /// mounted before as [`Source::Files`] or [`Source::File`] reads from it.
     pub fn reads(&self, source: &Source) -> bool {
-        if self.kind != "erofs" {
+        if self.kind != if matches!(source, Source::Tree(_)) { "fuse" } else { "erofs" } {
             return false;
         }
         match source {
@@ -56,6 +58,12 @@ impl Mounted {
                 self.is_loop_over(meta) && Loop::all_over(data).is_ok_and(|found| !found.is_empty())
             }
             Source::Loop(image) => self.is_loop_over(image),
+            Source::Tree(directory) => {
+                let (server, name) = (directory.parent(), directory.file_name());
+                name.is_some_and(|name| self.root == Path::new("/").join(name))
+                    && server
+                        .is_some_and(|at| device_of(at).is_ok_and(|device| device == self.device))
+            }
         }
     }
 
@@ -110,14 +118,14 @@ fn parse(line: &[u8]) -> Option<Mounted> {
     let number = |field: &[u8]| std::str::from_utf8(field).ok()?.parse().ok();
     let (id, parent) = (number(fields.next()?)?, number(fields.next()?)?);
     let device = text(fields.next()?);
-    let at = unescaped(fields.nth(1)?);
+    let (root, at) = (unescaped(fields.next()?), unescaped(fields.next()?));
     let options = fields.next()?;
     let has = |option: &[u8]| options.split(|b| *b == b',').any(|o| o == option);
     let (mapped, noatime) = (has(b"idmapped"), has(b"noatime"));
     fields.find(|f| *f == b"-")?;
     let kind = text(fields.next()?);
     let source = unescaped(fields.next()?);
-    Some(Mounted { at, id, parent, kind, source, device, mapped, noatime })
+    Some(Mounted { at, id, parent, kind, source, root, device, mapped, noatime })
 }
 
 /// A path in which `\ooo` is the byte of that octal number.
@@ -162,12 +170,14 @@ mod tests {
             parent: 35,
             kind: "erofs".into(),
             source: "/r/layers/7/meta".into(),
+            root: "/".into(),
             device: "0:98".into(),
             mapped: true,
             noatime: true,
         };
         assert_eq!(table[0], first);
         assert_eq!(table[1].source, Path::new("/dev/a\nb"));
+        assert_eq!(table[1].root, Path::new("/a"));
         assert!(!table[2].mapped && !table[2].noatime);
     }
 }

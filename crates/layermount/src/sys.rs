@@ -23,6 +23,10 @@ pub const LO_FLAGS_DIRECT_IO: u32 = 16;
 
 const F_SETLEASE: i32 = 1024;
 const F_SETSIG: i32 = 10;
+const MOUNT_ATTR_RDONLY: u64 = 1;
+const MOUNT_ATTR_NOSUID: u64 = 2;
+const MOUNT_ATTR_NODEV: u64 = 4;
+const MOUNT_ATTR_NOEXEC: u64 = 8;
 const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
 
 /// `struct loop_info64`.
@@ -153,22 +157,16 @@ pub fn is_alone(file: BorrowedFd<'_>) -> Result<bool, Errno> {
     done(unsafe { libc::fcntl(raw(file), F_SETLEASE, libc::F_UNLCK) }.into()).map(|_| true)
 }
 
-/// Gives the detached mount `tree` the ids of the user namespace `namespace`.
-pub fn map_ids(tree: BorrowedFd<'_>, namespace: BorrowedFd<'_>) -> Result<(), Errno> {
-    /// `struct mount_attr`.
-    #[repr(C)]
-    struct Attributes {
-        set: u64,
-        clear: u64,
-        propagation: u64,
-        namespace: u64,
-    }
-    let attributes = Attributes {
-        set: MOUNT_ATTR_IDMAP,
-        clear: 0,
-        propagation: 0,
-        namespace: raw(namespace) as u64,
-    };
+/// `struct mount_attr`.
+#[repr(C)]
+struct MountAttributes {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    namespace: u64,
+}
+
+fn set_attributes(tree: BorrowedFd<'_>, attributes: &MountAttributes) -> Result<(), Errno> {
     // SAFETY: a C string, and a structure of the size that is passed.
     done(unsafe {
         libc::syscall(
@@ -176,11 +174,25 @@ pub fn map_ids(tree: BorrowedFd<'_>, namespace: BorrowedFd<'_>) -> Result<(), Er
             raw(tree),
             c"".as_ptr(),
             libc::AT_EMPTY_PATH,
-            &raw const attributes,
-            size_of::<Attributes>(),
+            std::ptr::from_ref(attributes),
+            size_of::<MountAttributes>(),
         )
     })
     .map(drop)
+}
+
+/// Gives the detached mount `tree` the ids of the user namespace `namespace`.
+pub fn map_ids(tree: BorrowedFd<'_>, namespace: BorrowedFd<'_>) -> Result<(), Errno> {
+    let namespace = raw(namespace) as u64;
+    let set = MOUNT_ATTR_IDMAP;
+    set_attributes(tree, &MountAttributes { set, clear: 0, propagation: 0, namespace })
+}
+
+/// Makes the detached mount `tree` what mounts of images are: read-only and nothing else.
+pub fn set_image_attributes(tree: BorrowedFd<'_>) -> Result<(), Errno> {
+    let clear = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC;
+    let set = MOUNT_ATTR_RDONLY;
+    set_attributes(tree, &MountAttributes { set, clear, propagation: 0, namespace: 0 })
 }
 
 /// Gives this thread a mount namespace of its own.

@@ -14,6 +14,8 @@ pub struct FuseFiles {
     pub data: PathBuf,
     /// Metadata in the flat form, and then the contents.
     pub img: PathBuf,
+    /// The layer as a directory.
+    pub tree: PathBuf,
 }
 
 /// A way in which a kernel reads layers, best first.
@@ -29,7 +31,8 @@ pub enum Tier {
     Loop,
     /// B′: a loop device on the server's flat image (Linux 5.8).
     FlatLoop,
-    /// C: a tree in FUSE. Not built yet.
+    /// C: the server has the layer as a directory, where the kernel has no EROFS, or none that may
+    /// be mounted, as in a user namespace.
     FuseTree,
     /// D: layers are unpacked before they are used.
     NotLazy,
@@ -55,18 +58,19 @@ impl Tier {
     /// What a mount of a layer reads whose contents the server has; `None` where there is no such
     /// mount. `meta` is the layer's local file of metadata.
     pub fn served(self, meta: &Path, files: &FuseFiles) -> Option<Source> {
-        let (meta, FuseFiles { data, img }) = (meta.to_owned(), files.clone());
+        let (meta, FuseFiles { data, img, tree }) = (meta.to_owned(), files.clone());
         match self {
             Self::File => Some(Source::Files { meta, data }),
             Self::FlatFile => Some(Source::File(img)),
             Self::Loop => Some(Source::Loops { meta, data }),
             Self::FlatLoop => Some(Source::Loop(img)),
-            Self::FuseTree | Self::NotLazy => None,
+            Self::FuseTree => Some(Source::Tree(tree)),
+            Self::NotLazy => None,
         }
     }
 
     /// What a mount of a layer reads that is whole on the disk; `None` where such a layer stays
-    /// with the server, since this kernel needs one file for it.
+    /// with the server, since this kernel needs one file for it, or reads no images.
     pub fn local(self, meta: &Path, data: &Path) -> Option<Source> {
         let (meta, data) = (meta.to_owned(), data.to_owned());
         match self {
@@ -115,6 +119,8 @@ pub enum Source {
     },
     /// A flat image under a loop device.
     Loop(PathBuf),
+    /// A directory of a FUSE server, directly below where that is mounted.
+    Tree(PathBuf),
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ use std::{
 };
 
 /// The ways that need the kernel.
-const TIERS: [Tier; 4] = [Tier::File, Tier::FlatFile, Tier::Loop, Tier::FlatLoop];
+const TIERS: [Tier; 5] = [Tier::File, Tier::FlatFile, Tier::Loop, Tier::FlatLoop, Tier::FuseTree];
 
 /// A directory with a server, a probe and mount points.
 struct Lab {
@@ -62,6 +62,11 @@ impl Lab {
             }
         };
         TIERS.into_iter().filter(works).collect()
+    }
+
+    /// Those in which a layer that is whole is mounted without the server, or could be.
+    fn image_tiers(&self) -> Vec<Tier> {
+        self.tiers().into_iter().filter(|tier| *tier != Tier::FuseTree).collect()
     }
 
     fn layer(&self, number: u32) -> (Layer, FuseFiles) {
@@ -131,7 +136,8 @@ fn the_probe_finds_a_way_and_says_why_no_better_one() {
     for tier in lab.tiers() {
         assert_eq!(lab.probe(Some(tier)).unwrap().tier, tier);
     }
-    let refused = lab.probe(Some(Tier::FuseTree)).unwrap_err();
+    let missing = FuseFiles { tree: lab.dir.path().join("k/99"), ..lab.served.clone() };
+    let refused = probe(&lab.probed, Some(&missing), Some(Tier::FuseTree)).unwrap_err();
     assert!(refused.to_string().contains("FuseTree"), "{refused}");
     // Without FUSE, layers are unpacked.
     let without = probe(&lab.probed, None, None).unwrap();
@@ -227,7 +233,7 @@ fn a_layer_that_became_whole_is_read_from_the_disk_with_no_wrong_byte_meanwhile(
     let lab = Lab::new();
     let (layer, files) = lab.layer(3);
     let flat = layer.flat();
-    for tier in lab.tiers() {
+    for tier in lab.image_tiers() {
         let served = tier.served(&layer.meta, &files).unwrap();
         let local = match tier {
             // Without a table of devices the local file has to be flat as well.
@@ -309,7 +315,7 @@ fn a_swap_that_cannot_be_leaves_what_is_there() {
     let mut bytes = fs::read(&layer.data).unwrap();
     bytes.extend([0; 1 << 16]);
     fs::write(&longer, bytes).unwrap();
-    for tier in lab.tiers() {
+    for tier in lab.image_tiers() {
         let served = tier.served(&layer.meta, &files).unwrap();
         let wrong = match tier {
             Tier::Loop => Source::Loops { meta: layer.meta.clone(), data: longer.clone() },
@@ -537,7 +543,8 @@ fn go_on_until_killed(plan: &str) -> ! {
     let tier: Tier = fields.next().unwrap().parse().unwrap();
     let [at, meta, data, served, img, flat]: [PathBuf; 6] =
         fields.map(PathBuf::from).collect::<Vec<_>>().try_into().unwrap();
-    let served = tier.served(&meta, &FuseFiles { data: served, img }).unwrap();
+    let tree = PathBuf::new();
+    let served = tier.served(&meta, &FuseFiles { data: served, img, tree }).unwrap();
     let local = match tier {
         Tier::FlatLoop => Source::Loop(flat),
         tier => tier.local(&meta, &data).unwrap(),
@@ -562,7 +569,7 @@ fn a_process_that_is_killed_leaves_what_its_successor_understands() {
     let (layer, files) = lab.layer(7);
     let flat = layer.flat();
     let at = lab.at("7");
-    for tier in lab.tiers() {
+    for tier in lab.image_tiers() {
         let served = tier.served(&layer.meta, &files).unwrap();
         let local = match tier {
             Tier::FlatLoop => Source::Loop(flat.clone()),

@@ -1,10 +1,11 @@
 use super::*;
-use crate::layer::tests::{image, layer, memory};
+use crate::layer::tests::{layer, memory, tree_image};
 use rustix::{
     fd::{AsFd, OwnedFd},
     fs::{FallocateFlags, fallocate},
     io::pwrite,
 };
+use shipway_erofs::Nid;
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::{Cell, RefCell},
@@ -71,17 +72,19 @@ fn a_read_of_what_is_there_allocates_nothing() {
     let (_memory, slots) = Slots::create().expect("slots");
     let blocks = 64;
     let data: Vec<u8> = (0..blocks * BLOCK).map(|at| at as u8).collect();
-    let engine = Engine::new(kernel, slots, vec![layer(4, &data, &image(blocks).0)], DEADLINE);
+    let (meta, _, nids) = tree_image(&[blocks * BLOCK]);
+    let engine = Engine::new(kernel, slots, vec![layer(4, &data, &meta)], DEADLINE);
     let mut reply = Reply::with_room_for(MAX_READ);
     engine.have(4, &(0..blocks), &mut reply);
     let requests: Vec<Vec<u8>> = (0..400u64)
         .map(|n| Parked {
             unique: Unique(2 * n),
-            node: node_of(4, if n % 2 == 0 { File::Data } else { File::Image }),
+            node: node_of(4, [File::Data, File::Image, File::Tree(nids[0])][n as usize % 3]),
             offset: n * 777,
             size: [100, 4096, 65_536, MAX_READ as u32][n as usize % 4],
         })
         .map(|read| read_request(&read))
+        .chain(requests_of_trees(4, nids[0]))
         .collect();
     let before = ALLOCATED.with(Cell::get);
     for bytes in &requests {
@@ -96,6 +99,36 @@ fn a_read_of_what_is_there_allocates_nothing() {
     assert_eq!(Event::decode(&told), Ok(Some(Event::Touched { n: 4, block: 0 })));
     drop(vec![0]);
     assert_ne!(ALLOCATED.with(Cell::get), before, "allocations are counted");
+}
+
+/// Everything that is asked of a tree besides reads.
+fn requests_of_trees(n: u32, file: Nid) -> Vec<Vec<u8>> {
+    let with = |opcode, node, words: &[u64], text: &[u8]| {
+        let mut bytes = request(opcode, 1000, node, words);
+        bytes.extend_from_slice(text);
+        let length = (bytes.len() as u32).to_ne_bytes();
+        bytes[..4].copy_from_slice(&length);
+        bytes
+    };
+    let root = node_of(n, File::Tree(Nid(40)));
+    let file = node_of(n, File::Tree(file));
+    vec![
+        with(1, NodeId::ROOT, &[], format!("{n}\0").as_bytes()),
+        with(1, root, &[], b"link\0"),
+        with(1, root, &[], b"nothing\0"),
+        with(1, file, &[], b".\0"),
+        with(3, file, &[0, 0], b""),
+        with(14, file, &[0], b""),
+        with(27, root, &[0], b""),
+        with(28, root, &[0, 0, 4096, 0, 0], b""),
+        with(44, root, &[0, 0, MAX_READ as u64, 0, 0], b""),
+        with(22, file, &[0], b"user.number\0"),
+        with(22, file, &[100], b"user.number\0"),
+        with(22, file, &[100], b"user.other\0"),
+        with(23, file, &[0], b""),
+        with(23, file, &[1000], b""),
+        with(5, file, &[], b""),
+    ]
 }
 
 #[test]
@@ -167,20 +200,25 @@ struct TestLayer {
     files: [OwnedFd; 3],
     /// The flat image, without data.
     flat: Vec<u8>,
+    /// Files of the tree: inodes, where they begin in the data, and their sizes.
+    tree: Vec<(Nid, u64, u64)>,
     good: RefCell<Vec<bool>>,
     there: Cell<bool>,
 }
 
 impl TestLayer {
     fn new(n: u32, blocks: u64) -> Self {
-        let (meta, flat) = image(blocks);
+        // The first ends in the middle of its last block.
+        let sizes = [blocks / 2 * BLOCK - 100, (blocks - blocks / 2) * BLOCK];
+        let (meta, flat, nids) = tree_image(&sizes);
+        let tree = vec![(nids[0], 0, sizes[0]), (nids[1], blocks / 2 * BLOCK, sizes[1])];
         let files = [
             memory(&[], blocks * BLOCK),
             memory(&[], blocks.div_ceil(8)),
             memory(&meta, meta.len() as u64),
         ];
         let good = RefCell::new(vec![false; blocks as usize]);
-        Self { n, blocks, files, flat, good, there: Cell::new(true) }
+        Self { n, blocks, files, flat, tree, good, there: Cell::new(true) }
     }
 
     fn open(&self) -> Layer {
@@ -213,11 +251,21 @@ impl TestLayer {
     /// What a read is to give, and the blocks that it touches.
     fn want(&self, read: &Parked) -> (Vec<u8>, Range<u64>) {
         let (_, file) = file_of(read.node).expect("a file");
-        let head = if file == File::Data { 0 } else { self.flat.len() as u64 };
-        let end = (head + self.blocks * BLOCK).min(read.offset + u64::from(read.size));
-        let bytes = (read.offset..end)
-            .map(|at| if at < head { self.flat[at as usize] } else { self.byte(at - head) });
-        let mut touched = (read.offset..end).filter(|at| *at >= head).map(|at| (at - head) / BLOCK);
+        let data = self.blocks * BLOCK;
+        let (head, start, size) = match file {
+            File::Data => (0, 0, data),
+            File::Image => (self.flat.len() as u64, 0, self.flat.len() as u64 + data),
+            File::Tree(nid) => {
+                let (_, start, size) = self.tree.iter().find(|f| f.0 == nid).expect("a file");
+                (0, *start, *size)
+            }
+        };
+        let end = size.min(read.offset + u64::from(read.size));
+        let bytes = (read.offset..end).map(|at| {
+            if at < head { self.flat[at as usize] } else { self.byte(start + at - head) }
+        });
+        let mut touched =
+            (read.offset..end).filter(|at| *at >= head).map(|at| (start + at - head) / BLOCK);
         let (first, last) = (touched.clone().next(), touched.next_back());
         (bytes.collect(), first.map_or(0, |b| b)..last.map_or(0, |b| b + 1))
     }
@@ -435,7 +483,8 @@ impl Life {
         let (n, blocks) = (layer.n, world.blocks(layer));
         match world.dice(20) {
             0..8 => {
-                let file = if world.dice(2) == 0 { File::Data } else { File::Image };
+                let nid = layer.tree[world.dice(2) as usize].0;
+                let file = [File::Data, File::Image, File::Tree(nid)][world.dice(3) as usize];
                 let end = layer.flat.len() as u64 + layer.blocks * BLOCK;
                 let (offset, size) = (world.dice(end), 1 + world.dice(5 * BLOCK) as u32);
                 let read =

@@ -1,5 +1,7 @@
 //! Keepers, layers, and daemons for them.
 
+#![allow(dead_code)]
+
 use rustix::{
     cmsg_space,
     fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
@@ -86,6 +88,13 @@ pub struct TestLayer {
 }
 
 impl TestLayer {
+    /// Its metadata and its data file have all of it; none of it is good.
+    pub fn of(lab: &Lab, n: u32, meta: &[u8], data: &[u8]) -> Self {
+        let layer = lab.layer(n, data.len() as u64 / BLOCK, meta);
+        layer.data.write_all_at(data, 0).unwrap();
+        layer
+    }
+
     /// Writes what belongs into these blocks.
     pub fn fill(&self, blocks: Range<u64>) {
         let at = blocks.start * BLOCK;
@@ -159,7 +168,7 @@ pub struct Server {
 }
 
 impl Server {
-    fn new(
+    pub fn new(
         daemon: Daemon,
         mut with: impl FnMut(&Keeper, u32, Range<u64>) + Send + 'static,
     ) -> Self {
@@ -252,7 +261,13 @@ impl Lab {
 
     /// With more inherited file descriptors, and a deadline in milliseconds.
     pub fn start_with(&self, more: &[(&str, BorrowedFd<'_>)], deadline: u64) -> Process {
-        self.spawn(more, deadline, None)
+        self.spawn(&[], more, deadline, None)
+    }
+
+    /// In a user namespace in which only root is known, with mounts of its own.
+    pub fn start_rootless(&self) -> Process {
+        let unshare = ["unshare", "--user", "--map-root-user", "--mount", "--propagation=private"];
+        self.spawn(&unshare, &[], 60_000, None)
     }
 
     /// With what the service manager holds, as far as `wanted` says.
@@ -263,12 +278,13 @@ impl Lab {
             .filter(|(name, _)| wanted(name))
             .map(|(name, fd)| (name.as_str(), fd.as_fd()))
             .collect();
-        self.spawn(&fds, 60_000, Some(&manager.path))
+        self.spawn(&[], &fds, 60_000, Some(&manager.path))
     }
 
     #[allow(unsafe_code)]
     fn spawn(
         &self,
+        within: &[&str],
         more: &[(&str, BorrowedFd<'_>)],
         deadline: u64,
         notify: Option<&Path>,
@@ -277,9 +293,10 @@ impl Lab {
         fds.extend_from_slice(more);
         let names: Vec<&str> = fds.iter().map(|(name, _)| *name).collect();
         let raw: Vec<RawFd> = fds.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
-        let mut command = Command::new("sh");
+        let words = [within, &["sh", "-c", "LISTEN_PID=$$ exec \"$@\"", "sh"]].concat();
+        let mut command = Command::new(words[0]);
         command
-            .args(["-c", "LISTEN_PID=$$ exec \"$@\"", "sh"])
+            .args(&words[1..])
             .arg(env!("CARGO_BIN_EXE_keeper-under-test"))
             .arg(self.dir.path())
             .arg(deadline.to_string())

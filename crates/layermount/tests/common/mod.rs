@@ -9,12 +9,13 @@ use rustix::{
     io::{Errno, read, write},
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags,
-        MoveMountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change,
-        move_mount,
+        MoveMountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+        mount_change, move_mount,
     },
 };
 use shipway_erofs::{
-    Attributes as Owner, BLOCK, Builder, Form, Inserted, Node, Options, first_block,
+    Attributes as Owner, BLOCK, Builder, Content, Form, Inserted, Metadata, Nid, Node, Options,
+    Reader, first_block,
 };
 use shipway_fusewire::*;
 use shipway_layermount::FuseFiles;
@@ -153,6 +154,90 @@ enum Bytes {
 #[derive(Default)]
 struct Files(BTreeMap<u64, (String, u64, Bytes)>);
 
+/// Set in nodes of trees, with the number of the layer above that of the inode.
+const TREE: u64 = 1 << 62;
+
+/// An inode of a layer.
+struct InTree<'a> {
+    number: u64,
+    reader: Reader<'a>,
+    inode: Metadata,
+    /// Of the flat image.
+    data: &'a [u8],
+}
+
+impl<'a> InTree<'a> {
+    fn attributes(&self) -> Attributes {
+        let kind = match self.inode.content {
+            Content::Directory => 0o40_000,
+            Content::File(_) => 0o100_000,
+            other => panic!("{other:?}"),
+        };
+        let Metadata { nid, mode, size, nlink, uid, gid, .. } = self.inode;
+        let node = NodeId(TREE | self.number << 32 | nid.0);
+        Attributes { uid, gid, ..Attributes::new(node, kind | u32::from(mode), size, nlink) }
+    }
+
+    fn other(&self, nid: Nid) -> Self {
+        Self { inode: self.reader.metadata(nid).unwrap(), ..*self }
+    }
+
+    fn find(&self, name: &[u8]) -> Option<Self> {
+        let found = self.reader.directory(&self.inode).unwrap().lookup(name).unwrap();
+        Some(self.other(found?.nid))
+    }
+
+    fn contents(&self) -> &'a [u8] {
+        let Content::File(extent) = self.inode.content else { panic!("not a file") };
+        let at = u64::from(extent.block) * BLOCK;
+        &self.data[at as usize..(at + self.inode.size) as usize]
+    }
+}
+
+impl Files {
+    fn tree(&self, number: u64, nid: Option<Nid>) -> Option<InTree<'_>> {
+        let Bytes::Memory(flat) = &self.0.get(&(number * 2 + 3))?.2 else { return None };
+        let reader = Reader::open(flat).unwrap();
+        let inode = reader.metadata(nid.unwrap_or(reader.root())).unwrap();
+        let data = &flat[(u64::from(reader.blocks()) * BLOCK) as usize..];
+        Some(InTree { number, reader, inode, data })
+    }
+
+    fn in_tree(&self, node: u64) -> Option<InTree<'_>> {
+        let node = Some(node).filter(|node| node & TREE != 0)? ^ TREE;
+        self.tree(node >> 32, Some(Nid(node & u64::from(u32::MAX))))
+    }
+
+    fn named(&self, parent: u64, name: &[u8]) -> Option<Attributes> {
+        if let Some(parent) = self.in_tree(parent) {
+            return Some(parent.find(name)?.attributes());
+        }
+        if let Ok(number) = std::str::from_utf8(name).unwrap().parse() {
+            return Some(self.tree(number, None)?.attributes());
+        }
+        let (node, _) = self.0.iter().find(|(_, (n, ..))| n.as_bytes() == name)?;
+        Some(self.attributes(*node))
+    }
+
+    fn attributes(&self, node: u64) -> Attributes {
+        if let Some(found) = self.in_tree(node) {
+            return found.attributes();
+        }
+        match self.0.get(&node) {
+            Some((_, size, _)) => Attributes::new(NodeId(node), 0o100_444, *size, 1),
+            None => Attributes::new(NodeId::ROOT, 0o40_555, 0, 2),
+        }
+    }
+}
+
+/// As many of `bytes` from `offset` as there is room for.
+fn part(bytes: &[u8], offset: u64, out: &mut [u8]) -> usize {
+    let rest = bytes.get(offset as usize..).unwrap_or_default();
+    let count = rest.len().min(out.len());
+    out[..count].copy_from_slice(&rest[..count]);
+    count
+}
+
 /// A FUSE mount and the thread that serves it, until this is dropped.
 pub struct Server {
     pub at: PathBuf,
@@ -177,6 +262,9 @@ impl Server {
         for (key, value) in options {
             fsconfig_set_string(context.as_fd(), key, value).unwrap();
         }
+        for flag in ["default_permissions", "allow_other"] {
+            fsconfig_set_flag(context.as_fd(), flag).unwrap();
+        }
         fsconfig_create(context.as_fd()).unwrap();
         let mount =
             fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
@@ -199,6 +287,7 @@ impl Server {
         FuseFiles {
             data: self.at.join(format!("{number}.data")),
             img: self.at.join(format!("{number}.img")),
+            tree: self.at.join(number.to_string()),
         }
     }
 
@@ -238,37 +327,45 @@ fn serve(device: &OwnedFd, files: &Mutex<Files>, reads: &AtomicU64) {
         let request = Request::parse(&buffer[..length]).unwrap();
         let (unique, node) = (request.header.unique, request.header.node.0);
         let files = files.lock();
-        let attributes = |node: u64| match files.0.get(&node) {
-            Some((_, size, _)) => {
-                Attributes { node: NodeId(node), mode: 0o100_444, size: *size, nlink: 1 }
-            }
-            None => Attributes { node: NodeId::ROOT, mode: 0o40_555, size: 0, nlink: 2 },
-        };
         let answer = match request.operation {
-            Operation::Init(offer) => reply.init(unique, &offer.answer(Wanted::default()).unwrap()),
-            Operation::Lookup { name } => {
-                match files.0.iter().find(|(_, (n, ..))| n.as_bytes() == name) {
-                    Some((node, _)) => reply.entry(unique, &attributes(*node)),
-                    None => reply.error(unique, Errno::NOENT),
-                }
+            Operation::Init(offer) => {
+                let wanted = Wanted { idmap: true, trees: true, ..Wanted::default() };
+                reply.init(unique, &offer.answer(wanted).unwrap())
             }
-            Operation::GetAttr => reply.attributes(unique, &attributes(node)),
+            Operation::Lookup { name } => match files.named(node, name) {
+                Some(found) => reply.entry(unique, &found),
+                None => reply.error(unique, Errno::NOENT),
+            },
+            Operation::GetAttr => reply.attributes(unique, &files.attributes(node)),
+            Operation::Open { .. } if node & TREE != 0 => reply.error(unique, Errno::NOSYS),
             Operation::Open { .. } => {
                 reply.opened(unique, Opened { direct: true, ..Opened::default() })
             }
             Operation::OpenDir => reply.opened(unique, Opened::default()),
-            Operation::ReadDir { size, .. } => reply.data(unique, size as usize, |_| Ok(0)),
+            Operation::ReadDir { size, .. } | Operation::ReadDirPlus { size, .. } => {
+                reply.data(unique, size as usize, |_| Ok(0))
+            }
+            Operation::GetXattr { name, size } => {
+                let found = files.in_tree(node).and_then(|found| {
+                    let xattrs = found.reader.xattrs(&found.inode).unwrap();
+                    xattrs.into_iter().find(|xattr| xattr.name == name)
+                });
+                match found {
+                    None => reply.error(unique, Errno::NODATA),
+                    Some(found) if size == 0 => reply.size(unique, found.value.len() as u32),
+                    Some(found) => {
+                        reply.data(unique, size as usize, |out| Ok(part(found.value, 0, out)))
+                    }
+                }
+            }
             Operation::Read { offset, size, .. } => {
                 reads.fetch_add(1, Ordering::Relaxed);
-                let (_, _, bytes) = &files.0[&node];
-                reply.data(unique, size as usize, |out| match bytes {
-                    Bytes::File(file) => file.read_at(out, offset).map_err(|_| Errno::IO),
-                    Bytes::Memory(bytes) => {
-                        let rest = bytes.get(offset as usize..).unwrap_or_default();
-                        let count = rest.len().min(out.len());
-                        out[..count].copy_from_slice(&rest[..count]);
-                        Ok(count)
-                    }
+                reply.data(unique, size as usize, |out| match files.in_tree(node) {
+                    Some(found) => Ok(part(found.contents(), offset, out)),
+                    None => match &files.0[&node].2 {
+                        Bytes::File(file) => file.read_at(out, offset).map_err(|_| Errno::IO),
+                        Bytes::Memory(bytes) => Ok(part(bytes, offset, out)),
+                    },
                 })
             }
             Operation::StatFs => reply.statfs(unique, StatFs { blocks: 1, files: 1 }),
@@ -277,7 +374,9 @@ fn serve(device: &OwnedFd, files: &Mutex<Files>, reads: &AtomicU64) {
             | Operation::Forget { .. }
             | Operation::BatchForget(_)
             | Operation::Destroy => continue,
-            Operation::Other(_) => reply.error(unique, Errno::NOSYS),
+            Operation::ReadLink | Operation::ListXattr { .. } | Operation::Other(_) => {
+                reply.error(unique, Errno::NOSYS)
+            }
         };
         match write(device, answer) {
             Ok(_) | Err(Errno::NOENT) => {}

@@ -28,8 +28,11 @@ const ATTEMPTS: u32 = 4;
 /// How long somebody waits for the keeper who cannot do without.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Number of the layer that kernels are tried with.
-const PROBE: u32 = u32::MAX >> 1;
+/// Number of the layer that kernels are tried with: no other's, and not the same in each process,
+/// for the kernel remembers what another version of this program may have made differently.
+fn probe_number() -> u32 {
+    (u32::MAX >> 1) + std::process::id()
+}
 
 /// What the keeper is told of a layer.
 pub struct Registered {
@@ -256,14 +259,19 @@ impl Link {
         let all = vec![u8::MAX; layer.data_blocks.div_ceil(8) as usize];
         map.write_all_at(&all, 0).map_err(|e| Fault::io("write a map of blocks", e))?;
         let files = Files { data: data.as_fd(), map: map.as_fd(), meta: meta.as_fd() };
-        keeper.add(PROBE, files)?;
+        let number = probe_number();
+        keeper.add(number, files)?;
         let k = run.join("k");
-        Ok(FuseFiles { data: k.join(format!("{PROBE}.data")), img: k.join(format!("{PROBE}.img")) })
+        Ok(FuseFiles {
+            data: k.join(format!("{number}.data")),
+            img: k.join(format!("{number}.img")),
+            tree: k.join(number.to_string()),
+        })
     }
 
     /// The kernel was tried.
     pub fn end_probe(&self) {
-        self.remove(PROBE);
+        self.remove(probe_number());
     }
 
     /// A layer that the keeper was told of.

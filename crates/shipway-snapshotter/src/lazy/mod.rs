@@ -329,6 +329,7 @@ impl Lazy {
         let files = FuseFiles {
             data: k.join(format!("{number}.data")),
             img: k.join(format!("{number}.img")),
+            tree: k.join(number.to_string()),
         };
         self.tier
             .served(&layer.meta_path(), &files)
