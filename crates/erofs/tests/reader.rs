@@ -9,6 +9,7 @@ use shipway_erofs::*;
 use std::collections::{BTreeMap, HashMap};
 
 /// Compares the whole image with the model.
+#[track_caller]
 fn compare(bytes: &[u8], layer: &Layer) {
     let reader = &Reader::open(bytes).unwrap();
     let model = &layer.model;

@@ -39,6 +39,7 @@ pub fn names_in(path: &Path) -> Vec<Vec<u8>> {
 }
 
 /// Compares everything below `root` with the model.
+#[track_caller]
 pub fn compare(root: &Path, model: &Model) {
     let links = model.links();
     let mut numbers: HashMap<usize, u64> = HashMap::new();
