@@ -2,6 +2,7 @@
 
 use prost::Message;
 use shipway_testkit::Lab;
+use std::path::Path;
 use tonic::{client::Grpc, transport::Channel};
 use tonic_prost::ProstCodec;
 
@@ -161,8 +162,13 @@ pub struct Cri(tokio::runtime::Runtime, Channel);
 impl Cri {
     /// That of the lab's containerd.
     pub fn of(lab: &Lab) -> Self {
+        Self::at(&lab.containerd_socket())
+    }
+
+    /// That behind a socket.
+    pub fn at(socket: &Path) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let address = format!("unix://{}", lab.containerd_socket().display());
+        let address = format!("unix://{}", socket.display());
         let channel = runtime
             .block_on(tonic::transport::Endpoint::from_shared(address).unwrap().connect())
             .unwrap();
@@ -185,10 +191,20 @@ impl Cri {
         method: &str,
         request: impl Message + 'static + Default,
     ) -> Result<A, tonic::Status> {
+        self.try_call_of("runtime.v1", method, request)
+    }
+
+    /// Calls a method of a version of CRI.
+    pub fn try_call_of<A: Message + Default + 'static>(
+        &self,
+        version: &str,
+        method: &str,
+        request: impl Message + 'static + Default,
+    ) -> Result<A, tonic::Status> {
         let images = ["ListImages", "ImageFsInfo", "PullImage", "ImageStatus", "RemoveImage"];
         let service = if images.contains(&method) { "ImageService" } else { "RuntimeService" };
         let path =
-            format!("/runtime.v1.{service}/{method}").parse::<http::uri::PathAndQuery>().unwrap();
+            format!("/{version}.{service}/{method}").parse::<http::uri::PathAndQuery>().unwrap();
         self.0.block_on(async {
             let mut grpc = Grpc::new(self.1.clone());
             grpc.ready().await.unwrap();

@@ -351,6 +351,17 @@ fn setup_is_taken_back_and_doctor_says_what_is_missing() {
         };
         let healthy = doctor(&lab).ok();
         assert!(!healthy.stdout.contains("missing"), "{}", healthy.stdout);
+        let tier = status(&lab)["lazy"]["tier"].as_str().unwrap().to_owned();
+        for what in [
+            "ok       FUSE in the kernel",
+            "ok       EROFS in the kernel",
+            &format!("layers without unpacking: by way of {tier}"),
+            "ok       the keeper",
+            "ok       room on the disk: ",
+            "ok       the clock",
+        ] {
+            assert!(healthy.stdout.contains(what), "no {what:?} in {}", healthy.stdout);
+        }
         let plugins = lab.ctr(["plugins", "list"]).ok().stdout;
         let ours = |plugins: &str| {
             plugins.lines().any(|l| {

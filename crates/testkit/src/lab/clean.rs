@@ -57,8 +57,8 @@ impl Lab {
             all.leases.extend(list(&["leases", "list", "--quiet"], true));
             all.snapshots.extend(list(&["snapshots", "list"], false));
             if self.options.snapshotter {
-                all.snapshots
-                    .extend(list(&["snapshots", "--snapshotter", "shipway", "list"], false));
+                let name = &self.options.snapshotter_name;
+                all.snapshots.extend(list(&["snapshots", "--snapshotter", name, "list"], false));
             }
             all.blobs.extend(list(&["content", "list", "--quiet"], true));
             all.ingests.extend(list(&["content", "active"], false));

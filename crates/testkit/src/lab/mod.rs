@@ -87,8 +87,10 @@ pub struct LabOptions {
     pub daemon_flags: Vec<String>,
     /// Variables of the daemon's environment.
     pub daemon_environment: Vec<(String, String)>,
-    /// Whether containerd has `shipway-snapshotter` as its plug-in `shipway`.
+    /// Whether containerd has `shipway-snapshotter` as its plug-in.
     pub snapshotter: bool,
+    /// What containerd calls it.
+    pub snapshotter_name: String,
     /// Lines for the table `lazy` of the snapshotter's TOML.
     pub lazy_config: String,
     /// Image of CRI's sandboxes; containerd has no CRI without.
@@ -113,6 +115,7 @@ impl LabOptions {
             daemon_flags: Vec::new(),
             daemon_environment: Vec::new(),
             snapshotter: false,
+            snapshotter_name: "shipway".into(),
             lazy_config: String::new(),
             sandbox: None,
             keep_in: None,
@@ -267,6 +270,8 @@ impl Lab {
                 program.as_os_str(),
                 "--containerd-config".as_ref(),
                 config.as_os_str(),
+                "--name".as_ref(),
+                self.options.snapshotter_name.as_ref(),
             ];
             run(self.snapshotter_command().args(arguments)).ok();
         }
