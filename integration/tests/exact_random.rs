@@ -18,7 +18,7 @@ use shipway_refs::{
     Compression, CompressionKind, ImmutableRef, LayerSource, LayerSourceId, LazyLayer, RecordType,
     RefStore,
 };
-use shipway_storage::{ContentStore, Labels, LeaseId, Storage};
+use shipway_storage::{BlobReader, ContentStore, Labels, LeaseId, Storage};
 use shipway_testkit::Lab;
 use std::{
     collections::{BTreeMap, HashMap},
@@ -294,6 +294,10 @@ impl LayerSource for From {
         content.put(lease, blob, &Labels::new()).await.map(drop)
     }
 
+    async fn open(&self, layer: &Descriptor) -> Result<Box<dyn BlobReader>> {
+        self.1.content.reader(layer.digest).await
+    }
+
     fn describe(&self) -> String {
         "the namespace of the states".into()
     }
@@ -350,7 +354,7 @@ async fn one_run(seed: u64, states: &RefStore, others: &RefStore, what: &str, ta
             writable.commit("step").await.unwrap_or_else(|e| panic!("{what}, step {step}: {e}"));
         let compression = Compression { kind: CompressionKind::Zstd, ..Compression::default() };
         let layers = next
-            .blobs(compression, true, None)
+            .blobs(compression, shipway_refs::Fetch::Everything, None)
             .await
             .unwrap_or_else(|e| panic!("{what}, step {step}: {e}"));
         let unpacked = image(others, &layers, states.storage()).await;

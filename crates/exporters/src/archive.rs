@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use shipway_fault::{Fault, Result};
 use shipway_oci::{Descriptor, ImageName, Index, gojson, media};
-use shipway_refs::Compression;
+use shipway_refs::{Compression, Fetch};
 use shipway_session::{ClientStore, Delivered, Session};
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -62,6 +62,12 @@ fn json(value: &impl serde::Serialize) -> Result<Bytes> {
     gojson::to_string(value)
         .map(Bytes::from)
         .map_err(|e| Fault::internal(format!("encode an archive's index: {e}")))
+}
+
+/// How many layers are known by descriptor only, if there are such.
+fn missing(input: &ExportInput) -> Option<usize> {
+    let layers = input.platforms.iter().filter_map(|p| p.state.known_layers()).flatten();
+    Some(layers.filter(|layer| layer.lazy).count()).filter(|n| *n > 0)
 }
 
 fn blob_path(descriptor: &Descriptor) -> String {
@@ -203,9 +209,16 @@ impl Exporter for ArchiveExporter {
             lease: &lease,
             options: &options,
             reporter: &cx.reporter,
-            fetch: true,
+            fetch: Fetch::Everything,
         };
+        let why = missing(&input).map(|n| format!("fetching {n} layers that the archive contains"));
+        if let Some(why) = &why {
+            cx.reporter.status(why.clone(), 0, 0, false);
+        }
         let written = writer.write(&input).await?;
+        if let Some(why) = why {
+            cx.reporter.status(why, 0, 0, true);
+        }
         let root = written.dated(epoch);
         let mut response = image::response(&written, &root)?;
         if !names.is_empty() {

@@ -1,7 +1,7 @@
 //! All exporters, in a table by kind.
 
 use crate::{
-    Exporter, Publishing,
+    Exporter, LazyBlobs, Publishing,
     archive::{ArchiveExporter, Variant},
     image::ImageExporter,
     tree::{LocalExporter, TarExporter},
@@ -40,6 +40,8 @@ pub(crate) struct Inner {
     /// stands for anything.
     pub replaceable: Vec<String>,
     pub publishing: Publishing,
+    /// When blobs are fetched that images do without.
+    pub lazy_blobs: LazyBlobs,
 }
 
 impl Exporters {
@@ -47,15 +49,17 @@ impl Exporters {
     ///
     /// An image that CRI manages and that was not built here keeps its name unless it matches one
     /// of `replaceable`, in which `*` stands for anything. Images in the store go to the namespaces
-    /// of `publishing`, too.
+    /// of `publishing`, too, and get the blobs that they do without when `lazy_blobs` says.
     pub fn new(
         refs: RefStore,
         registry: Registry,
         hub: SessionHub,
         replaceable: Vec<String>,
         publishing: Publishing,
+        lazy_blobs: LazyBlobs,
     ) -> Self {
-        Self { inner: Arc::new(Inner { refs, registry, hub, replaceable, publishing }) }
+        let inner = Inner { refs, registry, hub, replaceable, publishing, lazy_blobs };
+        Self { inner: Arc::new(inner) }
     }
 
     /// The exporter of type `kind`; wrong attributes and unknown types are errors here, before

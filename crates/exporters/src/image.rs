@@ -2,6 +2,7 @@
 
 use crate::{
     exporters::Inner,
+    hollow::LazyBlobs,
     options::{Attrs, ImageOptions},
     port::{ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Response},
     publish::{PINNED, Publication},
@@ -12,7 +13,7 @@ use async_trait::async_trait;
 use base64::Engine as _;
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName, Platform, gojson, timestamp};
-use shipway_refs::{Compression, RUN_KIND};
+use shipway_refs::{Compression, Fetch, ImmutableRef, RUN_KIND};
 use shipway_storage::{GC_EXPIRE, ImageRecord, Labels, LeaseId, Leases, Storage, built_labels};
 use std::{
     collections::BTreeMap,
@@ -157,12 +158,23 @@ impl ImageExporter {
         Ok(())
     }
 
+    /// When blobs are fetched that the image does without.
+    fn lazy_blobs(&self) -> LazyBlobs {
+        let others = self.publish.iter().map(|(name, _)| name.as_str());
+        self.inner.lazy_blobs.within(others.chain([self.inner.publishing.own.as_str()]))
+    }
+
+    /// Whether the image of a platform is unpacked here, once it has a name.
+    fn is_unpacked(&self, p: &ExportPlatform) -> bool {
+        !self.incomplete && p.platform.rank_for(&Platform::host()).is_some()
+    }
+
     /// Makes the image in the other namespaces, all at the same time.
     async fn publish_all(
         &self,
         (names, canonical, time): (&[String], bool, Option<SystemTime>),
         written: &Written,
-        unpacked: &[usize],
+        (states, unpacked): (&[ImmutableRef], &[usize]),
         cx: &ExportContext,
     ) -> Result<()> {
         let groups = with_canonical(names, canonical, written.root.digest);
@@ -171,6 +183,7 @@ impl ImageExporter {
             publishing: &self.inner.publishing,
             from: self.inner.refs.storage(),
             written,
+            states,
             unpacked,
             names: &names,
             time,
@@ -180,6 +193,15 @@ impl ImageExporter {
         };
         let each = self.publish.iter().map(|(name, to)| publication.publish(name, to));
         futures::future::try_join_all(each).await.map(drop)
+    }
+}
+
+/// Fetches the blobs that an image has done without: its manifest keeps them from now on.
+async fn fetch_all(states: Vec<ImmutableRef>, compression: Compression) {
+    for state in states {
+        if let Err(error) = state.blobs(compression, Fetch::Everything, None).await {
+            tracing::warn!(image = state.description(), %error, "failed to fetch the blobs of an image, it runs without them");
+        }
     }
 }
 
@@ -350,8 +372,21 @@ impl Exporter for ImageExporter {
         let epoch = self.options.epoch.whole(&input)?;
         let storage = self.inner.refs.storage();
         let lease = ExportLease::new(&storage.leases, cx);
-        // Only an image in the store needs all layers here; a registry may have them already.
-        let fetch = self.store && !self.incomplete;
+        let policy = self.lazy_blobs();
+        // Only an image in the store needs layers here; a registry may have them already.
+        let fetch = match policy {
+            _ if !self.store || self.incomplete => Fetch::Nothing,
+            LazyBlobs::Now => Fetch::Everything,
+            LazyBlobs::Async | LazyBlobs::OnPush => {
+                // Whether a snapshotter serves them is known when it has been asked. What has no
+                // name is not unpacked.
+                let named = !self.options.names(&input.metadata).is_empty();
+                for p in input.platforms.iter().filter(|p| named && self.is_unpacked(p)) {
+                    p.state.materialize(Some(&cx.reporter)).await.context(|| "exporting layers")?;
+                }
+                Fetch::Unserved
+            }
+        };
         let writer = Writer {
             refs: &self.inner.refs,
             lease: &lease,
@@ -364,11 +399,8 @@ impl Exporter for ImageExporter {
         if self.store && !names.is_empty() {
             // The snapshots must be there before the record is (third invariant); other platforms'
             // are of no use here.
-            let host = Platform::host();
             let mut unpacked = Vec::new();
-            let here =
-                |p: &ExportPlatform| !self.incomplete && p.platform.rank_for(&host).is_some();
-            for (n, p) in input.platforms.iter().enumerate().filter(|(_, p)| here(p)) {
+            for (n, p) in input.platforms.iter().enumerate().filter(|(_, p)| self.is_unpacked(p)) {
                 unpacked.push(n);
                 p.state
                     .unpack(self.options.compression, Some(&cx.reporter))
@@ -376,7 +408,13 @@ impl Exporter for ImageExporter {
                     .context(|| "unpacking the image")?;
             }
             self.name_all((&names, canonical, epoch), &written, &lease, cx).await?;
-            self.publish_all((&names, canonical, epoch), &written, &unpacked, cx).await?;
+            let states: Vec<_> = input.platforms.iter().map(|p| p.state.clone()).collect();
+            let whole = (&states[..], &unpacked[..]);
+            self.publish_all((&names, canonical, epoch), &written, whole, cx).await?;
+            if policy == LazyBlobs::Async && written.manifests.iter().any(|m| !m.lazy.is_empty()) {
+                let fetching = fetch_all(states, self.options.compression);
+                shipway_task::spawn("fetch the blobs of an image", fetching);
+            }
         } else {
             written.protect(&storage.content, &lease).await?;
         }
@@ -393,13 +431,7 @@ impl Exporter for ImageExporter {
             let dangling =
                 |n: &&String| self.dangling.as_ref().is_some_and(|d| n.starts_with(&d.prefix));
             let names: Vec<String> = names.iter().filter(|n| !dangling(n)).cloned().collect();
-            let blobs = Blobs::new(
-                &storage.content,
-                &input,
-                &written,
-                self.options.compression,
-                &cx.reporter,
-            );
+            let blobs = Blobs::new(&storage.content, &input, &written);
             let (inner, sessions, reporter) =
                 (self.inner.clone(), cx.sessions.clone(), cx.reporter.clone());
             cx.finally.then(async move {

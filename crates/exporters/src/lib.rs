@@ -7,6 +7,7 @@
 mod archive;
 mod config;
 mod exporters;
+mod hollow;
 mod image;
 mod options;
 mod port;
@@ -19,6 +20,7 @@ mod tree;
 mod writer;
 
 pub use exporters::Exporters;
+pub use hollow::LazyBlobs;
 pub use port::{
     Content, ExportAttestation, ExportContext, ExportInput, ExportPlatform, Exported, Exporter,
     Finally, Maker, Response,

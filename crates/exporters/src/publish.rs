@@ -14,14 +14,13 @@ use crate::{
 };
 use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_oci::{ChainId, Descriptor, Digest};
+use shipway_refs::{Compression, Fetch, ImmutableRef};
 use shipway_storage::{
-    ContentStore, DISTRIBUTION_SOURCE, GC_REF_CONTENT, GC_REF_SNAPSHOT, Ingest, Labels, LeaseId,
-    Namespaces, SnapshotKey, Storage, UNCOMPRESSED, built_labels,
+    ContentStore, DISTRIBUTION_SOURCE, GC_REF_CONTENT, GC_REF_SNAPSHOT, Ingest, LAYER_ORIGIN,
+    Labels, LeaseId, Namespaces, SNAPSHOT_REF, SnapshotKey, Storage, UNCOMPRESSED, built_labels,
 };
 use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
 
-/// Label of a Prepare that says which chain ID the snapshot is to become.
-const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 /// Label on an image record by which CRI keeps kubelet from removing the image.
 pub(crate) const PINNED: (&str, &str) = ("io.cri-containerd.pinned", "pinned");
 
@@ -59,6 +58,8 @@ pub(crate) struct Publication<'a> {
     /// The builder's own stores.
     pub from: &'a Storage,
     pub written: &'a Written,
+    /// The states of the manifests.
+    pub states: &'a [ImmutableRef],
     /// Indexes of the manifests whose layers are unpacked.
     pub unpacked: &'a [usize],
     /// Names of the image.
@@ -94,7 +95,8 @@ impl Publication<'_> {
         let lease = ExportLease::new(&to.leases, self.cx);
         let id = lease.ensure().await?;
         for index in self.unpacked {
-            self.layers(&self.written.manifests[*index], to, id).await?;
+            let (image, state) = (&self.written.manifests[*index], &self.states[*index]);
+            self.layers(image, state, to, id).await?;
         }
         let (data, manifests) = self.written.blobs();
         let lazy = |d: &&Descriptor| {
@@ -116,19 +118,37 @@ impl Publication<'_> {
     }
 
     /// Gives the namespace the snapshots of all layers, from the bottom up.
-    async fn layers(&self, image: &WrittenManifest, to: &Storage, lease: &LeaseId) -> Result<()> {
+    async fn layers(
+        &self,
+        image: &WrittenManifest,
+        state: &ImmutableRef,
+        to: &Storage,
+        lease: &LeaseId,
+    ) -> Result<()> {
         let mut parent: Option<ChainId> = None;
         for (n, (diff_id, blob)) in image.diff_ids.iter().zip(&image.layers).enumerate() {
             let chain = ChainId::extend(parent, *diff_id);
             let key =
                 SnapshotKey(format!("shipway-publish-{}-{}-{n}", self.cx.build, self.cx.index));
-            let labels = Labels::from([(SNAPSHOT_REF.to_owned(), chain.to_string())]);
+            let lazy = image.lazy.contains_key(&blob.digest);
+            let mut labels = match lazy {
+                // One that does not share snapshots may serve the layer once more.
+                true => state.remote_labels(blob.digest).await.unwrap_or_default(),
+                false => Labels::new(),
+            };
+            labels.insert(SNAPSHOT_REF.to_owned(), chain.to_string());
             let below = parent.map(SnapshotKey::from);
             match to.snapshots.prepare(lease, &key, below.as_ref(), &labels).await {
                 Err(e) if e.is_already_exists() => {}
                 Err(e) => return Err(e.context(format!("share layer {diff_id}"))),
                 Ok(mounts) => {
                     let unpacked = async {
+                        if lazy {
+                            let reporter = Some(&self.cx.reporter);
+                            state
+                                .blobs(Compression::default(), Fetch::Everything, reporter)
+                                .await?;
+                        }
                         self.blob(blob, to, lease).await?;
                         let found = to.snapshots.apply(blob, &mounts).await?;
                         if found != *diff_id {
@@ -158,7 +178,7 @@ impl Publication<'_> {
     async fn blob(&self, blob: &Descriptor, to: &Storage, lease: &LeaseId) -> Result<()> {
         let known = self.from.content.info(blob.digest).await?;
         let travels = |label: &str| {
-            [GC_REF_CONTENT, GC_REF_SNAPSHOT, DISTRIBUTION_SOURCE, UNCOMPRESSED]
+            [GC_REF_CONTENT, GC_REF_SNAPSHOT, DISTRIBUTION_SOURCE, LAYER_ORIGIN, UNCOMPRESSED]
                 .iter()
                 .any(|prefix| label.starts_with(prefix))
         };

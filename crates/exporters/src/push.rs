@@ -6,13 +6,12 @@ use shipway_archive::CompressionKind;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName, media};
 use shipway_progress::Reporter;
-use shipway_refs::{Compression, ImmutableRef};
+use shipway_refs::ImmutableRef;
 use shipway_registry::{BodyStream, Mode, Registry, Repository};
 use shipway_session::SessionGroup;
 use shipway_sources::SessionCredentials;
 use shipway_storage::{BlobReader, ContentStore, DISTRIBUTION_SOURCE, Labels};
 use std::{collections::BTreeMap, sync::Arc};
-use tokio::sync::OnceCell;
 
 /// Blobs on their way at once; the registry client bounds them per host besides.
 const PARALLEL: usize = 8;
@@ -26,56 +25,46 @@ pub(crate) struct PushOptions {
     pub insecure: bool,
 }
 
-/// The blobs of an image to push. Layers that are known by descriptor only are fetched when the
-/// registry does not have them.
+/// The blobs of an image to push. Layers that are known by descriptor only are passed on from where
+/// they are when the registry does not have them, and not stored here.
 #[derive(Clone)]
 pub(crate) struct Blobs {
     content: Arc<dyn ContentStore>,
     /// Layers that are not here, and the images that have them.
     lazy: Arc<BTreeMap<Digest, String>>,
     states: Arc<Vec<ImmutableRef>>,
-    compression: Compression,
-    fetched: Arc<OnceCell<()>>,
-    reporter: Reporter,
 }
 
 impl Blobs {
-    pub fn new(
-        content: &Arc<dyn ContentStore>,
-        input: &ExportInput,
-        written: &Written,
-        compression: Compression,
-        reporter: &Reporter,
-    ) -> Self {
+    pub fn new(content: &Arc<dyn ContentStore>, input: &ExportInput, written: &Written) -> Self {
         let lazy = written.manifests.iter().flat_map(|m| m.lazy.clone()).collect();
         let states = input.platforms.iter().map(|p| p.state.clone()).collect();
-        let (content, reporter) = (content.clone(), reporter.clone());
-        Self {
-            content,
-            lazy: Arc::new(lazy),
-            states: Arc::new(states),
-            compression,
-            fetched: Arc::default(),
-            reporter,
-        }
+        Self { content: content.clone(), lazy: Arc::new(lazy), states: Arc::new(states) }
     }
 
     /// The bytes of a blob as a stream for the registry client.
     async fn body(self, digest: Digest) -> Result<BodyStream> {
-        if self.lazy.contains_key(&digest) {
-            let fetch = async || {
-                for state in self.states.iter() {
-                    state.blobs(self.compression, true, Some(&self.reporter)).await?;
-                }
-                Ok::<_, Fault>(())
-            };
-            self.fetched.get_or_try_init(fetch).await?;
-        }
-        let reader = self.content.reader(digest).await?;
+        let reader = match self.lazy.contains_key(&digest) {
+            true => self.elsewhere(digest).await?,
+            false => self.content.reader(digest).await?,
+        };
         let next = |mut reader: Box<dyn BlobReader>| async move {
             Ok::<_, Fault>(reader.next().await?.map(|bytes| (bytes, reader)))
         };
         Ok(futures::stream::try_unfold(reader, next).boxed())
+    }
+
+    /// A reader of a layer that is not here, unless it was fetched since.
+    async fn elsewhere(&self, digest: Digest) -> Result<Box<dyn BlobReader>> {
+        let mut missing = None;
+        for state in self.states.iter() {
+            match state.blob_reader(digest).await {
+                // Another platform's state may have the layer.
+                Err(e) if e.is_not_found() => missing = missing.or(Some(e)),
+                reader => return reader,
+            }
+        }
+        Err(missing.unwrap_or_else(|| Fault::not_found(format!("no state has layer {digest}"))))
     }
 
     /// Repositories of the same registry that have the blob, by containerd's label or because it

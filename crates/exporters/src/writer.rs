@@ -16,9 +16,10 @@ use shipway_oci::{
     media, timestamp,
 };
 use shipway_progress::Reporter;
-use shipway_refs::{CompressionKind, LayerBlob, REWRITTEN, RefStore};
+use shipway_refs::{CompressionKind, Fetch, LayerBlob, REWRITTEN, RefStore, is_for_snapshotters};
 use shipway_storage::{
-    ContentStore, DISTRIBUTION_SOURCE, GC_REF_CONTENT, GC_REF_SNAPSHOT, Labels, UNCOMPRESSED,
+    ContentStore, DISTRIBUTION_SOURCE, GC_REF_CONTENT, GC_REF_SNAPSHOT, LAYER_ORIGIN, Labels,
+    UNCOMPRESSED,
 };
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
@@ -103,8 +104,8 @@ pub(crate) struct Writer<'a> {
     pub lease: &'a ExportLease,
     pub options: &'a ImageOptions,
     pub reporter: &'a Reporter,
-    /// Whether layers are fetched that are known by descriptor only.
-    pub fetch: bool,
+    /// Which layers are fetched that are known by descriptor only.
+    pub fetch: Fetch,
 }
 
 fn json(value: &impl serde::Serialize) -> Result<Bytes> {
@@ -258,7 +259,7 @@ impl Writer<'_> {
                 layer.annotations.insert(REWRITTEN.to_owned(), seconds.clone());
             }
         }
-        let lazy =
+        let lazy: BTreeMap<Digest, String> =
             blobs.iter().filter_map(|b| Some((b.descriptor.digest, b.lazy.clone()?))).collect();
         let media_type = if oci { media::OCI_MANIFEST } else { media::DOCKER_MANIFEST };
         let manifest = Manifest {
@@ -270,7 +271,12 @@ impl Writer<'_> {
             subject: None,
             annotations: self.options.annotations(Level::Manifest, Some(&p.platform)),
         };
-        let labels = children([config.digest].into_iter().chain(layers.iter().map(|l| l.digest)));
+        let mut labels =
+            children([config.digest].into_iter().chain(layers.iter().map(|l| l.digest)));
+        // Who builds on the image finds them there.
+        labels.extend(
+            lazy.iter().map(|(layer, origin)| (format!("{LAYER_ORIGIN}.{layer}"), origin.clone())),
+        );
         let bytes = json(&manifest)?;
         let status = format!("exporting manifest {}", Digest::of(&bytes));
         let mut descriptor = Descriptor::of(media_type, &bytes);
@@ -432,10 +438,12 @@ fn layer(descriptor: &Descriptor, oci: bool, prefer_foreign: bool) -> Descriptor
     if foreign {
         out.urls.clone_from(&descriptor.urls);
     }
-    if oci {
-        let public = descriptor.annotations.iter().filter(|(k, _)| !is_internal(k));
-        out.annotations = public.map(|(k, v)| (k.clone(), v.clone())).collect();
-    }
+    // Docker's types have no annotations, but without these the layer could not be lazy any more.
+    let public = descriptor
+        .annotations
+        .iter()
+        .filter(|(k, _)| if oci { !is_internal(k) } else { is_for_snapshotters(k) });
+    out.annotations = public.map(|(k, v)| (k.clone(), v.clone())).collect();
     out
 }
 
@@ -476,7 +484,7 @@ mod tests {
             layer(&given, true, false).annotations.into_keys().collect::<Vec<_>>(),
             [toc, "k"]
         );
-        assert!(layer(&given, false, false).annotations.is_empty());
+        assert_eq!(layer(&given, false, false).annotations.into_keys().collect::<Vec<_>>(), [toc]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use shipway_archive::Packed;
 use shipway_fault::{Code, Context as _, Fault, Result};
-use shipway_oci::{Descriptor, DiffId};
+use shipway_oci::{Descriptor, DiffId, Digest};
 use shipway_progress::Reporter;
 use shipway_storage::{BlobInfo, BlobReader, BlobWriter, Ingest, Labels, LeaseId, UNCOMPRESSED};
 use shipway_task::{blocking, spawn};
@@ -29,13 +29,36 @@ const MADE_AS: &str = "shipway/made-as";
 /// Prefix of labels that keep the annotations which its descriptor needs.
 const ANNOTATION: &str = "shipway/annotation/";
 
+/// Which of the blobs that are known by their descriptors only are fetched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fetch {
+    /// None of them.
+    Nothing,
+    /// Those of layers that no remote snapshotter serves: it needs no blob to run the image.
+    Unserved,
+    /// All of them.
+    Everything,
+}
+
+impl Fetch {
+    /// Whether the blob of a layer is fetched.
+    fn wants(self, layer: &StackedLayer) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::Unserved => !layer.is_served(),
+            Self::Everything => true,
+        }
+    }
+}
+
 impl ImmutableRef {
     /// A blob for each layer, in the content store (under the lease of the state that brought the
-    /// layer) unless `fetch` is false and the layer is lazy: then the descriptor is all there is.
+    /// layer) unless the layer is lazy and `fetch` leaves it so: then the descriptor is all there
+    /// is.
     pub async fn blobs(
         &self,
         compression: Compression,
-        fetch: bool,
+        fetch: Fetch,
         progress: Option<&Reporter>,
     ) -> Result<Vec<LayerBlob>> {
         let layered = self.layered().await?;
@@ -60,6 +83,35 @@ impl ImmutableRef {
             work.push(one.boxed());
         }
         stream::iter(work).buffered(PARALLEL).try_collect().await
+    }
+
+    /// The bytes of a blob of one of its layers. Those that are not in the content store are passed
+    /// on as their source sends them, and stored nowhere.
+    pub async fn blob_reader(&self, digest: Digest) -> Result<Box<dyn BlobReader>> {
+        match self.0.store.storage.content.reader(digest).await {
+            Err(e) if e.is_not_found() => {}
+            reader => return reader,
+        }
+        let layers = self.record().map_or(&[][..], |r| &r.layers);
+        let blobs = layers.iter().flat_map(|c| c.blobs().into_iter().map(move |b| (c, b)));
+        for (stacked, blob) in blobs.filter(|(_, b)| b.descriptor.digest == digest) {
+            if let Some(source) = blob.place.source() {
+                let what = || format!("read layer {digest} of {}", source.describe());
+                let opened = source.open(&blob.descriptor).await.context(what);
+                return opened.map_err(|e| lost(stacked, Some(source), e));
+            }
+        }
+        Err(Fault::not_found(format!("blob {digest} is not in containerd, and has no source")))
+    }
+
+    /// What a remote snapshotter has to be told to serve the layer with this blob, in whichever
+    /// namespace: labels of a Prepare.
+    pub async fn remote_labels(&self, digest: Digest) -> Option<Labels> {
+        let layers = self.record().map_or(&[][..], |r| &r.layers);
+        let mut remote = layers.iter().filter_map(|c| c.remote_blob());
+        let (blob, source) = remote.find(|(blob, _)| blob.digest == digest)?;
+        source.enable_snapshotter().await;
+        source.remote_labels(&blob).await
     }
 
     /// The lowest state below this one that has the layer, or this one: states stay as long as
@@ -96,7 +148,7 @@ impl ImmutableRef {
         if same && !compression.kind.is_indexed() {
             return layered.materialize(progress).await;
         }
-        let blobs = layered.blobs(compression, !same, progress).await?;
+        let blobs = layered.blobs(compression, Fetch::Nothing, progress).await?;
         if same && blobs.iter().zip(&record.layers).all(|(b, layer)| b.diff_id == layer.diff_id) {
             return layered.materialize(progress).await;
         }
@@ -128,7 +180,7 @@ impl Inner {
         stacked: &Arc<StackedLayer>,
         record: &Arc<Record>,
         compression: Compression,
-        fetch: bool,
+        fetch: Fetch,
         progress: Option<&Reporter>,
     ) -> Result<(Descriptor, DiffId)> {
         let _one = stacked.packing.lock().await;
@@ -168,7 +220,7 @@ impl Inner {
         stacked: &StackedLayer,
         record: &Record,
         compression: Compression,
-        fetch: bool,
+        fetch: Fetch,
         progress: Option<&Reporter>,
     ) -> Result<Option<Descriptor>> {
         let kind = |b: &KnownBlob| CompressionKind::of(&b.descriptor);
@@ -177,8 +229,11 @@ impl Inner {
         blobs.retain(|b| !compression.force || fits(b));
         blobs.sort_by_key(|b| (!fits(b), kind(b) != Some(compression.kind), !b.is_stored()));
         for blob in blobs {
-            if !blob.is_stored() && !fetch {
-                return Ok(Some(blob.descriptor));
+            if !blob.is_stored() && !fetch.wants(stacked) {
+                // Somebody else may have fetched it since.
+                if self.storage.content.info(blob.descriptor.digest).await.is_err() {
+                    return Ok(Some(blob.descriptor));
+                }
             }
             let _one = stacked.fetching.lock().await;
             if self.secure(stacked, &blob, record, progress).await? {
@@ -231,7 +286,7 @@ impl Inner {
     }
 
     /// The compression of a stored blob by its first bytes.
-    async fn sniff(&self, digest: shipway_oci::Digest) -> Result<CompressionKind> {
+    async fn sniff(&self, digest: Digest) -> Result<CompressionKind> {
         let mut reader = self.storage.content.reader(digest).await?;
         let first = reader.next().await?.unwrap_or_default();
         Ok(match first.get(..4) {

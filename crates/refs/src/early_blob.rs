@@ -2,7 +2,7 @@
 
 use crate::{
     Compression, ImmutableRef,
-    blobs::{Sealed, Sink, seal},
+    blobs::{Fetch, Sealed, Sink, seal},
     layer::StackedLayer,
     record::fresh_id,
     run_lease::RunLease,
@@ -94,7 +94,7 @@ impl ImmutableRef {
             let done = tokio::select! {
                 biased;
                 () = unwanted => Ok(()),
-                done = this.blobs(compression, false, None) => done.map(drop),
+                done = this.blobs(compression, Fetch::Nothing, None) => done.map(drop),
             };
             if let Err(e) = done {
                 tracing::debug!(error = %e, "failed to compress ahead, will retry when the layer is exported");

@@ -6,7 +6,7 @@ use crate::{
     layer,
     life::Stage,
     materialize::Active,
-    mount::WeakMount,
+    mount::{WeakMount, is_lasting},
     store::{Inner, Record},
 };
 use shipway_fault::{Context as _, Fault, Result, nearest};
@@ -294,7 +294,9 @@ impl ImmutableRef {
             Some(view) => view,
             None => {
                 let view = Arc::new(Active::view(store, record.snapshot()).await?);
-                if let [Mount::Overlay(_)] = &view.mounts[..] {
+                if let [only @ Mount::Overlay(_)] = &view.mounts[..]
+                    && is_lasting(only)
+                {
                     // Such mounts name committed layers only, so the next view need not ask.
                     let _ = record.shown.set(view.mounts.clone());
                 }

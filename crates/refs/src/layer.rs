@@ -6,7 +6,7 @@ use shipway_archive::{LayerTree, Tar};
 use shipway_fault::{Code, Detail, Fault, Result};
 use shipway_oci::{ChainId, Descriptor, DiffId};
 use shipway_progress::Reporter;
-use shipway_storage::{ContentStore, LeaseId, SnapshotKey};
+use shipway_storage::{BlobReader, ContentStore, Labels, LeaseId, SnapshotKey};
 use std::{
     fmt,
     sync::{
@@ -44,6 +44,26 @@ pub trait LayerSource: Send + Sync {
         progress: Option<&Reporter>,
     ) -> Result<()>;
 
+    /// The bytes of `layer` from their beginning, for those who pass them on and keep nothing. The
+    /// end comes as an error if they were not those of its digest.
+    async fn open(&self, layer: &Descriptor) -> Result<Box<dyn BlobReader>>;
+
+    /// Gives a remote snapshotter what it needs besides labels to read from this source:
+    /// credentials. Called before layers that it serves are used.
+    async fn enable_snapshotter(&self) {}
+
+    /// The labels of a Prepare by which a remote snapshotter finds `layer` by itself. `None` where
+    /// only this source can give the bytes.
+    async fn remote_labels(&self, _layer: &Descriptor) -> Option<Labels> {
+        None
+    }
+
+    /// By what [`LayerOrigins`] finds it again after a restart, without spaces; `None` for one that
+    /// does not outlive the daemon.
+    fn origin(&self) -> Option<String> {
+        None
+    }
+
     /// What it fetches from, for error messages: an image name.
     fn describe(&self) -> String;
 
@@ -55,6 +75,22 @@ pub trait LayerSource: Send + Sync {
     /// Whether it is known to give nothing any more: the client who had the bytes is gone.
     fn is_gone(&self) -> bool {
         false
+    }
+}
+
+/// Finds sources of layers that an earlier run of the daemon knew.
+pub trait LayerOrigins: Send + Sync {
+    /// The source whose [`LayerSource::origin`] this was.
+    fn source(&self, origin: &str) -> Option<Arc<dyn LayerSource>>;
+}
+
+/// Finds none.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoOrigins;
+
+impl LayerOrigins for NoOrigins {
+    fn source(&self, _: &str) -> Option<Arc<dyn LayerSource>> {
+        None
     }
 }
 
@@ -98,7 +134,8 @@ pub struct LayerBlob {
     pub descriptor: Descriptor,
     /// Digest of the tar that it holds: the layer's, unless a table of contents is a part of it.
     pub diff_id: DiffId,
-    /// Where the blob would be fetched from, if it is not in the content store.
+    /// Where the blob would be fetched from, if it is not in the content store: an image name, as
+    /// [`LayerSource::origin`] says it where it can.
     pub lazy: Option<String>,
 }
 
@@ -153,6 +190,8 @@ pub(crate) struct StackedLayer {
     /// The snapshot does not have the whole layer, because whiteouts at the bottom of a stack
     /// vanish: only a blob does.
     pub blob_only: AtomicBool,
+    /// The snapshot is one of a remote snapshotter, which does without the blob.
+    pub served: AtomicBool,
     /// Held while the snapshot is made.
     pub applying: tokio::sync::Mutex<()>,
     /// Held while a blob is fetched.
@@ -240,6 +279,7 @@ impl StackedLayer {
             tar: OnceLock::new(),
             new: AtomicBool::new(false),
             blob_only: AtomicBool::new(false),
+            served: AtomicBool::new(false),
             applying: Default::default(),
             fetching: Default::default(),
             packing: Default::default(),
@@ -256,15 +296,18 @@ impl StackedLayer {
     }
 
     /// Remembers a blob. The newest source of one is kept: it has the freshest credentials. But a
-    /// registry has it longer than a client.
+    /// registry has it longer than a client, and an image with its digest can be found again.
     pub fn know(&self, blob: KnownBlob) {
         let mut origin = self.origin.lock();
         match origin.blobs.iter_mut().find(|b| b.descriptor.digest == blob.descriptor.digest) {
             Some(known) => {
                 let stored = known.is_stored() || blob.is_stored();
-                let lasts = |source: &Arc<dyn LayerSource>| !source.is_clients();
+                let lasts = |source: &Arc<dyn LayerSource>| {
+                    let origin = source.origin();
+                    (!source.is_clients(), origin.map(|o| o.contains('@')))
+                };
                 let (old, new) = (known.place.source(), blob.place.source());
-                let better = new.is_some_and(|new| lasts(new) || !old.is_some_and(lasts));
+                let better = new.is_some_and(|new| old.is_none_or(|old| lasts(new) >= lasts(old)));
                 let source = if better { new } else { old }.cloned();
                 known.place = match source {
                     Some(source) if !stored => Place::Remote(source),
@@ -312,7 +355,7 @@ impl StackedLayer {
         let blob = origin.blobs.iter().find(|b| b.descriptor.digest == descriptor.digest)?;
         match &blob.place {
             Place::Stored(_) => None,
-            Place::Remote(source) => Some(source.describe()),
+            Place::Remote(source) => Some(source.origin().unwrap_or_else(|| source.describe())),
         }
     }
 
@@ -339,18 +382,44 @@ impl StackedLayer {
         self.blob_only.load(Ordering::Relaxed)
     }
 
+    pub fn is_served(&self) -> bool {
+        self.served.load(Ordering::Relaxed)
+    }
+
+    /// The blob that a remote snapshotter may be asked for, and its source: one that is not here,
+    /// of a layer that no other place has.
+    pub fn remote_blob(&self) -> Option<(Descriptor, Arc<dyn LayerSource>)> {
+        if !self.is_exact() || self.copy_of().is_some() {
+            return None;
+        }
+        let mut found = None;
+        for blob in self.blobs() {
+            match blob.place {
+                Place::Stored(_) => return None,
+                Place::Remote(source) if source.is_clients() => {}
+                Place::Remote(source) => found = found.or(Some((blob.descriptor, source))),
+            }
+        }
+        found
+    }
+
     pub fn is_new(&self) -> bool {
         self.new.load(Ordering::Relaxed)
     }
 
-    pub fn describe(&self) -> Layer {
+    /// A blob that is stored, if there is one, or else the first one known.
+    pub fn best_blob(&self) -> Option<KnownBlob> {
         let blobs = self.blobs();
-        let best = blobs.iter().find(|b| b.is_stored()).or(blobs.first());
+        blobs.iter().find(|b| b.is_stored()).or(blobs.first()).cloned()
+    }
+
+    pub fn describe(&self) -> Layer {
+        let best = self.best_blob();
         Layer {
             diff_id: self.diff_id,
             chain_id: self.chain_id,
-            blob: best.map(|b| b.descriptor.clone()),
-            lazy: best.is_some_and(|b| !b.is_stored()),
+            lazy: best.as_ref().is_some_and(|b| !b.is_stored()),
+            blob: best.map(|b| b.descriptor),
         }
     }
 }

@@ -14,9 +14,11 @@
 //!   life deletes.
 //! - What may be lost lives in a small file: last use and use count.
 //! - After a power cut, what was not on the disk is removed before anybody sees it (`durable.rs`).
+//! - A layer that a remote snapshotter serves has a snapshot and no blob: nothing fetches that but
+//!   who needs its bytes ([`Fetch`]).
 //!
 //! Nothing here knows LLB, sessions or registries: a lazy layer is fetched through its
-//! [`LayerSource`].
+//! [`LayerSource`], and served to whoever has the labels that the source knows.
 
 mod background;
 mod blobs;
@@ -42,9 +44,11 @@ mod store;
 mod tree_copy;
 mod usage;
 
+pub use blobs::Fetch;
 pub use contents::copy_contents;
 pub use immutable::{ImmutableRef, View};
-pub use layer::{Layer, LayerBlob, LayerSource, LayerSourceId, LazyLayer};
+pub use layer::{Layer, LayerBlob, LayerOrigins, LayerSource, LayerSourceId, LazyLayer, NoOrigins};
+pub use materialize::is_for_snapshotters;
 pub use mount::LocalMount;
 pub use mutable::MutableRef;
 pub use named::{NamedRef, NamedRequest, Sharing};

@@ -1,8 +1,14 @@
 //! Making snapshots of layers: fetch, unpack, verify, commit as the chain id; or copy from another
 //! stack.
+//!
+//! Before the blob of a layer is fetched the snapshotter is asked for the layer, from the bottom
+//! up, as containerd's own unpacker does: one that serves layers from registries, or has unpacked
+//! this one for another namespace, answers that it is there. An ordinary one gives a directory to
+//! unpack into, and then all that is left is fetched at once. What a snapshotter has served before
+//! is asked for first, and fetched only when it is refused ([`Served`]).
 
 use crate::{
-    Compression, exact,
+    Compression, LayerSource, exact,
     layer::{KnownBlob, StackedLayer, lost},
     life::Stage,
     mount::LocalMount,
@@ -14,9 +20,17 @@ use shipway_archive::{LayerTree, OwnLayer};
 use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_oci::{Descriptor, Digest};
 use shipway_progress::Reporter;
-use shipway_storage::{Labels, LeaseId, LeaseResource, Mount, SnapshotKey};
+use shipway_storage::{
+    Labels, LeaseId, LeaseResource, Mount, REMOTE_SNAPSHOT, SNAPSHOT_REF, SnapshotKey,
+};
 use shipway_task::{blocking, spawn};
-use std::{any::Any, sync::Arc};
+use std::{
+    any::Any,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+};
 use tokio::{sync::Semaphore, task::JoinHandle};
 
 /// Layers of one state that are fetched at the same time.
@@ -38,12 +52,29 @@ impl Active {
         parent: Option<&SnapshotKey>,
     ) -> Result<Self> {
         let mut active = Self::named(store, what).await?;
-        active.mounts = store
-            .storage
-            .snapshots
-            .prepare(&active.lease, &active.key, parent, &Labels::new())
-            .await?;
+        let (lease, key) = (&active.lease, &active.key);
+        active.mounts = store.storage.snapshots.prepare(lease, key, parent, &Labels::new()).await?;
         Ok(active)
+    }
+
+    /// One to unpack `stacked` into; or, if there is no need because the snapshotter has its
+    /// snapshot, the lease that this is in now.
+    async fn unless_there(
+        store: &Arc<Inner>,
+        stacked: &StackedLayer,
+        labels: &Labels,
+    ) -> Result<Result<Self, RunLease>> {
+        let mut active = Self::named(store, "extract").await?;
+        let (lease, key) = (&active.lease, &active.key);
+        match store.storage.snapshots.prepare(lease, key, stacked.parent.as_ref(), labels).await {
+            Ok(mounts) => active.mounts = mounts,
+            Err(e) if e.is_already_exists() && labels.contains_key(SNAPSHOT_REF) => {
+                active.armed = false;
+                return Ok(Err(active.lease.clone()));
+            }
+            Err(e) => return Err(e),
+        }
+        Ok(Ok(active))
     }
 
     /// A view of a committed snapshot, which need not belong to a record.
@@ -112,6 +143,124 @@ impl Drop for Active {
     }
 }
 
+/// Which layers the snapshotter has served, as far as it was seen.
+#[derive(Default)]
+pub(crate) struct Served {
+    /// Some that are annotated for it.
+    annotated: AtomicBool,
+    /// Some that are not.
+    plain: AtomicBool,
+}
+
+/// What annotations of layers that are made for remote snapshotters begin with: those that
+/// containerd passes on to them, and those of zstd:chunked.
+const ANNOTATIONS: [&str; 4] = [
+    "containerd.io/snapshot/",
+    "io.containers.estargz.",
+    "io.github.containers.zstd-chunked.",
+    "io.containers.zstd-chunked.",
+];
+
+/// Whether an annotation of a layer is for remote snapshotters: manifests that name the layer again
+/// repeat it.
+pub fn is_for_snapshotters(annotation: &str) -> bool {
+    ANNOTATIONS.iter().any(|prefix| annotation.starts_with(prefix))
+}
+
+fn is_annotated(blob: &Descriptor) -> bool {
+    blob.annotations.keys().any(|key| is_for_snapshotters(key))
+}
+
+impl Served {
+    /// Learns whether an earlier run had layers served.
+    pub fn learn(&self, any: bool) {
+        self.annotated.fetch_or(any, Relaxed);
+    }
+
+    fn of(&self, blob: &Descriptor) -> &AtomicBool {
+        if is_annotated(blob) { &self.annotated } else { &self.plain }
+    }
+}
+
+/// The fetches of the layers that a state misses. Each begins as soon as it is known that nobody
+/// else will bring the layer.
+struct Fetches<'a> {
+    store: &'a Arc<Inner>,
+    record: &'a Arc<Record>,
+    missing: &'a [Arc<StackedLayer>],
+    progress: Option<&'a Reporter>,
+    slots: Arc<Semaphore>,
+    each: Vec<FetchState>,
+}
+
+/// How far the fetch of one layer is.
+enum FetchState {
+    /// The layer may come without it.
+    NotNeeded,
+    Running(FetchTask),
+    Done,
+}
+
+impl<'a> Fetches<'a> {
+    /// Begins with what nobody need be asked for.
+    fn new(
+        store: &'a Arc<Inner>,
+        record: &'a Arc<Record>,
+        missing: &'a [Arc<StackedLayer>],
+        progress: Option<&'a Reporter>,
+    ) -> Self {
+        let slots = Arc::new(Semaphore::new(PARALLEL_FETCHES));
+        let each = missing.iter().map(|_| FetchState::NotNeeded).collect();
+        let mut fetches = Self { store, record, missing, progress, slots, each };
+        for (i, stacked) in missing.iter().enumerate() {
+            if stacked.remote_blob().is_none() {
+                fetches.begin(i);
+            }
+        }
+        fetches
+    }
+
+    /// The snapshotter does not have layer `i`: its blob is needed, and the blobs of the layers
+    /// above that it has not shown to serve.
+    fn needed(&mut self, i: usize) {
+        self.begin(i);
+        for (j, above) in self.missing.iter().enumerate().skip(i + 1) {
+            let served = above.remote_blob();
+            if !served.is_some_and(|(blob, _)| self.store.served.of(&blob).load(Relaxed)) {
+                self.begin(j);
+            }
+        }
+    }
+
+    fn begin(&mut self, i: usize) {
+        let begun = !matches!(self.each[i], FetchState::NotNeeded);
+        if begun || self.missing[i].copy_of().is_some() {
+            return;
+        }
+        let (store, stacked, record) =
+            (self.store.clone(), self.missing[i].clone(), self.record.clone());
+        let (slots, progress) = (self.slots.clone(), self.progress.cloned());
+        self.each[i] = FetchState::Running(FetchTask(spawn("fetch a blob", async move {
+            let _slot = slots.acquire().await;
+            store.stored_blob(&stacked, &record, progress.as_ref()).await.map(drop)
+        })));
+    }
+
+    /// Waits for the blob of layer `i`, if that was begun.
+    async fn wait(&mut self, i: usize) -> Result<()> {
+        let FetchState::Running(fetch) = &mut self.each[i] else { return Ok(()) };
+        let ended = (&mut fetch.0).await;
+        self.each[i] = FetchState::Done;
+        ended.map_err(|e| Fault::internal(format!("a fetch failed: {e}")))?
+    }
+}
+
+/// The fault of a snapshot that was there a moment ago.
+fn vanished(name: &SnapshotKey) -> Fault {
+    Fault::new(Code::Aborted, format!("the snapshot {name} vanished while it was made"))
+        .hint("something else deletes snapshots in this containerd namespace; build again")
+}
+
 /// Ends a task with its last interest.
 struct FetchTask(JoinHandle<Result<()>>);
 
@@ -138,6 +287,22 @@ impl Drop for WorkingAgain<'_> {
     }
 }
 
+impl Record {
+    /// Lets the snapshotter read what it serves of the layers.
+    async fn enable_snapshotter(&self) {
+        let mut sources: Vec<Arc<dyn LayerSource>> = Vec::new();
+        for blob in self.layers.iter().filter(|c| c.is_served()).flat_map(|c| c.blobs()) {
+            let Some(source) = blob.place.source() else { continue };
+            if !sources.iter().any(|known| known.id() == source.id()) {
+                sources.push(source.clone());
+            }
+        }
+        for source in sources {
+            source.enable_snapshotter().await;
+        }
+    }
+}
+
 impl Inner {
     /// Makes the snapshot of `record` exist under its lease. `origin` is a vertex that ended
     /// already: it works again while there is something to do, and speaks instead of `progress`.
@@ -147,7 +312,10 @@ impl Inner {
         origin: Option<&Reporter>,
         progress: Option<&Reporter>,
     ) -> Result<()> {
-        let Some(step) = record.life.step(Stage::Committed).await else { return Ok(()) };
+        let Some(step) = record.life.step(Stage::Committed).await else {
+            record.enable_snapshotter().await;
+            return Ok(());
+        };
         let Some(top) = record.layers.last() else { return Ok(()) };
         self.ensure_lease(record).await?;
         let mut have = 0;
@@ -157,17 +325,20 @@ impl Inner {
                 break;
             }
         }
+        for stacked in &record.layers[..have] {
+            // Those that others had served: whether a blob is missing depends on it.
+            if !stacked.is_served() && stacked.remote_blob().is_some() {
+                let labels = self.storage.snapshots.stat(&stacked.snapshot).await?.labels;
+                stacked.served.store(labels.contains_key(REMOTE_SNAPSHOT), Relaxed);
+            }
+        }
         let missing = &record.layers[have..];
         if !missing.is_empty() {
             let _again = origin.map(WorkingAgain::begin);
             self.make_all(missing, record, origin.or(progress)).await?;
         }
         if !missing.is_empty() && !self.keep_snapshot(&record.lease, &top.snapshot).await? {
-            return Err(Fault::new(
-                Code::Aborted,
-                format!("the snapshot {} vanished while it was made", top.snapshot),
-            )
-            .hint("something else deletes snapshots in this containerd namespace; build again"));
+            return Err(vanished(&top.snapshot));
         }
         step.done();
         Ok(())
@@ -179,46 +350,19 @@ impl Inner {
         record: &Arc<Record>,
         progress: Option<&Reporter>,
     ) -> Result<()> {
-        let named = Arc::new(Semaphore::new(PARALLEL_FETCHES));
-        let fetches: Vec<Option<FetchTask>> =
-            missing.iter().map(|c| self.start_fetch(c, record, &named, progress)).collect();
-        for (stacked, fetch) in missing.iter().zip(fetches) {
-            self.make(stacked, record, fetch, progress).await.context(|| {
+        let mut fetches = Fetches::new(self, record, missing, progress);
+        for (i, stacked) in missing.iter().enumerate() {
+            self.make(i, &mut fetches).await.context(|| {
                 format!("make layer {} ({})", stacked.diff_id, record.latest_description())
             })?;
         }
         Ok(())
     }
 
-    fn start_fetch(
-        self: &Arc<Self>,
-        stacked: &Arc<StackedLayer>,
-        record: &Arc<Record>,
-        named: &Arc<Semaphore>,
-        progress: Option<&Reporter>,
-    ) -> Option<FetchTask> {
-        if stacked.copy_of().is_some() {
-            return None;
-        }
-        let (store, stacked, record, named, progress) =
-            (self.clone(), stacked.clone(), record.clone(), named.clone(), progress.cloned());
-        Some(FetchTask(spawn("fetch a blob", async move {
-            let _slot = named.acquire().await;
-            store.stored_blob(&stacked, &record, progress.as_ref()).await.map(drop)
-        })))
-    }
-
-    /// Makes one layer's snapshot on top of its parent's.
-    async fn make(
-        self: &Arc<Self>,
-        stacked: &Arc<StackedLayer>,
-        record: &Record,
-        fetch: Option<FetchTask>,
-        progress: Option<&Reporter>,
-    ) -> Result<()> {
-        if let Some(mut fetch) = fetch {
-            (&mut fetch.0).await.map_err(|e| Fault::internal(format!("a fetch failed: {e}")))??;
-        }
+    /// Makes the snapshot of the missing layer `i` on top of its parent's.
+    async fn make(self: &Arc<Self>, i: usize, fetches: &mut Fetches<'_>) -> Result<()> {
+        let (stacked, record, progress) = (&fetches.missing[i], fetches.record, fetches.progress);
+        fetches.wait(i).await?;
         let _one = stacked.applying.lock().await;
         if self.keep_snapshot(&record.lease, &stacked.snapshot).await? {
             return Ok(());
@@ -236,15 +380,60 @@ impl Inner {
                 return active.commit(&record.lease, &stacked.snapshot).await;
             }
         }
+        let Some(active) = self.ask(stacked, record, progress).await? else { return Ok(()) };
+        fetches.needed(i);
+        fetches.wait(i).await?;
         let blob = match self.stored_blob(stacked, record, progress).await {
             Err(e) if e.is_not_found() && stacked.copy_of().is_some() => {
                 self.pack(stacked, record, Compression::default()).await?.0
             }
             blob => blob?,
         };
-        let active = Active::prepare(self, "extract", stacked.parent.as_ref()).await?;
         self.apply(stacked, &blob, &active, progress).await?;
         active.commit(&record.lease, &stacked.snapshot).await
+    }
+
+    /// Asks the snapshotter for a layer; gives where to unpack it if there is no other way.
+    async fn ask(
+        self: &Arc<Self>,
+        stacked: &Arc<StackedLayer>,
+        record: &Record,
+        progress: Option<&Reporter>,
+    ) -> Result<Option<Active>> {
+        let mut labels = Labels::new();
+        let remote = stacked.remote_blob();
+        if let Some((blob, source)) = &remote {
+            source.enable_snapshotter().await;
+            labels.extend(source.remote_labels(blob).await.unwrap_or_default());
+        }
+        if stacked.is_exact() {
+            labels.insert(SNAPSHOT_REF.into(), stacked.chain_id.to_string());
+        }
+        let lease = match Active::unless_there(self, stacked, &labels).await? {
+            Ok(active) => return Ok(Some(active)),
+            Err(lease) => lease,
+        };
+        let name = &stacked.snapshot;
+        let kept = self.keep_snapshot(&record.lease, name).await?;
+        // It stays in the lease of the record alone.
+        let (store, snapshot) = (self.clone(), name.clone());
+        self.background.spawn("forget a snapshot", async move {
+            forget(&store.storage, &lease, &snapshot).await;
+        });
+        if !kept {
+            return Err(vanished(name));
+        }
+        if let Some((blob, _)) = remote {
+            let labels = self.storage.snapshots.stat(name).await?.labels;
+            if is_annotated(&blob) || labels.contains_key(REMOTE_SNAPSHOT) {
+                stacked.served.store(true, Relaxed);
+                self.served.of(&blob).store(true, Relaxed);
+                if let Some(p) = progress {
+                    p.status(format!("mounting {}", blob.digest), 0, 0, true);
+                }
+            }
+        }
+        Ok(None)
     }
 
     async fn apply(

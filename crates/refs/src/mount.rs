@@ -10,7 +10,10 @@ use std::{
     any::Any,
     ffi::CString,
     fs, io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::{Path, PathBuf},
     sync::{
         Arc, Weak,
@@ -26,6 +29,23 @@ const INERT: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(Moun
 
 /// Longest option text that mount(2) takes: a page with its ending zero.
 const OPTIONS_MAX: usize = 4000;
+
+/// Whether what `mount` shows is there without the snapshot that it was asked for: layers that
+/// a remote snapshotter serves are mounted only while somebody has a snapshot on top of them, and
+/// what is mounted without them has no files.
+pub(crate) fn is_lasting(mount: &Mount) -> bool {
+    let device = |dir: &Path| fs::metadata(dir).map(|m| m.dev()).ok();
+    // A mount point is on another device than the directory that it is in.
+    let plain = |dir: &PathBuf| {
+        let above = dir.parent().and_then(device);
+        above.is_some() && device(dir) == above
+    };
+    match mount {
+        Mount::Overlay(overlay) => overlay.lower.iter().all(plain),
+        Mount::Bind(bind) => plain(&bind.source),
+        Mount::Other(_) => false,
+    }
+}
 
 /// A state as a directory of the host, while this lives.
 pub struct LocalMount {
@@ -265,6 +285,24 @@ pub(crate) fn sweep(root: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use shipway_storage::{Bind, Upper};
+
+    #[test]
+    fn what_is_mounted_for_others_does_not_last() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::create_dir(path("a")).unwrap();
+        fs::create_dir(path("b")).unwrap();
+        let lasting = |lower: &[&str]| {
+            let lower = lower.iter().map(|name| path(name)).collect();
+            is_lasting(&Mount::Overlay(Overlay { lower, ..Overlay::default() }))
+        };
+        assert!(lasting(&["a", "b"]) && is_lasting(&Mount::bind(path("b"), true)));
+        mount("tmpfs", path("b"), "tmpfs", MountFlags::empty(), c"").unwrap();
+        let mounted = (lasting(&["a", "b"]), is_lasting(&Mount::bind(path("b"), true)));
+        unmount(path("b"), UnmountFlags::DETACH).unwrap();
+        assert_eq!(mounted, (false, false));
+        assert!(lasting(&["a", "b"]) && !lasting(&["a", "gone"]));
+    }
 
     #[test]
     fn nothing_in_a_mount_of_ours_is_of_use_to_those_who_reach_it() {

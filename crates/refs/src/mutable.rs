@@ -6,7 +6,7 @@ use crate::{
     exact,
     life::Stage,
     materialize::Active,
-    mount::WeakMount,
+    mount::{WeakMount, is_lasting},
     record::{Body, RecordMeta, fresh_id},
     store::{Inner, Record},
 };
@@ -269,7 +269,9 @@ pub(crate) async fn name(
 /// Remembers where a committed state's files are: in the place where they were written.
 pub(crate) fn remember(record: &Record, mounts: &[Mount], has_parent: bool) {
     if let [only @ (Mount::Overlay(_) | Mount::Bind(_))] = mounts {
-        let _ = record.shown.set(vec![only.read_only()]);
+        if is_lasting(only) {
+            let _ = record.shown.set(vec![only.read_only()]);
+        }
         if let (Some(stacked), Ok(OwnLayer::Tree(tree))) =
             (record.layers.last(), OwnLayer::of(mounts, has_parent))
         {

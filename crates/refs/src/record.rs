@@ -93,6 +93,8 @@ pub(crate) struct LayerMeta {
     pub diff_id: DiffId,
     /// Its blob, where one was known when the record was made.
     pub blob: Option<Descriptor>,
+    /// Where the blob was to be fetched from then, as [`crate::LayerSource::origin`] says it.
+    pub origin: Option<String>,
     /// Name of the snapshot whose top layer it is a copy of.
     pub copy_of: Option<SnapshotKey>,
     /// Name of the snapshot, where that has more than the layer.
@@ -134,6 +136,9 @@ pub const DOCUMENT_KIND: (&str, &str) = (KIND, "document");
 const KIND_LAYERS: &str = "layers";
 const KIND_NAMED: &str = "named";
 const PREFIX: &str = "shipway-ref-";
+/// Labels of layers and of their blobs' annotations; the number of the layer follows.
+const LAYER: &str = "shipway/layer.";
+const ANNOTATIONS: &str = "shipway/annotations.";
 /// containerd bounds a label's name and value together to 4096 bytes.
 const VALUE_MAX: usize = 3900;
 
@@ -162,6 +167,12 @@ pub(crate) fn labels_of(meta: &RecordMeta) -> Labels {
                 let mut text = layer.diff_id.to_string();
                 if let Some(blob) = &layer.blob {
                     text += &format!(" blob={},{},{}", blob.digest, blob.size, blob.media_type);
+                    if let Some(notes) = annotations_of(blob) {
+                        labels.insert(format!("{ANNOTATIONS}{i:04}"), notes);
+                    }
+                }
+                if let Some(origin) = &layer.origin {
+                    text += &format!(" origin={origin}");
                 }
                 if let Some(copy) = &layer.copy_of {
                     text += &format!(" copy={copy}");
@@ -178,7 +189,7 @@ pub(crate) fn labels_of(meta: &RecordMeta) -> Labels {
                         created.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis()
                     );
                 }
-                labels.insert(format!("shipway/layer.{i:04}"), text);
+                labels.insert(format!("{LAYER}{i:04}"), text);
             }
         }
         Body::Named { name, snapshot } => {
@@ -188,6 +199,13 @@ pub(crate) fn labels_of(meta: &RecordMeta) -> Labels {
         }
     }
     labels
+}
+
+/// The annotations of a blob's descriptor as a label has them: manifests that name the blob again
+/// repeat them. More of them than a label takes are not remembered.
+fn annotations_of(blob: &Descriptor) -> Option<String> {
+    let json = serde_json::to_string(&blob.annotations).ok();
+    json.filter(|json| !blob.annotations.is_empty() && json.len() <= VALUE_MAX)
 }
 
 /// Reads a lease back; `None` for leases that are not ours, or that another version wrote in a way
@@ -200,8 +218,8 @@ pub(crate) fn read(lease: &Lease) -> Option<(RefId, RecordMeta)> {
             lease
                 .labels
                 .iter()
-                .filter(|(k, _)| k.starts_with("shipway/layer."))
-                .map(|(_, v)| layer(v))
+                .filter_map(|(k, v)| Some((k.strip_prefix(LAYER)?, v)))
+                .map(|(i, v)| layer(v, label(&format!("{ANNOTATIONS}{i}"))))
                 .collect::<Option<_>>()?,
         ),
         KIND_NAMED => Body::Named {
@@ -222,11 +240,12 @@ pub(crate) fn read(lease: &Lease) -> Option<(RefId, RecordMeta)> {
     Some((id, meta))
 }
 
-fn layer(text: &str) -> Option<LayerMeta> {
+fn layer(text: &str, annotations: Option<&String>) -> Option<LayerMeta> {
     let mut words = text.split(' ');
     let mut meta = LayerMeta {
         diff_id: words.next()?.parse().ok()?,
         blob: None,
+        origin: None,
         copy_of: None,
         own: None,
         blob_only: false,
@@ -236,7 +255,12 @@ fn layer(text: &str) -> Option<LayerMeta> {
         if let Some(blob) = word.strip_prefix("blob=") {
             let mut parts = blob.splitn(3, ',');
             let (digest, size, media_type) = (parts.next()?, parts.next()?, parts.next()?);
-            meta.blob = Some(Descriptor::new(media_type, digest.parse().ok()?, size.parse().ok()?));
+            let mut blob = Descriptor::new(media_type, digest.parse().ok()?, size.parse().ok()?);
+            blob.annotations =
+                annotations.and_then(|a| serde_json::from_str(a).ok()).unwrap_or_default();
+            meta.blob = Some(blob);
+        } else if let Some(origin) = word.strip_prefix("origin=") {
+            meta.origin = Some(origin.to_owned());
         } else if let Some(chain) = word.strip_prefix("copy=") {
             meta.copy_of = Some(SnapshotKey(chain.into()));
         } else if let Some(own) = word.strip_prefix("own=") {
@@ -290,10 +314,13 @@ mod tests {
     #[test]
     fn records_survive_their_labels() {
         let d = DiffId(Digest::of("x"));
+        let mut blob = Descriptor::new("a/b+gzip", Digest::of("blob"), 7);
+        blob.annotations.insert("k".into(), "a value, with \"quotes\"".into());
         let layers = vec![
             LayerMeta {
                 diff_id: d,
-                blob: Some(Descriptor::new("a/b+gzip", Digest::of("blob"), 7)),
+                blob: Some(blob),
+                origin: Some("r.example/a:1@sha256:x".into()),
                 copy_of: Some(SnapshotKey(d.to_string())),
                 own: Some(exact::own_name()),
                 blob_only: true,
@@ -302,6 +329,7 @@ mod tests {
             LayerMeta {
                 diff_id: d,
                 blob: None,
+                origin: None,
                 copy_of: None,
                 own: None,
                 blob_only: false,

@@ -2,7 +2,7 @@
 
 use crate::{
     Compression, CompressionKind, ImmutableRef, LayerBlob, LazyLayer, RefStore,
-    blobs::{Feed, Sink},
+    blobs::{Feed, Fetch, Sink},
     store::Record,
 };
 use shipway_fault::{Context as _, Result};
@@ -24,7 +24,7 @@ impl ImmutableRef {
         progress: Option<&Reporter>,
     ) -> Result<ImmutableRef> {
         // A table of contents is made of what comes out.
-        let blobs = self.blobs(compression.plain(), true, progress).await?;
+        let blobs = self.blobs(compression.plain(), Fetch::Everything, progress).await?;
         let common =
             blobs.iter().zip(base).take_while(|(blob, base)| blob.diff_id == **base).count();
         if common == blobs.len() {

@@ -1,15 +1,15 @@
 //! The store: finds and makes states.
 
 use crate::{
-    ImmutableRef, LazyLayer, MutableRef, RecordType, RefId,
+    ImmutableRef, LayerOrigins, LayerSource, LazyLayer, MutableRef, RecordType, RefId,
     background::Background,
     durable::{self, Durable},
     exact::{self, Distrusted},
     immutable::RefInner,
     last_used::LastUsed,
-    layer::{KnownBlob, Place, StackedLayer},
+    layer::{KnownBlob, NoOrigins, Place, StackedLayer},
     life::{Life, Stage},
-    materialize::Active,
+    materialize::{Active, Served},
     mount::{self, WeakMount},
     named::NamedTable,
     record::{self, Body, KIND, KIND_RUN, LayerMeta, RecordMeta, fresh_id, lease_of},
@@ -17,9 +17,11 @@ use crate::{
 };
 use parking_lot::Mutex;
 use shipway_fault::{Context as _, Result};
-use shipway_oci::{ChainId, DiffId, Digest};
+use shipway_oci::{ChainId, Descriptor, DiffId, Digest};
 use shipway_progress::Reporter;
-use shipway_storage::{LeaseId, LeaseResource, Mount, SnapshotInfo, SnapshotKey, Storage};
+use shipway_storage::{
+    LeaseId, LeaseResource, Mount, REMOTE_SNAPSHOT, SnapshotInfo, SnapshotKey, Storage,
+};
 use shipway_task::blocking;
 use shipway_treehash::TreeIndex;
 use std::{
@@ -42,6 +44,8 @@ pub(crate) struct Inner {
     pub uses: LastUsed,
     pub named: NamedTable,
     pub distrusted: Distrusted,
+    /// Which layers the snapshotter is known to serve.
+    pub served: Served,
     pub pruning: tokio::sync::Mutex<()>,
     /// Leases that should have ended.
     leases_to_retry: Mutex<Vec<LeaseId>>,
@@ -95,11 +99,14 @@ impl Record {
 
     pub fn meta(&self) -> RecordMeta {
         let layers = self.layers.iter().map(|c| {
-            let blob = c.describe().blob;
+            let best = c.best_blob();
+            let origin = best.as_ref().and_then(|b| b.place.source()?.origin());
+            let blob = best.map(|b| b.descriptor);
             let own = c.own.then(|| c.snapshot.clone());
             LayerMeta {
                 diff_id: c.diff_id,
                 blob,
+                origin,
                 copy_of: c.copy_of(),
                 own,
                 blob_only: c.is_blob_only(),
@@ -138,9 +145,28 @@ impl RefStore {
         Self::open_in_boot(storage, root, &durable::boot_id()?).await
     }
 
+    /// [`RefStore::open`] where layers that an earlier run had not fetched can still be fetched,
+    /// from what `origins` finds.
+    pub async fn open_with(
+        storage: Storage,
+        root: PathBuf,
+        origins: &dyn LayerOrigins,
+    ) -> Result<Self> {
+        Self::opened(storage, root, &durable::boot_id()?, origins).await
+    }
+
     /// [`RefStore::open`] in the life of the machine that is called `boot`: of an earlier one only
     /// what is on the disk is left.
     pub async fn open_in_boot(storage: Storage, root: PathBuf, boot: &str) -> Result<Self> {
+        Self::opened(storage, root, boot, &NoOrigins).await
+    }
+
+    async fn opened(
+        storage: Storage,
+        root: PathBuf,
+        boot: &str,
+        origins: &dyn LayerOrigins,
+    ) -> Result<Self> {
         let mounts = root.join("mnt");
         let points = mounts.clone();
         blocking("sweep mounts", move || mount::sweep(&points)).await?;
@@ -153,12 +179,13 @@ impl RefStore {
             uses: LastUsed::load(root.join("uses.json")),
             named: NamedTable::default(),
             distrusted: Distrusted::default(),
+            served: Served::default(),
             pruning: Default::default(),
             leases_to_retry: Mutex::default(),
             records: Mutex::default(),
             stack: Mutex::default(),
         };
-        inner.load().await.context(|| "read the build cache's leases in containerd")?;
+        inner.load(origins).await.context(|| "read the build cache's leases in containerd")?;
         Ok(Self(Arc::new(inner)))
     }
 
@@ -258,11 +285,54 @@ impl RefStore {
 
 const SCRATCH: &str = "scratch";
 
+/// Where the blobs are that records name.
+struct Origins<'a> {
+    origins: &'a dyn LayerOrigins,
+    /// The sources that were found; layers of one image share theirs.
+    sources: HashMap<String, Option<Arc<dyn LayerSource>>>,
+    /// What the content store has, once that was asked.
+    stored: Option<HashSet<Digest>>,
+}
+
+impl Origins<'_> {
+    /// Where a blob is that came from `origin`.
+    async fn place(
+        &mut self,
+        store: &Inner,
+        blob: &Descriptor,
+        origin: Option<String>,
+    ) -> Result<Place> {
+        let Some(origin) = origin else { return Ok(Place::Stored(None)) };
+        let origins = self.origins;
+        let find = |origin: &String| origins.source(origin);
+        let source = self.sources.entry(origin).or_insert_with_key(find).clone();
+        let Some(source) = source else { return Ok(Place::Stored(None)) };
+        let stored = match &mut self.stored {
+            Some(stored) => stored,
+            none => {
+                let all = store.storage.content.list(&[]).await?;
+                none.insert(all.into_iter().map(|b| b.digest).collect())
+            }
+        };
+        Ok(match stored.contains(&blob.digest) {
+            true => Place::Stored(Some(source)),
+            false => Place::Remote(source),
+        })
+    }
+}
+
 impl Inner {
-    async fn load(&self) -> Result<()> {
+    async fn load(&self, origins: &dyn LayerOrigins) -> Result<()> {
         let leases = self.storage.leases.list(&[format!("labels.\"{KIND}\"")]).await?;
         let all = self.storage.snapshots.list(&[]).await?;
         self.distrusted.learn(&all);
+        let served: HashSet<SnapshotKey> = all
+            .iter()
+            .filter(|s| s.labels.contains_key(REMOTE_SNAPSHOT))
+            .map(|s| s.key.clone())
+            .collect();
+        self.served.learn(!served.is_empty());
+        let mut known = Origins { origins, sources: HashMap::new(), stored: None };
         let (lost, whole): (Vec<_>, Vec<_>) =
             all.into_iter().partition(|s| self.durable.is_lost(&s.key, &s.labels));
         let lost: HashMap<SnapshotKey, Option<SnapshotKey>> =
@@ -290,12 +360,14 @@ impl Inner {
                             None => self.stacked_layer(layer.diff_id, below),
                         };
                         if let Some(descriptor) = layer.blob.clone() {
-                            stacked.know(KnownBlob::stored(descriptor));
+                            let place = known.place(self, &descriptor, layer.origin.clone());
+                            stacked.know(KnownBlob { place: place.await?, descriptor });
                         }
                         if let Some(original) = &layer.copy_of {
                             stacked.set_copy_of(original.clone());
                         }
                         stacked.blob_only.store(layer.blob_only, Ordering::Relaxed);
+                        stacked.served.store(served.contains(&stacked.snapshot), Ordering::Relaxed);
                         if let Some(created) = layer.created {
                             stacked.set_created(created);
                         }
@@ -540,6 +612,11 @@ impl Inner {
         match self.storage.snapshots.stat(name).await {
             Err(e) if e.is_not_found() => return Ok(false),
             Ok(info) if !self.distrusted.accepts(&info) => return Err(exact::taken(name)),
+            Ok(info) if info.labels.contains_key(REMOTE_SNAPSHOT) => {
+                if let Some(stacked) = self.known_layer(name) {
+                    stacked.served.store(true, Ordering::Relaxed);
+                }
+            }
             other => drop(other?),
         }
         self.durable.check(name)?;

@@ -112,7 +112,11 @@ impl Inner {
         let mut whole = true;
         for stacked in record.layers.iter().filter(|c| !parents.contains(&c.snapshot)) {
             match self.storage.snapshots.usage(&stacked.snapshot).await {
-                Ok(usage) => size += usage.bytes,
+                Ok(usage) => {
+                    size += usage.bytes;
+                    // More of it comes to the disk as it is read.
+                    whole &= !stacked.is_served();
+                }
                 Err(e) if e.is_not_found() => whole = false,
                 Err(e) => return Err(e),
             }

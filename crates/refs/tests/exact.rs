@@ -181,7 +181,7 @@ async fn equal_steps_on_what_no_layer_tells_are_one() {
     store.drained().await;
     assert_eq!(lab.fake.count().snapshots, count);
     // The same layers as an image are another thing.
-    let blobs = one.blobs(Compression::default(), true, None).await.unwrap();
+    let blobs = one.blobs(Compression::default(), Fetch::Everything, None).await.unwrap();
     let lazy = blobs.iter().map(|b| LazyLayer {
         diff_id: b.diff_id,
         descriptor: b.descriptor.clone(),
@@ -242,7 +242,7 @@ async fn what_another_version_committed_is_not_taken_for_a_step() {
         let top = step(&store, Some(&state), |root| write(&root.join("y"), "y")).await;
         assert_eq!(shown(&top, owner).await, 0);
         // An image of the same layer is unpacked anew.
-        let blobs = state.blobs(Compression::default(), true, None).await.unwrap();
+        let blobs = state.blobs(Compression::default(), Fetch::Everything, None).await.unwrap();
         let layer = LazyLayer {
             diff_id: blobs[0].diff_id,
             descriptor: blobs[0].descriptor.clone(),

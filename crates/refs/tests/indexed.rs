@@ -52,7 +52,7 @@ async fn step(store: &RefStore, parent: Option<&ImmutableRef>, name: &str) -> Im
 }
 
 async fn blobs(state: &ImmutableRef, compression: Compression) -> Vec<LayerBlob> {
-    state.blobs(compression, true, None).await.unwrap()
+    state.blobs(compression, Fetch::Everything, None).await.unwrap()
 }
 
 fn kinds(blobs: &[LayerBlob]) -> Vec<CompressionKind> {

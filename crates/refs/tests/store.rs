@@ -7,7 +7,7 @@ use shipway_fault::{Fault, Result};
 use shipway_oci::{DiffId, Digest};
 use shipway_progress::{Event, Journal, Reporter};
 use shipway_refs::*;
-use shipway_storage::{ContentStore, LeaseId, fake::FakeStorage};
+use shipway_storage::{BlobReader, ContentStore, LeaseId, fake::FakeStorage};
 use std::{
     fs,
     os::unix::fs::MetadataExt,
@@ -159,6 +159,10 @@ impl LayerSource for Registry {
         content.put(lease, blob.clone(), &Default::default()).await.map(drop)
     }
 
+    async fn open(&self, layer: &shipway_oci::Descriptor) -> Result<Box<dyn BlobReader>> {
+        Err(Fault::unimplemented(format!("passing {} on", layer.digest)))
+    }
+
     fn describe(&self) -> String {
         "example.org/app:1".into()
     }
@@ -166,7 +170,7 @@ impl LayerSource for Registry {
 
 /// Layers of a state as an image in a registry would have them.
 async fn published(state: &ImmutableRef, store: &RefStore) -> (Vec<LayerBlob>, Arc<Registry>) {
-    let layers = state.blobs(Compression::default(), true, None).await.unwrap();
+    let layers = state.blobs(Compression::default(), Fetch::Everything, None).await.unwrap();
     let mut blobs = Vec::new();
     for layer in &layers {
         blobs.push(
@@ -208,14 +212,17 @@ async fn an_image_is_fetched_when_somebody_needs_it_and_once() {
     let from = Some("example.org/app:1".to_owned());
     let unfetched: Vec<LayerBlob> =
         layers.iter().map(|l| LayerBlob { lazy: from.clone(), ..l.clone() }).collect();
-    assert_eq!(image.blobs(Compression::default(), false, None).await.unwrap(), unfetched);
+    assert_eq!(image.blobs(Compression::default(), Fetch::Nothing, None).await.unwrap(), unfetched);
     assert_eq!(source.fetched.load(Ordering::SeqCst), 0);
     let (a, b) = tokio::join!(image.materialize(None), same.materialize(None));
     a.and(b).unwrap();
     assert_eq!(source.fetched.load(Ordering::SeqCst), 2);
     assert_eq!(read(&image, "one").await.as_deref(), Some("1"));
     let child = step(&store, Some(&image), "three", "3").await;
-    assert_eq!(child.blobs(Compression::default(), true, None).await.unwrap()[..2], layers);
+    assert_eq!(
+        child.blobs(Compression::default(), Fetch::Everything, None).await.unwrap()[..2],
+        layers
+    );
     lab.fake.gc();
     assert_eq!(read(&child, "two").await.as_deref(), Some("2"));
 }
@@ -289,10 +296,15 @@ async fn blobs_are_made_once_found_again_and_changed_on_demand() {
     let store = lab.open().await;
     let state = step(&store, None, "one", "1").await;
     state.start_compression(Compression::default(), std::future::pending());
-    let gzip = state.blobs(Compression::default(), true, None).await.unwrap();
+    let gzip = state.blobs(Compression::default(), Fetch::Everything, None).await.unwrap();
     let zstd = Compression { kind: CompressionKind::Zstd, ..Default::default() };
-    assert_eq!(state.blobs(zstd, true, None).await.unwrap(), gzip, "what is there is used");
-    let forced = state.blobs(Compression { force: true, ..zstd }, true, None).await.unwrap();
+    assert_eq!(
+        state.blobs(zstd, Fetch::Everything, None).await.unwrap(),
+        gzip,
+        "what is there is used"
+    );
+    let forced =
+        state.blobs(Compression { force: true, ..zstd }, Fetch::Everything, None).await.unwrap();
     assert_eq!(
         CompressionKind::of_media_type(&forced[0].descriptor.media_type),
         Some(CompressionKind::Zstd)
@@ -311,7 +323,7 @@ async fn blobs_are_made_once_found_again_and_changed_on_demand() {
     lab.fake.gc();
     let state = store.get(&id).await.unwrap();
     let blobs = lab.fake.count().blobs;
-    assert_eq!(state.blobs(Compression::default(), true, None).await.unwrap(), gzip);
+    assert_eq!(state.blobs(Compression::default(), Fetch::Everything, None).await.unwrap(), gzip);
     assert_eq!(lab.fake.count().blobs, blobs);
 }
 
@@ -321,7 +333,7 @@ async fn a_layer_packed_at_its_commit_is_the_one_packed_later() {
     let store = lab.open().await;
     let later = step(&store, None, "one", "1")
         .await
-        .blobs(Compression::default(), true, None)
+        .blobs(Compression::default(), Fetch::Everything, None)
         .await
         .unwrap();
     store.drained().await;
@@ -341,7 +353,7 @@ async fn a_layer_packed_at_its_commit_is_the_one_packed_later() {
     // Only the state keeps it: the lease that outlives states has nothing left.
     store.drained().await;
     lab.fake.gc();
-    assert_eq!(state.blobs(Compression::default(), true, None).await.unwrap(), later);
+    assert_eq!(state.blobs(Compression::default(), Fetch::Everything, None).await.unwrap(), later);
     assert_eq!(lab.fake.count().blobs, blobs, "nothing was packed again");
     assert_eq!(lab.fake.count().leases, 1);
 
@@ -366,7 +378,13 @@ async fn a_layer_packed_at_its_commit_is_the_one_packed_later() {
     let store = lab.open().await;
     lab.fake.gc();
     assert_eq!(
-        store.get(&id).await.unwrap().blobs(Compression::default(), true, None).await.unwrap(),
+        store
+            .get(&id)
+            .await
+            .unwrap()
+            .blobs(Compression::default(), Fetch::Everything, None)
+            .await
+            .unwrap(),
         later
     );
 }
@@ -384,8 +402,11 @@ async fn merged_layers_keep_their_digests() {
     );
     let layers = merged.layers().await.unwrap();
     assert_eq!(layers[1].diff_id, added.layers().await.unwrap()[0].diff_id);
-    let blobs = merged.blobs(Compression::default(), true, None).await.unwrap();
-    assert_eq!(blobs[1], added.blobs(Compression::default(), true, None).await.unwrap()[0]);
+    let blobs = merged.blobs(Compression::default(), Fetch::Everything, None).await.unwrap();
+    assert_eq!(
+        blobs[1],
+        added.blobs(Compression::default(), Fetch::Everything, None).await.unwrap()[0]
+    );
     let diff = store.diff(Some(&base), Some(&merged), "diff").await.unwrap();
     assert_eq!(
         (read(&diff, "base").await, read(&diff, "added").await.as_deref()),
@@ -415,7 +436,7 @@ async fn a_merge_that_nobody_needed_yet_is_whole() {
         store.storage().leases.delete(&lease.id, false).await.unwrap();
     }
     assert!(store.get(merged.id()).await.is_none());
-    assert!(merged.blobs(Compression::default(), true, None).await.is_err());
+    assert!(merged.blobs(Compression::default(), Fetch::Everything, None).await.is_err());
     drop((base, merged));
     store.drained().await;
     let left = store.storage().leases.list(&[]).await.unwrap();
@@ -464,7 +485,7 @@ async fn blobs_of_merged_layers_need_nothing_of_what_lies_below() {
         .unwrap();
     let added = step(&store, None, "added", "a").await;
     let merged = store.merge(&[base, added], "merge").await.unwrap();
-    let blobs = merged.blobs(Compression::default(), false, None).await.unwrap();
+    let blobs = merged.blobs(Compression::default(), Fetch::Nothing, None).await.unwrap();
     assert_eq!(blobs.iter().map(|b| b.lazy.is_some()).collect::<Vec<_>>(), [true, false]);
     assert!(
         store.storage().content.info(blobs[0].descriptor.digest).await.is_err(),

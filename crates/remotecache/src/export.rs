@@ -14,7 +14,7 @@ use shipway_buildcache::CacheIndex;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{Descriptor, DiffId, Digest, ImageName, Index, Manifest, media};
 use shipway_progress::Reporter;
-use shipway_refs::{Compression, ImmutableRef, LayerBlob};
+use shipway_refs::{Compression, Fetch, ImmutableRef, LayerBlob};
 use shipway_solver::CacheKey;
 use shipway_storage::{BlobReader, ContentStore, DISTRIBUTION_SOURCE, UNCOMPRESSED};
 use std::{
@@ -184,7 +184,7 @@ impl Export {
 
     /// The records alone, for the config of the image of `root` (row `rc.inline`).
     pub async fn inline(&self, root: &ImmutableRef) -> Result<Vec<u8>> {
-        let blobs = root.blobs(self.compression, false, None).await?;
+        let blobs = root.blobs(self.compression, Fetch::Nothing, None).await?;
         let image: Vec<DiffId> = blobs.iter().map(|blob| blob.diff_id).collect();
         self.config.inline(&image)
     }
@@ -203,7 +203,8 @@ impl Export {
         let work = blobs.into_iter().map(|blob| async move {
             let status = format!("writing layer {}", blob.digest);
             reporter.status(status.clone(), 0, 0, false);
-            let written = writer.layer(&blob, self.source(&blob, content, options, reporter), self.origin(&blob)).await;
+            let bytes = self.source(&blob, content);
+            let written = writer.layer(&blob, bytes, self.origin(&blob)).await;
             reporter.status(status, 0, 0, true);
             match written {
                 // Its source has it no longer; the rest is still useful.
@@ -253,7 +254,7 @@ impl Export {
             .iter()
             .find(|l| l.blob == blob.digest)
             .and_then(|l| l.annotations.as_ref()?.diff_id);
-        // How a table of contents is found in it, for one.
+        // How a table of contents is found in it, for one: a snapshotter serves the layer by that.
         let public = blob.annotations.iter().filter(|(key, _)| !is_private(key));
         layer.annotations.extend(public.map(|(k, v)| (k.clone(), v.clone())));
         layer
@@ -267,22 +268,10 @@ impl Export {
         self.lazy.get(&blob.digest)?.origin.parse().ok()
     }
 
-    /// How to read the blob, fetched before if it has to be.
-    fn source(
-        &self,
-        blob: &Descriptor,
-        content: &Arc<dyn ContentStore>,
-        options: &ExportOptions,
-        reporter: &Reporter,
-    ) -> LayerBytes {
+    /// How to read the blob.
+    fn source(&self, blob: &Descriptor, content: &Arc<dyn ContentStore>) -> LayerBytes {
         let lazy = self.lazy.get(&blob.digest).map(|lazy| lazy.state.clone());
-        LayerBytes {
-            digest: blob.digest,
-            lazy,
-            content: content.clone(),
-            compression: options.compression,
-            reporter: reporter.clone(),
-        }
+        LayerBytes { digest: blob.digest, lazy, content: content.clone() }
     }
 }
 
@@ -297,17 +286,15 @@ pub struct LayerBytes {
     digest: Digest,
     lazy: Option<ImmutableRef>,
     content: Arc<dyn ContentStore>,
-    compression: Compression,
-    reporter: Reporter,
 }
 
 impl LayerBytes {
-    /// A reader of them, once they were fetched if they have to be.
+    /// A reader of them. Those that are not here are passed on from where they are.
     pub async fn open(self) -> Result<Box<dyn BlobReader>> {
-        if let Some(state) = &self.lazy {
-            state.blobs(self.compression, true, Some(&self.reporter)).await?;
+        match &self.lazy {
+            Some(state) => state.blob_reader(self.digest).await,
+            None => self.content.reader(self.digest).await,
         }
-        self.content.reader(self.digest).await
     }
 }
 
@@ -316,7 +303,7 @@ async fn result(
     options: &ExportOptions,
     reporter: &Reporter,
 ) -> Result<(Vec<LayerBlob>, Vec<SystemTime>)> {
-    let blobs = state.blobs(options.compression, false, Some(reporter)).await?;
+    let blobs = state.blobs(options.compression, Fetch::Nothing, Some(reporter)).await?;
     Ok((blobs, state.layer_times().await?))
 }
 

@@ -52,10 +52,24 @@ pub struct Config {
     pub history: Option<History>,
     /// Frontends.
     pub frontend: Frontends,
+    /// Images that are used before they are fetched.
+    pub lazy: Lazy,
     /// Limits.
     pub system: System,
     /// Settings of the gha cache; the log says that there is none.
     pub cache: Option<toml::Table>,
+}
+
+/// Images that are used before they are fetched.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Lazy {
+    /// When the blobs of layers that a remote snapshotter serves are fetched for an image in the
+    /// store: `now`, `async` or `on-push`.
+    pub blobs: Option<String>,
+    /// Control socket of shipway-snapshotter.
+    #[serde(rename = "snapshotterControl")]
+    pub snapshotter_control: Option<String>,
 }
 
 /// Logging.

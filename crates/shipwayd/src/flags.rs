@@ -119,6 +119,10 @@ pub struct Flags {
     /// always, never
     #[arg(long = "prefer-local-images")]
     pub prefer_local_images: Option<String>,
+    /// When blobs that a remote snapshotter does without are fetched for images in the store: now,
+    /// async, on-push
+    #[arg(long = "lazy-blobs")]
+    pub lazy_blobs: Option<String>,
     /// AppArmor profile of steps
     #[arg(long = "containerd-worker-apparmor-profile")]
     pub apparmor_profile: Option<String>,

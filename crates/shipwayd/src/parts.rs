@@ -26,7 +26,7 @@ use shipway_registry::Registry;
 use shipway_remotecache::Backends;
 use shipway_session::SessionHub;
 use shipway_solver::{Limits, Solver};
-use shipway_sources::{SourceOptions, Sources};
+use shipway_sources::{LayerSources, SourceOptions, Sources};
 use shipway_storage::Storage;
 use std::{fs::File, path::Path, sync::Arc};
 
@@ -42,6 +42,9 @@ pub struct Parts {
     _locks: Vec<File>,
 }
 
+/// containerd's own snapshotters.
+const LOCAL_SNAPSHOTTERS: [&str; 7] =
+    ["overlayfs", "native", "btrfs", "zfs", "devmapper", "blockfile", "erofs"];
 /// Directories below the root, each with an owner of its own.
 const PLACES: [&str; 4] = ["executor", "refs", "history", "sockets"];
 /// Our own lock, and the one of a buildkitd that might have the same root.
@@ -72,6 +75,8 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         registry,
         import_deadline,
         prefer_local_images,
+        lazy_blobs,
+        snapshotter_control,
         replace_managed_images,
         publish_namespaces,
         history,
@@ -109,12 +114,14 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
     let executor = TaskExecutor::new(&containerd, &namespace, tasks)?;
     executor.sweep().await.context(|| "remove what an earlier run left in containerd")?;
     let network = if executor.has_cni() { "cni" } else { "host" };
-    let refs = RefStore::open(storage.clone(), root.join("refs")).await?;
-
     let registry = Registry::new(registry);
+    // containerd's own snapshotters fetch nothing, so they get no credentials.
+    let control = (!LOCAL_SNAPSHOTTERS.contains(&&*snapshotter)).then_some(snapshotter_control);
+    let layers = LayerSources::new(registry.clone(), control);
+    let refs = RefStore::open_with(storage.clone(), root.join("refs"), &layers).await?;
     let sessions = SessionHub::new();
     let options =
-        SourceOptions { prefer: prefer_local_images, files: Some(root.join("files.json")) };
+        SourceOptions { prefer: prefer_local_images, files: Some(root.join("files.json")), layers };
     let sources = Sources::new(refs.clone(), registry.clone(), options);
     let publishing = Publishing {
         namespaces: Arc::new(ContainerdNamespaces::new(&containerd, &snapshotter)),
@@ -128,6 +135,7 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         sessions.clone(),
         replace_managed_images,
         publishing,
+        lazy_blobs,
     );
     let caches = CacheIndex::open(&root.join("cache.redb"), refs.clone())?;
     let solver = Solver::new(Arc::new(caches.clone()), Limits { max_parallel: max_parallelism });

@@ -11,6 +11,7 @@ use crate::{
 use shipway_containerd::{NetworkConfig, NetworkDefault, RuntimeOptions, TaskConfig};
 use shipway_daemon::{LogFormat, LogLevel};
 use shipway_executor::etc::Dns;
+use shipway_exporters::LazyBlobs;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_gocompat::parse_bool;
 use shipway_grpc::ServerTls;
@@ -23,6 +24,8 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 /// Default address of containerd.
 const CONTAINERD: &str = "/run/containerd/containerd.sock";
+/// Default control socket of shipway-snapshotter.
+const SNAPSHOTTER_CONTROL: &str = "/run/shipway-snapshotter/control.sock";
 /// Default directory of the JSON files that provenance has about this daemon.
 const PROVENANCE: &str = "/etc/buildkit/provenance.d";
 /// How long a list of platforms is good (row `toml.sys`).
@@ -104,6 +107,10 @@ pub struct Settings {
     pub import_deadline: Duration,
     /// Which images of the store are taken without asking their registry.
     pub prefer_local_images: LocalImages,
+    /// When blobs are fetched that images in the store do without.
+    pub lazy_blobs: LazyBlobs,
+    /// Control socket of shipway-snapshotter.
+    pub snapshotter_control: PathBuf,
     /// Names of images that Kubernetes manages and that builds may take.
     pub replace_managed_images: Vec<String>,
     /// Further namespaces that images in the store are published to.
@@ -155,6 +162,7 @@ impl Settings {
             dns,
             history,
             frontend,
+            lazy,
             system,
             cache,
         } = config;
@@ -472,6 +480,13 @@ impl Settings {
                 None => LocalImages::default(),
                 Some(text) => text.parse().context(|| "preferLocalImages")?,
             },
+            lazy_blobs: match flags.lazy_blobs.or(lazy.blobs) {
+                None => LazyBlobs::default(),
+                Some(text) => text.parse().context(|| "lazy.blobs")?,
+            },
+            snapshotter_control: lazy
+                .snapshotter_control
+                .map_or_else(|| SNAPSHOTTER_CONTROL.into(), PathBuf::from),
             replace_managed_images,
             publish_namespaces,
             history,

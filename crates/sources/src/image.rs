@@ -12,7 +12,8 @@ use crate::{
     keyed_locks::KeyedLocks,
     keys,
     port::Source,
-    remote::{ClientRemote, LayerSources, RegistryRemote, Remote},
+    remote::{ClientRemote, LayerSources, RegistryImage, RegistryRemote, Remote},
+    snapshotter::RemoteImage,
 };
 use async_trait::async_trait;
 pub use attrs::LocalImages;
@@ -21,12 +22,13 @@ pub(crate) use resolve::ResolvedName;
 pub use resolve::document_lease;
 use resolve::{NameResolver, Resolved};
 use serde::Serialize;
-use shipway_attest::{self as attest, Capture};
+use shipway_attest::{self as attest, Capture, Stored};
 use shipway_fault::{Code, Fault, Result};
 use shipway_llb::{ImageFacts, ResolveMode, ResolveOptions, SourceFacts, attr};
 use shipway_oci::{ChainId, Descriptor, DiffId, Digest, Platform};
-use shipway_refs::{ImmutableRef, LazyLayer, RefStore};
+use shipway_refs::{ImmutableRef, LayerOrigins as _, LazyLayer, RefStore};
 use shipway_registry::{Mode as Access, Registry};
+use shipway_storage::{LAYER_ORIGIN, Labels};
 use std::{sync::Arc, time::SystemTime};
 
 /// Images of registries, or of clients' layouts.
@@ -167,11 +169,28 @@ impl Source for ImageSource {
         if diffs.is_empty() {
             return self.refs.scratch();
         }
-        let source = self.layers.of(self.remote(&image, &*cx.clients).await?);
+        // What was built here may lie on layers that are not here, and are not found under its own
+        // name.
+        let built = matches!(found.stored, Some(Stored::Built(_)));
+        let origins = match built {
+            true => self.refs.storage().content.info(found.digest).await?.labels,
+            false => Labels::new(),
+        };
+        let from_registry = self.kind == ImageKind::Registry && !built;
+        let place = from_registry.then(|| RegistryImage {
+            image: RemoteImage {
+                name: image.name.clone().with_digest(found.digest),
+                layers: blobs.iter().map(|blob| blob.digest).collect(),
+            },
+            credentials: cx.clients.credentials(),
+        });
+        let source = self.layers.of(self.remote(&image, &*cx.clients).await?, place);
         let mut layers = Vec::with_capacity(diffs.len());
         for (diff_id, descriptor) in diffs.iter().zip(blobs) {
             let here = self.refs.storage().content.has(descriptor).await?;
-            let source = (!here).then(|| source.clone());
+            let origin = origins.get(&format!("{LAYER_ORIGIN}.{}", descriptor.digest));
+            let known = || origin.and_then(|origin| self.layers.source(origin));
+            let source = (!here).then(|| known().unwrap_or_else(|| source.clone()));
             layers.push(LazyLayer {
                 diff_id: *diff_id,
                 descriptor: descriptor.clone(),

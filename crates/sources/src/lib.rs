@@ -22,12 +22,13 @@ mod memo;
 mod port;
 mod remote;
 mod session;
+mod snapshotter;
 mod sources;
 
 pub use clients::SshAgent;
 pub use image::{LocalImages, document_lease};
 pub use memo::SourceMemo;
 pub use port::{PinnedSource, SourceContext, SourceSpec};
-pub use remote::{BlobStream, ClientRemote, RegistryRemote, Remote};
+pub use remote::{BlobStream, ClientRemote, LayerSources, RegistryRemote, Remote};
 pub use session::{SessionCredentials, forwarded_agent};
 pub use sources::{SourceOptions, Sources};

@@ -1,27 +1,38 @@
 //! Where the documents and layers of an image, or of a cache, are fetched from: the port
 //! [`Remote`], a registry's repository, and a content store of a client.
 
-use crate::{SessionCredentials, keyed_locks::KeyedLocks};
+use crate::{
+    SessionCredentials,
+    keyed_locks::KeyedLocks,
+    snapshotter::{RemoteImage, SnapshotterControl},
+};
 use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::Mutex;
-use shipway_fault::{Context, Fault, Result};
-use shipway_oci::{Descriptor, Digest, ImageName, media};
+use shipway_fault::{Code, Context, Fault, Result};
+use shipway_oci::{Descriptor, Digest, Hasher, ImageName, media};
 use shipway_progress::Reporter;
-use shipway_refs::{LayerSource, LayerSourceId};
-use shipway_registry::Repository;
+use shipway_refs::{LayerOrigins, LayerSource, LayerSourceId, is_for_snapshotters};
+use shipway_registry::{Anonymous, CredentialSource, Mode, Registry, Repository};
 use shipway_session::{ClientBlob, ClientStore, SessionGroup, SessionId};
 use shipway_storage::{BlobReader, ContentStore, DISTRIBUTION_SOURCE, Ingest, Labels, LeaseId};
 use std::{
     collections::HashMap,
+    fmt,
+    path::PathBuf,
     sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
 /// How often a transfer reports its progress.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
+/// Docker Hub in names of images, and the host whose credentials clients have for it.
+const DOCKER_HUB: &str = "docker.io";
+const DOCKER_HUB_HOST: &str = "registry-1.docker.io";
 /// How long a registry is waited for where there is something else to go by.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the snapshotter is not given the same credentials again: every layer of an image asks.
+const GIVEN: Duration = Duration::from_secs(60);
 /// Largest manifest, index or config that is read.
 pub(crate) const MAX_DOCUMENT: u64 = 4 << 20;
 
@@ -66,6 +77,11 @@ pub trait Remote: Send + Sync {
 
     /// The same place with the credentials of `sessions`; `None` where credentials play no part.
     fn for_sessions(&self, _sessions: &SessionGroup) -> Option<Arc<dyn Remote>> {
+        None
+    }
+
+    /// The repository that it is, if it is one of a registry.
+    fn repository(&self) -> Option<ImageName> {
         None
     }
 
@@ -144,6 +160,10 @@ impl Remote for RegistryRemote {
     /// Says where a blob came from, so that it can be mounted across repositories of the registry.
     fn labels(&self) -> Labels {
         source_label(self.0.name())
+    }
+
+    fn repository(&self) -> Option<ImageName> {
+        Some(self.0.name().clone())
     }
 
     fn for_sessions(&self, sessions: &SessionGroup) -> Option<Arc<dyn Remote>> {
@@ -241,23 +261,70 @@ struct RemoteLayers {
     /// The clients of builds that want the layers, the latest first. None yet: the client
     /// that found the place answers.
     wanted_by: Mutex<Option<SessionGroup>>,
+    /// The image at its registry, where it is one.
+    place: Option<RegistryImage>,
+    control: Option<SnapshotterControl>,
+    /// When the snapshotter was last given credentials.
+    given: tokio::sync::Mutex<Option<Instant>>,
+}
+
+/// An image at its registry, and whom that sees.
+pub(crate) struct RegistryImage {
+    pub image: RemoteImage,
+    pub credentials: Arc<dyn CredentialSource>,
 }
 
 /// The layers of all places that states have yet to fetch some of. Clones share them.
 #[derive(Clone, Default)]
-pub(crate) struct LayerSources {
+pub struct LayerSources {
     locks: KeyedLocks,
     known: Arc<Mutex<HashMap<LayerSourceId, Weak<RemoteLayers>>>>,
+    registry: Option<Registry>,
+    control: Option<SnapshotterControl>,
+}
+
+impl fmt::Debug for LayerSources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LayerSources({:?})", self.known.lock().len())
+    }
+}
+
+impl LayerOrigins for LayerSources {
+    /// Images are found again by their names. Who may read them is for the next build that wants
+    /// them to say.
+    fn source(&self, origin: &str) -> Option<Arc<dyn LayerSource>> {
+        let (registry, name) = (self.registry.as_ref()?, origin.parse::<ImageName>().ok()?);
+        let credentials = Arc::new(Anonymous);
+        let repository = registry.repository(&name, credentials.clone(), Mode::Pull);
+        let image = RemoteImage { name, layers: Vec::new() };
+        let place = RegistryImage { image, credentials };
+        Some(self.of(Arc::new(RegistryRemote(repository)), Some(place)))
+    }
 }
 
 impl LayerSources {
-    /// The layers of `remote`; each is fetched once however many want it.
-    pub(crate) fn of(&self, remote: Arc<dyn Remote>) -> Arc<dyn LayerSource> {
+    /// Layers of images at registries, and of other places. A snapshotter that listens at the
+    /// socket `control` is given the credentials of builds.
+    pub fn new(registry: Registry, control: Option<PathBuf>) -> Self {
+        let control = control.map(SnapshotterControl);
+        Self { registry: Some(registry), control, ..Self::default() }
+    }
+
+    /// The layers of `remote`; each is fetched once however many want it. A remote snapshotter may
+    /// have those of an image in a registry instead, `place`.
+    pub(crate) fn of(
+        &self,
+        remote: Arc<dyn Remote>,
+        place: Option<RegistryImage>,
+    ) -> Arc<dyn LayerSource> {
         let layers = Arc::new(RemoteLayers {
             id: LayerSourceId::next(),
             remote,
             locks: self.locks.clone(),
             wanted_by: Mutex::default(),
+            place,
+            control: self.control.clone(),
+            given: Default::default(),
         });
         let mut known = self.known.lock();
         known.retain(|_, layers| layers.strong_count() > 0);
@@ -287,6 +354,36 @@ impl RemoteLayers {
             sessions.hub().clone(),
             sessions.ids().iter().chain(staying).cloned(),
         ));
+    }
+
+    /// Gives the snapshotter the credentials of the clients of now. What comes of it shows when it
+    /// asks the registry.
+    async fn give_credentials(&self, place: &RegistryImage) {
+        let Some(control) = &self.control else { return };
+        let mut given = self.given.lock().await;
+        if given.is_some_and(|time| time.elapsed() < GIVEN) {
+            return;
+        }
+        let sessions = self.wanted_by.lock().clone();
+        let source: Arc<dyn CredentialSource> = match sessions {
+            Some(sessions) => Arc::new(SessionCredentials::new(sessions)),
+            None => place.credentials.clone(),
+        };
+        let name = &place.image.name;
+        let host = if name.registry() == DOCKER_HUB { DOCKER_HUB_HOST } else { name.registry() };
+        let done = async {
+            match source.credentials(host).await? {
+                Some(found) => control.give(name, &found.what).await,
+                None => Ok(true),
+            }
+        };
+        match done.await {
+            Ok(true) => *given = Some(Instant::now()),
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!(image = %name, %error, "failed to give the snapshotter credentials")
+            }
+        }
     }
 
     /// The place as its clients of now see it. A client's own store stays its own.
@@ -323,6 +420,10 @@ impl LayerSource for RemoteLayers {
             Err(e) if e.is_already_exists() => return Ok(()),
             Err(e) => return Err(e).context(|| format!("store layer {}", layer.digest)),
         };
+        if writer.is_complete() {
+            // Another namespace has it.
+            return writer.commit(Some(layer.digest), &self.remote.labels()).await.map(drop);
+        }
         let mut report = Report::new(progress, layer);
         let mut pieces = self.remote().open(layer).await?;
         while let Some(piece) = pieces.next().await? {
@@ -341,6 +442,34 @@ impl LayerSource for RemoteLayers {
         Ok(())
     }
 
+    async fn open(&self, layer: &Descriptor) -> Result<Box<dyn BlobReader>> {
+        let pieces = self.remote().open(layer).await?;
+        Ok(Box::new(Passing {
+            pieces,
+            layer: layer.clone(),
+            passed: 0,
+            hasher: Some(Hasher::new()),
+        }))
+    }
+
+    async fn enable_snapshotter(&self) {
+        if let Some(place) = &self.place {
+            self.give_credentials(place).await;
+        }
+    }
+
+    async fn remote_labels(&self, layer: &Descriptor) -> Option<Labels> {
+        let image = &self.place.as_ref()?.image;
+        // What has no manifest is a cache: nothing says more of its layers than it does itself.
+        let known = image.name.digest().is_some()
+            || layer.annotations.keys().any(|key| is_for_snapshotters(key));
+        known.then(|| image.labels(layer))
+    }
+
+    fn origin(&self) -> Option<String> {
+        self.place.as_ref().map(|place| place.image.name.to_string())
+    }
+
     fn describe(&self) -> String {
         self.remote.name()
     }
@@ -351,6 +480,49 @@ impl LayerSource for RemoteLayers {
 
     fn is_gone(&self) -> bool {
         self.remote.is_gone()
+    }
+}
+
+/// The bytes of a layer on their way from one place to another.
+struct Passing {
+    pieces: Box<dyn BlobStream>,
+    layer: Descriptor,
+    passed: u64,
+    /// `None` once they were checked.
+    hasher: Option<Hasher>,
+}
+
+#[async_trait]
+impl BlobReader for Passing {
+    fn size(&self) -> u64 {
+        self.layer.size
+    }
+
+    async fn next(&mut self) -> Result<Option<Bytes>> {
+        let piece = self.pieces.next().await?;
+        if let Some(piece) = &piece {
+            self.passed += piece.len() as u64;
+            self.hasher.iter_mut().for_each(|hasher| hasher.update(piece));
+        }
+        let digest = self.layer.digest;
+        let wrong = match &piece {
+            Some(_) => self.passed > self.layer.size,
+            None => self.hasher.take().is_some_and(|hasher| hasher.finish() != digest),
+        };
+        if wrong {
+            return Err(Fault::new(
+                Code::DataLoss,
+                format!("the bytes received of layer {digest} are not the ones named"),
+            ));
+        }
+        Ok(piece)
+    }
+
+    async fn seek(&mut self, offset: u64) -> Result<()> {
+        if offset == self.passed {
+            return Ok(());
+        }
+        Err(Fault::unimplemented("reading a layer that is passed on from another place in it"))
     }
 }
 
@@ -393,5 +565,58 @@ impl<'a> Report<'a> {
         if let Some(reporter) = self.reporter {
             reporter.status(self.id.clone(), self.current as i64, self.total as i64, done);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Pieces(Vec<&'static [u8]>);
+
+    #[async_trait]
+    impl BlobStream for Pieces {
+        async fn next(&mut self) -> Result<Option<Bytes>> {
+            let next = (!self.0.is_empty()).then(|| self.0.remove(0));
+            Ok(next.map(Bytes::from_static))
+        }
+    }
+
+    async fn passed(pieces: &[&'static [u8]], layer: &Descriptor) -> Result<Vec<u8>> {
+        let pieces = Box::new(Pieces(pieces.to_vec()));
+        let hasher = Some(Hasher::new());
+        let mut reader = Passing { pieces, layer: layer.clone(), passed: 0, hasher };
+        reader.seek(0).await?;
+        let mut all = Vec::new();
+        while let Some(piece) = reader.next().await? {
+            all.extend_from_slice(&piece);
+        }
+        assert!(reader.next().await?.is_none());
+        assert!(reader.seek(0).await.is_err(), "it cannot be read again");
+        Ok(all)
+    }
+
+    #[tokio::test]
+    async fn bytes_that_are_passed_on_are_those_of_their_digest() {
+        let layer = Descriptor::of(media::OCI_LAYER_GZIP, b"abcdef");
+        assert_eq!(passed(&[b"abc", b"def"], &layer).await.unwrap(), b"abcdef");
+        let wrong: [&[&'static [u8]]; 4] = [&[b"abc", b"deF"], &[b"abc"], &[b"abc", b"defg"], &[]];
+        for wrong in wrong {
+            let fault = passed(wrong, &layer).await.unwrap_err();
+            assert_eq!(fault.code(), Code::DataLoss, "{fault}");
+        }
+    }
+
+    #[test]
+    fn an_image_is_found_again_by_what_it_was_remembered_by() {
+        let layers = LayerSources::new(Registry::new(Default::default()), None);
+        let name: ImageName = "r.example/a/b:1".parse().unwrap();
+        let name = name.with_digest(Digest::of("manifest"));
+        let source = layers.source(&name.to_string()).unwrap();
+        assert_eq!(source.origin(), Some(name.to_string()));
+        assert!(layers.source("a name with spaces").is_none());
+        assert!(LayerSources::default().source("r.example/a").is_none(), "without a registry");
+        // As a label has it.
+        assert!(!name.to_string().contains(' '));
     }
 }

@@ -9,24 +9,27 @@ use crate::{
     keyed_locks::KeyedLocks,
     local::LocalSource,
     port::Source,
-    remote::{LayerSources, Remote},
+    remote::{LayerSources, RegistryImage, Remote},
+    snapshotter::RemoteImage,
 };
 use shipway_attest::Capture;
 use shipway_fault::{Fault, Result, redact};
 use shipway_llb::{ResolveOptions, SourceFacts};
 use shipway_refs::{ImmutableRef, LayerSource, RefStore};
-use shipway_registry::Registry;
+use shipway_registry::{Anonymous, Registry};
 use shipway_session::{SessionGroup, SessionId};
 use std::{path::PathBuf, sync::Arc};
 
 /// What an administrator says about sources.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct SourceOptions {
     /// Which images of containerd's store are preferred to a registry's.
     pub prefer: LocalImages,
     /// Where to keep what is known of files of web servers, which may be lost; without, it lasts as
     /// long as the daemon.
     pub files: Option<PathBuf>,
+    /// The layers that states have yet to fetch, those that an earlier run knew among them.
+    pub layers: LayerSources,
 }
 
 /// A kind of source with its schemes.
@@ -44,7 +47,7 @@ pub struct Sources {
 impl Sources {
     /// Sources over these. Sessions come with each call ([`SourceContext`]).
     pub fn new(refs: RefStore, registry: Registry, options: SourceOptions) -> Self {
-        let (layers, locks) = (LayerSources::default(), KeyedLocks::default());
+        let (layers, locks) = (options.layers, KeyedLocks::default());
         let image = |kind| {
             Arc::new(ImageSource {
                 refs: refs.clone(),
@@ -129,7 +132,12 @@ impl Sources {
 
     /// The layers of `remote`, for lazy states; each is fetched once however many want it.
     pub fn layers_of(&self, remote: Arc<dyn Remote>) -> Arc<dyn LayerSource> {
-        self.layers.of(remote)
+        let place = remote.repository().map(|name| RegistryImage {
+            image: RemoteImage { name: name.without_digest(), layers: Vec::new() },
+            // Those of the builds that want the layers come with them.
+            credentials: Arc::new(Anonymous),
+        });
+        self.layers.of(remote, place)
     }
 
     /// Lets the clients of `sessions` answer for what has yet to be fetched of `state` (row

@@ -14,7 +14,7 @@ use shipway_oci::{
 };
 use shipway_progress::{Journal, Reporter};
 use shipway_refs::{
-    Compression, LocalMount, NamedRef, NamedRequest, RecordType, RefStore, Sharing,
+    Compression, Fetch, LocalMount, NamedRef, NamedRequest, RecordType, RefStore, Sharing,
 };
 use shipway_registry::{Registry, RegistryConfig};
 use shipway_session::{SessionGroup, SessionHub};
@@ -44,7 +44,8 @@ impl Bench {
         let fake = FakeStorage::new().unwrap();
         let root = tempfile::tempdir().unwrap();
         let refs = RefStore::open(fake.storage(), root.path().to_owned()).await.unwrap();
-        let options = SourceOptions { prefer, files: Some(root.path().join("files.json")) };
+        let files = Some(root.path().join("files.json"));
+        let options = SourceOptions { prefer, files, ..Default::default() };
         let sources = Sources::new(refs.clone(), Registry::new(RegistryConfig::default()), options);
         Self { fake, refs, sources, root }
     }
@@ -264,7 +265,7 @@ async fn an_image_is_pinned_and_made_a_state_without_fetching_a_layer() {
         "{:?}",
         web.log()
     );
-    let blobs = state.blobs(Compression::default(), true, None).await.unwrap();
+    let blobs = state.blobs(Compression::default(), Fetch::Everything, None).await.unwrap();
     assert_eq!(
         (blobs[0].descriptor.digest, bench.fake.has(&image.layer).await.unwrap()),
         (image.layer.digest, true)

@@ -46,6 +46,14 @@ pub const GC_REF_SNAPSHOT: &str = "containerd.io/gc.ref.snapshot";
 pub const GC_FLAT: &str = "containerd.io/gc.flat";
 /// Label on a lease: when it ends, as RFC 3339; one without never does.
 pub const GC_EXPIRE: &str = "containerd.io/gc.expire";
+/// Label of a Prepare: the chain ID that the snapshot is to become. A snapshotter that has it, or
+/// can have it without the blob, answers `AlreadyExists`, and the snapshot of that name is there.
+pub const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
+/// Label of snapshots that a remote snapshotter serves from a registry (stargz-snapshotter).
+pub const REMOTE_SNAPSHOT: &str = "containerd.io/snapshot/remote";
+/// Label of ours on a manifest, with `.<digest of a layer>` appended: from where the layer would be
+/// fetched, which is not here.
+pub const LAYER_ORIGIN: &str = "shipway/origin";
 /// Label on a layer blob: its diffID.
 pub const UNCOMPRESSED: &str = "containerd.io/uncompressed";
 /// Label on a blob, with `.<registry>` appended: repositories it can be mounted from.

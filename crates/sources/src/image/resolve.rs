@@ -36,6 +36,8 @@ const KEEP: Duration = Duration::from_secs(7 * 24 * 3600);
 pub(crate) struct Resolved {
     /// What the name led to: the index, or the manifest itself.
     pub main: Descriptor,
+    /// Digest of the manifest.
+    pub digest: Digest,
     pub manifest: Manifest,
     pub config: Bytes,
     pub parsed: ImageConfig,
@@ -308,7 +310,8 @@ impl Documents<'_> {
                 continue;
             }
             check(&manifest, &parsed, &descriptor)?;
-            return Ok(Resolved { main, manifest, config, parsed, stored: None });
+            let digest = descriptor.digest;
+            return Ok(Resolved { main, digest, manifest, config, parsed, stored: None });
         }
         Err(Fault::not_found(format!(
             "no match for platform {platform} in manifest {}: not found",

@@ -1,0 +1,349 @@
+//! Builds on bases that are not there: read while they are fetched, exported without having been.
+
+#![allow(clippy::unwrap_used)]
+
+use serde_json::Value;
+use shipway_estargz::{Output, TOC_DIGEST};
+use shipway_integration::{
+    Image, any, collect_garbage, ctr_run, lazy::lazy_layer, nothing_left, on_each,
+    remove_everything,
+};
+use shipway_testkit::{
+    BaseImage, FaultyRegistry, Finished, Flavour, Lab, LabOptions, Layer, Network, RegistryFault,
+    SlowNetwork, run, wait_for,
+};
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    os::unix::net::UnixListener,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+/// Files of the large layer, and bytes of each.
+const FILES: usize = 48;
+const SIZE: usize = 1 << 20;
+const MIB: u64 = 1 << 20;
+const FAST: Network = Network { latency: Duration::from_millis(2), bandwidth: 60 << 20 };
+/// What a build may fetch before its first step: documents, tables of contents, a shell.
+const BEFORE_THE_FIRST_STEP: u64 = 3 * MIB;
+/// What reading one file may fetch besides: its neighbors.
+const ONE_FILE: u64 = 8 * MIB;
+
+/// What the file number `n` holds: nothing that can be compressed away.
+fn contents(n: usize) -> Vec<u8> {
+    let mut state = n as u64 + 0x9E37_79B9_7F4A_7C15;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    })
+    .take(SIZE)
+    .collect()
+}
+
+fn sum(n: usize) -> String {
+    shipway_oci::Digest::of(contents(n)).hex()
+}
+
+/// busybox, and a layer of [`FILES`] files, both with tables of contents.
+fn push_base(registry: &str) {
+    let mut image = BaseImage::busybox();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("data")).unwrap();
+    for n in 0..FILES {
+        std::fs::write(dir.path().join(format!("data/{n}")), contents(n)).unwrap();
+    }
+    image.layers.push(Layer::of_dir(dir.path()));
+    image.layers = image.layers.iter().map(|layer| lazy_layer(layer, Output::Estargz)).collect();
+    image.push(registry, "lazy", "1");
+}
+
+/// A lab whose registry has the base, and is far away.
+struct Far {
+    lab: Lab,
+    slow: SlowNetwork,
+}
+
+impl Far {
+    fn new(flavour: Flavour, snapshotter: &str, config: &str) -> Self {
+        let mut options = LabOptions::new(flavour);
+        options.snapshotter = snapshotter == "shipway";
+        options.lazy_config = "background = false\n".into();
+        options.worker_config = format!("snapshotter = \"{snapshotter}\"\n");
+        let mut lab = Lab::start(options);
+        lab.start_registry();
+        push_base(&lab.registry());
+        let slow = SlowNetwork::start(&lab.registry(), FAST);
+        lab.configure_daemon(&format!(
+            "[registry.\"{}\"]\n  http = true\n{config}",
+            slow.address()
+        ));
+        lab.start_daemon();
+        Self { lab, slow }
+    }
+
+    /// Builds `text`, in which `BASE` is the base, with the output `output`.
+    #[track_caller]
+    fn build(&self, name: &str, text: &str, output: &str) -> Finished {
+        let text = text.replace("BASE", &format!("{}/lazy:1", self.slow.address()));
+        let context = self.lab.context(name, &[("Dockerfile", &text)]);
+        let context = context.to_string_lossy();
+        self.lab.shipway(["build", "--progress", "plain", "--output", output, &context])
+    }
+
+    /// Bytes that came from the registry during `work`.
+    fn fetched<T>(&self, work: impl FnOnce() -> T) -> (u64, T) {
+        let before = self.slow.bytes();
+        let done = work();
+        let fetched = self.slow.bytes() - before;
+        eprintln!("{fetched} bytes were fetched");
+        (fetched, done)
+    }
+
+    /// Digests of the base's layers, as the registry's manifest has them.
+    fn base(&self) -> Vec<Value> {
+        self.layers_at("lazy", "1")
+    }
+
+    /// The layers of an image at the registry.
+    fn layers_at(&self, repository: &str, reference: &str) -> Vec<Value> {
+        let get = |reference: &str| -> Value {
+            let path = format!("/v2/{repository}/manifests/{reference}");
+            let (status, body) = self.lab.registry_get(&path);
+            assert_eq!(status, 200, "{path}");
+            serde_json::from_slice(&body).unwrap()
+        };
+        let mut found = get(reference);
+        if let Some(entries) = found["manifests"].as_array() {
+            found = get(entries[0]["digest"].as_str().unwrap());
+        }
+        found["layers"].as_array().unwrap().clone()
+    }
+
+    /// How many of the base's blobs containerd has.
+    fn blobs(&self) -> usize {
+        let list = self.lab.ctr(["content", "list", "--quiet"]).ok().stdout;
+        self.base().iter().filter(|l| list.contains(l["digest"].as_str().unwrap())).count()
+    }
+
+    /// Ends everything, and looks whether something is left.
+    fn end(mut self) {
+        remove_everything(&self.lab);
+        self.lab.stop_daemon();
+        collect_garbage(&self.lab);
+        wait_for("the layers to be unmounted", Duration::from_secs(60), || {
+            match self.lab.leftovers().mounts {
+                left if left.is_empty() => Ok(()),
+                left => Err(format!("{left:?}")),
+            }
+        });
+        nothing_left(&self.lab);
+    }
+}
+
+const APP: &str = "docker.io/library/app:1";
+
+#[test]
+fn steps_run_on_a_base_that_is_not_there() {
+    on_each(|flavour| {
+        let far = Far::new(flavour, "shipway", "");
+        let (fetched, _) =
+            far.fetched(|| far.build("first", "FROM BASE\nRUN true\n", "type=cacheonly").ok());
+        assert!(fetched < BEFORE_THE_FIRST_STEP, "{fetched}");
+        assert_eq!(far.blobs(), 0);
+
+        let text = "FROM BASE\nRUN sha256sum /data/7 > /sum\n";
+        let image = format!("type=image,name={APP}");
+        let (fetched, _) = far.fetched(|| far.build("one", text, &image).ok());
+        assert!(fetched < ONE_FILE, "{fetched} bytes were fetched for one file");
+        let said = says(&far.lab, "default", &["cat", "/sum"]);
+        assert_eq!(said, format!("{}  /data/7\n", sum(7)));
+
+        let (fetched, again) = far.fetched(|| far.build("one", text, &image).ok());
+        assert!(again.all().contains("CACHED"), "{}", again.all());
+        assert!(fetched < MIB / 4, "{fetched} bytes were fetched for a cached build");
+        assert_eq!(far.blobs(), 0);
+
+        // What is built on that image has the same layers below, which are nowhere under the
+        // image's name; and no record of the first build says where they are.
+        far.lab.shipway(["prune", "--all"]).ok();
+        let text = format!("FROM {APP}\nRUN cat /sum > /again\n");
+        let output = format!("type=image,name={}/child:1,push=true", far.slow.address());
+        let (fetched, _) = far.fetched(|| far.build("child", &text, &output).ok());
+        assert!(fetched < ONE_FILE, "{fetched} bytes were fetched for an image on an image");
+        let pushed = far.layers_at("child", "1");
+        assert_eq!((pushed.len(), &pushed[..2]), (4, &far.base()[..]));
+        assert_eq!(far.blobs(), 0);
+        far.end();
+    });
+}
+
+/// What a container of the image in `namespace` says, on our snapshotter. `ctr` sometimes hears
+/// nothing of a process that ends at once, and is asked again then.
+#[track_caller]
+fn says(lab: &Lab, namespace: &str, command: &[&str]) -> String {
+    // The runtime's names are those of all labs.
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let ask = || {
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let id = format!("lazybuild-{}-{n}", std::process::id());
+        let words = ["run", "--rm", "--snapshotter", "shipway", APP, &id];
+        lab.ctr_in(namespace, words.into_iter().chain(command.iter().copied())).ok().stdout
+    };
+    let first = ask();
+    if first.is_empty() { ask() } else { first }
+}
+
+#[test]
+fn on_an_ordinary_snapshotter_everything_is_as_it_was() {
+    let far = Far::new(any(), "overlayfs", "");
+    let image = format!("type=image,name={APP}");
+    let (fetched, _) = far.fetched(|| far.build("first", "FROM BASE\nRUN true\n", &image).ok());
+    assert!(fetched > FILES as u64 * SIZE as u64, "{fetched}");
+    assert_eq!(far.blobs(), 2);
+    let layers = Image::of(&far.lab, APP).manifest["layers"].clone();
+    assert_eq!(layers[1]["annotations"][TOC_DIGEST], far.base()[1]["annotations"][TOC_DIGEST]);
+    assert_eq!(ctr_run(&far.lab, APP, &["head", "-c", "0", "/data/1"]).ok().stdout, "");
+    far.end();
+}
+
+#[test]
+fn one_file_of_an_image_is_copied_without_the_rest() {
+    let far = Far::new(any(), "shipway", "");
+    let text = "FROM scratch\nCOPY --from=BASE /data/9 /nine\n";
+    let dest = far.lab.dir().join("out");
+    let output = format!("type=local,dest={}", dest.display());
+    let (fetched, _) = far.fetched(|| far.build("copy", text, &output).ok());
+    assert!(fetched < ONE_FILE, "{fetched} bytes were fetched for one file");
+    assert_eq!(std::fs::read(dest.join("nine")).unwrap(), contents(9));
+    assert_eq!(far.blobs(), 0);
+    // A build that needs no file of it has none.
+    let image = format!("type=image,name={APP}");
+    let (fetched, _) = far.fetched(|| far.build("label", "FROM BASE\nLABEL a=b\n", &image).ok());
+    assert!(fetched < MIB / 4, "{fetched} bytes were fetched for a label");
+    assert_eq!(far.blobs(), 0);
+    far.end();
+}
+
+#[test]
+fn what_was_not_fetched_is_exported() {
+    let mut far = Far::new(any(), "shipway", "");
+    let text = "FROM BASE\nRUN echo made > /made\n";
+    let base = far.base();
+    let toc = |layers: &[Value]| layers.iter().map(annotation).collect::<Vec<_>>();
+
+    // To another repository of the registry, and its cache.
+    let host = far.slow.address();
+    let output = format!("type=image,name={host}/team/app:1,push=true");
+    let (fetched, _) = far.fetched(|| far.build("push", text, &output).ok());
+    assert!(fetched < BEFORE_THE_FIRST_STEP, "{fetched} bytes were fetched for a push");
+    let pushed = far.layers_at("team/app", "1");
+    assert_eq!((pushed.len(), &pushed[..2]), (3, &base[..]), "descriptors with annotations");
+    let log = std::fs::read_to_string(far.lab.dir().join("registry.log")).unwrap();
+    let mounted = |digest: &str| {
+        let of =
+            |l: &&str| l.contains("POST /v2/team/app/blobs/uploads/?mount=") && l.contains(digest);
+        log.lines().any(|l| of(&l) && l.contains("201"))
+    };
+    assert!(base.iter().all(|l| mounted(l["digest"].as_str().unwrap())), "{log}");
+    assert_eq!(far.blobs(), 0);
+
+    // The daemon is started again: it knows what it has not fetched, and from where it would be.
+    assert!(far.lab.stop_daemon(), "the daemon had to be killed");
+    far.lab.start_daemon();
+    // By another name the registry is another one.
+    let other = far.lab.registry();
+    let cache = format!("type=registry,ref={other}/cache:1,mode=max");
+    let context = far.lab.dir().join("contexts/push");
+    let output = format!("type=image,name={other}/other/app:1,push=true,store=false");
+    let words = ["build", "--progress", "plain", "--output", &output, "--cache-to", &cache];
+    let again = far.lab.shipway(words.into_iter().chain([&*context.to_string_lossy()])).ok();
+    assert!(again.all().contains("CACHED"), "{}", again.all());
+    assert_eq!(toc(&far.layers_at("other/app", "1")), toc(&pushed));
+    assert_eq!(toc(&far.layers_at("cache", "1"))[..2], toc(&base));
+    assert_eq!(far.blobs(), 0, "they were passed on");
+
+    // An archive has everything inside, and says what it waits for.
+    let archive = far.lab.dir().join("app.tar");
+    let output = format!("type=oci,dest={}", archive.display());
+    let said = far.build("push", text, &output).ok().all();
+    assert!(said.contains("fetching 2 layers that the archive contains"), "{said}");
+    let names = run(std::process::Command::new("tar").arg("-tf").arg(&archive)).ok().stdout;
+    for layer in &base {
+        let hex = layer["digest"].as_str().unwrap().trim_start_matches("sha256:");
+        assert!(names.contains(hex), "{names}");
+    }
+    far.end();
+}
+
+fn annotation(layer: &Value) -> Value {
+    layer["annotations"][TOC_DIGEST].clone()
+}
+
+#[test]
+fn a_setting_says_when_the_blobs_of_an_image_come() {
+    let text = "FROM BASE\nRUN echo made > /made\n";
+    let image = |more: &str| format!("type=image,name={APP}{more}");
+    let now = Far::new(any(), "shipway", "[lazy]\n  blobs = \"now\"\n");
+    now.build("app", text, &image("")).ok();
+    assert_eq!(now.blobs(), 2);
+    now.end();
+    let later = Far::new(any(), "shipway", "[lazy]\n  blobs = \"async\"\n");
+    later.build("app", text, &image("")).ok();
+    wait_for("the blobs to come", Duration::from_secs(60), || match later.blobs() {
+        2 => Ok(()),
+        n => Err(format!("{n} blobs")),
+    });
+    later.end();
+    // dockerd gets whole images whatever is set.
+    let far = Far::new(any(), "shipway", "");
+    far.build("app", text, &image(",namespaces=k8s.io")).ok();
+    assert_eq!(far.blobs(), 0);
+    assert_eq!(says(&far.lab, "k8s.io", &["cat", "/made"]), "made\n");
+    far.build("app", text, &image(",namespaces=moby")).ok();
+    assert_eq!(far.blobs(), 2);
+    let check = far.lab.ctr_in("moby", ["images", "check", "--snapshotter", "shipway"]).ok().stdout;
+    assert!(check.contains(" complete "), "{check}");
+}
+
+#[test]
+fn the_snapshotter_is_given_the_credentials_of_the_build() {
+    let mut options = LabOptions::new(any());
+    options.snapshotter = true;
+    options.worker_config = "snapshotter = \"shipway\"\n".into();
+    let mut lab = Lab::start(options);
+    lab.start_registry();
+    BaseImage::busybox().push(&lab.registry(), "private", "1");
+    let right = std::sync::Arc::new(parking_lot::Mutex::new("Basic bWU6czNjcmV0".to_owned()));
+    let private = FaultyRegistry::start(&lab.registry(), "/v2/", RegistryFault::Login(right));
+    let host = private.address();
+    let socket = lab.dir().join("control.sock");
+    lab.configure_daemon(&format!(
+        "[registry.\"{host}\"]\n  http = true\n[lazy]\n  snapshotterControl = \"{}\"\n",
+        socket.display()
+    ));
+    lab.start_daemon();
+    let listener = UnixListener::bind(&socket).unwrap();
+    let heard = std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        let mut line = String::new();
+        BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();
+        (&stream).write_all(b"{\"ok\":true}\n").unwrap();
+        serde_json::from_str::<Value>(&line).unwrap()
+    });
+    let auth = serde_json::json!({"auths": {host.clone(): {"auth": "bWU6czNjcmV0"}}}).to_string();
+    let home = lab.context("home", &[("config.json", &auth)]);
+    let text = format!("FROM {host}/private:1\nRUN true\n");
+    let context = lab.context("private", &[("Dockerfile", &text)]);
+    let mut command = lab.shipway_command();
+    command.args(["build", "--progress", "plain", "--output", "type=cacheonly"]).arg(&context);
+    let said = run(command.env("DOCKER_CONFIG", home)).ok().all();
+    let told = heard.join().unwrap();
+    let told = &told["credentials"];
+    assert_eq!(told["repository"], format!("{host}/private"), "{said}");
+    assert_eq!(told["username"], "me");
+    assert_eq!(told["secret"], "s3cret");
+    let log = std::fs::read_to_string(lab.dir().join("shipwayd.log")).unwrap();
+    assert!(!log.contains("s3cret") && !said.contains("s3cret"));
+}
