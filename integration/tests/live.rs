@@ -36,6 +36,7 @@ mod mounts;
 mod nerdctl;
 mod network;
 mod observing;
+mod object_caches;
 mod power_cut;
 mod private;
 mod proxy_network;

@@ -22,7 +22,14 @@ const NEEDED: &[(&str, &str)] = &[
     ("protoc", "protobuf-compiler"),
     ("/usr/include/google/protobuf/any.proto", "libprotobuf-dev"),
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),
+    ("node", "nodejs"),
+    ("npm", "npm"),
 ];
+
+/// Servers of object stores, which tests of caches start, and the client of GitHub's cache: npm's
+/// packages, and their versions.
+const STORES: &[(&str, &str)] =
+    &[("s3rver", "3.7.1"), ("azurite", "3.35.0"), ("@actions/cache", "4.1.0")];
 
 /// What could not be had; a run says so and goes on without.
 #[derive(Debug, Default)]
@@ -49,6 +56,7 @@ pub fn prepare() -> Result<Missing, String> {
     for (fetched, note) in [
         (fetched, "docker-buildx and containerd 2.1 (Debian sid could not be reached)"),
         (beside, "containerd 1.7 and ctr-remote (Debian trixie could not be reached)"),
+        (stores(), "servers of object stores (npm's registry could not be reached)"),
     ] {
         if let Err(why) = fetched {
             eprintln!("{note}: {why}");
@@ -91,6 +99,31 @@ fn install() -> Result<(), String> {
     install.args(["install", "--yes", "--no-install-recommends"]).args(&lacking);
     succeed(install)
         .map_err(|e| format!("{e}\ninstall these packages by hand: {}", lacking.join(" ")))
+}
+
+/// Unpacks the servers of object stores below `target/lab/node`, without running what packages bring.
+fn stores() -> Result<(), String> {
+    let at = lab_dir().join("node");
+    let lacking: Vec<String> = STORES
+        .iter()
+        .filter(|(name, version)| {
+            let manifest = at.join("node_modules").join(name).join("package.json");
+            let text = fs::read_to_string(manifest).unwrap_or_default();
+            !text.contains(&format!("\"version\": \"{version}\""))
+        })
+        .map(|(name, version)| format!("{name}@{version}"))
+        .collect();
+    if lacking.is_empty() {
+        return Ok(());
+    }
+    println!("fetching {} …", lacking.join(" "));
+    fs::create_dir_all(&at).map_err(|e| format!("{}: {e}", at.display()))?;
+    let mut npm = Command::new("npm");
+    npm.args(["install", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"])
+        .arg("--prefix")
+        .arg(&at)
+        .args(lacking);
+    succeed(npm)
 }
 
 fn own_suite() -> Result<String, String> {

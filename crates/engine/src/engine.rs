@@ -216,7 +216,7 @@ impl Engine {
             self.0.parts.history.started(&StartedBuild {
                 id: request.id.clone(),
                 frontend: request.frontend.clone(),
-                options: request.options.clone(),
+                options: shipway_remotecache::without_secrets(&request.options),
                 exporters: request.exporters.iter().map(exporter).collect(),
             });
         }

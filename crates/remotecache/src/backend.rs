@@ -1,14 +1,16 @@
 //! The port between builds and the kinds of places that keep caches. A new kind is a file beside
-//! `backend/registry.rs` and a line in [`Backends::new`].
+//! `backend/registry.rs` and a line in [`Backends::new`]; one that keeps objects, without manifests,
+//! is a line in crate `objectcache`'s table.
 
 mod client;
+mod objects;
 mod registry;
 
 use crate::{CacheRequest, ExportOptions, LayerBytes};
 use async_trait::async_trait;
 use bytes::Bytes;
 use shipway_fault::{Context as _, Fault, Result};
-use shipway_oci::{Descriptor, ImageName};
+use shipway_oci::{Descriptor, Digest, ImageName};
 use shipway_registry::Registry;
 use shipway_session::{SessionGroup, SessionHub, SessionId};
 use shipway_sources::Remote;
@@ -27,13 +29,20 @@ pub struct CacheClients {
     pub own: SessionId,
 }
 
-/// A place that is read: where its documents and blobs come from, and the tag or digest of the
-/// cache there.
+/// A place that is read: where its documents and blobs come from, and the cache there.
 pub struct CacheSource {
     /// Where they come from.
     pub remote: Arc<dyn Remote>,
-    /// Tag or digest of the manifest.
-    pub reference: String,
+    /// What to begin with.
+    pub at: CacheAt,
+}
+
+/// How a place names a cache.
+pub enum CacheAt {
+    /// By the tag or digest of its manifest.
+    Reference(String),
+    /// It has no manifest: these are its configs, which say all there is to know of layers.
+    Configs(Vec<Bytes>),
 }
 
 /// One kind of place that keeps caches (row `rc.types`).
@@ -60,12 +69,36 @@ pub trait CacheBackend: Send + Sync {
         request: &CacheRequest,
         clients: &CacheClients,
     ) -> Result<Box<dyn CacheWriter>>;
+
+    /// Whether a build succeeds without an export whose place does not answer or is too busy, unless
+    /// the request says otherwise.
+    fn is_best_effort(&self) -> bool {
+        false
+    }
 }
+
+/// Layers that are on their way at the same time, unless a place says otherwise.
+const PARALLEL: usize = 4;
 
 /// Writes one cache: its layers, in any order and several at once, then its config, then its
 /// manifest.
 #[async_trait]
 pub trait CacheWriter: Send + Sync {
+    /// Layers that may be on their way at the same time.
+    fn parallelism(&self) -> usize {
+        PARALLEL
+    }
+
+    /// Which of these layers the place is known to have: nothing is done for them.
+    async fn present(&self, _layers: &[Descriptor]) -> Result<HashSet<Digest>> {
+        Ok(HashSet::new())
+    }
+
+    /// Whether the cache is found by a manifest. If not, [`CacheWriter::config`] is the end.
+    fn has_manifest(&self) -> bool {
+        true
+    }
+
     /// Writes a layer that is not there yet. `origin` is the image that has it if it is not on this
     /// machine; places that share storage with it need no copy.
     async fn layer(
@@ -88,13 +121,13 @@ pub struct Backends(Vec<Box<dyn CacheBackend>>);
 impl Backends {
     /// All kinds, on these registries and clients.
     pub fn new(registry: Registry, sessions: SessionHub) -> Self {
-        Self(vec![
-            Box::new(registry::RegistryBackend(registry)),
-            Box::new(client::ClientBackend(sessions)),
-            Box::new(Missing("s3")),
-            Box::new(Missing("gha")),
-            Box::new(Missing("azblob")),
-        ])
+        let mut all: Vec<Box<dyn CacheBackend>> = Vec::new();
+        for service in shipway_objectcache::services(registry.denied()) {
+            all.push(Box::new(objects::ObjectBackend(service)));
+        }
+        all.push(Box::new(registry::RegistryBackend(registry)));
+        all.push(Box::new(client::ClientBackend(sessions)));
+        Self(all)
     }
 
     /// The one of this kind.
@@ -112,7 +145,7 @@ impl Backends {
     pub fn exporter(&self, request: &CacheRequest) -> Result<&dyn CacheBackend> {
         let unknown = || {
             Fault::invalid(format!("unknown cache exporter: {:?}", request.kind))
-                .hint("use registry, local or inline")
+                .hint("use registry, local, inline, s3, gha or azblob")
         };
         self.of(&request.kind).ok_or_else(unknown)
     }
@@ -123,10 +156,7 @@ impl Backends {
         let mut seen: HashSet<(&str, String)> = HashSet::new();
         let mut doubles = Vec::new();
         for export in exports.iter().filter(|e| e.kind != INLINE) {
-            let place = match self.exporter(export)?.check_export(export) {
-                Err(fault) if fault.is_unimplemented() && export.ignores_errors() => continue,
-                other => other?,
-            };
+            let place = self.exporter(export)?.check_export(export)?;
             if !seen.insert((&export.kind, place)) {
                 doubles.push(export.kind.as_str());
             }
@@ -144,32 +174,6 @@ fn check_options(request: &CacheRequest) -> Result<()> {
     ExportOptions::of(request)
         .map(drop)
         .context(|| format!("failed to configure {} cache exporter", request.kind))
-}
-
-/// A kind of BuildKit's that is not there yet.
-struct Missing(&'static str);
-
-#[async_trait]
-impl CacheBackend for Missing {
-    fn kind(&self) -> &'static str {
-        self.0
-    }
-
-    fn check_export(&self, _: &CacheRequest) -> Result<String> {
-        Err(Fault::unimplemented(format!("exporting a {} cache", self.0)))
-    }
-
-    async fn source(&self, _: &CacheRequest, _: &CacheClients) -> Result<CacheSource> {
-        Err(Fault::unimplemented(format!("importing a {} cache", self.0)))
-    }
-
-    async fn writer(
-        &self,
-        request: &CacheRequest,
-        _: &CacheClients,
-    ) -> Result<Box<dyn CacheWriter>> {
-        Err(self.check_export(request).expect_err("it is not there"))
-    }
 }
 
 #[cfg(test)]
@@ -198,7 +202,11 @@ mod tests {
         assert_eq!(say(&[local("a"), local("b")]), "");
         assert!(say(&[request("x", &[])]).contains("unknown cache exporter"));
         assert!(say(&[request("local", &[])]).contains("requires dest"));
-        assert_eq!(say(&[request("s3", &[("ignore-error", "true")])]), "");
-        assert!(say(&[request("s3", &[])]).contains("exporting a s3 cache"));
+        assert!(say(&[request("gha", &[])]).contains("token not set"));
+        assert!(say(&[request("azblob", &[])]).contains("account_url attribute is required"));
+        let s3 = |name| request("s3", &[("bucket", "b"), ("region", "r"), ("name", name)]);
+        assert!(say(&[s3("a"), s3("a")]).contains("duplicate cache exports [s3]"));
+        assert_eq!(say(&[s3("a"), s3("b")]), "");
+        assert!(say(&[request("s3", &[])]).contains("bucket ($AWS_BUCKET) not set"));
     }
 }

@@ -23,9 +23,6 @@ use std::{
     time::SystemTime,
 };
 
-/// Layers on their way at the same time.
-const PARALLEL: usize = 4;
-
 /// A cache ready to be written. Its layers are in the content store as long as it lives, but for
 /// those that are known by descriptor only.
 pub struct Export {
@@ -189,17 +186,20 @@ impl Export {
         self.config.inline(&image)
     }
 
-    /// Writes everything to `writer`; gives the manifest's descriptor.
+    /// Writes everything to `writer`; gives the manifest's descriptor, where there is one.
     pub async fn write(
         &self,
         writer: &dyn CacheWriter,
         content: &Arc<dyn ContentStore>,
         options: &ExportOptions,
         reporter: &Reporter,
-    ) -> Result<Descriptor> {
+    ) -> Result<Option<Descriptor>> {
         let mut blobs = self.blobs.clone();
         let mut seen = HashSet::new();
         blobs.retain(|b| seen.insert(b.digest));
+        let present =
+            writer.present(&blobs).await.context(|| "failed to check which layers are there")?;
+        blobs.retain(|b| !present.contains(&b.digest));
         let work = blobs.into_iter().map(|blob| async move {
             let status = format!("writing layer {}", blob.digest);
             reporter.status(status.clone(), 0, 0, false);
@@ -216,7 +216,7 @@ impl Export {
             }
         });
         let gone: Vec<Option<Digest>> =
-            stream::iter(work).buffer_unordered(PARALLEL).try_collect().await?;
+            stream::iter(work).buffer_unordered(writer.parallelism()).try_collect().await?;
         let (config, left) = self.config.without(|blob| gone.contains(&Some(*blob)));
         let layers = left
             .iter()
@@ -229,6 +229,9 @@ impl Export {
         reporter.status(status.clone(), 0, 0, false);
         writer.config(&config, bytes).await.context(|| "error writing config blob")?;
         reporter.status(status, 0, 0, true);
+        if !writer.has_manifest() {
+            return Ok(None);
+        }
         let (kind, bytes) = manifest(config, layers, options)?;
         let descriptor = Descriptor::of(kind, &bytes);
         let status = format!(
@@ -239,7 +242,7 @@ impl Export {
         reporter.status(status.clone(), 0, 0, false);
         writer.manifest(&descriptor, bytes).await.context(|| "error writing manifest blob")?;
         reporter.status(status, 0, 0, true);
-        Ok(descriptor)
+        Ok(Some(descriptor))
     }
 }
 

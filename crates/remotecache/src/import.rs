@@ -1,11 +1,15 @@
 //! Reading a cache: its manifest, or the manifests of an image whose configs hold caches.
 
 use crate::{
-    CacheSource,
-    format::{CONFIG, CacheConfig, CacheInput, CacheRecord, INLINE_FIELD, MAX_DEPTH, MAX_ENTRIES},
+    CacheAt, CacheSource,
+    format::{
+        CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, INLINE_FIELD, MAX_DEPTH,
+        MAX_ENTRIES,
+    },
 };
 use async_trait::async_trait;
 use base64::Engine as _;
+use bytes::Bytes;
 use futures::{
     FutureExt as _,
     future::{BoxFuture, Shared},
@@ -179,10 +183,18 @@ pub struct ReadCache(pub(crate) Contents);
 /// Reads the cache at `source`; one without records is an image without a cache.
 pub async fn read(sources: &Sources, source: &CacheSource) -> Result<ReadCache> {
     let remote = &source.remote;
-    let root = remote.resolve(&source.reference).await?;
+    let found = match &source.at {
+        CacheAt::Reference(reference) => {
+            documents(&**remote, &remote.resolve(reference).await?).await?
+        }
+        CacheAt::Configs(configs) => {
+            let read = |bytes: &Bytes| CacheConfig::read(bytes).map(Found::of_config);
+            configs.iter().map(read).collect::<Result<_>>()?
+        }
+    };
     let mut contents =
         Contents { source: Some(sources.layers_of(remote.clone())), ..Contents::default() };
-    for found in documents(&**remote, &root).await? {
+    for found in found {
         contents.add(found)?;
     }
     Ok(ReadCache(contents))
@@ -251,6 +263,17 @@ fn of_image(config: &[u8], layers: &[Descriptor]) -> Result<Option<Found>> {
 }
 
 impl Found {
+    /// `config` alone, which says what its layers are.
+    fn of_config(config: CacheConfig) -> Self {
+        let blob = |layer: &CacheLayer| {
+            let note = layer.annotations.as_ref()?;
+            let size = u64::try_from(note.size).ok()?;
+            Some(Descriptor::new(note.media_type.as_str(), layer.blob, size))
+        };
+        let blobs: Vec<Descriptor> = config.layers.iter().filter_map(blob).collect();
+        Self::new(config, &blobs, &HashMap::new())
+    }
+
     /// `config` with the blobs that its layers may be, and what an image's config says of them.
     fn new(
         config: CacheConfig,
@@ -258,7 +281,7 @@ impl Found {
         image: &HashMap<Digest, (DiffId, Option<&str>)>,
     ) -> Self {
         let blobs: HashMap<Digest, &Descriptor> = blobs.iter().map(|b| (b.digest, b)).collect();
-        let layer = |layer: &crate::format::CacheLayer| {
+        let layer = |layer: &CacheLayer| {
             let (note, said) = (layer.annotations.as_ref(), image.get(&layer.blob));
             let blob = blobs.get(&layer.blob)?;
             let annotated =
@@ -371,7 +394,7 @@ impl Contents {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::{CacheLayer, CacheResult, CachedLayerMeta, ChainedResult};
+    use crate::format::{CacheResult, CachedLayerMeta, ChainedResult};
 
     const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
@@ -419,6 +442,24 @@ mod tests {
         // cache.
         assert!(of_image(br#"{"rootfs":{"diff_ids":[]}}"#, &[]).unwrap().is_none());
         assert!(of_image(&image(&["x"], &records), &layers).is_err());
+    }
+
+    #[test]
+    fn a_config_alone_says_what_its_layers_are() {
+        // As BuildKit writes it to a bucket; its own layers always have all fields.
+        let (gone, layer) = (Digest::of("gone"), Digest::of("layer"));
+        let (diff, key) = (Digest::of("diff"), Digest::of("key"));
+        let json = format!(
+            r#"{{"layers":[{{"blob":"{layer}","parent":-1,"annotations":{{"mediaType":"{GZIP}","diffID":"{diff}","size":17,"createdAt":"2024-05-06T07:08:09Z"}}}},
+                {{"blob":"{gone}"}},{{"blob":"{gone}","parent":-1,"annotations":{{"mediaType":"{GZIP}","diffID":"{diff}","size":-3}}}}],
+                "records":[{{"layers":[{{"layer":0,"createdAt":"2024-05-06T07:08:09Z"}}],"digest":"{key}"}}]}}"#
+        );
+        let found = Found::of_config(CacheConfig::read(json.as_bytes()).unwrap());
+        let [Some(first), None, None] = &found.layers[..] else { panic!("layers") };
+        assert_eq!(first.descriptor, Descriptor::new(GZIP, layer, 17));
+        assert_eq!(first.diff_id, DiffId(diff));
+        assert!(first.created.is_some());
+        assert_eq!(found.result(&found.config.records[0]).map(|l| l.len()), Some(1));
     }
 
     #[test]

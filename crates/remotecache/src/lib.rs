@@ -8,8 +8,9 @@
 //! [`Export`] walks from a build's results back through the index and what the build imported,
 //! and writes what it meets.
 //!
-//! Where a cache is kept is a [`CacheBackend`]'s business: `backend/` has one for registries and
-//! one for clients' directories.
+//! Where a cache is kept is a [`CacheBackend`]'s business: `backend/` has one for registries, one
+//! for clients' directories, and one for all kinds of object stores, which are crate
+//! `objectcache`'s.
 //!
 //! The keys in it are this program's own (crate `solver`), so a cache of BuildKit's is read without
 //! harm and without hits.
@@ -21,7 +22,9 @@ mod format;
 mod import;
 mod options;
 
-pub use backend::{Backends, CacheBackend, CacheClients, CacheSource, CacheWriter, INLINE};
+pub use backend::{
+    Backends, CacheAt, CacheBackend, CacheClients, CacheSource, CacheWriter, INLINE,
+};
 pub use export::{Export, LayerBytes};
 pub use import::{Import, ReadCache, read};
-pub use options::{CacheRequest, ExportOptions, Mode};
+pub use options::{CacheRequest, ExportOptions, Mode, without_secrets};

@@ -1,6 +1,7 @@
 //! What is asked of a cache: its kind and attributes (rows `rc.*`).
 
-use shipway_fault::{Fault, Result};
+use serde_json::Value;
+use shipway_fault::{Class, Code, Fault, Result};
 use shipway_gocompat::parse_bool;
 use shipway_oci::Digest;
 use shipway_refs::Compression;
@@ -48,6 +49,54 @@ impl CacheRequest {
     pub fn ignores_errors(&self) -> bool {
         matches!(self.flag("ignore-error"), Ok(Some(true)))
     }
+
+    /// Whether the build succeeds without this export, which failed by `fault`: because it was told
+    /// to, or because nobody said so of a place that is only tried (`best_effort`) and does not
+    /// answer, or not now.
+    pub fn excuses(&self, fault: &Fault, best_effort: bool) -> bool {
+        let passing = matches!(
+            fault.code(),
+            Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted
+        );
+        let untold = matches!(self.flag("ignore-error"), Ok(None));
+        self.ignores_errors()
+            || best_effort && untold && passing && fault.class() == Class::Environment
+    }
+}
+
+/// What stands for a secret in what is kept.
+const MASK: &str = "xxxxx";
+
+/// A build's options as they may be kept: without what opens the places that caches are imported
+/// from (row `rc.frontend`).
+pub fn without_secrets(options: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let mut options = options.clone();
+    if let Some(imports) = options.get_mut("cache-imports") {
+        // What cannot be read is refused by whoever reads it, and nothing to keep.
+        *imports = serde_json::from_str(imports)
+            .map(|mut json| {
+                mask(&mut json);
+                json.to_string()
+            })
+            .unwrap_or_default();
+    }
+    options
+}
+
+fn mask(json: &mut Value) {
+    match json {
+        Value::Array(all) => all.iter_mut().for_each(mask),
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                if shipway_objectcache::SECRETS.contains(&key.as_str()) {
+                    *value = MASK.into();
+                } else {
+                    mask(value);
+                }
+            }
+        }
+        _ => {}
+    }
 }
 
 /// Whose results are exported (row `rc.mode`).
@@ -93,6 +142,41 @@ impl ExportOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn secrets_of_imports_are_not_kept() {
+        let imports = r#"[{"Type":"s3","Attrs":{"bucket":"b","secret_access_key":"hidden","session_token":"hidden","access_key_id":"hidden"}},{"Type":"gha","Attrs":{"token":"hidden","ghtoken":"hidden","scope":"s"}}]"#;
+        let options = BTreeMap::from([
+            ("cache-imports".to_owned(), imports.to_owned()),
+            ("target".to_owned(), "t".to_owned()),
+        ]);
+        let kept = without_secrets(&options);
+        assert_eq!(kept["target"], "t");
+        assert!(kept["cache-imports"].contains(r#""bucket":"b""#));
+        assert!(kept["cache-imports"].contains(r#""scope":"s""#));
+        assert!(!kept["cache-imports"].contains("hidden"));
+        let garbage = BTreeMap::from([("cache-imports".to_owned(), "[hidden".to_owned())]);
+        assert_eq!(without_secrets(&garbage)["cache-imports"], "");
+    }
+
+    #[test]
+    fn a_place_that_is_only_tried_fails_no_build_unless_told() {
+        let request = |ignore: Option<&str>| CacheRequest {
+            kind: "s3".into(),
+            attrs: ignore.map(|v| ("ignore-error".to_owned(), v.to_owned())).into_iter().collect(),
+        };
+        let (busy, wrong) = (Fault::unavailable("busy"), Fault::invalid("wrong"));
+        for (ignore, best_effort, excused) in [
+            (None, true, [true, false]),
+            (None, false, [false, false]),
+            (Some("true"), false, [true, true]),
+            (Some("false"), true, [false, false]),
+        ] {
+            let request = request(ignore);
+            let got = [&busy, &wrong].map(|fault| request.excuses(fault, best_effort));
+            assert_eq!(got, excused, "{ignore:?} {best_effort}");
+        }
+    }
 
     #[test]
     fn the_manifest_follows_the_types_unless_told() {

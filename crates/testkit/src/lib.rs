@@ -12,6 +12,7 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
 mod faulty;
+mod github_cache;
 mod http;
 mod image;
 mod lab;
@@ -20,6 +21,7 @@ mod slow;
 mod wait;
 
 pub use faulty::{FaultyRegistry, RegistryFault};
+pub use github_cache::GithubCache;
 pub use image::{BaseImage, Layer};
 pub use lab::{Flavour, Lab, LabOptions, Leftovers};
 pub use process::{Finished, Process, run};

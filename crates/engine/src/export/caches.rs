@@ -163,7 +163,7 @@ pub(crate) async fn export_all(
 ) -> Result<Response> {
     let each = requests.iter().filter(|r| r.kind != INLINE).enumerate().map(|(index, request)| async move {
         match export_one(scope, index, request, input).await {
-            Err(fault) if request.ignores_errors() => {
+            Err(fault) if excused(scope, request, &fault) => {
                 tracing::info!(error = %fault, cache = request.shown(), "failed to export cache, ignored");
                 Ok(Response::new())
             }
@@ -186,8 +186,26 @@ async fn export_one(
         .reporter(vertex_digest(scope.session.as_str(), "cache", index), backend.export_title());
     reporter.started();
     let done = try_export(scope, backend, request, input, &reporter).await;
+    if let Err(fault) = done.as_ref()
+        && excused(scope, request, fault)
+    {
+        reporter.warn(WarningUpdate {
+            vertex: reporter.digest(),
+            level: 1,
+            short: format!("the cache {} was not exported: {fault}", request.shown()),
+            detail: fault.hints().map(str::to_owned).collect(),
+            url: String::new(),
+            source: None,
+        });
+    }
     reporter.completed(done.as_ref().err().map(ToString::to_string));
     done
+}
+
+/// Whether a build succeeds without an export that failed (row `rc.ignore`).
+fn excused(scope: &BuildScope, request: &CacheRequest, fault: &Fault) -> bool {
+    let backend = scope.parts.cache_backends.exporter(request);
+    request.excuses(fault, backend.is_ok_and(CacheBackend::is_best_effort))
 }
 
 async fn try_export(
@@ -216,7 +234,9 @@ async fn try_export(
         return Ok(Response::new());
     };
     let content = &parts.services.refs.storage().content;
-    let descriptor = export.write(&*writer, content, &options, reporter).await?;
+    let Some(descriptor) = export.write(&*writer, content, &options, reporter).await? else {
+        return Ok(Response::new());
+    };
     let json = serde_json::to_string(&descriptor)
         .map_err(|e| Fault::internal(format!("encode a descriptor: {e}")))?;
     Ok(Response::from([("cache.manifest".to_owned(), json)]))

@@ -1,6 +1,6 @@
 //! Caches in a directory of the client (rows `rc.local*`), which is a content store to us.
 
-use super::{CacheBackend, CacheClients, CacheSource, CacheWriter, check_options};
+use super::{CacheAt, CacheBackend, CacheClients, CacheSource, CacheWriter, check_options};
 use crate::{CacheRequest, LayerBytes};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -39,7 +39,7 @@ impl CacheBackend for ClientBackend {
         let store = self.store(&name, clients).await?;
         Ok(CacheSource {
             remote: Arc::new(ClientRemote { store, name }),
-            reference: request.needed("digest")?.to_owned(),
+            at: CacheAt::Reference(request.needed("digest")?.to_owned()),
         })
     }
 

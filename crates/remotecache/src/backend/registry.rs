@@ -1,6 +1,6 @@
 //! Caches under a tag of a registry's repository (rows `rc.reg*`).
 
-use super::{CacheBackend, CacheClients, CacheSource, CacheWriter, check_options};
+use super::{CacheAt, CacheBackend, CacheClients, CacheSource, CacheWriter, check_options};
 use crate::{CacheRequest, LayerBytes};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -53,7 +53,7 @@ impl CacheBackend for RegistryBackend {
         let (repository, name) = self.repository(request, clients, Mode::Pull)?;
         Ok(CacheSource {
             remote: Arc::new(RegistryRemote(repository)),
-            reference: name.reference(),
+            at: CacheAt::Reference(name.reference()),
         })
     }
 
