@@ -1,9 +1,9 @@
 //! Layers with a table of contents: the tar that a layer is made of goes through the one reader of
 //! tars on its way to the writer that decides where members or frames begin.
 //!
-//! The tar stays as it is, byte for byte. eStargz has its table behind the end of the archive, where
-//! no reader of tars looks, but a digest of the whole is another one: the layer has a diffID of its
-//! own, and unpacks to the same files. zstd:chunked has it where zstd skips it.
+//! The tar stays as it is, byte for byte. eStargz has its table behind the end of the archive,
+//! where no reader of tars looks, but a digest of the whole is another one: the layer has a diffID
+//! of its own, and unpacks to the same files. zstd:chunked has it where zstd skips it.
 
 use crate::{
     Compression, CompressionKind, Loss, Member, MemberKind, Packed, Tar, TarReader, header,
@@ -57,8 +57,8 @@ pub struct Indexed {
 pub(crate) enum FormatFiles {
     /// They are somebody's: a layer with one cannot be written.
     Refused,
-    /// An earlier writer of the format put them there, and they go. What is left is another tar than
-    /// the one that was given.
+    /// An earlier writer of the format put them there, and they go. What is left is another tar
+    /// than the one that was given.
     LeftOut,
 }
 
