@@ -30,6 +30,7 @@ mod layout;
 mod lazy;
 mod lazy_credentials;
 mod lazy_kills;
+mod lazy_orders;
 mod lazybuild;
 mod local_images;
 mod mounts;

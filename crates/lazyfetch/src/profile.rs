@@ -112,6 +112,30 @@ impl Profile {
         self.pieces().filter(move |(l, _)| *l == layer).map(|(_, blocks)| blocks)
     }
 
+    /// Which part of what `other` reads this one knows, from 0 to 1.
+    pub fn share_of(&self, other: &Self) -> f64 {
+        let known = self.covered();
+        let (mut all, mut rest) = (0, 0);
+        for (layer, blocks) in other.pieces() {
+            let known = known.get(&layer).map(Vec::as_slice).unwrap_or_default();
+            all += blocks.end - blocks.start;
+            rest += without(&blocks, known).iter().map(|r| r.end - r.start).sum::<u64>();
+        }
+        if all == 0 { 1.0 } else { 1.0 - rest as f64 / all as f64 }
+    }
+
+    /// The blocks of each layer, in the order of the layer.
+    fn covered(&self) -> HashMap<Digest, Vec<Range<u64>>> {
+        let mut covered: HashMap<Digest, Vec<Range<u64>>> = HashMap::new();
+        for (layer, blocks) in self.pieces() {
+            covered.entry(layer).or_default().push(blocks);
+        }
+        for ranges in covered.values_mut() {
+            ranges.sort_unstable_by_key(|r| r.start);
+        }
+        covered
+    }
+
     /// Brings another run in: its order is the newest, and what only earlier runs read comes after
     /// it, until it has not been read for some runs.
     pub fn merge(&mut self, run: &Self) {
@@ -119,13 +143,9 @@ impl Profile {
             return;
         }
         let old = std::mem::take(self);
-        let mut covered: HashMap<Digest, Vec<Range<u64>>> = HashMap::new();
+        let covered = run.covered();
         for (layer, blocks) in run.pieces() {
-            self.touch(layer, blocks.clone());
-            covered.entry(layer).or_default().push(blocks);
-        }
-        for ranges in covered.values_mut() {
-            ranges.sort_unstable_by_key(|r| r.start);
+            self.touch(layer, blocks);
         }
         for piece in old.pieces.iter().filter(|p| p.age < MAX_AGE) {
             let layer = old.layers[usize::from(piece.layer)];
@@ -400,6 +420,21 @@ mod tests {
         check(&known, &[(3, 0, 0..1), (1, 8, 55..60), (1, 8, 5..8)]);
         known.merge(&profile(&[(3, 0..1)]));
         check(&known, &[(3, 0, 0..1)]);
+    }
+
+    #[test]
+    fn it_is_known_how_much_of_a_run_is_known() {
+        let known = profile(&[(1, 0..10), (2, 5..6), (1, 20..30)]);
+        for (run, share) in [
+            (profile(&[]), 1.0),
+            (profile(&[(1, 2..8), (2, 5..6)]), 1.0),
+            (profile(&[(1, 8..12)]), 0.5),
+            (profile(&[(1, 0..30)]), 2.0 / 3.0),
+            (profile(&[(3, 0..4), (1, 0..1)]), 0.2),
+        ] {
+            assert!((known.share_of(&run) - share).abs() < 1e-9, "{run:?}");
+        }
+        assert_eq!(Profile::new().share_of(&known), 0.0);
     }
 
     #[test]

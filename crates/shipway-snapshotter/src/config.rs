@@ -70,6 +70,13 @@ pub struct Lazy {
     pub max_percent: u8,
     /// Percent of the file system that stays free.
     pub min_free_percent: u8,
+    /// How long from its first read on it is learned what of an image is read in which order; 0 if
+    /// nothing is to be learned.
+    pub learn: u64,
+    /// Whether orders that others learned are looked for in the images' registries.
+    pub find_profiles: bool,
+    /// Whether what was learned here is put there.
+    pub push_profiles: bool,
 }
 
 impl Default for Lazy {
@@ -87,6 +94,9 @@ impl Default for Lazy {
             connections: 16,
             max_percent: 20,
             min_free_percent: 5,
+            learn: 60,
+            find_profiles: true,
+            push_profiles: false,
         }
     }
 }
@@ -318,7 +328,7 @@ mod tests {
             ]
         );
         let keys = |table: &str| shown[table].as_table().unwrap().len();
-        assert_eq!((keys("lazy"), keys("registry")), (12, 2));
+        assert_eq!((keys("lazy"), keys("registry")), (15, 2));
         assert_eq!((keys("cri"), keys("metrics"), keys("log")), (2, 1, 2));
     }
 

@@ -169,7 +169,10 @@ impl Lazy {
             fetcher,
             resolver: Resolver::new(config, settings, credentials),
             neighbors: Arc::default(),
-            learning: Learning::open(&config.root.join("profiles"))?,
+            learning: Learning::open(
+                &config.root.join("profiles"),
+                Duration::from_secs(config.lazy.learn),
+            )?,
             runtime,
             wanted_whole,
             reading: Mutex::default(),
@@ -198,7 +201,7 @@ impl Lazy {
         spawn("room", move || {
             while let Some(lazy) = weak.upgrade() {
                 lazy.make_room();
-                lazy.learning.keep();
+                lazy.share(lazy.learning.keep());
                 // Tables of contents leave much behind.
                 shipway_daemon::memory::trim();
                 drop(lazy);
@@ -211,6 +214,7 @@ impl Lazy {
 
     /// Ends the connection to the keeper, which goes on.
     pub fn close(&self) {
+        self.learning.close();
         self.link.close();
     }
 
@@ -375,22 +379,6 @@ impl Lazy {
         let spans = Some(self.neighbors.spans(layer));
         self.fetcher.add(shipway_lazyfetch::LayerSpec { target, sources, spans });
         Ok(())
-    }
-
-    /// Begins to fetch what will be read first: as it was the last time, or as whoever made the
-    /// layer says.
-    fn ahead(&self, wanted: &Wanted, layer: &Layer) {
-        if layer.state() != State::Lazy {
-            return;
-        }
-        let _runtime = self.runtime.enter();
-        let (number, digest) = (layer.number().0, layer.key().blob);
-        let learned = wanted.manifest.map(|manifest| self.learning.begin(manifest, number, digest));
-        match (learned.filter(|blocks| !blocks.is_empty()), layer.landmark()) {
-            (Some(learned), _) => self.fetcher.learned(number, learned),
-            (None, Some(Landmark::Prefetch { end })) => self.fetcher.landmark(number, end),
-            (None, Some(Landmark::NoPrefetch) | None) => {}
-        }
     }
 
     /// Has a layer brought whole, when its turn comes.
@@ -579,7 +567,7 @@ impl LazyLayers for LazyPort {
         match lazy.find_layer(&wanted) {
             Ok(layer) => {
                 lazy.hold(&layer);
-                lazy.ahead(&wanted, &layer);
+                lazy.ahead(&wanted.image, wanted.manifest, &layer);
                 lazy.bring(&layer);
                 Some(LayerId(layer.number().0.into()))
             }

@@ -7,12 +7,15 @@ use parking_lot::{Mutex, MutexGuard};
 use shipway_estargz::{Annotated, PODMAN_CHECKSUM, TOC_DIGEST, Toc, TocDigest};
 use shipway_fault::{Class, Code, Fault, Result};
 use shipway_layerstore::{Description, Layer, LayerKey};
-use shipway_lazyfetch::{IndexRequest, Indexed, Settings, Source, index, sources, sources_of_all};
-use shipway_oci::{Descriptor, Digest, ImageName, Manifest};
-use shipway_registry::{Mode, Registry, RegistryConfig};
+use shipway_lazyfetch::{
+    IndexRequest, Indexed, Profile, Settings, Source, index, sources, sources_of_all,
+};
+use shipway_oci::{Descriptor, Digest, ImageName, Index, Manifest, Platform, media, timestamp};
+use shipway_registry::{Mode, Registry, RegistryConfig, Repository};
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
+    time::SystemTime,
 };
 use tokio::{runtime::Handle, sync::OnceCell};
 
@@ -20,15 +23,39 @@ use tokio::{runtime::Handle, sync::OnceCell};
 const MANIFESTS: usize = 64;
 /// Entries of all tables of contents that are kept until their blobs are read.
 const MAX_ENTRIES_KEPT: usize = 100_000;
+/// Manifests that an index is looked through for, those for this machine first.
+const MAX_PLATFORMS: usize = 8;
+/// A registry that knows this part of what was learned need not be told.
+const KNOWN_WELL: f64 = 0.9;
 
 type Shared<T> = Arc<OnceCell<T>>;
+
+/// An image by its manifest.
+struct Image {
+    manifest: Descriptor,
+    layers: Vec<Descriptor>,
+}
+
+/// The cell for `key`, among those that were used last.
+fn cell_of<K: PartialEq, T>(all: &Mutex<Vec<(K, Shared<T>)>>, key: K) -> Shared<T> {
+    let mut known = all.lock();
+    if let Some((_, cell)) = known.iter().find(|(known, _)| *known == key) {
+        return cell.clone();
+    }
+    let cell = Shared::default();
+    known.insert(0, (key, cell.clone()));
+    known.truncate(MANIFESTS);
+    cell
+}
 
 /// Finds layers.
 pub struct Resolver {
     registry: Registry,
     credentials: AllCredentials,
     settings: Settings,
-    manifests: Mutex<Vec<(Digest, Shared<Vec<Descriptor>>)>>,
+    manifests: Mutex<Vec<(Digest, Shared<Arc<Image>>)>>,
+    /// What images' names meant lately.
+    names: Mutex<Vec<(String, Shared<Arc<Image>>)>>,
     making: Mutex<HashMap<LayerKey, Shared<Arc<Layer>>>>,
     tocs: Tocs,
 }
@@ -80,73 +107,154 @@ impl Resolver {
             credentials,
             settings,
             manifests: Mutex::default(),
+            names: Mutex::default(),
             making: Mutex::default(),
             tocs: Tocs::default(),
         }
     }
 
-    /// The layers of an image.
-    async fn layers(&self, image: &ImageName, manifest: Digest) -> Result<Vec<Descriptor>> {
-        let cell = {
-            let mut known = lock(&self.manifests);
-            match known.iter().find(|(digest, _)| *digest == manifest) {
-                Some((_, cell)) => cell.clone(),
-                None => {
-                    let cell = Shared::default();
-                    known.insert(0, (manifest, cell.clone()));
-                    known.truncate(MANIFESTS);
-                    cell
-                }
-            }
-        };
-        let fetch = async || {
-            let source = shipway_lazyfetch::Credentials::of(&self.credentials, image);
-            let repository = self.registry.repository(image, source, Mode::Pull);
-            // Its length is not known, its digest is.
-            let bytes = repository.fetch_manifest(&Descriptor::new("", manifest, 0)).await?;
-            let manifest: Manifest = serde_json::from_slice(&bytes)
-                .map_err(|e| Fault::invalid(format!("the manifest of {image}: {e}")))?;
-            Ok::<_, Fault>(manifest.layers)
-        };
-        cell.get_or_try_init(fetch).await.cloned()
+    fn repository(&self, image: &ImageName) -> Repository {
+        let source = shipway_lazyfetch::Credentials::of(&self.credentials, image);
+        self.registry.repository(image, source, Mode::Pull)
     }
 
-    /// The layer that is wanted, served.
-    pub async fn resolve(&self, lazy: &Arc<Lazy>, wanted: &Wanted) -> Result<Arc<Layer>> {
+    /// The image with a manifest.
+    async fn image(&self, name: &ImageName, manifest: Digest) -> Result<Arc<Image>> {
+        let fetch = async || {
+            // Its length is not known, its digest is.
+            let unknown = Descriptor::new("", manifest, 0);
+            let bytes = self.repository(name).fetch_manifest(&unknown).await?;
+            let found: Manifest = serde_json::from_slice(&bytes)
+                .map_err(|e| Fault::invalid(format!("the manifest of {name}: {e}")))?;
+            let media_type = found.media_type.unwrap_or_else(|| media::OCI_MANIFEST.to_owned());
+            let manifest = Descriptor::new(media_type, manifest, bytes.len() as u64);
+            Ok::<_, Fault>(Arc::new(Image { manifest, layers: found.layers }))
+        };
+        cell_of(&self.manifests, manifest).get_or_try_init(fetch).await.cloned()
+    }
+
+    /// The image that a layer is wanted for. Where only its name was told it is asked what that
+    /// means; it is an error if that has changed since.
+    async fn image_of(&self, wanted: &Wanted) -> Result<Arc<Image>> {
         if let Some(manifest) = wanted.manifest {
-            if wanted.has_toc() {
-                // The others meanwhile.
-                let (lazy, wanted) = (lazy.clone(), wanted.clone());
-                shipway_task::spawn_on(&lazy.clone().runtime, "make other layers", async move {
-                    let layers = lazy.resolver.layers(&wanted.image, manifest).await;
-                    lazy.resolver.others(&lazy, &wanted, layers.unwrap_or_default());
-                });
-            } else {
-                let layers = self.layers(&wanted.image, manifest).await?;
-                let own = layers.iter().find(|l| l.digest == wanted.layer).cloned();
-                self.others(lazy, wanted, layers);
-                let own = own.ok_or_else(not_lazy)?;
-                return self
-                    .make(lazy, &wanted.image, wanted.layer, Some(own.size), &own.annotations)
-                    .await;
+            return self.image(&wanted.image, manifest).await;
+        }
+        let has = |image: &Image| image.layers.iter().any(|layer| layer.digest == wanted.layer);
+        let name = format!("{}@{}", wanted.image.locator(), wanted.image.reference());
+        for _ in 0..2 {
+            let cell = cell_of(&self.names, name.clone());
+            let image = cell.get_or_try_init(|| self.named(wanted, &has)).await?;
+            if has(image) {
+                return Ok(image.clone());
+            }
+            // It may mean something else by now.
+            self.names.lock().retain(|(_, known)| !Arc::ptr_eq(known, &cell));
+        }
+        Err(not_lazy())
+    }
+
+    /// What the name of the image means that a layer is wanted for.
+    async fn named(
+        &self,
+        wanted: &Wanted,
+        is_it: &(dyn Fn(&Image) -> bool + Sync),
+    ) -> Result<Arc<Image>> {
+        let (name, repository) = (&wanted.image, self.repository(&wanted.image));
+        let found = repository.resolve(&name.reference()).await?;
+        if !media::is_index(&found.media_type) {
+            return self.image(name, found.digest).await;
+        }
+        let bytes = repository.fetch_manifest(&found).await?;
+        let index: Index = serde_json::from_slice(&bytes)
+            .map_err(|e| Fault::invalid(format!("the index of {name}: {e}")))?;
+        let host = Platform::host();
+        let mut all = index.manifests;
+        all.retain(|m| media::is_manifest(&m.media_type));
+        all.sort_by_key(|m| {
+            let rank = m.platform.as_ref().and_then(|platform| platform.rank_for(&host));
+            (rank.is_none(), rank)
+        });
+        for manifest in all.into_iter().take(MAX_PLATFORMS) {
+            let image = self.image(name, manifest.digest).await?;
+            if is_it(&image) {
+                return Ok(image);
             }
         }
-        self.make(lazy, &wanted.image, wanted.layer, None, &wanted.annotations).await
+        Err(not_lazy())
     }
 
-    /// Begins to make the other layers of an image.
-    fn others(&self, lazy: &Arc<Lazy>, wanted: &Wanted, layers: Vec<Descriptor>) {
-        for layer in layers.into_iter().filter(|l| l.digest != wanted.layer) {
-            let (lazy, image) = (lazy.clone(), wanted.image.clone());
+    /// The layer that is wanted, served. The image's other layers are made meanwhile, and what will
+    /// be read of all of them first is found out.
+    pub async fn resolve(&self, lazy: &Arc<Lazy>, wanted: &Wanted) -> Result<Arc<Layer>> {
+        if wanted.has_toc() {
+            let (all, of) = (lazy.clone(), wanted.clone());
+            shipway_task::spawn_on(&lazy.runtime, "make other layers", async move {
+                match all.resolver.image_of(&of).await {
+                    Ok(image) => Self::prepare(&all, &of.image, &image),
+                    Err(fault) => tracing::debug!(image = %of.image, %fault, "no manifest"),
+                }
+            });
+            return self.make(lazy, &wanted.image, wanted.layer, None, &wanted.annotations).await;
+        }
+        let image = self.image_of(wanted).await?;
+        Self::prepare(lazy, &wanted.image, &image);
+        let own = image.layers.iter().find(|l| l.digest == wanted.layer).ok_or_else(not_lazy)?;
+        self.make(lazy, &wanted.image, own.digest, Some(own.size), &own.annotations).await
+    }
+
+    /// Begins to make all layers of an image, and to fetch what will be read first.
+    fn prepare(lazy: &Arc<Lazy>, name: &ImageName, image: &Image) {
+        let manifest = image.manifest.digest;
+        {
+            let (lazy, name) = (lazy.clone(), name.clone());
+            shipway_task::spawn_on(&lazy.clone().runtime, "look for an order", async move {
+                lazy.look_for_order(&name, manifest).await;
+            });
+        }
+        for layer in image.layers.clone() {
+            let (lazy, name) = (lazy.clone(), name.clone());
             shipway_task::spawn_on(&lazy.clone().runtime, "make a layer", async move {
                 let size = Some(layer.size);
-                let made =
-                    lazy.resolver.make(&lazy, &image, layer.digest, size, &layer.annotations);
-                if let Err(fault) = made.await {
-                    tracing::debug!(%image, layer = %layer.digest, %fault, "a layer is not lazy");
+                let made = lazy.resolver.make(&lazy, &name, layer.digest, size, &layer.annotations);
+                let begin = match made.await {
+                    Ok(made) => {
+                        let (lazy, name) = (lazy.clone(), name.clone());
+                        shipway_task::blocking("read the order of first reads", move || {
+                            lazy.ahead(&name, Some(manifest), &made);
+                            Ok(())
+                        })
+                        .await
+                    }
+                    Err(fault) => Err(fault),
+                };
+                if let Err(fault) = begin {
+                    let layer = layer.digest;
+                    tracing::debug!(image = %name, %layer, %fault, "a layer is not lazy");
                 }
             });
         }
+    }
+
+    /// The order in which an image's files are read first, by whoever put it into its registry.
+    pub async fn order(&self, image: &ImageName, manifest: Digest) -> Result<Option<Profile>> {
+        Profile::find(&self.registry, image, manifest, &self.credentials).await
+    }
+
+    /// Puts such an order there, if what is there does not say as much; whether it was put.
+    pub async fn share_order(
+        &self,
+        image: &ImageName,
+        manifest: Digest,
+        order: &Profile,
+    ) -> Result<bool> {
+        let known = self.order(image, manifest).await?;
+        if known.is_some_and(|known| known.share_of(order) >= KNOWN_WELL) {
+            return Ok(false);
+        }
+        let subject = self.image(image, manifest).await?.manifest.clone();
+        let now = timestamp::format_whole(SystemTime::now());
+        order.push(&self.registry, image, &subject, &now, &self.credentials).await?;
+        Ok(true)
     }
 
     async fn make(
