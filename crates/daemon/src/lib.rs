@@ -1,6 +1,6 @@
 //! What the daemons have in common as programs: their log, what they report to a service manager,
-//! the signals that end them, and how they give memory back. No wire and no client of one: `shipwayd` and
-//! `shipway-snapshotter` stand on different releases of tonic.
+//! the signals that end them, and how they give memory back. No wire and no client of one:
+//! `shipwayd` and `shipway-snapshotter` stand on different releases of tonic.
 //!
 //! `sd-notify` speaks systemd's protocol, `tracing-subscriber` writes the log, `libc` has the
 //! allocator's settings.

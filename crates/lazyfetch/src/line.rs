@@ -27,9 +27,9 @@ pub(crate) const BACKGROUND_DELAY: Duration = Duration::from_millis(50);
 /// The round trip is the time to the first byte of an answer; answers that queue behind others tell
 /// of the queue instead, so only what was asked on a quiet line makes the figure grow. Throughput
 /// is measured from the first byte after a pause on; it rises with every faster period, and falls
-/// only with those in which enough was asked for to fill the line. When it does not rise any
-/// more, no period is believed alone: whoever reads late on a busy machine finds much at once, as if
-/// the line were faster.
+/// only with those in which enough was asked for to fill the line. When it does not rise any more,
+/// no period is believed alone: whoever reads late on a busy machine finds much at once, as if the
+/// line were faster.
 #[derive(Clone, Debug)]
 pub(crate) struct Measured {
     rtt: Option<Duration>,

@@ -352,7 +352,7 @@ async fn files_of_the_same_directory_come_with_a_missed_one() {
 }
 
 /// Every tenth file in turn: soon they are there before they are read. The kernel reads a file in
-/// pieces, and where in it something was read is told of one only.
+/// pieces, and what is told of one that is there is some place in it.
 #[tokio::test(start_paused = true)]
 async fn strides_are_followed() {
     let layer = Plan::files(1, [50_000; 300]).build();
