@@ -218,3 +218,77 @@ fn an_image_written_lazy_is_pulled_lazily() {
 fn zstd_chunked_written_lazy_is_pulled_lazily() {
     is_lazy(any(), "zstdchunked");
 }
+
+/// `shipway convert`; gives the digest that it prints.
+#[track_caller]
+fn convert(lab: &Lab, arguments: &[&str]) -> String {
+    let socket = lab.containerd_socket().to_string_lossy().into_owned();
+    let fixed = ["convert", "--containerd-addr", &socket, "--namespace", "default"];
+    let done = lab.shipway(fixed.into_iter().chain(arguments.iter().copied())).ok();
+    assert!(done.stderr.contains("became"), "{}", done.stderr);
+    done.stdout.trim().to_owned()
+}
+
+#[test]
+fn images_that_exist_are_converted_in_registries_and_in_the_store() {
+    let mut lab = Lab::on(any());
+    lab.start_registry();
+    BaseImage::busybox().push(&lab.registry(), "plain", "1");
+    let name = |name: &str| format!("{}/{name}", lab.registry());
+    let files = |image: &str| ctr_run(&lab, image, &["sh", "-c", ALL]).ok().stdout;
+    lab.ctr(["images", "pull", "--plain-http", &name("plain:1")]).ok();
+    let plain = files(&name("plain:1"));
+
+    // From registry to registry.
+    let digest = convert(&lab, &[&name("plain:1"), &name("lazy:1")]);
+    let (status, root) = lab.registry_get("/v2/lazy/manifests/1");
+    assert_eq!((status, Digest::of(&root).to_string()), (200, digest.clone()));
+    lab.ctr(["images", "pull", "--plain-http", &name("lazy:1")]).ok();
+    let image = Image::of(&lab, &name("lazy:1"));
+    assert_eq!(image.target, digest);
+    assert_eq!(have(&image.manifest, TOC_DIGEST), [true]);
+    assert_eq!(files(&name("lazy:1")), plain);
+    // What was converted is as the option says, and converting it once more changes nothing.
+    assert_eq!(convert(&lab, &[&name("lazy:1"), &name("copy:1")]), digest);
+
+    // From the registry into the store, and within it.
+    let stored = "containerd:example.org/chunked:1";
+    convert(&lab, &["--compression", "zstdchunked", &name("plain:1"), stored]);
+    let image = Image::of(&lab, "example.org/chunked:1");
+    assert_eq!(have(&image.manifest, STARGZ_POSITION), [true]);
+    assert_eq!(files("example.org/chunked:1"), plain);
+    let list = lab.dir().join("first");
+    std::fs::write(&list, "/bin/busybox\n/not/there\n").unwrap();
+    let list = list.to_string_lossy();
+    let ordered = "containerd:example.org/ordered:1";
+    convert(
+        &lab,
+        &["--read-first", &list, "--platform", "linux/amd64,linux/arm64", stored, ordered],
+    );
+    let image = Image::of(&lab, "example.org/ordered:1");
+    assert_eq!(have(&image.manifest, TOC_DIGEST), [true]);
+    let found = files("example.org/ordered:1");
+    let without = |text: &str| {
+        text.lines()
+            .filter(|l| !l.contains(".prefetch.landmark"))
+            .map(|l| format!("{l}\n"))
+            .collect::<String>()
+    };
+    assert!(found.contains("  /.prefetch.landmark"), "{found}");
+    assert_eq!(without(&found), plain);
+    assert!(lab.leftovers().leases.is_empty(), "{:?}", lab.leftovers().leases);
+
+    // From the store to the registry.
+    let digest = convert(&lab, &[ordered, &name("ordered:1")]);
+    assert_eq!(lab.registry_get(&format!("/v2/ordered/manifests/{digest}")).0, 200);
+
+    let refused = |arguments: &[&str]| {
+        let failed = lab.shipway(["convert"].iter().chain(arguments)).failed();
+        failed.stderr
+    };
+    assert!(refused(&[&name("absent:1"), &name("x:1")]).contains("not found"));
+    let by_digest = format!("{}@{}", name("x"), Digest::of("x"));
+    assert!(refused(&[&name("plain:1"), &by_digest]).contains("hint: name a tag"));
+    let of = ["--read-first", &*list, "--compression", "gzip", &name("plain:1"), &name("x:1")];
+    assert!(refused(&of).contains("is of no use"));
+}

@@ -5,10 +5,11 @@
 
 use bytes::Bytes;
 use shipway_archive::{
-    Compression, CompressionKind, LayerTree, Packed, pack, recompress, retime, tar_of,
+    Compression, CompressionKind, LayerTree, Packed, ReadFirst, pack, recompress,
+    recompress_in_order, retime, tar_of,
 };
 use shipway_estargz::{
-    Annotated, Codec, Dialect, Expected, Kind, MAX_CHUNK, Tail, Toc, UNCOMPRESSED_SIZE,
+    Annotated, Codec, Dialect, Expected, Kind, Landmark, MAX_CHUNK, Tail, Toc, UNCOMPRESSED_SIZE,
 };
 use shipway_fault::Result;
 use shipway_oci::{Descriptor, Digest};
@@ -200,6 +201,71 @@ fn any_tree_is_read_back_and_threads_do_not_matter() {
                 read.insert(entry.path().to_vec(), (size, u32::from(entry.mode()), data));
             }
             assert!(read == files(&tree), "{compression}");
+        }
+    }
+}
+
+#[test]
+fn what_is_read_first_comes_first_and_nothing_is_lost() {
+    let mut dice = Dice(0x0bad_cafe);
+    for kind in KINDS {
+        let dir = tempfile::tempdir().unwrap();
+        grow(&mut dice, dir.path());
+        fs::write(dir.path().join("last"), vec![7; 3_000_000]).unwrap();
+        let tree = LayerTree::whole(dir.path());
+        let all = files(&tree);
+        let names: Vec<&Vec<u8>> = all.keys().collect();
+        let some = [b"/last".to_vec(), names[dice.below(names.len())].clone(), b"none".to_vec()];
+        let gzip = packed(&tree, Compression::default(), 2).0;
+        for paths in [&some[..], &some[2..]] {
+            let ordered = |threads| {
+                let mut pieces = gzip.chunks(100_000).map(Bytes::copy_from_slice);
+                let (spool, mut blob) = (tempfile::tempfile().unwrap(), Vec::new());
+                let found = recompress_in_order(
+                    &mut || Ok(pieces.next()),
+                    CompressionKind::Gzip,
+                    plain(kind),
+                    ReadFirst { paths, spool },
+                    NonZero::new(threads),
+                    &mut |bytes| {
+                        blob.extend_from_slice(&bytes);
+                        Ok(())
+                    },
+                );
+                (blob, found.unwrap())
+            };
+            let (blob, found) = ordered(1);
+            assert!(ordered(4).0 == blob, "{kind}");
+            assert_eq!(found.tar, tar_of(&tree).unwrap().tar, "what was given");
+            assert_eq!(found.diff_id().0, Digest::of(decompressed(kind, &blob)));
+            let codec = if kind == CompressionKind::Estargz { Codec::Gzip } else { Codec::Zstd };
+            let toc = opened(&blob, &found, codec);
+            let mut read = BTreeMap::new();
+            for entry in toc.entries().filter(|entry| !entry.is_landmark()) {
+                let Kind::File { size, chunks } = entry.kind() else { continue };
+                let data = chunks.iter().flat_map(|chunk| {
+                    let frame = &blob[chunk.offset as usize..chunk.end as usize];
+                    toc.read_chunk(codec, chunk, frame).unwrap()
+                });
+                read.insert(entry.path().to_vec(), (size, u32::from(entry.mode()), data.collect()));
+            }
+            assert!(read == all, "{kind}");
+            match (toc.landmark(), paths.len()) {
+                (Some(Landmark::Prefetch { end }), 3) => {
+                    let Kind::File { chunks, .. } = toc.find(b"last").unwrap().kind() else {
+                        panic!()
+                    };
+                    let first = toc.chunks().iter().map(|chunk| chunk.offset).min();
+                    assert_eq!(first, Some(chunks[0].offset));
+                    let is_before = |path: &[u8]| match toc.find(path).unwrap().resolved().kind() {
+                        Kind::File { chunks: [chunk, ..], .. } => chunk.offset < end,
+                        _ => true,
+                    };
+                    assert!(is_before(b"last") && is_before(&some[1]), "{end}");
+                }
+                (Some(Landmark::NoPrefetch), 1) => {}
+                other => panic!("{kind} {other:?}"),
+            }
         }
     }
 }

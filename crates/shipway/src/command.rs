@@ -1,6 +1,7 @@
 //! The commands, one file each; both personas pick theirs.
 
 pub(crate) mod build;
+pub(crate) mod convert;
 pub(crate) mod dial_stdio;
 pub(crate) mod du;
 pub(crate) mod history;

@@ -7,7 +7,7 @@ use shipway_fault::Result;
 
 use crate::{
     Persona,
-    command::{build, dial_stdio, du, history, info, prune, version, workers},
+    command::{build, convert, dial_stdio, du, history, info, prune, version, workers},
     connect::ConnectArgs,
 };
 
@@ -41,6 +41,8 @@ enum Command {
     Info(info::Args),
     /// Look at builds that ran
     History(history::Args),
+    /// Write an image again with layers that can be pulled lazily
+    Convert(Box<convert::Args>),
     /// Pass standard input and output to the daemon
     DialStdio,
     /// Print our version
@@ -58,6 +60,7 @@ pub(crate) async fn main() -> Result<ExitCode> {
         Command::Workers(args) => workers::run(&connect.connect(PERSONA).await?, args).await,
         Command::Info(args) => info::run(&connect.connect(PERSONA).await?, args).await,
         Command::History(args) => history::run(&connect.connect(PERSONA).await?, args).await,
+        Command::Convert(args) => convert::run(*args).await,
         Command::DialStdio => dial_stdio::run(&connect, PERSONA).await,
         Command::Version => version::run(PERSONA),
     }

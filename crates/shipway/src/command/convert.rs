@@ -1,0 +1,234 @@
+//! `convert`: the same image with layers that can be pulled lazily.
+
+use std::{
+    collections::HashSet,
+    fs::File,
+    io::{IsTerminal as _, Read as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use shipway_archive::Compression;
+use shipway_client::DockerConfig;
+use shipway_containerd::Containerd;
+use shipway_convert::{Options, Packing, Progress, Remote, Source, Step, Stored, Target, convert};
+use shipway_fault::{Fault, Result};
+use shipway_oci::{ImageName, Platform};
+use shipway_registry::{
+    CredentialSource, Credentials, Given, Mode, Registry, RegistryConfig, Repository,
+};
+
+use crate::{output, size};
+
+/// Most bytes of a list of paths.
+const MAX_LIST: u64 = 64 << 20;
+
+/// Write an image again with layers that can be pulled lazily
+///
+/// Reads SRC and writes DST. Both are names in registries, or names in containerd's store with
+/// `containerd:` before them, as in `containerd:docker.io/library/app:1`.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Args {
+    /// The image as it is
+    #[arg(value_name = "SRC")]
+    source: Place,
+    /// The image to write
+    #[arg(value_name = "DST")]
+    target: Place,
+    /// estargz, or zstdchunked for containerd, or zstd:chunked for podman; also gzip, zstd and
+    /// uncompressed
+    #[arg(long, value_name = "KIND", default_value = "estargz")]
+    compression: String,
+    /// Level as the algorithm counts it
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    compression_level: Option<String>,
+    /// Most bytes of a file that are fetched at once
+    #[arg(long, value_name = "BYTES")]
+    compression_chunk_size: Option<String>,
+    /// Bytes that small files are packed together up to, for snapshotters that know it
+    #[arg(long, value_name = "BYTES")]
+    compression_min_chunk_size: Option<String>,
+    /// Compress layers anew that are of this kind already
+    #[arg(long)]
+    force_compression: bool,
+    /// File with paths in the image, one a line, in the order in which its program reads them:
+    /// they come first in their layers and are fetched at once
+    #[arg(long, value_name = "FILE")]
+    read_first: Option<PathBuf>,
+    /// Platforms that the new image has, instead of all
+    #[arg(long, value_name = "PLATFORM", value_delimiter = ',')]
+    platform: Vec<Platform>,
+    /// Take any certificate of the registries, and plain HTTP
+    #[arg(long)]
+    insecure: bool,
+    /// Directory with a hosts.toml for each registry, as containerd has it
+    #[arg(long, value_name = "DIR", default_value = "/etc/containerd/certs.d")]
+    registry_config: PathBuf,
+    /// containerd's socket
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        env = "CONTAINERD_ADDRESS",
+        default_value = "/run/containerd/containerd.sock"
+    )]
+    containerd_addr: PathBuf,
+    /// Namespace of containerd
+    #[arg(long, value_name = "NAME", env = "CONTAINERD_NAMESPACE", default_value = "default")]
+    namespace: String,
+}
+
+/// Where an image is, or is to be.
+#[derive(Clone, Debug)]
+enum Place {
+    Registry(ImageName),
+    Containerd(String),
+}
+
+impl std::str::FromStr for Place {
+    type Err = Fault;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text.strip_prefix("containerd:") {
+            Some("") => Err(Fault::invalid("an image in containerd needs a name")),
+            Some(name) => Ok(Self::Containerd(name.to_owned())),
+            None => match text.parse() {
+                Ok(name) => Ok(Self::Registry(name)),
+                Err(e) => Err(Fault::invalid(format!("{e}"))),
+            },
+        }
+    }
+}
+
+/// The user's credentials.
+struct Login(DockerConfig);
+
+#[async_trait]
+impl CredentialSource for Login {
+    async fn credentials(&self, host: &str) -> Result<Option<Given<Credentials>>> {
+        let found = self.0.lookup(host).await?;
+        Ok(found.map(|(username, secret)| Given::alone(Credentials { username, secret })))
+    }
+
+    fn identity(&self) -> Option<String> {
+        Some("user".to_owned())
+    }
+}
+
+/// What places are opened with.
+struct Opener<'a> {
+    args: &'a Args,
+    registry: Registry,
+    login: Arc<Login>,
+}
+
+impl Opener<'_> {
+    fn remote(&self, name: &ImageName, mode: Mode) -> Repository {
+        let repository = self.registry.repository(name, self.login.clone(), mode);
+        if self.args.insecure { repository.insecure() } else { repository }
+    }
+
+    async fn stored(&self, name: &str) -> Result<Stored> {
+        let containerd = Containerd::connect(&self.args.containerd_addr).await?;
+        // Nothing is mounted, so that the snapshotter does not matter.
+        let storage = containerd.storage(&self.args.namespace, "overlayfs")?;
+        Ok(Stored::new(storage, name.to_owned()))
+    }
+}
+
+pub(crate) async fn run(args: Args) -> Result<()> {
+    let compression = Compression::take(|key| match key {
+        "compression" => Some(args.compression.clone()),
+        "compression-level" => args.compression_level.clone(),
+        "compression-chunk-size" => args.compression_chunk_size.clone(),
+        "compression-min-chunk-size" => args.compression_min_chunk_size.clone(),
+        "force-compression" => args.force_compression.then(String::new),
+        _ => None,
+    })?;
+    let config_path = Some(args.registry_config.clone());
+    let config = RegistryConfig { config_path, ..RegistryConfig::default() };
+    let docker = DockerConfig::default_path().map(|path| DockerConfig::load(&path)).transpose()?;
+    let login = Arc::new(Login(docker.unwrap_or_default()));
+    let opener = Opener { args: &args, registry: Registry::new(config), login };
+    let source: Arc<dyn Source> = match &args.source {
+        Place::Registry(name) => Arc::new(Remote::new(opener.remote(name, Mode::Pull))),
+        Place::Containerd(name) => Arc::new(opener.stored(name).await?),
+    };
+    let target: Arc<dyn Target> = match &args.target {
+        Place::Registry(name) if name.digest().is_some() => {
+            return Err(Fault::invalid(format!(
+                "{name} names a digest, which a new image cannot have"
+            ))
+            .hint("name a tag"));
+        }
+        Place::Registry(name) => Arc::new(Remote::new(opener.remote(name, Mode::Push))),
+        Place::Containerd(name) => Arc::new(opener.stored(name).await?),
+    };
+    let first = args.read_first.as_deref().map(read_first).transpose()?.unwrap_or_default();
+    if !first.is_empty() && !compression.kind.is_indexed() {
+        return Err(Fault::invalid(format!(
+            "--read-first is of no use with --compression {}",
+            compression.kind
+        ))
+        .hint("use estargz or zstdchunked"));
+    }
+    let packing = Packing { compression, first: first.into() };
+    let options = Options { packing, platforms: args.platform.clone() };
+    let done = convert(source, target, &options, progress()).await?;
+    let bytes = |n: u64| size::bytes(n.try_into().unwrap_or(i64::MAX));
+    eprintln!(
+        "converted {} layers to {}: {} became {}",
+        done.layers,
+        compression.kind,
+        bytes(done.size.0),
+        bytes(done.size.1)
+    );
+    output::print(&format!("{}\n", done.root.digest))
+}
+
+/// The paths in a file of `--read-first`.
+fn read_first(path: &Path) -> Result<Vec<Vec<u8>>> {
+    let failed = |e| Fault::io(format!("read {}", path.display()), e);
+    let mut text = Vec::new();
+    File::open(path).and_then(|f| f.take(MAX_LIST).read_to_end(&mut text)).map_err(failed)?;
+    let lines = text.split(|b| *b == b'\n').map(|line| line.trim_ascii());
+    Ok(lines.filter(|line| !line.is_empty()).map(<[u8]>::to_vec).collect())
+}
+
+/// Tells on standard error how far layers are: on a terminal all the time, elsewhere when one was
+/// read.
+fn progress() -> Progress {
+    let ended = Mutex::new(HashSet::new());
+    let is_terminal = std::io::stderr().is_terminal();
+    Arc::new(move |Step { digest, converts, done, size }| {
+        let doing = if converts { "converting" } else { "copying" };
+        let bytes = |n: u64| size::bytes(n.try_into().unwrap_or(i64::MAX));
+        let mut ended = ended.lock();
+        let clear = if is_terminal { "\r\x1b[K" } else { "" };
+        if done == size && ended.insert(digest) {
+            eprintln!("{clear}{doing} {digest} {}", bytes(size));
+        } else if done < size && is_terminal {
+            eprint!("{clear}{doing} {digest} {} of {}", bytes(done), bytes(size));
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_in_a_registry_unless_they_say_otherwise() {
+        let place = |text: &str| text.parse::<Place>();
+        assert!(
+            matches!(place("app:1"), Ok(Place::Registry(n)) if n.to_string() == "docker.io/library/app:1")
+        );
+        assert!(
+            matches!(place("localhost:5000/a"), Ok(Place::Registry(n)) if n.registry() == "localhost:5000")
+        );
+        let stored = place("containerd:docker.io/library/app:1");
+        assert!(matches!(stored, Ok(Place::Containerd(n)) if n == "docker.io/library/app:1"));
+        assert!(place("containerd:").is_err() && place("A B").is_err());
+    }
+}
