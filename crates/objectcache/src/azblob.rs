@@ -359,7 +359,7 @@ impl ObjectCache for Container {
         if offset > 0 {
             call = call.header("range", format!("bytes={offset}-"));
         }
-        self.send(call).await?.from_offset(offset)
+        self.send(call).await?.read_from(offset)
     }
 
     /// A blob of another length is not the layer: it is replaced.

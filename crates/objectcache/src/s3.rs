@@ -326,7 +326,7 @@ impl ObjectCache for Bucket {
         if offset > 0 {
             call = call.header("range", format!("bytes={offset}-"));
         }
-        self.send(call).await?.from_offset(offset)
+        self.send(call).await?.read_from(offset)
     }
 
     async fn write(&self, layer: &Descriptor, content: &dyn LayerContent) -> Result<()> {

@@ -167,7 +167,7 @@ fn base(endpoint: Option<&str>, bucket: &str, region: &str, path_style: bool) ->
         return Err(invalid("holds a user"));
     }
     let path = uri.path().trim_end_matches('/');
-    let fits = !bucket.contains(['_']) && !(scheme == "https" && bucket.contains('.'));
+    let fits = !(bucket.contains('_') || scheme == "https" && bucket.contains('.'));
     if path_style || !fits {
         return Ok(format!("{scheme}://{authority}{path}/{bucket}"));
     }
