@@ -28,6 +28,7 @@ use tokio::{
     task::JoinSet,
     time::Instant,
 };
+use tracing::Span;
 
 /// Frames that are decompressed and compared at once, each of which holds a chunk in memory.
 const CHECKS: usize = 2;
@@ -211,8 +212,10 @@ impl Fetcher {
         match self.0.layer(layer) {
             Some(found) => {
                 let since = self.0.now();
-                // It lasts until the miss is served or has failed.
+                // It lasts until the miss is served or has failed, so no task may run in it: what is
+                // fetched besides would be part of it.
                 let span = tracing::info_span!(
+                    parent: None,
                     "miss",
                     layer,
                     block = blocks.start,
@@ -220,7 +223,8 @@ impl Fetcher {
                     otel.status_code = tracing::field::Empty,
                     otel.status_description = tracing::field::Empty,
                 );
-                shipway_task::spawn_in(span, self.0.clone().demand(found, blocks, since));
+                let work = self.0.clone().demand(found, blocks, since, span);
+                shipway_task::spawn("queue a miss", work);
             }
             None => {
                 let fault = Fault::not_found(format!("there is no layer {layer}"));
@@ -540,7 +544,13 @@ impl Shared {
     }
 
     /// Serves a miss: what is on the disk, then what has to be fetched, then what may be next.
-    async fn demand(self: Arc<Self>, layer: Arc<Layer>, blocks: Range<u64>, since: Duration) {
+    async fn demand(
+        self: Arc<Self>,
+        layer: Arc<Layer>,
+        blocks: Range<u64>,
+        since: Duration,
+        span: Span,
+    ) {
         let (target, wanted) = (layer.target.clone(), blocks.clone());
         let look = move || {
             let mut looks = 0;
@@ -576,9 +586,11 @@ impl Shared {
             s.last_miss = Some(now);
             s.queue.quiet_until(now + self.settings.quiet);
             if !is_good {
-                s.misses.add(layer.number, blocks.clone(), frames.iter().map(|f| f.offset), times);
+                let waited_for = frames.iter().map(|f| f.offset);
+                span.in_scope(|| s.misses.add(layer.number, blocks.clone(), waited_for, times));
             }
         });
+        drop(span);
         self.want(&layer, frames, Class::Demand);
         self.pump();
         if !self.is_learned(&layer) && !self.read(&layer, blocks.start).await {
