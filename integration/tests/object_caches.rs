@@ -16,7 +16,7 @@ use std::{
 
 /// A step that no two builds do alike, and one above it.
 const TEXT: &str = "FROM busybox AS a\nRUN cat /proc/sys/kernel/random/uuid > /stamp\nRUN cp /stamp /copy\nFROM scratch\nCOPY --from=a /copy /copy\n";
-/// The key that the S3 server knows. It does not check signatures: tests of `objectcache` do.
+/// The key that the S3 server knows. It checks the name of a key, and no signature.
 const KEY: &str = "S3RVER";
 
 /// A server that npm has, listening on a port of its own.

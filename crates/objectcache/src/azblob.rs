@@ -198,6 +198,10 @@ struct Container {
     config: Config,
 }
 
+/// Sizes of the first blobs below a prefix, and the last name up to which these are all there are;
+/// `None` if they are all at all.
+type Listing = (HashMap<String, u64>, Option<String>);
+
 impl Container {
     async fn send(&self, call: Call<'_>) -> Result<Reply> {
         self.calls.send(&call.header(VERSION.0, VERSION.1), &self.signer).await
@@ -223,10 +227,8 @@ impl Container {
         }
     }
 
-    /// Sizes of the first blobs below the prefix of layers, and the last name up to which these are
-    /// all there are; no name if they are all at all. Nothing if the credentials do not allow to
-    /// list.
-    async fn list(&self) -> Result<Option<(HashMap<String, u64>, Option<String>)>> {
+    /// The first blobs below the prefix of layers; nothing if the credentials do not allow to list.
+    async fn list(&self) -> Result<Option<Listing>> {
         let query =
             format!("&comp=list&maxresults=5000&prefix={}", encoded(&self.config.blob_prefix()));
         let call = Call::new(Method::GET, self.config.container_uri(&query)?, "list layers");
@@ -359,7 +361,7 @@ impl ObjectCache for Container {
         if offset > 0 {
             call = call.header("range", format!("bytes={offset}-"));
         }
-        self.send(call).await?.read_from(offset)
+        self.send(call).await?.body_from(offset)
     }
 
     /// A blob of another length is not the layer: it is replaced.

@@ -155,7 +155,7 @@ impl Reply {
     }
 
     /// Checks that the body is a document from `offset` on.
-    pub fn read_from(self, offset: u64) -> Result<BodyReader> {
+    pub fn body_from(self, offset: u64) -> Result<BodyReader> {
         let range = self.header(header::CONTENT_RANGE).unwrap_or_default();
         let right = offset == 0
             || self.status == StatusCode::PARTIAL_CONTENT

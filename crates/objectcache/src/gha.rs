@@ -550,7 +550,7 @@ impl ObjectCache for Cache {
         let known = self.entries.lock().get(&digest).cloned();
         if let Some(uri) = known {
             match self.download(&uri, offset, action.clone()).await {
-                Ok(reply) => return reply.read_from(offset),
+                Ok(reply) => return reply.body_from(offset),
                 // An address is for a time.
                 Err(fault)
                     if matches!(fault.code(), Code::PermissionDenied | Code::Unauthenticated) =>
@@ -565,7 +565,7 @@ impl ObjectCache for Cache {
         let entry = self.exact(&blob_key(&digest)).await?.ok_or_else(gone)?;
         let reply = self.download(&entry.uri, offset, action).await?;
         self.entries.lock().insert(digest, entry.uri);
-        reply.read_from(offset)
+        reply.body_from(offset)
     }
 
     async fn write(&self, layer: &Descriptor, content: &dyn LayerContent) -> Result<()> {

@@ -119,6 +119,10 @@ struct Object {
     modified: Option<SystemTime>,
 }
 
+/// The first objects below a prefix, and the last name up to which these are all there are; `None`
+/// if they are all at all.
+type Listing = (HashMap<String, Object>, Option<String>);
+
 impl Bucket {
     async fn send(&self, call: Call<'_>) -> Result<Reply> {
         self.calls.send(&call, &self.signer).await
@@ -133,9 +137,8 @@ impl Bucket {
         call.header(CONTENT_SHA256, Digest::of(bytes).hex()).payload(Payload::Bytes(bytes))
     }
 
-    /// The first objects below the prefix of layers, and the last name up to which these are all
-    /// there are; `None` if they are all at all. Nothing if the credentials do not allow to list.
-    async fn list(&self) -> Result<Option<(HashMap<String, Object>, Option<String>)>> {
+    /// The first objects below the prefix of layers; nothing if the credentials do not allow to list.
+    async fn list(&self) -> Result<Option<Listing>> {
         let prefix = self.config.blob_prefix();
         let query = format!("list-type=2&max-keys=1000&prefix={}", encoded(&prefix));
         let call = self.call(Method::GET, "", &query, "list layers".into())?;
@@ -326,7 +329,7 @@ impl ObjectCache for Bucket {
         if offset > 0 {
             call = call.header("range", format!("bytes={offset}-"));
         }
-        self.send(call).await?.read_from(offset)
+        self.send(call).await?.body_from(offset)
     }
 
     async fn write(&self, layer: &Descriptor, content: &dyn LayerContent) -> Result<()> {

@@ -138,7 +138,7 @@ impl GithubCache {
         self.state.lock().limited = requests;
     }
 
-    /// Forgets everything that is not whole or whose key `gone` accepts.
+    /// Forgets the entries whose keys `gone` accepts.
     pub fn evict(&self, gone: impl Fn(&str) -> bool) {
         self.state.lock().entries.iter_mut().filter(|e| gone(&e.key)).for_each(|e| e.key.clear());
     }

@@ -144,7 +144,7 @@ async fn a_cache_is_written_and_read() {
     assert!(cache.configs().await.unwrap().is_empty());
     let content = Bytes::from_static(b"a layer");
     let descriptor = layer(&content);
-    assert!(cache.present(&[descriptor.clone()]).await.unwrap().is_empty());
+    assert!(cache.present(std::slice::from_ref(&descriptor)).await.unwrap().is_empty());
     standin.take();
     cache.write(&descriptor, &Held(content.clone())).await.unwrap();
     // The store is told which bytes to expect, in a way that every S3 knows.
