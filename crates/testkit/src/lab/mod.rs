@@ -91,6 +91,8 @@ pub struct LabOptions {
     pub snapshotter: bool,
     /// What containerd calls it.
     pub snapshotter_name: String,
+    /// Lines for the snapshotter's TOML, outside of its tables.
+    pub snapshotter_config: String,
     /// Lines for the table `lazy` of the snapshotter's TOML.
     pub lazy_config: String,
     /// Image of CRI's sandboxes; containerd has no CRI without.
@@ -116,6 +118,7 @@ impl LabOptions {
             daemon_environment: Vec::new(),
             snapshotter: false,
             snapshotter_name: "shipway".into(),
+            snapshotter_config: String::new(),
             lazy_config: String::new(),
             sandbox: None,
             keep_in: None,
@@ -309,7 +312,11 @@ impl Lab {
     pub fn start_snapshotter(&mut self) {
         std::fs::write(
             self.dir.join("shipway-snapshotter.toml"),
-            config::snapshotter(&self.dir, &self.options.lazy_config),
+            config::snapshotter(
+                &self.dir,
+                &self.options.snapshotter_config,
+                &self.options.lazy_config,
+            ),
         )
         .unwrap();
         let mut command = self.snapshotter_command();
