@@ -89,6 +89,67 @@ fn the_cache_survives_a_restart_of_the_daemon() {
     }
 }
 
+/// The steps that a build explains, but for those of its base image.
+fn explained(text: &str) -> Vec<String> {
+    let reasons = text.split_once("Why steps ran:\n").map_or("", |(_, reasons)| reasons);
+    let steps = reasons.lines().filter_map(|line| line.strip_prefix(" - ["));
+    steps.filter(|step| !step.contains("] FROM ")).map(|step| format!("[{step}")).collect()
+}
+
+#[test]
+fn a_build_says_why_its_steps_were_not_cached() {
+    let lab = Lab::complete(any());
+    let text = "FROM busybox\nCOPY file /file\nARG VERSION=1\nRUN env > /env\nRUN cat /file /env > /all\n";
+    let context = lab.context("why", &[("Dockerfile", text), ("file", "1")]);
+    let build = |more: &[&str]| {
+        let context = context.display().to_string();
+        let fixed = ["build", "--progress", "plain", "--explain-cache", "--tag", "why:1"];
+        lab.shipway(fixed.iter().chain(more).copied().chain([&*context])).ok().all()
+    };
+    let (copy, env) = ("[2/4] COPY file /file", "[3/4] RUN env > /env");
+    let all = "[4/4] RUN cat /file /env > /all";
+    let check = |text: &str, expected: &[(&str, &str)]| {
+        let expected: Vec<String> =
+            expected.iter().map(|(step, reason)| format!("{step}: {reason}")).collect();
+        assert_eq!(explained(text), expected, "{text}");
+    };
+    let new = "the cache knows nothing like it";
+    check(&build(&[]), &[(copy, new), (env, new), (all, new)]);
+    let same = build(&[]);
+    assert!(same.contains("No step ran that the cache could have had a result for."), "{same}");
+
+    // Another file: the step that reads it, and what follows from that.
+    std::fs::write(context.join("file"), "2").unwrap();
+    let file = "not as the last time: other files in [internal] load build context";
+    let (after_copy, after_env) = (
+        format!("not as the last time: another result of {copy}"),
+        format!("not as the last time: another result of {env}"),
+    );
+    check(&build(&[]), &[(copy, file), (env, &after_copy), (all, &after_env)]);
+
+    // Another argument, which the steps after it have in their environment.
+    let env_2 = "not as the last time: other env VERSION";
+    let all_2 = format!("{env_2}; another result of {env}");
+    check(&build(&["--build-arg", "VERSION=2"]), &[(env, env_2), (all, &all_2)]);
+
+    let none = "the build uses no cache for it";
+    check(&build(&["--no-cache"]), &[(copy, none), (env, none), (all, none)]);
+
+    remove_everything(&lab);
+    let gone = "the cache had its result, which was pruned or lost";
+    let text = build(&[]);
+    check(&text, &[(copy, gone), (env, gone), (all, gone)]);
+
+    // The history says the same afterwards.
+    let history = lab.shipway(["history", "ls"]).ok().stdout;
+    let mut builds = history.lines().skip(1).filter_map(|l| l.split_whitespace().next());
+    let told = builds.any(|id| {
+        let kept = lab.shipway(["history", "explain", id]).ok().stdout;
+        explained(&kept) == explained(&text)
+    });
+    assert!(told, "no build of these is explained as it was:\n{history}");
+}
+
 #[test]
 fn equal_work_of_builds_at_once_is_done_once() {
     let lab = Lab::complete(any());

@@ -57,7 +57,6 @@ const CIRCLES: &[(&str, &[&str])] = &[
         "ops",
         &["build", "devices", "exec", "export_plan", "failed_state", "job", "op", "step_options"],
     ),
-    ("progress", &["journal", "reporter"]),
     (
         "refs",
         &[
@@ -79,7 +78,6 @@ const CIRCLES: &[(&str, &[&str])] = &[
     ("registry", &["hosts", "hosts_toml"]),
     ("remotecache", &["backend", "collect", "export", "import"]),
     ("snapstore", &["lazy", "model"]),
-    ("solver", &["driver", "graph", "handle", "step"]),
     ("sources", &["blob", "git", "http", "image", "memo", "port"]),
 ];
 

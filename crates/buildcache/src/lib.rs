@@ -124,6 +124,10 @@ impl CacheStore<ImmutableRef> for CacheIndex {
         self.local.forget(value).await
     }
 
+    async fn similar(&self, meta: &RecordMeta) -> Result<Option<RecordMeta>> {
+        self.local.similar(meta).await
+    }
+
     async fn alias(&self, primary: CacheKey, keys: &[CacheKey]) -> Result<()> {
         self.local.alias(primary, keys).await
     }

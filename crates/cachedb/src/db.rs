@@ -7,7 +7,7 @@ use redb::{
 use serde::{Deserialize, Serialize};
 use shipway_fault::{Class, Code, Context as _, Fault, Result};
 use shipway_oci::Digest;
-use shipway_solver::{CacheKey, RecordMeta};
+use shipway_solver::{CacheKey, KeyPart, RecordMeta};
 use std::{
     collections::{HashMap, HashSet},
     path::Path,
@@ -28,6 +28,9 @@ const ALIASES: TableDefinition<Key, Key> = TableDefinition::new("aliases");
 const RECORDS: TableDefinition<Key, &[u8]> = TableDefinition::new("records");
 /// Name of a result to the primaries of its records.
 const RESULTS: MultimapTableDefinition<&str, Key> = MultimapTableDefinition::new("results");
+/// What similar records are found by ([`RecordMeta::similar`]) to the primary of the latest of
+/// them.
+const SIMILAR: TableDefinition<Key, Key> = TableDefinition::new("similar");
 /// `format` to [`FORMAT`].
 const ABOUT: TableDefinition<&str, u64> = TableDefinition::new("about");
 
@@ -69,6 +72,11 @@ pub(crate) struct Stored {
     description: String,
     #[serde(default)]
     imported: bool,
+    /// Names and fingerprints.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    parts: Vec<(String, u64)>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    contents: Vec<Option<Digest>>,
 }
 
 impl Stored {
@@ -81,6 +89,7 @@ impl Stored {
             .map(|(keys, selector)| (keys.iter().map(|k| k.0).collect(), *selector))
             .collect();
         let (op_keys, description) = (meta.op_keys.clone(), meta.description.clone());
+        let parts = meta.parts.iter().map(|part| (part.name.clone(), part.fingerprint)).collect();
         Self {
             result,
             created,
@@ -89,6 +98,8 @@ impl Stored {
             inputs,
             description,
             imported: meta.imported,
+            parts,
+            contents: meta.contents.clone(),
         }
     }
 
@@ -98,10 +109,13 @@ impl Stored {
             .into_iter()
             .map(|(keys, selector)| (keys.into_iter().map(CacheKey).collect(), selector))
             .collect();
+        let part = |(name, fingerprint)| KeyPart { name, fingerprint };
         let meta = RecordMeta {
             op_keys: self.op_keys,
             output: self.output,
+            parts: self.parts.into_iter().map(part).collect(),
             inputs,
+            contents: self.contents,
             description: self.description,
             imported: self.imported,
         };
@@ -149,6 +163,7 @@ pub(crate) async fn keep_flushing(inner: Weak<Inner>, wake: Arc<Notify>) {
 fn create_tables(tx: &redb::WriteTransaction) -> Result<()> {
     tx.open_table(ALIASES).map_err(fault)?;
     tx.open_table(RECORDS).map_err(fault)?;
+    tx.open_table(SIMILAR).map_err(fault)?;
     tx.open_multimap_table(RESULTS).map_err(fault)?;
     tx.open_table(ABOUT).map_err(fault)?.insert("format", FORMAT).map_err(fault)?;
     Ok(())
@@ -254,14 +269,17 @@ impl Inner {
             return Ok(());
         }
         let records = tx.open_table(RECORDS).map_err(fault)?;
-        let mut useful: HashSet<Key> = HashSet::new();
+        let (mut useful, mut kept) = (HashSet::<Key>::new(), HashSet::<Key>::new());
         for record in records.iter().map_err(fault)? {
             let (primary, bytes) = record.map_err(fault)?;
             useful.insert(primary.value());
+            kept.insert(primary.value());
             let Ok(stored) = serde_json::from_slice::<Stored>(bytes.value()) else { continue };
             useful.extend(stored.inputs.iter().flat_map(|(keys, _)| keys).map(|k| *k.as_bytes()));
         }
         aliases.retain(|_, primary| useful.contains(&primary)).map_err(fault)?;
+        let mut similar = tx.open_table(SIMILAR).map_err(fault)?;
+        similar.retain(|_, primary| kept.contains(&primary)).map_err(fault)?;
         self.sweep_at.store(FEW_KEYS.max(2 * aliases.len().map_err(fault)?), Ordering::Relaxed);
         Ok(())
     }
@@ -295,6 +313,7 @@ impl Inner {
         self.write(|tx| {
             tx.delete_table(ALIASES).map_err(fault)?;
             tx.delete_table(RECORDS).map_err(fault)?;
+            tx.delete_table(SIMILAR).map_err(fault)?;
             tx.delete_multimap_table(RESULTS).map_err(fault)?;
             create_tables(tx)
         })
@@ -348,6 +367,14 @@ impl Inner {
         let Some(bytes) = records.get(key(primary)).map_err(fault)? else { return Ok(None) };
         // What cannot be read is as good as absent.
         Ok(serde_json::from_slice(bytes.value()).ok())
+    }
+
+    /// The latest record that is found by `name`, one of [`RecordMeta::similar`].
+    pub(crate) fn similar(&self, name: &Digest) -> Result<Option<Stored>> {
+        let tx = self.db.begin_read().map_err(fault)?;
+        let similar = tx.open_table(SIMILAR).map_err(fault)?;
+        let primary = similar.get(*name.as_bytes()).map_err(fault)?.map(|p| cache_key(p.value()));
+        primary.map_or(Ok(None), |primary| self.record(&primary))
     }
 
     pub(crate) fn keys_of(&self, result: &str) -> Result<Vec<CacheKey>> {
@@ -430,6 +457,10 @@ impl Inner {
                     results.remove(before.result.as_str(), primary).map_err(fault)?;
                 }
                 results.insert(stored.result.as_str(), primary).map_err(fault)?;
+                let mut similar = tx.open_table(SIMILAR).map_err(fault)?;
+                for name in meta.similar() {
+                    similar.insert(*name.as_bytes(), primary).map_err(fault)?;
+                }
             }
             Ok(cache_key(primary))
         })

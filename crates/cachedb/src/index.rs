@@ -148,6 +148,15 @@ impl<O: Send + Sync> CacheStore<O> for CacheDb<O> {
         }
     }
 
+    async fn similar(&self, meta: &RecordMeta) -> Result<Option<RecordMeta>> {
+        for name in meta.similar() {
+            if let Some(record) = self.inner.similar(&name)? {
+                return Ok(Some(record.into_record().meta));
+            }
+        }
+        Ok(None)
+    }
+
     async fn alias(&self, primary: CacheKey, keys: &[CacheKey]) -> Result<()> {
         let (inner, keys) = (self.inner.clone(), keys.to_vec());
         blocking(move || inner.alias(primary, &keys)).await

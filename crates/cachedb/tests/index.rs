@@ -5,7 +5,7 @@ use parking_lot::Mutex;
 use shipway_cachedb::{CacheDb, ResultStore};
 use shipway_fault::Result;
 use shipway_oci::Digest;
-use shipway_solver::{CacheKey, CacheStore, RecordMeta};
+use shipway_solver::{CacheKey, CacheStore, KeyPart, RecordMeta};
 use std::{collections::BTreeSet, sync::Arc};
 
 /// Results are their names, while they exist.
@@ -244,4 +244,42 @@ async fn two_processes_cannot_share_it() {
     assert!(
         second.is_err_and(|e| e.to_string().contains("another process") && e.hints().count() == 1)
     );
+}
+
+#[tokio::test]
+async fn the_latest_similar_record_is_found_by_operation_and_then_by_name() {
+    let lab = Lab::new().await;
+    let meta = |operation: &str, name: &str, content: &str| RecordMeta {
+        op_keys: vec![Digest::of(operation)],
+        parts: vec![KeyPart { name: "part".into(), fingerprint: u64::MAX - 1 }],
+        inputs: vec![(vec![key("input")], None)],
+        contents: vec![Some(Digest::of(content))],
+        description: name.into(),
+        ..RecordMeta::default()
+    };
+    let save = async |key: &str, value: &str, meta: &RecordMeta| {
+        lab.db.save(&keys_of(&[key]), &value.to_owned(), meta).await.expect("saved");
+    };
+    let found = async |db: &CacheDb<String>, operation: &str, name: &str| {
+        let found = db.similar(&meta(operation, name, "")).await.expect("looked up");
+        found.map(|meta| (meta.description, meta.contents, meta.parts[0].fingerprint))
+    };
+    let expected = |name: &str, content| {
+        Some((name.to_owned(), vec![Some(Digest::of(content))], u64::MAX - 1))
+    };
+    assert_eq!(found(&lab.db, "op", "step").await, None);
+    save("1", "one", &meta("op", "step", "x")).await;
+    save("2", "two", &meta("op", "step", "y")).await;
+    save("3", "three", &meta("other op", "step", "z")).await;
+    assert_eq!(found(&lab.db, "op", "another name").await, expected("step", "y"));
+    assert_eq!(found(&lab.db, "op", "step").await, expected("step", "y"));
+    assert_eq!(found(&lab.db, "unknown", "step").await, expected("step", "z"));
+    assert_eq!(found(&lab.db, "unknown", "unknown").await, None);
+    lab.db.forget_results(vec!["two".into()]).await.expect("forgotten");
+    // The latest is gone; that of the same name is there still.
+    assert_eq!(found(&lab.db, "op", "step").await, expected("step", "z"));
+    let lab = lab.reopen().await;
+    assert_eq!(found(&lab.db, "other op", "").await, expected("step", "z"));
+    lab.db.clear().await.expect("cleared");
+    assert_eq!(found(&lab.db, "other op", "step").await, None);
 }

@@ -42,7 +42,7 @@ pub use session::{
 pub use shipway_dockerconfig::{AuthTls, DockerConfig};
 pub use shipway_grpc::ClientTls;
 pub use status::{
-    Lines, Log, ProgressGroup, SourceText, Status, Time, Vertex, VertexStatus, Warning,
+    CacheMiss, Lines, Log, ProgressGroup, SourceText, Status, Time, Vertex, VertexStatus, Warning,
 };
 
 /// An id for a build that no other has; for callers that need it before the build begins.

@@ -113,6 +113,28 @@ pub struct ProgressGroup {
     pub weak: bool,
 }
 
+/// Why the cache had no result for a step. Other daemons than ours say nothing of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CacheMiss {
+    /// `ignored`: the build wants no cache for the step or for `inputs`; `uncacheable`: what the
+    /// step or `inputs` come to is not stored; `gone`: the result was pruned or lost; `changed`: the
+    /// latest result of such a step was made of something else; `new`: nothing like it is known.
+    pub reason: String,
+    /// Names of the inputs that are the reason.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub inputs: Vec<String>,
+    /// Names of the inputs in which other files are read.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub contents: Vec<String>,
+    /// Whether the step itself is another.
+    #[serde(skip_serializing_if = "is_false")]
+    pub operation: bool,
+    /// What of it, such as `env VERSION`, as far as that is known.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<String>,
+}
+
 /// State of a step.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -141,6 +163,9 @@ pub struct Vertex {
     /// What it is shown as a part of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress_group: Option<ProgressGroup>,
+    /// Why it ran.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_miss: Option<CacheMiss>,
 }
 
 /// A counter within a step.
@@ -302,6 +327,13 @@ fn vertex(v: wire::Vertex) -> Vertex {
             id: g.id,
             name: g.name,
             weak: g.weak,
+        }),
+        cache_miss: v.shipway_cache_miss.map(|m| CacheMiss {
+            reason: m.reason,
+            inputs: m.inputs,
+            contents: m.contents,
+            operation: m.operation,
+            parts: m.parts,
         }),
     }
 }

@@ -144,8 +144,9 @@ pub(crate) fn keyed(
     arrangement: &impl std::fmt::Debug,
     inputs: usize,
 ) -> CacheMap {
-    let key = crate::key::KeyWriter::new(kind).text("id", id).value("inputs", arrangement).digest();
-    CacheMap { keys: vec![key], inputs: vec![InputMap::default(); inputs], ephemeral: false }
+    let mut key = crate::key::KeyWriter::new(kind);
+    key.text("id", id).value("inputs", arrangement);
+    key.map(vec![InputMap::default(); inputs])
 }
 
 #[async_trait]

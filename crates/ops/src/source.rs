@@ -42,7 +42,7 @@ fn context(cx: &Context) -> Result<SourceContext> {
 impl VertexOp for SourceVertex {
     async fn cache_map(&self, of: &LlbOp, cx: &Context) -> Result<CacheMap> {
         let pin = self.pin(of, &context(cx)?).await?;
-        Ok(CacheMap { keys: pin.keys.clone(), inputs: Vec::new(), ephemeral: pin.ephemeral })
+        Ok(CacheMap { keys: pin.keys.clone(), ephemeral: pin.ephemeral, ..CacheMap::default() })
     }
 
     async fn run(

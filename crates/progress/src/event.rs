@@ -47,6 +47,56 @@ pub struct Group {
     pub weak: bool,
 }
 
+/// Why a vertex ran: why the cache had no result for it. Inputs are called by the names of their
+/// vertices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CacheMiss {
+    /// The build wants no cache for it; or, if there are `inputs`, for these.
+    Ignored {
+        /// The inputs that ran although the cache may have had them.
+        inputs: Vec<String>,
+    },
+    /// Nothing tells its result from another, so that it is not stored; or, if there are `inputs`,
+    /// theirs are like that.
+    Uncacheable {
+        /// The inputs whose keys mean nothing beyond the build's session.
+        inputs: Vec<String>,
+    },
+    /// The cache knows the work, and the result is gone: pruned, or lost.
+    Gone,
+    /// The latest result of the same operation, or of a vertex of this name, was made of something
+    /// else.
+    Changed(CacheChanges),
+    /// The cache knows nothing like it.
+    New,
+}
+
+impl CacheMiss {
+    /// About how much memory it takes.
+    pub(crate) fn weight(&self) -> usize {
+        let size = |texts: &[String]| texts.iter().map(|t| t.len() + size_of::<String>()).sum();
+        match self {
+            Self::Ignored { inputs } | Self::Uncacheable { inputs } => size(inputs),
+            Self::Changed(CacheChanges { operation, inputs, contents }) => {
+                operation.as_deref().map_or(0, size) + size(inputs) + size(contents)
+            }
+            Self::Gone | Self::New => 0,
+        }
+    }
+}
+
+/// How two runs of a vertex differ; something does.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CacheChanges {
+    /// What of the operation itself, such as `env VERSION`; empty where that is not known. `None`
+    /// if it is the same.
+    pub operation: Option<Vec<String>>,
+    /// Inputs that are results of other work.
+    pub inputs: Vec<String>,
+    /// Inputs in which other files are read.
+    pub contents: Vec<String>,
+}
+
 /// State of a vertex; each update is whole.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VertexUpdate {
@@ -64,6 +114,8 @@ pub struct VertexUpdate {
     pub completed: Option<SystemTime>,
     /// Why it failed.
     pub error: Option<String>,
+    /// Why it ran, once that is known.
+    pub miss: Option<Arc<CacheMiss>>,
     /// Group for folding.
     pub group: Option<Group>,
 }

@@ -1,6 +1,6 @@
 //! Journals and watchers.
 
-use crate::{Event, LogUpdate, Reporter, VertexUpdate, WarningUpdate};
+use crate::{Event, LogUpdate, VertexUpdate, WarningUpdate};
 use parking_lot::Mutex;
 use shipway_fault::SourceFile;
 use shipway_oci::Digest;
@@ -32,6 +32,7 @@ pub(crate) fn weight(event: &Event) -> usize {
                 v.name.len()
                     + v.inputs.len() * size_of::<Digest>()
                     + v.error.as_ref().map_or(0, String::len)
+                    + v.miss.as_ref().map_or(0, |miss| miss.weight())
             }
             Event::Status(s) => s.id.len() + s.name.len(),
             Event::Log(l) => l.bytes.len(),
@@ -275,13 +276,6 @@ impl Journal {
     pub fn events(&self) -> Vec<Event> {
         self.0.state.lock().events.iter().filter_map(|(_, event)| event.clone()).collect()
     }
-
-    /// A reporter for a vertex of this build alone, such as an export.
-    pub fn reporter(&self, digest: Digest, name: impl Into<String>) -> Reporter {
-        let reporter = Reporter::new(digest, name.into(), Vec::new(), None);
-        reporter.attach(self);
-        reporter
-    }
 }
 
 /// Reads a journal from its beginning to its end.
@@ -333,7 +327,7 @@ impl Watcher {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{LogStream, SourceSpan};
+    use crate::{LogStream, Reporter, SourceSpan};
 
     fn vertex() -> Digest {
         Digest::of("v")

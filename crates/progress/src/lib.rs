@@ -13,7 +13,8 @@ mod journal;
 mod reporter;
 
 pub use event::{
-    Event, Group, LogStream, LogUpdate, SourceSpan, StatusUpdate, VertexUpdate, WarningUpdate,
+    CacheChanges, CacheMiss, Event, Group, LogStream, LogUpdate, SourceSpan, StatusUpdate,
+    VertexUpdate, WarningUpdate,
 };
 pub use journal::{Journal, Watcher};
 pub use reporter::Reporter;

@@ -1,7 +1,8 @@
 //! A vertex's voice.
 
 use crate::{
-    Event, Group, Journal, LogStream, LogUpdate, StatusUpdate, VertexUpdate, WarningUpdate,
+    CacheMiss, Event, Group, Journal, LogStream, LogUpdate, StatusUpdate, VertexUpdate,
+    WarningUpdate,
     journal::{JournalInner, weight},
 };
 use parking_lot::Mutex;
@@ -50,6 +51,15 @@ struct Counter {
     reported: Instant,
 }
 
+impl Journal {
+    /// A reporter for a vertex of this build alone, such as an export.
+    pub fn reporter(&self, digest: Digest, name: impl Into<String>) -> Reporter {
+        let reporter = Reporter::new(digest, name.into(), Vec::new(), None);
+        reporter.attach(self);
+        reporter
+    }
+}
+
 impl Reporter {
     /// A reporter without a journal.
     pub fn new(digest: Digest, name: String, inputs: Vec<Digest>, group: Option<Group>) -> Self {
@@ -62,6 +72,7 @@ impl Reporter {
             started: None,
             completed: None,
             error: None,
+            miss: None,
             group,
         };
         let state = ReporterState {
@@ -134,7 +145,13 @@ impl Reporter {
             v.completed = None;
             v.cached = false;
             v.error = None;
+            v.miss = None;
         });
+    }
+
+    /// Says why work began.
+    pub fn missed(&self, miss: CacheMiss) {
+        self.vertex(|v| v.miss = Some(Arc::new(miss)));
     }
 
     /// Work ended, well or with an error.

@@ -3,7 +3,7 @@
 //!
 //! Each command is a file in `command`; the doc comments of its arguments are its help. `spec`
 //! reads the small languages of flags, `run` carries a build from options to its end, `progress`
-//! draws it, `failure` reports what went wrong.
+//! draws it, `failure` reports what went wrong, `explain` why steps ran.
 //!
 //! Dependencies worth a word: `clap` reads command lines; `base64` opens what exporters answer;
 //! `tempfile` holds a Dockerfile or context that comes on standard input; `rustix` asks the
@@ -13,6 +13,7 @@ mod buildctl;
 mod command;
 mod connect;
 mod csv;
+mod explain;
 mod failure;
 mod metrics;
 mod output;

@@ -21,6 +21,7 @@ use shipway_fault::{Fault, Result, nearest};
 use tokio::{runtime::Handle, sync::mpsc, time::timeout};
 
 use self::{colors::Palette, plain::Plain, trace::Trace, tty::Tty};
+use crate::explain::Explained;
 
 /// Events waiting for the view.
 const QUEUE: usize = 1024;
@@ -86,6 +87,8 @@ impl std::str::FromStr for Mode {
 pub(crate) struct Shown {
     /// Warnings of the build.
     pub(crate) warnings: Vec<Warning>,
+    /// Why steps ran.
+    pub(crate) explained: Explained,
 }
 
 /// A running view.
@@ -165,6 +168,7 @@ fn paint(
             Ok(None) => break,
             Ok(Some(status)) => {
                 shown.warnings.extend(status.warnings.iter().cloned());
+                shown.explained.note(&status);
                 if let Painter::Json(out) = &mut painter
                     && let Ok(line) = serde_json::to_string(&status)
                 {

@@ -2,10 +2,12 @@
 
 use prost::Message as _;
 use shipway_fault::Span;
-use shipway_progress::{Event, SourceSpan, StatusUpdate, VertexUpdate, WarningUpdate};
+use shipway_progress::{
+    CacheChanges, CacheMiss, Event, SourceSpan, StatusUpdate, VertexUpdate, WarningUpdate,
+};
 use shipway_proto::{
     MAX_MESSAGE,
-    moby::buildkit::v1::{StatusResponse, Vertex, VertexLog, VertexStatus, VertexWarning},
+    moby::buildkit::v1::{self as wire, StatusResponse, Vertex, VertexLog, VertexStatus},
     pb,
 };
 use std::{
@@ -32,6 +34,28 @@ fn vertex(v: &VertexUpdate) -> Vertex {
             name: g.name.clone(),
             weak: g.weak,
         }),
+        shipway_cache_miss: v.miss.as_deref().map(miss),
+    }
+}
+
+fn miss(miss: &CacheMiss) -> wire::CacheMiss {
+    let of = |reason: &str| wire::CacheMiss { reason: reason.into(), ..Default::default() };
+    match miss {
+        CacheMiss::Ignored { inputs } => {
+            wire::CacheMiss { inputs: inputs.clone(), ..of("ignored") }
+        }
+        CacheMiss::Uncacheable { inputs } => {
+            wire::CacheMiss { inputs: inputs.clone(), ..of("uncacheable") }
+        }
+        CacheMiss::Gone => of("gone"),
+        CacheMiss::New => of("new"),
+        CacheMiss::Changed(CacheChanges { operation, inputs, contents }) => wire::CacheMiss {
+            inputs: inputs.clone(),
+            contents: contents.clone(),
+            operation: operation.is_some(),
+            parts: operation.clone().unwrap_or_default(),
+            ..of("changed")
+        },
     }
 }
 
@@ -64,10 +88,10 @@ fn source(s: &SourceSpan) -> (pb::SourceInfo, Vec<pb::Range>) {
     (info, s.spans.iter().map(range).collect())
 }
 
-fn warning(w: &WarningUpdate) -> VertexWarning {
+fn warning(w: &WarningUpdate) -> wire::VertexWarning {
     let (info, ranges) =
         w.source.as_ref().map(source).map_or((None, Vec::new()), |(i, r)| (Some(i), r));
-    VertexWarning {
+    wire::VertexWarning {
         vertex: w.vertex.to_string(),
         level: w.level,
         short: w.short.clone().into_bytes(),
@@ -202,6 +226,48 @@ mod tests {
             (group, vertex.inputs.clone()),
             (Some(("g", "all of it", true)), inputs.iter().map(ToString::to_string).collect())
         );
+    }
+
+    #[test]
+    fn a_vertex_says_why_it_ran() {
+        let list = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+        let changes = CacheChanges {
+            operation: Some(list(&["env A"])),
+            inputs: list(&["base"]),
+            contents: list(&["context"]),
+        };
+        let all = [
+            (CacheMiss::Gone, "gone"),
+            (CacheMiss::New, "new"),
+            (CacheMiss::Ignored { inputs: list(&["base"]) }, "ignored"),
+            (CacheMiss::Uncacheable { inputs: list(&["base"]) }, "uncacheable"),
+            (CacheMiss::Changed(changes), "changed"),
+        ];
+        for (said, reason) in all {
+            let journal = Journal::new();
+            let r = journal.reporter(Digest::of("v"), "v");
+            r.started();
+            r.missed(said.clone());
+            r.completed(None);
+            let mut blob = Vec::new();
+            log_blob(&journal.events(), &mut blob).unwrap();
+            let vertices = read_blob(&blob[..]).flat_map(|message| message.vertexes);
+            let last = vertices.last().and_then(|vertex| vertex.shipway_cache_miss).unwrap();
+            assert_eq!(last.reason, reason);
+            let named = matches!(
+                said,
+                CacheMiss::Ignored { .. } | CacheMiss::Uncacheable { .. } | CacheMiss::Changed(_)
+            );
+            assert_eq!(last.inputs, if named { list(&["base"]) } else { Vec::new() });
+            let changed = matches!(said, CacheMiss::Changed(_));
+            assert_eq!(
+                (last.operation, last.parts.len(), last.contents.len()),
+                match changed {
+                    true => (true, 1, 1),
+                    false => (false, 0, 0),
+                }
+            );
+        }
     }
 
     #[test]

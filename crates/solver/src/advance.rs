@@ -14,9 +14,10 @@
 
 use crate::{
     CacheKey, CacheMap, Operation,
-    graph::{Edge, EdgeId, Graph, InputState, Level, NodeNo, Open, Phase, Probe, Waiter, Work},
+    event::Effect,
+    graph::{Edge, Graph, InputState, Level, Open, Phase, Probe, Waiter, Work},
+    ids::{EdgeId, NodeNo},
     keys::{Candidates, InputKeys, Key},
-    step::Effect,
 };
 use shipway_fault::{Fault, Result};
 use std::{collections::BTreeMap, sync::Arc};
@@ -48,6 +49,7 @@ impl Open {
     pub(crate) fn missed(&mut self, probe: Probe, primaries: Vec<CacheKey>) {
         if probe.load {
             self.probed.extend(&probe.keys);
+            self.gone |= probe.strong && !primaries.is_empty();
         }
         self.looked.extend(probe.keys);
         if !primaries.is_empty() {

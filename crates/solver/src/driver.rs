@@ -1,16 +1,18 @@
 //! Runs the state machine: feeds it what happens, and does what it asks for.
 
 use crate::{
-    CacheKey, CacheStore, Completion, Operation, RecordMeta,
-    graph::{Graph, JobNo, Promise, RequestNo, TaskNo},
-    handle::{Known, Limits},
-    step::{Effect, Event, ProbeResult, Progress},
+    CacheKey, CacheStore, Completion, Known, Limits, Operation, RecordMeta,
+    event::{Effect, Event, ProbeResult, Progress, Promise, Why},
+    graph::Graph,
+    ids::{JobNo, RequestNo, TaskNo},
+    miss,
 };
 use futures::{
     FutureExt,
     future::{BoxFuture, Shared},
 };
 use shipway_fault::{Fault, Result};
+use shipway_progress::CacheMiss;
 use shipway_task::spawn_in;
 use std::{collections::HashMap, future::Future, panic::AssertUnwindSafe, sync::Arc};
 use tokio::{
@@ -124,9 +126,17 @@ impl<Op: Operation> Driver<Op> {
                     result,
                 });
             }
-            Effect::Run { task, node, vertex, inputs, cx } => {
+            Effect::Run { task, node, vertex, inputs, why, cx } => {
                 let span = info_span!("run", vertex = %vertex.name);
-                let work = async move { caught(vertex.op.run(inputs, &cx)).await };
+                let store = self.store.clone();
+                let work = async move {
+                    // Before it runs: what it stores would be found as the latest of its kind.
+                    if let Some(miss) = explained(store, why).await {
+                        tracing::debug!(?miss, "no result in the cache");
+                        cx.reporter.missed(miss);
+                    }
+                    caught(vertex.op.run(inputs, &cx)).await
+                };
                 self.spawn(task, span, work, move |result| Event::Ran { task, node, result });
             }
             Effect::Probe { task, edge, keys, load } => {
@@ -258,6 +268,21 @@ async fn caught<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
 /// The cache failing must not fail a build.
 fn warned<T>(what: &str, result: Result<T>) -> Option<T> {
     result.inspect_err(|fault| tracing::warn!(%fault, "failed to {what}")).ok()
+}
+
+/// Why a vertex runs; `None` if that cannot be found out.
+async fn explained<O: Send + 'static>(
+    store: Arc<dyn CacheStore<O>>,
+    why: Option<Why>,
+) -> Option<CacheMiss> {
+    match why? {
+        Why::Known(miss) => Some(miss),
+        Why::Unlike(now, names) => {
+            let before = caught(store.similar(&now)).await;
+            let before = warned("look up similar work in the build cache", before)?;
+            Some(miss::compare(before.as_ref(), &now, &names))
+        }
+    }
 }
 
 async fn probe<O: Send + 'static>(

@@ -3,8 +3,9 @@
 
 use crate::{
     CacheKey, CacheMap, Completion, ImportedCache, OpContext, Operation, Vertex, VertexId,
+    event::Effect,
+    ids::{EdgeId, ImportNo, JobNo, NodeNo, RequestNo, TaskNo},
     keys::{Candidates, Key},
-    step::Effect,
 };
 use parking_lot::Mutex;
 use shipway_fault::Fault;
@@ -14,43 +15,6 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     sync::Arc,
 };
-
-macro_rules! number {
-    ($(#[$doc:meta])* $name:ident) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub(crate) struct $name(pub(crate) u64);
-    };
-}
-
-number!(
-    /// A job.
-    JobNo
-);
-number!(
-    /// A call of `Job::build`.
-    RequestNo
-);
-number!(
-    /// A node of the graph; never used again.
-    NodeNo
-);
-number!(
-    /// A task the driver runs; never used again, so what comes late is known by its number.
-    TaskNo
-);
-
-number!(
-    /// An imported cache of a job.
-    ImportNo
-);
-
-/// One output of a vertex.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct EdgeId {
-    pub(crate) node: NodeNo,
-    pub(crate) output: usize,
-}
 
 /// How much is wanted of an edge; each level includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -116,14 +80,6 @@ pub(crate) struct Import<O> {
     pub(crate) cache: Arc<dyn ImportedCache<O>>,
     /// Waits for it to be read; `None` when it was.
     pub(crate) reading: Option<TaskNo>,
-}
-
-/// A result that an imported cache promises.
-pub(crate) struct Promise<O> {
-    pub(crate) no: ImportNo,
-    pub(crate) cache: Arc<dyn ImportedCache<O>>,
-    /// What the cache knows it by.
-    pub(crate) key: CacheKey,
 }
 
 pub(crate) struct Request {
@@ -271,6 +227,8 @@ pub(crate) struct Open {
     pub(crate) looked: HashSet<Digest>,
     /// Keys whose result was asked for.
     pub(crate) probed: HashSet<Digest>,
+    /// Whether the store knows a strong key and has no result for it.
+    pub(crate) gone: bool,
     pub(crate) probe: Option<Probe>,
 }
 

@@ -1,30 +1,22 @@
 //! What the rest of the program holds: the solver, jobs and requests.
 
 use crate::{
-    CacheKey, CacheStore, Completion, ImportedCache, JobId, Operation, Vertex,
+    CacheStore, Completion, ImportedCache, JobId, Known, Limits, Operation, Vertex,
     driver::{self, Message},
-    graph::{JobNo, RequestNo},
-    step::Event,
+    event::Event,
+    ids::{JobNo, RequestNo},
 };
 use parking_lot::Mutex;
 use shipway_fault::{Code, Fault, Result};
 use shipway_progress::Journal;
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::HashSet,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
 use tokio::sync::{mpsc, oneshot};
-
-/// Bounds on the solver's work.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Limits {
-    /// How many operations that [count](Operation::takes_slot) run at once (row `so.par`); `None`
-    /// for no limit.
-    pub max_parallel: Option<usize>,
-}
 
 /// A handle on the one graph of this process. Clones share it; the task that owns the graph ends
 /// with the last handle.
@@ -73,16 +65,6 @@ impl<Op: Operation> Solver<Op> {
         let _ = self.0.inbox.send(Message::Event(Event::Open { job: no, data, journal }));
         Ok(Job { shared: self.0.clone(), id, no })
     }
-}
-
-/// A vertex of a job as it is worked on.
-pub struct Known<Op: Operation> {
-    /// The vertex whose operation does the work.
-    pub vertex: Arc<Vertex<Op>>,
-    /// The results that it has, by output.
-    pub outputs: BTreeMap<usize, Op::Output>,
-    /// Keys of its outputs in the store, as far as they are known.
-    pub keys: Vec<CacheKey>,
 }
 
 /// One build's interest in the graph. Everything it asked for stays known until it is dropped or

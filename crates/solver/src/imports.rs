@@ -9,12 +9,10 @@
 use crate::{
     CacheMap, ImportedCache, Operation, RecordMeta,
     advance::Blocked,
-    graph::{
-        EdgeId, Graph, Import, ImportNo, JobNo, Level, NodeNo, Open, Phase, Probe, Promise, TaskNo,
-        Work,
-    },
+    event::{Effect, Promise},
+    graph::{Graph, Import, Level, Open, Phase, Probe, Work},
+    ids::{EdgeId, ImportNo, JobNo, NodeNo, TaskNo},
     keys::{Candidates, Key},
-    step::Effect,
 };
 use std::sync::Arc;
 

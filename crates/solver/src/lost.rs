@@ -8,8 +8,9 @@
 
 use crate::{
     CacheKey, Operation, Vertex,
-    graph::{EdgeId, Graph, JobNo, NodeNo, Open, Phase, ResultOrigin, Run, Work},
-    step::Effect,
+    event::Effect,
+    graph::{Graph, Open, Phase, ResultOrigin, Run, Work},
+    ids::{EdgeId, JobNo, NodeNo},
 };
 use shipway_fault::Fault;
 use std::{collections::BTreeSet, sync::Arc};

@@ -4,7 +4,8 @@ use crate::{CacheKey, CacheStore, RecordMeta};
 use async_trait::async_trait;
 use parking_lot::{Mutex, MutexGuard};
 use shipway_fault::Result;
-use std::collections::{BTreeMap, HashSet};
+use shipway_oci::Digest;
+use std::collections::{BTreeMap, HashSet, btree_map::Entry};
 
 /// Keeps results as they are.
 pub struct MemoryStore<O>(Mutex<State<O>>);
@@ -12,11 +13,17 @@ pub struct MemoryStore<O>(Mutex<State<O>>);
 struct State<O> {
     aliases: BTreeMap<CacheKey, CacheKey>,
     records: BTreeMap<CacheKey, (O, RecordMeta)>,
+    /// The primaries of the latest records by what similar ones are found by.
+    similar: BTreeMap<Digest, CacheKey>,
 }
 
 impl<O> Default for MemoryStore<O> {
     fn default() -> Self {
-        Self(Mutex::new(State { aliases: BTreeMap::new(), records: BTreeMap::new() }))
+        Self(Mutex::new(State {
+            aliases: BTreeMap::new(),
+            records: BTreeMap::new(),
+            similar: BTreeMap::new(),
+        }))
     }
 }
 
@@ -45,6 +52,10 @@ impl<O> State<O> {
     fn primary(&self, key: &CacheKey) -> Option<CacheKey> {
         self.aliases.get(key).copied()
     }
+
+    fn note_similar(&mut self, primary: CacheKey, meta: &RecordMeta) {
+        self.similar.extend(meta.similar().into_iter().map(|name| (name, primary)));
+    }
 }
 
 #[async_trait]
@@ -71,6 +82,7 @@ impl<O: Clone + PartialEq + Send + Sync> CacheStore<O> for MemoryStore<O> {
             state.aliases.insert(*key, primary);
         }
         state.records.insert(primary, (value.clone(), meta.clone()));
+        state.note_similar(primary, meta);
         Ok(primary)
     }
 
@@ -83,13 +95,22 @@ impl<O: Clone + PartialEq + Send + Sync> CacheStore<O> for MemoryStore<O> {
         for key in keys.iter().chain([&primary]) {
             state.aliases.entry(*key).or_insert(primary);
         }
-        state.records.entry(primary).or_insert_with(|| (value.clone(), meta.clone()));
+        if let Entry::Vacant(free) = state.records.entry(primary) {
+            free.insert((value.clone(), meta.clone()));
+            state.note_similar(primary, meta);
+        }
         Ok(primary)
     }
 
     async fn forget(&self, value: &O) -> Result<()> {
         self.state().records.retain(|_, (kept, _)| kept != value);
         Ok(())
+    }
+
+    async fn similar(&self, meta: &RecordMeta) -> Result<Option<RecordMeta>> {
+        let state = self.state();
+        let mut primaries = meta.similar().into_iter().filter_map(|name| state.similar.get(&name));
+        Ok(primaries.find_map(|p| state.records.get(p).map(|(_, meta)| meta.clone())))
     }
 
     async fn alias(&self, primary: CacheKey, keys: &[CacheKey]) -> Result<()> {

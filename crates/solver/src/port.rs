@@ -2,9 +2,9 @@
 
 use async_trait::async_trait;
 use shipway_fault::{Fault, Result};
-use shipway_oci::Digest;
+use shipway_oci::{Digest, Hasher};
 use shipway_progress::Reporter;
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 /// Identity of a vertex: the digest of its definition, plus whether it ignores the cache (row
 /// `so.ignorevariant`).
@@ -47,6 +47,17 @@ pub struct CacheMap {
     /// Whether the keys mean nothing beyond this build's session, so that results under them are
     /// not stored durably (row `so.key.random`).
     pub ephemeral: bool,
+    /// What the keys are made of, as far as that is known: only to say how two operations differ.
+    pub parts: Vec<KeyPart>,
+}
+
+/// A part of what an operation's key is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyPart {
+    /// What it is called, such as `env VERSION`.
+    pub name: String,
+    /// Tells its values apart. Not the value itself, which may be long and is nobody's business.
+    pub fingerprint: u64,
 }
 
 /// How a result depends on one input.
@@ -137,19 +148,44 @@ impl<Op: ?Sized> Drop for Vertex<Op> {
     }
 }
 
-/// What is stored beside a result, for cache exports and `du`.
+/// What is stored beside a result, for cache exports, `du`, and to say how later work differs.
 #[derive(Clone, Debug, Default)]
 pub struct RecordMeta {
     /// The operation's keys (from [`CacheMap::keys`]).
     pub op_keys: Vec<Digest>,
     /// Output index.
     pub output: usize,
+    /// What the operation's keys are made of (from [`CacheMap::parts`]).
+    pub parts: Vec<KeyPart>,
     /// Keys of each input with the selector.
     pub inputs: Vec<(Vec<CacheKey>, Option<Digest>)>,
+    /// Checksums of what is read of the inputs, where they were computed; as many as `inputs`, or
+    /// none.
+    pub contents: Vec<Option<Digest>>,
     /// The vertex's name.
     pub description: String,
     /// Whether the result came from an imported cache.
     pub imported: bool,
+}
+
+/// How many keys of an operation a record is found by that another is compared with.
+const SIMILAR_BY_KEY: usize = 4;
+
+impl RecordMeta {
+    /// What a store finds the latest record by that this one is worth comparing with, the best
+    /// first: one of the same operation, or else one with the same name.
+    pub fn similar(&self) -> Vec<Digest> {
+        let name = |kind: &str, of: &[u8]| {
+            let mut h = Hasher::new();
+            h.update(kind.as_bytes());
+            h.update((self.output as u64).to_le_bytes());
+            h.update(of);
+            h.finish()
+        };
+        let keys = self.op_keys.iter().take(SIMILAR_BY_KEY);
+        let by_key = keys.map(|key| name("operation\0", key.as_bytes()));
+        by_key.chain([name("name\0", self.description.as_bytes())]).collect()
+    }
 }
 
 /// How a requested edge was completed.
@@ -186,6 +222,13 @@ pub trait CacheStore<O>: Send + Sync {
     /// Drops the records of `value`, which can no longer be had. Keys stay known.
     async fn forget(&self, value: &O) -> Result<()>;
 
+    /// The latest record that is found by one of `meta`'s [names](RecordMeta::similar): what work
+    /// is compared with that the store has no result for. A store may know none.
+    async fn similar(&self, meta: &RecordMeta) -> Result<Option<RecordMeta>> {
+        let _ = meta;
+        Ok(None)
+    }
+
     /// Makes `keys` aliases of `primary`, whose record stays as it is. A store that keeps no
     /// aliases may do nothing.
     async fn alias(&self, primary: CacheKey, keys: &[CacheKey]) -> Result<()> {
@@ -213,4 +256,22 @@ pub trait ImportedCache<O>: Send + Sync {
 
     /// That result.
     async fn load(&self, key: &CacheKey) -> Result<Option<O>>;
+}
+
+/// Bounds on the solver's work.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Limits {
+    /// How many operations that [count](Operation::takes_slot) run at once (row `so.par`); `None`
+    /// for no limit.
+    pub max_parallel: Option<usize>,
+}
+
+/// A vertex of a job as it is worked on.
+pub struct Known<Op: Operation> {
+    /// The vertex whose operation does the work.
+    pub vertex: Arc<Vertex<Op>>,
+    /// The results that it has, by output.
+    pub outputs: BTreeMap<usize, Op::Output>,
+    /// Keys of its outputs in the store, as far as they are known.
+    pub keys: Vec<CacheKey>,
 }

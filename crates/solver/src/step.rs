@@ -1,131 +1,21 @@
-//! The state machine: what happens ([`Event`]), what it asks of the world ([`Effect`]), and the
-//! step between them.
+//! The state machine: the step between what happens ([`Event`]) and what that asks of the world
+//! ([`Effect`](crate::event::Effect)).
 //!
 //! A step is synchronous and total: any event is allowed at any time, and what comes too late is
 //! ignored by its task number.
 
-use crate::handle::Known;
 use crate::{
-    CacheKey, CacheMap, Completion, ImportedCache, OpContext, Operation, RecordMeta, Vertex,
+    CacheMap, Known, Operation, Vertex,
+    event::{Effect, Event, ProbeResult, Progress},
     graph::{
-        Edge, EdgeId, Graph, InFlight, JobNo, JobState, Level, Node, NodeNo, Open, Phase, Promise,
-        Reported, Request, RequestNo, Run, TaskNo, Waiter, Work,
+        Edge, Graph, InFlight, JobState, Level, Node, Open, Phase, Reported, Request, Run, Waiter,
+        Work,
     },
+    ids::{EdgeId, JobNo, NodeNo, RequestNo, TaskNo},
 };
 use shipway_fault::{Detail, Fault, Result};
 use shipway_oci::Digest;
-use shipway_progress::{Journal, Reporter};
 use std::{collections::BTreeSet, sync::Arc};
-use tokio::sync::oneshot;
-
-/// Something that happened.
-pub(crate) enum Event<Op: Operation> {
-    /// A job begins.
-    Open { job: JobNo, data: Op::Job, journal: Journal },
-    /// A job ends.
-    Close { job: JobNo },
-    /// A job looks into another cache from now on.
-    Import { job: JobNo, cache: Arc<dyn ImportedCache<Op::Output>> },
-    /// A task ended: the cache was read.
-    Imported { task: TaskNo, job: JobNo },
-    /// A request's result can no longer be had.
-    Lost {
-        job: JobNo,
-        vertex: Arc<Vertex<Op>>,
-        output: usize,
-        fault: Fault,
-        answer: oneshot::Sender<bool>,
-    },
-    /// A job wants a result.
-    Request { request: RequestNo, job: JobNo, vertex: Arc<Vertex<Op>>, output: usize },
-    /// It does not any more.
-    Withdraw { request: RequestNo },
-    /// A task ended.
-    Mapped { task: TaskNo, node: NodeNo, result: Result<CacheMap> },
-    /// A task ended.
-    Content { task: TaskNo, node: NodeNo, input: usize, result: Result<Option<Digest>> },
-    /// A task ended.
-    Probed { task: TaskNo, edge: EdgeId, answer: ProbeResult<Op::Output> },
-    /// A task ended.
-    Ran { task: TaskNo, node: NodeNo, result: Result<Vec<Op::Output>> },
-    /// A task ended; `None` when the store failed.
-    Saved { task: TaskNo, edge: EdgeId, primary: Option<CacheKey> },
-}
-
-/// What the store knows.
-pub(crate) enum ProbeResult<O> {
-    /// A result and its primary key.
-    Hit(CacheKey, O),
-    /// A result of an imported cache, with its primary key in the store, if it could be stored.
-    Imported(Option<CacheKey>, O),
-    /// No result, and these primaries.
-    Miss(Vec<CacheKey>),
-}
-
-/// What the driver is to do.
-pub(crate) enum Effect<Op: Operation> {
-    /// Ask for the cache map.
-    Map { task: TaskNo, node: NodeNo, vertex: Arc<Vertex<Op>>, cx: OpContext<Op::Job> },
-    /// Ask for the checksum of what is read of an input.
-    Content {
-        task: TaskNo,
-        node: NodeNo,
-        vertex: Arc<Vertex<Op>>,
-        input: usize,
-        value: Op::Output,
-        cx: OpContext<Op::Job>,
-    },
-    /// Ask the store for aliases and, with `load`, first for a result.
-    Probe { task: TaskNo, edge: EdgeId, keys: Vec<CacheKey>, load: bool },
-    /// Wait until an imported cache was read.
-    Read { task: TaskNo, job: JobNo, cache: Arc<dyn ImportedCache<Op::Output>> },
-    /// Ask imported caches for a result, by their keys; one that is there is stored under `keys`
-    /// where nothing is known yet.
-    Fetch {
-        task: TaskNo,
-        edge: EdgeId,
-        from: Vec<Promise<Op::Output>>,
-        keys: Vec<CacheKey>,
-        meta: RecordMeta,
-    },
-    /// Drop the records of a result that can no longer be had, before the store is asked for
-    /// anything else.
-    Forget { value: Op::Output },
-    /// Run the operation.
-    Run {
-        task: TaskNo,
-        node: NodeNo,
-        vertex: Arc<Vertex<Op>>,
-        inputs: Vec<Op::Output>,
-        cx: OpContext<Op::Job>,
-    },
-    /// Store a result: under a primary of the strong keys if there is one, else under the first of
-    /// them, and under the weak ones too.
-    Save {
-        task: TaskNo,
-        edge: EdgeId,
-        strong: Vec<CacheKey>,
-        weak: Vec<CacheKey>,
-        value: Op::Output,
-        meta: RecordMeta,
-    },
-    /// Let more keys lead to a primary. Nothing waits for it.
-    Alias { primary: CacheKey, keys: Vec<CacheKey> },
-    /// Drop a task.
-    Cancel { task: TaskNo },
-    /// Report progress of a vertex.
-    Report { reporter: Reporter, what: Progress },
-    /// Answer a request.
-    Reply { request: RequestNo, result: Result<(Op::Output, Completion)> },
-}
-
-/// What is reported of a vertex.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Progress {
-    Started,
-    Cached,
-    Completed(Option<String>),
-}
 
 impl<Op: Operation> Graph<Op> {
     /// Takes in what happened and says what to do.

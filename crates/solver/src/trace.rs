@@ -3,9 +3,10 @@
 use crate::{
     CacheKey, CacheMap, Completion, ImportedCache, InputMap, JobId, OpContext, Operation, Vertex,
     VertexId,
-    graph::{EdgeId, Graph, JobNo, NodeNo, RequestNo, TaskNo},
+    event::{Effect, Event, ProbeResult, Progress, Why},
+    graph::Graph,
+    ids::{EdgeId, JobNo, NodeNo, RequestNo, TaskNo},
     keys::{Candidates, InputKeys, Key},
-    step::{Effect, Event, ProbeResult, Progress},
 };
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -95,6 +96,8 @@ struct Lab {
     pending: BTreeMap<String, Pending>,
     elsewhere: BTreeMap<String, Arc<Elsewhere>>,
     out: Vec<String>,
+    /// Whether it is also written why vertices run.
+    explain: bool,
 }
 
 impl Lab {
@@ -137,6 +140,7 @@ impl Lab {
             pending: BTreeMap::new(),
             elsewhere: BTreeMap::new(),
             out: Vec::new(),
+            explain: false,
         };
         for job in [1, 2] {
             lab.step(Event::Open { job: JobNo(job), data: (), journal: Journal::new() });
@@ -189,10 +193,15 @@ impl Lab {
                 format!("{} {}", if load { "load" } else { "look" }, self.edge(edge)),
                 Pending::Probe(task, edge),
             ),
-            Effect::Run { task, node, vertex, inputs, .. } => {
+            Effect::Run { task, node, vertex, inputs, why, .. } => {
                 let line = format!("run {}", vertex.name);
                 self.pending.insert(line.clone(), Pending::Run(task, node));
-                return format!("{line} <- [{}]", inputs.join(" "));
+                let why = match why.filter(|_| self.explain) {
+                    Some(Why::Known(miss)) => format!(" ({miss:?})"),
+                    Some(Why::Unlike(_, names)) => format!(" (unlike, of {})", names.join(" ")),
+                    None => String::new(),
+                };
+                return format!("{line} <- [{}]{why}", inputs.join(" "));
             }
             Effect::Read { task, job, cache } => {
                 let name = self
@@ -364,13 +373,23 @@ fn indent(text: &str) -> String {
 /// lines between them.
 #[track_caller]
 fn check_limited(graph: &str, max_parallel: Option<usize>, trace: &str) {
-    let mut lab = Lab::new(graph, max_parallel);
+    run_trace(Lab::new(graph, max_parallel), trace);
+}
+
+#[track_caller]
+fn run_trace(mut lab: Lab, trace: &str) {
     for line in trace.lines().filter_map(|l| l.trim().strip_prefix('>')) {
         lab.out.push(format!("> {}", line.trim()));
         lab.happen(line);
     }
     let (got, want) = (indent(&lab.out.join("\n")), indent(trace));
     assert!(got == want, "trace differs; it was:\n{got}");
+}
+
+/// The same, with why vertices run.
+#[track_caller]
+fn check_explained(graph: &str, trace: &str) {
+    run_trace(Lab { explain: true, ..Lab::new(graph, None) }, trace);
 }
 
 #[track_caller]
@@ -1190,5 +1209,65 @@ fn a_lost_result_is_made_again_when_it_is_read() {
          reply 2: ran A
          > lost 1 a = lost A
          again: false",
+    );
+}
+
+#[test]
+fn a_vertex_that_runs_says_why() {
+    // Not stored and asked for without cache, and what follows from that.
+    check_explained(
+        "ctx: !ephemeral\nuse: ctx",
+        "> request 1 1 use
+         map use
+         map ctx
+         > map use
+         > map ctx
+         ctx started
+         run ctx <- [] (Uncacheable { inputs: [] })
+         > run ctx = CTX
+         ctx completed
+         use started
+         run use <- [CTX] (Uncacheable { inputs: [\"ctx\"] })",
+    );
+    check_explained(
+        "a: !nocache\nb: a",
+        "> request 1 1 b
+         map b
+         map a
+         > map b
+         > map a
+         a started
+         run a <- [] (Ignored { inputs: [] })
+         > run a = A
+         a completed
+         save a
+         > save a
+         b started
+         run b <- [A] (Ignored { inputs: [\"a\"] })",
+    );
+    // The store knows the key of one and has lost its result; it does not know the other.
+    check_explained(
+        "a:\nb: a",
+        "> request 1 1 b
+         map b
+         map a
+         > map b
+         > map a
+         look a
+         > look a = known A
+         look b
+         > look b
+         load b
+         > load b
+         load a
+         > load a = known A
+         a started
+         run a <- [] (Gone)
+         > run a = A
+         a completed
+         save a
+         > save a
+         b started
+         run b <- [A] (unlike, of a)",
     );
 }

@@ -3,14 +3,15 @@
 
 use crate::{
     CacheKey, Operation, RecordMeta,
+    event::{Effect, Progress},
     graph::{
-        Done, EdgeId, Graph, JobNo, Level, NodeNo, Open, Phase, Probe, Reported, ResultOrigin, Run,
-        Saving, TaskNo, Waiter, Work,
+        Done, Graph, Level, Open, Phase, Probe, Reported, ResultOrigin, Run, Saving, Waiter, Work,
     },
+    ids::{EdgeId, JobNo, NodeNo, TaskNo},
     keys::{Candidates, Key},
-    step::{Effect, Progress},
 };
 use shipway_fault::Fault;
+use shipway_oci::Digest;
 
 impl<Op: Operation> Graph<Op> {
     /// Everything the edge needs is there and the store has no result: the vertex must run, unless
@@ -171,6 +172,10 @@ impl<Op: Operation> Graph<Op> {
     pub(crate) fn meta(&self, id: EdgeId) -> RecordMeta {
         let Some(node) = self.nodes.get(&id.node) else { return RecordMeta::default() };
         let Work::Known(map) = &node.map else { return RecordMeta::default() };
+        let content = |work: &Work<Option<Digest>>| match work {
+            Work::Known(content) => *content,
+            _ => None,
+        };
         let keys = |input: &EdgeId| -> Vec<CacheKey> {
             let keys = self.edge(*input).map(|e| e.phase.keys()).unwrap_or_default();
             keys.iter().filter(|k| k.durable).map(|k| k.key).collect()
@@ -178,6 +183,8 @@ impl<Op: Operation> Graph<Op> {
         RecordMeta {
             op_keys: map.keys.clone(),
             output: id.output,
+            parts: map.parts.clone(),
+            contents: node.contents.iter().map(content).collect(),
             inputs: node
                 .identity
                 .inputs
@@ -365,13 +372,13 @@ impl<Op: Operation> Graph<Op> {
             self.fail_node(no, &Fault::cancelled(), |phase| matches!(phase, Phase::Claimed(_)));
             return;
         };
-        let flight = self.flight(no);
+        let (flight, why) = (self.flight(no), self.why(no));
         self.running += usize::from(counts);
         self.report(no, Progress::Started);
         self.report_inputs_cached(no);
         let Some(node) = self.nodes.get_mut(&no) else { return };
         node.run = Run::Running(flight);
         let (vertex, cx) = (node.vertex.clone(), node.cx.clone());
-        self.effects.push(Effect::Run { task: flight.task, node: no, vertex, inputs, cx });
+        self.effects.push(Effect::Run { task: flight.task, node: no, vertex, inputs, why, cx });
     }
 }

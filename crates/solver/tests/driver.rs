@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 use shipway_fault::{Code, Detail, Fault, Result};
 use shipway_oci::Digest;
-use shipway_progress::{Event, Journal};
+use shipway_progress::{CacheChanges, CacheMiss, Event, Journal};
 use shipway_solver::{
     CacheKey, CacheMap, CacheStore as _, Completion, ImportedCache, InputMap, Job, JobId, Limits,
     OpContext, Operation, Solver, Vertex, VertexId, memory::MemoryStore,
@@ -59,7 +59,7 @@ impl Operation for Op {
         Ok(CacheMap {
             keys: vec![Digest::of(&self.key)],
             inputs: vec![InputMap::default(); 2],
-            ephemeral: false,
+            ..CacheMap::default()
         })
     }
 
@@ -288,4 +288,48 @@ async fn an_import_reaches_no_key_that_was_not_asked_for() {
     }
     let three = job(&solver, "three");
     assert_eq!(three.build(step, 0).await.expect("a result"), (honest, Completion::Cached));
+}
+
+/// Why the vertices of a build ran, by name.
+fn misses(journal: &Journal) -> Vec<(String, CacheMiss)> {
+    let mut all = Vec::new();
+    for event in journal.events() {
+        if let Event::Vertex(v) = event
+            && let Some(miss) = &v.miss
+            && v.completed.is_some()
+        {
+            all.push((v.name.clone(), CacheMiss::clone(miss)));
+        }
+    }
+    all
+}
+
+#[tokio::test]
+async fn vertices_that_run_report_why() {
+    let (lab, store) = (Arc::new(Lab::default()), Arc::new(MemoryStore::<String>::default()));
+    let build = async |base: &str, step: &str| {
+        let solver: Solver<Op> = Solver::new(store.clone(), Limits::default());
+        let journal = Journal::new();
+        let job = solver.job(JobId("build".into()), "build", journal.clone()).expect("a free name");
+        let base = vertex(&lab, "base", base, Work::Join, &[]);
+        let step = vertex(&lab, "step", step, Work::Join, &[&base]);
+        job.build(step, 0).await.expect("built");
+        misses(&journal)
+    };
+    let miss = |name: &str, miss: CacheMiss| (name.to_owned(), miss);
+    let changed = |operation: Option<Vec<String>>, inputs: &[&str]| {
+        let inputs = inputs.iter().map(|i| (*i).to_owned()).collect();
+        CacheMiss::Changed(CacheChanges { operation, inputs, contents: Vec::new() })
+    };
+    let nothing_like_it = [miss("base", CacheMiss::New), miss("step", CacheMiss::New)];
+    assert_eq!(build("base 1", "step 1").await, nothing_like_it);
+    assert_eq!(build("base 1", "step 1").await, []);
+    // The step is compared with the latest of the same operation, the base with the latest of its
+    // name.
+    let other_base =
+        [miss("base", changed(Some(Vec::new()), &[])), miss("step", changed(None, &["base"]))];
+    assert_eq!(build("base 2", "step 1").await, other_base);
+    assert_eq!(build("base 2", "step 2").await, [miss("step", changed(Some(Vec::new()), &[]))]);
+    store.prune(|_, meta| meta.description == "step");
+    assert_eq!(build("base 2", "step 2").await, [miss("step", CacheMiss::Gone)]);
 }

@@ -176,6 +176,7 @@ impl Operation for Op {
             keys,
             inputs: self.plan.inputs.iter().map(|i| input(i.2)).collect(),
             ephemeral: self.plan.ephemeral,
+            ..CacheMap::default()
         })
     }
 

@@ -44,11 +44,11 @@ fn is_plain_root(mounts: &[Mount]) -> bool {
 
 /// The operation's own key: everything but proxies, addresses of hosts, selectors, ids of caches,
 /// and values of secrets.
-fn own_key(exec: &ExecOp, vertex: &Vertex) -> Digest {
+fn own_key(exec: &ExecOp, vertex: &Vertex) -> KeyWriter {
     let meta = &exec.meta;
     let mut key = KeyWriter::new("shipway.exec.v1");
     key.list("args", &meta.args)
-        .list("env", &meta.env)
+        .variables("env", &meta.env)
         .text("cwd", &meta.cwd)
         .text("user", &meta.user)
         .text("hostname", &meta.hostname)
@@ -75,11 +75,13 @@ fn own_key(exec: &ExecOp, vertex: &Vertex) -> Digest {
         key.flag("proxied", true);
     }
     if !is_plain_root(&exec.mounts) {
-        exec.mounts.iter().for_each(|m| write_mount(&mut key, m));
+        for mount in &exec.mounts {
+            key.part(&format!("mount {}", mount.dest), |key| write_mount(key, mount));
+        }
     }
     key.text("platform", &vertex.platform.to_string())
         .text("os.version", &vertex.platform.os_version);
-    key.digest()
+    key
 }
 
 /// What one input is used for.
@@ -125,7 +127,7 @@ pub(crate) fn cache_map(exec: &ExecOp, vertex: &Vertex) -> Result<CacheMap> {
             content: used.content,
         })
         .collect();
-    Ok(CacheMap { keys: vec![own_key(exec, vertex)], inputs, ephemeral: false })
+    Ok(own_key(exec, vertex).map(inputs))
 }
 
 /// The parts of input number `input` that the process sees.
@@ -175,7 +177,8 @@ mod tests {
         let mut changed = base();
         change(&mut changed);
         assert_eq!(
-            own_key(&base(), &vertex(&base())) == own_key(&changed, &vertex(&changed)),
+            own_key(&base(), &vertex(&base())).digest()
+                == own_key(&changed, &vertex(&changed)).digest(),
             same,
             "{changed:?}"
         );
@@ -198,7 +201,7 @@ mod tests {
             let mut exec = base();
             let kind = MountKind::Cache(CacheMount { id: id.into(), sharing: Default::default() });
             exec.mounts.push(Mount { dest: "/c".into(), kind, ..Default::default() });
-            own_key(&exec, &vertex(&exec))
+            own_key(&exec, &vertex(&exec)).digest()
         };
         assert_eq!(with("a"), with("b"));
         assert_ne!(with("a"), with("/c"));

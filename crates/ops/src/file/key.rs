@@ -116,7 +116,7 @@ pub(crate) fn cache_map(op: &FileOp, vertex: &Vertex) -> CacheMap {
         inputs[input] =
             InputMap { selector: Some(Digest::of(paths.join("\0").as_bytes())), content: true };
     }
-    CacheMap { keys: vec![key.digest()], inputs, ephemeral: false }
+    key.map(inputs)
 }
 
 /// What is read of input number `input`, without what is part of something else that is read.

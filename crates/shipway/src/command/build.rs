@@ -130,6 +130,9 @@ pub(crate) struct Args {
     /// How to show progress: auto, tty, plain, rawjson, quiet
     #[arg(long, env = "BUILDKIT_PROGRESS", default_value = "auto", hide_env_values = true)]
     progress: Option<Mode>,
+    /// Say at the end why steps ran that the cache had no result for
+    #[arg(long)]
+    explain_cache: bool,
     /// Only look for mistakes in the Dockerfile
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     check: Option<bool>,
@@ -198,7 +201,10 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
     match (mode, id) {
         (Mode::Quiet, Some(id)) => output::print(&format!("{id}\n"))?,
         (Mode::Auto | Mode::Tty | Mode::Plain, _) => {
-            eprint!("{}", run::warnings(&shown.warnings, debug))
+            eprint!("{}", run::warnings(&shown.warnings, debug));
+            if args.explain_cache {
+                eprint!("\n{}", shown.explained.text());
+            }
         }
         _ => {}
     }

@@ -5,6 +5,7 @@ use shipway_client::{Client, HistoryEvent, HistoryKind};
 use shipway_fault::{Fault, Result};
 
 use crate::{
+    explain::Explained,
     output,
     progress::{self, Mode},
     table, template,
@@ -23,6 +24,8 @@ enum Command {
     Ls(List),
     /// Show what a build said
     Logs(Logs),
+    /// Say why steps of a build ran that the cache had no result for
+    Explain(Explain),
     /// Forget builds
     Rm(Remove),
 }
@@ -45,6 +48,13 @@ pub(crate) struct Logs {
 }
 
 #[derive(clap::Args, Debug)]
+struct Explain {
+    /// Id of the build
+    #[arg(value_name = "REF")]
+    reference: String,
+}
+
+#[derive(clap::Args, Debug)]
 struct Remove {
     /// Ids of builds
     #[arg(value_name = "REF", required = true)]
@@ -55,6 +65,7 @@ pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
     match args.command {
         Command::Ls(args) => list(client, args).await,
         Command::Logs(args) => logs(client, args).await,
+        Command::Explain(args) => explain(client, args).await,
         Command::Rm(args) => {
             for reference in &args.references {
                 client.delete_history(reference).await?;
@@ -126,6 +137,15 @@ fn row(event: &HistoryEvent) -> String {
         "{}\t{status}\t{steps}\t{}\t{created}\t{}\n",
         record.reference, record.cached_steps, record.frontend
     )
+}
+
+async fn explain(client: &Client, args: Explain) -> Result<()> {
+    let mut events = client.status(&args.reference).await?;
+    let mut explained = Explained::default();
+    while let Some(status) = events.next().await {
+        explained.note(&status?);
+    }
+    output::print(&explained.text())
 }
 
 pub(crate) async fn logs(client: &Client, args: Logs) -> Result<()> {
