@@ -13,6 +13,7 @@ mod contexts;
 mod crashes;
 mod cri;
 mod devices;
+mod dockerd;
 mod errors;
 mod exact;
 mod exact_random;
