@@ -165,8 +165,8 @@ pub enum Command {
     },
     /// Which layers there are: answered by [`Event::Layer`]s and [`Event::ListEnd`].
     List,
-    /// To a keeper that does not serve yet: a file descriptor that a predecessor had, beside. To one
-    /// that serves: the daemon's memory, in place of what it was.
+    /// To a keeper that does not serve yet: a file descriptor that a predecessor had, beside. To
+    /// one that serves: the daemon's memory, in place of what it was.
     Give {
         /// What it is.
         name: FdName,

@@ -212,8 +212,8 @@ impl Fetcher {
         match self.0.layer(layer) {
             Some(found) => {
                 let since = self.0.now();
-                // It lasts until the miss is served or has failed, so no task may run in it: what is
-                // fetched besides would be part of it.
+                // It lasts until the miss is served or has failed, so no task may run in it: what
+                // is fetched besides would be part of it.
                 let span = tracing::info_span!(
                     parent: None,
                     "miss",

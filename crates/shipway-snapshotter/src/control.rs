@@ -9,17 +9,20 @@
 //! and either side may close it. A line has 64 KiB at the most. Unknown fields are refused.
 //!
 //! ```text
-//! {"credentials":{"repository":"registry.example/team/app","username":"me","secret":"…","seconds":3600}}
+//! {"credentials":{"repository":"r.example/team/app","username":"me","secret":"…","seconds":3600}}
 //! {"ok":true}
 //! ```
 //!
-//! | field of `credentials` | meaning |
-//! |---|---|
-//! | `repository` | `registry/path`, as in an image's name; a tag or digest is passed over. Docker Hub is `docker.io` |
-//! | `username`, `secret` | name and password; with an empty name, or without one, the secret is an identity token |
-//! | `token` | instead of them: a bearer token that is good for pulls from the repository |
-//! | `host` | the only host that may see them, with its port: a mirror of the registry. Without it, the registry itself (`registry-1.docker.io` for Docker Hub) |
-//! | `seconds` | how long they are good, from now: 1 to 86400 |
+//! Fields of `credentials`:
+//!
+//! - `repository`: `registry/path`, as in an image's name; a tag or digest is passed over. Docker
+//!   Hub is `docker.io`.
+//! - `username` and `secret`: name and password. With an empty name, or without one, the secret is
+//!   an identity token.
+//! - `token`, instead of these: a bearer token that is good for pulls from the repository.
+//! - `host`: the only host that may see them, with its port: a mirror of the registry. Without it,
+//!   the registry itself (`registry-1.docker.io` for Docker Hub).
+//! - `seconds`: how long they are good, from now: 1 to 86400.
 //!
 //! They are used for every layer that is fetched from that repository, also for those that are
 //! there already, before any other credentials. To give them again for the same repository and

@@ -97,8 +97,8 @@ pub struct LayerReport {
     pub used: bool,
     /// Compressed bytes that were fetched.
     pub network: u64,
-    /// Bytes that were waited for and found on the disk, after a restart of the machine for example.
-    /// What the kernel or the keeper answers by itself is not seen here.
+    /// Bytes that were waited for and found on the disk, after a restart of the machine for
+    /// example. What the kernel or the keeper answers by itself is not seen here.
     pub cache: u64,
     /// Requests to registries.
     pub requests: u64,
