@@ -101,7 +101,7 @@ fn install() -> Result<(), String> {
         .map_err(|e| format!("{e}\ninstall these packages by hand: {}", lacking.join(" ")))
 }
 
-/// Unpacks the servers of object stores below `target/lab/node`, without running what packages bring.
+/// Unpacks the servers of object stores below `target/lab/node`; no script of theirs is run.
 fn stores() -> Result<(), String> {
     let at = lab_dir().join("node");
     let lacking: Vec<String> = STORES

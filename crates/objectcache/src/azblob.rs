@@ -227,7 +227,7 @@ impl Container {
         }
     }
 
-    /// The first blobs below the prefix of layers; nothing if the credentials do not allow to list.
+    /// The first blobs below the prefix of layers; nothing if the credentials may not list.
     async fn list(&self) -> Result<Option<Listing>> {
         let query =
             format!("&comp=list&maxresults=5000&prefix={}", encoded(&self.config.blob_prefix()));

@@ -1,9 +1,9 @@
 //! GitHub's cache for Actions, by both of its protocols (rows `rc.gha`, `rc.gha.keys`).
 //!
-//! The first is REST (`url`), the second is Twirp with JSON (`url_v2`) whose entries are block blobs
-//! behind signed addresses. Entries have keys and cannot be changed; a name that is to change, an
-//! index, is a key with a number, and who looks for its beginning gets the newest. What a job may
-//! read and write says its token (`token`).
+//! The first is REST (`url`), the second is Twirp with JSON (`url_v2`) whose entries are block
+//! blobs behind signed addresses. Entries have keys and cannot be changed; a name that is to
+//! change, an index, is a key with a number, and who looks for its beginning gets the newest. What
+//! a job may read and write says its token (`token`).
 
 mod token;
 

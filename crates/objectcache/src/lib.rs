@@ -6,14 +6,14 @@
 //! a cache that one builder wrote is read by the other. What a config means is crate
 //! `remotecache`'s business; here it is bytes.
 //!
-//! Requests go through `calls`, which signs, limits, and tries again. Answers are foreign bytes: each
-//! is bounded, and layers are checked against their digests by whoever stores them.
+//! Requests go through `calls`, which signs, limits, and tries again. Answers are foreign bytes:
+//! each is bounded, and layers are checked against their digests by whoever stores them.
 //!
-//! `reqsign-*` (kept by the Apache OpenDAL project) signs requests and knows where a machine has its
-//! credentials: environment, profiles, web identity, metadata services. Their network, files and
-//! environment are ours (`machine`). The vendors' own SDKs bring a hundred crates and an HTTP client
-//! each. `quick-xml` reads the answers of S3 and Azure; it is what `reqsign` uses, too. `httpdate`
-//! reads times in headers.
+//! `reqsign-*` (kept by the Apache OpenDAL project) signs requests and knows where a machine has
+//! its credentials: environment, profiles, web identity, metadata services. Their network, files
+//! and environment are ours (`machine`). The vendors' own SDKs bring a hundred crates and an HTTP
+//! client each. `quick-xml` reads the answers of S3 and Azure; it is what `reqsign` uses, too.
+//! `httpdate` reads times in headers.
 
 mod azblob;
 mod blocks;

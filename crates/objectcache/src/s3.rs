@@ -137,7 +137,7 @@ impl Bucket {
         call.header(CONTENT_SHA256, Digest::of(bytes).hex()).payload(Payload::Bytes(bytes))
     }
 
-    /// The first objects below the prefix of layers; nothing if the credentials do not allow to list.
+    /// The first objects below the prefix of layers; nothing if the credentials may not list.
     async fn list(&self) -> Result<Option<Listing>> {
         let prefix = self.config.blob_prefix();
         let query = format!("list-type=2&max-keys=1000&prefix={}", encoded(&prefix));

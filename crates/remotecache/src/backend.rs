@@ -1,6 +1,6 @@
 //! The port between builds and the kinds of places that keep caches. A new kind is a file beside
-//! `backend/registry.rs` and a line in [`Backends::new`]; one that keeps objects, without manifests,
-//! is a line in crate `objectcache`'s table.
+//! `backend/registry.rs` and a line in [`Backends::new`]; one that keeps objects, without
+//! manifests, is a line in crate `objectcache`'s table.
 
 mod client;
 mod objects;
@@ -70,8 +70,8 @@ pub trait CacheBackend: Send + Sync {
         clients: &CacheClients,
     ) -> Result<Box<dyn CacheWriter>>;
 
-    /// Whether a build succeeds without an export whose place does not answer or is too busy, unless
-    /// the request says otherwise.
+    /// Whether a build succeeds without an export whose place does not answer or is too busy,
+    /// unless the request says otherwise.
     fn is_best_effort(&self) -> bool {
         false
     }
