@@ -4,6 +4,7 @@
 mod activation;
 mod attestations;
 mod bad_registries;
+mod bake;
 mod build;
 mod buildctl;
 mod buildx;

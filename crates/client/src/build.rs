@@ -115,6 +115,14 @@ impl Definition {
         Self(pb::Definition { def: vec![source, end], metadata, ..Default::default() })
     }
 
+    pub(crate) fn of_wire(definition: pb::Definition) -> Self {
+        Self(definition)
+    }
+
+    pub(crate) fn into_wire(self) -> pb::Definition {
+        self.0
+    }
+
     /// Lets no step come from the cache.
     pub fn ignore_cache(&mut self) {
         for op in &self.0.def {
@@ -178,9 +186,9 @@ pub struct Outcome {
 
 /// What the session serves for the exports and caches, and what is to be recorded in layouts
 /// afterwards.
-struct Plan {
-    targets: Targets,
-    stores: BTreeMap<String, session_store::Layout>,
+pub(crate) struct Plan {
+    pub(crate) targets: Targets,
+    pub(crate) stores: BTreeMap<String, session_store::Layout>,
     exported: Vec<PathBuf>,
     cached: Vec<(PathBuf, String)>,
     /// Caches that keep nothing but what their index lists.
@@ -188,7 +196,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn of(options: &mut SolveOptions) -> Result<Self> {
+    pub(crate) fn of(options: &mut SolveOptions) -> Result<Self> {
         let mut plan = Self {
             targets: Targets::default(),
             stores: BTreeMap::new(),
@@ -291,7 +299,7 @@ fn entries(list: &[CacheEntry]) -> Vec<wire::CacheOptionsEntry> {
 }
 
 /// The request, without the session that is not open yet.
-fn request(options: SolveOptions) -> Result<wire::SolveRequest> {
+pub(crate) fn request(options: SolveOptions) -> Result<wire::SolveRequest> {
     let mut attrs = options.frontend_attrs;
     if !options.frontend.is_empty() && !options.cache_imports.is_empty() {
         let imports = serde_json::to_string(&options.cache_imports)
@@ -326,14 +334,14 @@ fn request(options: SolveOptions) -> Result<wire::SolveRequest> {
 }
 
 /// The stream of a build's events, followed beside the solve.
-struct Followed {
+pub(crate) struct Followed {
     done: CancellationToken,
     any: Arc<AtomicBool>,
     task: AbortOnDropHandle<()>,
 }
 
 impl Followed {
-    fn start(client: &Client, reference: String, events: mpsc::Sender<Status>) -> Self {
+    pub(crate) fn start(client: &Client, reference: String, events: mpsc::Sender<Status>) -> Self {
         let (done, any) = (CancellationToken::new(), Arc::new(AtomicBool::new(false)));
         let mut control = client.control();
         let (ended, seen) = (done.clone(), any.clone());
@@ -367,7 +375,7 @@ impl Followed {
     }
 
     /// Waits for the last events.
-    async fn finish(self, failed: bool) {
+    pub(crate) async fn finish(self, failed: bool) {
         self.done.cancel();
         if failed && !self.any.load(Ordering::Relaxed) {
             let _ = tokio::time::timeout(NO_EVENTS, self.task).await;
@@ -480,7 +488,7 @@ impl Client {
 }
 
 /// A failed solve: what the daemon says, or that it can say nothing any more.
-fn solve_fault(status: &tonic::Status) -> Fault {
+pub(crate) fn solve_fault(status: &tonic::Status) -> Fault {
     // Only what our own end found out has a source; what comes over the wire has none.
     let mut cause: &dyn std::error::Error = match std::error::Error::source(status) {
         Some(cause) if status.code() != tonic::Code::Cancelled => cause,

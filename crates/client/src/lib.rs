@@ -7,6 +7,8 @@
 //!   caller's directories, files to write, credentials, secrets and agents, and the build's
 //!   [`Status`] events as they come.
 //! - [`Client::ask`]: the same, for a question that a frontend answers instead of building.
+//! - [`Client::hold`]: a build whose [`Held`] result other builds go on from; [`Client::share`]:
+//!   directories that several builds read.
 //! - [`WorkerInfo`], [`UsageInfo`], [`Status`] and the like: answers as plain data that serialize
 //!   as Go's client prints them.
 //!
@@ -19,6 +21,7 @@
 
 mod build;
 mod client;
+mod held;
 mod history;
 mod layout;
 mod location;
@@ -30,6 +33,7 @@ mod status;
 
 pub use build::{CacheEntry, Definition, Export, Outcome, SolveOptions, Target};
 pub use client::{Client, ConnectOptions, PruneOptions};
+pub use held::{Held, HeldState, SharedDirs};
 pub use history::{HistoryEvent, HistoryKind, HistoryRecord};
 pub use location::Location;
 pub use model::{CdiDevice, DaemonInfo, DaemonVersion, PruneInfo, UsageInfo, WorkerInfo};

@@ -45,9 +45,7 @@ impl Question {
         let id: AsciiMetadataValue = reference
             .parse()
             .map_err(|_| Fault::invalid(format!("{reference:?} is not the id of a build")))?;
-        let mut gateway = LlbBridgeClient::new(channel)
-            .max_decoding_message_size(MAX_MESSAGE)
-            .max_encoding_message_size(MAX_MESSAGE);
+        let mut gateway = gateway(channel);
         let solve = wire::SolveRequest {
             frontend: self.frontend,
             frontend_opt: self.options,
@@ -79,14 +77,21 @@ impl Question {
     }
 }
 
-fn of_build<T>(message: T, id: &AsciiMetadataValue) -> tonic::Request<T> {
+/// The gateway of the daemon.
+pub(crate) fn gateway(channel: Channel) -> LlbBridgeClient<Channel> {
+    LlbBridgeClient::new(channel)
+        .max_decoding_message_size(MAX_MESSAGE)
+        .max_encoding_message_size(MAX_MESSAGE)
+}
+
+pub(crate) fn of_build<T>(message: T, id: &AsciiMetadataValue) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
     request.metadata_mut().insert(BUILD_ID, id.clone());
     request
 }
 
 /// The status with its details, as it came.
-fn status_of(status: &tonic::Status) -> rpc::Status {
+pub(crate) fn status_of(status: &tonic::Status) -> rpc::Status {
     match rpc::Status::decode(status.details()) {
         Ok(whole) if whole.code != 0 => whole,
         _ => rpc::Status {

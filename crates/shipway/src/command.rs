@@ -1,6 +1,9 @@
 //! The commands, one file each; both personas pick theirs.
 
+pub(crate) mod bake;
 pub(crate) mod build;
+pub(crate) mod builders;
+pub(crate) mod completion;
 pub(crate) mod convert;
 pub(crate) mod dial_stdio;
 pub(crate) mod du;

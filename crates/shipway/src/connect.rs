@@ -6,9 +6,12 @@ use std::{
 };
 
 use shipway_client::{Client, ClientTls, ConnectOptions, Location};
-use shipway_fault::{Code, Fault, Result};
+use shipway_fault::{Code, Context, Fault, Result};
 
-use crate::Persona;
+use crate::{
+    Persona,
+    builders::{Builder, Node, Store},
+};
 
 /// Which daemon to talk to, and how.
 #[derive(clap::Args, Clone, Debug, Default)]
@@ -17,6 +20,9 @@ pub(crate) struct ConnectArgs {
     /// podman-container://, kube-pod://)
     #[arg(long, global = true, value_name = "URL")]
     addr: Option<String>,
+    /// Builder whose daemon to talk to.
+    #[arg(skip)]
+    pub(crate) builder: Option<String>,
     /// Name to expect in the daemon's certificate
     #[arg(long = "tlsservername", global = true, value_name = "NAME", help_heading = "TLS")]
     server_name: Option<String>,
@@ -112,8 +118,33 @@ impl ConnectArgs {
         }))
     }
 
+    /// The node of the builder that was named, or that is used where no address is told.
+    fn builder(&self, persona: Persona) -> Result<Option<Node>> {
+        let set = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
+        if persona != Persona::Shipway || self.addr.as_ref().is_some_and(|a| !a.is_empty()) {
+            return Ok(None);
+        }
+        let first =
+            |builder: Builder| builder.remote_nodes().map(|nodes| nodes[0].clone()).map(Some);
+        if let Some(name) = &self.builder {
+            return first(Store::open()?.need(name).context(|| "--builder")?);
+        }
+        if set("SHIPWAY_HOST").or_else(|| set("BUILDKIT_HOST")).is_some() {
+            return Ok(None);
+        }
+        if let Some(name) = set("BUILDX_BUILDER") {
+            return first(Store::open()?.need(&name).context(|| "$BUILDX_BUILDER")?);
+        }
+        // One of another driver is buildx's to use.
+        let current = Store::open_existing()?.map(|store| store.current()).transpose()?.flatten();
+        Ok(current.filter(|b| b.driver == "remote").and_then(|b| b.nodes.into_iter().next()))
+    }
+
     /// Connects.
     pub(crate) async fn connect(&self, persona: Persona) -> Result<Client> {
+        if let Some(node) = self.builder(persona)? {
+            return crate::command::builders::connect(&node, self.wait).await;
+        }
         let location = self.location(persona)?;
         let tls = self.tls(&location)?;
         let timeout = (self.timeout > 0).then(|| Duration::from_secs(self.timeout));

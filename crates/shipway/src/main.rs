@@ -7,9 +7,11 @@
 //!
 //! Dependencies worth a word: `clap` reads command lines; `base64` opens what exporters answer;
 //! `tempfile` holds a Dockerfile or context that comes on standard input; `rustix` asks the
-//! terminal for its size and the kernel who we are.
+//! terminal for its size and the kernel who we are; `clap_complete` and `clap_mangen` write
+//! completions and manuals from what `clap` knows.
 
 mod buildctl;
+mod builders;
 mod command;
 mod connect;
 mod csv;

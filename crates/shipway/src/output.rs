@@ -19,6 +19,16 @@ pub(crate) fn print(text: &str) -> Result<()> {
 
 /// Writes `path` whole or not at all.
 pub(crate) fn write_file(path: &Path, data: &[u8]) -> Result<()> {
+    write(path, data, 0o666)
+}
+
+/// The same for a file that nobody else may read.
+pub(crate) fn write_private(path: &Path, data: &[u8]) -> Result<()> {
+    write(path, data, 0o600)
+}
+
+/// The umask takes its part of `mode`.
+fn write(path: &Path, data: &[u8], mode: u32) -> Result<()> {
     let failed = |e| Fault::io(format!("write {}", path.display()), e);
     let special = std::fs::metadata(path).is_ok_and(|m| !m.is_file());
     if special {
@@ -27,16 +37,11 @@ pub(crate) fn write_file(path: &Path, data: &[u8]) -> Result<()> {
     let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut file = tempfile::Builder::new()
         .prefix(".shipway-")
-        .permissions(mode())
+        .permissions(std::os::unix::fs::PermissionsExt::from_mode(mode))
         .tempfile_in(dir)
         .map_err(failed)?;
     file.write_all(data).map_err(failed)?;
     file.persist(path).map_err(|e| failed(e.error)).map(drop)
-}
-
-/// Readable by all, as files that programs write usually are; the umask takes its part.
-fn mode() -> std::fs::Permissions {
-    std::os::unix::fs::PermissionsExt::from_mode(0o666)
 }
 
 /// What exporters answered, as the metadata file has it: values that are JSON objects in base64 as

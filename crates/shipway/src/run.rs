@@ -105,7 +105,7 @@ async fn follow(
 }
 
 /// The first Ctrl-C cancels the build and waits for its end; the second ends us.
-async fn signals(stop: CancellationToken) {
+pub(crate) async fn signals(stop: CancellationToken) {
     let (Ok(mut interrupt), Ok(mut terminate)) =
         (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {

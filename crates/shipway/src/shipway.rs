@@ -2,12 +2,14 @@
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use shipway_fault::Result;
 
 use crate::{
     Persona,
-    command::{build, convert, dial_stdio, du, history, info, prune, version, workers},
+    command::{
+        bake, build, builders, completion, convert, dial_stdio, du, history, info, prune, version, workers,
+    },
     connect::ConnectArgs,
 };
 
@@ -19,6 +21,9 @@ const PERSONA: Persona = Persona::Shipway;
 struct Line {
     #[command(flatten)]
     connect: ConnectArgs,
+    /// Builder whose daemon to talk to; `shipway ls` lists them
+    #[arg(long, global = true, value_name = "NAME", conflicts_with = "addr")]
+    builder: Option<String>,
     /// Print what goes on, and warnings in full
     #[arg(short = 'D', long, global = true)]
     debug: bool,
@@ -31,6 +36,9 @@ enum Command {
     /// Build an image from a Dockerfile
     #[command(visible_alias = "b")]
     Build(Box<build::Args>),
+    /// Build targets that a file defines
+    #[command(visible_alias = "f")]
+    Bake(Box<bake::Args>),
     /// Show how much space the build cache takes
     Du(du::Args),
     /// Remove build cache
@@ -47,14 +55,27 @@ enum Command {
     DialStdio,
     /// Print our version
     Version,
+    Create(builders::CreateArgs),
+    Use(builders::UseArgs),
+    /// List builders
+    Ls,
+    Inspect(builders::InspectArgs),
+    Rm(builders::RemoveArgs),
+    Stop(builders::StopArgs),
+    #[command(hide = true)]
+    Completion(completion::CompletionArgs),
+    #[command(hide = true)]
+    Manuals(completion::ManualArgs),
 }
 
 pub(crate) async fn main() -> Result<ExitCode> {
     let line = Line::parse();
     crate::log(line.debug, false);
-    let connect = line.connect;
+    let mut connect = line.connect;
+    connect.builder = line.builder;
     match line.command {
         Command::Build(args) => return build::run(&connect, *args, line.debug).await,
+        Command::Bake(args) => return bake::run(&connect, *args, line.debug).await,
         Command::Du(args) => du::run(&connect.connect(PERSONA).await?, args).await,
         Command::Prune(args) => prune::run(&connect.connect(PERSONA).await?, args).await,
         Command::Workers(args) => workers::run(&connect.connect(PERSONA).await?, args).await,
@@ -63,6 +84,14 @@ pub(crate) async fn main() -> Result<ExitCode> {
         Command::Convert(args) => convert::run(*args).await,
         Command::DialStdio => dial_stdio::run(&connect, PERSONA).await,
         Command::Version => version::run(PERSONA),
+        Command::Create(args) => builders::create(args).await,
+        Command::Use(args) => builders::use_builder(&args),
+        Command::Ls => builders::list().await,
+        Command::Inspect(args) => builders::inspect(args).await,
+        Command::Rm(args) => builders::remove(args).await,
+        Command::Stop(args) => builders::stop(&args),
+        Command::Completion(args) => completion::print(Line::command(), &args),
+        Command::Manuals(args) => completion::manuals(Line::command(), &args),
     }
     .map(|()| ExitCode::SUCCESS)
 }

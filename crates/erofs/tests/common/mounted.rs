@@ -122,7 +122,7 @@ pub fn assert_same(one: &Path, other: &Path) -> usize {
     let mut stack = vec![(one.to_owned(), other.to_owned())];
     while let Some((one, other)) = stack.pop() {
         let shown = one.display();
-        let found = [&one, &other].map(|path| fs::symlink_metadata(path));
+        let found = [&one, &other].map(fs::symlink_metadata);
         let [Ok(a), Ok(b)] = found else {
             // Overlays list a whiteout in a directory that only one layer has, and do not find it.
             let errors = found.map(|found| found.err().map(|e| e.kind()));

@@ -3,6 +3,7 @@
 mod call;
 mod context;
 mod options;
+mod target;
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
@@ -12,6 +13,7 @@ use self::{
     call::Call,
     context::{Input, Place},
 };
+pub(crate) use self::{context::is_remote, options::context_name, target::Prepared};
 use crate::{
     Persona,
     connect::ConnectArgs,
@@ -158,6 +160,15 @@ pub(crate) struct Args {
     /// Accepted for compatibility
     #[arg(long, hide = true)]
     compress: bool,
+    /// Accepted for compatibility
+    #[arg(long, hide = true)]
+    squash: bool,
+    /// Accepted for compatibility
+    #[arg(long, hide = true)]
+    isolation: Option<String>,
+    /// Accepted for compatibility
+    #[arg(long = "security-opt", hide = true)]
+    security_opts: Vec<String>,
 }
 
 impl Args {

@@ -112,8 +112,13 @@ impl Call {
             }
             _ => output::print(&text("result.txt"))?,
         }
-        let failed = !self.ignore_status && !matches!(text("result.statuscode").as_str(), "" | "0");
-        Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+        Ok(if self.fails(answer) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    }
+
+    /// Whether what was found is a failure.
+    pub(super) fn fails(self, answer: &Answer) -> bool {
+        let code = answer.get("result.statuscode").map(Vec::as_slice).unwrap_or_default();
+        !self.ignore_status && !matches!(code, b"" | b"0")
     }
 }
 

@@ -104,6 +104,21 @@ impl Input {
         }
     }
 
+    /// A context whose Dockerfile is `text`, which is called `shown`.
+    pub(super) fn inline(context: &str, text: &str, shown: &str) -> Result<Self> {
+        let place = match is_remote(context) {
+            true => Place::Remote(context.to_owned()),
+            false => Place::Directory(PathBuf::from(context)),
+        };
+        let dir = stdin_dockerfile(text.as_bytes())?;
+        Ok(Self {
+            dockerfile_dir: Some(dir.path().to_owned()),
+            shown: shown.to_owned(),
+            _kept: vec![dir],
+            ..Self::of(place, NAMES[0])
+        })
+    }
+
     /// A context with a Dockerfile in it.
     fn of(context: Place, filename: &str) -> Self {
         let filename = filename.to_owned();
@@ -185,7 +200,7 @@ fn is_download(text: &str) -> bool {
 }
 
 /// Whether the daemon, and not we, must fetch `text`.
-pub(super) fn is_remote(text: &str) -> bool {
+pub(crate) fn is_remote(text: &str) -> bool {
     ["http://", "https://", "git://", "ssh://", "git@", "github.com/"]
         .iter()
         .any(|prefix| text.starts_with(prefix))

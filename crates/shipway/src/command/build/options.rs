@@ -313,13 +313,7 @@ fn named_contexts(args: &Args, options: &mut SolveOptions) -> Result<()> {
         let (name, value) = text.split_once('=').ok_or_else(|| {
             Fault::invalid(format!("invalid context {text}")).hint("write it as name=context")
         })?;
-        // Stage and image names compare without case, and an image's has more than one form.
-        let parsed: ImageName = name
-            .to_lowercase()
-            .parse()
-            .map_err(|e| Fault::invalid(format!("invalid context name {name}: {e}")))?;
-        let name = parsed.familiar();
-        let name = name.strip_suffix(":latest").unwrap_or(&name).to_owned();
+        let name = context_name(name)?;
         let attr = match value.split_once("://") {
             Some(("oci-layout", rest)) => layout(&name, rest, options)?,
             _ if is_remote(value)
@@ -339,6 +333,29 @@ fn named_contexts(args: &Args, options: &mut SolveOptions) -> Result<()> {
         options.frontend_attrs.insert(format!("context:{name}"), attr);
     }
     Ok(())
+}
+
+/// A context's name as frontends look for it: stage and image names compare without case, and an
+/// image's has more than one form.
+pub(crate) fn context_name(name: &str) -> Result<String> {
+    let parsed: ImageName = name
+        .to_lowercase()
+        .parse()
+        .map_err(|e| Fault::invalid(format!("invalid context name {name}: {e}")))?;
+    let name = parsed.familiar();
+    Ok(name.strip_suffix(":latest").unwrap_or(&name).to_owned())
+}
+
+/// Looks for mistakes that show without files, a daemon or a Dockerfile.
+pub(super) fn check(args: &Args) -> Result<()> {
+    platforms(args, &|_| None, &mut BTreeMap::new())?;
+    steps(args, &mut BTreeMap::new(), &mut Vec::new())?;
+    spec::secrets(&args.secrets)?;
+    spec::ssh(&args.ssh)?;
+    for text in &args.outputs {
+        output(text).context(|| format!("--output {text}"))?;
+    }
+    spec::pairs(&args.annotations).context(|| "--annotation").map(drop)
 }
 
 fn layout(name: &str, rest: &str, options: &mut SolveOptions) -> Result<String> {

@@ -1,0 +1,201 @@
+//! Builds whose result other builds go on from: linked targets of bake (row `bx.bake.linked`).
+//!
+//! The frontend is driven through the gateway, and the build stays open until it is let go, so that
+//! its steps are shared with the builds that are given its states.
+
+use std::collections::BTreeMap;
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use shipway_fault::{Context, Fault, Result};
+use shipway_grpc::fault_of;
+use shipway_proto::moby::buildkit::v1::frontend as wire;
+use tokio::{sync::mpsc, task::JoinHandle};
+use tonic::{metadata::AsciiMetadataValue, transport::Channel};
+
+use crate::{
+    Client, Definition, SolveOptions, Status,
+    build::{Followed, Plan, request, solve_fault},
+    question::{self, gateway},
+    session::{Attached, LocalDirs, Services, Stores, Targets},
+};
+
+/// A state of a result, as an input of other builds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeldState {
+    /// Its platform; empty if the result has no other.
+    pub platform: String,
+    /// What makes it.
+    pub definition: Definition,
+    /// What the option `input-metadata` says of it, if there is something to say.
+    pub metadata: Option<String>,
+}
+
+/// A build that is open.
+pub struct Held {
+    states: Vec<HeldState>,
+    channel: Channel,
+    id: AsciiMetadataValue,
+    solve: JoinHandle<Result<()>>,
+    followed: Followed,
+    _session: Attached,
+}
+
+/// Directories that several builds read.
+pub struct SharedDirs {
+    session: Attached,
+    names: Vec<String>,
+}
+
+impl SharedDirs {
+    /// Makes `options` read the directories here in place of offering its own.
+    pub fn give(&self, options: &mut SolveOptions) {
+        options.dirs = LocalDirs::default();
+        for name in &self.names {
+            let option = format!("local-sessionid:{name}");
+            options.frontend_attrs.insert(option, self.session.id.clone());
+        }
+    }
+}
+
+impl Client {
+    /// Offers `dirs` to builds until what is returned is dropped (row `bx.bake.sharedctx`).
+    pub async fn share(&self, dirs: LocalDirs, shared_key: &str) -> Result<SharedDirs> {
+        let names = dirs.iter().map(|(name, _)| name.to_owned()).collect();
+        let services = Services {
+            dirs,
+            targets: Targets::default(),
+            stores: Stores::new(BTreeMap::new()),
+            docker: None,
+            secrets: Default::default(),
+            ssh: Default::default(),
+            uploads: Default::default(),
+        };
+        Ok(SharedDirs { session: services.attach(self, shared_key).await?, names })
+    }
+
+    /// Builds with a frontend, exports nothing, and keeps the result for other builds. Events go to
+    /// `events` as they come.
+    pub async fn hold(
+        &self,
+        mut options: SolveOptions,
+        events: mpsc::Sender<Status>,
+    ) -> Result<Held> {
+        if options.frontend.is_empty() {
+            return Err(Fault::invalid("a build that is held needs a frontend"));
+        }
+        if options.reference.is_empty() {
+            options.reference = shipway_host::random_id()?;
+        }
+        options.exports.clear();
+        options.cache_exports.clear();
+        let plan = Plan::of(&mut options)?;
+        let services = Services {
+            dirs: std::mem::take(&mut options.dirs),
+            targets: plan.targets,
+            stores: Stores::new(plan.stores),
+            docker: options.docker.take(),
+            secrets: std::mem::take(&mut options.secrets),
+            ssh: std::mem::take(&mut options.ssh),
+            uploads: std::mem::take(&mut options.uploads),
+        };
+        let (shared_key, reference) =
+            (std::mem::take(&mut options.shared_key), options.reference.clone());
+        let ask = wire::SolveRequest {
+            frontend: std::mem::take(&mut options.frontend),
+            frontend_opt: options.frontend_attrs.clone(),
+            frontend_inputs: std::mem::take(&mut options.frontend_inputs)
+                .into_iter()
+                .map(|(name, d)| (name, d.into_wire()))
+                .collect(),
+            cache_imports: options
+                .cache_imports
+                .iter()
+                .map(|e| wire::CacheOptionsEntry { r#type: e.kind.clone(), attrs: e.attrs.clone() })
+                .collect(),
+            allow_result_return: true,
+            allow_result_array_ref: true,
+            evaluate: true,
+            ..Default::default()
+        };
+        let mut request = request(options)?;
+        let session = services.attach(self, &shared_key).await?;
+        request.session = session.id.clone();
+        let followed = Followed::start(self, reference.clone(), events);
+        let mut control = self.control();
+        let solve = shipway_task::spawn("hold a build", async move {
+            control.solve(request).await.map(drop).map_err(|s| solve_fault(&s))
+        });
+        let id: AsciiMetadataValue = reference
+            .parse()
+            .map_err(|_| Fault::invalid(format!("{reference:?} is not the id of a build")))?;
+        let mut held = Held {
+            states: Vec::new(),
+            channel: self.channel(),
+            id,
+            solve,
+            followed,
+            _session: session,
+        };
+        match gateway(held.channel.clone()).solve(question::of_build(ask, &held.id)).await {
+            Ok(answer) => {
+                held.states = states(answer.into_inner().result.unwrap_or_default());
+                Ok(held)
+            }
+            Err(status) => {
+                let error =
+                    wire::ReturnRequest { result: None, error: Some(question::status_of(&status)) };
+                let fault = fault_of(&status);
+                // What the build itself says of its failure has more to say.
+                Err(held.end(error).await.err().unwrap_or(fault)).context(|| "failed to solve")
+            }
+        }
+    }
+}
+
+impl Held {
+    /// The states of the result, by platform.
+    pub fn states(&self) -> &[HeldState] {
+        &self.states
+    }
+
+    /// Lets the build go.
+    pub async fn release(self) -> Result<()> {
+        let done = wire::ReturnRequest { result: Some(wire::Result::default()), error: None };
+        self.end(done).await
+    }
+
+    async fn end(self, answer: wire::ReturnRequest) -> Result<()> {
+        let returned = gateway(self.channel).r#return(question::of_build(answer, &self.id)).await;
+        let solved = match self.solve.await {
+            Ok(solved) => solved,
+            Err(error) => Err(Fault::internal(format!("hold a build: {error}"))),
+        };
+        self.followed.finish(solved.is_err()).await;
+        solved?;
+        returned.map(drop).map_err(|s| fault_of(&s))
+    }
+}
+
+/// The states of a result, with what its metadata says of each.
+fn states(result: wire::Result) -> Vec<HeldState> {
+    use wire::result::Result as Kind;
+    let refs = match result.result {
+        Some(Kind::Ref(one)) => vec![(String::new(), one)],
+        Some(Kind::Refs(all)) => all.refs.into_iter().collect(),
+        _ => Vec::new(),
+    };
+    refs.into_iter()
+        .filter_map(|(platform, state)| {
+            let key = match platform.is_empty() {
+                true => "containerimage.config".to_owned(),
+                false => format!("containerimage.config/{platform}"),
+            };
+            let config = result.metadata.get(&key).map(|config| {
+                let config = BTreeMap::from([("containerimage.config", STANDARD.encode(config))]);
+                serde_json::to_string(&config).unwrap_or_default()
+            });
+            let definition = Definition::of_wire(state.def?);
+            Some(HeldState { platform, definition, metadata: config })
+        })
+        .collect()
+}
