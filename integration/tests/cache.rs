@@ -99,7 +99,8 @@ fn explained(text: &str) -> Vec<String> {
 #[test]
 fn a_build_says_why_its_steps_were_not_cached() {
     let lab = Lab::complete(any());
-    let text = "FROM busybox\nCOPY file /file\nARG VERSION=1\nRUN env > /env\nRUN cat /file /env > /all\n";
+    let text =
+        "FROM busybox\nCOPY file /file\nARG VERSION=1\nRUN env > /env\nRUN cat /file /env > /all\n";
     let context = lab.context("why", &[("Dockerfile", text), ("file", "1")]);
     let build = |more: &[&str]| {
         let context = context.display().to_string();

@@ -194,8 +194,12 @@ fn tried() -> Result<()> {
     let attempt = || {
         fs::create_dir(&directory).map_err(|e| Fault::io("make a directory to try in", e))?;
         let layer = ProbeLayer::write(&directory)?;
-        // What the keeper would serve is in a file; there is no flat one, and none is needed.
-        let files = FuseFiles { data: layer.data.clone(), img: directory.join("img") };
+        // What the keeper would serve is in a file; the other forms are not there, nor needed.
+        let files = FuseFiles {
+            data: layer.data.clone(),
+            img: directory.join("img"),
+            tree: directory.join("tree"),
+        };
         shipway_layermount::probe(&layer, Some(&files), Some(Tier::File)).map(drop)
     };
     let tried = attempt();

@@ -8,7 +8,8 @@ use shipway_fault::Result;
 use crate::{
     Persona,
     command::{
-        bake, build, builders, completion, convert, dial_stdio, du, history, info, prune, version, workers,
+        bake, build, builders, completion, convert, dial_stdio, du, history, info, prune, version,
+        workers,
     },
     connect::ConnectArgs,
 };

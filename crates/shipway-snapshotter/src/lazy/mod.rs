@@ -31,7 +31,7 @@ use learning::Learning;
 use link::{Link, Registered, Starter};
 use parking_lot::{Mutex, MutexGuard};
 use resolve::Resolver;
-use shipway_estargz::{DATA_BLOCK, Landmark};
+use shipway_estargz::DATA_BLOCK;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_keeper::client::News;
 use shipway_layermount::{FuseFiles, Source, Tier};

@@ -200,6 +200,7 @@ fn tier_of(source: &Source) -> Tier {
         Source::File(_) => Tier::FlatFile,
         Source::Loops { .. } => Tier::Loop,
         Source::Loop(_) => Tier::FlatLoop,
+        Source::Tree(_) => Tier::FuseTree,
     }
 }
 
