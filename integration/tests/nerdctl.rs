@@ -56,6 +56,7 @@ fn nerdctl_builds_and_runs() {
 
 /// An image with tables of contents, pulled and run by nerdctl on our snapshotter, which containerd
 /// knows by `name`; how many of its layers are lazy.
+#[track_caller]
 fn lazy_layers(nerdctl: &Path, flavour: Flavour, name: &str) -> usize {
     let mut options = LabOptions::new(flavour);
     options.snapshotter = true;

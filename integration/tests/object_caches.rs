@@ -28,6 +28,7 @@ struct Store {
 
 impl Store {
     /// `script` is a file of the package; `arguments` are made of directory and port.
+    #[track_caller]
     fn start(lab: &Lab, script: &str, arguments: impl Fn(&str, &str) -> Vec<String>) -> Self {
         let script = lab_dir().join("node/node_modules").join(script);
         assert!(

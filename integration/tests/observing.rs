@@ -36,6 +36,7 @@ fn status(lab: &Lab) -> Value {
 }
 
 /// busybox and a file, with tables of contents, pulled over CRI and read.
+#[track_caller]
 fn read_lazily(lab: &Lab) -> String {
     let mut image = BaseImage::busybox();
     let dir = tempfile::tempdir().unwrap();

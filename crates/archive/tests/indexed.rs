@@ -107,6 +107,7 @@ fn decompressed(kind: CompressionKind, blob: &[u8]) -> Vec<u8> {
 }
 
 /// What a snapshotter knows of the layer, from its annotations and its last bytes.
+#[track_caller]
 fn opened(blob: &[u8], packed: &Packed, codec: Codec) -> Toc {
     let annotations = &packed.indexed.as_ref().unwrap().annotations;
     let annotated = Annotated::read(annotations).unwrap().unwrap();

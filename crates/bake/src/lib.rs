@@ -7,15 +7,16 @@
 //! - [`Granted`] is what `--allow` grants.
 //!
 //! Nothing here reads files or the environment itself: [`Host`] does. What a definition can ask for
-//! is bounded, since it may come from anywhere: its size, nesting, steps and the size of its values.
+//! is bounded, since it may come from anywhere: its size, nesting, steps and the size of its
+//! values.
 //!
 //! In the order of the work: `source` has blocks and attributes of HCL or JSON; `resolve` evaluates
 //! variables, functions and blocks, each after what it asks for (`names`), with `eval` and
 //! `functions` over `value` and `convert`; `compose` makes targets of services; `model` merges.
 //!
 //! Dependencies worth a word: `hcl-edit` is the one kept parser of HCL that tells places;
-//! `saphyr-parser` reads YAML as in `cdi`; `regex`, `jiff`, `base64`, `unicode-segmentation` and the
-//! digests are what functions of definitions calculate.
+//! `saphyr-parser` reads YAML as in `cdi`; `regex`, `jiff`, `base64`, `unicode-segmentation` and
+//! the digests are what functions of definitions calculate.
 
 mod compose;
 mod convert;

@@ -118,8 +118,9 @@ pub struct ProgressGroup {
 #[serde(default)]
 pub struct CacheMiss {
     /// `ignored`: the build wants no cache for the step or for `inputs`; `uncacheable`: what the
-    /// step or `inputs` come to is not stored; `gone`: the result was pruned or lost; `changed`: the
-    /// latest result of such a step was made of something else; `new`: nothing like it is known.
+    /// step or `inputs` come to is not stored; `gone`: the result was pruned or lost; `changed`:
+    /// the latest result of such a step was made of something else; `new`: nothing like it is
+    /// known.
     pub reason: String,
     /// Names of the inputs that are the reason.
     #[serde(skip_serializing_if = "Vec::is_empty")]

@@ -1,7 +1,7 @@
 //! Images that exist, with other layers: the same files, compressed anew, so that an image somebody
 //! else built can be pulled lazily.
 //!
-//! [`convert`] reads an image from a [`Source`] and writes it to a [`Target`]: the store of a
+//! [`convert()`] reads an image from a [`Source`] and writes it to a [`Target`]: the store of a
 //! containerd or a repository, in any combination ([`Stored`], [`Remote`]). Layers stream through,
 //! each checked against the image's config on its way; what is done already is copied as it is, and
 //! so is what is no image, such as attestations. Configs and manifests change only where digests

@@ -4,9 +4,10 @@
 //! (`build_context`), converts the Dockerfile once per platform (`convert`) and answers with states
 //! and image configs. A conversion is a `plan` of stages, each of which goes through the types of
 //! `stage`: their bases are resolved together (`base`), then the instructions of those that the
-//! target needs are turned into vertices (`instruct`, `run`, `copy`, `expose`). Names, metadata, history and digests are those of
-//! BuildKit's frontend, because clients and caches compare them. Nothing here touches files,
-//! processes or the network: whatever is needed from outside is a question to the bridge.
+//! target needs are turned into vertices (`instruct`, `run`, `copy`, `expose`). Names, metadata,
+//! history and digests are those of BuildKit's frontend, because clients and caches compare them.
+//! Nothing here touches files, processes or the network: whatever is needed from outside is a
+//! question to the bridge.
 //!
 //! Places are lines, as the reference's are. With the option `source-columns`, which `shipway`
 //! gives, warnings and errors also say the columns and the advice, and a check says all mistakes;

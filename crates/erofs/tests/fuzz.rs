@@ -46,6 +46,7 @@ fn rounds(mut each: impl FnMut(&mut Dice, usize)) {
 
 /// Reads everything that can be reached, each inode once. Returns how many inodes there were, or
 /// the first error.
+#[track_caller]
 fn read_all(bytes: &[u8]) -> Result<usize, ReadError> {
     let reader = &Reader::open(bytes)?;
     let (mut seen, mut stack, mut first) = (HashSet::new(), vec![reader.root()], Ok(()));

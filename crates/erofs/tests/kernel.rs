@@ -31,6 +31,7 @@ use std::{
 struct Mounted(OwnedFd);
 
 impl Mounted {
+    #[track_caller]
     fn new(kind: &str, options: &[(&str, Option<&Path>)]) -> Result<Self, String> {
         assert!(
             rustix::process::geteuid().is_root(),

@@ -2,8 +2,9 @@
 //!
 //! A lazy layer is an EROFS mount whose contents are in `<n>.data` of a directory, or which is
 //! `<n>.img` there as a whole; or, where the kernel cannot mount it, it is the tree `<n>` itself.
-//! The keeper serves that directory to the kernel. What a read wants is in the layer's data file already, and then it is answered from there; or it is parked, and the
-//! daemon is told, which fetches it, verifies it, writes it, and says so.
+//! The keeper serves that directory to the kernel. What a read wants is in the layer's data file
+//! already, and then it is answered from there; or it is parked, and the daemon is told, which
+//! fetches it, verifies it, writes it, and says so.
 //!
 //! ```text
 //! kernel ──▶ serve ──▶ engine ──▶ layer (pread)         present: answered by who read it
@@ -21,8 +22,8 @@
 //!
 //! Nothing that comes from outside the host is looked at here: FUSE's fixed headers, messages of
 //! fixed size, and metadata that we have written ourselves: their first block
-//! ([`shipway_erofs::first_block`], which the flat image begins with), and for trees, piece by piece
-//! and with bounds all the same, the rest ([`shipway_erofs::Stored`]).
+//! ([`shipway_erofs::first_block`], which the flat image begins with), and for trees, piece by
+//! piece and with bounds all the same, the rest ([`shipway_erofs::Stored`]).
 //!
 //! - [`mod@message`]: what daemon and keeper say.
 //! - [`mod@client`]: the daemon's side.

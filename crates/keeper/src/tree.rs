@@ -5,8 +5,8 @@
 //! Nothing in a tree ever changes, so the kernel keeps all that it was told: entries and what are
 //! none, attributes, targets of links, listings, contents. Nor does it ask to open a file, once it
 //! has heard that nobody needs that. It hears it for the whole connection: should an image be
-//! mounted by way of the same connection later, then its contents are in the page cache twice, which
-//! costs memory and is not wrong.
+//! mounted by way of the same connection later, then its contents are in the page cache twice,
+//! which costs memory and is not wrong.
 
 use crate::{
     engine::MAX_READ,

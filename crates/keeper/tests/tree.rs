@@ -1,4 +1,5 @@
-//! Layers as trees of the keeper's, for kernels that mount no images. As root, for only root mounts.
+//! Layers as trees of the keeper's, for kernels that mount no images. As root, for only root
+//! mounts.
 //!
 //! Each test has mounts of its own, which end with it; its keepers are killed with it.
 
@@ -150,8 +151,8 @@ fn overlays_over_a_tree_show_what_they_show_over_the_image() {
     drop(server);
 }
 
-/// As of the other files of the directory: misses wait for a daemon, and errors do not stick, though
-/// the kernel keeps what it has read.
+/// As of the other files of the directory: misses wait for a daemon, and errors do not stick,
+/// though the kernel keeps what it has read.
 #[test]
 fn reads_of_what_is_missing_wait_and_errors_do_not_stick() {
     let lab = Lab::new();
@@ -475,6 +476,7 @@ fn a_keeper_without_privileges_serves_trees() {
 }
 
 /// What is looked at by a process in the keeper's namespaces.
+#[track_caller]
 fn in_user_namespace(lab: &Path, layer: &Layer) {
     let [tree, lower, up, work, merged] =
         ["tree", "lower", "up", "work", "merged"].map(|name| lab.join(name));

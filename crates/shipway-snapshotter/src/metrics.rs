@@ -316,6 +316,7 @@ mod tests {
     type Samples = BTreeMap<(String, BTreeMap<String, String>), f64>;
 
     /// Reads a page as the format's grammar has it, and refuses everything else.
+    #[track_caller]
     fn parse(page: &str) -> Samples {
         let is_name = |text: &str| {
             text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')

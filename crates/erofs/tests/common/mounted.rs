@@ -117,6 +117,7 @@ pub fn compare(root: &Path, model: &Model) {
 
 /// Compares everything that programs can see below two directories, except numbers of inodes, of
 /// which it only says that the same names are links of one file; returns how many files there are.
+#[track_caller]
 pub fn assert_same(one: &Path, other: &Path) -> usize {
     let mut numbers: HashMap<(u64, u64), (u64, u64)> = HashMap::new();
     let mut stack = vec![(one.to_owned(), other.to_owned())];

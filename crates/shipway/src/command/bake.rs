@@ -1,5 +1,5 @@
-//! `shipway bake`: what definitions in HCL, JSON or Compose files say is to be built, with the flags
-//! of `docker buildx bake` (rows `bx.bake.*`).
+//! `shipway bake`: what definitions in HCL, JSON or Compose files say is to be built, with the
+//! flags of `docker buildx bake` (rows `bx.bake.*`).
 //!
 //! `plan` finds files and evaluates them, `permit` says what was not allowed, `build` carries the
 //! targets out.

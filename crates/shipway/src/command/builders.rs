@@ -1,5 +1,5 @@
-//! `shipway create`, `use`, `ls`, `inspect`, `rm` and `stop`: builders, which buildx sees, too (rows
-//! `bx.create` and others).
+//! `shipway create`, `use`, `ls`, `inspect`, `rm` and `stop`: builders, which buildx sees, too
+//! (rows `bx.create` and others).
 
 use std::{collections::BTreeMap, time::Duration};
 

@@ -250,10 +250,7 @@ impl Work {
                 Some(Ok((name, Ok(Done::Built(outcome))))) => _ = outcomes.insert(name, outcome),
                 Some(Ok((name, Err(fault)))) => {
                     // The others are cancelled by the first, and have nothing to add.
-                    let fault = match self.several {
-                        true => fault.context(format!("target {name}")),
-                        false => fault,
-                    };
+                    let fault = fault.context(format!("target {name}"));
                     let fault = prepared[&name].named(fault);
                     failure.get_or_insert(fault);
                     stop.cancel();
