@@ -166,6 +166,7 @@ fn words(image: &str, script: &str) -> Vec<String> {
         .to_vec()
 }
 
+#[track_caller]
 fn is_lazy(flavour: Flavour, compression: &str) {
     let mut options = LabOptions::new(flavour);
     options.snapshotter = true;

@@ -189,8 +189,10 @@ async fn an_image_with_other_tars_is_there_under_their_names() {
     top.unpack(forced(ESTARGZ), None).await.unwrap();
     assert_eq!(names(&store, &chain(&all)).await, ["one", "two"]);
     // zstd:chunked is the layer itself.
+    store.drained().await;
     let snapshots = lab.fake.count().snapshots;
     top.unpack(forced(CHUNKED), None).await.unwrap();
+    store.drained().await;
     assert_eq!(lab.fake.count().snapshots, snapshots);
 }
 

@@ -1,5 +1,5 @@
 //! The state machine: the step between what happens ([`Event`]) and what that asks of the world
-//! ([`Effect`](crate::event::Effect)).
+//! ([`Effect`]).
 //!
 //! A step is synchronous and total: any event is allowed at any time, and what comes too late is
 //! ignored by its task number.

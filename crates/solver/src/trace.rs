@@ -1255,8 +1255,6 @@ fn a_vertex_that_runs_says_why() {
          > map a
          look a
          > look a = known A
-         look b
-         > look b
          load b
          > load b
          load a
@@ -1267,6 +1265,8 @@ fn a_vertex_that_runs_says_why() {
          a completed
          save a
          > save a
+         load b
+         > load b
          b started
          run b <- [A] (unlike, of a)",
     );

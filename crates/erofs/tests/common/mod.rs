@@ -513,8 +513,8 @@ impl Layer {
     }
 }
 
-/// What [`Stored`] says of an inode has to be what [`Reader`] does, errors included. `bytes` are the
-/// whole image.
+/// What [`Stored`] says of an inode has to be what [`Reader`] does, errors included. `bytes` are
+/// the whole image.
 #[track_caller]
 pub fn assert_stored_agrees(bytes: &[u8], reader: &Reader<'_>, nid: Nid) {
     let layout = Layout::of(&bytes[..bytes.len().min(4096)], bytes.len() as u64).unwrap();
