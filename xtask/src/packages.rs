@@ -24,6 +24,7 @@ const NEEDED: &[(&str, &str)] = &[
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),
     ("node", "nodejs"),
     ("npm", "npm"),
+    ("skopeo", "skopeo"),
 ];
 
 /// Servers of object stores, which tests of caches start, and the client of GitHub's cache: npm's
