@@ -8,6 +8,7 @@ use crate::{
     blocks::{self, NewBlob, VERSION},
     calls::{Call, Calls, Patience, Reply},
     encoded, encoded_path,
+    listing::{Listing, QUESTIONS, present},
     machine::Machine,
 };
 use async_trait::async_trait;
@@ -24,17 +25,10 @@ use shipway_fault::{Class, Code, Fault, Result};
 use shipway_gocompat::path;
 use shipway_http::{BodyReader, is_loopback};
 use shipway_oci::{Descriptor, Digest};
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-};
+use std::{collections::HashSet, sync::Arc};
 
 /// Longest answer other than a layer or a config: a list of 5000 blobs.
 const MAX_ANSWER: u64 = 16 << 20;
-/// From so many layers on, a list of what is there is asked for first.
-const LIST_FROM: usize = 3;
-/// Questions about single blobs at once.
-const QUESTIONS: usize = 16;
 /// Layers, and blocks of a layer, on their way at once.
 const PARALLEL: usize = 4;
 /// Most names of one cache.
@@ -198,10 +192,6 @@ struct Container {
     config: Config,
 }
 
-/// Sizes of the first blobs below a prefix, and the last name up to which these are all there are;
-/// `None` if they are all at all.
-type Listing = (HashMap<String, u64>, Option<String>);
-
 impl Container {
     async fn send(&self, call: Call<'_>) -> Result<Reply> {
         self.calls.send(&call.header(VERSION.0, VERSION.1), &self.signer).await
@@ -227,25 +217,24 @@ impl Container {
         }
     }
 
-    /// The first blobs below the prefix of layers; nothing if the credentials may not list.
-    async fn list(&self) -> Result<Option<Listing>> {
+    /// Sizes of the first blobs below the prefix of layers; of none if the credentials may not list.
+    async fn list(&self) -> Result<Listing<u64>> {
         let query =
             format!("&comp=list&maxresults=5000&prefix={}", encoded(&self.config.blob_prefix()));
         let call = Call::new(Method::GET, self.config.container_uri(&query)?, "list layers");
         let answer = match self.send(call).await {
             Ok(reply) => reply.bytes(MAX_ANSWER).await?,
             // Without the container there is nothing.
-            Err(fault) if fault.is_not_found() => return Ok(Some((HashMap::new(), None))),
+            Err(fault) if fault.is_not_found() => return Ok(Listing::page(Vec::new(), false)),
             Err(fault) if matches!(fault.code(), Code::PermissionDenied | Code::Unimplemented) => {
                 tracing::debug!(error = %fault, "a container cannot be listed, asking for each layer");
-                return Ok(None);
+                return Ok(Listing::nothing());
             }
             Err(fault) => return Err(fault),
         };
         let page = Page::read(&answer)?;
-        let last = page.blobs.blob.last().map(|b| b.name.clone());
         let sizes = page.blobs.blob.into_iter().map(|b| (b.name, b.properties.size));
-        Ok(Some((sizes.collect(), last.filter(|_| !page.next.is_empty()))))
+        Ok(Listing::page(sizes.collect(), !page.next.is_empty()))
     }
 
     async fn size(&self, layer: &Descriptor) -> Result<Option<u64>> {
@@ -330,29 +319,15 @@ impl ObjectCache for Container {
     /// One list tells of all layers in a container that is not large; of the others, each is asked
     /// for.
     async fn present(&self, layers: &[Descriptor]) -> Result<HashSet<Digest>> {
-        let mut listed = None;
-        if layers.len() >= LIST_FROM {
-            listed = self.list().await?;
-        }
-        let listed = &listed;
-        let look = |layer: &'_ Descriptor| {
-            let layer = layer.clone();
-            async move {
-                let key = self.config.blob_key(&layer.digest);
-                let size = match listed {
-                    Some((sizes, up_to)) if up_to.as_ref().is_none_or(|last| key <= *last) => {
-                        sizes.get(&key).copied()
-                    }
-                    _ => self.size(&layer).await?,
-                };
-                Ok::<_, Fault>(size.filter(|s| *s == layer.size).map(|_| layer.digest))
-            }
-        };
-        let found: Vec<Option<Digest>> = stream::iter(layers.iter().map(look).collect::<Vec<_>>())
-            .buffer_unordered(QUESTIONS)
-            .try_collect()
-            .await?;
-        Ok(found.into_iter().flatten().collect())
+        let listing = &Listing::of(layers, self.list()).await?;
+        present(layers, QUESTIONS, |layer| async move {
+            let size = match listing.find(&self.config.blob_key(&layer.digest)) {
+                Some(told) => told,
+                None => self.size(&layer).await?,
+            };
+            Ok(size == Some(layer.size))
+        })
+        .await
     }
 
     async fn open(&self, layer: &Descriptor, offset: u64) -> Result<BodyReader> {

@@ -11,6 +11,7 @@ use crate::{
     Attributes, LayerContent, MAX_CONFIG, ObjectCache, Service,
     blocks::{self, NewBlob},
     calls::{Call, Calls, Patience, Payload, Reply, Sign, Words},
+    listing::present,
     machine::Machine,
 };
 use async_trait::async_trait;
@@ -534,15 +535,10 @@ impl ObjectCache for Cache {
                 }
             }
         }
-        let asked = layers.iter().map(|layer| {
-            let digest = layer.digest;
-            async move { Ok::<_, Fault>(self.exact(&blob_key(&digest)).await?.map(|_| digest)) }
-        });
-        let found: Vec<Option<Digest>> = stream::iter(asked.collect::<Vec<_>>())
-            .buffer_unordered(PARALLEL)
-            .try_collect()
-            .await?;
-        Ok(found.into_iter().flatten().collect())
+        present(layers, PARALLEL, |layer| async move {
+            Ok(self.exact(&blob_key(&layer.digest)).await?.is_some())
+        })
+        .await
     }
 
     async fn open(&self, layer: &Descriptor, offset: u64) -> Result<BodyReader> {

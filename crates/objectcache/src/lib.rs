@@ -20,6 +20,7 @@ mod blocks;
 mod calls;
 mod download;
 mod gha;
+mod listing;
 mod machine;
 mod s3;
 #[cfg(test)]

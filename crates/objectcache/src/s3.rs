@@ -12,6 +12,7 @@ use crate::{
     Attributes, LayerContent, MAX_CONFIG, ObjectCache, Service,
     calls::{Call, Calls, Patience, Payload, Reply},
     encoded,
+    listing::{Listing, QUESTIONS, present},
     machine::Machine,
 };
 use async_trait::async_trait;
@@ -35,10 +36,6 @@ use std::{
 
 /// Longest answer other than a layer or a config: a list of 1000 objects.
 const MAX_ANSWER: u64 = 4 << 20;
-/// From so many layers on, a list of what is there is asked for first.
-const LIST_FROM: usize = 3;
-/// Questions about single objects at once.
-const QUESTIONS: usize = 16;
 /// Larger layers are uploaded in parts.
 const SINGLE: u64 = 64 << 20;
 /// Least size of a part.
@@ -119,10 +116,6 @@ struct Object {
     modified: Option<SystemTime>,
 }
 
-/// The first objects below a prefix, and the last name up to which these are all there are; `None`
-/// if they are all at all.
-type Listing = (HashMap<String, Object>, Option<String>);
-
 impl Bucket {
     async fn send(&self, call: Call<'_>) -> Result<Reply> {
         self.calls.send(&call, &self.signer).await
@@ -137,8 +130,8 @@ impl Bucket {
         call.header(CONTENT_SHA256, Digest::of(bytes).hex()).payload(Payload::Bytes(bytes))
     }
 
-    /// The first objects below the prefix of layers; nothing if the credentials may not list.
-    async fn list(&self) -> Result<Option<Listing>> {
+    /// The first objects below the prefix of layers; none if the credentials may not list.
+    async fn list(&self) -> Result<Listing<Object>> {
         let prefix = self.config.blob_prefix();
         let query = format!("list-type=2&max-keys=1000&prefix={}", encoded(&prefix));
         let call = self.call(Method::GET, "", &query, "list layers".into())?;
@@ -146,17 +139,16 @@ impl Bucket {
             Ok(reply) => reply.bytes(MAX_ANSWER).await?,
             Err(fault) if fault.class() == shipway_fault::Class::Environment && may_not(&fault) => {
                 tracing::debug!(error = %fault, "a bucket cannot be listed, asking for each layer");
-                return Ok(None);
+                return Ok(Listing::nothing());
             }
             Err(fault) => return Err(fault),
         };
         let page = xml::page(&answer)?;
-        let last = page.objects.last().map(|o| o.key.clone());
         let objects = page
             .objects
             .into_iter()
             .map(|o| (o.key, Object { size: o.size, modified: timestamp::parse(&o.modified) }));
-        Ok(Some((objects.collect(), last.filter(|_| page.truncated))))
+        Ok(Listing::page(objects.collect(), page.truncated))
     }
 
     async fn head(&self, layer: &Descriptor) -> Result<Option<Object>> {
@@ -291,36 +283,20 @@ impl ObjectCache for Bucket {
     /// One list tells of all layers in a bucket that is not large; of the others, each is asked
     /// for. An object of another size is not the layer.
     async fn present(&self, layers: &[Descriptor]) -> Result<HashSet<Digest>> {
-        let mut listed = None;
-        if layers.len() >= LIST_FROM {
-            listed = self.list().await?;
-        }
-        let listed = &listed;
-        let look = |layer: &'_ Descriptor| {
-            let layer = layer.clone();
-            async move {
-                let key = self.config.blob_key(&layer.digest);
-                let object = match listed {
-                    Some((objects, up_to)) if up_to.as_ref().is_none_or(|last| key <= *last) => {
-                        objects.get(&key).copied()
-                    }
-                    _ => self.head(&layer).await?,
-                };
-                let Some(object) = object.filter(|o| o.size == layer.size) else {
-                    return Ok(None);
-                };
-                let age = object.modified.and_then(|at| at.elapsed().ok()).unwrap_or_default();
-                if age > self.config.touch_refresh {
-                    self.touch(&layer).await?;
-                }
-                Ok::<_, Fault>(Some(layer.digest))
+        let listing = &Listing::of(layers, self.list()).await?;
+        present(layers, QUESTIONS, |layer| async move {
+            let object = match listing.find(&self.config.blob_key(&layer.digest)) {
+                Some(told) => told,
+                None => self.head(&layer).await?,
+            };
+            let Some(object) = object.filter(|o| o.size == layer.size) else { return Ok(false) };
+            let age = object.modified.and_then(|at| at.elapsed().ok()).unwrap_or_default();
+            if age > self.config.touch_refresh {
+                self.touch(&layer).await?;
             }
-        };
-        let found: Vec<Option<Digest>> = stream::iter(layers.iter().map(look).collect::<Vec<_>>())
-            .buffer_unordered(QUESTIONS)
-            .try_collect()
-            .await?;
-        Ok(found.into_iter().flatten().collect())
+            Ok(true)
+        })
+        .await
     }
 
     async fn open(&self, layer: &Descriptor, offset: u64) -> Result<BodyReader> {

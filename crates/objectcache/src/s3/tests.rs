@@ -1,4 +1,5 @@
 use super::*;
+use crate::listing::LIST_FROM;
 use crate::{
     Download,
     standin::{Held, Seen, StandIn, answer, layer},
