@@ -187,8 +187,8 @@ pub struct Outcome {
 /// What the session serves for the exports and caches, and what is to be recorded in layouts
 /// afterwards.
 pub(crate) struct Plan {
-    pub(crate) targets: Targets,
-    pub(crate) stores: BTreeMap<String, session_store::Layout>,
+    targets: Targets,
+    stores: BTreeMap<String, session_store::Layout>,
     exported: Vec<PathBuf>,
     cached: Vec<(PathBuf, String)>,
     /// Caches that keep nothing but what their index lists.
@@ -289,6 +289,19 @@ impl Plan {
         }
         options.cache_imports = imports;
         Ok(())
+    }
+
+    /// What the build's session offers, taken from here and from `options`.
+    pub(crate) fn services(&mut self, options: &mut SolveOptions) -> Services {
+        Services {
+            dirs: std::mem::take(&mut options.dirs),
+            targets: std::mem::take(&mut self.targets),
+            stores: Stores::new(std::mem::take(&mut self.stores)),
+            docker: options.docker.take(),
+            secrets: std::mem::take(&mut options.secrets),
+            ssh: std::mem::take(&mut options.ssh),
+            uploads: std::mem::take(&mut options.uploads),
+        }
     }
 }
 
@@ -433,16 +446,8 @@ impl Client {
         if options.reference.is_empty() {
             options.reference = shipway_host::random_id()?;
         }
-        let plan = Plan::of(&mut options)?;
-        let services = Services {
-            dirs: std::mem::take(&mut options.dirs),
-            targets: plan.targets,
-            stores: Stores::new(plan.stores),
-            docker: options.docker.take(),
-            secrets: std::mem::take(&mut options.secrets),
-            ssh: std::mem::take(&mut options.ssh),
-            uploads: std::mem::take(&mut options.uploads),
-        };
+        let mut plan = Plan::of(&mut options)?;
+        let services = plan.services(&mut options);
         let (shared_key, reference) =
             (std::mem::take(&mut options.shared_key), options.reference.clone());
         let mut request = request(options)?;

@@ -88,16 +88,7 @@ impl Client {
         }
         options.exports.clear();
         options.cache_exports.clear();
-        let plan = Plan::of(&mut options)?;
-        let services = Services {
-            dirs: std::mem::take(&mut options.dirs),
-            targets: plan.targets,
-            stores: Stores::new(plan.stores),
-            docker: options.docker.take(),
-            secrets: std::mem::take(&mut options.secrets),
-            ssh: std::mem::take(&mut options.ssh),
-            uploads: std::mem::take(&mut options.uploads),
-        };
+        let services = Plan::of(&mut options)?.services(&mut options);
         let (shared_key, reference) =
             (std::mem::take(&mut options.shared_key), options.reference.clone());
         let ask = wire::SolveRequest {
