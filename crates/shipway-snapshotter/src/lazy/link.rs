@@ -34,6 +34,16 @@ fn probe_number() -> u32 {
     (u32::MAX >> 1) + std::process::id()
 }
 
+/// Where the keeper of `run` serves a layer.
+pub fn served_files(run: &Path, number: u32) -> FuseFiles {
+    let k = run.join("k");
+    FuseFiles {
+        data: k.join(format!("{number}.data")),
+        img: k.join(format!("{number}.img")),
+        tree: k.join(number.to_string()),
+    }
+}
+
 /// What the keeper is told of a layer.
 pub struct Registered {
     pub layer: Arc<Layer>,
@@ -261,12 +271,7 @@ impl Link {
         let files = Files { data: data.as_fd(), map: map.as_fd(), meta: meta.as_fd() };
         let number = probe_number();
         keeper.add(number, files)?;
-        let k = run.join("k");
-        Ok(FuseFiles {
-            data: k.join(format!("{number}.data")),
-            img: k.join(format!("{number}.img")),
-            tree: k.join(number.to_string()),
-        })
+        Ok(served_files(run, number))
     }
 
     /// The kernel was tried.

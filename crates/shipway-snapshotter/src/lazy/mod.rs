@@ -28,13 +28,13 @@ pub use report::{LayerReport, Report, Totals};
 use crate::{config::Config, keyring::Keyring};
 use credentials::AllCredentials;
 use learning::Learning;
-use link::{Link, Registered, Starter};
+use link::{Link, Registered, Starter, served_files};
 use parking_lot::{Mutex, MutexGuard};
 use resolve::Resolver;
 use shipway_estargz::DATA_BLOCK;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_keeper::client::News;
-use shipway_layermount::{FuseFiles, Source, Tier};
+use shipway_layermount::{Source, Tier};
 use shipway_layerstore::{Good, Layer, LayerNumber, LayerStore, Options, State, Use};
 use shipway_lazyfetch::{Event, Fetcher, Finish, Settings, Whole};
 use shipway_snapstore::{Labels, LayerId, LazyLayers, Restored, Usage};
@@ -328,13 +328,7 @@ impl Lazy {
     }
 
     fn served(&self, layer: &Layer) -> Result<Source> {
-        let k = self.config.lazy.run.join("k");
-        let number = layer.number();
-        let files = FuseFiles {
-            data: k.join(format!("{number}.data")),
-            img: k.join(format!("{number}.img")),
-            tree: k.join(number.to_string()),
-        };
+        let files = served_files(&self.config.lazy.run, layer.number().0);
         self.tier
             .served(&layer.meta_path(), &files)
             .ok_or_else(|| Fault::internal(format!("no mount of a layer by way of {}", self.tier)))
