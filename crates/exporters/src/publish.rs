@@ -125,7 +125,7 @@ impl Publication<'_> {
         to: &Storage,
         lease: &LeaseId,
     ) -> Result<()> {
-        let mut parent: Option<ChainId> = None;
+        let (mut parent, mut fetched): (Option<ChainId>, bool) = (None, false);
         for (n, (diff_id, blob)) in image.diff_ids.iter().zip(&image.layers).enumerate() {
             let chain = ChainId::extend(parent, *diff_id);
             let key =
@@ -143,11 +143,12 @@ impl Publication<'_> {
                 Err(e) => return Err(e.context(format!("share layer {diff_id}"))),
                 Ok(mounts) => {
                     let unpacked = async {
-                        if lazy {
+                        if lazy && !fetched {
                             let reporter = Some(&self.cx.reporter);
                             state
                                 .blobs(Compression::default(), Fetch::Everything, reporter)
                                 .await?;
+                            fetched = true;
                         }
                         self.blob(blob, to, lease).await?;
                         let found = to.snapshots.apply(blob, &mounts).await?;
