@@ -38,9 +38,9 @@ pub fn names_in(path: &Path) -> Vec<Vec<u8>> {
     names
 }
 
-/// Compares everything below `root` with the model.
+/// Compares everything below `root` with the model; returns how many inodes that were.
 #[track_caller]
-pub fn compare(root: &Path, model: &Model) {
+pub fn compare(root: &Path, model: &Model) -> usize {
     let links = model.links();
     let mut numbers: HashMap<usize, u64> = HashMap::new();
     let mut stack = vec![(0, root.to_owned())];
@@ -113,6 +113,7 @@ pub fn compare(root: &Path, model: &Model) {
     distinct.sort_unstable();
     distinct.dedup();
     assert_eq!(distinct.len(), links.len(), "an inode each");
+    links.len()
 }
 
 /// Compares everything that programs can see below two directories, except numbers of inodes, of

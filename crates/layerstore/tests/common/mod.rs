@@ -9,7 +9,8 @@ pub mod model;
 #[path = "../../../estargz/tests/common/mod.rs"]
 pub mod blobs;
 
-use model::{Attrs, Dice, Maker, Model, Op, Thing};
+pub use model::{Attrs, Is, Model, Thing};
+use model::{Dice, Maker, Op};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
     fsconfig_set_string, fsmount, fsopen,
