@@ -1,8 +1,8 @@
-//! Layers with a table of contents, made of ordinary ones.
+//! Layers with a table of contents, made of ordinary ones, and what tests read in them.
 
 use shipway_archive::{Member, MemberKind, TarReader};
 use shipway_estargz::{Dialect, Output, TarEntry, TarKind, Time, Writer, WriterOptions};
-use shipway_testkit::Layer;
+use shipway_testkit::{BaseImage, Layer};
 use std::{
     cell::RefCell,
     io::{Read, Write as _},
@@ -83,4 +83,31 @@ pub fn lazy_layer(layer: &Layer, output: Output) -> Layer {
         diff_id: written.diff_id.to_string(),
         annotations: written.annotations(Dialect::Containerd),
     }
+}
+
+/// `size` bytes that are those of `n` alone: nothing that can be compressed away.
+pub fn noise(n: usize, size: usize) -> Vec<u8> {
+    let mut state = n as u64 + 0x9E37_79B9_7F4A_7C15;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    })
+    .take(size)
+    .collect()
+}
+
+/// Pushes `lazy:1`: busybox, and a layer with so many files of [`noise`], `/data/0` and so on, both
+/// with tables of contents.
+pub fn push_noise(registry: &str, files: usize, size: usize, output: Output) {
+    let mut image = BaseImage::busybox();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("data")).unwrap();
+    for n in 0..files {
+        std::fs::write(dir.path().join(format!("data/{n}")), noise(n, size)).unwrap();
+    }
+    image.layers.push(Layer::of_dir(dir.path()));
+    image.layers = image.layers.iter().map(|layer| lazy_layer(layer, output)).collect();
+    image.push(registry, "lazy", "1");
 }

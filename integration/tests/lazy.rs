@@ -8,7 +8,7 @@ use shipway_estargz::Output;
 use shipway_integration::{
     any, collect_garbage,
     cri::{Cri, wire},
-    lazy::lazy_layer,
+    lazy::{noise, push_noise},
     on_all, on_each,
 };
 use shipway_testkit::{
@@ -42,34 +42,13 @@ fn lab_with(flavour: Flavour, more: &str, lazy: &str) -> Lab {
     lab
 }
 
-/// What the file number `n` holds: nothing that can be compressed away.
-fn contents(n: usize) -> Vec<u8> {
-    let mut state = n as u64 + 0x9E37_79B9_7F4A_7C15;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8
-    })
-    .take(SIZE)
-    .collect()
-}
-
 pub fn sum(n: usize) -> String {
-    shipway_oci::Digest::of(contents(n)).hex()
+    shipway_oci::Digest::of(noise(n, SIZE)).hex()
 }
 
 /// busybox, and a layer of [`FILES`] files, both with tables of contents.
 pub fn push(registry: &str, output: Output) {
-    let mut image = BaseImage::busybox();
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::create_dir(dir.path().join("data")).unwrap();
-    for n in 0..FILES {
-        std::fs::write(dir.path().join(format!("data/{n}")), contents(n)).unwrap();
-    }
-    image.layers.push(Layer::of_dir(dir.path()));
-    image.layers = image.layers.iter().map(|layer| lazy_layer(layer, output)).collect();
-    image.push(registry, "lazy", "1");
+    push_noise(registry, FILES, SIZE, output);
 }
 
 pub fn pull(lab: &Lab, image: &str) {
@@ -232,7 +211,7 @@ fn images_that_skopeo_made_are_lazy_and_what_they_are_when_unpacked() {
     for n in 0..8 {
         // Some of it is zeros, which this writer leaves out.
         let zeros = vec![0; 300_000 * (n % 2)];
-        std::fs::write(data.join(n.to_string()), [contents(n), zeros].concat()).unwrap();
+        std::fs::write(data.join(n.to_string()), [noise(n, SIZE), zeros].concat()).unwrap();
     }
     let various = dir.path().join("various");
     std::fs::create_dir(&various).unwrap();

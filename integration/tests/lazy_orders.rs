@@ -8,11 +8,9 @@ use shipway_estargz::Output;
 use shipway_integration::{
     any,
     cri::{Cri, wire},
-    lazy::lazy_layer,
+    lazy::{noise, push_noise},
 };
-use shipway_testkit::{
-    BaseImage, Lab, LabOptions, Layer, Network, SlowNetwork, run, wait_for, which,
-};
+use shipway_testkit::{Lab, LabOptions, Network, SlowNetwork, run, wait_for, which};
 use std::{fmt::Write as _, process::Command, time::Duration};
 
 /// Files of the image's large layer, and bytes of each.
@@ -21,21 +19,8 @@ const SIZE: usize = 256 << 10;
 /// Those that are read, in order.
 const READ: [usize; 5] = [17, 3, 22, 8, 9];
 
-fn contents(n: usize) -> Vec<u8> {
-    let mut random = shipway_integration::random::Random::new(n as u64);
-    (0..SIZE).map(|_| random.bits() as u8).collect()
-}
-
 fn push(registry: &str) {
-    let mut image = BaseImage::busybox();
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::create_dir(dir.path().join("data")).unwrap();
-    for n in 0..FILES {
-        std::fs::write(dir.path().join(format!("data/{n}")), contents(n)).unwrap();
-    }
-    image.layers.push(Layer::of_dir(dir.path()));
-    image.layers = image.layers.iter().map(|layer| lazy_layer(layer, Output::Estargz)).collect();
-    image.push(registry, "lazy", "1");
+    push_noise(registry, FILES, SIZE, Output::Estargz);
 }
 
 fn node(lazy: &str) -> Lab {
@@ -58,7 +43,7 @@ fn read(lab: &Lab, image: &str, id: &str) {
     let said = lab.ctr(words).ok().stdout;
     let mut want = String::new();
     for (n, file) in READ.iter().zip(files) {
-        writeln!(want, "{}  {file}", shipway_oci::Digest::of(contents(*n)).hex()).unwrap();
+        writeln!(want, "{}  {file}", shipway_oci::Digest::of(noise(*n, SIZE)).hex()).unwrap();
     }
     assert_eq!(said, want);
 }

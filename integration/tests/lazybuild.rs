@@ -5,11 +5,12 @@
 use serde_json::Value;
 use shipway_estargz::{Output, TOC_DIGEST};
 use shipway_integration::{
-    Image, any, collect_garbage, ctr_run, lazy::lazy_layer, nothing_left, on_each,
-    remove_everything,
+    Image, any, collect_garbage, ctr_run,
+    lazy::{noise, push_noise},
+    nothing_left, on_each, remove_everything,
 };
 use shipway_testkit::{
-    BaseImage, FaultyRegistry, Finished, Flavour, Lab, LabOptions, Layer, Network, RegistryFault,
+    BaseImage, FaultyRegistry, Finished, Flavour, Lab, LabOptions, Network, RegistryFault,
     SlowNetwork, run, wait_for,
 };
 use std::{
@@ -29,34 +30,13 @@ const BEFORE_THE_FIRST_STEP: u64 = 3 * MIB;
 /// What reading one file may fetch besides: its neighbors.
 const ONE_FILE: u64 = 8 * MIB;
 
-/// What the file number `n` holds: nothing that can be compressed away.
-fn contents(n: usize) -> Vec<u8> {
-    let mut state = n as u64 + 0x9E37_79B9_7F4A_7C15;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8
-    })
-    .take(SIZE)
-    .collect()
-}
-
 fn sum(n: usize) -> String {
-    shipway_oci::Digest::of(contents(n)).hex()
+    shipway_oci::Digest::of(noise(n, SIZE)).hex()
 }
 
 /// busybox, and a layer of [`FILES`] files, both with tables of contents.
 fn push_base(registry: &str) {
-    let mut image = BaseImage::busybox();
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::create_dir(dir.path().join("data")).unwrap();
-    for n in 0..FILES {
-        std::fs::write(dir.path().join(format!("data/{n}")), contents(n)).unwrap();
-    }
-    image.layers.push(Layer::of_dir(dir.path()));
-    image.layers = image.layers.iter().map(|layer| lazy_layer(layer, Output::Estargz)).collect();
-    image.push(registry, "lazy", "1");
+    push_noise(registry, FILES, SIZE, Output::Estargz);
 }
 
 /// A lab whose registry has the base, and is far away.
@@ -216,7 +196,7 @@ fn one_file_of_an_image_is_copied_without_the_rest() {
     let output = format!("type=local,dest={}", dest.display());
     let (fetched, _) = far.fetched(|| far.build("copy", text, &output).ok());
     assert!(fetched < ONE_FILE, "{fetched} bytes were fetched for one file");
-    assert_eq!(std::fs::read(dest.join("nine")).unwrap(), contents(9));
+    assert_eq!(std::fs::read(dest.join("nine")).unwrap(), noise(9, SIZE));
     assert_eq!(far.blobs(), 0);
     // A build that needs no file of it has none.
     let image = format!("type=image,name={APP}");

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use crate::lazy::{lab, status};
 use serde_json::Value;
 use shipway_estargz::Output;
 use shipway_integration::{
@@ -9,7 +10,7 @@ use shipway_integration::{
     cri::{Cri, wire},
     lazy::lazy_layer,
 };
-use shipway_testkit::{BaseImage, Lab, LabOptions, Layer, Process, free_port, run, wait_for};
+use shipway_testkit::{BaseImage, Lab, Layer, Process, free_port, run, wait_for};
 use std::{
     collections::BTreeMap,
     io::{Read as _, Write as _},
@@ -18,22 +19,6 @@ use std::{
     process::{Command, Stdio},
     time::Duration,
 };
-
-fn lab(lazy: &str) -> Lab {
-    let mut options = LabOptions::new(any());
-    options.snapshotter = true;
-    options.namespace = "k8s.io".into();
-    options.sandbox = Some("docker.io/library/sandbox:1".into());
-    options.lazy_config = lazy.into();
-    let mut lab = Lab::start(options);
-    lab.start_registry();
-    lab
-}
-
-fn status(lab: &Lab) -> Value {
-    let done = run(lab.snapshotter_command().args(["status", "--json"])).ok();
-    serde_json::from_str(&done.stdout).unwrap()
-}
 
 /// busybox and a file, with tables of contents, pulled over CRI and read.
 #[track_caller]
@@ -66,7 +51,8 @@ fn get(port: u16, path: &str) -> (String, String) {
 #[test]
 fn prometheus_hears_what_the_status_tells() {
     let port = free_port();
-    let lab = lab(&format!("background = false\n\n[metrics]\n  address = \"127.0.0.1:{port}\"\n"));
+    let lab =
+        lab(any(), &format!("background = false\n\n[metrics]\n  address = \"127.0.0.1:{port}\"\n"));
     let image = read_lazily(&lab);
     let status = status(&lab);
     let report = &status["lazy"];
@@ -138,7 +124,7 @@ fn wait_for_text(path: &Path, what: &str, found: impl Fn(&str) -> bool) -> Strin
 
 #[test]
 fn the_status_is_watched_until_ctrl_c() {
-    let mut lab = lab("");
+    let mut lab = lab(any(), "");
     // Into a file: an object on each line, over a restart of who is asked.
     let log = lab.dir().join("watched");
     let mut watch = lab.snapshotter_command();

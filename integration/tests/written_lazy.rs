@@ -8,7 +8,9 @@ use shipway_estargz::{PODMAN_POSITION, STARGZ_POSITION, TOC_DIGEST, UNCOMPRESSED
 use shipway_integration::{
     Image, any,
     cri::{Cri, wire},
-    ctr_run, on_each, remove_everything,
+    ctr_run,
+    lazy::noise,
+    on_each, remove_everything,
 };
 use shipway_oci::Digest;
 use shipway_testkit::{
@@ -37,16 +39,7 @@ fn context(lab: &Lab) -> PathBuf {
     );
     std::fs::create_dir_all(dir.join("data")).unwrap();
     for n in 0..FILES {
-        let mut state = n as u64 + 0x9E37_79B9_7F4A_7C15;
-        let bytes: Vec<u8> = std::iter::repeat_with(|| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state as u8
-        })
-        .take(SIZE)
-        .collect();
-        std::fs::write(dir.join(format!("data/{n}")), bytes).unwrap();
+        std::fs::write(dir.join(format!("data/{n}")), noise(n, SIZE)).unwrap();
     }
     dir
 }
