@@ -217,7 +217,8 @@ impl Container {
         }
     }
 
-    /// Sizes of the first blobs below the prefix of layers; of none if the credentials may not list.
+    /// Sizes of the first blobs below the prefix of layers; of none if the credentials may not
+    /// list.
     async fn list(&self) -> Result<Listing<u64>> {
         let query =
             format!("&comp=list&maxresults=5000&prefix={}", encoded(&self.config.blob_prefix()));
