@@ -149,7 +149,8 @@ fn the_status_is_watched_until_ctrl_c() {
 
     // On a terminal: drawn over what was there, and left as it was.
     let screen = lab.dir().join("screen");
-    let command = format!("{:?} status --watch", lab.snapshotter_command()).replace('"', "'");
+    // A shell that stays between would get Ctrl-C, too, and some give their own end as the result.
+    let command = format!("exec {:?} status --watch", lab.snapshotter_command()).replace('"', "'");
     let mut terminal = Command::new("script")
         .args(["--quiet", "--flush", "--return", "--command", &command])
         .arg(&screen)

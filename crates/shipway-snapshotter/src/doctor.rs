@@ -5,10 +5,10 @@
 
 use crate::{
     config::Config,
+    disk::Disk,
     setup::Target,
     status::{self, Status},
 };
-use rustix::fs::statvfs;
 use shipway_dockerconfig::DockerConfig;
 use shipway_fault::{Code, Context as _, Fault, Result};
 use shipway_layermount::{FuseFiles, ProbeLayer, Tier};
@@ -228,34 +228,26 @@ fn keeper(config: &Config, status: Option<&Status>) -> Found {
 /// Room where the layers are, or will be.
 fn room(config: &Config) -> Found {
     let there = config.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-    let found = match statvfs(there) {
-        Ok(found) => found,
-        Err(e) => return Found::Missing(Fault::io(format!("stat {}", there.display()), e.into())),
-    };
-    let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
-    enough(
-        there,
-        [bytes(found.f_blocks), bytes(found.f_bavail)],
-        [found.f_files, found.f_favail],
-        u64::from(config.lazy.min_free_percent),
-    )
+    match Disk::of(there) {
+        Ok(disk) => enough(there, disk, u64::from(config.lazy.min_free_percent)),
+        Err(fault) => Found::Missing(fault),
+    }
 }
 
-/// Whether a file system of all and free bytes and inodes is enough.
-fn enough(at: &Path, [all, free]: [u64; 2], [inodes, left]: [u64; 2], least: u64) -> Found {
-    let percent = (free.saturating_mul(100)).checked_div(all).unwrap_or(100);
-    let said = format!("{} MiB free of {} MiB at {}", free >> 20, all >> 20, at.display());
-    // File systems such as btrfs have no fixed number of inodes, and say none.
-    if inodes > 0 && left < FEW_INODES {
-        let few = failed(format!("{left} inodes are free at {}", at.display()));
+/// Whether there is enough of a file system of which `least` percent stay free.
+fn enough(at: &Path, disk: Disk, least: u64) -> Found {
+    let Disk { usable, free, inodes, free_inodes } = disk;
+    let said = format!("{} MiB free of {} MiB at {}", free >> 20, usable >> 20, at.display());
+    if inodes > 0 && free_inodes < FEW_INODES {
+        let few = failed(format!("{free_inodes} inodes are free at {}", at.display()));
         return Found::Missing(few.hint("remove images, or move `root` to another file system"));
     }
-    if percent <= least {
+    if disk.free_percent() <= least {
         return Found::Missing(failed(said).hint(format!(
             "lazy layers leave {least} % free (`lazy.min_free_percent`): remove images, or move `root`"
         )));
     }
-    if percent <= least + LITTLE_ROOM {
+    if disk.free_percent() <= least + LITTLE_ROOM {
         return Found::Note(failed(said).hint("images will soon need room that is not there"));
     }
     Found::Ok(said)
@@ -333,7 +325,7 @@ mod tests {
     fn room_is_enough_or_short() {
         const GIB: u64 = 1 << 30;
         let at = Path::new("/x");
-        for (bytes, inodes, word) in [
+        for ([usable, free], [inodes, free_inodes], word) in [
             ([100 * GIB, 50 * GIB], [0, 0], "ok"),
             ([100 * GIB, 50 * GIB], [1 << 20, 1 << 19], "ok"),
             ([100 * GIB, 50 * GIB], [1 << 20, 100], "missing"),
@@ -341,8 +333,9 @@ mod tests {
             ([100 * GIB, 5 * GIB], [0, 0], "missing"),
             ([0, 0], [0, 0], "ok"),
         ] {
-            let found = enough(at, bytes, inodes, 5);
-            assert_eq!(said(&found).0, word, "{bytes:?} {inodes:?} {found:?}");
+            let disk = Disk { usable, free, inodes, free_inodes };
+            let found = enough(at, disk, 5);
+            assert_eq!(said(&found).0, word, "{disk:?} {found:?}");
         }
     }
 

@@ -21,6 +21,7 @@
 mod config;
 mod control;
 mod cri;
+mod disk;
 mod doctor;
 mod keyring;
 mod lazy;

@@ -9,7 +9,7 @@ pub mod model;
 #[path = "../../../estargz/tests/common/mod.rs"]
 pub mod blobs;
 
-pub use model::{Attrs, Is, Model, Thing};
+pub use model::{Attrs, Model, Thing};
 use model::{Dice, Maker, Op};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,

@@ -25,7 +25,7 @@ mod spans;
 pub use labels::Wanted;
 pub use report::{LayerReport, Report, Totals};
 
-use crate::{config::Config, keyring::Keyring};
+use crate::{config::Config, disk::Disk, keyring::Keyring};
 use credentials::AllCredentials;
 use learning::Learning;
 use link::{Link, Registered, Starter, served_files};
@@ -100,9 +100,7 @@ pub struct Lazy {
 
 /// What the store of layers is told.
 fn options(config: &Config) -> Result<Options> {
-    let found = rustix::fs::statvfs(&config.root)
-        .map_err(|e| Fault::io(format!("stat {}", config.root.display()), e.into()))?;
-    let percent = found.f_blocks.saturating_mul(found.f_frsize) / 100;
+    let percent = Disk::of(&config.root)?.usable / 100;
     Ok(Options {
         max_bytes: Some(percent * u64::from(config.lazy.max_percent)),
         min_free: percent * u64::from(config.lazy.min_free_percent),

@@ -58,13 +58,13 @@ fn cri(dir: &Path, flavour: Flavour, sandbox: &str) -> String {
     }
 }
 
-/// The snapshotter with everything below `dir`.
+/// The snapshotter with everything below `dir`, whatever else is on the disk.
 pub(super) fn snapshotter(dir: &Path, more: &str, lazy: &str) -> String {
     let dir = dir.display();
     format!(
         "root = \"{dir}/snapshotter\"\naddress = \"{dir}/snapshotter.sock\"\nstatus_address = \"{dir}/snapshotter-status.sock\"\n\
          control_address = \"{dir}/snapshotter-control.sock\"\n{more}\n\
-         [lazy]\n  run = \"{dir}/run\"\n  keeper_address = \"{dir}/run/keeper.sock\"\n{lazy}\n\
+         [lazy]\n  run = \"{dir}/run\"\n  keeper_address = \"{dir}/run/keeper.sock\"\n  min_free_percent = 0\n{lazy}\n\
          [registry]\n  config_path = \"{dir}/certs.d\"\n  docker_config = \"{dir}/docker.json\"\n\n\
          [cri]\n  address = \"{dir}/snapshotter-cri.sock\"\n  containerd = \"{dir}/containerd.sock\"\n\n\
          [log]\n  level = \"debug\"\n"
