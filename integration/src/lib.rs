@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
 pub mod cri;
+pub mod images;
 pub mod lazy;
 pub mod random;
 

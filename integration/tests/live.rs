@@ -40,6 +40,7 @@ mod nerdctl;
 mod network;
 mod object_caches;
 mod observing;
+mod packages;
 mod power_cut;
 mod private;
 mod proxy_network;

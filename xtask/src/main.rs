@@ -1,5 +1,5 @@
 //! Developer commands, each sufficient on a fresh Debian machine with Rust: `cargo xtask demo`,
-//! `test`, `lab`, `bench`.
+//! `test`, `lab`, `bench`, `dist`.
 //!
 //! Depends on nothing that needs `protoc`, because installing it is the first thing that happens
 //! here.
@@ -8,6 +8,7 @@ mod bench;
 mod cargo;
 mod check;
 mod demo;
+mod dist;
 mod llb;
 mod packages;
 mod shell;
@@ -24,6 +25,8 @@ cargo xtask bench [-n RUNS] [-w WORKLOAD,…] [NAME=ADDRESS …]
                             the benchmarks, on our daemon and on any other BuildKit-API address
 cargo xtask llb [-n SHOWN] [-r COMMAND] IMAGES CASES
                             what the Dockerfile frontend answers for each case, or where that differs from what COMMAND answers
+cargo xtask dist [--profile PROFILE | --programs DIR] [--out DIR] [--version VERSION] [--compress xz|none]
+                            packages for Debian and a tarball, the same bytes for the same commit
 cargo xtask prepare         installs and unpacks what the others need, and nothing else
 cargo xtask stop            ends what `demo --keep` left running
 ";
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         ["lab"] => shell::run(),
         ["bench", rest @ ..] => bench::run(rest),
         ["llb", rest @ ..] => llb::run(rest),
+        ["dist", rest @ ..] => dist::run(rest),
         ["prepare"] => packages::prepare()
             .map(|missing| missing.0.iter().for_each(|m| println!("absent: {m}"))),
         ["stop"] => demo::stop(),
