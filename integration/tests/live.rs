@@ -25,6 +25,7 @@ mod gateway;
 mod histories;
 mod history;
 mod house;
+mod images;
 mod installed_files;
 mod invariants;
 mod lab;
