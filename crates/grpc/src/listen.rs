@@ -21,11 +21,11 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::Sleep,
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint, server::Connected};
 
-use crate::{ClientTls, ServerTls, tuned};
+use crate::{ClientTls, ServerTls, tls::ReloadedTls, tuned};
 
 /// Connections accepted but not yet taken by the server.
 const BACKLOG: usize = 64;
@@ -113,7 +113,7 @@ enum Socket {
         /// Nothing for sockets that are systemd's.
         _unlink: Option<Unlink>,
     },
-    Tcp(TcpListener, Option<TlsAcceptor>),
+    Tcp(TcpListener, Option<Arc<ReloadedTls>>),
 }
 
 /// Removes the socket file when its listener goes.
@@ -134,7 +134,7 @@ pub struct Listener {
 impl Listener {
     /// Binds `address`; only `fd://` may give more than one listener.
     pub async fn bind(address: &Address, options: &ListenOptions) -> Result<Vec<Self>> {
-        let acceptor = || options.tls.as_ref().map(ServerTls::acceptor).transpose();
+        let tls = || options.tls.clone().map(ReloadedTls::new).transpose();
         let what = || format!("listen on {address}");
         let socket = match address {
             Address::Unix(path) => bind_unix(path, options).await.context(what)?,
@@ -143,9 +143,11 @@ impl Listener {
                 if let Some(risk) = risk(options.tls.as_ref()) {
                     tracing::warn!(%address, "{risk}");
                 }
-                Socket::Tcp(listener, acceptor()?)
+                Socket::Tcp(listener, tls()?.map(Arc::new))
             }
-            Address::Activated => return activated(options.tls.as_ref(), acceptor()?),
+            Address::Activated => {
+                return activated(options.tls.as_ref(), tls()?.map(Arc::new));
+            }
         };
         Ok(vec![Self { socket, address: address.clone() }])
     }
@@ -231,7 +233,7 @@ fn risk(tls: Option<&ServerTls>) -> Option<&'static str> {
     }
 }
 
-fn activated(tls: Option<&ServerTls>, acceptor: Option<TlsAcceptor>) -> Result<Vec<Listener>> {
+fn activated(tls: Option<&ServerTls>, reloaded: Option<Arc<ReloadedTls>>) -> Result<Vec<Listener>> {
     let mut fds = listenfd::ListenFd::from_env();
     let mut listeners = Vec::new();
     for index in 0..fds.len() {
@@ -250,7 +252,7 @@ fn activated(tls: Option<&ServerTls>, acceptor: Option<TlsAcceptor>) -> Result<V
                 if let Some(risk) = risk(tls) {
                     tracing::warn!(address = ?tcp.local_addr().ok(), "{risk}");
                 }
-                Socket::Tcp(TcpListener::from_std(tcp).map_err(failed)?, acceptor.clone())
+                Socket::Tcp(TcpListener::from_std(tcp).map_err(failed)?, reloaded.clone())
             }
         };
         listeners.push(Listener { socket, address: Address::Activated });
@@ -290,8 +292,8 @@ async fn accept_some(
             next = next => next,
         };
         match (accepted, &socket) {
-            (Ok(Stream::Tcp(tcp)), Socket::Tcp(_, Some(acceptor))) => {
-                let (acceptor, sink) = (acceptor.clone(), sink.clone());
+            (Ok(Stream::Tcp(tcp)), Socket::Tcp(_, Some(tls))) => {
+                let (acceptor, sink) = (tls.acceptor(), sink.clone());
                 shipway_task::spawn("TLS handshake", async move {
                     match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
                         Ok(Ok(tls)) => {
@@ -572,18 +574,10 @@ mod tests {
         // A peer that never shakes hands holds up the next one, not more, and not for long.
         let tcp = TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let address = tcp.local_addr().expect("an address");
-        let config = tokio_rustls::rustls::ServerConfig::builder_with_provider(Arc::new(
-            tokio_rustls::rustls::crypto::ring::default_provider(),
-        ))
-        .with_safe_default_protocol_versions()
-        .expect("versions")
-        .with_no_client_auth()
-        .with_cert_resolver(Arc::new(
-            tokio_rustls::rustls::server::ResolvesServerCertUsingSni::new(),
-        ));
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let tls = crate::tls::tests::pair(dir.path(), "server");
+        let tls = Arc::new(ReloadedTls::new(tls).expect("good files"));
         let (sink, _incoming) = mpsc::channel(BACKLOG);
-        shipway_task::spawn("test", accept_some(Socket::Tcp(tcp, Some(acceptor)), sink, 9, 1));
+        shipway_task::spawn("test", accept_some(Socket::Tcp(tcp, Some(tls)), sink, 9, 1));
         let silent = TcpStream::connect(address).await.expect("connect");
         let mut garbage = TcpStream::connect(address).await.expect("connect");
         garbage.write_all(&[b'x'; 64]).await.expect("write");

@@ -1,11 +1,13 @@
 //! TLS for TCP listeners and for clients: certificates from files, with or without a client
-//! authority.
+//! authority. A server's files may be replaced while it runs: the next handshake uses the new ones.
 
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
+    time::SystemTime,
 };
 
+use parking_lot::Mutex;
 use shipway_fault::{Fault, Result};
 use tokio_rustls::{
     TlsAcceptor,
@@ -41,7 +43,11 @@ pub struct ClientTls {
 }
 
 impl ServerTls {
-    pub(crate) fn acceptor(&self) -> Result<TlsAcceptor> {
+    fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        [&self.cert, &self.key].into_iter().chain(&self.client_ca)
+    }
+
+    fn acceptor(&self) -> Result<TlsAcceptor> {
         let provider = Arc::new(ring::default_provider());
         let key = PrivateKeyDer::from_pem_file(&self.key)
             .map_err(|e| broken("read the TLS key", &self.key, e))?;
@@ -67,6 +73,52 @@ impl ServerTls {
             .map_err(|e| broken("use the TLS certificate", &self.cert, e))?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok(TlsAcceptor::from(Arc::new(config)))
+    }
+}
+
+/// What tells one content of a file from another: device, inode, size and time of modification.
+/// Nothing where the file cannot be looked at.
+type Stamp = Option<(u64, u64, u64, SystemTime)>;
+
+fn stamp(path: &PathBuf) -> Stamp {
+    use std::os::unix::fs::MetadataExt as _;
+    let meta = std::fs::metadata(path).ok()?;
+    Some((meta.dev(), meta.ino(), meta.len(), meta.modified().ok()?))
+}
+
+/// TLS of a listener, made of files that are read again when they have changed. Files that cannot
+/// be used are reported once, and those from before stay in use; connections that are there go on.
+pub(crate) struct ReloadedTls {
+    files: ServerTls,
+    current: Mutex<(Vec<Stamp>, TlsAcceptor)>,
+}
+
+impl ReloadedTls {
+    /// Reads the files, which have to be good the first time.
+    pub(crate) fn new(files: ServerTls) -> Result<Self> {
+        let current = (files.files().map(stamp).collect(), files.acceptor()?);
+        Ok(Self { files, current: Mutex::new(current) })
+    }
+
+    /// What shakes hands with the next client. Looks at three files, so it costs some microseconds.
+    pub(crate) fn acceptor(&self) -> TlsAcceptor {
+        // Looked at before they are read: what changes meanwhile is read the next time.
+        let stamps: Vec<Stamp> = self.files.files().map(stamp).collect();
+        let mut current = self.current.lock();
+        if current.0 != stamps {
+            current.0 = stamps;
+            match self.files.acceptor() {
+                Ok(acceptor) => {
+                    current.1 = acceptor;
+                    tracing::info!(cert = %self.files.cert.display(), "TLS files were read again");
+                }
+                Err(error) => tracing::error!(
+                    %error,
+                    "failed to use the new TLS files: the ones from before stay in use"
+                ),
+            }
+        }
+        current.1.clone()
     }
 }
 
@@ -105,4 +157,67 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
 
 fn broken(what: &str, path: &Path, error: impl std::fmt::Display) -> Fault {
     Fault::invalid(format!("{what} {}: {error}", path.display()))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use std::{
+        sync::atomic::{AtomicU64, Ordering},
+        time::Duration,
+    };
+
+    /// A certificate for `name` and its key.
+    fn made(name: &str) -> (String, String) {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let params = rcgen::CertificateParams::new([name.to_owned()]).expect("parameters");
+        (params.self_signed(&key).expect("a certificate").pem(), key.serialize_pem())
+    }
+
+    /// Writes a file that is newer than all before: they follow faster than clocks of file systems
+    /// tick.
+    fn put(path: &Path, text: &str) {
+        static TIME: AtomicU64 = AtomicU64::new(1_700_000_000);
+        std::fs::write(path, text).expect("write");
+        let time = Duration::from_secs(TIME.fetch_add(1, Ordering::Relaxed));
+        let file = std::fs::File::options().write(true).open(path).expect("open");
+        file.set_modified(SystemTime::UNIX_EPOCH + time).expect("a time");
+    }
+
+    /// Files of a certificate for `name` in `dir`.
+    pub(crate) fn pair(dir: &Path, name: &str) -> ServerTls {
+        let files =
+            ServerTls { cert: dir.join("cert.pem"), key: dir.join("key.pem"), client_ca: None };
+        let (cert, key) = made(name);
+        put(&files.cert, &cert);
+        put(&files.key, &key);
+        files
+    }
+
+    #[test]
+    fn changed_files_are_used_once_they_are_good() {
+        let dir = tempfile::tempdir().expect("dir");
+        let files = pair(dir.path(), "one.test");
+        let tls = ReloadedTls::new(files.clone()).expect("good files");
+        let used = || Arc::as_ptr(tls.acceptor().config());
+        let first = used();
+        assert_eq!(used(), first, "nothing has changed");
+        // A renewal has to begin with one of the two.
+        let (cert, key) = made("two.test");
+        put(&files.cert, &cert);
+        assert_eq!(used(), first, "the key is that of another certificate");
+        put(&files.key, &key);
+        let second = used();
+        assert_ne!(second, first);
+        for broken in ["", "no PEM"] {
+            put(&files.cert, broken);
+            assert_eq!(used(), second, "{broken:?}");
+        }
+        std::fs::remove_file(&files.cert).expect("remove");
+        assert_eq!(used(), second);
+        pair(dir.path(), "three.test");
+        assert_ne!(used(), second);
+        put(&files.cert, "no PEM");
+        assert!(ReloadedTls::new(files).is_err(), "the first files have to be good");
+    }
 }
