@@ -11,9 +11,8 @@
 //! labels of the record's lease, which alone keeps the snapshot.
 
 use crate::{
+    id::{fresh_id, id_of},
     layer::StackedLayer,
-    record::{fresh_id, id_of},
-    store::Inner,
 };
 use shipway_fault::{Code, Fault};
 use shipway_oci::{ChainId, DiffId};
@@ -54,9 +53,9 @@ pub(crate) fn own_name() -> SnapshotKey {
 pub(crate) struct Distrusted(parking_lot::Mutex<HashSet<SnapshotKey>>);
 
 impl Distrusted {
-    /// Learns of all snapshots there are. What lies on a snapshot that is not what it promises is
-    /// not either.
-    pub fn learn(&self, all: &[SnapshotInfo]) {
+    /// Checks all snapshots there are. What lies on a snapshot that is not what it promises is not
+    /// either.
+    pub fn load(&self, all: &[SnapshotInfo]) {
         let mut bad: HashSet<SnapshotKey> =
             all.iter().filter(|s| !is_trusted(s)).map(|s| s.key.clone()).collect();
         loop {
@@ -84,26 +83,23 @@ impl Distrusted {
         self.0.lock().insert(info.key.clone());
         false
     }
-}
 
-/// The fault of a name that another program took in the meantime. The next build avoids it.
-pub(crate) fn taken(name: &SnapshotKey) -> Fault {
-    Fault::new(Code::Aborted, format!("the snapshot {name} was made by another version of shipway"))
-        .hint("only one version may work in a containerd namespace; build again")
-}
-
-impl Inner {
     /// The name of what unpacking the layer `diff_id` over `below` gives.
     pub fn name_over(&self, below: Option<&StackedLayer>, diff_id: DiffId) -> SnapshotKey {
         let chain: SnapshotKey = ChainId::extend(below.map(|c| c.chain_id), diff_id).into();
-        let exact =
-            below.is_none_or(StackedLayer::is_exact) && !self.distrusted.0.lock().contains(&chain);
+        let exact = below.is_none_or(StackedLayer::is_exact) && !self.0.lock().contains(&chain);
         if exact {
             return chain;
         }
         let below = below.map_or("", |c| &c.snapshot.0);
         SnapshotKey(format!("shipway-over-{}", id_of(format!("{VERSION} {below} {diff_id}"))))
     }
+}
+
+/// The fault of a name that another program took in the meantime. The next build avoids it.
+pub(crate) fn taken(name: &SnapshotKey) -> Fault {
+    Fault::new(Code::Aborted, format!("the snapshot {name} was made by another version of shipway"))
+        .hint("only one version may work in a containerd namespace; build again")
 }
 
 #[cfg(test)]
@@ -128,7 +124,7 @@ mod tests {
             info("pulled", "", &[]),
         ];
         let distrusted = Distrusted::default();
-        distrusted.learn(&all);
+        distrusted.load(&all);
         let accepted: Vec<_> =
             all.iter().filter(|i| distrusted.accepts(i)).map(|i| i.key.0.as_str()).collect();
         assert_eq!(accepted, ["step", "pulled"]);

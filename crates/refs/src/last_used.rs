@@ -1,6 +1,6 @@
 //! Last use and number of uses, in a file that may be lost.
 
-use crate::RefId;
+use crate::id::RefId;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::{

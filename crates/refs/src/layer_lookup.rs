@@ -1,6 +1,6 @@
 //! Which layer of a state a path comes from.
 
-use crate::ImmutableRef;
+use crate::immutable::ImmutableRef;
 use shipway_archive::EntryKind;
 use shipway_fault::Result;
 use shipway_task::blocking;
@@ -13,14 +13,14 @@ impl ImmutableRef {
     pub async fn layers_with(&self, paths: HashSet<Vec<u8>>) -> Result<HashMap<Vec<u8>, usize>> {
         let layered = self.layered().await?;
         layered.materialize(None).await?;
-        let (store, record) = (&layered.0.store, layered.layered_record()?);
+        let (records, record) = (layered.records(), layered.record());
         let (mut wanted, mut found) = (paths, HashMap::new());
         for (number, stacked) in record.layers.iter().enumerate().rev() {
             if wanted.is_empty() {
                 break;
             }
             let (tree, guard) =
-                store.layer_tree(&stacked.snapshot, stacked.parent.is_some()).await?;
+                records.layer_tree(&stacked.snapshot, stacked.parent.is_some()).await?;
             let walk = move || {
                 let mut here = Vec::new();
                 let walked = tree.walk(|entry| {

@@ -10,50 +10,100 @@
 //!   stored for it, unless an export comes next: then the same stream becomes its blob.
 //! - One record = one flat lease without expiry, whose labels hold all there is to know. Pruning
 //!   deletes leases and nothing else.
-//! - Active snapshots and views of one run of the daemon hang on *epoch* leases, which the next
-//!   life deletes.
+//! - Active snapshots and views of one run of the daemon hang on *run leases*, which the next run
+//!   deletes.
 //! - What may be lost lives in a small file: last use and use count.
-//! - After a power cut, what was not on the disk is removed before anybody sees it (`durable.rs`).
-//! - A layer that a remote snapshotter serves has a snapshot and no blob: nothing fetches that but
-//!   who needs its bytes ([`Fetch`]).
+//! - After a power cut, what was not on the disk is removed before it can be used (`durable.rs`).
+//! - A layer that a remote snapshotter serves has a snapshot and no blob, which is fetched only
+//!   when its bytes are needed ([`Fetch`]).
 //!
 //! Nothing here knows LLB, sessions or registries: a lazy layer is fetched through its
-//! [`LayerSource`], and served to whoever has the labels that the source knows.
+//! [`LayerSource`], and served in any namespace to callers with the labels that the source knows.
+//!
+//! # Layers
+//!
+//! A module uses those below it and to its right only:
+//!
+//! ```text
+//! store         RefStore: what callers open
+//! ├ load        an earlier run's states at a start     usage   listing and prune
+//! │
+//! │ operations on handles
+//! ├ merge       layers of several states               retime  times rewritten
+//! ├ blobs       compressed blobs, export               layer_lookup
+//! │
+//! │ handles: while one lives, its state is in use
+//! ├ mutable, named                         being written
+//! ├ immutable ── frozen ── layered         not changing; assemble makes them of known layers
+//! │
+//! │ work on one record
+//! ├ commit ── early_blob                   a written snapshot becomes a layer
+//! ├ materialize ── pack ── layer_tree      a layer becomes a snapshot, or a blob
+//! ├ fetch ── lease                         what a record's lease keeps
+//! │
+//! │ tables
+//! ├ records                                states of layers in memory, and who uses them
+//! ├ named_table                            named states, and who holds them
+//! │
+//! │ containerd's storage in this run of the daemon
+//! ├ active, blob_writer ── backend ── run_lease, last_used, durable, mount ── background
+//! │
+//! │ data
+//! └ record ── exact ── layer, id           life, served; tree_copy ── contents
+//! ```
 
+mod active;
+mod assemble;
+mod backend;
 mod background;
+mod blob_writer;
 mod blobs;
+mod commit;
 mod contents;
 mod durable;
 mod early_blob;
 mod exact;
+mod fetch;
 mod frozen;
+mod id;
 mod immutable;
 mod last_used;
 mod layer;
 mod layer_lookup;
+mod layer_tree;
+mod layered;
+mod lease;
 mod life;
+mod load;
 mod materialize;
 mod merge;
 mod mount;
 mod mutable;
 mod named;
+mod named_table;
+mod pack;
 mod record;
+mod records;
 mod retime;
 mod run_lease;
+mod served;
 mod store;
 mod tree_copy;
 mod usage;
 
 pub use blobs::Fetch;
 pub use contents::copy_contents;
-pub use immutable::{ImmutableRef, View};
+pub use id::RefId;
+pub use immutable::ImmutableRef;
 pub use layer::{Layer, LayerBlob, LayerOrigins, LayerSource, LayerSourceId, LazyLayer, NoOrigins};
-pub use materialize::is_for_snapshotters;
+pub use layered::View;
 pub use mount::LocalMount;
 pub use mutable::MutableRef;
-pub use named::{NamedRef, NamedRequest, Sharing};
-pub use record::{DOCUMENT_KIND, RUN_KIND, RecordType, RefId};
+pub use named::{NamedRef, NamedRequest};
+pub use named_table::Sharing;
+pub use record::{DOCUMENT_KIND, RUN_KIND, RecordType};
 pub use retime::REWRITTEN;
+pub use served::is_for_snapshotters;
 pub use shipway_archive::{Compression, CompressionKind, Dialect};
 pub use shipway_treehash::{PathFilter, Selector, Verdict};
 pub use store::RefStore;

@@ -5,187 +5,34 @@
 //! up, as containerd's own unpacker does: one that serves layers from registries, or has unpacked
 //! this one for another namespace, answers that it is there. An ordinary one gives a directory to
 //! unpack into, and then all that is left is fetched at once. What a snapshotter has served before
-//! is asked for first, and fetched only when it is refused ([`Served`]).
+//! is asked for first, and fetched only when it is refused ([`crate::served`]).
 
 use crate::{
-    Compression, LayerSource, exact,
-    layer::{KnownBlob, StackedLayer, lost},
+    active::{Active, Prepared},
+    exact,
+    layer::{LayerSource, StackedLayer, lost},
     life::Stage,
-    mount::LocalMount,
-    run_lease::{RunLease, forget, remove},
-    store::{Inner, Record},
+    records::{Record, Records},
+    run_lease::forget,
+    served::is_annotated,
     tree_copy,
 };
-use shipway_archive::{LayerTree, OwnLayer};
+use shipway_archive::{Compression, OwnLayer};
 use shipway_fault::{Code, Context as _, Fault, Result};
-use shipway_oci::{Descriptor, Digest};
+use shipway_oci::Descriptor;
 use shipway_progress::Reporter;
-use shipway_storage::{
-    Labels, LeaseId, LeaseResource, Mount, REMOTE_SNAPSHOT, SNAPSHOT_REF, SnapshotKey,
-};
+use shipway_storage::{Labels, REMOTE_SNAPSHOT, SNAPSHOT_REF, SnapshotKey};
 use shipway_task::{blocking, spawn};
-use std::{
-    any::Any,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
-};
+use std::sync::{Arc, atomic::Ordering::Relaxed};
 use tokio::{sync::Semaphore, task::JoinHandle};
 
 /// Layers of one state that are fetched at the same time.
 const PARALLEL_FETCHES: usize = 4;
 
-/// An active snapshot that vanishes unless it is committed, or a view that vanishes.
-pub(crate) struct Active {
-    store: Arc<Inner>,
-    pub lease: RunLease,
-    pub key: SnapshotKey,
-    pub mounts: Vec<Mount>,
-    armed: bool,
-}
-
-impl Active {
-    pub async fn prepare(
-        store: &Arc<Inner>,
-        what: &str,
-        parent: Option<&SnapshotKey>,
-    ) -> Result<Self> {
-        let mut active = Self::named(store, what).await?;
-        let (lease, key) = (&active.lease, &active.key);
-        active.mounts = store.storage.snapshots.prepare(lease, key, parent, &Labels::new()).await?;
-        Ok(active)
-    }
-
-    /// One to unpack `stacked` into; or, if there is no need because the snapshotter has its
-    /// snapshot, the lease that this is in now.
-    async fn unless_there(
-        store: &Arc<Inner>,
-        stacked: &StackedLayer,
-        labels: &Labels,
-    ) -> Result<Result<Self, RunLease>> {
-        let mut active = Self::named(store, "extract").await?;
-        let (lease, key) = (&active.lease, &active.key);
-        match store.storage.snapshots.prepare(lease, key, stacked.parent.as_ref(), labels).await {
-            Ok(mounts) => active.mounts = mounts,
-            Err(e) if e.is_already_exists() && labels.contains_key(SNAPSHOT_REF) => {
-                active.armed = false;
-                return Ok(Err(active.lease.clone()));
-            }
-            Err(e) => return Err(e),
-        }
-        Ok(Ok(active))
-    }
-
-    /// A view of a committed snapshot, which need not belong to a record.
-    pub async fn view(store: &Arc<Inner>, of: Option<&SnapshotKey>) -> Result<Self> {
-        let mut view = Self::named(store, "view").await?;
-        view.mounts =
-            store.storage.snapshots.view(&view.lease, &view.key, of, &Labels::new()).await?;
-        Ok(view)
-    }
-
-    /// The name of one that is made next. From here on a call that is cut off leaves nothing
-    /// behind.
-    async fn named(store: &Arc<Inner>, what: &str) -> Result<Self> {
-        let (lease, key) = (store.run_leases.lease(&store.storage).await?, store.fresh_key(what));
-        Ok(Self { store: store.clone(), lease, key, mounts: Vec::new(), armed: true })
-    }
-
-    /// What was unpacked into it becomes the snapshot `name` under `lease`. One that exists already
-    /// is as good.
-    pub async fn commit(self, lease: &LeaseId, name: &SnapshotKey) -> Result<()> {
-        let store = &self.store;
-        match store
-            .storage
-            .snapshots
-            .commit(lease, name, &self.key, &store.durable.labels(&self.mounts))
-            .await
-        {
-            Ok(()) => self.committed(),
-            Err(e) if e.is_already_exists() => {
-                store.durable.check(name)?;
-                if !store.distrusted.accepts(&store.storage.snapshots.stat(name).await?) {
-                    return Err(exact::taken(name));
-                }
-            }
-            Err(e) => return Err(e),
-        }
-        Ok(())
-    }
-
-    /// It is a committed snapshot now.
-    pub fn committed(mut self) {
-        self.armed = false;
-        let (store, lease, key) = (self.store.clone(), self.lease.clone(), self.key.clone());
-        self.store
-            .background
-            .spawn("forget a snapshot", async move { forget(&store.storage, &lease, &key).await });
-    }
-
-    pub async fn release(mut self) -> Result<()> {
-        self.armed = false;
-        remove(&self.store.storage, &self.lease, &self.key).await
-    }
-}
-
-impl Drop for Active {
-    fn drop(&mut self) {
-        if !self.armed {
-            return;
-        }
-        let (store, lease, key) = (self.store.clone(), self.lease.clone(), self.key.clone());
-        self.store.background.spawn("remove a snapshot", async move {
-            if let Err(e) = remove(&store.storage, &lease, &key).await {
-                tracing::warn!(%key, error = %e, "failed to remove snapshot, will retry at the next start");
-            }
-        });
-    }
-}
-
-/// Which layers the snapshotter has served, as far as it was seen.
-#[derive(Default)]
-pub(crate) struct Served {
-    /// Some that are annotated for it.
-    annotated: AtomicBool,
-    /// Some that are not.
-    plain: AtomicBool,
-}
-
-/// What annotations of layers that are made for remote snapshotters begin with: those that
-/// containerd passes on to them, and those of zstd:chunked.
-const ANNOTATIONS: [&str; 4] = [
-    "containerd.io/snapshot/",
-    "io.containers.estargz.",
-    "io.github.containers.zstd-chunked.",
-    "io.containers.zstd-chunked.",
-];
-
-/// Whether an annotation of a layer is for remote snapshotters: manifests that name the layer again
-/// repeat it.
-pub fn is_for_snapshotters(annotation: &str) -> bool {
-    ANNOTATIONS.iter().any(|prefix| annotation.starts_with(prefix))
-}
-
-fn is_annotated(blob: &Descriptor) -> bool {
-    blob.annotations.keys().any(|key| is_for_snapshotters(key))
-}
-
-impl Served {
-    /// Learns whether an earlier run had layers served.
-    pub fn learn(&self, any: bool) {
-        self.annotated.fetch_or(any, Relaxed);
-    }
-
-    fn of(&self, blob: &Descriptor) -> &AtomicBool {
-        if is_annotated(blob) { &self.annotated } else { &self.plain }
-    }
-}
-
 /// The fetches of the layers that a state misses. Each begins as soon as it is known that nobody
 /// else will bring the layer.
 struct Fetches<'a> {
-    store: &'a Arc<Inner>,
+    records: &'a Arc<Records>,
     record: &'a Arc<Record>,
     missing: &'a [Arc<StackedLayer>],
     progress: Option<&'a Reporter>,
@@ -204,14 +51,14 @@ enum FetchState {
 impl<'a> Fetches<'a> {
     /// Begins with what nobody need be asked for.
     fn new(
-        store: &'a Arc<Inner>,
+        records: &'a Arc<Records>,
         record: &'a Arc<Record>,
         missing: &'a [Arc<StackedLayer>],
         progress: Option<&'a Reporter>,
     ) -> Self {
         let slots = Arc::new(Semaphore::new(PARALLEL_FETCHES));
         let each = missing.iter().map(|_| FetchState::NotNeeded).collect();
-        let mut fetches = Self { store, record, missing, progress, slots, each };
+        let mut fetches = Self { records, record, missing, progress, slots, each };
         for (i, stacked) in missing.iter().enumerate() {
             if stacked.remote_blob().is_none() {
                 fetches.begin(i);
@@ -226,7 +73,7 @@ impl<'a> Fetches<'a> {
         self.begin(i);
         for (j, above) in self.missing.iter().enumerate().skip(i + 1) {
             let served = above.remote_blob();
-            if !served.is_some_and(|(blob, _)| self.store.served.of(&blob).load(Relaxed)) {
+            if !served.is_some_and(|(blob, _)| self.records.served.expects(&blob)) {
                 self.begin(j);
             }
         }
@@ -237,12 +84,12 @@ impl<'a> Fetches<'a> {
         if begun || self.missing[i].copy_of().is_some() {
             return;
         }
-        let (store, stacked, record) =
-            (self.store.clone(), self.missing[i].clone(), self.record.clone());
+        let (records, stacked, record) =
+            (self.records.clone(), self.missing[i].clone(), self.record.clone());
         let (slots, progress) = (self.slots.clone(), self.progress.cloned());
         self.each[i] = FetchState::Running(FetchTask(spawn("fetch a blob", async move {
             let _slot = slots.acquire().await;
-            store.stored_blob(&stacked, &record, progress.as_ref()).await.map(drop)
+            records.stored_blob(&stacked, &record, progress.as_ref()).await.map(drop)
         })));
     }
 
@@ -303,7 +150,7 @@ impl Record {
     }
 }
 
-impl Inner {
+impl Records {
     /// Makes the snapshot of `record` exist under its lease. `origin` is a vertex that ended
     /// already: it works again while there is something to do, and speaks instead of `progress`.
     pub async fn materialize(
@@ -328,7 +175,7 @@ impl Inner {
         for stacked in &record.layers[..have] {
             // Those that others had served: whether a blob is missing depends on it.
             if !stacked.is_served() && stacked.remote_blob().is_some() {
-                let labels = self.storage.snapshots.stat(&stacked.snapshot).await?.labels;
+                let labels = self.backend.storage.snapshots.stat(&stacked.snapshot).await?.labels;
                 stacked.served.store(labels.contains_key(REMOTE_SNAPSHOT), Relaxed);
             }
         }
@@ -375,7 +222,7 @@ impl Inner {
         if let Some(original) = stacked.copy_of()
             && self.keep_snapshot(&record.lease, &original).await?
         {
-            let active = Active::prepare(self, "extract", stacked.parent.as_ref()).await?;
+            let active = Active::prepare(&self.backend, "extract", stacked.parent.as_ref()).await?;
             if self.copy_layer(&original, &active, stacked).await? {
                 return active.commit(&record.lease, &stacked.snapshot).await;
             }
@@ -409,25 +256,26 @@ impl Inner {
         if stacked.is_exact() {
             labels.insert(SNAPSHOT_REF.into(), stacked.chain_id.to_string());
         }
-        let lease = match Active::unless_there(self, stacked, &labels).await? {
-            Ok(active) => return Ok(Some(active)),
-            Err(lease) => lease,
+        let parent = stacked.parent.as_ref();
+        let lease = match Active::prepare_layer(&self.backend, parent, &labels).await? {
+            Prepared::Active(active) => return Ok(Some(active)),
+            Prepared::Exists(lease) => lease,
         };
         let name = &stacked.snapshot;
         let kept = self.keep_snapshot(&record.lease, name).await?;
         // It stays in the lease of the record alone.
-        let (store, snapshot) = (self.clone(), name.clone());
-        self.background.spawn("forget a snapshot", async move {
-            forget(&store.storage, &lease, &snapshot).await;
+        let (backend, snapshot) = (self.backend.clone(), name.clone());
+        self.backend.background.spawn("forget a snapshot", async move {
+            forget(&backend.storage, &lease, &snapshot).await;
         });
         if !kept {
             return Err(vanished(name));
         }
         if let Some((blob, _)) = remote {
-            let labels = self.storage.snapshots.stat(name).await?.labels;
+            let labels = self.backend.storage.snapshots.stat(name).await?.labels;
             if is_annotated(&blob) || labels.contains_key(REMOTE_SNAPSHOT) {
                 stacked.served.store(true, Relaxed);
-                self.served.of(&blob).store(true, Relaxed);
+                self.served.seen(&blob);
                 if let Some(p) = progress {
                     p.status(format!("mounting {}", blob.digest), 0, 0, true);
                 }
@@ -447,7 +295,7 @@ impl Inner {
         if let Some(p) = progress {
             p.status(&id, 0, 0, false);
         }
-        let found = self.storage.snapshots.apply(blob, &active.mounts).await?;
+        let found = self.backend.storage.snapshots.apply(blob, &active.mounts).await?;
         if let Some(p) = progress {
             p.status(&id, 0, 0, true);
         }
@@ -463,110 +311,7 @@ impl Inner {
             .hint("the image is inconsistent: build or push it again"));
         }
         let label = Labels::from([(shipway_storage::UNCOMPRESSED.into(), found.to_string())]);
-        self.storage.content.update_labels(blob.digest, &label).await.map(drop)
-    }
-
-    /// A blob of the layer that is in the content store and in the lease of `record`; fetched if
-    /// need be.
-    pub async fn stored_blob(
-        &self,
-        stacked: &StackedLayer,
-        record: &Record,
-        progress: Option<&Reporter>,
-    ) -> Result<Descriptor> {
-        let _one = stacked.fetching.lock().await;
-        let mut blobs = stacked.blobs();
-        blobs.sort_by_key(|b| !b.is_stored());
-        let mut failed = None;
-        for blob in blobs {
-            match self.secure(stacked, &blob, record, progress).await {
-                Ok(true) => return Ok(blob.descriptor),
-                Ok(false) => {}
-                Err(e) => failed = Some(e),
-            }
-        }
-        Err(failed.unwrap_or_else(|| {
-            let gone = Fault::not_found(format!("no blob of layer {} is in containerd, and it has no source to fetch it from", stacked.diff_id))
-                .hint("it was removed by another program: build again without this cache record, for example after `shipway prune`");
-            lost(stacked, None, gone)
-        }))
-    }
-
-    /// Puts a stored blob into the lease of `record`; false if it is not stored.
-    pub async fn hold(&self, digest: Digest, record: &Record) -> Result<bool> {
-        match self.storage.content.info(digest).await {
-            // Nothing leaves a lease but with all of it, so once is enough.
-            Ok(_) if record.secured.lock().contains(&digest) => return Ok(true),
-            Ok(_) => {
-                self.storage.leases.add(&record.lease, LeaseResource::Content(digest)).await?;
-                match self.storage.content.info(digest).await {
-                    Err(e) if e.is_not_found() => {}
-                    other => {
-                        drop(other?);
-                        record.secured.lock().insert(digest);
-                        return Ok(true);
-                    }
-                }
-            }
-            Err(e) if e.is_not_found() => {}
-            Err(e) => return Err(e),
-        }
-        Ok(false)
-    }
-
-    /// Puts a blob into the lease of `record`, fetching it if it is not stored; false if it cannot
-    /// be had.
-    pub async fn secure(
-        &self,
-        stacked: &StackedLayer,
-        blob: &KnownBlob,
-        record: &Record,
-        progress: Option<&Reporter>,
-    ) -> Result<bool> {
-        let (digest, lease) = (blob.descriptor.digest, &record.lease);
-        if self.hold(digest, record).await? {
-            stacked.know(KnownBlob::stored(blob.descriptor.clone()));
-            return Ok(true);
-        }
-        let Some(source) = blob.place.source() else {
-            stacked.lost(blob);
-            return Ok(false);
-        };
-        let what = || format!("fetch layer {digest} of {}", source.describe());
-        source
-            .fetch(&blob.descriptor, &*self.storage.content, lease, progress)
-            .await
-            .context(what)
-            .map_err(|e| lost(stacked, Some(source), e))?;
-        record.secured.lock().insert(digest);
-        stacked.know(KnownBlob::stored(blob.descriptor.clone()));
-        Ok(true)
-    }
-
-    /// The tree of a committed layer, and what keeps it readable besides a lease of the caller's.
-    pub async fn layer_tree(
-        self: &Arc<Self>,
-        name: &SnapshotKey,
-        parent: bool,
-    ) -> Result<(LayerTree, Box<dyn Any + Send + Sync>)> {
-        if let Some(tree) = self.known_layer(name).and_then(|c| c.tree.get().cloned())
-            && self.storage.snapshots.stat(name).await.is_ok()
-        {
-            return Ok((tree, Box::new(())));
-        }
-        let view = Active::view(self, Some(name)).await?;
-        match OwnLayer::of(&view.mounts, parent)? {
-            OwnLayer::Tree(tree) => Ok((tree, Box::new(view))),
-            OwnLayer::Whole(after) => {
-                let Some(before) = self.storage.snapshots.stat(name).await?.parent else {
-                    return Ok((LayerTree::lowest(after), Box::new(view)));
-                };
-                let below = Active::view(self, Some(&before)).await?;
-                let before =
-                    LocalMount::new(&below.mounts, &self.mounts, &self.background, None).await?;
-                Ok((LayerTree::compared(before.path(), after), Box::new((before, below, view))))
-            }
-        }
+        self.backend.storage.content.update_labels(blob.digest, &label).await.map(drop)
     }
 
     /// Gives `active` the files of the layer on top of `original`; false if that cannot be told
@@ -578,7 +323,7 @@ impl Inner {
         active: &Active,
         stacked: &StackedLayer,
     ) -> Result<bool> {
-        let info = self.storage.snapshots.stat(original).await?;
+        let info = self.backend.storage.snapshots.stat(original).await?;
         if !exact::is_ours(&info.labels) {
             return Ok(false);
         }

@@ -1,34 +1,29 @@
 //! States being written.
 
 use crate::{
-    Compression, ImmutableRef, LocalMount, RecordType,
+    active::Active,
+    commit::{hash, name, remember, written},
     early_blob::UnownedBlob,
-    exact,
+    immutable::ImmutableRef,
+    layered::LayeredRef,
     life::Stage,
-    materialize::Active,
-    mount::{WeakMount, is_lasting},
-    record::{Body, RecordMeta, fresh_id},
-    store::{Inner, Record},
+    mount::{LocalMount, WeakMount},
+    record::{Body, RecordMeta, RecordType},
+    records::Records,
 };
 use parking_lot::Mutex;
-use shipway_archive::{Hashed, LayerTree, OwnLayer};
+use shipway_archive::{Compression, Hashed, OwnLayer};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_progress::Reporter;
 use shipway_storage::{Mount, SnapshotKey};
-use shipway_task::blocking;
-use std::{
-    fmt,
-    path::PathBuf,
-    sync::{Arc, atomic::Ordering},
-    time::SystemTime,
-};
+use std::{fmt, path::PathBuf, sync::Arc, time::SystemTime};
 
 /// A state being written. Dropped without commit it vanishes in the background;
 /// [`crate::RefStore::drained`] waits for that.
 pub struct MutableRef {
-    store: Arc<Inner>,
+    records: Arc<Records>,
     active: Active,
-    parent: Option<ImmutableRef>,
+    parent: Option<LayeredRef>,
     record_type: RecordType,
     description: String,
     mounted: Mutex<Vec<WeakMount>>,
@@ -42,7 +37,7 @@ impl fmt::Debug for MutableRef {
 
 impl MutableRef {
     pub(crate) async fn make(
-        store: &Arc<Inner>,
+        records: &Arc<Records>,
         parent: Option<&ImmutableRef>,
         description: String,
         record_type: RecordType,
@@ -56,16 +51,12 @@ impl MutableRef {
             }
             None => None,
         };
-        let below = parent
-            .as_ref()
-            .map(ImmutableRef::layered_record)
-            .transpose()?
-            .and_then(|r| r.snapshot());
-        let active = Active::prepare(store, "step", below)
+        let below = parent.as_ref().and_then(|p| p.record().snapshot());
+        let active = Active::prepare(&records.backend, "step", below)
             .await
             .context(|| format!("make a file system for {description:?}"))?;
         Ok(Self {
-            store: store.clone(),
+            records: records.clone(),
             active,
             parent,
             record_type,
@@ -89,11 +80,6 @@ impl MutableRef {
         &self.description
     }
 
-    /// What it was made from.
-    pub fn parent(&self) -> Option<&ImmutableRef> {
-        self.parent.as_ref()
-    }
-
     /// The state as a writable directory of the host. Drop it before commit.
     pub async fn mount(&self) -> Result<LocalMount> {
         // The newest is the only one that can live: a second mount of the same upper directory is
@@ -102,13 +88,8 @@ impl MutableRef {
         if let Some(mount) = live {
             return Ok(mount);
         }
-        let mount = LocalMount::new(
-            &self.active.mounts.iter().map(Mount::unsynced).collect::<Vec<_>>(),
-            &self.store.mounts,
-            &self.store.background,
-            None,
-        )
-        .await?;
+        let unsynced: Vec<Mount> = self.active.mounts.iter().map(Mount::unsynced).collect();
+        let mount = self.records.backend.mount(&unsynced, None).await?;
         self.mounted.lock().extend(mount.downgrade());
         Ok(mount)
     }
@@ -116,9 +97,7 @@ impl MutableRef {
     /// The directory that holds what is written here and nothing else, for writing into it while
     /// the state is not mounted; `None` where the snapshotter has no such directory.
     pub fn layer_dir(&self) -> Result<Option<PathBuf>> {
-        let has_parent =
-            self.parent.as_ref().map(ImmutableRef::layered_record).transpose()?.is_some();
-        Ok(match OwnLayer::of(&self.active.mounts, has_parent) {
+        Ok(match OwnLayer::of(&self.active.mounts, self.parent.is_some()) {
             Ok(OwnLayer::Tree(own)) => Some(own.root().to_owned()),
             _ => None,
         })
@@ -149,7 +128,7 @@ impl MutableRef {
                 "{description:?} is committed while it is still mounted"
             )));
         }
-        let Self { store, active, parent, record_type, .. } = self;
+        let Self { records, active, parent, record_type, .. } = self;
         let meta = RecordMeta {
             record_type,
             description,
@@ -158,9 +137,7 @@ impl MutableRef {
             body: Body::Layers(Vec::new()),
         };
         let what = meta.description.clone();
-        commit(&store, active, parent.as_ref(), meta, pack)
-            .await
-            .context(|| format!("commit {what:?}"))
+        commit(&records, active, parent, meta, pack).await.context(|| format!("commit {what:?}"))
     }
 
     /// Throws the state away and waits for that.
@@ -172,157 +149,37 @@ impl MutableRef {
 /// Hashes what was written into `active`, or packs it as `pack` says, and makes it a state on top
 /// of `parent`.
 async fn commit(
-    store: &Arc<Inner>,
+    records: &Arc<Records>,
     active: Active,
-    parent: Option<&ImmutableRef>,
+    parent: Option<LayeredRef>,
     meta: RecordMeta,
     pack: Option<Compression>,
 ) -> Result<ImmutableRef> {
-    let below = parent.map(|p| p.layered_record()).transpose()?.cloned();
     let mounts = active.mounts.clone();
-    let over = below.as_ref().and_then(|r| r.snapshot());
+    let over = parent.as_ref().and_then(|p| p.record().snapshot());
     let blob = match pack {
-        Some(compression) => Some(
-            UnownedBlob::pack(
-                store,
-                &active.lease,
-                written(store, &mounts, over).await?,
-                compression,
-            )
-            .await?,
-        ),
+        Some(compression) => {
+            let tree = written(records, &mounts, over).await?;
+            Some(UnownedBlob::pack(records, &active.lease, tree, compression).await?)
+        }
         None => None,
     };
     let layer = match &blob {
         Some(blob) => Hashed { tar: blob.tar, loss: blob.loss.clone() },
-        None => hash(store, &mounts, over).await?,
+        None => hash(records, &mounts, over).await?,
     };
-    let (store, background, parent) = (store.clone(), store.background.clone(), parent.cloned());
+    let (records, background) = (records.clone(), records.backend.background.clone());
     // Cut off in the middle, it would leave an orphaned lease and snapshot.
     let work = async move {
+        let below = parent.as_ref().map(|p| &**p.record());
         let (record, made) =
-            name(&store, (&active.key, &mounts), below.as_deref(), &layer, &meta, blob.as_ref())
-                .await?;
+            name(&records, (&active.key, &mounts), below, &layer, &meta, blob.as_ref()).await?;
         if made {
             active.committed();
-            remember(&record, &mounts, below.is_some());
+            remember(&record, &mounts, parent.is_some());
         }
         record.life.reached(Stage::Committed);
-        drop(parent);
-        Ok(store.insert(record))
+        Ok(LayeredRef::insert(&records, record).into())
     };
     background.finish("commit a state", work).await
-}
-
-/// Commits the active snapshot `key`, which holds `layer` on top of `below`, under the name that it
-/// may have, and records that under a lease. Says whether it was this one that got the name;
-/// otherwise there is one that is equal.
-pub(crate) async fn name(
-    store: &Arc<Inner>,
-    (key, mounts): (&SnapshotKey, &[Mount]),
-    below: Option<&Record>,
-    layer: &Hashed,
-    meta: &RecordMeta,
-    blob: Option<&UnownedBlob>,
-) -> Result<(Record, bool)> {
-    loop {
-        let record = stacked(store, below, layer, meta.clone());
-        let Some(stacked) = record.layers.last() else {
-            return Err(Fault::internal("a commit without a layer"));
-        };
-        if let Some(blob) = blob {
-            blob.tell(stacked);
-        }
-        let done = async {
-            store.ensure_lease(&record).await?;
-            if let Some(blob) = blob {
-                blob.give(&record).await?;
-            }
-            let labels = exact::labels().into_iter().chain(store.durable.labels(mounts)).collect();
-            match store
-                .storage
-                .snapshots
-                .commit(&record.lease, &stacked.snapshot, key, &labels)
-                .await
-            {
-                Ok(()) => Ok(Some(true)),
-                Err(e) if e.is_already_exists() => {
-                    store.durable.check(&stacked.snapshot)?;
-                    let there = store.storage.snapshots.stat(&stacked.snapshot).await?;
-                    Ok(store.distrusted.accepts(&there).then_some(false))
-                }
-                Err(e) => Err(e),
-            }
-        };
-        match done.await {
-            Ok(Some(made)) => return Ok((record, made)),
-            // The name is avoided from now on.
-            Ok(None) => store.delete_lease(&record.lease).await,
-            Err(e) => {
-                store.delete_lease(&record.lease).await;
-                return Err(e);
-            }
-        }
-    }
-}
-
-/// Remembers where a committed state's files are: in the place where they were written.
-pub(crate) fn remember(record: &Record, mounts: &[Mount], has_parent: bool) {
-    if let [only @ (Mount::Overlay(_) | Mount::Bind(_))] = mounts {
-        if is_lasting(only) {
-            let _ = record.shown.set(vec![only.read_only()]);
-        }
-        if let (Some(stacked), Ok(OwnLayer::Tree(tree))) =
-            (record.layers.last(), OwnLayer::of(mounts, has_parent))
-        {
-            let _ = stacked.tree.set(tree);
-        }
-    }
-}
-
-/// What was written over `below`, and what keeps it readable.
-async fn written(
-    store: &Arc<Inner>,
-    mounts: &[Mount],
-    below: Option<&SnapshotKey>,
-) -> Result<(LayerTree, impl Send + 'static)> {
-    let (tree, guard) = match OwnLayer::of(mounts, below.is_some())? {
-        OwnLayer::Tree(tree) => (tree, None),
-        OwnLayer::Whole(after) => {
-            let view = Active::view(store, below).await?;
-            let before =
-                LocalMount::new(&view.mounts, &store.mounts, &store.background, None).await?;
-            (LayerTree::compared(before.path(), after), Some((before, view)))
-        }
-    };
-    Ok((tree.settled(), guard))
-}
-
-/// The tar of what was written over `below`.
-pub(crate) async fn hash(
-    store: &Arc<Inner>,
-    mounts: &[Mount],
-    below: Option<&SnapshotKey>,
-) -> Result<Hashed> {
-    let (tree, guard) = written(store, mounts, below).await?;
-    let hashed = blocking("hash a layer", move || shipway_archive::tar_of(&tree)).await;
-    drop(guard);
-    hashed
-}
-
-/// A record of `layer` on top of `below`, which is being committed.
-fn stacked(store: &Inner, below: Option<&Record>, layer: &Hashed, meta: RecordMeta) -> Record {
-    let under = below.and_then(|r| r.layers.last());
-    let stacked = match &layer.loss {
-        None => store.stacked_layer(layer.tar.diff_id, under),
-        Some(loss) => {
-            tracing::debug!(%loss, description = %meta.description, "state has more than its layer, keeping it under a name of its own");
-            store.own_layer(layer.tar.diff_id, under, exact::own_name())
-        }
-    };
-    let _ = stacked.tar.set(layer.tar);
-    stacked.new.store(true, Ordering::Relaxed);
-    let layers =
-        below.map(|r| r.layers.clone()).unwrap_or_default().into_iter().chain([stacked]).collect();
-    Record::new(fresh_id(), meta, layers, Stage::Lazy)
 }

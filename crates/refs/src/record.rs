@@ -1,30 +1,13 @@
 //! What is known of a state, and how it is written into the labels of its lease.
 
-use crate::exact;
+use crate::{exact, id::RefId};
 use shipway_oci::{Descriptor, DiffId, Digest};
 use shipway_storage::{GC_FLAT, Labels, Lease, LeaseId, SnapshotKey};
 use std::{
     fmt,
     str::FromStr,
-    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
-
-/// Identity of a state, stable across restarts. Clients see it in `du` and `prune`.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct RefId(pub String);
-
-impl fmt::Display for RefId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl fmt::Debug for RefId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
 
 /// What a state is for (row `so.rectypes`); prints as clients know it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -287,29 +270,10 @@ fn cut(text: &str, max: usize) -> &str {
     &text[..text.floor_char_boundary(max)]
 }
 
-/// A new identity: 25 characters, as clients are used to.
-pub(crate) fn fresh_id() -> RefId {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-    let seed = format!("{now} {} {}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    id_of(seed)
-}
-
-/// The identity that follows from `seed`.
-pub(crate) fn id_of(seed: impl AsRef<[u8]>) -> RefId {
-    RefId(
-        Digest::of(seed)
-            .as_bytes()
-            .iter()
-            .take(25)
-            .map(|b| char::from(b"0123456789abcdefghijklmnopqrstuv"[usize::from(b & 31)]))
-            .collect(),
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::id::fresh_id;
 
     #[test]
     fn records_survive_their_labels() {

@@ -1,10 +1,14 @@
 //! States with no time later than a given one (row `ex.c.rewrite`).
 
 use crate::{
-    Compression, CompressionKind, ImmutableRef, LayerBlob, LazyLayer, RefStore,
-    blobs::{Feed, Fetch, Sink},
-    store::Record,
+    assemble::image,
+    blob_writer::{Feed, Sink},
+    blobs::Fetch,
+    immutable::ImmutableRef,
+    layer::{LayerBlob, LazyLayer},
+    records::{Record, Records},
 };
+use shipway_archive::{Compression, CompressionKind};
 use shipway_fault::{Context as _, Result};
 use shipway_oci::{Descriptor, DiffId};
 use shipway_progress::Reporter;
@@ -32,8 +36,8 @@ impl ImmutableRef {
         }
         let times = self.layer_times().await?;
         let layered = self.layered().await?;
-        let (store, record) = (&layered.0.store, layered.layered_record()?);
-        store.ensure_lease(record).await?;
+        let (records, record) = (layered.records(), layered.record());
+        records.ensure_lease(record).await?;
         let mut layers = Vec::with_capacity(blobs.len());
         for (i, blob) in blobs.into_iter().enumerate() {
             let kind = CompressionKind::of_media_type(&blob.descriptor.media_type);
@@ -43,7 +47,7 @@ impl ImmutableRef {
                         true => compression,
                         false => Compression { kind, ..compression },
                     };
-                    let rewritten = layered.rewrite(record, &blob, (kind, latest), how).await;
+                    let rewritten = records.rewrite(record, &blob, (kind, latest), how).await;
                     rewritten.context(|| format!("rewrite the times in layer {}", blob.diff_id))?
                 }
                 // A layer of an unknown kind stays as it is.
@@ -56,10 +60,12 @@ impl ImmutableRef {
                 created: times.get(i).copied(),
             });
         }
-        let store = RefStore(store.clone());
-        store.image(layers, self.description(), self.record_type()).await
+        Ok(image(records, layers, self.description().into(), self.record_type()).into())
     }
+}
 
+impl Records {
+    /// The layer of `blob` with its times rewritten: a blob under the lease of `record`.
     async fn rewrite(
         &self,
         record: &Record,
@@ -67,13 +73,13 @@ impl ImmutableRef {
         (kind, latest): (CompressionKind, i64),
         how: Compression,
     ) -> Result<(DiffId, Descriptor)> {
-        let content = &self.0.store.storage.content;
+        let content = &self.backend.storage.content;
         let mut input = Feed::new(content.reader(blob.descriptor.digest).await?);
         let reference = format!("shipway-retime-{}-{latest}-{:?}", blob.diff_id.0.hex(), how.kind);
         let work = move |sink: Sink<'_>| {
             shipway_archive::retime(&mut || input.next(), kind, latest, how, None, sink)
         };
-        let (packed, writer) = self.0.store.stream(&record.lease, reference, work).await?;
+        let (packed, writer) = self.backend.stream(&record.lease, reference, work).await?;
         let labels = Labels::from([(UNCOMPRESSED.to_owned(), packed.diff_id().to_string())]);
         writer.commit(Some(packed.digest), &labels).await?;
         let mut descriptor = blob.descriptor.clone();

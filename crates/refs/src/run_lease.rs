@@ -1,7 +1,10 @@
 //! Run leases: what keeps active snapshots and views of one run of the daemon, and is deleted by
 //! the next.
 
-use crate::record::{KIND, KIND_RUN, fresh_id};
+use crate::{
+    id::fresh_id,
+    record::{KIND, KIND_RUN},
+};
 use shipway_fault::{Context as _, Result};
 use shipway_oci::{Digest, timestamp};
 use shipway_storage::{GC_EXPIRE, Labels, LeaseId, LeaseResource, SnapshotKey, Storage};

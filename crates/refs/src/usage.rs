@@ -1,13 +1,15 @@
 //! What is on the disk and what may go (rows `ctl.du`, `ctl.prune`, `so.gc.*`).
 
 use crate::{
-    RecordType, RefId, RefStore,
-    record::{DOCUMENT_KIND, KIND, KIND_RUN, fresh_id},
-    store::{Inner, Record},
+    backend::Backend,
+    id::{RefId, fresh_id},
+    named_table::NamedTable,
+    record::{DOCUMENT_KIND, KIND, KIND_RUN, RecordType},
+    records::Records,
 };
 use shipway_fault::Result;
 use shipway_oci::{ChainId, Digest, ImageConfig, Index, Manifest, media};
-use shipway_storage::{Labels, LeaseId, SnapshotKey};
+use shipway_storage::{Labels, LeaseId};
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     path::PathBuf,
@@ -68,76 +70,37 @@ pub struct PruneOptions {
     pub filter: Option<UsageFilter>,
 }
 
-impl RefStore {
+/// All states of a namespace, to be listed and pruned.
+#[derive(Clone, Copy)]
+pub(crate) struct States<'a> {
+    pub backend: &'a Backend,
+    pub records: &'a Records,
+    pub named: &'a NamedTable,
+}
+
+impl States<'_> {
     /// What is on the disk.
     pub async fn usage(&self) -> Result<Vec<UsageRecord>> {
-        let shared = self.0.image_chains().await?;
-        self.0.usage(&shared).await
+        let shared = self.image_chains().await?;
+        self.usage_with(&shared).await
     }
 
     /// Digests of the blobs that are kept for the states there are.
     pub fn blobs_kept(&self) -> HashSet<Digest> {
-        let records = self.0.records();
+        let records = self.records.list();
         let blobs = records.iter().flat_map(|r| &r.layers).flat_map(|c| c.blobs());
         blobs.filter(|b| b.is_stored()).map(|b| b.descriptor.digest).collect()
     }
 
-    /// Removes what may go, telling `on_removed` of each, and returns once containerd has freed the
-    /// space. One prune runs at a time.
-    pub async fn prune(
-        &self,
-        options: PruneOptions,
-        on_removed: &(dyn Fn(UsageRecord) + Send + Sync),
-    ) -> Result<()> {
-        let _one = self.0.pruning.lock().await;
-        let pruned = self.0.prune(&options, on_removed).await;
-        self.0.uses.save().await;
-        pruned
-    }
-}
-
-impl Inner {
-    /// Bytes of a record's own layers, parents not counted, and of the blobs known for them.
-    pub async fn size_of(&self, record: &Record) -> Result<u64> {
-        if let Some(size) = *record.size.lock() {
-            return Ok(size);
-        }
-        let parents: HashSet<SnapshotKey> = record
-            .parents
-            .iter()
-            .filter_map(|p| self.peek(p))
-            .flat_map(|p| p.layers.iter().map(|c| c.snapshot.clone()).collect::<Vec<_>>())
-            .collect();
-        let mut size = 0;
-        let mut whole = true;
-        for stacked in record.layers.iter().filter(|c| !parents.contains(&c.snapshot)) {
-            match self.storage.snapshots.usage(&stacked.snapshot).await {
-                Ok(usage) => {
-                    size += usage.bytes;
-                    // More of it comes to the disk as it is read.
-                    whole &= !stacked.is_served();
-                }
-                Err(e) if e.is_not_found() => whole = false,
-                Err(e) => return Err(e),
-            }
-        }
-        if whole {
-            *record.size.lock() = Some(size);
-        }
-        let blobs =
-            record.layers.iter().filter(|c| !parents.contains(&c.snapshot)).flat_map(|c| c.blobs());
-        Ok(size + blobs.filter(|b| b.is_stored()).map(|b| b.descriptor.size).sum::<u64>())
-    }
-
-    async fn usage(&self, shared: &HashSet<ChainId>) -> Result<Vec<UsageRecord>> {
+    async fn usage_with(&self, shared: &HashSet<ChainId>) -> Result<Vec<UsageRecord>> {
         let mut all = Vec::new();
-        for record in self.records() {
-            let uses = self.uses.get(&record.id);
+        for record in self.records.list() {
+            let uses = self.backend.uses.get(&record.id);
             all.push(UsageRecord {
                 id: record.id.clone(),
                 record_type: record.record_type,
                 description: record.description.clone(),
-                size: self.size_of(&record).await?,
+                size: self.records.size_of(&record).await?,
                 in_use: record.life.in_use(),
                 mutable: false,
                 created: record.created,
@@ -151,8 +114,8 @@ impl Inner {
             });
         }
         for entry in self.named.list() {
-            let uses = self.uses.get(&entry.id);
-            let size = match self.storage.snapshots.usage(&entry.snapshot).await {
+            let uses = self.backend.uses.get(&entry.id);
+            let size = match self.backend.storage.snapshots.usage(&entry.snapshot).await {
                 Ok(usage) => usage.bytes,
                 Err(e) if e.is_not_found() => 0,
                 Err(e) => return Err(e),
@@ -179,12 +142,14 @@ impl Inner {
     /// do not count.
     async fn image_chains(&self) -> Result<HashSet<ChainId>> {
         let mut chains = HashSet::new();
-        for image in self.storage.images.list(&[]).await? {
+        for image in self.backend.storage.images.list(&[]).await? {
             let mut queue = vec![image.target];
             let mut budget = 64;
             while let Some(target) = queue.pop().filter(|_| budget > 0) {
                 budget -= 1;
-                let Ok(bytes) = self.storage.content.read_all(target.digest, MAX_JSON).await else {
+                let Ok(bytes) =
+                    self.backend.storage.content.read_all(target.digest, MAX_JSON).await
+                else {
                     continue;
                 };
                 if media::is_index(&target.media_type) {
@@ -208,8 +173,10 @@ impl Inner {
         Ok(chains)
     }
 
-    async fn prune(
-        self: &Arc<Self>,
+    /// Removes what may go, reporting each state to `on_removed`, and returns once containerd has
+    /// freed the space.
+    pub async fn prune(
+        &self,
         options: &PruneOptions,
         on_removed: &(dyn Fn(UsageRecord) + Send + Sync),
     ) -> Result<()> {
@@ -220,18 +187,18 @@ impl Inner {
         } else {
             self.image_chains().await?
         };
-        let all = self.usage(&shared).await?;
+        let all = self.usage_with(&shared).await?;
         let mut total: u64 = all.iter().filter(|u| !u.shared).map(|u| u.size).sum();
         let keep = options.keep(total, self.free_bytes(options));
-        let mut removed = self.retry_lease_deletes().await;
+        let mut removed = self.backend.retry_lease_deletes().await;
         let mut left = all.len();
         let mut order = PruneOrder::new(all, options);
         while keep.is_none_or(|keep| total >= keep) {
             let Some(usage) = order.next() else { break };
             // If a handle was taken just now, what it was made from stays, too.
             let Some(lease) = self.take(&usage.id) else { continue };
-            self.delete_lease(&lease).await;
-            self.uses.forget(&usage.id);
+            self.backend.delete_lease(&lease).await;
+            self.backend.uses.forget(&usage.id);
             order.gone(&usage);
             left -= 1;
             total = total.saturating_sub(usage.size);
@@ -242,16 +209,17 @@ impl Inner {
             removed |= self.forget_documents(options.keep_duration).await?;
         }
         if left == 0 {
-            removed |= self.run_leases.delete_unused(&self.storage, true).await?;
+            removed |= self.backend.run_leases.delete_unused(&self.backend.storage, true).await?;
         }
         if removed {
             // A lease of nothing: its synchronous end waits for one collection of everything above.
             let last = LeaseId(format!("shipway-gc-{}", fresh_id()));
-            self.storage
+            self.backend
+                .storage
                 .leases
                 .create(&last, &Labels::from([(KIND.into(), KIND_RUN.into())]))
                 .await?;
-            self.storage.leases.delete(&last, true).await?;
+            self.backend.storage.leases.delete(&last, true).await?;
         }
         Ok(())
     }
@@ -260,12 +228,14 @@ impl Inner {
     async fn forget_documents(&self, age: Duration) -> Result<bool> {
         let (label, value) = DOCUMENT_KIND;
         let mut removed = false;
-        for lease in self.storage.leases.list(&[format!("labels.\"{label}\"=={value}")]).await? {
+        for lease in
+            self.backend.storage.leases.list(&[format!("labels.\"{label}\"=={value}")]).await?
+        {
             let recent = lease
                 .created
                 .is_some_and(|c| SystemTime::now().duration_since(c).is_ok_and(|a| a < age));
             if !recent {
-                self.storage.leases.delete(&lease.id, false).await?;
+                self.backend.storage.leases.delete(&lease.id, false).await?;
                 removed = true;
             }
         }
@@ -274,18 +244,14 @@ impl Inner {
 
     /// Takes a state out of the tables; its lease is then the caller's to end.
     fn take(&self, id: &RefId) -> Option<LeaseId> {
-        if let Some(record) = self.take_unused(id) {
+        if let Some(record) = self.records.take_unused(id) {
             return Some(record.lease.clone());
         }
-        let entry = self.named.by_id(id)?;
-        entry.evict_unused().then(|| {
-            self.named.drop_entry(&entry);
-            entry.lease.clone()
-        })
+        self.named.take_unused(id).map(|entry| entry.lease.clone())
     }
 
     fn free_bytes(&self, options: &PruneOptions) -> u64 {
-        rustix::fs::statvfs(options.disk.as_ref().unwrap_or(&self.mounts))
+        rustix::fs::statvfs(options.disk.as_ref().unwrap_or(&self.backend.mounts))
             .map_or(u64::MAX, |s| s.f_bavail.saturating_mul(s.f_frsize))
     }
 }
