@@ -11,9 +11,9 @@
 #[path = "../tests/it/files.rs"]
 mod files;
 
-use async_trait::async_trait;
 use base64::Engine as _;
 use files::Files;
+use futures::{FutureExt as _, future::BoxFuture};
 use parking_lot::Mutex;
 use serde_json::{Map, Value, json, value::RawValue};
 use shipway_dockerfile2llb::DockerfileFrontend;
@@ -137,7 +137,6 @@ struct Scene {
     heard: Mutex<Heard>,
 }
 
-#[async_trait]
 impl Bridge for Scene {
     fn options(&self) -> &Options {
         &self.options
@@ -151,65 +150,73 @@ impl Bridge for Scene {
         vec![Platform::new("linux", "amd64", ""), Platform::new("linux", "386", "")]
     }
 
-    async fn solve(&self, request: SolveRequest) -> Result<FrontendResult> {
-        if !request.frontend.is_empty() {
-            return Err(Fault::unknown(format!(
-                "frontend {} of {}",
-                request.frontend, request.options["source"]
-            )));
+    fn solve(&self, request: SolveRequest) -> BoxFuture<'_, Result<FrontendResult>> {
+        async move {
+            if !request.frontend.is_empty() {
+                return Err(Fault::unknown(format!(
+                    "frontend {} of {}",
+                    request.frontend, request.options["source"]
+                )));
+            }
+            let definition = request.definition.unwrap_or_default();
+            self.heard
+                .lock()
+                .solves
+                .push(base64::engine::general_purpose::STANDARD.encode(definition.encode()).into());
+            if definition.is_empty() {
+                return Ok(FrontendResult::of(None));
+            }
+            Ok(FrontendResult::of(Some(Files::of(&definition, &self.files)?)))
         }
-        let definition = request.definition.unwrap_or_default();
-        self.heard
-            .lock()
-            .solves
-            .push(base64::engine::general_purpose::STANDARD.encode(definition.encode()).into());
-        if definition.is_empty() {
-            return Ok(FrontendResult::of(None));
+        .boxed()
+    }
+
+    fn resolve_source(&self, request: SourceRequest) -> BoxFuture<'_, Result<SourceMeta>> {
+        async move {
+            let Some(name) = request
+                .identifier
+                .strip_prefix("docker-image://")
+                .or_else(|| request.identifier.strip_prefix("oci-layout://"))
+            else {
+                return Err(Fault::unknown("no metadata"));
+            };
+            let platform = request
+                .platform
+                .map(|p| Platform { os_version: String::new(), ..p }.to_string())
+                .unwrap_or_default();
+            self.heard.lock().asked.push(json!(format!("{name} {platform} {}", request.log_name)));
+            let key = format!("{name} {platform}");
+            let config = match self.images.names.get(name) {
+                Some(Some(config)) => config.get(),
+                Some(None) => return Err(Fault::not_found(format!("{name}: not found"))),
+                None => self.images.default
+                    [key.bytes().map(usize::from).sum::<usize>() % self.images.default.len()]
+                .get(),
+            };
+            let image = ImageFacts {
+                digest: Digest::of(&key),
+                name: name.to_owned(),
+                config: config.to_owned().into(),
+                attestations: None,
+            };
+            Ok(SourceMeta {
+                facts: SourceFacts { image: Some(image), ..Default::default() },
+                ..Default::default()
+            })
         }
-        Ok(FrontendResult::of(Some(Files::of(&definition, &self.files)?)))
+        .boxed()
     }
 
-    async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta> {
-        let Some(name) = request
-            .identifier
-            .strip_prefix("docker-image://")
-            .or_else(|| request.identifier.strip_prefix("oci-layout://"))
-        else {
-            return Err(Fault::unknown("no metadata"));
-        };
-        let platform = request
-            .platform
-            .map(|p| Platform { os_version: String::new(), ..p }.to_string())
-            .unwrap_or_default();
-        self.heard.lock().asked.push(json!(format!("{name} {platform} {}", request.log_name)));
-        let key = format!("{name} {platform}");
-        let config = match self.images.names.get(name) {
-            Some(Some(config)) => config.get(),
-            Some(None) => return Err(Fault::not_found(format!("{name}: not found"))),
-            None => self.images.default
-                [key.bytes().map(usize::from).sum::<usize>() % self.images.default.len()]
-            .get(),
-        };
-        let image = ImageFacts {
-            digest: Digest::of(&key),
-            name: name.to_owned(),
-            config: config.to_owned().into(),
-            attestations: None,
-        };
-        Ok(SourceMeta {
-            facts: SourceFacts { image: Some(image), ..Default::default() },
-            ..Default::default()
-        })
+    fn inputs(&self) -> BoxFuture<'_, Result<BTreeMap<String, Definition>>> {
+        async move { Ok(BTreeMap::new()) }.boxed()
     }
 
-    async fn inputs(&self) -> Result<BTreeMap<String, Definition>> {
-        Ok(BTreeMap::new())
-    }
-
-    async fn warn(&self, warning: Warning) -> Result<()> {
+    fn warn(&self, warning: Warning) -> BoxFuture<'_, Result<()>> {
+        async move {
         let detail = warning.detail.join("\n");
         let warning = json!({"short": warning.short, "detail": detail, "url": warning.url, "ranges": ranges(&warning.spans)});
         self.heard.lock().warnings.push(warning);
         Ok(())
+    }.boxed()
     }
 }

@@ -5,7 +5,7 @@
 //! ([`Explain`]).
 
 use crate::build_context::CONTEXT;
-use async_trait::async_trait;
+use futures::{FutureExt as _, future::BoxFuture};
 use shipway_dockerfile::{Lines, Source, pin};
 use shipway_fault::{Detail, Fault, SourceFile, nearest};
 use shipway_filesync::IgnoreFile;
@@ -129,20 +129,23 @@ impl Explainer {
     }
 }
 
-#[async_trait]
 impl Explain for Explainer {
-    async fn explain(&self, bridge: &dyn Bridge, fault: Fault) -> Fault {
-        let text = fault.to_string();
-        if !text.contains("not found") && !text.contains("no such file") {
-            return fault;
-        }
-        let mut explained = if self.columns { self.pinned(fault.clone()) } else { fault.clone() };
-        for path in self.missing(&fault) {
-            let hint = self.hint(bridge, path).await;
-            if !explained.hints().any(|h| h == hint) {
-                explained = explained.hint(hint);
+    fn explain<'a>(&'a self, bridge: &'a dyn Bridge, fault: Fault) -> BoxFuture<'a, Fault> {
+        async move {
+            let text = fault.to_string();
+            if !text.contains("not found") && !text.contains("no such file") {
+                return fault;
             }
+            let mut explained =
+                if self.columns { self.pinned(fault.clone()) } else { fault.clone() };
+            for path in self.missing(&fault) {
+                let hint = self.hint(bridge, path).await;
+                if !explained.hints().any(|h| h == hint) {
+                    explained = explained.hint(hint);
+                }
+            }
+            explained
         }
-        explained
+        .boxed()
     }
 }

@@ -1,7 +1,6 @@
 //! Containers that a frontend asks the engine for (rows `gw.ctr.*`, `gw.exec`).
 
 use crate::{BuildRef, FileStat};
-use async_trait::async_trait;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use shipway_executor::{ExitStatus, ProcessIo};
@@ -49,7 +48,6 @@ pub struct ContainerProcess {
 }
 
 /// A container. Its processes end when it is dropped.
-#[async_trait]
 pub trait Container: Send + Sync {
     /// Starts a process. The end of the first one is the end of all. The future resolves when the
     /// process has ended, which may also be because it could not start; it need not be awaited.
@@ -60,20 +58,24 @@ pub trait Container: Send + Sync {
     ) -> BoxFuture<'static, Result<ExitStatus>>;
 
     /// Reads a file of mount number `mount`, or a range of it: offset and length.
-    async fn read_file(&self, mount: usize, path: &str, range: Option<(u64, u64)>)
-    -> Result<Bytes>;
+    fn read_file<'a>(
+        &'a self,
+        mount: usize,
+        path: &'a str,
+        range: Option<(u64, u64)>,
+    ) -> BoxFuture<'a, Result<Bytes>>;
 
     /// Lists a directory of mount number `mount`; `include` is a pattern for names.
-    async fn read_dir(
-        &self,
+    fn read_dir<'a>(
+        &'a self,
         mount: usize,
-        path: &str,
-        include: Option<&str>,
-    ) -> Result<Vec<FileStat>>;
+        path: &'a str,
+        include: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<Vec<FileStat>>>;
 
     /// One entry of mount number `mount`.
-    async fn stat_file(&self, mount: usize, path: &str) -> Result<FileStat>;
+    fn stat_file<'a>(&'a self, mount: usize, path: &'a str) -> BoxFuture<'a, Result<FileStat>>;
 
     /// Ends all processes and gives the mounts back; an error if there were processes to end.
-    async fn release(&self) -> Result<()>;
+    fn release(&self) -> BoxFuture<'_, Result<()>>;
 }

@@ -11,8 +11,8 @@ mod table;
 
 pub use container::{Container, ContainerMount, ContainerProcess, ContainerRequest};
 
-use async_trait::async_trait;
 use bytes::Bytes;
+use futures::{FutureExt as _, future::BoxFuture};
 use shipway_attest::Attestation;
 use shipway_fault::{Fault, Result, SourceFile, Span};
 use shipway_llb::{Definition, ResolveOptions, SourceFacts, SourceOp, SourcePolicy};
@@ -27,7 +27,6 @@ pub type Options = BTreeMap<String, String>;
 
 /// A lazily solved filesystem state, as a frontend holds it. Nothing runs until it is read,
 /// evaluated or exported.
-#[async_trait]
 pub trait BuildRef: Send + Sync {
     /// Identity on the wire.
     fn id(&self) -> &str;
@@ -36,17 +35,25 @@ pub trait BuildRef: Send + Sync {
     fn definition(&self) -> Option<&Definition>;
 
     /// Solves it.
-    async fn evaluate(&self) -> Result<()>;
+    fn evaluate(&self) -> BoxFuture<'_, Result<()>>;
 
     /// Reads a file, or a range of it: offset and length, length 0 for the rest (row
     /// `gw.readfile`).
-    async fn read_file(&self, path: &str, range: Option<(u64, u64)>) -> Result<Bytes>;
+    fn read_file<'a>(
+        &'a self,
+        path: &'a str,
+        range: Option<(u64, u64)>,
+    ) -> BoxFuture<'a, Result<Bytes>>;
 
     /// Lists a directory; `include` is a pattern for names (row `gw.readdir`).
-    async fn read_dir(&self, path: &str, include: Option<&str>) -> Result<Vec<FileStat>>;
+    fn read_dir<'a>(
+        &'a self,
+        path: &'a str,
+        include: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<Vec<FileStat>>>;
 
     /// One entry (row `gw.statfile`).
-    async fn stat_file(&self, path: &str) -> Result<FileStat>;
+    fn stat_file<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<FileStat>>;
 }
 
 /// A file's metadata as fsutil has it (row `cb.fsutil.stat`): the mode is Go's `FileMode`.
@@ -88,10 +95,9 @@ pub struct FrontendResult {
 /// only it knows why they ask for what they ask for. The engine calls it with a failure whose
 /// details name the vertex and its lines. It must hold no bridge, since the build would then hold
 /// itself; it gets one for the call.
-#[async_trait]
 pub trait Explain: Send + Sync {
     /// The same fault, with hints if there are any to give.
-    async fn explain(&self, bridge: &dyn Bridge, fault: Fault) -> Fault;
+    fn explain<'a>(&'a self, bridge: &'a dyn Bridge, fault: Fault) -> BoxFuture<'a, Fault>;
 }
 
 impl FrontendResult {
@@ -194,7 +200,6 @@ pub struct Worker {
 }
 
 /// What the engine offers a frontend. One bridge belongs to one build.
-#[async_trait]
 pub trait Bridge: Send + Sync {
     /// The worker that runs this.
     fn worker(&self) -> Worker {
@@ -211,19 +216,27 @@ pub trait Bridge: Send + Sync {
     fn platforms(&self) -> Vec<Platform>;
 
     /// Solves a definition or runs another frontend.
-    async fn solve(&self, request: SolveRequest) -> Result<FrontendResult>;
+    fn solve(&self, request: SolveRequest) -> BoxFuture<'_, Result<FrontendResult>>;
 
     /// Metadata of a source; images with config.
-    async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta>;
+    fn resolve_source(&self, request: SourceRequest) -> BoxFuture<'_, Result<SourceMeta>>;
 
     /// Inputs by name (row `gw.inputs`).
-    async fn inputs(&self) -> Result<BTreeMap<String, Definition>>;
+    fn inputs(&self) -> BoxFuture<'_, Result<BTreeMap<String, Definition>>>;
 
     /// Names in the directory `dir` (empty for the top) of a client's directory, without
     /// transferring anything; for suggestions only, so an empty answer is fine.
-    async fn local_names(&self, local: &str, session: &str, dir: &str) -> Result<Vec<String>> {
-        let _ = (local, session, dir);
-        Ok(Vec::new())
+    fn local_names<'a>(
+        &'a self,
+        local: &'a str,
+        session: &'a str,
+        dir: &'a str,
+    ) -> BoxFuture<'a, Result<Vec<String>>> {
+        async move {
+            let _ = (local, session, dir);
+            Ok(Vec::new())
+        }
+        .boxed()
     }
 
     /// The states that failed operations left, for looking into: their ids are among the details
@@ -234,10 +247,13 @@ pub trait Bridge: Send + Sync {
     }
 
     /// A container over states of the build.
-    async fn new_container(&self, request: ContainerRequest) -> Result<Arc<dyn Container>> {
-        Err(Fault::unimplemented(format_args!("container {}", request.name)))
+    fn new_container(
+        &self,
+        request: ContainerRequest,
+    ) -> BoxFuture<'_, Result<Arc<dyn Container>>> {
+        async move { Err(Fault::unimplemented(format_args!("container {}", request.name))) }.boxed()
     }
 
     /// Shows a warning on the build's status.
-    async fn warn(&self, warning: Warning) -> Result<()>;
+    fn warn(&self, warning: Warning) -> BoxFuture<'_, Result<()>>;
 }

@@ -212,7 +212,7 @@ impl Builds {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use async_trait::async_trait;
+    use futures::{FutureExt as _, future::BoxFuture};
     use shipway_frontend::{Options, SolveRequest, SourceMeta, SourceRequest, Warning};
     use shipway_llb::Definition;
     use shipway_oci::Platform;
@@ -226,7 +226,6 @@ mod tests {
 
     struct Nothing;
 
-    #[async_trait]
     impl Bridge for Nothing {
         fn options(&self) -> &Options {
             static NONE: Options = Options::new();
@@ -249,27 +248,29 @@ mod tests {
             }
         }
 
-        async fn solve(&self, _: SolveRequest) -> Result<FrontendResult> {
-            let metadata = [("k".to_owned(), b"own".to_vec())].into();
-            Ok(FrontendResult { metadata, ..FrontendResult::of(None) })
+        fn solve(&self, _: SolveRequest) -> BoxFuture<'_, Result<FrontendResult>> {
+            async move {
+                let metadata = [("k".to_owned(), b"own".to_vec())].into();
+                Ok(FrontendResult { metadata, ..FrontendResult::of(None) })
+            }
+            .boxed()
         }
 
-        async fn resolve_source(&self, _: SourceRequest) -> Result<SourceMeta> {
-            Err(Fault::not_found("no source"))
+        fn resolve_source(&self, _: SourceRequest) -> BoxFuture<'_, Result<SourceMeta>> {
+            async move { Err(Fault::not_found("no source")) }.boxed()
         }
 
-        async fn inputs(&self) -> Result<BTreeMap<String, Definition>> {
-            Ok(BTreeMap::new())
+        fn inputs(&self) -> BoxFuture<'_, Result<BTreeMap<String, Definition>>> {
+            async move { Ok(BTreeMap::new()) }.boxed()
         }
 
-        async fn warn(&self, _: Warning) -> Result<()> {
-            Ok(())
+        fn warn(&self, _: Warning) -> BoxFuture<'_, Result<()>> {
+            async move { Ok(()) }.boxed()
         }
     }
 
     struct Numbered(String);
 
-    #[async_trait]
     impl BuildRef for Numbered {
         fn id(&self) -> &str {
             &self.0
@@ -279,24 +280,31 @@ mod tests {
             None
         }
 
-        async fn evaluate(&self) -> Result<()> {
-            Ok(())
+        fn evaluate(&self) -> BoxFuture<'_, Result<()>> {
+            async move { Ok(()) }.boxed()
         }
 
-        async fn read_file(&self, path: &str, _: Option<(u64, u64)>) -> Result<bytes::Bytes> {
-            Err(Fault::not_found(path.to_owned()))
+        fn read_file<'a>(
+            &'a self,
+            path: &'a str,
+            _: Option<(u64, u64)>,
+        ) -> BoxFuture<'a, Result<bytes::Bytes>> {
+            async move { Err(Fault::not_found(path.to_owned())) }.boxed()
         }
 
-        async fn read_dir(
-            &self,
-            path: &str,
-            _: Option<&str>,
-        ) -> Result<Vec<shipway_frontend::FileStat>> {
-            Err(Fault::not_found(path.to_owned()))
+        fn read_dir<'a>(
+            &'a self,
+            path: &'a str,
+            _: Option<&'a str>,
+        ) -> BoxFuture<'a, Result<Vec<shipway_frontend::FileStat>>> {
+            async move { Err(Fault::not_found(path.to_owned())) }.boxed()
         }
 
-        async fn stat_file(&self, path: &str) -> Result<shipway_frontend::FileStat> {
-            Err(Fault::not_found(path.to_owned()))
+        fn stat_file<'a>(
+            &'a self,
+            path: &'a str,
+        ) -> BoxFuture<'a, Result<shipway_frontend::FileStat>> {
+            async move { Err(Fault::not_found(path.to_owned())) }.boxed()
         }
     }
 

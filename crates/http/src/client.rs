@@ -11,6 +11,7 @@ use hyper_util::{
 };
 use shipway_fault::{Class, Code, Fault};
 use std::{
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -119,12 +120,21 @@ impl Client {
         Ok(Self { inner, timeouts })
     }
 
+    /// The client's machinery behind a pointer: it is large, and each crate that sends requests
+    /// would compile it again.
+    fn start(
+        &self,
+        request: Request<Body>,
+    ) -> Pin<Box<dyn Future<Output = Result<http::Response<Incoming>, legacy::Error>> + Send>> {
+        Box::pin(self.inner.request(request))
+    }
+
     /// Sends one request and waits for the head of its response. Redirects are responses like
     /// others.
     pub async fn send(&self, request: Request<Body>) -> Result<Response, HttpError> {
         let uri = request.uri().clone();
         let wait = self.timeouts.response + self.timeouts.connect;
-        let response = timeout(wait, self.inner.request(request))
+        let response = timeout(wait, self.start(request))
             .await
             .map_err(|_| HttpError::TimedOut { waiting_for: "an answer", after: wait })?
             .map_err(|e| error_of(&e))?;
@@ -155,7 +165,7 @@ impl Client {
             }
         };
         let response = tokio::select! {
-            r = self.inner.request(request) => r.map_err(|e| error_of(&e))?,
+            r = self.start(request) => r.map_err(|e| error_of(&e))?,
             after = watch => return Err(HttpError::TimedOut { waiting_for: "the upload to be taken", after }),
         };
         Ok(self.received(response, uri))

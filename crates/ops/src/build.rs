@@ -3,6 +3,7 @@
 
 use crate::op::{Context, LlbOp, VertexOp, keyed};
 use async_trait::async_trait;
+use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use rustix::fs::{Mode, OFlags};
 use shipway_attest::Capture;
@@ -29,10 +30,13 @@ const MAX_DEFINITION: u64 = 16 << 20;
 const MAX_DEPTH: usize = 16;
 
 /// Solves graphs on behalf of a build.
-#[async_trait]
 pub trait SolveNested: Send + Sync {
     /// The state that `definition`, which the operation `of` read, results in.
-    async fn solve_nested(&self, of: Digest, definition: Definition) -> Result<ImmutableRef>;
+    fn solve_nested(
+        &self,
+        of: Digest,
+        definition: Definition,
+    ) -> BoxFuture<'_, Result<ImmutableRef>>;
 }
 
 /// How a build's operations reach the build itself, once that is there.

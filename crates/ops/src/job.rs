@@ -1,7 +1,7 @@
 //! What a build brings to its vertices, and what the daemon brings.
 
 use crate::{DeviceGrants, Emulators, ExportPlan, FailedStates, LogLimits, Nested, StepOptions};
-use async_trait::async_trait;
+use futures::future::BoxFuture;
 use shipway_cdi::CdiCatalog;
 use shipway_executor::Executor;
 use shipway_fault::{Code, Fault, Result};
@@ -73,10 +73,9 @@ pub struct JobData {
 }
 
 /// Decides what may be used as a source.
-#[async_trait]
 pub trait Judge: Send + Sync {
     /// The source that takes the place of `source`, or why it is not allowed.
-    async fn judge(&self, source: SourceOp) -> Result<SourceOp>;
+    fn judge(&self, source: SourceOp) -> BoxFuture<'_, Result<SourceOp>>;
 }
 
 /// A build's judge, which comes after the build's other parts; a build without one allows

@@ -10,6 +10,7 @@ use crate::{
     record::{Body, RecordMeta, RecordType},
     records::Records,
 };
+use futures::FutureExt as _;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_storage::Mount;
 use shipway_treehash::TreeIndex;
@@ -84,7 +85,7 @@ impl Frozen {
     /// The state as a read-only directory of the host.
     pub async fn mount(self: &Arc<Self>) -> Result<LocalMount> {
         let view = self.view();
-        self.records.backend.mount(&view.mounts, Some(view.guard)).await
+        self.records.backend.mount(&view.mounts, Some(view.guard)).boxed().await
     }
 
     /// Bytes on disk, what it was made from not counted.
@@ -100,7 +101,7 @@ impl Frozen {
     /// place on the disk, so readers of its files go on undisturbed.
     pub async fn layered(&self) -> Result<LayeredRef> {
         self.layered
-            .get_or_try_init(|| self.make_layer())
+            .get_or_try_init(|| self.make_layer().boxed())
             .await
             .context(|| format!("make a layer of {:?}", self.description))
             .cloned()

@@ -11,6 +11,7 @@ use crate::{
     record::{Body, RecordMeta, RecordType},
     records::Records,
 };
+use futures::FutureExt as _;
 use parking_lot::Mutex;
 use shipway_archive::{Compression, Hashed, OwnLayer};
 use shipway_fault::{Context as _, Fault, Result};
@@ -53,6 +54,7 @@ impl MutableRef {
         };
         let below = parent.as_ref().and_then(|p| p.record().snapshot());
         let active = Active::prepare(&records.backend, "step", below)
+            .boxed()
             .await
             .context(|| format!("make a file system for {description:?}"))?;
         Ok(Self {
@@ -89,7 +91,7 @@ impl MutableRef {
             return Ok(mount);
         }
         let unsynced: Vec<Mount> = self.active.mounts.iter().map(Mount::unsynced).collect();
-        let mount = self.records.backend.mount(&unsynced, None).await?;
+        let mount = self.records.backend.mount(&unsynced, None).boxed().await?;
         self.mounted.lock().extend(mount.downgrade());
         Ok(mount)
     }
@@ -137,12 +139,15 @@ impl MutableRef {
             body: Body::Layers(Vec::new()),
         };
         let what = meta.description.clone();
-        commit(&records, active, parent, meta, pack).await.context(|| format!("commit {what:?}"))
+        commit(&records, active, parent, meta, pack)
+            .boxed()
+            .await
+            .context(|| format!("commit {what:?}"))
     }
 
     /// Throws the state away and waits for that.
     pub async fn release(self) -> Result<()> {
-        self.active.release().await
+        self.active.release().boxed().await
     }
 }
 

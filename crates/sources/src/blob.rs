@@ -9,7 +9,7 @@ use crate::{
     port::Source,
     remote::{BlobStream, ClientRemote, RegistryRemote, Remote},
 };
-use async_trait::async_trait;
+use futures::{FutureExt as _, future::BoxFuture};
 use serde::Serialize;
 use shipway_attest::{self as attest, Capture};
 use shipway_fault::{Context, Fault, Result};
@@ -151,36 +151,46 @@ impl BlobSpec {
     }
 }
 
-#[async_trait]
 impl Source for BlobSource {
-    async fn pin(&self, spec: &SourceSpec, _cx: &SourceContext) -> Result<PinnedSource> {
-        let blob = BlobSpec::parse(spec)?;
-        let Shape { perm, uid, gid, .. } = blob.shape;
-        let key = BlobKey { digest: blob.at.digest, filename: &blob.filename(), perm, uid, gid };
-        Ok(PinnedSource {
-            keys: vec![keys::digest("blob", &key)],
-            ephemeral: false,
-            digest: Some(blob.at.digest.to_string()),
-            stored: None,
-        })
+    fn pin<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        _cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<PinnedSource>> {
+        async move {
+            let blob = BlobSpec::parse(spec)?;
+            let Shape { perm, uid, gid, .. } = blob.shape;
+            let key =
+                BlobKey { digest: blob.at.digest, filename: &blob.filename(), perm, uid, gid };
+            Ok(PinnedSource {
+                keys: vec![keys::digest("blob", &key)],
+                ephemeral: false,
+                digest: Some(blob.at.digest.to_string()),
+                stored: None,
+            })
+        }
+        .boxed()
     }
 
-    async fn fetch(
-        &self,
-        spec: &SourceSpec,
-        _pin: &PinnedSource,
-        cx: &SourceContext,
-    ) -> Result<ImmutableRef> {
-        let blob = BlobSpec::parse(spec)?;
-        let description = format!("blob {}", blob.at.name);
-        let state = self.refs.mutable(None, &description, blob.record_type, None).await?;
-        let mount = state.mount().await?;
-        blob.at
-            .save(mount.path(), &blob.filename(), &blob.shape, &*cx.clients, &self.registry)
-            .await
-            .context(|| description.clone())?;
-        mount.unmount().await?;
-        state.commit(&description).await
+    fn fetch<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        _pin: &'a PinnedSource,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<ImmutableRef>> {
+        async move {
+            let blob = BlobSpec::parse(spec)?;
+            let description = format!("blob {}", blob.at.name);
+            let state = self.refs.mutable(None, &description, blob.record_type, None).await?;
+            let mount = state.mount().await?;
+            blob.at
+                .save(mount.path(), &blob.filename(), &blob.shape, &*cx.clients, &self.registry)
+                .await
+                .context(|| description.clone())?;
+            mount.unmount().await?;
+            state.commit(&description).await
+        }
+        .boxed()
     }
 
     fn capture(&self, spec: &SourceSpec, _pin: &PinnedSource, capture: &mut Capture) -> Result<()> {

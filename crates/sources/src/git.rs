@@ -17,11 +17,11 @@ use crate::{
     keys,
     port::Source,
 };
-use async_trait::async_trait;
 pub(crate) use attrs::GitSpec;
 use base64::{Engine, prelude::BASE64_STANDARD};
 pub(crate) use bundle::Bundle;
 use cli::Git;
+use futures::{FutureExt as _, future::BoxFuture};
 use repo::Objects;
 use repo::Repo;
 pub(crate) use repo::Tip;
@@ -189,84 +189,99 @@ impl GitSource {
     }
 }
 
-#[async_trait]
 impl Source for GitSource {
-    async fn pin(&self, spec: &SourceSpec, cx: &SourceContext) -> Result<PinnedSource> {
-        let spec = GitSpec::parse(spec, spec.locator())?;
-        let tip = self.tip(&spec, cx).await?;
-        // Files may be cached under the key that no signature was verified for.
-        if spec.signed.is_some() {
-            self.objects(&spec, &tip, cx).await?;
+    fn pin<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<PinnedSource>> {
+        async move {
+            let spec = GitSpec::parse(spec, spec.locator())?;
+            let tip = self.tip(&spec, cx).await?;
+            // Files may be cached under the key that no signature was verified for.
+            if spec.signed.is_some() {
+                self.objects(&spec, &tip, cx).await?;
+            }
+            // A tag and the branch it was made on share a key where the tag itself leaves no trace.
+            let sha = tip.commit.as_ref().filter(|_| !spec.keep_git_dir).unwrap_or(&tip.sha);
+            let key = GitKey {
+                sha,
+                kept: spec.keep_git_dir.then_some(&tip.reference),
+                subdir: &spec.subdir,
+                skip_submodules: spec.skip_submodules,
+                commit_time: spec.commit_time,
+                bundle: spec.bundle_name(),
+            };
+            Ok(PinnedSource {
+                keys: vec![keys::digest("git", &key)],
+                ephemeral: false,
+                digest: Some(tip.sha),
+                stored: None,
+            })
         }
-        // A tag and the branch it was made on share a key where the tag itself leaves no trace.
-        let sha = tip.commit.as_ref().filter(|_| !spec.keep_git_dir).unwrap_or(&tip.sha);
-        let key = GitKey {
-            sha,
-            kept: spec.keep_git_dir.then_some(&tip.reference),
-            subdir: &spec.subdir,
-            skip_submodules: spec.skip_submodules,
-            commit_time: spec.commit_time,
-            bundle: spec.bundle_name(),
-        };
-        Ok(PinnedSource {
-            keys: vec![keys::digest("git", &key)],
-            ephemeral: false,
-            digest: Some(tip.sha),
-            stored: None,
-        })
+        .boxed()
     }
 
-    async fn fetch(
-        &self,
-        spec: &SourceSpec,
-        pin: &PinnedSource,
-        cx: &SourceContext,
-    ) -> Result<ImmutableRef> {
-        let spec = GitSpec::parse(spec, spec.locator())?;
-        // Another build's memory may know another tip; ours is the one that was pinned.
-        let tip = match cx.memo.tip(&spec.tip_key()).filter(|t| Some(&t.sha) == pin.digest.as_ref())
-        {
-            Some(tip) => tip,
-            None => {
-                let unremembered = SourceContext { memo: SourceMemo::default(), ..cx.clone() };
-                self.tip(&spec, &unremembered).await?
-            }
-        };
-        let access = self.access(&spec, cx).await?;
-        let (tip, description) =
-            (&tip, &*format!("git snapshot for {}#{}", spec.shown(), spec.reference));
-        let sha256 = tip.sha.len() == 64;
-        let made = self.in_repository(&spec, &access, sha256, |repo| async move {
-            self.check_out(&repo, tip, cx, description).await
-        });
-        made.await
+    fn fetch<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        pin: &'a PinnedSource,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<ImmutableRef>> {
+        async move {
+            let spec = GitSpec::parse(spec, spec.locator())?;
+            // Another build's memory may know another tip; ours is the one that was pinned.
+            let tip = match cx
+                .memo
+                .tip(&spec.tip_key())
+                .filter(|t| Some(&t.sha) == pin.digest.as_ref())
+            {
+                Some(tip) => tip,
+                None => {
+                    let unremembered = SourceContext { memo: SourceMemo::default(), ..cx.clone() };
+                    self.tip(&spec, &unremembered).await?
+                }
+            };
+            let access = self.access(&spec, cx).await?;
+            let (tip, description) =
+                (&tip, &*format!("git snapshot for {}#{}", spec.shown(), spec.reference));
+            let sha256 = tip.sha.len() == 64;
+            let made = self.in_repository(&spec, &access, sha256, |repo| async move {
+                self.check_out(&repo, tip, cx, description).await
+            });
+            made.await
+        }
+        .boxed()
     }
 
-    async fn resolve(
-        &self,
-        spec: &SourceSpec,
-        options: &ResolveOptions,
-        cx: &SourceContext,
-    ) -> Result<SourceFacts> {
-        let spec = GitSpec::parse(spec, spec.locator())?;
-        let tip = self.tip(&spec, cx).await?;
-        let mut git = GitFacts {
-            checksum: tip.sha.clone(),
-            reference: tip.reference.clone(),
-            commit_checksum: tip.commit.clone().unwrap_or_default(),
-            ..GitFacts::default()
-        };
-        if options.git_objects || spec.signed.is_some() {
-            let found = self.objects(&spec, &tip, cx).await?;
-            if found.tag.is_some() {
-                git.commit_checksum = found.commit.name;
+    fn resolve<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        options: &'a ResolveOptions,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<SourceFacts>> {
+        async move {
+            let spec = GitSpec::parse(spec, spec.locator())?;
+            let tip = self.tip(&spec, cx).await?;
+            let mut git = GitFacts {
+                checksum: tip.sha.clone(),
+                reference: tip.reference.clone(),
+                commit_checksum: tip.commit.clone().unwrap_or_default(),
+                ..GitFacts::default()
+            };
+            if options.git_objects || spec.signed.is_some() {
+                let found = self.objects(&spec, &tip, cx).await?;
+                if found.tag.is_some() {
+                    git.commit_checksum = found.commit.name;
+                }
+                if options.git_objects {
+                    git.commit_object = found.commit.text;
+                    git.tag_object = found.tag.map(|tag| tag.text).unwrap_or_default();
+                }
             }
-            if options.git_objects {
-                git.commit_object = found.commit.text;
-                git.tag_object = found.tag.map(|tag| tag.text).unwrap_or_default();
-            }
+            Ok(SourceFacts { git: Some(git), ..Default::default() })
         }
-        Ok(SourceFacts { git: Some(git), ..Default::default() })
+        .boxed()
     }
 
     fn capture(&self, spec: &SourceSpec, pin: &PinnedSource, capture: &mut Capture) -> Result<()> {

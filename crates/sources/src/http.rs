@@ -12,11 +12,11 @@ use crate::{
     login::{Login, split_login},
     port::Source,
 };
-use async_trait::async_trait;
 pub(crate) use attrs::Shape;
 use attrs::{HttpSpec, Signed};
 use bytes::Bytes;
 use futures::StreamExt as _;
+use futures::{FutureExt as _, future::BoxFuture};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use kept::KnownFiles;
 use serde::Serialize;
@@ -214,95 +214,109 @@ impl HttpSource {
     }
 }
 
-#[async_trait]
 impl Source for HttpSource {
-    async fn pin(&self, spec: &SourceSpec, cx: &SourceContext) -> Result<PinnedSource> {
-        let file = HttpSpec::parse(spec)?;
-        let (digest, filename, modified) = match file.checksum {
-            // What is known by its digest need not be asked for, unless it is to be read.
-            Some(digest) if file.signed.is_none() => (digest, file::name_of(&file, None), None),
-            _ => {
-                let known = self.verified(&file, cx).await?.0;
-                (known.digest, known.filename, known.modified)
-            }
-        };
-        let key = HttpKey {
-            filename: &filename,
-            perm: file.shape.perm,
-            uid: file.shape.uid,
-            gid: file.shape.gid,
-            digest,
-            modified: modified.map(httpdate::fmt_http_date),
-            secret: &file.auth_secret,
-            headers: &file.headers,
-        };
-        Ok(PinnedSource {
-            keys: vec![keys::digest("http", &key)],
-            ephemeral: false,
-            digest: Some(digest.to_string()),
-            stored: None,
-        })
-    }
-
-    async fn fetch(
-        &self,
-        spec: &SourceSpec,
-        pin: &PinnedSource,
-        cx: &SourceContext,
-    ) -> Result<ImmutableRef> {
-        let file = HttpSpec::parse(spec)?;
-        let wanted: Option<Digest> =
-            file.checksum.or_else(|| pin.digest.as_ref().and_then(|d| d.parse().ok()));
-        if let Some(known) = self.recall(&file)
-            && Some(known.digest) == wanted
-            && let Some(state) = self.refs.get(&known.state).await
-        {
-            return Ok(state);
-        }
-        let (known, state) = self.known_to_build(&file, cx).await?;
-        match wanted {
-            Some(wanted) if wanted != known.digest => Err(mismatch(&file, known.digest, wanted)),
-            _ => Ok(state),
-        }
-    }
-
-    async fn resolve(
-        &self,
-        spec: &SourceSpec,
-        options: &ResolveOptions,
-        cx: &SourceContext,
-    ) -> Result<SourceFacts> {
-        let checksum = options.http_checksum.clone();
-        if checksum.as_ref().is_some_and(|(_, suffix)| suffix.len() > MAX_SUFFIX) {
-            return Err(Fault::invalid(format!(
-                "http checksum request suffix exceeds max size {MAX_SUFFIX}"
-            )));
-        }
-        let file = HttpSpec::parse(spec)?;
-        let http = match (file.checksum, checksum) {
-            (Some(digest), None) if file.signed.is_none() => HttpFacts {
-                digest: digest.to_string(),
-                filename: file::name_of(&file, None),
-                ..HttpFacts::default()
-            },
-            (_, checksum) => {
-                let (known, state) = self.verified(&file, cx).await?;
-                let other = match checksum {
-                    Some((algorithm, suffix)) => Some((
-                        sum(&state, &known.filename, algorithm, suffix.clone()).await?,
-                        suffix,
-                    )),
-                    None => None,
-                };
-                HttpFacts {
-                    digest: known.digest.to_string(),
-                    filename: known.filename,
-                    last_modified: known.modified,
-                    other,
+    fn pin<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<PinnedSource>> {
+        async move {
+            let file = HttpSpec::parse(spec)?;
+            let (digest, filename, modified) = match file.checksum {
+                // What is known by its digest need not be asked for, unless it is to be read.
+                Some(digest) if file.signed.is_none() => (digest, file::name_of(&file, None), None),
+                _ => {
+                    let known = self.verified(&file, cx).await?.0;
+                    (known.digest, known.filename, known.modified)
                 }
+            };
+            let key = HttpKey {
+                filename: &filename,
+                perm: file.shape.perm,
+                uid: file.shape.uid,
+                gid: file.shape.gid,
+                digest,
+                modified: modified.map(httpdate::fmt_http_date),
+                secret: &file.auth_secret,
+                headers: &file.headers,
+            };
+            Ok(PinnedSource {
+                keys: vec![keys::digest("http", &key)],
+                ephemeral: false,
+                digest: Some(digest.to_string()),
+                stored: None,
+            })
+        }
+        .boxed()
+    }
+
+    fn fetch<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        pin: &'a PinnedSource,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<ImmutableRef>> {
+        async move {
+            let file = HttpSpec::parse(spec)?;
+            let wanted: Option<Digest> =
+                file.checksum.or_else(|| pin.digest.as_ref().and_then(|d| d.parse().ok()));
+            if let Some(known) = self.recall(&file)
+                && Some(known.digest) == wanted
+                && let Some(state) = self.refs.get(&known.state).await
+            {
+                return Ok(state);
             }
-        };
-        Ok(SourceFacts { http: Some(http), ..Default::default() })
+            let (known, state) = self.known_to_build(&file, cx).await?;
+            match wanted {
+                Some(wanted) if wanted != known.digest => {
+                    Err(mismatch(&file, known.digest, wanted))
+                }
+                _ => Ok(state),
+            }
+        }
+        .boxed()
+    }
+
+    fn resolve<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        options: &'a ResolveOptions,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<SourceFacts>> {
+        async move {
+            let checksum = options.http_checksum.clone();
+            if checksum.as_ref().is_some_and(|(_, suffix)| suffix.len() > MAX_SUFFIX) {
+                return Err(Fault::invalid(format!(
+                    "http checksum request suffix exceeds max size {MAX_SUFFIX}"
+                )));
+            }
+            let file = HttpSpec::parse(spec)?;
+            let http = match (file.checksum, checksum) {
+                (Some(digest), None) if file.signed.is_none() => HttpFacts {
+                    digest: digest.to_string(),
+                    filename: file::name_of(&file, None),
+                    ..HttpFacts::default()
+                },
+                (_, checksum) => {
+                    let (known, state) = self.verified(&file, cx).await?;
+                    let other = match checksum {
+                        Some((algorithm, suffix)) => Some((
+                            sum(&state, &known.filename, algorithm, suffix.clone()).await?,
+                            suffix,
+                        )),
+                        None => None,
+                    };
+                    HttpFacts {
+                        digest: known.digest.to_string(),
+                        filename: known.filename,
+                        last_modified: known.modified,
+                        other,
+                    }
+                }
+            };
+            Ok(SourceFacts { http: Some(http), ..Default::default() })
+        }
+        .boxed()
     }
 
     fn capture(&self, spec: &SourceSpec, pin: &PinnedSource, capture: &mut Capture) -> Result<()> {
@@ -479,6 +493,7 @@ mod tests {
         SourceMemo,
         clients::{ClientDirectory, SshAgent},
     };
+    use async_trait::async_trait;
     use shipway_oci::Platform;
     use shipway_storage::fake::FakeStorage;
     use std::sync::{

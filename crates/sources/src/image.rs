@@ -15,9 +15,9 @@ use crate::{
     remote::{ClientRemote, LayerSources, RegistryImage, RegistryRemote, Remote},
     snapshotter::RemoteImage,
 };
-use async_trait::async_trait;
 pub use attrs::LocalImages;
 use attrs::{ImageLocation, ImageSpec};
+use futures::{FutureExt as _, future::BoxFuture};
 pub(crate) use resolve::ResolvedName;
 pub use resolve::document_lease;
 use resolve::{NameResolver, Resolved};
@@ -127,109 +127,121 @@ impl ImageSource {
     }
 }
 
-#[async_trait]
 impl Source for ImageSource {
-    async fn pin(&self, spec: &SourceSpec, cx: &SourceContext) -> Result<PinnedSource> {
-        let image = self.parse(spec)?;
-        let found = self.find(&image, &spec.platform, cx).await?;
-        let (diffs, _) = limited(&image, &found)?;
-        let mut keys = vec![keys::digest(
-            "image",
-            &ManifestKey {
-                digest: found.main.digest,
-                platform: &spec.platform,
-                limit: image.layer_limit,
-            },
-        )];
-        // The second key is the content itself: the same layers under another name, or after a new
-        // push, are the same state.
-        keys.extend(ChainId::of(diffs.iter().copied()).map(|c| c.0));
-        Ok(PinnedSource {
-            keys,
-            ephemeral: false,
-            digest: Some(found.main.digest.to_string()),
-            stored: found.stored,
-        })
+    fn pin<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<PinnedSource>> {
+        async move {
+            let image = self.parse(spec)?;
+            let found = self.find(&image, &spec.platform, cx).await?;
+            let (diffs, _) = limited(&image, &found)?;
+            let mut keys = vec![keys::digest(
+                "image",
+                &ManifestKey {
+                    digest: found.main.digest,
+                    platform: &spec.platform,
+                    limit: image.layer_limit,
+                },
+            )];
+            // The second key is the content itself: the same layers under another name, or after a new
+            // push, are the same state.
+            keys.extend(ChainId::of(diffs.iter().copied()).map(|c| c.0));
+            Ok(PinnedSource {
+                keys,
+                ephemeral: false,
+                digest: Some(found.main.digest.to_string()),
+                stored: found.stored,
+            })
+        }
+        .boxed()
     }
 
-    async fn fetch(
-        &self,
-        spec: &SourceSpec,
-        pin: &PinnedSource,
-        cx: &SourceContext,
-    ) -> Result<ImmutableRef> {
-        let mut image = self.parse(spec)?;
-        // What was pinned is what is used, whatever the tag says by now.
-        if let Some(digest) = pin.digest.as_ref().and_then(|d| d.parse().ok()) {
-            image.name = image.name.with_digest(digest);
-            image.mode = ResolveMode::PreferLocal;
-        }
-        let found = self.find(&image, &spec.platform, cx).await?;
-        let (diffs, blobs) = limited(&image, &found)?;
-        if diffs.is_empty() {
-            return self.refs.scratch();
-        }
-        // What was built here may lie on layers that are not here, and are not found under its own
-        // name.
-        let built = matches!(found.stored, Some(Stored::Built(_)));
-        let origins = match built {
-            true => self.refs.storage().content.info(found.digest).await?.labels,
-            false => Labels::new(),
-        };
-        let from_registry = self.kind == ImageKind::Registry && !built;
-        let place = from_registry.then(|| RegistryImage {
-            image: RemoteImage {
-                name: image.name.clone().with_digest(found.digest),
-                layers: blobs.iter().map(|blob| blob.digest).collect(),
-            },
-            credentials: cx.clients.credentials(),
-        });
-        let source = self.layers.of(self.remote(&image, &*cx.clients).await?, place);
-        let mut layers = Vec::with_capacity(diffs.len());
-        for (diff_id, descriptor) in diffs.iter().zip(blobs) {
-            let here = self.refs.storage().content.has(descriptor).await?;
-            let origin = origins.get(&format!("{LAYER_ORIGIN}.{}", descriptor.digest));
-            let known = || origin.and_then(|origin| self.layers.source(origin));
-            let source = (!here).then(|| known().unwrap_or_else(|| source.clone()));
-            layers.push(LazyLayer {
-                diff_id: *diff_id,
-                descriptor: descriptor.clone(),
-                source,
-                created: None,
-            });
-        }
-        self.refs.image(layers, format!("pulled from {}", image.name), image.record_type).await
-    }
-
-    async fn resolve(
-        &self,
-        spec: &SourceSpec,
-        options: &ResolveOptions,
-        cx: &SourceContext,
-    ) -> Result<SourceFacts> {
-        let mut image = self.parse(spec)?;
-        if !spec.attrs.contains_key(attr::IMAGE_RESOLVE_MODE) {
-            image.mode = options.mode;
-        }
-        let found = self.find(&image, &spec.platform, cx).await?;
-        let attestations = match &options.attestations {
-            Some(predicates) => {
-                let remote = self.remote(&image, &*cx.clients).await?;
-                let documents =
-                    resolve::Documents { storage: self.refs.storage(), remote: Some(&*remote) };
-                attested::chain(&documents, &found.main, &spec.platform, predicates)
-                    .await?
-                    .map(Box::new)
+    fn fetch<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        pin: &'a PinnedSource,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<ImmutableRef>> {
+        async move {
+            let mut image = self.parse(spec)?;
+            // What was pinned is what is used, whatever the tag says by now.
+            if let Some(digest) = pin.digest.as_ref().and_then(|d| d.parse().ok()) {
+                image.name = image.name.with_digest(digest);
+                image.mode = ResolveMode::PreferLocal;
             }
-            None => None,
-        };
-        let resolved = ImageFacts {
-            name: image.name.to_string(),
-            digest: found.main.digest,
-            config: found.config,
-            attestations,
-        };
-        Ok(SourceFacts { image: Some(resolved), ..Default::default() })
+            let found = self.find(&image, &spec.platform, cx).await?;
+            let (diffs, blobs) = limited(&image, &found)?;
+            if diffs.is_empty() {
+                return self.refs.scratch();
+            }
+            // What was built here may lie on layers that are not here, and are not found under its own
+            // name.
+            let built = matches!(found.stored, Some(Stored::Built(_)));
+            let origins = match built {
+                true => self.refs.storage().content.info(found.digest).await?.labels,
+                false => Labels::new(),
+            };
+            let from_registry = self.kind == ImageKind::Registry && !built;
+            let place = from_registry.then(|| RegistryImage {
+                image: RemoteImage {
+                    name: image.name.clone().with_digest(found.digest),
+                    layers: blobs.iter().map(|blob| blob.digest).collect(),
+                },
+                credentials: cx.clients.credentials(),
+            });
+            let source = self.layers.of(self.remote(&image, &*cx.clients).await?, place);
+            let mut layers = Vec::with_capacity(diffs.len());
+            for (diff_id, descriptor) in diffs.iter().zip(blobs) {
+                let here = self.refs.storage().content.has(descriptor).await?;
+                let origin = origins.get(&format!("{LAYER_ORIGIN}.{}", descriptor.digest));
+                let known = || origin.and_then(|origin| self.layers.source(origin));
+                let source = (!here).then(|| known().unwrap_or_else(|| source.clone()));
+                layers.push(LazyLayer {
+                    diff_id: *diff_id,
+                    descriptor: descriptor.clone(),
+                    source,
+                    created: None,
+                });
+            }
+            self.refs.image(layers, format!("pulled from {}", image.name), image.record_type).await
+        }
+        .boxed()
+    }
+
+    fn resolve<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        options: &'a ResolveOptions,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<SourceFacts>> {
+        async move {
+            let mut image = self.parse(spec)?;
+            if !spec.attrs.contains_key(attr::IMAGE_RESOLVE_MODE) {
+                image.mode = options.mode;
+            }
+            let found = self.find(&image, &spec.platform, cx).await?;
+            let attestations = match &options.attestations {
+                Some(predicates) => {
+                    let remote = self.remote(&image, &*cx.clients).await?;
+                    let documents =
+                        resolve::Documents { storage: self.refs.storage(), remote: Some(&*remote) };
+                    attested::chain(&documents, &found.main, &spec.platform, predicates)
+                        .await?
+                        .map(Box::new)
+                }
+                None => None,
+            };
+            let resolved = ImageFacts {
+                name: image.name.to_string(),
+                digest: found.main.digest,
+                config: found.config,
+                attestations,
+            };
+            Ok(SourceFacts { image: Some(resolved), ..Default::default() })
+        }
+        .boxed()
     }
 
     fn capture(&self, spec: &SourceSpec, pin: &PinnedSource, capture: &mut Capture) -> Result<()> {

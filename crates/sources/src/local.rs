@@ -7,7 +7,7 @@ use crate::{
     keys,
     port::Source,
 };
-use async_trait::async_trait;
+use futures::{FutureExt as _, future::BoxFuture};
 use parking_lot::Mutex;
 use serde::Serialize;
 use shipway_attest::Capture;
@@ -274,49 +274,58 @@ impl LocalSource {
     }
 }
 
-#[async_trait]
 impl Source for LocalSource {
     /// The key means nothing beyond the session (row `src.local.key`): steps depend on what they
     /// read instead.
-    async fn pin(&self, spec: &SourceSpec, cx: &SourceContext) -> Result<PinnedSource> {
-        let local = LocalSpec::parse(spec, spec.locator())?;
-        let session = local.session.clone().or_else(|| cx.clients.session_id());
-        let session = session
-            .ok_or_else(|| Fault::invalid("could not access local files without session"))?;
-        let FileSyncRequest { dir_name: name, include, exclude, follow, .. } = &local.request;
-        let listed = local.listed.as_deref();
-        let key = keys::digest(
-            "local",
-            &LocalKey { session: session.as_str(), name, include, exclude, follow, listed },
-        );
-        Ok(PinnedSource {
-            keys: vec![key],
-            ephemeral: true,
-            digest: Some(key.to_string()),
-            stored: None,
-        })
+    fn pin<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<PinnedSource>> {
+        async move {
+            let local = LocalSpec::parse(spec, spec.locator())?;
+            let session = local.session.clone().or_else(|| cx.clients.session_id());
+            let session = session
+                .ok_or_else(|| Fault::invalid("could not access local files without session"))?;
+            let FileSyncRequest { dir_name: name, include, exclude, follow, .. } = &local.request;
+            let listed = local.listed.as_deref();
+            let key = keys::digest(
+                "local",
+                &LocalKey { session: session.as_str(), name, include, exclude, follow, listed },
+            );
+            Ok(PinnedSource {
+                keys: vec![key],
+                ephemeral: true,
+                digest: Some(key.to_string()),
+                stored: None,
+            })
+        }
+        .boxed()
     }
 
-    async fn fetch(
-        &self,
-        spec: &SourceSpec,
-        _pin: &PinnedSource,
-        cx: &SourceContext,
-    ) -> Result<ImmutableRef> {
-        let local = LocalSpec::parse(spec, spec.locator())?;
-        let mut last = Fault::invalid(format!(
-            "no attached client has the directory {:?}",
-            local.request.dir_name
-        ));
-        for directory in cx.clients.directories(local.session.as_ref()).await? {
-            match self.transfer(&local, &*directory, &cx.reporter).await {
-                Ok(state) => return Ok(state),
-                // This client has no such directory; another one of the build may.
-                Err(e) if e.is_not_found() => last = e,
-                Err(e) => return Err(e),
+    fn fetch<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        _pin: &'a PinnedSource,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<ImmutableRef>> {
+        async move {
+            let local = LocalSpec::parse(spec, spec.locator())?;
+            let mut last = Fault::invalid(format!(
+                "no attached client has the directory {:?}",
+                local.request.dir_name
+            ));
+            for directory in cx.clients.directories(local.session.as_ref()).await? {
+                match self.transfer(&local, &*directory, &cx.reporter).await {
+                    Ok(state) => return Ok(state),
+                    // This client has no such directory; another one of the build may.
+                    Err(e) if e.is_not_found() => last = e,
+                    Err(e) => return Err(e),
+                }
             }
+            Err(last)
         }
-        Err(last)
+        .boxed()
     }
 
     fn capture(&self, spec: &SourceSpec, _pin: &PinnedSource, capture: &mut Capture) -> Result<()> {
@@ -412,6 +421,7 @@ fn progress_of(name: &str, reporter: &Reporter) -> ProgressFn {
 mod tests {
     use super::*;
     use crate::{SourceMemo, clients::SshAgent};
+    use async_trait::async_trait;
     use shipway_filesync::{PacketStream, SendOptions, Sender};
     use shipway_oci::Platform;
     use shipway_storage::fake::FakeStorage;

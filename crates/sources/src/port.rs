@@ -1,7 +1,7 @@
 //! What a source is: the words, and the port that every kind of source implements.
 
 use crate::{SourceMemo, clients::ClientServices};
-use async_trait::async_trait;
+use futures::{FutureExt as _, future::BoxFuture};
 use shipway_attest::{Capture, Stored};
 use shipway_fault::Result;
 use shipway_llb::{ResolveOptions, SourceFacts};
@@ -62,27 +62,30 @@ pub struct PinnedSource {
 }
 
 /// One kind of source. What it is asked is always a source with one of its schemes.
-#[async_trait]
 pub(crate) trait Source: Send + Sync {
     /// Pins the source; nothing is fetched that fetching could avoid.
-    async fn pin(&self, spec: &SourceSpec, cx: &SourceContext) -> Result<PinnedSource>;
+    fn pin<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<PinnedSource>>;
 
     /// The state of a pinned source. It may be lazy.
-    async fn fetch(
-        &self,
-        spec: &SourceSpec,
-        pin: &PinnedSource,
-        cx: &SourceContext,
-    ) -> Result<ImmutableRef>;
+    fn fetch<'a>(
+        &'a self,
+        spec: &'a SourceSpec,
+        pin: &'a PinnedSource,
+        cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<ImmutableRef>>;
 
     /// What can be known of the source without fetching it.
-    async fn resolve(
-        &self,
-        _spec: &SourceSpec,
-        _options: &ResolveOptions,
-        _cx: &SourceContext,
-    ) -> Result<SourceFacts> {
-        Ok(SourceFacts::default())
+    fn resolve<'a>(
+        &'a self,
+        _spec: &'a SourceSpec,
+        _options: &'a ResolveOptions,
+        _cx: &'a SourceContext,
+    ) -> BoxFuture<'a, Result<SourceFacts>> {
+        async move { Ok(SourceFacts::default()) }.boxed()
     }
 
     /// Notes in `capture`, for provenance, what the pinned source is.

@@ -8,7 +8,10 @@
 //! Groups of tasks are tokio-util's `TaskTracker` and shutdown is its `CancellationToken`; both go
 //! with these functions: `spawn("watch a session", tracker.track_future(token.cancelled_owned()))`.
 //!
-//! `futures` is used for `catch_unwind`, and nothing else of it.
+//! What is started is boxed: tokio's code for a task is large, and is compiled once for each type
+//! of result instead of once for each future.
+//!
+//! `futures` is used for `catch_unwind` and `boxed`, and nothing else of it.
 
 use futures::FutureExt;
 use shipway_fault::{Fault, Result};
@@ -49,7 +52,7 @@ pub fn spawn_on<F>(runtime: &Handle, name: &'static str, future: F) -> JoinHandl
 where
     F: Future<Output: Send + 'static> + Send + 'static,
 {
-    runtime.spawn(named(name, future))
+    runtime.spawn(named(name, future.boxed()))
 }
 
 /// [`spawn`] in `span`, for tasks whose span has more to say than a name.
@@ -59,7 +62,7 @@ pub fn spawn_in<F>(span: Span, future: F) -> JoinHandle<F::Output>
 where
     F: Future<Output: Send + 'static> + Send + 'static,
 {
-    tokio::spawn(logged(future).instrument(span))
+    tokio::spawn(logged(future.boxed()).instrument(span))
 }
 
 /// `future` as [`spawn`] starts it: in its span, panics logged before they go on.
@@ -109,6 +112,7 @@ where
     F: FnOnce() -> Result<T> + Send + 'static,
 {
     let span = Span::current();
+    let work: Box<dyn FnOnce() -> Result<T> + Send> = Box::new(work);
     let running = runtime.spawn_blocking(move || span.in_scope(work));
     async move { running.await.unwrap_or_else(|e| Err(fault_of(what, e))) }
 }

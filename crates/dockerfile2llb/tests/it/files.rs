@@ -1,7 +1,7 @@
 //! Files as a bridge gives them, for the tests and for the example `answers`.
 
-use async_trait::async_trait;
 use bytes::Bytes;
+use futures::{FutureExt as _, future::BoxFuture};
 use shipway_fault::{Fault, Result};
 use shipway_frontend::{BuildRef, FileStat};
 use shipway_llb::{Caps, Definition, Graph, Op};
@@ -36,7 +36,6 @@ impl Files {
     }
 }
 
-#[async_trait]
 impl BuildRef for Files {
     fn id(&self) -> &str {
         ""
@@ -46,29 +45,41 @@ impl BuildRef for Files {
         None
     }
 
-    async fn evaluate(&self) -> Result<()> {
-        Ok(())
+    fn evaluate(&self) -> BoxFuture<'_, Result<()>> {
+        async move { Ok(()) }.boxed()
     }
 
-    async fn read_file(&self, path: &str, range: Option<(u64, u64)>) -> Result<Bytes> {
-        match self.files.get(&format!("{}{path}", self.prefix)) {
-            Some(text) => {
-                let bytes = Bytes::from(text.clone());
-                let (from, length) =
-                    range.map_or((0, 0), |(from, length)| (from as usize, length as usize));
-                let from = from.min(bytes.len());
-                let end = if length == 0 { bytes.len() } else { bytes.len().min(from + length) };
-                Ok(bytes.slice(from..end))
+    fn read_file<'a>(
+        &'a self,
+        path: &'a str,
+        range: Option<(u64, u64)>,
+    ) -> BoxFuture<'a, Result<Bytes>> {
+        async move {
+            match self.files.get(&format!("{}{path}", self.prefix)) {
+                Some(text) => {
+                    let bytes = Bytes::from(text.clone());
+                    let (from, length) =
+                        range.map_or((0, 0), |(from, length)| (from as usize, length as usize));
+                    let from = from.min(bytes.len());
+                    let end =
+                        if length == 0 { bytes.len() } else { bytes.len().min(from + length) };
+                    Ok(bytes.slice(from..end))
+                }
+                None => Err(Fault::not_found(format!("open {path}: no such file or directory"))),
             }
-            None => Err(Fault::not_found(format!("open {path}: no such file or directory"))),
         }
+        .boxed()
     }
 
-    async fn read_dir(&self, _path: &str, _include: Option<&str>) -> Result<Vec<FileStat>> {
-        Err(Fault::unimplemented("read_dir"))
+    fn read_dir<'a>(
+        &'a self,
+        _path: &'a str,
+        _include: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<Vec<FileStat>>> {
+        async move { Err(Fault::unimplemented("read_dir")) }.boxed()
     }
 
-    async fn stat_file(&self, _path: &str) -> Result<FileStat> {
-        Err(Fault::unimplemented("stat_file"))
+    fn stat_file<'a>(&'a self, _path: &'a str) -> BoxFuture<'a, Result<FileStat>> {
+        async move { Err(Fault::unimplemented("stat_file")) }.boxed()
     }
 }

@@ -1,7 +1,7 @@
 //! A bridge that answers from a text and writes down what it was asked.
 
 use crate::files::Files;
-use async_trait::async_trait;
+use futures::{FutureExt as _, future::BoxFuture};
 use parking_lot::Mutex;
 use shipway_dockerfile2llb::DockerfileFrontend;
 use shipway_fault::{Detail, Fault, Result, Span};
@@ -159,7 +159,6 @@ fn dump(definition: &Definition) -> String {
     out
 }
 
-#[async_trait]
 impl Bridge for Fake {
     fn options(&self) -> &Options {
         &self.options
@@ -173,65 +172,82 @@ impl Bridge for Fake {
         vec![Platform::new("linux", "amd64", ""), Platform::new("linux", "386", "")]
     }
 
-    async fn solve(&self, request: SolveRequest) -> Result<FrontendResult> {
-        if !request.frontend.is_empty() {
-            return Err(Fault::unknown(format!(
-                "frontend {} of {}",
-                request.frontend, request.options["source"]
-            )));
+    fn solve(&self, request: SolveRequest) -> BoxFuture<'_, Result<FrontendResult>> {
+        async move {
+            if !request.frontend.is_empty() {
+                return Err(Fault::unknown(format!(
+                    "frontend {} of {}",
+                    request.frontend, request.options["source"]
+                )));
+            }
+            let Some(definition) = request.definition else {
+                self.add("solve\n".into());
+                return Ok(FrontendResult::of(None));
+            };
+            self.add(dump(&definition));
+            Ok(FrontendResult::of(Some(Files::of(&definition, &self.files)?)))
         }
-        let Some(definition) = request.definition else {
-            self.add("solve\n".into());
-            return Ok(FrontendResult::of(None));
-        };
-        self.add(dump(&definition));
-        Ok(FrontendResult::of(Some(Files::of(&definition, &self.files)?)))
+        .boxed()
     }
 
-    async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta> {
-        let name = request.identifier.split_once("://").unwrap().1.to_owned();
-        if request.options.git_objects {
-            self.add(format!("resolve {} {}\n", request.identifier, quote(&request.log_name)));
-            let commit_object =
-                "commit 1\0tree 1\ncommitter a b <a@b> 1700000000 +0100\n\nwhy\n".into();
-            let git = Some(GitFacts { commit_object, ..Default::default() });
-            return Ok(SourceMeta {
-                facts: SourceFacts { git, ..Default::default() },
+    fn resolve_source(&self, request: SourceRequest) -> BoxFuture<'_, Result<SourceMeta>> {
+        async move {
+            let name = request.identifier.split_once("://").unwrap().1.to_owned();
+            if request.options.git_objects {
+                self.add(format!("resolve {} {}\n", request.identifier, quote(&request.log_name)));
+                let commit_object =
+                    "commit 1\0tree 1\ncommitter a b <a@b> 1700000000 +0100\n\nwhy\n".into();
+                let git = Some(GitFacts { commit_object, ..Default::default() });
+                return Ok(SourceMeta {
+                    facts: SourceFacts { git, ..Default::default() },
+                    ..Default::default()
+                });
+            }
+            let platform = request.platform.map(|p| p.to_string()).unwrap_or_default();
+            self.add(format!("resolve {name} {platform} {}\n", quote(&request.log_name)));
+            let config =
+                self.images.get(&format!("{name} {platform}")).or_else(|| self.images.get(&name));
+            let config = config.ok_or_else(|| Fault::not_found(format!("{name}: not found")))?;
+            let image = ImageFacts {
+                digest: Digest::of(&name),
+                name,
+                config: config.get().to_owned().into(),
+                attestations: None,
+            };
+            Ok(SourceMeta {
+                facts: SourceFacts { image: Some(image), ..Default::default() },
                 ..Default::default()
-            });
+            })
         }
-        let platform = request.platform.map(|p| p.to_string()).unwrap_or_default();
-        self.add(format!("resolve {name} {platform} {}\n", quote(&request.log_name)));
-        let config =
-            self.images.get(&format!("{name} {platform}")).or_else(|| self.images.get(&name));
-        let config = config.ok_or_else(|| Fault::not_found(format!("{name}: not found")))?;
-        let image = ImageFacts {
-            digest: Digest::of(&name),
-            name,
-            config: config.get().to_owned().into(),
-            attestations: None,
-        };
-        Ok(SourceMeta {
-            facts: SourceFacts { image: Some(image), ..Default::default() },
-            ..Default::default()
-        })
+        .boxed()
     }
 
-    async fn inputs(&self) -> Result<BTreeMap<String, Definition>> {
-        Ok(BTreeMap::new())
+    fn inputs(&self) -> BoxFuture<'_, Result<BTreeMap<String, Definition>>> {
+        async move { Ok(BTreeMap::new()) }.boxed()
     }
 
-    async fn local_names(&self, local: &str, session: &str, dir: &str) -> Result<Vec<String>> {
-        assert_eq!((local, session), ("context", "sess"));
-        Ok(self
-            .files
-            .get(&format!("names {dir}"))
-            .map(|n| n.lines().map(str::to_owned).collect())
-            .unwrap_or_default())
+    fn local_names<'a>(
+        &'a self,
+        local: &'a str,
+        session: &'a str,
+        dir: &'a str,
+    ) -> BoxFuture<'a, Result<Vec<String>>> {
+        async move {
+            assert_eq!((local, session), ("context", "sess"));
+            Ok(self
+                .files
+                .get(&format!("names {dir}"))
+                .map(|n| n.lines().map(str::to_owned).collect())
+                .unwrap_or_default())
+        }
+        .boxed()
     }
 
-    async fn warn(&self, warning: Warning) -> Result<()> {
-        self.add(format!("warn {} {} {}\n", warning.short, warning.url, lines(&warning.spans)));
-        Ok(())
+    fn warn(&self, warning: Warning) -> BoxFuture<'_, Result<()>> {
+        async move {
+            self.add(format!("warn {} {} {}\n", warning.short, warning.url, lines(&warning.spans)));
+            Ok(())
+        }
+        .boxed()
     }
 }

@@ -9,7 +9,7 @@ use super::{
     state::{EngineRef, States},
     vertices,
 };
-use async_trait::async_trait;
+use futures::{FutureExt as _, future::BoxFuture};
 use shipway_fault::Result;
 use shipway_llb::{Caps, Definition, Graph, NetMode, Op, SourcePolicy, Vertex};
 use shipway_oci::Digest;
@@ -96,15 +96,22 @@ impl BuildScope {
     }
 }
 
-#[async_trait]
 impl SolveNested for Build {
-    async fn solve_nested(&self, of: Digest, definition: Definition) -> Result<ImmutableRef> {
-        if definition.ops.is_empty() {
-            return self.scope.parts.services.refs.scratch();
+    fn solve_nested(
+        &self,
+        of: Digest,
+        definition: Definition,
+    ) -> BoxFuture<'_, Result<ImmutableRef>> {
+        async move {
+            if definition.ops.is_empty() {
+                return self.scope.parts.services.refs.scratch();
+            }
+            // What it takes counts as incomplete in provenance, so this log is not read.
+            let state =
+                self.state(definition, &[], &CallLog::root(FrontendCall::default())).await?;
+            let _known = self.scope.shared.nested.enter(of, state.lazy.vertices())?;
+            state.state().await
         }
-        // What it takes counts as incomplete in provenance, so this log is not read.
-        let state = self.state(definition, &[], &CallLog::root(FrontendCall::default())).await?;
-        let _known = self.scope.shared.nested.enter(of, state.lazy.vertices())?;
-        state.state().await
+        .boxed()
     }
 }

@@ -2,8 +2,8 @@
 //! source (rows `so.pol*`, `cb.policy`).
 
 use super::{SourceQuery, heavy::heavy, scope::BuildScope};
-use async_trait::async_trait;
 use futures::future::try_join_all;
+use futures::{FutureExt as _, future::BoxFuture};
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_gocompat::path::inside;
 use shipway_llb::{Definition, Graph, Op, SourceFacts, SourceOp, SourcePolicy, policy};
@@ -38,10 +38,9 @@ fn normalize(source: &mut SourceOp) {
     }
 }
 
-#[async_trait]
 impl Judge for BuildScope {
-    async fn judge(&self, source: SourceOp) -> Result<SourceOp> {
-        self.check(source, None, &[]).await
+    fn judge(&self, source: SourceOp) -> BoxFuture<'_, Result<SourceOp>> {
+        async move { self.check(source, None, &[]).await }.boxed()
     }
 }
 

@@ -8,7 +8,7 @@ use crate::{
     parts::EngineParts,
     request::{BuildPolicy, BuildRequest},
 };
-use async_trait::async_trait;
+use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use shipway_fault::Fault;
 use shipway_oci::Digest;
@@ -32,10 +32,9 @@ pub(crate) struct Shared {
 }
 
 /// What a frontend knows of the failures of what it asked for.
-#[async_trait]
 pub(crate) trait Explainer: Send + Sync {
     /// The fault, with hints if there are any.
-    async fn explain(&self, fault: Fault) -> Fault;
+    fn explain(&self, fault: Fault) -> BoxFuture<'_, Fault>;
 }
 
 /// What all bridges and states of one build share. The job ends with it.

@@ -1,8 +1,8 @@
 //! A lazy state of a build, as frontends and exporters hold it.
 
 use super::{call_log::CallLog, lazy::LazyState, reads, scope::BuildScope};
-use async_trait::async_trait;
 use bytes::Bytes;
+use futures::{FutureExt as _, future::BoxFuture};
 use parking_lot::Mutex;
 use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{BuildRef, FileStat};
@@ -55,11 +55,17 @@ impl States {
     }
 
     /// The state behind a reference, solved.
-    pub(crate) async fn state_of(&self, state: &dyn BuildRef) -> Result<ImmutableRef> {
-        match self.find(state) {
-            Some(state) => state.state().await,
-            None => self.failed.state(state.id()).await,
+    pub(crate) fn state_of<'a>(
+        &'a self,
+        state: &'a dyn BuildRef,
+    ) -> BoxFuture<'a, Result<ImmutableRef>> {
+        async move {
+            match self.find(state) {
+                Some(state) => state.state().await,
+                None => self.failed.state(state.id()).await,
+            }
         }
+        .boxed()
     }
 
     /// Does `work` with the state, and again with another one if the first turns out to be lost:
@@ -82,7 +88,7 @@ impl States {
     /// Whether `fault` says that the state is lost, and it is made again when it is next asked for.
     pub(crate) async fn made_again(&self, state: &dyn BuildRef, fault: &Fault) -> bool {
         match self.find(state) {
-            Some(state) => state.made_again(fault).await,
+            Some(state) => state.made_again(fault).boxed().await,
             None => false,
         }
     }
@@ -101,6 +107,7 @@ impl States {
     ) -> Result<T> {
         let mount = self
             .with(state, async |state| state.mount().await)
+            .boxed()
             .await
             .context(|| "read from a build's result")?;
         shipway_task::blocking("read from a build's result", move || f(mount.path())).await
@@ -139,10 +146,11 @@ impl EngineRef {
         if let Some(solved) = self.lazy.solved() {
             return Ok(solved);
         }
-        let state = match self.scope.job.build(self.lazy.vertex.clone(), self.lazy.output).await {
-            Ok((state, _)) => state,
-            Err(fault) => return Err(self.scope.explained(self.place(fault)).await),
-        };
+        let state =
+            match self.scope.job.build(self.lazy.vertex.clone(), self.lazy.output).boxed().await {
+                Ok((state, _)) => state,
+                Err(fault) => return Err(self.scope.explained(self.place(fault)).boxed().await),
+            };
         self.scope.parts.services.sources.wanted_by(&state, &self.scope.data.sessions);
         self.lazy.solve(state.clone());
         Ok(state)
@@ -179,7 +187,6 @@ impl Drop for EngineRef {
 /// A reference of ours: `$id` is its name, and `$definition` says what it came from.
 macro_rules! build_ref {
     ($kind:ty, $id:expr, $definition:expr) => {
-        #[async_trait]
         impl BuildRef for $kind {
             fn id(&self) -> &str {
                 let id: fn(&$kind) -> &str = $id;
@@ -191,24 +198,41 @@ macro_rules! build_ref {
                 definition(self)
             }
 
-            async fn evaluate(&self) -> Result<()> {
-                self.states.state_of(self).await.map(drop)
+            fn evaluate(&self) -> BoxFuture<'_, Result<()>> {
+                async move { self.states.state_of(self).await.map(drop) }.boxed()
             }
 
-            async fn read_file(&self, path: &str, range: Option<(u64, u64)>) -> Result<Bytes> {
-                let path = path.to_owned();
-                self.states.read(self, move |root| reads::read_file(root, &path, range)).await
+            fn read_file<'a>(
+                &'a self,
+                path: &'a str,
+                range: Option<(u64, u64)>,
+            ) -> BoxFuture<'a, Result<Bytes>> {
+                async move {
+                    let path = path.to_owned();
+                    self.states.read(self, move |root| reads::read_file(root, &path, range)).await
+                }
+                .boxed()
             }
 
-            async fn read_dir(&self, path: &str, include: Option<&str>) -> Result<Vec<FileStat>> {
-                let (path, include) = (path.to_owned(), include.map(str::to_owned));
-                let read = move |root: &Path| reads::read_dir(root, &path, include.as_deref());
-                self.states.read(self, read).await
+            fn read_dir<'a>(
+                &'a self,
+                path: &'a str,
+                include: Option<&'a str>,
+            ) -> BoxFuture<'a, Result<Vec<FileStat>>> {
+                async move {
+                    let (path, include) = (path.to_owned(), include.map(str::to_owned));
+                    let read = move |root: &Path| reads::read_dir(root, &path, include.as_deref());
+                    self.states.read(self, read).await
+                }
+                .boxed()
             }
 
-            async fn stat_file(&self, path: &str) -> Result<FileStat> {
-                let path = path.to_owned();
-                self.states.read(self, move |root| reads::stat_file(root, &path)).await
+            fn stat_file<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<FileStat>> {
+                async move {
+                    let path = path.to_owned();
+                    self.states.read(self, move |root| reads::stat_file(root, &path)).await
+                }
+                .boxed()
             }
         }
     };

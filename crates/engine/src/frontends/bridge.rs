@@ -8,7 +8,7 @@ use crate::{
     parts::EngineParts,
     provenance,
 };
-use async_trait::async_trait;
+use futures::{FutureExt as _, future::BoxFuture};
 use shipway_attest::ImageSource;
 use shipway_fault::{Context as _, Detail, Fault, Result};
 use shipway_frontend::{
@@ -146,17 +146,18 @@ struct FrontendExplainer {
     explain: Arc<dyn Explain>,
 }
 
-#[async_trait]
 impl Explainer for FrontendExplainer {
-    async fn explain(&self, fault: Fault) -> Fault {
-        match self.build.upgrade() {
-            Some(build) => self.explain.explain(&EngineBridge::unlogged(build), fault).await,
-            None => fault,
+    fn explain(&self, fault: Fault) -> BoxFuture<'_, Fault> {
+        async move {
+            match self.build.upgrade() {
+                Some(build) => self.explain.explain(&EngineBridge::unlogged(build), fault).await,
+                None => fault,
+            }
         }
+        .boxed()
     }
 }
 
-#[async_trait]
 impl Bridge for EngineBridge {
     fn options(&self) -> &Options {
         &self.options
@@ -174,106 +175,134 @@ impl Bridge for EngineBridge {
         Worker { platforms: self.platforms(), ..self.build.scope.parts.worker.clone() }
     }
 
-    async fn solve(&self, request: SolveRequest) -> Result<FrontendResult> {
-        if request.definition.is_some() && !request.frontend.is_empty() {
-            return Err(Fault::invalid("cannot solve with both Definition and Frontend specified"));
-        }
-        let imports: Vec<CacheRequest> = request
-            .cache_imports
-            .iter()
-            .map(|c| CacheRequest { kind: c.kind.clone(), attrs: c.attrs.clone() })
-            .collect();
-        caches::import_all(&self.build.scope, &imports);
-        let evaluate = request.evaluate;
-        let result = match request.definition.clone() {
-            Some(definition) if definition.ops.is_empty() => FrontendResult::of(None),
-            Some(definition) => FrontendResult::of(Some(
-                self.build.state(definition, &request.policies, &self.log).await?
-                    as Arc<dyn BuildRef>,
-            )),
-            None if request.frontend.is_empty() => FrontendResult::of(None),
-            None => self.run_frontend(request).await?,
-        };
-        if evaluate {
-            futures::future::try_join_all(result.states().map(|s| s.evaluate())).await?;
-        }
-        for state in result.states().filter_map(|s| self.build.states.find(s.as_ref())) {
-            if let Some(log) = state.log.upgrade() {
-                provenance::add_producer(&self.build.scope, &log, &state.lazy).await?;
+    fn solve(&self, request: SolveRequest) -> BoxFuture<'_, Result<FrontendResult>> {
+        async move {
+            if request.definition.is_some() && !request.frontend.is_empty() {
+                return Err(Fault::invalid(
+                    "cannot solve with both Definition and Frontend specified",
+                ));
             }
-        }
-        Ok(result)
-    }
-
-    async fn resolve_source(&self, request: SourceRequest) -> Result<SourceMeta> {
-        let source = SourceOp { identifier: request.identifier, attrs: request.attrs };
-        let scope = &self.build.scope;
-        let source = scope.check(source, request.platform.as_ref(), &request.policies).await;
-        let source = source.context(|| "could not resolve image due to policy")?;
-        let platform = request.platform.clone();
-        let query = SourceQuery {
-            platform: request.platform,
-            log_name: request.log_name,
-            options: request.options,
-        };
-        let mut meta = scope.resolve(source, query).await?;
-        if let Some(image) = meta.facts.image.as_mut().filter(|_| request.no_config) {
-            image.config.clear();
-        }
-        if let Some(image) = &meta.facts.image {
-            let identifier = &meta.source.identifier;
-            let layout = identifier.strip_prefix("oci-layout://");
-            let reference =
-                layout.or_else(|| identifier.strip_prefix("docker-image://")).unwrap_or(identifier);
-            if let Ok(name) = reference.parse() {
-                let digest = Some(image.digest);
-                self.log.note_image(ImageSource {
-                    name,
-                    platform,
-                    digest,
-                    local: layout.is_some(),
-                    stored: None,
-                });
+            let imports: Vec<CacheRequest> = request
+                .cache_imports
+                .iter()
+                .map(|c| CacheRequest { kind: c.kind.clone(), attrs: c.attrs.clone() })
+                .collect();
+            caches::import_all(&self.build.scope, &imports);
+            let evaluate = request.evaluate;
+            let result = match request.definition.clone() {
+                Some(definition) if definition.ops.is_empty() => FrontendResult::of(None),
+                Some(definition) => FrontendResult::of(Some(
+                    self.build.state(definition, &request.policies, &self.log).await?
+                        as Arc<dyn BuildRef>,
+                )),
+                None if request.frontend.is_empty() => FrontendResult::of(None),
+                None => self.run_frontend(request).await?,
+            };
+            if evaluate {
+                futures::future::try_join_all(result.states().map(|s| s.evaluate())).await?;
             }
+            for state in result.states().filter_map(|s| self.build.states.find(s.as_ref())) {
+                if let Some(log) = state.log.upgrade() {
+                    provenance::add_producer(&self.build.scope, &log, &state.lazy).await?;
+                }
+            }
+            Ok(result)
         }
-        Ok(meta)
+        .boxed()
     }
 
-    async fn inputs(&self) -> Result<BTreeMap<String, Definition>> {
-        Ok(self.inputs.clone())
+    fn resolve_source(&self, request: SourceRequest) -> BoxFuture<'_, Result<SourceMeta>> {
+        async move {
+            let source = SourceOp { identifier: request.identifier, attrs: request.attrs };
+            let scope = &self.build.scope;
+            let source = scope.check(source, request.platform.as_ref(), &request.policies).await;
+            let source = source.context(|| "could not resolve image due to policy")?;
+            let platform = request.platform.clone();
+            let query = SourceQuery {
+                platform: request.platform,
+                log_name: request.log_name,
+                options: request.options,
+            };
+            let mut meta = scope.resolve(source, query).await?;
+            if let Some(image) = meta.facts.image.as_mut().filter(|_| request.no_config) {
+                image.config.clear();
+            }
+            if let Some(image) = &meta.facts.image {
+                let identifier = &meta.source.identifier;
+                let layout = identifier.strip_prefix("oci-layout://");
+                let reference = layout
+                    .or_else(|| identifier.strip_prefix("docker-image://"))
+                    .unwrap_or(identifier);
+                if let Ok(name) = reference.parse() {
+                    let digest = Some(image.digest);
+                    self.log.note_image(ImageSource {
+                        name,
+                        platform,
+                        digest,
+                        local: layout.is_some(),
+                        stored: None,
+                    });
+                }
+            }
+            Ok(meta)
+        }
+        .boxed()
     }
 
-    async fn local_names(&self, local: &str, session: &str, dir: &str) -> Result<Vec<String>> {
-        let scope = &self.build.scope;
-        let sources = &scope.parts.services.sources;
-        sources.local_names(local, &session.into(), dir, &scope.data.sessions).await
+    fn inputs(&self) -> BoxFuture<'_, Result<BTreeMap<String, Definition>>> {
+        async move { Ok(self.inputs.clone()) }.boxed()
+    }
+
+    fn local_names<'a>(
+        &'a self,
+        local: &'a str,
+        session: &'a str,
+        dir: &'a str,
+    ) -> BoxFuture<'a, Result<Vec<String>>> {
+        async move {
+            let scope = &self.build.scope;
+            let sources = &scope.parts.services.sources;
+            sources.local_names(local, &session.into(), dir, &scope.data.sessions).await
+        }
+        .boxed()
     }
 
     fn failed_states(&self, fault: &Fault) -> Vec<Arc<dyn BuildRef>> {
         self.build.states.failed(fault)
     }
 
-    async fn new_container(&self, request: ContainerRequest) -> Result<Arc<dyn Container>> {
-        Ok(Arc::new(EngineContainer::new(&self.build, request).await?))
+    fn new_container(
+        &self,
+        request: ContainerRequest,
+    ) -> BoxFuture<'_, Result<Arc<dyn Container>>> {
+        async move {
+            let container = EngineContainer::new(&self.build, request).await?;
+            Ok(Arc::new(container) as Arc<dyn Container>)
+        }
+        .boxed()
     }
 
-    async fn warn(&self, warning: Warning) -> Result<()> {
-        let scope = &self.build.scope;
-        scope.journal.push(Event::Warning(Arc::new(WarningUpdate {
-            vertex: warning.vertex.unwrap_or_else(|| Digest::of(&scope.id)),
-            level: if warning.level == 0 { 1 } else { warning.level },
-            short: warning.short,
-            detail: warning.detail,
-            url: warning.url,
-            source: warning.file.map(|file| SourceSpan { file, spans: warning.spans }),
-        })));
-        Ok(())
+    fn warn(&self, warning: Warning) -> BoxFuture<'_, Result<()>> {
+        async move {
+            let scope = &self.build.scope;
+            scope.journal.push(Event::Warning(Arc::new(WarningUpdate {
+                vertex: warning.vertex.unwrap_or_else(|| Digest::of(&scope.id)),
+                level: if warning.level == 0 { 1 } else { warning.level },
+                short: warning.short,
+                detail: warning.detail,
+                url: warning.url,
+                source: warning.file.map(|file| SourceSpan { file, spans: warning.spans }),
+            })));
+            Ok(())
+        }
+        .boxed()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use async_trait::async_trait;
     use shipway_frontend::{ContextFiles, Frontend};
     use shipway_oci::ImageName;
 

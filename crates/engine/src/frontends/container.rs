@@ -1,8 +1,8 @@
 //! The engine's containers: what a frontend asks for, over an operation's mounts and processes.
 
 use crate::build::{Build, reads};
-use async_trait::async_trait;
 use bytes::Bytes;
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use shipway_executor::{ExitStatus, ProcessIo};
 use shipway_fault::{Context as _, Result};
@@ -74,7 +74,6 @@ impl EngineContainer {
     }
 }
 
-#[async_trait]
 impl Container for EngineContainer {
     fn start(
         &self,
@@ -98,32 +97,41 @@ impl Container for EngineContainer {
         Box::pin(self.0.start(exec, process.tty, io))
     }
 
-    async fn read_file(
-        &self,
+    fn read_file<'a>(
+        &'a self,
         mount: usize,
-        path: &str,
+        path: &'a str,
         range: Option<(u64, u64)>,
-    ) -> Result<Bytes> {
-        let path = path.to_owned();
-        self.read(mount, move |root| reads::read_file(root, &path, range)).await
+    ) -> BoxFuture<'a, Result<Bytes>> {
+        async move {
+            let path = path.to_owned();
+            self.read(mount, move |root| reads::read_file(root, &path, range)).await
+        }
+        .boxed()
     }
 
-    async fn read_dir(
-        &self,
+    fn read_dir<'a>(
+        &'a self,
         mount: usize,
-        path: &str,
-        include: Option<&str>,
-    ) -> Result<Vec<FileStat>> {
-        let (path, include) = (path.to_owned(), include.map(str::to_owned));
-        self.read(mount, move |root| reads::read_dir(root, &path, include.as_deref())).await
+        path: &'a str,
+        include: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<Vec<FileStat>>> {
+        async move {
+            let (path, include) = (path.to_owned(), include.map(str::to_owned));
+            self.read(mount, move |root| reads::read_dir(root, &path, include.as_deref())).await
+        }
+        .boxed()
     }
 
-    async fn stat_file(&self, mount: usize, path: &str) -> Result<FileStat> {
-        let path = path.to_owned();
-        self.read(mount, move |root| reads::stat_file(root, &path)).await
+    fn stat_file<'a>(&'a self, mount: usize, path: &'a str) -> BoxFuture<'a, Result<FileStat>> {
+        async move {
+            let path = path.to_owned();
+            self.read(mount, move |root| reads::stat_file(root, &path)).await
+        }
+        .boxed()
     }
 
-    async fn release(&self) -> Result<()> {
-        self.0.release().await
+    fn release(&self) -> BoxFuture<'_, Result<()>> {
+        async move { self.0.release().await }.boxed()
     }
 }
