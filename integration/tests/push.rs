@@ -94,3 +94,33 @@ fn a_layer_that_was_pushed_is_mounted_by_the_next_push_to_the_same_registry() {
         assert_eq!(lab.registry_get(&format!("/v2/team/two/blobs/{layer}")).0, 200);
     });
 }
+
+#[test]
+fn an_image_that_may_lack_layers_keeps_those_that_a_push_had_to_send() {
+    let lab = Lab::complete(any());
+    let context = |from: &str| {
+        lab.context("incomplete", &[("Dockerfile", &format!("FROM {from}\nLABEL a=b\n"))])
+    };
+    let push = |from: &str, name: &str| {
+        let output =
+            format!("type=image,name={name},push=true,unsafe-internal-store-allow-incomplete=true");
+        lab.shipway(["build", "--output", &output, &context(from).to_string_lossy()]).ok();
+        Image::of(&lab, name).layers()
+    };
+    let is_stored = |layer: &str| lab.ctr(["content", "list"]).ok().contains(layer);
+    let registry = lab.registry();
+    // Busybox comes from the mirror of another registry: the layer has to be sent.
+    let sent = format!("{registry}/incomplete/sent:1");
+    let layers = push("busybox", &sent);
+    assert!(layers.iter().all(|layer| is_stored(layer)), "{layers:?}");
+
+    // Within a registry layers are mounted, so they are not fetched for a push.
+    remove_everything(&lab);
+    assert!(!layers.iter().any(|layer| is_stored(layer)), "{layers:?}");
+    let mounted = push(&sent, &format!("{registry}/incomplete/mounted:1"));
+    assert_eq!(mounted, layers);
+    assert!(!layers.iter().any(|layer| is_stored(layer)), "{layers:?}");
+    for layer in &layers {
+        assert_eq!(lab.registry_get(&format!("/v2/incomplete/mounted/blobs/{layer}")).0, 200);
+    }
+}

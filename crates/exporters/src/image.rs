@@ -431,7 +431,10 @@ impl Exporter for ImageExporter {
             let dangling =
                 |n: &&String| self.dangling.as_ref().is_some_and(|d| n.starts_with(&d.prefix));
             let names: Vec<String> = names.iter().filter(|n| !dangling(n)).cloned().collect();
-            let blobs = Blobs::new(&storage.content, &input, &written);
+            let mut blobs = Blobs::new(&storage.content, &input, &written);
+            if self.store && self.incomplete {
+                blobs = blobs.keeping(self.options.compression);
+            }
             let (inner, sessions, reporter) =
                 (self.inner.clone(), cx.sessions.clone(), cx.reporter.clone());
             cx.finally.then(async move {

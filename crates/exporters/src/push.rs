@@ -6,7 +6,7 @@ use shipway_archive::CompressionKind;
 use shipway_fault::{Context as _, Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName, media};
 use shipway_progress::Reporter;
-use shipway_refs::ImmutableRef;
+use shipway_refs::{Compression, Fetch, ImmutableRef};
 use shipway_registry::{BodyStream, Mode, Registry, Repository};
 use shipway_session::SessionGroup;
 use shipway_sources::SessionCredentials;
@@ -33,13 +33,27 @@ pub(crate) struct Blobs {
     /// Layers that are not here, and the images that have them.
     lazy: Arc<BTreeMap<Digest, String>>,
     states: Arc<Vec<ImmutableRef>>,
+    /// How layers are compressed that stay here once they were sent from here.
+    keep: Option<Compression>,
 }
 
 impl Blobs {
     pub fn new(content: &Arc<dyn ContentStore>, input: &ExportInput, written: &Written) -> Self {
         let lazy = written.manifests.iter().flat_map(|m| m.lazy.clone()).collect();
         let states = input.platforms.iter().map(|p| p.state.clone()).collect();
-        Self { content: content.clone(), lazy: Arc::new(lazy), states: Arc::new(states) }
+        Self {
+            content: content.clone(),
+            lazy: Arc::new(lazy),
+            states: Arc::new(states),
+            keep: None,
+        }
+    }
+
+    /// The same for an image in the store that lacks layers which no snapshotter serves: those that
+    /// the registry has to be sent are stored on their way, as BuildKit does (row
+    /// `ex.img.incomplete`).
+    pub fn keeping(self, compression: Compression) -> Self {
+        Self { keep: Some(compression), ..self }
     }
 
     /// The bytes of a blob as a stream for the registry client.
@@ -58,6 +72,9 @@ impl Blobs {
     async fn elsewhere(&self, digest: Digest) -> Result<Box<dyn BlobReader>> {
         let mut missing = None;
         for state in self.states.iter() {
+            if let Some(compression) = self.keep {
+                state.blobs(compression, Fetch::Everything, None).await?;
+            }
             match state.blob_reader(digest).await {
                 // Another platform's state may have the layer.
                 Err(e) if e.is_not_found() => missing = missing.or(Some(e)),
