@@ -1,8 +1,13 @@
-//! What programs take from the host in one way: random numbers, and files that are replaced as a
-//! whole.
+//! What programs take from the host in one way: random numbers, files that are replaced as a whole,
+//! how large a file system is; and what they report to be missing on it ([`doctor`]).
 //!
-//! `ring` reads the kernel's random numbers, as it does for the keys of TLS; `tempfile` makes names
-//! that no other file has.
+//! `rustix` asks for sizes; `ring` reads the kernel's random numbers, as it does for the keys of
+//! TLS; `tempfile` makes names that no other file has.
+
+mod disk;
+pub mod doctor;
+
+pub use disk::Disk;
 
 use ring::rand::{SecureRandom as _, SystemRandom};
 use shipway_fault::{Fault, Result};

@@ -1,78 +1,24 @@
-//! What is missing on this host: one line for each thing that is looked at, with what to do.
-//!
-//! Three outcomes: `ok`; `note`, where something works less well than it could; `missing`, where
-//! the snapshotter does not do its work. fscache is not looked at, for nothing here uses it.
+//! What the snapshotter lacks on this host. fscache is not looked at, for nothing here uses it.
 
 use crate::{
     config::Config,
-    disk::Disk,
     setup::Target,
     status::{self, Status},
 };
 use shipway_dockerconfig::DockerConfig;
-use shipway_fault::{Code, Context as _, Fault, Result};
+use shipway_fault::{Context as _, Fault, Result};
+use shipway_host::doctor::{self, Check, Found, Kernel, Room, clock, failed, newest};
 use shipway_layermount::{FuseFiles, ProbeLayer, Tier};
-use std::{
-    fs,
-    os::unix::fs::FileTypeExt as _,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    time::{Duration, SystemTime},
-};
+use std::{fs, os::unix::fs::FileTypeExt as _, path::Path, process::ExitCode, time::SystemTime};
 
-/// Fewer free inodes than this are told.
-const FEW_INODES: u64 = 10_000;
 /// Least percent of the file system that images need to be of use.
 const LITTLE_ROOM: u64 = 10;
-/// How far ahead of the clock a file of ours may be dated, for a disk of another machine.
-const AHEAD: Duration = Duration::from_secs(300);
-
-/// How something was found.
-#[derive(Debug)]
-enum Found {
-    /// As it should be; what was found, if that is of interest.
-    Ok(String),
-    /// It works, but less well than it could.
-    Note(Fault),
-    /// It does not work.
-    Missing(Fault),
-}
-
-impl From<Result<String>> for Found {
-    fn from(result: Result<String>) -> Self {
-        result.map_or_else(Self::Missing, Self::Ok)
-    }
-}
-
-/// One thing that is looked at.
-struct Check {
-    what: &'static str,
-    found: Found,
-}
 
 /// Looks at everything, and says so; succeeds if nothing is missing.
 pub fn run(config: &Config, target: &Target) -> ExitCode {
-    let mut well = true;
-    for Check { what, found } in checks(config, target) {
-        let (word, said, fault) = match found {
-            Found::Ok(said) => ("ok", said, None),
-            Found::Note(fault) => ("note", fault.to_string(), Some(fault)),
-            Found::Missing(fault) => {
-                well = false;
-                ("missing", fault.to_string(), Some(fault))
-            }
-        };
-        let colon = if said.is_empty() { "" } else { ": " };
-        println!("{word:<8} {what}{colon}{said}");
-        for hint in fault.iter().flat_map(Fault::hints) {
-            println!("         hint: {hint}");
-        }
-    }
+    let (text, well) = doctor::report(&checks(config, target));
+    print!("{text}");
     if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-fn failed(what: impl Into<String>) -> Fault {
-    Fault::new(Code::FailedPrecondition, what.into())
 }
 
 fn checks(config: &Config, target: &Target) -> Vec<Check> {
@@ -98,52 +44,9 @@ fn checks(config: &Config, target: &Target) -> Vec<Check> {
     let version = running.as_ref().map(|status| status.version.clone());
     add("a snapshotter that runs", version.map_err(Fault::clone).into());
     add("room on the disk", room(config));
-    add("the clock", clock(SystemTime::now(), made(config)).into());
+    add("the clock", clock(SystemTime::now(), newest([&*config.root])).into());
     add("credentials", credentials(config, status));
     checks
-}
-
-/// What the kernel has, and what it could load.
-struct Kernel {
-    /// `/proc/filesystems`.
-    file_systems: String,
-    /// Lists of modules: one path each, possibly with more on the line.
-    modules: String,
-}
-
-impl Kernel {
-    fn read() -> Self {
-        let release = rustix::system::uname().release().to_string_lossy().into_owned();
-        let modules = Path::new("/lib/modules").join(release);
-        let text = |path: &Path| fs::read_to_string(path).unwrap_or_default();
-        Self {
-            file_systems: text(Path::new("/proc/filesystems")),
-            modules: ["modules.builtin", "modules.dep"]
-                .map(|list| text(&modules.join(list)))
-                .concat(),
-        }
-    }
-
-    /// Whether a file system is there, or comes when it is mounted.
-    fn file_system(&self, name: &str) -> Result<()> {
-        if self.file_systems.split_whitespace().any(|word| word == name) {
-            return Ok(());
-        }
-        let is_it = |line: &str| {
-            let path = line.split(':').next().unwrap_or_default();
-            let file = path.rsplit('/').next().unwrap_or_default();
-            file.split('.').next() == Some(name)
-        };
-        match self.modules.lines().any(is_it) {
-            true => Err(failed("its module is not loaded").hint(format!(
-                "modprobe {name}, and a line {name} in /etc/modules-load.d/shipway.conf"
-            ))),
-            false => Err(failed("this kernel has none").hint(format!(
-                "a kernel with CONFIG_{}_FS, or its package of further modules",
-                name.to_uppercase()
-            ))),
-        }
-    }
 }
 
 fn fuse(kernel: &Kernel, device: &Path) -> Result<String> {
@@ -227,52 +130,12 @@ fn keeper(config: &Config, status: Option<&Status>) -> Found {
 
 /// Room where the layers are, or will be.
 fn room(config: &Config) -> Found {
-    let there = config.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-    match Disk::of(there) {
-        Ok(disk) => enough(there, disk, u64::from(config.lazy.min_free_percent)),
-        Err(fault) => Found::Missing(fault),
-    }
-}
-
-/// Whether there is enough of a file system of which `least` percent stay free.
-fn enough(at: &Path, disk: Disk, least: u64) -> Found {
-    let Disk { usable, free, inodes, free_inodes } = disk;
-    let said = format!("{} MiB free of {} MiB at {}", free >> 20, usable >> 20, at.display());
-    if inodes > 0 && free_inodes < FEW_INODES {
-        let few = failed(format!("{free_inodes} inodes are free at {}", at.display()));
-        return Found::Missing(few.hint("remove images, or move `root` to another file system"));
-    }
-    if disk.free_percent() <= least {
-        return Found::Missing(failed(said).hint(format!(
-            "lazy layers leave {least} % free (`lazy.min_free_percent`): remove images, or move `root`"
-        )));
-    }
-    if disk.free_percent() <= least + LITTLE_ROOM {
-        return Found::Note(failed(said).hint("images will soon need room that is not there"));
-    }
-    Found::Ok(said)
-}
-
-/// When the newest thing here was made, as far as is known.
-fn made(config: &Config) -> Option<(PathBuf, SystemTime)> {
-    let program = std::env::current_exe().ok();
-    let dated = program.into_iter().chain([config.root.clone()]).filter_map(|path| {
-        let time = path.metadata().ok()?.modified().ok()?;
-        Some((path, time))
-    });
-    dated.max_by_key(|(_, time)| *time)
-}
-
-/// A clock that is behind makes certificates and tokens of registries invalid.
-fn clock(now: SystemTime, made: Option<(PathBuf, SystemTime)>) -> Result<String> {
-    match made {
-        Some((path, time)) if time > now + AHEAD => Err(failed(format!(
-            "it is before {} was made, so registries' certificates and tokens will be refused",
-            path.display()
-        ))
-        .hint("timedatectl set-ntp true")),
-        _ => Ok(String::new()),
-    }
+    let least = u64::from(config.lazy.min_free_percent);
+    let mend = format!(
+        "lazy layers leave {least} % free (`lazy.min_free_percent`): remove images, or move `root`"
+    );
+    let soon = "images will soon need room that is not there";
+    Room { least, useful: LITTLE_ROOM, mend: &mend, soon }.at(&config.root)
 }
 
 fn credentials(config: &Config, status: Option<&Status>) -> Found {
@@ -289,64 +152,12 @@ fn credentials(config: &Config, status: Option<&Status>) -> Found {
 mod tests {
     use super::*;
 
-    fn said(found: &Found) -> (&'static str, String) {
-        match found {
-            Found::Ok(said) => ("ok", said.clone()),
-            Found::Note(fault) => ("note", fault.to_string()),
-            Found::Missing(fault) => ("missing", fault.to_string()),
-        }
-    }
-
     #[test]
-    fn a_kernel_has_a_file_system_or_could_load_it_or_cannot() {
-        let kernel = Kernel {
-            file_systems: "nodev\tsysfs\n\text4\nnodev\toverlay\n".into(),
-            modules: "kernel/fs/erofs/erofs.ko.xz: kernel/lib/lz4.ko\nkernel/fs/fuse/fuse.ko\nkernel/fs/fuse/cuse.ko:\n".into(),
-        };
-        kernel.file_system("overlay").unwrap();
-        for (name, says, hint) in [
-            ("erofs", "not loaded", "modprobe erofs"),
-            ("fuse", "not loaded", "modprobe fuse"),
-            ("virtiofs", "has none", "CONFIG_VIRTIOFS_FS"),
-            // A name within another one is none.
-            ("use", "has none", "CONFIG_USE_FS"),
-        ] {
-            let fault = kernel.file_system(name).unwrap_err();
-            assert!(fault.to_string().contains(says), "{fault}");
-            assert!(fault.hints().any(|h| h.contains(hint)), "{fault:?}");
-        }
+    fn fuse_is_a_file_system_and_a_device() {
         let all = Kernel { file_systems: "nodev\tfuse\n".into(), modules: String::new() };
         fuse(&all, Path::new("/dev/null")).unwrap();
         let fault = fuse(&all, Path::new("/nonexistent/fuse")).unwrap_err();
         assert!(fault.hints().any(|h| h.contains("/dev/fuse")), "{fault:?}");
-    }
-
-    #[test]
-    fn room_is_enough_or_short() {
-        const GIB: u64 = 1 << 30;
-        let at = Path::new("/x");
-        for ([usable, free], [inodes, free_inodes], word) in [
-            ([100 * GIB, 50 * GIB], [0, 0], "ok"),
-            ([100 * GIB, 50 * GIB], [1 << 20, 1 << 19], "ok"),
-            ([100 * GIB, 50 * GIB], [1 << 20, 100], "missing"),
-            ([100 * GIB, 14 * GIB], [0, 0], "note"),
-            ([100 * GIB, 5 * GIB], [0, 0], "missing"),
-            ([0, 0], [0, 0], "ok"),
-        ] {
-            let disk = Disk { usable, free, inodes, free_inodes };
-            let found = enough(at, disk, 5);
-            assert_eq!(said(&found).0, word, "{disk:?} {found:?}");
-        }
-    }
-
-    #[test]
-    fn a_clock_behind_what_is_here_is_told() {
-        let now = SystemTime::now();
-        let made = |ahead: u64| Some((PathBuf::from("/x"), now + Duration::from_secs(ahead)));
-        clock(now, None).unwrap();
-        clock(now, made(60)).unwrap();
-        let fault = clock(now, made(3600)).unwrap_err();
-        assert!(fault.to_string().contains("before /x was made"), "{fault}");
     }
 
     #[test]
@@ -364,13 +175,13 @@ mod tests {
             [("file", "ok"), ("flat-file", "note"), ("loop", "note"), ("none", "missing")]
         {
             let found = tier(&config, Some(&status(name)));
-            assert_eq!(said(&found).0, word, "{found:?}");
-            assert_eq!(said(&found).1.contains("Block device"), word != "ok", "{found:?}");
+            assert_eq!(found.said().0, word, "{found:?}");
+            assert_eq!(found.said().1.contains("Block device"), word != "ok", "{found:?}");
         }
         // What the configuration says is as it should be.
         let mut forced = config;
         forced.lazy.tier = "loop".into();
-        assert_eq!(said(&tier(&forced, Some(&status("loop")))).0, "ok");
+        assert_eq!(tier(&forced, Some(&status("loop"))).said().0, "ok");
     }
 
     #[test]
@@ -378,12 +189,12 @@ mod tests {
         let mut config = Config::default();
         config.lazy.keeper_address = "/nonexistent/keeper.sock".into();
         let mut status = Status { lazy: Some(Default::default()), ..Status::default() };
-        assert_eq!(said(&keeper(&config, None)).0, "ok", "one is started");
-        assert_eq!(said(&keeper(&config, Some(&status))).0, "missing");
+        assert_eq!(keeper(&config, None).said().0, "ok", "one is started");
+        assert_eq!(keeper(&config, Some(&status)).said().0, "missing");
         status.lazy = Some(crate::lazy::Report { keeper: true, ..Default::default() });
-        assert_eq!(said(&keeper(&config, Some(&status))).0, "ok");
+        assert_eq!(keeper(&config, Some(&status)).said().0, "ok");
         config.lazy.start_keeper = false;
         let found = keeper(&config, None);
-        assert!(said(&found).1.contains("there is no /nonexistent/keeper.sock"), "{found:?}");
+        assert!(found.said().1.contains("there is no /nonexistent/keeper.sock"), "{found:?}");
     }
 }

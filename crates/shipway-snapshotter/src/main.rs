@@ -21,7 +21,6 @@
 mod config;
 mod control;
 mod cri;
-mod disk;
 mod doctor;
 mod keyring;
 mod lazy;

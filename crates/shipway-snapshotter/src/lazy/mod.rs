@@ -25,7 +25,7 @@ mod spans;
 pub use labels::Wanted;
 pub use report::{LayerReport, Report, Totals};
 
-use crate::{config::Config, disk::Disk, keyring::Keyring};
+use crate::{config::Config, keyring::Keyring};
 use credentials::AllCredentials;
 use learning::Learning;
 use link::{Link, Registered, Starter, served_files};
@@ -33,6 +33,7 @@ use parking_lot::{Mutex, MutexGuard};
 use resolve::Resolver;
 use shipway_estargz::DATA_BLOCK;
 use shipway_fault::{Context as _, Fault, Result};
+use shipway_host::Disk;
 use shipway_keeper::client::News;
 use shipway_layermount::{Source, Tier};
 use shipway_layerstore::{Good, Layer, LayerNumber, LayerStore, Options, State, Use};

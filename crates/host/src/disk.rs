@@ -1,4 +1,4 @@
-//! How large the file system of the layers is, as `df` sees it.
+//! How large a file system is, as `df` sees it.
 
 use rustix::fs::{StatVfs, statvfs};
 use shipway_fault::{Fault, Result};
@@ -47,6 +47,8 @@ impl From<&StatVfs> for Disk {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
     #[test]
