@@ -93,8 +93,8 @@ pub struct Grpc {
     pub debug_address: Option<String>,
     /// Owner of unix sockets.
     pub uid: Option<u32>,
-    /// Group of unix sockets.
-    pub gid: Option<u32>,
+    /// Group of unix sockets; buildkitd takes only a number.
+    pub gid: Option<Group>,
     /// Windows only; the log says so.
     #[serde(rename = "securityDescriptor")]
     pub security_descriptor: Option<String>,
@@ -276,6 +276,24 @@ pub struct GatewayFrontend {
 }
 
 /// Limits of the system.
+/// A group by its number or its name.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(untagged)]
+#[allow(missing_docs)]
+pub enum Group {
+    Id(u32),
+    Name(String),
+}
+
+impl std::fmt::Display for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Id(id) => id.fmt(f),
+            Self::Name(name) => name.fmt(f),
+        }
+    }
+}
+
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 #[allow(missing_docs)]
@@ -354,6 +372,17 @@ mod tests {
             c.worker.containerd.gcpolicy[0].keep_duration.map(|d| d.0.as_secs()),
             Some(48 * 3600)
         );
+    }
+
+    #[test]
+    fn a_group_is_a_number_as_in_buildkitd_or_a_name() {
+        let group = |value: &str| {
+            let parsed = Config::parse(&format!("[grpc]\ngid = {value}\n"), "x.toml");
+            parsed.map(|c| c.grpc.gid.map(|g| g.to_string()).unwrap_or_default())
+        };
+        assert_eq!(group("7").unwrap(), "7");
+        assert_eq!(group("'docker'").unwrap(), "docker");
+        assert!(group("-1").is_err() && group("[7]").is_err());
     }
 
     #[test]

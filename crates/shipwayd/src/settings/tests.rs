@@ -16,7 +16,7 @@ const KEYS: &[(&str, &str, &str)] = &[
     ("grpc.address", "['unix:///x']", ""),
     ("grpc.debugAddress", "'x'", ""),
     ("grpc.uid", "1", ""),
-    ("grpc.gid", "1", ""),
+    ("grpc.gid", "'docker'", ""),
     ("grpc.securityDescriptor", "'x'", ""),
     ("grpc.tls.cert", "'other'", "grpc.tls.cert = 'c'\ngrpc.tls.key = 'k'"),
     ("grpc.tls.key", "'other'", "grpc.tls.cert = 'c'\ngrpc.tls.key = 'k'"),
