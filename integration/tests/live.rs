@@ -15,6 +15,7 @@ mod crashes;
 mod cri;
 mod devices;
 mod dockerd;
+mod doctor;
 mod errors;
 mod exact;
 mod exact_random;

@@ -142,6 +142,79 @@ fn over_tcp_a_client_needs_a_certificate_of_the_authority() {
     assert!(risks(&log(&lab, "plain")), "nothing was said of TCP without TLS");
 }
 
+/// Certificates that `shipway certs` makes let their holders in and nobody else, and renewed ones
+/// are used while the daemon runs (row `dp.certs`).
+#[test]
+fn certificates_are_made_by_a_command_and_renewed_without_a_restart() {
+    let mut lab = Lab::complete(any());
+    assert!(lab.stop_daemon(), "the daemon had to be killed");
+    let certs = lab.dir().join("certs");
+    let make = |more: &[&str]| {
+        run(Command::new(built("shipway"))
+            .args(["certs", "--host", "builder.test", "--client", "alice"])
+            .args(more)
+            .arg(&certs))
+        .ok()
+    };
+    make(&[]);
+    let file = |name: &str| certs.join(name).display().to_string();
+    let flags = [
+        format!("--tlscert={}", file("daemon/cert.pem")),
+        format!("--tlskey={}", file("daemon/key.pem")),
+        format!("--tlscacert={}", file("daemon/ca.pem")),
+    ];
+    let (mut daemon, port) = serve(&lab, "certs", &flags);
+    let by_address = [format!("--tlsdir={}", file("alice"))];
+    let by_name = ["--tlsservername=builder.test".to_owned(), by_address[0].clone()];
+    ask(port, &by_name, &["workers"]).ok();
+    ask(port, &by_address, &["workers"]).failed();
+    // The daemon's own certificate is no client's.
+    let servers =
+        ["--tlsservername=builder.test".to_owned(), format!("--tlsdir={}", file("daemon"))];
+    ask(port, &servers, &["workers"]).failed();
+
+    let text = "FROM busybox\nRUN sleep 4 && echo over an old connection > /x\n";
+    let context = lab.context("renewed", &[("Dockerfile", text)]);
+    let mut running = Process::start(
+        "build",
+        Command::new(built("shipway"))
+            .args(["--addr", &format!("tcp://127.0.0.1:{port}")])
+            .args(&by_name)
+            .args(["build", "--progress", "plain", "--tag", "renewed:1"])
+            .arg(&context),
+        &log(&lab, "build"),
+    );
+    wait_for("the step to run", Duration::from_secs(30), || {
+        running.alive()?;
+        let said = running.tail(50);
+        if said.contains("RUN sleep") { Ok(()) } else { Err(said) }
+    });
+    let cert = std::fs::read(certs.join("daemon/cert.pem")).unwrap();
+    std::fs::write(certs.join("daemon/cert.pem"), "no PEM").unwrap();
+    ask(port, &by_name, &["workers"]).ok();
+    ask(port, &by_name, &["workers"]).ok();
+    let complaints = || {
+        let text = std::fs::read_to_string(log(&lab, "certs")).unwrap();
+        text.matches("failed to use the new TLS files").count()
+    };
+    assert_eq!(complaints(), 1, "{}", daemon.tail(20));
+    std::fs::write(certs.join("daemon/cert.pem"), cert).unwrap();
+    make(&[]);
+    ask(port, &by_address, &["workers"]).failed();
+    make(&["--force", "--host", "127.0.0.1"]);
+    ask(port, &by_address, &["workers"]).ok();
+    wait_for("the build to end", Duration::from_secs(60), || match running.alive() {
+        Ok(()) => Err(running.tail(20)),
+        Err(_) => Ok(()),
+    });
+    assert!(
+        lab.ctr(["images", "list", "-q"]).ok().stdout.contains("renewed:1"),
+        "{}",
+        running.tail(40)
+    );
+    assert!(daemon.stop(Duration::from_secs(20)), "the daemon had to be killed");
+}
+
 #[test]
 fn half_of_what_tls_needs_stops_the_daemon() {
     let dir = tempfile::tempdir().unwrap();

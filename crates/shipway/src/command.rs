@@ -3,9 +3,11 @@
 pub(crate) mod bake;
 pub(crate) mod build;
 pub(crate) mod builders;
+pub(crate) mod certs;
 pub(crate) mod completion;
 pub(crate) mod convert;
 pub(crate) mod dial_stdio;
+pub(crate) mod doctor;
 pub(crate) mod du;
 pub(crate) mod history;
 pub(crate) mod info;

@@ -8,7 +8,8 @@
 //! Dependencies worth a word: `clap` reads command lines; `base64` opens what exporters answer;
 //! `tempfile` holds a Dockerfile or context that comes on standard input; `rustix` asks the
 //! terminal for its size and the kernel who we are; `clap_complete` and `clap_mangen` write
-//! completions and manuals from what `clap` knows.
+//! completions and manuals from what `clap` knows; `rcgen` makes certificates; `toml` reads the
+//! daemon's configuration for `doctor`.
 
 mod buildctl;
 mod builders;

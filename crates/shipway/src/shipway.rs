@@ -8,8 +8,8 @@ use shipway_fault::Result;
 use crate::{
     Persona,
     command::{
-        bake, build, builders, completion, convert, dial_stdio, du, history, info, prune, version,
-        workers,
+        bake, build, builders, certs, completion, convert, dial_stdio, doctor, du, history, info,
+        prune, version, workers,
     },
     connect::ConnectArgs,
 };
@@ -52,6 +52,8 @@ enum Command {
     History(history::Args),
     /// Write an image again with layers that can be pulled lazily
     Convert(Box<convert::Args>),
+    Certs(certs::Args),
+    Doctor(doctor::Args),
     /// Pass standard input and output to the daemon
     DialStdio,
     /// Print our version
@@ -83,6 +85,8 @@ pub(crate) async fn main() -> Result<ExitCode> {
         Command::Info(args) => info::run(&connect.connect(PERSONA).await?, args).await,
         Command::History(args) => history::run(&connect.connect(PERSONA).await?, args).await,
         Command::Convert(args) => convert::run(*args).await,
+        Command::Certs(args) => certs::run(&args),
+        Command::Doctor(args) => return doctor::run(&connect, args).await,
         Command::DialStdio => dial_stdio::run(&connect, PERSONA).await,
         Command::Version => version::run(PERSONA),
         Command::Create(args) => builders::create(args).await,
