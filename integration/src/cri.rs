@@ -81,12 +81,49 @@ pub mod wire {
     pub struct Namespaces {
         #[prost(int32, tag = "1")]
         pub network: i32,
+        #[prost(int32, tag = "2")]
+        pub pid: i32,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Mount {
+        #[prost(string, tag = "1")]
+        pub container_path: String,
+        #[prost(string, tag = "2")]
+        pub host_path: String,
+        #[prost(bool, tag = "3")]
+        pub readonly: bool,
+        /// 0 for private, 1 from the host to the container, 2 both ways.
+        #[prost(int32, tag = "5")]
+        pub propagation: i32,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct ExecSync {
+        #[prost(string, tag = "1")]
+        pub container: String,
+        #[prost(string, repeated, tag = "2")]
+        pub command: Vec<String>,
+        #[prost(int64, tag = "3")]
+        pub timeout: i64,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct ExecDone {
+        #[prost(bytes = "vec", tag = "1")]
+        pub stdout: Vec<u8>,
+        #[prost(bytes = "vec", tag = "2")]
+        pub stderr: Vec<u8>,
+        #[prost(int32, tag = "3")]
+        pub code: i32,
     }
 
     #[derive(Clone, PartialEq, Message)]
     pub struct Security {
         #[prost(message, optional, tag = "1")]
         pub namespaces: Option<Namespaces>,
+        #[prost(bool, tag = "6")]
+        pub privileged: bool,
     }
 
     #[derive(Clone, PartialEq, Message)]
@@ -97,6 +134,8 @@ pub mod wire {
 
     #[derive(Clone, PartialEq, Message)]
     pub struct ContainerSecurity {
+        #[prost(bool, tag = "2")]
+        pub privileged: bool,
         #[prost(message, optional, tag = "3")]
         pub namespaces: Option<Namespaces>,
     }
@@ -136,6 +175,10 @@ pub mod wire {
         pub metadata: Option<ContainerMetadata>,
         #[prost(message, optional, tag = "2")]
         pub image: Option<Id>,
+        #[prost(string, repeated, tag = "4")]
+        pub args: Vec<String>,
+        #[prost(message, repeated, tag = "7")]
+        pub mounts: Vec<Mount>,
         #[prost(string, tag = "11")]
         pub log_path: String,
         #[prost(message, optional, tag = "15")]
@@ -153,7 +196,7 @@ pub mod wire {
     }
 }
 
-/// The namespace mode of the node itself.
+/// The mode of a namespace that is the node's own.
 pub const NODE: i32 = 2;
 
 /// A connection to containerd's CRI.

@@ -5,6 +5,7 @@
 
 pub mod cri;
 pub mod images;
+pub mod kubernetes;
 pub mod lazy;
 pub mod random;
 

@@ -73,7 +73,7 @@ fn pod(mut options: LabOptions) -> (Lab, Cri) {
 
     let logs = lab.dir().join("pod-logs");
     std::fs::create_dir_all(&logs).unwrap();
-    let node = wire::Namespaces { network: NODE };
+    let node = wire::Namespaces { network: NODE, ..Default::default() };
     let sandbox = wire::Sandbox {
         metadata: Some(wire::Metadata {
             name: "pod".into(),
@@ -82,7 +82,7 @@ fn pod(mut options: LabOptions) -> (Lab, Cri) {
         }),
         log_directory: logs.display().to_string(),
         linux: Some(wire::Linux {
-            security: Some(wire::Security { namespaces: Some(node.clone()) }),
+            security: Some(wire::Security { namespaces: Some(node.clone()), ..Default::default() }),
         }),
     };
     let pod: wire::Id =
@@ -92,8 +92,12 @@ fn pod(mut options: LabOptions) -> (Lab, Cri) {
         image: Some(wire::Id { id: "docker.io/library/app:1".into() }),
         log_path: "app.log".into(),
         linux: Some(wire::ContainerLinux {
-            security: Some(wire::ContainerSecurity { namespaces: Some(node) }),
+            security: Some(wire::ContainerSecurity {
+                namespaces: Some(node),
+                ..Default::default()
+            }),
         }),
+        ..Default::default()
     };
     let create = wire::CreateContainer {
         sandbox: pod.id.clone(),

@@ -29,6 +29,7 @@ mod house;
 mod images;
 mod installed_files;
 mod invariants;
+mod kubernetes;
 mod lab;
 mod layout;
 mod lazy;

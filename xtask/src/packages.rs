@@ -64,7 +64,7 @@ pub fn prepare() -> Result<Missing, String> {
             missing.0.push(note.into());
         }
     }
-    for optional in ["buildctl", "nerdctl", "crictl"] {
+    for optional in ["buildctl", "nerdctl", "crictl", "kubectl"] {
         if which(optional).is_none() {
             missing.0.push(format!("{optional} (not on PATH)"));
         }
