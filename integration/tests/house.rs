@@ -36,11 +36,9 @@ const CIRCLES: &[(&str, &[&str])] = &[
     ("shipway-snapshotter", &["config", "lazy", "metrics", "status"]),
     ("shipway", &["command", "connect"]),
     ("keeper", &["engine", "layer", "tree"]),
-    ("bake", &["problem", "source"]),
     ("bake", &["eval", "functions"]),
     ("bake", &["compose", "files"]),
     ("archive", &["indexed", "pack"]),
-    ("archive", &["attributes", "below", "loss", "tree"]),
     (
         "dockerfile",
         &[
@@ -60,12 +58,7 @@ const CIRCLES: &[(&str, &[&str])] = &[
         ],
     ),
     ("erofs", &["builder", "image", "read"]),
-    ("exporters", &["archive", "exporters", "image", "publish", "push", "tree", "writer"]),
-    ("fileops", &["copy", "place", "unpack", "wildcard"]),
-    ("filesync", &["known", "send", "walk"]),
-    ("filesync", &["receive", "write"]),
     ("gateway", &["build", "containers", "convert", "processes", "service"]),
-    ("http", &["client", "connect"]),
     ("layerstore", &["about", "disk", "error", "index"]),
     ("layerstore", &["fetch", "layer"]),
     ("lazyfetch", &["background", "fetcher"]),
@@ -76,9 +69,7 @@ const CIRCLES: &[(&str, &[&str])] = &[
     ),
     ("registry", &["auth", "repository", "request"]),
     ("registry", &["hosts", "hosts_toml"]),
-    ("remotecache", &["backend", "collect", "export", "import"]),
     ("snapstore", &["lazy", "model"]),
-    ("sources", &["blob", "git", "http", "image", "memo", "port"]),
 ];
 
 /// Files whose helpers print why a test ends early.

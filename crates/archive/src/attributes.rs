@@ -1,7 +1,7 @@
 //! Extended attributes: which ones a layer carries, which are the host's own, and which no
 //! unpacking gives back.
 
-use crate::tree::broken;
+use crate::stat::broken;
 use rustix::{fd::BorrowedFd, io::Errno};
 use shipway_fault::{Code, Fault, Result};
 use shipway_oci::is_image_xattr;

@@ -4,7 +4,7 @@
 use crate::{
     attributes::{self, Pairs, XattrSource},
     loss::Losses,
-    tree::{broken, time_of, unpacked},
+    stat::{broken, time_of, unpacked},
 };
 use rustix::fs::{AtFlags, CWD, FileType, Stat, StatxFlags};
 use shipway_fault::Result;

@@ -199,6 +199,11 @@ fn is_zero(block: &[u8]) -> bool {
         && tail.iter().all(|b| *b == 0)
 }
 
+/// The result of a thread that was joined.
+pub(crate) fn joined<T>(result: std::thread::Result<T>) -> Result<T> {
+    result.map_err(|_| Fault::internal("a thread that packs a layer panicked"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,8 +6,9 @@
 //! of its own, and unpacks to the same files. zstd:chunked has it where zstd skips it.
 
 use crate::{
-    Compression, CompressionKind, Loss, Member, MemberKind, Packed, Tar, TarReader, header,
-    pack::{check_known, joined},
+    Compression, CompressionKind, Loss, Member, MemberKind, Packed, Tar, TarReader,
+    block::joined,
+    header,
     tar::{
         self,
         block::{self, Header},
@@ -125,7 +126,7 @@ pub(crate) fn flow(
             produced => produced?,
         };
         let packed = indexed?;
-        check_known(known, &packed.tar)?;
+        packed.tar.check(known)?;
         Ok(Packed { loss, ..packed })
     })
 }

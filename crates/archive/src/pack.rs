@@ -2,8 +2,8 @@
 //! some compress blocks, and the caller's puts them in order, hashes them and hands them on.
 
 use crate::{
-    Compression, CompressionKind, Entry, EntryKind, LayerTree, Loss,
-    block::{BLOCK, BlockCompressor},
+    Compression, CompressionKind, Entry, EntryKind, LayerTree, Loss, Tar,
+    block::{BLOCK, BlockCompressor, joined},
     decompress, header, indexed,
     indexed::{FormatFiles, Indexed, ReadFirst},
     tar::block::padding,
@@ -28,18 +28,6 @@ use std::{
     },
     thread,
 };
-
-/// Identity of a layer's tar.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tar {
-    /// Its digest.
-    pub diff_id: DiffId,
-    /// Its length.
-    pub size: u64,
-    /// Its CRC-32, the one of gzip. Taking it costs next to nothing, and it notices what happens to
-    /// files that must not change.
-    pub crc: u32,
-}
 
 /// What came of hashing a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -229,10 +217,6 @@ pub(crate) fn flow(
     })
 }
 
-pub(crate) fn joined<T>(result: thread::Result<T>) -> Result<T> {
-    result.map_err(|_| Fault::internal("a thread that packs a layer panicked"))
-}
-
 /// What the tar of these blocks is; an error if it is not the one that was `known`.
 fn hash(blocks: Receiver<Bytes>, known: Option<Tar>) -> Result<Tar> {
     let mut hasher = known.map_or_else(|| Ok(Hasher::new()), |tar| Err(tar.diff_id));
@@ -246,20 +230,8 @@ fn hash(blocks: Receiver<Bytes>, known: Option<Tar>) -> Result<Tar> {
     }
     let diff_id = hasher.map_or_else(|known| known, |hasher| DiffId(hasher.finish()));
     let tar = Tar { diff_id, size, crc: crc.sum() };
-    check_known(known, &tar)?;
+    tar.check(known)?;
     Ok(tar)
-}
-
-/// An error if `tar` is not the one that was `known`.
-pub(crate) fn check_known(known: Option<Tar>, tar: &Tar) -> Result<()> {
-    if known.is_none_or(|known| known == *tar) {
-        return Ok(());
-    }
-    Err(Fault::new(
-        Code::FailedPrecondition,
-        "the files of the layer are not what they were when it was committed",
-    )
-    .hint("something wrote to the snapshot behind containerd's back: prune it and build again"))
 }
 
 fn work(

@@ -4,18 +4,18 @@ use crate::{
     attributes::{self, ACCESS_ACL, Attributes, CAPABILITY, DEFAULT_ACL, Pairs, XattrSource},
     below::Below,
     loss::{Loss, LossKind, Losses, WHITEOUT},
+    stat::{broken, time_of, unpacked},
 };
 use rustix::{
     fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, Stat, Timespec, Timestamps, UTIME_OMIT},
     io::Errno,
 };
-use shipway_fault::{Fault, Result};
+use shipway_fault::Result;
 use shipway_storage::overlay::{Marks, is_whiteout};
 use std::{
     collections::BTreeSet,
     ffi::{OsStr, OsString},
     fs::{self, File},
-    io,
     os::{
         fd::{AsFd, OwnedFd},
         unix::ffi::{OsStrExt, OsStringExt},
@@ -123,8 +123,6 @@ pub struct Entry {
 
 /// Directories that are open at the same time.
 const MAX_OPEN: usize = 64;
-/// Times that Go, and so containerd, can set; it sets others to the epoch.
-const TIMES: std::ops::RangeInclusive<i64> = 0..=i64::MAX / 1_000_000_000;
 /// What snapshotters give to the root of a snapshot on nothing.
 const ROOT_MODE: u32 = 0o755;
 
@@ -566,17 +564,6 @@ impl<'a> Visited<'a> {
     }
 }
 
-/// Seconds and nanoseconds of the last change.
-#[allow(clippy::unnecessary_cast)]
-pub(crate) fn time_of(stat: &Stat) -> (i64, i64) {
-    (stat.st_mtime as i64, stat.st_mtime_nsec as i64)
-}
-
-/// The time that containerd gives to an entry that says `time` as far as a tar can.
-pub(crate) fn unpacked((seconds, _): (i64, i64)) -> (i64, i64) {
-    (if TIMES.contains(&seconds) { seconds } else { 0 }, 0)
-}
-
 #[allow(clippy::unnecessary_cast)]
 fn times((seconds, nanoseconds): (i64, i64)) -> Timestamps {
     Timestamps {
@@ -617,8 +604,4 @@ impl Entry {
 
 fn bytes(path: &Path) -> &[u8] {
     path.as_os_str().as_bytes()
-}
-
-pub(crate) fn broken(path: &Path, error: io::Error) -> Fault {
-    Fault::io(format!("read {} of a layer", path.display()), error)
 }

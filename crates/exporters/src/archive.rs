@@ -2,10 +2,11 @@
 //! `ex.docker`).
 
 use crate::{
-    exporters::Inner,
-    image::{self, ExportLease},
+    image,
+    lease::ExportLease,
     options::{Attrs, ImageOptions},
     port::{ExportContext, ExportInput, Exported, Exporter, Response},
+    services::ExportServices,
     tarball::Tarball,
     writer::{Writer, Written},
 };
@@ -27,7 +28,7 @@ pub(crate) enum Variant {
 }
 
 pub(crate) struct ArchiveExporter {
-    inner: Arc<Inner>,
+    inner: Arc<ExportServices>,
     variant: Variant,
     options: ImageOptions,
     /// Whether the client gets blobs for a content store of its own instead of a tar (row
@@ -38,7 +39,7 @@ pub(crate) struct ArchiveExporter {
 
 impl ArchiveExporter {
     pub fn new(
-        inner: Arc<Inner>,
+        inner: Arc<ExportServices>,
         variant: Variant,
         attrs: &BTreeMap<String, String>,
     ) -> Result<Self> {

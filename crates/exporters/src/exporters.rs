@@ -4,6 +4,7 @@ use crate::{
     Exporter, LazyBlobs, Publishing,
     archive::{ArchiveExporter, Variant},
     image::ImageExporter,
+    services::ExportServices,
     tree::{LocalExporter, TarExporter},
 };
 use shipway_fault::{Fault, Result, nearest};
@@ -15,7 +16,7 @@ use std::{collections::BTreeMap, sync::Arc};
 type Attrs = BTreeMap<String, String>;
 
 /// Makes an exporter of attributes; wrong ones are errors.
-type Constructor = fn(Arc<Inner>, &Attrs) -> Result<Arc<dyn Exporter>>;
+type Constructor = fn(Arc<ExportServices>, &Attrs) -> Result<Arc<dyn Exporter>>;
 
 /// The exporters by kind, as clients name it (`type=`).
 const KINDS: [(&str, Constructor); 5] = [
@@ -29,19 +30,7 @@ const KINDS: [(&str, Constructor); 5] = [
 /// All exporters. Clones share what they work with.
 #[derive(Clone)]
 pub struct Exporters {
-    inner: Arc<Inner>,
-}
-
-pub(crate) struct Inner {
-    pub refs: RefStore,
-    pub registry: Registry,
-    pub hub: SessionHub,
-    /// Names of images that may be replaced although CRI manages them and they are not ours; `*`
-    /// stands for anything.
-    pub replaceable: Vec<String>,
-    pub publishing: Publishing,
-    /// When blobs are fetched that images do without.
-    pub lazy_blobs: LazyBlobs,
+    inner: Arc<ExportServices>,
 }
 
 impl Exporters {
@@ -58,7 +47,7 @@ impl Exporters {
         publishing: Publishing,
         lazy_blobs: LazyBlobs,
     ) -> Self {
-        let inner = Inner { refs, registry, hub, replaceable, publishing, lazy_blobs };
+        let inner = ExportServices { refs, registry, hub, replaceable, publishing, lazy_blobs };
         Self { inner: Arc::new(inner) }
     }
 

@@ -1,35 +1,26 @@
 //! The `image` exporter: into containerd's image store and to registries (rows `ex.img.*`).
 
 use crate::{
-    exporters::Inner,
     hollow::LazyBlobs,
+    lease::ExportLease,
     options::{Attrs, ImageOptions},
     port::{ExportContext, ExportInput, ExportPlatform, Exported, Exporter, Response},
     publish::{PINNED, Publication},
     push::{self, Blobs, PushOptions},
+    replace::may_replace,
+    services::ExportServices,
     writer::{Writer, Written},
 };
 use async_trait::async_trait;
 use base64::Engine as _;
-use shipway_fault::{Class, Code, Context as _, Fault, Result};
-use shipway_oci::{Descriptor, Digest, ImageName, Platform, gojson, timestamp};
-use shipway_refs::{Compression, Fetch, ImmutableRef, RUN_KIND};
-use shipway_storage::{GC_EXPIRE, ImageRecord, Labels, LeaseId, Leases, Storage, built_labels};
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::{Duration, SystemTime},
-};
-use tokio::sync::OnceCell;
-
-/// What an export makes is protected this long if we die in the middle.
-const LEASE_TIME: Duration = Duration::from_secs(3600);
+use shipway_fault::{Context as _, Fault, Result};
+use shipway_oci::{Descriptor, Digest, ImageName, Platform, gojson};
+use shipway_refs::{Compression, Fetch, ImmutableRef};
+use shipway_storage::{Storage, built_labels};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 pub(crate) struct ImageExporter {
-    inner: Arc<Inner>,
+    inner: Arc<ExportServices>,
     options: ImageOptions,
     push: Option<PushOptions>,
     store: bool,
@@ -52,7 +43,7 @@ struct Dangling {
 }
 
 impl ImageExporter {
-    pub fn new(inner: Arc<Inner>, attrs: &BTreeMap<String, String>) -> Result<Self> {
+    pub fn new(inner: Arc<ExportServices>, attrs: &BTreeMap<String, String>) -> Result<Self> {
         let mut attrs = Attrs::new(attrs);
         let mut options = ImageOptions::take(&mut attrs)?;
         options.inline.get_or_insert(true);
@@ -203,108 +194,6 @@ async fn fetch_all(states: Vec<ImmutableRef>, compression: Compression) {
             tracing::warn!(image = state.description(), %error, "failed to fetch the blobs of an image, it runs without them");
         }
     }
-}
-
-/// Whether another image may take the name: what CRI manages is what pods are started from, and
-/// kubelet does not ask who put it there.
-pub(crate) fn may_replace(image: &ImageRecord, replaceable: &[String]) -> Result<()> {
-    let name = &image.name;
-    if !image.is_cri_managed()
-        || image.built().is_some()
-        || replaceable.iter().any(|pattern| matches(pattern, name))
-    {
-        return Ok(());
-    }
-    let fault = Fault::new(
-        Code::FailedPrecondition,
-        format!("image {name} is managed by Kubernetes (CRI) and was not built here"),
-    );
-    let fault = fault.with_class(Class::User);
-    Err(fault
-        .hint(format!("choose another name, or add {name:?} to replaceManagedImages of [worker.containerd] in the daemon's configuration")))
-}
-
-/// Whether `name` is what `pattern` says; `*` stands for anything, slashes included, unlike in Go's
-/// `path.Match`: these are patterns of ours.
-fn matches(pattern: &str, name: &str) -> bool {
-    let Some((first, rest)) = pattern.split_once('*') else { return pattern == name };
-    let Some(mut name) = name.strip_prefix(first) else { return false };
-    let mut parts: Vec<&str> = rest.split('*').collect();
-    let last = parts.pop().unwrap_or_default();
-    for part in parts {
-        match name.find(part) {
-            Some(at) => name = &name[at + part.len()..],
-            None => return false,
-        }
-    }
-    name.ends_with(last)
-}
-
-/// A temporary lease that is made when something is first written, and ends with the export,
-/// however that ends. Its end is not waited for: what was exported is held by its name, or was
-/// sent.
-pub(crate) struct ExportLease {
-    id: LeaseId,
-    leases: Arc<dyn Leases>,
-    made: OnceCell<()>,
-    /// Whether containerd was asked for it.
-    asked: AtomicBool,
-}
-
-impl ExportLease {
-    pub fn new(leases: &Arc<dyn Leases>, cx: &ExportContext) -> Self {
-        let id = LeaseId(format!("shipway-export-{}-{}", cx.build, cx.index));
-        Self { id, leases: leases.clone(), made: OnceCell::new(), asked: AtomicBool::new(false) }
-    }
-
-    /// The lease, which exists from now on.
-    pub async fn ensure(&self) -> Result<&LeaseId> {
-        let make = async || {
-            self.asked.store(true, Ordering::Relaxed);
-            let expire = timestamp::format(SystemTime::now() + LEASE_TIME);
-            let labels = Labels::from([
-                (GC_EXPIRE.to_owned(), expire),
-                (RUN_KIND.0.to_owned(), RUN_KIND.1.to_owned()),
-            ]);
-            match self.leases.create(&self.id, &labels).await {
-                Err(e) if !e.is_already_exists() => {
-                    Err(e.context("protect the export from garbage collection"))
-                }
-                _ => Ok(()),
-            }
-        };
-        self.made.get_or_try_init(make).await?;
-        Ok(&self.id)
-    }
-}
-
-impl Drop for ExportLease {
-    fn drop(&mut self) {
-        let (leases, id) = (self.leases.clone(), self.id.clone());
-        // A creation that failed may have happened all the same: containerd can go away before it
-        // answers.
-        if self.asked.load(Ordering::Relaxed)
-            && let Ok(runtime) = tokio::runtime::Handle::try_current()
-        {
-            shipway_task::spawn_on(&runtime, "delete the lease of an export", end(leases, id));
-        }
-    }
-}
-
-/// Ends a lease, again and again while containerd is away.
-async fn end(leases: Arc<dyn Leases>, id: LeaseId) {
-    let mut pause = Duration::from_millis(100);
-    for _ in 0..10 {
-        match leases.delete(&id, false).await {
-            Ok(()) => return,
-            Err(fault) if fault.class() == Class::Environment => tokio::time::sleep(pause).await,
-            Err(fault) => {
-                return tracing::debug!(lease = %id, error = %fault, "failed to delete the lease of an export, it will expire");
-            }
-        }
-        pause = (pause * 2).min(Duration::from_secs(10));
-    }
-    tracing::warn!(lease = %id, "failed to delete the lease of an export, it will expire: containerd is unavailable");
 }
 
 /// Keys that all image-like exporters answer (rows `ex.resp.*`).
@@ -464,23 +353,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_match_patterns() {
-        for (pattern, name, want) in [
-            ("a/b:1", "a/b:1", true),
-            ("a/b:1", "a/b:2", false),
-            ("*", "anything", true),
-            ("registry.local/*", "registry.local/a/b:1", true),
-            ("registry.local/*", "registry.local.evil/a", false),
-            ("*/app:*", "h/team/app:1", true),
-            ("*/app:*-dev", "h/team/app:1", false),
-            ("a*a", "a", false),
-            ("", "a", false),
-        ] {
-            assert_eq!(matches(pattern, name), want, "{pattern} {name}");
-        }
-    }
-
-    #[test]
     fn dangling_and_canonical_names_have_the_digest() {
         let digest = Digest::of("root");
         let dangling = |empty_only| Some(Dangling { prefix: "<none>".into(), empty_only });
@@ -502,34 +374,6 @@ mod tests {
         check(&["a:1"], true, dangling(true), &["a:1", "a:1@#"]);
         for empty_only in [true, false] {
             check(&[], true, dangling(empty_only), &["<none>@#"]);
-        }
-    }
-
-    #[test]
-    fn what_cri_manages_is_replaced_if_it_is_ours_or_allowed() {
-        let target = Descriptor::of("m", b"x");
-        let managed = Labels::from([("io.cri-containerd.image".to_owned(), "managed".to_owned())]);
-        let ours = built_labels(&target, SystemTime::now());
-        let check = |labels: &[&Labels], replaceable: &[&str]| {
-            let labels =
-                labels.iter().flat_map(|l| l.iter()).map(|(k, v)| (k.clone(), v.clone())).collect();
-            let image = ImageRecord {
-                name: "registry.k8s.io/pause:3.9".into(),
-                target: target.clone(),
-                labels,
-                updated: None,
-            };
-            may_replace(&image, &replaceable.iter().map(|p| (*p).to_owned()).collect::<Vec<_>>())
-        };
-        assert!(check(&[], &[]).is_ok());
-        assert!(check(&[&managed, &ours], &[]).is_ok());
-        assert!(check(&[&managed], &["registry.k8s.io/*"]).is_ok());
-        // The label of a build whose name another program has pointed elsewhere since.
-        let stale = built_labels(&Descriptor::of("m", b"y"), SystemTime::now());
-        for labels in [&[&managed][..], &[&managed, &stale]] {
-            let fault = check(labels, &["other/*"]).unwrap_err();
-            assert!(fault.to_string().contains("registry.k8s.io/pause:3.9"), "{fault}");
-            assert!(fault.hints().any(|h| h.contains("replaceManagedImages")), "{fault:?}");
         }
     }
 }

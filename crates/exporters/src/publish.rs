@@ -8,8 +8,9 @@
 //! to the others.
 
 use crate::{
-    image::{ExportLease, may_replace},
+    lease::ExportLease,
     port::ExportContext,
+    replace::may_replace,
     writer::{Written, WrittenManifest},
 };
 use shipway_fault::{Code, Context as _, Fault, Result};

@@ -2,9 +2,9 @@
 //! `ex.fs.*`).
 
 use crate::{
-    exporters::Inner,
     options::{Attrs, Epoch},
     port::{ExportAttestation, ExportContext, ExportInput, Exported, Exporter},
+    services::ExportServices,
     statements,
 };
 use async_trait::async_trait;
@@ -52,23 +52,23 @@ impl TreeOptions {
 }
 
 pub(crate) struct LocalExporter {
-    inner: Arc<Inner>,
+    inner: Arc<ExportServices>,
     options: TreeOptions,
 }
 
 pub(crate) struct TarExporter {
-    inner: Arc<Inner>,
+    inner: Arc<ExportServices>,
     options: TreeOptions,
 }
 
 impl LocalExporter {
-    pub fn new(inner: Arc<Inner>, attrs: &BTreeMap<String, String>) -> Result<Self> {
+    pub fn new(inner: Arc<ExportServices>, attrs: &BTreeMap<String, String>) -> Result<Self> {
         Ok(Self { inner, options: TreeOptions::new(attrs)? })
     }
 }
 
 impl TarExporter {
-    pub fn new(inner: Arc<Inner>, attrs: &BTreeMap<String, String>) -> Result<Self> {
+    pub fn new(inner: Arc<ExportServices>, attrs: &BTreeMap<String, String>) -> Result<Self> {
         let options = TreeOptions::new(attrs)?;
         Ok(Self { inner, options })
     }

@@ -2,7 +2,7 @@
 
 use crate::{
     config::{self, LayerHistory},
-    image::ExportLease,
+    lease::ExportLease,
     options::{ImageOptions, Level},
     port::{ExportAttestation, ExportInput, ExportPlatform, metadata_of},
     spdx, statements,

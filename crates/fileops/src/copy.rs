@@ -12,87 +12,16 @@ pub use beside::Beside;
 
 use crate::{
     check,
-    chmod::Symbolic,
     path::RootPath,
     place::{Ids, Root, fault, is_dir},
+    settings::Settings,
     unpack, wildcard,
 };
-use rustix::{fs::RawMode, io::Errno};
+use rustix::io::Errno;
 use shipway_fault::{Fault, Result};
 use shipway_filesync::PathFilter;
 use shipway_llb::FileCopy;
 use tokio_util::sync::CancellationToken;
-
-/// Deeper trees are refused: every level holds two descriptors open.
-pub(crate) const MAX_DEPTH: usize = 400;
-const DIRECTORY_MODE: RawMode = 0o755;
-
-/// What happens to permissions.
-#[derive(Clone, Debug)]
-enum ModeChange {
-    Keep,
-    Bits(RawMode),
-    Symbolic(Symbolic),
-}
-
-impl ModeChange {
-    fn of(copy: &FileCopy) -> Result<Self> {
-        Ok(match (copy.mode_str.as_str(), copy.mode) {
-            ("", None) => Self::Keep,
-            ("", Some(bits)) => Self::Bits(bits & 0o7777),
-            (text, _) => Self::Symbolic(Symbolic::parse(text)?),
-        })
-    }
-
-    fn apply(&self, mode: RawMode, is_dir: bool) -> RawMode {
-        match self {
-            Self::Keep => mode & 0o7777,
-            Self::Bits(bits) => *bits,
-            Self::Symbolic(s) => s.apply(mode, is_dir),
-        }
-    }
-
-    /// Of directories that are made on the way.
-    fn for_parents(&self) -> RawMode {
-        if let Self::Bits(bits) = self { bits & 0o777 } else { DIRECTORY_MODE }
-    }
-}
-
-/// What is the same for all files of one action.
-pub(crate) struct Settings {
-    pub(crate) owner: Option<Ids>,
-    pub(crate) time: Option<i64>,
-    mode: ModeChange,
-    filter: PathFilter,
-    follow: bool,
-    contents: bool,
-    replace: bool,
-    pub(crate) cancel: CancellationToken,
-}
-
-impl Settings {
-    /// Fails once the copy is not wanted any more.
-    pub(crate) fn check(&self) -> Result<()> {
-        check(&self.cancel)
-    }
-
-    pub(crate) fn of(
-        copy: &FileCopy,
-        owner: Option<Ids>,
-        cancel: &CancellationToken,
-    ) -> Result<Self> {
-        Ok(Self {
-            owner,
-            time: copy.timestamp,
-            mode: ModeChange::of(copy)?,
-            filter: PathFilter::new(&copy.include_patterns, &copy.exclude_patterns)?,
-            follow: copy.follow_symlink,
-            contents: copy.dir_copy_contents,
-            replace: copy.always_replace_existing_dest_paths,
-            cancel: cancel.clone(),
-        })
-    }
-}
 
 /// A file or directory to copy.
 struct Source {

@@ -11,6 +11,7 @@ mod owner;
 mod path;
 mod place;
 mod required;
+mod settings;
 mod unpack;
 mod wildcard;
 

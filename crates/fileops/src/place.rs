@@ -16,6 +16,9 @@ use std::{
     path::Path,
 };
 
+/// Deeper trees are refused: every level holds two descriptors open.
+pub(crate) const MAX_DEPTH: usize = 400;
+
 /// Longest path that the kernel takes.
 const MAX_PATH: usize = 4095;
 /// Most names that are compared with a missing one.
@@ -273,7 +276,7 @@ pub(crate) fn remove_all(
         Err(Errno::ISDIR | Errno::PERM) => {}
         Err(e) => return Err(e),
     }
-    if depth > crate::copy::MAX_DEPTH {
+    if depth > MAX_DEPTH {
         return Err(Errno::NAMETOOLONG);
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;

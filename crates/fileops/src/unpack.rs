@@ -3,9 +3,9 @@
 //! by what was read, and only the kinds of entries that a file system has are made.
 
 use crate::{
-    copy::Settings,
     path::RootPath,
     place::{Ids, Root, at_time, fault, finish, is_dir, is_regular, remove_all},
+    settings::Settings,
 };
 use rustix::{
     fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},

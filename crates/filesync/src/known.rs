@@ -8,7 +8,7 @@ use shipway_gocompat::{FileKind, FileMode};
 
 use crate::{
     PathFilter, Stat, compare,
-    walk::{self, Details},
+    walk::{self, Details, IDENTITY},
 };
 
 /// One entry, as far as it matters for telling whether it changed.
@@ -122,10 +122,6 @@ impl KnownTree {
         find(&self.entries, path)
     }
 }
-
-/// Name under which a file's identity is sent among its extended attributes. No file system has
-/// such an attribute.
-pub(crate) const IDENTITY: &str = "shipway.identity";
 
 fn identity(stat: &Stat) -> u64 {
     stat.xattrs.get(IDENTITY).and_then(|v| v[..].try_into().ok()).map_or(0, u64::from_le_bytes)

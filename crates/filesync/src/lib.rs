@@ -17,6 +17,7 @@
 //! `session` and the client make streams of calls.
 
 mod budget;
+mod content_hash;
 mod disk;
 mod follow;
 mod ignore;
@@ -33,6 +34,7 @@ mod walk;
 mod write;
 
 pub use budget::Budget;
+pub use content_hash::{ContentHash, HashSink};
 pub use disk::chmod_nofollow;
 pub use follow::follow_paths;
 pub use ignore::{IgnoreFile, IgnoreRule};
@@ -41,10 +43,10 @@ pub use list::announced;
 pub use matcher::{DirMatch, MatchInfo, PathFilter, Pattern, PatternMatcher, Verdict};
 pub use path::compare;
 pub use receive::{
-    Change, ChangeKind, ContentHash, Differ, HashSink, LISTING, Progress, ReceiveOptions, Received,
-    Receiver, StatFn,
+    Change, ChangeKind, Differ, LISTING, Progress, ReceiveOptions, Received, Receiver, StatFn,
 };
 pub use request::FileSyncRequest;
-pub use send::{MapFn, Mapped, SendOptions, SendRoot, Sender, Sent};
+pub use send::{MapFn, SendOptions, SendRoot, Sender, Sent};
 pub use shipway_proto::fsutil::types::{Packet, Stat};
 pub use stream::{PacketStream, packets};
+pub use walk::Mapped;

@@ -22,7 +22,7 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 use self::apply::Apply;
 use crate::{
-    Budget, KnownTree, Packet, PacketStream, PatternMatcher, Stat, disk,
+    Budget, ContentHash, KnownTree, Packet, PacketStream, PatternMatcher, Stat, disk,
     write::{Batch, Expected, FileWriter, Finished},
 };
 
@@ -50,20 +50,6 @@ pub enum Differ {
     Metadata,
     /// No: every file is asked for.
     None,
-}
-
-/// Hashes files as they are written, so that they need not be read again.
-pub trait ContentHash: Send + Sync {
-    /// Starts the digest of the file described by `stat`, as it will be on disk.
-    fn start(&self, stat: &Stat) -> Box<dyn HashSink>;
-}
-
-/// One digest in the making.
-pub trait HashSink: Send {
-    /// Adds content.
-    fn update(&mut self, data: &[u8]);
-    /// The digest.
-    fn finish(self: Box<Self>) -> [u8; 32];
 }
 
 /// How far a transfer is.

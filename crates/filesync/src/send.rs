@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use crate::{
-    Packet, PacketStream, PathFilter, Stat, disk,
+    Mapped, Packet, PacketStream, PathFilter, Stat, disk,
     follow::{follow_paths, without_nested},
     path::join,
     walk::{self, Details, Visitor},
@@ -35,17 +35,6 @@ const READERS: usize = 4;
 /// Content per packet; peers take anything below gRPC's message limit, and clients of Go's defaults
 /// take 4 MiB.
 const CHUNK: usize = 256 << 10;
-
-/// What a map function decides about an entry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mapped {
-    /// Send it.
-    Keep,
-    /// Leave it out.
-    Exclude,
-    /// Leave it out and what is below it; for a file, the rest of its directory.
-    SkipDir,
-}
 
 /// Changes the stat of an entry or refuses it.
 pub type MapFn = dyn Fn(&mut Stat) -> Mapped + Send + Sync;

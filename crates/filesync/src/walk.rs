@@ -13,7 +13,22 @@ use rustix::io::Errno;
 use shipway_fault::{Fault, Result};
 use shipway_gocompat::{FileKind, FileMode};
 
-use crate::{DirMatch, Mapped, PathFilter, Stat, Verdict, known::IDENTITY, path::join};
+use crate::{DirMatch, PathFilter, Stat, Verdict, path::join};
+
+/// Name under which a file's identity is sent among its extended attributes. No file system has
+/// such an attribute.
+pub(crate) const IDENTITY: &str = "shipway.identity";
+
+/// What a map function decides about an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapped {
+    /// Send it.
+    Keep,
+    /// Leave it out.
+    Exclude,
+    /// Leave it out and what is below it; for a file, the rest of its directory.
+    SkipDir,
+}
 
 /// Receives the entries of a walk; an error ends it.
 pub(crate) trait Visitor {

@@ -1,6 +1,12 @@
 //! The client, its responses and their bodies.
 
-use crate::{DeniedNetworks, Timeouts, TlsSettings, connect::Connector, tls::client_config};
+use crate::{
+    DeniedNetworks, HttpError, Timeouts, TlsSettings,
+    connect::Connector,
+    error::{error_in, innermost},
+    host_of,
+    tls::client_config,
+};
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Method, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
@@ -9,7 +15,7 @@ use hyper_util::{
     client::legacy,
     rt::{TokioExecutor, TokioTimer},
 };
-use shipway_fault::{Class, Code, Fault};
+use shipway_fault::Fault;
 use std::{
     pin::Pin,
     sync::{
@@ -38,52 +44,6 @@ pub fn no_body() -> Body {
 /// A body of these bytes.
 pub fn full_body(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|e| match e {}).boxed_unsync()
-}
-
-/// Why there is no complete response.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum HttpError {
-    /// No connection.
-    #[error("failed to connect: {0}")]
-    Connect(String),
-    /// The other side does not speak TLS.
-    #[error("the server does not speak TLS: {0}")]
-    NotTls(String),
-    /// The other side's certificate, or something else about TLS.
-    #[error("TLS: {0}")]
-    Tls(String),
-    /// Nothing happened for too long.
-    #[error("timed out waiting for {waiting_for} (no progress for {after:.0?})")]
-    TimedOut {
-        /// What was waited for.
-        waiting_for: &'static str,
-        /// For how long.
-        after: Duration,
-    },
-    /// The connection broke.
-    #[error("the connection broke: {0}")]
-    Broken(String),
-    /// A document is larger than we accept.
-    #[error("the answer is larger than {0} bytes")]
-    TooLarge(u64),
-    /// The server's words make no sense.
-    #[error("{0}")]
-    Protocol(String),
-    /// The body to send could not be had.
-    #[error(transparent)]
-    Local(Fault),
-}
-
-impl From<HttpError> for Fault {
-    fn from(f: HttpError) -> Self {
-        let code = match &f {
-            HttpError::Local(fault) => return fault.clone(),
-            HttpError::TimedOut { .. } => Code::DeadlineExceeded,
-            HttpError::TooLarge(_) | HttpError::Protocol(_) => Code::Unknown,
-            _ => Code::Unavailable,
-        };
-        Fault::new(code, f.to_string()).with_class(Class::Environment)
-    }
 }
 
 /// A pool of connections with one set of TLS settings. Cheap to clone.
@@ -241,11 +201,6 @@ fn redirect_of(head: &http::response::Parts) -> Option<String> {
     redirect.then(|| location.to_owned())
 }
 
-/// Host and port of an address, for messages.
-pub fn host_of(uri: &Uri) -> &str {
-    uri.authority().map_or("", |a| a.as_str().rsplit('@').next().unwrap_or_default())
-}
-
 /// The address without its query, whose values may be secrets (signed URLs).
 pub fn display_of(uri: &Uri) -> String {
     let query = if uri.query().is_some() { "?…" } else { "" };
@@ -287,28 +242,6 @@ fn error_of(error: &legacy::Error) -> HttpError {
         let why = innermost(error);
         if error.is_connect() { HttpError::Connect(why) } else { HttpError::Broken(why) }
     })
-}
-
-fn error_in(error: &(dyn std::error::Error + 'static)) -> Option<HttpError> {
-    let mut next = Some(error);
-    while let Some(e) = next {
-        if let Some(f) = e.downcast_ref::<HttpError>() {
-            return Some(f.clone());
-        }
-        if let Some(f) = e.downcast_ref::<Fault>() {
-            return Some(HttpError::Local(f.clone()));
-        }
-        next = e.source();
-    }
-    None
-}
-
-pub(crate) fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut e = error;
-    while let Some(s) = e.source() {
-        e = s;
-    }
-    e.to_string()
 }
 
 /// Reads a response's body and notices when it stalls or trickles. Only time spent waiting for the

@@ -2,8 +2,8 @@
 
 use crate::{
     HttpError,
-    client::innermost,
     denied::{DeniedNetworks, Resolver},
+    error::innermost,
     host_of, is_loopback,
 };
 use http::Uri;

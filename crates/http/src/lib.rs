@@ -15,14 +15,15 @@
 mod client;
 mod connect;
 mod denied;
+mod error;
 mod tls;
 
-pub use client::{
-    Body, BodyReader, Client, HttpError, Response, display_of, full_body, host_of, join, no_body,
-};
+pub use client::{Body, BodyReader, Client, Response, display_of, full_body, join, no_body};
 pub use denied::{DeniedNetworks, Network};
+pub use error::HttpError;
 pub use tls::{FileStamp, KeyPair, TlsSettings, native_roots};
 
+use http::Uri;
 use std::{net::IpAddr, time::Duration};
 
 /// How long to wait for what.
@@ -52,4 +53,9 @@ impl Default for Timeouts {
 /// Whether `host` (without port) is this machine by name or number.
 pub fn is_loopback(host: &str) -> bool {
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// Host and port of an address, for messages.
+pub fn host_of(uri: &Uri) -> &str {
+    uri.authority().map_or("", |a| a.as_str().rsplit('@').next().unwrap_or_default())
 }

@@ -1,7 +1,7 @@
 //! Writing a cache: the config, the layers, and the manifest that names them.
 
 use crate::{
-    CacheWriter, ExportOptions, Import,
+    CacheWriter, ExportOptions, Import, LayerBytes,
     collect::{Entry, collect},
     format::{
         CONFIG, CacheConfig, CacheInput, CacheLayer, CacheRecord, CacheResult, CachedLayerMeta,
@@ -16,7 +16,7 @@ use shipway_oci::{Descriptor, DiffId, Digest, ImageName, Index, Manifest, media}
 use shipway_progress::Reporter;
 use shipway_refs::{Compression, Fetch, ImmutableRef, LayerBlob};
 use shipway_solver::CacheKey;
-use shipway_storage::{BlobReader, ContentStore, DISTRIBUTION_SOURCE, UNCOMPRESSED};
+use shipway_storage::{ContentStore, DISTRIBUTION_SOURCE, UNCOMPRESSED};
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
@@ -274,31 +274,13 @@ impl Export {
     /// How to read the blob.
     fn source(&self, blob: &Descriptor, content: &Arc<dyn ContentStore>) -> LayerBytes {
         let lazy = self.lazy.get(&blob.digest).map(|lazy| lazy.state.clone());
-        LayerBytes { digest: blob.digest, lazy, content: content.clone() }
+        LayerBytes::new(blob.digest, lazy, content.clone())
     }
 }
 
 /// Whether an annotation says something of this builder, or of where the layer came from.
 fn is_private(annotation: &str) -> bool {
     annotation.starts_with(DISTRIBUTION_SOURCE) || annotation == "buildkit/createdat"
-}
-
-/// The bytes of a layer that is exported, wherever they are.
-#[derive(Clone)]
-pub struct LayerBytes {
-    digest: Digest,
-    lazy: Option<ImmutableRef>,
-    content: Arc<dyn ContentStore>,
-}
-
-impl LayerBytes {
-    /// A reader of them. Those that are not here are passed on from where they are.
-    pub async fn open(self) -> Result<Box<dyn BlobReader>> {
-        match &self.lazy {
-            Some(state) => state.blob_reader(self.digest).await,
-            None => self.content.reader(self.digest).await,
-        }
-    }
 }
 
 async fn result(

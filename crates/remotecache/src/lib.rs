@@ -20,11 +20,13 @@ mod collect;
 mod export;
 mod format;
 mod import;
+mod layer_bytes;
 mod options;
 
 pub use backend::{
     Backends, CacheAt, CacheBackend, CacheClients, CacheSource, CacheWriter, INLINE,
 };
-pub use export::{Export, LayerBytes};
+pub use export::Export;
 pub use import::{Import, ReadCache, read};
+pub use layer_bytes::LayerBytes;
 pub use options::{CacheRequest, ExportOptions, Mode, without_secrets};

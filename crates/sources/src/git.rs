@@ -15,6 +15,7 @@ use crate::{
     PinnedSource, SourceContext, SourceMemo, SourceSpec,
     clients::{ClientServices, SshAgent},
     keys,
+    memo::Tip,
     port::Source,
 };
 pub(crate) use attrs::GitSpec;
@@ -24,7 +25,6 @@ use cli::Git;
 use futures::{FutureExt as _, future::BoxFuture};
 use repo::Objects;
 use repo::Repo;
-pub(crate) use repo::Tip;
 use serde::Serialize;
 use shipway_attest::{self as attest, Capture};
 use shipway_fault::{Code, Context as _, Fault, Result};

@@ -10,6 +10,7 @@ use crate::{
     keyed_locks::KeyedLocks,
     keys,
     login::{Login, split_login},
+    memo::KnownFile,
     port::Source,
 };
 pub(crate) use attrs::Shape;
@@ -26,7 +27,7 @@ use shipway_http::{BodyReader, Response};
 use shipway_llb::{HttpFacts, ResolveOptions, SourceFacts};
 use shipway_oci::{ChecksumAlgorithm, Digest};
 use shipway_progress::Reporter;
-use shipway_refs::{ImmutableRef, RecordType, RefId, RefStore};
+use shipway_refs::{ImmutableRef, RecordType, RefStore};
 use shipway_registry::Registry;
 use shipway_session::Upload;
 use shipway_signing::{Trusted, Validity, verify_detached};
@@ -42,16 +43,6 @@ pub(crate) struct HttpSource {
     locks: KeyedLocks,
     /// What was fetched, by request.
     known: KnownFiles,
-}
-
-/// A file that was fetched and is kept as a state.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Known {
-    digest: Digest,
-    filename: String,
-    etag: Option<String>,
-    modified: Option<SystemTime>,
-    state: RefId,
 }
 
 #[derive(Serialize)]
@@ -73,7 +64,11 @@ impl HttpSource {
     }
 
     /// The file as this build knows it, with the checksum and the signature that are asked for.
-    async fn verified(&self, file: &HttpSpec, cx: &SourceContext) -> Result<(Known, ImmutableRef)> {
+    async fn verified(
+        &self,
+        file: &HttpSpec,
+        cx: &SourceContext,
+    ) -> Result<(KnownFile, ImmutableRef)> {
         let (known, state) = self.known_to_build(file, cx).await?;
         if let Some(wanted) = file.checksum.filter(|w| *w != known.digest) {
             return Err(mismatch(file, known.digest, wanted));
@@ -91,7 +86,7 @@ impl HttpSource {
         &self,
         file: &HttpSpec,
         cx: &SourceContext,
-    ) -> Result<(Known, ImmutableRef)> {
+    ) -> Result<(KnownFile, ImmutableRef)> {
         let request = file.request_key();
         if let Some(known) = cx
             .memo
@@ -105,11 +100,11 @@ impl HttpSource {
         Ok((known, state))
     }
 
-    fn recall(&self, file: &HttpSpec) -> Option<Known> {
+    fn recall(&self, file: &HttpSpec) -> Option<KnownFile> {
         self.known.get(&file.request_key())
     }
 
-    async fn remember(&self, file: &HttpSpec, known: Known) {
+    async fn remember(&self, file: &HttpSpec, known: KnownFile) {
         // Nothing that was made of a password is kept, and an upload comes once.
         let lasting = file.login.is_none() && !file.is_upload();
         self.known.insert(file.request_key(), known, lasting).await;
@@ -120,7 +115,7 @@ impl HttpSource {
         &self,
         file: &HttpSpec,
         cx: &SourceContext,
-    ) -> Result<(Known, ImmutableRef)> {
+    ) -> Result<(KnownFile, ImmutableRef)> {
         let _turn = self.locks.lock(&file.request_key().to_string()).await;
         let mut have = None;
         if let Some(known) = self.recall(file)
@@ -175,7 +170,7 @@ impl HttpSource {
         headers: &HeaderMap,
         mut body: Body,
         reporter: &Reporter,
-    ) -> Result<(Known, ImmutableRef)> {
+    ) -> Result<(KnownFile, ImmutableRef)> {
         let filename = file::name_of(file, Some(headers));
         let etag = etag_of(headers);
         let text = |name: header::HeaderName| headers.get(name).and_then(|v| v.to_str().ok());
@@ -210,7 +205,7 @@ impl HttpSource {
             return Err(mismatch(file, digest, wanted));
         }
         let state = state.commit(description).await?;
-        Ok((Known { digest, filename, etag, modified, state: state.id().clone() }, state))
+        Ok((KnownFile { digest, filename, etag, modified, state: state.id().clone() }, state))
     }
 }
 

@@ -18,7 +18,6 @@ use crate::{
 pub use attrs::LocalImages;
 use attrs::{ImageLocation, ImageSpec};
 use futures::{FutureExt as _, future::BoxFuture};
-pub(crate) use resolve::ResolvedName;
 pub use resolve::document_lease;
 use resolve::{NameResolver, Resolved};
 use serde::Serialize;

@@ -3,9 +3,10 @@
 use super::{
     super::{
         path::RootPath,
-        place::{Root, at_time, fault, is_dir, make_dir, names},
+        place::{MAX_DEPTH, Root, at_time, fault, is_dir, make_dir, names},
+        settings::Settings,
     },
-    Beside, MAX_DEPTH, Settings, data,
+    Beside, data,
     work::{Job, Work},
 };
 use parking_lot::Mutex;

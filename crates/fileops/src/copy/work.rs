@@ -5,8 +5,9 @@ use super::{
     super::{
         path::RootPath,
         place::{fault, remove_all},
+        settings::Settings,
     },
-    Beside, Settings, data,
+    Beside, data,
     tree::{TargetDir, mode, owner, times},
 };
 use parking_lot::{Condvar, Mutex};

@@ -24,9 +24,10 @@ use crate::{
     budget::{BudgetShare, ENTRY},
     compare,
     disk::{self, Dirs, chmod_nofollow},
-    known::{IDENTITY, find},
+    known::find,
     order::Order,
     path::split,
+    walk::IDENTITY,
     write::{self, Expected, Finished, Pending, hash_for, replace, set_time},
 };
 

@@ -1,8 +1,8 @@
 //! Git bundles: a commit with its history in one file, which a source can be made of and can be
 //! made into (rows `src.git.bundle`).
 
-use super::{GitSpec, Repo, Tip, attrs::is_commit, repo};
-use crate::{SourceSpec, blob::BlobAt, clients::ClientServices, http::Shape};
+use super::{GitSpec, Repo, attrs::is_commit, repo};
+use crate::{SourceSpec, blob::BlobAt, clients::ClientServices, http::Shape, memo::Tip};
 use shipway_fault::{Context, Fault, Result};
 use shipway_registry::Registry;
 use std::{os::unix::fs::PermissionsExt as _, path::Path};

@@ -6,20 +6,10 @@ use super::{
     cli::Git,
     tree,
 };
+use crate::memo::Tip;
 use bytes::Bytes;
 use shipway_fault::{Class, Code, Context, Fault, Result};
 use std::path::{Path, PathBuf};
-
-/// What a reference leads to at the remote.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Tip {
-    /// Commit, or annotated tag.
-    pub sha: String,
-    /// Full name of the reference, or the commit itself.
-    pub reference: String,
-    /// The commit that an annotated tag leads to.
-    pub commit: Option<String>,
-}
 
 impl Tip {
     /// Whether it is what the user expects (row `src.git.sum`).

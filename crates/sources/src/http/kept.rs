@@ -1,7 +1,7 @@
 //! What is known of files that were fetched: in memory, and in one file of ours that may be lost.
 //! The files themselves are states.
 
-use super::Known;
+use crate::memo::KnownFile;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use shipway_fault::Fault;
@@ -24,7 +24,7 @@ const MAX_FILE: u64 = 16 << 20;
 /// Known files by request.
 #[derive(Default)]
 pub(super) struct KnownFiles {
-    all: Mutex<HashMap<Digest, (Known, bool)>>,
+    all: Mutex<HashMap<Digest, (KnownFile, bool)>>,
     /// Held while the file is written, so that the last state is what stays.
     file: Option<Arc<tokio::sync::Mutex<PathBuf>>>,
 }
@@ -49,12 +49,12 @@ impl KnownFiles {
         Self { all: Mutex::new(all), file: file.map(|f| Arc::new(tokio::sync::Mutex::new(f))) }
     }
 
-    pub(super) fn get(&self, request: &Digest) -> Option<Known> {
+    pub(super) fn get(&self, request: &Digest) -> Option<KnownFile> {
         self.all.lock().get(request).map(|(known, _)| known.clone())
     }
 
     /// Remembers a file; after a restart, too, if `lasting`.
-    pub(super) async fn insert(&self, request: Digest, known: Known, lasting: bool) {
+    pub(super) async fn insert(&self, request: Digest, known: KnownFile, lasting: bool) {
         {
             let mut all = self.all.lock();
             if all.len() >= MAX_KNOWN {
@@ -92,7 +92,7 @@ impl KnownFiles {
 }
 
 /// What is in the file, as far as it can be read: it may have been cut short.
-fn read(path: &Path) -> HashMap<Digest, (Known, bool)> {
+fn read(path: &Path) -> HashMap<Digest, (KnownFile, bool)> {
     let mut text = String::new();
     if let Ok(file) = std::fs::File::open(path) {
         let _ = file.take(MAX_FILE).read_to_string(&mut text);
@@ -100,7 +100,7 @@ fn read(path: &Path) -> HashMap<Digest, (Known, bool)> {
     let known = |line: &str| {
         let line: Line = serde_json::from_str(line).ok()?;
         let modified = line.modified.as_deref().and_then(timestamp::parse);
-        let known = Known {
+        let known = KnownFile {
             digest: line.digest,
             filename: line.filename,
             etag: line.etag,
@@ -125,7 +125,7 @@ mod tests {
     async fn what_is_known_is_known_after_a_restart_but_for_what_must_not_last() {
         let dir = tempfile::tempdir().unwrap();
         let file = Some(dir.path().join("files.json"));
-        let known = |name: &str| Known {
+        let known = |name: &str| KnownFile {
             digest: Digest::of(name),
             filename: name.into(),
             etag: Some("\"1\"".into()),
@@ -136,7 +136,7 @@ mod tests {
         first.insert(Digest::of("a"), known("a"), true).await;
         first.insert(Digest::of("b"), known("b"), false).await;
         first
-            .insert(Digest::of("c"), Known { etag: None, modified: None, ..known("c") }, true)
+            .insert(Digest::of("c"), KnownFile { etag: None, modified: None, ..known("c") }, true)
             .await;
         let second = KnownFiles::load(file.clone());
         assert_eq!(second.get(&Digest::of("a")), Some(known("a")));

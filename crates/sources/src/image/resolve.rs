@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     SourceContext,
+    memo::ResolvedName,
     remote::{MAX_DOCUMENT, Remote, media_type_of},
 };
 use bytes::Bytes;
@@ -51,13 +52,6 @@ pub(crate) struct NameResolver<'a> {
     pub remote: &'a dyn Remote,
     pub prefer: LocalImages,
     pub cx: &'a SourceContext,
-}
-
-/// What a name without a digest led to when a build first asked (row `so.flight`).
-#[derive(Clone)]
-pub(crate) struct ResolvedName {
-    main: Descriptor,
-    stored: Option<Stored>,
 }
 
 /// Where documents are read from.
@@ -197,12 +191,6 @@ impl NameResolver<'_> {
             }
         }
         Ok(None)
-    }
-}
-
-impl ResolvedName {
-    pub(crate) fn stored(&self, digest: Digest) -> Option<Stored> {
-        self.stored.filter(|_| self.main.digest == digest)
     }
 }
 

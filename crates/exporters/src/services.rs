@@ -1,0 +1,19 @@
+//! What exporters work with.
+
+use crate::{LazyBlobs, Publishing};
+use shipway_refs::RefStore;
+use shipway_registry::Registry;
+use shipway_session::SessionHub;
+
+/// What all exporters of the daemon share.
+pub(crate) struct ExportServices {
+    pub refs: RefStore,
+    pub registry: Registry,
+    pub hub: SessionHub,
+    /// Names of images that may be replaced although CRI manages them and they are not ours; `*`
+    /// stands for anything.
+    pub replaceable: Vec<String>,
+    pub publishing: Publishing,
+    /// When blobs are fetched that images do without.
+    pub lazy_blobs: LazyBlobs,
+}
