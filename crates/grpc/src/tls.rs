@@ -43,8 +43,9 @@ pub struct ClientTls {
 }
 
 impl ServerTls {
-    fn files(&self) -> impl Iterator<Item = &PathBuf> {
-        [&self.cert, &self.key].into_iter().chain(&self.client_ca)
+    fn stamps(&self) -> Vec<Stamp> {
+        let files = [&self.cert, &self.key].into_iter().chain(&self.client_ca);
+        files.map(|path| stamp(path)).collect()
     }
 
     fn acceptor(&self) -> Result<TlsAcceptor> {
@@ -80,7 +81,7 @@ impl ServerTls {
 /// Nothing where the file cannot be looked at.
 type Stamp = Option<(u64, u64, u64, SystemTime)>;
 
-fn stamp(path: &PathBuf) -> Stamp {
+fn stamp(path: &Path) -> Stamp {
     use std::os::unix::fs::MetadataExt as _;
     let meta = std::fs::metadata(path).ok()?;
     Some((meta.dev(), meta.ino(), meta.len(), meta.modified().ok()?))
@@ -96,14 +97,14 @@ pub(crate) struct ReloadedTls {
 impl ReloadedTls {
     /// Reads the files, which have to be good the first time.
     pub(crate) fn new(files: ServerTls) -> Result<Self> {
-        let current = (files.files().map(stamp).collect(), files.acceptor()?);
+        let current = (files.stamps(), files.acceptor()?);
         Ok(Self { files, current: Mutex::new(current) })
     }
 
     /// What shakes hands with the next client. Looks at three files, so it costs some microseconds.
     pub(crate) fn acceptor(&self) -> TlsAcceptor {
         // Looked at before they are read: what changes meanwhile is read the next time.
-        let stamps: Vec<Stamp> = self.files.files().map(stamp).collect();
+        let stamps = self.files.stamps();
         let mut current = self.current.lock();
         if current.0 != stamps {
             current.0 = stamps;
