@@ -16,6 +16,7 @@
 //! - [`Comparison`]: whether the tar says the same as the table. A table may lie about it:
 //!   containers would see other files than those who look at the tar.
 //! - [`Writer`] and [`Order`]: the other way round.
+//! - [`TocMaker`]: a table of contents for a layer that has none.
 //!
 //! Everything that is read is hostile. Each bound is a constant (`MAX_…`), and errors name the
 //! entry.
@@ -35,6 +36,7 @@ mod compare;
 mod error;
 mod footer;
 mod index;
+mod of_tar;
 mod tar;
 mod toc;
 mod write;
@@ -51,6 +53,7 @@ pub use footer::{
     STARGZ_FOOTER, Tail, ZSTD_FOOTER, ZSTD_FOOTER_TAR_SPLIT,
 };
 pub use index::{DATA_BLOCK, Record};
+pub use of_tar::{TocMaker, TocPiece};
 pub use tar::{TarEntry, TarKind};
 pub use toc::{
     Chunk, Content, Entry, EntryId, Expected, Kind, Landmark, MAX_CHUNK, MAX_DATA, MAX_DEPTH,

@@ -85,6 +85,9 @@ pub enum State {
 enum StoredCodec {
     Gzip,
     Zstd,
+    // Earlier versions refuse these, and so have the layers made again.
+    PlainGzip,
+    PlainZstd,
 }
 
 /// What never changes.
@@ -102,13 +105,18 @@ pub(crate) struct Fixed {
     pub data_blocks: u64,
     pub meta_bytes: u64,
     pub meta_digest: Digest,
+    /// Of the file of spans, which only plain layers have.
+    #[serde(default)]
+    pub spans_bytes: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spans_digest: Option<Digest>,
 }
 
 impl Fixed {
     pub fn codec(&self) -> Codec {
         match self.codec {
-            StoredCodec::Gzip => Codec::Gzip,
-            StoredCodec::Zstd => Codec::Zstd,
+            StoredCodec::Gzip | StoredCodec::PlainGzip => Codec::Gzip,
+            StoredCodec::Zstd | StoredCodec::PlainZstd => Codec::Zstd,
         }
     }
 
@@ -119,11 +127,16 @@ impl Fixed {
         })
     }
 
-    pub fn set(&mut self, codec: Codec, landmark: Option<Landmark>) {
-        self.codec = match codec {
-            Codec::Gzip => StoredCodec::Gzip,
-            Codec::Zstd => StoredCodec::Zstd,
+    /// `spans` is the length and the digest of the file of spans, if it has one.
+    pub fn set(&mut self, codec: Codec, landmark: Option<Landmark>, spans: Option<(u64, Digest)>) {
+        self.codec = match (codec, spans) {
+            (Codec::Gzip, None) => StoredCodec::Gzip,
+            (Codec::Zstd, None) => StoredCodec::Zstd,
+            (Codec::Gzip, Some(_)) => StoredCodec::PlainGzip,
+            (Codec::Zstd, Some(_)) => StoredCodec::PlainZstd,
         };
+        let (bytes, digest) = spans.unzip();
+        (self.spans_bytes, self.spans_digest) = (bytes.unwrap_or_default(), digest);
         // No blob has data at its very beginning, where a header is.
         self.landmark = landmark.map(|landmark| match landmark {
             Landmark::NoPrefetch => 0,
@@ -144,6 +157,8 @@ impl Fixed {
             data_blocks: 0,
             meta_bytes: 0,
             meta_digest: Digest::from_bytes([0; 32]),
+            spans_bytes: 0,
+            spans_digest: None,
         }
     }
 }

@@ -105,6 +105,9 @@ pub enum Error {
         /// What is wrong.
         why: String,
     },
+    /// An ordinary layer cannot be lazy, or its spans are damaged.
+    #[error(transparent)]
+    Plain(#[from] shipway_plainlayer::Error),
     /// The whole blob is not the one that the manifest names.
     #[error("the blob of layer {layer} has the digest {actual}, expected {expected}")]
     Blob {
@@ -180,6 +183,7 @@ impl From<Error> for Fault {
             | Error::Frame { .. }
             | Error::Blob { .. }
             | Error::Lying { .. } => fault(Code::DataLoss),
+            Error::Plain(error) => error.into(),
             Error::Foreign(_) => Fault::internal(error.to_string()),
             Error::NoLayer(_) => fault(Code::NotFound),
             Error::Evicted(_) => fault(Code::Aborted),

@@ -1,7 +1,6 @@
 //! What has to be fetched for some blocks, and what comes of it.
 
 use crate::{Error, Good, Layer, Result, index::Chunk, layer::Open};
-use shipway_estargz::Frames;
 use std::{
     cell::Cell,
     io::{self, BufRead, Read},
@@ -14,10 +13,11 @@ pub const JOIN_GAP: u64 = 64 << 10;
 /// Frames are joined as long as what is fetched at once has no more bytes than this.
 pub const MAX_EXTENT: u64 = 4 << 20;
 /// Missing chunks before and after those that were asked for, in the same frame, that are told with
-/// them: they come for nothing.
-const NEIGHBORS: u32 = 512;
+/// them: they come for nothing. A span of a plain layer has no more, for a file takes two blocks of
+/// its tar.
+const NEIGHBORS: u32 = 4096;
 
-/// A gzip member or zstd frame, and what of it is missing.
+/// A gzip member, a zstd frame or a span of a plain layer, and what of it is missing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
     /// Where in the blob it begins.
@@ -185,7 +185,7 @@ impl Layer {
             true => Error::io(format_args!("read a frame of layer {}", self.number()), error),
             false => wrong(error.to_string().chars().take(200).collect()),
         };
-        let mut frames = Frames::new(self.codec(), compressed).map_err(|e| wrong(e.to_string()))?;
+        let mut frames = self.decompress(frame.offset, compressed)?;
         let (mut at, mut data) = (0, Vec::new());
         for chunk in &frame.chunks {
             let (inner, size) = (u64::from(chunk.record.inner), chunk.record.size);

@@ -4,7 +4,7 @@
 use crate::{Chunk, ChunkId, Error, Good, Layer, Result, State, layer::Open};
 use shipway_archive::{Member, MemberKind, TarReader};
 use shipway_estargz::{Comparison, Frames, Kind, MAX_TOC, TarEntry, TarKind, Time, Toc};
-use shipway_oci::Hasher;
+use shipway_oci::{Digest, Hasher};
 use std::{
     io::{self, BufReader, Read},
     ops::Range,
@@ -24,6 +24,9 @@ impl Layer {
     /// be there.
     pub fn finish(&self, toc: &Toc, blob: impl Read, good: &mut dyn FnMut(Good)) -> Result<()> {
         let layer = self.number();
+        if self.is_plain() {
+            return Err(Error::Foreign("table of contents"));
+        }
         if let State::Lying(difference) = self.state() {
             return Err(Error::Lying { layer, difference });
         }
@@ -40,8 +43,8 @@ impl Layer {
         };
         // Whatever it says of the tar, it counts only if these are the right bytes.
         io::copy(&mut blob, &mut io::sink()).map_err(failed)?;
-        let Blob { hasher, size, .. } = blob.into_inner();
-        let (actual, expected) = (hasher.finish(), self.key().blob);
+        let (actual, size) = blob.into_inner().finish();
+        let expected = self.key().blob;
         if actual != expected || size != self.blob_size() {
             return Err(Error::Blob { layer, expected, actual });
         }
@@ -54,7 +57,8 @@ impl Layer {
         self.mark_whole()
     }
 
-    fn verify_zeros(&self, good: &mut dyn FnMut(Good)) -> Result<()> {
+    /// Makes good what has to be no more than zeros.
+    pub(crate) fn verify_zeros(&self, good: &mut dyn FnMut(Good)) -> Result<()> {
         let open = self.open()?;
         let mut ids = 0..self.chunks();
         loop {
@@ -231,7 +235,7 @@ impl From<Error> for Failure {
 }
 
 /// Hashes and counts what is read, and notes whether reading failed.
-struct Blob<R> {
+pub(crate) struct Blob<R> {
     inner: R,
     hasher: Hasher,
     size: u64,
@@ -239,8 +243,13 @@ struct Blob<R> {
 }
 
 impl<R> Blob<R> {
-    fn new(inner: R) -> Self {
+    pub(crate) fn new(inner: R) -> Self {
         Self { inner, hasher: Hasher::new(), size: 0, has_failed: false }
+    }
+
+    /// Digest and length of what was read.
+    pub(crate) fn finish(self) -> (Digest, u64) {
+        (self.hasher.finish(), self.size)
     }
 }
 
@@ -258,7 +267,8 @@ impl<R: Read> Read for Blob<R> {
     }
 }
 
-fn entry(member: &Member) -> TarEntry {
+/// A member in the words of tables of contents.
+pub(crate) fn entry(member: &Member) -> TarEntry {
     let kind = match &member.kind {
         MemberKind::File => TarKind::File(member.size),
         MemberKind::HardLink(target) => TarKind::HardLink(target.clone()),

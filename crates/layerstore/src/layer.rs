@@ -8,6 +8,7 @@ use crate::{
     fetch::Extents,
     index::{self, Chunk, ChunkId, Chunks, Index, PageCache, blocks_of},
     lock,
+    spans::{Decompressed, OpenSpans, SPANS},
 };
 use parking_lot::Mutex;
 use rustix::{
@@ -70,6 +71,7 @@ pub struct Layer {
     used_on_disk: AtomicU64,
     open: OnceLock<Arc<Open>>,
     is_meta_right: OnceLock<()>,
+    spans: OnceLock<OpenSpans>,
 }
 
 /// What changes of a layer, as it is on the disk.
@@ -359,6 +361,7 @@ impl Layer {
             used_on_disk: AtomicU64::new(used),
             open: OnceLock::new(),
             is_meta_right: OnceLock::new(),
+            spans: OnceLock::new(),
         }
     }
 
@@ -467,6 +470,40 @@ impl Layer {
         self.open()?.data.try_clone().map_err(Error::at("open", &path))
     }
 
+    /// Whether it was made of a blob without a table of contents.
+    pub fn is_plain(&self) -> bool {
+        self.fixed.spans_digest.is_some()
+    }
+
+    /// Checks the file of spans of a plain layer, if that was not done: who is about to use the
+    /// layer can still do without it.
+    pub fn check_spans(&self) -> Result<()> {
+        self.spans().map(drop)
+    }
+
+    /// The spans of a plain layer.
+    fn spans(&self) -> Result<Option<&OpenSpans>> {
+        let Some(digest) = self.fixed.spans_digest else { return Ok(None) };
+        if let Some(spans) = self.spans.get() {
+            return Ok(Some(spans));
+        }
+        let spans = OpenSpans::open(&self.directory, self.number(), &self.key().blob, digest)?;
+        Ok(Some(self.spans.get_or_init(|| spans)))
+    }
+
+    /// Decompresses the frame that begins at `offset` in the blob.
+    pub(crate) fn decompress<R: io::BufRead>(
+        &self,
+        offset: u64,
+        compressed: R,
+    ) -> Result<Decompressed<R>> {
+        match self.spans()? {
+            Some(spans) => spans.decompress(offset, compressed),
+            None => Decompressed::frames(self.codec(), compressed)
+                .map_err(|e| Error::Frame { layer: self.number(), why: e.to_string() }),
+        }
+    }
+
     /// Opens the files, if they are not open.
     pub(crate) fn open(&self) -> Result<&Arc<Open>> {
         if let Some(open) = self.open.get() {
@@ -508,7 +545,11 @@ impl Layer {
             (DATA, self.data_blocks() * DATA_BLOCK),
             (INDEX, index::bytes(self.fixed.chunks)),
             (CLAIMS, Bits::bytes(self.fixed.chunks)),
+            (SPANS, self.fixed.spans_bytes),
         ] {
+            if file == SPANS && !self.is_plain() {
+                continue;
+            }
             let path = self.directory.join(file);
             let found = path.symlink_metadata();
             if !found.is_ok_and(|found| found.is_file() && found.len() == length) {
@@ -533,7 +574,8 @@ impl Layer {
         };
         let chunks = self.fixed.chunks;
         let about = DATA_BLOCK;
-        let other = [self.fixed.meta_bytes, index::bytes(chunks), Bits::bytes(chunks), about];
+        let Fixed { meta_bytes, spans_bytes, .. } = self.fixed;
+        let other = [meta_bytes, spans_bytes, index::bytes(chunks), Bits::bytes(chunks), about];
         let other = other.iter().map(|bytes| bytes.next_multiple_of(DATA_BLOCK)).sum();
         Ok(Usage { data, other })
     }

@@ -7,6 +7,7 @@
 //!                /data         contents of all files, with holes where they were not fetched
 //!                /index        which chunk of the blob goes where in the data
 //!                /claims       a bit for each chunk: it was written once
+//!                /spans        of a plain layer: where its blob can be decompressed from
 //!                /whole        is there if all data is, and on the disk
 //! layers/new.<number>/         a layer that is being made
 //! layers/trash/                what is to be removed
@@ -19,6 +20,9 @@
 //! - [`Layer::verify_blocks`], [`Layer::extents`], [`Layer::write_frame`]: what a miss needs.
 //! - [`Layer::finish`] reads a whole blob; only then a layer can be used without anybody who
 //!   fetches.
+//! - [`Plain`] is an ordinary layer, of which somebody has the whole blob for once:
+//!   [`LayerStore::create_plain`] keeps what makes it lazy the next time. How the bytes of a frame
+//!   are decompressed is all that is different about it.
 //!
 //! # A miss
 //!
@@ -36,7 +40,7 @@
 //! that told the keeper of the data ([`Layer::restore`]), or if the layer is whole. Everything else
 //! that the files say of data is only a hint: claims lead to a check, never to a good block. So
 //! data is written without waiting for the disk, in any order, and a kill or a power cut at any
-//! point costs no more than fetching again. `about`, `meta` and `index` have checksums.
+//! point costs no more than fetching again. `about`, `meta`, `index` and `spans` have checksums.
 //!
 //! # Dependencies
 //!
@@ -53,7 +57,9 @@ mod finish;
 mod index;
 mod layer;
 mod lease;
+mod plain;
 mod room;
+mod spans;
 mod store;
 
 pub use about::{
@@ -63,6 +69,7 @@ pub use error::{Error, Refused, Result};
 pub use fetch::{Extent, Extents, Frame, JOIN_GAP, MAX_EXTENT};
 pub use index::{Chunk, ChunkId, Chunks};
 pub use layer::{Good, Layer, SEGMENT, Usage};
+pub use plain::Plain;
 pub use room::{Eviction, Evictions, Room, Use};
 pub use store::{Damage, LayerStore, Options};
 

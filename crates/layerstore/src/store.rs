@@ -7,6 +7,7 @@ use crate::{
     build, disk, index,
     layer::{CLAIMS, Common, DATA, DigestOf, INDEX, Layer, META},
     lock,
+    spans::SPANS,
 };
 use parking_lot::{Condvar, Mutex};
 use rustix::{
@@ -15,7 +16,7 @@ use rustix::{
 };
 use shipway_erofs::{BLOCK, Form, OpaqueMark};
 use shipway_estargz::Toc;
-use shipway_oci::Hasher;
+use shipway_oci::{Digest, Hasher};
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs::{self, File},
@@ -247,6 +248,17 @@ impl LayerStore {
     ///
     /// [`Error::Refused`] if the layer has to be unpacked.
     pub fn create(&self, key: LayerKey, about: &Description, toc: &Toc) -> Result<Arc<Layer>> {
+        self.create_with(key, about, toc, None)
+    }
+
+    /// As [`LayerStore::create`], of a plain layer with its file of spans.
+    pub(crate) fn create_with(
+        &self,
+        key: LayerKey,
+        about: &Description,
+        toc: &Toc,
+        spans: Option<&[u8]>,
+    ) -> Result<Arc<Layer>> {
         let number = {
             let mut tables = lock(&self.tables);
             loop {
@@ -270,7 +282,7 @@ impl LayerStore {
             tables.making.insert(key);
             LayerNumber(number)
         };
-        let made = self.make(number, key, about, toc);
+        let made = self.make(number, key, about, toc, spans);
         let mut tables = lock(&self.tables);
         tables.making.remove(&key);
         let made = made.map(Arc::new);
@@ -288,9 +300,10 @@ impl LayerStore {
         key: LayerKey,
         about: &Description,
         toc: &Toc,
+        spans: Option<&[u8]>,
     ) -> Result<Layer> {
         let new = self.directory.join(format!("{NEW}{number}"));
-        let made = self.make_in(&new, number, key, about, toc).and_then(|about| {
+        let made = self.make_in(&new, number, key, about, toc, spans).and_then(|about| {
             let path = self.path(number);
             renameat_with(CWD, &new, CWD, &path, RenameFlags::NOREPLACE)
                 .map_err(Error::at("rename", &new))?;
@@ -313,10 +326,12 @@ impl LayerStore {
         key: LayerKey,
         about: &Description,
         toc: &Toc,
+        spans: Option<&[u8]>,
     ) -> Result<About> {
         let image = build::image(&key, toc, self.options.opaque)?;
         let mut fixed = Fixed::new(key, number);
-        fixed.set(about.codec, toc.landmark());
+        let of_spans = spans.map(|spans| (spans.len() as u64, Digest::of(spans)));
+        fixed.set(about.codec, toc.landmark(), of_spans);
         fixed.blob_size = about.blob_size;
         fixed.frames = u32::try_from(toc.frames().count()).unwrap_or(u32::MAX);
         fixed.data_blocks = image.data_blocks().into();
@@ -341,6 +356,9 @@ impl LayerStore {
             fixed.chunks = index::write(&key, toc.records(), &mut file)?;
             file.flush()
         })?;
+        if let Some(spans) = spans {
+            file(SPANS, &mut |file| file.write_all_at(spans, 0))?;
+        }
         // Zeros and not a hole: to claim something later needs no space.
         let claims = Bits::bytes(fixed.chunks) as usize;
         file(CLAIMS, &mut |file| file.write_all_at(&vec![0; claims], 0))?;

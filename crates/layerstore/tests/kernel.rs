@@ -9,15 +9,7 @@ mod mounted;
 
 use common::{model::Dice, *};
 use mounted::compare;
-use shipway_layerstore::{Error, Layer, LayerNumber, LayerStore, Options, Result, Use};
-use std::os::fd::OwnedFd;
-
-fn mount(layer: &Layer) -> OwnedFd {
-    layer.meta().unwrap();
-    let options =
-        [("source", Some(layer.meta_path())), ("device", Some(layer.data_path())), ("ro", None)];
-    mounted("erofs", &options.each_ref().map(|(key, value)| (*key, value.as_deref())))
-}
+use shipway_layerstore::{Error, LayerNumber, LayerStore, Options, Result, Use};
 
 #[test]
 fn a_mounted_layer_is_what_containerd_would_unpack() {

@@ -42,7 +42,7 @@ pub enum RawKind {
 
 /// A type that is no chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tagged(pub(super) Tag);
+pub struct Tagged(pub Tag);
 
 /// An entry as it is in the JSON; the parser fills one again and again.
 #[derive(Debug, Default)]
@@ -123,6 +123,7 @@ impl Builder {
             data_size: 0,
             landmark: None,
             tar_split: None,
+            is_plain: false,
         };
         let declared = declared.unwrap_or(MAX_DATA).min(MAX_DATA);
         Self {
@@ -135,6 +136,18 @@ impl Builder {
             frame: 0,
             landmarks: [None; 2],
         }
+    }
+
+    /// For an ordinary layer. Where its frames end is not known before the end.
+    pub fn plain(codec: Codec) -> Self {
+        let mut builder = Self::new(codec, u64::MAX, None);
+        builder.toc.is_plain = true;
+        builder
+    }
+
+    /// Entries so far, chunks counted.
+    pub fn len(&self) -> usize {
+        self.index
     }
 
     pub fn tar_split(&mut self, digest: Digest) {
@@ -182,13 +195,13 @@ impl Builder {
             return Err(Problem::NotADirectory(Shown::new(b"/")));
         }
         // In an eStargz layer the tar has the table itself there.
-        if self.codec == Codec::Gzip && name == TOC_NAME.as_bytes() {
+        if !self.toc.is_plain && self.codec == Codec::Gzip && name == TOC_NAME.as_bytes() {
             return Err(Problem::Reserved);
         }
         for (slot, landmark) in
             self.landmarks.iter_mut().zip([PREFETCH_LANDMARK, NO_PREFETCH_LANDMARK])
         {
-            if tag == Tag::File && name == landmark.as_bytes() {
+            if !self.toc.is_plain && tag == Tag::File && name == landmark.as_bytes() {
                 *slot = Some(id);
             }
         }

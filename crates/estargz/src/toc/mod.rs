@@ -11,6 +11,7 @@ mod gate;
 mod names;
 mod parse;
 
+pub(crate) use builder::{Builder, Raw, RawKind, Tagged};
 pub(crate) use names::clean;
 pub use names::{MAX_DEPTH, MAX_NAME, MAX_PATH};
 pub use {
@@ -66,6 +67,8 @@ pub struct Toc {
     data_size: u64,
     landmark: Option<Landmark>,
     tar_split: Option<Digest>,
+    /// Whether it is of an ordinary layer, in which no file is the format's.
+    is_plain: bool,
 }
 
 /// An entry in memory.
@@ -85,7 +88,7 @@ struct Record {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Tag {
+pub(crate) enum Tag {
     Directory,
     File,
     Symlink,
@@ -267,6 +270,13 @@ impl Toc {
         &self.chunks
     }
 
+    /// Sets where chunks end, by where their frames do; see [`Chunk::end`].
+    pub(crate) fn end_chunks(&mut self, end_of: impl Fn(u64) -> u64) {
+        for chunk in &mut self.chunks {
+            chunk.end = end_of(chunk.offset);
+        }
+    }
+
     /// The chunks by frame: each slice is in one gzip member or zstd frame.
     pub fn frames(&self) -> impl Iterator<Item = &[Chunk]> {
         self.chunks.chunk_by(|a, b| a.offset == b.offset)
@@ -390,7 +400,7 @@ impl<'a> Entry<'a> {
     /// Whether it is one of the format's own files, which are not part of what the layer's author
     /// made.
     pub fn is_landmark(&self) -> bool {
-        self.record().kind == Tag::File && is_landmark(self.path())
+        !self.toc.is_plain && self.record().kind == Tag::File && is_landmark(self.path())
     }
 }
 

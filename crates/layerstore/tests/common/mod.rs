@@ -9,6 +9,8 @@ pub mod model;
 #[path = "../../../estargz/tests/common/mod.rs"]
 pub mod blobs;
 
+#[allow(unused_imports, reason = "not every test compares what is mounted")]
+pub use model::Is;
 pub use model::{Attrs, Model, Thing};
 use model::{Dice, Maker, Op};
 use rustix::mount::{
@@ -240,20 +242,6 @@ pub fn blob_of(ops: &[Op], shape: Shape) -> Blob {
     let external = written.external_toc.as_deref();
     let opened =
         blobs::open(bytes.clone(), &written.annotations(Dialect::Containerd), external).unwrap();
-    let contents: BTreeMap<&[u8], &Rc<[u8]>> = ops
-        .iter()
-        .filter_map(|op| match &op.thing {
-            Thing::File(data) => Some((&op.path[..], data)),
-            _ => None,
-        })
-        .collect();
-    let mut data = Vec::new();
-    for (id, start) in opened.toc.data_starts() {
-        let path = opened.toc.entry(id).path();
-        data.resize(start as usize, 0);
-        data.extend_from_slice(contents[path]);
-    }
-    data.resize(data.len().next_multiple_of(4096), 0);
     Blob {
         key: LayerKey { blob: Digest::of(&bytes), toc: written.toc_digest },
         about: Description {
@@ -262,10 +250,29 @@ pub fn blob_of(ops: &[Op], shape: Shape) -> Blob {
             repository: "registry.test/name".to_owned(),
         },
         records: opened.toc.records().collect(),
+        data: data_of(ops, &opened.toc),
         toc: opened.toc,
         bytes,
-        data,
     }
+}
+
+/// The data file of the entries when all of it is there.
+pub fn data_of(ops: &[Op], toc: &Toc) -> Vec<u8> {
+    let contents: BTreeMap<&[u8], &Rc<[u8]>> = ops
+        .iter()
+        .filter_map(|op| match &op.thing {
+            Thing::File(data) => Some((&op.path[..], data)),
+            _ => None,
+        })
+        .collect();
+    let mut data = Vec::new();
+    for (id, start) in toc.data_starts() {
+        let path = toc.entry(id).path();
+        data.resize(start as usize, 0);
+        data.extend_from_slice(contents[path]);
+    }
+    data.resize(data.len().next_multiple_of(4096), 0);
+    data
 }
 
 /// What unpacking the entries gives.
@@ -419,6 +426,15 @@ pub fn mounted(kind: &str, options: &[(&str, Option<&Path>)]) -> OwnedFd {
     }
     fsconfig_create(context.as_fd()).unwrap_or_else(|e| panic!("{kind}: {e}"));
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap()
+}
+
+/// Mounts a layer from its own files.
+#[track_caller]
+pub fn mount(layer: &Layer) -> OwnedFd {
+    layer.meta().unwrap();
+    let options =
+        [("source", Some(layer.meta_path())), ("device", Some(layer.data_path())), ("ro", None)];
+    mounted("erofs", &options.each_ref().map(|(key, value)| (*key, value.as_deref())))
 }
 
 pub fn root_of(mount: &OwnedFd) -> PathBuf {

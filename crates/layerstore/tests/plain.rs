@@ -1,0 +1,286 @@
+//! Layers without a table of contents.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+#[path = "../../erofs/tests/common/mounted.rs"]
+mod mounted;
+
+use common::{model::Dice, *};
+use mounted::compare;
+use shipway_estargz::{Codec, Record};
+use shipway_layerstore::{Error, Layer, LayerKey, LayerStore, Plain, State};
+use shipway_oci::Digest;
+use std::{fs, io::Write as _, ops::Range, sync::Arc};
+
+/// An ordinary layer, and what is in it.
+struct Ordinary {
+    codec: Codec,
+    bytes: Vec<u8>,
+    plain: Plain,
+    data: Vec<u8>,
+    records: Vec<Record>,
+}
+
+fn gzip(level: u32, tar: &[u8]) -> Vec<u8> {
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(level));
+    gzip.write_all(tar).unwrap();
+    gzip.finish().unwrap()
+}
+
+/// A tar of entries in one gzip member, several of them, or several zstd frames.
+#[track_caller]
+fn ordinary(seed: u64, ops: &[model::Op]) -> Ordinary {
+    let mut dice = Dice(seed * 2 + 1);
+    let tar = tar_of(ops);
+    let level = dice.below(10) as u32;
+    let part = 1 + dice.below(tar.len());
+    let (codec, bytes) = match seed % 3 {
+        0 => (Codec::Gzip, gzip(level, &tar)),
+        1 => (Codec::Gzip, tar.chunks(part).flat_map(|part| gzip(level, part)).collect()),
+        _ => {
+            let frames = tar.chunks(30_000);
+            (Codec::Zstd, frames.flat_map(|p| zstd::bulk::compress(p, 1).unwrap()).collect())
+        }
+    };
+    let bytes: Vec<u8> = bytes;
+    let plain = Plain::with_spans_of(20_000, codec, &bytes[..]).unwrap();
+    assert_eq!((plain.digest(), plain.diff_id()), (Digest::of(&bytes), Digest::of(&tar)));
+    let records = plain.toc().records().collect();
+    Ordinary { codec, data: data_of(ops, plain.toc()), records, plain, bytes }
+}
+
+impl Ordinary {
+    /// It in a store of its own.
+    fn fresh(&self) -> (tempfile::TempDir, LayerStore, Arc<Layer>) {
+        let directory = directory();
+        let store = LayerStore::open(directory.path(), options("boot")).unwrap();
+        let layer = self.create(&store);
+        (directory, store, layer)
+    }
+
+    fn create(&self, store: &LayerStore) -> Arc<Layer> {
+        store.create_plain(&self.plain, "registry.test/name").unwrap()
+    }
+
+    fn key(&self) -> LayerKey {
+        LayerKey::plain(Digest::of(&self.bytes))
+    }
+
+    fn all(&self) -> Range<u64> {
+        0..self.data.len() as u64 / 4096
+    }
+
+    /// Fetches what is missing of some blocks.
+    fn fetch(&self, layer: &Layer, blocks: Range<u64>) -> Result<(), Error> {
+        drop(layer.verify_blocks(blocks.clone())?);
+        for extent in layer.extents(blocks)?.collect::<Result<Vec<_>, _>>()? {
+            let bytes = &self.bytes[extent.offset as usize..extent.end() as usize];
+            for frame in &extent.frames {
+                layer.write_frame(frame, extent.bytes_of(frame, bytes), drop)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whatever is good is right.
+    #[track_caller]
+    fn check(&self, layer: &Layer) -> Vec<Range<u64>> {
+        use std::os::unix::fs::FileExt as _;
+        let (good, data) = (layer.good().unwrap(), layer.data().unwrap());
+        for blocks in good.ranges() {
+            let mut found = vec![1; ((blocks.end - blocks.start) * 4096) as usize];
+            data.read_exact_at(&mut found, blocks.start * 4096).unwrap();
+            assert!(found == self.data[blocks.start as usize * 4096..blocks.end as usize * 4096]);
+        }
+        good.ranges().to_vec()
+    }
+}
+
+#[test]
+fn blocks_in_any_order_come_from_their_spans() {
+    let mut spans = 0;
+    for seed in 1..=30 {
+        let layer = ordinary(seed, &random_ops(seed, 60));
+        let (_directory, _store, stored) = layer.fresh();
+        assert!(stored.is_plain());
+        assert_eq!((stored.codec(), stored.blob_size()), (layer.codec, layer.bytes.len() as u64));
+        spans += stored.frames();
+        let mut dice = Dice(seed + 7);
+        for _ in 0..40 {
+            let at = dice.next() % layer.all().end.max(1);
+            let blocks = at..(at + 1 + dice.next() % 4).min(layer.all().end);
+            layer.fetch(&stored, blocks.clone()).unwrap();
+            assert!(stored.verify_blocks(blocks.clone()).unwrap().has(&blocks));
+            layer.check(&stored);
+        }
+        layer.fetch(&stored, layer.all()).unwrap();
+        drop(stored.verify_blocks(layer.all()).unwrap());
+        assert_eq!(sorted(layer.check(&stored)), sorted(vec![layer.all()]));
+    }
+    assert!(spans > 120, "{spans}");
+}
+
+/// All of a span comes with any file of it, so that it is fetched once.
+#[test]
+fn a_span_is_fetched_once() {
+    for seed in [3, 6, 8] {
+        let layer = ordinary(seed, &random_ops(seed, 80));
+        let (_directory, _store, stored) = layer.fresh();
+        for (n, record) in layer.records.iter().enumerate().filter(|(_, r)| r.digest.is_some()) {
+            let block = record.data / 4096;
+            layer.fetch(&stored, block..block + 1).unwrap();
+            let same = layer.records.iter().enumerate();
+            for (other, _) in same.filter(|(_, r)| r.offset == record.offset) {
+                let id = shipway_layerstore::ChunkId(other as u32);
+                let zeros = layer.records[other].digest.is_none();
+                assert!(zeros || stored.is_verified(id).unwrap(), "{other} with {n}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_mounted_layer_is_what_unpacking_gives() {
+    let mut inodes = 0;
+    for seed in 1..=9 {
+        let ops = random_ops(seed, 120);
+        let layer = ordinary(seed, &ops);
+        let (_directory, _store, stored) = layer.fresh();
+        layer.fetch(&stored, layer.all()).unwrap();
+        drop(stored.verify_blocks(layer.all()).unwrap());
+        let mount = mount(&stored);
+        inodes += compare(&root_of(&mount), &model_of(&ops));
+    }
+    assert!(inodes > 500, "{inodes}");
+}
+
+#[test]
+fn a_blob_that_is_right_makes_a_plain_layer_whole() {
+    for seed in 1..=15 {
+        let mut dice = Dice(seed);
+        let layer = ordinary(seed, &random_ops(seed, 60));
+        let (directory, store, stored) = layer.fresh();
+        // Some of it was fetched before.
+        let part = dice.next() % (layer.all().end + 1);
+        layer.fetch(&stored, 0..part).unwrap();
+        // Wrong bytes are no verdict.
+        let mut flipped = layer.bytes.clone();
+        let at = dice.below(flipped.len());
+        flipped[at] ^= 1 << dice.below(8);
+        for wrong in [&flipped[..], &layer.bytes[..at], &[&layer.bytes[..], b"x"].concat()] {
+            let refused = stored.finish_plain(wrong, &mut drop);
+            assert!(matches!(refused, Err(Error::Blob { .. })), "{refused:?}");
+            assert_eq!(stored.state(), State::Lazy);
+            layer.check(&stored);
+        }
+        let dead = stored.finish_plain(Cut(&layer.bytes[..at]), &mut drop);
+        assert!(matches!(dead, Err(Error::Io { .. })), "{dead:?}");
+        stored.finish_plain(&layer.bytes[..], &mut drop).unwrap();
+        assert_eq!(stored.state(), State::Whole);
+        assert_eq!(sorted(layer.check(&stored)), sorted(vec![layer.all()]));
+        // It is believed after the next boot.
+        drop((stored, store));
+        let store = LayerStore::open(directory.path(), options("boot 2")).unwrap();
+        let stored = store.find(&layer.key()).unwrap();
+        assert_eq!(stored.state(), State::Whole);
+        assert_eq!(sorted(layer.check(&stored)), sorted(vec![layer.all()]));
+    }
+}
+
+#[test]
+fn wrong_bytes_of_a_span_are_never_stored() {
+    for seed in 1..=12 {
+        let layer = ordinary(seed, &random_ops(seed, 60));
+        let (_directory, _store, stored) = layer.fresh();
+        let mut dice = Dice(seed);
+        let extents: Vec<_> =
+            stored.extents(layer.all()).unwrap().collect::<Result<_, _>>().unwrap();
+        for frame in extents.iter().flat_map(|extent| &extent.frames) {
+            let right = &layer.bytes[frame.offset as usize..(frame.offset + frame.len) as usize];
+            let mut wrong = right.to_vec();
+            let at = dice.below(wrong.len());
+            wrong[at] ^= 1 << dice.below(8);
+            // What is behind the contents does not matter.
+            if let Err(error) = stored.write_frame(frame, &wrong[..], drop) {
+                assert!(error.is_wrong_bytes(), "{error}");
+            }
+            layer.check(&stored);
+            stored.write_frame(frame, right, drop).unwrap();
+        }
+        drop(stored.verify_blocks(layer.all()).unwrap());
+        assert_eq!(sorted(layer.check(&stored)), sorted(vec![layer.all()]));
+    }
+}
+
+#[test]
+fn damaged_spans_are_found_before_anybody_relies_on_them() {
+    let layer = ordinary(3, &random_ops(3, 80));
+    let (directory, store, stored) = layer.fresh();
+    let path = directory.path().join(format!("layers/{}/spans", stored.number()));
+    let right = fs::read(&path).unwrap();
+    assert!(stored.usage().unwrap().other >= right.len() as u64);
+    stored.check_spans().unwrap();
+    let mut dice = Dice(1);
+    let mut held = Some((stored, store));
+    for _ in 0..60 {
+        drop(held.take());
+        let mut wrong = right.clone();
+        let at = dice.below(wrong.len());
+        wrong[at] ^= 1 << dice.below(8);
+        fs::write(&path, &wrong).unwrap();
+        let store = LayerStore::open(directory.path(), options("boot")).unwrap();
+        let stored = store.find(&layer.key()).unwrap();
+        assert!(matches!(stored.check_spans(), Err(Error::Damaged { file: "spans", .. })));
+        let failed = layer.fetch(&stored, layer.all()).unwrap_err();
+        assert!(matches!(failed, Error::Damaged { .. }) && !failed.is_wrong_bytes(), "{failed}");
+        held = Some((stored, store));
+    }
+    // It can be thrown away, and made again.
+    let (stored, store) = held.unwrap();
+    store.remove(stored.number()).unwrap();
+    assert!(store.find(&layer.key()).is_none());
+    let again = layer.create(&store);
+    layer.fetch(&again, layer.all()).unwrap();
+    // One that is short is not even opened.
+    let path = directory.path().join(format!("layers/{}/spans", again.number()));
+    drop((stored, again, store));
+    fs::write(&path, &right[..right.len() - 1]).unwrap();
+    let store = LayerStore::open(directory.path(), options("boot")).unwrap();
+    assert!(matches!(store.damaged()[0].error, Error::Damaged { file: "spans", .. }));
+    assert!(store.find(&layer.key()).is_none());
+}
+
+#[test]
+fn what_cannot_be_lazy_is_said() {
+    // A file whose holes are not stored, as GNU tar's --sparse makes it.
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(tar::EntryType::GNUSparse);
+    header.set_path("sparse").unwrap();
+    header.set_mode(0o644);
+    header.set_size(512);
+    let gnu = header.as_gnu_mut().unwrap();
+    gnu.sparse[0].offset.copy_from_slice(b"00000010000\0");
+    gnu.sparse[0].numbytes.copy_from_slice(b"00000001000\0");
+    gnu.realsize.copy_from_slice(b"00000011000\0");
+    header.set_cksum();
+    let tar = [header.as_bytes(), &[7; 512][..], &[0; 1024]].concat();
+    let refused = Plain::read(Codec::Gzip, &gzip(6, &tar)[..]).unwrap_err();
+    assert!(refused.to_string().contains("sparse"), "{refused}");
+    // The same name twice.
+    let mut twice = tar::Builder::new(Vec::new());
+    for _ in 0..2 {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(1);
+        twice.append_data(&mut header, "file", &b"x"[..]).unwrap();
+    }
+    let twice = twice.into_inner().unwrap();
+    assert!(Plain::read(Codec::Gzip, &gzip(6, &twice)[..]).is_err());
+    // Too much in one frame, and no tar at all.
+    let zeros = vec![0; shipway_plainlayer::MAX_SPAN as usize + 1];
+    let frame = zstd::bulk::compress(&zeros, 1).unwrap();
+    let refused = Plain::read(Codec::Zstd, &frame[..]).unwrap_err();
+    assert!(refused.to_string().contains("in one piece"), "{refused}");
+    assert!(Plain::read(Codec::Gzip, &gzip(6, &[7; 2000])[..]).is_err());
+    assert!(Plain::read(Codec::Gzip, &b"not compressed"[..]).is_err());
+}
