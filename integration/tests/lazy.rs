@@ -63,7 +63,7 @@ pub fn status(lab: &Lab) -> Value {
 }
 
 /// A command in a container of the image. The runtime's names are those of all labs.
-fn words(image: &str, script: &str) -> Vec<String> {
+pub fn words(image: &str, script: &str) -> Vec<String> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let id = format!("lazy-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     ["run", "--rm", "--snapshotter", "shipway", image, &id, "sh", "-c", script]
@@ -71,12 +71,12 @@ fn words(image: &str, script: &str) -> Vec<String> {
         .to_vec()
 }
 
-fn blobs(lab: &Lab) -> usize {
+pub fn blobs(lab: &Lab) -> usize {
     lab.ctr(["content", "list", "--quiet"]).ok().lines().count()
 }
 
 /// Waits until all layers are whole, and mounted as they are then.
-fn until_whole(lab: &Lab, mounted: &str) {
+pub fn until_whole(lab: &Lab, mounted: &str) {
     wait_for("all layers to be whole", Duration::from_secs(60), || {
         let status = status(lab);
         let layers = status["lazy"]["layers"].as_array().unwrap().clone();
@@ -86,7 +86,7 @@ fn until_whole(lab: &Lab, mounted: &str) {
 }
 
 /// A script that reads all files, and what it says.
-fn all() -> (String, String) {
+pub fn all() -> (String, String) {
     let mut want = String::new();
     for n in 0..FILES {
         writeln!(want, "{}  /data/{n}", sum(n)).unwrap();
@@ -94,7 +94,7 @@ fn all() -> (String, String) {
     (format!("for n in $(seq 0 {}); do sha256sum /data/$n; done", FILES - 1), want)
 }
 
-const FAST: Network = Network { latency: Duration::from_millis(2), bandwidth: 60 << 20 };
+pub const FAST: Network = Network { latency: Duration::from_millis(2), bandwidth: 60 << 20 };
 
 /// Settings that have the kernel read layers as trees in FUSE.
 const TREE: &str = "tier = \"fuse-tree\"\n";
@@ -193,7 +193,7 @@ fn the_rest_comes_by_itself_and_needs_nobody_then() {
 }
 
 /// Everything that a container sees of its files. Sizes of directories are the file system's own.
-const EVERYTHING: &str = "cd / && find bin data various \\( -type d -exec stat -c '%n %f %u %g %Y' {} \\; \\) \
+pub const EVERYTHING: &str = "cd / && find bin data various \\( -type d -exec stat -c '%n %f %u %g %Y' {} \\; \\) \
     -o -exec stat -c '%n %f %u %g %Y %s %h %t %T %N' {} \\; | sort && \
     find bin data various -type f | sort | xargs sha256sum";
 
@@ -330,18 +330,26 @@ fn reads_of_trees_go_on_through_kills_and_outages() {
     reads_go_on(any(), TREE);
 }
 
+/// A network on which reading all files takes a while.
+pub const SLOW: Network = Network { latency: Duration::from_millis(5), bandwidth: 8 << 20 };
+
 #[track_caller]
 fn reads_go_on(flavour: Flavour, more: &str) {
     let mut lab = lab(flavour, &format!("background = false\n{more}"));
     push(&lab.registry(), Output::Estargz);
-    let network = Network { latency: Duration::from_millis(5), bandwidth: 8 << 20 };
-    let slow = SlowNetwork::start(&lab.registry(), network);
+    let slow = SlowNetwork::start(&lab.registry(), SLOW);
     let image = format!("{}/lazy:1", slow.address());
     pull(&lab, &image);
+    reads_survive_kills(&mut lab, &slow, &image);
+}
+
+/// Reads all files while the snapshotter, the keeper, both and the network are away by turns.
+#[track_caller]
+pub fn reads_survive_kills(lab: &mut Lab, slow: &SlowNetwork, image: &str) {
     let (script, want) = all();
     let out = lab.dir().join("read");
     let mut command = lab.ctr_command_in("k8s.io");
-    command.args(words(&image, &script));
+    command.args(words(image, &script));
     command.stdout(std::fs::File::create(&out).unwrap());
     let mut reader = command.spawn().unwrap();
     let lines = || std::fs::read_to_string(&out).unwrap_or_default().lines().count();
@@ -351,7 +359,7 @@ fn reads_go_on(flavour: Flavour, more: &str) {
             if lines() > begun || lines() == FILES || reader.try_wait().unwrap().is_some() {
                 return Ok(());
             }
-            Err(format!("{begun} files, round {round}: {}", status(&lab)))
+            Err(format!("{begun} files, round {round}: {}", status(lab)))
         });
         match round % 4 {
             0 => {
@@ -371,6 +379,6 @@ fn reads_go_on(flavour: Flavour, more: &str) {
             }
         }
     }
-    assert!(reader.wait().unwrap().success(), "{}", status(&lab));
+    assert!(reader.wait().unwrap().success(), "{}", status(lab));
     assert_eq!(std::fs::read_to_string(&out).unwrap(), want);
 }

@@ -44,6 +44,7 @@ mod network;
 mod object_caches;
 mod observing;
 mod packages;
+mod plain_lazy;
 mod power_cut;
 mod private;
 mod proxy_network;

@@ -17,7 +17,8 @@ use std::{
 /// Pieces that wait for the store.
 const PIECES: usize = 4;
 
-/// Has [`Layer::finish`] read a blob, on a thread of its own.
+/// Has the layer read its blob, on a thread of its own: by [`Layer::finish`], or
+/// [`Layer::finish_plain`] if it is a plain one.
 pub struct Finish {
     /// `None` is the end; without it the blob was not read to its end.
     pieces: SyncSender<Option<Bytes>>,
@@ -25,12 +26,19 @@ pub struct Finish {
 }
 
 impl Finish {
-    /// For `layer`, which was made with `toc`.
-    pub fn new(layer: Arc<Layer>, toc: Arc<Toc>, report: Report) -> io::Result<Self> {
+    /// For `layer`, which was made with `toc`; a plain layer needs none.
+    pub fn new(layer: Arc<Layer>, toc: Option<Arc<Toc>>, report: Report) -> io::Result<Self> {
         let (pieces, receiver) = sync_channel(PIECES);
         let blob = Blob { pieces: receiver, piece: Bytes::new(), is_over: false };
         let thread = std::thread::Builder::new().name("whole layer".to_owned());
-        let read = move || layer.finish(&toc, blob, &mut |good| report(good)).map_err(Fault::from);
+        let read = move || {
+            let good = &mut |good| report(good);
+            let finished = match toc {
+                Some(toc) => layer.finish(&toc, blob, good),
+                None => layer.finish_plain(blob, good),
+            };
+            finished.map_err(Fault::from)
+        };
         Ok(Self { pieces, thread: Some(thread.spawn(read)?) })
     }
 

@@ -236,7 +236,7 @@ async fn a_layer_comes_from_a_registry_onto_the_disk() {
         let (target, toc) = (layer.clone(), Arc::new(indexed.toc));
         let of_engine = toc.clone();
         fetcher.background(number, move |report| {
-            Box::new(Finish::new(target, of_engine, report).unwrap())
+            Box::new(Finish::new(target, Some(of_engine), report).unwrap())
         });
         let is_over = |event: &Event| match event {
             Event::Whole { result, .. } => result.as_ref().map(|()| true).unwrap(),
@@ -270,7 +270,7 @@ async fn a_wrong_blob_does_not_make_a_layer_whole() {
     let (target, toc) = (layer.clone(), Arc::new(indexed.toc));
     let of_engine = toc.clone();
     fetcher.background(layer.number().0, move |report| {
-        Box::new(Finish::new(target, of_engine, report).unwrap())
+        Box::new(Finish::new(target, Some(of_engine), report).unwrap())
     });
     let is_over = |event: &Event| match event {
         Event::Whole { result, .. } => {

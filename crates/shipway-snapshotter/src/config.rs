@@ -62,6 +62,8 @@ pub struct Lazy {
     pub resolve_timeout: u64,
     /// Whether layers are fetched whole when nothing else is to do.
     pub background: bool,
+    /// Whether ordinary layers are made lazy for when they are pulled again.
+    pub plain: bool,
     /// Bytes of answers in memory at once.
     pub memory: u64,
     /// Connections to each host.
@@ -90,6 +92,7 @@ impl Default for Lazy {
             deadline: 60,
             resolve_timeout: 10,
             background: true,
+            plain: true,
             memory: 16 << 20,
             connections: 16,
             max_percent: 20,
@@ -328,7 +331,7 @@ mod tests {
             ]
         );
         let keys = |table: &str| shown[table].as_table().unwrap().len();
-        assert_eq!((keys("lazy"), keys("registry")), (15, 2));
+        assert_eq!((keys("lazy"), keys("registry")), (16, 2));
         assert_eq!((keys("cri"), keys("metrics"), keys("log")), (2, 1, 2));
     }
 

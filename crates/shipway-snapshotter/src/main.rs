@@ -5,6 +5,7 @@
 //!   `containerd-snapshots`.
 //! - [`serve`]: sockets, ready and stop.
 //! - [`lazy`]: layers that are not unpacked, and the keeper that serves them.
+//! - [`content`]: blobs in containerd's content store.
 //! - [`keyring`]: credentials that were given for repositories: by builders ([`control`]), and by
 //!   kubelet with its pulls, which [`cri`] passes on to containerd.
 //! - [`status`]: what it tells about itself; [`metrics`]: the same for Prometheus.
@@ -19,6 +20,7 @@
 //! credentials, as it does for rustls.
 
 mod config;
+mod content;
 mod control;
 mod cri;
 mod doctor;

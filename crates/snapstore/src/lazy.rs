@@ -30,6 +30,11 @@ pub trait LazyLayers: Send + Sync + 'static {
     /// client with it, so this has to end within some seconds (10 by default).
     fn find(&self, labels: &Labels) -> Option<LayerId>;
 
+    /// A layer that [`LazyLayers::find`] did not find was unpacked: the snapshot that was prepared
+    /// with these labels is committed, by the client of `namespace`. Must not wait, for containerd
+    /// holds a transaction meanwhile.
+    fn unpacked(&self, namespace: &str, labels: &Labels);
+
     /// The directory with the layer's files: mounted when this returns, and until
     /// [`LazyLayers::unmount`]. Called whenever somebody is about to use it, mounted or not. The
     /// path is short: a hundred of them have to fit into the options of one mount.
@@ -67,6 +72,8 @@ impl LazyLayers for NoLazyLayers {
     fn find(&self, _: &Labels) -> Option<LayerId> {
         None
     }
+
+    fn unpacked(&self, _: &str, _: &Labels) {}
 
     fn mount(&self, layer: LayerId) -> Result<PathBuf> {
         Err(unserved(layer))

@@ -739,6 +739,15 @@ impl Store {
     /// are passed here only.
     pub fn commit(&self, name: &Name, key: &Name, labels: Labels) -> Result<()> {
         let labels = checked(labels)?;
+        let prepared = self.make_committed(name, key, labels)?;
+        if prepared.contains_key(SNAPSHOT_REF) {
+            self.layers.unpacked(key.namespace(), &prepared);
+        }
+        Ok(())
+    }
+
+    /// See [`Store::commit`]; gives the labels that it had.
+    fn make_committed(&self, name: &Name, key: &Name, labels: Labels) -> Result<Labels> {
         let _writer = lock(&self.next);
         let row = self.read(|index| {
             let row = index.get(key)?;
@@ -752,6 +761,7 @@ impl Store {
             }
         })?;
         let now = Time::now();
+        let prepared = row.labels.clone();
         let row =
             Row { kind: Kind::Committed, labels, created: now, updated: now, usage: None, ..row };
         self.db.write(&Change {
@@ -770,7 +780,7 @@ impl Store {
             self.later(|jobs| jobs.count.push_back(id));
         }
         self.unneeded(&points);
-        Ok(())
+        Ok(prepared)
     }
 
     /// Something does not need these any more.

@@ -7,7 +7,7 @@ use std::{
     net::{TcpListener, TcpStream},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -25,6 +25,8 @@ pub enum RegistryFault {
     Trickle,
     /// The right length of wrong bytes.
     Corrupt,
+    /// The same for so many answers, each of which takes one away; then they are right.
+    CorruptSome(Arc<AtomicU32>),
     /// Refused without the `Authorization` that is right at the moment.
     Login(Arc<Mutex<String>>),
     /// Refused without a bearer token. `/token` gives one for this `user:password` alone, and notes
@@ -195,6 +197,14 @@ fn serve(
             Ok(())
         }
         RegistryFault::Corrupt if meant => stream.write_all(&vec![b'x'; answer.body.len()]),
+        RegistryFault::CorruptSome(left)
+            if meant
+                && left
+                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1))
+                    .is_ok() =>
+        {
+            stream.write_all(&vec![b'x'; answer.body.len()])
+        }
         _ => stream.write_all(&answer.body),
     }
 }

@@ -10,6 +10,7 @@
 //!
 //! - [`labels`]: what containerd says of a layer; [`credentials`]: whom registries see.
 //! - [`resolve`]: from labels to a layer that is served.
+//! - [`plain`]: ordinary layers, which are lazy when they are pulled again.
 //! - [`link`]: the connection to the keeper.
 //! - [`spans`]: which files are neighbors; [`learning`]: what was read first, and in which order.
 //! - [`report`]: what is told of layers.
@@ -18,6 +19,7 @@ mod credentials;
 mod labels;
 mod learning;
 mod link;
+mod plain;
 mod report;
 mod resolve;
 mod spans;
@@ -36,7 +38,7 @@ use shipway_fault::{Context as _, Fault, Result};
 use shipway_host::Disk;
 use shipway_keeper::client::News;
 use shipway_layermount::{Source, Tier};
-use shipway_layerstore::{Good, Layer, LayerNumber, LayerStore, Options, State, Use};
+use shipway_layerstore::{Error, Good, Layer, LayerNumber, LayerStore, Options, State, Use};
 use shipway_lazyfetch::{Event, Fetcher, Finish, Settings, Whole};
 use shipway_snapstore::{Labels, LayerId, LazyLayers, Restored, Usage};
 use spans::Neighbors;
@@ -87,6 +89,8 @@ pub struct Lazy {
     resolver: Resolver,
     neighbors: Arc<Neighbors>,
     learning: Learning,
+    /// Ordinary layers that are to be lazy the next time.
+    plain: plain::Queue,
     runtime: Handle,
     /// Layers to be brought whole, in order.
     wanted_whole: UnboundedSender<u32>,
@@ -159,6 +163,7 @@ impl Lazy {
         let credentials = AllCredentials::new(keyring, config.registry.docker_config.clone());
         let (fetcher, mut events) = Fetcher::new(settings.clone());
         let (wanted_whole, wholes) = unbounded_channel();
+        let (plain, unpacked) = plain::Queue::open(&config.root)?;
         let lazy = Arc::new(Self {
             config: config.clone(),
             tier,
@@ -172,6 +177,7 @@ impl Lazy {
                 &config.root.join("profiles"),
                 Duration::from_secs(config.lazy.learn),
             )?,
+            plain,
             runtime,
             wanted_whole,
             reading: Mutex::default(),
@@ -181,6 +187,8 @@ impl Lazy {
         });
         let wholes = bring_all(Arc::downgrade(&lazy), wholes);
         shipway_task::spawn_on(&lazy.runtime, "bring layers whole", wholes);
+        let making = plain::make_all(Arc::downgrade(&lazy), unpacked);
+        shipway_task::spawn_on(&lazy.runtime, "make ordinary layers lazy", making);
         let weak = Arc::downgrade(&lazy);
         let within = lazy.runtime.clone();
         spawn("misses", move || {
@@ -387,7 +395,10 @@ impl Lazy {
         let Some(layer) = layer.filter(|layer| layer.state() == State::Lazy) else {
             return Ok(false);
         };
-        let toc = self.resolver.toc(&layer).await?;
+        let toc = match layer.is_plain() {
+            true => None,
+            false => Some(self.resolver.toc(&layer).await?),
+        };
         self.fetcher.background(number, |report| match Finish::new(layer, toc, report) {
             Ok(finish) => Box::new(finish),
             Err(e) => Box::new(CannotStart(Fault::io("start a thread", e))),
@@ -458,6 +469,19 @@ impl Lazy {
         let number = u32::try_from(id.0).map(LayerNumber);
         let layer = number.ok().and_then(|number| self.store.get(number));
         layer.ok_or_else(|| Fault::not_found(format!("there is no layer {}", id.0)))
+    }
+
+    /// Finds out whether a layer can be decompressed. If its files are damaged it is thrown away,
+    /// unless snapshots stand on it.
+    fn check(&self, layer: &Layer) -> Result<()> {
+        let Err(error) = layer.check_spans() else { return Ok(()) };
+        let is_damaged = matches!(error, Error::Damaged { .. } | Error::Plain(_));
+        let (number, fault) = (layer.number(), Fault::from(error));
+        if is_damaged && !self.held().contains_key(&number.0) {
+            tracing::warn!(layer = %number, %fault, "a layer is damaged, and is made again when it is unpacked");
+            self.store.remove(number)?;
+        }
+        Err(fault)
     }
 
     fn hold(&self, layer: &Arc<Layer>) {
@@ -568,6 +592,14 @@ impl LazyLayers for LazyPort {
                 tracing::info!(image = %wanted.image, layer = %wanted.layer, %fault, "a layer is unpacked the ordinary way");
                 None
             }
+        }
+    }
+
+    fn unpacked(&self, namespace: &str, labels: &Labels) {
+        if self.0.tier != Tier::NotLazy
+            && let Some(wanted) = Wanted::of(labels)
+        {
+            self.0.unpacked(namespace, &wanted);
         }
     }
 

@@ -23,6 +23,10 @@ pub struct Report {
     pub totals: Totals,
     /// All layers.
     pub layers: Vec<LayerReport>,
+    /// How many ordinary layers wait for being made lazy.
+    pub waiting: usize,
+    /// Those that cannot be, by the digests of their blobs, and why.
+    pub refused: Vec<(String, String)>,
 }
 
 /// Sums over all layers. Sizes are in bytes, times in seconds.
@@ -87,6 +91,8 @@ pub struct LayerReport {
     pub local: u64,
     /// Of its data that was checked in this boot.
     pub verified: u64,
+    /// Whether it is an ordinary layer, lazy by what was found out when it was unpacked.
+    pub plain: bool,
     /// `lazy`, `whole` or `lying`.
     pub state: String,
     /// How it is mounted: `served` by the keeper, `local`, or not at all.
@@ -128,7 +134,10 @@ impl Lazy {
             }
             totals
         };
+        let (waiting, refused) = self.plain.report();
         Report {
+            waiting,
+            refused,
             tier: self.tier.to_string(),
             passed_over: self
                 .passed_over
@@ -167,6 +176,7 @@ impl Lazy {
             digest: layer.key().blob.to_string(),
             repositories: layer.repositories(),
             size: layer.blob_size(),
+            plain: layer.is_plain(),
             data: layer.data_blocks() * BLOCK,
             local: usage.data,
             verified: verified * BLOCK,

@@ -186,7 +186,7 @@ impl Resolver {
     /// The layer that is wanted, served. The image's other layers are made meanwhile, and what will
     /// be read of all of them first is found out.
     pub async fn resolve(&self, lazy: &Arc<Lazy>, wanted: &Wanted) -> Result<Arc<Layer>> {
-        if wanted.has_toc() {
+        if wanted.has_toc() || self.has_plain(lazy, wanted.layer) {
             let (all, of) = (lazy.clone(), wanted.clone());
             shipway_task::spawn_on(&lazy.runtime, "make other layers", async move {
                 match all.resolver.image_of(&of).await {
@@ -257,6 +257,11 @@ impl Resolver {
         Ok(true)
     }
 
+    /// Whether an ordinary layer was unpacked here before.
+    fn has_plain(&self, lazy: &Lazy, layer: Digest) -> bool {
+        lazy.config.lazy.plain && lazy.store.find(&LayerKey::plain(layer)).is_some()
+    }
+
     async fn make(
         &self,
         lazy: &Arc<Lazy>,
@@ -265,8 +270,11 @@ impl Resolver {
         size: Option<u64>,
         annotations: &BTreeMap<String, String>,
     ) -> Result<Arc<Layer>> {
-        let annotated = Annotated::read(annotations)?.ok_or_else(not_lazy)?;
-        let key = key_of(digest, &annotated);
+        let key = match Annotated::read(annotations)? {
+            Some(annotated) => key_of(digest, &annotated),
+            None if self.has_plain(lazy, digest) => LayerKey::plain(digest),
+            None => return Err(not_lazy()),
+        };
         let cell = lock(&self.making).entry(key).or_default().clone();
         let work = async || {
             let repository = image.locator();
@@ -275,6 +283,7 @@ impl Resolver {
             if let Some(layer) = lazy.store.find(&key) {
                 let (lazy, known) = (lazy.clone(), layer.clone());
                 shipway_task::blocking("make a layer", move || {
+                    lazy.check(&known)?;
                     known.add_repository(&repository)?;
                     lazy.serve(&known, sources)
                 })

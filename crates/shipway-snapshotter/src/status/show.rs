@@ -193,7 +193,15 @@ fn write_lazy(to: &mut String, report: &Report) -> std::fmt::Result {
         totals.failed
     )?;
     writeln!(to, "layers     {}, {} on the disk", report.layers.len(), size(report.bytes))?;
-    report.layers.iter().try_for_each(|layer| write_layer(to, layer))
+    report.layers.iter().try_for_each(|layer| write_layer(to, layer))?;
+    if report.waiting > 0 {
+        writeln!(to, "plain      {} layers are yet to be made lazy", report.waiting)?;
+    }
+    for (digest, why) in &report.refused {
+        let short = digest.get(..19).unwrap_or(digest);
+        writeln!(to, "plain      {short} is not lazy: {why}")?;
+    }
+    Ok(())
 }
 
 fn write_layer(to: &mut String, layer: &LayerReport) -> std::fmt::Result {
@@ -205,8 +213,9 @@ fn write_layer(to: &mut String, layer: &LayerReport) -> std::fmt::Result {
     };
     writeln!(
         to,
-        "  {:>4} {short} {}, {mounted}: {}, {}% local, {}% verified",
+        "  {:>4} {short} {}{}, {mounted}: {}, {}% local, {}% verified",
         layer.layer,
+        if layer.plain { "plain, " } else { "" },
         layer.state,
         size(layer.data),
         percent(layer.local),
@@ -280,12 +289,15 @@ mod tests {
             error: Some("it rains".into()),
             ..LayerReport::default()
         };
+        let plain = LayerReport { layer: 8, plain: true, ..layer.clone() };
         let totals = Totals { network: 3 << 20, requests: 12, misses: 5, ..Totals::default() };
         let report = Report {
             tier: "file".into(),
             keeper: true,
             totals,
-            layers: vec![layer],
+            layers: vec![layer, plain],
+            waiting: 2,
+            refused: vec![(format!("sha256:{}", "b".repeat(64)), "it is one frame".into())],
             ..Report::default()
         };
         Status { lazy: Some(report), ..Status::default() }
@@ -297,6 +309,9 @@ mod tests {
         for words in [
             "lazy       by way of file\n",
             "   7 sha256:aaaaaaaaaaaa lazy, served by way of file: 200.0 MiB, 50% local, 25% verified\n",
+            "   8 sha256:aaaaaaaaaaaa plain, lazy, served",
+            "plain      2 layers are yet to be made lazy\n",
+            "plain      sha256:bbbbbbbbbbbb is not lazy: it is one frame\n",
             "from the network 3.0 MiB in 12 requests, from the disk 512 bytes; 5 reads waited (half within 23 ms, worst 1.5 s), 0 failed\n",
             "of r.example/app:1\n       of r.example/app:2\n",
             "last error: it rains\n",

@@ -73,6 +73,8 @@ impl LazyLayers for Images {
         Some(LayerId(number))
     }
 
+    fn unpacked(&self, _: &str, _: &Labels) {}
+
     fn mount(&self, layer: LayerId) -> Result<PathBuf> {
         let at = self.at(layer);
         fs::create_dir_all(&at).unwrap();

@@ -343,3 +343,22 @@ fn a_layer_that_is_found_and_removed_at_once_is_held_by_who_has_it() {
     lab.work();
     assert_eq!((lab.layers.holds().len(), lab.layers.mounted()), (0, ids(&[])));
 }
+
+/// Only of what an unpacker asked for and got no layer for, by the labels that it asked with.
+#[test]
+fn what_had_to_be_unpacked_is_reported() {
+    let lab = lab(at_once());
+    let store = &lab.store;
+    let mut refused = wanted(1, "4");
+    refused.insert("refused".into(), "yes".into());
+    store.prepare(&name("one/1/x"), None, refused).unwrap();
+    assert_eq!(lab.layers.unpacked(), []);
+    // An unpacker that says less at the end.
+    store.commit(&name("one/2/base"), &name("one/1/x"), Labels::new()).unwrap();
+    assert_eq!(lab.layers.unpacked(), [("one".to_owned(), "4".to_owned())]);
+    store.commit(&name("one/3/again"), &name("one/1/x"), Labels::new()).unwrap_err();
+    store.prepare(&name("one/4/container"), Some(&name("one/2/base")), Labels::new()).unwrap();
+    store.commit(&name("one/5/image"), &name("one/4/container"), wanted(2, "5")).unwrap();
+    lab.ask("two/1/x", None, 3, 6);
+    assert_eq!(lab.layers.unpacked(), []);
+}

@@ -107,6 +107,8 @@ struct State {
     releases: u32,
     mounts: u32,
     unmounts: u32,
+    /// Namespaces and layers of what was committed.
+    unpacked: Vec<(String, String)>,
 }
 
 /// What is in the file of a layer.
@@ -155,6 +157,11 @@ impl Layers {
         self.state().lost.clear();
     }
 
+    /// What was unpacked since the last call: namespaces and layers.
+    pub(crate) fn unpacked(&self) -> Vec<(String, String)> {
+        std::mem::take(&mut self.state().unpacked)
+    }
+
     /// Makes every find wait, or lets those go on that do.
     pub(crate) fn hold_up(&self, held_up: bool) {
         self.state().held_up = held_up;
@@ -192,6 +199,11 @@ impl LazyLayers for Layers {
             std::fs::write(self.kept(layer).join("files"), number).unwrap();
         }
         Some(layer)
+    }
+
+    fn unpacked(&self, namespace: &str, labels: &Labels) {
+        let layer = labels.get("layer").cloned().unwrap_or_default();
+        self.state().unpacked.push((namespace.to_owned(), layer));
     }
 
     fn mount(&self, layer: LayerId) -> Result<PathBuf> {
