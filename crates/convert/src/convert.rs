@@ -1,6 +1,6 @@
 //! From an image to another with the same files.
 
-use crate::{Bytes, Input, Packing, Progress, Source, Target};
+use crate::{Bytes, Input, LayerTarget, Packing, Progress, Source};
 use futures::{StreamExt as _, TryStreamExt as _, future::BoxFuture, stream};
 use parking_lot::Mutex;
 use serde_json::Value;
@@ -44,7 +44,7 @@ pub struct Converted {
 /// Writes the image of `source` to `target`, with layers as `options` say.
 pub async fn convert(
     source: Arc<dyn Source>,
-    target: Arc<dyn Target>,
+    target: Arc<dyn LayerTarget>,
     options: &Options,
     progress: Progress,
 ) -> Result<Converted> {
@@ -72,7 +72,7 @@ struct Layer {
 
 struct Conversion<'a> {
     source: Arc<dyn Source>,
-    target: Arc<dyn Target>,
+    target: Arc<dyn LayerTarget>,
     options: &'a Options,
     progress: Progress,
     /// By the digest that they had: platforms share layers.

@@ -1,20 +1,42 @@
 //! The ports to where images are.
 
 use async_trait::async_trait;
-use futures::StreamExt as _;
+use futures::{StreamExt as _, stream};
 use shipway_archive::{
     Compression, CompressionKind, Packed, ReadFirst, recompress, recompress_in_order,
 };
 use shipway_fault::{Fault, Result};
 use shipway_oci::{Descriptor, Digest, ImageName};
 use shipway_registry::BodyStream;
-use std::sync::Arc;
+use shipway_task::blocking;
+use std::{fs::File, os::unix::fs::FileExt as _, sync::Arc};
 use tokio::{sync::mpsc, task::AbortHandle};
 
 pub use bytes::Bytes;
 
 /// Pieces of a layer on their way to the thread that packs.
 const IN_FLIGHT: usize = 8;
+/// Bytes of a file that are read at once.
+const PIECE: u64 = 256 << 10;
+
+/// The `len` bytes of `file` from `start`.
+pub fn file_stream(file: &Arc<File>, start: u64, len: u64) -> BodyStream {
+    let next = |(file, at, end): (Arc<File>, u64, u64)| async move {
+        let want = PIECE.min(end - at);
+        if want == 0 {
+            return Ok(None);
+        }
+        let (file, piece) = blocking("read a file of layers", move || {
+            let mut piece = vec![0; want as usize];
+            file.read_exact_at(&mut piece, at)
+                .map_err(|e| Fault::io("read a file of layers", e))?;
+            Ok((file, Bytes::from(piece)))
+        })
+        .await?;
+        Ok(Some((piece, (file, at + want, end))))
+    };
+    stream::try_unfold((file.clone(), start, start.saturating_add(len)), next).boxed()
+}
 
 /// How far a layer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,19 +69,30 @@ pub trait Source: Send + Sync {
     /// The bytes of a blob, which fail at the end if they are not what the digest says.
     async fn blob(&self, descriptor: &Descriptor) -> Result<BodyStream>;
 
-    /// The repository that has it, if it is in a registry.
-    fn repository(&self) -> Option<&ImageName> {
+    /// What refers to the manifest `subject` beside it, such as signatures.
+    async fn referrers(&self, subject: Digest) -> Result<Vec<Descriptor>> {
+        let _ = subject;
+        Ok(Vec::new())
+    }
+
+    /// A repository that has `blob`, if one is known: registries copy among their own.
+    fn origin(&self, blob: &Descriptor) -> Option<ImageName> {
+        let _ = blob;
         None
     }
+}
+
+/// Where an image is written with other layers.
+#[async_trait]
+pub trait LayerTarget: Target {
+    /// Makes a layer of `input`, which is compressed as `from` says.
+    async fn layer(&self, input: Input, from: CompressionKind, packing: &Packing)
+    -> Result<Packed>;
 }
 
 /// Where an image is written.
 #[async_trait]
 pub trait Target: Send + Sync {
-    /// Makes a layer of `input`, which is compressed as `from` says.
-    async fn layer(&self, input: Input, from: CompressionKind, packing: &Packing)
-    -> Result<Packed>;
-
     /// Copies a blob as it is.
     async fn copy(
         &self,

@@ -1,17 +1,14 @@
 //! Images in registries.
 
-use crate::{Bytes, Input, Packing, Progress, Source, Step, Target};
+use crate::{Bytes, Input, LayerTarget, Packing, Progress, Source, Step, Target, file_stream};
 use async_trait::async_trait;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use shipway_archive::{CompressionKind, Packed};
 use shipway_fault::{Fault, Result};
-use shipway_oci::{Descriptor, Digest, ImageName};
+use shipway_oci::{Descriptor, Digest, ImageName, Manifest};
 use shipway_registry::{BodyStream, Repository};
 use shipway_task::blocking;
-use std::{fs::File, io::Write as _, sync::Arc};
-
-/// Bytes of a layer's file that are sent at once.
-const PIECE: usize = 256 << 10;
+use std::{io::Write as _, sync::Arc};
 
 /// An image in a registry, under the name that the repository was opened with.
 pub struct Remote {
@@ -23,23 +20,6 @@ impl Remote {
     pub fn new(repository: Repository) -> Self {
         Self { repository }
     }
-}
-
-/// The bytes of a file from its beginning.
-fn file_stream(file: &Arc<File>) -> BodyStream {
-    let next = |(file, at): (Arc<File>, u64)| async move {
-        let (file, read) = blocking("read a converted layer", move || {
-            let mut piece = vec![0; PIECE];
-            let n = std::os::unix::fs::FileExt::read_at(&*file, &mut piece, at)
-                .map_err(|e| Fault::io("read a converted layer", e))?;
-            piece.truncate(n);
-            Ok((file, piece))
-        })
-        .await?;
-        let at = at + read.len() as u64;
-        Ok((!read.is_empty()).then(|| (Bytes::from(read), (file, at))))
-    };
-    stream::try_unfold((file.clone(), 0), next).boxed()
 }
 
 #[async_trait]
@@ -61,13 +41,17 @@ impl Source for Remote {
         Ok(reader.into_stream().map_err(Fault::from).boxed())
     }
 
-    fn repository(&self) -> Option<&ImageName> {
-        Some(self.repository.name())
+    async fn referrers(&self, subject: Digest) -> Result<Vec<Descriptor>> {
+        Ok(self.repository.referrers(subject).await?)
+    }
+
+    fn origin(&self, _: &Descriptor) -> Option<ImageName> {
+        Some(self.repository.name().clone())
     }
 }
 
 #[async_trait]
-impl Target for Remote {
+impl LayerTarget for Remote {
     async fn layer(
         &self,
         input: Input,
@@ -86,13 +70,16 @@ impl Target for Remote {
         let descriptor =
             Descriptor::new(packing.compression.kind.media_type(), packed.digest, packed.size);
         let open = || {
-            let file = file.clone();
-            async move { Ok(file_stream(&file)) }.boxed()
+            let bytes = file_stream(&file, 0, packed.size);
+            async move { Ok(bytes) }.boxed()
         };
         self.repository.push_blob(&descriptor, [], open, |_| {}).await?;
         Ok(packed)
     }
+}
 
+#[async_trait]
+impl Target for Remote {
     async fn copy(
         &self,
         descriptor: &Descriptor,
@@ -100,15 +87,17 @@ impl Target for Remote {
         progress: &Progress,
     ) -> Result<()> {
         let here = self.repository.name();
-        let from = source.repository().filter(|name| name.registry() == here.registry());
-        let from = from.map(ImageName::repository).filter(|name| *name != here.repository());
+        let from = source.origin(descriptor).filter(|name| name.registry() == here.registry());
+        let from = from.as_ref().map(ImageName::repository).filter(|r| *r != here.repository());
         let open = || {
             let (source, descriptor) = (source.clone(), descriptor.clone());
             async move { source.blob(&descriptor).await }.boxed()
         };
         let (digest, size, progress) = (descriptor.digest, descriptor.size, progress.clone());
-        let count = move |done| progress(Step { digest, converts: false, done, size });
-        self.repository.push_blob(descriptor, from, open, count).await?;
+        let step = move |done| progress(Step { digest, converts: false, done, size });
+        self.repository.push_blob(descriptor, from, open, step.clone()).await?;
+        // What was there, or mounted, is as good as sent.
+        step(size);
         Ok(())
     }
 
@@ -122,6 +111,13 @@ impl Target for Remote {
     }
 
     async fn manifest(&self, descriptor: &Descriptor, bytes: Bytes, _: &[Digest]) -> Result<()> {
+        // Registries that keep no lists of what refers to a manifest get one.
+        if let Ok(manifest) = serde_json::from_slice::<Manifest>(&bytes)
+            && manifest.subject.is_some()
+        {
+            self.repository.push_referrer_bytes(bytes, &manifest).await?;
+            return Ok(());
+        }
         let reference = descriptor.digest.to_string();
         self.repository.push_manifest(bytes, &descriptor.media_type, &reference).await?;
         Ok(())

@@ -1,6 +1,6 @@
 //! Images in containerd's store.
 
-use crate::{Bytes, Input, Packing, Progress, Source, Step, Target};
+use crate::{Bytes, Input, LayerTarget, Packing, Progress, Source, Step, Target};
 use async_trait::async_trait;
 use futures::{StreamExt as _, stream};
 use shipway_archive::{CompressionKind, Packed};
@@ -35,6 +35,14 @@ impl Stored {
     /// The image `name` in `storage`.
     pub fn new(storage: Storage, name: String) -> Self {
         Self { storage, name, lease: OnceCell::new() }
+    }
+
+    /// Lets go of what was written, where it will get no name after all.
+    pub async fn abandon(&self) {
+        if let Some(lease) = self.lease.get() {
+            // One that cannot be ended expires.
+            let _ = self.storage.leases.delete(lease, false).await;
+        }
     }
 
     /// What keeps everything until the name does.
@@ -106,7 +114,7 @@ impl Source for Stored {
 }
 
 #[async_trait]
-impl Target for Stored {
+impl LayerTarget for Stored {
     async fn layer(
         &self,
         input: Input,
@@ -133,7 +141,10 @@ impl Target for Stored {
         writer.commit(Some(packed.digest), &labels).await?;
         Ok(packed)
     }
+}
 
+#[async_trait]
+impl Target for Stored {
     async fn copy(
         &self,
         descriptor: &Descriptor,
@@ -144,7 +155,10 @@ impl Target for Stored {
         let reference = format!("shipway-convert-{}", digest.hex());
         let ingest = Ingest { reference, expected: Some(digest), size: Some(size) };
         let mut writer = match self.storage.content.writer(self.lease().await?, ingest).await {
-            Err(e) if e.is_already_exists() => return Ok(()),
+            Err(e) if e.is_already_exists() => {
+                progress(Step { digest, converts: false, done: size, size });
+                return Ok(());
+            }
             writer => writer?,
         };
         if !writer.is_complete() {
@@ -155,7 +169,9 @@ impl Target for Stored {
                 progress(Step { digest, converts: false, done, size });
             }
         }
-        writer.commit(Some(digest), &Labels::new()).await.map(drop)
+        writer.commit(Some(digest), &Labels::new()).await?;
+        progress(Step { digest, converts: false, done: size, size });
+        Ok(())
     }
 
     async fn config(&self, _: &Descriptor, bytes: Bytes) -> Result<()> {
@@ -170,10 +186,8 @@ impl Target for Stored {
 
     async fn finish(&self, root: &Descriptor) -> Result<()> {
         self.storage.images.put(&self.name, root, &Labels::new()).await?;
-        // The name keeps it now; a lease that cannot be ended expires.
-        if let Some(lease) = self.lease.get() {
-            let _ = self.storage.leases.delete(lease, false).await;
-        }
+        // The name keeps it now.
+        self.abandon().await;
         Ok(())
     }
 }

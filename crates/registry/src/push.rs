@@ -245,16 +245,27 @@ impl Repository {
     /// index under a tag, which is written again with the manifest in it (OCI distribution-spec
     /// 1.1, "Referrers Tag Schema"); who writes it at the same time may be lost.
     pub async fn push_referrer(&self, manifest: &Manifest) -> Result<Descriptor, Error> {
-        let fail = |why: String| {
-            let host = self.name().registry();
-            Error::new(self.name(), host, "push referrer", Kind::Protocol(why))
-        };
+        let bytes = serde_json::to_vec(manifest).map_err(|e| self.no_referrer(e.to_string()))?;
+        self.push_referrer_bytes(bytes.into(), manifest).await
+    }
+
+    fn no_referrer(&self, why: String) -> Error {
+        Error::new(self.name(), self.name().registry(), "push referrer", Kind::Protocol(why))
+    }
+
+    /// The same for a manifest that was read from `bytes` and keeps its digest.
+    pub async fn push_referrer_bytes(
+        &self,
+        bytes: Bytes,
+        manifest: &Manifest,
+    ) -> Result<Descriptor, Error> {
+        let fail = |why: String| self.no_referrer(why);
         let subject = manifest.subject.as_ref();
         let subject = subject.ok_or_else(|| fail("the manifest has no subject".into()))?.digest;
-        let bytes = serde_json::to_vec(manifest).map_err(|e| fail(e.to_string()))?;
         let digest = Digest::of(&bytes);
+        let media_type = manifest.media_type.as_deref().unwrap_or(media::OCI_MANIFEST);
         let (mut descriptor, listed) =
-            self.put_manifest(bytes.into(), media::OCI_MANIFEST, &digest.to_string()).await?;
+            self.put_manifest(bytes, media_type, &digest.to_string()).await?;
         descriptor.artifact_type.clone_from(&manifest.artifact_type);
         descriptor.annotations.clone_from(&manifest.annotations);
         if listed {

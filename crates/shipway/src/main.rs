@@ -20,6 +20,7 @@ mod explain;
 mod failure;
 mod metrics;
 mod output;
+mod places;
 mod progress;
 mod run;
 mod shipway;

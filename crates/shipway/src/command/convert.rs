@@ -8,19 +8,20 @@ use std::{
     sync::Arc,
 };
 
-use async_trait::async_trait;
 use parking_lot::Mutex;
 use shipway_archive::Compression;
-use shipway_client::DockerConfig;
-use shipway_containerd::Containerd;
-use shipway_convert::{Options, Packing, Progress, Remote, Source, Step, Stored, Target, convert};
+use shipway_convert::{
+    LayerTarget, Options, Packing, Progress, Remote, Source, Step, Stored, convert,
+};
 use shipway_fault::{Fault, Result};
 use shipway_oci::{ImageName, Platform};
-use shipway_registry::{
-    CredentialSource, Credentials, Given, Mode, Registry, RegistryConfig, Repository,
-};
+use shipway_registry::Mode;
 
-use crate::{output, size};
+use crate::{
+    output,
+    places::{RegistryArgs, StoreArgs},
+    size,
+};
 
 /// Most bytes of a list of paths.
 const MAX_LIST: u64 = 64 << 20;
@@ -60,23 +61,10 @@ pub(crate) struct Args {
     /// Platforms that the new image has, instead of all
     #[arg(long, value_name = "PLATFORM", value_delimiter = ',')]
     platform: Vec<Platform>,
-    /// Take any certificate of the registries, and plain HTTP
-    #[arg(long)]
-    insecure: bool,
-    /// Directory with a hosts.toml for each registry, as containerd has it
-    #[arg(long, value_name = "DIR", default_value = "/etc/containerd/certs.d")]
-    registry_config: PathBuf,
-    /// containerd's socket
-    #[arg(
-        long,
-        value_name = "SOCKET",
-        env = "CONTAINERD_ADDRESS",
-        default_value = "/run/containerd/containerd.sock"
-    )]
-    containerd_addr: PathBuf,
-    /// Namespace of containerd
-    #[arg(long, value_name = "NAME", env = "CONTAINERD_NAMESPACE", default_value = "default")]
-    namespace: String,
+    #[command(flatten)]
+    registries: RegistryArgs,
+    #[command(flatten)]
+    store: StoreArgs,
 }
 
 /// Where an image is, or is to be.
@@ -101,42 +89,6 @@ impl std::str::FromStr for Place {
     }
 }
 
-/// The user's credentials.
-struct Login(DockerConfig);
-
-#[async_trait]
-impl CredentialSource for Login {
-    async fn credentials(&self, host: &str) -> Result<Option<Given<Credentials>>> {
-        let found = self.0.lookup(host).await?;
-        Ok(found.map(|(username, secret)| Given::alone(Credentials { username, secret })))
-    }
-
-    fn identity(&self) -> Option<String> {
-        Some("user".to_owned())
-    }
-}
-
-/// What places are opened with.
-struct Opener<'a> {
-    args: &'a Args,
-    registry: Registry,
-    login: Arc<Login>,
-}
-
-impl Opener<'_> {
-    fn remote(&self, name: &ImageName, mode: Mode) -> Repository {
-        let repository = self.registry.repository(name, self.login.clone(), mode);
-        if self.args.insecure { repository.insecure() } else { repository }
-    }
-
-    async fn stored(&self, name: &str) -> Result<Stored> {
-        let containerd = Containerd::connect(&self.args.containerd_addr).await?;
-        // Nothing is mounted, so that the snapshotter does not matter.
-        let storage = containerd.storage(&self.args.namespace, "overlayfs")?;
-        Ok(Stored::new(storage, name.to_owned()))
-    }
-}
-
 pub(crate) async fn run(args: Args) -> Result<()> {
     let compression = Compression::take(|key| match key {
         "compression" => Some(args.compression.clone()),
@@ -146,24 +98,24 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         "force-compression" => args.force_compression.then(String::new),
         _ => None,
     })?;
-    let config_path = Some(args.registry_config.clone());
-    let config = RegistryConfig { config_path, ..RegistryConfig::default() };
-    let docker = DockerConfig::default_path().map(|path| DockerConfig::load(&path)).transpose()?;
-    let login = Arc::new(Login(docker.unwrap_or_default()));
-    let opener = Opener { args: &args, registry: Registry::new(config), login };
+    let registries = args.registries.open()?;
     let source: Arc<dyn Source> = match &args.source {
-        Place::Registry(name) => Arc::new(Remote::new(opener.remote(name, Mode::Pull))),
-        Place::Containerd(name) => Arc::new(opener.stored(name).await?),
+        Place::Registry(name) => Arc::new(Remote::new(registries.repository(name, Mode::Pull))),
+        Place::Containerd(name) => {
+            Arc::new(Stored::new(args.store.connect().await?, name.to_owned()))
+        }
     };
-    let target: Arc<dyn Target> = match &args.target {
+    let target: Arc<dyn LayerTarget> = match &args.target {
         Place::Registry(name) if name.digest().is_some() => {
             return Err(Fault::invalid(format!(
                 "{name} names a digest, which a new image cannot have"
             ))
             .hint("name a tag"));
         }
-        Place::Registry(name) => Arc::new(Remote::new(opener.remote(name, Mode::Push))),
-        Place::Containerd(name) => Arc::new(opener.stored(name).await?),
+        Place::Registry(name) => Arc::new(Remote::new(registries.repository(name, Mode::Push))),
+        Place::Containerd(name) => {
+            Arc::new(Stored::new(args.store.connect().await?, name.to_owned()))
+        }
     };
     let first = args.read_first.as_deref().map(read_first).transpose()?.unwrap_or_default();
     if !first.is_empty() && !compression.kind.is_indexed() {

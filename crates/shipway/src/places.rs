@@ -1,0 +1,96 @@
+//! Registries and containerd's store, as commands that need no daemon reach them.
+
+use std::{path::PathBuf, sync::Arc};
+
+use async_trait::async_trait;
+use shipway_client::DockerConfig;
+use shipway_containerd::Containerd;
+use shipway_fault::Result;
+use shipway_oci::ImageName;
+use shipway_registry::{
+    CredentialSource, Credentials, Given, Mode, Registry, RegistryConfig, Repository,
+};
+use shipway_storage::Storage;
+
+/// How registries are reached.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct RegistryArgs {
+    /// Take any certificate of the registries, and plain HTTP
+    #[arg(long)]
+    insecure: bool,
+    /// Directory with a hosts.toml for each registry, as containerd has it
+    #[arg(long, value_name = "DIR", default_value = "/etc/containerd/certs.d")]
+    registry_config: PathBuf,
+}
+
+/// Which store of containerd's is meant.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct StoreArgs {
+    /// containerd's socket
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        env = "CONTAINERD_ADDRESS",
+        default_value = "/run/containerd/containerd.sock"
+    )]
+    containerd_addr: PathBuf,
+    /// Namespace of containerd
+    #[arg(long, value_name = "NAME", env = "CONTAINERD_NAMESPACE", default_value = "default")]
+    namespace: String,
+}
+
+/// The user's credentials.
+struct Login(DockerConfig);
+
+#[async_trait]
+impl CredentialSource for Login {
+    async fn credentials(&self, host: &str) -> Result<Option<Given<Credentials>>> {
+        let found = self.0.lookup(host).await?;
+        Ok(found.map(|(username, secret)| Given::alone(Credentials { username, secret })))
+    }
+
+    fn identity(&self) -> Option<String> {
+        Some("user".to_owned())
+    }
+}
+
+/// The registries, with the user's credentials. Clones share connections.
+#[derive(Clone)]
+pub(crate) struct Registries {
+    registry: Registry,
+    login: Arc<Login>,
+    insecure: bool,
+}
+
+impl RegistryArgs {
+    /// Nothing is dialed yet.
+    pub(crate) fn open(&self) -> Result<Registries> {
+        let config_path = Some(self.registry_config.clone());
+        let config = RegistryConfig { config_path, ..RegistryConfig::default() };
+        let docker =
+            DockerConfig::default_path().map(|path| DockerConfig::load(&path)).transpose()?;
+        let login = Arc::new(Login(docker.unwrap_or_default()));
+        Ok(Registries { registry: Registry::new(config), login, insecure: self.insecure })
+    }
+}
+
+impl Registries {
+    /// The repository of `name`.
+    pub(crate) fn repository(&self, name: &ImageName, mode: Mode) -> Repository {
+        let repository = self.registry.repository(name, self.login.clone(), mode);
+        if self.insecure { repository.insecure() } else { repository }
+    }
+}
+
+impl StoreArgs {
+    /// The stores of the namespace.
+    pub(crate) async fn connect(&self) -> Result<Storage> {
+        let containerd = Containerd::connect(&self.containerd_addr).await.map_err(|fault| {
+            fault.hint(
+                "is containerd running, may you use its socket, and is --containerd-addr right?",
+            )
+        })?;
+        // Nothing is mounted, so that the snapshotter does not matter.
+        containerd.storage(&self.namespace, "overlayfs")
+    }
+}
