@@ -4,8 +4,11 @@
 #![allow(clippy::unwrap_used)]
 
 use shipway_integration::{any, ctr_run};
+use shipway_llb::{ExecDraft, MarshalOptions, State, VertexOptions};
+use shipway_oci::Platform;
 use shipway_testkit::{BaseImage, Lab, built, run, which};
 use std::{
+    io::BufRead as _,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -242,4 +245,96 @@ fn a_local_cache_that_is_reset_keeps_nothing_of_older_builds() {
     let again = build("two", ",reset=true").stdout;
     let numbers: serde_json::Value = serde_json::from_str(again.lines().last().unwrap()).unwrap();
     assert_eq!((&numbers["miss"], &numbers["user_cached"]), (&0.into(), &2.into()), "{again}");
+}
+
+/// `buildctl debug` and `prune-histories`, ours and the real one side by side.
+#[test]
+fn buildctl_looks_inside() {
+    let lab = Lab::complete(any());
+    let context = lab.context("inside", &[("Dockerfile", "FROM busybox\nRUN echo said-this\n")]);
+    let local = format!("={}", context.display());
+    let clients = clients(&lab);
+    let definition = lab.dir().join("definition");
+    std::fs::write(&definition, graph()).unwrap();
+    let mut dumps = Vec::new();
+    for (n, client) in clients.iter().enumerate() {
+        let reference = lab.dir().join(format!("inside-{n}"));
+        // It sees the build begin and end.
+        let mut monitor = command(&lab, client)
+            .args(["debug", "monitor"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let events = std::io::BufReader::new(monitor.stdout.take().unwrap());
+        run(command(&lab, client)
+            .args(["build", "--frontend", "dockerfile.v0", "--no-cache"])
+            .args(["--local", &format!("context{local}"), "--local", &format!("dockerfile{local}")])
+            .arg(format!("--ref-file={}", reference.display())))
+        .ok();
+        let id = std::fs::read_to_string(&reference).unwrap();
+        let done = format!("event: COMPLETE ref:{id}");
+        assert!(events.lines().map(Result::unwrap).any(|line| line == done), "{done}");
+        monitor.kill().unwrap();
+        monitor.wait().unwrap();
+
+        let logs = run(command(&lab, client).args(["debug", "logs", &id, "--progress=plain"])).ok();
+        assert!(logs.all().contains("said-this"), "{}", logs.all());
+        let trace = run(command(&lab, client).args(["debug", "logs", "--trace", &id]));
+        assert!(trace.stderr.contains("does not have trace") || !trace.stdout.is_empty());
+        let pinned = || {
+            let list = run(command(&lab, client).args(["debug", "histories"])).ok().stdout;
+            list.lines().any(|line| line.contains(&id) && line.ends_with('*'))
+        };
+        run(command(&lab, client).args(["debug", "ctl", "--pin", &id])).ok();
+        assert!(pinned());
+        run(command(&lab, client).arg("prune-histories")).ok();
+        assert!(pinned(), "a pinned build was forgotten");
+        run(command(&lab, client).args(["debug", "ctl", "--unpin", &id])).ok();
+        let listed = run(command(&lab, client).arg("prune-histories")).ok().stdout;
+        assert!(listed.contains(&id), "{listed}");
+        let gone = run(command(&lab, client).args(["debug", "ctl", "--delete", &id])).failed();
+        assert!(gone.stderr.contains(&id), "{}", gone.stderr);
+        run(command(&lab, client).args(["debug", "ctl", &id])).failed();
+
+        let digest = shipway_oci::Digest::of("no such blob").to_string();
+        assert!(
+            run(command(&lab, client).args(["debug", "get", &digest]))
+                .failed()
+                .stderr
+                .contains("not found")
+        );
+        let dump = |dot: &[&str]| {
+            let mut dump = Command::new(client);
+            run(dump.args(["debug", "dump-llb"]).args(dot).arg(&definition)).ok().stdout
+        };
+        let lines: Vec<serde_json::Value> =
+            dump(&[]).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let mut drawn: Vec<String> = dump(&["--dot"]).lines().map(str::to_owned).collect();
+        drawn.sort();
+        dumps.push((lines, drawn));
+    }
+    let (lines, drawn) = &dumps[0];
+    assert!(
+        lines.iter().any(|l| l["Op"]["Op"]["source"]["identifier"]
+            == "docker-image://docker.io/library/busybox:latest"),
+        "{lines:?}"
+    );
+    assert!(drawn.iter().any(|l| l.contains("shape=\"box\"")), "{drawn:?}");
+    for other in &dumps[1..] {
+        assert_eq!(dumps[0], *other);
+    }
+}
+
+/// A definition with an image and a step.
+fn graph() -> Vec<u8> {
+    let image = "docker.io/library/busybox:latest";
+    let base = State::image(image, "", Default::default(), VertexOptions::default());
+    let args = ["sh", "-c", "echo x"].map(str::to_owned).into();
+    let stepped = base.run(ExecDraft { args, ..ExecDraft::default() }, VertexOptions::default());
+    let options = MarshalOptions {
+        platform: Platform::new("linux", "amd64", ""),
+        caps: None,
+        local_unique_id: String::new(),
+    };
+    stepped.marshal(&options).unwrap().encode()
 }

@@ -9,8 +9,8 @@ use shipway_proto::{
     containerd::services::content::v1::{self as content, content_client::ContentClient},
     moby::buildkit::v1::{self as api, control_client::ControlClient},
 };
-use shipway_testkit::Lab;
-use std::future::Future;
+use shipway_testkit::{Finished, Lab, run};
+use std::{future::Future, process::Command};
 use tonic::{Code, transport::Channel};
 
 /// Runs `work` with a connection to the lab's daemon.
@@ -159,4 +159,184 @@ fn images_of_others_in_the_namespace_cannot_be_read() {
         assert_eq!(read(digest), (Ok(()), Ok(true)), "{digest}");
         assert!(listed.contains(digest), "{digest}");
     }
+}
+
+/// Our client on buildx's own state, where the daemon is the builder `shipway`; and buildx on the
+/// same, if it is installed.
+struct Clients {
+    lab: Lab,
+}
+
+impl Clients {
+    #[track_caller]
+    fn ours(&self, arguments: &[&str]) -> Finished {
+        let home = self.lab.dir().join("buildx");
+        let mut command = Command::new(shipway_testkit::built("shipway"));
+        command.env("BUILDX_CONFIG", &home).env("DOCKER_CONFIG", &home).env("HOME", &home);
+        run(command.env("BUILDX_BUILDER", "shipway").args(arguments))
+    }
+
+    fn theirs(&self, arguments: &[&str]) -> Option<Finished> {
+        let Some(mut command) = self.lab.buildx() else {
+            eprintln!("docker-buildx is absent: nothing was compared with it");
+            return None;
+        };
+        Some(run(command.args(arguments)))
+    }
+
+    /// What both print as JSON is the same, but for `unlike`.
+    #[track_caller]
+    fn compare(&self, arguments: &[&str], unlike: &[&str]) -> serde_json::Value {
+        let read = |done: Finished| -> serde_json::Value {
+            let text = done.ok().stdout;
+            let list: Result<Vec<_>, _> = text.lines().map(serde_json::from_str).collect();
+            let value = serde_json::from_str(&text).or_else(|_| list.map(serde_json::Value::Array));
+            let mut value = value.unwrap_or_else(|e| panic!("{arguments:?}: {e}: {text}"));
+            for key in unlike {
+                if let Some(map) = value.as_object_mut() {
+                    map.remove(*key);
+                }
+            }
+            value
+        };
+        let ours = read(self.ours(arguments));
+        if let Some(theirs) = self.theirs(arguments) {
+            assert_eq!(ours, read(theirs), "{arguments:?}");
+        }
+        ours
+    }
+}
+
+#[test]
+fn builds_are_listed_shown_exported_and_forgotten() {
+    let clients = Clients { lab: Lab::complete(any()) };
+    let lab = &clients.lab;
+    let home = lab.dir().join("buildx");
+    if lab.buildx().is_none() {
+        std::fs::create_dir_all(&home).unwrap();
+        let create = ["create", "--name", "shipway", "--driver", "remote", &lab.daemon_address()];
+        clients.ours(&create).ok();
+    }
+    let context = lab.context(
+        "listed",
+        &[
+            ("Dockerfile", "FROM busybox AS good\nARG A\nRUN echo said $A\n"),
+            ("bad.Dockerfile", "FROM busybox\nRUN echo before && no-such-program\n"),
+        ],
+    );
+    let (context, bad) = (
+        context.to_string_lossy().into_owned(),
+        context.join("bad.Dockerfile").to_string_lossy().into_owned(),
+    );
+    let name = format!("{}/listed:1", lab.registry());
+    let good = ["build", "--attest", "type=provenance,mode=max", "--build-arg", "A=1"];
+    let more = ["--label", "l=2", "--target", "good", "--push", "-t", &name, &context];
+    clients.ours(&[&good[..], &more[..]].concat()).ok();
+    clients.ours(&["build", "-f", &bad, &context]).failed();
+
+    // Lists.
+    let all = clients.compare(&["history", "ls", "--format", "json"], &[]);
+    let rows = all.as_array().unwrap();
+    let status: Vec<&str> = rows.iter().map(|r| r["status"].as_str().unwrap()).collect();
+    assert_eq!(status, ["Error", "Completed"], "{all}");
+    assert_eq!(rows[1]["name"], "listed (good)", "{all}");
+    let id = |row: &serde_json::Value| {
+        row["ref"].as_str().unwrap().strip_prefix("shipway/shipway0/").unwrap().to_owned()
+    };
+    let (failed, completed) = (id(&rows[0]), id(&rows[1]));
+    let chosen = |filter: &str| {
+        let done = clients.ours(&["history", "ls", "--format", "{{.Ref}}", "--filter", filter]);
+        done.ok().stdout
+    };
+    assert_eq!(chosen("status=error"), format!("{failed}\n"));
+    assert_eq!(chosen(&format!("ref={}", &completed[..8])), format!("{completed}\n"));
+    assert_eq!(chosen("startedAt<1h").lines().count(), 0);
+    assert_eq!(chosen("startedAt>1h").lines().count(), 2);
+    let refused = clients.ours(&["history", "ls", "--filter", "size>1"]).failed().stderr;
+    assert!(refused.contains("unsupported filter") && refused.contains("hint: "), "{refused}");
+    let table = clients.ours(&["history", "ls"]).ok().stdout;
+    if let Some(theirs) = clients.theirs(&["history", "ls"]) {
+        let times = |text: &str| text.replace("Less than a second", "1 second");
+        let (first, other) = (times(&table), times(&theirs.ok().stdout));
+        assert_eq!(first.lines().next(), other.lines().next());
+        assert_eq!(first.lines().count(), other.lines().count());
+    }
+
+    // What they said, by offset and by id.
+    assert!(clients.ours(&["history", "logs"]).ok().all().contains("no-such-program"));
+    assert!(clients.ours(&["history", "logs", "^1"]).ok().all().contains("said 1"));
+    let full = format!("shipway/shipway0/{completed}");
+    let raw = clients.ours(&["history", "logs", &full, "--progress", "rawjson"]).ok().all();
+    assert!(raw.lines().all(|line| line.starts_with('{')), "{raw}");
+    let none = clients.ours(&["history", "logs", "^7"]).failed().stderr;
+    assert!(none.contains("no build found with offset ^7") && none.contains("hint: "), "{none}");
+
+    // What they were.
+    let unlike = ["StartedAt", "CompletedAt", "Context"];
+    let shown = clients.compare(&["history", "inspect", &completed, "--format", "json"], &unlike);
+    assert_eq!(shown["Target"], "good");
+    assert_eq!(shown["BuildArgs"][0]["Value"], "1");
+    assert!(shown["Materials"][0]["URI"].as_str().unwrap().starts_with("pkg:docker/"), "{shown}");
+    let why = clients.ours(&["history", "inspect", "--format", "json"]).ok().stdout;
+    let why: serde_json::Value = serde_json::from_str(&why).unwrap();
+    assert_eq!(why["Status"], "failed");
+    let logs = why["Error"]["Logs"].as_array().unwrap();
+    assert!(logs.iter().any(|l| l == "before"), "{why}");
+    let pretty = clients.ours(&["history", "inspect"]).ok().stdout;
+    for part in ["Error:\t", ">>> RUN echo before", "> before\n", "bad.Dockerfile"] {
+        assert!(pretty.contains(part), "{part}: {pretty}");
+    }
+    let provenance = ["history", "inspect", "attachment", "^1", "--type", "provenance"];
+    let provenance = clients.ours(&provenance).ok().stdout;
+    let provenance: serde_json::Value = serde_json::from_str(&provenance).unwrap();
+    assert!(provenance["buildDefinition"].is_object(), "{provenance}");
+    let index = ["history", "inspect", "attachment", &completed, "--type", "index"];
+    let index: serde_json::Value = serde_json::from_str(&clients.ours(&index).ok().stdout).unwrap();
+    assert_eq!(index["manifests"].as_array().unwrap().len(), 2);
+    assert!(clients.ours(&["history", "inspect", "attachment"]).failed().stderr.contains("--type"));
+
+    // As a file.
+    let bundle = lab.dir().join("all.dockerbuild");
+    let path = bundle.to_string_lossy().into_owned();
+    clients.ours(&["history", "export", "--all", "-o", &path]).ok();
+    let unpacked = lab.dir().join("unpacked");
+    std::fs::create_dir(&unpacked).unwrap();
+    run(Command::new("tar").args(["-xzf", &path, "-C"]).arg(&unpacked)).ok();
+    let read = |path: &str| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(unpacked.join(path)).unwrap()).unwrap()
+    };
+    let blob = |entry: &serde_json::Value| {
+        let digest = entry["digest"].as_str().unwrap();
+        read(&format!("blobs/sha256/{}", digest.strip_prefix("sha256:").unwrap()))
+    };
+    let root = blob(&read("index.json")["manifests"][0]);
+    let records = root["manifests"].as_array().unwrap();
+    assert_eq!(records.len(), 2, "{root}");
+    for entry in records {
+        let manifest = blob(entry);
+        let record = blob(&manifest["config"]);
+        assert_eq!(record["Ref"], entry["annotations"]["vnd.buildkit.history.reference"]);
+        assert_eq!(
+            record["FrontendAttrs"]["filename"].as_str().map(|f| f.ends_with("Dockerfile")),
+            Some(true)
+        );
+        let layers = manifest["layers"].as_array().unwrap();
+        assert!(layers.iter().any(|l| l["mediaType"] == "application/vnd.buildkit.status.v0"));
+        for layer in layers {
+            let digest = layer["digest"].as_str().unwrap().strip_prefix("sha256:").unwrap();
+            assert!(unpacked.join("blobs/sha256").join(digest).exists(), "{layer}");
+        }
+    }
+    for command in ["import", "open"] {
+        let refused = clients.ours(&["history", command, "x"]).failed().stderr;
+        assert!(refused.contains("Docker Desktop") && refused.contains("hint: "), "{refused}");
+    }
+
+    clients.ours(&["history", "rm", "^1"]).ok();
+    assert_eq!(chosen("status!=running"), format!("{failed}\n"));
+    clients.ours(&["history", "rm"]).failed();
+    clients.ours(&["history", "rm", "--all"]).ok();
+    assert_eq!(chosen("status!=running"), "");
+    let empty = clients.ours(&["history", "inspect"]).failed().stderr;
+    assert!(empty.contains("no records found"), "{empty}");
 }

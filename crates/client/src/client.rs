@@ -5,8 +5,12 @@ use std::{process::Stdio, sync::Arc, time::Duration};
 use futures::{Stream, TryStreamExt};
 use shipway_fault::{Code, Context, Fault, Result};
 use shipway_grpc::{ClientTls, TunnelChannel, dial, fault_of};
+use shipway_oci::Digest;
 use shipway_proto::{
-    MAX_MESSAGE, moby::buildkit::v1 as wire, moby::buildkit::v1::control_client::ControlClient,
+    MAX_MESSAGE,
+    containerd::services::content::v1::{self as content, content_client::ContentClient},
+    moby::buildkit::v1 as wire,
+    moby::buildkit::v1::control_client::ControlClient,
 };
 use tokio::process::{Child, Command};
 use tonic::transport::Channel;
@@ -210,6 +214,58 @@ impl Client {
             .into_inner()
             .map_ok(UsageInfo::from)
             .map_err(|s| fault_of(&s).context("failed to prune")))
+    }
+
+    /// The length of the blob `digest` of a build, if the daemon has it.
+    pub async fn blob_size(&self, digest: &str) -> Result<Option<u64>> {
+        let request = content::InfoRequest { digest: digest.to_owned() };
+        let answer = ContentClient::new(self.channel.clone()).info(request).await;
+        match answer.map_err(|s| fault_of(&s)) {
+            Ok(answer) => {
+                let info = answer.into_inner().info.unwrap_or_default();
+                Ok(Some(u64::try_from(info.size).unwrap_or_default()))
+            }
+            Err(fault) if fault.is_not_found() => Ok(None),
+            Err(fault) => Err(fault.context(format!("look for the blob {digest}"))),
+        }
+    }
+
+    /// The bytes of the blob `digest` of a build, such as what it said, as they come; they are not
+    /// checked against the digest.
+    pub async fn blob_stream(
+        &self,
+        digest: &str,
+    ) -> Result<impl Stream<Item = Result<Vec<u8>>> + Send + Unpin + use<>> {
+        let failed = {
+            let digest = digest.to_owned();
+            move |s: tonic::Status| fault_of(&s).context(format!("read the blob {digest}"))
+        };
+        let request =
+            content::ReadContentRequest { digest: digest.to_owned(), ..Default::default() };
+        let answer = ContentClient::new(self.channel.clone())
+            .max_decoding_message_size(MAX_MESSAGE)
+            .read(request)
+            .await
+            .map_err(&failed)?;
+        Ok(answer.into_inner().map_ok(|part| part.data).map_err(failed))
+    }
+
+    /// All bytes of the blob `digest`, of which there are at most `limit`; checked.
+    pub async fn blob(&self, digest: &str, limit: u64) -> Result<Vec<u8>> {
+        let mut stream = self.blob_stream(digest).await?;
+        let mut bytes = Vec::new();
+        while let Some(part) = stream.try_next().await? {
+            bytes.extend_from_slice(&part);
+            if bytes.len() as u64 > limit {
+                return Err(Fault::invalid(format!(
+                    "the blob {digest} is larger than {limit} bytes"
+                )));
+            }
+        }
+        match Digest::of(&bytes).to_string() == digest {
+            true => Ok(bytes),
+            false => Err(Fault::new(Code::DataLoss, format!("the blob {digest} is damaged"))),
+        }
     }
 
     /// The events of the build `reference`, from its beginning to its end.

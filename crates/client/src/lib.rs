@@ -34,7 +34,9 @@ mod status;
 pub use build::{CacheEntry, Definition, Export, Outcome, SolveOptions, Target};
 pub use client::{Client, ConnectOptions, PruneOptions};
 pub use held::{Held, HeldState, SharedDirs};
-pub use history::{HistoryEvent, HistoryKind, HistoryRecord};
+pub use history::{
+    HistoryBlob, HistoryEvent, HistoryKind, HistoryQuery, HistoryRecord, HistoryResult,
+};
 pub use location::Location;
 pub use model::{CdiDevice, DaemonInfo, DaemonVersion, PruneInfo, UsageInfo, WorkerInfo};
 pub use policy::Policy;

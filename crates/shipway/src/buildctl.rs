@@ -6,7 +6,7 @@ use shipway_fault::{Fault, Result};
 
 use crate::{
     Persona,
-    command::{dial_stdio, du, history, info, prune, solve, version, workers},
+    command::{debug, dial_stdio, du, history, prune, solve, version},
     connect::ConnectArgs,
 };
 
@@ -37,29 +37,19 @@ enum Command {
     Du(du::Args),
     /// Remove build cache
     Prune(prune::Args),
+    /// Forget builds that ended and are not pinned
+    PruneHistories(history::Histories),
     /// Build with a frontend, or the LLB definition on standard input
     #[command(visible_alias = "b")]
     Build(Box<solve::Args>),
     /// Look inside
     Debug {
         #[command(subcommand)]
-        command: Debug,
+        command: debug::Debug,
     },
     /// Pass standard input and output to the daemon
     #[command(hide = true)]
     DialStdio,
-}
-
-#[derive(Subcommand, Debug)]
-enum Debug {
-    /// List workers
-    Workers(workers::Args),
-    /// Show the daemon's version
-    Info(info::Args),
-    /// List builds
-    Histories(history::List),
-    /// Show what a build said
-    Logs(history::Logs),
 }
 
 pub(crate) async fn main() -> Result<()> {
@@ -76,14 +66,9 @@ pub(crate) async fn main() -> Result<()> {
         Some(Command::Du(args)) => du::run(&connect.connect(PERSONA).await?, args).await,
         Some(Command::Prune(args)) => prune::run(&connect.connect(PERSONA).await?, args).await,
         Some(Command::Build(args)) => solve::run(&connect.connect(PERSONA).await?, *args).await,
-        Some(Command::Debug { command }) => {
-            let client = connect.connect(PERSONA).await?;
-            match command {
-                Debug::Workers(args) => workers::run(&client, args).await,
-                Debug::Info(args) => info::run(&client, args).await,
-                Debug::Histories(args) => history::histories(&client, args).await,
-                Debug::Logs(args) => history::logs(&client, args).await,
-            }
+        Some(Command::PruneHistories(args)) => {
+            history::prune(&connect.connect(PERSONA).await?, args).await
         }
+        Some(Command::Debug { command }) => debug::run(&connect, PERSONA, command).await,
     }
 }

@@ -8,6 +8,7 @@
 //! | `current` | which builder is used, and for which endpoint of Docker |
 //! | `defaults/HASH` | the builder that is used for an endpoint unless another was chosen |
 //! | `activity/NAME` | when it was last used |
+//! | `refs/BUILDER/NODE/ID` | where a build's files were |
 
 use std::{
     collections::BTreeMap,
@@ -52,6 +53,21 @@ pub(crate) struct Builder {
     pub(crate) driver: String,
     pub(crate) nodes: Vec<Node>,
     pub(crate) dynamic: bool,
+}
+
+/// Where a build's files were, which the daemon does not know.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub(crate) struct BuildState {
+    /// The target of a bake definition.
+    pub(crate) target: String,
+    /// The context: a path in full, or what was said instead.
+    pub(crate) local_path: String,
+    /// The Dockerfile, likewise.
+    pub(crate) dockerfile_path: String,
+    /// What the targets of one definition have in common.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(crate) group_ref: String,
 }
 
 #[derive(Default, Serialize, Deserialize)]
@@ -163,6 +179,22 @@ fn docker_endpoint(env: impl Fn(&str) -> Option<String>) -> String {
 }
 
 impl Store {
+    /// Where the state of a build is; none for names that files cannot have.
+    fn build_path(&self, builder: &str, node: &str, id: &str) -> Option<PathBuf> {
+        let is_name = |name: &&str| {
+            let is_fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+            !name.is_empty() && !name.starts_with('.') && name.chars().all(is_fine)
+        };
+        let all = [builder, node, id];
+        all.iter().all(is_name).then(|| self.dir.join("refs").join(builder).join(node).join(id))
+    }
+
+    /// What was noted of a build; none if there is nothing that can be read.
+    pub(crate) fn build_state(&self, builder: &str, node: &str, id: &str) -> Option<BuildState> {
+        let path = self.build_path(builder, node, id)?;
+        serde_json::from_slice(&read(&path).ok()??).ok()
+    }
+
     /// Opens the state of the environment; waits for who holds it.
     pub(crate) fn open() -> Result<Self> {
         let env = |name: &str| std::env::var(name).ok();

@@ -118,14 +118,26 @@ impl ConnectArgs {
         }))
     }
 
-    /// The node of the builder that was named, or that is used where no address is told.
-    fn builder(&self, persona: Persona) -> Result<Option<Node>> {
+    /// The names of the builder and its node, under which builds are filed; those of Docker's own
+    /// where the daemon was named by its address.
+    pub(crate) fn names(&self) -> Result<(String, String)> {
+        let found = self.builder(Persona::Shipway)?;
+        let names = found.map(|(builder, node)| (builder, node.name));
+        Ok(names.unwrap_or_else(|| ("default".to_owned(), "default".to_owned())))
+    }
+
+    /// The builder that was named, or that is used where no address is told, and its first node.
+    fn builder(&self, persona: Persona) -> Result<Option<(String, Node)>> {
         let set = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
         if persona != Persona::Shipway || self.addr.as_ref().is_some_and(|a| !a.is_empty()) {
             return Ok(None);
         }
-        let first =
-            |builder: Builder| builder.remote_nodes().map(|nodes| nodes[0].clone()).map(Some);
+        let first = |builder: Builder| {
+            builder
+                .remote_nodes()
+                .map(|nodes| nodes[0].clone())
+                .map(|n| Some((builder.name.clone(), n)))
+        };
         if let Some(name) = &self.builder {
             return first(Store::open()?.need(name).context(|| "--builder")?);
         }
@@ -137,12 +149,13 @@ impl ConnectArgs {
         }
         // One of another driver is buildx's to use.
         let current = Store::open_existing()?.map(|store| store.current()).transpose()?.flatten();
-        Ok(current.filter(|b| b.driver == "remote").and_then(|b| b.nodes.into_iter().next()))
+        let current = current.filter(|b| b.driver == "remote");
+        Ok(current.and_then(|b| Some((b.name, b.nodes.into_iter().next()?))))
     }
 
     /// Connects.
     pub(crate) async fn connect(&self, persona: Persona) -> Result<Client> {
-        if let Some(node) = self.builder(persona)? {
+        if let Some((_, node)) = self.builder(persona)? {
             return crate::command::builders::connect(&node, self.wait).await;
         }
         let location = self.location(persona)?;

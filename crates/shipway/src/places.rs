@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc};
 use async_trait::async_trait;
 use shipway_client::DockerConfig;
 use shipway_containerd::Containerd;
-use shipway_fault::Result;
+use shipway_fault::{Fault, Result};
 use shipway_oci::ImageName;
 use shipway_registry::{
     CredentialSource, Credentials, Given, Mode, Registry, RegistryConfig, Repository,
@@ -83,6 +83,11 @@ impl Registries {
 }
 
 impl StoreArgs {
+    /// The namespace, as it is known in messages.
+    pub(crate) fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// The stores of the namespace.
     pub(crate) async fn connect(&self) -> Result<Storage> {
         let containerd = Containerd::connect(&self.containerd_addr).await.map_err(|fault| {
@@ -92,5 +97,24 @@ impl StoreArgs {
         })?;
         // Nothing is mounted, so that the snapshotter does not matter.
         containerd.storage(&self.namespace, "overlayfs")
+    }
+}
+
+/// An image's name; of the short ones, in full.
+pub(crate) fn image_name(text: &str) -> Result<ImageName> {
+    text.parse().map_err(|e: shipway_oci::NameError| {
+        Fault::invalid(format!("{text:?} is not the name of an image: {e}")).hint(e.why)
+    })
+}
+
+/// The same for a name that is given to an image, which has no digest.
+pub(crate) fn new_name(text: &str) -> Result<ImageName> {
+    let name = image_name(text)?;
+    match name.digest() {
+        None => Ok(name),
+        Some(_) => {
+            Err(Fault::invalid(format!("{text} names a digest, which follows of the image"))
+                .hint("name a tag"))
+        }
     }
 }

@@ -7,6 +7,7 @@
 mod colors;
 mod plain;
 mod screen;
+mod tasks;
 mod trace;
 mod tty;
 
@@ -20,6 +21,7 @@ use shipway_client::{Status, Warning};
 use shipway_fault::{Fault, Result, nearest};
 use tokio::{runtime::Handle, sync::mpsc, time::timeout};
 
+pub(crate) use self::tasks::{Task, Tasks};
 use self::{colors::Palette, plain::Plain, trace::Trace, tty::Tty};
 use crate::explain::Explained;
 

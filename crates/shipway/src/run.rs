@@ -123,6 +123,17 @@ pub(crate) async fn signals(stop: CancellationToken) {
     }
 }
 
+/// Does `work` until the first Ctrl-C, which drops it.
+pub(crate) async fn until_interrupted<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let stop = CancellationToken::new();
+    let _signals =
+        AbortOnDropHandle::new(shipway_task::spawn("watch signals", signals(stop.clone())));
+    tokio::select! {
+        done = work => done,
+        () = stop.cancelled() => Err(Fault::cancelled()),
+    }
+}
+
 /// Warnings as they are listed below a build.
 pub(crate) fn warnings(warnings: &[Warning], debug: bool) -> String {
     if warnings.is_empty() {

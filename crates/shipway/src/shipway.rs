@@ -8,8 +8,8 @@ use shipway_fault::Result;
 use crate::{
     Persona,
     command::{
-        bake, build, builders, certs, completion, convert, dial_stdio, doctor, du, history, info,
-        prune, version, workers,
+        bake, build, builders, certs, completion, convert, debug, dial_stdio, doctor, du, history,
+        imagetools, info, prune, store, version, workers,
     },
     connect::ConnectArgs,
 };
@@ -50,10 +50,22 @@ enum Command {
     Info(info::Args),
     /// Look at builds that ran
     History(history::Args),
+    /// Forget builds that ended and are not pinned
+    PruneHistories(history::Histories),
+    /// Look inside
+    Debug {
+        #[command(subcommand)]
+        command: debug::Debug,
+    },
     /// Write an image again with layers that can be pulled lazily
     Convert(Box<convert::Args>),
     Certs(certs::Args),
     Doctor(doctor::Args),
+    Imagetools(Box<imagetools::Args>),
+    Push(store::PushArgs),
+    Tag(store::TagArgs),
+    Save(store::SaveArgs),
+    Load(store::LoadArgs),
     /// Pass standard input and output to the daemon
     DialStdio,
     /// Print our version
@@ -83,10 +95,21 @@ pub(crate) async fn main() -> Result<ExitCode> {
         Command::Prune(args) => prune::run(&connect.connect(PERSONA).await?, args).await,
         Command::Workers(args) => workers::run(&connect.connect(PERSONA).await?, args).await,
         Command::Info(args) => info::run(&connect.connect(PERSONA).await?, args).await,
-        Command::History(args) => history::run(&connect.connect(PERSONA).await?, args).await,
+        Command::History(args) => {
+            history::run(&connect, &connect.connect(PERSONA).await?, args).await
+        }
+        Command::PruneHistories(args) => {
+            history::prune(&connect.connect(PERSONA).await?, args).await
+        }
+        Command::Debug { command } => debug::run(&connect, PERSONA, command).await,
         Command::Convert(args) => convert::run(*args).await,
         Command::Certs(args) => certs::run(&args),
         Command::Doctor(args) => return doctor::run(&connect, args).await,
+        Command::Imagetools(args) => imagetools::run(*args).await,
+        Command::Push(args) => store::push(args).await,
+        Command::Tag(args) => store::tag(args).await,
+        Command::Save(args) => store::save(args).await,
+        Command::Load(args) => store::load(args).await,
         Command::DialStdio => dial_stdio::run(&connect, PERSONA).await,
         Command::Version => version::run(PERSONA),
         Command::Create(args) => builders::create(args).await,

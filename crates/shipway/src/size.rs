@@ -25,6 +25,21 @@ pub(crate) fn bytes(bytes: i64) -> String {
     }
 }
 
+/// `64MiB`, `1.5GiB`: four digits at most, in powers of 1024.
+pub(crate) fn binary(bytes: i64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let (mut value, mut unit) = (bytes as f64, 0);
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let before = format!("{value:.0}").len();
+    let text = format!("{value:.*}", 4usize.saturating_sub(before));
+    let text =
+        if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    format!("{text}{}", units[unit])
+}
+
 /// As [`bytes`], with as many digits as the value has.
 pub(crate) fn exact_bytes(bytes: i64) -> String {
     match scaled(bytes) {
@@ -65,6 +80,15 @@ mod tests {
             (3_210_000_000, "3.21GB"),
         ] {
             assert_eq!(bytes(n), expected);
+        }
+        for (n, expected) in [
+            (0, "0B"),
+            (1023, "1023B"),
+            (64 << 20, "64MiB"),
+            (1600, "1.562KiB"),
+            (3 << 29, "1.5GiB"),
+        ] {
+            assert_eq!(binary(n), expected);
         }
         for (text, expected) in [
             ("64m", Some(64 << 20)),

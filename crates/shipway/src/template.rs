@@ -6,14 +6,33 @@
 
 use serde_json::Value;
 use shipway_fault::{Fault, Result};
+use shipway_oci::gojson;
+
+/// What differs between the programs whose templates these are.
+#[derive(Clone, Copy)]
+struct Style {
+    /// Whether `json` prints over several lines.
+    indented: bool,
+    /// Whether a field that is not there is nothing, as in Go's maps, instead of an error.
+    lenient: bool,
+}
 
 /// Formats `value` with `template`; `json` alone means the whole value.
 pub(crate) fn render(template: &str, value: &Value) -> Result<String> {
     let template = if template == "json" { "{{json .}}" } else { template };
+    formatted(template, value, Style { indented: false, lenient: false })
+}
+
+/// The same where `json` prints over several lines, and values leave out fields that are empty.
+pub(crate) fn render_indented(template: &str, value: &Value) -> Result<String> {
+    formatted(template, value, Style { indented: true, lenient: true })
+}
+
+fn formatted(template: &str, value: &Value, style: Style) -> Result<String> {
     let failed = |fault: Fault| fault.context(format!("format the output with {template:?}"));
     let nodes = parse(template).map_err(failed)?;
     let mut out = String::new();
-    run(&nodes, value, &mut out).map_err(failed)?;
+    run(&nodes, value, style, &mut out).map_err(failed)?;
     Ok(out)
 }
 
@@ -165,10 +184,13 @@ fn path(text: &str) -> Vec<String> {
     text.split('.').filter(|p| !p.is_empty()).map(str::to_owned).collect()
 }
 
-fn walk(value: &Value, path: &[String]) -> Result<Value> {
+fn walk(value: &Value, path: &[String], style: Style) -> Result<Value> {
     let mut value = value.clone();
     for name in path {
         let Value::Object(fields) = &value else {
+            if style.lenient && value.is_null() {
+                return Ok(Value::Null);
+            }
             return Err(Fault::invalid(format!(
                 "can't evaluate field {name} in a value that has none"
             )));
@@ -176,8 +198,11 @@ fn walk(value: &Value, path: &[String]) -> Result<Value> {
         let found = fields.get(name).or_else(|| {
             fields.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, v)| v)
         });
-        value =
-            found.ok_or_else(|| Fault::invalid(format!("can't evaluate field {name}")))?.clone();
+        value = match found {
+            Some(found) => found.clone(),
+            None if style.lenient => Value::Null,
+            None => return Err(Fault::invalid(format!("can't evaluate field {name}"))),
+        };
     }
     Ok(value)
 }
@@ -214,36 +239,42 @@ fn truthy(value: &Value) -> bool {
     }
 }
 
-fn evaluate(stages: &[Vec<Word>], dot: &Value) -> Result<Value> {
+fn evaluate(stages: &[Vec<Word>], dot: &Value, style: Style) -> Result<Value> {
     let mut piped: Option<Value> = None;
     for stage in stages {
         let (first, arguments) =
             stage.split_first().ok_or_else(|| Fault::invalid("missing value for command"))?;
         piped = Some(if let Word::Call(name) = first {
             let mut values =
-                arguments.iter().map(|w| single(w, dot)).collect::<Result<Vec<_>>>()?;
+                arguments.iter().map(|w| single(w, dot, style)).collect::<Result<Vec<_>>>()?;
             values.extend(piped.take());
-            call(name, &values)?
+            call(name, &values, style)?
         } else {
-            single(first, dot)?
+            single(first, dot, style)?
         });
     }
     piped.ok_or_else(|| Fault::invalid("missing value for command"))
 }
 
-fn single(word: &Word, dot: &Value) -> Result<Value> {
+fn single(word: &Word, dot: &Value, style: Style) -> Result<Value> {
     match word {
-        Word::Path(path) => walk(dot, path),
+        Word::Path(path) => walk(dot, path, style),
         Word::Text(text) => Ok(text.as_str().into()),
         Word::Number(number) => Ok((*number).into()),
-        Word::Group(stages, path) => walk(&evaluate(stages, dot)?, path),
-        Word::Call(name) => call(name, &[]),
+        Word::Group(stages, path) => walk(&evaluate(stages, dot, style)?, path, style),
+        Word::Call(name) => call(name, &[], style),
     }
 }
 
-fn call(name: &str, values: &[Value]) -> Result<Value> {
+fn call(name: &str, values: &[Value], style: Style) -> Result<Value> {
+    let encoded = |value: &Value| match style.indented {
+        true => gojson::to_string_pretty(value),
+        false => Ok(value.to_string()),
+    };
     match (name, values) {
-        ("json", [value]) => Ok(value.to_string().into()),
+        ("json", [value]) => encoded(value)
+            .map(Value::from)
+            .map_err(|e| Fault::internal(format!("encode as JSON: {e}"))),
         ("len", [Value::Array(a)]) => Ok(a.len().into()),
         ("len", [Value::Object(o)]) => Ok(o.len().into()),
         ("len", [Value::String(s)]) => Ok(s.len().into()),
@@ -277,21 +308,27 @@ fn call(name: &str, values: &[Value]) -> Result<Value> {
     }
 }
 
-fn run(nodes: &[Node], dot: &Value, out: &mut String) -> Result<()> {
+fn run(nodes: &[Node], dot: &Value, style: Style, out: &mut String) -> Result<()> {
     for node in nodes {
         match node {
             Node::Text(text) => out.push_str(text),
-            Node::Print(stages) => out.push_str(&show(&evaluate(stages, dot)?)),
-            Node::Range(stages, body) => match evaluate(stages, dot)? {
-                Value::Array(items) => items.iter().try_for_each(|item| run(body, item, out))?,
+            Node::Print(stages) => match evaluate(stages, dot, style)? {
+                Value::Null if style.lenient => {}
+                value => out.push_str(&show(&value)),
+            },
+            Node::Range(stages, body) => match evaluate(stages, dot, style)? {
+                Value::Array(items) => {
+                    items.iter().try_for_each(|item| run(body, item, style, out))?
+                }
                 Value::Object(fields) => {
-                    fields.values().try_for_each(|item| run(body, item, out))?
+                    fields.values().try_for_each(|item| run(body, item, style, out))?
                 }
                 Value::Null => {}
                 _ => return Err(Fault::invalid("range can't iterate over this value")),
             },
             Node::If(stages, then, otherwise) => {
-                run(if truthy(&evaluate(stages, dot)?) { then } else { otherwise }, dot, out)?
+                let chosen = if truthy(&evaluate(stages, dot, style)?) { then } else { otherwise };
+                run(chosen, dot, style, out)?
             }
         }
     }
@@ -310,6 +347,15 @@ mod tests {
         ]);
         let rendered = render(template, &value).map_err(|f| f.message().to_owned());
         assert_eq!(rendered.as_deref().map_err(String::as_str), expected, "{template}");
+    }
+
+    #[test]
+    fn what_is_not_there_is_nothing_where_values_leave_it_out() {
+        let value = serde_json::json!({"Image": {"config": {"Env": ["A<1"]}}});
+        let shown = |template: &str| render_indented(template, &value).unwrap();
+        assert_eq!(shown("{{.Image.Config.User}}|{{.A.B}}"), "|");
+        assert_eq!(shown("{{if .Image.Config.User}}x{{else}}y{{end}}{{range .A}}z{{end}}"), "y");
+        assert_eq!(shown("{{json .Image.Config}}"), "{\n  \"Env\": [\n    \"A\\u003c1\"\n  ]\n}");
     }
 
     #[test]

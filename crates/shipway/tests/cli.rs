@@ -53,6 +53,13 @@ fn help_tells_what_there_is() {
         "--iidfile",
     ];
     check("shipway", &["build", "--help"], 0, &flags);
+    let store = ["imagetools ", "push ", "tag ", "save ", "load ", "prune-histories ", "debug "];
+    check("shipway", &["--help"], 0, &store);
+    let create = ["--append", "--dry-run", "--annotation", "--prefer-index", "--metadata-file"];
+    check("shipway", &["imagetools", "create", "--help"], 0, &create);
+    check("shipway", &["history", "--help"], 0, &["ls ", "inspect ", "export ", "rm "]);
+    let completion = ["imagetools", "prune-histories", "dump-llb", "--no-trunc"];
+    check("shipway", &["completion", "bash"], 0, &completion);
     check(
         "buildctl",
         &["--help"],
@@ -86,6 +93,24 @@ fn mistakes_are_named() {
         1,
         &["ERROR: failed to build: failed to read dockerfile", "hint: name it with --file"],
     );
+    check("shipway", &["imagetools", "create", "a"], 1, &["please set --tag or --dry-run"]);
+    check(
+        "shipway",
+        &["imagetools", "create", "-t", "A B", "a"],
+        1,
+        &["is not the name of an image", "hint: "],
+    );
+    check("shipway", &["imagetools", "inspect", "--raw", "--format", "x", "a"], 2, &["--format"]);
+    check("shipway", &["load", "-i", "/no/such"], 1, &["open /no/such"]);
+    check(
+        "shipway",
+        &["tag", "a", "b", "--containerd-addr", "/no/such.sock"],
+        1,
+        &["/no/such.sock", "hint: is containerd running"],
+    );
+    check("shipway", &["history", "rm"], 2, &["REF"]);
+    check("shipway", &["debug", "ctl", "x"], 2, &["--pin"]);
+    check("buildctl", &["debug", "dump-metadata"], 1, &["no such file", "hint: "]);
     check("shipway", &["build", "/no/such"], 1, &["unable to prepare context: open /no/such"]);
     check("shipway", &["build", "--progress", "plane", "."], 2, &["invalid progress mode plane"]);
     check("buildctl", &["build"], 1, &["error: ", "connect to unix:///"]);
