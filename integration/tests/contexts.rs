@@ -193,6 +193,8 @@ fn contexts_of_every_kind() {
     scene.check(Some(Path::new(&plain)), &["-f", "-", &own], "made=made");
     scene.check(Some(Path::new(&plain)), &["-f", "-", &git], "made=made");
     scene.check(None, &["-f", &format!("{web}/Named"), &own], "n=own");
+    scene.check(None, &["-f", &format!("{web}/Plain"), &git], "made=made");
+    scene.fails(&["-f", &format!("{web}/nothing"), &git], "404");
     scene.check(None, &["-f", &plain, &own], "made=made");
 
     // Named ones.

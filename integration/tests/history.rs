@@ -340,3 +340,73 @@ fn builds_are_listed_shown_exported_and_forgotten() {
     let empty = clients.ours(&["history", "inspect"]).failed().stderr;
     assert!(empty.contains("no records found"), "{empty}");
 }
+
+/// What a build of ours notes in the metadata file and sends of the repository it is in, beside
+/// buildx.
+#[test]
+fn metadata_and_repositories_are_told_as_buildx_tells_them() {
+    let clients = Clients { lab: Lab::complete(any()) };
+    let lab = &clients.lab;
+    if lab.buildx().is_none() {
+        std::fs::create_dir_all(lab.dir().join("buildx")).unwrap();
+        let create = ["create", "--name", "shipway", "--driver", "remote", &lab.daemon_address()];
+        clients.ours(&create).ok();
+    }
+    let dockerfile = "FROM busybox\nMAINTAINER me\nRUN echo x\n";
+    let repo = lab.context("repo", &[("sub/Dockerfile", dockerfile)]);
+    let git = "git init -q -b main . && git config user.email a@b && git config user.name n && git add . \
+               && git commit -qm 1 && git remote add origin https://example.org/r.git";
+    run(Command::new("sh").args(["-c", git]).current_dir(&repo)).ok();
+    let sub = repo.join("sub").to_string_lossy().into_owned();
+    let metadata = |who: &str| lab.dir().join(format!("{who}.json"));
+    let build = |who: &str| {
+        let path = metadata(who).to_string_lossy().into_owned();
+        let name = format!("{}/{who}:1", lab.registry());
+        let home = lab.dir().join("buildx");
+        let mut command = match who {
+            "theirs" => lab.buildx()?,
+            _ => Command::new(shipway_testkit::built("shipway")),
+        };
+        command.env("BUILDX_CONFIG", &home).env("DOCKER_CONFIG", &home).env("HOME", &home);
+        command.env("BUILDX_BUILDER", "shipway").env("BUILDX_METADATA_WARNINGS", "1");
+        command.env("BUILDX_NO_DEFAULT_ATTESTATIONS", "1");
+        run(command.args(["build", "--push", "-t", &name, "--metadata-file", &path, &sub])).ok();
+        let text = std::fs::read(metadata(who)).unwrap();
+        Some(serde_json::from_slice::<serde_json::Value>(&text).unwrap())
+    };
+    let ours = build("ours").unwrap();
+    let reference = ours["buildx.build.ref"].as_str().unwrap();
+    let id = reference.strip_prefix("shipway/shipway0/").unwrap();
+    let provenance = &ours["buildx.build.provenance"];
+    assert_eq!(provenance["buildType"], "https://mobyproject.org/buildkit@v1", "{ours}");
+    assert!(provenance.get("metadata").is_none(), "little is written unless asked");
+    assert!(ours["buildx.build.warnings"].as_array().is_some_and(|w| !w.is_empty()), "{ours}");
+    let records = |filter: &str| connected(lab, async |channel| history(channel, &[filter]).await);
+    let attrs = |id: &str| records(&format!("ref=={id}")).unwrap().remove(0).frontend_attrs;
+    let told = attrs(id);
+    assert_eq!(told["vcs:source"], "https://example.org/r.git");
+    assert_eq!((told["vcs:localdir:context"].as_str(), told["vcs:revision"].len()), ("sub", 40));
+
+    let Some(theirs) = build("theirs") else {
+        eprintln!("docker-buildx is absent: nothing was compared with it");
+        return;
+    };
+    let keys = |value: &serde_json::Value| -> Vec<String> {
+        value.as_object().unwrap().keys().cloned().collect()
+    };
+    assert_eq!(keys(&ours), keys(&theirs), "{ours}\n{theirs}");
+    for key in ["materials", "builder", "buildType"] {
+        assert_eq!(provenance[key], theirs["buildx.build.provenance"][key], "{key}");
+    }
+    let shorts = |value: &serde_json::Value| -> Vec<serde_json::Value> {
+        let list = value["buildx.build.warnings"].as_array().unwrap();
+        list.iter().map(|w| w["short"].clone()).collect()
+    };
+    assert_eq!(shorts(&ours), shorts(&theirs));
+    let id = theirs["buildx.build.ref"].as_str().unwrap().rsplit('/').next().unwrap();
+    let vcs = |attrs: &std::collections::BTreeMap<String, String>| {
+        let vcs = attrs.iter().filter(|(key, _)| key.starts_with("vcs:"));
+        vcs.map(|(k, v)| (k.clone(), v.clone())).collect::<Vec<_>>()
+    };
+    assert_eq!(vcs(&told), vcs(&attrs(id)));
+}

@@ -83,14 +83,8 @@ impl Client {
         if options.frontend.is_empty() {
             return Err(Fault::invalid("a build that is held needs a frontend"));
         }
-        if options.reference.is_empty() {
-            options.reference = shipway_host::random_id()?;
-        }
         options.exports.clear();
         options.cache_exports.clear();
-        let services = Plan::of(&mut options)?.services(&mut options);
-        let (shared_key, reference) =
-            (std::mem::take(&mut options.shared_key), options.reference.clone());
         let ask = wire::SolveRequest {
             frontend: std::mem::take(&mut options.frontend),
             frontend_opt: options.frontend_attrs.clone(),
@@ -108,6 +102,51 @@ impl Client {
             evaluate: true,
             ..Default::default()
         };
+        let (mut held, result) = self.open(ask, options, events).await?;
+        held.states = states(result);
+        Ok(held)
+    }
+
+    /// What the file `path` of the state that `definition` makes holds, such as a download; there
+    /// are at most 16 MiB of it.
+    pub async fn read(&self, definition: Definition, path: &str) -> Result<Vec<u8>> {
+        let options = SolveOptions { internal: true, ..SolveOptions::default() };
+        let ask = wire::SolveRequest {
+            definition: Some(definition.into_wire()),
+            allow_result_return: true,
+            allow_result_array_ref: true,
+            evaluate: true,
+            ..Default::default()
+        };
+        // Nobody watches.
+        let (events, _) = mpsc::channel(1);
+        let (held, result) = self.open(ask, options, events).await?;
+        let id = match result.result {
+            Some(wire::result::Result::Ref(one)) => one.id,
+            _ => String::new(),
+        };
+        let read =
+            wire::ReadFileRequest { file_path: path.to_owned(), r#ref: id, ..Default::default() };
+        let mut gateway = gateway(held.channel.clone());
+        let read = gateway.read_file(question::of_build(read, &held.id)).await;
+        let released = held.release().await;
+        let data = read.map_err(|s| fault_of(&s))?.into_inner().data;
+        released.map(|()| data)
+    }
+
+    /// Begins a build that stays open, and asks the gateway for `ask` in it.
+    async fn open(
+        &self,
+        ask: wire::SolveRequest,
+        mut options: SolveOptions,
+        events: mpsc::Sender<Status>,
+    ) -> Result<(Held, wire::Result)> {
+        if options.reference.is_empty() {
+            options.reference = shipway_host::random_id()?;
+        }
+        let services = Plan::of(&mut options)?.services(&mut options);
+        let (shared_key, reference) =
+            (std::mem::take(&mut options.shared_key), options.reference.clone());
         let mut request = request(options)?;
         let session = services.attach(self, &shared_key).await?;
         request.session = session.id.clone();
@@ -119,7 +158,7 @@ impl Client {
         let id: AsciiMetadataValue = reference
             .parse()
             .map_err(|_| Fault::invalid(format!("{reference:?} is not the id of a build")))?;
-        let mut held = Held {
+        let held = Held {
             states: Vec::new(),
             channel: self.channel(),
             id,
@@ -128,10 +167,7 @@ impl Client {
             _session: session,
         };
         match gateway(held.channel.clone()).solve(question::of_build(ask, &held.id)).await {
-            Ok(answer) => {
-                held.states = states(answer.into_inner().result.unwrap_or_default());
-                Ok(held)
-            }
+            Ok(answer) => Ok((held, answer.into_inner().result.unwrap_or_default())),
             Err(status) => {
                 let error =
                     wire::ReturnRequest { result: None, error: Some(question::status_of(&status)) };

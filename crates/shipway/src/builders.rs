@@ -195,6 +195,22 @@ impl Store {
         serde_json::from_slice(&read(&path).ok()??).ok()
     }
 
+    /// Notes where the files of a build are.
+    pub(crate) fn save_build_state(
+        &self,
+        (builder, node, id): (&str, &str, &str),
+        state: &BuildState,
+    ) -> Result<()> {
+        let Some(path) = self.build_path(builder, node, id) else { return Ok(()) };
+        let failed = |e| Fault::io(format!("write {}", path.display()), e);
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir).map_err(failed)?;
+        }
+        let text = serde_json::to_vec(state)
+            .map_err(|e| Fault::internal(format!("encode the state of a build: {e}")))?;
+        output::write_private(&path, &text)
+    }
+
     /// Opens the state of the environment; waits for who holds it.
     pub(crate) fn open() -> Result<Self> {
         let env = |name: &str| std::env::var(name).ok();

@@ -19,6 +19,7 @@ mod csv;
 mod explain;
 mod failure;
 mod metrics;
+mod notes;
 mod output;
 mod places;
 mod progress;

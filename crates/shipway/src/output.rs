@@ -112,16 +112,17 @@ impl NewFile {
 }
 
 /// What exporters answered, as the metadata file has it: values that are JSON objects in base64 as
-/// objects (row `ct.b.meta`).
-pub(crate) fn metadata(response: &BTreeMap<String, String>) -> String {
+/// objects (row `ct.b.meta`), and `more` among them.
+pub(crate) fn metadata(response: &BTreeMap<String, String>, more: Map<String, Value>) -> String {
     let decode = |text: &String| {
         let data = STANDARD.decode(text).ok()?;
         let object: Map<String, Value> = serde_json::from_slice(&data).ok()?;
         (!object.is_empty()).then_some(Value::Object(object))
     };
-    let values: Map<String, Value> = response
+    let values: BTreeMap<String, Value> = response
         .iter()
         .map(|(key, text)| (key.clone(), decode(text).unwrap_or_else(|| text.as_str().into())))
+        .chain(more)
         .collect();
     serde_json::to_string_pretty(&values).unwrap_or_default()
 }
@@ -141,7 +142,7 @@ mod tests {
             ("empty".to_owned(), "e30=".to_owned()),
         ]);
         assert_eq!(
-            metadata(&response),
+            metadata(&response, Map::new()),
             "{\n  \"containerimage.descriptor\": {\n    \"digest\": \"sha256:a\",\n    \"size\": 7\n  },\n  \"containerimage.digest\": \"sha256:a\",\n  \"empty\": \"e30=\"\n}"
         );
     }

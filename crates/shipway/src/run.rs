@@ -12,6 +12,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     metrics::Metrics,
+    notes::Notes,
     output,
     progress::{self, Mode, Shown},
 };
@@ -21,6 +22,8 @@ use crate::{
 pub(crate) struct Extras {
     /// File that gets what the exporters answered.
     pub(crate) metadata_file: Option<PathBuf>,
+    /// What buildx writes into it besides.
+    pub(crate) notes: Option<Notes>,
     /// File to which every event is added as JSON.
     pub(crate) trace: Option<PathBuf>,
     /// Where it is written what came from the cache.
@@ -64,7 +67,15 @@ pub(crate) async fn build(
     metrics.map(Metrics::write).transpose()?;
     let outcome = built?;
     if let Some(path) = &extras.metadata_file {
-        output::write_file(path, output::metadata(&outcome.response).as_bytes())?;
+        let notes = match &extras.notes {
+            Some(notes) => {
+                let mut all = notes.of_build(client, &outcome).await?;
+                all.extend(notes.of_warnings(&shown.warnings)?);
+                all
+            }
+            None => Default::default(),
+        };
+        output::write_file(path, output::metadata(&outcome.response, notes).as_bytes())?;
     }
     Ok((outcome, shown))
 }
@@ -150,10 +161,11 @@ pub(crate) fn warnings(warnings: &[Warning], debug: bool) -> String {
         format!("\n{count} found (use --debug to expand):\n")
     };
     for warning in warnings {
-        out.push_str(&format!(" - {}", String::from_utf8_lossy(&warning.short)));
-        if let Some(lines) = warning.range.first() {
-            out.push_str(&format!(" (line {})", lines.first_line()));
-        }
+        let short = String::from_utf8_lossy(&warning.short);
+        out.push_str(&format!(" - {short}"));
+        let line = warning.range.first().map(|lines| format!(" (line {})", lines.first_line()));
+        // Some frontends say it themselves.
+        out.push_str(line.as_deref().filter(|line| !short.ends_with(line)).unwrap_or_default());
         out.push('\n');
         if debug {
             out.push_str(&details(warning));

@@ -4,10 +4,16 @@ mod call;
 mod context;
 mod options;
 mod target;
+mod vcs;
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
 
-use shipway_fault::{Detail, Fault, Result, SourceFile};
+use shipway_client::Definition;
+use shipway_fault::{Context as _, Detail, Fault, Result, SourceFile};
 
 use self::{
     call::Call,
@@ -16,7 +22,9 @@ use self::{
 pub(crate) use self::{context::is_remote, options::context_name, target::Prepared};
 use crate::{
     Persona,
+    builders::{BuildState, Store},
     connect::ConnectArgs,
+    notes::Notes,
     output,
     progress::Mode,
     run::{self, Extras},
@@ -111,6 +119,12 @@ pub(crate) struct Args {
     /// Privilege to allow: network.host, security.insecure, device; may be repeated
     #[arg(long)]
     allow: Vec<String>,
+    /// File with a source policy: rules on what the build may use, as JSON
+    #[arg(long, value_name = "FILE", conflicts_with = "policies")]
+    source_policy_file: Option<PathBuf>,
+    /// Policy: filename=FILE with rules as JSON, or disabled=true
+    #[arg(long = "policy", value_name = "POLICY")]
+    policies: Vec<String>,
     /// Attestation, such as type=sbom or type=provenance,mode=max; may be repeated
     #[arg(long = "attest", value_name = "ATTESTATION")]
     attests: Vec<String>,
@@ -163,6 +177,27 @@ pub(crate) struct Args {
     /// Accepted for compatibility
     #[arg(long, hide = true)]
     squash: bool,
+    /// Short for --resource memory=
+    #[arg(short, long, hide = true)]
+    memory: Option<String>,
+    /// Short for --resource memory-swap=
+    #[arg(long, hide = true, allow_hyphen_values = true)]
+    memory_swap: Option<String>,
+    /// Short for --resource cpu-shares=
+    #[arg(short, long, hide = true)]
+    cpu_shares: Option<String>,
+    /// Short for --resource cpu-period=
+    #[arg(long, hide = true)]
+    cpu_period: Option<String>,
+    /// Short for --resource cpu-quota=
+    #[arg(long, hide = true)]
+    cpu_quota: Option<String>,
+    /// Short for --resource cpuset-cpus=
+    #[arg(long, hide = true)]
+    cpuset_cpus: Option<String>,
+    /// Short for --resource cpuset-mems=
+    #[arg(long, hide = true)]
+    cpuset_mems: Option<String>,
     /// Accepted for compatibility
     #[arg(long, hide = true)]
     isolation: Option<String>,
@@ -186,15 +221,29 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
     let reading = (args.file.clone(), args.context.clone());
     let call = Call::of(&args)?;
     let input = move || Input::read(reading.0.as_deref(), &reading.1);
-    let input = shipway_task::blocking("read the context", input).await?;
-    let options = options::of(&args, &input, &|name| std::env::var(name).ok())?;
+    let mut input = shipway_task::blocking("read the context", input).await?;
+    let mut options = options::of(&args, &input, &|name| std::env::var(name).ok())?;
     let client = connect.connect(Persona::Shipway).await?;
+    if let Some(url) = input.awaited_dockerfile() {
+        let file = Definition::download(&url, &input.filename);
+        let text = client.read(file, &input.filename).await.context(|| format!("read {url}"))?;
+        input.take_dockerfile(&text)?;
+        options::dockerfile(&input, &mut options)?;
+    }
     let mode = args.mode();
     if let Some(call) = call {
         let answer = run::ask(&client, options, mode).await.map_err(|fault| input.named(fault))?;
         return call.print(&answer, &input).map_err(|fault| input.named(fault));
     }
-    let extras = Extras { metadata_file: args.metadata_file.clone(), ..Extras::default() };
+    let names = connect.names()?;
+    options.reference = shipway_client::new_reference()?;
+    remember(&names, &options.reference, &args, &input);
+    let notes = Notes::of(names, |name| std::env::var(name).ok());
+    let extras = Extras {
+        metadata_file: args.metadata_file.clone(),
+        notes: Some(notes),
+        ..Extras::default()
+    };
     let (outcome, shown) =
         run::build(&client, options, mode, &extras).await.map_err(|fault| input.named(fault))?;
 
@@ -221,6 +270,31 @@ async fn attempt(connect: &ConnectArgs, args: Args, debug: bool) -> Result<ExitC
     }
     drop(input);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Notes for `history` where the build's files are, if buildx or we keep builders here: the daemon
+/// does not know it.
+fn remember(names: &(String, String), reference: &str, args: &Args, input: &Input) {
+    let full = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let text = |path: PathBuf| path.to_string_lossy().into_owned();
+    let local_path = match input.directory() {
+        Some(dir) if args.context != "-" => text(full(dir)),
+        _ => args.context.clone(),
+    };
+    let dockerfile_path = match (args.file.as_deref(), &input.dockerfile_dir) {
+        (Some(file), _) if file == "-" || is_remote(file) => file.to_owned(),
+        (_, Some(dir)) if args.context != "-" => text(full(&dir.join(&input.filename))),
+        (file, _) => file.unwrap_or_default().to_owned(),
+    };
+    let target = "default".to_owned();
+    let state = BuildState { target, local_path, dockerfile_path, ..BuildState::default() };
+    let save = || match Store::open_existing()? {
+        Some(store) => store.save_build_state((&names.0, &names.1, reference), &state),
+        None => Ok(()),
+    };
+    if let Err(fault) = save() {
+        tracing::warn!("{fault}");
+    }
 }
 
 impl Input {

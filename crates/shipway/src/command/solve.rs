@@ -91,6 +91,7 @@ pub(crate) async fn run(client: &Client, args: Args) -> Result<()> {
         (mode(args.progress, std::env::var("BUILDKIT_PROGRESS").ok())?, args.ref_file.clone());
     let extras = Extras {
         metadata_file: args.metadata_file.clone(),
+        notes: None,
         trace: args.trace.clone(),
         metrics: args.debug_json_cache_metrics.clone(),
     };

@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use serde_json::{Map, Value};
+use serde_json::Map;
 use shipway_client::{
     Client, Held, LocalDirs, Outcome, SharedDirs, SolveOptions, Status, shared_key,
 };
@@ -21,6 +21,7 @@ use crate::{
     Persona,
     command::build::{self, Prepared},
     connect::ConnectArgs,
+    notes::Notes,
     output, progress,
     progress::Mode,
     run,
@@ -77,18 +78,17 @@ pub(super) async fn run(
     let built = work.carry_out(prepared, events).await;
     let shown = view.finish().await?;
     let (outcomes, fault) = built;
-    if let Some(path) = &args.metadata_file {
-        let metadata: Map<String, Value> = outcomes
-            .iter()
-            .map(|(name, outcome)| {
-                let text = output::metadata(&outcome.response);
-                (name.clone(), serde_json::from_str(&text).unwrap_or_default())
-            })
-            .collect();
-        if fault.is_none() {
-            let text = serde_json::to_string_pretty(&metadata).unwrap_or_default();
-            output::write_file(path, text.as_bytes())?;
+    if let (Some(path), None) = (&args.metadata_file, &fault) {
+        let notes = Notes::of(connect.names()?, |name| std::env::var(name).ok());
+        let mut metadata = Map::new();
+        for (name, outcome) in &outcomes {
+            let more = notes.of_build(&client, outcome).await?;
+            let text = output::metadata(&outcome.response, more);
+            metadata.insert(name.clone(), serde_json::from_str(&text).unwrap_or_default());
         }
+        metadata.extend(notes.of_warnings(&shown.warnings)?);
+        let text = serde_json::to_string_pretty(&metadata).unwrap_or_default();
+        output::write_file(path, text.as_bytes())?;
     }
     if let Some(fault) = fault {
         return Err(fault);

@@ -144,16 +144,29 @@ impl Input {
                     ..Self::of(place, NAMES[0])
                 })
             }
-            Some(url) if is_download(url) => {
-                let fault = Fault::new(
-                    shipway_fault::Code::Unimplemented,
-                    "a Dockerfile from a URL for a context from another is not implemented",
-                );
-                Err(fault.hint("fetch it first, and pass it with --file - on standard input"))
-            }
+            Some(url) if is_download(url) => Ok(Self {
+                dockerfile_url: Some(url.to_owned()),
+                shown: url.to_owned(),
+                ..Self::of(place, NAMES[0])
+            }),
             // Within the context, which only the daemon sees.
             file => Ok(Self::of(place, file.unwrap_or(NAMES[0]))),
         }
+    }
+
+    /// The address of a Dockerfile that the daemon has to fetch before it is offered to it: a
+    /// context from elsewhere takes one from directories only.
+    pub(super) fn awaited_dockerfile(&self) -> Option<String> {
+        let is_remote = matches!(self.context, Place::Remote(_));
+        self.dockerfile_url.clone().filter(|_| is_remote && self.dockerfile_dir.is_none())
+    }
+
+    /// Takes the text of the Dockerfile that was awaited.
+    pub(super) fn take_dockerfile(&mut self, text: &[u8]) -> Result<()> {
+        let dir = stdin_dockerfile(text)?;
+        self.dockerfile_dir = Some(dir.path().to_owned());
+        self._kept.push(dir);
+        Ok(())
     }
 
     /// A tar is a context; anything else is a Dockerfile, whose context is empty.
@@ -299,7 +312,11 @@ mod tests {
         let input = Input::read(Some("https://example.com/x?y"), context).expect("a URL");
         assert_eq!((input.dockerfile_dir, input.shown.as_str()), (None, "https://example.com/x?y"));
         assert_eq!(input.dockerfile_url.as_deref(), Some("https://example.com/x?y"));
-        assert!(Input::read(Some("https://example.com/x"), "https://example.com/x.git").is_err());
+        let mut input = Input::read(Some("https://example.com/x"), "https://example.com/x.git")
+            .expect("both from elsewhere");
+        assert_eq!(input.awaited_dockerfile().as_deref(), Some("https://example.com/x"));
+        input.take_dockerfile(b"FROM scratch\n").expect("writes");
+        assert!(input.dockerfile_dir.is_some() && input.awaited_dockerfile().is_none());
         assert!(Input::read(None, "/no/such/context").is_err());
         assert!(Input::read(Some("/no/such/file"), context).is_err());
     }

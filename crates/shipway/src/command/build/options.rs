@@ -12,6 +12,7 @@ use super::{
     Args,
     call::Call,
     context::{Input, Place, is_remote},
+    vcs,
 };
 use crate::{command::solve, csv, size, spec};
 
@@ -36,15 +37,19 @@ pub(super) fn of(args: &Args, input: &Input, env: Env<'_>) -> Result<SolveOption
             .collect::<Result<_>>()?,
         secrets: spec::secrets(&args.secrets)?,
         ssh: spec::ssh(&args.ssh)?,
-        policy: env("EXPERIMENTAL_BUILDKIT_SOURCE_POLICY")
-            .filter(|v| !v.is_empty())
-            .map(|v| Policy::load(v.as_ref()))
-            .transpose()?,
+        policy: policy(args, env)?,
         exports: exports(args)?,
         ..SolveOptions::default()
     };
     locals(input, &mut options).context(|| "offer the context")?;
     named_contexts(args, &mut options)?;
+    let vcs = match input.directory() {
+        Some(dir) => {
+            let file = input.dockerfile_dir.as_ref().map(|dir| dir.join(&input.filename));
+            vcs::attributes(dir, file.as_deref(), options.dirs.iter(), env)
+        }
+        None => BTreeMap::new(),
+    };
     let attrs = &mut options.frontend_attrs;
     // We draw the columns of what is wrong; other clients get lines only.
     attrs.insert("source-columns".to_owned(), "true".to_owned());
@@ -54,6 +59,10 @@ pub(super) fn of(args: &Args, input: &Input, env: Env<'_>) -> Result<SolveOption
     build_args(args, env, attrs);
     for (key, value) in spec::pairs(&args.labels).context(|| "--label")? {
         attrs.insert(format!("label:{key}"), value);
+    }
+    // What the user says counts.
+    for (key, value) in vcs {
+        attrs.entry(key).or_insert(value);
     }
     if let Some(target) = &args.target {
         attrs.insert("target".to_owned(), target.clone());
@@ -86,19 +95,66 @@ fn locals(input: &Input, options: &mut SolveOptions) -> Result<()> {
             options.frontend_attrs.insert("context".to_owned(), url);
         }
     }
-    if let Some(url) = &input.dockerfile_url {
+    if let Some(url) = input.dockerfile_url.as_ref().filter(|_| input.directory().is_some()) {
         options
             .frontend_inputs
             .insert("dockerfile".to_owned(), Definition::download(url, &input.filename));
     }
-    match (&input.dockerfile_dir, input.directory()) {
-        (Some(dir), Some(_)) => options.dirs.add("dockerfile", dir),
-        (Some(dir), None) => {
-            options.frontend_attrs.insert("dockerfilekey".to_owned(), "dockerfile".to_owned());
-            options.dirs.add("dockerfile", dir)
-        }
-        (None, _) => Ok(()),
+    dockerfile(input, options)
+}
+
+/// Offers the directory of the Dockerfile, if that is on this machine.
+pub(super) fn dockerfile(input: &Input, options: &mut SolveOptions) -> Result<()> {
+    let Some(dir) = &input.dockerfile_dir else { return Ok(()) };
+    if input.directory().is_none() {
+        options.frontend_attrs.insert("dockerfilekey".to_owned(), "dockerfile".to_owned());
     }
+    options.dirs.add("dockerfile", dir)?;
+    options.shared_key = shared_key(options.dirs.iter());
+    Ok(())
+}
+
+/// What the build may use, by file or as the environment says.
+fn policy(args: &Args, env: Env<'_>) -> Result<Option<Policy>> {
+    if let Some(file) = &args.source_policy_file {
+        return Policy::load(file).map(Some).context(|| "--source-policy-file");
+    }
+    let mut file = env("EXPERIMENTAL_BUILDKIT_SOURCE_POLICY").filter(|v| !v.is_empty());
+    for text in &args.policies {
+        let truth = |value: &str| {
+            parse_bool(value).ok_or_else(|| {
+                Fault::invalid(format!("--policy {text}: {value:?} is not true or false"))
+            })
+        };
+        for (key, value) in csv::attributes(text).context(|| "--policy")? {
+            match key.as_str() {
+                "filename" if value.ends_with(".rego") => {
+                    return Err(Fault::new(
+                        Code::Unimplemented,
+                        format!("--policy {text}: policies in Rego are not implemented"),
+                    )
+                    .hint("write the rules as the JSON of --source-policy-file"));
+                }
+                "filename" => file = Some(value),
+                "disabled" | "reset" if truth(&value)? => file = None,
+                "disabled" | "reset" => {}
+                "strict" if truth(&value)? => {}
+                "strict" => {
+                    return Err(Fault::unimplemented(format!("--policy {text}: strict=false"))
+                        .hint("a policy always counts: leave it out, or say disabled=true"));
+                }
+                _ => {
+                    let known = ["filename", "reset", "disabled", "strict"];
+                    let fault = Fault::invalid(format!("--policy {text}: unexpected key {key:?}"));
+                    return Err(match nearest(&key, known) {
+                        Some(near) => fault.hint(format!("did you mean {near}?")),
+                        None => fault.hint(format!("known are {}", known.join(", "))),
+                    });
+                }
+            }
+        }
+    }
+    file.map(|file| Policy::load(file.as_ref())).transpose()
 }
 
 fn build_args(args: &Args, env: Env<'_>, attrs: &mut BTreeMap<String, String>) {
@@ -192,6 +248,19 @@ fn steps(
     if !args.ulimits.is_empty() {
         let limits = args.ulimits.iter().map(|text| ulimit(text)).collect::<Result<Vec<_>>>()?;
         attrs.insert("ulimit".to_owned(), limits.join(","));
+    }
+    let short = [
+        ("memory", &args.memory),
+        ("memory-swap", &args.memory_swap),
+        ("cpu-shares", &args.cpu_shares),
+        ("cpu-period", &args.cpu_period),
+        ("cpu-quota", &args.cpu_quota),
+        ("cpuset-cpus", &args.cpuset_cpus),
+        ("cpuset-mems", &args.cpuset_mems),
+    ];
+    for (name, value) in short {
+        let Some(value) = value else { continue };
+        resource(&format!("{name}={value}"), attrs).context(|| format!("--{name} {value}"))?;
     }
     for text in &args.resources {
         resource(text, attrs).context(|| format!("--resource {text}"))?;
@@ -518,7 +587,12 @@ mod tests {
         let words = format!("build {line} $D").replace("$D", path);
         let args =
             Line::try_parse_from(words.split_whitespace()).unwrap_or_else(|e| panic!("{e}")).args;
-        let env = |name: &str| (name == "FROM_ENV").then(|| "e".to_owned());
+        let env = |name: &str| match name {
+            "FROM_ENV" => Some("e".to_owned()),
+            // Wherever temporary files are.
+            "BUILDX_GIT_INFO" => Some("false".to_owned()),
+            _ => None,
+        };
         let input = Input::read(args.file.as_deref(), &args.context).expect("input");
         let shown: Vec<String> = match of(&args, &input, &env) {
             Err(fault) => vec![format!("error {fault}")],
@@ -622,6 +696,17 @@ mod tests {
                 none,
             ],
         );
+        check(
+            "-m 64m --memory-swap -1 -c 5 --cpuset-cpus 0-1",
+            &["cpusetcpus=0-1", "cpushares=5", "memory=67108864", "memswap=-1", none],
+        );
+        check("--isolation default --security-opt seccomp=unconfined --squash", &[none]);
+        check(
+            "--policy filename=a.rego",
+            &["error --policy filename=a.rego: policies in Rego are not implemented"],
+        );
+        check("--policy filename=/no/such --policy disabled=true", &[none]);
+        check("--policy nope=1", &["error --policy nope=1: unexpected key \"nope\""]);
         check("--resource memry=1", &["error --resource memry=1: unknown resource \"memry\""]);
         check("--resource memory=1,2", &["error --resource memory=1,2: invalid value \"2\""]);
         check("--ulimit nofile=20:10", &["error invalid ulimit \"nofile=20:10\""]);

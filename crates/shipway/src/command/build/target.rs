@@ -111,6 +111,11 @@ impl Args {
             Some(text) => Input::inline(&self.context, &text, "dockerfile-inline")?,
             None => Input::read(self.dockerfile(), &self.context)?,
         };
+        if input.awaited_dockerfile().is_some() {
+            let what = "a Dockerfile from a URL for a context from another, in a definition";
+            return Err(Fault::unimplemented(what)
+                .hint("name a Dockerfile within the context, or write it as dockerfile-inline"));
+        }
         let call = Call::of(&self)?;
         let options = options::of(&self, &input, &|name| std::env::var(name).ok())?;
         Ok(Prepared { options, input, call })
