@@ -10,7 +10,7 @@ use std::{
 };
 
 /// Crates that speak a wire, and may use what protobuf generates for it.
-const WIRES: [&str; 9] = [
+const WIRES: [&str; 10] = [
     "client",
     "containerd",
     "filesync",
@@ -20,6 +20,7 @@ const WIRES: [&str; 9] = [
     "session",
     "shipway-snapshotter",
     "shipwayd",
+    "telemetry",
 ];
 /// The crates of protobuf and gRPC.
 const PROTOBUF: [&str; 6] =

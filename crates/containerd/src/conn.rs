@@ -7,7 +7,9 @@
 
 use crate::fault;
 use shipway_fault::{Code, Fault, Result};
+use shipway_grpc::TracedChannel;
 use shipway_storage::LeaseId;
+use shipway_telemetry::meter;
 use std::{
     future::Future,
     path::{Path, PathBuf},
@@ -17,11 +19,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tonic::{
-    Request, Response, Status,
-    metadata::MetadataValue,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Request, Response, Status, metadata::MetadataValue, transport::Endpoint};
 
 /// Largest message in either direction; containerd's own limit.
 pub(crate) const MAX_MESSAGE: usize = 16 << 20;
@@ -49,8 +47,8 @@ pub(crate) mod deadline {
 
 struct Channels {
     address: PathBuf,
-    control: Channel,
-    bulk: Vec<Channel>,
+    control: TracedChannel,
+    bulk: Vec<TracedChannel>,
     next: AtomicUsize,
 }
 
@@ -91,12 +89,12 @@ impl Connection {
     }
 
     /// The channel for everything but blob bytes.
-    pub(crate) fn control(&self) -> Channel {
+    pub(crate) fn control(&self) -> TracedChannel {
         self.channels.control.clone()
     }
 
     /// A channel for blob bytes.
-    pub(crate) fn bulk(&self) -> Channel {
+    pub(crate) fn bulk(&self) -> TracedChannel {
         let n = self.channels.next.fetch_add(1, Ordering::Relaxed) % self.channels.bulk.len();
         self.channels.bulk[n].clone()
     }
@@ -160,7 +158,7 @@ impl Connection {
     }
 }
 
-fn dial(address: &Path) -> Result<Channel> {
+fn dial(address: &Path) -> Result<TracedChannel> {
     let path = address.to_path_buf();
     let connector = tower::service_fn(move |_| {
         let path = path.clone();
@@ -175,7 +173,8 @@ fn dial(address: &Path) -> Result<Channel> {
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .connect_timeout(Duration::from_secs(10));
-    Ok(endpoint.connect_with_connector_lazy(connector))
+    let channel = endpoint.connect_with_connector_lazy(connector);
+    Ok(TracedChannel::new(channel, "containerd").timed(&meter::CONTAINERD_CALLS))
 }
 
 fn header(value: &str, what: &str) -> Result<MetadataValue<tonic::metadata::Ascii>> {

@@ -14,9 +14,9 @@ use containerd_client::services::v1::{
     self as api, content_client::ContentClient, leases_client::LeasesClient,
 };
 use shipway_fault::{Fault, Result};
+use shipway_grpc::TracedChannel;
 use shipway_oci::Digest;
 use shipway_storage::{BlobInfo, BlobReader, BlobWriter, ContentStore, Ingest, Labels, LeaseId};
-use tonic::transport::Channel;
 
 /// How often bytes are stored that others take away at the same time.
 const PUTS: usize = 5;
@@ -32,11 +32,11 @@ impl Content {
         Self { connection }
     }
 
-    fn client(&self) -> ContentClient<Channel> {
+    fn client(&self) -> ContentClient<TracedChannel> {
         limited(ContentClient::new(self.connection.control()))
     }
 
-    fn bulk(&self) -> ContentClient<Channel> {
+    fn bulk(&self) -> ContentClient<TracedChannel> {
         limited(ContentClient::new(self.connection.bulk()))
     }
 
@@ -82,7 +82,7 @@ impl Content {
     }
 }
 
-fn limited(client: ContentClient<Channel>) -> ContentClient<Channel> {
+fn limited(client: ContentClient<TracedChannel>) -> ContentClient<TracedChannel> {
     client.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
 }
 

@@ -8,10 +8,10 @@ use crate::{
 use async_trait::async_trait;
 use containerd_client::services::v1::{self as api, images_client::ImagesClient};
 use shipway_fault::{Fault, Result};
+use shipway_grpc::TracedChannel;
 use shipway_oci::Descriptor;
 use shipway_storage::{ImageRecord, Images, Labels};
 use std::time::SystemTime;
-use tonic::transport::Channel;
 
 /// Rounds of create-or-update before giving up on a name that others keep creating and deleting.
 const PUT_ATTEMPTS: usize = 5;
@@ -25,7 +25,7 @@ impl ImageStore {
         Self { connection }
     }
 
-    fn client(&self) -> ImagesClient<Channel> {
+    fn client(&self) -> ImagesClient<TracedChannel> {
         ImagesClient::new(self.connection.control()).max_decoding_message_size(MAX_MESSAGE)
     }
 

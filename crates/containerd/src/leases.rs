@@ -7,8 +7,8 @@ use crate::{
 use async_trait::async_trait;
 use containerd_client::services::v1::{self as api, leases_client::LeasesClient};
 use shipway_fault::{Fault, Result};
+use shipway_grpc::TracedChannel;
 use shipway_storage::{Labels, Lease, LeaseId, LeaseResource, Leases, SnapshotKey};
-use tonic::transport::Channel;
 
 pub(crate) struct LeaseStore {
     connection: Connection,
@@ -19,7 +19,7 @@ impl LeaseStore {
         Self { connection }
     }
 
-    fn client(&self) -> LeasesClient<Channel> {
+    fn client(&self) -> LeasesClient<TracedChannel> {
         LeasesClient::new(self.connection.control()).max_decoding_message_size(MAX_MESSAGE)
     }
 }

@@ -12,11 +12,11 @@ use containerd_client::services::v1::{
     snapshots::{self as wire_api, snapshots_client::SnapshotsClient},
 };
 use shipway_fault::{Fault, Result};
+use shipway_grpc::TracedChannel;
 use shipway_oci::{Descriptor, DiffId};
 use shipway_storage::{
     Labels, LeaseId, Mount, SnapshotInfo, SnapshotKey, SnapshotKind, Snapshotter, Usage,
 };
-use tonic::transport::Channel;
 
 pub(crate) struct Snapshots {
     connection: Connection,
@@ -28,7 +28,7 @@ impl Snapshots {
         Self { connection, snapshotter: snapshotter.into() }
     }
 
-    fn client(&self) -> SnapshotsClient<Channel> {
+    fn client(&self) -> SnapshotsClient<TracedChannel> {
         SnapshotsClient::new(self.connection.control()).max_decoding_message_size(MAX_MESSAGE)
     }
 

@@ -1,16 +1,19 @@
 //! What the daemons have in common as programs: their log, what they report to a service manager,
-//! the signals that end them, and how they give memory back. No wire and no client of one:
+//! the signals that end them, how they give memory back, and how metrics are shown. No gRPC:
 //! `shipwayd` and `shipway-snapshotter` stand on different releases of tonic.
 //!
-//! `sd-notify` speaks systemd's protocol, `tracing-subscriber` writes the log, `libc` has the
-//! allocator's settings.
+//! `hyper` serves those who look at metrics, `sd-notify` speaks systemd's protocol,
+//! `tracing-subscriber` writes the log, `libc` has the allocator's settings.
 
+pub mod debug;
 pub mod memory;
+pub mod metrics;
 
 use serde::Deserialize;
 use shipway_fault::{Fault, Result};
 use std::str::FromStr;
 use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::{EnvFilter, Layer, Registry};
 
 pub use sd_notify::NotifyState;
 
@@ -93,15 +96,42 @@ impl FromStr for LogFormat {
 ///
 /// When it is called a second time.
 pub fn start_log(level: LogLevel, format: LogFormat) {
-    use tracing_subscriber::{EnvFilter, fmt};
-    let level = level.as_str();
-    let filter =
-        format!("{level},h2=info,hyper=info,hyper_util=info,tower=info,tonic=info,rustls=info");
-    let builder = fmt().with_env_filter(EnvFilter::new(filter)).with_writer(std::io::stderr);
+    use tracing_subscriber::fmt;
+    let builder = fmt().with_env_filter(filter(level)).with_writer(std::io::stderr);
     match format {
         LogFormat::Text => builder.with_ansi(rustix::termios::isatty(std::io::stderr())).init(),
         LogFormat::Json => builder.json().init(),
     }
+}
+
+/// [`start_log`] beside a layer that sees the same spans, such as one that makes traces of them.
+///
+/// # Panics
+///
+/// When the log was started before.
+pub fn start_log_beside(
+    level: LogLevel,
+    format: LogFormat,
+    layer: impl Layer<Registry> + Send + Sync,
+) {
+    use tracing_subscriber::{fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+    let below = tracing_subscriber::registry().with(layer);
+    let log = fmt::layer().with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => {
+            let log = log.with_ansi(rustix::termios::isatty(std::io::stderr()));
+            below.with(log.with_filter(filter(level))).init();
+        }
+        LogFormat::Json => below.with(log.json().with_filter(filter(level))).init(),
+    }
+}
+
+/// What is logged: of spans, those that say what a line is about, and none that are for traces.
+fn filter(level: LogLevel) -> EnvFilter {
+    let level = level.as_str();
+    EnvFilter::new(format!(
+        "{level},h2=info,hyper=info,hyper_util=info,tower=info,tonic=info,rustls=info,shipway::trace=off"
+    ))
 }
 
 /// Reports to the service manager, if one started the daemon.
@@ -127,6 +157,14 @@ pub async fn stop_requested() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn spans_of_traces_are_nothing_to_the_log() {
+        let log = tracing_subscriber::fmt().with_env_filter(filter(LogLevel::Trace));
+        let _guard = tracing::subscriber::set_default(log.with_writer(std::io::sink).finish());
+        assert!(tracing::info_span!(target: "shipway::trace", "call").is_disabled());
+        assert!(!tracing::info_span!(target: "shipway_task", "task").is_disabled());
+    }
 
     #[test]
     fn levels_have_the_names_that_other_daemons_give_them() {

@@ -2,6 +2,7 @@
 
 use crate::{
     build::{Build, BuildScope, Shared},
+    finalize::Finalizing,
     parts::EngineParts,
     pipeline,
     request::{BuildRequest, BuildResponse, ExporterRequest},
@@ -15,12 +16,17 @@ use shipway_ops::JobData;
 use shipway_progress::Journal;
 use shipway_session::SessionGroup;
 use shipway_solver::JobId;
+use shipway_telemetry::{
+    TraceContext, TraceRecording,
+    meter::{self, BuildKind},
+};
 use std::{
     collections::{HashMap, VecDeque},
     sync::Arc,
     time::{Duration, Instant},
 };
 use tokio::sync::watch;
+use tracing::Span;
 
 /// Longest name of a build: it is kept with everything that is remembered of it.
 const MAX_REF: usize = 1024;
@@ -38,10 +44,11 @@ const MAX_RECENT: usize = 64;
 struct EngineInner {
     parts: Arc<EngineParts>,
     /// Journals of running builds. The channel only wakes those who wait for one to begin.
-    running: Mutex<HashMap<String, Journal>>,
+    running: Mutex<HashMap<String, (Journal, Instant)>>,
     recent: Mutex<VecDeque<(Instant, String, Journal)>>,
     begun: watch::Sender<u64>,
     shared: Shared,
+    finalizing: Arc<Finalizing>,
 }
 
 /// Builds. Clones share it.
@@ -63,6 +70,24 @@ struct Running {
     journal: Journal,
     recorded: bool,
     done: bool,
+    trace: Option<TraceRecording>,
+    frontend: String,
+    began: Instant,
+}
+
+impl Running {
+    /// Counts the build, which ended so.
+    fn count(&self, failure: Option<&Fault>) {
+        let status = match failure {
+            None => "completed",
+            Some(fault) if fault.is_cancelled() => "canceled",
+            Some(_) => "error",
+        };
+        let code = failure.map_or_else(String::new, |fault| format!("{:?}", fault.code()));
+        let frontend = self.frontend.clone();
+        meter::BUILDS.add(BuildKind { frontend, status, code });
+        meter::BUILD_TIMES.add(status, self.began.elapsed());
+    }
 }
 
 impl Drop for Running {
@@ -79,13 +104,21 @@ impl Drop for Running {
                 }
             });
         }
+        if !self.done {
+            self.count(Some(&Fault::cancelled()));
+        }
         // Dropped before its end: the client disconnected.
         if self.recorded && !self.done {
             let (engine, id, journal) =
                 (self.engine.clone(), self.id.clone(), self.journal.clone());
+            let trace = self.trace.take();
             if let Ok(runtime) = tokio::runtime::Handle::try_current() {
                 shipway_task::spawn_on(&runtime, "record a cancelled build", async move {
-                    engine.parts.history.completed(&id, &journal, Err(Fault::cancelled())).await
+                    let history = &engine.parts.history;
+                    history.completed(&id, &journal, Err(Fault::cancelled())).await;
+                    if let Some(trace) = trace {
+                        engine.finalizing.keep(history.clone(), id, trace);
+                    }
                 });
             }
         }
@@ -112,7 +145,7 @@ impl EngineInner {
 
     /// The journal of a build that runs or ended a moment ago.
     fn live(&self, id: &str) -> Option<Journal> {
-        if let Some(journal) = self.running.lock().get(id) {
+        if let Some((journal, _)) = self.running.lock().get(id) {
             return Some(journal.clone());
         }
         self.recent
@@ -133,12 +166,18 @@ impl Engine {
             recent: Mutex::default(),
             begun: watch::Sender::new(0),
             shared: Shared::default(),
+            finalizing: Arc::default(),
         }))
     }
 
     /// Its parts.
     pub fn parts(&self) -> &EngineParts {
         &self.0.parts
+    }
+
+    /// The ids of the builds that run, and since when each does.
+    pub fn running(&self) -> Vec<(String, Instant)> {
+        self.0.running.lock().iter().map(|(id, (_, began))| (id.clone(), *began)).collect()
     }
 
     /// Builds. Dropping the future cancels the build: what no other build needs is stopped and
@@ -175,6 +214,7 @@ impl Engine {
             failed: Default::default(),
             judge: Default::default(),
             nested: Default::default(),
+            trace: Span::current(),
         };
         let job = parts.solver.job(JobId(request.id.clone()), data.clone(), journal.clone())?;
         let mut running = self.begin(&request, journal.clone())?;
@@ -196,8 +236,12 @@ impl Engine {
         if !internal {
             let finished = outcome.as_ref().map(|response| response.finished.clone());
             parts.history.completed(&id, &journal, finished.map_err(Fault::clone)).await;
+            if let Some(trace) = running.trace.take() {
+                self.0.finalizing.keep(parts.history.clone(), id, trace);
+            }
         }
         running.done = true;
+        running.count(outcome.as_ref().err());
         outcome
     }
 
@@ -206,7 +250,7 @@ impl Engine {
         if all.contains_key(&request.id) {
             return Err(Fault::new(Code::AlreadyExists, format!("job ID {} exists", request.id)));
         }
-        all.insert(request.id.clone(), journal.clone());
+        all.insert(request.id.clone(), (journal.clone(), Instant::now()));
         drop(all);
         if !request.internal {
             let exporter = |e: &ExporterRequest| ExporterRecord {
@@ -227,7 +271,28 @@ impl Engine {
             journal,
             recorded: !request.internal,
             done: false,
+            trace: self.record_trace().filter(|_| !request.internal),
+            frontend: request.frontend.clone(),
+            began: Instant::now(),
         })
+    }
+
+    /// Records the trace that the build is in, if it is recorded anywhere.
+    fn record_trace(&self) -> Option<TraceRecording> {
+        let traces = self.0.parts.traces.as_ref()?;
+        let context = shipway_telemetry::current().filter(TraceContext::is_sampled)?;
+        Some(traces.record(context.trace_id()))
+    }
+
+    /// Completes the record of a build now, rather than when its last spans may have come (row
+    /// `ctl.hist.update`).
+    pub async fn finalize(&self, id: &str) {
+        self.0.finalizing.hurry(id).await;
+    }
+
+    /// [`finalize`](Self::finalize) of all builds.
+    pub async fn finalize_all(&self) {
+        self.0.finalizing.hurry_all().await;
     }
 
     /// How to follow the build `id`, which may be about to begin.

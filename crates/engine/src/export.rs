@@ -12,7 +12,9 @@ use shipway_frontend::{BuildRef, FrontendResult};
 use shipway_oci::{Descriptor, Digest, Platform};
 use shipway_refs::{Compression, ImmutableRef};
 use shipway_remotecache::CacheRequest;
+use shipway_telemetry::{TARGET, traced_result};
 use std::{collections::BTreeMap, sync::Arc};
+use tracing::info_span;
 
 /// `refs.platforms` of a frontend's metadata.
 #[derive(serde::Deserialize)]
@@ -191,7 +193,8 @@ impl<'a> ExportVertex<'a> {
     /// `work` as the vertex's.
     async fn during<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.cx.reporter.started();
-        let done = work.await;
+        let span = info_span!(target: TARGET, "vertex", otel.name = self.exporter.name());
+        let done = traced_result(span, work).await;
         self.cx.reporter.completed(done.as_ref().err().map(ToString::to_string));
         done.context(|| self.exporter.name().to_owned())
     }

@@ -16,6 +16,7 @@ mod attestations;
 mod build;
 mod engine;
 mod export;
+mod finalize;
 mod frontends;
 mod image_frontends;
 mod parts;

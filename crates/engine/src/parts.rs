@@ -12,6 +12,7 @@ use shipway_ops::{LlbOp, Services};
 use shipway_remotecache::Backends;
 use shipway_session::SessionHub;
 use shipway_solver::Solver;
+use shipway_telemetry::Traces;
 use std::{sync::Arc, time::Duration};
 
 /// What an engine is made of.
@@ -34,6 +35,8 @@ pub struct EngineParts {
     pub builds: Builds,
     /// Finished builds.
     pub history: Arc<History>,
+    /// The traces of running builds, where builds are to have them.
+    pub traces: Option<Arc<Traces>>,
     /// Platforms that steps can run for, native first; at least one.
     pub platforms: Vec<Platform>,
     /// Entitlements that builds may be granted.

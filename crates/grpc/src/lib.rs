@@ -11,6 +11,8 @@
 //! - [`headers`]: names of the metadata that sessions and their calls carry; [`RawCodec`],
 //!   [`FileSendServer`]: messages left undecoded.
 //! - [`platform_to_wire`], [`platform_of`]: platforms as messages, and back.
+//! - [`TracedChannel`] and [`TraceRequests`]: a span of a trace for each call, made or served, and
+//!   the W3C context in its headers (row `net.trace`).
 //! - [`server`], [`tuned`]: message sizes and flow-control windows that every connection uses (row
 //!   `net.maxmsg`).
 //!
@@ -31,6 +33,7 @@ mod platform;
 mod raw;
 mod status;
 mod tls;
+mod traced;
 mod tunnel;
 
 pub use details::Program;
@@ -41,4 +44,5 @@ pub use platform::{platform_of, platform_to_wire};
 pub use raw::{FileSend, FileSendServer, RawAnswers, RawCodec};
 pub use status::{fault_of, fault_of_io, status_of, tell_stacks};
 pub use tls::{ClientTls, ServerTls};
+pub use traced::{TraceRequests, TracedChannel, TracedService};
 pub use tunnel::{TunnelChannel, TunnelPeer, serve_tunnel, server, tuned};

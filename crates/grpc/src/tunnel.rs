@@ -14,6 +14,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use shipway_fault::{Code, Fault, Result};
+use shipway_telemetry::meter;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{
@@ -187,6 +188,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
         self.check(cx)?;
         let before = buf.filled().len();
         let result = ready!(Pin::new(&mut self.io).poll_read(cx, buf));
+        meter::SESSION_RECEIVED.add((buf.filled().len() - before) as u64);
         if result.is_ok() && buf.filled().len() == before && buf.remaining() > 0 {
             self.closed.cancel();
         }
@@ -201,6 +203,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         let result = ready!(Pin::new(&mut self.io).poll_write(cx, buf));
+        meter::SESSION_SENT.add(*result.as_ref().unwrap_or(&0) as u64);
         Poll::Ready(self.note(result))
     }
 
@@ -210,6 +213,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let result = ready!(Pin::new(&mut self.io).poll_write_vectored(cx, bufs));
+        meter::SESSION_SENT.add(*result.as_ref().unwrap_or(&0) as u64);
         Poll::Ready(self.note(result))
     }
 

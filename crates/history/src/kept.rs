@@ -183,6 +183,7 @@ fn with_whole_files(dir: &Path, mut record: HistoryRecord) -> HistoryRecord {
     tracing::warn!(build = record.id, "files of a build record are missing");
     record.log = record.log.filter(there);
     record.failure = record.failure.filter(there);
+    record.trace = record.trace.filter(there);
     record.provenance.retain(|(_, f)| there(f));
     if let Err(fault) = write(dir, &record) {
         tracing::warn!(build = record.id, error = %fault, "failed to write a build record without its missing files");

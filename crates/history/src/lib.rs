@@ -15,6 +15,7 @@ use shipway_fault::{Fault, Result};
 use shipway_llb::GitRef;
 use shipway_oci::{Descriptor, Digest};
 use shipway_progress::{Event, Journal};
+use shipway_telemetry::meter;
 use std::{
     collections::{BTreeMap, HashSet},
     fs::File,
@@ -133,6 +134,9 @@ pub struct HistoryRecord {
     pub completed: Option<SystemTime>,
     /// Its log.
     pub log: Option<LogFile>,
+    /// The spans of its trace, a while after it ended (row `so.h.trace`).
+    #[serde(default)]
+    pub trace: Option<LogFile>,
     /// Provenance of its results: by platform, or of the one result there is (row
     /// `at.prov.history`).
     pub provenance: Vec<(Option<String>, LogFile)>,
@@ -154,6 +158,7 @@ impl HistoryRecord {
         self.log
             .into_iter()
             .chain(self.failure)
+            .chain(self.trace)
             .chain(self.provenance.iter().map(|(_, file)| *file))
     }
 }
@@ -346,6 +351,7 @@ impl History {
             created: SystemTime::now(),
             completed: None,
             log: None,
+            trace: None,
             provenance: Vec::new(),
             response: BTreeMap::new(),
             written: BTreeMap::new(),
@@ -406,6 +412,14 @@ impl History {
         (record.log, record.failure, record.provenance, record.steps) =
             (log, failure, provenance, count(&events));
         record.generation += 1;
+        for (counter, steps) in [
+            (&meter::STEPS_TOTAL, record.steps.total),
+            (&meter::STEPS_COMPLETED, record.steps.completed),
+            (&meter::STEPS_CACHED, record.steps.cached),
+            (&meter::STEPS_WARNINGS, record.steps.warnings),
+        ] {
+            counter.add(u64::try_from(steps).unwrap_or(0));
+        }
         match outcome {
             Ok(response) => {
                 (record.response, record.written) =
@@ -418,6 +432,22 @@ impl History {
         drop(one);
         self.publish(HistoryEventKind::Completed, summary);
         self.trim();
+    }
+
+    /// Adds the trace of a build that ended; one that was forgotten meanwhile has none. Blocks.
+    pub fn add_trace(&self, id: &str, text: &[u8]) -> Result<()> {
+        let one = self.disk.lock();
+        let Some(record) = self.get(id).filter(|r| r.completed.is_some()) else { return Ok(()) };
+        let file = kept::write_file(&self.dir, &|out| out.write_all(text))?;
+        self.verified.lock().insert(file.digest);
+        let mut record = HistoryRecord::clone(&record);
+        record.trace = Some(file);
+        record.generation += 1;
+        let kept = self.keep(&record);
+        let summary = self.insert(record, kept);
+        drop(one);
+        self.publish(HistoryEventKind::Completed, summary);
+        Ok(())
     }
 
     /// Forgets what exceeds both limits (row `so.h.gc`). Blocks.
@@ -642,6 +672,25 @@ mod tests {
         );
         next.delete("bad").unwrap();
         next.delete("../../good").unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_trace_comes_later_and_goes_with_its_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = open(dir.path());
+        build(&first, "a", Ok(FinishedBuild::default())).await;
+        let (before, mut changes) = (first.get("a").unwrap().generation, first.listen().1);
+        first.add_trace("a", b"spans").unwrap();
+        first.add_trace("forgotten", b"others").unwrap();
+        let change = changes.try_recv().unwrap();
+        assert_eq!((change.kind, &*change.summary.id), (HistoryEventKind::Completed, "a"));
+        drop(first);
+        let next = open(dir.path());
+        let record = next.get("a").unwrap();
+        assert!(record.generation > before);
+        assert_eq!(text(&next, record.trace.unwrap()), "spans");
+        next.delete("a").unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 

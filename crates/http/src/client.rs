@@ -10,14 +10,14 @@ use crate::{
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Method, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper_util::{
     client::legacy,
     rt::{TokioExecutor, TokioTimer},
 };
 use shipway_fault::Fault;
+use shipway_telemetry::{TARGET, fail, meter, set, traced};
 use std::{
-    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -25,6 +25,7 @@ use std::{
     time::Duration,
 };
 use tokio::time::{Instant, timeout};
+use tracing::info_span;
 
 /// Most redirects that are followed.
 const MAX_REDIRECTS: usize = 10;
@@ -80,24 +81,56 @@ impl Client {
         Ok(Self { inner, timeouts })
     }
 
-    /// The client's machinery behind a pointer: it is large, and each crate that sends requests
-    /// would compile it again.
-    fn start(
-        &self,
-        request: Request<Body>,
-    ) -> Pin<Box<dyn Future<Output = Result<http::Response<Incoming>, legacy::Error>> + Send>> {
-        Box::pin(self.inner.request(request))
+    /// A function that is no future and not generic: hyper's client is large, and each crate that
+    /// sends requests would compile it again.
+    fn start(&self, request: Request<Body>) -> legacy::ResponseFuture {
+        self.inner.request(request)
     }
 
     /// Sends one request and waits for the head of its response. Redirects are responses like
     /// others.
     pub async fn send(&self, request: Request<Body>) -> Result<Response, HttpError> {
-        let uri = request.uri().clone();
         let wait = self.timeouts.response + self.timeouts.connect;
-        let response = timeout(wait, self.start(request))
-            .await
-            .map_err(|_| HttpError::TimedOut { waiting_for: "an answer", after: wait })?
-            .map_err(|e| error_of(&e))?;
+        let answered = |sending: legacy::ResponseFuture| async move {
+            timeout(wait, sending)
+                .await
+                .map_err(|_| HttpError::TimedOut { waiting_for: "an answer", after: wait })?
+                .map_err(|e| error_of(&e))
+        };
+        self.traced(request, answered).await
+    }
+
+    /// Sends a request in a span of its own, with the W3C context among its headers (row
+    /// `net.trace`); `answered` waits for the response.
+    async fn traced<F>(
+        &self,
+        mut request: Request<Body>,
+        answered: impl FnOnce(legacy::ResponseFuture) -> F,
+    ) -> Result<Response, HttpError>
+    where
+        F: Future<Output = Result<http::Response<Incoming>, HttpError>>,
+    {
+        let uri = request.uri().clone();
+        // Values of a query may be secrets (signed URLs).
+        let span = info_span!(target: TARGET, "HTTP request", otel.name = %request.method(), otel.kind = "client",
+            http.request.method = %request.method(), server.address = host_of(&uri), url.path = uri.path());
+        if let Some(context) = span.in_scope(shipway_telemetry::current) {
+            context.inject(request.headers_mut());
+        }
+        let length = request.body().size_hint().exact().unwrap_or(0);
+        let noted = span.clone();
+        let result = traced(span, async {
+            let result = answered(self.start(request)).await;
+            match &result {
+                Ok(response) => {
+                    set(&noted, "http.response.status_code", response.status().as_u16().into());
+                }
+                Err(error) => fail(&noted, error),
+            }
+            result
+        });
+        let response = result.await?;
+        meter::HTTP_SENT.add(length);
         Ok(self.received(response, uri))
     }
 
@@ -111,7 +144,6 @@ impl Client {
         total: u64,
         settle: Duration,
     ) -> Result<Response, HttpError> {
-        let uri = request.uri().clone();
         let watch = async {
             let mut before = sent.load(Ordering::Relaxed);
             loop {
@@ -124,11 +156,15 @@ impl Client {
                 before = now;
             }
         };
-        let response = tokio::select! {
-            r = self.start(request) => r.map_err(|e| error_of(&e))?,
-            after = watch => return Err(HttpError::TimedOut { waiting_for: "the upload to be taken", after }),
+        let answered = |sending: legacy::ResponseFuture| async move {
+            tokio::select! {
+                r = sending => r.map_err(|e| error_of(&e)),
+                after = watch => Err(HttpError::TimedOut { waiting_for: "the upload to be taken", after }),
+            }
         };
-        Ok(self.received(response, uri))
+        let result = self.traced(request, answered).await;
+        meter::HTTP_SENT.add(sent.load(Ordering::Relaxed));
+        result
     }
 
     /// A GET or HEAD that follows redirects. `Authorization` and cookies stay with the host they
@@ -279,6 +315,7 @@ impl BodyReader {
                 (self.waited, self.moved) = (Duration::ZERO, 0);
             }
             if !data.is_empty() {
+                meter::HTTP_RECEIVED.add(data.len() as u64);
                 return Ok(Some(data));
             }
         }

@@ -6,6 +6,7 @@ mod logs;
 pub(crate) mod mounts;
 mod outcome;
 pub(crate) mod proxied;
+mod tracing;
 
 use crate::{
     JobData, Services,
@@ -72,7 +73,8 @@ impl VertexOp for ExecVertex {
         let MountPlan { root, mut mounts, guards, .. } =
             mounts::plan(&of.services, exec, &inputs, mounting).await?;
         let writable = root.mounts.clone();
-        let env = environment(exec, &sessions).await?;
+        let mut env = environment(exec, &sessions).await?;
+        mounts.extend(tracing::add(of.services.trace_socket.as_deref(), &mut env));
         let edits = of.services.edits(exec).await?;
         // Held by the process too: were this future dropped, the snapshots would go before the
         // process is dead.

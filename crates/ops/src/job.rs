@@ -70,6 +70,8 @@ pub struct JobData {
     pub judge: BuildJudge,
     /// How its operations have graphs solved.
     pub nested: Nested,
+    /// What its operations are done for, in its trace.
+    pub trace: tracing::Span,
 }
 
 /// Decides what may be used as a source.
@@ -117,6 +119,8 @@ pub struct Services {
     pub emulators: Emulators,
     /// How much of a step's output is passed on.
     pub log_limits: LogLimits,
+    /// Where steps may send spans to; none where nobody would take them.
+    pub trace_socket: Option<PathBuf>,
     /// The certificate authority of the proxy network, once a step needed it.
     pub authority: OnceCell<Arc<Authority>>,
 }

@@ -14,7 +14,9 @@ use shipway_oci::Digest;
 use shipway_refs::{ImmutableRef, MutableRef};
 use shipway_session::SessionGroup;
 use shipway_solver::{CacheMap, InputMap, OpContext, Operation};
+use shipway_telemetry::{TARGET, traced_result};
 use std::sync::Arc;
+use tracing::{Span, info_span};
 
 /// The work of one LLB vertex.
 pub struct LlbOp {
@@ -120,6 +122,14 @@ impl LlbOp {
         }
     }
 
+    /// A span of the traces of a build that wants the vertex; `what` of it is done stands before
+    /// its name.
+    fn span(&self, what: &str, cx: &Context) -> Span {
+        let jobs = (cx.jobs)();
+        let build = jobs.first().and_then(|job| job.trace.id());
+        info_span!(target: TARGET, parent: build, "vertex", otel.name = format!("{what}{}", cx.reporter.name()), vertex = %self.vertex.digest)
+    }
+
     /// The failing operation as a typed detail, with the states that went into it.
     fn failed(
         &self,
@@ -155,7 +165,9 @@ impl Operation for LlbOp {
     type Job = JobData;
 
     async fn cache_map(&self, cx: &Context) -> Result<CacheMap> {
-        self.work.cache_map(self, cx).await.map_err(|e| self.failed(e, &[], None, cx))
+        let span = self.span("cache request: ", cx);
+        let mapped = traced_result(span, self.work.cache_map(self, cx)).await;
+        mapped.map_err(|e| self.failed(e, &[], None, cx))
     }
 
     async fn content_key(
@@ -167,17 +179,21 @@ impl Operation for LlbOp {
         let Some(selectors) = self.work.selectors(input) else { return Ok(None) };
         self.services.sources.wanted_by(value, &Self::sessions(cx)?);
         let subject = Subject::CacheInput(i64::try_from(input).unwrap_or(-1));
-        content::checksum(value, &selectors, &cx.reporter)
-            .await
-            .map(Some)
-            .map_err(|e| self.failed(e, std::slice::from_ref(value), Some(subject), cx))
+        traced_result(
+            self.span("checksum for: ", cx),
+            content::checksum(value, &selectors, &cx.reporter),
+        )
+        .await
+        .map(Some)
+        .map_err(|e| self.failed(e, std::slice::from_ref(value), Some(subject), cx))
     }
 
     async fn run(&self, inputs: Vec<ImmutableRef>, cx: &Context) -> Result<Vec<ImmutableRef>> {
         let sessions = Self::sessions(cx)?;
         inputs.iter().for_each(|i| self.services.sources.wanted_by(i, &sessions));
         let before = inputs.clone();
-        self.work.run(self, inputs, cx).await.map_err(|e| self.failed(e, &before, None, cx))
+        let done = traced_result(self.span("", cx), self.work.run(self, inputs, cx)).await;
+        done.map_err(|e| self.failed(e, &before, None, cx))
     }
 
     fn is_lost(value: &ImmutableRef, fault: &Fault) -> bool {

@@ -4,13 +4,12 @@ use std::time::Duration;
 
 use futures::{FutureExt as _, Stream, StreamExt, TryStreamExt, future::BoxFuture, stream};
 use shipway_fault::{Code, Fault, Result};
-use shipway_grpc::{fault_of, headers};
+use shipway_grpc::{TracedChannel, fault_of, headers};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{
     Request, Response, Status, Streaming,
     metadata::{AsciiMetadataKey, AsciiMetadataValue, MetadataMap},
     service::{Interceptor, interceptor::InterceptedService},
-    transport::Channel,
 };
 
 use crate::Session;
@@ -98,7 +97,7 @@ async fn answered<T>(
 }
 
 /// Calls to one of the client's content stores.
-pub type StoreChannel = InterceptedService<Channel, StoreId>;
+pub type StoreChannel = InterceptedService<TracedChannel, StoreId>;
 
 /// Marks calls as meant for one content store.
 #[derive(Clone, Debug)]

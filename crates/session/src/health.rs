@@ -3,10 +3,9 @@
 use std::time::Duration;
 
 use shipway_fault::{Code, Fault};
-use shipway_grpc::fault_of;
+use shipway_grpc::{TracedChannel, fault_of};
 use shipway_proto::grpc::health::v1::{HealthCheckRequest, health_client::HealthClient};
 use tokio::time::Instant;
-use tonic::transport::Channel;
 
 /// How often a client is asked and how patiently. The defaults forgive a slow line that is busy
 /// with other data.
@@ -35,7 +34,7 @@ impl HealthPolicy {
     }
 
     /// Asks again and again; returns when the client has failed too often.
-    pub(crate) async fn monitor(self, channel: Channel) -> Fault {
+    pub(crate) async fn monitor(self, channel: TracedChannel) -> Fault {
         let mut client = HealthClient::new(channel);
         let mut ticks = tokio::time::interval(self.interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -10,13 +10,13 @@ use std::{
 
 use futures::Stream;
 use shipway_fault::{Code, Fault, Result};
-use shipway_grpc::{Answers, Duplex, TunnelChannel, headers};
+use shipway_grpc::{Answers, Duplex, TracedChannel, TunnelChannel, headers};
 use shipway_proto::moby::buildkit::v1::BytesMessage;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::Notify,
 };
-use tonic::{Status, metadata::MetadataMap, transport::Channel};
+use tonic::{Status, metadata::MetadataMap};
 
 use crate::health::HealthPolicy;
 
@@ -227,8 +227,8 @@ impl Session {
     }
 
     /// The connection to the client, for services that have no typed caller here.
-    pub fn channel(&self) -> Channel {
-        self.0.tunnel.channel()
+    pub fn channel(&self) -> TracedChannel {
+        TracedChannel::new(self.0.tunnel.channel(), "client")
     }
 
     /// Resolves when the client has gone.

@@ -1,9 +1,8 @@
 //! What [`crate::status`] tells, for Prometheus: its text format (version 0.0.4) at `/metrics` of a
 //! socket that is closed unless the configuration says where it is.
 //!
-//! The format is written here. What there is to tell is in a [`Status`] already, counted where it
-//! happens; a library of metrics wants to own its counters, so each would be counted twice or
-//! copied at each scrape. The format itself is some lines of escaping.
+//! What there is to tell is in a [`Status`] already, counted where it happens; crate `daemon` has
+//! the format and the listener.
 
 use crate::{
     lazy::{LayerReport, Report},
@@ -12,27 +11,18 @@ use crate::{
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
-use hyper::{body::Incoming, service::service_fn};
-use hyper_util::rt::TokioIo;
+use hyper::body::Incoming;
+use shipway_daemon::metrics::{Kind, Page};
 use shipway_fault::{Fault, Result};
-use std::{
-    convert::Infallible, fmt::Write as _, net::SocketAddr, path::PathBuf, str::FromStr, sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
 };
 use tokio_stream::{Stream, StreamExt as _};
 
-/// Most connections at once; further ones wait.
-const MAX_CLIENTS: usize = 16;
-/// How long a connection may be there without the head of a request, and all of it may take.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Pause after an accept error such as "too many open files", so that the loop does not spin.
 const PAUSE: Duration = Duration::from_millis(50);
-const FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// What all names begin with.
 const PREFIX: &str = "shipway_snapshotter_";
 
@@ -90,26 +80,11 @@ pub async fn serve<S>(connections: impl Stream<Item = S>, observed: Arc<Observed
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let places = Arc::new(Semaphore::new(MAX_CLIENTS));
-    let mut connections = std::pin::pin!(connections);
-    while let Some(connection) = connections.next().await {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
+    let answer = move |request: Request<Incoming>| {
         let observed = observed.clone();
-        shipway_task::spawn("tell metrics", async move {
-            let _place = place;
-            let answer = service_fn(move |request| {
-                let observed = observed.clone();
-                async move { Ok::<_, Infallible>(answer(&request, &observed).await) }
-            });
-            // One answer and no more, so that idle scrapers hold no place.
-            let serving = hyper::server::conn::http1::Builder::new()
-                .keep_alive(false)
-                .serve_connection(TokioIo::new(connection), answer);
-            if !matches!(tokio::time::timeout(PATIENCE, serving).await, Ok(Ok(()))) {
-                tracing::debug!("a connection for metrics ended early");
-            }
-        });
-    }
+        async move { answer(&request, &observed).await }
+    };
+    shipway_daemon::debug::serve(connections, answer).await;
 }
 
 async fn answer(request: &Request<Incoming>, observed: &Arc<Observed>) -> Response<Full<Bytes>> {
@@ -123,53 +98,17 @@ async fn answer(request: &Request<Incoming>, observed: &Arc<Observed>) -> Respon
     };
     let mut response = Response::new(Full::new(Bytes::from(text)));
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(FORMAT));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        header::HeaderValue::from_static(shipway_daemon::metrics::FORMAT),
+    );
     response
-}
-
-/// A page of metrics as it grows.
-#[derive(Default)]
-struct Page(String);
-
-/// What a metric is.
-#[derive(Clone, Copy)]
-enum Kind {
-    Counter,
-    Gauge,
-    Histogram,
-}
-
-impl Page {
-    /// Begins a metric; its samples follow.
-    fn metric(&mut self, name: &str, kind: Kind, help: &str) {
-        let kind = match kind {
-            Kind::Counter => "counter",
-            Kind::Gauge => "gauge",
-            Kind::Histogram => "histogram",
-        };
-        let _ = writeln!(self.0, "# HELP {PREFIX}{name} {help}\n# TYPE {PREFIX}{name} {kind}");
-    }
-
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
-        let _ = write!(self.0, "{PREFIX}{name}");
-        for (n, (label, text)) in labels.iter().enumerate() {
-            let text = text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
-            let _ = write!(self.0, "{}{label}=\"{text}\"", if n == 0 { '{' } else { ',' });
-        }
-        let _ = writeln!(self.0, "{} {value}", if labels.is_empty() { "" } else { "}" });
-    }
-
-    /// A metric of one sample.
-    fn one(&mut self, name: &str, kind: Kind, help: &str, value: f64) {
-        self.metric(name, kind, help);
-        self.sample(name, &[], value);
-    }
 }
 
 /// All metrics.
 fn page(status: &Status) -> String {
     use Kind::Gauge;
-    let mut page = Page::default();
+    let mut page = Page::new(PREFIX);
     page.metric("info", Gauge, "The program that runs.");
     page.sample("info", &[("version", &status.version)], 1.0);
     page.metric("snapshots", Gauge, "Names of snapshots.");
@@ -202,7 +141,7 @@ fn page(status: &Status) -> String {
         "Repositories that credentials were given for.",
         status.credentials.len() as f64,
     );
-    page.0
+    page.text()
 }
 
 fn lazy(page: &mut Page, report: &Report) {
@@ -223,12 +162,7 @@ fn lazy(page: &mut Page, report: &Report) {
         page.one(name, Counter, help, value as f64);
     }
     page.metric("miss_seconds", Histogram, "How long reads waited that had to.");
-    for (time, count) in &totals.times {
-        page.sample("miss_seconds_bucket", &[("le", &time.to_string())], *count as f64);
-    }
-    page.sample("miss_seconds_bucket", &[("le", "+Inf")], totals.misses as f64);
-    page.sample("miss_seconds_sum", &[], totals.waited);
-    page.sample("miss_seconds_count", &[], totals.misses as f64);
+    page.histogram("miss_seconds", &[], &totals.times, totals.misses, totals.waited);
 
     // A metric's samples have to be together.
     page.metric("layer_info", Gauge, "A layer: what it is of and how it is mounted.");

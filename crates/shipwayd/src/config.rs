@@ -34,7 +34,7 @@ pub struct Config {
     pub log: Log,
     /// Sockets.
     pub grpc: Grpc,
-    /// A collector of traces; the log says that there are no traces.
+    /// Traces.
     pub otel: Otel,
     /// Devices of the host in steps.
     pub cdi: Cdi,
@@ -88,7 +88,7 @@ pub struct Log {
 pub struct Grpc {
     /// Addresses to listen on.
     pub address: Vec<String>,
-    /// A listener for debuggers; the log says that there is none.
+    /// Where metrics, health and running builds are shown.
     #[serde(rename = "debugAddress")]
     pub debug_address: Option<String>,
     /// Owner of unix sockets.
@@ -112,11 +112,17 @@ pub struct Tls {
     pub ca: Option<String>,
 }
 
-/// Where traces would go.
+/// Traces.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Otel {
-    /// Socket of a collector.
+    /// Address of the collector that spans are sent to, unless the environment names one.
+    pub endpoint: Option<String>,
+    /// How it is spoken to: `grpc` or `http/protobuf`.
+    pub protocol: Option<String>,
+    /// Whether the spans of a build are kept with its record.
+    pub history: Option<bool>,
+    /// Where the daemon takes spans of steps.
     #[serde(rename = "socketPath")]
     pub socket_path: Option<String>,
 }

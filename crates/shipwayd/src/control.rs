@@ -236,7 +236,11 @@ impl Control for ControlService {
 
     async fn solve(&self, request: Request<wire::SolveRequest>) -> Answer<wire::SolveResponse> {
         let request = build_request(request.into_inner()).map_err(|f| status_of(&f))?;
-        let span = tracing::info_span!("build", id = %request.id);
+        tracing::Span::current().record("shipway.build", &*request.id);
+        let trace = shipway_telemetry::current();
+        // As BuildKit calls it (row `ob.log`).
+        let trace = trace.as_ref().map(|context| tracing::field::display(context.trace_id()));
+        let span = tracing::info_span!("build", id = %request.id, traceID = trace);
         let outcome = self.engine.build(request).instrument(span.clone()).await;
         self.gc.wake();
         memory::give_back();
@@ -346,12 +350,14 @@ impl Control for ControlService {
     ) -> Answer<wire::UpdateBuildHistoryResponse> {
         let request = request.into_inner();
         let history = self.engine.parts().history.clone();
+        if request.delete || request.finalize {
+            self.engine.finalize(&request.r#ref).await;
+        }
         let update = move || {
             if request.delete {
                 history.delete(&request.r#ref)
             } else if request.finalize {
-                // There are no traces to wait for: a record is final as soon as its build ended,
-                // and one that is not there, too.
+                // One that is not there is final as well.
                 Ok(())
             } else {
                 history.pin(&request.r#ref, request.pinned)

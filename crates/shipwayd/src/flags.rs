@@ -39,9 +39,12 @@ pub struct Flags {
     /// Log format (text, json)
     #[arg(long = "log-format")]
     pub log_format: Option<String>,
-    /// The log says that it has no effect: there is no debug listener
-    #[arg(long, env = "BUILDKITD_DEBUGADDR", hide = true)]
+    /// Address for metrics, health and running builds, such as 127.0.0.1:6060; none by default
+    #[arg(long, env = "BUILDKITD_DEBUGADDR")]
     pub debugaddr: Option<String>,
+    /// Socket at which the daemon takes spans of steps, where it has a collector of traces
+    #[arg(long = "otel-socket-path")]
+    pub otel_socket_path: Option<String>,
     /// Certificate file to use on tcp addresses
     #[arg(long)]
     pub tlscert: Option<String>,

@@ -5,6 +5,7 @@ use shipway_buildcache::CacheIndex;
 use shipway_fault::Result;
 use shipway_proto::moby::buildkit::v1::types::GcPolicy;
 use shipway_refs::{PruneOptions, UsageRecord};
+use shipway_telemetry::meter;
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -134,14 +135,17 @@ pub async fn run(caches: CacheIndex, rules: Vec<Rule>, disk: PathBuf, trigger: T
     loop {
         trigger.0.notified().await;
         tokio::time::sleep(DELAY).await;
+        meter::GC_RUNS.add(1);
         for rule in &rules {
             let pruned = match rule.options(&disk) {
-                Ok(options) => caches
-                    .prune(
-                        options,
-                        &|record| tracing::debug!(id = %record.id, size = record.size, "pruned"),
-                    )
-                    .await,
+                Ok(options) => {
+                    caches
+                        .prune(options, &|record| {
+                            meter::GC_BYTES.add(record.size);
+                            tracing::debug!(id = %record.id, size = record.size, "pruned");
+                        })
+                        .await
+                }
                 Err(fault) => Err(fault),
             };
             if let Err(fault) = pruned {

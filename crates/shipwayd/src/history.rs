@@ -10,6 +10,7 @@ use shipway_history::{
 };
 use shipway_oci::{Descriptor, media, timestamp};
 use shipway_proto::{google::rpc, moby::buildkit::v1 as wire};
+use shipway_telemetry::stub;
 use std::{
     collections::BTreeMap,
     sync::Arc,
@@ -116,6 +117,7 @@ fn record(r: &HistoryRecord) -> wire::BuildHistoryRecord {
         created_at: Some(r.created.into()),
         completed_at: r.completed.map(Into::into),
         logs: r.log.as_ref().map(|file| of_file(file, LOG)),
+        trace: r.trace.as_ref().map(|file| of_file(file, stub::MEDIA_TYPE)),
         exporter_response: r.response.clone(),
         result: own,
         results: platforms,
@@ -125,7 +127,6 @@ fn record(r: &HistoryRecord) -> wire::BuildHistoryRecord {
         num_total_steps: r.steps.total,
         num_completed_steps: r.steps.completed,
         num_warnings: r.steps.warnings,
-        ..Default::default()
     }
 }
 

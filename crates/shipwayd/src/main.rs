@@ -4,6 +4,7 @@
 mod config;
 mod content;
 mod control;
+mod debug;
 mod filter;
 mod flags;
 mod gc;
@@ -15,6 +16,7 @@ mod prune;
 mod serve;
 mod settings;
 mod status;
+mod telemetry;
 mod worker;
 
 use clap::Parser as _;
@@ -22,6 +24,7 @@ use flags::{Flags, Persona};
 use settings::Settings;
 use shipway_fault::{Class, Fault, Result};
 use std::process::ExitCode;
+use telemetry::Telemetry;
 
 fn main() -> ExitCode {
     let argv0 = std::env::args().next().unwrap_or_default();
@@ -48,7 +51,7 @@ fn main() -> ExitCode {
 fn run(settings: Settings) -> Result<()> {
     private::umask();
     memory::tune();
-    shipway_daemon::start_log(settings.logging.level, settings.logging.format);
+    let telemetry = Telemetry::start(settings.logging, &settings.traces);
     for note in &settings.notes {
         tracing::warn!("{note}");
     }
@@ -65,7 +68,7 @@ fn run(settings: Settings) -> Result<()> {
         revision: version.revision,
     });
     runtime.block_on(async {
-        let (parts, listening) = parts::build(settings).await?;
+        let (parts, listening) = parts::build(settings, telemetry).await?;
         let listeners = serve::bind(&listening).await?;
         serve::run(parts, listeners).await
     })

@@ -3,9 +3,11 @@
 use crate::{
     config::Cdi,
     control::WorkerInfo,
+    debug::DebugAddress,
     gc, history, private,
-    settings::{Listening, Settings},
+    settings::{Listening, Settings, TraceSettings},
     status,
+    telemetry::Telemetry,
     worker::{self, Platforms},
 };
 use shipway_attest::Builder;
@@ -38,6 +40,12 @@ pub struct Parts {
     pub storage: Storage,
     /// What ListWorkers says.
     pub worker: Arc<WorkerInfo>,
+    /// What makes spans.
+    pub telemetry: Telemetry,
+    /// What becomes of them.
+    pub traces: TraceSettings,
+    /// Where metrics and the like are shown.
+    pub debug: Option<DebugAddress>,
     /// Held as long as the process runs, so that no second daemon uses the same root.
     _locks: Vec<File>,
 }
@@ -51,7 +59,7 @@ const PLACES: [&str; 4] = ["executor", "refs", "history", "sockets"];
 const LOCKS: [&str; 2] = ["shipwayd.lock", "buildkitd.lock"];
 
 /// Builds everything, and gives back where it is to be served.
-pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
+pub async fn build(settings: Settings, telemetry: Telemetry) -> Result<(Parts, Listening)> {
     if !rustix::process::geteuid().is_root() {
         return Err(Fault::invalid("shipwayd needs to run as root")
             .hint("start it with sudo, or as a systemd service"));
@@ -63,6 +71,8 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         logging: _,
         notes: _,
         listening,
+        debug,
+        traces,
         containerd: address,
         namespace,
         tasks,
@@ -152,6 +162,7 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         devices: (cdi.disabled != Some(true)).then(|| Arc::new(devices(&cdi))),
         emulators: Emulators::new(platforms.now(), &std::env::var_os("PATH").unwrap_or_default()),
         log_limits,
+        trace_socket: traces.export.is_some().then(|| traces.socket.clone()),
         authority: Default::default(),
     });
     let (id, labels) = (
@@ -178,6 +189,7 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         exporters,
         builds: Default::default(),
         history,
+        traces: telemetry.traces.clone(),
         platforms: platforms.now(),
         entitlements,
         builder: Builder {
@@ -204,7 +216,8 @@ pub async fn build(settings: Settings) -> Result<(Parts, Listening)> {
         disk,
     };
     tracing::info!(containerd = %address, %namespace, %snapshotter, root = %root.display(), "ready");
-    Ok((Parts { engine, storage, worker: Arc::new(worker), _locks: locks }, listening))
+    let worker = Arc::new(worker);
+    Ok((Parts { engine, storage, worker, telemetry, traces, debug, _locks: locks }, listening))
 }
 
 /// Checks that steps can be given the AppArmor profile (row `exec.sandbox`): on a host without

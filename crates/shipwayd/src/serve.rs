@@ -1,12 +1,17 @@
 //! Sockets and services: bound early, served until a signal, ended in order.
 
 use crate::{
-    content::ContentService, control::ControlService, gc, parts::Parts, settings::Listening,
+    content::ContentService,
+    control::ControlService,
+    debug, gc,
+    parts::Parts,
+    settings::Listening,
+    telemetry::{self, Receiver, Telemetry, collector},
 };
 use shipway_daemon::NotifyState;
 use shipway_fault::{Fault, Result};
 use shipway_gateway::BridgeService;
-use shipway_grpc::{Address, HealthService, ListenOptions, Listener};
+use shipway_grpc::{Address, HealthService, ListenOptions, Listener, TraceRequests};
 use shipway_history::History;
 use shipway_proto::{
     MAX_MESSAGE,
@@ -17,12 +22,16 @@ use shipway_proto::{
     },
 };
 use std::{sync::Arc, time::Duration};
+use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 /// Between two looks at which builds to forget.
 const FORGET: Duration = Duration::from_secs(120);
 /// How long running builds get to end after the first signal.
 const DRAIN: Duration = Duration::from_secs(10);
+
+/// How long the last spans may take.
+const LAST_SPANS: Duration = Duration::from_secs(5);
 
 /// Binds all addresses.
 pub async fn bind(listening: &Listening) -> Result<Vec<Listener>> {
@@ -57,7 +66,7 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
     let trigger = gc::Trigger::default();
     let engine = parts.engine.clone();
     let worker = parts.worker.clone();
-    let collector = shipway_task::spawn(
+    let gc = shipway_task::spawn(
         "gc",
         gc::run(
             engine.parts().caches.clone(),
@@ -75,6 +84,16 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
         engine.parts().services.refs.clone(),
         engine.parts().history.clone(),
     );
+    let Telemetry { traces, outbox, reader } = parts.telemetry;
+    let spans = Receiver { traces, outbox };
+    let debug = match &parts.debug {
+        Some(address) => Some(debug::start(address, engine.clone()).await?),
+        None => None,
+    };
+    let stop_sending = CancellationToken::new();
+    let sending = reader.zip(parts.traces.export).map(|(reader, to)| {
+        shipway_task::spawn("send spans", collector::send(reader, to, stop_sending.clone()))
+    });
     let routes = tonic::service::Routes::new(
         ControlServer::new(control)
             .max_decoding_message_size(MAX_MESSAGE)
@@ -90,7 +109,8 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE),
     )
-    .add_service(HealthServer::new(HealthService));
+    .add_service(HealthServer::new(HealthService))
+    .add_service(spans.clone().service());
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let mut servers = tokio::task::JoinSet::new();
     for listener in listeners {
@@ -101,11 +121,17 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
             let _ = stopped.wait_for(|s| *s).await;
         };
         let server = shipway_grpc::server()
+            .layer(TraceRequests)
             .add_routes(routes.clone())
             .serve_with_incoming_shutdown(listener.incoming(), ended);
         let server = server.instrument(tracing::info_span!("serve", %address));
         servers.spawn(shipway_task::named("serve", server));
     }
+    // Steps get this one, and nothing but spans is taken there.
+    let of_steps = match sending.is_some() {
+        true => Some(telemetry::listen(&parts.traces.socket, spans).await?),
+        false => None,
+    };
     shipway_daemon::notify(NotifyState::Ready);
     let mut failed = None;
     tokio::select! {
@@ -120,16 +146,22 @@ pub async fn run(parts: Parts, listeners: Vec<Listener>) -> Result<()> {
         () = shipway_daemon::stop_requested() => tracing::warn!("stopping at once"),
     }
     servers.shutdown().await;
-    collector.abort();
+    gc.abort();
     remembered.abort();
+    drop((of_steps, debug));
     let services = &engine.parts().services;
     let clean = async {
+        engine.finalize_all().await;
         services.executor.drained().await;
         if let Err(error) = services.refs.close().await {
             tracing::warn!(%error, "failed to sync the last snapshots to disk");
         }
     };
     let _ = tokio::time::timeout(DRAIN, clean).await;
+    stop_sending.cancel();
+    if let Some(sending) = sending {
+        let _ = tokio::time::timeout(LAST_SPANS, sending).await;
+    }
     match failed {
         Some(what) => Err(Fault::internal(format!("a listener ended by itself: {what}"))),
         None => Ok(()),

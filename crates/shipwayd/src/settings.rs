@@ -3,7 +3,8 @@
 //! then it is refused by name, or the log names it (`notes`). A test goes over all of them.
 
 use crate::{
-    config::{Cdi, Config, DiskSpace, GatewayFrontend, GcPolicy, Grpc, Runtime, Worker},
+    config::{Cdi, Config, DiskSpace, GatewayFrontend, GcPolicy, Grpc, Otel, Runtime, Worker},
+    debug::DebugAddress,
     filter,
     flags::{Flags, Persona, stand_in},
     prune,
@@ -20,7 +21,12 @@ use shipway_oci::Platform;
 use shipway_ops::LogLimits;
 use shipway_registry::RegistryConfig;
 use shipway_sources::LocalImages;
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use shipway_telemetry::ExportSettings;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 /// Default address of containerd.
 const CONTAINERD: &str = "/run/containerd/containerd.sock";
@@ -55,6 +61,17 @@ pub struct Listening {
     pub tls: Option<ServerTls>,
 }
 
+/// What becomes of the spans of traces; without a collector and without the history, none is made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TraceSettings {
+    /// The collector that they are sent to.
+    pub export: Option<ExportSettings>,
+    /// Whether those of a build are kept with its record.
+    pub history: bool,
+    /// Socket at which the daemon takes spans of steps, where there is a collector.
+    pub socket: PathBuf,
+}
+
 /// By what the daemon prunes by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GcSettings {
@@ -83,6 +100,10 @@ pub struct Settings {
     pub logging: Logging,
     /// Sockets.
     pub listening: Listening,
+    /// Where metrics and the like are shown.
+    pub debug: Option<DebugAddress>,
+    /// What becomes of spans.
+    pub traces: TraceSettings,
     /// containerd's socket.
     pub containerd: String,
     /// Namespace.
@@ -171,8 +192,6 @@ impl Settings {
         note(debug, "debug is deprecated: use log.level = \"debug\"");
         note(trace, "trace is deprecated: use log.level = \"trace\"");
         note(flags.trace, "--trace is deprecated: use --log-level=trace");
-        note(otel.socket_path.is_some(), "otel.socketPath has no effect: there are no traces");
-        note(flags.debugaddr.is_some(), "--debugaddr has no effect: there is no debug listener");
         for key in cache.iter().flat_map(toml::Table::keys) {
             if key != "gha" {
                 return Err(Fault::invalid(format!("unknown field `cache.{key}`"))
@@ -237,10 +256,6 @@ impl Settings {
 
         let Grpc { address, debug_address, uid, gid, security_descriptor, tls } = grpc;
         let mut note = |set: bool, text: &str| notes.extend(set.then(|| text.to_owned()));
-        note(
-            debug_address.is_some(),
-            "grpc.debugAddress has no effect: there is no debug listener",
-        );
         note(
             security_descriptor.is_some(),
             "grpc.securityDescriptor has no effect: it is for Windows",
@@ -441,10 +456,15 @@ impl Settings {
                 .max_entries
                 .map_or(defaults.max_entries, |n| usize::try_from(n).unwrap_or(0)),
         });
+        let (traces, about) = traces(&otel, flags.otel_socket_path, &root)?;
+        notes.extend(about);
+        let debug = flags.debugaddr.or(debug_address).filter(|a| !a.is_empty());
         Ok(Self {
             root,
             logging,
             listening,
+            debug: debug.map(|a| a.parse().context(|| "debugAddress (--debugaddr)")).transpose()?,
+            traces,
             containerd: flags.containerd_addr.or(address).unwrap_or_else(|| CONTAINERD.into()),
             namespace: [flags.namespace, namespace, stand_in.and_then(|s| s.namespace)]
                 .into_iter()
@@ -500,6 +520,48 @@ impl Settings {
             notes,
         })
     }
+}
+
+/// Name of the socket for spans of steps, below the daemon's root.
+const TRACE_SOCKET: &str = "otel-grpc.sock";
+
+/// What becomes of spans (rows `toml.otel`, `env.otel`), and what of the environment has no effect.
+fn traces(
+    otel: &Otel,
+    socket: Option<String>,
+    root: &Path,
+) -> Result<(TraceSettings, Vec<String>)> {
+    let variable = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
+    let mut notes = Vec::new();
+    for (name, why) in [
+        ("JAEGER_TRACE", "Jaeger takes OTLP (OTEL_EXPORTER_OTLP_ENDPOINT)"),
+        ("OTEL_METRICS_EXPORTER", "metrics are fetched from grpc.debugAddress"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "spans are sent uncompressed"),
+        ("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "spans are sent uncompressed"),
+    ] {
+        if variable(name).is_some_and(|value| value != "none") {
+            notes.push(format!("{name} has no effect: {why}"));
+        }
+    }
+    let found = ExportSettings::find(&variable, otel.endpoint.as_deref(), otel.protocol.as_deref());
+    let export = match found {
+        Err(fault)
+            if variable("OTEL_IGNORE_ERROR").as_deref().and_then(parse_bool) == Some(true) =>
+        {
+            notes.push(format!("spans are sent nowhere: {fault}"));
+            None
+        }
+        found => found.context(|| "where to send spans (OTEL_EXPORTER_OTLP_*, [otel])")?,
+    };
+    let on = !shipway_telemetry::is_disabled(&variable);
+    let traces = TraceSettings {
+        export: export.filter(|_| on),
+        history: on && otel.history != Some(false),
+        socket: socket
+            .or_else(|| otel.socket_path.clone())
+            .map_or_else(|| root.join(TRACE_SOCKET), PathBuf::from),
+    };
+    Ok((traces, notes))
 }
 
 /// The entitlements that may be granted. Row `d.device`: whether steps get devices is for `[cdi]`

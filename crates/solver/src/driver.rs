@@ -14,6 +14,7 @@ use futures::{
 use shipway_fault::{Fault, Result};
 use shipway_progress::CacheMiss;
 use shipway_task::spawn_in;
+use shipway_telemetry::meter;
 use std::{collections::HashMap, future::Future, panic::AssertUnwindSafe, sync::Arc};
 use tokio::{
     sync::{
@@ -135,6 +136,7 @@ impl<Op: Operation> Driver<Op> {
                         tracing::debug!(?miss, "no result in the cache");
                         cx.reporter.missed(miss);
                     }
+                    let _running = meter::STEPS_RUNNING.enter();
                     caught(vertex.op.run(inputs, &cx)).await
                 };
                 self.spawn(task, span, work, move |result| Event::Ran { task, node, result });
@@ -294,7 +296,11 @@ async fn probe<O: Send + 'static>(
         && let Some(Some((primary, value))) =
             warned("load a result from the build cache", caught(store.load(&keys)).await)
     {
+        meter::CACHE_LOCAL.add(1);
         return ProbeResult::Hit(primary, value);
+    }
+    if load {
+        meter::CACHE_MISSES.add(1);
     }
     ProbeResult::Miss(
         warned("look up keys in the build cache", caught(store.primaries(&keys)).await)
@@ -318,6 +324,7 @@ async fn fetch<O: Send + Sync + 'static>(
             "store a result of an imported cache",
             caught(store.adopt(&keys, &value, &meta)).await,
         );
+        meter::CACHE_IMPORTED.add(1);
         return ProbeResult::Imported(adopted, value);
     }
     ProbeResult::Miss(Vec::new())

@@ -11,10 +11,10 @@ use containerd_client::services::v1::{
 use containerd_client::types::v1::Status;
 use prost_types::Any;
 use shipway_fault::{Code, Fault, Result};
+use shipway_grpc::TracedChannel;
 use shipway_storage::Mount;
 use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 use tokio::sync::OnceCell;
-use tonic::transport::Channel;
 
 /// Label of our containers; its value is the executor's directory, so that several daemons leave
 /// each other's alone.
@@ -142,11 +142,11 @@ impl TaskApi {
         }
     }
 
-    fn containers(&self) -> ContainersClient<Channel> {
+    fn containers(&self) -> ContainersClient<TracedChannel> {
         ContainersClient::new(self.connection.control())
     }
 
-    fn tasks(&self) -> TasksClient<Channel> {
+    fn tasks(&self) -> TasksClient<TracedChannel> {
         TasksClient::new(self.connection.control())
     }
 

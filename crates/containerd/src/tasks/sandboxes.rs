@@ -10,8 +10,8 @@ use containerd_client::{
     types,
 };
 use shipway_fault::{Code, Result};
+use shipway_grpc::TracedChannel;
 use std::collections::HashMap;
-use tonic::transport::Channel;
 
 /// Namespace of Kubernetes: in containerd 2.0 its CRI service does not start when it finds a
 /// sandbox that it did not make.
@@ -20,7 +20,7 @@ const CRI_NAMESPACE: &str = "k8s.io";
 const SHARED: &str = ".runc.";
 
 impl TaskApi {
-    fn sandboxes(&self) -> StoreClient<Channel> {
+    fn sandboxes(&self) -> StoreClient<TracedChannel> {
         StoreClient::new(self.connection.control())
     }
 

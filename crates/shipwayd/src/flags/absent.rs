@@ -15,9 +15,6 @@ pub struct AbsentFlags {
     #[arg(id = "containerd-worker-selinux", long = "containerd-worker-selinux", hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub selinux: Option<bool>,
     /// The log says that it has no effect
-    #[arg(id = "otel-socket-path", long = "otel-socket-path", hide = true)]
-    pub otel_socket_path: Option<String>,
-    /// The log says that it has no effect
     #[arg(id = "save-cache-debug", long = "save-cache-debug", hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub save_cache_debug: Option<bool>,
 }
@@ -45,16 +42,10 @@ impl AbsentFlags {
 
     /// What is set without effect.
     pub fn notes(&self) -> impl Iterator<Item = String> {
-        let notes = [
-            (
-                self.otel_socket_path.is_some(),
-                "--otel-socket-path has no effect: there are no traces",
-            ),
-            (
-                self.save_cache_debug == Some(true),
-                "--save-cache-debug has no effect: cache keys have no preimages to save",
-            ),
-        ];
+        let notes = [(
+            self.save_cache_debug == Some(true),
+            "--save-cache-debug has no effect: cache keys have no preimages to save",
+        )];
         notes.into_iter().filter(|n| n.0).map(|n| n.1.to_owned())
     }
 }
