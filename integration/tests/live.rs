@@ -58,4 +58,5 @@ mod store_commands;
 mod tls;
 mod together;
 mod tokens;
+mod tracing;
 mod written_lazy;

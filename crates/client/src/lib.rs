@@ -30,6 +30,7 @@ mod policy;
 mod question;
 mod session;
 mod status;
+mod trace;
 
 pub use build::{CacheEntry, Definition, Export, Outcome, SolveOptions, Target};
 pub use client::{Client, ConnectOptions, PruneOptions};

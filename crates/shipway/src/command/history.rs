@@ -6,6 +6,8 @@ mod bundle;
 mod inspect;
 mod records;
 
+mod trace;
+
 use futures::StreamExt;
 use serde_json::{Value, json};
 use shipway_client::{Client, HistoryEvent, HistoryKind, HistoryQuery, Time};
@@ -37,6 +39,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Say why steps of a build ran that the cache had no result for
     Explain(Explain),
+    /// Show what a build's time went to: the spans of its trace
+    Trace(Trace),
     /// Forget builds
     Rm(Remove),
     Export(bundle::Args),
@@ -87,6 +91,16 @@ struct Explain {
     /// Id of the build, or ^N for the Nth before the latest [default: the latest]
     #[arg(value_name = "REF")]
     reference: Option<String>,
+}
+
+#[derive(clap::Args, Debug)]
+struct Trace {
+    /// Id of the build, or ^N for the Nth before the latest [default: the latest]
+    #[arg(value_name = "REF")]
+    reference: Option<String>,
+    /// Print the trace as JSON that Jaeger's viewer reads
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(clap::Args, Debug)]
@@ -143,6 +157,7 @@ pub(crate) async fn run(connect: &ConnectArgs, client: &Client, args: Args) -> R
             inspect::run(client, args, |reference| filed.state(reference)).await
         }
         Command::Explain(args) => explain(client, args).await,
+        Command::Trace(args) => trace(client, args).await,
         Command::Rm(args) => remove(client, args).await,
         Command::Export(args) => {
             let filed = Filed::of(connect)?;
@@ -353,6 +368,15 @@ async fn explain(client: &Client, args: Explain) -> Result<()> {
         explained.note(&status?);
     }
     output::print(&explained.text())
+}
+
+async fn trace(client: &Client, args: Trace) -> Result<()> {
+    let found = records::find(client, &args.reference.unwrap_or_default()).await?;
+    let trace = client.history_trace(&found.record.reference).await?;
+    if args.json {
+        return output::print(&(trace::jaeger(&trace)? + "\n"));
+    }
+    output::print(&trace::tree(&trace)?)
 }
 
 /// Shows what the build `reference` said, and goes on until it ends.
