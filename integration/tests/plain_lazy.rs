@@ -244,6 +244,37 @@ fn reads_of_ordinary_images_go_on_through_kills_and_outages() {
     reads_survive_kills(&mut lab, &slow, &image);
 }
 
+/// containerd gives layers up when they are unpacked, if it is told to; here it never had it.
+#[test]
+fn what_containerd_has_given_up_is_fetched_once_more_if_that_is_allowed() {
+    for allowed in [true, false] {
+        let more = format!("background = false\nplain_from_registry = {allowed}\n");
+        let mut lab = lab(any(), &more);
+        let image = image();
+        image.push(&lab.registry(), "plain", "1");
+        let slow = SlowNetwork::start(&lab.registry(), FAST);
+        let name = format!("{}/plain:1", slow.address());
+        let layer = shipway_oci::Digest::of(&image.layers[1].blob);
+        lab.kill_snapshotter();
+        let waits = lab.dir().join("snapshotter/plain");
+        let left = serde_json::json!({
+            "layer": layer.to_string(), "namespace": "nobody", "image": name, "manifest": null, "tries": 0,
+        });
+        std::fs::write(waits.join(layer.hex()), left.to_string()).unwrap();
+        lab.start_snapshotter();
+        until_known(&lab, usize::from(allowed));
+        assert_eq!(slow.bytes() > LARGE, allowed);
+        assert_eq!(std::fs::read_dir(waits).unwrap().count(), 0);
+        // Its base is not known, and it is.
+        let before = slow.bytes();
+        pull(&lab, &name);
+        let pulled = slow.bytes() - before;
+        assert_eq!(pulled < LARGE, allowed, "{pulled} bytes were fetched");
+        let (script, want) = all();
+        assert_eq!(lab.ctr(words(&name, &script)).ok().stdout, want);
+    }
+}
+
 /// Changes a byte in the middle of a file.
 fn damage(path: &Path) {
     let mut bytes = std::fs::read(path).unwrap();

@@ -64,6 +64,8 @@ pub struct Lazy {
     pub background: bool,
     /// Whether ordinary layers are made lazy for when they are pulled again.
     pub plain: bool,
+    /// Whether such a layer is fetched once more if containerd does not have it any more.
+    pub plain_from_registry: bool,
     /// Bytes of answers in memory at once.
     pub memory: u64,
     /// Connections to each host.
@@ -93,6 +95,7 @@ impl Default for Lazy {
             resolve_timeout: 10,
             background: true,
             plain: true,
+            plain_from_registry: false,
             memory: 16 << 20,
             connections: 16,
             max_percent: 20,
@@ -331,7 +334,7 @@ mod tests {
             ]
         );
         let keys = |table: &str| shown[table].as_table().unwrap().len();
-        assert_eq!((keys("lazy"), keys("registry")), (16, 2));
+        assert_eq!((keys("lazy"), keys("registry")), (17, 2));
         assert_eq!((keys("cri"), keys("metrics"), keys("log")), (2, 1, 2));
     }
 

@@ -1,5 +1,6 @@
-//! Ordinary layers: one that was unpacked is read once more from containerd's content store, in the
-//! background, and made a layer of the store, so that it is lazy when it is pulled again.
+//! Ordinary layers: one that was unpacked is read once more, in the background, and made a layer of
+//! the store, so that it is lazy when it is pulled again. Its blob comes from containerd's content
+//! store, or if that has given it up, from the registry where this is allowed.
 
 use super::{Lazy, Wanted};
 use crate::content;
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use shipway_estargz::Codec;
 use shipway_fault::{Class, Code, Fault, Result};
 use shipway_layerstore::{LayerKey, Plain};
-use shipway_oci::Digest;
+use shipway_oci::{Digest, ImageName};
 use std::{
     collections::{BTreeMap, VecDeque},
     fs,
@@ -42,8 +43,10 @@ struct Unpacked {
     layer: Digest,
     /// containerd's namespace that has the blob.
     namespace: String,
-    /// Where it was pulled from, `host/name`.
-    repository: String,
+    /// The image that it was pulled for.
+    image: String,
+    /// Digest of the image's manifest, where that was passed on.
+    manifest: Option<Digest>,
     /// How often it was begun.
     tries: u8,
 }
@@ -158,21 +161,31 @@ impl Lazy {
         self.plain.push(Unpacked {
             layer: wanted.layer,
             namespace: namespace.to_owned(),
-            repository: wanted.image.locator(),
+            image: wanted.image.to_string(),
+            manifest: wanted.manifest,
             tries: 0,
         });
     }
 
     /// Reads the blob of a layer and makes the layer.
-    fn make_plain(&self, unpacked: &Unpacked) -> Result<()> {
+    fn make_plain(self: &Arc<Self>, unpacked: &Unpacked) -> Result<()> {
         let layer = unpacked.layer;
+        let image =
+            unpacked.image.parse::<ImageName>().map_err(|e| Fault::invalid(e.to_string()))?;
+        let repository = image.locator();
         if let Some(known) = self.store.find(&LayerKey::plain(layer)) {
-            return Ok(known.add_repository(&unpacked.repository)?);
+            return Ok(known.add_repository(&repository)?);
         }
         let (sender, pieces) = mpsc::channel(PIECES);
-        let (socket, namespace) = (self.config.cri.containerd.clone(), unpacked.namespace.clone());
+        let (lazy, of) = (self.clone(), unpacked.clone());
         let reading = shipway_task::spawn_on(&self.runtime, "read a blob", async move {
-            content::read(&socket, &namespace, layer, &sender).await
+            let (config, resolver) = (&lazy.config, &lazy.resolver);
+            match content::read(&config.cri.containerd, &of.namespace, layer, &sender).await {
+                Err(fault) if fault.is_not_found() && config.lazy.plain_from_registry => {
+                    resolver.blob(&image, of.manifest, layer, &sender).await
+                }
+                read => read,
+            }
         });
         let mut blob = BufReader::with_capacity(BUFFER, Pieces { pieces, piece: Bytes::new() });
         let made = codec(&mut blob).and_then(|codec| Ok(Plain::read(codec, &mut blob)?));
@@ -184,7 +197,7 @@ impl Lazy {
             let message = format!("containerd's blob has the digest {}", made.digest());
             return Err(Fault::new(Code::DataLoss, message).with_class(Class::Environment));
         }
-        let made = self.store.create_plain(&made, &unpacked.repository)?;
+        let made = self.store.create_plain(&made, &repository)?;
         tracing::info!(layer = %made.number(), digest = %layer, "an ordinary layer is lazy when it is pulled again");
         Ok(())
     }
@@ -273,7 +286,8 @@ mod tests {
         Unpacked {
             layer: Digest::of(n.to_le_bytes()),
             namespace: "n".into(),
-            repository: "r.example/a".into(),
+            image: "r.example/a:1".into(),
+            manifest: None,
             tries: 0,
         }
     }

@@ -3,6 +3,7 @@
 
 use super::{Lazy, credentials::AllCredentials, labels::Wanted};
 use crate::config::Config;
+use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
 use shipway_estargz::{Annotated, PODMAN_CHECKSUM, TOC_DIGEST, Toc, TocDigest};
 use shipway_fault::{Class, Code, Fault, Result};
@@ -17,7 +18,10 @@ use std::{
     sync::Arc,
     time::SystemTime,
 };
-use tokio::{runtime::Handle, sync::OnceCell};
+use tokio::{
+    runtime::Handle,
+    sync::{OnceCell, mpsc},
+};
 
 /// Manifests that are remembered.
 const MANIFESTS: usize = 64;
@@ -181,6 +185,27 @@ impl Resolver {
             }
         }
         Err(not_lazy())
+    }
+
+    /// Passes the whole blob of a layer on, which `image` is known to have, or to have had.
+    pub async fn blob(
+        &self,
+        image: &ImageName,
+        manifest: Option<Digest>,
+        layer: Digest,
+        pieces: &mpsc::Sender<Bytes>,
+    ) -> Result<()> {
+        let annotations = BTreeMap::new();
+        let wanted = Wanted { layer, image: image.clone(), manifest, annotations };
+        let found = self.image_of(&wanted).await?;
+        let own = found.layers.iter().find(|l| l.digest == layer).ok_or_else(not_lazy)?;
+        let mut blob = self.repository(image).fetch_blob(own, 0).await?;
+        while let Some(piece) = blob.next().await? {
+            if pieces.send(piece).await.is_err() {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// The layer that is wanted, served. The image's other layers are made meanwhile, and what will
