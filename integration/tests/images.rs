@@ -97,7 +97,8 @@ fn a_container_with_a_containerd_inside_builds() {
     lab.ctr(["tasks", "kill", "builder"]).ok();
     wait_for("the builder to end", Duration::from_secs(30), || {
         let tasks = lab.ctr(["tasks", "list"]).ok().stdout;
-        if tasks.contains("STOPPED") { Ok(()) } else { Err(tasks) }
+        let stopped = |l: &str| l.starts_with("builder ") && l.contains("STOPPED");
+        if tasks.lines().any(stopped) { Ok(()) } else { Err(tasks) }
     });
     // Its exit code is the daemon's.
     lab.ctr(["tasks", "delete", "builder"]).ok();

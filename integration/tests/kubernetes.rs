@@ -25,7 +25,7 @@ fn manifests() -> PathBuf {
 }
 
 fn types() -> Types {
-    Types::read(&workspace().join("integration/tests/kubernetes/types.json"))
+    Types::read(&workspace().join("integration/kubernetes/types.json"))
 }
 
 #[track_caller]

@@ -14,8 +14,8 @@ use std::{
     process::Command,
 };
 
-/// Programs of a few bytes that do what ours do, where only packing them matters: disks of tests are
-/// small.
+/// Programs of a few bytes that do what ours do, for where only packing them matters: disks of
+/// tests are small.
 #[track_caller]
 fn small(to: &Path) -> PathBuf {
     let programs = to.join("small");
@@ -34,7 +34,7 @@ fn small(to: &Path) -> PathBuf {
 fn dist(programs: &Path, out: &Path, more: &[&str]) {
     let mut xtask = Command::new(built("xtask"));
     xtask.arg("dist").arg("--programs").arg(programs).arg("--out").arg(out);
-    xtask.args(["--compress", "none"]).args(more).env("SOURCE_DATE_EPOCH", "1700000000");
+    xtask.args(more).env("SOURCE_DATE_EPOCH", "1700000000");
     run(&mut xtask).ok();
 }
 
@@ -63,11 +63,11 @@ fn packages_of_the_same_files_are_the_same_bytes() {
     let (one, two) = (files_of(&one), files_of(&two));
     assert_eq!(one.keys().collect::<Vec<_>>(), two.keys().collect::<Vec<_>>());
     let kinds = |end: &str| one.keys().filter(|name| name.ends_with(end)).count();
-    assert_eq!((kinds(".deb"), kinds(".tar")), (2, 1), "{one:?}");
+    assert_eq!((kinds(".deb"), kinds(".tar.xz")), (2, 1), "{one:?}");
     for (name, path) in &one {
         assert!(fs::read(path).unwrap() == fs::read(&two[name]).unwrap(), "{name} differs");
     }
-    let tarball = one.values().find(|path| path.extension().is_some_and(|e| e == "tar")).unwrap();
+    let tarball = one.values().find(|path| path.extension().is_some_and(|e| e == "xz")).unwrap();
     let listed = run(Command::new("tar").arg("-tvf").arg(tarball)).ok().stdout;
     for program in ["shipwayd", "shipway", "shipway-snapshotter"] {
         let is_it = |l: &str| {
@@ -160,7 +160,7 @@ fn a_package_is_installed_upgraded_removed_and_purged() {
     let packages = machine.0.path().join("packages");
     dist(&small(machine.0.path()), &packages, &["--version", "0.0.1"]);
     let programs = stripped(machine.0.path());
-    dist(&programs, &packages, &["--version", "0.0.2"]);
+    dist(&programs, &packages, &["--version", "0.0.2", "--compress", "none"]);
     fs::remove_dir_all(programs).unwrap();
 
     let install = |version: &str| {
