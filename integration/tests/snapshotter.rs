@@ -23,6 +23,8 @@ fn lab(flavour: Flavour) -> Lab {
     let mut options = LabOptions::new(flavour);
     options.snapshotter = true;
     options.worker_config = "snapshotter = \"shipway\"\n".into();
+    // What is pulled again is unpacked again.
+    options.lazy_config = "plain = false\n".into();
     let mut lab = Lab::start(options);
     lab.start_registry();
     lab
